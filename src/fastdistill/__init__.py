@@ -1,0 +1,1 @@
+"Knowledge distillation: the heart, without any framework."
