@@ -19,11 +19,14 @@ class Golden:
     scale:Callable=lambda g, o: 1. # stored value times this is ours; the row says why it isn't 1
     rest:Callable=lambda g, o: 0. # what else the stored value holds (the labels' own cross-entropy, say), student attached
     tol:float=1e-9
+    more:Callable=lambda g: {} # options of ours that are made of the stored tensors (a mask)
+    only:Callable=lambda o: True # which of the stored cases, by their options
 
     def cases(self):
         with safe_open(GOLDEN/f'{self.name}.safetensors', 'pt') as f:
             g = {k: f.get_tensor(k) for k in f.keys()}
         for c in json.loads((GOLDEN/'index.json').read_text())[self.name]['cases']:
+            if not self.only(c['options']): continue
             pre = c['case'] + '.'
             yield c['tag'], {k[len(pre):]: v for k,v in g.items() if k.startswith(pre)}, c['options']
 
@@ -41,6 +44,7 @@ class Case:
     mask:bool=True # takes mask= and reduction='none'
     golden:list=field(default_factory=list)
     half:float=1.5 # tolerance in half precision is this many of the dtype's own epsilon, relative to the value's scale
+    shared:bool=False # all positions share a part of their values: a mask is then checked against the chosen positions alone
     extreme:bool=True # finite for logits of +-1e4
     name:str=''
 

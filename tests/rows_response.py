@@ -1,9 +1,15 @@
 "Rows of the response losses."
-from math import exp, log
+from math import exp, log, sqrt
 import torch
-from cases import Case, Golden, logits
-from fastdistill.losses import KL, kl
+import torch.nn.functional as F
+from cases import Case, Golden, logits, maps
+from fastdistill.losses import (DIST, DKD, JSD, KL, MSE, NKD, TVD, BinaryKL, Hard, Regression, ReverseKL, SoftCE, SoftTargets,
+                                binary_kl, dist, dkd, hard, jsd, kl, mse, nkd, regression, reverse_kl, soft_ce, soft_targets,
+                                standardized, tvd)
+from fastdistill.losses._base import Loss
 
+
+# plain loops: one position and one class at a time
 
 def softmax(x, T=1.):
     "Of one list of numbers"
@@ -15,21 +21,226 @@ def rows_of(x, axis=1): return x.movedim(axis, -1).flatten(0, -2).tolist()
 
 def mean(xs): return sum(xs)/len(xs)
 
-def kl_loop(s, t, T=4., axis=1):
+def div(p, q): return sum(a*(log(a)-log(b)) for a,b in zip(p, q))
+
+def entropy(p): return -sum(a*log(a) for a in p)
+
+def pairs(s, t, T=1., axis=1): return [(softmax(a, T),softmax(b, T)) for a,b in zip(rows_of(s, axis), rows_of(t, axis))]
+
+def kl_loop(s, t, T=4., axis=1): return mean([T*T*div(p, q) for q,p in pairs(s, t, T, axis)])
+
+def reverse_kl_loop(s, t, T=1., axis=1): return mean([T*T*div(q, p) for q,p in pairs(s, t, T, axis)])
+
+def jsd_loop(s, t, beta=.5, T=1., axis=1):
+    if beta == 0: return kl_loop(s, t, T, axis)
+    if beta == 1: return reverse_kl_loop(s, t, T, axis)
     out = []
-    for a,b in zip(rows_of(s, axis), rows_of(t, axis)):
-        q,p = softmax(a, T), softmax(b, T)
-        out.append(T*T*sum(pi*(log(pi)-log(qi)) for pi,qi in zip(p, q)))
+    for q,p in pairs(s, t, T, axis):
+        m = [beta*b+(1-beta)*a for a,b in zip(q, p)]
+        out.append(T*T*(beta*div(p, m)+(1-beta)*div(q, m)))
     return mean(out)
 
-def hinton_rest(g, o):
-    "The golden number is the whole loss: the labels' part is (1-alpha) CE"
-    return (1-o['alpha'])*torch.nn.functional.cross_entropy(g['student'], g['target'])
+def tvd_loop(s, t, T=1., axis=1): return mean([T*T*sum(abs(a-b) for a,b in zip(q, p))/2 for q,p in pairs(s, t, T, axis)])
+
+def soft_ce_loop(s, t, T=4., axis=1): return mean([-T*T*sum(b*log(a) for a,b in zip(q, p)) for q,p in pairs(s, t, T, axis)])
+
+def mse_loop(s, t, axis=1): return mean([sum((a-b)**2 for a,b in zip(x, y)) for x,y in zip(rows_of(s, axis), rows_of(t, axis))])
+
+def hard_loop(s, t, axis=1): return mean([-log(q[p.index(max(p))]) for q,p in pairs(s, t, axis=axis)])
+
+def binary_kl_loop(s, t, T=4.):
+    def bce(x, p): return -p*log(1/(1+exp(-x))) - (1-p)*log(1/(1+exp(x)))
+    out = []
+    for a,b in zip(s.flatten().tolist(), t.flatten().tolist()):
+        p = 1/(1+exp(-b/T))
+        out.append(T*T*(bce(a/T, p)-bce(b/T, p)))
+    return mean(out)
+
+def regression_loop(s, t, distance='mse'):
+    d = dict(mse=lambda x: x*x, l1=abs, huber=lambda x: x*x/2 if abs(x) < 1 else abs(x)-.5)[distance]
+    return mean([mean([d(a-b) for a,b in zip(x, y)]) for x,y in zip(s.reshape(len(s), -1).tolist(), t.reshape(len(t), -1).tolist())])
+
+def soft_targets_loop(s, t, kind='softmax', T=4.):
+    return dict(softmax=lambda: kl_loop(s, t, T), sigmoid=lambda: binary_kl_loop(s, t, T), regression=lambda: regression_loop(s, t))[kind]()
+
+def without(x, k): return [o for i,o in enumerate(x) if i != k]
+
+def dkd_loop(s, t, y, alpha=1., beta=8., T=4., axis=1):
+    out = []
+    for a,b,k in zip(rows_of(s, axis), rows_of(t, axis), y.flatten().tolist()):
+        q,p = softmax(a, T),softmax(b, T)
+        target = div([p[k], sum(without(p, k))], [q[k], sum(without(q, k))])
+        out.append(T*T*(alpha*target + beta*div(softmax(without(b, k), T), softmax(without(a, k), T))))
+    return mean(out)
+
+def nkd_loop(s, t, y, gamma=1.5, T=1., axis=1):
+    out = []
+    for a,b,k in zip(rows_of(s, axis), rows_of(t, axis), y.flatten().tolist()):
+        q,p = softmax(without(a, k), T),softmax(without(b, k), T)
+        out.append(-softmax(b)[k]*log(softmax(a)[k]) - gamma*T*T*sum(v*log(u) for u,v in zip(q, p)))
+    return mean(out)
+
+def pearson(a, b, eps=1e-8):
+    a,b = [o-mean(a) for o in a],[o-mean(b) for o in b]
+    return sum(u*v for u,v in zip(a, b))/(sqrt(sum(u*u for u in a))*sqrt(sum(v*v for v in b)) + eps)
+
+def dist_loop(s, t, beta=1., gamma=1., T=1., axis=1):
+    q,p = zip(*pairs(s, t, T, axis))
+    between,within = [mean([pearson(a, b) for a,b in zip(x, y)]) for x,y in ((q, p), (zip(*q), zip(*p)))]
+    return T*T*(beta*(1-between) + gamma*(1-within))
+
+def z_scores(x, eps=1e-7, correction=1):
+    out = []
+    for a in rows_of(x):
+        std = sqrt(sum((o-mean(a))**2 for o in a)/(len(a)-correction))
+        out.append([(o-mean(a))/(eps+std) for o in a])
+    return torch.tensor(out, dtype=torch.float64)
+
+def standardized_loop(loop, **std): return lambda s, t, *y, **options: loop(z_scores(s, **std), z_scores(t, **std), *y, **options)
+
+
+# what stands at s == t where that is not 0
+
+def soft_ce_least(t, T=4., axis=1): return mean([T*T*entropy(p) for p,_ in pairs(t, t, T, axis)])
+
+def hard_least(t, axis=1): return mean([-log(max(p)) for p,_ in pairs(t, t, axis=axis)])
+
+def dist_least(t, **options): return dist_loop(t, t, **options)
+
+def nkd_at_teacher(t, y, **options): return nkd_loop(t, t, y, **options)
+
+
+# what the stored numbers hold beside ours
+
+def ce(g, k='student'): return F.cross_entropy(g[k], g['target'])
+
+def labels_rest(g, o): return (1-o['alpha'])*ce(g)
+
+def n_classes(g): return g['student'].shape[1]
+
+def with_labels(g): return g['student'],g['teacher'],g['target']
+
+def dist_head(g): return g['student_dist'],g['teacher']
+
+def tokens(g): return dict(axis=-1, mask=g['labels'] != -100)
+
+def T_of(o): return dict(T=o['T'])
+
+def tau_of(o): return dict(T=o['tau'])
+
+def T1(o): return dict(T=1.)
+
+def forward_share(o): return 1-o['lam'] if 'lam' in o else o['ratio']
+
+def ce_part(g, o):
+    p,q = [g[k][g['labels'] != -100].softmax(-1) for k in ('teacher', 'student')]
+    return -forward_share(o)*(p*q.log()).sum(-1).mean()
+
+def kl_part(g, o):
+    p = g['teacher'][g['labels'] != -100].softmax(-1)
+    return ce_part(g, o) + forward_share(o)*(p*p.log()).sum(-1).mean()
+
+
+paper = dict(eps=0., correction=0)
+
+class StdKL(Loss): fn = standardized(kl)
+class PaperStdKL(Loss): fn = standardized(kl, **paper)
+class StdDKD(Loss): fn = standardized(dkd)
+class PaperStdDKD(Loss): fn = standardized(dkd, **paper)
+class StdDIST(Loss): fn = standardized(dist)
 
 ROWS = [
     Case(kl, KL, dict(T=4.), logits(5, 7), kl_loop, golden=[
-        Golden('kd_hinton', lambda o: dict(T=o['T']), scale=lambda g,o: 1/o['alpha'], rest=hinton_rest),
-        Golden('cwd_spatial', lambda o: dict(T=o['tau']))]),
-    Case(kl, KL, dict(T=1.), logits(3, 4, 2, 3), kl_loop),
-    Case(kl, KL, dict(T=2., axis=-1), logits(2, 3, 6, axis=-1), kl_loop),
+        Golden('kd_hinton', T_of, scale=lambda g,o: 1/o['alpha'], rest=labels_rest),
+        # the form with the mean over classes too: C times smaller
+        Golden('kd_haitongli', T_of, scale=lambda g,o: n_classes(g)/o['alpha'], rest=labels_rest),
+        Golden('kd_haitongli', T_of, value='expected_paper', scale=lambda g,o: 1/o['alpha'], rest=labels_rest),
+        Golden('deit_soft', tau_of, dist_head, scale=lambda g,o: n_classes(g)/o['alpha'], rest=labels_rest),
+        Golden('deit_soft', tau_of, dist_head, value='expected_paper', scale=lambda g,o: 1/o['alpha'], rest=labels_rest),
+        Golden('mlkd_terms', T_of, only=lambda o: o['term'] == 'kd')]),
+    Case(kl, KL, dict(T=1.), logits(3, 4, 2, 3), kl_loop, golden=[
+        Golden('cwd_spatial', tau_of),
+        Golden('pixel_kd_cirkd', T_of),
+        Golden('pixel_kd_ifvd', T_of, scale=lambda g,o: n_classes(g)*o['T']**2),   # mean over classes too, no T^2
+        Golden('pixelwise_skd', T1, value='expected_paper')]),
+    Case(kl, KL, dict(T=2., axis=-1), logits(2, 3, 6, axis=-1), kl_loop, golden=[
+        Golden('distillm_forward_kl', T1, value='expected_paper', more=tokens),
+        Golden('torchtune_forward_kl', T1, value='expected_paper', more=tokens)]),
+
+    Case(reverse_kl, ReverseKL, dict(T=2.), logits(5, 7), reverse_kl_loop),
+    Case(reverse_kl, ReverseKL, dict(axis=-1), logits(2, 3, 6, axis=-1), reverse_kl_loop, golden=[
+        Golden('distillm_reverse_kl', T1, more=tokens),
+        Golden('torchtune_reverse_kl', T1, more=tokens),
+        # a share of forward KL; the releases call the cross-entropy by that name
+        *[Golden(name, T1, more=tokens, value=value, scale=lambda g,o: 1/(1-forward_share(o)), rest=rest)
+          for name in ('distillm_symmetric_kl', 'torchtune_symmetric_kl')
+          for value,rest in (('expected', ce_part), ('expected_paper', kl_part))]]),
+
+    Case(jsd, JSD, dict(beta=.5), logits(5, 7), jsd_loop),
+    Case(jsd, JSD, dict(beta=.1, T=2.), logits(3, 4, 2, 3), jsd_loop),
+    Case(jsd, JSD, dict(beta=0, T=2.), logits(5, 7), jsd_loop),
+    Case(jsd, JSD, dict(beta=1.), logits(5, 7), jsd_loop),
+    Case(jsd, JSD, dict(beta=.7, axis=-1), logits(2, 3, 6, axis=-1), jsd_loop, golden=[
+        Golden('gkd_jsd', lambda o: dict(beta=o['beta'], T=o['T']), more=tokens),
+        Golden('distillm_js_distance', lambda o: dict(beta=1-o['lam']), more=tokens)]),
+
+    Case(tvd, TVD, dict(T=2.), logits(5, 7), tvd_loop),
+    Case(tvd, TVD, dict(axis=-1), logits(2, 3, 6, axis=-1), tvd_loop, golden=[Golden('distillm_tv_distance', T1, more=tokens)]),
+
+    # the stored cross-entropies have no T^2
+    Case(soft_ce, SoftCE, dict(T=4.), logits(5, 7), soft_ce_loop, soft_ce_least, golden=[
+        Golden('soft_ce', T_of, scale=lambda g,o: o['T']**2),
+        Golden('tinybert_soft_ce', T_of, scale=lambda g,o: n_classes(g)*o['T']**2),     # mean over classes too
+        Golden('tinybert_soft_ce', T_of, value='expected_paper', scale=lambda g,o: o['T']**2)]),
+    Case(soft_ce, SoftCE, dict(T=1.), logits(3, 4, 2, 3), soft_ce_loop, soft_ce_least, golden=[
+        Golden('pixelwise_skd', T1, scale=lambda g,o: 1/len(g['student']))]),           # summed over the batch
+    Case(soft_ce, SoftCE, dict(T=1., axis=-1), logits(2, 3, 6, axis=-1), soft_ce_loop, soft_ce_least, golden=[
+        Golden('distillm_forward_kl', T1, more=tokens),
+        Golden('torchtune_forward_kl', T1, more=tokens)]),
+
+    # the stored ones are means over classes; a temperature without T^2 shrinks the second
+    Case(mse, MSE, dict(), logits(5, 7), mse_loop, golden=[
+        Golden('logit_mse', lambda o: {}, scale=lambda g,o: n_classes(g)),
+        Golden('logit_mse_temperature', lambda o: {}, scale=lambda g,o: n_classes(g)*o['T']**2)]),
+    Case(mse, MSE, dict(axis=-1), logits(2, 3, 6, axis=-1), mse_loop),
+
+    Case(hard, Hard, dict(), logits(5, 7), hard_loop, hard_least, least=False, golden=[
+        Golden('deit_hard', lambda o: {}, dist_head, scale=lambda g,o: 1/o['alpha'], rest=labels_rest)]),
+    Case(hard, Hard, dict(axis=1), logits(3, 4, 2, 3), hard_loop, hard_least, least=False),
+
+    Case(binary_kl, BinaryKL, dict(T=4.), logits(5, 7), binary_kl_loop),
+    Case(binary_kl, BinaryKL, dict(T=1.), logits(3, 2, 2, 3), binary_kl_loop),
+
+    Case(regression, Regression, dict(), maps((6, 3, 2), (6, 6)), regression_loop),
+    Case(regression, Regression, dict(distance='l1'), maps((6,), (6, 1)), regression_loop),
+    Case(regression, Regression, dict(distance='huber'), maps((4, 2, 3), (4, 2, 3), scale=2.), regression_loop),
+
+    Case(soft_targets, SoftTargets, dict(T=2.), logits(5, 7), soft_targets_loop),
+    Case(soft_targets, SoftTargets, dict(kind='sigmoid', T=2.), logits(5, 7), soft_targets_loop),
+    Case(soft_targets, SoftTargets, dict(kind='regression'), maps((6, 1), (6,)), soft_targets_loop),
+
+    Case(dkd, DKD, dict(), logits(5, 7, y=True), dkd_loop, golden=[Golden('dkd', args=with_labels)]),
+    Case(dkd, DKD, dict(alpha=.5, beta=2., T=1.), logits(3, 4, 2, 3, y=True), dkd_loop),
+    Case(dkd, DKD, dict(beta=1., T=2., axis=-1), logits(2, 3, 6, y=True, axis=-1), dkd_loop),
+
+    Case(nkd, NKD, dict(), logits(5, 7, y=True), nkd_loop, nkd_at_teacher, least=False, golden=[
+        Golden('nkd', lambda o: dict(gamma=o['gamma'], T=o['temp']), with_labels)]),
+    Case(nkd, NKD, dict(gamma=1., T=2.), logits(3, 4, 2, 3, y=True), nkd_loop, nkd_at_teacher, least=False),
+
+    Case(dist, DIST, dict(), logits(5, 7), dist_loop, dist_least, shared=True, golden=[
+        Golden('dist', lambda o: dict(beta=o['beta'], gamma=o['gamma'], T=o['tau'])),
+        Golden('dist_seg', lambda o: dict(beta=o['beta'], gamma=o['gamma']))]),
+    Case(dist, DIST, dict(beta=2., gamma=.5, T=4.), logits(2, 4, 2, 3), dist_loop, dist_least, shared=True),
+    Case(dist, DIST, dict(axis=-1), logits(2, 3, 6, axis=-1), dist_loop, dist_least, shared=True),
+
+    Case(StdKL.fn, StdKL, dict(T=2.), logits(5, 7), standardized_loop(kl_loop), name='kl-standardized', golden=[
+        Golden('logit_std_kd', T_of)]),
+    Case(PaperStdKL.fn, PaperStdKL, dict(T=2.), logits(5, 7), standardized_loop(kl_loop, **paper), name='kl-standardized-paper', golden=[
+        Golden('logit_std_kd', T_of, value='expected_paper')]),
+    Case(StdDKD.fn, StdDKD, dict(T=2.), logits(5, 7, y=True), standardized_loop(dkd_loop), name='dkd-standardized', golden=[
+        Golden('logit_std_dkd', args=with_labels)]),
+    Case(PaperStdDKD.fn, PaperStdDKD, dict(T=2.), logits(5, 7, y=True), standardized_loop(dkd_loop, **paper),
+         name='dkd-standardized-paper', golden=[Golden('logit_std_dkd', args=with_labels, value='expected_paper')]),
+    Case(StdDIST.fn, StdDIST, dict(), logits(5, 7), standardized_loop(dist_loop), lambda t: dist_least(z_scores(t)), shared=True,
+         name='dist-standardized'),
 ]

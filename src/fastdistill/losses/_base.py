@@ -3,15 +3,17 @@ import functools, inspect
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
-from ..outputs import DistillError
+from ..outputs import DistillError, as_plain
 
-__all__ = ['Loss', 'loss', 'reduce', 'same_shape', 'log_probs', 'expect', 'temperature']
+__all__ = ['Loss', 'loss', 'reduce', 'fit_mask', 'same_shape', 'class_axis', 'log_probs', 'expect', 'temperature',
+           'channels_first', 'cells', 'unit']
 
 
 def _full(x, detach=False):
     "`x` (a tensor, or a list of them) in float32 or better"
     if isinstance(x, (list, tuple)): return [_full(o, detach) for o in x]
     if not isinstance(x, Tensor): return x
+    x = as_plain(x)
     if x.is_floating_point() and x.dtype not in (torch.float32, torch.float64): x = x.float()
     return x.detach() if detach else x
 
@@ -26,6 +28,14 @@ def loss(fn):
     return call
 
 
+def fit_mask(mask:Tensor, shape):
+    "`mask` as a plain tensor of this shape; refused if it does not fit"
+    if mask.dim() > len(shape) or any(m not in (1, n) for m,n in zip(mask.shape[::-1], shape[::-1])):
+        raise DistillError(f"A mask of shape {tuple(mask.shape)} does not fit values of shape {tuple(shape)}: it has one number, or True, "
+                           "per value (the shape of the logits without their class axis, where there is one)")
+    return as_plain(mask).expand(shape)
+
+
 def reduce(
     v:Tensor, # one value per position
     reduction:str='mean', # 'mean' over the positions that count, 'sum', or 'none'
@@ -35,10 +45,7 @@ def reduce(
     if reduction not in ('mean', 'sum', 'none'):
         raise DistillError(f"reduction={reduction!r}: possible are 'mean', 'sum' and 'none'")
     if mask is not None:
-        if mask.dim() > v.dim() or any(m not in (1, n) for m,n in zip(mask.shape[::-1], v.shape[::-1])):
-            raise DistillError(f"A mask of shape {tuple(mask.shape)} does not fit values of shape {tuple(v.shape)}: "
-                               "it has the shape of the logits without their class axis")
-        mask = mask.to(v.dtype).expand_as(v)
+        mask = fit_mask(mask, v.shape).to(v.dtype)
         # subtle: where, not a product: 0*inf is nan, and a masked position may hold anything
         v = torch.where(mask > 0, v, 0.)*mask
     if reduction == 'none': return v
@@ -59,16 +66,45 @@ def temperature(T):
     return T
 
 
+def class_axis(x:Tensor, axis:int):
+    "`axis` counted from the front, if `x` has it"
+    if not -x.dim() <= axis < x.dim(): raise DistillError(f"axis={axis}: outputs of shape {tuple(x.shape)} have no such axis")
+    return axis % x.dim()
+
+
 def log_probs(x:Tensor, T:float=1., axis:int=1):
     "log softmax of `x/T` over the class axis"
-    if not -x.dim() <= axis < x.dim(): raise DistillError(f"axis={axis}: outputs of shape {tuple(x.shape)} have no such axis")
-    return F.log_softmax(x/temperature(T), axis)
+    return F.log_softmax(x/temperature(T), class_axis(x, axis))
 
 
 def expect(lp:Tensor, v:Tensor):
     "`exp(lp)*v`, and 0 where the probability is 0 (`v` may be infinite there)"
     zero = lp == -torch.inf
     return lp.exp()*v.masked_fill(zero, 0.)
+
+
+def channels_first(x:Tensor, axis:int=1):
+    "`x` with its channel axis moved to 1"
+    if x.dim() < 2 or not -x.dim() <= axis < x.dim() or axis % x.dim() == 0:
+        raise DistillError(f"axis={axis}: features of shape {tuple(x.shape)} have no such channel axis. Axis 0 is the "
+                           "batch; channels are on axis 1 in vectors and maps, on axis -1 in tokens (B, L, D)")
+    return x.movedim(axis, 1)
+
+
+def cells(x:Tensor, axis:int=1):
+    "`x` as (B, C, P): channels, then all positions in a row; a vector has one position"
+    x = channels_first(x, axis)
+    return x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+
+
+def unit(
+    x:Tensor,
+    axis:int=1,
+    least:Tensor|float=0. # lengths up to this count as 0
+):
+    "`x` at length 1 along `axis`; zero vectors stay zero and get no gradient (`F.normalize` gives them 1e12)"
+    n = torch.linalg.vector_norm(x, dim=axis, keepdim=True)
+    return x/n.masked_fill(n <= least, torch.inf)
 
 
 class Loss(nn.Module):
@@ -87,6 +123,20 @@ class Loss(nn.Module):
             raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(wrong))}. It has: {', '.join(have)}")
         self.options = options
 
+    @property
+    def kind(self):
+        "What the logits must be: 'softmax' over classes, 'sigmoid' per label, 'regression'; None: anything"
+        return getattr(self.fn, 'kind', None)
+
     def forward(self, s, t, *args, **kwargs): return self.fn(s, t, *args, **{**self.options, **kwargs})
 
-    def extra_repr(self): return ', '.join(f'{k}={v!r}' for k,v in self.options.items())
+    def option(self, name):
+        "An option's value: given, or the function's own default"
+        return self.options.get(name, inspect.signature(self.fn).parameters[name].default)
+
+    def prepare(self, s, t, layer=None, axis=None):
+        "Called once, with projected student features, teacher features, the teacher's layer: losses that own tensors make them"
+
+    def extra_repr(self):
+        own = [] if self.fn is type(self).fn else [repr(self.fn)]
+        return ', '.join(own + [f'{k}={v!r}' for k,v in self.options.items()])
