@@ -1,12 +1,12 @@
 "The contract: what every loss keeps to, checked for every row."
-import copy, pickle
+import copy, inspect, pickle
 import pytest, torch
-from cases import Case
-import rows_response
+from cases import Case, logits
+import rows_dense, rows_feature, rows_relation, rows_response
 from fastdistill import losses
 from fastdistill.outputs import DistillError
 
-ROWS = [*rows_response.ROWS]
+ROWS = [*rows_response.ROWS, *rows_feature.ROWS, *rows_relation.ROWS, *rows_dense.ROWS]
 rows = pytest.mark.parametrize('c', ROWS, ids=lambda c: c.id)
 DTYPES = [torch.float16, torch.bfloat16]
 
@@ -21,6 +21,8 @@ def cast(x, dtype):
 
 def tensors(x): return list(x) if isinstance(x, (list, tuple)) else [x]
 
+def rows_of(x, axis): return x.movedim(axis, -1).flatten(0, -2)
+
 def take(x, i): return [take(o, i) for o in x] if isinstance(x, (list, tuple)) else x[i] if torch.is_tensor(x) and x.dim() else x
 
 
@@ -34,11 +36,13 @@ def test_equals_the_plain_loop(c):
 @rows
 def test_equals_the_authors_numbers(c):
     for gold in c.golden:
-        for tag,g,o in gold.cases():
+        stored = list(gold.cases())
+        assert stored, f'{gold.name}: no case left'
+        for tag,g,o in stored:
             names = [k for k in g if k.startswith('student')]
             for k in names: g[k] = g[k].clone().requires_grad_()
             rest = gold.rest(g, o)
-            ours = c.fn(*gold.args(g), **gold.options(o))
+            ours = c.fn(*gold.args(g), **gold.options(o), **gold.more(g))
             scale,suffix = gold.scale(g, o), '_paper' if gold.value.endswith('_paper') else ''
             total = ours/scale + rest
             assert total.item() == pytest.approx(g[gold.value].item(), rel=gold.tol, abs=gold.tol), f'{gold.name} {tag}'
@@ -120,9 +124,37 @@ def test_mask_and_reductions(c):
     none = c.fn(s, t, *rest, **c.opts, mask=torch.zeros(v.shape, dtype=torch.bool))
     assert none.item() == 0 and all(d is not None and not d.isnan().any() for d in grad_of(none, s))
     mask = torch.rand(v.shape, generator=torch.Generator().manual_seed(2)) > .4
-    assert c.fn(s, t, *rest, **c.opts, mask=mask).item() == pytest.approx(v[mask].mean().item())
+    alone = v[mask].mean()
+    if c.shared: alone = c.fn(*[rows_of(o, c.opts.get('axis', 1))[mask.flatten()] for o in (s, t)], **{**c.opts, 'axis': 1})
+    assert c.fn(s, t, *rest, **c.opts, mask=mask).item() == pytest.approx(alone.item())
     with pytest.raises(DistillError, match="possible are 'mean'"): c.fn(s, t, *rest, **c.opts, reduction='avg')
     with pytest.raises(DistillError, match='does not fit'): c.fn(s, t, *rest, **c.opts, mask=torch.ones(99))
+
+
+with_axis = [c for c in rows_response.ROWS if 'axis' in inspect.signature(c.fn).parameters]
+positions = pytest.mark.parametrize('c', with_axis, ids=lambda c: c.id)
+
+def dense(c, *shape, axis=1):
+    "Arguments of this shape for a row's function, and its options"
+    return logits(*shape, y='y' in inspect.signature(c.fn).parameters, axis=axis, seed=3)(), {**c.opts, 'axis': axis}
+
+
+@positions
+def test_dense_equals_flattened(c):
+    for shape,axis in (((2, 5, 3, 4), 1), ((2, 3, 5), -1)):
+        (s,t,*y),o = dense(c, *shape, axis=axis)
+        flat = c.fn(rows_of(s, axis), rows_of(t, axis), *[o.flatten() for o in y], **{**o, 'axis': 1})
+        assert c.fn(s, t, *y, **o).item() == pytest.approx(flat.item(), rel=1e-9)
+
+
+@positions
+def test_a_bigger_batch_or_image_of_the_same_changes_nothing(c):
+    (s,t,*y),o = dense(c, 2, 5, 3, 4)
+    want = c.fn(s, t, *y, **o).item()
+    # 1e-6, because the eps of dist weighs half as much when all comes twice
+    assert c.fn(*[torch.cat([o, o]) for o in (s, t, *y)], **o).item() == pytest.approx(want, rel=1e-6)
+    tiled = [torch.cat([torch.cat([o, o], -1)]*2, -2) for o in (s, t, *y)]
+    assert tiled[0].shape == (2, 5, 6, 8) and c.fn(*tiled, **o).item() == pytest.approx(want, rel=1e-6)
 
 
 @rows
@@ -136,6 +168,7 @@ def test_function_equals_class_which_copies_pickles_and_refuses(c):
 
 @pytest.mark.parametrize('c', ROWS, ids=lambda c: c.id)
 def test_traces_without_a_graph_break(c):
+    torch.compiler.reset()      # all losses share one decorator, and dynamo keeps 8 versions of a function
     args = c.make(torch.float32)
     got = torch.compile(c.fn, backend='eager', fullgraph=True)(*args, **c.opts)
     assert got.item() == pytest.approx(c.fn(*args, **c.opts).item(), rel=1e-5, abs=1e-6)

@@ -1,6 +1,9 @@
 "Pure functions of two tensors, student first; each has a module form under its paper's capitals."
-from . import response
+from . import dense, feature, relation, response
+from .dense import *
+from .feature import *
+from .relation import *
 from .response import *
 
-NOT_LOSSES = set() # public names that are helpers of losses
-__all__ = [*response.__all__]
+NOT_LOSSES = {'ofd_margin', 'standardize', 'standardized'} # public names that are helpers of losses
+__all__ = [*dense.__all__, *feature.__all__, *relation.__all__, *response.__all__]

@@ -1,0 +1,114 @@
+"Losses for dense prediction: (B, C, H, W) maps of logits or features; (B, L, D) tokens with axis=-1. `axis` is the channels'."
+import torch
+from torch import Tensor
+import torch.nn.functional as F
+from ..outputs import DistillError, as_plain
+from ._base import Loss, cells, channels_first, expect, fit_mask, log_probs, loss, reduce, unit
+
+__all__ = ['cwd', 'CWD', 'pairwise', 'Pairwise', 'ifvd', 'IFVD']
+
+POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+
+
+@loss
+def cwd(
+    s:Tensor, # (B, C, H, W) logits or features of the student, projected to the teacher's shape
+    t:Tensor, # (B, C, H, W) of the teacher
+    *, T:float=4., # temperature
+    axis:int=1, # channel axis
+    mask:Tensor|None=None, # (B, H, W): pixels that take part in the softmax; an image without any does not count
+    reduction:str='mean' # 'none': (B, C)
+):
+    "T^2 KL of the softmax of each channel over all positions, mean over channels and samples (channel-wise KD, arXiv:2011.13256)"
+    if s.shape != t.shape:
+        raise DistillError(f"Student {tuple(s.shape)}, teacher {tuple(t.shape)}: cwd compares channel with channel, pixel with "
+                           "pixel. Resize one of them, or give the student a projector (1x1 convolution)")
+    grid = channels_first(s, axis)[:, 0].shape
+    s,t = cells(s, axis),cells(t, axis)
+    if mask is not None:
+        mask = (fit_mask(mask, grid) > 0).reshape(len(s), 1, -1)
+        # subtle: finite, for -inf makes nan of an image that is masked everywhere
+        s,t = [o.masked_fill(~mask, -1e30) for o in (s, t)]
+        mask = mask.any(2)
+    ls,lt = log_probs(s, T, 2), log_probs(t, T, 2)
+    return reduce(expect(lt, lt-ls).sum(2)*T**2, reduction, mask)
+
+class CWD(Loss): fn = cwd
+
+
+def affinity(x, pool, axis):
+    "(B, P, P) cosines over channels between the cells that max-pooling leaves"
+    x = channels_first(x, axis)
+    grid = x.shape[2:]
+    if len(grid) not in POOL:
+        raise DistillError(f"pairwise compares positions, and features of shape {tuple(x.shape)} have no grid of them")
+    size = [min(pool, n) if isinstance(pool, int) else max(int(n*pool), 1) for n in grid]
+    x = unit(POOL[len(grid)](x, size, size, ceil_mode=True).flatten(2))
+    return x.mT@x
+
+
+@loss
+def pairwise(
+    s:Tensor, # (B, C, H, W) student map
+    t:Tensor, # (B, C', H, W) teacher map: channels may differ
+    *, pool:int|float=2, # size of a cell: pixels, or a share of height and width below 1 (the authors': .5, which leaves 2 x 2)
+    axis:int=1, # channel axis
+    mask:Tensor|None=None, # (B,): which samples count
+    reduction:str='mean'
+):
+    """Squared difference of the cosines between all pairs of cells, mean over pairs (structured KD, arXiv:1903.04197). The
+    authors' code lets no gradient through the student's lengths; this is the gradient of the cosine"""
+    if not (pool >= 1 if isinstance(pool, int) else 0 < pool < 1):
+        raise DistillError(f"pool={pool}: a cell is a whole number of pixels from 1, or a share of height and width below 1")
+    s,t = affinity(s, pool, axis),affinity(t, pool, axis)
+    if s.shape != t.shape:
+        raise DistillError(f"pool={pool} leaves {s.shape[1]} cells of {len(s)} student maps and {t.shape[1]} of {len(t)} teacher "
+                           "maps: take layers with the same grid, or resize one")
+    return reduce((s-t).pow(2).mean((1, 2)), reduction, mask)
+
+class Pairwise(Loss): fn = pairwise
+
+
+def to_prototypes(
+    x:Tensor, # (B, C, P)
+    y:Tensor, # (B, P) class of each position
+    n:int # number of classes
+):
+    "(B, P) cosine of each position with the mean of its class in the same image"
+    i = y[:, None].expand_as(x)
+    # the sum will do: a cosine does not know lengths
+    proto = x.new_zeros(len(x), x.shape[1], n).scatter_add(2, i, x)
+    return (unit(x)*unit(proto).gather(2, i)).sum(1)
+
+
+@loss
+def ifvd(
+    s:Tensor, # (B, C, H, W) student map
+    t:Tensor, # (B, C', H, W) teacher map: channels may differ
+    y:Tensor, # (B, H', W') labels; resized to the map, nearest
+    *, classes:int|None=None, # how many; None: as many as `y` needs
+    ignore_index:int=-100, # positions with this label do not count
+    axis:int=1, # channel axis
+    mask:Tensor|None=None, # (B, H, W), the map's grid: which positions count in the mean
+    reduction:str='mean' # 'none': (B, H, W), 0 where ignored
+):
+    """Squared difference of each position's cosine with the mean feature of its class in its image (intra-class feature
+    variation, Wang et al., ECCV 2020). Mean over the positions that count; the authors' is over all, ignored ones as 0"""
+    s,t = channels_first(s, axis),channels_first(t, axis)
+    if s.shape[2:] != t.shape[2:] or len(s) != len(t) or y.dim() != s.dim()-1 or len(y) != len(s):
+        raise DistillError("ifvd needs student and teacher maps with one grid, and labels of as many axes: got "
+                           f"{tuple(s.shape)}, {tuple(t.shape)} and labels {tuple(y.shape)}")
+    y = F.interpolate(as_plain(y)[:, None].float(), s.shape[2:], mode='nearest')[:, 0].long()
+    on = y != ignore_index
+    y = torch.where(on, y, 0).flatten(1)
+    n = classes or int(y.max())+1
+    # what does not count is 0, and moves no mean
+    s,t = [to_prototypes(torch.where(on[:, None], x, 0.).flatten(2), y, n) for x in (s, t)]
+    return reduce((s-t).pow(2).reshape(on.shape), reduction, on if mask is None else on*fit_mask(mask, on.shape))
+
+class IFVD(Loss): fn = ifvd
+
+
+# what a Distiller must give them: the teacher's very shape, or its grid with any channels
+cwd.match = 'shape'
+for fn in (pairwise, ifvd): fn.match = 'grid'
