@@ -1,9 +1,10 @@
 "What a model says about a batch, and the error that tells what is wrong."
 from dataclasses import dataclass, field
+from math import log
 import torch
 from torch import Tensor
 
-__all__ = ['DistillError', 'DistillWarning', 'Outputs', 'as_plain']
+__all__ = ['DistillError', 'DistillWarning', 'Outputs', 'TopK', 'as_plain']
 
 
 class DistillError(ValueError):
@@ -20,9 +21,56 @@ def as_plain(x):
 
 
 @dataclass
+class TopK:
+    "A teacher's likeliest classes: what is left of its logits when only `k` of `n` are kept, and what is assumed of the rest"
+    ids:Tensor # (B, ..., k) class numbers
+    values:Tensor # (B, ..., k) their log-probabilities
+    n:int # number of classes
+    tail:str='uniform' # the rest's probability is shared equally ('uniform') or as the student shares it ('bucket'); 'zero': there is none
+    axis:int=-1 # where `dense` puts the class axis
+
+    def __post_init__(self):
+        if self.tail not in TAILS: raise DistillError(f"tail={self.tail!r}: possible are {', '.join(map(repr, TAILS))}")
+
+    def dense(
+        self, student:Tensor|None=None # the student's logits, which 'bucket' needs
+    ) -> Tensor:
+        """Log-probabilities of all `n` classes, which are logits too. With 'bucket', KL to the student is the KL over k+1 outcomes, all
+        classes that were not kept counting as one, and so is its gradient"""
+        v,k = self.values.float(),self.ids.shape[-1]
+        kept = v.logsumexp(-1, keepdim=True)
+        if k == self.n or self.tail == 'zero': v,rest = v-kept,v.new_full((), -torch.inf)
+        # subtle: rounding may leave the k a little more than 1; what is left to the others is more than 0 all the same
+        else: rest = torch.log(-torch.expm1(kept.clamp(max=-1e-7)))
+        out = self._rest(rest, student, v).scatter(-1, self.ids, v)
+        return out.movedim(-1, self.axis)
+
+    def _rest(self, rest, student, v):
+        "Log-probabilities of the rest, in all `n` places"
+        shape = *v.shape[:-1],self.n
+        if self.tail != 'bucket' or rest.dim() == 0: return (rest - log(max(self.n-self.ids.shape[-1], 1))).expand(shape)
+        if student is None: raise DistillError("tail='bucket' shares the rest as the student does: dense(student) needs its logits.")
+        s = as_plain(student.detach()).float().movedim(self.axis, -1)
+        if s.shape != shape: raise DistillError(f"The student's logits have shape {tuple(student.shape)}, the stored ones "
+                                                f"{self.n} classes along axis {self.axis}.")
+        return rest + s.scatter(-1, self.ids, -torch.inf).log_softmax(-1)
+
+    def reorder(
+        self, order:Tensor # (n,) which of the stored classes each place of the new order has
+    ) -> 'TopK':
+        "The same with the classes in another order"
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        return TopK(place.to(self.ids.device)[self.ids], self.values, self.n, self.tail, self.axis)
+
+
+TAILS = 'uniform','zero','bucket'
+
+
+@dataclass
 class Outputs:
     "Of one batch: the values before softmax, the named layers that were asked for, which positions count"
-    logits:Tensor|None=None # (B, C), (B, C, H, W), (B, L, V), or any shape for regression
+    logits:Tensor|TopK|None=None # (B, C), (B, C, H, W), (B, L, V), or any shape for regression
     feats:dict[str,Tensor]=field(default_factory=dict) # dotted layer name -> what came out of that layer
     mask:Tensor|None=None # logits' shape without the class axis: True, or a weight, where a position counts
 

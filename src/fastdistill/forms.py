@@ -1,0 +1,142 @@
+"The forms that models come in: modules, programs, files; and how each is called."
+import inspect, warnings, zipfile
+from collections.abc import Mapping
+from pathlib import Path
+import torch
+from torch import nn
+from .outputs import DistillError, DistillWarning
+
+__all__ = ['Onnx', 'load']
+
+FORMS = ("Possible are an nn.Module (torchvision, timm, Hugging Face, TorchScript), a torch.export program, a file of TorchScript (.pt), "
+         "torch.export (.pt2) or ONNX (.onnx), any callable, a Teacher, or a list of these (an ensemble).")
+
+
+def load(o):
+    "(what to call, the file it comes from)"
+    if isinstance(o, (str, Path)): return from_file(Path(o))
+    if isinstance(o, torch.export.ExportedProgram): return program(o),None
+    if isinstance(o, nn.parallel.DistributedDataParallel): o = o.module      # its forward would talk to the other processes
+    if problem := no_teacher(o): raise DistillError(f"{problem} {FORMS}")
+    return o,None
+
+
+def no_teacher(o):
+    "Why `o` can't teach"
+    kind = type(o).__name__
+    if o is None: return "None is no teacher."
+    if isinstance(o, type): return f"{o.__name__} is a class, not a model made of it."
+    if isinstance(o, Mapping): return "A dict (a state_dict?) holds weights, but no network: build the model and load them into it."
+    if hasattr(o, 'dls') and hasattr(o, 'model'): return "A fastai Learner: fastdistill.fastai takes it as it is; here give its `.model`."
+    if not callable(o): return f"A {kind} is no teacher."
+    if not isinstance(o, nn.Module): return None
+    ps,lazy = list(o.parameters()),nn.parameter.UninitializedParameter
+    if any(isinstance(p, lazy) for p in ps): return f"{kind} is untrained: it has lazy layers that never ran."
+    # subtle: what accelerate has put on disk looks the same, and is fetched when it is called
+    if any(p.is_meta for p in ps) and not hasattr(o, 'hf_device_map'): return f"{kind} has no weights yet, only shapes (meta tensors)."
+
+
+def from_file(path):
+    if not path.is_file():
+        raise DistillError(f"There is no file {str(path)!r}. {FORMS} A model's name is not enough: build it, with its weights.")
+    path = path.resolve()
+    if path.suffix == '.onnx': return Onnx(path),path
+    inside = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    has = lambda *ends: any(n.endswith(ends) for n in inside)
+    try:
+        if has('/constants.pkl'): return torch_script(path),path
+        if has('archive_format', 'serialized_exported_program.json'): return program(torch.export.load(path)),path
+    except RuntimeError as e: raise DistillError(f"{path} could not be loaded: {e}") from e
+    raise DistillError(f"{path} holds no TorchScript, torch.export program or ONNX network. Weights alone (a state_dict)? "
+                       "Build the model and load them into it. An exported Learner? fastdistill.fastai takes it as it is.")
+
+
+def torch_script(path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', '.*torch.jit.load', DeprecationWarning)
+        return torch.jit.load(path, map_location='cpu')
+
+
+def program(exported):
+    "Its mode is written into it"
+    training = {'aten.batch_norm.default': 5, 'aten.dropout.default': 2}      # which argument says so
+    if any(n.args[training[str(n.target)]] for n in exported.graph.nodes if str(n.target) in training):
+        warnings.warn("This torch.export program was made of a model in train mode: dropout and batch-norm act as in training. "
+                      "Export model.eval().", DistillWarning, stacklevel=4)
+    return exported.module()
+
+
+def is_graph(m):
+    "TorchScript and torch.export run no submodule's own forward"
+    return isinstance(m, torch.jit.ScriptModule) or (isinstance(m, torch.fx.GraphModule) and 'train' in vars(m))
+
+
+def is_hf(model): return hasattr(model, 'config') and hasattr(model, 'main_input_name')
+
+
+def by_name(model, batch):
+    "Whether a mapping is a model's arguments by name, not its one argument"
+    if is_hf(model) or isinstance(model, Onnx): return True
+    try: names = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters
+    except (TypeError, ValueError): return False    # builtins and scripts have no signature
+    return set(batch) <= set(names)
+
+
+def check_second(model, ids, second):
+    "A Hugging Face model's second argument is mostly the attention mask: another tensor there would be read as one, in silence"
+    if second is None: return
+    name = list(inspect.signature(model.forward).parameters)[1]
+    hidden = ids[second == 0] if name == 'attention_mask' and getattr(second, 'shape', None) == ids.shape else None
+    # what a mask hides is padding, one and the same token
+    if hidden is None or (hidden != hidden[:1]).any():
+        raise DistillError(f"The second positional argument of {type(model).__name__} is {name}, and this tensor is none: "
+                           "give all but the first by name, teacher(ids, attention_mask=..., token_type_ids=...), or one dict.")
+
+
+TYPES = {'float': torch.float32, 'float16': torch.float16, 'double': torch.float64, 'int64': torch.int64, 'int32': torch.int32,
+         'uint8': torch.uint8, 'int8': torch.int8, 'bool': torch.bool}
+
+
+class Onnx:
+    "A network in an ONNX file, run by onnxruntime: tensors in, its output 'logits' (else the first) out"
+    def __init__(self, path):
+        try: import onnxruntime as ort
+        except ImportError as e: raise ImportError("A teacher in an ONNX file needs onnxruntime: pip install 'fastdistill[onnx]'") from e
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        # not all that there are: TensorRT compiles for minutes, Azure goes on the network
+        wanted,have = ('CUDAExecutionProvider', 'ROCMExecutionProvider', 'CPUExecutionProvider'),ort.get_available_providers()
+        try: self.session = ort.InferenceSession(str(path), options, providers=[p for p in wanted if p in have])
+        except Exception as e: raise DistillError(f"onnxruntime can't load {path}: {e}") from e      # its errors have no other base
+        self.inputs = {i.name: i for i in self.session.get_inputs()}
+        outputs = [o.name for o in self.session.get_outputs()]
+        self.output = 'logits' if 'logits' in outputs else outputs[0]
+
+    def __call__(self, *x, **kw):
+        feed = self._feed(x, kw)
+        n = len(next(iter(feed.values())))
+        # a batch size that is fixed in the file: pieces of it, the last one padded
+        size = next((i.shape[0] for i in self.inputs.values() if i.shape and isinstance(i.shape[0], int)), n)
+        return torch.cat([self._run({k: v[j:j+size] for k,v in feed.items()}, size) for j in range(0, n, size)])[:n]
+
+    def _run(self, feed, size):
+        full = {k: torch.cat([v, v[-1:].expand(size-len(v), *v.shape[1:])]) if len(v) < size else v for k,v in feed.items()}
+        return torch.from_numpy(self.session.run([self.output], {k: v.numpy() for k,v in full.items()})[0])
+
+    def _feed(self, x, kw):
+        given = dict(zip(self.inputs, x)) | {k: v for k,v in kw.items() if k in self.inputs or k != 'labels'}
+        if len(x) > len(self.inputs) or set(given) != set(self.inputs):
+            raise DistillError(f"This ONNX network takes {self._says()}. "
+                               f"It was given {len(x)} by position, {', '.join(kw) or 'none'} by name.")
+        return {k: self._cast(k, v.detach().cpu()) for k,v in given.items()}
+
+    def _cast(self, name, v):
+        i = self.inputs[name]
+        dtype = TYPES.get(i.type[7:-1], v.dtype)      # 'tensor(float)'
+        fits = v.dim() == len(i.shape) and all(a == b or not isinstance(b, int) for a,b in zip(v.shape[1:], i.shape[1:]))
+        if not fits or not torch.can_cast(v.dtype, dtype):
+            raise DistillError(f"This ONNX network takes {self._says()}. For {name} it was given {v.dtype} of shape {tuple(v.shape)}. "
+                               "Images of another size? Teacher(..., size=) resizes them.")
+        return v.to(dtype).contiguous()
+
+    def _says(self): return ', '.join(f"{n} ({i.type[7:-1]}: {' x '.join(map(str, i.shape))})" for n,i in self.inputs.items())

@@ -1,0 +1,373 @@
+"Which layer of the student learns from which layer of the teacher: as asked, or proposed from one look at each model."
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from torch import Tensor, nn
+from .outputs import DistillError, Outputs
+from .projectors import describe
+from .taps import Taps, grid, layers as list_layers, named, probe, resolve, run, table, unwrap
+
+__all__ = ['Pair', 'PairTable', 'pair']
+
+CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+PASS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity, nn.Flatten
+MOST = 6 # pairs of blocks at one resolution; where there are more, four at the quarters of the depth
+
+
+@dataclass
+class Pair:
+    "A student's layer and the teacher's layer that it learns from"
+    student:str
+    s_shape:tuple
+    teacher:str
+    t_shape:tuple
+    projector:str='' # in words
+
+
+class PairTable(list):
+    "Pairs as a list of `Pair`; printed, a table"
+    def __str__(self):
+        rows = [(p.student, p.s_shape, p.teacher, p.t_shape, p.projector) for p in self]
+        return table(('student', 'shape', 'teacher', 'shape', 'projector'), rows)
+    __repr__ = __str__
+
+
+def pair(
+    student:nn.Module,
+    teacher, # a module, or a `Teacher`
+    x_student, # a batch of inputs: a tensor, a tuple of several, or a dict of keyword arguments
+    x_teacher=None, # the teacher's, if it takes others
+    layers='auto', # {'student.layer': 'teacher.layer' or a list of them}, pairs of names, names or globs for both, 'auto', or 'last' of these
+    *,
+    match:str='shape', # what the loss needs of the teacher's shape, and
+    projector='auto' # with what it is made, as in `projectors.projector`: here for the table alone
+) -> PairTable:
+    """The pairs of layers with their shapes, in the order asked, from one evaluation-mode probe of each model that changes
+    nothing.
+
+    'auto' takes the last layer of each stage (resolution) of convolutional nets and U-Nets, matched by resolution where
+    that goes up to the last stage of both, else by relative depth; and blocks at equal relative depth of transformers,
+    LSTM stacks and MLPs: all of the shorter one's up to 6, else those at the quarters. What a model answers with is never
+    among them. 'auto' and 'last' take a suffix for all names: 'last@mean'."""
+    x_s,x_t = inputs(x_student),inputs(x_student if x_teacher is None else x_teacher)
+    word,*how = layers.split('@') if isinstance(layers, str) else [None]
+    if word in ('auto', 'last'):
+        found = _proposed(student, teacher, x_s, x_t)[-1 if word == 'last' else 0:]
+        layers = [('@'.join([s, *how]), '@'.join([t, *how])) for s,_,t,_ in found]
+    if word not in ('auto', 'last') or how: found = _asked(student, teacher, x_s, x_t, layers)
+    return PairTable(Pair(s, a, t, b, describe(a, b, projector, match)) for s,a,t,b in found)
+
+
+def inputs(x): return tuple(x) if isinstance(x, (tuple, list)) else (x,)
+
+
+class _Whose:
+    "Errors inside say which of the two models they are about"
+    def __init__(self, who): self.who = who
+    def __enter__(self): return self
+    def __exit__(self, kind, e, _):
+        if isinstance(e, DistillError): raise DistillError(f"In the {self.who}: {e}") from e.__cause__
+
+
+# ---------------------------------------------------------------------------------------------------- as asked
+
+def _asked(student, teacher, x_s, x_t, layers):
+    names = [n for s,t in _items(layers) for n in _matched(student, teacher, s, t)]
+    if not names:
+        raise DistillError(f"layers={layers!r} names no layers: give {{'student.layer': 'teacher.layer'}}, or 'auto'")
+    with _Whose('student'): a = _shapes(student, x_s, [s for s,_ in names])
+    with _Whose('teacher'): b = _shapes(teacher, x_t, [t for _,t in names])
+    return [(s, a[s], t, b[t]) for s,t in names]
+
+
+def _items(layers):
+    "(student's pattern, teacher's pattern), many-to-many, in the order given"
+    if isinstance(layers, str): layers = [layers]
+    if isinstance(layers, Mapping):
+        layers = [(s, t) for s,ts in layers.items() for t in ([ts] if isinstance(ts, str) else ts)]
+    items = [(o, o) if isinstance(o, str) else tuple(o) for o in layers]
+    if wrong := [o for o in items if len(o) != 2 or not all(isinstance(n, str) for n in o)]:
+        raise DistillError(f"layers={layers!r}: {wrong[0]!r} is no pair of names. Possible are {{'student.layer': "
+                           "'teacher.layer'}, {'student.layer': ['teacher.layer', ...]}, a list of pairs, a list of names "
+                           "that both models have, and 'auto'")
+    return items
+
+
+def _matched(student, teacher, s, t):
+    "Globs on both sides pair in order"
+    with _Whose('student'): a = resolve(student, s)
+    with _Whose('teacher'): b = resolve(teacher, t) if _has_layers(teacher) else [t]
+    if len(a) != len(b):
+        raise DistillError(f"{s!r} are {len(a)} layers of the student ({', '.join(a)}), {t!r} are {len(b)} of the teacher "
+                           f"({', '.join(b)}): they pair in order if they are as many. Name them one by one.")
+    return zip(a, b)
+
+
+def _has_layers(model): return isinstance(model, nn.Module) or bool(named(model))
+
+
+def _shapes(model, x, names):
+    if not _has_layers(model): return _told(run(model, *x), names)
+    with Taps(model, names) as taps:
+        run(model, *x)
+        return {n: tuple(y.shape) for n,y in taps.pop().items()}
+
+
+def _told(out, names):
+    "Of a teacher without layers, such as a function: the features that its answer brings along"
+    feats = out.feats if isinstance(out, Outputs) else {}
+    if wrong := [n for n in names if n not in feats]:
+        raise DistillError(f"Its answers bring no {wrong[0]!r} along. They bring: {', '.join(feats) or 'no features'}.")
+    return {n: tuple(feats[n].shape) for n in names}
+
+
+# ---------------------------------------------------------------------------------------------------- proposed
+
+def _proposed(student, teacher, x_s, x_t):
+    with _Whose('student'): a = stages(student, x_s)
+    with _Whose('teacher'): b = stages(teacher, x_t)
+    if a[0].kind == 'vector' and b[0].kind != 'vector':
+        raise DistillError(f"layers='auto' finds vectors in the student and {b[0].kind} in the teacher, which it can't "
+                           "become. Pair by hand: layers={'student.layer': 'teacher.layer'}.")
+    pairs = _by_place(a, b, _size(x_s), _size(x_t)) or _by_depth(a, b)
+    return [(*_shown(s, t, x_s), *_shown(t, s, x_t)) for s,t in pairs]
+
+
+def _shown(u, other, x):
+    "Name and shape of a stage; a picture's tokens opposite a map are taken as a map"
+    g = grid(u.shape[1]) if u.kind == 'tokens' and other.kind == 'map' and _picture(x) else None
+    if g: return f'{u.name}@map', (u.shape[0], u.shape[2], *g[1:])
+    if u.turn == '@tokens': return f'{u.name}@tokens', (u.shape[0], u.shape[2], u.shape[1])
+    return u.name + u.turn, u.shape
+
+
+def _size(x): return tuple(x[0].shape[2:]) if isinstance(x[0], Tensor) and x[0].is_floating_point() else ()
+
+def _picture(x): return len(_size(x)) > 1
+
+def _batch(x):
+    xs = x[0].values() if isinstance(x[0], Mapping) else x
+    return next((len(o) for o in xs if isinstance(o, Tensor) and o.dim()), None)
+
+
+def _by_depth(a, b):
+    "Equal relative depth, the last with the last"
+    n = min(len(a), len(b))
+    if n > MOST and any(len({u.place for u in us}) == 1 for us in (a, b)): n = 4
+    at = lambda us, k: us[int((k+1)*len(us)/n + .5) - 1]
+    return [(at(a, k), at(b, k)) for k in range(n)]
+
+
+def _by_place(a, b, size_a, size_b):
+    "The longest row of stages of equal resolution, on the way down or up again, if it ends with the last of both models"
+    if not size_a or len(size_a) != len(size_b) or any(u.kind != 'map' for u in a+b): return None
+    down_a,down_b,best = _downs(a),_downs(b),{}
+    for i,u in enumerate(a):
+        for j,v in enumerate(b):
+            shrink = [(p/n)/(q/m) for n,p,m,q in zip(size_a, u.place, size_b, v.place)]
+            if down_a[i] == down_b[j] and all(.8 < r < 1.25 for r in shrink): best[i, j] = [*best.get((i-1, j-1), []), (u, v)]
+            else: best[i, j] = max(best.get((i-1, j), []), best.get((i, j-1), []), key=len)
+    found = best[len(a)-1, len(b)-1]
+    return found if found and found[-1] == (a[-1], b[-1]) and 2*len(found) >= min(len(a), len(b)) else None
+
+
+def _downs(us): return [i == 0 or math.prod(u.place) <= math.prod(us[i-1].place) for i,u in enumerate(us)]
+
+
+# ---------------------------------------------------------------------------------------------------- what a model is made of
+
+@dataclass
+class Stage:
+    "A layer on a model's main road, inside of which no other stage ends"
+    name:str
+    module:nn.Module
+    kind:str # 'map', 'tokens' or 'vector'
+    shape:tuple # channels first if it is a map
+    weights:int # layers in it that have weights
+    leaf:bool # no layers in it
+    turn:str='' # suffix of its name: what is done to its output for that shape
+
+    @property
+    def place(self): return self.shape[2:] if self.kind == 'map' else self.shape[1:-1]
+
+    @property
+    def deep(self): return self.weights > 1
+
+    @property
+    def dilation(self): return max((max(m.dilation) for m in self.module.modules() if isinstance(m, CONVS)), default=1)
+
+
+def stages(model, x):
+    "The ends of a model's stages, in the order in which they run"
+    road = Road(model, x)
+    found = road.stages(road.walk())
+    # one resolution throughout: its blocks, then
+    if len(found) == 1 and found[0].kind == 'map': found = road.stages(road.walk(split_maps=True))
+    if not found:
+        raise DistillError(f"layers='auto' finds no stages in {type(unwrap(model)).__name__}. Name the layers: "
+                           f"layers={{'student.layer': 'teacher.layer'}}. It has:\n{list_layers(model).brief()}")
+    return found
+
+
+class Road:
+    "The main road through a model: its layers in order, containers left whole unless several stages end in them"
+    def __init__(self, model, x):
+        if '' not in named(model):
+            raise DistillError(f"layers='auto' takes one model whose layers it can see, not {type(model).__name__}. "
+                               "Name the layers: layers={'student.layer': 'teacher.layer'}.")
+        ran = probe(model, *x)
+        self.ran,self.when = {f.name: f for f in ran},{f.name: i for i,f in enumerate(ran)}
+        self.size,self.picture,self.batch = _size(x),_picture(x),_batch(x)
+        self.below = {}
+        for n in self.ran:
+            while n:
+                n,child = n.rpartition('.')[0],n
+                if child in self.below.setdefault(n, []): break
+                self.below[n].append(child)
+        self.head = self._head(ran)
+
+    def _head(self, ran):
+        "The last layer with weights makes the answer: it, and what comes later, is no feature. '' for a body without a head"
+        head = next((f.name for f in reversed(ran) if has_weights(f.module)), '')
+        return '' if any(self._blocks(n, maps=True) for n in self.below if n and _in(head, n)) else head
+
+    # what a layer gives
+
+    def look(self, name, last=True):
+        "A layer as a stage; None if it gives no feature with the batch in front. `last`: where channels are, if nothing tells"
+        f = self.ran.get(name)
+        if f is None or not f.floats or not 2 <= len(f.shape) <= 5 or f.shape[0] != self.batch: return None
+        dims,shape,last = len(f.shape),f.shape,self._channels_last(f, last)
+        kind = 'vector' if dims == 2 or shape[1:-1] == (1,) else 'tokens' if dims == 3 and last else 'map'
+        turn = '@map' if dims == 4 and last else '@tokens' if dims == 3 and not last else ''
+        if turn == '@map': shape = (shape[0], shape[3], *shape[1:3])
+        weights = sum(map(has_weights, f.module.modules()))
+        return Stage(name, f.module, kind, shape, weights, name not in self.below, turn)
+
+    def _channels_last(self, f, last):
+        "Is the channel axis the last one? By the picture's height/width where that tells, else by the layers inside"
+        have = {type(m) for m in f.module.modules()}
+        of = lambda *kinds: any(issubclass(h, kinds) for h in have)
+        if len(f.shape) == 3:
+            if of(nn.Conv1d, nn.ConvTranspose1d): return False
+            return last or of(*CONVS, nn.Linear, nn.RNNBase)
+        if len(f.shape) != 4: return False
+        if self.picture:
+            like = lambda h, w: abs(h - w*self.size[0]/self.size[1]) <= 1
+            first,behind = like(*f.shape[2:]),like(*f.shape[1:3])
+            if first != behind: return behind
+        return of(nn.Linear) and not of(*CONVS)
+
+    # which layers are stages
+
+    def walk(self, split_maps=False):
+        "Stages and what lies between them"
+        found,place = [],()
+        for n in sorted(self._open('', split_maps), key=self.when.get):
+            # an activation has its channels where the layer before it has them
+            u = self.look(n, not found or found[-1].turn != '@tokens')
+            if u is None: continue
+            # a map that is pooled away is a vector in all but form
+            if u.kind == 'map' and set(u.place) == {1} and max(place, default=0) > 4: continue
+            if u.kind == 'map': place = u.place
+            found.append(u)
+        return found
+
+    def _open(self, name, split_maps):
+        at_head = not name or _in(self.head, name)
+        if not at_head and self.when.get(name, 0) > self.when[self.head]: return []
+        u,below = self.look(name),self.below.get(name, [])
+        if below and (u is None or at_head or self._several(u, split_maps)):
+            return [o for n in below for o in self._open(n, split_maps)]
+        return [] if u is None or name == self.head else [name]
+
+    def _several(self, u, split_maps):
+        "Does more than one stage end in it?"
+        if u.kind != 'map' or split_maps:
+            if any(self._blocks(n, split_maps) for n in [u.name, *self._inside(u.name)]): return True
+        inside = [o for n in self._inside(u.name) if (o := self.look(n)) and o.weights and o.kind == 'map']
+        others = {o.place for o in inside if set(o.place) != {1}} - self._ends(u)
+        areas = sorted(map(math.prod, self._ends(u)))
+        between = [p for p in others if areas and areas[0] < math.prod(p) < areas[-1]]
+        # subtle: one other resolution aside is a shortcut (attention to a pooled map); two or more are an encoder and decoder
+        return bool(between) or len(others) > 1
+
+    def _ends(self, u):
+        "Resolutions of what goes into a map's layer and of what comes out"
+        if u.kind != 'map': return set()
+        entry = self.ran[u.name].shape_in or ()
+        if len(entry) != len(u.shape): return {u.place}
+        return {u.place, entry[1:3] if u.turn == '@map' else entry[2:]}
+
+    def _blocks(self, name, maps):
+        "Is it made of blocks of one class, one after the other?"
+        below = [o for n in self.below.get(name, []) if (o := self.look(n)) and o.deep]
+        found = {(type(o.module), o.kind, o.place if o.kind == 'tokens' else None) for o in below}
+        return len(below) > 1 and len(found) == 1 and (maps or below[0].kind != 'map')
+
+    def _inside(self, name):
+        for n in self.below.get(name, []):
+            yield n
+            yield from self._inside(n)
+
+    # where stages end
+
+    def stages(self, units):
+        groups = self._groups([u for u in units if u.kind != 'vector'])
+        # where there are blocks, single layers are stems and necks
+        if any(u.deep for g in groups for u in g): groups = [g for g in groups if any(u.deep for u in g)]
+        if not groups: groups = self._layers([u for u in units if u.kind == 'vector'])
+        elif len(groups) == 1 and sum(u.deep for u in groups[0]) > 1: return [u for u in groups[0] if u.deep]
+        if len(groups) > 3 and self._stem(groups[0], units): groups = groups[1:]
+        return [self._end(g) for g in groups]
+
+    def _groups(self, units):
+        "Neighbours of one resolution and dilation; those without weights left out"
+        groups,place,dilation = [],None,None
+        for u in units:
+            here = u.kind,self._place(u)
+            if here != place or (u.weights and dilation not in (None, u.dilation)):
+                groups.append([])
+                place,dilation = here,None
+            if u.weights: dilation = u.dilation
+            groups[-1].append(u)
+        return [g for g in groups if any(u.weights for u in g)]
+
+    def _place(self, u):
+        if u.kind == 'map': return u.place
+        return (grid(u.shape[1]) or u.shape)[1:] if self.picture else ()      # one class token more is no other resolution
+
+    def _layers(self, units):
+        "Each layer with weights, and the activations after it"
+        groups = []
+        for u in units:
+            if u.weights: groups.append([u])
+            elif groups: groups[-1].append(u)
+        return groups
+
+    def _stem(self, group, units):
+        "Is it only the one layer that shrinks the picture at the entry?"
+        entry,*more = [u for u in group if u.weights]
+        first = next(u for u in units if u.weights)
+        return not more and entry is first and entry.kind == 'map' and max(entry.place) < max(self.size, default=0)
+
+    def _end(self, group):
+        "The last block; where there are only single layers, the last activation after them"
+        blocks = any(u.deep for u in group)
+        i = max(i for i,u in enumerate(group) if u.weights and (u.deep or not blocks))
+        tail = group[i+1:]
+        if group[i].leaf: tail = [u for u in tail if not isinstance(u.module, PASS)]
+        else: # only an activation that would overwrite the block's output
+            n = next((k for k,u in enumerate(tail) if not getattr(u.module, 'inplace', False)), len(tail))
+            tail = tail[:n]
+        return tail[-1] if tail else group[i]
+
+
+def _in(name, above): return f'{name}.'.startswith(f'{above}.')
+
+
+def has_weights(m):
+    "1 if a layer has weight matrices or kernels of its own, 2 if it is an RNN; embeddings and single tokens do not count"
+    if isinstance(m, nn.RNNBase): return 2
+    if isinstance(m, nn.Embedding): return 0
+    return int(any(p is not None and p.dim() > 1 and p.shape[0] > 1 for p in m._parameters.values()))

@@ -1,0 +1,256 @@
+"Recipes: functions that return terms with their paper's defaults. `+` joins them."
+import copy
+from . import losses
+from .distiller import Recipe, Term
+from .outputs import DistillError
+from .schedule import schedule
+
+__all__ = ['ab', 'at', 'cc', 'cwd', 'dist', 'dkd', 'fsp', 'hard_labels', 'hint', 'ickd', 'ifvd', 'kd', 'logit_std', 'nkd', 'nst', 'ofd', 'pairwise',
+           'pkd', 'pkt', 'rkd', 'soft_labels', 'sp', 'vid']
+
+
+class Rest:
+    "1 - alpha, where alpha follows a schedule"
+    def __init__(self, alpha): self.alpha = alpha
+    def __call__(self, progress): return 1 - self.alpha(progress)
+    def __repr__(self): return f'1-{self.alpha!r}'
+
+
+def _rest(alpha): return Rest(alpha) if callable(alpha) else 1 - alpha
+
+
+def kl_per_class(s, t, *, T=4., axis=1, mask=None, reduction='mean'):
+    "`kl` divided by the number of classes too, as `nn.KLDivLoss()` and `F.kl_div(..., reduction='mean')` do"
+    return losses.kl(s, t, T=T, axis=axis, mask=mask, reduction=reduction)/s.shape[axis]
+
+kl_per_class.kind = 'softmax'
+
+
+def kd(
+    T=4., # temperature, number or schedule
+    alpha=.9, # weight of the teacher; the labels have 1-alpha. Number or schedule
+    class_mean:bool=False # average over classes too: the scale of older scripts; the same as an alpha that is smaller
+):
+    """alpha T^2 KL(teacher || student) + (1-alpha) labels (Hinton 2015, arXiv:1503.02531), in the form that fits what
+    the model predicts: softmax over classes, sigmoid per label (multi-label), or numbers (regression, where T has no meaning)"""
+    alpha = schedule(alpha, 'alpha')
+    if not callable(alpha) and not 0 <= alpha <= 1: raise DistillError(f"alpha={alpha}: it is the teacher's share, from 0 (labels alone) to 1 (teacher alone)")
+    return Recipe(Term(kl_per_class if class_mean else losses.soft_targets, weight=alpha, T=T, name='kd'), task=_rest(alpha))
+
+
+def soft_labels(T=1.):
+    "The teacher alone makes the labels: kd with alpha 1. Batches need no labels"
+    return kd(T, alpha=1.)
+
+
+def hard_labels(
+    alpha=1. # weight of the teacher's labels; the true ones have 1-alpha (DeiT: .5)
+):
+    "Cross-entropy with the class that the teacher would choose (DeiT, arXiv:2012.12877)"
+    alpha = schedule(alpha, 'alpha')
+    return Recipe(Term(losses.hard, weight=alpha, name='hard'), task=_rest(alpha))
+
+
+def dkd(
+    alpha:float=1., # weight of the target class's part
+    beta:float=8., # weight of the other classes' part: 8 for CIFAR-100 with one family of nets, .5 to 2 for ImageNet
+    T=4.,
+    weight=1. # of both; the authors let it grow over the first 20 of 240 epochs: ('warmup', 1.)
+):
+    "Decoupled distillation beside the labels' own loss (CVPR 2022, arXiv:2203.08679)"
+    return Recipe(Term(losses.dkd, weight=weight, alpha=alpha, beta=beta, T=T, name='dkd'))
+
+
+def nkd(
+    gamma:float=1.5, # weight of the other classes' part
+    T=1., # temperature of that part
+    weight=1.
+):
+    "Normalised distillation beside the labels' own loss (ICCV 2023, arXiv:2303.13005)"
+    return Recipe(Term(losses.nkd, weight=weight, gamma=gamma, T=T, name='nkd'))
+
+
+def dist(
+    beta:float=1., # weight of the relation between classes; the authors' CIFAR-100: 2
+    gamma:float=1., # weight of the relation within a class; CIFAR-100: 2
+    T=1., # 4 for CIFAR-100
+    weight=1.
+):
+    "Correlation between and within classes, beside the labels' own loss (NeurIPS 2022, arXiv:2205.10536)"
+    return Recipe(Term(losses.dist, weight=weight, beta=beta, gamma=gamma, T=T, name='dist'))
+
+
+def logit_std(
+    recipe # e.g. kd(T=2., alpha=.9): its terms on logits get both logits standardised
+):
+    "Logit standardisation of any recipe (CVPR 2024, arXiv:2403.01427); the authors' weights: kd(T=2) x 9 beside labels x .1"
+    def std(t):
+        if t.layers is not None: return t
+        t = copy.copy(t)
+        t.loss = losses.standardized(t.loss)
+        return t
+    recipe = Recipe(recipe)
+    return Recipe(*map(std, recipe.terms), task=recipe.task)
+
+
+# between layers: `layers` as in `Term`, the paper's weight where nothing else is said; all stand beside the labels' own loss (or kd())
+
+def hint(
+    layers='auto', # FitNets took one layer in the middle
+    weight=100., # RepDistiller's
+    projector='auto', # the paper's is a convolution
+    stop_at=None # FitNets' hint was a first phase: a share of the training
+):
+    "The teacher's features themselves (FitNets, arXiv:1412.6550)"
+    return Recipe(Term(losses.hint, weight, layers=layers, projector=projector, stop_at=stop_at))
+
+
+def at(
+    layers='auto', # the end of each stage, as in the paper
+    weight=1000., # the authors'
+    p:float=2., # exponent of the activations
+    stop_at=None
+):
+    "Where the activations are (attention transfer, arXiv:1612.03928)"
+    return Recipe(Term(losses.at, weight, layers=layers, stop_at=stop_at, p=p))
+
+
+def nst(
+    layers='last', # as in the paper
+    weight=50., # the authors'
+    stop_at=None
+):
+    "Which patterns the channels select (neuron selectivity transfer, arXiv:1707.01219)"
+    return Recipe(Term(losses.nst, weight, layers=layers, stop_at=stop_at))
+
+
+def fsp(
+    layers='auto', # the ends of the stages
+    weight=1.,
+    projector='auto', # where channels differ
+    stop_at=None # the paper's was a first phase
+):
+    "How one layer's features become the next one's (Yim et al., CVPR 2017)"
+    return Recipe(Term(losses.fsp, weight, layers=layers, projector=projector, stop_at=stop_at))
+
+
+def ab(
+    layers='auto', # better by hand: values before the ReLU, as '0.7.1.relu@in'
+    weight=50., # the authors' .003 x channels x positions of a CIFAR net's last stage
+    margin:float=1.,
+    projector='auto',
+    stop_at=None # the paper's was a first phase
+):
+    "Which neurons are active (activation boundaries, arXiv:1811.03233)"
+    return Recipe(Term(losses.ab, weight, layers=layers, projector=projector, stop_at=stop_at, margin=margin))
+
+
+def ofd(
+    layers='auto', # better by hand: values before the ReLU; of a batch norm ('layer3.1.bn2@pre') the margin is computed from its weights
+    weight=10., # the authors' for ImageNet with a ResNet-50, in this scale; 16 for CIFAR
+    projector='conv_bn', # the authors'
+    stop_at=None
+):
+    "The teacher's features before the ReLU, as far as they matter after it (overhaul of feature distillation, arXiv:1904.01866)"
+    return Recipe(Term(losses.OFD(), weight, layers=layers, projector=projector, stop_at=stop_at))
+
+
+def vid(
+    layers='auto',
+    weight=1., # RepDistiller's
+    projector='mlp', # RepDistiller's, of 1x1 convolutions
+    stop_at=None
+):
+    "The teacher's features, each channel as exactly as it can be foreseen (variational information distillation, arXiv:1904.05835)"
+    return Recipe(Term(losses.VID(), weight, layers=layers, projector=projector, stop_at=stop_at))
+
+
+def pkd(
+    layers='auto', # the authors took the levels of a detector's feature pyramid
+    weight=6., # theirs for two-stage detectors; 10 for RetinaNet
+    projector='auto',
+    stop_at=None
+):
+    "The teacher's features but for their scale: correlation of each channel (PKD, arXiv:2207.02039)"
+    return Recipe(Term(losses.pkd, weight, layers=layers, projector=projector, stop_at=stop_at))
+
+
+def rkd(
+    layers='last@mean', # pooled features, as the authors
+    weight=1.,
+    w_d:float=25., # weight of the distances
+    w_a:float=50., # and of the angles
+    stop_at=None
+):
+    "How far samples are from each other, and at which angles (relational KD, arXiv:1904.05068)"
+    return Recipe(Term(losses.rkd, weight, layers=layers, stop_at=stop_at, w_d=w_d, w_a=w_a))
+
+
+def sp(
+    layers='last', # as the authors
+    weight=3000., # theirs, for batches of 64
+    stop_at=None
+):
+    "Which samples of a batch are alike (similarity-preserving KD, arXiv:1907.09682)"
+    return Recipe(Term(losses.sp, weight, layers=layers, stop_at=stop_at))
+
+
+def cc(
+    layers='last@mean',
+    weight=100., # ours: none is published for the paper's form
+    kernel:str='gaussian', # or 'bilinear'
+    gamma:float=.4, # of the gaussian
+    stop_at=None
+):
+    "Which samples of a batch are alike, by a kernel (correlation congruence, arXiv:1904.01802)"
+    return Recipe(Term(losses.cc, weight, layers=layers, stop_at=stop_at, kernel=kernel, gamma=gamma))
+
+
+def pkt(
+    layers='last@mean', # pooled features, as RepDistiller
+    weight=470., # its 30000 for batches of 64, in this scale
+    stop_at=None
+):
+    "Who are a sample's neighbours, as probabilities (probabilistic knowledge transfer, arXiv:1803.10837)"
+    return Recipe(Term(losses.pkt, weight, layers=layers, stop_at=stop_at))
+
+
+def ickd(
+    layers='last',
+    weight=2.5, # the authors' for CIFAR
+    projector='conv_bn', # theirs
+    stop_at=None
+):
+    "Which channels go together (inter-channel correlation, Liu et al., ICCV 2021)"
+    return Recipe(Term(losses.ickd, weight, layers=layers, projector=projector, stop_at=stop_at))
+
+
+def cwd(
+    layers=None, # the logits, or layers of maps
+    weight=None, # the authors' if not given: 3 on logits, 50 on features
+    T=4.,
+    projector='auto',
+    stop_at=None
+):
+    "Where in the picture each channel is, for dense prediction (channel-wise KD, arXiv:2011.13256)"
+    weight = (3. if layers is None else 50.) if weight is None else weight
+    return Recipe(Term(losses.cwd, weight, layers=layers, projector=projector, stop_at=stop_at, T=T))
+
+
+def pairwise(
+    layers='last',
+    weight=.5, # the authors'
+    pool=.5, # size of a cell: pixels, or a share of the map
+    stop_at=None
+):
+    "Which places of a picture are alike, for dense prediction (structured KD, arXiv:1903.04197)"
+    return Recipe(Term(losses.pairwise, weight, layers=layers, stop_at=stop_at, pool=pool))
+
+
+def ifvd(
+    layers='last',
+    weight=200., # the authors'
+    stop_at=None
+):
+    "How pixels of a class vary around their mean, for dense prediction (Wang et al., ECCV 2020)"
+    return Recipe(Term(losses.ifvd, weight, layers=layers, stop_at=stop_at))

@@ -1,0 +1,48 @@
+"A number that may move while training goes on: a weight, a temperature."
+from dataclasses import dataclass
+from math import cos, pi
+from .outputs import DistillError
+
+__all__ = ['Schedule', 'schedule', 'value_at']
+
+NAMES = dict(
+    linear=lambda p: 1-p, # from `start` to `end` along a line
+    cosine=lambda p: (1+cos(pi*p))/2, # from `start` to `end` along half a cosine
+    warmup=lambda p: 1-min(p/.1, 1), # from `start` to `end` in the first tenth, then flat
+)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    "`start` to `end` as training goes from 0 to 1"
+    name:str # 'linear', 'cosine' or 'warmup'
+    start:float
+    end:float
+
+    def __call__(self, progress): return self.end + (self.start-self.end)*NAMES[self.name](progress)
+
+
+def schedule(
+    v, # a number; a function of progress in [0, 1] (fastai's `SchedCos(.9, .1)`); 'linear', 'cosine' (from 1 to 0) or 'warmup' (from 0 to 1); or ('cosine', start, end), ('warmup', end)
+    what:str='value' # how an error calls it
+):
+    "`v` as a number or a function of progress"
+    if isinstance(v, (int, float)) or callable(v): return v
+    name,*ends = (v,) if isinstance(v, str) else v if isinstance(v, (tuple, list)) and v else (None,)
+    if name not in NAMES or len(ends) > 2 or not all(isinstance(o, (int, float)) for o in ends):
+        raise DistillError(f"{what}={v!r}: possible are a number, a function of progress from 0 to 1, a name ({', '.join(NAMES)}), "
+                           "or a name with its ends, as ('cosine', 1., 0.) or ('warmup', 100.)")
+    if name == 'warmup': ends = [0., *ends] if len(ends) < 2 else ends
+    start,end = (*ends, *((0., 1.) if name == 'warmup' else (1., 0.))[len(ends):])
+    return Schedule(name, start, end)
+
+
+def value_at(
+    v, # what `schedule` gave
+    progress:float|None, # share of the training that is done
+    what:str='value'
+) -> float:
+    "The number that `v` is at `progress`"
+    if not callable(v): return v
+    if progress is None: raise DistillError(f"{what} follows a schedule: say where training stands, as in distiller(x, y, progress=step/steps)")
+    return float(v(progress))

@@ -1,0 +1,386 @@
+"A teacher in whatever form people have one: frozen while it is asked, and afterwards just as it was before."
+import inspect
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
+from math import log
+import torch
+from torch import Tensor, nn
+import torch.nn.functional as F
+from .forms import FORMS, by_name, check_second, is_graph, is_hf, load
+from .outputs import DistillError, Outputs, as_plain
+from .taps import Taps, named
+
+__all__ = ['Teacher']
+
+IMAGENET = (.485, .456, .406), (.229, .224, .225)
+# what the members of an ensemble take over, where they don't say otherwise
+INHERITED = ('mode', 'stats', 'input_stats', 'size', 'combine', 'kind', 'axis')
+
+
+class Teacher:
+    """Answers batches with `Outputs`: without a gradient, in eval mode, on a copy of its input. It is no `nn.Module`, so that it
+    never becomes part of what is trained. From `start` to `stop` (or inside `with teacher:`) its modules are as the teacher needs
+    them: `stop` puts back modes, buffers, devices and hidden states. A call outside does both by itself: slower, and a hidden
+    state does not outlive it. A teacher on the CPU moves to the batch's device; one that lives elsewhere stays, and the batch
+    goes there. Answers come back on the batch's device, in the teacher's own precision"""
+    def __init__(
+        self,
+        model, # nn.Module, torch.export program, .pt, .pt2 or .onnx file, callable (its modes are its own affair), a list of these
+        *,
+        layers=(), # dotted names of layers whose output is wanted too; in an ensemble '0.NAME' is the first member's
+        mode:str='eval', # 'train' for the papers that need it: dropout draws, batch-norm reads the batch (torch.export programs keep theirs)
+        stats=None, # (mean, std) of the images it learnt from, torchvision's weights, 'imagenet', 'auto' (timm's tell); None: as they come
+        input_stats=None, # (mean, std) that the batch's images are normalised with; (0, 1) if they are not
+        size:int|tuple|None=None, # height and width (one number: a square) that images are resized to
+        combine:str='probs', # an ensemble answers with its members' mean probabilities, as logits; or with the mean of their 'logits'
+        weights=None, # of an ensemble's members; None: equal
+        kind:str='softmax', # what the logits are: 'softmax' over classes, 'sigmoid' per label, or 'regression'
+        axis:int=1, # class axis
+        select=None, # indices of the classes to answer with, in this order: the teacher's classes put in the student's order
+        name:str|None=None
+    ):
+        said = dict(layers=layers, mode=mode, stats=stats, input_stats=input_stats, size=size, combine=combine, weights=weights, kind=kind,
+                    axis=axis, select=select, name=name)
+        self.model = self.path = self.learner = None       # `learner`: where a face keeps what else it knows of the teacher
+        self.sources,self.members = [],[]
+        self._stack,self._guest,self._by,self._outer = None,None,None,[]
+        if isinstance(model, Teacher):      # a variation on it: what is not said stays
+            said = {k: getattr(model, k) if unsaid(k, v) else v for k,v in said.items()}
+            self.model,self.path,self.learner,self.sources = model.model,model.path,model.learner,model.sources
+        elif isinstance(model, (list, tuple, nn.ModuleList)):
+            if not len(model): raise DistillError(f"An empty list of teachers. {FORMS}")
+            self.sources = [m if isinstance(m, Teacher) else Teacher(m) for m in model]
+        else: self.model,self.path = load(model)
+        self.__dict__.update(said)
+        self.layers,self.name = list(self.layers),self.name or self._name(model)
+        self._check()
+
+    def _check(self):
+        for o,have in dict(mode=('eval', 'train'), combine=('probs', 'logits'), kind=('softmax', 'sigmoid', 'regression')).items():
+            if (v := getattr(self, o)) not in have: raise DistillError(f"{o}={v!r}: possible are {', '.join(map(repr, have))}")
+        if self.sources:
+            mine = {k: getattr(self, k) for k in INHERITED}
+            self.members = [Teacher(m, **{k: v for k,v in mine.items() if unsaid(k, getattr(m, k))}) for m in self.sources]
+            self.weights = shares(self.weights, len(self.members))
+        else:
+            if self.weights is not None: raise DistillError("weights= are of an ensemble's members, and this is one teacher: give a list")
+            self.stats,self.input_stats = stats_of(self.stats, self.model),stats_of(self.input_stats)
+        if self.size is not None: self.size = (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
+        self._check_layers(self.layers)
+
+    def _name(self, o):
+        if self.members or self.sources: return f'{len(self.sources)} teachers'
+        return self.path.name if self.path else getattr(o, '__name__', type(o).__name__)
+
+    def __repr__(self): return f'Teacher({self.name})'
+
+    # what is inside
+
+    @property
+    def module(self):
+        "The nn.Module behind it, or None: a module's method has one, an ONNX file and a function have none"
+        return next((o for o in (self.model, getattr(self.model, '__self__', None)) if isinstance(o, nn.Module)), None)
+
+    @property
+    def modules(self):
+        "All nn.Modules inside (of an ensemble: its members')"
+        own = [] if self.module is None else [self.module]
+        return own + [o for m in self.members for o in m.modules]
+
+    @property
+    def parameters_ids(self):
+        "To see whether a student shares parameters with the teacher; a TorchScript's have no lasting ids"
+        return {id(p) for m in self.modules if not isinstance(m, torch.jit.ScriptModule) for p in m.parameters()}
+
+    def named_modules(self):
+        "Submodules by the names that `layers` takes"
+        if self.module is not None: return named(self.module)
+        return {f'{i}.{k}': v for i,m in enumerate(self.members) for k,v in m.named_modules().items()}
+
+    @property
+    def adapts(self):
+        "In words, what is done to the images' normalisation; empty where nothing is"
+        if self.members: return '; '.join(dict.fromkeys(filter(None, (m.adapts for m in self.members))))
+        if None in (self.stats, self.input_stats) or affine(self.input_stats, self.stats) is None: return ''
+        says = lambda st: ', std '.join(' '.join(f'{v:.4g}' for v in o.tolist()) for o in st)
+        return f'mean {says(self.input_stats)} -> mean {says(self.stats)}'
+
+    # from start to stop
+
+    @property
+    def started(self): return self._stack is not None
+
+    def start(self):
+        "Get ready for many batches; a second call changes nothing"
+        if self.started: return self
+        with ExitStack() as stack:
+            for m in self.members: stack.enter_context(m)
+            if self.module is not None: self._guest = stack.enter_context(Guest(self.module, self.mode))
+            if None not in (self.stats, self.input_stats) and not self.members: self._by = affine(self.input_stats, self.stats)
+            self._stack = stack.pop_all()
+        return self
+
+    def stop(self):
+        "Put everything back; safe to call at any time, and twice"
+        stack,self._stack,self._guest,self._by = self._stack,None,None,None
+        if stack is not None: stack.close()
+
+    def __enter__(self):
+        was = self.started
+        self.start()
+        self._outer.append(was)
+        return self
+
+    def __exit__(self, *_):
+        if not self._outer.pop(): self.stop()
+
+    def reset(self):
+        "Forget hidden states, as fastai's recurrent models do in `reset`"
+        with torch.no_grad():
+            for m in self.modules:
+                if callable(getattr(m, 'reset', None)): m.reset()
+
+    # a file's session, program or script may not pickle, its path does; what is running stays behind
+    def __getstate__(self):
+        gone = dict(_stack=None, _guest=None, _by=None, _outer=[])
+        return {**self.__dict__, **gone, **({'model': None} if self.path else {})}
+
+    def __setstate__(self, d):
+        self.__dict__.update(d)
+        if self.path: self.model = load(self.path)[0]
+
+    # a batch
+
+    def __call__(
+        self,
+        *x, # the batch's inputs, whatever the model takes; a mapping is taken by name, where the model has arguments of these names
+        **kw # by name
+    ) -> Outputs:
+        "The teacher's answer to a batch"
+        if not self.started:
+            with self: return self(*x, **kw)
+        with torch.no_grad(): return self._answer(x, kw, self.layers)
+
+    def probe(
+        self, *x, layers=None, # instead of the teacher's own
+        **kw
+    ) -> Outputs:
+        "One answer that leaves no trace, between two batches of a run either: hidden states and random numbers are as before"
+        weights = (p for m in self.modules for p in m.parameters())
+        devices = {t.device for t in (*tensors((x, kw)), *weights) if t.is_cuda}
+        with torch.random.fork_rng(list(devices)): return Teacher(self, **({} if layers is None else dict(layers=layers)))(*x, **kw)
+
+    def _answer(self, x, kw, layers):
+        o = (self._together if self.members else self._alone)(x, kw, layers)
+        if self.select is None: return o
+        ids,n = torch.as_tensor(self.select),o.logits.shape[self.axis]
+        if ids.max() >= n: raise DistillError(f"select={ids.tolist()}: the teacher has {n} classes, 0 to {n-1}, along axis {self.axis}")
+        return Outputs(o.logits.index_select(self.axis, ids.to(o.logits.device)), o.feats, o.mask)
+
+    def _together(self, x, kw, layers):
+        "An ensemble's answer; its layers have their member's number in front"
+        self._check_layers(layers)
+        theirs = [[n.partition('.')[2] for n in layers if n.partition('.')[0] == str(i)] for i in range(len(self.members))]
+        outs = [m._answer(x, kw, list(dict.fromkeys(m.layers + names))) for m,names in zip(self.members, theirs)]
+        feats = {f'{i}.{k}': v for i,o in enumerate(outs) for k,v in o.feats.items()}
+        logits = mix([o.logits for o in outs], self.weights, self.combine, self.kind, self.axis)
+        return Outputs(logits, feats, next((o.mask for o in outs if o.mask is not None), None))
+
+    def _alone(self, x, kw, layers):
+        self._check_layers(layers)
+        device = next((t.device for t in tensors((x, kw))), torch.device('cpu'))
+        if self._guest is not None: self._guest.settle()
+        x,kw = self._arrange(x, kw, device)
+        with Taps(self.module, layers) if layers else nullcontext() as taps:
+            o = Outputs.of(self.model(*x, **kw))
+            feats = {**o.feats, **(taps.pop() if layers else {})}
+        return Outputs(*(apply(v, lambda t: answer(t, device)) for v in (o.logits, feats, o.mask)))
+
+    def _check_layers(self, layers):
+        if not layers: return
+        if self.members:
+            if wrong := [n for n in layers if n.partition('.')[0] not in map(str, range(len(self.members)))]:
+                raise DistillError(f"No layer {wrong[0]!r} in an ensemble of {len(self.members)}: "
+                                   "a layer of its first member is called '0.NAME', and so on.")
+        elif self.module is None or is_graph(self.module):
+            raise DistillError(f"{self.name} shows only what comes out of it, so its layers {', '.join(layers)} can't be read. "
+                               "Give the nn.Module that it was made from, or a function that returns Outputs(logits, feats).")
+
+    # its input
+
+    def _arrange(self, x, kw, device):
+        "The batch as the teacher needs it: by name or position, on its device, in its precision, in its normalisation and size"
+        if len(x) == 1 and isinstance(x[0], Mapping) and by_name(self.model, x[0]): x,kw = (),{**x[0], **kw}
+        if len(x) > 1 and is_hf(self.model) and not self._guest.seen: check_second(self.model, *x[:2])
+        self._check_images([t for t in tensors((x, kw)) if is_image(t)])
+        dtype = None
+        if self._guest is not None: device,dtype,self._guest.seen = self._guest.place(device),self._guest.dtype,True
+        return apply((x, kw), lambda t: self._fit(t, device, dtype))
+
+    def _check_images(self, images):
+        if self.stats is not None and self.input_stats is None and images:
+            raise DistillError("stats= says what images the teacher learnt from, but not what these are normalised with: "
+                               "say input_stats=(mean, std), or input_stats=(0, 1) if they are not normalised.")
+        if self._by is None: return
+        if not images: raise DistillError("stats= is for images, float tensors of shape (B, C, H, W): this batch has none. Leave it out.")
+        n = len(self._by[0])
+        if wrong := [t for t in images if n not in (1, t.shape[1])]:
+            raise DistillError(f"stats= are of {n} channels, the images have shape {tuple(wrong[0].shape)}: "
+                               "give one mean and std for each channel, or stats=None.")
+
+    def _fit(self, x, device, dtype):
+        plain = as_plain(x)
+        t = plain.to(device)
+        if is_image(t) and (self._by is not None or self.size is not None):
+            t = full(t)
+            if self._by is not None: t = t*self._by[0].to(t) + self._by[1].to(t)
+            if self.size not in (None, tuple(t.shape[2:])): t = F.interpolate(t, self.size, mode='bilinear', antialias=True)
+        if dtype is not None and t.is_floating_point(): t = t.to(dtype)
+        # subtle: a copy, for a network that works in place on its input would change the student's batch
+        return t.clone() if t is plain else t
+
+
+DEFAULTS = {k: p.default for k,p in inspect.signature(Teacher).parameters.items()}
+
+def unsaid(option, v): return v is DEFAULTS[option] or (option == 'layers' and not len(v))
+
+def is_image(t): return t.dim() == 4 and t.is_floating_point()
+
+def full(t): return t.float() if t.dtype.itemsize < 4 else t
+
+def answer(t, device):
+    "What a model gave, as a plain tensor that losses can save for their backward pass"
+    t = as_plain(t).detach().to(device)
+    return t.clone() if t.is_inference() else t
+
+def tensors(o):
+    "All tensors in nested tuples, lists and mappings"
+    if isinstance(o, Tensor): yield o
+    elif isinstance(o, (tuple, list, Mapping)):
+        for v in (o.values() if isinstance(o, Mapping) else o): yield from tensors(v)
+
+def apply(o, fn):
+    "`fn` of all tensors in nested tuples, lists and mappings; whatever else there is stays"
+    if isinstance(o, Tensor): return fn(o)
+    if isinstance(o, Mapping): return {k: apply(v, fn) for k,v in o.items()}
+    return type(o)(apply(v, fn) for v in o) if type(o) in (tuple, list) else o
+
+
+class Guest:
+    "What a module is like before it teaches, and the way back"
+    def __init__(self, model, mode): self.model,self.mode = model,mode
+
+    def __enter__(self):
+        mods = list(self.model.modules())
+        self.modes = [(m, m.training) for m in mods if hasattr(m, 'training')]
+        self.buffers = [(m._buffers, k, b, b.clone() if b.layout == torch.strided else None)      # sparse ones can't be compared
+                        for m in mods for k,b in m._buffers.items() if b is not None]
+        self.states = [(m, state_of(m)) for m in mods if isinstance(m, nn.RNNBase) or callable(getattr(m, 'reset', None))]
+        self.dtype = next((p.dtype for p in self.model.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1), None)
+        self.params,self.batch,self.device,self.seen = [],None,None,False
+        self.settle()
+        return self
+
+    def settle(self):
+        "Every submodule in the mode asked for, at each batch: something in between may have changed it"
+        # subtle: the flag and not .eval(), which some models override to do more (merge adapters into weights, for one)
+        for m,_ in self.modes:
+            if m.training != (self.mode == 'train'): m.training = self.mode == 'train'
+
+    def place(self, device):
+        "Where a batch that is on `device` has to go: a teacher on the CPU comes to it, one that lives elsewhere stays"
+        if device != self.batch: self.batch,self.device = device,self._place(device)
+        return self.device
+
+    def _place(self, device):
+        at = dict.fromkeys(t.device for t in [*self.model.parameters(), *self.model.buffers()])
+        if not at or device in at and len(at) == 1: return device
+        if list(at) != [torch.device('cpu')]: return next(d for d in at if d.type != 'meta')
+        self.params = [(m._parameters, k, p, p.data, p.grad)
+                       for m in self.model.modules() for k,p in m._parameters.items() if p is not None]
+        for _,_,p,_,_ in self.params: p.grad = None
+        self.model.to(device)
+        for m,_ in self.states:
+            held = {k: v for k,v in state_of(m).items() if next(tensors(v), None) is not None}
+            vars(m).update({k: apply(v, lambda t: t.to(device)) for k,v in held.items()})
+        return device
+
+    def __exit__(self, *_):
+        for m,on in self.modes: m.training = on
+        for d,k,p,data,grad in self.params:     # the very tensors that were there, so that nothing was rounded or copied
+            p.data,p.grad = data,grad
+            if d[k] is not p: d[k] = p
+        for d,k,b,was in self.buffers:
+            if d[k] is not b: d[k] = b
+            if was is not None and not torch.equal(b, was): b.copy_(was)
+        for m,was in self.states: vars(m).update(was)
+
+
+def state_of(m):
+    "Hidden state and the like: of fastai's recurrent layers, and what PyTorch's keep beside their parameters"
+    return {k: list(v) if type(v) is list else v for k,v in vars(m).items() if k == '_flat_weights' or (k[0] != '_' and k != 'training')}
+
+
+# an ensemble
+
+def shares(weights, n):
+    "Weights that add up to 1"
+    w = [1.]*n if weights is None else [float(o) for o in weights]
+    if len(w) != n or min(w) < 0 or not 0 < sum(w) < float('inf'):
+        raise DistillError(f"weights={weights} of {n} teachers: one number each, none below 0, not all 0")
+    return [o/sum(w) for o in w]
+
+
+def mix(
+    logits, # of each member, equal shapes
+    weights, # of each member, adding up to 1
+    combine, kind, axis # as in `Teacher`
+):
+    "The answer of several teachers, as logits again"
+    for i,o in enumerate(logits):
+        if o.shape != logits[0].shape:
+            raise DistillError(f"Member {i} of the ensemble answers with shape {tuple(o.shape)}, member 0 with {tuple(logits[0].shape)}: "
+                               "they must be equal. Teacher(member, select=...) takes some of its classes; a function can resize.")
+    weights,logits = zip(*[(w, full(o)) for w,o in zip(weights, logits) if w > 0])
+    if combine == 'logits' or kind == 'regression': return sum(w*o for w,o in zip(weights, logits))
+    log_mean = lambda lps: torch.stack([lp+log(w) for lp,w in zip(lps, weights)]).logsumexp(0)
+    if kind == 'sigmoid': return log_mean(map(F.logsigmoid, logits)) - log_mean(F.logsigmoid(-o) for o in logits)
+    return log_mean(F.log_softmax(o, axis) for o in logits)
+
+
+# the statistics of images
+
+STATS = "possible are (mean, std), 'imagenet', 'auto', torchvision's weights (as in ResNet18_Weights.DEFAULT), and None"
+
+def stats_of(stats, model=None):
+    "(mean, std), each a tensor (C,) or (1,), from what `Teacher` takes as stats"
+    if stats is None: return None
+    if isinstance(stats, str): stats = named_stats(stats, model)
+    elif hasattr(stats, 'transforms'): stats = stats.transforms().mean,stats.transforms().std      # torchvision's weights
+    try: mean,std = [torch.as_tensor(as_plain(o), dtype=torch.float64).flatten().cpu() for o in stats]
+    except (TypeError, ValueError, RuntimeError) as e: raise DistillError(f"stats={stats!r}: {STATS}") from e
+    if len(mean) != len(std) or not (std > 0).all(): raise DistillError(f"stats={stats!r}: one mean, and one std above 0, for each channel")
+    return mean,std
+
+
+def named_stats(name, model):
+    if name == 'imagenet': return IMAGENET
+    if name != 'auto': raise DistillError(f"stats={name!r}: {STATS}")
+    if cfg := timm_cfg(model): return cfg['mean'],cfg['std']
+    raise DistillError(f"stats='auto': {type(model).__name__} does not tell what images it learnt from, as timm's models do and "
+                       "torchvision's don't. Give stats=(mean, std), its torchvision weights, or 'imagenet'.")
+
+
+def timm_cfg(model):
+    cfg = getattr(model, 'pretrained_cfg', None)
+    return cfg if isinstance(cfg, dict) and 'mean' in cfg and 'std' in cfg else None
+
+
+def affine(given, wanted):
+    "(factor, shift), each (C, 1, 1), from images normalised with `given` to `wanted`; None where these are the same"
+    (gm,gs),(wm,ws) = given,wanted
+    if 1 < len(gm) != len(wm) > 1:
+        raise DistillError(f"input_stats are of {len(gm)} channels, stats of {len(wm)}: it is the same images that the teacher sees")
+    factor,shift = torch.broadcast_tensors(gs/ws, (gm-wm)/ws)
+    if (factor-1).abs().max() < 1e-6 and shift.abs().max() < 1e-6: return None
+    return factor[:, None, None],shift[:, None, None]
