@@ -1,0 +1,12 @@
+"Distillation for fastai: `from fastdistill.fastai import *` after `from fastai.vision.all import *`."
+from .. import losses
+from ..distiller import Distiller, Recipe, Term
+from ..outputs import DistillError, DistillWarning, Outputs
+from ..recipes import *
+from ..recipes import __all__ as _recipes
+from ..teacher import Teacher
+from . import learner as _learner
+from .callback import KnowledgeDistillation
+from .check import check_teacher
+
+__all__ = ['DistillError', 'DistillWarning', 'Distiller', 'KnowledgeDistillation', 'Outputs', 'Recipe', 'Teacher', 'Term', 'check_teacher', 'losses', *_recipes]

@@ -1,0 +1,218 @@
+"The callback: distillation inside a fit, and nothing of it outside."
+import copy
+import torch
+from fastai.basics import Adam, Callback, L, Metric, OptimWrapper, ValueMetric, find_bs, noop
+from fastai.callback.mixup import MixHandler
+from fastai.torch_core import num_distrib
+from ..distiller import Distiller, Recipe, Term
+from ..outputs import DistillError, Outputs, as_plain
+from ..recipes import kd
+from ..taps import Taps, unwrap
+from .check import check_teacher, fitting_teacher
+from .task import task_of
+
+__all__ = ['KnowledgeDistillation']
+
+
+class PartMetric(Metric):
+    "The mean of one term over the validation set, as a column of its own"
+    def __init__(self, kd, key): self.kd,self.key = kd,key
+    def reset(self): self.total,self.count = 0.,0
+    def accumulate(self, learn):
+        if (v := self.kd.parts.get(self.key)) is None: return
+        n = find_bs(learn.yb)
+        self.total += learn.to_detach(v)*n
+        self.count += n
+    @property
+    def value(self): return self.total/self.count if self.count else None
+    @property
+    def name(self): return f'{self.key}_loss'
+    # after an interrupted fit it may still be there when the learner is exported, where it must need nothing
+    def __reduce__(self): return ValueMetric, (noop, self.name)
+
+
+class KnowledgeDistillation(Callback):
+    "Train the learner on what `teacher` knows: `learn.fit_one_cycle(3, 1e-3, cbs=KnowledgeDistillation(teacher))`"
+    # after the student's loss and its regularisers, before GradientAccumulation (6) divides it and MixedPrecision (10) scales it
+    order,remove_on_fetch,_only_train_loop = 5,False,True
+
+    def __init__(
+        self,
+        teacher=None, # Learner, exported .pkl, module, TorchScript, torch.export or ONNX file, callable, `Teacher`, or a list of these (an ensemble)
+        recipe=None, # `kd()`, `kd() + at()`, a `Term`; None: kd(T, alpha)
+        *,
+        T=None, # temperature: number or schedule (fastai's `SchedCos(8, 2)`); 4 if not given
+        alpha=None, # weight of the teacher, the labels have 1-alpha: number or schedule; .9 if not given
+        loss=None, # your own: fn(student_logits, teacher_logits, *targets); it is the whole loss, unless alpha mixes the labels' own in
+        kind:str|None=None, # 'softmax', 'sigmoid' or 'regression'; None: read off the learner's loss function
+        axis:int|None=None, # class axis; None: likewise
+        balance:str|None=None, # 'grad': weights are shares of the gradient, measured at the first batch
+        check:bool=True # look for mistakes before the first fit (see `check_teacher`)
+    ):
+        super().__init__()
+        self.source,self.asked_kind,self.asked_axis,self.balance,self.check = teacher,kind,axis,balance,check
+        self.recipe = make_recipe(recipe, T, alpha, loss)
+        self.on,self.mets,self.parts = False,L(),{}
+        self.distiller = self.popt = self.taps = self.told = self.kept = None
+
+    # around a fit
+
+    def before_fit(self):
+        self.teardown()
+        if self.learn.lock.locked() or hasattr(self.learn, 'gather_preds'): return     # validate, get_preds, show_results ...
+        if any(isinstance(c, KnowledgeDistillation) and c is not self for c in self.learn.cbs):
+            raise DistillError("Two KnowledgeDistillation callbacks in one Learner. Give one of them a list of teachers (an ensemble), or a sum of recipes, kd() + at().")
+        if self.distiller is None or self.distiller.student is not unwrap(self.learn.model): self._build()
+        finding = hasattr(self.learn, 'lr_finder')
+        if self.check and not self.checked and not finding:
+            check_teacher(self.learn, self.distiller.teacher, self.task).enforce()
+            self.checked = True
+        self.on = True
+        if finding: self._keep()
+        self.mets = L(PartMetric(self, t.name) for t in self.recipe.terms)
+        self.learn.metrics = self.learn.metrics + self.mets
+        self.distiller.teacher.start()
+
+    def _build(self):
+        task = self.task = task_of(self.learn.loss_func, self.asked_kind, self.asked_axis)
+        self.distiller = Distiller(unwrap(self.learn.model), fitting_teacher(self.source, self.learn, task), self.recipe,
+                                   kind=task.kind, axis=task.axis, ignore_index=task.ignore_index, balance=self.balance)
+        self.popt,self.checked = None,False
+
+    def _keep(self):
+        "lr_find trains until it diverges: on copies, then"
+        d = self.distiller
+        self.kept = d.links,d.scales,self.popt
+        d.links,d.scales,self.popt = copy.deepcopy(d.links),dict(d.scales),None
+
+    def after_fit(self): self.teardown()
+
+    def teardown(self):
+        "Put everything back; safe to call at any time, and twice"
+        self._untap()
+        if not self.on: return
+        self.on = False
+        self.distiller.teacher.stop()
+        self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self.mets)
+        if self.kept is not None: self.distiller.links,self.distiller.scales,self.popt = self.kept
+        self.kept = None
+
+    def __setattr__(self, k, v):
+        # subtle: after an error or an interrupt no event comes, but the fit removes its callbacks, which ends here
+        if k == 'learn' and v is None and self.learn is not None: self.teardown()
+        super().__setattr__(k, v)
+
+    def __reduce__(self): return Callback, ()   # in an exported learner: a callback that does nothing and needs nothing
+
+    # a batch
+
+    @property
+    def active(self): return self.on and not hasattr(self.learn, 'gather_preds')     # get_preds inside a fit is none of ours
+
+    def before_train(self): self._phase(True)
+    def before_validate(self): self._phase(False)
+
+    def _phase(self, training):
+        if not self.active: return
+        self.distiller.links.train(training)
+        self.distiller.teacher.reset()
+
+    def before_batch(self):
+        if not self.active: return
+        self.parts,self.told = {},None
+        if not self.distiller.ready: self._setup()
+        # subtle: not once for all: an averaged model may take the model's place for validation
+        if self.taps is None or self.taps.model is not self.learn.model: self._tap()
+
+    def _setup(self):
+        self.distiller.setup(*map(as_plain, self.xb))
+        self.distiller.links.train(self.training)
+        if num_distrib() > 1:
+            for t in self.distiller.links.state_dict().values(): torch.distributed.broadcast(t, 0)
+        if self.distiller.pairs: print(self.distiller.pairs)
+
+    def _tap(self):
+        self._untap()
+        if names := self.distiller.student_layers(): self.taps = Taps(self.learn.model, names).attach()
+
+    def _untap(self):
+        if self.taps is not None: self.taps.detach()
+        self.taps = None
+
+    def after_train(self): self._untap()
+    def after_validate(self):
+        if self.active: self._untap()
+
+    def after_pred(self):
+        if not self.active or len(self.yb) or not self.training: return
+        if self.recipe.task_at(self.pct_train): raise DistillError(
+            "These batches have no labels, but the recipe counts their loss: use alpha=1, or soft_labels(), to train from the teacher alone.")
+        # subtle: without a target fastai makes no loss and no step; the teacher's answer is one, and its loss has the weight 0
+        self.told = self.distiller.teacher(*self.xb)
+        self.learn.yb = pseudo_labels(self.told.logits, Outputs.of(self.learn.pred).logits, self.task),
+
+    def after_loss(self):
+        if not self.active or not len(self.yb): return
+        t = self.distiller.teacher(*self.xb) if self.told is None else self.told
+        s = Outputs.of(self.learn.pred, self.taps.pop() if self.taps else None)
+        r = self.distiller.compute(s, t, self.learn.loss, self.yb if self.told is None else (), progress=self.pct_train, mixed=self._mixed())
+        self.parts = r.parts
+        if not self.training or r.added is None: return
+        self.learn.loss_grad = self.learn.loss_grad + r.added
+        self.learn.loss = self.learn.loss + r.added
+
+    def _mixed(self):
+        "The second labels of a mixed batch, and the first ones' share, where MixUp or CutMix leave labels as they are"
+        mix = next((c for c in self.learn.cbs if isinstance(c, MixHandler) and self.training and getattr(c, 'stack_y', False)), None)
+        return None if mix is None else (mix.yb1, mix.lam)
+
+    # projectors have an optimizer of their own: a group more in the student's would break its schedules and checkpoints
+
+    def after_backward(self):
+        ps = self._projectors()
+        if num_distrib() > 1:
+            for p in ps:
+                if p.grad is not None: torch.distributed.all_reduce(p.grad.div_(num_distrib()))
+
+    def _projectors(self): return self.distiller.own_parameters() if self.active else []
+
+    def before_step(self): self.skip = False
+    def after_cancel_step(self): self.skip = True
+
+    def after_step(self):
+        if not (ps := self._projectors()): return
+        if self.popt is None:
+            make = Adam if isinstance(self.learn.opt_func, OptimWrapper) else self.learn.opt_func
+            self.popt = make([ps], lr=self.learn.lr)
+        self._unscale(ps)
+        if not self.skip:
+            for k in self.popt.hypers[0]:
+                if k in self.opt.hypers[-1]: self.popt.set_hyper(k, float(self.opt.hypers[-1][k]))   # subtle: set_hyper chokes on numpy's floats
+            self.popt.step()
+        self.popt.zero_grad()
+
+    def _unscale(self, ps):
+        "Undo what half precision's scaler did to the loss; skip the step where that overflowed"
+        scaler = getattr(self.learn, 'scaler', None)
+        if scaler is None or not scaler.is_enabled(): return
+        for p in ps:
+            if p.grad is not None: p.grad.mul_(1/scaler.get_scale())
+        self.skip = self.skip or any(p.grad is not None and not p.grad.isfinite().all() for p in ps)
+
+
+def make_recipe(recipe, T, alpha, loss):
+    "One recipe from the three ways of asking for it"
+    if recipe is None and loss is None: return kd(4. if T is None else T, .9 if alpha is None else alpha)
+    if recipe is not None:
+        given = [k for k,v in dict(T=T, alpha=alpha, loss=loss).items() if v is not None]
+        if given: raise DistillError(f"A recipe and {', '.join(given)}=: say it in the recipe, as in kd(T=2, alpha=.5).")
+        return Recipe(recipe)
+    if T is not None: raise DistillError("T= with loss=: your loss gets the logits as they are, and softens them itself (or write Term(fn, T=...)).")
+    alpha = 1. if alpha is None else alpha
+    return Recipe(Term(loss, weight=alpha, name='kd'), task=kd(alpha=alpha).task)
+
+
+def pseudo_labels(t, s, task):
+    "The teacher's answer as a target of the task's own loss"
+    if task.kind == 'softmax': return t.argmax(task.axis)
+    return (t > 0).to(s.dtype) if task.kind == 'sigmoid' else t.to(s.dtype)

@@ -1,0 +1,73 @@
+"Teachers as fastai's users have them: Learners, exported Learners, and all that `Teacher` takes."
+import pickle, warnings
+from pathlib import Path
+from fastai.basics import L, Learner, load_learner
+from fastai.data.transforms import Normalize
+from torch import nn
+from ..outputs import DistillError, DistillWarning
+from ..teacher import Teacher, affine, stats_of, timm_cfg, unsaid
+
+__all__ = ['image_stats', 'teacher_of']
+
+
+def teacher_of(
+    obj, # Learner, path of an exported one (.pkl: loading runs code that is in it), what `Teacher` takes, or a list of these
+    learn=None, # the student's Learner, or its DataLoaders: what the batches are normalised with
+    **kwargs # of `Teacher`
+) -> Teacher:
+    """`obj` as a `Teacher` for the batches of `learn`: images are re-normalised from the student's statistics to the teacher's.
+
+    A Learner's statistics are read off its DataLoaders; `.learner` keeps it, for its vocabulary. They are read now: a pretrained
+    `vision_learner` adds `Normalize` to the DataLoaders it is given, so that a student built on the teacher's own DataLoaders
+    changes what they say about the teacher. Give each its own"""
+    dls = getattr(learn, 'dls', learn)
+    if dls is not None: kwargs.setdefault('input_stats', image_stats(dls))
+    if isinstance(obj, (str, Path)) and Path(obj).suffix == '.pkl': obj = exported(Path(obj))
+    if isinstance(obj, Teacher): return adapted(obj, kwargs)
+    if isinstance(obj, (list, tuple, L)):
+        theirs = {k: v for k,v in kwargs.items() if k == 'stats'}
+        return Teacher([teacher_of(o, learn, **theirs) for o in obj], **kwargs)
+    if isinstance(obj, Learner): return of_learner(obj, kwargs)
+    if isinstance(obj, nn.Module) and 'stats' not in kwargs and dls is not None: kwargs['stats'] = of_module(obj, kwargs['input_stats'])
+    return Teacher(obj, **kwargs)
+
+
+def adapted(teacher, kwargs):
+    "A Teacher keeps what its maker said; the same one if nothing is left to say"
+    new = {k: v for k,v in kwargs.items() if unsaid(k, getattr(teacher, k)) and not unsaid(k, v)}
+    return Teacher(teacher, **new) if new else teacher
+
+
+def of_learner(learn, kwargs):
+    "The Learner's model; its callbacks stay out of it"
+    teacher = Teacher(learn.model, **{'stats': image_stats(learn.dls), **kwargs})
+    teacher.learner = learn
+    return teacher
+
+
+def of_module(model, given):
+    "The images that a bare module learnt from: timm's modules tell; torchvision's don't, which matters unless the student's are ImageNet's"
+    if timm_cfg(model): return 'auto'
+    if not type(model).__module__.startswith('torchvision.models') or given is None: return None
+    if affine(stats_of(given), stats_of('imagenet')) is None: return None
+    warnings.warn(f"torchvision's {type(model).__name__} does not tell how its images were normalised: it gets the student's as they are. "
+                  "If it has published weights: Teacher(model, stats='imagenet'). If it learnt from such batches as these: Teacher(model).",
+                  DistillWarning, stacklevel=3)
+
+
+def exported(path):
+    if not path.is_file():
+        raise DistillError(f"There is no file {str(path)!r}: an exported Learner is what teacher_learner.export({path.name!r}) writes.")
+    try: return load_learner(path)
+    # subtle: unbound is fastai's word for an import that failed
+    except (AttributeError, UnboundLocalError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        says = ' '.join(f'{type(e).__name__}: {e}'.split())
+        raise DistillError(f"{path} could not be loaded as an exported Learner ({says}). Is it one, from learn.export? "
+                           "Can all that it is made of be imported here, packages and your own functions and classes?") from e
+
+
+def image_stats(dls) -> tuple:
+    "(mean, std) of the `Normalize` that batches go through; (0, 1) where there is none"
+    tfms = getattr(getattr(dls, 'after_batch', None), 'fs', [])
+    n = next((t for t in tfms if isinstance(t, Normalize)), None)
+    return (0., 1.) if n is None else (n.mean, n.std)
