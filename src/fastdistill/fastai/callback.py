@@ -53,7 +53,7 @@ class KnowledgeDistillation(Callback):
         self.source,self.asked_kind,self.asked_axis,self.balance,self.check = teacher,kind,axis,balance,check
         self.recipe = make_recipe(recipe, T, alpha, loss)
         self.on,self.mets,self.parts = False,L(),{}
-        self.distiller = self.popt = self.taps = self.told = self.kept = None
+        self.distiller = self.popt = self.taps = self.told = self.kept = self.loaded = None
 
     # around a fit
 
@@ -68,6 +68,7 @@ class KnowledgeDistillation(Callback):
             check_teacher(self.learn, self.distiller.teacher, self.task).enforce()
             self.checked = True
         self.on = True
+        if self.distiller.ready: self._load()
         if finding: self._keep()
         self.mets = L(PartMetric(self, t.name) for t in self.recipe.terms)
         self.learn.metrics = self.learn.metrics + self.mets
@@ -129,6 +130,7 @@ class KnowledgeDistillation(Callback):
         self.distiller.links.train(self.training)
         if num_distrib() > 1:
             for t in self.distiller.links.state_dict().values(): torch.distributed.broadcast(t, 0)
+        self._load()
         if self.distiller.pairs: print(self.distiller.pairs)
 
     def _tap(self):
@@ -181,15 +183,39 @@ class KnowledgeDistillation(Callback):
 
     def after_step(self):
         if not (ps := self._projectors()): return
-        if self.popt is None:
-            make = Adam if isinstance(self.learn.opt_func, OptimWrapper) else self.learn.opt_func
-            self.popt = make([ps], lr=self.learn.lr)
+        if self.popt is None: self.popt = self._make_popt(ps)
         self._unscale(ps)
         if not self.skip:
             for k in self.popt.hypers[0]:
                 if k in self.opt.hypers[-1]: self.popt.set_hyper(k, float(self.opt.hypers[-1][k]))   # subtle: set_hyper chokes on numpy's floats
             self.popt.step()
         self.popt.zero_grad()
+
+    def _make_popt(self, ps):
+        make = Adam if isinstance(self.learn.opt_func, OptimWrapper) else self.learn.opt_func
+        return make([ps], lr=self.learn.lr)
+
+    def state_dict(self):
+        "What a checkpoint of training needs beside `learn.save`: projectors, their optimizer's state, measured balance"
+        if self.distiller is None: return {}
+        d,opt = self.distiller,None
+        if self.popt is not None: opt = dict(state=list(self.popt.state_dict()['state']), hypers=[dict(h) for h in self.popt.hypers])
+        return dict(links=d.links.state_dict(), scales=dict(d.scales), opt=opt)
+
+    def load_state_dict(
+        self,
+        state # what `state_dict` gave; it is taken up when the next fit begins
+    ):
+        self.loaded = state
+
+    def _load(self):
+        state,self.loaded = self.loaded,None
+        if not state: return
+        self.distiller.links.load_state_dict(state['links'])
+        self.distiller.scales = dict(state['scales'])
+        if state['opt'] is not None:
+            self.popt = self._make_popt(self.distiller.own_parameters())
+            self.popt.load_state_dict(copy.deepcopy(state['opt']))
 
     def _unscale(self, ps):
         "Undo what half precision's scaler did to the loss; skip the step where that overflowed"
