@@ -6,7 +6,7 @@ from math import log
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
-from .forms import FORMS, by_name, check_second, is_graph, is_hf, load
+from .forms import FORMS, Onnx, by_name, check_second, is_graph, is_hf, load
 from .outputs import DistillError, Outputs, as_plain
 from .taps import Taps, named
 
@@ -28,7 +28,7 @@ class Teacher:
         model, # nn.Module, torch.export program, .pt, .pt2 or .onnx file, callable (its modes are its own affair), a list of these
         *,
         layers=(), # dotted names of layers whose output is wanted too; in an ensemble '0.NAME' is the first member's
-        mode:str='eval', # 'train' for the papers that need it: dropout draws, batch-norm reads the batch (torch.export programs keep theirs)
+        mode:str='eval', # 'train' for papers that need it: dropout draws, batch-norm reads the batch (torch.export programs keep theirs)
         stats=None, # (mean, std) of the images it learnt from, torchvision's weights, 'imagenet', 'auto' (timm's tell); None: as they come
         input_stats=None, # (mean, std) that the batch's images are normalised with; (0, 1) if they are not
         size:int|tuple|None=None, # height and width (one number: a square) that images are resized to
@@ -191,9 +191,10 @@ class Teacher:
         device = next((t.device for t in tensors((x, kw))), torch.device('cpu'))
         if self._guest is not None: self._guest.settle()
         x,kw = self._arrange(x, kw, device)
-        with Taps(self.module, layers) if layers else nullcontext() as taps:
+        with Taps(self.module, layers) if layers and self.module is not None else nullcontext() as taps:
             o = Outputs.of(self.model(*x, **kw))
-            feats = {**o.feats, **(taps.pop() if layers else {})}
+            feats = o.feats if taps is None else {**o.feats, **taps.pop()}
+        if taps is None and not set(layers) <= set(feats): raise self._unseen(layers, feats)     # a function's answer brings its own
         return Outputs(*(apply(v, lambda t: answer(t, device)) for v in (o.logits, feats, o.mask)))
 
     def _check_layers(self, layers):
@@ -202,9 +203,11 @@ class Teacher:
             if wrong := [n for n in layers if n.partition('.')[0] not in map(str, range(len(self.members)))]:
                 raise DistillError(f"No layer {wrong[0]!r} in an ensemble of {len(self.members)}: "
                                    "a layer of its first member is called '0.NAME', and so on.")
-        elif self.module is None or is_graph(self.module):
-            raise DistillError(f"{self.name} shows only what comes out of it, so its layers {', '.join(layers)} can't be read. "
-                               "Give the nn.Module that it was made from, or a function that returns Outputs(logits, feats).")
+        elif isinstance(self.model, Onnx) or is_graph(self.module): raise self._unseen(layers)
+
+    def _unseen(self, layers, feats=()):
+        return DistillError(f"{self.name} shows only what comes out of it ({', '.join(feats) or 'no layers'}), so {', '.join(layers)} "
+                            "can't be read. Give the nn.Module that it was made from, or a function that returns Outputs(logits, feats).")
 
     # its input
 
