@@ -37,7 +37,7 @@ def pair(
     teacher, # a module, or a `Teacher`
     x_student, # a batch of inputs: a tensor, a tuple of several, or a dict of keyword arguments
     x_teacher=None, # the teacher's, if it takes others
-    layers='auto', # {'student.layer': 'teacher.layer' or a list of them}, pairs of names, names or globs for both, 'auto', or 'last' of these
+    layers='auto', # {'student.layer': 'teacher.layer' or a list}, pairs of names, names or globs for both, 'auto', or 'last' of these
     *,
     match:str='shape', # what the loss needs of the teacher's shape, and
     projector='auto' # with what it is made, as in `projectors.projector`: here for the table alone
@@ -84,12 +84,12 @@ def _items(layers):
     "(student's pattern, teacher's pattern), many-to-many, in the order given"
     if isinstance(layers, str): layers = [layers]
     if isinstance(layers, Mapping):
-        layers = [(s, t) for s,ts in layers.items() for t in ([ts] if isinstance(ts, str) else ts)]
-    items = [(o, o) if isinstance(o, str) else tuple(o) for o in layers]
-    if wrong := [o for o in items if len(o) != 2 or not all(isinstance(n, str) for n in o)]:
+        layers = [(s, t) for s,ts in layers.items() for t in (ts if isinstance(ts, (tuple, list)) else [ts])]
+    items = [(o, o) if isinstance(o, str) else o for o in (layers if isinstance(layers, (tuple, list)) else [layers])]
+    if wrong := [o for o in items if not isinstance(o, (tuple, list)) or [type(n) for n in o] != [str, str]]:
         raise DistillError(f"layers={layers!r}: {wrong[0]!r} is no pair of names. Possible are {{'student.layer': "
                            "'teacher.layer'}, {'student.layer': ['teacher.layer', ...]}, a list of pairs, a list of names "
-                           "that both models have, and 'auto'")
+                           "that both models have, 'auto' and 'last'")
     return items
 
 
@@ -134,8 +134,9 @@ def _proposed(student, teacher, x_s, x_t):
 
 
 def _shown(u, other, x):
-    "Name and shape of a stage; a picture's tokens opposite a map are taken as a map"
-    g = grid(u.shape[1]) if u.kind == 'tokens' and other.kind == 'map' and _picture(x) else None
+    "Name and shape of a stage; a square picture's tokens opposite a map are taken as a map"
+    square = _picture(x) and len(set(_size(x))) == 1
+    g = grid(u.shape[1]) if square and u.kind == 'tokens' and other.kind == 'map' else None
     if g: return f'{u.name}@map', (u.shape[0], u.shape[2], *g[1:])
     if u.turn == '@tokens': return f'{u.name}@tokens', (u.shape[0], u.shape[2], u.shape[1])
     return u.name + u.turn, u.shape
@@ -273,18 +274,22 @@ class Road:
             found.append(u)
         return found
 
-    def _open(self, name, split_maps):
+    def _open(self, name, split_maps, block=False):
         at_head = not name or _in(self.head, name)
         if not at_head and self.when.get(name, 0) > self.when[self.head]: return []
         u,below = self.look(name),self.below.get(name, [])
-        if below and (u is None or at_head or self._several(u, split_maps)):
-            return [o for n in below for o in self._open(n, split_maps)]
+        if below and (u is None or at_head or (not block and self._row(u, split_maps)) or self._several(u)):
+            block = self._blocks(name, split_maps)
+            return [o for n in below for o in self._open(n, split_maps, block)]
         return [] if u is None or name == self.head else [name]
 
-    def _several(self, u, split_maps):
+    def _row(self, u, split_maps):
+        "Is there a row of blocks in it, each of which counts?"
+        if u.kind == 'map' and not split_maps: return False
+        return any(self._blocks(n, split_maps) for n in [u.name, *self._inside(u.name)])
+
+    def _several(self, u):
         "Does more than one stage end in it?"
-        if u.kind != 'map' or split_maps:
-            if any(self._blocks(n, split_maps) for n in [u.name, *self._inside(u.name)]): return True
         inside = [o for n in self._inside(u.name) if (o := self.look(n)) and o.weights and o.kind == 'map']
         others = {o.place for o in inside if set(o.place) != {1}} - self._ends(u)
         areas = sorted(map(math.prod, self._ends(u)))

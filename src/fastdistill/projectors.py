@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 from .outputs import DistillError
-from .taps import as_map, as_tokens, grid
+from .taps import as_map, as_tokens, as_vector, grid
 
 __all__ = ['Projector', 'describe', 'projector', 'resize', 'to_grid']
 
@@ -35,14 +35,11 @@ def to_grid(
     "The student's features, with its own channels, on the teacher's grid: maps and tokens become each other"
     dims = s.dim(),len(like)
     if dims in ((2, 2), (3, 3)) and s.shape[1] == like[1]: return s
-    if dims[1] == 2 and dims[0] > 1: return _vector(s)
+    if dims[1] == 2 and dims[0] > 1: return as_vector(s)
     if dims == (3, 3): return _tokens(s, like[1])
     if dims == (4, 3): return _map_as_tokens(s, like[1])
     if dims == (3, 4): s = as_map(s, like[2]/like[3])
     return resize(s, like[2:])
-
-
-def _vector(s): return s if s.dim() == 2 else s.mean(1) if s.dim() == 3 else s.flatten(2).mean(2)
 
 
 def _tokens(s, n):
@@ -56,7 +53,7 @@ def _map_as_tokens(s, n):
     g = grid(n, s.shape[2]/s.shape[3])
     if g is None:
         raise DistillError(f"The student's map of shape {tuple(s.shape)} can't become the teacher's {n} tokens: these fill no "
-                           "grid of that height/width, after up to 8 class and register tokens. "
+                           "grid of that height/width after class and register tokens. "
                            "Pair maps with maps and sequences with sequences, or give a module as projector.")
     return _led(s[:, :0, :0, 0], as_tokens(resize(s, g[1:])), g[0])
 
@@ -146,9 +143,9 @@ def projector(
 
     The student's grid is brought to the teacher's: average-pooled where it shrinks, interpolated where it grows. Tokens
     become a map without their class and register tokens; a map becomes tokens with its mean in their place. Vectors and
-    tokens get a linear layer; maps a 1x1 convolution and a batch norm, as in OFD (arXiv:1904.01866). No ReLU follows, as it
-    does in CRD's code (arXiv:1910.10699): what the teacher has below 0 would be out of reach, and where the map is the whole
-    student's loss, units that die never come back. Linear and normalised is also what arXiv:2303.11098 finds best."""
+    tokens get a linear layer; maps a 1x1 convolution and a batch norm, as in OFD (arXiv:1904.01866). No ReLU follows, as one
+    does in CRD's code (arXiv:1910.10699): what a teacher has below 0 would be out of reach. A linear layer whose output is
+    normalised is also what arXiv:2303.11098 recommends."""
     check(s_shape, t_shape, kind, match)
     return Projector(s_shape, t_shape, kind, match)
 

@@ -1,18 +1,21 @@
 "Layers of a model by name: list them, find them, read what comes out of them."
-import contextlib, copy, difflib, math, random, re
+import contextlib, copy, difflib, math, random, re, sys
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from .outputs import DistillError, as_plain
 
 __all__ = ['LayerInfo', 'LayerTree', 'Taps', 'layers', 'resolve', 'unwrap']
 
 WRAPPERS = nn.parallel.DistributedDataParallel, nn.DataParallel
-HOW = {'in': "what goes into the layer", 'mean': "its mean over positions, a vector", 'pre': "the output, copied before a following in-place layer can overwrite it",
-       'map': "tokens, or a channels-last output, as (B, C, H, W)", 'tokens': "a channels-first output as (B, L, D)"}
+HOW = {'in': "what goes into the layer", 'pre': "the output, copied before a following in-place layer can overwrite it",
+       'map': "tokens, or a channels-last output, as (B, C, H, W)", 'tokens': "a channels-first output as (B, L, D)",
+       'mean': "the mean over positions, a vector"}
+LEAD = 0, 1, 2, 4, 5 # tokens before a picture's: none, class, class and distillation, 4 registers, class and 4 registers
 
 
 def unwrap(model:nn.Module):
@@ -109,12 +112,9 @@ def layers(
     *x # one batch of inputs, for the shapes; a single dict is passed by keyword
 ) -> LayerTree:
     "Every layer of the model with its class, output shape and number of parameters; the model stays as it is"
-    shapes = {f.name: f.shape for f in probe(model, *x)} if x else {}
-    return LayerTree(LayerInfo(n, type(m).__name__, shapes.get(n), sum(p.numel() for p in m.parameters() if not _lazy(p)))
-                     for n,m in named(model).items() if n)
-
-
-def _lazy(p): return isinstance(p, nn.parameter.UninitializedParameter)
+    shapes = {f.module: f.shape for f in probe(model, *x)} if x else {}
+    count = lambda m: sum(p.numel() for p in m.parameters() if not is_lazy(p))
+    return LayerTree(LayerInfo(n, type(m).__name__, shapes.get(m), count(m)) for n,m in named(model).items() if n)
 
 
 # ---------------------------------------------------------------------------------------------------- probe
@@ -140,7 +140,7 @@ def probe(
         i,y = first((args, kwargs)),first(out)
         ran.pop(m, None)                     # subtle: a layer that runs twice counts where it ran last
         ran[m] = Fired(names[m], m, _shape(i), _shape(y), y is not None and y.is_floating_point())
-    handles = [m.register_forward_hook(note, with_kwargs=True) for m in names]
+    handles = [m.register_forward_hook(note, with_kwargs=True) for m in names if not isinstance(m, torch.jit.ScriptModule)]
     try: run(inner, *x)
     finally:
         for h in handles: h.remove()
@@ -154,6 +154,8 @@ def run(model, *x):
     "One forward pass of the inner model that changes nothing"
     inner = unwrap(model)
     by_name = len(x) == 1 and isinstance(x[0], Mapping)
+    if any(map(is_lazy, _held(_modules(inner)))):
+        raise DistillError(f"{type(inner).__name__} has lazy layers, without weights until a batch has run: run one through it first.")
     with untouched(model):
         try: return inner(**{k: as_plain(v) for k,v in x[0].items()}) if by_name else inner(*map(as_plain, x))
         except DistillError: raise
@@ -169,8 +171,7 @@ def untouched(model:nn.Module):
     modes = [(m, m.training) for m in mods if getattr(m, 'training', False)]
     state = [_Attrs(m) for m in mods if not isinstance(m, torch.jit.ScriptModule)]
     buffers = [(b, b.clone()) for m in mods for b in m.buffers(recurse=False)]
-    held = [t for m in mods for t in [*m._parameters.values(), *m._buffers.values()] if t is not None]
-    cuda = sorted({t.device.index for t in held if t.is_cuda})
+    cuda = sorted({t.device.index for t in _held(mods) if t.is_cuda})
     python,numpy = random.getstate(),np.random.get_state()
     # subtle: the flag and not .eval(), which some layers override to do more (merge adapters, for one)
     for m,_ in modes: m.training = False
@@ -183,6 +184,9 @@ def untouched(model:nn.Module):
         with torch.no_grad():
             for b,was in buffers:
                 if not torch.equal(b, was): b.copy_(was)
+
+
+def _held(mods): return [t for m in mods for t in [*m._parameters.values(), *m._buffers.values()] if t is not None]
 
 
 class _Attrs:
@@ -224,8 +228,8 @@ def grid(
     n:int, # number of tokens
     aspect:float=1. # height over width of the picture
 ):
-    "(tokens to skip, height, width) of the map that `n` tokens are, after class and register tokens; None if they are no map"
-    for skip in range(min(n, 9)):
+    "(tokens to skip, height, width): the map that `n` tokens are, after class and register tokens; None if they are no map"
+    for skip in (k for k in LEAD if k < n):
         h = max(1, round(math.sqrt((n-skip)*aspect)))
         w = (n-skip)//h
         if h*w == n-skip and abs(h - w*aspect) < 1: return skip, h, w
@@ -240,7 +244,7 @@ def as_map(
     g = grid(y.shape[1], aspect) if y.dim() == 3 else None
     if g is None:
         raise DistillError(f"Features of shape {tuple(y.shape)} are no map: possible are (B, H, W, C), and (B, L, D) with L tokens "
-                           f"that fill a grid of height/width {aspect:g} after up to 8 class and register tokens. "
+                           f"that fill a grid of height/width {aspect:g} after {', '.join(map(str, LEAD))} class and register tokens. "
                            "Leave them as tokens (a name without @map), and pair them with tokens.")
     skip,h,w = g
     return y[:, skip:].transpose(1, 2).unflatten(2, (h, w))
@@ -261,6 +265,11 @@ def as_vector(
     return y if y.dim() < 3 else y.mean(1) if y.dim() == 3 else y.flatten(2).mean(2)
 
 
+def as_is(y): return y
+
+TURN = dict(map=as_map, tokens=as_tokens, mean=as_vector)
+
+
 class _Tap:
     "A hook on one layer: it holds that layer and the dict it writes to, and a copy of it does nothing"
     def __init__(self, name, module, seen):
@@ -275,13 +284,10 @@ class _Tap:
 
     def read(self, y):
         # subtle: compiled code does not count versions, so there a copy is the only safe reading (and is fused away)
-        if 'in' in self.how or 'pre' in self.how or torch.compiler.is_compiling(): y,version = y.clone(),None
-        else: version = None if y.is_inference() else y._version
-        for h in self.how:
-            if h == 'map': y = as_map(y)
-            if h == 'tokens': y = as_tokens(y)
-            if h == 'mean': y,version = as_vector(y),None
-        return y,version
+        compiling = torch.compiler.is_compiling()
+        if 'in' in self.how or 'pre' in self.how or compiling: y = y.clone()
+        for h in self.how: y = TURN.get(h, as_is)(y)
+        return y,None if compiling or y.is_inference() else y._version
 
     # subtle: models are copied (EMA) and pickled (export) while hooks are on them. What is left then takes any arguments,
     # does nothing, and loads where fastdistill is not installed
@@ -307,13 +313,20 @@ class Taps:
         "Listen; twice is once. Layers are looked up now: they may have been replaced (SyncBatchNorm) since the names were given"
         self.detach()
         if self.names: _heed_hooks(self.model)
-        have = named(self.model)
-        for n in self.names: _resolve(self.model, have, n)
-        for n in self.names:
-            m = have[n.split('@')[0]]
+        for n,m in [(n, self._layer(n)) for n in self.names]:
             tap = _Tap(n, m, self.seen)
             self.handles.append(m.register_forward_pre_hook(tap, with_kwargs=True) if 'in' in tap.how else m.register_forward_hook(tap))
         return self
+
+    def _layer(self, name):
+        name = name.split('@')[0]
+        try: m = unwrap(self.model).get_submodule(name)
+        except (AttributeError, RuntimeError): m = None      # a teacher, a compiled part, TorchScript
+        if m is None: m = named(self.model).get(name)
+        if m is None: raise DistillError(_unknown(self.model, name, list(named(self.model))))
+        if isinstance(m, torch.jit.ScriptModule):
+            raise DistillError(f"Layer {name!r} is TorchScript, whose parts can't be read. Use the nn.Module that it was made from.")
+        return m
 
     def detach(self):
         "Take the hooks away, and forget what they saw"
@@ -341,23 +354,23 @@ class Taps:
         return {n: self._checked(n, seen.get(n)) for n in self.names}
 
     def _checked(self, name, seen):
-        model,base = type(unwrap(self.model)).__name__,name.split('@')[0]
+        model,(base,*how) = type(unwrap(self.model)).__name__,name.split('@')
         if seen is None:
-            raise DistillError(f"Layer {name!r} of {model} did not run in this batch, or out of reach: parts of TorchScript, replicas "
-                               "of DataParallel and functions compiled around the model are not heard, and taps are read after "
-                               "the model ran and before they are detached. layers(model, x) shows a shape for those that run.")
+            raise DistillError(f"Layer {name!r} of {model} did not run in this batch, or out of reach: replicas of DataParallel and "
+                               "functions compiled around the model are not heard, and taps are read after the model ran and "
+                               "before they are detached. layers(model, x) shows a shape for the layers that run.")
         if isinstance(seen, str):
             raise DistillError(f"Layer {name!r} of {model} gave a {seen} with no tensor in it. "
                                "layers(model, x) shows a shape for those that give one.")
         y,version = seen
         if version is not None and y._version != version:
             raise DistillError(f"What came out of {name!r} of {model} was overwritten afterwards, by an in-place activation or addition. "
-                               f"Ask for '{base}@pre' to get a copy from before, or for the layer that overwrote it.")
+                               f"Ask for '{'@'.join([base, 'pre', *how])}' to get a copy from before, or for the layer that overwrote it.")
         return y
 
 
 def _heed_hooks(model):
-    "torch.compile looks at hooks only if told to, and what it compiled before it was told never sees them"
-    if not _compiled(model) or not torch._dynamo.config.skip_nnmodule_hook_guards: return
+    "torch.compile looks at hooks only if told to; what it compiled before that never sees them, and is dropped. Once a process"
+    if 'torch._dynamo' not in sys.modules or not torch._dynamo.config.skip_nnmodule_hook_guards or not _compiled(model): return
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     torch._dynamo.reset()
