@@ -3,6 +3,7 @@ import subprocess, sys
 import numpy as np
 import pandas as pd
 import pytest, torch
+import apps # before the rest of fastai: it keeps its warnings quiet
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.data.all import (CategoryBlock, DataBlock, IndexSplitter, ItemGetter, MultiCategoryBlock, RegressionBlock,
                              TensorCategory, TransformBlock, get_c)
@@ -13,6 +14,8 @@ from torch import nn
 import torch.nn.functional as F
 from fastdistill.fastai.blocks import Feed, TargetFeed, TeacherBlock, TeacherTarget, TeacherTargets
 from fastdistill.outputs import DistillError, DistillWarning
+
+pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS, 'ignore:__array__ implementation:DeprecationWarning')
 
 N,C = 24,3
 RNG = np.random.default_rng(0)

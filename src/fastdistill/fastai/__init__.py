@@ -6,7 +6,11 @@ from ..recipes import *
 from ..recipes import __all__ as _recipes
 from ..teacher import Teacher
 from . import learner as _learner
+from . import show as _show
+from .blocks import TeacherBlock
+from .cached import TeacherCache, cache_teacher, verify_cache
 from .callback import KnowledgeDistillation
 from .check import check_teacher
 
-__all__ = ['DistillError', 'DistillWarning', 'Distiller', 'KnowledgeDistillation', 'Outputs', 'Recipe', 'Teacher', 'Term', 'check_teacher', 'losses', *_recipes]
+__all__ = ['DistillError', 'DistillWarning', 'Distiller', 'KnowledgeDistillation', 'Outputs', 'Recipe', 'Teacher', 'TeacherBlock', 'TeacherCache', 'Term',
+           'cache_teacher', 'check_teacher', 'losses', 'verify_cache', *_recipes]

@@ -1,13 +1,16 @@
 "The callback: distillation inside a fit, and nothing of it outside."
 import copy
 import torch
-from fastai.basics import Adam, Callback, L, Metric, OptimWrapper, ValueMetric, find_bs, noop
+from fastai.basics import Adam, Callback, L, Metric, OptimWrapper, ValueMetric, find_bs, noop, one_param
 from fastai.callback.mixup import MixHandler
-from fastai.torch_core import num_distrib
+from fastai.torch_core import num_distrib, rank_distrib
 from ..distiller import Distiller, Recipe, Term
 from ..outputs import DistillError, Outputs, as_plain
 from ..recipes import kd
 from ..taps import Taps, unwrap
+from ..teacher import Teacher
+from .blocks import Feed, TargetFeed
+from .cached import CacheFeed, TeacherCache
 from .check import check_teacher, fitting_teacher
 from .task import task_of
 
@@ -38,7 +41,8 @@ class KnowledgeDistillation(Callback):
 
     def __init__(
         self,
-        teacher=None, # Learner, exported .pkl, module, TorchScript, torch.export or ONNX file, callable, `Teacher`, or a list of these (an ensemble)
+        teacher=None, # Learner, exported .pkl, module, TorchScript, torch.export or ONNX file, callable, `Teacher`, or a list of these (an ensemble);
+        # a `TeacherCache`; None: the batches hold its answers (see `TeacherBlock`)
         recipe=None, # `kd()`, `kd() + at()`, a `Term`; None: kd(T, alpha)
         *,
         T=None, # temperature: number or schedule (fastai's `SchedCos(8, 2)`); 4 if not given
@@ -52,8 +56,8 @@ class KnowledgeDistillation(Callback):
         super().__init__()
         self.source,self.asked_kind,self.asked_axis,self.balance,self.check = teacher,kind,axis,balance,check
         self.recipe = make_recipe(recipe, T, alpha, loss)
-        self.on,self.mets,self.parts = False,L(),{}
-        self.distiller = self.popt = self.taps = self.told = self.kept = self.loaded = None
+        self.feed,self.on,self.mets,self.parts = feed_of(teacher),False,L(),{}
+        self.distiller = self.met = self.popt = self.taps = self.told = self.kept = self.loaded = None
 
     # around a fit
 
@@ -62,9 +66,12 @@ class KnowledgeDistillation(Callback):
         if self.learn.lock.locked() or hasattr(self.learn, 'gather_preds'): return     # validate, get_preds, show_results ...
         if any(isinstance(c, KnowledgeDistillation) and c is not self for c in self.learn.cbs):
             raise DistillError("Two KnowledgeDistillation callbacks in one Learner. Give one of them a list of teachers (an ensemble), or a sum of recipes, kd() + at().")
-        if self.distiller is None or self.distiller.student is not unwrap(self.learn.model): self._build()
+        task,model = task_of(self.learn.loss_func, self.asked_kind, self.asked_axis),unwrap(self.learn.model)
+        if self.distiller is None or self.distiller.student is not model or self.task != task: self._build(model, task)
+        if self.met is not self.learn.dls: self._meet()
         finding = hasattr(self.learn, 'lr_finder')
-        if self.check and not self.checked and not finding:
+        if self.feed is not None: self.feed.attach(self.learn, task.kind, task.axis)
+        elif self.check and not self.checked and not finding:
             check_teacher(self.learn, self.distiller.teacher, self.task).enforce()
             self.checked = True
         self.on = True
@@ -74,11 +81,18 @@ class KnowledgeDistillation(Callback):
         self.learn.metrics = self.learn.metrics + self.mets
         self.distiller.teacher.start()
 
-    def _build(self):
-        task = self.task = task_of(self.learn.loss_func, self.asked_kind, self.asked_axis)
-        self.distiller = Distiller(unwrap(self.learn.model), fitting_teacher(self.source, self.learn, task), self.recipe,
-                                   kind=task.kind, axis=task.axis, ignore_index=task.ignore_index, balance=self.balance)
-        self.popt,self.checked = None,False
+    def _build(self, model, task):
+        self.task,self.popt,self.met = task,None,None
+        self.distiller = Distiller(model, None, self.recipe, kind=task.kind, axis=task.axis, ignore_index=task.ignore_index, balance=self.balance)
+        self.distiller.links.to(one_param(model).device)
+
+    def _meet(self):
+        "Other data may be normalised otherwise, or have their classes in another order: the teacher gets to know them"
+        d = self.distiller
+        if self.feed is None: d.teacher = fitting_teacher(self.source, self.learn, self.task)
+        else: d.teacher = Teacher(lambda *_: self.feed.outputs(self.learn), kind=self.task.kind, axis=self.task.axis)
+        d.teacher.layers = list(dict.fromkeys([*d.teacher.layers, *d.teacher_layers()]))
+        self.met,self.checked = self.learn.dls,False
 
     def _keep(self):
         "lr_find trains until it diverges: on copies, then"
@@ -91,6 +105,7 @@ class KnowledgeDistillation(Callback):
     def teardown(self):
         "Put everything back; safe to call at any time, and twice"
         self._untap()
+        if self.feed is not None: self.feed.detach()
         if not self.on: return
         self.on = False
         self.distiller.teacher.stop()
@@ -131,7 +146,7 @@ class KnowledgeDistillation(Callback):
         if num_distrib() > 1:
             for t in self.distiller.links.state_dict().values(): torch.distributed.broadcast(t, 0)
         self._load()
-        if self.distiller.pairs: print(self.distiller.pairs)
+        if self.distiller.pairs and not rank_distrib(): print(self.distiller.pairs)
 
     def _tap(self):
         self._untap()
@@ -154,7 +169,7 @@ class KnowledgeDistillation(Callback):
         self.learn.yb = pseudo_labels(self.told.logits, Outputs.of(self.learn.pred).logits, self.task),
 
     def after_loss(self):
-        if not self.active or not len(self.yb): return
+        if not self.active or not len(self.yb) or not self._taught(): return
         t = self.distiller.teacher(*self.xb) if self.told is None else self.told
         s = Outputs.of(self.learn.pred, self.taps.pop() if self.taps else None)
         r = self.distiller.compute(s, t, self.learn.loss, self.yb if self.told is None else (), progress=self.pct_train, mixed=self._mixed())
@@ -162,6 +177,10 @@ class KnowledgeDistillation(Callback):
         if not self.training or r.added is None: return
         self.learn.loss_grad = self.learn.loss_grad + r.added
         self.learn.loss = self.learn.loss + r.added
+
+    def _taught(self):
+        "Stored answers may be there for the training set alone"
+        return self.training or self.feed is None or self.feed.ready(self.learn)
 
     def _mixed(self):
         "The second labels of a mixed batch, and the first ones' share, where MixUp or CutMix leave labels as they are"
@@ -224,6 +243,13 @@ class KnowledgeDistillation(Callback):
         for p in ps:
             if p.grad is not None: p.grad.mul_(1/scaler.get_scale())
         self.skip = self.skip or any(p.grad is not None and not p.grad.isfinite().all() for p in ps)
+
+
+def feed_of(source):
+    "What brings stored answers to the batches; None for a teacher that is asked"
+    if source is None: return TargetFeed()
+    if isinstance(source, TeacherCache): return CacheFeed(source)
+    return source if isinstance(source, Feed) else None
 
 
 def make_recipe(recipe, T, alpha, loss):

@@ -105,7 +105,7 @@ def vocab_of(dls):
     "Names of the classes, in the order of the outputs; None where there are none"
     v = None if is_lm(dls) else getattr(dls, 'vocab', None)
     if v is None: return None
-    if is_listy(v) and len(v) and is_listy(v[-1]): v = v[-1]   # text: (tokens, classes)
+    if len(v) and all(hasattr(o, '__len__') and not isinstance(o, str) for o in v): v = v[-1]   # one for each block, as (tokens, classes)
     return list(v)
 
 

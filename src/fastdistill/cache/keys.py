@@ -1,0 +1,76 @@
+"What names a sample: 64 bits of a hash of its path, number, text or content, the same on every machine."
+import hashlib
+from numbers import Integral
+from pathlib import PurePath
+import numpy as np
+from torch import Tensor
+from ..outputs import DistillError
+
+__all__ = ['dataset_keys', 'hash_of', 'key_of', 'keys_of', 'root_of']
+
+
+def hash_of(*parts:bytes) -> int:
+    "64 bits of blake2b"
+    h = hashlib.blake2b(digest_size=8)
+    for p in parts: h.update(len(p).to_bytes(8, 'little')); h.update(p)
+    return int.from_bytes(h.digest(), 'little')
+
+
+def key_of(
+    o, # what a dataset holds for one sample
+    root:str='' # paths are taken relative to it
+) -> int:
+    "A sample's key; an object whose content can't be told from its address is refused"
+    return hash_of(*_parts(o, root))
+
+
+def _parts(o, root):
+    if isinstance(o, PurePath): return b'path',relative(o.as_posix(), root).encode()
+    if isinstance(o, str): return b'str',relative(o, root).encode()
+    if isinstance(o, bytes): return b'bytes',o
+    if o is None or isinstance(o, (bool, np.bool_)): return b'bool',str(o).encode()
+    if isinstance(o, (Integral, np.integer)): return b'int',str(int(o)).encode()
+    if isinstance(o, (float, np.floating)): return b'float',repr(float(o)).encode()
+    if isinstance(o, Tensor): o = o.detach().cpu().numpy()
+    if isinstance(o, np.ndarray) and o.dtype != object: return b'array',f'{o.dtype.str} {o.shape}'.encode(),o.tobytes()
+    if isinstance(o, dict): return b'dict',*(p for k in sorted(o, key=str) for v in (k, o[k]) for p in _parts(v, root))
+    if hasattr(o, 'tobytes') and hasattr(o, 'mode'): return b'image',f'{o.mode} {o.size}'.encode(),o.tobytes()      # PIL
+    if hasattr(o, '__iter__') and hasattr(o, '__len__'): return b'list',str(len(o)).encode(),*(p for v in o for p in _parts(v, root))
+    raise DistillError(f"Can't tell which sample a {type(o).__name__} is: pass keys=, a list of names (file names, ids), one for each "
+                       "sample, or a function that names the sample at a position.")
+
+
+def relative(path, root): return path[len(root):].lstrip('/') if root and path.startswith(root.rstrip('/') + '/') else path
+
+
+def root_of(path): return '' if path is None else PurePath(path).as_posix() if str(path) not in ('.', '') else ''
+
+
+def keys_of(items, root='') -> np.ndarray:
+    "(N,) uint64: the keys of the samples in `items`"
+    if isinstance(items, np.ndarray) and items.dtype == np.uint64 and items.ndim == 1: return items     # they are keys already
+    return np.fromiter((key_of(o, root) for o in items), np.uint64, len(items))
+
+
+def dataset_keys(
+    dataset, # a map-style dataset
+    keys=None, # a list, or a function of the position
+    root=None # paths are taken relative to it; None: to the dataset's own `root`
+) -> np.ndarray:
+    "The keys of a plain dataset: given, or read off what torchvision's and PyTorch's own datasets hold"
+    if callable(keys): keys = [keys(i) for i in range(len(dataset))]
+    root = root_of(getattr(dataset, 'root', None) if root is None else root)
+    if keys is None: keys = held_by(dataset)
+    if len(keys) != len(dataset): raise DistillError(f"{len(keys)} keys for {len(dataset)} samples: give one for each.")
+    return keys_of(keys, root)
+
+
+def held_by(dataset):
+    "What names the samples of a dataset; one that says nothing is refused"
+    if type(dataset).__name__ == 'Subset': return [held_by(dataset.dataset)[i] for i in dataset.indices]
+    if hasattr(dataset, 'samples'): return [s[0] for s in dataset.samples]                 # torchvision's folders of images
+    if hasattr(dataset, 'tensors'): return list(zip(*dataset.tensors))                     # TensorDataset: the content
+    if hasattr(dataset, 'data') and hasattr(dataset, 'targets'): return dataset.data       # torchvision's CIFAR, MNIST ...: the content
+    raise DistillError(f"Can't tell which samples a {type(dataset).__name__} holds: pass keys=, a list of names (file names, ids), one for "
+                       "each sample, or a function that names the sample at a position. Positions themselves, keys=range(len(dataset)), "
+                       "are right only while the dataset never changes.")

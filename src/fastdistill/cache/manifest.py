@@ -1,0 +1,133 @@
+"What a cache says about itself: whose outputs, of which samples, through which transforms, and what each file must hold."
+import hashlib, importlib.metadata, json, platform, warnings
+from dataclasses import asdict, dataclass, field
+import numpy as np
+import torch
+from torch import Tensor
+from ..outputs import DistillError, DistillWarning
+from .records import Layout
+
+__all__ = ['Manifest', 'differences', 'fingerprint', 'refuse']
+
+FORMAT,VERSION = 'fastdistill-cache',1
+
+
+@dataclass
+class Manifest:
+    "`manifest.json`; see docs/cache.md for each entry"
+    count:int # samples
+    views:int # augmented views of each; 0: the one clean view
+    seed:int # of all random numbers
+    layout:Layout # of a row
+    shard_rows:int # rows of a full shard
+    batch_size:int # with which the teacher was asked; shards are whole batches
+    teacher:dict=field(default_factory=dict) # name, fingerprint of its weights
+    data:dict=field(default_factory=dict) # fingerprint of the keys, root of paths
+    transforms:dict=field(default_factory=dict) # name -> what it is, for those that replay repeats
+    vocab:list|None=None # class names, in the order of the logits
+    samples:list=field(default_factory=list) # a few samples' inputs as they come out of their item transforms: position, view, digest
+    versions:dict=field(default_factory=dict)
+    shards:list=field(default_factory=list) # name, bytes, checksum of each, once all are there
+    complete:bool=False
+
+    @property
+    def stored(self): return max(self.views, 1)
+
+    @property
+    def per_view(self): return -(-self.count//self.shard_rows)
+
+    def shard(self, view, i): return f'view{view:03}/{i:06}.bin'
+
+    def rows_of(self, i): return min(self.shard_rows, self.count - i*self.shard_rows)
+
+    def all_shards(self):
+        "(view, number, name, bytes) of each"
+        for v in range(self.stored):
+            for i in range(self.per_view): yield v,i,self.shard(v, i),self.rows_of(i)*self.layout.bytes
+
+    @property
+    def bytes(self): return self.count*self.stored*self.layout.bytes
+
+    def to_json(self): return json.dumps(dict(format=FORMAT, version=VERSION, **asdict(self)), indent=1).encode()
+
+    @classmethod
+    def from_json(cls, text, where):
+        try: d = json.loads(text)
+        except ValueError as e: raise DistillError(f"{where}/manifest.json is damaged ({e}): write the cache anew.") from e
+        if not isinstance(d, dict) or d.pop('format', None) != FORMAT:
+            raise DistillError(f"{where}/manifest.json is not a fastdistill cache's.")
+        if (v := d.pop('version')) != VERSION:
+            raise DistillError(f"{where} is a cache of version {v}, this fastdistill reads version {VERSION}: "
+                               "install the one that wrote it, or write the cache anew.")
+        return cls(**{**d, 'layout': Layout.from_json(d['layout'])})
+
+
+def differences(
+    a:Manifest, # found
+    b:Manifest # wanted
+) -> list:
+    "In words, what makes two caches different; empty if one can go on with the other"
+    out = []
+    def differ(what, x, y):
+        if x != y: out.append(f'{what}: {short(x)} in the cache, {short(y)} now')
+    for k in dict.fromkeys([*a.teacher, *b.teacher]):
+        if k != 'name': differ(f'teacher, {k}', a.teacher.get(k), b.teacher.get(k))
+    if a.data != b.data: differ('data (count and fingerprint of the samples\' keys)', (a.count, a.data), (b.count, b.data))
+    out += transform_differences(a.transforms, b.transforms)
+    for k in ('views', 'seed', 'vocab', 'layout'): differ(k, getattr(a, k), getattr(b, k))
+    if a.samples != b.samples and not out: out.append('the inputs of some samples come out of their item transforms differently: '
+                                                      f'{short(a.versions)} then, {short(b.versions)} now')
+    return out
+
+
+def transform_differences(found, now):
+    return [f'transform {k}: {short(found.get(k, "none"))} in the cache, {short(now.get(k, "none"))} now'
+            for k in dict.fromkeys([*found, *now]) if found.get(k) != now.get(k)]
+
+
+def short(o, n=200): return (s if len(s := str(o)) <= n else s[:n] + ' ...')
+
+
+def refuse(
+    where, # the cache
+    found:list, # what differs, in words
+    force:bool # warn instead
+):
+    if not found: return
+    text = f"{where} doesn't fit:\n" + '\n'.join(f'- {o}' for o in found)
+    if not force:
+        raise DistillError(f"{text}\nUse the data, transforms and teacher that it was written with, write another cache, "
+                           "or force=True to override.")
+    warnings.warn(DistillWarning(text + '\nIt is used all the same (force=True).'))
+
+
+def checksum(data) -> str: return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def fingerprint(
+    *states # state_dicts, arrays, texts
+) -> str:
+    "Of weights (or anything else): names, shapes, types and every byte"
+    h = hashlib.blake2b(digest_size=16)
+    for o in states: _feed(h, o)
+    return h.hexdigest()
+
+
+def _feed(h, o):
+    if isinstance(o, dict):
+        for k,v in o.items(): h.update(f'{k}='.encode()); _feed(h, v)
+    elif isinstance(o, Tensor):
+        t = o.detach().cpu().contiguous()
+        h.update(f'{t.dtype} {tuple(t.shape)} '.encode())
+        h.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()) if t.numel() else b'')
+    elif isinstance(o, np.ndarray): h.update(f'{o.dtype} {o.shape} '.encode() + np.ascontiguousarray(o).tobytes())
+    else: h.update(repr(o).encode())
+
+
+def versions() -> dict:
+    "Of what makes the numbers: PyTorch, and the libraries that transforms come from"
+    out = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
+    for name in ('pillow', 'torchvision', 'fastai'):
+        try: out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError: pass
+    return out

@@ -1,0 +1,126 @@
+"Reading a cache: rows by (sample, view), as fast as the disk's own cache, in any number of workers."
+import numpy as np
+import torch
+from torch import Tensor
+from ..outputs import DistillError, Outputs
+from .folder import folder
+from .keys import dataset_keys
+from .manifest import Manifest, checksum
+
+__all__ = ['TeacherCache']
+
+
+class TeacherCache:
+    "Stored teacher outputs: `cache.decode(cache.rows(positions, views))`. What is pickled to a worker is the path, never the data"
+    def __init__(
+        self,
+        path, # folder or URL that `cache_teacher` or `cache_dataset` wrote
+        force:bool=False # warn where data, transforms or classes don't fit, instead of refusing
+    ):
+        self.folder,self.force = folder(path),force
+        if self.folder.size('manifest.json') is None:
+            raise DistillError(f"There is no cache at {self.folder} (no manifest.json): write one with cache_teacher(teacher, dls, path).")
+        self.manifest = m = Manifest.from_json(self.folder.read('manifest.json'), self.folder)
+        if not m.complete:
+            raise DistillError(f"{self.folder} is not finished: call what began to write it once more, and it goes on from there.")
+        self._maps,self._keys = {},None
+
+    def __repr__(self):
+        m = self.manifest
+        views = f'{m.views} views' if m.views else 'the clean view'
+        return f'TeacherCache({self.folder}: {m.count} samples, {views}, {m.layout.bytes} bytes each, {m.bytes/1e6:.1f} MB)'
+
+    def __len__(self): return self.manifest.count
+
+    @property
+    def views(self): return self.manifest.views
+
+    @property
+    def seed(self): return self.manifest.seed
+
+    def __getstate__(self): return {**self.__dict__, '_maps': {}, '_keys': None}     # a memory map pickles as a copy of all its data
+
+    @property
+    def keys(self) -> np.ndarray:
+        "(N,) uint64: which sample each position is"
+        if self._keys is None: self._keys = self._open('keys.bin', '<u8', (len(self),))
+        return self._keys
+
+    @property
+    def valid(self):
+        "The cache of the validation set beside it, if there is one"
+        sub = self.folder.sub('valid')
+        return None if sub.size('manifest.json') is None else TeacherCache(sub, self.force)
+
+    def _open(self, name, dtype, shape):
+        want,have = int(np.prod(shape))*np.dtype(dtype).itemsize,self.folder.size(name)
+        if have != want:
+            what = 'is missing' if have is None else f'has {have} bytes instead of {want}'
+            raise DistillError(f"{name} of {self.folder} {what}: write the cache once more, and only what is damaged is made anew.")
+        return self.folder.map(name, dtype, shape)
+
+    def _shard(self, view, i):
+        if (view, i) not in self._maps:
+            m = self.manifest
+            self._maps[view, i] = self._open(m.shard(view, i), np.uint8, (m.rows_of(i), m.layout.bytes))
+        return self._maps[view, i]
+
+    def rows(
+        self,
+        at, # (B,) positions
+        views=0 # (B,) or one for all: which view of each
+    ) -> np.ndarray:
+        "(B, bytes) uint8: rows as they are stored"
+        at = np.asarray(at)
+        views = np.broadcast_to(np.asarray(views), at.shape)
+        m,out = self.manifest,np.empty((len(at), self.manifest.layout.bytes), np.uint8)
+        if len(at) and (at.min() < 0 or at.max() >= len(self) or views.min() < 0 or views.max() >= m.stored):
+            raise DistillError(f"Asked for positions up to {at.max()} and views up to {views.max()}: "
+                               f"there are {len(self)} samples and {m.stored} views.")
+        shard,row = np.divmod(at, m.shard_rows)
+        where = views*m.per_view + shard
+        for w in np.unique(where):
+            sel = np.flatnonzero(where == w)
+            out[sel] = self._shard(*divmod(int(w), m.per_view))[row[sel]]
+        return out
+
+    def decode(self, rows) -> Outputs:
+        "Rows (an array, or a tensor on any device) as the teacher's `Outputs`"
+        return self.manifest.layout.decode(rows if isinstance(rows, Tensor) else torch.from_numpy(rows))
+
+    def outputs(self, at, views=0) -> Outputs:
+        "`Outputs` at positions"
+        return self.decode(self.rows(at, views))
+
+    # whose row is whose
+
+    def find(
+        self, keys # (M,) uint64
+    ) -> np.ndarray:
+        "(M,) positions of samples; one that has no row is refused"
+        keys,mine = np.asarray(keys, np.uint64),self.keys
+        if len(keys) == len(mine) and np.array_equal(keys, mine): return np.arange(len(mine))
+        order = np.argsort(mine, kind='stable')
+        at = order[np.searchsorted(mine, keys, sorter=order).clip(max=len(mine)-1)]
+        lost = np.flatnonzero(mine[at] != keys)
+        if len(lost):
+            raise DistillError(f"{len(lost)} of {len(keys)} samples have no row in {self.folder} (the first is number {lost[0]}): "
+                               "these are other data, or their paths are relative to another root "
+                               f"({self.manifest.data.get('root', '')!r} when the cache was written).")
+        return at
+
+    def keys_of(self, dataset, keys=None): return dataset_keys(dataset, keys)
+
+    def check(self):
+        "Compare every file with its checksum; damaged ones are named"
+        if bad := damaged(self.folder, self.manifest):
+            raise DistillError(f"Damaged files in {self.folder}: {', '.join(bad)}. Write the cache once more, "
+                               "and only these are made anew.")
+        return self
+
+
+def damaged(folder, m):
+    "Names of files that are not what the manifest says"
+    sums = {s['name']: s['checksum'] for s in m.shards}
+    names = ['keys.bin'] + [name for *_,name,_ in m.all_shards()]
+    return [n for n in names if folder.size(n) is None or checksum(folder.read(n)) != sums.get(n)]

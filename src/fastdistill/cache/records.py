@@ -1,0 +1,188 @@
+"One row of a cache: a fixed number of bytes that hold what a teacher said about one view of one sample."
+from dataclasses import asdict, dataclass, field
+from math import prod
+import numpy as np
+import torch
+from torch import Tensor
+import torch.nn.functional as F
+from ..outputs import TAILS, DistillError, Outputs, TopK
+
+__all__ = ['Field', 'Layout', 'Wish']
+
+DTYPES = 'float32','float16','int8'
+
+
+@dataclass
+class Wish:
+    "What is asked for: how outputs are to be stored"
+    dtype:str='float16'
+    topk:int|None=None # keep this many classes; None: all
+    tail:str='uniform' # what `TopK` assumes of the rest
+    axis:int=1 # class axis
+    size:tuple|None=None # height and width to which maps of logits are reduced; None: as they are
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES: raise DistillError(f"dtype={self.dtype!r}: possible are {', '.join(map(repr, DTYPES))}")
+        if self.tail not in TAILS: raise DistillError(f"tail={self.tail!r}: possible are {', '.join(map(repr, TAILS))}")
+        if self.topk is not None and self.topk < 1: raise DistillError(f"topk={self.topk}: keep at least one class, or None for all")
+        self.size = None if self.size is None else (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
+
+
+@dataclass
+class Field:
+    "A tensor in a row: `name`, its `shape` without the batch, its `dtype`, the byte at which it begins"
+    name:str
+    dtype:str # NumPy's name of it, little-endian
+    shape:tuple
+    at:int=0
+
+    @property
+    def bytes(self): return prod(self.shape)*np.dtype(self.dtype).itemsize
+
+    def read(self, rows:Tensor):
+        # subtle: always a copy, for a part that begins at an odd byte can't be seen as larger numbers
+        part = rows[:, self.at:self.at+self.bytes].clone(memory_format=torch.contiguous_format)
+        # PyTorch can do little with unsigned 16-bit numbers: they are read as signed and set right
+        t = part.view(TORCH[self.dtype]).reshape(len(rows), *self.shape)
+        return t.long() & 0xffff if self.dtype == 'uint16' else t
+
+
+TORCH = dict(uint8=torch.uint8, int8=torch.int8, uint16=torch.int16, int32=torch.int32, float16=torch.float16, float32=torch.float32)
+
+
+@dataclass
+class Layout:
+    "What a row holds, and how to make one of `Outputs` and `Outputs` of many"
+    fields:list=field(default_factory=list)
+    n:int|None=None # number of classes, with top-k
+    tail:str='uniform'
+    axis:int=1
+    full:tuple|None=None # height and width of maps of logits that are stored smaller
+
+    @classmethod
+    def of(
+        cls,
+        out:Outputs, # of any batch
+        wish:Wish
+    ) -> 'Layout':
+        "The layout that stores outputs like these as wished"
+        if out.logits is None: raise DistillError("The teacher's Outputs have no logits: there is nothing to store.")
+        self,t = cls(tail=wish.tail, axis=wish.axis),out.logits
+        if t.dim() < 1: raise DistillError(f"The teacher's output has shape {tuple(t.shape)}: it needs a batch dimension.")
+        if wish.size is not None:
+            if t.dim() != 4:
+                raise DistillError(f"size={wish.size} is for maps (B, C, H, W), the teacher's output has shape {tuple(t.shape)}")
+            self.full,t = tuple(t.shape[-2:]),t[..., :wish.size[0], :wish.size[1]]
+        if wish.topk is None: self._add('logits', wish.dtype, t.shape[1:])
+        else: self._add_topk(t.movedim(wish.axis, -1), wish)
+        for k,v in out.feats.items():
+            if not isinstance(v, Tensor): raise DistillError(f"Layer {k} gives a {type(v).__name__}, not a tensor: it can't be stored.")
+            self._add(f'feats:{k}', wish.dtype, v.shape[1:])
+        if out.mask is not None: self._add('mask', 'float16', out.mask.shape[1:])
+        return self
+
+    def _add_topk(self, t, wish):
+        self.n = t.shape[-1]
+        if wish.topk > self.n: raise DistillError(f"topk={wish.topk}, but the teacher has {self.n} classes (along axis {wish.axis})")
+        shape = *t.shape[1:-1],wish.topk
+        self._field('ids', 'uint8' if self.n <= 2**8 else 'uint16' if self.n <= 2**16 else 'int32', shape)
+        self._add('values', wish.dtype, shape)
+
+    def _add(self, name, dtype, shape):
+        self._field(name, dtype, tuple(shape))
+        # log-probabilities are never large, numbers of other kinds may be
+        if dtype == 'int8': self._field(f'scale:{name}', 'float16' if name == 'values' else 'float32', (2,))
+
+    def _field(self, name, dtype, shape): self.fields.append(Field(name, dtype, tuple(shape), self.bytes))
+
+    @property
+    def bytes(self): return sum(f.bytes for f in self.fields)
+
+    def to_json(self): return asdict(self)
+
+    @classmethod
+    def from_json(cls, d):
+        d = dict(d)
+        fs = [Field(**{**f, 'shape': tuple(f['shape'])}) for f in d.pop('fields')]
+        return cls(fs, **{**d, 'full': None if d.get('full') is None else tuple(d['full'])})
+
+    @property
+    def dense(self):
+        "Do rows hold a map or a sequence, a value for each place of the input?"
+        f = self.fields[0]
+        return len(f.shape) > 1
+
+    # writing
+
+    def encode(
+        self, out:Outputs # (B, ...)
+    ) -> np.ndarray:
+        "(B, bytes) uint8"
+        parts = self._tensors(out)
+        want = {f.name: f.shape for f in self.fields}
+        if missing := sorted(set(want) - set(parts)):
+            raise DistillError(f"The teacher's outputs have no {', '.join(missing)} in this batch, but had in the first one.")
+        for k,s in want.items():
+            if tuple(parts[k].shape[1:]) != s:
+                raise DistillError(f"{k} has shape {tuple(parts[k].shape[1:])} in this batch, but {s} in the first one: all rows of a "
+                                   "cache are alike. Bring the inputs to one size (or pad texts to one length) first.")
+        return np.concatenate([as_bytes(parts[f.name], f.dtype) for f in self.fields], 1)
+
+    def _tensors(self, out):
+        d,t = {},out.logits.detach().float()
+        dtypes = {f.name: f.dtype for f in self.fields}
+        if self.full is not None: t = F.adaptive_avg_pool2d(t, self.fields[0].shape[-2:])
+        if self.n is None: put(d, 'logits', t, dtypes)
+        else:
+            k = self.fields[0].shape[-1]
+            values,d['ids'] = t.movedim(self.axis, -1).log_softmax(-1).topk(k)
+            put(d, 'values', values, dtypes)
+        for k,v in out.feats.items(): put(d, f'feats:{k}', v.detach().float(), dtypes)
+        if out.mask is not None: d['mask'] = out.mask
+        return d
+
+    # reading
+
+    def decode(
+        self, rows:Tensor # (B, bytes) uint8
+    ) -> Outputs:
+        "`Outputs` in float32; with top-k, `logits` are a `TopK`"
+        got = {f.name: f.read(rows) for f in self.fields}
+        full = lambda k: unscaled(got[k], got.get(f'scale:{k}'))
+        feats = {f.name[6:]: full(f.name) for f in self.fields if f.name.startswith('feats:')}
+        logits = full('logits') if self.n is None else TopK(got['ids'].long(), full('values'), self.n, self.tail, self.axis)
+        if self.full is not None: logits = F.interpolate(logits, self.full, mode='bilinear')
+        return Outputs(logits, feats, got['mask'].float() if 'mask' in got else None)
+
+
+def put(d, name, t, dtypes):
+    dtype = dtypes.get(name)
+    if t.isnan().any() or (t == torch.inf).any():
+        raise DistillError(f"The teacher's {name} hold nan or inf: look for the samples that make it, before their rows teach anyone.")
+    if dtype == 'float16' and (t.isfinite() & (t.abs() > 65504)).any():
+        raise DistillError(f"The teacher's {name} go beyond float16's 65504: use dtype='float32'.")
+    if dtype == 'int8': d[name],d[f'scale:{name}'] = scaled(t, dtypes[f'scale:{name}'])
+    else: d[name] = t
+
+
+def scaled(t, dtype):
+    "int8 in 254 steps between a row's smallest and largest value, and the row's (step, middle)"
+    if not t.isfinite().all(): raise DistillError("int8 can't hold infinite logits (classes that are masked out): use float16 or float32.")
+    flat = t.reshape(len(t), -1)
+    lo,hi = flat.amin(1),flat.amax(1)
+    kept = torch.stack([(hi-lo)/254, (hi+lo)/2], 1).to(TORCH[dtype])
+    step,mid = kept.float().unbind(1)
+    q = (flat-mid[:, None])/step.clamp_min(1e-30)[:, None]
+    return q.round().clamp(-127, 127).to(torch.int8).view(t.shape),kept
+
+
+def unscaled(t, scale):
+    if scale is None: return t.float()
+    step,mid = scale.float().unbind(1)
+    shape = -1,*[1]*(t.dim()-1)
+    return t.float()*step.view(shape) + mid.view(shape)
+
+
+def as_bytes(t, dtype):
+    a = t.cpu().numpy().astype(np.dtype(dtype).newbyteorder('<'), copy=False)
+    return np.ascontiguousarray(a).reshape(len(a), -1).view(np.uint8)

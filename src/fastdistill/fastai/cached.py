@@ -1,0 +1,350 @@
+"Run the teacher once over a Learner's data, then train as many students as you like from what it said."
+import copy, warnings
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+import numpy as np
+import torch
+from fastai.basics import Callback, L, Pipeline, TfmdDL, TfmdLists, nested_attr
+from fastai.tabular.core import TabDataLoader
+from fastai.text.data import SortedDL
+from fastai.vision.augment import RandomErasing, RandTransform, SpaceTfm
+from ..cache import Source, TeacherCache, Wish, write_cache
+from ..cache.keys import keys_of, root_of
+from ..cache.manifest import fingerprint, refuse, transform_differences, versions
+from ..cache.plain import identity_of, leaves, unrepeatable
+from ..outputs import DistillError, DistillWarning, Outputs, TopK, as_plain
+from ..replay import untouched
+from .blocks import Feed, reorder
+from .replayed import Pair, Plan, attach, describe, detach, refuse_unindexed
+from .task import task_of
+from .teachers import teacher_of
+
+__all__ = ['CacheFeed', 'cache_teacher', 'verify_cache']
+
+
+def cache_teacher(
+    teacher, # Learner, exported .pkl, module, `Teacher`, or a list of these
+    dls, # DataLoaders whose training set (with its augmentation) is cached
+    path, # folder or URL
+    views:int=1, # augmented views of each sample; 0: the clean one, as in validation, while the student sees augmented ones
+    topk:int|None=None, # keep the likeliest classes only
+    dtype:str='float16', # 'float32', 'float16' or 'int8' (scaled row by row)
+    layers=None, # names of the teacher's layers whose outputs are stored too
+    *,
+    tail:str='uniform', # what is assumed of the classes that are not kept: 'uniform', 'zero' or 'bucket', see `TopK`
+    size=None, # height and width to which maps of logits are reduced
+    valid:bool=False, # cache the validation set too: then distillation has a column of its own there
+    keys=None, # what names each sample of the training set: a list, or a function of its item; None: the item itself
+    bs:int|None=None, num_workers:int|None=None, # None: as the DataLoaders have it
+    seed:int=0, # of the random numbers
+    kind:str|None=None, axis:int|None=None, # what the logits are, and their class axis; None: read off the labels' loss function
+    force:bool=False, # write anew over a cache that doesn't fit
+    progress=None, forecast=None # fn(rows done, rows in all, bytes done), after each batch; fn(Forecast), before the first one
+) -> TeacherCache:
+    "Write what `teacher` says about each view of each sample, and open it; what was begun and stopped is gone on with"
+    task = task_in(dls, teacher, kind, axis)
+    if topk is not None and task.kind != 'softmax':
+        raise DistillError(f"topk={topk} keeps the likeliest of several classes, but this model predicts {task.kind} outputs: topk=None.")
+    teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **({} if layers is None else dict(layers=layers)))
+    wish = Wish(dtype, topk, tail, task.axis, size)
+    given = dict(seed=seed, force=force, progress=progress, forecast=forecast)
+    names = None if task.kind == 'regression' else classes_of(teacher, dls)
+    source = lambda dl, views, keys: source_of(teacher, dls, dl, views, seed, keys, names, bs, num_workers)
+    cache = write_cache(path, source(dls.train, views, keys), wish, views=views, **given)
+    if valid: write_cache(cache.folder.sub('valid'), source(dls.valid, 0, keys if callable(keys) else None), wish, views=0, **given)
+    return cache
+
+
+def verify_cache(
+    cache, # `TeacherCache`, or its path
+    teacher, dls, # that it was written with
+    n:int=64, # rows to ask the teacher for again
+    seed:int=0, # which rows
+    **kwargs # of `cache_teacher`: keys, kind, axis, layers
+) -> 'Verified':
+    "Run the teacher again on some views and compare its answers with the stored ones"
+    cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
+    m = cache.manifest
+    task,keys = task_in(dls, teacher, kwargs.pop('kind', None), kwargs.pop('axis', None)),kwargs.pop('keys', None)
+    teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **kwargs)
+    source = source_of(teacher, dls, dls.train, m.views, m.seed, keys, check=False)
+    at = np.sort(np.random.default_rng(seed).choice(len(source.keys)*m.stored, min(n, len(source.keys)*m.stored), replace=False))
+    view,row = np.divmod(at, len(source.keys))
+    stored = cache.find(source.keys[row])
+    errors = []
+    for i,live in enumerate(source.run(at, 1)):
+        kept = cache.outputs(stored[i:i+1], view[i:i+1]).logits
+        t = live.logits.detach().float().cpu()
+        if isinstance(kept, TopK): kept,t = kept.values,t.movedim(kept.axis, -1).log_softmax(-1).gather(-1, kept.ids)
+        errors.append((kept-t).abs().amax().item() if kept.shape == t.shape else float('inf'))
+    return Verified(len(at), max(errors), float(np.mean(errors)),
+                    next(f.dtype for f in m.layout.fields if f.name in ('logits', 'values')))
+
+
+@dataclass
+class Verified:
+    "How far stored answers are from the teacher's own"
+    rows:int
+    worst:float # largest difference of a logit (with top-k: of a log-probability)
+    mean:float # of the rows' largest differences
+    dtype:str
+
+    def __str__(self):
+        return f'{self.rows} rows asked again: stored logits ({self.dtype}) differ by {self.worst:.2g} at most, {self.mean:.2g} on average'
+
+
+def task_in(dls, teacher, kind, axis):
+    "Read off the labels' loss function, or else off that of a teacher who is a Learner"
+    return task_of(getattr(dls, 'loss_func', None) or getattr(teacher, 'loss_func', None), kind, axis)
+
+
+# writing
+
+def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num_workers=None, check=True):
+    "What `write_cache` must know about a teacher and one of the DataLoaders"
+    refuse_unindexed(dl)
+    names,order,root = item_keys(dl, keys, root_of(dls.path)),order_of(dl),root_of(dls.path)
+    plan = Plan(names[order], views, seed, order)
+    make = lambda tasks, bs, workers=None: writer_dl(dl, plan, tasks, bs, workers)
+    def run(tasks, bs):
+        with clean(dl, not views), teacher if hasattr(teacher, '__enter__') else nullcontext():
+            d = make(tasks, bs, num_workers)
+            for b in d: yield Outputs.of(teacher(*map(as_plain, b[:d.n_inp])))
+    if check:
+        with clean(dl, not views): check_repeats(make, len(names)*max(views, 1))
+        check_alone(run, len(names))       # subtle: of one view, in which texts are ordered by length
+    with clean(dl, not views): samples = digests(make, plan, views)
+    return Source(plan.keys, run, bs or dl.bs or 64, identity_of(teacher), describe(dl) if views else {}, root, vocab, samples)
+
+
+def item_keys(dl, keys, root):
+    "(N,) uint64 by position in the dataset"
+    ds = dl.dataset
+    items = ds if isinstance(ds, (list, L, np.ndarray)) else getattr(ds, 'items', None)
+    if keys is not None:
+        rows = (items.iloc[i] for i in range(len(items))) if hasattr(items, 'iloc') else items
+        names = [keys(o) for o in rows] if callable(keys) else keys
+        if len(names) != len(ds): raise DistillError(f"{len(names)} keys for {len(ds)} samples: give one for each.")
+        return keys_of(names, root)
+    if items is None: raise DistillError(f"A {type(ds).__name__} doesn't say which samples it holds: pass keys=, one for each sample.")
+    if hasattr(items, 'columns'):       # a table: a row is what is in it
+        import pandas as pd
+        try: return pd.util.hash_pandas_object(items, index=False).to_numpy(np.uint64)
+        except TypeError: items = items.to_numpy()
+    return keys_of(items, root)
+
+
+def order_of(dl):
+    "Positions in the order in which rows are stored: as they are, but texts by length, for padding must not mix long and short"
+    n = len(dl.dataset)
+    return np.argsort(-np.asarray(dl.res), kind='stable') if isinstance(dl, SortedDL) else np.arange(n)
+
+
+class Fixed:
+    "A DataLoader's `get_idxs` that always gives the same"
+    def __init__(self, idxs): self.idxs = idxs
+    def __call__(self): return self.idxs
+
+
+def writer_dl(dl, plan, tasks, bs, workers=None):
+    "A DataLoader that goes through tasks in their order"
+    cls = TabDataLoader if isinstance(dl, TabDataLoader) else TfmdDL
+    more = {} if workers is None else dict(num_workers=workers)
+    d = TfmdDL.new(dl, cls=cls, bs=bs, shuffle=False, drop_last=False, get_idxs=Fixed(np.asarray(tasks).tolist()), **more)
+    return attach(d, copy.copy(plan))
+
+
+@contextmanager
+def clean(dl, on):
+    "Inside, a DataLoader's data go through the transforms of validation"
+    ds = dl.dataset
+    told = [o.tfms for o in getattr(ds, 'tls', [ds]) if isinstance(getattr(o, 'tfms', None), Pipeline)] if on else []
+    if on and isinstance(ds, TfmdLists): told.append(ds)      # it keeps a number of its own
+    old = [o.split_idx for o in told]
+    for o in told: o.split_idx = 1
+    try: yield
+    finally:
+        for o,i in zip(told, old): o.split_idx = i
+
+
+def some(n, k=4): return np.unique(np.linspace(0, n-1, min(k, n), dtype=int))
+
+
+def check_repeats(make, n):
+    "Draw a few views twice: what can't be repeated is found out before anything is written"
+    tasks = some(n, 8)
+    d = make(tasks, 1, 0)
+    d.before_iter()
+    for t in tasks:
+        a,b = d.do_item(t),d.do_item(t)
+        if fingerprint(*leaves(plain(a))) != fingerprint(*leaves(plain(b))): raise DistillError(unrepeatable('The item transforms', t))
+    for t,a,b in zip(tasks, make(tasks, 1, 0), make(tasks, 1, 0)):
+        if fingerprint(*leaves(plain(a))) != fingerprint(*leaves(plain(b))): raise DistillError(unrepeatable('The batch transforms', t))
+
+
+def check_alone(run, n):
+    "The teacher's answer to a sample must not depend on its neighbours"
+    tasks = some(n, 4)
+    half = tasks[::2]
+    a,b = next(run(tasks, len(tasks))).logits[::2],next(run(half, len(half))).logits
+    tol = 1e-3 if a.dtype.itemsize > 2 else .03
+    a,b = a.float(),b.float()
+    if a.dim() == 2 and a.shape[1] > 1 and a.min() >= 0 and (a.sum(1)-1).abs().max() < 1e-3:
+        warnings.warn(DistillWarning("The teacher's answers look like probabilities (they sum to 1), where logits are expected: "
+                                     "take the softmax off its end."))
+    if a.shape != b.shape: return       # padded to another length: the layout will see
+    if (far := (a-b).abs().nan_to_num().max().item()) > tol*(1 + a[a.isfinite()].abs().max().item()):
+        raise DistillError(f"The teacher's answer to a sample differs by {far:.3g} with other samples in its batch: it is in training "
+                           "mode, has a memory, or a batch transform looks at the whole batch. Stored answers would belong to no sample: "
+                           "use a live teacher.")
+
+
+def plain(o):
+    "An item without fastai's types, and without its index"
+    if isinstance(o, Pair): o = o[0]
+    return tuple(map(plain, o)) if isinstance(o, (tuple, list)) else as_plain(o)
+
+
+def digests(make, plan, views):
+    "A few samples' inputs as they come out of their item transforms: whoever replays them elsewhere must get the same bytes"
+    if not views: return []
+    n = len(plan.keys)
+    rows = some(n, 8)
+    tasks = [i % views*n + int(r) for i,r in enumerate(rows)]
+    d = make(tasks, 1, 0)
+    d.before_iter()
+    return [dict(row=int(r), view=i % views, digest=digest(d.do_item(t), d.n_inp)) for i,(r,t) in enumerate(zip(rows, tasks))]
+
+
+def digest(pair, n_inp):
+    item = plain(pair)
+    return fingerprint(*leaves(item[:n_inp])) if isinstance(item, tuple) else 'row of a table'
+
+
+def vocab_of(dls):
+    "Names of the classes, if they have any"
+    v = getattr(dls, 'vocab', None)
+    if v is None: v = nested_attr(dls, 'train.after_item.vocab', None)
+    if v is None or isinstance(v, dict): return None
+    v = list(v)
+    return list(map(str, v[-1] if v and not isinstance(v[-1], str) and hasattr(v[-1], '__len__') else v))
+
+
+def classes_of(teacher, dls):
+    "Names of the classes in the order of the teacher's logits; another order than the labels' is mapped when a student trains"
+    mine = vocab_of(dls)
+    theirs = [vocab_of(t.learner.dls) for t in (teacher, *teacher.members) if t.learner is not None]
+    if not theirs or mine is None or theirs[0] is None: return mine
+    if any(v != theirs[0] for v in theirs) or (teacher.members and theirs[0] != mine):
+        raise DistillError("The members of the ensemble have their classes in different orders: give each, as Teacher(model, select=...), "
+                           f"the labels' order: {', '.join(mine[:10])}.")
+    names = theirs[0] if teacher.select is None else [theirs[0][i] for i in torch.as_tensor(teacher.select).tolist()]
+    reorder(names, mine)        # what can't be mapped is refused now
+    return names
+
+
+# training
+
+class Epochs(Callback):
+    "Tells the DataLoader which epoch it is in, for views change with it"
+    order = -20
+    def __init__(self, plan, done): super().__init__(); self.plan,self.before,self.passed = plan,done,0
+    def before_train(self):
+        self.plan.epoch = self.before + self.learn.epoch
+        self.passed = self.learn.epoch + 1
+
+
+@dataclass
+class CacheFeed(Feed):
+    "Rows of a cache, in the batches that they belong to"
+    cache:TeacherCache # or its path
+    keys:object=None # as `cache_teacher` was told
+    done:int=0 # epochs of earlier fits: views go on where they were
+    learn:object=field(default=None, repr=False)
+    fed:list=field(default_factory=list, repr=False) # DataLoaders with rows in them
+    missing = ("This batch has no stored teacher's output: the cache holds the training set only "
+               "(cache_teacher(..., valid=True) adds the validation set).")
+
+    def __post_init__(self):
+        if not isinstance(self.cache, TeacherCache): self.cache = TeacherCache(self.cache)
+        self.added = self.epochs = None
+
+    def attach(self, learn, kind='softmax', axis=1):
+        super().attach(learn, kind, axis)
+        try:
+            with untouched(): self._attach(learn.dls)
+        except BaseException:
+            self.detach()
+            raise
+        return self
+
+    def _attach(self, dls):
+        names,valid = self.cache.manifest.vocab,self.cache.valid
+        self.order = None if names is None or vocab_of(dls) is None else reorder(names, vocab_of(dls))
+        plan = self._feed(dls, dls.train, self.cache, self.keys)
+        if valid is not None and len(dls.loaders) > 1: self._feed(dls, dls.valid, valid, self.keys if callable(self.keys) else None)
+        self.epochs = Epochs(plan, self.done)
+        self.learn.add_cb(self.epochs)
+
+    def _feed(self, dls, dl, cache, keys):
+        refuse_unindexed(dl)
+        names = item_keys(dl, keys, root_of(dls.path))
+        plan = Plan(names, cache.views, cache.seed, cache.find(names), cache, random=bool(cache.views))
+        refuse(cache.folder, misfits(dl, plan, cache), cache.force)
+        self.fed.append(attach(dl, plan))
+        return plan
+
+    def detach(self):
+        if self.learn is not None:
+            # subtle: some tools put a copy of the DataLoaders in place for a while
+            for dl in [*self.fed, *map(inner, self.learn.dls.loaders)]: detach(dl)
+            self.fed = []
+            if self.epochs is not None:
+                if not hasattr(self.learn, 'lr_finder'): self.done += self.epochs.passed
+                self.learn.remove_cbs([c for c in self.learn.cbs if c is self.epochs])
+            self.epochs = None
+        super().detach()
+
+    def decode(self, t, learn):
+        out = self.cache.decode(t)
+        lg,order = out.logits,self.order
+        if order is not None: lg = lg.reorder(order) if isinstance(lg, TopK) else lg.index_select(self.axis, order.to(lg.device))
+        if isinstance(lg, TopK): lg = lg.dense(as_plain(learn.pred) if lg.tail == 'bucket' else None)
+        return Outputs(lg, out.feats, out.mask)
+
+
+def inner(dl):
+    "The DataLoader in fastai's distributed one"
+    return getattr(dl, 'dl', dl) if isinstance(getattr(dl, 'dl', None), TfmdDL) else dl
+
+
+def misfits(dl, plan, cache):
+    "In words, what makes these data others than those that a cache was written with"
+    m = cache.manifest
+    if m.views: return transform_differences(m.transforms, describe(dl)) or sample_differences(dl, plan, m)
+    if m.layout.dense and (moving := moves(dl)):
+        return [f"these outputs of unchanged inputs have a place for each pixel or token, which {', '.join(moving)} would move: "
+                "cache views=1 or more"]
+    return []
+
+
+def moves(dl):
+    "Random transforms of the training set that put things elsewhere"
+    if getattr(dl.dataset, 'split_idx', 1) != 0: return []
+    fs = [f for k in ('after_item', 'after_batch') for f in getattr(getattr(dl, k), 'fs', [])]
+    return [type(f).__name__ for f in fs if isinstance(f, RandTransform) and not isinstance(f, (SpaceTfm, RandomErasing))]
+
+
+def sample_differences(dl, plan, m):
+    "Make the inputs of a few samples as they were made when the cache was written, and compare"
+    n = len(plan.keys)
+    d = writer_dl(dl, Plan(plan.keys, m.views, m.seed, np.arange(n)), [0], 1, 0)
+    d.before_iter()
+    for s in m.samples:
+        if not len(here := np.flatnonzero(plan.at == s['row'])): continue
+        at = int(here[0])
+        if digest(d.do_item(s['view']*n + at), d.n_inp) != s['digest']:
+            other = [f'{k} {v} then, {w} now' for k,v in m.versions.items() if (w := versions().get(k)) != v]
+            return [f"sample {at} comes out of its item transforms differently than when the cache was written: its file, a function among "
+                    f"the transforms, or a library changed{' (' + '; '.join(other) + ')' if other else ''}"]
+    return []

@@ -1,0 +1,264 @@
+"The same augmentation twice inside fastai's DataLoaders: item transforms, and batch transforms, by sample and view."
+import inspect
+from dataclasses import dataclass
+from functools import partial
+import numpy as np
+import torch
+from fastai.basics import ItemTransform, Pipeline, Transform
+from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
+from fastai.tabular.core import ReadTabBatch
+from fastai.text.data import LMDataLoader
+from fastai.vision.augment import AffineCoordTfm, SpaceTfm, TensorImage
+from torch import Tensor
+from ..cache.keys import hash_of
+from ..cache.manifest import fingerprint
+from ..outputs import DistillError
+from ..replay import PerSample, per_sample, seeded, seeds_of, untouched, view_of
+from .blocks import TeacherRow
+
+__all__ = ['Plan', 'attach', 'describe', 'detach', 'refuse_unindexed']
+
+FIXED = Normalize,IntToFloatTensor,ToTensor,ReadTabBatch    # no random numbers, each sample by itself
+
+
+@dataclass
+class Plan:
+    "Which sample, and which view of it, a DataLoader's index asks for"
+    keys:np.ndarray # (N,) uint64 by position in the dataset; while writing: by row
+    views:int # 0: nothing is replayed
+    seed:int
+    at:np.ndarray|None=None # (N,) row of each position (training); position of each row (writing)
+    cache:object=None # whose rows are fed; None while writing
+    epoch:int=0
+    random:bool=True # seed what is drawn
+
+    def of(self, i):
+        "(positions, keys, views, rows) of indices, an array of them or one number"
+        if self.cache is None:
+            view,row = divmod(i, len(self.keys))
+            at,keys = self.at[row],self.keys[row]
+            return at,keys if isinstance(i, np.ndarray) else int(keys),view,None
+        keys = self.keys[i] if isinstance(i, np.ndarray) else int(self.keys[i])
+        return i,keys,view_of(keys, self.epoch, self.views, self.seed),self.at[i]
+
+
+class Shown:
+    "Which samples a batch was made of, in which views; no tensor, for what is on the GPU must not be waited for"
+    def __init__(self, keys, views): self.keys,self.views = keys,views
+
+
+class Pair(tuple): "An item and its index"
+
+
+class Items:
+    "A DataLoader's `do_item` whose random numbers belong to the sample and the view"
+    def __init__(self, dl, plan): self.dl,self.plan = dl,plan
+
+    def __call__(self, s):
+        s = 0 if s is None else int(s)
+        at,key,view,_ = self.plan.of(s)
+        item = self.make(int(at), seeds_of(self.plan.seed, key, view))
+        if item is None and self.plan.cache is None:
+            raise DistillError(f"Sample {at} is left out by its own transforms (SkipItemException): "
+                               "take it out of the data before caching.")
+        return None if item is None else Pair((item, s))
+
+    def make(self, at, seed):
+        if not self.plan.random: return type(self.dl).do_item(self.dl, at)
+        with seeded(seed): return type(self.dl).do_item(self.dl, at)
+
+
+class Batches:
+    "A DataLoader's `do_batch` that adds stored rows and indices to the batch"
+    def __init__(self, dl, plan, own): self.dl,self.plan,self.own = dl,plan,own
+
+    def __call__(self, b):
+        make = self.own or partial(type(self.dl).do_batch, self.dl)
+        if not isinstance(b[0], Pair): return make(b)       # of a DataLoader made with `dl.new()`, which takes this along
+        cache,(_,keys,views,at) = self.plan.cache,self.plan.of(np.array([s for _,s in b]))
+        rows = np.zeros((len(b), 0), np.uint8) if cache is None else cache.rows(at, views)
+        return make([o for o,_ in b]),TeacherRow(torch.from_numpy(rows)),Shown(keys, views)
+
+
+class Replay(Pipeline):
+    "A DataLoader's `after_batch` that repeats each sample's view, and puts its row last in the batch"
+    def __init__(self, pipe, plan):
+        super().__init__(pipe, split_idx=pipe.split_idx)
+        self.own,self.plan = pipe,plan
+
+    def __call__(self, o):
+        if not (isinstance(o, (tuple, list)) and len(o) == 3 and isinstance(o[2], Shown)): return super().__call__(o)
+        b,rows,shown = o
+        if isinstance(b, list): b = tuple(b)        # pinning memory makes lists of tuples
+        b = self.replay(b, shown.keys, shown.views) if self.plan.random else super().__call__(b)
+        b = b if isinstance(b, tuple) else (b,)
+        return (*b, rows) if self.plan.cache is not None else b
+
+    def replay(self, b, keys, views):
+        seen = {}
+        for f in self.fs:
+            # subtle: seeds go by name, not by place, so that a Normalize that a pretrained model brings along shifts none
+            n = seen[type(f)] = seen.get(type(f), 0) + 1
+            b = replay_one(f, b, seeds_of(self.plan.seed, keys, views, hash_of(type(f).__name__.encode()), n), self.split_idx)
+        return b
+
+
+def replay_one(f, b, seeds, split_idx):
+    "One batch transform with random numbers of each sample's own"
+    if fixed(f): return f(b, split_idx=split_idx)
+    x = first_of(b)
+    if isinstance(f, (AffineCoordTfm, SpaceTfm)) and isinstance(x, TensorImage): return replay_drawn(f, b, x, seeds, split_idx)
+    if f.split_idx is not None and f.split_idx != split_idx: return b
+    return by_sample(f, b, seeds, split_idx)
+
+
+def fixed(f): return type(f) in FIXED or f.name == 'noop'
+
+
+def by_sample(f, b, seeds, split_idx):
+    "A transform run on one sample at a time: right for whatever it draws, and slow"
+    return per_sample(lambda *o: f(b_of(o, b), split_idx=split_idx), seeds, *flat(b))
+
+
+def replay_drawn(f, b, x, seeds, split_idx):
+    "fastai's affine, warp, lighting and colour transforms: each sample's own numbers in one draw on the CPU, then one pass over the batch"
+    # subtle: two samples at least, so that what is drawn once for a batch is told from what is drawn for each sample
+    n = max(len(x), 2)
+    like = TensorImage(torch.empty(1).expand(n, *x.shape[1:]))
+    like.__dict__.update(x.__dict__)        # img_size, if it has one
+    with untouched() as u, PerSample(np.resize(seeds, n)): f.before_call((like,), split_idx)
+    if u.moved: return by_sample(f, b, seeds, split_idx)        # something draws otherwise (batch=True)
+    if not f.do: return b
+    parts = [f, *getattr(f, 'coord_fs', []), *getattr(f, 'fs', [])]
+    drawn = [{k: v.to(x.device) for k,v in vars(o).items() if isinstance(v, Tensor)} for o in parts]
+    run = lambda o: Transform.__call__(f, o, split_idx=split_idx)
+    def use(sl):
+        for o,d in zip(parts, drawn): vars(o).update({k: v[sl] if v.dim() and len(v) == n else v for k,v in d.items()})
+    if not coupled(f, x):
+        use(slice(len(x)))
+        return run(b)
+    outs = []
+    for i in range(len(x)):
+        use(slice(i, i+1))
+        outs.append(run(b_of([o[i:i+1] for o in flat(b)], b)))
+    return tuple(torch.cat(o) for o in zip(*outs))
+
+
+def coupled(f, x):
+    "Does the transform look at the whole batch? fastai reduces images first, depending on the largest zoom in the batch"
+    size = getattr(f, 'size', None)
+    if size is None: return False
+    h,w = (size, size) if isinstance(size, int) else size
+    return min(x.shape[-2]/h, x.shape[-1]/w) > 2
+
+
+def first_of(b):
+    while isinstance(b, tuple): b = b[0]
+    return b
+
+
+def flat(b):
+    b = b if isinstance(b, tuple) else (b,)
+    if not all(isinstance(o, Tensor) for o in b):
+        raise DistillError(f"Can't replay batch transforms of a batch of {', '.join(type(o).__name__ for o in b)}: "
+                           "only tensors can be taken apart into samples. Use views=0.")
+    return b
+
+
+def b_of(o, b): return tuple(o) if isinstance(b, tuple) else o[0]
+
+
+# putting it into a DataLoader, and taking it out
+
+def attach(dl, plan):
+    "Have `dl` replay `plan`; the DataLoader stays the same object, so that whoever holds it sees it"
+    detach(dl)
+    refuse_unindexed(dl)
+    assert dl.n_inp         # subtle: learnt from a first batch, which must be one without rows
+    own = dl.__dict__.get('do_batch')
+    dl.do_batch,dl.do_item = Batches(dl, plan, own),Items(dl, plan)
+    dl.after_batch = Replay(dl.after_batch, plan)
+    return dl
+
+
+def detach(dl):
+    "Take it out again; safe to call twice, and on a copy of what was attached"
+    if not isinstance(dl.__dict__.get('do_item'), Items): return
+    del dl.__dict__['do_item']
+    own = dl.__dict__.pop('do_batch').own
+    if own is not None: dl.do_batch = own
+    pipe = dl.after_batch
+    if isinstance(pipe, Replay): pipe.own.fs,dl.after_batch = pipe.fs,pipe.own
+
+
+def refuse_unindexed(dl):
+    "What has no samples to keep outputs for, is refused in words"
+    what = type(dl).__name__
+    if isinstance(dl, LMDataLoader):
+        raise DistillError("A language model's batches are a stream that is cut anew each epoch, and its teacher remembers what came "
+                           "before: there are no samples to keep outputs of. Use a live teacher.")
+    if not hasattr(dl, 'after_batch') or not hasattr(dl, 'do_item'):
+        raise DistillError(f"{what} is no fastai DataLoader: write with cache_dataset(teacher, dataset, path) and train with "
+                           "Replayed(dataset, cache).")
+    if dl.bs is None: raise DistillError(f"{what} goes through ready-made batches (bs=None): a stored output belongs to a sample.")
+    if not dl.indexed:
+        raise DistillError(f"{what} goes through data that can only be iterated: a stored output belongs to a sample, and these have "
+                           "no indices. Use a dataset with __getitem__ and __len__.")
+
+
+# saying which transforms there are
+
+def describe(dl) -> dict:
+    "Name -> in words, of each transform that replay repeats; `Normalize` is not among them, for each model may have its own"
+    out = {}
+    tls = getattr(dl.dataset, 'tls', [])[:getattr(dl.dataset, 'n_inp', 1)]
+    # how an item is read (functions) shows in the item itself, and is compared there
+    for i,tl in enumerate(tls): name_each(out, f'input {i}', [f for f in tl.tfms.fs if type(f) not in (Transform, ItemTransform)])
+    for k in ('after_item', 'before_batch', 'after_batch'):
+        if isinstance(getattr(dl, k, None), Pipeline): name_each(out, k, getattr(dl, k).fs)
+    own = [type(f).__name__ for f in dl.after_batch.fs if not (fixed(f) or isinstance(f, (AffineCoordTfm, SpaceTfm)))]
+    # the same seed gives other numbers on another kind of device
+    if own: out[f'device of {", ".join(own)}'] = getattr(dl.device, 'type', 'cpu')
+    return out
+
+
+def name_each(out, where, fs):
+    for f in fs:
+        if f.name == 'noop' or isinstance(f, (Normalize, ReadTabBatch)): continue
+        name = f'{where}: {f.name.split(" -- ")[0]}'
+        n = sum(k == name or k.startswith(f'{name} #') for k in out)
+        out[name if not n else f'{name} #{n+1}'] = in_words(f)
+
+
+STATE = {'self', 'counter', 'lengths'}       # of what was seen, not of what is done
+
+
+def in_words(o, depth=6):
+    "What an object was made with; what it drew last time is left out"
+    say = lambda v: in_words(v, depth-1)
+    if isinstance(o, (str, bool, type(None))): return repr(o)
+    if isinstance(o, (int, float, np.number)): return repr(float(o))       # NumPy's and enums' own ways of writing numbers change
+    if depth == 0: return type(o).__name__
+    if isinstance(o, (Tensor, np.ndarray)): return f'{type(o).__name__} {fingerprint(o)[:12]}'
+    if isinstance(o, partial): return f'{say(o.func)}{say([*o.args, *sorted(o.keywords.items())])}'
+    if inspect.isroutine(o) or isinstance(o, type): return code_of(o)
+    if isinstance(o, dict): o = list(o.items())
+    if hasattr(o, '__iter__') and hasattr(o, '__len__') and not isinstance(o, Transform):
+        if len(o) > 50: return f'{type(o).__name__} of {len(o)}, {hash_of(repr(list(o)).encode()):x}'
+        return f'[{", ".join(map(say, o))}]'
+    named = set(inspect.signature(type(o).__init__).parameters) | {'aff_fs', 'coord_fs', 'fs'}
+    said = [f'{k}={say(v)}' for k,v in sorted(getattr(o, '__dict__', {}).items()) if k in named-STATE and not inspect.ismethod(v)]
+    return f'{type(o).__name__}({", ".join([*own_code(o), *said])})'
+
+
+def own_code(o):
+    "The code of a transform that isn't fastai's"
+    if type(o) is Transform: return [code_of(m.implementation) for m in o.encodes.methods] if hasattr(o, 'encodes') else []
+    return [] if type(o).__module__.split('.')[0] in ('fastai', 'fasttransform', 'fastcore') else [code_of(type(o))]
+
+
+def code_of(f):
+    "A function's or class's name, and a fingerprint of its code"
+    name = getattr(f, '__qualname__', repr(type(f)))
+    try: return f'{name} {hash_of(inspect.getsource(f).encode()):x}'
+    except (TypeError, OSError): return name

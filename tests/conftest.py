@@ -1,0 +1,22 @@
+"Before the first test: one thread, no display, no network, nothing read from or left in the user's home. Before each: the same seed."
+import os, random, shutil, tempfile
+
+HOME = tempfile.mkdtemp(prefix='fastdistill-tests-')
+os.environ |= dict(MPLBACKEND='Agg', OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false',
+                   FASTAI_HOME=HOME, TORCH_HOME=HOME, HF_HOME=HOME, MPLCONFIGDIR=HOME)
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def pytest_unconfigure(config): shutil.rmtree(HOME, ignore_errors=True)

@@ -1,0 +1,428 @@
+"Stored teacher outputs: the right row for each sample, whatever happens to the writer, the files and the order."
+import hashlib, json, math, pickle, random, resource, shutil, time
+from collections import namedtuple
+from pathlib import Path
+import numpy as np
+import pytest, torch
+from PIL import Image
+from torch.utils.data import Subset, TensorDataset
+import torch.nn.functional as F
+import writers
+from fastdistill.cache import Layout, TeacherCache, Wish, cache_dataset
+from fastdistill.cache.folder import Folder
+from fastdistill.cache.keys import dataset_keys, key_of
+from fastdistill.cache.manifest import Manifest, fingerprint
+from fastdistill.losses import kl
+from fastdistill.outputs import DistillError, DistillWarning, Outputs, TopK
+from fastdistill.teacher import Teacher
+
+# a row
+
+def logits(*shape, seed=0, scale=4.): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))*scale
+
+def through(out, **wish):
+    lay = Layout.of(out, Wish(**wish))
+    rows = lay.encode(out)
+    assert rows.dtype == np.uint8 and rows.shape == (len(out.logits), lay.bytes)
+    again = Layout.from_json(json.loads(json.dumps(lay.to_json())))
+    assert again == lay
+    return again.decode(torch.from_numpy(rows)),lay
+
+
+@pytest.mark.parametrize('shape', [(6, 5), (1, 3), (4, 3, 6, 7), (3, 9, 11), (5, 1), (7,)], ids=str)
+def test_rows_hold_logits_of_any_shape(shape):
+    x = logits(*shape)
+    got,_ = through(Outputs(x), dtype='float32')
+    assert torch.equal(got.logits, x) and got.mask is None and not got.feats
+    got,_ = through(Outputs(x), dtype='float16')
+    assert torch.equal(got.logits, x.half().float())
+    got,_ = through(Outputs(x), dtype='int8')
+    flat = x.reshape(len(x), -1)
+    step = (flat.amax(1)-flat.amin(1))/254
+    assert ((got.logits.reshape(len(x), -1)-flat).abs() <= step[:, None]*.5001 + 1e-6).all()
+
+
+def test_rows_hold_layers_and_masks():
+    out = Outputs(logits(4, 3), {'a.scale': logits(4, 2, 5, seed=1), 'b': logits(4, 1, seed=2)}, torch.tensor([[1, 0, .5]]*4))
+    for dtype,tol in dict(float32=0, float16=2e-3, int8=.1).items():
+        got,_ = through(out, dtype=dtype)
+        assert list(got.feats) == ['a.scale', 'b'] and torch.equal(got.mask, out.mask)
+        for a,b in [(got.logits, out.logits), *((got.feats[k], out.feats[k]) for k in out.feats)]:
+            torch.testing.assert_close(a, b, rtol=0, atol=tol*b.abs().max().item())
+
+
+@pytest.mark.parametrize('n,dtype,size', [(1000, 'float16', 40), (1000, 'int8', 34), (100, 'float16', 30), (10**5, 'float32', 80)])
+def test_few_classes_of_many_take_few_bytes(n, dtype, size):
+    x = logits(7, n)
+    got,lay = through(Outputs(x), topk=10, dtype=dtype)
+    lp,ids = x.log_softmax(1).topk(10)
+    assert lay.bytes == size and torch.equal(got.logits.ids, ids) and got.logits.n == n
+    torch.testing.assert_close(got.logits.values, lp, rtol=0, atol=dict(float32=1e-6, float16=4e-3, int8=.03)[dtype])
+
+
+def test_few_classes_of_maps_and_tokens():
+    for shape,axis in [((2, 9, 3, 4), 1), ((2, 5, 9), -1)]:
+        x = logits(*shape)
+        got,_ = through(Outputs(x), topk=4, dtype='float32', axis=axis)
+        d = got.logits.dense()
+        assert d.shape == x.shape
+        top = x.topk(4, axis).indices
+        torch.testing.assert_close(d.gather(axis, top), x.log_softmax(axis).gather(axis, top))
+
+
+def test_maps_can_be_stored_smaller():
+    x = logits(2, 3, 8, 8)
+    got,lay = through(Outputs(x), size=4, dtype='float32')
+    assert lay.bytes == 3*16*4 and got.logits.shape == x.shape
+    small = x.view(2, 3, 4, 2, 4, 2).mean((3, 5))
+    torch.testing.assert_close(got.logits, F.interpolate(small, (8, 8), mode='bilinear'))
+    flat = torch.full((1, 2, 8, 8), 3.)
+    assert torch.equal(through(Outputs(flat), size=(2, 4))[0].logits, flat)
+
+
+@pytest.mark.parametrize('out,wish,match', [
+    (Outputs(torch.tensor([[1., float('nan')]])), {}, 'logits hold nan or inf'),
+    (Outputs(torch.tensor([[1., float('inf')]])), {}, 'logits hold nan or inf'),
+    (Outputs(torch.tensor([[1., -float('inf')]])), dict(dtype='int8'), "int8 can't hold infinite"),
+    (Outputs(torch.tensor([[1., 1e5]])), {}, "beyond float16's 65504"),
+    (Outputs(logits(2, 5)), dict(topk=6), 'topk=6, but the teacher has 5 classes'),
+    (Outputs(logits(2, 5)), dict(size=4), r'size=\(4, 4\) is for maps'),
+    (Outputs(None), {}, 'no logits'),
+    (Outputs(logits(2, 5), {'a': 'text'}), {}, 'Layer a gives a str')])
+def test_what_a_row_cannot_hold_is_refused(out, wish, match):
+    with pytest.raises(DistillError, match=match): through(out, **wish)
+
+def test_wrong_wishes_are_refused():
+    for kw,match in [(dict(dtype='int4'), "possible are 'float32'"), (dict(tail='x'), "possible are 'uniform'"), (dict(topk=0), 'one')]:
+        with pytest.raises(DistillError, match=match): Wish(**kw)
+
+def test_rows_of_one_cache_are_alike():
+    lay = Layout.of(Outputs(logits(2, 5)), Wish())
+    with pytest.raises(DistillError, match=r'shape \(6,\) in this batch, but \(5,\) in the first one'): lay.encode(Outputs(logits(2, 6)))
+    with pytest.raises(DistillError, match='have no feats:a in this batch'):
+        Layout.of(Outputs(logits(2, 5), {'a': logits(2, 1)}), Wish()).encode(Outputs(logits(2, 5)))
+
+
+# the classes that were not kept
+
+def rest_by_hand(t, k, tail, s):
+    "Probabilities of one sample in plain Python: the k largest as they are, the others by the policy"
+    top = sorted(range(len(t)), key=lambda i: -t[i])[:k]
+    kept,n = sum(t[i] for i in top),len(t)
+    if tail == 'zero': return [t[i]/kept if i in top else 0. for i in range(n)]
+    if tail == 'uniform': return [t[i] if i in top else (1-kept)/(n-k) for i in range(n)]
+    free = sum(s[i] for i in range(n) if i not in top)
+    return [t[i] if i in top else (1-kept)*s[i]/free for i in range(n)]
+
+@pytest.mark.parametrize('tail', ['uniform', 'zero', 'bucket'])
+@pytest.mark.parametrize('k', [1, 3, 6])
+def test_dense_shares_the_rest_by_the_policy(tail, k):
+    t,s = logits(5, 6).double(),logits(5, 6, seed=1).double()
+    v,ids = t.log_softmax(1).topk(k)
+    got = TopK(ids, v, 6, tail).dense(s).double().exp()
+    want = [rest_by_hand(a, k, tail, b) for a,b in zip(t.softmax(1).tolist(), s.softmax(1).tolist())]
+    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+    assert not got.isnan().any() and (got.sum(1)-1).abs().max() < 1e-6
+
+
+def test_bucket_is_the_kl_over_k_plus_one_outcomes_and_so_is_its_gradient():
+    t,s = logits(5, 8).double(),logits(5, 8, seed=1).double().requires_grad_()
+    v,ids = t.log_softmax(1).topk(3)
+    ours = kl(s, TopK(ids, v, 8, 'bucket').dense(s), T=1.)
+    q,p = s.softmax(1).gather(1, ids),v.exp()
+    both = [torch.cat([o, 1-o.sum(1, keepdim=True)], 1) for o in (p, q)]
+    hand = (both[0]*(both[0].log()-both[1].log())).sum(1).mean()
+    torch.testing.assert_close(ours, hand, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*[torch.autograd.grad(o, s, retain_graph=True)[0] for o in (ours, hand)], rtol=1e-4, atol=1e-6)
+
+
+def test_dense_stays_finite_at_the_edges():
+    sure = torch.tensor([[0., -30.]])
+    for tail in ('uniform', 'zero'):
+        d = TopK(torch.tensor([[2, 0]]), sure, 4, tail).dense()
+        assert not d.isnan().any() and d[0, 2] == pytest.approx(0, abs=1e-6)
+    over = TopK(torch.tensor([[2, 0]]), torch.tensor([[-.0001, -7.]]), 4).dense()      # rounding: more than 1 together
+    assert over.isfinite().all()
+    with pytest.raises(DistillError, match="needs its logits"): TopK(torch.tensor([[2]]), torch.tensor([[-.1]]), 4, 'bucket').dense()
+    with pytest.raises(DistillError, match="possible are 'uniform'"): TopK(torch.tensor([[2]]), torch.tensor([[-.1]]), 4, 'even')
+
+
+def test_classes_can_be_put_in_another_order():
+    t,order = logits(3, 5),torch.tensor([4, 0, 3, 1, 2])
+    v,ids = t.log_softmax(1).topk(2)
+    top = TopK(ids, v, 5)
+    torch.testing.assert_close(top.reorder(order).dense(), top.dense()[:, order])
+
+
+# names of samples
+
+Point = namedtuple('Point', 'x y')
+
+def test_keys_are_the_same_everywhere():
+    names = [(Path('/data/a/cat.jpg'), '/data'), (Path('/elsewhere/b/a/cat.jpg'), '/elsewhere/b/'), (Path('a/cat.jpg'), '')]
+    assert len({key_of(*o) for o in names}) == 1
+    assert key_of('/data2/cat.jpg', '/data') != key_of('2/cat.jpg', '/data')
+    h = hashlib.blake2b(digest_size=8)
+    for p in (b'str', b'cat.jpg'): h.update(len(p).to_bytes(8, 'little') + p)
+    assert key_of('cat.jpg') == int.from_bytes(h.digest(), 'little')
+
+
+def test_different_things_have_different_keys():
+    im = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(2, 2, 3))
+    things = ['1', 1, 1., True, None, b'1', ('1',), ['1', '1'], ('1', ('1',)), (('1', '1'),), {'a': 1}, {'b': 1}, {'a': '1'}, Path('1'),
+              np.array([1, 2]), np.array([1., 2.]), np.array([[1, 2]]), torch.tensor([2, 1]), im, im.rotate(90), Point(1, 2), '', ()]
+    keys = [key_of(o) for o in things]
+    assert len(set(keys)) == len(things)
+    assert keys == [key_of(o) for o in things]
+    assert key_of(np.int64(1)) == key_of(1) and key_of(torch.tensor([1, 2])) == key_of(np.array([1, 2]))
+
+
+def test_plain_datasets_tell_their_keys_or_are_asked():
+    x = torch.arange(12.).view(6, 2)
+    a,b = dataset_keys(TensorDataset(x)),dataset_keys(TensorDataset(x[[3, 1, 0]]))
+    assert len(set(a)) == 6 and b.tolist() == a[[3, 1, 0]].tolist() == dataset_keys(Subset(TensorDataset(x), [3, 1, 0])).tolist()
+    class Folder:
+        root,samples = '/data',[('/data/a.png', 0), ('/data/b.png', 1)]
+        def __len__(self): return 2
+    assert dataset_keys(Folder()).tolist() == [key_of('a.png'), key_of('b.png')]
+    class Unknown:
+        def __len__(self): return 2
+    with pytest.raises(DistillError, match="Can't tell which samples a Unknown holds: pass keys="): dataset_keys(Unknown())
+    with pytest.raises(DistillError, match='3 keys for 2 samples'): dataset_keys(Unknown(), 'abc')
+    with pytest.raises(DistillError, match="which sample a object is"): dataset_keys(Unknown(), [object(), object()])
+    assert dataset_keys(Unknown(), lambda i: f'id{i}').tolist() == [key_of('id0'), key_of('id1')]
+
+
+# reading
+
+def make(path, n=23, c=4, views=2, bs=3, shard=5, **kwargs):
+    from fastdistill.cache import writer
+    x,w = logits(n, 3, scale=1.),logits(3, c, seed=1, scale=1.)
+    class T:
+        name,modules = 't',[torch.nn.Identity()]
+        def __call__(self, x): return Outputs(x @ w)
+    was = writer.write_cache.__kwdefaults__['shard_bytes']
+    writer.write_cache.__kwdefaults__['shard_bytes'] = shard*c*4
+    try: cache = cache_dataset(T(), TensorDataset(x), path, views=views, bs=bs, dtype='float32', **kwargs)
+    finally: writer.write_cache.__kwdefaults__['shard_bytes'] = was
+    return cache,x @ w
+
+
+def test_any_rows_in_any_order(tmp_path):
+    cache,want = make(tmp_path)
+    assert cache.manifest.shard_rows == 3 and len(cache.manifest.shards) == 1+2*8
+    g = np.random.default_rng(0)
+    at,view = g.integers(0, 23, 60),g.integers(0, 2, 60)
+    torch.testing.assert_close(cache.outputs(at, view).logits, want[at])
+    assert cache.rows([], 0).shape == (0, 16)
+    with pytest.raises(DistillError, match='there are 23 samples and 2 views'): cache.rows([23])
+    with pytest.raises(DistillError, match='there are 23 samples and 2 views'): cache.rows([0], [2])
+    assert 'TeacherCache' in repr(cache) and '2 views' in repr(cache)
+
+
+def test_samples_find_their_rows(tmp_path):
+    cache,_ = make(tmp_path)
+    g = np.random.default_rng(0)
+    order = g.permutation(23)[:9]
+    assert cache.find(cache.keys[order]).tolist() == order.tolist() and cache.find(cache.keys).tolist() == list(range(23))
+    with pytest.raises(DistillError, match=r'1 of 2 samples have no row .*\(the first is number 1\)'): cache.find([cache.keys[3], 5])
+
+
+def test_what_is_pickled_is_a_path(tmp_path):
+    cache,want = make(tmp_path, n=900, shard=300)
+    cache.rows(np.arange(900)), cache.keys
+    data = pickle.dumps(cache)
+    assert len(data) < 6000
+    torch.testing.assert_close(pickle.loads(data).outputs([899, 1]).logits, want[[899, 1]])
+
+
+def test_a_cache_of_ten_million_rows_opens_at_once(tmp_path):
+    n,layout = 10**7,Layout.of(Outputs(logits(1, 1000)), Wish(topk=10))
+    m = Manifest(n, 1, 0, layout, 2**20, 64)
+    for *_,name,size in m.all_shards():
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        with open(tmp_path/name, 'wb') as f: f.truncate(size)       # sparse: takes no room
+    with open(tmp_path/'keys.bin', 'wb') as f: f.truncate(8*n)
+    m.complete = True
+    (tmp_path/'manifest.json').write_bytes(m.to_json())
+    before,start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,time.perf_counter()
+    cache = TeacherCache(tmp_path)
+    cache.rows([0, n-1, n//2])
+    took,grown = time.perf_counter()-start,resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before
+    assert took < 1 and grown < 20_000
+
+
+# broken things
+
+def test_what_is_no_cache_says_so(tmp_path):
+    with pytest.raises(DistillError, match='no cache at .*cache_teacher'): TeacherCache(tmp_path/'none')
+    cache,_ = make(tmp_path)
+    text = json.loads((tmp_path/'manifest.json').read_text())
+    for change,match in [(dict(version=9), 'is a cache of version 9, this fastdistill reads version 1'),
+                         (dict(format='x'), "is not a fastdistill cache's"), (dict(complete=False), 'is not finished')]:
+        (tmp_path/'manifest.json').write_text(json.dumps({**text, **change}))
+        with pytest.raises(DistillError, match=match): TeacherCache(tmp_path)
+    (tmp_path/'manifest.json').write_text('{"format"')
+    with pytest.raises(DistillError, match='manifest.json is damaged'): TeacherCache(tmp_path)
+    assert pickle.loads(pickle.dumps(cache)).views == 2
+
+
+def flip(p, at=7):
+    b = bytearray(p.read_bytes())
+    b[at] ^= 1
+    p.write_bytes(b)
+
+def shorten(p): p.write_bytes(p.read_bytes()[:-3])
+
+@pytest.mark.parametrize('harm,lazily', [(flip, None), (shorten, 'has 45 bytes instead of 48'), (Path.unlink, 'is missing')])
+def test_a_damaged_shard_is_named_and_made_anew_alone(tmp_path, harm, lazily):
+    cache,want = make(tmp_path)
+    good = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob('*.bin')}
+    bad = tmp_path/'view001/000003.bin'
+    harm(bad)
+    with pytest.raises(DistillError, match=r'Damaged files in .*: view001/000003.bin\.'): TeacherCache(tmp_path).check()
+    if lazily:
+        with pytest.raises(DistillError, match=f'view001/000003.bin of .* {lazily}'): TeacherCache(tmp_path).rows(np.arange(23), 1)
+    again,_ = make(tmp_path)
+    assert again.check() is again
+    for p,(data,when) in good.items():
+        assert p.read_bytes() == data and (p == bad or p.stat().st_mtime_ns == when or p.name == 'keys.bin')
+    torch.testing.assert_close(again.outputs(np.arange(23), 1).logits, want)
+    assert not list(tmp_path.rglob('*.json'))[1:]
+
+
+def test_damaged_keys_are_made_anew(tmp_path):
+    cache,_ = make(tmp_path)
+    keys = cache.keys.tolist()
+    flip(tmp_path/'keys.bin')
+    with pytest.raises(DistillError, match='Damaged files in .*: keys.bin'): TeacherCache(tmp_path).check()
+    assert make(tmp_path)[0].check().keys.tolist() == keys
+
+
+def test_a_cache_of_something_else_is_refused_and_force_replaces_only_what_is_its_own(tmp_path):
+    make(tmp_path)
+    (tmp_path/'mine.txt').write_text('keep me')
+    (tmp_path/'view000'/'notes.bin').write_text('keep me')
+    for kw,match in [(dict(views=1), 'views: 2 in the cache, 1 now'), (dict(seed=3), 'seed: 0 in the cache, 3 now'),
+                     (dict(n=22), 'data .count'), (dict(c=5), 'layout'), (dict(vocab=['a', 'b', 'c', 'd']), 'vocab: None in the cache'),
+                     (dict(transforms={'crop': '24'}), 'transform crop: none in the cache, 24 now')]:
+        with pytest.raises(DistillError, match=match): make(tmp_path, **kw)
+    with pytest.warns(DistillWarning, match='views: 2 in the cache, 1 now'): cache,want = make(tmp_path, views=1, force=True)
+    torch.testing.assert_close(cache.check().outputs(np.arange(23)).logits, want)
+    assert (tmp_path/'mine.txt').exists() and (tmp_path/'view000'/'notes.bin').exists() and not list(tmp_path.glob('view001/*'))
+
+
+def test_left_over_files_without_a_manifest_are_not_trusted(tmp_path):
+    cache,want = make(tmp_path)
+    flip(tmp_path/'view000/000000.bin')
+    (tmp_path/'view000/000000.json').write_text('{}')
+    (tmp_path/'manifest.json').unlink()
+    cache,want = make(tmp_path)
+    torch.testing.assert_close(cache.check().outputs(np.arange(23)).logits, want)
+
+
+# what happens to writers
+
+def files(path): return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob('*') if p.is_file() and p.name != '.lock'}
+
+def lines(log): return len(log.read_text().splitlines()) if log.exists() else 0
+
+forks = pytest.mark.filterwarnings('ignore:.*fork:DeprecationWarning')
+
+
+@forks
+def test_a_killed_writer_goes_on_where_it_was_and_gives_the_same_bytes(tmp_path):
+    whole = writers.write(tmp_path/'whole')
+    g,path,log,finished = random.Random(0),tmp_path/'killed',tmp_path/'log',[]
+    for _ in range(100):
+        p,_ = writers.start(path, log=log, pause=.01)
+        before = lines(log)
+        while p.is_alive() and lines(log) < before+2: time.sleep(.002)
+        time.sleep(g.random()*.06)
+        finished.append({q: q.stat().st_mtime_ns for q in path.rglob('*.bin')})
+        p.kill()
+        p.join()
+        if (path/'manifest.json').exists() and json.loads((path/'manifest.json').read_text())['complete']: break
+    assert len(finished) > 4 and len(set(map(len, finished))) > 3
+    assert writers.write(path).check()
+    assert files(path) == files(tmp_path/'whole')
+    # a shard that was there is not made again; only the checksum of the very last one may have been missing
+    assert sum(q.stat().st_mtime_ns != t for s in finished for q,t in s.items()) <= len(finished)
+    assert lines(log) < 2*24 + 12*len(finished) and whole.manifest.bytes == 60*2*16
+
+
+@forks
+def test_two_writers_are_refused_and_a_dead_one_is_not(tmp_path):
+    p,_ = writers.start(tmp_path/'c', log=tmp_path/'log', pause=30.)
+    while not lines(tmp_path/'log'): time.sleep(.01)
+    p.kill(); p.join()
+    p,_ = writers.start(tmp_path/'c', log=tmp_path/'log', pause=.3)
+    while lines(tmp_path/'log') < 3: time.sleep(.01)
+    with pytest.raises(DistillError, match='Another writer is at work'): writers.write(tmp_path/'c')
+    p.kill(); p.join()
+    assert writers.write(tmp_path/'c').check()
+    with Folder(tmp_path/'c').lock():
+        with pytest.raises(DistillError, match='Another writer'): writers.write(tmp_path/'c')
+
+
+@forks
+def test_a_full_disk_leaves_what_can_be_gone_on_with(tmp_path):
+    p,errors = writers.start(tmp_path/'c', limit=100)
+    p.join()
+    assert 'DistillError: No room for view001/' in (e := errors.get()) and 'it goes on from there' in e
+    assert len(list((tmp_path/'c').rglob('*.bin'))) > 5 and not list((tmp_path/'c').rglob('*.tmp'))
+    writers.write(tmp_path/'whole')
+    writers.write(tmp_path/'c')
+    assert files(tmp_path/'c') == files(tmp_path/'whole')
+
+
+def test_what_will_not_fit_is_refused_before_the_teacher_runs(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(shutil, 'disk_usage', lambda p: namedtuple('Usage', 'total used free')(10**9, 0, 700))
+    with pytest.raises(DistillError, match=r'23 samples x 2 view\(s\) x 16 bytes = 0.0 MB.* It will not fit: fewer views'):
+        make(tmp_path/'c', forecast=seen.append)
+    assert seen[0].bytes == 23*2*16 and seen[0].bytes_per_view == 16 and seen[0].free == 700
+    assert not list((tmp_path/'c').rglob('view*'))
+    done = []
+    monkeypatch.undo()
+    make(tmp_path/'c', progress=lambda *a: done.append(a))
+    assert done[-1] == (46, 46, 46*16) and [d[0] for d in done] == sorted(d[0] for d in done)
+
+
+@forks
+def test_many_ranks_write_the_cache_of_one(tmp_path):
+    both = [writers.start(tmp_path/'two', log=tmp_path/f'log{r}', rank=r, world=2, meet=str(tmp_path/'meet')) for r in range(2)]
+    for p,errors in both:
+        p.join()
+        assert p.exitcode == 0 and errors.empty(), errors.get()
+    writers.write(tmp_path/'one')
+    assert files(tmp_path/'two') == files(tmp_path/'one')
+    assert [lines(tmp_path/f'log{r}') for r in range(2)] == [13, 13]        # a probe and half of the batches, each
+
+
+# elsewhere
+
+@pytest.mark.parametrize('url', ['memory://caches/{}', 'file://{}'])
+def test_caches_may_be_remote(tmp_path, url):
+    pytest.importorskip('fsspec')
+    url = url.format(tmp_path/'remote')
+    cache,want = make(url)
+    torch.testing.assert_close(cache.check().outputs(np.arange(23), 1).logits, want)
+    assert TeacherCache(url).manifest == cache.manifest == make(tmp_path/'local')[0].manifest
+    local = Path(cache.folder.kept)
+    assert local.exists()
+    again,_ = make(url)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(again)).outputs([5]).logits, want[[5]])
+    del cache, again
+    assert not local.exists()
+
+
+def test_a_teachers_fingerprint_is_its_weights():
+    torch.manual_seed(0)
+    a,b = torch.nn.Linear(3, 2),torch.nn.Linear(3, 2)
+    assert fingerprint(a.state_dict()) == fingerprint(a.state_dict()) != fingerprint(b.state_dict())
+    with torch.no_grad(): b.load_state_dict(a.state_dict()); b.weight[0, 0] = torch.nextafter(b.weight[0, 0], torch.tensor(9.))
+    assert fingerprint(a.state_dict()) != fingerprint(b.state_dict())
+    from fastdistill.cache.plain import identity_of
+    assert identity_of(Teacher(a)) == identity_of(Teacher(a)) != identity_of(Teacher(b))
+    with pytest.warns(DistillWarning, match="weights behind .* can't be seen"): identity_of(math.sqrt)

@@ -1,0 +1,52 @@
+"The pages: every Python block of the README and of docs/ runs, page by page, in the order of the page."
+import re
+from pathlib import Path
+import pytest
+import docs_preludes
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT/'README.md', *sorted((ROOT/'docs').rglob('*.md'))]
+BLOCK = re.compile(r'^(?:<!-- not run: (?P<why>.+?) -->\n+)?^```python\n(?P<code>.*?)^```$', re.M | re.S)
+# how many blocks of a page are only shown: each says why where it stands
+NOT_RUN = {}
+HEADINGS = ['What it compares', 'How to use (function, class, fastai)', 'Suggested values, and from where', 'When it helps, hurts, or clashes', 'Paper, and where we differ']
+
+def name(page): return str(page.relative_to(ROOT))
+
+every_page = pytest.mark.parametrize('page', PAGES, ids=name)
+
+
+def prelude(text):
+    found = re.search(r'<!-- prelude: (\w+) -->', text)
+    return getattr(docs_preludes, found[1])() if found else {}
+
+
+def blocks(text):
+    "Code of each block that runs, moved down to the line where it stands, so that an error names it"
+    for m in BLOCK.finditer(text):
+        if not m['why']: yield '\n'*text.count('\n', 0, m.start('code')) + m['code']
+
+
+@every_page
+def test_blocks_run(page, tmp_path, monkeypatch):
+    text = page.read_text()
+    codes = list(blocks(text))
+    if not codes: pytest.skip('no code')
+    monkeypatch.chdir(tmp_path)
+    space = dict(prelude(text), __name__='__page__')
+    for code in codes: exec(compile(code, name(page), 'exec'), space)
+
+
+def test_blocks_that_are_not_run():
+    shown = {name(p): n for p in PAGES if (n := sum(bool(m['why']) for m in BLOCK.finditer(p.read_text())))}
+    assert shown == NOT_RUN
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    for link in re.findall(r'\]\((?!https?:|#|mailto:)([^)#\s]+)', page.read_text()): assert (page.parent/link).exists(), f'{name(page)}: {link}'
+
+
+@pytest.mark.parametrize('page', sorted((ROOT/'docs'/'methods').glob('*.md')), ids=name)
+def test_method_cards_have_one_form(page):
+    assert re.findall(r'^## (.+)$', page.read_text(), re.M) == HEADINGS

@@ -1,0 +1,171 @@
+"Random numbers that belong to a sample and a view."
+import random
+import numpy as np
+import pytest, torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from fastdistill.cache import cache_dataset
+from fastdistill.outputs import DistillError, Outputs
+from fastdistill.replay import PerSample, Replayed, per_sample, scramble, seeded, seeds_of, untouched, view_of
+
+
+def splitmix(state):
+    "Steele, Lea and Flood 2014, in plain Python"
+    z = (state + 0x9e3779b97f4a7c15) % 2**64
+    z = ((z ^ (z >> 30))*0xbf58476d1ce4e5b9) % 2**64
+    z = ((z ^ (z >> 27))*0x94d049bb133111eb) % 2**64
+    return z ^ (z >> 31)
+
+def test_scramble_is_splitmix64():
+    xs = [0, 1, 2**63, 2**64-1, 1234567]
+    assert [scramble(x) for x in xs] == scramble(np.array(xs, np.uint64)).tolist() == [splitmix(x) for x in xs]
+    assert splitmix(0) == 0xe220a8397b1dcdaf        # the published first number of seed 0
+
+
+def test_one_number_and_many_agree():
+    keys = np.random.default_rng(0).integers(0, 2**64, 50, dtype=np.uint64)
+    for stages in [(), (3,), (2, 2**63+5)]: assert seeds_of(7, keys, *stages).tolist() == [seeds_of(7, int(k), *stages) for k in keys]
+    views = np.arange(50) % 4
+    assert seeds_of(7, keys, views).tolist() == [seeds_of(7, int(k), int(v)) for k,v in zip(keys, views)]
+    for n in range(1, 9):
+        for e in range(20): assert view_of(keys, e, n, 5).tolist() == [view_of(int(k), e, n, 5) for k in keys]
+
+
+@pytest.mark.parametrize('views', range(1, 10))
+def test_views_come_once_each_in_an_order_that_changes(views):
+    keys = np.arange(200, dtype=np.uint64)
+    v = np.stack([view_of(keys, e, views) for e in range(3*views)])
+    for lap in np.split(v, 3): assert (np.sort(lap, 0) == np.arange(views)[:, None]).all()
+    if views > 3: assert len({tuple(o) for o in v[:views].T}) > views-1 and (v[:views] != v[views:2*views]).any()
+    if views > 1: assert np.bincount(v[0], minlength=views).min() > 200/views/3        # an epoch shows all of them
+
+
+def draws(): return random.random(),np.random.rand(),torch.rand(2).tolist()
+
+def test_seeded_repeats_and_puts_back():
+    was = random.getstate(),np.random.get_state()[1].tolist(),torch.get_rng_state().tolist()
+    with seeded(2**64-1): a = draws()
+    with seeded(2**64-1): b = draws()
+    with seeded(3): c = draws()
+    assert a == b and all(x != y for x,y in zip(a, c))
+    with pytest.raises(KeyError):
+        with seeded(1): raise KeyError
+    assert was == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+
+
+def test_untouched_notices_each_generator():
+    for f in (random.random, np.random.rand, lambda: torch.rand(1), lambda: torch.empty(2).normal_()):
+        was = random.getstate(),np.random.get_state()[1].tolist(),torch.get_rng_state().tolist()
+        with untouched() as u: f()
+        assert u.moved and was == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    with untouched() as u: PerSample([1, 2])
+    assert not u.moved
+
+
+def all_kinds(n):
+    return [torch.empty(n).uniform_(-2, 3), torch.empty(n, 2, 3).uniform_(), torch.empty(n).bernoulli_(.3), torch.empty(n).normal_(1, 2),
+            torch.randint(0, 8, (n,)), torch.randint(5, (n, 2)), torch.randint(low=2, high=4, size=(n,)),
+            torch.empty(n).float().uniform_(0, to=2)]
+
+def test_a_sample_draws_the_same_in_every_batch():
+    seeds = seeds_of(0, np.arange(400, dtype=np.uint64))
+    with untouched() as u, PerSample(seeds): whole = all_kinds(400)
+    assert not u.moved
+    for part in (slice(3, 5), slice(17, 18), [9, 2, 300]):
+        with PerSample(seeds[part]): some = all_kinds(len(seeds[part]))
+        for a,b in zip(whole, some): torch.testing.assert_close(a[part], b, rtol=0, atol=0)
+
+
+def test_draws_are_distributed_as_asked_and_independent():
+    n = 20000
+    with PerSample(seeds_of(1, np.arange(n, dtype=np.uint64))): u,many,b,g,i,j,k,_ = all_kinds(n)
+    assert u.min() >= -2 and u.max() <= 3 and abs(u.mean()-.5) < .04 and abs(u.std()-5/12**.5) < .03
+    assert abs(b.mean()-.3) < .015 and abs(g.mean()-1) < .05 and abs(g.std()-2) < .05
+    assert i.unique().tolist() == list(range(8)) and j.unique().tolist() == list(range(5)) and k.unique().tolist() == [2, 3]
+    assert (torch.bincount(i)/n-1/8).abs().max() < .01
+    m = torch.corrcoef(torch.stack([u, *many.flatten(1).T, g, b, i.float()]))
+    assert (m - torch.eye(len(m))).abs().max() < .04
+
+
+def test_what_is_not_of_the_batch_is_left_alone():
+    torch.manual_seed(0)
+    want = torch.rand(3),torch.empty(7).uniform_(),torch.randint(0, 9, (5,))
+    torch.manual_seed(0)
+    with PerSample([1, 2]): got = torch.rand(3),torch.empty(7).uniform_(),torch.randint(0, 9, (5,))
+    for a,b in zip(want, got): assert torch.equal(a, b)
+
+
+def test_per_sample_is_right_for_any_function():
+    def fn(x, y): return x*torch.rand_like(x) + random.random(), y + np.random.randint(100)
+    x,y = torch.randn(6, 2, 3),torch.arange(6)
+    seeds = seeds_of(0, np.arange(6, dtype=np.uint64))
+    a,b = per_sample(fn, seeds, x, y)
+    c,d = per_sample(fn, seeds[[4, 1]], x[[4, 1]], y[[4, 1]])
+    assert torch.equal(a[[4, 1]], c) and torch.equal(b[[4, 1]], d) and a.shape == x.shape
+    add,small = lambda x: x + torch.rand(1),seeds >> np.uint64(1)       # seeds that fit into a tensor
+    assert torch.equal(per_sample(add, torch.from_numpy(small.astype(np.int64)), x), per_sample(add, small, x))
+
+
+class Noisy(Dataset):
+    "Rows of numbers; each is disturbed by all three generators"
+    def __init__(self, n=23): self.x = torch.randn(n, 5, generator=torch.Generator().manual_seed(0))
+    def __len__(self): return len(self.x)
+    def __getitem__(self, i): return self.x[i]*(1+random.random()) + np.random.rand() + torch.rand(5),i
+
+W = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+
+class Net:
+    name,modules = 'net',[torch.nn.Identity()]
+    def __call__(self, x): return Outputs(x @ W)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_plain_loop_sees_the_views_that_the_teacher_saw(tmp_path, workers):
+    cache = cache_dataset(Net(), Noisy(), tmp_path, views=3, dtype='float32', keys=range(23), bs=4, num_workers=workers)
+    data = Replayed(Noisy(), cache, keys=range(23))
+    kw = dict(num_workers=workers, persistent_workers=True) if workers else {}
+    epochs = []
+    loader = DataLoader(data, 5, shuffle=True, **kw)
+    for e in range(4):
+        data.set_epoch(e)       # workers that outlive the epoch must see it
+        for x,i,rows in loader:
+            torch.testing.assert_close(cache.decode(rows).logits, x @ W, rtol=1e-5, atol=1e-5)
+            epochs.append((e, i, x))
+    of = lambda e: torch.cat([x for k,_,x in epochs if k == e])[torch.cat([i for k,i,_ in epochs if k == e]).argsort()]
+    assert min((of(0)-of(1)).abs().max(1).values.min(), (of(1)-of(2)).abs().max(1).values.min()) > 1e-3
+    a,b = torch.stack([of(0), of(1), of(2)]).sum(2).sort(0).values,of(3).sum(1)
+    assert ((a-b).abs().amin(0) < 1e-5).all()                   # the fourth epoch begins again
+
+
+def test_batch_transforms_of_a_plain_loop(tmp_path):
+    def shake(x): return x + torch.randn_like(x)*random.random()
+    cache = cache_dataset(Net(), Noisy(), tmp_path, views=2, dtype='float32', keys=range(23), bs=4, batch_tfm=shake)
+    data = Replayed(Noisy(), cache, keys=range(23), seeds=True)
+    for e in range(3):
+        data.set_epoch(e)
+        for x,_,rows,seeds in DataLoader(data, 7, shuffle=True):
+            torch.testing.assert_close(cache.decode(rows).logits, per_sample(shake, seeds, x) @ W, rtol=1e-5, atol=1e-5)
+
+
+def test_clean_rows_leave_the_students_transforms_random(tmp_path):
+    cache = cache_dataset(Net(), torch.utils.data.TensorDataset(Noisy().x), tmp_path, views=0, dtype='float32')
+    class Both(torch.utils.data.TensorDataset):
+        def __getitem__(self, i): return self.tensors[0][i] + torch.rand(5),i
+    data = Replayed(Both(Noisy().x), cache)
+    a,b = data[3],data[3]
+    assert not torch.equal(a[0], b[0]) and torch.equal(a[2], b[2])
+    torch.testing.assert_close(cache.decode(a[2][None]).logits[0], Noisy().x[3] @ W, rtol=1e-5, atol=1e-5)
+    assert data[-1][1] == 22
+    with pytest.raises(IndexError): data[23]
+
+
+def test_what_cannot_be_repeated_is_refused(tmp_path):
+    own = np.random.default_rng()
+    class Bad(Noisy):
+        def __getitem__(self, i): return self.x[i]*own.random(),i
+    class Stream(IterableDataset):
+        def __iter__(self): yield torch.zeros(5)
+    with pytest.raises(DistillError, match='two different results from the same random seed'):
+        cache_dataset(Net(), Bad(), tmp_path, keys=range(23))
+    with pytest.raises(DistillError, match='Stream can only be iterated'): cache_dataset(Net(), Stream(), tmp_path)
+    with pytest.raises(DistillError, match='pass Teacher'): cache_dataset(torch.nn.Linear(5, 4), Noisy(), tmp_path, keys=range(23))
+    assert not list(tmp_path.iterdir())
