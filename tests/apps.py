@@ -1,5 +1,5 @@
 "The nine applications of fastai, tiny and real: a student and a teacher on the same data, built in memory."
-import functools, warnings
+import functools
 from dataclasses import dataclass, field
 from typing import Callable
 import numpy as np
@@ -7,14 +7,12 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
-with warnings.catch_warnings(): # while it is imported, fastai uses what PyTorch and pandas have deprecated
-    warnings.simplefilter('ignore')
-    from fastai.basics import *
-    from fastai.callback.schedule import *
-    from fastai.collab import CollabDataLoaders, collab_learner
-    from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
-    from fastai.text.all import AWD_LSTM, TextBlock, awd_lstm_clas_config, awd_lstm_lm_config, language_model_learner, text_classifier_learner
-    from fastai.vision.all import ImageBlock, MaskBlock, PointBlock, accuracy_multi, foreground_acc, unet_learner, vision_learner
+from fastai.basics import *
+from fastai.callback.schedule import *
+from fastai.collab import CollabDataLoaders, collab_learner
+from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
+from fastai.text.all import AWD_LSTM, TextBlock, awd_lstm_clas_config, awd_lstm_lm_config, language_model_learner, text_classifier_learner
+from fastai.vision.all import ImageBlock, MaskBlock, PointBlock, accuracy_multi, foreground_acc, unet_learner, vision_learner
 
 N,BS,SIZE = 64,16,16 # training items (half as many for validation), batch size, pixels
 
@@ -45,13 +43,13 @@ def image_dls(block, get_y, seed=0, size=SIZE, **kwargs):
 
 
 def vision(dls, n_out, y_range=None, **kwargs):
-    head = lambda nf: nn.Sequential(Flatten(), nn.Linear(nf*16, n_out), *([] if y_range is None else [SigmoidRange(*y_range)]))
+    head = lambda nf: nn.Sequential(nn.Flatten(), nn.Linear(nf*16, n_out), *([] if y_range is None else [SigmoidRange(*y_range)]))
     return [vision_learner(dls, arch, pretrained=False, n_out=n_out, custom_head=head(nf), **kwargs) for arch,nf in ((small, 8), (big, 16))]
 
 
-def image():
-    dls = image_dls(CategoryBlock(vocab=['red', 'green', 'blue']), lambda x, at, k: ['red', 'green', 'blue'][k])
-    return vision(dls, 3, metrics=accuracy)
+def image(vocab=('red', 'green', 'blue'), **kwargs):
+    dls = image_dls(CategoryBlock(vocab=list(vocab), sort=False), lambda x, at, k: ['red', 'green', 'blue'][k], **kwargs)
+    return vision(dls, len(vocab), metrics=accuracy)
 
 def multi_label():
     "Is the square red? in the upper half? in the left half?"
@@ -73,7 +71,7 @@ def points():
     return vision(dls, 4, y_range=(-1, 1))
 
 def image_regression():
-    dls = image_dls(RegressionBlock, lambda x, at, k: float(at.sum())/SIZE)
+    dls = image_dls(RegressionBlock, lambda x, at, k: 4*float(at.sum())/SIZE)
     return vision(dls, 1, metrics=mae)
 
 
@@ -91,32 +89,35 @@ def awd(config, n_hid):
     "Tiny, and without dropout: forward passes can be compared (fastai's WeightDropout breaks at exactly 0)"
     return {**config, **{k: 0. for k in config if k.endswith('_p')}, 'weight_p': 1e-12, 'emb_sz': n_hid, 'n_hid': n_hid, 'n_layers': 2}
 
-def text_classifier():
+def text_classifier(vocab=WORDS, classes=('no', 'yes')):
     x,y = sentences(N*3//2)
     items = list(range(len(x)))
-    dls = DataBlock((TextBlock(words, vocab=WORDS, seq_len=16), CategoryBlock), get_x=of(x), get_y=of(y),
+    dls = DataBlock((TextBlock(words, vocab=vocab, seq_len=16), CategoryBlock(vocab=list(classes), sort=False)), get_x=of(x), get_y=of(y),
                     splitter=IndexSplitter(items[N:])).dataloaders(items, bs=BS, num_workers=0)
-    return [text_classifier_learner(dls, AWD_LSTM, config=awd(awd_lstm_clas_config, h), pretrained=False, drop_mult=1., lin_ftrs=[8], ps=[0.], seq_len=16,
-                                    metrics=accuracy) for h in (4, 12)]
+    return [text_classifier_learner(dls, AWD_LSTM, config=awd(awd_lstm_clas_config, h), pretrained=False, drop_mult=1., lin_ftrs=[8],
+                                    ps=[0.], seq_len=16, metrics=accuracy) for h in (4, 12)]
 
-def language_model():
+def language_model(vocab=WORDS):
     "Sentences in which each word tells the next one"
     x = [[WORDS[2+(i*j)%10] for j in range(24)] for i in range(1, 13)]*3
     items = list(range(len(x)))
-    dls = DataBlock(TextBlock(words, vocab=WORDS, is_lm=True, seq_len=8), get_x=of(x),
+    dls = DataBlock(TextBlock(words, vocab=vocab, is_lm=True, seq_len=8), get_x=of(x),
                     splitter=IndexSplitter(items[24:])).dataloaders(items, bs=8, seq_len=8, num_workers=0)
-    return [language_model_learner(dls, AWD_LSTM, config=awd(awd_lstm_lm_config, h), pretrained=False, drop_mult=1., metrics=accuracy) for h in (4, 12)]
+    return [language_model_learner(dls, AWD_LSTM, config=awd(awd_lstm_lm_config, h), pretrained=False, drop_mult=1., metrics=accuracy)
+            for h in (4, 12)]
 
 def table(n, seed=0):
     g = np.random.default_rng(seed)
-    df = pd.DataFrame(dict(colour=g.choice(['red', 'green', 'blue'], n), shape=g.choice(['round', 'square'], n), length=g.normal(size=n), width=g.normal(size=n)))
+    df = pd.DataFrame(dict(colour=g.choice(['red', 'green', 'blue'], n), shape=g.choice(['round', 'square'], n),
+                           length=g.normal(size=n), width=g.normal(size=n)))
     df['kind'] = np.where(df.length + df.width + (df.colour == 'red') > .4, 'long', 'short')
     return df
 
-def tabular():
-    df = table(N*3//2)
-    dls = TabularDataLoaders.from_df(df, procs=[Categorify, FillMissing, Normalize], cat_names=['colour', 'shape'], cont_names=['length', 'width'], y_names='kind',
-                                     y_block=CategoryBlock(), valid_idx=list(range(N, len(df))), bs=BS, num_workers=0)
+def tabular(df=None):
+    df = table(N*3//2) if df is None else df
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify, FillMissing, Normalize], cat_names=['colour', 'shape'],
+                                     cont_names=['length', 'width'], y_names='kind', y_block=CategoryBlock(),
+                                     valid_idx=list(range(N, len(df))), bs=BS, num_workers=0)
     return [tabular_learner(dls, layers=[h], metrics=accuracy) for h in (4, 24)]
 
 def ratings(n, seed=0):
@@ -124,8 +125,8 @@ def ratings(n, seed=0):
     u,i = g.integers(0, 8, n),g.integers(0, 8, n)
     return pd.DataFrame(dict(user=[f'u{o}' for o in u], item=[f'i{o}' for o in i], rating=1. + 4*((u*i) % 3 == 0)))
 
-def collab(use_nn=False):
-    dls = CollabDataLoaders.from_df(ratings(N*3//2), seed=0, valid_pct=1/3, bs=BS, num_workers=0)
+def collab(use_nn=False, df=None):
+    dls = CollabDataLoaders.from_df(ratings(N*3//2) if df is None else df, seed=0, valid_pct=1/3, bs=BS, num_workers=0)
     return [collab_learner(dls, n_factors=h, use_nn=use_nn, layers=[h] if use_nn else None, y_range=(0, 5.5)) for h in (2, 12)]
 
 def collab_nn(): return collab(True)
@@ -170,13 +171,15 @@ class App:
 
 
 APPS = [App(image), App(multi_label, 'sigmoid'), App(unet, axis=1, layers={'layers.4': 'layers.4'}), App(points, 'regression'),
-        App(image_regression, 'regression', epochs=16), App(text_classifier, rnn=True, layers={'0.module.rnns.1': '0.module.rnns.1'}, lr=.1, epochs=12),
+        App(image_regression, 'regression', epochs=16),
+        App(text_classifier, rnn=True, layers={'0.module.rnns.1': '0.module.rnns.1'}, lr=.05, epochs=20),
         App(language_model, rnn=True, layers={'0.rnns.1': '0.rnns.1'}, lr=.1), App(tabular, layers={'layers.0': 'layers.0'}),
-        App(collab, 'regression', layers={'u_weight': 'u_weight'}, epochs=16), App(collab_nn, 'regression', layers={'layers.0': 'layers.0'}, epochs=16)]
+        App(collab, 'regression', layers={'u_weight': 'u_weight'}, lr=.1, epochs=16),
+        App(collab_nn, 'regression', layers={'layers.0': 'layers.0'}, epochs=16)]
 
 
-# what fastai does with what NumPy and PyTorch have deprecated, or can't do on a machine without a GPU
-FASTAI_WARNINGS = ['ignore:The given NumPy array is not writable:UserWarning', 'ignore:numpy.core is deprecated:DeprecationWarning']
+# fastai, when it loads an optimizer's state
+FASTAI_WARNINGS = ['ignore:numpy.core is deprecated:DeprecationWarning']
 
 def quiet(*learners):
     for l in learners:
@@ -186,6 +189,7 @@ def quiet(*learners):
 
 
 def less_sure(s, y): return F.binary_cross_entropy_with_logits(s, .2 + .6*y)
+def less_far(s, y): return F.mse_loss(s.flatten(), (.6*y.float() + .4*y.float().mean(0)).flatten())
 
 @functools.cache
 def trained(name):
@@ -193,7 +197,7 @@ def trained(name):
     app = next(a for a in APPS if a.name == name)
     set_seed(1)
     _,teacher = quiet(*app.make())
-    teacher.loss_func = dict(softmax=LabelSmoothingCrossEntropyFlat(.4, axis=app.axis), sigmoid=less_sure).get(app.kind, teacher.loss_func)
+    teacher.loss_func = dict(softmax=LabelSmoothingCrossEntropyFlat(.4, axis=app.axis), sigmoid=less_sure, regression=less_far)[app.kind]
     teacher.fit_one_cycle(app.epochs, app.lr)
     return teacher.model.state_dict()
 
@@ -239,7 +243,9 @@ def modes(model):
 
 def same(a, b):
     "Are two snapshots bit-identical?"
-    eq = lambda x, y: torch.equal(x, y) if torch.is_tensor(x) and torch.is_tensor(y) else x is y if torch.is_tensor(x) or torch.is_tensor(y) else x == y
+    def eq(x, y):
+        tensors = torch.is_tensor(x) + torch.is_tensor(y)
+        return torch.equal(x, y) if tensors == 2 else not tensors and x == y
     return all(d.keys() == e.keys() and all(eq(d[k], e[k]) for k in d) for d,e in zip(a, b))
 
 
@@ -270,5 +276,6 @@ def toy(bs=16, loss_func=None, opt_func=SGD, labels=True, seed=0, **kwargs):
     items = list(zip(x, y)) if labels else [(o,) for o in x]
     set_seed(seed)
     dls = DataLoaders.from_dsets(items[:64], items[64:], bs=bs, shuffle=False, num_workers=0, device='cpu')
-    student, = quiet(Learner(dls, mlp(6), loss_func=loss_func or CrossEntropyLossFlat(), opt_func=opt_func, metrics=accuracy if labels else None, **kwargs))
+    student, = quiet(Learner(dls, mlp(6), loss_func=loss_func or CrossEntropyLossFlat(), opt_func=opt_func,
+                             metrics=accuracy if labels else None, **kwargs))
     return student,teacher.eval()

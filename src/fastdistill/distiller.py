@@ -1,10 +1,11 @@
 "The heart: what is compared, how much it counts, and one batch of it. It knows tensors, no training loop and no particular loss."
 import copy, inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
-from .outputs import DistillError, Outputs, as_plain
+from .outputs import DistillError, Outputs, TopK, as_plain
 from .pairs import PairTable, inputs, pair
 from .projectors import projector
 from .schedule import schedule, value_at
@@ -21,18 +22,18 @@ class Term:
         loss, # fn(student, teacher, *targets, **options): a function of `fastdistill.losses`, a module of it, or your own
         weight=1., # number or schedule (see `fastdistill.schedule`)
         *,
-        layers=None, # {'student.name': 'teacher.name'}, pairs of names, 'auto' or 'last' (see `fastdistill.pairs`); None compares the logits
+        layers=None, # {'student.name': 'teacher.name'}, pairs of names, 'auto', 'last' (see `fastdistill.pairs`); None compares the logits
         projector='auto', # student's shape -> teacher's, where the loss needs it: 'auto', 'linear', 'conv', 'conv_bn', 'mlp', or a module
         stop_at:float|None=None, # share of the training after which the term ends
         name:str|None=None, # of its column
         **options # of the loss; a schedule is a value too, e.g. T=('linear', 8, 1)
     ):
-        if not callable(loss): raise DistillError(f"A term needs a loss function, got {loss!r}. See fastdistill.losses for those that exist.")
+        if not callable(loss):
+            raise DistillError(f"A term needs a loss function, got {loss!r}. See fastdistill.losses for those that exist.")
         self.loss,self.layers,self.projector,self.stop_at = loss,layers,projector,stop_at
-        fn = getattr(loss, 'fn', loss)
-        self.name = name or getattr(fn, '__name__', type(fn).__name__)
+        fn,ps = signature(loss)
+        self.name = checked_name(name or getattr(fn, '__name__', type(fn).__name__))
         self.weight = schedule(weight, f'weight of {self.name}')
-        ps = inspect.signature(fn).parameters.values()
         args = [p for p in ps if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         self.accepts = {p.name for p in ps if p.kind is p.KEYWORD_ONLY}
         # how many of the targets the loss takes: those it must have, or all
@@ -50,19 +51,41 @@ class Term:
         return f"Term({self.name}, weight={self.weight!r}{of}{''.join(f', {k}={v!r}' for k,v in self.options.items())})"
 
     def weight_at(self, progress):
-        if self.stop_at is not None and (progress or 0.) >= self.stop_at: return 0.
+        if self.stop_at is not None and value_at(lambda p: p, progress, f'The end of {self.name}') >= self.stop_at: return 0.
         return value_at(self.weight, progress, f'The weight of {self.name}')
+
+    @property
+    def held(self):
+        "Options that the loss brings along: a module's, or a partial's"
+        return getattr(self.loss, 'options', getattr(self.loss, 'keywords', {}))
 
     def channels(self, t):
         "The channel axis of a layer's features, if it is not where maps have it: tokens (B, L, D) have it last"
-        own = {**self.options, **getattr(self.loss, 'options', {})}
+        own = {**self.options, **self.held}
         return {'axis': -1} if self.layers is not None and t.dim() == 3 and 'axis' in self.accepts - own.keys() else {}
 
     def options_at(self, progress, context):
         "Options of the loss: its own, and of the context (class axis, mask, ...) what it asks for"
         own = {k: value_at(v, progress, k) if k == 'T' else v for k,v in self.options.items()}
-        held = getattr(self.loss, 'options', {})                # a module's options win over the context
-        return {**{k: v for k,v in context.items() if k in self.accepts and k not in held}, **own}
+        return {**{k: v for k,v in context.items() if k in self.accepts and k not in self.held}, **own}
+
+
+def signature(loss):
+    "The function behind a loss, and its parameters"
+    fn = loss
+    while isinstance(fn, partial): fn = fn.func
+    fn = getattr(fn, 'fn', fn)
+    inner = inspect.unwrap(fn)
+    given = loss if isinstance(loss, partial) else inner.forward if isinstance(inner, nn.Module) else inner
+    try: return fn,inspect.signature(given).parameters.values()
+    except ValueError: return fn,()     # builtins have none: they are called with the two tensors
+
+
+def checked_name(name):
+    "It names a column, and what is kept of the term"
+    if name == 'task' or '.' in name or hasattr(nn.ModuleDict, name):
+        raise DistillError(f"A term can't be called {name!r}, which has a meaning already: Term(..., name='...') gives it another name.")
+    return name
 
 
 class Recipe:
@@ -79,8 +102,8 @@ class Recipe:
             if task is None and isinstance(o, Recipe) and o.task is not None: said.append(o.task)
             for t in [o] if isinstance(o, Term) else o.terms: self._add(t)
         if any(o != said[0] for o in said):
-            raise DistillError(f"These recipes say differently how much the labels count ({' and '.join(map(str, said))}): give them the same alpha, "
-                               "or say it once for all, as in Recipe(kd(), hard_labels(), task=.1).")
+            raise DistillError(f"These recipes say differently how much the labels count ({' and '.join(map(str, said))}): "
+                               "give them the same alpha, or say it once for all, as in Recipe(kd(), hard_labels(), task=.1).")
         self.task = said[0] if said else None
 
     def _add(self, t):
@@ -140,7 +163,8 @@ class Link(nn.Module):
 
 
 class Distiller(nn.Module):
-    "A student, its teacher, and a recipe: `distiller(x, y)` is one batch. Its parameters are the student's and the projectors', never the teacher's"
+    """A student, its teacher, and a recipe: `distiller(x, y)` is one batch. Its parameters are the student's and the projectors',
+    never the teacher's. `with distiller.teacher:` around a loop gets the teacher ready once, and not for each batch"""
     def __init__(
         self,
         student:nn.Module|None, # what is trained; None if only `compute` is used, without layers
@@ -155,13 +179,13 @@ class Distiller(nn.Module):
         example=None # a batch of inputs, to build projectors before an optimizer asks for their parameters
     ):
         super().__init__()
-        if kind not in ('softmax', 'sigmoid', 'regression'): raise DistillError(f"kind={kind!r}: possible are 'softmax', 'sigmoid', 'regression'")
-        if balance not in (None, 'grad'): raise DistillError(f"balance={balance!r}: possible are None and 'grad'")
+        for o,v,have in (('kind', kind, ('softmax', 'sigmoid', 'regression')), ('balance', balance, (None, 'grad'))):
+            if v not in have: raise DistillError(f"{o}={v!r}: possible are {', '.join(map(repr, have))}")
         self.student,self.recipe,self.task_loss = student,Recipe(recipe),task_loss
         self.teacher = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher, kind=kind, axis=axis)
         self.kind,self.axis,self.ignore_index,self.balance,self.scales = kind,axis,ignore_index,balance,{}
         for t in self.recipe.terms: check_kind(t, kind)
-        self.links = nn.ModuleDict({t.name: nn.ModuleList([Link(t.loss)]) for t in self.recipe.terms if t.layers is None})
+        self.links = nn.ModuleDict({t.name: nn.ModuleList([Link(own(t.loss))]) for t in self.recipe.terms if t.layers is None})
         self.pairs:PairTable|None = None # what is compared with what, once it is known
         if example is not None: self.setup(*inputs(example))
 
@@ -223,7 +247,7 @@ class Distiller(nn.Module):
         mixed=None # (other targets, share of the first ones): MixUp's batches have two labels a sample
     ) -> Distilled:
         "The loss of a batch whose student (and teacher) ran already: what trainers call"
-        task = None if task is None else as_plain(task)
+        task,teacher = None if task is None else as_plain(task),all_classes(teacher, student)
         context = dict(kind=self.kind, ignore_index=self.ignore_index)
         weights,values = dict(task=self.recipe.task_at(progress)),{}
         if task is None and weights['task']:
@@ -253,11 +277,13 @@ class Distiller(nn.Module):
         if share is None or term.n_targets == 0: return self._value(term, s, t, targets, options)
         if share.numel() > 1:
             if 'reduction' not in term.accepts or term.layers is not None:
-                raise DistillError(f"{term.name} reads labels, and MixUp gives each sample two of them: a loss of your own needs the keyword-only option "
-                                   "`reduction` ('none': one value per sample) to be mixed. Or use CutMix, whose share is one for the whole batch.")
+                raise DistillError(f"{term.name} reads labels, and MixUp gives each sample two of them: a loss of your own needs the "
+                                   "keyword-only option `reduction` ('none': one value per sample) to be mixed. "
+                                   "Or use CutMix, whose share is one for the whole batch.")
             options = {**options, 'reduction': 'none'}
         first,other = [self._value(term, s, t, y, options) for y in (targets, others)]
-        v = other + share.reshape(-1, *[1]*(first.dim()-1))*(first-other) if share.numel() > 1 else torch.lerp(other, first, share.to(first).squeeze())
+        share = share.to(first).reshape(-1, *[1]*(first.dim()-1)) if share.numel() > 1 else share.to(first).squeeze()
+        v = torch.lerp(other, first, share)
         return v.sum()/(v.numel() if options.get('mask') is None else options['mask'].sum()) if v.dim() else v
 
     def _value(self, term, s, t, targets, options):
@@ -273,7 +299,8 @@ class Distiller(nn.Module):
         "Where the labels count, and where both models say that a position counts"
         masks = [m for m in (s.mask, t.mask) if m is not None]
         y = targets[0] if len(targets) else None
-        if self.kind == 'softmax' and isinstance(y, Tensor) and not y.is_floating_point() and s.logits.dim() > 2 and (y == self.ignore_index).any():
+        dense = self.kind == 'softmax' and s.logits.dim() > 2 and isinstance(y, Tensor) and not y.is_floating_point()
+        if dense and (y == self.ignore_index).any():
             masks.append(as_plain(y) != self.ignore_index)
         return None if not masks else masks[0] if len(masks) == 1 else torch.stack([m.float() for m in masks]).prod(0)
 
@@ -298,7 +325,8 @@ class Distiller(nn.Module):
             norms[k] = [0. if g is None else g.norm().item() for g in grads]
         shared = [i for i in range(len(params)) if all(n[i] > 0 for n in norms.values())]
         if not shared:
-            raise DistillError(f"balance='grad': no layer of the student gets a gradient from all of {', '.join(norms)}. Weigh them by hand.")
+            raise DistillError(f"balance='grad': no layer of the student gets a gradient from all of {', '.join(norms)}. "
+                               "Weigh them by hand.")
         return {k: n[shared[-1]] for k,n in norms.items()}
 
     def _links(self, term, pairs, s, t):
@@ -307,9 +335,20 @@ class Distiller(nn.Module):
         for p in pairs:
             a,b = s[p.student],t[p.teacher]
             proj = projector(a.shape, b.shape, kind=term.projector, match=term.match).to(a.device)
-            loss = copy.deepcopy(term.loss) if isinstance(term.loss, nn.Module) else term.loss
+            loss = own(term.loss)
             if hasattr(loss, 'prepare'): loss.prepare(proj.eval()(a, b), b, layer=modules.get(p.teacher.split('@')[0]), **term.channels(b))
             yield Link(loss, (p.student, p.teacher), proj.train()).to(a.device)
+
+
+def all_classes(teacher, student):
+    "Stored outputs may hold the likeliest classes alone: losses want them all"
+    if not isinstance(teacher.logits, TopK): return teacher
+    return Outputs(teacher.logits.dense(student.logits), teacher.feats, teacher.mask)
+
+
+def own(loss):
+    "A copy of a loss that may have parameters: a recipe can be used again"
+    return copy.deepcopy(loss) if isinstance(loss, nn.Module) else loss
 
 
 def check_kind(term, kind):
@@ -317,7 +356,7 @@ def check_kind(term, kind):
     if term.kind not in (None, kind):
         says = dict(softmax='a softmax over classes', sigmoid='a sigmoid per label', regression='numbers')
         raise DistillError(f"{term.name} compares {says[term.kind]}, but this model predicts {says[kind]}. "
-                           "Use kd(), which takes the loss that fits (binary_kl for labels, regression for numbers), or a loss of your own.")
+                           "Use kd(), which takes the loss that fits (binary_kl for labels, regression for numbers), or your own loss.")
 
 
 def as_inputs(x):

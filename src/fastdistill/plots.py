@@ -2,7 +2,8 @@
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
-from .outputs import DistillError
+from .outputs import DistillError, as_plain
+from .pairs import inputs, pair
 from .taps import Taps, as_map, run
 
 __all__ = ['attention_map', 'show_features']
@@ -18,42 +19,76 @@ def attention_map(
     if f.dim() != 4: raise DistillError(f"An output of shape {tuple(f.shape)} is no map: possible are (B, C, H, W), and tokens (B, L, D)")
     a = f.float().abs().pow(p).mean(1)
     low,high = a.amin((1, 2), keepdim=True),a.amax((1, 2), keepdim=True)
-    return (a-low)/(high-low).clamp_min(1e-12)
+    return (a-low)/(high-low).clamp_min(torch.finfo(a.dtype).tiny)
 
 
 def read_maps(model, x, names, p):
+    "Layer name -> attention maps (B, H, W) of a batch; the model stays as it is"
     with Taps(model, names) as taps:
-        run(model, x)
+        run(model, *x)
         feats = taps.pop()
-    return {n: attention_map(f, p, x.shape[-2]/x.shape[-1]).cpu() for n,f in feats.items()}
+    return {n: named_map(n, f, p, x[0].shape[-2]/x[0].shape[-1]) for n,f in feats.items()}
+
+
+def named_map(name, f, p, aspect):
+    try: return attention_map(f, p, aspect).cpu()
+    except DistillError as e: raise DistillError(f"Layer {name!r} can't be drawn. {e}") from e
+
+
+def to_show(x):
+    "(B, H, W, 3) from 0 to 1: as they are where they are in that range, else each stretched to it"
+    if x.dim() != 4 or x.shape[1] not in (1, 3):
+        raise DistillError(f"Inputs of shape {tuple(x.shape)} can't be shown: pictures are (B, 3, H, W) or (B, 1, H, W). Give images=")
+    x = as_plain(x).float().cpu()
+    if x.min() < 0 or x.max() > 1:
+        low,high = x.amin((1, 2, 3), keepdim=True),x.amax((1, 2, 3), keepdim=True)
+        x = (x-low)/(high-low).clamp_min(torch.finfo(x.dtype).tiny)
+    return x.expand(-1, 3, -1, -1).movedim(1, -1)
 
 
 def show_features(
     student:nn.Module,
-    teacher:nn.Module,
-    x:Tensor, # (B, 3, H, W) images as the student gets them
-    pairs, # {'student.name': 'teacher.name'} or pairs of names: layers whose outputs are maps or tokens
+    teacher, # a module, or a `Teacher`, which sees the images in its own normalisation and size
+    x:Tensor, # (B, 3, H, W) images as the student gets them; a tuple if it takes more than images
+    layers='auto', # as in `Term`: {'student.layer': 'teacher.layer'}, pairs of names, 'auto' or 'last'; their outputs are maps or tokens
     *,
-    teacher_x:Tensor|None=None, # as the teacher gets them, if otherwise
-    images:Tensor|None=None, # (B, 3, H, W) from 0 to 1, to show; None: `x`, stretched to that range
+    images:Tensor|None=None, # (B, 3, H, W) from 0 to 1, to show; None: `x`, each image stretched to that range
     n:int=4, # of the batch
     p:float=2 # exponent of the activations
 ):
-    "Attention maps of student and teacher side by side over each image, a pair of columns for each pair of layers; returns the figure"
-    import matplotlib.pyplot as plt
-    pairs = list(pairs.items() if isinstance(pairs, dict) else pairs)
-    x = x[:n]
-    images = (x if images is None else images[:n]).float().cpu()
-    if images.min() < 0 or images.max() > 1: images = (images-images.amin((1, 2, 3), keepdim=True))/(images.amax((1, 2, 3), keepdim=True)-images.amin((1, 2, 3), keepdim=True))
-    maps = [read_maps(m, o, [q[i] for q in pairs], p) for i,(m,o) in enumerate([(student, x), (teacher, x if teacher_x is None else teacher_x[:n])])]
-    columns = [('', None)] + [(f"{('student', 'teacher')[i]} {q[i]}", maps[i][q[i]]) for q in pairs for i in (0, 1)]
-    fig,axs = plt.subplots(len(x), len(columns), figsize=(2.1*len(columns), 2.2*len(x)), squeeze=False, layout='constrained')
-    for r,row in enumerate(axs):
-        for ax,(title,m) in zip(row, columns):
-            ax.imshow(images[r].permute(1, 2, 0).expand(-1, -1, 3))
-            if m is not None:
-                big = F.interpolate(m[r][None, None], images.shape[-2:], mode='bilinear', align_corners=False)[0, 0]
-                ax.imshow(big, cmap='inferno', alpha=.65, vmin=0, vmax=1)
-            if r == 0: ax.set_title(f"{title}\n{'x'.join(map(str, m.shape[1:]))}" if m is not None else 'image', fontsize=8)
-            ax.axis('off')
+    "Where student and teacher look, side by side over each image, for each pair of layers; returns the figure, which notebooks show"
+    x = [o[:n] for o in inputs(x)]
+    pictures = to_show(x[0] if images is None else images[:n])
+    pairs = pair(student, teacher, tuple(x), layers=layers, match='none')
+    s,t = read_maps(student, x, [o.student for o in pairs], p),read_maps(teacher, x, [o.teacher for o in pairs], p)
+    columns = [(f'{who} {name}', maps[name]) for o in pairs for who,name,maps in (('student', o.student, s), ('teacher', o.teacher, t))]
+    return draw(pictures, columns)
+
+
+def draw(
+    pictures:Tensor, # (B, H, W, 3) from 0 to 1
+    columns # (title, (B, h, w) maps), two for each pair
+):
+    import matplotlib.pyplot as plt  # noqa: F401 (it tells a notebook how figures are shown)
+    from matplotlib.figure import Figure
+    b,h,w = pictures.shape[:3]
+    # subtle: no figure of pyplot's, which a notebook would show a second time, and which stays open
+    fig = Figure(figsize=(2*(len(columns)+1), 1.93*h/w*b+.5), layout='constrained')
+    fig.get_layout_engine().set(h_pad=.02, w_pad=.02)
+    groups = [('image', None)], *zip(columns[::2], columns[1::2])
+    parts = fig.subfigures(1, len(groups), width_ratios=[len(g) for g in groups], wspace=.02, squeeze=False)[0]
+    for part,group in zip(parts, groups):
+        axs = part.subplots(b, len(group), squeeze=False)
+        for ax,(title,m) in zip(axs[0], group): ax.set_title(f"{title}\n{'' if m is None else f'{m.shape[1]} x {m.shape[2]}'}", fontsize=9)
+        for row,picture,i in zip(axs, pictures, range(b)):
+            for ax,(_,m) in zip(row, group): overlay(ax, picture, None if m is None else m[i])
     return fig
+
+
+def overlay(ax, picture, m):
+    "The picture; grey under its map, if there is one"
+    ax.axis('off')
+    if m is None: return ax.imshow(picture.numpy())
+    ax.imshow(picture.mean(-1).numpy(), cmap='gray', vmin=0, vmax=1)
+    big = F.interpolate(m[None, None], picture.shape[:2], mode='bilinear', align_corners=False)[0, 0]
+    return ax.imshow(big.numpy(), cmap='inferno', alpha=.7, vmin=0, vmax=1)

@@ -1,17 +1,20 @@
 "Recipes: functions that return terms with their paper's defaults. `+` joins them."
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from . import losses
 from .distiller import Recipe, Term
 from .outputs import DistillError
 from .schedule import schedule
 
-__all__ = ['ab', 'at', 'cc', 'cwd', 'dist', 'dkd', 'fsp', 'hard_labels', 'hint', 'ickd', 'ifvd', 'kd', 'logit_std', 'nkd', 'nst', 'ofd', 'pairwise',
-           'pkd', 'pkt', 'rkd', 'soft_labels', 'sp', 'vid']
+__all__ = ['ab', 'at', 'cc', 'cwd', 'dist', 'dkd', 'fsp', 'hard_labels', 'hint', 'ickd', 'ifvd', 'kd', 'logit_std', 'nkd', 'nst', 'ofd',
+           'pairwise', 'pkd', 'pkt', 'rkd', 'soft_labels', 'sp', 'vid']
 
 
+@dataclass(frozen=True)
 class Rest:
     "1 - alpha, where alpha follows a schedule"
-    def __init__(self, alpha): self.alpha = alpha
+    alpha:Callable
     def __call__(self, progress): return 1 - self.alpha(progress)
     def __repr__(self): return f'1-{self.alpha!r}'
 
@@ -34,7 +37,8 @@ def kd(
     """alpha T^2 KL(teacher || student) + (1-alpha) labels (Hinton 2015, arXiv:1503.02531), in the form that fits what
     the model predicts: softmax over classes, sigmoid per label (multi-label), or numbers (regression, where T has no meaning)"""
     alpha = schedule(alpha, 'alpha')
-    if not callable(alpha) and not 0 <= alpha <= 1: raise DistillError(f"alpha={alpha}: it is the teacher's share, from 0 (labels alone) to 1 (teacher alone)")
+    if not callable(alpha) and not 0 <= alpha <= 1:
+        raise DistillError(f"alpha={alpha}: it is the teacher's share, from 0 (labels alone) to 1 (teacher alone)")
     return Recipe(Term(kl_per_class if class_mean else losses.soft_targets, weight=alpha, T=T, name='kd'), task=_rest(alpha))
 
 

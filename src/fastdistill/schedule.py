@@ -1,6 +1,7 @@
 "A number that may move while training goes on: a weight, a temperature."
 from dataclasses import dataclass
 from math import cos, pi
+from numbers import Real
 from .outputs import DistillError
 
 __all__ = ['Schedule', 'schedule', 'value_at']
@@ -23,13 +24,14 @@ class Schedule:
 
 
 def schedule(
-    v, # a number; a function of progress in [0, 1] (fastai's `SchedCos(.9, .1)`); 'linear', 'cosine' (from 1 to 0) or 'warmup' (from 0 to 1); or ('cosine', start, end), ('warmup', end)
+    v, # a number; a function of progress in [0, 1] (fastai's `SchedCos(.9, .1)`); 'linear', 'cosine' (from 1 to 0) or 'warmup'
+       # (from 0 to 1); or a name with its ends: ('cosine', start, end), ('warmup', end)
     what:str='value' # how an error calls it
 ):
     "`v` as a number or a function of progress"
-    if isinstance(v, (int, float)) or callable(v): return v
+    if isinstance(v, Real) or callable(v): return v
     name,*ends = (v,) if isinstance(v, str) else v if isinstance(v, (tuple, list)) and v else (None,)
-    if name not in NAMES or len(ends) > 2 or not all(isinstance(o, (int, float)) for o in ends):
+    if not isinstance(name, str) or name not in NAMES or len(ends) > 2 or not all(isinstance(o, Real) for o in ends):
         raise DistillError(f"{what}={v!r}: possible are a number, a function of progress from 0 to 1, a name ({', '.join(NAMES)}), "
                            "or a name with its ends, as ('cosine', 1., 0.) or ('warmup', 100.)")
     if name == 'warmup': ends = [0., *ends] if len(ends) < 2 else ends
@@ -44,5 +46,6 @@ def value_at(
 ) -> float:
     "The number that `v` is at `progress`"
     if not callable(v): return v
-    if progress is None: raise DistillError(f"{what} follows a schedule: say where training stands, as in distiller(x, y, progress=step/steps)")
+    if progress is None:
+        raise DistillError(f"{what} follows a schedule: say where training stands, as in distiller(x, y, progress=step/steps)")
     return float(v(progress))

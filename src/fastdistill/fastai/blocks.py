@@ -1,5 +1,5 @@
 "A teacher's answer beside the label: the neutral block, and the callback that keeps it away from whoever doesn't ask for it."
-import functools, inspect, warnings
+import copy, functools, inspect, warnings
 import numpy as np
 import torch
 from torch import Tensor
@@ -166,7 +166,11 @@ class TeacherTargets(Callback):
     def after_loss(self):
         if self.told is not None and len(self.yb) and isinstance(self.yb[-1], TeacherTarget): self.learn.yb = self.yb[:-1]
 
-    def __deepcopy__(self, memo): return type(self)()
+    def __deepcopy__(self, memo): # in a copied learner: one that goes on
+        new = type(self)()
+        new.learn = copy.deepcopy(self.learn, memo)
+        return new
+
     def __reduce__(self): return Callback, ()     # in an exported learner: a callback that does nothing and needs nothing
 
 

@@ -41,8 +41,8 @@ class KnowledgeDistillation(Callback):
 
     def __init__(
         self,
-        teacher=None, # Learner, exported .pkl, module, TorchScript, torch.export or ONNX file, callable, `Teacher`, or a list of these (an ensemble);
-        # a `TeacherCache`; None: the batches hold its answers (see `TeacherBlock`)
+        teacher=None, # Learner, exported .pkl, module, TorchScript, torch.export or ONNX file, callable, `Teacher`, or a list of these
+        # (an ensemble); a `TeacherCache`; None: the batches hold its answers (see `TeacherBlock`)
         recipe=None, # `kd()`, `kd() + at()`, a `Term`; None: kd(T, alpha)
         *,
         T=None, # temperature: number or schedule (fastai's `SchedCos(8, 2)`); 4 if not given
@@ -65,7 +65,8 @@ class KnowledgeDistillation(Callback):
         self.teardown()
         if self.learn.lock.locked() or hasattr(self.learn, 'gather_preds'): return     # validate, get_preds, show_results ...
         if any(isinstance(c, KnowledgeDistillation) and c is not self for c in self.learn.cbs):
-            raise DistillError("Two KnowledgeDistillation callbacks in one Learner. Give one of them a list of teachers (an ensemble), or a sum of recipes, kd() + at().")
+            raise DistillError("Two KnowledgeDistillation callbacks in one Learner. Give one of them a list of teachers (an ensemble), "
+                               "or a sum of recipes, kd() + at().")
         task,model = task_of(self.learn.loss_func, self.asked_kind, self.asked_axis),unwrap(self.learn.model)
         if self.distiller is None or self.distiller.student is not model or self.task != task: self._build(model, task)
         if self.met is not self.learn.dls: self._meet()
@@ -83,7 +84,8 @@ class KnowledgeDistillation(Callback):
 
     def _build(self, model, task):
         self.task,self.popt,self.met = task,None,None
-        self.distiller = Distiller(model, None, self.recipe, kind=task.kind, axis=task.axis, ignore_index=task.ignore_index, balance=self.balance)
+        self.distiller = Distiller(model, None, self.recipe, kind=task.kind, axis=task.axis, ignore_index=task.ignore_index,
+                                   balance=self.balance)
         self.distiller.links.to(one_param(model).device)
 
     def _meet(self):
@@ -138,7 +140,7 @@ class KnowledgeDistillation(Callback):
         self.parts,self.told = {},None
         if not self.distiller.ready: self._setup()
         # subtle: not once for all: an averaged model may take the model's place for validation
-        if self.taps is None or self.taps.model is not self.learn.model: self._tap()
+        if self.taps is None: self._tap()
 
     def _setup(self):
         self.distiller.setup(*map(as_plain, self.xb))
@@ -149,7 +151,6 @@ class KnowledgeDistillation(Callback):
         if self.distiller.pairs and not rank_distrib(): print(self.distiller.pairs)
 
     def _tap(self):
-        self._untap()
         if names := self.distiller.student_layers(): self.taps = Taps(self.learn.model, names).attach()
 
     def _untap(self):
@@ -162,8 +163,9 @@ class KnowledgeDistillation(Callback):
 
     def after_pred(self):
         if not self.active or len(self.yb) or not self.training: return
-        if self.recipe.task_at(self.pct_train): raise DistillError(
-            "These batches have no labels, but the recipe counts their loss: use alpha=1, or soft_labels(), to train from the teacher alone.")
+        if self.recipe.task_at(self.pct_train):
+            raise DistillError("These batches have no labels, but the recipe counts their loss: use alpha=1, or soft_labels(), "
+                               "to train from the teacher alone.")
         # subtle: without a target fastai makes no loss and no step; the teacher's answer is one, and its loss has the weight 0
         self.told = self.distiller.teacher(*self.xb)
         self.learn.yb = pseudo_labels(self.told.logits, Outputs.of(self.learn.pred).logits, self.task),
@@ -172,7 +174,8 @@ class KnowledgeDistillation(Callback):
         if not self.active or not len(self.yb) or not self._taught(): return
         t = self.distiller.teacher(*self.xb) if self.told is None else self.told
         s = Outputs.of(self.learn.pred, self.taps.pop() if self.taps else None)
-        r = self.distiller.compute(s, t, self.learn.loss, self.yb if self.told is None else (), progress=self.pct_train, mixed=self._mixed())
+        y = self.yb if self.told is None else ()
+        r = self.distiller.compute(s, t, self.learn.loss, y, progress=self.pct_train, mixed=self._mixed())
         self.parts = r.parts
         if not self.training or r.added is None: return
         self.learn.loss_grad = self.learn.loss_grad + r.added
@@ -205,8 +208,9 @@ class KnowledgeDistillation(Callback):
         if self.popt is None: self.popt = self._make_popt(ps)
         self._unscale(ps)
         if not self.skip:
-            for k in self.popt.hypers[0]:
-                if k in self.opt.hypers[-1]: self.popt.set_hyper(k, float(self.opt.hypers[-1][k]))   # subtle: set_hyper chokes on numpy's floats
+            for k in ('lr', 'mom', 'wd'):
+                # subtle: a float, since set_hyper chokes on numpy's
+                if k in self.popt.hypers[0] and k in self.opt.hypers[-1]: self.popt.set_hyper(k, float(self.opt.hypers[-1][k]))
             self.popt.step()
         self.popt.zero_grad()
 
@@ -259,7 +263,8 @@ def make_recipe(recipe, T, alpha, loss):
         given = [k for k,v in dict(T=T, alpha=alpha, loss=loss).items() if v is not None]
         if given: raise DistillError(f"A recipe and {', '.join(given)}=: say it in the recipe, as in kd(T=2, alpha=.5).")
         return Recipe(recipe)
-    if T is not None: raise DistillError("T= with loss=: your loss gets the logits as they are, and softens them itself (or write Term(fn, T=...)).")
+    if T is not None:
+        raise DistillError("T= with loss=: your loss gets the logits as they are, and softens them itself (or write Term(fn, T=...)).")
     alpha = 1. if alpha is None else alpha
     return Recipe(Term(loss, weight=alpha, name='kd'), task=kd(alpha=alpha).task)
 

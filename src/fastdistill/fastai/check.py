@@ -4,7 +4,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from fastai.basics import L, is_listy
 from ..outputs import DistillError, DistillWarning, Outputs, as_plain
 from ..taps import run
@@ -37,7 +38,8 @@ class Findings(list):
             if f.level == 'note': print(f'fastdistill: {f.what}. {f.do}')
             if f.level == 'warning': warnings.warn(f'{f.what}. {f.do}', DistillWarning, stacklevel=2)
         if errors := [f for f in self if f.level == 'error']:
-            raise DistillError('\n'.join(['Before training, mistakes were found (check=False trains all the same):', *[f'- {f.what}. {f.do}' for f in errors]]))
+            head = 'Before training, mistakes were found (check=False trains all the same):'
+            raise DistillError('\n'.join([head, *[f'- {f.what}. {f.do}' for f in errors]]))
         return self
 
 
@@ -80,21 +82,27 @@ def shared_parameters(learn, teacher, task):
     "Parameters that the student trains must not be the teacher's"
     ids = teacher.parameters_ids
     if both := [n for n,p in learn.model.named_parameters() if id(p) in ids]:
-        yield Finding('error', f"Student and teacher share {len(both)} parameters ({', '.join(both[:3])}{' ...' if len(both) > 3 else ''}), "
-                      "so the teacher would change while the student trains", "Build the student from a copy: copy.deepcopy(teacher.model)")
+        yield Finding('error',
+                      f"Student and teacher share {len(both)} parameters ({some(both, 3)}), so the teacher would change with the student",
+                      "Build the student from a copy: copy.deepcopy(teacher.model)")
+
+
+def some(names, n): return ', '.join(map(str, names[:n])) + (' ...' if len(names) > n else '')
 
 
 def kinds(learn, teacher, task):
     "Student and teacher answer the same kind of question"
     own = known_kind(learn.loss_func)
     if own not in (None, task.kind):
-        yield Finding('error', f"You asked for kind={task.kind!r}, but the student's loss is one of {SAYS[own]}", f"Leave kind out, or pass kind={own!r}")
+        yield Finding('error', f"You asked for kind={task.kind!r}, but the student's loss is one of {SAYS[own]}",
+                      f"Leave kind out, or pass kind={own!r}")
     for t in with_learners(teacher):
         if (theirs := known_kind(t.learner.loss_func)) not in (None, task.kind):
             yield Finding('error', f"The teacher was trained to give {SAYS[theirs]}, the student gives {SAYS[task.kind]}",
                           "Take a teacher of the student's task, or give both the same kind of loss function")
 
-SAYS = dict(softmax='one class of several (softmax)', sigmoid='a label or none, each for itself (sigmoid)', regression='numbers (regression)')
+SAYS = dict(softmax='one class of several (softmax)', sigmoid='a label or none, each for itself (sigmoid)',
+            regression='numbers (regression)')
 
 def known_kind(loss_func):
     try: return task_of(loss_func).kind
@@ -126,8 +134,8 @@ def labels(learn, teacher, task):
         s,t = vocab_of(learn.dls),vocab_of(o.learner.dls)
         if s is None or t is None or s == t or task.kind == 'regression': continue
         if missing := [c for c in s if c not in t]:
-            yield Finding('error', f"The teacher does not know {len(missing)} of the student's classes ({', '.join(map(str, missing[:5]))}); it knows "
-                          f"{', '.join(map(str, t[:8]))}{' ...' if len(t) > 8 else ''}",
+            yield Finding('error',
+                          f"The teacher does not know {len(missing)} of the student's classes ({some(missing, 5)}); it knows {some(t, 8)}",
                           "Take a teacher trained on the student's classes, or train the student on the teacher's")
         else:
             extra = f", and {len(t)-len(s)} more that are left out" if len(t) > len(s) else ''
@@ -141,7 +149,8 @@ def codings(learn, teacher, task):
         for name,of in CODES.items():
             s,t = of(a),of(b)
             if s is None or t is None or s == t: continue
-            yield Finding('error', f"Student and teacher code their {name} differently ({differ(s, t)}), so the teacher would read others than the student",
+            yield Finding('error', f"Student and teacher code their {name} differently ({differ(s, t)}), "
+                          "so the teacher would read others than the student",
                           f"Make the student's DataLoaders with the teacher's coding: {HOW[name]}")
 
 
@@ -161,18 +170,20 @@ def scales(dls):
     return None if p is None else {k: (round(float(p.means[k]), 5), round(float(p.stds[k]), 5)) for k in p.means}
 
 CODES = {'tokens': tokens, 'categories': categories, 'columns of numbers': scales}
-HOW = {'tokens': "TextDataLoaders(..., text_vocab=...) or TextBlock(vocab=...) with its token vocab", 'categories': "the teacher's own dls, or "
-       "teacher.dls.train_ds.new(df) for another table"}
-HOW['columns of numbers'] = HOW['categories']
+TABLE = "the teacher's own dls, or teacher.dls.train_ds.new(df) for another table"
+HOW = {'tokens': "TextDataLoaders(..., text_vocab=...) or TextBlock(vocab=...) with its token vocab", 'categories': TABLE,
+       'columns of numbers': TABLE}
 
 
 def differ(s, t):
     if isinstance(s, dict): return 'in ' + ', '.join([k for k in s if s.get(k) != t.get(k)][:3] or ['names'])
-    return f'{len(s)} and {len(t)} of them' if len(s) != len(t) else "first {!r} and {!r}".format(*next((x, y) for x,y in zip(s, t) if x != y))
+    if len(s) != len(t): return f'{len(s)} and {len(t)} of them'
+    return 'first {!r} and {!r}'.format(*next((x, y) for x,y in zip(s, t) if x != y))
 
 
 def normalisation(learn, teacher, task):
-    if teacher.adapts: yield Finding('note', f"The teacher was trained with another normalisation ({teacher.adapts})", "Its input is re-normalised")
+    if teacher.adapts:
+        yield Finding('note', f"The teacher was trained with another normalisation ({teacher.adapts})", "Its input is re-normalised")
 
 
 # what the teacher answers
@@ -187,7 +198,7 @@ def same_randomness():
 
 def sample(dl):
     "Some batches from all over the validation set, which is often sorted by class"
-    if hasattr(dl, 'shuffle_fn'): dl = dl.new(shuffle=True, drop_last=False, num_workers=0)    # another one: the learner's own is left alone
+    if hasattr(dl, 'shuffle_fn'): dl = dl.new(shuffle=True, drop_last=False, num_workers=0)    # the learner's own is left alone
     for _,b in zip(range(BATCHES), dl): yield b
 
 
@@ -241,15 +252,18 @@ def steady(teacher, xb, t):
     function = any(o.module is None and o.path is None for o in leaves(teacher))   # what it holds can't be put in evaluation mode from here
     alone = function and len(t) > 1 and all(isinstance(x, Tensor) and len(x) == len(t) for x in xb)
     if not near(ask(*xb), t): why = "answers the same batch differently each time (is dropout on?)"
-    elif alone and not near(ask(*[x[:-1] for x in xb]), t[:-1]): why = "answers a sample differently in another batch (is batch-norm in training mode?)"
+    elif alone and not near(ask(*[x[:-1] for x in xb]), t[:-1]):
+        why = "answers a sample differently in another batch (is batch-norm in training mode?)"
     else: return
-    yield Finding('warning', f"The teacher {why}", "Modules are put in evaluation mode by themselves; call eval() on those that a function of yours holds")
+    yield Finding('warning', f"The teacher {why}",
+                  "Modules are put in evaluation mode by themselves; call eval() on those that a function of yours holds")
 
 
 def untrained(teacher):
-    norms = [m for mod in teacher.modules for m in mod.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [m for mod in teacher.modules for m in mod.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if norms and all((m.running_mean == 0).all() and (m.running_var == 1).all() for m in norms):
-        yield Finding('warning', "The teacher's batch-norm statistics are those of a new model: it seems untrained", "Load its weights before distilling")
+        yield Finding('warning', "The teacher's batch-norm statistics are those of a new model: it seems untrained",
+                      "Load its weights before distilling")
 
 
 class Tally:
@@ -286,7 +300,8 @@ class Tally:
 def probabilities(tally, task):
     if not tally.between: return
     if task.kind == 'softmax' and tally.normed:
-        yield Finding('error', "The teacher's outputs are probabilities (each sums to 1), and a softmax over them would flatten what it knows",
+        yield Finding('error',
+                      "The teacher's outputs are probabilities (each sums to 1), and a softmax over them would flatten what it knows",
                       "Give the outputs before softmax, or their logarithm: KnowledgeDistillation(lambda x: teacher(x).log())")
     if task.kind == 'sigmoid':
         yield Finding('warning', "The teacher's outputs all lie between 0 and 1: they look like probabilities",
@@ -298,19 +313,22 @@ def chance(tally):
     if not tally.n: return
     # subtle: what a constant answer can't be good at, however rare the classes are or badly calibrated the teacher
     says = dict(softmax=classes_known, sigmoid=labels_known, regression=numbers_known)[tally.task.kind](tally.sums, tally.n)
-    if says: yield Finding('warning', f"The teacher is no better than chance: {says}", "Is it trained, for these labels in this order, and does "
-                           "it get its own preprocessing? teacher_learner.validate() tells")
+    if says:
+        yield Finding('warning', f"The teacher is no better than chance: {says}",
+                      "Is it trained, for these labels in this order, and does it get its own preprocessing? teacher.validate() tells")
 
 def classes_known(sums, n):
     have,hit = sums[:, sums[0] > 0].double()
     got,k = (hit/have).mean().item(),len(have)
-    if k > 1 and got <= 1/k + 1e-9: return f"it recognises {got:.1%} of a class's samples on average ({n} validation labels, {k} classes), a constant answer {1/k:.1%}"
+    if k > 1 and got <= 1/k + 1e-9:
+        return f"it recognises {got:.1%} of a class's samples on average ({n} validation labels, {k} classes), a constant answer {1/k:.1%}"
 
 def labels_known(sums, n):
     have = sums[:, (sums[:2] > 0).all(0)]
     if not have.shape[1]: return
     with_it,without = (have[2:]/have[:2]).mean(1).tolist()
-    if with_it <= without: return f"on {n} validation items, it gives labels that are there the probability {with_it:.3f}, labels that are not {without:.3f}"
+    if with_it <= without:
+        return f"on {n} validation items, it gives labels that are there the probability {with_it:.3f}, labels that are not {without:.3f}"
 
 def numbers_known(sums, n):
     error,var = sums[0].mean().item()/n,(sums[2]/n - (sums[1]/n)**2).mean().item()

@@ -49,8 +49,8 @@ def task_of(
 def _unknown(lf):
     name = getattr(lf, '__name__', type(lf).__name__)
     if isinstance(lf, nn.BCELoss) or lf is F.binary_cross_entropy:
-        return (f"The student's loss {name} takes probabilities, so its model ends in a sigmoid, and distillation needs the outputs before it: "
-                "end the model with the last linear layer and use BCEWithLogitsLossFlat, or pass loss=fn(student, teacher, *targets) of your own.")
+        return (f"The student's loss {name} takes probabilities, so its model ends in a sigmoid, and distillation needs the outputs "
+                "before it: end the model with the last linear layer and use BCEWithLogitsLossFlat.")
     if isinstance(lf, nn.NLLLoss) or lf is F.nll_loss:
         return (f"The student's loss {name} takes log-probabilities: pass kind='softmax' and axis=... (log-probabilities are logits too).")
     return (f"Can't tell from the student's loss {name} what it predicts: pass kind='softmax' (classes, with axis= their axis), "

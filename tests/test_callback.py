@@ -1,0 +1,714 @@
+"KnowledgeDistillation beside everything else that happens in a fastai training."
+import copy, csv, importlib, inspect, math, os, socket, subprocess, sys
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+import matplotlib
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest, torch
+import torch.nn.functional as F
+from torch import nn
+import apps
+from apps import pair, toy
+from fastai.basics import (Adam, BCELossFlat, BCEWithLogitsLossFlat, Callback, CancelFitException, CrossEntropyLossFlat, DiceLoss,
+                           FocalLoss, FocalLossFlat, L, L1LossFlat, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, Lamb,
+                           Learner, MSELossFlat, OptimWrapper, SGD, SkipToEpoch, ranger, set_seed, tensor)
+from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.core import FetchPredsCallback
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.progress import CSVLogger, ProgressCallback, ShowGraphCallback
+from fastai.callback.schedule import SchedCos, SchedLin
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback, TerminateOnNaNCallback
+from fastai.callback.training import GradientAccumulation, GradientClip, ShortEpochCallback
+from fastai.data.transforms import Normalize
+from fastai.interpret import Interpretation
+import fastdistill.fastai
+from fastdistill import Distiller
+from fastdistill.fastai import DistillError, KnowledgeDistillation, Term, dkd, kd, losses, soft_labels
+from fastdistill.fastai.task import Task, task_of
+
+pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
+KD = KnowledgeDistillation
+T,ALPHA = 3.,.7
+TESTS = Path(__file__).parent
+
+
+def kl(s, t, T=T): return T**2*((t/T).softmax(1)*((t/T).log_softmax(1) - (s/T).log_softmax(1))).sum(1).mean()
+
+def ce(s, y): return F.cross_entropy(s, y, reduction='none')
+
+def hint(weight=1., **kwargs): return Term(losses.hint, weight=weight, layers={'2': '2'}, projector='linear', **kwargs)
+
+
+class Watch(Callback):
+    "Keep what each training batch was and became"
+    order = 5.5 # after distillation, before GradientAccumulation
+    def before_fit(self): self.seen = []
+    def after_loss(self):
+        if not self.training: return
+        mix = next((c for c in self.learn.cbs if isinstance(c, (MixUp, CutMix))), None)
+        mixed = {} if mix is None else dict(lam=mix.lam, y1=mix.yb1[0])
+        self.seen.append(SimpleNamespace(loss=self.learn.loss.item(), loss_grad=self.learn.loss_grad.item(), x=self.x.clone(), y=self.y,
+                                         s=self.pred.detach(), pct=self.pct_train, **mixed))
+
+
+def watched(student, cbs, epochs=1, lr=.1):
+    w = Watch()
+    student.fit(epochs, lr, cbs=[*cbs, w])
+    return w.seen
+
+
+def weights(learn): return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+
+def projectors(cb): return [p.detach().clone() for p in cb.distiller.own_parameters()]
+
+def close(a, b, tol=1e-6): return len(a) == len(b) and all((x-y).abs().max() <= tol*max(1, y.abs().max()) for x,y in zip(a, b))
+
+
+# what is trained
+
+LOSSES = [LabelSmoothingCrossEntropyFlat(), FocalLossFlat(), CrossEntropyLossFlat(weight=tensor([1., 2., 3., 4.])), F.cross_entropy,
+          nn.CrossEntropyLoss(), partial(F.cross_entropy, label_smoothing=.1)]
+
+@pytest.mark.parametrize('loss_func', LOSSES, ids=lambda f: type(f).__name__)
+def test_label_smoothing_focal_and_other_losses_of_classes(loss_func):
+    student,teacher = toy(loss_func=loss_func)
+    seen = watched(student, [KD(teacher, T=T, alpha=ALPHA)])
+    assert len(seen) == 4
+    for b in seen:
+        want = ALPHA*kl(b.s, teacher(b.x)) + (1-ALPHA)*loss_func(b.s, b.y)
+        assert b.loss == pytest.approx(want.item(), rel=1e-5) and b.loss_grad == pytest.approx(b.loss)
+    assert student.loss_func is loss_func
+
+
+@pytest.mark.parametrize('first', [True, False])
+def test_mixup_teacher_sees_the_mixed_inputs(first):
+    student,teacher = toy()
+    loss_func,cbs = student.loss_func,[MixUp(), KD(teacher, T=T, alpha=ALPHA)]
+    for b in watched(student, cbs if first else cbs[::-1]):
+        task = (b.lam*ce(b.s, b.y) + (1-b.lam)*ce(b.s, b.y1)).mean()
+        assert b.loss == pytest.approx((ALPHA*kl(b.s, teacher(b.x)) + (1-ALPHA)*task).item(), rel=1e-5)
+    assert student.loss_func is loss_func
+
+
+def test_cutmix_teacher_sees_the_mixed_inputs():
+    student,teacher = pair('image')
+    t = copy.deepcopy(teacher.model).eval()
+    for b in watched(student, [CutMix(), KD(teacher, T=T, alpha=ALPHA)], lr=.01):
+        task = b.lam.item()*ce(b.s, b.y).mean() + (1-b.lam.item())*ce(b.s, b.y1).mean()
+        assert b.loss == pytest.approx((ALPHA*kl(b.s, t(b.x)) + (1-ALPHA)*task).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize('mix', [MixUp, CutMix])
+def test_a_loss_that_reads_labels_is_mixed_as_the_labels_are(mix):
+    student,teacher = toy() if mix is MixUp else pair('image')
+    t = teacher if mix is MixUp else copy.deepcopy(teacher.model).eval()
+    for b in watched(student, [mix(), KD(teacher, dkd(beta=2., T=T))], lr=.01):
+        each = [losses.dkd(b.s, t(b.x).detach(), y, beta=2., T=T, reduction='none') for y in (b.y, b.y1)]
+        want = (b.lam*ce(b.s, b.y) + (1-b.lam)*ce(b.s, b.y1)).mean() + (b.lam*each[0] + (1-b.lam)*each[1]).mean()
+        assert b.loss == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_mixup_needs_one_value_per_sample_of_your_own_loss():
+    student,teacher = toy()
+    with pytest.raises(DistillError, match='reads labels, and MixUp gives each sample two of them'):
+        student.fit(1, cbs=[MixUp(), KD(teacher, loss=lambda s, t, y: F.cross_entropy(s, y))])
+    student,teacher = toy()
+    student.fit(1, cbs=[MixUp(), KD(teacher, loss=lambda s, t: (s-t).pow(2).mean())])       # reads none
+
+
+def test_your_own_loss_of_three_inputs_is_the_whole_loss_unless_alpha_mixes():
+    def mine(s, t, *yb): return (s-t).abs().mean() + ce(s, yb[0]).max()
+    student,teacher = toy()
+    for b in watched(student, [KD(teacher, loss=mine)]): assert b.loss == pytest.approx(mine(b.s, teacher(b.x), b.y).item(), rel=1e-5)
+    for b in watched(student, [KD(teacher, loss=mine, alpha=.3)]):
+        assert b.loss == pytest.approx((.3*mine(b.s, teacher(b.x), b.y) + .7*ce(b.s, b.y).mean()).item(), rel=1e-5)
+
+
+SCHEDULES = [(dict(T=SchedCos(8, 2), alpha=SchedLin(1., .2)), lambda p: 2+3*(1+math.cos(math.pi*p)), lambda p: 1-.8*p),
+             (dict(T=('cosine', 8, 2), alpha='linear'), lambda p: 2+3*(1+math.cos(math.pi*p)), lambda p: 1-p),
+             (dict(T=('linear', 4, 1), alpha=('warmup', .5)), lambda p: 4-3*p, lambda p: .5*min(p/.1, 1)),
+             (dict(T=2, alpha=lambda p: p**2), lambda p: 2., lambda p: p**2)]
+
+@pytest.mark.parametrize('options,T_at,alpha_at', SCHEDULES, ids=['fastai', 'tuples', 'warmup', 'function'])
+def test_temperature_and_alpha_follow_their_schedules(options, T_at, alpha_at):
+    student,teacher = toy()
+    seen = watched(student, [KD(teacher, **options)], epochs=3)
+    assert seen[0].pct == 0 and len({b.pct for b in seen}) == 12
+    for b in seen:
+        a = alpha_at(b.pct)
+        want = a*kl(b.s, teacher(b.x), T_at(b.pct)) + (1-a)*ce(b.s, b.y).mean()
+        assert b.loss == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_a_terms_weight_moves_and_stops_as_said():
+    student,teacher = toy()
+    recipe = Term(losses.kl, weight=('linear', 2., 0.), T=T) + Term(losses.mse, weight=.1, stop_at=.5)
+    for b in watched(student, [KD(teacher, recipe)], epochs=2):
+        t = teacher(b.x)
+        want = ce(b.s, b.y).mean() + 2*(1-b.pct)*kl(b.s, t) + (b.pct < .5)*.1*(b.s-t).pow(2).sum(1).mean()
+        assert b.loss == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_an_ensemble_teaches_its_mean_probabilities():
+    student,teacher = toy()
+    other = apps.mlp(5)
+    for b in watched(student, [KD([teacher, other], T=1., alpha=1., check=False)]):
+        t = torch.stack([m(b.x).softmax(1) for m in (teacher, other)]).mean(0).log()
+        assert b.loss == pytest.approx(kl(b.s, t, 1.).item(), rel=1e-4)
+
+
+def test_a_teacher_comes_as_learner_file_module_or_function(tmp_path):
+    _,teacher = pair('image')
+    teacher.export(tmp_path/'teacher.pkl')
+    module = teacher.model.eval()
+    def run(t):
+        learn,_ = pair('image')
+        learn.fit(1, .01, cbs=KD(t))
+        return weights(learn)
+    want = run(module)
+    with pytest.warns(UserWarning, match='insecure pickle'): from_file = run(tmp_path/'teacher.pkl')
+    for got in (run(teacher), from_file, run(lambda x: module(x)), run([module, module])):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('recipe', [soft_labels(T=2.), kd(T=2., alpha=1.)], ids=['soft_labels', 'alpha=1'])
+def test_batches_without_labels_distil(recipe):
+    student,teacher = toy(labels=False)
+    before = weights(student)
+    for b in watched(student, [KD(teacher, recipe)]): assert b.loss == pytest.approx(kl(b.s, teacher(b.x), 2.).item(), rel=1e-5)
+    labelled,_ = toy()
+    labelled.fit(1, .1, cbs=KD(teacher, recipe))
+    assert not torch.equal(before, weights(student))
+    torch.testing.assert_close(weights(student), weights(labelled), rtol=1e-6, atol=1e-7)
+
+
+def test_batches_without_labels_are_refused_where_labels_count():
+    student,teacher = toy(labels=False)
+    with pytest.raises(DistillError, match='no labels, but the recipe counts their loss: use alpha=1'): student.fit(1, cbs=KD(teacher))
+
+
+def test_balance_gives_each_term_its_share_of_the_gradient_at_the_last_shared_layer():
+    student,teacher = toy()
+    cb = KD(teacher, Term(losses.kl, weight=.5, T=T) + hint(weight=.3), balance='grad')
+    class First(Callback):
+        order = 8
+        def after_backward(self):
+            self.got,self.batch = student.model[2].weight.grad.clone(),(self.x, self.y)
+            raise CancelFitException
+    first = First()
+    student.fit(1, cbs=[cb, first])
+    x,y = first.batch
+    s,f = student.model(x),student.model[:3](x)
+    link = cb.distiller.links['hint'][0]
+    parts = F.cross_entropy(s, y),kl(s, teacher(x).detach()),(link.projector(f, teacher[:3](x)) - teacher[:3](x).detach()).pow(2).mean()
+    g = [torch.autograd.grad(p, student.model[2].weight, retain_graph=True)[0] for p in parts]
+    unit = [o/o.norm()*g[0].norm() for o in g]
+    torch.testing.assert_close(first.got, unit[0] + .5*unit[1] + .3*unit[2], rtol=1e-4, atol=1e-6)
+
+
+def test_balance_does_not_measure_at_a_bias_that_batchnorm_cancels():
+    student,teacher = toy()
+    student.model = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4))
+    cb = KD(teacher, Term(losses.hint, layers={'1': '2'}, projector='linear'), balance='grad')
+    student.fit(1, .01, cbs=cb)
+    assert 1e-3 < cb.distiller.scales['hint'] < 1e3
+
+
+def test_both_doors_give_the_same_loss_and_gradients():
+    student,teacher = toy()
+    recipe = kd(T, ALPHA) + hint(weight=.5)
+    cb,seen = KD(teacher, recipe),[]
+    class First(Callback):
+        order = 8
+        def after_backward(self):
+            ps = [*student.model.parameters(), *cb.distiller.own_parameters()]
+            seen.extend([self.learn.loss.item(), *[p.grad.clone() for p in ps], self.x, self.y])
+            raise CancelFitException
+    student.fit(1, cbs=[cb, First()])
+    loss,*grads,x,y = seen
+    student.model.zero_grad()
+    d = Distiller(student.model, teacher, recipe, example=x)
+    d.links.load_state_dict(cb.distiller.links.state_dict())
+    out = d(x, y)
+    out.total.backward()
+    assert out.total.item() == pytest.approx(loss, rel=1e-6)
+    assert close([p.grad for p in [*student.model.parameters(), *d.own_parameters()]], grads)
+
+
+# other callbacks
+
+@pytest.mark.parametrize('half', ['to_fp16', 'to_bf16'])
+@pytest.mark.filterwarnings('ignore:.*CUDA is not available:UserWarning')
+def test_half_precision_does_nothing_on_the_cpu(half):
+    runs = []
+    for on in (False, True):
+        student,teacher = toy()
+        if on: getattr(student, half)()
+        cb = KD(teacher, kd() + hint())
+        student.fit(2, .1, cbs=cb)
+        runs.append([weights(student), *projectors(cb)])
+    assert close(*runs, tol=0)
+
+
+class CpuScaler(MixedPrecision):
+    "fastai's mixed precision with the scaler of the CPU, where all is float32"
+    def before_fit(self):
+        self.autocast,self.learn.scaler,self.scales = torch.autocast('cpu', enabled=False),torch.amp.GradScaler('cpu', **self.kwargs),L()
+
+
+def test_projectors_take_unscaled_steps_with_a_gradient_scaler():
+    runs = []
+    for scaled in (False, True):
+        student,teacher = toy()
+        cb = KD(teacher, kd() + hint())
+        student.fit(2, .1, cbs=[cb, *([CpuScaler(init_scale=4096.)] if scaled else [])])
+        runs.append([weights(student), *projectors(cb)])
+    assert close(*runs, tol=1e-6)
+
+
+def test_under_autocast_features_of_half_precision_pass():
+    runs = []
+    for dtype in (None, torch.bfloat16):
+        student,teacher = pair('image')
+        class Half(CpuScaler):
+            def before_fit(self, dtype=dtype):
+                super().before_fit()
+                self.autocast = torch.autocast('cpu', dtype=dtype, enabled=dtype is not None)
+        set_seed(3)
+        recipe = kd() + Term(losses.hint, layers={'0.1': '0.1'}, projector='conv') + Term(losses.at, layers={'0.1': '0.1'})
+        runs.append([b.loss for b in watched(student, [Half(enabled=False), KD(teacher, recipe)], lr=.001)])
+    assert runs[1] == pytest.approx(runs[0], rel=.05) and runs[1] != runs[0]
+
+
+def test_projectors_skip_the_step_that_the_scaler_skips():
+    student,teacher = toy()
+    cb,seen = KD(teacher, kd() + hint()),[]
+    class Overflow(Callback):
+        order = 9.5
+        def before_backward(self):
+            if self.train_iter == 1: self.learn.loss_grad = self.learn.loss_grad*float('inf')
+        def after_batch(self): seen.append([weights(student), *projectors(cb)])
+    student.fit(1, .1, cbs=[cb, CpuScaler(init_scale=4096.), Overflow()])
+    assert close(seen[0], seen[1], tol=0) and not close(seen[1], seen[2], tol=0)
+    assert all(o.isfinite().all() for o in seen[-1])
+
+
+def test_four_batches_of_4_accumulated_are_one_of_16():
+    runs = []
+    for bs,cbs in ((16, []), (4, [GradientAccumulation(16)])):
+        student,teacher = toy(bs=bs)
+        cb = KD(teacher, kd() + hint())
+        student.fit(2, .1, cbs=[cb, *cbs])
+        runs.append([weights(student), *projectors(cb)])
+    assert close(*runs, tol=1e-6)
+
+
+def test_gradient_clip_clips_the_whole_gradient():
+    norms = []
+    class Norm(Callback):
+        order = 12 # after GradientClip
+        def before_step(self): norms.append(torch.cat([p.grad.flatten() for p in self.learn.model.parameters()]).norm().item())
+    student,teacher = toy()
+    student.fit(1, .1, cbs=[KD(teacher, kd() + hint(100.)), GradientClip(.1), Norm()])
+    assert norms == pytest.approx([.1]*4, rel=1e-4)
+
+
+def test_lr_find_leaves_projectors_as_they_were_and_a_fit_goes_on(tmp_path):
+    student,teacher = toy(path=tmp_path, opt_func=Adam)
+    cb = KD(teacher, kd() + hint())
+    student.add_cb(cb)
+    student.fit(1, .01)
+    before = [weights(student), *projectors(cb)]
+    student.lr_find(num_it=12, show_plot=False)
+    assert close([weights(student), *projectors(cb)], before, tol=0)
+    student.fit(1, .01)
+    assert not close(projectors(cb), before[1:], tol=0)
+
+
+def test_lr_find_sees_the_whole_loss(tmp_path):
+    student,teacher = toy(path=tmp_path)
+    student.add_cb(KD(teacher, kd() + hint(50.)))
+    student.lr_find(num_it=6, show_plot=False, suggest_funcs=None)
+    alone,_ = toy(path=tmp_path)
+    alone.lr_find(num_it=6, show_plot=False, suggest_funcs=None)
+    assert student.recorder.losses[0] > 2*alone.recorder.losses[0]
+
+
+def test_freeze_trains_the_head_alone_and_unfreeze_all():
+    student,teacher = pair('image')
+    student.freeze()
+    body,head = [[p.detach().clone() for n,p in student.model[i].named_parameters() if 'weight' in n] for i in (0, 1)]
+    now = lambda i: [p.detach() for n,p in student.model[i].named_parameters() if 'weight' in n]
+    cb = KD(teacher, kd() + Term(losses.at, layers={'0.1': '0.1'}))
+    student.fit(1, .01, cbs=cb)
+    assert [a.dim() for a,b in zip(body, now(0)) if not torch.equal(a, b)] == [1, 1]     # batch-norm alone, as fastai has it
+    assert not close(head, now(1), tol=0)
+    student.unfreeze()
+    student.fit(1, .01, cbs=cb)
+    assert not any(torch.equal(a, b) for a,b in zip(body, now(0)))
+
+
+def test_fine_tune_keeps_its_projectors_from_one_fit_to_the_next():
+    student,teacher = pair('image')
+    cb,starts = KD(teacher, kd() + Term(losses.hint, layers={'0.1': '0.1'})),[]
+    class Look(Callback):
+        def before_batch(self):
+            if self.train_iter == 1 and self.training and not starts: starts.append(cb.distiller.links['hint'][0])
+    student.fine_tune(1, .01, cbs=[cb, Look()])
+    assert cb.distiller.links['hint'][0] is starts[0] and not student.cbs.filter(lambda c: c is cb)
+
+
+def test_save_model_follows_kd_loss_and_keeps_the_optimizer(tmp_path):
+    student,teacher = toy(path=tmp_path, opt_func=Adam)
+    cb = KD(teacher, kd() + hint())
+    student.fit(3, .01, cbs=[cb, SaveModelCallback(monitor='kd_loss', with_opt=True)])
+    saved = torch.load(tmp_path/'models'/'model.pth', weights_only=False)
+    assert saved['model'].keys() == student.model.state_dict().keys()
+    student.load('model', with_opt=True)         # a warning would be an error here
+    student.fit(1, .01, cbs=cb)
+
+
+def test_early_stopping_can_watch_kd_loss():
+    student,teacher = toy()
+    student.fit(9, 0., cbs=[KD(teacher), EarlyStoppingCallback(monitor='kd_loss', patience=2)])
+    assert len(student.recorder.values) == 3
+
+
+def test_csv_logger_has_the_column(tmp_path):
+    student,teacher = toy(path=tmp_path)
+    student.fit(2, .1, cbs=[KD(teacher, kd() + hint()), CSVLogger()])
+    head,*lines = csv.reader((tmp_path/'history.csv').read_text().splitlines())
+    assert head == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'kd_loss', 'hint_loss', 'time'] and len(lines) == 2
+    assert all(float(l[4]) > 0 for l in lines)
+
+
+def test_train_metrics_give_the_parts_of_training_too():
+    student,teacher = toy()
+    student.recorder.train_metrics = True
+    seen = watched(student, [KD(teacher, T=T, alpha=ALPHA)])
+    row = dict(zip(student.recorder.metric_names[1:], student.recorder.values[-1]))
+    assert row['train_kd_loss'] == pytest.approx(np.mean([kl(b.s, teacher(b.x)).item() for b in seen]), rel=1e-5)
+    assert row['valid_kd_loss'] > 0 and 'train_accuracy' in row
+
+
+def test_fetching_predictions_in_mid_fit_changes_nothing():
+    runs = []
+    for cbs in ([], [FetchPredsCallback()]):
+        student,teacher = toy()
+        student.fit(2, .1, cbs=[KD(teacher, kd() + hint()), *cbs])
+        runs.append((weights(student), student.recorder.metric_names, *map(list, student.recorder.values)))
+    assert torch.equal(runs[0][0], runs[1][0]) and runs[0][1:] == runs[1][1:]
+
+
+OTHERS = dict(short=[ShortEpochCallback(.5)], plateau=[ReduceLROnPlateau(monitor='kd_loss', patience=1)], nan=[TerminateOnNaNCallback()],
+              graph=[ProgressCallback(), ShowGraphCallback()])
+
+@pytest.mark.parametrize('cbs', OTHERS.values(), ids=OTHERS)
+def test_other_callbacks_of_fastai_go_on_working(cbs):
+    student,teacher = toy()
+    student.fit(3, .1, cbs=[KD(teacher, kd() + hint()), *cbs])
+    assert len(student.recorder.values) == 3
+    plt.close('all')
+
+
+def test_a_fit_may_begin_later():
+    student,teacher = toy()
+    seen = watched(student, [KD(teacher, alpha='linear'), SkipToEpoch(1)], epochs=2)
+    assert [b.pct for b in seen] == pytest.approx([.5, .625, .75, .875])
+
+
+OPTS = [Adam, Lamb, ranger, partial(OptimWrapper, opt=torch.optim.AdamW), partial(SGD, mom=.9, wd=.1)]
+
+@pytest.mark.parametrize('opt_func', OPTS, ids=['Adam', 'Lamb', 'ranger', 'AdamW', 'SGD'])
+def test_projectors_are_trained_by_the_students_kind_of_optimizer(opt_func):
+    student,teacher = toy(opt_func=opt_func)
+    cb = KD(teacher, kd() + hint())
+    student.fit_one_cycle(1, .01, cbs=cb)
+    assert cb.popt.hypers[0]['lr'] == pytest.approx(student.opt.hypers[-1]['lr']) and type(cb.popt) is type(student.opt)
+    before = projectors(cb)
+    student.fit_one_cycle(1, .01, cbs=cb)
+    assert not any(map(torch.equal, before, projectors(cb)))
+
+
+def test_an_optimizer_that_is_built_already_leaves_projectors_to_adam():
+    student,teacher = toy()
+    student.opt_func = OptimWrapper(opt=torch.optim.SGD(student.model.parameters(), lr=.1))
+    cb = KD(teacher, kd() + hint())
+    student.fit(1, .1, cbs=cb)
+    assert cb.popt.hypers[0]['lr'] == .1
+
+
+def test_channels_last_changes_nothing():
+    def run(*cbs):
+        student,teacher = pair('image')
+        set_seed(3)
+        recipe = kd() + Term(losses.hint, layers={'0.1': '0.1'}) + Term(losses.at, layers={'0.0': '0.0'})
+        student.fit(1, .01, cbs=[KD(teacher, recipe), *cbs])
+        return [weights(student)]
+    assert close(run(), run(ChannelsLast()), tol=1e-3)
+
+
+def test_a_model_copied_in_mid_fit_is_free_of_distillation():
+    student,teacher = toy()
+    copies = []
+    class Ema(Callback):
+        order = 5.5
+        def before_fit(self): copies.append(copy.deepcopy(self.learn.model))
+        def after_loss(self): copies.append(copy.deepcopy(self.learn.model))
+    cb = KD(teacher, kd() + hint())
+    student.fit(1, .1, cbs=[cb, Ema()])
+    x,_ = apps.rows()
+    assert len(copies) == 7 and all(m(x).shape == (96, 4) for m in copies)     # 1 + 4 training batches + 2 of validation
+    assert not cb.distiller.ready or cb.taps is None
+
+
+def test_an_averaged_model_may_stand_in_for_validation():
+    student,teacher = toy()
+    other = copy.deepcopy(student.model)
+    class Swap(Callback):
+        order = 11
+        def before_validate(self): self.own,self.learn.model = self.learn.model,other.eval()
+        def after_validate(self): self.learn.model = self.own
+    cb = KD(teacher, kd(T) + hint())
+    student.fit(1, .5, cbs=[cb, Swap()])
+    x,_ = apps.rows()
+    row = dict(zip(student.recorder.metric_names[1:], student.recorder.values[-1]))
+    assert row['kd_loss'] == pytest.approx(kl(other(x[64:]), teacher(x[64:])).item(), rel=1e-5)
+    assert not any(m._forward_hooks for m in [*other.modules(), *student.model.modules()]) and student.model is not other
+
+
+# inference
+
+@pytest.mark.filterwarnings('ignore:__array__ implementation:DeprecationWarning') # of a picture that is shown
+def test_a_callback_that_stays_changes_no_prediction(monkeypatch):
+    monkeypatch.setattr(plt, 'show', lambda *a: None)
+    student,teacher = pair('image')
+    start = copy.deepcopy(student.model.state_dict())
+    def look():
+        student.model.load_state_dict(start)
+        set_seed(4)
+        student.show_results(max_n=2)
+        out = [*student.validate(), *student.get_preds(), *student.get_preds(with_loss=True), *student.tta(n=2), *student.predict(0)[1:],
+               Interpretation.from_learner(student).losses]
+        plt.close('all')
+        return [torch.as_tensor(o) for o in out],student.summary().split('Optimizer')[0],list(student.metrics)
+    want = look()
+    student.add_cb(KD(teacher, kd() + Term(losses.hint, layers={'0.1': '0.1'})))
+    def same_as_before(got): return all(map(torch.equal, got[0], want[0])) and got[1:] == want[1:]
+    assert same_as_before(look())
+    student.fit(1, .01)
+    assert same_as_before(look())
+    with pytest.raises(KeyboardInterrupt): student.fit(1, .01, cbs=Interrupt())
+    assert same_as_before(look())
+    assert not any(m._forward_hooks for m in student.model.modules())
+
+
+class Interrupt(Callback):
+    def before_step(self):
+        if self.train_iter == 1: raise KeyboardInterrupt
+
+
+def test_a_fit_without_its_progress_bar_distils_too():
+    runs = []
+    for quietly in (False, True):
+        student,teacher = toy()
+        with student.no_mbar() if quietly else nullcontext(): student.fit(1, .1, cbs=KD(teacher))
+        runs.append((weights(student), student.recorder.metric_names))
+    assert torch.equal(runs[0][0], runs[1][0]) and runs[0][1] == runs[1][1]
+
+
+LOAD = """
+import sys, warnings
+warnings.simplefilter('ignore')
+sys.modules['fastdistill'] = None # as if it were not installed
+sys.path.insert(0, {tests!r})
+import torch
+from fastai.vision.all import load_learner
+for file in {files!r}:
+    learn = load_learner(file)
+    print(*map(float, learn.predict(0)[2]), *[type(c).__name__ for c in learn.cbs])
+"""
+
+def test_an_exported_student_loads_where_fastdistill_is_not_installed(tmp_path):
+    recipe = kd() + Term(losses.hint, layers={'0.1': '0.1'})
+    def distilled(student, teacher): student.distill(teacher, 1, .01, recipe)
+    def interrupted(student, teacher):
+        student.add_cb(KD(teacher, recipe))
+        with pytest.raises(KeyboardInterrupt): student.fit(1, .01, cbs=Interrupt())
+    wants = {}
+    for fit in (lambda student, _: student.fit(1, .01), distilled, interrupted):
+        student,teacher = pair('image')
+        fit(student, teacher)
+        file = tmp_path/f'{fit.__name__}.pkl'
+        student.export(file)
+        wants[str(file)] = student.predict(0)[2]
+        assert b'fastdistill' not in file.read_bytes()
+    sizes = [Path(f).stat().st_size for f in wants]
+    assert max(sizes) < sizes[0] + 2000     # neither teacher nor projector inside
+    r = subprocess.run([sys.executable, '-c', LOAD.format(tests=str(TESTS), files=list(wants))], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    for line,want in zip(r.stdout.splitlines(), wants.values()):
+        torch.testing.assert_close(torch.tensor(list(map(float, line.split()[:3]))), want, rtol=1e-5, atol=1e-6)
+        assert 'KnowledgeDistillation' not in line
+
+
+def test_a_copied_learner_is_free_of_distillation():
+    student,teacher = toy()
+    student.add_cb(KD(teacher, kd() + hint()))
+    student.fit(1, .1)
+    other = copy.deepcopy(student)
+    other.fit(1, .1)
+    assert other.recorder.metric_names == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'time']
+    assert not [c for c in other.cbs if isinstance(c, KD)]
+
+
+# before, after, again
+
+def test_after_an_interrupt_the_next_fit_is_a_fit_like_any_other():
+    student,teacher = toy()
+    cb = KD(teacher, kd() + hint())
+    with pytest.raises(KeyboardInterrupt): student.fit(1, .1, cbs=[cb, Interrupt()])
+    assert not any(m._forward_hooks for m in student.model.modules()) and len(student.metrics) == 1
+    links = cb.distiller.links['hint'][0]
+    for b in watched(student, [cb]): assert b.loss > 0
+    assert cb.distiller.links['hint'][0] is links       # its projectors go on
+    student.fit(1, .1)
+    assert student.recorder.metric_names == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'time']
+
+
+def test_one_callback_can_teach_another_student():
+    cb = None
+    for seed in (0, 1):
+        student,teacher = toy(seed=seed)
+        cb = cb or KD(teacher, kd() + hint())
+        student.fit(1, .1, cbs=cb)
+        assert cb.distiller.student is student.model
+
+
+def test_new_data_are_looked_at_anew():
+    student,right = pair('image')
+    cb = KD(right, kd(T=1., alpha=1.) + Term(losses.hint, layers={'0.1': '0.1'}))
+    student.fit(1, .01, cbs=cb)
+    links = cb.distiller.links
+    student.dls = apps.image(batch_tfms=Normalize.from_stats([.5]*3, [.25]*3))[0].dls
+    x = next(iter(student.dls.valid))[0].as_subclass(torch.Tensor)
+    with cb.distiller.teacher: before = cb.distiller.teacher(x).logits
+    student.fit(1, .01, cbs=cb)
+    after = cb.distiller.teacher(x).logits
+    torch.testing.assert_close(after, right.model.eval()(x*.25 + .5), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(before, after) and cb.distiller.links is links
+
+
+def test_two_distillations_in_one_learner_are_refused():
+    student,teacher = toy()
+    with pytest.raises(DistillError, match='Two KnowledgeDistillation callbacks.*list of teachers'):
+        student.fit(1, cbs=[KD(teacher), KD(teacher)])
+    assert len(student.metrics) == 1
+
+
+TASKS = [(CrossEntropyLossFlat(), Task('softmax', -1)), (CrossEntropyLossFlat(axis=1, ignore_index=255), Task('softmax', 1, 255)),
+         (nn.CrossEntropyLoss(ignore_index=0), Task('softmax', 1, 0)), (F.cross_entropy, Task('softmax', 1)),
+         (partial(F.cross_entropy, ignore_index=7), Task('softmax', 1, 7)), (LabelSmoothingCrossEntropy(), Task('softmax', 1)),
+         (LabelSmoothingCrossEntropyFlat(axis=1), Task('softmax', 1)), (FocalLoss(), Task('softmax', 1)),
+         (FocalLossFlat(), Task('softmax', -1)), (DiceLoss(), Task('softmax', 1)),
+         (BCEWithLogitsLossFlat(), Task('sigmoid', -1)),
+         (nn.BCEWithLogitsLoss(), Task('sigmoid', 1)),
+         (MSELossFlat(), Task('regression', -1)), (L1LossFlat(), Task('regression', -1)), (nn.HuberLoss(), Task('regression', 1)),
+         (F.mse_loss, Task('regression', 1))]
+
+@pytest.mark.parametrize('loss_func,task', TASKS, ids=lambda o: getattr(o, '__name__', type(o).__name__))
+def test_what_a_model_predicts_is_read_off_its_loss(loss_func, task): assert task_of(loss_func) == task
+
+
+def test_an_unknown_loss_is_asked_for_and_then_believed():
+    def mine(s, y): return F.cross_entropy(s, y)
+    student,teacher = toy(loss_func=mine)
+    with pytest.raises(DistillError, match="from the student's loss mine what it predicts: pass kind='softmax'"):
+        student.fit(1, cbs=KD(teacher))
+    for b in watched(student, [KD(teacher, T=T, alpha=ALPHA, kind='softmax', axis=1)]):
+        assert b.loss == pytest.approx((ALPHA*kl(b.s, teacher(b.x)) + (1-ALPHA)*mine(b.s, b.y)).item(), rel=1e-5)
+
+
+def test_a_model_that_ends_in_a_sigmoid_is_explained():
+    student,teacher = toy(loss_func=BCELossFlat())
+    with pytest.raises(DistillError, match='BCELoss takes probabilities.*BCEWithLogitsLossFlat'): student.fit(1, cbs=KD(teacher))
+
+
+@pytest.mark.parametrize('kwargs,says', [
+    (dict(recipe=kd(), T=2), r'A recipe and T=: say it in the recipe'),
+    (dict(recipe=kd(), loss=F.mse_loss), r'A recipe and loss=: say it in the recipe'),
+    (dict(loss=F.mse_loss, T=2), 'T= with loss=: your loss gets the logits as they are'),
+    (dict(recipe=dict(T=2)), 'A recipe is made of terms and recipes'),
+    (dict(alpha=2), 'from 0 .labels alone. to 1 .teacher alone.'),
+    (dict(T='cosin'), "T='cosin': possible are a number, a function")], ids=lambda o: '' if isinstance(o, str) else '-'.join(o))
+def test_contradictions_are_refused_when_the_callback_is_made(kwargs, says):
+    with pytest.raises(DistillError, match=says): KD(apps.mlp(4), **kwargs)
+
+
+def test_distill_is_fit_one_cycle_with_the_callback():
+    def run(f):
+        student,teacher = toy()
+        f(student, teacher)
+        return weights(student)
+    assert torch.equal(run(lambda s, t: s.distill(t, 2, .05, T=2., alpha=.5, pct_start=.4, cbs=GradientClip(.5))),
+                       run(lambda s, t: s.fit_one_cycle(2, .05, pct_start=.4, cbs=[KD(t, T=2., alpha=.5), GradientClip(.5)])))
+
+
+@pytest.mark.parametrize('name', ['vision.all', 'text.all', 'tabular.all', 'collab'])
+def test_no_name_of_fastai_is_shadowed(name):
+    assert not set(fastdistill.fastai.__all__) & set(vars(importlib.import_module(f'fastai.{name}')))
+
+
+def test_distill_tells_its_options():
+    ps = list(inspect.signature(Learner.distill).parameters)
+    assert ps[:5] == ['self', 'teacher', 'n_epoch', 'lr_max', 'recipe']
+    assert {'T', 'alpha', 'loss', 'balance', 'check', 'cbs', 'div', 'pct_start', 'wd', 'moms'} <= set(ps)
+
+
+# more than one process
+
+DDP = """
+import sys, warnings
+warnings.simplefilter('ignore')
+import torch
+from torch import nn
+from fastai.basics import *
+import fastai.distributed as fd
+from fastdistill.fastai import *
+
+def broadcast(self, t, rank): # fastai's own only knows GPUs
+    t = torch.tensor(t)
+    torch.distributed.broadcast(t, rank)
+    return t.tolist()
+fd.DistributedDL._broadcast = broadcast
+
+def mlp(hidden): return nn.Sequential(nn.Linear(8, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 4))
+set_seed(0)
+x = torch.randn(96, 8)
+dls = DataLoaders.from_dsets(*[list(zip(o, o[:,:4].argmax(1))) for o in (x[:64], x[64:])], bs=8, num_workers=0, device='cpu')
+student,teacher = Learner(dls, mlp(6), loss_func=CrossEntropyLossFlat(), opt_func=SGD),mlp(16)
+student.logger = noop
+torch.manual_seed(rank_distrib()) # each rank would draw another projector
+cb = KnowledgeDistillation(teacher, kd() + Term(losses.hint, layers={'2': '2'}, projector='linear'))
+with student.no_bar(), student.distrib_ctx(sync_bn=False, cpu=True): student.fit(2, .1, cbs=cb)
+state = [p.detach() for p in [*student.model.parameters(), *cb.distiller.own_parameters()]]
+torch.save((state, list(student.recorder.values[-1])), f'{sys.argv[1]}/{rank_distrib()}.pt')
+"""
+
+def test_two_processes_train_one_student_and_one_projector(tmp_path):
+    pytest.importorskip('accelerate')
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    env = dict(os.environ, ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE='2')
+    run = [sys.executable, '-c', DDP, str(tmp_path)]
+    runs = [subprocess.Popen(run, env={**env, 'RANK': i, 'LOCAL_RANK': i}, stderr=subprocess.PIPE, text=True) for i in '01']
+    said = [r.communicate(timeout=120)[1] for r in runs]
+    assert [r.returncode for r in runs] == [0, 0], said
+    (a,logged_a),(b,logged_b) = [torch.load(tmp_path/f'{i}.pt', weights_only=True) for i in (0, 1)]
+    assert len(a) == 8 and all(torch.equal(x, y) for x,y in zip(a, b)) and logged_a == logged_b

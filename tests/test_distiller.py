@@ -1,0 +1,287 @@
+"The heart, without any framework: terms, recipes, and a plain loop."
+import copy
+from functools import partial
+import pytest, torch
+import torch.nn.functional as F
+from torch import nn
+from cases import Golden
+from fastdistill import DistillError, Distiller, Outputs, Recipe, Teacher, Term, dkd, hard_labels, kd, logit_std, losses, soft_labels
+
+def mlp(hidden, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 4))
+
+def batch(n=16, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 8, generator=g)
+    return x,x[:, :4].argmax(1)
+
+def two(n=6, c=5, *grid, seed=0):
+    "Logits of student and teacher, labels"
+    g = torch.Generator().manual_seed(seed)
+    s,t = [torch.randn(n, c, *grid, generator=g, dtype=torch.float64)*3 for _ in range(2)]
+    return s.requires_grad_(),t,torch.randint(c, (n, *grid), generator=g)
+
+def hint(weight=1., layers=None): return Term(losses.hint, weight, layers=layers or {'2': '2'}, projector='linear')
+
+
+# one call, the numbers that people know
+
+@pytest.mark.parametrize('name,expected,class_mean',
+                         [('kd_hinton', '', False), ('kd_haitongli', '', True), ('kd_haitongli', '_paper', False)])
+def test_a_recipe_gives_the_numbers_of_the_scripts_that_people_paste(name, expected, class_mean):
+    for tag,g,o in Golden(name).cases():
+        s = g['student'].clone().requires_grad_()
+        loss = kd(o['T'], o['alpha'], class_mean=class_mean)(s, g['teacher'], g['target'])
+        loss.backward()
+        assert loss.item() == pytest.approx(g['expected' + expected].item(), rel=1e-12), tag
+        torch.testing.assert_close(s.grad, g['grad_student' + expected], rtol=1e-9, atol=1e-12)
+
+
+def test_a_mean_over_classes_is_a_smaller_alpha():
+    s,t,y = two(c=10)
+    a,c = .9,10
+    scale = a/c + 1-a
+    assert kd(4., a, class_mean=True)(s, t, y).item() == pytest.approx(scale*kd(4., a/c/scale)(s, t, y).item())
+
+
+@pytest.mark.parametrize('recipe,by_hand', [
+    (hard_labels(.5), lambda s, t, y: .5*F.cross_entropy(s, t.argmax(1)) + .5*F.cross_entropy(s, y)),
+    (soft_labels(2.), lambda s, t, y: 4*F.kl_div((s/2).log_softmax(1), (t/2).softmax(1), reduction='batchmean')),
+    (logit_std(kd(2., .5)), lambda s, t, y: kd(2., .5)(*[(o-o.mean(1, keepdim=True))/(o.std(1, keepdim=True)+1e-7) for o in (s, t)], y)
+        + .5*(F.cross_entropy(s, y) - F.cross_entropy((s-s.mean(1, keepdim=True))/(s.std(1, keepdim=True)+1e-7), y))),
+    (dkd(beta=2.), lambda s, t, y: F.cross_entropy(s, y) + losses.dkd(s, t, y, beta=2.)),
+    (Term(F.mse_loss, .5), lambda s, t, y: F.cross_entropy(s, y) + .5*F.mse_loss(s, t)),
+    (Recipe(Term(nn.MSELoss()), Term(torch.dist, .1), task=.3),
+     lambda s, t, y: .3*F.cross_entropy(s, y) + F.mse_loss(s, t) + .1*torch.dist(s, t)),
+    (Term(lambda s, t, *ys: (s.sum(1)*ys[0]).mean()), lambda s, t, y: F.cross_entropy(s, y) + (s.sum(1)*y).mean()),
+    (Term(partial(losses.kl, T=2.)) + Term(losses.kl, T=3., name='other'),
+     lambda s, t, y: F.cross_entropy(s, y) + losses.kl(s, t, T=2.) + losses.kl(s, t, T=3.))],
+    ids=['hard_labels', 'soft_labels', 'logit_std', 'dkd', 'function', 'modules', 'targets', 'partial'])
+def test_recipes_are_what_they_say(recipe, by_hand):
+    s,t,y = two()
+    assert Recipe(recipe)(s, t, y).item() == pytest.approx(by_hand(s, t, y).item(), rel=1e-6)
+
+
+def test_without_labels_the_teacher_alone():
+    s,t,_ = two()
+    assert soft_labels(2.)(s, t).item() == pytest.approx(losses.kl(s, t, T=2.).item())
+    with pytest.raises(DistillError, match='no labels, but the recipe gives their loss the weight 0.1: use alpha=1, or soft_labels'):
+        kd(4., .9)(s, t)
+    with pytest.raises(DistillError, match=r'dkd needs 1 target\(s\) beside student and teacher, this batch has 0'):
+        Recipe(dkd(), task=0.)(s, t)
+
+
+def test_the_kind_chooses_the_form():
+    s,t,_ = two()
+    y = torch.rand(6, 5).round().double()
+    multi = kd(2., .5)(s, t, y, kind='sigmoid', task_loss=F.binary_cross_entropy_with_logits)
+    assert multi.item() == pytest.approx((.5*losses.binary_kl(s, t, T=2.) + .5*F.binary_cross_entropy_with_logits(s, y)).item())
+    numbers = kd(2., .5)(s, t, t, kind='regression', task_loss=F.mse_loss)
+    assert numbers.item() == pytest.approx(F.mse_loss(s, t).item())
+    with pytest.raises(DistillError, match='dkd compares a softmax over classes, but this model predicts numbers. Use kd()'):
+        dkd()(s, t, t, kind='regression')
+    with pytest.raises(DistillError, match="kind='soft': possible are 'softmax', 'sigmoid', 'regression'"): kd()(s, t, kind='soft')
+
+
+# terms and recipes
+
+def test_recipes_add_up():
+    r = kd(2., .9) + Term(losses.mse, .5) + Term(losses.kl, T=2.) + kd(4., .9)
+    assert [t.name for t in r.terms] == ['kd', 'mse', 'kl', 'kd_2'] and r.task == pytest.approx(.1)
+    assert [t.name for t in (Term(losses.mse) + Term(losses.mse) + Term(losses.mse)).terms] == ['mse', 'mse_2', 'mse_3']
+    assert (Term(losses.mse) + kd()).task == pytest.approx(.1) and Recipe(kd(), hard_labels(), task=.3).task == .3
+    assert (kd(alpha='linear') + hard_labels(alpha='linear')).task(.25) == .25
+    s,t,y = two()
+    want = kd(2., .9)(s, t, y) + .5*losses.mse(s, t) + losses.kl(s, t, T=2.) + .9*losses.kl(s, t, T=4.)
+    assert r(s, t, y).item() == pytest.approx(want.item())
+
+def test_recipes_print_as_they_are_written():
+    assert repr(kd(2., .5)) == 'Recipe(Term(kd, weight=0.5, T=2.0), task=0.5)'
+    assert repr(hint(2.)) == "Term(hint, weight=2.0, layers={'2': '2'})"
+
+@pytest.mark.parametrize('make,says', [
+    (lambda: kd(alpha=.9) + kd(alpha=.5), 'say differently how much the labels count .0.0999.* and 0.5.: give them the same alpha'),
+    (lambda: kd() + 3, r'made of terms and recipes, got 3. Try kd\(\), or Term'),
+    (lambda: kd(alpha=1.5), 'alpha=1.5: it is the teacher.s share, from 0'),
+    (lambda: Term('kl'), "needs a loss function, got 'kl'. See fastdistill.losses"),
+    (lambda: Term(losses.kl, temperature=2.), 'kl has no option temperature. It has: T, axis, mask, reduction'),
+    (lambda: Term(F.mse_loss, name='task'), "can't be called 'task', which has a meaning already"),
+    (lambda: Term(F.mse_loss, name='a.b'), "can't be called 'a.b'"),
+    (lambda: Term(F.mse_loss, weight='up'), "weight of mse_loss='up': possible are a number"),
+    (lambda: Distiller(mlp(4), mlp(8), kd(), balance='loss'), "balance='loss': possible are None, 'grad'"),
+    (lambda: Distiller(mlp(4), mlp(8), dkd(), kind='sigmoid'), 'a softmax over classes, but this model predicts a sigmoid per label')])
+def test_mistakes_are_refused_where_they_are_made(make, says):
+    with pytest.raises(DistillError, match=says): make()
+
+def test_schedules_ask_for_progress():
+    s,t,y = two()
+    assert kd(alpha='linear')(s, t, y, progress=.25).item() == pytest.approx(kd(alpha=.75)(s, t, y).item())
+    assert kd(T=('linear', 4, 2))(s, t, y, progress=.5).item() == pytest.approx(kd(T=3.)(s, t, y).item())
+    for r in (kd(alpha='linear'), kd(T=('linear', 4, 2)), Recipe(Term(losses.kl, stop_at=.5))):
+        with pytest.raises(DistillError, match=r'say where training stands, as in distiller\(x, y, progress=step/steps\)'): r(s, t, y)
+
+def test_a_loss_module_may_be_used_by_many():
+    vid = losses.VID()
+    recipe = Recipe(Term(vid, layers={'2': '2'}))
+    a,b = [Distiller(mlp(6), mlp(16), recipe, example=batch()[0]) for _ in range(2)]
+    assert not {id(p) for p in a.own_parameters()} & {id(p) for p in b.own_parameters()} and not list(vid.parameters())
+
+
+# which positions count
+
+def test_positions_without_a_label_do_not_count_in_dense_tasks():
+    s,t,y = two(2, 5, 3, 4)
+    y[0, :2] = 255
+    rows = [o.movedim(1, -1)[y != 255] for o in (s, t)]
+    got = kd(2., .5)(s, t, y, ignore_index=255, task_loss=partial(F.cross_entropy, ignore_index=255))
+    assert got.item() == pytest.approx(kd(2., .5)(*rows, y[y != 255]).item())
+
+def test_masks_of_both_models_count():
+    s,t,_ = two(4, 5, 3)
+    g = torch.Generator().manual_seed(1)
+    a,b = [torch.rand(4, 3, generator=g) > .4 for _ in range(2)]
+    d = Distiller(None, None, soft_labels(2.))
+    got = d.compute(Outputs(s, mask=a), Outputs(t, mask=b)).total
+    rows = [o.movedim(1, -1)[a & b] for o in (s, t)]
+    assert got.item() == pytest.approx(losses.kl(*rows, T=2.).item())
+
+
+# a plain loop
+
+def test_a_plain_loop_trains_student_and_projectors_and_leaves_the_teacher():
+    student,teacher = mlp(6),mlp(16, seed=1)
+    x,y = batch(64)
+    opt = torch.optim.Adam(teacher.parameters(), .02)
+    for _ in range(60):
+        F.cross_entropy(teacher(x), y).backward()
+        opt.step(); opt.zero_grad()
+    before = {k: v.clone() for k,v in teacher.state_dict().items()}
+    d = Distiller(student, Teacher(teacher), kd(T=2., alpha=.9) + hint(), example=x)
+    first = [p.detach().clone() for p in d.own_parameters()]
+    opt = torch.optim.Adam(d.parameters(), .02)
+    seen = []
+    with d.teacher:
+        for _ in range(80):
+            loss = d(x, y)
+            loss.total.backward()
+            opt.step(); opt.zero_grad()
+            seen.append(loss.parts)
+    assert seen[-1]['kd'] < .2*seen[0]['kd'] and seen[-1]['hint'] < .5*seen[0]['hint']
+    assert not any(torch.equal(a, b) for a,b in zip(first, d.own_parameters()))
+    assert all(torch.equal(v, teacher.state_dict()[k]) for k,v in before.items()) and teacher.training
+    assert all(p.requires_grad and not p.grad for p in teacher.parameters())
+    assert not any(m._forward_hooks for m in [*student.modules(), *teacher.modules()])
+
+def test_the_teacher_is_no_part_of_what_is_trained_or_saved():
+    student,teacher = mlp(6),mlp(16)
+    d = Distiller(student, teacher, kd() + hint(), example=batch()[0])
+    theirs = {id(p) for p in teacher.parameters()}
+    assert not theirs & {id(p) for p in d.parameters()} and len(list(d.parameters())) == 6 + 2
+    assert {k.split('.')[0] for k in d.state_dict()} == {'student', 'links'} and len(d.state_dict()) == 8
+    assert teacher not in list(d.modules())
+    assert d.train().training and teacher.training and d.eval() and teacher.training     # its mode is its own affair
+
+def test_an_optimizer_made_before_the_projectors_is_refused():
+    d = Distiller(mlp(6), mlp(16), kd() + hint())
+    with pytest.raises(DistillError, match=r'are not built yet.*give the Distiller a batch of inputs, Distiller\(..., example=x\)'):
+        torch.optim.SGD(d.parameters(), .1)
+    d(*batch())
+    assert len(list(d.parameters())) == 8
+    assert len(list(Distiller(mlp(6), mlp(16), kd()).parameters())) == 6       # no layers, no projectors
+
+def test_looking_at_a_batch_changes_nothing():
+    student = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Dropout(), nn.Linear(6, 4))
+    teacher,state,rng = mlp(16),copy.deepcopy(student.state_dict()),torch.get_rng_state()
+    Distiller(student, teacher, Term(losses.hint, layers={'0': '2'}, projector='mlp'), example=batch()[0])
+    assert torch.equal(rng, torch.get_rng_state())
+    assert all(torch.equal(v, student.state_dict()[k]) for k,v in state.items()) and all(m.training for m in student.modules())
+
+def test_total_is_task_and_parts_by_their_weights():
+    d = Distiller(mlp(6), mlp(16, 1), kd(2., .7) + hint(.5))
+    x,y = batch()
+    out = d(x, y)
+    want = sum(out.weights[k]*v for k,v in {'task': out.task, **out.parts}.items())
+    assert out.weights == pytest.approx(dict(task=.3, kd=.7, hint=.5)) and out.total.item() == pytest.approx(want.item())
+    assert out.task.item() == pytest.approx(F.cross_entropy(d.student(x), y).item()) and not out.parts['hint'].requires_grad
+
+def test_a_part_of_weight_0_is_measured_but_not_trained():
+    d = Distiller(mlp(6), mlp(16, 1), kd(alpha=0.) + hint(0.), example=batch()[0])
+    out = d(*batch())
+    assert out.added is None and out.total is out.task and out.parts['kd'] > 0 and out.parts['hint'] > 0
+    out.total.backward()
+    assert all(p.grad is None for p in d.own_parameters())
+
+def test_no_parameter_of_the_student_is_without_a_gradient():
+    d = Distiller(mlp(6), mlp(16, 1), Recipe(hint(), task=0.), example=batch()[0])      # only reaches the first half
+    d(*batch()).total.backward()
+    assert all(p.grad is not None for p in d.student.parameters()) and d.student[4].weight.grad.abs().max() == 0
+
+def test_pairs_are_compared_as_asked():
+    student,teacher = mlp(6),mlp(16, 1)
+    x,y = batch()
+    d = Distiller(student, teacher, Recipe(hint(layers={'2': ['0', '2'], '0': '2'}), task=0.), example=x)
+    assert [(p.student, p.teacher) for p in d.pairs] == [('2', '0'), ('2', '2'), ('0', '2')]
+    s,t = {'0': student[:1](x), '2': student[:3](x)},{'0': teacher[:1](x), '2': teacher[:3](x)}
+    want = sum(F.mse_loss(k.projector(s[k.layers[0]], t[k.layers[1]]), t[k.layers[1]]) for k in d.links['hint'])
+    assert d(x, y).total.item() == pytest.approx(want.item(), rel=1e-5)
+
+def test_inputs_come_alone_as_tuple_or_by_name():
+    class Two(nn.Module):
+        def __init__(self, h): super().__init__(); self.net = mlp(h)
+        def forward(self, a, b): return dict(logits=self.net(torch.cat([a, b], 1)))
+    x,y = batch()
+    student,teacher = mlp(6),mlp(16, 1)
+    want = Distiller(student, teacher, kd())(x, y).total.item()
+    s,t = Two(6),Two(16)
+    s.net,t.net = student,teacher
+    a,b = x[:, :3],x[:, 3:]
+    assert Distiller(s, t, kd())((a, b), y).total.item() == pytest.approx(want)
+    assert Distiller(s, t, kd())(dict(b=b, a=a), y).total.item() == pytest.approx(want)
+    recipe = kd() + Term(losses.hint, layers={'net.2': 'net.2'})
+    for inputs in ((a, b), dict(b=b, a=a)): assert Distiller(s, t, recipe)(inputs, y).parts['hint'] > 0
+
+def test_an_ensembles_and_a_functions_layers_can_be_learnt_from():
+    x,y = batch()
+    a,b = mlp(16, 1),mlp(12, 2)
+    d = Distiller(mlp(6), [a, b], kd() + hint(layers={'2': ['0.2', '1.0']}), example=x)
+    assert [p.t_shape for p in d.pairs] == [(16, 16), (16, 12)] and d(x, y).parts['hint'] > 0
+    tell = lambda x: Outputs(a(x), {'middle': a[:3](x)})
+    d = Distiller(mlp(6), tell, kd() + hint(layers={'2': 'middle'}), example=x)
+    assert d(x, y).parts['hint'] > 0
+
+
+# balance
+
+def test_balanced_weights_are_shares_of_the_gradient_also_for_what_comes_later():
+    student,teacher = mlp(6),mlp(16, 1)
+    x,y = batch()
+    recipe = Term(losses.kl, T=2.) + hint(('warmup', .5)) + Term(losses.mse, 0.)
+    d = Distiller(student, teacher, recipe, balance='grad', example=x)
+    at = student[2].weight
+    d(x, y, progress=0.)
+    assert set(d.scales) == {'task', 'kl'}      # the others do not count yet
+    out = d(x, y, progress=1.)
+    norm = lambda v: torch.autograd.grad(v, at, retain_graph=True)[0].norm().item()
+    s,f = student(x),student[:3](x)
+    k = d.links['hint'][0]
+    g = teacher[:3](x)
+    parts = dict(task=F.cross_entropy(s, y), kl=losses.kl(s, teacher(x), T=2.), hint=losses.hint(k.projector(f, g), g))
+    # measured at the last layer that all reach: of task and kl alone that is the last one, with hint the one before
+    last = lambda v: torch.autograd.grad(v, student[4].weight, retain_graph=True)[0].norm().item()
+    assert out.weights['task'] == 1 and out.weights['kl'] == pytest.approx(last(parts['task'])/last(parts['kl']), rel=1e-4)
+    assert out.weights['hint']*norm(parts['hint']) == pytest.approx(.5*norm(parts['task']), rel=1e-4)
+    assert out.weights['mse'] == 0
+
+def test_balance_without_labels_measures_by_the_first_term():
+    d = Distiller(mlp(6), mlp(16, 1), soft_labels(2.) + hint(.3), balance='grad', example=batch()[0])
+    out = d(batch()[0])
+    assert out.weights['kd'] == 1 and out.weights['task'] == 0
+    out.total.backward()
+
+def test_balance_says_when_nothing_is_shared():
+    student = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+    for p in student[0].parameters(): p.requires_grad_(False)
+    d = Distiller(student, mlp(16, 1), kd() + Term(losses.hint, layers={'0': '2'}, projector='linear'), balance='grad')
+    with pytest.raises(DistillError, match="no layer of the student gets a gradient from all of task, kd, hint. Weigh them by hand"):
+        d(*batch())
