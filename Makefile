@@ -1,0 +1,37 @@
+# Each target does its own set-up: all it needs is make and Python, 3.10 to 3.13.
+PYTHON ?= python3
+VENV   := .venv
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal
+
+.PHONY: demo test check lint api wheel clean
+
+demo: $(VENV)/.ready      ## train a big model and small ones with and without its help; a table and a picture
+	$(VENV)/bin/fastdistill demo
+
+test: $(VENV)/.ready-dev  ## the tests
+	$(PYTEST)
+
+check: lint test          ## what a change must pass: lint, tests, the pages' code, the import law, the public names
+
+lint: $(VENV)/.ready-dev
+	$(VENV)/bin/ruff check
+
+api: $(VENV)/.ready-dev   ## write the public names anew, after a decision to change them
+	$(VENV)/bin/python tests/test_house.py > tests/api.txt
+
+wheel: $(VENV)/.ready-dev
+	$(VENV)/bin/python -m build
+
+clean:
+	rm -rf $(VENV) dist out
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.ready: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install -e .
+	touch $@
+
+$(VENV)/.ready-dev: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install -e '.[dev]'
+	touch $@ $(VENV)/.ready
