@@ -1,0 +1,108 @@
+"`fastdistill demo`: a big model teaches a small one, on real data, and what came of it is counted."
+import time
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import median
+import torch
+from fastai.basics import Callback, Learner, noop, set_seed
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from ..fastai import kd, soft_labels
+from ..outputs import DistillError
+from .picture import draw
+from .results import ALONE, Results, Trained, closing, opening, table
+from .tasks import Task, ToFloat, load
+
+__all__ = ['Results', 'run']
+
+# how one and the same small model is trained
+WAYS = {ALONE: None, 'labels + teacher': kd(T=4, alpha=.7), 'soft labels only': soft_labels(T=4)}
+
+
+class Ticks(Callback):
+    "Calls `tick` after each training batch"
+    def __init__(self, tick): self.tick = tick
+    def after_batch(self):
+        if self.training: self.tick()
+
+
+def run(
+    data='digits', # a task of `fastdistill.demo.tasks`
+    root=None, # folder of its data; digits need none
+    seeds:int=5, # students of each kind
+    out='out', # folder for the picture and the numbers
+    quick:bool=False, # a few steps, one seed: only to see that it runs
+    console:Console|None=None
+) -> Results:
+    "Train a teacher, then small students alone and taught by it; print a table, save a picture and the numbers"
+    if seeds < 1: raise DistillError(f"seeds={seeds}: at least 1 student of each kind is needed; 2 or more show a spread")
+    console,start,out = console or Console(),time.perf_counter(),Path(out)
+    task = load(data, root)
+    if quick: task,seeds = task.quick(),1
+    console.print(opening(task, seeds))
+    with threads(task.threads), progress(console) as bar:
+        teacher,students = train_all(task, seeds, bar)
+        ms = latency(task, seconds=.05 if quick else 1., teacher=teacher.model, student=students[ALONE][0].model)
+    r = Results.of(task, teacher, students, ms, time.perf_counter()-start)
+    out.mkdir(parents=True, exist_ok=True)
+    draw(r, task, teacher, students, out/f'demo-{data}.png')
+    r.save(out/f'demo-{data}.json')
+    console.print(table(r), closing(r, out/f'demo-{data}.png', out/f'demo-{data}.json'), sep='\n')
+    return r
+
+
+def train_all(task, seeds, bar):
+    "The teacher, and the students of each way"
+    row = lambda name, total: partial(bar.advance, bar.add_task(name, total=total))
+    teacher = train(task, task.teacher, task.epochs[0], task.lr[0], 0, row('teacher', task.steps[0]))
+    ticks = {way: row(way, seeds*task.steps[1]) for way in WAYS}
+    students = {way: [] for way in WAYS}
+    for seed in range(seeds):
+        for way,recipe in WAYS.items():
+            students[way].append(train(task, task.student, task.epochs[1], task.lr[1], seed, ticks[way], teacher.learn, recipe))
+    return teacher,students
+
+
+def train(task:Task, model, n_epoch, lr, seed, tick, teacher=None, recipe=None) -> Trained:
+    "A new model, alone or distilled; one seed gives the same start and the same batches in every way"
+    set_seed(seed)
+    learn = Learner(task.dls(), model(), loss_func=task.loss(), cbs=Ticks(tick))
+    with learn.no_bar(), learn.no_logging():
+        if recipe is None: learn.fit_one_cycle(n_epoch, lr)
+        else:              learn.distill(teacher, n_epoch, lr, recipe)
+        out,y = learn.get_preds(act=noop)
+    return Trained(learn, out, task.score(out, y))
+
+
+def latency(task:Task, seconds, batches=(1, 64), **models):
+    "Median milliseconds of one forward pass, for each model and size of batch, on one device in one process"
+    x, = ToFloat().encodes((task.test[0],))
+    return {name: {n: time_of(m.eval(), x[:n].to(next(m.parameters()).device), seconds) for n in batches} for name,m in models.items()}
+
+
+@torch.inference_mode()
+def time_of(model, x, seconds):
+    wait = torch.cuda.synchronize if x.is_cuda else noop
+    for _ in range(5): model(x)         # warm-up
+    ts,end = [],time.perf_counter()+seconds
+    while len(ts) < 10 or time.perf_counter() < end and len(ts) < 1000:
+        wait()
+        t = time.perf_counter()
+        model(x)
+        wait()
+        ts.append(time.perf_counter()-t)
+    return 1000*median(ts)
+
+
+@contextmanager
+def threads(n):
+    "At most `n` threads: on two cores, small models are faster with one"
+    before = torch.get_num_threads()
+    torch.set_num_threads(n or before)
+    try: yield
+    finally: torch.set_num_threads(before)
+
+
+def progress(console):
+    return Progress(TextColumn('{task.description:16}'), BarColumn(), MofNCompleteColumn(), TextColumn('steps'), TimeElapsedColumn(), console=console)

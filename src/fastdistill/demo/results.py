@@ -1,0 +1,109 @@
+"What the demo measured, in words and numbers."
+import json, os, platform
+from dataclasses import asdict, dataclass
+from statistics import mean, stdev
+import fastai
+import torch
+from rich import box
+from fastai.basics import Learner, default_device
+from rich.table import Table
+from torch import Tensor
+
+__all__ = ['ALONE', 'Results', 'Trained', 'closing', 'opening', 'table']
+
+ALONE = 'student alone'
+
+
+@dataclass
+class Trained:
+    "A model after its training"
+    learn:Learner
+    out:Tensor # what it says to the test set, before softmax
+    score:float # on the test set, after the last epoch
+
+    @property
+    def model(self): return self.learn.model
+
+
+@dataclass
+class Results:
+    "Plain numbers"
+    data:str
+    unit:str # of the scores
+    n:tuple # items for training, for the test
+    steps:tuple # of the teacher, of each student
+    teacher:float # its score
+    scores:dict # way -> a score for each seed
+    params:dict # 'teacher', 'student' -> how many
+    ms:dict # 'teacher', 'student' -> {size of batch: median milliseconds of a forward pass}
+    seconds:float # the whole demo took
+    machine:dict
+
+    @classmethod
+    def of(cls, task, teacher, students, ms, seconds):
+        scores = {way: [s.score for s in ss] for way,ss in students.items()}
+        params = {'teacher': n_params(teacher.model), 'student': n_params(students[ALONE][0].model)}
+        return cls(task.title, task.unit, (len(task.train[0]), len(task.test[0])), task.steps, teacher.score, scores, params, ms, seconds, machine())
+
+    @property
+    def seeds(self): return len(self.scores[ALONE])
+
+    def gain(self, way):
+        "Mean score over that of the student alone"
+        return mean(self.scores[way]) - mean(self.scores[ALONE])
+
+    def recovered(self, way):
+        "Share of the teacher's lead over the student alone that this way makes up; None if there is no lead"
+        lead = self.teacher - mean(self.scores[ALONE])
+        return self.gain(way)/lead if lead > 0 else None
+
+    def better(self, way):
+        "In how many seeds it is better than alone"
+        return sum(a > b for a,b in zip(self.scores[way], self.scores[ALONE]))
+
+    def save(self, path):
+        taught = {way: dict(gain=self.gain(way), recovered=self.recovered(way), better=self.better(way)) for way in self.scores if way != ALONE}
+        path.write_text(json.dumps(asdict(self) | dict(taught=taught), indent=1) + '\n')
+
+
+def n_params(model): return sum(p.numel() for p in model.parameters())
+
+
+def machine():
+    "Where the numbers come from"
+    return dict(device=str(default_device()), cpu=platform.processor() or platform.machine(), cores=os.cpu_count(), python=platform.python_version(),
+                torch=torch.__version__, fastai=fastai.__version__)
+
+
+def opening(task, seeds):
+    return (f"[bold]{task.title}[/]: {len(task.train[0]):,} for training, {len(task.test[0]):,} for the test\n\n"
+            f"A teacher of {n_params(task.teacher()):,} parameters, then students of {n_params(task.student()):,}: alone, taught by labels\n"
+            f"and teacher, and by the teacher's soft labels only. {seeds} of each, {task.steps[1]:,} steps each, from\n"
+            "the same starts, on the same batches, at the learning rate best for the one alone.\n")
+
+
+def percent(xs): return f'{100*mean(xs):.1f}' + (f' ± {100*stdev(xs):.1f}' if len(xs) > 1 else '')
+
+
+def table(r:Results):
+    "A row for each model"
+    t = Table('', box=box.SIMPLE_HEAD)
+    for c in (f'{r.unit}, %', 'better\nthan alone', "teacher's lead\nrecovered", 'parameters', *[f'ms for\n{n}' for n in r.ms['student']]):
+        t.add_column(c, justify='right')
+    ms = {who: [f'{v:.2f}' for v in o.values()] for who,o in r.ms.items()}
+    t.add_row('teacher', percent([r.teacher]), '', '', f"{r.params['teacher']:,}", *ms['teacher'])
+    for way,xs in r.scores.items():
+        share = r.recovered(way)
+        taught = ('', '') if way == ALONE else (f'{r.better(way)} of {r.seeds}', '-' if share is None else f'{100*share:.0f} %')
+        t.add_row(way, percent(xs), *taught, f"{r.params['student']:,}", *ms['student'])
+    return t
+
+
+def closing(r:Results, picture, numbers):
+    "What came of it, where it lies, what to do next"
+    over = f'mean ± standard deviation over {r.seeds} seeds' if r.seeds > 1 else 'one seed'
+    gains = ', '.join(f'{way} {100*r.gain(way):+.1f}' for way in r.scores if way != ALONE)
+    return (f"Test set after the last epoch; students: {over}.\nPoints against alone: {gains}.\n"
+            f"{r.seconds:.0f} s on {r.machine['cores']} cores. Picture: {picture}\nNumbers: {numbers}\n\n"
+            "[bold]Next, with your own data[/]: two Learners with the same classes, a trained teacher, a new student, and\n"
+            "    from fastdistill.fastai import *; student.distill(teacher, 5, 1e-3)")

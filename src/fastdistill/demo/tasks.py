@@ -1,0 +1,216 @@
+"What the demo trains on: the data, a big model and a small one, and for how long."
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+from fastai.basics import CrossEntropyLossFlat, DataLoaders, ItemTransform
+from fastai.layers import ConvLayer, ResBlock
+from fastai.vision.models.unet import DynamicUnet
+from ..outputs import DistillError
+
+__all__ = ['TASKS', 'Task', 'ToFloat', 'load', 'to_rgb']
+
+
+@dataclass
+class Task:
+    "One comparison: who is trained on what"
+    title:str # the data, in words
+    classes:list # their names
+    train:tuple # x (N, C, H, W) and y
+    test:tuple # never seen in training
+    teacher:Callable # () -> a new model
+    student:Callable # () -> a new model
+    epochs:tuple # of the teacher, of a student
+    lr:tuple # of the teacher, of a student; a student's is the one with which the student alone does best
+    bs:int
+    score:Callable # (outputs (N, C, ...), y) -> a number from 0 to 1
+    unit:str='accuracy'
+    axis:int=-1 # of the classes
+    ignore_index:int=-100 # a label that is no class
+    augment:Callable|None=None # (x, y) of a training batch -> another (x, y)
+    threads:int|None=None # None: as many as torch likes
+
+    def dls(self):
+        "Its DataLoaders, all in memory"
+        tfms = [ToFloat(), *([Augment(self.augment)] if self.augment else [])]
+        train,test = TensorDataset(*self.train),TensorDataset(*self.test)
+        train.split_idx,test.split_idx = 0,1    # what fastai's transforms go by
+        return DataLoaders.from_dsets(train, test, bs=self.bs, num_workers=0, after_batch=tfms)
+
+    def loss(self): return CrossEntropyLossFlat(axis=self.axis, ignore_index=self.ignore_index)
+
+    @property
+    def steps(self):
+        "Of the teacher, of a student"
+        return tuple(e*(len(self.train[0])//self.bs) for e in self.epochs)
+
+    def quick(self):
+        "So short that it only shows that everything runs"
+        cut = lambda xy, n: tuple(o[torch.linspace(0, len(o)-1, min(n, len(o))).long()] for o in xy)
+        return replace(self, train=cut(self.train, 20*self.bs), test=cut(self.test, 600), epochs=(3, 3))
+
+
+class ToFloat(ItemTransform):
+    "Bytes to numbers around 0; others stay as they are"
+    def encodes(self, b): return (b[0].float()/64 - 2 if b[0].dtype == torch.uint8 else b[0], *b[1:])
+
+
+class Augment(ItemTransform):
+    "A function of training batches"
+    split_idx,order = 0,1
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+    def encodes(self, b): return self.fn(*b)
+
+
+def accuracy(
+    out:Tensor, # (N, C)
+    y:Tensor # (N,)
+):
+    "Share of the answers that are right"
+    return (out.argmax(1) == y).double().mean().item()
+
+
+def mean_iou(
+    out:Tensor, # (N, C, H, W)
+    y:Tensor # (N, H, W); labels from C on are no class and don't count
+):
+    "Intersection over union of all pixels, mean over the classes that occur"
+    c = out.shape[1]
+    known = y < c
+    both = torch.bincount(y[known]*c + out.argmax(1)[known], minlength=c*c).view(c, c).double()
+    hit,true = both.diag(),both.sum(1)
+    return (hit/(true + both.sum(0) - hit))[true > 0].mean().item()
+
+
+def load(
+    name:str, # of a task
+    root=None # folder of the data; digits need none
+) -> Task:
+    "The task `name` with its data read from `root`"
+    if name not in TASKS: raise DistillError(f"No data set {name!r}. Possible are {', '.join(TASKS)}.")
+    if name == 'digits': return digits()
+    if root is None: raise DistillError(f"Data set {name!r} needs its folder: --root PATH, where PATH holds {LAYOUTS[name]}.")
+    return TASKS[name](Path(root))
+
+
+LAYOUTS = dict(
+    cifar10='train/ and test/, in each a folder of pictures for each class, or for each class one picture with all of them as tiles of 32 x 32',
+    camvid='codes.txt (names of the classes, Void last), train/ and test/, in each images/ and masks/ with files of the same names',
+)
+
+
+def folder(*parts):
+    "A folder that must be there"
+    if not (p := Path(*parts)).is_dir(): raise DistillError(f"No folder {p}. A root holds: {'; '.join(f'{k}: {v}' for k,v in LAYOUTS.items())}.")
+    return p
+
+
+def rgb(file, size=None):
+    "A picture as bytes (3, H, W), brought to `size` (width, height)"
+    im = Image.open(file).convert('RGB')
+    return torch.from_numpy(np.array(im.resize(size, Image.Resampling.BILINEAR) if size else im)).permute(2, 0, 1)
+
+
+def to_rgb(x):
+    "A picture of a task as an array to show: (H, W) or (H, W, 3)"
+    return (x[0] if len(x) == 1 else x.permute(1, 2, 0)).numpy()
+
+
+def head(n, c): return nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n, c)
+
+
+# handwritten digits: 1,797 pictures of 8 x 8 that are installed with scikit-learn
+
+def digits():
+    from sklearn.datasets import load_digits
+    d = load_digits()
+    x,y = torch.tensor(d.images, dtype=torch.float32)[:,None]/16,torch.tensor(d.target)
+    # in the file's order, which goes from writer to writer: the test has hands that training has not seen
+    return Task("scikit-learn's handwritten digits", [str(i) for i in range(10)], (x[:1200], y[:1200]), (x[1200:], y[1200:]),
+                big_digits, small_digits, epochs=(30, 30), lr=(3e-3, .1), bs=60, score=accuracy, threads=1)
+
+
+def big_digits():
+    return nn.Sequential(ConvLayer(1, 32), ConvLayer(32, 32), nn.MaxPool2d(2), ConvLayer(32, 64), ConvLayer(64, 64),
+                         nn.Dropout(.25), *head(64, 10))
+
+
+def small_digits(): return nn.Sequential(ConvLayer(1, 5), ConvLayer(5, 11, stride=2), *head(11, 10))
+
+
+# CIFAR-10: 60,000 pictures of 32 x 32
+
+def cifar10(root):
+    classes = sorted(p.stem for p in folder(root, 'train').iterdir() if not p.name.startswith('.'))
+    train,test = (by_class(folder(root, o), classes, 32) for o in ('train', 'test'))
+    return Task('CIFAR-10', classes, train, test, big_cifar, small_cifar, epochs=(12, 6), lr=(3e-3, 1e-2), bs=125, score=accuracy, augment=flip_and_shift)
+
+
+def by_class(path, classes, size):
+    "All pictures under `path` as bytes (N, 3, size, size), and the number of each one's class"
+    xs = [torch.cat([tiles(rgb(f), size) for f in class_files(path, c)]) for c in classes]
+    return torch.cat(xs),torch.arange(len(xs)).repeat_interleave(torch.tensor([len(x) for x in xs]))
+
+
+def class_files(path, c):
+    "The files of class `c`"
+    files = sorted((path/c).iterdir()) if (path/c).is_dir() else sorted(path.glob(c + '.*'))
+    if not files: raise DistillError(f"No pictures of {c!r} in {path}. Expected are {LAYOUTS['cifar10']}.")
+    return files
+
+
+def tiles(x, size):
+    "A picture (3, H, W) cut row by row into (N, 3, size, size)"
+    _,h,w = x.shape
+    return x.unfold(1, size, size).unfold(2, size, size).permute(1, 2, 0, 3, 4).reshape((h//size)*(w//size), 3, size, size)
+
+
+def flip_and_shift(x, y):
+    "Half of a batch mirrored, all of it moved by up to 4 pixels"
+    x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < .5, x, x.flip(3))
+    i,j = torch.randint(0, 9, (2,)).tolist()
+    return nn.functional.pad(x, (4, 4, 4, 4))[..., i:i+x.shape[2], j:j+x.shape[3]],y
+
+
+def big_cifar():
+    return nn.Sequential(ConvLayer(3, 32, stride=2), ResBlock(1, 32, 64, stride=2), ResBlock(1, 64, 64), ResBlock(1, 64, 128, stride=2), *head(128, 10))
+
+
+def small_cifar(): return nn.Sequential(ConvLayer(3, 8, stride=2), ConvLayer(8, 16, stride=2), ConvLayer(16, 24), *head(24, 10))
+
+
+# CamVid: road scenes, a class for each pixel
+
+def camvid(root):
+    codes = [c for c in (folder(root)/'codes.txt').read_text().split() if c != 'Void']
+    train,test = (scenes(folder(root, o), (128, 96)) for o in ('train', 'test'))
+    unet = lambda *widths: lambda: small_unet(widths, len(codes), (96, 128))
+    return Task('CamVid', codes, train, test, unet(24, 48, 96, 128), unet(4, 8, 12), epochs=(40, 20), lr=(3e-3, 1e-2), bs=8, score=mean_iou,
+                unit='mean IoU', axis=1, ignore_index=len(codes), augment=mirror)
+
+
+def scenes(path, size):
+    "Images (N, 3, H, W) and masks (N, H, W)"
+    masks = {p.stem: p for p in folder(path, 'masks').iterdir()}
+    files = sorted(folder(path, 'images').iterdir())
+    y = [np.array(Image.open(masks[f.stem]).resize(size, Image.Resampling.NEAREST)) for f in files]
+    return torch.stack([rgb(f, size) for f in files]),torch.from_numpy(np.stack(y)).long()
+
+
+def mirror(x, y):
+    "Half of the batches"
+    return (x.flip(3), y.flip(2)) if torch.rand(()) < .5 else (x, y)
+
+
+def small_unet(widths, n_out, size):
+    layers = [ConvLayer(a, b, stride=2) for a,b in zip((3, *widths), widths)]
+    return DynamicUnet(nn.Sequential(*layers), n_out, size)
+
+
+TASKS = dict(digits=digits, cifar10=cifar10, camvid=camvid)
