@@ -104,7 +104,7 @@ def test_the_student_follows_the_teacher(app):
         set_seed(5)
         student.fit(10, app.lr, cbs=[cb(teacher) for cb in cbs])
         return far(app, student, teacher)
-    assert run(lambda t: KnowledgeDistillation(t, T=2., alpha=.9)) < run()
+    assert run(lambda t: KnowledgeDistillation(t, T=2., alpha=.9)) < .8*run()
 
 
 @every_app

@@ -95,6 +95,14 @@ def test_mixup_teacher_sees_the_mixed_inputs(first):
     assert student.loss_func is loss_func
 
 
+def test_mixed_labels_of_a_multi_label_model_are_numbers():
+    student,teacher = pair('multi_label')
+    t,app = copy.deepcopy(teacher.model).eval(),next(a for a in apps.APPS if a.name == 'multi_label')
+    for b in watched(student, [MixUp(), KD(teacher, T=T, alpha=ALPHA)], lr=.01):
+        want = ALPHA*app.divergence(b.s, t(b.x).detach(), T) + (1-ALPHA)*app.task(b.s, b.y)
+        assert b.loss == pytest.approx(want.item(), rel=1e-5) and 0 < (b.y*(1-b.y)).max()
+
+
 def test_cutmix_teacher_sees_the_mixed_inputs():
     student,teacher = pair('image')
     t = copy.deepcopy(teacher.model).eval()
@@ -185,6 +193,15 @@ def test_batches_without_labels_distil(recipe):
     labelled.fit(1, .1, cbs=KD(teacher, recipe))
     assert not torch.equal(before, weights(student))
     torch.testing.assert_close(weights(student), weights(labelled), rtol=1e-6, atol=1e-7)
+
+
+def test_batches_without_labels_accumulate():
+    runs = []
+    for bs,cbs in ((16, []), (4, [GradientAccumulation(16)])):
+        student,teacher = toy(bs=bs, labels=False)
+        student.fit(1, .1, cbs=[KD(teacher, soft_labels(T=2.)), *cbs])
+        runs.append([weights(student)])
+    assert close(*runs)
 
 
 def test_batches_without_labels_are_refused_where_labels_count():

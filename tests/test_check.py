@@ -205,6 +205,10 @@ def test_a_teacher_that_finds_what_is_rare_is_better_than_chance():
     eager = lambda x: torch.stack([torch.zeros(len(x)), 4*(x[:, 0]-1.5)], 1)    # finds all rare ones, at the price of many false alarms
     assert found(student, eager) == []
 
+def test_a_teacher_may_have_a_class_switched_off():
+    student,teacher = toy()
+    assert found(student, lambda x: teacher(x) + torch.tensor([0., 0., 0., -torch.inf])) == []
+
 def test_dropout_in_a_function_that_teaches_is_noticed():
     student,teacher = toy()
     shaky = nn.Sequential(nn.Dropout(.5), teacher).train()
@@ -270,9 +274,12 @@ def test_all_mistakes_are_told_at_once():
 
 def test_without_a_validation_set_the_rest_is_checked():
     student,teacher = toy()
-    student.dls = DataLoaders(student.dls.train)
-    assert found(student, teacher) == []
-    assert found(student, student.model)[0][0] == 'error'
+    items = list(zip(*apps.rows()))
+    for dls in (DataLoaders(student.dls.train), DataLoaders.from_dsets(items, [], bs=8, num_workers=0, device='cpu')):
+        student.dls = dls
+        assert found(student, teacher) == []
+        assert found(student, student.model)[0][0] == 'error'
+    student.fit(1, .01, cbs=KD(teacher))
 
 def test_pytorchs_own_data_loaders_will_do():
     student,teacher = toy()
