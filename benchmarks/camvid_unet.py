@@ -60,7 +60,7 @@ def recipes():
     return dict(alone=lambda: None, kd=lambda: kd(T=4, alpha=.5), cwd=cwd, both=lambda: kd(T=4, alpha=.5) + cwd())
 
 
-def main(root:Path=Path('../shared/data/camvid'), out:Path=Path('benchmarks/results/camvid_unet'), epochs:int=4, teacher_epochs:int=10, seeds:int=3,
+def main(root:Path=Path('../shared/data/camvid'), out:Path=Path('benchmarks/results/camvid_unet'), epochs:int=3, teacher_epochs:int=8, seeds:int=3,
          bs:int=8, height:int=72, width:int=96, lr:float=1e-3, threads:int=1):
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
