@@ -7,7 +7,7 @@ Every finished run is kept in OUT, so that an interrupted benchmark goes on wher
 import json, time
 from pathlib import Path
 import torch, typer
-from fastai.vision.all import (Callback, CrossEntropyLossFlat, DataBlock, FuncSplitter, ImageBlock, Learner, MaskBlock, Metric, Resize, ResizeMethod,
+from fastai.vision.all import (Callback, CrossEntropyLossFlat, DataBlock, FuncSplitter, ImageBlock, MaskBlock, Metric, Resize, ResizeMethod,
                                aug_transforms, flatten_check, get_image_files, resnet18, resnet34, set_seed, unet_learner)
 from rich.console import Console
 from rich.table import Table

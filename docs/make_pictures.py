@@ -371,7 +371,7 @@ def rkd():
     ax.set(xlim=(-.5, 1.4), ylim=(-.35, 1.55), aspect='equal')
     ax.axis('off')
     ax.set_title('three of them: sides and angles', fontsize=10)
-    ax.legend(fontsize=9, loc='lower center', bbox_to_anchor=(.57, .2), frameon=False)
+    ax.legend(fontsize=9, loc='lower center', bbox_to_anchor=(.6, .19), handlelength=1.1, frameon=False)
     save(fig, 'rkd')
 
 

@@ -1,7 +1,7 @@
 "The contract: what every loss keeps to, checked for every row."
 import copy, inspect, pickle
 import pytest, torch
-from cases import Case, logits
+from cases import logits
 import rows_dense, rows_feature, rows_relation, rows_response
 from fastdistill import losses
 from fastdistill.outputs import DistillError

@@ -70,7 +70,7 @@ def test_globs_pair_in_order_if_they_are_as_many():
 
 def test_other_inputs_for_the_teacher_and_several_inputs():
     s,t = net(),net(8)
-    p, = pair(s, t, images(8), images(10), {'2': '2'})
+    p, = pair(s, t, images(8), {'2': '2'}, x_teacher=images(10))
     assert (p.s_shape, p.t_shape) == ((2, 8, 4, 4), (2, 16, 6, 6))
     tab = TabularModel([(5, 3)], 2, 2, [7, 6])
     assert pair(tab, tab, (words(4, 1) % 5, torch.randn(4, 2)), layers=['layers.1'])[0].s_shape == (4, 6)
@@ -245,7 +245,7 @@ def test_convolutional_nets_pair_by_resolution():
     assert names(pairs) == [('features.3', 'layer1'), ('features.6', 'layer2'), ('features.13', 'layer3'), ('features.17', 'layer4')]
     assert names(pair(tv.shufflenet_v2_x0_5(), tv.resnet18(), images())) == [(f'stage{i}', f'layer{i}') for i in (2, 3, 4)]
     # the same reduction of other inputs
-    pairs = pair(tv.resnet18(), tv.mobilenet_v2(), images(64), images(96))
+    pairs = pair(tv.resnet18(), tv.mobilenet_v2(), images(64), x_teacher=images(96))
     assert [p.teacher for p in pairs] == [f'features.{i}' for i in (3, 6, 13, 17)]
     assert pairs[0].projector == '16x16 -> 24x24, conv_bn 64 -> 24'
 
@@ -306,7 +306,7 @@ def test_the_last_pair_alone_and_a_suffix_for_all():
 
 def test_what_has_no_stages_says_so_and_lists_its_layers():
     with pytest.raises(DistillError, match=r"In the student: layers='auto' finds no stages in EmbeddingDotBias(.*\n)+.*u_weight +Emb"):
-        pair(EmbeddingDotBias(5, 10, 10), net(), words(4, 2) % 10, images(8))
+        pair(EmbeddingDotBias(5, 10, 10), net(), words(4, 2) % 10, x_teacher=images(8))
 
 
 def test_the_proposal_is_the_same_each_time_and_for_other_batches():

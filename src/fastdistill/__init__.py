@@ -9,4 +9,5 @@ from .taps import layers
 from .teacher import Teacher
 
 __version__ = '0.1.0'
-__all__ = ['Distilled', 'DistillError', 'DistillWarning', 'Distiller', 'Outputs', 'Recipe', 'Schedule', 'Teacher', 'Term', 'layers', 'losses', *_recipes]
+__all__ = ['Distilled', 'DistillError', 'DistillWarning', 'Distiller', 'Outputs', 'Recipe', 'Schedule', 'Teacher', 'Term', 'layers',
+           'losses', *_recipes]

@@ -36,9 +36,9 @@ def pair(
     student:nn.Module,
     teacher, # a module, or a `Teacher`
     x_student, # a batch of inputs: a tensor, a tuple of several, or a dict of keyword arguments
-    x_teacher=None, # the teacher's, if it takes others
     layers='auto', # {'student.layer': 'teacher.layer' or a list}, pairs of names, names or globs for both, 'auto', or 'last' of these
     *,
+    x_teacher=None, # the teacher's inputs, if it takes others
     match:str='shape', # what the loss needs of the teacher's shape, and
     projector='auto' # with what it is made, as in `projectors.projector`: here for the table alone
 ) -> PairTable:
@@ -82,6 +82,7 @@ def _asked(student, teacher, x_s, x_t, layers):
 
 def _items(layers):
     "(student's pattern, teacher's pattern), many-to-many, in the order given"
+    if isinstance(layers, Tensor): raise DistillError("layers= got a tensor. The teacher's own inputs go into x_teacher=.")
     if isinstance(layers, str): layers = [layers]
     if isinstance(layers, Mapping):
         layers = [(s, t) for s,ts in layers.items() for t in (ts if isinstance(ts, (tuple, list)) else [ts])]

@@ -105,4 +105,5 @@ def threads(n):
 
 
 def progress(console):
-    return Progress(TextColumn('{task.description:16}'), BarColumn(), MofNCompleteColumn(), TextColumn('steps'), TimeElapsedColumn(), console=console)
+    return Progress(TextColumn('{task.description:16}'), BarColumn(), MofNCompleteColumn(), TextColumn('steps'), TimeElapsedColumn(),
+                    console=console)

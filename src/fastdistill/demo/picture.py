@@ -7,7 +7,8 @@ from .tasks import to_rgb
 __all__ = ['draw']
 
 INK,GREY,PALE,COLOURS = '#2b2d33','#6b7280','#d9dce3',('#8a93a6', '#e0752d', '#1f7a8c')
-STYLE = {'font.size': 10, 'text.color': INK, 'axes.labelcolor': INK, 'xtick.color': INK, 'ytick.color': INK, 'axes.edgecolor': PALE, 'axes.titlesize': 9,
+STYLE = {'font.size': 10, 'text.color': INK, 'axes.labelcolor': INK, 'xtick.color': INK, 'ytick.color': INK, 'axes.edgecolor': PALE,
+         'axes.titlesize': 9,
          'axes.titlecolor': GREY}
 T = 4. # temperature of the teacher's answers that are shown
 
@@ -60,7 +61,8 @@ def items(fig, task, teacher, students, n=4):
     best = torch.stack([order.where(y == c, -torch.inf).max(0).indices for c in y.unique()])     # one of each class
     best = best[order[best].topk(min(n, len(best))).indices]
     axs = fig.subplots(n, 3, width_ratios=(1, 1.9, 1.5))
-    for ax,head in zip(axs[0], ('', f'read right by, of {len(students[ALONE])} students', f'the teacher says (T={T:g})')): ax.set_title(head, loc='left')
+    heads = '', f'read right by, of {len(students[ALONE])} students', f'the teacher says (T={T:g})'
+    for ax,head in zip(axs[0], heads): ax.set_title(head, loc='left')
     for (im,said,bars),i in zip(axs, best.tolist()):
         im.imshow(to_rgb(x[i]), interpolation='nearest', cmap='gray_r')
         for k,((way,v),colour) in enumerate(zip(right.items(), COLOURS)):
@@ -68,7 +70,8 @@ def items(fig, task, teacher, students, n=4):
             said.text(.1, .78-.28*k, way + (f' (says {says(students[ALONE], i, task)})' if way == ALONE else ''), color=colour, va='center')
         top = soft[i].topk(3)
         bars.barh(range(3), top.values.tolist(), color=[INK, GREY, GREY], height=.62)
-        for k,v in enumerate(top.values.tolist()): bars.annotate(f'{100*v:.0f} %', (v, k), xytext=(4, 0), textcoords='offset points', va='center', color=GREY, fontsize=9)
+        for k,v in enumerate(top.values.tolist()):
+            bars.annotate(f'{100*v:.0f} %', (v, k), xytext=(4, 0), textcoords='offset points', va='center', color=GREY, fontsize=9)
         bars.set_yticks(range(3), [task.classes[c] for c in top.indices])
         bars.set(xlim=(0, 1.25), xticks=[])
         bars.invert_yaxis()

@@ -43,7 +43,8 @@ class Results:
     def of(cls, task, teacher, students, ms, seconds):
         scores = {way: [s.score for s in ss] for way,ss in students.items()}
         params = {'teacher': n_params(teacher.model), 'student': n_params(students[ALONE][0].model)}
-        return cls(task.title, task.unit, (len(task.train[0]), len(task.test[0])), task.steps, teacher.score, scores, params, ms, seconds, machine())
+        return cls(task.title, task.unit, (len(task.train[0]), len(task.test[0])), task.steps, teacher.score, scores, params, ms,
+                   seconds, machine())
 
     @property
     def seeds(self): return len(self.scores[ALONE])
@@ -62,7 +63,8 @@ class Results:
         return sum(a > b for a,b in zip(self.scores[way], self.scores[ALONE]))
 
     def save(self, path):
-        taught = {way: dict(gain=self.gain(way), recovered=self.recovered(way), better=self.better(way)) for way in self.scores if way != ALONE}
+        taught = {way: dict(gain=self.gain(way), recovered=self.recovered(way), better=self.better(way))
+                  for way in self.scores if way != ALONE}
         path.write_text(json.dumps(asdict(self) | dict(taught=taught), indent=1) + '\n')
 
 
@@ -71,13 +73,14 @@ def n_params(model): return sum(p.numel() for p in model.parameters())
 
 def machine():
     "Where the numbers come from"
-    return dict(device=str(default_device()), cpu=platform.processor() or platform.machine(), cores=os.cpu_count(), python=platform.python_version(),
-                torch=torch.__version__, fastai=fastai.__version__)
+    return dict(device=str(default_device()), cpu=platform.processor() or platform.machine(), cores=os.cpu_count(),
+                python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__)
 
 
 def opening(task, seeds):
     return (f"[bold]{task.title}[/]: {len(task.train[0]):,} for training, {len(task.test[0]):,} for the test\n\n"
-            f"A teacher of {n_params(task.teacher()):,} parameters, then students of {n_params(task.student()):,}: alone, taught by labels\n"
+            f"A teacher of {n_params(task.teacher()):,} parameters, then students of {n_params(task.student()):,}: "
+            "alone, taught by labels\n"
             f"and teacher, and by the teacher's soft labels only. {seeds} of each, {task.steps[1]:,} steps each, from\n"
             "the same starts, on the same batches, at the learning rate best for the one alone.\n")
 

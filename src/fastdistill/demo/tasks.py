@@ -100,14 +100,16 @@ def load(
 
 
 LAYOUTS = dict(
-    cifar10='train/ and test/, in each a folder of pictures for each class, or for each class one picture with all of them as tiles of 32 x 32',
+    cifar10='train/ and test/, in each a folder of pictures for each class, or for each class one picture with all of them '
+            'as tiles of 32 x 32',
     camvid='codes.txt (names of the classes, Void last), train/ and test/, in each images/ and masks/ with files of the same names',
 )
 
 
 def folder(*parts):
     "A folder that must be there"
-    if not (p := Path(*parts)).is_dir(): raise DistillError(f"No folder {p}. A root holds: {'; '.join(f'{k}: {v}' for k,v in LAYOUTS.items())}.")
+    if not (p := Path(*parts)).is_dir():
+        raise DistillError(f"No folder {p}. A root holds: {'; '.join(f'{k}: {v}' for k,v in LAYOUTS.items())}.")
     return p
 
 
@@ -149,7 +151,8 @@ def small_digits(): return nn.Sequential(ConvLayer(1, 5), ConvLayer(5, 11, strid
 def cifar10(root):
     classes = sorted(p.stem for p in folder(root, 'train').iterdir() if not p.name.startswith('.'))
     train,test = (by_class(folder(root, o), classes, 32) for o in ('train', 'test'))
-    return Task('CIFAR-10', classes, train, test, big_cifar, small_cifar, epochs=(12, 6), lr=(3e-3, 1e-2), bs=125, score=accuracy, augment=flip_and_shift)
+    return Task('CIFAR-10', classes, train, test, big_cifar, small_cifar, epochs=(12, 6), lr=(3e-3, 1e-2), bs=125,
+                score=accuracy, augment=flip_and_shift)
 
 
 def by_class(path, classes, size):
@@ -179,7 +182,8 @@ def flip_and_shift(x, y):
 
 
 def big_cifar():
-    return nn.Sequential(ConvLayer(3, 32, stride=2), ResBlock(1, 32, 64, stride=2), ResBlock(1, 64, 64), ResBlock(1, 64, 128, stride=2), *head(128, 10))
+    return nn.Sequential(ConvLayer(3, 32, stride=2), ResBlock(1, 32, 64, stride=2), ResBlock(1, 64, 64),
+                         ResBlock(1, 64, 128, stride=2), *head(128, 10))
 
 
 def small_cifar(): return nn.Sequential(ConvLayer(3, 8, stride=2), ConvLayer(8, 16, stride=2), ConvLayer(16, 24), *head(24, 10))

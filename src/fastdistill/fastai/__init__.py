@@ -12,5 +12,5 @@ from .cached import TeacherCache, cache_teacher, verify_cache
 from .callback import KnowledgeDistillation
 from .check import check_teacher
 
-__all__ = ['DistillError', 'DistillWarning', 'Distiller', 'KnowledgeDistillation', 'Outputs', 'Recipe', 'Teacher', 'TeacherBlock', 'TeacherCache', 'Term',
-           'cache_teacher', 'check_teacher', 'losses', 'verify_cache', *_recipes]
+__all__ = ['DistillError', 'DistillWarning', 'Distiller', 'KnowledgeDistillation', 'Outputs', 'Recipe', 'Teacher', 'TeacherBlock',
+           'TeacherCache', 'Term', 'cache_teacher', 'check_teacher', 'losses', 'verify_cache', *_recipes]

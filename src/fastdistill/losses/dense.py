@@ -24,7 +24,9 @@ def cwd(
         raise DistillError(f"Student {tuple(s.shape)}, teacher {tuple(t.shape)}: cwd compares channel with channel, pixel with "
                            "pixel. Resize one of them, or give the student a projector (1x1 convolution)")
     grid = channels_first(s, axis)[:, 0].shape
-    if len(grid) < 2: raise DistillError(f"cwd compares where in the picture a channel is, and outputs of shape {tuple(s.shape)} have no places: use kl (kd)")
+    if len(grid) < 2:
+        raise DistillError(f"cwd compares where in the picture a channel is, and outputs of shape {tuple(s.shape)} have no places: "
+                           "use kl, kd() that is")
     s,t = cells(s, axis),cells(t, axis)
     if mask is not None:
         mask = (fit_mask(mask, grid) > 0).reshape(len(s), 1, -1)
