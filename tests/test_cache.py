@@ -217,6 +217,9 @@ def test_any_rows_in_any_order(tmp_path):
     assert cache.rows([], 0).shape == (0, 16)
     with pytest.raises(DistillError, match='there are 23 samples and 2 views'): cache.rows([23])
     with pytest.raises(DistillError, match='there are 23 samples and 2 views'): cache.rows([0], [2])
+    assert all((cache.row(i, v) == cache.rows([i], v)[0]).all() for i,v in ((0, 0), (22, 1), (7, 1)))
+    for i,v in ((23, 0), (-1, 0), (0, 2)):
+        with pytest.raises(DistillError, match=f'position {i} and view {v}: there are 23 samples'): cache.row(i, v)
     assert 'TeacherCache' in repr(cache) and '2 views' in repr(cache)
 
 

@@ -5,7 +5,7 @@ import pytest, torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from fastdistill.cache import cache_dataset
 from fastdistill.outputs import DistillError, Outputs
-from fastdistill.replay import PerSample, Replayed, per_sample, scramble, seeded, seeds_of, untouched, view_of
+from fastdistill.replay import PerSample, Replayed, held, per_sample, scramble, seeded, seeds_of, untouched, view_of
 
 
 def splitmix(state):
@@ -50,6 +50,23 @@ def test_seeded_repeats_and_puts_back():
     with pytest.raises(KeyError):
         with seeded(1): raise KeyError
     assert was == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+
+
+def test_many_seeded_in_a_row_put_back_once():
+    def state(): return random.getstate(),np.random.get_state()[1].tolist(),np.random.get_state()[2:],torch.get_rng_state().tolist()
+    def draw(s):
+        with seeded(s): return random.random(),np.random.normal(),torch.rand(1).item()
+    np.random.normal()      # leaves a second number behind
+    was,alone = state(),[draw(s) for s in range(3)]
+    assert state() == was
+    with held(): got = [draw(s) for s in range(3)]
+    assert got == alone and state() == was
+    with pytest.raises(KeyError), held(), held():
+        draw(1)
+        raise KeyError
+    assert state() == was
+    draw(1)
+    assert state() == was       # and nothing is held any more
 
 
 def test_untouched_notices_each_generator():

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset, get_worker_info
 from .outputs import DistillError
 
-__all__ = ['PerSample', 'Replayed', 'per_sample', 'seeded', 'seeds_of', 'untouched', 'view_of']
+__all__ = ['PerSample', 'Replayed', 'held', 'per_sample', 'seeded', 'seeds_of', 'untouched', 'view_of']
 
 MASK = 2**64-1
 MIX = 0x9E3779B97F4A7C15,0xBF58476D1CE4E5B9,0x94D049BB133111EB
@@ -81,7 +81,8 @@ def kept(device=None):
         random.seed(seed)
         np.random.seed(seed & 0xffffffff)
         for g in gens: g.manual_seed(seed & 0x7fffffffffffffff)
-    if get_worker_info() is not None:       # a worker draws for items alone, and they are all seeded: nothing to put back
+    # a worker draws for items alone, and they are all seeded: nothing to put back
+    if (get_worker_info() is not None or HOLDING) and not is_cuda(device):
         yield start
         return
     states = random.getstate(),np.random.get_state(),[g.get_state() for g in gens]
@@ -90,6 +91,17 @@ def kept(device=None):
         random.setstate(states[0])
         np.random.set_state(states[1])
         for g,s in zip(gens, states[2]): g.set_state(s)
+
+
+HOLDING = []
+
+@contextmanager
+def held():
+    "Inside, the CPU's generators are put back once, at the end, and not after each `seeded`: NumPy takes its time for it"
+    with kept():
+        HOLDING.append(True)
+        try: yield
+        finally: HOLDING.pop()
 
 
 def is_cuda(device): return device is not None and torch.device(device).type == 'cuda'
@@ -190,12 +202,16 @@ class Replayed(Dataset):
 
     def __len__(self): return len(self.dataset)
 
+    def __getitems__(self, idxs):
+        "Of a batch: what PyTorch's DataLoader asks for where it can"
+        with held(): return [self[i] for i in idxs]
+
     def __getitem__(self, i):
         i = range(len(self))[i]
         c,key = self.cache,int(self.keys[i])
         view = view_of(key, int(self.epoch), c.views, c.seed)
         item = view_item(self.dataset, i, key, view, c.seed) if c.views else self.dataset[i]
-        row = torch.from_numpy(c.rows(self.at[i:i+1], view)[0])
+        row = torch.from_numpy(c.row(int(self.at[i]), view))
         rest = (row, batch_seed(key, view, c.seed)) if self.seeds else (row,)
         return (*item, *rest) if isinstance(item, (tuple, list)) else (item, *rest)
 

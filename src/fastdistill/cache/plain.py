@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import default_collate
 from ..outputs import DistillError, DistillWarning, Outputs
-from ..replay import batch_seed, check_indexed, per_sample, view_item
+from ..replay import batch_seed, check_indexed, held, per_sample, view_item
 from .keys import dataset_keys, root_of
 from .manifest import fingerprint
 from .reader import TeacherCache
@@ -61,6 +61,9 @@ class Views(Dataset):
     def __init__(self, dataset, keys, views, seed): self.dataset,self.keys,self.views,self.seed = dataset,keys,views,seed
 
     def __len__(self): return len(self.dataset)*max(self.views, 1)
+
+    def __getitems__(self, tasks):
+        with held(): return [self[t] for t in tasks]
 
     def __getitem__(self, task):
         view,i = divmod(task, len(self.dataset))

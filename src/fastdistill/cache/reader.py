@@ -74,15 +74,29 @@ class TeacherCache:
         at = np.asarray(at)
         views = np.broadcast_to(np.asarray(views), at.shape)
         m,out = self.manifest,np.empty((len(at), self.manifest.layout.bytes), np.uint8)
-        if len(at) and (at.min() < 0 or at.max() >= len(self) or views.min() < 0 or views.max() >= m.stored):
-            raise DistillError(f"Asked for positions up to {at.max()} and views up to {views.max()}: "
-                               f"there are {len(self)} samples and {m.stored} views.")
+        if len(at):
+            self._within(at.min(), views.min())
+            self._within(at.max(), views.max())
         shard,row = np.divmod(at, m.shard_rows)
         where = views*m.per_view + shard
         for w in np.unique(where):
             sel = np.flatnonzero(where == w)
             out[sel] = self._shard(*divmod(int(w), m.per_view))[row[sel]]
         return out
+
+    def row(
+        self,
+        at:int, # position
+        view:int=0
+    ) -> np.ndarray:
+        "(bytes,) uint8: one row as it is stored, for datasets that make one item at a time"
+        self._within(at, view)
+        i,row = divmod(at, self.manifest.shard_rows)
+        return np.array(self._shard(view, i)[row])
+
+    def _within(self, at, view):
+        if not (0 <= at < len(self) and 0 <= view < self.manifest.stored):
+            raise DistillError(f"Asked for position {at} and view {view}: there are {len(self)} samples and {self.manifest.stored} views.")
 
     def decode(self, rows) -> Outputs:
         "Rows (an array, or a tensor on any device) as the teacher's `Outputs`"

@@ -143,7 +143,7 @@ def _write_shards(where, source, m, todo, progress):
             buf[row:row+take] = rows[:take]
             done += take
             if progress is not None: progress(done, total, done*m.layout.bytes)
-        data = buf.tobytes()
+        data = memoryview(buf).cast('B')
         where.write(name, data)
         where.write(note_of(name), json.dumps(dict(name=name, bytes=len(data), checksum=checksum(data))).encode())
 

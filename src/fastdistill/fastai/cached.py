@@ -108,7 +108,7 @@ def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num
     make = lambda tasks, bs, workers=None: writer_dl(dl, plan, tasks, bs, workers)
     def run(tasks, bs):
         with clean(dl, not views), teacher if hasattr(teacher, '__enter__') else nullcontext():
-            d = make(tasks, bs, num_workers)
+            d = make(tasks, bs, num_workers if len(tasks) > bs else 0)      # to start workers takes longer than one batch
             for b in d: yield Outputs.of(teacher(*map(as_plain, b[:d.n_inp])))
     if check:
         with clean(dl, not views): check_repeats(make, len(names)*max(views, 1))

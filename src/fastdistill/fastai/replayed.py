@@ -2,6 +2,7 @@
 import inspect
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 import numpy as np
 import torch
 from fastai.basics import ItemTransform, Pipeline, Transform
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..cache.keys import hash_of
 from ..cache.manifest import fingerprint
 from ..outputs import DistillError
-from ..replay import PerSample, per_sample, seeded, seeds_of, untouched, view_of
+from ..replay import PerSample, held, per_sample, seeded, seeds_of, untouched, view_of
 from .blocks import TeacherRow
 
 __all__ = ['Plan', 'attach', 'describe', 'detach', 'refuse_unindexed']
@@ -80,6 +81,15 @@ class Batches:
         return make([o for o,_ in b]),TeacherRow(torch.from_numpy(rows)),Shown(keys, views)
 
 
+def create_batches(self, samps):
+    "A DataLoader's own, with the global generators put back once for each batch"
+    batches = type(self).create_batches(self, samps)
+    while True:
+        with held(): b = next(batches, None)
+        if b is None: return
+        yield b
+
+
 class Replay(Pipeline):
     "A DataLoader's `after_batch` that repeats each sample's view, and puts its row last in the batch"
     def __init__(self, pipe, plan):
@@ -126,7 +136,8 @@ def replay_drawn(f, b, x, seeds, split_idx):
     n = max(len(x), 2)
     like = TensorImage(torch.empty(1).expand(n, *x.shape[1:]))
     like.__dict__.update(x.__dict__)        # img_size, if it has one
-    with untouched() as u, PerSample(np.resize(seeds, n)): f.before_call((like,), split_idx)
+    # subtle: fastai's tensor types would take many times longer for each small operation, and say nothing here
+    with untouched() as u, PerSample(np.resize(seeds, n)), torch._C.DisableTorchFunctionSubclass(): f.before_call((like,), split_idx)
     if u.moved: return by_sample(f, b, seeds, split_idx)        # something draws otherwise (batch=True)
     if not f.do: return b
     parts = [f, *getattr(f, 'coord_fs', []), *getattr(f, 'fs', [])]
@@ -177,6 +188,8 @@ def attach(dl, plan):
     assert dl.n_inp         # subtle: learnt from a first batch, which must be one without rows
     own = dl.__dict__.get('do_batch')
     dl.do_batch,dl.do_item = Batches(dl, plan, own),Items(dl, plan)
+    # subtle: a bound method, which `dl.new()` leaves behind
+    if plan.random: dl.create_batches = MethodType(create_batches, dl)
     dl.after_batch = Replay(dl.after_batch, plan)
     return dl
 
@@ -185,6 +198,7 @@ def detach(dl):
     "Take it out again; safe to call twice, and on a copy of what was attached"
     if not isinstance(dl.__dict__.get('do_item'), Items): return
     del dl.__dict__['do_item']
+    dl.__dict__.pop('create_batches', None)
     own = dl.__dict__.pop('do_batch').own
     if own is not None: dl.do_batch = own
     pipe = dl.after_batch
