@@ -10,7 +10,7 @@ from fastdistill.losses import (DKD, KL, MSE, SoftTargets, binary_kl, dist, dkd,
 from fastdistill.outputs import DistillError
 
 INF = float('inf')
-named = lambda f: getattr(f, '__name__', str(f))
+named = lambda f: getattr(f, '__name__', None) or f'{f.func.__name__}-{f.keywords}'
 softmax_losses = pytest.mark.parametrize('fn', [kl, reverse_kl, jsd, tvd, soft_ce, hard, dkd, nkd, dist], ids=named)
 over_vocabulary = pytest.mark.parametrize('fn', [kl, reverse_kl, jsd, functools.partial(jsd, beta=0), functools.partial(jsd, beta=1),
                                                  tvd, soft_ce, hard], ids=named)
