@@ -90,9 +90,10 @@ def percent(xs): return f'{100*mean(xs):.1f}' + (f' ± {100*stdev(xs):.1f}' if l
 
 def table(r:Results):
     "A row for each model"
-    t = Table('', box=box.SIMPLE_HEAD)
-    for c in (f'{r.unit}, %', 'better\nthan alone', "teacher's lead\nrecovered", 'parameters', *[f'ms for\n{n}' for n in r.ms['student']]):
-        t.add_column(c, justify='right')
+    t = Table('', box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    t.columns[0].no_wrap = True
+    for c in (f'{r.unit}\n%', 'beats\nalone', 'lead re-\ncovered', 'params', *[f'ms\nfor {n}' for n in r.ms['student']]):
+        t.add_column(c, justify='right', no_wrap=True)
     ms = {who: [f'{v:.2f}' for v in o.values()] for who,o in r.ms.items()}
     t.add_row('teacher', percent([r.teacher]), '', '', f"{r.params['teacher']:,}", *ms['teacher'])
     for way,xs in r.scores.items():
