@@ -40,7 +40,7 @@ def peak(name, size, bs, device):
     return torch.cuda.max_memory_allocated()/2**20 if device == 'cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
 
 
-def main(size:int=96, bs:int=32, rounds:int=15, device:str='cpu', memory_of:str=''):
+def main(size:int=64, bs:int=32, rounds:int=11, device:str='cpu', memory_of:str=''):
     if memory_of: return print(json.dumps(peak(memory_of, size, bs, device)))
     call = lambda name: subprocess.run([sys.executable, __file__, '--size', str(size), '--bs', str(bs), '--device', device, '--memory-of', name],
                                        capture_output=True, text=True, check=True).stdout
