@@ -123,8 +123,7 @@ def test_mean_iou_against_sets_of_pixels():
 
 def test_only_training_batches_are_augmented():
     t = tasks.load('digits')
-    t.augment = lambda x, y: (x+1, y)
-    dls = t.dls()
+    dls = t.dls(lambda x, y: (x+1, y))
     assert dls.train.one_batch()[0].min() == 1 and dls.valid.one_batch()[0].min() == 0
 
 

@@ -55,19 +55,20 @@ def run(
 def train_all(task, seeds, bar):
     "The teacher, and the students of each way"
     row = lambda name, total: partial(bar.advance, bar.add_task(name, total=total))
-    teacher = train(task, task.teacher, task.epochs[0], task.lr[0], 0, row('teacher', task.steps[0]))
+    of_teacher,of_student = zip(task.epochs, task.lr, task.augment)
+    teacher = train(task, task.teacher, *of_teacher, 0, row('teacher', task.steps[0]))
     ticks = {way: row(way, seeds*task.steps[1]) for way in WAYS}
     students = {way: [] for way in WAYS}
     for seed in range(seeds):
         for way,recipe in WAYS.items():
-            students[way].append(train(task, task.student, task.epochs[1], task.lr[1], seed, ticks[way], teacher.learn, recipe))
+            students[way].append(train(task, task.student, *of_student, seed, ticks[way], teacher.learn, recipe))
     return teacher,students
 
 
-def train(task:Task, model, n_epoch, lr, seed, tick, teacher=None, recipe=None) -> Trained:
+def train(task:Task, model, n_epoch, lr, augment, seed, tick, teacher=None, recipe=None) -> Trained:
     "A new model, alone or distilled; one seed gives the same start and the same batches in every way"
     set_seed(seed)
-    learn = Learner(task.dls(), model(), loss_func=task.loss(), cbs=Ticks(tick))
+    learn = Learner(task.dls(augment), model(), loss_func=task.loss(), cbs=Ticks(tick))
     with learn.no_bar(), learn.no_logging():
         if recipe is None: learn.fit_one_cycle(n_epoch, lr)
         else:              learn.distill(teacher, n_epoch, lr, recipe)

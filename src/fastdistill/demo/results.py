@@ -82,7 +82,7 @@ def opening(task, seeds):
             f"A teacher of {n_params(task.teacher()):,} parameters, then students of {n_params(task.student()):,}: "
             "alone, taught by labels\n"
             f"and teacher, and by the teacher's soft labels only. {seeds} of each, {task.steps[1]:,} steps each, from\n"
-            "the same starts, on the same batches, at the learning rate best for the one alone.\n")
+            "the same starts, on the same batches, at the same learning rate.\n")
 
 
 def percent(xs): return f'{100*mean(xs):.1f}' + (f' ± {100*stdev(xs):.1f}' if len(xs) > 1 else '')

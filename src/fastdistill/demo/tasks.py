@@ -25,18 +25,18 @@ class Task:
     teacher:Callable # () -> a new model
     student:Callable # () -> a new model
     epochs:tuple # of the teacher, of a student
-    lr:tuple # of the teacher, of a student; a student's is the one with which the student alone does best
+    lr:tuple # of the teacher, of a student
     bs:int
     score:Callable # (outputs (N, C, ...), y) -> a number from 0 to 1
     unit:str='accuracy'
     axis:int=-1 # of the classes
     ignore_index:int=-100 # a label that is no class
-    augment:Callable|None=None # (x, y) of a training batch -> another (x, y)
+    augment:tuple=(None, None) # for the teacher, for a student: (x, y) of a training batch -> another (x, y)
     threads:int|None=None # None: as many as torch likes
 
-    def dls(self):
+    def dls(self, augment=None):
         "Its DataLoaders, all in memory"
-        tfms = [ToFloat(), *([Augment(self.augment)] if self.augment else [])]
+        tfms = [ToFloat(), *([Augment(augment)] if augment else [])]
         train,test = TensorDataset(*self.train),TensorDataset(*self.test)
         train.split_idx,test.split_idx = 0,1    # what fastai's transforms go by
         return DataLoaders.from_dsets(train, test, bs=self.bs, num_workers=0, after_batch=tfms)
@@ -124,7 +124,7 @@ def to_rgb(x):
     return (x[0] if len(x) == 1 else x.permute(1, 2, 0)).numpy()
 
 
-def head(n, c): return nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n, c)
+def head(n, c, p=0.): return nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(p), nn.Linear(n, c)
 
 
 # handwritten digits: 1,797 pictures of 8 x 8 that are installed with scikit-learn
@@ -135,12 +135,18 @@ def digits():
     x,y = torch.tensor(d.images, dtype=torch.float32)[:,None]/16,torch.tensor(d.target)
     # in the file's order, which goes from writer to writer: the test has hands that training has not seen
     return Task("scikit-learn's handwritten digits", [str(i) for i in range(10)], (x[:1200], y[:1200]), (x[1200:], y[1200:]),
-                big_digits, small_digits, epochs=(30, 30), lr=(3e-3, .1), bs=60, score=accuracy, threads=1)
+                big_digits, small_digits, epochs=(30, 30), lr=(1e-2, .1), bs=60, score=accuracy, augment=(shift, None),
+                threads=1)
 
 
 def big_digits():
-    return nn.Sequential(ConvLayer(1, 32), ConvLayer(32, 32), nn.MaxPool2d(2), ConvLayer(32, 64), ConvLayer(64, 64),
-                         nn.Dropout(.25), *head(64, 10))
+    return nn.Sequential(ConvLayer(1, 32), ConvLayer(32, 32), nn.MaxPool2d(2), ConvLayer(32, 64), ConvLayer(64, 64), *head(64, 10, p=.25))
+
+
+def shift(x, y, by=1):
+    "All of a batch moved by up to `by` pixels"
+    i,j = torch.randint(0, 2*by+1, (2,)).tolist()
+    return nn.functional.pad(x, (by,)*4)[..., i:i+x.shape[2], j:j+x.shape[3]],y
 
 
 def small_digits(): return nn.Sequential(ConvLayer(1, 5), ConvLayer(5, 11, stride=2), *head(11, 10))
@@ -152,7 +158,7 @@ def cifar10(root):
     classes = sorted(p.stem for p in folder(root, 'train').iterdir() if not p.name.startswith('.'))
     train,test = (by_class(folder(root, o), classes, 32) for o in ('train', 'test'))
     return Task('CIFAR-10', classes, train, test, big_cifar, small_cifar, epochs=(12, 6), lr=(3e-3, 1e-2), bs=125,
-                score=accuracy, augment=flip_and_shift)
+                score=accuracy, augment=(flip_and_shift,)*2)
 
 
 def by_class(path, classes, size):
@@ -176,9 +182,7 @@ def tiles(x, size):
 
 def flip_and_shift(x, y):
     "Half of a batch mirrored, all of it moved by up to 4 pixels"
-    x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < .5, x, x.flip(3))
-    i,j = torch.randint(0, 9, (2,)).tolist()
-    return nn.functional.pad(x, (4, 4, 4, 4))[..., i:i+x.shape[2], j:j+x.shape[3]],y
+    return shift(torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < .5, x, x.flip(3)), y, by=4)
 
 
 def big_cifar():
@@ -196,7 +200,7 @@ def camvid(root):
     train,test = (scenes(folder(root, o), (128, 96)) for o in ('train', 'test'))
     unet = lambda *widths: lambda: small_unet(widths, len(codes), (96, 128))
     return Task('CamVid', codes, train, test, unet(24, 48, 96, 128), unet(4, 8, 12), epochs=(40, 20), lr=(3e-3, 1e-2), bs=8, score=mean_iou,
-                unit='mean IoU', axis=1, ignore_index=len(codes), augment=mirror)
+                unit='mean IoU', axis=1, ignore_index=len(codes), augment=(mirror,)*2)
 
 
 def scenes(path, size):
