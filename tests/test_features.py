@@ -100,3 +100,14 @@ def test_features_of_weight_0_leave_no_bit_of_difference():
         student.fit_one_cycle(2, .01, cbs=[] if recipe is None else KnowledgeDistillation(teacher, recipe, check=False))
         weights.append(student.model.state_dict())
     assert all(torch.equal(a, b) for a,b in zip(*[w.values() for w in weights]))
+
+
+def test_layers_are_read_only_while_a_batch_runs():
+    student,teacher = toy()
+    hooks = lambda: sum(len(m._forward_hooks) for m in student.model.modules())
+    class Count(Callback):
+        order,during,between = 90,[],[]
+        def after_pred(self): self.during.append(hooks())
+        def after_batch(self): self.between.append(hooks())
+    student.fit(1, .1, cbs=[Count, KnowledgeDistillation(teacher, Term(losses.hint, 1., layers=LAYERS), check=False)])
+    assert set(Count.during) == {2} and set(Count.between) == {0}

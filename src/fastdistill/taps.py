@@ -306,6 +306,7 @@ class Taps:
     ):
         names = [names] if isinstance(names, str) else names
         self.model,self.seen,self.handles = model,{},[]
+        self.compiled = _compiled(model)    # is some of it torch.compile's work?
         have = named(model)
         self.names = list(dict.fromkeys(n for p in names for n in _resolve(model, have, p)))
 

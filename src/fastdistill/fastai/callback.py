@@ -157,6 +157,10 @@ class KnowledgeDistillation(Callback):
         if self.taps is not None: self.taps.detach()
         self.taps = None
 
+    def after_batch(self):
+        # subtle: compiled code would be compiled anew for hooks that come and go
+        if self.taps is not None and not self.taps.compiled: self._untap()
+
     def after_train(self): self._untap()
     def after_validate(self):
         if self.active: self._untap()
