@@ -135,7 +135,7 @@ def digits():
     x,y = torch.tensor(d.images, dtype=torch.float32)[:,None]/16,torch.tensor(d.target)
     # in the file's order, which goes from writer to writer: the test has hands that training has not seen
     return Task("scikit-learn's handwritten digits", [str(i) for i in range(10)], (x[:1200], y[:1200]), (x[1200:], y[1200:]),
-                big_digits, small_digits, epochs=(30, 30), lr=(1e-2, .1), bs=60, score=accuracy, augment=(shift, None),
+                big_digits, small_digits, epochs=(30, 30), lr=(1e-2, .3), bs=60, score=accuracy, augment=(shift, None),
                 threads=1)
 
 
