@@ -203,9 +203,9 @@ class Distiller(nn.Module):
 
     def own_parameters(self): return [p for p in self.links.parameters() if p.requires_grad]
 
-    def setup(self, *x, student=None):
+    def setup(self, *x):
         "Pair layers and build projectors, from one evaluation-mode probe that changes nothing, the random state included"
-        student = self.student if student is None else student
+        student = self.student
         with torch.random.fork_rng(sorted({p.device.index for p in student.parameters() if p.is_cuda})):
             tables = {t.name: pair(student, self.teacher, x, layers=t.layers, match=t.match, projector=t.projector) for t in self.layered}
             with Taps(student, dict.fromkeys(p.student for ps in tables.values() for p in ps)) as taps:

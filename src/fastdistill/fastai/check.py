@@ -1,13 +1,12 @@
 "The doctor: what would go wrong in silence, said before training."
-import random, warnings
-from contextlib import contextmanager
+import warnings
 from dataclasses import dataclass
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from fastai.basics import L, is_listy
 from ..outputs import DistillError, DistillWarning, Outputs, as_plain
+from ..replay import untouched
 from ..taps import run
 from ..teacher import Teacher
 from .task import task_of
@@ -188,14 +187,6 @@ def normalisation(learn, teacher, task):
 
 # what the teacher answers
 
-@contextmanager
-def same_randomness():
-    "The random states as they were"
-    states = random.getstate(),np.random.get_state(),torch.get_rng_state()
-    try: yield
-    finally: random.setstate(states[0]); np.random.set_state(states[1]); torch.set_rng_state(states[2])
-
-
 def sample(dl):
     "Some batches from all over the validation set, which is often sorted by class"
     if hasattr(dl, 'shuffle_fn'): dl = dl.new(shuffle=True, drop_last=False, num_workers=0)    # the learner's own is left alone
@@ -206,7 +197,7 @@ def answers(learn, teacher, task):
     "What the teacher says to a few validation batches: the right shape, logits, the same twice, and better than chance?"
     if len(learn.dls.loaders) < 2 or getattr(learn.dls.valid, 'n', None) == 0: return
     tally = None
-    with same_randomness(), teacher:
+    with untouched(), teacher:
         for b in sample(learn.dls.valid):
             xb,yb = split(learn, b)
             teacher.reset()

@@ -1,7 +1,8 @@
 "`Learner.show_features`."
 from fastai.basics import Learner, patch
 from ..plots import show_features as show
-from .check import sample, same_randomness, split
+from ..replay import untouched
+from .check import sample, split
 from .teachers import image_stats, teacher_of
 
 __all__ = []
@@ -16,7 +17,7 @@ def show_features(
     p:float=2 # exponent of the activations
 ):
     "Where student and teacher look, side by side, in `n` pictures of the validation set; returns the figure, which notebooks show"
-    with same_randomness(): b = next(iter(sample(self.dls.valid)))
+    with untouched(): b = next(iter(sample(self.dls.valid)))
     x,_ = split(self, b)
     x = tuple(o[:n] for o in x)
     mean,std = [o.to(x[0]) if hasattr(o, 'to') else o for o in image_stats(self.dls)]
