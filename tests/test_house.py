@@ -15,8 +15,9 @@ LAW = dict(
     losses=('outputs', 'torch', ''),
     taps=('outputs', 'torch numpy', ''),
     projectors=('outputs taps', 'torch', ''),
-    replay=('outputs', 'torch numpy', ''),
-    cache=('outputs replay', 'torch numpy', 'fsspec fcntl msvcrt'),
+    generators=('', 'torch numpy', ''),
+    replay=('outputs generators', 'torch numpy', ''),
+    cache=('outputs generators replay', 'torch numpy', 'fsspec fcntl msvcrt'),
     forms=('outputs', 'torch', 'onnxruntime'),
     pairs=('outputs taps projectors', 'torch', ''),
     plots=('outputs taps pairs', 'torch', 'matplotlib'),
@@ -24,9 +25,9 @@ LAW = dict(
     distiller=('outputs schedule taps projectors pairs teacher', 'torch', ''),
     recipes=('outputs schedule losses distiller', 'torch', ''),
     __init__=('outputs schedule losses taps teacher distiller recipes cache', '', ''),
-    fastai=('outputs losses taps plots replay cache teacher distiller recipes', 'torch numpy fastai', 'pandas'),
+    fastai=('outputs losses taps plots generators replay cache teacher distiller recipes', 'torch numpy fastai', 'pandas'),
     demo=('outputs fastai', 'torch numpy fastai rich PIL', 'matplotlib sklearn'),
-    cache_cli=('outputs cache fastai', 'typer rich', ''),
+    cache_cli=('outputs cache fastai', 'torch typer rich', ''),
     cli=('outputs demo cache_cli __init__', 'typer rich', ''),
 )
 

@@ -175,10 +175,22 @@ def test_clean_rows_leave_the_students_transforms_random(tmp_path):
     with pytest.raises(IndexError): data[23]
 
 
+class Own(Noisy):
+    "Draws from a generator of its own, as recent transforms do"
+    def __init__(self): super().__init__(); self.rng = np.random.default_rng()
+    def __getitem__(self, i): return super().__getitem__(i)[0] + torch.from_numpy(self.rng.normal(size=5)).float(),i
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_generators_of_a_datasets_own_are_replayed_too(tmp_path, workers):
+    cache = cache_dataset(Net(), Own(), tmp_path, views=2, dtype='float32', keys=range(23), bs=4, num_workers=workers)
+    data = Replayed(Own(), cache, keys=range(23))
+    for x,_,rows in DataLoader(data, 5, shuffle=True, num_workers=workers):
+        torch.testing.assert_close(cache.decode(rows).logits, x @ W, rtol=1e-5, atol=1e-5)
+
+
 def test_what_cannot_be_repeated_is_refused(tmp_path):
-    own = np.random.default_rng()
     class Bad(Noisy):
-        def __getitem__(self, i): return self.x[i]*own.random(),i
+        def __getitem__(self, i): return self.x[i]*np.random.default_rng().random(),i
     class Stream(IterableDataset):
         def __iter__(self): yield torch.zeros(5)
     with pytest.raises(DistillError, match='two different results from the same random seed'):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset, get_worker_info
+from .generators import Generators
 from .outputs import DistillError
 
 __all__ = ['PerSample', 'Replayed', 'held', 'per_sample', 'seeded', 'seeds_of', 'untouched', 'view_of']
@@ -113,11 +114,11 @@ def per_sample(
     *tensors # (B, ...) each
 ):
     "Run `fn` on one sample at a time, each with random numbers of its own: right for every `fn`, whatever it draws and how"
-    outs = []
+    outs,own = [],Generators(fn)
     with kept(tensors[0].device) as start:
         for i,s in enumerate(seeds.tolist() if isinstance(seeds, Tensor) else seeds):
             start(s)
-            outs.append(fn(*(o[i:i+1] for o in tensors)))
+            with own.seeded(s): outs.append(fn(*(o[i:i+1] for o in tensors)))
     if isinstance(outs[0], (tuple, list)): return type(outs[0])(torch.cat(o) for o in zip(*outs))
     return torch.cat(outs)
 
@@ -186,14 +187,14 @@ class Replayed(Dataset):
     `cache.decode(rows)` makes a batch of rows the teacher's `Outputs`. Call `set_epoch` before each epoch"""
     def __init__(
         self,
-        dataset, # map-style; its transforms draw from Python's, NumPy's or PyTorch's global generator
+        dataset, # map-style; its transforms draw from Python's, NumPy's or PyTorch's generators, global ones or their own
         cache, # a `TeacherCache`, whose `views` decide whether transforms are replayed (views=0: they are as random as ever)
         keys=None, # what names each sample: a list, or a function of the position; None: read off the dataset where it can be
         seeds:bool=False # items are `(*item, row, seed)`: for random transforms of a whole batch, `per_sample(fn, seeds, x)`
     ):
         check_indexed(dataset)
         self.dataset,self.cache,self.seeds = dataset,cache,seeds
-        self.keys = cache.keys_of(dataset, keys)
+        self.keys,self.own = cache.keys_of(dataset, keys),Generators(dataset)
         self.at = cache.find(self.keys)
         # subtle: shared memory, so that workers which outlive an epoch see the next one
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
@@ -210,15 +211,16 @@ class Replayed(Dataset):
         i = range(len(self))[i]
         c,key = self.cache,int(self.keys[i])
         view = view_of(key, int(self.epoch), c.views, c.seed)
-        item = view_item(self.dataset, i, key, view, c.seed) if c.views else self.dataset[i]
+        item = view_item(self.dataset, i, key, view, c.seed, self.own) if c.views else self.dataset[i]
         row = torch.from_numpy(c.row(int(self.at[i]), view))
         rest = (row, batch_seed(key, view, c.seed)) if self.seeds else (row,)
         return (*item, *rest) if isinstance(item, (tuple, list)) else (item, *rest)
 
 
-def view_item(dataset, i, key, view, seed):
+def view_item(dataset, i, key, view, seed, own):
     "Item `i` as a view shows it"
-    with seeded(seeds_of(seed, key, view)): return dataset[i]
+    s = seeds_of(seed, key, view)
+    with seeded(s), own.seeded(s): return dataset[i]
 
 
 def batch_seed(key, view, seed):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import default_collate
+from ..generators import Generators
 from ..outputs import DistillError, DistillWarning, Outputs
 from ..replay import batch_seed, check_indexed, held, per_sample, view_item
 from .keys import dataset_keys, root_of
@@ -58,7 +59,8 @@ def cache_dataset(
 
 class Views(Dataset):
     "Item number view*N + position"
-    def __init__(self, dataset, keys, views, seed): self.dataset,self.keys,self.views,self.seed = dataset,keys,views,seed
+    def __init__(self, dataset, keys, views, seed):
+        self.dataset,self.keys,self.views,self.seed,self.own = dataset,keys,views,seed,Generators(dataset)
 
     def __len__(self): return len(self.dataset)*max(self.views, 1)
 
@@ -68,7 +70,7 @@ class Views(Dataset):
     def __getitem__(self, task):
         view,i = divmod(task, len(self.dataset))
         key = int(self.keys[i])
-        return view_item(self.dataset, i, key, view, self.seed),batch_seed(key, view, self.seed)
+        return view_item(self.dataset, i, key, view, self.seed, self.own),batch_seed(key, view, self.seed)
 
 
 class Together:
@@ -93,9 +95,9 @@ def check_repeats(items, n=8):
 
 
 def unrepeatable(what, i):
-    return (f"{what} gave sample {i} two different results from the same random seed: something in them draws from a generator of its own "
-            "(NumPy's default_rng(), recent albumentations, the clock, os.urandom). Make it draw from random, numpy.random or torch, "
-            "or use views=0.")
+    return (f"{what} gave sample {i} two different results from the same random seed: something in them draws from a generator that can't "
+            "be found (made anew for each sample, or out of a library's sight), the clock or os.urandom, or counts its calls. "
+            "Make it draw from random, numpy.random or torch, or use views=0.")
 
 
 def leaves(o):

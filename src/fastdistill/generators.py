@@ -1,0 +1,116 @@
+"Random generators that transforms keep to themselves: found where they lie, and seeded like the global ones."
+import hashlib, inspect, random
+from collections import deque
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from numbers import Number
+from operator import getitem
+from pathlib import PurePath
+from types import FunctionType, MethodType, ModuleType
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ['Generators']
+
+LEAVES = str,bytes,Number,np.ndarray,np.generic,Tensor,PurePath,ModuleType,type,type(None)
+GLOBAL = {id(o) for o in (random._inst, np.random.mtrand._rand, torch.default_generator)}
+# their own code draws from the global generators, or from what a transform of the user's holds
+LIBRARIES = {'PIL', 'builtins', 'fastai', 'fastcore', 'fastdistill', 'fasttransform', 'numpy', 'pandas', 'plum', 'torch', 'torchvision'}
+FEW,MOST = 200,20_000      # longer collections are data, and who reaches so many objects looks at data too
+
+# kind -> (its state, put a state back, start from a number)
+KINDS = {
+    np.random.Generator: (lambda g: g.bit_generator.state, lambda g, s: setattr(g.bit_generator, 'state', s),
+                          lambda g, n: setattr(g.bit_generator, 'state', type(g.bit_generator)(n).state)),
+    np.random.RandomState: (lambda g: g.get_state(), lambda g, s: g.set_state(s), lambda g, n: g.seed(n & 0xffffffff)),
+    random.Random: (lambda g: g.getstate(), lambda g, s: g.setstate(s), lambda g, n: g.seed(n)),
+    torch.Generator: (lambda g: g.get_state(), lambda g, s: g.set_state(s), lambda g, n: g.manual_seed(n & 0x7fffffffffffffff))}
+
+
+class Generators:
+    """The generators of NumPy, Python and PyTorch that lie within transforms or datasets, or that functions among them name. What has
+    a `set_random_state(random_generator, py_random)`, as albumentations' transforms do, is given new ones"""
+    def __init__(self, *roots):
+        found = [(place, led) for place,o,led in reached(roots) if kind(o) or gives(o)]
+        self.places,self.led = [p for p,_ in found],[led for _,led in found]
+        # subtle: by name, so that an attribute more or less elsewhere shifts no one's numbers
+        names = [f'{getattr(at, "__qualname__", type(at).__qualname__)} {k}' for _,at,k in self.places]
+        self.names = [f'{n} {names[:i].count(n)}' for i,n in enumerate(names)]
+
+    @contextmanager
+    def seeded(
+        self, seed:int # any 64-bit number
+    ):
+        "Inside, each starts from a number of its own that follows from `seed`; afterwards they are as they were"
+        if not self.places:
+            yield
+            return
+        here = [get(at, k) for get,at,k in self.places]
+        were = [vars(o).copy() if gives(o) else kind(o)[0](o) for o in here]
+        for o,led,name in zip(here, self.led, self.names):
+            if not led: start(o, int.from_bytes(hashlib.blake2b(f'{seed} {name}'.encode(), digest_size=8).digest(), 'little'))
+        try: yield
+        finally:
+            for o,was in zip(here, were): put_back(o, was)
+
+
+def start(o, n):
+    if gives(o): o.set_random_state(np.random.default_rng(n), random.Random(n))
+    else: kind(o)[2](o, n)
+
+def put_back(o, was):
+    if not gives(o): return kind(o)[1](o, was)
+    vars(o).clear()
+    vars(o).update(was)
+
+
+def kind(o): return next((v for k,v in KINDS.items() if isinstance(o, k) and not isinstance(o, random.SystemRandom)), None)
+
+@lru_cache
+def takes_both(cls):
+    fn = getattr(cls, 'set_random_state', None)
+    return callable(fn) and {'random_generator', 'py_random'} <= set(inspect.signature(fn).parameters)
+
+def gives(o): return takes_both(type(o)) and hasattr(o, '__dict__')
+
+
+def reached(roots):
+    """(place, object, led) of all that can be reached. A place is (get, holder, key), for what lies there may be replaced by another;
+    `led`: it is within something that gives its own state to all that it holds"""
+    todo,seen = deque(((getitem, roots, i), o, False) for i,o in enumerate(roots)),{}
+    while todo and len(seen) < MOST:
+        place,o,led = todo.popleft()
+        if id(o) in seen or id(o) in GLOBAL or isinstance(o, LEAVES): continue
+        seen[id(o)] = o     # kept: a number may come back when its object is gone
+        yield place,o,led
+        todo.extend((p, v, led or gives(o)) for p,v in within(o))
+
+
+def within(o):
+    if kind(o): return
+    if isinstance(o, (dict, list, tuple)):
+        if len(o) <= FEW: yield from (((getitem, o, k), v) for k,v in (o.items() if isinstance(o, dict) else enumerate(o)))
+    for k in PARTS.get(type(o), ()): yield (getattr, o, k),getattr(o, k)
+    if isinstance(o, FunctionType):
+        for i in range(len(o.__closure__ or ())):
+            try: yield (in_closure, o, i),in_closure(o, i)
+            except ValueError: pass     # not yet filled
+        if not of_library(o):
+            for k in sorted(names_in(o.__code__) & set(o.__globals__)): yield (in_globals, o, k),in_globals(o, k)
+    if hasattr(o, '__dict__'):
+        for c in (o, *type(o).__mro__):
+            if not (isinstance(c, type) and of_library(c)): yield from (((in_dict, c, k), v) for k,v in list(vars(c).items()))
+
+
+PARTS = {FunctionType: ('__defaults__', '__kwdefaults__'), MethodType: ('__self__', '__func__'), partial: ('func', 'args', 'keywords')}
+
+def of_library(o): return (getattr(o, '__module__', None) or '').partition('.')[0] in LIBRARIES
+
+def in_closure(fn, i): return fn.__closure__[i].cell_contents
+def in_globals(fn, k): return fn.__globals__[k]
+def in_dict(o, k): return vars(o)[k]
+
+def names_in(code):
+    "Names that a function's code, or a function within it, looks up"
+    return set(code.co_names).union(*(names_in(c) for c in code.co_consts if hasattr(c, 'co_names')))
