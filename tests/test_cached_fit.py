@@ -7,11 +7,11 @@ from fastai.basics import Callback
 from fastai.callback.mixup import MixUp
 from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter
 from fastai.vision.all import ImageBlock, MaskBlock, RandomErasing, Resize, unet_learner
-from test_fastai_cached import CROPS, N, TRAIN, Convs, data, image, label, mask, quiet, state_of, student
+from test_fastai_cached import CROPS, N, TRAIN, Convs, cache_teacher, data, image, label, mask, quiet, state_of, student
 from fastdistill import Distiller, at, kd, soft_labels
 from fastdistill.cache import TeacherCache, cache_dataset
 from fastdistill.fastai import KnowledgeDistillation, TeacherBlock
-from fastdistill.fastai.cached import CacheFeed, cache_teacher
+from fastdistill.fastai.cached import CacheFeed
 from fastdistill.fastai.replayed import Items, Replay
 from fastdistill.outputs import DistillError, Outputs, TopK
 from fastdistill.replay import Replayed

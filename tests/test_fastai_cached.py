@@ -1,5 +1,6 @@
 "The teacher runs once: what is stored is what it would say, live, about the very batch that the student sees."
 import json, random
+from functools import partial
 import numpy as np
 import pytest, torch
 import apps # before the rest of fastai: it keeps its warnings quiet
@@ -9,12 +10,14 @@ from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, IntToFloatT
 from fastai.vision.all import (FlipItem, Hue, ImageBlock, MaskBlock, Normalize, PILImage, PILMask, PointBlock, RandomErasing,
                                RandomResizedCrop, Resize, Saturation, TensorImage, aug_transforms, imagenet_stats)
 from torch import nn
-from fastdistill.cache import TeacherCache
-from fastdistill.fastai.cached import CacheFeed, cache_teacher, verify_cache
+from fastdistill.cache import TeacherCache, write_cache
+from fastdistill.fastai.cached import CacheFeed, cache_teacher as checked_first, verify_cache
 from fastdistill.fastai.replayed import Items, Replay
 from fastdistill.outputs import DistillError, DistillWarning
 from fastdistill.taps import Taps
 from fastdistill.teacher import Teacher
+
+cache_teacher = partial(checked_first, check=False)       # teachers that know nothing will do here
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS, 'ignore:__array__ implementation:DeprecationWarning')
 
@@ -141,6 +144,69 @@ def test_the_same_for_texts_and_tables(tmp_path, app):
 
 
 # which view when
+
+class Follow(Compare):
+    "The same with a teacher that remembers"
+    def before_fit(self): super().before_fit(); self.asked.start()
+    def after_fit(self): super().after_fit(); self.asked.stop()
+    def before_train(self): self.asked.reset()
+    def before_validate(self): self.asked.reset()
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_the_same_for_language_models(tmp_path, workers):
+    "A view is an order of the texts; the teacher goes through it from its beginning, and remembers"
+    (learn,teacher),dls = apps.pair('language_model'),apps.quiet(*apps.language_model())[0].dls
+    dls.train.fake_l.num_workers = workers
+    cache = cache_teacher(teacher, dls, tmp_path, views=2, dtype='float32', valid=True, layers=['0.rnns.1'])
+    c = Follow(CacheFeed(cache), Teacher(teacher.model), axis=-1)
+    quiet(learn, 3, cbs=c)
+    assert c.error < 1e-5 and {t for t,*_ in c.seen} == {True, False}
+    lengths = {t: [x.shape[1] for e,k,*_,x in c.seen if e == t and k == 0] for t in (True, False)}
+    assert lengths == {True: [8]*8 + [7], False: [8]*4 + [3]}      # the last ones are shorter than a row
+    epochs = [torch.cat([x for t,e,*_,x in c.seen if t and e == k], 1) for k in range(3)]
+    assert not torch.equal(epochs[0], epochs[1]) and torch.equal(epochs[0], epochs[2])
+    # the texts are the same ones, each whole, in another order
+    starts = lambda x: sorted(x.flatten().bincount().tolist())
+    assert abs(np.subtract(starts(epochs[0]), starts(epochs[1]))).max() < 30
+    assert verify_cache(cache, teacher, dls, n=20).worst < 1e-5
+
+
+def test_a_stream_goes_on_in_the_middle_and_gives_the_same_bytes(tmp_path, monkeypatch):
+    "Whoever remembers hears again what is already written"
+    monkeypatch.setitem(write_cache.__kwdefaults__, 'shard_bytes', 2*8*8*12*4)       # two batches
+    dls,teacher = apps.language_model()[0].dls,apps.pair('language_model')[1]
+    write = lambda: cache_teacher(teacher, dls, tmp_path, views=2, dtype='float32')
+    cache = write()
+    shards = sorted(tmp_path.glob('view*/*.bin'))
+    assert len(shards) == 10
+    bytes_of = [p.read_bytes() for p in shards]
+    for i in (2, 3, 9): shards[i].unlink()
+    asked = []
+    h = teacher.model.register_forward_hook(lambda m, x, o: asked.append(len(x[0])))
+    write()
+    h.remove()
+    assert [p.read_bytes() for p in shards] == bytes_of and cache.check()
+    assert sum(n == 8 for n in asked) == 8+9       # of each view all batches up to the last that was missing
+
+
+def test_a_stream_that_is_cut_otherwise_is_refused(tmp_path):
+    learn,teacher = apps.pair('language_model')
+    cache = cache_teacher(teacher, learn.dls, tmp_path, views=1, topk=3)
+    with pytest.raises(DistillError, match="bs=4, but a language model's text is cut into as many rows"):
+        cache_teacher(teacher, learn.dls, tmp_path/'b', bs=4)
+    for kw in (dict(bs=4), dict(seq_len=6)):
+        learn.dls = DataLoaders(learn.dls.train.new(**kw), learn.dls.valid)
+        with pytest.raises(DistillError, match=r'transform stream: 8 rows of 71 tokens, 8 at a time in the cache, \d rows of'):
+            CacheFeed(cache).attach(learn)
+        learn,_ = apps.pair('language_model')
+    # without shuffling: the texts as they lie there
+    cache = cache_teacher(teacher, learn.dls, tmp_path/'c', views=0, dtype='float32')
+    c = Follow(CacheFeed(cache), Teacher(teacher.model), axis=-1)
+    quiet(learn, 2, cbs=c)
+    assert c.error < 1e-5
+    x = [torch.cat([x for t,e,*_,x in c.seen if t and e == k], 1) for k in range(2)]
+    assert torch.equal(*x) and x[0][0, :5].tolist() == [2, 3, 4, 5, 6]
+
 
 def test_each_view_comes_once_in_as_many_epochs_as_there_are_views_and_each_sample_has_an_order_of_its_own(tmp_path):
     teacher = Teacher(Convs(3))
@@ -303,11 +369,39 @@ def test_maps_of_clean_images_are_not_given_to_augmented_ones(tmp_path):
 
 
 RNG_OF_ITS_OWN = np.random.default_rng()
-def unseedable(x:PILImage): return PILImage.create(np.asarray(x) // RNG_OF_ITS_OWN.integers(1, 9, dtype=np.uint8))
+def darker(x:PILImage): return PILImage.create(np.asarray(x) // RNG_OF_ITS_OWN.integers(1, 9, dtype=np.uint8))
+
+class Darker(Transform):
+    order = 50
+    def __init__(self): super().__init__(); self.rng = random.Random()
+    def encodes(self, x:TensorImage): return x*self.rng.uniform(.5, 1)
+
+class Albumentations(Transform):
+    "As fastai's documentation shows it"
+    split_idx = 0
+    def __init__(self, aug): super().__init__(); self.aug = aug
+    def encodes(self, x:PILImage): return PILImage.create(self.aug(image=np.asarray(x))['image'])
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('how', ['function', 'albumentations'])
+def test_generators_of_a_transforms_own_are_replayed_too(tmp_path, how, workers):
+    if how == 'albumentations': A = pytest.importorskip('albumentations')
+    def make():
+        own = darker if how == 'function' else Albumentations(A.Compose([A.GaussNoise(p=.9), A.HorizontalFlip(), A.RandomCrop(20, 20)]))
+        dls = data(item_tfms=[own, Resize(SIZE), FlipItem()], num_workers=workers, bs=5)
+        if how == 'function': dls.train.after_batch.add(Darker())
+        return dls
+    teacher = Teacher(Convs(3))
+    c = compare(student(make()), cache_teacher(teacher, make(), tmp_path, views=2, dtype='float32'), teacher)
+    assert c.error < 1e-5
+    assert torch.cdist(*[torch.cat([t for _,e,_,t,_ in c.seen if e == k]) for k in range(2)]).min(1).values.median() > 1e-3
+
+
+def unseedable(x:PILImage): return PILImage.create(np.asarray(x) // np.random.default_rng().integers(1, 9, dtype=np.uint8))
 
 class Unseedable(Transform):
     order = 50
-    def encodes(self, x:TensorImage): return x*float(RNG_OF_ITS_OWN.uniform(.5, 1))
+    def encodes(self, x:TensorImage): return x*float(np.random.default_rng().uniform(.5, 1))
 
 
 def test_what_cannot_be_repeated_is_refused_before_anything_is_written(tmp_path):
@@ -323,8 +417,6 @@ def test_what_cannot_be_repeated_is_refused_before_anything_is_written(tmp_path)
         def forward(self, x): return self.net(x) + x.mean()
     no('differs by .* with other samples in its batch', data(), Moody())
     no('keeps the likeliest of several classes, but this model predicts sigmoid', data(MultiCategoryBlock, labels), Convs(5), topk=2)
-    lm = apps.language_model()
-    no('stream that is cut anew', lm[0].dls, lm[1])
     tensors = torch.utils.data.TensorDataset(torch.randn(8, 3, 4, 4), torch.zeros(8).long())
     torch_dls = DataLoaders(*[torch.utils.data.DataLoader(tensors)]*2)
     no('is no fastai DataLoader: write with cache_dataset', torch_dls, kind='softmax', axis=1)
@@ -474,9 +566,16 @@ def test_a_teacher_learner_with_its_classes_in_another_order(tmp_path):
         cache_teacher([teacher, Learner(mine, Convs(3))], mine, tmp_path/'b')
 
 
-def test_probabilities_are_noticed_before_they_are_stored(tmp_path):
-    with pytest.warns(DistillWarning, match='look like probabilities'):
-        cache_teacher(nn.Sequential(Convs(3), nn.Softmax(1)).eval(), data(), tmp_path)
+def test_the_doctor_sees_the_teacher_first(tmp_path):
+    "The same findings as before training: nothing is written from a teacher that would teach nonsense"
+    with pytest.raises(DistillError, match='outputs are probabilities'), pytest.warns(DistillWarning):
+        checked_first(nn.Sequential(Convs(3), nn.Softmax(1)).eval(), data(), tmp_path)
+    with pytest.warns(DistillWarning, match='no better than chance'):
+        with pytest.warns(DistillWarning, match='seems untrained'): checked_first(Convs(3).eval(), data(), tmp_path/'c')
+    student,_ = apps.text_classifier()
+    _,teacher = apps.text_classifier(vocab=[*apps.WORDS[:2], *apps.WORDS[:1:-1]])
+    with pytest.raises(DistillError, match='code their tokens differently'): checked_first(teacher, student.dls, tmp_path)
+    assert [o.name for o in tmp_path.iterdir()] == ['c']
 
 
 @pytest.mark.parametrize('views', [2, 0])

@@ -1,21 +1,22 @@
 "Run the teacher once over a Learner's data, then train as many students as you like from what it said."
-import copy, warnings
+import copy
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
-from fastai.basics import Callback, L, Pipeline, TfmdDL, TfmdLists, nested_attr
+from fastai.basics import Callback, L, Pipeline, TfmdDL, TfmdLists
 from fastai.tabular.core import TabDataLoader
 from fastai.text.data import SortedDL
 from fastai.vision.augment import RandomErasing, RandTransform, SpaceTfm
 from ..cache import Source, TeacherCache, Wish, write_cache
-from ..cache.keys import keys_of, root_of
+from ..cache.keys import hash_of, keys_of, root_of
 from ..cache.manifest import fingerprint, refuse, transform_differences, versions
 from ..cache.plain import identity_of, leaves, unrepeatable
-from ..outputs import DistillError, DistillWarning, Outputs, TopK, as_plain
-from ..replay import untouched
+from ..outputs import DistillError, Outputs, TopK, as_plain
+from ..replay import seeds_of, untouched
 from .blocks import Feed, reorder
-from .replayed import Pair, Plan, attach, describe, detach, refuse_unindexed
+from .check import check_teacher, vocab_of
+from .replayed import Pair, Plan, attach, describe, detach, is_stream, refuse_unindexed
 from .task import task_of
 from .teachers import teacher_of
 
@@ -38,6 +39,7 @@ def cache_teacher(
     bs:int|None=None, num_workers:int|None=None, # None: as the DataLoaders have it
     seed:int=0, # of the random numbers
     kind:str|None=None, axis:int|None=None, # what the logits are, and their class axis; None: read off the labels' loss function
+    check:bool=True, # look for mistakes first, as `Learner.check_teacher` does
     force:bool=False, # write anew over a cache that doesn't fit
     progress=None, forecast=None # fn(rows done, rows in all, bytes done), after each batch; fn(Forecast), before the first one
 ) -> TeacherCache:
@@ -45,6 +47,7 @@ def cache_teacher(
     task = task_in(dls, teacher, kind, axis)
     if topk is not None and task.kind != 'softmax':
         raise DistillError(f"topk={topk} keeps the likeliest of several classes, but this model predicts {task.kind} outputs: topk=None.")
+    if check: check_teacher(dls, teacher, task).enforce()
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **({} if layers is None else dict(layers=layers)))
     wish = Wish(dtype, topk, tail, task.axis, size)
     given = dict(seed=seed, force=force, progress=progress, forecast=forecast)
@@ -68,17 +71,23 @@ def verify_cache(
     task,keys = task_in(dls, teacher, kwargs.pop('kind', None), kwargs.pop('axis', None)),kwargs.pop('keys', None)
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **kwargs)
     source = source_of(teacher, dls, dls.train, m.views, m.seed, keys, check=False)
-    at = np.sort(np.random.default_rng(seed).choice(len(source.keys)*m.stored, min(n, len(source.keys)*m.stored), replace=False))
+    at,bs = asked_again(dls.train, len(source.keys), m.stored, n, np.random.default_rng(seed))
     view,row = np.divmod(at, len(source.keys))
     stored = cache.find(source.keys[row])
     errors = []
-    for i,live in enumerate(source.run(at, 1)):
-        kept = cache.outputs(stored[i:i+1], view[i:i+1]).logits
-        t = live.logits.detach().float().cpu()
+    for i,live in enumerate(source.run(at, bs)):
+        some = slice(i*bs, i*bs+bs)
+        kept,t = cache.outputs(stored[some], view[some]).logits,live.logits.detach().float().cpu()
         if isinstance(kept, TopK): kept,t = kept.values,t.movedim(kept.axis, -1).log_softmax(-1).gather(-1, kept.ids)
-        errors.append((kept-t).abs().amax().item() if kept.shape == t.shape else float('inf'))
+        errors += (kept-t).abs().flatten(1).amax(1).tolist() if kept.shape == t.shape else [float('inf')]
     return Verified(len(at), max(errors), float(np.mean(errors)),
                     next(f.dtype for f in m.layout.fields if f.name in ('logits', 'values')))
+
+
+def asked_again(dl, n, views, some, rng):
+    "(tasks, batch size) of some rows: from everywhere, but of a stream the first ones of a view"
+    if not is_stream(dl): return np.sort(rng.choice(n*views, min(some, n*views), replace=False)),1
+    return int(rng.integers(views))*n + np.arange(min(-(-some//dl.bs)*dl.bs, n)),dl.bs
 
 
 @dataclass
@@ -103,22 +112,62 @@ def task_in(dls, teacher, kind, axis):
 def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num_workers=None, check=True):
     "What `write_cache` must know about a teacher and one of the DataLoaders"
     refuse_unindexed(dl)
+    stream = is_stream(dl)
+    if stream and bs not in (None, dl.bs):
+        raise DistillError(f"bs={bs}, but a language model's text is cut into as many rows as its batches have, {dl.bs}: leave bs out.")
     names,order,root = item_keys(dl, keys, root_of(dls.path)),order_of(dl),root_of(dls.path)
-    plan = Plan(names[order], views, seed, order)
+    plan = Plan(names[order], views, seed, order, stream=stream)
     make = lambda tasks, bs, workers=None: writer_dl(dl, plan, tasks, bs, workers)
     def run(tasks, bs):
         with clean(dl, not views), teacher if hasattr(teacher, '__enter__') else nullcontext():
-            d = make(tasks, bs, num_workers if len(tasks) > bs else 0)      # to start workers takes longer than one batch
-            for b in d: yield Outputs.of(teacher(*map(as_plain, b[:d.n_inp])))
+            workers = num_workers if len(tasks) > bs else 0     # to start workers takes longer than one batch
+            if stream: yield from stream_answers(teacher, dl, lambda t: make(t, bs, workers), tasks, bs, len(names))
+            else: yield from (answer(teacher, b, dl.n_inp) for b in make(tasks, bs, workers))
     if check:
         with clean(dl, not views): check_repeats(make, len(names)*max(views, 1))
-        check_alone(run, len(names))       # subtle: of one view, in which texts are ordered by length
+        if not stream: check_alone(run, len(names))       # subtle: of one view, in which texts are ordered by length
     with clean(dl, not views): samples = digests(make, plan, views)
-    return Source(plan.keys, run, bs or dl.bs or 64, identity_of(teacher), describe(dl) if views else {}, root, vocab, samples)
+    return Source(plan.keys, run, bs or dl.bs or 64, identity_of(teacher), describe(dl) if views or stream else {}, root, vocab, samples)
+
+
+def answer(teacher, b, n_inp): return Outputs.of(teacher(*map(as_plain, b[:n_inp])))
+
+
+def stream_answers(teacher, dl, make, tasks, bs, n):
+    "The same of a language model; who remembers must hear a view from its beginning, what is already written too"
+    firsts,remembers = [(t, True) for t in tasks[::bs].tolist()],any(callable(getattr(m, 'reset', None)) for m in teacher.modules)
+    if remembers: firsts = list(led(firsts, bs, n))
+    for (t,wanted),b in zip(firsts, make(np.concatenate([np.arange(t, t+min(bs, len(tasks))) for t,_ in firsts]))):
+        if t % n == 0: teacher.reset()
+        out = answer(teacher, b, dl.n_inp)
+        if wanted: yield of_length(out, dl.seq_len)
+
+
+def led(firsts, bs, n):
+    "(first task of a batch, is it wanted?): before each batch, those of its view that come before it"
+    ready = None
+    for t,_ in firsts:
+        if t != ready: yield from ((o, False) for o in range(t - t%n, t, bs))
+        yield t,True
+        ready = t+bs if (t+bs)%n else None
+
+
+def of_length(out, n):
+    "Outputs (B, L, ...) filled up to n places, or cut to them: the last batch of a stream is shorter, rows are not"
+    def fit(t):
+        if isinstance(t, TopK): return replace(t, ids=fit(t.ids), values=fit(t.values))
+        return t[:, :n] if n <= t.shape[1] else torch.nn.functional.pad(t, [0]*(2*t.dim()-3) + [n-t.shape[1]])
+    return Outputs(fit(out.logits), {k: fit(v) for k,v in out.feats.items()}, None if out.mask is None else fit(out.mask))
 
 
 def item_keys(dl, keys, root):
-    "(N,) uint64 by position in the dataset"
+    "(N,) uint64 by position in the dataset; of a stream, by place in these very texts"
+    names = names_in(dl, keys, root)
+    if not is_stream(dl): return names
+    return seeds_of(hash_of(names.tobytes(), np.asarray(dl.lens.coll, np.int64).tobytes()), np.arange(dl.n))
+
+
+def names_in(dl, keys, root):
     ds = dl.dataset
     items = ds if isinstance(ds, (list, L, np.ndarray)) else getattr(ds, 'items', None)
     if keys is not None:
@@ -136,8 +185,8 @@ def item_keys(dl, keys, root):
 
 def order_of(dl):
     "Positions in the order in which rows are stored: as they are, but texts by length, for padding must not mix long and short"
-    n = len(dl.dataset)
-    return np.argsort(-np.asarray(dl.res), kind='stable') if isinstance(dl, SortedDL) else np.arange(n)
+    if isinstance(dl, SortedDL): return np.argsort(-np.asarray(dl.res), kind='stable')
+    return np.arange(dl.n if is_stream(dl) else len(dl.dataset))
 
 
 class Fixed:
@@ -151,7 +200,7 @@ def writer_dl(dl, plan, tasks, bs, workers=None):
     cls = TabDataLoader if isinstance(dl, TabDataLoader) else TfmdDL
     more = {} if workers is None else dict(num_workers=workers)
     d = TfmdDL.new(dl, cls=cls, bs=bs, shuffle=False, drop_last=False, get_idxs=Fixed(np.asarray(tasks).tolist()), **more)
-    return attach(d, copy.copy(plan))
+    return attach(d, copy.copy(plan), dl if is_stream(dl) else None)
 
 
 @contextmanager
@@ -189,9 +238,6 @@ def check_alone(run, n):
     a,b = next(run(tasks, len(tasks))).logits[::2],next(run(half, len(half))).logits
     tol = 1e-3 if a.dtype.itemsize > 2 else .03
     a,b = a.float(),b.float()
-    if a.dim() == 2 and a.shape[1] > 1 and a.min() >= 0 and (a.sum(1)-1).abs().max() < 1e-3:
-        warnings.warn(DistillWarning("The teacher's answers look like probabilities (they sum to 1), where logits are expected: "
-                                     "take the softmax off its end."))
     if a.shape != b.shape: return       # padded to another length: the layout will see
     if (far := (a-b).abs().nan_to_num().max().item()) > tol*(1 + a[a.isfinite()].abs().max().item()):
         raise DistillError(f"The teacher's answer to a sample differs by {far:.3g} with other samples in its batch: it is in training "
@@ -219,15 +265,6 @@ def digests(make, plan, views):
 def digest(pair, n_inp):
     item = plain(pair)
     return fingerprint(*leaves(item[:n_inp])) if isinstance(item, tuple) else 'row of a table'
-
-
-def vocab_of(dls):
-    "Names of the classes, if they have any"
-    v = getattr(dls, 'vocab', None)
-    if v is None: v = nested_attr(dls, 'train.after_item.vocab', None)
-    if v is None or isinstance(v, dict): return None
-    v = list(v)
-    return list(map(str, v[-1] if v and not isinstance(v[-1], str) and hasattr(v[-1], '__len__') else v))
 
 
 def classes_of(teacher, dls):
@@ -281,6 +318,7 @@ class CacheFeed(Feed):
     def _attach(self, dls):
         names,valid = self.cache.manifest.vocab,self.cache.valid
         self.order = None if names is None or vocab_of(dls) is None else reorder(names, vocab_of(dls))
+        self.stream = is_stream(dls.train)
         plan = self._feed(dls, dls.train, self.cache, self.keys)
         if valid is not None and len(dls.loaders) > 1: self._feed(dls, dls.valid, valid, self.keys if callable(self.keys) else None)
         self.epochs = Epochs(plan, self.done)
@@ -288,8 +326,9 @@ class CacheFeed(Feed):
 
     def _feed(self, dls, dl, cache, keys):
         refuse_unindexed(dl)
+        if cache.views or is_stream(dl): refuse(cache.folder, transform_differences(cache.manifest.transforms, describe(dl)), cache.force)
         names = item_keys(dl, keys, root_of(dls.path))
-        plan = Plan(names, cache.views, cache.seed, cache.find(names), cache, random=bool(cache.views))
+        plan = Plan(names, cache.views, cache.seed, cache.find(names), cache, random=bool(cache.views), stream=is_stream(dl))
         refuse(cache.folder, misfits(dl, plan, cache), cache.force)
         self.fed.append(attach(dl, plan))
         return plan
@@ -307,6 +346,7 @@ class CacheFeed(Feed):
 
     def decode(self, t, learn):
         out = self.cache.decode(t)
+        if self.stream: out = of_length(out, learn.x.shape[1])
         lg,order = out.logits,self.order
         if order is not None: lg = lg.reorder(order) if isinstance(lg, TopK) else lg.index_select(self.axis, order.to(lg.device))
         if isinstance(lg, TopK): lg = lg.dense(as_plain(learn.pred) if lg.tail == 'bucket' else None)
@@ -321,8 +361,8 @@ def inner(dl):
 def misfits(dl, plan, cache):
     "In words, what makes these data others than those that a cache was written with"
     m = cache.manifest
-    if m.views: return transform_differences(m.transforms, describe(dl)) or sample_differences(dl, plan, m)
-    if m.layout.dense and (moving := moves(dl)):
+    if m.views: return sample_differences(dl, plan, m)
+    if m.layout.dense and not plan.stream and (moving := moves(dl)):
         return [f"these outputs of unchanged inputs have a place for each pixel or token, which {', '.join(moving)} would move: "
                 "cache views=1 or more"]
     return []
@@ -338,7 +378,7 @@ def moves(dl):
 def sample_differences(dl, plan, m):
     "Make the inputs of a few samples as they were made when the cache was written, and compare"
     n = len(plan.keys)
-    d = writer_dl(dl, Plan(plan.keys, m.views, m.seed, np.arange(n)), [0], 1, 0)
+    d = writer_dl(dl, Plan(plan.keys, m.views, m.seed, np.arange(n), stream=plan.stream), [0], 1, 0)
     d.before_iter()
     for s in m.samples:
         if not len(here := np.flatnonzero(plan.at == s['row'])): continue

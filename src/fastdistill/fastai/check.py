@@ -1,18 +1,20 @@
 "The doctor: what would go wrong in silence, said before training."
 import warnings
 from dataclasses import dataclass
+from types import SimpleNamespace
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from fastai.basics import L, is_listy
+from fastai.basics import L, is_listy, nested_attr
 from ..outputs import DistillError, DistillWarning, Outputs, as_plain
 from ..replay import untouched
 from ..taps import run
 from ..teacher import Teacher
+from .replayed import is_stream
 from .task import task_of
 from .teachers import teacher_of
 
-__all__ = ['Finding', 'Findings', 'check_teacher', 'fitting_teacher']
+__all__ = ['Finding', 'Findings', 'check_teacher', 'fitting_teacher', 'vocab_of']
 
 BATCHES = 8 # of the validation set are enough to tell a teacher from chance
 
@@ -55,11 +57,12 @@ def fitting_teacher(
 
 
 def check_teacher(
-    learn, # the student's Learner
+    learn, # the student's Learner, or its DataLoaders alone
     teacher, # what `KnowledgeDistillation` takes
     task=None # what the student predicts; None: read off its loss function
 ) -> Findings:
     "Compare what the teacher expects with what it will be given; a few validation batches tell whether it knows the task"
+    if not hasattr(learn, 'dls'): learn = SimpleNamespace(dls=learn, model=None, loss_func=getattr(learn, 'loss_func', None))
     task = task or task_of(learn.loss_func)
     teacher = fitting_teacher(teacher, learn, task)
     found = Findings()
@@ -79,6 +82,7 @@ def with_learners(teacher): return [o for o in leaves(teacher) if o.learner is n
 
 def shared_parameters(learn, teacher, task):
     "Parameters that the student trains must not be the teacher's"
+    if learn.model is None: return
     ids = teacher.parameters_ids
     if both := [n for n,p in learn.model.named_parameters() if id(p) in ids]:
         yield Finding('error',
@@ -110,13 +114,11 @@ def known_kind(loss_func):
 
 def vocab_of(dls):
     "Names of the classes, in the order of the outputs; None where there are none"
-    v = None if is_lm(dls) else getattr(dls, 'vocab', None)
-    if v is None: return None
+    v = None if is_stream(dls.train) else getattr(dls, 'vocab', None)
+    if v is None: v = nested_attr(dls, 'train.after_item.vocab')        # codes of masks
+    if v is None or isinstance(v, dict): return None
     if len(v) and all(hasattr(o, '__len__') and not isinstance(o, str) for o in v): v = v[-1]   # one for each block, as (tokens, classes)
-    return list(v)
-
-
-def is_lm(dls): return type(dls.train).__name__ == 'LMDataLoader'
+    return list(map(str, v))
 
 
 def class_order(learn, teacher, task):
@@ -156,7 +158,7 @@ def codings(learn, teacher, task):
 def tokens(dls):
     v = getattr(dls, 'vocab', None)
     if v is None: return None
-    if is_lm(dls): return list(v)
+    if is_stream(dls.train): return list(v)
     return list(v[0]) if is_listy(v) and len(v) > 1 and is_listy(v[0]) else None
 
 def categories(dls):
@@ -203,7 +205,7 @@ def answers(learn, teacher, task):
             teacher.reset()
             t = teacher(*xb).logits
             if tally is None:
-                if wrong := shape_error(student_shape(learn, xb), t.shape, task):
+                if learn.model is not None and (wrong := shape_error(student_shape(learn, xb), t.shape, task)):
                     yield wrong
                     return
                 yield from steady(teacher, xb, t)
@@ -216,7 +218,7 @@ def answers(learn, teacher, task):
 
 
 def split(learn, b):
-    b = learn._set_device(b)
+    if learn.model is not None: b = learn._set_device(b)
     b = tuple(b) if is_listy(b) else (b,)
     n = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
     return tuple(map(as_plain, b[:n])),tuple(map(as_plain, b[n:]))

@@ -5,7 +5,7 @@ from functools import partial
 from types import MethodType
 import numpy as np
 import torch
-from fastai.basics import ItemTransform, Pipeline, Transform
+from fastai.basics import Chunks, ItemTransform, Pipeline, Transform
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
 from fastai.tabular.core import ReadTabBatch
 from fastai.text.data import LMDataLoader
@@ -13,11 +13,12 @@ from fastai.vision.augment import AffineCoordTfm, SpaceTfm, TensorImage
 from torch import Tensor
 from ..cache.keys import hash_of
 from ..cache.manifest import fingerprint
+from ..generators import Generators
 from ..outputs import DistillError
 from ..replay import PerSample, held, per_sample, seeded, seeds_of, untouched, view_of
 from .blocks import TeacherRow
 
-__all__ = ['Plan', 'attach', 'describe', 'detach', 'refuse_unindexed']
+__all__ = ['Plan', 'attach', 'describe', 'detach', 'is_stream', 'refuse_unindexed']
 
 FIXED = Normalize,IntToFloatTensor,ToTensor,ReadTabBatch    # no random numbers, each sample by itself
 
@@ -32,6 +33,7 @@ class Plan:
     cache:object=None # whose rows are fed; None while writing
     epoch:int=0
     random:bool=True # seed what is drawn
+    stream:bool=False # samples follow one another: all show the same view
 
     def of(self, i):
         "(positions, keys, views, rows) of indices, an array of them or one number"
@@ -40,7 +42,7 @@ class Plan:
             at,keys = self.at[row],self.keys[row]
             return at,keys if isinstance(i, np.ndarray) else int(keys),view,None
         keys = self.keys[i] if isinstance(i, np.ndarray) else int(self.keys[i])
-        return i,keys,view_of(keys, self.epoch, self.views, self.seed),self.at[i]
+        return i,keys,view_of(keys*0 if self.stream else keys, self.epoch, self.views, self.seed),self.at[i]
 
 
 class Shown:
@@ -53,20 +55,50 @@ class Pair(tuple): "An item and its index"
 
 class Items:
     "A DataLoader's `do_item` whose random numbers belong to the sample and the view"
-    def __init__(self, dl, plan): self.dl,self.plan = dl,plan
+    def __init__(self, dl, plan): self.dl,self.plan,self.own = dl,plan,Generators(dl.after_item, dl.dataset)
 
     def __call__(self, s):
         s = 0 if s is None else int(s)
         at,key,view,_ = self.plan.of(s)
-        item = self.make(int(at), seeds_of(self.plan.seed, key, view))
+        item = self.make(int(at), key, int(view))
         if item is None and self.plan.cache is None:
             raise DistillError(f"Sample {at} is left out by its own transforms (SkipItemException): "
                                "take it out of the data before caching.")
         return None if item is None else Pair((item, s))
 
-    def make(self, at, seed):
+    def make(self, at, key, view):
         if not self.plan.random: return type(self.dl).do_item(self.dl, at)
-        with seeded(seed): return type(self.dl).do_item(self.dl, at)
+        seed = seeds_of(self.plan.seed, key, view)
+        with seeded(seed), self.own.seeded(seed): return type(self.dl).do_item(self.dl, at)
+
+
+class Cuts(Items):
+    "The same of a language model, whose samples are cut from texts in a row: each view has an order of the texts"
+    view = None
+
+    def make(self, at, key, view):
+        if view != self.view: self.view,self.chunks = view,self.row(view)
+        was,self.dl.chunks = self.dl.chunks,self.chunks
+        try: return super().make(at, key, view)
+        finally: self.dl.chunks = was
+
+    def row(self, view):
+        lens,seed = list(self.dl.lens.coll),seeds_of(self.plan.seed, view)
+        order = np.random.default_rng(seed).permutation(len(lens)) if self.plan.views else np.arange(len(lens))
+        return Chunks(Texts(self, order.tolist(), seed), [lens[i] for i in order])
+
+
+class Texts:
+    "A language model's texts in an order, each with random numbers of its own"
+    def __init__(self, cuts, order, seed): self.cuts,self.order,self.seed = cuts,order,seed
+
+    def __len__(self): return len(self.order)
+
+    def __getitem__(self, i):
+        i,items = self.order[i],self.cuts.dl.items
+        if not self.cuts.plan.random: return items.tfm(items.coll[i])
+        seed = seeds_of(self.seed, i)
+        with seeded(seed), self.cuts.own.seeded(seed): return items.tfm(items.coll[i])
 
 
 class Batches:
@@ -181,13 +213,16 @@ def b_of(o, b): return tuple(o) if isinstance(b, tuple) else o[0]
 
 # putting it into a DataLoader, and taking it out
 
-def attach(dl, plan):
+def attach(
+    dl, plan,
+    source=None # the DataLoader that makes the items, if not `dl` itself
+):
     "Have `dl` replay `plan`; the DataLoader stays the same object, so that whoever holds it sees it"
     detach(dl)
     refuse_unindexed(dl)
     assert dl.n_inp         # subtle: learnt from a first batch, which must be one without rows
     own = dl.__dict__.get('do_batch')
-    dl.do_batch,dl.do_item = Batches(dl, plan, own),Items(dl, plan)
+    dl.do_batch,dl.do_item = Batches(dl, plan, own),(Cuts if plan.stream else Items)(source or dl, plan)
     # subtle: a bound method, which `dl.new()` leaves behind
     if plan.random: dl.create_batches = MethodType(create_batches, dl)
     dl.after_batch = Replay(dl.after_batch, plan)
@@ -205,12 +240,12 @@ def detach(dl):
     if isinstance(pipe, Replay): pipe.own.fs,dl.after_batch = pipe.fs,pipe.own
 
 
+def is_stream(dl): return isinstance(dl, LMDataLoader)
+
+
 def refuse_unindexed(dl):
     "What has no samples to keep outputs for, is refused in words"
     what = type(dl).__name__
-    if isinstance(dl, LMDataLoader):
-        raise DistillError("A language model's batches are a stream that is cut anew each epoch, and its teacher remembers what came "
-                           "before: there are no samples to keep outputs of. Use a live teacher.")
     if not hasattr(dl, 'after_batch') or not hasattr(dl, 'do_item'):
         raise DistillError(f"{what} is no fastai DataLoader: write with cache_dataset(teacher, dataset, path) and train with "
                            "Replayed(dataset, cache).")
@@ -225,6 +260,7 @@ def refuse_unindexed(dl):
 def describe(dl) -> dict:
     "Name -> in words, of each transform that replay repeats; `Normalize` is not among them, for each model may have its own"
     out = {}
+    if is_stream(dl): out['stream'] = f'{dl.bs} rows of {dl.bl} tokens, {dl.seq_len} at a time'
     tls = getattr(dl.dataset, 'tls', [])[:getattr(dl.dataset, 'n_inp', 1)]
     # how an item is read (functions) shows in the item itself, and is compared there
     for i,tl in enumerate(tls): name_each(out, f'input {i}', [f for f in tl.tfms.fs if type(f) not in (Transform, ItemTransform)])
