@@ -1,10 +1,11 @@
 "`fastdistill cache`, as a user types it."
-import json, re, sys
+import json, os, re, subprocess, sys
+import numpy as np
 import pytest, torch
 import apps # before the rest of fastai: it keeps its warnings quiet
 from fastdistill.cache import TeacherCache, writer
 from fastdistill.cli import app
-from fastdistill.outputs import DistillError
+from fastdistill.outputs import DistillError, DistillWarning
 from typer.testing import CliRunner
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS, 'ignore:__array__ implementation:DeprecationWarning')
@@ -55,6 +56,7 @@ def cache(tmp_path, monkeypatch):
     "Run `fastdistill cache ARGS`"
     monkeypatch.setenv('COLUMNS', '160')
     def call(*args, code=0, **kwargs):
+        if args[0] == 'write' and '--check' not in args: args = *args,'--no-check'      # the teachers know nothing
         r = CliRunner().invoke(app, ['cache', *map(str, args)], **kwargs)
         if code is None: return r
         assert r.exit_code == code, f'{r.output}\n{r.exception!r}'
@@ -138,3 +140,25 @@ def test_help_names_each_command(cache):
     out = cache('--help')
     assert all(c in out for c in ('write', 'verify', 'info'))
     assert torch.is_grad_enabled()
+
+
+def test_each_process_of_torchrun_writes_its_share(script, cache, tmp_path):
+    (tmp_path/'run.py').write_text("from fastdistill.cache import writer\nfrom fastdistill.cli import main\n"
+                                   "writer.write_cache.__kwdefaults__['shard_bytes'] = 32\nmain()")      # four rows
+    args = 'cache','write',f'{script}:teacher',f'{script}:dls'
+    more = '--views','2','--dtype','float32','--valid'
+    launch = sys.executable,'-m','torch.distributed.run','--standalone','--nproc-per-node','2',tmp_path/'run.py'
+    r = subprocess.run([*map(str, launch), *args, str(tmp_path/'two'), *more, '--no-check'], capture_output=True, text=True, env={**os.environ, 'COLUMNS': '160'})
+    assert r.returncode == 0, r.stderr
+    assert r.stdout.count('16 samples x 2 view(s)') == 1 and '16/16' in r.stdout      # of its own share
+    cache(*args[1:], tmp_path/'one', *more)
+    one,two = TeacherCache(tmp_path/'one'),TeacherCache(tmp_path/'two').check()
+    assert (len(one.manifest.shards), len(two.manifest.shards)) == (3, 9)
+    for a,b in ((one, two), (one.valid, two.valid)):
+        at,views = np.divmod(np.arange(len(a)*max(a.views, 1)), max(a.views, 1))
+        assert np.array_equal(a.keys, b.keys) and np.array_equal(a.rows(at, views), b.rows(at, views))
+
+
+def test_a_teacher_that_knows_nothing_is_noticed_first(script, cache, tmp_path):
+    with pytest.warns(DistillWarning, match='no better than chance'):
+        cache('write', f'{script}:teacher', f'{script}:dls', tmp_path/'c', '--check')

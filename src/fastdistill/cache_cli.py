@@ -1,16 +1,17 @@
 "`fastdistill cache`: write what a teacher says, look at it, ask it again."
-import importlib.util, inspect, sys
+import importlib.util, inspect, os, sys
+from contextlib import contextmanager
 from functools import cache as once
 from pathlib import Path
 from typing import Annotated
-import typer
+import torch, typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from .cache import TeacherCache
 from .cache.folder import folder
 from .cache.manifest import Manifest
-from .cache.writer import finished
+from .cache.writer import finished, ranks
 from .outputs import DistillError
 
 __all__ = ['app']
@@ -39,22 +40,38 @@ def write(
     bs:Annotated[int|None, typer.Option(help="Batch size; else the DataLoaders' own.")]=None,
     workers:Annotated[int|None, typer.Option(help="Workers; else the DataLoaders' own.")]=None,
     seed:Annotated[int, typer.Option(help='Of all random numbers.')]=0,
+    check:Annotated[bool, typer.Option(help='Look for mistakes first.')]=True,
     force:Annotated[bool, typer.Option('--force', help="Write anew over a cache that doesn't fit.")]=False,
     yes:Annotated[bool, typer.Option('--yes', '-y', help='Ask nothing.')]=False
 ):
-    "Run the teacher over the data and store what it says; one that was stopped goes on where it was."
+    """Run the teacher over the data and store what it says; one that was stopped goes on where it was. Under torchrun or accelerate
+    launch, each process writes its share"""
     dls,model = loaded(data, dataloaders),loaded_teacher(teacher)
-    console = Console()
-    with Bar(console, yes) as bar:
+    with joined() as first, Bar(console := Console(quiet=not first), yes or not first) as bar:
         try:
             from .fastai.cached import cache_teacher
             cache = cache_teacher(model, dls, path, views, topk, dtype, layers or None, tail=tail, size=size, valid=valid, bs=bs,
-                                  num_workers=workers, seed=seed, force=force, progress=bar.progress, forecast=bar.forecast)
+                                  num_workers=workers, seed=seed, check=check and first, force=force,
+                                  progress=bar.progress, forecast=bar.forecast)
         except KeyboardInterrupt:
             bar.stop()
             console.print(f'\nStopped. What was finished is kept in {path}: the same command goes on from there.', highlight=False)
             raise typer.Exit(130) from None
     console.print(str(cache), highlight=False, markup=False)
+
+
+@contextmanager
+def joined():
+    "Meet the other processes that torchrun or accelerate launch started, if any; gives whether this is the first one"
+    d = torch.distributed
+    world,met = int(os.environ.get('WORLD_SIZE', 1)),d.is_available() and d.is_initialized()
+    if world == 1 or met:
+        yield ranks()[0] == 0
+        return
+    if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+    d.init_process_group('gloo')        # it is for words, not for tensors
+    try: yield ranks()[0] == 0
+    finally: d.destroy_process_group()
 
 
 @app.command()
