@@ -5,7 +5,7 @@
 
 The student is EfficientNet-Lite0 and the teacher EfficientNet-Lite2, both as they were trained on ImageNet, neither on the other.
 Where a loss needs the teacher's channels, the student's go through a 1x1 projector fitted by least squares to these photographs."""
-import functools, io, sys, zipfile
+import functools, io, sys, tempfile, zipfile
 from pathlib import Path
 import numpy as np
 import timm
@@ -395,10 +395,39 @@ def kl():
     save(fig, 'kl')
 
 
+def views():
+    "What a student is shown of two photographs in four epochs, and what a cache of four views says about it"
+    from fastai.vision.all import (CategoryBlock, CrossEntropyLossFlat, DataBlock, ImageBlock, IndexSplitter, Learner, Normalize, PILImage,
+                                   RandomResizedCrop, aug_transforms)
+    from fastdistill.fastai.cached import CacheFeed, cache_teacher
+    photos,names = load_sample_images().images,ImageNetInfo()
+    data = DataBlock((ImageBlock, CategoryBlock), get_x=lambda i: PILImage.create(photos[i]), get_y=lambda i: 'ab'[i], splitter=IndexSplitter([]),
+                     item_tfms=RandomResizedCrop(256, min_scale=.3),
+                     batch_tfms=[*aug_transforms(max_rotate=20, max_lighting=.5, max_warp=.3), Normalize(torch.full((1, 3, 1, 1), .5),
+                                                                                                         torch.full((1, 3, 1, 1), .5))])
+    make = lambda: data.dataloaders([0, 1], bs=2, num_workers=0, shuffle=False)
+    fig = Figure(figsize=(9.5, 6.2), layout='constrained')
+    with tempfile.TemporaryDirectory() as tmp:
+        learn = Learner(make(), torch.nn.Linear(1, 2), loss_func=CrossEntropyLossFlat())
+        feed = CacheFeed(cache_teacher(teacher, make(), tmp, views=4, topk=3, check=False)).attach(learn)
+        for epoch,axs in enumerate(fig.subplots(2, 4).T):
+            plan = feed.epochs.plan
+            plan.epoch = epoch
+            images,_,rows = learn.dls.train.one_batch()
+            t = feed.cache.decode(torch.Tensor(rows).to(torch.uint8)).logits
+            for i,ax in enumerate(axs):
+                put(ax, torch.Tensor(images[i])/2 + .5)
+                ax.set_title(f'epoch {epoch}: view {plan.of(i)[2]}', fontsize=10)
+                says = [f'{names.index_to_description(k).split(",")[0]} {p:.2f}' for k,p in zip(t.ids[i].tolist(), t.values[i].exp().tolist())]
+                ax.set_xlabel('\n'.join(says), fontsize=9)
+        feed.detach()
+    save(fig, 'views')
+
+
 if __name__ == '__main__':
     folder,*wanted = sys.argv[1:]
     torch.set_grad_enabled(False)
     student,teacher = [network(Path(folder), k) for k in (0, 2)]
     x,whole = photographs()
-    for draw in (at, hint, pkd, vid, ab, ofd, fsp, ickd, nst, pairwise, ifvd, cwd, sp, cc, pkt, rkd, kl):
+    for draw in (at, hint, pkd, vid, ab, ofd, fsp, ickd, nst, pairwise, ifvd, cwd, sp, cc, pkt, rkd, kl, views):
         if not wanted or draw.__name__ in wanted: draw()
