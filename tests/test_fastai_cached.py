@@ -1,6 +1,7 @@
 "The teacher runs once: what is stored is what it would say, live, about the very batch that the student sees."
-import json, random
+import json, os, random, subprocess, sys
 from functools import partial
+from pathlib import Path
 import numpy as np
 import pytest, torch
 import apps # before the rest of fastai: it keeps its warnings quiet
@@ -538,6 +539,50 @@ def test_ranks_of_a_distributed_fit_get_their_own_rows(tmp_path, monkeypatch):
             torch.testing.assert_close(kept, teacher(torch.Tensor(x)).logits, rtol=1e-4, atol=1e-5)
     feed.detach()
     assert not any(isinstance(dl.__dict__.get('do_item'), Items) for dl in own)
+
+
+TWO = """
+import sys, warnings
+warnings.simplefilter('ignore')
+import torch
+from test_fastai_cached import Compare, Convs, CacheFeed, Teacher, cache_teacher, data, student
+import fastai.distributed as fd
+
+def broadcast(self, t, rank): # fastai's own only knows GPUs
+    t = torch.tensor(t)
+    torch.distributed.broadcast(t, rank)
+    return t.tolist()
+fd.DistributedDL._broadcast = broadcast
+
+torch.distributed.init_process_group('gloo')
+teacher = Teacher(Convs(3))
+cache = cache_teacher(teacher, data(), sys.argv[1] + '/c', views=2, dtype='float32')
+learn = student(data(bs=3, num_workers=1))
+learn.logger = print
+c = Compare(CacheFeed(cache), teacher)
+with learn.no_bar(), learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-3, cbs=c)
+seen = [torch.cat([live for train,e,_,live,_ in c.seen if train and e == k]) for k in range(2)]
+torch.save((c.error, seen), f'{sys.argv[1]}/{fd.rank_distrib()}.pt')
+"""
+
+def test_two_processes_write_a_cache_and_train_from_it(tmp_path):
+    pytest.importorskip('accelerate')
+    one = cache_teacher(Teacher(Convs(3)), data(), tmp_path/'one', views=2, dtype='float32')
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', tmp_path/'run.py', tmp_path]
+    (tmp_path/'run.py').write_text(TWO)
+    env = dict(os.environ, ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1', PYTHONPATH=str(Path(__file__).parent))
+    r = subprocess.run([*map(str, launch)], env=env, capture_output=True, text=True, timeout=300)
+    assert r.returncode == 0, r.stderr
+    two = TeacherCache(tmp_path/'c')
+    at = np.arange(2*TRAIN)
+    assert np.array_equal(one.rows(at % TRAIN, at//TRAIN), two.rows(at % TRAIN, at//TRAIN))
+    (e,a),(f,b) = [torch.load(tmp_path/f'{i}.pt', weights_only=True) for i in (0, 1)]
+    assert max(e, f) < 1e-5
+    # in each epoch, what they see together are different samples, all but those of the last, incomplete batches
+    stored = torch.cat([two.outputs(np.arange(TRAIN), v).logits for v in range(2)])
+    for seen in map(torch.cat, zip(a, b)):
+        far,at = (seen[:, None]-stored).abs().amax(2).min(1)
+        assert far.max() < 1e-4 and len(seen) == len(set((at % TRAIN).tolist())) == 18
 
 
 def test_a_copy_of_the_dataloaders_is_found_and_freed(tmp_path):
