@@ -11,7 +11,7 @@ from test_fastai_cached import CROPS, N, TRAIN, Convs, cache_teacher, data, imag
 from fastdistill import Distiller, at, kd, soft_labels
 from fastdistill.cache import TeacherCache, cache_dataset
 from fastdistill.fastai import KnowledgeDistillation, TeacherBlock
-from fastdistill.fastai.cached import CacheFeed
+from fastdistill.fastai.cached import CacheFeed, passed
 from fastdistill.fastai.replayed import Items, Replay
 from fastdistill.outputs import DistillError, Outputs, TopK
 from fastdistill.replay import Replayed
@@ -129,7 +129,8 @@ def test_layers_come_from_the_cache_too(tmp_path):
         quiet(learn, 1, cbs=[KnowledgeDistillation(cache, at(layers={'bn': 'a'})), MixUp()])
 
 
-def test_views_walk_on_over_epochs_and_over_two_fits(tmp_path):
+@pytest.mark.parametrize('how', ['callback', 'distill'])
+def test_views_walk_on_over_epochs_and_over_two_fits(tmp_path, how):
     cache = cache_teacher(Convs(3).eval(), data(), tmp_path, views=4)
     learn,callback,epochs = student(data(bs=11)),KnowledgeDistillation(cache),[]
     class Rows(Callback):
@@ -137,7 +138,10 @@ def test_views_walk_on_over_epochs_and_over_two_fits(tmp_path):
         def before_train(self): epochs.append([])
         def after_loss(self):
             if self.training: epochs[-1] += [bytes(o) for o in self.learn.teacher_targets.told.numpy()]
-    for _ in range(2): quiet(learn, 2, cbs=[callback, Rows()])      # as in fine_tune
+    for _ in range(2):
+        if how == 'callback': quiet(learn, 2, cbs=[callback, Rows()])      # as in fine_tune
+        else:
+            with learn.no_bar(), learn.no_logging(): learn.distill(cache, 2, 1e-3, cbs=Rows())
     stored = {bytes(r): (v, i) for v in range(4) for i,r in enumerate(cache.rows(np.arange(TRAIN), v))}
     shown = [[stored[o] for o in e] for e in epochs]
     assert sorted(o for e in shown for o in e) == [(v, i) for v in range(4) for i in range(TRAIN)]      # each view once
@@ -278,9 +282,9 @@ def test_lr_find_then_fit(tmp_path):
     was,weights = state_of(learn),{k: v.clone() for k,v in learn.model.state_dict().items()}
     learn.add_cb(callback)
     with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=8, show_plot=False)
-    assert all(torch.equal(v, weights[k]) for k,v in learn.model.state_dict().items()) and callback.feed.done == 0
+    assert all(torch.equal(v, weights[k]) for k,v in learn.model.state_dict().items()) and learn not in passed(cache)
     quiet(learn, 2, cbs=watch)
-    assert watch.worst < 1e-4 and callback.feed.done == 2
+    assert watch.worst < 1e-4 and passed(cache)[learn] == 2
     learn.remove_cb(callback)
     assert changed(learn, was) == []
 

@@ -2,6 +2,7 @@
 import copy
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from fastai.basics import Callback, L, Pipeline, TfmdDL, TfmdLists
@@ -285,10 +286,15 @@ def classes_of(teacher, dls):
 class Epochs(Callback):
     "Tells the DataLoader which epoch it is in, for views change with it"
     order = -20
-    def __init__(self, plan, done): super().__init__(); self.plan,self.before,self.passed = plan,done,0
+    def __init__(self, plan, before): super().__init__(); self.plan,self.before,self.passed = plan,before,0
     def before_train(self):
         self.plan.epoch = self.before + self.learn.epoch
         self.passed = self.learn.epoch + 1
+
+
+PASSED = WeakKeyDictionary()    # cache -> learner -> epochs that it has trained from it: the next fit's views go on from there
+
+def passed(cache): return PASSED.setdefault(cache, WeakKeyDictionary())
 
 
 @dataclass
@@ -296,7 +302,6 @@ class CacheFeed(Feed):
     "Rows of a cache, in the batches that they belong to"
     cache:TeacherCache # or its path
     keys:object=None # as `cache_teacher` was told
-    done:int=0 # epochs of earlier fits: views go on where they were
     learn:object=field(default=None, repr=False)
     fed:list=field(default_factory=list, repr=False) # DataLoaders with rows in them
     missing = ("This batch has no stored teacher's output: the cache holds the training set only "
@@ -321,7 +326,7 @@ class CacheFeed(Feed):
         self.stream = is_stream(dls.train)
         plan = self._feed(dls, dls.train, self.cache, self.keys)
         if valid is not None and len(dls.loaders) > 1: self._feed(dls, dls.valid, valid, self.keys if callable(self.keys) else None)
-        self.epochs = Epochs(plan, self.done)
+        self.epochs = Epochs(plan, passed(self.cache).get(self.learn, 0))
         self.learn.add_cb(self.epochs)
 
     def _feed(self, dls, dl, cache, keys):
@@ -339,7 +344,7 @@ class CacheFeed(Feed):
             for dl in [*self.fed, *map(inner, self.learn.dls.loaders)]: detach(dl)
             self.fed = []
             if self.epochs is not None:
-                if not hasattr(self.learn, 'lr_finder'): self.done += self.epochs.passed
+                if not hasattr(self.learn, 'lr_finder'): passed(self.cache)[self.learn] = self.epochs.before + self.epochs.passed
                 self.learn.remove_cbs([c for c in self.learn.cbs if c is self.epochs])
             self.epochs = None
         super().detach()
