@@ -1,7 +1,7 @@
 "Run the teacher once over a Learner's data, then train as many students as you like from what it said."
 import copy
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from ..outputs import DistillError, Outputs, TopK, as_plain
 from ..replay import seeds_of, untouched
 from .blocks import Feed, reorder
 from .check import check_teacher, vocab_of
-from .replayed import Pair, Plan, attach, describe, detach, is_stream, refuse_unindexed
+from .replayed import Pair, Plan, attach, describe, detach, refuse_unindexed
+from .stream import answer, is_stream, of_length, stream_answers
 from .task import task_of
 from .teachers import teacher_of
 
@@ -122,43 +123,13 @@ def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num
     def run(tasks, bs):
         with clean(dl, not views), teacher if hasattr(teacher, '__enter__') else nullcontext():
             workers = num_workers if len(tasks) > bs else 0     # to start workers takes longer than one batch
-            if stream: yield from stream_answers(teacher, dl, lambda t: make(t, bs, workers), tasks, bs, len(names))
+            if stream: yield from stream_answers(teacher, dl, lambda t: make(t, bs, workers), tasks, bs)
             else: yield from (answer(teacher, b, dl.n_inp) for b in make(tasks, bs, workers))
     if check:
         with clean(dl, not views): check_repeats(make, len(names)*max(views, 1))
         if not stream: check_alone(run, len(names))       # subtle: of one view, in which texts are ordered by length
     with clean(dl, not views): samples = digests(make, plan, views)
     return Source(plan.keys, run, bs or dl.bs or 64, identity_of(teacher), describe(dl) if views or stream else {}, root, vocab, samples)
-
-
-def answer(teacher, b, n_inp): return Outputs.of(teacher(*map(as_plain, b[:n_inp])))
-
-
-def stream_answers(teacher, dl, make, tasks, bs, n):
-    "The same of a language model; who remembers must hear a view from its beginning, what is already written too"
-    firsts,remembers = [(t, True) for t in tasks[::bs].tolist()],any(callable(getattr(m, 'reset', None)) for m in teacher.modules)
-    if remembers: firsts = list(led(firsts, bs, n))
-    for (t,wanted),b in zip(firsts, make(np.concatenate([np.arange(t, t+min(bs, len(tasks))) for t,_ in firsts]))):
-        if t % n == 0: teacher.reset()
-        out = answer(teacher, b, dl.n_inp)
-        if wanted: yield of_length(out, dl.seq_len)
-
-
-def led(firsts, bs, n):
-    "(first task of a batch, is it wanted?): before each batch, those of its view that come before it"
-    ready = None
-    for t,_ in firsts:
-        if t != ready: yield from ((o, False) for o in range(t - t%n, t, bs))
-        yield t,True
-        ready = t+bs if (t+bs)%n else None
-
-
-def of_length(out, n):
-    "Outputs (B, L, ...) filled up to n places, or cut to them: the last batch of a stream is shorter, rows are not"
-    def fit(t):
-        if isinstance(t, TopK): return replace(t, ids=fit(t.ids), values=fit(t.values))
-        return t[:, :n] if n <= t.shape[1] else torch.nn.functional.pad(t, [0]*(2*t.dim()-3) + [n-t.shape[1]])
-    return Outputs(fit(out.logits), {k: fit(v) for k,v in out.feats.items()}, None if out.mask is None else fit(out.mask))
 
 
 def item_keys(dl, keys, root):

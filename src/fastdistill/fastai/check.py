@@ -10,7 +10,7 @@ from ..outputs import DistillError, DistillWarning, Outputs, as_plain
 from ..replay import untouched
 from ..taps import run
 from ..teacher import Teacher
-from .replayed import is_stream
+from .stream import is_stream
 from .task import task_of
 from .teachers import teacher_of
 

@@ -5,10 +5,9 @@ from functools import partial
 from types import MethodType
 import numpy as np
 import torch
-from fastai.basics import Chunks, ItemTransform, Pipeline, Transform
+from fastai.basics import ItemTransform, Pipeline, Transform
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
 from fastai.tabular.core import ReadTabBatch
-from fastai.text.data import LMDataLoader
 from fastai.vision.augment import AffineCoordTfm, SpaceTfm, TensorImage
 from torch import Tensor
 from ..cache.keys import hash_of
@@ -17,8 +16,9 @@ from ..generators import Generators
 from ..outputs import DistillError
 from ..replay import PerSample, held, per_sample, seeded, seeds_of, untouched, view_of
 from .blocks import TeacherRow
+from .stream import in_a_row, is_stream
 
-__all__ = ['Plan', 'attach', 'describe', 'detach', 'is_stream', 'refuse_unindexed']
+__all__ = ['Plan', 'attach', 'describe', 'detach', 'refuse_unindexed']
 
 FIXED = Normalize,IntToFloatTensor,ToTensor,ReadTabBatch    # no random numbers, each sample by itself
 
@@ -83,22 +83,15 @@ class Cuts(Items):
         finally: self.dl.chunks = was
 
     def row(self, view):
-        lens,seed = list(self.dl.lens.coll),seeds_of(self.plan.seed, view)
-        order = np.random.default_rng(seed).permutation(len(lens)) if self.plan.views else np.arange(len(lens))
-        return Chunks(Texts(self, order.tolist(), seed), [lens[i] for i in order])
+        seed,n = seeds_of(self.plan.seed, view),len(self.dl.items)
+        order = np.random.default_rng(seed).permutation(n) if self.plan.views else np.arange(n)
+        return in_a_row(self.dl, order.tolist(), partial(self.text, seed))
 
-
-class Texts:
-    "A language model's texts in an order, each with random numbers of its own"
-    def __init__(self, cuts, order, seed): self.cuts,self.order,self.seed = cuts,order,seed
-
-    def __len__(self): return len(self.order)
-
-    def __getitem__(self, i):
-        i,items = self.order[i],self.cuts.dl.items
-        if not self.cuts.plan.random: return items.tfm(items.coll[i])
-        seed = seeds_of(self.seed, i)
-        with seeded(seed), self.cuts.own.seeded(seed): return items.tfm(items.coll[i])
+    def text(self, seed, i):
+        "Text `i`, whose random numbers are not those of a sample that is cut from it"
+        get = lambda: self.dl.items.tfm(self.dl.items.coll[i])
+        if not self.plan.random: return get()
+        with seeded(s := seeds_of(seed, i)), self.own.seeded(s): return get()
 
 
 class Batches:
@@ -238,9 +231,6 @@ def detach(dl):
     if own is not None: dl.do_batch = own
     pipe = dl.after_batch
     if isinstance(pipe, Replay): pipe.own.fs,dl.after_batch = pipe.fs,pipe.own
-
-
-def is_stream(dl): return isinstance(dl, LMDataLoader)
 
 
 def refuse_unindexed(dl):
