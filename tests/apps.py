@@ -249,6 +249,16 @@ def same(a, b):
     return all(d.keys() == e.keys() and all(eq(d[k], e[k]) for k in d) for d,e in zip(a, b))
 
 
+def distributed_on_cpu():
+    "fastai's DistributedDL only knows GPUs"
+    from fastai.distributed import DistributedDL
+    def broadcast(self, t, rank):
+        t = torch.tensor(t)
+        torch.distributed.broadcast(t, rank)
+        return t.tolist()
+    DistributedDL._broadcast = broadcast
+
+
 # the smallest one: rows of 8 numbers in 4 classes, no randomness, no batch-norm
 
 def mlp(hidden): return nn.Sequential(nn.Linear(8, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 4))

@@ -692,23 +692,17 @@ def test_distill_tells_its_options():
 DDP = """
 import sys, warnings
 warnings.simplefilter('ignore')
-import torch
-from torch import nn
+import apps, torch
 from fastai.basics import *
-import fastai.distributed as fd
+import fastai.distributed
 from fastdistill.fastai import *
 
-def broadcast(self, t, rank): # fastai's own only knows GPUs
-    t = torch.tensor(t)
-    torch.distributed.broadcast(t, rank)
-    return t.tolist()
-fd.DistributedDL._broadcast = broadcast
+apps.distributed_on_cpu()
 
-def mlp(hidden): return nn.Sequential(nn.Linear(8, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 4))
 set_seed(0)
 x = torch.randn(96, 8)
 dls = DataLoaders.from_dsets(*[list(zip(o, o[:,:4].argmax(1))) for o in (x[:64], x[64:])], bs=8, num_workers=0, device='cpu')
-student,teacher = Learner(dls, mlp(6), loss_func=CrossEntropyLossFlat(), opt_func=SGD),mlp(16)
+student,teacher = Learner(dls, apps.mlp(6), loss_func=CrossEntropyLossFlat(), opt_func=SGD),apps.mlp(16)
 student.logger = noop
 torch.manual_seed(rank_distrib()) # each rank would draw another projector
 cb = KnowledgeDistillation(teacher, kd() + Term(losses.hint, layers={'2': '2'}, projector='linear'))
@@ -722,7 +716,7 @@ def test_two_processes_train_one_student_and_one_projector(tmp_path):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    env = dict(os.environ, ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE='2')
+    env = dict(os.environ, ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1', PYTHONPATH=str(Path(__file__).parent), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE='2')
     run = [sys.executable, '-c', DDP, str(tmp_path)]
     runs = [subprocess.Popen(run, env={**env, 'RANK': i, 'LOCAL_RANK': i}, stderr=subprocess.PIPE, text=True) for i in '01']
     said = [r.communicate(timeout=120)[1] for r in runs]

@@ -544,16 +544,12 @@ def test_ranks_of_a_distributed_fit_get_their_own_rows(tmp_path, monkeypatch):
 TWO = """
 import sys, warnings
 warnings.simplefilter('ignore')
-import torch
+import apps, torch
 from test_fastai_cached import Compare, Convs, CacheFeed, Teacher, cache_teacher, data, student
-import fastai.distributed as fd
+from fastai.basics import rank_distrib
+import fastai.distributed
 
-def broadcast(self, t, rank): # fastai's own only knows GPUs
-    t = torch.tensor(t)
-    torch.distributed.broadcast(t, rank)
-    return t.tolist()
-fd.DistributedDL._broadcast = broadcast
-
+apps.distributed_on_cpu()
 torch.distributed.init_process_group('gloo')
 teacher = Teacher(Convs(3))
 cache = cache_teacher(teacher, data(), sys.argv[1] + '/c', views=2, dtype='float32')
@@ -562,7 +558,7 @@ learn.logger = print
 c = Compare(CacheFeed(cache), teacher)
 with learn.no_bar(), learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-3, cbs=c)
 seen = [torch.cat([live for train,e,_,live,_ in c.seen if train and e == k]) for k in range(2)]
-torch.save((c.error, seen), f'{sys.argv[1]}/{fd.rank_distrib()}.pt')
+torch.save((c.error, seen), f'{sys.argv[1]}/{rank_distrib()}.pt')
 """
 
 def test_two_processes_write_a_cache_and_train_from_it(tmp_path):
