@@ -1,7 +1,8 @@
 """Does replayed augmentation close the gap that fixed views open? CIFAR-10, a ResNet-8 taught by a ResNet-56: alone, by the live teacher,
-from a cache of the clean view, and of 1, 4 and 8 augmented views. Equal epochs, test accuracy of the last one, three seeds.
+from a cache of the clean view, and of 1, 4, 8 and 32 augmented views (as many as there are epochs: none is shown twice). Equal
+epochs, test accuracy of the last one, three seeds.
 
-    python benchmarks/cache_cifar.py --root ../shared/data --out benchmarks/results/cache_cifar
+    python benchmarks/cache_cifar.py --root ../shared/data --out benchmarks/results/cache_cifar --picture docs/img/cache_cifar.png
 
 ROOT holds cifar10/ (train and test: a WebP sheet of 32x32 tiles for each class, 50 tiles a row), and cifar_resnets.py with its checkpoints.
 Every finished run is kept in OUT, so that an interrupted benchmark goes on where it stopped; the table is written at the end.
@@ -21,7 +22,7 @@ from fastdistill.cache import cache_dataset
 from fastdistill.replay import Replayed
 
 MEAN,STD = [torch.tensor(o).view(3, 1, 1)*255 for o in ((.485, .456, .406), (.229, .224, .225))]
-WAYS = 'alone','live',0,1,4,8       # numbers: views in the cache
+WAYS = 'alone','live',0,1,4,8,32       # numbers: views in the cache
 
 
 def sheets(root, split):
@@ -93,8 +94,8 @@ def subset(x, y, n):
     return x[at],y[at]
 
 
-def main(root:Path=Path('../shared/data'), out:Path=Path('benchmarks/results/cache_cifar'), n:int=2500, epochs:int=24, seeds:int=3,
-         bs:int=64, lr:float=.1, n_test:int=10000, threads:int=1):
+def main(root:Path=Path('../shared/data'), out:Path=Path('benchmarks/results/cache_cifar'), n:int=5000, epochs:int=32, seeds:int=3,
+         bs:int=64, lr:float=.1, n_test:int=10000, threads:int=1, picture:Path|None=None):
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     spec = importlib.util.spec_from_file_location('cifar_resnets', root/'cifar_resnets.py')
@@ -115,7 +116,10 @@ def main(root:Path=Path('../shared/data'), out:Path=Path('benchmarks/results/cac
             seconds = time.time()-start
             done.write_text(json.dumps(dict(way=way, seed=seed, accuracy=accuracy(student, test), seconds=seconds)))
             print(done.read_text(), flush=True)
-    report(out, n, epochs)
+    rows,teacher = [json.loads(p.read_text()) for p in out.glob('*-*.json')],json.loads((out/'teacher.json').read_text())
+    results = {way: sorted((r for r in rows if r['way'] == way), key=lambda r: r['seed']) for way in WAYS}
+    report(results, teacher, n, epochs)
+    if picture is not None: draw(results, teacher, picture)
 
 
 def written(teacher, crops, clean, out, views):
@@ -131,18 +135,37 @@ def write(teacher, crops, clean, out):
     return seconds
 
 
-def report(out, n, epochs):
-    rows,teacher = [json.loads(p.read_text()) for p in out.glob('*-*.json')],json.loads((out/'teacher.json').read_text())
+NAMES = dict(alone='labels alone', live='the live teacher')
+
+def name(way): return NAMES.get(way, f'{way} views' if way else 'the clean view (0)')
+
+
+def report(results, teacher, n, epochs):
     table = Table('taught by', 'test accuracy', 'spread (std)', 'each', 'seconds a run', 'seconds to write',
                   title=f"CIFAR-10, {n:,} training images, {epochs} epochs, ResNet-8; the teacher ResNet-56: {teacher['accuracy']:.4f}")
-    for way in WAYS:
-        mine = sorted((r for r in rows if r['way'] == way), key=lambda r: r['seed'])
-        v = np.array([r['accuracy'] for r in mine])
-        name = dict(alone='labels alone', live='the live teacher').get(way, f'{way} views' if way else 'the clean view (0)')
-        wrote = teacher['seconds'].get(str(way))
-        table.add_row(name, f'{v.mean():.4f}', f'{v.std(ddof=1):.4f}' if len(v) > 1 else '', ' '.join(f'{o:.4f}' for o in v),
-                      f"{np.mean([r['seconds'] for r in mine]):.0f}", '' if wrote is None else f'{wrote:.0f}')
+    for way,runs in results.items():
+        v,wrote = np.array([r['accuracy'] for r in runs]),teacher['seconds'].get(str(way))
+        table.add_row(name(way), f'{v.mean():.4f}', f'{v.std(ddof=1):.4f}' if len(v) > 1 else '', ' '.join(f'{o:.4f}' for o in v),
+                      f"{np.mean([r['seconds'] for r in runs]):.0f}", '' if wrote is None else f'{wrote:.0f}')
     Console(width=140).print(table)
+
+
+def draw(results, teacher, path):
+    "Each run a dot, their mean a line"
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(7.5, 3), layout='constrained')
+    ax = fig.subplots()
+    for i,(way,runs) in enumerate(results.items()):
+        v,c = [100*r['accuracy'] for r in runs],'.5' if way == 'alone' else 'k' if way == 'live' else 'tab:red'
+        ax.plot([i]*len(v), v, 'o', color=c, alpha=.5, mec='none')
+        ax.plot([i-.3, i+.3], [np.mean(v)]*2, color=c, lw=2)
+        ax.text(i+.34, np.mean(v), f'{np.mean(v):.1f}', va='center', fontsize=9)
+    ax.set_xticks(range(len(results)), [name(w).replace('the ', '').replace(' (0)', '') for w in results], fontsize=9)
+    ax.set_xlim(-.5, len(results)-.2)
+    ax.set_ylabel('test accuracy, %', fontsize=9)
+    ax.tick_params(axis='y', labelsize=8)
+    for o in ('top', 'right'): ax.spines[o].set_visible(False)
+    fig.savefig(path, dpi=110)
 
 
 if __name__ == '__main__': typer.run(main)

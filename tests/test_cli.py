@@ -1,9 +1,10 @@
 "The command, as a user types it."
-import json, sys
+import json, sys, warnings
 import pytest, torch
 from PIL import Image
 import fastdistill
 from fastdistill import DistillError
+from fastdistill.outputs import DistillWarning
 from fastdistill.cli import main
 from fastdistill.demo import Results, run, tasks
 from rich.console import Console
@@ -26,6 +27,14 @@ def test_a_mistake_is_one_line_and_no_traceback(command):
     code,_,err = command('demo', '--data', 'cifar10')
     assert code == 2 and "needs its folder: --root PATH, where PATH holds train/ and test/" in ' '.join(err.split())
     assert "No data set 'mnist'. Possible are digits, cifar10, camvid." in ' '.join(command('demo', '--data', 'mnist')[2].split())
+
+
+def test_a_warning_is_one_line_too(command, monkeypatch):
+    def warns(*_): warnings.warn(DistillWarning('a teacher [of nothing] ' + 'is noticed '*20))
+    monkeypatch.setattr('fastdistill.demo.run', warns)
+    with warnings.catch_warnings():
+        warnings.simplefilter('default')
+        assert command('demo') == (0, '', f"fastdistill: a teacher [of nothing] {'is noticed '*20}\n")
 
 
 def test_the_demo_ends_with_a_table_a_picture_and_numbers(command, tmp_path, monkeypatch):

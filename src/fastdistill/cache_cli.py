@@ -135,7 +135,8 @@ def loaded(
     if not Path(file).is_file(): raise DistillError(f"There is no file {file!r}.")
     module = module_of(Path(file).resolve())
     if not hasattr(module, attr):
-        own = [k for k,v in vars(module).items() if k[0] != '_' and getattr(v, '__module__', module.__name__) == module.__name__]
+        of = lambda v: None if inspect.ismodule(v) else getattr(v, '__module__', module.__name__)
+        own = [k for k,v in vars(module).items() if k[0] != '_' and of(v) == module.__name__]
         raise DistillError(f"{file} has no {attr!r}. It has: {', '.join(own)}")
     return use(getattr(module, attr))
 

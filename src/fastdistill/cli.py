@@ -1,11 +1,12 @@
 "The `fastdistill` command."
-import sys
+import sys, warnings
 from pathlib import Path
 from typing import Annotated
 import typer
 from rich.console import Console
+from rich.markup import escape
 from . import __version__, cache_cli
-from .outputs import DistillError
+from .outputs import DistillError, DistillWarning
 
 __all__ = ['app', 'main']
 
@@ -40,8 +41,14 @@ def demo(
 
 
 def main():
-    "The command, with mistakes in one line instead of a traceback"
-    try: app()
-    except DistillError as e:
-        Console(stderr=True).print(f'[red]fastdistill:[/] {e}', highlight=False)
-        sys.exit(2)
+    "The command, with mistakes and warnings in one line instead of a traceback"
+    says,other = Console(stderr=True, highlight=False, soft_wrap=True),warnings.showwarning
+    def show(message, category, *args, **kwargs):
+        if issubclass(category, DistillWarning): says.print('[yellow]fastdistill:[/]', escape(str(message)))
+        else: other(message, category, *args, **kwargs)
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        try: app()
+        except DistillError as e:
+            says.print('[red]fastdistill:[/]', escape(str(e)))
+            sys.exit(2)

@@ -49,8 +49,8 @@ def cache_teacher(
     task = task_in(dls, teacher, kind, axis)
     if topk is not None and task.kind != 'softmax':
         raise DistillError(f"topk={topk} keeps the likeliest of several classes, but this model predicts {task.kind} outputs: topk=None.")
-    if check: check_teacher(dls, teacher, task).enforce()
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **({} if layers is None else dict(layers=layers)))
+    if check: check_teacher(dls, teacher, task).enforce()
     wish = Wish(dtype, topk, tail, task.axis, size)
     given = dict(seed=seed, force=force, progress=progress, forecast=forecast)
     names = None if task.kind == 'regression' else classes_of(teacher, dls)
