@@ -1,6 +1,7 @@
 "Stored teacher outputs: the right row for each sample, whatever happens to the writer, the files and the order."
 import hashlib, json, math, pickle, random, resource, shutil, time
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import pytest, torch
@@ -51,13 +52,17 @@ def test_rows_hold_layers_and_masks():
             torch.testing.assert_close(a, b, rtol=0, atol=tol*b.abs().max().item())
 
 
-@pytest.mark.parametrize('n,dtype,size', [(1000, 'float16', 40), (1000, 'int8', 34), (100, 'float16', 30), (10**5, 'float32', 80)])
+@pytest.mark.parametrize('n,dtype,size', [(1000, 'float16', 42), (1000, 'int8', 36), (100, 'float16', 32), (10**5, 'float32', 82)])
 def test_few_classes_of_many_take_few_bytes(n, dtype, size):
     x = logits(7, n)
     got,lay = through(Outputs(x), topk=10, dtype=dtype)
     lp,ids = x.log_softmax(1).topk(10)
     assert lay.bytes == size and torch.equal(got.logits.ids, ids) and got.logits.n == n
     torch.testing.assert_close(got.logits.values, lp, rtol=0, atol=dict(float32=1e-6, float16=4e-3, int8=.03)[dtype])
+    others = [[v for i,v in enumerate(row) if i not in top] for row,top in zip(x.log_softmax(1).tolist(), ids.tolist())]
+    want = torch.tensor([[sum(o)/len(o)] for o in others])
+    torch.testing.assert_close(got.logits.rest.float(), want, rtol=1e-3, atol=0)
+    assert through(Outputs(x), topk=10, dtype=dtype, tail='uniform')[1].bytes == size-2
 
 
 def test_few_classes_of_maps_and_tokens():
@@ -93,7 +98,7 @@ def test_what_a_row_cannot_hold_is_refused(out, wish, match):
     with pytest.raises(DistillError, match=match): through(out, **wish)
 
 def test_wrong_wishes_are_refused():
-    for kw,match in [(dict(dtype='int4'), "possible are 'float32'"), (dict(tail='x'), "possible are 'uniform'"), (dict(topk=0), 'one')]:
+    for kw,match in [(dict(dtype='int4'), "possible are 'float32'"), (dict(tail='x'), "possible are 'mean'"), (dict(topk=0), 'one')]:
         with pytest.raises(DistillError, match=match): Wish(**kw)
 
 def test_rows_of_one_cache_are_alike():
@@ -111,18 +116,50 @@ def rest_by_hand(t, k, tail, s):
     kept,n = sum(t[i] for i in top),len(t)
     if tail == 'zero': return [t[i]/kept if i in top else 0. for i in range(n)]
     if tail == 'uniform': return [t[i] if i in top else (1-kept)/(n-k) for i in range(n)]
+    if tail == 'mean':
+        even = math.prod(t[i] for i in range(n) if i not in top)**(1/max(n-k, 1))     # of logarithms, so geometric
+        return [o/(kept + (n-k)*even) for o in (t[i] if i in top else even for i in range(n))]
     free = sum(s[i] for i in range(n) if i not in top)
     return [t[i] if i in top else (1-kept)*s[i]/free for i in range(n)]
 
-@pytest.mark.parametrize('tail', ['uniform', 'zero', 'bucket'])
+@pytest.mark.parametrize('tail', ['mean', 'uniform', 'zero', 'bucket'])
 @pytest.mark.parametrize('k', [1, 3, 6])
 def test_dense_shares_the_rest_by_the_policy(tail, k):
     t,s = logits(5, 6).double(),logits(5, 6, seed=1).double()
     v,ids = t.log_softmax(1).topk(k)
-    got = TopK(ids, v, 6, tail).dense(s).double().exp()
+    top = through(Outputs(t.float()), topk=k, tail=tail, dtype='float32')[0].logits
+    torch.testing.assert_close(top.values, v.float())
+    got = replace(top, rest=None if top.rest is None else exact_rest(t, ids)).dense(s).double()
+    assert tail == 'mean' or (got.exp().sum(1)-1).abs().max() < 1e-6
+    got = got.softmax(1)
     want = [rest_by_hand(a, k, tail, b) for a,b in zip(t.softmax(1).tolist(), s.softmax(1).tolist())]
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-5, atol=1e-6)
-    assert not got.isnan().any() and (got.sum(1)-1).abs().max() < 1e-6
+    assert not got.isnan().any()
+
+def exact_rest(t, ids):
+    "Not rounded to half precision, as it is stored"
+    return t.log_softmax(1).scatter(1, ids, 0.).sum(1, keepdim=True)/(t.shape[1]-ids.shape[1])
+
+
+def test_the_mean_of_the_rest_leaves_out_what_is_switched_off():
+    x = torch.tensor([[3., 2., 1., -torch.inf, 0.], [1., 0., -torch.inf, -torch.inf, -torch.inf]])
+    top = through(Outputs(x), topk=2, dtype='float32')[0].logits
+    lp = x.log_softmax(1)
+    torch.testing.assert_close(top.rest[0, 0].float(), (lp[0, 2]+lp[0, 4])/2, rtol=1e-3, atol=0)
+    assert top.rest[1] == -torch.inf and not top.dense().softmax(1).isnan().any()
+    with pytest.raises(DistillError, match='needs rest='): TopK(top.ids, top.values, 5, 'mean')
+
+
+def test_at_high_temperatures_the_mean_gives_the_kept_classes_the_gradient_of_all_logits():
+    "There KL compares logits with their mean taken off (arXiv:1503.02531, section 2.1), and only this policy keeps that mean"
+    t,s = 8*logits(20, 50),logits(20, 50, seed=1).requires_grad_()
+    def gradient(t):
+        g, = torch.autograd.grad(kl(s, t, T=1000.), s)
+        return g.gather(1, ids)
+    ids = t.topk(10).indices
+    full,*got = [gradient(o) for o in (t, *(through(Outputs(t), topk=10, dtype='float32', tail=k)[0].logits.dense() for k in ('mean', 'uniform')))]
+    far = [(o-full).abs().max()/full.abs().max() for o in got]
+    assert far[0] < .01 < .1 < far[1]
 
 
 def test_bucket_is_the_kl_over_k_plus_one_outcomes_and_so_is_its_gradient():
@@ -144,7 +181,7 @@ def test_dense_stays_finite_at_the_edges():
     over = TopK(torch.tensor([[2, 0]]), torch.tensor([[-.0001, -7.]]), 4).dense()      # rounding: more than 1 together
     assert over.isfinite().all()
     with pytest.raises(DistillError, match="needs its logits"): TopK(torch.tensor([[2]]), torch.tensor([[-.1]]), 4, 'bucket').dense()
-    with pytest.raises(DistillError, match="possible are 'uniform'"): TopK(torch.tensor([[2]]), torch.tensor([[-.1]]), 4, 'even')
+    with pytest.raises(DistillError, match="possible are 'mean'"): TopK(torch.tensor([[2]]), torch.tensor([[-.1]]), 4, 'even')
 
 
 def test_classes_can_be_put_in_another_order():

@@ -34,7 +34,7 @@ def write(
     topk:Annotated[int|None, typer.Option(help='Keep the likeliest classes only.')]=None,
     dtype:Annotated[str, typer.Option(help='float32, float16 or int8.')]='float16',
     layers:Annotated[list[str]|None, typer.Option(help='A layer to store too; may be given several times.')]=None,
-    tail:Annotated[str, typer.Option(help='What is assumed of classes that are not kept: uniform, zero or bucket.')]='uniform',
+    tail:Annotated[str, typer.Option(help='What is assumed of classes that are not kept: mean, uniform, zero or bucket.')]='mean',
     size:Annotated[tuple[int, int]|None, typer.Option(help='Height and width to which maps are reduced.')]=None,
     valid:Annotated[bool, typer.Option('--valid', help='The validation set too.')]=False,
     bs:Annotated[int|None, typer.Option(help="Batch size; else the DataLoaders' own.")]=None,

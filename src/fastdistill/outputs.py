@@ -1,5 +1,5 @@
 "What a model says about a batch, and the error that tells what is wrong."
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import log
 import torch
 from torch import Tensor
@@ -26,20 +26,25 @@ class TopK:
     ids:Tensor # (B, ..., k) class numbers
     values:Tensor # (B, ..., k) their log-probabilities
     n:int # number of classes
-    tail:str='uniform' # the rest's probability is shared equally ('uniform') or as the student shares it ('bucket'); 'zero': there is none
+    tail:str='uniform' # the rest's probability is shared equally ('uniform') or as the student shares it ('bucket'); 'zero': there is none;
+    # 'mean': the others have the mean of their log-probabilities, which stays near them at high temperatures
     axis:int=-1 # where `dense` puts the class axis
+    rest:Tensor|None=None # (B, ..., 1) that mean
 
     def __post_init__(self):
         if self.tail not in TAILS: raise DistillError(f"tail={self.tail!r}: possible are {', '.join(map(repr, TAILS))}")
+        if self.tail == 'mean' and self.rest is None and self.ids.shape[-1] < self.n:
+            raise DistillError("tail='mean' needs rest=, the mean log-probability of the classes that are not kept.")
 
     def dense(
         self, student:Tensor|None=None # the student's logits, which 'bucket' needs
     ) -> Tensor:
-        """Log-probabilities of all `n` classes, which are logits too. With 'bucket', KL to the student is the KL over k+1 outcomes, all
-        classes that were not kept counting as one, and so is its gradient"""
+        """Logits of all `n` classes: log-probabilities, but with 'mean' their probabilities add up to less than 1. With 'bucket', KL to the
+        student (at T=1) is the KL over k+1 outcomes, all classes that were not kept counting as one, and so is its gradient"""
         v,k = self.values.float(),self.ids.shape[-1]
         kept = v.logsumexp(-1, keepdim=True)
         if k == self.n or self.tail == 'zero': v,rest = v-kept,v.new_full((), -torch.inf)
+        elif self.tail == 'mean': rest = self.rest.float()
         # subtle: rounding may leave the k a little more than 1; what is left to the others is more than 0 all the same
         else: rest = torch.log(-torch.expm1(kept.clamp(max=-1e-7)))
         out = self._rest(rest, student, v).scatter(-1, self.ids, v)
@@ -48,6 +53,7 @@ class TopK:
     def _rest(self, rest, student, v):
         "Log-probabilities of the rest, in all `n` places"
         shape = *v.shape[:-1],self.n
+        if self.tail == 'mean': return rest.expand(shape)
         if self.tail != 'bucket' or rest.dim() == 0: return (rest - log(max(self.n-self.ids.shape[-1], 1))).expand(shape)
         if student is None: raise DistillError("tail='bucket' shares the rest as the student does: dense(student) needs its logits.")
         s = as_plain(student.detach()).float().movedim(self.axis, -1)
@@ -61,10 +67,10 @@ class TopK:
         "The same with the classes in another order"
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
-        return TopK(place.to(self.ids.device)[self.ids], self.values, self.n, self.tail, self.axis)
+        return replace(self, ids=place.to(self.ids.device)[self.ids])
 
 
-TAILS = 'uniform','zero','bucket'
+TAILS = 'mean','uniform','zero','bucket'
 
 
 @dataclass

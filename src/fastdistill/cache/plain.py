@@ -29,7 +29,7 @@ def cache_dataset(
     keys=None, # what names each sample: a list, or a function of the position; None: read off the dataset where it can be
     inputs=None, # fn(batch) -> what the teacher is called with; None: the batch, or its first element if it is a tuple
     batch_tfm=None, # fn(x) -> x with random numbers in it: run on one sample at a time, see `per_sample`
-    tail:str='uniform', axis:int=1, # see `TopK`
+    tail:str='mean', axis:int=1, # see `TopK`
     size=None, # height and width to which maps of logits are reduced
     bs:int=64, num_workers:int=0, collate_fn=default_collate, device=None, # of the DataLoader
     seed:int=0, # of the random numbers

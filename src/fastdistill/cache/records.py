@@ -17,7 +17,7 @@ class Wish:
     "What is asked for: how outputs are to be stored"
     dtype:str='float16'
     topk:int|None=None # keep this many classes; None: all
-    tail:str='uniform' # what `TopK` assumes of the rest
+    tail:str='mean' # what `TopK` assumes of the rest
     axis:int=1 # class axis
     size:tuple|None=None # height and width to which maps of logits are reduced; None: as they are
 
@@ -87,6 +87,7 @@ class Layout:
         shape = *t.shape[1:-1],wish.topk
         self._field('ids', 'uint8' if self.n <= 2**8 else 'uint16' if self.n <= 2**16 else 'int32', shape)
         self._add('values', wish.dtype, shape)
+        if wish.tail == 'mean' and wish.topk < self.n: self._field('rest', 'float16', (*shape[:-1], 1))
 
     def _add(self, name, dtype, shape):
         self._field(name, dtype, tuple(shape))
@@ -135,8 +136,10 @@ class Layout:
         if self.n is None: put(d, 'logits', t, dtypes)
         else:
             k = self.fields[0].shape[-1]
-            values,d['ids'] = t.movedim(self.axis, -1).log_softmax(-1).topk(k)
+            logp = t.movedim(self.axis, -1).log_softmax(-1)
+            values,d['ids'] = logp.topk(k)
             put(d, 'values', values, dtypes)
+            if 'rest' in dtypes: d['rest'] = mean_but(logp, d['ids'])
         for k,v in out.feats.items(): put(d, f'feats:{k}', v.detach().float(), dtypes)
         if out.mask is not None: d['mask'] = out.mask
         return d
@@ -150,9 +153,18 @@ class Layout:
         got = {f.name: f.read(rows) for f in self.fields}
         full = lambda k: unscaled(got[k], got.get(f'scale:{k}'))
         feats = {f.name[6:]: full(f.name) for f in self.fields if f.name.startswith('feats:')}
-        logits = full('logits') if self.n is None else TopK(got['ids'].long(), full('values'), self.n, self.tail, self.axis)
+        if self.n is None: logits = full('logits')
+        else: logits = TopK(got['ids'].long(), full('values'), self.n, self.tail, self.axis, got.get('rest'))
         if self.full is not None: logits = F.interpolate(logits, self.full, mode='bilinear')
         return Outputs(logits, feats, got['mask'].float() if 'mask' in got else None)
+
+
+def mean_but(t, ids):
+    "(..., 1) mean of the finite values that are not at `ids`; -inf if there are none"
+    rest = t.scatter(-1, ids, -torch.inf)
+    have = rest.isfinite()
+    n = have.sum(-1, keepdim=True)
+    return torch.where(n > 0, rest.where(have, 0).sum(-1, keepdim=True)/n.clamp_min(1), -torch.inf)
 
 
 def put(d, name, t, dtypes):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 import numpy as np
 import torch
-from fastai.basics import Callback, L, Pipeline, TfmdDL, TfmdLists
+from fastai.basics import Callback, L, Pipeline, TfmdDL, TfmdLists, rank_distrib
 from fastai.tabular.core import TabDataLoader
 from fastai.text.data import SortedDL
 from fastai.vision.augment import RandomErasing, RandTransform, SpaceTfm
@@ -34,7 +34,7 @@ def cache_teacher(
     dtype:str='float16', # 'float32', 'float16' or 'int8' (scaled row by row)
     layers=None, # names of the teacher's layers whose outputs are stored too
     *,
-    tail:str='uniform', # what is assumed of the classes that are not kept: 'uniform', 'zero' or 'bucket', see `TopK`
+    tail:str='mean', # what is assumed of the classes that are not kept: 'mean', 'uniform', 'zero' or 'bucket', see `TopK`
     size=None, # height and width to which maps of logits are reduced
     valid:bool=False, # cache the validation set too: then distillation has a column of its own there
     keys=None, # what names each sample of the training set: a list, or a function of its item; None: the item itself
@@ -263,6 +263,9 @@ class Epochs(Callback):
         self.passed = self.learn.epoch + 1
 
 
+ONE_VIEW = ("fastdistill: the cache has one view: each sample comes with the same augmentation in all epochs, and students overfit. Write "
+            "more (views=8); or views=0, which leaves the augmentation free, where outputs have no places (classes, labels, numbers).")
+
 PASSED = WeakKeyDictionary()    # cache -> learner -> epochs that it has trained from it: the next fit's views go on from there
 
 def passed(cache): return PASSED.setdefault(cache, WeakKeyDictionary())
@@ -289,6 +292,8 @@ class CacheFeed(Feed):
         except BaseException:
             self.detach()
             raise
+        many = learn.n_epoch > 1 and not hasattr(learn, 'lr_finder')
+        if self.cache.views == 1 and many and augmented(learn.dls.train) and not rank_distrib(): print(ONE_VIEW)
         return self
 
     def _attach(self, dls):
@@ -344,11 +349,14 @@ def misfits(dl, plan, cache):
     return []
 
 
-def moves(dl):
-    "Random transforms of the training set that put things elsewhere"
+def augmented(dl):
+    "Random transforms of the training set"
     if getattr(dl.dataset, 'split_idx', 1) != 0: return []
-    fs = [f for k in ('after_item', 'after_batch') for f in getattr(getattr(dl, k), 'fs', [])]
-    return [type(f).__name__ for f in fs if isinstance(f, RandTransform) and not isinstance(f, (SpaceTfm, RandomErasing))]
+    return [f for k in ('after_item', 'after_batch') for f in getattr(getattr(dl, k), 'fs', []) if isinstance(f, RandTransform)]
+
+def moves(dl):
+    "Names of those that put things elsewhere"
+    return [type(f).__name__ for f in augmented(dl) if not isinstance(f, (SpaceTfm, RandomErasing))]
 
 
 def sample_differences(dl, plan, m):
