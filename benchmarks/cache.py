@@ -8,6 +8,7 @@ are JPEG files of coloured noise, texts are made of random words; the logits of 
 as many classes in 32 dimensions.
 """
 import json, multiprocessing, os, resource, subprocess, sys, tempfile, time, warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -164,7 +165,7 @@ def write(tmp, quick, rounds):
 # sizes: bytes, and what is lost
 
 FORMATS = {'float32': Wish('float32'), 'float16': Wish('float16'), 'int8': Wish('int8'), 'top-10 float16': Wish('float16', 10),
-           'top-10 int8': Wish('int8', 10), 'top-10 int8, zero': Wish('int8', 10, 'zero'), 'top-10 int8, bucket': Wish('int8', 10, 'bucket')}
+           'top-10 int8': Wish('int8', 10), **{f'top-10 int8, {tail}': Wish('int8', 10, tail) for tail in ('uniform', 'zero', 'bucket')}}
 
 def mixture(classes, n, seed):
     "Points around one centre for each class, so close that neighbours are often mistaken"
@@ -222,7 +223,8 @@ def sizes(tmp, quick, seeds):
 
 def filled(o, s=None, i=slice(None)):
     "Logits of all classes"
-    return TopK(o.ids[i], o.values[i], o.n, o.tail).dense(s) if isinstance(o, TopK) else o[i]
+    if not isinstance(o, TopK): return o[i]
+    return replace(o, ids=o.ids[i], values=o.values[i], rest=None if o.rest is None else o.rest[i]).dense(s)
 
 def softened(s, t, T): return T*T*F.kl_div((s/T).log_softmax(1), (t/T).softmax(1), reduction='batchmean')
 

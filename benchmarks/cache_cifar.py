@@ -137,7 +137,7 @@ def write(teacher, crops, clean, out):
 
 NAMES = dict(alone='labels alone', live='the live teacher')
 
-def name(way): return NAMES.get(way, f'{way} views' if way else 'the clean view (0)')
+def name(way): return NAMES.get(way, f'{way} view{"s"*(way != 1)}' if way else 'the clean view (0)')
 
 
 def report(results, teacher, n, epochs):
