@@ -23,6 +23,11 @@ class OfClass:
     rng = random.Random(5)
     def add(self, x): return x + self.rng.random()
 
+class Slots:
+    __slots__ = 'g','unset'
+    def __init__(self): self.g = random.Random(6)
+    def __call__(self, x): return x + self.g.random()
+
 class Names:
     def __call__(self, x): return x + RNG.normal()
 
@@ -36,7 +41,7 @@ PLACES = dict(
     random_state=lambda: Keeps(np.random.RandomState(0), np.random.RandomState.rand),
     python=lambda: Keeps(random.Random(0), random.Random.random),
     torch=lambda: Keeps(torch.Generator().manual_seed(0), lambda g: torch.rand(1, generator=g).item()),
-    nested=Nested, of_class=lambda: OfClass().add, names=Names, closure=closed, named=lambda: named, calls=lambda: calls, within=lambda: within,
+    nested=Nested, slots=Slots, of_class=lambda: OfClass().add, names=Names, closure=closed, named=lambda: named, calls=lambda: calls, within=lambda: within,
     default=lambda: default, partial=lambda: partial(named))
 
 

@@ -98,9 +98,11 @@ def within(o):
             except ValueError: pass     # not yet filled
         if not of_library(o):
             for k in sorted(names_in(o.__code__) & set(o.__globals__)): yield (in_globals, o, k),in_globals(o, k)
-    if hasattr(o, '__dict__'):
-        for c in (o, *type(o).__mro__):
-            if not (isinstance(c, type) and of_library(c)): yield from (((in_dict, c, k), v) for k,v in list(vars(c).items()))
+    for c in (o, *type(o).__mro__):
+        if not hasattr(c, '__dict__') or (isinstance(c, type) and of_library(c)): continue
+        for k,v in list(vars(c).items()):
+            if not inspect.ismemberdescriptor(v): yield (in_dict, c, k),v
+            elif hasattr(o, k): yield (getattr, o, k),getattr(o, k)      # of a class with __slots__
 
 
 PARTS = {FunctionType: ('__defaults__', '__kwdefaults__'), MethodType: ('__self__', '__func__'), partial: ('func', 'args', 'keywords')}
