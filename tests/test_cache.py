@@ -146,7 +146,7 @@ def test_the_mean_of_the_rest_leaves_out_what_is_switched_off():
     top = through(Outputs(x), topk=2, dtype='float32')[0].logits
     lp = x.log_softmax(1)
     torch.testing.assert_close(top.rest[0, 0].float(), (lp[0, 2]+lp[0, 4])/2, rtol=1e-3, atol=0)
-    assert top.rest[1] == -torch.inf and not top.dense().softmax(1).isnan().any()
+    assert top.rest[1] == -65504 and not top.dense().softmax(1).isnan().any()
     with pytest.raises(DistillError, match='needs rest='): TopK(top.ids, top.values, 5, 'mean')
 
 
@@ -212,6 +212,29 @@ def test_different_things_have_different_keys():
     assert len(set(keys)) == len(things)
     assert keys == [key_of(o) for o in things]
     assert key_of(np.int64(1)) == key_of(1) and key_of(torch.tensor([1, 2])) == key_of(np.array([1, 2]))
+
+
+def test_samples_are_known_by_what_tells_them_apart():
+    class Files: pass
+    def keys(samples):
+        d = Files()
+        d.samples = samples
+        type(d).__len__ = lambda self: len(self.samples)
+        return dataset_keys(d)
+    assert len(set(keys(['cat/1', 'cat/2', 'dog/1']).tolist())) == 3
+    assert len(set(keys([('cat', 'cat/1'), ('cat', 'cat/2')]).tolist())) == 1       # (path, label), as torchvision has them
+    assert len(set(keys([(0, 'cat/1'), (0, 'cat/2')]).tolist())) == 2
+    with pytest.warns(DistillWarning, match='1 of 3 samples have the key of another one'): dataset_keys([1, 2, 3], keys=['a', 'b', 'a'])
+    assert len(dataset_keys(TensorDataset(torch.randn(4, 2).bfloat16()))) == 4
+
+
+def test_a_part_of_a_folder_has_the_names_of_the_whole(tmp_path):
+    class Folder:
+        def __init__(self, root): self.root,self.samples = root,[(f'{root}/{i}.jpg', 0) for i in range(4)]
+        def __len__(self): return 4
+    whole = dataset_keys(Folder('/data/set'))
+    assert np.array_equal(dataset_keys(Subset(Folder('/data/set'), [2, 0])), whole[[2, 0]])
+    assert np.array_equal(dataset_keys(Folder('./set')), whole) and np.array_equal(dataset_keys(Folder('elsewhere/')), whole)
 
 
 def test_plain_datasets_tell_their_keys_or_are_asked():
@@ -352,6 +375,58 @@ def test_a_cache_of_something_else_is_refused_and_force_replaces_only_what_is_it
     assert (tmp_path/'mine.txt').exists() and (tmp_path/'view000'/'notes.bin').exists() and not list(tmp_path.glob('view001/*'))
 
 
+def test_a_begun_cache_with_other_keys_gets_its_own_again(tmp_path):
+    class Stop(Exception): pass
+    def stop(done, *_):
+        if done > 10: raise Stop
+    x = TensorDataset(torch.randn(20, 3))
+    write = lambda path, **kw: cache_dataset(lambda x: Outputs(x), x, path, views=0, bs=4, dtype='float32', **kw)
+    with pytest.warns(DistillWarning): whole = write(tmp_path/'whole')
+    for harm in (lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-8]), lambda p: p.write_bytes(p.read_bytes()[::-1])):
+        path = tmp_path/f'{len(list(tmp_path.iterdir()))}'
+        with pytest.warns(DistillWarning), pytest.raises(Stop): write(path, progress=stop)
+        harm(path/'keys.bin')
+        with pytest.warns(DistillWarning): again = write(path)
+        assert np.array_equal(again.check().keys, whole.keys)
+
+
+def test_a_damaged_manifest_says_so_and_force_writes_anew(tmp_path):
+    x = TensorDataset(torch.randn(8, 3))
+    write = lambda **kw: cache_dataset(writers.Slow('/dev/null', 0), x, tmp_path, views=0, **kw)
+    write(vocab=('a', 'b'), transforms={'n': (1, np.int64(2)), 'a': np.arange(2)})
+    assert write(vocab=('a', 'b'), transforms={'n': (1, np.int64(2)), 'a': np.arange(2)}).check()      # as JSON keeps them
+    good = (tmp_path/'manifest.json').read_text()
+    with pytest.raises(DistillError, match="object can't be kept in a manifest"): write(vocab=[object()], force=True)
+    assert (tmp_path/'manifest.json').read_text() == good       # nothing was removed
+    for bad in ('{', '{}', good.replace('"layout"', '"lay"'), good.replace('"version": 1', '"version": 9')):
+        (tmp_path/'manifest.json').write_text(bad)
+        with pytest.raises(DistillError, match='damaged|is not a fastdistill|of version 9'): TeacherCache(tmp_path)
+        with pytest.raises(DistillError): write()
+        with pytest.warns(DistillWarning, match='It is written anew'): assert write(force=True).check()
+
+
+def test_paths_are_where_they_were_when_they_were_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cache = cache_dataset(writers.Slow('/dev/null', 0), TensorDataset(torch.randn(8, 3)), 'c', views=0)
+    monkeypatch.chdir('/')
+    assert cache.outputs([7]).logits.shape == (1, 4)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert len(TeacherCache('~/c')) == 8
+    (tmp_path/'file').write_text('')
+    with pytest.raises(DistillError, match='is a file: a cache is a folder'): TeacherCache(tmp_path/'file')
+
+
+def test_numbers_that_a_type_cannot_hold_are_refused_or_cut_to_what_it_can():
+    far = torch.tensor([[2e5, 1e5, 0., -1e5]])
+    with pytest.raises(DistillError, match="int8 can't hold logits"): through(Outputs(far), topk=3, dtype='int8')
+    top = through(Outputs(far), topk=2, dtype='float32')[0].logits
+    assert top.rest.isfinite().all() and not top.dense().softmax(1).isnan().any()
+    with pytest.raises(DistillError, match='size= and topk= together'): Layout.of(Outputs(logits(2, 5, 4, 4)), Wish(topk=2, size=2))
+    with pytest.raises(DistillError, match='topk=2 along axis 1'): Layout.of(Outputs(logits(6)), Wish(topk=2))
+    lay = Layout.of(Outputs(logits(2, 5)), Wish())
+    with pytest.raises(DistillError, match='have mask in this batch, but had none'): lay.encode(Outputs(logits(2, 5), mask=torch.ones(2)))
+
+
 def test_left_over_files_without_a_manifest_are_not_trusted(tmp_path):
     cache,want = make(tmp_path)
     flip(tmp_path/'view000/000000.bin')
@@ -377,7 +452,7 @@ def test_a_killed_writer_goes_on_where_it_was_and_gives_the_same_bytes(tmp_path)
     for _ in range(100):
         p,_ = writers.start(path, log=log, pause=.01)
         before = lines(log)
-        while p.is_alive() and lines(log) < before+2: time.sleep(.002)
+        while p.is_alive() and lines(log) < before+4: time.sleep(.002)
         time.sleep(g.random()*.06)
         finished.append({q: q.stat().st_mtime_ns for q in path.rglob('*.bin')})
         p.kill()
@@ -397,7 +472,7 @@ def test_two_writers_are_refused_and_a_dead_one_is_not(tmp_path):
     while not lines(tmp_path/'log'): time.sleep(.01)
     p.kill(); p.join()
     p,_ = writers.start(tmp_path/'c', log=tmp_path/'log', pause=.3)
-    while lines(tmp_path/'log') < 3: time.sleep(.01)
+    while lines(tmp_path/'log') < 5: time.sleep(.01)
     with pytest.raises(DistillError, match='Another writer is at work'): writers.write(tmp_path/'c')
     p.kill(); p.join()
     assert writers.write(tmp_path/'c').check()
@@ -437,7 +512,7 @@ def test_many_ranks_write_the_cache_of_one(tmp_path):
         assert p.exitcode == 0 and errors.empty(), errors.get()
     writers.write(tmp_path/'one')
     assert files(tmp_path/'two') == files(tmp_path/'one')
-    assert [lines(tmp_path/f'log{r}') for r in range(2)] == [13, 13]        # a probe and half of the batches, each
+    assert [lines(tmp_path/f'log{r}') for r in range(2)] == [15, 15]        # two to check, one to know the shape, and half of the batches, each
 
 
 # elsewhere

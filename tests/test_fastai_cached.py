@@ -11,7 +11,7 @@ from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, IntToFloatT
 from fastai.vision.all import (FlipItem, Hue, ImageBlock, MaskBlock, Normalize, PILImage, PILMask, PointBlock, RandomErasing,
                                RandomResizedCrop, Resize, Saturation, TensorImage, aug_transforms, imagenet_stats)
 from torch import nn
-from fastdistill.cache import TeacherCache, write_cache
+from fastdistill.cache import TeacherCache, cache_dataset, write_cache
 from fastdistill.fastai.cached import CacheFeed, cache_teacher as checked_first, passed, verify_cache
 from fastdistill.fastai.replayed import Items, Replay
 from fastdistill.outputs import DistillError, DistillWarning
@@ -352,7 +352,7 @@ def test_data_and_transforms_that_do_not_fit_are_refused_in_words(tmp_path, monk
             r'after_item: RandomResizedCrop: .*min_scale=0.4.* in the cache, .*min_scale=0.9.* now')
     refused(cache, data(augment='colours'), 'after_batch: RandomErasing: none in the cache')
     monkeypatch.setitem(globals(), 'IMAGES', IMAGES[::-1].copy())
-    refused(cache, data(), 'sample 0 comes out of its item transforms differently')
+    refused(cache, data(), 'the input of sample 0: the item transforms give something else')
     feed = CacheFeed(TeacherCache(tmp_path, force=True))
     with pytest.warns(DistillWarning, match='used all the same'): feed.attach(student(data())).detach()
 
@@ -454,6 +454,20 @@ def test_another_teacher_is_refused_and_the_same_writes_nothing(tmp_path):
     assert compare(student(data()), cache, Teacher(other), 1).error < 1e-5
 
 
+def test_force_takes_the_old_teachers_validation_set_away(tmp_path):
+    cache_teacher(Convs(3).eval(), data(), tmp_path, valid=True)
+    other = Convs(3, seed=5).eval()
+    with pytest.warns(DistillWarning, match='It is written anew'): cache = cache_teacher(other, data(), tmp_path, force=True)
+    assert cache.valid is None
+
+
+def test_an_ensemble_is_known_by_how_its_members_are_asked(tmp_path):
+    nets = [Convs(3, seed=i).eval() for i in range(2)]
+    cache_teacher(nets, data(), tmp_path)
+    for other in ([nets[0], Teacher(nets[1], select=[2, 1, 0])], [nets[0], Teacher(nets[1], stats='imagenet', input_stats=(0, 1))]):
+        with pytest.raises(DistillError, match='teacher, members'): cache_teacher(other, data(), tmp_path)
+
+
 def test_verify_asks_the_teacher_again(tmp_path):
     cache_teacher(Convs(3).eval(), data(), tmp_path, views=2, dtype='float32')
     v = verify_cache(tmp_path, Convs(3).eval(), data(), n=20)
@@ -462,6 +476,20 @@ def test_verify_asks_the_teacher_again(tmp_path):
 
 
 # the guest leaves
+
+def test_an_interrupt_while_writing_leaves_nothing_behind_even_if_its_traceback_is_kept(tmp_path):
+    "As IPython keeps it: generators that wait in its frames would hold modes, gradients and the training set's transforms"
+    net,dls = Convs(3).train(),data()
+    def stop(done, *_):
+        if done > 8: raise KeyboardInterrupt
+    for views in (0, 1):
+        with pytest.raises(KeyboardInterrupt) as e: cache_teacher(net, dls, tmp_path/str(views), views=views, progress=stop)
+        assert e.tb and torch.is_grad_enabled() and net.training and dls.train.dataset.split_idx == 0
+        assert {tl.tfms.split_idx for tl in dls.train.dataset.tls} == {0}
+    with pytest.raises(KeyboardInterrupt) as e: cache_dataset(Teacher(net), torch.utils.data.TensorDataset(torch.rand(16, 3, 8, 8)), tmp_path/'c',
+                                                              views=0, bs=4, progress=stop)
+    assert e.tb and torch.is_grad_enabled() and net.training
+
 
 def test_a_fit_from_a_cache_leaves_nothing_behind(tmp_path):
     teacher = Teacher(Convs(3))

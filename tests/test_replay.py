@@ -1,11 +1,13 @@
 "Random numbers that belong to a sample and a view."
-import random
+import copy, random
+from collections import namedtuple
 import numpy as np
 import pytest, torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from fastdistill.cache import cache_dataset
+from fastdistill.cache import TeacherCache, cache_dataset
 from fastdistill.outputs import DistillError, Outputs
 from fastdistill.replay import PerSample, Replayed, held, per_sample, scramble, seeded, seeds_of, untouched, view_of
+from fastdistill.teacher import Teacher
 
 
 def splitmix(state):
@@ -188,6 +190,90 @@ def test_generators_of_a_datasets_own_are_replayed_too(tmp_path, workers):
         torch.testing.assert_close(cache.decode(rows).logits, x @ W, rtol=1e-5, atol=1e-5)
 
 
+def test_a_part_of_several_datasets_draws_as_the_whole(tmp_path):
+    "Each dataset's own generator has numbers that do not depend on the company"
+    a,b = Own(),Own()
+    b.x = b.x + 5
+    both = torch.utils.data.ConcatDataset([a, b])
+    cache = cache_dataset(Net(), both, tmp_path, views=2, dtype='float32', keys=range(46))
+    for part,keys in ((b, range(23, 46)), (torch.utils.data.ConcatDataset([b, a]), [*range(23, 46), *range(23)]),
+                      (torch.utils.data.Subset(both, [40, 3]), [40, 3])):
+        for x,_,rows in DataLoader(Replayed(part, cache, keys=keys), 5):
+            torch.testing.assert_close(cache.decode(rows).logits, x @ W, rtol=1e-5, atol=1e-4)
+
+
+def test_other_transforms_are_refused_by_whoever_replays_or_writes(tmp_path):
+    def shake(x): return x + torch.randn_like(x)
+    class Louder(Noisy):
+        def __getitem__(self, i): return super().__getitem__(i)[0]*2,i
+    class Lazy(Noisy):      # its generator is not there when it is looked for
+        rng = None
+        def __getitem__(self, i):
+            self.rng = self.rng or np.random.default_rng()
+            return self.x[i]*self.rng.random(),i
+    cache = cache_dataset(Net(), Noisy(), tmp_path/'a', views=2, keys=range(23))
+    with pytest.raises(DistillError, match='the input of sample 0: the item transforms give something else'):
+        Replayed(Louder(), cache, keys=range(23))
+    with pytest.raises(DistillError, match='the inputs of some samples'): cache_dataset(Net(), Louder(), tmp_path/'a', views=2, keys=range(23))
+    with pytest.raises(DistillError, match='transform batch_tfm: none in the cache, .*shake'):
+        cache_dataset(Net(), Noisy(), tmp_path/'a', views=2, keys=range(23), batch_tfm=shake)
+    seen = Lazy()
+    seen[0]
+    lazy = cache_dataset(Net(), seen, tmp_path/'b', views=2, keys=range(23))
+    with pytest.raises(DistillError, match='give something else'): Replayed(Lazy(), lazy, keys=range(23))
+    with pytest.warns(UserWarning, match='It is used all the same'): Replayed(Louder(), TeacherCache(tmp_path/'a', force=True), keys=range(23))
+
+
+class Drawn(Noisy):
+    "Notes what somebody else draws beside the items"
+    def __getitem__(self, i): return self.x[i],torch.tensor(random.random())
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_what_others_draw_in_a_worker_is_not_repeated(tmp_path, workers):
+    cache = cache_dataset(Net(), Noisy(), tmp_path, views=1, keys=range(23))
+    both = torch.utils.data.ConcatDataset([Replayed(Noisy(), cache, keys=range(23)), Drawn()])
+    order = [0, 23, 1, 24, 2, 25]       # a replayed item before each
+    def drawn():
+        return [both_item for both_item in DataLoader(both, None, sampler=order, num_workers=workers) if len(both_item) == 2]
+    a,b = drawn(),drawn()
+    assert len({float(o[1]) for o in a + b}) == 6
+
+
+def test_an_inner_seed_is_put_back_inside_of_an_outer_one():
+    with seeded(1): a = [random.random(), torch.rand(1).item(), np.random.rand()]
+    def inner():
+        with seeded(9): random.random(), torch.rand(1), np.random.rand()
+    with held():
+        for _ in range(2):
+            with seeded(1):
+                inner()
+                assert [random.random(), torch.rand(1).item(), np.random.rand()] == a
+
+
+def test_copies_see_the_epoch_in_workers_that_live_on(tmp_path):
+    cache = cache_dataset(Net(), Noisy(), tmp_path, views=2, keys=range(23))
+    data = copy.deepcopy(Replayed(Noisy(), cache, keys=range(23)))
+    loader = DataLoader(data, 23, num_workers=1, persistent_workers=True)
+    for e in range(3):
+        data.set_epoch(e)
+        assert torch.equal(next(iter(loader))[0], torch.stack([data[i][0] for i in range(23)]))
+
+
+def test_writing_moves_no_global_random_state(tmp_path):
+    torch.manual_seed(0)
+    want = torch.rand(1)
+    torch.manual_seed(0)
+    cache_dataset(Net(), Noisy(), tmp_path, views=2, keys=range(23))
+    assert torch.equal(torch.rand(1), want)
+
+
+def test_per_sample_gives_what_the_function_gives():
+    Two = namedtuple('Two', 'a b')
+    out = per_sample(lambda x: Two(x, -x), [1, 2, 3], torch.arange(3.))
+    assert type(out) is Two and torch.equal(out.b, -torch.arange(3.))
+    with pytest.raises(DistillError, match='2 seeds for 3 samples'): per_sample(lambda x: x, [1, 2], torch.arange(3.))
+
+
 def test_what_cannot_be_repeated_is_refused(tmp_path):
     class Bad(Noisy):
         def __getitem__(self, i): return self.x[i]*np.random.default_rng().random(),i
@@ -195,6 +281,14 @@ def test_what_cannot_be_repeated_is_refused(tmp_path):
         def __iter__(self): yield torch.zeros(5)
     with pytest.raises(DistillError, match='two different results from the same random seed'):
         cache_dataset(Net(), Bad(), tmp_path, keys=range(23))
+    with pytest.raises(DistillError, match='views=0 keeps one answer .* come out differently each time'):
+        cache_dataset(Net(), Noisy(), tmp_path, views=0, keys=range(23))
+    def unrepeatable(x): return x*float(np.random.default_rng().random())
+    with pytest.raises(DistillError, match='batch_tfm gave sample'): cache_dataset(Net(), Noisy(), tmp_path, keys=range(23), batch_tfm=unrepeatable)
+    with pytest.raises(DistillError, match='batch_tfm= takes tensors, and the teacher is called with dict'):
+        cache_dataset(Net(), Noisy(), tmp_path, keys=range(23), batch_tfm=lambda x: x, inputs=lambda b: dict(x=b[0]))
+    drops = Teacher(torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Dropout(.5)), mode='train')
+    with pytest.raises(DistillError, match='with other samples in its batch'): cache_dataset(drops, Noisy(), tmp_path, keys=range(23))
     with pytest.raises(DistillError, match='Stream can only be iterated'): cache_dataset(Net(), Stream(), tmp_path)
     with pytest.raises(DistillError, match='pass Teacher'): cache_dataset(torch.nn.Linear(5, 4), Noisy(), tmp_path, keys=range(23))
     assert not list(tmp_path.iterdir())

@@ -21,8 +21,8 @@ app = typer.Typer(no_args_is_help=True, help="A teacher's outputs on disk: run i
 TEACHER = typer.Argument(help="A file that Teacher takes, as an exported Learner (.pkl), or 'file.py:name' of a teacher or its maker.")
 DATA = typer.Argument(help="'file.py:name' of DataLoaders, or of a function that makes them.")
 PATH = typer.Argument(help='Folder of the cache, or its URL.')
-# what stored numbers may be off by, rounding included
-TOLERANCE = dict(float32=1e-3, float16=.05, int8=.5)
+# what stored numbers may be off by, rounding included, over the largest of their row
+TOLERANCE = dict(float32=1e-3, float16=.01, int8=.03)
 
 
 @app.command()
@@ -79,14 +79,14 @@ def verify(
     path:Annotated[str, PATH],
     teacher:Annotated[str, TEACHER],
     data:Annotated[str, DATA],
-    n:Annotated[int, typer.Option(help='How many rows.')]=64,
-    tol:Annotated[float|None, typer.Option(help='How far a logit may be off; else as far as its type rounds.')]=None
+    n:Annotated[int, typer.Option(help='How many rows.', min=1)]=64,
+    tol:Annotated[float|None, typer.Option(help='How far off a logit may be, over the largest in its row.')]=None
 ):
     "Ask the teacher again about some of the rows; ends with 1 if its answers are others."
     from .fastai.cached import verify_cache
     v = verify_cache(path, loaded_teacher(teacher), loaded(data, dataloaders), n)
     typer.echo(str(v))
-    if not v.worst <= (TOLERANCE[v.dtype] if tol is None else tol): raise typer.Exit(1)
+    if not v.share <= (TOLERANCE[v.dtype] if tol is None else tol): raise typer.Exit(1)
 
 
 @app.command()

@@ -1,16 +1,17 @@
 "The same augmentation twice: random numbers that belong to a sample and a view, not to a batch, a worker or an epoch."
 import random
+from bisect import bisect_right
 from contextlib import contextmanager
 from math import gcd
 import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 from .generators import Generators
 from .outputs import DistillError
 
-__all__ = ['PerSample', 'Replayed', 'held', 'per_sample', 'seeded', 'seeds_of', 'untouched', 'view_of']
+__all__ = ['Own', 'PerSample', 'Replayed', 'held', 'per_sample', 'seeded', 'seeds_of', 'untouched', 'view_of']
 
 MASK = 2**64-1
 MIX = 0x9E3779B97F4A7C15,0xBF58476D1CE4E5B9,0x94D049BB133111EB
@@ -82,9 +83,8 @@ def kept(device=None):
         random.seed(seed)
         np.random.seed(seed & 0xffffffff)
         for g in gens: g.manual_seed(seed & 0x7fffffffffffffff)
-    # a worker draws for items alone, and they are all seeded: nothing to put back
-    if (get_worker_info() is not None or HOLDING) and not is_cuda(device):
-        yield start
+    if HOLDING and HOLDING[-1] and not is_cuda(device):
+        with holding(False): yield start        # but who is seeded inside of this must put back
         return
     states = random.getstate(),np.random.get_state(),[g.get_state() for g in gens]
     try: yield start
@@ -97,12 +97,15 @@ def kept(device=None):
 HOLDING = []
 
 @contextmanager
+def holding(on):
+    HOLDING.append(on)
+    try: yield
+    finally: HOLDING.pop()
+
+@contextmanager
 def held():
     "Inside, the CPU's generators are put back once, at the end, and not after each `seeded`: NumPy takes its time for it"
-    with kept():
-        HOLDING.append(True)
-        try: yield
-        finally: HOLDING.pop()
+    with kept(), holding(True): yield
 
 
 def is_cuda(device): return device is not None and torch.device(device).type == 'cuda'
@@ -114,13 +117,15 @@ def per_sample(
     *tensors # (B, ...) each
 ):
     "Run `fn` on one sample at a time, each with random numbers of its own: right for every `fn`, whatever it draws and how"
+    if len(seeds) != len(tensors[0]): raise DistillError(f"{len(seeds)} seeds for {len(tensors[0])} samples: one for each is needed.")
     outs,own = [],Generators(fn)
     with kept(tensors[0].device) as start:
         for i,s in enumerate(seeds.tolist() if isinstance(seeds, Tensor) else seeds):
             start(s)
             with own.seeded(s): outs.append(fn(*(o[i:i+1] for o in tensors)))
-    if isinstance(outs[0], (tuple, list)): return type(outs[0])(torch.cat(o) for o in zip(*outs))
-    return torch.cat(outs)
+    if not isinstance(outs[0], (tuple, list)): return torch.cat(outs)
+    made,kind = [torch.cat(o) for o in zip(*outs)],type(outs[0])
+    return kind(*made) if hasattr(kind, '_fields') else kind(made)
 
 
 class PerSample(TorchFunctionMode):
@@ -194,10 +199,15 @@ class Replayed(Dataset):
     ):
         check_indexed(dataset)
         self.dataset,self.cache,self.seeds = dataset,cache,seeds
-        self.keys,self.own = cache.keys_of(dataset, keys),Generators(dataset)
+        self.keys,self.own = cache.keys_of(dataset, keys),Own(dataset)
         self.at = cache.find(self.keys)
+        cache.compare(self.at, lambda i, view: view_item(dataset, i, int(self.keys[i]), view, cache.seed, self.own))
         # subtle: shared memory, so that workers which outlive an epoch see the next one
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.epoch.share_memory_()      # a copy's own
 
     def set_epoch(self, epoch:int): self.epoch.fill_(epoch)
 
@@ -220,7 +230,23 @@ class Replayed(Dataset):
 def view_item(dataset, i, key, view, seed, own):
     "Item `i` as a view shows it"
     s = seeds_of(seed, key, view)
-    with seeded(s), own.seeded(s): return dataset[i]
+    with seeded(s), own.of(i).seeded(s): return dataset[i]
+
+
+class Own:
+    "The generators of the dataset that an item comes from: its numbers are the same in a part of that dataset, or beside others"
+    def __init__(self, dataset): self.dataset,self.found = dataset,{}
+
+    def of(self, i) -> Generators:
+        d,way = self.dataset,()
+        while True:
+            if hasattr(d, 'dataset') and hasattr(d, 'indices'): d,i,way = d.dataset,d.indices[i],(*way, 0)      # a `Subset`
+            elif hasattr(d, 'datasets') and hasattr(d, 'cumulative_sizes'):                                     # a `ConcatDataset`
+                k = bisect_right(d.cumulative_sizes, i)
+                d,i,way = d.datasets[k],i - (d.cumulative_sizes[k-1] if k else 0),(*way, k)
+            else: break
+        if way not in self.found: self.found[way] = Generators(d)
+        return self.found[way]
 
 
 def batch_seed(key, view, seed):

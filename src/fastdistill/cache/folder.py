@@ -9,7 +9,9 @@ __all__ = ['Folder', 'folder']
 
 class Folder:
     "A local folder"
-    def __init__(self, path): self.path,self.kept = Path(path),None
+    def __init__(self, path):
+        self.path,self.kept = Path(path).expanduser().absolute(),None      # absolute, for shards are opened later
+        if self.path.is_file(): raise DistillError(f"{path} is a file: a cache is a folder.")
 
     def __repr__(self): return str(self.path)
 
@@ -37,9 +39,9 @@ class Folder:
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(tmp, p)
-        except OSError as e:
+        except BaseException as e:
             tmp.unlink(missing_ok=True)
-            if e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT): raise
+            if not isinstance(e, OSError) or e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT): raise
             raise DistillError(f"No room for {name} in {self}: {e.strerror}. What was finished stays: make room and start again, "
                                "and it goes on from there.") from e
 
@@ -60,7 +62,11 @@ class Folder:
         me = str(self.path.resolve())
         busy = DistillError(f"Another writer is at work on {self}: wait for it, or choose another folder.")
         if me in LOCKED: raise busy
-        with open(self.path/'.lock', 'a+') as f:
+        try: f = open(self.path/'.lock', 'a+')
+        except PermissionError:     # a place to read from: who has something to write will be told
+            yield
+            return
+        with f:
             try: acquire(f)
             except OSError as e: raise busy from e
             LOCKED.add(me)

@@ -1,10 +1,11 @@
 "What names a sample: 64 bits of a hash of its path, number, text or content, the same on every machine."
-import hashlib
+import hashlib, warnings
 from numbers import Integral
 from pathlib import PurePath
 import numpy as np
+import torch
 from torch import Tensor
-from ..outputs import DistillError
+from ..outputs import DistillError, DistillWarning
 
 __all__ = ['dataset_keys', 'hash_of', 'key_of', 'keys_of', 'root_of']
 
@@ -31,7 +32,8 @@ def _parts(o, root):
     if o is None or isinstance(o, (bool, np.bool_)): return b'bool',str(o).encode()
     if isinstance(o, (Integral, np.integer)): return b'int',str(int(o)).encode()
     if isinstance(o, (float, np.floating)): return b'float',repr(float(o)).encode()
-    if isinstance(o, Tensor): o = o.detach().cpu().numpy()
+    if isinstance(o, Tensor): o = o.detach().cpu()
+    if isinstance(o, Tensor): o = (o.float() if o.dtype == torch.bfloat16 else o).numpy()       # NumPy doesn't know it
     if isinstance(o, np.ndarray) and o.dtype != object: return b'array',f'{o.dtype.str} {o.shape}'.encode(),o.tobytes()
     if isinstance(o, dict): return b'dict',*(p for k in sorted(o, key=str) for v in (k, o[k]) for p in _parts(v, root))
     if hasattr(o, 'tobytes') and hasattr(o, 'mode'): return b'image',f'{o.mode} {o.size}'.encode(),o.tobytes()      # PIL
@@ -40,7 +42,9 @@ def _parts(o, root):
                        "sample, or a function that names the sample at a position.")
 
 
-def relative(path, root): return path[len(root):].lstrip('/') if root and path.startswith(root.rstrip('/') + '/') else path
+def relative(path, root):
+    path = path.removeprefix('./')
+    return path[len(root):].lstrip('/') if root and path.startswith(root.rstrip('/') + '/') else path
 
 
 def root_of(path): return '' if path is None else PurePath(path).as_posix() if str(path) not in ('.', '') else ''
@@ -59,16 +63,31 @@ def dataset_keys(
 ) -> np.ndarray:
     "The keys of a plain dataset: given, or read off what torchvision's and PyTorch's own datasets hold"
     if callable(keys): keys = [keys(i) for i in range(len(dataset))]
-    root = root_of(getattr(dataset, 'root', None) if root is None else root)
-    if keys is None: keys = held_by(dataset)
+    root,given = root_of(folder_of(dataset) if root is None else root),keys is not None
+    if not given: keys = held_by(dataset)
     if len(keys) != len(dataset): raise DistillError(f"{len(keys)} keys for {len(dataset)} samples: give one for each.")
-    return keys_of(keys, root)
+    out = keys_of(keys, root)
+    if given and (lost := len(out) - len(np.unique(out))):
+        warnings.warn(DistillWarning(f"{lost} of {len(out)} samples have the key of another one, and share its random numbers and its "
+                                     "answer: right for a sample that comes twice, and for no others."))
+    return out
+
+
+def folder_of(dataset):
+    "Of a dataset of files, or the dataset that this is a part of"
+    while not hasattr(dataset, 'root') and hasattr(dataset, 'dataset'): dataset = dataset.dataset
+    return getattr(dataset, 'root', None)
+
+
+def name_of(sample):
+    "(path, label) is known by its path; anything else by all that it is"
+    return sample[0] if isinstance(sample, (tuple, list)) and len(sample) and isinstance(sample[0], (str, PurePath)) else sample
 
 
 def held_by(dataset):
     "What names the samples of a dataset; one that says nothing is refused"
     if type(dataset).__name__ == 'Subset': return [held_by(dataset.dataset)[i] for i in dataset.indices]
-    if hasattr(dataset, 'samples'): return [s[0] for s in dataset.samples]                 # torchvision's folders of images
+    if hasattr(dataset, 'samples'): return [name_of(s) for s in dataset.samples]           # torchvision's folders of images
     if hasattr(dataset, 'tensors'): return list(zip(*dataset.tensors))                     # TensorDataset: the content
     if hasattr(dataset, 'data') and hasattr(dataset, 'targets'): return dataset.data       # torchvision's CIFAR, MNIST ...: the content
     raise DistillError(f"Can't tell which samples a {type(dataset).__name__} holds: pass keys=, a list of names (file names, ids), one for "

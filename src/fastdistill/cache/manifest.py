@@ -1,10 +1,11 @@
 "What a cache says about itself: whose outputs, of which samples, through which transforms, and what each file must hold."
-import hashlib, importlib.metadata, json, platform, warnings
+import hashlib, importlib.metadata, inspect, json, platform, warnings
 from dataclasses import asdict, dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
 from ..outputs import DistillError, DistillWarning
+from .keys import hash_of
 from .records import Layout
 
 __all__ = ['Manifest', 'differences', 'fingerprint', 'refuse']
@@ -48,7 +49,7 @@ class Manifest:
     @property
     def bytes(self): return self.count*self.stored*self.layout.bytes
 
-    def to_json(self): return json.dumps(dict(format=FORMAT, version=VERSION, **asdict(self)), indent=1).encode()
+    def to_json(self): return json.dumps(dict(format=FORMAT, version=VERSION, **asdict(self)), indent=1, default=as_python).encode()
 
     @classmethod
     def from_json(cls, text, where):
@@ -56,10 +57,17 @@ class Manifest:
         except ValueError as e: raise DistillError(f"{where}/manifest.json is damaged ({e}): write the cache anew.") from e
         if not isinstance(d, dict) or d.pop('format', None) != FORMAT:
             raise DistillError(f"{where}/manifest.json is not a fastdistill cache's.")
-        if (v := d.pop('version')) != VERSION:
+        if (v := d.pop('version', None)) != VERSION:
             raise DistillError(f"{where} is a cache of version {v}, this fastdistill reads version {VERSION}: "
                                "install the one that wrote it, or write the cache anew.")
-        return cls(**{**d, 'layout': Layout.from_json(d['layout'])})
+        try: return cls(**{**d, 'layout': Layout.from_json(d['layout'])})
+        except (TypeError, KeyError) as e: raise DistillError(f"{where}/manifest.json is damaged ({e!r}): write the cache anew.") from e
+
+
+def as_python(o):
+    "NumPy's numbers and arrays, for JSON"
+    if hasattr(o, 'tolist'): return o.tolist()
+    raise DistillError(f"A {type(o).__name__} can't be kept in a manifest: use names, numbers, and lists of these.")
 
 
 def differences(
@@ -72,11 +80,11 @@ def differences(
         if x != y: out.append(f'{what}: {short(x)} in the cache, {short(y)} now')
     for k in dict.fromkeys([*a.teacher, *b.teacher]):
         if k != 'name': differ(f'teacher, {k}', a.teacher.get(k), b.teacher.get(k))
-    if a.data != b.data: differ('data (count and fingerprint of the samples\' keys)', (a.count, a.data), (b.count, b.data))
+    if (a.count, a.data.get('keys')) != (b.count, b.data.get('keys')):
+        differ('data (count and fingerprint of the samples\' keys)', (a.count, a.data), (b.count, b.data))
     out += transform_differences(a.transforms, b.transforms)
     for k in ('views', 'seed', 'vocab', 'layout'): differ(k, getattr(a, k), getattr(b, k))
-    if a.samples != b.samples and not out: out.append('the inputs of some samples come out of their item transforms differently: '
-                                                      f'{short(a.versions)} then, {short(b.versions)} now')
+    if a.samples != b.samples and not out: out.append(f'the inputs of some samples{OTHERWISE}{other_libraries(a)}')
     return out
 
 
@@ -85,20 +93,41 @@ def transform_differences(found, now):
             for k in dict.fromkeys([*found, *now]) if found.get(k) != now.get(k)]
 
 
+def sample_differences(
+    m:Manifest,
+    at, # (N,) position in the cache of each sample of a dataset
+    digest_of # fn(number of a sample, view) -> digest of its input
+) -> list:
+    "Make the inputs of a few samples as they were made when the cache was written, and say in words what differs"
+    for s in m.samples:
+        if not len(here := np.flatnonzero(at == s['row'])) or digest_of(int(here[0]), s['view']) == s['digest']: continue
+        return [f'the input of sample {here[0]}{OTHERWISE}{other_libraries(m)}']
+    return []
+
+
+OTHERWISE = ': the item transforms give something else than when the cache was written; a file, a function among them, or a library changed'
+
+def other_libraries(m):
+    now = versions()
+    other = '; '.join(f'{k} {v} then, {now.get(k)} now' for k,v in m.versions.items() if now.get(k) != v)
+    return other and f' ({other})'
+
+
 def short(o, n=200): return (s if len(s := str(o)) <= n else s[:n] + ' ...')
 
 
 def refuse(
     where, # the cache
     found:list, # what differs, in words
-    force:bool # warn instead
+    force:bool, # warn instead
+    then:str='It is used all the same' # what is done about it
 ):
     if not found: return
     text = f"{where} doesn't fit:\n" + '\n'.join(f'- {o}' for o in found)
     if not force:
         raise DistillError(f"{text}\nUse the data, transforms and teacher that it was written with, write another cache, "
                            "or force=True to override.")
-    warnings.warn(DistillWarning(text + '\nIt is used all the same (force=True).'))
+    warnings.warn(DistillWarning(f'{text}\n{then} (force=True).'))
 
 
 def checksum(data) -> str: return hashlib.blake2b(data, digest_size=16).hexdigest()
@@ -121,7 +150,30 @@ def _feed(h, o):
         h.update(f'{t.dtype} {tuple(t.shape)} '.encode())
         h.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()) if t.numel() else b'')
     elif isinstance(o, np.ndarray): h.update(f'{o.dtype} {o.shape} '.encode() + np.ascontiguousarray(o).tobytes())
-    else: h.update(repr(o).encode())
+    # an object that only says where it is, says nothing
+    else: h.update((r if ' at 0x' not in (r := repr(o)) else type(o).__qualname__).encode())
+
+
+def leaves(o):
+    "The tensors, arrays and numbers in a nested item"
+    if isinstance(o, dict): return [v for k in o for v in leaves(o[k])]
+    if isinstance(o, (tuple, list)): return [v for p in o for v in leaves(p)]
+    if hasattr(o, 'tobytes') and hasattr(o, 'mode'): return [np.asarray(o)]
+    return [o]
+
+
+def input_digest(item):
+    "Of the input in an item: the first part of a tuple, and all of anything else"
+    return fingerprint(*leaves(first(item)))
+
+def first(o): return o[0] if isinstance(o, (tuple, list)) else o
+
+
+def code_of(f):
+    "A function's or class's name, and a fingerprint of its code"
+    name = getattr(f, '__qualname__', repr(type(f)))
+    try: return f'{name} {hash_of(inspect.getsource(f).encode()):x}'
+    except (TypeError, OSError): return name
 
 
 def versions() -> dict:

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import default_collate
-from ..generators import Generators
 from ..outputs import DistillError, DistillWarning, Outputs
-from ..replay import batch_seed, check_indexed, held, per_sample, view_item
-from .keys import dataset_keys, root_of
-from .manifest import fingerprint
+from ..replay import Own, batch_seed, check_indexed, held, per_sample, untouched, view_item
+from .keys import dataset_keys, folder_of, root_of
+from .manifest import code_of, fingerprint, first, input_digest, leaves
 from .reader import TeacherCache
 from .records import Wish
 from .writer import Source, write_cache
@@ -42,25 +41,42 @@ def cache_dataset(
     if isinstance(teacher, nn.Module): raise DistillError("A bare module may be in training mode, with gradients: pass Teacher(model).")
     check_indexed(dataset)
     names = dataset_keys(dataset, keys)
-    get = first if inputs is None else inputs
-    def run(tasks, bs):
-        items = Views(dataset, names, views, seed)
+    items,get = Views(dataset, names, views, seed),first if inputs is None else inputs
+    shake = batch_tfm if views else None
+    def asked(tasks, bs):
+        "What the teacher is called with"
         dl = DataLoader(items, bs, sampler=tasks.tolist(), num_workers=num_workers, collate_fn=Together(collate_fn))
-        with teacher if hasattr(teacher, '__enter__') else nullcontext(), torch.no_grad():
-            for batch,seeds in dl:
-                x = to(get(batch), device)
-                if batch_tfm is not None and views: x = per_sample(batch_tfm, seeds, x)
-                yield Outputs.of(teacher(*x) if isinstance(x, tuple) else teacher(x))
-    check_repeats(Views(dataset, names, views, seed))
-    source = Source(names, run, bs, identity_of(teacher), dict(transforms or {}), root_of(getattr(dataset, 'root', None)), vocab)
-    return write_cache(path, source, Wish(dtype, topk, tail, axis, size), views=views, seed=seed, force=force,
-                       progress=progress, forecast=forecast)
+        for batch,seeds in dl:
+            x = to(get(batch), device)
+            yield x if shake is None else shaken(shake, seeds, x)
+    def run(tasks, bs):
+        with teacher if hasattr(teacher, '__enter__') else nullcontext():
+            for x in asked(tasks, bs):
+                with torch.no_grad(): out = Outputs.of(teacher(*x) if isinstance(x, tuple) else teacher(x))
+                yield out
+    with untouched():
+        check_repeats(items, asked if shake is not None else None)
+        check_alone(run, len(dataset))
+        told = dict(transforms or {})
+        if shake is not None: told['batch_tfm'] = code_of(shake if inspect.isroutine(shake) else type(shake))
+        source = Source(names, run, bs, identity_of(teacher), told, root_of(folder_of(dataset)), vocab, items.digests())
+        return write_cache(path, source, Wish(dtype, topk, tail, axis, size), views=views, seed=seed, force=force,
+                           progress=progress, forecast=forecast)
+
+
+def shaken(fn, seeds, x):
+    "A batch transform with random numbers of each sample's own"
+    xs = x if isinstance(x, tuple) else (x,)
+    if not all(isinstance(o, Tensor) for o in xs):
+        raise DistillError(f"batch_tfm= takes tensors, and the teacher is called with {', '.join(type(o).__name__ for o in xs)}: "
+                           "use a transform of the dataset.")
+    return per_sample(fn, seeds, *xs)
 
 
 class Views(Dataset):
     "Item number view*N + position"
     def __init__(self, dataset, keys, views, seed):
-        self.dataset,self.keys,self.views,self.seed,self.own = dataset,keys,views,seed,Generators(dataset)
+        self.dataset,self.keys,self.views,self.seed,self.own = dataset,keys,views,seed,Own(dataset)
 
     def __len__(self): return len(self.dataset)*max(self.views, 1)
 
@@ -73,12 +89,17 @@ class Views(Dataset):
         return view_item(self.dataset, i, key, view, self.seed, self.own),batch_seed(key, view, self.seed)
 
 
+    def digests(self):
+        "A few samples' inputs: whoever replays them elsewhere must get the same bytes"
+        if not self.views: return []
+        n = len(self.dataset)
+        tasks = [(i % self.views, int(r)) for i,r in enumerate(some(n, 8))]
+        return [dict(row=r, view=v, digest=input_digest(self[v*n + r][0])) for v,r in tasks]
+
+
 class Together:
     def __init__(self, collate): self.collate = collate
     def __call__(self, pairs): return self.collate([o for o,_ in pairs]),torch.stack([s for _,s in pairs])
-
-
-def first(batch): return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 def to(x, device):
@@ -87,11 +108,38 @@ def to(x, device):
     return {k: to(v, device) for k,v in x.items()} if isinstance(x, dict) else x
 
 
-def check_repeats(items, n=8):
-    "Draw a few items twice: transforms with random numbers of their own can't be repeated, and are found out before anything is written"
-    for i in np.linspace(0, len(items)-1, min(n, len(items)), dtype=int).tolist():
-        if fingerprint(*leaves(items[i])) != fingerprint(*leaves(items[i])):
-            raise DistillError(unrepeatable('The item transforms', i % len(items.dataset)))
+def some(n, k=4): return np.unique(np.linspace(0, n-1, min(k, n), dtype=int))
+
+
+def check_repeats(items, asked):
+    "Draw a few items twice: what can't be repeated is found out before anything is written"
+    tasks,n = some(len(items), 8),len(items.dataset)
+    draw = lambda items, i: fingerprint(*leaves(items[i][0]))
+    other = items if items.views else Views(items.dataset, items.keys, 0, items.seed+1)     # the clean view is the same for any seed
+    for i in tasks.tolist():
+        if draw(items, i) == draw(other, i): continue
+        raise DistillError(unrepeatable('The item transforms', i % n) if items.views else CLEAN)
+    if asked is None: return
+    for i,a,b in zip(tasks, asked(tasks, 1), asked(tasks, 1)):
+        if fingerprint(*leaves(a)) != fingerprint(*leaves(b)): raise DistillError(unrepeatable('batch_tfm', i % n))
+
+
+CLEAN = ("views=0 keeps one answer for each sample as the dataset gives it, but these come out differently each time: pass the dataset "
+         "without its random transforms here, and the one with them to Replayed; or views=1 or more.")
+
+
+def check_alone(run, n):
+    "The teacher's answer to a sample must not depend on its neighbours"
+    tasks = some(n, 4)
+    half = tasks[::2]
+    a,b = [next(run(t, len(t))).logits for t in (tasks, half)]
+    tol = 1e-3 if a.dtype.itemsize > 2 else .03
+    a,b = a[::2].float(),b.float()
+    if a.shape != b.shape: return       # padded to another length: the layout will see
+    if (far := (a-b).abs().nan_to_num().max().item()) > tol*(1 + a[a.isfinite()].abs().max().item()):
+        raise DistillError(f"The teacher's answer to a sample differs by {far:.3g} with other samples in its batch: it is in training "
+                           "mode, has a memory, or a batch transform looks at the whole batch. Stored answers would belong to no sample: "
+                           "use a live teacher.")
 
 
 def unrepeatable(what, i):
@@ -100,17 +148,9 @@ def unrepeatable(what, i):
             "Make it draw from random, numpy.random or torch, or use views=0.")
 
 
-def leaves(o):
-    "The tensors, arrays and numbers in a nested item"
-    if isinstance(o, dict): return [v for k in o for v in leaves(o[k])]
-    if isinstance(o, (tuple, list)): return [v for p in o for v in leaves(p)]
-    if hasattr(o, 'tobytes') and hasattr(o, 'mode'): return [np.asarray(o)]
-    return [o]
-
-
 def identity_of(teacher) -> dict:
     "What a manifest says about a teacher: its name, its weights' fingerprint, and how it is asked"
-    options = {k: str(getattr(teacher, k)) for k in ('layers', 'mode', 'size', 'combine', 'kind', 'select') if hasattr(teacher, k)}
+    options = options_of(teacher)
     name = getattr(teacher, 'name', None) or getattr(teacher, '__name__', type(teacher).__name__)
     shares = str(getattr(teacher, 'weights', None))     # of an ensemble's members
     if modules := getattr(teacher, 'modules', None):
@@ -122,3 +162,10 @@ def identity_of(teacher) -> dict:
     warnings.warn(DistillWarning(f"The weights behind {name} can't be seen: a cache of it is taken for the same teacher's as long as its "
                                  "code is the same. Pass Teacher(model) where there is a model."))
     return dict(name=name, weights=fingerprint(text), **options)
+
+
+def options_of(teacher) -> dict:
+    "How a teacher is asked, and its members if it has some"
+    out = {k: str(getattr(teacher, k)) for k in ('layers', 'mode', 'size', 'combine', 'kind', 'axis', 'select') if hasattr(teacher, k)}
+    if members := getattr(teacher, 'members', None): return {**out, 'members': [options_of(m) for m in members]}
+    return {**out, 'images': teacher.adapts} if getattr(teacher, 'adapts', '') else out

@@ -5,7 +5,7 @@ from torch import Tensor
 from ..outputs import DistillError, Outputs
 from .folder import folder
 from .keys import dataset_keys
-from .manifest import Manifest, checksum
+from .manifest import Manifest, checksum, input_digest, refuse, sample_differences
 
 __all__ = ['TeacherCache']
 
@@ -124,6 +124,14 @@ class TeacherCache:
         return at
 
     def keys_of(self, dataset, keys=None): return dataset_keys(dataset, keys)
+
+    def compare(
+        self,
+        at, # (N,) position of each sample of a dataset
+        item # fn(number of a sample, view) -> what the dataset gives
+    ):
+        "Refuse a dataset of which a few samples come out otherwise than when the cache was written"
+        refuse(self.folder, sample_differences(self.manifest, at, lambda i, view: input_digest(item(i, view))), self.force)
 
     def check(self):
         "Compare every file with its checksum; damaged ones are named"

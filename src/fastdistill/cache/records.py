@@ -69,7 +69,11 @@ class Layout:
         if out.logits is None: raise DistillError("The teacher's Outputs have no logits: there is nothing to store.")
         self,t = cls(tail=wish.tail, axis=wish.axis),out.logits
         if t.dim() < 1: raise DistillError(f"The teacher's output has shape {tuple(t.shape)}: it needs a batch dimension.")
+        if not -t.dim() <= wish.axis < t.dim() and wish.topk is not None:
+            raise DistillError(f"topk={wish.topk} along axis {wish.axis}: the teacher's output has shape {tuple(t.shape)}.")
         if wish.size is not None:
+            if wish.topk is not None: raise DistillError("size= and topk= together: maps are stored smaller, or with few classes.")
+            if min(wish.size) < 1: raise DistillError(f"size={wish.size}: at least one pixel.")
             if t.dim() != 4:
                 raise DistillError(f"size={wish.size} is for maps (B, C, H, W), the teacher's output has shape {tuple(t.shape)}")
             self.full,t = tuple(t.shape[-2:]),t[..., :wish.size[0], :wish.size[1]]
@@ -123,6 +127,9 @@ class Layout:
         want = {f.name: f.shape for f in self.fields}
         if missing := sorted(set(want) - set(parts)):
             raise DistillError(f"The teacher's outputs have no {', '.join(missing)} in this batch, but had in the first one.")
+        if more := sorted(set(parts) - set(want)):
+            raise DistillError(f"The teacher's outputs have {', '.join(more)} in this batch, but had none for the first sample: "
+                               "all rows of a cache are alike. Give them always.")
         for k,s in want.items():
             if tuple(parts[k].shape[1:]) != s:
                 raise DistillError(f"{k} has shape {tuple(parts[k].shape[1:])} in this batch, but {s} in the first one: all rows of a "
@@ -160,11 +167,11 @@ class Layout:
 
 
 def mean_but(t, ids):
-    "(..., 1) mean of the finite values that are not at `ids`; -inf if there are none"
+    "(..., 1) mean of the finite values that are not at `ids`, as far as half precision reaches"
     rest = t.scatter(-1, ids, -torch.inf)
     have = rest.isfinite()
     n = have.sum(-1, keepdim=True)
-    return torch.where(n > 0, rest.where(have, 0).sum(-1, keepdim=True)/n.clamp_min(1), -torch.inf)
+    return torch.where(n > 0, rest.where(have, 0).sum(-1, keepdim=True)/n.clamp_min(1), -torch.inf).clamp_min(-65504)
 
 
 def put(d, name, t, dtypes):
@@ -182,7 +189,8 @@ def scaled(t, dtype):
     if not t.isfinite().all(): raise DistillError("int8 can't hold infinite logits (classes that are masked out): use float16 or float32.")
     flat = t.reshape(len(t), -1)
     lo,hi = flat.amin(1),flat.amax(1)
-    kept = torch.stack([(hi-lo)/254, (hi+lo)/2], 1).to(TORCH[dtype])
+    kept = torch.stack([hi/254-lo/254, hi/2+lo/2], 1).to(TORCH[dtype])
+    if not kept.isfinite().all(): raise DistillError(f"int8 can't hold logits from {lo.min():g} to {hi.max():g}: use dtype='float32'.")
     step,mid = kept.float().unbind(1)
     q = (flat-mid[:, None])/step.clamp_min(1e-30)[:, None]
     return q.round().clamp(-127, 127).to(torch.int8).view(t.shape),kept

@@ -1,10 +1,10 @@
 "Writing a cache: shard by shard, each whole or not there, so that whoever is stopped goes on where he was."
-import json, re
-from contextlib import nullcontext
+import json, re, warnings
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 import numpy as np
 import torch
-from ..outputs import DistillError
+from ..outputs import DistillError, DistillWarning
 from .folder import folder
 from .keys import hash_of
 from .manifest import Manifest, checksum, differences, refuse, versions
@@ -20,7 +20,7 @@ SHARD_BYTES = 64*2**20
 class Source:
     "What a face knows about teacher and data"
     keys:np.ndarray # (N,) uint64 in the order in which rows are stored
-    run:object # fn(tasks, bs) -> iterator of `Outputs`, one for each `bs` tasks; task number view*N + position
+    run:object # fn(tasks, bs) -> generator of `Outputs`, one for each `bs` tasks; task number view*N + position
     bs:int
     teacher:dict # what goes into the manifest, see there
     transforms:dict
@@ -63,7 +63,7 @@ def write_cache(
     "Write what is not there yet, and open the cache. Under torch.distributed each rank writes its share of the shards"
     if views < 0 or not len(source.keys): raise DistillError(f"views={views}, {len(source.keys)} samples: there is nothing to write.")
     where,(rank,world) = folder(path),ranks()
-    layout = Layout.of(next(iter(source.run(tasks_of(source, 0, 0, 1), 1))), wish)
+    with closing(source.run(tasks_of(source, 0, 0, 1), 1)) as first: layout = Layout.of(next(first), wish)
     with where.lock() if rank == 0 else nullcontext():
         m = on_first(lambda: _begin(where, source, layout, views, seed, force, shard_bytes))
         todo = [] if m.complete else [s for s in m.all_shards() if not finished(where, s)]
@@ -82,13 +82,18 @@ def _begin(where, source, layout, views, seed, force, shard_bytes):
     m = Manifest(len(source.keys), views, seed, layout, rows, source.bs, source.teacher,
                  dict(keys=f'{hash_of(source.keys.tobytes()):016x}', root=source.root), source.transforms, source.vocab,
                  source.samples or [], versions())
+    m = Manifest.from_json(m.to_json(), where)      # subtle: as it will be read again (no tuples), before anything is removed
     keys = source.keys.astype('<u8').tobytes()
     if where.size('manifest.json') is not None:
-        old = Manifest.from_json(where.read('manifest.json'), where)
-        found = differences(old, m)
-        refuse(where, found, force)
-        if not found: return _reopen(where, old, keys)
+        try: old = Manifest.from_json(where.read('manifest.json'), where)
+        except DistillError as e:
+            if not force: raise
+            warnings.warn(DistillWarning(f'{e} It is written anew (force=True).'))
+        else:
+            if not (found := differences(old, m)): return _reopen(where, old, keys)
+            refuse(where, found, force, 'It is written anew')
     clear(where)
+    clear(where.sub('valid'))       # it would be another teacher's
     where.write('keys.bin', keys)
     where.write('manifest.json', m.to_json())
     return m
@@ -99,6 +104,8 @@ def _reopen(where, m, keys):
     clear(where, '.tmp')
     bad = damaged(where, m) if m.complete else []
     if m.complete and not bad: clear(where, '.json')      # of one who was stopped between his last two steps
+    # nobody knows yet whether they are whole
+    if not m.complete and (where.size('keys.bin') != len(keys) or where.read('keys.bin') != keys): where.write('keys.bin', keys)
     if not bad: return m
     for s in m.shards:
         if s['name'] not in bad and s['name'] != 'keys.bin': where.write(note_of(s['name']), json.dumps(s).encode())
@@ -123,29 +130,36 @@ def note_of(name): return name.replace('.bin', '.json')
 def finished(where, shard):
     "Is this shard there, and as long as it must be?"
     *_,name,size = shard
-    return where.size(name) == size and where.size(note_of(name)) is not None
+    if where.size(name) != size or where.size(note_of(name)) is None: return False
+    try: return json.loads(where.read(note_of(name)))['name'] == name
+    except (ValueError, KeyError, TypeError): return False
 
 
 def _write_shards(where, source, m, todo, progress):
     "Run the teacher over the samples of these shards"
-    bs,done,total = m.batch_size,0,sum(m.rows_of(i) for _,i,*_ in todo)
+    done,total = 0,sum(m.rows_of(i) for _,i,*_ in todo)
     some = max(2**20//m.shard_rows, 1)      # shards that one pass of the DataLoader makes: lists of what to do stay short
-    for at,(_,i,name,_) in enumerate(todo):
-        if at % some == 0:
-            tasks = [padded(tasks_of(source, v, i*m.shard_rows, m.rows_of(i)), bs) for v,i,*_ in todo[at:at+some]]
-            batches = iter(source.run(np.concatenate(tasks), bs))
-        n = m.rows_of(i)
-        buf = np.empty((n, m.layout.bytes), np.uint8)
-        for row in range(0, n, bs):
-            rows = m.layout.encode(next(batches))
-            take = min(bs, n-row)
-            if len(rows) != bs: raise DistillError(f"The teacher gave {len(rows)} answers to {bs} samples: one for each is needed.")
-            buf[row:row+take] = rows[:take]
-            done += take
-            if progress is not None: progress(done, total, done*m.layout.bytes)
-        data = memoryview(buf).cast('B')
-        where.write(name, data)
-        where.write(note_of(name), json.dumps(dict(name=name, bytes=len(data), checksum=checksum(data))).encode())
+    for at in range(0, len(todo), some):
+        tasks = [padded(tasks_of(source, v, i*m.shard_rows, m.rows_of(i)), m.batch_size) for v,i,*_ in todo[at:at+some]]
+        # subtle: closed by hand, for a traceback would keep it, and with it what it has changed until it ends
+        with closing(source.run(np.concatenate(tasks), m.batch_size)) as batches:
+            for _,i,name,_ in todo[at:at+some]:
+                for rows in _write_shard(where, m, name, m.rows_of(i), batches):
+                    done += rows
+                    if progress is not None: progress(done, total, done*m.layout.bytes)
+
+
+def _write_shard(where, m, name, n, batches):
+    "Gives the number of rows of each batch"
+    bs,buf = m.batch_size,np.empty((n, m.layout.bytes), np.uint8)
+    for row in range(0, n, bs):
+        rows = m.layout.encode(next(batches))
+        if len(rows) != bs: raise DistillError(f"The teacher gave {len(rows)} answers to {bs} samples: one for each is needed.")
+        buf[row:row+bs] = rows[:n-row]
+        yield min(bs, n-row)
+    data = memoryview(buf).cast('B')
+    where.write(name, data)
+    where.write(note_of(name), json.dumps(dict(name=name, bytes=len(data), checksum=checksum(data))).encode())
 
 
 def _finish(where, m):

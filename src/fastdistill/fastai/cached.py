@@ -11,8 +11,8 @@ from fastai.text.data import SortedDL
 from fastai.vision.augment import RandomErasing, RandTransform, SpaceTfm
 from ..cache import Source, TeacherCache, Wish, write_cache
 from ..cache.keys import hash_of, keys_of, root_of
-from ..cache.manifest import fingerprint, refuse, transform_differences, versions
-from ..cache.plain import identity_of, leaves, unrepeatable
+from ..cache.manifest import fingerprint, leaves, refuse, sample_differences, transform_differences
+from ..cache.plain import check_alone, identity_of, some, unrepeatable
 from ..outputs import DistillError, Outputs, TopK, as_plain
 from ..replay import seeds_of, untouched
 from .blocks import Feed, reorder
@@ -76,13 +76,15 @@ def verify_cache(
     at,bs = asked_again(dls.train, len(source.keys), m.stored, n, np.random.default_rng(seed))
     view,row = np.divmod(at, len(source.keys))
     stored = cache.find(source.keys[row])
-    errors = []
+    errors,sizes = [],[]
     for i,live in enumerate(source.run(at, bs)):
         some = slice(i*bs, i*bs+bs)
         kept,t = cache.outputs(stored[some], view[some]).logits,live.logits.detach().float().cpu()
         if isinstance(kept, TopK): kept,t = kept.values,t.movedim(kept.axis, -1).log_softmax(-1).gather(-1, kept.ids)
-        errors += (kept-t).abs().flatten(1).amax(1).tolist() if kept.shape == t.shape else [float('inf')]
-    return Verified(len(at), max(errors), float(np.mean(errors)),
+        sizes += t.where(t.isfinite(), 0).abs().flatten(1).amax(1).clamp_min(1).tolist()
+        # equal infinities are equal
+        errors += (kept-t).where(kept != t, 0).abs().flatten(1).amax(1).tolist() if kept.shape == t.shape else [float('inf')]*len(t)
+    return Verified(len(at), max(errors), float(np.mean(errors)), max(e/n for e,n in zip(errors, sizes)),
                     next(f.dtype for f in m.layout.fields if f.name in ('logits', 'values')))
 
 
@@ -98,6 +100,7 @@ class Verified:
     rows:int
     worst:float # largest difference of a logit (with top-k: of a log-probability)
     mean:float # of the rows' largest differences
+    share:float # the largest difference over the largest number of its row (or over 1)
     dtype:str
 
     def __str__(self):
@@ -188,9 +191,6 @@ def clean(dl, on):
         for o,i in zip(told, old): o.split_idx = i
 
 
-def some(n, k=4): return np.unique(np.linspace(0, n-1, min(k, n), dtype=int))
-
-
 def check_repeats(make, n):
     "Draw a few views twice: what can't be repeated is found out before anything is written"
     tasks = some(n, 8)
@@ -201,20 +201,6 @@ def check_repeats(make, n):
         if fingerprint(*leaves(plain(a))) != fingerprint(*leaves(plain(b))): raise DistillError(unrepeatable('The item transforms', t))
     for t,a,b in zip(tasks, make(tasks, 1, 0), make(tasks, 1, 0)):
         if fingerprint(*leaves(plain(a))) != fingerprint(*leaves(plain(b))): raise DistillError(unrepeatable('The batch transforms', t))
-
-
-def check_alone(run, n):
-    "The teacher's answer to a sample must not depend on its neighbours"
-    tasks = some(n, 4)
-    half = tasks[::2]
-    a,b = next(run(tasks, len(tasks))).logits[::2],next(run(half, len(half))).logits
-    tol = 1e-3 if a.dtype.itemsize > 2 else .03
-    a,b = a.float(),b.float()
-    if a.shape != b.shape: return       # padded to another length: the layout will see
-    if (far := (a-b).abs().nan_to_num().max().item()) > tol*(1 + a[a.isfinite()].abs().max().item()):
-        raise DistillError(f"The teacher's answer to a sample differs by {far:.3g} with other samples in its batch: it is in training "
-                           "mode, has a memory, or a batch transform looks at the whole batch. Stored answers would belong to no sample: "
-                           "use a live teacher.")
 
 
 def plain(o):
@@ -342,7 +328,11 @@ def inner(dl):
 def misfits(dl, plan, cache):
     "In words, what makes these data others than those that a cache was written with"
     m = cache.manifest
-    if m.views: return sample_differences(dl, plan, m)
+    if m.views:
+        n = len(plan.keys)
+        d = writer_dl(dl, Plan(plan.keys, m.views, m.seed, np.arange(n), stream=plan.stream), [0], 1, 0)
+        d.before_iter()
+        return sample_differences(m, plan.at, lambda i, view: digest(d.do_item(view*n + i), d.n_inp))
     if m.layout.dense and not plan.stream and (moving := moves(dl)):
         return [f"these outputs of unchanged inputs have a place for each pixel or token, which {', '.join(moving)} would move: "
                 "cache views=1 or more"]
@@ -357,18 +347,3 @@ def augmented(dl):
 def moves(dl):
     "Names of those that put things elsewhere"
     return [type(f).__name__ for f in augmented(dl) if not isinstance(f, (SpaceTfm, RandomErasing))]
-
-
-def sample_differences(dl, plan, m):
-    "Make the inputs of a few samples as they were made when the cache was written, and compare"
-    n = len(plan.keys)
-    d = writer_dl(dl, Plan(plan.keys, m.views, m.seed, np.arange(n), stream=plan.stream), [0], 1, 0)
-    d.before_iter()
-    for s in m.samples:
-        if not len(here := np.flatnonzero(plan.at == s['row'])): continue
-        at = int(here[0])
-        if digest(d.do_item(s['view']*n + at), d.n_inp) != s['digest']:
-            other = [f'{k} {v} then, {w} now' for k,v in m.versions.items() if (w := versions().get(k)) != v]
-            return [f"sample {at} comes out of its item transforms differently than when the cache was written: its file, a function among "
-                    f"the transforms, or a library changed{' (' + '; '.join(other) + ')' if other else ''}"]
-    return []

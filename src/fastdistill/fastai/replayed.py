@@ -11,7 +11,7 @@ from fastai.tabular.core import ReadTabBatch
 from fastai.vision.augment import AffineCoordTfm, SpaceTfm, TensorImage
 from torch import Tensor
 from ..cache.keys import hash_of
-from ..cache.manifest import fingerprint
+from ..cache.manifest import code_of, fingerprint
 from ..generators import Generators
 from ..outputs import DistillError
 from ..replay import PerSample, held, per_sample, seeded, seeds_of, untouched, view_of
@@ -295,10 +295,3 @@ def own_code(o):
     "The code of a transform that isn't fastai's"
     if type(o) is Transform: return [code_of(m.implementation) for m in o.encodes.methods] if hasattr(o, 'encodes') else []
     return [] if type(o).__module__.split('.')[0] in ('fastai', 'fasttransform', 'fastcore') else [code_of(type(o))]
-
-
-def code_of(f):
-    "A function's or class's name, and a fingerprint of its code"
-    name = getattr(f, '__qualname__', repr(type(f)))
-    try: return f'{name} {hash_of(inspect.getsource(f).encode()):x}'
-    except (TypeError, OSError): return name
