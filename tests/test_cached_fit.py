@@ -148,6 +148,13 @@ def test_views_walk_on_over_epochs_and_over_two_fits(tmp_path, how):
     assert all(sorted(i for _,i in e) == list(range(TRAIN)) and len({v for v,_ in e}) > 1 for e in shown)
 
 
+def test_a_caches_folder_is_enough(tmp_path):
+    cache_teacher(Convs(3).eval(), data(), tmp_path/'c', views=2)
+    learn = student(data())
+    with learn.no_bar(), learn.no_logging(): learn.distill(tmp_path/'c', 1, 1e-3)
+    assert names_of(learn)[-2:] == ['kd_loss', 'time']
+
+
 def test_one_view_for_many_epochs_is_noticed(tmp_path, capsys):
     "Students overfit to it: worse than without a teacher (benchmarks/LOG.md)"
     teacher = Convs(3).eval()

@@ -7,9 +7,10 @@ import pytest, torch
 import apps # before the rest of fastai: it keeps its warnings quiet
 from fastai.basics import Callback, DataLoaders, Learner, TfmdDL, Transform
 from fastai.callback.mixup import MixUp
+from fastai.text.all import TextBlock
 from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, IntToFloatTensor, MultiCategoryBlock, TfmdLists, ToTensor
 from fastai.vision.all import (FlipItem, Hue, ImageBlock, MaskBlock, Normalize, PILImage, PILMask, PointBlock, RandomErasing,
-                               RandomResizedCrop, Resize, Saturation, TensorImage, aug_transforms, imagenet_stats)
+                               RandomResizedCrop, Resize, Rotate, Saturation, TensorImage, Zoom, aug_transforms, imagenet_stats)
 from torch import nn
 from fastdistill.cache import TeacherCache, cache_dataset, write_cache
 from fastdistill.fastai.cached import CacheFeed, cache_teacher as checked_first, passed, verify_cache
@@ -145,6 +146,126 @@ def test_the_same_for_texts_and_tables(tmp_path, app):
 
 
 # which view when
+
+def draws_its_own(x): return torch.as_tensor(RNG_OF_ITS_OWN.uniform(-90, 90, len(x)), dtype=x.dtype)
+
+class Siamese(nn.Module):
+    def __init__(self, seed=0): super().__init__(); self.net = Convs(3, seed=seed)
+    def forward(self, a, b): return self.net(a) + 2*self.net(b)
+
+BATCH = dict(
+    # pictures of 34 x 30, which fastai reduces where the height is more than twice the new width
+    portrait=lambda: [Zoom(1, 3, p=.7, size=16)], flat=lambda: [Zoom(1., 3., size=(20, 14))],
+    usual=lambda: aug_transforms(size=16, max_zoom=1.5, p_affine=1.),
+    own_draw=lambda: [Rotate(180, draw=draws_its_own)], list_draw=lambda: [Rotate(180, p=.3, draw=[10.*i for i in range(64)])])
+
+@pytest.mark.parametrize('tfms', BATCH)
+def test_batch_transforms_that_look_at_the_batch_see_one_sample_at_a_time(tmp_path, tfms):
+    def make(bs):
+        dls = DataBlock((ImageBlock, CategoryBlock), get_x=image, get_y=label, splitter=IndexSplitter(range(TRAIN, N)),
+                        batch_tfms=BATCH[tfms]()).dataloaders(list(range(N)), bs=bs, num_workers=0)
+        return dls
+    teacher = Teacher(Convs(3))
+    c = compare(student(make(2)), cache_teacher(teacher, make(8), tmp_path, views=2, dtype='float32'), teacher)
+    assert c.error < 1e-5
+
+
+def test_each_input_is_looked_at(tmp_path):
+    "Of two pictures, only the second is so large that fastai reduces it"
+    def make(bs):
+        return DataBlock((ImageBlock, ImageBlock, CategoryBlock), n_inp=2, get_x=[image, lambda i: image(i).resize((60, 60))], get_y=label,
+                         splitter=IndexSplitter(range(TRAIN, N)), batch_tfms=[Zoom(1, 3, p=.7, size=20)]).dataloaders(
+                             list(range(N)), bs=bs, num_workers=0)
+    teacher = Teacher(Siamese())
+    c = compare(Learner(make(3), Siamese(1)), cache_teacher(teacher, make(8), tmp_path, views=2, dtype='float32'), teacher)
+    assert c.error < 1e-5
+
+
+class Strength(Transform):
+    "Its strength is in no argument's name"
+    split_idx,order = 0,50
+    def __init__(self, strength): super().__init__(); self.s = strength
+    def encodes(self, x:TensorImage): return x + torch.rand_like(x)*self.s
+
+def test_batch_transforms_are_compared_by_what_they_give(tmp_path):
+    def make(tfms): return DataBlock((ImageBlock, CategoryBlock), get_x=image, get_y=label, splitter=IndexSplitter(range(TRAIN, N)),
+                                     item_tfms=Resize(SIZE), batch_tfms=tfms).dataloaders(list(range(N)), bs=8, num_workers=0)
+    normalize = Normalize.from_stats(*imagenet_stats)
+    cache = cache_teacher(Convs(3).eval(), make([Strength(.1)]), tmp_path/'a')
+    with pytest.raises(DistillError, match='sample 0: the transforms give something else'): CacheFeed(cache).attach(student(make([Strength(.9)])))
+    with pytest.raises(DistillError, match='some samples: the transforms give'): cache_teacher(Convs(3).eval(), make([Strength(.9)]), tmp_path/'a')
+    feed = CacheFeed(cache).attach(student(make([Strength(.1), normalize])))        # each model may have its own
+    feed.detach()
+    # but not where something that comes after it draws in normalised numbers
+    cache = cache_teacher(Convs(3).eval(), make([RandomErasing(p=1.)]), tmp_path/'b')
+    with pytest.raises(DistillError, match='after_batch: Normalize: none in the cache'):
+        CacheFeed(cache).attach(student(make([normalize, RandomErasing(p=1.)])))
+    # a bare module sees what the DataLoaders give it
+    with pytest.raises(DistillError, match='teacher, input: mean'):
+        cache_teacher(Convs(3).eval(), make([Strength(.1), normalize]), tmp_path/'a')
+
+
+def test_clean_views_are_compared_when_they_are_gone_on_with(tmp_path):
+    cache_teacher(Convs(3).eval(), data(item_tfms=Resize(SIZE)), tmp_path, views=0)
+    with pytest.raises(DistillError, match='the inputs of some samples'):
+        cache_teacher(Convs(3).eval(), data(item_tfms=Resize(SIZE-4)), tmp_path, views=0)
+
+
+class Together(Transform):
+    "Draws once for a whole batch"
+    def encodes(self, b:list): return [(x + random.random(), *y) for x,*y in b]
+
+class OwnBatches(TfmdDL):
+    def create_batch(self, b): return super().create_batch(b[::-1])
+
+def test_what_is_made_of_whole_batches_is_refused(tmp_path):
+    dls = data()
+    dls.train.before_batch.add(Together())
+    with pytest.raises(DistillError, match='before_batch draws random numbers for a whole batch'): cache_teacher(Convs(3).eval(), dls, tmp_path)
+    dls = data(dl_type=OwnBatches)
+    with pytest.raises(DistillError, match=r'OwnBatches makes its batches in a way of its own \(create_batch\)'):
+        cache_teacher(Convs(3).eval(), dls, tmp_path)
+
+
+class Held(Transform):
+    "Its generator lies in what is replaced"
+    def __init__(self): super().__init__(); self.state = dict(rng=random.Random())
+    def encodes(self, x:PILImage): return PILImage.create(np.asarray(x)//self.state['rng'].randint(1, 9))
+
+def test_generators_are_looked_for_in_each_epoch(tmp_path):
+    held,teacher = Held(),Teacher(Convs(3))
+    make = lambda: data(item_tfms=[held, Resize(SIZE)])
+    class Replace(Callback):
+        order = -30
+        def before_train(self): held.state = dict(rng=random.Random())
+    c = Compare(CacheFeed(cache_teacher(teacher, make(), tmp_path, views=2, dtype='float32')), teacher)
+    quiet(student(make()), 3, cbs=[c, Replace()])
+    assert c.error < 1e-5
+
+
+class Mean(nn.Module):
+    "Knows nothing of padding"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.e,self.l = nn.Embedding(len(apps.WORDS), 8),nn.Linear(8, 2)
+    def forward(self, x): return self.l(self.e(x).mean(1)*4)
+
+def test_a_teacher_that_takes_padding_for_words_is_noticed(tmp_path):
+    "Stored by length, beside texts of its own length; in another batch it would say something else"
+    x = [['good']*(2 + 3*i) for i in range(12)]
+    dls = DataBlock((TextBlock(apps.words, vocab=apps.WORDS, seq_len=4), CategoryBlock), get_x=apps.of(x), get_y=lambda i: 'ab'[i % 2],
+                    splitter=IndexSplitter([0])).dataloaders(list(range(12)), bs=4, num_workers=0)
+    with pytest.warns(DistillWarning, match='depends on how far it is padded'): cache_teacher(Teacher(Mean()), dls, tmp_path, views=0)
+
+
+def test_a_student_with_another_validation_set_has_no_column_for_it(tmp_path, capsys):
+    teacher = Teacher(Convs(3))
+    cache = cache_teacher(teacher, data(), tmp_path, views=2, valid=True, dtype='float32')
+    c = compare(student(data(valid=range(16, N))), cache, teacher)
+    assert {t for t,*_ in c.seen} == {True} and c.error < 1e-5
+    assert 'no column for the validation set, which is not the one that was stored' in capsys.readouterr().out
+
 
 class Follow(Compare):
     "The same with a teacher that remembers"
@@ -352,7 +473,7 @@ def test_data_and_transforms_that_do_not_fit_are_refused_in_words(tmp_path, monk
             r'after_item: RandomResizedCrop: .*min_scale=0.4.* in the cache, .*min_scale=0.9.* now')
     refused(cache, data(augment='colours'), 'after_batch: RandomErasing: none in the cache')
     monkeypatch.setitem(globals(), 'IMAGES', IMAGES[::-1].copy())
-    refused(cache, data(), 'the input of sample 0: the item transforms give something else')
+    refused(cache, data(), 'the input of sample 0: the transforms give something else')
     feed = CacheFeed(TeacherCache(tmp_path, force=True))
     with pytest.warns(DistillWarning, match='used all the same'): feed.attach(student(data())).detach()
 

@@ -212,7 +212,7 @@ def test_other_transforms_are_refused_by_whoever_replays_or_writes(tmp_path):
             self.rng = self.rng or np.random.default_rng()
             return self.x[i]*self.rng.random(),i
     cache = cache_dataset(Net(), Noisy(), tmp_path/'a', views=2, keys=range(23))
-    with pytest.raises(DistillError, match='the input of sample 0: the item transforms give something else'):
+    with pytest.raises(DistillError, match='the input of sample 0: the transforms give something else'):
         Replayed(Louder(), cache, keys=range(23))
     with pytest.raises(DistillError, match='the inputs of some samples'): cache_dataset(Net(), Louder(), tmp_path/'a', views=2, keys=range(23))
     with pytest.raises(DistillError, match='transform batch_tfm: none in the cache, .*shake'):

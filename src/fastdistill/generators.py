@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ['Generators']
+__all__ = ['Generators', 'gives', 'kind', 'reached']
 
 LEAVES = str,bytes,Number,np.ndarray,np.generic,Tensor,PurePath,ModuleType,type,type(None)
 GLOBAL = {id(o) for o in (random._inst, np.random.mtrand._rand, torch.default_generator)}

@@ -131,7 +131,7 @@ class TeacherCache:
         item # fn(number of a sample, view) -> what the dataset gives
     ):
         "Refuse a dataset of which a few samples come out otherwise than when the cache was written"
-        refuse(self.folder, sample_differences(self.manifest, at, lambda i, view: input_digest(item(i, view))), self.force)
+        refuse(self.folder, sample_differences(self.manifest, at, lambda i, view: dict(digest=input_digest(item(i, view)))), self.force)
 
     def check(self):
         "Compare every file with its checksum; damaged ones are named"

@@ -303,5 +303,5 @@ def reorder(
                            f"it has {', '.join(teacher[:10])}{' ...' if len(teacher) > 10 else ''}.")
     if len(teacher) > len(student):
         raise DistillError(f"The teacher has {len(teacher)} classes, the labels {len(student)}: probabilities would no longer sum to 1. "
-                           f"Give rows without {', '.join([c for c in teacher if c not in student][:5])}.")
+                           f"Leave out {', '.join([c for c in teacher if c not in student][:5])} (Teacher(model, select=...) does).")
     return torch.tensor([teacher.index(c) for c in student])

@@ -1,11 +1,12 @@
 "Run the teacher once over a Learner's data, then train as many students as you like from what it said."
-import copy
+import copy, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from fastai.basics import Callback, L, Pipeline, TfmdDL, TfmdLists, rank_distrib
+from fastai.data.transforms import Normalize
 from fastai.tabular.core import TabDataLoader
 from fastai.text.data import SortedDL
 from fastai.vision.augment import RandomErasing, RandTransform, SpaceTfm
@@ -13,14 +14,14 @@ from ..cache import Source, TeacherCache, Wish, write_cache
 from ..cache.keys import hash_of, keys_of, root_of
 from ..cache.manifest import fingerprint, leaves, refuse, sample_differences, transform_differences
 from ..cache.plain import check_alone, identity_of, some, unrepeatable
-from ..outputs import DistillError, Outputs, TopK, as_plain
+from ..outputs import DistillError, DistillWarning, Outputs, TopK, as_plain
 from ..replay import seeds_of, untouched
 from .blocks import Feed, reorder
 from .check import check_teacher, vocab_of
 from .replayed import Pair, Plan, attach, describe, detach, refuse_unindexed
 from .stream import answer, is_stream, of_length, stream_answers
 from .task import task_of
-from .teachers import teacher_of
+from .teachers import image_stats, teacher_of
 
 __all__ = ['CacheFeed', 'cache_teacher', 'verify_cache']
 
@@ -131,8 +132,13 @@ def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num
     if check:
         with clean(dl, not views): check_repeats(make, len(names)*max(views, 1))
         if not stream: check_alone(run, len(names))       # subtle: of one view, in which texts are ordered by length
+        if isinstance(dl, SortedDL): check_padding(run, len(names))
     with clean(dl, not views): samples = digests(make, plan, views)
-    return Source(plan.keys, run, bs or dl.bs or 64, identity_of(teacher), describe(dl) if views or stream else {}, root, vocab, samples)
+    who = identity_of(teacher)
+    # what it is given as it comes, is another thing under another normalisation
+    if any(getattr(t, 'stats', None) is None for t in (getattr(teacher, 'members', None) or [teacher])):
+        who['input'] = 'mean {}, std {}'.format(*(torch.as_tensor(o).flatten().tolist() for o in image_stats(dls)))
+    return Source(plan.keys, run, bs or dl.bs or 64, who, describe(dl) if views or stream else {}, root, vocab, samples)
 
 
 def item_keys(dl, keys, root):
@@ -203,6 +209,22 @@ def check_repeats(make, n):
         if fingerprint(*leaves(plain(a))) != fingerprint(*leaves(plain(b))): raise DistillError(unrepeatable('The batch transforms', t))
 
 
+    with untouched() as u: d.before_batch([d.do_item(t)[0] for t in tasks])
+    if u.moved: raise DistillError(TOGETHER)
+
+
+TOGETHER = ("A transform of before_batch draws random numbers for a whole batch, and no batch comes twice: make it a transform of the "
+            "items or of after_batch.")
+
+
+def check_padding(run, n):
+    "The shortest text beside the longest one, and alone"
+    beside,alone = [next(run(np.array(t), len(t))).logits[-1].float() for t in ([0, n-1], [n-1])]
+    if beside.shape == alone.shape and (far := (beside-alone).abs().max().item()) > .1*(1 + alone.abs().max().item()):
+        warnings.warn(DistillWarning(f"The teacher's answer to a text depends on how far it is padded (by {far:.3g} for the shortest one): "
+                                     "what is stored was said among texts of its length. Does it know which tokens are padding?"))
+
+
 def plain(o):
     "An item without fastai's types, and without its index"
     if isinstance(o, Pair): o = o[0]
@@ -210,14 +232,25 @@ def plain(o):
 
 
 def digests(make, plan, views):
-    "A few samples' inputs as they come out of their item transforms: whoever replays them elsewhere must get the same bytes"
-    if not views: return []
+    "A few samples' inputs, before and after the batch transforms: whoever replays them elsewhere must get the same"
     n = len(plan.keys)
-    rows = some(n, 8)
-    tasks = [i % views*n + int(r) for i,r in enumerate(rows)]
-    d = make(tasks, 1, 0)
+    tasks = [i % max(views, 1)*n + int(r) for i,r in enumerate(some(n, 8))]
+    return [dict(row=t % n, view=t//n, **o) for t,o in zip(tasks, looks(make(tasks, 1, 0), tasks))]
+
+
+def looks(d, tasks):
+    "Of each task, the digest of its input, and three numbers of each part of it after the batch transforms"
+    # subtle: each model may have its own Normalize, and with it its own numbers
+    d.after_batch.fs = [f for f in d.after_batch.fs if not isinstance(f, Normalize)]
+    after = [[gist(o) for o in leaves(plain(b[:d.n_inp])) if isinstance(o, torch.Tensor) and o.is_floating_point()] for b in d]
     d.before_iter()
-    return [dict(row=int(r), view=i % views, digest=digest(d.do_item(t), d.n_inp)) for i,(r,t) in enumerate(zip(rows, tasks))]
+    return [dict(digest=digest(d.do_item(t), d.n_inp), after=a) for t,a in zip(tasks, after)]
+
+
+def gist(x):
+    "Mean, spread, and one number in which every place counts differently: near for those who are near, on whatever device"
+    x = x.detach().double().cpu().flatten()
+    return [x.mean().item(), x.std(correction=0).item(), (x*torch.arange(len(x)).mul(.7).cos()).mean().item()*len(x)**.5]
 
 
 def digest(pair, n_inp):
@@ -243,8 +276,9 @@ def classes_of(teacher, dls):
 class Epochs(Callback):
     "Tells the DataLoader which epoch it is in, for views change with it"
     order = -20
-    def __init__(self, plan, before): super().__init__(); self.plan,self.before,self.passed = plan,before,0
+    def __init__(self, plan, before, fed): super().__init__(); self.plan,self.before,self.fed,self.passed = plan,before,fed,0
     def before_train(self):
+        for dl in self.fed: dl.do_item.look()
         self.plan.epoch = self.before + self.learn.epoch
         self.passed = self.learn.epoch + 1
 
@@ -287,8 +321,10 @@ class CacheFeed(Feed):
         self.order = None if names is None or vocab_of(dls) is None else reorder(names, vocab_of(dls))
         self.stream = is_stream(dls.train)
         plan = self._feed(dls, dls.train, self.cache, self.keys)
-        if valid is not None and len(dls.loaders) > 1: self._feed(dls, dls.valid, valid, self.keys if callable(self.keys) else None)
-        self.epochs = Epochs(plan, passed(self.cache).get(self.learn, 0))
+        if valid is not None and len(dls.loaders) > 1:
+            try: self._feed(dls, dls.valid, valid, self.keys if callable(self.keys) else None)
+            except DistillError as e: print(f'fastdistill: no column for the validation set, which is not the one that was stored. {e}')
+        self.epochs = Epochs(plan, passed(self.cache).get(self.learn, 0), self.fed)
         self.learn.add_cb(self.epochs)
 
     def _feed(self, dls, dl, cache, keys):
@@ -329,10 +365,8 @@ def misfits(dl, plan, cache):
     "In words, what makes these data others than those that a cache was written with"
     m = cache.manifest
     if m.views:
-        n = len(plan.keys)
-        d = writer_dl(dl, Plan(plan.keys, m.views, m.seed, np.arange(n), stream=plan.stream), [0], 1, 0)
-        d.before_iter()
-        return sample_differences(m, plan.at, lambda i, view: digest(d.do_item(view*n + i), d.n_inp))
+        n,replay = len(plan.keys),Plan(plan.keys, m.views, m.seed, np.arange(len(plan.keys)), stream=plan.stream)
+        return sample_differences(m, plan.at, lambda i, view: looks(writer_dl(dl, replay, [t := view*n + i], 1, 0), [t])[0])
     if m.layout.dense and not plan.stream and (moving := moves(dl)):
         return [f"these outputs of unchanged inputs have a place for each pixel or token, which {', '.join(moving)} would move: "
                 "cache views=1 or more"]

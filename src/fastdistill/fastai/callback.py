@@ -1,5 +1,6 @@
 "The callback: distillation inside a fit, and nothing of it outside."
 import copy
+from pathlib import Path
 import torch
 from fastai.basics import Adam, Callback, L, Metric, OptimWrapper, ValueMetric, find_bs, noop, one_param
 from fastai.callback.mixup import MixHandler
@@ -42,7 +43,7 @@ class KnowledgeDistillation(Callback):
     def __init__(
         self,
         teacher=None, # Learner, exported .pkl, module, TorchScript, torch.export or ONNX file, callable, `Teacher`, or a list of these
-        # (an ensemble); a `TeacherCache`; None: the batches hold its answers (see `TeacherBlock`)
+        # (an ensemble); a `TeacherCache`, or its folder; None: the batches hold its answers (see `TeacherBlock`)
         recipe=None, # `kd()`, `kd() + at()`, a `Term`; None: kd(T, alpha)
         *,
         T=None, # temperature: number or schedule (fastai's `SchedCos(8, 2)`); 4 if not given
@@ -256,6 +257,7 @@ class KnowledgeDistillation(Callback):
 def feed_of(source):
     "What brings stored answers to the batches; None for a teacher that is asked"
     if source is None: return TargetFeed()
+    if isinstance(source, (str, Path)) and (Path(source)/'manifest.json').is_file(): source = TeacherCache(source)
     if isinstance(source, TeacherCache): return CacheFeed(source)
     return source if isinstance(source, Feed) else None
 

@@ -5,14 +5,15 @@ from functools import partial
 from types import MethodType
 import numpy as np
 import torch
-from fastai.basics import ItemTransform, Pipeline, Transform
+from fastai.basics import ItemTransform, Pipeline, TfmdDL, Transform
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
-from fastai.tabular.core import ReadTabBatch
+from fastai.tabular.core import ReadTabBatch, TabDataLoader
+from fastai.text.data import LMDataLoader, SortedDL
 from fastai.vision.augment import AffineCoordTfm, SpaceTfm, TensorImage
 from torch import Tensor
 from ..cache.keys import hash_of
 from ..cache.manifest import code_of, fingerprint
-from ..generators import Generators
+from ..generators import Generators, gives, kind, reached
 from ..outputs import DistillError
 from ..replay import PerSample, held, per_sample, seeded, seeds_of, untouched, view_of
 from .blocks import TeacherRow
@@ -55,7 +56,13 @@ class Pair(tuple): "An item and its index"
 
 class Items:
     "A DataLoader's `do_item` whose random numbers belong to the sample and the view"
-    def __init__(self, dl, plan): self.dl,self.plan,self.own = dl,plan,Generators(dl.after_item, dl.dataset)
+    def __init__(self, dl, plan):
+        self.dl,self.plan = dl,plan
+        self.look()
+
+    def look(self):
+        "Find the generators of the transforms' own: they may lie elsewhere in another epoch"
+        self.own = Generators(self.dl.after_item, self.dl.dataset)
 
     def __call__(self, s):
         s = 0 if s is None else int(s)
@@ -119,7 +126,7 @@ class Replay(Pipeline):
     "A DataLoader's `after_batch` that repeats each sample's view, and puts its row last in the batch"
     def __init__(self, pipe, plan):
         super().__init__(pipe, split_idx=pipe.split_idx)
-        self.own,self.plan = pipe,plan
+        self.own,self.plan,self.found = pipe,plan,{}
 
     def __call__(self, o):
         if not (isinstance(o, (tuple, list)) and len(o) == 3 and isinstance(o[2], Shown)): return super().__call__(o)
@@ -134,15 +141,23 @@ class Replay(Pipeline):
         for f in self.fs:
             # subtle: seeds go by name, not by place, so that a Normalize that a pretrained model brings along shifts none
             n = seen[type(f)] = seen.get(type(f), 0) + 1
-            b = replay_one(f, b, seeds_of(self.plan.seed, keys, views, hash_of(type(f).__name__.encode()), n), self.split_idx)
+            if id(f) not in self.found: self.found[id(f)] = draws_alone(f)
+            seeds = seeds_of(self.plan.seed, keys, views, hash_of(type(f).__name__.encode()), n)
+            b = replay_one(f, b, seeds, self.split_idx, self.found[id(f)])
         return b
 
 
-def replay_one(f, b, seeds, split_idx):
+def draws_alone(f):
+    "Has a transform a generator of its own, or numbers for each place of a batch? Then it sees one sample at a time"
+    return any(kind(o) or gives(o) or (place[2] == 'draw' and isinstance(o, (list, tuple))) for place,o,_ in reached([f]))
+
+
+def replay_one(f, b, seeds, split_idx, alone):
     "One batch transform with random numbers of each sample's own"
     if fixed(f): return f(b, split_idx=split_idx)
     x = first_of(b)
-    if isinstance(f, (AffineCoordTfm, SpaceTfm)) and isinstance(x, TensorImage): return replay_drawn(f, b, x, seeds, split_idx)
+    if isinstance(f, (AffineCoordTfm, SpaceTfm)) and isinstance(x, TensorImage):      # subtle: their `split_idx` is that of the last batch
+        return by_sample(f, b, seeds, split_idx) if alone else replay_drawn(f, b, x, seeds, split_idx)
     if f.split_idx is not None and f.split_idx != split_idx: return b
     return by_sample(f, b, seeds, split_idx)
 
@@ -170,7 +185,7 @@ def replay_drawn(f, b, x, seeds, split_idx):
     run = lambda o: Transform.__call__(f, o, split_idx=split_idx)
     def use(sl):
         for o,d in zip(parts, drawn): vars(o).update({k: v[sl] if v.dim() and len(v) == n else v for k,v in d.items()})
-    if not coupled(f, x):
+    if not any(coupled(f, o) for o in flat(b) if isinstance(o, TensorImage)):
         use(slice(len(x)))
         return run(b)
     outs = []
@@ -182,10 +197,10 @@ def replay_drawn(f, b, x, seeds, split_idx):
 
 def coupled(f, x):
     "Does the transform look at the whole batch? fastai reduces images first, depending on the largest zoom in the batch"
-    size = getattr(f, 'size', None)
-    if size is None: return False
-    h,w = (size, size) if isinstance(size, int) else size
-    return min(x.shape[-2]/h, x.shape[-1]/w) > 2
+    if not isinstance(f, AffineCoordTfm): return False
+    size = x.shape[-1] if f.size is None else f.size if isinstance(f.size, int) else f.size[1]
+    # subtle: fastai's `_grid_sample` compares the height with the new width, and the width with 2, the last dimension of coordinates
+    return min(x.shape[-2]/size, x.shape[-1]/2) > 2
 
 
 def first_of(b):
@@ -243,6 +258,13 @@ def refuse_unindexed(dl):
     if not dl.indexed:
         raise DistillError(f"{what} goes through data that can only be iterated: a stored output belongs to a sample, and these have "
                            "no indices. Use a dataset with __getitem__ and __len__.")
+    base = next(c for c in type(dl).__mro__ if c in KNOWN)
+    if own := [m for m in ('create_item', 'create_batch', 'do_item', 'do_batch') if getattr(type(dl), m) is not getattr(base, m)]:
+        raise DistillError(f"{what} makes its batches in a way of its own ({', '.join(own)}), which could not be repeated: "
+                           "do it in the dataset or in a transform.")
+
+
+KNOWN = LMDataLoader,SortedDL,TabDataLoader,TfmdDL
 
 
 # saying which transforms there are
@@ -263,8 +285,10 @@ def describe(dl) -> dict:
 
 
 def name_each(out, where, fs):
-    for f in fs:
-        if f.name == 'noop' or isinstance(f, (Normalize, ReadTabBatch)): continue
+    for i,f in enumerate(fs):
+        if f.name == 'noop' or isinstance(f, ReadTabBatch): continue
+        # what comes after it has its numbers in normalised pictures (RandomErasing's noise)
+        if isinstance(f, Normalize) and all(map(fixed, fs[i+1:])): continue
         name = f'{where}: {f.name.split(" -- ")[0]}'
         n = sum(k == name or k.startswith(f'{name} #') for k in out)
         out[name if not n else f'{name} #{n+1}'] = in_words(f)
