@@ -7,6 +7,7 @@ import pytest, torch
 import apps # before the rest of fastai: it keeps its warnings quiet
 from fastai.basics import Callback, DataLoaders, Learner, TfmdDL, Transform
 from fastai.callback.mixup import MixUp
+from fastai.tabular.all import Categorify, TabularDataLoaders, tabular_learner
 from fastai.text.all import TextBlock
 from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, IntToFloatTensor, MultiCategoryBlock, TfmdLists, ToTensor
 from fastai.vision.all import (FlipItem, Hue, ImageBlock, MaskBlock, Normalize, PILImage, PILMask, PointBlock, RandomErasing,
@@ -257,6 +258,16 @@ def test_a_teacher_that_takes_padding_for_words_is_noticed(tmp_path):
     dls = DataBlock((TextBlock(apps.words, vocab=apps.WORDS, seq_len=4), CategoryBlock), get_x=apps.of(x), get_y=lambda i: 'ab'[i % 2],
                     splitter=IndexSplitter([0])).dataloaders(list(range(12)), bs=4, num_workers=0)
     with pytest.warns(DistillWarning, match='depends on how far it is padded'): cache_teacher(Teacher(Mean()), dls, tmp_path, views=0)
+
+
+def test_a_table_without_numbers(tmp_path):
+    df = apps.table(40).drop(columns=['length', 'width'])
+    make = lambda: TabularDataLoaders.from_df(df, procs=[Categorify], cat_names=['colour', 'shape'], y_names='kind', y_block=CategoryBlock(),
+                                              valid_idx=list(range(30, 40)), bs=8, num_workers=0)
+    nets = [tabular_learner(make(), layers=[h]) for h in (4, 8)]
+    cache = cache_teacher(nets[1], make(), tmp_path, dtype='float32')
+    c = compare(apps.quiet(Learner(make(), nets[0].model))[0], cache, Teacher(nets[1].model), axis=-1)
+    assert c.error < 1e-5
 
 
 def test_a_student_with_another_validation_set_has_no_column_for_it(tmp_path, capsys):

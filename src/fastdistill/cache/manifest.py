@@ -110,7 +110,7 @@ def alike(a, b):
     "Two looks at a sample: the same bytes before, and the same numbers after the batch transforms, as far as devices agree"
     if any(a.get(k) != b.get(k) for k in ('row', 'view', 'digest')): return False
     x,y = [np.asarray(o.get('after', []), float) for o in (a, b)]
-    return x.shape == y.shape and np.allclose(x, y, rtol=1e-3, atol=1e-3)
+    return x.shape == y.shape and np.allclose(x, y, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 OTHERWISE = ': the transforms give something else than when the cache was written; a file, a function among them, or a library changed'

@@ -207,8 +207,6 @@ def check_repeats(make, n):
         if fingerprint(*leaves(plain(a))) != fingerprint(*leaves(plain(b))): raise DistillError(unrepeatable('The item transforms', t))
     for t,a,b in zip(tasks, make(tasks, 1, 0), make(tasks, 1, 0)):
         if fingerprint(*leaves(plain(a))) != fingerprint(*leaves(plain(b))): raise DistillError(unrepeatable('The batch transforms', t))
-
-
     with untouched() as u: d.before_batch([d.do_item(t)[0] for t in tasks])
     if u.moved: raise DistillError(TOGETHER)
 
@@ -242,7 +240,8 @@ def looks(d, tasks):
     "Of each task, the digest of its input, and three numbers of each part of it after the batch transforms"
     # subtle: each model may have its own Normalize, and with it its own numbers
     d.after_batch.fs = [f for f in d.after_batch.fs if not isinstance(f, Normalize)]
-    after = [[gist(o) for o in leaves(plain(b[:d.n_inp])) if isinstance(o, torch.Tensor) and o.is_floating_point()] for b in d]
+    floats = lambda b: [o for o in leaves(plain(b[:d.n_inp])) if isinstance(o, torch.Tensor) and o.is_floating_point() and o.numel()]
+    after = [[gist(o) for o in floats(b)] for b in d]
     d.before_iter()
     return [dict(digest=digest(d.do_item(t), d.n_inp), after=a) for t,a in zip(tasks, after)]
 
