@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import Subset, TensorDataset
 import torch.nn.functional as F
 import writers
-from fastdistill.cache import Layout, TeacherCache, Wish, cache_dataset
+from fastdistill.cache import Layout, TeacherCache, Wish, cache_dataset, writer
 from fastdistill.cache.folder import Folder
 from fastdistill.cache.keys import dataset_keys, key_of
 from fastdistill.cache.manifest import Manifest, fingerprint
@@ -403,6 +403,21 @@ def test_a_damaged_manifest_says_so_and_force_writes_anew(tmp_path):
         with pytest.raises(DistillError, match='damaged|is not a fastdistill|of version 9'): TeacherCache(tmp_path)
         with pytest.raises(DistillError): write()
         with pytest.warns(DistillWarning, match='It is written anew'): assert write(force=True).check()
+
+
+def test_a_cache_that_was_written_anew_is_not_read_with_the_old_one(tmp_path, monkeypatch):
+    monkeypatch.setitem(writer.write_cache.__kwdefaults__, 'shard_bytes', 32)
+    x = TensorDataset(torch.randn(8, 3))
+    write = lambda seed, **kw: cache_dataset(Teacher(seeded_linear(seed)), x, tmp_path, views=0, bs=2, **kw)
+    cache = write(0)
+    cache.outputs([0])
+    with pytest.warns(DistillWarning): write(1, force=True)
+    with pytest.raises(DistillError, match='written anew .* open it again'): cache.outputs([7])
+    assert len(TeacherCache(tmp_path).outputs([7]).logits) == 1
+
+def seeded_linear(seed):
+    torch.manual_seed(seed)
+    return torch.nn.Linear(3, 4)
 
 
 def test_paths_are_where_they_were_when_they_were_named(tmp_path, monkeypatch):

@@ -20,7 +20,8 @@ class TeacherCache:
         self.folder,self.force = folder(path),force
         if self.folder.size('manifest.json') is None:
             raise DistillError(f"There is no cache at {self.folder} (no manifest.json): write one with cache_teacher(teacher, dls, path).")
-        self.manifest = m = Manifest.from_json(self.folder.read('manifest.json'), self.folder)
+        self.text = self.folder.read('manifest.json')
+        self.manifest = m = Manifest.from_json(self.text, self.folder)
         if not m.complete:
             raise DistillError(f"{self.folder} is not finished: call what began to write it once more, and it goes on from there.")
         self._maps,self._keys = {},None
@@ -62,6 +63,8 @@ class TeacherCache:
     def _shard(self, view, i):
         if (view, i) not in self._maps:
             m = self.manifest
+            if self.folder.size('manifest.json') is None or self.folder.read('manifest.json') != self.text:
+                raise DistillError(f"{self.folder} was written anew (or removed) since it was opened: open it again.")
             self._maps[view, i] = self._open(m.shard(view, i), np.uint8, (m.rows_of(i), m.layout.bytes))
         return self._maps[view, i]
 
