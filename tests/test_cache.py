@@ -415,6 +415,11 @@ def test_a_cache_that_was_written_anew_is_not_read_with_the_old_one(tmp_path, mo
     with pytest.raises(DistillError, match='written anew .* open it again'): cache.outputs([7])
     assert len(TeacherCache(tmp_path).outputs([7]).logits) == 1
 
+def test_a_teacher_that_says_nan_is_refused(tmp_path):
+    class Nan(writers.Slow):
+        def __call__(self, x): return Outputs(x*float('nan'))
+    with pytest.raises(DistillError, match='hold nan or inf'): cache_dataset(Nan('/dev/null', 0), TensorDataset(torch.randn(8, 3)), tmp_path, views=0)
+
 def seeded_linear(seed):
     torch.manual_seed(seed)
     return torch.nn.Linear(3, 4)
