@@ -20,11 +20,11 @@ class TeacherCache:
         self.folder,self.force = folder(path),force
         if self.folder.size('manifest.json') is None:
             raise DistillError(f"There is no cache at {self.folder} (no manifest.json): write one with cache_teacher(teacher, dls, path).")
-        self.text = self.folder.read('manifest.json')
-        self.manifest = m = Manifest.from_json(self.text, self.folder)
+        text = self.folder.read('manifest.json')
+        self.manifest = m = Manifest.from_json(text, self.folder)
         if not m.complete:
             raise DistillError(f"{self.folder} is not finished: call what began to write it once more, and it goes on from there.")
-        self._maps,self._keys = {},None
+        self._maps,self._keys,self._opened = {},None,checksum(text)
 
     def __repr__(self):
         m = self.manifest
@@ -63,7 +63,7 @@ class TeacherCache:
     def _shard(self, view, i):
         if (view, i) not in self._maps:
             m = self.manifest
-            if self.folder.size('manifest.json') is None or self.folder.read('manifest.json') != self.text:
+            if self.folder.size('manifest.json') is None or checksum(self.folder.read('manifest.json')) != self._opened:
                 raise DistillError(f"{self.folder} was written anew (or removed) since it was opened: open it again.")
             self._maps[view, i] = self._open(m.shard(view, i), np.uint8, (m.rows_of(i), m.layout.bytes))
         return self._maps[view, i]
