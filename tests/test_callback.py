@@ -709,6 +709,7 @@ cb = KnowledgeDistillation(teacher, kd() + Term(losses.hint, layers={'2': '2'}, 
 with student.no_bar(), student.distrib_ctx(sync_bn=False, cpu=True): student.fit(2, .1, cbs=cb)
 state = [p.detach() for p in [*student.model.parameters(), *cb.distiller.own_parameters()]]
 torch.save((state, list(student.recorder.values[-1])), f'{sys.argv[1]}/{rank_distrib()}.pt')
+apps.leave_together()
 """
 
 def test_two_processes_train_one_student_and_one_projector(tmp_path):

@@ -720,6 +720,7 @@ c = Compare(CacheFeed(cache), teacher)
 with learn.no_bar(), learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-3, cbs=c)
 seen = [torch.cat([live for train,e,_,live,_ in c.seen if train and e == k]) for k in range(2)]
 torch.save((c.error, seen), f'{sys.argv[1]}/{rank_distrib()}.pt')
+apps.leave_together()
 """
 
 def test_two_processes_write_a_cache_and_train_from_it(tmp_path):

@@ -70,7 +70,9 @@ def joined():
         return
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     d.init_process_group('gloo')        # it is for words, not for tensors
-    try: yield ranks()[0] == 0
+    try:
+        yield ranks()[0] == 0
+        d.barrier()     # gloo's threads abort a process that ends while another still speaks to it
     finally: d.destroy_process_group()
 
 
