@@ -420,6 +420,9 @@ def test_a_teacher_that_says_nan_is_refused(tmp_path):
         def __call__(self, x): return Outputs(x*float('nan'))
     with pytest.raises(DistillError, match='hold nan or inf'): cache_dataset(Nan('/dev/null', 0), TensorDataset(torch.randn(8, 3)), tmp_path, views=0)
 
+def test_an_empty_dataset_is_refused(tmp_path):
+    with pytest.raises(DistillError, match='is empty'): cache_dataset(writers.Slow('/dev/null', 0), TensorDataset(torch.randn(0, 3)), tmp_path)
+
 def seeded_linear(seed):
     torch.manual_seed(seed)
     return torch.nn.Linear(3, 4)

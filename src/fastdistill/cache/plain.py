@@ -40,6 +40,7 @@ def cache_dataset(
     "Write what `teacher` says about each view of each sample, and open it"
     if isinstance(teacher, nn.Module): raise DistillError("A bare module may be in training mode, with gradients: pass Teacher(model).")
     check_indexed(dataset)
+    if not len(dataset): raise DistillError("The dataset is empty: there is nothing to write.")
     names = dataset_keys(dataset, keys)
     items,get = Views(dataset, names, views, seed),first if inputs is None else inputs
     shake = batch_tfm if views else None
