@@ -139,6 +139,7 @@ def test_the_same_for_texts_and_tables(tmp_path, app):
     make = getattr(apps, app)
     learn,teacher = apps.quiet(*make())
     cache = cache_teacher(teacher, make()[0].dls, tmp_path, views=1, dtype='float32', valid=True)
+    assert verify_cache(cache, teacher, make()[0].dls, n=9).worst < 1e-4
     learn.dls.train.bs,teacher = 5,Teacher(teacher.model)
     kind = 'regression' if app == 'collab' else 'softmax'
     c = compare(learn, cache, teacher, n=2, kind=kind, axis=-1)
@@ -268,6 +269,19 @@ def test_a_table_without_numbers(tmp_path):
     cache = cache_teacher(nets[1], make(), tmp_path, dtype='float32')
     c = compare(apps.quiet(Learner(make(), nets[0].model))[0], cache, Teacher(nets[1].model), axis=-1)
     assert c.error < 1e-5
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_writing_moves_no_global_random_state(tmp_path, workers):
+    "A student that is built afterwards has the same weights, whether the cache was there or not"
+    def drawn(write):
+        torch.manual_seed(0); np.random.seed(0); random.seed(0)
+        write()
+        return torch.rand(1).item(),np.random.rand(),random.random()
+    dls = data(num_workers=workers)
+    teacher = Convs(3).eval()
+    write = lambda: cache_teacher(teacher, dls, tmp_path, views=2, valid=True)
+    assert drawn(lambda: None) == drawn(write) == drawn(write) == drawn(lambda: verify_cache(tmp_path, teacher, dls, 4))
 
 
 def test_a_student_with_another_validation_set_has_no_column_for_it(tmp_path, capsys):

@@ -201,7 +201,8 @@ class Replayed(Dataset):
         self.dataset,self.cache,self.seeds = dataset,cache,seeds
         self.keys,self.own = cache.keys_of(dataset, keys),Own(dataset)
         self.at = cache.find(self.keys)
-        cache.compare(self.at, lambda i, view: view_item(dataset, i, int(self.keys[i]), view, cache.seed, self.own))
+        # of clean views, the transforms here may be others
+        if cache.views: cache.compare(self.at, lambda i, view: view_item(dataset, i, int(self.keys[i]), view, cache.seed, self.own))
         # subtle: shared memory, so that workers which outlive an epoch see the next one
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 

@@ -46,7 +46,8 @@ def cache_dataset(
     shake = batch_tfm if views else None
     def asked(tasks, bs):
         "What the teacher is called with"
-        dl = DataLoader(items, bs, sampler=tasks.tolist(), num_workers=num_workers, collate_fn=Together(collate_fn))
+        workers = num_workers if len(tasks) > bs else 0     # to start workers takes longer than one batch
+        dl = DataLoader(items, bs, sampler=tasks.tolist(), num_workers=workers, collate_fn=Together(collate_fn))
         for batch,seeds in dl:
             x = to(get(batch), device)
             yield x if shake is None else shaken(shake, seeds, x)
@@ -88,7 +89,6 @@ class Views(Dataset):
         view,i = divmod(task, len(self.dataset))
         key = int(self.keys[i])
         return view_item(self.dataset, i, key, view, self.seed, self.own),batch_seed(key, view, self.seed)
-
 
     def digests(self):
         "A few samples' inputs: whoever replays them elsewhere must get the same bytes"

@@ -56,8 +56,9 @@ def cache_teacher(
     given = dict(seed=seed, force=force, progress=progress, forecast=forecast)
     names = None if task.kind == 'regression' else classes_of(teacher, dls)
     source = lambda dl, views, keys: source_of(teacher, dls, dl, views, seed, keys, names, bs, num_workers)
-    cache = write_cache(path, source(dls.train, views, keys), wish, views=views, **given)
-    if valid: write_cache(cache.folder.sub('valid'), source(dls.valid, 0, keys if callable(keys) else None), wish, views=0, **given)
+    with untouched():       # DataLoaders draw a seed for their workers
+        cache = write_cache(path, source(dls.train, views, keys), wish, views=views, **given)
+        if valid: write_cache(cache.folder.sub('valid'), source(dls.valid, 0, keys if callable(keys) else None), wish, views=0, **given)
     return cache
 
 
@@ -73,26 +74,28 @@ def verify_cache(
     m = cache.manifest
     task,keys = task_in(dls, teacher, kwargs.pop('kind', None), kwargs.pop('axis', None)),kwargs.pop('keys', None)
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **kwargs)
-    source = source_of(teacher, dls, dls.train, m.views, m.seed, keys, check=False)
-    at,bs = asked_again(dls.train, len(source.keys), m.stored, n, np.random.default_rng(seed))
-    view,row = np.divmod(at, len(source.keys))
-    stored = cache.find(source.keys[row])
-    errors,sizes = [],[]
-    for i,live in enumerate(source.run(at, bs)):
-        some = slice(i*bs, i*bs+bs)
-        kept,t = cache.outputs(stored[some], view[some]).logits,live.logits.detach().float().cpu()
-        if isinstance(kept, TopK): kept,t = kept.values,t.movedim(kept.axis, -1).log_softmax(-1).gather(-1, kept.ids)
-        sizes += t.where(t.isfinite(), 0).abs().flatten(1).amax(1).clamp_min(1).tolist()
-        # equal infinities are equal
-        errors += (kept-t).where(kept != t, 0).abs().flatten(1).amax(1).tolist() if kept.shape == t.shape else [float('inf')]*len(t)
+    with untouched():       # DataLoaders draw a seed for their workers
+        source = source_of(teacher, dls, dls.train, m.views, m.seed, keys, check=False)
+        at,bs = asked_again(dls.train, len(source.keys), m.stored, n, np.random.default_rng(seed))
+        view,row = np.divmod(at, len(source.keys))
+        stored = cache.find(source.keys[row])
+        errors,sizes = [],[]
+        for i,live in enumerate(source.run(at, bs)):
+            part = slice(i*bs, i*bs+bs)
+            kept,t = cache.outputs(stored[part], view[part]).logits,live.logits.detach().float().cpu()
+            if isinstance(kept, TopK): kept,t = kept.values,t.movedim(kept.axis, -1).log_softmax(-1).gather(-1, kept.ids)
+            largest = lambda o: o.abs().reshape(len(o), -1).amax(1)
+            sizes += largest(t.where(t.isfinite(), 0)).clamp_min(1).tolist()
+            # equal infinities are equal
+            errors += largest((kept-t).where(kept != t, 0)).tolist() if kept.shape == t.shape else [float('inf')]*len(t)
     return Verified(len(at), max(errors), float(np.mean(errors)), max(e/n for e,n in zip(errors, sizes)),
                     next(f.dtype for f in m.layout.fields if f.name in ('logits', 'values')))
 
 
-def asked_again(dl, n, views, some, rng):
+def asked_again(dl, n, views, rows, rng):
     "(tasks, batch size) of some rows: from everywhere, but of a stream the first ones of a view"
-    if not is_stream(dl): return np.sort(rng.choice(n*views, min(some, n*views), replace=False)),1
-    return int(rng.integers(views))*n + np.arange(min(-(-some//dl.bs)*dl.bs, n)),dl.bs
+    if not is_stream(dl): return np.sort(rng.choice(n*views, min(rows, n*views), replace=False)),1
+    return int(rng.integers(views))*n + np.arange(min(-(-rows//dl.bs)*dl.bs, n)),dl.bs
 
 
 @dataclass
@@ -364,8 +367,10 @@ def misfits(dl, plan, cache):
     "In words, what makes these data others than those that a cache was written with"
     m = cache.manifest
     if m.views:
-        n,replay = len(plan.keys),Plan(plan.keys, m.views, m.seed, np.arange(len(plan.keys)), stream=plan.stream)
-        return sample_differences(m, plan.at, lambda i, view: looks(writer_dl(dl, replay, [t := view*n + i], 1, 0), [t])[0])
+        n = len(plan.keys)
+        again = Plan(plan.keys, m.views, m.seed, np.arange(n), stream=plan.stream)
+        def look(i, view): return looks(writer_dl(dl, again, [view*n + i], 1, 0), [view*n + i])[0]
+        return sample_differences(m, plan.at, look)
     if m.layout.dense and not plan.stream and (moving := moves(dl)):
         return [f"these outputs of unchanged inputs have a place for each pixel or token, which {', '.join(moving)} would move: "
                 "cache views=1 or more"]
