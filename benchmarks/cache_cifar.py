@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 import torch.nn.functional as F
 from fastdistill import Distiller, Outputs, Teacher, kd
 from fastdistill.cache import cache_dataset
-from fastdistill.replay import Replayed
+from fastdistill.cache import Replayed
 
 MEAN,STD = [torch.tensor(o).view(3, 1, 1)*255 for o in ((.485, .456, .406), (.229, .224, .225))]
 WAYS = 'alone','live',0,1,4,8,32       # numbers: views in the cache

@@ -18,7 +18,8 @@ from timm.data import ImageNetInfo
 from fastdistill.losses import dense, feature, relation
 from fastdistill.losses._base import cells, unit
 from fastdistill.plots import show_features
-from fastdistill.taps import Taps, run
+from fastdistill.features.probe import dry_run as run
+from fastdistill.features import Taps
 
 IMG = Path(__file__).parent/'img'
 DIVERGING,HEAT,GREY = 'RdBu_r','inferno','.85'
@@ -399,7 +400,8 @@ def views():
     "What a student is shown of two photographs in four epochs, and what a cache of four views says about it"
     from fastai.vision.all import (CategoryBlock, CrossEntropyLossFlat, DataBlock, ImageBlock, IndexSplitter, Learner, Normalize, PILImage,
                                    RandomResizedCrop, aug_transforms)
-    from fastdistill.fastai.cached import CacheFeed, cache_teacher
+    from fastdistill.fastai.cache_data import cache_teacher
+    from fastdistill.fastai.cache_feed import CacheFeed
     photos,names = load_sample_images().images,ImageNetInfo()
     data = DataBlock((ImageBlock, CategoryBlock), get_x=lambda i: PILImage.create(photos[i]), get_y=lambda i: 'ab'[i], splitter=IndexSplitter([]),
                      item_tfms=RandomResizedCrop(256, min_scale=.3),

@@ -3,9 +3,7 @@ from math import exp, log, sqrt
 import torch
 import torch.nn.functional as F
 from cases import Case, Golden, logits, maps
-from fastdistill.losses import (DIST, DKD, JSD, KL, MSE, NKD, TVD, BinaryKL, Hard, Regression, ReverseKL, SoftCE, SoftTargets,
-                                binary_kl, dist, dkd, hard, jsd, kl, mse, nkd, regression, reverse_kl, soft_ce, soft_targets,
-                                standardized, tvd)
+from fastdistill.losses import DIST, DKD, JSD, KL, MSE, NKD, TVD, BinaryKL, Hard, Regression, ReverseKL, SoftCE, SoftTargets, binary_kl, dist, dkd, hard, jsd, kl, mse, nkd, regression, reverse_kl, soft_ce, soft_targets, standardized, tvd
 from fastdistill.losses._base import Loss
 
 

@@ -12,7 +12,8 @@ import writers
 from fastdistill.cache import Layout, TeacherCache, Wish, cache_dataset, writer
 from fastdistill.cache.folder import Folder
 from fastdistill.cache.keys import dataset_keys, key_of
-from fastdistill.cache.manifest import Manifest, fingerprint
+from fastdistill.cache.digests import fingerprint
+from fastdistill.cache.manifest import Manifest
 from fastdistill.losses import kl
 from fastdistill.outputs import DistillError, DistillWarning, Outputs, TopK
 from fastdistill.teacher import Teacher
@@ -561,6 +562,6 @@ def test_a_teachers_fingerprint_is_its_weights():
     assert fingerprint(a.state_dict()) == fingerprint(a.state_dict()) != fingerprint(b.state_dict())
     with torch.no_grad(): b.load_state_dict(a.state_dict()); b.weight[0, 0] = torch.nextafter(b.weight[0, 0], torch.tensor(9.))
     assert fingerprint(a.state_dict()) != fingerprint(b.state_dict())
-    from fastdistill.cache.plain import identity_of
+    from fastdistill.cache.source import identity_of
     assert identity_of(Teacher(a)) == identity_of(Teacher(a)) != identity_of(Teacher(b))
     with pytest.warns(DistillWarning, match="weights behind .* can't be seen"): identity_of(math.sqrt)

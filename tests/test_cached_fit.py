@@ -11,11 +11,12 @@ from test_fastai_cached import CROPS, N, TRAIN, Convs, cache_teacher, data, imag
 from fastdistill import Distiller, at, kd, soft_labels
 from fastdistill.cache import TeacherCache, cache_dataset
 from fastdistill.fastai import KnowledgeDistillation, TeacherBlock
-from fastdistill.fastai.cached import CacheFeed, passed
-from fastdistill.fastai.replayed import Items, Replay
+from fastdistill.fastai.cache_feed import CacheFeed, passed
+from fastdistill.fastai.replay_dl import Items
+from fastdistill.fastai.transforms import Replay
 from fastdistill.outputs import DistillError, Outputs, TopK
-from fastdistill.replay import Replayed
-from fastdistill.taps import Taps
+from fastdistill.cache import Replayed
+from fastdistill.features import Taps
 from fastdistill.teacher import Teacher
 from torch import nn
 from torch.nn.functional import kl_div

@@ -7,7 +7,7 @@ from apps import APPS, pair, toy
 from fastai.basics import BCEWithLogitsLossFlat, Callback, CancelFitException, DataLoaders, set_seed
 from fastai.vision.all import Normalize
 from fastdistill.fastai import DistillError, DistillWarning, KnowledgeDistillation, Teacher, check_teacher, dkd
-from fastdistill.fastai.check import Findings
+from fastdistill.doctor import Findings
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
 KD = KnowledgeDistillation

@@ -86,7 +86,7 @@ def cifar(tmp_path):
 
 def test_pictures_in_folders_and_in_tiles_are_the_same(cifar):
     root,x = cifar
-    t = tasks.load('cifar10', root)
+    t = tasks.load_task('cifar10', root)
     assert t.classes == ['cat', 'dog']
     for got,y in (t.train, t.test): assert torch.equal(got, x) and y.tolist() == [0, 0, 0, 1, 1, 1]
 
@@ -94,8 +94,8 @@ def test_pictures_in_folders_and_in_tiles_are_the_same(cifar):
 def test_a_missing_class_and_a_missing_folder_are_named(cifar):
     root,_ = cifar
     (root/'test'/'dog.webp').unlink()
-    with pytest.raises(DistillError, match="No pictures of 'dog' in .*test"): tasks.load('cifar10', root)
-    with pytest.raises(DistillError, match='No folder .*nowhere.train. A root holds: cifar10: train/'): tasks.load('cifar10', root/'nowhere')
+    with pytest.raises(DistillError, match="No pictures of 'dog' in .*test"): tasks.load_task('cifar10', root)
+    with pytest.raises(DistillError, match='No folder .*nowhere.train. A root holds: cifar10: train/'): tasks.load_task('cifar10', root/'nowhere')
 
 
 def scenes(root, n=8, size=(128, 96)):
@@ -131,7 +131,7 @@ def test_mean_iou_against_sets_of_pixels():
 
 
 def test_only_training_batches_are_augmented():
-    t = tasks.load('digits')
+    t = tasks.load_task('digits')
     dls = t.dls(lambda x, y: (x+1, y))
     assert dls.train.one_batch()[0].min() == 1 and dls.valid.one_batch()[0].min() == 0
 

@@ -14,10 +14,12 @@ from fastai.vision.all import (FlipItem, Hue, ImageBlock, MaskBlock, Normalize, 
                                RandomResizedCrop, Resize, Rotate, Saturation, TensorImage, Zoom, aug_transforms, imagenet_stats)
 from torch import nn
 from fastdistill.cache import TeacherCache, cache_dataset, write_cache
-from fastdistill.fastai.cached import CacheFeed, cache_teacher as checked_first, passed, verify_cache
-from fastdistill.fastai.replayed import Items, Replay
+from fastdistill.fastai.cache_data import cache_teacher as checked_first, verify_cache
+from fastdistill.fastai.cache_feed import CacheFeed, passed
+from fastdistill.fastai.replay_dl import Items
+from fastdistill.fastai.transforms import Replay
 from fastdistill.outputs import DistillError, DistillWarning
-from fastdistill.taps import Taps
+from fastdistill.features import Taps
 from fastdistill.teacher import Teacher
 
 cache_teacher = partial(checked_first, check=False)       # teachers that know nothing will do here

@@ -3,7 +3,7 @@ import pickle, random
 from functools import partial
 import numpy as np
 import pytest, torch
-from fastdistill.generators import Generators
+from fastdistill.replay.generators import Generators
 
 RNG = np.random.default_rng(3)
 def named(x): return x + RNG.normal()

@@ -1,5 +1,5 @@
 "The house: who may import whom, which names are public, how long a file may be."
-import ast, importlib, re, subprocess, sys
+import ast, importlib, itertools, re, subprocess, sys
 from pathlib import Path
 import pytest
 
@@ -11,24 +11,34 @@ FACES = ['fastdistill', 'fastdistill.losses', 'fastdistill.fastai']
 # room: which rooms it may import, all of them further up; which packages at the top of its files, and which only inside functions
 LAW = dict(
     outputs=('', 'torch', ''),
+    docments=('', '', ''),
     schedule=('outputs', '', ''),
+    ranks=('', 'torch', ''),
+    task=('outputs', 'torch', ''),
     losses=('outputs', 'torch', ''),
-    taps=('outputs', 'torch numpy', ''),
-    projectors=('outputs taps', 'torch', ''),
-    generators=('', 'torch numpy', ''),
-    replay=('outputs generators', 'torch numpy', ''),
-    cache=('outputs generators replay', 'torch numpy', 'fsspec fcntl msvcrt'),
-    forms=('outputs', 'torch', 'onnxruntime'),
-    pairs=('outputs taps projectors', 'torch', ''),
-    plots=('outputs taps pairs', 'torch', 'matplotlib'),
-    teacher=('outputs taps forms', 'torch', ''),
-    distiller=('outputs schedule taps projectors pairs teacher', 'torch', ''),
+    features=('outputs', 'torch numpy', ''),
+    replay=('outputs', 'torch numpy', ''),
+    teacher=('outputs features', 'torch', 'onnxruntime'),
+    cache=('outputs ranks replay', 'torch numpy', 'fsspec fcntl msvcrt'),
+    distiller=('outputs schedule features teacher', 'torch', ''),
     recipes=('outputs schedule losses distiller', 'torch', ''),
-    __init__=('outputs schedule losses taps teacher distiller recipes cache', '', ''),
-    fastai=('outputs losses taps plots generators replay cache teacher distiller recipes', 'torch numpy fastai', 'pandas'),
+    doctor=('outputs features replay', 'torch', ''),
+    plots=('outputs features', 'torch', 'matplotlib'),
+    __init__=('outputs docments schedule losses features teacher distiller recipes', '', ''),
+    fastai=('outputs docments ranks task losses features replay cache teacher distiller recipes doctor plots', 'torch numpy fastai', 'pandas'),
     demo=('outputs fastai', 'torch numpy fastai rich PIL', 'matplotlib sklearn'),
-    cache_cli=('outputs cache fastai', 'torch typer rich', ''),
-    cli=('outputs demo cache_cli __init__', 'typer rich', ''),
+    cli=('outputs ranks cache fastai demo __init__', 'typer rich', ''),
+)
+# the same inside a folder: a file may import those of its folder that stand before it
+ORDER = dict(
+    losses='_base response decoupled feature relation dense',
+    features='names probe shapes taps projectors stages pairs',
+    replay='generators seeds per_sample',
+    teacher='images forms guest ensemble teacher',
+    cache='folder keys digests records manifest reader source writer dataset verify',
+    fastai='task stream block patches vocab targets teachers check transforms replay_dl cache_data cache_feed callback learner',
+    demo='tasks results picture',
+    cli='objects cache demo app',
 )
 
 
@@ -46,17 +56,21 @@ def imports(file):
         if isinstance(n, ast.ImportFrom): yield n.level, n.module or '', [a.name for a in n.names], id(n) in inner
 
 
-def rooms(file, level, module, names):
-    "Which rooms a relative import enters"
-    at = ['fastdistill', *file.relative_to(SRC).parts][:-level]
+def targets(file, level, module, names):
+    "What a relative import enters, as parts below the package: ('features', 'taps')"
+    at = [*file.relative_to(SRC).parts][:-level]
     path = [*at, *module.split('.')] if module else at
-    if len(path) > 1: return [path[1]]
-    return [o if (SRC/o).is_dir() or (SRC/f'{o}.py').exists() else '__init__' for o in names]
+    here = SRC.joinpath(*path)
+    if here.is_dir(): return [(*path, n) if (here/n).is_dir() or (here/f'{n}.py').exists() else tuple(path) or ('__init__',) for n in names]
+    return [tuple(path)]
 
 
 def test_the_law_has_no_circle():
     for i,(room,(may,*_)) in enumerate(LAW.items()): assert set(may.split()) <= set([*LAW][:i]) | {'__init__'}, room
     assert {room_of(f) for f in FILES} <= set(LAW), 'a new room needs a line in LAW'
+    for room,order in ORDER.items():
+        have = {f.stem for f in (SRC/room).glob('*.py')} - {'__init__'}
+        assert set(order.split()) == have, f'the files of {room}, in the order in which they import each other'
 
 
 @pytest.mark.parametrize('file', FILES, ids=lambda f: str(f.relative_to(SRC)))
@@ -64,10 +78,37 @@ def test_imports_keep_to_the_law(file):
     room = room_of(file)
     may,top,inside = (set(o.split()) for o in LAW[room])
     for level,module,names,inner in imports(file):
-        if level: new = set(rooms(file, level, module, names)) - {room} - may
+        if level:
+            entered = targets(file, level, module, names)
+            new = {o[0] for o in entered} - {room} - may
+            before = itertools.takewhile(lambda o: o != file.stem, ORDER.get(room, '').split())
+            up = {o[1] for o in entered if o[0] == room and len(o) > 1} - set(before)
+            assert file.stem == '__init__' or not up, f"{file.relative_to(SRC)} may not import {', '.join(up)}, which stands after it"
         else: new = {module.split('.')[0]} - set(sys.stdlib_module_names) - top - (inside if inner else set())
         assert not new, f"{room} may not import {', '.join(new)} {'inside a function' if inner else 'at the top'} (from {module or '.'})"
         assert '*' not in names or file.name == '__init__.py', f'import * from {module}: name what you import'
+
+
+def test_only_ranks_knows_torch_distributed():
+    for f in FILES: assert f.stem == 'ranks' or 'torch.distributed.' not in f.read_text().replace('`torch.distributed', ''), f
+
+
+def defined(file):
+    "Names that a file defines at its top level; methods that are patched into another class are not among them"
+    for d in ast.parse(file.read_text()).body:
+        if isinstance(d, ast.ClassDef): yield d.name
+        if isinstance(d, ast.FunctionDef) and not any(ast.unparse(o) == 'patch' for o in d.decorator_list): yield d.name
+        if isinstance(d, ast.Assign):
+            yield from (n.id for t in d.targets for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and not n.id.startswith('__'))
+
+
+def test_a_name_has_one_meaning():
+    where = {}
+    for f in FILES:
+        for n in defined(f): where.setdefault(n, []).append(f.relative_to(SRC))
+    # a recipe has the name of the method whose loss it uses
+    twice = {n: fs for n,fs in where.items() if len(fs) > 1 and not (len(fs) == 2 and {f.parts[0] for f in fs} == {'losses', 'recipes.py'})}
+    assert not twice
 
 
 def test_import_fastdistill_brings_no_framework():

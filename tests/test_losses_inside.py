@@ -5,8 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 import rows_dense, rows_feature, rows_relation
 from cases import Golden, maps
-from fastdistill.losses import (AT, CC, FSP, IFVD, OFD, RKD, VID, ab, at, cc, cwd, fsp, hint, ickd, ifvd, kl, nst, ofd,
-                                ofd_margin, pairwise, pkd, pkt, rkd, sp, vid)
+from fastdistill.losses import AT, CC, FSP, IFVD, OFD, RKD, VID, ab, at, cc, cwd, fsp, hint, ickd, ifvd, kl, nst, ofd, ofd_margin, pairwise, pkd, pkt, rkd, sp, vid
 from fastdistill.outputs import DistillError
 
 ROWS = [*rows_feature.ROWS, *rows_relation.ROWS, *rows_dense.ROWS]

@@ -17,9 +17,10 @@ with warnings.catch_warnings(): # while it is imported, fastai uses what PyTorch
     from fastai.vision.learner import create_body, create_timm_model, create_vision_model
     from fastai.vision.models.unet import DynamicUnet
 from fastdistill.outputs import DistillError, Outputs
-from fastdistill.pairs import Pair, PairTable, pair, stages
-from fastdistill.projectors import projector
-from fastdistill.taps import Taps
+from fastdistill.features.pairs import Pair, PairTable, pair
+from fastdistill.features.stages import stages
+from fastdistill.features import projector
+from fastdistill.features import Taps
 from fastdistill.teacher import Teacher
 
 

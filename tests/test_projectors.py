@@ -4,7 +4,8 @@ import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from fastdistill.outputs import DistillError
-from fastdistill.projectors import KINDS, Projector, describe, projector, resize, to_grid
+from fastdistill.features.projectors import PROJECTORS, Projector, describe_projector, projector
+from fastdistill.features.shapes import resize, to_grid
 
 
 def rand(*shape, dtype=torch.float32, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
@@ -21,7 +22,7 @@ SHAPES = [ # student, teacher
     ((2, 3, 4, 4), (2, 5)), ((2, 7, 3), (2, 5)),
 ]
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', PROJECTORS)
 @pytest.mark.parametrize('s_shape, t_shape', SHAPES, ids=str)
 def test_every_kind_gives_the_teachers_shape(s_shape, t_shape, kind):
     p,s,t = projector(s_shape, t_shape, kind),rand(*s_shape).requires_grad_(),rand(*t_shape)
@@ -221,7 +222,7 @@ def test_the_same_seed_gives_the_same_projector():
     def make(kind):
         torch.manual_seed(3)
         return projector((2, 3, 4, 4), (2, 5, 4, 4), kind).state_dict()
-    for kind in KINDS:
+    for kind in PROJECTORS:
         a,b = make(kind),make(kind)
         assert a and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -286,9 +287,9 @@ def test_tokens_that_are_no_picture_are_refused():
 
 
 def test_in_words():
-    assert describe((2, 64, 28, 28), (2, 256, 14, 14)) == '28x28 -> 14x14, conv_bn 64 -> 256'
-    assert describe((2, 197, 192), (2, 384, 14, 14), 'mlp') == '197 tokens -> 14x14, mlp 192 -> 384'
-    assert describe((2, 3, 4, 4), (2, 5), match='grid') == '4x4 -> vector'
-    assert describe((2, 7, 3), (2, 7, 3)) == describe((2, 3, 4, 4), (2, 5), match='none') == 'none'
+    assert describe_projector((2, 64, 28, 28), (2, 256, 14, 14)) == '28x28 -> 14x14, conv_bn 64 -> 256'
+    assert describe_projector((2, 197, 192), (2, 384, 14, 14), 'mlp') == '197 tokens -> 14x14, mlp 192 -> 384'
+    assert describe_projector((2, 3, 4, 4), (2, 5), match='grid') == '4x4 -> vector'
+    assert describe_projector((2, 7, 3), (2, 7, 3)) == describe_projector((2, 3, 4, 4), (2, 5), match='none') == 'none'
     assert str(projector((2, 3), (2, 5))) == 'linear 3 -> 5' and 'linear 3 -> 5' in repr(projector((2, 3), (2, 5)))
-    assert isinstance(projector((2, 3), (2, 5)), Projector) and describe((2, 3), (2, 5), nn.Linear(3, 5)) == 'Linear'
+    assert isinstance(projector((2, 3), (2, 5)), Projector) and describe_projector((2, 3), (2, 5), nn.Linear(3, 5)) == 'Linear'

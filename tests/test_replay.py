@@ -6,7 +6,9 @@ import pytest, torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from fastdistill.cache import TeacherCache, cache_dataset
 from fastdistill.outputs import DistillError, Outputs
-from fastdistill.replay import PerSample, Replayed, held, per_sample, scramble, seeded, seeds_of, untouched, view_of
+from fastdistill.cache import Replayed
+from fastdistill.replay.per_sample import PerSample, per_sample
+from fastdistill.replay.seeds import restored_once, scramble, seeded, seeds_of, RandomGuard, view_of
 from fastdistill.teacher import Teacher
 
 
@@ -61,9 +63,9 @@ def test_many_seeded_in_a_row_put_back_once():
     np.random.normal()      # leaves a second number behind
     was,alone = state(),[draw(s) for s in range(3)]
     assert state() == was
-    with held(): got = [draw(s) for s in range(3)]
+    with restored_once(): got = [draw(s) for s in range(3)]
     assert got == alone and state() == was
-    with pytest.raises(KeyError), held(), held():
+    with pytest.raises(KeyError), restored_once(), restored_once():
         draw(1)
         raise KeyError
     assert state() == was
@@ -74,9 +76,9 @@ def test_many_seeded_in_a_row_put_back_once():
 def test_untouched_notices_each_generator():
     for f in (random.random, np.random.rand, lambda: torch.rand(1), lambda: torch.empty(2).normal_()):
         was = random.getstate(),np.random.get_state()[1].tolist(),torch.get_rng_state().tolist()
-        with untouched() as u: f()
+        with RandomGuard() as u: f()
         assert u.moved and was == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
-    with untouched() as u: PerSample([1, 2])
+    with RandomGuard() as u: PerSample([1, 2])
     assert not u.moved
 
 
@@ -87,7 +89,7 @@ def all_kinds(n):
 
 def test_a_sample_draws_the_same_in_every_batch():
     seeds = seeds_of(0, np.arange(400, dtype=np.uint64))
-    with untouched() as u, PerSample(seeds): whole = all_kinds(400)
+    with RandomGuard() as u, PerSample(seeds): whole = all_kinds(400)
     assert not u.moved
     for part in (slice(3, 5), slice(17, 18), [9, 2, 300]):
         with PerSample(seeds[part]): some = all_kinds(len(seeds[part]))
@@ -243,7 +245,7 @@ def test_an_inner_seed_is_put_back_inside_of_an_outer_one():
     with seeded(1): a = [random.random(), torch.rand(1).item(), np.random.rand()]
     def inner():
         with seeded(9): random.random(), torch.rand(1), np.random.rand()
-    with held():
+    with restored_once():
         for _ in range(2):
             with seeded(1):
                 inner()

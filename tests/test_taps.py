@@ -18,7 +18,10 @@ with warnings.catch_warnings(): # while it is imported, fastai uses what PyTorch
     from fastai.vision.learner import create_vision_model
     from fastai.vision.models.unet import DynamicUnet
 from fastdistill.outputs import DistillError
-from fastdistill.taps import LayerInfo, Taps, as_map, as_tokens, grid, layers, resolve, unwrap
+from fastdistill.features.names import LayerInfo, resolve, unwrap
+from fastdistill.features import layers
+from fastdistill.features.shapes import as_map, as_tokens, grid
+from fastdistill.features import Taps
 
 
 def net(inplace=True):

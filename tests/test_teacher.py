@@ -7,7 +7,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 import torch.nn.functional as F
 from transformers import BatchEncoding, BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel
-from fastdistill.forms import Onnx
+from fastdistill.teacher.forms import Onnx
 from fastdistill.outputs import DistillError, DistillWarning, Outputs
 from fastdistill.teacher import Teacher
 

@@ -12,7 +12,8 @@ from fastai.metrics import accuracy
 from fastai.vision.all import ImageBlock, MaskBlock, Normalize, PILImage, PILMask, TensorImage, aug_transforms
 from torch import nn
 import torch.nn.functional as F
-from fastdistill.fastai.blocks import Feed, TargetFeed, TeacherBlock, TeacherTarget, TeacherTargets
+from fastdistill.fastai.block import TeacherBlock, TeacherTarget
+from fastdistill.fastai.targets import Feed, TargetFeed, TeacherTargets
 from fastdistill.outputs import DistillError, DistillWarning
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS, 'ignore:__array__ implementation:DeprecationWarning')

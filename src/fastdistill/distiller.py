@@ -1,16 +1,17 @@
-"The heart: what is compared, how much it counts, and one batch of it. It knows tensors, no training loop and no particular loss."
+"The core: what is compared, how much it counts, and one batch of it. It knows tensors, no training loop and no particular loss."
 import copy, inspect
 from dataclasses import dataclass
 from functools import partial
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
+from .features.pairs import PairTable, inputs, pair
+from .features.probe import dry_run
+from .features.projectors import projector
+from .features.taps import Taps
 from .outputs import DistillError, Outputs, TopK, as_plain
-from .pairs import PairTable, inputs, pair
-from .projectors import projector
 from .schedule import schedule, value_at
-from .taps import Taps, run
-from .teacher import Teacher
+from .teacher.teacher import Teacher
 
 __all__ = ['Distilled', 'Distiller', 'Recipe', 'Term']
 
@@ -185,7 +186,7 @@ class Distiller(nn.Module):
         self.teacher = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher, kind=kind, axis=axis)
         self.kind,self.axis,self.ignore_index,self.balance,self.scales = kind,axis,ignore_index,balance,{}
         for t in self.recipe.terms: check_kind(t, kind)
-        self.links = nn.ModuleDict({t.name: nn.ModuleList([Link(own(t.loss))]) for t in self.recipe.terms if t.layers is None})
+        self.links = nn.ModuleDict({t.name: nn.ModuleList([Link(own_copy(t.loss))]) for t in self.recipe.terms if t.layers is None})
         self.pairs:PairTable|None = None # what is compared with what, once it is known
         if example is not None: self.setup(*inputs(example))
 
@@ -209,7 +210,7 @@ class Distiller(nn.Module):
         with torch.random.fork_rng(sorted({p.device.index for p in student.parameters() if p.is_cuda})):
             tables = {t.name: pair(student, self.teacher, x, layers=t.layers, match=t.match, projector=t.projector) for t in self.layered}
             with Taps(student, dict.fromkeys(p.student for ps in tables.values() for p in ps)) as taps:
-                run(student, *x)
+                dry_run(student, *x)
                 s = taps.pop()
             t = self.teacher.probe(*x, layers=list(dict.fromkeys(p.teacher for ps in tables.values() for p in ps)))
             for term in self.layered: self.links[term.name] = nn.ModuleList(self._links(term, tables[term.name], s, t.feats))
@@ -335,7 +336,7 @@ class Distiller(nn.Module):
         for p in pairs:
             a,b = s[p.student],t[p.teacher]
             proj = projector(a.shape, b.shape, kind=term.projector, match=term.match).to(a.device)
-            loss = own(term.loss)
+            loss = own_copy(term.loss)
             if hasattr(loss, 'prepare'): loss.prepare(proj.eval()(a, b), b, layer=modules.get(p.teacher.split('@')[0]), **term.channels(b))
             yield Link(loss, (p.student, p.teacher), proj.train()).to(a.device)
 
@@ -346,7 +347,7 @@ def all_classes(teacher, student):
     return Outputs(teacher.logits.dense(student.logits), teacher.feats, teacher.mask)
 
 
-def own(loss):
+def own_copy(loss):
     "A copy of a loss that may have parameters: a recipe can be used again"
     return copy.deepcopy(loss) if isinstance(loss, nn.Module) else loss
 

@@ -1,10 +1,11 @@
-"What a model says about a batch, and the error that tells what is wrong."
+"What a model gives for a batch, and the error that tells what is wrong."
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import log
 import torch
 from torch import Tensor
 
-__all__ = ['DistillError', 'DistillWarning', 'Outputs', 'TopK', 'as_plain']
+__all__ = ['DistillError', 'DistillWarning', 'Outputs', 'TopK', 'as_plain', 'map_tensors', 'tensors_in']
 
 
 class DistillError(ValueError):
@@ -101,3 +102,17 @@ def _logits(raw):
     have = f" with the keys {', '.join(map(str, raw))}" if isinstance(raw, dict) else ''
     raise DistillError(f"The model returned a {type(raw).__name__}{have}: no logits in it. Possible are a tensor, a tuple "
                        "that begins with one, a dict with 'logits' or 'out'. Wrap the model in a function that returns one of these.")
+
+
+def tensors_in(o):
+    "All tensors in nested tuples, lists and mappings"
+    if isinstance(o, Tensor): yield o
+    elif isinstance(o, (tuple, list, Mapping)):
+        for v in (o.values() if isinstance(o, Mapping) else o): yield from tensors_in(v)
+
+
+def map_tensors(o, fn):
+    "`fn` of all tensors in nested tuples, lists and mappings; whatever else there is stays"
+    if isinstance(o, Tensor): return fn(o)
+    if isinstance(o, Mapping): return {k: map_tensors(v, fn) for k,v in o.items()}
+    return type(o)(map_tensors(v, fn) for v in o) if type(o) in (tuple, list) else o

@@ -2,9 +2,11 @@
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
+from .features.pairs import inputs, pair
+from .features.probe import dry_run
+from .features.shapes import as_map
+from .features.taps import Taps
 from .outputs import DistillError, as_plain
-from .pairs import inputs, pair
-from .taps import Taps, as_map, run
 
 __all__ = ['attention_map', 'show_features']
 
@@ -25,7 +27,7 @@ def attention_map(
 def read_maps(model, x, names, p):
     "Layer name -> attention maps (B, H, W) of a batch; the model stays as it is"
     with Taps(model, names) as taps:
-        run(model, *x)
+        dry_run(model, *x)
         feats = taps.pop()
     return {n: named_map(n, f, p, x[0].shape[-2]/x[0].shape[-1]) for n,f in feats.items()}
 
@@ -62,10 +64,10 @@ def show_features(
     pairs = pair(student, teacher, tuple(x), layers=layers, match='none')
     s,t = read_maps(student, x, [o.student for o in pairs], p),read_maps(teacher, x, [o.teacher for o in pairs], p)
     columns = [(f'{who} {name}', maps[name]) for o in pairs for who,name,maps in (('student', o.student, s), ('teacher', o.teacher, t))]
-    return draw(pictures, columns)
+    return draw_maps(pictures, columns)
 
 
-def draw(
+def draw_maps(
     pictures:Tensor, # (B, H, W, 3) from 0 to 1
     columns # (title, (B, h, w) maps), two for each pair
 ):

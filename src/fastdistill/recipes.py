@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from . import losses
 from .distiller import Recipe, Term
+from .losses._base import loss
 from .outputs import DistillError
 from .schedule import schedule
 
@@ -22,11 +23,10 @@ class Rest:
 def _rest(alpha): return Rest(alpha) if callable(alpha) else 1 - alpha
 
 
+@loss(kind='softmax')
 def kl_per_class(s, t, *, T=4., axis=1, mask=None, reduction='mean'):
     "`kl` divided by the number of classes too, as `nn.KLDivLoss()` and `F.kl_div(..., reduction='mean')` do"
     return losses.kl(s, t, T=T, axis=axis, mask=mask, reduction=reduction)/s.shape[axis]
-
-kl_per_class.kind = 'softmax'
 
 
 def kd(

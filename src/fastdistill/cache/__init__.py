@@ -1,7 +1,8 @@
 "Teacher outputs on disk: run the teacher once, train as many students as you like. See docs/cache.md for the format."
-from .plain import cache_dataset
+from .dataset import Replayed, cache_dataset
 from .reader import TeacherCache
 from .records import Layout, Wish
-from .writer import Forecast, Source, write_cache
+from .source import Source
+from .writer import Forecast, write_cache
 
-__all__ = ['Forecast', 'Layout', 'Source', 'TeacherCache', 'Wish', 'cache_dataset', 'write_cache']
+__all__ = ['Forecast', 'Layout', 'Replayed', 'Source', 'TeacherCache', 'Wish', 'cache_dataset', 'write_cache']

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 from ..outputs import DistillError
 
-__all__ = ['Folder', 'folder']
+__all__ = ['Folder', 'open_folder']
 
 
 class Folder:
@@ -92,7 +92,7 @@ class Remote(Folder):
         self.url,self.kept = url.rstrip('/'),kept
         if kept is None:
             self.kept = tempfile.mkdtemp(prefix='fastdistill-')
-            weakref.finalize(self, drop, self.kept, os.getpid())
+            weakref.finalize(self, remove_download, self.kept, os.getpid())
 
     @property
     def fs(self): return fsspec_of(self.url)[0]
@@ -134,7 +134,7 @@ class Remote(Folder):
     def lock(self): yield       # object stores have none; a folder is for one writer
 
 
-def drop(path, pid):
+def remove_download(path, pid):
     if os.getpid() == pid: shutil.rmtree(path, ignore_errors=True)      # a forked worker only borrows it
 
 
@@ -144,7 +144,7 @@ def fsspec_of(url):
     return url_to_fs(url)
 
 
-def folder(path) -> Folder:
+def open_folder(path) -> Folder:
     "The folder at a path, or at a URL (`s3://`, `memory://` ...)"
     if isinstance(path, Folder): return path
     return Remote(str(path)) if '://' in str(path) else Folder(path)

@@ -64,7 +64,7 @@ def dataset_keys(
     "The keys of a plain dataset: given, or read off what torchvision's and PyTorch's own datasets hold"
     if callable(keys): keys = [keys(i) for i in range(len(dataset))]
     root,given = root_of(folder_of(dataset) if root is None else root),keys is not None
-    if not given: keys = held_by(dataset)
+    if not given: keys = names_of_samples(dataset)
     if len(keys) != len(dataset): raise DistillError(f"{len(keys)} keys for {len(dataset)} samples: give one for each.")
     out = keys_of(keys, root)
     if given and (lost := len(out) - len(np.unique(out))):
@@ -84,9 +84,9 @@ def name_of(sample):
     return sample[0] if isinstance(sample, (tuple, list)) and len(sample) and isinstance(sample[0], (str, PurePath)) else sample
 
 
-def held_by(dataset):
+def names_of_samples(dataset):
     "What names the samples of a dataset; one that says nothing is refused"
-    if type(dataset).__name__ == 'Subset': return [held_by(dataset.dataset)[i] for i in dataset.indices]
+    if type(dataset).__name__ == 'Subset': return [names_of_samples(dataset.dataset)[i] for i in dataset.indices]
     if hasattr(dataset, 'samples'): return [name_of(s) for s in dataset.samples]           # torchvision's folders of images
     if hasattr(dataset, 'tensors'): return list(zip(*dataset.tensors))                     # TensorDataset: the content
     if hasattr(dataset, 'data') and hasattr(dataset, 'targets'): return dataset.data       # torchvision's CIFAR, MNIST ...: the content

@@ -1,14 +1,12 @@
 "What a cache says about itself: whose outputs, of which samples, through which transforms, and what each file must hold."
-import hashlib, importlib.metadata, inspect, json, platform, warnings
+import json, warnings
 from dataclasses import asdict, dataclass, field
 import numpy as np
-import torch
-from torch import Tensor
 from ..outputs import DistillError, DistillWarning
-from .keys import hash_of
+from .digests import versions
 from .records import Layout
 
-__all__ = ['Manifest', 'differences', 'fingerprint', 'refuse']
+__all__ = ['Manifest', 'differences', 'refuse', 'sample_differences', 'transform_differences']
 
 FORMAT,VERSION = 'fastdistill-cache',1
 
@@ -85,7 +83,7 @@ def differences(
     out += transform_differences(a.transforms, b.transforms)
     for k in ('views', 'seed', 'vocab', 'layout'): differ(k, getattr(a, k), getattr(b, k))
     if not out and len(a.samples) == len(b.samples) and not all(map(alike, a.samples, b.samples)):
-        out.append(f'the inputs of some samples{OTHERWISE}{other_libraries(a)}')
+        out.append(f'the inputs of some samples{OTHER_INPUT}{other_libraries(a)}')
     return out
 
 
@@ -102,7 +100,7 @@ def sample_differences(
     "Make the inputs of a few samples as they were made when the cache was written, and say in words what differs"
     for s in m.samples:
         if not len(here := np.flatnonzero(at == s['row'])) or alike(s, {**s, **look(int(here[0]), s['view'])}): continue
-        return [f'the input of sample {here[0]}{OTHERWISE}{other_libraries(m)}']
+        return [f'the input of sample {here[0]}{OTHER_INPUT}{other_libraries(m)}']
     return []
 
 
@@ -113,7 +111,7 @@ def alike(a, b):
     return x.shape == y.shape and np.allclose(x, y, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
-OTHERWISE = ': the transforms give something else than when the cache was written; a file, a function among them, or a library changed'
+OTHER_INPUT = ': the transforms give something else than when the cache was written; a file, a function among them, or a library changed'
 
 def other_libraries(m):
     now = versions()
@@ -136,58 +134,3 @@ def refuse(
         raise DistillError(f"{text}\nUse the data, transforms and teacher that it was written with, write another cache, "
                            "or force=True to override.")
     warnings.warn(DistillWarning(f'{text}\n{then} (force=True).'))
-
-
-def checksum(data) -> str: return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def fingerprint(
-    *states # state_dicts, arrays, texts
-) -> str:
-    "Of weights (or anything else): names, shapes, types and every byte"
-    h = hashlib.blake2b(digest_size=16)
-    for o in states: _feed(h, o)
-    return h.hexdigest()
-
-
-def _feed(h, o):
-    if isinstance(o, dict):
-        for k,v in o.items(): h.update(f'{k}='.encode()); _feed(h, v)
-    elif isinstance(o, Tensor):
-        t = o.detach().cpu().contiguous()
-        h.update(f'{t.dtype} {tuple(t.shape)} '.encode())
-        h.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()) if t.numel() else b'')
-    elif isinstance(o, np.ndarray): h.update(f'{o.dtype} {o.shape} '.encode() + np.ascontiguousarray(o).tobytes())
-    # an object that only says where it is, says nothing
-    else: h.update((r if ' at 0x' not in (r := repr(o)) else type(o).__qualname__).encode())
-
-
-def leaves(o):
-    "The tensors, arrays and numbers in a nested item"
-    if isinstance(o, dict): return [v for k in o for v in leaves(o[k])]
-    if isinstance(o, (tuple, list)): return [v for p in o for v in leaves(p)]
-    if hasattr(o, 'tobytes') and hasattr(o, 'mode'): return [np.asarray(o)]
-    return [o]
-
-
-def input_digest(item):
-    "Of the input in an item: the first part of a tuple, and all of anything else"
-    return fingerprint(*leaves(first(item)))
-
-def first(o): return o[0] if isinstance(o, (tuple, list)) else o
-
-
-def code_of(f):
-    "A function's or class's name, and a fingerprint of its code"
-    name = getattr(f, '__qualname__', repr(type(f)))
-    try: return f'{name} {hash_of(inspect.getsource(f).encode()):x}'
-    except (TypeError, OSError): return name
-
-
-def versions() -> dict:
-    "Of what makes the numbers: PyTorch, and the libraries that transforms come from"
-    out = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
-    for name in ('pillow', 'torchvision', 'fastai'):
-        try: out[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError: pass
-    return out

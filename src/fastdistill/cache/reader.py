@@ -3,11 +3,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..outputs import DistillError, Outputs
-from .folder import folder
+from .digests import checksum, input_digest
+from .folder import open_folder
 from .keys import dataset_keys
-from .manifest import Manifest, checksum, input_digest, refuse, sample_differences
+from .manifest import Manifest, refuse, sample_differences
 
-__all__ = ['TeacherCache']
+__all__ = ['TeacherCache', 'damaged']
 
 
 class TeacherCache:
@@ -17,7 +18,7 @@ class TeacherCache:
         path, # folder or URL that `cache_teacher` or `cache_dataset` wrote
         force:bool=False # warn where data, transforms or classes don't fit, instead of refusing
     ):
-        self.folder,self.force = folder(path),force
+        self.folder,self.force = open_folder(path),force
         if self.folder.size('manifest.json') is None:
             raise DistillError(f"There is no cache at {self.folder} (no manifest.json): write one with cache_teacher(teacher, dls, path).")
         text = self.folder.read('manifest.json')

@@ -1,4 +1,4 @@
-"One row of a cache: a fixed number of bytes that hold what a teacher said about one view of one sample."
+"One row of a cache: a fixed number of bytes that hold a teacher's outputs for one view of one sample."
 from dataclasses import asdict, dataclass, field
 from math import prod
 import numpy as np
@@ -43,11 +43,11 @@ class Field:
         # subtle: always a copy, for a part that begins at an odd byte can't be seen as larger numbers
         part = rows[:, self.at:self.at+self.bytes].clone(memory_format=torch.contiguous_format)
         # PyTorch can do little with unsigned 16-bit numbers: they are read as signed and set right
-        t = part.view(TORCH[self.dtype]).reshape(len(rows), *self.shape)
+        t = part.view(TORCH_DTYPES[self.dtype]).reshape(len(rows), *self.shape)
         return t.long() & 0xffff if self.dtype == 'uint16' else t
 
 
-TORCH = dict(uint8=torch.uint8, int8=torch.int8, uint16=torch.int16, int32=torch.int32, float16=torch.float16, float32=torch.float32)
+TORCH_DTYPES = dict(uint8=torch.uint8, int8=torch.int8, uint16=torch.int16, int32=torch.int32, float16=torch.float16, float32=torch.float32)
 
 
 @dataclass
@@ -140,14 +140,14 @@ class Layout:
         d,t = {},out.logits.detach().float()
         dtypes = {f.name: f.dtype for f in self.fields}
         if self.full is not None: t = F.adaptive_avg_pool2d(t, self.fields[0].shape[-2:])
-        if self.n is None: put(d, 'logits', t, dtypes)
+        if self.n is None: put_tensor(d, 'logits', t, dtypes)
         else:
             k = self.fields[0].shape[-1]
             logp = t.movedim(self.axis, -1).log_softmax(-1)
             values,d['ids'] = logp.topk(k)
-            put(d, 'values', values, dtypes)
-            if 'rest' in dtypes: d['rest'] = mean_but(logp, d['ids'])
-        for k,v in out.feats.items(): put(d, f'feats:{k}', v.detach().float(), dtypes)
+            put_tensor(d, 'values', values, dtypes)
+            if 'rest' in dtypes: d['rest'] = mean_without(logp, d['ids'])
+        for k,v in out.feats.items(): put_tensor(d, f'feats:{k}', v.detach().float(), dtypes)
         if out.mask is not None: d['mask'] = out.mask
         return d
 
@@ -158,7 +158,7 @@ class Layout:
     ) -> Outputs:
         "`Outputs` in float32; with top-k, `logits` are a `TopK`"
         got = {f.name: f.read(rows) for f in self.fields}
-        full = lambda k: unscaled(got[k], got.get(f'scale:{k}'))
+        full = lambda k: from_int8(got[k], got.get(f'scale:{k}'))
         feats = {f.name[6:]: full(f.name) for f in self.fields if f.name.startswith('feats:')}
         if self.n is None: logits = full('logits')
         else: logits = TopK(got['ids'].long(), full('values'), self.n, self.tail, self.axis, got.get('rest'))
@@ -166,7 +166,7 @@ class Layout:
         return Outputs(logits, feats, got['mask'].float() if 'mask' in got else None)
 
 
-def mean_but(t, ids):
+def mean_without(t, ids):
     "(..., 1) mean of the finite values that are not at `ids`, as far as half precision reaches"
     rest = t.scatter(-1, ids, -torch.inf)
     have = rest.isfinite()
@@ -174,29 +174,29 @@ def mean_but(t, ids):
     return torch.where(n > 0, rest.where(have, 0).sum(-1, keepdim=True)/n.clamp_min(1), -torch.inf).clamp_min(-65504)
 
 
-def put(d, name, t, dtypes):
+def put_tensor(d, name, t, dtypes):
     dtype = dtypes.get(name)
     if t.isnan().any() or (t == torch.inf).any():
         raise DistillError(f"The teacher's {name} hold nan or inf: look for the samples that make it, before their rows teach anyone.")
     if dtype == 'float16' and (t.isfinite() & (t.abs() > 65504)).any():
         raise DistillError(f"The teacher's {name} go beyond float16's 65504: use dtype='float32'.")
-    if dtype == 'int8': d[name],d[f'scale:{name}'] = scaled(t, dtypes[f'scale:{name}'])
+    if dtype == 'int8': d[name],d[f'scale:{name}'] = to_int8(t, dtypes[f'scale:{name}'])
     else: d[name] = t
 
 
-def scaled(t, dtype):
+def to_int8(t, dtype):
     "int8 in 254 steps between a row's smallest and largest value, and the row's (step, middle)"
     if not t.isfinite().all(): raise DistillError("int8 can't hold infinite logits (classes that are masked out): use float16 or float32.")
     flat = t.reshape(len(t), -1)
     lo,hi = flat.amin(1),flat.amax(1)
-    kept = torch.stack([hi/254-lo/254, hi/2+lo/2], 1).to(TORCH[dtype])
+    kept = torch.stack([hi/254-lo/254, hi/2+lo/2], 1).to(TORCH_DTYPES[dtype])
     if not kept.isfinite().all(): raise DistillError(f"int8 can't hold logits from {lo.min():g} to {hi.max():g}: use dtype='float32'.")
     step,mid = kept.float().unbind(1)
     q = (flat-mid[:, None])/step.clamp_min(1e-30)[:, None]
     return q.round().clamp(-127, 127).to(torch.int8).view(t.shape),kept
 
 
-def unscaled(t, scale):
+def from_int8(t, scale):
     if scale is None: return t.float()
     step,mid = scale.float().unbind(1)
     shape = -1,*[1]*(t.dim()-1)

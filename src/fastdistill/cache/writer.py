@@ -1,32 +1,21 @@
-"Writing a cache: shard by shard, each whole or not there, so that whoever is stopped goes on where he was."
+"Writing a cache shard by shard, each whole or not there: an interrupted run resumes."
 import json, re, warnings
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 import numpy as np
-import torch
 from ..outputs import DistillError, DistillWarning
-from .folder import folder
+from ..ranks import on_first, rank, world_size
+from .digests import checksum, versions
+from .folder import open_folder
 from .keys import hash_of
-from .manifest import Manifest, checksum, differences, refuse, versions
+from .manifest import Manifest, differences, refuse
 from .reader import TeacherCache, damaged
 from .records import Layout, Wish
+from .source import Source
 
-__all__ = ['Forecast', 'Source', 'write_cache']
+__all__ = ['Forecast', 'finished', 'write_cache']
 
 SHARD_BYTES = 64*2**20
-
-
-@dataclass
-class Source:
-    "What a face knows about teacher and data"
-    keys:np.ndarray # (N,) uint64 in the order in which rows are stored
-    run:object # fn(tasks, bs) -> generator of `Outputs`, one for each `bs` tasks; task number view*N + position
-    bs:int
-    teacher:dict # what goes into the manifest, see there
-    transforms:dict
-    root:str=''
-    vocab:list|None=None
-    samples:list|None=None
 
 
 @dataclass
@@ -62,16 +51,16 @@ def write_cache(
 ) -> TeacherCache:
     "Write what is not there yet, and open the cache. Under torch.distributed each rank writes its share of the shards"
     if views < 0 or not len(source.keys): raise DistillError(f"views={views}, {len(source.keys)} samples: there is nothing to write.")
-    where,(rank,world) = folder(path),ranks()
+    where = open_folder(path)
     with closing(source.run(tasks_of(source, 0, 0, 1), 1)) as first: layout = Layout.of(next(first), wish)
-    with where.lock() if rank == 0 else nullcontext():
+    with where.lock() if rank() == 0 else nullcontext():
         m = on_first(lambda: _begin(where, source, layout, views, seed, force, shard_bytes))
         todo = [] if m.complete else [s for s in m.all_shards() if not finished(where, s)]
         plan = Forecast(m.count, m.stored, layout.bytes, sum(s[3] for s in todo), where.free())
         if forecast is not None: forecast(plan)
         plan.check(where)
         on_first(lambda: None)      # subtle: no rank may write before all have seen what is missing
-        _write_shards(where, source, m, todo[rank::world], progress)
+        _write_shards(where, source, m, todo[rank()::world_size()], progress)
         on_first(lambda: _finish(where, m))
     return TeacherCache(where)
 
@@ -116,12 +105,12 @@ def _reopen(where, m, keys):
     return m
 
 
-OURS = re.compile(r'(manifest\.json|keys\.bin|view\d{3,}/\d{6,}\.(bin|json))(\.\d+\.tmp)?')
+CACHE_FILES = re.compile(r'(manifest\.json|keys\.bin|view\d{3,}/\d{6,}\.(bin|json))(\.\d+\.tmp)?')
 
 def clear(where, ending=''):
     "Remove a cache's files, and no others; the manifest first, for without it the rest is nothing"
     for n in sorted(where.names(), key=lambda n: n != 'manifest.json'):
-        if OURS.fullmatch(n) and n.endswith(ending) and not (ending and n == 'manifest.json'): where.remove(n)
+        if CACHE_FILES.fullmatch(n) and n.endswith(ending) and not (ending and n == 'manifest.json'): where.remove(n)
 
 
 def note_of(name): return name.replace('.bin', '.json')
@@ -179,26 +168,3 @@ def tasks_of(source, view, first, n): return view*len(source.keys) + np.arange(f
 def padded(tasks, bs):
     "Whole batches: the last sample is asked for once more, and its answers are thrown away"
     return np.concatenate([tasks, np.repeat(tasks[-1:], -len(tasks) % bs)])
-
-
-# many writers
-
-def ranks():
-    "(rank, number of ranks) of torch.distributed"
-    d = torch.distributed
-    return (d.get_rank(), d.get_world_size()) if d.is_available() and d.is_initialized() else (0, 1)
-
-
-def on_first(fn):
-    "Run `fn` on the first rank when all have come here, and give all its answer, or its error"
-    rank,world = ranks()
-    if world == 1: return fn()
-    torch.distributed.barrier()
-    got = [None]
-    if rank == 0:
-        try: got = [(fn(), None)]
-        except Exception as e: got = [(None, e)]
-    torch.distributed.broadcast_object_list(got)
-    out,error = got[0]
-    if error is not None: raise error
-    return out

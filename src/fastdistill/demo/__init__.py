@@ -1,18 +1,18 @@
-"`fastdistill demo`: a big model teaches a small one, on real data, and what came of it is counted."
+"`fastdistill demo`: a big model teaches a small one, on real data, and the gain is measured."
 import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
 import torch
-from fastai.basics import Callback, Learner, noop, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from fastai.basics import Callback, Learner, noop, set_seed
 from ..fastai import kd, soft_labels
 from ..outputs import DistillError
-from .picture import draw
-from .results import ALONE, Results, Trained, closing, opening, table
-from .tasks import Task, ToFloat, load
+from .picture import draw_results
+from .results import ALONE, Results, Trained, closing, opening, results_table
+from .tasks import DemoTask, ToFloat, load_task
 
 __all__ = ['Results', 'run']
 
@@ -38,7 +38,7 @@ def run(
     "Train a teacher, then small students alone and taught by it; print a table, save a picture and the numbers"
     if seeds < 1: raise DistillError(f"seeds={seeds}: at least 1 student of each kind is needed; 2 or more show a spread")
     console,start,out = console or Console(),time.perf_counter(),Path(out)
-    task = load(data, root)
+    task = load_task(data, root)
     if quick: task,seeds = task.quick(),1
     console.print(opening(task, seeds))
     with threads(task.threads), progress(console) as bar:
@@ -46,9 +46,9 @@ def run(
         ms = latency(task, seconds=.05 if quick else 1., teacher=teacher.model, student=students[ALONE][0].model)
     r = Results.of(task, teacher, students, ms, time.perf_counter()-start)
     out.mkdir(parents=True, exist_ok=True)
-    draw(r, task, teacher, students, out/f'demo-{data}.png')
+    draw_results(r, task, teacher, students, out/f'demo-{data}.png')
     r.save(out/f'demo-{data}.json')
-    console.print(table(r), closing(r, out/f'demo-{data}.png', out/f'demo-{data}.json'), sep='\n')
+    console.print(results_table(r), closing(r, out/f'demo-{data}.png', out/f'demo-{data}.json'), sep='\n')
     return r
 
 
@@ -65,7 +65,7 @@ def train_all(task, seeds, bar):
     return teacher,students
 
 
-def train(task:Task, model, n_epoch, lr, augment, seed, tick, teacher=None, recipe=None) -> Trained:
+def train(task:DemoTask, model, n_epoch, lr, augment, seed, tick, teacher=None, recipe=None) -> Trained:
     "A new model, alone or distilled; one seed gives the same start and the same batches in every way"
     set_seed(seed)
     learn = Learner(task.dls(augment), model(), loss_func=task.loss(), cbs=Ticks(tick))
@@ -76,7 +76,7 @@ def train(task:Task, model, n_epoch, lr, augment, seed, tick, teacher=None, reci
     return Trained(learn, out, task.score(out, y))
 
 
-def latency(task:Task, seconds, batches=(1, 64), **models):
+def latency(task:DemoTask, seconds, batches=(1, 64), **models):
     "Median milliseconds of one forward pass, for each model and size of batch, on one device in one process"
     x, = ToFloat().encodes((task.test[0],))
     return {name: {n: time_of(m.eval(), x[:n].to(next(m.parameters()).device), seconds) for n in batches} for name,m in models.items()}

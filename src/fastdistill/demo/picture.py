@@ -1,10 +1,10 @@
-"The demo's picture: every student's score, and what the taught ones see that the others don't."
+"The demo's picture: every student's score, and what distilled students recognize that the others don't."
 import torch
 import torch.nn.functional as F
 from .results import ALONE
 from .tasks import to_rgb
 
-__all__ = ['draw']
+__all__ = ['draw_results']
 
 INK,GREY,PALE,COLOURS = '#2b2d33','#6b7280','#d9dce3',('#8a93a6', '#e0752d', '#1f7a8c')
 STYLE = {'font.size': 10, 'text.color': INK, 'axes.labelcolor': INK, 'xtick.color': INK, 'ytick.color': INK, 'axes.edgecolor': PALE,
@@ -13,7 +13,7 @@ STYLE = {'font.size': 10, 'text.color': INK, 'axes.labelcolor': INK, 'xtick.colo
 T = 4. # temperature of the teacher's answers that are shown
 
 
-def draw(r, task, teacher, students, path):
+def draw_results(r, task, teacher, students, path):
     "Save the picture of the results `r`"
     import matplotlib
     from matplotlib.figure import Figure
@@ -21,7 +21,7 @@ def draw(r, task, teacher, students, path):
         fig = Figure(figsize=(11, 5), dpi=150, layout='constrained', facecolor='white')
         left,right = fig.subfigures(1, 2, width_ratios=(1.1, 1), wspace=.04)
         scores(left, r)
-        (scenes if task.axis == 1 else items)(right, task, teacher, students)
+        (draw_scenes if task.axis == 1 else draw_items)(right, task, teacher, students)
         fig.savefig(path)
 
 
@@ -49,7 +49,7 @@ def scores(fig, r):
     ax.tick_params(length=0)
 
 
-def items(fig, task, teacher, students, n=4):
+def draw_items(fig, task, teacher, students, n=4):
     "Test pictures that taught students name right more often than those alone, each with the teacher's softened answer"
     title(fig, 'Where teaching helps most\n')
     y,x = task.test[1],task.test[0]
@@ -67,7 +67,7 @@ def items(fig, task, teacher, students, n=4):
         im.imshow(to_rgb(x[i]), interpolation='nearest', cmap='gray_r')
         for k,((way,v),colour) in enumerate(zip(right.items(), COLOURS)):
             said.text(0, .78-.28*k, f'{v[i]}', color=colour, va='center', fontsize=12, fontweight='bold')
-            said.text(.1, .78-.28*k, way + (f' (says {says(students[ALONE], i, task)})' if way == ALONE else ''), color=colour, va='center')
+            said.text(.1, .78-.28*k, way + (f' (says {predicted_class(students[ALONE], i, task)})' if way == ALONE else ''), color=colour, va='center')
         top = soft[i].topk(3)
         bars.barh(range(3), top.values.tolist(), color=[INK, GREY, GREY], height=.62)
         for k,v in enumerate(top.values.tolist()):
@@ -80,12 +80,12 @@ def items(fig, task, teacher, students, n=4):
         bars.tick_params(length=0)
 
 
-def says(students, i, task):
+def predicted_class(students, i, task):
     "What most of the `students` say to item `i`"
     return task.classes[torch.stack([s.out[i] for s in students]).argmax(1).mode().values]
 
 
-def scenes(fig, task, teacher, students):
+def draw_scenes(fig, task, teacher, students):
     "The test picture on which teaching helps most, pixel by pixel"
     title(fig, 'Where teaching helps most\n')
     x,y = task.test

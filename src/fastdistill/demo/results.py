@@ -2,14 +2,14 @@
 import json, os, platform
 from dataclasses import asdict, dataclass
 from statistics import mean, stdev
-import fastai
 import torch
-from rich import box
-from fastai.basics import Learner, default_device
-from rich.table import Table
 from torch import Tensor
+from rich import box
+from rich.table import Table
+import fastai
+from fastai.basics import Learner, default_device
 
-__all__ = ['ALONE', 'Results', 'Trained', 'closing', 'opening', 'table']
+__all__ = ['ALONE', 'Results', 'Trained', 'closing', 'opening', 'results_table']
 
 ALONE = 'student alone'
 
@@ -88,7 +88,7 @@ def opening(task, seeds):
 def percent(xs): return f'{100*mean(xs):.1f}' + (f' ± {100*stdev(xs):.1f}' if len(xs) > 1 else '')
 
 
-def table(r:Results):
+def results_table(r:Results):
     "A row for each model"
     t = Table('', box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     t.columns[0].no_wrap = True

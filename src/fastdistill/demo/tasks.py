@@ -4,19 +4,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+from PIL import Image
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, ItemTransform
 from fastai.layers import ConvLayer, ResBlock
 from fastai.vision.models.unet import DynamicUnet
 from ..outputs import DistillError
 
-__all__ = ['TASKS', 'Task', 'ToFloat', 'load', 'to_rgb']
+__all__ = ['TASKS', 'DemoTask', 'ToFloat', 'load_task', 'to_rgb']
 
 
 @dataclass
-class Task:
+class DemoTask:
     "One comparison: who is trained on what"
     title:str # the data, in words
     classes:list # their names
@@ -88,10 +88,10 @@ def mean_iou(
     return (hit/(true + both.sum(0) - hit))[true > 0].mean().item()
 
 
-def load(
+def load_task(
     name:str, # of a task
     root=None # folder of the data; digits need none
-) -> Task:
+) -> DemoTask:
     "The task `name` with its data read from `root`"
     if name not in TASKS: raise DistillError(f"No data set {name!r}. Possible are {', '.join(TASKS)}.")
     if name == 'digits': return digits()
@@ -106,7 +106,7 @@ LAYOUTS = dict(
 )
 
 
-def folder(*parts):
+def existing_folder(*parts):
     "A folder that must be there"
     if not (p := Path(*parts)).is_dir():
         raise DistillError(f"No folder {p}. A root holds: {'; '.join(f'{k}: {v}' for k,v in LAYOUTS.items())}.")
@@ -126,15 +126,12 @@ def to_rgb(x):
 
 def head(n, c, p=0.): return nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(p), nn.Linear(n, c)
 
-
-# handwritten digits: 1,797 pictures of 8 x 8 that are installed with scikit-learn
-
 def digits():
     from sklearn.datasets import load_digits
     d = load_digits()
     x,y = torch.tensor(d.images, dtype=torch.float32)[:,None]/16,torch.tensor(d.target)
     # in the file's order, which goes from writer to writer: the test has hands that training has not seen
-    return Task("scikit-learn's handwritten digits", [str(i) for i in range(10)], (x[:1200], y[:1200]), (x[1200:], y[1200:]),
+    return DemoTask("scikit-learn's handwritten digits", [str(i) for i in range(10)], (x[:1200], y[:1200]), (x[1200:], y[1200:]),
                 big_digits, small_digits, epochs=(30, 30), lr=(1e-2, .3), bs=60, score=accuracy, augment=(shift, None),
                 threads=1)
 
@@ -151,13 +148,10 @@ def shift(x, y, by=1):
 
 def small_digits(): return nn.Sequential(ConvLayer(1, 5), ConvLayer(5, 11, stride=2), *head(11, 10))
 
-
-# CIFAR-10: 60,000 pictures of 32 x 32
-
 def cifar10(root):
-    classes = sorted(p.stem for p in folder(root, 'train').iterdir() if not p.name.startswith('.'))
-    train,test = (by_class(folder(root, o), classes, 32) for o in ('train', 'test'))
-    return Task('CIFAR-10', classes, train, test, big_cifar, small_cifar, epochs=(12, 6), lr=(3e-3, 1e-2), bs=125,
+    classes = sorted(p.stem for p in existing_folder(root, 'train').iterdir() if not p.name.startswith('.'))
+    train,test = (by_class(existing_folder(root, o), classes, 32) for o in ('train', 'test'))
+    return DemoTask('CIFAR-10', classes, train, test, big_cifar, small_cifar, epochs=(12, 6), lr=(3e-3, 1e-2), bs=125,
                 score=accuracy, augment=(flip_and_shift,)*2)
 
 
@@ -192,21 +186,18 @@ def big_cifar():
 
 def small_cifar(): return nn.Sequential(ConvLayer(3, 8, stride=2), ConvLayer(8, 16, stride=2), ConvLayer(16, 24), *head(24, 10))
 
-
-# CamVid: road scenes, a class for each pixel
-
 def camvid(root):
-    codes = [c for c in (folder(root)/'codes.txt').read_text().split() if c != 'Void']
-    train,test = (scenes(folder(root, o), (128, 96)) for o in ('train', 'test'))
+    codes = [c for c in (existing_folder(root)/'codes.txt').read_text().split() if c != 'Void']
+    train,test = (load_scenes(existing_folder(root, o), (128, 96)) for o in ('train', 'test'))
     unet = lambda *widths: lambda: small_unet(widths, len(codes), (96, 128))
-    return Task('CamVid', codes, train, test, unet(24, 48, 96, 128), unet(4, 8, 12), epochs=(40, 20), lr=(3e-3, 1e-2), bs=8, score=mean_iou,
+    return DemoTask('CamVid', codes, train, test, unet(24, 48, 96, 128), unet(4, 8, 12), epochs=(40, 20), lr=(3e-3, 1e-2), bs=8, score=mean_iou,
                 unit='mean IoU', axis=1, ignore_index=len(codes), augment=(mirror,)*2)
 
 
-def scenes(path, size):
+def load_scenes(path, size):
     "Images (N, 3, H, W) and masks (N, H, W)"
-    masks = {p.stem: p for p in folder(path, 'masks').iterdir()}
-    files = sorted(folder(path, 'images').iterdir())
+    masks = {p.stem: p for p in existing_folder(path, 'masks').iterdir()}
+    files = sorted(existing_folder(path, 'images').iterdir())
     y = [np.array(Image.open(masks[f.stem]).resize(size, Image.Resampling.NEAREST)) for f in files]
     return torch.stack([rgb(f, size) for f in files]),torch.from_numpy(np.stack(y)).long()
 

@@ -1,19 +1,20 @@
 "The callback: distillation inside a fit, and nothing of it outside."
 import copy
 from pathlib import Path
-import torch
 from fastai.basics import Adam, Callback, L, Metric, OptimWrapper, ValueMetric, find_bs, noop, one_param
 from fastai.callback.mixup import MixHandler
-from fastai.torch_core import num_distrib, rank_distrib
+from ..cache.reader import TeacherCache
 from ..distiller import Distiller, Recipe, Term
+from ..features.names import unwrap
+from ..features.taps import Taps
 from ..outputs import DistillError, Outputs, as_plain
+from ..ranks import broadcast, mean_over_ranks, rank
 from ..recipes import kd
-from ..taps import Taps, unwrap
-from ..teacher import Teacher
-from .blocks import Feed, TargetFeed
-from .cached import CacheFeed, TeacherCache
-from .check import check_teacher, fitting_teacher
 from .task import task_of
+from ..teacher.teacher import Teacher
+from .cache_feed import CacheFeed
+from .check import check_teacher, fitting_teacher
+from .targets import Feed, TargetFeed
 
 __all__ = ['KnowledgeDistillation']
 
@@ -146,10 +147,9 @@ class KnowledgeDistillation(Callback):
     def _setup(self):
         self.distiller.setup(*map(as_plain, self.xb))
         self.distiller.links.train(self.training)
-        if num_distrib() > 1:
-            for t in self.distiller.links.state_dict().values(): torch.distributed.broadcast(t, 0)
+        broadcast(self.distiller.links.state_dict().values())
         self._load()
-        if self.distiller.pairs and not rank_distrib(): print(self.distiller.pairs)
+        if self.distiller.pairs and rank() == 0: print(self.distiller.pairs)
 
     def _tap(self):
         if names := self.distiller.student_layers(): self.taps = Taps(self.learn.model, names).attach()
@@ -198,10 +198,7 @@ class KnowledgeDistillation(Callback):
     # projectors have an optimizer of their own: a group more in the student's would break its schedules and checkpoints
 
     def after_backward(self):
-        ps = self._projectors()
-        if num_distrib() > 1:
-            for p in ps:
-                if p.grad is not None: torch.distributed.all_reduce(p.grad.div_(num_distrib()))
+        mean_over_ranks(p.grad for p in self._projectors() if p.grad is not None)
 
     def _projectors(self): return self.distiller.own_parameters() if self.active else []
 

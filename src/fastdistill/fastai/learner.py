@@ -1,9 +1,14 @@
-"`Learner.distill` and `Learner.check_teacher`."
+"`Learner.distill`, `Learner.check_teacher` and `Learner.show_features`."
 from fastai.basics import L, Learner, delegates, patch
-import fastai.callback.schedule as _  # noqa: F401 (it gives Learner fit_one_cycle)
+import fastai.callback.schedule  # noqa: F401 (it gives Learner fit_one_cycle)
+from .. import plots
+from ..docments import explain
+from ..replay.seeds import RandomGuard
+from .task import task_of
 from . import check
 from .callback import KnowledgeDistillation
-from .task import task_of
+from .check import split_batch, valid_batches
+from .teachers import image_stats, teacher_of
 
 __all__ = []
 
@@ -41,3 +46,22 @@ def check_teacher(
 ):
     "What would go wrong, in silence, if `teacher` taught this learner: a list of findings, empty when all is well"
     return check.check_teacher(self, teacher, task_of(self.loss_func, kind, axis))
+
+
+@patch
+def show_features(
+    self:Learner, # the student
+    teacher, # what `KnowledgeDistillation` takes
+    layers='auto', # as in `Term`: {'student.layer': 'teacher.layer'}, pairs of names, 'auto' or 'last'; their outputs are maps or tokens
+    n:int=4, # pictures of the validation set
+    p:float=2 # exponent of the activations
+):
+    "Where student and teacher look, side by side, in `n` pictures of the validation set; returns the figure, which notebooks show"
+    with RandomGuard(): b = next(iter(valid_batches(self.dls.valid)))
+    x,_ = split_batch(self, b)
+    x = tuple(o[:n] for o in x)
+    mean,std = [o.to(x[0]) if hasattr(o, 'to') else o for o in image_stats(self.dls)]
+    return plots.show_features(self.model, teacher_of(teacher, self), x, layers, images=(x[0]*std + mean).clamp(0, 1), n=n, p=p)
+
+
+for _method in (Learner.distill, Learner.check_teacher, Learner.show_features): explain(_method)

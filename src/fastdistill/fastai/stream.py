@@ -6,7 +6,7 @@ from fastai.basics import Chunks
 from fastai.text.data import LMDataLoader
 from ..outputs import Outputs, TopK, as_plain
 
-__all__ = ['answer', 'in_a_row', 'is_stream', 'of_length', 'stream_answers']
+__all__ = ['in_a_row', 'is_stream', 'model_outputs', 'of_length', 'stream_outputs']
 
 
 def is_stream(dl): return isinstance(dl, LMDataLoader)
@@ -29,10 +29,10 @@ def in_a_row(
     return Chunks(Texts(order, make), [lens[i] for i in order])
 
 
-def answer(teacher, b, n_inp) -> Outputs: return Outputs.of(teacher(*map(as_plain, b[:n_inp])))
+def model_outputs(teacher, b, n_inp) -> Outputs: return Outputs.of(teacher(*map(as_plain, b[:n_inp])))
 
 
-def stream_answers(
+def stream_outputs(
     teacher, dl,
     make, # fn(tasks) -> DataLoader that goes through them
     tasks:np.ndarray, bs:int # whole batches of them; the tasks of one view after those of another
@@ -40,15 +40,15 @@ def stream_answers(
     "`Outputs` of each batch; who remembers must hear a view from its beginning, what is already written too"
     firsts,n = tasks[::bs].tolist(),dl.n
     remembers = any(callable(getattr(m, 'reset', None)) for m in teacher.modules)
-    heard = list(led(firsts, bs, n)) if remembers else [(t, True) for t in firsts]
+    heard = list(with_lead_in(firsts, bs, n)) if remembers else [(t, True) for t in firsts]
     whole = np.concatenate([np.arange(t, t+min(bs, len(tasks))) for t,_ in heard])
     for (t,wanted),b in zip(heard, make(whole)):
         if t % n == 0: teacher.reset()
-        out = answer(teacher, b, dl.n_inp)
+        out = model_outputs(teacher, b, dl.n_inp)
         if wanted: yield of_length(out, dl.seq_len)
 
 
-def led(firsts, bs, n):
+def with_lead_in(firsts, bs, n):
     "(first task of a batch, is it wanted?): before each batch, those of its view that come before it"
     ready = None
     for t in firsts:

@@ -1,11 +1,12 @@
 "Teachers as fastai's users have them: Learners, exported Learners, and all that `Teacher` takes."
 import pickle, warnings
 from pathlib import Path
+from torch import nn
 from fastai.basics import L, Learner, load_learner
 from fastai.data.transforms import Normalize
-from torch import nn
 from ..outputs import DistillError, DistillWarning
-from ..teacher import Teacher, affine, stats_of, timm_cfg, unsaid
+from ..teacher.images import affine, stats_of, timm_cfg
+from ..teacher.teacher import Teacher, unsaid
 
 __all__ = ['image_stats', 'teacher_of']
 

@@ -1,9 +1,10 @@
 "Pure functions of two tensors, student first; each has a module form under its paper's capitals."
-from . import dense, feature, relation, response
+from . import decoupled, dense, feature, relation, response
+from .decoupled import *
 from .dense import *
 from .feature import *
 from .relation import *
 from .response import *
 
 NOT_LOSSES = {'ofd_margin', 'standardize', 'standardized'} # public names that are helpers of losses
-__all__ = [*dense.__all__, *feature.__all__, *relation.__all__, *response.__all__]
+__all__ = [*decoupled.__all__, *dense.__all__, *feature.__all__, *relation.__all__, *response.__all__]

@@ -18,14 +18,26 @@ def _full(x, detach=False):
     return x.detach() if detach else x
 
 
-def loss(fn):
-    "Run `fn(s, t, ...)` in float32 or better, also under autocast, and without a gradient into the teacher"
-    @functools.wraps(fn)
-    def call(s, t, *args, **kwargs):
-        first = s[0] if isinstance(s, (list, tuple)) else s
-        with torch.autocast(first.device.type, enabled=False):
-            return fn(_full(s), _full(t, detach=True), *args, **kwargs)
-    return call
+KINDS = 'softmax', 'sigmoid', 'regression'
+
+
+def loss(
+    kind:str|None=None, # what the outputs must be for the loss to have a meaning: 'softmax', 'sigmoid' or 'regression'; None: anything
+    match:str='none', # what the student's features must have in common with the teacher's: the 'shape', the 'grid' (places), or 'none'
+    lists:bool=False # it takes the features of all layers at once, as two lists
+):
+    """Make a loss of `fn(s, t, ...)`: it runs in float32 or better, also under autocast, and without a gradient into the teacher.
+    `kind`, `match` and `lists` become attributes of the function: a `Distiller` reads from them what it must give to the loss"""
+    assert kind in (None, *KINDS) and match in ('shape', 'grid', 'none'), (kind, match)
+    def decorate(fn):
+        @functools.wraps(fn)
+        def call(s, t, *args, **kwargs):
+            first = s[0] if isinstance(s, (list, tuple)) else s
+            with torch.autocast(first.device.type, enabled=False):
+                return fn(_full(s), _full(t, detach=True), *args, **kwargs)
+        call.kind,call.match,call.lists = kind,match,lists
+        return call
+    return decorate
 
 
 def fit_mask(mask:Tensor, shape):

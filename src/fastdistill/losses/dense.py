@@ -7,10 +7,10 @@ from ._base import Loss, cells, channels_first, expect, fit_mask, log_probs, los
 
 __all__ = ['cwd', 'CWD', 'pairwise', 'Pairwise', 'ifvd', 'IFVD']
 
-POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
-@loss
+@loss(match='shape')
 def cwd(
     s:Tensor, # (B, C, H, W) logits or features of the student, projected to the teacher's shape
     t:Tensor, # (B, C, H, W) of the teacher
@@ -43,14 +43,14 @@ def affinity(x, pool, axis):
     "(B, P, P) cosines over channels between the cells that max-pooling leaves"
     x = channels_first(x, axis)
     grid = x.shape[2:]
-    if len(grid) not in POOL:
+    if len(grid) not in MAX_POOL:
         raise DistillError(f"pairwise compares positions, and features of shape {tuple(x.shape)} have no grid of them")
     size = [min(pool, n) if isinstance(pool, int) else max(int(n*pool), 1) for n in grid]
-    x = unit(POOL[len(grid)](x, size, size, ceil_mode=True).flatten(2))
+    x = unit(MAX_POOL[len(grid)](x, size, size, ceil_mode=True).flatten(2))
     return x.mT@x
 
 
-@loss
+@loss(match='grid')
 def pairwise(
     s:Tensor, # (B, C, H, W) student map
     t:Tensor, # (B, C', H, W) teacher map: channels may differ
@@ -84,7 +84,7 @@ def to_prototypes(
     return (unit(x)*unit(proto).gather(2, i)).sum(1)
 
 
-@loss
+@loss(match='grid')
 def ifvd(
     s:Tensor, # (B, C, H, W) student map
     t:Tensor, # (B, C', H, W) teacher map: channels may differ
@@ -110,8 +110,3 @@ def ifvd(
     return reduce((s-t).pow(2).reshape(on.shape), reduction, on if mask is None else on*fit_mask(mask, on.shape))
 
 class IFVD(Loss): fn = ifvd
-
-
-# what a Distiller must give them: the teacher's very shape, or its grid with any channels
-cwd.match = 'shape'
-for fn in (pairwise, ifvd): fn.match = 'grid'

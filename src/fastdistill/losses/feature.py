@@ -11,7 +11,7 @@ from ._base import Loss, _full, cells, channels_first, fit_mask, loss, reduce, u
 __all__ = ['hint', 'Hint', 'at', 'AT', 'nst', 'NST', 'fsp', 'FSP', 'ab', 'AB', 'ofd', 'OFD', 'ofd_margin', 'vid', 'VID',
            'pkd', 'PKD']
 
-POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+GRID_POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 
 def same_features(s, t):
@@ -26,12 +26,12 @@ def pooled(xs, axis:int=1):
     "Channels first, and average-pooled to the smallest grid among them"
     xs = [channels_first(o, axis) for o in xs]
     grids = [tuple(o.shape[2:]) for o in xs]
-    if len({len(g) for g in grids}) > 1 or len(grids[0]) not in POOL:
+    if len({len(g) for g in grids}) > 1 or len(grids[0]) not in GRID_POOL:
         raise DistillError(f"Features with the grids {', '.join(map(str, grids))} have no grid in common: this loss compares "
                            "maps with maps (B, C, H, W), or tokens with tokens (B, L, D). Turn tokens into a map first, "
                            "or take layers before the pooling")
     grid = tuple(map(min, zip(*grids)))
-    return [o if g == grid else POOL[len(grid)](o, grid) for o,g in zip(xs, grids)]
+    return [o if g == grid else GRID_POOL[len(grid)](o, grid) for o,g in zip(xs, grids)]
 
 
 def per_channel(v, x:Tensor, axis:int):
@@ -42,7 +42,7 @@ def per_channel(v, x:Tensor, axis:int):
     return v.reshape([-1 if i == axis % x.dim() else 1 for i in range(x.dim())])
 
 
-@loss
+@loss(match='shape')
 def hint(
     s:Tensor, # student features, projected to the teacher's shape
     t:Tensor, # teacher features
@@ -57,7 +57,7 @@ def hint(
 class Hint(Loss): fn = hint
 
 
-@loss
+@loss(match='none')
 def at(
     s:Tensor, # (B, C, H, W) student map
     t:Tensor, # (B, C', H', W') teacher map: channels may differ; the larger grid is average-pooled to the smaller
@@ -76,7 +76,7 @@ def at(
 class AT(Loss): fn = at
 
 
-@loss
+@loss(match='none')
 def nst(
     s:Tensor, # (B, C, H, W) student map
     t:Tensor, # (B, C', H', W') teacher map: channels may differ; the larger grid is average-pooled to the smaller
@@ -105,7 +105,7 @@ def flows(xs, axis):
     return [a@b.mT/a.shape[2] for a,b in xs]
 
 
-@loss
+@loss(match='shape', lists=True)
 def fsp(
     s:list, # student maps [(B, C1, H, W), (B, C2, H2, W2), ...] in the order of the layers, two or more
     t:list, # teacher maps, as many, with the same channels; grids may differ
@@ -129,7 +129,7 @@ def fsp(
 class FSP(Loss): fn = fsp
 
 
-@loss
+@loss(match='shape')
 def ab(
     s:Tensor, # student features before the ReLU, projected to the teacher's shape
     t:Tensor, # teacher features before the ReLU
@@ -166,7 +166,7 @@ def ofd_margin(
     return torch.where(below > .001, mean, -3*s)
 
 
-@loss
+@loss(match='shape')
 def ofd(
     s:Tensor, # student features before the ReLU, projected to the teacher's shape
     t:Tensor, # teacher features before the ReLU
@@ -183,7 +183,7 @@ def ofd(
     return reduce(torch.where((s > t) | (t > 0), (s-t).pow(2), 0.).mean(axis), reduction, mask)
 
 
-@loss
+@loss(match='shape')
 def vid(
     s:Tensor, # student features, projected to the teacher's shape: what it expects of the teacher
     t:Tensor, # teacher features
@@ -252,7 +252,7 @@ class VID(Owner):
         return super().forward(s, t, *args, **{'log_scale': self.log_scale, **kwargs})
 
 
-def standardised(
+def standardized_rows(
     x:Tensor, # (C, N)
     w:Tensor # (N,) weights
 ):
@@ -263,7 +263,7 @@ def standardised(
     return unit((x-mean)*w.sqrt(), least=16*eps*torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True))
 
 
-@loss
+@loss(match='shape')
 def pkd(
     s:Tensor, # student features, projected to the teacher's shape
     t:Tensor, # teacher features
@@ -275,14 +275,8 @@ def pkd(
     same_features(s, t)
     grid = channels_first(s, axis)[:, 0].shape
     w = torch.ones(grid).to(t) if mask is None else fit_mask(mask, grid).to(t)
-    s,t = [standardised(cells(o, axis).transpose(0, 1).flatten(1), w.flatten()) for o in (s, t)]
+    s,t = [standardized_rows(cells(o, axis).transpose(0, 1).flatten(1), w.flatten()) for o in (s, t)]
     # subtle: half the squared distance of the unit vectors is 1-r, without the rounding that makes 1-r negative at s == t
     return (s-t).pow(2).sum(1).mean()/2
 
 class PKD(Loss): fn = pkd
-
-
-# what a Distiller must give them: the teacher's very shape, or whatever the two layers have; and whether all layers at once
-for fn in (hint, ab, ofd, vid, pkd, fsp): fn.match = 'shape'
-for fn in (at, nst): fn.match = 'none'
-fsp.lists = True

@@ -1,43 +1,52 @@
-"Losses between what two models answer: (B, C), (B, C, H, W), (B, L, V) ... with `axis` as the class axis."
+"Losses between the outputs of two models: (B, C), (B, C, H, W), (B, L, V) ... with `axis` as the class axis."
 import copy, functools, inspect, math
 import torch
 from torch import Tensor
 import torch.nn.functional as F
-from ..outputs import DistillError, as_plain
+from ..outputs import DistillError
 from ._base import Loss, _full, class_axis, expect, fit_mask, log_probs, loss, reduce, same_shape, temperature
 
-__all__ = ['kl', 'KL', 'reverse_kl', 'ReverseKL', 'jsd', 'JSD', 'tvd', 'TVD', 'soft_ce', 'SoftCE', 'mse', 'MSE', 'hard', 'Hard',
-           'binary_kl', 'BinaryKL', 'regression', 'Regression', 'soft_targets', 'SoftTargets',
-           'dkd', 'DKD', 'nkd', 'NKD', 'dist', 'DIST', 'standardize', 'standardized']
+__all__ = ['kl', 'KL', 'reverse_kl', 'ReverseKL', 'jsd', 'JSD', 'tvd', 'TVD', 'soft_ce', 'SoftCE', 'mse', 'MSE',
+           'hard', 'Hard', 'binary_kl', 'BinaryKL', 'regression', 'Regression', 'soft_targets', 'SoftTargets',
+           'dist', 'DIST', 'standardize', 'standardized']
 
 
-def _positions(x, axis): return x.shape[:axis] + x.shape[axis+1:]
+def positions(x, axis): return x.shape[:axis] + x.shape[axis+1:]
 
-def _blank(mask, *xs):
+def blank(mask, *xs):
     "`xs` with 0 where the mask drops a value: a nan that stands there must reach neither the value nor the gradient"
     return [x.where(mask > 0, 0.) for x in xs]
 
-def _pair(s, t, axis, mask):
+
+def checked_pair(s, t, axis, mask):
     "Both logits, checked, blank where the mask drops a position"
     same_shape(s, t)
     axis = class_axis(s, axis)
-    return (s,t) if mask is None else _blank(fit_mask(mask, _positions(s, axis)).unsqueeze(axis), s, t)
+    return (s,t) if mask is None else blank(fit_mask(mask, positions(s, axis)).unsqueeze(axis), s, t)
 
-def _classes(s, t, axis, mask):
+
+def checked_classes(s, t, axis, mask):
     "`_pair`, where a softmax says something"
     if s.shape[class_axis(s, axis)] < 2:
         raise DistillError(f"Outputs of shape {tuple(s.shape)} have 1 class on axis {axis}, and its softmax is always 1: nothing to learn. "
                            "Is it one label, or a number? Use binary_kl or regression. Does another axis hold the classes? Pass axis.")
-    return _pair(s, t, axis, mask)
+    return checked_pair(s, t, axis, mask)
 
-def _within(x, other):
+
+def within(x, other):
     "`x` over the classes that `other` has: one that is -inf there (outside its vocabulary) is left out, the rest sums to 1"
     return x.masked_fill(other == -torch.inf, -torch.inf)
 
-def _kl(a, b, axis): return expect(a, a-b).sum(axis)
+def kl_of(a, b, axis): return expect(a, a-b).sum(axis)
 
 
-@loss
+def of_class(x, y, axis):
+    "`x` at the class `y`, without the class axis"
+    axis = class_axis(x, axis)
+    return x.gather(axis, y.unsqueeze(axis)).squeeze(axis)
+
+
+@loss(kind='softmax')
 def kl(
     s:Tensor, # student logits, any shape
     t:Tensor, # teacher logits, the same shape
@@ -47,14 +56,14 @@ def kl(
     reduction:str='mean'
 ):
     "T^2 KL(softmax(t/T) || softmax(s/T)): soft targets (Hinton, Vinyals and Dean 2015, arXiv:1503.02531)"
-    s,t = _classes(s, t, axis, mask)
-    ls,lt = log_probs(s, T, axis),log_probs(_within(t, s), T, axis)
-    return reduce(_kl(lt, ls, axis)*T**2, reduction, mask)
+    s,t = checked_classes(s, t, axis, mask)
+    ls,lt = log_probs(s, T, axis),log_probs(within(t, s), T, axis)
+    return reduce(kl_of(lt, ls, axis)*T**2, reduction, mask)
 
 class KL(Loss): fn = kl
 
 
-@loss
+@loss(kind='softmax')
 def reverse_kl(
     s:Tensor, # student logits, any shape
     t:Tensor, # teacher logits, the same shape
@@ -64,14 +73,14 @@ def reverse_kl(
     reduction:str='mean'
 ):
     "T^2 KL(softmax(s/T) || softmax(t/T)): the student keeps to what the teacher finds likely (MiniLLM, arXiv:2306.08543)"
-    s,t = _classes(s, t, axis, mask)
-    ls,lt = log_probs(_within(s, t), T, axis),log_probs(t, T, axis)
-    return reduce(_kl(ls, lt, axis)*T**2, reduction, mask)
+    s,t = checked_classes(s, t, axis, mask)
+    ls,lt = log_probs(within(s, t), T, axis),log_probs(t, T, axis)
+    return reduce(kl_of(ls, lt, axis)*T**2, reduction, mask)
 
 class ReverseKL(Loss): fn = reverse_kl
 
 
-@loss
+@loss(kind='softmax')
 def jsd(
     s:Tensor, # student logits, any shape
     t:Tensor, # teacher logits, the same shape
@@ -85,16 +94,16 @@ def jsd(
     if not 0 <= beta <= 1: raise DistillError(f"beta={beta}: the teacher's share of the mixture is a number from 0 to 1")
     # subtle: the mixture's own limits are 0 (its slope is the KL), so 0 and 1 stand for the KLs themselves, as in TRL
     if beta in (0, 1): return (reverse_kl if beta else kl)(s, t, T=T, axis=axis, mask=mask, reduction=reduction)
-    s,t = _classes(s, t, axis, mask)
+    s,t = checked_classes(s, t, axis, mask)
     ls,lt = log_probs(s, T, axis),log_probs(t, T, axis)
     # subtle: the gradient of logaddexp is nan where both are -inf
     lm = torch.logaddexp(lt + math.log(beta), ls.clamp_min(torch.finfo(ls.dtype).min/4) + math.log(1-beta))
-    return reduce((beta*_kl(lt, lm, axis) + (1-beta)*_kl(ls, lm, axis))*T**2, reduction, mask)
+    return reduce((beta*kl_of(lt, lm, axis) + (1-beta)*kl_of(ls, lm, axis))*T**2, reduction, mask)
 
 class JSD(Loss): fn = jsd
 
 
-@loss
+@loss(kind='softmax')
 def tvd(
     s:Tensor, # student logits, any shape
     t:Tensor, # teacher logits, the same shape
@@ -104,14 +113,14 @@ def tvd(
     reduction:str='mean'
 ):
     "T^2/2 |softmax(t/T) - softmax(s/T)|: total variation distance, bounded by T^2 (f-distill, arXiv:2307.15190)"
-    s,t = _classes(s, t, axis, mask)
+    s,t = checked_classes(s, t, axis, mask)
     v = (log_probs(s, T, axis).exp() - log_probs(t, T, axis).exp()).abs().sum(axis)/2
     return reduce(v*T**2, reduction, mask)
 
 class TVD(Loss): fn = tvd
 
 
-@loss
+@loss(kind='softmax')
 def soft_ce(
     s:Tensor, # student logits, any shape
     t:Tensor, # teacher logits, the same shape
@@ -121,14 +130,14 @@ def soft_ce(
     reduction:str='mean'
 ):
     "T^2 cross-entropy with the soft targets: `kl` plus the teacher's own entropy, the same gradient (arXiv:1503.02531)"
-    s,t = _classes(s, t, axis, mask)
-    ls,lt = log_probs(s, T, axis),log_probs(_within(t, s), T, axis)
+    s,t = checked_classes(s, t, axis, mask)
+    ls,lt = log_probs(s, T, axis),log_probs(within(t, s), T, axis)
     return reduce(expect(lt, -ls).sum(axis)*T**2, reduction, mask)
 
 class SoftCE(Loss): fn = soft_ce
 
 
-@loss
+@loss()
 def mse(
     s:Tensor, # student logits, any shape
     t:Tensor, # teacher logits, the same shape
@@ -137,13 +146,13 @@ def mse(
     reduction:str='mean'
 ):
     "Squared distance of the logits, summed over classes (Ba and Caruana 2014, arXiv:1312.6184). A temperature with its T^2 would cancel"
-    s,t = _pair(s, t, axis, mask)
+    s,t = checked_pair(s, t, axis, mask)
     return reduce((s-t).pow(2).sum(axis), reduction, mask)
 
 class MSE(Loss): fn = mse
 
 
-@loss
+@loss(kind='softmax')
 def hard(
     s:Tensor, # student logits, any shape
     t:Tensor, # teacher logits, the same shape
@@ -152,13 +161,13 @@ def hard(
     reduction:str='mean'
 ):
     "Cross-entropy with the class that the teacher would choose (DeiT, arXiv:2012.12877); 0 for a student that is sure of it"
-    s,t = _classes(s, t, axis, mask)
-    return reduce(-_at(log_probs(s, 1., axis), _within(t, s).argmax(axis), axis), reduction, mask)
+    s,t = checked_classes(s, t, axis, mask)
+    return reduce(-of_class(log_probs(s, 1., axis), within(t, s).argmax(axis), axis), reduction, mask)
 
 class Hard(Loss): fn = hard
 
 
-@loss
+@loss(kind='sigmoid')
 def binary_kl(
     s:Tensor, # student logits, any shape: one per label
     t:Tensor, # teacher logits, the same shape
@@ -168,7 +177,7 @@ def binary_kl(
 ):
     "T^2 KL between the Bernoullis sigmoid(t/T) and sigmoid(s/T), one value per label: soft targets of multi-label models"
     same_shape(s, t)
-    if mask is not None: s,t = _blank(fit_mask(mask, s.shape), s, t)
+    if mask is not None: s,t = blank(fit_mask(mask, s.shape), s, t)
     s,t = s/temperature(T),t/T
     yes,no = [expect(F.logsigmoid(b), F.logsigmoid(b)-F.logsigmoid(a)) for a,b in ((s, t), (-s, -t))]
     return reduce((yes+no)*T**2, reduction, mask)
@@ -178,7 +187,7 @@ class BinaryKL(Loss): fn = binary_kl
 
 DISTANCES = dict(mse=F.mse_loss, l1=F.l1_loss, huber=F.huber_loss)
 
-@loss
+@loss(kind='regression')
 def regression(
     s:Tensor, # (B, ...) student's numbers
     t:Tensor, # (B, ...) teacher's: as many per sample, in any shape
@@ -192,13 +201,13 @@ def regression(
         raise DistillError(f"The student's output has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: as many samples, and as many "
                            "numbers per sample, are needed")
     s,t = s.reshape(len(s), -1),t.reshape(len(t), -1)
-    if mask is not None: s,t = _blank(fit_mask(mask, s.shape[:1])[:, None], s, t)
+    if mask is not None: s,t = blank(fit_mask(mask, s.shape[:1])[:, None], s, t)
     return reduce(DISTANCES[distance](s, t, reduction='none').mean(1), reduction, mask)
 
 class Regression(Loss): fn = regression
 
 
-@loss
+@loss()
 def soft_targets(
     s:Tensor, # student's outputs, before softmax or sigmoid
     t:Tensor, # teacher's
@@ -217,89 +226,7 @@ def soft_targets(
 class SoftTargets(Loss): fn = soft_targets
 
 
-def _labels(y, s, axis, ignore_index, mask):
-    "One class per position, and the mask without the positions whose label is `ignore_index`"
-    y,axis = as_plain(y),class_axis(s, axis)
-    shape,n = _positions(s, axis),s.shape[axis]
-    if y.is_floating_point() or y.is_complex():
-        raise DistillError(f"Labels of {y.dtype}: this loss sets the label's class apart, so it needs one class (an integer) per position. "
-                           "Mixed or smoothed labels have none: use kl, jsd or dist, or pass the plain labels.")
-    if y.shape == (*shape, 1): y = y[..., 0]        # tabular targets are (B, 1)
-    if y.shape != shape:
-        raise DistillError(f"Labels of shape {tuple(y.shape)} do not fit logits of shape {tuple(s.shape)}: with the classes on axis {axis} "
-                           f"they have shape {tuple(shape)}")
-    y = y.long()
-    keep = y != ignore_index
-    if mask is not None: keep = keep*fit_mask(mask, shape)
-    y = y.where(keep > 0, 0)
-    # subtle: only here is a look at the values free; a GPU would stop for it at every step, and a traced graph would break
-    if y.is_cpu and not torch.compiler.is_compiling() and y.numel() and not 0 <= y.min() <= y.max() < n:
-        raise DistillError(f"Labels from {y.min()} to {y.max()} for {n} classes: one that does not count is named by ignore_index "
-                           f"(now {ignore_index}), or left out by mask")
-    return y,keep
-
-def _at(x, y, axis):
-    "`x` at the class `y`, without the class axis"
-    axis = class_axis(x, axis)
-    return x.gather(axis, y.unsqueeze(axis)).squeeze(axis)
-
-def _others(x, y, axis):
-    "`x` with -inf at the class `y`: a softmax or logsumexp of it is exactly that of the other classes"
-    axis = class_axis(x, axis)
-    return x.masked_fill(torch.zeros_like(x, dtype=torch.bool).scatter(axis, y.unsqueeze(axis), True), -torch.inf)
-
-
-@loss
-def dkd(
-    s:Tensor, # student logits, any shape
-    t:Tensor, # teacher logits, the same shape
-    y:Tensor, # labels: `s` without the class axis
-    *, alpha:float=1., # weight of the target class against all others
-    beta:float=8., # weight of the other classes among themselves
-    T:float=4., # temperature
-    axis:int=1, # class axis
-    ignore_index:int=-100, # positions with this label do not count
-    mask:Tensor|None=None, # the shape of `y`: which positions count
-    reduction:str='mean'
-):
-    "T^2 (alpha KL of (p_y, 1-p_y) + beta KL of the softmax without y): decoupled distillation (CVPR 2022, arXiv:2203.08679)"
-    y,mask = _labels(y, s, axis, ignore_index, mask)
-    s,t = _classes(s, t, axis, mask)
-    ls,lt = [_target_or_not(log_probs(x, T, axis), y, axis) for x in (s, t)]
-    os,ot = [log_probs(_others(x, y, axis), T, axis) for x in (s, t)]
-    return reduce((alpha*_kl(lt, ls, 0) + beta*_kl(ot, os, axis))*T**2, reduction, mask)
-
-class DKD(Loss): fn = dkd
-
-def _target_or_not(lp, y, axis):
-    "log p_y and log(1-p_y), without the cancellation in 1-p_y"
-    return torch.stack([_at(lp, y, axis), _others(lp, y, axis).logsumexp(axis)])
-
-
-@loss
-def nkd(
-    s:Tensor, # student logits, any shape
-    t:Tensor, # teacher logits, the same shape
-    y:Tensor, # labels: `s` without the class axis
-    *, gamma:float=1.5, # weight of the other classes among themselves
-    T:float=1., # temperature of that part; the target class has none
-    axis:int=1, # class axis
-    ignore_index:int=-100, # positions with this label do not count
-    mask:Tensor|None=None, # the shape of `y`: which positions count
-    reduction:str='mean'
-):
-    """-p_t^y log p_s^y + gamma T^2 cross-entropy of the softmax without y: normalised distillation (ICCV 2023, arXiv:2303.13005).
-    Never below gamma T^2 times the entropy of the teacher's other classes, reached by a student that is sure of y"""
-    y,mask = _labels(y, s, axis, ignore_index, mask)
-    s,t = _classes(s, t, axis, mask)
-    ls,lt = [_at(log_probs(x, 1., axis), y, axis) for x in (s, t)]
-    os,ot = [log_probs(_others(x, y, axis), T, axis) for x in (s, t)]
-    return reduce(expect(lt, -ls) + gamma*T**2*expect(ot, -os).sum(axis), reduction, mask)
-
-class NKD(Loss): fn = nkd
-
-
-@loss
+@loss(kind='softmax')
 def dist(
     s:Tensor, # student logits, any shape
     t:Tensor, # teacher logits, the same shape
@@ -314,10 +241,10 @@ def dist(
     """T^2 (beta (1 - Pearson of a position's probabilities) + gamma (1 - Pearson of a class's over all positions))
     (NeurIPS 2022, arXiv:2205.10536). At the teacher 0 but for `eps`, as released: a class that does not vary at all over
     the positions (a batch of one) adds its full share, without a gradient"""
-    s,t = _classes(s, t, axis, mask)
+    s,t = checked_classes(s, t, axis, mask)
     axis = class_axis(s, axis)
     p,q = log_probs(s, T, axis).exp(),log_probs(t, T, axis).exp()
-    w = None if mask is None else fit_mask(mask, _positions(s, axis)).to(p.dtype).unsqueeze(axis)
+    w = None if mask is None else fit_mask(mask, positions(s, axis)).to(p.dtype).unsqueeze(axis)
     within = _pearson(p, q, [d for d in range(p.dim()) if d != axis], w, eps).mean()
     return reduce((beta*(1-_pearson(p, q, axis, None, eps)) + gamma*(1-within))*T**2, reduction, mask)
 
@@ -368,7 +295,7 @@ class Standardized:
     def __call__(self, s, t, *args, **kwargs):
         self._check(kwargs.get('kind'))
         axis = kwargs.get('axis', self.axis)
-        s,t = _pair(_full(s), _full(t, detach=True), axis, kwargs.get('mask'))
+        s,t = checked_pair(_full(s), _full(t, detach=True), axis, kwargs.get('mask'))
         s,t = [standardize(x, axis=axis, **self.options_of_standardize) for x in (s, t)]
         return self.__wrapped__(s, t, *args, **kwargs)
 
@@ -385,9 +312,3 @@ def standardized(
     loss = copy.deepcopy(loss)
     loss.fn = Standardized(loss.fn, eps=eps, correction=correction)
     return loss
-
-
-# what the logits must be for the loss to have a meaning: whoever knows what a model predicts can refuse the others
-for fn in (kl, reverse_kl, jsd, tvd, soft_ce, hard, dkd, nkd, dist): fn.kind = 'softmax'
-binary_kl.kind,regression.kind = 'sigmoid','regression'
-del fn

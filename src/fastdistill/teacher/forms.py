@@ -4,24 +4,24 @@ from collections.abc import Mapping
 from pathlib import Path
 import torch
 from torch import nn
-from .outputs import DistillError, DistillWarning
+from ..outputs import DistillError, DistillWarning
 
-__all__ = ['Onnx', 'load']
+__all__ = ['Onnx', 'load_model']
 
 FORMS = ("Possible are an nn.Module (torchvision, timm, Hugging Face, TorchScript), a torch.export program, a file of TorchScript (.pt), "
          "torch.export (.pt2) or ONNX (.onnx), any callable, a Teacher, or a list of these (an ensemble).")
 
 
-def load(o):
+def load_model(o):
     "(what to call, the file it comes from)"
     if isinstance(o, (str, Path)): return from_file(Path(o))
-    if isinstance(o, torch.export.ExportedProgram): return program(o),None
+    if isinstance(o, torch.export.ExportedProgram): return exported_program(o),None
     if isinstance(o, nn.parallel.DistributedDataParallel): o = o.module      # its forward would talk to the other processes
-    if problem := no_teacher(o): raise DistillError(f"{problem} {FORMS}")
+    if problem := why_no_teacher(o): raise DistillError(f"{problem} {FORMS}")
     return o,None
 
 
-def no_teacher(o):
+def why_no_teacher(o):
     "Why `o` can't teach"
     kind = type(o).__name__
     if o is None: return "None is no teacher."
@@ -45,7 +45,7 @@ def from_file(path):
     has = lambda *ends: any(n.endswith(ends) for n in inside)
     try:
         if has('/constants.pkl'): return torch_script(path),path
-        if has('archive_format', 'serialized_exported_program.json'): return program(torch.export.load(path)),path
+        if has('archive_format', 'serialized_exported_program.json'): return exported_program(torch.export.load(path)),path
     except RuntimeError as e: raise DistillError(f"{path} could not be loaded: {e}") from e
     raise DistillError(f"{path} holds no TorchScript, torch.export program or ONNX network. Weights alone (a state_dict)? "
                        "Build the model and load them into it. An exported Learner? fastdistill.fastai takes it as it is.")
@@ -57,7 +57,7 @@ def torch_script(path):
         return torch.jit.load(path, map_location='cpu')
 
 
-def program(exported):
+def exported_program(exported):
     "Its mode is written into it"
     training = {'aten.batch_norm.default': 5, 'aten.dropout.default': 2}      # which argument says so
     if any(n.args[training[str(n.target)]] for n in exported.graph.nodes if str(n.target) in training):
@@ -74,7 +74,7 @@ def is_graph(m):
 def is_hf(model): return hasattr(model, 'config') and hasattr(model, 'main_input_name')
 
 
-def by_name(model, batch):
+def takes_names(model, batch):
     "Whether a mapping is a model's arguments by name, not its one argument"
     if is_hf(model) or isinstance(model, Onnx): return True
     try: names = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters
@@ -82,7 +82,7 @@ def by_name(model, batch):
     return set(batch) <= set(names)
 
 
-def check_second(model, ids, second):
+def check_second_argument(model, ids, second):
     "A Hugging Face model's second argument is mostly the attention mask: another tensor there would be read as one, in silence"
     if second is None: return
     name = list(inspect.signature(model.forward).parameters)[1]
@@ -93,7 +93,7 @@ def check_second(model, ids, second):
                            "give all but the first by name, teacher(ids, attention_mask=..., token_type_ids=...), or one dict.")
 
 
-TYPES = {'float': torch.float32, 'float16': torch.float16, 'double': torch.float64, 'int64': torch.int64, 'int32': torch.int32,
+ONNX_TYPES = {'float': torch.float32, 'float16': torch.float16, 'double': torch.float64, 'int64': torch.int64, 'int32': torch.int32,
          'uint8': torch.uint8, 'int8': torch.int8, 'bool': torch.bool}
 
 
@@ -132,7 +132,7 @@ class Onnx:
 
     def _cast(self, name, v):
         i = self.inputs[name]
-        dtype = TYPES.get(i.type[7:-1], v.dtype)      # 'tensor(float)'
+        dtype = ONNX_TYPES.get(i.type[7:-1], v.dtype)      # 'tensor(float)'
         fits = v.dim() == len(i.shape) and all(a == b or not isinstance(b, int) for a,b in zip(v.shape[1:], i.shape[1:]))
         if not fits or not torch.can_cast(v.dtype, dtype):
             raise DistillError(f"This ONNX network takes {self._says()}. For {name} it was given {v.dtype} of shape {tuple(v.shape)}. "

@@ -1,22 +1,20 @@
-"`fastdistill cache`: write what a teacher says, look at it, ask it again."
-import importlib.util, inspect, os, sys
-from contextlib import contextmanager
-from functools import cache as once
-from pathlib import Path
+"`fastdistill cache`: write a teacher's outputs, inspect them, verify them."
 from typing import Annotated
-import torch, typer
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from .cache import TeacherCache
-from .cache.folder import folder
-from .cache.manifest import Manifest
-from .cache.writer import finished, ranks
-from .outputs import DistillError
+from ..cache.folder import open_folder
+from ..cache.manifest import Manifest
+from ..cache.reader import TeacherCache
+from ..cache.writer import finished
+from ..outputs import DistillError
+from ..ranks import joined_processes
+from .objects import dataloaders, load_object, load_teacher
 
-__all__ = ['app']
+__all__ = ['cache_app']
 
-app = typer.Typer(no_args_is_help=True, help="A teacher's outputs on disk: run it once, train as many students as you like.")
+cache_app = typer.Typer(no_args_is_help=True, help="A teacher's outputs on disk: run it once, train as many students as you like.")
 
 TEACHER = typer.Argument(help="A file that Teacher takes, as an exported Learner (.pkl), or 'file.py:name' of a teacher or its maker.")
 DATA = typer.Argument(help="'file.py:name' of DataLoaders, or of a function that makes them.")
@@ -25,7 +23,7 @@ PATH = typer.Argument(help='Folder of the cache, or its URL.')
 TOLERANCE = dict(float32=1e-3, float16=.01, int8=.03)
 
 
-@app.command()
+@cache_app.command()
 def write(
     teacher:Annotated[str, TEACHER],
     data:Annotated[str, DATA],
@@ -46,10 +44,10 @@ def write(
 ):
     """Run the teacher over the data and store what it says; one that was stopped goes on where it was. Under torchrun or accelerate
     launch, each process writes its share"""
-    dls,model = loaded(data, dataloaders),loaded_teacher(teacher)
-    with joined() as first, Bar(console := Console(quiet=not first), yes or not first) as bar:
+    dls,model = load_object(data, dataloaders),load_teacher(teacher)
+    with joined_processes() as first, Bar(console := Console(quiet=not first), yes or not first) as bar:
         try:
-            from .fastai.cached import cache_teacher
+            from ..fastai.cache_data import cache_teacher
             cache = cache_teacher(model, dls, path, views, topk, dtype, layers or None, tail=tail, size=size, valid=valid, bs=bs,
                                   num_workers=workers, seed=seed, check=check and first, force=force,
                                   progress=bar.progress, forecast=bar.forecast)
@@ -60,23 +58,7 @@ def write(
     console.print(str(cache), highlight=False, markup=False)
 
 
-@contextmanager
-def joined():
-    "Meet the other processes that torchrun or accelerate launch started, if any; gives whether this is the first one"
-    d = torch.distributed
-    world,met = int(os.environ.get('WORLD_SIZE', 1)),d.is_available() and d.is_initialized()
-    if world == 1 or met:
-        yield ranks()[0] == 0
-        return
-    if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-    d.init_process_group('gloo')        # it is for words, not for tensors
-    try:
-        yield ranks()[0] == 0
-        d.barrier()     # gloo's threads abort a process that ends while another still speaks to it
-    finally: d.destroy_process_group()
-
-
-@app.command()
+@cache_app.command()
 def verify(
     path:Annotated[str, PATH],
     teacher:Annotated[str, TEACHER],
@@ -85,19 +67,19 @@ def verify(
     tol:Annotated[float|None, typer.Option(help='How far off a logit may be, over the largest in its row.')]=None
 ):
     "Ask the teacher again about some of the rows; ends with 1 if its answers are others."
-    from .fastai.cached import verify_cache
-    v = verify_cache(path, loaded_teacher(teacher), loaded(data, dataloaders), n)
+    from ..fastai.cache_data import verify_cache
+    v = verify_cache(path, load_teacher(teacher), load_object(data, dataloaders), n)
     typer.echo(str(v))
     if not v.share <= (TOLERANCE[v.dtype] if tol is None else tol): raise typer.Exit(1)
 
 
-@app.command()
+@cache_app.command()
 def info(
     path:Annotated[str, PATH],
     check:Annotated[bool, typer.Option('--check', help='Compare every file with its checksum.')]=False
 ):
     "What a cache holds, and whose answers they are."
-    where = folder(path)
+    where = open_folder(path)
     if where.size('manifest.json') is None: raise DistillError(f"There is no cache at {path} (no manifest.json).")
     m = Manifest.from_json(where.read('manifest.json'), where)
     table = Table(show_header=False, box=None, title=f'Teacher outputs in {path}', title_justify='left')
@@ -122,57 +104,6 @@ def facts(where, m):
     yield 'written with',', '.join(f'{k} {v}' for k,v in m.versions.items())
     if where.sub('valid').size('manifest.json') is not None: yield 'validation set','is there too'
 
-
-# what the user named
-
-def loaded_teacher(name): return loaded(name, teacher_in) if '.py:' in name else name
-
-
-def loaded(
-    name, # 'file.py:name'
-    use # fn(object) -> what is wanted of it
-):
-    file,_,attr = name.rpartition(':')
-    if not file.endswith('.py') or not attr: raise DistillError(f"{name!r}: say which file and which name in it, as in 'train.py:dls'.")
-    if not Path(file).is_file(): raise DistillError(f"There is no file {file!r}.")
-    module = module_of(Path(file).resolve())
-    if not hasattr(module, attr):
-        of = lambda v: None if inspect.ismodule(v) else getattr(v, '__module__', module.__name__)
-        own = [k for k,v in vars(module).items() if k[0] != '_' and of(v) == module.__name__]
-        raise DistillError(f"{file} has no {attr!r}. It has: {', '.join(own)}")
-    return use(getattr(module, attr))
-
-
-@once
-def module_of(file):
-    "The file as a module, once: data and teacher may come from the same one"
-    # subtle: under its own name where that is free, so that what was pickled by a program that imported it can be loaded
-    name = file.stem if file.stem not in sys.modules else f'{file.stem}_'
-    spec = importlib.util.spec_from_file_location(name, file)
-    sys.path.insert(0, str(file.parent))
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def makes(o):
-    "Is this a function that needs no arguments?"
-    return inspect.isroutine(o) and all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-                                        for p in inspect.signature(o).parameters.values())
-
-
-def teacher_in(o): return o() if makes(o) else o
-
-
-def dataloaders(o):
-    o = o() if makes(o) else o
-    o = getattr(o, 'dls', o)       # a Learner's
-    if not hasattr(o, 'loaders'):
-        raise DistillError(f"A {type(o).__name__} is no fastai DataLoaders, nor a function without arguments that makes one.")
-    return o
-
-
-# what the user sees
 
 class Speed(ProgressColumn):
     def render(self, task): return '' if task.speed is None else f'{task.speed:,.0f} samples/s'

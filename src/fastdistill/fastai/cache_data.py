@@ -1,29 +1,30 @@
-"Run the teacher once over a Learner's data, then train as many students as you like from what it said."
+"Run the teacher once over a Learner's data."
 import copy, warnings
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
 import numpy as np
 import torch
-from fastai.basics import Callback, L, Pipeline, TfmdDL, TfmdLists, rank_distrib
+from fastai.basics import L, Pipeline, TfmdDL, TfmdLists
 from fastai.data.transforms import Normalize
 from fastai.tabular.core import TabDataLoader
 from fastai.text.data import SortedDL
-from fastai.vision.augment import RandomErasing, RandTransform, SpaceTfm
-from ..cache import Source, TeacherCache, Wish, write_cache
+from ..cache.digests import fingerprint, flat_values
 from ..cache.keys import hash_of, keys_of, root_of
-from ..cache.manifest import fingerprint, leaves, refuse, sample_differences, transform_differences
-from ..cache.plain import check_alone, identity_of, some, unrepeatable
-from ..outputs import DistillError, DistillWarning, Outputs, TopK, as_plain
-from ..replay import seeds_of, untouched
-from .blocks import Feed, reorder
-from .check import check_teacher, vocab_of
-from .replayed import Pair, Plan, attach, describe, detach, refuse_unindexed
-from .stream import answer, is_stream, of_length, stream_answers
+from ..cache.reader import TeacherCache
+from ..cache.records import Wish
+from ..cache.source import Source, check_alone, identity_of, spread_positions, unrepeatable
+from ..cache.verify import Verified
+from ..cache.writer import write_cache
+from ..outputs import DistillError, DistillWarning, TopK, as_plain
+from ..replay.seeds import RandomGuard, seeds_of
 from .task import task_of
+from .check import check_teacher
+from .replay_dl import IndexedItem, Plan, attach, refuse_unindexed
+from .stream import is_stream, model_outputs, stream_outputs
 from .teachers import image_stats, teacher_of
+from .transforms import describe_transforms
+from .vocab import stored_order, vocab_of
 
-__all__ = ['CacheFeed', 'cache_teacher', 'verify_cache']
+__all__ = ['cache_teacher', 'verify_cache']
 
 
 def cache_teacher(
@@ -47,7 +48,7 @@ def cache_teacher(
     progress=None, forecast=None # fn(rows done, rows in all, bytes done), after each batch; fn(Forecast), before the first one
 ) -> TeacherCache:
     "Write what `teacher` says about each view of each sample, and open it; what was begun and stopped is gone on with"
-    task = task_in(dls, teacher, kind, axis)
+    task = task_of_data(dls, teacher, kind, axis)
     if topk is not None and task.kind != 'softmax':
         raise DistillError(f"topk={topk} keeps the likeliest of several classes, but this model predicts {task.kind} outputs: topk=None.")
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **({} if layers is None else dict(layers=layers)))
@@ -56,7 +57,7 @@ def cache_teacher(
     given = dict(seed=seed, force=force, progress=progress, forecast=forecast)
     names = None if task.kind == 'regression' else classes_of(teacher, dls)
     source = lambda dl, views, keys: source_of(teacher, dls, dl, views, seed, keys, names, bs, num_workers)
-    with untouched():       # DataLoaders draw a seed for their workers
+    with RandomGuard():       # DataLoaders draw a seed for their workers
         cache = write_cache(path, source(dls.train, views, keys), wish, views=views, **given)
         if valid: write_cache(cache.folder.sub('valid'), source(dls.valid, 0, keys if callable(keys) else None), wish, views=0, **given)
     return cache
@@ -72,11 +73,11 @@ def verify_cache(
     "Run the teacher again on some views and compare its answers with the stored ones"
     cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
     m = cache.manifest
-    task,keys = task_in(dls, teacher, kwargs.pop('kind', None), kwargs.pop('axis', None)),kwargs.pop('keys', None)
+    task,keys = task_of_data(dls, teacher, kwargs.pop('kind', None), kwargs.pop('axis', None)),kwargs.pop('keys', None)
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **kwargs)
-    with untouched():       # DataLoaders draw a seed for their workers
+    with RandomGuard():       # DataLoaders draw a seed for their workers
         source = source_of(teacher, dls, dls.train, m.views, m.seed, keys, check=False)
-        at,bs = asked_again(dls.train, len(source.keys), m.stored, n, np.random.default_rng(seed))
+        at,bs = rows_to_verify(dls.train, len(source.keys), m.stored, n, np.random.default_rng(seed))
         view,row = np.divmod(at, len(source.keys))
         stored = cache.find(source.keys[row])
         errors,sizes = [],[]
@@ -92,31 +93,16 @@ def verify_cache(
                     next(f.dtype for f in m.layout.fields if f.name in ('logits', 'values')))
 
 
-def asked_again(dl, n, views, rows, rng):
+def rows_to_verify(dl, n, views, rows, rng):
     "(tasks, batch size) of some rows: from everywhere, but of a stream the first ones of a view"
     if not is_stream(dl): return np.sort(rng.choice(n*views, min(rows, n*views), replace=False)),1
     return int(rng.integers(views))*n + np.arange(min(-(-rows//dl.bs)*dl.bs, n)),dl.bs
 
 
-@dataclass
-class Verified:
-    "How far stored answers are from the teacher's own"
-    rows:int
-    worst:float # largest difference of a logit (with top-k: of a log-probability)
-    mean:float # of the rows' largest differences
-    share:float # the largest difference over the largest number of its row (or over 1)
-    dtype:str
-
-    def __str__(self):
-        return f'{self.rows} rows asked again: stored logits ({self.dtype}) differ by {self.worst:.2g} at most, {self.mean:.2g} on average'
-
-
-def task_in(dls, teacher, kind, axis):
+def task_of_data(dls, teacher, kind, axis):
     "Read off the labels' loss function, or else off that of a teacher who is a Learner"
     return task_of(getattr(dls, 'loss_func', None) or getattr(teacher, 'loss_func', None), kind, axis)
 
-
-# writing
 
 def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num_workers=None, check=True):
     "What `write_cache` must know about a teacher and one of the DataLoaders"
@@ -124,34 +110,34 @@ def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num
     stream = is_stream(dl)
     if stream and bs not in (None, dl.bs):
         raise DistillError(f"bs={bs}, but a language model's text is cut into as many rows as its batches have, {dl.bs}: leave bs out.")
-    names,order,root = item_keys(dl, keys, root_of(dls.path)),order_of(dl),root_of(dls.path)
+    names,order,root = item_keys(dl, keys, root_of(dls.path)),storage_order(dl),root_of(dls.path)
     plan = Plan(names[order], views, seed, order, stream=stream)
     make = lambda tasks, bs, workers=None: writer_dl(dl, plan, tasks, bs, workers)
     def run(tasks, bs):
-        with clean(dl, not views), teacher if hasattr(teacher, '__enter__') else nullcontext():
+        with validation_transforms(dl, not views), teacher if hasattr(teacher, '__enter__') else nullcontext():
             workers = num_workers if len(tasks) > bs else 0     # to start workers takes longer than one batch
-            if stream: yield from stream_answers(teacher, dl, lambda t: make(t, bs, workers), tasks, bs)
-            else: yield from (answer(teacher, b, dl.n_inp) for b in make(tasks, bs, workers))
+            if stream: yield from stream_outputs(teacher, dl, lambda t: make(t, bs, workers), tasks, bs)
+            else: yield from (model_outputs(teacher, b, dl.n_inp) for b in make(tasks, bs, workers))
     if check:
-        with clean(dl, not views): check_repeats(make, len(names)*max(views, 1))
+        with validation_transforms(dl, not views): check_views_repeat(make, len(names)*max(views, 1))
         if not stream: check_alone(run, len(names))       # subtle: of one view, in which texts are ordered by length
         if isinstance(dl, SortedDL): check_padding(run, len(names))
-    with clean(dl, not views): samples = digests(make, plan, views)
+    with validation_transforms(dl, not views): samples = sample_digests(make, plan, views)
     who = identity_of(teacher)
     # what it is given as it comes, is another thing under another normalisation
     if any(getattr(t, 'stats', None) is None for t in (getattr(teacher, 'members', None) or [teacher])):
         who['input'] = 'mean {}, std {}'.format(*(torch.as_tensor(o).flatten().tolist() for o in image_stats(dls)))
-    return Source(plan.keys, run, bs or dl.bs or 64, who, describe(dl) if views or stream else {}, root, vocab, samples)
+    return Source(plan.keys, run, bs or dl.bs or 64, who, describe_transforms(dl) if views or stream else {}, root, vocab, samples)
 
 
 def item_keys(dl, keys, root):
     "(N,) uint64 by position in the dataset; of a stream, by place in these very texts"
-    names = names_in(dl, keys, root)
+    names = sample_keys(dl, keys, root)
     if not is_stream(dl): return names
     return seeds_of(hash_of(names.tobytes(), np.asarray(dl.lens.coll, np.int64).tobytes()), np.arange(dl.n))
 
 
-def names_in(dl, keys, root):
+def sample_keys(dl, keys, root):
     ds = dl.dataset
     items = ds if isinstance(ds, (list, L, np.ndarray)) else getattr(ds, 'items', None)
     if keys is not None:
@@ -167,13 +153,13 @@ def names_in(dl, keys, root):
     return keys_of(items, root)
 
 
-def order_of(dl):
+def storage_order(dl):
     "Positions in the order in which rows are stored: as they are, but texts by length, for padding must not mix long and short"
     if isinstance(dl, SortedDL): return np.argsort(-np.asarray(dl.res), kind='stable')
     return np.arange(dl.n if is_stream(dl) else len(dl.dataset))
 
 
-class Fixed:
+class FixedOrder:
     "A DataLoader's `get_idxs` that always gives the same"
     def __init__(self, idxs): self.idxs = idxs
     def __call__(self): return self.idxs
@@ -183,12 +169,12 @@ def writer_dl(dl, plan, tasks, bs, workers=None):
     "A DataLoader that goes through tasks in their order"
     cls = TabDataLoader if isinstance(dl, TabDataLoader) else TfmdDL
     more = {} if workers is None else dict(num_workers=workers)
-    d = TfmdDL.new(dl, cls=cls, bs=bs, shuffle=False, drop_last=False, get_idxs=Fixed(np.asarray(tasks).tolist()), **more)
+    d = TfmdDL.new(dl, cls=cls, bs=bs, shuffle=False, drop_last=False, get_idxs=FixedOrder(np.asarray(tasks).tolist()), **more)
     return attach(d, copy.copy(plan), dl if is_stream(dl) else None)
 
 
 @contextmanager
-def clean(dl, on):
+def validation_transforms(dl, on):
     "Inside, a DataLoader's data go through the transforms of validation"
     ds = dl.dataset
     told = [o.tfms for o in getattr(ds, 'tls', [ds]) if isinstance(getattr(o, 'tfms', None), Pipeline)] if on else []
@@ -200,21 +186,21 @@ def clean(dl, on):
         for o,i in zip(told, old): o.split_idx = i
 
 
-def check_repeats(make, n):
+def check_views_repeat(make, n):
     "Draw a few views twice: what can't be repeated is found out before anything is written"
-    tasks = some(n, 8)
+    tasks = spread_positions(n, 8)
     d = make(tasks, 1, 0)
     d.before_iter()
     for t in tasks:
         a,b = d.do_item(t),d.do_item(t)
-        if fingerprint(*leaves(plain(a))) != fingerprint(*leaves(plain(b))): raise DistillError(unrepeatable('The item transforms', t))
+        if fingerprint(*flat_values(plain_item(a))) != fingerprint(*flat_values(plain_item(b))): raise DistillError(unrepeatable('The item transforms', t))
     for t,a,b in zip(tasks, make(tasks, 1, 0), make(tasks, 1, 0)):
-        if fingerprint(*leaves(plain(a))) != fingerprint(*leaves(plain(b))): raise DistillError(unrepeatable('The batch transforms', t))
-    with untouched() as u: d.before_batch([d.do_item(t)[0] for t in tasks])
-    if u.moved: raise DistillError(TOGETHER)
+        if fingerprint(*flat_values(plain_item(a))) != fingerprint(*flat_values(plain_item(b))): raise DistillError(unrepeatable('The batch transforms', t))
+    with RandomGuard() as u: d.before_batch([d.do_item(t)[0] for t in tasks])
+    if u.moved: raise DistillError(DRAWS_FOR_BATCH)
 
 
-TOGETHER = ("A transform of before_batch draws random numbers for a whole batch, and no batch comes twice: make it a transform of the "
+DRAWS_FOR_BATCH = ("A transform of before_batch draws random numbers for a whole batch, and no batch comes twice: make it a transform of the "
             "items or of after_batch.")
 
 
@@ -226,38 +212,38 @@ def check_padding(run, n):
                                      "what is stored was said among texts of its length. Does it know which tokens are padding?"))
 
 
-def plain(o):
+def plain_item(o):
     "An item without fastai's types, and without its index"
-    if isinstance(o, Pair): o = o[0]
-    return tuple(map(plain, o)) if isinstance(o, (tuple, list)) else as_plain(o)
+    if isinstance(o, IndexedItem): o = o[0]
+    return tuple(map(plain_item, o)) if isinstance(o, (tuple, list)) else as_plain(o)
 
 
-def digests(make, plan, views):
+def sample_digests(make, plan, views):
     "A few samples' inputs, before and after the batch transforms: whoever replays them elsewhere must get the same"
     n = len(plan.keys)
-    tasks = [i % max(views, 1)*n + int(r) for i,r in enumerate(some(n, 8))]
-    return [dict(row=t % n, view=t//n, **o) for t,o in zip(tasks, looks(make(tasks, 1, 0), tasks))]
+    tasks = [i % max(views, 1)*n + int(r) for i,r in enumerate(spread_positions(n, 8))]
+    return [dict(row=t % n, view=t//n, **o) for t,o in zip(tasks, inspect_views(make(tasks, 1, 0), tasks))]
 
 
-def looks(d, tasks):
+def inspect_views(d, tasks):
     "Of each task, the digest of its input, and three numbers of each part of it after the batch transforms"
     # subtle: each model may have its own Normalize, and with it its own numbers
     d.after_batch.fs = [f for f in d.after_batch.fs if not isinstance(f, Normalize)]
-    floats = lambda b: [o for o in leaves(plain(b[:d.n_inp])) if isinstance(o, torch.Tensor) and o.is_floating_point() and o.numel()]
-    after = [[gist(o) for o in floats(b)] for b in d]
+    floats = lambda b: [o for o in flat_values(plain_item(b[:d.n_inp])) if isinstance(o, torch.Tensor) and o.is_floating_point() and o.numel()]
+    after = [[summary(o) for o in floats(b)] for b in d]
     d.before_iter()
-    return [dict(digest=digest(d.do_item(t), d.n_inp), after=a) for t,a in zip(tasks, after)]
+    return [dict(digest=item_digest(d.do_item(t), d.n_inp), after=a) for t,a in zip(tasks, after)]
 
 
-def gist(x):
+def summary(x):
     "Mean, spread, and one number in which every place counts differently: near for those who are near, on whatever device"
     x = x.detach().double().cpu().flatten()
     return [x.mean().item(), x.std(correction=0).item(), (x*torch.arange(len(x)).mul(.7).cos()).mean().item()*len(x)**.5]
 
 
-def digest(pair, n_inp):
-    item = plain(pair)
-    return fingerprint(*leaves(item[:n_inp])) if isinstance(item, tuple) else 'row of a table'
+def item_digest(pair, n_inp):
+    item = plain_item(pair)
+    return fingerprint(*flat_values(item[:n_inp])) if isinstance(item, tuple) else 'row of a table'
 
 
 def classes_of(teacher, dls):
@@ -269,119 +255,5 @@ def classes_of(teacher, dls):
         raise DistillError("The members of the ensemble have their classes in different orders: give each, as Teacher(model, select=...), "
                            f"the labels' order: {', '.join(mine[:10])}.")
     names = theirs[0] if teacher.select is None else [theirs[0][i] for i in torch.as_tensor(teacher.select).tolist()]
-    reorder(names, mine)        # what can't be mapped is refused now
+    stored_order(names, mine)        # what can't be mapped is refused now
     return names
-
-
-# training
-
-class Epochs(Callback):
-    "Tells the DataLoader which epoch it is in, for views change with it"
-    order = -20
-    def __init__(self, plan, before, fed): super().__init__(); self.plan,self.before,self.fed,self.passed = plan,before,fed,0
-    def before_train(self):
-        for dl in self.fed: dl.do_item.look()
-        self.plan.epoch = self.before + self.learn.epoch
-        self.passed = self.learn.epoch + 1
-
-
-ONE_VIEW = ("fastdistill: the cache has one view: each sample comes with the same augmentation in all epochs, and students overfit. Write "
-            "more (views=8); or views=0, which leaves the augmentation free, where outputs have no places (classes, labels, numbers).")
-
-PASSED = WeakKeyDictionary()    # cache -> learner -> epochs that it has trained from it: the next fit's views go on from there
-
-def passed(cache): return PASSED.setdefault(cache, WeakKeyDictionary())
-
-
-@dataclass
-class CacheFeed(Feed):
-    "Rows of a cache, in the batches that they belong to"
-    cache:TeacherCache # or its path
-    keys:object=None # as `cache_teacher` was told
-    learn:object=field(default=None, repr=False)
-    fed:list=field(default_factory=list, repr=False) # DataLoaders with rows in them
-    missing = ("This batch has no stored teacher's output: the cache holds the training set only "
-               "(cache_teacher(..., valid=True) adds the validation set).")
-
-    def __post_init__(self):
-        if not isinstance(self.cache, TeacherCache): self.cache = TeacherCache(self.cache)
-        self.added = self.epochs = None
-
-    def attach(self, learn, kind='softmax', axis=1):
-        super().attach(learn, kind, axis)
-        try:
-            with untouched(): self._attach(learn.dls)
-        except BaseException:
-            self.detach()
-            raise
-        many = learn.n_epoch > 1 and not hasattr(learn, 'lr_finder')
-        if self.cache.views == 1 and many and augmented(learn.dls.train) and not rank_distrib(): print(ONE_VIEW)
-        return self
-
-    def _attach(self, dls):
-        names,valid = self.cache.manifest.vocab,self.cache.valid
-        self.order = None if names is None or vocab_of(dls) is None else reorder(names, vocab_of(dls))
-        self.stream = is_stream(dls.train)
-        plan = self._feed(dls, dls.train, self.cache, self.keys)
-        if valid is not None and len(dls.loaders) > 1:
-            try: self._feed(dls, dls.valid, valid, self.keys if callable(self.keys) else None)
-            except DistillError as e: print(f'fastdistill: no column for the validation set, which is not the one that was stored. {e}')
-        self.epochs = Epochs(plan, passed(self.cache).get(self.learn, 0), self.fed)
-        self.learn.add_cb(self.epochs)
-
-    def _feed(self, dls, dl, cache, keys):
-        refuse_unindexed(dl)
-        if cache.views or is_stream(dl): refuse(cache.folder, transform_differences(cache.manifest.transforms, describe(dl)), cache.force)
-        names = item_keys(dl, keys, root_of(dls.path))
-        plan = Plan(names, cache.views, cache.seed, cache.find(names), cache, random=bool(cache.views), stream=is_stream(dl))
-        refuse(cache.folder, misfits(dl, plan, cache), cache.force)
-        self.fed.append(attach(dl, plan))
-        return plan
-
-    def detach(self):
-        if self.learn is not None:
-            # subtle: some tools put a copy of the DataLoaders in place for a while
-            for dl in [*self.fed, *map(inner, self.learn.dls.loaders)]: detach(dl)
-            self.fed = []
-            if self.epochs is not None:
-                if not hasattr(self.learn, 'lr_finder'): passed(self.cache)[self.learn] = self.epochs.before + self.epochs.passed
-                self.learn.remove_cbs([c for c in self.learn.cbs if c is self.epochs])
-            self.epochs = None
-        super().detach()
-
-    def decode(self, t, learn):
-        out = self.cache.decode(t)
-        if self.stream: out = of_length(out, learn.x.shape[1])
-        lg,order = out.logits,self.order
-        if order is not None: lg = lg.reorder(order) if isinstance(lg, TopK) else lg.index_select(self.axis, order.to(lg.device))
-        if isinstance(lg, TopK): lg = lg.dense(as_plain(learn.pred) if lg.tail == 'bucket' else None)
-        return Outputs(lg, out.feats, out.mask)
-
-
-def inner(dl):
-    "The DataLoader in fastai's distributed one"
-    return getattr(dl, 'dl', dl) if isinstance(getattr(dl, 'dl', None), TfmdDL) else dl
-
-
-def misfits(dl, plan, cache):
-    "In words, what makes these data others than those that a cache was written with"
-    m = cache.manifest
-    if m.views:
-        n = len(plan.keys)
-        again = Plan(plan.keys, m.views, m.seed, np.arange(n), stream=plan.stream)
-        def look(i, view): return looks(writer_dl(dl, again, [view*n + i], 1, 0), [view*n + i])[0]
-        return sample_differences(m, plan.at, look)
-    if m.layout.dense and not plan.stream and (moving := moves(dl)):
-        return [f"these outputs of unchanged inputs have a place for each pixel or token, which {', '.join(moving)} would move: "
-                "cache views=1 or more"]
-    return []
-
-
-def augmented(dl):
-    "Random transforms of the training set"
-    if getattr(dl.dataset, 'split_idx', 1) != 0: return []
-    return [f for k in ('after_item', 'after_batch') for f in getattr(getattr(dl, k), 'fs', []) if isinstance(f, RandTransform)]
-
-def moves(dl):
-    "Names of those that put things elsewhere"
-    return [type(f).__name__ for f in augmented(dl) if not isinstance(f, (SpaceTfm, RandomErasing))]

@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ['Generators', 'gives', 'kind', 'reached']
+__all__ = ['Generators', 'access_of', 'hands_out_generators', 'reachable']
 
-LEAVES = str,bytes,Number,np.ndarray,np.generic,Tensor,PurePath,ModuleType,type,type(None)
-GLOBAL = {id(o) for o in (random._inst, np.random.mtrand._rand, torch.default_generator)}
+PLAIN_TYPES = str,bytes,Number,np.ndarray,np.generic,Tensor,PurePath,ModuleType,type,type(None)
+GLOBAL_GENERATORS = {id(o) for o in (random._inst, np.random.mtrand._rand, torch.default_generator)}
 # their own code draws from the global generators, or from what a transform of the user's holds
 LIBRARIES = {'PIL', 'builtins', 'fastai', 'fastcore', 'fastdistill', 'fasttransform', 'numpy', 'pandas', 'plum', 'torch', 'torchvision'}
-FEW,MOST = 200,20_000      # longer collections are data, and who reaches so many objects looks at data too
+MAX_ITEMS,MAX_OBJECTS = 200,20_000      # longer collections are data, and who reaches so many objects looks at data too
 
 # kind -> (its state, put a state back, start from a number)
-KINDS = {
+ACCESS = {
     np.random.Generator: (lambda g: g.bit_generator.state, lambda g, s: setattr(g.bit_generator, 'state', s),
                           lambda g, n: setattr(g.bit_generator, 'state', type(g.bit_generator)(n).state)),
     np.random.RandomState: (lambda g: g.get_state(), lambda g, s: g.set_state(s), lambda g, n: g.seed(n & 0xffffffff)),
@@ -32,7 +32,7 @@ class Generators:
     """The generators of NumPy, Python and PyTorch that lie within transforms or datasets, or that functions among them name. What has
     a `set_random_state(random_generator, py_random)`, as albumentations' transforms do, is given new ones"""
     def __init__(self, *roots):
-        found = [(place, led) for place,o,led in reached(roots) if kind(o) or gives(o)]
+        found = [(place, led) for place,o,led in reachable(roots) if access_of(o) or hands_out_generators(o)]
         self.places,self.led = [p for p,_ in found],[led for _,led in found]
         # subtle: by name, so that an attribute more or less elsewhere shifts no one's numbers
         names = [f'{getattr(at, "__qualname__", type(at).__qualname__)} {k}' for _,at,k in self.places]
@@ -47,72 +47,73 @@ class Generators:
             yield
             return
         here = [get(at, k) for get,at,k in self.places]
-        were = [vars(o).copy() if gives(o) else kind(o)[0](o) for o in here]
+        were = [vars(o).copy() if hands_out_generators(o) else access_of(o)[0](o) for o in here]
         for o,led,name in zip(here, self.led, self.names):
-            if not led: start(o, int.from_bytes(hashlib.blake2b(f'{seed} {name}'.encode(), digest_size=8).digest(), 'little'))
+            if not led: start_from(o, int.from_bytes(hashlib.blake2b(f'{seed} {name}'.encode(), digest_size=8).digest(), 'little'))
         try: yield
         finally:
             for o,was in zip(here, were): put_back(o, was)
 
 
-def start(o, n):
-    if gives(o): o.set_random_state(np.random.default_rng(n), random.Random(n))
-    else: kind(o)[2](o, n)
+def start_from(o, n):
+    if hands_out_generators(o): o.set_random_state(np.random.default_rng(n), random.Random(n))
+    else: access_of(o)[2](o, n)
+
 
 def put_back(o, was):
-    if not gives(o): return kind(o)[1](o, was)
+    if not hands_out_generators(o): return access_of(o)[1](o, was)
     vars(o).clear()
     vars(o).update(was)
 
 
-def kind(o): return next((v for k,v in KINDS.items() if isinstance(o, k) and not isinstance(o, random.SystemRandom)), None)
+def access_of(o): return next((v for k,v in ACCESS.items() if isinstance(o, k) and not isinstance(o, random.SystemRandom)), None)
 
 @lru_cache
-def takes_both(cls):
+def takes_generators(cls):
     fn = getattr(cls, 'set_random_state', None)
     return callable(fn) and {'random_generator', 'py_random'} <= set(inspect.signature(fn).parameters)
 
-def gives(o): return takes_both(type(o)) and hasattr(o, '__dict__')
+def hands_out_generators(o): return takes_generators(type(o)) and hasattr(o, '__dict__')
 
 
-def reached(roots):
+def reachable(roots):
     """(place, object, led) of all that can be reached. A place is (get, holder, key), for what lies there may be replaced by another;
     `led`: it is within something that gives its own state to all that it holds"""
     todo,seen = deque(((getitem, roots, i), o, False) for i,o in enumerate(roots)),{}
-    while todo and len(seen) < MOST:
+    while todo and len(seen) < MAX_OBJECTS:
         place,o,led = todo.popleft()
-        if id(o) in seen or id(o) in GLOBAL or isinstance(o, LEAVES): continue
+        if id(o) in seen or id(o) in GLOBAL_GENERATORS or isinstance(o, PLAIN_TYPES): continue
         seen[id(o)] = o     # kept: a number may come back when its object is gone
         yield place,o,led
-        todo.extend((p, v, led or gives(o)) for p,v in within(o))
+        todo.extend((p, v, led or hands_out_generators(o)) for p,v in contents(o))
 
 
-def within(o):
-    if kind(o): return
+def contents(o):
+    if access_of(o): return
     if isinstance(o, (dict, list, tuple)):
-        if len(o) <= FEW: yield from (((getitem, o, k), v) for k,v in (o.items() if isinstance(o, dict) else enumerate(o)))
-    for k in PARTS.get(type(o), ()): yield (getattr, o, k),getattr(o, k)
+        if len(o) <= MAX_ITEMS: yield from (((getitem, o, k), v) for k,v in (o.items() if isinstance(o, dict) else enumerate(o)))
+    for k in FUNCTION_PARTS.get(type(o), ()): yield (getattr, o, k),getattr(o, k)
     if isinstance(o, FunctionType):
         for i in range(len(o.__closure__ or ())):
             try: yield (in_closure, o, i),in_closure(o, i)
             except ValueError: pass     # not yet filled
-        if not of_library(o):
-            for k in sorted(names_in(o.__code__) & set(o.__globals__)): yield (in_globals, o, k),in_globals(o, k)
+        if not is_of_library(o):
+            for k in sorted(names_in_code(o.__code__) & set(o.__globals__)): yield (in_globals, o, k),in_globals(o, k)
     for c in (o, *type(o).__mro__):
-        if not hasattr(c, '__dict__') or (isinstance(c, type) and of_library(c)): continue
+        if not hasattr(c, '__dict__') or (isinstance(c, type) and is_of_library(c)): continue
         for k,v in list(vars(c).items()):
             if not inspect.ismemberdescriptor(v): yield (in_dict, c, k),v
             elif hasattr(o, k): yield (getattr, o, k),getattr(o, k)      # of a class with __slots__
 
 
-PARTS = {FunctionType: ('__defaults__', '__kwdefaults__'), MethodType: ('__self__', '__func__'), partial: ('func', 'args', 'keywords')}
+FUNCTION_PARTS = {FunctionType: ('__defaults__', '__kwdefaults__'), MethodType: ('__self__', '__func__'), partial: ('func', 'args', 'keywords')}
 
-def of_library(o): return (getattr(o, '__module__', None) or '').partition('.')[0] in LIBRARIES
+def is_of_library(o): return (getattr(o, '__module__', None) or '').partition('.')[0] in LIBRARIES
 
 def in_closure(fn, i): return fn.__closure__[i].cell_contents
 def in_globals(fn, k): return fn.__globals__[k]
 def in_dict(o, k): return vars(o)[k]
 
-def names_in(code):
+def names_in_code(code):
     "Names that a function's code, or a function within it, looks up"
-    return set(code.co_names).union(*(names_in(c) for c in code.co_consts if hasattr(c, 'co_names')))
+    return set(code.co_names).union(*(names_in_code(c) for c in code.co_consts if hasattr(c, 'co_names')))

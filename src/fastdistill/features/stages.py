@@ -1,182 +1,27 @@
-"Which layer of the student learns from which layer of the teacher: as asked, or proposed from one look at each model."
+"Where the stages of a network end."
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from torch import Tensor, nn
-from .outputs import DistillError, Outputs
-from .projectors import describe
-from .taps import Taps, grid, layers as list_layers, named, probe, resolve, run, table, unwrap
+from ..outputs import DistillError
+from .names import layer_tree, named, unwrap
+from .probe import probe
+from .shapes import grid
 
-__all__ = ['Pair', 'PairTable', 'pair']
+__all__ = ['Stage', 'stages']
 
 CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
-PASS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity, nn.Flatten
-MOST = 6 # pairs of blocks at one resolution; where there are more, four at the quarters of the depth
+PASSIVE = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity, nn.Flatten
 
 
-@dataclass
-class Pair:
-    "A student's layer and the teacher's layer that it learns from"
-    student:str
-    s_shape:tuple
-    teacher:str
-    t_shape:tuple
-    projector:str='' # in words
+def image_size(x): return tuple(x[0].shape[2:]) if isinstance(x[0], Tensor) and x[0].is_floating_point() else ()
 
+def is_picture(x): return len(image_size(x)) > 1
 
-class PairTable(list):
-    "Pairs as a list of `Pair`; printed, a table"
-    def __str__(self):
-        rows = [(p.student, p.s_shape, p.teacher, p.t_shape, p.projector) for p in self]
-        return table(('student', 'shape', 'teacher', 'shape', 'projector'), rows)
-    __repr__ = __str__
-
-
-def pair(
-    student:nn.Module,
-    teacher, # a module, or a `Teacher`
-    x_student, # a batch of inputs: a tensor, a tuple of several, or a dict of keyword arguments
-    layers='auto', # {'student.layer': 'teacher.layer' or a list}, pairs of names, names or globs for both, 'auto', or 'last' of these
-    *,
-    x_teacher=None, # the teacher's inputs, if it takes others
-    match:str='shape', # what the loss needs of the teacher's shape, and
-    projector='auto' # with what it is made, as in `projectors.projector`: here for the table alone
-) -> PairTable:
-    """The pairs of layers with their shapes, in the order asked, from one evaluation-mode probe of each model that changes
-    nothing.
-
-    'auto' takes the last layer of each stage (resolution) of convolutional nets and U-Nets, matched by resolution where
-    that goes up to the last stage of both, else by relative depth; and blocks at equal relative depth of transformers,
-    LSTM stacks and MLPs: all of the shorter one's up to 6, else those at the quarters. What a model answers with is never
-    among them. 'auto' and 'last' take a suffix for all names: 'last@mean'."""
-    x_s,x_t = inputs(x_student),inputs(x_student if x_teacher is None else x_teacher)
-    word,*how = layers.split('@') if isinstance(layers, str) else [None]
-    if word in ('auto', 'last'):
-        found = _proposed(student, teacher, x_s, x_t)[-1 if word == 'last' else 0:]
-        layers = [('@'.join([s, *how]), '@'.join([t, *how])) for s,_,t,_ in found]
-    if word not in ('auto', 'last') or how: found = _asked(student, teacher, x_s, x_t, layers)
-    return PairTable(Pair(s, a, t, b, describe(a, b, projector, match)) for s,a,t,b in found)
-
-
-def inputs(x): return tuple(x) if isinstance(x, (tuple, list)) else (x,)
-
-
-class _Whose:
-    "Errors inside say which of the two models they are about"
-    def __init__(self, who): self.who = who
-    def __enter__(self): return self
-    def __exit__(self, kind, e, _):
-        if isinstance(e, DistillError): raise DistillError(f"In the {self.who}: {e}") from e.__cause__
-
-
-# ---------------------------------------------------------------------------------------------------- as asked
-
-def _asked(student, teacher, x_s, x_t, layers):
-    names = [n for s,t in _items(layers) for n in _matched(student, teacher, s, t)]
-    if not names:
-        raise DistillError(f"layers={layers!r} names no layers: give {{'student.layer': 'teacher.layer'}}, or 'auto'")
-    with _Whose('student'): a = _shapes(student, x_s, [s for s,_ in names])
-    with _Whose('teacher'): b = _shapes(teacher, x_t, [t for _,t in names])
-    return [(s, a[s], t, b[t]) for s,t in names]
-
-
-def _items(layers):
-    "(student's pattern, teacher's pattern), many-to-many, in the order given"
-    if isinstance(layers, Tensor): raise DistillError("layers= got a tensor. The teacher's own inputs go into x_teacher=.")
-    if isinstance(layers, str): layers = [layers]
-    if isinstance(layers, Mapping):
-        layers = [(s, t) for s,ts in layers.items() for t in (ts if isinstance(ts, (tuple, list)) else [ts])]
-    items = [(o, o) if isinstance(o, str) else o for o in (layers if isinstance(layers, (tuple, list)) else [layers])]
-    if wrong := [o for o in items if not isinstance(o, (tuple, list)) or [type(n) for n in o] != [str, str]]:
-        raise DistillError(f"layers={layers!r}: {wrong[0]!r} is no pair of names. Possible are {{'student.layer': "
-                           "'teacher.layer'}, {'student.layer': ['teacher.layer', ...]}, a list of pairs, a list of names "
-                           "that both models have, 'auto' and 'last'")
-    return items
-
-
-def _matched(student, teacher, s, t):
-    "Globs on both sides pair in order"
-    with _Whose('student'): a = resolve(student, s)
-    with _Whose('teacher'): b = resolve(teacher, t) if _has_layers(teacher) else [t]
-    if len(a) != len(b):
-        raise DistillError(f"{s!r} are {len(a)} layers of the student ({', '.join(a)}), {t!r} are {len(b)} of the teacher "
-                           f"({', '.join(b)}): they pair in order if they are as many. Name them one by one.")
-    return zip(a, b)
-
-
-def _has_layers(model): return isinstance(model, nn.Module) or bool(named(model))
-
-
-def _shapes(model, x, names):
-    if not _has_layers(model): return _told(run(model, *x), names)
-    with Taps(model, names) as taps:
-        run(model, *x)
-        return {n: tuple(y.shape) for n,y in taps.pop().items()}
-
-
-def _told(out, names):
-    "Of a teacher without layers, such as a function: the features that its answer brings along"
-    feats = out.feats if isinstance(out, Outputs) else {}
-    if wrong := [n for n in names if n not in feats]:
-        raise DistillError(f"Its answers bring no {wrong[0]!r} along. They bring: {', '.join(feats) or 'no features'}.")
-    return {n: tuple(feats[n].shape) for n in names}
-
-
-# ---------------------------------------------------------------------------------------------------- proposed
-
-def _proposed(student, teacher, x_s, x_t):
-    with _Whose('student'): a = stages(student, x_s)
-    with _Whose('teacher'): b = stages(teacher, x_t)
-    if a[0].kind == 'vector' and b[0].kind != 'vector':
-        raise DistillError(f"layers='auto' finds vectors in the student and {b[0].kind} in the teacher, which it can't "
-                           "become. Pair by hand: layers={'student.layer': 'teacher.layer'}.")
-    pairs = _by_place(a, b, _size(x_s), _size(x_t)) or _by_depth(a, b)
-    return [(*_shown(s, t, x_s), *_shown(t, s, x_t)) for s,t in pairs]
-
-
-def _shown(u, other, x):
-    "Name and shape of a stage; a square picture's tokens opposite a map are taken as a map"
-    square = _picture(x) and len(set(_size(x))) == 1
-    g = grid(u.shape[1]) if square and u.kind == 'tokens' and other.kind == 'map' else None
-    if g: return f'{u.name}@map', (u.shape[0], u.shape[2], *g[1:])
-    if u.turn == '@tokens': return f'{u.name}@tokens', (u.shape[0], u.shape[2], u.shape[1])
-    return u.name + u.turn, u.shape
-
-
-def _size(x): return tuple(x[0].shape[2:]) if isinstance(x[0], Tensor) and x[0].is_floating_point() else ()
-
-def _picture(x): return len(_size(x)) > 1
-
-def _batch(x):
+def batch_size(x):
     xs = x[0].values() if isinstance(x[0], Mapping) else x
     return next((len(o) for o in xs if isinstance(o, Tensor) and o.dim()), None)
 
-
-def _by_depth(a, b):
-    "Equal relative depth, the last with the last"
-    n = min(len(a), len(b))
-    if n > MOST and any(len({u.place for u in us}) == 1 for us in (a, b)): n = 4
-    at = lambda us, k: us[int((k+1)*len(us)/n + .5) - 1]
-    return [(at(a, k), at(b, k)) for k in range(n)]
-
-
-def _by_place(a, b, size_a, size_b):
-    "The longest row of stages of equal resolution, on the way down or up again, if it ends with the last of both models"
-    if not size_a or len(size_a) != len(size_b) or any(u.kind != 'map' for u in a+b): return None
-    down_a,down_b,best = _downs(a),_downs(b),{}
-    for i,u in enumerate(a):
-        for j,v in enumerate(b):
-            shrink = [(p/n)/(q/m) for n,p,m,q in zip(size_a, u.place, size_b, v.place)]
-            if down_a[i] == down_b[j] and all(.8 < r < 1.25 for r in shrink): best[i, j] = [*best.get((i-1, j-1), []), (u, v)]
-            else: best[i, j] = max(best.get((i-1, j), []), best.get((i, j-1), []), key=len)
-    found = best[len(a)-1, len(b)-1]
-    return found if found and found[-1] == (a[-1], b[-1]) and 2*len(found) >= min(len(a), len(b)) else None
-
-
-def _downs(us): return [i == 0 or math.prod(u.place) <= math.prod(us[i-1].place) for i,u in enumerate(us)]
-
-
-# ---------------------------------------------------------------------------------------------------- what a model is made of
 
 @dataclass
 class Stage:
@@ -207,7 +52,7 @@ def stages(model, x):
     if len(found) == 1 and found[0].kind == 'map': found = road.stages(road.walk(split_maps=True))
     if not found:
         raise DistillError(f"layers='auto' finds no stages in {type(unwrap(model)).__name__}. Name the layers: "
-                           f"layers={{'student.layer': 'teacher.layer'}}. It has:\n{list_layers(model).brief()}")
+                           f"layers={{'student.layer': 'teacher.layer'}}. It has:\n{layer_tree(model).brief()}")
     return found
 
 
@@ -219,7 +64,7 @@ class Road:
                                "Name the layers: layers={'student.layer': 'teacher.layer'}.")
         ran = probe(model, *x)
         self.ran,self.when = {f.name: f for f in ran},{f.name: i for i,f in enumerate(ran)}
-        self.size,self.picture,self.batch = _size(x),_picture(x),_batch(x)
+        self.size,self.picture,self.batch = image_size(x),is_picture(x),batch_size(x)
         self.below = {}
         for n in self.ran:
             while n:
@@ -231,7 +76,7 @@ class Road:
     def _head(self, ran):
         "The last layer with weights makes the answer: it, and what comes later, is no feature. '' for a body without a head"
         head = next((f.name for f in reversed(ran) if has_weights(f.module)), '')
-        return '' if any(self._blocks(n, maps=True) for n in self.below if n and _in(head, n)) else head
+        return '' if any(self._blocks(n, maps=True) for n in self.below if n and is_inside(head, n)) else head
 
     # what a layer gives
 
@@ -276,7 +121,7 @@ class Road:
         return found
 
     def _open(self, name, split_maps, block=False):
-        at_head = not name or _in(self.head, name)
+        at_head = not name or is_inside(self.head, name)
         if not at_head and self.when.get(name, 0) > self.when[self.head]: return []
         u,below = self.look(name),self.below.get(name, [])
         if below and (u is None or at_head or (not block and self._row(u, split_maps)) or self._several(u)):
@@ -362,14 +207,14 @@ class Road:
         blocks = any(u.deep for u in group)
         i = max(i for i,u in enumerate(group) if u.weights and (u.deep or not blocks))
         tail = group[i+1:]
-        if group[i].leaf: tail = [u for u in tail if not isinstance(u.module, PASS)]
+        if group[i].leaf: tail = [u for u in tail if not isinstance(u.module, PASSIVE)]
         else: # only an activation that would overwrite the block's output
             n = next((k for k,u in enumerate(tail) if not getattr(u.module, 'inplace', False)), len(tail))
             tail = tail[:n]
         return tail[-1] if tail else group[i]
 
 
-def _in(name, above): return f'{name}.'.startswith(f'{above}.')
+def is_inside(name, above): return f'{name}.'.startswith(f'{above}.')
 
 
 def has_weights(m):

@@ -2,17 +2,19 @@
 import inspect
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
-from math import log
 import torch
-from torch import Tensor, nn
+from torch import nn
 import torch.nn.functional as F
-from .forms import FORMS, Onnx, by_name, check_second, is_graph, is_hf, load
-from .outputs import DistillError, Outputs, as_plain
-from .taps import Taps, named
+from ..features.names import named
+from ..features.taps import Taps
+from ..outputs import DistillError, Outputs, as_plain, map_tensors, tensors_in
+from .ensemble import mix, shares
+from .forms import FORMS, Onnx, check_second_argument, is_graph, is_hf, load_model, takes_names
+from .guest import Guest
+from .images import affine, full_precision, is_image, stats_of
 
-__all__ = ['Teacher']
+__all__ = ['Teacher', 'unsaid']
 
-IMAGENET = (.485, .456, .406), (.229, .224, .225)
 # what the members of an ensemble take over, where they don't say otherwise
 INHERITED = ('mode', 'stats', 'input_stats', 'size', 'combine', 'kind', 'axis')
 
@@ -50,7 +52,7 @@ class Teacher:
         elif isinstance(model, (list, tuple, nn.ModuleList)):
             if not len(model): raise DistillError(f"An empty list of teachers. {FORMS}")
             self.sources = [m if isinstance(m, Teacher) else Teacher(m) for m in model]
-        else: self.model,self.path = load(model)
+        else: self.model,self.path = load_model(model)
         self.__dict__.update(said)
         self.layers,self.name = list(self.layers),self.name or self._name(model)
         self._check()
@@ -147,7 +149,7 @@ class Teacher:
 
     def __setstate__(self, d):
         self.__dict__.update(d)
-        if self.path: self.model = load(self.path)[0]
+        if self.path: self.model = load_model(self.path)[0]
 
     # a batch
 
@@ -167,7 +169,7 @@ class Teacher:
     ) -> Outputs:
         "One answer that leaves no trace, between two batches of a run either: hidden states and random numbers are as before"
         weights = (p for m in self.modules for p in m.parameters())
-        devices = {t.device for t in (*tensors((x, kw)), *weights) if t.is_cuda}
+        devices = {t.device for t in (*tensors_in((x, kw)), *weights) if t.is_cuda}
         with torch.random.fork_rng(list(devices)): return Teacher(self, **({} if layers is None else dict(layers=layers)))(*x, **kw)
 
     def _answer(self, x, kw, layers):
@@ -188,14 +190,14 @@ class Teacher:
 
     def _alone(self, x, kw, layers):
         self._check_layers(layers)
-        device = next((t.device for t in tensors((x, kw))), torch.device('cpu'))
+        device = next((t.device for t in tensors_in((x, kw))), torch.device('cpu'))
         if self._guest is not None: self._guest.settle()
         x,kw = self._arrange(x, kw, device)
         with Taps(self.module, layers) if layers and self.module is not None else nullcontext() as taps:
             o = Outputs.of(self.model(*x, **kw))
             feats = o.feats if taps is None else {**o.feats, **taps.pop()}
         if taps is None and not set(layers) <= set(feats): raise self._unseen(layers, feats)     # a function's answer brings its own
-        return Outputs(*(apply(v, lambda t: answer(t, device)) for v in (o.logits, feats, o.mask)))
+        return Outputs(*(map_tensors(v, lambda t: plain_output(t, device)) for v in (o.logits, feats, o.mask)))
 
     def _check_layers(self, layers):
         if not layers: return
@@ -213,12 +215,12 @@ class Teacher:
 
     def _arrange(self, x, kw, device):
         "The batch as the teacher needs it: by name or position, on its device, in its precision, in its normalisation and size"
-        if len(x) == 1 and isinstance(x[0], Mapping) and by_name(self.model, x[0]): x,kw = (),{**x[0], **kw}
-        if len(x) > 1 and is_hf(self.model) and not self._guest.seen: check_second(self.model, *x[:2])
-        self._check_images([t for t in tensors((x, kw)) if is_image(t)])
+        if len(x) == 1 and isinstance(x[0], Mapping) and takes_names(self.model, x[0]): x,kw = (),{**x[0], **kw}
+        if len(x) > 1 and is_hf(self.model) and not self._guest.seen: check_second_argument(self.model, *x[:2])
+        self._check_images([t for t in tensors_in((x, kw)) if is_image(t)])
         dtype = None
         if self._guest is not None: device,dtype,self._guest.seen = self._guest.place(device),self._guest.dtype,True
-        return apply((x, kw), lambda t: self._fit(t, device, dtype))
+        return map_tensors((x, kw), lambda t: self._fit(t, device, dtype))
 
     def _check_images(self, images):
         if self.stats is not None and self.input_stats is None and images:
@@ -235,7 +237,7 @@ class Teacher:
         plain = as_plain(x)
         t = plain.to(device)
         if is_image(t) and (self._by is not None or self.size is not None):
-            t = full(t)
+            t = full_precision(t)
             if self._by is not None: t = t*self._by[0].to(t) + self._by[1].to(t)
             if self.size not in (None, tuple(t.shape[2:])): t = F.interpolate(t, self.size, mode='bilinear', antialias=True)
         if dtype is not None and t.is_floating_point(): t = t.to(dtype)
@@ -247,143 +249,7 @@ DEFAULTS = {k: p.default for k,p in inspect.signature(Teacher).parameters.items(
 
 def unsaid(option, v): return v is DEFAULTS[option] or (option == 'layers' and not len(v))
 
-def is_image(t): return t.dim() == 4 and t.is_floating_point()
-
-def full(t): return t.float() if t.dtype.itemsize < 4 else t
-
-def answer(t, device):
+def plain_output(t, device):
     "What a model gave, as a plain tensor that losses can save for their backward pass"
     t = as_plain(t).detach().to(device)
     return t.clone() if t.is_inference() else t
-
-def tensors(o):
-    "All tensors in nested tuples, lists and mappings"
-    if isinstance(o, Tensor): yield o
-    elif isinstance(o, (tuple, list, Mapping)):
-        for v in (o.values() if isinstance(o, Mapping) else o): yield from tensors(v)
-
-def apply(o, fn):
-    "`fn` of all tensors in nested tuples, lists and mappings; whatever else there is stays"
-    if isinstance(o, Tensor): return fn(o)
-    if isinstance(o, Mapping): return {k: apply(v, fn) for k,v in o.items()}
-    return type(o)(apply(v, fn) for v in o) if type(o) in (tuple, list) else o
-
-
-class Guest:
-    "What a module is like before it teaches, and the way back"
-    def __init__(self, model, mode): self.model,self.mode = model,mode
-
-    def __enter__(self):
-        mods = list(self.model.modules())
-        self.modes = [(m, m.training) for m in mods if hasattr(m, 'training')]
-        self.buffers = [(m._buffers, k, b, b.clone() if b.layout == torch.strided else None)      # sparse ones can't be compared
-                        for m in mods for k,b in m._buffers.items() if b is not None]
-        self.states = [(m, state_of(m)) for m in mods if isinstance(m, nn.RNNBase) or callable(getattr(m, 'reset', None))]
-        self.dtype = next((p.dtype for p in self.model.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1), None)
-        self.params,self.batch,self.device,self.seen = [],None,None,False
-        self.settle()
-        return self
-
-    def settle(self):
-        "Every submodule in the mode asked for, at each batch: something in between may have changed it"
-        # subtle: the flag and not .eval(), which some models override to do more (merge adapters into weights, for one)
-        for m,_ in self.modes:
-            if m.training != (self.mode == 'train'): m.training = self.mode == 'train'
-
-    def place(self, device):
-        "Where a batch that is on `device` has to go: a teacher on the CPU comes to it, one that lives elsewhere stays"
-        if device != self.batch: self.batch,self.device = device,self._place(device)
-        return self.device
-
-    def _place(self, device):
-        at = dict.fromkeys(t.device for t in [*self.model.parameters(), *self.model.buffers()])
-        if not at or device in at and len(at) == 1: return device
-        if list(at) != [torch.device('cpu')]: return next(d for d in at if d.type != 'meta')
-        self.params = [(m._parameters, k, p, p.data, p.grad)
-                       for m in self.model.modules() for k,p in m._parameters.items() if p is not None]
-        for _,_,p,_,_ in self.params: p.grad = None
-        self.model.to(device)
-        for m,_ in self.states:
-            held = {k: v for k,v in state_of(m).items() if next(tensors(v), None) is not None}
-            vars(m).update({k: apply(v, lambda t: t.to(device)) for k,v in held.items()})
-        return device
-
-    def __exit__(self, *_):
-        for m,on in self.modes: m.training = on
-        for d,k,p,data,grad in self.params:     # the very tensors that were there, so that nothing was rounded or copied
-            p.data,p.grad = data,grad
-            if d[k] is not p: d[k] = p
-        for d,k,b,was in self.buffers:
-            if d[k] is not b: d[k] = b
-            if was is not None and not torch.equal(b, was): b.copy_(was)
-        for m,was in self.states: vars(m).update(was)
-
-
-def state_of(m):
-    "Hidden state and the like: of fastai's recurrent layers, and what PyTorch's keep beside their parameters"
-    return {k: list(v) if type(v) is list else v for k,v in vars(m).items() if k == '_flat_weights' or (k[0] != '_' and k != 'training')}
-
-
-# an ensemble
-
-def shares(weights, n):
-    "Weights that add up to 1"
-    w = [1.]*n if weights is None else [float(o) for o in weights]
-    if len(w) != n or min(w) < 0 or not 0 < sum(w) < float('inf'):
-        raise DistillError(f"weights={weights} of {n} teachers: one number each, none below 0, not all 0")
-    return [o/sum(w) for o in w]
-
-
-def mix(
-    logits, # of each member, equal shapes
-    weights, # of each member, adding up to 1
-    combine, kind, axis # as in `Teacher`
-):
-    "The answer of several teachers, as logits again"
-    for i,o in enumerate(logits):
-        if o.shape != logits[0].shape:
-            raise DistillError(f"Member {i} of the ensemble answers with shape {tuple(o.shape)}, member 0 with {tuple(logits[0].shape)}: "
-                               "they must be equal. Teacher(member, select=...) takes some of its classes; a function can resize.")
-    weights,logits = zip(*[(w, full(o)) for w,o in zip(weights, logits) if w > 0])
-    if combine == 'logits' or kind == 'regression': return sum(w*o for w,o in zip(weights, logits))
-    log_mean = lambda lps: torch.stack([lp+log(w) for lp,w in zip(lps, weights)]).logsumexp(0)
-    if kind == 'sigmoid': return log_mean(map(F.logsigmoid, logits)) - log_mean(F.logsigmoid(-o) for o in logits)
-    return log_mean(F.log_softmax(o, axis) for o in logits)
-
-
-# the statistics of images
-
-STATS = "possible are (mean, std), 'imagenet', 'auto', torchvision's weights (as in ResNet18_Weights.DEFAULT), and None"
-
-def stats_of(stats, model=None):
-    "(mean, std), each a tensor (C,) or (1,), from what `Teacher` takes as stats"
-    if stats is None: return None
-    if isinstance(stats, str): stats = named_stats(stats, model)
-    elif hasattr(stats, 'transforms'): stats = stats.transforms().mean,stats.transforms().std      # torchvision's weights
-    try: mean,std = [torch.as_tensor(as_plain(o), dtype=torch.float64).flatten().cpu() for o in stats]
-    except (TypeError, ValueError, RuntimeError) as e: raise DistillError(f"stats={stats!r}: {STATS}") from e
-    if len(mean) != len(std) or not (std > 0).all(): raise DistillError(f"stats={stats!r}: one mean, and one std above 0, for each channel")
-    return mean,std
-
-
-def named_stats(name, model):
-    if name == 'imagenet': return IMAGENET
-    if name != 'auto': raise DistillError(f"stats={name!r}: {STATS}")
-    if cfg := timm_cfg(model): return cfg['mean'],cfg['std']
-    raise DistillError(f"stats='auto': {type(model).__name__} does not tell what images it learnt from, as timm's models do and "
-                       "torchvision's don't. Give stats=(mean, std), its torchvision weights, or 'imagenet'.")
-
-
-def timm_cfg(model):
-    cfg = getattr(model, 'pretrained_cfg', None)
-    return cfg if isinstance(cfg, dict) and 'mean' in cfg and 'std' in cfg else None
-
-
-def affine(given, wanted):
-    "(factor, shift), each (C, 1, 1), from images normalised with `given` to `wanted`; None where these are the same"
-    (gm,gs),(wm,ws) = given,wanted
-    if 1 < len(gm) != len(wm) > 1:
-        raise DistillError(f"input_stats are of {len(gm)} channels, stats of {len(wm)}: it is the same images that the teacher sees")
-    factor,shift = torch.broadcast_tensors(gs/ws, (gm-wm)/ws)
-    if (factor-1).abs().max() < 1e-6 and shift.abs().max() < 1e-6: return None
-    return factor[:, None, None],shift[:, None, None]

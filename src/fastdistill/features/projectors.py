@@ -1,71 +1,15 @@
 "From the student's features to the teacher's: first a grid in common, then channels in common."
 import torch
 from torch import Tensor, nn
-import torch.nn.functional as F
-from .outputs import DistillError
-from .taps import as_map, as_tokens, as_vector, grid
+from ..outputs import DistillError
+from .shapes import to_grid
 
-__all__ = ['Projector', 'describe', 'projector', 'resize', 'to_grid']
+__all__ = ['Projector', 'describe_projector', 'projector']
 
-KINDS = 'auto', 'linear', 'conv', 'conv_bn', 'mlp'
+PROJECTORS = 'auto', 'linear', 'conv', 'conv_bn', 'mlp'
 MATCHES = 'shape', 'grid', 'none'
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
-SMOOTH = {1: 'linear', 2: 'bilinear', 3: 'trilinear'}
-
-
-# ---------------------------------------------------------------------------------------------------- a grid in common
-
-def resize(
-    x:Tensor, # (B, C, *grid)
-    size # the grid to bring it to
-) -> Tensor:
-    "Average-pool the axes that shrink, interpolate those that grow"
-    size,now = tuple(size),tuple(x.shape[2:])
-    less = tuple(map(min, zip(now, size)))
-    if less != now: x = POOL[len(size)](x, less)
-    return x if less == size else F.interpolate(x, size, mode=SMOOTH[len(size)])
-
-
-def to_grid(
-    s:Tensor, # student: (B, D), (B, L, D), (B, C, H, W) or (B, C, D, H, W)
-    like # shape of the teacher's tensor
-) -> Tensor:
-    "The student's features, with its own channels, on the teacher's grid: maps and tokens become each other"
-    dims = s.dim(),len(like)
-    if dims in ((2, 2), (3, 3)) and s.shape[1] == like[1]: return s
-    if dims[1] == 2 and dims[0] > 1: return as_vector(s)
-    if dims == (3, 3): return _tokens(s, like[1])
-    if dims == (4, 3): return _map_as_tokens(s, like[1])
-    if dims == (3, 4): s = as_map(s, like[2]/like[3])
-    return resize(s, like[2:])
-
-
-def _tokens(s, n):
-    "(B, L, D) as (B, n, D): over the picture if both are pictures, else along the sequence"
-    a,b = grid(s.shape[1]),grid(n)
-    if a is None or b is None: return resize(s.transpose(1, 2), (n,)).transpose(1, 2)
-    return _led(s[:, :a[0]], as_tokens(resize(as_map(s), b[1:])), b[0])
-
-
-def _map_as_tokens(s, n):
-    g = grid(n, s.shape[2]/s.shape[3])
-    if g is None:
-        raise DistillError(f"The student's map of shape {tuple(s.shape)} can't become the teacher's {n} tokens: these fill no "
-                           "grid of that height/width after class and register tokens. "
-                           "Pair maps with maps and sequences with sequences, or give a module as projector.")
-    return _led(s[:, :0, :0, 0], as_tokens(resize(s, g[1:])), g[0])
-
-
-def _led(lead, x, n):
-    "`x` after `n` class and register tokens: the student's, as far as it has them, then the mean of its picture"
-    lead = lead[:, :n]
-    mean = x.mean(1, keepdim=True).expand(-1, n - lead.shape[1], -1)
-    return torch.cat([lead, mean, x], 1) if lead.shape[1] else torch.cat([mean, x], 1)
-
-
-# ---------------------------------------------------------------------------------------------------- channels in common
 
 class _BatchNorm(nn.BatchNorm1d):
     "Of vectors and tokens: over the last axis"
@@ -76,13 +20,13 @@ def _mapper(kind, a, b, dims):
     "From `a` channels to `b`, position by position"
     n = dims-2 if dims > 3 else 0
     one = lambda i, o, **kw: CONV[n](i, o, 1, **kw) if n else nn.Linear(i, o, **kw)
-    if kind == 'auto': kind = _auto(dims)
+    if kind == 'auto': kind = _default_kind(dims)
     if kind == 'mlp': return nn.Sequential(one(a, b), nn.GELU(), one(b, b))
     if kind == 'conv_bn': return nn.Sequential(one(a, b, bias=False), NORM[n](b) if n else _BatchNorm(b))
     return one(a, b)
 
 
-def _auto(dims): return 'conv_bn' if dims > 3 else 'linear'
+def _default_kind(dims): return 'conv_bn' if dims > 3 else 'linear'
 
 
 class Projector(nn.Module):
@@ -90,9 +34,9 @@ class Projector(nn.Module):
     def __init__(self, s_shape, t_shape, kind, match):
         super().__init__()
         self.s_shape,self.t_shape,self.match = tuple(s_shape),tuple(t_shape),match
-        self.own,self.text = not isinstance(kind, str),describe(s_shape, t_shape, kind, match)
+        self.own,self.text = not isinstance(kind, str),describe_projector(s_shape, t_shape, kind, match)
         self.map = kind if self.own else None
-        if not self.own and _maps(s_shape, t_shape, kind, match):
+        if not self.own and _needs_mapping(s_shape, t_shape, kind, match):
             self.map = _mapper(kind, _channels(s_shape), _channels(t_shape), len(s_shape if match == 'none' else t_shape))
 
     def forward(
@@ -128,7 +72,7 @@ def _channels(shape): return shape[-1] if len(shape) == 3 else shape[1]
 
 def _places(shape): return (shape[1],) if len(shape) == 3 else tuple(shape[2:])
 
-def _maps(s_shape, t_shape, kind, match):
+def _needs_mapping(s_shape, t_shape, kind, match):
     "Is there anything to learn? A projector that was asked for by its kind is always built"
     return kind != 'auto' or (match == 'shape' and _channels(s_shape) != _channels(t_shape))
 
@@ -146,14 +90,14 @@ def projector(
     tokens get a linear layer; maps a 1x1 convolution and a batch norm, as in OFD (arXiv:1904.01866). No ReLU follows, as one
     does in CRD's code (arXiv:1910.10699): what a teacher has below 0 would be out of reach. A linear layer whose output is
     normalised is also what arXiv:2303.11098 recommends."""
-    check(s_shape, t_shape, kind, match)
+    check_projector(s_shape, t_shape, kind, match)
     return Projector(s_shape, t_shape, kind, match)
 
 
-def check(s_shape, t_shape, kind, match):
+def check_projector(s_shape, t_shape, kind, match):
     "Refuse what has no meaning"
-    if isinstance(kind, type) or not (callable(kind) or kind in KINDS):
-        raise DistillError(f"projector={kind!r}: possible are {', '.join(map(repr, KINDS))}, a module (not its class), a function")
+    if isinstance(kind, type) or not (callable(kind) or kind in PROJECTORS):
+        raise DistillError(f"projector={kind!r}: possible are {', '.join(map(repr, PROJECTORS))}, a module (not its class), a function")
     if match not in MATCHES: raise DistillError(f"match={match!r}: possible are {', '.join(map(repr, MATCHES))}")
     s,t = len(s_shape),len(t_shape)
     if not (2 <= s <= 5 and 2 <= t <= 5):
@@ -164,18 +108,18 @@ def check(s_shape, t_shape, kind, match):
                            "Pair it with a layer of the same kind (before or after the pooling), or give a module as projector.")
 
 
-def describe(s_shape, t_shape, kind='auto', match='shape') -> str:
+def describe_projector(s_shape, t_shape, kind='auto', match='shape') -> str:
     "In words, what `projector` makes for these shapes"
     if not isinstance(kind, str): return getattr(kind, '__name__', type(kind).__name__)
     parts = []
     if match != 'none' and (len(s_shape) != len(t_shape) or _places(s_shape) != _places(t_shape)):
-        parts.append(f'{_words(s_shape)} -> {_words(t_shape)}')
-    if _maps(s_shape, t_shape, kind, match):
-        named = _auto(len(s_shape if match == 'none' else t_shape)) if kind == 'auto' else kind
+        parts.append(f'{_size_in_words(s_shape)} -> {_size_in_words(t_shape)}')
+    if _needs_mapping(s_shape, t_shape, kind, match):
+        named = _default_kind(len(s_shape if match == 'none' else t_shape)) if kind == 'auto' else kind
         parts.append(f'{named} {_channels(s_shape)} -> {_channels(t_shape)}')
     return ', '.join(parts) or 'none'
 
 
-def _words(shape):
+def _size_in_words(shape):
     n = _places(shape)
     return 'vector' if len(shape) == 2 else f'{n[0]} tokens' if len(shape) == 3 else 'x'.join(map(str, n))

@@ -1,125 +1,29 @@
-"The same augmentation twice inside fastai's DataLoaders: item transforms, and batch transforms, by sample and view."
+"Batch transforms replayed sample by sample, and described in words."
 import inspect
-from dataclasses import dataclass
 from functools import partial
-from types import MethodType
 import numpy as np
 import torch
-from fastai.basics import ItemTransform, Pipeline, TfmdDL, Transform
-from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
-from fastai.tabular.core import ReadTabBatch, TabDataLoader
-from fastai.text.data import LMDataLoader, SortedDL
-from fastai.vision.augment import AffineCoordTfm, SpaceTfm, TensorImage
 from torch import Tensor
+from fastai.basics import ItemTransform, Pipeline, Transform
+from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
+from fastai.tabular.core import ReadTabBatch
+from fastai.vision.augment import AffineCoordTfm, SpaceTfm, TensorImage
+from ..cache.digests import code_of, fingerprint
 from ..cache.keys import hash_of
-from ..cache.manifest import code_of, fingerprint
-from ..generators import Generators, gives, kind, reached
 from ..outputs import DistillError
-from ..replay import PerSample, held, per_sample, seeded, seeds_of, untouched, view_of
-from .blocks import TeacherRow
-from .stream import in_a_row, is_stream
+from ..replay.generators import access_of, hands_out_generators, reachable
+from ..replay.per_sample import PerSample, per_sample
+from ..replay.seeds import RandomGuard, seeds_of
+from .stream import is_stream
 
-__all__ = ['Plan', 'attach', 'describe', 'detach', 'refuse_unindexed']
+__all__ = ['Replay', 'describe_transforms']
 
 FIXED = Normalize,IntToFloatTensor,ToTensor,ReadTabBatch    # no random numbers, each sample by itself
-
-
-@dataclass
-class Plan:
-    "Which sample, and which view of it, a DataLoader's index asks for"
-    keys:np.ndarray # (N,) uint64 by position in the dataset; while writing: by row
-    views:int # 0: nothing is replayed
-    seed:int
-    at:np.ndarray|None=None # (N,) row of each position (training); position of each row (writing)
-    cache:object=None # whose rows are fed; None while writing
-    epoch:int=0
-    random:bool=True # seed what is drawn
-    stream:bool=False # samples follow one another: all show the same view
-
-    def of(self, i):
-        "(positions, keys, views, rows) of indices, an array of them or one number"
-        if self.cache is None:
-            view,row = divmod(i, len(self.keys))
-            at,keys = self.at[row],self.keys[row]
-            return at,keys if isinstance(i, np.ndarray) else int(keys),view,None
-        keys = self.keys[i] if isinstance(i, np.ndarray) else int(self.keys[i])
-        return i,keys,view_of(keys*0 if self.stream else keys, self.epoch, self.views, self.seed),self.at[i]
 
 
 class Shown:
     "Which samples a batch was made of, in which views; no tensor, for what is on the GPU must not be waited for"
     def __init__(self, keys, views): self.keys,self.views = keys,views
-
-
-class Pair(tuple): "An item and its index"
-
-
-class Items:
-    "A DataLoader's `do_item` whose random numbers belong to the sample and the view"
-    def __init__(self, dl, plan):
-        self.dl,self.plan = dl,plan
-        self.look()
-
-    def look(self):
-        "Find the generators of the transforms' own: they may lie elsewhere in another epoch"
-        self.own = Generators(self.dl.after_item, self.dl.dataset)
-
-    def __call__(self, s):
-        s = 0 if s is None else int(s)
-        at,key,view,_ = self.plan.of(s)
-        item = self.make(int(at), key, int(view))
-        if item is None and self.plan.cache is None:
-            raise DistillError(f"Sample {at} is left out by its own transforms (SkipItemException): "
-                               "take it out of the data before caching.")
-        return None if item is None else Pair((item, s))
-
-    def make(self, at, key, view):
-        if not self.plan.random: return type(self.dl).do_item(self.dl, at)
-        seed = seeds_of(self.plan.seed, key, view)
-        with seeded(seed), self.own.seeded(seed): return type(self.dl).do_item(self.dl, at)
-
-
-class Cuts(Items):
-    "The same of a language model, whose samples are cut from texts in a row: each view has an order of the texts"
-    view = None
-
-    def make(self, at, key, view):
-        if view != self.view: self.view,self.chunks = view,self.row(view)
-        was,self.dl.chunks = self.dl.chunks,self.chunks
-        try: return super().make(at, key, view)
-        finally: self.dl.chunks = was
-
-    def row(self, view):
-        seed,n = seeds_of(self.plan.seed, view),len(self.dl.items)
-        order = np.random.default_rng(seed).permutation(n) if self.plan.views else np.arange(n)
-        return in_a_row(self.dl, order.tolist(), partial(self.text, seed))
-
-    def text(self, seed, i):
-        "Text `i`, whose random numbers are not those of a sample that is cut from it"
-        get = lambda: self.dl.items.tfm(self.dl.items.coll[i])
-        if not self.plan.random: return get()
-        with seeded(s := seeds_of(seed, i)), self.own.seeded(s): return get()
-
-
-class Batches:
-    "A DataLoader's `do_batch` that adds stored rows and indices to the batch"
-    def __init__(self, dl, plan, own): self.dl,self.plan,self.own = dl,plan,own
-
-    def __call__(self, b):
-        make = self.own or partial(type(self.dl).do_batch, self.dl)
-        if not isinstance(b[0], Pair): return make(b)       # of a DataLoader made with `dl.new()`, which takes this along
-        cache,(_,keys,views,at) = self.plan.cache,self.plan.of(np.array([s for _,s in b]))
-        rows = np.zeros((len(b), 0), np.uint8) if cache is None else cache.rows(at, views)
-        return make([o for o,_ in b]),TeacherRow(torch.from_numpy(rows)),Shown(keys, views)
-
-
-def create_batches(self, samps):
-    "A DataLoader's own, with the global generators put back once for each batch"
-    batches = type(self).create_batches(self, samps)
-    while True:
-        with held(): b = next(batches, None)
-        if b is None: return
-        yield b
 
 
 class Replay(Pipeline):
@@ -149,7 +53,7 @@ class Replay(Pipeline):
 
 def draws_alone(f):
     "Has a transform a generator of its own, or numbers for each place of a batch? Then it sees one sample at a time"
-    return any(kind(o) or gives(o) or (place[2] == 'draw' and isinstance(o, (list, tuple))) for place,o,_ in reached([f]))
+    return any(access_of(o) or hands_out_generators(o) or (place[2] == 'draw' and isinstance(o, (list, tuple))) for place,o,_ in reachable([f]))
 
 
 def replay_one(f, b, seeds, split_idx, alone):
@@ -177,7 +81,7 @@ def replay_drawn(f, b, x, seeds, split_idx):
     like = TensorImage(torch.empty(1).expand(n, *x.shape[1:]))
     like.__dict__.update(x.__dict__)        # img_size, if it has one
     # subtle: fastai's tensor types would take many times longer for each small operation, and say nothing here
-    with untouched() as u, PerSample(np.resize(seeds, n)), torch._C.DisableTorchFunctionSubclass(): f.before_call((like,), split_idx)
+    with RandomGuard() as u, PerSample(np.resize(seeds, n)), torch._C.DisableTorchFunctionSubclass(): f.before_call((like,), split_idx)
     if u.moved: return by_sample(f, b, seeds, split_idx)        # something draws otherwise (batch=True)
     if not f.do: return b
     parts = [f, *getattr(f, 'coord_fs', []), *getattr(f, 'fs', [])]
@@ -218,58 +122,7 @@ def flat(b):
 
 def b_of(o, b): return tuple(o) if isinstance(b, tuple) else o[0]
 
-
-# putting it into a DataLoader, and taking it out
-
-def attach(
-    dl, plan,
-    source=None # the DataLoader that makes the items, if not `dl` itself
-):
-    "Have `dl` replay `plan`; the DataLoader stays the same object, so that whoever holds it sees it"
-    detach(dl)
-    refuse_unindexed(dl)
-    assert dl.n_inp         # subtle: learnt from a first batch, which must be one without rows
-    own = dl.__dict__.get('do_batch')
-    dl.do_batch,dl.do_item = Batches(dl, plan, own),(Cuts if plan.stream else Items)(source or dl, plan)
-    # subtle: a bound method, which `dl.new()` leaves behind
-    if plan.random: dl.create_batches = MethodType(create_batches, dl)
-    dl.after_batch = Replay(dl.after_batch, plan)
-    return dl
-
-
-def detach(dl):
-    "Take it out again; safe to call twice, and on a copy of what was attached"
-    if not isinstance(dl.__dict__.get('do_item'), Items): return
-    del dl.__dict__['do_item']
-    dl.__dict__.pop('create_batches', None)
-    own = dl.__dict__.pop('do_batch').own
-    if own is not None: dl.do_batch = own
-    pipe = dl.after_batch
-    if isinstance(pipe, Replay): pipe.own.fs,dl.after_batch = pipe.fs,pipe.own
-
-
-def refuse_unindexed(dl):
-    "What has no samples to keep outputs for, is refused in words"
-    what = type(dl).__name__
-    if not hasattr(dl, 'after_batch') or not hasattr(dl, 'do_item'):
-        raise DistillError(f"{what} is no fastai DataLoader: write with cache_dataset(teacher, dataset, path) and train with "
-                           "Replayed(dataset, cache).")
-    if dl.bs is None: raise DistillError(f"{what} goes through ready-made batches (bs=None): a stored output belongs to a sample.")
-    if not dl.indexed:
-        raise DistillError(f"{what} goes through data that can only be iterated: a stored output belongs to a sample, and these have "
-                           "no indices. Use a dataset with __getitem__ and __len__.")
-    base = next(c for c in type(dl).__mro__ if c in KNOWN)
-    if own := [m for m in ('create_item', 'create_batch', 'do_item', 'do_batch') if getattr(type(dl), m) is not getattr(base, m)]:
-        raise DistillError(f"{what} makes its batches in a way of its own ({', '.join(own)}), which could not be repeated: "
-                           "do it in the dataset or in a transform.")
-
-
-KNOWN = LMDataLoader,SortedDL,TabDataLoader,TfmdDL
-
-
-# saying which transforms there are
-
-def describe(dl) -> dict:
+def describe_transforms(dl) -> dict:
     "Name -> in words, of each transform that replay repeats; `Normalize` is not among them, for each model may have its own"
     out = {}
     if is_stream(dl): out['stream'] = f'{dl.bs} rows of {dl.bl} tokens, {dl.seq_len} at a time'
@@ -294,7 +147,7 @@ def name_each(out, where, fs):
         out[name if not n else f'{name} #{n+1}'] = in_words(f)
 
 
-STATE = {'self', 'counter', 'lengths'}       # of what was seen, not of what is done
+PASSING_STATE = {'self', 'counter', 'lengths'}       # of what was seen, not of what is done
 
 
 def in_words(o, depth=6):
@@ -311,7 +164,7 @@ def in_words(o, depth=6):
         if len(o) > 50: return f'{type(o).__name__} of {len(o)}, {hash_of(repr(list(o)).encode()):x}'
         return f'[{", ".join(map(say, o))}]'
     named = set(inspect.signature(type(o).__init__).parameters) | {'aff_fs', 'coord_fs', 'fs'}
-    said = [f'{k}={say(v)}' for k,v in sorted(getattr(o, '__dict__', {}).items()) if k in named-STATE and not inspect.ismethod(v)]
+    said = [f'{k}={say(v)}' for k,v in sorted(getattr(o, '__dict__', {}).items()) if k in named-PASSING_STATE and not inspect.ismethod(v)]
     return f'{type(o).__name__}({", ".join([*own_code(o), *said])})'
 
 

@@ -1,0 +1,63 @@
+"Fingerprints of weights, inputs and code."
+import hashlib, importlib.metadata, inspect, platform
+import numpy as np
+import torch
+from torch import Tensor
+from .keys import hash_of
+
+__all__ = ['checksum', 'code_of', 'fingerprint', 'flat_values', 'input_digest', 'versions']
+
+
+def checksum(data) -> str: return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def fingerprint(
+    *states # state_dicts, arrays, texts
+) -> str:
+    "Of weights (or anything else): names, shapes, types and every byte"
+    h = hashlib.blake2b(digest_size=16)
+    for o in states: _feed(h, o)
+    return h.hexdigest()
+
+
+def _feed(h, o):
+    if isinstance(o, dict):
+        for k,v in o.items(): h.update(f'{k}='.encode()); _feed(h, v)
+    elif isinstance(o, Tensor):
+        t = o.detach().cpu().contiguous()
+        h.update(f'{t.dtype} {tuple(t.shape)} '.encode())
+        h.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()) if t.numel() else b'')
+    elif isinstance(o, np.ndarray): h.update(f'{o.dtype} {o.shape} '.encode() + np.ascontiguousarray(o).tobytes())
+    # an object that only says where it is, says nothing
+    else: h.update((r if ' at 0x' not in (r := repr(o)) else type(o).__qualname__).encode())
+
+
+def flat_values(o):
+    "The tensors, arrays and numbers in a nested item"
+    if isinstance(o, dict): return [v for k in o for v in flat_values(o[k])]
+    if isinstance(o, (tuple, list)): return [v for p in o for v in flat_values(p)]
+    if hasattr(o, 'tobytes') and hasattr(o, 'mode'): return [np.asarray(o)]
+    return [o]
+
+
+def input_digest(item):
+    "Of the input in an item: the first part of a tuple, and all of anything else"
+    return fingerprint(*flat_values(first_part(item)))
+
+def first_part(o): return o[0] if isinstance(o, (tuple, list)) else o
+
+
+def code_of(f):
+    "A function's or class's name, and a fingerprint of its code"
+    name = getattr(f, '__qualname__', repr(type(f)))
+    try: return f'{name} {hash_of(inspect.getsource(f).encode()):x}'
+    except (TypeError, OSError): return name
+
+
+def versions() -> dict:
+    "Of what makes the numbers: PyTorch, and the libraries that transforms come from"
+    out = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
+    for name in ('pillow', 'torchvision', 'fastai'):
+        try: out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError: pass
+    return out

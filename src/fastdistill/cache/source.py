@@ -1,0 +1,67 @@
+"What is cached: a teacher and its data, as the writer sees them, and whether their outputs can be stored at all."
+import inspect, warnings
+from dataclasses import dataclass
+import numpy as np
+from ..outputs import DistillError, DistillWarning
+from .digests import fingerprint
+
+__all__ = ['Source', 'check_alone', 'identity_of', 'spread_positions', 'unrepeatable']
+
+
+@dataclass
+class Source:
+    "What a face knows about teacher and data"
+    keys:np.ndarray # (N,) uint64 in the order in which rows are stored
+    run:object # fn(tasks, bs) -> generator of `Outputs`, one for each `bs` tasks; task number view*N + position
+    bs:int
+    teacher:dict # what goes into the manifest, see there
+    transforms:dict
+    root:str=''
+    vocab:list|None=None
+    samples:list|None=None
+
+
+def spread_positions(n, k=4): return np.unique(np.linspace(0, n-1, min(k, n), dtype=int))
+
+
+def check_alone(run, n):
+    "The teacher's answer to a sample must not depend on its neighbours"
+    tasks = spread_positions(n, 4)
+    half = tasks[::2]
+    a,b = [next(run(t, len(t))).logits for t in (tasks, half)]
+    tol = 1e-3 if a.dtype.itemsize > 2 else .03
+    a,b = a[::2].float(),b.float()
+    if a.shape != b.shape or not a.isfinite().any(): return       # padded to another length, or nan: the layout will see
+    if (far := (a-b).abs().nan_to_num().max().item()) > tol*(1 + a[a.isfinite()].abs().max().item()):
+        raise DistillError(f"The teacher's answer to a sample differs by {far:.3g} with other samples in its batch: it is in training "
+                           "mode, has a memory, or a batch transform looks at the whole batch. Stored answers would belong to no sample: "
+                           "use a live teacher.")
+
+
+def unrepeatable(what, i):
+    return (f"{what} gave sample {i} two different results from the same random seed: something in them draws from a generator that can't "
+            "be found (made anew for each sample, or out of a library's sight), the clock or os.urandom, or counts its calls. "
+            "Make it draw from random, numpy.random or torch, or use views=0.")
+
+
+def identity_of(teacher) -> dict:
+    "What a manifest says about a teacher: its name, its weights' fingerprint, and how it is asked"
+    options = options_of(teacher)
+    name = getattr(teacher, 'name', None) or getattr(teacher, '__name__', type(teacher).__name__)
+    shares = str(getattr(teacher, 'weights', None))     # of an ensemble's members
+    if modules := getattr(teacher, 'modules', None):
+        return dict(name=name, weights=fingerprint(*(m.state_dict() for m in modules), shares), **options)
+    if path := getattr(teacher, 'path', None): return dict(name=name, weights=fingerprint(path.read_bytes()), **options)
+    fn = getattr(teacher, 'model', teacher)
+    try: text = inspect.getsource(fn if inspect.isroutine(fn) else type(fn))
+    except (TypeError, OSError): text = ''
+    warnings.warn(DistillWarning(f"The weights behind {name} can't be seen: a cache of it is taken for the same teacher's as long as its "
+                                 "code is the same. Pass Teacher(model) where there is a model."))
+    return dict(name=name, weights=fingerprint(text), **options)
+
+
+def options_of(teacher) -> dict:
+    "How a teacher is asked, and its members if it has some"
+    out = {k: str(getattr(teacher, k)) for k in ('layers', 'mode', 'size', 'combine', 'kind', 'axis', 'select') if hasattr(teacher, k)}
+    if members := getattr(teacher, 'members', None): return {**out, 'members': [options_of(m) for m in members]}
+    return {**out, 'images': teacher.adapts} if getattr(teacher, 'adapts', '') else out

@@ -1,0 +1,4 @@
+"The `fastdistill` command."
+from .app import app, main
+
+__all__ = ['app', 'main']

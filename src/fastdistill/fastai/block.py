@@ -1,0 +1,60 @@
+"A teacher's output beside the label: the neutral block."
+import numpy as np
+import torch
+from torch import Tensor
+from fastai.basics import ItemTransform, TensorBase, TransformBlock
+from ..outputs import DistillError, as_plain
+
+__all__ = ['TeacherBlock', 'TeacherRow', 'TeacherTarget', 'ToTeacherTarget']
+
+GIVEN = ('logits', 'probabilities', 'label_probabilities')
+
+
+class TeacherTarget(TensorBase):
+    "What a teacher says about an item: a type of its own, so that no transform of images, masks or categories touches it"
+    def show(self, ctx=None, **kwargs): return ctx
+
+
+class TeacherRow(TeacherTarget): "The same as bytes, as a cache stores it"
+
+
+class ToTeacherTarget(ItemTransform):
+    "Anything that holds numbers (array, list, tuple, tensor, a row of a table) as a `TeacherTarget`"
+    _retain,order = False,1
+
+    def __init__(self, given, n_out, names):
+        super().__init__()
+        self.teacher_given,self.n_out,self.teacher_names = given,n_out,names
+
+    def encodes(self, o):
+        t = torch.as_tensor(np.asarray(o), dtype=torch.float32) if not isinstance(o, Tensor) else as_plain(o).float()
+        want = len(self.teacher_names) if self.teacher_names else self.n_out
+        if want is not None and (t.dim() == 0 or t.shape[0] != want):
+            raise DistillError(f"A teacher's target has shape {tuple(t.shape)}, TeacherBlock expects {want} values. "
+                               "Does the getter return one row for each item?")
+        if not t.isfinite().all(): raise DistillError("A teacher's target holds nan or infinite values: leave its item out, or mend it.")
+        return TeacherTarget(to_logits(t, self.teacher_given))
+
+
+def to_logits(t, given):
+    "Logits whose softmax (or sigmoid) gives the probabilities `t` again"
+    if given == 'logits': return t
+    if t.min() < 0 or t.max() > 1:
+        raise DistillError(f"given={given!r}, but a teacher's target goes from {t.min():g} to {t.max():g}: use given='logits'.")
+    if given == 'probabilities': return log_clamped(t)
+    return log_clamped(t) - log_clamped(1-t)
+
+
+def log_clamped(p): return p.clamp_min(torch.finfo(p.dtype).tiny).log()
+
+
+class TeacherBlock(TransformBlock):
+    "A block for a teacher's outputs: `DataBlock((ImageBlock, CategoryBlock, TeacherBlock), get_y=[label, row])` gives (x, (y, y_teacher))"
+    def __init__(
+        self,
+        given:str='logits', # what the rows are: 'logits', 'probabilities' (over classes), 'label_probabilities' (one for each label)
+        n_out:int|None=None, # how many values a row has, checked for each
+        vocab=None # names of the teacher's classes in the order of a row; mapped by name to the labels' own order
+    ):
+        if given not in GIVEN: raise DistillError(f"TeacherBlock(given={given!r}): possible are {', '.join(map(repr, GIVEN))}")
+        super().__init__(type_tfms=ToTeacherTarget(given, n_out, None if vocab is None else list(map(str, vocab))))

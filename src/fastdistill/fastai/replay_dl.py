@@ -1,0 +1,156 @@
+"A DataLoader whose random transforms repeat the views of a cache."
+from dataclasses import dataclass
+from functools import partial
+from types import MethodType
+import numpy as np
+import torch
+from fastai.basics import TfmdDL
+from fastai.tabular.core import TabDataLoader
+from fastai.text.data import LMDataLoader, SortedDL
+from ..outputs import DistillError
+from ..replay.generators import Generators
+from ..replay.seeds import restored_once, seeded, seeds_of, view_of
+from .block import TeacherRow
+from .stream import in_a_row
+from .transforms import Replay, Shown
+
+__all__ = ['Plan', 'attach', 'detach', 'refuse_unindexed']
+
+
+@dataclass
+class Plan:
+    "Which sample, and which view of it, a DataLoader's index asks for"
+    keys:np.ndarray # (N,) uint64 by position in the dataset; while writing: by row
+    views:int # 0: nothing is replayed
+    seed:int
+    at:np.ndarray|None=None # (N,) row of each position (training); position of each row (writing)
+    cache:object=None # whose rows are fed; None while writing
+    epoch:int=0
+    random:bool=True # seed what is drawn
+    stream:bool=False # samples follow one another: all show the same view
+
+    def of(self, i):
+        "(positions, keys, views, rows) of indices, an array of them or one number"
+        if self.cache is None:
+            view,row = divmod(i, len(self.keys))
+            at,keys = self.at[row],self.keys[row]
+            return at,keys if isinstance(i, np.ndarray) else int(keys),view,None
+        keys = self.keys[i] if isinstance(i, np.ndarray) else int(self.keys[i])
+        return i,keys,view_of(keys*0 if self.stream else keys, self.epoch, self.views, self.seed),self.at[i]
+
+
+class IndexedItem(tuple): "An item and its index"
+
+
+class Items:
+    "A DataLoader's `do_item` whose random numbers belong to the sample and the view"
+    def __init__(self, dl, plan):
+        self.dl,self.plan = dl,plan
+        self.look()
+
+    def look(self):
+        "Find the generators of the transforms' own: they may lie elsewhere in another epoch"
+        self.own = Generators(self.dl.after_item, self.dl.dataset)
+
+    def __call__(self, s):
+        s = 0 if s is None else int(s)
+        at,key,view,_ = self.plan.of(s)
+        item = self.make(int(at), key, int(view))
+        if item is None and self.plan.cache is None:
+            raise DistillError(f"Sample {at} is left out by its own transforms (SkipItemException): "
+                               "take it out of the data before caching.")
+        return None if item is None else IndexedItem((item, s))
+
+    def make(self, at, key, view):
+        if not self.plan.random: return type(self.dl).do_item(self.dl, at)
+        seed = seeds_of(self.plan.seed, key, view)
+        with seeded(seed), self.own.seeded(seed): return type(self.dl).do_item(self.dl, at)
+
+
+class Cuts(Items):
+    "The same of a language model, whose samples are cut from texts in a row: each view has an order of the texts"
+    view = None
+
+    def make(self, at, key, view):
+        if view != self.view: self.view,self.chunks = view,self.row(view)
+        was,self.dl.chunks = self.dl.chunks,self.chunks
+        try: return super().make(at, key, view)
+        finally: self.dl.chunks = was
+
+    def row(self, view):
+        seed,n = seeds_of(self.plan.seed, view),len(self.dl.items)
+        order = np.random.default_rng(seed).permutation(n) if self.plan.views else np.arange(n)
+        return in_a_row(self.dl, order.tolist(), partial(self.text, seed))
+
+    def text(self, seed, i):
+        "Text `i`, whose random numbers are not those of a sample that is cut from it"
+        get = lambda: self.dl.items.tfm(self.dl.items.coll[i])
+        if not self.plan.random: return get()
+        with seeded(s := seeds_of(seed, i)), self.own.seeded(s): return get()
+
+
+class Batches:
+    "A DataLoader's `do_batch` that adds stored rows and indices to the batch"
+    def __init__(self, dl, plan, own): self.dl,self.plan,self.own = dl,plan,own
+
+    def __call__(self, b):
+        make = self.own or partial(type(self.dl).do_batch, self.dl)
+        if not isinstance(b[0], IndexedItem): return make(b)       # of a DataLoader made with `dl.new()`, which takes this along
+        cache,(_,keys,views,at) = self.plan.cache,self.plan.of(np.array([s for _,s in b]))
+        rows = np.zeros((len(b), 0), np.uint8) if cache is None else cache.rows(at, views)
+        return make([o for o,_ in b]),TeacherRow(torch.from_numpy(rows)),Shown(keys, views)
+
+
+def create_batches(self, samps):
+    "A DataLoader's own, with the global generators put back once for each batch"
+    batches = type(self).create_batches(self, samps)
+    while True:
+        with restored_once(): b = next(batches, None)
+        if b is None: return
+        yield b
+
+
+def attach(
+    dl, plan,
+    source=None # the DataLoader that makes the items, if not `dl` itself
+):
+    "Have `dl` replay `plan`; the DataLoader stays the same object, so that whoever holds it sees it"
+    detach(dl)
+    refuse_unindexed(dl)
+    assert dl.n_inp         # subtle: learnt from a first batch, which must be one without rows
+    own = dl.__dict__.get('do_batch')
+    dl.do_batch,dl.do_item = Batches(dl, plan, own),(Cuts if plan.stream else Items)(source or dl, plan)
+    # subtle: a bound method, which `dl.new()` leaves behind
+    if plan.random: dl.create_batches = MethodType(create_batches, dl)
+    dl.after_batch = Replay(dl.after_batch, plan)
+    return dl
+
+
+def detach(dl):
+    "Take it out again; safe to call twice, and on a copy of what was attached"
+    if not isinstance(dl.__dict__.get('do_item'), Items): return
+    del dl.__dict__['do_item']
+    dl.__dict__.pop('create_batches', None)
+    own = dl.__dict__.pop('do_batch').own
+    if own is not None: dl.do_batch = own
+    pipe = dl.after_batch
+    if isinstance(pipe, Replay): pipe.own.fs,dl.after_batch = pipe.fs,pipe.own
+
+
+def refuse_unindexed(dl):
+    "What has no samples to keep outputs for, is refused in words"
+    what = type(dl).__name__
+    if not hasattr(dl, 'after_batch') or not hasattr(dl, 'do_item'):
+        raise DistillError(f"{what} is no fastai DataLoader: write with cache_dataset(teacher, dataset, path) and train with "
+                           "Replayed(dataset, cache).")
+    if dl.bs is None: raise DistillError(f"{what} goes through ready-made batches (bs=None): a stored output belongs to a sample.")
+    if not dl.indexed:
+        raise DistillError(f"{what} goes through data that can only be iterated: a stored output belongs to a sample, and these have "
+                           "no indices. Use a dataset with __getitem__ and __len__.")
+    base = next(c for c in type(dl).__mro__ if c in KNOWN_LOADERS)
+    if own := [m for m in ('create_item', 'create_batch', 'do_item', 'do_batch') if getattr(type(dl), m) is not getattr(base, m)]:
+        raise DistillError(f"{what} makes its batches in a way of its own ({', '.join(own)}), which could not be repeated: "
+                           "do it in the dataset or in a transform.")
+
+
+KNOWN_LOADERS = LMDataLoader,SortedDL,TabDataLoader,TfmdDL

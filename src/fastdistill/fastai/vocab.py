@@ -1,0 +1,83 @@
+"Names of classes, tokens and categories, and whose order they are in."
+from dataclasses import dataclass
+import torch
+from torch import Tensor
+from fastai.basics import is_listy, nested_attr
+from ..outputs import DistillError
+from .stream import is_stream
+
+__all__ = ['CODES', 'ClassMap', 'describe_difference', 'map_classes', 'stored_order', 'vocab_of']
+
+
+def vocab_of(dls):
+    "Names of the classes, in the order of the outputs; None where there are none"
+    v = None if is_stream(dls.train) else getattr(dls, 'vocab', None)
+    if v is None: v = nested_attr(dls, 'train.after_item.vocab')        # codes of masks
+    if v is None or isinstance(v, dict): return None
+    if len(v) and all(hasattr(o, '__len__') and not isinstance(o, str) for o in v): v = v[-1]   # one for each block, as (tokens, classes)
+    return list(map(str, v))
+
+
+@dataclass
+class ClassMap:
+    "How the student's classes are found among the teacher's"
+    same:bool # the same classes in the same order
+    order:list|None # the teacher's position of each of the student's classes; None where `same`, or where some are missing
+    missing:list # classes that the teacher does not have
+    extra:list # classes that only the teacher has
+
+
+def map_classes(
+    student, # names of the student's classes, in the order of its outputs; None if they have none
+    teacher # of the teacher's
+) -> ClassMap|None:
+    "The one place where class orders are compared; None where one of the two has no names"
+    if student is None or teacher is None: return None
+    student,teacher = list(map(str, student)),list(map(str, teacher))
+    missing,extra = [c for c in student if c not in teacher],[c for c in teacher if c not in student]
+    same = student == teacher
+    return ClassMap(same, None if same or missing else [teacher.index(c) for c in student], missing, extra)
+
+
+def stored_order(
+    teacher, # names of the classes in stored outputs, in their order
+    student # vocab of the labels
+) -> Tensor|None:
+    "The stored column of each of the labels' classes; None if the order is the same. What can't be mapped is refused"
+    if student is None:
+        raise DistillError("The teacher's classes have names, but the labels have no vocab to map them to: leave vocab= out.")
+    found = map_classes(student[-1] if len(student) and isinstance(student[-1], (list, tuple)) else student, teacher)
+    if found.missing:
+        raise DistillError(f"The teacher doesn't know the class(es) {', '.join(found.missing[:5])}: "
+                           f"it has {', '.join(teacher[:10])}{' ...' if len(teacher) > 10 else ''}.")
+    if found.extra:
+        raise DistillError(f"The teacher has {len(teacher)} classes, the labels {len(teacher)-len(found.extra)}: probabilities would no "
+                           f"longer sum to 1. Leave out {', '.join(found.extra[:5])} (Teacher(model, select=...) does).")
+    return None if found.order is None else torch.tensor(found.order)
+
+
+def tokens(dls):
+    v = getattr(dls, 'vocab', None)
+    if v is None: return None
+    if is_stream(dls.train): return list(v)
+    return list(v[0]) if is_listy(v) and len(v) > 1 and is_listy(v[0]) else None
+
+
+def categories(dls):
+    c = getattr(dls, 'classes', None)
+    return {k: list(v) for k,v in c.items()} if isinstance(c, dict) and c else None
+
+
+def scales(dls):
+    "Means and standard deviations of a table's columns"
+    p = next((p for p in getattr(getattr(dls, 'procs', None), 'fs', []) if hasattr(p, 'means') and hasattr(p, 'stds')), None)
+    return None if p is None else {k: (round(float(p.means[k]), 5), round(float(p.stds[k]), 5)) for k in p.means}
+
+
+CODES = {'tokens': tokens, 'categories': categories, 'columns of numbers': scales}
+
+
+def describe_difference(s, t):
+    if isinstance(s, dict): return 'in ' + ', '.join([k for k in s if s.get(k) != t.get(k)][:3] or ['names'])
+    if len(s) != len(t): return f'{len(s)} and {len(t)} of them'
+    return 'first {!r} and {!r}'.format(*next((x, y) for x,y in zip(s, t) if x != y))

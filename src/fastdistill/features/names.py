@@ -1,0 +1,107 @@
+"Layers of a model by name: wrappers taken off, names and globs resolved, layers listed."
+import difflib, re
+from dataclasses import dataclass
+from torch import nn
+from torch.nn.parameter import is_lazy
+from ..outputs import DistillError
+
+__all__ = ['LayerInfo', 'LayerTree', 'layer_tree', 'named', 'resolve', 'text_table', 'unwrap']
+
+WRAPPERS = nn.parallel.DistributedDataParallel, nn.DataParallel
+SUFFIXES = {'in': "what goes into the layer", 'pre': "the output, copied before a following in-place layer can overwrite it",
+       'map': "tokens, or a channels-last output, as (B, C, H, W)", 'tokens': "a channels-first output as (B, L, D)",
+       'mean': "the mean over positions, a vector"}
+
+
+def unwrap(model:nn.Module):
+    "The model inside DDP, DataParallel and torch.compile"
+    while True:
+        if isinstance(model, WRAPPERS): model = model.module
+        elif isinstance(model, nn.Module) and '_orig_mod' in model._modules: model = model._orig_mod
+        else: return model
+
+
+def named(model):
+    "Dotted name -> layer of the model inside its wrappers, shared layers under each of their names"
+    inner = unwrap(model)
+    if not isinstance(inner, nn.Module): return dict(getattr(inner, 'named_modules', dict)())      # a teacher: several models, or none
+    have = dict(inner.named_modules(remove_duplicate=False))
+    if any('_orig_mod' in n for n in have):      # a compiled part has the name of what it compiles
+        have = {re.sub(r'(^|\.)_orig_mod(?=\.|$)', '', n): m for n,m in have.items()}
+    return have
+
+
+def _regex(glob):
+    "A glob over dotted names: `*` and `?` stay within one level, `**` crosses levels, [..] is a set"
+    wild = {'**': '.*', '*': '[^.]*', '?': '[^.]'}
+    parts = re.split(r'(\*\*|\*|\?|\[[^\]]*\])', glob)
+    return ''.join(wild.get(p) or (p.replace('[!', '[^') if p[:1] == '[' else re.escape(p)) for p in parts)
+
+
+def resolve(
+    model:nn.Module, # wrapped or not: names are those of the inner model
+    pattern:str # a dotted name or a glob ('layer?', '0.*', 'blocks.**.attn'), then perhaps @in, @pre, @map or @tokens
+) -> list:
+    "The names that `pattern` stands for, in the model's order, each with its suffix"
+    return resolve_among(model, named(model), pattern)
+
+
+def resolve_among(model, have, pattern):
+    glob,*how = pattern.split('@')
+    if wrong := [h for h in how if h not in SUFFIXES]:
+        raise DistillError(f"{pattern!r} ends in @{wrong[0]}. Possible are "
+                           f"{'; '.join(f'@{k} ({v})' for k,v in SUFFIXES.items())}.")
+    found = [glob] if glob in have else [n for n in have if n and re.fullmatch(_regex(glob), n)]
+    if not found: raise DistillError(no_such_layer(model, glob, list(have)))
+    return ['@'.join([n, *how]) for n in found]
+
+
+def no_such_layer(model, name, have):
+    near = [n for n in have if n.endswith('.'+name)]
+    near = list(dict.fromkeys(near + difflib.get_close_matches(name, have, 5)))[:5]
+    hint = f" Nearest: {', '.join(map(repr, near))}." if near else ''
+    return f"No layer {name!r} in {type(unwrap(model)).__name__}.{hint} It has:\n{layer_tree(model).brief()}"
+
+
+@dataclass
+class LayerInfo:
+    "One layer of a model"
+    name:str # dotted
+    kind:str # its class
+    shape:tuple|None # of what comes out; None if it did not run, or without an input to run it on
+    params:int # parameters in it and in the layers below it
+
+    @property
+    def depth(self): return self.name.count('.') + 1
+
+
+def text_table(head, rows):
+    "Rows as lines of text, columns aligned"
+    rows = [[str(o) for o in r] for r in [head, *rows]]
+    wide = [max(map(len, c)) for c in zip(*rows)]
+    lines = ['  '.join(o.ljust(w) for o,w in zip(r, wide)).rstrip() for r in rows]
+    return '\n'.join([lines[0], '-'*max(map(len, lines)), *lines[1:]])
+
+
+class LayerTree(list):
+    "The layers of a model as a list of `LayerInfo`; printed, a table"
+    def __str__(self):
+        rows = [('  '*(l.depth-1) + l.name, l.kind, '' if l.shape is None else l.shape, f'{l.params:,}') for l in self]
+        return text_table(('layer', 'kind', 'output', 'parameters'), rows)
+    __repr__ = __str__
+
+    def brief(self, n=40):
+        "As many levels as fit in `n` lines"
+        fits = [d for d in range(1, 10) if sum(l.depth <= d for l in self) <= n]
+        shown = [l for l in self if l.depth <= max(fits, default=1)]
+        more = len(self) - len(shown[:n])
+        return str(LayerTree(shown[:n])) + (f'\n... and {more} more: layers(model) lists them' if more else '')
+
+
+def layer_tree(
+    model:nn.Module,
+    shapes=None # module -> shape of its output, of those that ran
+) -> LayerTree:
+    "Every layer of the model with its class, output shape and number of parameters"
+    count = lambda m: sum(p.numel() for p in m.parameters() if not is_lazy(p))
+    return LayerTree(LayerInfo(n, type(m).__name__, (shapes or {}).get(m), count(m)) for n,m in named(model).items() if n)

@@ -1,0 +1,165 @@
+"Which layer of the student learns from which layer of the teacher: as asked, or proposed from one look at each model."
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from torch import Tensor, nn
+from ..outputs import DistillError, Outputs
+from .names import named, resolve, text_table
+from .probe import dry_run
+from .projectors import describe_projector
+from .shapes import grid
+from .stages import image_size, is_picture, stages
+from .taps import Taps
+
+__all__ = ['Pair', 'PairTable', 'inputs', 'pair']
+
+MAX_BLOCKS = 6 # pairs of blocks at one resolution; where there are more, four at the quarters of the depth
+
+
+@dataclass
+class Pair:
+    "A student's layer and the teacher's layer that it learns from"
+    student:str
+    s_shape:tuple
+    teacher:str
+    t_shape:tuple
+    projector:str='' # in words
+
+
+class PairTable(list):
+    "Pairs as a list of `Pair`; printed, a table"
+    def __str__(self):
+        rows = [(p.student, p.s_shape, p.teacher, p.t_shape, p.projector) for p in self]
+        return text_table(('student', 'shape', 'teacher', 'shape', 'projector'), rows)
+    __repr__ = __str__
+
+
+def pair(
+    student:nn.Module,
+    teacher, # a module, or a `Teacher`
+    x_student, # a batch of inputs: a tensor, a tuple of several, or a dict of keyword arguments
+    layers='auto', # {'student.layer': 'teacher.layer' or a list}, pairs of names, names or globs for both, 'auto', or 'last' of these
+    *,
+    x_teacher=None, # the teacher's inputs, if it takes others
+    match:str='shape', # what the loss needs of the teacher's shape, and
+    projector='auto' # with what it is made, as in `projectors.projector`: here for the table alone
+) -> PairTable:
+    """The pairs of layers with their shapes, in the order asked, from one evaluation-mode probe of each model that changes
+    nothing.
+
+    'auto' takes the last layer of each stage (resolution) of convolutional nets and U-Nets, matched by resolution where
+    that goes up to the last stage of both, else by relative depth; and blocks at equal relative depth of transformers,
+    LSTM stacks and MLPs: all of the shorter one's up to 6, else those at the quarters. What a model answers with is never
+    among them. 'auto' and 'last' take a suffix for all names: 'last@mean'."""
+    x_s,x_t = inputs(x_student),inputs(x_student if x_teacher is None else x_teacher)
+    word,*how = layers.split('@') if isinstance(layers, str) else [None]
+    if word in ('auto', 'last'):
+        found = _pairs_proposed(student, teacher, x_s, x_t)[-1 if word == 'last' else 0:]
+        layers = [('@'.join([s, *how]), '@'.join([t, *how])) for s,_,t,_ in found]
+    if word not in ('auto', 'last') or how: found = _pairs_asked(student, teacher, x_s, x_t, layers)
+    return PairTable(Pair(s, a, t, b, describe_projector(a, b, projector, match)) for s,a,t,b in found)
+
+
+def inputs(x): return tuple(x) if isinstance(x, (tuple, list)) else (x,)
+
+
+class _InModel:
+    "Errors inside say which of the two models they are about"
+    def __init__(self, who): self.who = who
+    def __enter__(self): return self
+    def __exit__(self, kind, e, _):
+        if isinstance(e, DistillError): raise DistillError(f"In the {self.who}: {e}") from e.__cause__
+
+
+def _pairs_asked(student, teacher, x_s, x_t, layers):
+    names = [n for s,t in _name_pairs(layers) for n in _matching_names(student, teacher, s, t)]
+    if not names:
+        raise DistillError(f"layers={layers!r} names no layers: give {{'student.layer': 'teacher.layer'}}, or 'auto'")
+    with _InModel('student'): a = _layer_shapes(student, x_s, [s for s,_ in names])
+    with _InModel('teacher'): b = _layer_shapes(teacher, x_t, [t for _,t in names])
+    return [(s, a[s], t, b[t]) for s,t in names]
+
+
+def _name_pairs(layers):
+    "(student's pattern, teacher's pattern), many-to-many, in the order given"
+    if isinstance(layers, Tensor): raise DistillError("layers= got a tensor. The teacher's own inputs go into x_teacher=.")
+    if isinstance(layers, str): layers = [layers]
+    if isinstance(layers, Mapping):
+        layers = [(s, t) for s,ts in layers.items() for t in (ts if isinstance(ts, (tuple, list)) else [ts])]
+    items = [(o, o) if isinstance(o, str) else o for o in (layers if isinstance(layers, (tuple, list)) else [layers])]
+    if wrong := [o for o in items if not isinstance(o, (tuple, list)) or [type(n) for n in o] != [str, str]]:
+        raise DistillError(f"layers={layers!r}: {wrong[0]!r} is no pair of names. Possible are {{'student.layer': "
+                           "'teacher.layer'}, {'student.layer': ['teacher.layer', ...]}, a list of pairs, a list of names "
+                           "that both models have, 'auto' and 'last'")
+    return items
+
+
+def _matching_names(student, teacher, s, t):
+    "Globs on both sides pair in order"
+    with _InModel('student'): a = resolve(student, s)
+    with _InModel('teacher'): b = resolve(teacher, t) if _has_layers(teacher) else [t]
+    if len(a) != len(b):
+        raise DistillError(f"{s!r} are {len(a)} layers of the student ({', '.join(a)}), {t!r} are {len(b)} of the teacher "
+                           f"({', '.join(b)}): they pair in order if they are as many. Name them one by one.")
+    return zip(a, b)
+
+
+def _has_layers(model): return isinstance(model, nn.Module) or bool(named(model))
+
+
+def _layer_shapes(model, x, names):
+    if not _has_layers(model): return _shapes_of_outputs(dry_run(model, *x), names)
+    with Taps(model, names) as taps:
+        dry_run(model, *x)
+        return {n: tuple(y.shape) for n,y in taps.pop().items()}
+
+
+def _shapes_of_outputs(out, names):
+    "Of a teacher without layers, such as a function: the features that its answer brings along"
+    feats = out.feats if isinstance(out, Outputs) else {}
+    if wrong := [n for n in names if n not in feats]:
+        raise DistillError(f"Its answers bring no {wrong[0]!r} along. They bring: {', '.join(feats) or 'no features'}.")
+    return {n: tuple(feats[n].shape) for n in names}
+
+
+def _pairs_proposed(student, teacher, x_s, x_t):
+    with _InModel('student'): a = stages(student, x_s)
+    with _InModel('teacher'): b = stages(teacher, x_t)
+    if a[0].kind == 'vector' and b[0].kind != 'vector':
+        raise DistillError(f"layers='auto' finds vectors in the student and {b[0].kind} in the teacher, which it can't "
+                           "become. Pair by hand: layers={'student.layer': 'teacher.layer'}.")
+    pairs = _pair_by_resolution(a, b, image_size(x_s), image_size(x_t)) or _pair_by_depth(a, b)
+    return [(*_name_and_shape(s, t, x_s), *_name_and_shape(t, s, x_t)) for s,t in pairs]
+
+
+def _name_and_shape(u, other, x):
+    "Name and shape of a stage; a square picture's tokens opposite a map are taken as a map"
+    square = is_picture(x) and len(set(image_size(x))) == 1
+    g = grid(u.shape[1]) if square and u.kind == 'tokens' and other.kind == 'map' else None
+    if g: return f'{u.name}@map', (u.shape[0], u.shape[2], *g[1:])
+    if u.turn == '@tokens': return f'{u.name}@tokens', (u.shape[0], u.shape[2], u.shape[1])
+    return u.name + u.turn, u.shape
+
+
+def _pair_by_depth(a, b):
+    "Equal relative depth, the last with the last"
+    n = min(len(a), len(b))
+    if n > MAX_BLOCKS and any(len({u.place for u in us}) == 1 for us in (a, b)): n = 4
+    at = lambda us, k: us[int((k+1)*len(us)/n + .5) - 1]
+    return [(at(a, k), at(b, k)) for k in range(n)]
+
+
+def _pair_by_resolution(a, b, size_a, size_b):
+    "The longest row of stages of equal resolution, on the way down or up again, if it ends with the last of both models"
+    if not size_a or len(size_a) != len(size_b) or any(u.kind != 'map' for u in a+b): return None
+    down_a,down_b,best = _going_down(a),_going_down(b),{}
+    for i,u in enumerate(a):
+        for j,v in enumerate(b):
+            shrink = [(p/n)/(q/m) for n,p,m,q in zip(size_a, u.place, size_b, v.place)]
+            if down_a[i] == down_b[j] and all(.8 < r < 1.25 for r in shrink): best[i, j] = [*best.get((i-1, j-1), []), (u, v)]
+            else: best[i, j] = max(best.get((i-1, j), []), best.get((i, j-1), []), key=len)
+    found = best[len(a)-1, len(b)-1]
+    return found if found and found[-1] == (a[-1], b[-1]) and 2*len(found) >= min(len(a), len(b)) else None
+
+
+def _going_down(us): return [i == 0 or math.prod(u.place) <= math.prod(us[i-1].place) for i,u in enumerate(us)]

@@ -1,0 +1,124 @@
+"One run of a model that changes nothing: which layers ran, and what went in and out."
+import contextlib, copy, random
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from ..outputs import DistillError, as_plain
+from .names import LayerTree, layer_tree, named, unwrap
+
+__all__ = ['Fired', 'dry_run', 'layers', 'main_tensor', 'probe', 'untouched']
+
+
+def layers(
+    model:nn.Module,
+    *x # one batch of inputs, for the shapes; a single dict is passed by keyword
+) -> LayerTree:
+    "Every layer of the model with its class, output shape and number of parameters; the model stays as it is"
+    return layer_tree(model, {f.module: f.shape for f in probe(model, *x)} if x else None)
+
+
+@dataclass
+class Fired:
+    "A layer that ran: what went in, what came out"
+    name:str
+    module:nn.Module
+    shape_in:tuple|None
+    shape:tuple|None
+    floats:bool # the output is floating point
+
+
+def probe(
+    model:nn.Module,
+    *x # one batch of inputs; a single dict is passed by keyword
+) -> list:
+    "Run the model once, in evaluation mode and leaving it untouched: the layers in the order they finished"
+    inner,names,ran = unwrap(model),{},{}
+    for n,m in named(model).items(): names.setdefault(m, n)
+    def note(m, args, kwargs, out):
+        i,y = main_tensor((args, kwargs)),main_tensor(out)
+        ran.pop(m, None)                     # subtle: a layer that runs twice counts where it ran last
+        ran[m] = Fired(names[m], m, _shape(i), _shape(y), y is not None and y.is_floating_point())
+    handles = [m.register_forward_hook(note, with_kwargs=True) for m in names if not isinstance(m, torch.jit.ScriptModule)]
+    try: dry_run(inner, *x)
+    finally:
+        for h in handles: h.remove()
+    return list(ran.values())
+
+
+def _shape(y): return None if y is None else tuple(y.shape)
+
+
+def dry_run(model, *x):
+    "One forward pass of the inner model that changes nothing"
+    inner = unwrap(model)
+    by_name = len(x) == 1 and isinstance(x[0], Mapping)
+    if any(map(is_lazy, weights_and_buffers(distinct_modules(inner)))):
+        raise DistillError(f"{type(inner).__name__} has lazy layers, without weights until a batch has run: run one through it first.")
+    with untouched(model):
+        try: return inner(**{k: as_plain(v) for k,v in x[0].items()}) if by_name else inner(*map(as_plain, x))
+        except DistillError: raise
+        except Exception as e:
+            sizes = [tuple(o.shape) if isinstance(o, Tensor) else type(o).__name__ for o in x]
+            raise DistillError(f"{type(inner).__name__} does not run on the inputs given, {', '.join(map(str, sizes))}: {e}") from e
+
+
+@contextlib.contextmanager
+def untouched(model:nn.Module):
+    "Evaluation mode, no gradient; afterwards modes, buffers, hidden states, attributes and random states are as before"
+    mods = distinct_modules(unwrap(model))
+    modes = [(m, m.training) for m in mods if getattr(m, 'training', False)]
+    state = [_Attrs(m) for m in mods if not isinstance(m, torch.jit.ScriptModule)]
+    buffers = [(b, b.clone()) for m in mods for b in m.buffers(recurse=False)]
+    cuda = sorted({t.device.index for t in weights_and_buffers(mods) if t.is_cuda})
+    python,numpy = random.getstate(),np.random.get_state()
+    # subtle: the flag and not .eval(), which some layers override to do more (merge adapters, for one)
+    for m,_ in modes: m.training = False
+    try:
+        with torch.random.fork_rng(cuda), torch.no_grad(), run_eagerly(model): yield
+    finally:
+        random.setstate(python); np.random.set_state(numpy)
+        for a in state: a.restore()
+        for m,mode in modes: m.training = mode
+        with torch.no_grad():
+            for b,was in buffers:
+                if not torch.equal(b, was): b.copy_(was)
+
+
+def weights_and_buffers(mods): return [t for m in mods for t in [*m._parameters.values(), *m._buffers.values()] if t is not None]
+
+
+class _Attrs:
+    "What a module holds, one container deep: an LSTM's hidden state and flat weights, buffers, hooks, modes"
+    def __init__(self, m):
+        self.vars,self.was = vars(m),dict(vars(m))
+        self.boxes = [(v, copy.copy(v)) for v in self.was.values() if type(v) in (list, dict, OrderedDict, set)]
+
+    def restore(self):
+        for k in set(self.vars) - set(self.was): del self.vars[k]
+        self.vars.update(self.was)
+        for box,was in self.boxes:
+            box.clear()
+            box.extend(was) if isinstance(box, list) else box.update(was)
+
+
+def distinct_modules(model): return list(dict.fromkeys(model.modules() if isinstance(model, nn.Module) else named(model).values()))
+
+def is_compiled(model): return any('_orig_mod' in m._modules or m._compiled_call_impl is not None for m in distinct_modules(model))
+
+def run_eagerly(model):
+    "Compiled parts run as they were written"
+    if not hasattr(torch.compiler, 'set_stance') or not is_compiled(model): return contextlib.nullcontext()
+    return torch.compiler.set_stance('force_eager')
+
+
+def main_tensor(out):
+    "The tensor in what a layer gave: itself, `last_hidden_state` or `logits` of a dict, else the first one in it"
+    if isinstance(out, Tensor): return as_plain(out)
+    if isinstance(out, Mapping): out = [out.get('last_hidden_state'), out.get('logits'), *out.values()]
+    if not isinstance(out, (tuple, list)): return None
+    for o in out:
+        if (y := main_tensor(o)) is not None: return y

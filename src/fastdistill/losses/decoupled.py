@@ -1,0 +1,86 @@
+"Losses that set the label's class apart from the others."
+import torch
+from torch import Tensor
+from ..outputs import DistillError, as_plain
+from ._base import Loss, class_axis, expect, fit_mask, log_probs, loss, reduce
+from .response import checked_classes, kl_of, of_class, positions
+
+__all__ = ['dkd', 'DKD', 'nkd', 'NKD']
+
+
+def checked_labels(y, s, axis, ignore_index, mask):
+    "One class per position, and the mask without the positions whose label is `ignore_index`"
+    y,axis = as_plain(y),class_axis(s, axis)
+    shape,n = positions(s, axis),s.shape[axis]
+    if y.is_floating_point() or y.is_complex():
+        raise DistillError(f"Labels of {y.dtype}: this loss sets the label's class apart, so it needs one class (an integer) per position. "
+                           "Mixed or smoothed labels have none: use kl, jsd or dist, or pass the plain labels.")
+    if y.shape == (*shape, 1): y = y[..., 0]        # tabular targets are (B, 1)
+    if y.shape != shape:
+        raise DistillError(f"Labels of shape {tuple(y.shape)} do not fit logits of shape {tuple(s.shape)}: with the classes on axis {axis} "
+                           f"they have shape {tuple(shape)}")
+    y = y.long()
+    keep = y != ignore_index
+    if mask is not None: keep = keep*fit_mask(mask, shape)
+    y = y.where(keep > 0, 0)
+    # subtle: only here is a look at the values free; a GPU would stop for it at every step, and a traced graph would break
+    if y.is_cpu and not torch.compiler.is_compiling() and y.numel() and not 0 <= y.min() <= y.max() < n:
+        raise DistillError(f"Labels from {y.min()} to {y.max()} for {n} classes: one that does not count is named by ignore_index "
+                           f"(now {ignore_index}), or left out by mask")
+    return y,keep
+
+
+def without_class(x, y, axis):
+    "`x` with -inf at the class `y`: a softmax or logsumexp of it is exactly that of the other classes"
+    axis = class_axis(x, axis)
+    return x.masked_fill(torch.zeros_like(x, dtype=torch.bool).scatter(axis, y.unsqueeze(axis), True), -torch.inf)
+
+
+@loss(kind='softmax')
+def dkd(
+    s:Tensor, # student logits, any shape
+    t:Tensor, # teacher logits, the same shape
+    y:Tensor, # labels: `s` without the class axis
+    *, alpha:float=1., # weight of the target class against all others
+    beta:float=8., # weight of the other classes among themselves
+    T:float=4., # temperature
+    axis:int=1, # class axis
+    ignore_index:int=-100, # positions with this label do not count
+    mask:Tensor|None=None, # the shape of `y`: which positions count
+    reduction:str='mean'
+):
+    "T^2 (alpha KL of (p_y, 1-p_y) + beta KL of the softmax without y): decoupled distillation (CVPR 2022, arXiv:2203.08679)"
+    y,mask = checked_labels(y, s, axis, ignore_index, mask)
+    s,t = checked_classes(s, t, axis, mask)
+    ls,lt = [_target_or_not(log_probs(x, T, axis), y, axis) for x in (s, t)]
+    os,ot = [log_probs(without_class(x, y, axis), T, axis) for x in (s, t)]
+    return reduce((alpha*kl_of(lt, ls, 0) + beta*kl_of(ot, os, axis))*T**2, reduction, mask)
+
+class DKD(Loss): fn = dkd
+
+def _target_or_not(lp, y, axis):
+    "log p_y and log(1-p_y), without the cancellation in 1-p_y"
+    return torch.stack([of_class(lp, y, axis), without_class(lp, y, axis).logsumexp(axis)])
+
+
+@loss(kind='softmax')
+def nkd(
+    s:Tensor, # student logits, any shape
+    t:Tensor, # teacher logits, the same shape
+    y:Tensor, # labels: `s` without the class axis
+    *, gamma:float=1.5, # weight of the other classes among themselves
+    T:float=1., # temperature of that part; the target class has none
+    axis:int=1, # class axis
+    ignore_index:int=-100, # positions with this label do not count
+    mask:Tensor|None=None, # the shape of `y`: which positions count
+    reduction:str='mean'
+):
+    """-p_t^y log p_s^y + gamma T^2 cross-entropy of the softmax without y: normalised distillation (ICCV 2023, arXiv:2303.13005).
+    Never below gamma T^2 times the entropy of the teacher's other classes, reached by a student that is sure of y"""
+    y,mask = checked_labels(y, s, axis, ignore_index, mask)
+    s,t = checked_classes(s, t, axis, mask)
+    ls,lt = [of_class(log_probs(x, 1., axis), y, axis) for x in (s, t)]
+    os,ot = [log_probs(without_class(x, y, axis), T, axis) for x in (s, t)]
+    return reduce(expect(lt, -ls) + gamma*T**2*expect(ot, -os).sum(axis), reduction, mask)
+
+class NKD(Loss): fn = nkd

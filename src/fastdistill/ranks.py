@@ -1,0 +1,58 @@
+"The processes that train or write together. The only file that knows `torch.distributed`."
+import os
+from contextlib import contextmanager
+import torch
+import torch.distributed as distributed
+
+__all__ = ['broadcast', 'joined_processes', 'mean_over_ranks', 'on_first', 'rank', 'world_size']
+
+
+def is_running(): return distributed.is_available() and distributed.is_initialized()
+
+def rank() -> int: return distributed.get_rank() if is_running() else 0
+
+def world_size() -> int: return distributed.get_world_size() if is_running() else 1
+
+
+def broadcast(
+    tensors # overwritten with those of the first rank
+):
+    "Give every rank the first rank's tensors"
+    if world_size() == 1: return
+    for t in tensors: distributed.broadcast(t, 0)
+
+
+def mean_over_ranks(
+    tensors # overwritten
+):
+    "Replace tensors by their mean over all ranks"
+    if world_size() == 1: return
+    for t in tensors: distributed.all_reduce(t.div_(world_size()))
+
+
+def on_first(fn):
+    "Run `fn` on the first rank once all ranks are here; every rank gets its result, or its error"
+    if world_size() == 1: return fn()
+    distributed.barrier()
+    got = [None]
+    if rank() == 0:
+        try: got = [(fn(), None)]
+        except Exception as e: got = [(None, e)]
+    distributed.broadcast_object_list(got)
+    out,error = got[0]
+    if error is not None: raise error
+    return out
+
+
+@contextmanager
+def joined_processes():
+    "Join the other processes that torchrun or accelerate launch started, if any; gives whether this is the first one"
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1 or is_running():
+        yield rank() == 0
+        return
+    if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+    distributed.init_process_group('gloo')        # for Python objects, not for tensors
+    try:
+        yield rank() == 0
+        distributed.barrier()     # gloo's threads abort a process that ends while another still sends to it
+    finally: distributed.destroy_process_group()

@@ -1,0 +1,4 @@
+"A teacher in whatever form people have one."
+from .teacher import Teacher
+
+__all__ = ['Teacher']

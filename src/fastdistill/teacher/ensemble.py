@@ -1,0 +1,33 @@
+"Several teachers as one: their weights, and the mean of their answers."
+from math import log
+import torch
+import torch.nn.functional as F
+from ..outputs import DistillError
+from .images import full_precision
+
+__all__ = ['mix', 'shares']
+
+
+def shares(weights, n):
+    "Weights that add up to 1"
+    w = [1.]*n if weights is None else [float(o) for o in weights]
+    if len(w) != n or min(w) < 0 or not 0 < sum(w) < float('inf'):
+        raise DistillError(f"weights={weights} of {n} teachers: one number each, none below 0, not all 0")
+    return [o/sum(w) for o in w]
+
+
+def mix(
+    logits, # of each member, equal shapes
+    weights, # of each member, adding up to 1
+    combine, kind, axis # as in `Teacher`
+):
+    "The answer of several teachers, as logits again"
+    for i,o in enumerate(logits):
+        if o.shape != logits[0].shape:
+            raise DistillError(f"Member {i} of the ensemble answers with shape {tuple(o.shape)}, member 0 with {tuple(logits[0].shape)}: "
+                               "they must be equal. Teacher(member, select=...) takes some of its classes; a function can resize.")
+    weights,logits = zip(*[(w, full_precision(o)) for w,o in zip(weights, logits) if w > 0])
+    if combine == 'logits' or kind == 'regression': return sum(w*o for w,o in zip(weights, logits))
+    log_mean = lambda lps: torch.stack([lp+log(w) for lp,w in zip(lps, weights)]).logsumexp(0)
+    if kind == 'sigmoid': return log_mean(map(F.logsigmoid, logits)) - log_mean(F.logsigmoid(-o) for o in logits)
+    return log_mean(F.log_softmax(o, axis) for o in logits)
