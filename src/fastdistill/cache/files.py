@@ -8,7 +8,7 @@ from ..outputs import DistillError
 
 __all__ = ['changed_text', 'dataset_files', 'files_of', 'newer_record', 'pack_record', 'record_files', 'unpack_record']
 
-MISSING = -1    # the size of what is not a file
+NO_FILE = -1    # the size of what is not a file
 
 
 def files_of(
@@ -49,7 +49,7 @@ def newer_record(
 
 def stat_of(path):
     try: s = os.stat(path)
-    except OSError: return MISSING,0
+    except OSError: return NO_FILE,0
     return s.st_size,s.st_mtime_ns
 
 
