@@ -2,7 +2,7 @@
 import json
 from ..outputs import DistillError
 
-__all__ = ['json_list', 'json_object', 'json_text', 'parse_json', 'shortened', 'whole_number']
+__all__ = ['json_list', 'json_object', 'json_text', 'parse_json', 'refuse_entry', 'shortened', 'whole_number']
 
 DEPTH = 20      # of lists and objects in one another: more than anything that is ever written
 
@@ -29,12 +29,9 @@ def check_depth(o, depth=DEPTH):
 def refuse_entry(name, o, allowed): raise DistillError(f"{name} is {shortened(repr(o), 100)}: it must be {allowed}.")
 
 
-def between(low, high): return str(low) if low == high else f'{low} to {high}'
-
-
 def whole_number(name, o, low, high) -> int:
     # subtle: True is an int
-    if type(o) is not int or not low <= o <= high: refuse_entry(name, o, f'a whole number: {between(low, high)}')
+    if type(o) is not int or not low <= o <= high: refuse_entry(name, o, f'a whole number from {low} to {high}')
     return o
 
 
@@ -45,7 +42,9 @@ def json_text(name, o, options=None) -> str:
 
 
 def json_list(name, o, low, high) -> list:
-    if not isinstance(o, list) or not low <= len(o) <= high: refuse_entry(name, o, f'a list of {between(low, high)} entries')
+    if not isinstance(o, list): refuse_entry(name, o, 'a list')
+    if not low <= len(o) <= high:
+        raise DistillError(f"{name} has {len(o)} entries: " + (f'{low} to {high} are possible.' if low < high else f'it must have {low}.'))
     return o
 
 

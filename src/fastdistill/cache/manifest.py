@@ -4,7 +4,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 import numpy as np
 from ..outputs import DistillError, DistillWarning
 from .digests import versions
-from .entries import json_list, json_object, json_text, parse_json, shortened, whole_number
+from .entries import json_list, json_object, json_text, parse_json, refuse_entry, shortened, whole_number
 from .records import Layout
 
 __all__ = ['CHECKSUM', 'Manifest', 'differences', 'refuse', 'sample_differences', 'transform_differences']
@@ -47,6 +47,11 @@ class Manifest:
         for v in range(self.stored):
             for i in range(self.per_view): yield v,i,self.shard(v, i),self.rows_of(i)*self.layout.bytes
 
+    def all_files(self):
+        "(name, bytes) of each file that has a checksum"
+        yield 'keys.bin',8*self.count
+        for *_,name,size in self.all_shards(): yield name,size
+
     @property
     def bytes(self): return self.count*self.stored*self.layout.bytes
 
@@ -68,18 +73,19 @@ class Manifest:
         try:
             if not isinstance(d := parse_json(text), dict) or d.pop('format', None) != FORMAT:
                 raise NotACache(f"{where}/manifest.json is not a fastdistill cache's.")
-            if (v := d.pop('version', None)) != VERSION:
+            if type(v := d.pop('version', None)) is not int or v != VERSION:
                 raise NotACache(f"{where} is a cache of version {shortened(v)}, this fastdistill reads version {VERSION}: "
                                 "install the one that wrote it, or write the cache again (force=True).")
             return cls.of_entries(d)
         except NotACache as e: raise DistillError(str(e)) from None
         except DistillError as e:
-            raise DistillError(f"{where}/manifest.json is damaged: {e} Write the cache again (force=True).") from None
+            raise DistillError(f"{where}/manifest.json is damaged: {e} Restore the file, or write the cache again (force=True).") from None
 
     @classmethod
     def of_entries(cls, d):
         "The manifest that these entries make; all of them are checked, before anything is done with one"
-        json_object('It', d, [f.name for f in fields(cls) if f.default is f.default_factory is MISSING], [f.name for f in fields(cls)])
+        required = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
+        json_object('the file', d, required, [f.name for f in fields(cls) if f.name not in required])
         self = cls(**{**d, 'layout': Layout.from_json(d['layout'])})
         self._check_numbers()
         self._check_texts()
@@ -119,16 +125,15 @@ class Manifest:
 
     def _check_shards(self):
         "The names in the file must be those that follow from the layout"
-        if type(self.complete) is not bool: raise DistillError(f"complete is {shortened(self.complete)}: it must be true or false.")
-        want = [('keys.bin', 8*self.count), *((name, size) for *_,name,size in self.all_shards())] if self.complete else []
-        if len(json_list('shards', self.shards, 0, MAX_FILES)) != len(want):
-            raise DistillError(f"shards has {len(self.shards)} entries: the cache has {len(want)} finished files.")
-        for i,(s,(name,size)) in enumerate(zip(self.shards, want)):
+        if type(self.complete) is not bool: refuse_entry('complete', self.complete, 'true or false')
+        n = (1 + self.stored*self.per_view)*self.complete
+        json_list('shards', self.shards, n, n)
+        for i,(s,(name,size)) in enumerate(zip(self.shards, self.all_files())):
             json_object(f'shards[{i}]', s, ('name', 'bytes', 'checksum'), ())
             json_text(f'shards[{i}].name', s['name'], [name])
-            whole_number(f'shards[{i}].bytes', s['bytes'], size, size)
+            if type(s['bytes']) is not int or s['bytes'] != size: refuse_entry(f'shards[{i}].bytes', s['bytes'], size)
             if not CHECKSUM.fullmatch(json_text(f'shards[{i}].checksum', s['checksum'])):
-                raise DistillError(f"shards[{i}].checksum is {shortened(s['checksum'])}: it must be 32 hexadecimal digits.")
+                refuse_entry(f'shards[{i}].checksum', s['checksum'], '32 hexadecimal digits')
 
     @property
     def checksums(self):

@@ -1,7 +1,7 @@
 "Reading a cache: rows by (sample, view), as fast as the disk's own cache, in any number of workers."
 import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePath
+from pathlib import PurePath
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def is_cache(
 ) -> bool:
     "Is there a cache at this path or URL?"
     if not isinstance(path, (str, PurePath)): return False
-    if '://' not in str(path) and not Path(path).expanduser().is_dir(): return False
+    if '://' not in str(path) and not os.path.isdir(os.path.expanduser(path)): return False
     return open_folder(path).size('manifest.json') is not None
 
 
@@ -190,7 +190,7 @@ class TeacherCache:
         return self
 
 
-CHECKED = set()     # files that this process found whole: folder, name, checksum, size, time, inode
+CHECKED = set()     # files that this process found whole: folder, name, checksum, number of classes, size, time, inode
 
 
 def damages(
@@ -214,7 +214,7 @@ def damage_of(folder, m, o, once):
     with explained(f"Can't read {name} in {folder}"):
         path = folder.local(name)
         stat = path.stat()
-        seen = str(folder),name,o['checksum'],stat.st_size,stat.st_mtime_ns,stat.st_ino
+        seen = str(folder),name,o['checksum'],m.layout.n,stat.st_size,stat.st_mtime_ns,stat.st_ino
         text = '' if once and seen in CHECKED else damage_inside(path, m, o)
     if not text: CHECKED.add(seen)
     return text

@@ -133,7 +133,7 @@ class Layout:
         self = cls.of(*outputs_like(found, n, tail, axis, full))
         for i,(a,b) in enumerate(zip_longest(found, self.fields)):
             if a != b:
-                raise DistillError(f"layout.fields[{i}] is {a or 'missing'}: after those before it, it must be {b or 'left out'}.")
+                raise DistillError(f"layout.fields[{i}] is {a or 'missing'}: with the other entries of layout, it must be {b or 'left out'}.")
         return self
 
     @property

@@ -181,10 +181,9 @@ def _finish(where, m, done):
     if m.complete: return
     shards = list(m.all_shards())
     sums = {**notes(where, [s for s in shards if s[2] not in done]), **done, 'keys.bin': checksum(where.read('keys.bin'))}
-    files = [('keys.bin', 8*m.count), *((name, size) for *_,name,size in shards)]
-    if lost := [name for name,_ in files if name not in sums]:
+    if lost := [name for name,_ in m.all_files() if name not in sums]:
         raise DistillError(f"{lost[0]} of {where} disappeared while the cache was written: write it once more.")
-    m.shards,m.complete = [dict(name=name, bytes=size, checksum=sums[name]) for name,size in files],True
+    m.shards,m.complete = [dict(name=name, bytes=size, checksum=sums[name]) for name,size in m.all_files()],True
     where.write('manifest.json', m.to_json())
     clear(where, '.json')
 
