@@ -101,7 +101,7 @@ def test_a_teacher_from_an_exported_learner_and_options(script, cache, tmp_path)
 def test_an_interrupt_says_how_to_go_on(script, cache, tmp_path, monkeypatch):
     monkeypatch.setitem(writer.write_cache.__kwdefaults__, 'shard_bytes', 32)      # four rows
     out = cache('write', f'{script}:stopped', f'{script}:dls', tmp_path/'c', '--views', 2, '--dtype', 'float32', code=130)
-    assert 'Stopped. What was finished is kept' in out and 'the same command goes on from there' in out
+    assert 'Finished files are kept' in out and 'the same command goes on from there' in out
     said = cache('info', tmp_path/'c')
     done = int(re.search(r'(\d+) of 8 written, .* in all: write it once more to go on', said)[1])
     assert 0 < done < 8
@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_refused_and_what_nearly_does_is_asked(script, cach
     fails(cache(*args, code=None), r'16 samples x 1 view\(s\) x 4 bytes = 0.0 MB, 0.00 GB free. It will not fit: fewer views')
     free[0] = 100
     r = cache(*args, code=None, input='n\n')
-    assert r.exit_code == 1 and 'more than half of the free disk. Go on?' in r.output and '0 of 1 written' in cache('info', tmp_path/'c')
+    assert r.exit_code == 1 and 'more than half of the free disk. Continue?' in r.output and '0 of 1 written' in cache('info', tmp_path/'c')
     cache(*args, input='y\n')
     assert len(TeacherCache(tmp_path/'c')) == 16
     free[0] = 100
@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_refused_and_what_nearly_does_is_asked(script, cach
 
 def test_names_that_lead_nowhere(script, cache, tmp_path):
     def no(match, teacher='x.pkl', data=f'{script}:dls'): fails(cache('write', teacher, data, tmp_path/'c', code=None), match)
-    no("say which file and which name in it, as in 'train.py:dls'", data='dls')
+    no("give a file and a name in it, as in 'train.py:dls'", data='dls')
     no("There is no file 'nowhere.py'", data='nowhere.py:dls')
     no("has no 'loaders'. It has: .*image, label, dls, Flat, teacher", data=f'{script}:loaders')
     no('A int is no fastai DataLoaders, nor a function without arguments', data=f'{script}:number')
