@@ -101,9 +101,9 @@ def test_a_teacher_from_an_exported_learner_and_options(script, cache, tmp_path)
 def test_an_interrupt_says_how_to_go_on(script, cache, tmp_path, monkeypatch):
     monkeypatch.setitem(writer.write_cache.__kwdefaults__, 'shard_bytes', 32)      # four rows
     out = cache('write', f'{script}:stopped', f'{script}:dls', tmp_path/'c', '--views', 2, '--dtype', 'float32', code=130)
-    assert 'Finished files are kept' in out and 'the same command goes on from there' in out
+    assert 'Finished files are kept' in out and 'the same command resumes' in out
     said = cache('info', tmp_path/'c')
-    done = int(re.search(r'(\d+) of 8 written, .* in all: write it once more to go on', said)[1])
+    done = int(re.search(r'(\d+) of 8 written, .* in all: `fastdistill cache write` resumes', said)[1])
     assert 0 < done < 8
     out = cache('write', f'{script}:stopped', f'{script}:dls', tmp_path/'c', '--views', 2, '--dtype', 'float32')
     assert f'{32-4*done}/{32-4*done}' in out and '8 of 8 written' in cache('info', tmp_path/'c', '--check')

@@ -12,6 +12,7 @@ from ..replay.per_sample import per_sample
 from ..replay.seeds import RandomGuard, restored_once, seeded, seeds_of, view_of
 from .digests import code_of, fingerprint, first_part, flat_values, input_digest
 from .keys import dataset_keys, folder_of, root_of
+from .progress import shown_progress
 from .reader import TeacherCache
 from .records import Wish
 from .source import Source, check_alone, identity_of, spread_positions, unrepeatable
@@ -38,7 +39,8 @@ def cache_dataset(
     vocab=None, # class names, in the order of the logits
     transforms=None, # name -> what it is, of the transforms: compared when a cache is gone on with
     force:bool=False, # write anew over a cache that doesn't fit
-    progress=None, forecast=None # fn(rows done, rows in all, bytes done); fn(Forecast)
+    progress=True, # a bar in terminals and notebooks; False: none; or fn(rows done, rows in all, bytes done)
+    forecast=None # fn(Forecast), called before the teacher runs
 ) -> TeacherCache:
     "Write what `teacher` says about each view of each sample, and open it"
     if isinstance(teacher, nn.Module): raise DistillError("A bare module may be in training mode, with gradients: pass Teacher(model).")
@@ -65,8 +67,9 @@ def cache_dataset(
         told = dict(transforms or {})
         if shake is not None: told['batch_tfm'] = code_of(shake if inspect.isroutine(shake) else type(shake))
         source = Source(names, run, bs, identity_of(teacher), told, root_of(folder_of(dataset)), vocab, items.digests())
-        return write_cache(path, source, Wish(dtype, topk, tail, axis, size), views=views, seed=seed, force=force,
-                           progress=progress, forecast=forecast)
+        with shown_progress(progress) as show:
+            return write_cache(path, source, Wish(dtype, topk, tail, axis, size), views=views, seed=seed, force=force, progress=show,
+                               forecast=forecast)
 
 
 def shaken(fn, seeds, x):

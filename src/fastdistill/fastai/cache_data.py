@@ -3,21 +3,22 @@ import copy, warnings
 from contextlib import contextmanager, nullcontext
 import numpy as np
 import torch
-from fastai.basics import L, Pipeline, TfmdDL, TfmdLists
+from fastai.basics import Pipeline, TfmdDL, TfmdLists
 from fastai.data.transforms import Normalize
 from fastai.tabular.core import TabDataLoader
 from fastai.text.data import SortedDL
 from ..cache.digests import fingerprint, flat_values
-from ..cache.keys import hash_of, keys_of, root_of
+from ..cache.progress import shown_progress
 from ..cache.reader import TeacherCache
 from ..cache.records import Wish
 from ..cache.source import Source, check_alone, identity_of, spread_positions, unrepeatable
 from ..cache.verify import Verified
 from ..cache.writer import write_cache
 from ..outputs import DistillError, DistillWarning, TopK, as_plain
-from ..replay.seeds import RandomGuard, seeds_of
+from ..replay.seeds import RandomGuard
 from .task import task_of
 from .check import check_teacher
+from .sample_keys import item_keys, key_root, storage_order
 from .replay_dl import IndexedItem, Plan, attach, refuse_unindexed
 from .stream import is_stream, model_outputs, stream_outputs
 from .teachers import image_stats, teacher_of
@@ -45,21 +46,27 @@ def cache_teacher(
     kind:str|None=None, axis:int|None=None, # what the logits are, and their class axis; None: read off the labels' loss function
     check:bool=True, # look for mistakes first, as `Learner.check_teacher` does
     force:bool=False, # write anew over a cache that doesn't fit
-    progress=None, forecast=None # fn(rows done, rows in all, bytes done), after each batch; fn(Forecast), before the first one
+    progress=True, # a bar in terminals and notebooks; False: none; or fn(rows done, rows in all, bytes done), called after each batch
+    forecast=None # fn(Forecast), called before the teacher runs
 ) -> TeacherCache:
-    "Write what `teacher` says about each view of each sample, and open it; what was begun and stopped is gone on with"
+    "Run the teacher on each view of each sample, store its outputs, and open the cache. An interrupted run resumes"
     task = task_of_data(dls, teacher, kind, axis)
     if topk is not None and task.kind != 'softmax':
         raise DistillError(f"topk={topk} keeps the likeliest of several classes, but this model predicts {task.kind} outputs: topk=None.")
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **({} if layers is None else dict(layers=layers)))
     if check: check_teacher(dls, teacher, task).enforce()
     wish = Wish(dtype, topk, tail, task.axis, size)
-    given = dict(seed=seed, force=force, progress=progress, forecast=forecast)
+    given = dict(seed=seed, force=force, forecast=forecast)
     names = None if task.kind == 'regression' else classes_of(teacher, dls)
     source = lambda dl, views, keys: source_of(teacher, dls, dl, views, seed, keys, names, bs, num_workers)
     with RandomGuard():       # DataLoaders draw a seed for their workers
-        cache = write_cache(path, source(dls.train, views, keys), wish, views=views, **given)
-        if valid: write_cache(cache.folder.sub('valid'), source(dls.valid, 0, keys if callable(keys) else None), wish, views=0, **given)
+        with shown_progress(progress) as show:
+            cache = write_cache(path, source(dls.train, views, keys), wish, views=views, progress=show, **given)
+        if valid:
+            names_too = keys if callable(keys) else None
+            with shown_progress(progress) as show:
+                write_cache(cache.folder.sub('valid'), source(dls.valid, 0, names_too), wish, views=0, progress=show, **given)
+    cache.sample_names = keys
     return cache
 
 
@@ -73,7 +80,8 @@ def verify_cache(
     "Run the teacher again on some views and compare its answers with the stored ones"
     cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
     m = cache.manifest
-    task,keys = task_of_data(dls, teacher, kwargs.pop('kind', None), kwargs.pop('axis', None)),kwargs.pop('keys', None)
+    task = task_of_data(dls, teacher, kwargs.pop('kind', None), kwargs.pop('axis', None))
+    keys = kwargs.pop('keys', cache.sample_names)
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **kwargs)
     with RandomGuard():       # DataLoaders draw a seed for their workers
         source = source_of(teacher, dls, dls.train, m.views, m.seed, keys, check=False)
@@ -110,7 +118,8 @@ def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num
     stream = is_stream(dl)
     if stream and bs not in (None, dl.bs):
         raise DistillError(f"bs={bs}, but a language model's text is cut into as many rows as its batches have, {dl.bs}: leave bs out.")
-    names,order,root = item_keys(dl, keys, root_of(dls.path)),storage_order(dl),root_of(dls.path)
+    root = key_root(dls)
+    names,order = item_keys(dl, keys, root),storage_order(dl)
     plan = Plan(names[order], views, seed, order, stream=stream)
     make = lambda tasks, bs, workers=None: writer_dl(dl, plan, tasks, bs, workers)
     def run(tasks, bs):
@@ -128,35 +137,6 @@ def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num
     if any(getattr(t, 'stats', None) is None for t in (getattr(teacher, 'members', None) or [teacher])):
         who['input'] = 'mean {}, std {}'.format(*(torch.as_tensor(o).flatten().tolist() for o in image_stats(dls)))
     return Source(plan.keys, run, bs or dl.bs or 64, who, describe_transforms(dl) if views or stream else {}, root, vocab, samples)
-
-
-def item_keys(dl, keys, root):
-    "(N,) uint64 by position in the dataset; of a stream, by place in these very texts"
-    names = sample_keys(dl, keys, root)
-    if not is_stream(dl): return names
-    return seeds_of(hash_of(names.tobytes(), np.asarray(dl.lens.coll, np.int64).tobytes()), np.arange(dl.n))
-
-
-def sample_keys(dl, keys, root):
-    ds = dl.dataset
-    items = ds if isinstance(ds, (list, L, np.ndarray)) else getattr(ds, 'items', None)
-    if keys is not None:
-        rows = (items.iloc[i] for i in range(len(items))) if hasattr(items, 'iloc') else items
-        names = [keys(o) for o in rows] if callable(keys) else keys
-        if len(names) != len(ds): raise DistillError(f"{len(names)} keys for {len(ds)} samples: give one for each.")
-        return keys_of(names, root)
-    if items is None: raise DistillError(f"A {type(ds).__name__} doesn't say which samples it holds: pass keys=, one for each sample.")
-    if hasattr(items, 'columns'):       # a table: a row is what is in it
-        import pandas as pd
-        try: return pd.util.hash_pandas_object(items, index=False).to_numpy(np.uint64)
-        except TypeError: items = items.to_numpy()
-    return keys_of(items, root)
-
-
-def storage_order(dl):
-    "Positions in the order in which rows are stored: as they are, but texts by length, for padding must not mix long and short"
-    if isinstance(dl, SortedDL): return np.argsort(-np.asarray(dl.res), kind='stable')
-    return np.arange(dl.n if is_stream(dl) else len(dl.dataset))
 
 
 class FixedOrder:

@@ -4,20 +4,20 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from fastai.basics import Callback, TfmdDL
 from fastai.vision.augment import RandTransform, RandomErasing, SpaceTfm
-from ..cache.keys import root_of
 from ..cache.manifest import refuse, sample_differences, transform_differences
 from ..cache.reader import TeacherCache
 from ..outputs import DistillError, Outputs, TopK, as_plain
 from ..ranks import rank
 from ..replay.seeds import RandomGuard
-from .cache_data import inspect_views, item_keys, writer_dl
+from .cache_data import inspect_views, writer_dl
 from .replay_dl import Plan, attach, detach, refuse_unindexed
+from .sample_keys import item_keys, matching_root
 from .stream import is_stream, of_length
 from .targets import Feed
 from .transforms import describe_transforms
 from .vocab import stored_order, vocab_of
 
-__all__ = ['CacheFeed', 'passed']
+__all__ = ['CacheFeed', 'passed_epochs']
 
 
 class Epochs(Callback):
@@ -33,9 +33,11 @@ class Epochs(Callback):
 ONE_VIEW = ("fastdistill: the cache has one view: each sample comes with the same augmentation in all epochs, and students overfit. Write "
             "more (views=8); or views=0, which leaves the augmentation free, where outputs have no places (classes, labels, numbers).")
 
-PASSED = WeakKeyDictionary()    # cache -> learner -> epochs that it has trained from it: the next fit's views go on from there
+# learner -> cache -> epochs that it was trained from it: views continue there in the next fit
+PASSED = WeakKeyDictionary()
 
-def passed(cache): return PASSED.setdefault(cache, WeakKeyDictionary())
+
+def passed_epochs(learn) -> dict: return PASSED.setdefault(learn, {})
 
 
 @dataclass
@@ -50,6 +52,7 @@ class CacheFeed(Feed):
 
     def __post_init__(self):
         if not isinstance(self.cache, TeacherCache): self.cache = TeacherCache(self.cache)
+        if self.keys is None: self.keys = self.cache.sample_names
         self.added = self.epochs = None
 
     def attach(self, learn, kind='softmax', axis=1):
@@ -71,13 +74,13 @@ class CacheFeed(Feed):
         if valid is not None and len(dls.loaders) > 1:
             try: self._feed(dls, dls.valid, valid, self.keys if callable(self.keys) else None)
             except DistillError as e: print(f'fastdistill: no column for the validation set, which is not the one that was stored. {e}')
-        self.epochs = Epochs(plan, passed(self.cache).get(self.learn, 0), self.fed)
+        self.epochs = Epochs(plan, passed_epochs(self.learn).get(self.cache.identity, 0), self.fed)
         self.learn.add_cb(self.epochs)
 
     def _feed(self, dls, dl, cache, keys):
         refuse_unindexed(dl)
         if cache.views or is_stream(dl): refuse(cache.folder, transform_differences(cache.manifest.transforms, describe_transforms(dl)), cache.force)
-        names = item_keys(dl, keys, root_of(dls.path))
+        names = item_keys(dl, keys, matching_root(cache, dls, dl))
         plan = Plan(names, cache.views, cache.seed, cache.find(names), cache, random=bool(cache.views), stream=is_stream(dl))
         refuse(cache.folder, misfits(dl, plan, cache), cache.force)
         self.fed.append(attach(dl, plan))
@@ -89,7 +92,7 @@ class CacheFeed(Feed):
             for dl in [*self.fed, *map(inner_dl, self.learn.dls.loaders)]: detach(dl)
             self.fed = []
             if self.epochs is not None:
-                if not hasattr(self.learn, 'lr_finder'): passed(self.cache)[self.learn] = self.epochs.before + self.epochs.passed
+                if not hasattr(self.learn, 'lr_finder'): passed_epochs(self.learn)[self.cache.identity] = self.epochs.before + self.epochs.passed
                 self.learn.remove_cbs([c for c in self.learn.cbs if c is self.epochs])
             self.epochs = None
         super().detach()
