@@ -119,3 +119,40 @@ def test_calls_of_distill_with_a_folder_continue_through_the_views(folder, tmp_p
     write(images(folder), tmp_path/'d', views=3)
     with learn.no_bar(), learn.no_logging(): learn.distill(str(tmp_path/'d'), 1)
     assert sorted(passed_epochs(learn).values()) == [1, 3]
+
+
+def repaint(files):
+    "Other pictures of the same size in bytes or not, under the same names"
+    g = np.random.default_rng(1)
+    for p in files: Image.fromarray(g.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(p)
+
+
+def test_files_that_were_replaced_under_the_same_names_are_found_and_named(folder, tmp_path):
+    write(images(folder), tmp_path/'c', views=2)
+    write(images(folder), tmp_path/'c', views=2)
+    repaint(sorted(get_image_files(folder))[6:9])
+    with pytest.raises(DistillError, match=r'3 of 20 files changed since the cache was written: .*12.png'): write(images(folder), tmp_path/'c', views=2)
+    with pytest.raises(DistillError, match='3 of 20 files changed since'): quiet(Learner(images(folder), Flat(1)), tmp_path/'c')
+    with pytest.warns(match='3 of 20 files changed'): write(images(folder), tmp_path/'c', views=2, force=True)
+    quiet(Learner(images(folder), Flat(1)), tmp_path/'c')
+
+
+def test_files_with_a_new_time_and_the_same_content_fit(folder, tmp_path):
+    write(images(folder), tmp_path/'c')
+    for p in get_image_files(folder): p.touch()
+    quiet(Learner(images(folder), Flat(1)), tmp_path/'c')
+    write(images(folder), tmp_path/'c')
+
+
+def test_many_views_without_a_random_transform_are_one(folder, tmp_path):
+    block = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=IndexSplitter(range(4)), item_tfms=Resize(8, method='squish'))
+    dls = block.dataloaders(folder, bs=4, num_workers=0)
+    with pytest.warns(match='views=8, but all views of a sample are the same: there is no random transform. One view is stored.'):
+        cache = write(dls, tmp_path/'c', views=8)
+    assert cache.views == 1 and write(images(folder), tmp_path/'d', views=3).views == 3
+
+
+def test_a_table_has_one_view(tmp_path):
+    dls = tabular(table())
+    with pytest.warns(match='One view is stored'):
+        assert cache_teacher(tabular_learner(dls, layers=[8]), dls, tmp_path, views=3, check=False).views == 1

@@ -1,14 +1,25 @@
 "Reading a cache: rows by (sample, view), as fast as the disk's own cache, in any number of workers."
+from pathlib import Path, PurePath
 import numpy as np
 import torch
 from torch import Tensor
 from ..outputs import DistillError, Outputs
 from .digests import checksum, input_digest
+from .files import changed_text, newer_record, unpack_record
 from .folder import open_folder
 from .keys import dataset_keys
 from .manifest import Manifest, refuse, sample_differences
 
-__all__ = ['TeacherCache', 'damaged']
+__all__ = ['TeacherCache', 'damaged', 'is_cache']
+
+
+def is_cache(
+    path # anything that may name a cache: a path, a URL, and what is neither
+) -> bool:
+    "Is there a cache at this path or URL?"
+    if not isinstance(path, (str, PurePath)): return False
+    if '://' not in str(path) and not Path(path).expanduser().is_dir(): return False
+    return open_folder(path).size('manifest.json') is not None
 
 
 class TeacherCache:
@@ -143,6 +154,22 @@ class TeacherCache:
     ):
         "Refuse a dataset of which a few samples come out otherwise than when the cache was written"
         refuse(self.folder, sample_differences(self.manifest, at, lambda i, view: dict(digest=input_digest(item(i, view)))), self.force)
+
+    def changed_files(
+        self,
+        files, # (M,) path of each sample's file, as `files_of` gives them; None: samples are not files
+        at=None # (M,) their positions in the cache, as `find` gives them; None: the samples of the cache in its own order
+    ) -> list:
+        "Names of the files whose content is not what it was when the cache was written; only files with another time or size are read"
+        if files is None or self.folder.size('files.bin') is None: return []
+        record = unpack_record(self.folder.read('files.bin'), len(self))
+        if record is None: raise DistillError(f"files.bin of {self.folder} is damaged: write the cache once more.")
+        changed,_ = newer_record(record if at is None else record[np.asarray(at)], files)
+        return [str(files[i]) for i in changed]
+
+    def check_files(self, files, at=None):
+        "Refuse samples whose files changed since the cache was written (with `force`: warn)"
+        if names := self.changed_files(files, at): refuse(self.folder, [changed_text(names, len(files))], self.force)
 
     def check(self):
         "Compare every file with its checksum; damaged ones are named"

@@ -6,6 +6,7 @@ import numpy as np
 from ..outputs import DistillError, DistillWarning
 from ..ranks import on_first, rank, world_size
 from .digests import checksum, versions
+from .files import changed_text, newer_record, pack_record, record_files, unpack_record
 from .folder import open_folder
 from .keys import hash_of
 from .manifest import Manifest, differences, refuse
@@ -79,13 +80,25 @@ def _begin(where, source, layout, views, seed, force, shard_bytes):
             if not force: raise
             warnings.warn(DistillWarning(f'{e} It is written anew (force=True).'))
         else:
-            if not (found := differences(old, m)): return _reopen(where, old, keys)
+            if not (found := differences(old, m) or _changed_files(where, source)): return _reopen(where, old, keys)
             refuse(where, found, force, 'It is written anew')
     clear(where)
     clear(where.sub('valid'))       # it would be another teacher's
     where.write('keys.bin', keys)
+    if source.files is not None: where.write('files.bin', pack_record(record_files(source.files)))
     where.write('manifest.json', m.to_json())
     return m
+
+
+def _changed_files(where, source):
+    "In words, which of the samples' files changed; where none did, their new times are stored"
+    if source.files is None or where.size('files.bin') is None: return []
+    record = unpack_record(where.read('files.bin'), len(source.files))
+    if record is None: return []
+    changed,new = newer_record(record, source.files)
+    if len(changed): return [changed_text([str(source.files[i]) for i in changed], len(record))]
+    if not np.array_equal(new, record): where.write('files.bin', pack_record(new))
+    return []
 
 
 def _reopen(where, m, keys):
@@ -105,7 +118,7 @@ def _reopen(where, m, keys):
     return m
 
 
-CACHE_FILES = re.compile(r'(manifest\.json|keys\.bin|view\d{3,}/\d{6,}\.(bin|json))(\.\d+\.tmp)?')
+CACHE_FILES = re.compile(r'(manifest\.json|keys\.bin|files\.bin|view\d{3,}/\d{6,}\.(bin|json))(\.\d+\.tmp)?')
 
 def clear(where, ending=''):
     "Remove a cache's files, and no others; the manifest first, for without it the rest is nothing"

@@ -5,12 +5,13 @@ import numpy as np
 from fastai.basics import L
 from fastai.data.transforms import ColReader
 from fastai.text.data import SortedDL
+from ..cache.files import files_of
 from ..cache.keys import hash_of, key_of, keys_of, root_of
 from ..outputs import DistillError
 from ..replay.seeds import seeds_of
 from .stream import is_stream
 
-__all__ = ['item_keys', 'items_of', 'key_root', 'matching_root', 'storage_order']
+__all__ = ['item_keys', 'items_of', 'key_root', 'matching_root', 'sample_files', 'storage_order']
 
 
 def item_keys(
@@ -77,6 +78,15 @@ def matching_root(cache, dls, dl) -> str:
     common = PurePath(common_folder([first]))
     roots = [root, *(p.as_posix() for p in (common, *common.parents)), '']
     return next((r for r in roots if (cache.keys == np.uint64(key_of(first, r))).any()), root)
+
+
+def sample_files(
+    dl,
+    order=None # positions in the dataset; None: its own order
+):
+    "The file of each sample; None where samples are not files"
+    files = files_of(items_of(dl.dataset)) if listed(dl) and not is_stream(dl) else None
+    return files if files is None or order is None else [files[i] for i in order]
 
 
 def storage_order(dl):

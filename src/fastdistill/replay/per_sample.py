@@ -15,8 +15,8 @@ def per_sample(
     seeds, # (B,) one for each sample
     *tensors # (B, ...) each
 ):
-    "Run `fn` on one sample at a time, each with random numbers of its own: right for every `fn`, whatever it draws and how"
-    if len(seeds) != len(tensors[0]): raise DistillError(f"{len(seeds)} seeds for {len(tensors[0])} samples: one for each is needed.")
+    "Run `fn` on one sample at a time, each with random numbers of its own: right for every `fn`, and slow"
+    if len(seeds) != len(tensors[0]): raise DistillError(f"{len(seeds)} seeds for {len(tensors[0])} samples: give one for each.")
     outs,own = [],Generators(fn)
     with restored_generators(tensors[0].device) as start:
         for i,s in enumerate(seeds.tolist() if isinstance(seeds, Tensor) else seeds):

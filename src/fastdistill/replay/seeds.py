@@ -62,7 +62,7 @@ def seeded(
     seed:int, # any 64-bit number
     device=None # of the tensors that are drawn on, if not the CPU
 ):
-    "Inside, Python's, NumPy's and PyTorch's global generators start from `seed`; afterwards they are as they were"
+    "Inside, the global generators of Python, NumPy and PyTorch start from `seed`; afterwards they have their old states"
     with restored_generators(device) as start:
         start(seed)
         yield
@@ -70,7 +70,7 @@ def seeded(
 
 @contextmanager
 def restored_generators(device=None):
-    "Gives a function that seeds the global generators; afterwards they are as they were"
+    "Gives a function that seeds the global generators; afterwards they have their old states"
     gens = [torch.default_generator] + ([torch.cuda.default_generators[torch.device(device).index or 0]] if is_cuda(device) else [])
     def start(seed):
         seed = int(seed)
@@ -78,7 +78,7 @@ def restored_generators(device=None):
         np.random.seed(seed & 0xffffffff)
         for g in gens: g.manual_seed(seed & 0x7fffffffffffffff)
     if RESTORED_OUTSIDE and RESTORED_OUTSIDE[-1] and not is_cuda(device):
-        with restoring_outside(False): yield start        # but who is seeded inside of this must put back
+        with restoring_outside(False): yield start        # but a `seeded` inside of this one must restore
         return
     states = random.getstate(),np.random.get_state(),[g.get_state() for g in gens]
     try: yield start
@@ -99,7 +99,7 @@ def restoring_outside(on):
 
 @contextmanager
 def restored_once():
-    "Inside, the CPU's generators are put back once, at the end, and not after each `seeded`: NumPy takes its time for it"
+    "Inside, the CPU's generators are restored once, at the end, and not after each `seeded`: restoring NumPy's is slow"
     with restored_generators(), restoring_outside(True): yield
 
 
@@ -107,7 +107,7 @@ def is_cuda(device): return device is not None and torch.device(device).type == 
 
 
 class RandomGuard:
-    "Did anything draw from Python's, NumPy's or PyTorch's global generators meanwhile? Then `moved` says so; they are put back"
+    "Restores the global generators of Python, NumPy and PyTorch; `moved` is True afterwards if anything drew from them"
     def __enter__(self):
         self.states = self.now()
         self.moved = False
