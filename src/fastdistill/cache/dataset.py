@@ -31,7 +31,8 @@ def cache_dataset(
     topk:int|None=None, # keep the likeliest classes only
     dtype:str='float16', # 'float32', 'float16' or 'int8' (scaled row by row)
     *,
-    keys=None, # what names each sample: a list, or a function of the position; None: read off the dataset where it can be
+    keys=None, # what names each sample: a list, or a function of the position; None: read off the dataset where it can
+    # be
     inputs=None, # fn(batch) -> what the teacher is called with; None: the batch, or its first element if it is a tuple
     batch_tfm=None, # fn(x) -> x with random numbers in it: run on one sample at a time, see `per_sample`
     tail:str='mean', axis:int=1, # see `TopK`
@@ -45,7 +46,8 @@ def cache_dataset(
     forecast=None # fn(Forecast), called before the teacher runs
 ) -> TeacherCache:
     "Run the teacher on each view of each sample, store its outputs, and open the cache. An interrupted run resumes"
-    if isinstance(teacher, nn.Module): raise DistillError("A bare module may be in training mode, with gradients: pass Teacher(model).")
+    if isinstance(teacher, nn.Module):
+        raise DistillError("A bare module may be in training mode, with gradients: pass Teacher(model).")
     check_indexed(dataset)
     if not len(dataset): raise DistillError("The dataset is empty: there is nothing to write.")
     names = dataset_keys(dataset, keys)
@@ -71,10 +73,12 @@ def cache_dataset(
         check_alone(run, len(dataset))
         described = dict(transforms or {})
         if shake is not None: described['batch_tfm'] = code_of(shake if inspect.isroutine(shake) else type(shake))
-        source = Source(names, run, bs, identity_of(teacher), described, root_of(folder_of(dataset)), vocab, items.digests(),
+        source = Source(names, run, bs, identity_of(teacher), described, root_of(folder_of(dataset)), vocab,
+                        items.digests(),
                         dataset_files(dataset))
         with shown_progress(progress) as show:
-            return write_cache(path, source, Wish(dtype, topk, tail, axis, size), views=views, seed=seed, force=force, progress=show,
+            return write_cache(path, source, Wish(dtype, topk, tail, axis, size), views=views, seed=seed, force=force,
+                               progress=show,
                                forecast=forecast)
 
 
@@ -82,8 +86,8 @@ def shaken(fn, seeds, x):
     "A batch transform with random numbers of each sample's own"
     xs = x if isinstance(x, tuple) else (x,)
     if not all(isinstance(o, Tensor) for o in xs):
-        raise DistillError(f"batch_tfm= takes tensors, and the teacher's inputs are {', '.join(type(o).__name__ for o in xs)}: "
-                           "use a transform of the dataset.")
+        raise DistillError("batch_tfm= takes tensors, and the teacher's inputs are "
+                           f"{', '.join(type(o).__name__ for o in xs)}: use a transform of the dataset.")
     return per_sample(fn, seeds, *xs)
 
 
@@ -125,16 +129,19 @@ def check_items_repeat(items, asked):
     "Make a few items twice: random transforms that can't be repeated are found before anything is written"
     tasks,n = spread_positions(len(items), 8),len(items.dataset)
     draw = lambda items, i: fingerprint(*flat_values(items[i][0]))
-    other = items if items.views else Views(items.dataset, items.keys, 0, items.seed+1)     # the clean view is the same for any seed
+    # the clean view is the same for any seed
+    other = items if items.views else Views(items.dataset, items.keys, 0, items.seed+1)
     for i in tasks.tolist():
         if draw(items, i) == draw(other, i): continue
         raise DistillError(unrepeatable('The item transforms', i % n) if items.views else NOT_CLEAN)
     if asked is None: return
     for i,a,b in zip(tasks, asked(tasks, 1), asked(tasks, 1)):
-        if fingerprint(*flat_values(a)) != fingerprint(*flat_values(b)): raise DistillError(unrepeatable('batch_tfm', i % n))
+        if fingerprint(*flat_values(a)) != fingerprint(*flat_values(b)):
+            raise DistillError(unrepeatable('batch_tfm', i % n))
 
 
-NOT_CLEAN = ("views=0 keeps one answer for each sample as the dataset gives it, but these come out differently each time: pass the dataset "
+NOT_CLEAN = ("views=0 keeps one answer for each sample as the dataset gives it, but these come out differently each "
+             "time: pass the dataset "
          "without its random transforms here, and the one with them to Replayed; or views=1 or more.")
 
 
@@ -143,10 +150,14 @@ class Replayed(Dataset):
     `cache.decode(rows)` makes a batch of rows the teacher's `Outputs`. Call `set_epoch` before each epoch"""
     def __init__(
         self,
-        dataset, # map-style; its transforms draw from Python's, NumPy's or PyTorch's generators, global ones or their own
-        cache, # a `TeacherCache`, whose `views` decide whether transforms are replayed (views=0: they are as random as ever)
-        keys=None, # what names each sample: a list, or a function of the position; None: read off the dataset where it can be
-        seeds:bool=False # items are `(*item, row, seed)`: for random transforms of a whole batch, `per_sample(fn, seeds, x)`
+        dataset, # map-style; its transforms draw from Python's, NumPy's or PyTorch's generators, global ones or their
+        # own
+        cache, # a `TeacherCache`, whose `views` decide whether transforms are replayed (views=0: they are as random as
+        # ever)
+        keys=None, # what names each sample: a list, or a function of the position; None: read off the dataset where it
+        # can be
+        seeds:bool=False # items are `(*item, row, seed)`: for random transforms of a whole batch, `per_sample(fn,
+        # seeds, x)`
     ):
         check_indexed(dataset)
         self.dataset,self.cache,self.seeds = dataset,cache,seeds
@@ -154,7 +165,8 @@ class Replayed(Dataset):
         self.at = cache.find(self.keys)
         # the transforms of clean views may differ from those of training
         cache.check_files(dataset_files(dataset), self.at)
-        if cache.views: cache.compare(self.at, lambda i, view: view_item(dataset, i, int(self.keys[i]), view, cache.seed, self.own))
+        if cache.views:
+            cache.compare(self.at, lambda i, view: view_item(dataset, i, int(self.keys[i]), view, cache.seed, self.own))
         # subtle: shared memory, so that workers which outlive an epoch see the next one
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
@@ -187,14 +199,16 @@ def view_item(dataset, i, key, view, seed, own):
 
 
 class OwnGenerators:
-    "The generators of the dataset that an item comes from: its numbers are the same in a part of that dataset, or beside others"
+    """The generators of the dataset that an item comes from: its numbers are the same in a part of that dataset, or
+    beside others"""
     def __init__(self, dataset): self.dataset,self.found = dataset,{}
 
     def of(self, i) -> Generators:
         d,way = self.dataset,()
         while True:
-            if hasattr(d, 'dataset') and hasattr(d, 'indices'): d,i,way = d.dataset,d.indices[i],(*way, 0)      # a `Subset`
-            elif hasattr(d, 'datasets') and hasattr(d, 'cumulative_sizes'):                                     # a `ConcatDataset`
+            # a `Subset`
+            if hasattr(d, 'dataset') and hasattr(d, 'indices'): d,i,way = d.dataset,d.indices[i],(*way, 0)
+            elif hasattr(d, 'datasets') and hasattr(d, 'cumulative_sizes'): # a `ConcatDataset`
                 k = bisect_right(d.cumulative_sizes, i)
                 d,i,way = d.datasets[k],i - (d.cumulative_sizes[k-1] if k else 0),(*way, k)
             else: break
@@ -209,5 +223,5 @@ def batch_seed(key, view, seed):
 
 def check_indexed(dataset):
     if not hasattr(dataset, '__getitem__') or not hasattr(dataset, '__len__'):
-        raise DistillError(f"{type(dataset).__name__} can only be iterated: a stored output belongs to a sample, and these have "
-                           "no indices. Use a map-style dataset (__getitem__ and __len__).")
+        raise DistillError(f"{type(dataset).__name__} can only be iterated: a stored output belongs to a sample, and "
+                           "these have no indices. Use a map-style dataset (__getitem__ and __len__).")

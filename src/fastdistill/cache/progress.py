@@ -10,7 +10,8 @@ class ProgressBar:
     def __init__(self, console=None):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         self.task = None
-        self.bar = Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TextColumn('{task.fields[speed]}'),
+        self.bar = Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
+                            TextColumn('{task.fields[speed]}'),
                             TextColumn('{task.fields[mb]:.1f} MB'), TimeRemainingColumn(), console=console)
 
     def __enter__(self): return self
@@ -29,7 +30,8 @@ class ProgressBar:
             self.task = self.bar.add_task('teacher', total=total, mb=0., speed='')
             self.bar.start()
         speed = self.bar.tasks[self.task].speed
-        self.bar.update(self.task, completed=done, mb=n_bytes/1e6, speed='' if speed is None else f'{speed:,.0f} samples/s')
+        self.bar.update(self.task, completed=done, mb=n_bytes/1e6,
+                        speed='' if speed is None else f'{speed:,.0f} samples/s')
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def _begin(where, source, layout, views, seed, force, shard_bytes):
             if not force: raise
             warnings.warn(DistillWarning(f'{e} It is written anew (force=True).'))
         else:
-            if not (found := differences(old, m) or _changed_files(where, source)): return _reopen(where, old, keys)
+            if not (found := _changed_files(where, source) + differences(old, m)): return _reopen(where, old, keys)
             refuse(where, found, force, 'It is written anew')
     clear(where)
     clear(where.sub('valid'))       # it would be another teacher's

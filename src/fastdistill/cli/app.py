@@ -25,7 +25,7 @@ def version(asked):
 
 @app.callback()
 def options(
-    _:Annotated[bool, typer.Option('--version', callback=version, is_eager=True, help='Show the version and stop.')]=False,
+    _:Annotated[bool, typer.Option('--version', callback=version, is_eager=True, help='Show the version.')]=False,
     debug:Annotated[bool, typer.Option('--debug', help='Show the traceback of a mistake.')]=False # read by `main`
 ): pass
 
@@ -34,7 +34,8 @@ def main():
     "Run the command: mistakes and warnings are one line each, and a mistake ends with exit code 2"
     console,show_other = Console(stderr=True, highlight=False, soft_wrap=True),warnings.showwarning
     def show(message, category, *args, **kwargs):
-        if issubclass(category, DistillWarning): console.print('[yellow]fastdistill:[/]', escape(in_flags(str(message))))
+        if issubclass(category, DistillWarning):
+            console.print('[yellow]fastdistill:[/]', escape(in_flags(str(message))))
         else: show_other(message, category, *args, **kwargs)
     with warnings.catch_warnings():
         warnings.showwarning = show
@@ -50,7 +51,8 @@ def in_flags(
     text:str # a message of the library, which names Python's arguments
 ):
     "The same message with the command line's flags: `views=8` is `--views 8`, `force=True` is `--force`"
-    have = {o.lstrip('-').replace('-', '_') for c in commands(typer.main.get_command(app)) for p in c.params for o in p.opts}
+    have = {o.lstrip('-').replace('-', '_') for c in commands(typer.main.get_command(app)) for p in c.params
+            for o in p.opts}
     def flag(m):
         name,value = m['name'],m['value'] or ''
         if name not in have: return m[0]

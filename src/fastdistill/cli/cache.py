@@ -8,9 +8,10 @@ from .objects import dataloaders, load_object, load_teacher
 
 __all__ = ['cache_app']
 
-cache_app = typer.Typer(no_args_is_help=True, help="A teacher's outputs on disk: run it once, train as many students as you like.")
+cache_app = typer.Typer(no_args_is_help=True,
+                        help="A teacher's outputs on disk: run it once, train as many students as you like.")
 
-TEACHER = typer.Argument(help="A file that Teacher takes, as an exported Learner (.pkl), or 'file.py:name' of a teacher or its maker.")
+TEACHER = typer.Argument(help="A file that Teacher takes (such as an exported Learner, .pkl), or 'file.py:name'.")
 DATA = typer.Argument(help="'file.py:name' of DataLoaders, or of a function that makes them.")
 PATH = typer.Argument(help='Folder of the cache, or its URL.')
 # how far stored numbers may be off, rounding included, relative to the largest of their row
@@ -26,7 +27,7 @@ def write(
     topk:Annotated[int|None, typer.Option(help='Keep the likeliest classes only.')]=None,
     dtype:Annotated[str, typer.Option(help='float32, float16 or int8.')]='float16',
     layers:Annotated[list[str]|None, typer.Option(help='A layer to store too; may be given several times.')]=None,
-    tail:Annotated[str, typer.Option(help='Assumption about classes that are not stored: mean, uniform, zero or bucket.')]='mean',
+    tail:Annotated[str, typer.Option(help='Assumption about other classes: mean, uniform, zero or bucket.')]='mean',
     size:Annotated[tuple[int, int]|None, typer.Option(help='Height and width to which maps are reduced.')]=None,
     valid:Annotated[bool, typer.Option('--valid', help='The validation set too.')]=False,
     bs:Annotated[int|None, typer.Option(help="Batch size; else the DataLoaders' own.")]=None,
@@ -36,19 +37,20 @@ def write(
     force:Annotated[bool, typer.Option('--force', help="Overwrite a cache that doesn't fit.")]=False,
     yes:Annotated[bool, typer.Option('--yes', '-y', help='Ask nothing.')]=False
 ):
-    """Run the teacher over the data and store its outputs. An interrupted run resumes. Under torchrun or accelerate launch, each
-    process writes its share"""
+    """Run the teacher over the data and store its outputs. An interrupted run resumes. Under torchrun or accelerate
+    launch, each process writes its share"""
     from ..fastai.cache_data import cache_teacher
     from ..ranks import joined_processes
     dls,model = load_object(data, dataloaders),load_teacher(teacher)
     with joined_processes() as first, WriterBar(console := Console(quiet=not first), first and not yes) as bar:
         try:
-            cache = cache_teacher(model, dls, path, views, topk, dtype, layers or None, tail=tail, size=size, valid=valid, bs=bs,
-                                  num_workers=workers, seed=seed, check=check and first, force=force,
+            cache = cache_teacher(model, dls, path, views, topk, dtype, layers or None, tail=tail, size=size,
+                                  valid=valid, bs=bs, num_workers=workers, seed=seed, check=check and first, force=force,
                                   progress=bar.bar.progress, forecast=bar.forecast)
         except KeyboardInterrupt:
             bar.bar.stop()
-            console.print(f'\nInterrupted. Finished files are kept in {path}: the same command resumes.', highlight=False)
+            console.print(f'\nInterrupted. Finished files are kept in {path}: the same command resumes.',
+                          highlight=False)
             raise typer.Exit(130) from None
     console.print(str(cache), highlight=False, markup=False)
 
@@ -92,11 +94,13 @@ def facts(where, m):
     from ..cache.writer import finished
     yield 'samples',f'{m.count:,}'
     yield 'views',f'{m.views} of each, augmented' if m.views else 'the clean one of each'
-    yield 'a row',f'{m.layout.bytes} bytes: ' + ', '.join(f'{f.name} {f.dtype} {"x".join(map(str, f.shape)) or 1}' for f in m.layout.fields)
+    yield 'a row',f'{m.layout.bytes} bytes: ' + ', '.join(f'{f.name} {f.dtype} {"x".join(map(str, f.shape)) or 1}'
+                                                          for f in m.layout.fields)
     if m.layout.n: yield 'classes stored',f'{m.layout.fields[0].shape[-1]} of {m.layout.n}, tail {m.layout.tail!r}'
     shards = list(m.all_shards())
     done = len(shards) if m.complete else sum(finished(where, s) for s in shards)
-    yield 'files',f'{done} of {len(shards)} written, {m.bytes/1e6:.1f} MB' + ('' if m.complete else ' in all: `fastdistill cache write` resumes')
+    resume = '' if m.complete else ' in all: `fastdistill cache write` resumes'
+    yield 'files',f'{done} of {len(shards)} written, {m.bytes/1e6:.1f} MB{resume}'
     yield 'teacher',', '.join(f'{k} {v}' for k,v in m.teacher.items())
     if m.vocab: yield 'classes',', '.join(m.vocab[:10]) + (f' ... ({len(m.vocab)})' if len(m.vocab) > 10 else '')
     for k,v in m.transforms.items(): yield k,v

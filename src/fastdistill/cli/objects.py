@@ -68,5 +68,6 @@ def dataloaders(o):
     o = called(o)
     o = getattr(o, 'dls', o)
     if not hasattr(o, 'loaders'):
-        raise DistillError(f"A {type(o).__name__} is no fastai DataLoaders, nor a function without arguments that makes one.")
+        raise DistillError(f"A {type(o).__name__} is no fastai DataLoaders, nor a function without arguments that "
+                           "makes one.")
     return o

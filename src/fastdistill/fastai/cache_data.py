@@ -32,7 +32,8 @@ def cache_teacher(
     teacher, # Learner, exported .pkl, module, `Teacher`, or a list of these
     dls, # DataLoaders whose training set (with its augmentation) is cached
     path, # folder or URL
-    views:int=1, # augmented views of each sample; 0: the clean one, as in validation, while the student sees augmented ones
+    views:int=1, # augmented views of each sample; 0: the clean one, as in validation, while the student sees augmented
+    # ones
     topk:int|None=None, # keep the likeliest classes only
     dtype:str='float16', # 'float32', 'float16' or 'int8' (scaled row by row)
     layers=None, # names of the teacher's layers whose outputs are stored too
@@ -43,18 +44,21 @@ def cache_teacher(
     keys=None, # what names each sample of the training set: a list, or a function of its item; None: the item itself
     bs:int|None=None, num_workers:int|None=None, # None: as the DataLoaders have it
     seed:int=0, # of the random numbers
-    kind:str|None=None, axis:int|None=None, # what the logits are, and their class axis; None: read off the labels' loss function
+    kind:str|None=None, axis:int|None=None, # what the logits are, and their class axis; None: read off the labels'
+    # loss function
     check:bool=True, # look for mistakes first, as `Learner.check_teacher` does
     force:bool=False, # overwrite a cache that doesn't fit
-    progress=True, # a bar in terminals and notebooks; False: none; or fn(rows done, rows in all, bytes done), called after each batch
+    progress=True, # a bar in terminals and notebooks; False: none; or fn(rows done, rows in all, bytes done), called
+    # after each batch
     forecast=None # fn(Forecast), called before the teacher runs
 ) -> TeacherCache:
     "Run the teacher on each view of each sample, store its outputs, and open the cache. An interrupted run resumes"
     task = task_of_data(dls, teacher, kind, axis)
     if topk is not None and task.kind != 'softmax':
-        raise DistillError(f"topk={topk} keeps the likeliest of several classes, but this model predicts {task.kind} outputs: "
-                           "use topk=None.")
-    teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **({} if layers is None else dict(layers=layers)))
+        raise DistillError(f"topk={topk} keeps the likeliest of several classes, but this model predicts {task.kind} "
+                           "outputs: use topk=None.")
+    asked = {} if layers is None else dict(layers=layers)
+    teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **asked)
     if check: check_teacher(dls, teacher, task).enforce()
     wish = Wish(dtype, topk, tail, task.axis, size)
     given = dict(seed=seed, force=force, forecast=forecast)
@@ -67,7 +71,8 @@ def cache_teacher(
         if valid:
             names_too = keys if callable(keys) else None
             with shown_progress(progress) as show:
-                write_cache(cache.folder.sub('valid'), source(dls.valid, 0, names_too), wish, views=0, progress=show, **given)
+                write_cache(cache.folder.sub('valid'), source(dls.valid, 0, names_too), wish, views=0, progress=show,
+                            **given)
     cache.sample_names = keys
     return cache
 
@@ -78,7 +83,8 @@ def views_of(dl, views, seed):
     refuse_unindexed(dl)
     n = len(dl.dataset)
     plan = Plan(np.arange(n, dtype=np.uint64), views, seed, np.arange(n))
-    return distinct_views(views, n, lambda i, view: inspect_views(writer_dl(dl, plan, [view*n + i], 1, 0), [view*n + i]))
+    def look(i, view): return inspect_views(writer_dl(dl, plan, [view*n + i], 1, 0), [view*n + i])
+    return distinct_views(views, n, look)
 
 
 def verify_cache(
@@ -128,7 +134,8 @@ def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num
     refuse_unindexed(dl)
     stream = is_stream(dl)
     if stream and bs not in (None, dl.bs):
-        raise DistillError(f"bs={bs}, but a language model's text is cut into as many rows as its batches have, {dl.bs}: omit bs.")
+        raise DistillError(f"bs={bs}, but a language model's text is cut into as many rows as its batches have, "
+                           f"{dl.bs}: omit bs.")
     root = key_root(dls)
     names,order = item_keys(dl, keys, root),storage_order(dl)
     plan = Plan(names[order], views, seed, order, stream=stream)
@@ -147,7 +154,8 @@ def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num
     # without `stats`, the student's normalization is part of the teacher's identity
     if any(getattr(t, 'stats', None) is None for t in (getattr(teacher, 'members', None) or [teacher])):
         who['input'] = 'mean {}, std {}'.format(*(torch.as_tensor(o).flatten().tolist() for o in image_stats(dls)))
-    return Source(plan.keys, run, bs or dl.bs or 64, who, describe_transforms(dl) if views or stream else {}, root, vocab, samples,
+    return Source(plan.keys, run, bs or dl.bs or 64, who, describe_transforms(dl) if views or stream else {}, root,
+                  vocab, samples,
                   sample_files(dl, order))
 
 
@@ -161,7 +169,8 @@ def writer_dl(dl, plan, tasks, bs, workers=None):
     "A DataLoader that goes through tasks in their order"
     cls = TabDataLoader if isinstance(dl, TabDataLoader) else TfmdDL
     more = {} if workers is None else dict(num_workers=workers)
-    d = TfmdDL.new(dl, cls=cls, bs=bs, shuffle=False, drop_last=False, get_idxs=FixedOrder(np.asarray(tasks).tolist()), **more)
+    d = TfmdDL.new(dl, cls=cls, bs=bs, shuffle=False, drop_last=False, get_idxs=FixedOrder(np.asarray(tasks).tolist()),
+                   **more)
     return attach(d, copy.copy(plan), dl if is_stream(dl) else None)
 
 
@@ -187,8 +196,8 @@ def check_views_repeat(make, n):
     for t,a,b in zip(tasks, make(tasks, 1, 0), make(tasks, 1, 0)): check_equal(a, b, 'The batch transforms', t)
     with RandomGuard() as guard: d.before_batch([d.do_item(t)[0] for t in tasks])
     if guard.moved:
-        raise DistillError("A transform of before_batch draws random numbers for a whole batch, and no batch comes twice: "
-                           "make it a transform of the items or of after_batch.")
+        raise DistillError("A transform of before_batch draws random numbers for a whole batch, and no batch comes "
+                           "twice: make it a transform of the items or of after_batch.")
 
 
 def check_equal(a, b, which, task):
@@ -200,8 +209,9 @@ def check_padding(run, n):
     "Warn if the outputs for the shortest text depend on whether the longest one is in its batch"
     beside,alone = [next(run(np.array(t), len(t))).logits[-1].float() for t in ([0, n-1], [n-1])]
     if beside.shape == alone.shape and (far := (beside-alone).abs().max().item()) > .1*(1 + alone.abs().max().item()):
-        warnings.warn(DistillWarning(f"The teacher's outputs for a text depend on its padding (by {far:.3g} for the shortest one). "
-                                     "The cache stores its outputs among texts of the same length. Does it mask padding tokens?"))
+        warnings.warn(DistillWarning(f"The teacher's outputs for a text depend on its padding (by {far:.3g} for the "
+                                     "shortest one). The cache stores its outputs among texts of the same length. Does "
+                                     "it mask padding tokens?"))
 
 
 def plain_item(o):
@@ -230,7 +240,8 @@ def inspect_views(d, tasks):
 def summary(x):
     "Mean, spread, and a sum with a different weight for each position: close for close inputs, on any device"
     x = x.detach().double().cpu().flatten()
-    return [x.mean().item(), x.std(correction=0).item(), (x*torch.arange(len(x)).mul(.7).cos()).mean().item()*len(x)**.5]
+    weights = torch.arange(len(x)).mul(.7).cos()
+    return [x.mean().item(), x.std(correction=0).item(), (x*weights).mean().item()*len(x)**.5]
 
 
 def item_digest(pair, n_inp):
@@ -239,13 +250,14 @@ def item_digest(pair, n_inp):
 
 
 def classes_of(teacher, dls):
-    "Names of the classes in the order of the teacher's logits; if the labels have another order, it is mapped when a student trains"
+    """Names of the classes in the order of the teacher's logits; if the labels have another order, it is mapped when a
+    student trains"""
     mine = vocab_of(dls)
     theirs = [vocab_of(t.learner.dls) for t in (teacher, *teacher.members) if t.learner is not None]
     if not theirs or mine is None or theirs[0] is None: return mine
     if any(v != theirs[0] for v in theirs) or (teacher.members and theirs[0] != mine):
-        raise DistillError("The members of the ensemble have their classes in different orders: give each, as Teacher(model, select=...), "
-                           f"the labels' order: {', '.join(mine[:10])}.")
+        raise DistillError("The members of the ensemble have their classes in different orders: give each, as "
+                           f"Teacher(model, select=...), the labels' order: {', '.join(mine[:10])}.")
     names = theirs[0] if teacher.select is None else [theirs[0][i] for i in torch.as_tensor(teacher.select).tolist()]
     stored_order(names, mine)        # names that can't be mapped are refused now
     return names

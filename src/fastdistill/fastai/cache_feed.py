@@ -33,8 +33,9 @@ class Epochs(Callback):
         self.passed = self.learn.epoch + 1
 
 
-ONE_VIEW = ("fastdistill: the cache has one view. Each sample has the same augmentation in every epoch, and students overfit. Write more "
-            "views (views=8); or views=0, which leaves augmentation random, where outputs have no positions (classes, labels, numbers).")
+ONE_VIEW = ("fastdistill: the cache has one view. Each sample has the same augmentation in every epoch, and students "
+            "overfit. Write more views (views=8); or views=0, which leaves augmentation random, where outputs have no "
+            "positions (classes, labels, numbers).")
 
 # learner -> cache -> epochs that it was trained from it: views continue there in the next fit
 PASSED = WeakKeyDictionary()
@@ -76,7 +77,8 @@ class CacheFeed(Feed):
         plan = self._feed(dls, dls.train, self.cache, self.keys)
         if valid is not None and len(dls.loaders) > 1:
             try: self._feed(dls, dls.valid, valid, self.keys if callable(self.keys) else None)
-            except DistillError as e: print(f'fastdistill: no column for the validation set, since it is not the one in the cache. {e}')
+            except DistillError as e:
+                print(f'fastdistill: no column for the validation set, since it is not the one in the cache. {e}')
         self.epochs = Epochs(plan, passed_epochs(self.learn).get(self.cache.identity, 0), self.fed)
         self.learn.add_cb(self.epochs)
 
@@ -85,9 +87,10 @@ class CacheFeed(Feed):
         if cache.views or is_stream(dl):
             refuse(cache.folder, transform_differences(cache.manifest.transforms, describe_transforms(dl)), cache.force)
         names = item_keys(dl, keys, matching_root(cache, dls, dl))
-        plan = Plan(names, cache.views, cache.seed, cache.find(names), cache, random=bool(cache.views), stream=is_stream(dl))
-        refuse(cache.folder, misfits(dl, plan, cache), cache.force)
+        plan = Plan(names, cache.views, cache.seed, cache.find(names), cache, random=bool(cache.views),
+                    stream=is_stream(dl))
         cache.check_files(sample_files(dl), plan.at)
+        refuse(cache.folder, misfits(dl, plan, cache), cache.force)
         self.fed.append(attach(dl, plan))
         return plan
 
@@ -107,7 +110,8 @@ class CacheFeed(Feed):
         out = self.cache.decode(t)
         if self.stream: out = of_length(out, learn.x.shape[1])
         lg,order = out.logits,self.order
-        if order is not None: lg = lg.reorder(order) if isinstance(lg, TopK) else lg.index_select(self.axis, order.to(lg.device))
+        if order is not None:
+            lg = lg.reorder(order) if isinstance(lg, TopK) else lg.index_select(self.axis, order.to(lg.device))
         if isinstance(lg, TopK): lg = lg.dense(as_plain(learn.pred) if lg.tail == 'bucket' else None)
         return Outputs(lg, out.feats, out.mask)
 
@@ -126,15 +130,16 @@ def misfits(dl, plan, cache):
         def look(i, view): return inspect_views(writer_dl(dl, again, [view*n + i], 1, 0), [view*n + i])[0]
         return sample_differences(m, plan.at, look)
     if m.layout.dense and not plan.stream and (moving := moves(dl)):
-        return [f"these outputs have a value for each pixel or token of the clean input, and {', '.join(moving)} would move them: "
-                "cache views=1 or more"]
+        return ["these outputs have a value for each pixel or token of the clean input, and "
+                f"{', '.join(moving)} would move them: cache views=1 or more"]
     return []
 
 
 def augmented(dl):
     "Random transforms of the training set"
     if getattr(dl.dataset, 'split_idx', 1) != 0: return []
-    return [f for k in ('after_item', 'after_batch') for f in getattr(getattr(dl, k), 'fs', []) if isinstance(f, RandTransform)]
+    return [f for k in ('after_item', 'after_batch') for f in getattr(getattr(dl, k), 'fs', []) if isinstance(f,
+                                                                                                              RandTransform)]
 
 
 def moves(dl):

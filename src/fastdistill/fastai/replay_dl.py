@@ -141,14 +141,17 @@ def refuse_unindexed(dl):
     "Refuse a DataLoader without samples that outputs could belong to"
     what = type(dl).__name__
     if not hasattr(dl, 'after_batch') or not hasattr(dl, 'do_item'):
-        raise DistillError(f"{what} is no fastai DataLoader: write with cache_dataset(teacher, dataset, path) and train with "
-                           "Replayed(dataset, cache).")
-    if dl.bs is None: raise DistillError(f"{what} loads ready-made batches (bs=None), and a stored output belongs to a sample. Give it a batch size.")
+        raise DistillError(f"{what} is no fastai DataLoader: write with cache_dataset(teacher, dataset, path) and "
+                           "train with Replayed(dataset, cache).")
+    if dl.bs is None:
+        raise DistillError(f"{what} loads ready-made batches (bs=None), and a stored output belongs to a sample. Give "
+                           "it a batch size.")
     if not dl.indexed:
-        raise DistillError(f"{what} loads data that can only be iterated: a stored output belongs to a sample, and these samples "
-                           "have no indices. Use a dataset with __getitem__ and __len__.")
+        raise DistillError(f"{what} loads data that can only be iterated: a stored output belongs to a sample, and "
+                           "these samples have no indices. Use a dataset with __getitem__ and __len__.")
     base = next(c for c in type(dl).__mro__ if c in KNOWN_LOADERS)
-    if own := [m for m in ('create_item', 'create_batch', 'do_item', 'do_batch') if getattr(type(dl), m) is not getattr(base, m)]:
+    if own := [m for m in ('create_item', 'create_batch', 'do_item', 'do_batch')
+               if getattr(type(dl), m) is not getattr(base, m)]:
         raise DistillError(f"{what} overrides {', '.join(own)}, and batches made that way could not be repeated: "
                            "do it in the dataset or in a transform.")
 

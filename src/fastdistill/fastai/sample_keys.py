@@ -1,4 +1,5 @@
-"What names the samples of a DataLoader: their keys do not depend on labels, on the order of the data, or on where the folder lies."
+"""What names the samples of a DataLoader: their keys do not depend on labels, on the order of the data, or on where
+the folder lies."""
 import os
 from pathlib import PurePath
 import numpy as np
@@ -30,10 +31,12 @@ def keys_of_samples(dataset, keys, root):
     if keys is not None:
         rows = (items.iloc[i] for i in range(len(items))) if hasattr(items, 'iloc') else items
         names = [keys(o) for o in rows] if callable(keys) else keys
-        if len(names) != len(dataset): raise DistillError(f"{len(names)} keys for {len(dataset)} samples: give one for each.")
+        if len(names) != len(dataset):
+            raise DistillError(f"{len(names)} keys for {len(dataset)} samples: give one for each.")
         return keys_of(names, root)
     if items is None:
-        raise DistillError(f"A {type(dataset).__name__} doesn't say which samples it holds: pass keys=, one for each sample.")
+        raise DistillError(f"A {type(dataset).__name__} doesn't say which samples it holds: pass keys=, one for each "
+                           "sample.")
     return keys_of_table(input_columns(dataset, items)) if hasattr(items, 'columns') else keys_of(items, root)
 
 
@@ -51,14 +54,17 @@ def keys_of_table(table):
 
 def input_columns(dataset, table):
     "The columns that the model sees: a key depends neither on the label nor on columns that are not used"
-    readers = [f for tl in getattr(dataset, 'tls', [])[:getattr(dataset, 'n_inp', 1)] for f in tl.tfms.fs if isinstance(f, ColReader)]
-    names = [*getattr(dataset, 'cat_names', []), *getattr(dataset, 'cont_names', []), *(c for r in readers for c in L(r.cols))]
+    readers = [f for tl in getattr(dataset, 'tls', [])[:getattr(dataset, 'n_inp', 1)] for f in tl.tfms.fs
+               if isinstance(f, ColReader)]
+    names = [*getattr(dataset, 'cat_names', []), *getattr(dataset, 'cont_names', []),
+             *(c for r in readers for c in L(r.cols))]
     names = [c if c in table.columns else table.columns[c] for c in names]
     return table[list(dict.fromkeys(names))] if names else table
 
 
 def key_root(dls) -> str:
-    "What paths are relative to: the DataLoaders' own path; where they have none, the folder that all their files have in common"
+    """What paths are relative to: the DataLoaders' own path; where they have none, the folder that all their files
+    have in common"""
     return root_of(dls.path) or common_folder(o for dl in dls.loaders for o in paths_in(dl))
 
 
@@ -72,7 +78,8 @@ def common_folder(paths):
 
 
 def matching_root(cache, dls, dl) -> str:
-    "The root under which the first sample has a row: a folder that was moved, or a part of the data, has another root than the whole had"
+    """The root under which the first sample has a row: a folder that was moved, or a part of the data, has another
+    root than the whole had"""
     first,root = next(iter(paths_in(dl)), None),key_root(dls)
     if first is None: return root
     common = PurePath(common_folder([first]))
@@ -90,6 +97,7 @@ def sample_files(
 
 
 def storage_order(dl):
-    "Positions in the order in which rows are stored: as they are, but texts by length, for padding must not mix long and short"
+    """Positions in the order in which rows are stored: as they are, but texts by length, for padding must not mix long
+    and short"""
     if isinstance(dl, SortedDL): return np.argsort(-np.asarray(dl.res), kind='stable')
     return np.arange(dl.n if is_stream(dl) else len(dl.dataset))

@@ -18,7 +18,8 @@ from .stream import is_stream
 
 __all__ = ['Replay', 'describe_transforms']
 
-FIXED = Normalize,IntToFloatTensor,ToTensor,ReadTabBatch    # without random numbers, and each sample is transformed alone
+# without random numbers, and each sample is transformed alone
+FIXED = Normalize,IntToFloatTensor,ToTensor,ReadTabBatch
 
 
 class Shown:
@@ -52,7 +53,8 @@ class Replay(Pipeline):
 
 
 def draws_alone(f):
-    "Has a transform a generator of its own, or a list of numbers for the positions in a batch? Then it gets one sample at a time"
+    """Has a transform a generator of its own, or a list of numbers for the positions in a batch? Then it gets one
+    sample at a time"""
     listed = lambda place, o: place[2] == 'draw' and isinstance(o, (list, tuple))
     return any(access_of(o) or hands_out_generators(o) or listed(place, o) for place,o,_ in reachable([f]))
 
@@ -77,16 +79,18 @@ def by_sample(f, b, seeds, split_idx):
 
 
 def replay_drawn(f, b, x, seeds, split_idx):
-    """fastai's affine, warp, lighting and color transforms: the numbers of all samples are drawn at once on the CPU, each from its own
-    seed; then the transform runs once over the batch"""
-    # subtle: at least two samples, to tell a number that is drawn once for a batch from numbers that are drawn for each sample
+    """fastai's affine, warp, lighting and color transforms: the numbers of all samples are drawn at once on the CPU,
+    each from its own seed; then the transform runs once over the batch"""
+    # subtle: at least two samples, to tell a number that is drawn once for a batch from numbers that are drawn for
+    # each sample
     n = max(len(x), 2)
     like = TensorImage(torch.empty(1).expand(n, *x.shape[1:]))
     like.__dict__.update(x.__dict__)        # img_size, if it has one
     # subtle: each small operation takes many times longer with fastai's tensor types
     with RandomGuard() as guard, PerSample(np.resize(seeds, n)), torch._C.DisableTorchFunctionSubclass():
         f.before_call((like,), split_idx)
-    if guard.moved: return by_sample(f, b, seeds, split_idx)        # it draws in a way that PerSample does not know (batch=True)
+    # it draws in a way that PerSample does not know (batch=True)
+    if guard.moved: return by_sample(f, b, seeds, split_idx)
     if not f.do: return b
     parts = [f, *getattr(f, 'coord_fs', []), *getattr(f, 'fs', [])]
     drawn = [{k: v.to(x.device) for k,v in vars(o).items() if isinstance(v, Tensor)} for o in parts]
@@ -107,7 +111,8 @@ def coupled(f, x):
     "Does the result for a sample depend on the others? fastai shrinks images first, by the largest zoom in the batch"
     if not isinstance(f, AffineCoordTfm): return False
     size = x.shape[-1] if f.size is None else f.size if isinstance(f.size, int) else f.size[1]
-    # subtle: fastai's `_grid_sample` compares the height with the new width, and the width with 2 (the last axis of coordinates)
+    # subtle: fastai's `_grid_sample` compares the height with the new width, and the width with 2 (the last axis of
+    # coordinates)
     return min(x.shape[-2]/size, x.shape[-1]/2) > 2
 
 
@@ -128,7 +133,8 @@ def b_of(o, b): return tuple(o) if isinstance(b, tuple) else o[0]
 
 
 def describe_transforms(dl) -> dict:
-    "Name -> description of each transform that is replayed; `Normalize` is not among them, since each model may have its own"
+    """Name -> description of each transform that is replayed; `Normalize` is not among them, since each model may have
+    its own"""
     out = {}
     if is_stream(dl): out['stream'] = f'{dl.bs} rows of {dl.bl} tokens, {dl.seq_len} at a time'
     tls = getattr(dl.dataset, 'tls', [])[:getattr(dl.dataset, 'n_inp', 1)]
@@ -160,7 +166,8 @@ def in_words(o, depth=6):
     "What an object was made with, without the numbers that it drew last"
     say = lambda v: in_words(v, depth-1)
     if isinstance(o, (str, bool, type(None))): return repr(o)
-    if isinstance(o, (int, float, np.number)): return repr(float(o))       # the repr of NumPy's numbers and enums differs between versions
+    # the repr of NumPy's numbers and enums differs between versions
+    if isinstance(o, (int, float, np.number)): return repr(float(o))
     if depth == 0: return type(o).__name__
     if isinstance(o, (Tensor, np.ndarray)): return f'{type(o).__name__} {fingerprint(o)[:12]}'
     if isinstance(o, partial): return f'{say(o.func)}{say([*o.args, *sorted(o.keywords.items())])}'
@@ -170,11 +177,13 @@ def in_words(o, depth=6):
         if len(o) > 50: return f'{type(o).__name__} of {len(o)}, {hash_of(repr(list(o)).encode()):x}'
         return f'[{", ".join(map(say, o))}]'
     named = set(inspect.signature(type(o).__init__).parameters) | {'aff_fs', 'coord_fs', 'fs'}
-    options = {k: v for k,v in sorted(getattr(o, '__dict__', {}).items()) if k in named-PASSING_STATE and not inspect.ismethod(v)}
+    options = {k: v for k,
+               v in sorted(getattr(o, '__dict__', {}).items()) if k in named-PASSING_STATE and not inspect.ismethod(v)}
     return f'{type(o).__name__}({", ".join([*own_code(o), *(f"{k}={say(v)}" for k,v in options.items())])})'
 
 
 def own_code(o):
     "A fingerprint of the code of a transform that is not fastai's"
-    if type(o) is Transform: return [code_of(m.implementation) for m in o.encodes.methods] if hasattr(o, 'encodes') else []
+    if type(o) is Transform:
+        return [code_of(m.implementation) for m in o.encodes.methods] if hasattr(o, 'encodes') else []
     return [] if type(o).__module__.split('.')[0] in ('fastai', 'fasttransform', 'fastcore') else [code_of(type(o))]

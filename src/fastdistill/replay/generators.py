@@ -16,9 +16,11 @@ __all__ = ['Generators', 'access_of', 'hands_out_generators', 'reachable']
 PLAIN_TYPES = str,bytes,Number,np.ndarray,np.generic,Tensor,PurePath,ModuleType,type,type(None)
 GLOBAL_GENERATORS = {id(o) for o in (random._inst, np.random.mtrand._rand, torch.default_generator)}
 # the code of these packages draws from the global generators, or from a generator that the user's transform holds
-LIBRARIES = {'PIL', 'builtins', 'fastai', 'fastcore', 'fastdistill', 'fasttransform', 'numpy', 'pandas', 'plum', 'torch',
+LIBRARIES = {'PIL', 'builtins', 'fastai', 'fastcore', 'fastdistill', 'fasttransform', 'numpy', 'pandas', 'plum',
+             'torch',
              'torchvision'}
-MAX_ITEMS,MAX_OBJECTS = 200,20_000      # longer collections are data; a search that finds more objects has reached the data
+# longer collections are data; a search that finds more objects has reached the data
+MAX_ITEMS,MAX_OBJECTS = 200,20_000
 
 # class of generator -> (get its state, set its state, seed it)
 ACCESS = {
@@ -26,12 +28,14 @@ ACCESS = {
                           lambda g, n: setattr(g.bit_generator, 'state', type(g.bit_generator)(n).state)),
     np.random.RandomState: (lambda g: g.get_state(), lambda g, s: g.set_state(s), lambda g, n: g.seed(n & 0xffffffff)),
     random.Random: (lambda g: g.getstate(), lambda g, s: g.setstate(s), lambda g, n: g.seed(n)),
-    torch.Generator: (lambda g: g.get_state(), lambda g, s: g.set_state(s), lambda g, n: g.manual_seed(n & 0x7fffffffffffffff))}
+    torch.Generator: (lambda g: g.get_state(), lambda g, s: g.set_state(s),
+                      lambda g, n: g.manual_seed(n & 0x7fffffffffffffff))}
 
 
 class Generators:
-    """The generators of NumPy, Python and PyTorch inside transforms or datasets, those that their functions name included. An object with
-    `set_random_state(random_generator, py_random)`, as albumentations' transforms have it, is given new generators"""
+    """The generators of NumPy, Python and PyTorch inside transforms or datasets, those that their functions name
+    included. An object with `set_random_state(random_generator, py_random)`, as albumentations' transforms have it, is
+    given new generators"""
     def __init__(self, *roots):
         found = [(place, owned) for place,o,owned in reachable(roots) if access_of(o) or hands_out_generators(o)]
         self.places,self.owned = [p for p,_ in found],[owned for _,owned in found]
@@ -43,7 +47,8 @@ class Generators:
     def seeded(
         self, seed:int # any 64-bit number
     ):
-        "Inside, each generator is seeded by a number of its own that follows from `seed`; afterwards all have their old states"
+        """Inside, each generator is seeded by a number of its own that follows from `seed`; afterwards all have their
+        old states"""
         if not self.places:
             yield
             return
@@ -83,8 +88,8 @@ def hands_out_generators(o): return takes_generators(type(o)) and hasattr(o, '__
 
 
 def reachable(roots):
-    """(place, object, owned) of all objects that can be reached. A place is (get, holder, key): the object there may be replaced later.
-    `owned`: it is inside an object that gives generators to all its parts"""
+    """(place, object, owned) of all objects that can be reached. A place is (get, holder, key): the object there may be
+    replaced later. `owned`: it is inside an object that gives generators to all its parts"""
     todo,seen = deque(((getitem, roots, i), o, False) for i,o in enumerate(roots)),{}
     while todo and len(seen) < MAX_OBJECTS:
         place,o,owned = todo.popleft()
@@ -98,7 +103,8 @@ def contents(o):
     "(place, object) of what an object holds or names"
     if access_of(o): return
     if isinstance(o, (dict, list, tuple)):
-        if len(o) <= MAX_ITEMS: yield from (((getitem, o, k), v) for k,v in (o.items() if isinstance(o, dict) else enumerate(o)))
+        if len(o) <= MAX_ITEMS:
+            yield from (((getitem, o, k), v) for k,v in (o.items() if isinstance(o, dict) else enumerate(o)))
     for k in FUNCTION_PARTS.get(type(o), ()): yield (getattr, o, k),getattr(o, k)
     if isinstance(o, FunctionType):
         for i in range(len(o.__closure__ or ())):
