@@ -164,4 +164,10 @@ def test_no_path_of_one_machine():
         assert not (found := path.search(f.read_text())), f'{f.relative_to(ROOT)}: {found}'
 
 
+def test_the_paths_in_contributing_are_there():
+    paths = re.findall(r'`((?:src|tests|docs|benchmarks|examples)/[^`]*)`', (ROOT/'CONTRIBUTING.md').read_text())
+    assert len(paths) > 20
+    assert not [p for p in paths if '*' not in p and not (ROOT/p).exists()]
+
+
 if __name__ == '__main__': print(*public(), sep='\n')

@@ -45,8 +45,8 @@ def write(
     with joined_processes() as first, WriterBar(console := Console(quiet=not first), first and not yes) as bar:
         try:
             cache = cache_teacher(model, dls, path, views, topk, dtype, layers or None, tail=tail, size=size,
-                                  valid=valid, bs=bs, num_workers=workers, seed=seed, check=check and first, force=force,
-                                  progress=bar.bar.progress, forecast=bar.forecast)
+                                  valid=valid, bs=bs, num_workers=workers, seed=seed, check=check and first,
+                                  force=force, progress=bar.bar.progress, forecast=bar.forecast)
         except KeyboardInterrupt:
             bar.bar.stop()
             console.print(f'\nInterrupted. Finished files are kept in {path}: the same command resumes.',
