@@ -162,3 +162,37 @@ def test_each_process_of_torchrun_writes_its_share(script, cache, tmp_path):
 def test_a_teacher_that_knows_nothing_is_noticed_first(script, cache, tmp_path):
     with pytest.warns(DistillWarning, match='no better than chance'):
         cache('write', f'{script}:teacher', f'{script}:dls', tmp_path/'c', '--check')
+
+
+def fastdistill(*args, **kwargs):
+    "The command as a process: what a user sees"
+    code = 'from fastdistill.cli import main; main()'
+    return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, env={**os.environ, 'COLUMNS': '200'}, **kwargs)
+
+
+@pytest.mark.parametrize('teacher, path, match', [
+    ('garbage.pkl', 'c', 'garbage.pkl could not be loaded as an exported Learner'),
+    ('my_script.py:teacher', 'garbage.pkl/c', 'garbage.pkl'),
+    ('broken.py:teacher', 'c', 'broken.py stopped in line 2: NameError'),
+    ('my_script.py:teacher', 's3://nowhere/c', '(?i)s3fs'),
+])
+def test_a_mistake_on_the_command_line_is_one_line_and_no_traceback(script, tmp_path, teacher, path, match):
+    (tmp_path/'garbage.pkl').write_bytes(bytes(range(256))*8)
+    (tmp_path/'broken.py').write_text('x = 1\nteacher = undefined\n')
+    r = fastdistill('cache', 'write', teacher, 'my_script.py:dls', path, '--no-check', cwd=tmp_path)
+    assert r.returncode == 2 and 'Traceback' not in r.stderr, r.stderr
+    assert re.search(match, r.stderr), r.stderr
+
+
+def test_a_damaged_manifest_is_one_line(tmp_path):
+    (tmp_path/'c').mkdir()
+    (tmp_path/'c'/'manifest.json').write_text('{"format": "fastdistill-cache", "version": 1, "count": "12"}')
+    r = fastdistill('cache', 'info', tmp_path/'c')
+    assert r.returncode == 2 and 'Traceback' not in r.stderr and 'manifest.json' in r.stderr, r.stderr
+    assert 'Traceback' in fastdistill('--debug', 'cache', 'info', tmp_path/'c').stderr
+
+
+def test_messages_name_flags_and_not_pythons_arguments():
+    from fastdistill.cli.app import in_flags
+    assert in_flags("or force=True to override (views=8, topk=None, check=False).") == "or --force to override (--views 8, --topk None, --no-check)."
+    assert in_flags('Teacher(model, stats=...) with a=1') == 'Teacher(model, stats=...) with a=1'
