@@ -10,24 +10,25 @@ FACES = ['fastdistill', 'fastdistill.losses', 'fastdistill.fastai']
 
 # room: which rooms it may import, all of them further up; which packages at the top of its files, and which only inside functions
 LAW = dict(
-    outputs=('', 'torch', ''),
+    errors=('', '', ''),
     docments=('', '', ''),
+    outputs=('errors', 'torch', ''),
     schedule=('outputs', '', ''),
     ranks=('', 'torch', ''),
     task=('outputs', 'torch', ''),
-    losses=('outputs', 'torch', ''),
+    losses=('outputs docments', 'torch', ''),
     features=('outputs', 'torch numpy', ''),
     replay=('outputs', 'torch numpy', ''),
     teacher=('outputs features', 'torch', 'onnxruntime'),
-    cache=('outputs ranks replay', 'torch numpy', 'fsspec fcntl msvcrt'),
+    cache=('errors outputs ranks replay', 'torch numpy', 'fsspec fcntl msvcrt rich'),
     distiller=('outputs schedule features teacher', 'torch', ''),
     recipes=('outputs schedule losses distiller', 'torch', ''),
     doctor=('outputs features replay', 'torch', ''),
     plots=('outputs features', 'torch', 'matplotlib'),
-    __init__=('outputs docments schedule losses features teacher distiller recipes', '', ''),
+    __init__=('docments', 'lazy_loader', ''),
     fastai=('outputs docments ranks task losses features replay cache teacher distiller recipes doctor plots', 'torch numpy fastai', 'pandas'),
     demo=('outputs fastai', 'torch numpy fastai rich PIL', 'matplotlib sklearn'),
-    cli=('outputs ranks cache fastai demo __init__', 'typer rich', ''),
+    cli=('errors ranks cache fastai demo __init__', 'typer rich', ''),
 )
 # the same inside a folder: a file may import those of its folder that stand before it
 ORDER = dict(
@@ -35,8 +36,8 @@ ORDER = dict(
     features='names probe shapes taps projectors stages pairs',
     replay='generators seeds per_sample',
     teacher='images forms guest ensemble teacher',
-    cache='keys digests folder files entries records manifest reader source writer dataset verify',
-    fastai='task stream block patches vocab targets teachers check transforms replay_dl cache_data cache_feed callback learner',
+    cache='keys digests folder files entries records manifest reader source writer progress dataset verify',
+    fastai='task stream block patches vocab targets teachers check transforms replay_dl sample_keys cache_data cache_feed callback learner',
     demo='tasks results picture',
     cli='objects cache demo app',
 )
@@ -111,8 +112,19 @@ def test_a_name_has_one_meaning():
     assert not twice
 
 
+def test_the_names_of_the_package_are_those_of_its_rooms():
+    import fastdistill
+    assert set(fastdistill.recipes.__all__) <= set(fastdistill.__all__)
+    for n in fastdistill.__all__: assert n in dir(fastdistill) and getattr(fastdistill, n) is not None
+
+
+def test_help_loads_no_torch():
+    code = "import fastdistill, fastdistill.cli, sys; print(*{m.split('.')[0] for m in sys.modules} & {'torch', 'numpy', 'fastai', 'matplotlib'})"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == ''
+
+
 def test_import_fastdistill_brings_no_framework():
-    code = "import fastdistill, sys; print(*{m.split('.')[0] for m in sys.modules} & {'fastai', 'matplotlib', 'timm', 'transformers', 'pandas', 'sklearn', 'PIL', 'rich', 'typer'})"
+    code = "import fastdistill, sys; fastdistill.Distiller, fastdistill.losses, fastdistill.kd; print(*{m.split('.')[0] for m in sys.modules} & {'fastai', 'matplotlib', 'timm', 'transformers', 'pandas', 'sklearn', 'PIL', 'rich', 'typer'})"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == ''
 
 
@@ -150,6 +162,12 @@ def test_no_path_of_one_machine():
     for f in tracked():
         if 'benchmarks' in f.parts or f.suffix in ('.png', '.safetensors', '.json'): continue
         assert not (found := path.search(f.read_text())), f'{f.relative_to(ROOT)}: {found}'
+
+
+def test_the_paths_in_contributing_are_there():
+    paths = re.findall(r'`((?:src|tests|docs|benchmarks|examples)/[^`]*)`', (ROOT/'CONTRIBUTING.md').read_text())
+    assert len(paths) > 20
+    assert not [p for p in paths if '*' not in p and not (ROOT/p).exists()]
 
 
 if __name__ == '__main__': print(*public(), sep='\n')

@@ -4,16 +4,9 @@ from dataclasses import dataclass, field, replace
 from math import log
 import torch
 from torch import Tensor
+from .errors import DistillError, DistillWarning
 
 __all__ = ['DistillError', 'DistillWarning', 'Outputs', 'TopK', 'as_plain', 'map_tensors', 'tensors_in']
-
-
-class DistillError(ValueError):
-    "A mistake that training would not have shown: the message says what was given, what is possible, what to do"
-
-
-class DistillWarning(UserWarning):
-    "Something that is probably, but not certainly, a mistake"
 
 
 def as_plain(x):

@@ -29,9 +29,10 @@ class TeacherCache:
     def __init__(
         self,
         path, # folder or URL that `cache_teacher` or `cache_dataset` wrote
-        force:bool=False # warn where data, transforms or classes don't fit, instead of refusing
+        force:bool=False, # warn where data, transforms or classes don't fit, instead of refusing
+        keys=None # `keys=` as they were given when it was written: a list, or a function of the item
     ):
-        self.folder,self.force = open_folder(path),force
+        self.folder,self.force,self.sample_names = open_folder(path),force,keys
         if self.folder.size('manifest.json') is None:
             raise DistillError(f"There is no cache at {self.folder} (no manifest.json): write one with cache_teacher(teacher, dls, path).")
         self.manifest = m = Manifest.read(self.folder)
@@ -50,6 +51,11 @@ class TeacherCache:
     def __len__(self): return self.manifest.count
 
     @property
+    def identity(self):
+        "Equal for two openings of the same written cache"
+        return str(self.folder),self._opened
+
+    @property
     def views(self): return self.manifest.views
 
     @property
@@ -57,7 +63,8 @@ class TeacherCache:
 
     def __getstate__(self):
         # a memory map pickles as a copy of all its data
-        return {**self.__dict__, '_maps': {}, '_keys': None, '_checked': [o for o in CHECKED if o[0] == str(self.folder)]}
+        checked = [o for o in CHECKED if o[0] == str(self.folder)]
+        return {**self.__dict__, '_maps': {}, '_keys': None, 'sample_names': None, '_checked': checked}
 
     def __setstate__(self, state):
         CHECKED.update(state.pop('_checked'))       # of a worker that is a new process
@@ -148,8 +155,9 @@ class TeacherCache:
         lost = np.flatnonzero(mine[at] != keys)
         if len(lost):
             raise DistillError(f"{len(lost)} of {len(keys)} samples have no row in {self.folder} (the first is number {lost[0]}): "
-                               "these are other data, or their paths are relative to another root "
-                               f"({self.manifest.data.get('root', '')!r} when the cache was written).")
+                               "these are other data, their paths are relative to another root "
+                               f"({self.manifest.data.get('root', '')!r} when the cache was written), or it was written with keys=: "
+                               "open it with TeacherCache(path, keys=...).")
         return at
 
     def keys_of(self, dataset, keys=None): return dataset_keys(dataset, keys)
