@@ -4,7 +4,7 @@ from pathlib import Path
 from fastai.basics import Adam, Callback, L, Metric, OptimWrapper, ValueMetric, find_bs, noop, one_param
 from fastai.callback.mixup import MixHandler
 from ..cache.reader import TeacherCache
-from ..distiller import Distiller, Recipe, Term
+from ..distiller import Distiller
 from ..features.names import unwrap
 from ..features.taps import Taps
 from ..outputs import DistillError, Outputs, as_plain
@@ -12,6 +12,7 @@ from ..ranks import broadcast, mean_over_ranks, rank
 from ..recipes import kd
 from .task import task_of
 from ..teacher.teacher import Teacher
+from ..terms import Recipe, Term
 from .cache_feed import CacheFeed
 from .check import check_teacher, fitting_teacher
 from .targets import Feed, TargetFeed
