@@ -128,6 +128,50 @@ def test_a_loss_module_may_be_used_by_many():
     assert not {id(p) for p in a.own_parameters()} & {id(p) for p in b.own_parameters()} and not list(vid.parameters())
 
 
+# your own loss
+
+def wide(h, o=4, seed=1):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, h), nn.ReLU(), nn.Linear(h, o))
+
+def distance(s, t): return (s-t).pow(2).mean()
+
+@pytest.mark.parametrize('width', [1, 4])
+@pytest.mark.parametrize('mine', [distance, F.mse_loss, nn.MSELoss(), losses.loss()(distance)], ids=['function', 'torch', 'module', 'decorated'])
+def test_your_own_loss_of_layers_gets_its_projector(mine, width):
+    d = Distiller(wide(width), wide(8), Term(mine, layers={'0': '0'}), example=batch()[0])
+    assert d.pairs[0].projector == f'linear {width} -> 8' and len(d.own_parameters()) == 2
+    out = d(*batch())
+    f,k = d.student[0](batch()[0]),d.links[d.recipe.terms[0].name][0]
+    assert list(out.parts.values())[0].item() == pytest.approx(distance(k.projector(f, None), d.teacher.module[0](batch()[0])).item())
+
+def gram(s, t): return (s@s.T - t@t.T).pow(2).mean()
+
+@pytest.mark.parametrize('term', [Term(gram, layers={'0': '0'}, match='none'), Term(losses.loss(match='none')(gram), layers={'0': '0'}),
+                                  Term(losses.loss()(gram), layers={'0': '0'}, match='none')], ids=['plain', 'decorated', 'overridden'])
+def test_your_own_loss_of_relations_says_that_it_needs_no_projector(term):
+    d = Distiller(wide(4), wide(8), term, example=batch()[0])
+    assert d.pairs[0].projector == 'none' and not d.own_parameters() and d(*batch()).parts['gram'] > 0
+
+def test_what_a_term_says_counts_before_what_its_loss_says():
+    t = [Term(losses.at, layers='auto'), Term(losses.at, layers='auto', match='grid'), Term(losses.AT(), layers='auto'), Term(distance)]
+    assert [o.match for o in t] == ['none', 'grid', 'none', 'shape']
+    half = torch.randn(3, 4).half()
+    assert losses.loss()(distance)(half, half + 1).dtype == torch.float32
+
+def test_a_loss_of_logits_may_compare_layers_too():
+    d = Distiller(wide(4), wide(8), Term(losses.kl, layers={'0': '0'}, T=2.), kind='regression', task_loss=F.mse_loss, example=batch()[0])
+    assert d(batch()[0], torch.zeros(16, 4)).parts['kl'] > 0 and d.pairs[0].projector == 'linear 4 -> 8'
+
+@pytest.mark.parametrize('make,says', [
+    (lambda: losses.loss(distance), r'decorator with options: write @loss\(\) above your function'),
+    (lambda: losses.loss(match='places'), "match='places': possible are 'shape', 'grid', 'none'"),
+    (lambda: losses.loss(kind='classes'), "kind='classes': possible are None, 'softmax', 'sigmoid', 'regression'"),
+    (lambda: Term(distance, layers='auto', match='same'), "match='same': possible are 'shape', 'grid' and 'none' .what distance needs")])
+def test_what_a_loss_needs_is_one_of_few_words(make, says):
+    with pytest.raises(DistillError, match=says): make()
+
+
 # which positions count
 
 def test_positions_without_a_label_do_not_count_in_dense_tasks():
@@ -186,6 +230,8 @@ def test_an_optimizer_made_before_the_projectors_is_refused():
     d = Distiller(mlp(6), mlp(16), kd() + hint())
     with pytest.raises(DistillError, match=r'are not built yet.*give the Distiller a batch of inputs, Distiller\(..., example=x\)'):
         torch.optim.SGD(d.parameters(), .1)
+    with pytest.raises(DistillError, match='not built yet'):
+        list(Distiller(mlp(6), mlp(16), Term(losses.at, layers={'2': '2'}, projector='mlp')).parameters())
     d(*batch())
     assert len(list(d.parameters())) == 8
     assert len(list(Distiller(mlp(6), mlp(16), kd()).parameters())) == 6       # no layers, no projectors

@@ -153,4 +153,11 @@ def test_no_path_of_one_machine():
         assert not (found := path.search(f.read_text())), f'{f.relative_to(ROOT)}: {found}'
 
 
+def test_every_loss_says_at_its_definition_what_it_needs():
+    for f in [*(SRC/'losses').glob('*.py'), SRC/'recipes.py']:
+        for d in ast.walk(ast.parse(f.read_text())):
+            at = [o for o in getattr(d, 'decorator_list', []) if isinstance(o, ast.Call) and ast.unparse(o.func) == 'loss']
+            for o in at: assert {'kind', 'match'} <= {k.arg for k in o.keywords}, f'{f.stem}.{d.name}: @loss(kind=..., match=...)'
+
+
 if __name__ == '__main__': print(*public(), sep='\n')

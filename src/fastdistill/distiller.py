@@ -77,7 +77,7 @@ class Distiller(nn.Module):
     def ready(self): return len(self.links) == len(self.recipe.terms)
 
     def parameters(self, recurse=True):
-        if not self.ready and any(t.match == 'shape' for t in self.layered):
+        if not self.ready and any(t.match == 'shape' or t.projector != 'auto' for t in self.layered):
             raise DistillError("The projectors are not built yet, and an optimizer made now would not train them: "
                                "give the Distiller a batch of inputs, Distiller(..., example=x)")
         return super().parameters(recurse)

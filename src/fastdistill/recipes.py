@@ -23,7 +23,7 @@ class Rest:
 def _rest(alpha): return Rest(alpha) if callable(alpha) else 1 - alpha
 
 
-@loss(kind='softmax')
+@loss(kind='softmax', match='shape')
 def kl_per_class(s, t, *, T=4., axis=1, mask=None, reduction='mean'):
     "`kl` divided by the number of classes too, as `nn.KLDivLoss()` and `F.kl_div(..., reduction='mean')` do"
     return losses.kl(s, t, T=T, axis=axis, mask=mask, reduction=reduction)/s.shape[axis]

@@ -16,6 +16,8 @@ class Term:
         weight=1., # number or schedule (see `fastdistill.schedule`)
         *,
         layers=None, # {'student.name': 'teacher.name'}, pairs of names, 'auto', 'last' (see `fastdistill.pairs`); None compares the logits
+        match:str|None=None, # what the loss needs of the teacher's layers: 'shape', 'grid' (places) or 'none'; None: what the loss
+        # says at its definition (see `losses.loss`), and 'shape' for a function that says nothing
         projector='auto', # student's shape -> teacher's, where the loss needs it: 'auto', 'linear', 'conv', 'conv_bn', 'mlp', or a module
         stop_at:float|None=None, # share of the training after which the term ends
         name:str|None=None, # of its column
@@ -35,7 +37,10 @@ class Term:
         if (wrong := set(options) - named) and not any(p.kind is p.VAR_KEYWORD for p in ps):
             raise DistillError(f"{self.name} has no option {', '.join(sorted(wrong))}. It has: {', '.join(sorted(named)) or 'none'}")
         self.options = {k: schedule(v, k) if k == 'T' else v for k,v in options.items()}
-        self.kind,self.match,self.lists = getattr(fn, 'kind', None),getattr(fn, 'match', 'none'),getattr(fn, 'lists', False)
+        if match not in (None, 'shape', 'grid', 'none'):
+            raise DistillError(f"match={match!r}: possible are 'shape', 'grid' and 'none' (what {self.name} needs of the teacher's layers)")
+        self.kind,self.lists = getattr(fn, 'kind', None),getattr(fn, 'lists', False)
+        self.match = match or getattr(fn, 'match', 'shape')
 
     def __add__(self, other): return Recipe(self) + other
 
@@ -114,8 +119,8 @@ class Recipe:
 
 
 def check_kind(term, kind):
-    "Refuse a loss over classes for a model that has none, and so on"
-    if term.kind not in (None, kind):
+    "Refuse a loss over classes for a model that has none, and so on; features may be compared by any loss"
+    if term.layers is None and term.kind not in (None, kind):
         says = dict(softmax='a softmax over classes', sigmoid='a sigmoid per label', regression='numbers')
         raise DistillError(f"{term.name} compares {says[term.kind]}, but this model predicts {says[kind]}. "
                            "Use kd(), which takes the loss that fits (binary_kl for labels, regression for numbers), or your own loss.")
