@@ -251,12 +251,62 @@ def test_total_is_task_and_parts_by_their_weights():
     assert out.weights == pytest.approx(dict(task=.3, kd=.7, hint=.5)) and out.total.item() == pytest.approx(want.item())
     assert out.task.item() == pytest.approx(F.cross_entropy(d.student(x), y).item()) and not out.parts['hint'].requires_grad
 
-def test_a_part_of_weight_0_is_measured_but_not_trained():
+def test_a_part_of_weight_0_is_measured_in_validation_but_not_trained():
     d = Distiller(mlp(6), mlp(16, 1), kd(alpha=0.) + hint(0.), example=batch()[0])
     out = d(*batch())
-    assert out.added is None and out.total is out.task and out.parts['kd'] > 0 and out.parts['hint'] > 0
+    assert out.added is None and out.total is out.task and out.parts == {} and out.weights == dict(task=1., kd=0., hint=0.)
     out.total.backward()
     assert all(p.grad is None for p in d.own_parameters())
+    with torch.no_grad(): out = d(*batch())
+    assert out.total is out.task and out.parts['kd'] > 0 and out.parts['hint'] > 0
+
+class Asked(nn.Module):
+    "A teacher that counts how often it is asked, and draws random numbers each time"
+    def __init__(self): super().__init__(); self.net,self.times = mlp(16, 1),0
+    def forward(self, x):
+        self.times += 1
+        return self.net(x) + .1*torch.randn(len(x), 4)
+
+@pytest.mark.parametrize('recipe,when', [(kd(alpha=0.), (0., .5, 1.)), (Recipe(Term(losses.kl, stop_at=.5)), (.5, 1.)),
+                                         (Recipe(Term(losses.kl, 0.), Term(losses.mse, lambda p: p > .5)), (0., .5))])
+def test_the_teacher_is_not_asked_where_no_part_counts(recipe, when):
+    teacher = Asked()
+    d = Distiller(mlp(6), teacher, recipe)
+    x,y = batch()
+    state = torch.get_rng_state()
+    for p in when:
+        assert not d.needs_teacher(p) and d.active_terms(p) == [] and d(x, y, progress=p).total.item() == F.cross_entropy(d.student(x), y).item()
+    assert teacher.times == 0 and torch.equal(state, torch.get_rng_state())
+    with torch.no_grad(): assert d(x, y, progress=when[0]).parts and d.needs_teacher(when[0])
+    assert teacher.times == 1
+
+def test_layers_run_only_where_their_part_counts():
+    student = mlp(6)
+    recipe = kd() + hint(lambda p: float(p > .5), layers={'2': '2'}) + Term(losses.hint, layers={'0': '0'}, projector='linear', stop_at=.3, name='early')
+    d = Distiller(student, mlp(16, 1), recipe, example=batch()[0])
+    read = lambda p: [layers(d.active_terms(p)) for layers in (d.student_layers, d.teacher_layers)]
+    assert read(.1) == [['0'], ['0']] and read(.4) == [[], []] and read(.6) == [['2'], ['2']] and d.student_layers() == ['2', '0']
+    for p,parts in ((.1, {'kd', 'early'}), (.4, {'kd'}), (.6, {'kd', 'hint'})):
+        d.zero_grad()
+        out = d(*batch(), progress=p)
+        out.total.backward()
+        assert set(out.parts) == parts
+        trained = {k for k,links in d.links.items() for p in links.parameters() if p.grad is not None and p.grad.abs().max() > 0}
+        assert trained == parts - {'kd'}
+
+def test_a_part_that_counts_asks_for_the_teacher():
+    d,(x,y) = Distiller(mlp(6), mlp(16), kd()),batch()
+    with pytest.raises(DistillError, match=r"kd needs the teacher's outputs for this batch, and got None: needs_teacher\(progress\) says when"):
+        d.compute(Outputs(d.student(x)), None, F.cross_entropy(d.student(x), y), (y,))
+
+@pytest.mark.parametrize('task_loss,y', [(F.cross_entropy, torch.full((16,), -100)), (F.mse_loss, torch.full((16, 4), float('nan')))])
+def test_labels_that_give_nan_do_not_count_where_their_weight_is_0(task_loss, y):
+    x,_ = batch()
+    d = Distiller(mlp(6), mlp(16, 1), Recipe(Term(losses.mse), task=0.), task_loss=task_loss, kind='softmax' if y.dim() == 1 else 'regression')
+    out = d(x, y)
+    out.total.backward()
+    assert out.task.isnan() and out.total.item() == pytest.approx(losses.mse(d.student(x), d.teacher(x).logits).item())
+    assert all(p.grad.isfinite().all() for p in d.student.parameters()) and d.student[0].weight.grad.abs().max() > 0
 
 def test_no_parameter_of_the_student_is_without_a_gradient():
     d = Distiller(mlp(6), mlp(16, 1), Recipe(hint(), task=0.), example=batch()[0])      # only reaches the first half

@@ -19,15 +19,24 @@ __all__ = ['Distilled', 'Distiller']
 class Distilled:
     "One batch's loss and what it is made of"
     task:Tensor|None # the labels' own loss, unweighted; None without labels
-    added:Tensor|None # what distillation adds to it; None if that is nothing at all
-    parts:dict[str,Tensor] # each term's value, unweighted and detached
-    weights:dict[str,float] # and what it was multiplied by; 'task' among them
+    taught:Tensor|None # the weighted sum of all terms; None where none counts
+    parts:dict[str,Tensor] # each term's value, unweighted and detached; in training only of the terms that count
+    weights:dict[str,float] # what each was multiplied by; 'task' among them
 
     @property
     def total(self):
         "What to call `backward` on"
-        if self.task is None: return self.added
-        return self.task if self.added is None else self.task + self.added
+        # subtle: labels of weight 0 take no part at all, since 0*nan is nan
+        if not self.weights['task']: return self.taught
+        own = self.weights['task']*self.task if self.weights['task'] != 1 else self.task
+        return own if self.taught is None else own + self.taught
+
+    @property
+    def added(self):
+        "What to add to the labels' own loss to get `total`, for trainers that hold that loss already; None if that is nothing"
+        if self.task is None or self.weights['task'] == 1: return self.taught
+        rest = (self.weights['task']-1)*self.task
+        return rest if self.taught is None else rest + self.taught
 
 
 class Link(nn.Module):
@@ -98,9 +107,29 @@ class Distiller(nn.Module):
         self.pairs = PairTable([p for ps in tables.values() for p in ps])
         return self
 
-    def student_layers(self): return list(dict.fromkeys(k.layers[0] for ks in self.links.values() for k in ks if k.layers))
+    def active_terms(
+        self, progress:float|None=None # share of the training that is done, for schedules
+    ) -> list:
+        "The terms that a batch needs: those with a weight; without gradient, as in validation, all of them"
+        return [t for t in self.recipe.terms if not torch.is_grad_enabled() or t.weight_at(progress) != 0]
 
-    def teacher_layers(self): return list(dict.fromkeys(k.layers[1] for ks in self.links.values() for k in ks if k.layers))
+    def needs_teacher(self, progress:float|None=None) -> bool:
+        "Whether any term needs the teacher's outputs for this batch"
+        return bool(self.active_terms(progress))
+
+    def student_layers(
+        self, terms=None # of these terms, as `active_terms` gives them; None: of all
+    ) -> list:
+        "The student's layers that the terms compare"
+        return self._layers(0, terms)
+
+    def teacher_layers(self, terms=None) -> list:
+        "The teacher's layers that the terms compare"
+        return self._layers(1, terms)
+
+    def _layers(self, i, terms):
+        links = (self.links[t.name] for t in (self.recipe.terms if terms is None else terms) if t.name in self.links)
+        return list(dict.fromkeys(k.layers[i] for ks in links for k in ks if k.layers))
 
     def forward(
         self,
@@ -111,16 +140,17 @@ class Distiller(nn.Module):
         "Run student and teacher on a batch and compare them"
         args,kwargs = as_inputs(x)
         if not self.ready: self.setup(*args, *([kwargs] if kwargs else []))
-        with Taps(self.student, self.student_layers()) as taps:
+        terms = self.active_terms(progress)
+        with Taps(self.student, self.student_layers(terms)) as taps:
             raw = self.student(*args, **kwargs)
             s = Outputs.of(raw, taps.pop())
-        t = self.teacher(*args, **kwargs)
+        t = self.teacher(*args, **kwargs) if terms else None
         return self.compute(s, t, self.task_loss(s.logits, *targets) if targets else None, targets, progress=progress)
 
     def compute(
         self,
         student:Outputs, # of this batch
-        teacher:Outputs, # of the same batch
+        teacher:Outputs|None, # of the same batch; None where no term needs it (see `needs_teacher`)
         task:Tensor|None=None, # the labels' own loss, already computed; None without labels
         targets=(), # labels, for the losses that read them
         *,
@@ -130,23 +160,23 @@ class Distiller(nn.Module):
         "The loss of a batch whose student (and teacher) ran already: what trainers call"
         task,teacher = None if task is None else as_plain(task),all_classes(teacher, student)
         context = dict(kind=self.kind, ignore_index=self.ignore_index)
-        weights,values = dict(task=self.recipe.task_at(progress)),{}
+        weights,values = self.recipe.weights_at(progress),{}
         if task is None and weights['task']:
             raise DistillError(f"This batch has no labels, but the recipe gives their loss the weight {weights['task']:g}: "
                                "use alpha=1, or soft_labels(), to train from the teacher alone")
-        mask = self._mask(student, teacher, targets)
-        for t in self.recipe.terms:
-            weights[t.name] = w = t.weight_at(progress)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and w != 0):
-                options = t.options_at(progress, context | self._of_logits(t, mask))
-                values[t.name] = self._mixed(t, student, teacher, targets, options, *(mixed or ((), None)))
+        terms = self.active_terms(progress)
+        if terms and teacher is None:
+            raise DistillError(f"{terms[0].name} needs the teacher's outputs for this batch, and got None: needs_teacher(progress) says when")
+        mask = self._mask(student, teacher, targets) if terms else None
+        for t in terms:
+            options = t.options_at(progress, context | self._of_logits(t, mask))
+            values[t.name] = self._mixed(t, student, teacher, targets, options, *(mixed or ((), None)))
         if self.balance and torch.is_grad_enabled():
             self.measure_balance({k: v for k,v in [('task', task), *values.items()] if v is not None and v.requires_grad and weights[k]})
             weights = {k: w*self.scales.get(k, 1.) for k,w in weights.items()}
-        added = [w*values[k] for k,w in weights.items() if k in values and w != 0]
-        # subtle: the labels' part stays in the graph even at weight 0, so that no parameter of the student is without a gradient
-        if task is not None and weights['task'] != 1: added.append((weights['task']-1)*task)
-        return Distilled(task, sum(added[1:], added[0]) if added else None, {k: v.detach() for k,v in values.items()}, weights)
+        taught = [w*values[k] for k,w in weights.items() if k in values and w != 0]
+        if not weights['task'] and student.logits is not None: taught.append(nothing(student.logits))
+        return Distilled(task, sum(taught[1:], taught[0]) if taught else None, {k: v.detach() for k,v in values.items()}, weights)
 
     def _of_logits(self, term, mask):
         "What only holds for logits: their class axis, and which positions count"
@@ -240,9 +270,15 @@ def loss_of_logits(
 Recipe.__call__ = loss_of_logits
 
 
+def nothing(logits):
+    """0, with the gradient 0 for every parameter behind the logits: DistributedDataParallel wants one for each, also where the
+    labels have the weight 0 and the terms compare inner layers alone"""
+    return logits.where(logits.new_zeros((), dtype=torch.bool), 0.).sum()
+
+
 def all_classes(teacher, student):
     "Stored outputs may hold the likeliest classes alone: losses want them all"
-    if not isinstance(teacher.logits, TopK): return teacher
+    if teacher is None or not isinstance(teacher.logits, TopK): return teacher
     return Outputs(teacher.logits.dense(student.logits), teacher.feats, teacher.mask)
 
 

@@ -117,6 +117,10 @@ class Recipe:
 
     def task_at(self, progress): return 1. if self.task is None else value_at(self.task, progress, "The task's weight")
 
+    def weights_at(self, progress):
+        "The weight of each part at this point of the training, by name; the labels' is 'task'"
+        return dict(task=self.task_at(progress), **{t.name: t.weight_at(progress) for t in self.terms})
+
 
 def check_kind(term, kind):
     "Refuse a loss over classes for a model that has none, and so on; features may be compared by any loss"
