@@ -5,7 +5,8 @@ import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from cases import Golden
-from fastdistill import DistillError, Distiller, Outputs, Recipe, Teacher, Term, dkd, hard_labels, kd, logit_std, losses, soft_labels
+from fastdistill import (DistillError, Distiller, Outputs, Recipe, Teacher, Term, dkd, hard_labels, kd, layers, logit_std, losses,
+                         soft_labels)
 
 def mlp(hidden, seed=0):
     torch.manual_seed(seed)
@@ -285,3 +286,30 @@ def test_balance_says_when_nothing_is_shared():
     d = Distiller(student, mlp(16, 1), kd() + Term(losses.hint, layers={'0': '2'}, projector='linear'), balance='grad')
     with pytest.raises(DistillError, match="no layer of the student gets a gradient from all of task, kd, hint. Weigh them by hand"):
         d(*batch())
+
+
+# batches that are dicts
+
+class OneDict(nn.Module):
+    "Takes the whole batch as one argument, as fastai passes it"
+    def __init__(self, hidden): super().__init__(); self.net = mlp(hidden)
+    def forward(self, batch): return self.net(batch['a'])
+
+class ByName(OneDict):
+    def forward(self, a, scale=1.): return self.net(a)*scale
+
+class AnyName(OneDict):
+    "A wrapper around a model with named arguments"
+    def forward(self, *args, **kwargs): return self.net(kwargs['a'])
+
+@pytest.mark.parametrize('student', [OneDict, ByName, AnyName])
+@pytest.mark.parametrize('teacher', [OneDict, ByName, AnyName, lambda h: (lambda batch, net=mlp(h): net(batch['a']))])
+def test_a_batch_that_is_a_dict_goes_in_as_each_model_takes_it(student, teacher):
+    x,y = batch()
+    want = Distiller(mlp(6), mlp(16), kd())(x, y).total.item()
+    s,t = student(6),teacher(16)
+    assert Distiller(s, t, kd())({'a': x}, y).total.item() == pytest.approx(want)
+    if not isinstance(t, nn.Module): return
+    d = Distiller(nn.DataParallel(s), t, kd() + hint(layers={'net.2': 'net.2'}), example={'a': x})
+    assert d({'a': x}, y).parts['hint'] > 0 and [(p.s_shape, p.t_shape) for p in d.pairs] == [((16, 6), (16, 16))]
+    assert {l.name: l.shape for l in layers(s, {'a': x})}['net.2'] == (16, 6)

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
+from .features.calls import arguments
 from .features.pairs import PairTable, inputs, pair
 from .features.probe import dry_run
 from .features.projectors import projector
@@ -224,17 +225,18 @@ class Distiller(nn.Module):
 
     def forward(
         self,
-        x, # the student's input: a tensor, a tuple of several, or a dict of keyword arguments
+        x, # the inputs: a tensor, a tuple of several, or a dict (passed by name where the model has arguments of these names)
         *targets, # labels; none where the recipe gives them no weight
         progress:float|None=None # share of the training that is done, for schedules
     ) -> Distilled:
         "Run student and teacher on a batch and compare them"
-        args,kwargs = as_inputs(x)
-        if not self.ready: self.setup(*args, *([kwargs] if kwargs else []))
+        x = inputs(x)
+        if not self.ready: self.setup(*x)
+        args,kwargs = arguments(self.student, x)
         with Taps(self.student, self.student_layers()) as taps:
             raw = self.student(*args, **kwargs)
             s = Outputs.of(raw, taps.pop())
-        t = self.teacher(*args, **kwargs)
+        t = self.teacher(*x)
         return self.compute(s, t, self.task_loss(s.logits, *targets) if targets else None, targets, progress=progress)
 
     def compute(
@@ -358,9 +360,3 @@ def check_kind(term, kind):
         says = dict(softmax='a softmax over classes', sigmoid='a sigmoid per label', regression='numbers')
         raise DistillError(f"{term.name} compares {says[term.kind]}, but this model predicts {says[kind]}. "
                            "Use kd(), which takes the loss that fits (binary_kl for labels, regression for numbers), or your own loss.")
-
-
-def as_inputs(x):
-    "Positional and keyword arguments of a model's call"
-    if isinstance(x, dict) or hasattr(x, 'keys'): return (),dict(x)
-    return (tuple(x) if isinstance(x, (tuple, list)) else (x,)),{}

@@ -1,15 +1,15 @@
 "A teacher in whatever form people have one: frozen while it is asked, and afterwards just as it was before."
 import inspect
-from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 import torch
 from torch import nn
 import torch.nn.functional as F
+from ..features.calls import arguments, is_hf
 from ..features.names import named
 from ..features.taps import Taps
 from ..outputs import DistillError, Outputs, as_plain, map_tensors, tensors_in
 from .ensemble import mix, shares
-from .forms import FORMS, Onnx, check_second_argument, is_graph, is_hf, load_model, takes_names
+from .forms import FORMS, Onnx, check_second_argument, is_graph, load_model
 from .guest import Guest
 from .images import affine, full_precision, is_image, stats_of
 
@@ -215,7 +215,7 @@ class Teacher:
 
     def _arrange(self, x, kw, device):
         "The batch as the teacher needs it: by name or position, on its device, in its precision, in its normalisation and size"
-        if len(x) == 1 and isinstance(x[0], Mapping) and takes_names(self.model, x[0]): x,kw = (),{**x[0], **kw}
+        x,kw = arguments(self.model, x, kw)
         if len(x) > 1 and is_hf(self.model) and not self._guest.seen: check_second_argument(self.model, *x[:2])
         self._check_images([t for t in tensors_in((x, kw)) if is_image(t)])
         dtype = None
