@@ -183,6 +183,21 @@ def test_the_teacher_is_no_part_of_what_is_trained_or_saved():
     assert teacher not in list(d.modules())
     assert d.train().training and teacher.training and d.eval() and teacher.training     # its mode is its own affair
 
+def test_two_distillers_share_a_teacher_and_each_reads_its_own_layers():
+    x,y = batch()
+    teacher = Teacher(mlp(16, 1))
+    one = Distiller(mlp(6), teacher, kd() + hint(layers={'2': '2'}), example=x)
+    two = Distiller(mlp(6), teacher, kd() + hint(layers={'0': '0'}), example=x)
+    read = []
+    for d,name in ((one, '2'), (two, '0'), (one, '2')):
+        compute = d.compute
+        d.compute = lambda s, t, *a, **k: (read.append(list(t.feats)), compute(s, t, *a, **k))[1]
+        alone = Distiller(mlp(6), mlp(16, 1), kd() + hint(layers={name: name}), example=x)
+        alone.load_state_dict(d.state_dict())
+        assert torch.equal(d(x, y).total, alone(x, y).total)
+        d.compute = compute
+    assert read == [['2'], ['0'], ['2']] and teacher.layers == [] and teacher(x).feats == {}
+
 def test_an_optimizer_made_before_the_projectors_is_refused():
     d = Distiller(mlp(6), mlp(16), kd() + hint())
     with pytest.raises(DistillError, match=r'are not built yet.*give the Distiller a batch of inputs, Distiller\(..., example=x\)'):

@@ -215,7 +215,6 @@ class Distiller(nn.Module):
                 s = taps.pop()
             t = self.teacher.probe(*x, layers=list(dict.fromkeys(p.teacher for ps in tables.values() for p in ps)))
             for term in self.layered: self.links[term.name] = nn.ModuleList(self._links(term, tables[term.name], s, t.feats))
-        self.teacher.layers = list(dict.fromkeys([*self.teacher.layers, *self.teacher_layers()]))
         self.pairs = PairTable([p for ps in tables.values() for p in ps])
         return self
 
@@ -236,7 +235,7 @@ class Distiller(nn.Module):
         with Taps(self.student, self.student_layers()) as taps:
             raw = self.student(*args, **kwargs)
             s = Outputs.of(raw, taps.pop())
-        t = self.teacher(*x)
+        t = self.teacher.outputs(x, layers=self.teacher_layers())
         return self.compute(s, t, self.task_loss(s.logits, *targets) if targets else None, targets, progress=progress)
 
     def compute(
