@@ -5,7 +5,8 @@ import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from cases import Golden
-from fastdistill import DistillError, Distiller, Outputs, Recipe, Teacher, Term, dkd, hard_labels, kd, logit_std, losses, soft_labels
+from fastdistill import (DistillError, Distiller, Outputs, Recipe, Teacher, Term, dkd, hard_labels, kd, layers, logit_std, losses,
+                         soft_labels)
 
 def mlp(hidden, seed=0):
     torch.manual_seed(seed)
@@ -226,6 +227,21 @@ def test_the_teacher_is_no_part_of_what_is_trained_or_saved():
     assert teacher not in list(d.modules())
     assert d.train().training and teacher.training and d.eval() and teacher.training     # its mode is its own affair
 
+def test_two_distillers_share_a_teacher_and_each_reads_its_own_layers():
+    x,y = batch()
+    teacher = Teacher(mlp(16, 1))
+    one = Distiller(mlp(6), teacher, kd() + hint(layers={'2': '2'}), example=x)
+    two = Distiller(mlp(6), teacher, kd() + hint(layers={'0': '0'}), example=x)
+    read = []
+    for d,name in ((one, '2'), (two, '0'), (one, '2')):
+        compute = d.compute
+        d.compute = lambda s, t, *a, **k: (read.append(list(t.feats)), compute(s, t, *a, **k))[1]
+        alone = Distiller(mlp(6), mlp(16, 1), kd() + hint(layers={name: name}), example=x)
+        alone.load_state_dict(d.state_dict())
+        assert torch.equal(d(x, y).total, alone(x, y).total)
+        d.compute = compute
+    assert read == [['2'], ['0'], ['2']] and teacher.layers == [] and teacher(x).feats == {}
+
 def test_an_optimizer_made_before_the_projectors_is_refused():
     d = Distiller(mlp(6), mlp(16), kd() + hint())
     with pytest.raises(DistillError, match=r'are not built yet.*give the Distiller a batch of inputs, Distiller\(..., example=x\)'):
@@ -381,3 +397,30 @@ def test_balance_says_when_nothing_is_shared():
     d = Distiller(student, mlp(16, 1), kd() + Term(losses.hint, layers={'0': '2'}, projector='linear'), balance='grad')
     with pytest.raises(DistillError, match="no layer of the student gets a gradient from all of task, kd, hint. Weigh them by hand"):
         d(*batch())
+
+
+# batches that are dicts
+
+class OneDict(nn.Module):
+    "Takes the whole batch as one argument, as fastai passes it"
+    def __init__(self, hidden): super().__init__(); self.net = mlp(hidden)
+    def forward(self, batch): return self.net(batch['a'])
+
+class ByName(OneDict):
+    def forward(self, a, scale=1.): return self.net(a)*scale
+
+class AnyName(OneDict):
+    "A wrapper around a model with named arguments"
+    def forward(self, *args, **kwargs): return self.net(kwargs['a'])
+
+@pytest.mark.parametrize('student', [OneDict, ByName, AnyName])
+@pytest.mark.parametrize('teacher', [OneDict, ByName, AnyName, lambda h: (lambda batch, net=mlp(h): net(batch['a']))])
+def test_a_batch_that_is_a_dict_goes_in_as_each_model_takes_it(student, teacher):
+    x,y = batch()
+    want = Distiller(mlp(6), mlp(16), kd())(x, y).total.item()
+    s,t = student(6),teacher(16)
+    assert Distiller(s, t, kd())({'a': x}, y).total.item() == pytest.approx(want)
+    if not isinstance(t, nn.Module): return
+    d = Distiller(nn.DataParallel(s), t, kd() + hint(layers={'net.2': 'net.2'}), example={'a': x})
+    assert d({'a': x}, y).parts['hint'] > 0 and [(p.s_shape, p.t_shape) for p in d.pairs] == [((16, 6), (16, 16))]
+    assert {l.name: l.shape for l in layers(s, {'a': x})}['net.2'] == (16, 6)

@@ -33,7 +33,7 @@ LAW = dict(
 # the same inside a folder: a file may import those of its folder that stand before it
 ORDER = dict(
     losses='_base response decoupled feature relation dense',
-    features='names probe shapes taps projectors stages pairs',
+    features='names calls probe shapes taps projectors stages pairs',
     replay='generators seeds per_sample',
     teacher='images forms guest ensemble teacher',
     cache='folder keys digests records manifest reader source writer dataset verify',

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
+from .features.calls import arguments
 from .features.pairs import PairTable, inputs, pair
 from .features.probe import dry_run
 from .features.projectors import projector
@@ -103,7 +104,6 @@ class Distiller(nn.Module):
                 s = taps.pop()
             t = self.teacher.probe(*x, layers=list(dict.fromkeys(p.teacher for ps in tables.values() for p in ps)))
             for term in self.layered: self.links[term.name] = nn.ModuleList(self._links(term, tables[term.name], s, t.feats))
-        self.teacher.layers = list(dict.fromkeys([*self.teacher.layers, *self.teacher_layers()]))
         self.pairs = PairTable([p for ps in tables.values() for p in ps])
         return self
 
@@ -133,18 +133,18 @@ class Distiller(nn.Module):
 
     def forward(
         self,
-        x, # the student's input: a tensor, a tuple of several, or a dict of keyword arguments
+        x, # the inputs: a tensor, a tuple of several, or a dict (passed by name where the model has arguments of these names)
         *targets, # labels; none where the recipe gives them no weight
         progress:float|None=None # share of the training that is done, for schedules
     ) -> Distilled:
         "Run student and teacher on a batch and compare them"
-        args,kwargs = as_inputs(x)
-        if not self.ready: self.setup(*args, *([kwargs] if kwargs else []))
-        terms = self.active_terms(progress)
+        x = inputs(x)
+        if not self.ready: self.setup(*x)
+        terms,(args,kwargs) = self.active_terms(progress),arguments(self.student, x)
         with Taps(self.student, self.student_layers(terms)) as taps:
             raw = self.student(*args, **kwargs)
             s = Outputs.of(raw, taps.pop())
-        t = self.teacher(*args, **kwargs) if terms else None
+        t = self.teacher.outputs(x, layers=self.teacher_layers(terms)) if terms else None
         return self.compute(s, t, self.task_loss(s.logits, *targets) if targets else None, targets, progress=progress)
 
     def compute(
@@ -166,7 +166,8 @@ class Distiller(nn.Module):
                                "use alpha=1, or soft_labels(), to train from the teacher alone")
         terms = self.active_terms(progress)
         if terms and teacher is None:
-            raise DistillError(f"{terms[0].name} needs the teacher's outputs for this batch, and got None: needs_teacher(progress) says when")
+            raise DistillError(f"{terms[0].name} needs the teacher's outputs for this batch, and got None: "
+                               "needs_teacher(progress) says when")
         mask = self._mask(student, teacher, targets) if terms else None
         for t in terms:
             options = t.options_at(progress, context | self._of_logits(t, mask))
@@ -285,9 +286,3 @@ def all_classes(teacher, student):
 def own_copy(loss):
     "A copy of a loss that may have parameters: a recipe can be used again"
     return copy.deepcopy(loss) if isinstance(loss, nn.Module) else loss
-
-
-def as_inputs(x):
-    "Positional and keyword arguments of a model's call"
-    if isinstance(x, dict) or hasattr(x, 'keys'): return (),dict(x)
-    return (tuple(x) if isinstance(x, (tuple, list)) else (x,)),{}

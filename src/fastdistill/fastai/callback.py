@@ -96,7 +96,6 @@ class KnowledgeDistillation(Callback):
         d = self.distiller
         if self.feed is None: d.teacher = fitting_teacher(self.source, self.learn, self.task)
         else: d.teacher = Teacher(lambda *_: self.feed.outputs(self.learn), kind=self.task.kind, axis=self.task.axis)
-        d.teacher.layers = list(dict.fromkeys([*d.teacher.layers, *d.teacher_layers()]))
         self.met,self.checked = self.learn.dls,False
 
     def _keep(self):
@@ -173,12 +172,12 @@ class KnowledgeDistillation(Callback):
             raise DistillError("These batches have no labels, but the recipe counts their loss: use alpha=1, or soft_labels(), "
                                "to train from the teacher alone.")
         # subtle: without a target fastai makes no loss and no step; the teacher's answer is one, and its loss has the weight 0
-        self.told = self.distiller.teacher(*self.xb)
+        self.told = self._outputs_of_teacher()
         self.learn.yb = pseudo_labels(self.told.logits, Outputs.of(self.learn.pred).logits, self.task),
 
     def after_loss(self):
         if not self.active or not len(self.yb) or not self._taught(): return
-        t = self.distiller.teacher(*self.xb) if self.told is None else self.told
+        t = self._outputs_of_teacher() if self.told is None else self.told
         s = Outputs.of(self.learn.pred, self.taps.pop() if self.taps else None)
         y = self.yb if self.told is None else ()
         r = self.distiller.compute(s, t, self.learn.loss, y, progress=self.pct_train, mixed=self._mixed())
@@ -186,6 +185,8 @@ class KnowledgeDistillation(Callback):
         if not self.training or r.added is None: return
         self.learn.loss_grad = self.learn.loss_grad + r.added
         self.learn.loss = self.learn.loss + r.added
+
+    def _outputs_of_teacher(self): return self.distiller.teacher.outputs(self.xb, layers=self.distiller.teacher_layers())
 
     def _taught(self):
         "Stored answers may be there for the training set alone"
