@@ -10,6 +10,7 @@ from .features.probe import dry_run
 from .features.projectors import projector
 from .features.taps import Taps
 from .outputs import DistillError, Outputs, TopK, as_plain
+from .replay.seeds import RandomGuard
 from .teacher.teacher import Teacher
 from .terms import Recipe, check_kind
 
@@ -97,7 +98,8 @@ class Distiller(nn.Module):
     def setup(self, *x):
         "Pair layers and build projectors, from one evaluation-mode probe that changes nothing, the random state included"
         student = self.student
-        with torch.random.fork_rng(sorted({p.device.index for p in student.parameters() if p.is_cuda})):
+        cuda = sorted({p.device.index for p in student.parameters() if p.is_cuda})
+        with RandomGuard(), torch.random.fork_rng(cuda):
             tables = {t.name: pair(student, self.teacher, x, layers=t.layers, match=t.match, projector=t.projector) for t in self.layered}
             with Taps(student, dict.fromkeys(p.student for ps in tables.values() for p in ps)) as taps:
                 dry_run(student, *x)
