@@ -1,15 +1,17 @@
 "The callback: distillation inside a fit, and nothing of it outside."
 import copy
 from pathlib import Path
+import torch
 from fastai.basics import Adam, Callback, L, Metric, OptimWrapper, ValueMetric, find_bs, noop, one_param
 from fastai.callback.mixup import MixHandler
 from ..cache.reader import TeacherCache
 from ..distiller import Distiller
 from ..features.names import unwrap
 from ..features.taps import Taps
-from ..outputs import DistillError, Outputs, as_plain
+from ..outputs import DistillError, Outputs, as_plain, tensors_in
 from ..ranks import broadcast, mean_over_ranks, rank
 from ..recipes import kd
+from ..replay.seeds import RandomGuard
 from .task import task_of
 from ..teacher.teacher import Teacher
 from ..terms import Recipe, Term
@@ -141,8 +143,7 @@ class KnowledgeDistillation(Callback):
         if not self.active: return
         self.parts,self.told = {},None
         if not self.distiller.ready: self._setup()
-        # subtle: not once for all: an averaged model may take the model's place for validation
-        if self.taps is None: self._tap()
+        self._tap()
 
     def _setup(self):
         self.distiller.setup(*map(as_plain, self.xb))
@@ -152,7 +153,11 @@ class KnowledgeDistillation(Callback):
         if self.distiller.pairs and rank() == 0: print(self.distiller.pairs)
 
     def _tap(self):
-        if names := self.distiller.student_layers(): self.taps = Taps(self.learn.model, names).attach()
+        "Read the layers that this batch compares; the model is looked up each time, for an averaged one may validate in its place"
+        names = self.distiller.student_layers(self.distiller.active_terms(self.pct_train))
+        if self.taps is not None and self.taps.names == names: return
+        self._untap()
+        if names: self.taps = Taps(self.learn.model, names).attach()
 
     def _untap(self):
         if self.taps is not None: self.taps.detach()
@@ -177,16 +182,31 @@ class KnowledgeDistillation(Callback):
 
     def after_loss(self):
         if not self.active or not len(self.yb) or not self._taught(): return
-        t = self._outputs_of_teacher() if self.told is None else self.told
+        needed = self.distiller.needs_teacher(self.pct_train)
+        t = self.told if self.told is not None else self._outputs_of_teacher() if needed else None
         s = Outputs.of(self.learn.pred, self.taps.pop() if self.taps else None)
         y = self.yb if self.told is None else ()
         r = self.distiller.compute(s, t, self.learn.loss, y, progress=self.pct_train, mixed=self._mixed())
         self.parts = r.parts
-        if not self.training or r.added is None: return
-        self.learn.loss_grad = self.learn.loss_grad + r.added
-        self.learn.loss = self.learn.loss + r.added
+        if self.training and r.added is not None: self._add(r)
 
-    def _outputs_of_teacher(self): return self.distiller.teacher.outputs(self.xb, layers=self.distiller.teacher_layers())
+    def _add(self, r):
+        learn = self.learn
+        if r.weights['task']: learn.loss_grad,learn.loss = learn.loss_grad + r.added,learn.loss + r.added
+        else: learn.loss_grad,learn.loss = r.total + self._regularizers(),r.total
+
+    def _regularizers(self):
+        "What callbacks before this one added to the labels' loss"
+        a,b = self.learn.loss_grad,self.learn.loss
+        # subtle: where they added nothing the labels' loss is not touched at all, for it may be nan, and so may its gradient
+        return 0. if origin(a) is origin(b) else (a-b).nan_to_num()
+
+    def _outputs_of_teacher(self):
+        layers = self.distiller.teacher_layers(self.distiller.active_terms(self.pct_train))
+        if self.training: return self.distiller.teacher.outputs(self.xb, layers=layers)
+        # subtle: a teacher that draws random numbers for a column of the table must not move those of the training
+        with RandomGuard(), torch.random.fork_rng({x.device for x in tensors_in(self.xb) if x.is_cuda}):
+            return self.distiller.teacher.outputs(self.xb, layers=layers)
 
     def _taught(self):
         "Stored answers may be there for the training set alone"
@@ -251,6 +271,13 @@ class KnowledgeDistillation(Callback):
         for p in ps:
             if p.grad is not None: p.grad.mul_(1/scaler.get_scale())
         self.skip = self.skip or any(p.grad is not None and not p.grad.isfinite().all() for p in ps)
+
+
+def origin(loss):
+    "What a loss was computed by: its graph without the copies that fastai makes of it"
+    fn = loss.grad_fn
+    while fn is not None and fn.name() in ('AliasBackward0', 'CloneBackward0'): fn = fn.next_functions[0][0]
+    return fn
 
 
 def feed_of(source):
