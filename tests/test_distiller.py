@@ -294,7 +294,7 @@ def test_the_teacher_is_not_asked_where_no_part_counts(recipe, when):
         assert not d.needs_teacher(p) and d.active_terms(p) == [] and d(x, y, progress=p).total.item() == F.cross_entropy(d.student(x), y).item()
     assert teacher.times == 0 and torch.equal(state, torch.get_rng_state())
     with torch.no_grad(): assert d(x, y, progress=when[0]).parts and d.needs_teacher(when[0])
-    assert teacher.times == 1
+    assert teacher.times == 1 and torch.equal(state, torch.get_rng_state())      # what validation draws is put back
 
 def test_layers_run_only_where_their_part_counts():
     student = mlp(6)

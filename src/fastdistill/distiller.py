@@ -9,7 +9,7 @@ from .features.pairs import PairTable, inputs, pair
 from .features.probe import dry_run
 from .features.projectors import projector
 from .features.taps import Taps
-from .outputs import DistillError, Outputs, TopK, as_plain
+from .outputs import DistillError, Outputs, TopK, as_plain, tensors_in
 from .replay.seeds import RandomGuard
 from .teacher.teacher import Teacher
 from .terms import Recipe, check_kind
@@ -133,6 +133,18 @@ class Distiller(nn.Module):
         links = (self.links[t.name] for t in (self.recipe.terms if terms is None else terms) if t.name in self.links)
         return list(dict.fromkeys(k.layers[i] for ks in links for k in ks if k.layers))
 
+    def teacher_outputs(
+        self,
+        x:tuple, # the batch's inputs
+        progress:float|None=None # share of the training that is done, for schedules
+    ) -> Outputs|None:
+        "The teacher's outputs for a batch, with the layers that its terms compare; None where no term needs them"
+        if not (terms := self.active_terms(progress)): return None
+        if torch.is_grad_enabled(): return self.teacher.outputs(x, layers=self.teacher_layers(terms))
+        # subtle: a teacher that draws random numbers for validation must not move those of the training
+        with RandomGuard(), torch.random.fork_rng({o.device for o in tensors_in(x) if o.is_cuda}):
+            return self.teacher.outputs(x, layers=self.teacher_layers(terms))
+
     def forward(
         self,
         x, # the inputs: a tensor, a tuple of several, or a dict (passed by name where the model has arguments of these names)
@@ -146,7 +158,7 @@ class Distiller(nn.Module):
         with Taps(self.student, self.student_layers(terms)) as taps:
             raw = self.student(*args, **kwargs)
             s = Outputs.of(raw, taps.pop())
-        t = self.teacher.outputs(x, layers=self.teacher_layers(terms)) if terms else None
+        t = self.teacher_outputs(x, progress)
         return self.compute(s, t, self.task_loss(s.logits, *targets) if targets else None, targets, progress=progress)
 
     def compute(

@@ -1,17 +1,15 @@
 "The callback: distillation inside a fit, and nothing of it outside."
 import copy
 from pathlib import Path
-import torch
 from fastai.basics import Adam, Callback, L, Metric, OptimWrapper, ValueMetric, find_bs, noop, one_param
 from fastai.callback.mixup import MixHandler
 from ..cache.reader import TeacherCache
 from ..distiller import Distiller
 from ..features.names import unwrap
 from ..features.taps import Taps
-from ..outputs import DistillError, Outputs, as_plain, tensors_in
+from ..outputs import DistillError, Outputs, as_plain
 from ..ranks import broadcast, mean_over_ranks, rank
 from ..recipes import kd
-from ..replay.seeds import RandomGuard
 from .task import task_of
 from ..teacher.teacher import Teacher
 from ..terms import Recipe, Term
@@ -177,13 +175,12 @@ class KnowledgeDistillation(Callback):
             raise DistillError("These batches have no labels, but the recipe counts their loss: use alpha=1, or soft_labels(), "
                                "to train from the teacher alone.")
         # subtle: without a target fastai makes no loss and no step; the teacher's answer is one, and its loss has the weight 0
-        self.told = self._outputs_of_teacher()
-        self.learn.yb = pseudo_labels(self.told.logits, Outputs.of(self.learn.pred).logits, self.task),
+        self.told = self.distiller.teacher_outputs(self.xb, self.pct_train)
+        if self.told is not None: self.learn.yb = pseudo_labels(self.told.logits, Outputs.of(self.learn.pred).logits, self.task),
 
     def after_loss(self):
         if not self.active or not len(self.yb) or not self._taught(): return
-        needed = self.distiller.needs_teacher(self.pct_train)
-        t = self.told if self.told is not None else self._outputs_of_teacher() if needed else None
+        t = self.distiller.teacher_outputs(self.xb, self.pct_train) if self.told is None else self.told
         s = Outputs.of(self.learn.pred, self.taps.pop() if self.taps else None)
         y = self.yb if self.told is None else ()
         r = self.distiller.compute(s, t, self.learn.loss, y, progress=self.pct_train, mixed=self._mixed())
@@ -200,13 +197,6 @@ class KnowledgeDistillation(Callback):
         a,b = self.learn.loss_grad,self.learn.loss
         # subtle: where they added nothing the labels' loss is not touched at all, for it may be nan, and so may its gradient
         return 0. if origin(a) is origin(b) else (a-b).nan_to_num()
-
-    def _outputs_of_teacher(self):
-        layers = self.distiller.teacher_layers(self.distiller.active_terms(self.pct_train))
-        if self.training: return self.distiller.teacher.outputs(self.xb, layers=layers)
-        # subtle: a teacher that draws random numbers for a column of the table must not move those of the training
-        with RandomGuard(), torch.random.fork_rng({x.device for x in tensors_in(self.xb) if x.is_cuda}):
-            return self.distiller.teacher.outputs(self.xb, layers=layers)
 
     def _taught(self):
         "Stored answers may be there for the training set alone"
