@@ -114,7 +114,9 @@ def test_what_is_said_wins():
     t = teacher_of(Teacher(learn.model, stats=A, input_stats=A), student)
     assert t.adapts == ''
     t = teacher_of(Teacher(learn.model, kind='sigmoid'), student, kind='softmax', axis=-1, size=16, name='mine')
-    assert (t.kind, t.axis, t.size, t.name) == ('sigmoid', -1, (16, 16), 'Sequential')
+    assert (t.kind, t.axis, t.size, t.name) == ('sigmoid', -1, (16, 16), 'mine')
+    u = teacher_of(Teacher(learn.model, kind='softmax', size=None, name='first'), student, kind='sigmoid', size=16, name='mine')
+    assert (u.kind, u.size, u.name) == ('softmax', None, 'first')
     assert teacher_of(t, student, kind='softmax', axis=-1) is t
     t = teacher_of(learn, student, kind='softmax', axis=-1)
     assert teacher_of(t, student, kind='softmax', axis=-1) is t              # so that what a check has set on it stays

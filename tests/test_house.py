@@ -21,19 +21,21 @@ LAW = dict(
     replay=('outputs', 'torch numpy', ''),
     teacher=('outputs features', 'torch', 'onnxruntime'),
     cache=('errors outputs ranks replay', 'torch numpy', 'fsspec fcntl msvcrt rich'),
-    distiller=('outputs schedule features teacher', 'torch', ''),
-    recipes=('outputs schedule losses distiller', 'torch', ''),
+    terms=('outputs schedule', 'torch', ''),
+    distiller=('outputs features replay teacher terms', 'torch', ''),
+    recipes=('outputs schedule losses terms', 'torch', ''),
     doctor=('outputs features replay', 'torch', ''),
     plots=('outputs features', 'torch', 'matplotlib'),
     __init__=('docments', 'lazy_loader', ''),
-    fastai=('outputs docments ranks task losses features replay cache teacher distiller recipes doctor plots', 'torch numpy fastai', 'pandas'),
+    fastai=('outputs docments ranks task losses features replay cache teacher terms distiller recipes doctor plots',
+            'torch numpy fastai', 'pandas'),
     demo=('outputs fastai', 'torch numpy fastai rich PIL', 'matplotlib sklearn'),
     cli=('errors ranks cache fastai demo __init__', 'typer rich', ''),
 )
 # the same inside a folder: a file may import those of its folder that stand before it
 ORDER = dict(
     losses='_base response decoupled feature relation dense',
-    features='names probe shapes taps projectors stages pairs',
+    features='names calls probe shapes taps projectors stages pairs',
     replay='generators seeds per_sample',
     teacher='images forms guest ensemble teacher',
     cache='keys digests folder files entries records manifest reader source writer progress dataset verify',
@@ -168,6 +170,13 @@ def test_the_paths_in_contributing_are_there():
     paths = re.findall(r'`((?:src|tests|docs|benchmarks|examples)/[^`]*)`', (ROOT/'CONTRIBUTING.md').read_text())
     assert len(paths) > 20
     assert not [p for p in paths if '*' not in p and not (ROOT/p).exists()]
+
+
+def test_every_loss_says_at_its_definition_what_it_needs():
+    for f in [*(SRC/'losses').glob('*.py'), SRC/'recipes.py']:
+        for d in ast.walk(ast.parse(f.read_text())):
+            at = [o for o in getattr(d, 'decorator_list', []) if isinstance(o, ast.Call) and ast.unparse(o.func) == 'loss']
+            for o in at: assert {'kind', 'match'} <= {k.arg for k in o.keywords}, f'{f.stem}.{d.name}: @loss(kind=..., match=...)'
 
 
 if __name__ == '__main__': print(*public(), sep='\n')

@@ -1,5 +1,5 @@
 "A teacher answers as its model does in eval mode, in every form, and is afterwards as it was before."
-import copy, hashlib, math, pickle, sys, warnings
+import copy, hashlib, inspect, math, pickle, sys, warnings
 from collections import OrderedDict
 import numpy as np
 import onnx, pytest, timm, torch, torchvision
@@ -698,6 +698,19 @@ def test_layers_may_be_set_later_and_a_wrong_one_is_refused():
     assert not any(m._forward_hooks for m in model.modules())
 
 
+def test_a_call_reads_the_layers_that_it_asks_for_beside_the_teachers_own():
+    model,x = seeded(small),images(4, 3, 8, 8)
+    t = Teacher(model, layers=['1'])
+    for _ in range(2):
+        assert list(t.outputs((x,), layers=['0', '1']).feats) == ['1', '0'] and list(t(x).feats) == ['1'] and t.layers == ['1']
+        t.start()
+    t.stop()
+    with refuses("No layer 'nine' in Sequential"): t.outputs((x,), layers=['nine'])
+    same(t.outputs(kwargs={'input': x}).logits, t(x).logits)
+    pair = Teacher([t, model])
+    assert list(pair.outputs((x,), layers=['1.0']).feats) == ['0.1', '1.0'] and list(pair(x).feats) == ['0.1']
+
+
 # ensembles
 
 def softmax(v): m = max(v); e = [math.exp(o-m) for o in v]; return [o/sum(e) for o in e]
@@ -800,6 +813,25 @@ def test_a_teacher_of_a_teacher_is_a_variation_on_it():
     assert t.layers == ['0'] and t.size is None
     with t, u: u(x)
     assert model.training
+
+
+def test_an_option_counts_where_it_was_given_even_if_it_equals_the_default():
+    model = seeded(small)
+    t = Teacher([Teacher(model, mode='eval', size=None), model], mode='train', size=4)
+    assert [(m.mode, m.size) for m in t.members] == [('eval', None), ('train', (4, 4))]
+    nested = Teacher([Teacher([Teacher(model, mode='eval'), model]), model], mode='train')
+    assert [m.mode for m in (*nested.members[0].members, nested.members[1])] == ['eval', 'train', 'train']
+    assert [m.mode for m in Teacher(t, mode='eval').members] == ['eval', 'eval'] and t.members[1].mode == 'train'
+    first = Teacher(model, select=[1], layers=['0'], size=4, stats='imagenet', input_stats=(0, 1), mode='train', name='mine')
+    plain = Teacher(first, select=None, layers=(), size=None, stats=None, input_stats=None, mode='eval', name=None)
+    assert (plain.select, plain.layers, plain.size, plain.stats, plain.mode, plain.name) == (None, [], None, None, 'eval', 'Sequential')
+    assert first.select == [1] and Teacher(first).layers == ['0'] and Teacher(Teacher(first, select=None), size=2).select is None
+    assert Teacher(Teacher([model, model], weights=[1, 3]), weights=None).weights == [.5, .5]
+
+
+def test_the_options_can_be_read_where_they_are_recorded():
+    assert {'layers', 'mode', 'select'} <= set(inspect.signature(Teacher).parameters) and "'train' for papers" in Teacher.__doc__
+    with pytest.raises(TypeError, match="unexpected keyword argument 'temperature'"): Teacher(torch.sin, temperature=2)
 
 
 def test_classes_are_selected_in_the_students_order():

@@ -108,4 +108,5 @@ def map_tensors(o, fn):
     "`fn` of all tensors in nested tuples, lists and mappings; whatever else there is stays"
     if isinstance(o, Tensor): return fn(o)
     if isinstance(o, Mapping): return {k: map_tensors(v, fn) for k,v in o.items()}
+    if isinstance(o, tuple) and hasattr(o, '_fields'): return type(o)(*(map_tensors(v, fn) for v in o))
     return type(o)(map_tensors(v, fn) for v in o) if type(o) in (tuple, list) else o

@@ -6,7 +6,7 @@ from fastai.basics import L, Learner, load_learner
 from fastai.data.transforms import Normalize
 from ..outputs import DistillError, DistillWarning
 from ..teacher.images import affine, stats_of, timm_cfg
-from ..teacher.teacher import Teacher, unsaid
+from ..teacher.teacher import Teacher
 
 __all__ = ['image_stats', 'teacher_of']
 
@@ -34,8 +34,8 @@ def teacher_of(
 
 
 def adapted(teacher, kwargs):
-    "A Teacher keeps what its maker said; the same one if nothing is left to say"
-    new = {k: v for k,v in kwargs.items() if unsaid(k, getattr(teacher, k)) and not unsaid(k, v)}
+    "A Teacher keeps the options that it was given; the same one if there are no others"
+    new = {k: v for k,v in kwargs.items() if k not in teacher.given}
     return Teacher(teacher, **new) if new else teacher
 
 

@@ -10,7 +10,7 @@ __all__ = ['cwd', 'CWD', 'pairwise', 'Pairwise', 'ifvd', 'IFVD']
 MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
-@loss(match='shape')
+@loss(kind=None, match='shape')
 def cwd(
     s:Tensor, # (B, C, H, W) logits or features of the student, projected to the teacher's shape
     t:Tensor, # (B, C, H, W) of the teacher
@@ -50,7 +50,7 @@ def affinity(x, pool, axis):
     return x.mT@x
 
 
-@loss(match='grid')
+@loss(kind=None, match='grid')
 def pairwise(
     s:Tensor, # (B, C, H, W) student map
     t:Tensor, # (B, C', H, W) teacher map: channels may differ
@@ -84,7 +84,7 @@ def to_prototypes(
     return (unit(x)*unit(proto).gather(2, i)).sum(1)
 
 
-@loss(match='grid')
+@loss(kind=None, match='grid')
 def ifvd(
     s:Tensor, # (B, C, H, W) student map
     t:Tensor, # (B, C', H, W) teacher map: channels may differ

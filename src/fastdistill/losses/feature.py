@@ -42,7 +42,7 @@ def per_channel(v, x:Tensor, axis:int):
     return v.reshape([-1 if i == axis % x.dim() else 1 for i in range(x.dim())])
 
 
-@loss(match='shape')
+@loss(kind=None, match='shape')
 def hint(
     s:Tensor, # student features, projected to the teacher's shape
     t:Tensor, # teacher features
@@ -57,7 +57,7 @@ def hint(
 class Hint(Loss): fn = hint
 
 
-@loss(match='none')
+@loss(kind=None, match='none')
 def at(
     s:Tensor, # (B, C, H, W) student map
     t:Tensor, # (B, C', H', W') teacher map: channels may differ; the larger grid is average-pooled to the smaller
@@ -76,7 +76,7 @@ def at(
 class AT(Loss): fn = at
 
 
-@loss(match='none')
+@loss(kind=None, match='none')
 def nst(
     s:Tensor, # (B, C, H, W) student map
     t:Tensor, # (B, C', H', W') teacher map: channels may differ; the larger grid is average-pooled to the smaller
@@ -105,7 +105,7 @@ def flows(xs, axis):
     return [a@b.mT/a.shape[2] for a,b in xs]
 
 
-@loss(match='shape', lists=True)
+@loss(kind=None, match='shape', lists=True)
 def fsp(
     s:list, # student maps [(B, C1, H, W), (B, C2, H2, W2), ...] in the order of the layers, two or more
     t:list, # teacher maps, as many, with the same channels; grids may differ
@@ -129,7 +129,7 @@ def fsp(
 class FSP(Loss): fn = fsp
 
 
-@loss(match='shape')
+@loss(kind=None, match='shape')
 def ab(
     s:Tensor, # student features before the ReLU, projected to the teacher's shape
     t:Tensor, # teacher features before the ReLU
@@ -166,7 +166,7 @@ def ofd_margin(
     return torch.where(below > .001, mean, -3*s)
 
 
-@loss(match='shape')
+@loss(kind=None, match='shape')
 def ofd(
     s:Tensor, # student features before the ReLU, projected to the teacher's shape
     t:Tensor, # teacher features before the ReLU
@@ -183,7 +183,7 @@ def ofd(
     return reduce(torch.where((s > t) | (t > 0), (s-t).pow(2), 0.).mean(axis), reduction, mask)
 
 
-@loss(match='shape')
+@loss(kind=None, match='shape')
 def vid(
     s:Tensor, # student features, projected to the teacher's shape: what it expects of the teacher
     t:Tensor, # teacher features
@@ -263,7 +263,7 @@ def standardized_rows(
     return unit((x-mean)*w.sqrt(), least=16*eps*torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True))
 
 
-@loss(match='shape')
+@loss(kind=None, match='shape')
 def pkd(
     s:Tensor, # student features, projected to the teacher's shape
     t:Tensor, # teacher features

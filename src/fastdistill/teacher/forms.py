@@ -71,17 +71,6 @@ def is_graph(m):
     return isinstance(m, torch.jit.ScriptModule) or (isinstance(m, torch.fx.GraphModule) and 'train' in vars(m))
 
 
-def is_hf(model): return hasattr(model, 'config') and hasattr(model, 'main_input_name')
-
-
-def takes_names(model, batch):
-    "Whether a mapping is a model's arguments by name, not its one argument"
-    if is_hf(model) or isinstance(model, Onnx): return True
-    try: names = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters
-    except (TypeError, ValueError): return False    # builtins and scripts have no signature
-    return set(batch) <= set(names)
-
-
 def check_second_argument(model, ids, second):
     "A Hugging Face model's second argument is mostly the attention mask: another tensor there would be read as one, in silence"
     if second is None: return

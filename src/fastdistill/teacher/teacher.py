@@ -1,22 +1,31 @@
 "A teacher in whatever form people have one: frozen while it is asked, and afterwards just as it was before."
-import inspect
-from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
+from functools import wraps
 import torch
 from torch import nn
 import torch.nn.functional as F
+from ..features.calls import arguments, is_hf
 from ..features.names import named
 from ..features.taps import Taps
 from ..outputs import DistillError, Outputs, as_plain, map_tensors, tensors_in
 from .ensemble import mix, shares
-from .forms import FORMS, Onnx, check_second_argument, is_graph, is_hf, load_model, takes_names
+from .forms import FORMS, Onnx, check_second_argument, is_graph, load_model
 from .guest import Guest
 from .images import affine, full_precision, is_image, stats_of
 
-__all__ = ['Teacher', 'unsaid']
+__all__ = ['Teacher']
 
-# what the members of an ensemble take over, where they don't say otherwise
-INHERITED = ('mode', 'stats', 'input_stats', 'size', 'combine', 'kind', 'axis')
+# options of an ensemble that its members take over, where they were not given others
+INHERITED = 'mode','stats','input_stats','size','combine','kind','axis'
+
+
+def records_given(init):
+    "Keep the names of the options that were given, as `given`: they count also where they equal the default"
+    @wraps(init)
+    def call(self, *args, **options):
+        self.given = frozenset(options)
+        init(self, *args, **options)
+    return call
 
 
 class Teacher:
@@ -25,6 +34,7 @@ class Teacher:
     them: `stop` puts back modes, buffers, devices and hidden states. A call outside does both by itself: slower, and a hidden
     state does not outlive it. A teacher on the CPU moves to the batch's device; one that lives elsewhere stays, and the batch
     goes there. Answers come back on the batch's device, in the teacher's own precision"""
+    @records_given
     def __init__(
         self,
         model, # nn.Module, torch.export program, .pt, .pt2 or .onnx file, callable (its modes are its own affair), a list of these
@@ -41,28 +51,29 @@ class Teacher:
         select=None, # indices of the classes to answer with, in this order: the teacher's classes put in the student's order
         name:str|None=None
     ):
-        said = dict(layers=layers, mode=mode, stats=stats, input_stats=input_stats, size=size, combine=combine, weights=weights, kind=kind,
-                    axis=axis, select=select, name=name)
+        options = dict(layers=layers, mode=mode, stats=stats, input_stats=input_stats, size=size, combine=combine, weights=weights,
+                       kind=kind, axis=axis, select=select, name=name)
         self.model = self.path = self.learner = None       # `learner`: where a face keeps what else it knows of the teacher
         self.sources,self.members = [],[]
         self._stack,self._guest,self._by,self._outer = None,None,None,[]
-        if isinstance(model, Teacher):      # a variation on it: what is not said stays
-            said = {k: getattr(model, k) if unsaid(k, v) else v for k,v in said.items()}
+        if isinstance(model, Teacher):      # a variation on it: what is not given stays
+            options = {k: v if k in self.given else getattr(model, k) for k,v in options.items()}
+            self.given |= model.given
             self.model,self.path,self.learner,self.sources = model.model,model.path,model.learner,model.sources
         elif isinstance(model, (list, tuple, nn.ModuleList)):
             if not len(model): raise DistillError(f"An empty list of teachers. {FORMS}")
             self.sources = [m if isinstance(m, Teacher) else Teacher(m) for m in model]
         else: self.model,self.path = load_model(model)
-        self.__dict__.update(said)
-        self.layers,self.name = list(self.layers),self.name or self._name(model)
+        self.__dict__.update(options)
+        self.layers,self.name = list(self.layers),self.name or self._name()
         self._check()
 
     def _check(self):
         for o,have in dict(mode=('eval', 'train'), combine=('probs', 'logits'), kind=('softmax', 'sigmoid', 'regression')).items():
             if (v := getattr(self, o)) not in have: raise DistillError(f"{o}={v!r}: possible are {', '.join(map(repr, have))}")
         if self.sources:
-            mine = {k: getattr(self, k) for k in INHERITED}
-            self.members = [Teacher(m, **{k: v for k,v in mine.items() if unsaid(k, getattr(m, k))}) for m in self.sources]
+            mine = {k: getattr(self, k) for k in INHERITED if k in self.given}
+            self.members = [Teacher(m, **{k: v for k,v in mine.items() if k not in m.given}) for m in self.sources]
             self.weights = shares(self.weights, len(self.members))
         else:
             if self.weights is not None: raise DistillError("weights= are of an ensemble's members, and this is one teacher: give a list")
@@ -70,9 +81,9 @@ class Teacher:
         if self.size is not None: self.size = (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
         self._check_layers(self.layers)
 
-    def _name(self, o):
-        if self.members or self.sources: return f'{len(self.sources)} teachers'
-        return self.path.name if self.path else getattr(o, '__name__', type(o).__name__)
+    def _name(self):
+        if self.sources: return f'{len(self.sources)} teachers'
+        return self.path.name if self.path else getattr(self.model, '__name__', type(self.model).__name__)
 
     def __repr__(self): return f'Teacher({self.name})'
 
@@ -155,13 +166,22 @@ class Teacher:
 
     def __call__(
         self,
-        *x, # the batch's inputs, whatever the model takes; a mapping is taken by name, where the model has arguments of these names
+        *x, # the batch's inputs, whatever the model takes; a dict goes in by name where the model has arguments of these names
         **kw # by name
     ) -> Outputs:
-        "The teacher's answer to a batch"
+        "The teacher's outputs for a batch"
+        return self.outputs(x, kw)
+
+    def outputs(
+        self,
+        args=(), # the batch's inputs
+        kwargs={}, # inputs by name
+        layers=() # names of layers that this call reads, in addition to the teacher's own
+    ) -> Outputs:
+        "The teacher's outputs for a batch, with the layers that this call asks for"
         if not self.started:
-            with self: return self(*x, **kw)
-        with torch.no_grad(): return self._answer(x, kw, self.layers)
+            with self: return self.outputs(args, kwargs, layers)
+        with torch.no_grad(): return self._answer(args, kwargs, list(dict.fromkeys([*self.layers, *layers])))
 
     def probe(
         self, *x, layers=None, # instead of the teacher's own
@@ -215,7 +235,7 @@ class Teacher:
 
     def _arrange(self, x, kw, device):
         "The batch as the teacher needs it: by name or position, on its device, in its precision, in its normalisation and size"
-        if len(x) == 1 and isinstance(x[0], Mapping) and takes_names(self.model, x[0]): x,kw = (),{**x[0], **kw}
+        x,kw = arguments(self.model, x, kw)
         if len(x) > 1 and is_hf(self.model) and not self._guest.seen: check_second_argument(self.model, *x[:2])
         self._check_images([t for t in tensors_in((x, kw)) if is_image(t)])
         dtype = None
@@ -244,10 +264,6 @@ class Teacher:
         # subtle: a copy, for a network that works in place on its input would change the student's batch
         return t.clone() if t is plain else t
 
-
-DEFAULTS = {k: p.default for k,p in inspect.signature(Teacher).parameters.items()}
-
-def unsaid(option, v): return v is DEFAULTS[option] or (option == 'layers' and not len(v))
 
 def plain_output(t, device):
     "What a model gave, as a plain tensor that losses can save for their backward pass"
