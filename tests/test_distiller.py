@@ -1,5 +1,6 @@
 "The heart, without any framework: terms, recipes, and a plain loop."
 import copy
+from contextlib import nullcontext
 from functools import partial
 import pytest, torch
 import torch.nn.functional as F
@@ -323,6 +324,22 @@ def test_labels_that_give_nan_do_not_count_where_their_weight_is_0(task_loss, y)
     out.total.backward()
     assert out.task.isnan() and out.total.item() == pytest.approx(losses.mse(d.student(x), d.teacher(x).logits).item())
     assert all(p.grad.isfinite().all() for p in d.student.parameters()) and d.student[0].weight.grad.abs().max() > 0
+
+@pytest.mark.parametrize('teacher', [lambda net: Teacher(net, mode='train'), lambda net: lambda x: torch.randn(len(x), 4)], ids=['dropout', 'random'])
+@pytest.mark.parametrize('started', [True, False])
+def test_alpha_0_is_no_distillation_whatever_the_teacher_draws(teacher, started):
+    def run(distill):
+        student = nn.Sequential(mlp(6), nn.Dropout(.5), nn.Linear(4, 4))
+        d = Distiller(student, teacher(nn.Sequential(mlp(16, 1), nn.Dropout(.5))), kd(alpha=0.)) if distill else None
+        opt,(x,y) = torch.optim.SGD(student.parameters(), .1),batch()
+        torch.manual_seed(3)
+        with d.teacher if started and distill else nullcontext():
+            for _ in range(5):
+                (d(x, y).total if distill else F.cross_entropy(student(x), y)).backward()
+                opt.step(); opt.zero_grad()
+        return student.state_dict()
+    a,b = run(True),run(False)
+    assert all(torch.equal(v, b[k]) for k,v in a.items())
 
 def test_no_parameter_of_the_student_is_without_a_gradient():
     d = Distiller(mlp(6), mlp(16, 1), Recipe(hint(), task=0.), example=batch()[0])      # only reaches the first half
