@@ -6,7 +6,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SRC = ROOT/'src'/'fastdistill'
 FILES = sorted(SRC.rglob('*.py'))
-FACES = ['fastdistill', 'fastdistill.losses', 'fastdistill.fastai']
+FACES = ['fastdistill', 'fastdistill.losses', 'fastdistill.recipes', 'fastdistill.fastai']
 
 # room: which rooms it may import, all of them further up; which packages at the top of its files, and which only inside functions
 LAW = dict(

@@ -12,6 +12,9 @@ __all__ = ['ab', 'at', 'cc', 'cwd', 'dist', 'dkd', 'fsp', 'hard_labels', 'hint',
            'pairwise', 'pkd', 'pkt', 'rkd', 'soft_labels', 'sp', 'vid']
 
 
+def __dir__(): return __all__ # `recipes.` and the tab key list the recipes alone
+
+
 @dataclass(frozen=True)
 class Rest:
     "1 - alpha, where alpha follows a schedule"

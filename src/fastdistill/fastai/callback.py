@@ -45,7 +45,7 @@ class KnowledgeDistillation(Callback):
         self,
         teacher=None, # Learner, exported .pkl, module, TorchScript, torch.export or ONNX file, callable, `Teacher`, or a list of these
         # (an ensemble); a `TeacherCache`, or its folder; None: the batches hold its answers (see `TeacherBlock`)
-        recipe=None, # `kd()`, `kd() + at()`, a `Term`; None: kd(T, alpha)
+        recipe=None, # `kd()`, `kd() + recipes.at()`, a `Term`; None: kd(T, alpha)
         *,
         T=None, # temperature: number or schedule (fastai's `SchedCos(8, 2)`); 4 if not given
         alpha=None, # weight of the teacher, the labels have 1-alpha: number or schedule; .9 if not given
@@ -68,7 +68,7 @@ class KnowledgeDistillation(Callback):
         if self.learn.lock.locked() or hasattr(self.learn, 'gather_preds'): return     # validate, get_preds, show_results ...
         if any(isinstance(c, KnowledgeDistillation) and c is not self for c in self.learn.cbs):
             raise DistillError("Two KnowledgeDistillation callbacks in one Learner. Give one of them a list of teachers (an ensemble), "
-                               "or a sum of recipes, kd() + at().")
+                               "or a sum of recipes, kd() + recipes.at().")
         task,model = task_of(self.learn.loss_func, self.asked_kind, self.asked_axis),unwrap(self.learn.model)
         if self.distiller is None or self.distiller.student is not model or self.task != task: self._build(model, task)
         if self.met is not self.learn.dls: self._meet()

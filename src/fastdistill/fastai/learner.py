@@ -20,7 +20,7 @@ def distill(
     teacher, # what `KnowledgeDistillation` takes
     n_epoch, # Number of epochs
     lr_max=None, # Maximum learning rate
-    recipe=None, # `kd()`, `kd() + at()`, a `Term`; None: kd(T, alpha)
+    recipe=None, # `kd()`, `kd() + recipes.at()`, a `Term`; None: kd(T, alpha)
     *,
     T=None, # temperature
     alpha=None, # weight of the teacher; the labels have 1-alpha
