@@ -9,7 +9,7 @@ from ..features.names import unwrap
 from ..features.taps import Taps
 from ..outputs import DistillError, Outputs, as_plain
 from ..ranks import broadcast, mean_over_ranks, rank
-from ..recipes import kd
+from ..recipes import kd, one_temperature
 from .task import task_of
 from ..teacher.teacher import Teacher
 from .cache_feed import CacheFeed
@@ -49,6 +49,7 @@ class KnowledgeDistillation(Callback):
         *,
         T=None, # temperature: number or schedule (fastai's `SchedCos(8, 2)`); 4 if not given
         alpha=None, # weight of the teacher, the labels have 1-alpha: number or schedule; .9 if not given
+        temperature=None, # the same as T
         loss=None, # your own: fn(student_logits, teacher_logits, *targets); it is the whole loss, unless alpha mixes the labels' own in
         kind:str|None=None, # 'softmax', 'sigmoid' or 'regression'; None: read off the learner's loss function
         axis:int|None=None, # class axis; None: likewise
@@ -57,7 +58,7 @@ class KnowledgeDistillation(Callback):
     ):
         super().__init__()
         self.source,self.asked_kind,self.asked_axis,self.balance,self.check = teacher,kind,axis,balance,check
-        self.recipe = make_recipe(recipe, T, alpha, loss)
+        self.recipe = make_recipe(recipe, one_temperature(T, temperature), alpha, loss)
         self.feed,self.on,self.mets,self.parts = feed_of(teacher),False,L(),{}
         self.distiller = self.met = self.popt = self.taps = self.told = self.kept = self.loaded = None
 
