@@ -695,6 +695,7 @@ warnings.simplefilter('ignore')
 import apps, torch
 from fastai.basics import *
 import fastai.distributed
+from fastdistill import losses
 from fastdistill.fastai import *
 
 apps.distributed_on_cpu()

@@ -7,7 +7,7 @@ from fastcore.docments import docments
 import fastdistill.fastai
 from fastdistill.docments import comments, explain
 
-FACES = ['fastdistill', 'fastdistill.losses', 'fastdistill.fastai']
+FACES = ['fastdistill', 'fastdistill.losses', 'fastdistill.recipes', 'fastdistill.fastai']
 FUNCTIONS = {f'{m}.{n}': o for m in FACES for n in importlib.import_module(m).__all__ if inspect.isroutine(o := getattr(importlib.import_module(m), n))}
 METHODS = {f'Learner.{n}': getattr(Learner, n) for n in ('distill', 'check_teacher', 'show_features')}
 

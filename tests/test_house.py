@@ -6,7 +6,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SRC = ROOT/'src'/'fastdistill'
 FILES = sorted(SRC.rglob('*.py'))
-FACES = ['fastdistill', 'fastdistill.losses', 'fastdistill.fastai']
+FACES = ['fastdistill', 'fastdistill.losses', 'fastdistill.recipes', 'fastdistill.fastai']
 
 # room: which rooms it may import, all of them further up; which packages at the top of its files, and which only inside functions
 LAW = dict(
@@ -39,7 +39,7 @@ ORDER = dict(
     replay='generators seeds per_sample',
     teacher='images forms draws hidden guest ensemble teacher',
     cache='keys digests folder files entries records manifest reader source writer progress dataset verify',
-    fastai='task stream block patches vocab targets teachers check transforms replay_dl sample_keys cache_data cache_feed callback learner',
+    fastai='task stream block vocab targets patches teachers check transforms replay_dl sample_keys cache_data cache_feed callback learner',
     demo='tasks results picture',
     cli='objects cache demo app',
 )

@@ -1,5 +1,5 @@
 "Recipes: functions that return terms with their paper's defaults. `+` joins them."
-import copy
+import copy, functools, inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from . import losses
@@ -10,6 +10,9 @@ from .terms import Recipe, Term
 
 __all__ = ['ab', 'at', 'cc', 'cwd', 'dist', 'dkd', 'fsp', 'hard_labels', 'hint', 'ickd', 'ifvd', 'kd', 'logit_std', 'nkd', 'nst', 'ofd',
            'pairwise', 'pkd', 'pkt', 'rkd', 'soft_labels', 'sp', 'vid']
+
+
+def __dir__(): return __all__ # `recipes.` and the tab key list the recipes alone
 
 
 @dataclass(frozen=True)
@@ -23,14 +26,35 @@ class Rest:
 def _rest(alpha): return Rest(alpha) if callable(alpha) else 1 - alpha
 
 
+def one_temperature(
+    T, # None if it was not given
+    temperature # the same option under its long name; None if it was not given
+):
+    if T is not None and temperature is not None:
+        raise DistillError(f"T={T} and temperature={temperature}: these are two names of one option, give one of them")
+    return T if temperature is None else temperature
+
+
+def long_name_too(recipe):
+    "Let a recipe with an option `T` take it as `temperature` too, as many other tools call it"
+    sig = inspect.signature(recipe)
+    @functools.wraps(recipe)
+    def call(*args, temperature=None, **kwargs):
+        if temperature is None: return recipe(*args, **kwargs)
+        T = one_temperature(sig.bind_partial(*args, **kwargs).arguments.get('T'), temperature)
+        return recipe(*args, **kwargs, T=T)
+    return call
+
+
 @loss(kind='softmax', match='shape')
 def kl_per_class(s, t, *, T=4., axis=1, mask=None, reduction='mean'):
     "`kl` divided by the number of classes too, as `nn.KLDivLoss()` and `F.kl_div(..., reduction='mean')` do"
     return losses.kl(s, t, T=T, axis=axis, mask=mask, reduction=reduction)/s.shape[axis]
 
 
+@long_name_too
 def kd(
-    T=4., # temperature, number or schedule
+    T=4., # temperature, number or schedule; `temperature=` is the same
     alpha=.9, # weight of the teacher; the labels have 1-alpha. Number or schedule
     class_mean:bool=False # average over classes too: the scale of older scripts; the same as an alpha that is smaller
 ):
@@ -42,6 +66,7 @@ def kd(
     return Recipe(Term(kl_per_class if class_mean else losses.soft_targets, weight=alpha, T=T, name='kd'), task=_rest(alpha))
 
 
+@long_name_too
 def soft_labels(T=1.):
     "The teacher alone makes the labels: kd with alpha 1. Batches need no labels"
     return kd(T, alpha=1.)
@@ -55,6 +80,7 @@ def hard_labels(
     return Recipe(Term(losses.hard, weight=alpha, name='hard'), task=_rest(alpha))
 
 
+@long_name_too
 def dkd(
     alpha:float=1., # weight of the target class's part
     beta:float=8., # weight of the other classes' part: 2 to 8 for CIFAR-100 (the authors', by pair of nets), .5 for ImageNet
@@ -65,6 +91,7 @@ def dkd(
     return Recipe(Term(losses.dkd, weight=weight, alpha=alpha, beta=beta, T=T, name='dkd'))
 
 
+@long_name_too
 def nkd(
     gamma:float=1.5, # weight of the other classes' part: the authors' for ImageNet; for CIFAR-100 3.5, with T=3
     T=1., # temperature of that part
@@ -74,6 +101,7 @@ def nkd(
     return Recipe(Term(losses.nkd, weight=weight, gamma=gamma, T=T, name='nkd'))
 
 
+@long_name_too
 def dist(
     beta:float=1., # weight of the relation between classes; the authors' CIFAR-100: 2
     gamma:float=1., # weight of the relation within a class; CIFAR-100: 2
@@ -230,6 +258,7 @@ def ickd(
     return Recipe(Term(losses.ickd, weight, layers=layers, projector=projector, stop_at=stop_at))
 
 
+@long_name_too
 def cwd(
     layers=None, # the logits, or layers of maps
     weight=None, # the authors' if not given: 3 on logits, 50 on features

@@ -9,7 +9,7 @@ from ..features.names import unwrap
 from ..features.taps import Taps
 from ..outputs import DistillError, Outputs, as_plain
 from ..ranks import broadcast, mean_over_ranks, rank
-from ..recipes import kd
+from ..recipes import kd, one_temperature
 from .task import task_of
 from ..teacher.teacher import Teacher
 from ..terms import Recipe, Term
@@ -46,10 +46,11 @@ class KnowledgeDistillation(Callback):
         self,
         teacher=None, # Learner, exported .pkl, module, TorchScript, torch.export or ONNX file, callable, `Teacher`, or a list of these
         # (an ensemble); a `TeacherCache`, or its folder; None: the batches hold its answers (see `TeacherBlock`)
-        recipe=None, # `kd()`, `kd() + at()`, a `Term`; None: kd(T, alpha)
+        recipe=None, # `kd()`, `kd() + recipes.at()`, a `Term`; None: kd(T, alpha)
         *,
         T=None, # temperature: number or schedule (fastai's `SchedCos(8, 2)`); 4 if not given
         alpha=None, # weight of the teacher, the labels have 1-alpha: number or schedule; .9 if not given
+        temperature=None, # the same as T
         loss=None, # your own: fn(student_logits, teacher_logits, *targets); it is the whole loss, unless alpha mixes the labels' own in
         kind:str|None=None, # 'softmax', 'sigmoid' or 'regression'; None: read off the learner's loss function
         axis:int|None=None, # class axis; None: likewise
@@ -58,7 +59,7 @@ class KnowledgeDistillation(Callback):
     ):
         super().__init__()
         self.source,self.asked_kind,self.asked_axis,self.balance,self.check = teacher,kind,axis,balance,check
-        self.recipe = make_recipe(recipe, T, alpha, loss)
+        self.recipe = make_recipe(recipe, one_temperature(T, temperature), alpha, loss)
         self.feed,self.on,self.mets,self.parts = feed_of(teacher),False,L(),{}
         self.distiller = self.met = self.popt = self.taps = self.told = self.kept = self.loaded = None
 
@@ -69,7 +70,7 @@ class KnowledgeDistillation(Callback):
         if self.learn.lock.locked() or hasattr(self.learn, 'gather_preds'): return     # validate, get_preds, show_results ...
         if any(isinstance(c, KnowledgeDistillation) and c is not self for c in self.learn.cbs):
             raise DistillError("Two KnowledgeDistillation callbacks in one Learner. Give one of them a list of teachers (an ensemble), "
-                               "or a sum of recipes, kd() + at().")
+                               "or a sum of recipes, kd() + recipes.at().")
         task,model = task_of(self.learn.loss_func, self.asked_kind, self.asked_axis),unwrap(self.learn.model)
         if self.distiller is None or self.distiller.student is not model or self.task != task: self._build(model, task)
         if self.met is not self.learn.dls: self._meet()

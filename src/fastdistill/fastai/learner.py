@@ -20,10 +20,11 @@ def distill(
     teacher, # what `KnowledgeDistillation` takes
     n_epoch, # Number of epochs
     lr_max=None, # Maximum learning rate
-    recipe=None, # `kd()`, `kd() + at()`, a `Term`; None: kd(T, alpha)
+    recipe=None, # `kd()`, `kd() + recipes.at()`, a `Term`; None: kd(T, alpha)
     *,
     T=None, # temperature
     alpha=None, # weight of the teacher; the labels have 1-alpha
+    temperature=None, # the same as T
     loss=None, # your own: fn(student_logits, teacher_logits, *targets)
     kind=None, # 'softmax', 'sigmoid' or 'regression'; None: read off the learner's loss function
     axis=None, # class axis; None: likewise
@@ -33,7 +34,8 @@ def distill(
     **kwargs
 ):
     "Fit with the 1cycle policy and `KnowledgeDistillation(teacher, ...)`"
-    kd = KnowledgeDistillation(teacher, recipe, T=T, alpha=alpha, loss=loss, kind=kind, axis=axis, balance=balance, check=check)
+    kd = KnowledgeDistillation(teacher, recipe, T=T, alpha=alpha, temperature=temperature, loss=loss, kind=kind, axis=axis,
+                               balance=balance, check=check)
     self.fit_one_cycle(n_epoch, lr_max, cbs=L(cbs)+kd, **kwargs)
 
 
