@@ -77,7 +77,8 @@ class KnowledgeDistillation(Callback):
         finding = hasattr(self.learn, 'lr_finder')
         if self.feed is not None: self.feed.attach(self.learn, task.kind, task.axis)
         elif self.check and not self.checked and not finding:
-            check_teacher(self.learn, self.distiller.teacher, self.task).enforce()
+            findings = check_teacher(self.learn, self.distiller.teacher, self.task, self.recipe)
+            findings.enforce(facts=self.learn.logger is not noop)
             self.checked = True
         self.on = True
         if self.distiller.ready: self._load()
