@@ -13,8 +13,9 @@ from ..recipes import kd
 from .task import task_of
 from ..teacher.teacher import Teacher
 from .cache_feed import CacheFeed
-from .check import check_teacher, fitting_teacher
+from .check import find_mistakes
 from .targets import Feed, TargetFeed
+from .teachers import teacher_of
 
 __all__ = ['KnowledgeDistillation']
 
@@ -75,7 +76,7 @@ class KnowledgeDistillation(Callback):
         finding = hasattr(self.learn, 'lr_finder')
         if self.feed is not None: self.feed.attach(self.learn, task.kind, task.axis)
         elif self.check and not self.checked and not finding:
-            check_teacher(self.learn, self.distiller.teacher, self.task).enforce()
+            find_mistakes(self.learn, self.distiller.teacher, self.task).enforce()
             self.checked = True
         self.on = True
         if self.distiller.ready: self._load()
@@ -93,7 +94,7 @@ class KnowledgeDistillation(Callback):
     def _meet(self):
         "Other data may be normalised otherwise, or have their classes in another order: the teacher gets to know them"
         d = self.distiller
-        if self.feed is None: d.teacher = fitting_teacher(self.source, self.learn, self.task)
+        if self.feed is None: d.teacher = teacher_of(self.source, self.learn, self.task)
         else: d.teacher = Teacher(lambda *_: self.feed.outputs(self.learn), kind=self.task.kind, axis=self.task.axis)
         d.teacher.layers = list(dict.fromkeys([*d.teacher.layers, *d.teacher_layers()]))
         self.met,self.checked = self.learn.dls,False

@@ -1,27 +1,13 @@
 "What would go wrong in silence between a teacher and a Learner, reported before training."
 from types import SimpleNamespace
-from fastai.basics import L, is_listy
+from fastai.basics import is_listy
 from ..doctor import BATCHES, KIND_IN_WORDS, Finding, Findings, check_outputs, few_names, single_teachers
 from ..outputs import DistillError, as_plain
 from .task import task_of
-from ..teacher.teacher import Teacher
 from .teachers import teacher_of
 from .vocab import CODES, describe_difference, map_classes, vocab_of
 
-__all__ = ['check_teacher', 'fitting_teacher']
-
-
-def fitting_teacher(
-    source, # what `KnowledgeDistillation` takes
-    learn, # the student's Learner
-    task # what it predicts
-) -> Teacher:
-    "The teacher, with its classes in the order of the student's where both have names"
-    if isinstance(source, (list, tuple, L)): source = [fitting_teacher(o, learn, task) for o in source]
-    teacher = teacher_of(source, learn, kind=task.kind, axis=task.axis)
-    if teacher.learner is None or teacher.select is not None or task.kind == 'regression': return teacher
-    found = map_classes(vocab_of(learn.dls), vocab_of(teacher.learner.dls))
-    return teacher if found is None or found.order is None else Teacher(teacher, select=found.order)
+__all__ = ['check_teacher', 'find_mistakes']
 
 
 def check_teacher(
@@ -32,7 +18,15 @@ def check_teacher(
     "Compare what the teacher expects with what it will be given; a few validation batches tell whether it knows the task"
     if not hasattr(learn, 'dls'): learn = SimpleNamespace(dls=learn, model=None, loss_func=getattr(learn, 'loss_func', None))
     task = task or task_of(learn.loss_func)
-    teacher = fitting_teacher(teacher, learn, task)
+    return find_mistakes(learn, teacher_of(teacher, learn, task), task)
+
+
+def find_mistakes(
+    learn, # as in `check_teacher`
+    teacher, # a `Teacher` that `teacher_of` made for this Learner and task
+    task # what the student predicts
+) -> Findings:
+    "The findings about a teacher that is built already"
     found = Findings()
     for f in (shared_parameters, kinds, labels, codings, normalization): found += f(learn, teacher, task)
     if not any(f.level == 'error' for f in found): found += check_outputs(teacher, task, checked_batches(learn), learn.model)
