@@ -5,9 +5,15 @@ from torch import Tensor
 from fastai.basics import ItemTransform, TensorBase, TransformBlock
 from ..outputs import DistillError, as_plain
 
-__all__ = ['TeacherBlock', 'TeacherRow', 'TeacherTarget', 'ToTeacherTarget']
+__all__ = ['FIRST_TARGET', 'TeacherBlock', 'TeacherRow', 'TeacherTarget', 'ToTeacherTarget', 'before_first_target']
 
+FIRST_TARGET = [] # functions to call before there are teacher's targets: what `patches` does to fastai waits for it
 GIVEN = ('logits', 'probabilities', 'label_probabilities')
+
+
+def before_first_target():
+    "Call what waits in `FIRST_TARGET`, once"
+    while FIRST_TARGET: FIRST_TARGET.pop()()
 
 
 class TeacherTarget(TensorBase):
@@ -21,6 +27,10 @@ class TeacherRow(TeacherTarget): "The same as bytes, as a cache stores it"
 class ToTeacherTarget(ItemTransform):
     "Anything that holds numbers (array, list, tuple, tensor, a row of a table) as a `TeacherTarget`"
     _retain,order = False,1
+
+    def __new__(cls, *args, **kwargs): # unpickling and copying come by here too
+        before_first_target()
+        return super().__new__(cls)
 
     def __init__(self, given, n_out, names):
         super().__init__()

@@ -2,10 +2,10 @@
 import copy, inspect, warnings
 import torch
 from torch import Tensor
-from fastai.basics import BaseLoss, Callback, defaults
+from fastai.basics import BaseLoss, Callback, Datasets
 from fastai.callback.mixup import MixHandler
 from ..outputs import DistillError, DistillWarning, Outputs, as_plain
-from .block import TeacherRow, TeacherTarget, ToTeacherTarget
+from .block import TeacherRow, TeacherTarget, ToTeacherTarget, before_first_target
 from .vocab import stored_order
 
 __all__ = ['Feed', 'TargetFeed', 'TeacherTargets']
@@ -18,6 +18,10 @@ class TeacherTargets(Callback):
     def __init__(self):
         super().__init__()
         self.told = self.indexed = None
+
+    def after_create(self):
+        "A Learner whose data hold no teacher's target has no use for it"
+        if not target_tfms(self.learn.dls): self.learn.remove_cb(self)
 
     def before_batch(self):
         self.told,self.indexed = None,None
@@ -56,9 +60,6 @@ class TeacherTargets(Callback):
         return new
 
     def __reduce__(self): return Callback, ()     # in an exported learner: a callback that does nothing and needs nothing
-
-
-if TeacherTargets not in defaults.callbacks: defaults.callbacks = [*defaults.callbacks, TeacherTargets]
 
 
 def recording(y, notes):
@@ -111,6 +112,7 @@ class Feed:
         axis:int=1 # their class axis
     ):
         self.detach()
+        before_first_target()
         self.learn,self.kind,self.axis = learn,kind,axis
         self.added = None
         if not any(isinstance(c, TeacherTargets) for c in learn.cbs):
@@ -167,6 +169,11 @@ class TargetFeed(Feed):
 
 def class_order(dls):
     "Columns of the teacher's rows in the order of the labels' vocab; None if they need none"
-    tfms = [f for tl in getattr(dls.train_ds, 'tls', []) for f in tl.tfms.fs if isinstance(f, ToTeacherTarget)]
-    names = next((f.teacher_names for f in tfms if f.teacher_names), None)
+    names = next((f.teacher_names for f in target_tfms(dls) if f.teacher_names), None)
     return None if names is None else stored_order(names, getattr(dls, 'vocab', None))
+
+
+def target_tfms(dls):
+    "What turns rows into teacher's targets in these DataLoaders; empty where they have none"
+    datasets = [getattr(dl, 'dataset', None) for dl in getattr(dls, 'loaders', [])]
+    return [f for ds in datasets if isinstance(ds, Datasets) for tl in ds.tls for f in tl.tfms.fs if isinstance(f, ToTeacherTarget)]

@@ -1,0 +1,128 @@
+"What importing fastdistill.fastai changes in fastai: what the table in `fastai/patches.py` names, and nothing else."
+import copy, pickle, re, subprocess, sys
+from functools import partial
+import numpy as np
+import pytest, torch
+import apps # before the rest of fastai: it keeps its warnings quiet
+from fastai.basics import L, defaults
+from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, TransformBlock
+from fastai.learner import Learner
+from torch import nn
+from fastdistill.fastai import KnowledgeDistillation, patches
+from fastdistill.fastai.block import TeacherBlock
+from fastdistill.fastai.targets import TeacherTargets
+
+pytestmark = [pytest.mark.filterwarnings(w) for w in apps.FASTAI_WARNINGS]
+
+TABLE = {name: when for name,when in re.findall(r'^\| `([\w.]+)` \|.*\| ([\w ]+) \|$', patches.__doc__, re.M)}
+
+# all that fastai, fastcore and fasttransform hold in their modules, classes and defaults, before and after each step
+SNAPSHOT = """
+import random, sys, warnings
+warnings.simplefilter('ignore')
+import numpy as np, torch
+from fastai.vision.all import *
+import fastai.text.all, fastai.tabular.all, fastai.collab, fastai.callback.all
+
+def state():
+    modules = {n: m for n,m in sys.modules.items() if n.split('.')[0] in ('fastai', 'fastcore', 'fasttransform')}
+    held = {f'{n}:{k}': v for n,m in modules.items() for k,v in vars(m).items()}
+    classes = {c for c in held.values() if isinstance(c, type)}
+    held |= {f'{c.__name__}.{k}': v for c in classes for k,v in vars(c).items() if not k.startswith('_abc_')}
+    return held | {f'defaults.{k}': v for k,v in vars(defaults).items()}
+
+def changes(a, b): return sorted(k for k in a.keys() | b.keys() if a.get(k) is not b.get(k))
+
+def surroundings(): return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), list(warnings.filters)
+
+def callbacks(): return [type(c).__name__ for c in Learner(DataLoaders(), nn.Identity(), loss_func=noop).cbs]
+
+before,around,cbs = state(),surroundings(),callbacks()
+import fastdistill.fastai
+imported = state()
+same = surroundings() == around and callbacks() == cbs
+from fastdistill.fastai.block import ToTeacherTarget
+ToTeacherTarget('logits', None, None)
+print(repr((changes(before, imported), changes(imported, state()), same, callbacks() == cbs)))
+"""
+
+
+def test_importing_changes_what_the_table_names_and_nothing_else():
+    out = subprocess.run([sys.executable, '-c', SNAPSHOT], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    at_import,at_first_target,same,same_callbacks = eval(out.stdout.splitlines()[-1])
+    assert at_import == sorted(n for n,when in TABLE.items() if when == 'import') and len(at_import) == 4
+    assert at_first_target == sorted(n for n,when in TABLE.items() if when == 'first target') and len(at_first_target) == 5
+    assert same and same_callbacks, 'random states, warning filters and the callbacks of a new Learner are as before'
+
+
+UNPICKLE = """
+import pickle, sys, warnings
+warnings.simplefilter('ignore')
+target = pickle.loads(bytes.fromhex(sys.argv[1]))
+from fastai.basics import Datasets, defaults
+print(hasattr(Datasets.decode, '_knows_teacher'), [c.__name__ for c in defaults.callbacks].count('TeacherTargets'), target(1.))
+"""
+
+def test_an_unpickled_target_is_a_first_target_too():
+    target = pickle.dumps(TeacherBlock().type_tfms[0])
+    out = subprocess.run([sys.executable, '-c', UNPICKLE, target.hex()], capture_output=True, text=True)
+    assert out.stdout.strip() == 'True 1 TeacherTarget(1.)', out.stderr
+
+
+# Learners
+
+ROWS = np.random.default_rng(0).normal(size=(16, 3)).astype('f4')
+
+def number(i): return torch.full((4,), float(i))
+def label(i): return 'abc'[i % 3]
+def row(i): return ROWS[i]
+
+def data(*more):
+    get_y = [label, row] if more else label
+    block = DataBlock((TransformBlock, CategoryBlock, *more), get_x=number, get_y=get_y, splitter=IndexSplitter(range(12, 16)))
+    return block.dataloaders(range(16), bs=4, num_workers=0)
+
+def names(learn): return [c.name for c in learn.cbs]
+
+
+def test_a_learner_without_teacher_targets_gets_no_callback():
+    with_targets = Learner(data(TeacherBlock), nn.Linear(4, 3))
+    assert TeacherTargets in defaults.callbacks and 'teacher_targets' in names(with_targets)
+    plain = Learner(data(), nn.Linear(4, 3))
+    assert 'teacher_targets' not in names(plain) and not hasattr(plain, 'teacher_targets')
+    assert names(plain) == [n for n in names(with_targets) if n != 'teacher_targets']
+    assert 'teacher_targets' in names(copy.deepcopy(with_targets))
+
+
+def test_a_learner_whose_data_get_targets_later_works_with_the_callback():
+    learn = Learner(data(), nn.Linear(4, 3))
+    learn.dls = data(TeacherBlock)
+    before = names(learn)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=KnowledgeDistillation())
+    assert learn.recorder.metric_names[3] == 'kd_loss' and learn.recorder.values[0][2] > 0
+    assert names(learn) == before
+
+
+# blocks
+
+class Three(DataBlock): blocks = TransformBlock,CategoryBlock,TeacherBlock
+
+@pytest.mark.parametrize('make', [
+    lambda: DataBlock((TransformBlock, CategoryBlock, TeacherBlock)), lambda: DataBlock([TransformBlock, CategoryBlock, TeacherBlock()]),
+    lambda: DataBlock(L(TransformBlock, CategoryBlock, TeacherBlock)), lambda: DataBlock((TransformBlock, CategoryBlock, TeacherBlock), None, None, None),
+    lambda: DataBlock((TransformBlock, CategoryBlock, partial(TeacherBlock, n_out=3))), Three], ids=range(6))
+def test_a_teacher_block_is_no_input_however_it_is_given(make): assert make().n_inp == 1
+
+
+def test_a_data_block_without_a_teacher_is_as_before():
+    init = DataBlock.__init__.__wrapped__
+    assert DataBlock((TransformBlock,)*3).n_inp == 2 and DataBlock().n_inp == 1 and DataBlock(TransformBlock).n_inp == 1
+    assert DataBlock(b for b in (TransformBlock, TransformBlock, CategoryBlock)).n_inp == 2
+    assert DataBlock((TransformBlock, CategoryBlock, TeacherBlock), n_inp=2).n_inp == 2
+    for wrong in (dict(foo=3), dict(blocks=[TransformBlock], get_x=[1, 2])):
+        errors = []
+        for make in (DataBlock, lambda **kw: init(DataBlock.__new__(DataBlock), **kw)):
+            with pytest.raises((TypeError, ValueError)) as e: make(**wrong)
+            errors.append(str(e.value))
+        assert errors[0] == errors[1]
