@@ -14,8 +14,9 @@ from .task import task_of
 from ..teacher.teacher import Teacher
 from ..terms import Recipe, Term
 from .cache_feed import CacheFeed
-from .check import check_teacher, fitting_teacher
+from .check import find_mistakes
 from .targets import Feed, TargetFeed
+from .teachers import teacher_of
 
 __all__ = ['KnowledgeDistillation']
 
@@ -77,7 +78,7 @@ class KnowledgeDistillation(Callback):
         finding = hasattr(self.learn, 'lr_finder')
         if self.feed is not None: self.feed.attach(self.learn, task.kind, task.axis)
         elif self.check and not self.checked and not finding:
-            findings = check_teacher(self.learn, self.distiller.teacher, self.task, self.recipe)
+            findings = find_mistakes(self.learn, self.distiller.teacher, self.task, self.recipe)
             findings.enforce(facts=self.learn.logger is not noop)
             self.checked = True
         self.on = True
@@ -96,7 +97,7 @@ class KnowledgeDistillation(Callback):
     def _meet(self):
         "Other data may be normalised otherwise, or have their classes in another order: the teacher gets to know them"
         d = self.distiller
-        if self.feed is None: d.teacher = fitting_teacher(self.source, self.learn, self.task)
+        if self.feed is None: d.teacher = teacher_of(self.source, self.learn, self.task)
         else: d.teacher = Teacher(lambda *_: self.feed.outputs(self.learn), kind=self.task.kind, axis=self.task.axis)
         self.met,self.checked = self.learn.dls,False
 

@@ -1,33 +1,18 @@
 "Mistakes between a teacher and a Learner that training would not show, reported before it."
 from contextlib import closing
 from types import SimpleNamespace
-from fastai.basics import L
 from ..doctor.classes import few_names
 from ..doctor.findings import Finding, Findings
 from ..doctor.outputs import BATCHES, check_outputs, single_teachers
 from ..outputs import DistillError
-from ..teacher.teacher import Teacher
 from .batches import PreparationError, prepared_batches
 from .task import task_of
 from .teachers import teacher_of
 from .vocab import CODES, describe_difference, map_classes, vocab_of
 
-__all__ = ['check_teacher', 'fitting_teacher']
+__all__ = ['check_teacher', 'find_mistakes']
 
 KIND_IN_WORDS = dict(softmax='one class of several (softmax)', sigmoid='each label by itself (sigmoid)', regression='numbers (regression)')
-
-
-def fitting_teacher(
-    source, # what `KnowledgeDistillation` takes
-    learn, # the student's Learner
-    task # what it predicts
-) -> Teacher:
-    "The teacher, with its classes in the order of the student's where both have names"
-    if isinstance(source, (list, tuple, L)): source = [fitting_teacher(o, learn, task) for o in source]
-    teacher = teacher_of(source, learn, kind=task.kind, axis=task.axis)
-    if teacher.learner is None or 'select' in teacher.given or teacher.select is not None or task.kind == 'regression': return teacher
-    found = map_classes(vocab_of(learn.dls), vocab_of(teacher.learner.dls))
-    return teacher if found is None or found.order is None else Teacher(teacher, select=found.order)
 
 
 def check_teacher(
@@ -40,7 +25,17 @@ def check_teacher(
     "Compare what the teacher expects with what it will get, and measure on a few batches what it knows of the task"
     if not hasattr(learn, 'dls'): learn = SimpleNamespace(dls=learn, model=None, loss_func=getattr(learn, 'loss_func', None))
     task = task or task_of(learn.loss_func)
-    teacher = fitting_teacher(teacher, learn, task)
+    return find_mistakes(learn, teacher_of(teacher, learn, task), task, recipe, n)
+
+
+def find_mistakes(
+    learn, # as in `check_teacher`
+    teacher, # a `Teacher` that `teacher_of` made for this Learner and task
+    task, # what the student predicts
+    recipe=None, # as in `check_teacher`
+    n:int=BATCHES # as in `check_teacher`
+) -> Findings:
+    "The findings about a teacher that is built already"
     found = Findings()
     for f in (shared_parameters, kinds, labels, codings, normalization): found += f(learn, teacher, task)
     if found.errors: return found
