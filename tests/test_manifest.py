@@ -4,7 +4,6 @@ import numpy as np
 import pytest, torch
 from fastdistill.cache import Source, TeacherCache, Wish, write_cache
 from fastdistill.cache.folder import open_folder
-from fastdistill.cache.manifest import Manifest
 from fastdistill.outputs import DistillError, Outputs
 
 N = 26

@@ -1,12 +1,11 @@
 "One batch through student and teacher, without a trace."
-from collections.abc import Mapping
 from contextlib import contextmanager
 import torch
+from ..features.calls import arguments
 from ..features.names import unwrap
-from ..features.probe import dry_run, untouched
+from ..features.probe import dry_run
 from ..outputs import Outputs
 from ..replay.seeds import RandomGuard
-from ..teacher.forms import takes_names
 
 __all__ = ['guarded_random_state', 'run_student', 'student_logits', 'teacher_logits']
 
@@ -21,14 +20,13 @@ def guarded_random_state():
 def run_student(student, x):
     "What the student returns for inputs `x`, called as in a training step"
     student = unwrap(student)
-    by_name = len(x) == 1 and isinstance(x[0], Mapping) and takes_names(student, x[0])
-    return student(**x[0]) if by_name else student(*x)
+    args,kwargs = arguments(student, x)
+    return student(*args, **kwargs)
 
 
 def student_logits(student, x):
     "The student's logits, in evaluation mode; the student stays as it is"
-    if not any(isinstance(o, Mapping) for o in x): return Outputs.of(dry_run(student, *x)).logits
-    with untouched(student): return Outputs.of(run_student(student, x)).logits
+    return Outputs.of(dry_run(student, *x)).logits
 
 
 def teacher_logits(teacher, x):
