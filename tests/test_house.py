@@ -24,7 +24,7 @@ LAW = dict(
     doctor=('outputs ranks losses features replay teacher', 'torch', 'scipy'),
     terms=('outputs schedule', 'torch', ''),
     distiller=('outputs features replay teacher terms', 'torch', ''),
-    recipes=('outputs schedule losses terms', 'torch', ''),
+    recipes=('outputs schedule losses distiller', 'torch', ''),
     plots=('outputs features', 'torch', 'matplotlib'),
     __init__=('docments', 'lazy_loader', ''),
     fastai=('outputs docments ranks task losses features replay cache teacher terms distiller recipes doctor plots',
@@ -119,6 +119,11 @@ def test_the_names_of_the_package_are_those_of_its_rooms():
     import fastdistill
     assert set(fastdistill.recipes.__all__) <= set(fastdistill.__all__)
     for n in fastdistill.__all__: assert n in dir(fastdistill) and getattr(fastdistill, n) is not None
+
+
+def test_a_recipe_can_be_called_in_a_process_that_imported_nothing_else():
+    code = "from fastdistill import kd; import torch; print(kd(T=1, alpha=1.)(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([0, 1])).item())"
+    assert float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout) == 0
 
 
 def test_help_loads_no_torch():

@@ -1,5 +1,5 @@
 from . import losses as losses
-from .distiller import Distilled as Distilled, Distiller as Distiller
+from .distiller import Distilled as Distilled, Distiller as Distiller, Recipe as Recipe, Term as Term
 from .errors import DistillError as DistillError, DistillWarning as DistillWarning
 from .features import layers as layers
 from .outputs import Outputs as Outputs
@@ -30,4 +30,3 @@ from .recipes import (
 )
 from .schedule import Schedule as Schedule
 from .teacher import Teacher as Teacher
-from .terms import Recipe as Recipe, Term as Term

@@ -12,9 +12,9 @@ from .features.taps import Taps
 from .outputs import DistillError, Outputs, TopK, as_plain, tensors_in
 from .replay.seeds import RandomGuard
 from .teacher.teacher import Teacher
-from .terms import Recipe, check_kind
+from .terms import Recipe, Term, check_kind
 
-__all__ = ['Distilled', 'Distiller']
+__all__ = ['Distilled', 'Distiller', 'Recipe', 'Term']
 
 
 @dataclass

@@ -6,7 +6,7 @@ from . import losses
 from .losses._base import loss
 from .outputs import DistillError
 from .schedule import schedule
-from .terms import Recipe, Term
+from .distiller import Recipe, Term
 
 __all__ = ['ab', 'at', 'cc', 'cwd', 'dist', 'dkd', 'fsp', 'hard_labels', 'hint', 'ickd', 'ifvd', 'kd', 'logit_std', 'nkd', 'nst', 'ofd',
            'pairwise', 'pkd', 'pkt', 'rkd', 'soft_labels', 'sp', 'vid']
