@@ -30,11 +30,11 @@ def test_a_mistake_is_one_line_and_no_traceback(command):
 
 
 def test_a_warning_is_one_line_too(command, monkeypatch):
-    def warns(*_): warnings.warn(DistillWarning('a teacher [of nothing] ' + 'is noticed '*20))
+    def warns(*_): warnings.warn(DistillWarning('a teacher [of nothing] ' + ' '.join(['is noticed']*20)))
     monkeypatch.setattr('fastdistill.demo.run', warns)
     with warnings.catch_warnings():
         warnings.simplefilter('default')
-        assert command('demo') == (0, '', f"fastdistill: a teacher [of nothing] {'is noticed '*20}\n")
+        assert command('demo') == (0, '', f"fastdistill: a teacher [of nothing] {' '.join(['is noticed']*20)}\n")
 
 
 def test_the_demo_ends_with_a_table_a_picture_and_numbers(command, tmp_path, monkeypatch):
