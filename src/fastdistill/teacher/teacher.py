@@ -213,7 +213,7 @@ class Teacher:
     def outputs(
         self,
         args=(), # the batch's inputs
-        kwargs={}, # inputs by name
+        kwargs=None, # inputs by name
         layers=() # names of layers that this call reads, in addition to the teacher's own
     ) -> Outputs:
         "The teacher's outputs for a batch, with the layers that this call asks for"
@@ -221,7 +221,7 @@ class Teacher:
             try: return self._start().outputs(args, kwargs, layers)
             finally: self.stop()
         with torch.no_grad(), self._draws.own(self._generators((args, kwargs))):
-            return self._answer(args, kwargs, list(dict.fromkeys([*self.layers, *layers])))
+            return self._answer(args, kwargs or {}, list(dict.fromkeys([*self.layers, *layers])))
 
     def probe(
         self, *x, layers=None, # instead of the teacher's own
