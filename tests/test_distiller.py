@@ -1,5 +1,6 @@
 "The heart, without any framework: terms, recipes, and a plain loop."
 import copy
+from contextlib import nullcontext
 from functools import partial
 import pytest, torch
 import torch.nn.functional as F
@@ -229,18 +230,17 @@ def test_the_teacher_is_no_part_of_what_is_trained_or_saved():
 
 def test_two_distillers_share_a_teacher_and_each_reads_its_own_layers():
     x,y = batch()
-    teacher = Teacher(mlp(16, 1))
+    net,tapped = mlp(16, 1),[]
+    for name,m in net.named_children(): m.register_forward_hook(lambda m, *_, name=name: tapped.extend([name]*(len(m._forward_hooks)-1)))
+    teacher = Teacher(net)
     one = Distiller(mlp(6), teacher, kd() + hint(layers={'2': '2'}), example=x)
     two = Distiller(mlp(6), teacher, kd() + hint(layers={'0': '0'}), example=x)
-    read = []
+    tapped.clear()
     for d,name in ((one, '2'), (two, '0'), (one, '2')):
-        compute = d.compute
-        d.compute = lambda s, t, *a, **k: (read.append(list(t.feats)), compute(s, t, *a, **k))[1]
         alone = Distiller(mlp(6), mlp(16, 1), kd() + hint(layers={name: name}), example=x)
         alone.load_state_dict(d.state_dict())
         assert torch.equal(d(x, y).total, alone(x, y).total)
-        d.compute = compute
-    assert read == [['2'], ['0'], ['2']] and teacher.layers == [] and teacher(x).feats == {}
+    assert tapped == ['2', '0', '2'] and teacher.layers == [] and teacher(x).feats == {}
 
 def test_an_optimizer_made_before_the_projectors_is_refused():
     d = Distiller(mlp(6), mlp(16), kd() + hint())
@@ -323,6 +323,22 @@ def test_labels_that_give_nan_do_not_count_where_their_weight_is_0(task_loss, y)
     out.total.backward()
     assert out.task.isnan() and out.total.item() == pytest.approx(losses.mse(d.student(x), d.teacher(x).logits).item())
     assert all(p.grad.isfinite().all() for p in d.student.parameters()) and d.student[0].weight.grad.abs().max() > 0
+
+@pytest.mark.parametrize('teacher', [lambda net: Teacher(net, mode='train'), lambda net: lambda x: torch.randn(len(x), 4)], ids=['dropout', 'random'])
+@pytest.mark.parametrize('started', [True, False])
+def test_alpha_0_is_no_distillation_whatever_the_teacher_draws(teacher, started):
+    def run(distill):
+        student = nn.Sequential(mlp(6), nn.Dropout(.5), nn.Linear(4, 4))
+        d = Distiller(student, teacher(nn.Sequential(mlp(16, 1), nn.Dropout(.5))), kd(alpha=0.)) if distill else None
+        opt,(x,y) = torch.optim.SGD(student.parameters(), .1),batch()
+        torch.manual_seed(3)
+        with d.teacher if started and distill else nullcontext():
+            for _ in range(5):
+                (d(x, y).total if distill else F.cross_entropy(student(x), y)).backward()
+                opt.step(); opt.zero_grad()
+        return student.state_dict()
+    a,b = run(True),run(False)
+    assert all(torch.equal(v, b[k]) for k,v in a.items())
 
 def test_no_parameter_of_the_student_is_without_a_gradient():
     d = Distiller(mlp(6), mlp(16, 1), Recipe(hint(), task=0.), example=batch()[0])      # only reaches the first half
@@ -413,8 +429,12 @@ class AnyName(OneDict):
     "A wrapper around a model with named arguments"
     def forward(self, *args, **kwargs): return self.net(kwargs['a'])
 
+def function(hidden):
+    net = mlp(hidden)
+    return lambda batch: net(batch['a'])
+
 @pytest.mark.parametrize('student', [OneDict, ByName, AnyName])
-@pytest.mark.parametrize('teacher', [OneDict, ByName, AnyName, lambda h: (lambda batch, net=mlp(h): net(batch['a']))])
+@pytest.mark.parametrize('teacher', [OneDict, ByName, AnyName, function])
 def test_a_batch_that_is_a_dict_goes_in_as_each_model_takes_it(student, teacher):
     x,y = batch()
     want = Distiller(mlp(6), mlp(16), kd())(x, y).total.item()

@@ -1,5 +1,6 @@
 "Learners and exported Learners as teachers: they answer as the Learner itself does, and are afterwards as they were."
-import copy, importlib, sys
+import copy, importlib, random, sys
+import numpy as np
 import pytest, timm, torch, torchvision
 from torch import nn
 import apps
@@ -7,6 +8,8 @@ from apps import APPS, answers, image_dls, plain, quiet, same, snapshot
 from fastai.basics import Callback, L, Learner, noop
 from fastai.test_utils import synth_learner
 from fastai.vision.all import CategoryBlock, Flatten, Normalize
+from fastdistill import kd
+from fastdistill.fastai import cache_teacher
 from fastdistill.fastai.teachers import image_stats, teacher_of
 from fastdistill.outputs import DistillError, DistillWarning
 from fastdistill.teacher import Teacher
@@ -201,3 +204,35 @@ def test_a_teacher_with_its_learner_copies():
     x,_ = learn.dls.one_batch()
     close(t(x).logits, learn.model(x).detach(), 0)
     assert t.learner is not learn and t.model is t.learner.model
+
+
+class Reinitializes(nn.Sequential):
+    "`reset` is its own word for new weights"
+    def reset(self):
+        for m in self:
+            if hasattr(m, 'reset_parameters'): m.reset_parameters()
+
+
+def test_a_teacher_whose_reset_reinitializes_is_unharmed_by_check_fit_and_cache(tmp_path):
+    teacher = learner(A, model=lambda: Reinitializes(*net()))
+    teacher.fit(3, .05)
+    was = snapshot(teacher.model)
+    for use in (lambda s: s.check_teacher(teacher), lambda s: s.distill(teacher, 1, 1e-3, check=False),
+                lambda s: cache_teacher(teacher.model, s.dls, tmp_path/'cache', kind='softmax', check=True)):
+        student = learner(A, 1)
+        torch.manual_seed(5)
+        with pytest.warns(DistillWarning, match='Reinitializes has a method reset.. that changes weights .0.weight, 0.bias, 1.weight ....'):
+            use(student)
+        assert same(snapshot(teacher.model), was)
+
+
+@pytest.mark.parametrize('teacher', [lambda: Teacher(net(), mode='train'), lambda: lambda x: torch.randn(len(x), 3)], ids=['dropout', 'random'])
+def test_alpha_0_is_no_distillation_whatever_the_teacher_draws(teacher):
+    def run(distill):
+        random.seed(5)      # DataLoaders take theirs from it
+        student,t = learner(A, 1),teacher()
+        torch.manual_seed(5); np.random.seed(5)
+        if distill: student.distill(t, 2, 1e-3, kd(alpha=0.), check=False)
+        else: student.fit_one_cycle(2, 1e-3)
+        return snapshot(student.model)
+    assert same(run(True), run(False))

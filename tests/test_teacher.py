@@ -1,5 +1,5 @@
 "A teacher answers as its model does in eval mode, in every form, and is afterwards as it was before."
-import copy, hashlib, inspect, math, pickle, sys, warnings
+import copy, hashlib, inspect, math, pickle, random, sys, warnings
 from collections import OrderedDict
 import numpy as np
 import onnx, pytest, timm, torch, torchvision
@@ -282,6 +282,104 @@ def test_hidden_state_goes_on_from_batch_to_batch_and_is_put_back():
     assert [t(x).logits.item() for _ in range(2)] == [4, 4]     # no run, no memory
     Teacher([model, model]).reset()
     assert model.hidden[0] == 0
+
+
+class Resets(nn.Linear):
+    "A linear layer whose `reset` does `how` to it"
+    def __init__(self, how):
+        super().__init__(2, 2)
+        self.register_buffer('mean', torch.zeros(2))
+        self.register_buffer('state', torch.ones(2), persistent=False)
+        self.how,self.calls = how,[]
+        with torch.no_grad(): self.bias[0] = math.nan       # equal to itself, here
+    def reset(self):
+        self.calls.append(1)
+        self.state.zero_()
+        self.how(self)
+
+def swap_data(m): m.weight.data = torch.randn(2, 2)
+def new_parameter(m): m.weight = nn.Parameter(m.weight.detach().clone())
+def new_layers(m): m.more = nn.Linear(1, 1)
+def needs_an_argument(m): raise TypeError("missing 1 required positional argument: 'h'")
+
+@pytest.mark.parametrize('how,says', [
+    (lambda m: m.reset_parameters(), r'changes weights \(weight, bias\)'), (swap_data, r'changes weights \(weight\)'),
+    (new_parameter, r'changes weights \(weight\)'), (lambda m: m.mean.add_(1), r'changes weights \(mean\)'),
+    (lambda m: m.register_buffer('mean', torch.ones(2)), r'changes weights \(mean\)'), (new_layers, r'changes weights \(more.weight, more.bias\)'),
+    (needs_an_argument, r"fails without arguments \(TypeError: missing 1 required positional argument: 'h'\)")],
+    ids=['in_place', 'data', 'parameter', 'buffer', 'new_buffer', 'new_layers', 'argument'])
+def test_a_module_whose_reset_reinitializes_keeps_its_weights(how, says):
+    model = Resets(how)
+    model.weight.grad = torch.ones(2, 2)
+    t,was,rng,attributes = Teacher(model),state(model),torch.get_rng_state(),set(vars(model))
+    with pytest.warns(DistillWarning, match=f'Resets has a method reset.. that {says}. It was undone and is not called again'): t.reset()
+    with t:
+        t.reset()
+        Teacher([Teacher(t, layers=['']), t]).reset()       # variations know it too
+        t.probe(images(2, 2))
+    assert state(model) == was and torch.equal(torch.get_rng_state(), rng) and set(vars(model)) == attributes
+    assert len(model.calls) == 0 and model.state.sum() == 2 and not t.remembers     # the trial's own traces are gone too
+
+
+def test_a_reset_of_hidden_states_alone_is_called_whenever_it_is_asked_for():
+    model = Resets(lambda m: torch.rand(1))
+    t,was,rng = Teacher(model),state(model),torch.get_rng_state()
+    for n in (1, 2):
+        t.reset()
+        assert len(model.calls) == n and model.state.sum() == 0
+    model.state.fill_(1)
+    assert state(model) == was and torch.equal(torch.get_rng_state(), rng) and t.remembers and Teacher([nn.Linear(1, 1), t]).remembers
+    assert not Teacher([nn.Linear(1, 1), torch.sin]).remembers
+    Teacher(scripted(nn.Linear(2, 2))).reset()
+
+
+# random numbers
+
+class Draws(nn.Module):
+    "Draws from every global generator, whatever its mode"
+    def forward(self, x): return x + torch.rand(1) + random.random() + np.random.rand()
+
+def random_state(): return torch.get_rng_state().tolist(),random.getstate(),np.random.get_state()[1].tolist(),np.random.get_state()[2]
+
+@pytest.mark.parametrize('make', [lambda: Teacher(nn.Sequential(nn.Dropout(.5)), mode='train'), lambda: Teacher(Draws(), mode='train'),
+                                  lambda: Teacher(lambda x: Draws()(x)), lambda: Teacher([nn.Identity(), Draws().forward], mode='train', kind='regression'),
+                                  lambda: Teacher(lambda x: F.dropout(x, .5)), lambda: Teacher(nn.Sequential(nn.Identity(), AlwaysDrops()))],
+                         ids=['dropout', 'module', 'function', 'ensemble', 'function_dropout', 'dropout_in_eval_mode'])
+def test_what_a_teacher_draws_moves_no_random_state(make):
+    t,x,was = make(),torch.ones(4, 50),random_state()
+    for _ in range(2):      # not started, then started
+        a,b = t(x).logits,t(x).logits
+        assert random_state() == was and not torch.equal(a, b)     # yet each batch has numbers of its own
+        t.start()
+    t.stop()
+    with pytest.raises(TypeError), t: t(x, x, 3, 4)
+    assert random_state() == was
+
+
+class AlwaysDrops(nn.Module):
+    def forward(self, x): return F.dropout(x, .5)
+
+
+def test_a_teachers_random_numbers_follow_the_seed_at_its_start():
+    x = torch.ones(4, 50)
+    t = Teacher(Draws(), mode='train')
+    def run():
+        random.seed(0); np.random.seed(0); torch.manual_seed(0)
+        with t: return [t(x).logits for _ in range(3)]
+    first = run()
+    t(x)
+    for a,b in zip(first, run()): same(a, b)
+    random.seed(0); np.random.seed(0); torch.manual_seed(0)
+    for a in first: same(a, Draws()(x))
+    for c in (copy.deepcopy(t), pickle.loads(pickle.dumps(t))): c(x)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_what_a_teacher_draws_on_the_gpu_moves_no_random_state():
+    for t in (Teacher(nn.Sequential(nn.Dropout(.5)), mode='train'), Teacher(lambda x: F.dropout(x, .5))):
+        was,x = torch.cuda.get_rng_state(),torch.ones(4, 50, device='cuda')
+        with t: assert not torch.equal(t(x).logits, t(x).logits)
+        assert torch.equal(torch.cuda.get_rng_state(), was)
 
 
 def test_a_probe_leaves_no_trace():

@@ -19,7 +19,7 @@ def fitting_teacher(
     "The teacher, with its classes in the order of the student's where both have names"
     if isinstance(source, (list, tuple, L)): source = [fitting_teacher(o, learn, task) for o in source]
     teacher = teacher_of(source, learn, kind=task.kind, axis=task.axis)
-    if teacher.learner is None or 'select' in teacher.given or task.kind == 'regression': return teacher
+    if teacher.learner is None or 'select' in teacher.given or teacher.select is not None or task.kind == 'regression': return teacher
     found = map_classes(vocab_of(learn.dls), vocab_of(teacher.learner.dls))
     return teacher if found is None or found.order is None else Teacher(teacher, select=found.order)
 

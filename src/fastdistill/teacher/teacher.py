@@ -1,4 +1,5 @@
 "A teacher in whatever form people have one: frozen while it is asked, and afterwards just as it was before."
+import warnings
 from contextlib import ExitStack, nullcontext
 from functools import wraps
 import torch
@@ -7,10 +8,12 @@ import torch.nn.functional as F
 from ..features.calls import arguments, is_hf
 from ..features.names import named
 from ..features.taps import Taps
-from ..outputs import DistillError, Outputs, as_plain, map_tensors, tensors_in
+from ..outputs import DistillError, DistillWarning, Outputs, as_plain, map_tensors, tensors_in
+from .draws import OwnDraws, generators
 from .ensemble import mix, shares
 from .forms import FORMS, Onnx, check_second_argument, is_graph, load_model
-from .guest import Guest
+from .guest import Guest, cuda_devices
+from .hidden import has_reset, why_no_reset
 from .images import affine, full_precision, is_image, stats_of
 
 __all__ = ['Teacher']
@@ -26,6 +29,10 @@ def records_given(init):
         self.given = frozenset(options)
         init(self, *args, **options)
     return call
+
+
+NO_RESET = ("{name} has a method reset() that {why}. It was undone and is not called again; hidden states, if there are any, "
+            "are not reset. If it has some, give it a reset() that changes nothing else.")
 
 
 class Teacher:
@@ -55,7 +62,8 @@ class Teacher:
                        kind=kind, axis=axis, select=select, name=name)
         self.model = self.path = self.learner = None       # `learner`: where a face keeps what else it knows of the teacher
         self.sources,self.members = [],[]
-        self._stack,self._guest,self._by,self._outer = None,None,None,[]
+        self._stack,self._guest,self._by,self._outer,self._draws = None,None,None,[],OwnDraws()
+        self._found = model._found if isinstance(model, Teacher) else {}      # what was found out about the model, shared with variations
         if isinstance(model, Teacher):      # a variation on it: what is not given stays
             options = {k: v if k in self.given else getattr(model, k) for k,v in options.items()}
             self.given |= model.given
@@ -125,6 +133,10 @@ class Teacher:
 
     def start(self):
         "Get ready for many batches; a second call changes nothing"
+        if not self.started: self._draws = OwnDraws()
+        return self._start()
+
+    def _start(self):
         if self.started: return self
         with ExitStack() as stack:
             for m in self.members: stack.enter_context(m)
@@ -147,15 +159,41 @@ class Teacher:
     def __exit__(self, *_):
         if not self._outer.pop(): self.stop()
 
+    @property
+    def remembers(self):
+        "Whether it has hidden states that `reset` forgets"
+        return any(m.remembers for m in self.members) or (has_reset(self.module) and self._resets())
+
+    def _resets(self):
+        "Whether the module's `reset` is of hidden states alone; tried once"
+        if 'reset' not in self._found:
+            why = why_no_reset(self.module)
+            self._found['reset'] = why is None
+            if why: warnings.warn(NO_RESET.format(name=self.name, why=why), DistillWarning, stacklevel=3)
+        return self._found['reset']
+
     def reset(self):
-        "Forget hidden states, as fastai's recurrent models do in `reset`"
-        with torch.no_grad():
-            for m in self.modules:
-                if callable(getattr(m, 'reset', None)): m.reset()
+        "Forget hidden states, as fastai's recurrent models do in `reset`; a `reset` that changes weights is not called"
+        for m in self.members: m.reset()
+        if not has_reset(self.module) or not self._resets(): return
+        with torch.no_grad(), self._draws.own(self._generators()): self.module.reset()
+
+    def _generators(self, x=()):
+        "The global random generators that the teacher may draw from"
+        return generators({t.device for t in tensors_in(x) if t.is_cuda} | self._cuda(), self._draws_anywhere())
+
+    def _cuda(self):
+        if self.module is None: return {d for m in self.members for d in m._cuda()}
+        return self._guest.cuda if self.started else cuda_devices(self.module)
+
+    def _draws_anywhere(self):
+        # subtle: functions and networks in training mode may draw from Python and NumPy too; in evaluation mode, at most from PyTorch
+        if self.members: return any(m._draws_anywhere() for m in self.members)
+        return self.mode == 'train' if self.module is not None else self.path is None
 
     # a file's session, program or script may not pickle, its path does; what is running stays behind
     def __getstate__(self):
-        gone = dict(_stack=None, _guest=None, _by=None, _outer=[])
+        gone = dict(_stack=None, _guest=None, _by=None, _outer=[], _draws=OwnDraws())
         return {**self.__dict__, **gone, **({'model': None} if self.path else {})}
 
     def __setstate__(self, d):
@@ -175,22 +213,22 @@ class Teacher:
     def outputs(
         self,
         args=(), # the batch's inputs
-        kwargs={}, # inputs by name
+        kwargs=None, # inputs by name
         layers=() # names of layers that this call reads, in addition to the teacher's own
     ) -> Outputs:
         "The teacher's outputs for a batch, with the layers that this call asks for"
         if not self.started:
-            with self: return self.outputs(args, kwargs, layers)
-        with torch.no_grad(): return self._answer(args, kwargs, list(dict.fromkeys([*self.layers, *layers])))
+            try: return self._start().outputs(args, kwargs, layers)
+            finally: self.stop()
+        with torch.no_grad(), self._draws.own(self._generators((args, kwargs))):
+            return self._answer(args, kwargs or {}, list(dict.fromkeys([*self.layers, *layers])))
 
     def probe(
         self, *x, layers=None, # instead of the teacher's own
         **kw
     ) -> Outputs:
         "One answer that leaves no trace, between two batches of a run either: hidden states and random numbers are as before"
-        weights = (p for m in self.modules for p in m.parameters())
-        devices = {t.device for t in (*tensors_in((x, kw)), *weights) if t.is_cuda}
-        with torch.random.fork_rng(list(devices)): return Teacher(self, **({} if layers is None else dict(layers=layers)))(*x, **kw)
+        return Teacher(self, **({} if layers is None else dict(layers=layers)))(*x, **kw)
 
     def _answer(self, x, kw, layers):
         o = (self._together if self.members else self._alone)(x, kw, layers)
