@@ -10,9 +10,8 @@ from .features.pairs import PairTable, inputs, pair
 from .features.probe import dry_run
 from .features.projectors import projector
 from .features.taps import Taps
-from .outputs import DistillError, Outputs, TopK, as_plain, tensors_in
+from .outputs import DistillError, Outputs, TopK, as_plain
 from .ranks import rank
-from .replay.seeds import RandomGuard
 from .task import labels_loss, task_for
 from .teacher.teacher import Teacher
 from .terms import Recipe, check_kind
@@ -105,7 +104,7 @@ class Distiller(nn.Module):
         "Pair layers and build projectors, from one evaluation-mode probe that changes nothing, the random state included"
         student = self.student
         cuda = sorted({p.device.index for p in student.parameters() if p.is_cuda})
-        with RandomGuard(), torch.random.fork_rng(cuda):
+        with torch.random.fork_rng(cuda):
             tables = {t.name: pair(student, self.teacher, x, layers=t.layers, match=t.match, projector=t.projector) for t in self.layered}
             with Taps(student, dict.fromkeys(p.student for ps in tables.values() for p in ps)) as taps:
                 dry_run(student, *x)
@@ -141,25 +140,22 @@ class Distiller(nn.Module):
 
     def teacher_outputs(
         self,
-        x:tuple, # the batch's inputs
+        x, # the batch's inputs, as `forward` takes them
         progress:float|None=None # share of the training that is done, for schedules
     ) -> Outputs|None:
         "The teacher's outputs for a batch, with the layers that its terms compare; None where no term needs them"
-        if not (terms := self.active_terms(progress)): return None
-        if torch.is_grad_enabled(): return self.teacher.outputs(x, layers=self.teacher_layers(terms))
-        # subtle: a teacher that draws random numbers for validation must not move those of the training
-        with RandomGuard(), torch.random.fork_rng({o.device for o in tensors_in(x) if o.is_cuda}):
-            return self.teacher.outputs(x, layers=self.teacher_layers(terms))
+        terms = self.active_terms(progress)
+        return self.teacher.outputs(inputs(x), layers=self.teacher_layers(terms)) if terms else None
 
     def student_outputs(
         self,
         raw, # what the student returned
         feats:dict, # what taps read
-        x:tuple # the batch's inputs; padded positions do not count
+        x # the batch's inputs, whose padded positions do not count
     ) -> Outputs:
         "The student's outputs, with the padding of the batch masked"
         s = Outputs.of(raw, feats)
-        return replace(s, mask=both(s.mask, padding_mask(x, s.logits.shape, self.task.axis)))
+        return replace(s, mask=both(s.mask, padding_mask(inputs(x), s.logits.shape, self.task.axis)))
 
     def forward(
         self,
