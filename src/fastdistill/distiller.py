@@ -1,16 +1,18 @@
 "The core: one batch of student, teacher and recipe. It knows tensors, no training loop and no particular loss."
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
-import torch.nn.functional as F
-from .features.calls import arguments
+from .batch import Batch, blend, both, labels_to_shift, next_tokens, padding_mask
+from .features.calls import arguments, is_hf
+from .features.names import unwrap
 from .features.pairs import PairTable, inputs, pair
 from .features.probe import dry_run
 from .features.projectors import projector
 from .features.taps import Taps
-from .outputs import DistillError, Outputs, TopK, as_plain, tensors_in
-from .replay.seeds import RandomGuard
+from .outputs import DistillError, Outputs, TopK, as_plain
+from .ranks import rank
+from .task import labels_loss, task_for
 from .teacher.teacher import Teacher
 from .terms import Recipe, Term, check_kind
 
@@ -63,20 +65,23 @@ class Distiller(nn.Module):
         teacher, # a `Teacher`, or what it takes: a module, a callable, a file, a list of these
         recipe, # `kd()`, `kd() + at()`, a `Term`
         *,
-        task_loss=F.cross_entropy, # fn(student logits, *targets): the labels' own loss
-        kind:str='softmax', # what the logits are: 'softmax' over classes, 'sigmoid' per label, or 'regression'
-        axis:int=1, # class axis
-        ignore_index:int=-100, # positions with this label are left out
+        task_loss=None, # fn(student logits, *targets): the labels' own loss; None: cross-entropy, binary cross-entropy or squared error
+        kind:str|None=None, # what the logits are: 'softmax' over classes, 'sigmoid' per label, or 'regression'; None: what `task_loss`
+        # takes, if that is PyTorch's, else 'softmax'
+        axis:int|None=None, # class axis; None: `task_loss`'s, else 1
+        ignore_index:int|None=None, # positions with this label do not count; None: `task_loss`'s, else -100
+        shift_labels:bool|None=None, # labels of a language model stand where their tokens stand (Hugging Face's way), and not where they
+        # are predicted: True moves them for the terms and for the loss that None chooses. None: seen in the first batch, or asked for
         balance:str|None=None, # 'grad': weights are shares of the gradient, measured at the first batch (see `measure_balance`)
         example=None # a batch of inputs, to build projectors before an optimizer asks for their parameters
     ):
         super().__init__()
-        for o,v,have in (('kind', kind, ('softmax', 'sigmoid', 'regression')), ('balance', balance, (None, 'grad'))):
-            if v not in have: raise DistillError(f"{o}={v!r}: possible are {', '.join(map(repr, have))}")
-        self.student,self.recipe,self.task_loss = student,Recipe(recipe),task_loss
-        self.teacher = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher, kind=kind, axis=axis)
-        self.kind,self.axis,self.ignore_index,self.balance,self.scales = kind,axis,ignore_index,balance,{}
-        for t in self.recipe.terms: check_kind(t, kind)
+        if balance not in (None, 'grad'): raise DistillError(f"balance={balance!r}: possible are None, 'grad'")
+        self.student,self.recipe,self.task_loss,self.shift_labels = student,Recipe(recipe),task_loss,shift_labels
+        self.task,self.balance,self.scales = task_for(task_loss, kind, axis, ignore_index),balance,{}
+        if teacher is not None and not isinstance(teacher, Teacher): teacher = Teacher(teacher, kind=self.task.kind, axis=self.task.axis)
+        self.teacher = teacher
+        for t in self.recipe.terms: check_kind(t, self.task.kind)
         self.links = nn.ModuleDict({t.name: nn.ModuleList([Link(own_copy(t.loss))]) for t in self.recipe.terms if t.layers is None})
         self.pairs:PairTable|None = None # what is compared with what, once it is known
         if example is not None: self.setup(*inputs(example))
@@ -99,7 +104,7 @@ class Distiller(nn.Module):
         "Pair layers and build projectors, from one evaluation-mode probe that changes nothing, the random state included"
         student = self.student
         cuda = sorted({p.device.index for p in student.parameters() if p.is_cuda})
-        with RandomGuard(), torch.random.fork_rng(cuda):
+        with torch.random.fork_rng(cuda):
             tables = {t.name: pair(student, self.teacher, x, layers=t.layers, match=t.match, projector=t.projector) for t in self.layered}
             with Taps(student, dict.fromkeys(p.student for ps in tables.values() for p in ps)) as taps:
                 dry_run(student, *x)
@@ -135,15 +140,22 @@ class Distiller(nn.Module):
 
     def teacher_outputs(
         self,
-        x:tuple, # the batch's inputs
+        x, # the batch's inputs, as `forward` takes them
         progress:float|None=None # share of the training that is done, for schedules
     ) -> Outputs|None:
         "The teacher's outputs for a batch, with the layers that its terms compare; None where no term needs them"
-        if not (terms := self.active_terms(progress)): return None
-        if torch.is_grad_enabled(): return self.teacher.outputs(x, layers=self.teacher_layers(terms))
-        # subtle: a teacher that draws random numbers for validation must not move those of the training
-        with RandomGuard(), torch.random.fork_rng({o.device for o in tensors_in(x) if o.is_cuda}):
-            return self.teacher.outputs(x, layers=self.teacher_layers(terms))
+        terms = self.active_terms(progress)
+        return self.teacher.outputs(inputs(x), layers=self.teacher_layers(terms)) if terms else None
+
+    def student_outputs(
+        self,
+        raw, # what the student returned
+        feats:dict, # what taps read
+        x # the batch's inputs, whose padded positions do not count
+    ) -> Outputs:
+        "The student's outputs, with the padding of the batch masked"
+        s = Outputs.of(raw, feats)
+        return replace(s, mask=both(s.mask, padding_mask(inputs(x), s.logits.shape, self.task.axis)))
 
     def forward(
         self,
@@ -157,9 +169,20 @@ class Distiller(nn.Module):
         terms,(args,kwargs) = self.active_terms(progress),arguments(self.student, x)
         with Taps(self.student, self.student_layers(terms)) as taps:
             raw = self.student(*args, **kwargs)
-            s = Outputs.of(raw, taps.pop())
-        t = self.teacher_outputs(x, progress)
-        return self.compute(s, t, self.task_loss(s.logits, *targets) if targets else None, targets, progress=progress)
+            s = self.student_outputs(raw, taps.pop(), x)
+        t,(task,targets) = self.teacher_outputs(x, progress),self._labels(x, s.logits, targets)
+        return self.compute(s, t, task, targets, progress=progress)
+
+    def _labels(self, x, logits, targets):
+        "The labels' own loss, and the targets each where it is predicted"
+        if not targets: return None,targets
+        if self.shift_labels is None:
+            self.shift_labels = labels_to_shift(x, targets[0], logits.shape, self.task, predicts_next(self.student))
+            if self.shift_labels and rank() == 0:
+                print("fastdistill: the labels are the inputs themselves, so each is moved to where it is predicted, one position earlier. "
+                      "shift_labels=True says so, shift_labels=False leaves them")
+        at = (next_tokens(targets[0], self.task.ignore_index), *targets[1:]) if self.shift_labels else targets
+        return (labels_loss(logits, *at, task=self.task) if self.task_loss is None else self.task_loss(logits, *targets)),at
 
     def compute(
         self,
@@ -172,20 +195,15 @@ class Distiller(nn.Module):
         mixed=None # (other targets, share of the first ones): MixUp's batches have two labels a sample
     ) -> Distilled:
         "The loss of a batch whose student (and teacher) ran already: what trainers call"
-        task,teacher = None if task is None else as_plain(task),all_classes(teacher, student)
-        context = dict(kind=self.kind, ignore_index=self.ignore_index)
-        weights,values = self.recipe.weights_at(progress),{}
+        task,weights,terms = None if task is None else as_plain(task),self.recipe.weights_at(progress),self.active_terms(progress)
         if task is None and weights['task']:
             raise DistillError(f"This batch has no labels, but the recipe gives their loss the weight {weights['task']:g}: "
                                "use alpha=1, or soft_labels(), to train from the teacher alone")
-        terms = self.active_terms(progress)
         if terms and teacher is None:
             raise DistillError(f"{terms[0].name} needs the teacher's outputs for this batch, and got None: "
                                "needs_teacher(progress) says when")
-        mask = self._mask(student, teacher, targets) if terms else None
-        for t in terms:
-            options = t.options_at(progress, context | self._of_logits(t, mask))
-            values[t.name] = self._mixed(t, student, teacher, targets, options, *(mixed or ((), None)))
+        b = Batch(student, all_classes(teacher, student), targets, *(mixed or ((), None)), self.task, progress)
+        values = {t.name: self._value(t, b) for t in terms}
         if self.balance and torch.is_grad_enabled():
             self.measure_balance({k: v for k,v in [('task', task), *values.items()] if v is not None and v.requires_grad and weights[k]})
             weights = {k: w*self.scales.get(k, 1.) for k,w in weights.items()}
@@ -193,42 +211,29 @@ class Distiller(nn.Module):
         if not weights['task'] and student.logits is not None: taught.append(nothing(student.logits))
         return Distilled(task, sum(taught[1:], taught[0]) if taught else None, {k: v.detach() for k,v in values.items()}, weights)
 
-    def _of_logits(self, term, mask):
-        "What only holds for logits: their class axis, and which positions count"
-        if term.layers is not None: return {}
-        return {'axis': self.axis} if mask is None else {'axis': self.axis, 'mask': mask}
+    def _value(self, term, b):
+        "A term's value; where it reads labels and the batch has two a sample, mixed as the labels' own loss is"
+        if b.share is None or term.n_targets == 0: return self._of_labels(term, b, b.targets, b.options(term, b.mask))
+        each = b.share.numel() > 1
+        if each and ('reduction' not in term.accepts or term.layers is not None):
+            raise DistillError(f"{term.name} reads labels, and MixUp gives each sample two of them: a loss of your own needs the "
+                               "keyword-only option `reduction` ('none': one value per sample) to be mixed. "
+                               "Or use CutMix, whose share is one for the whole batch.")
+        options = [b.options(term, m) | (dict(reduction='none') if each else {}) for m in b.masks]
+        first,other = [self._of_labels(term, b, y, o) for y,o in zip((b.targets, b.others), options)]
+        v = blend(first, other, b.share)
+        if not v.dim(): return v
+        # subtle: per label that counts; a mask that the loss does not take cannot have left out any
+        return v.sum()/(v.numel() if b.mask is None or 'mask' not in options[0] else b.mask.sum().clamp_min(1e-6))
 
-    def _mixed(self, term, s, t, targets, options, others, share):
-        "A term's value, also where a batch has two labels a sample"
-        if share is None or term.n_targets == 0: return self._value(term, s, t, targets, options)
-        if share.numel() > 1:
-            if 'reduction' not in term.accepts or term.layers is not None:
-                raise DistillError(f"{term.name} reads labels, and MixUp gives each sample two of them: a loss of your own needs the "
-                                   "keyword-only option `reduction` ('none': one value per sample) to be mixed. "
-                                   "Or use CutMix, whose share is one for the whole batch.")
-            options = {**options, 'reduction': 'none'}
-        first,other = [self._value(term, s, t, y, options) for y in (targets, others)]
-        share = share.to(first).reshape(-1, *[1]*(first.dim()-1)) if share.numel() > 1 else share.to(first).squeeze()
-        v = torch.lerp(other, first, share)
-        return v.sum()/(v.numel() if options.get('mask') is None else options['mask'].sum()) if v.dim() else v
-
-    def _value(self, term, s, t, targets, options):
-        "A term's value: summed over its pairs of layers, as the papers do"
+    def _of_labels(self, term, b, targets, options):
+        "A term's value by one set of labels: summed over its pairs of layers, as the papers do"
         links,targets = self.links[term.name],targets[:term.n_targets]
         if term.n_targets and len(targets) < term.n_targets:
             raise DistillError(f"{term.name} needs {term.n_targets} target(s) beside student and teacher, this batch has {len(targets)}")
-        pairs = [k.tensors(s, t) for k in links]
+        pairs = [k.tensors(b.student, b.teacher) for k in links]
         if term.lists: return links[0].loss(*map(list, zip(*pairs)), *targets, **term.channels(pairs[0][1]), **options)
-        return sum(k.loss(a, b, *targets, **term.channels(b), **options) for k,(a,b) in zip(links, pairs))
-
-    def _mask(self, s, t, targets):
-        "Where the labels count, and where both models say that a position counts"
-        masks = [m for m in (s.mask, t.mask) if m is not None]
-        y = targets[0] if len(targets) else None
-        dense = self.kind == 'softmax' and s.logits.dim() > 2 and isinstance(y, Tensor) and not y.is_floating_point()
-        if dense and (y == self.ignore_index).any():
-            masks.append(as_plain(y) != self.ignore_index)
-        return None if not masks else masks[0] if len(masks) == 1 else torch.stack([m.float() for m in masks]).prod(0)
+        return sum(k.loss(s, t, *targets, **term.channels(t), **options) for k,(s,t) in zip(links, pairs))
 
     def measure_balance(
         self, values # of what counts in this batch: the labels' loss ('task') and the terms, by name
@@ -271,18 +276,25 @@ def loss_of_logits(
     s:Tensor, # student logits
     t:Tensor, # teacher logits
     *targets, # labels, if the recipe counts them
-    task_loss=F.cross_entropy, # fn(s, *targets)
+    task_loss=None, # fn(s, *targets); None: by `kind`
     progress:float|None=None, # share of the training that is done, for schedules
     **context # `kind`, `axis`, `mask`, `ignore_index` as in `Distiller`
 ):
     "The whole loss of one batch of logits, for those who ran both models themselves: kd(T=4, alpha=.9)(s, t, y)"
     mask = context.pop('mask', None)
-    d = Distiller(None, None, self, **context)
-    return d.compute(Outputs(s, mask=mask), Outputs(t), task_loss(s, *targets) if targets else None, targets, progress=progress).total
+    d = Distiller(None, None, self, task_loss=task_loss, **context)
+    own = None if not targets else labels_loss(s, *targets, task=d.task) if task_loss is None else task_loss(s, *targets)
+    return d.compute(Outputs(s, mask=mask), Outputs(t), own, targets, progress=progress).total
 
 
 # a Recipe knows no Distiller, but calling a Recipe uses one
 Recipe.__call__ = loss_of_logits
+
+
+def predicts_next(model):
+    "Is it one of Hugging Face's causal language models?"
+    model = unwrap(model)
+    return is_hf(model) and type(model).__name__.endswith(('ForCausalLM', 'LMHeadModel'))
 
 
 def nothing(logits):

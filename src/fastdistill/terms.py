@@ -39,7 +39,7 @@ class Term:
         self.options = {k: schedule(v, k) if k == 'T' else v for k,v in options.items()}
         if match not in (None, 'shape', 'grid', 'none'):
             raise DistillError(f"match={match!r}: possible are 'shape', 'grid' and 'none' (what {self.name} needs of the teacher's layers)")
-        self.kind,self.lists = getattr(fn, 'kind', None),getattr(fn, 'lists', False)
+        self.kind,self.lists,self.samples = getattr(fn, 'kind', None),getattr(fn, 'lists', False),getattr(fn, 'samples', False)
         self.match = match or getattr(fn, 'match', 'shape')
 
     def __add__(self, other): return Recipe(self) + other

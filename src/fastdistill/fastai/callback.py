@@ -184,7 +184,7 @@ class KnowledgeDistillation(Callback):
     def after_loss(self):
         if not self.active or not len(self.yb) or not self._taught(): return
         t = self.distiller.teacher_outputs(self.xb, self.pct_train) if self.told is None else self.told
-        s = Outputs.of(self.learn.pred, self.taps.pop() if self.taps else None)
+        s = self.distiller.student_outputs(self.learn.pred, self.taps.pop() if self.taps else {}, self.xb)
         y = self.yb if self.told is None else ()
         r = self.distiller.compute(s, t, self.learn.loss, y, progress=self.pct_train, mixed=self._mixed())
         self.parts = r.parts

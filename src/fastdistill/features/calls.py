@@ -13,11 +13,12 @@ def is_hf(model): return hasattr(model, 'config') and hasattr(model, 'main_input
 def arguments(
     model, # a module (wrapped or not), a callable, or a `Teacher`
     x, # tuple: the batch's inputs
-    kw=None # inputs by name
+    by_name=None # inputs by name
 ):
-    "(args, kwargs) of the call. A batch that is one mapping goes in by name where the model has arguments of these names, else as it is"
-    if len(x) != 1 or not isinstance(x[0], Mapping) or not takes_names(model, x[0]): return tuple(x),dict(kw or {})
-    return (),{**x[0], **(kw or {})}
+    "(args, kwargs) of the call: a batch that is one mapping goes in by name where the model has arguments of these names"
+    kwargs = dict(by_name or {})
+    if len(x) != 1 or not isinstance(x[0], Mapping) or not takes_names(model, x[0]): return tuple(x),kwargs
+    return (),{**x[0], **kwargs}
 
 
 def takes_names(model, batch):

@@ -50,7 +50,7 @@ def affinity(x, pool, axis):
     return x.mT@x
 
 
-@loss(kind=None, match='grid')
+@loss(kind=None, match='grid', samples=True)
 def pairwise(
     s:Tensor, # (B, C, H, W) student map
     t:Tensor, # (B, C', H, W) teacher map: channels may differ

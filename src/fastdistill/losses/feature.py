@@ -57,7 +57,7 @@ def hint(
 class Hint(Loss): fn = hint
 
 
-@loss(kind=None, match='none')
+@loss(kind=None, match='none', samples=True)
 def at(
     s:Tensor, # (B, C, H, W) student map
     t:Tensor, # (B, C', H', W') teacher map: channels may differ; the larger grid is average-pooled to the smaller
@@ -76,7 +76,7 @@ def at(
 class AT(Loss): fn = at
 
 
-@loss(kind=None, match='none')
+@loss(kind=None, match='none', samples=True)
 def nst(
     s:Tensor, # (B, C, H, W) student map
     t:Tensor, # (B, C', H', W') teacher map: channels may differ; the larger grid is average-pooled to the smaller
@@ -105,7 +105,7 @@ def flows(xs, axis):
     return [a@b.mT/a.shape[2] for a,b in xs]
 
 
-@loss(kind=None, match='shape', lists=True)
+@loss(kind=None, match='shape', lists=True, samples=True)
 def fsp(
     s:list, # student maps [(B, C1, H, W), (B, C2, H2, W2), ...] in the order of the layers, two or more
     t:list, # teacher maps, as many, with the same channels; grids may differ

@@ -187,7 +187,7 @@ class BinaryKL(Loss): fn = binary_kl
 
 DISTANCES = dict(mse=F.mse_loss, l1=F.l1_loss, huber=F.huber_loss)
 
-@loss(kind='regression', match='shape')
+@loss(kind='regression', match='shape', samples=True)
 def regression(
     s:Tensor, # (B, ...) student's numbers
     t:Tensor, # (B, ...) teacher's: as many per sample, in any shape
@@ -282,7 +282,7 @@ class Standardized:
         functools.update_wrapper(self, fn, updated=())
         self.options_of_standardize = options
         self.__name__ = getattr(fn, '__name__', type(fn).__name__)
-        for k in ('kind', 'match', 'lists'):
+        for k in ('kind', 'match', 'lists', 'samples'):
             if hasattr(fn, k): setattr(self, k, getattr(fn, k))
         axis = inspect.signature(fn).parameters.get('axis')
         self.axis = 1 if axis is None or axis.default is axis.empty else axis.default

@@ -222,7 +222,7 @@ class Teacher:
             try: return self._start().outputs(args, kwargs, layers)
             finally: self.stop()
         with torch.no_grad(), self._draws.own(self._generators((args, kwargs))):
-            return self._answer(args, kwargs, list(dict.fromkeys([*self.layers, *layers])))
+            return self._answer(args, kwargs or {}, list(dict.fromkeys([*self.layers, *layers])))
 
     def probe(
         self, *x, layers=None, # instead of the teacher's own
