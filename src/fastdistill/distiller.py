@@ -10,7 +10,7 @@ from .features.pairs import PairTable, inputs, pair
 from .features.probe import dry_run
 from .features.projectors import projector
 from .features.taps import Taps
-from .outputs import DistillError, Outputs, TopK, as_plain
+from .outputs import DistillError, Outputs, TopK, as_plain, check_output, warn_of_several
 from .schedule import schedule, value_at
 from .teacher.teacher import Teacher
 
@@ -178,14 +178,18 @@ class Distiller(nn.Module):
         axis:int=1, # class axis
         ignore_index:int=-100, # positions with this label are left out
         balance:str|None=None, # 'grad': weights are shares of the gradient, measured at the first batch (see `measure_balance`)
+        output=None, # which of several outputs is distilled, of the student and of a teacher that is not yet a `Teacher`: a name,
+        # an index, or a function of what the model returned; None: the one called 'logits' or 'out', or the first of a tuple
         example=None # a batch of inputs, to build projectors before an optimizer asks for their parameters
     ):
         super().__init__()
         for o,v,have in (('kind', kind, ('softmax', 'sigmoid', 'regression')), ('balance', balance, (None, 'grad'))):
             if v not in have: raise DistillError(f"{o}={v!r}: possible are {', '.join(map(repr, have))}")
         self.student,self.recipe,self.task_loss = student,Recipe(recipe),task_loss
-        self.teacher = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher, kind=kind, axis=axis)
+        self.teacher = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher, kind=kind, axis=axis, output=output)
         self.kind,self.axis,self.ignore_index,self.balance,self.scales = kind,axis,ignore_index,balance,{}
+        check_output(output)
+        self.output,self.found = output,{}
         for t in self.recipe.terms: check_kind(t, kind)
         self.links = nn.ModuleDict({t.name: nn.ModuleList([Link(own_copy(t.loss))]) for t in self.recipe.terms if t.layers is None})
         self.pairs:PairTable|None = None # what is compared with what, once it is known
@@ -234,9 +238,17 @@ class Distiller(nn.Module):
         args,kwargs = arguments(self.student, x)
         with Taps(self.student, self.student_layers()) as taps:
             raw = self.student(*args, **kwargs)
-            s = Outputs.of(raw, taps.pop())
+            s = self.student_outputs(raw, taps.pop())
         t = self.teacher.outputs(x, layers=self.teacher_layers())
         return self.compute(s, t, self.task_loss(s.logits, *targets) if targets else None, targets, progress=progress)
+
+    def student_outputs(
+        self, raw, # what the student returned
+        feats=None # its layers, by name
+    ) -> Outputs:
+        "What is distilled of it: the `output` that was named"
+        if self.output is None: warn_of_several(raw, self.student, 'The student', self.found)
+        return Outputs.of(raw, feats, output=self.output)
 
     def compute(
         self,

@@ -53,7 +53,8 @@ def check_outputs(
     teacher, # a `Teacher`
     task, # what the student predicts
     batches, # (inputs, targets) of each, both tuples
-    student=None # its module; None: shapes are not compared
+    student=None, # its module; None: shapes are not compared
+    output=None # which of its outputs is distilled, as in `Outputs.of`
 ):
     "Findings about the teacher's outputs for a few batches: the right shape, logits, the same twice, and better than chance?"
     tally = None
@@ -62,7 +63,7 @@ def check_outputs(
             teacher.reset()
             t = teacher(*xb).logits
             if tally is None:
-                if student is not None and (wrong := shape_error(student_shape(student, xb), t.shape, task)):
+                if student is not None and (wrong := shape_error(student_shape(student, xb, output), t.shape, task)):
                     yield wrong
                     return
                 yield from steady(teacher, xb, t)
@@ -74,7 +75,7 @@ def check_outputs(
     yield from chance(tally)
 
 
-def student_shape(student, xb): return Outputs.of(dry_run(student, *xb)).logits.shape
+def student_shape(student, xb, output=None): return Outputs.of(dry_run(student, *xb), output=output).logits.shape
 
 
 def shape_error(s, t, task):
@@ -82,7 +83,8 @@ def shape_error(s, t, task):
     if not same:
         return Finding('error', f"The student's output has shape {tuple(s)}, the teacher's {tuple(t)}",
                        "Both need the same outputs: the same classes (or number of targets), and in dense tasks the same resolution. "
-                       "Wrap a teacher that differs in a function that selects or resizes: KnowledgeDistillation(lambda x: ...)")
+                       "If the teacher has more classes, Teacher(teacher, select=[...]) takes those of the student, in its order. "
+                       "If the resolutions differ, wrap the teacher in a function that resizes: KnowledgeDistillation(lambda x: ...)")
 
 
 def steady(teacher, xb, t):

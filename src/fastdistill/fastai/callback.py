@@ -7,7 +7,7 @@ from ..cache.reader import TeacherCache
 from ..distiller import Distiller, Recipe, Term
 from ..features.names import unwrap
 from ..features.taps import Taps
-from ..outputs import DistillError, Outputs, as_plain
+from ..outputs import DistillError, as_plain
 from ..ranks import broadcast, mean_over_ranks, rank
 from ..recipes import kd
 from .task import task_of
@@ -172,12 +172,12 @@ class KnowledgeDistillation(Callback):
                                "to train from the teacher alone.")
         # subtle: without a target fastai makes no loss and no step; the teacher's answer is one, and its loss has the weight 0
         self.told = self._outputs_of_teacher()
-        self.learn.yb = pseudo_labels(self.told.logits, Outputs.of(self.learn.pred).logits, self.task),
+        self.learn.yb = pseudo_labels(self.told.logits, self.distiller.student_outputs(self.learn.pred).logits, self.task),
 
     def after_loss(self):
         if not self.active or not len(self.yb) or not self._taught(): return
         t = self._outputs_of_teacher() if self.told is None else self.told
-        s = Outputs.of(self.learn.pred, self.taps.pop() if self.taps else None)
+        s = self.distiller.student_outputs(self.learn.pred, self.taps.pop() if self.taps else None)
         y = self.yb if self.told is None else ()
         r = self.distiller.compute(s, t, self.learn.loss, y, progress=self.pct_train, mixed=self._mixed())
         self.parts = r.parts

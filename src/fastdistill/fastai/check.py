@@ -27,7 +27,8 @@ def fitting_teacher(
 def check_teacher(
     learn, # the student's Learner, or its DataLoaders alone
     teacher, # what `KnowledgeDistillation` takes
-    task=None # what the student predicts; None: read off its loss function
+    task=None, # what the student predicts; None: read off its loss function
+    output=None # which of the student's outputs is distilled, as in `Distiller`
 ) -> Findings:
     "Compare what the teacher expects with what it will be given; a few validation batches tell whether it knows the task"
     if not hasattr(learn, 'dls'): learn = SimpleNamespace(dls=learn, model=None, loss_func=getattr(learn, 'loss_func', None))
@@ -35,7 +36,7 @@ def check_teacher(
     teacher = fitting_teacher(teacher, learn, task)
     found = Findings()
     for f in (shared_parameters, kinds, labels, codings, normalization): found += f(learn, teacher, task)
-    if not any(f.level == 'error' for f in found): found += check_outputs(teacher, task, checked_batches(learn), learn.model)
+    if not any(f.level == 'error' for f in found): found += check_outputs(teacher, task, checked_batches(learn), learn.model, output)
     return found
 
 
