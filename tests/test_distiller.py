@@ -6,7 +6,7 @@ import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from cases import Golden
-from fastdistill import (DistillError, Distiller, Outputs, Recipe, Teacher, Term, dkd, hard_labels, kd, layers, logit_std, losses,
+from fastdistill import (DistillError, DistillWarning, Distiller, Outputs, Recipe, Teacher, Term, dkd, hard_labels, kd, layers, logit_std, losses,
                          soft_labels)
 
 def mlp(hidden, seed=0):
@@ -413,6 +413,42 @@ def test_balance_says_when_nothing_is_shared():
     d = Distiller(student, mlp(16, 1), kd() + Term(losses.hint, layers={'0': '2'}, projector='linear'), balance='grad')
     with pytest.raises(DistillError, match="no layer of the student gets a gradient from all of task, kd, hint. Weigh them by hand"):
         d(*batch())
+
+
+# other classes than the teacher's
+
+def test_a_subset_or_a_superset_of_the_teachers_classes_is_refused_with_what_to_do():
+    x,y = batch()
+    more,fewer = nn.Sequential(mlp(16, 1), nn.Linear(4, 6)),nn.Sequential(mlp(16, 1), nn.Linear(4, 3))
+    with pytest.raises(DistillError, match=r"has shape \(16, 4\), the teacher's \(16, 6\).*has more classes, Teacher\(teacher, select="): Distiller(mlp(6), more, kd())(x, y)
+    assert Distiller(mlp(6), Teacher(more, select=[5, 0, 1, 2]), kd())(x, y).total > 0
+    ids = [0, 3, 1]
+    with pytest.raises(DistillError, match=r'has fewer, compare only those.*losses.kl\(s\[:, ids\], t\)'): Distiller(mlp(6), fewer, kd())(x, y)
+    assert Distiller(mlp(6), fewer, Term(lambda s, t: losses.kl(s[:, ids], t), name='kl'))(x, y).total > 0
+
+
+# several outputs
+
+class Heads(nn.Module):
+    def __init__(self, hidden, give): super().__init__(); self.a,self.b,self.give = mlp(hidden),mlp(hidden, 5),give
+    def forward(self, x): return self.give(self.a(x), self.b(x))
+
+def test_the_students_output_can_be_named_and_that_of_a_bare_teacher_with_it():
+    x,y = batch()
+    for give,output in ((lambda a, b: (a, b), 1), (lambda a, b: dict(a=a, b=b), 'b'), (lambda a, b: [[a, b]], lambda o: o[0][1])):
+        s,t = Heads(6, give),Heads(16, give)
+        assert Distiller(s, t, kd(), output=output)(x, y).total.item() == pytest.approx(Distiller(s.b, t.b, kd())(x, y).total.item())
+        got = Distiller(s, Teacher(t.a), kd() + hint(layers={'b.2': '2'}), output=output, example=x)(x, y)     # its own affair in a Teacher
+        assert got.parts['kd'].item() == pytest.approx(losses.kl(s.b(x), t.a(x), T=4.).item()) and got.parts['hint'] > 0
+    with pytest.raises(DistillError, match="output='b', but the model returned one tensor"): Distiller(mlp(6), t.a, kd(), output='b')(x, y)
+    with pytest.raises(DistillError, match='output=1.5: possible are the name or the index'): Distiller(s, t, kd(), output=1.5)
+
+def test_a_student_with_several_outputs_says_once_which_is_taken():
+    x,y = batch()
+    d = Distiller(Heads(6, lambda a, b: (a, b)), mlp(16, 1), kd())
+    with pytest.warns(DistillWarning, match=r'The student returns several tensors.*: 0 \(16, 4\), 1 \(16, 4\). The first is taken'):
+        total = d(x, y).total.item()
+    assert total == d(x, y).total.item() == pytest.approx(Distiller(d.student.a, mlp(16, 1), kd())(x, y).total.item())
 
 
 # batches that are dicts

@@ -1,6 +1,7 @@
 "A teacher answers as its model does in eval mode, in every form, and is afterwards as it was before."
 import copy, hashlib, inspect, math, pickle, random, sys, warnings
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
+from types import SimpleNamespace
 import numpy as np
 import onnx, pytest, timm, torch, torchvision
 from onnx import TensorProto, helper, numpy_helper
@@ -987,3 +988,60 @@ def test_onnx_threads_are_torchs(tmp_path):
     o = Onnx(onnx_file(tmp_path/'m.onnx', W))
     assert o.session.get_session_options().intra_op_num_threads == torch.get_num_threads()
     assert o.session.get_providers()[-1] == 'CPUExecutionProvider'
+
+
+# several outputs
+
+class Heads(nn.Module):
+    "Several heads on one body; `give` makes of their outputs what the model returns"
+    def __init__(self, give=lambda a, b: (a, b)): super().__init__(); self.a,self.b,self.give = nn.Linear(3, 4),nn.Linear(3, 4),give
+    def forward(self, x): return self.give(self.a(x), self.b(x))
+
+Pair = namedtuple('Pair', 'main aux')
+
+@pytest.mark.parametrize('give,output', [
+    (lambda a, b: (a, b), 1), (lambda a, b: [a, b], -1), (lambda a, b: dict(main=a, aux=b), 'aux'), (lambda a, b: dict(main=a, aux=b), 1),
+    (lambda a, b: dict(logits=a, aux=b), 'aux'), (Pair, 'aux'), (Pair, 1), (lambda a, b: SimpleNamespace(main=a, aux=b), 'aux'),
+    (lambda a, b: (a, dict(deep=b)), lambda o: o[1]['deep']), (lambda a, b: dict(main=a, more=(b, a)), 'more'),
+    (lambda a, b: dict(main=a, more=dict(out=b)), 'more')])
+def test_the_output_that_is_distilled_can_be_named(give, output):
+    model,x = seeded(lambda: Heads(give)),images(2, 3)
+    same(Teacher(model, output=output)(x).logits, model.b(x).detach())
+    same(Teacher([model, model], output=output, kind='regression')(x).logits, model.b(x).detach())
+    same(Teacher(Teacher(model, output=output, layers=['a']))(x).feats['a'], model.a(x).detach())
+
+
+def test_the_first_of_several_outputs_is_taken_and_said_once():
+    x = images(2, 3)
+    t = Teacher(Heads())
+    with pytest.warns(DistillWarning, match=r"The teacher Heads returns several tensors that could each be distilled: 0 \(2, 4\), 1 \(2, 4\)\. "
+                      "The first is taken. Name one with output=.*output=0 confirms"): o = t(x)
+    same(o.logits, t.model.a(x).detach())
+    t(x), t.probe(x), Teacher(t, layers=['a'])(x)       # no more
+    Teacher(Heads(), output=0)(x)
+    for give in (lambda a, b: (a, b[0]), lambda a, b: (a, b > 0), lambda a, b: dict(out=a, aux=b), lambda a, b: (a, [b, b]),
+                 namedtuple('Named', 'logits aux')): Teacher(Heads(give))(x)
+
+
+def test_an_output_that_is_not_there_is_refused():
+    x = images(2, 3)
+    for give,output,says in ((lambda a, b: (a, b), 2, r"output=2, but the model returned a tuple with 0 \(2, 4\), 1 \(2, 4\)\. Give the name"),
+                             (lambda a, b: (a, b), -3, 'output=-3, but'), (lambda a, b: dict(main=a, aux=[b]), 'items', r"a dict with 0 \(2, 4\), 1 list, 'main' \(2, 4\), 'aux' list"),
+                             (lambda a, b: a, 'aux', "output='aux', but the model returned one tensor")):
+        with refuses(says): Teacher(Heads(give), output=output)(x)
+    same(Teacher(nn.Identity(), output=0)(x).logits, x)
+    with refuses('no logits in it. .* Name another output with output='): Teacher(Heads(lambda a, b: dict(main=a, aux=b)))(x)
+    with refuses(r'output=1.5: possible are the name or the index of an output, and a function'): Teacher(Heads(), output=1.5)
+
+
+def test_onnx_outputs_can_be_named(tmp_path):
+    x = images(5, 3)
+    path = onnx_file(tmp_path/'m.onnx', W, batch=2, outputs=('a', 'b'))
+    for output in ('b', 1, lambda o: o['b']):
+        t = Teacher(path, output=output)
+        same(t(x).logits, -x @ W, 1e-6)
+        same(copy.deepcopy(t)(x).logits, -x @ W, 1e-6)
+    with pytest.warns(DistillWarning, match='The teacher m.onnx returns several tensors that could each be distilled: a, b. The first'):
+        t = Teacher(path)
+    same(Teacher(t, layers=())(x).logits, x @ W, 1e-6)
+    with refuses("output='c': the outputs of this ONNX network are a, b"): Teacher(path, output='c')

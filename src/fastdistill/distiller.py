@@ -10,7 +10,7 @@ from .features.pairs import PairTable, inputs, pair
 from .features.probe import dry_run
 from .features.projectors import projector
 from .features.taps import Taps
-from .outputs import DistillError, Outputs, TopK, as_plain
+from .outputs import DistillError, Outputs, TopK, as_plain, check_output, warn_of_several
 from .ranks import rank
 from .task import labels_loss, task_for
 from .teacher.teacher import Teacher
@@ -73,15 +73,19 @@ class Distiller(nn.Module):
         shift_labels:bool|None=None, # labels of a language model stand where their tokens stand (Hugging Face's way), and not where they
         # are predicted: True moves them for the terms and for the loss that None chooses. None: seen in the first batch, or asked for
         balance:str|None=None, # 'grad': weights are shares of the gradient, measured at the first batch (see `measure_balance`)
+        output=None, # which of several outputs is distilled, of the student and of a teacher that is not yet a `Teacher`: a name,
+        # an index, or a function of what the model returned; None: the one called 'logits' or 'out', or the first of a tuple
         example=None # a batch of inputs, to build projectors before an optimizer asks for their parameters
     ):
         super().__init__()
         if balance not in (None, 'grad'): raise DistillError(f"balance={balance!r}: possible are None, 'grad'")
         self.student,self.recipe,self.task_loss,self.shift_labels = student,Recipe(recipe),task_loss,shift_labels
         self.task,self.balance,self.scales = task_for(task_loss, kind, axis, ignore_index),balance,{}
-        if teacher is not None and not isinstance(teacher, Teacher): teacher = Teacher(teacher, kind=self.task.kind, axis=self.task.axis)
+        if teacher is not None and not isinstance(teacher, Teacher): teacher = Teacher(teacher, kind=self.task.kind, axis=self.task.axis, output=output)
         self.teacher = teacher
         for t in self.recipe.terms: check_kind(t, self.task.kind)
+        check_output(output)
+        self.output,self.found = output,{}
         self.links = nn.ModuleDict({t.name: nn.ModuleList([Link(own_copy(t.loss))]) for t in self.recipe.terms if t.layers is None})
         self.pairs:PairTable|None = None # what is compared with what, once it is known
         if example is not None: self.setup(*inputs(example))
@@ -153,8 +157,9 @@ class Distiller(nn.Module):
         feats:dict, # what taps read
         x # the batch's inputs, whose padded positions do not count
     ) -> Outputs:
-        "The student's outputs, with the padding of the batch masked"
-        s = Outputs.of(raw, feats)
+        "The student's outputs, or the one that was named as `output`, with the padding of the batch masked"
+        if self.output is None: warn_of_several(raw, self.student, 'The student', self.found)
+        s = Outputs.of(raw, feats, output=self.output)
         return replace(s, mask=both(s.mask, padding_mask(inputs(x), s.logits.shape, self.task.axis)))
 
     def forward(

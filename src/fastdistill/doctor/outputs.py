@@ -24,7 +24,8 @@ def check_outputs(
     *,
     train=(), # the same of the training set, with its augmentation: only probabilities are measured there
     recipe=None, # recipe or term that will be trained with; None: unknown
-    names=None # of the student's classes
+    names=None, # of the student's classes
+    output=None # which of the student's outputs is distilled, as in `Outputs.of`
 ) -> Findings:
     "Findings about the teacher's outputs for a few batches; `.facts` has its score beside the student's and a constant prediction's"
     found,tally,kept,t = Findings(),Tally(task),[],None
@@ -33,7 +34,7 @@ def check_outputs(
             first,y = t is None,yb[0] if len(yb) else None
             if mistakes := Findings(unknown_ids(teacher, xb)): return mistakes
             t = teacher_logits(teacher, xb)
-            s = student_logits(student, xb) if student is not None and (first or not training) else None
+            s = student_logits(student, xb, output) if student is not None and (first or not training) else None
             if mistakes := Findings(mismatches(None if s is None else s.shape, t.shape, y, task)): return mistakes
             if first: found += unsteady(teacher, xb, t)
             if training: tally.add_probabilities(t.float(), 'train')

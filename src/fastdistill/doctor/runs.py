@@ -24,9 +24,13 @@ def run_student(student, x):
     return student(*args, **kwargs)
 
 
-def student_logits(student, x):
+def student_logits(
+    student,
+    x, # tuple: the batch's inputs
+    output=None # which of its outputs is distilled, as in `Outputs.of`
+):
     "The student's logits, in evaluation mode; the student stays as it is"
-    return Outputs.of(dry_run(student, *x)).logits
+    return Outputs.of(dry_run(student, *x), output=output).logits
 
 
 def teacher_logits(teacher, x):

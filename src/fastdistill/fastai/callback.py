@@ -7,7 +7,7 @@ from ..cache.reader import TeacherCache
 from ..distiller import Distiller
 from ..features.names import unwrap
 from ..features.taps import Taps
-from ..outputs import DistillError, Outputs, as_plain
+from ..outputs import DistillError, as_plain
 from ..ranks import broadcast, mean_over_ranks, rank
 from ..recipes import kd, one_temperature
 from .task import task_of
@@ -179,7 +179,7 @@ class KnowledgeDistillation(Callback):
                                "to train from the teacher alone.")
         # subtle: without a target fastai makes no loss and no step; the teacher's answer is one, and its loss has the weight 0
         self.told = self.distiller.teacher_outputs(self.xb, self.pct_train)
-        if self.told is not None: self.learn.yb = pseudo_labels(self.told.logits, Outputs.of(self.learn.pred).logits, self.task),
+        if self.told is not None: self.learn.yb = pseudo_labels(self.told.logits, self.distiller.student_outputs(self.learn.pred, {}, self.xb).logits, self.task),
 
     def after_loss(self):
         if not self.active or not len(self.yb) or not self._taught(): return

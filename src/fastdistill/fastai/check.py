@@ -20,12 +20,13 @@ def check_teacher(
     teacher, # what `KnowledgeDistillation` takes
     task=None, # what the student predicts; None: read off its loss function
     recipe=None, # recipe or term that will be trained with; None: unknown
-    n:int=BATCHES # batches of the validation set to look at, and a quarter as many of the training set
+    n:int=BATCHES, # batches of the validation set to look at, and a quarter as many of the training set
+    output=None # which of the student's outputs is distilled, as in `Distiller`
 ) -> Findings:
     "Compare what the teacher expects with what it will get, and measure on a few batches what it knows of the task"
     if not hasattr(learn, 'dls'): learn = SimpleNamespace(dls=learn, model=None, loss_func=getattr(learn, 'loss_func', None))
     task = task or task_of(learn.loss_func)
-    return find_mistakes(learn, teacher_of(teacher, learn, task), task, recipe, n)
+    return find_mistakes(learn, teacher_of(teacher, learn, task), task, recipe, n, output)
 
 
 def find_mistakes(
@@ -33,7 +34,8 @@ def find_mistakes(
     teacher, # a `Teacher` that `teacher_of` made for this Learner and task
     task, # what the student predicts
     recipe=None, # as in `check_teacher`
-    n:int=BATCHES # as in `check_teacher`
+    n:int=BATCHES, # as in `check_teacher`
+    output=None # as in `check_teacher`
 ) -> Findings:
     "The findings about a teacher that is built already"
     found = Findings()
@@ -42,7 +44,8 @@ def find_mistakes(
     valid,train = prepared_batches(learn, n, max(1, n//4))
     try:
         with closing(valid), closing(train):
-            seen = check_outputs(teacher, task, valid, learn.model, train=train, recipe=recipe, names=vocab_of(learn.dls))
+            seen = check_outputs(teacher, task, valid, learn.model, train=train, recipe=recipe, names=vocab_of(learn.dls),
+                                 output=output)
     except PreparationError as e:
         found.append(Finding('note', f"The teacher was not run, for this callback does not run outside of a fit: {e}",
                              "Nothing is known of the teacher's score; teacher.validate() shows it"))

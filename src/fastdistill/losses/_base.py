@@ -72,7 +72,9 @@ def same_shape(s:Tensor, t:Tensor):
     "Refuse what would broadcast in silence"
     if s.shape != t.shape:
         raise DistillError(f"The student's output has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: they must be equal. "
-                           "Different classes? Select or order the teacher's; different resolutions? Resize one of them.")
+                           "If the teacher has more classes, Teacher(teacher, select=[...]) takes those of the student, in its order. "
+                           "If it has fewer, compare only those, with a loss of your own: "
+                           "Term(lambda s, t: losses.kl(s[:, ids], t)). If the resolutions differ, resize one of them.")
 
 
 def temperature(T):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ..features.calls import arguments, is_hf
 from ..features.names import named
 from ..features.taps import Taps
-from ..outputs import DistillError, DistillWarning, Outputs, as_plain, map_tensors, tensors_in
+from ..outputs import DistillError, DistillWarning, Outputs, as_plain, check_output, map_tensors, tensors_in, warn_of_first, warn_of_several
 from .draws import OwnDraws, generators
 from .ensemble import mix, shares
 from .forms import FORMS, Onnx, check_second_argument, is_graph, load_model
@@ -19,7 +19,7 @@ from .images import affine, full_precision, is_image, stats_of
 __all__ = ['Teacher']
 
 # options of an ensemble that its members take over, where they were not given others
-INHERITED = 'mode','stats','input_stats','size','combine','kind','axis'
+INHERITED = 'mode','stats','input_stats','size','combine','kind','axis','output'
 
 
 def records_given(init):
@@ -56,10 +56,12 @@ class Teacher:
         kind:str='softmax', # what the logits are: 'softmax' over classes, 'sigmoid' per label, or 'regression'
         axis:int=1, # class axis
         select=None, # indices of the classes to answer with, in this order: the teacher's classes put in the student's order
+        output=None, # which of several outputs has the logits: a name, an index, or a function of what the model returned; None: the one
+        # called 'logits' or 'out', or the first of a tuple
         name:str|None=None
     ):
         options = dict(layers=layers, mode=mode, stats=stats, input_stats=input_stats, size=size, combine=combine, weights=weights,
-                       kind=kind, axis=axis, select=select, name=name)
+                       kind=kind, axis=axis, select=select, output=output, name=name)
         self.model = self.path = self.learner = None       # `learner`: where a face keeps what else it knows of the teacher
         self.sources,self.members = [],[]
         self._stack,self._guest,self._by,self._outer,self._draws = None,None,None,[],OwnDraws()
@@ -86,8 +88,16 @@ class Teacher:
         else:
             if self.weights is not None: raise DistillError("weights= are of an ensemble's members, and this is one teacher: give a list")
             self.stats,self.input_stats = stats_of(self.stats, self.model),stats_of(self.input_stats)
+        check_output(self.output)
+        if isinstance(self.model, Onnx): self._check_onnx()
         if self.size is not None: self.size = (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
         self._check_layers(self.layers)
+
+    def _check_onnx(self):
+        self.model = self.model.returning(self.output)
+        if self.output is not None or 'several' in self._found: return
+        self._found['several'] = True
+        if len(alike := self.model.alike()) > 1: warn_of_first(f'The teacher {self.name}', ', '.join(alike))
 
     def _name(self):
         if self.sources: return f'{len(self.sources)} teachers'
@@ -199,6 +209,7 @@ class Teacher:
     def __setstate__(self, d):
         self.__dict__.update(d)
         if self.path: self.model = load_model(self.path)[0]
+        if isinstance(self.model, Onnx): self.model = self.model.returning(self.output)
 
     # a batch
 
@@ -253,7 +264,9 @@ class Teacher:
         if self._guest is not None: self._guest.settle()
         x,kw = self._arrange(x, kw, device)
         with Taps(self.module, layers) if layers and self.module is not None else nullcontext() as taps:
-            o = Outputs.of(self.model(*x, **kw))
+            raw = self.model(*x, **kw)
+            if self.output is None: warn_of_several(raw, self.module, f'The teacher {self.name}', self._found)
+            o = Outputs.of(raw, output=self.output)
             feats = o.feats if taps is None else {**o.feats, **taps.pop()}
         if taps is None and not set(layers) <= set(feats): raise self._unseen(layers, feats)     # a function's answer brings its own
         return Outputs(*(map_tensors(v, lambda t: plain_output(t, device)) for v in (o.logits, feats, o.mask)))
