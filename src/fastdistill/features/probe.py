@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from ..outputs import DistillError, as_plain
 from .names import LayerTree, layer_tree, named, unwrap
 
-__all__ = ['Fired', 'dry_run', 'layers', 'main_tensor', 'probe', 'series_layers', 'untouched']
+__all__ = ['Fired', 'dry_run', 'layers', 'main_tensor', 'probe', 'restore_tensor', 'series_layers', 'untouched']
 
 
 def layers(
@@ -97,7 +97,7 @@ def untouched(model:nn.Module):
     mods = distinct_modules(unwrap(model))
     modes = [(m, m.training) for m in mods if getattr(m, 'training', False)]
     state = [_Attrs(m) for m in mods if not isinstance(m, torch.jit.ScriptModule)]
-    buffers = [(b, b.clone()) for m in mods for b in m.buffers(recurse=False)]
+    buffers = [(b, b.clone()) for m in mods for b in m.buffers(recurse=False) if b.layout == torch.strided] # sparse ones can't be compared
     cuda = sorted({t.device.index for t in weights_and_buffers(mods) if t.is_cuda})
     python,numpy = random.getstate(),np.random.get_state()
     # subtle: the flag and not .eval(), which some layers override to do more (merge adapters, for one)
@@ -109,8 +109,13 @@ def untouched(model:nn.Module):
         for a in state: a.restore()
         for m,mode in modes: m.training = mode
         with torch.no_grad():
-            for b,was in buffers:
-                if not torch.equal(b, was): b.copy_(was)
+            for b,was in buffers: restore_tensor(b, was)
+
+
+def restore_tensor(b, was):
+    "Give a tensor its values again, and its shape: observers for quantization-aware training change both at their first batch"
+    if b.shape != was.shape: b.resize_(was.shape)
+    if not torch.equal(b, was): b.copy_(was)
 
 
 def weights_and_buffers(mods): return [t for m in mods for t in [*m._parameters.values(), *m._buffers.values()] if t is not None]
