@@ -270,7 +270,7 @@ class Distiller(nn.Module):
         modules = self.teacher.named_modules()
         for p in pairs:
             a,b = s[p.student],t[p.teacher]
-            proj = projector(a.shape, b.shape, kind=term.projector, match=term.match).to(a.device)
+            proj = projector(a.shape, b.shape, kind=term.projector, match=term.match, picture=p.picture).to(a.device)
             loss = own_copy(term.loss)
             if hasattr(loss, 'prepare'): loss.prepare(proj.eval()(a, b), b, layer=modules.get(p.teacher.split('@')[0]), **term.channels(b))
             yield Link(loss, (p.student, p.teacher), proj.train()).to(a.device)

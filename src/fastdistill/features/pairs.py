@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from ..outputs import DistillError, Outputs
 from .names import named, resolve, text_table
-from .probe import dry_run
+from .probe import dry_run, probe, series_layers
 from .projectors import describe_projector
 from .shapes import grid
 from .stages import image_size, is_picture, stages
@@ -24,6 +24,7 @@ class Pair:
     teacher:str
     t_shape:tuple
     projector:str='' # in words
+    picture:bool=True # tokens are those of a picture; False: of a sequence, such as a text
 
 
 class PairTable(list):
@@ -57,7 +58,8 @@ def pair(
         found = _pairs_proposed(student, teacher, x_s, x_t)[-1 if word == 'last' else 0:]
         layers = [('@'.join([s, *how]), '@'.join([t, *how])) for s,_,t,_ in found]
     if word not in ('auto', 'last') or how: found = _pairs_asked(student, teacher, x_s, x_t, layers)
-    return PairTable(Pair(s, a, t, b, describe_projector(a, b, projector, match)) for s,a,t,b in found)
+    picture = is_picture(x_s) and is_picture(x_t)
+    return PairTable(Pair(s, a, t, b, describe_projector(a, b, projector, match), picture) for s,a,t,b in found)
 
 
 def inputs(x): return tuple(x) if isinstance(x, (tuple, list)) else (x,)
@@ -77,7 +79,17 @@ def _pairs_asked(student, teacher, x_s, x_t, layers):
         raise DistillError(f"layers={layers!r} names no layers: give {{'student.layer': 'teacher.layer'}}, or 'auto'")
     with _InModel('student'): a = _layer_shapes(student, x_s, [s for s,_ in names])
     with _InModel('teacher'): b = _layer_shapes(teacher, x_t, [t for _,t in names])
-    return [(s, a[s], t, b[t]) for s,t in names]
+    if not _has_layers(teacher): _refuse_unknown_layout([(s, *a[s], *b[t]) for s,t in names])
+    return [(*a[s], *b[t]) for s,t in names]
+
+
+def _refuse_unknown_layout(pairs):
+    "Features of three axes that a function or a cache brings have no layer to tell where their channels are"
+    for asked,s,s_shape,t,t_shape in pairs:
+        if s != asked and len(t_shape) == 3 and '@' not in t:
+            raise DistillError(f"The student's layer {asked!r} has its channels first, (B, C, L). The teacher's {t!r} of shape {t_shape} comes "
+                               f"without its layer, so nothing tells whether it has them first too. Bring it as tokens (B, L, C) under the "
+                               f"name '{t}@tokens' (cache_teacher(layers=['{t}@tokens']) stores it so), and pair with that name.")
 
 
 def _name_pairs(layers):
@@ -108,10 +120,28 @@ def _has_layers(model): return isinstance(model, nn.Module) or bool(named(model)
 
 
 def _layer_shapes(model, x, names):
+    "Name asked -> (name, shape): the name says @tokens where a layer of three axes has its channels first"
     if not _has_layers(model): return _shapes_of_outputs(dry_run(model, *x), names)
     with Taps(model, names) as taps:
-        dry_run(model, *x)
-        return {n: tuple(y.shape) for n,y in taps.pop().items()}
+        ran = probe(model, *x)
+        shapes = {n: tuple(y.shape) for n,y in taps.pop().items()}
+    final = dict(zip(shapes, _with_tokens(named(model), ran, shapes)))
+    if [*final] == [*final.values()]: return {n: (n, shape) for n,shape in shapes.items()}
+    again = _layer_shapes(model, x, list(final.values()))
+    return {n: again[f] for n,f in final.items()}
+
+
+def _with_tokens(modules, ran, names):
+    "Names with @tokens first where a layer's three axes are (B, C, L), and without it where they are (B, L, D) as they come"
+    first,fired = series_layers(ran),{f.module: f for f in ran}
+    for name in names:
+        base,*how = name.split('@')
+        f = fired[modules[base]]
+        shape = f.shape_in if 'in' in how else f.shape
+        if shape is not None and len(shape) == 3:
+            where,turns = [h for h in how if h in ('in', 'pre')],[h for h in how if h in ('map', 'mean')]
+            how = [*where, *(['tokens'] if f.module in first else []), *turns]
+        yield '@'.join([base, *how])
 
 
 def _shapes_of_outputs(out, names):
@@ -119,7 +149,7 @@ def _shapes_of_outputs(out, names):
     feats = out.feats if isinstance(out, Outputs) else {}
     if wrong := [n for n in names if n not in feats]:
         raise DistillError(f"Its answers bring no {wrong[0]!r} along. They bring: {', '.join(feats) or 'no features'}.")
-    return {n: tuple(feats[n].shape) for n in names}
+    return {n: (n, tuple(feats[n].shape)) for n in names}
 
 
 def _pairs_proposed(student, teacher, x_s, x_t):
