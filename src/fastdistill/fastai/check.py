@@ -2,8 +2,7 @@
 from contextlib import closing
 from types import SimpleNamespace
 from fastai.basics import L
-from ..doctor.classes import few_names
-from ..doctor.findings import Finding, Findings
+from ..doctor.findings import Finding, Findings, few_names
 from ..doctor.outputs import BATCHES, check_outputs, single_teachers
 from ..outputs import DistillError
 from ..teacher.teacher import Teacher
@@ -14,7 +13,8 @@ from .vocab import CODES, describe_difference, map_classes, vocab_of
 
 __all__ = ['check_teacher', 'fitting_teacher']
 
-KIND_IN_WORDS = dict(softmax='one class of several (softmax)', sigmoid='each label by itself (sigmoid)', regression='numbers (regression)')
+KIND_IN_WORDS = dict(softmax='one class of several (softmax)', sigmoid='each label by itself (sigmoid)',
+                     regression='numbers (regression)')
 
 
 def fitting_teacher(
@@ -38,7 +38,8 @@ def check_teacher(
     n:int=BATCHES # batches of the validation set to look at, and a quarter as many of the training set
 ) -> Findings:
     "Compare what the teacher expects with what it will get, and measure on a few batches what it knows of the task"
-    if not hasattr(learn, 'dls'): learn = SimpleNamespace(dls=learn, model=None, loss_func=getattr(learn, 'loss_func', None))
+    if not hasattr(learn, 'dls'):
+        learn = SimpleNamespace(dls=learn, model=None, loss_func=getattr(learn, 'loss_func', None))
     task = task or task_of(learn.loss_func)
     teacher = fitting_teacher(teacher, learn, task)
     found = Findings()
@@ -47,7 +48,8 @@ def check_teacher(
     valid,train = prepared_batches(learn, n, max(1, n//4))
     try:
         with closing(valid), closing(train):
-            seen = check_outputs(teacher, task, valid, learn.model, train=train, recipe=recipe, names=vocab_of(learn.dls))
+            seen = check_outputs(teacher, task, valid, learn.model, train=train, recipe=recipe,
+                                 names=vocab_of(learn.dls))
     except PreparationError as e:
         found.append(Finding('note', f"The teacher was not run, for this callback does not run outside of a fit: {e}",
                              "Nothing is known of the teacher's score; teacher.validate() shows it"))
@@ -64,8 +66,8 @@ def shared_parameters(learn, teacher, task):
     if learn.model is None: return
     ids = teacher.parameters_ids
     if both := [n for n,p in learn.model.named_parameters() if id(p) in ids]:
-        yield Finding('error',
-                      f"Student and teacher share {len(both)} parameters ({few_names(both, 3)}), so the teacher would change with the student",
+        yield Finding('error', f"Student and teacher share {len(both)} parameters ({few_names(both, 3)}), so the "
+                      "teacher would change with the student",
                       "Build the student from a copy: copy.deepcopy(teacher.model)")
 
 
@@ -77,7 +79,8 @@ def kinds(learn, teacher, task):
                       f"Do not pass kind, or pass kind={own!r}")
     for t in with_learners(teacher):
         if (theirs := known_kind(t.learner.loss_func)) not in (None, task.kind):
-            yield Finding('error', f"The teacher was trained to predict {KIND_IN_WORDS[theirs]}, the student predicts {KIND_IN_WORDS[task.kind]}",
+            yield Finding('error', f"The teacher was trained to predict {KIND_IN_WORDS[theirs]}, the student predicts "
+                          f"{KIND_IN_WORDS[task.kind]}",
                           "Take a teacher of the student's task, or give both the same kind of loss function")
 
 
@@ -92,12 +95,13 @@ def labels(learn, teacher, task):
         found = None if task.kind == 'regression' else map_classes(vocab_of(learn.dls), vocab_of(o.learner.dls))
         if found is None or found.same: continue
         if found.missing:
-            yield Finding('error', f"The teacher does not know {len(found.missing)} of the student's classes ({few_names(found.missing, 5)}); "
-                          f"it knows {few_names(vocab_of(o.learner.dls), 8)}",
+            yield Finding('error', f"The teacher does not know {len(found.missing)} of the student's classes "
+                          f"({few_names(found.missing, 5)}); it knows {few_names(vocab_of(o.learner.dls), 8)}",
                           "Take a teacher trained on the student's classes, or train the student on the teacher's")
         else:
             extra = f", and {len(found.extra)} more, which are not used" if found.extra else ''
-            yield Finding('note', f"The teacher has the student's classes in another order{extra}", "Its outputs are mapped by name")
+            yield Finding('note', f"The teacher has the student's classes in another order{extra}",
+                          "Its outputs are mapped by name")
 
 
 def codings(learn, teacher, task):
@@ -113,10 +117,11 @@ def codings(learn, teacher, task):
 
 
 SAME_TABLE = "the teacher's own dls, or teacher.dls.train_ds.new(df) for another table"
-CODING_FIXES = {'tokens': "TextDataLoaders(..., text_vocab=...) or TextBlock(vocab=...) with its token vocab", 'categories': SAME_TABLE,
-                'columns of numbers': SAME_TABLE}
+CODING_FIXES = {'tokens': "TextDataLoaders(..., text_vocab=...) or TextBlock(vocab=...) with its token vocab",
+                'categories': SAME_TABLE, 'columns of numbers': SAME_TABLE}
 
 
 def normalization(learn, teacher, task):
     if teacher.adapts:
-        yield Finding('note', f"The teacher was trained with another normalization ({teacher.adapts})", "Its images are normalized again for it")
+        yield Finding('note', f"The teacher was trained with another normalization ({teacher.adapts})",
+                      "Its images are normalized again for it")
