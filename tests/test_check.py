@@ -218,7 +218,7 @@ def test_a_teacher_may_have_a_class_switched_off():
 def test_dropout_in_a_function_that_teaches_is_noticed():
     student,teacher = toy()
     shaky = nn.Sequential(nn.Dropout(.5), teacher).train()
-    warns(student, lambda x: shaky(x), r'differ from call to call for the same batch \(is dropout on\?\).*call eval\(\)')
+    warns(student, lambda x: shaky(x), r'differ from call to call for the same batch \(is dropout on\?\).*Call eval\(\)')
     assert shaky.training
     student,teacher = toy()
     student.fit(1, .01, cbs=KD(shaky))      # of a module we take care

@@ -128,7 +128,7 @@ def test_a_class_without_items_is_a_guess_and_said():
     x,y = rows(1000)
     keep = (y != 1) & (y != 0)
     order = [0, 2, 1, *range(3, 10)]       # of 1 and 2 only 2 is seen
-    assert 'no item here, so that their place is a guess' in str(one(check(knowing(order=order), x[keep], y[keep]), 'error'))
+    assert '(1 without an item here, whose place is a guess: a larger n= looks at more)' in str(one(check(knowing(order=order), x[keep], y[keep]), 'error'))
 
 @pytest.mark.parametrize('seed', range(8))
 @pytest.mark.parametrize('k', [2, 3, 10, 100])
@@ -209,9 +209,35 @@ def texts(n=256, vocab=40):
 
 def test_ids_beyond_the_teachers_embedding_are_an_error_before_they_crash():
     x,y = texts()
-    one(check(Reader(30), x, y), 'error', 'ids up to 39', 'largest embedding knows 30 (0 to 29)', 'another tokenizer')
+    one(check(Reader(30), x, y), 'error', "ids up to 39, but the teacher's embedding emb has 30 rows, 0 to 29", 'another tokenizer')
     assert check_outputs(Teacher(Reader(30)), SOFTMAX, [((dict(input_ids=x),), (y,))])[0].level == 'error'
     assert check(Reader(40), x, y, student=Reader(40)) == [] and check(Reader(64), x, y, student=Reader(40)) == []
+
+def test_unknown_ids_are_found_in_any_embedding_that_runs():
+    x,y = texts()
+    class Positions(Reader):
+        "Its second embedding is too small, or is looked up without its module"
+        def __init__(self, rows, functional=False):
+            super().__init__(40)
+            self.pos,self.functional = nn.Embedding(rows, 4),functional
+        def forward(self, x):
+            at = torch.arange(x.shape[1]).expand_as(x)
+            pos = F.embedding(at, self.pos.weight) if self.functional else self.pos(input=at)
+            return super().forward(x) + 0*pos.sum(1)
+    one(check(Positions(5), x, y), 'error', "ids up to 8, but the teacher's embedding pos has 5 rows")
+    one(check(Positions(5, True), x, y), 'error', 'ids that an embedding of the teacher does not have')
+    ensemble = Teacher([Reader(40), Reader(30)])
+    one(check(ensemble, x, y), 'error', 'embedding 1.emb has 30 rows')
+    assert check(Positions(9), x, y) == [] and not [m for m in ensemble.modules for m in m.modules() if m._forward_pre_hooks]
+    class Images(nn.Module):
+        "Whole numbers that are no ids"
+        def __init__(self):
+            super().__init__()
+            self.emb = nn.Embedding(3, 4)
+        def forward(self, x): return 9*F.one_hot(x.sum(1) % 4, 4) + 0*self.emb(x[:, 0]*0)
+    assert not check(Images(), x, y).errors
+    def broken(x): raise IndexError('list index out of range')
+    with pytest.raises(IndexError): check(broken, x, y)
 
 def test_a_teacher_near_chance_with_another_vocabulary_may_have_another_tokenizer():
     x,y = texts()
@@ -226,7 +252,7 @@ def test_a_teacher_near_chance_with_another_vocabulary_may_have_another_tokenize
 
 def test_a_teacher_that_is_certain_of_its_training_data_is_noted():
     x,y = rows()
-    one(check(knowing(), x, y, train=batches(40*x, y)), 'note', 'its top probability is 0.99', '(validation: 0.7', 'nearly one-hot', 'higher T, stronger augmentation')
+    one(check(knowing(), x, y, train=batches(40*x, y)), 'note', 'its mean top probability there is 0.99', '(validation: 0.7', 'nearly one-hot', 'higher T, stronger augmentation')
     assert check(knowing(), x, y, train=batches(x, y)) == []
     assert check(knowing(), 40*x, y) == []       # of what it has not learned from it may be certain
 
@@ -255,14 +281,19 @@ def test_a_class_axis_that_does_not_fit_the_labels_is_an_error():
     maps,masks = torch.randn(4, 3, 8, 6, generator=g),torch.randint(0, 3, (4, 8, 6), generator=g)
     assert 'axis=1,' in str(one(check(lambda x: x, maps, masks, Task('softmax', -1)), 'error'))
     assert not check(lambda x: x, maps, masks).errors and not check(lambda x: x, maps, masks[:, None]).errors
-    one(check(lambda x: x, maps, masks[:, :4]), 'error', 'the labels have shape (4, 4, 6)')
     one(check(lambda x: x, x[:, 0], y[:, 0], Task('softmax', 3)), 'error', 'have no axis 3')
 
-def test_labels_of_another_size_or_beyond_the_classes_are_an_error():
+def test_labels_that_only_the_users_loss_function_can_read_are_a_note():
+    x,y = rows(32)
+    f = one(check(knowing(), x, torch.ones(32, 4), Task('sigmoid')), 'note', 'The labels have shape (32, 4), the outputs (32, 10)', 'cannot be measured')
+    assert check(knowing(), x, torch.ones(32, 4), Task('sigmoid')).facts.n == 0 and 'loss function' in f.do
+    one(check(knowing(), x, torch.ones(32, 2, 2).long()), 'note', 'cannot be measured')
+    assert check_outputs(Teacher(knowing()), SOFTMAX, [((x,), (['a']*32,))]) == []
+
+def test_labels_beyond_the_classes_are_an_error():
     x,y = rows(32)
     one(check(knowing(), x, y+1), 'error', 'There is a label 10, but the outputs have 10 classes, 0 to 9', 'ignore_index')
     assert not check(knowing(), x, y.where(y < 8, 255), Task('softmax', 1, 255)).errors
-    one(check(knowing(), x, torch.ones(32, 4), Task('sigmoid')), 'error', 'The labels have shape (32, 4), the outputs (32, 10)')
     assert not check(knowing(), x, y[:, None].to(torch.int8)).errors and not check(knowing(), x, F.one_hot(y, 10).float()).errors
 
 def test_a_softmax_over_one_class_is_an_error():

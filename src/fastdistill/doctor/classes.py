@@ -1,12 +1,9 @@
-"Does the teacher have the student's classes in another order? The table of what it predicts for which class shows it."
+"Does the teacher have the student's classes in another order? A table of what it predicts for which class shows it."
 import torch
 from torch import Tensor
-from .findings import Finding
+from .findings import Finding, few_names
 
-__all__ = ['few_names', 'reordered_classes']
-
-
-def few_names(names, n): return ', '.join(map(str, names[:n])) + (' ...' if len(names) > n else '')
+__all__ = ['reordered_classes']
 
 
 def reordered_classes(
@@ -14,20 +11,21 @@ def reordered_classes(
     teacher,
     names=None # of the student's classes
 ):
-    "(its accuracy then, finding), where the teacher recognizes clearly more with its outputs in another order"
+    "(its accuracy then, finding), if the teacher recognizes far more with its outputs in another order"
     if tally.confusion is None: return
     table = tally.confusion.sum(0)
     order,n,k = best_order(table),table.sum().item(),len(table)
     moved = [i for i,o in enumerate(order) if i != o]
     before,after = table.trace().item()/n,hits(table, order).sum().item()/n
-    # at least half of the way from chance to a perfect prediction: an untrained teacher also prefers some output for some class
+    # at least half of the way from chance to a perfect prediction
     if not moved or after < (1+1/k)/2 or not holds_elsewhere(tally.confusion): return
-    select = order if teacher.select is None else [list(teacher.select)[o] for o in order]
-    unseen = [i for i in moved if not table[i].any()]
-    where = f" ({len(unseen)} of them have no item here, so that their place is a guess: a larger n= looks at more)" if unseen else ''
-    yield after,Finding('error', f"The teacher has the classes in another order: {moves_in_words(order, moved, names)}{where}. "
-                        f"In the student's order its accuracy is {before:.3f}, in this one {after:.3f}",
-                        f"Put its classes in the student's order: Teacher(model, select={[int(o) for o in select]})")
+    select = order if teacher.select is None else [int(list(teacher.select)[o]) for o in order]
+    unseen = sum(not table[i].any() for i in moved)
+    guess = f" ({unseen} without an item here, whose place is a guess: a larger n= looks at more)" if unseen else ''
+    words = moves_in_words(order, moved, names)
+    yield after,Finding('error', f"The teacher has the classes in another order: {words}{guess}. In the student's "
+                        f"order its accuracy is {before:.3f}, in this one {after:.3f}",
+                        f"Put its classes in the student's order: Teacher(model, select={select})")
 
 
 def best_order(table:Tensor):
@@ -52,7 +50,7 @@ def holds_elsewhere(halves):
 
 
 def moves_in_words(order, moved, names):
-    "'cat' and 'dog' are swapped; or, of a longer circle, which output is 'cat'"
+    "Which classes are swapped; or, of a longer circle, which output is which class"
     name = lambda i: repr(str(names[i])) if names is not None and len(names) == len(order) else f'class {i}'
     if all(order[order[i]] == i for i in moved):
         return few_names([f'{name(i)} and {name(order[i])}' for i in moved if i < order[i]], 5) + ' are swapped'

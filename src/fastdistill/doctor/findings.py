@@ -4,7 +4,10 @@ from dataclasses import dataclass
 from ..outputs import DistillError, DistillWarning
 from ..ranks import rank
 
-__all__ = ['Facts', 'Finding', 'Findings']
+__all__ = ['Facts', 'Finding', 'Findings', 'few_names']
+
+
+def few_names(names, n): return ', '.join(map(str, names[:n])) + (' ...' if len(names) > n else '')
 
 
 @dataclass
@@ -25,8 +28,9 @@ class Facts:
     teacher_score:float|None=None
     student_score:float|None=None # before training
     constant_score:float|None=None # of the best prediction that is the same for all items
-    top_prob_train:float|None=None # the teacher's largest probability, on average over training batches with their augmentation
-    top_prob_valid:float|None=None # the same over validation batches
+    # the teacher's largest probability, mean over training batches (with their augmentation) and validation batches
+    top_prob_train:float|None=None
+    top_prob_valid:float|None=None
 
     def lines(self):
         "In words: a line about the scores, a line about the probabilities"

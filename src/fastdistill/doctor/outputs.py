@@ -7,13 +7,13 @@ from .findings import Finding, Findings
 from .recipe import check_recipe
 from .runs import guarded_random_state, student_logits, teacher_logits
 from .scores import low_score, saturated
-from .shapes import mismatches, unknown_ids
+from .shapes import UnknownId, checked_ids, mismatches, unknown_id, unscored
 from .tally import Tally, fit_labels
 
 __all__ = ['BATCHES', 'check_outputs', 'single_teachers']
 
-BATCHES = 8 # of the validation set show what a teacher knows; a quarter as many training batches how certain it is of them
-KEPT = 4 # batches that a second look needs
+BATCHES = 8 # of the validation set show what a teacher knows; a quarter as many of the training set, how certain it is
+KEPT = 4 # batches for a second look
 
 
 def check_outputs(
@@ -27,23 +27,23 @@ def check_outputs(
     names=None, # of the student's classes
     output=None # which of the student's outputs is distilled, as in `Outputs.of`
 ) -> Findings:
-    "Findings about the teacher's outputs for a few batches; `.facts` has its score beside the student's and a constant prediction's"
+    "Findings about the teacher's outputs for a few batches; `.facts` are the scores of both and of a constant"
     found,tally,kept,t = Findings(),Tally(task),[],None
     with guarded_random_state(), teacher:
         for training,xb,yb in chain(((False, *b) for b in batches), ((True, *b) for b in train)):
-            first,y = t is None,yb[0] if len(yb) else None
-            if mistakes := Findings(unknown_ids(teacher, xb)): return mistakes
-            t = teacher_logits(teacher, xb)
+            first,y = t is None,yb[0] if len(yb) and isinstance(yb[0], Tensor) else None
+            try:
+                with checked_ids(teacher): t = teacher_logits(teacher, xb)
+            except UnknownId as e: return Findings([unknown_id(e)])
             s = student_logits(student, xb, output) if student is not None and (first or not training) else None
             if mistakes := Findings(mismatches(None if s is None else s.shape, t.shape, y, task)): return mistakes
-            if first: found += unsteady(teacher, xb, t)
+            if first: found += [*unscored(t.shape, y, task), *unsteady(teacher, xb, t)]
             if training: tally.add_probabilities(t.float(), 'train')
-            else: tally.add(t.float(), None if y is None else fit_labels(y, t.shape, task), None if s is None else s.float())
+            else: tally.add(t, None if y is None else fit_labels(y, t.shape, task), s)
             if not training and len(kept) < KEPT: kept.append((xb, yb))
         if t is None: return found
         found += check_recipe(recipe, student, teacher, xb, t.shape[task.axis] if task.kind == 'softmax' else None)
-        found += (new := list(untrained(teacher)))
-        found += probabilities(tally, task)
+        found += [*(new := list(untrained(teacher))), *probabilities(tally, task)]
         if not found.errors: found += low_score(tally, teacher, task, student, kept, names, trained=not new)
     found.facts = tally.facts()
     if all(f.level == 'note' for f in found): found += saturated(found.facts, task)
@@ -69,7 +69,7 @@ def unsteady(teacher, xb, t):
         why = "for a sample depend on the rest of its batch (is batch-norm in training mode?)"
     else: return
     yield Finding('warning', f"The teacher's outputs {why}",
-                  "Modules are put in evaluation mode by themselves; call eval() on those that a function of yours holds")
+                  "Modules are put in evaluation mode for you. Call eval() on those that a function of yours holds")
 
 
 def untrained(teacher):
@@ -83,9 +83,11 @@ def probabilities(tally, task):
     "Probabilities where logits are wanted"
     if not tally.between: return
     if task.kind == 'softmax' and tally.normed:
-        yield Finding('error',
-                      "The teacher's outputs are probabilities (each sums to 1), and a softmax over them would flatten what it knows",
-                      "Give the outputs before softmax, or their logarithm: KnowledgeDistillation(lambda x: teacher(x).log())")
+        yield Finding('error', "The teacher's outputs are probabilities (each sums to 1), and a softmax over them "
+                      "would flatten what it knows",
+                      "Give the outputs before softmax, or their logarithm: "
+                      "KnowledgeDistillation(lambda x: teacher(x).log())")
     if task.kind == 'sigmoid':
         yield Finding('warning', "The teacher's outputs all lie between 0 and 1: they look like probabilities",
-                      "Give the outputs before the sigmoid, or undo it: KnowledgeDistillation(lambda x: torch.logit(teacher(x), eps=1e-6))")
+                      "Give the outputs before the sigmoid, or undo it: "
+                      "KnowledgeDistillation(lambda x: torch.logit(teacher(x), eps=1e-6))")

@@ -5,8 +5,7 @@ from ..features.pairs import pair
 from ..features.probe import untouched
 from ..features.taps import Taps
 from ..losses import response
-from .classes import few_names
-from .findings import Finding
+from .findings import Finding, few_names
 from .runs import run_student
 
 __all__ = ['check_recipe']
@@ -28,11 +27,11 @@ def check_recipe(
 def two_classes(term):
     fn = term.loss
     while isinstance(fn, partial): fn = fn.func
-    fn = getattr(fn, 'fn', fn)
+    fn = getattr(fn, 'fn', fn)      # of a loss in module form
     if fn is response.dist and term.options.get('beta', 1.):
-        why = "the correlation of two probabilities is always 1 or -1, so that it only compares which class is the likelier one"
+        why = "the correlation of two probabilities is always 1 or -1, so that only their order is left"
     elif isinstance(fn, response.Standardized):
-        why = "two standardized logits are always the same two numbers, so that only their order is left of them"
+        why = "two standardized logits are always the same two numbers, so that only their order is left"
     else: return
     yield Finding('error', f"{term.name} has no meaning for 2 classes: {why}", "Use kd(), or dkd()")
 
@@ -45,6 +44,6 @@ def frozen_layers(term, student, teacher, x):
         run_student(student, x)
         frozen = [n for n,o in taps.pop().items() if not o.requires_grad]
     if frozen:
-        yield Finding('note', f"{term.name} compares frozen layers of the student ({few_names(frozen, 4)}): no parameter in them or before "
-                      "them is trained, so that it trains only its projector, if it has one",
+        yield Finding('note', f"{term.name} compares frozen layers of the student ({few_names(frozen, 4)}): no "
+                      "parameter in them or before them is trained, so that it trains only its projector, if any",
                       "unfreeze() the student, or give the term later layers")

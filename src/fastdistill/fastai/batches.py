@@ -3,8 +3,8 @@ import copy, inspect
 from contextlib import contextmanager
 from itertools import islice
 from torch.utils.data import IterableDataset
-from fastai.basics import (CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException,
-                           is_listy)
+from fastai.basics import (CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException,
+                           CancelValidException, is_listy)
 from fastai.callback.mixup import MixHandler
 from ..outputs import as_plain, map_tensors
 from ..replay.generators import Generators
@@ -20,7 +20,8 @@ class PreparationError(Exception):
 
 def valid_batches(dl, n=None):
     "Some batches from all over the validation set, which is often sorted by class"
-    if hasattr(dl, 'shuffle_fn'): dl = dl.new(shuffle=getattr(dl, 'indexed', True), drop_last=False, num_workers=0)    # the learner's own stays as it is
+    # the learner's own DataLoader stays as it is
+    if hasattr(dl, 'shuffle_fn'): dl = dl.new(shuffle=getattr(dl, 'indexed', True), drop_last=False, num_workers=0)
     yield from some_batches(dl, n)
 
 
@@ -30,10 +31,12 @@ def train_batches(dl, n):
     yield from some_batches(dl.new(num_workers=0) if hasattr(dl, 'shuffle_fn') else dl, n)
 
 
+# of a DataLoader, which may draw from generators of their own
+PARTS = 'dataset','sampler','batch_sampler','generator','after_item','before_batch','after_batch'
+
 def some_batches(dl, n=None):
-    "The first `n` batches; the DataLoader and the generators of its transforms and its sampler are afterwards as before"
-    parts = [getattr(dl, k, None) for k in ('dataset', 'sampler', 'batch_sampler', 'generator', 'after_item', 'before_batch', 'after_batch')]
-    with restored(dl), Generators(*parts).seeded(0): yield from islice(dl, n)
+    "The first `n` batches; the DataLoader and the generators in it are afterwards as before"
+    with restored(dl), Generators(*(getattr(dl, k, None) for k in PARTS)).seeded(0): yield from islice(dl, n)
 
 
 @contextmanager
@@ -78,21 +81,26 @@ def prepared(learn, batches, ds_idx, training):
             except CANCELED: continue      # a fit skips it too
 
 
+def number_of_batches(dl):
+    try: return len(dl)
+    except TypeError: return None      # of a stream
+
+
 def changing_callbacks(learn, training):
-    """Callbacks that may change a batch: those that are not fastai's own, and while training MixUp and its kind. fastai's others prepare
-    no inputs, but change the optimizer, enter autocast, or count"""
+    """Callbacks that may change a batch: those that are not fastai's own, and in training MixUp and its kind. The
+    others of fastai prepare no inputs, but change the optimizer, enter autocast, or count"""
     def is_users(cb):
-        fn = getattr(cb, 'before_batch', None)
-        module = getattr(inspect.unwrap(getattr(fn, '__func__', fn)), '__module__', None) or '' if fn is not None else 'fastai'
+        if (fn := getattr(cb, 'before_batch', None)) is None: return False
+        module = getattr(inspect.unwrap(getattr(fn, '__func__', fn)), '__module__', None) or ''
         return module.partition('.')[0] not in ('fastai', 'fastdistill')
     return [cb for cb in learn.cbs.sorted('order') if is_users(cb) or (training and isinstance(cb, MixHandler))]
 
 
 def with_callbacks(learn, b, i, ds_idx, training):
-    "(inputs, targets) after `before_batch` of the callbacks that change them; learner and callbacks are afterwards as before"
+    "(inputs, targets) as callbacks change them in `before_batch`; learner and callbacks are afterwards as before"
     with restored(learn, *learn.cbs):
         now,dl = vars(learn),learn.dls[ds_idx]
-        now.update(training=training, iter=i, dl=dl, n_iter=len(dl) if hasattr(dl, '__len__') and getattr(dl, 'n', 0) is not None else None)
+        now.update(training=training, iter=i, dl=dl, n_iter=number_of_batches(dl))
         for k,v in dict(epoch=0, n_epoch=1, pct_train=0., train_iter=0).items(): now.setdefault(k, v)
         learn._split(learn._set_device(b))
         for cb in changing_callbacks(learn, training):

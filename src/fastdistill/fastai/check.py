@@ -1,8 +1,7 @@
 "Mistakes between a teacher and a Learner that training would not show, reported before it."
 from contextlib import closing
 from types import SimpleNamespace
-from ..doctor.classes import few_names
-from ..doctor.findings import Finding, Findings
+from ..doctor.findings import Finding, Findings, few_names
 from ..doctor.outputs import BATCHES, check_outputs, single_teachers
 from ..outputs import DistillError
 from .batches import PreparationError, prepared_batches
@@ -12,7 +11,8 @@ from .vocab import CODES, describe_difference, map_classes, vocab_of
 
 __all__ = ['check_teacher', 'find_mistakes']
 
-KIND_IN_WORDS = dict(softmax='one class of several (softmax)', sigmoid='each label by itself (sigmoid)', regression='numbers (regression)')
+KIND_IN_WORDS = dict(softmax='one class of several (softmax)', sigmoid='each label by itself (sigmoid)',
+                     regression='numbers (regression)')
 
 
 def check_teacher(
@@ -24,7 +24,8 @@ def check_teacher(
     output=None # which of the student's outputs is distilled, as in `Distiller`
 ) -> Findings:
     "Compare what the teacher expects with what it will get, and measure on a few batches what it knows of the task"
-    if not hasattr(learn, 'dls'): learn = SimpleNamespace(dls=learn, model=None, loss_func=getattr(learn, 'loss_func', None))
+    if not hasattr(learn, 'dls'):
+        learn = SimpleNamespace(dls=learn, model=None, loss_func=getattr(learn, 'loss_func', None))
     task = task or task_of(learn.loss_func)
     return find_mistakes(learn, teacher_of(teacher, learn, task), task, recipe, n, output)
 
@@ -62,8 +63,8 @@ def shared_parameters(learn, teacher, task):
     if learn.model is None: return
     ids = teacher.parameters_ids
     if both := [n for n,p in learn.model.named_parameters() if id(p) in ids]:
-        yield Finding('error',
-                      f"Student and teacher share {len(both)} parameters ({few_names(both, 3)}), so the teacher would change with the student",
+        yield Finding('error', f"Student and teacher share {len(both)} parameters ({few_names(both, 3)}), so the "
+                      "teacher would change with the student",
                       "Build the student from a copy: copy.deepcopy(teacher.model)")
 
 
@@ -75,7 +76,8 @@ def kinds(learn, teacher, task):
                       f"Do not pass kind, or pass kind={own!r}")
     for t in with_learners(teacher):
         if (theirs := known_kind(t.learner.loss_func)) not in (None, task.kind):
-            yield Finding('error', f"The teacher was trained to predict {KIND_IN_WORDS[theirs]}, the student predicts {KIND_IN_WORDS[task.kind]}",
+            yield Finding('error', f"The teacher was trained to predict {KIND_IN_WORDS[theirs]}, the student predicts "
+                          f"{KIND_IN_WORDS[task.kind]}",
                           "Take a teacher of the student's task, or give both the same kind of loss function")
 
 
@@ -90,12 +92,13 @@ def labels(learn, teacher, task):
         found = None if task.kind == 'regression' else map_classes(vocab_of(learn.dls), vocab_of(o.learner.dls))
         if found is None or found.same: continue
         if found.missing:
-            yield Finding('error', f"The teacher does not know {len(found.missing)} of the student's classes ({few_names(found.missing, 5)}); "
-                          f"it knows {few_names(vocab_of(o.learner.dls), 8)}",
+            yield Finding('error', f"The teacher does not know {len(found.missing)} of the student's classes "
+                          f"({few_names(found.missing, 5)}); it knows {few_names(vocab_of(o.learner.dls), 8)}",
                           "Take a teacher trained on the student's classes, or train the student on the teacher's")
         else:
             extra = f", and {len(found.extra)} more, which are not used" if found.extra else ''
-            yield Finding('note', f"The teacher has the student's classes in another order{extra}", "Its outputs are mapped by name")
+            yield Finding('note', f"The teacher has the student's classes in another order{extra}",
+                          "Its outputs are mapped by name")
 
 
 def codings(learn, teacher, task):
@@ -111,10 +114,11 @@ def codings(learn, teacher, task):
 
 
 SAME_TABLE = "the teacher's own dls, or teacher.dls.train_ds.new(df) for another table"
-CODING_FIXES = {'tokens': "TextDataLoaders(..., text_vocab=...) or TextBlock(vocab=...) with its token vocab", 'categories': SAME_TABLE,
-                'columns of numbers': SAME_TABLE}
+CODING_FIXES = {'tokens': "TextDataLoaders(..., text_vocab=...) or TextBlock(vocab=...) with its token vocab",
+                'categories': SAME_TABLE, 'columns of numbers': SAME_TABLE}
 
 
 def normalization(learn, teacher, task):
     if teacher.adapts:
-        yield Finding('note', f"The teacher was trained with another normalization ({teacher.adapts})", "Its images are normalized again for it")
+        yield Finding('note', f"The teacher was trained with another normalization ({teacher.adapts})",
+                      "Its images are normalized again for it")
