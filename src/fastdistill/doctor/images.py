@@ -3,9 +3,10 @@ import torch
 from torch import Tensor
 from ..teacher.images import affine, is_image, stats_of
 from ..teacher.teacher import Teacher
+from ..task import fit_labels
 from .findings import Finding
 from .runs import teacher_logits
-from .tally import METRICS, fit_labels
+from .tally import METRICS
 
 __all__ = ['renormalized_images']
 

@@ -3,12 +3,13 @@ from itertools import chain
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from ..task import fit_labels
 from .findings import Finding, Findings
 from .recipe import check_recipe
 from .runs import guarded_random_state, student_logits, teacher_logits
 from .scores import low_score, saturated
 from .shapes import UnknownId, checked_ids, mismatches, unknown_id, unscored
-from .tally import Tally, fit_labels
+from .tally import Tally
 
 __all__ = ['BATCHES', 'check_outputs', 'single_teachers']
 

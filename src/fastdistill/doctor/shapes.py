@@ -1,10 +1,9 @@
 "What cannot be right about one batch: shapes, a class axis, labels and ids that do not fit."
 from contextlib import contextmanager
-from dataclasses import replace
 from math import prod
 from torch import nn
+from ..task import fit_labels, fitting_axes
 from .findings import Finding
-from .tally import fit_labels
 
 __all__ = ['UnknownId', 'checked_ids', 'mismatches', 'unknown_id', 'unscored']
 
@@ -75,8 +74,7 @@ def one_class(s, t, y, task):
 
 def axis_differs(s, t, y, task):
     if y is None or task.kind != 'softmax' or fit_labels(y, t, task) is not None: return
-    fits = [i for i in range(1, len(t)) if fit_labels(y, t, replace(task, axis=i)) is not None]
-    fits = [-1 if i == len(t)-1 else i for i in fits]
+    fits = [-1 if i == len(t)-1 else i for i in fitting_axes(y, t)]
     if fits:
         return Finding('error', f"The outputs, of shape {tuple(t)}, have their classes along axis {task.axis}, but the "
                        f"labels have shape {tuple(y.shape)}: they fit classes along axis {' or '.join(map(str, fits))}",

@@ -3,27 +3,11 @@ import torch
 from torch import Tensor
 from .findings import Facts
 
-__all__ = ['METRICS', 'Tally', 'fit_labels']
+__all__ = ['METRICS', 'Tally']
 
 MOST_CLASSES = 1000 # beyond, a table of what is predicted for which class is too large
 FEW = 16 # fewer items show nothing
 METRICS = dict(softmax='accuracy', sigmoid='accuracy per label', regression='squared error')
-
-
-def fit_labels(
-    y, # labels of a batch
-    shape, # of the outputs
-    task
-) -> Tensor|None:
-    "The labels in the shape of the predictions, class numbers where there are classes; None if they do not fit"
-    shape = tuple(shape)
-    if task.kind != 'softmax': return y.reshape(shape) if y.numel() == torch.Size(shape).numel() else None
-    # a probability for each class
-    if y.is_floating_point(): return y.argmax(task.axis) if tuple(y.shape) == shape else None
-    axis = task.axis % len(shape)
-    wanted = shape[:axis] + shape[axis+1:]
-    squeezed = lambda s: [n for n in s if n != 1]
-    return y.long().reshape(wanted) if squeezed(y.shape) == squeezed(wanted) else None
 
 
 class Tally:
