@@ -175,10 +175,10 @@ class Distiller(nn.Module):
         with Taps(self.student, self.student_layers(terms)) as taps:
             raw = self.student(*args, **kwargs)
             s = self.student_outputs(raw, taps.pop(), x)
-        t,(task,targets) = self.teacher_outputs(x, progress),self._labels(x, s.logits, targets)
+        t,(task,targets) = self.teacher_outputs(x, progress),self.labels(x, s.logits, targets)
         return self.compute(s, t, task, targets, progress=progress)
 
-    def _labels(self, x, logits, targets):
+    def labels(self, x, logits, targets):
         "The labels' own loss, and the targets each where it is predicted"
         if not targets: return None,targets
         if self.shift_labels is None:
