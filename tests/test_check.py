@@ -145,7 +145,7 @@ def test_another_normalisation_of_images_is_mended_and_said(capsys):
 
 def test_another_shape_of_output_is_an_error():
     student,_ = toy()
-    refuses(student, nn.Linear(8, 5), r"student's output has shape \(16, 4\), the teacher's \(16, 5\).*same classes.*Teacher\(teacher, select=")
+    refuses(student, nn.Linear(8, 5), r"student's output has shape \(16, 4\), the teacher's \(16, 5\).*same classes.*Teacher\(model, select=")
     student,_ = pair('unet')
     refuses(student, lambda x: torch.randn(len(x), 4, 8, 8), r"\(16, 4, 16, 16\), the teacher's \(16, 4, 8, 8\).*same resolution")
     student,_ = pair('points')
