@@ -19,4 +19,4 @@ __all__ = ['DistillError', 'DistillWarning', 'Distiller', 'KnowledgeDistillation
            'TeacherCache', 'Term', 'cache_teacher', 'check_teacher', 'dkd', 'hard_labels', 'kd', 'logit_std', 'nkd', 'recipes',
            'soft_labels', 'verify_cache']
 
-docments.explain_all(sys.modules[__name__])
+for _face in (recipes, sys.modules[__name__]): docments.explain_all(_face)
