@@ -1,4 +1,4 @@
-"The doctor without a framework: what it measures, and mistakes that it finds in a few batches of tensors. Each has a healthy case beside it."
+"The doctor without a framework: what it measures and finds in a few batches of tensors, a healthy case beside each."
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
@@ -55,16 +55,19 @@ def test_the_facts_stand_above_the_findings():
     found = check(knowing(scale=2.), x, y)
     assert found == [] and isinstance(found, Findings)
     score,top = f'{found.facts.teacher_score:.3f}',f'{found.facts.top_prob_valid:.3f}'
-    assert repr(found).splitlines() == [f'accuracy on 200 validation items: teacher {score}, constant {found.facts.constant_score:.3f}',
-                                        f"teacher's mean top probability: validation {top}", 'Nothing found: the teacher fits.']
+    assert repr(found).splitlines() == [
+        f'accuracy on 200 validation items: teacher {score}, constant {found.facts.constant_score:.3f}',
+        f"teacher's mean top probability: validation {top}", 'Nothing found: the teacher fits.']
 
 def test_facts_of_labels_and_of_numbers():
     g = torch.Generator().manual_seed(0)
     x,y = torch.randn(100, 3, generator=g),torch.rand(100, 3, generator=g)
     f = check(linear(torch.eye(3)), x, (y > .3).float(), Task('sigmoid')).facts
-    assert f.metric == 'accuracy per label' and f.teacher_score == pytest.approx(((x > 0) == (y > .3)).double().mean().item())
+    assert f.metric == 'accuracy per label'
+    assert f.teacher_score == pytest.approx(((x > 0) == (y > .3)).double().mean().item())
     assert f.constant_score == pytest.approx((y > .3).double().mean(0).mean().item())
-    assert f.top_prob_valid == pytest.approx(torch.stack([(5*x).sigmoid(), (-5*x).sigmoid()]).max(0).values.mean().item())
+    top = torch.stack([(5*x).sigmoid(), (-5*x).sigmoid()]).max(0).values
+    assert f.top_prob_valid == pytest.approx(top.mean().item())
     f = check(linear(torch.eye(3), 1.), x, x+y, Task('regression')).facts
     assert f.metric == 'squared error' and f.teacher_score == pytest.approx(y.pow(2).mean().item())
     assert f.constant_score == pytest.approx((x+y).var(0, correction=0).mean().item()) and f.top_prob_valid is None
@@ -93,16 +96,19 @@ NAMES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
 
 def test_three_swapped_pairs_of_classes_are_named_with_the_list_to_paste():
     x,y = rows()
-    f = one(check(knowing(order=SWAPPED), x, y, names=NAMES), 'error', "'airplane' and 'automobile', 'bird' and 'cat', 'deer' and 'dog' are swapped",
-            f'Teacher(model, select={SWAPPED})', f"its accuracy is {check(knowing(order=SWAPPED), x, y).facts.teacher_score:.3f}")
+    score = check(knowing(order=SWAPPED), x, y).facts.teacher_score
+    f = one(check(knowing(order=SWAPPED), x, y, names=NAMES), 'error', f"its accuracy is {score:.3f}",
+            "'airplane' and 'automobile', 'bird' and 'cat', 'deer' and 'dog' are swapped",
+            f'Teacher(model, select={SWAPPED})')
     assert f"in this one {check(knowing(), x, y).facts.teacher_score:.3f}" in str(f)
     assert check(Teacher(knowing(order=SWAPPED), select=SWAPPED), x, y) == []
     assert 'class 0 and class 1, class 2' in str(check(knowing(order=SWAPPED), x, y))
 
-def test_a_circle_of_classes_is_told_output_by_output():
+def test_a_circle_of_classes_is_described_output_by_output():
     x,y = rows()
     circle = [2, 0, 1, *range(3, 10)]      # output 0 is class 2
-    one(check(knowing(order=circle), x, y, names=NAMES), 'error', "'airplane' is its output 1, 'automobile' is its output 2, 'bird' is its output 0",
+    one(check(knowing(order=circle), x, y, names=NAMES), 'error',
+        "'airplane' is its output 1, 'automobile' is its output 2, 'bird' is its output 0",
         'select=[1, 2, 0, 3, 4, 5, 6, 7, 8, 9]')
 
 def test_a_selection_that_is_wrong_is_replaced_as_a_whole():
@@ -124,11 +130,12 @@ def test_swapped_classes_of_a_segmentation_are_found():
     assert check(lambda x: 5*x, x, y, task) == []
     one(check(lambda x: 5*x[:, [0, 2, 1, 3]], x, y, task), 'error', 'class 1 and class 2 are swapped')
 
-def test_a_class_without_items_is_a_guess_and_said():
+def test_the_place_of_a_class_without_items_is_called_a_guess():
     x,y = rows(1000)
     keep = (y != 1) & (y != 0)
     order = [0, 2, 1, *range(3, 10)]       # of 1 and 2 only 2 is seen
-    assert '(1 without an item here, whose place is a guess: a larger n= looks at more)' in str(one(check(knowing(order=order), x[keep], y[keep]), 'error'))
+    one(check(knowing(order=order), x[keep], y[keep]), 'error',
+        '(1 without an item here, whose place is a guess: a larger n= looks at more)')
 
 @pytest.mark.parametrize('seed', range(8))
 @pytest.mark.parametrize('k', [2, 3, 10, 100])
@@ -140,7 +147,8 @@ def test_no_order_is_proposed_for_teachers_that_are_right_weak_confused_or_rando
     x,y = rows(256, k, .5, seed)
     w = torch.eye(k)
     w[0] = .9*w[1]                         # it takes class 0 for class 1
-    for teacher in (linear(w), linear(torch.randn(k, k, generator=g)) if k > 2 else linear(torch.eye(2)), lambda x: F.one_hot(torch.zeros(len(x)).long(), k).float(),
+    random = linear(torch.randn(k, k, generator=g)) if k > 2 else knowing(k)       # of two classes, one may be right
+    for teacher in (linear(w), random, lambda x: F.one_hot(torch.zeros(len(x)).long(), k).float(),
                     lambda x: torch.randn(len(x), k, generator=g)): assert not swaps(teacher, x, y)
 
 
@@ -172,11 +180,13 @@ def test_a_usual_normalization_that_fits_better_is_named(given, wanted):
     (x,y),(m,s) = photos(),[torch.tensor(o).view(-1, 1, 1) for o in STATS[given]]
     found = check(Teacher(Brightness(*STATS[wanted]), input_stats=STATS[given]), (x-m)/s, y)
     if given == wanted: assert found == []
-    else: one(found, 'warning', 'another normalization: accuracy 0.', f'(on 128 validation items). State what it learned from: Teacher(model, stats={wanted})')
+    else: one(found, 'warning', 'another normalization: accuracy 0.',
+              f'(on 128 validation items). State what it learned from: Teacher(model, stats={wanted})')
 
 def test_stats_that_are_wrong_are_noticed_too():
     x,y = photos()
-    one(check(Teacher(Brightness([0.], [1.]), stats='imagenet', input_stats=(0, 1)), x, y), 'warning', 'numbers from 0 to 1', 'stats=(0, 1)')
+    teacher = Teacher(Brightness([0.], [1.]), stats='imagenet', input_stats=(0, 1))
+    one(check(teacher, x, y), 'warning', 'numbers from 0 to 1', 'stats=(0, 1)')
 
 def test_a_weak_teacher_with_the_right_normalization_is_not_suspected():
     x,y = photos(512, wrong=.5)
@@ -189,8 +199,9 @@ def test_the_normalization_of_a_regression_is_found():
     class Mean(Brightness):
         def forward(self, x): return (x*self.std + self.mean).mean((1, 2, 3))[:, None]
     target,task = CENTERS[y][:, None],Task('regression')
-    one(check(Teacher(Mean(*IMAGENET), input_stats=(0, 1), kind='regression'), x, target, task), 'warning', "squared error 0.", "stats='imagenet'")
-    assert check(Teacher(Mean(*IMAGENET), stats='imagenet', input_stats=(0, 1), kind='regression'), x, target, task) == []
+    teacher = Teacher(Mean(*IMAGENET), input_stats=(0, 1), kind='regression')
+    one(check(teacher, x, target, task), 'warning', "squared error 0.", "stats='imagenet'")
+    assert check(Teacher(teacher, stats='imagenet'), x, target, task) == []
 
 
 # tokens
@@ -209,7 +220,8 @@ def texts(n=256, vocab=40):
 
 def test_ids_beyond_the_teachers_embedding_are_an_error_before_they_crash():
     x,y = texts()
-    one(check(Reader(30), x, y), 'error', "ids up to 39, but the teacher's embedding emb has 30 rows, 0 to 29", 'another tokenizer')
+    one(check(Reader(30), x, y), 'error', "ids up to 39, but the teacher's embedding emb has 30 rows, 0 to 29",
+        'another tokenizer')
     assert check_outputs(Teacher(Reader(30)), SOFTMAX, [((dict(input_ids=x),), (y,))])[0].level == 'error'
     assert check(Reader(40), x, y, student=Reader(40)) == [] and check(Reader(64), x, y, student=Reader(40)) == []
 
@@ -228,7 +240,8 @@ def test_unknown_ids_are_found_in_any_embedding_that_runs():
     one(check(Positions(5, True), x, y), 'error', 'ids that an embedding of the teacher does not have')
     ensemble = Teacher([Reader(40), Reader(30)])
     one(check(ensemble, x, y), 'error', 'embedding 1.emb has 30 rows')
-    assert check(Positions(9), x, y) == [] and not [m for m in ensemble.modules for m in m.modules() if m._forward_pre_hooks]
+    assert check(Positions(9), x, y) == []
+    assert not [m for o in ensemble.modules for m in o.modules() if m._forward_pre_hooks]
     class Images(nn.Module):
         "Whole numbers that are no ids"
         def __init__(self):
@@ -245,14 +258,16 @@ def test_a_teacher_near_chance_with_another_vocabulary_may_have_another_tokenize
         def forward(self, input_ids): return self.emb((input_ids*7 + 3) % 50)
     other = Other(50)
     other.emb.weight.data = torch.randn(50, 4, generator=torch.Generator().manual_seed(4))
-    one(check(other, x, y, student=Reader(40)), 'warning', "The teacher's embedding has 50 rows, the student's 40", 'another tokenizer')
+    one(check(other, x, y, student=Reader(40)), 'warning', "The teacher's embedding has 50 rows, the student's 40",
+        'another tokenizer')
 
 
 # how certain, how good
 
 def test_a_teacher_that_is_certain_of_its_training_data_is_noted():
     x,y = rows()
-    one(check(knowing(), x, y, train=batches(40*x, y)), 'note', 'its mean top probability there is 0.99', '(validation: 0.7', 'nearly one-hot', 'higher T, stronger augmentation')
+    one(check(knowing(), x, y, train=batches(40*x, y)), 'note', 'its mean top probability there is 0.99',
+        '(validation: 0.7', 'nearly one-hot', 'higher T, stronger augmentation')
     assert check(knowing(), x, y, train=batches(x, y)) == []
     assert check(knowing(), 40*x, y) == []       # of what it has not learned from it may be certain
 
@@ -274,10 +289,11 @@ def test_a_class_axis_that_does_not_fit_the_labels_is_an_error():
     "A language model's logits with the default axis trained a softmax over time"
     g = torch.Generator().manual_seed(0)
     x,y = torch.randn(16, 6, 11, generator=g),torch.randint(0, 11, (16, 6), generator=g)
-    f = one(check(lambda x: x, x, y, Task('softmax', 1)), 'error', 'The outputs, of shape (16, 6, 11), have their classes along axis 1, but the '
+    f = one(check(lambda x: x, x, y, Task('softmax', 1)), 'error',
+            'The outputs, of shape (16, 6, 11), have their classes along axis 1, but the '
             'labels have shape (16, 6): they fit classes along axis -1', 'axis=-1,')
     assert 'CrossEntropyLossFlat(axis=' in f.do
-    assert not check(lambda x: x, x, y, Task('softmax', -1)).errors and not check(lambda x: x, x, y, Task('softmax', 2)).errors
+    for axis in (-1, 2): assert not check(lambda x: x, x, y, Task('softmax', axis)).errors
     maps,masks = torch.randn(4, 3, 8, 6, generator=g),torch.randint(0, 3, (4, 8, 6), generator=g)
     assert 'axis=1,' in str(one(check(lambda x: x, maps, masks, Task('softmax', -1)), 'error'))
     assert not check(lambda x: x, maps, masks).errors and not check(lambda x: x, maps, masks[:, None]).errors
@@ -285,20 +301,23 @@ def test_a_class_axis_that_does_not_fit_the_labels_is_an_error():
 
 def test_labels_that_only_the_users_loss_function_can_read_are_a_note():
     x,y = rows(32)
-    f = one(check(knowing(), x, torch.ones(32, 4), Task('sigmoid')), 'note', 'The labels have shape (32, 4), the outputs (32, 10)', 'cannot be measured')
+    f = one(check(knowing(), x, torch.ones(32, 4), Task('sigmoid')), 'note', 'cannot be measured',
+            'The labels have shape (32, 4), the outputs (32, 10)')
     assert check(knowing(), x, torch.ones(32, 4), Task('sigmoid')).facts.n == 0 and 'loss function' in f.do
     one(check(knowing(), x, torch.ones(32, 2, 2).long()), 'note', 'cannot be measured')
     assert check_outputs(Teacher(knowing()), SOFTMAX, [((x,), (['a']*32,))]) == []
 
 def test_labels_beyond_the_classes_are_an_error():
     x,y = rows(32)
-    one(check(knowing(), x, y+1), 'error', 'There is a label 10, but the outputs have 10 classes, 0 to 9', 'ignore_index')
+    one(check(knowing(), x, y+1), 'error', 'There is a label 10, but the outputs have 10 classes, 0 to 9',
+        'ignore_index')
     assert not check(knowing(), x, y.where(y < 8, 255), Task('softmax', 1, 255)).errors
-    assert not check(knowing(), x, y[:, None].to(torch.int8)).errors and not check(knowing(), x, F.one_hot(y, 10).float()).errors
+    for labels in (y[:, None].to(torch.int8), F.one_hot(y, 10).float()): assert not check(knowing(), x, labels).errors
 
 def test_a_softmax_over_one_class_is_an_error():
     x,y = torch.randn(32, 3),torch.zeros(32).long()
-    one(check(nn.Linear(3, 1), x, y), 'error', 'The outputs, of shape (32, 1), have 1 class along axis 1, and its softmax is always 1', "kind='sigmoid'")
+    one(check(nn.Linear(3, 1), x, y), 'error', "kind='sigmoid'",
+        'The outputs, of shape (32, 1), have 1 class along axis 1, and its softmax is always 1')
 
 
 # the recipe
@@ -315,7 +334,8 @@ def test_correlations_and_standardized_logits_have_no_meaning_for_two_classes(na
 
 def test_other_recipes_may_have_two_classes():
     x,y = rows(64, 2, .3)
-    for recipe in (kd(), dkd(), soft_labels(), Term(losses.kl), dist(beta=0.)): assert check(knowing(2), x, y, recipe=recipe) == []
+    for recipe in (kd(), dkd(), soft_labels(), Term(losses.kl), dist(beta=0.)):
+        assert check(knowing(2), x, y, recipe=recipe) == []
 
 def test_a_term_whose_student_layers_are_frozen_is_noted():
     x,y = rows(64)
@@ -326,7 +346,7 @@ def test_a_term_whose_student_layers_are_frozen_is_noted():
     teacher[4] = nn.Linear(12, 10)
     assert ask(pairs) == []
     student[0].requires_grad_(False)
-    assert 'hint compares frozen layers of the student (0)' in one(ask(pairs), 'note', 'trains only its projector', 'unfreeze()').what
+    one(ask(pairs), 'note', 'hint compares frozen layers of the student (0)', 'trains only its projector', 'unfreeze()')
     student[2].requires_grad_(False)
     one(ask(pairs), 'note', '(0, 2)')
     one(ask(hint('auto')), 'note', 'frozen layers')
@@ -339,6 +359,7 @@ def test_a_term_whose_student_layers_are_frozen_is_noted():
 
 def test_batches_that_are_dicts_reach_both_models():
     x,y = texts()
+    right = (Reader(40)(x).argmax(1) == y).double().mean().item()
     class Whole(nn.Module):
         "Takes the whole dict, as fastai calls it"
         def __init__(self):
@@ -348,13 +369,15 @@ def test_batches_that_are_dicts_reach_both_models():
     for student in (Reader(40), Whole()):
         for teacher in (Reader(40), Whole(), lambda d: Outputs(Reader(40)(d['input_ids']))):
             f = check_outputs(Teacher(teacher), SOFTMAX, [((dict(input_ids=x),), (y,))], student).facts
-            assert f.teacher_score == f.student_score == pytest.approx((Reader(40)(x).argmax(1) == y).double().mean().item())
+            assert f.teacher_score == f.student_score == pytest.approx(right)
 
 def test_errors_stop_a_fit_and_notes_are_printed(capsys):
     x,y = rows(64)
     found = check(knowing(), x, y, train=batches(40*x, y))
     assert found.enforce() is found
     out = capsys.readouterr().out
-    assert out.startswith('fastdistill: accuracy on 64 validation items: teacher ') and 'nearly one-hot. A higher T' in out
-    with pytest.raises(DistillError, match='Mistakes were found before training'): check(knowing(), x, y+1).enforce(facts=False)
+    assert out.startswith('fastdistill: accuracy on 64 validation items: teacher ')
+    assert 'nearly one-hot. A higher T' in out
+    with pytest.raises(DistillError, match='Mistakes were found before training'):
+        check(knowing(), x, y+1).enforce(facts=False)
     assert capsys.readouterr().out == ''

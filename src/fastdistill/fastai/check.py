@@ -63,7 +63,7 @@ def shared_parameters(learn, teacher, task):
     if learn.model is None: return
     ids = teacher.parameters_ids
     if both := [n for n,p in learn.model.named_parameters() if id(p) in ids]:
-        yield Finding('error', f"Student and teacher share {len(both)} parameters ({few_names(both, 3)}), so the "
+        yield Finding('error', f"Student and teacher share {len(both)} parameters ({few_names(both, 3)}), so that the "
                       "teacher would change with the student",
                       "Build the student from a copy: copy.deepcopy(teacher.model)")
 
@@ -102,14 +102,14 @@ def labels(learn, teacher, task):
 
 
 def codings(learn, teacher, task):
-    "Tokens and categories are numbers that only mean the same under the same coding"
+    "Numbers that stand for tokens or categories mean the same to both models only in the same coding"
     for o in with_learners(teacher):
         a,b = learn.dls,o.learner.dls
         for name,read in CODES.items():
             s,t = read(a),read(b)
             if s is None or t is None or s == t: continue
-            yield Finding('error', f"Student and teacher code their {name} differently ({describe_difference(s, t)}), "
-                          "so the teacher would read others than the student",
+            yield Finding('error', f"Student and teacher code their {name} differently ({describe_difference(s, t)}), so that "
+                          "the same numbers mean something else to the teacher",
                           f"Make the student's DataLoaders with the teacher's coding: {CODING_FIXES[name]}")
 
 
