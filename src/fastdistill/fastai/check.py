@@ -4,6 +4,7 @@ from fastai.basics import L, is_listy
 from ..doctor import BATCHES, KIND_IN_WORDS, Finding, Findings, check_outputs, few_names, single_teachers
 from ..outputs import DistillError, as_plain
 from .task import task_of
+from ..teacher.hidden import has_reset, why_no_reset
 from ..teacher.teacher import Teacher
 from .teachers import teacher_of
 from .vocab import CODES, describe_difference, map_classes, vocab_of
@@ -35,7 +36,7 @@ def check_teacher(
     task = task or task_of(learn.loss_func)
     teacher = fitting_teacher(teacher, learn, task)
     found = Findings()
-    for f in (shared_parameters, kinds, labels, codings, normalization): found += f(learn, teacher, task)
+    for f in (shared_parameters, resets, kinds, labels, codings, normalization): found += f(learn, teacher, task)
     if not any(f.level == 'error' for f in found): found += check_outputs(teacher, task, checked_batches(learn), learn.model, output)
     return found
 
@@ -50,6 +51,13 @@ def shared_parameters(learn, teacher, task):
         yield Finding('error',
                       f"Student and teacher share {len(both)} parameters ({few_names(both, 3)}), so the teacher would change with the student",
                       "Build the student from a copy: copy.deepcopy(teacher.model)")
+
+
+def resets(learn, teacher, task):
+    "fastai calls the student's `reset` whatever it does"
+    if has_reset(learn.model) and (why := why_no_reset(learn.model)):
+        yield Finding('error', f"The student's method reset() {why}, and fastai calls it whenever it fits, validates or predicts",
+                      "Give the method another name")
 
 
 def kinds(learn, teacher, task):
