@@ -1,4 +1,5 @@
 "Mistakes that training would not show are reported before it: what the doctor reads off Learners and DataLoaders."
+import copy, re
 import numpy as np
 import pytest, torch
 import torch.nn.functional as F
@@ -243,6 +244,26 @@ def test_batchnorm_in_training_mode_in_a_function_is_noticed():
     model = pair('image')[1].model.train()
     warns(student, lambda x: model(x),
           r'for a sample depend on the rest of its batch \(is batch-norm in training mode\?\)')
+
+def test_batchnorm_in_training_mode_is_noticed_in_batches_that_are_dicts():
+    class OfDict(nn.Sequential):
+        def forward(self, batch): return super().forward(batch['x'])
+    student,teacher = toy()
+    items = [({'x': x}, y) for x,y in zip(*apps.rows())]
+    student.dls,student.model = DataLoaders.from_dsets(items[:64], items[64:], bs=4, num_workers=0),OfDict(*student.model)
+    norm = nn.BatchNorm1d(8).train()
+    warns(student, lambda batch: teacher(norm(batch['x'])), 'for a sample depend on the rest of its batch')
+
+
+def test_a_student_whose_reset_reinitializes_is_an_error_before_it_is_trained():
+    class Reinitializes(nn.Linear):
+        def reset(self): self.reset_parameters()
+    student,teacher = toy()
+    student.model = Reinitializes(8, 4)
+    was,rng = copy.deepcopy(student.model.state_dict()),torch.get_rng_state()
+    says, = [f for f in check_teacher(student, teacher) if f.level == 'error']
+    assert re.match(r"The student's method reset.. changes weights .weight, bias., and fastai calls it whenever it fits, validates", says.what)
+    assert all(torch.equal(v, was[k]) for k,v in student.model.state_dict().items()) and torch.equal(torch.get_rng_state(), rng)
 
 
 # kinds

@@ -1,14 +1,15 @@
 "Learners and exported Learners as teachers: they answer as the Learner itself does, and are afterwards as they were."
 import copy, importlib, random, sys
+from collections import OrderedDict
 import numpy as np
 import pytest, timm, torch, torchvision
 from torch import nn
 import apps
 from apps import APPS, answers, image_dls, plain, quiet, same, snapshot
-from fastai.basics import Callback, L, Learner, noop
+from fastai.basics import Callback, DataLoader, DataLoaders, L, Learner, noop
 from fastai.test_utils import synth_learner
 from fastai.vision.all import CategoryBlock, Flatten, Normalize
-from fastdistill import kd
+from fastdistill import Term, kd, losses
 from fastdistill.fastai import cache_teacher
 from fastdistill.fastai.teachers import image_stats, teacher_of
 from fastdistill.outputs import DistillError, DistillWarning
@@ -236,3 +237,35 @@ def test_alpha_0_is_no_distillation_whatever_the_teacher_draws(teacher):
         else: student.fit_one_cycle(2, 1e-3)
         return snapshot(student.model)
     assert same(run(True), run(False))
+
+
+# batches that are dicts
+
+class OneDict(nn.Module):
+    "Takes the whole batch as one argument, as fastai passes it"
+    def __init__(self): super().__init__(); self.net = net()
+    def forward(self, batch): return self.net(batch['image'])
+
+class ByName(OneDict):
+    def forward(self, image, size=None): return self.net(image)
+
+
+@pytest.mark.parametrize('make', [OneDict, ByName])
+def test_a_batch_that_is_a_dict_trains_like_the_tensor_in_it(make, capsys):
+    recipe = kd(T=2.) + Term(losses.at, layers={'net.2': 'net.2'})
+    def run(as_dict):
+        random.seed(5)
+        g = torch.Generator().manual_seed(0)
+        x,y = torch.randn(32, 3, 8, 8, generator=g),torch.randint(3, (32,), generator=g)
+        items = [({'image': a, 'size': torch.tensor(8)} if as_dict else a, b) for a,b in zip(x, y)]
+        dls = DataLoaders(DataLoader(items[:24], bs=8, shuffle=True), DataLoader(items[24:], bs=8))
+        torch.manual_seed(1)
+        student,teacher = (OneDict() if as_dict else nn.Sequential(OrderedDict(net=net()))),make()
+        teacher.net(x)      # batch-norm has seen something
+        learn, = quiet(Learner(dls, student, loss_func=nn.CrossEntropyLoss()))
+        found = learn.check_teacher(teacher if as_dict else teacher.net, kind='softmax')
+        assert not [f for f in found if f.level == 'error']
+        learn.distill(teacher if as_dict else nn.Sequential(OrderedDict(net=teacher.net)), 2, 1e-2, recipe, check=False)
+        return student.state_dict(),str(found),capsys.readouterr().out
+    (a,*says),(b,*also) = run(True),run(False)
+    assert all(torch.equal(v, b[k]) for k,v in a.items()) and says == also and 'net.2' in says[1]

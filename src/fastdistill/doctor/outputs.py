@@ -3,6 +3,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from ..outputs import map_tensors, tensors_in
 from ..task import fit_labels
 from .findings import Finding, Findings
 from .recipe import check_recipe
@@ -64,9 +65,10 @@ def unsteady(teacher, xb, t):
         return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=.05*largest, equal_nan=True)
     # modules that a function holds cannot be put in evaluation mode from here
     function = any(o.module is None and o.path is None for o in single_teachers(teacher))
-    can_cut = function and len(t) > 1 and all(isinstance(x, Tensor) and len(x) == len(t) for x in xb)
+    parts = list(tensors_in(xb))
+    can_cut = function and len(t) > 1 and parts and all(o.dim() and len(o) == len(t) for o in parts)
     if not near(teacher_logits(teacher, xb), t): why = "differ from call to call for the same batch (is dropout on?)"
-    elif can_cut and not near(teacher_logits(teacher, [x[:-1] for x in xb]), t[:-1]):
+    elif can_cut and not near(teacher_logits(teacher, map_tensors(xb, lambda o: o[:-1])), t[:-1]):
         why = "for a sample depend on the rest of its batch (is batch-norm in training mode?)"
     else: return
     yield Finding('warning', f"The teacher's outputs {why}",

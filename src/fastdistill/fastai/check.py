@@ -6,6 +6,7 @@ from ..doctor.outputs import BATCHES, check_outputs, single_teachers
 from ..outputs import DistillError
 from .batches import PreparationError, prepared_batches
 from .task import task_of
+from ..teacher.hidden import has_reset, why_no_reset
 from .teachers import teacher_of
 from .vocab import CODES, describe_difference, map_classes, vocab_of
 
@@ -40,7 +41,7 @@ def find_mistakes(
 ) -> Findings:
     "The findings about a teacher that is built already"
     found = Findings()
-    for f in (shared_parameters, kinds, labels, codings, normalization): found += f(learn, teacher, task)
+    for f in (shared_parameters, resets, kinds, labels, codings, normalization): found += f(learn, teacher, task)
     if found.errors: return found
     valid,train = prepared_batches(learn, n, max(1, n//4))
     try:
@@ -66,6 +67,13 @@ def shared_parameters(learn, teacher, task):
         yield Finding('error', f"Student and teacher share {len(both)} parameters ({few_names(both, 3)}), so that the "
                       "teacher would change with the student",
                       "Build the student from a copy: copy.deepcopy(teacher.model)")
+
+
+def resets(learn, teacher, task):
+    "fastai calls the student's `reset` whatever it does"
+    if has_reset(learn.model) and (why := why_no_reset(learn.model)):
+        yield Finding('error', f"The student's method reset() {why}, and fastai calls it whenever it fits, validates or predicts",
+                      "Give the method another name")
 
 
 def kinds(learn, teacher, task):
