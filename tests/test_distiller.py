@@ -130,6 +130,50 @@ def test_a_loss_module_may_be_used_by_many():
     assert not {id(p) for p in a.own_parameters()} & {id(p) for p in b.own_parameters()} and not list(vid.parameters())
 
 
+# your own loss
+
+def wide(h, o=4, seed=1):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, h), nn.ReLU(), nn.Linear(h, o))
+
+def distance(s, t): return (s-t).pow(2).mean()
+
+@pytest.mark.parametrize('width', [1, 4])
+@pytest.mark.parametrize('mine', [distance, F.mse_loss, nn.MSELoss(), losses.loss()(distance)], ids=['function', 'torch', 'module', 'decorated'])
+def test_your_own_loss_of_layers_gets_its_projector(mine, width):
+    d = Distiller(wide(width), wide(8), Term(mine, layers={'0': '0'}), example=batch()[0])
+    assert d.pairs[0].projector == f'linear {width} -> 8' and len(d.own_parameters()) == 2
+    out = d(*batch())
+    f,k = d.student[0](batch()[0]),d.links[d.recipe.terms[0].name][0]
+    assert list(out.parts.values())[0].item() == pytest.approx(distance(k.projector(f, None), d.teacher.module[0](batch()[0])).item())
+
+def gram(s, t): return (s@s.T - t@t.T).pow(2).mean()
+
+@pytest.mark.parametrize('term', [Term(gram, layers={'0': '0'}, match='none'), Term(losses.loss(match='none')(gram), layers={'0': '0'}),
+                                  Term(losses.loss()(gram), layers={'0': '0'}, match='none')], ids=['plain', 'decorated', 'overridden'])
+def test_your_own_loss_of_relations_says_that_it_needs_no_projector(term):
+    d = Distiller(wide(4), wide(8), term, example=batch()[0])
+    assert d.pairs[0].projector == 'none' and not d.own_parameters() and d(*batch()).parts['gram'] > 0
+
+def test_what_a_term_says_counts_before_what_its_loss_says():
+    t = [Term(losses.at, layers='auto'), Term(losses.at, layers='auto', match='grid'), Term(losses.AT(), layers='auto'), Term(distance)]
+    assert [o.match for o in t] == ['none', 'grid', 'none', 'shape']
+    half = torch.randn(3, 4).half()
+    assert losses.loss()(distance)(half, half + 1).dtype == torch.float32
+
+def test_a_loss_of_logits_may_compare_layers_too():
+    d = Distiller(wide(4), wide(8), Term(losses.kl, layers={'0': '0'}, T=2.), kind='regression', task_loss=F.mse_loss, example=batch()[0])
+    assert d(batch()[0], torch.zeros(16, 4)).parts['kl'] > 0 and d.pairs[0].projector == 'linear 4 -> 8'
+
+@pytest.mark.parametrize('make,says', [
+    (lambda: losses.loss(distance), r'decorator with options: write @loss\(\) above your function'),
+    (lambda: losses.loss(match='places'), "match='places': possible are 'shape', 'grid', 'none'"),
+    (lambda: losses.loss(kind='classes'), "kind='classes': possible are None, 'softmax', 'sigmoid', 'regression'"),
+    (lambda: Term(distance, layers='auto', match='same'), "match='same': possible are 'shape', 'grid' and 'none' .what distance needs")])
+def test_what_a_loss_needs_is_one_of_few_words(make, says):
+    with pytest.raises(DistillError, match=says): make()
+
+
 # which positions count
 
 def test_positions_without_a_label_do_not_count_in_dense_tasks():
@@ -202,6 +246,8 @@ def test_an_optimizer_made_before_the_projectors_is_refused():
     d = Distiller(mlp(6), mlp(16), kd() + hint())
     with pytest.raises(DistillError, match=r'are not built yet.*give the Distiller a batch of inputs, Distiller\(..., example=x\)'):
         torch.optim.SGD(d.parameters(), .1)
+    with pytest.raises(DistillError, match='not built yet'):
+        list(Distiller(mlp(6), mlp(16), Term(losses.at, layers={'2': '2'}, projector='mlp')).parameters())
     d(*batch())
     assert len(list(d.parameters())) == 8
     assert len(list(Distiller(mlp(6), mlp(16), kd()).parameters())) == 6       # no layers, no projectors
@@ -221,12 +267,62 @@ def test_total_is_task_and_parts_by_their_weights():
     assert out.weights == pytest.approx(dict(task=.3, kd=.7, hint=.5)) and out.total.item() == pytest.approx(want.item())
     assert out.task.item() == pytest.approx(F.cross_entropy(d.student(x), y).item()) and not out.parts['hint'].requires_grad
 
-def test_a_part_of_weight_0_is_measured_but_not_trained():
+def test_a_part_of_weight_0_is_measured_in_validation_but_not_trained():
     d = Distiller(mlp(6), mlp(16, 1), kd(alpha=0.) + hint(0.), example=batch()[0])
     out = d(*batch())
-    assert out.added is None and out.total is out.task and out.parts['kd'] > 0 and out.parts['hint'] > 0
+    assert out.added is None and out.total is out.task and out.parts == {} and out.weights == dict(task=1., kd=0., hint=0.)
     out.total.backward()
     assert all(p.grad is None for p in d.own_parameters())
+    with torch.no_grad(): out = d(*batch())
+    assert out.total is out.task and out.parts['kd'] > 0 and out.parts['hint'] > 0
+
+class Asked(nn.Module):
+    "A teacher that counts how often it is asked, and draws random numbers each time"
+    def __init__(self): super().__init__(); self.net,self.times = mlp(16, 1),0
+    def forward(self, x):
+        self.times += 1
+        return self.net(x) + .1*torch.randn(len(x), 4)
+
+@pytest.mark.parametrize('recipe,when', [(kd(alpha=0.), (0., .5, 1.)), (Recipe(Term(losses.kl, stop_at=.5)), (.5, 1.)),
+                                         (Recipe(Term(losses.kl, 0.), Term(losses.mse, lambda p: p > .5)), (0., .5))])
+def test_the_teacher_is_not_asked_where_no_part_counts(recipe, when):
+    teacher = Asked()
+    d = Distiller(mlp(6), teacher, recipe)
+    x,y = batch()
+    state = torch.get_rng_state()
+    for p in when:
+        assert not d.needs_teacher(p) and d.active_terms(p) == [] and d(x, y, progress=p).total.item() == F.cross_entropy(d.student(x), y).item()
+    assert teacher.times == 0 and torch.equal(state, torch.get_rng_state())
+    with torch.no_grad(): assert d(x, y, progress=when[0]).parts and d.needs_teacher(when[0])
+    assert teacher.times == 1 and torch.equal(state, torch.get_rng_state())      # what validation draws is put back
+
+def test_layers_run_only_where_their_part_counts():
+    student = mlp(6)
+    recipe = kd() + hint(lambda p: float(p > .5), layers={'2': '2'}) + Term(losses.hint, layers={'0': '0'}, projector='linear', stop_at=.3, name='early')
+    d = Distiller(student, mlp(16, 1), recipe, example=batch()[0])
+    read = lambda p: [layers(d.active_terms(p)) for layers in (d.student_layers, d.teacher_layers)]
+    assert read(.1) == [['0'], ['0']] and read(.4) == [[], []] and read(.6) == [['2'], ['2']] and d.student_layers() == ['2', '0']
+    for p,parts in ((.1, {'kd', 'early'}), (.4, {'kd'}), (.6, {'kd', 'hint'})):
+        d.zero_grad()
+        out = d(*batch(), progress=p)
+        out.total.backward()
+        assert set(out.parts) == parts
+        trained = {k for k,links in d.links.items() for p in links.parameters() if p.grad is not None and p.grad.abs().max() > 0}
+        assert trained == parts - {'kd'}
+
+def test_a_part_that_counts_asks_for_the_teacher():
+    d,(x,y) = Distiller(mlp(6), mlp(16), kd()),batch()
+    with pytest.raises(DistillError, match=r"kd needs the teacher's outputs for this batch, and got None: needs_teacher\(progress\) says when"):
+        d.compute(Outputs(d.student(x)), None, F.cross_entropy(d.student(x), y), (y,))
+
+@pytest.mark.parametrize('task_loss,y', [(nn.CrossEntropyLoss(weight=torch.zeros(4)), batch()[1]), (nn.MSELoss(), torch.full((16, 4), float('nan')))])
+def test_labels_that_give_nan_do_not_count_where_their_weight_is_0(task_loss, y):
+    x,_ = batch()
+    d = Distiller(mlp(6), mlp(16, 1), Recipe(Term(losses.mse), task=0.), task_loss=task_loss)
+    out = d(x, y)
+    out.total.backward()
+    assert out.task.isnan() and out.total.item() == pytest.approx(losses.mse(d.student(x), d.teacher(x).logits).item())
+    assert all(p.grad.isfinite().all() for p in d.student.parameters()) and d.student[0].weight.grad.abs().max() > 0
 
 @pytest.mark.parametrize('teacher', [lambda net: Teacher(net, mode='train'), lambda net: lambda x: torch.randn(len(x), 4)], ids=['dropout', 'random'])
 @pytest.mark.parametrize('started', [True, False])
