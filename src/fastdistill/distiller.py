@@ -52,6 +52,10 @@ class Link(nn.Module):
 
     def tensors(self, s:Outputs, t:Outputs):
         if self.layers is None: return s.logits,t.logits
+        for o,n,who in zip((s, t), self.layers, ('student', 'teacher')):
+            if n not in o.feats:
+                raise DistillError(f"The {who}'s outputs have no layer {n!r} (they have: {', '.join(o.feats) or 'none'}). distiller.teacher_outputs(x) "
+                                   "reads the teacher's layers, Taps(student, distiller.student_layers()) the student's.")
         a,b = s.feats[self.layers[0]],t.feats[self.layers[1]]
         return (a if self.projector is None else self.projector(a, b)),b
 
