@@ -242,6 +242,14 @@ def test_two_distillers_share_a_teacher_and_each_reads_its_own_layers():
         assert torch.equal(d(x, y).total, alone(x, y).total)
     assert tapped == ['2', '0', '2'] and teacher.layers == [] and teacher(x).feats == {}
 
+def test_compute_without_the_layers_says_where_they_come_from():
+    x,y = batch()
+    d = Distiller(mlp(6), mlp(16, 1), kd() + hint(), example=x)
+    s = Outputs(d.student(x), {'2': d.student[:3](x)})
+    with pytest.raises(DistillError, match=r"teacher's outputs have no layer '2' \(they have: none\).*distiller.teacher_outputs\(x\) reads"):
+        d.compute(s, d.teacher(x), F.cross_entropy(s.logits, y), (y,))
+    assert d.compute(s, d.teacher_outputs(x), F.cross_entropy(s.logits, y), (y,)).parts['hint'] > 0
+
 def test_an_optimizer_made_before_the_projectors_is_refused():
     d = Distiller(mlp(6), mlp(16), kd() + hint())
     with pytest.raises(DistillError, match=r'are not built yet.*give the Distiller a batch of inputs, Distiller\(..., example=x\)'):

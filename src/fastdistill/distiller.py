@@ -52,6 +52,10 @@ class Link(nn.Module):
 
     def tensors(self, s:Outputs, t:Outputs):
         if self.layers is None: return s.logits,t.logits
+        for o,n,who in zip((s, t), self.layers, ('student', 'teacher')):
+            if n not in o.feats:
+                raise DistillError(f"The {who}'s outputs have no layer {n!r} (they have: {', '.join(o.feats) or 'none'}). distiller.teacher_outputs(x) "
+                                   "reads the teacher's layers, Taps(student, distiller.student_layers()) the student's.")
         a,b = s.feats[self.layers[0]],t.feats[self.layers[1]]
         return (a if self.projector is None else self.projector(a, b)),b
 
@@ -81,11 +85,12 @@ class Distiller(nn.Module):
         if balance not in (None, 'grad'): raise DistillError(f"balance={balance!r}: possible are None, 'grad'")
         self.student,self.recipe,self.task_loss,self.shift_labels = student,Recipe(recipe),task_loss,shift_labels
         self.task,self.balance,self.scales = task_for(task_loss, kind, axis, ignore_index),balance,{}
-        if teacher is not None and not isinstance(teacher, Teacher): teacher = Teacher(teacher, kind=self.task.kind, axis=self.task.axis, output=output)
-        self.teacher = teacher
-        for t in self.recipe.terms: check_kind(t, self.task.kind)
         check_output(output)
         self.output,self.found = output,{}
+        if teacher is not None and not isinstance(teacher, Teacher):
+            teacher = Teacher(teacher, kind=self.task.kind, axis=self.task.axis, output=output)
+        self.teacher = teacher
+        for t in self.recipe.terms: check_kind(t, self.task.kind)
         self.links = nn.ModuleDict({t.name: nn.ModuleList([Link(own_copy(t.loss))]) for t in self.recipe.terms if t.layers is None})
         self.pairs:PairTable|None = None # what is compared with what, once it is known
         if example is not None: self.setup(*inputs(example))
@@ -157,7 +162,7 @@ class Distiller(nn.Module):
         feats:dict, # what taps read
         x # the batch's inputs, whose padded positions do not count
     ) -> Outputs:
-        "The student's outputs, or the one that was named as `output`, with the padding of the batch masked"
+        "The student's outputs, of several the one that `output` names, with the padding of the batch masked"
         if self.output is None: warn_of_several(raw, self.student, 'The student', self.found)
         s = Outputs.of(raw, feats, output=self.output)
         return replace(s, mask=both(s.mask, padding_mask(inputs(x), s.logits.shape, self.task.axis)))

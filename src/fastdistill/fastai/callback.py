@@ -180,12 +180,12 @@ class KnowledgeDistillation(Callback):
                                "to train from the teacher alone.")
         # subtle: without a target fastai makes no loss and no step; the teacher's answer is one, and its loss has the weight 0
         self.told = self.distiller.teacher_outputs(self.xb, self.pct_train)
-        if self.told is not None: self.learn.yb = pseudo_labels(self.told.logits, self.distiller.student_outputs(self.learn.pred, {}, self.xb).logits, self.task),
+        if self.told is not None: self.learn.yb = pseudo_labels(self.told.logits, self._student_outputs().logits, self.task),
 
     def after_loss(self):
         if not self.active or not len(self.yb) or not self._taught(): return
         t = self.distiller.teacher_outputs(self.xb, self.pct_train) if self.told is None else self.told
-        s = self.distiller.student_outputs(self.learn.pred, self.taps.pop() if self.taps else {}, self.xb)
+        s = self._student_outputs(self.taps.pop() if self.taps else {})
         y = self.yb if self.told is None else ()
         r = self.distiller.compute(s, t, self.learn.loss, y, progress=self.pct_train, mixed=self._mixed())
         self.parts = r.parts
@@ -201,6 +201,8 @@ class KnowledgeDistillation(Callback):
         a,b = self.learn.loss_grad,self.learn.loss
         # subtle: where they added nothing the labels' loss is not touched at all, for it may be nan, and so may its gradient
         return 0. if origin(a) is origin(b) else (a-b).nan_to_num()
+
+    def _student_outputs(self, feats=None): return self.distiller.student_outputs(self.learn.pred, feats, self.xb)
 
     def _taught(self):
         "Stored answers may be there for the training set alone"
