@@ -379,6 +379,35 @@ def test_unets_pair_way_down_with_way_down_and_way_up_with_way_up():
     assert names(pair(fastai_unet(), fastai_unet(tv.resnet34), images())) == [(n, n) for n in STAGES['fastai_unet'][2]]
 
 
+def conv(i, o, stride=1): return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1), nn.BatchNorm2d(o), nn.ReLU())
+
+def up(scale): return nn.Upsample(scale_factor=scale)
+
+SEGMENTERS = dict(
+    down=nn.Sequential(conv(3, 8, 2), conv(8, 16, 2), conv(16, 16), nn.Conv2d(16, 4, 1), up(4)),
+    down_and_up=nn.Sequential(conv(3, 8, 2), conv(8, 16, 2), conv(16, 32, 2), up(4), conv(32, 8), nn.Conv2d(8, 4, 1), up(2)),
+    halved=nn.Sequential(conv(3, 8, 2), conv(8, 8), nn.Conv2d(8, 4, 1), up(2)),
+    full_size=nn.Sequential(conv(3, 8), conv(8, 8), nn.Conv2d(8, 4, 1)),
+    classifier=tv.resnet18(num_classes=4))
+
+@pytest.mark.parametrize('name, pairs', [
+    ('down', {'2': 'layers.0.4'}), # its first stage has no counterpart on the way down, where the U-Net's stem is no stage
+    ('down_and_up', {'1': 'layers.0.4', '2': 'layers.0.5', '4': 'layers.7'}),
+    ('halved', {'1': 'layers.7'}), # only on the way up is there a stage of this resolution
+    ('full_size', {'1': 'layers.11'}),
+    ('classifier', {'layer1': 'layers.0.4', 'layer2': 'layers.0.5', 'layer3': 'layers.0.6', 'layer4': 'layers.3'})])
+def test_a_convolutional_student_pairs_with_a_unet_by_resolution_on_the_way_down(name, pairs):
+    student,teacher,x = SEGMENTERS[name],DynamicUnet(create_body(tv.resnet34(), cut=-2), 4, (72, 96)),images(72, wide=96)
+    found = pair(student, teacher, x)
+    assert dict(names(found)) == pairs
+    if name != 'full_size': assert all(p.s_shape[2:] == p.t_shape[2:] for p in found)
+    assert [(s, t) for t,s in names(pair(teacher, student, x))] == names(found)
+
+
+def test_a_stage_pairs_with_the_last_one_of_its_resolution():
+    assert names(pair(dilated(), UNet(), images())) == [('backbone.layer1', 'downs.1'), ('backbone.layer4', 'downs.2')]
+
+
 def test_recurrent_nets_and_mlps_pair_by_depth():
     assert names(pair(awd(n_layers=2), awd(n_layers=4), words())) == [('0.rnns.0', '0.rnns.1'), ('0.rnns.1', '0.rnns.3')]
     pairs = pair(tabular(9, 8), tabular(50, 40, 30), row())

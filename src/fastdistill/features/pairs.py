@@ -48,10 +48,11 @@ def pair(
     """The pairs of layers with their shapes, in the order asked, from one evaluation-mode probe of each model that changes
     nothing.
 
-    'auto' takes the last layer of each stage (resolution) of convolutional nets and U-Nets, matched by resolution where
-    that goes up to the last stage of both, else by relative depth; and blocks at equal relative depth of transformers,
-    LSTM stacks and MLPs: all of the shorter one's up to 6, else those at the quarters. What a model answers with is never
-    among them. 'auto' and 'last' take a suffix for all names: 'last@mean'."""
+    'auto' takes the last layer of each stage (resolution) of convolutional nets and U-Nets. Two nets pair by resolution where
+    that includes the last stages of both, else by relative depth; a U-Net and another net pair by resolution on the U-Net's way
+    down. Of transformers, LSTM stacks and MLPs it takes blocks at equal relative depth: all of the shorter one's up to 6, else
+    those at the quarters. The layer that makes a model's output is never among them. 'auto' and 'last' take a suffix for all
+    names: 'last@mean'."""
     x_s,x_t = inputs(x_student),inputs(x_student if x_teacher is None else x_teacher)
     word,*how = layers.split('@') if isinstance(layers, str) else [None]
     if word in ('auto', 'last'):
@@ -180,16 +181,34 @@ def _pair_by_depth(a, b):
 
 
 def _pair_by_resolution(a, b, size_a, size_b):
-    "The longest row of stages of equal resolution, on the way down or up again, if it ends with the last of both models"
+    "Stages of equal resolution, each on the way down or each on the way up again; None where resolution is no guide"
     if not size_a or len(size_a) != len(size_b) or any(u.kind != 'map' for u in a+b): return None
-    down_a,down_b,best = _going_down(a),_going_down(b),{}
-    for i,u in enumerate(a):
-        for j,v in enumerate(b):
-            shrink = [(p/n)/(q/m) for n,p,m,q in zip(size_a, u.place, size_b, v.place)]
-            if down_a[i] == down_b[j] and all(.8 < r < 1.25 for r in shrink): best[i, j] = [*best.get((i-1, j-1), []), (u, v)]
-            else: best[i, j] = max(best.get((i-1, j), []), best.get((i, j-1), []), key=len)
-    found = best[len(a)-1, len(b)-1]
-    return found if found and found[-1] == (a[-1], b[-1]) and 2*len(found) >= min(len(a), len(b)) else None
+    down_a,down_b = _going_down(a),_going_down(b)
+    shrinks = lambda i, j: [(p/n)/(q/m) for n,p,m,q in zip(size_a, a[i].place, size_b, b[j].place)]
+    equal = lambda i, j: all(.8 < r < 1.25 for r in shrinks(i, j))
+    def ends(row): return row and row[-1] == (a[-1], b[-1]) and 2*len(row) >= min(len(a), len(b))
+    row = _longest_row(a, b, lambda i, j: equal(i, j) and down_a[i] == down_b[j])
+    if ends(row) or all(down_a + down_b): return row if ends(row) else None
+    # one is a U-Net: a net of the output's resolution throughout has the U-Net's last stage as its counterpart; other nets have
+    # its way down, and its way up where they share no resolution on the way down
+    anywhere = _longest_row(a, b, equal)
+    return anywhere if ends(anywhere) else row or anywhere or None
 
 
-def _going_down(us): return [i == 0 or math.prod(u.place) <= math.prod(us[i-1].place) for i,u in enumerate(us)]
+def _longest_row(a, b, equal):
+    "Pairs in the order of both models, as many as possible; where that leaves a choice, those that end later"
+    best = {}
+    for i in range(len(a)):
+        for j in range(len(b)):
+            if equal(i, j): best[i, j] = [*best.get((i-1, j-1), []), (i, j)]
+            else: best[i, j] = max(best.get((i-1, j), []), best.get((i, j-1), []), key=lambda row: (len(row), row[-1:]))
+    return [(a[i], b[j]) for i,j in best[len(a)-1, len(b)-1]]
+
+
+def _going_down(us):
+    "Is each stage on the way down, the first included? Stages as large as the one before go where that goes"
+    down = [True]
+    for u,before in zip(us[1:], us):
+        now,was = math.prod(u.place),math.prod(before.place)
+        down.append(now < was or now == was and down[-1])
+    return down
