@@ -5,9 +5,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
-from .features.pairs import PairTable, inputs, pair
+from .features.pairs import PairTable, check_names, checked_layers, inputs, pair
 from .features.probe import dry_run
-from .features.projectors import projector
+from .features.projectors import checked_projector, projector
 from .features.taps import Taps
 from .outputs import DistillError, Outputs, TopK, as_plain
 from .schedule import schedule, value_at
@@ -31,7 +31,8 @@ class Term:
     ):
         if not callable(loss):
             raise DistillError(f"A term needs a loss function, got {loss!r}. See fastdistill.losses for those that exist.")
-        self.loss,self.layers,self.projector,self.stop_at = loss,layers,projector,stop_at
+        self.loss,self.layers,self.stop_at = loss,None if layers is None else checked_layers(layers),stop_at
+        self.projector = checked_projector(projector)
         fn,ps = signature(loss)
         self.name = checked_name(name or getattr(fn, '__name__', type(fn).__name__))
         self.weight = schedule(weight, f'weight of {self.name}')
@@ -188,6 +189,7 @@ class Distiller(nn.Module):
         for t in self.recipe.terms: check_kind(t, kind)
         self.links = nn.ModuleDict({t.name: nn.ModuleList([Link(own_copy(t.loss))]) for t in self.recipe.terms if t.layers is None})
         self.pairs:PairTable|None = None # what is compared with what, once it is known
+        if student is not None and teacher is not None: self.check_names()
         if example is not None: self.setup(*inputs(example))
 
     @property
@@ -201,6 +203,10 @@ class Distiller(nn.Module):
             raise DistillError("The projectors are not built yet, and an optimizer made now would not train them: "
                                "give the Distiller a batch of inputs, Distiller(..., example=x)")
         return super().parameters(recurse)
+
+    def check_names(self):
+        "Refuse layers that the models don't have, before any batch"
+        for t in self.layered: check_names(self.student, self.teacher, t.layers)
 
     def own_parameters(self): return [p for p in self.links.parameters() if p.requires_grad]
 
