@@ -619,7 +619,7 @@ def test_a_student_in_quantization_aware_training_is_probed_paired_and_trained_a
 
 def test_a_probe_that_fails_changes_nothing_and_says_why():
     m,states = net(),random_states()
-    with pytest.raises(DistillError, match=r"Sequential does not run on the inputs given, \(2, 3, 5, 5\): mat1 and mat2"):
+    with pytest.raises(DistillError, match=r"Sequential does not run on the inputs given, \(2, 3, 5, 5\): .*mat1 and mat2"):
         layers(m, torch.zeros(2, 3, 5, 5))
     assert n_hooks(m) == 0 and m.training and all(k.training for k in m.modules()) and random_states() == states
 

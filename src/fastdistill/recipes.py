@@ -3,10 +3,10 @@ import copy, functools, inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from . import losses
-from .distiller import Recipe, Term
 from .losses._base import loss
 from .outputs import DistillError
 from .schedule import schedule
+from .distiller import Recipe, Term
 
 __all__ = ['ab', 'at', 'cc', 'cwd', 'dist', 'dkd', 'fsp', 'hard_labels', 'hint', 'ickd', 'ifvd', 'kd', 'logit_std', 'nkd', 'nst', 'ofd',
            'pairwise', 'pkd', 'pkt', 'rkd', 'soft_labels', 'sp', 'vid']
@@ -46,7 +46,7 @@ def long_name_too(recipe):
     return call
 
 
-@loss(kind='softmax')
+@loss(kind='softmax', match='shape')
 def kl_per_class(s, t, *, T=4., axis=1, mask=None, reduction='mean'):
     "`kl` divided by the number of classes too, as `nn.KLDivLoss()` and `F.kl_div(..., reduction='mean')` do"
     return losses.kl(s, t, T=T, axis=axis, mask=mask, reduction=reduction)/s.shape[axis]

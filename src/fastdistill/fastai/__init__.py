@@ -2,10 +2,11 @@
 import sys
 from .. import docments, losses, recipes
 from ..cache import TeacherCache
-from ..distiller import Distiller, Recipe, Term
+from ..distiller import Distiller
 from ..outputs import DistillError, DistillWarning, Outputs
 from ..recipes import *
 from ..teacher import Teacher
+from ..terms import Recipe, Term
 from . import learner as _learner, patches as _patches
 from .block import TeacherBlock
 from .cache_data import cache_teacher, verify_cache
@@ -18,4 +19,4 @@ __all__ = ['DistillError', 'DistillWarning', 'Distiller', 'KnowledgeDistillation
            'TeacherCache', 'Term', 'cache_teacher', 'check_teacher', 'dkd', 'hard_labels', 'kd', 'logit_std', 'nkd', 'recipes',
            'soft_labels', 'verify_cache']
 
-docments.explain_all(sys.modules[__name__])
+for _face in (recipes, sys.modules[__name__]): docments.explain_all(_face)

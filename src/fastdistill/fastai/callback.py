@@ -4,17 +4,19 @@ from pathlib import Path
 from fastai.basics import Adam, Callback, L, Metric, OptimWrapper, ValueMetric, find_bs, noop, one_param
 from fastai.callback.mixup import MixHandler
 from ..cache.reader import TeacherCache
-from ..distiller import Distiller, Recipe, Term
+from ..distiller import Distiller
 from ..features.names import unwrap
 from ..features.taps import Taps
-from ..outputs import DistillError, Outputs, as_plain
-from ..ranks import broadcast, mean_over_ranks, rank
+from ..outputs import DistillError, as_plain
+from ..ranks import broadcast, mean_over_ranks, on_first, rank
 from ..recipes import kd, one_temperature
 from .task import task_of
 from ..teacher.teacher import Teacher
+from ..terms import Recipe, Term
 from .cache_feed import CacheFeed
-from .check import check_teacher, fitting_teacher
+from .check import find_mistakes
 from .targets import Feed, TargetFeed
+from .teachers import teacher_of
 
 __all__ = ['KnowledgeDistillation']
 
@@ -76,7 +78,9 @@ class KnowledgeDistillation(Callback):
         finding = hasattr(self.learn, 'lr_finder')
         if self.feed is not None: self.feed.attach(self.learn, task.kind, task.axis)
         elif self.check and not self.checked and not finding:
-            check_teacher(self.learn, self.distiller.teacher, self.task).enforce()
+            # subtle: on the first rank alone, so that all go on or all stop
+            findings = on_first(lambda: find_mistakes(self.learn, self.distiller.teacher, self.task, self.recipe))
+            findings.enforce(facts=self.learn.logger is not noop)
             self.checked = True
         self.on = True
         if self.distiller.ready: self._load()
@@ -94,9 +98,8 @@ class KnowledgeDistillation(Callback):
     def _meet(self):
         "Other data may be normalised otherwise, or have their classes in another order: the teacher gets to know them"
         d = self.distiller
-        if self.feed is None: d.teacher = fitting_teacher(self.source, self.learn, self.task)
+        if self.feed is None: d.teacher = teacher_of(self.source, self.learn, self.task)
         else: d.teacher = Teacher(lambda *_: self.feed.outputs(self.learn), kind=self.task.kind, axis=self.task.axis)
-        d.teacher.layers = list(dict.fromkeys([*d.teacher.layers, *d.teacher_layers()]))
         self.met,self.checked = self.learn.dls,False
 
     def _keep(self):
@@ -142,8 +145,7 @@ class KnowledgeDistillation(Callback):
         if not self.active: return
         self.parts,self.told = {},None
         if not self.distiller.ready: self._setup()
-        # subtle: not once for all: an averaged model may take the model's place for validation
-        if self.taps is None: self._tap()
+        self._tap()
 
     def _setup(self):
         self.distiller.setup(*map(as_plain, self.xb))
@@ -153,7 +155,11 @@ class KnowledgeDistillation(Callback):
         if self.distiller.pairs and rank() == 0: print(self.distiller.pairs)
 
     def _tap(self):
-        if names := self.distiller.student_layers(): self.taps = Taps(self.learn.model, names).attach()
+        "Read the layers that this batch compares; the model is looked up each time, for an averaged one may validate in its place"
+        names = self.distiller.student_layers(self.distiller.active_terms(self.pct_train))
+        if self.taps is not None and self.taps.names == names: return
+        self._untap()
+        if names: self.taps = Taps(self.learn.model, names).attach()
 
     def _untap(self):
         if self.taps is not None: self.taps.detach()
@@ -173,19 +179,30 @@ class KnowledgeDistillation(Callback):
             raise DistillError("These batches have no labels, but the recipe counts their loss: use alpha=1, or soft_labels(), "
                                "to train from the teacher alone.")
         # subtle: without a target fastai makes no loss and no step; the teacher's answer is one, and its loss has the weight 0
-        self.told = self.distiller.teacher(*self.xb)
-        self.learn.yb = pseudo_labels(self.told.logits, Outputs.of(self.learn.pred).logits, self.task),
+        self.told = self.distiller.teacher_outputs(self.xb, self.pct_train)
+        if self.told is not None: self.learn.yb = pseudo_labels(self.told.logits, self._student_outputs().logits, self.task),
 
     def after_loss(self):
         if not self.active or not len(self.yb) or not self._taught(): return
-        t = self.distiller.teacher(*self.xb) if self.told is None else self.told
-        s = Outputs.of(self.learn.pred, self.taps.pop() if self.taps else None)
+        t = self.distiller.teacher_outputs(self.xb, self.pct_train) if self.told is None else self.told
+        s = self._student_outputs(self.taps.pop() if self.taps else {})
         y = self.yb if self.told is None else ()
         r = self.distiller.compute(s, t, self.learn.loss, y, progress=self.pct_train, mixed=self._mixed())
         self.parts = r.parts
-        if not self.training or r.added is None: return
-        self.learn.loss_grad = self.learn.loss_grad + r.added
-        self.learn.loss = self.learn.loss + r.added
+        if self.training and r.added is not None: self._add(r)
+
+    def _add(self, r):
+        learn = self.learn
+        if r.weights['task']: learn.loss_grad,learn.loss = learn.loss_grad + r.added,learn.loss + r.added
+        else: learn.loss_grad,learn.loss = r.total + self._regularizers(),r.total
+
+    def _regularizers(self):
+        "What callbacks before this one added to the labels' loss"
+        a,b = self.learn.loss_grad,self.learn.loss
+        # subtle: where they added nothing the labels' loss is not touched at all, for it may be nan, and so may its gradient
+        return 0. if origin(a) is origin(b) else (a-b).nan_to_num()
+
+    def _student_outputs(self, feats=None): return self.distiller.student_outputs(self.learn.pred, feats, self.xb)
 
     def _taught(self):
         "Stored answers may be there for the training set alone"
@@ -250,6 +267,13 @@ class KnowledgeDistillation(Callback):
         for p in ps:
             if p.grad is not None: p.grad.mul_(1/scaler.get_scale())
         self.skip = self.skip or any(p.grad is not None and not p.grad.isfinite().all() for p in ps)
+
+
+def origin(loss):
+    "What a loss was computed by: its graph without the copies that fastai makes of it"
+    fn = loss.grad_fn
+    while fn is not None and fn.name() in ('AliasBackward0', 'CloneBackward0'): fn = fn.next_functions[0][0]
+    return fn
 
 
 def feed_of(source):

@@ -6,44 +6,54 @@ from fastai.basics import L, Learner, load_learner
 from fastai.data.transforms import Normalize
 from ..outputs import DistillError, DistillWarning
 from ..teacher.images import affine, stats_of, timm_cfg
-from ..teacher.teacher import Teacher, unsaid
+from ..teacher.teacher import Teacher
+from .vocab import map_classes, vocab_of
 
 __all__ = ['image_stats', 'teacher_of']
 
 
 def teacher_of(
-    obj, # Learner, path of an exported one (.pkl: loading runs code that is in it), what `Teacher` takes, or a list of these
-    learn=None, # the student's Learner, or its DataLoaders: what the batches are normalised with
+    obj, # Learner, path of an exported one (.pkl: loading runs the code in it), what `Teacher` takes, or a list of these
+    learn=None, # the student's Learner, or its DataLoaders: their `Normalize` and class names
+    task=None, # what the student predicts: sets kind and axis, and puts a Learner's classes in the student's order
     **kwargs # of `Teacher`
 ) -> Teacher:
-    """`obj` as a `Teacher` for the batches of `learn`: images are re-normalised from the student's statistics to the teacher's.
+    """`obj` as a `Teacher` for the batches of `learn`: images are re-normalized from the student's statistics to the teacher's.
 
-    A Learner's statistics are read off its DataLoaders; `.learner` keeps it, for its vocabulary. They are read now: a pretrained
-    `vision_learner` adds `Normalize` to the DataLoaders it is given, so that a student built on the teacher's own DataLoaders
-    changes what they say about the teacher. Give each its own"""
+    A Learner's statistics are those of its DataLoaders; the Learner is kept in `.learner`, for its class names. The statistics are
+    read now: a pretrained `vision_learner` adds `Normalize` to the DataLoaders that it is given, so a student that is built on the
+    teacher's own DataLoaders changes the teacher's statistics. Give each its own"""
     dls = getattr(learn, 'dls', learn)
+    if task is not None: kwargs = dict(kind=task.kind, axis=task.axis) | kwargs
     if dls is not None: kwargs.setdefault('input_stats', image_stats(dls))
     if isinstance(obj, (str, Path)) and Path(obj).suffix == '.pkl': obj = exported(Path(obj))
-    if isinstance(obj, Teacher): return adapted(obj, kwargs)
     if isinstance(obj, (list, tuple, L)):
-        theirs = {k: v for k,v in kwargs.items() if k == 'stats'}
-        return Teacher([teacher_of(o, learn, **theirs) for o in obj], **kwargs)
-    if isinstance(obj, Learner): return of_learner(obj, kwargs)
+        of_members = {k: v for k,v in kwargs.items() if k == 'stats'}
+        return Teacher([teacher_of(o, learn, task, **of_members) for o in obj], **kwargs)
+    if isinstance(obj, Learner): return of_learner(obj, {'stats': image_stats(obj.dls)} | in_order(dls, obj, task) | kwargs)
+    if isinstance(obj, Teacher): return adapted(obj, in_order(dls, obj.learner, task) | kwargs)
     if isinstance(obj, nn.Module) and 'stats' not in kwargs and dls is not None: kwargs['stats'] = of_module(obj, kwargs['input_stats'])
     return Teacher(obj, **kwargs)
 
 
 def adapted(teacher, kwargs):
-    "A Teacher keeps what its maker said; the same one if nothing is left to say"
-    new = {k: v for k,v in kwargs.items() if unsaid(k, getattr(teacher, k)) and not unsaid(k, v)}
+    "A Teacher keeps the options that it was given; the same one if there are no others"
+    new = {k: v for k,v in kwargs.items() if k not in teacher.given}
     return Teacher(teacher, **new) if new else teacher
 
 
 def of_learner(learn, kwargs):
-    "The Learner's model; its callbacks stay out of it"
-    teacher = Teacher(learn.model, **{'stats': image_stats(learn.dls), **kwargs})
+    "The Learner's model, without its callbacks"
+    teacher = Teacher(learn.model, **kwargs)
     teacher.learner = learn
     return teacher
+
+
+def in_order(dls, learn, task):
+    "The option that puts a teacher Learner's classes in the order of the student's; none if it is the same, or a side has no names"
+    if learn is None or dls is None or task is None or task.kind == 'regression': return {}
+    found = map_classes(vocab_of(dls), vocab_of(learn.dls))
+    return {} if found is None or found.order is None else dict(select=found.order)
 
 
 def of_module(model, given):

@@ -107,7 +107,7 @@ def _pairs_asked(student, teacher, x_s, x_t, layers):
 
 def _refuse_unknown_layout(pairs):
     "Features of three axes that a function or a cache brings have no layer to tell where their channels are"
-    for asked,s,s_shape,t,t_shape in pairs:
+    for asked,s,_,t,t_shape in pairs:
         if s != asked and len(t_shape) == 3 and '@' not in t:
             raise DistillError(f"The student's layer {asked!r} has its channels first, (B, C, L). The teacher's {t!r} of shape {t_shape} comes "
                                f"without its layer, so nothing tells whether it has them first too. Bring it as tokens (B, L, C) under the "

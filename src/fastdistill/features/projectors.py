@@ -47,7 +47,7 @@ class Projector(nn.Module):
         like = (len(s), *self.t_shape[1:]) if t is None else tuple(t.shape)
         if not self.own and self.match != 'none': s = to_grid(s, like, self.picture)
         if self.map is None: return s
-        p = next(self.parameters(), None)
+        p = [*self.parameters(), None][0]       # subtle: PyTorch 2.6 does not compile `next` with a default
         # subtle: after a forward pass under autocast features are half precision, and here autocast may be over
         if p is not None and p.dtype != s.dtype and not torch.is_autocast_enabled(s.device.type): s = s.to(p.dtype)
         y = self.map(s)
