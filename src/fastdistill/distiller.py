@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from .batch import Batch, blend, both, labels_to_shift, next_tokens, padding_mask
 from .features.calls import arguments, is_hf
 from .features.names import unwrap
-from .features.pairs import PairTable, inputs, pair
+from .features.pairs import PairTable, check_names, inputs, pair
 from .features.probe import dry_run
 from .features.projectors import projector
 from .features.taps import Taps
@@ -93,6 +93,7 @@ class Distiller(nn.Module):
         for t in self.recipe.terms: check_kind(t, self.task.kind)
         self.links = nn.ModuleDict({t.name: nn.ModuleList([Link(own_copy(t.loss))]) for t in self.recipe.terms if t.layers is None})
         self.pairs:PairTable|None = None # what is compared with what, once it is known
+        if student is not None and teacher is not None: self.check_names()
         if example is not None: self.setup(*inputs(example))
 
     @property
@@ -106,6 +107,10 @@ class Distiller(nn.Module):
             raise DistillError("The projectors are not built yet, and an optimizer made now would not train them: "
                                "give the Distiller a batch of inputs, Distiller(..., example=x)")
         return super().parameters(recurse)
+
+    def check_names(self):
+        "Refuse layers that the models don't have, before any batch"
+        for t in self.layered: check_names(self.student, self.teacher, t.layers)
 
     def own_parameters(self): return [p for p in self.links.parameters() if p.requires_grad]
 

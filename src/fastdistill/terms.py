@@ -2,6 +2,8 @@
 import copy, inspect
 from functools import partial
 from torch import nn
+from .features.pairs import checked_layers
+from .features.projectors import checked_projector
 from .outputs import DistillError
 from .schedule import schedule, value_at
 
@@ -25,7 +27,8 @@ class Term:
     ):
         if not callable(loss):
             raise DistillError(f"A term needs a loss function, got {loss!r}. See fastdistill.losses for those that exist.")
-        self.loss,self.layers,self.projector,self.stop_at = loss,layers,projector,stop_at
+        self.loss,self.layers,self.stop_at = loss,None if layers is None else checked_layers(layers),stop_at
+        self.projector = checked_projector(projector)
         fn,ps = signature(loss)
         self.name = checked_name(name or getattr(fn, '__name__', type(fn).__name__))
         self.weight = schedule(weight, f'weight of {self.name}')

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from torch import Tensor, nn
 from ..outputs import DistillError, Outputs
-from .names import named, resolve, text_table
+from .names import named, resolve, split_suffixes, text_table
 from .probe import dry_run, probe, series_layers
 from .projectors import describe_projector
 from .shapes import grid
-from .stages import image_size, is_picture, stages
+from .stages import check_visible, image_size, is_picture, stages
 from .taps import Taps
 
-__all__ = ['Pair', 'PairTable', 'inputs', 'pair']
+__all__ = ['Pair', 'PairTable', 'check_names', 'checked_layers', 'inputs', 'pair']
 
 MAX_BLOCKS = 6 # pairs of blocks at one resolution; where there are more, four at the quarters of the depth
 
@@ -54,13 +54,36 @@ def pair(
     those at the quarters. The layer that makes a model's output is never among them. 'auto' and 'last' take a suffix for all
     names: 'last@mean'."""
     x_s,x_t = inputs(x_student),inputs(x_student if x_teacher is None else x_teacher)
-    word,*how = layers.split('@') if isinstance(layers, str) else [None]
-    if word in ('auto', 'last'):
+    word,*how = _word_of(checked_layers(layers))
+    if word:
         found = _pairs_proposed(student, teacher, x_s, x_t)[-1 if word == 'last' else 0:]
         layers = [('@'.join([s, *how]), '@'.join([t, *how])) for s,_,t,_ in found]
-    if word not in ('auto', 'last') or how: found = _pairs_asked(student, teacher, x_s, x_t, layers)
+    if not word or how: found = _pairs_asked(student, teacher, x_s, x_t, layers)
     picture = is_picture(x_s) and is_picture(x_t)
     return PairTable(Pair(s, a, t, b, describe_projector(a, b, projector, match), picture) for s,a,t,b in found)
+
+
+def checked_layers(layers):
+    "`layers`, if it has a meaning whatever the models are"
+    word,*_ = _word_of(layers)
+    names = [layers] if word else [n for names in _name_pairs(layers) for n in names]
+    if not names:
+        raise DistillError(f"layers={layers!r} names no layers: give {{'student.layer': 'teacher.layer'}}, or 'auto'")
+    for n in names: split_suffixes(n)
+    return layers
+
+
+def check_names(student, teacher, layers):
+    "Refuse layers that these models don't have; no batch is needed for it"
+    if not _word_of(layers)[0]: return _names_asked(student, teacher, layers)
+    for who,model in (('student', student), ('teacher', teacher)):
+        with _InModel(who): check_visible(model)
+
+
+def _word_of(layers):
+    "['auto' or 'last', *suffixes], or [None] where layers are named"
+    word,*how = split_suffixes(layers) if isinstance(layers, str) else [None]
+    return [word, *how] if word in ('auto', 'last') else [None]
 
 
 def inputs(x): return tuple(x) if isinstance(x, (tuple, list)) else (x,)
@@ -75,9 +98,7 @@ class _InModel:
 
 
 def _pairs_asked(student, teacher, x_s, x_t, layers):
-    names = [n for s,t in _name_pairs(layers) for n in _matching_names(student, teacher, s, t)]
-    if not names:
-        raise DistillError(f"layers={layers!r} names no layers: give {{'student.layer': 'teacher.layer'}}, or 'auto'")
+    names = _names_asked(student, teacher, layers)
     with _InModel('student'): a = _layer_shapes(student, x_s, [s for s,_ in names])
     with _InModel('teacher'): b = _layer_shapes(teacher, x_t, [t for _,t in names])
     if not _has_layers(teacher): _refuse_unknown_layout([(s, *a[s], *b[t]) for s,t in names])
@@ -91,6 +112,10 @@ def _refuse_unknown_layout(pairs):
             raise DistillError(f"The student's layer {asked!r} has its channels first, (B, C, L). The teacher's {t!r} of shape {t_shape} comes "
                                f"without its layer, so nothing tells whether it has them first too. Bring it as tokens (B, L, C) under the "
                                f"name '{t}@tokens' (cache_teacher(layers=['{t}@tokens']) stores it so), and pair with that name.")
+
+
+def _names_asked(student, teacher, layers):
+    return [n for s,t in _name_pairs(layers) for n in _matching_names(student, teacher, s, t)]
 
 
 def _name_pairs(layers):

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from ..outputs import DistillError
 from .shapes import to_grid
 
-__all__ = ['Projector', 'describe_projector', 'projector']
+__all__ = ['Projector', 'checked_projector', 'describe_projector', 'projector']
 
 PROJECTORS = 'auto', 'linear', 'conv', 'conv_bn', 'mlp'
 MATCHES = 'shape', 'grid', 'none'
@@ -95,10 +95,16 @@ def projector(
     return Projector(s_shape, t_shape, kind, match, picture)
 
 
-def check_projector(s_shape, t_shape, kind, match):
-    "Refuse what has no meaning"
+def checked_projector(kind):
+    "`kind`, if it is one: this needs no shapes yet"
     if isinstance(kind, type) or not (callable(kind) or kind in PROJECTORS):
         raise DistillError(f"projector={kind!r}: possible are {', '.join(map(repr, PROJECTORS))}, a module (not its class), a function")
+    return kind
+
+
+def check_projector(s_shape, t_shape, kind, match):
+    "Refuse what has no meaning"
+    checked_projector(kind)
     if match not in MATCHES: raise DistillError(f"match={match!r}: possible are {', '.join(map(repr, MATCHES))}")
     s,t = len(s_shape),len(t_shape)
     if not (2 <= s <= 5 and 2 <= t <= 5):

@@ -8,7 +8,7 @@ from .names import layer_tree, named, unwrap
 from .probe import probe, series_layers
 from .shapes import grid
 
-__all__ = ['Stage', 'stages']
+__all__ = ['Stage', 'check_visible', 'stages']
 
 CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 PASSIVE = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity, nn.Flatten
@@ -59,12 +59,17 @@ def stages(model, x):
     return found
 
 
+def check_visible(model):
+    "Refuse what has no layers that could be found: a function, a file, several models"
+    if '' not in named(model):
+        raise DistillError(f"layers='auto' takes one model whose layers it can see, not {type(model).__name__}. "
+                           "Name the layers: layers={'student.layer': 'teacher.layer'}.")
+
+
 class Road:
     "The main road through a model: its layers in order, containers left whole unless several stages end in them"
     def __init__(self, model, x):
-        if '' not in named(model):
-            raise DistillError(f"layers='auto' takes one model whose layers it can see, not {type(model).__name__}. "
-                               "Name the layers: layers={'student.layer': 'teacher.layer'}.")
+        check_visible(model)
         ran = probe(model, *x)
         self.ran,self.when = {f.name: f for f in ran},{f.name: i for i,f in enumerate(ran)}
         self.first = series_layers(ran)
