@@ -400,7 +400,7 @@ def test_csv_logger_has_the_column(tmp_path):
     student,teacher = toy(path=tmp_path)
     student.fit(2, .1, cbs=[KD(teacher, kd() + hint()), CSVLogger()])
     head,*lines = csv.reader((tmp_path/'history.csv').read_text().splitlines())
-    assert head == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'kd_loss', 'hint_loss', 'time'] and len(lines) == 2
+    assert head == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'task_loss', 'kd_loss', 'hint_loss', 'time'] and len(lines) == 2
     assert all(float(l[4]) > 0 for l in lines)
 
 
@@ -446,7 +446,7 @@ def test_projectors_are_trained_by_the_students_kind_of_optimizer(opt_func):
     student,teacher = toy(opt_func=opt_func)
     cb = KD(teacher, kd() + hint())
     student.fit_one_cycle(1, .01, cbs=cb)
-    assert cb.popt.hypers[0]['lr'] == pytest.approx(student.opt.hypers[-1]['lr']) and type(cb.popt) is type(student.opt)
+    assert cb.projector_opt.opt.hypers[0]['lr'] == pytest.approx(student.opt.hypers[-1]['lr']) and type(cb.projector_opt.opt) is type(student.opt)
     before = projectors(cb)
     student.fit_one_cycle(1, .01, cbs=cb)
     assert not any(map(torch.equal, before, projectors(cb)))
@@ -457,7 +457,7 @@ def test_an_optimizer_that_is_built_already_leaves_projectors_to_adam():
     student.opt_func = OptimWrapper(opt=torch.optim.SGD(student.model.parameters(), lr=.1))
     cb = KD(teacher, kd() + hint())
     student.fit(1, .1, cbs=cb)
-    assert cb.popt.hypers[0]['lr'] == .1
+    assert cb.projector_opt.opt.hypers[0]['lr'] == .1
 
 
 def test_channels_last_changes_nothing():

@@ -36,7 +36,7 @@ ORDER = dict(
     replay='generators seeds per_sample',
     teacher='images forms guest ensemble teacher',
     cache='folder keys digests records manifest reader source writer dataset verify',
-    fastai='task stream block vocab targets patches teachers check transforms replay_dl cache_data cache_feed callback learner',
+    fastai='task stream block vocab targets teachers check transforms replay_dl cache_data cache_feed columns projector_opt callback patches learner',
     demo='tasks results picture',
     cli='objects cache demo app',
 )

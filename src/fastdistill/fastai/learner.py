@@ -2,7 +2,9 @@
 from fastai.basics import L, Learner, delegates, patch
 import fastai.callback.schedule  # noqa: F401 (it gives Learner fit_one_cycle)
 from .. import plots
+from ..distiller import Recipe, Term
 from ..docments import explain
+from ..outputs import DistillError
 from ..replay.seeds import RandomGuard
 from .task import task_of
 from . import check
@@ -19,22 +21,30 @@ def distill(
     self:Learner,
     teacher, # what `KnowledgeDistillation` takes
     n_epoch, # Number of epochs
-    lr_max=None, # Maximum learning rate
+    lr_max=None, # Maximum learning rate; with fine_tune: its base_lr
     recipe=None, # `kd()`, `kd() + at()`, a `Term`; None: kd(T, alpha)
     *,
     T=None, # temperature
     alpha=None, # weight of the teacher; the labels have 1-alpha
     loss=None, # your own: fn(student_logits, teacher_logits, *targets)
     kind=None, # 'softmax', 'sigmoid' or 'regression'; None: read off the learner's loss function
-    axis=None, # class axis; None: likewise
+    axis=None, # class axis; None: read off the learner's loss function
     balance=None, # 'grad': weights are shares of the gradient
+    span='fine_tune', # what schedules run through: all of a `fine_tune`, or each 'fit' of it by itself
     check=True, # look for mistakes first
+    fine_tune=False, # first the head alone for freeze_epochs (1), then all layers for n_epoch, as `Learner.fine_tune`, which gets the other options
     cbs=None, # more callbacks
     **kwargs
 ):
-    "Fit with the 1cycle policy and `KnowledgeDistillation(teacher, ...)`"
-    kd = KnowledgeDistillation(teacher, recipe, T=T, alpha=alpha, loss=loss, kind=kind, axis=axis, balance=balance, check=check)
-    self.fit_one_cycle(n_epoch, lr_max, cbs=L(cbs)+kd, **kwargs)
+    "Fit with the 1cycle policy, or `fine_tune`, and `KnowledgeDistillation(teacher, ...)`, which is returned"
+    if isinstance(lr_max, (Recipe, Term)):
+        raise DistillError(f"lr_max={lr_max!r}: the recipe comes after the learning rate. Write distill(teacher, {n_epoch}, 1e-3, recipe), "
+                           f"or distill(teacher, {n_epoch}, recipe=recipe).")
+    kd = KnowledgeDistillation(teacher, recipe, T=T, alpha=alpha, loss=loss, kind=kind, axis=axis, balance=balance, span=span, check=check)
+    cbs = L(cbs) + kd
+    if not fine_tune: self.fit_one_cycle(n_epoch, lr_max, cbs=cbs, **kwargs)
+    else: self.fine_tune(n_epoch, **({} if lr_max is None else dict(base_lr=lr_max)), cbs=cbs, **kwargs)
+    return kd
 
 
 @patch
