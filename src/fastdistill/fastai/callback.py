@@ -7,6 +7,7 @@ from ..cache.reader import TeacherCache
 from ..distiller import Distiller
 from ..features.names import unwrap
 from ..features.taps import Taps
+from ..gradients import shares_in_words
 from ..outputs import DistillError, Outputs, as_plain
 from ..ranks import broadcast, mean_over_ranks, rank
 from ..recipes import kd
@@ -60,7 +61,7 @@ class KnowledgeDistillation(Callback):
         self.source,self.asked_kind,self.asked_axis,self.balance,self.check = teacher,kind,axis,balance,check
         self.recipe = make_recipe(recipe, T, alpha, loss)
         self.feed,self.on,self.mets,self.parts = feed_of(teacher),False,L(),{}
-        self.distiller = self.met = self.popt = self.taps = self.told = self.kept = self.loaded = None
+        self.distiller = self.met = self.popt = self.taps = self.told = self.kept = self.loaded = self.reported_shares = None
 
     # around a fit
 
@@ -81,6 +82,7 @@ class KnowledgeDistillation(Callback):
         self.on = True
         if self.distiller.ready: self._load()
         if finding: self._keep()
+        self.distiller.measures = not finding
         self.mets = L(PartMetric(self, t.name) for t in self.recipe.terms)
         self.learn.metrics = self.learn.metrics + self.mets
         self.distiller.teacher.start()
@@ -185,7 +187,16 @@ class KnowledgeDistillation(Callback):
         y = self.yb if self.told is None else ()
         r = self.distiller.compute(s, t, self.learn.loss, y, progress=self.pct_train, mixed=self._mixed())
         self.parts = r.parts
+        self._report_shares()
         if self.training and r.added is not None: self._add(r)
+
+    def _report_shares(self):
+        "Print what was measured at the first training batch, and where a part counts for the first time"
+        before,shares = self.reported_shares,self.distiller.gradient_shares
+        self.reported_shares = shares
+        if not shares or shares is before or rank() > 0: return
+        new = f" with {' and '.join(k for k in shares if k not in before)}" if before else ''
+        print(f'fastdistill: gradient shares at the first batch{new}: {shares_in_words(shares)}')
 
     def _add(self, r):
         learn = self.learn
