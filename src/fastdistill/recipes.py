@@ -7,6 +7,7 @@ from .losses._base import loss
 from .outputs import DistillError
 from .schedule import schedule
 from .distiller import Recipe, Term
+from .terms import Paper
 
 __all__ = ['ab', 'at', 'cc', 'cwd', 'dist', 'dkd', 'fsp', 'hard_labels', 'hint', 'ickd', 'ifvd', 'kd', 'logit_std', 'nkd', 'nst', 'ofd',
            'pairwise', 'pkd', 'pkt', 'rkd', 'soft_labels', 'sp', 'vid']
@@ -126,11 +127,12 @@ def logit_std(
     return Recipe(*map(std, recipe.terms), task=recipe.task)
 
 
-# between layers: `layers` as in `Term`, the paper's weight where nothing else is said; all stand beside the labels' own loss (or kd())
+# between layers: `layers` as in `Term`, the paper's weight where none is given (with balance='grad', a share of 1); all stand beside the
+# labels' own loss (or kd())
 
 def hint(
     layers='auto', # FitNets took one layer in the middle
-    weight=100., # RepDistiller's
+    weight=Paper(100.), # RepDistiller's
     projector='auto', # the paper's is a convolution
     stop_at=None # FitNets' hint was a first phase: a share of the training
 ):
@@ -140,7 +142,7 @@ def hint(
 
 def at(
     layers='auto', # the end of each stage, as in the paper
-    weight=1000., # the authors'
+    weight=Paper(1000.), # the authors'
     p:float=2., # exponent of the activations
     stop_at=None
 ):
@@ -150,7 +152,7 @@ def at(
 
 def nst(
     layers='last', # as in the paper
-    weight=50., # the authors'
+    weight=Paper(50.), # the authors'
     stop_at=None
 ):
     "Which patterns the channels select (neuron selectivity transfer, arXiv:1707.01219)"
@@ -169,7 +171,7 @@ def fsp(
 
 def ab(
     layers='auto', # better by hand: values before the ReLU, as '0.7.1.relu@in'
-    weight=50., # the authors' .003 x channels x positions of a CIFAR net's last stage
+    weight=Paper(50.), # the authors' .003 x channels x positions of a CIFAR net's last stage
     margin:float=1.,
     projector='auto',
     stop_at=None # the paper's was a first phase
@@ -180,7 +182,7 @@ def ab(
 
 def ofd(
     layers='auto', # better by hand: values before the ReLU; of a batch norm ('layer3.1.bn2@pre') the margin is computed from its weights
-    weight=10., # the authors' for ImageNet with a ResNet-50, in this scale; 16 for CIFAR
+    weight=Paper(10.), # the authors' for ImageNet with a ResNet-50, in this scale; 16 for CIFAR
     projector='conv_bn', # the authors'
     stop_at=None
 ):
@@ -190,7 +192,7 @@ def ofd(
 
 def vid(
     layers='auto',
-    weight=1., # RepDistiller's
+    weight=Paper(1.), # RepDistiller's
     projector='mlp', # RepDistiller's, of 1x1 convolutions
     stop_at=None
 ):
@@ -200,7 +202,7 @@ def vid(
 
 def pkd(
     layers='auto', # the authors took the levels of a detector's feature pyramid
-    weight=6., # theirs for two-stage detectors; 10 for RetinaNet
+    weight=Paper(6.), # theirs for two-stage detectors; 10 for RetinaNet
     projector='auto',
     stop_at=None
 ):
@@ -221,7 +223,7 @@ def rkd(
 
 def sp(
     layers='last', # as the authors
-    weight=3000., # theirs, for batches of 64
+    weight=Paper(3000.), # theirs, for batches of 64
     stop_at=None
 ):
     "Which samples of a batch are alike (similarity-preserving KD, arXiv:1907.09682)"
@@ -230,7 +232,7 @@ def sp(
 
 def cc(
     layers='last@mean',
-    weight=100., # ours: none is published for the paper's form
+    weight=Paper(100.), # ours: none is published for the paper's form
     kernel:str='gaussian', # or 'bilinear'
     gamma:float=.4, # of the gaussian
     stop_at=None
@@ -241,7 +243,7 @@ def cc(
 
 def pkt(
     layers='last@mean', # pooled features, as RepDistiller
-    weight=470., # its 30000 for batches of 64, in this scale
+    weight=Paper(470.), # its 30000 for batches of 64, in this scale
     stop_at=None
 ):
     "Who are a sample's neighbours, as probabilities (probabilistic knowledge transfer, arXiv:1803.10837)"
@@ -250,7 +252,7 @@ def pkt(
 
 def ickd(
     layers='last',
-    weight=2.5, # the authors' for CIFAR
+    weight=Paper(2.5), # the authors' for CIFAR
     projector='conv_bn', # theirs
     stop_at=None
 ):
@@ -267,13 +269,13 @@ def cwd(
     stop_at=None
 ):
     "Where in the picture each channel is, for dense prediction (channel-wise KD, arXiv:2011.13256)"
-    weight = (3. if layers is None else 50.) if weight is None else weight
+    weight = Paper(3. if layers is None else 50.) if weight is None else weight
     return Recipe(Term(losses.cwd, weight, layers=layers, projector=projector, stop_at=stop_at, T=T))
 
 
 def pairwise(
     layers='last',
-    weight=.5, # the authors'
+    weight=Paper(.5), # the authors'
     pool=.5, # size of a cell: pixels, or a share of the map
     stop_at=None
 ):
@@ -283,7 +285,7 @@ def pairwise(
 
 def ifvd(
     layers='last',
-    weight=200., # the authors'
+    weight=Paper(200.), # the authors'
     stop_at=None
 ):
     "How pixels of a class vary around their mean, for dense prediction (Wang et al., ECCV 2020)"

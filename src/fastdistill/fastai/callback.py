@@ -9,6 +9,7 @@ from ..distiller import Distiller
 from ..features.names import unwrap
 from ..features.probe import dry_run
 from ..features.taps import Taps
+from ..gradients import shares_in_words
 from ..outputs import DistillError, TopK, as_plain
 from ..ranks import broadcast, on_first, rank
 from ..recipes import kd, one_temperature
@@ -61,7 +62,7 @@ class KnowledgeDistillation(Callback):
         self.recipe,self.output = make_recipe(recipe, one_temperature(T, temperature), alpha, loss),output
         self.feed,self.in_fit,self.part_metrics,self.parts = feed_of(teacher),False,L(),{}
         self.distiller = self.known_dls = self.projector_opt = self.taps = self.teacher_outputs = self.epochs_span = None
-        self.state_to_load = self.state_before_finder = self.not_finite = None
+        self.state_to_load = self.state_before_finder = self.not_finite = self.reported_shares = None
 
     # around a fit
 
@@ -81,6 +82,7 @@ class KnowledgeDistillation(Callback):
             self.checked = True
         if self.distiller.ready: self._take_state()
         if finder: self._copy_projectors()
+        self.distiller.measures = not finder
         if not self.distiller.ready and (x := example_inputs(self.learn)) is not None: self._setup(*x)
         self.epochs_span = None if finder or self.span == 'fit' else self._epochs_span()
         self.part_metrics = L(TaskMetric(self), *(PartMetric(self, t.name) for t in self.recipe.terms))
@@ -213,6 +215,7 @@ class KnowledgeDistillation(Callback):
         y = () if unlabeled else self.yb
         r = self.distiller.compute(s, t, self.learn.loss, y, progress=self.share_done, mixed=self._mixed())
         self.parts = r.parts if unlabeled else {'task': r.task.detach(), **r.parts}
+        self._report_shares()
         if not self.training: return
         self.part_metrics[0].add_training_batch(self.learn)
         if r.added is not None: self._add(r)
@@ -224,6 +227,14 @@ class KnowledgeDistillation(Callback):
         t = self.distiller.teacher_outputs(self.xb, self.share_done)
         if t is not None: self._look_for_not_finite(t)
         return t
+
+    def _report_shares(self):
+        "Print what was measured at the first training batch, and where a part counts for the first time"
+        before,shares = self.reported_shares,self.distiller.gradient_shares
+        self.reported_shares = shares
+        if not shares or shares is before or rank() > 0: return
+        new = f" with {' and '.join(k for k in shares if k not in before)}" if before else ''
+        print(f'fastdistill: gradient shares at the first batch{new}: {shares_in_words(shares)}')
 
     def _add(self, r):
         learn = self.learn
