@@ -8,7 +8,7 @@ from ..distiller import Distiller, Recipe, Term
 from ..features.names import unwrap
 from ..features.taps import Taps
 from ..outputs import DistillError, Outputs, as_plain
-from ..ranks import broadcast, mean_over_ranks, rank
+from ..ranks import broadcast, mean_over_ranks, on_first, rank
 from ..recipes import kd
 from .task import task_of
 from ..teacher.teacher import Teacher
@@ -75,7 +75,9 @@ class KnowledgeDistillation(Callback):
         finding = hasattr(self.learn, 'lr_finder')
         if self.feed is not None: self.feed.attach(self.learn, task.kind, task.axis)
         elif self.check and not self.checked and not finding:
-            check_teacher(self.learn, self.distiller.teacher, self.task).enforce()
+            # subtle: on the first rank alone, so that all go on or all stop
+            findings = on_first(lambda: check_teacher(self.learn, self.distiller.teacher, self.task, self.recipe))
+            findings.enforce(facts=self.learn.logger is not noop)
             self.checked = True
         self.on = True
         if self.distiller.ready: self._load()

@@ -6,8 +6,8 @@ from ..docments import explain
 from ..replay.seeds import RandomGuard
 from .task import task_of
 from . import check
+from .batches import split_batch, valid_batches
 from .callback import KnowledgeDistillation
-from .check import split_batch, valid_batches
 from .teachers import image_stats, teacher_of
 
 __all__ = []
@@ -42,10 +42,12 @@ def check_teacher(
     self:Learner, # the student
     teacher, # what `KnowledgeDistillation` takes
     kind=None, # 'softmax', 'sigmoid' or 'regression'; None: read off the loss function
-    axis=None # class axis; None: likewise
+    axis=None, # class axis; None: likewise
+    recipe=None, # recipe or term that will be trained with: it is checked too
+    n:int=check.BATCHES # batches of the validation set to look at, and a quarter as many of the training set
 ):
-    "What would go wrong, in silence, if `teacher` taught this learner: a list of findings, empty when all is well"
-    return check.check_teacher(self, teacher, task_of(self.loss_func, kind, axis))
+    "Mistakes that training with `teacher` would not show: a list of findings, empty when all is well; its `.facts` are what was measured"
+    return check.check_teacher(self, teacher, task_of(self.loss_func, kind, axis), recipe, n)
 
 
 @patch
