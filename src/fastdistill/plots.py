@@ -53,7 +53,7 @@ def to_show(x):
 
 def show_features(
     student:nn.Module,
-    teacher, # a module, or a `Teacher`, which sees the images in its own normalisation and size
+    teacher, # a module, or a `Teacher`, which sees the images in its own normalization and size
     x:Tensor, # (B, 3, H, W) images as the student gets them; a tuple if it takes more than images
     layers='auto', # as in `Term`: {'student.layer': 'teacher.layer'}, pairs of names, 'auto' or 'last'; their outputs
     # are maps or tokens
@@ -95,7 +95,7 @@ def draw_maps(
 
 
 def overlay(ax, picture, m):
-    "The picture; grey under its map, if there is one"
+    "The picture; gray under its map, if there is one"
     ax.axis('off')
     if m is None: return ax.imshow(picture.numpy())
     ax.imshow(picture.mean(-1).numpy(), cmap='gray', vmin=0, vmax=1)

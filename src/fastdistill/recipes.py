@@ -102,7 +102,7 @@ def nkd(
     T=1., # temperature of that part
     weight=1.
 ):
-    "Normalised distillation beside the labels' own loss (ICCV 2023, arXiv:2303.13005)"
+    "Normalized distillation beside the labels' own loss (ICCV 2023, arXiv:2303.13005)"
     return Recipe(Term(losses.nkd, weight=weight, gamma=gamma, T=T, name='nkd'))
 
 
@@ -118,9 +118,9 @@ def dist(
 
 
 def logit_std(
-    recipe # e.g. kd(T=2., alpha=.9): its terms on logits get both logits standardised
+    recipe # e.g. kd(T=2., alpha=.9): its terms on logits get both logits standardized
 ):
-    """Logit standardisation of any recipe (CVPR 2024, arXiv:2403.01427). The authors weigh it with 9 beside labels with
+    """Logit standardization of any recipe (CVPR 2024, arXiv:2403.01427). The authors weigh it with 9 beside labels with
     .1: Recipe(Term(losses.standardized(losses.kl), weight=9., T=2.), task=.1)"""
     def std(t):
         if t.layers is not None: return t
@@ -254,7 +254,7 @@ def pkt(
     weight=Paper(470.), # its 30000 for batches of 64, in this scale
     stop_at=None
 ):
-    "Who are a sample's neighbours, as probabilities (probabilistic knowledge transfer, arXiv:1803.10837)"
+    "Who are a sample's neighbors, as probabilities (probabilistic knowledge transfer, arXiv:1803.10837)"
     return Recipe(Term(losses.pkt, weight, layers=layers, stop_at=stop_at))
 
 

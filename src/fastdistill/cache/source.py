@@ -35,7 +35,7 @@ def spread_positions(n, k=4): return np.unique(np.linspace(0, n-1, min(k, n), dt
 
 
 def check_alone(run, n):
-    "The teacher's answer to a sample must not depend on its neighbours"
+    "The teacher's answer to a sample must not depend on its neighbors"
     tasks = spread_positions(n, 4)
     half = tasks[::2]
     a,b = [next(run(t, len(t))).logits for t in (tasks, half)]
@@ -67,7 +67,7 @@ def distinct_views(
 
 def unrepeatable(what, i):
     return (f"{what} gave sample {i} two different results from the same random seed: something in them draws from a "
-            "generator that can't be found (made anew for each sample, or out of a library's sight), the clock or "
+            "generator that can't be found (a new one for each sample, or out of a library's sight), the clock or "
             "os.urandom, or counts its calls. "
             "Make it draw from random, numpy.random or torch, or use views=0.")
 

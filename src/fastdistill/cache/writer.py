@@ -47,7 +47,7 @@ def write_cache(
     *,
     views:int=1, # augmented views of each sample; 0: the clean one
     seed:int=0, # of the random numbers
-    force:bool=False, # write anew over a cache that doesn't fit, instead of refusing
+    force:bool=False, # overwrite a cache that doesn't fit, instead of refusing
     progress=None, # fn(rows done, rows in all, bytes done), after each batch
     forecast=None, # fn(Forecast), before the teacher runs over the data
     shard_bytes:int=SHARD_BYTES

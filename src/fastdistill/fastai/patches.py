@@ -1,25 +1,28 @@
 """What of fastai is changed, in one place. The rest of fastai stays as it is.
 
-| what | why | when | |---|---|---| | `DataBlock.__init__` | it counts a `TeacherBlock`, and the label before it, among
-the inputs | import | | `Datasets.decode` | `predict` and `show_results` have no prediction for the teacher's column
-| first target | | `Datasets.new_empty` | `export` would keep the teacher's column | first target | | `TfmdDL._one_pass`
-| `export` would keep the type of the teacher's targets | first target | | `TfmdDL._pre_show_batch` | fastai has no way
-to show a tuple of label and teacher's target | first target | | `defaults.callbacks` | labels, MixUp and metrics must
-not see the teacher's target: see `TeacherTargets` | first target | | `Learner.fit` | no event follows an error or an
-interrupt: a callback that stays on the Learner puts everything back | import | | `Learner.fine_tune` | schedules of
-distillation span both of its phases: see `KnowledgeDistillation(span=)` | import | | `Learner.save` | with the
-optimizer, projectors and their optimizer are saved too, in a file beside the student's | import | | `Learner.load` | it
-loads that file | import | | `Learner.export` | during a fit from a cache, it would export the training data and
-fastdistill with the student | import | | `Recorder.plot_loss` | `train_loss` with a teacher is on another scale than
-the labels' losses | import | | `Learner.distill` | a new method, in `learner.py` | import | | `Learner.check_teacher`
-| a new method, in `learner.py` | import | | `Learner.show_features` | a new method, in `learner.py` | import |
+| what | why | when |
+|---|---|---|
+| `DataBlock.__init__` | it counts a `TeacherBlock`, and the label before it, among the inputs | import |
+| `Datasets.decode` | `predict` and `show_results` have no prediction for the teacher's column | first target |
+| `Datasets.new_empty` | `export` would keep the teacher's column | first target |
+| `TfmdDL._one_pass` | `export` would keep the type of the teacher's targets | first target |
+| `TfmdDL._pre_show_batch` | fastai cannot show a tuple of label and teacher's target | first target |
+| `defaults.callbacks` | labels, MixUp and metrics must not see the target: see `TeacherTargets` | first target |
+| `Learner.fit` | no event follows an interrupt: callbacks that stay on the Learner clean up here | import |
+| `Learner.fine_tune` | schedules span both of its phases: see `KnowledgeDistillation(span=)` | import |
+| `Learner.save` | with the optimizer, projectors are saved too, in a file beside the student's | import |
+| `Learner.load` | it loads that file | import |
+| `Learner.export` | in a fit from a cache, it would export the training data and fastdistill too | import |
+| `Recorder.plot_loss` | with a teacher, `train_loss` has another scale than the labels' losses | import |
+| `Learner.distill` | a new method, in `learner.py` | import |
+| `Learner.check_teacher` | a new method, in `learner.py` | import |
+| `Learner.show_features` | a new method, in `learner.py` | import |
 
-The methods that are wrapped at import do what they did before, as long as no `TeacherBlock` or `KnowledgeDistillation`
-is there. They can't wait for it: Python looks up `learn.fine_tune` before it makes the callback in `learn.fine_tune(1,
-cbs=KnowledgeDistillation(teacher))`. "First target" is when the first `TeacherBlock` is made or unpickled, or the first
-cache is trained from. `DataBlock.__init__` can't wait for it: a `TeacherBlock` may be given as a class, which fastai
-makes an instance of when it is about to count the inputs. Without a `TeacherBlock` the wrapped methods do what they did
-before."""
+The methods that are wrapped at import do what they did before, as long as no `TeacherBlock` or
+`KnowledgeDistillation` is there. They can't wait for it: Python looks up `learn.fine_tune` before it makes the callback
+in `learn.fine_tune(1, cbs=KnowledgeDistillation(teacher))`. "First target" is when the first `TeacherBlock` is made or
+unpickled, or the first cache is trained from. `DataBlock.__init__` can't wait for it: a `TeacherBlock` may be given as
+a class, which fastai makes an instance of when it is about to count the inputs."""
 import functools, inspect
 from contextlib import nullcontext
 from pathlib import Path

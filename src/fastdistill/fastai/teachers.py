@@ -67,7 +67,7 @@ def of_module(model, given):
     if timm_cfg(model): return 'auto'
     if not type(model).__module__.startswith('torchvision.models') or given is None: return None
     if affine(stats_of(given), stats_of('imagenet')) is None: return None
-    warnings.warn(f"torchvision's {type(model).__name__} does not tell how its images were normalised: it gets the "
+    warnings.warn(f"torchvision's {type(model).__name__} does not tell how its images were normalized: it gets the "
                   "student's as they are. If it has published weights: Teacher(model, stats='imagenet'). If it learnt "
                   "from such batches as these: Teacher(model).",
                   DistillWarning, stacklevel=3)

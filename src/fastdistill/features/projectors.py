@@ -98,7 +98,7 @@ def projector(
     become a map without their class and register tokens; a map becomes tokens with its mean in their place. Vectors and
     tokens get a linear layer; maps a 1x1 convolution and a batch norm, as in OFD (arXiv:1904.01866). No ReLU follows,
     as one does in CRD's code (arXiv:1910.10699): what a teacher has below 0 would be out of reach. A linear layer whose
-    output is normalised is also what arXiv:2303.11098 recommends."""
+    output is normalized is also what arXiv:2303.11098 recommends."""
     check_projector(s_shape, t_shape, kind, match)
     return Projector(s_shape, t_shape, kind, match, picture)
 

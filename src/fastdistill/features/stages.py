@@ -181,7 +181,7 @@ class Road:
         return [self._end(g) for g in groups]
 
     def _groups(self, units):
-        "Neighbours of one resolution and dilation; those without weights left out"
+        "Neighbors of one resolution and dilation; those without weights left out"
         groups,place,dilation = [],None,None
         for u in units:
             here = u.kind,self._place(u)

@@ -78,7 +78,7 @@ def nkd(
     mask:Tensor|None=None, # the shape of `y`: which positions count
     reduction:str='mean'
 ):
-    """-p_t^y log p_s^y + gamma T^2 cross-entropy of the softmax without y: normalised distillation (ICCV 2023,
+    """-p_t^y log p_s^y + gamma T^2 cross-entropy of the softmax without y: normalized distillation (ICCV 2023,
     arXiv:2303.13005). Never below gamma T^2 times the entropy of the teacher's other classes, reached by a student that
     is sure of y"""
     y,mask = checked_labels(y, s, axis, ignore_index, mask)

@@ -109,7 +109,7 @@ class NST(Loss): fn = nst
 
 
 def flows(xs, axis):
-    "Of each two neighbours: (B, C1, C2) products of their channels, mean over positions"
+    "Of each two neighbors: (B, C1, C2) products of their channels, mean over positions"
     xs = [[o.flatten(2) for o in pooled(pair, axis)] for pair in zip(xs, xs[1:])]
     return [a@b.mT/a.shape[2] for a,b in xs]
 
@@ -124,7 +124,7 @@ def fsp(
 ):
     """Squared difference of the flows between layers, G = <a channel of one layer, a channel of the next>, mean over
     G's numbers, sum over pairs of layers (Yim et al., CVPR 2017, who take the sum over G: times C1 x C2). Of two
-    neighbours with unequal grids the larger is average-pooled"""
+    neighbors with unequal grids the larger is average-pooled"""
     if not isinstance(s, list) or not isinstance(t, list) or len(s) != len(t) or len(s) < 2:
         got = [f'a list of {len(o)}' if isinstance(o, list) else f'a {type(o).__name__}' for o in (s, t)]
         raise DistillError("fsp takes two lists of two or more maps, as many of the student as of the teacher; it got "

@@ -47,7 +47,7 @@ def rkd(
     t:Tensor, # (B, D'), or (B, ...)
     *, w_d:float=25., # weight of the distances
     w_a:float=50., # weight of the angles, which take memory for B^3 numbers
-    mask:Tensor|None=None, # (B,): whose relations count; all remain neighbours of the others
+    mask:Tensor|None=None, # (B,): whose relations count; all remain neighbors of the others
     reduction:str='mean'
 ):
     """Huber losses of the distances over their mean, and of the cosines of all triples (relational KD,
@@ -65,7 +65,7 @@ class RKD(Loss): fn = rkd
 def sp(
     s:Tensor, # (B, D), or (B, ...)
     t:Tensor, # (B, D'), or (B, ...)
-    *, mask:Tensor|None=None, # (B,): whose relations count; all remain neighbours of the others
+    *, mask:Tensor|None=None, # (B,): whose relations count; all remain neighbors of the others
     reduction:str='mean'
 ):
     """Squared difference of the samples' products with each other, x x^T with rows at length 1, mean over B^2
@@ -90,11 +90,11 @@ def cc(
     gamma:float=.4, # of the gaussian
     degree:int=2, # of its Taylor sum
     normalize:bool=True, # rows at length 1 first: only of such rows is the Taylor sum the gaussian
-    mask:Tensor|None=None, # (B,): whose relations count; all remain neighbours of the others
+    mask:Tensor|None=None, # (B,): whose relations count; all remain neighbors of the others
     reduction:str='mean'
 ):
     """Squared difference of the samples' kernels with each other, mean over B^2 (correlation congruence,
-    arXiv:1904.01802). Of the codes in use one takes its root, another multiplies neighbours of the batch: neither is
+    arXiv:1904.01802). Of the codes in use one takes its root, another multiplies neighbors of the batch: neither is
     the paper's"""
     if kernel not in ('gaussian', 'bilinear'):
         raise DistillError(f"kernel={kernel!r}: possible are 'gaussian' and 'bilinear'")
@@ -105,7 +105,7 @@ def cc(
 class CC(Loss): fn = cc
 
 
-def neighbours(
+def neighbors(
     x:Tensor # (B, D)
 ):
     "(B, B) log of each other sample's share, (1 + cosine)/2 over the sum of these"
@@ -119,13 +119,13 @@ def neighbours(
 def pkt(
     s:Tensor, # (B, D), or (B, ...)
     t:Tensor, # (B, D'), or (B, ...)
-    *, mask:Tensor|None=None, # (B,): whose neighbours count
+    *, mask:Tensor|None=None, # (B,): whose neighbors count
     reduction:str='mean'
 ):
     """KL of each sample's distribution over the others, p(j|i) ~ (1 + cos(i, j))/2, mean over samples (probabilistic
     knowledge transfer, arXiv:1803.10837, with the sum over samples). The authors' code keeps j = i and takes the mean
     over B^2, which makes it some B times smaller"""
-    ls,lt = map(neighbours, samples(s, t))
+    ls,lt = map(neighbors, samples(s, t))
     return reduce(expect(lt, lt-ls).sum(1), reduction, mask)
 
 class PKT(Loss): fn = pkt

@@ -93,7 +93,7 @@ def jsd(
     mask:Tensor|None=None, # `s` without the class axis: which positions count
     reduction:str='mean'
 ):
-    """T^2 (beta KL(p_t || m) + (1-beta) KL(p_s || m)), m = beta p_t + (1-beta) p_s: generalised Jensen-Shannon (GKD,
+    """T^2 (beta KL(p_t || m) + (1-beta) KL(p_s || m)), m = beta p_t + (1-beta) p_s: generalized Jensen-Shannon (GKD,
     arXiv:2306.13649)"""
     if not 0 <= beta <= 1:
         raise DistillError(f"beta={beta}: the teacher's share of the mixture is a number from 0 to 1")
@@ -266,10 +266,10 @@ def _pearson(
     eps:float=1e-8
 ):
     "Correlation, and 0 where one of the two does not vary"
-    def centre(x):
+    def center(x):
         if w is None: return x - x.mean(dim, keepdim=True)
         return (x - (w*x).sum(dim, keepdim=True)/w.sum(dim, keepdim=True).clamp_min(torch.finfo(x.dtype).eps))*w.sqrt()
-    a,b = centre(a),centre(b)
+    a,b = center(a),center(b)
     return (a*b).sum(dim)/(torch.linalg.vector_norm(a, dim=dim)*torch.linalg.vector_norm(b, dim=dim) + eps)
 
 
@@ -283,7 +283,7 @@ def standardize(
     arXiv:2403.01427)"""
     x,axis = _full(x),class_axis(x, axis)
     if x.shape[axis] < 2:
-        raise DistillError(f"Logits of shape {tuple(x.shape)} have 1 class on axis {axis}: no spread to standardise")
+        raise DistillError(f"Logits of shape {tuple(x.shape)} have 1 class on axis {axis}: no spread to standardize")
     return (x - x.mean(axis, keepdim=True))/(eps + x.std(axis, correction=correction, keepdim=True))
 
 
@@ -301,7 +301,7 @@ class Standardized:
 
     def _check(self, kind):
         if kind in ('sigmoid', 'regression'):
-            raise DistillError(f"standardized {self.__name__} for {kind}: standardising compares a position's classes "
+            raise DistillError(f"standardized {self.__name__} for {kind}: standardizing compares a position's classes "
                                "with each other, so it needs a loss of softmax logits, such as kl, dkd or dist")
 
     def __call__(self, s, t, *args, **kwargs):
@@ -319,7 +319,7 @@ def standardized(
     *, eps:float=1e-7, # as `standardize` has them
     correction:int=1
 ):
-    "The same loss on standardised logits: standardized(kl), standardized(DKD(beta=2.)) (CVPR 2024, arXiv:2403.01427)"
+    "The same loss on standardized logits: standardized(kl), standardized(DKD(beta=2.)) (CVPR 2024, arXiv:2403.01427)"
     if not isinstance(loss, Loss): return Standardized(loss, eps=eps, correction=correction)
     loss = copy.deepcopy(loss)
     loss.fn = Standardized(loss.fn, eps=eps, correction=correction)
