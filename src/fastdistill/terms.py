@@ -25,8 +25,7 @@ class Term:
         layers=None, # {'student.name': 'teacher.name'}, pairs of names, 'auto', 'last' (see `fastdistill.pairs`); None
         # compares the logits
         match:str|None=None, # what the loss needs of the teacher's layers: 'shape', 'grid' (places) or 'none'; None:
-        # what the loss
-        # says at its definition (see `losses.loss`), and 'shape' for a function that says nothing
+        # what the loss says at its definition (see `losses.loss`), and 'shape' for a function that says nothing
         projector='auto', # student's shape -> teacher's, where the loss needs it: 'auto', 'linear', 'conv', 'conv_bn',
         # 'mlp', or a module
         stop_at:float|None=None, # share of the training after which the term ends

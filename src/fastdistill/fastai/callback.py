@@ -38,9 +38,8 @@ class KnowledgeDistillation(Callback):
     def __init__(
         self,
         teacher=None, # Learner, exported .pkl, module, TorchScript, torch.export or ONNX file, callable, `Teacher`, or
-        # a list of these
-        # (an ensemble); a `TeacherCache`, or its folder; None: the batches hold the teacher's outputs (see
-        # `TeacherBlock`)
+        # a list of these (an ensemble); a `TeacherCache`, or its folder; None: the batches hold the teacher's outputs
+        # (see `TeacherBlock`)
         recipe=None, # `kd()`, `kd() + recipes.at()`, a `Term`; None: kd(T, alpha)
         *,
         T=None, # temperature: number or schedule (fastai's `SchedCos(8, 2)`); 4 if not given
@@ -54,8 +53,7 @@ class KnowledgeDistillation(Callback):
         span:str='fine_tune', # what schedules, warmup and stop_at run through: all of a `fine_tune`, or each 'fit' of
         # it by itself
         output=None, # which of the student's outputs is distilled: a name, an index or a function; None: see
-        # `Distiller`. A teacher's own:
-        # Teacher(model, output=...)
+        # `Distiller`. A teacher's own: Teacher(model, output=...)
         check:bool=True # look for mistakes before the first fit (see `check_teacher`)
     ):
         super().__init__()
@@ -108,7 +106,8 @@ class KnowledgeDistillation(Callback):
             self.task,self.projector_opt,self.known_dls = task,None,None
             self.distiller = Distiller(model, None, self.recipe, kind=task.kind, axis=task.axis,
                                        ignore_index=task.ignore_index,
-                                       balance=self.balance, output=self.output)
+                                       balance=self.balance, output=self.output,
+                                       check=self.check and self.feed is not None)
             self.distiller.links.to(one_param(model).device)
         if self.known_dls is self.learn.dls: return
         d,self.known_dls,self.checked = self.distiller,self.learn.dls,False
