@@ -1,5 +1,5 @@
 "The core: one batch of student, teacher and recipe. It knows tensors, no training loop and no particular loss."
-import copy, warnings
+import warnings
 from functools import partial
 from dataclasses import dataclass, replace
 import torch
@@ -22,7 +22,7 @@ from .outputs import DistillError, DistillWarning, Outputs, TopK, as_plain, chec
 from .ranks import rank
 from .task import labels_loss, task_for
 from .teacher.teacher import Teacher
-from .terms import Recipe, Term, check_kind
+from .terms import Link, Recipe, Term, check_kind, own_copy
 
 __all__ = ['Distilled', 'Distiller', 'Recipe', 'Term']
 
@@ -50,24 +50,6 @@ class Distilled:
         if self.task is None or self.weights['task'] == 1: return self.taught
         rest = (self.weights['task']-1)*self.task
         return rest if self.taught is None else rest + self.taught
-
-
-class Link(nn.Module):
-    "One pair of layers of one term: its projector, and its copy of the loss if that has parameters"
-    def __init__(self, loss, layers=None, projector=None):
-        super().__init__()
-        self.layers,self.projector = layers,projector
-        self.loss = loss
-
-    def tensors(self, s:Outputs, t:Outputs):
-        if self.layers is None: return s.logits,t.logits
-        for o,n,who in zip((s, t), self.layers, ('student', 'teacher')):
-            if n not in o.feats:
-                raise DistillError(f"The {who}'s outputs have no layer {n!r} (they have: "
-                                   f"{', '.join(o.feats) or 'none'}). distiller.teacher_outputs(x) reads the teacher's "
-                                   "layers, Taps(student, distiller.student_layers()) the student's.")
-        a,b = s.feats[self.layers[0]],t.feats[self.layers[1]]
-        return (a if self.projector is None else self.projector(a, b)),b
 
 
 class Distiller(nn.Module):
@@ -409,8 +391,3 @@ def all_classes(teacher, student):
     "Stored outputs may hold the likeliest classes alone: losses want them all"
     if teacher is None or not isinstance(teacher.logits, TopK): return teacher
     return Outputs(teacher.logits.dense(student.logits), teacher.feats, teacher.mask)
-
-
-def own_copy(loss):
-    "A copy of a loss that may have parameters: a recipe can be used again"
-    return copy.deepcopy(loss) if isinstance(loss, nn.Module) else loss
