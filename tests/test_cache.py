@@ -542,6 +542,13 @@ def test_images_that_were_replaced_under_the_same_names_are_found_and_named(tmp_
     assert not torch.equal(again.outputs([0]).logits, old)
 
 
+def test_other_data_are_not_taken_for_changed_files(tmp_path):
+    paint(tmp_path/'data', 6)
+    write_images(tmp_path/'data', tmp_path/'c')
+    (tmp_path/'data'/'05.png').unlink()
+    with pytest.raises(DistillError, match=r'- data .count and fingerprint .* in the cache, .* now\nUse'): write_images(tmp_path/'data', tmp_path/'c')
+
+
 def test_only_files_with_another_time_are_read_again(tmp_path):
     paint(tmp_path/'data', 26)
     write_images(tmp_path/'data', tmp_path/'c')
@@ -577,7 +584,8 @@ def test_a_damaged_record_of_files_is_named(tmp_path, harm):
     cache = write_images(tmp_path/'data', tmp_path/'c')
     harm(tmp_path/'c'/'files.bin')
     for look in (lambda: cache.changed_files(dataset_files(Images(tmp_path/'data'))), lambda: cache.check(), lambda: write_images(tmp_path/'data', tmp_path/'c')):
-        with pytest.raises(DistillError, match='files.bin .*'): look()
+        with pytest.raises(DistillError, match="files.bin of .* is damaged, so it can't be known which files changed"): look()
+    with pytest.warns(DistillWarning, match='files.bin of .* is damaged'): assert write_images(tmp_path/'data', tmp_path/'c', force=True).check()
 
 
 def test_what_is_no_file_has_no_record(tmp_path):

@@ -162,16 +162,17 @@ def as_python(o):
 def differences(
     a:Manifest, # found
     b:Manifest, # wanted
-    files:str='' # in words, which files changed
+    changed_files=lambda: '' # fn() -> in words, which of the samples' files changed
 ) -> list:
-    "In words, what keeps a cache from being completed as another one; more views can be added"
-    out = [files] if files else []
+    "In words, how the wanted cache differs from the one that was found; more views are no difference, they can be added"
+    out = []
     def differ(what, x, y):
         if x != y: out.append(f'{what}: {shortened(x)} in the cache, {shortened(y)} now')
     for k in dict.fromkeys([*a.teacher, *b.teacher]):
         if k != 'name': differ(f'teacher, {k}', a.teacher.get(k), b.teacher.get(k))
     if (a.count, a.data.get('keys')) != (b.count, b.data.get('keys')):
-        differ('data (count and fingerprint of the samples\' keys)', (a.count, a.data), (b.count, b.data))
+        differ("data (count and fingerprint of the samples' keys)", (a.count, a.data), (b.count, b.data))
+    elif text := changed_files(): out.append(text)
     out += transform_differences(a.transforms, b.transforms)
     if not 0 < a.views < b.views: differ('views', a.views, b.views)
     for k in ('seed', 'vocab', 'layout'): differ(k, getattr(a, k), getattr(b, k))

@@ -84,7 +84,8 @@ def _begin(where, source, layout, views, seed, force, shard_bytes):
             if not force: raise
             warnings.warn(DistillWarning(f'{e} It is overwritten (force=True).'))
         else:
-            if not (found := differences(old, m, changed_now(where, source.files))): return _reopen(where, old, m, keys)
+            if not (found := differences(old, m, lambda: changed_now(where, source.files))):
+                return _reopen(where, old, m, keys)
             refuse(where, found, force, 'It is overwritten')
     clear(where)
     clear(where.sub('valid'))       # it would be another teacher's
@@ -96,7 +97,8 @@ def _begin(where, source, layout, views, seed, force, shard_bytes):
 
 def changed_now(where, paths) -> str:
     "In words, which of the samples' files changed; where none did, their new times are stored"
-    record = None if paths is None else read_record(where, len(paths))
+    try: record = None if paths is None else read_record(where, len(paths))
+    except DistillError as e: return str(e)
     if record is None: return ''
     changed,new = newer_record(record, paths)
     if len(changed): return changed_text([str(paths[i]) for i in changed], len(record))
@@ -119,8 +121,8 @@ def _reopen(where, old, m, keys):
     for n in bad:
         if n != 'keys.bin': where.remove(n)
     # subtle: the old manifest stays until all is written, so that its views can be read meanwhile
-    return new,{k: v for k,v in own.items() if k not in bad} | notes(where,
-                                                                     (s for s in new.all_shards() if s[2] not in own))
+    added = [s for s in new.all_shards() if s[2] not in own]
+    return new,{k: v for k,v in own.items() if k not in bad} | notes(where, added)
 
 
 CACHE_FILES = re.compile(r'(manifest\.json|keys\.bin|files\.bin|view\d{3,}/\d{6,}\.(bin|json))(\.\d+\.tmp)?')
