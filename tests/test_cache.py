@@ -397,7 +397,7 @@ def test_a_damaged_manifest_says_so_and_force_overwrites_it(tmp_path):
     write(vocab=('a', 'b'), transforms={'n': (1, np.int64(2)), 'a': np.arange(2)})
     assert write(vocab=('a', 'b'), transforms={'n': (1, np.int64(2)), 'a': np.arange(2)}).check()      # as JSON keeps them
     good = (tmp_path/'manifest.json').read_text()
-    with pytest.raises(DistillError, match="object can't be kept in a manifest"): write(vocab=[object()], force=True)
+    with pytest.raises(DistillError, match="object can't be stored in a manifest"): write(vocab=[object()], force=True)
     assert (tmp_path/'manifest.json').read_text() == good       # nothing was removed
     for bad in ('{', '{}', good.replace('"layout"', '"lay"'), good.replace('"version": 1', '"version": 9')):
         (tmp_path/'manifest.json').write_text(bad)
