@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import Subset, TensorDataset
 import torch.nn.functional as F
 import writers
-from fastdistill.cache import Layout, Source, TeacherCache, Wish, cache_dataset, write_cache, writer
+from fastdistill.cache import Layout, Replayed, Source, TeacherCache, Wish, cache_dataset, write_cache, writer
 from fastdistill.cache.files import dataset_files, files_of
 from fastdistill.cache.folder import Folder
 from fastdistill.cache.keys import dataset_keys, key_of
@@ -471,6 +471,14 @@ def test_a_shard_of_the_right_size_with_wrong_bytes_is_named_before_it_is_used(t
             with pytest.raises(DistillError, match='Damaged files in .*: view001/000002.bin has other bytes .* only damaged files are rewritten'): look(opened)
     make(tmp_path)
     assert TeacherCache(tmp_path).check_once()
+
+
+def test_a_dataset_with_a_damaged_cache_is_refused_before_its_workers_start(tmp_path):
+    cache,_ = make(tmp_path, views=1)
+    data = TensorDataset(logits(23, 3, scale=1.))
+    assert len(Replayed(data, TeacherCache(tmp_path))) == 23
+    flip(tmp_path/'view000'/'000004.bin')
+    with pytest.raises(DistillError, match='Damaged files in .*: view000/000004.bin has other bytes'): Replayed(data, TeacherCache(tmp_path))
 
 
 def test_all_damaged_files_are_named_at_once(tmp_path):
