@@ -25,6 +25,7 @@ from torch import nn
 import torch.nn.functional as F
 from fastdistill import Teacher
 from fastdistill.cache import Layout, TeacherCache, Wish
+from fastdistill.cache.digests import file_checksum
 from fastdistill.cache.manifest import Manifest
 from fastdistill.fastai import KnowledgeDistillation, cache_teacher
 from fastdistill.outputs import Outputs, TopK
@@ -242,11 +243,14 @@ def students(loss, x, test, classes, n_steps, seeds):
 def synthetic(path, n):
     "A cache of `n` made-up rows: the top 10 of 1,000 classes in int8"
     layout = Layout.of(Outputs(torch.randn(2, 1000)), Wish('int8', 10))
-    m = Manifest(n, 1, 0, layout, 2**20, 64, complete=True)
+    m = Manifest(n, 1, 0, layout, 2**20, 64)
     (path/'view000').mkdir(parents=True)
     np.random.default_rng(0).integers(0, 2**63, n, dtype=np.uint64).tofile(path/'keys.bin')
-    block = np.random.default_rng(0).integers(0, 255, 2**20*layout.bytes, dtype=np.uint8)
-    for _,_,name,size in m.all_shards(): block[:size].tofile(path/name)
+    block = np.random.default_rng(0).integers(0, 255, (2**20, layout.bytes), dtype=np.uint8)
+    block[:, 1:20:2] %= 3       # the ten class numbers stay below 1,000
+    for _,_,name,size in m.all_shards(): block.reshape(-1)[:size].tofile(path/name)
+    m.shards = [dict(name=name, bytes=size, checksum=file_checksum(path/name)) for name,size in m.all_files()]
+    m.complete = True
     (path/'manifest.json').write_bytes(m.to_json())
     return m
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import Subset, TensorDataset
 import torch.nn.functional as F
 import writers
-from fastdistill.cache import Layout, Source, TeacherCache, Wish, cache_dataset, write_cache, writer
+from fastdistill.cache import Layout, Replayed, Source, TeacherCache, Wish, cache_dataset, write_cache, writer
 from fastdistill.cache.files import dataset_files, files_of
 from fastdistill.cache.folder import Folder
 from fastdistill.cache.keys import dataset_keys, key_of
@@ -397,7 +397,7 @@ def test_a_damaged_manifest_says_so_and_force_overwrites_it(tmp_path):
     write(vocab=('a', 'b'), transforms={'n': (1, np.int64(2)), 'a': np.arange(2)})
     assert write(vocab=('a', 'b'), transforms={'n': (1, np.int64(2)), 'a': np.arange(2)}).check()      # as JSON keeps them
     good = (tmp_path/'manifest.json').read_text()
-    with pytest.raises(DistillError, match="object can't be kept in a manifest"): write(vocab=[object()], force=True)
+    with pytest.raises(DistillError, match="object can't be stored in a manifest"): write(vocab=[object()], force=True)
     assert (tmp_path/'manifest.json').read_text() == good       # nothing was removed
     for bad in ('{', '{}', good.replace('"layout"', '"lay"'), good.replace('"version": 1', '"version": 9')):
         (tmp_path/'manifest.json').write_text(bad)
@@ -473,6 +473,14 @@ def test_a_shard_of_the_right_size_with_wrong_bytes_is_named_before_it_is_used(t
     assert TeacherCache(tmp_path).check_once()
 
 
+def test_a_dataset_with_a_damaged_cache_is_refused_before_its_workers_start(tmp_path):
+    cache,_ = make(tmp_path, views=1)
+    data = TensorDataset(logits(23, 3, scale=1.))
+    assert len(Replayed(data, TeacherCache(tmp_path))) == 23
+    flip(tmp_path/'view000'/'000004.bin')
+    with pytest.raises(DistillError, match='Damaged files in .*: view000/000004.bin has other bytes'): Replayed(data, TeacherCache(tmp_path))
+
+
 def test_all_damaged_files_are_named_at_once(tmp_path):
     make(tmp_path)
     for p in sorted(tmp_path.rglob('view*/*.bin'))[2:9]: flip(p)
@@ -542,6 +550,13 @@ def test_images_that_were_replaced_under_the_same_names_are_found_and_named(tmp_
     assert not torch.equal(again.outputs([0]).logits, old)
 
 
+def test_other_data_are_not_taken_for_changed_files(tmp_path):
+    paint(tmp_path/'data', 6)
+    write_images(tmp_path/'data', tmp_path/'c')
+    (tmp_path/'data'/'05.png').unlink()
+    with pytest.raises(DistillError, match=r'- data .count and fingerprint .* in the cache, .* now\nUse'): write_images(tmp_path/'data', tmp_path/'c')
+
+
 def test_only_files_with_another_time_are_read_again(tmp_path):
     paint(tmp_path/'data', 26)
     write_images(tmp_path/'data', tmp_path/'c')
@@ -577,7 +592,8 @@ def test_a_damaged_record_of_files_is_named(tmp_path, harm):
     cache = write_images(tmp_path/'data', tmp_path/'c')
     harm(tmp_path/'c'/'files.bin')
     for look in (lambda: cache.changed_files(dataset_files(Images(tmp_path/'data'))), lambda: cache.check(), lambda: write_images(tmp_path/'data', tmp_path/'c')):
-        with pytest.raises(DistillError, match='files.bin .*'): look()
+        with pytest.raises(DistillError, match="files.bin of .* is damaged, so it can't be known which files changed"): look()
+    with pytest.warns(DistillWarning, match='files.bin of .* is damaged'): assert write_images(tmp_path/'data', tmp_path/'c', force=True).check()
 
 
 def test_what_is_no_file_has_no_record(tmp_path):

@@ -333,3 +333,22 @@ def test_targets_of_a_block_teach_as_the_teacher_itself():
     rows = {tuple(r) for r in stored.round(4).tolist()}
     assert {tuple(r) for r in torch.cat(told).numpy().round(4).tolist()} <= rows
     with pytest.raises(DistillError, match="These batches hold no teacher's target"): quiet(student(data()), cbs=KnowledgeDistillation())
+
+
+def test_a_fit_from_a_damaged_cache_stops_before_its_first_batch(tmp_path):
+    learner,teacher,_ = images()
+    cache_teacher(teacher, learner().dls, tmp_path, views=2)
+    bad = tmp_path/'view001'/'000000.bin'
+    bad.write_bytes(b'\xff'*bad.stat().st_size)
+    learn = learner()
+    before = {k: v.clone() for k,v in learn.model.state_dict().items()}
+    with pytest.raises(DistillError, match='Damaged files in .*: view001/000000.bin has other bytes'): learn.distill(tmp_path, 1)
+    assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
+    assert cache_teacher(teacher, learner().dls, tmp_path, views=2).check()
+    quiet(learn, 1, cbs=KnowledgeDistillation(tmp_path))
+
+
+def test_a_batch_size_of_nothing_is_refused(tmp_path):
+    learner,teacher,_ = images()
+    for bs in (0, -3):
+        with pytest.raises(DistillError, match=f'bs={bs}: a whole number from 1 on'): cache_teacher(teacher, learner().dls, tmp_path, bs=bs)

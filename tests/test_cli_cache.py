@@ -78,7 +78,7 @@ def test_write_look_at_it_and_ask_again(script, cache, tmp_path):
     for say in ('16', '2 of each, augmented', '8 bytes: logits float32 2', '2 of 2 written', 'name Flat', 'classes', 'a, b', 'FlipItem',
                 'is there too', 'Every file is as its checksum says'): assert say in out, say
     out = cache('verify', path, f'{script}:teacher', f'{script}:dls')
-    assert out.startswith('32 rows asked again: stored logits (float32) differ by')
+    assert out.startswith('32 rows compared: stored logits (float32) differ by')
     cache('verify', path, f'{script}:another', f'{script}:dls', '--n', 4, code=1)
     cache('verify', path, f'{script}:another', f'{script}:dls', '--n', 4, '--tol', 100)
     assert 'Nothing is missing' in cache('write', f'{script}:teacher', f'{script}:dls', path, '--views', 2, '--dtype', 'float32')

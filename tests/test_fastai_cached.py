@@ -567,7 +567,7 @@ def test_what_cannot_be_repeated_is_refused_before_anything_is_written(tmp_path)
     class Moody(nn.Module):     # its answer depends on who else is asked
         def __init__(self): super().__init__(); self.net = Convs(3)
         def forward(self, x): return self.net(x) + x.mean()
-    no('differs by .* with other samples in its batch', data(), Moody())
+    no('differ by .* with other samples in its batch', data(), Moody())
     no('keeps the likeliest of several classes, but this model predicts sigmoid', data(MultiCategoryBlock, labels), Convs(5), topk=2)
     tensors = torch.utils.data.TensorDataset(torch.randn(8, 3, 4, 4), torch.zeros(8).long())
     torch_dls = DataLoaders(*[torch.utils.data.DataLoader(tensors)]*2)
@@ -620,7 +620,7 @@ def test_an_ensemble_is_known_by_how_its_members_are_asked(tmp_path):
 def test_verify_asks_the_teacher_again(tmp_path):
     cache_teacher(Convs(3).eval(), data(), tmp_path, views=2, dtype='float32')
     v = verify_cache(tmp_path, Convs(3).eval(), data(), n=20)
-    assert v.rows == 20 and v.worst < 1e-5 and '20 rows asked again' in str(v)
+    assert v.rows == 20 and v.worst < 1e-5 and '20 rows compared' in str(v)
     assert verify_cache(tmp_path, Convs(3, seed=5).eval(), data()).worst > .01
 
 

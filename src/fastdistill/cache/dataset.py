@@ -165,6 +165,7 @@ class Replayed(Dataset):
         self.at = cache.find(self.keys)
         # the transforms of clean views may differ from those of training
         cache.check_files(dataset_files(dataset), self.at)
+        cache.check_once()
         if cache.views:
             cache.compare(self.at, lambda i, view: view_item(dataset, i, int(self.keys[i]), view, cache.seed, self.own))
         # subtle: shared memory, so that workers which outlive an epoch see the next one

@@ -1,17 +1,17 @@
-"Entries of a JSON file, which may hold anything: each is checked for its type and its range, and a wrong one is named."
+"Checks of entries in a JSON file, by type and range. An error names the entry, its value and what is possible."
 import json
 from ..outputs import DistillError
 
 __all__ = ['json_list', 'json_object', 'json_text', 'parse_json', 'refuse_entry', 'shortened', 'whole_number']
 
-DEPTH = 20      # of lists and objects in one another: more than anything that is ever written
+DEPTH = 20      # of nested lists and objects; no manifest that was written needs more
 
 
 def shortened(o, n=200): return (s if len(s := str(o)) <= n else s[:n] + ' ...')
 
 
 def parse_json(text:bytes):
-    "What is in a JSON file, if it can be printed and walked through"
+    "The content of a JSON file, whose texts can be printed and whose depth is limited"
     try:
         o = json.loads(text)
         check_depth(o)
@@ -20,7 +20,7 @@ def parse_json(text:bytes):
 
 
 def check_depth(o, depth=DEPTH):
-    if isinstance(o, str): o.encode()       # half of a surrogate pair is no text
+    if isinstance(o, str): o.encode()       # fails for half of a surrogate pair, which can't be printed
     if not isinstance(o, (dict, list)): return
     if not depth: raise DistillError(f"Lists and objects are nested more than {DEPTH} levels deep")
     for v in ([*o, *o.values()] if isinstance(o, dict) else o): check_depth(v, depth-1)
@@ -30,7 +30,7 @@ def refuse_entry(name, o, allowed): raise DistillError(f"{name} is {shortened(re
 
 
 def whole_number(name, o, low, high) -> int:
-    # subtle: True is an int
+    # subtle: type(), because True is an instance of int
     if type(o) is not int or not low <= o <= high: refuse_entry(name, o, f'a whole number from {low} to {high}')
     return o
 
@@ -50,7 +50,7 @@ def json_list(name, o, low, high) -> list:
 
 
 def json_object(name, o, required, optional=None) -> dict:
-    "A dict with these keys, and of other keys only the optional ones (None: any)"
+    "A dict with all required keys; its other keys must be among the optional ones (None: they may be any)"
     if not isinstance(o, dict): refuse_entry(name, o, 'an object')
     if missing := [k for k in required if k not in o]: raise DistillError(f"{name} has no {', '.join(missing)}.")
     unknown = [] if optional is None else [k for k in o if k not in required and k not in optional]

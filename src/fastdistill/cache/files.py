@@ -1,4 +1,4 @@
-"""The files that samples come from: size, time and content of each, so that a changed file is found without reading
+"""`files.bin`: size, modification time and content hash of each sample's file. Changed files are found without reading
 the others."""
 import hashlib, os
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +10,7 @@ from .keys import name_of, names_of_samples
 
 __all__ = ['changed_text', 'dataset_files', 'files_of', 'newer_record', 'read_record', 'record_files', 'write_record']
 
-NO_FILE = -1    # the size of what is not a file
+NO_FILE = -1    # the size of a file that does not exist
 
 
 def files_of(
@@ -27,7 +27,7 @@ def dataset_files(
 ) -> list|None:
     "The path of each sample's file in a plain dataset; None where samples are not files"
     try: names = names_of_samples(dataset)
-    except DistillError: return None        # they are given as keys=
+    except DistillError: return None        # such a dataset needs keys=
     return files_of(names)
 
 
@@ -40,8 +40,8 @@ def newer_record(
     record, # (N, 3), made by `record_files` when the cache was written
     paths # (N,) the same samples' files now
 ):
-    """(changed, record): positions of files whose content changed, and the record with the others' new times.
-    Only files with the same size and another time are read"""
+    """(positions of files whose content changed, the record with new times). A file is read only if its time changed
+    and its size did not"""
     now,new = in_parallel(stat_of, paths, 2),record.copy()
     changed = now[:, 0] != record[:, 0]
     new[:, 1] = now[:, 1]
@@ -73,7 +73,7 @@ def in_parallel(fn, paths, n, size=256):
 
 
 def write_record(folder, record):
-    "`files.bin`: the record as little-endian numbers, then their checksum"
+    "The record as little-endian numbers, then their checksum"
     data = record.astype('<i8').tobytes()
     folder.write('files.bin', data + bytes.fromhex(checksum(data)))
 
@@ -82,7 +82,7 @@ def read_record(
     folder,
     n:int # samples
 ):
-    "The (N, 3) record in `files.bin`; None if there is none: of samples that are not files, or an older cache"
+    "The (N, 3) record; None where there is none: the samples are not files, or an older version wrote the cache"
     if (size := folder.size('files.bin')) is None: return None
     data = folder.read('files.bin') if size == 24*n + 16 else b''
     if not data or bytes.fromhex(checksum(data[:-16])) != data[-16:]:

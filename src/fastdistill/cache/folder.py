@@ -1,4 +1,4 @@
-"A folder of files, on this machine or wherever fsspec reaches: whole files appear at once or not at all."
+"A folder of files, local or behind fsspec. A file appears as a whole or not at all."
 import contextlib, errno, os, shutil, tempfile, weakref
 from pathlib import Path
 import numpy as np
@@ -12,17 +12,17 @@ DISK_FULL = errno.ENOSPC,errno.EFBIG,errno.EDQUOT
 
 class Folder:
     "A local folder"
-    fetches = False     # does `local` bring files from elsewhere?
+    fetches = False     # True where `local` downloads files
 
     def __init__(
         self, path,
-        top:Path|None=None # the folder that the user named, where this is a part of it
+        top:Path|None=None # the folder that the user named; None: this one
     ):
-        # absolute, because shards are opened later
+        # absolute, because shards are opened later, perhaps from another working directory
         try: self.path = Path(path).expanduser().absolute()
         except RuntimeError as e: raise DistillError(f"{path}: {e}") from e     # ~nobody
         self.top = self.path if top is None else top
-        with explained(f"Can't open {path}"):
+        with file_errors(f"Can't open {path}"):
             if self.path.is_file(): raise DistillError(f"{path} is a file: a cache is a folder.")
 
     def __repr__(self): return str(self.path)
@@ -31,7 +31,7 @@ class Folder:
 
     def size(self, name):
         "In bytes; None if there is no such file"
-        with explained(f"Can't read {name} in {self}"):
+        with file_errors(f"Can't read {name} in {self}"):
             try: return (self.path/name).stat().st_size
             except (FileNotFoundError, NotADirectoryError): return None
 
@@ -40,39 +40,39 @@ class Folder:
         return [self.size(n) for n in names]
 
     def names(self):
-        with explained(f"Can't read {self}"):
+        with file_errors(f"Can't read {self}"):
             if not self.path.exists(): return []
             return sorted(p.relative_to(self.path).as_posix() for p in self.path.rglob('*') if p.is_file())
 
     def read(self, name):
-        with explained(f"Can't read {name} in {self}"): return (self.path/name).read_bytes()
+        with file_errors(f"Can't read {name} in {self}"): return (self.path/name).read_bytes()
 
     def local(self, name):
         "The path of a file on this machine"
         return self.path/name
 
     def checksum(self, name):
-        with explained(f"Can't read {name} in {self}"): return file_checksum(self.path/name)
+        with file_errors(f"Can't read {name} in {self}"): return file_checksum(self.path/name)
 
     def own(self, name):
-        """The path of a file to write or to remove: the writer follows no link inside the cache, because it may lead
-        anywhere"""
+        """The path of a file that is written or removed. A folder on the way to it may not be a link: it could lead out
+        of the cache"""
         p = self.path/name
         for d in p.parents:
             if d == self.top: return p
             if d.is_symlink():
                 raise DistillError(f"{d} is a link: the parts of a cache are written to real folders only. Remove the "
-                                                  "link, or name the folder that it leads to.")
+                                   "link, or name the folder that it leads to.")
 
     def write(self, name, data):
-        "Through a temporary file and a rename: readers find all of the file or nothing, also after a kill"
+        "Through a temporary file and a rename: readers find the whole file or none, even if the writer is killed"
         p = self.own(name)
         tmp = p.with_name(f'{p.name}.{os.getpid()}.tmp')
-        with explained(f"Can't write {name} in {self}"):
+        with file_errors(f"Can't write {name} in {self}"):
             try:
                 p.parent.mkdir(parents=True, exist_ok=True)
                 tmp.unlink(missing_ok=True)
-                with open(tmp, 'xb') as f:      # subtle: `x` opens no link that lies there
+                with open(tmp, 'xb') as f:      # subtle: mode x does not open a link that has this name
                     f.write(data)
                     f.flush()
                     os.fsync(f.fileno())
@@ -84,10 +84,10 @@ class Folder:
                                    "and start again to resume.") from e
 
     def remove(self, name):
-        with explained(f"Can't remove {name} from {self}"): self.own(name).unlink(missing_ok=True)
+        with file_errors(f"Can't remove {name} from {self}"): self.own(name).unlink(missing_ok=True)
 
     def map(self, name, dtype, shape):
-        with explained(f"Can't read {name} in {self}"): return np.memmap(self.local(name), dtype, 'r', shape=shape)
+        with file_errors(f"Can't read {name} in {self}"): return np.memmap(self.local(name), dtype, 'r', shape=shape)
 
     def free(self):
         "Bytes left on the disk"
@@ -98,16 +98,16 @@ class Folder:
     @contextlib.contextmanager
     def lock(self):
         "One writer at a time; the system releases the lock when a writer dies"
-        with explained(f"Can't write to {self}"): self.path.mkdir(parents=True, exist_ok=True)
+        with file_errors(f"Can't write to {self}"): self.path.mkdir(parents=True, exist_ok=True)
         me = str(self.path.resolve())
         busy = DistillError(f"Another writer is at work on {self}: wait for it, or choose another folder.")
         if me in LOCKED: raise busy
-        # subtle: O_NOFOLLOW, for a link would create or lock a file somewhere else
+        # subtle: without O_NOFOLLOW, a link would create or lock a file somewhere else
         try: f = os.open(self.path/'.lock', os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o666)
         except OSError as e:
             if e.errno not in (errno.EACCES, errno.EROFS):
                 raise DistillError(f"Can't write to {self}: {e.strerror}.") from e
-            yield       # a read-only folder: `write` reports it if there is something to write
+            yield       # a read-only folder; `write` raises an error if something has to be written
             return
         with os.fdopen(f, 'r+') as f:
             try: acquire(f)
@@ -117,11 +117,11 @@ class Folder:
             finally: LOCKED.discard(me)
 
 
-LOCKED = set()      # the system's locks are between processes, this is within one
+LOCKED = set()      # the system's locks work between processes, this set within one process
 
 
 @contextlib.contextmanager
-def explained(what, errors=(OSError, ValueError)):
+def file_errors(what, errors=(OSError, ValueError)):
     "Turn an error of the file system into one clear line"
     try: yield
     except DistillError: raise
@@ -138,7 +138,7 @@ def acquire(f):
 
 
 class Remote(Folder):
-    "A folder behind fsspec: files are fetched to this machine when they are first read"
+    "A folder behind fsspec: files are downloaded when they are first read"
     fetches = True
 
     def __init__(self, url, downloads=None):
@@ -156,17 +156,17 @@ class Remote(Folder):
 
     def sub(self, name): return Remote(f'{self.url}/{name}')
 
-    # subtle: each file system has errors of its own, which are no OSErrors
+    # subtle: file systems of fsspec raise errors of their own, which are not OSErrors
 
     def size(self, name):
-        with explained(f"Can't reach {self}", Exception):
+        with file_errors(f"Can't reach {self}", Exception):
             try: return self.fs.size(self.at(name))
             except FileNotFoundError: return None
 
     def listing(self):
         "Name -> size of each file, with one request"
         base = self.at('').lstrip('/')
-        with explained(f"Can't reach {self}", Exception):
+        with file_errors(f"Can't reach {self}", Exception):
             try: return {n.lstrip('/')[len(base):]: o['size'] for n,o in self.fs.find(self.at(''), detail=True).items()}
             except FileNotFoundError: return {}
 
@@ -177,9 +177,9 @@ class Remote(Folder):
     def names(self): return sorted(self.listing())
 
     def read(self, name):
-        with explained(f"Can't read {name} in {self}", Exception): return self.fs.cat_file(self.at(name))
+        with file_errors(f"Can't read {name} in {self}", Exception): return self.fs.cat_file(self.at(name))
 
-    def checksum(self, name): return checksum(self.read(name))      # of what is there, not of what was fetched
+    def checksum(self, name): return checksum(self.read(name))      # of the remote file, not of its download
 
     def local(self, name):
         if not (p := Path(self.downloads)/name).exists(): Folder(self.downloads).write(name, self.read(name))
@@ -187,31 +187,31 @@ class Remote(Folder):
 
     def write(self, name, data):
         tmp = self.at(name) + f'.{os.getpid()}.tmp'
-        with explained(f"Can't write {name} in {self}", Exception):
+        with file_errors(f"Can't write {name} in {self}", Exception):
             self.fs.makedirs(self.at(name).rpartition('/')[0], exist_ok=True)
             self.fs.pipe_file(tmp, bytes(data))
             self.fs.mv(tmp, self.at(name))
 
     def remove(self, name):
-        with explained(f"Can't remove {name} from {self}", Exception):
+        with file_errors(f"Can't remove {name} from {self}", Exception):
             if self.size(name) is not None: self.fs.rm_file(self.at(name))
 
     def free(self): return None
 
     @contextlib.contextmanager
-    def lock(self): yield       # object stores have none; a folder is for one writer
+    def lock(self): yield       # object stores have no locks: two writers at once are not noticed
 
 
 def remove_download(path, pid):
-    if os.getpid() == pid: shutil.rmtree(path, ignore_errors=True)      # a forked worker only borrows it
+    if os.getpid() == pid: shutil.rmtree(path, ignore_errors=True)      # not in a forked worker
 
 
 def fsspec_of(url):
     "(file system, path in it)"
     try: from fsspec.core import url_to_fs
     except ImportError as e: raise DistillError(f"{url} is not on this machine: pip install fsspec") from e
-    # such as a protocol that is not known, or one whose package (s3fs, gcsfs ...) is not installed
-    with explained(f"Can't reach {url}", Exception): return url_to_fs(url)
+    # an unknown protocol, or one whose package (s3fs, gcsfs ...) is not installed
+    with file_errors(f"Can't reach {url}", Exception): return url_to_fs(url)
 
 
 def open_folder(path) -> Folder:

@@ -21,7 +21,7 @@ def key_of(
     o, # what a dataset holds for one sample
     root:str='' # paths are taken relative to it
 ) -> int:
-    "A sample's key; an object whose content can't be told from its address is refused"
+    "A sample's key. An object of a type whose content can't be read raises an error"
     return hash_of(*_parts(o, root))
 
 
@@ -64,7 +64,7 @@ def dataset_keys(
     keys=None, # a list, or a function of the position
     root=None # paths are taken relative to it; None: to the dataset's own `root`
 ) -> np.ndarray:
-    "The keys of a plain dataset: given, or read off what torchvision's and PyTorch's own datasets hold"
+    "The keys of a plain dataset: given, or made from what torchvision's and PyTorch's own datasets hold"
     if callable(keys): keys = [keys(i) for i in range(len(dataset))]
     root,given = root_of(folder_of(dataset) if root is None else root),keys is not None
     if not given: keys = names_of_samples(dataset)
@@ -72,24 +72,24 @@ def dataset_keys(
     out = keys_of(keys, root)
     if given and (lost := len(out) - len(np.unique(out))):
         warnings.warn(DistillWarning(f"{lost} of {len(out)} samples have the key of another one, and share its random "
-                                     "numbers and its answer: right for a sample that comes twice, and for no others."))
+                                     "numbers and its stored outputs: right only for a sample that occurs twice."))
     return out
 
 
 def folder_of(dataset):
-    "Of a dataset of files, or the dataset that this is a part of"
+    "Root folder of a dataset of files, also of a subset of it"
     while not hasattr(dataset, 'root') and hasattr(dataset, 'dataset'): dataset = dataset.dataset
     return getattr(dataset, 'root', None)
 
 
 def name_of(sample):
-    "(path, label) is known by its path; anything else by all that it is"
+    "What identifies a sample: the path of (path, label), all of anything else"
     pair = isinstance(sample, (tuple, list)) and len(sample) and isinstance(sample[0], (str, PurePath))
     return sample[0] if pair else sample
 
 
 def names_of_samples(dataset):
-    "What names the samples of a dataset; one that says nothing is refused"
+    "What identifies each sample of a dataset"
     if type(dataset).__name__ == 'Subset': return [names_of_samples(dataset.dataset)[i] for i in dataset.indices]
     # torchvision's folders of images
     if hasattr(dataset, 'samples'): return [name_of(s) for s in dataset.samples]
@@ -98,5 +98,4 @@ def names_of_samples(dataset):
     if hasattr(dataset, 'data') and hasattr(dataset, 'targets'): return dataset.data
     raise DistillError(f"Can't tell which samples a {type(dataset).__name__} holds: pass keys=, a list of names (file "
                        "names, ids), one for each sample, or a function that names the sample at a position. Positions "
-                       "themselves, keys=range(len(dataset)), "
-                       "are right only while the dataset never changes.")
+                       "themselves, keys=range(len(dataset)), are right only while the dataset never changes.")

@@ -1,5 +1,4 @@
-"""What a cache says about itself: whose outputs, of which samples, through which transforms, and what each file must
-hold."""
+"What a cache describes itself with: teacher, samples, transforms, layout, and the checksum of each file."
 import json, re, warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields
 import numpy as np
@@ -11,7 +10,7 @@ from .records import Layout
 __all__ = ['CHECKSUM', 'MAX_VIEWS', 'Manifest', 'differences', 'refuse', 'sample_differences', 'transform_differences']
 
 FORMAT,VERSION = 'fastdistill-cache',1
-# what a manifest may ask for, so that a damaged one fills neither memory nor disk, and no loop runs without end
+# limits of what a manifest may ask for: a damaged one must not fill memory or disk, nor start an endless loop
 MAX_MANIFEST,MAX_COUNT,MAX_VIEWS,MAX_BATCH,MAX_FILES,MAX_FILE = 2**28,2**40,2**16,2**20,2**22,2**33
 
 
@@ -23,15 +22,14 @@ class Manifest:
     seed:int # of all random numbers
     layout:Layout # of a row
     shard_rows:int # rows of a full shard
-    batch_size:int # with which the teacher was asked; shards are whole batches
+    batch_size:int # of the teacher; shards are whole batches
     teacher:dict=field(default_factory=dict) # name, fingerprint of its weights
     data:dict=field(default_factory=dict) # fingerprint of the keys, root of paths
-    transforms:dict=field(default_factory=dict) # name -> what it is, for those that replay repeats
+    transforms:dict=field(default_factory=dict) # name -> description, of the transforms that replay repeats
     vocab:list|None=None # class names, in the order of the logits
-    samples:list=field(default_factory=list) # a few samples' inputs: position, view, digest, and `after` the batch
-    # transforms
+    samples:list=field(default_factory=list) # of a few inputs: row, view, digest, numbers `after` the batch transforms
     versions:dict=field(default_factory=dict)
-    shards:list=field(default_factory=list) # name, bytes, checksum of each, once all are there
+    shards:list=field(default_factory=list) # name, bytes, checksum of each file, once all are written
     complete:bool=False
 
     @property
@@ -57,11 +55,12 @@ class Manifest:
     @property
     def bytes(self): return self.count*self.stored*self.layout.bytes
 
-    def to_json(self): return json.dumps(dict(format=FORMAT, version=VERSION, **asdict(self)), indent=1,
-                                         default=as_python).encode()
+    def to_json(self):
+        d = dict(format=FORMAT, version=VERSION, **asdict(self))
+        return json.dumps(d, indent=1, default=as_python).encode()
 
     def as_read(self):
-        "As it comes back from the file: without tuples and NumPy's numbers, and checked"
+        "The manifest as it will be read from the file: without tuples and NumPy's numbers, and checked"
         return self.of_entries(json.loads(json.dumps(asdict(self), default=as_python)))
 
     @classmethod
@@ -88,7 +87,7 @@ class Manifest:
 
     @classmethod
     def of_entries(cls, d):
-        "The manifest that these entries make; all of them are checked, before anything is done with one"
+        "The manifest with these entries. All of them are checked before any is used"
         required = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
         json_object('the file', d, required, [f.name for f in fields(cls) if f.name not in required])
         self = cls(**{**d, 'layout': Layout.from_json(d['layout'])})
@@ -130,7 +129,7 @@ class Manifest:
                     raise DistillError(f"{name}.after has {shortened(o)}: three numbers are possible.")
 
     def _check_shards(self):
-        "The names in the file must be those that follow from the layout"
+        "Names and sizes must be those that follow from the other entries"
         if type(self.complete) is not bool: refuse_entry('complete', self.complete, 'true or false')
         n = (1 + self.stored*self.per_view)*self.complete
         json_list('shards', self.shards, n, n)
@@ -150,28 +149,29 @@ class Manifest:
 CHECKSUM = re.compile('[0-9a-f]{32}')
 
 
-class NotACache(DistillError): "A file that is whole, but of something else"
+class NotACache(DistillError): "An intact file, but not of a cache that can be read"
 
 
 def as_python(o):
-    "NumPy's numbers and arrays, for JSON"
+    "NumPy's numbers and arrays as JSON has them"
     if hasattr(o, 'tolist'): return o.tolist()
-    raise DistillError(f"A {type(o).__name__} can't be kept in a manifest: use names, numbers, and lists of these.")
+    raise DistillError(f"A {type(o).__name__} can't be stored in a manifest: use names, numbers, and lists of these.")
 
 
 def differences(
     a:Manifest, # found
     b:Manifest, # wanted
-    files:str='' # in words, which files changed
+    changed_files=lambda: '' # fn() -> in words, which of the samples' files changed
 ) -> list:
-    "In words, what keeps a cache from being completed as another one; more views can be added"
-    out = [files] if files else []
+    "In words, how the wanted cache differs from the one that was found. More views are no difference: they are added"
+    out = []
     def differ(what, x, y):
         if x != y: out.append(f'{what}: {shortened(x)} in the cache, {shortened(y)} now')
     for k in dict.fromkeys([*a.teacher, *b.teacher]):
         if k != 'name': differ(f'teacher, {k}', a.teacher.get(k), b.teacher.get(k))
     if (a.count, a.data.get('keys')) != (b.count, b.data.get('keys')):
-        differ('data (count and fingerprint of the samples\' keys)', (a.count, a.data), (b.count, b.data))
+        differ("data (count and fingerprint of the samples' keys)", (a.count, a.data), (b.count, b.data))
+    elif text := changed_files(): out.append(text)
     out += transform_differences(a.transforms, b.transforms)
     if not 0 < a.views < b.views: differ('views', a.views, b.views)
     for k in ('seed', 'vocab', 'layout'): differ(k, getattr(a, k), getattr(b, k))
@@ -191,7 +191,7 @@ def sample_differences(
     at, # (N,) position in the cache of each sample of a dataset
     look # fn(number of a sample, view) -> its digest and so on, as in `Manifest.samples`
 ) -> list:
-    "Make the inputs of a few samples as they were made when the cache was written, and say in words what differs"
+    "Make the inputs of a few samples again; in words, which of them differ from those that the cache was written with"
     for s in m.samples:
         if not len(here := np.flatnonzero(at == s['row'])) or alike(s, {**s, **look(int(here[0]), s['view'])}): continue
         return [f'the input of sample {here[0]}{OTHER_INPUT}{other_libraries(m)}']
@@ -199,15 +199,15 @@ def sample_differences(
 
 
 def alike(a, b):
-    """Two looks at a sample: the same bytes before, and the same numbers after the batch transforms, as far as devices
-    agree"""
+    """Is the input of a sample the same: its bytes before the batch transforms, and its numbers after them, as far as
+    devices agree?"""
     if any(a.get(k) != b.get(k) for k in ('row', 'view', 'digest')): return False
     x,y = [np.asarray(o.get('after', []), float) for o in (a, b)]
     return x.shape == y.shape and np.allclose(x, y, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
-OTHER_INPUT = (': the transforms give something else than when the cache was written; a file, a function among them, '
-               'or a library changed')
+OTHER_INPUT = (': the transforms give something else than when the cache was written; a file, a function among the '
+               'transforms or a library changed')
 
 def other_libraries(m):
     now = versions()
@@ -218,8 +218,8 @@ def other_libraries(m):
 def refuse(
     where, # the cache
     found:list, # what differs, in words
-    force:bool, # warn instead
-    then:str='It is used all the same' # what is done about it
+    force:bool, # warn instead of raising an error
+    then:str='It is used all the same' # what happens with force
 ):
     if not found: return
     text = f"{where} doesn't fit:\n" + '\n'.join(f'- {o}' for o in found)

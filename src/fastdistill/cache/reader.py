@@ -1,4 +1,4 @@
-"Reading a cache: rows by (sample, view), as fast as the disk's own cache, in any number of workers."
+"Reading a cache: rows by (sample, view), through memory maps, in any number of workers."
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
@@ -8,7 +8,7 @@ from torch import Tensor
 from ..outputs import DistillError, Outputs
 from .digests import checksum, file_checksum, input_digest
 from .files import changed_text, newer_record, read_record
-from .folder import explained, open_folder
+from .folder import file_errors, open_folder
 from .keys import dataset_keys
 from .manifest import Manifest, refuse, sample_differences
 
@@ -16,7 +16,7 @@ __all__ = ['TeacherCache', 'damages', 'is_cache']
 
 
 def is_cache(
-    path # anything that may name a cache: a path, a URL, and what is neither
+    path # a path, a URL, or any other object
 ) -> bool:
     "Is there a cache at this path or URL?"
     if not isinstance(path, (str, PurePath)): return False
@@ -25,13 +25,12 @@ def is_cache(
 
 
 class TeacherCache:
-    """Stored teacher outputs: `cache.decode(cache.rows(positions, views))`. What is pickled to a worker is the path,
-    never the data"""
+    """Stored teacher outputs: `cache.decode(cache.rows(positions, views))`. Pickling stores the path, not the data"""
     def __init__(
         self,
         path, # folder or URL that `cache_teacher` or `cache_dataset` wrote
         force:bool=False, # warn where data, transforms or classes don't fit, instead of refusing
-        keys=None # `keys=` as they were given when it was written: a list, or a function of the item
+        keys=None # the `keys=` that it was written with: a list, or a function of the item
     ):
         self.folder,self.force,self.sample_names = open_folder(path),force,keys
         if self.folder.size('manifest.json') is None:
@@ -39,7 +38,7 @@ class TeacherCache:
                                "cache_teacher(teacher, dls, path).")
         self.manifest = m = Manifest.read(self.folder)
         if not m.complete:
-            raise DistillError(f"{self.folder} is not finished: call what began to write it once more to resume.")
+            raise DistillError(f"{self.folder} is not finished: write it once more with the same arguments to resume.")
         self._maps,self._keys,self._opened = {},None,checksum(m.to_json())
         self._files = {o['name']: o for o in m.shards}
         sizes = zip(m.shards, self.folder.sizes(self._files))
@@ -65,17 +64,17 @@ class TeacherCache:
     def seed(self): return self.manifest.seed
 
     def __getstate__(self):
-        # a memory map pickles as a copy of all its data
-        checked = [o for o in CHECKED if o[0] == str(self.folder)]
+        # no memory maps: they pickle as a copy of all their data
+        checked = [o for o in INTACT_FILES if o[0] == str(self.folder)]
         return {**self.__dict__, '_maps': {}, '_keys': None, 'sample_names': None, '_checked': checked}
 
     def __setstate__(self, state):
-        CHECKED.update(state.pop('_checked'))       # of a worker that is a new process
+        INTACT_FILES.update(state.pop('_checked'))       # a worker that is a new process need not check the files again
         self.__dict__.update(state)
 
     @property
     def keys(self) -> np.ndarray:
-        "(N,) uint64: which sample each position is"
+        "(N,) uint64: the key of the sample at each position"
         if self._keys is None: self._keys = self._open('keys.bin', '<u8', (len(self),))
         return self._keys
 
@@ -101,8 +100,8 @@ class TeacherCache:
             raise DistillError(f"{self.folder} was overwritten (or removed) since it was opened: open it again.")
         names = [f'{k} {v}' for k,v in found.items()]
         more = f' and {len(names)-5} more' if len(names) > 5 else ''
-        raise DistillError(f"Damaged files in {self.folder}: {', '.join(names[:5])}{more}. Call what wrote the cache "
-                           "once more with the same arguments: only damaged files are rewritten.")
+        raise DistillError(f"Damaged files in {self.folder}: {', '.join(names[:5])}{more}. Write the cache once "
+                           "more with the same arguments: only damaged files are rewritten.")
 
     def rows(
         self,
@@ -128,7 +127,7 @@ class TeacherCache:
         at:int, # position
         view:int=0
     ) -> np.ndarray:
-        "(bytes,) uint8: one row as it is stored, for datasets that make one item at a time"
+        "(bytes,) uint8: one row as it is stored, for datasets that return one item at a time"
         self._within(at, view)
         i,row = divmod(at, self.manifest.shard_rows)
         return np.array(self._shard(view, i)[row])
@@ -146,12 +145,12 @@ class TeacherCache:
         "`Outputs` at positions"
         return self.decode(self.rows(at, views))
 
-    # whose row is whose
+    # which row belongs to which sample
 
     def find(
         self, keys # (M,) uint64
     ) -> np.ndarray:
-        "(M,) positions of samples; one that has no row is refused"
+        "(M,) positions of samples. A sample without a row raises an error"
         keys,mine = np.asarray(keys, np.uint64),self.keys
         if len(keys) == len(mine) and np.array_equal(keys, mine): return np.arange(len(mine))
         order = np.argsort(mine, kind='stable')
@@ -169,51 +168,51 @@ class TeacherCache:
     def compare(
         self,
         at, # (N,) position of each sample of a dataset
-        item # fn(number of a sample, view) -> what the dataset gives
+        item # fn(number of a sample, view) -> the dataset's item
     ):
-        "Refuse a dataset of which a few samples come out otherwise than when the cache was written"
-        refuse(self.folder, sample_differences(self.manifest, at,
-                                               lambda i, view: dict(digest=input_digest(item(i, view)))), self.force)
+        "Refuse a dataset with other inputs than when the cache was written, by a few samples"
+        look = lambda i, view: dict(digest=input_digest(item(i, view)))
+        refuse(self.folder, sample_differences(self.manifest, at, look), self.force)
 
     def changed_files(
         self,
         files, # (M,) path of each sample's file, as `files_of` gives them; None: samples are not files
-        at=None # (M,) their positions in the cache, as `find` gives them; None: the samples of the cache in its own
-        # order
+        at=None # (M,) positions in the cache, as `find` gives them; None: all, in the cache's order
     ) -> list:
-        """Names of the files whose content is not what it was when the cache was written; only files with another time
-        or size are read"""
+        """Names of the files whose content changed since the cache was written. Only files with another modification
+        time are read"""
         record = None if files is None else read_record(self.folder, len(self))
         if record is None: return []
         changed,_ = newer_record(record if at is None else record[np.asarray(at)], files)
         return [str(files[i]) for i in changed]
 
     def check_files(self, files, at=None):
-        "Refuse samples whose files changed since the cache was written (with `force`: warn)"
+        "Refuse samples whose files changed since the cache was written; with `force`, warn"
         if names := self.changed_files(files, at): refuse(self.folder, [changed_text(names, len(files))], self.force)
 
     def check(self):
-        "Compare every file with its checksum; damaged ones are named"
+        "Compare every file with its checksum. The error names those that are damaged"
         self._refuse(damages(self.folder, self.manifest, self.manifest.shards))
         read_record(self.folder, len(self))
         return self
 
     def check_once(self):
-        """Compare those files with their checksums that this process has not compared yet. Call it before DataLoader
-        workers start: each of them would compare the files again"""
+        """Like `check`, but skips files that this process has checked before. Call it before DataLoader workers start,
+        because each of them would check the files again"""
         self._refuse(damages(self.folder, self.manifest, self.manifest.shards, once=True))
         return self
 
 
-CHECKED = set()     # files that this process found whole: folder, name, checksum, number of classes, size, time, inode
+# files that this process has checked: folder, name, checksum, number of classes, size, time, inode
+INTACT_FILES = set()
 
 
 def damages(
     folder, m,
     files, # entries of `m.shards`
-    once:bool=False # skip what this process found whole before
+    once:bool=False # skip files that this process has checked before
 ) -> dict:
-    "File name -> in words, why it is not what the manifest says"
+    "File name -> what is wrong with it, in words"
     look = lambda o: damage_of(folder, m, o, once)
     if len(files) == 1: found = map(look, files)
     else:
@@ -224,14 +223,14 @@ def damages(
 def damage_of(folder, m, o, once):
     name = o['name']
     if text := wrong_size(o, folder.size(name)): return text
-    # subtle: what was fetched may be whole, and what is there not
+    # subtle: a download may be intact while the remote file is damaged
     if folder.fetches and not once: return '' if folder.checksum(name) == o['checksum'] else OTHER_BYTES
-    with explained(f"Can't read {name} in {folder}"):
+    with file_errors(f"Can't read {name} in {folder}"):
         path = folder.local(name)
         stat = path.stat()
         seen = str(folder),name,o['checksum'],m.layout.n,stat.st_size,stat.st_mtime_ns,stat.st_ino
-        text = '' if once and seen in CHECKED else damage_inside(path, m, o)
-    if not text: CHECKED.add(seen)
+        text = '' if once and seen in INTACT_FILES else damage_inside(path, m, o)
+    if not text: INTACT_FILES.add(seen)
     return text
 
 

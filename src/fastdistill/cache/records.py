@@ -1,4 +1,4 @@
-"One row of a cache: a fixed number of bytes that hold a teacher's outputs for one view of one sample."
+"One row of a cache: a teacher's outputs for one view of one sample, in a fixed number of bytes."
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from math import prod
@@ -12,25 +12,25 @@ from .entries import json_list, json_object, json_text, whole_number
 __all__ = ['Field', 'Layout', 'Wish']
 
 DTYPES = 'float32','float16','int8'
-# what a manifest may ask for, so that a damaged one can't fill the memory
+# limits of what a manifest may ask for: a damaged one must not fill the memory
 MAX_BYTES,MAX_VALUES,MAX_FIELDS,MAX_DIMS,MAX_CLASSES = 2**31,2**33,1000,8,2**24
 
 
 @dataclass
 class Wish:
-    "What is asked for: how outputs are to be stored"
+    "How outputs are to be stored"
     dtype:str='float16'
-    topk:int|None=None # keep this many classes; None: all
-    tail:str='mean' # what `TopK` assumes of the rest
+    topk:int|None=None # number of classes to store; None: all
+    tail:str='mean' # what `TopK` assumes of the classes that are not stored
     axis:int=1 # class axis
-    size:tuple|None=None # height and width to which maps of logits are reduced; None: as they are
+    size:tuple|None=None # height and width to which maps of logits are reduced; None: no reduction
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise DistillError(f"dtype={self.dtype!r}: possible are {', '.join(map(repr, DTYPES))}")
         if self.tail not in TAILS: raise DistillError(f"tail={self.tail!r}: possible are {', '.join(map(repr, TAILS))}")
         if self.topk is not None and self.topk < 1:
-            raise DistillError(f"topk={self.topk}: keep at least one class, or None for all")
+            raise DistillError(f"topk={self.topk}: store at least one class, or None for all")
         if isinstance(self.size, int): self.size = self.size,self.size
         self.size = None if self.size is None else tuple(self.size)
 
@@ -48,8 +48,8 @@ class Field:
     @classmethod
     def from_json(cls, name, d):
         d = json_object(name, d, ('name', 'dtype', 'shape', 'at'), ())
-        shape = [whole_number(f'{name}.shape[{i}]', o, 1, MAX_BYTES) for i,
-                 o in enumerate(json_list(f'{name}.shape', d['shape'], 0, MAX_DIMS))]
+        shape = json_list(f'{name}.shape', d['shape'], 0, MAX_DIMS)
+        for i,o in enumerate(shape): whole_number(f'{name}.shape[{i}]', o, 1, MAX_BYTES)
         dtype = json_text(f'{name}.dtype', d['dtype'], TORCH_DTYPES)
         at = whole_number(f'{name}.at', d['at'], 0, MAX_BYTES)
         return cls(json_text(f'{name}.name', d['name']), dtype, tuple(shape), at)
@@ -58,9 +58,9 @@ class Field:
     def bytes(self): return prod(self.shape)*np.dtype(self.dtype).itemsize
 
     def read(self, rows:Tensor):
-        # subtle: always a copy, for a part that begins at an odd byte can't be seen as larger numbers
+        # subtle: always a copy, because a view as larger numbers can't begin at an odd byte
         part = rows[:, self.at:self.at+self.bytes].clone(memory_format=torch.contiguous_format)
-        # PyTorch can do little with unsigned 16-bit numbers: they are read as signed and set right
+        # PyTorch can do little with unsigned 16-bit numbers: they are read as signed ones and corrected
         t = part.view(TORCH_DTYPES[self.dtype]).reshape(len(rows), *self.shape)
         return t.long() & 0xffff if self.dtype == 'uint16' else t
 
@@ -71,7 +71,7 @@ TORCH_DTYPES = dict(uint8=torch.uint8, int8=torch.int8, uint16=torch.int16, int3
 
 @dataclass
 class Layout:
-    "What a row holds, and how to make one of `Outputs` and `Outputs` of many"
+    "The fields of a row; encodes `Outputs` as rows and decodes rows as `Outputs`"
     fields:list=field(default_factory=list)
     n:int|None=None # number of classes, with top-k
     tail:str='uniform'
@@ -84,7 +84,7 @@ class Layout:
         out:Outputs, # of any batch
         wish:Wish
     ) -> 'Layout':
-        "The layout that stores outputs like these as wished"
+        "The layout that stores outputs like these"
         if out.logits is None: raise DistillError("The teacher's Outputs have no logits: there is nothing to store.")
         self,t = cls(tail=wish.tail, axis=wish.axis),out.logits
         if t.dim() < 1:
@@ -120,7 +120,7 @@ class Layout:
 
     def _add(self, name, dtype, shape):
         self._field(name, dtype, tuple(shape))
-        # log-probabilities are never large, numbers of other kinds may be
+        # log-probabilities are never large, other numbers may be
         if dtype == 'int8': self._field(f'scale:{name}', 'float16' if name == 'values' else 'float32', (2,))
 
     def _field(self, name, dtype, shape): self.fields.append(Field(name, dtype, tuple(shape), self.bytes))
@@ -132,13 +132,13 @@ class Layout:
 
     @classmethod
     def from_json(cls, d):
-        "The layout that `of` makes of such outputs; one that differs from it, as in where a field begins, is refused"
+        "The layout in a manifest. It must be the one that `of` makes for such outputs, with all its offsets"
         json_object('layout', d, ('fields', 'n', 'tail', 'axis', 'full'), ())
         n = None if d['n'] is None else whole_number('layout.n', d['n'], 1, MAX_CLASSES)
         full = None if d['full'] is None else json_list('layout.full', d['full'], 2, 2)
         for o in full or (): whole_number('layout.full', o, 1, MAX_BYTES)
-        tail,axis = json_text('layout.tail', d['tail'], TAILS),whole_number('layout.axis', d['axis'], -MAX_DIMS,
-                                                                            MAX_DIMS)
+        tail = json_text('layout.tail', d['tail'], TAILS)
+        axis = whole_number('layout.axis', d['axis'], -MAX_DIMS, MAX_DIMS)
         found = json_list('layout.fields', d['fields'], 1, MAX_FIELDS)
         found = [Field.from_json(f'layout.fields[{i}]', f) for i,f in enumerate(found)]
         if (size := sum(f.bytes for f in found)) > MAX_BYTES:
@@ -152,14 +152,14 @@ class Layout:
 
     @property
     def dense(self):
-        "Do rows hold a map or a sequence, a value for each place of the input?"
+        "Do rows hold a map or a sequence, with values for each position of the input?"
         f = self.fields[0]
         return len(f.shape) > 1
 
     def knows_ids(
         self, rows # (M, bytes) uint8
     ) -> bool:
-        "Are all class numbers below the number of classes? An index beyond it would end a process on a GPU"
+        "Are all class numbers below the number of classes? A larger one would end a process that uses a GPU"
         if self.n is None or not len(rows): return True
         ids = self.fields[0]
         return int(np.ascontiguousarray(rows[:, :ids.bytes]).view(ids.dtype.replace('int32', 'uint32')).max()) < self.n
@@ -216,7 +216,7 @@ class Layout:
 
 
 def outputs_like(fields, n, tail, axis, full):
-    "`Outputs` without content, and the `Wish` that stores them in such fields"
+    "Empty `Outputs`, and the `Wish` that stores them in such fields"
     shape,named = fields[0].shape,{f.name: f for f in fields}
     if n is None: t,wish = meta(shape),Wish(fields[0].dtype, None, tail, axis)
     else:
@@ -235,14 +235,14 @@ def outputs_like(fields, n, tail, axis, full):
 
 
 def meta(shape):
-    "The tensor of a batch of one that has a shape and no content"
+    "A batch of one, as a tensor that has a shape and no memory"
     if prod(shape) > MAX_VALUES:
         raise DistillError(f"Outputs of shape {tuple(shape)} are too large: possible are {MAX_VALUES} numbers.")
     return torch.empty(1, *shape, device='meta')
 
 
 def mean_without(t, ids):
-    "(..., 1) mean of the finite values that are not at `ids`, as far as half precision reaches"
+    "(..., 1) mean of the finite values that are not at `ids`, within the range of half precision"
     rest = t.scatter(-1, ids, -torch.inf)
     have = rest.isfinite()
     n = have.sum(-1, keepdim=True)
@@ -252,8 +252,7 @@ def mean_without(t, ids):
 def put_tensor(d, name, t, dtypes):
     dtype = dtypes.get(name)
     if t.isnan().any() or (t == torch.inf).any():
-        raise DistillError(f"The teacher's {name} hold nan or inf: look for the samples that make it, before their "
-                           "rows teach anyone.")
+        raise DistillError(f"The teacher's {name} hold nan or inf: look for the samples that cause it.")
     if dtype == 'float16' and (t.isfinite() & (t.abs() > 65504)).any():
         raise DistillError(f"The teacher's {name} go beyond float16's 65504: use dtype='float32'.")
     if dtype == 'int8': d[name],d[f'scale:{name}'] = to_int8(t, dtypes[f'scale:{name}'])
@@ -261,7 +260,7 @@ def put_tensor(d, name, t, dtypes):
 
 
 def to_int8(t, dtype):
-    "int8 in 254 steps between a row's smallest and largest value, and the row's (step, middle)"
+    "(int8 in 254 steps between a row's smallest and largest value, the row's step and middle)"
     if not t.isfinite().all():
         raise DistillError("int8 can't hold infinite logits (classes that are masked out): use float16 or float32.")
     flat = t.reshape(len(t), -1)

@@ -1,4 +1,4 @@
-"What is cached: a teacher and its data, as the writer sees them, and whether their outputs can be stored at all."
+"What the writer must know about a teacher and its data, and checks of whether outputs can be stored at all."
 import inspect, warnings
 from dataclasses import dataclass
 from numbers import Integral
@@ -11,11 +11,11 @@ __all__ = ['Source', 'check_alone', 'distinct_views', 'identity_of', 'is_whole',
 
 @dataclass
 class Source:
-    "What a face knows about teacher and data"
+    "A teacher and its data"
     keys:np.ndarray # (N,) uint64 in the order in which rows are stored
     run:object # fn(tasks, bs) -> generator of `Outputs`, one for each `bs` tasks; task number view*N + position
     bs:int
-    teacher:dict # what goes into the manifest, see there
+    teacher:dict # this and the others: entries of the manifest, see there
     transforms:dict
     root:str=''
     vocab:list|None=None
@@ -35,19 +35,18 @@ def spread_positions(n, k=4): return np.unique(np.linspace(0, n-1, min(k, n), dt
 
 
 def check_alone(run, n):
-    "The teacher's answer to a sample must not depend on its neighbors"
+    "The teacher's outputs for a sample must not depend on the other samples in its batch"
     tasks = spread_positions(n, 4)
     half = tasks[::2]
     a,b = [next(run(t, len(t))).logits for t in (tasks, half)]
     tol = 1e-3 if a.dtype.itemsize > 2 else .03
     a,b = a[::2].float(),b.float()
-    # padded to another length, or nan: the layout will see
+    # padded to another length, or nan: `Layout` reports it
     if a.shape != b.shape or not a.isfinite().any(): return
     if (far := (a-b).abs().nan_to_num().max().item()) > tol*(1 + a[a.isfinite()].abs().max().item()):
-        raise DistillError(f"The teacher's answer to a sample differs by {far:.3g} with other samples in its batch: it "
-                           "is in training mode, has a memory, or a batch transform looks at the whole batch. Stored "
-                           "answers would belong to no sample: "
-                           "use a live teacher.")
+        raise DistillError(f"The teacher's outputs for a sample differ by {far:.3g} with other samples in its batch: "
+                           "it is in training mode, has a memory, or a batch transform uses the whole batch. Such "
+                           "outputs belong to no sample and can't be stored: use a live teacher.")
 
 
 def distinct_views(
@@ -57,7 +56,7 @@ def distinct_views(
 ) -> int:
     "How many views to store: as many as asked for, but 1 (with a warning) where nothing random makes them differ"
     if views < 2: return views
-    # subtle: many samples, for a transform may act on few of them; the search ends with the first difference
+    # subtle: many samples, because a transform may change few of them; the search ends at the first difference
     for i in spread_positions(n, 32).tolist():
         first = look(i, 0)
         if any(look(i, v) != first for v in range(1, min(views, 4))): return views
@@ -68,13 +67,12 @@ def distinct_views(
 
 def unrepeatable(what, i):
     return (f"{what} gave sample {i} two different results from the same random seed: something in them draws from a "
-            "generator that can't be found (a new one for each sample, or out of a library's sight), the clock or "
-            "os.urandom, or counts its calls. "
-            "Make it draw from random, numpy.random or torch, or use views=0.")
+            "generator that can't be found (a new one for each sample, or inside a library), reads the clock or "
+            "os.urandom, or counts its calls. Make it draw from random, numpy.random or torch, or use views=0.")
 
 
 def identity_of(teacher) -> dict:
-    "What a manifest says about a teacher: its name, its weights' fingerprint, and how it is asked"
+    "The manifest's entry for a teacher: its name, its weights' fingerprint, and its options"
     options = options_of(teacher)
     name = getattr(teacher, 'name', None) or getattr(teacher, '__name__', type(teacher).__name__)
     shares = str(getattr(teacher, 'weights', None))     # of an ensemble's members
@@ -84,14 +82,14 @@ def identity_of(teacher) -> dict:
     fn = getattr(teacher, 'model', teacher)
     try: text = inspect.getsource(fn if inspect.isroutine(fn) else type(fn))
     except (TypeError, OSError): text = ''
-    warnings.warn(DistillWarning(f"The weights behind {name} can't be seen: a cache of it is taken for the same "
-                                 "teacher's as long as its code is the same. Pass Teacher(model) where there is a "
+    warnings.warn(DistillWarning(f"The weights behind {name} can't be seen: as long as its code is the same, a "
+                                 "cache counts as one of the same teacher. Pass Teacher(model) where there is a "
                                  "model."))
     return dict(name=name, weights=fingerprint(text), **options)
 
 
 def options_of(teacher) -> dict:
-    "How a teacher is asked, and its members if it has some"
+    "The options of a teacher, and of its members if it is an ensemble"
     out = {k: str(getattr(teacher, k)) for k in ('layers', 'mode', 'size', 'combine', 'kind', 'axis', 'select')
            if hasattr(teacher, k)}
     if (output := getattr(teacher, 'output', None)) is not None:

@@ -1,4 +1,4 @@
-"Writing a cache shard by shard, each whole or not there: an interrupted run resumes."
+"Writing a cache, shard by shard. An interrupted run resumes."
 import json, re, warnings
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -22,12 +22,12 @@ SHARD_BYTES = 64*2**20
 
 @dataclass
 class Forecast:
-    "What a cache will take, known before the teacher runs over the data"
+    "The size of a cache, known before the teacher runs"
     samples:int
     views:int
     bytes_per_view:int
-    bytes:int # of the rows that are not yet there
-    free:int|None # on the disk, where that can be told
+    bytes:int # of the rows that are still missing
+    free:int|None # bytes on the disk; None where that is not known
 
     def __str__(self):
         disk = '' if self.free is None else f', {self.free/1e9:.2f} GB free'
@@ -48,11 +48,12 @@ def write_cache(
     views:int=1, # augmented views of each sample; 0: the clean one
     seed:int=0, # of the random numbers
     force:bool=False, # overwrite a cache that doesn't fit, instead of refusing
-    progress=None, # fn(rows done, rows in all, bytes done), after each batch
-    forecast=None, # fn(Forecast), before the teacher runs over the data
+    progress=None, # fn(rows done, rows in all, bytes done), called after each batch
+    forecast=None, # fn(Forecast), called before the teacher runs
     shard_bytes:int=SHARD_BYTES
 ) -> TeacherCache:
-    "Write what is not there yet, and open the cache. Under torch.distributed each rank writes its share of the shards"
+    """Write the shards that are missing, and open the cache. A cache with fewer views keeps them and gets the others.
+    Under torch.distributed each rank writes its share"""
     if not is_whole(views) or not 0 <= views <= MAX_VIEWS:
         raise DistillError(f"views={views!r}: a whole number from 0 (the clean view) to {MAX_VIEWS}.")
     if not len(source.keys): raise DistillError("There are no samples: there is nothing to write.")
@@ -70,13 +71,12 @@ def write_cache(
 
 
 def _begin(where, source, layout, views, seed, force, shard_bytes):
-    """The manifest of the finished cache, and the checksum of each shard that is there: of the same cache, or of one
-    with fewer views"""
+    "(manifest of the cache as it will be, checksums of the shards that it already has)"
     rows = max(shard_bytes//layout.bytes//source.bs, 1)*source.bs
     m = Manifest(len(source.keys), views, seed, layout, rows, source.bs, source.teacher,
                  dict(keys=f'{hash_of(source.keys.tobytes()):016x}', root=source.root), source.transforms, source.vocab,
                  source.samples or [], versions())
-    m = m.as_read()         # subtle: what can't be kept is found before anything is removed
+    m = m.as_read()         # subtle: here, so that wrong values raise an error before anything is removed
     keys = source.keys.astype('<u8').tobytes()
     if where.size('manifest.json') is not None:
         try: old = Manifest.read(where)
@@ -84,10 +84,11 @@ def _begin(where, source, layout, views, seed, force, shard_bytes):
             if not force: raise
             warnings.warn(DistillWarning(f'{e} It is overwritten (force=True).'))
         else:
-            if not (found := differences(old, m, changed_now(where, source.files))): return _reopen(where, old, m, keys)
+            if not (found := differences(old, m, lambda: changed_now(where, source.files))):
+                return _reopen(where, old, m, keys)
             refuse(where, found, force, 'It is overwritten')
     clear(where)
-    clear(where.sub('valid'))       # it would be another teacher's
+    clear(where.sub('valid'))       # it holds another teacher's outputs
     where.write('keys.bin', keys)
     if source.files is not None: write_record(where, record_files(source.files))
     where.write('manifest.json', m.to_json())
@@ -95,18 +96,19 @@ def _begin(where, source, layout, views, seed, force, shard_bytes):
 
 
 def changed_now(where, paths) -> str:
-    "In words, which of the samples' files changed; where none did, their new times are stored"
-    record = None if paths is None else read_record(where, len(paths))
+    "In words, which of the samples' files changed. If none did, their new times are stored"
+    try: record = None if paths is None else read_record(where, len(paths))
+    except DistillError as e: return str(e)
     if record is None: return ''
     changed,new = newer_record(record, paths)
     if len(changed): return changed_text([str(paths[i]) for i in changed], len(record))
     if not np.array_equal(new, record):
-        with suppress(DistillError): write_record(where, new)      # a read-only folder keeps the old ones
+        with suppress(DistillError): write_record(where, new)      # not in a read-only folder
     return ''
 
 
 def _reopen(where, old, m, keys):
-    "The manifest of the cache that is there, with the views that are wanted now, and the checksums of its whole shards"
+    "The same for a cache that is there: its manifest with the views that are wanted now, checksums of intact shards"
     clear(where, '.tmp')
     new = replace(old, views=m.views, samples=m.samples, shards=[], complete=False)
     if where.size('keys.bin') != len(keys) or where.read('keys.bin') != keys: where.write('keys.bin', keys)
@@ -114,19 +116,19 @@ def _reopen(where, old, m, keys):
         if new != old: where.write('manifest.json', new.to_json())
         return new,notes(where, new.all_shards())
     bad,own = damages(where, old, old.shards),old.checksums
-    clear(where, '.json', {note_of(n) for n in own})        # of a writer that was killed between its last two steps
+    clear(where, '.json', {note_of(n) for n in own})        # left by a writer that was killed at its end
     if new.views == old.views and not bad: return old,own
     for n in bad:
         if n != 'keys.bin': where.remove(n)
-    # subtle: the old manifest stays until all is written, so that its views can be read meanwhile
-    return new,{k: v for k,v in own.items() if k not in bad} | notes(where,
-                                                                     (s for s in new.all_shards() if s[2] not in own))
+    # subtle: the old manifest stays until all shards are written, so that the old views can be read all the time
+    added = [s for s in new.all_shards() if s[2] not in own]
+    return new,{k: v for k,v in own.items() if k not in bad} | notes(where, added)
 
 
 CACHE_FILES = re.compile(r'(manifest\.json|keys\.bin|files\.bin|view\d{3,}/\d{6,}\.(bin|json))(\.\d+\.tmp)?')
 
 def clear(where, ending='', only=None):
-    "Remove a cache's files, and no others; the manifest first, because without it the rest is nothing"
+    "Remove a cache's files, and no others. The manifest goes first: without it, the other files are not a cache"
     for n in sorted(where.names(), key=lambda n: n != 'manifest.json'):
         if not CACHE_FILES.fullmatch(n) or not n.endswith(ending) or only is not None and n not in only: continue
         if not (ending and n == 'manifest.json'): where.remove(n)
@@ -136,7 +138,7 @@ def note_of(name): return name.replace('.bin', '.json')
 
 
 def note_checksum(where, shard) -> str|None:
-    "The checksum of a shard that is there, and as long as it must be, from the file beside it; None if it is not"
+    "The checksum of a shard, from the file beside it; None if the shard is missing or has another size"
     *_,name,size = shard
     if where.size(name) != size or not 0 < (where.size(note_of(name)) or 0) < 1000: return None
     try:
@@ -149,18 +151,18 @@ def notes(where, shards): return {s[2]: o for s in shards if (o := note_checksum
 
 
 def finished(where, shard):
-    "Is this shard there, and as long as it must be?"
+    "Is this shard written?"
     return note_checksum(where, shard) is not None
 
 
 def _write_shards(where, source, m, todo, progress):
     "Run the teacher over the samples of these shards"
     done,total = 0,sum(m.rows_of(i) for _,i,*_ in todo)
-    # shards that one pass of the DataLoader makes: lists of what to do stay short
+    # number of shards that one pass of the DataLoader writes: limited, because all its tasks are in one list
     some = max(2**20//m.shard_rows, 1)
     for at in range(0, len(todo), some):
         tasks = [padded(tasks_of(source, v, i*m.shard_rows, m.rows_of(i)), m.batch_size) for v,i,*_ in todo[at:at+some]]
-        # subtle: closed by hand, for a traceback would keep it, and with it what it has changed until it ends
+        # subtle: closed at once, because a traceback would keep the generator, and what it has changed, alive
         with closing(source.run(np.concatenate(tasks), m.batch_size)) as batches:
             for _,i,name,_ in todo[at:at+some]:
                 for rows in _write_shard(where, m, name, m.rows_of(i), batches):
@@ -169,12 +171,12 @@ def _write_shards(where, source, m, todo, progress):
 
 
 def _write_shard(where, m, name, n, batches):
-    "Gives the number of rows of each batch"
+    "Yields the number of rows of each batch"
     bs,buf = m.batch_size,np.empty((n, m.layout.bytes), np.uint8)
     for row in range(0, n, bs):
         rows = m.layout.encode(next(batches))
         if len(rows) != bs:
-            raise DistillError(f"The teacher gave {len(rows)} answers to {bs} samples: one for each is needed.")
+            raise DistillError(f"The teacher returned {len(rows)} outputs for {bs} samples: one for each is needed.")
         buf[row:row+bs] = rows[:n-row]
         yield min(bs, n-row)
     data = memoryview(buf).cast('B')
@@ -183,7 +185,7 @@ def _write_shard(where, m, name, n, batches):
 
 
 def _finish(where, m, done):
-    "Collect the shards' checksums in the manifest: now it is a cache"
+    "Complete the manifest with the checksums of all files"
     if m.complete: return
     shards = list(m.all_shards())
     sums = {**notes(where, [s for s in shards if s[2] not in done]), **done,
@@ -199,5 +201,5 @@ def tasks_of(source, view, first, n): return view*len(source.keys) + np.arange(f
 
 
 def padded(tasks, bs):
-    "Whole batches: the last sample is asked for once more, and its answers are thrown away"
+    "Whole batches: the last sample is repeated, and the outputs of its repetitions are dropped"
     return np.concatenate([tasks, np.repeat(tasks[-1:], -len(tasks) % bs)])

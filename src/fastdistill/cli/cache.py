@@ -81,7 +81,7 @@ def info(
     from ..cache.reader import TeacherCache
     where = open_folder(path)
     if where.size('manifest.json') is None: raise DistillError(f"There is no cache at {path} (no manifest.json).")
-    m = Manifest.from_json(where.read('manifest.json'), where)
+    m = Manifest.read(where)
     table = Table(show_header=False, box=None, title=f'Teacher outputs in {path}', title_justify='left')
     for k,v in facts(where, m): table.add_row(k, v)
     Console().print(table)

@@ -154,8 +154,8 @@ def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num
     # without `stats`, the student's normalization is part of the teacher's identity
     if any(getattr(t, 'stats', None) is None for t in (getattr(teacher, 'members', None) or [teacher])):
         who['input'] = 'mean {}, std {}'.format(*(torch.as_tensor(o).flatten().tolist() for o in image_stats(dls)))
-    return Source(plan.keys, run, bs or dl.bs or 64, who, describe_transforms(dl) if views or stream else {}, root,
-                  vocab, samples,
+    transforms = describe_transforms(dl) if views or stream else {}
+    return Source(plan.keys, run, dl.bs if bs is None else bs, who, transforms, root, vocab, samples,
                   sample_files(dl, order))
 
 

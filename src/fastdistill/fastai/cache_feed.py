@@ -94,6 +94,7 @@ class CacheFeed(Feed):
         plan = Plan(names, cache.views, cache.seed, cache.find(names), cache, random=bool(cache.views),
                     stream=is_stream(dl))
         cache.check_files(sample_files(dl), plan.at)
+        cache.check_once()
         refuse(cache.folder, misfits(dl, plan, cache), cache.force)
         self.fed.append(attach(dl, plan))
         return plan
