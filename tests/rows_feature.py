@@ -141,7 +141,7 @@ ROWS = [
         for n in ('ab', 'ab_repdistiller')]),
     Case(ofd, OFD, {}, maps((3, 4, 2, 3)), ofd_loop, golden=[
         Golden('ofd', lambda o: {}, more=lambda g: dict(margin=g['margin']), scale=lambda g,o: o['divide']/g['student'].numel())]),
-    Case(ofd, OFD, dict(margin=-.3), maps((3, 4, 2, 3)), ofd_loop),
+    Case(ofd, OFD, dict(margin=-.25), maps((3, 4, 2, 3)), ofd_loop),
     Case(ofd, OFD, dict(margin=torch.tensor([-.3, 0., -1.]), axis=-1), maps((2, 4, 3)), ofd_loop, name='ofd-tokens'),
     Case(vid, VID, dict(log_scale=SCALE), maps((3, 3, 2, 4)), vid_loop, name='vid', at_teacher=lambda t, **o: vid_loop(t, t, **o), golden=[
         Golden('vid', lambda o: dict(eps=o['eps']), more=scale_of),

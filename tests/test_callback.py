@@ -1,5 +1,5 @@
 "KnowledgeDistillation beside everything else that happens in a fastai training."
-import copy, csv, importlib, inspect, math, os, socket, subprocess, sys
+import copy, csv, importlib, inspect, math, os, random, socket, subprocess, sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip, ShortEp
 from fastai.data.transforms import Normalize
 from fastai.interpret import Interpretation
 import fastdistill.fastai
-from fastdistill import Distiller
+from fastdistill import Distiller, Teacher
 from fastdistill.fastai import DistillError, KnowledgeDistillation, Term, dkd, kd, losses, soft_labels
 from fastdistill.fastai.task import Task, task_of
 
@@ -724,3 +724,72 @@ def test_two_processes_train_one_student_and_one_projector(tmp_path):
     assert [r.returncode for r in runs] == [0, 0], said
     (a,logged_a),(b,logged_b) = [torch.load(tmp_path/f'{i}.pt', weights_only=True) for i in (0, 1)]
     assert len(a) == 8 and all(torch.equal(x, y) for x,y in zip(a, b)) and logged_a == logged_b
+
+
+# parts that do not count
+
+class Drawing(nn.Module):
+    "A teacher that draws random numbers of every kind, and counts how often it is asked"
+    def __init__(self, net): super().__init__(); self.net,self.drop,self.times = net,nn.Dropout(),0
+    def forward(self, x):
+        self.times += 1
+        np.random.rand(); random.random()
+        return self.drop(self.net(x)) + torch.randn(len(x), 4)
+
+
+def test_alpha_0_is_bit_identical_whatever_the_teacher_does():
+    runs = []
+    for recipe in (None, kd(alpha=0.), kd(alpha=0.) + hint(0.), kd(alpha=lambda p: 0.)):
+        student,teacher = toy()
+        student.model.insert(1, nn.Dropout(.3))
+        drawing = Drawing(teacher)
+        layers = dict(layers={'3': 'net.2'})
+        cb = None if recipe is None else KD(Teacher(drawing, mode='train'), recipe if len(recipe.terms) == 1 else
+                                            kd(alpha=0.) + Term(losses.hint, 0., projector='linear', **layers), check=False)
+        set_seed(5)
+        student.fit(2, .1, cbs=cb)
+        runs.append((weights(student), student.recorder.values[-1][0], np.random.rand(), torch.rand(1).item()))
+        if recipe is not None: assert student.recorder.metric_names[-2 if len(recipe.terms) == 1 else -3] == 'kd_loss' and drawing.times > 0
+    for i,r in enumerate(runs): assert torch.equal(r[0], runs[0][0]) and r[1:] == runs[0][1:], i
+
+
+def test_a_fit_asks_the_teacher_only_while_a_part_counts_and_validation_shows_all():
+    student,teacher = toy()
+    drawing,asked = Drawing(teacher),[]
+    recipe = Term(losses.kl, T=T, stop_at=.5) + Term(losses.hint, lambda p: float(p > .75), layers={'2': 'net.2'}, projector='linear')
+    cb = KD(drawing, recipe, check=False)
+    class Look(Callback):
+        order = 7
+        def after_loss(self): asked.append((self.training, round(self.pct_train, 3), drawing.times, list(cb.taps.names) if cb.taps else []))
+    student.fit(2, .1, cbs=[cb, Look()])
+    seen = [(train,p,times-before,taps) for (train,p,times,taps),(_,_,before,_) in zip(asked[1:], asked)]
+    assert all((n,taps) == ((1, []) if p < .5 else (0, []) if p <= .75 else (1, ['2'])) for train,p,n,taps in seen if train)
+    assert all((n,taps) == (1, ['2']) for train,_,n,taps in seen if not train)
+    assert student.recorder.metric_names[-3:-1] == ['kl_loss', 'hint_loss'] and all(v is not None for v in student.recorder.values[-1])
+
+
+@pytest.mark.parametrize('kind,loss_func', [('softmax', CrossEntropyLossFlat(weight=torch.zeros(4))), ('regression', MSELossFlat())])
+def test_labels_that_give_nan_are_not_reported_where_they_do_not_count(kind, loss_func):
+    student,teacher = toy(loss_func=loss_func)
+    class Unlabeled(Callback):
+        order = -5
+        def before_batch(self):
+            if kind == 'regression': self.learn.yb = (torch.full((len(self.y), 4), float('nan') if self.training else 0.),)
+    student.metrics = []
+    before = weights(student)
+    for b in watched(student, [Unlabeled(), KD(teacher, soft_labels(T=2.), check=False)]): assert b.loss == pytest.approx(losses.soft_targets(b.s, teacher(b.x).detach(), kind=kind, T=2.).item(), rel=1e-5)
+    assert weights(student).isfinite().all() and not torch.equal(before, weights(student)) and math.isfinite(student.recorder.values[-1][0])
+
+
+@pytest.mark.parametrize('label', [0, -100])       # with the second the labels' loss is nan, and what was added to it is lost
+def test_a_regularizer_stays_where_labels_do_not_count(label):
+    student,teacher = toy()
+    class Regularizer(Callback):
+        order = 1
+        def before_batch(self):
+            if self.training: self.learn.yb = (torch.full_like(self.y, label),)
+        def after_loss(self):
+            if self.training: self.learn.loss_grad += .5*self.pred.pow(2).mean()
+    for b in watched(student, [KD(teacher, soft_labels(T=2.)), Regularizer()]):
+        want,more = (0., 0.) if label == -100 else (kl(b.s, teacher(b.x), 2.).item(), .5*b.s.pow(2).mean().item())
+        assert b.loss == pytest.approx(want, rel=1e-5) and b.loss_grad == pytest.approx(want + more, rel=1e-5)

@@ -1,4 +1,5 @@
 "Mistakes that training would not have shown speak up before it."
+import copy, re
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
@@ -139,7 +140,7 @@ def test_another_normalisation_of_images_is_mended_and_said(capsys):
 
 def test_another_shape_of_output_is_an_error():
     student,_ = toy()
-    refuses(student, nn.Linear(8, 5), r"student's output has shape \(16, 4\), the teacher's \(16, 5\).*same classes")
+    refuses(student, nn.Linear(8, 5), r"student's output has shape \(16, 4\), the teacher's \(16, 5\).*same classes.*Teacher\(teacher, select=")
     student,_ = pair('unet')
     refuses(student, lambda x: torch.randn(len(x), 4, 8, 8), r"\(16, 4, 16, 16\), the teacher's \(16, 4, 8, 8\).*same resolution")
     student,_ = pair('points')
@@ -221,6 +222,26 @@ def test_batchnorm_in_training_mode_in_a_function_is_noticed():
     student,_ = pair('image')
     model = pair('image')[1].model.train()
     warns(student, lambda x: model(x), r'answers a sample differently in another batch \(is batch-norm in training mode\?\)')
+
+def test_batchnorm_in_training_mode_is_noticed_in_batches_that_are_dicts():
+    class OfDict(nn.Sequential):
+        def forward(self, batch): return super().forward(batch['x'])
+    student,teacher = toy()
+    items = [({'x': x}, y) for x,y in zip(*apps.rows())]
+    student.dls,student.model = DataLoaders.from_dsets(items[:64], items[64:], bs=4, num_workers=0),OfDict(*student.model)
+    norm = nn.BatchNorm1d(8).train()
+    warns(student, lambda batch: teacher(norm(batch['x'])), 'answers a sample differently in another batch')
+
+
+def test_a_student_whose_reset_reinitializes_is_an_error_before_it_is_trained():
+    class Reinitializes(nn.Linear):
+        def reset(self): self.reset_parameters()
+    student,teacher = toy()
+    student.model = Reinitializes(8, 4)
+    was,rng = copy.deepcopy(student.model.state_dict()),torch.get_rng_state()
+    says, = [f for f in check_teacher(student, teacher) if f.level == 'error']
+    assert re.match(r"The student's method reset.. changes weights .weight, bias., and fastai calls it whenever it fits, validates", says.what)
+    assert all(torch.equal(v, was[k]) for k,v in student.model.state_dict().items()) and torch.equal(torch.get_rng_state(), rng)
 
 
 # kinds

@@ -1,11 +1,13 @@
 "The heart, without any framework: terms, recipes, and a plain loop."
 import copy
+from contextlib import nullcontext
 from functools import partial
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from cases import Golden
-from fastdistill import DistillError, Distiller, Outputs, Recipe, Teacher, Term, dkd, hard_labels, kd, logit_std, losses, soft_labels
+from fastdistill import (DistillError, DistillWarning, Distiller, Outputs, Recipe, Teacher, Term, dkd, hard_labels, kd, layers, logit_std, losses,
+                         soft_labels)
 
 def mlp(hidden, seed=0):
     torch.manual_seed(seed)
@@ -128,6 +130,50 @@ def test_a_loss_module_may_be_used_by_many():
     assert not {id(p) for p in a.own_parameters()} & {id(p) for p in b.own_parameters()} and not list(vid.parameters())
 
 
+# your own loss
+
+def wide(h, o=4, seed=1):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, h), nn.ReLU(), nn.Linear(h, o))
+
+def distance(s, t): return (s-t).pow(2).mean()
+
+@pytest.mark.parametrize('width', [1, 4])
+@pytest.mark.parametrize('mine', [distance, F.mse_loss, nn.MSELoss(), losses.loss()(distance)], ids=['function', 'torch', 'module', 'decorated'])
+def test_your_own_loss_of_layers_gets_its_projector(mine, width):
+    d = Distiller(wide(width), wide(8), Term(mine, layers={'0': '0'}), example=batch()[0])
+    assert d.pairs[0].projector == f'linear {width} -> 8' and len(d.own_parameters()) == 2
+    out = d(*batch())
+    f,k = d.student[0](batch()[0]),d.links[d.recipe.terms[0].name][0]
+    assert list(out.parts.values())[0].item() == pytest.approx(distance(k.projector(f, None), d.teacher.module[0](batch()[0])).item())
+
+def gram(s, t): return (s@s.T - t@t.T).pow(2).mean()
+
+@pytest.mark.parametrize('term', [Term(gram, layers={'0': '0'}, match='none'), Term(losses.loss(match='none')(gram), layers={'0': '0'}),
+                                  Term(losses.loss()(gram), layers={'0': '0'}, match='none')], ids=['plain', 'decorated', 'overridden'])
+def test_your_own_loss_of_relations_says_that_it_needs_no_projector(term):
+    d = Distiller(wide(4), wide(8), term, example=batch()[0])
+    assert d.pairs[0].projector == 'none' and not d.own_parameters() and d(*batch()).parts['gram'] > 0
+
+def test_what_a_term_says_counts_before_what_its_loss_says():
+    t = [Term(losses.at, layers='auto'), Term(losses.at, layers='auto', match='grid'), Term(losses.AT(), layers='auto'), Term(distance)]
+    assert [o.match for o in t] == ['none', 'grid', 'none', 'shape']
+    half = torch.randn(3, 4).half()
+    assert losses.loss()(distance)(half, half + 1).dtype == torch.float32
+
+def test_a_loss_of_logits_may_compare_layers_too():
+    d = Distiller(wide(4), wide(8), Term(losses.kl, layers={'0': '0'}, T=2.), kind='regression', task_loss=F.mse_loss, example=batch()[0])
+    assert d(batch()[0], torch.zeros(16, 4)).parts['kl'] > 0 and d.pairs[0].projector == 'linear 4 -> 8'
+
+@pytest.mark.parametrize('make,says', [
+    (lambda: losses.loss(distance), r'decorator with options: write @loss\(\) above your function'),
+    (lambda: losses.loss(match='places'), "match='places': possible are 'shape', 'grid', 'none'"),
+    (lambda: losses.loss(kind='classes'), "kind='classes': possible are None, 'softmax', 'sigmoid', 'regression'"),
+    (lambda: Term(distance, layers='auto', match='same'), "match='same': possible are 'shape', 'grid' and 'none' .what distance needs")])
+def test_what_a_loss_needs_is_one_of_few_words(make, says):
+    with pytest.raises(DistillError, match=says): make()
+
+
 # which positions count
 
 def test_positions_without_a_label_do_not_count_in_dense_tasks():
@@ -182,10 +228,34 @@ def test_the_teacher_is_no_part_of_what_is_trained_or_saved():
     assert teacher not in list(d.modules())
     assert d.train().training and teacher.training and d.eval() and teacher.training     # its mode is its own affair
 
+def test_two_distillers_share_a_teacher_and_each_reads_its_own_layers():
+    x,y = batch()
+    net,tapped = mlp(16, 1),[]
+    for name,m in net.named_children(): m.register_forward_hook(lambda m, *_, name=name: tapped.extend([name]*(len(m._forward_hooks)-1)))
+    teacher = Teacher(net)
+    one = Distiller(mlp(6), teacher, kd() + hint(layers={'2': '2'}), example=x)
+    two = Distiller(mlp(6), teacher, kd() + hint(layers={'0': '0'}), example=x)
+    tapped.clear()
+    for d,name in ((one, '2'), (two, '0'), (one, '2')):
+        alone = Distiller(mlp(6), mlp(16, 1), kd() + hint(layers={name: name}), example=x)
+        alone.load_state_dict(d.state_dict())
+        assert torch.equal(d(x, y).total, alone(x, y).total)
+    assert tapped == ['2', '0', '2'] and teacher.layers == [] and teacher(x).feats == {}
+
+def test_compute_without_the_layers_says_where_they_come_from():
+    x,y = batch()
+    d = Distiller(mlp(6), mlp(16, 1), kd() + hint(), example=x)
+    s = Outputs(d.student(x), {'2': d.student[:3](x)})
+    with pytest.raises(DistillError, match=r"teacher's outputs have no layer '2' \(they have: none\).*distiller.teacher_outputs\(x\) reads"):
+        d.compute(s, d.teacher(x), F.cross_entropy(s.logits, y), (y,))
+    assert d.compute(s, d.teacher_outputs(x), F.cross_entropy(s.logits, y), (y,)).parts['hint'] > 0
+
 def test_an_optimizer_made_before_the_projectors_is_refused():
     d = Distiller(mlp(6), mlp(16), kd() + hint())
     with pytest.raises(DistillError, match=r'are not built yet.*give the Distiller a batch of inputs, Distiller\(..., example=x\)'):
         torch.optim.SGD(d.parameters(), .1)
+    with pytest.raises(DistillError, match='not built yet'):
+        list(Distiller(mlp(6), mlp(16), Term(losses.at, layers={'2': '2'}, projector='mlp')).parameters())
     d(*batch())
     assert len(list(d.parameters())) == 8
     assert len(list(Distiller(mlp(6), mlp(16), kd()).parameters())) == 6       # no layers, no projectors
@@ -205,12 +275,78 @@ def test_total_is_task_and_parts_by_their_weights():
     assert out.weights == pytest.approx(dict(task=.3, kd=.7, hint=.5)) and out.total.item() == pytest.approx(want.item())
     assert out.task.item() == pytest.approx(F.cross_entropy(d.student(x), y).item()) and not out.parts['hint'].requires_grad
 
-def test_a_part_of_weight_0_is_measured_but_not_trained():
+def test_a_part_of_weight_0_is_measured_in_validation_but_not_trained():
     d = Distiller(mlp(6), mlp(16, 1), kd(alpha=0.) + hint(0.), example=batch()[0])
     out = d(*batch())
-    assert out.added is None and out.total is out.task and out.parts['kd'] > 0 and out.parts['hint'] > 0
+    assert out.added is None and out.total is out.task and out.parts == {} and out.weights == dict(task=1., kd=0., hint=0.)
     out.total.backward()
     assert all(p.grad is None for p in d.own_parameters())
+    with torch.no_grad(): out = d(*batch())
+    assert out.total is out.task and out.parts['kd'] > 0 and out.parts['hint'] > 0
+
+class Asked(nn.Module):
+    "A teacher that counts how often it is asked, and draws random numbers each time"
+    def __init__(self): super().__init__(); self.net,self.times = mlp(16, 1),0
+    def forward(self, x):
+        self.times += 1
+        return self.net(x) + .1*torch.randn(len(x), 4)
+
+@pytest.mark.parametrize('recipe,when', [(kd(alpha=0.), (0., .5, 1.)), (Recipe(Term(losses.kl, stop_at=.5)), (.5, 1.)),
+                                         (Recipe(Term(losses.kl, 0.), Term(losses.mse, lambda p: p > .5)), (0., .5))])
+def test_the_teacher_is_not_asked_where_no_part_counts(recipe, when):
+    teacher = Asked()
+    d = Distiller(mlp(6), teacher, recipe)
+    x,y = batch()
+    state = torch.get_rng_state()
+    for p in when:
+        assert not d.needs_teacher(p) and d.active_terms(p) == [] and d(x, y, progress=p).total.item() == F.cross_entropy(d.student(x), y).item()
+    assert teacher.times == 0 and torch.equal(state, torch.get_rng_state())
+    with torch.no_grad(): assert d(x, y, progress=when[0]).parts and d.needs_teacher(when[0])
+    assert teacher.times == 1 and torch.equal(state, torch.get_rng_state())      # what validation draws is put back
+
+def test_layers_run_only_where_their_part_counts():
+    student = mlp(6)
+    recipe = kd() + hint(lambda p: float(p > .5), layers={'2': '2'}) + Term(losses.hint, layers={'0': '0'}, projector='linear', stop_at=.3, name='early')
+    d = Distiller(student, mlp(16, 1), recipe, example=batch()[0])
+    read = lambda p: [layers(d.active_terms(p)) for layers in (d.student_layers, d.teacher_layers)]
+    assert read(.1) == [['0'], ['0']] and read(.4) == [[], []] and read(.6) == [['2'], ['2']] and d.student_layers() == ['2', '0']
+    for p,parts in ((.1, {'kd', 'early'}), (.4, {'kd'}), (.6, {'kd', 'hint'})):
+        d.zero_grad()
+        out = d(*batch(), progress=p)
+        out.total.backward()
+        assert set(out.parts) == parts
+        trained = {k for k,links in d.links.items() for p in links.parameters() if p.grad is not None and p.grad.abs().max() > 0}
+        assert trained == parts - {'kd'}
+
+def test_a_part_that_counts_asks_for_the_teacher():
+    d,(x,y) = Distiller(mlp(6), mlp(16), kd()),batch()
+    with pytest.raises(DistillError, match=r"kd needs the teacher's outputs for this batch, and got None: needs_teacher\(progress\) says when"):
+        d.compute(Outputs(d.student(x)), None, F.cross_entropy(d.student(x), y), (y,))
+
+@pytest.mark.parametrize('task_loss,y', [(nn.CrossEntropyLoss(weight=torch.zeros(4)), batch()[1]), (nn.MSELoss(), torch.full((16, 4), float('nan')))])
+def test_labels_that_give_nan_do_not_count_where_their_weight_is_0(task_loss, y):
+    x,_ = batch()
+    d = Distiller(mlp(6), mlp(16, 1), Recipe(Term(losses.mse), task=0.), task_loss=task_loss)
+    out = d(x, y)
+    out.total.backward()
+    assert out.task.isnan() and out.total.item() == pytest.approx(losses.mse(d.student(x), d.teacher(x).logits).item())
+    assert all(p.grad.isfinite().all() for p in d.student.parameters()) and d.student[0].weight.grad.abs().max() > 0
+
+@pytest.mark.parametrize('teacher', [lambda net: Teacher(net, mode='train'), lambda net: lambda x: torch.randn(len(x), 4)], ids=['dropout', 'random'])
+@pytest.mark.parametrize('started', [True, False])
+def test_alpha_0_is_no_distillation_whatever_the_teacher_draws(teacher, started):
+    def run(distill):
+        student = nn.Sequential(mlp(6), nn.Dropout(.5), nn.Linear(4, 4))
+        d = Distiller(student, teacher(nn.Sequential(mlp(16, 1), nn.Dropout(.5))), kd(alpha=0.)) if distill else None
+        opt,(x,y) = torch.optim.SGD(student.parameters(), .1),batch()
+        torch.manual_seed(3)
+        with d.teacher if started and distill else nullcontext():
+            for _ in range(5):
+                (d(x, y).total if distill else F.cross_entropy(student(x), y)).backward()
+                opt.step(); opt.zero_grad()
+        return student.state_dict()
+    a,b = run(True),run(False)
+    assert all(torch.equal(v, b[k]) for k,v in a.items())
 
 def test_no_parameter_of_the_student_is_without_a_gradient():
     d = Distiller(mlp(6), mlp(16, 1), Recipe(hint(), task=0.), example=batch()[0])      # only reaches the first half
@@ -285,3 +421,70 @@ def test_balance_says_when_nothing_is_shared():
     d = Distiller(student, mlp(16, 1), kd() + Term(losses.hint, layers={'0': '2'}, projector='linear'), balance='grad')
     with pytest.raises(DistillError, match="no layer of the student gets a gradient from all of task, kd, hint. Weigh them by hand"):
         d(*batch())
+
+
+# other classes than the teacher's
+
+def test_a_subset_or_a_superset_of_the_teachers_classes_is_refused_with_what_to_do():
+    x,y = batch()
+    more,fewer = nn.Sequential(mlp(16, 1), nn.Linear(4, 6)),nn.Sequential(mlp(16, 1), nn.Linear(4, 3))
+    with pytest.raises(DistillError, match=r"has shape \(16, 4\), the teacher's \(16, 6\).*has more classes, Teacher\(teacher, select="): Distiller(mlp(6), more, kd())(x, y)
+    assert Distiller(mlp(6), Teacher(more, select=[5, 0, 1, 2]), kd())(x, y).total > 0
+    ids = [0, 3, 1]
+    with pytest.raises(DistillError, match=r'has fewer, compare only those.*losses.kl\(s\[:, ids\], t\)'): Distiller(mlp(6), fewer, kd())(x, y)
+    assert Distiller(mlp(6), fewer, Term(lambda s, t: losses.kl(s[:, ids], t), name='kl'))(x, y).total > 0
+
+
+# several outputs
+
+class Heads(nn.Module):
+    def __init__(self, hidden, give): super().__init__(); self.a,self.b,self.give = mlp(hidden),mlp(hidden, 5),give
+    def forward(self, x): return self.give(self.a(x), self.b(x))
+
+def test_the_students_output_can_be_named_and_that_of_a_bare_teacher_with_it():
+    x,y = batch()
+    for give,output in ((lambda a, b: (a, b), 1), (lambda a, b: dict(a=a, b=b), 'b'), (lambda a, b: [[a, b]], lambda o: o[0][1])):
+        s,t = Heads(6, give),Heads(16, give)
+        assert Distiller(s, t, kd(), output=output)(x, y).total.item() == pytest.approx(Distiller(s.b, t.b, kd())(x, y).total.item())
+        got = Distiller(s, Teacher(t.a), kd() + hint(layers={'b.2': '2'}), output=output, example=x)(x, y)     # its own affair in a Teacher
+        assert got.parts['kd'].item() == pytest.approx(losses.kl(s.b(x), t.a(x), T=4.).item()) and got.parts['hint'] > 0
+    with pytest.raises(DistillError, match="output='b', but the model returned one tensor"): Distiller(mlp(6), t.a, kd(), output='b')(x, y)
+    with pytest.raises(DistillError, match='output=1.5: possible are the name or the index'): Distiller(s, t, kd(), output=1.5)
+
+def test_a_student_with_several_outputs_says_once_which_is_taken():
+    x,y = batch()
+    d = Distiller(Heads(6, lambda a, b: (a, b)), mlp(16, 1), kd())
+    with pytest.warns(DistillWarning, match=r'The student returns several tensors.*: 0 \(16, 4\), 1 \(16, 4\). The first is taken'):
+        total = d(x, y).total.item()
+    assert total == d(x, y).total.item() == pytest.approx(Distiller(d.student.a, mlp(16, 1), kd())(x, y).total.item())
+
+
+# batches that are dicts
+
+class OneDict(nn.Module):
+    "Takes the whole batch as one argument, as fastai passes it"
+    def __init__(self, hidden): super().__init__(); self.net = mlp(hidden)
+    def forward(self, batch): return self.net(batch['a'])
+
+class ByName(OneDict):
+    def forward(self, a, scale=1.): return self.net(a)*scale
+
+class AnyName(OneDict):
+    "A wrapper around a model with named arguments"
+    def forward(self, *args, **kwargs): return self.net(kwargs['a'])
+
+def function(hidden):
+    net = mlp(hidden)
+    return lambda batch: net(batch['a'])
+
+@pytest.mark.parametrize('student', [OneDict, ByName, AnyName])
+@pytest.mark.parametrize('teacher', [OneDict, ByName, AnyName, function])
+def test_a_batch_that_is_a_dict_goes_in_as_each_model_takes_it(student, teacher):
+    x,y = batch()
+    want = Distiller(mlp(6), mlp(16), kd())(x, y).total.item()
+    s,t = student(6),teacher(16)
+    assert Distiller(s, t, kd())({'a': x}, y).total.item() == pytest.approx(want)
+    if not isinstance(t, nn.Module): return
+    d = Distiller(nn.DataParallel(s), t, kd() + hint(layers={'net.2': 'net.2'}), example={'a': x})
+    assert d({'a': x}, y).parts['hint'] > 0 and [(p.s_shape, p.t_shape) for p in d.pairs] == [((16, 6), (16, 16))]
+    assert {l.name: l.shape for l in layers(s, {'a': x})}['net.2'] == (16, 6)

@@ -1,12 +1,16 @@
 "Learners and exported Learners as teachers: they answer as the Learner itself does, and are afterwards as they were."
-import copy, importlib, sys
+import copy, importlib, random, sys
+from collections import OrderedDict
+import numpy as np
 import pytest, timm, torch, torchvision
 from torch import nn
 import apps
 from apps import APPS, answers, image_dls, plain, quiet, same, snapshot
-from fastai.basics import Callback, L, Learner, noop
+from fastai.basics import Callback, DataLoader, DataLoaders, L, Learner, noop
 from fastai.test_utils import synth_learner
 from fastai.vision.all import CategoryBlock, Flatten, Normalize
+from fastdistill import Term, kd, losses
+from fastdistill.fastai import cache_teacher
 from fastdistill.fastai.teachers import image_stats, teacher_of
 from fastdistill.outputs import DistillError, DistillWarning
 from fastdistill.teacher import Teacher
@@ -114,7 +118,9 @@ def test_what_is_said_wins():
     t = teacher_of(Teacher(learn.model, stats=A, input_stats=A), student)
     assert t.adapts == ''
     t = teacher_of(Teacher(learn.model, kind='sigmoid'), student, kind='softmax', axis=-1, size=16, name='mine')
-    assert (t.kind, t.axis, t.size, t.name) == ('sigmoid', -1, (16, 16), 'Sequential')
+    assert (t.kind, t.axis, t.size, t.name) == ('sigmoid', -1, (16, 16), 'mine')
+    u = teacher_of(Teacher(learn.model, kind='softmax', size=None, name='first'), student, kind='sigmoid', size=16, name='mine')
+    assert (u.kind, u.size, u.name) == ('softmax', None, 'first')
     assert teacher_of(t, student, kind='softmax', axis=-1) is t
     t = teacher_of(learn, student, kind='softmax', axis=-1)
     assert teacher_of(t, student, kind='softmax', axis=-1) is t              # so that what a check has set on it stays
@@ -199,3 +205,67 @@ def test_a_teacher_with_its_learner_copies():
     x,_ = learn.dls.one_batch()
     close(t(x).logits, learn.model(x).detach(), 0)
     assert t.learner is not learn and t.model is t.learner.model
+
+
+class Reinitializes(nn.Sequential):
+    "`reset` is its own word for new weights"
+    def reset(self):
+        for m in self:
+            if hasattr(m, 'reset_parameters'): m.reset_parameters()
+
+
+def test_a_teacher_whose_reset_reinitializes_is_unharmed_by_check_fit_and_cache(tmp_path):
+    teacher = learner(A, model=lambda: Reinitializes(*net()))
+    teacher.fit(3, .05)
+    was = snapshot(teacher.model)
+    for use in (lambda s: s.check_teacher(teacher), lambda s: s.distill(teacher, 1, 1e-3, check=False),
+                lambda s: cache_teacher(teacher.model, s.dls, tmp_path/'cache', kind='softmax', check=True)):
+        student = learner(A, 1)
+        torch.manual_seed(5)
+        with pytest.warns(DistillWarning, match='Reinitializes has a method reset.. that changes weights .0.weight, 0.bias, 1.weight ....'):
+            use(student)
+        assert same(snapshot(teacher.model), was)
+
+
+@pytest.mark.parametrize('teacher', [lambda: Teacher(net(), mode='train'), lambda: lambda x: torch.randn(len(x), 3)], ids=['dropout', 'random'])
+def test_alpha_0_is_no_distillation_whatever_the_teacher_draws(teacher):
+    def run(distill):
+        random.seed(5)      # DataLoaders take theirs from it
+        student,t = learner(A, 1),teacher()
+        torch.manual_seed(5); np.random.seed(5)
+        if distill: student.distill(t, 2, 1e-3, kd(alpha=0.), check=False)
+        else: student.fit_one_cycle(2, 1e-3)
+        return snapshot(student.model)
+    assert same(run(True), run(False))
+
+
+# batches that are dicts
+
+class OneDict(nn.Module):
+    "Takes the whole batch as one argument, as fastai passes it"
+    def __init__(self): super().__init__(); self.net = net()
+    def forward(self, batch): return self.net(batch['image'])
+
+class ByName(OneDict):
+    def forward(self, image, size=None): return self.net(image)
+
+
+@pytest.mark.parametrize('make', [OneDict, ByName])
+def test_a_batch_that_is_a_dict_trains_like_the_tensor_in_it(make, capsys):
+    recipe = kd(T=2.) + Term(losses.at, layers={'net.2': 'net.2'})
+    def run(as_dict):
+        random.seed(5)
+        g = torch.Generator().manual_seed(0)
+        x,y = torch.randn(32, 3, 8, 8, generator=g),torch.randint(3, (32,), generator=g)
+        items = [({'image': a, 'size': torch.tensor(8)} if as_dict else a, b) for a,b in zip(x, y)]
+        dls = DataLoaders(DataLoader(items[:24], bs=8, shuffle=True), DataLoader(items[24:], bs=8))
+        torch.manual_seed(1)
+        student,teacher = (OneDict() if as_dict else nn.Sequential(OrderedDict(net=net()))),make()
+        teacher.net(x)      # batch-norm has seen something
+        learn, = quiet(Learner(dls, student, loss_func=nn.CrossEntropyLoss()))
+        found = learn.check_teacher(teacher if as_dict else teacher.net, kind='softmax')
+        assert not [f for f in found if f.level == 'error']
+        learn.distill(teacher if as_dict else nn.Sequential(OrderedDict(net=teacher.net)), 2, 1e-2, recipe, check=False)
+        return student.state_dict(),str(found),capsys.readouterr().out
+    (a,*says),(b,*also) = run(True),run(False)
+    assert all(torch.equal(v, b[k]) for k,v in a.items()) and says == also and 'net.2' in says[1]

@@ -15,26 +15,28 @@ LAW = dict(
     schedule=('outputs', '', ''),
     ranks=('', 'torch', ''),
     task=('outputs', 'torch', ''),
+    batch=('outputs task', 'torch', ''),
     losses=('outputs', 'torch', ''),
     features=('outputs', 'torch numpy', ''),
     replay=('outputs', 'torch numpy', ''),
-    teacher=('outputs features', 'torch', 'onnxruntime'),
+    teacher=('outputs features', 'torch numpy', 'onnxruntime'),
     cache=('outputs ranks replay', 'torch numpy', 'fsspec fcntl msvcrt'),
-    distiller=('outputs schedule features teacher', 'torch', ''),
-    recipes=('outputs schedule losses distiller', 'torch', ''),
+    terms=('outputs schedule', 'torch', ''),
+    distiller=('outputs ranks task batch features teacher terms', 'torch', ''),
+    recipes=('outputs schedule losses terms', 'torch', ''),
     doctor=('outputs features replay', 'torch', ''),
     plots=('outputs features', 'torch', 'matplotlib'),
-    __init__=('outputs docments schedule losses features teacher distiller recipes', '', ''),
-    fastai=('outputs docments ranks task losses features replay cache teacher distiller recipes doctor plots', 'torch numpy fastai', 'pandas'),
+    __init__=('outputs docments schedule losses features teacher terms distiller recipes', '', ''),
+    fastai=('outputs docments ranks task losses features replay cache teacher terms distiller recipes doctor plots', 'torch numpy fastai', 'pandas'),
     demo=('outputs fastai', 'torch numpy fastai rich PIL', 'matplotlib sklearn'),
     cli=('outputs ranks cache fastai demo __init__', 'typer rich', ''),
 )
 # the same inside a folder: a file may import those of its folder that stand before it
 ORDER = dict(
     losses='_base response decoupled feature relation dense',
-    features='names probe shapes taps projectors stages pairs',
+    features='names calls probe shapes taps projectors stages pairs',
     replay='generators seeds per_sample',
-    teacher='images forms guest ensemble teacher',
+    teacher='images forms draws hidden guest ensemble teacher',
     cache='folder keys digests records manifest reader source writer dataset verify',
     fastai='task stream block vocab targets teachers check transforms replay_dl cache_data cache_feed columns projector_opt callback patches learner',
     demo='tasks results picture',
@@ -150,6 +152,13 @@ def test_no_path_of_one_machine():
     for f in tracked():
         if 'benchmarks' in f.parts or f.suffix in ('.png', '.safetensors', '.json'): continue
         assert not (found := path.search(f.read_text())), f'{f.relative_to(ROOT)}: {found}'
+
+
+def test_every_loss_says_at_its_definition_what_it_needs():
+    for f in [*(SRC/'losses').glob('*.py'), SRC/'recipes.py']:
+        for d in ast.walk(ast.parse(f.read_text())):
+            at = [o for o in getattr(d, 'decorator_list', []) if isinstance(o, ast.Call) and ast.unparse(o.func) == 'loss']
+            for o in at: assert {'kind', 'match'} <= {k.arg for k in o.keywords}, f'{f.stem}.{d.name}: @loss(kind=..., match=...)'
 
 
 if __name__ == '__main__': print(*public(), sep='\n')

@@ -1,7 +1,9 @@
 "The contract: what every loss keeps to, checked for every row."
 import copy, inspect, pickle
+from contextlib import nullcontext
 import pytest, torch
 from cases import logits
+from test_gpu_waits import NoCopies
 import rows_dense, rows_feature, rows_relation, rows_response
 from fastdistill import losses
 from fastdistill.outputs import DistillError
@@ -172,6 +174,17 @@ def test_traces_without_a_graph_break(c):
     args = c.make(torch.float32)
     got = torch.compile(c.fn, backend='eager', fullgraph=True)(*args, **c.opts)
     assert got.item() == pytest.approx(c.fn(*args, **c.opts).item(), rel=1e-5, abs=1e-6)
+
+
+def on_meta(o):
+    if isinstance(o, (list, tuple)): return [on_meta(x) for x in o]
+    return o.to('meta').detach().requires_grad_(o.is_floating_point()) if torch.is_tensor(o) else o
+
+@rows
+def test_makes_no_gpu_wait(c, monkeypatch):
+    monkeypatch.setattr(torch, 'autocast', lambda *args, **kwargs: nullcontext())       # `meta` has none
+    args,opts = on_meta(list(c.make(torch.float32))),{k: on_meta(v) for k,v in c.opts.items()}
+    with NoCopies(): c.fn(*args, **opts).backward()
 
 
 def test_every_loss_has_a_row_and_a_class():

@@ -279,7 +279,7 @@ def test_every_loss_says_which_logits_it_is_for():
     others = dict(binary_kl='sigmoid', regression='regression', mse=None, soft_targets=None)
     assert {n: k for n,k in kinds.items() if k != 'softmax'} == others
     assert KL(T=2.).kind == standardized(kl).kind == standardized(KL()).kind == 'softmax'
-    assert MSE().kind is None and standardized(mse).kind is None
+    assert MSE().kind is None and standardized(mse).kind is None and standardized(mse).match == 'shape'
 
 
 # standardised logits

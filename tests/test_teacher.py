@@ -1,6 +1,7 @@
 "A teacher answers as its model does in eval mode, in every form, and is afterwards as it was before."
-import copy, hashlib, math, pickle, sys, warnings
-from collections import OrderedDict
+import copy, hashlib, inspect, math, pickle, random, sys, warnings
+from collections import OrderedDict, namedtuple
+from types import SimpleNamespace
 import numpy as np
 import onnx, pytest, timm, torch, torchvision
 from onnx import TensorProto, helper, numpy_helper
@@ -282,6 +283,104 @@ def test_hidden_state_goes_on_from_batch_to_batch_and_is_put_back():
     assert [t(x).logits.item() for _ in range(2)] == [4, 4]     # no run, no memory
     Teacher([model, model]).reset()
     assert model.hidden[0] == 0
+
+
+class Resets(nn.Linear):
+    "A linear layer whose `reset` does `how` to it"
+    def __init__(self, how):
+        super().__init__(2, 2)
+        self.register_buffer('mean', torch.zeros(2))
+        self.register_buffer('state', torch.ones(2), persistent=False)
+        self.how,self.calls = how,[]
+        with torch.no_grad(): self.bias[0] = math.nan       # equal to itself, here
+    def reset(self):
+        self.calls.append(1)
+        self.state.zero_()
+        self.how(self)
+
+def swap_data(m): m.weight.data = torch.randn(2, 2)
+def new_parameter(m): m.weight = nn.Parameter(m.weight.detach().clone())
+def new_layers(m): m.more = nn.Linear(1, 1)
+def needs_an_argument(m): raise TypeError("missing 1 required positional argument: 'h'")
+
+@pytest.mark.parametrize('how,says', [
+    (lambda m: m.reset_parameters(), r'changes weights \(weight, bias\)'), (swap_data, r'changes weights \(weight\)'),
+    (new_parameter, r'changes weights \(weight\)'), (lambda m: m.mean.add_(1), r'changes weights \(mean\)'),
+    (lambda m: m.register_buffer('mean', torch.ones(2)), r'changes weights \(mean\)'), (new_layers, r'changes weights \(more.weight, more.bias\)'),
+    (needs_an_argument, r"fails without arguments \(TypeError: missing 1 required positional argument: 'h'\)")],
+    ids=['in_place', 'data', 'parameter', 'buffer', 'new_buffer', 'new_layers', 'argument'])
+def test_a_module_whose_reset_reinitializes_keeps_its_weights(how, says):
+    model = Resets(how)
+    model.weight.grad = torch.ones(2, 2)
+    t,was,rng,attributes = Teacher(model),state(model),torch.get_rng_state(),set(vars(model))
+    with pytest.warns(DistillWarning, match=f'Resets has a method reset.. that {says}. It was undone and is not called again'): t.reset()
+    with t:
+        t.reset()
+        Teacher([Teacher(t, layers=['']), t]).reset()       # variations know it too
+        t.probe(images(2, 2))
+    assert state(model) == was and torch.equal(torch.get_rng_state(), rng) and set(vars(model)) == attributes
+    assert len(model.calls) == 0 and model.state.sum() == 2 and not t.remembers     # the trial's own traces are gone too
+
+
+def test_a_reset_of_hidden_states_alone_is_called_whenever_it_is_asked_for():
+    model = Resets(lambda m: torch.rand(1))
+    t,was,rng = Teacher(model),state(model),torch.get_rng_state()
+    for n in (1, 2):
+        t.reset()
+        assert len(model.calls) == n and model.state.sum() == 0
+    model.state.fill_(1)
+    assert state(model) == was and torch.equal(torch.get_rng_state(), rng) and t.remembers and Teacher([nn.Linear(1, 1), t]).remembers
+    assert not Teacher([nn.Linear(1, 1), torch.sin]).remembers
+    Teacher(scripted(nn.Linear(2, 2))).reset()
+
+
+# random numbers
+
+class Draws(nn.Module):
+    "Draws from every global generator, whatever its mode"
+    def forward(self, x): return x + torch.rand(1) + random.random() + np.random.rand()
+
+def random_state(): return torch.get_rng_state().tolist(),random.getstate(),np.random.get_state()[1].tolist(),np.random.get_state()[2]
+
+@pytest.mark.parametrize('make', [lambda: Teacher(nn.Sequential(nn.Dropout(.5)), mode='train'), lambda: Teacher(Draws(), mode='train'),
+                                  lambda: Teacher(lambda x: Draws()(x)), lambda: Teacher([nn.Identity(), Draws().forward], mode='train', kind='regression'),
+                                  lambda: Teacher(lambda x: F.dropout(x, .5)), lambda: Teacher(nn.Sequential(nn.Identity(), AlwaysDrops()))],
+                         ids=['dropout', 'module', 'function', 'ensemble', 'function_dropout', 'dropout_in_eval_mode'])
+def test_what_a_teacher_draws_moves_no_random_state(make):
+    t,x,was = make(),torch.ones(4, 50),random_state()
+    for _ in range(2):      # not started, then started
+        a,b = t(x).logits,t(x).logits
+        assert random_state() == was and not torch.equal(a, b)     # yet each batch has numbers of its own
+        t.start()
+    t.stop()
+    with pytest.raises(TypeError), t: t(x, x, 3, 4)
+    assert random_state() == was
+
+
+class AlwaysDrops(nn.Module):
+    def forward(self, x): return F.dropout(x, .5)
+
+
+def test_a_teachers_random_numbers_follow_the_seed_at_its_start():
+    x = torch.ones(4, 50)
+    t = Teacher(Draws(), mode='train')
+    def run():
+        random.seed(0); np.random.seed(0); torch.manual_seed(0)
+        with t: return [t(x).logits for _ in range(3)]
+    first = run()
+    t(x)
+    for a,b in zip(first, run()): same(a, b)
+    random.seed(0); np.random.seed(0); torch.manual_seed(0)
+    for a in first: same(a, Draws()(x))
+    for c in (copy.deepcopy(t), pickle.loads(pickle.dumps(t))): c(x)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_what_a_teacher_draws_on_the_gpu_moves_no_random_state():
+    for t in (Teacher(nn.Sequential(nn.Dropout(.5)), mode='train'), Teacher(lambda x: F.dropout(x, .5))):
+        was,x = torch.cuda.get_rng_state(),torch.ones(4, 50, device='cuda')
+        with t: assert not torch.equal(t(x).logits, t(x).logits)
+        assert torch.equal(torch.cuda.get_rng_state(), was)
 
 
 def test_a_probe_leaves_no_trace():
@@ -698,6 +797,19 @@ def test_layers_may_be_set_later_and_a_wrong_one_is_refused():
     assert not any(m._forward_hooks for m in model.modules())
 
 
+def test_a_call_reads_the_layers_that_it_asks_for_beside_the_teachers_own():
+    model,x = seeded(small),images(4, 3, 8, 8)
+    t = Teacher(model, layers=['1'])
+    for _ in range(2):
+        assert list(t.outputs((x,), layers=['0', '1']).feats) == ['1', '0'] and list(t(x).feats) == ['1'] and t.layers == ['1']
+        t.start()
+    t.stop()
+    with refuses("No layer 'nine' in Sequential"): t.outputs((x,), layers=['nine'])
+    same(t.outputs(kwargs={'input': x}).logits, t(x).logits)
+    pair = Teacher([t, model])
+    assert list(pair.outputs((x,), layers=['1.0']).feats) == ['0.1', '1.0'] and list(pair(x).feats) == ['0.1']
+
+
 # ensembles
 
 def softmax(v): m = max(v); e = [math.exp(o-m) for o in v]; return [o/sum(e) for o in e]
@@ -802,6 +914,25 @@ def test_a_teacher_of_a_teacher_is_a_variation_on_it():
     assert model.training
 
 
+def test_an_option_counts_where_it_was_given_even_if_it_equals_the_default():
+    model = seeded(small)
+    t = Teacher([Teacher(model, mode='eval', size=None), model], mode='train', size=4)
+    assert [(m.mode, m.size) for m in t.members] == [('eval', None), ('train', (4, 4))]
+    nested = Teacher([Teacher([Teacher(model, mode='eval'), model]), model], mode='train')
+    assert [m.mode for m in (*nested.members[0].members, nested.members[1])] == ['eval', 'train', 'train']
+    assert [m.mode for m in Teacher(t, mode='eval').members] == ['eval', 'eval'] and t.members[1].mode == 'train'
+    first = Teacher(model, select=[1], layers=['0'], size=4, stats='imagenet', input_stats=(0, 1), mode='train', name='mine')
+    plain = Teacher(first, select=None, layers=(), size=None, stats=None, input_stats=None, mode='eval', name=None)
+    assert (plain.select, plain.layers, plain.size, plain.stats, plain.mode, plain.name) == (None, [], None, None, 'eval', 'Sequential')
+    assert first.select == [1] and Teacher(first).layers == ['0'] and Teacher(Teacher(first, select=None), size=2).select is None
+    assert Teacher(Teacher([model, model], weights=[1, 3]), weights=None).weights == [.5, .5]
+
+
+def test_the_options_can_be_read_where_they_are_recorded():
+    assert {'layers', 'mode', 'select'} <= set(inspect.signature(Teacher).parameters) and "'train' for papers" in Teacher.__doc__
+    with pytest.raises(TypeError, match="unexpected keyword argument 'temperature'"): Teacher(torch.sin, temperature=2)
+
+
 def test_classes_are_selected_in_the_students_order():
     x = images(2, 4, 3, 3)
     for t,axis in ((Teacher(nn.Identity(), select=[2, 0]), 1), (Teacher([nn.Identity()]*2, axis=-1, kind='regression'), -1)):
@@ -857,3 +988,60 @@ def test_onnx_threads_are_torchs(tmp_path):
     o = Onnx(onnx_file(tmp_path/'m.onnx', W))
     assert o.session.get_session_options().intra_op_num_threads == torch.get_num_threads()
     assert o.session.get_providers()[-1] == 'CPUExecutionProvider'
+
+
+# several outputs
+
+class Heads(nn.Module):
+    "Several heads on one body; `give` makes of their outputs what the model returns"
+    def __init__(self, give=lambda a, b: (a, b)): super().__init__(); self.a,self.b,self.give = nn.Linear(3, 4),nn.Linear(3, 4),give
+    def forward(self, x): return self.give(self.a(x), self.b(x))
+
+Pair = namedtuple('Pair', 'main aux')
+
+@pytest.mark.parametrize('give,output', [
+    (lambda a, b: (a, b), 1), (lambda a, b: [a, b], -1), (lambda a, b: dict(main=a, aux=b), 'aux'), (lambda a, b: dict(main=a, aux=b), 1),
+    (lambda a, b: dict(logits=a, aux=b), 'aux'), (Pair, 'aux'), (Pair, 1), (lambda a, b: SimpleNamespace(main=a, aux=b), 'aux'),
+    (lambda a, b: (a, dict(deep=b)), lambda o: o[1]['deep']), (lambda a, b: dict(main=a, more=(b, a)), 'more'),
+    (lambda a, b: dict(main=a, more=dict(out=b)), 'more')])
+def test_the_output_that_is_distilled_can_be_named(give, output):
+    model,x = seeded(lambda: Heads(give)),images(2, 3)
+    same(Teacher(model, output=output)(x).logits, model.b(x).detach())
+    same(Teacher([model, model], output=output, kind='regression')(x).logits, model.b(x).detach())
+    same(Teacher(Teacher(model, output=output, layers=['a']))(x).feats['a'], model.a(x).detach())
+
+
+def test_the_first_of_several_outputs_is_taken_and_said_once():
+    x = images(2, 3)
+    t = Teacher(Heads())
+    with pytest.warns(DistillWarning, match=r"The teacher Heads returns several tensors that could each be distilled: 0 \(2, 4\), 1 \(2, 4\)\. "
+                      "The first is taken. Name one with output=.*output=0 confirms"): o = t(x)
+    same(o.logits, t.model.a(x).detach())
+    t(x), t.probe(x), Teacher(t, layers=['a'])(x)       # no more
+    Teacher(Heads(), output=0)(x)
+    for give in (lambda a, b: (a, b[0]), lambda a, b: (a, b > 0), lambda a, b: dict(out=a, aux=b), lambda a, b: (a, [b, b]),
+                 namedtuple('Named', 'logits aux')): Teacher(Heads(give))(x)
+
+
+def test_an_output_that_is_not_there_is_refused():
+    x = images(2, 3)
+    for give,output,says in ((lambda a, b: (a, b), 2, r"output=2, but the model returned a tuple with 0 \(2, 4\), 1 \(2, 4\)\. Give the name"),
+                             (lambda a, b: (a, b), -3, 'output=-3, but'), (lambda a, b: dict(main=a, aux=[b]), 'items', r"a dict with 0 \(2, 4\), 1 list, 'main' \(2, 4\), 'aux' list"),
+                             (lambda a, b: a, 'aux', "output='aux', but the model returned one tensor")):
+        with refuses(says): Teacher(Heads(give), output=output)(x)
+    same(Teacher(nn.Identity(), output=0)(x).logits, x)
+    with refuses('no logits in it. .* Name another output with output='): Teacher(Heads(lambda a, b: dict(main=a, aux=b)))(x)
+    with refuses(r'output=1.5: possible are the name or the index of an output, and a function'): Teacher(Heads(), output=1.5)
+
+
+def test_onnx_outputs_can_be_named(tmp_path):
+    x = images(5, 3)
+    path = onnx_file(tmp_path/'m.onnx', W, batch=2, outputs=('a', 'b'))
+    for output in ('b', 1, lambda o: o['b']):
+        t = Teacher(path, output=output)
+        same(t(x).logits, -x @ W, 1e-6)
+        same(copy.deepcopy(t)(x).logits, -x @ W, 1e-6)
+    with pytest.warns(DistillWarning, match='The teacher m.onnx returns several tensors that could each be distilled: a, b. The first'):
+        t = Teacher(path)
+    same(Teacher(t, layers=())(x).logits, x @ W, 1e-6)
+    with refuses("output='c': the outputs of this ONNX network are a, b"): Teacher(path, output='c')

@@ -1,11 +1,12 @@
 "Findings about a teacher and a student, without any framework."
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from .features.probe import dry_run
-from .outputs import DistillError, DistillWarning, Outputs
+from .outputs import DistillError, DistillWarning, Outputs, map_tensors
 from .replay.seeds import RandomGuard
 
 __all__ = ['Finding', 'Findings', 'check_outputs', 'few_names', 'single_teachers']
@@ -53,7 +54,8 @@ def check_outputs(
     teacher, # a `Teacher`
     task, # what the student predicts
     batches, # (inputs, targets) of each, both tuples
-    student=None # its module; None: shapes are not compared
+    student=None, # its module; None: shapes are not compared
+    output=None # which of its outputs is distilled, as in `Outputs.of`
 ):
     "Findings about the teacher's outputs for a few batches: the right shape, logits, the same twice, and better than chance?"
     tally = None
@@ -62,7 +64,7 @@ def check_outputs(
             teacher.reset()
             t = teacher(*xb).logits
             if tally is None:
-                if student is not None and (wrong := shape_error(student_shape(student, xb), t.shape, task)):
+                if student is not None and (wrong := shape_error(student_shape(student, xb, output), t.shape, task)):
                     yield wrong
                     return
                 yield from steady(teacher, xb, t)
@@ -74,7 +76,7 @@ def check_outputs(
     yield from chance(tally)
 
 
-def student_shape(student, xb): return Outputs.of(dry_run(student, *xb)).logits.shape
+def student_shape(student, xb, output=None): return Outputs.of(dry_run(student, *xb), output=output).logits.shape
 
 
 def shape_error(s, t, task):
@@ -82,7 +84,8 @@ def shape_error(s, t, task):
     if not same:
         return Finding('error', f"The student's output has shape {tuple(s)}, the teacher's {tuple(t)}",
                        "Both need the same outputs: the same classes (or number of targets), and in dense tasks the same resolution. "
-                       "Wrap a teacher that differs in a function that selects or resizes: KnowledgeDistillation(lambda x: ...)")
+                       "If the teacher has more classes, Teacher(teacher, select=[...]) takes those of the student, in its order. "
+                       "If the resolutions differ, wrap the teacher in a function that resizes: KnowledgeDistillation(lambda x: ...)")
 
 
 def steady(teacher, xb, t):
@@ -95,9 +98,10 @@ def steady(teacher, xb, t):
         largest = b.nan_to_num(0, 0, 0).abs().max().item()      # classes that are switched off may be -inf
         return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=.05*largest, equal_nan=True)
     function = any(o.module is None and o.path is None for o in single_teachers(teacher))   # what it holds can't be put in evaluation mode from here
-    alone = function and len(t) > 1 and all(isinstance(x, Tensor) and len(x) == len(t) for x in xb)
+    parts = [o for x in xb for o in (x.values() if isinstance(x, Mapping) else [x])]
+    alone = function and len(t) > 1 and all(isinstance(o, Tensor) and o.dim() and len(o) == len(t) for o in parts)
     if not near(ask(*xb), t): why = "answers the same batch differently each time (is dropout on?)"
-    elif alone and not near(ask(*[x[:-1] for x in xb]), t[:-1]):
+    elif alone and not near(ask(*map_tensors(xb, lambda o: o[:-1])), t[:-1]):
         why = "answers a sample differently in another batch (is batch-norm in training mode?)"
     else: return
     yield Finding('warning', f"The teacher {why}",

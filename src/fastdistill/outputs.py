@@ -1,11 +1,13 @@
 "What a model gives for a batch, and the error that tells what is wrong."
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import log
 import torch
 from torch import Tensor
 
-__all__ = ['DistillError', 'DistillWarning', 'Outputs', 'TopK', 'as_plain', 'map_tensors', 'tensors_in']
+__all__ = ['DistillError', 'DistillWarning', 'Outputs', 'TopK', 'as_plain', 'check_output', 'map_tensors', 'tensors_in',
+           'warn_of_first', 'warn_of_several']
 
 
 class DistillError(ValueError):
@@ -86,9 +88,11 @@ class Outputs:
         cls,
         raw, # what a model returned: a tensor, a tuple whose first item is one, a dict or ModelOutput with `logits`
         feats:dict|None=None,
-        mask:Tensor|None=None
+        mask:Tensor|None=None,
+        output=None # which of several outputs has the logits: a name, an index, or a function of `raw`; None: as above
     ) -> 'Outputs':
         "The outputs in whatever `raw` a model returned"
+        if output is not None: raw = named_output(raw, output)
         if isinstance(raw, Outputs): return raw
         return cls(as_plain(_logits(raw)), feats or {}, mask)
 
@@ -100,8 +104,62 @@ def _logits(raw):
     if isinstance(raw, dict) and 'out' in raw: return raw['out']           # torchvision's segmentation models
     if isinstance(raw, (tuple, list)) and len(raw) and isinstance(raw[0], Tensor): return raw[0]  # fastai's RNNs
     have = f" with the keys {', '.join(map(str, raw))}" if isinstance(raw, dict) else ''
-    raise DistillError(f"The model returned a {type(raw).__name__}{have}: no logits in it. Possible are a tensor, a tuple "
-                       "that begins with one, a dict with 'logits' or 'out'. Wrap the model in a function that returns one of these.")
+    raise DistillError(f"The model returned a {type(raw).__name__}{have}: no logits in it. Possible are a tensor, a tuple that begins with "
+                       "one, a dict with 'logits' or 'out'. Name another output with output=, or wrap the model in a function "
+                       "that returns one of these.")
+
+
+def parts_of(raw):
+    "Name or index -> each of the outputs that a model returned together"
+    if isinstance(raw, Tensor): return dict.fromkeys((0, 'logits', 'out'), raw)
+    if isinstance(raw, (tuple, list)): named = dict(zip(getattr(raw, '_fields', ()), raw))
+    else: named = dict(raw) if isinstance(raw, Mapping) else dict(getattr(raw, '__dict__', {}))
+    return {**dict(enumerate(raw if isinstance(raw, (tuple, list)) else named.values())), **named}
+
+
+def check_output(output):
+    if output is None or isinstance(output, (str, int)) or callable(output): return
+    raise DistillError(f"output={output!r}: possible are the name or the index of an output, and a function of what the model returned")
+
+
+def named_output(raw, output):
+    "The one of several outputs that a name, an index or a function picks"
+    if callable(output): return output(raw)
+    parts = parts_of(raw)
+    place = output + sum(isinstance(k, int) for k in parts) if isinstance(output, int) and output < 0 else output
+    if place in parts: return parts[place]
+    have = 'one tensor' if isinstance(raw, Tensor) else f"a {type(raw).__name__} with {described(parts)}"
+    raise DistillError(f"output={output!r}, but the model returned {have}. Give the name or the index of one of these, or a function "
+                       "that makes the logits of what the model returned.")
+
+
+def described(parts):
+    shape = lambda v: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
+    return ', '.join(f'{k!r} {shape(v)}' for k,v in parts.items()) or 'nothing in it'
+
+
+def warn_of_several(
+    raw, # what the model returned
+    model, # which returned it
+    who:str, # it is, in a message
+    found:dict # remembers that this was looked into
+):
+    "Warn, once, that the first of several tensors is distilled, where others could have been meant as well"
+    if not isinstance(raw, (tuple, list)) or not len(raw) or 'several' in found: return
+    found['several'] = True
+    if hasattr(raw, 'logits') or not isinstance(raw[0], Tensor) or is_fastai_text(model): return
+    alike = {i: o for i,o in enumerate(raw) if isinstance(o, Tensor) and o.is_floating_point() and o.dim() == raw[0].dim()}
+    if len(alike) > 1: warn_of_first(who, described(alike))
+
+
+def warn_of_first(who, several):
+    warnings.warn(f"{who} returns several tensors that could each be distilled: {several}. The first is taken. Name one with output=, an "
+                  "index or a function of what the model returns: output=0 confirms the first.", DistillWarning, stacklevel=4)
+
+
+def is_fastai_text(model):
+    "fastai's recurrent models return (logits, raw outputs, outputs after dropout)"
+    return any(type(m).__module__.startswith('fastai.text.') for m in getattr(model, 'modules', list)())
 
 
 def tensors_in(o):
@@ -115,4 +173,5 @@ def map_tensors(o, fn):
     "`fn` of all tensors in nested tuples, lists and mappings; whatever else there is stays"
     if isinstance(o, Tensor): return fn(o)
     if isinstance(o, Mapping): return {k: map_tensors(v, fn) for k,v in o.items()}
+    if isinstance(o, tuple) and hasattr(o, '_fields'): return type(o)(*(map_tensors(v, fn) for v in o))
     return type(o)(map_tensors(v, fn) for v in o) if type(o) in (tuple, list) else o

@@ -3,10 +3,10 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from . import losses
-from .distiller import Recipe, Term
 from .losses._base import loss
 from .outputs import DistillError
 from .schedule import schedule
+from .terms import Recipe, Term
 
 __all__ = ['ab', 'at', 'cc', 'cwd', 'dist', 'dkd', 'fsp', 'hard_labels', 'hint', 'ickd', 'ifvd', 'kd', 'logit_std', 'nkd', 'nst', 'ofd',
            'pairwise', 'pkd', 'pkt', 'rkd', 'soft_labels', 'sp', 'vid']
@@ -23,7 +23,7 @@ class Rest:
 def _rest(alpha): return Rest(alpha) if callable(alpha) else 1 - alpha
 
 
-@loss(kind='softmax')
+@loss(kind='softmax', match='shape')
 def kl_per_class(s, t, *, T=4., axis=1, mask=None, reduction='mean'):
     "`kl` divided by the number of classes too, as `nn.KLDivLoss()` and `F.kl_div(..., reduction='mean')` do"
     return losses.kl(s, t, T=T, axis=axis, mask=mask, reduction=reduction)/s.shape[axis]

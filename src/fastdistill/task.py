@@ -1,11 +1,13 @@
-"What a model predicts, read off its loss function."
+"What a model predicts, read off its loss function; which labels fit it, and the loss that they get where none is given."
 from dataclasses import dataclass
 from functools import partial
-from torch import nn
+from math import prod
+from torch import Tensor, nn
 import torch.nn.functional as F
-from .outputs import DistillError
+from .outputs import DistillError, as_plain
 
-__all__ = ['Task', 'register_losses', 'register_wrapper', 'task_of']
+__all__ = ['Task', 'fit_labels', 'fitting_axes', 'labels_loss', 'register_losses', 'register_wrapper', 'task_for',
+           'shape_of_labels', 'task_of']
 
 # what the outputs are -> loss classes that say so; a framework registers its own
 CLASSES = dict(softmax=[nn.CrossEntropyLoss], sigmoid=[nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss],
@@ -46,18 +48,105 @@ def task_of(
     axis:int|None=None
 ) -> Task:
     "The task behind a loss function; one that is unknown is asked for"
-    lf,axes = loss_func,[]
-    while (inner := next((found for look in WRAPPED if (found := look(lf)) is not None), None)) is not None:
-        lf,own_axis = inner
-        if own_axis is not None: axes.append(own_axis)
-    if kind is None: kind = FUNCTIONS.get(lf) if callable(lf) and getattr(lf, '__hash__', None) else None
-    if kind is None:
-        kind = next((k for k,classes in CLASSES.items() if isinstance(lf, tuple(classes))), None)
-    if kind is None: raise DistillError(unknown_loss(lf))
-    if axis is None: axis = axes[0] if axes else getattr(lf, 'axis', 1)
+    lf,own_axis = innermost(loss_func)
+    if kind is None and (kind := kind_of(lf)) is None: raise DistillError(unknown_loss(lf))
+    if axis is None: axis = getattr(lf, 'axis', 1) if own_axis is None else own_axis
     ignore = getattr(lf, 'ignore_index', None)
     if ignore is None and isinstance(loss_func, partial): ignore = loss_func.keywords.get('ignore_index')
     return Task(kind, axis, -100 if ignore is None else ignore)
+
+
+def innermost(loss):
+    "The loss inside its wrappers, and the class axis of the outermost wrapper that has one"
+    axes = []
+    while (inner := next((found for look in WRAPPED if (found := look(loss)) is not None), None)) is not None:
+        loss,axis = inner
+        if axis is not None: axes.append(axis)
+    return loss,(axes[0] if axes else None)
+
+
+def kind_of(loss):
+    "What the outputs are that an unwrapped loss takes; None if it is unknown"
+    known = FUNCTIONS.get(loss) if callable(loss) and getattr(loss, '__hash__', None) else None
+    return known or next((k for k,classes in CLASSES.items() if isinstance(loss, tuple(classes))), None)
+
+
+def task_for(
+    loss, # the labels' own; None: the one that fits the kind
+    kind:str|None=None,
+    axis:int|None=None,
+    ignore_index:int|None=None
+) -> Task:
+    "The task as given; what is None is read off the labels' loss, and is a softmax over axis 1 where that is not known"
+    if kind not in (None, *CLASSES): raise DistillError(f"kind={kind!r}: possible are {', '.join(map(repr, CLASSES))}")
+    lf,_ = innermost(loss)
+    known = kind_of(lf)
+    if None not in (kind, known) and kind != known:
+        raise DistillError(f"kind={kind!r}, but task_loss={loss!r} is for kind={known!r}: one of the two is wrong")
+    task = Task(kind or 'softmax') if loss is None else task_of(loss, kind or known or (None if takes_probabilities(lf) else 'softmax'))
+    return Task(task.kind, task.axis if axis is None else axis, task.ignore_index if ignore_index is None else ignore_index)
+
+
+def takes_probabilities(lf): return isinstance(lf, (nn.BCELoss, nn.NLLLoss)) or lf in (F.binary_cross_entropy, F.nll_loss)
+
+
+def shape_of_labels(
+    shape, # of logits
+    axis:int # their class axis
+) -> tuple:
+    "Their shape without the class axis"
+    axis = axis % len(shape)
+    return (*shape[:axis], *shape[axis+1:])
+
+
+def fit_labels(
+    y:Tensor, # labels of a batch
+    shape, # of the logits
+    task:Task
+) -> Tensor|None:
+    "The labels in the shape of what is predicted, as class numbers where there are classes; None if they do not fit"
+    if task.kind != 'softmax': return y.reshape(shape) if y.numel() == prod(shape) else None
+    if not -len(shape) <= task.axis < len(shape): return None
+    if y.is_floating_point(): return y.argmax(task.axis) if y.shape == shape else None      # a probability for each class
+    wanted = shape_of_labels(shape, task.axis)
+    squeezed = lambda s: [n for n in s if n != 1]
+    fits = squeezed(y.shape) == squeezed(wanted) or y.shape == (prod(wanted),)
+    return y.long().reshape(wanted) if fits else None
+
+
+def fitting_axes(
+    y:Tensor, # labels of a batch
+    shape, # of the logits
+    kind:str='softmax'
+) -> list:
+    "The class axes along which these labels fit these logits"
+    return [i for i in range(1, len(shape)) if fit_labels(y, shape, Task(kind, i)) is not None]
+
+
+def labels_loss(
+    s:Tensor, # student logits
+    y:Tensor, # labels
+    *more,
+    task:Task
+):
+    "The labels' own loss, by what the model predicts: cross-entropy, binary cross-entropy or squared error"
+    if more: raise DistillError(f"These batches have {1+len(more)} targets: give task_loss=, a function of the logits and all of them")
+    s,y = as_plain(s),as_plain(y)
+    if task.kind == 'softmax' and y.is_floating_point() and y.shape == s.shape:
+        return F.cross_entropy(s.movedim(task.axis, 1), y.movedim(task.axis, 1))
+    if (fitted := fit_labels(y, s.shape, task)) is None: raise DistillError(unfit_labels(y, s.shape, task))
+    if task.kind == 'sigmoid': return F.binary_cross_entropy_with_logits(s, fitted.to(s.dtype))
+    if task.kind == 'regression': return F.mse_loss(s, fitted.to(s.dtype))
+    return F.cross_entropy(s.movedim(task.axis, 1), fitted, ignore_index=task.ignore_index)
+
+
+def unfit_labels(y, shape, task):
+    "What is wrong with labels that do not fit, and what would be right"
+    if task.kind != 'softmax':
+        return f"The labels have shape {tuple(y.shape)}, the student's outputs {tuple(shape)}: both need the same number of values"
+    axes = fitting_axes(y, shape)
+    fits = f" They fit classes along axis {' or '.join(map(str, axes))}: pass axis={axes[0]}." if axes else ''
+    return f"The logits, of shape {tuple(shape)}, have their classes on axis {task.axis}, but the labels have shape {tuple(y.shape)}.{fits}"
 
 
 def unknown_loss(lf):

@@ -63,5 +63,6 @@ def identity_of(teacher) -> dict:
 def options_of(teacher) -> dict:
     "How a teacher is asked, and its members if it has some"
     out = {k: str(getattr(teacher, k)) for k in ('layers', 'mode', 'size', 'combine', 'kind', 'axis', 'select') if hasattr(teacher, k)}
+    if (output := getattr(teacher, 'output', None)) is not None: out['output'] = str(getattr(output, '__qualname__', output))
     if members := getattr(teacher, 'members', None): return {**out, 'members': [options_of(m) for m in members]}
     return {**out, 'images': teacher.adapts} if getattr(teacher, 'adapts', '') else out

@@ -2,11 +2,12 @@
 import sys
 from .. import docments, losses
 from ..cache import TeacherCache
-from ..distiller import Distiller, Recipe, Term
+from ..distiller import Distiller
 from ..outputs import DistillError, DistillWarning, Outputs
 from ..recipes import *
 from ..recipes import __all__ as _recipes
 from ..teacher import Teacher
+from ..terms import Recipe, Term
 from . import learner as _learner, patches as _patches
 from .block import TeacherBlock
 from .cache_data import cache_teacher, verify_cache

@@ -6,14 +6,15 @@ import torch
 from fastai.basics import Callback, L, one_param
 from fastai.callback.mixup import MixHandler
 from ..cache.reader import TeacherCache
-from ..distiller import Distiller, Recipe, Term
+from ..distiller import Distiller
 from ..features.names import unwrap
 from ..features.probe import dry_run
 from ..features.taps import Taps
-from ..outputs import DistillError, Outputs, TopK, as_plain
+from ..outputs import DistillError, TopK, as_plain
 from ..ranks import broadcast, rank
 from ..recipes import kd
 from ..replay.seeds import RandomGuard
+from ..terms import Recipe, Term
 from .task import task_of
 from .cache_feed import CacheFeed
 from .check import find_mistakes, split_batch, valid_batches
@@ -92,7 +93,6 @@ class KnowledgeDistillation(Callback):
         if self.known_dls is self.learn.dls: return
         d,self.known_dls,self.checked = self.distiller,self.learn.dls,False
         d.teacher = teacher_of(self.source, self.learn, task) if self.feed is None else self.feed
-        d.teacher.layers = list(dict.fromkeys([*d.teacher.layers, *d.teacher_layers()]))
 
     def _setup(self, *x):
         "Pair layers and build projectors, once for a student"
@@ -162,11 +162,14 @@ class KnowledgeDistillation(Callback):
         if not self.active: return
         self.parts,self.teacher_outputs = {},None
         if not self.distiller.ready: self._setup(*self.xb)      # there was no example before the fit
-        # subtle: for each batch, since an averaged model may take the model's place in validation
-        if self.taps is None: self._tap()
+        self._tap()
 
     def _tap(self):
-        if names := self.distiller.student_layers(): self.taps = Taps(self.learn.model, names).attach()
+        "Read the layers that this batch compares. The model is looked up each time: an averaged one may validate in its place"
+        names = self.distiller.student_layers(self.distiller.active_terms(self.share_done))
+        if self.taps is not None and self.taps.names == names: return
+        self._untap()
+        if names: self.taps = Taps(self.learn.model, names).attach()
 
     def _untap(self):
         if self.taps is not None: self.taps.detach()
@@ -194,26 +197,38 @@ class KnowledgeDistillation(Callback):
                                "to train from the teacher alone.")
         # subtle: without a target fastai computes no loss and takes no step. The teacher's prediction is one, whose loss has weight 0
         self.teacher_outputs = self._ask_teacher()
-        self.learn.yb = pseudo_labels(self.teacher_outputs.logits, Outputs.of(self.learn.pred).logits, self.task),
+        if self.teacher_outputs is None: return
+        self.learn.yb = pseudo_labels(self.teacher_outputs.logits, self._student_outputs().logits, self.task),
 
     def after_loss(self):
         if not self.active or not len(self.yb) or not self._has_outputs(): return
-        unlabeled = self.teacher_outputs is not None
-        t = self.teacher_outputs if unlabeled else self._ask_teacher()
-        s = Outputs.of(self.learn.pred, self.taps.pop() if self.taps else None)
-        y = () if unlabeled else self.yb
+        labeled = self.teacher_outputs is None
+        t = self._ask_teacher() if labeled else self.teacher_outputs
+        s = self._student_outputs(self.taps.pop() if self.taps else {})
+        y = self.yb if labeled else ()
         r = self.distiller.compute(s, t, self.learn.loss, y, progress=self.share_done, mixed=self._mixed())
-        self.parts = r.parts if unlabeled else {'task': r.task.detach(), **r.parts}
+        self.parts = {'task': r.task.detach(), **r.parts} if labeled else r.parts
         if not self.training: return
         self.part_metrics[0].add_training_batch(self.learn)
-        if r.added is None: return
-        self.learn.loss_grad = self.learn.loss_grad + r.added
-        self.learn.loss = self.learn.loss + r.added
+        if r.added is not None: self._add(r)
+
+    def _add(self, r):
+        learn = self.learn
+        if r.weights['task']: learn.loss_grad,learn.loss = learn.loss_grad + r.added,learn.loss + r.added
+        else: learn.loss_grad,learn.loss = r.total + self._regularizers(),r.total
+
+    def _regularizers(self):
+        "What callbacks before this one added to the labels' loss"
+        a,b = self.learn.loss_grad,self.learn.loss
+        # subtle: where they added nothing the labels' loss is not touched at all, for it may be nan, and so may its gradient
+        return 0. if origin(a) is origin(b) else (a-b).nan_to_num()
 
     def _ask_teacher(self):
-        t = self.feed.outputs() if self.feed is not None else self.distiller.teacher(*self.xb)
-        self._look_for_not_finite(t)
+        t = self.distiller.teacher_outputs(self.xb, self.share_done)
+        if t is not None: self._look_for_not_finite(t)
         return t
+
+    def _student_outputs(self, feats=None): return self.distiller.student_outputs(self.learn.pred, feats, self.xb)
 
     def _has_outputs(self):
         "Stored outputs may be there for the training set alone"
@@ -287,6 +302,13 @@ class KnowledgeDistillation(Callback):
         d.scales = dict(state['scales'])
         self.projector_opt = None
         if state['opt'] is not None: self._optimizer().load_state_dict(state['opt'])
+
+
+def origin(loss):
+    "What a loss was computed by: its graph without the copies that fastai makes of it"
+    fn = loss.grad_fn
+    while fn is not None and fn.name() in ('AliasBackward0', 'CloneBackward0'): fn = fn.next_functions[0][0]
+    return fn
 
 
 def feed_of(source):

@@ -4,6 +4,7 @@ from fastai.basics import is_listy
 from ..doctor import BATCHES, KIND_IN_WORDS, Finding, Findings, check_outputs, few_names, single_teachers
 from ..outputs import DistillError, as_plain
 from .task import task_of
+from ..teacher.hidden import has_reset, why_no_reset
 from .teachers import teacher_of
 from .vocab import CODES, describe_difference, map_classes, vocab_of
 
@@ -13,23 +14,25 @@ __all__ = ['check_teacher', 'find_mistakes']
 def check_teacher(
     learn, # the student's Learner, or its DataLoaders alone
     teacher, # what `KnowledgeDistillation` takes
-    task=None # what the student predicts; None: read off its loss function
+    task=None, # what the student predicts; None: read off its loss function
+    output=None # which of the student's outputs is distilled, as in `Distiller`
 ) -> Findings:
     "Compare what the teacher expects with what it will be given; a few validation batches tell whether it knows the task"
     if not hasattr(learn, 'dls'): learn = SimpleNamespace(dls=learn, model=None, loss_func=getattr(learn, 'loss_func', None))
     task = task or task_of(learn.loss_func)
-    return find_mistakes(learn, teacher_of(teacher, learn, task), task)
+    return find_mistakes(learn, teacher_of(teacher, learn, task), task, output)
 
 
 def find_mistakes(
     learn, # as in `check_teacher`
     teacher, # a `Teacher` that `teacher_of` made for this Learner and task
-    task # what the student predicts
+    task, # what the student predicts
+    output=None # as in `check_teacher`
 ) -> Findings:
     "The findings about a teacher that is built already"
     found = Findings()
-    for f in (shared_parameters, kinds, labels, codings, normalization): found += f(learn, teacher, task)
-    if not any(f.level == 'error' for f in found): found += check_outputs(teacher, task, checked_batches(learn), learn.model)
+    for f in (shared_parameters, resets, kinds, labels, codings, normalization): found += f(learn, teacher, task)
+    if not any(f.level == 'error' for f in found): found += check_outputs(teacher, task, checked_batches(learn), learn.model, output)
     return found
 
 
@@ -43,6 +46,13 @@ def shared_parameters(learn, teacher, task):
         yield Finding('error',
                       f"Student and teacher share {len(both)} parameters ({few_names(both, 3)}), so the teacher would change with the student",
                       "Build the student from a copy: copy.deepcopy(teacher.model)")
+
+
+def resets(learn, teacher, task):
+    "fastai calls the student's `reset` whatever it does"
+    if has_reset(learn.model) and (why := why_no_reset(learn.model)):
+        yield Finding('error', f"The student's method reset() {why}, and fastai calls it whenever it fits, validates or predicts",
+                      "Give the method another name")
 
 
 def kinds(learn, teacher, task):

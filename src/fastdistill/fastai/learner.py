@@ -2,10 +2,10 @@
 from fastai.basics import L, Learner, delegates, patch
 import fastai.callback.schedule  # noqa: F401 (it gives Learner fit_one_cycle)
 from .. import plots
-from ..distiller import Recipe, Term
 from ..docments import explain
 from ..outputs import DistillError
 from ..replay.seeds import RandomGuard
+from ..terms import Recipe, Term
 from .task import task_of
 from . import check
 from .callback import KnowledgeDistillation

@@ -39,8 +39,7 @@ def stream_outputs(
 ):
     "`Outputs` of each batch; who remembers must hear a view from its beginning, what is already written too"
     firsts,n = tasks[::bs].tolist(),dl.n
-    remembers = any(callable(getattr(m, 'reset', None)) for m in teacher.modules)
-    heard = list(with_lead_in(firsts, bs, n)) if remembers else [(t, True) for t in firsts]
+    heard = list(with_lead_in(firsts, bs, n)) if teacher.remembers else [(t, True) for t in firsts]
     whole = np.concatenate([np.arange(t, t+min(bs, len(tasks))) for t,_ in heard])
     for (t,wanted),b in zip(heard, make(whole)):
         if t % n == 0: teacher.reset()

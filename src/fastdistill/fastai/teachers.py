@@ -6,7 +6,7 @@ from fastai.basics import L, Learner, load_learner
 from fastai.data.transforms import Normalize
 from ..outputs import DistillError, DistillWarning
 from ..teacher.images import affine, stats_of, timm_cfg
-from ..teacher.teacher import Teacher, unsaid
+from ..teacher.teacher import Teacher
 from .vocab import map_classes, vocab_of
 
 __all__ = ['image_stats', 'teacher_of']
@@ -37,8 +37,8 @@ def teacher_of(
 
 
 def adapted(teacher, kwargs):
-    "The Teacher with those options that it has none of yet; the same Teacher if there are no such options"
-    new = {k: v for k,v in kwargs.items() if unsaid(k, getattr(teacher, k)) and not unsaid(k, v)}
+    "The Teacher with those options that it was not given; the same Teacher if there are no such options"
+    new = {k: v for k,v in kwargs.items() if k not in teacher.given}
     return Teacher(teacher, **new) if new else teacher
 
 

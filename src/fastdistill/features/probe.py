@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from ..outputs import DistillError, as_plain
+from ..outputs import DistillError, as_plain, map_tensors
+from .calls import arguments
 from .names import LayerTree, layer_tree, named, unwrap
 
 __all__ = ['Fired', 'dry_run', 'layers', 'main_tensor', 'probe', 'untouched']
@@ -15,7 +16,7 @@ __all__ = ['Fired', 'dry_run', 'layers', 'main_tensor', 'probe', 'untouched']
 
 def layers(
     model:nn.Module,
-    *x # one batch of inputs, for the shapes; a single dict is passed by keyword
+    *x # one batch of inputs, for the shapes; a dict goes in by name where the model has arguments of these names
 ) -> LayerTree:
     "Every layer of the model with its class, output shape and number of parameters; the model stays as it is"
     return layer_tree(model, {f.module: f.shape for f in probe(model, *x)} if x else None)
@@ -33,7 +34,7 @@ class Fired:
 
 def probe(
     model:nn.Module,
-    *x # one batch of inputs; a single dict is passed by keyword
+    *x # one batch of inputs; a dict goes in by name where the model has arguments of these names
 ) -> list:
     "Run the model once, in evaluation mode and leaving it untouched: the layers in the order they finished"
     inner,names,ran = unwrap(model),{},{}
@@ -55,11 +56,11 @@ def _shape(y): return None if y is None else tuple(y.shape)
 def dry_run(model, *x):
     "One forward pass of the inner model that changes nothing"
     inner = unwrap(model)
-    by_name = len(x) == 1 and isinstance(x[0], Mapping)
+    args,kwargs = arguments(inner, map_tensors(x, as_plain))
     if any(map(is_lazy, weights_and_buffers(distinct_modules(inner)))):
         raise DistillError(f"{type(inner).__name__} has lazy layers, without weights until a batch has run: run one through it first.")
     with untouched(model):
-        try: return inner(**{k: as_plain(v) for k,v in x[0].items()}) if by_name else inner(*map(as_plain, x))
+        try: return inner(*args, **kwargs)
         except DistillError: raise
         except Exception as e:
             sizes = [tuple(o.shape) if isinstance(o, Tensor) else type(o).__name__ for o in x]

@@ -1,10 +1,11 @@
 "Pure functions of two tensors, student first; each has a module form under its paper's capitals."
 from . import decoupled, dense, feature, relation, response
+from ._base import loss
 from .decoupled import *
 from .dense import *
 from .feature import *
 from .relation import *
 from .response import *
 
-NOT_LOSSES = {'ofd_margin', 'standardize', 'standardized'} # public names that are helpers of losses
-__all__ = [*decoupled.__all__, *dense.__all__, *feature.__all__, *relation.__all__, *response.__all__]
+NOT_LOSSES = {'loss', 'ofd_margin', 'standardize', 'standardized'} # public names that are helpers of losses
+__all__ = ['loss', *decoupled.__all__, *dense.__all__, *feature.__all__, *relation.__all__, *response.__all__]

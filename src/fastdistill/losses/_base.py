@@ -22,20 +22,23 @@ KINDS = 'softmax', 'sigmoid', 'regression'
 
 
 def loss(
-    kind:str|None=None, # what the outputs must be for the loss to have a meaning: 'softmax', 'sigmoid' or 'regression'; None: anything
-    match:str='none', # what the student's features must have in common with the teacher's: the 'shape', the 'grid' (places), or 'none'
-    lists:bool=False # it takes the features of all layers at once, as two lists
+    kind:str|None=None, # what the logits must be for the loss to have a meaning: 'softmax', 'sigmoid' or 'regression'; None: anything
+    match:str='shape', # what the student's features need of the teacher's: the same 'shape', only the same 'grid' (places), or 'none'
+    lists:bool=False, # True: it takes the features of all layers at once, as two lists
+    samples:bool=False # True: its `mask` has one value for each sample, and not for each position
 ):
-    """Make a loss of `fn(s, t, ...)`: it runs in float32 or better, also under autocast, and without a gradient into the teacher.
-    `kind`, `match` and `lists` become attributes of the function: a `Distiller` reads from them what it must give to the loss"""
-    assert kind in (None, *KINDS) and match in ('shape', 'grid', 'none'), (kind, match)
+    """Make a loss of `fn(s, t, ...)`: `@loss(match='grid')`. It runs in float32 or better, also under autocast, and without a
+    gradient into the teacher. The options become attributes, from which a `Term` reads what the loss needs"""
+    if callable(kind): raise DistillError("loss is a decorator with options: write @loss() above your function, or @loss(match='grid')")
+    for o,v,have in (('kind', kind, (None, *KINDS)), ('match', match, ('shape', 'grid', 'none'))):
+        if v not in have: raise DistillError(f"{o}={v!r}: possible are {', '.join(map(repr, have))}")
     def decorate(fn):
         @functools.wraps(fn)
         def call(s, t, *args, **kwargs):
             first = s[0] if isinstance(s, (list, tuple)) else s
             with torch.autocast(first.device.type, enabled=False):
                 return fn(_full(s), _full(t, detach=True), *args, **kwargs)
-        call.kind,call.match,call.lists = kind,match,lists
+        call.kind,call.match,call.lists,call.samples = kind,match,lists,samples
         return call
     return decorate
 
@@ -69,7 +72,9 @@ def same_shape(s:Tensor, t:Tensor):
     "Refuse what would broadcast in silence"
     if s.shape != t.shape:
         raise DistillError(f"The student's output has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: they must be equal. "
-                           "Different classes? Select or order the teacher's; different resolutions? Resize one of them.")
+                           "If the teacher has more classes, Teacher(teacher, select=[...]) takes those of the student, in its order. "
+                           "If it has fewer, compare only those, with a loss of your own: "
+                           "Term(lambda s, t: losses.kl(s[:, ids], t)). If the resolutions differ, resize one of them.")
 
 
 def temperature(T):

@@ -36,7 +36,7 @@ def without_class(x, y, axis):
     return x.masked_fill(torch.zeros_like(x, dtype=torch.bool).scatter(axis, y.unsqueeze(axis), True), -torch.inf)
 
 
-@loss(kind='softmax')
+@loss(kind='softmax', match='shape')
 def dkd(
     s:Tensor, # student logits, any shape
     t:Tensor, # teacher logits, the same shape
@@ -63,7 +63,7 @@ def _target_or_not(lp, y, axis):
     return torch.stack([of_class(lp, y, axis), without_class(lp, y, axis).logsumexp(axis)])
 
 
-@loss(kind='softmax')
+@loss(kind='softmax', match='shape')
 def nkd(
     s:Tensor, # student logits, any shape
     t:Tensor, # teacher logits, the same shape

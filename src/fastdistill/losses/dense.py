@@ -10,7 +10,7 @@ __all__ = ['cwd', 'CWD', 'pairwise', 'Pairwise', 'ifvd', 'IFVD']
 MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
-@loss(match='shape')
+@loss(kind=None, match='shape')
 def cwd(
     s:Tensor, # (B, C, H, W) logits or features of the student, projected to the teacher's shape
     t:Tensor, # (B, C, H, W) of the teacher
@@ -50,7 +50,7 @@ def affinity(x, pool, axis):
     return x.mT@x
 
 
-@loss(match='grid')
+@loss(kind=None, match='grid', samples=True)
 def pairwise(
     s:Tensor, # (B, C, H, W) student map
     t:Tensor, # (B, C', H, W) teacher map: channels may differ
@@ -84,12 +84,20 @@ def to_prototypes(
     return (unit(x)*unit(proto).gather(2, i)).sum(1)
 
 
-@loss(match='grid')
+def numbered(
+    y:Tensor # (B, P) class of each position
+):
+    "(B, P): the classes of each image as 0, 1, 2 ... in ascending order. A GPU waits for the number of classes, and not for this"
+    v,i = y.sort(1)
+    return torch.zeros_like(y).scatter(1, i, F.pad((v[:, 1:] != v[:, :-1]).long().cumsum(1), (1, 0)))
+
+
+@loss(kind=None, match='grid')
 def ifvd(
     s:Tensor, # (B, C, H, W) student map
     t:Tensor, # (B, C', H, W) teacher map: channels may differ
     y:Tensor, # (B, H', W') labels; resized to the map, nearest
-    *, classes:int|None=None, # how many; None: as many as `y` needs
+    *, classes:int|None=None, # how many; None: unknown, which takes as much memory again as the map
     ignore_index:int=-100, # positions with this label do not count
     axis:int=1, # channel axis
     mask:Tensor|None=None, # (B, H, W), the map's grid: which positions count in the mean
@@ -104,7 +112,8 @@ def ifvd(
     y = F.interpolate(as_plain(y)[:, None].float(), s.shape[2:], mode='nearest')[:, 0].long()
     on = y != ignore_index
     y = torch.where(on, y, 0).flatten(1)
-    n = classes or int(y.max())+1
+    n = classes or y.shape[1]
+    if not classes: y = numbered(y)
     # what does not count is 0, and moves no mean
     s,t = [to_prototypes(torch.where(on[:, None], x, 0.).flatten(2), y, n) for x in (s, t)]
     return reduce((s-t).pow(2).reshape(on.shape), reduction, on if mask is None else on*fit_mask(mask, on.shape))

@@ -34,15 +34,20 @@ def pooled(xs, axis:int=1):
     return [o if g == grid else GRID_POOL[len(grid)](o, grid) for o,g in zip(xs, grids)]
 
 
+def tensor_like(v, x:Tensor):
+    "A number or a tensor, on the device of `x`; a number is made there, for a GPU waits for what is copied to it"
+    return v.to(x) if isinstance(v, Tensor) else x.new_full((1,), v)
+
+
 def per_channel(v, x:Tensor, axis:int):
     "One number, or one for each channel, shaped to meet `x`"
-    v = torch.as_tensor(v).to(x).flatten()
+    v = tensor_like(v, x).flatten()
     if len(v) not in (1, x.shape[axis]):
         raise DistillError(f"{len(v)} values for features of shape {tuple(x.shape)}: axis {axis} has {x.shape[axis]} channels")
     return v.reshape([-1 if i == axis % x.dim() else 1 for i in range(x.dim())])
 
 
-@loss(match='shape')
+@loss(kind=None, match='shape')
 def hint(
     s:Tensor, # student features, projected to the teacher's shape
     t:Tensor, # teacher features
@@ -57,7 +62,7 @@ def hint(
 class Hint(Loss): fn = hint
 
 
-@loss(match='none')
+@loss(kind=None, match='none', samples=True)
 def at(
     s:Tensor, # (B, C, H, W) student map
     t:Tensor, # (B, C', H', W') teacher map: channels may differ; the larger grid is average-pooled to the smaller
@@ -76,7 +81,7 @@ def at(
 class AT(Loss): fn = at
 
 
-@loss(match='none')
+@loss(kind=None, match='none', samples=True)
 def nst(
     s:Tensor, # (B, C, H, W) student map
     t:Tensor, # (B, C', H', W') teacher map: channels may differ; the larger grid is average-pooled to the smaller
@@ -105,7 +110,7 @@ def flows(xs, axis):
     return [a@b.mT/a.shape[2] for a,b in xs]
 
 
-@loss(match='shape', lists=True)
+@loss(kind=None, match='shape', lists=True, samples=True)
 def fsp(
     s:list, # student maps [(B, C1, H, W), (B, C2, H2, W2), ...] in the order of the layers, two or more
     t:list, # teacher maps, as many, with the same channels; grids may differ
@@ -129,7 +134,7 @@ def fsp(
 class FSP(Loss): fn = fsp
 
 
-@loss(match='shape')
+@loss(kind=None, match='shape')
 def ab(
     s:Tensor, # student features before the ReLU, projected to the teacher's shape
     t:Tensor, # teacher features before the ReLU
@@ -166,7 +171,7 @@ def ofd_margin(
     return torch.where(below > .001, mean, -3*s)
 
 
-@loss(match='shape')
+@loss(kind=None, match='shape')
 def ofd(
     s:Tensor, # student features before the ReLU, projected to the teacher's shape
     t:Tensor, # teacher features before the ReLU
@@ -183,7 +188,7 @@ def ofd(
     return reduce(torch.where((s > t) | (t > 0), (s-t).pow(2), 0.).mean(axis), reduction, mask)
 
 
-@loss(match='shape')
+@loss(kind=None, match='shape')
 def vid(
     s:Tensor, # student features, projected to the teacher's shape: what it expects of the teacher
     t:Tensor, # teacher features
@@ -197,7 +202,7 @@ def vid(
     """Gaussian negative log-likelihood of `t`, 1/2 ((s-t)^2/var + log var) (variational information distillation,
     arXiv:1904.05835, with the sum over a sample's numbers). Can be negative; least in `s` at s == t"""
     same_features(s, t)
-    var = torch.as_tensor(var).to(s) if log_scale is None else F.softplus(per_channel(log_scale, s, axis)) + eps
+    var = tensor_like(var, s) if log_scale is None else F.softplus(per_channel(log_scale, s, axis)) + eps
     return reduce(((s-t).pow(2)/var + var.log()).mean(axis)/2, reduction, mask)
 
 
@@ -263,7 +268,7 @@ def standardized_rows(
     return unit((x-mean)*w.sqrt(), least=16*eps*torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True))
 
 
-@loss(match='shape')
+@loss(kind=None, match='shape')
 def pkd(
     s:Tensor, # student features, projected to the teacher's shape
     t:Tensor, # teacher features
@@ -274,7 +279,7 @@ def pkd(
     authors' code has (M-1)/M of it, M = batch x positions. A channel that is constant in one model gives 1/2, in both 0"""
     same_features(s, t)
     grid = channels_first(s, axis)[:, 0].shape
-    w = torch.ones(grid).to(t) if mask is None else fit_mask(mask, grid).to(t)
+    w = t.new_ones(grid) if mask is None else fit_mask(mask, grid).to(t)
     s,t = [standardized_rows(cells(o, axis).transpose(0, 1).flatten(1), w.flatten()) for o in (s, t)]
     # subtle: half the squared distance of the unit vectors is 1-r, without the rounding that makes 1-r negative at s == t
     return (s-t).pow(2).sum(1).mean()/2

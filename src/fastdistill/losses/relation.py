@@ -39,7 +39,7 @@ def cosines(
     return cos.masked_fill(none[:, :, None] | none[:, None], 0.)
 
 
-@loss(match='none')
+@loss(kind=None, match='none', samples=True)
 def rkd(
     s:Tensor, # (B, D), or (B, ...)
     t:Tensor, # (B, D'), or (B, ...)
@@ -58,7 +58,7 @@ def rkd(
 class RKD(Loss): fn = rkd
 
 
-@loss(match='none')
+@loss(kind=None, match='none', samples=True)
 def sp(
     s:Tensor, # (B, D), or (B, ...)
     t:Tensor, # (B, D'), or (B, ...)
@@ -79,7 +79,7 @@ def gaussian(x, gamma, degree):
     return math.exp(-2*gamma)*sum((2*gamma)**p/math.factorial(p)*x**p for p in range(degree+1))
 
 
-@loss(match='none')
+@loss(kind=None, match='none', samples=True)
 def cc(
     s:Tensor, # (B, D), or (B, ...)
     t:Tensor, # (B, D'), or (B, ...)
@@ -110,7 +110,7 @@ def neighbours(
     return log_probs(k.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), -1e4))
 
 
-@loss(match='none')
+@loss(kind=None, match='none', samples=True)
 def pkt(
     s:Tensor, # (B, D), or (B, ...)
     t:Tensor, # (B, D'), or (B, ...)
@@ -132,7 +132,7 @@ def correlations(x, axis):
     return unit(x@x.mT, 2)
 
 
-@loss(match='shape')
+@loss(kind=None, match='shape', samples=True)
 def ickd(
     s:Tensor, # (B, C, H, W) student map, projected to the teacher's channels
     t:Tensor, # (B, C, H', W') teacher map; the grids may differ

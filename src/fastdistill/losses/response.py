@@ -46,7 +46,7 @@ def of_class(x, y, axis):
     return x.gather(axis, y.unsqueeze(axis)).squeeze(axis)
 
 
-@loss(kind='softmax')
+@loss(kind='softmax', match='shape')
 def kl(
     s:Tensor, # student logits, any shape
     t:Tensor, # teacher logits, the same shape
@@ -63,7 +63,7 @@ def kl(
 class KL(Loss): fn = kl
 
 
-@loss(kind='softmax')
+@loss(kind='softmax', match='shape')
 def reverse_kl(
     s:Tensor, # student logits, any shape
     t:Tensor, # teacher logits, the same shape
@@ -80,7 +80,7 @@ def reverse_kl(
 class ReverseKL(Loss): fn = reverse_kl
 
 
-@loss(kind='softmax')
+@loss(kind='softmax', match='shape')
 def jsd(
     s:Tensor, # student logits, any shape
     t:Tensor, # teacher logits, the same shape
@@ -103,7 +103,7 @@ def jsd(
 class JSD(Loss): fn = jsd
 
 
-@loss(kind='softmax')
+@loss(kind='softmax', match='shape')
 def tvd(
     s:Tensor, # student logits, any shape
     t:Tensor, # teacher logits, the same shape
@@ -120,7 +120,7 @@ def tvd(
 class TVD(Loss): fn = tvd
 
 
-@loss(kind='softmax')
+@loss(kind='softmax', match='shape')
 def soft_ce(
     s:Tensor, # student logits, any shape
     t:Tensor, # teacher logits, the same shape
@@ -137,7 +137,7 @@ def soft_ce(
 class SoftCE(Loss): fn = soft_ce
 
 
-@loss()
+@loss(kind=None, match='shape')
 def mse(
     s:Tensor, # student logits, any shape
     t:Tensor, # teacher logits, the same shape
@@ -152,7 +152,7 @@ def mse(
 class MSE(Loss): fn = mse
 
 
-@loss(kind='softmax')
+@loss(kind='softmax', match='shape')
 def hard(
     s:Tensor, # student logits, any shape
     t:Tensor, # teacher logits, the same shape
@@ -167,7 +167,7 @@ def hard(
 class Hard(Loss): fn = hard
 
 
-@loss(kind='sigmoid')
+@loss(kind='sigmoid', match='shape')
 def binary_kl(
     s:Tensor, # student logits, any shape: one per label
     t:Tensor, # teacher logits, the same shape
@@ -187,7 +187,7 @@ class BinaryKL(Loss): fn = binary_kl
 
 DISTANCES = dict(mse=F.mse_loss, l1=F.l1_loss, huber=F.huber_loss)
 
-@loss(kind='regression')
+@loss(kind='regression', match='shape', samples=True)
 def regression(
     s:Tensor, # (B, ...) student's numbers
     t:Tensor, # (B, ...) teacher's: as many per sample, in any shape
@@ -207,7 +207,7 @@ def regression(
 class Regression(Loss): fn = regression
 
 
-@loss()
+@loss(kind=None, match='shape')
 def soft_targets(
     s:Tensor, # student's outputs, before softmax or sigmoid
     t:Tensor, # teacher's
@@ -226,7 +226,7 @@ def soft_targets(
 class SoftTargets(Loss): fn = soft_targets
 
 
-@loss(kind='softmax')
+@loss(kind='softmax', match='shape')
 def dist(
     s:Tensor, # student logits, any shape
     t:Tensor, # teacher logits, the same shape
@@ -282,7 +282,8 @@ class Standardized:
         functools.update_wrapper(self, fn, updated=())
         self.options_of_standardize = options
         self.__name__ = getattr(fn, '__name__', type(fn).__name__)
-        if hasattr(fn, 'kind'): self.kind = fn.kind
+        for k in ('kind', 'match', 'lists', 'samples'):
+            if hasattr(fn, k): setattr(self, k, getattr(fn, k))
         axis = inspect.signature(fn).parameters.get('axis')
         self.axis = 1 if axis is None or axis.default is axis.empty else axis.default
         self._check(getattr(fn, 'kind', None))

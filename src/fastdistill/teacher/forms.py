@@ -1,5 +1,5 @@
 "The forms that models come in: modules, programs, files; and how each is called."
-import inspect, warnings, zipfile
+import copy, inspect, warnings, zipfile
 from collections.abc import Mapping
 from pathlib import Path
 import torch
@@ -71,17 +71,6 @@ def is_graph(m):
     return isinstance(m, torch.jit.ScriptModule) or (isinstance(m, torch.fx.GraphModule) and 'train' in vars(m))
 
 
-def is_hf(model): return hasattr(model, 'config') and hasattr(model, 'main_input_name')
-
-
-def takes_names(model, batch):
-    "Whether a mapping is a model's arguments by name, not its one argument"
-    if is_hf(model) or isinstance(model, Onnx): return True
-    try: names = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters
-    except (TypeError, ValueError): return False    # builtins and scripts have no signature
-    return set(batch) <= set(names)
-
-
 def check_second_argument(model, ids, second):
     "A Hugging Face model's second argument is mostly the attention mask: another tensor there would be read as one, in silence"
     if second is None: return
@@ -98,7 +87,7 @@ ONNX_TYPES = {'float': torch.float32, 'float16': torch.float16, 'double': torch.
 
 
 class Onnx:
-    "A network in an ONNX file, run by onnxruntime: tensors in, its output 'logits' (else the first) out"
+    "A network in an ONNX file, run by onnxruntime: tensors in, its output 'logits' (else the first) out, or what `returning` asks for"
     def __init__(self, path):
         try: import onnxruntime as ort
         except ImportError as e: raise ImportError("A teacher in an ONNX file needs onnxruntime: pip install 'fastdistill[onnx]'") from e
@@ -109,19 +98,35 @@ class Onnx:
         try: self.session = ort.InferenceSession(str(path), options, providers=[p for p in wanted if p in have])
         except Exception as e: raise DistillError(f"onnxruntime can't load {path}: {e}") from e      # its errors have no other base
         self.inputs = {i.name: i for i in self.session.get_inputs()}
-        outputs = [o.name for o in self.session.get_outputs()]
-        self.output = 'logits' if 'logits' in outputs else outputs[0]
+        self.outputs = [o.name for o in self.session.get_outputs()]
+        self.wanted = None
+
+    def returning(self, output):
+        "The same network, which returns a dict with the named output; with all of them where `output` is an index or a function"
+        if isinstance(output, str) and output not in self.outputs:
+            raise DistillError(f"output={output!r}: the outputs of this ONNX network are {', '.join(self.outputs)}")
+        other = copy.copy(self)
+        other.wanted = None if output is None else [output] if isinstance(output, str) else self.outputs
+        return other
+
+    def alike(self):
+        "Names of the outputs that could be the logits, as many axes as the first has; none where one is called so"
+        first,*more = self.session.get_outputs()
+        return [] if 'logits' in self.outputs else [o.name for o in (first, *more) if 'float' in o.type and len(o.shape) == len(first.shape)]
 
     def __call__(self, *x, **kw):
         feed = self._feed(x, kw)
         n = len(next(iter(feed.values())))
         # a batch size that is fixed in the file: pieces of it, the last one padded
         size = next((i.shape[0] for i in self.inputs.values() if i.shape and isinstance(i.shape[0], int)), n)
-        return torch.cat([self._run({k: v[j:j+size] for k,v in feed.items()}, size) for j in range(0, n, size)])[:n]
+        names = self.wanted or ['logits' if 'logits' in self.outputs else self.outputs[0]]
+        pieces = [self._run(names, {k: v[j:j+size] for k,v in feed.items()}, size) for j in range(0, n, size)]
+        whole = [torch.cat(o)[:n] for o in zip(*pieces)]
+        return whole[0] if self.wanted is None else dict(zip(names, whole))
 
-    def _run(self, feed, size):
+    def _run(self, names, feed, size):
         full = {k: torch.cat([v, v[-1:].expand(size-len(v), *v.shape[1:])]) if len(v) < size else v for k,v in feed.items()}
-        return torch.from_numpy(self.session.run([self.output], {k: v.numpy() for k,v in full.items()})[0])
+        return list(map(torch.from_numpy, self.session.run(names, {k: v.numpy() for k,v in full.items()})))
 
     def _feed(self, x, kw):
         given = dict(zip(self.inputs, x)) | {k: v for k,v in kw.items() if k in self.inputs or k != 'labels'}

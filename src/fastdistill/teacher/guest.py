@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from ..outputs import map_tensors, tensors_in
 
-__all__ = ['Guest']
+__all__ = ['Guest', 'cuda_devices']
 
 
 class Guest:
@@ -17,6 +17,7 @@ class Guest:
                         for m in mods for k,b in m._buffers.items() if b is not None]
         self.states = [(m, state_of(m)) for m in mods if isinstance(m, nn.RNNBase) or callable(getattr(m, 'reset', None))]
         self.dtype = next((p.dtype for p in self.model.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1), None)
+        self.cuda = cuda_devices(self.model)
         self.params,self.batch,self.device,self.seen = [],None,None,False
         self.settle()
         return self
@@ -54,6 +55,9 @@ class Guest:
             if d[k] is not b: d[k] = b
             if was is not None and not torch.equal(b, was): b.copy_(was)
         for m,was in self.states: vars(m).update(was)
+
+
+def cuda_devices(model): return {t.device for t in [*model.parameters(), *model.buffers()] if t.is_cuda}
 
 
 def state_of(m):

@@ -1,22 +1,38 @@
 "A teacher in whatever form people have one: frozen while it is asked, and afterwards just as it was before."
-import inspect
-from collections.abc import Mapping
+import warnings
 from contextlib import ExitStack, nullcontext
+from functools import wraps
 import torch
 from torch import nn
 import torch.nn.functional as F
+from ..features.calls import arguments, is_hf
 from ..features.names import named
 from ..features.taps import Taps
-from ..outputs import DistillError, Outputs, as_plain, map_tensors, tensors_in
+from ..outputs import DistillError, DistillWarning, Outputs, as_plain, check_output, map_tensors, tensors_in, warn_of_first, warn_of_several
+from .draws import OwnDraws, generators
 from .ensemble import mix, shares
-from .forms import FORMS, Onnx, check_second_argument, is_graph, is_hf, load_model, takes_names
-from .guest import Guest
+from .forms import FORMS, Onnx, check_second_argument, is_graph, load_model
+from .guest import Guest, cuda_devices
+from .hidden import has_reset, why_no_reset
 from .images import affine, full_precision, is_image, stats_of
 
-__all__ = ['Teacher', 'unsaid']
+__all__ = ['Teacher']
 
-# what the members of an ensemble take over, where they don't say otherwise
-INHERITED = ('mode', 'stats', 'input_stats', 'size', 'combine', 'kind', 'axis')
+# options of an ensemble that its members take over, where they were not given others
+INHERITED = 'mode','stats','input_stats','size','combine','kind','axis','output'
+
+
+def records_given(init):
+    "Keep the names of the options that were given, as `given`: they count also where they equal the default"
+    @wraps(init)
+    def call(self, *args, **options):
+        self.given = frozenset(options)
+        init(self, *args, **options)
+    return call
+
+
+NO_RESET = ("{name} has a method reset() that {why}. It was undone and is not called again; hidden states, if there are any, "
+            "are not reset. If it has some, give it a reset() that changes nothing else.")
 
 
 class Teacher:
@@ -25,6 +41,7 @@ class Teacher:
     them: `stop` puts back modes, buffers, devices and hidden states. A call outside does both by itself: slower, and a hidden
     state does not outlive it. A teacher on the CPU moves to the batch's device; one that lives elsewhere stays, and the batch
     goes there. Answers come back on the batch's device, in the teacher's own precision"""
+    @records_given
     def __init__(
         self,
         model, # nn.Module, torch.export program, .pt, .pt2 or .onnx file, callable (its modes are its own affair), a list of these
@@ -39,40 +56,52 @@ class Teacher:
         kind:str='softmax', # what the logits are: 'softmax' over classes, 'sigmoid' per label, or 'regression'
         axis:int=1, # class axis
         select=None, # indices of the classes to answer with, in this order: the teacher's classes put in the student's order
+        output=None, # which of several outputs has the logits: a name, an index, or a function of what the model returned; None: the one
+        # called 'logits' or 'out', or the first of a tuple
         name:str|None=None
     ):
-        said = dict(layers=layers, mode=mode, stats=stats, input_stats=input_stats, size=size, combine=combine, weights=weights, kind=kind,
-                    axis=axis, select=select, name=name)
+        options = dict(layers=layers, mode=mode, stats=stats, input_stats=input_stats, size=size, combine=combine, weights=weights,
+                       kind=kind, axis=axis, select=select, output=output, name=name)
         self.model = self.path = self.learner = None       # `learner`: where a face keeps what else it knows of the teacher
         self.sources,self.members = [],[]
-        self._stack,self._guest,self._by,self._outer = None,None,None,[]
-        if isinstance(model, Teacher):      # a variation on it: what is not said stays
-            said = {k: getattr(model, k) if unsaid(k, v) else v for k,v in said.items()}
+        self._stack,self._guest,self._by,self._outer,self._draws = None,None,None,[],OwnDraws()
+        self._found = model._found if isinstance(model, Teacher) else {}      # what was found out about the model, shared with variations
+        if isinstance(model, Teacher):      # a variation on it: what is not given stays
+            options = {k: v if k in self.given else getattr(model, k) for k,v in options.items()}
+            self.given |= model.given
             self.model,self.path,self.learner,self.sources = model.model,model.path,model.learner,model.sources
         elif isinstance(model, (list, tuple, nn.ModuleList)):
             if not len(model): raise DistillError(f"An empty list of teachers. {FORMS}")
             self.sources = [m if isinstance(m, Teacher) else Teacher(m) for m in model]
         else: self.model,self.path = load_model(model)
-        self.__dict__.update(said)
-        self.layers,self.name = list(self.layers),self.name or self._name(model)
+        self.__dict__.update(options)
+        self.layers,self.name = list(self.layers),self.name or self._name()
         self._check()
 
     def _check(self):
         for o,have in dict(mode=('eval', 'train'), combine=('probs', 'logits'), kind=('softmax', 'sigmoid', 'regression')).items():
             if (v := getattr(self, o)) not in have: raise DistillError(f"{o}={v!r}: possible are {', '.join(map(repr, have))}")
         if self.sources:
-            mine = {k: getattr(self, k) for k in INHERITED}
-            self.members = [Teacher(m, **{k: v for k,v in mine.items() if unsaid(k, getattr(m, k))}) for m in self.sources]
+            mine = {k: getattr(self, k) for k in INHERITED if k in self.given}
+            self.members = [Teacher(m, **{k: v for k,v in mine.items() if k not in m.given}) for m in self.sources]
             self.weights = shares(self.weights, len(self.members))
         else:
             if self.weights is not None: raise DistillError("weights= are of an ensemble's members, and this is one teacher: give a list")
             self.stats,self.input_stats = stats_of(self.stats, self.model),stats_of(self.input_stats)
+        check_output(self.output)
+        if isinstance(self.model, Onnx): self._check_onnx()
         if self.size is not None: self.size = (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
         self._check_layers(self.layers)
 
-    def _name(self, o):
-        if self.members or self.sources: return f'{len(self.sources)} teachers'
-        return self.path.name if self.path else getattr(o, '__name__', type(o).__name__)
+    def _check_onnx(self):
+        self.model = self.model.returning(self.output)
+        if self.output is not None or 'several' in self._found: return
+        self._found['several'] = True
+        if len(alike := self.model.alike()) > 1: warn_of_first(f'The teacher {self.name}', ', '.join(alike))
+
+    def _name(self):
+        if self.sources: return f'{len(self.sources)} teachers'
+        return self.path.name if self.path else getattr(self.model, '__name__', type(self.model).__name__)
 
     def __repr__(self): return f'Teacher({self.name})'
 
@@ -114,6 +143,10 @@ class Teacher:
 
     def start(self):
         "Get ready for many batches; a second call changes nothing"
+        if not self.started: self._draws = OwnDraws()
+        return self._start()
+
+    def _start(self):
         if self.started: return self
         with ExitStack() as stack:
             for m in self.members: stack.enter_context(m)
@@ -136,41 +169,77 @@ class Teacher:
     def __exit__(self, *_):
         if not self._outer.pop(): self.stop()
 
+    @property
+    def remembers(self):
+        "Whether it has hidden states that `reset` forgets"
+        return any(m.remembers for m in self.members) or (has_reset(self.module) and self._resets())
+
+    def _resets(self):
+        "Whether the module's `reset` is of hidden states alone; tried once"
+        if 'reset' not in self._found:
+            why = why_no_reset(self.module)
+            self._found['reset'] = why is None
+            if why: warnings.warn(NO_RESET.format(name=self.name, why=why), DistillWarning, stacklevel=3)
+        return self._found['reset']
+
     def reset(self):
-        "Forget hidden states, as fastai's recurrent models do in `reset`"
-        with torch.no_grad():
-            for m in self.modules:
-                if callable(getattr(m, 'reset', None)): m.reset()
+        "Forget hidden states, as fastai's recurrent models do in `reset`; a `reset` that changes weights is not called"
+        for m in self.members: m.reset()
+        if not has_reset(self.module) or not self._resets(): return
+        with torch.no_grad(), self._draws.own(self._generators()): self.module.reset()
+
+    def _generators(self, x=()):
+        "The global random generators that the teacher may draw from"
+        return generators({t.device for t in tensors_in(x) if t.is_cuda} | self._cuda(), self._draws_anywhere())
+
+    def _cuda(self):
+        if self.module is None: return {d for m in self.members for d in m._cuda()}
+        return self._guest.cuda if self.started else cuda_devices(self.module)
+
+    def _draws_anywhere(self):
+        # subtle: functions and networks in training mode may draw from Python and NumPy too; in evaluation mode, at most from PyTorch
+        if self.members: return any(m._draws_anywhere() for m in self.members)
+        return self.mode == 'train' if self.module is not None else self.path is None
 
     # a file's session, program or script may not pickle, its path does; what is running stays behind
     def __getstate__(self):
-        gone = dict(_stack=None, _guest=None, _by=None, _outer=[])
+        gone = dict(_stack=None, _guest=None, _by=None, _outer=[], _draws=OwnDraws())
         return {**self.__dict__, **gone, **({'model': None} if self.path else {})}
 
     def __setstate__(self, d):
         self.__dict__.update(d)
         if self.path: self.model = load_model(self.path)[0]
+        if isinstance(self.model, Onnx): self.model = self.model.returning(self.output)
 
     # a batch
 
     def __call__(
         self,
-        *x, # the batch's inputs, whatever the model takes; a mapping is taken by name, where the model has arguments of these names
+        *x, # the batch's inputs, whatever the model takes; a dict goes in by name where the model has arguments of these names
         **kw # by name
     ) -> Outputs:
-        "The teacher's answer to a batch"
+        "The teacher's outputs for a batch"
+        return self.outputs(x, kw)
+
+    def outputs(
+        self,
+        args=(), # the batch's inputs
+        kwargs=None, # inputs by name
+        layers=() # names of layers that this call reads, in addition to the teacher's own
+    ) -> Outputs:
+        "The teacher's outputs for a batch, with the layers that this call asks for"
         if not self.started:
-            with self: return self(*x, **kw)
-        with torch.no_grad(): return self._answer(x, kw, self.layers)
+            try: return self._start().outputs(args, kwargs, layers)
+            finally: self.stop()
+        with torch.no_grad(), self._draws.own(self._generators((args, kwargs))):
+            return self._answer(args, kwargs or {}, list(dict.fromkeys([*self.layers, *layers])))
 
     def probe(
         self, *x, layers=None, # instead of the teacher's own
         **kw
     ) -> Outputs:
         "One answer that leaves no trace, between two batches of a run either: hidden states and random numbers are as before"
-        weights = (p for m in self.modules for p in m.parameters())
-        devices = {t.device for t in (*tensors_in((x, kw)), *weights) if t.is_cuda}
-        with torch.random.fork_rng(list(devices)): return Teacher(self, **({} if layers is None else dict(layers=layers)))(*x, **kw)
+        return Teacher(self, **({} if layers is None else dict(layers=layers)))(*x, **kw)
 
     def _answer(self, x, kw, layers):
         o = (self._together if self.members else self._alone)(x, kw, layers)
@@ -194,7 +263,9 @@ class Teacher:
         if self._guest is not None: self._guest.settle()
         x,kw = self._arrange(x, kw, device)
         with Taps(self.module, layers) if layers and self.module is not None else nullcontext() as taps:
-            o = Outputs.of(self.model(*x, **kw))
+            raw = self.model(*x, **kw)
+            if self.output is None: warn_of_several(raw, self.module, f'The teacher {self.name}', self._found)
+            o = Outputs.of(raw, output=self.output)
             feats = o.feats if taps is None else {**o.feats, **taps.pop()}
         if taps is None and not set(layers) <= set(feats): raise self._unseen(layers, feats)     # a function's answer brings its own
         return Outputs(*(map_tensors(v, lambda t: plain_output(t, device)) for v in (o.logits, feats, o.mask)))
@@ -215,7 +286,7 @@ class Teacher:
 
     def _arrange(self, x, kw, device):
         "The batch as the teacher needs it: by name or position, on its device, in its precision, in its normalisation and size"
-        if len(x) == 1 and isinstance(x[0], Mapping) and takes_names(self.model, x[0]): x,kw = (),{**x[0], **kw}
+        x,kw = arguments(self.model, x, kw)
         if len(x) > 1 and is_hf(self.model) and not self._guest.seen: check_second_argument(self.model, *x[:2])
         self._check_images([t for t in tensors_in((x, kw)) if is_image(t)])
         dtype = None
@@ -244,10 +315,6 @@ class Teacher:
         # subtle: a copy, for a network that works in place on its input would change the student's batch
         return t.clone() if t is plain else t
 
-
-DEFAULTS = {k: p.default for k,p in inspect.signature(Teacher).parameters.items()}
-
-def unsaid(option, v): return v is DEFAULTS[option] or (option == 'layers' and not len(v))
 
 def plain_output(t, device):
     "What a model gave, as a plain tensor that losses can save for their backward pass"

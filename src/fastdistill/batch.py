@@ -1,0 +1,107 @@
+"What the terms are computed from in one batch, and which positions count. A mask has the logits' shape without the class axis."
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, reduce
+import torch
+from torch import Tensor
+import torch.nn.functional as F
+from .outputs import DistillError, Outputs, as_plain, tensors_in
+from .task import Task, fit_labels, shape_of_labels
+
+__all__ = ['Batch', 'blend', 'both', 'labels_to_shift', 'next_tokens', 'padding_mask']
+
+
+@dataclass
+class Batch:
+    "What a batch's terms are computed from"
+    student:Outputs
+    teacher:Outputs
+    targets:tuple
+    others:tuple # the second labels of a batch that is mixed
+    share:Tensor|None # the first labels' share of it; None: it is not mixed
+    task:Task
+    progress:float|None
+
+    @cached_property
+    def masks(self):
+        "Of the first and of the second labels: where both models and the label count; None: everywhere"
+        models = both(self.student.mask, self.teacher.mask)
+        return [both(models, label_mask(y[0] if len(y) else None, self.student.logits, self.task)) for y in (self.targets, self.others)]
+
+    @cached_property
+    def mask(self):
+        "Where a term counts that reads no labels: as far as labels count there"
+        first,other = self.masks
+        if self.share is None: return first
+        if first is None and other is None: return None
+        return blend(*[torch.ones_like(n).to(self.share) if m is None else m.to(self.share) for m,n in ((first, other), (other, first))], self.share)
+
+    def options(self, term, mask):
+        "A term's options, and what it takes of this batch: what only holds for logits is their class axis, and which positions count"
+        context = dict(kind=self.task.kind, ignore_index=self.task.ignore_index)
+        if mask is not None and term.samples: mask = mask.reshape(len(mask), -1).amax(1)     # a sample counts if any of its positions does
+        if term.layers is None: context |= dict(axis=self.task.axis, **({} if mask is None else dict(mask=mask)))
+        return term.options_at(self.progress, context)
+
+
+def blend(first, other, share):
+    "`share` of the first and the rest of the other; one share for all, or one for each sample"
+    share = share.to(first).reshape(-1, *[1]*(first.dim()-1)) if share.numel() > 1 else share.to(first).squeeze()
+    return torch.lerp(other, first, share)
+
+
+def both(*masks):
+    "Where all of these masks count; None among them counts everywhere"
+    masks = [m for m in masks if m is not None]
+    return reduce(torch.mul, masks) if masks else None
+
+
+def label_mask(
+    y, # labels; None where there are none
+    logits, # of the same batch; None where only layers are compared
+    task # what they are, see `task.Task`
+):
+    "Where a label counts; None: everywhere"
+    if task.kind != 'softmax' or logits is None or not isinstance(y, Tensor) or y.is_floating_point(): return None
+    if (y := fit_labels(as_plain(y), logits.shape, task)) is None: return None
+    on = y != task.ignore_index
+    # subtle: only on the CPU is a look at the values free; a GPU would make the step wait for it
+    return None if on.is_cpu and not torch.compiler.is_compiling() and on.all() else on
+
+
+def padding_mask(
+    x, # the batch's inputs: a tuple with a dict in it, where there is a mask
+    shape, # of the logits
+    axis:int # their class axis
+):
+    "The `attention_mask` among a batch's inputs, where the logits are one per token: positions that it hides do not count"
+    found = [o['attention_mask'] for o in x if isinstance(o, Mapping) and isinstance(o.get('attention_mask'), Tensor)]
+    return as_plain(found[0]) > 0 if found and found[0].shape == shape_of_labels(shape, axis) else None
+
+
+def next_tokens(
+    y:Tensor, # (B, L) labels, each where its own token stands
+    ignore_index:int
+):
+    "The labels of a causal language model, each where it is predicted: one position earlier; the last position has none"
+    return F.pad(as_plain(y)[:, 1:], (0, 1), value=ignore_index)
+
+
+def labels_to_shift(
+    x, # the batch's inputs
+    y, # labels
+    shape, # of the logits
+    task,
+    causal:bool=False # the student is known to predict the next token
+) -> bool|None:
+    """Do the labels of a language model stand where their own tokens stand, and not where these are predicted? None: this batch has no
+    labels. A GPU waits for the answer, so ask once"""
+    if task.kind != 'softmax' or len(shape) != 3 or not isinstance(y, Tensor) or y.shape != shape_of_labels(shape, task.axis): return False
+    y,ids = as_plain(y),[as_plain(o) for o in tensors_in(x) if o.shape == y.shape and not o.is_floating_point()]
+    on = y != task.ignore_index
+    if not on.any(): return None
+    here,ahead = any((o == y)[on].all() for o in ids),any((o[:, 1:] == y[:, :-1])[on[:, :-1]].all() for o in ids)
+    if here != ahead or not causal: return here and not ahead
+    raise DistillError("The student predicts the next token, and these labels do not show whether each stands where its token stands, as "
+                       "Hugging Face's models take them, or where it is predicted, one position earlier. Say so to the Distiller: "
+                       "shift_labels=True for the first, shift_labels=False for the second")

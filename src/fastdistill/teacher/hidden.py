@@ -1,0 +1,42 @@
+"Hidden states: a model's `reset` is only called where a trial showed that it changes nothing else."
+import torch
+from ..features.probe import untouched
+
+__all__ = ['has_reset', 'why_no_reset']
+
+
+def has_reset(model): return callable(getattr(model, 'reset', None))
+
+
+def why_no_reset(model):
+    "Why `model.reset()` is no reset of hidden states alone; None if it is. Found by a trial, all of which is undone"
+    was = {n: (t, t.data, t.detach().clone()) for n,t in saved_tensors(model).items()}
+    try:
+        with untouched(model):
+            model.reset()
+            now = saved_tensors(model)
+            changed = [n for n in dict.fromkeys([*was, *now]) if n not in was or n not in now or is_changed(now[n], *was[n][1:])]
+    except Exception as e: return f"fails without arguments ({type(e).__name__}: {e})"     # a user's method may raise anything
+    finally: restore_tensors(was.values())
+    if changed: return f"changes weights ({', '.join(changed[:3])}{' ...' if len(changed) > 3 else ''})"
+
+
+def saved_tensors(model):
+    "Name -> parameter or buffer that is saved with the model, if it has numbers that can be compared"
+    buffers = {f'{n}.{k}'.lstrip('.'): b for n,m in model.named_modules() for k,b in m._buffers.items()
+               if b is not None and k not in getattr(m, '_non_persistent_buffers_set', ())}
+    comparable = lambda t: t.layout == torch.strided and not t.is_meta and not t.is_quantized
+    return {n: t for n,t in {**dict(model.named_parameters()), **buffers}.items() if comparable(t)}
+
+
+def is_changed(t, data, values):
+    # subtle: bit by bit, so that nan equals nan
+    a,b = [o.detach().contiguous().reshape(-1).view(torch.uint8) for o in (t, values)]
+    return t.data_ptr() != data.data_ptr() or not torch.equal(a, b)
+
+
+@torch.no_grad()
+def restore_tensors(saved):
+    for t,data,values in saved:
+        t.data = data
+        if is_changed(t, data, values): t.copy_(values)
