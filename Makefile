@@ -1,9 +1,10 @@
 # Each target does its own set-up: all it needs is make and Python, 3.10 to 3.13.
 PYTHON ?= python3
 VENV   := .venv
+OLDEST := .venv-oldest
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test check lint api wheel clean
+.PHONY: demo test check check-oldest lint api wheel clean
 
 demo: $(VENV)/.ready      ## train a big model and small ones with and without its help; a table and a picture
 	$(VENV)/bin/fastdistill demo
@@ -12,6 +13,9 @@ test: $(VENV)/.ready-dev  ## the tests
 	$(PYTEST)
 
 check: lint test          ## what a change must pass: lint, tests, the pages' code, the import law, the public names
+
+check-oldest: $(OLDEST)/.ready ## the tests on the oldest releases that pyproject.toml allows, in an environment of their own
+	$(subst $(VENV),$(OLDEST),$(PYTEST))
 
 lint: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff check
@@ -23,7 +27,7 @@ wheel: $(VENV)/.ready-dev
 	$(VENV)/bin/python -m build
 
 clean:
-	rm -rf $(VENV) dist out
+	rm -rf $(VENV) $(OLDEST) dist out
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -35,3 +39,8 @@ $(VENV)/.ready: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.ready-dev: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install -e '.[dev]'
 	touch $@ $(VENV)/.ready
+
+$(OLDEST)/.ready: pyproject.toml tests/oldest.txt
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -c tests/oldest.txt -e '.[dev]'
+	touch $@

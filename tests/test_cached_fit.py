@@ -11,7 +11,7 @@ from test_fastai_cached import CROPS, N, TRAIN, Convs, cache_teacher, data, imag
 from fastdistill import Distiller, at, kd, soft_labels
 from fastdistill.cache import TeacherCache, cache_dataset
 from fastdistill.fastai import KnowledgeDistillation, TeacherBlock
-from fastdistill.fastai.cache_feed import CacheFeed, passed
+from fastdistill.fastai.cache_feed import CacheFeed, passed_epochs
 from fastdistill.fastai.replay_dl import Items
 from fastdistill.fastai.transforms import Replay
 from fastdistill.outputs import DistillError, Outputs, TopK
@@ -305,9 +305,9 @@ def test_lr_find_then_fit(tmp_path):
     was,weights = state_of(learn),{k: v.clone() for k,v in learn.model.state_dict().items()}
     learn.add_cb(callback)
     with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=8, show_plot=False)
-    assert all(torch.equal(v, weights[k]) for k,v in learn.model.state_dict().items()) and learn not in passed(cache)
+    assert all(torch.equal(v, weights[k]) for k,v in learn.model.state_dict().items()) and not passed_epochs(learn)
     quiet(learn, 2, cbs=watch)
-    assert watch.worst < 1e-4 and passed(cache)[learn] == 2
+    assert watch.worst < 1e-4 and passed_epochs(learn)[cache.identity] == 2
     learn.remove_cb(callback)
     assert changed(learn, was) == []
 

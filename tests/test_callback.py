@@ -1,5 +1,5 @@
 "KnowledgeDistillation beside everything else that happens in a fastai training."
-import copy, csv, importlib, inspect, math, os, random, socket, subprocess, sys
+import copy, csv, importlib, inspect, math, os, random, re, socket, subprocess, sys, warnings
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from fastai.data.transforms import Normalize
 from fastai.interpret import Interpretation
 import fastdistill.fastai
 from fastdistill import Distiller, Teacher
-from fastdistill.fastai import DistillError, KnowledgeDistillation, Term, dkd, kd, losses, soft_labels
+from fastdistill.fastai import DistillError, DistillWarning, KnowledgeDistillation, Term, dkd, kd, losses, soft_labels
 from fastdistill.fastai.task import Task, task_of
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
@@ -695,6 +695,7 @@ warnings.simplefilter('ignore')
 import apps, torch
 from fastai.basics import *
 import fastai.distributed
+from fastdistill import losses
 from fastdistill.fastai import *
 
 apps.distributed_on_cpu()
@@ -793,3 +794,28 @@ def test_a_regularizer_stays_where_labels_do_not_count(label):
     for b in watched(student, [KD(teacher, soft_labels(T=2.)), Regularizer()]):
         want,more = (0., 0.) if label == -100 else (kl(b.s, teacher(b.x), 2.).item(), .5*b.s.pow(2).mean().item())
         assert b.loss == pytest.approx(want, rel=1e-5) and b.loss_grad == pytest.approx(want + more, rel=1e-5)
+
+
+# gradient shares
+
+def test_gradient_shares_are_printed_once_a_training(capsys):
+    student,teacher = toy()
+    cb = KD(teacher, kd(2., .5) + hint(.1) + Term(losses.mse, lambda p: float(p > .5)))
+    student.fit(2, .1, cbs=cb)
+    student.fit(1, .1, cbs=cb)
+    lines = [l for l in capsys.readouterr().out.splitlines() if 'gradient shares' in l]
+    shares = r'labels \d+ %, kd \d+ %, hint \d+ %'
+    assert len(lines) == 2 and re.fullmatch(f'fastdistill: gradient shares at the first batch: {shares}', lines[0])
+    assert re.fullmatch(rf'fastdistill: gradient shares at the first batch with mse: {shares}, mse \d+ %', lines[1])
+
+
+def test_lr_find_measures_no_gradient_shares(tmp_path, capsys):
+    student,teacher = toy(path=tmp_path)
+    cb = KD(teacher, hint(500.))
+    student.add_cb(cb)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', category=DistillWarning)
+        student.lr_find(num_it=4, show_plot=False, suggest_funcs=None)
+    assert 'gradient shares' not in capsys.readouterr().out
+    with pytest.warns(DistillWarning, match='hint has 99.*Lower the weight of hint, now 500'): student.fit(1, .01)
+    assert 'gradient shares at the first batch: labels' in capsys.readouterr().out

@@ -1,14 +1,19 @@
-"Mistakes that training would not have shown speak up before it."
+"Mistakes that training would not show are reported before it: what the doctor reads off Learners and DataLoaders."
 import copy, re
+import numpy as np
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 import apps
 from apps import APPS, pair, toy
-from fastai.basics import BCEWithLogitsLossFlat, Callback, CancelFitException, DataLoaders, set_seed
-from fastai.vision.all import Normalize
-from fastdistill.fastai import DistillError, DistillWarning, KnowledgeDistillation, Teacher, check_teacher, dkd
+from fastai.basics import (BCEWithLogitsLossFlat, Callback, CancelBatchException, CancelFitException, DataLoaders,
+                           Transform, before_batch_cb, set_seed)
+from fastai.callback.mixup import MixUp
+from fastai.vision.all import Normalize, RandTransform, TensorImage
+from fastdistill.fastai import (DistillError, DistillWarning, KnowledgeDistillation, Teacher, check_teacher, dist, dkd,
+                                hint, kd, logit_std)
 from fastdistill.doctor import Findings
+from fastdistill.task import Task
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
 KD = KnowledgeDistillation
@@ -22,6 +27,10 @@ def warns(student, teacher, says, **kwargs):
     with pytest.warns(DistillWarning, match=says): student.fit(1, .01, cbs=KD(teacher, **kwargs))
 
 def found(student, teacher): return [(f.level, f.what) for f in check_teacher(student, teacher)]
+
+def problems(student, teacher):
+    "What is no note: the toy teacher is nearly certain of its data"
+    return [o for o in found(student, teacher) if o[0] != 'note']
 
 def first_loss(student, *cbs):
     "The loss of the first training batch, and the batch"
@@ -39,9 +48,10 @@ def kl(s, t): return F.kl_div(s.log_softmax(1), t.log_softmax(1), log_target=Tru
 
 
 @pytest.mark.parametrize('app', APPS, ids=lambda a: a.name)
-def test_a_teacher_that_fits_is_left_in_peace(app):
+def test_a_teacher_that_fits_gives_no_finding(app):
     student,teacher = pair(app)
-    assert found(student, teacher) == [] and repr(student.check_teacher(teacher)) == 'Nothing found: the teacher fits.'
+    findings = student.check_teacher(teacher)
+    assert findings == [] and repr(findings).endswith('\nNothing found: the teacher fits.')
 
 
 # classes
@@ -57,12 +67,13 @@ def other_order(vocab=('blue', 'red', 'green')):
     return teacher,old
 
 @pytest.mark.parametrize('check', [True, False])
-def test_another_order_of_labels_is_mapped_by_name_and_said(check, capsys):
+def test_another_order_of_labels_is_mapped_by_name_with_a_note(check, capsys):
     student,_ = pair('image')
     teacher,right = other_order()
     loss,x,_,s = first_loss(student, KD(teacher, T=1., alpha=1., check=check))
     assert loss == pytest.approx(kl(s, right.model.eval()(x)), rel=1e-4)
-    assert ("the student's classes in another order. Its outputs are mapped by name" in capsys.readouterr().out) is check
+    said = capsys.readouterr().out
+    assert ("the student's classes in another order. Its outputs are mapped by name" in said) is check
 
 def test_members_of_an_ensemble_are_mapped_one_by_one():
     student,_ = pair('image')
@@ -74,15 +85,16 @@ def test_classes_of_texts_are_mapped_too():
     student,right = pair('text_classifier')
     _,teacher = apps.quiet(*apps.text_classifier(classes=['yes', 'no']))
     state = right.model.state_dict()
-    teacher.model.load_state_dict({k: v.flip(0) if k.startswith('1.') and v.shape[:1] == (2,) else v for k,v in state.items()})
+    is_last = lambda k, v: k.startswith('1.') and v.shape[:1] == (2,)
+    teacher.model.load_state_dict({k: v.flip(0) if is_last(k, v) else v for k,v in state.items()})
     assert found(student, teacher) == [('note', "The teacher has the student's classes in another order")]
 
-def test_classes_that_only_the_teacher_knows_are_left_out(capsys):
+def test_classes_that_only_the_teacher_knows_are_not_used(capsys):
     student,_ = pair('image')
     teacher,right = other_order(('blue', 'red', 'pink', 'green'))
     loss,x,_,s = first_loss(student, KD(teacher, T=1., alpha=1.))
     assert loss == pytest.approx(kl(s, right.model.eval()(x)), rel=1e-4)
-    assert 'in another order, and 1 more that are left out' in capsys.readouterr().out
+    assert 'in another order, and 1 more, which are not used' in capsys.readouterr().out
 
 def test_a_users_own_selection_of_classes_is_kept():
     student,_ = pair('image')
@@ -128,7 +140,7 @@ def test_other_users_and_items_are_an_error():
 
 # inputs and outputs
 
-def test_another_normalisation_of_images_is_mended_and_said(capsys):
+def test_another_normalization_of_images_is_mended_with_a_note(capsys):
     student,_ = pair('image')
     mean,std = torch.tensor([.4, .5, .6]),torch.tensor([.2, .3, .25])
     _,teacher = apps.quiet(*apps.image(batch_tfms=Normalize.from_stats(mean, std)))
@@ -136,24 +148,28 @@ def test_another_normalisation_of_images_is_mended_and_said(capsys):
     loss,x,_,s = first_loss(student, KD(teacher, T=1., alpha=1.))
     assert loss == pytest.approx(kl(s, teacher.model.eval()((x-mean.view(3, 1, 1))/std.view(3, 1, 1))), rel=1e-4)
     said = capsys.readouterr().out
-    assert 'trained with another normalisation (mean 0, std 1 -> mean 0.4 0.5 0.6, std 0.2 0.3 0.25). Its input is re-normalised' in said
+    assert ('trained with another normalization (mean 0, std 1 -> mean 0.4 0.5 0.6, std 0.2 0.3 0.25). '
+            'Its images are normalized again') in said
 
 def test_another_shape_of_output_is_an_error():
     student,_ = toy()
-    refuses(student, nn.Linear(8, 5), r"student's output has shape \(16, 4\), the teacher's \(16, 5\).*same classes.*Teacher\(teacher, select=")
+    refuses(student, nn.Linear(8, 5), r"student's output has shape \(16, 4\), the teacher's \(16, 5\).*same classes.*Teacher\(model, select=")
     student,_ = pair('unet')
-    refuses(student, lambda x: torch.randn(len(x), 4, 8, 8), r"\(16, 4, 16, 16\), the teacher's \(16, 4, 8, 8\).*same resolution")
+    refuses(student, lambda x: torch.randn(len(x), 4, 8, 8),
+            r"\(16, 4, 16, 16\), the teacher's \(16, 4, 8, 8\).*same resolution")
     student,_ = pair('points')
     refuses(student, lambda x: torch.randn(len(x), 1), r"\(16, 4\), the teacher's \(16, 1\)")
 
 def test_probabilities_in_place_of_logits_are_an_error():
     student,teacher = toy()
-    refuses(student, nn.Sequential(teacher, nn.Softmax(1)), r'outputs are probabilities \(each sums to 1\).*teacher\(x\).log\(\)')
+    refuses(student, nn.Sequential(teacher, nn.Softmax(1)),
+            r'outputs are probabilities \(each sums to 1\).*teacher\(x\).log\(\)')
     student.fit(1, .01, cbs=KD(lambda x: teacher(x).softmax(1).log()))       # what the message says
 
 def test_probabilities_of_labels_are_a_warning():
     student,teacher = pair('multi_label')
-    warns(student, nn.Sequential(teacher.model, nn.Sigmoid()), r'lie between 0 and 1: they look like probabilities.*torch.logit')
+    warns(student, nn.Sequential(teacher.model, nn.Sigmoid()),
+          r'lie between 0 and 1: they look like probabilities.*torch.logit')
 
 def test_shared_parameters_are_an_error():
     student,_ = toy()
@@ -170,14 +186,17 @@ def test_shared_parameters_are_an_error():
 def test_an_untrained_teacher_is_no_better_than_chance():
     set_seed(1)
     student,_ = toy()
-    warns(student, lambda x: torch.zeros(len(x), 4), "no better than chance: it recognises 25.0% of a class's samples on average "
-          r"\(32 validation labels, 4 classes\), a constant answer 25.0%")
+    warns(student, lambda x: torch.zeros(len(x), 4),
+          "no better than chance: it recognizes 25.0% of a class's samples on average "
+          r"\(32 validation labels, 4 classes\), a constant prediction 25.0%")
     student,_ = pair('multi_label')
-    warns(student, lambda x: torch.full((len(x), 3), 2.), 'no better than chance: on 32 validation items, it gives labels that are there '
-          'the probability 0.881, labels that are not 0.881')
+    warns(student, lambda x: torch.full((len(x), 3), 2.),
+          'no better than chance: on 32 validation items, it predicts labels that are there '
+          'with probability 0.881, labels that are not with 0.881')
     student,_ = pair('image_regression')
-    warns(student, lambda x: torch.full((len(x), 1), 9.), 'no better than chance: its squared error on 32 validation items is '
-          r'\S+, the best constant answer has')
+    warns(student, lambda x: torch.full((len(x), 1), 9.),
+          'no better than chance: its squared error on 32 validation items is '
+          r'\S+, the best constant prediction has')
 
 def test_a_teacher_with_a_new_models_batchnorm_seems_untrained():
     student,_ = pair('image')
@@ -192,7 +211,7 @@ def test_a_validation_set_may_be_sorted_by_class():
     x,y = apps.rows(800)
     items = list(zip(x, y))
     student.dls = DataLoaders.from_dsets(items[:64], order(items[64:]), bs=8, num_workers=0, device='cpu')
-    assert found(student, teacher) == []
+    assert problems(student, teacher) == []
     assert 'no better than chance' in found(student, lambda x: torch.zeros(len(x), 4))[0][1]
 
 def test_a_teacher_that_finds_what_is_rare_is_better_than_chance():
@@ -203,17 +222,19 @@ def test_a_teacher_that_finds_what_is_rare_is_better_than_chance():
     student.dls = DataLoaders.from_dsets(items, items, bs=50, num_workers=0, device='cpu')
     student.model = apps.mlp(4)
     student.model[4] = nn.Linear(4, 2)
-    eager = lambda x: torch.stack([torch.zeros(len(x)), 4*(x[:, 0]-1.5)], 1)    # finds all rare ones, at the price of many false alarms
+    # finds all rare ones, at the price of many false alarms
+    eager = lambda x: torch.stack([torch.zeros(len(x)), 4*(x[:, 0]-1.5)], 1)
     assert found(student, eager) == []
 
 def test_a_teacher_may_have_a_class_switched_off():
     student,teacher = toy()
-    assert found(student, lambda x: teacher(x) + torch.tensor([0., 0., 0., -torch.inf])) == []
+    assert problems(student, lambda x: teacher(x) + torch.tensor([0., 0., 0., -torch.inf])) == []
 
 def test_dropout_in_a_function_that_teaches_is_noticed():
     student,teacher = toy()
     shaky = nn.Sequential(nn.Dropout(.5), teacher).train()
-    warns(student, lambda x: shaky(x), r'answers the same batch differently each time \(is dropout on\?\).*call eval\(\)')
+    warns(student, lambda x: shaky(x),
+          r'differ from call to call for the same batch \(is dropout on\?\).*Call eval\(\)')
     assert shaky.training
     student,teacher = toy()
     student.fit(1, .01, cbs=KD(shaky))      # of a module we take care
@@ -221,7 +242,8 @@ def test_dropout_in_a_function_that_teaches_is_noticed():
 def test_batchnorm_in_training_mode_in_a_function_is_noticed():
     student,_ = pair('image')
     model = pair('image')[1].model.train()
-    warns(student, lambda x: model(x), r'answers a sample differently in another batch \(is batch-norm in training mode\?\)')
+    warns(student, lambda x: model(x),
+          r'for a sample depend on the rest of its batch \(is batch-norm in training mode\?\)')
 
 def test_batchnorm_in_training_mode_is_noticed_in_batches_that_are_dicts():
     class OfDict(nn.Sequential):
@@ -230,7 +252,7 @@ def test_batchnorm_in_training_mode_is_noticed_in_batches_that_are_dicts():
     items = [({'x': x}, y) for x,y in zip(*apps.rows())]
     student.dls,student.model = DataLoaders.from_dsets(items[:64], items[64:], bs=4, num_workers=0),OfDict(*student.model)
     norm = nn.BatchNorm1d(8).train()
-    warns(student, lambda batch: teacher(norm(batch['x'])), 'answers a sample differently in another batch')
+    warns(student, lambda batch: teacher(norm(batch['x'])), 'for a sample depend on the rest of its batch')
 
 
 def test_a_student_whose_reset_reinitializes_is_an_error_before_it_is_trained():
@@ -248,19 +270,208 @@ def test_a_student_whose_reset_reinitializes_is_an_error_before_it_is_trained():
 
 def test_a_loss_over_classes_is_refused_where_there_are_none():
     student,teacher = pair('multi_label')
-    refuses(student, teacher, 'dkd compares a softmax over classes, but this model predicts a sigmoid per label.*binary_kl', recipe=dkd())
+    refuses(student, teacher, recipe=dkd(),
+            says='dkd compares a softmax over classes, but this model predicts a sigmoid per label.*binary_kl')
     student,teacher = pair('points')
     refuses(student, teacher, 'dkd compares a softmax over classes, but this model predicts numbers', recipe=dkd())
 
 def test_a_kind_that_contradicts_the_students_loss_is_an_error():
     student,teacher = pair('multi_label')
-    refuses(student, teacher, "asked for kind='softmax', but the student's loss is one of a label or none, each for itself "
+    refuses(student, teacher, "asked for kind='softmax', but the student's loss is for each label by itself "
             r"\(sigmoid\).*kind='sigmoid'", kind='softmax', axis=1)
 
 def test_a_teacher_of_another_kind_is_an_error():
     student,teacher = pair('image')
     teacher.loss_func = BCEWithLogitsLossFlat()
-    refuses(student, teacher, r'trained to give a label or none, each for itself \(sigmoid\), the student gives one class of several')
+    refuses(student, teacher,
+            r'trained to predict each label by itself \(sigmoid\), the student predicts one class of several')
+
+
+# what a training step sees
+
+class Spoken(nn.Module):
+    "Takes a dict"
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+    def forward(self, d): return self.model(d['numbers'])
+
+class AsDict(Callback):
+    "Makes a dict of a batch, and counts"
+    def __init__(self, teacher=None): self.seen,self.count,self.teacher = [],0,teacher
+    def before_batch(self):
+        self.count += 1
+        self.seen.append(self.iter)
+        torch.rand(3)
+        self.learn.noise = torch.rand(1)
+        self.learn.xb = (dict(numbers=self.x),)
+
+def test_callbacks_that_prepare_a_batch_prepare_the_doctors_too():
+    student,teacher = toy()
+    student.model,cb = Spoken(student.model),AsDict()
+    student.add_cb(cb)
+    was,state = dict(vars(student)),torch.get_rng_state()
+    facts = student.check_teacher(Spoken(teacher)).facts
+    x,y = [torch.stack(o) for o in zip(*student.dls.valid_ds)]
+    assert facts.n == 32 and facts.teacher_score == pytest.approx((teacher(x).argmax(1) == y).float().mean().item())
+    # xb, yb, iter, training ...
+    assert vars(student).keys() == was.keys() and all(vars(student)[k] is v for k,v in was.items())
+    assert cb.count == 0 and cb.seen == [] and torch.equal(torch.get_rng_state(), state)
+
+def test_prepared_batches_train_the_same_with_the_check_and_without():
+    def run(check):
+        student,teacher = toy()
+        student.model,cb = Spoken(student.model),AsDict()
+        student.fit(1, .01, cbs=[cb, Draws(), KD(lambda d: teacher(d['numbers']), check=check)])
+        return apps.snapshot(student.model),cb.seen,cb.count
+    class Draws(Callback):
+        "Noise in the student's input, from a global generator"
+        order = -1
+        def before_batch(self): self.learn.xb = (self.x + .1*torch.randn_like(self.x),)
+    (a,*seen_a),(b,*seen_b) = run(True),run(False)
+    assert apps.same(a, b) and seen_a == seen_b == [[0, 1, 2, 3, 0, 1], 6]
+
+def test_a_function_that_prepares_batches_is_run_too():
+    student,teacher = toy()
+    right = student.check_teacher(teacher).facts
+    student.add_cb(before_batch_cb(lambda self, xb, yb: ((-xb[0],), yb)))
+    assert student.check_teacher(lambda x: teacher(-x)).facts.teacher_score == right.teacher_score
+
+def test_batches_that_a_callback_skips_are_skipped():
+    student,teacher = toy(bs=8)
+    class Every2nd(Callback):
+        def before_batch(self):
+            if self.iter % 2: raise CancelBatchException
+    student.add_cb(Every2nd())
+    assert student.check_teacher(teacher).facts.n == 16
+
+def test_a_callback_that_does_not_run_outside_of_a_fit_is_a_note():
+    student,teacher = toy()
+    class Needs(Callback):
+        order = 50
+        def before_fit(self): self.factor = 2.
+        def before_batch(self): self.learn.xb = (self.x*self.factor,)
+    student.add_cb(Needs())
+    f, = student.check_teacher(teacher)
+    assert f.level == 'note' and 'this callback does not run outside of a fit: Needs' in f.what
+    student.fit(1, .01, cbs=KD(teacher))
+
+def test_probabilities_are_those_of_mixed_images_where_mixup_mixes():
+    student,teacher = toy()
+    plain = student.check_teacher(teacher).facts
+    student.add_cb(MixUp(4.))
+    mixed = student.check_teacher(teacher).facts
+    assert mixed.top_prob_train < plain.top_prob_train - .01 and mixed.top_prob_valid == plain.top_prob_valid
+    assert student.mix_up not in vars(student.mix_up).values() and not hasattr(student.mix_up, 'stack_y')
+
+def test_training_images_are_seen_with_their_augmentation():
+    student,teacher = pair('image')
+    plain = student.check_teacher(teacher).facts
+    student.dls.train.after_batch.add(Dark())
+    dark = student.check_teacher(teacher).facts
+    assert dark.top_prob_valid == plain.top_prob_valid and abs(dark.top_prob_train - plain.top_prob_train) > .02
+
+class Dark(RandTransform):
+    split_idx = 0
+    def encodes(self, x:TensorImage): return x*.1
+
+def test_generators_of_transforms_and_samplers_are_put_back():
+    class Noise(Transform):
+        split_idx = 0
+        def __init__(self): self.rng = np.random.default_rng(3)
+        def encodes(self, x:TensorImage): return x + float(self.rng.normal())
+    student,teacher = pair('image')
+    noise = Noise()
+    student.dls.train.after_batch.add(noise)
+    was = noise.rng.bit_generator.state
+    student.check_teacher(teacher)
+    assert noise.rng.bit_generator.state == was
+    student,teacher = toy()
+    g,items = torch.Generator().manual_seed(1),list(zip(*apps.rows()))
+    own = [torch.utils.data.DataLoader(items, batch_size=16, shuffle=True, generator=g) for _ in range(2)]
+    student.dls = DataLoaders(*own)
+    was = g.get_state()
+    assert student.check_teacher(teacher).facts.n == 96 and torch.equal(g.get_state(), was)
+
+def test_a_stream_of_training_data_is_not_read():
+    class Stream(torch.utils.data.IterableDataset):
+        def __init__(self): self.items = iter(list(zip(*apps.rows())))
+        def __iter__(self): return self.items
+    student,teacher = toy()
+    stream = Stream()
+    student.dls = DataLoaders(torch.utils.data.DataLoader(stream, batch_size=16), student.dls.valid)
+    facts = student.check_teacher(teacher).facts
+    assert facts.n == 32 and facts.top_prob_train is None and len(list(stream)) == 96
+
+def test_n_looks_at_more_batches():
+    student,teacher = toy(bs=2)
+    assert student.check_teacher(teacher).facts.n == 16 and student.check_teacher(teacher, n=12).facts.n == 24
+    assert check_teacher(student.dls, teacher, Task('softmax', 1), n=99).facts.n == 32
+
+
+# the facts
+
+def test_a_fit_prints_the_facts_once(capsys):
+    student,teacher = toy()
+    student.logger = print
+    cb = KD(teacher)
+    with student.no_bar():
+        for _ in range(2): student.fit(1, .01, cbs=cb)
+    lines = [o for o in capsys.readouterr().out.splitlines() if o.startswith('fastdistill: accuracy')]
+    assert len(lines) == 1 and 'training 0.99' in lines[0]
+    assert 'on 32 validation items: teacher 1.000, student 0.' in lines[0]
+    with student.no_logging(): student.fit(1, .01, cbs=KD(teacher))
+    assert 'accuracy on' not in capsys.readouterr().out
+
+def test_the_students_score_is_that_of_evaluation_mode_and_leaves_it_in_training_mode():
+    student,teacher = pair('image')
+    student.fit(1, .05)
+    student.model.train()
+    before = apps.snapshot(student.model)
+    facts = student.check_teacher(teacher).facts
+    assert apps.same(before, apps.snapshot(student.model))
+    assert facts.student_score == pytest.approx(student.validate()[1])
+    assert facts.teacher_score == pytest.approx(teacher.validate()[1])
+
+
+# found by what was measured
+
+def test_swapped_classes_of_a_plain_module_are_named_as_the_data_has_them():
+    student,teacher = pair('image')
+    refuses(student, Teacher(teacher.model, select=[1, 0, 2]),
+            r"in another order: 'red' and 'green' are swapped.*Teacher\(model, select=\[0, 1, 2\]\)")
+
+def test_a_normalization_that_fits_better_is_named():
+    student,teacher = pair('image')
+    model = nn.Sequential(Scaled(1/255), teacher.model)      # it learned from numbers from 0 to 255
+    warns(student, model,
+          r'another normalization: accuracy 0.*numbers from 0 to 255.*Teacher\(model, stats=\(0, 1/255\)\)')
+    student,_ = pair('image')
+    assert problems(student, Teacher(model, stats=(0, 1/255))) == []
+
+class Scaled(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+    def forward(self, x): return x*self.factor
+
+def test_a_language_model_with_the_default_axis_is_an_error():
+    student,teacher = pair('language_model')
+    refuses(student, teacher.model, kind='softmax', axis=1, says=r'classes along axis 1, but the labels have shape '
+            r'\(8, 8\): they fit classes along axis -1.*axis=-1')
+
+def test_a_recipe_for_more_classes_is_refused_before_a_fit_of_two():
+    student,teacher = pair('tabular')
+    refuses(student, teacher, 'dist has no meaning for 2 classes.*kd()', recipe=dist())
+    with pytest.raises(DistillError, match='kd has no meaning for 2 classes: two standardized logits'):
+        student.distill(teacher, 1, recipe=logit_std(kd()))
+    assert student.check_teacher(teacher) == [] and student.check_teacher(teacher, recipe=logit_std(kd())).errors
+
+def test_frozen_layers_of_a_term_are_noted_and_trained_all_the_same(capsys):
+    student,teacher = toy()
+    for p in student.model[0].parameters(): p.requires_grad_(False)
+    student.fit(1, .01, cbs=KD(teacher, hint({'0': '0', '2': '2'})))
+    assert 'hint compares frozen layers of the student (0)' in capsys.readouterr().out
 
 
 # the check itself
@@ -287,18 +498,19 @@ def test_the_check_is_made_once_for_each_student(capsys):
     pair('image')[0].fit(1, .01, cbs=cb)
     assert capsys.readouterr().out.count('another order') == 1
 
-def test_all_mistakes_are_told_at_once():
+def test_all_mistakes_are_reported_at_once():
     student,_ = pair('tabular')
     df = apps.table(96)
     _,teacher = apps.quiet(*apps.tabular(df.replace('red', 'yellow').assign(length=df.length*2)))
-    refuses(student, teacher, '(?s)mistakes were found .check=False trains all the same.:\n- .*categories.*\n- .*columns of numbers')
+    refuses(student, teacher, '(?s)Mistakes were found before training .with check=False it trains all the same.:'
+            '\n- .*categories.*\n- .*columns of numbers')
 
 def test_without_a_validation_set_the_rest_is_checked():
     student,teacher = toy()
     items = list(zip(*apps.rows()))
     for dls in (DataLoaders(student.dls.train), DataLoaders.from_dsets(items, [], bs=8, num_workers=0, device='cpu')):
         student.dls = dls
-        assert found(student, teacher) == []
+        assert problems(student, teacher) == []
         assert found(student, student.model)[0][0] == 'error'
     student.fit(1, .01, cbs=KD(teacher))
 
@@ -307,7 +519,7 @@ def test_pytorchs_own_data_loaders_will_do():
     x,y = apps.rows()
     dl = torch.utils.data.DataLoader(list(zip(x, y)), batch_size=16)
     student.dls = DataLoaders(dl, dl)
-    assert found(student, teacher) == []
+    assert problems(student, teacher) == []
     student.fit(1, .01, cbs=KD(teacher))
 
 def test_findings_print_as_what_and_what_to_do():

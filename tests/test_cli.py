@@ -26,22 +26,25 @@ def test_version(command): assert command('--version') == (0, f'fastdistill {fas
 def test_a_mistake_is_one_line_and_no_traceback(command):
     code,_,err = command('demo', '--data', 'cifar10')
     assert code == 2 and "needs its folder: --root PATH, where PATH holds train/ and test/" in ' '.join(err.split())
-    assert "No data set 'mnist'. Possible are digits, cifar10, camvid." in ' '.join(command('demo', '--data', 'mnist')[2].split())
+    said = ' '.join(command('demo', '--data', 'mnist')[2].split())
+    assert "No data set 'mnist'. Possible are digits, cifar10, camvid." in said
 
 
 def test_a_warning_is_one_line_too(command, monkeypatch):
-    def warns(*_): warnings.warn(DistillWarning('a teacher [of nothing] ' + 'is noticed '*20))
+    def warns(*_): warnings.warn(DistillWarning('a teacher [of nothing] ' + ' '.join(['is noticed']*20)))
     monkeypatch.setattr('fastdistill.demo.run', warns)
     with warnings.catch_warnings():
         warnings.simplefilter('default')
-        assert command('demo') == (0, '', f"fastdistill: a teacher [of nothing] {'is noticed '*20}\n")
+        assert command('demo') == (0, '', f"fastdistill: a teacher [of nothing] {' '.join(['is noticed']*20)}\n")
 
 
 def test_the_demo_ends_with_a_table_a_picture_and_numbers(command, tmp_path, monkeypatch):
     monkeypatch.setenv('COLUMNS', '80')
     code,out,_ = command('demo', '--quick', '--out', tmp_path)
     assert code == 0
-    for word in ('teacher', 'student alone', 'labels + teacher', 'soft labels only', '692', 'with your own data', 'student.distill(teacher'): assert word in out
+    words = ('teacher', 'student alone', 'labels + teacher', 'soft labels only', '692', 'with your own data',
+             'student.distill(teacher')
+    for word in words: assert word in out
     assert all(len(line) <= 80 for line in out.splitlines())
     with Image.open(tmp_path/'demo-digits.png') as im: assert im.size == (1650, 750)
     got = json.loads((tmp_path/'demo-digits.json').read_text())
@@ -56,12 +59,14 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path):
 
 
 def results(teacher, **scores):
-    return Results('data', 'accuracy', (9, 9), (1, 1), teacher, {k.replace('_', ' '): v for k,v in scores.items()}, {}, {}, 1., {})
+    scores = {k.replace('_', ' '): v for k,v in scores.items()}
+    return Results('data', 'accuracy', (9, 9), (1, 1), teacher, scores, {}, {}, 1., {})
 
 
 def test_the_share_of_the_lead_that_is_recovered():
     r = results(.9, student_alone=[.5, .7], taught=[.7, .7])
-    assert r.gain('taught') == pytest.approx(.1) and r.recovered('taught') == pytest.approx(1/3) and r.better('taught') == 1
+    assert r.gain('taught') == pytest.approx(.1) and r.recovered('taught') == pytest.approx(1/3)
+    assert r.better('taught') == 1
     assert results(.5, student_alone=[.5], taught=[.7]).recovered('taught') is None     # no lead, no share
 
 
@@ -95,7 +100,8 @@ def test_a_missing_class_and_a_missing_folder_are_named(cifar):
     root,_ = cifar
     (root/'test'/'dog.webp').unlink()
     with pytest.raises(DistillError, match="No pictures of 'dog' in .*test"): tasks.load_task('cifar10', root)
-    with pytest.raises(DistillError, match='No folder .*nowhere.train. A root holds: cifar10: train/'): tasks.load_task('cifar10', root/'nowhere')
+    with pytest.raises(DistillError, match='No folder .*nowhere.train. A root holds: cifar10: train/'):
+        tasks.load_task('cifar10', root/'nowhere')
 
 
 def scenes(root, n=8, size=(128, 96)):
@@ -107,7 +113,8 @@ def scenes(root, n=8, size=(128, 96)):
             y = torch.zeros(size[::-1], dtype=torch.uint8)
             y[:, size[0]//2:] = 1
             y[:4] = 2
-            x = (y[..., None]*100 + torch.randint(0, 50, (*y.shape, 3), generator=torch.Generator().manual_seed(i))).to(torch.uint8)
+            noise = torch.randint(0, 50, (*y.shape, 3), generator=torch.Generator().manual_seed(i))
+            x = (y[..., None]*100 + noise).to(torch.uint8)
             Image.fromarray(y.numpy()).save(root/split/'masks'/f'{i}.png')
             Image.fromarray(x.numpy()).save(root/split/'images'/f'{i}.png')
     return root
@@ -121,7 +128,7 @@ def test_the_demo_on_scenes(tmp_path):
 def test_mean_iou_against_sets_of_pixels():
     g = torch.Generator().manual_seed(0)
     out,y = torch.randn(2, 3, 4, 5, generator=g),torch.randint(0, 4, (2, 4, 5), generator=g)     # 3 is void
-    y[y == 1] = 0                                                                                # class 1 does not occur
+    y[y == 1] = 0       # class 1 does not occur
     p,want = out.argmax(1),[]
     for c in (0, 2):
         said = {tuple(i) for i in (p == c).nonzero().tolist() if y[tuple(i)] != 3}

@@ -101,9 +101,9 @@ def test_a_teacher_from_an_exported_learner_and_options(script, cache, tmp_path)
 def test_an_interrupt_says_how_to_go_on(script, cache, tmp_path, monkeypatch):
     monkeypatch.setitem(writer.write_cache.__kwdefaults__, 'shard_bytes', 32)      # four rows
     out = cache('write', f'{script}:stopped', f'{script}:dls', tmp_path/'c', '--views', 2, '--dtype', 'float32', code=130)
-    assert 'Stopped. What was finished is kept' in out and 'the same command goes on from there' in out
+    assert 'Finished files are kept' in out and 'the same command resumes' in out
     said = cache('info', tmp_path/'c')
-    done = int(re.search(r'(\d+) of 8 written, .* in all: write it once more to go on', said)[1])
+    done = int(re.search(r'(\d+) of 8 written, .* in all: `fastdistill cache write` resumes', said)[1])
     assert 0 < done < 8
     out = cache('write', f'{script}:stopped', f'{script}:dls', tmp_path/'c', '--views', 2, '--dtype', 'float32')
     assert f'{32-4*done}/{32-4*done}' in out and '8 of 8 written' in cache('info', tmp_path/'c', '--check')
@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_refused_and_what_nearly_does_is_asked(script, cach
     fails(cache(*args, code=None), r'16 samples x 1 view\(s\) x 4 bytes = 0.0 MB, 0.00 GB free. It will not fit: fewer views')
     free[0] = 100
     r = cache(*args, code=None, input='n\n')
-    assert r.exit_code == 1 and 'more than half of the free disk. Go on?' in r.output and '0 of 1 written' in cache('info', tmp_path/'c')
+    assert r.exit_code == 1 and 'more than half of the free disk. Continue?' in r.output and '0 of 1 written' in cache('info', tmp_path/'c')
     cache(*args, input='y\n')
     assert len(TeacherCache(tmp_path/'c')) == 16
     free[0] = 100
@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_refused_and_what_nearly_does_is_asked(script, cach
 
 def test_names_that_lead_nowhere(script, cache, tmp_path):
     def no(match, teacher='x.pkl', data=f'{script}:dls'): fails(cache('write', teacher, data, tmp_path/'c', code=None), match)
-    no("say which file and which name in it, as in 'train.py:dls'", data='dls')
+    no("give a file and a name in it, as in 'train.py:dls'", data='dls')
     no("There is no file 'nowhere.py'", data='nowhere.py:dls')
     no("has no 'loaders'. It has: .*image, label, dls, Flat, teacher", data=f'{script}:loaders')
     no('A int is no fastai DataLoaders, nor a function without arguments', data=f'{script}:number')
@@ -162,3 +162,37 @@ def test_each_process_of_torchrun_writes_its_share(script, cache, tmp_path):
 def test_a_teacher_that_knows_nothing_is_noticed_first(script, cache, tmp_path):
     with pytest.warns(DistillWarning, match='no better than chance'):
         cache('write', f'{script}:teacher', f'{script}:dls', tmp_path/'c', '--check')
+
+
+def fastdistill(*args, **kwargs):
+    "The command as a process: what a user sees"
+    code = 'from fastdistill.cli import main; main()'
+    return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, env={**os.environ, 'COLUMNS': '200'}, **kwargs)
+
+
+@pytest.mark.parametrize('teacher, path, match', [
+    ('garbage.pkl', 'c', 'garbage.pkl could not be loaded as an exported Learner'),
+    ('my_script.py:teacher', 'garbage.pkl/c', 'garbage.pkl'),
+    ('broken.py:teacher', 'c', 'broken.py stopped in line 2: NameError'),
+    ('my_script.py:teacher', 's3://nowhere/c', '(?i)s3fs'),
+])
+def test_a_mistake_on_the_command_line_is_one_line_and_no_traceback(script, tmp_path, teacher, path, match):
+    (tmp_path/'garbage.pkl').write_bytes(bytes(range(256))*8)
+    (tmp_path/'broken.py').write_text('x = 1\nteacher = undefined\n')
+    r = fastdistill('cache', 'write', teacher, 'my_script.py:dls', path, '--no-check', cwd=tmp_path)
+    assert r.returncode == 2 and 'Traceback' not in r.stderr, r.stderr
+    assert re.search(match, r.stderr), r.stderr
+
+
+def test_a_damaged_manifest_is_one_line(tmp_path):
+    (tmp_path/'c').mkdir()
+    (tmp_path/'c'/'manifest.json').write_text('{"format": "fastdistill-cache", "version": 1, "count": "12"}')
+    r = fastdistill('cache', 'info', tmp_path/'c')
+    assert r.returncode == 2 and 'Traceback' not in r.stderr and 'manifest.json' in r.stderr, r.stderr
+    assert 'Traceback' in fastdistill('--debug', 'cache', 'info', tmp_path/'c').stderr
+
+
+def test_messages_name_flags_and_not_pythons_arguments():
+    from fastdistill.cli.app import in_flags
+    assert in_flags("or force=True to override (views=8, topk=None, check=False).") == "or --force to override (--views 8, --topk None, --no-check)."
+    assert in_flags('Teacher(model, stats=...) with a=1') == 'Teacher(model, stats=...) with a=1'

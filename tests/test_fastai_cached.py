@@ -15,7 +15,7 @@ from fastai.vision.all import (FlipItem, Hue, ImageBlock, MaskBlock, Normalize, 
 from torch import nn
 from fastdistill.cache import TeacherCache, cache_dataset, write_cache
 from fastdistill.fastai.cache_data import cache_teacher as checked_first, verify_cache
-from fastdistill.fastai.cache_feed import CacheFeed, passed
+from fastdistill.fastai.cache_feed import CacheFeed, passed_epochs
 from fastdistill.fastai.replay_dl import Items
 from fastdistill.fastai.transforms import Replay
 from fastdistill.outputs import DistillError, DistillWarning
@@ -379,9 +379,9 @@ def test_lr_find_takes_no_view_away(tmp_path):
     feed = CacheFeed(cache_teacher(teacher, data(), tmp_path, views=2))
     learn = student(data(), model_dir=tmp_path)
     quiet(learn, 2, cbs=[Compare(feed, teacher), LRFinder(num_it=4)])
-    assert learn not in passed(feed.cache)
+    assert not passed_epochs(learn)
     quiet(learn, 2, cbs=Compare(feed, teacher))
-    assert passed(feed.cache)[learn] == 2
+    assert passed_epochs(learn)[feed.cache.identity] == 2
 
 
 def test_clean_views_are_those_of_validation_while_the_student_sees_augmented_ones(tmp_path):

@@ -6,30 +6,33 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SRC = ROOT/'src'/'fastdistill'
 FILES = sorted(SRC.rglob('*.py'))
-FACES = ['fastdistill', 'fastdistill.losses', 'fastdistill.fastai']
+FACES = ['fastdistill', 'fastdistill.losses', 'fastdistill.recipes', 'fastdistill.fastai']
 
 # room: which rooms it may import, all of them further up; which packages at the top of its files, and which only inside functions
 LAW = dict(
-    outputs=('', 'torch', ''),
+    errors=('', '', ''),
     docments=('', '', ''),
+    outputs=('errors', 'torch', ''),
     schedule=('outputs', '', ''),
     ranks=('', 'torch', ''),
     task=('outputs', 'torch', ''),
     batch=('outputs task', 'torch', ''),
-    losses=('outputs', 'torch', ''),
+    gradients=('', 'torch', ''),
+    losses=('outputs docments', 'torch', ''),
     features=('outputs', 'torch numpy', ''),
     replay=('outputs', 'torch numpy', ''),
     teacher=('outputs features', 'torch numpy', 'onnxruntime'),
-    cache=('outputs ranks replay', 'torch numpy', 'fsspec fcntl msvcrt'),
-    terms=('outputs schedule', 'torch', ''),
-    distiller=('outputs ranks task batch features teacher terms', 'torch', ''),
-    recipes=('outputs schedule losses terms', 'torch', ''),
-    doctor=('outputs features replay', 'torch', ''),
+    cache=('errors outputs ranks replay', 'torch numpy', 'fsspec fcntl msvcrt rich'),
+    doctor=('outputs ranks task losses features replay teacher', 'torch', 'scipy'),
+    terms=('outputs schedule features', 'torch', ''),
+    distiller=('outputs ranks task batch gradients features replay teacher terms', 'torch', ''),
+    recipes=('outputs schedule losses terms distiller', 'torch', ''),
     plots=('outputs features', 'torch', 'matplotlib'),
-    __init__=('outputs docments schedule losses features teacher terms distiller recipes', '', ''),
-    fastai=('outputs docments ranks task losses features replay cache teacher terms distiller recipes doctor plots', 'torch numpy fastai', 'pandas'),
+    __init__=('docments', 'lazy_loader', ''),
+    fastai=('outputs docments ranks task gradients losses features replay cache teacher terms distiller recipes doctor plots',
+            'torch numpy fastai', 'pandas'),
     demo=('outputs fastai', 'torch numpy fastai rich PIL', 'matplotlib sklearn'),
-    cli=('outputs ranks cache fastai demo __init__', 'typer rich', ''),
+    cli=('errors ranks cache fastai demo __init__', 'typer rich', ''),
 )
 # the same inside a folder: a file may import those of its folder that stand before it
 ORDER = dict(
@@ -37,8 +40,9 @@ ORDER = dict(
     features='names calls probe shapes taps projectors stages pairs',
     replay='generators seeds per_sample',
     teacher='images forms draws hidden guest ensemble teacher',
-    cache='folder keys digests records manifest reader source writer dataset verify',
-    fastai='task stream block vocab targets teachers check transforms replay_dl cache_data cache_feed columns projector_opt callback patches learner',
+    doctor='findings tally classes shapes runs images recipe scores outputs',
+    cache='keys digests folder files entries records manifest reader source writer progress dataset verify',
+    fastai='task stream block vocab targets teachers batches check transforms replay_dl sample_keys cache_data cache_feed columns projector_opt callback patches learner',
     demo='tasks results picture',
     cli='objects cache demo app',
 )
@@ -113,8 +117,24 @@ def test_a_name_has_one_meaning():
     assert not twice
 
 
+def test_the_names_of_the_package_are_those_of_its_rooms():
+    import fastdistill
+    assert set(fastdistill.recipes.__all__) <= set(fastdistill.__all__)
+    for n in fastdistill.__all__: assert n in dir(fastdistill) and getattr(fastdistill, n) is not None
+
+
+def test_a_recipe_can_be_called_in_a_process_that_imported_nothing_else():
+    code = "from fastdistill import kd; import torch; print(kd(T=1, alpha=1.)(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([0, 1])).item())"
+    assert float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout) == 0
+
+
+def test_help_loads_no_torch():
+    code = "import fastdistill, fastdistill.cli, sys; print(*{m.split('.')[0] for m in sys.modules} & {'torch', 'numpy', 'fastai', 'matplotlib'})"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == ''
+
+
 def test_import_fastdistill_brings_no_framework():
-    code = "import fastdistill, sys; print(*{m.split('.')[0] for m in sys.modules} & {'fastai', 'matplotlib', 'timm', 'transformers', 'pandas', 'sklearn', 'PIL', 'rich', 'typer'})"
+    code = "import fastdistill, sys; fastdistill.Distiller, fastdistill.losses, fastdistill.kd; print(*{m.split('.')[0] for m in sys.modules} & {'fastai', 'matplotlib', 'timm', 'transformers', 'pandas', 'sklearn', 'PIL', 'rich', 'typer'})"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == ''
 
 
@@ -152,6 +172,12 @@ def test_no_path_of_one_machine():
     for f in tracked():
         if 'benchmarks' in f.parts or f.suffix in ('.png', '.safetensors', '.json'): continue
         assert not (found := path.search(f.read_text())), f'{f.relative_to(ROOT)}: {found}'
+
+
+def test_the_paths_in_contributing_are_there():
+    paths = re.findall(r'`((?:src|tests|docs|benchmarks|examples)/[^`]*)`', (ROOT/'CONTRIBUTING.md').read_text())
+    assert len(paths) > 20
+    assert not [p for p in paths if '*' not in p and not (ROOT/p).exists()]
 
 
 def test_every_loss_says_at_its_definition_what_it_needs():

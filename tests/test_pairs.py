@@ -7,7 +7,7 @@ from timm.models.mlp_mixer import MlpMixer
 from torch import nn
 from torchvision import models as tv
 from torchvision.models.vgg import make_layers
-from transformers import BertConfig, BertForSequenceClassification, DistilBertConfig, DistilBertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, DistilBertConfig, DistilBertForSequenceClassification, ViTConfig, ViTForImageClassification
 with warnings.catch_warnings(): # while it is imported, fastai uses what PyTorch has deprecated
     warnings.simplefilter('ignore')
     from fastai.collab import EmbeddingDotBias
@@ -16,6 +16,7 @@ with warnings.catch_warnings(): # while it is imported, fastai uses what PyTorch
     from fastai.text.models.core import get_language_model, get_text_classifier
     from fastai.vision.learner import create_body, create_timm_model, create_vision_model
     from fastai.vision.models.unet import DynamicUnet
+from fastdistill import Distiller, Term, losses
 from fastdistill.outputs import DistillError, Outputs
 from fastdistill.features.pairs import Pair, PairTable, pair
 from fastdistill.features.stages import stages
@@ -99,6 +100,93 @@ def test_printed_it_is_a_table():
     assert lines[0].split() == ['student', 'shape', 'teacher', 'shape', 'projector'] and len(lines) == 6
     assert lines[2].split('  ')[0] == 'layer1' and '(2, 64, 16, 16)' in lines[2] and lines[2].endswith('conv_bn 64 -> 256')
     assert len({l.index('(2') for l in lines[2:]}) == 1
+
+
+# three axes: (B, C, L) of a 1d convolution, or tokens (B, L, D)
+
+def series(c, stride=2, after=nn.ReLU):
+    return nn.Sequential(nn.Conv1d(3, c, 3, stride, 1), nn.BatchNorm1d(c), after(), nn.MaxPool1d(2), Residual(c),
+                         nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(c, 2))
+
+class Residual(nn.Module):
+    def __init__(self, c): super().__init__(); self.conv = nn.Conv1d(c, c, 3, padding=1)
+    def forward(self, x): return x + self.conv(x).relu()
+
+class OverTime(nn.Module):
+    "Tokens (B, L, D) in and out, with a 1d convolution inside, as in a Conformer"
+    def __init__(self, d, norm): super().__init__(); self.norm,self.conv = norm(d),nn.Conv1d(d, d, 3, padding=1)
+    def forward(self, x): return x + self.conv(self.norm(x).transpose(1, 2)).transpose(1, 2)
+
+class Speech(nn.Module):
+    "A 1d convolution, then tokens, as in Whisper and wav2vec"
+    def __init__(self, d, norm=nn.LayerNorm):
+        super().__init__()
+        self.stem,self.act,self.block,self.rnn,self.head = nn.Conv1d(3, d, 3, 2, 1),nn.GELU(),OverTime(d, norm),nn.LSTM(d, d, batch_first=True),nn.Linear(d, 2)
+    def forward(self, x): return self.head(self.rnn(self.block(self.act(self.stem(x)).transpose(1, 2)))[0].mean(1))
+
+def signal(n=64): return torch.randn(4, 3, n, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize('n', [64, 32], ids=['', 'as many channels as places']) # in the student
+def test_a_1d_convolution_named_by_hand_has_its_channels_first(n):
+    s,t,x = series(16 if n == 64 else 8),series(24, 1),signal(n)
+    pairs = pair(s, t, x, layers=[str(i) for i in range(5)])
+    assert names(pairs) == [(f'{i}@tokens', f'{i}@tokens') for i in range(5)]
+    assert [p.s_shape for p in pairs] == [(4, n//2, s[0].out_channels)]*3 + [(4, n//4, s[0].out_channels)]*2
+    assert pairs[0].projector == f'{n//2} tokens -> {n} tokens, linear {s[0].out_channels} -> 24' and '0@tokens' in str(pairs)
+    with Taps(s, [p.student for p in pairs]) as taps:
+        y = s.eval()[:1](x)
+        s(x)
+        torch.testing.assert_close(taps.pop()['0@tokens'], y.transpose(1, 2))
+
+
+def test_what_a_suffix_asks_of_a_1d_convolution_is_asked_of_its_tokens():
+    s,x = series(16),signal()
+    pairs = pair(s, s, x, layers=['0@mean', '1@in', '2@pre@mean', '4@tokens', '0@in'])
+    assert [p.student for p in pairs] == ['0@tokens@mean', '1@in@tokens', '2@pre@tokens@mean', '4@tokens', '0@in@tokens']
+    assert [p.s_shape for p in pairs] == [(4, 16), (4, 32, 16), (4, 16), (4, 16, 16), (4, 64, 3)]
+    with Taps(s, '0@tokens@mean') as taps:
+        s.eval()(x)
+        torch.testing.assert_close(taps.pop()['0@tokens@mean'], s[0](x).mean(2))
+
+
+@pytest.mark.parametrize('norm', [nn.LayerNorm, lambda d: nn.Identity()], ids=['with a norm', 'without one'])
+def test_tokens_stay_tokens_whatever_runs_inside_or_before(norm):
+    s,x = Speech(8, norm),signal(48)
+    pairs = pair(s, s, x, layers=['stem', 'act', 'block', 'block@tokens', 'rnn', 'rnn@mean'])
+    assert [p.student for p in pairs] == ['stem@tokens', 'act@tokens', 'block', 'block', 'rnn', 'rnn@mean']
+    assert all(p.s_shape == (4, 24, 8) for p in pairs[:5]) and pairs[5].s_shape == (4, 8)
+    t = nn.Sequential(nn.Linear(5, 8), nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)).eval()
+    assert [p.student for p in pair(t, t, torch.randn(4, 8, 5), layers=['0', '1', '1.layers.0'])] == ['0', '1', '1.layers.0']
+
+
+def test_a_series_is_resized_along_its_length_even_where_its_length_is_a_square():
+    for layers in ({'0': '0'}, 'last'):
+        p = pair(series(16), series(16, 1), signal(), layers=layers)[0]
+        assert not p.picture and (p.student, p.s_shape[1], p.t_shape[1]) in (('0@tokens', 32, 64), ('4@tokens', 16, 32))
+    d = Distiller(series(4), series(4, 1), Term(losses.hint, layers={'4': '0'}, projector='auto'), example=signal())
+    link, = d.links['hint']
+    s,t = torch.randn(4, 16, 4),torch.randn(4, 64, 4)
+    want = torch.nn.functional.interpolate(s.transpose(1, 2), 64, mode='linear').transpose(1, 2)
+    torch.testing.assert_close(link.projector(s, t), want)
+
+
+def test_distilling_a_1d_convolution_compares_channel_with_channel_and_place_with_place():
+    student,teacher,x,y = series(6).eval(),series(6).eval(),signal(),torch.tensor([0, 1, 0, 1])
+    d = Distiller(student, teacher, Term(losses.hint, layers={'2': '2'}) + Term(losses.at, layers={'2': '2'}), example=x)
+    a,b = student[:3](x),teacher[:3](x)
+    r = d(x, y)
+    torch.testing.assert_close(r.parts['hint'], losses.hint(a, b).detach())
+    torch.testing.assert_close(r.parts['at'], losses.at(a, b).detach())
+    assert sum(p.numel() for p in d.own_parameters()) == 0 # the channels are as many, so there is nothing to project
+
+
+def test_features_that_come_without_their_layer_must_say_how_they_lie():
+    x = signal()
+    f = Teacher(lambda x: Outputs(torch.zeros(4, 2), {'deep': torch.zeros(4, 16, 64), 'deep@tokens': torch.zeros(4, 64, 16)}))
+    with pytest.raises(DistillError, match=r"layer '0' has its channels first, \(B, C, L\). The teacher's 'deep' of shape \(4, 16, 64\)"):
+        pair(series(8), f, x, layers={'0': 'deep'})
+    assert pair(series(8), f, x, layers={'0': 'deep@tokens'})[0].projector == '32 tokens -> 64 tokens, linear 8 -> 16'
 
 
 # teachers that are no module
@@ -270,6 +358,10 @@ def test_a_convolutional_net_and_a_transformer_meet_as_maps():
     assert names(pairs) == [(f'layer{i+1}', f'blocks.{2*i+1}@map') for i in range(4)]
     assert pairs[0].t_shape == (2, 24, 4, 4) and pairs[0].projector == '16x16 -> 4x4, conv_bn 64 -> 24'
     assert names(pair(vit(8), tv.resnet18(), images())) == [(t, s) for s,t in names(pairs)]
+    # pictures that go in by keyword are pictures too
+    hf = ViTForImageClassification(ViTConfig(hidden_size=24, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=64))
+    by_name = pair(tv.resnet18(), hf, images(), x_teacher=dict(pixel_values=images()))
+    assert all(p.teacher.endswith(f'.{i}@map') and p.t_shape == (2, 24, 4, 4) for i,p in enumerate(by_name)) and len(by_name) == 4
     # a wide picture's tokens stay tokens: only the projector knows the picture's form
     wide = timm.create_model('vit_tiny_patch16_224', img_size=(32, 64), depth=4, embed_dim=24, num_heads=3)
     p = pair(tv.resnet18(), wide, images(32, wide=64))[0]
@@ -285,6 +377,35 @@ def test_unets_pair_way_down_with_way_down_and_way_up_with_way_up():
     assert names(pair(UNet(), fastai_unet(), images())) == [
         ('downs.1', 'layers.0.4'), ('downs.2', 'layers.0.5'), ('ups.0', 'layers.6'), ('ups.1', 'layers.7'), ('ups.2', 'layers.11')]
     assert names(pair(fastai_unet(), fastai_unet(tv.resnet34), images())) == [(n, n) for n in STAGES['fastai_unet'][2]]
+
+
+def conv(i, o, stride=1): return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1), nn.BatchNorm2d(o), nn.ReLU())
+
+def up(scale): return nn.Upsample(scale_factor=scale)
+
+SEGMENTERS = dict(
+    down=nn.Sequential(conv(3, 8, 2), conv(8, 16, 2), conv(16, 16), nn.Conv2d(16, 4, 1), up(4)),
+    down_and_up=nn.Sequential(conv(3, 8, 2), conv(8, 16, 2), conv(16, 32, 2), up(4), conv(32, 8), nn.Conv2d(8, 4, 1), up(2)),
+    halved=nn.Sequential(conv(3, 8, 2), conv(8, 8), nn.Conv2d(8, 4, 1), up(2)),
+    full_size=nn.Sequential(conv(3, 8), conv(8, 8), nn.Conv2d(8, 4, 1)),
+    classifier=tv.resnet18(num_classes=4))
+
+@pytest.mark.parametrize('name, pairs', [
+    ('down', {'2': 'layers.0.4'}), # its first stage has no counterpart on the way down, where the U-Net's stem is no stage
+    ('down_and_up', {'1': 'layers.0.4', '2': 'layers.0.5', '4': 'layers.7'}),
+    ('halved', {'1': 'layers.7'}), # only on the way up is there a stage of this resolution
+    ('full_size', {'1': 'layers.11'}),
+    ('classifier', {'layer1': 'layers.0.4', 'layer2': 'layers.0.5', 'layer3': 'layers.0.6', 'layer4': 'layers.3'})])
+def test_a_convolutional_student_pairs_with_a_unet_by_resolution_on_the_way_down(name, pairs):
+    student,teacher,x = SEGMENTERS[name],DynamicUnet(create_body(tv.resnet34(), cut=-2), 4, (72, 96)),images(72, wide=96)
+    found = pair(student, teacher, x)
+    assert dict(names(found)) == pairs
+    if name != 'full_size': assert all(p.s_shape[2:] == p.t_shape[2:] for p in found)
+    assert [(s, t) for t,s in names(pair(teacher, student, x))] == names(found)
+
+
+def test_a_stage_pairs_with_the_last_one_of_its_resolution():
+    assert names(pair(dilated(), UNet(), images())) == [('backbone.layer1', 'downs.1'), ('backbone.layer4', 'downs.2')]
 
 
 def test_recurrent_nets_and_mlps_pair_by_depth():

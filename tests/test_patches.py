@@ -1,5 +1,5 @@
-"What importing fastdistill.fastai changes in fastai: what the table in `fastai/patches.py` names, and nothing else."
-import copy, pickle, re, subprocess, sys
+"What importing fastdistill.fastai changes: in fastai what the table in `fastai/patches.py` names, in the user's scope nothing that is in use."
+import builtins, copy, pickle, re, subprocess, sys
 from functools import partial
 import numpy as np
 import pytest, torch
@@ -8,6 +8,8 @@ from fastai.basics import L, defaults
 from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, TransformBlock
 from fastai.learner import Learner
 from torch import nn
+import fastdistill.fastai
+from fastdistill import recipes
 from fastdistill.fastai import KnowledgeDistillation, patches
 from fastdistill.fastai.block import TeacherBlock
 from fastdistill.fastai.targets import TeacherTargets
@@ -54,6 +56,25 @@ def test_importing_changes_what_the_table_names_and_nothing_else():
     assert at_import == sorted(n for n,when in TABLE.items() if when == 'import') and len(at_import) == 10
     assert at_first_target == sorted(n for n,when in TABLE.items() if when == 'first target') and len(at_first_target) == 5
     assert same and same_callbacks, 'random states, warning filters and the callbacks of a new Learner are as before'
+
+
+CUSTOMARY = set("""F T Path ab at cc cfg cwd data device dist fsp hint kl layers logger losses metrics model models nn np nst optim pairwise pd pkt
+    pl plt schedule sp student t teacher torch tqdm transforms tv utils vid""".split()) # aliases and variables of other people's scripts
+
+def test_a_star_import_shadows_nothing_that_people_have_in_scope():
+    space,ours = {},{}
+    for m in ('vision.all', 'text.all', 'tabular.all', 'collab'): exec(f'from fastai.{m} import *', space)
+    exec('from fastdistill.fastai import *', ours)
+    ours.pop('__builtins__')
+    assert set(ours) == set(fastdistill.fastai.__all__)
+    assert not set(ours) & (set(space) | CUSTOMARY | set(dir(builtins)))
+
+
+def test_what_the_star_does_not_bring_is_one_word_away():
+    assert {'at', 'dist', 'sp', 'cc', 'cwd'} <= set(dir(fastdistill.fastai.recipes)) == set(recipes.__all__)
+    from fastdistill.fastai import at, losses
+    assert at is recipes.at and losses is fastdistill.losses
+    assert all(getattr(fastdistill.fastai, n) is getattr(recipes, n) for n in recipes.__all__)
 
 
 UNPICKLE = """

@@ -287,7 +287,7 @@ def test_what_cannot_be_repeated_is_refused(tmp_path):
         cache_dataset(Net(), Noisy(), tmp_path, views=0, keys=range(23))
     def unrepeatable(x): return x*float(np.random.default_rng().random())
     with pytest.raises(DistillError, match='batch_tfm gave sample'): cache_dataset(Net(), Noisy(), tmp_path, keys=range(23), batch_tfm=unrepeatable)
-    with pytest.raises(DistillError, match='batch_tfm= takes tensors, and the teacher is called with dict'):
+    with pytest.raises(DistillError, match="batch_tfm= takes tensors, and the teacher's inputs are dict"):
         cache_dataset(Net(), Noisy(), tmp_path, keys=range(23), batch_tfm=lambda x: x, inputs=lambda b: dict(x=b[0]))
     drops = Teacher(torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Dropout(.5)), mode='train')
     with pytest.raises(DistillError, match='with other samples in its batch'): cache_dataset(drops, Noisy(), tmp_path, keys=range(23))

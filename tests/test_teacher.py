@@ -51,7 +51,7 @@ def small():
 
 def bert():
     return BertForSequenceClassification(BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-                                                    intermediate_size=8, num_labels=3))
+                                                    intermediate_size=8, num_labels=3, pad_token_id=None, attn_implementation='eager'))
 
 def lraspp(): return torchvision.models.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3)
 
@@ -549,7 +549,7 @@ def test_images_are_resized_for_the_teacher():
 
 def script(make):
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', '.*torch.jit', DeprecationWarning)
+        warnings.filterwarnings('ignore', '.*torch.jit')
         return make()
 
 def scripted(model): return script(lambda: torch.jit.script(model))

@@ -8,9 +8,14 @@ from fastdistill.outputs import Outputs
 N,BS,ROWS = 60,5,10
 
 
+class Noisy(TensorDataset):
+    "Each view of a sample is another one"
+    def __getitem__(self, i): return tuple(x + torch.randn_like(x) for x in super().__getitem__(i))
+
+
 def data():
     g = torch.Generator().manual_seed(0)
-    return TensorDataset(torch.randn(N, 3, generator=g)),torch.randn(3, 4, generator=g)
+    return Noisy(torch.randn(N, 3, generator=g)),torch.randn(3, 4, generator=g)
 
 
 class Slow:

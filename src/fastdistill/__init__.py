@@ -1,17 +1,10 @@
 "Knowledge distillation: train a small model on what a big one knows."
-import sys
-from . import docments, losses
-from .distiller import Distilled, Distiller
-from .outputs import DistillError, DistillWarning, Outputs
-from .recipes import *
-from .recipes import __all__ as _recipes
-from .schedule import Schedule
-from .features import layers
-from .teacher import Teacher
-from .terms import Recipe, Term
+import lazy_loader
+from .docments import explain
 
 __version__ = '0.1.0'
-__all__ = ['Distilled', 'DistillError', 'DistillWarning', 'Distiller', 'Outputs', 'Recipe', 'Schedule', 'Teacher', 'Term', 'layers',
-           'losses', *_recipes]
+# the names are in __init__.pyi: each is loaded when it is first used, for `fastdistill --help` needs no torch
+_load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
-for _face in (losses, sys.modules[__name__]): docments.explain_all(_face)
+
+def __getattr__(name): return explain(_load(name))

@@ -34,7 +34,8 @@ class Batch:
         first,other = self.masks
         if self.share is None: return first
         if first is None and other is None: return None
-        return blend(*[torch.ones_like(n).to(self.share) if m is None else m.to(self.share) for m,n in ((first, other), (other, first))], self.share)
+        first,other = [(torch.ones_like(n) if m is None else m).to(self.share) for m,n in ((first, other), (other, first))]
+        return blend(first, other, self.share)
 
     def options(self, term, mask):
         "A term's options, and what it takes of this batch: what only holds for logits is their class axis, and which positions count"

@@ -1,22 +1,23 @@
 "The core: one batch of student, teacher and recipe. It knows tensors, no training loop and no particular loss."
-import copy
+import copy, warnings
 from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from .batch import Batch, blend, both, labels_to_shift, next_tokens, padding_mask
 from .features.calls import arguments, is_hf
 from .features.names import unwrap
-from .features.pairs import PairTable, inputs, pair
+from .features.pairs import PairTable, check_names, inputs, pair
 from .features.probe import dry_run
 from .features.projectors import projector
 from .features.taps import Taps
-from .outputs import DistillError, Outputs, TopK, as_plain, check_output, warn_of_several
+from .gradients import norms_at_layer, norms_at_logits, swamped
+from .outputs import DistillError, DistillWarning, Outputs, TopK, as_plain, check_output, warn_of_several
 from .ranks import rank
 from .task import labels_loss, task_for
 from .teacher.teacher import Teacher
-from .terms import Recipe, check_kind
+from .terms import Recipe, Term, check_kind
 
-__all__ = ['Distilled', 'Distiller']
+__all__ = ['Distilled', 'Distiller', 'Recipe', 'Term']
 
 
 @dataclass
@@ -92,7 +93,10 @@ class Distiller(nn.Module):
         self.teacher = teacher
         for t in self.recipe.terms: check_kind(t, self.task.kind)
         self.links = nn.ModuleDict({t.name: nn.ModuleList([Link(own_copy(t.loss))]) for t in self.recipe.terms if t.layers is None})
+        self.measures,self.seen = True,set() # are gradient shares measured? of which parts they were
+        self.gradient_shares:dict|None = None # part -> share, the labels' is 'task'; None until the first training batch
         self.pairs:PairTable|None = None # what is compared with what, once it is known
+        if student is not None and teacher is not None: self.check_names()
         if example is not None: self.setup(*inputs(example))
 
     @property
@@ -106,6 +110,10 @@ class Distiller(nn.Module):
             raise DistillError("The projectors are not built yet, and an optimizer made now would not train them: "
                                "give the Distiller a batch of inputs, Distiller(..., example=x)")
         return super().parameters(recurse)
+
+    def check_names(self):
+        "Refuse layers that the models don't have, before any batch"
+        for t in self.layered: check_names(self.student, self.teacher, t.layers)
 
     def own_parameters(self): return [p for p in self.links.parameters() if p.requires_grad]
 
@@ -205,7 +213,8 @@ class Distiller(nn.Module):
         mixed=None # (other targets, share of the first ones): MixUp's batches have two labels a sample
     ) -> Distilled:
         "The loss of a batch whose student (and teacher) ran already: what trainers call"
-        task,weights,terms = None if task is None else as_plain(task),self.recipe.weights_at(progress),self.active_terms(progress)
+        task,terms = None if task is None else as_plain(task),self.active_terms(progress)
+        weights = self.recipe.weights_at(progress, bool(self.balance))
         if task is None and weights['task']:
             raise DistillError(f"This batch has no labels, but the recipe gives their loss the weight {weights['task']:g}: "
                                "use alpha=1, or soft_labels(), to train from the teacher alone")
@@ -214,9 +223,7 @@ class Distiller(nn.Module):
                                "needs_teacher(progress) says when")
         b = Batch(student, all_classes(teacher, student), targets, *(mixed or ((), None)), self.task, progress)
         values = {t.name: self._value(t, b) for t in terms}
-        if self.balance and torch.is_grad_enabled():
-            self.measure_balance({k: v for k,v in [('task', task), *values.items()] if v is not None and v.requires_grad and weights[k]})
-            weights = {k: w*self.scales.get(k, 1.) for k,w in weights.items()}
+        if torch.is_grad_enabled(): weights = self._measured(dict(task=task, **values), weights, student.logits)
         taught = [w*values[k] for k,w in weights.items() if k in values and w != 0]
         if not weights['task'] and student.logits is not None: taught.append(nothing(student.logits))
         return Distilled(task, sum(taught[1:], taught[0]) if taught else None, {k: v.detach() for k,v in values.items()}, weights)
@@ -245,37 +252,50 @@ class Distiller(nn.Module):
         if term.lists: return links[0].loss(*map(list, zip(*pairs)), *targets, **term.channels(pairs[0][1]), **options)
         return sum(k.loss(s, t, *targets, **term.channels(t), **options) for k,(s,t) in zip(links, pairs))
 
+    def _measured(self, values, weights, logits):
+        "The weights as they count, after what is measured at the first training batch, and where a part counts for the first time"
+        counted = {k: v for k,v in values.items() if v is not None and v.requires_grad and weights[k]}
+        if self.balance:
+            self.measure_balance(counted)
+            weights = {k: w*self.scales.get(k, 1.) for k,w in weights.items()}
+        if self.measures and not counted.keys() <= self.seen:
+            self.seen,self.gradient_shares = counted.keys(),self.shares(counted, weights, logits)
+            if (says := swamped(self.gradient_shares, weights)) and rank() == 0: warnings.warn(says, DistillWarning, stacklevel=4)
+        return weights
+
+    def shares(
+        self,
+        values, # of what counts in a batch: the labels' loss ('task') and the terms, by name
+        weights, # of each
+        logits=None # the student's; None: its parameters are the place to measure at
+    ) -> dict:
+        """Each part's share of the gradient, by name: at the logits if all parts reach them, else (and with `balance`) at the last
+        layer of the student that all reach. Empty if there is no such place. Training is not changed by it"""
+        try:
+            norms = None if self.balance else norms_at_logits(values, logits)
+            if norms is None and self.student is not None: norms = norms_at_layer(values, self.student, logits)
+        except RuntimeError: return {}      # compiled or checkpointed parts may allow one backward pass alone
+        norms = {k: weights[k]*n for k,n in (norms or {}).items()}
+        return {k: n/sum(norms.values()) for k,n in norms.items()}
+
     def measure_balance(
         self, values # of what counts in this batch: the labels' loss ('task') and the terms, by name
     ):
         """Give those that have none yet a factor that makes their gradient as long as the labels' (the first term's, if the labels
         don't count) at the student's last shared layer: with it, weights are shares of the gradient there"""
         if not (new := [k for k in values if k not in self.scales]): return
-        norms = self.gradient_norms(values)
+        if (norms := norms_at_layer(values, self.student)) is None:
+            raise DistillError(f"balance='grad': no layer of the student gets a gradient from all of {', '.join(values)}. "
+                               "Weigh them by hand.")
         known = next((k for k in values if k in self.scales), new[0])
         for k in new: self.scales[k] = self.scales.get(known, 1.)*norms[known]/norms[k]
-
-    def gradient_norms(self, values):
-        "Of each value, at the last parameter of the student that all of them reach"
-        # subtle: of matrices and kernels where there are any; a bias in front of a batch-norm has a gradient of rounding errors
-        params = [p for p in self.student.parameters() if p.requires_grad]
-        params = [p for p in params if p.dim() > 1] or params
-        norms = {}
-        for k,v in values.items():
-            grads = torch.autograd.grad(v, params, retain_graph=True, allow_unused=True)
-            norms[k] = [0. if g is None else g.norm().item() for g in grads]
-        shared = [i for i in range(len(params)) if all(n[i] > 0 for n in norms.values())]
-        if not shared:
-            raise DistillError(f"balance='grad': no layer of the student gets a gradient from all of {', '.join(norms)}. "
-                               "Weigh them by hand.")
-        return {k: n[shared[-1]] for k,n in norms.items()}
 
     def _links(self, term, pairs, s, t):
         "Of one term: a link for each pair, on the student's device"
         modules = self.teacher.named_modules()
         for p in pairs:
             a,b = s[p.student],t[p.teacher]
-            proj = projector(a.shape, b.shape, kind=term.projector, match=term.match).to(a.device)
+            proj = projector(a.shape, b.shape, kind=term.projector, match=term.match, picture=p.picture).to(a.device)
             loss = own_copy(term.loss)
             if hasattr(loss, 'prepare'): loss.prepare(proj.eval()(a, b), b, layer=modules.get(p.teacher.split('@')[0]), **term.channels(b))
             yield Link(loss, (p.student, p.teacher), proj.train()).to(a.device)
@@ -293,6 +313,7 @@ def loss_of_logits(
     "The whole loss of one batch of logits, for those who ran both models themselves: kd(T=4, alpha=.9)(s, t, y)"
     mask = context.pop('mask', None)
     d = Distiller(None, None, self, task_loss=task_loss, **context)
+    d.measures = False
     own = None if not targets else labels_loss(s, *targets, task=d.task) if task_loss is None else task_loss(s, *targets)
     return d.compute(Outputs(s, mask=mask), Outputs(t), own, targets, progress=progress).total
 

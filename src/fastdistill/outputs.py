@@ -5,17 +5,10 @@ from dataclasses import dataclass, field, replace
 from math import log
 import torch
 from torch import Tensor
+from .errors import DistillError, DistillWarning
 
 __all__ = ['DistillError', 'DistillWarning', 'Outputs', 'TopK', 'as_plain', 'check_output', 'map_tensors', 'tensors_in',
            'warn_of_first', 'warn_of_several']
-
-
-class DistillError(ValueError):
-    "A mistake that training would not have shown: the message says what was given, what is possible, what to do"
-
-
-class DistillWarning(UserWarning):
-    "Something that is probably, but not certainly, a mistake"
 
 
 def as_plain(x):

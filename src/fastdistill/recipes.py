@@ -1,15 +1,19 @@
 "Recipes: functions that return terms with their paper's defaults. `+` joins them."
-import copy
+import copy, functools, inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from . import losses
 from .losses._base import loss
 from .outputs import DistillError
 from .schedule import schedule
-from .terms import Recipe, Term
+from .distiller import Recipe, Term
+from .terms import Paper
 
 __all__ = ['ab', 'at', 'cc', 'cwd', 'dist', 'dkd', 'fsp', 'hard_labels', 'hint', 'ickd', 'ifvd', 'kd', 'logit_std', 'nkd', 'nst', 'ofd',
            'pairwise', 'pkd', 'pkt', 'rkd', 'soft_labels', 'sp', 'vid']
+
+
+def __dir__(): return __all__ # `recipes.` and the tab key list the recipes alone
 
 
 @dataclass(frozen=True)
@@ -23,14 +27,35 @@ class Rest:
 def _rest(alpha): return Rest(alpha) if callable(alpha) else 1 - alpha
 
 
+def one_temperature(
+    T, # None if it was not given
+    temperature # the same option under its long name; None if it was not given
+):
+    if T is not None and temperature is not None:
+        raise DistillError(f"T={T} and temperature={temperature}: these are two names of one option, give one of them")
+    return T if temperature is None else temperature
+
+
+def long_name_too(recipe):
+    "Let a recipe with an option `T` take it as `temperature` too, as many other tools call it"
+    sig = inspect.signature(recipe)
+    @functools.wraps(recipe)
+    def call(*args, temperature=None, **kwargs):
+        if temperature is None: return recipe(*args, **kwargs)
+        T = one_temperature(sig.bind_partial(*args, **kwargs).arguments.get('T'), temperature)
+        return recipe(*args, **kwargs, T=T)
+    return call
+
+
 @loss(kind='softmax', match='shape')
 def kl_per_class(s, t, *, T=4., axis=1, mask=None, reduction='mean'):
     "`kl` divided by the number of classes too, as `nn.KLDivLoss()` and `F.kl_div(..., reduction='mean')` do"
     return losses.kl(s, t, T=T, axis=axis, mask=mask, reduction=reduction)/s.shape[axis]
 
 
+@long_name_too
 def kd(
-    T=4., # temperature, number or schedule
+    T=4., # temperature, number or schedule; `temperature=` is the same
     alpha=.9, # weight of the teacher; the labels have 1-alpha. Number or schedule
     class_mean:bool=False # average over classes too: the scale of older scripts; the same as an alpha that is smaller
 ):
@@ -42,6 +67,7 @@ def kd(
     return Recipe(Term(kl_per_class if class_mean else losses.soft_targets, weight=alpha, T=T, name='kd'), task=_rest(alpha))
 
 
+@long_name_too
 def soft_labels(T=1.):
     "The teacher alone makes the labels: kd with alpha 1. Batches need no labels"
     return kd(T, alpha=1.)
@@ -55,6 +81,7 @@ def hard_labels(
     return Recipe(Term(losses.hard, weight=alpha, name='hard'), task=_rest(alpha))
 
 
+@long_name_too
 def dkd(
     alpha:float=1., # weight of the target class's part
     beta:float=8., # weight of the other classes' part: 2 to 8 for CIFAR-100 (the authors', by pair of nets), .5 for ImageNet
@@ -65,6 +92,7 @@ def dkd(
     return Recipe(Term(losses.dkd, weight=weight, alpha=alpha, beta=beta, T=T, name='dkd'))
 
 
+@long_name_too
 def nkd(
     gamma:float=1.5, # weight of the other classes' part: the authors' for ImageNet; for CIFAR-100 3.5, with T=3
     T=1., # temperature of that part
@@ -74,6 +102,7 @@ def nkd(
     return Recipe(Term(losses.nkd, weight=weight, gamma=gamma, T=T, name='nkd'))
 
 
+@long_name_too
 def dist(
     beta:float=1., # weight of the relation between classes; the authors' CIFAR-100: 2
     gamma:float=1., # weight of the relation within a class; CIFAR-100: 2
@@ -98,11 +127,12 @@ def logit_std(
     return Recipe(*map(std, recipe.terms), task=recipe.task)
 
 
-# between layers: `layers` as in `Term`, the paper's weight where nothing else is said; all stand beside the labels' own loss (or kd())
+# between layers: `layers` as in `Term`, the paper's weight where none is given (with balance='grad', a share of 1); all stand beside the
+# labels' own loss (or kd())
 
 def hint(
     layers='auto', # FitNets took one layer in the middle
-    weight=100., # RepDistiller's
+    weight=Paper(100.), # RepDistiller's
     projector='auto', # the paper's is a convolution
     stop_at=None # FitNets' hint was a first phase: a share of the training
 ):
@@ -112,7 +142,7 @@ def hint(
 
 def at(
     layers='auto', # the end of each stage, as in the paper
-    weight=1000., # the authors'
+    weight=Paper(1000.), # the authors'
     p:float=2., # exponent of the activations
     stop_at=None
 ):
@@ -122,7 +152,7 @@ def at(
 
 def nst(
     layers='last', # as in the paper
-    weight=50., # the authors'
+    weight=Paper(50.), # the authors'
     stop_at=None
 ):
     "Which patterns the channels select (neuron selectivity transfer, arXiv:1707.01219)"
@@ -141,7 +171,7 @@ def fsp(
 
 def ab(
     layers='auto', # better by hand: values before the ReLU, as '0.7.1.relu@in'
-    weight=50., # the authors' .003 x channels x positions of a CIFAR net's last stage
+    weight=Paper(50.), # the authors' .003 x channels x positions of a CIFAR net's last stage
     margin:float=1.,
     projector='auto',
     stop_at=None # the paper's was a first phase
@@ -152,7 +182,7 @@ def ab(
 
 def ofd(
     layers='auto', # better by hand: values before the ReLU; of a batch norm ('layer3.1.bn2@pre') the margin is computed from its weights
-    weight=10., # the authors' for ImageNet with a ResNet-50, in this scale; 16 for CIFAR
+    weight=Paper(10.), # the authors' for ImageNet with a ResNet-50, in this scale; 16 for CIFAR
     projector='conv_bn', # the authors'
     stop_at=None
 ):
@@ -162,7 +192,7 @@ def ofd(
 
 def vid(
     layers='auto',
-    weight=1., # RepDistiller's
+    weight=Paper(1.), # RepDistiller's
     projector='mlp', # RepDistiller's, of 1x1 convolutions
     stop_at=None
 ):
@@ -172,7 +202,7 @@ def vid(
 
 def pkd(
     layers='auto', # the authors took the levels of a detector's feature pyramid
-    weight=6., # theirs for two-stage detectors; 10 for RetinaNet
+    weight=Paper(6.), # theirs for two-stage detectors; 10 for RetinaNet
     projector='auto',
     stop_at=None
 ):
@@ -193,7 +223,7 @@ def rkd(
 
 def sp(
     layers='last', # as the authors
-    weight=3000., # theirs, for batches of 64
+    weight=Paper(3000.), # theirs, for batches of 64
     stop_at=None
 ):
     "Which samples of a batch are alike (similarity-preserving KD, arXiv:1907.09682)"
@@ -202,7 +232,7 @@ def sp(
 
 def cc(
     layers='last@mean',
-    weight=100., # ours: none is published for the paper's form
+    weight=Paper(100.), # ours: none is published for the paper's form
     kernel:str='gaussian', # or 'bilinear'
     gamma:float=.4, # of the gaussian
     stop_at=None
@@ -213,7 +243,7 @@ def cc(
 
 def pkt(
     layers='last@mean', # pooled features, as RepDistiller
-    weight=470., # its 30000 for batches of 64, in this scale
+    weight=Paper(470.), # its 30000 for batches of 64, in this scale
     stop_at=None
 ):
     "Who are a sample's neighbours, as probabilities (probabilistic knowledge transfer, arXiv:1803.10837)"
@@ -222,7 +252,7 @@ def pkt(
 
 def ickd(
     layers='last',
-    weight=2.5, # the authors' for CIFAR
+    weight=Paper(2.5), # the authors' for CIFAR
     projector='conv_bn', # theirs
     stop_at=None
 ):
@@ -230,6 +260,7 @@ def ickd(
     return Recipe(Term(losses.ickd, weight, layers=layers, projector=projector, stop_at=stop_at))
 
 
+@long_name_too
 def cwd(
     layers=None, # the logits, or layers of maps
     weight=None, # the authors' if not given: 3 on logits, 50 on features
@@ -238,13 +269,13 @@ def cwd(
     stop_at=None
 ):
     "Where in the picture each channel is, for dense prediction (channel-wise KD, arXiv:2011.13256)"
-    weight = (3. if layers is None else 50.) if weight is None else weight
+    weight = Paper(3. if layers is None else 50.) if weight is None else weight
     return Recipe(Term(losses.cwd, weight, layers=layers, projector=projector, stop_at=stop_at, T=T))
 
 
 def pairwise(
     layers='last',
-    weight=.5, # the authors'
+    weight=Paper(.5), # the authors'
     pool=.5, # size of a cell: pixels, or a share of the map
     stop_at=None
 ):
@@ -254,7 +285,7 @@ def pairwise(
 
 def ifvd(
     layers='last',
-    weight=200., # the authors'
+    weight=Paper(200.), # the authors'
     stop_at=None
 ):
     "How pixels of a class vary around their mean, for dense prediction (Wang et al., ECCV 2020)"

@@ -2,10 +2,16 @@
 import copy, inspect
 from functools import partial
 from torch import nn
+from .features.pairs import checked_layers
+from .features.projectors import checked_projector
 from .outputs import DistillError
 from .schedule import schedule, value_at
 
-__all__ = ['Recipe', 'Term', 'check_kind']
+__all__ = ['Paper', 'Recipe', 'Term', 'check_kind']
+
+
+class Paper(float):
+    "A weight that is a paper's and not the user's: where weights are shares of the gradient, it counts as a share of 1"
 
 
 class Term:
@@ -25,7 +31,8 @@ class Term:
     ):
         if not callable(loss):
             raise DistillError(f"A term needs a loss function, got {loss!r}. See fastdistill.losses for those that exist.")
-        self.loss,self.layers,self.projector,self.stop_at = loss,layers,projector,stop_at
+        self.loss,self.layers,self.stop_at = loss,None if layers is None else checked_layers(layers),stop_at
+        self.projector = checked_projector(projector)
         fn,ps = signature(loss)
         self.name = checked_name(name or getattr(fn, '__name__', type(fn).__name__))
         self.weight = schedule(weight, f'weight of {self.name}')
@@ -48,9 +55,13 @@ class Term:
         of = f', layers={self.layers!r}' if self.layers is not None else ''
         return f"Term({self.name}, weight={self.weight!r}{of}{''.join(f', {k}={v!r}' for k,v in self.options.items())})"
 
-    def weight_at(self, progress):
+    def weight_at(
+        self,
+        progress:float|None, # share of the training that is done
+        shares:bool=False # weights are shares of the gradient, and a paper's weight has another scale
+    ) -> float:
         if self.stop_at is not None and value_at(lambda p: p, progress, f'The end of {self.name}') >= self.stop_at: return 0.
-        return value_at(self.weight, progress, f'The weight of {self.name}')
+        return 1. if shares and isinstance(self.weight, Paper) else value_at(self.weight, progress, f'The weight of {self.name}')
 
     @property
     def held(self):
@@ -117,9 +128,9 @@ class Recipe:
 
     def task_at(self, progress): return 1. if self.task is None else value_at(self.task, progress, "The task's weight")
 
-    def weights_at(self, progress):
+    def weights_at(self, progress, shares=False):
         "The weight of each part at this point of the training, by name; the labels' is 'task'"
-        return dict(task=self.task_at(progress), **{t.name: t.weight_at(progress) for t in self.terms})
+        return dict(task=self.task_at(progress), **{t.name: t.weight_at(progress, shares) for t in self.terms})
 
 
 def check_kind(term, kind):

@@ -2,6 +2,7 @@
 import inspect
 from bisect import bisect_right
 from contextlib import nullcontext
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -11,10 +12,12 @@ from ..replay.generators import Generators
 from ..replay.per_sample import per_sample
 from ..replay.seeds import RandomGuard, restored_once, seeded, seeds_of, view_of
 from .digests import code_of, fingerprint, first_part, flat_values, input_digest
+from .files import dataset_files
 from .keys import dataset_keys, folder_of, root_of
+from .progress import shown_progress
 from .reader import TeacherCache
 from .records import Wish
-from .source import Source, check_alone, identity_of, spread_positions, unrepeatable
+from .source import Source, check_alone, distinct_views, identity_of, spread_positions, unrepeatable
 from .writer import write_cache
 
 __all__ = ['Replayed', 'cache_dataset']
@@ -28,7 +31,8 @@ def cache_dataset(
     topk:int|None=None, # keep the likeliest classes only
     dtype:str='float16', # 'float32', 'float16' or 'int8' (scaled row by row)
     *,
-    keys=None, # what names each sample: a list, or a function of the position; None: read off the dataset where it can be
+    keys=None, # what names each sample: a list, or a function of the position; None: read off the dataset where it can
+    # be
     inputs=None, # fn(batch) -> what the teacher is called with; None: the batch, or its first element if it is a tuple
     batch_tfm=None, # fn(x) -> x with random numbers in it: run on one sample at a time, see `per_sample`
     tail:str='mean', axis:int=1, # see `TopK`
@@ -36,20 +40,22 @@ def cache_dataset(
     bs:int=64, num_workers:int=0, collate_fn=default_collate, device=None, # of the DataLoader
     seed:int=0, # of the random numbers
     vocab=None, # class names, in the order of the logits
-    transforms=None, # name -> what it is, of the transforms: compared when a cache is gone on with
-    force:bool=False, # write anew over a cache that doesn't fit
-    progress=None, forecast=None # fn(rows done, rows in all, bytes done); fn(Forecast)
+    transforms=None, # name -> description of each transform: compared when an interrupted run resumes
+    force:bool=False, # overwrite a cache that doesn't fit
+    progress=True, # a bar in terminals and notebooks; False: none; or fn(rows done, rows in all, bytes done)
+    forecast=None # fn(Forecast), called before the teacher runs
 ) -> TeacherCache:
-    "Write what `teacher` says about each view of each sample, and open it"
-    if isinstance(teacher, nn.Module): raise DistillError("A bare module may be in training mode, with gradients: pass Teacher(model).")
+    "Run the teacher on each view of each sample, store its outputs, and open the cache. An interrupted run resumes"
+    if isinstance(teacher, nn.Module):
+        raise DistillError("A bare module may be in training mode, with gradients: pass Teacher(model).")
     check_indexed(dataset)
     if not len(dataset): raise DistillError("The dataset is empty: there is nothing to write.")
     names = dataset_keys(dataset, keys)
     items,get = Views(dataset, names, views, seed),first_part if inputs is None else inputs
     shake = batch_tfm if views else None
     def asked(tasks, bs):
-        "What the teacher is called with"
-        workers = num_workers if len(tasks) > bs else 0     # to start workers takes longer than one batch
+        "The teacher's inputs"
+        workers = num_workers if len(tasks) > bs else 0     # starting workers takes longer than one batch
         dl = DataLoader(items, bs, sampler=tasks.tolist(), num_workers=workers, collate_fn=CollatePairs(collate_fn))
         for batch,seeds in dl:
             x = to_device(get(batch), device)
@@ -60,21 +66,28 @@ def cache_dataset(
                 with torch.no_grad(): out = Outputs.of(teacher(*x) if isinstance(x, tuple) else teacher(x))
                 yield out
     with RandomGuard():
+        n = len(dataset)
+        look = lambda i, view: fingerprint(*flat_values(next(asked(np.array([view*n + i]), 1))))
+        items.views = views = distinct_views(views, n, look)
         check_items_repeat(items, asked if shake is not None else None)
         check_alone(run, len(dataset))
-        told = dict(transforms or {})
-        if shake is not None: told['batch_tfm'] = code_of(shake if inspect.isroutine(shake) else type(shake))
-        source = Source(names, run, bs, identity_of(teacher), told, root_of(folder_of(dataset)), vocab, items.digests())
-        return write_cache(path, source, Wish(dtype, topk, tail, axis, size), views=views, seed=seed, force=force,
-                           progress=progress, forecast=forecast)
+        described = dict(transforms or {})
+        if shake is not None: described['batch_tfm'] = code_of(shake if inspect.isroutine(shake) else type(shake))
+        source = Source(names, run, bs, identity_of(teacher), described, root_of(folder_of(dataset)), vocab,
+                        items.digests(),
+                        dataset_files(dataset))
+        with shown_progress(progress) as show:
+            return write_cache(path, source, Wish(dtype, topk, tail, axis, size), views=views, seed=seed, force=force,
+                               progress=show,
+                               forecast=forecast)
 
 
 def shaken(fn, seeds, x):
     "A batch transform with random numbers of each sample's own"
     xs = x if isinstance(x, tuple) else (x,)
     if not all(isinstance(o, Tensor) for o in xs):
-        raise DistillError(f"batch_tfm= takes tensors, and the teacher is called with {', '.join(type(o).__name__ for o in xs)}: "
-                           "use a transform of the dataset.")
+        raise DistillError("batch_tfm= takes tensors, and the teacher's inputs are "
+                           f"{', '.join(type(o).__name__ for o in xs)}: use a transform of the dataset.")
     return per_sample(fn, seeds, *xs)
 
 
@@ -94,7 +107,7 @@ class Views(Dataset):
         return view_item(self.dataset, i, key, view, self.seed, self.own),batch_seed(key, view, self.seed)
 
     def digests(self):
-        "A few samples' inputs: whoever replays them elsewhere must get the same bytes"
+        "Digests of a few samples' inputs: a replay must give the same bytes"
         if not self.views: return []
         n = len(self.dataset)
         tasks = [(i % self.views, int(r)) for i,r in enumerate(spread_positions(n, 8))]
@@ -113,19 +126,22 @@ def to_device(x, device):
 
 
 def check_items_repeat(items, asked):
-    "Draw a few items twice: what can't be repeated is found out before anything is written"
+    "Make a few items twice: random transforms that can't be repeated are found before anything is written"
     tasks,n = spread_positions(len(items), 8),len(items.dataset)
     draw = lambda items, i: fingerprint(*flat_values(items[i][0]))
-    other = items if items.views else Views(items.dataset, items.keys, 0, items.seed+1)     # the clean view is the same for any seed
+    # the clean view is the same for any seed
+    other = items if items.views else Views(items.dataset, items.keys, 0, items.seed+1)
     for i in tasks.tolist():
         if draw(items, i) == draw(other, i): continue
         raise DistillError(unrepeatable('The item transforms', i % n) if items.views else NOT_CLEAN)
     if asked is None: return
     for i,a,b in zip(tasks, asked(tasks, 1), asked(tasks, 1)):
-        if fingerprint(*flat_values(a)) != fingerprint(*flat_values(b)): raise DistillError(unrepeatable('batch_tfm', i % n))
+        if fingerprint(*flat_values(a)) != fingerprint(*flat_values(b)):
+            raise DistillError(unrepeatable('batch_tfm', i % n))
 
 
-NOT_CLEAN = ("views=0 keeps one answer for each sample as the dataset gives it, but these come out differently each time: pass the dataset "
+NOT_CLEAN = ("views=0 keeps one answer for each sample as the dataset gives it, but these come out differently each "
+             "time: pass the dataset "
          "without its random transforms here, and the one with them to Replayed; or views=1 or more.")
 
 
@@ -134,17 +150,23 @@ class Replayed(Dataset):
     `cache.decode(rows)` makes a batch of rows the teacher's `Outputs`. Call `set_epoch` before each epoch"""
     def __init__(
         self,
-        dataset, # map-style; its transforms draw from Python's, NumPy's or PyTorch's generators, global ones or their own
-        cache, # a `TeacherCache`, whose `views` decide whether transforms are replayed (views=0: they are as random as ever)
-        keys=None, # what names each sample: a list, or a function of the position; None: read off the dataset where it can be
-        seeds:bool=False # items are `(*item, row, seed)`: for random transforms of a whole batch, `per_sample(fn, seeds, x)`
+        dataset, # map-style; its transforms draw from Python's, NumPy's or PyTorch's generators, global ones or their
+        # own
+        cache, # a `TeacherCache`, whose `views` decide whether transforms are replayed (views=0: they are as random as
+        # ever)
+        keys=None, # what names each sample: a list, or a function of the position; None: read off the dataset where it
+        # can be
+        seeds:bool=False # items are `(*item, row, seed)`: for random transforms of a whole batch, `per_sample(fn,
+        # seeds, x)`
     ):
         check_indexed(dataset)
         self.dataset,self.cache,self.seeds = dataset,cache,seeds
         self.keys,self.own = cache.keys_of(dataset, keys),OwnGenerators(dataset)
         self.at = cache.find(self.keys)
-        # of clean views, the transforms here may be others
-        if cache.views: cache.compare(self.at, lambda i, view: view_item(dataset, i, int(self.keys[i]), view, cache.seed, self.own))
+        # the transforms of clean views may differ from those of training
+        cache.check_files(dataset_files(dataset), self.at)
+        if cache.views:
+            cache.compare(self.at, lambda i, view: view_item(dataset, i, int(self.keys[i]), view, cache.seed, self.own))
         # subtle: shared memory, so that workers which outlive an epoch see the next one
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
@@ -177,14 +199,16 @@ def view_item(dataset, i, key, view, seed, own):
 
 
 class OwnGenerators:
-    "The generators of the dataset that an item comes from: its numbers are the same in a part of that dataset, or beside others"
+    """The generators of the dataset that an item comes from: its numbers are the same in a part of that dataset, or
+    beside others"""
     def __init__(self, dataset): self.dataset,self.found = dataset,{}
 
     def of(self, i) -> Generators:
         d,way = self.dataset,()
         while True:
-            if hasattr(d, 'dataset') and hasattr(d, 'indices'): d,i,way = d.dataset,d.indices[i],(*way, 0)      # a `Subset`
-            elif hasattr(d, 'datasets') and hasattr(d, 'cumulative_sizes'):                                     # a `ConcatDataset`
+            # a `Subset`
+            if hasattr(d, 'dataset') and hasattr(d, 'indices'): d,i,way = d.dataset,d.indices[i],(*way, 0)
+            elif hasattr(d, 'datasets') and hasattr(d, 'cumulative_sizes'): # a `ConcatDataset`
                 k = bisect_right(d.cumulative_sizes, i)
                 d,i,way = d.datasets[k],i - (d.cumulative_sizes[k-1] if k else 0),(*way, k)
             else: break
@@ -199,5 +223,5 @@ def batch_seed(key, view, seed):
 
 def check_indexed(dataset):
     if not hasattr(dataset, '__getitem__') or not hasattr(dataset, '__len__'):
-        raise DistillError(f"{type(dataset).__name__} can only be iterated: a stored output belongs to a sample, and these have "
-                           "no indices. Use a map-style dataset (__getitem__ and __len__).")
+        raise DistillError(f"{type(dataset).__name__} can only be iterated: a stored output belongs to a sample, and "
+                           "these have no indices. Use a map-style dataset (__getitem__ and __len__).")

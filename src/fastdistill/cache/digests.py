@@ -5,10 +5,24 @@ import torch
 from torch import Tensor
 from .keys import hash_of
 
-__all__ = ['checksum', 'code_of', 'fingerprint', 'flat_values', 'input_digest', 'versions']
+__all__ = ['checksum', 'code_of', 'file_checksum', 'fingerprint', 'flat_values', 'input_digest', 'versions']
 
 
 def checksum(data) -> str: return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def file_checksum(
+    path,
+    step:int=2**20, # bytes that are read at once
+    look=None # fn(bytes), called with each part
+) -> str:
+    "The `checksum` of a file that may be larger than the memory"
+    h,part = hashlib.blake2b(digest_size=16),memoryview(bytearray(step))
+    with open(path, 'rb') as f:
+        while n := f.readinto(part):
+            h.update(part[:n])
+            if look is not None: look(part[:n])
+    return h.hexdigest()
 
 
 def fingerprint(

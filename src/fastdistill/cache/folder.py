@@ -3,51 +3,89 @@ import contextlib, errno, os, shutil, tempfile, weakref
 from pathlib import Path
 import numpy as np
 from ..outputs import DistillError
+from .digests import checksum, file_checksum
 
 __all__ = ['Folder', 'open_folder']
+
+DISK_FULL = errno.ENOSPC,errno.EFBIG,errno.EDQUOT
 
 
 class Folder:
     "A local folder"
-    def __init__(self, path):
-        self.path,self.kept = Path(path).expanduser().absolute(),None      # absolute, for shards are opened later
-        if self.path.is_file(): raise DistillError(f"{path} is a file: a cache is a folder.")
+    fetches = False     # does `local` bring files from elsewhere?
+
+    def __init__(
+        self, path,
+        top:Path|None=None # the folder that the user named, where this is a part of it
+    ):
+        # absolute, because shards are opened later
+        try: self.path = Path(path).expanduser().absolute()
+        except RuntimeError as e: raise DistillError(f"{path}: {e}") from e     # ~nobody
+        self.top = self.path if top is None else top
+        with explained(f"Can't open {path}"):
+            if self.path.is_file(): raise DistillError(f"{path} is a file: a cache is a folder.")
 
     def __repr__(self): return str(self.path)
 
-    def sub(self, name): return type(self)(self.path/name)
+    def sub(self, name): return Folder(self.path/name, self.top)
 
     def size(self, name):
         "In bytes; None if there is no such file"
-        try: return (self.path/name).stat().st_size
-        except FileNotFoundError: return None
+        with explained(f"Can't read {name} in {self}"):
+            try: return (self.path/name).stat().st_size
+            except (FileNotFoundError, NotADirectoryError): return None
+
+    def sizes(self, names):
+        "The sizes of many files"
+        return [self.size(n) for n in names]
 
     def names(self):
-        if not self.path.exists(): return []
-        return sorted(p.relative_to(self.path).as_posix() for p in self.path.rglob('*') if p.is_file())
+        with explained(f"Can't read {self}"):
+            if not self.path.exists(): return []
+            return sorted(p.relative_to(self.path).as_posix() for p in self.path.rglob('*') if p.is_file())
 
-    def read(self, name): return (self.path/name).read_bytes()
+    def read(self, name):
+        with explained(f"Can't read {name} in {self}"): return (self.path/name).read_bytes()
+
+    def local(self, name):
+        "The path of a file on this machine"
+        return self.path/name
+
+    def checksum(self, name):
+        with explained(f"Can't read {name} in {self}"): return file_checksum(self.path/name)
+
+    def own(self, name):
+        "The path of a file to write or to remove: the writer follows no link inside the cache, because it may lead anywhere"
+        p = self.path/name
+        for d in p.parents:
+            if d == self.top: return p
+            if d.is_symlink(): raise DistillError(f"{d} is a link: the parts of a cache are written to real folders only. Remove the "
+                                                  "link, or name the folder that it leads to.")
 
     def write(self, name, data):
-        "Through a temporary file and a rename: whoever reads `name`, or is killed, finds all of it or nothing"
-        p = self.path/name
-        p.parent.mkdir(parents=True, exist_ok=True)
+        "Through a temporary file and a rename: readers find all of the file or nothing, also after a kill"
+        p = self.own(name)
         tmp = p.with_name(f'{p.name}.{os.getpid()}.tmp')
-        try:
-            with open(tmp, 'wb') as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(tmp, p)
-        except BaseException as e:
-            tmp.unlink(missing_ok=True)
-            if not isinstance(e, OSError) or e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT): raise
-            raise DistillError(f"No room for {name} in {self}: {e.strerror}. What was finished stays: make room and start again, "
-                               "and it goes on from there.") from e
+        with explained(f"Can't write {name} in {self}"):
+            try:
+                p.parent.mkdir(parents=True, exist_ok=True)
+                tmp.unlink(missing_ok=True)
+                with open(tmp, 'xb') as f:      # subtle: `x` opens no link that lies there
+                    f.write(data)
+                    f.flush()
+                    os.fsync(f.fileno())
+                os.replace(tmp, p)
+            except BaseException as e:
+                with contextlib.suppress(OSError): tmp.unlink(missing_ok=True)
+                if not isinstance(e, OSError) or e.errno not in DISK_FULL: raise
+                raise DistillError(f"No room for {name} in {self}: {e.strerror}. The finished files stay: make room and start again to "
+                                   "resume.") from e
 
-    def remove(self, name): (self.path/name).unlink(missing_ok=True)
+    def remove(self, name):
+        with explained(f"Can't remove {name} from {self}"): self.own(name).unlink(missing_ok=True)
 
-    def map(self, name, dtype, shape): return np.memmap(self.path/name, dtype, 'r', shape=shape)
+    def map(self, name, dtype, shape):
+        with explained(f"Can't read {name} in {self}"): return np.memmap(self.local(name), dtype, 'r', shape=shape)
 
     def free(self):
         "Bytes left on the disk"
@@ -57,16 +95,18 @@ class Folder:
 
     @contextlib.contextmanager
     def lock(self):
-        "One writer at a time; the system takes the lock back when a writer dies"
-        self.path.mkdir(parents=True, exist_ok=True)
+        "One writer at a time; the system releases the lock when a writer dies"
+        with explained(f"Can't write to {self}"): self.path.mkdir(parents=True, exist_ok=True)
         me = str(self.path.resolve())
         busy = DistillError(f"Another writer is at work on {self}: wait for it, or choose another folder.")
         if me in LOCKED: raise busy
-        try: f = open(self.path/'.lock', 'a+')
-        except PermissionError:     # a place to read from: who has something to write will be told
-            yield
+        # subtle: O_NOFOLLOW, for a link would create or lock a file somewhere else
+        try: f = os.open(self.path/'.lock', os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o666)
+        except OSError as e:
+            if e.errno not in (errno.EACCES, errno.EROFS): raise DistillError(f"Can't write to {self}: {e.strerror}.") from e
+            yield       # a read-only folder: `write` reports it if there is something to write
             return
-        with f:
+        with os.fdopen(f, 'r+') as f:
             try: acquire(f)
             except OSError as e: raise busy from e
             LOCKED.add(me)
@@ -75,6 +115,14 @@ class Folder:
 
 
 LOCKED = set()      # the system's locks are between processes, this is within one
+
+
+@contextlib.contextmanager
+def explained(what, errors=(OSError, ValueError)):
+    "Turn an error of the file system into one clear line"
+    try: yield
+    except DistillError: raise
+    except errors as e: raise DistillError(f"{what}: {getattr(e, 'strerror', None) or e or type(e).__name__}.") from e
 
 
 def acquire(f):
@@ -88,11 +136,13 @@ def acquire(f):
 
 class Remote(Folder):
     "A folder behind fsspec: files are fetched to this machine when they are first read"
-    def __init__(self, url, kept=None):
-        self.url,self.kept = url.rstrip('/'),kept
-        if kept is None:
-            self.kept = tempfile.mkdtemp(prefix='fastdistill-')
-            weakref.finalize(self, remove_download, self.kept, os.getpid())
+    fetches = True
+
+    def __init__(self, url, downloads=None):
+        self.url,self.downloads = url.rstrip('/'),downloads
+        if downloads is None:
+            self.downloads = tempfile.mkdtemp(prefix='fastdistill-')
+            weakref.finalize(self, remove_download, self.downloads, os.getpid())
 
     @property
     def fs(self): return fsspec_of(self.url)[0]
@@ -103,30 +153,45 @@ class Remote(Folder):
 
     def sub(self, name): return Remote(f'{self.url}/{name}')
 
+    # subtle: each file system has errors of its own, which are no OSErrors
+
     def size(self, name):
-        try: return self.fs.size(self.at(name))
-        except FileNotFoundError: return None
+        with explained(f"Can't reach {self}", Exception):
+            try: return self.fs.size(self.at(name))
+            except FileNotFoundError: return None
 
-    def names(self):
-        base = self.at('')
-        try: return sorted(n.lstrip('/')[len(base.lstrip('/')):] for n in self.fs.find(base))
-        except FileNotFoundError: return []
+    def listing(self):
+        "Name -> size of each file, with one request"
+        base = self.at('').lstrip('/')
+        with explained(f"Can't reach {self}", Exception):
+            try: return {n.lstrip('/')[len(base):]: o['size'] for n,o in self.fs.find(self.at(''), detail=True).items()}
+            except FileNotFoundError: return {}
 
-    def read(self, name): return self.fs.cat_file(self.at(name))
+    def sizes(self, names):
+        have = self.listing()
+        return [have.get(n) for n in names]
+
+    def names(self): return sorted(self.listing())
+
+    def read(self, name):
+        with explained(f"Can't read {name} in {self}", Exception): return self.fs.cat_file(self.at(name))
+
+    def checksum(self, name): return checksum(self.read(name))      # of what is there, not of what was fetched
+
+    def local(self, name):
+        if not (p := Path(self.downloads)/name).exists(): Folder(self.downloads).write(name, self.read(name))
+        return p
 
     def write(self, name, data):
-        self.fs.makedirs(self.at(name).rpartition('/')[0], exist_ok=True)
         tmp = self.at(name) + f'.{os.getpid()}.tmp'
-        self.fs.pipe_file(tmp, bytes(data))
-        self.fs.mv(tmp, self.at(name))
+        with explained(f"Can't write {name} in {self}", Exception):
+            self.fs.makedirs(self.at(name).rpartition('/')[0], exist_ok=True)
+            self.fs.pipe_file(tmp, bytes(data))
+            self.fs.mv(tmp, self.at(name))
 
     def remove(self, name):
-        if self.size(name) is not None: self.fs.rm_file(self.at(name))
-
-    def map(self, name, dtype, shape):
-        local = Path(self.kept)/name
-        if not local.exists(): Folder(self.kept).write(name, self.read(name))
-        return np.memmap(local, dtype, 'r', shape=shape)
+        with explained(f"Can't remove {name} from {self}", Exception):
+            if self.size(name) is not None: self.fs.rm_file(self.at(name))
 
     def free(self): return None
 
@@ -139,9 +204,11 @@ def remove_download(path, pid):
 
 
 def fsspec_of(url):
+    "(file system, path in it)"
     try: from fsspec.core import url_to_fs
-    except ImportError as e: raise ImportError(f"{url} is not on this machine: pip install fsspec") from e
-    return url_to_fs(url)
+    except ImportError as e: raise DistillError(f"{url} is not on this machine: pip install fsspec") from e
+    # such as a protocol that is not known, or one whose package (s3fs, gcsfs ...) is not installed
+    with explained(f"Can't reach {url}", Exception): return url_to_fs(url)
 
 
 def open_folder(path) -> Folder:

@@ -1,14 +1,17 @@
 "What a cache says about itself: whose outputs, of which samples, through which transforms, and what each file must hold."
-import json, warnings
-from dataclasses import asdict, dataclass, field
+import json, re, warnings
+from dataclasses import MISSING, asdict, dataclass, field, fields
 import numpy as np
 from ..outputs import DistillError, DistillWarning
 from .digests import versions
+from .entries import json_list, json_object, json_text, parse_json, refuse_entry, shortened, whole_number
 from .records import Layout
 
-__all__ = ['Manifest', 'differences', 'refuse', 'sample_differences', 'transform_differences']
+__all__ = ['CHECKSUM', 'Manifest', 'differences', 'refuse', 'sample_differences', 'transform_differences']
 
 FORMAT,VERSION = 'fastdistill-cache',1
+# what a manifest may ask for, so that a damaged one fills neither memory nor disk, and no loop runs without end
+MAX_MANIFEST,MAX_COUNT,MAX_VIEWS,MAX_BATCH,MAX_FILES,MAX_FILE = 2**28,2**40,2**16,2**20,2**22,2**33
 
 
 @dataclass
@@ -44,22 +47,104 @@ class Manifest:
         for v in range(self.stored):
             for i in range(self.per_view): yield v,i,self.shard(v, i),self.rows_of(i)*self.layout.bytes
 
+    def all_files(self):
+        "(name, bytes) of each file that has a checksum"
+        yield 'keys.bin',8*self.count
+        for *_,name,size in self.all_shards(): yield name,size
+
     @property
     def bytes(self): return self.count*self.stored*self.layout.bytes
 
     def to_json(self): return json.dumps(dict(format=FORMAT, version=VERSION, **asdict(self)), indent=1, default=as_python).encode()
 
+    def as_read(self):
+        "As it comes back from the file: without tuples and NumPy's numbers, and checked"
+        return self.of_entries(json.loads(json.dumps(asdict(self), default=as_python)))
+
+    @classmethod
+    def read(cls, where):
+        "The manifest in a folder"
+        if where.size('manifest.json') > MAX_MANIFEST:
+            raise DistillError(f"{where}/manifest.json has {where.size('manifest.json')} bytes: possible are {MAX_MANIFEST}.")
+        return cls.from_json(where.read('manifest.json'), where)
+
     @classmethod
     def from_json(cls, text, where):
-        try: d = json.loads(text)
-        except ValueError as e: raise DistillError(f"{where}/manifest.json is damaged ({e}): write the cache anew.") from e
-        if not isinstance(d, dict) or d.pop('format', None) != FORMAT:
-            raise DistillError(f"{where}/manifest.json is not a fastdistill cache's.")
-        if (v := d.pop('version', None)) != VERSION:
-            raise DistillError(f"{where} is a cache of version {v}, this fastdistill reads version {VERSION}: "
-                               "install the one that wrote it, or write the cache anew.")
-        try: return cls(**{**d, 'layout': Layout.from_json(d['layout'])})
-        except (TypeError, KeyError) as e: raise DistillError(f"{where}/manifest.json is damaged ({e!r}): write the cache anew.") from e
+        try:
+            if not isinstance(d := parse_json(text), dict) or d.pop('format', None) != FORMAT:
+                raise NotACache(f"{where}/manifest.json is not a fastdistill cache's.")
+            if type(v := d.pop('version', None)) is not int or v != VERSION:
+                raise NotACache(f"{where} is a cache of version {shortened(v)}, this fastdistill reads version {VERSION}: "
+                                "install the one that wrote it, or write the cache again (force=True).")
+            return cls.of_entries(d)
+        except NotACache as e: raise DistillError(str(e)) from None
+        except DistillError as e:
+            raise DistillError(f"{where}/manifest.json is damaged: {e} Restore the file, or write the cache again (force=True).") from None
+
+    @classmethod
+    def of_entries(cls, d):
+        "The manifest that these entries make; all of them are checked, before anything is done with one"
+        required = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
+        json_object('the file', d, required, [f.name for f in fields(cls) if f.name not in required])
+        self = cls(**{**d, 'layout': Layout.from_json(d['layout'])})
+        self._check_numbers()
+        self._check_texts()
+        self._check_samples()
+        self._check_shards()
+        return self
+
+    def _check_numbers(self):
+        whole_number('count', self.count, 1, MAX_COUNT)
+        whole_number('views', self.views, 0, MAX_VIEWS)
+        whole_number('seed', self.seed, -2**63, 2**64-1)
+        whole_number('batch_size', self.batch_size, 1, MAX_BATCH)
+        whole_number('shard_rows', self.shard_rows, 1, MAX_COUNT)
+        if self.shard_rows % self.batch_size:
+            raise DistillError(f"shard_rows is {self.shard_rows}: it must be a multiple of batch_size, {self.batch_size}.")
+        if (n := self.stored*self.per_view) > MAX_FILES:
+            raise DistillError(f"count, views and shard_rows make {n} files: possible are {MAX_FILES}.")
+        if (n := self.rows_of(0)*self.layout.bytes) > MAX_FILE:
+            raise DistillError(f"shard_rows and layout make files of {n} bytes: possible are {MAX_FILE}.")
+
+    def _check_texts(self):
+        for k in ('teacher', 'transforms', 'versions'): json_object(k, getattr(self, k), ())
+        json_object('data', self.data, (), ('keys', 'root'))
+        for k,v in self.data.items(): json_text(f'data.{k}', v)
+        if self.vocab is not None: json_list('vocab', self.vocab, 0, MAX_MANIFEST)
+
+    def _check_samples(self):
+        for i,s in enumerate(json_list('samples', self.samples, 0, 1000)):
+            name = f'samples[{i}]'
+            json_object(name, s, ('row', 'view', 'digest'), ('after',))
+            whole_number(f'{name}.row', s['row'], 0, self.count-1)
+            whole_number(f'{name}.view', s['view'], 0, self.stored-1)
+            json_text(f'{name}.digest', s['digest'])
+            for o in json_list(f'{name}.after', s.get('after', []), 0, 1000):
+                if not all(type(v) is float for v in json_list(f'{name}.after', o, 3, 3)):
+                    raise DistillError(f"{name}.after has {shortened(o)}: three numbers are possible.")
+
+    def _check_shards(self):
+        "The names in the file must be those that follow from the layout"
+        if type(self.complete) is not bool: refuse_entry('complete', self.complete, 'true or false')
+        n = (1 + self.stored*self.per_view)*self.complete
+        json_list('shards', self.shards, n, n)
+        for i,(s,(name,size)) in enumerate(zip(self.shards, self.all_files())):
+            json_object(f'shards[{i}]', s, ('name', 'bytes', 'checksum'), ())
+            json_text(f'shards[{i}].name', s['name'], [name])
+            if type(s['bytes']) is not int or s['bytes'] != size: refuse_entry(f'shards[{i}].bytes', s['bytes'], size)
+            if not CHECKSUM.fullmatch(json_text(f'shards[{i}].checksum', s['checksum'])):
+                refuse_entry(f'shards[{i}].checksum', s['checksum'], '32 hexadecimal digits')
+
+    @property
+    def checksums(self):
+        "Of each file of a complete cache"
+        return {s['name']: s['checksum'] for s in self.shards}
+
+
+CHECKSUM = re.compile('[0-9a-f]{32}')
+
+
+class NotACache(DistillError): "A file that is whole, but of something else"
 
 
 def as_python(o):
@@ -70,25 +155,28 @@ def as_python(o):
 
 def differences(
     a:Manifest, # found
-    b:Manifest # wanted
+    b:Manifest, # wanted
+    files:str='' # in words, which files changed
 ) -> list:
-    "In words, what makes two caches different; empty if one can go on with the other"
-    out = []
+    "In words, what keeps a cache from being completed as another one; more views can be added"
+    out = [files] if files else []
     def differ(what, x, y):
-        if x != y: out.append(f'{what}: {short(x)} in the cache, {short(y)} now')
+        if x != y: out.append(f'{what}: {shortened(x)} in the cache, {shortened(y)} now')
     for k in dict.fromkeys([*a.teacher, *b.teacher]):
         if k != 'name': differ(f'teacher, {k}', a.teacher.get(k), b.teacher.get(k))
     if (a.count, a.data.get('keys')) != (b.count, b.data.get('keys')):
         differ('data (count and fingerprint of the samples\' keys)', (a.count, a.data), (b.count, b.data))
     out += transform_differences(a.transforms, b.transforms)
-    for k in ('views', 'seed', 'vocab', 'layout'): differ(k, getattr(a, k), getattr(b, k))
-    if not out and len(a.samples) == len(b.samples) and not all(map(alike, a.samples, b.samples)):
+    if not 0 < a.views < b.views: differ('views', a.views, b.views)
+    for k in ('seed', 'vocab', 'layout'): differ(k, getattr(a, k), getattr(b, k))
+    known = {(s['row'], s['view']): s for s in a.samples}
+    if not out and not all(alike(known.get((s['row'], s['view']), s), s) for s in b.samples):
         out.append(f'the inputs of some samples{OTHER_INPUT}{other_libraries(a)}')
     return out
 
 
 def transform_differences(found, now):
-    return [f'transform {k}: {short(found.get(k, "none"))} in the cache, {short(now.get(k, "none"))} now'
+    return [f'transform {k}: {shortened(found.get(k, "none"))} in the cache, {shortened(now.get(k, "none"))} now'
             for k in dict.fromkeys([*found, *now]) if found.get(k) != now.get(k)]
 
 
@@ -117,9 +205,6 @@ def other_libraries(m):
     now = versions()
     other = '; '.join(f'{k} {v} then, {now.get(k)} now' for k,v in m.versions.items() if now.get(k) != v)
     return other and f' ({other})'
-
-
-def short(o, n=200): return (s if len(s := str(o)) <= n else s[:n] + ' ...')
 
 
 def refuse(

@@ -1,14 +1,27 @@
 "Reading a cache: rows by (sample, view), as fast as the disk's own cache, in any number of workers."
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePath
 import numpy as np
 import torch
 from torch import Tensor
 from ..outputs import DistillError, Outputs
-from .digests import checksum, input_digest
-from .folder import open_folder
+from .digests import checksum, file_checksum, input_digest
+from .files import changed_text, newer_record, unpack_record
+from .folder import explained, open_folder
 from .keys import dataset_keys
 from .manifest import Manifest, refuse, sample_differences
 
-__all__ = ['TeacherCache', 'damaged']
+__all__ = ['TeacherCache', 'damages', 'is_cache']
+
+
+def is_cache(
+    path # anything that may name a cache: a path, a URL, and what is neither
+) -> bool:
+    "Is there a cache at this path or URL?"
+    if not isinstance(path, (str, PurePath)): return False
+    if '://' not in str(path) and not os.path.isdir(os.path.expanduser(path)): return False
+    return open_folder(path).size('manifest.json') is not None
 
 
 class TeacherCache:
@@ -16,16 +29,19 @@ class TeacherCache:
     def __init__(
         self,
         path, # folder or URL that `cache_teacher` or `cache_dataset` wrote
-        force:bool=False # warn where data, transforms or classes don't fit, instead of refusing
+        force:bool=False, # warn where data, transforms or classes don't fit, instead of refusing
+        keys=None # `keys=` as they were given when it was written: a list, or a function of the item
     ):
-        self.folder,self.force = open_folder(path),force
+        self.folder,self.force,self.sample_names = open_folder(path),force,keys
         if self.folder.size('manifest.json') is None:
             raise DistillError(f"There is no cache at {self.folder} (no manifest.json): write one with cache_teacher(teacher, dls, path).")
-        text = self.folder.read('manifest.json')
-        self.manifest = m = Manifest.from_json(text, self.folder)
+        self.manifest = m = Manifest.read(self.folder)
         if not m.complete:
-            raise DistillError(f"{self.folder} is not finished: call what began to write it once more, and it goes on from there.")
-        self._maps,self._keys,self._opened = {},None,checksum(text)
+            raise DistillError(f"{self.folder} is not finished: call what began to write it once more to resume.")
+        self._maps,self._keys,self._opened = {},None,checksum(m.to_json())
+        self._files = {o['name']: o for o in m.shards}
+        sizes = zip(m.shards, self.folder.sizes(self._files))
+        self._refuse({o['name']: text for o,size in sizes if (text := wrong_size(o, size))})
 
     def __repr__(self):
         m = self.manifest
@@ -35,12 +51,24 @@ class TeacherCache:
     def __len__(self): return self.manifest.count
 
     @property
+    def identity(self):
+        "Equal for two openings of the same written cache"
+        return str(self.folder),self._opened
+
+    @property
     def views(self): return self.manifest.views
 
     @property
     def seed(self): return self.manifest.seed
 
-    def __getstate__(self): return {**self.__dict__, '_maps': {}, '_keys': None}     # a memory map pickles as a copy of all its data
+    def __getstate__(self):
+        # a memory map pickles as a copy of all its data
+        checked = [o for o in CHECKED if o[0] == str(self.folder)]
+        return {**self.__dict__, '_maps': {}, '_keys': None, 'sample_names': None, '_checked': checked}
+
+    def __setstate__(self, state):
+        CHECKED.update(state.pop('_checked'))       # of a worker that is a new process
+        self.__dict__.update(state)
 
     @property
     def keys(self) -> np.ndarray:
@@ -55,19 +83,23 @@ class TeacherCache:
         return None if sub.size('manifest.json') is None else TeacherCache(sub, self.force)
 
     def _open(self, name, dtype, shape):
-        want,have = int(np.prod(shape))*np.dtype(dtype).itemsize,self.folder.size(name)
-        if have != want:
-            what = 'is missing' if have is None else f'has {have} bytes instead of {want}'
-            raise DistillError(f"{name} of {self.folder} {what}: write the cache once more, and only what is damaged is made anew.")
+        self._refuse(damages(self.folder, self.manifest, [self._files[name]], once=True))
         return self.folder.map(name, dtype, shape)
 
     def _shard(self, view, i):
         if (view, i) not in self._maps:
             m = self.manifest
-            if self.folder.size('manifest.json') is None or checksum(self.folder.read('manifest.json')) != self._opened:
-                raise DistillError(f"{self.folder} was written anew (or removed) since it was opened: open it again.")
             self._maps[view, i] = self._open(m.shard(view, i), np.uint8, (m.rows_of(i), m.layout.bytes))
         return self._maps[view, i]
+
+    def _refuse(self, found):
+        if not found: return
+        if self.folder.size('manifest.json') is None or checksum(Manifest.read(self.folder).to_json()) != self._opened:
+            raise DistillError(f"{self.folder} was overwritten (or removed) since it was opened: open it again.")
+        names = [f'{k} {v}' for k,v in found.items()]
+        more = f' and {len(names)-5} more' if len(names) > 5 else ''
+        raise DistillError(f"Damaged files in {self.folder}: {', '.join(names[:5])}{more}. Call what wrote the cache once more with the same "
+                           "arguments: only damaged files are rewritten.")
 
     def rows(
         self,
@@ -123,8 +155,9 @@ class TeacherCache:
         lost = np.flatnonzero(mine[at] != keys)
         if len(lost):
             raise DistillError(f"{len(lost)} of {len(keys)} samples have no row in {self.folder} (the first is number {lost[0]}): "
-                               "these are other data, or their paths are relative to another root "
-                               f"({self.manifest.data.get('root', '')!r} when the cache was written).")
+                               "these are other data, their paths are relative to another root "
+                               f"({self.manifest.data.get('root', '')!r} when the cache was written), or it was written with keys=: "
+                               "open it with TeacherCache(path, keys=...).")
         return at
 
     def keys_of(self, dataset, keys=None): return dataset_keys(dataset, keys)
@@ -137,16 +170,73 @@ class TeacherCache:
         "Refuse a dataset of which a few samples come out otherwise than when the cache was written"
         refuse(self.folder, sample_differences(self.manifest, at, lambda i, view: dict(digest=input_digest(item(i, view)))), self.force)
 
+    def changed_files(
+        self,
+        files, # (M,) path of each sample's file, as `files_of` gives them; None: samples are not files
+        at=None # (M,) their positions in the cache, as `find` gives them; None: the samples of the cache in its own order
+    ) -> list:
+        "Names of the files whose content is not what it was when the cache was written; only files with another time or size are read"
+        if files is None or self.folder.size('files.bin') is None: return []
+        record = unpack_record(self.folder.read('files.bin'), len(self))
+        if record is None: raise DistillError(f"files.bin of {self.folder} is damaged: write the cache once more.")
+        changed,_ = newer_record(record if at is None else record[np.asarray(at)], files)
+        return [str(files[i]) for i in changed]
+
+    def check_files(self, files, at=None):
+        "Refuse samples whose files changed since the cache was written (with `force`: warn)"
+        if names := self.changed_files(files, at): refuse(self.folder, [changed_text(names, len(files))], self.force)
+
     def check(self):
         "Compare every file with its checksum; damaged ones are named"
-        if bad := damaged(self.folder, self.manifest):
-            raise DistillError(f"Damaged files in {self.folder}: {', '.join(bad)}. Write the cache once more, "
-                               "and only these are made anew.")
+        self._refuse(damages(self.folder, self.manifest, self.manifest.shards))
+        return self
+
+    def check_once(self):
+        """Compare those files with their checksums that this process has not compared yet. Call it before DataLoader workers start:
+        each of them would compare the files again"""
+        self._refuse(damages(self.folder, self.manifest, self.manifest.shards, once=True))
         return self
 
 
-def damaged(folder, m):
-    "Names of files that are not what the manifest says"
-    sums = {s['name']: s['checksum'] for s in m.shards}
-    names = ['keys.bin'] + [name for *_,name,_ in m.all_shards()]
-    return [n for n in names if folder.size(n) is None or checksum(folder.read(n)) != sums.get(n)]
+CHECKED = set()     # files that this process found whole: folder, name, checksum, number of classes, size, time, inode
+
+
+def damages(
+    folder, m,
+    files, # entries of `m.shards`
+    once:bool=False # skip what this process found whole before
+) -> dict:
+    "File name -> in words, why it is not what the manifest says"
+    look = lambda o: damage_of(folder, m, o, once)
+    if len(files) == 1: found = map(look, files)
+    else:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool: found = list(pool.map(look, files))
+    return {o['name']: text for o,text in zip(files, found) if text}
+
+
+def damage_of(folder, m, o, once):
+    name = o['name']
+    if text := wrong_size(o, folder.size(name)): return text
+    # subtle: what was fetched may be whole, and what is there not
+    if folder.fetches and not once: return '' if folder.checksum(name) == o['checksum'] else OTHER_BYTES
+    with explained(f"Can't read {name} in {folder}"):
+        path = folder.local(name)
+        stat = path.stat()
+        seen = str(folder),name,o['checksum'],m.layout.n,stat.st_size,stat.st_mtime_ns,stat.st_ino
+        text = '' if once and seen in CHECKED else damage_inside(path, m, o)
+    if not text: CHECKED.add(seen)
+    return text
+
+
+def damage_inside(path, m, o):
+    size,known = 1 if o['name'] == 'keys.bin' else m.layout.bytes,[]
+    def look(part):
+        if size > 1: known.append(m.layout.knows_ids(np.frombuffer(part, np.uint8).reshape(-1, size)))
+    if file_checksum(path, max(2**20//size, 1)*size, look) != o['checksum']: return OTHER_BYTES
+    return '' if all(known) else f'has numbers of classes beyond layout.n={m.layout.n}'
+
+
+OTHER_BYTES = 'has other bytes than were written'
+
+def wrong_size(o, size):
+    if size != o['bytes']: return 'is missing' if size is None else f"has {size} bytes instead of {o['bytes']}"

@@ -1,15 +1,19 @@
 "One row of a cache: a fixed number of bytes that hold a teacher's outputs for one view of one sample."
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from math import prod
 import numpy as np
 import torch
 from torch import Tensor
 import torch.nn.functional as F
 from ..outputs import TAILS, DistillError, Outputs, TopK
+from .entries import json_list, json_object, json_text, whole_number
 
 __all__ = ['Field', 'Layout', 'Wish']
 
 DTYPES = 'float32','float16','int8'
+# what a manifest may ask for, so that a damaged one can't fill the memory
+MAX_BYTES,MAX_VALUES,MAX_FIELDS,MAX_DIMS,MAX_CLASSES = 2**31,2**33,1000,8,2**24
 
 
 @dataclass
@@ -35,6 +39,15 @@ class Field:
     dtype:str # NumPy's name of it, little-endian
     shape:tuple
     at:int=0
+
+    def __str__(self): return f'{self.name!r} of {self.dtype} {list(self.shape)} at byte {self.at}'
+
+    @classmethod
+    def from_json(cls, name, d):
+        d = json_object(name, d, ('name', 'dtype', 'shape', 'at'), ())
+        shape = [whole_number(f'{name}.shape[{i}]', o, 1, MAX_BYTES) for i,o in enumerate(json_list(f'{name}.shape', d['shape'], 0, MAX_DIMS))]
+        dtype,at = json_text(f'{name}.dtype', d['dtype'], TORCH_DTYPES),whole_number(f'{name}.at', d['at'], 0, MAX_BYTES)
+        return cls(json_text(f'{name}.name', d['name']), dtype, tuple(shape), at)
 
     @property
     def bytes(self): return prod(self.shape)*np.dtype(self.dtype).itemsize
@@ -69,7 +82,7 @@ class Layout:
         if out.logits is None: raise DistillError("The teacher's Outputs have no logits: there is nothing to store.")
         self,t = cls(tail=wish.tail, axis=wish.axis),out.logits
         if t.dim() < 1: raise DistillError(f"The teacher's output has shape {tuple(t.shape)}: it needs a batch dimension.")
-        if not -t.dim() <= wish.axis < t.dim() and wish.topk is not None:
+        if wish.topk is not None and not (-t.dim() <= wish.axis < t.dim() and wish.axis % t.dim()):
             raise DistillError(f"topk={wish.topk} along axis {wish.axis}: the teacher's output has shape {tuple(t.shape)}.")
         if wish.size is not None:
             if wish.topk is not None: raise DistillError("size= and topk= together: maps are stored smaller, or with few classes.")
@@ -101,21 +114,41 @@ class Layout:
     def _field(self, name, dtype, shape): self.fields.append(Field(name, dtype, tuple(shape), self.bytes))
 
     @property
-    def bytes(self): return sum(f.bytes for f in self.fields)
+    def bytes(self): return self.fields[-1].at + self.fields[-1].bytes if self.fields else 0
 
     def to_json(self): return asdict(self)
 
     @classmethod
     def from_json(cls, d):
-        d = dict(d)
-        fs = [Field(**{**f, 'shape': tuple(f['shape'])}) for f in d.pop('fields')]
-        return cls(fs, **{**d, 'full': None if d.get('full') is None else tuple(d['full'])})
+        "The layout that `of` makes of such outputs; one that differs from it, as in where a field begins, is refused"
+        json_object('layout', d, ('fields', 'n', 'tail', 'axis', 'full'), ())
+        n = None if d['n'] is None else whole_number('layout.n', d['n'], 1, MAX_CLASSES)
+        full = None if d['full'] is None else json_list('layout.full', d['full'], 2, 2)
+        for o in full or (): whole_number('layout.full', o, 1, MAX_BYTES)
+        tail,axis = json_text('layout.tail', d['tail'], TAILS),whole_number('layout.axis', d['axis'], -MAX_DIMS, MAX_DIMS)
+        found = json_list('layout.fields', d['fields'], 1, MAX_FIELDS)
+        found = [Field.from_json(f'layout.fields[{i}]', f) for i,f in enumerate(found)]
+        if (size := sum(f.bytes for f in found)) > MAX_BYTES:
+            raise DistillError(f"layout.fields take {size} bytes: possible are {MAX_BYTES}.")
+        self = cls.of(*outputs_like(found, n, tail, axis, full))
+        for i,(a,b) in enumerate(zip_longest(found, self.fields)):
+            if a != b:
+                raise DistillError(f"layout.fields[{i}] is {a or 'missing'}: with the other entries of layout, it must be {b or 'left out'}.")
+        return self
 
     @property
     def dense(self):
         "Do rows hold a map or a sequence, a value for each place of the input?"
         f = self.fields[0]
         return len(f.shape) > 1
+
+    def knows_ids(
+        self, rows # (M, bytes) uint8
+    ) -> bool:
+        "Are all class numbers below the number of classes? An index beyond it would end a process on a GPU"
+        if self.n is None or not len(rows): return True
+        ids = self.fields[0]
+        return int(np.ascontiguousarray(rows[:, :ids.bytes]).view(ids.dtype.replace('int32', 'uint32')).max()) < self.n
 
     # writing
 
@@ -164,6 +197,28 @@ class Layout:
         else: logits = TopK(got['ids'].long(), full('values'), self.n, self.tail, self.axis, got.get('rest'))
         if self.full is not None: logits = F.interpolate(logits, self.full, mode='bilinear')
         return Outputs(logits, feats, got['mask'].float() if 'mask' in got else None)
+
+
+def outputs_like(fields, n, tail, axis, full):
+    "`Outputs` without content, and the `Wish` that stores them in such fields"
+    shape,named = fields[0].shape,{f.name: f for f in fields}
+    if n is None: t,wish = meta(shape),Wish(fields[0].dtype, None, tail, axis)
+    else:
+        if not shape or 'values' not in named: raise DistillError(f"layout.n is {n}: it needs fields 'ids' and 'values' of shape (..., k).")
+        t,wish = meta((*shape[:-1], n)),Wish(named['values'].dtype, shape[-1], tail, axis)
+        if not -t.dim() <= axis < t.dim(): raise DistillError(f"layout.axis is {axis}: the outputs have {t.dim()} dimensions.")
+        t = t.movedim(-1, axis)
+    if full is not None:
+        if n is not None or len(shape) != 3: raise DistillError(f"layout.full is {full}: it is for maps (C, H, W) of all classes.")
+        t,wish.size = meta((shape[0], *full)),shape[1:]
+    feats = {k[6:]: meta(f.shape) for k,f in named.items() if k.startswith('feats:')}
+    return Outputs(t, feats, meta(named['mask'].shape) if 'mask' in named else None),wish
+
+
+def meta(shape):
+    "The tensor of a batch of one that has a shape and no content"
+    if prod(shape) > MAX_VALUES: raise DistillError(f"Outputs of shape {tuple(shape)} are too large: possible are {MAX_VALUES} numbers.")
+    return torch.empty(1, *shape, device='meta')
 
 
 def mean_without(t, ids):

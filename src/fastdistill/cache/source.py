@@ -5,7 +5,7 @@ import numpy as np
 from ..outputs import DistillError, DistillWarning
 from .digests import fingerprint
 
-__all__ = ['Source', 'check_alone', 'identity_of', 'spread_positions', 'unrepeatable']
+__all__ = ['Source', 'check_alone', 'distinct_views', 'identity_of', 'spread_positions', 'unrepeatable']
 
 
 @dataclass
@@ -19,6 +19,7 @@ class Source:
     root:str=''
     vocab:list|None=None
     samples:list|None=None
+    files:list|None=None # path of each sample's file, in the order of `keys`; None where samples are not files
 
 
 def spread_positions(n, k=4): return np.unique(np.linspace(0, n-1, min(k, n), dtype=int))
@@ -36,6 +37,20 @@ def check_alone(run, n):
         raise DistillError(f"The teacher's answer to a sample differs by {far:.3g} with other samples in its batch: it is in training "
                            "mode, has a memory, or a batch transform looks at the whole batch. Stored answers would belong to no sample: "
                            "use a live teacher.")
+
+
+def distinct_views(
+    views:int, # asked for
+    n:int, # samples
+    look # fn(position, view) -> something to compare: a digest of the input as the teacher gets it
+) -> int:
+    "How many views to store: as many as asked for, but 1 (with a warning) where nothing random makes them differ"
+    if views < 2: return views
+    for i in spread_positions(n, 4).tolist():
+        first = look(i, 0)
+        if any(look(i, v) != first for v in range(1, min(views, 4))): return views
+    warnings.warn(DistillWarning(f"views={views}, but all views of a sample are the same: there is no random transform. One view is stored."))
+    return 1
 
 
 def unrepeatable(what, i):

@@ -1,15 +1,17 @@
 "Writing a cache shard by shard, each whole or not there: an interrupted run resumes."
 import json, re, warnings
-from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from contextlib import closing, nullcontext, suppress
+from dataclasses import dataclass, replace
 import numpy as np
 from ..outputs import DistillError, DistillWarning
 from ..ranks import on_first, rank, world_size
 from .digests import checksum, versions
+from .files import changed_text, newer_record, pack_record, record_files, unpack_record
+from .entries import json_object, json_text, parse_json
 from .folder import open_folder
 from .keys import hash_of
-from .manifest import Manifest, differences, refuse
-from .reader import TeacherCache, damaged
+from .manifest import CHECKSUM, Manifest, differences, refuse
+from .reader import TeacherCache, damages
 from .records import Layout, Wish
 from .source import Source
 
@@ -54,74 +56,97 @@ def write_cache(
     where = open_folder(path)
     with closing(source.run(tasks_of(source, 0, 0, 1), 1)) as first: layout = Layout.of(next(first), wish)
     with where.lock() if rank() == 0 else nullcontext():
-        m = on_first(lambda: _begin(where, source, layout, views, seed, force, shard_bytes))
-        todo = [] if m.complete else [s for s in m.all_shards() if not finished(where, s)]
+        m,done = on_first(lambda: _begin(where, source, layout, views, seed, force, shard_bytes))
+        todo = [s for s in m.all_shards() if s[2] not in done]
         plan = Forecast(m.count, m.stored, layout.bytes, sum(s[3] for s in todo), where.free())
         if forecast is not None: forecast(plan)
         plan.check(where)
-        on_first(lambda: None)      # subtle: no rank may write before all have seen what is missing
         _write_shards(where, source, m, todo[rank()::world_size()], progress)
-        on_first(lambda: _finish(where, m))
+        on_first(lambda: _finish(where, m, done))
     return TeacherCache(where)
 
 
 def _begin(where, source, layout, views, seed, force, shard_bytes):
-    "The manifest to go on with: the one that is there, if it is of the same cache"
+    "The manifest of the finished cache, and the checksum of each shard that is there: of the same cache, or of one with fewer views"
     rows = max(shard_bytes//layout.bytes//source.bs, 1)*source.bs
     m = Manifest(len(source.keys), views, seed, layout, rows, source.bs, source.teacher,
                  dict(keys=f'{hash_of(source.keys.tobytes()):016x}', root=source.root), source.transforms, source.vocab,
                  source.samples or [], versions())
-    m = Manifest.from_json(m.to_json(), where)      # subtle: as it will be read again (no tuples), before anything is removed
+    m = m.as_read()         # subtle: what can't be kept is found before anything is removed
     keys = source.keys.astype('<u8').tobytes()
     if where.size('manifest.json') is not None:
-        try: old = Manifest.from_json(where.read('manifest.json'), where)
+        try: old = Manifest.read(where)
         except DistillError as e:
             if not force: raise
-            warnings.warn(DistillWarning(f'{e} It is written anew (force=True).'))
+            warnings.warn(DistillWarning(f'{e} It is overwritten (force=True).'))
         else:
-            if not (found := differences(old, m)): return _reopen(where, old, keys)
-            refuse(where, found, force, 'It is written anew')
+            if not (found := differences(old, m, changed_now(where, source.files))): return _reopen(where, old, m, keys)
+            refuse(where, found, force, 'It is overwritten')
     clear(where)
     clear(where.sub('valid'))       # it would be another teacher's
     where.write('keys.bin', keys)
+    if source.files is not None: where.write('files.bin', pack_record(record_files(source.files)))
     where.write('manifest.json', m.to_json())
-    return m
+    return m,{}
 
 
-def _reopen(where, m, keys):
-    "Of a finished cache: throw out what is damaged, so that it is made anew"
+def changed_now(where, paths) -> str:
+    "In words, which of the samples' files changed; where none did, their new times are stored"
+    if paths is None or where.size('files.bin') is None: return ''
+    record = unpack_record(where.read('files.bin'), len(paths))
+    if record is None: return ''
+    changed,new = newer_record(record, paths)
+    if len(changed): return changed_text([str(paths[i]) for i in changed], len(record))
+    if not np.array_equal(new, record):
+        with suppress(DistillError): where.write('files.bin', pack_record(new))      # a read-only folder keeps the old ones
+    return ''
+
+
+def _reopen(where, old, m, keys):
+    "The manifest of the cache that is there, with the views that are wanted now, and the checksums of its whole shards"
     clear(where, '.tmp')
-    bad = damaged(where, m) if m.complete else []
-    if m.complete and not bad: clear(where, '.json')      # of one who was stopped between his last two steps
-    # nobody knows yet whether they are whole
-    if not m.complete and (where.size('keys.bin') != len(keys) or where.read('keys.bin') != keys): where.write('keys.bin', keys)
-    if not bad: return m
-    for s in m.shards:
-        if s['name'] not in bad and s['name'] != 'keys.bin': where.write(note_of(s['name']), json.dumps(s).encode())
-    for n in bad: where.remove(n)
-    where.write('keys.bin', keys)
-    m.complete,m.shards = False,[]
-    where.write('manifest.json', m.to_json())
-    return m
+    new = replace(old, views=m.views, samples=m.samples, shards=[], complete=False)
+    if where.size('keys.bin') != len(keys) or where.read('keys.bin') != keys: where.write('keys.bin', keys)
+    if not old.complete:
+        if new != old: where.write('manifest.json', new.to_json())
+        return new,notes(where, new.all_shards())
+    bad,own = damages(where, old, old.shards),old.checksums
+    clear(where, '.json', {note_of(n) for n in own})        # of a writer that was killed between its last two steps
+    if new.views == old.views and not bad: return old,own
+    for n in bad:
+        if n != 'keys.bin': where.remove(n)
+    # subtle: the old manifest stays until all is written, so that its views can be read meanwhile
+    return new,{k: v for k,v in own.items() if k not in bad} | notes(where, (s for s in new.all_shards() if s[2] not in own))
 
 
-CACHE_FILES = re.compile(r'(manifest\.json|keys\.bin|view\d{3,}/\d{6,}\.(bin|json))(\.\d+\.tmp)?')
+CACHE_FILES = re.compile(r'(manifest\.json|keys\.bin|files\.bin|view\d{3,}/\d{6,}\.(bin|json))(\.\d+\.tmp)?')
 
-def clear(where, ending=''):
-    "Remove a cache's files, and no others; the manifest first, for without it the rest is nothing"
+def clear(where, ending='', only=None):
+    "Remove a cache's files, and no others; the manifest first, because without it the rest is nothing"
     for n in sorted(where.names(), key=lambda n: n != 'manifest.json'):
-        if CACHE_FILES.fullmatch(n) and n.endswith(ending) and not (ending and n == 'manifest.json'): where.remove(n)
+        if not CACHE_FILES.fullmatch(n) or not n.endswith(ending) or only is not None and n not in only: continue
+        if not (ending and n == 'manifest.json'): where.remove(n)
 
 
 def note_of(name): return name.replace('.bin', '.json')
 
 
+def note_checksum(where, shard) -> str|None:
+    "The checksum of a shard that is there, and as long as it must be, from the file beside it; None if it is not"
+    *_,name,size = shard
+    if where.size(name) != size or not 0 < (where.size(note_of(name)) or 0) < 1000: return None
+    try:
+        o = json_object(note_of(name), parse_json(where.read(note_of(name))), ('name', 'checksum'))
+        return o['checksum'] if o['name'] == name and CHECKSUM.fullmatch(json_text('checksum', o['checksum'])) else None
+    except DistillError: return None
+
+
+def notes(where, shards): return {s[2]: o for s in shards if (o := note_checksum(where, s)) is not None}
+
+
 def finished(where, shard):
     "Is this shard there, and as long as it must be?"
-    *_,name,size = shard
-    if where.size(name) != size or where.size(note_of(name)) is None: return False
-    try: return json.loads(where.read(note_of(name)))['name'] == name
-    except (ValueError, KeyError, TypeError): return False
+    return note_checksum(where, shard) is not None
 
 
 def _write_shards(where, source, m, todo, progress):
@@ -151,15 +176,16 @@ def _write_shard(where, m, name, n, batches):
     where.write(note_of(name), json.dumps(dict(name=name, bytes=len(data), checksum=checksum(data))).encode())
 
 
-def _finish(where, m):
-    "Collect the shards' checksums into the manifest: now it is a cache"
+def _finish(where, m, done):
+    "Collect the shards' checksums in the manifest: now it is a cache"
     if m.complete: return
-    notes = [note_of(name) for *_,name,_ in m.all_shards()]
-    keys = where.read('keys.bin')
-    m.shards = [dict(name='keys.bin', bytes=len(keys), checksum=checksum(keys)), *(json.loads(where.read(n)) for n in notes)]
-    m.complete = True
+    shards = list(m.all_shards())
+    sums = {**notes(where, [s for s in shards if s[2] not in done]), **done, 'keys.bin': checksum(where.read('keys.bin'))}
+    if lost := [name for name,_ in m.all_files() if name not in sums]:
+        raise DistillError(f"{lost[0]} of {where} disappeared while the cache was written: write it once more.")
+    m.shards,m.complete = [dict(name=name, bytes=size, checksum=sums[name]) for name,size in m.all_files()],True
     where.write('manifest.json', m.to_json())
-    for n in notes: where.remove(n)
+    clear(where, '.json')
 
 
 def tasks_of(source, view, first, n): return view*len(source.keys) + np.arange(first, first+n)

@@ -1,11 +1,11 @@
 "The `fastdistill` command: its options, and mistakes in one line instead of a traceback."
-import sys, warnings
+import re, sys, warnings
 from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
 from .. import __version__
-from ..outputs import DistillError, DistillWarning
+from ..errors import DistillError, DistillWarning
 from .cache import cache_app
 from .demo import demo
 
@@ -25,19 +25,44 @@ def version(asked):
 
 @app.callback()
 def options(
-    _:Annotated[bool, typer.Option('--version', callback=version, is_eager=True, help='Show the version and stop.')]=False
+    _:Annotated[bool, typer.Option('--version', callback=version, is_eager=True, help='Show the version.')]=False,
+    debug:Annotated[bool, typer.Option('--debug', help='Show the traceback of a mistake.')]=False # read by `main`
 ): pass
 
 
 def main():
-    "The command, with mistakes and warnings in one line instead of a traceback"
-    says,other = Console(stderr=True, highlight=False, soft_wrap=True),warnings.showwarning
+    "Run the command: mistakes and warnings are one line each, and a mistake ends with exit code 2"
+    console,show_other = Console(stderr=True, highlight=False, soft_wrap=True),warnings.showwarning
     def show(message, category, *args, **kwargs):
-        if issubclass(category, DistillWarning): says.print('[yellow]fastdistill:[/]', escape(str(message)))
-        else: other(message, category, *args, **kwargs)
+        if issubclass(category, DistillWarning):
+            console.print('[yellow]fastdistill:[/]', escape(in_flags(str(message))))
+        else: show_other(message, category, *args, **kwargs)
     with warnings.catch_warnings():
         warnings.showwarning = show
         try: app()
-        except DistillError as e:
-            says.print('[red]fastdistill:[/]', escape(str(e)))
+        # a package that is not installed, a path that cannot be read or written
+        except (DistillError, ImportError, OSError) as e:
+            if '--debug' in sys.argv: raise
+            console.print('[red]fastdistill:[/]', escape(in_flags(str(e))))
             sys.exit(2)
+
+
+def in_flags(
+    text:str # a message of the library, which names Python's arguments
+):
+    "The same message with the command line's flags: `views=8` is `--views 8`, `force=True` is `--force`"
+    have = {o.lstrip('-').replace('-', '_') for c in commands(typer.main.get_command(app)) for p in c.params
+            for o in p.opts}
+    def flag(m):
+        name,value = m['name'],m['value'] or ''
+        if name not in have: return m[0]
+        name = name.replace('_', '-')
+        if value == 'True': return f'--{name}'
+        return f'--no-{name}' if value == 'False' else f'--{name} {value}'.rstrip()
+    return re.sub(r"(?<![\w.])(?P<name>[a-z_]+)=(?P<value>True|False|'[^']*'|[\w.\-]+)?", flag, text)
+
+
+def commands(command):
+    "A command and all commands below it"
+    yield command
+    for c in getattr(command, 'commands', {}).values(): yield from commands(c)

@@ -1,54 +1,73 @@
 "What the user names on the command line: 'file.py:name'."
-import importlib.util, inspect, sys
-from functools import cache as once
+import ast, importlib.util, inspect, sys, traceback
+from functools import cache
 from pathlib import Path
-from ..outputs import DistillError
+from ..errors import DistillError
 
 __all__ = ['dataloaders', 'load_object', 'load_teacher']
 
 
-def load_teacher(name): return load_object(name, teacher_from) if '.py:' in name else name
+def load_teacher(
+    name:str # 'file.py:name', or a file that `Teacher` takes
+):
+    "The object behind 'file.py:name'; any other name is for `Teacher` to load"
+    return load_object(name, called) if '.py:' in name else name
 
 
 def load_object(
-    name, # 'file.py:name'
+    name:str, # 'file.py:name'
     use # fn(object) -> what is wanted of it
 ):
+    "Run a file and take an object from it"
     file,_,attr = name.rpartition(':')
-    if not file.endswith('.py') or not attr: raise DistillError(f"{name!r}: say which file and which name in it, as in 'train.py:dls'.")
+    if not file.endswith('.py') or not attr:
+        raise DistillError(f"{name!r}: give a file and a name in it, as in 'train.py:dls'.")
     if not Path(file).is_file(): raise DistillError(f"There is no file {file!r}.")
     module = module_of(Path(file).resolve())
     if not hasattr(module, attr):
-        of = lambda v: None if inspect.ismodule(v) else getattr(v, '__module__', module.__name__)
-        own = [k for k,v in vars(module).items() if k[0] != '_' and of(v) == module.__name__]
-        raise DistillError(f"{file} has no {attr!r}. It has: {', '.join(own)}")
+        raise DistillError(f"{file} has no {attr!r}. It has: {', '.join(names_in_file(file)) or 'no names'}")
     return use(getattr(module, attr))
 
 
-@once
+def names_in_file(file):
+    "Public names that a file defines itself, whatever kind of object they are"
+    names = []
+    for node in ast.parse(Path(file).read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): names.append(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            names += [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    return [n for n in dict.fromkeys(names) if not n.startswith('_')]
+
+
+@cache
 def module_of(file):
-    "The file as a module, once: data and teacher may come from the same one"
-    # subtle: under its own name where that is free, so that what was pickled by a program that imported it can be loaded
+    "The file as a module, run once: data and teacher may come from the same one"
+    # subtle: under its own name where that is free, so that pickles of a program that imported it can be loaded
     name = file.stem if file.stem not in sys.modules else f'{file.stem}_'
     spec = importlib.util.spec_from_file_location(name, file)
     sys.path.insert(0, str(file.parent))
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try: spec.loader.exec_module(module)
+    except DistillError: raise
+    except Exception as e:
+        del sys.modules[name]
+        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(file)]
+        line = getattr(e, 'lineno', None) or (lines[-1] if lines else '?')
+        raise DistillError(f"{file.name} stopped in line {line}: {type(e).__name__}: {e}") from e
     return module
 
 
-def takes_no_arguments(o):
-    "Is this a function that needs no arguments?"
-    return inspect.isroutine(o) and all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-                                        for p in inspect.signature(o).parameters.values())
-
-
-def teacher_from(o): return o() if takes_no_arguments(o) else o
+def called(o):
+    "What a function without required arguments returns; anything else as it is"
+    needs = lambda p: p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    return o() if inspect.isroutine(o) and not any(map(needs, inspect.signature(o).parameters.values())) else o
 
 
 def dataloaders(o):
-    o = o() if takes_no_arguments(o) else o
-    o = getattr(o, 'dls', o)       # a Learner's
+    "fastai DataLoaders: given, made by a function, or a Learner's"
+    o = called(o)
+    o = getattr(o, 'dls', o)
     if not hasattr(o, 'loaders'):
-        raise DistillError(f"A {type(o).__name__} is no fastai DataLoaders, nor a function without arguments that makes one.")
+        raise DistillError(f"A {type(o).__name__} is no fastai DataLoaders, nor a function without arguments that "
+                           "makes one.")
     return o

@@ -1,4 +1,4 @@
-"`fastdistill demo`: a big model teaches a small one, on real data, and the gain is measured."
+"`fastdistill demo`: a big model teaches a small one on real data, and the gain is measured."
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +16,7 @@ from .tasks import DemoTask, ToFloat, load_task
 
 __all__ = ['Results', 'run']
 
-# how one and the same small model is trained
+# the ways in which the same small model is trained
 WAYS = {ALONE: None, 'labels + teacher': kd(T=4, alpha=.7), 'soft labels only': soft_labels(T=4)}
 
 
@@ -32,18 +32,18 @@ def run(
     root=None, # folder of its data; digits need none
     seeds:int=5, # students of each kind
     out='out', # folder for the picture and the numbers
-    quick:bool=False, # a few steps, one seed: only to see that it runs
+    quick:bool=False, # a few steps and one seed, to see that it runs
     console:Console|None=None
 ) -> Results:
-    "Train a teacher, then small students alone and taught by it; print a table, save a picture and the numbers"
-    if seeds < 1: raise DistillError(f"seeds={seeds}: at least 1 student of each kind is needed; 2 or more show a spread")
+    "Train a teacher, then small students without it and with it; print a table, save a picture and the numbers"
+    if seeds < 1: raise DistillError(f"seeds={seeds}: at least 1 student of each kind is needed, 2 for a spread")
     console,start,out = console or Console(),time.perf_counter(),Path(out)
     task = load_task(data, root)
     if quick: task,seeds = task.quick(),1
     console.print(opening(task, seeds))
     with threads(task.threads), progress(console) as bar:
         teacher,students = train_all(task, seeds, bar)
-        ms = latency(task, seconds=.05 if quick else 1., teacher=teacher.model, student=students[ALONE][0].model)
+        ms = latency(task, .05 if quick else 1., teacher=teacher.model, student=students[ALONE][0].model)
     r = Results.of(task, teacher, students, ms, time.perf_counter()-start)
     out.mkdir(parents=True, exist_ok=True)
     draw_results(r, task, teacher, students, out/f'demo-{data}.png')
@@ -66,7 +66,7 @@ def train_all(task, seeds, bar):
 
 
 def train(task:DemoTask, model, n_epoch, lr, augment, seed, tick, teacher=None, recipe=None) -> Trained:
-    "A new model, alone or distilled; one seed gives the same start and the same batches in every way"
+    "Train a new model, alone or with a teacher; one seed gives the same start and the same batches in every way"
     set_seed(seed)
     learn = Learner(task.dls(augment), model(), loss_func=task.loss(), cbs=Ticks(tick))
     with learn.no_bar(), learn.no_logging():
@@ -76,10 +76,16 @@ def train(task:DemoTask, model, n_epoch, lr, augment, seed, tick, teacher=None, 
     return Trained(learn, out, task.score(out, y))
 
 
-def latency(task:DemoTask, seconds, batches=(1, 64), **models):
-    "Median milliseconds of one forward pass, for each model and size of batch, on one device in one process"
+def latency(
+    task:DemoTask,
+    seconds, # for each measurement
+    batches=(1, 64), # their sizes
+    **models
+):
+    "Median milliseconds of one forward pass, for each model and batch size, on one device in one process"
     x, = ToFloat().encodes((task.test[0],))
-    return {name: {n: time_of(m.eval(), x[:n].to(next(m.parameters()).device), seconds) for n in batches} for name,m in models.items()}
+    def ms(m, n): return time_of(m.eval(), x[:n].to(next(m.parameters()).device), seconds)
+    return {name: {n: ms(m, n) for n in batches} for name,m in models.items()}
 
 
 @torch.inference_mode()
@@ -98,7 +104,7 @@ def time_of(model, x, seconds):
 
 @contextmanager
 def threads(n):
-    "At most `n` threads: on two cores, small models are faster with one"
+    "At most `n` threads inside: on two cores, small models are faster with one"
     before = torch.get_num_threads()
     torch.set_num_threads(n or before)
     try: yield
@@ -106,5 +112,5 @@ def threads(n):
 
 
 def progress(console):
-    return Progress(TextColumn('{task.description:16}'), BarColumn(), MofNCompleteColumn(), TextColumn('steps'), TimeElapsedColumn(),
-                    console=console)
+    return Progress(TextColumn('{task.description:16}'), BarColumn(), MofNCompleteColumn(), TextColumn('steps'),
+                    TimeElapsedColumn(), console=console)

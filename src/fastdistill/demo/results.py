@@ -18,7 +18,7 @@ ALONE = 'student alone'
 class Trained:
     "A model after its training"
     learn:Learner
-    out:Tensor # what it says to the test set, before softmax
+    out:Tensor # its outputs for the test set, before softmax
     score:float # on the test set, after the last epoch
 
     @property
@@ -27,39 +27,39 @@ class Trained:
 
 @dataclass
 class Results:
-    "Plain numbers"
+    "All numbers of one run of the demo"
     data:str
     unit:str # of the scores
-    n:tuple # items for training, for the test
-    steps:tuple # of the teacher, of each student
+    n:tuple # items for training and for the test
+    steps:tuple # of the teacher and of each student
     teacher:float # its score
     scores:dict # way -> a score for each seed
     params:dict # 'teacher', 'student' -> how many
     ms:dict # 'teacher', 'student' -> {size of batch: median milliseconds of a forward pass}
-    seconds:float # the whole demo took
+    seconds:float # for the whole demo
     machine:dict
 
     @classmethod
     def of(cls, task, teacher, students, ms, seconds):
         scores = {way: [s.score for s in ss] for way,ss in students.items()}
         params = {'teacher': n_params(teacher.model), 'student': n_params(students[ALONE][0].model)}
-        return cls(task.title, task.unit, (len(task.train[0]), len(task.test[0])), task.steps, teacher.score, scores, params, ms,
-                   seconds, machine())
+        n = len(task.train[0]),len(task.test[0])
+        return cls(task.title, task.unit, n, task.steps, teacher.score, scores, params, ms, seconds, machine())
 
     @property
     def seeds(self): return len(self.scores[ALONE])
 
     def gain(self, way):
-        "Mean score over that of the student alone"
+        "The mean score, less that of the student alone"
         return mean(self.scores[way]) - mean(self.scores[ALONE])
 
     def recovered(self, way):
-        "Share of the teacher's lead over the student alone that this way makes up; None if there is no lead"
+        "The gain as a share of the teacher's lead over the student alone; None if there is no lead"
         lead = self.teacher - mean(self.scores[ALONE])
         return self.gain(way)/lead if lead > 0 else None
 
     def better(self, way):
-        "In how many seeds it is better than alone"
+        "In how many seeds it is better than the student alone"
         return sum(a > b for a,b in zip(self.scores[way], self.scores[ALONE]))
 
     def save(self, path):
@@ -72,17 +72,17 @@ def n_params(model): return sum(p.numel() for p in model.parameters())
 
 
 def machine():
-    "Where the numbers come from"
+    "The machine and the versions that the numbers come from"
     return dict(device=str(default_device()), cpu=platform.processor() or platform.machine(), cores=os.cpu_count(),
                 python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__)
 
 
 def opening(task, seeds):
     return (f"[bold]{task.title}[/]: {len(task.train[0]):,} for training, {len(task.test[0]):,} for the test\n\n"
-            f"A teacher of {n_params(task.teacher()):,} parameters, then students of {n_params(task.student()):,}: "
-            "alone, taught by labels\n"
-            f"and teacher, and by the teacher's soft labels only. {seeds} of each, {task.steps[1]:,} steps each, from\n"
-            "the same starts, on the same batches, at the same learning rate.\n")
+            f"A teacher of {n_params(task.teacher()):,} parameters is trained, then students of "
+            f"{n_params(task.student()):,}: alone, with labels and teacher, and with the teacher's soft labels only. "
+            "All have the same starts, batches and learning rate. "
+            f"Students of each kind: {seeds}; steps: {task.steps[1]:,}.\n")
 
 
 def percent(xs): return f'{100*mean(xs):.1f}' + (f' ± {100*stdev(xs):.1f}' if len(xs) > 1 else '')
@@ -92,22 +92,23 @@ def results_table(r:Results):
     "A row for each model"
     t = Table('', box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     t.columns[0].no_wrap = True
-    for c in (f'{r.unit}\n%', 'beats\nalone', 'lead re-\ncovered', 'params', *[f'ms\nfor {n}' for n in r.ms['student']]):
-        t.add_column(c, justify='right', no_wrap=True)
+    columns = f'{r.unit}\n%', 'beats\nalone', 'lead re-\ncovered', 'params', *(f'ms\nfor {n}' for n in r.ms['student'])
+    for c in columns: t.add_column(c, justify='right', no_wrap=True)
     ms = {who: [f'{v:.2f}' for v in o.values()] for who,o in r.ms.items()}
     t.add_row('teacher', percent([r.teacher]), '', '', f"{r.params['teacher']:,}", *ms['teacher'])
     for way,xs in r.scores.items():
         share = r.recovered(way)
-        taught = ('', '') if way == ALONE else (f'{r.better(way)} of {r.seeds}', '-' if share is None else f'{100*share:.0f} %')
+        gained = '-' if share is None else f'{100*share:.0f} %'
+        taught = ('', '') if way == ALONE else (f'{r.better(way)} of {r.seeds}', gained)
         t.add_row(way, percent(xs), *taught, f"{r.params['student']:,}", *ms['student'])
     return t
 
 
 def closing(r:Results, picture, numbers):
-    "What came of it, where it lies, what to do next"
+    "The gains, where picture and numbers are, what to do next"
     over = f'mean ± standard deviation over {r.seeds} seeds' if r.seeds > 1 else 'one seed'
     gains = ', '.join(f'{way} {100*r.gain(way):+.1f}' for way in r.scores if way != ALONE)
-    return (f"Test set after the last epoch; students: {over}.\nPoints against alone: {gains}.\n"
+    return (f"Test set after the last epoch; students: {over}.\nPoints more than alone: {gains}.\n"
             f"{r.seconds:.0f} s on {r.machine['cores']} cores. Picture: {picture}\nNumbers: {numbers}\n\n"
-            "[bold]Next, with your own data[/]: two Learners with the same classes, a trained teacher, a new student, and\n"
+            "[bold]Next, with your own data[/]: two Learners with the same classes, one trained, and\n"
             "    from fastdistill.fastai import *; student.distill(teacher, 5, 1e-3)")

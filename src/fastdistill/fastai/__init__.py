@@ -1,11 +1,10 @@
 "Distillation for fastai: `from fastdistill.fastai import *` after `from fastai.vision.all import *`."
 import sys
-from .. import docments, losses
+from .. import docments, losses, recipes
 from ..cache import TeacherCache
 from ..distiller import Distiller
 from ..outputs import DistillError, DistillWarning, Outputs
 from ..recipes import *
-from ..recipes import __all__ as _recipes
 from ..teacher import Teacher
 from ..terms import Recipe, Term
 from . import learner as _learner, patches as _patches
@@ -14,7 +13,10 @@ from .cache_data import cache_teacher, verify_cache
 from .callback import KnowledgeDistillation
 from .check import check_teacher
 
+# A star import must not take names that people have in scope, such as `dist`, `at`, `sp`, `cwd` or `losses`. So it brings the
+# recipes whose names can mean nothing else; all of them are in `recipes`, and can be imported by name
 __all__ = ['DistillError', 'DistillWarning', 'Distiller', 'KnowledgeDistillation', 'Outputs', 'Recipe', 'Teacher', 'TeacherBlock',
-           'TeacherCache', 'Term', 'cache_teacher', 'check_teacher', 'losses', 'verify_cache', *_recipes]
+           'TeacherCache', 'Term', 'cache_teacher', 'check_teacher', 'dkd', 'hard_labels', 'kd', 'logit_std', 'nkd', 'recipes',
+           'soft_labels', 'verify_cache']
 
-docments.explain_all(sys.modules[__name__])
+for _face in (recipes, sys.modules[__name__]): docments.explain_all(_face)

@@ -3,21 +3,22 @@ import copy, warnings
 from contextlib import contextmanager, nullcontext
 import numpy as np
 import torch
-from fastai.basics import L, Pipeline, TfmdDL, TfmdLists
+from fastai.basics import Pipeline, TfmdDL, TfmdLists
 from fastai.data.transforms import Normalize
 from fastai.tabular.core import TabDataLoader
 from fastai.text.data import SortedDL
 from ..cache.digests import fingerprint, flat_values
-from ..cache.keys import hash_of, keys_of, root_of
+from ..cache.progress import shown_progress
 from ..cache.reader import TeacherCache
 from ..cache.records import Wish
-from ..cache.source import Source, check_alone, identity_of, spread_positions, unrepeatable
+from ..cache.source import Source, check_alone, distinct_views, identity_of, spread_positions, unrepeatable
 from ..cache.verify import Verified
 from ..cache.writer import write_cache
 from ..outputs import DistillError, DistillWarning, TopK, as_plain
-from ..replay.seeds import RandomGuard, seeds_of
+from ..replay.seeds import RandomGuard
 from .task import task_of
 from .check import check_teacher
+from .sample_keys import item_keys, key_root, sample_files, storage_order
 from .replay_dl import IndexedItem, Plan, attach, refuse_unindexed
 from .stream import is_stream, model_outputs, stream_outputs
 from .teachers import image_stats, teacher_of
@@ -31,49 +32,73 @@ def cache_teacher(
     teacher, # Learner, exported .pkl, module, `Teacher`, or a list of these
     dls, # DataLoaders whose training set (with its augmentation) is cached
     path, # folder or URL
-    views:int=1, # augmented views of each sample; 0: the clean one, as in validation, while the student sees augmented ones
+    views:int=1, # augmented views of each sample; 0: the clean one, as in validation, while the student sees augmented
+    # ones
     topk:int|None=None, # keep the likeliest classes only
     dtype:str='float16', # 'float32', 'float16' or 'int8' (scaled row by row)
     layers=None, # names of the teacher's layers whose outputs are stored too
     *,
-    tail:str='mean', # what is assumed of the classes that are not kept: 'mean', 'uniform', 'zero' or 'bucket', see `TopK`
+    tail:str='mean', # assumption about classes that are not stored: 'mean', 'uniform', 'zero' or 'bucket', see `TopK`
     size=None, # height and width to which maps of logits are reduced
     valid:bool=False, # cache the validation set too: then distillation has a column of its own there
     keys=None, # what names each sample of the training set: a list, or a function of its item; None: the item itself
     bs:int|None=None, num_workers:int|None=None, # None: as the DataLoaders have it
     seed:int=0, # of the random numbers
-    kind:str|None=None, axis:int|None=None, # what the logits are, and their class axis; None: read off the labels' loss function
+    kind:str|None=None, axis:int|None=None, # what the logits are, and their class axis; None: read off the labels'
+    # loss function
     check:bool=True, # look for mistakes first, as `Learner.check_teacher` does
-    force:bool=False, # write anew over a cache that doesn't fit
-    progress=None, forecast=None # fn(rows done, rows in all, bytes done), after each batch; fn(Forecast), before the first one
+    force:bool=False, # overwrite a cache that doesn't fit
+    progress=True, # a bar in terminals and notebooks; False: none; or fn(rows done, rows in all, bytes done), called
+    # after each batch
+    forecast=None # fn(Forecast), called before the teacher runs
 ) -> TeacherCache:
-    "Write what `teacher` says about each view of each sample, and open it; what was begun and stopped is gone on with"
+    "Run the teacher on each view of each sample, store its outputs, and open the cache. An interrupted run resumes"
     task = task_of_data(dls, teacher, kind, axis)
     if topk is not None and task.kind != 'softmax':
-        raise DistillError(f"topk={topk} keeps the likeliest of several classes, but this model predicts {task.kind} outputs: topk=None.")
-    teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **({} if layers is None else dict(layers=layers)))
+        raise DistillError(f"topk={topk} keeps the likeliest of several classes, but this model predicts {task.kind} "
+                           "outputs: use topk=None.")
+    asked = {} if layers is None else dict(layers=layers)
+    teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **asked)
     if check: check_teacher(dls, teacher, task).enforce()
     wish = Wish(dtype, topk, tail, task.axis, size)
-    given = dict(seed=seed, force=force, progress=progress, forecast=forecast)
+    given = dict(seed=seed, force=force, forecast=forecast)
     names = None if task.kind == 'regression' else classes_of(teacher, dls)
     source = lambda dl, views, keys: source_of(teacher, dls, dl, views, seed, keys, names, bs, num_workers)
     with RandomGuard():       # DataLoaders draw a seed for their workers
-        cache = write_cache(path, source(dls.train, views, keys), wish, views=views, **given)
-        if valid: write_cache(cache.folder.sub('valid'), source(dls.valid, 0, keys if callable(keys) else None), wish, views=0, **given)
+        views = views_of(dls.train, views, seed)
+        with shown_progress(progress) as show:
+            cache = write_cache(path, source(dls.train, views, keys), wish, views=views, progress=show, **given)
+        if valid:
+            names_too = keys if callable(keys) else None
+            with shown_progress(progress) as show:
+                write_cache(cache.folder.sub('valid'), source(dls.valid, 0, names_too), wish, views=0, progress=show,
+                            **given)
+    cache.sample_names = keys
     return cache
+
+
+def views_of(dl, views, seed):
+    "How many views to store: 1 where no transform is random"
+    if views < 2 or is_stream(dl): return views     # views of a language model are orders of its texts
+    refuse_unindexed(dl)
+    n = len(dl.dataset)
+    plan = Plan(np.arange(n, dtype=np.uint64), views, seed, np.arange(n))
+    def look(i, view): return inspect_views(writer_dl(dl, plan, [view*n + i], 1, 0), [view*n + i])
+    return distinct_views(views, n, look)
 
 
 def verify_cache(
     cache, # `TeacherCache`, or its path
     teacher, dls, # that it was written with
-    n:int=64, # rows to ask the teacher for again
+    n:int=64, # rows to compare
     seed:int=0, # which rows
     **kwargs # of `cache_teacher`: keys, kind, axis, layers
 ) -> 'Verified':
-    "Run the teacher again on some views and compare its answers with the stored ones"
+    "Run the teacher again on some views and compare its outputs with the stored ones"
     cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
     m = cache.manifest
-    task,keys = task_of_data(dls, teacher, kwargs.pop('kind', None), kwargs.pop('axis', None)),kwargs.pop('keys', None)
+    task = task_of_data(dls, teacher, kwargs.pop('kind', None), kwargs.pop('axis', None))
+    keys = kwargs.pop('keys', cache.sample_names)
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **kwargs)
     with RandomGuard():       # DataLoaders draw a seed for their workers
         source = source_of(teacher, dls, dls.train, m.views, m.seed, keys, check=False)
@@ -83,24 +108,24 @@ def verify_cache(
         errors,sizes = [],[]
         for i,live in enumerate(source.run(at, bs)):
             part = slice(i*bs, i*bs+bs)
-            kept,t = cache.outputs(stored[part], view[part]).logits,live.logits.detach().float().cpu()
-            if isinstance(kept, TopK): kept,t = kept.values,t.movedim(kept.axis, -1).log_softmax(-1).gather(-1, kept.ids)
+            old,t = cache.outputs(stored[part], view[part]).logits,live.logits.detach().float().cpu()
+            if isinstance(old, TopK): old,t = old.values,t.movedim(old.axis, -1).log_softmax(-1).gather(-1, old.ids)
             largest = lambda o: o.abs().reshape(len(o), -1).amax(1)
             sizes += largest(t.where(t.isfinite(), 0)).clamp_min(1).tolist()
-            # equal infinities are equal
-            errors += largest((kept-t).where(kept != t, 0)).tolist() if kept.shape == t.shape else [float('inf')]*len(t)
+            # subtle: equal infinities are equal
+            errors += largest((old-t).where(old != t, 0)).tolist() if old.shape == t.shape else [float('inf')]*len(t)
     return Verified(len(at), max(errors), float(np.mean(errors)), max(e/n for e,n in zip(errors, sizes)),
                     next(f.dtype for f in m.layout.fields if f.name in ('logits', 'values')))
 
 
 def rows_to_verify(dl, n, views, rows, rng):
-    "(tasks, batch size) of some rows: from everywhere, but of a stream the first ones of a view"
+    "(tasks, batch size) of some rows: at random positions; for a language model, the first rows of a view"
     if not is_stream(dl): return np.sort(rng.choice(n*views, min(rows, n*views), replace=False)),1
     return int(rng.integers(views))*n + np.arange(min(-(-rows//dl.bs)*dl.bs, n)),dl.bs
 
 
 def task_of_data(dls, teacher, kind, axis):
-    "Read off the labels' loss function, or else off that of a teacher who is a Learner"
+    "Read from the loss function of the DataLoaders, or else of a teacher that is a Learner"
     return task_of(getattr(dls, 'loss_func', None) or getattr(teacher, 'loss_func', None), kind, axis)
 
 
@@ -109,58 +134,33 @@ def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num
     refuse_unindexed(dl)
     stream = is_stream(dl)
     if stream and bs not in (None, dl.bs):
-        raise DistillError(f"bs={bs}, but a language model's text is cut into as many rows as its batches have, {dl.bs}: leave bs out.")
-    names,order,root = item_keys(dl, keys, root_of(dls.path)),storage_order(dl),root_of(dls.path)
+        raise DistillError(f"bs={bs}, but a language model's text is cut into as many rows as its batches have, "
+                           f"{dl.bs}: omit bs.")
+    root = key_root(dls)
+    names,order = item_keys(dl, keys, root),storage_order(dl)
     plan = Plan(names[order], views, seed, order, stream=stream)
     make = lambda tasks, bs, workers=None: writer_dl(dl, plan, tasks, bs, workers)
     def run(tasks, bs):
         with validation_transforms(dl, not views), teacher if hasattr(teacher, '__enter__') else nullcontext():
-            workers = num_workers if len(tasks) > bs else 0     # to start workers takes longer than one batch
+            workers = num_workers if len(tasks) > bs else 0     # starting workers takes longer than one batch
             if stream: yield from stream_outputs(teacher, dl, lambda t: make(t, bs, workers), tasks, bs)
             else: yield from (model_outputs(teacher, b, dl.n_inp) for b in make(tasks, bs, workers))
     if check:
         with validation_transforms(dl, not views): check_views_repeat(make, len(names)*max(views, 1))
-        if not stream: check_alone(run, len(names))       # subtle: of one view, in which texts are ordered by length
+        if not stream: check_alone(run, len(names))       # subtle: in one view, where texts are ordered by length
         if isinstance(dl, SortedDL): check_padding(run, len(names))
     with validation_transforms(dl, not views): samples = sample_digests(make, plan, views)
     who = identity_of(teacher)
-    # what it is given as it comes, is another thing under another normalisation
+    # without `stats`, the student's normalization is part of the teacher's identity
     if any(getattr(t, 'stats', None) is None for t in (getattr(teacher, 'members', None) or [teacher])):
         who['input'] = 'mean {}, std {}'.format(*(torch.as_tensor(o).flatten().tolist() for o in image_stats(dls)))
-    return Source(plan.keys, run, bs or dl.bs or 64, who, describe_transforms(dl) if views or stream else {}, root, vocab, samples)
-
-
-def item_keys(dl, keys, root):
-    "(N,) uint64 by position in the dataset; of a stream, by place in these very texts"
-    names = sample_keys(dl, keys, root)
-    if not is_stream(dl): return names
-    return seeds_of(hash_of(names.tobytes(), np.asarray(dl.lens.coll, np.int64).tobytes()), np.arange(dl.n))
-
-
-def sample_keys(dl, keys, root):
-    ds = dl.dataset
-    items = ds if isinstance(ds, (list, L, np.ndarray)) else getattr(ds, 'items', None)
-    if keys is not None:
-        rows = (items.iloc[i] for i in range(len(items))) if hasattr(items, 'iloc') else items
-        names = [keys(o) for o in rows] if callable(keys) else keys
-        if len(names) != len(ds): raise DistillError(f"{len(names)} keys for {len(ds)} samples: give one for each.")
-        return keys_of(names, root)
-    if items is None: raise DistillError(f"A {type(ds).__name__} doesn't say which samples it holds: pass keys=, one for each sample.")
-    if hasattr(items, 'columns'):       # a table: a row is what is in it
-        import pandas as pd
-        try: return pd.util.hash_pandas_object(items, index=False).to_numpy(np.uint64)
-        except TypeError: items = items.to_numpy()
-    return keys_of(items, root)
-
-
-def storage_order(dl):
-    "Positions in the order in which rows are stored: as they are, but texts by length, for padding must not mix long and short"
-    if isinstance(dl, SortedDL): return np.argsort(-np.asarray(dl.res), kind='stable')
-    return np.arange(dl.n if is_stream(dl) else len(dl.dataset))
+    return Source(plan.keys, run, bs or dl.bs or 64, who, describe_transforms(dl) if views or stream else {}, root,
+                  vocab, samples,
+                  sample_files(dl, order))
 
 
 class FixedOrder:
-    "A DataLoader's `get_idxs` that always gives the same"
+    "A DataLoader's `get_idxs` that always gives the same indices"
     def __init__(self, idxs): self.idxs = idxs
     def __call__(self): return self.idxs
 
@@ -169,47 +169,49 @@ def writer_dl(dl, plan, tasks, bs, workers=None):
     "A DataLoader that goes through tasks in their order"
     cls = TabDataLoader if isinstance(dl, TabDataLoader) else TfmdDL
     more = {} if workers is None else dict(num_workers=workers)
-    d = TfmdDL.new(dl, cls=cls, bs=bs, shuffle=False, drop_last=False, get_idxs=FixedOrder(np.asarray(tasks).tolist()), **more)
+    d = TfmdDL.new(dl, cls=cls, bs=bs, shuffle=False, drop_last=False, get_idxs=FixedOrder(np.asarray(tasks).tolist()),
+                   **more)
     return attach(d, copy.copy(plan), dl if is_stream(dl) else None)
 
 
 @contextmanager
 def validation_transforms(dl, on):
-    "Inside, a DataLoader's data go through the transforms of validation"
+    "Inside, a DataLoader uses the transforms of validation"
     ds = dl.dataset
-    told = [o.tfms for o in getattr(ds, 'tls', [ds]) if isinstance(getattr(o, 'tfms', None), Pipeline)] if on else []
-    if on and isinstance(ds, TfmdLists): told.append(ds)      # it keeps a number of its own
-    old = [o.split_idx for o in told]
-    for o in told: o.split_idx = 1
+    pipes = [o.tfms for o in getattr(ds, 'tls', [ds]) if isinstance(getattr(o, 'tfms', None), Pipeline)] if on else []
+    if on and isinstance(ds, TfmdLists): pipes.append(ds)      # it has a `split_idx` of its own
+    old = [o.split_idx for o in pipes]
+    for o in pipes: o.split_idx = 1
     try: yield
     finally:
-        for o,i in zip(told, old): o.split_idx = i
+        for o,i in zip(pipes, old): o.split_idx = i
 
 
 def check_views_repeat(make, n):
-    "Draw a few views twice: what can't be repeated is found out before anything is written"
+    "Make a few views twice: random transforms that can't be repeated are found before anything is written"
     tasks = spread_positions(n, 8)
     d = make(tasks, 1, 0)
     d.before_iter()
-    for t in tasks:
-        a,b = d.do_item(t),d.do_item(t)
-        if fingerprint(*flat_values(plain_item(a))) != fingerprint(*flat_values(plain_item(b))): raise DistillError(unrepeatable('The item transforms', t))
-    for t,a,b in zip(tasks, make(tasks, 1, 0), make(tasks, 1, 0)):
-        if fingerprint(*flat_values(plain_item(a))) != fingerprint(*flat_values(plain_item(b))): raise DistillError(unrepeatable('The batch transforms', t))
-    with RandomGuard() as u: d.before_batch([d.do_item(t)[0] for t in tasks])
-    if u.moved: raise DistillError(DRAWS_FOR_BATCH)
+    for t in tasks: check_equal(d.do_item(t), d.do_item(t), 'The item transforms', t)
+    for t,a,b in zip(tasks, make(tasks, 1, 0), make(tasks, 1, 0)): check_equal(a, b, 'The batch transforms', t)
+    with RandomGuard() as guard: d.before_batch([d.do_item(t)[0] for t in tasks])
+    if guard.moved:
+        raise DistillError("A transform of before_batch draws random numbers for a whole batch, and no batch comes "
+                           "twice: make it a transform of the items or of after_batch.")
 
 
-DRAWS_FOR_BATCH = ("A transform of before_batch draws random numbers for a whole batch, and no batch comes twice: make it a transform of the "
-            "items or of after_batch.")
+def check_equal(a, b, which, task):
+    prints = [fingerprint(*flat_values(plain_item(o))) for o in (a, b)]
+    if prints[0] != prints[1]: raise DistillError(unrepeatable(which, task))
 
 
 def check_padding(run, n):
-    "The shortest text beside the longest one, and alone"
+    "Warn if the outputs for the shortest text depend on whether the longest one is in its batch"
     beside,alone = [next(run(np.array(t), len(t))).logits[-1].float() for t in ([0, n-1], [n-1])]
     if beside.shape == alone.shape and (far := (beside-alone).abs().max().item()) > .1*(1 + alone.abs().max().item()):
-        warnings.warn(DistillWarning(f"The teacher's answer to a text depends on how far it is padded (by {far:.3g} for the shortest one): "
-                                     "what is stored was said among texts of its length. Does it know which tokens are padding?"))
+        warnings.warn(DistillWarning(f"The teacher's outputs for a text depend on its padding (by {far:.3g} for the "
+                                     "shortest one). The cache stores its outputs among texts of the same length. Does "
+                                     "it mask padding tokens?"))
 
 
 def plain_item(o):
@@ -219,26 +221,27 @@ def plain_item(o):
 
 
 def sample_digests(make, plan, views):
-    "A few samples' inputs, before and after the batch transforms: whoever replays them elsewhere must get the same"
+    "Digests of a few samples' inputs, before and after the batch transforms: a replay must give the same"
     n = len(plan.keys)
     tasks = [i % max(views, 1)*n + int(r) for i,r in enumerate(spread_positions(n, 8))]
     return [dict(row=t % n, view=t//n, **o) for t,o in zip(tasks, inspect_views(make(tasks, 1, 0), tasks))]
 
 
 def inspect_views(d, tasks):
-    "Of each task, the digest of its input, and three numbers of each part of it after the batch transforms"
-    # subtle: each model may have its own Normalize, and with it its own numbers
+    "For each task, the digest of its input, and three numbers for each tensor of it after the batch transforms"
+    # subtle: without Normalize, since each model may have its own
     d.after_batch.fs = [f for f in d.after_batch.fs if not isinstance(f, Normalize)]
-    floats = lambda b: [o for o in flat_values(plain_item(b[:d.n_inp])) if isinstance(o, torch.Tensor) and o.is_floating_point() and o.numel()]
-    after = [[summary(o) for o in floats(b)] for b in d]
+    has_floats = lambda o: isinstance(o, torch.Tensor) and o.is_floating_point() and o.numel()
+    after = [[summary(o) for o in flat_values(plain_item(b[:d.n_inp])) if has_floats(o)] for b in d]
     d.before_iter()
     return [dict(digest=item_digest(d.do_item(t), d.n_inp), after=a) for t,a in zip(tasks, after)]
 
 
 def summary(x):
-    "Mean, spread, and one number in which every place counts differently: near for those who are near, on whatever device"
+    "Mean, spread, and a sum with a different weight for each position: close for close inputs, on any device"
     x = x.detach().double().cpu().flatten()
-    return [x.mean().item(), x.std(correction=0).item(), (x*torch.arange(len(x)).mul(.7).cos()).mean().item()*len(x)**.5]
+    weights = torch.arange(len(x)).mul(.7).cos()
+    return [x.mean().item(), x.std(correction=0).item(), (x*weights).mean().item()*len(x)**.5]
 
 
 def item_digest(pair, n_inp):
@@ -247,13 +250,14 @@ def item_digest(pair, n_inp):
 
 
 def classes_of(teacher, dls):
-    "Names of the classes in the order of the teacher's logits; another order than the labels' is mapped when a student trains"
+    """Names of the classes in the order of the teacher's logits; if the labels have another order, it is mapped when a
+    student trains"""
     mine = vocab_of(dls)
     theirs = [vocab_of(t.learner.dls) for t in (teacher, *teacher.members) if t.learner is not None]
     if not theirs or mine is None or theirs[0] is None: return mine
     if any(v != theirs[0] for v in theirs) or (teacher.members and theirs[0] != mine):
-        raise DistillError("The members of the ensemble have their classes in different orders: give each, as Teacher(model, select=...), "
-                           f"the labels' order: {', '.join(mine[:10])}.")
+        raise DistillError("The members of the ensemble have their classes in different orders: give each, as "
+                           f"Teacher(model, select=...), the labels' order: {', '.join(mine[:10])}.")
     names = theirs[0] if teacher.select is None else [theirs[0][i] for i in torch.as_tensor(teacher.select).tolist()]
-    stored_order(names, mine)        # what can't be mapped is refused now
+    stored_order(names, mine)        # names that can't be mapped are refused now
     return names

@@ -6,26 +6,29 @@ import numpy as np
 import torch
 from fastai.basics import Callback, TfmdDL
 from fastai.vision.augment import RandTransform, RandomErasing, SpaceTfm
-from ..cache.keys import root_of
 from ..cache.manifest import refuse, sample_differences, transform_differences
 from ..cache.reader import TeacherCache
 from ..outputs import DistillError, Outputs, TopK, as_plain, tensors_in
 from ..ranks import rank
 from ..replay.seeds import RandomGuard
-from .cache_data import inspect_views, item_keys, writer_dl
+from .cache_data import inspect_views, writer_dl
 from .replay_dl import Plan, attach, detach, refuse_unindexed, set_aside
+from .sample_keys import item_keys, matching_root, sample_files
 from .stream import is_stream, of_length
 from .targets import Feed
 from .transforms import describe_transforms
 from .vocab import stored_order, vocab_of
 
-__all__ = ['CacheFeed', 'passed']
+__all__ = ['CacheFeed', 'passed_epochs']
 
 
 class Epochs(Callback):
-    "Tells the DataLoader which epoch it is in, for views change with it"
+    "Tells the DataLoader the number of the epoch, on which views depend"
     order = -20
-    def __init__(self, plan, before, fed): super().__init__(); self.plan,self.before,self.fed,self.passed = plan,before,fed,0
+    def __init__(self, plan, before, fed):
+        super().__init__()
+        self.plan,self.before,self.fed,self.passed = plan,before,fed,0
+
     def before_train(self):
         for dl in self.fed: dl.do_item.look()
         self.plan.epoch = self.before + self.learn.epoch
@@ -33,19 +36,22 @@ class Epochs(Callback):
     def __reduce__(self): return Callback, ()   # an exported Learner gets a callback that does nothing, and needs no fastdistill
 
 
-ONE_VIEW = ("fastdistill: the cache has one view: each sample comes with the same augmentation in all epochs, and students overfit. Write "
-            "more (views=8); or views=0, which leaves the augmentation free, where outputs have no places (classes, labels, numbers).")
+ONE_VIEW = ("fastdistill: the cache has one view. Each sample has the same augmentation in every epoch, and students "
+            "overfit. Write more views (views=8); or views=0, which leaves augmentation random, where outputs have no "
+            "positions (classes, labels, numbers).")
 
-PASSED = WeakKeyDictionary()    # cache -> learner -> epochs that it has trained from it: the next fit's views go on from there
+# learner -> cache -> epochs that it was trained from it: views continue there in the next fit
+PASSED = WeakKeyDictionary()
 
-def passed(cache): return PASSED.setdefault(cache, WeakKeyDictionary())
+
+def passed_epochs(learn) -> dict: return PASSED.setdefault(learn, {})
 
 
 @dataclass
 class CacheFeed(Feed):
     "Rows of a cache, in the batches that they belong to"
     cache:TeacherCache # or its path
-    keys:object=None # as `cache_teacher` was told
+    keys:object=None # as `cache_teacher` got them
     learn:object=field(default=None, repr=False)
     fed:list=field(default_factory=list, repr=False) # DataLoaders with rows in them
     missing = ("This batch has no stored teacher's output: the cache holds the training set only "
@@ -53,6 +59,7 @@ class CacheFeed(Feed):
 
     def __post_init__(self):
         if not isinstance(self.cache, TeacherCache): self.cache = TeacherCache(self.cache)
+        if self.keys is None: self.keys = self.cache.sample_names
         self.added = self.epochs = None
 
     def attach(self, learn, kind='softmax', axis=1):
@@ -73,26 +80,31 @@ class CacheFeed(Feed):
         plan = self._feed(dls, dls.train, self.cache, self.keys)
         if valid is not None and len(dls.loaders) > 1:
             try: self._feed(dls, dls.valid, valid, self.keys if callable(self.keys) else None)
-            except DistillError as e: print(f'fastdistill: no column for the validation set, which is not the one that was stored. {e}')
-        self.epochs = Epochs(plan, passed(self.cache).get(self.learn, 0), self.fed)
+            except DistillError as e:
+                print(f'fastdistill: no column for the validation set, since it is not the one in the cache. {e}')
+        self.epochs = Epochs(plan, passed_epochs(self.learn).get(self.cache.identity, 0), self.fed)
         self.learn.add_cb(self.epochs)
 
     def _feed(self, dls, dl, cache, keys):
         refuse_unindexed(dl)
-        if cache.views or is_stream(dl): refuse(cache.folder, transform_differences(cache.manifest.transforms, describe_transforms(dl)), cache.force)
-        names = item_keys(dl, keys, root_of(dls.path))
-        plan = Plan(names, cache.views, cache.seed, cache.find(names), cache, random=bool(cache.views), stream=is_stream(dl))
+        if cache.views or is_stream(dl):
+            refuse(cache.folder, transform_differences(cache.manifest.transforms, describe_transforms(dl)), cache.force)
+        names = item_keys(dl, keys, matching_root(cache, dls, dl))
+        plan = Plan(names, cache.views, cache.seed, cache.find(names), cache, random=bool(cache.views),
+                    stream=is_stream(dl))
+        cache.check_files(sample_files(dl), plan.at)
         refuse(cache.folder, misfits(dl, plan, cache), cache.force)
         self.fed.append(attach(dl, plan))
         return plan
 
     def detach(self):
         if self.learn is not None:
-            # subtle: some tools put a copy of the DataLoaders in place for a while
+            # subtle: some tools replace the DataLoaders by a copy for a while
             for dl in [*self.fed, *map(inner_dl, self.learn.dls.loaders)]: detach(dl)
             self.fed = []
             if self.epochs is not None:
-                if not hasattr(self.learn, 'lr_finder'): passed(self.cache)[self.learn] = self.epochs.before + self.epochs.passed
+                if not hasattr(self.learn, 'lr_finder'):
+                    passed_epochs(self.learn)[self.cache.identity] = self.epochs.before + self.epochs.passed
                 self.learn.remove_cbs([c for c in self.learn.cbs if c is self.epochs])
             self.epochs = None
         super().detach()
@@ -114,18 +126,19 @@ class CacheFeed(Feed):
         out = self.cache.decode(t)
         if self.stream: out = of_length(out, learn.x.shape[1])
         lg,order = out.logits,self.order
-        if order is not None: lg = lg.reorder(order) if isinstance(lg, TopK) else lg.index_select(self.axis, order.to(lg.device))
+        if order is not None:
+            lg = lg.reorder(order) if isinstance(lg, TopK) else lg.index_select(self.axis, order.to(lg.device))
         if isinstance(lg, TopK): lg = lg.dense(as_plain(learn.pred) if lg.tail == 'bucket' else None)
         return Outputs(lg, out.feats, out.mask)
 
 
 def inner_dl(dl):
-    "The DataLoader in fastai's distributed one"
+    "The DataLoader inside fastai's distributed one"
     return getattr(dl, 'dl', dl) if isinstance(getattr(dl, 'dl', None), TfmdDL) else dl
 
 
 def misfits(dl, plan, cache):
-    "In words, what makes these data others than those that a cache was written with"
+    "In words, how these data differ from those that a cache was written with"
     m = cache.manifest
     if m.views:
         n = len(plan.keys)
@@ -133,17 +146,18 @@ def misfits(dl, plan, cache):
         def look(i, view): return inspect_views(writer_dl(dl, again, [view*n + i], 1, 0), [view*n + i])[0]
         return sample_differences(m, plan.at, look)
     if m.layout.dense and not plan.stream and (moving := moves(dl)):
-        return [f"these outputs of unchanged inputs have a place for each pixel or token, which {', '.join(moving)} would move: "
-                "cache views=1 or more"]
+        return ["these outputs have a value for each pixel or token of the clean input, and "
+                f"{', '.join(moving)} would move them: cache views=1 or more"]
     return []
 
 
 def augmented(dl):
     "Random transforms of the training set"
     if getattr(dl.dataset, 'split_idx', 1) != 0: return []
-    return [f for k in ('after_item', 'after_batch') for f in getattr(getattr(dl, k), 'fs', []) if isinstance(f, RandTransform)]
+    return [f for k in ('after_item', 'after_batch') for f in getattr(getattr(dl, k), 'fs', []) if isinstance(f,
+                                                                                                              RandTransform)]
 
 
 def moves(dl):
-    "Names of those that put things elsewhere"
+    "Names of the random transforms that change positions"
     return [type(f).__name__ for f in augmented(dl) if not isinstance(f, (SpaceTfm, RandomErasing))]

@@ -1,26 +1,27 @@
 "The callback: distillation inside a fit, and nothing of it outside."
 import copy, math
-from pathlib import Path
 from weakref import WeakKeyDictionary
 import torch
-from fastai.basics import Callback, L, one_param
+from fastai.basics import Callback, L, noop, one_param
 from fastai.callback.mixup import MixHandler
-from ..cache.reader import TeacherCache
+from ..cache.reader import TeacherCache, is_cache
 from ..distiller import Distiller
 from ..features.names import unwrap
 from ..features.probe import dry_run
 from ..features.taps import Taps
+from ..gradients import shares_in_words
 from ..outputs import DistillError, TopK, as_plain
-from ..ranks import broadcast, rank
-from ..recipes import kd
+from ..ranks import broadcast, on_first, rank
+from ..recipes import kd, one_temperature
 from ..replay.seeds import RandomGuard
 from ..terms import Recipe, Term
-from .task import task_of
+from .batches import split_batch, valid_batches
 from .cache_feed import CacheFeed
-from .check import find_mistakes, split_batch, valid_batches
+from .check import find_mistakes
 from .columns import PartMetric, TaskMetric
 from .projector_opt import ProjectorOptimizer
 from .targets import Feed, TargetFeed
+from .task import task_of
 from .teachers import teacher_of
 
 __all__ = ['STATES', 'KnowledgeDistillation']
@@ -37,15 +38,18 @@ class KnowledgeDistillation(Callback):
         self,
         teacher=None, # Learner, exported .pkl, module, TorchScript, torch.export or ONNX file, callable, `Teacher`, or a list of these
         # (an ensemble); a `TeacherCache`, or its folder; None: the batches hold the teacher's outputs (see `TeacherBlock`)
-        recipe=None, # `kd()`, `kd() + at()`, a `Term`; None: kd(T, alpha)
+        recipe=None, # `kd()`, `kd() + recipes.at()`, a `Term`; None: kd(T, alpha)
         *,
         T=None, # temperature: number or schedule (fastai's `SchedCos(8, 2)`); 4 if not given
         alpha=None, # weight of the teacher, the labels have 1-alpha: number or schedule; .9 if not given
+        temperature=None, # the same as T
         loss=None, # your own: fn(student_logits, teacher_logits, *targets); it is the whole loss, unless alpha mixes it with the labels' own
         kind:str|None=None, # 'softmax', 'sigmoid' or 'regression'; None: read off the learner's loss function
         axis:int|None=None, # class axis; None: read off the learner's loss function
         balance:str|None=None, # 'grad': weights are shares of the gradient, measured at the first batch
         span:str='fine_tune', # what schedules, warmup and stop_at run through: all of a `fine_tune`, or each 'fit' of it by itself
+        output=None, # which of the student's outputs is distilled: a name, an index or a function; None: see `Distiller`. A teacher's own:
+        # Teacher(model, output=...)
         check:bool=True # look for mistakes before the first fit (see `check_teacher`)
     ):
         super().__init__()
@@ -55,10 +59,10 @@ class KnowledgeDistillation(Callback):
         if isinstance(teacher, (Recipe, Term)):
             raise DistillError(f"{teacher!r} is no teacher: the teacher comes first, then the recipe, KnowledgeDistillation(teacher, kd()).")
         self.source,self.asked_kind,self.asked_axis,self.balance,self.span,self.check = teacher,kind,axis,balance,span,check
-        self.recipe = make_recipe(recipe, T, alpha, loss)
+        self.recipe,self.output = make_recipe(recipe, one_temperature(T, temperature), alpha, loss),output
         self.feed,self.in_fit,self.part_metrics,self.parts = feed_of(teacher),False,L(),{}
         self.distiller = self.known_dls = self.projector_opt = self.taps = self.teacher_outputs = self.epochs_span = None
-        self.state_to_load = self.state_before_finder = self.not_finite = None
+        self.state_to_load = self.state_before_finder = self.not_finite = self.reported_shares = None
 
     # around a fit
 
@@ -67,15 +71,18 @@ class KnowledgeDistillation(Callback):
         if self.learn.lock.locked() or hasattr(self.learn, 'gather_preds'): return     # validate, get_preds, show_results ...
         if any(isinstance(c, KnowledgeDistillation) and c is not self for c in self.learn.cbs):
             raise DistillError("Two KnowledgeDistillation callbacks in one Learner. Give one of them a list of teachers (an ensemble), "
-                               "or a sum of recipes, kd() + at().")
+                               "or a sum of recipes, kd() + recipes.at().")
         self.in_fit,finder = True,hasattr(self.learn, 'lr_finder')
         self._build()
         if self.feed is not None: self.feed.attach(self.learn, self.task.kind, self.task.axis)
         elif self.check and not self.checked and not finder:
-            find_mistakes(self.learn, self.distiller.teacher, self.task).enforce()
+            # subtle: on the first rank alone, so that all ranks continue or all stop
+            find = lambda: find_mistakes(self.learn, self.distiller.teacher, self.task, self.recipe, output=self.output)
+            on_first(find).enforce(facts=self.learn.logger is not noop)
             self.checked = True
         if self.distiller.ready: self._take_state()
         if finder: self._copy_projectors()
+        self.distiller.measures = not finder
         if not self.distiller.ready and (x := example_inputs(self.learn)) is not None: self._setup(*x)
         self.epochs_span = None if finder or self.span == 'fit' else self._epochs_span()
         self.part_metrics = L(TaskMetric(self), *(PartMetric(self, t.name) for t in self.recipe.terms))
@@ -88,7 +95,7 @@ class KnowledgeDistillation(Callback):
         if self.distiller is None or self.distiller.student is not model or self.task != task:
             self.task,self.projector_opt,self.known_dls = task,None,None
             self.distiller = Distiller(model, None, self.recipe, kind=task.kind, axis=task.axis, ignore_index=task.ignore_index,
-                                       balance=self.balance)
+                                       balance=self.balance, output=self.output)
             self.distiller.links.to(one_param(model).device)
         if self.known_dls is self.learn.dls: return
         d,self.known_dls,self.checked = self.distiller,self.learn.dls,False
@@ -165,7 +172,7 @@ class KnowledgeDistillation(Callback):
         self._tap()
 
     def _tap(self):
-        "Read the layers that this batch compares. The model is looked up each time: an averaged one may validate in its place"
+        "Read the layers that this batch compares; the model is looked up each time, for an averaged one may validate in its place"
         names = self.distiller.student_layers(self.distiller.active_terms(self.share_done))
         if self.taps is not None and self.taps.names == names: return
         self._untap()
@@ -197,20 +204,37 @@ class KnowledgeDistillation(Callback):
                                "to train from the teacher alone.")
         # subtle: without a target fastai computes no loss and takes no step. The teacher's prediction is one, whose loss has weight 0
         self.teacher_outputs = self._ask_teacher()
-        if self.teacher_outputs is None: return
-        self.learn.yb = pseudo_labels(self.teacher_outputs.logits, self._student_outputs().logits, self.task),
+        if self.teacher_outputs is not None:
+            self.learn.yb = pseudo_labels(self.teacher_outputs.logits, self._student_outputs({}).logits, self.task),
 
     def after_loss(self):
         if not self.active or not len(self.yb) or not self._has_outputs(): return
-        labeled = self.teacher_outputs is None
-        t = self._ask_teacher() if labeled else self.teacher_outputs
+        unlabeled = self.teacher_outputs is not None
+        t = self.teacher_outputs if unlabeled else self._ask_teacher()
         s = self._student_outputs(self.taps.pop() if self.taps else {})
-        y = self.yb if labeled else ()
+        y = () if unlabeled else self.yb
         r = self.distiller.compute(s, t, self.learn.loss, y, progress=self.share_done, mixed=self._mixed())
-        self.parts = {'task': r.task.detach(), **r.parts} if labeled else r.parts
+        self.parts = r.parts if unlabeled else {'task': r.task.detach(), **r.parts}
+        self._report_shares()
         if not self.training: return
         self.part_metrics[0].add_training_batch(self.learn)
         if r.added is not None: self._add(r)
+
+    def _student_outputs(self, feats): return self.distiller.student_outputs(self.learn.pred, feats, self.xb)
+
+    def _ask_teacher(self):
+        "The teacher's outputs for this batch; None where no term needs them"
+        t = self.distiller.teacher_outputs(self.xb, self.share_done)
+        if t is not None: self._look_for_not_finite(t)
+        return t
+
+    def _report_shares(self):
+        "Print what was measured at the first training batch, and where a part counts for the first time"
+        before,shares = self.reported_shares,self.distiller.gradient_shares
+        self.reported_shares = shares
+        if not shares or shares is before or rank() > 0: return
+        new = f" with {' and '.join(k for k in shares if k not in before)}" if before else ''
+        print(f'fastdistill: gradient shares at the first batch{new}: {shares_in_words(shares)}')
 
     def _add(self, r):
         learn = self.learn
@@ -222,13 +246,6 @@ class KnowledgeDistillation(Callback):
         a,b = self.learn.loss_grad,self.learn.loss
         # subtle: where they added nothing the labels' loss is not touched at all, for it may be nan, and so may its gradient
         return 0. if origin(a) is origin(b) else (a-b).nan_to_num()
-
-    def _ask_teacher(self):
-        t = self.distiller.teacher_outputs(self.xb, self.share_done)
-        if t is not None: self._look_for_not_finite(t)
-        return t
-
-    def _student_outputs(self, feats=None): return self.distiller.student_outputs(self.learn.pred, feats, self.xb)
 
     def _has_outputs(self):
         "Stored outputs may be there for the training set alone"
@@ -314,7 +331,7 @@ def origin(loss):
 def feed_of(source):
     "What brings stored outputs to the batches; None for a teacher that runs"
     if source is None: return TargetFeed()
-    if isinstance(source, (str, Path)) and (Path(source)/'manifest.json').is_file(): source = TeacherCache(source)
+    if is_cache(source): source = TeacherCache(source)
     if isinstance(source, TeacherCache): return CacheFeed(source)
     return source if isinstance(source, Feed) else None
 

@@ -1,8 +1,10 @@
-"What would go wrong in silence between a teacher and a Learner, reported before training."
+"Mistakes between a teacher and a Learner that training would not show, reported before it."
+from contextlib import closing
 from types import SimpleNamespace
-from fastai.basics import is_listy
-from ..doctor import BATCHES, KIND_IN_WORDS, Finding, Findings, check_outputs, few_names, single_teachers
-from ..outputs import DistillError, as_plain
+from ..doctor.findings import Finding, Findings, few_names
+from ..doctor.outputs import BATCHES, check_outputs, single_teachers
+from ..outputs import DistillError
+from .batches import PreparationError, prepared_batches
 from .task import task_of
 from ..teacher.hidden import has_reset, why_no_reset
 from .teachers import teacher_of
@@ -10,29 +12,48 @@ from .vocab import CODES, describe_difference, map_classes, vocab_of
 
 __all__ = ['check_teacher', 'find_mistakes']
 
+KIND_IN_WORDS = dict(softmax='one class of several (softmax)', sigmoid='each label by itself (sigmoid)',
+                     regression='numbers (regression)')
+
 
 def check_teacher(
     learn, # the student's Learner, or its DataLoaders alone
     teacher, # what `KnowledgeDistillation` takes
     task=None, # what the student predicts; None: read off its loss function
+    recipe=None, # recipe or term that will be trained with; None: unknown
+    n:int=BATCHES, # batches of the validation set to look at, and a quarter as many of the training set
     output=None # which of the student's outputs is distilled, as in `Distiller`
 ) -> Findings:
-    "Compare what the teacher expects with what it will be given; a few validation batches tell whether it knows the task"
-    if not hasattr(learn, 'dls'): learn = SimpleNamespace(dls=learn, model=None, loss_func=getattr(learn, 'loss_func', None))
+    "Compare what the teacher expects with what it will get, and measure on a few batches what it knows of the task"
+    if not hasattr(learn, 'dls'):
+        learn = SimpleNamespace(dls=learn, model=None, loss_func=getattr(learn, 'loss_func', None))
     task = task or task_of(learn.loss_func)
-    return find_mistakes(learn, teacher_of(teacher, learn, task), task, output)
+    return find_mistakes(learn, teacher_of(teacher, learn, task), task, recipe, n, output)
 
 
 def find_mistakes(
     learn, # as in `check_teacher`
     teacher, # a `Teacher` that `teacher_of` made for this Learner and task
     task, # what the student predicts
+    recipe=None, # as in `check_teacher`
+    n:int=BATCHES, # as in `check_teacher`
     output=None # as in `check_teacher`
 ) -> Findings:
     "The findings about a teacher that is built already"
     found = Findings()
     for f in (shared_parameters, resets, kinds, labels, codings, normalization): found += f(learn, teacher, task)
-    if not any(f.level == 'error' for f in found): found += check_outputs(teacher, task, checked_batches(learn), learn.model, output)
+    if found.errors: return found
+    valid,train = prepared_batches(learn, n, max(1, n//4))
+    try:
+        with closing(valid), closing(train):
+            seen = check_outputs(teacher, task, valid, learn.model, train=train, recipe=recipe, names=vocab_of(learn.dls),
+                                 output=output)
+    except PreparationError as e:
+        found.append(Finding('note', f"The teacher was not run, for this callback does not run outside of a fit: {e}",
+                             "Nothing is known of the teacher's score; teacher.validate() shows it"))
+    else:
+        found += seen
+        found.facts = seen.facts
     return found
 
 
@@ -43,8 +64,8 @@ def shared_parameters(learn, teacher, task):
     if learn.model is None: return
     ids = teacher.parameters_ids
     if both := [n for n,p in learn.model.named_parameters() if id(p) in ids]:
-        yield Finding('error',
-                      f"Student and teacher share {len(both)} parameters ({few_names(both, 3)}), so the teacher would change with the student",
+        yield Finding('error', f"Student and teacher share {len(both)} parameters ({few_names(both, 3)}), so that the "
+                      "teacher would change with the student",
                       "Build the student from a copy: copy.deepcopy(teacher.model)")
 
 
@@ -56,14 +77,15 @@ def resets(learn, teacher, task):
 
 
 def kinds(learn, teacher, task):
-    "Student and teacher answer the same kind of question"
+    "Student and teacher predict the same kind of thing"
     own = known_kind(learn.loss_func)
     if own not in (None, task.kind):
-        yield Finding('error', f"You asked for kind={task.kind!r}, but the student's loss is one of {KIND_IN_WORDS[own]}",
-                      f"Leave kind out, or pass kind={own!r}")
+        yield Finding('error', f"You asked for kind={task.kind!r}, but the student's loss is for {KIND_IN_WORDS[own]}",
+                      f"Do not pass kind, or pass kind={own!r}")
     for t in with_learners(teacher):
         if (theirs := known_kind(t.learner.loss_func)) not in (None, task.kind):
-            yield Finding('error', f"The teacher was trained to give {KIND_IN_WORDS[theirs]}, the student gives {KIND_IN_WORDS[task.kind]}",
+            yield Finding('error', f"The teacher was trained to predict {KIND_IN_WORDS[theirs]}, the student predicts "
+                          f"{KIND_IN_WORDS[task.kind]}",
                           "Take a teacher of the student's task, or give both the same kind of loss function")
 
 
@@ -78,50 +100,33 @@ def labels(learn, teacher, task):
         found = None if task.kind == 'regression' else map_classes(vocab_of(learn.dls), vocab_of(o.learner.dls))
         if found is None or found.same: continue
         if found.missing:
-            yield Finding('error', f"The teacher does not know {len(found.missing)} of the student's classes ({few_names(found.missing, 5)}); "
-                          f"it knows {few_names(vocab_of(o.learner.dls), 8)}",
+            yield Finding('error', f"The teacher does not know {len(found.missing)} of the student's classes "
+                          f"({few_names(found.missing, 5)}); it knows {few_names(vocab_of(o.learner.dls), 8)}",
                           "Take a teacher trained on the student's classes, or train the student on the teacher's")
         else:
-            extra = f", and {len(found.extra)} more that are left out" if found.extra else ''
-            yield Finding('note', f"The teacher has the student's classes in another order{extra}", "Its outputs are mapped by name")
+            extra = f", and {len(found.extra)} more, which are not used" if found.extra else ''
+            yield Finding('note', f"The teacher has the student's classes in another order{extra}",
+                          "Its outputs are mapped by name")
 
 
 def codings(learn, teacher, task):
-    "Tokens and categories are numbers that only mean the same under the same coding"
+    "Numbers that stand for tokens or categories mean the same to both models only in the same coding"
     for o in with_learners(teacher):
         a,b = learn.dls,o.learner.dls
         for name,read in CODES.items():
             s,t = read(a),read(b)
             if s is None or t is None or s == t: continue
-            yield Finding('error', f"Student and teacher code their {name} differently ({describe_difference(s, t)}), "
-                          "so the teacher would read others than the student",
+            yield Finding('error', f"Student and teacher code their {name} differently ({describe_difference(s, t)}), so that "
+                          "the same numbers mean something else to the teacher",
                           f"Make the student's DataLoaders with the teacher's coding: {CODING_FIXES[name]}")
 
 
 SAME_TABLE = "the teacher's own dls, or teacher.dls.train_ds.new(df) for another table"
-CODING_FIXES = {'tokens': "TextDataLoaders(..., text_vocab=...) or TextBlock(vocab=...) with its token vocab", 'categories': SAME_TABLE,
-       'columns of numbers': SAME_TABLE}
+CODING_FIXES = {'tokens': "TextDataLoaders(..., text_vocab=...) or TextBlock(vocab=...) with its token vocab",
+                'categories': SAME_TABLE, 'columns of numbers': SAME_TABLE}
 
 
 def normalization(learn, teacher, task):
     if teacher.adapts:
-        yield Finding('note', f"The teacher was trained with another normalisation ({teacher.adapts})", "Its input is re-normalised")
-
-
-def valid_batches(dl):
-    "Some batches from all over the validation set, which is often sorted by class"
-    if hasattr(dl, 'shuffle_fn'): dl = dl.new(shuffle=True, drop_last=False, num_workers=0)    # the learner's own is left alone
-    for _,b in zip(range(BATCHES), dl): yield b
-
-
-def checked_batches(learn):
-    "(inputs, targets) of the batches that the doctor looks at"
-    if len(learn.dls.loaders) < 2 or getattr(learn.dls.valid, 'n', None) == 0: return
-    yield from (split_batch(learn, b) for b in valid_batches(learn.dls.valid))
-
-
-def split_batch(learn, b):
-    if learn.model is not None: b = learn._set_device(b)
-    b = tuple(b) if is_listy(b) else (b,)
-    n = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
-    return tuple(map(as_plain, b[:n])),tuple(map(as_plain, b[n:]))
+        yield Finding('note', f"The teacher was trained with another normalization ({teacher.adapts})",
+                      "Its images are normalized again for it")

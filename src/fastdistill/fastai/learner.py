@@ -2,14 +2,14 @@
 from fastai.basics import L, Learner, delegates, patch
 import fastai.callback.schedule  # noqa: F401 (it gives Learner fit_one_cycle)
 from .. import plots
+from ..distiller import Recipe, Term
 from ..docments import explain
 from ..outputs import DistillError
 from ..replay.seeds import RandomGuard
-from ..terms import Recipe, Term
 from .task import task_of
 from . import check
+from .batches import split_batch, valid_batches
 from .callback import KnowledgeDistillation
-from .check import split_batch, valid_batches
 from .teachers import image_stats, teacher_of
 
 __all__ = []
@@ -22,15 +22,17 @@ def distill(
     teacher, # what `KnowledgeDistillation` takes
     n_epoch, # Number of epochs
     lr_max=None, # Maximum learning rate; with fine_tune: its base_lr
-    recipe=None, # `kd()`, `kd() + at()`, a `Term`; None: kd(T, alpha)
+    recipe=None, # `kd()`, `kd() + recipes.at()`, a `Term`; None: kd(T, alpha)
     *,
     T=None, # temperature
     alpha=None, # weight of the teacher; the labels have 1-alpha
+    temperature=None, # the same as T
     loss=None, # your own: fn(student_logits, teacher_logits, *targets)
     kind=None, # 'softmax', 'sigmoid' or 'regression'; None: read off the learner's loss function
     axis=None, # class axis; None: read off the learner's loss function
     balance=None, # 'grad': weights are shares of the gradient
     span='fine_tune', # what schedules run through: all of a `fine_tune`, or each 'fit' of it by itself
+    output=None, # which of the student's outputs is distilled: a name, an index or a function
     check=True, # look for mistakes first
     fine_tune=False, # first the head alone for freeze_epochs (1), then all layers for n_epoch, as `Learner.fine_tune`, which gets the other options
     cbs=None, # more callbacks
@@ -40,7 +42,8 @@ def distill(
     if isinstance(lr_max, (Recipe, Term)):
         raise DistillError(f"lr_max={lr_max!r}: the recipe comes after the learning rate. Write distill(teacher, {n_epoch}, 1e-3, recipe), "
                            f"or distill(teacher, {n_epoch}, recipe=recipe).")
-    kd = KnowledgeDistillation(teacher, recipe, T=T, alpha=alpha, loss=loss, kind=kind, axis=axis, balance=balance, span=span, check=check)
+    kd = KnowledgeDistillation(teacher, recipe, T=T, alpha=alpha, temperature=temperature, loss=loss, kind=kind, axis=axis,
+                               balance=balance, span=span, output=output, check=check)
     cbs = L(cbs) + kd
     if not fine_tune: self.fit_one_cycle(n_epoch, lr_max, cbs=cbs, **kwargs)
     else: self.fine_tune(n_epoch, **({} if lr_max is None else dict(base_lr=lr_max)), cbs=cbs, **kwargs)
@@ -52,10 +55,12 @@ def check_teacher(
     self:Learner, # the student
     teacher, # what `KnowledgeDistillation` takes
     kind=None, # 'softmax', 'sigmoid' or 'regression'; None: read off the loss function
-    axis=None # class axis; None: likewise
+    axis=None, # class axis; None: likewise
+    recipe=None, # recipe or term that will be trained with: it is checked too
+    n:int=check.BATCHES # batches of the validation set to look at, and a quarter as many of the training set
 ):
-    "What would go wrong, in silence, if `teacher` taught this learner: a list of findings, empty when all is well"
-    return check.check_teacher(self, teacher, task_of(self.loss_func, kind, axis))
+    "Mistakes that training with `teacher` would not show: a list of findings, empty when all is well; its `.facts` are what was measured"
+    return check.check_teacher(self, teacher, task_of(self.loss_func, kind, axis), recipe, n)
 
 
 @patch

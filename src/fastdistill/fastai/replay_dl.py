@@ -27,8 +27,8 @@ class Plan:
     at:np.ndarray|None=None # (N,) row of each position (training); position of each row (writing)
     cache:object=None # whose rows are fed; None while writing
     epoch:int=0
-    random:bool=True # seed what is drawn
-    stream:bool=False # samples follow one another: all show the same view
+    random:bool=True # random transforms are seeded
+    stream:bool=False # samples follow one another in a text: all show the same view
 
     def of(self, i):
         "(positions, keys, views, rows) of indices, an array of them or one number"
@@ -50,7 +50,7 @@ class Items:
         self.look()
 
     def look(self):
-        "Find the generators of the transforms' own: they may lie elsewhere in another epoch"
+        "Find the generators that belong to transforms: they may be other objects in another epoch"
         self.own = Generators(self.dl.after_item, self.dl.dataset)
 
     def __call__(self, s):
@@ -58,8 +58,8 @@ class Items:
         at,key,view,_ = self.plan.of(s)
         item = self.make(int(at), key, int(view))
         if item is None and self.plan.cache is None:
-            raise DistillError(f"Sample {at} is left out by its own transforms (SkipItemException): "
-                               "take it out of the data before caching.")
+            raise DistillError(f"Sample {at} is skipped by its own transforms (SkipItemException): "
+                               "remove it from the data before caching.")
         return None if item is None else IndexedItem((item, s))
 
     def make(self, at, key, view):
@@ -69,16 +69,16 @@ class Items:
 
 
 class Cuts(Items):
-    "The same of a language model, whose samples are cut from texts in a row: each view has an order of the texts"
+    "The same for a language model, whose samples are cut from the joined texts: each view is an order of the texts"
     view = None
 
     def make(self, at, key, view):
-        if view != self.view: self.view,self.chunks = view,self.row(view)
+        if view != self.view: self.view,self.chunks = view,self.joined_texts(view)
         was,self.dl.chunks = self.dl.chunks,self.chunks
         try: return super().make(at, key, view)
         finally: self.dl.chunks = was
 
-    def row(self, view):
+    def joined_texts(self, view):
         seed,n = seeds_of(self.plan.seed, view),len(self.dl.items)
         order = np.random.default_rng(seed).permutation(n) if self.plan.views else np.arange(n)
         return in_a_row(self.dl, order.tolist(), partial(self.text, seed))
@@ -96,14 +96,14 @@ class Batches:
 
     def __call__(self, b):
         make = self.own or partial(type(self.dl).do_batch, self.dl)
-        if not isinstance(b[0], IndexedItem): return make(b)       # of a DataLoader made with `dl.new()`, which takes this along
+        if not isinstance(b[0], IndexedItem): return make(b)       # `dl.new()` copies this method, but not `do_item`
         cache,(_,keys,views,at) = self.plan.cache,self.plan.of(np.array([s for _,s in b]))
         rows = np.zeros((len(b), 0), np.uint8) if cache is None else cache.rows(at, views)
         return make([o for o,_ in b]),TeacherRow(torch.from_numpy(rows)),Shown(keys, views)
 
 
 def create_batches(self, samps):
-    "A DataLoader's own, with the global generators put back once for each batch"
+    "The DataLoader's own method, with the global generators restored once for each batch"
     batches = type(self).create_batches(self, samps)
     while True:
         with restored_once(): b = next(batches, None)
@@ -115,20 +115,20 @@ def attach(
     dl, plan,
     source=None # the DataLoader that makes the items, if not `dl` itself
 ):
-    "Have `dl` replay `plan`; the DataLoader stays the same object, so that whoever holds it sees it"
+    "Make `dl` replay `plan`. It stays the same object, so that a Learner that holds it is affected"
     detach(dl)
     refuse_unindexed(dl)
-    assert dl.n_inp         # subtle: learnt from a first batch, which must be one without rows
+    assert dl.n_inp         # subtle: fastai finds it out from a first batch, which must be one without rows
     own = dl.__dict__.get('do_batch')
     dl.do_batch,dl.do_item = Batches(dl, plan, own),(Cuts if plan.stream else Items)(source or dl, plan)
-    # subtle: a bound method, which `dl.new()` leaves behind
+    # subtle: a bound method, which `dl.new()` does not copy
     if plan.random: dl.create_batches = MethodType(create_batches, dl)
     dl.after_batch = Replay(dl.after_batch, plan)
     return dl
 
 
 def detach(dl):
-    "Take it out again; safe to call twice, and on a copy of what was attached"
+    "Undo `attach`; safe to call twice, and on a copy of the DataLoader"
     if not isinstance(dl.__dict__.get('do_item'), Items): return
     del dl.__dict__['do_item']
     dl.__dict__.pop('create_batches', None)
@@ -148,18 +148,21 @@ def set_aside(dl):
 
 
 def refuse_unindexed(dl):
-    "What has no samples to keep outputs for, is refused in words"
+    "Refuse a DataLoader without samples that outputs could belong to"
     what = type(dl).__name__
     if not hasattr(dl, 'after_batch') or not hasattr(dl, 'do_item'):
-        raise DistillError(f"{what} is no fastai DataLoader: write with cache_dataset(teacher, dataset, path) and train with "
-                           "Replayed(dataset, cache).")
-    if dl.bs is None: raise DistillError(f"{what} goes through ready-made batches (bs=None): a stored output belongs to a sample.")
+        raise DistillError(f"{what} is no fastai DataLoader: write with cache_dataset(teacher, dataset, path) and "
+                           "train with Replayed(dataset, cache).")
+    if dl.bs is None:
+        raise DistillError(f"{what} loads ready-made batches (bs=None), and a stored output belongs to a sample. Give "
+                           "it a batch size.")
     if not dl.indexed:
-        raise DistillError(f"{what} goes through data that can only be iterated: a stored output belongs to a sample, and these have "
-                           "no indices. Use a dataset with __getitem__ and __len__.")
+        raise DistillError(f"{what} loads data that can only be iterated: a stored output belongs to a sample, and "
+                           "these samples have no indices. Use a dataset with __getitem__ and __len__.")
     base = next(c for c in type(dl).__mro__ if c in KNOWN_LOADERS)
-    if own := [m for m in ('create_item', 'create_batch', 'do_item', 'do_batch') if getattr(type(dl), m) is not getattr(base, m)]:
-        raise DistillError(f"{what} makes its batches in a way of its own ({', '.join(own)}), which could not be repeated: "
+    if own := [m for m in ('create_item', 'create_batch', 'do_item', 'do_batch')
+               if getattr(type(dl), m) is not getattr(base, m)]:
+        raise DistillError(f"{what} overrides {', '.join(own)}, and batches made that way could not be repeated: "
                            "do it in the dataset or in a transform.")
 
 

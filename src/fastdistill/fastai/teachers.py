@@ -37,7 +37,7 @@ def teacher_of(
 
 
 def adapted(teacher, kwargs):
-    "The Teacher with those options that it was not given; the same Teacher if there are no such options"
+    "A Teacher keeps the options that it was given; the same one if there are no others"
     new = {k: v for k,v in kwargs.items() if k not in teacher.given}
     return Teacher(teacher, **new) if new else teacher
 

@@ -18,16 +18,17 @@ from .stream import is_stream
 
 __all__ = ['Replay', 'describe_transforms']
 
-FIXED = Normalize,IntToFloatTensor,ToTensor,ReadTabBatch    # no random numbers, each sample by itself
+# without random numbers, and each sample is transformed alone
+FIXED = Normalize,IntToFloatTensor,ToTensor,ReadTabBatch
 
 
 class Shown:
-    "Which samples a batch was made of, in which views; no tensor, for what is on the GPU must not be waited for"
+    "The samples and views in a batch; not a tensor, since reading one from a GPU would wait for it"
     def __init__(self, keys, views): self.keys,self.views = keys,views
 
 
 class Replay(Pipeline):
-    "A DataLoader's `after_batch` that repeats each sample's view, and puts its row last in the batch"
+    "A DataLoader's `after_batch` that repeats each sample's view, and appends its row to the batch"
     def __init__(self, pipe, plan):
         super().__init__(pipe, split_idx=pipe.split_idx)
         self.own,self.plan,self.found = pipe,plan,{}
@@ -43,7 +44,7 @@ class Replay(Pipeline):
     def replay(self, b, keys, views):
         seen = {}
         for f in self.fs:
-            # subtle: seeds go by name, not by place, so that a Normalize that a pretrained model brings along shifts none
+            # subtle: a seed follows from the transform's name, not its position: a pretrained model may add a Normalize
             n = seen[type(f)] = seen.get(type(f), 0) + 1
             if id(f) not in self.found: self.found[id(f)] = draws_alone(f)
             seeds = seeds_of(self.plan.seed, keys, views, hash_of(type(f).__name__.encode()), n)
@@ -52,15 +53,18 @@ class Replay(Pipeline):
 
 
 def draws_alone(f):
-    "Has a transform a generator of its own, or numbers for each place of a batch? Then it sees one sample at a time"
-    return any(access_of(o) or hands_out_generators(o) or (place[2] == 'draw' and isinstance(o, (list, tuple))) for place,o,_ in reachable([f]))
+    """Has a transform a generator of its own, or a list of numbers for the positions in a batch? Then it gets one
+    sample at a time"""
+    listed = lambda place, o: place[2] == 'draw' and isinstance(o, (list, tuple))
+    return any(access_of(o) or hands_out_generators(o) or listed(place, o) for place,o,_ in reachable([f]))
 
 
 def replay_one(f, b, seeds, split_idx, alone):
     "One batch transform with random numbers of each sample's own"
     if fixed(f): return f(b, split_idx=split_idx)
     x = first_of(b)
-    if isinstance(f, (AffineCoordTfm, SpaceTfm)) and isinstance(x, TensorImage):      # subtle: their `split_idx` is that of the last batch
+    # subtle: the `split_idx` of these transforms is that of the last batch
+    if isinstance(f, (AffineCoordTfm, SpaceTfm)) and isinstance(x, TensorImage):
         return by_sample(f, b, seeds, split_idx) if alone else replay_drawn(f, b, x, seeds, split_idx)
     if f.split_idx is not None and f.split_idx != split_idx: return b
     return by_sample(f, b, seeds, split_idx)
@@ -70,19 +74,23 @@ def fixed(f): return type(f) in FIXED or f.name == 'noop'
 
 
 def by_sample(f, b, seeds, split_idx):
-    "A transform run on one sample at a time: right for whatever it draws, and slow"
+    "A transform run on one sample at a time: right for every transform, and slow"
     return per_sample(lambda *o: f(b_of(o, b), split_idx=split_idx), seeds, *flat(b))
 
 
 def replay_drawn(f, b, x, seeds, split_idx):
-    "fastai's affine, warp, lighting and colour transforms: each sample's own numbers in one draw on the CPU, then one pass over the batch"
-    # subtle: two samples at least, so that what is drawn once for a batch is told from what is drawn for each sample
+    """fastai's affine, warp, lighting and color transforms: the numbers of all samples are drawn at once on the CPU,
+    each from its own seed; then the transform runs once over the batch"""
+    # subtle: at least two samples, to tell a number that is drawn once for a batch from numbers that are drawn for
+    # each sample
     n = max(len(x), 2)
     like = TensorImage(torch.empty(1).expand(n, *x.shape[1:]))
     like.__dict__.update(x.__dict__)        # img_size, if it has one
-    # subtle: fastai's tensor types would take many times longer for each small operation, and say nothing here
-    with RandomGuard() as u, PerSample(np.resize(seeds, n)), torch._C.DisableTorchFunctionSubclass(): f.before_call((like,), split_idx)
-    if u.moved: return by_sample(f, b, seeds, split_idx)        # something draws otherwise (batch=True)
+    # subtle: each small operation takes many times longer with fastai's tensor types
+    with RandomGuard() as guard, PerSample(np.resize(seeds, n)), torch._C.DisableTorchFunctionSubclass():
+        f.before_call((like,), split_idx)
+    # it draws in a way that PerSample does not know (batch=True)
+    if guard.moved: return by_sample(f, b, seeds, split_idx)
     if not f.do: return b
     parts = [f, *getattr(f, 'coord_fs', []), *getattr(f, 'fs', [])]
     drawn = [{k: v.to(x.device) for k,v in vars(o).items() if isinstance(v, Tensor)} for o in parts]
@@ -100,10 +108,11 @@ def replay_drawn(f, b, x, seeds, split_idx):
 
 
 def coupled(f, x):
-    "Does the transform look at the whole batch? fastai reduces images first, depending on the largest zoom in the batch"
+    "Does the result for a sample depend on the others? fastai shrinks images first, by the largest zoom in the batch"
     if not isinstance(f, AffineCoordTfm): return False
     size = x.shape[-1] if f.size is None else f.size if isinstance(f.size, int) else f.size[1]
-    # subtle: fastai's `_grid_sample` compares the height with the new width, and the width with 2, the last dimension of coordinates
+    # subtle: fastai's `_grid_sample` compares the height with the new width, and the width with 2 (the last axis of
+    # coordinates)
     return min(x.shape[-2]/size, x.shape[-1]/2) > 2
 
 
@@ -116,23 +125,26 @@ def flat(b):
     b = b if isinstance(b, tuple) else (b,)
     if not all(isinstance(o, Tensor) for o in b):
         raise DistillError(f"Can't replay batch transforms of a batch of {', '.join(type(o).__name__ for o in b)}: "
-                           "only tensors can be taken apart into samples. Use views=0.")
+                           "only tensors can be split into samples. Use views=0.")
     return b
 
 
 def b_of(o, b): return tuple(o) if isinstance(b, tuple) else o[0]
 
+
 def describe_transforms(dl) -> dict:
-    "Name -> in words, of each transform that replay repeats; `Normalize` is not among them, for each model may have its own"
+    """Name -> description of each transform that is replayed; `Normalize` is not among them, since each model may have
+    its own"""
     out = {}
     if is_stream(dl): out['stream'] = f'{dl.bs} rows of {dl.bl} tokens, {dl.seq_len} at a time'
     tls = getattr(dl.dataset, 'tls', [])[:getattr(dl.dataset, 'n_inp', 1)]
-    # how an item is read (functions) shows in the item itself, and is compared there
-    for i,tl in enumerate(tls): name_each(out, f'input {i}', [f for f in tl.tfms.fs if type(f) not in (Transform, ItemTransform)])
+    # functions that read an item are not described: the items themselves are compared
+    for i,tl in enumerate(tls):
+        name_each(out, f'input {i}', [f for f in tl.tfms.fs if type(f) not in (Transform, ItemTransform)])
     for k in ('after_item', 'before_batch', 'after_batch'):
         if isinstance(getattr(dl, k, None), Pipeline): name_each(out, k, getattr(dl, k).fs)
     own = [type(f).__name__ for f in dl.after_batch.fs if not (fixed(f) or isinstance(f, (AffineCoordTfm, SpaceTfm)))]
-    # the same seed gives other numbers on another kind of device
+    # the same seed gives different numbers on different kinds of device
     if own: out[f'device of {", ".join(own)}'] = getattr(dl.device, 'type', 'cpu')
     return out
 
@@ -140,21 +152,22 @@ def describe_transforms(dl) -> dict:
 def name_each(out, where, fs):
     for i,f in enumerate(fs):
         if f.name == 'noop' or isinstance(f, ReadTabBatch): continue
-        # what comes after it has its numbers in normalised pictures (RandomErasing's noise)
+        # a random transform after it draws numbers for normalized images (RandomErasing's noise)
         if isinstance(f, Normalize) and all(map(fixed, fs[i+1:])): continue
         name = f'{where}: {f.name.split(" -- ")[0]}'
         n = sum(k == name or k.startswith(f'{name} #') for k in out)
         out[name if not n else f'{name} #{n+1}'] = in_words(f)
 
 
-PASSING_STATE = {'self', 'counter', 'lengths'}       # of what was seen, not of what is done
+PASSING_STATE = {'self', 'counter', 'lengths'}       # it depends on the data seen so far
 
 
 def in_words(o, depth=6):
-    "What an object was made with; what it drew last time is left out"
+    "What an object was made with, without the numbers that it drew last"
     say = lambda v: in_words(v, depth-1)
     if isinstance(o, (str, bool, type(None))): return repr(o)
-    if isinstance(o, (int, float, np.number)): return repr(float(o))       # NumPy's and enums' own ways of writing numbers change
+    # the repr of NumPy's numbers and enums differs between versions
+    if isinstance(o, (int, float, np.number)): return repr(float(o))
     if depth == 0: return type(o).__name__
     if isinstance(o, (Tensor, np.ndarray)): return f'{type(o).__name__} {fingerprint(o)[:12]}'
     if isinstance(o, partial): return f'{say(o.func)}{say([*o.args, *sorted(o.keywords.items())])}'
@@ -164,11 +177,13 @@ def in_words(o, depth=6):
         if len(o) > 50: return f'{type(o).__name__} of {len(o)}, {hash_of(repr(list(o)).encode()):x}'
         return f'[{", ".join(map(say, o))}]'
     named = set(inspect.signature(type(o).__init__).parameters) | {'aff_fs', 'coord_fs', 'fs'}
-    said = [f'{k}={say(v)}' for k,v in sorted(getattr(o, '__dict__', {}).items()) if k in named-PASSING_STATE and not inspect.ismethod(v)]
-    return f'{type(o).__name__}({", ".join([*own_code(o), *said])})'
+    options = {k: v for k,
+               v in sorted(getattr(o, '__dict__', {}).items()) if k in named-PASSING_STATE and not inspect.ismethod(v)}
+    return f'{type(o).__name__}({", ".join([*own_code(o), *(f"{k}={say(v)}" for k,v in options.items())])})'
 
 
 def own_code(o):
-    "The code of a transform that isn't fastai's"
-    if type(o) is Transform: return [code_of(m.implementation) for m in o.encodes.methods] if hasattr(o, 'encodes') else []
+    "A fingerprint of the code of a transform that is not fastai's"
+    if type(o) is Transform:
+        return [code_of(m.implementation) for m in o.encodes.methods] if hasattr(o, 'encodes') else []
     return [] if type(o).__module__.split('.')[0] in ('fastai', 'fasttransform', 'fastcore') else [code_of(type(o))]

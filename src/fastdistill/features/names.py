@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from ..outputs import DistillError
 
-__all__ = ['LayerInfo', 'LayerTree', 'layer_tree', 'named', 'resolve', 'text_table', 'unwrap']
+__all__ = ['LayerInfo', 'LayerTree', 'layer_tree', 'named', 'resolve', 'split_suffixes', 'text_table', 'unwrap']
 
 WRAPPERS = nn.parallel.DistributedDataParallel, nn.DataParallel
 SUFFIXES = {'in': "what goes into the layer", 'pre': "the output, copied before a following in-place layer can overwrite it",
@@ -46,11 +46,17 @@ def resolve(
     return resolve_among(model, named(model), pattern)
 
 
-def resolve_among(model, have, pattern):
-    glob,*how = pattern.split('@')
+def split_suffixes(pattern):
+    "[name or glob, *suffixes]; a suffix that does not exist is refused"
+    name,*how = pattern.split('@')
     if wrong := [h for h in how if h not in SUFFIXES]:
         raise DistillError(f"{pattern!r} ends in @{wrong[0]}. Possible are "
                            f"{'; '.join(f'@{k} ({v})' for k,v in SUFFIXES.items())}.")
+    return [name, *how]
+
+
+def resolve_among(model, have, pattern):
+    glob,*how = split_suffixes(pattern)
     found = [glob] if glob in have else [n for n in have if n and re.fullmatch(_regex(glob), n)]
     if not found: raise DistillError(no_such_layer(model, glob, list(have)))
     return ['@'.join([n, *how]) for n in found]

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from torch import Tensor, nn
 from ..outputs import DistillError, Outputs
-from .names import named, resolve, text_table
-from .probe import dry_run
+from .names import named, resolve, split_suffixes, text_table
+from .probe import dry_run, probe, series_layers
 from .projectors import describe_projector
 from .shapes import grid
-from .stages import image_size, is_picture, stages
+from .stages import check_visible, image_size, is_picture, stages
 from .taps import Taps
 
-__all__ = ['Pair', 'PairTable', 'inputs', 'pair']
+__all__ = ['Pair', 'PairTable', 'check_names', 'checked_layers', 'inputs', 'pair']
 
 MAX_BLOCKS = 6 # pairs of blocks at one resolution; where there are more, four at the quarters of the depth
 
@@ -24,6 +24,7 @@ class Pair:
     teacher:str
     t_shape:tuple
     projector:str='' # in words
+    picture:bool=True # tokens are those of a picture; False: of a sequence, such as a text
 
 
 class PairTable(list):
@@ -47,17 +48,42 @@ def pair(
     """The pairs of layers with their shapes, in the order asked, from one evaluation-mode probe of each model that changes
     nothing.
 
-    'auto' takes the last layer of each stage (resolution) of convolutional nets and U-Nets, matched by resolution where
-    that goes up to the last stage of both, else by relative depth; and blocks at equal relative depth of transformers,
-    LSTM stacks and MLPs: all of the shorter one's up to 6, else those at the quarters. What a model answers with is never
-    among them. 'auto' and 'last' take a suffix for all names: 'last@mean'."""
+    'auto' takes the last layer of each stage (resolution) of convolutional nets and U-Nets. Two nets pair by resolution where
+    that includes the last stages of both, else by relative depth; a U-Net and another net pair by resolution on the U-Net's way
+    down. Of transformers, LSTM stacks and MLPs it takes blocks at equal relative depth: all of the shorter one's up to 6, else
+    those at the quarters. The layer that makes a model's output is never among them. 'auto' and 'last' take a suffix for all
+    names: 'last@mean'."""
     x_s,x_t = inputs(x_student),inputs(x_student if x_teacher is None else x_teacher)
-    word,*how = layers.split('@') if isinstance(layers, str) else [None]
-    if word in ('auto', 'last'):
+    word,*how = _word_of(checked_layers(layers))
+    if word:
         found = _pairs_proposed(student, teacher, x_s, x_t)[-1 if word == 'last' else 0:]
         layers = [('@'.join([s, *how]), '@'.join([t, *how])) for s,_,t,_ in found]
-    if word not in ('auto', 'last') or how: found = _pairs_asked(student, teacher, x_s, x_t, layers)
-    return PairTable(Pair(s, a, t, b, describe_projector(a, b, projector, match)) for s,a,t,b in found)
+    if not word or how: found = _pairs_asked(student, teacher, x_s, x_t, layers)
+    picture = is_picture(x_s) and is_picture(x_t)
+    return PairTable(Pair(s, a, t, b, describe_projector(a, b, projector, match), picture) for s,a,t,b in found)
+
+
+def checked_layers(layers):
+    "`layers`, if it has a meaning whatever the models are"
+    word,*_ = _word_of(layers)
+    names = [layers] if word else [n for names in _name_pairs(layers) for n in names]
+    if not names:
+        raise DistillError(f"layers={layers!r} names no layers: give {{'student.layer': 'teacher.layer'}}, or 'auto'")
+    for n in names: split_suffixes(n)
+    return layers
+
+
+def check_names(student, teacher, layers):
+    "Refuse layers that these models don't have; no batch is needed for it"
+    if not _word_of(layers)[0]: return _names_asked(student, teacher, layers)
+    for who,model in (('student', student), ('teacher', teacher)):
+        with _InModel(who): check_visible(model)
+
+
+def _word_of(layers):
+    "['auto' or 'last', *suffixes], or [None] where layers are named"
+    word,*how = split_suffixes(layers) if isinstance(layers, str) else [None]
+    return [word, *how] if word in ('auto', 'last') else [None]
 
 
 def inputs(x): return tuple(x) if isinstance(x, (tuple, list)) else (x,)
@@ -72,12 +98,24 @@ class _InModel:
 
 
 def _pairs_asked(student, teacher, x_s, x_t, layers):
-    names = [n for s,t in _name_pairs(layers) for n in _matching_names(student, teacher, s, t)]
-    if not names:
-        raise DistillError(f"layers={layers!r} names no layers: give {{'student.layer': 'teacher.layer'}}, or 'auto'")
+    names = _names_asked(student, teacher, layers)
     with _InModel('student'): a = _layer_shapes(student, x_s, [s for s,_ in names])
     with _InModel('teacher'): b = _layer_shapes(teacher, x_t, [t for _,t in names])
-    return [(s, a[s], t, b[t]) for s,t in names]
+    if not _has_layers(teacher): _refuse_unknown_layout([(s, *a[s], *b[t]) for s,t in names])
+    return [(*a[s], *b[t]) for s,t in names]
+
+
+def _refuse_unknown_layout(pairs):
+    "Features of three axes that a function or a cache brings have no layer to tell where their channels are"
+    for asked,s,_,t,t_shape in pairs:
+        if s != asked and len(t_shape) == 3 and '@' not in t:
+            raise DistillError(f"The student's layer {asked!r} has its channels first, (B, C, L). The teacher's {t!r} of shape {t_shape} comes "
+                               f"without its layer, so nothing tells whether it has them first too. Bring it as tokens (B, L, C) under the "
+                               f"name '{t}@tokens' (cache_teacher(layers=['{t}@tokens']) stores it so), and pair with that name.")
+
+
+def _names_asked(student, teacher, layers):
+    return [n for s,t in _name_pairs(layers) for n in _matching_names(student, teacher, s, t)]
 
 
 def _name_pairs(layers):
@@ -108,10 +146,28 @@ def _has_layers(model): return isinstance(model, nn.Module) or bool(named(model)
 
 
 def _layer_shapes(model, x, names):
+    "Name asked -> (name, shape): the name says @tokens where a layer of three axes has its channels first"
     if not _has_layers(model): return _shapes_of_outputs(dry_run(model, *x), names)
     with Taps(model, names) as taps:
-        dry_run(model, *x)
-        return {n: tuple(y.shape) for n,y in taps.pop().items()}
+        ran = probe(model, *x)
+        shapes = {n: tuple(y.shape) for n,y in taps.pop().items()}
+    final = dict(zip(shapes, _with_tokens(named(model), ran, shapes)))
+    if [*final] == [*final.values()]: return {n: (n, shape) for n,shape in shapes.items()}
+    again = _layer_shapes(model, x, list(final.values()))
+    return {n: again[f] for n,f in final.items()}
+
+
+def _with_tokens(modules, ran, names):
+    "Names with @tokens first where a layer's three axes are (B, C, L), and without it where they are (B, L, D) as they come"
+    first,fired = series_layers(ran),{f.module: f for f in ran}
+    for name in names:
+        base,*how = name.split('@')
+        f = fired[modules[base]]
+        shape = f.shape_in if 'in' in how else f.shape
+        if shape is not None and len(shape) == 3:
+            where,turns = [h for h in how if h in ('in', 'pre')],[h for h in how if h in ('map', 'mean')]
+            how = [*where, *(['tokens'] if f.module in first else []), *turns]
+        yield '@'.join([base, *how])
 
 
 def _shapes_of_outputs(out, names):
@@ -119,7 +175,7 @@ def _shapes_of_outputs(out, names):
     feats = out.feats if isinstance(out, Outputs) else {}
     if wrong := [n for n in names if n not in feats]:
         raise DistillError(f"Its answers bring no {wrong[0]!r} along. They bring: {', '.join(feats) or 'no features'}.")
-    return {n: tuple(feats[n].shape) for n in names}
+    return {n: (n, tuple(feats[n].shape)) for n in names}
 
 
 def _pairs_proposed(student, teacher, x_s, x_t):
@@ -150,16 +206,34 @@ def _pair_by_depth(a, b):
 
 
 def _pair_by_resolution(a, b, size_a, size_b):
-    "The longest row of stages of equal resolution, on the way down or up again, if it ends with the last of both models"
+    "Stages of equal resolution, each on the way down or each on the way up again; None where resolution is no guide"
     if not size_a or len(size_a) != len(size_b) or any(u.kind != 'map' for u in a+b): return None
-    down_a,down_b,best = _going_down(a),_going_down(b),{}
-    for i,u in enumerate(a):
-        for j,v in enumerate(b):
-            shrink = [(p/n)/(q/m) for n,p,m,q in zip(size_a, u.place, size_b, v.place)]
-            if down_a[i] == down_b[j] and all(.8 < r < 1.25 for r in shrink): best[i, j] = [*best.get((i-1, j-1), []), (u, v)]
-            else: best[i, j] = max(best.get((i-1, j), []), best.get((i, j-1), []), key=len)
-    found = best[len(a)-1, len(b)-1]
-    return found if found and found[-1] == (a[-1], b[-1]) and 2*len(found) >= min(len(a), len(b)) else None
+    down_a,down_b = _going_down(a),_going_down(b)
+    shrinks = lambda i, j: [(p/n)/(q/m) for n,p,m,q in zip(size_a, a[i].place, size_b, b[j].place)]
+    equal = lambda i, j: all(.8 < r < 1.25 for r in shrinks(i, j))
+    def ends(row): return row and row[-1] == (a[-1], b[-1]) and 2*len(row) >= min(len(a), len(b))
+    row = _longest_row(a, b, lambda i, j: equal(i, j) and down_a[i] == down_b[j])
+    if ends(row) or all(down_a + down_b): return row if ends(row) else None
+    # one is a U-Net: a net of the output's resolution throughout has the U-Net's last stage as its counterpart; other nets have
+    # its way down, and its way up where they share no resolution on the way down
+    anywhere = _longest_row(a, b, equal)
+    return anywhere if ends(anywhere) else row or anywhere or None
 
 
-def _going_down(us): return [i == 0 or math.prod(u.place) <= math.prod(us[i-1].place) for i,u in enumerate(us)]
+def _longest_row(a, b, equal):
+    "Pairs in the order of both models, as many as possible; where that leaves a choice, those that end later"
+    best = {}
+    for i in range(len(a)):
+        for j in range(len(b)):
+            if equal(i, j): best[i, j] = [*best.get((i-1, j-1), []), (i, j)]
+            else: best[i, j] = max(best.get((i-1, j), []), best.get((i, j-1), []), key=lambda row: (len(row), row[-1:]))
+    return [(a[i], b[j]) for i,j in best[len(a)-1, len(b)-1]]
+
+
+def _going_down(us):
+    "Is each stage on the way down, the first included? Stages as large as the one before go where that goes"
+    down = [True]
+    for u,before in zip(us[1:], us):
+        now,was = math.prod(u.place),math.prod(before.place)
+        down.append(now < was or now == was and down[-1])
+    return down

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 from ..outputs import DistillError, as_plain, map_tensors
 from .calls import arguments
 from .names import LayerTree, layer_tree, named, unwrap
 
-__all__ = ['Fired', 'dry_run', 'layers', 'main_tensor', 'probe', 'untouched']
+__all__ = ['Fired', 'dry_run', 'layers', 'main_tensor', 'probe', 'restore_tensor', 'series_layers', 'untouched']
 
 
 def layers(
@@ -50,6 +52,29 @@ def probe(
     return list(ran.values())
 
 
+CHANNELS_FIRST = (nn.Conv1d, nn.ConvTranspose1d, _BatchNorm, _InstanceNorm, nn.GroupNorm, nn.AvgPool1d, nn.MaxPool1d,
+                  nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d, nn.Upsample)
+CHANNELS_LAST = nn.Linear, nn.LayerNorm, nn.RNNBase, nn.Embedding, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
+
+
+def series_layers(
+    ran # what `probe` gave
+) -> set:
+    """The layers whose three axes are (B, C, L), as those of a 1d convolution, and not (B, L, D), as tokens have them.
+
+    The layer's own class tells. Of other layers (an activation, a block) it is the axis that is as long as the channels of the
+    last layer before it, or in it, whose class tells; where that is unclear, the same axis as there."""
+    found,axis,n = set(),2,None
+    for f in ran:
+        shape = next((s for s in (f.shape, f.shape_in) if s is not None and len(s) == 3), None)
+        if shape is None: continue
+        told = 1 if isinstance(f.module, CHANNELS_FIRST) else 2 if isinstance(f.module, CHANNELS_LAST) else None
+        here = told or (axis if (shape[1] == n) == (shape[2] == n) else 1 if shape[1] == n else 2)
+        if here == 1: found.add(f.module)
+        if told: axis,n = told,shape[told]
+    return found
+
+
 def _shape(y): return None if y is None else tuple(y.shape)
 
 
@@ -73,7 +98,7 @@ def untouched(model:nn.Module):
     mods = distinct_modules(unwrap(model))
     modes = [(m, m.training) for m in mods if getattr(m, 'training', False)]
     state = [_Attrs(m) for m in mods if not isinstance(m, torch.jit.ScriptModule)]
-    buffers = [(b, b.clone()) for m in mods for b in m.buffers(recurse=False)]
+    buffers = [(b, b.clone()) for m in mods for b in m.buffers(recurse=False) if b.layout == torch.strided] # sparse ones can't be compared
     cuda = sorted({t.device.index for t in weights_and_buffers(mods) if t.is_cuda})
     python,numpy = random.getstate(),np.random.get_state()
     # subtle: the flag and not .eval(), which some layers override to do more (merge adapters, for one)
@@ -85,8 +110,13 @@ def untouched(model:nn.Module):
         for a in state: a.restore()
         for m,mode in modes: m.training = mode
         with torch.no_grad():
-            for b,was in buffers:
-                if not torch.equal(b, was): b.copy_(was)
+            for b,was in buffers: restore_tensor(b, was)
+
+
+def restore_tensor(b, was):
+    "Give a tensor its values again, and its shape: observers for quantization-aware training change both at their first batch"
+    if b.shape != was.shape: b.resize_(was.shape)
+    if not torch.equal(b, was): b.copy_(was)
 
 
 def weights_and_buffers(mods): return [t for m in mods for t in [*m._parameters.values(), *m._buffers.values()] if t is not None]

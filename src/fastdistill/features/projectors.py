@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from ..outputs import DistillError
 from .shapes import to_grid
 
-__all__ = ['Projector', 'describe_projector', 'projector']
+__all__ = ['Projector', 'checked_projector', 'describe_projector', 'projector']
 
 PROJECTORS = 'auto', 'linear', 'conv', 'conv_bn', 'mlp'
 MATCHES = 'shape', 'grid', 'none'
@@ -31,9 +31,9 @@ def _default_kind(dims): return 'conv_bn' if dims > 3 else 'linear'
 
 class Projector(nn.Module):
     "What `projector` gives: `p(s, t)` is the student's features in the teacher's shape; `t` only tells the size of its grid"
-    def __init__(self, s_shape, t_shape, kind, match):
+    def __init__(self, s_shape, t_shape, kind, match, picture=True):
         super().__init__()
-        self.s_shape,self.t_shape,self.match = tuple(s_shape),tuple(t_shape),match
+        self.s_shape,self.t_shape,self.match,self.picture = tuple(s_shape),tuple(t_shape),match,picture
         self.own,self.text = not isinstance(kind, str),describe_projector(s_shape, t_shape, kind, match)
         self.map = kind if self.own else None
         if not self.own and _needs_mapping(s_shape, t_shape, kind, match):
@@ -45,9 +45,9 @@ class Projector(nn.Module):
         t:Tensor|None=None # teacher's, for the size of their grid, which may vary from batch to batch; None: as when this was built
     ) -> Tensor:
         like = (len(s), *self.t_shape[1:]) if t is None else tuple(t.shape)
-        if not self.own and self.match != 'none': s = to_grid(s, like)
+        if not self.own and self.match != 'none': s = to_grid(s, like, self.picture)
         if self.map is None: return s
-        p = next(self.parameters(), None)
+        p = [*self.parameters(), None][0]       # subtle: PyTorch 2.6 does not compile `next` with a default
         # subtle: after a forward pass under autocast features are half precision, and here autocast may be over
         if p is not None and p.dtype != s.dtype and not torch.is_autocast_enabled(s.device.type): s = s.to(p.dtype)
         y = self.map(s)
@@ -81,7 +81,8 @@ def projector(
     s_shape, # of the student's features: (B, D) vector, (B, L, D) tokens, (B, C, H, W) map; any B
     t_shape, # of the teacher's, in any of these forms
     kind='auto', # 'linear' = 'conv' (1x1), 'conv_bn', 'mlp', each position by position; or a module or function of your own
-    match:str='shape' # what the loss needs: the teacher's 'shape', only its 'grid' (places, not channels), or 'none' of it
+    match:str='shape', # what the loss needs: the teacher's 'shape', only its 'grid' (places, not channels), or 'none' of it
+    picture:bool=True # tokens are those of a picture if their numbers allow it; False: those of a sequence, such as a text
 ) -> Projector:
     """A module from the student's shape to the teacher's; it has parameters only where channels differ, or a kind is named.
 
@@ -91,13 +92,19 @@ def projector(
     does in CRD's code (arXiv:1910.10699): what a teacher has below 0 would be out of reach. A linear layer whose output is
     normalised is also what arXiv:2303.11098 recommends."""
     check_projector(s_shape, t_shape, kind, match)
-    return Projector(s_shape, t_shape, kind, match)
+    return Projector(s_shape, t_shape, kind, match, picture)
+
+
+def checked_projector(kind):
+    "`kind`, if it is one: this needs no shapes yet"
+    if isinstance(kind, type) or not (callable(kind) or kind in PROJECTORS):
+        raise DistillError(f"projector={kind!r}: possible are {', '.join(map(repr, PROJECTORS))}, a module (not its class), a function")
+    return kind
 
 
 def check_projector(s_shape, t_shape, kind, match):
     "Refuse what has no meaning"
-    if isinstance(kind, type) or not (callable(kind) or kind in PROJECTORS):
-        raise DistillError(f"projector={kind!r}: possible are {', '.join(map(repr, PROJECTORS))}, a module (not its class), a function")
+    checked_projector(kind)
     if match not in MATCHES: raise DistillError(f"match={match!r}: possible are {', '.join(map(repr, MATCHES))}")
     s,t = len(s_shape),len(t_shape)
     if not (2 <= s <= 5 and 2 <= t <= 5):

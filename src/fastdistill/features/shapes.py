@@ -65,22 +65,23 @@ def resize(
 
 def to_grid(
     s:Tensor, # student: (B, D), (B, L, D), (B, C, H, W) or (B, C, D, H, W)
-    like # shape of the teacher's tensor
+    like, # shape of the teacher's tensor
+    picture:bool=True # tokens are those of a picture if their numbers allow it; False: those of a sequence
 ) -> Tensor:
     "The student's features, with its own channels, on the teacher's grid: maps and tokens become each other"
     dims = s.dim(),len(like)
     if dims in ((2, 2), (3, 3)) and s.shape[1] == like[1]: return s
     if dims[1] == 2 and dims[0] > 1: return as_vector(s)
-    if dims == (3, 3): return _resize_tokens(s, like[1])
+    if dims == (3, 3): return _resize_tokens(s, like[1], picture)
     if dims == (4, 3): return _map_as_tokens(s, like[1])
     if dims == (3, 4): s = as_map(s, like[2]/like[3])
     return resize(s, like[2:])
 
 
-def _resize_tokens(s, n):
+def _resize_tokens(s, n, picture):
     "(B, L, D) as (B, n, D): over the picture if both are pictures, else along the sequence"
     a,b = grid(s.shape[1]),grid(n)
-    if a is None or b is None: return resize(s.transpose(1, 2), (n,)).transpose(1, 2)
+    if not picture or a is None or b is None: return resize(s.transpose(1, 2), (n,)).transpose(1, 2)
     return _with_class_tokens(s[:, :a[0]], as_tokens(resize(as_map(s), b[1:])), b[0])
 
 

@@ -5,16 +5,19 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from ..outputs import DistillError
 from .names import layer_tree, named, unwrap
-from .probe import probe
+from .probe import probe, series_layers
 from .shapes import grid
 
-__all__ = ['Stage', 'stages']
+__all__ = ['Stage', 'check_visible', 'stages']
 
 CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 PASSIVE = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity, nn.Flatten
 
 
-def image_size(x): return tuple(x[0].shape[2:]) if isinstance(x[0], Tensor) and x[0].is_floating_point() else ()
+def image_size(x):
+    "Height and width of the pictures that go in (of a series, its length); empty where none do"
+    xs = x[0].values() if isinstance(x[0], Mapping) else x[:1]
+    return next((tuple(o.shape[2:]) for o in xs if isinstance(o, Tensor) and o.is_floating_point() and o.dim() > 2), ())
 
 def is_picture(x): return len(image_size(x)) > 1
 
@@ -56,14 +59,20 @@ def stages(model, x):
     return found
 
 
+def check_visible(model):
+    "Refuse what has no layers that could be found: a function, a file, several models"
+    if '' not in named(model):
+        raise DistillError(f"layers='auto' takes one model whose layers it can see, not {type(model).__name__}. "
+                           "Name the layers: layers={'student.layer': 'teacher.layer'}.")
+
+
 class Road:
     "The main road through a model: its layers in order, containers left whole unless several stages end in them"
     def __init__(self, model, x):
-        if '' not in named(model):
-            raise DistillError(f"layers='auto' takes one model whose layers it can see, not {type(model).__name__}. "
-                               "Name the layers: layers={'student.layer': 'teacher.layer'}.")
+        check_visible(model)
         ran = probe(model, *x)
         self.ran,self.when = {f.name: f for f in ran},{f.name: i for i,f in enumerate(ran)}
+        self.first = series_layers(ran)
         self.size,self.picture,self.batch = image_size(x),is_picture(x),batch_size(x)
         self.below = {}
         for n in self.ran:
@@ -80,25 +89,23 @@ class Road:
 
     # what a layer gives
 
-    def look(self, name, last=True):
-        "A layer as a stage; None if it gives no feature with the batch in front. `last`: where channels are, if nothing tells"
+    def look(self, name):
+        "A layer as a stage; None if it gives no feature with the batch in front"
         f = self.ran.get(name)
         if f is None or not f.floats or not 2 <= len(f.shape) <= 5 or f.shape[0] != self.batch: return None
-        dims,shape,last = len(f.shape),f.shape,self._channels_last(f, last)
+        dims,shape,last = len(f.shape),f.shape,self._channels_last(f)
         kind = 'vector' if dims == 2 or shape[1:-1] == (1,) else 'tokens' if dims == 3 and last else 'map'
         turn = '@map' if dims == 4 and last else '@tokens' if dims == 3 and not last else ''
         if turn == '@map': shape = (shape[0], shape[3], *shape[1:3])
         weights = sum(map(has_weights, f.module.modules()))
         return Stage(name, f.module, kind, shape, weights, name not in self.below, turn)
 
-    def _channels_last(self, f, last):
+    def _channels_last(self, f):
         "Is the channel axis the last one? By the picture's height/width where that tells, else by the layers inside"
+        if len(f.shape) == 3: return f.module not in self.first
+        if len(f.shape) != 4: return False
         have = {type(m) for m in f.module.modules()}
         of = lambda *kinds: any(issubclass(h, kinds) for h in have)
-        if len(f.shape) == 3:
-            if of(nn.Conv1d, nn.ConvTranspose1d): return False
-            return last or of(*CONVS, nn.Linear, nn.RNNBase)
-        if len(f.shape) != 4: return False
         if self.picture:
             like = lambda h, w: abs(h - w*self.size[0]/self.size[1]) <= 1
             first,behind = like(*f.shape[2:]),like(*f.shape[1:3])
@@ -111,8 +118,7 @@ class Road:
         "Stages and what lies between them"
         found,place = [],()
         for n in sorted(self._open('', split_maps), key=self.when.get):
-            # an activation has its channels where the layer before it has them
-            u = self.look(n, not found or found[-1].turn != '@tokens')
+            u = self.look(n)
             if u is None: continue
             # a map that is pooled away is a vector in all but form
             if u.kind == 'map' and set(u.place) == {1} and max(place, default=0) > 4: continue

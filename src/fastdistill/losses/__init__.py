@@ -1,4 +1,6 @@
 "Pure functions of two tensors, student first; each has a module form under its paper's capitals."
+import sys
+from ..docments import explain_all
 from . import decoupled, dense, feature, relation, response
 from ._base import loss
 from .decoupled import *
@@ -9,3 +11,5 @@ from .response import *
 
 NOT_LOSSES = {'loss', 'ofd_margin', 'standardize', 'standardized'} # public names that are helpers of losses
 __all__ = ['loss', *decoupled.__all__, *dense.__all__, *feature.__all__, *relation.__all__, *response.__all__]
+
+explain_all(sys.modules[__name__])

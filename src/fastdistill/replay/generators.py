@@ -1,4 +1,4 @@
-"Random generators that transforms keep to themselves: found where they lie, and seeded like the global ones."
+"Random generators that belong to transforms: found inside them, and seeded like the global ones."
 import hashlib, inspect, random
 from collections import deque
 from contextlib import contextmanager
@@ -15,26 +15,31 @@ __all__ = ['Generators', 'access_of', 'hands_out_generators', 'reachable']
 
 PLAIN_TYPES = str,bytes,Number,np.ndarray,np.generic,Tensor,PurePath,ModuleType,type,type(None)
 GLOBAL_GENERATORS = {id(o) for o in (random._inst, np.random.mtrand._rand, torch.default_generator)}
-# their own code draws from the global generators, or from what a transform of the user's holds
-LIBRARIES = {'PIL', 'builtins', 'fastai', 'fastcore', 'fastdistill', 'fasttransform', 'numpy', 'pandas', 'plum', 'torch', 'torchvision'}
-MAX_ITEMS,MAX_OBJECTS = 200,20_000      # longer collections are data, and who reaches so many objects looks at data too
+# the code of these packages draws from the global generators, or from a generator that the user's transform holds
+LIBRARIES = {'PIL', 'builtins', 'fastai', 'fastcore', 'fastdistill', 'fasttransform', 'numpy', 'pandas', 'plum',
+             'torch',
+             'torchvision'}
+# longer collections are data; a search that finds more objects has reached the data
+MAX_ITEMS,MAX_OBJECTS = 200,20_000
 
-# kind -> (its state, put a state back, start from a number)
+# class of generator -> (get its state, set its state, seed it)
 ACCESS = {
     np.random.Generator: (lambda g: g.bit_generator.state, lambda g, s: setattr(g.bit_generator, 'state', s),
                           lambda g, n: setattr(g.bit_generator, 'state', type(g.bit_generator)(n).state)),
     np.random.RandomState: (lambda g: g.get_state(), lambda g, s: g.set_state(s), lambda g, n: g.seed(n & 0xffffffff)),
     random.Random: (lambda g: g.getstate(), lambda g, s: g.setstate(s), lambda g, n: g.seed(n)),
-    torch.Generator: (lambda g: g.get_state(), lambda g, s: g.set_state(s), lambda g, n: g.manual_seed(n & 0x7fffffffffffffff))}
+    torch.Generator: (lambda g: g.get_state(), lambda g, s: g.set_state(s),
+                      lambda g, n: g.manual_seed(n & 0x7fffffffffffffff))}
 
 
 class Generators:
-    """The generators of NumPy, Python and PyTorch that lie within transforms or datasets, or that functions among them name. What has
-    a `set_random_state(random_generator, py_random)`, as albumentations' transforms do, is given new ones"""
+    """The generators of NumPy, Python and PyTorch inside transforms or datasets, those that their functions name
+    included. An object with `set_random_state(random_generator, py_random)`, as albumentations' transforms have it, is
+    given new generators"""
     def __init__(self, *roots):
-        found = [(place, led) for place,o,led in reachable(roots) if access_of(o) or hands_out_generators(o)]
-        self.places,self.led = [p for p,_ in found],[led for _,led in found]
-        # subtle: by name, so that an attribute more or less elsewhere shifts no one's numbers
+        found = [(place, owned) for place,o,owned in reachable(roots) if access_of(o) or hands_out_generators(o)]
+        self.places,self.owned = [p for p,_ in found],[owned for _,owned in found]
+        # subtle: a generator's seed follows from its name, so that an attribute added elsewhere does not change it
         names = [f'{getattr(at, "__qualname__", type(at).__qualname__)} {k}' for _,at,k in self.places]
         self.names = [f'{n} {names[:i].count(n)}' for i,n in enumerate(names)]
 
@@ -42,14 +47,17 @@ class Generators:
     def seeded(
         self, seed:int # any 64-bit number
     ):
-        "Inside, each starts from a number of its own that follows from `seed`; afterwards they are as they were"
+        """Inside, each generator is seeded by a number of its own that follows from `seed`; afterwards all have their
+        old states"""
         if not self.places:
             yield
             return
         here = [get(at, k) for get,at,k in self.places]
         were = [vars(o).copy() if hands_out_generators(o) else access_of(o)[0](o) for o in here]
-        for o,led,name in zip(here, self.led, self.names):
-            if not led: start_from(o, int.from_bytes(hashlib.blake2b(f'{seed} {name}'.encode(), digest_size=8).digest(), 'little'))
+        for o,owned,name in zip(here, self.owned, self.names):
+            if owned: continue      # its owner seeds it
+            digest = hashlib.blake2b(f'{seed} {name}'.encode(), digest_size=8).digest()
+            start_from(o, int.from_bytes(digest, 'little'))
         try: yield
         finally:
             for o,was in zip(here, were): put_back(o, was)
@@ -66,7 +74,10 @@ def put_back(o, was):
     vars(o).update(was)
 
 
-def access_of(o): return next((v for k,v in ACCESS.items() if isinstance(o, k) and not isinstance(o, random.SystemRandom)), None)
+def access_of(o):
+    "How to read, set and seed a generator; None for any other object"
+    return next((v for k,v in ACCESS.items() if isinstance(o, k) and not isinstance(o, random.SystemRandom)), None)
+
 
 @lru_cache
 def takes_generators(cls):
@@ -77,21 +88,23 @@ def hands_out_generators(o): return takes_generators(type(o)) and hasattr(o, '__
 
 
 def reachable(roots):
-    """(place, object, led) of all that can be reached. A place is (get, holder, key), for what lies there may be replaced by another;
-    `led`: it is within something that gives its own state to all that it holds"""
+    """(place, object, owned) of all objects that can be reached. A place is (get, holder, key): the object there may be
+    replaced later. `owned`: it is inside an object that gives generators to all its parts"""
     todo,seen = deque(((getitem, roots, i), o, False) for i,o in enumerate(roots)),{}
     while todo and len(seen) < MAX_OBJECTS:
-        place,o,led = todo.popleft()
+        place,o,owned = todo.popleft()
         if id(o) in seen or id(o) in GLOBAL_GENERATORS or isinstance(o, PLAIN_TYPES): continue
-        seen[id(o)] = o     # kept: a number may come back when its object is gone
-        yield place,o,led
-        todo.extend((p, v, led or hands_out_generators(o)) for p,v in contents(o))
+        seen[id(o)] = o     # the object too: when it is freed, another one may get its id
+        yield place,o,owned
+        todo.extend((p, v, owned or hands_out_generators(o)) for p,v in contents(o))
 
 
 def contents(o):
+    "(place, object) of what an object holds or names"
     if access_of(o): return
     if isinstance(o, (dict, list, tuple)):
-        if len(o) <= MAX_ITEMS: yield from (((getitem, o, k), v) for k,v in (o.items() if isinstance(o, dict) else enumerate(o)))
+        if len(o) <= MAX_ITEMS:
+            yield from (((getitem, o, k), v) for k,v in (o.items() if isinstance(o, dict) else enumerate(o)))
     for k in FUNCTION_PARTS.get(type(o), ()): yield (getattr, o, k),getattr(o, k)
     if isinstance(o, FunctionType):
         for i in range(len(o.__closure__ or ())):
@@ -106,7 +119,8 @@ def contents(o):
             elif hasattr(o, k): yield (getattr, o, k),getattr(o, k)      # of a class with __slots__
 
 
-FUNCTION_PARTS = {FunctionType: ('__defaults__', '__kwdefaults__'), MethodType: ('__self__', '__func__'), partial: ('func', 'args', 'keywords')}
+FUNCTION_PARTS = {FunctionType: ('__defaults__', '__kwdefaults__'), MethodType: ('__self__', '__func__'),
+                  partial: ('func', 'args', 'keywords')}
 
 def is_of_library(o): return (getattr(o, '__module__', None) or '').partition('.')[0] in LIBRARIES
 

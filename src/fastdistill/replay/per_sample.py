@@ -15,8 +15,9 @@ def per_sample(
     seeds, # (B,) one for each sample
     *tensors # (B, ...) each
 ):
-    "Run `fn` on one sample at a time, each with random numbers of its own: right for every `fn`, whatever it draws and how"
-    if len(seeds) != len(tensors[0]): raise DistillError(f"{len(seeds)} seeds for {len(tensors[0])} samples: one for each is needed.")
+    "Run `fn` on one sample at a time, each with random numbers of its own: right for every `fn`, and slow"
+    if len(seeds) != len(tensors[0]):
+        raise DistillError(f"{len(seeds)} seeds for {len(tensors[0])} samples: give one for each.")
     outs,own = [],Generators(fn)
     with restored_generators(tensors[0].device) as start:
         for i,s in enumerate(seeds.tolist() if isinstance(seeds, Tensor) else seeds):
@@ -28,8 +29,8 @@ def per_sample(
 
 
 class PerSample(TorchFunctionMode):
-    """Inside, `uniform_`, `bernoulli_`, `normal_` and `randint` on tensors whose first dimension is the batch give each sample numbers
-    of its own seed, all in one go; they depend on nothing else, not even the device"""
+    """Inside, `uniform_`, `bernoulli_`, `normal_` and `randint` on tensors whose first dimension is the batch give each
+    sample numbers of its own seed, all in one go; they depend on nothing else, not even the device"""
     def __init__(self, seeds):
         super().__init__()
         self.seeds,self.calls = np.asarray(seeds, np.uint64),0
@@ -53,7 +54,8 @@ class PerSample(TorchFunctionMode):
 
     # the names of PyTorch's own arguments; `from` is a word of Python's, so it may come by name
     def new_uniform_(self, func, x, *args, **kwargs):
-        lo,hi = [*args, kwargs.get('from', 0.), kwargs.get('to', 1.)][:2] if len(args) != 1 else (args[0], kwargs.get('to', 1.))
+        ends = [*args, kwargs.get('from', 0.), kwargs.get('to', 1.)]
+        lo,hi = ends[:2] if len(args) != 1 else (args[0], kwargs.get('to', 1.))
         return self.fill(func, x, lambda u: u*(hi-lo) + lo, *args, **kwargs)
 
     def new_bernoulli_(self, func, x, p=.5, **kwargs):
@@ -63,7 +65,8 @@ class PerSample(TorchFunctionMode):
         return self.fill(func, x, lambda u: torch.erfinv(2*u-1)*2**.5*std + mean, mean, std, **kwargs)
 
     def new_randint(self, func, *args, **kwargs):
-        *given,size = [o for o in args if isinstance(o, (int, tuple, list))] + ([kwargs['size']] if 'size' in kwargs else [])
+        sizes = [kwargs['size']] if 'size' in kwargs else []
+        *given,size = [o for o in args if isinstance(o, (int, tuple, list))] + sizes
         if not size or size[0] != len(self.seeds): return func(*args, **kwargs)
         lo,hi = given if len(given) == 2 else (kwargs.get('low', 0), given[0] if given else kwargs['high'])
         return ((self.draw(size)*(hi-lo)).floor() + lo).to(kwargs.get('device'), kwargs.get('dtype') or torch.int64)

@@ -12,7 +12,8 @@ MIX = 0x9E3779B97F4A7C15,0xBF58476D1CE4E5B9,0x94D049BB133111EB
 
 
 def scramble(x):
-    "A 64-bit number (or an array of them) in which every bit depends on every bit of `x` (splitmix64's step and finaliser)"
+    """A 64-bit number (or an array of them) in which every bit depends on every bit of `x` (splitmix64's step and
+    finaliser)"""
     if isinstance(x, int):      # the same for one number, many times faster than an array of one
         x = (x + MIX[0]) & MASK
         x = ((x ^ (x >> 30))*MIX[1]) & MASK
@@ -45,7 +46,8 @@ def view_of(
     views:int, # how many are stored
     seed:int=0
 ):
-    "Which view each sample shows in an epoch: all of them once in `views` epochs, in an order of its own, another one each time around"
+    """Which view each sample shows in an epoch: all of them once in `views` epochs, in an order of its own, another
+    one each time around"""
     one = isinstance(keys, int)
     if views < 2: return 0 if one else np.zeros(np.shape(keys), np.int64)
     lap,step = divmod(epoch, views)
@@ -62,7 +64,8 @@ def seeded(
     seed:int, # any 64-bit number
     device=None # of the tensors that are drawn on, if not the CPU
 ):
-    "Inside, Python's, NumPy's and PyTorch's global generators start from `seed`; afterwards they are as they were"
+    """Inside, the global generators of Python, NumPy and PyTorch start from `seed`; afterwards they have their old
+    states"""
     with restored_generators(device) as start:
         start(seed)
         yield
@@ -70,15 +73,16 @@ def seeded(
 
 @contextmanager
 def restored_generators(device=None):
-    "Gives a function that seeds the global generators; afterwards they are as they were"
-    gens = [torch.default_generator] + ([torch.cuda.default_generators[torch.device(device).index or 0]] if is_cuda(device) else [])
+    "Gives a function that seeds the global generators; afterwards they have their old states"
+    gens = [torch.default_generator] + ([torch.cuda.default_generators[torch.device(device).index or 0]]
+                                        if is_cuda(device) else [])
     def start(seed):
         seed = int(seed)
         random.seed(seed)
         np.random.seed(seed & 0xffffffff)
         for g in gens: g.manual_seed(seed & 0x7fffffffffffffff)
     if RESTORED_OUTSIDE and RESTORED_OUTSIDE[-1] and not is_cuda(device):
-        with restoring_outside(False): yield start        # but who is seeded inside of this must put back
+        with restoring_outside(False): yield start        # but a `seeded` inside of this one must restore
         return
     states = random.getstate(),np.random.get_state(),[g.get_state() for g in gens]
     try: yield start
@@ -99,7 +103,7 @@ def restoring_outside(on):
 
 @contextmanager
 def restored_once():
-    "Inside, the CPU's generators are put back once, at the end, and not after each `seeded`: NumPy takes its time for it"
+    "Inside, the CPU's generators are restored once, at the end, and not after each `seeded`: restoring NumPy's is slow"
     with restored_generators(), restoring_outside(True): yield
 
 
@@ -107,7 +111,7 @@ def is_cuda(device): return device is not None and torch.device(device).type == 
 
 
 class RandomGuard:
-    "Did anything draw from Python's, NumPy's or PyTorch's global generators meanwhile? Then `moved` says so; they are put back"
+    "Restores the global generators of Python, NumPy and PyTorch; `moved` is True afterwards if anything drew from them"
     def __enter__(self):
         self.states = self.now()
         self.moved = False

@@ -53,7 +53,7 @@ def from_file(path):
 
 def torch_script(path):
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', '.*torch.jit.load', DeprecationWarning)
+        warnings.filterwarnings('ignore', '.*torch.jit.load')
         return torch.jit.load(path, map_location='cpu')
 
 

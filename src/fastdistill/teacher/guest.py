@@ -1,6 +1,7 @@
 "A module that teaches is a guest: its modes, buffers, device and hidden states are put back afterwards."
 import torch
 from torch import nn
+from ..features.probe import restore_tensor
 from ..outputs import map_tensors, tensors_in
 
 __all__ = ['Guest', 'cuda_devices']
@@ -53,7 +54,7 @@ class Guest:
             if d[k] is not p: d[k] = p
         for d,k,b,was in self.buffers:
             if d[k] is not b: d[k] = b
-            if was is not None and not torch.equal(b, was): b.copy_(was)
+            if was is not None: restore_tensor(b, was)
         for m,was in self.states: vars(m).update(was)
 
 

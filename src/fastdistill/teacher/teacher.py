@@ -228,6 +228,7 @@ class Teacher:
         layers=() # names of layers that this call reads, in addition to the teacher's own
     ) -> Outputs:
         "The teacher's outputs for a batch, with the layers that this call asks for"
+        kwargs = kwargs or {}
         if not self.started:
             try: return self._start().outputs(args, kwargs, layers)
             finally: self.stop()

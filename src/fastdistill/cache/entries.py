@@ -1,0 +1,59 @@
+"Entries of a JSON file, which may hold anything: each is checked for its type and its range, and a wrong one is named."
+import json
+from ..outputs import DistillError
+
+__all__ = ['json_list', 'json_object', 'json_text', 'parse_json', 'refuse_entry', 'shortened', 'whole_number']
+
+DEPTH = 20      # of lists and objects in one another: more than anything that is ever written
+
+
+def shortened(o, n=200): return (s if len(s := str(o)) <= n else s[:n] + ' ...')
+
+
+def parse_json(text:bytes):
+    "What is in a JSON file, if it can be printed and walked through"
+    try:
+        o = json.loads(text)
+        check_depth(o)
+    except (ValueError, RecursionError) as e: raise DistillError(f"{shortened(e)}.") from e
+    return o
+
+
+def check_depth(o, depth=DEPTH):
+    if isinstance(o, str): o.encode()       # half of a surrogate pair is no text
+    if not isinstance(o, (dict, list)): return
+    if not depth: raise DistillError(f"Lists and objects are nested more than {DEPTH} levels deep")
+    for v in ([*o, *o.values()] if isinstance(o, dict) else o): check_depth(v, depth-1)
+
+
+def refuse_entry(name, o, allowed): raise DistillError(f"{name} is {shortened(repr(o), 100)}: it must be {allowed}.")
+
+
+def whole_number(name, o, low, high) -> int:
+    # subtle: True is an int
+    if type(o) is not int or not low <= o <= high: refuse_entry(name, o, f'a whole number from {low} to {high}')
+    return o
+
+
+def json_text(name, o, options=None) -> str:
+    if not isinstance(o, str): refuse_entry(name, o, 'a text')
+    if options is not None and o not in options: refuse_entry(name, o, ' or '.join(map(repr, options)))
+    return o
+
+
+def json_list(name, o, low, high) -> list:
+    if not isinstance(o, list): refuse_entry(name, o, 'a list')
+    if not low <= len(o) <= high:
+        raise DistillError(f"{name} has {len(o)} entries: " + (f'{low} to {high} are possible.' if low < high else f'it must have {low}.'))
+    return o
+
+
+def json_object(name, o, required, optional=None) -> dict:
+    "A dict with these keys, and of other keys only the optional ones (None: any)"
+    if not isinstance(o, dict): refuse_entry(name, o, 'an object')
+    if missing := [k for k in required if k not in o]: raise DistillError(f"{name} has no {', '.join(missing)}.")
+    unknown = [] if optional is None else [k for k in o if k not in required and k not in optional]
+    if unknown:
+        possible = ', '.join([*required, *optional])
+        raise DistillError(f"{name} has an entry {shortened(repr(unknown[0]), 100)}: possible are {possible}.")
+    return o

@@ -1,0 +1,88 @@
+"The files that samples come from: size, time and content of each, so that a changed file is found without reading the others."
+import hashlib, os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePath
+import numpy as np
+from .keys import name_of, names_of_samples
+from ..outputs import DistillError
+
+__all__ = ['changed_text', 'dataset_files', 'files_of', 'newer_record', 'pack_record', 'record_files', 'unpack_record']
+
+NO_FILE = -1    # the size of what is not a file
+
+
+def files_of(
+    items # paths, or tuples that begin with one
+) -> list|None:
+    "The path of each sample's file; None where samples are not files"
+    paths = [name_of(o) for o in items]
+    if not paths or not all(isinstance(o, (str, PurePath)) for o in paths): return None
+    return paths if os.path.isfile(paths[0]) else None
+
+
+def dataset_files(
+    dataset # map-style
+) -> list|None:
+    "The path of each sample's file in a plain dataset; None where samples are not files"
+    try: return files_of(names_of_samples(dataset))
+    except DistillError: return None
+
+
+def record_files(paths) -> np.ndarray:
+    "(N, 3) int64: size, modification time in nanoseconds, 64 bits of the content's hash"
+    return np.concatenate([in_parallel(stat_of, paths, 2), in_parallel(content_of, paths, 1)], 1)
+
+
+def newer_record(
+    record, # (N, 3), made by `record_files` when the cache was written
+    paths # (N,) the same samples' files now
+):
+    """(changed, record): positions of files whose content changed, and the record with the others' new times.
+    Only files with the same size and another time are read"""
+    now,new = in_parallel(stat_of, paths, 2),record.copy()
+    changed = now[:, 0] != record[:, 0]
+    new[:, 1] = now[:, 1]
+    touched = np.flatnonzero(~changed & (now[:, 1] != record[:, 1]))
+    changed[touched] = in_parallel(content_of, [paths[i] for i in touched], 1)[:, 0] != record[touched, 2]
+    return np.flatnonzero(changed),new
+
+
+def stat_of(path):
+    try: s = os.stat(path)
+    except OSError: return NO_FILE,0
+    return s.st_size,s.st_mtime_ns
+
+
+def content_of(path):
+    h = hashlib.blake2b(digest_size=8)
+    try:
+        with open(path, 'rb') as f:
+            while part := f.read(2**20): h.update(part)
+    except OSError: return (0,)
+    return (int.from_bytes(h.digest(), 'little', signed=True),)
+
+
+def in_parallel(fn, paths, n, size=256):
+    "(N, n) int64: `fn` of each path, in threads"
+    parts = [paths[i:i+size] for i in range(0, len(paths), size)]
+    with ThreadPoolExecutor(8) as pool: rows = [r for rs in pool.map(lambda ps: [fn(p) for p in ps], parts) for r in rs]
+    return np.array(rows, np.int64).reshape(-1, n)
+
+
+def pack_record(record):
+    "`files.bin`: the record as little-endian numbers, then their checksum"
+    data = record.astype('<i8').tobytes()
+    return data + hashlib.blake2b(data, digest_size=16).digest()
+
+
+def unpack_record(data, n):
+    "The record in `files.bin`, of `n` samples; None where it is damaged"
+    data,mark = data[:-16],data[-16:]
+    if len(data) != 24*n or hashlib.blake2b(data, digest_size=16).digest() != mark: return None
+    return np.frombuffer(data, '<i8').reshape(n, 3).astype(np.int64)
+
+
+def changed_text(names, n) -> str:
+    "In words, which of `n` files changed"
+    more = f' and {len(names)-5} more' if len(names) > 5 else ''
+    return f"{len(names)} of {n} files changed since the cache was written: {', '.join(names[:5])}{more}"

@@ -1,0 +1,49 @@
+"How far a cache is: a bar in a terminal or a notebook, nothing in a file or a pipe."
+from contextlib import contextmanager
+from ..ranks import rank
+
+__all__ = ['ProgressBar', 'shown_progress']
+
+
+class ProgressBar:
+    "A bar of samples, speed and megabytes; it appears with the first batch"
+    def __init__(self, console=None):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        self.task = None
+        self.bar = Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
+                            TextColumn('{task.fields[speed]}'),
+                            TextColumn('{task.fields[mb]:.1f} MB'), TimeRemainingColumn(), console=console)
+
+    def __enter__(self): return self
+    def __exit__(self, *_): self.stop()
+
+    def stop(self):
+        self.bar.stop()
+        self.task = None
+
+    def progress(
+        self,
+        done:int, total:int, # rows
+        n_bytes:int # of the rows that are done
+    ):
+        if self.task is None:
+            self.task = self.bar.add_task('teacher', total=total, mb=0., speed='')
+            self.bar.start()
+        speed = self.bar.tasks[self.task].speed
+        self.bar.update(self.task, completed=done, mb=n_bytes/1e6,
+                        speed='' if speed is None else f'{speed:,.0f} samples/s')
+
+
+@contextmanager
+def shown_progress(
+    progress # True: a bar, where somebody can see it; False or None: nothing; or fn(rows done, rows in all, bytes done)
+):
+    "Gives the function to call after each batch, or None"
+    if callable(progress) or not progress or rank():
+        yield progress if callable(progress) else None
+        return
+    from rich.console import Console
+    console = Console()
+    if not (console.is_terminal or console.is_jupyter): yield None
+    else:
+        with ProgressBar(console) as bar: yield bar.progress

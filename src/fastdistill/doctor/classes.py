@@ -1,0 +1,57 @@
+"Does the teacher have the student's classes in another order? A table of what it predicts for which class shows it."
+import torch
+from torch import Tensor
+from .findings import Finding, few_names
+
+__all__ = ['reordered_classes']
+
+
+def reordered_classes(
+    tally, # of the teacher's predictions
+    teacher,
+    names=None # of the student's classes
+):
+    "(its accuracy then, finding), if the teacher recognizes far more with its outputs in another order"
+    if tally.confusion is None: return
+    table = tally.confusion.sum(0)
+    order,n,k = best_order(table),table.sum().item(),len(table)
+    moved = [i for i,o in enumerate(order) if i != o]
+    before,after = table.trace().item()/n,hits(table, order).sum().item()/n
+    # at least half of the way from chance to a perfect prediction
+    if not moved or after < (1+1/k)/2 or not holds_elsewhere(tally.confusion): return
+    select = order if teacher.select is None else [int(list(teacher.select)[o]) for o in order]
+    unseen = sum(not table[i].any() for i in moved)
+    guess = f" ({unseen} without an item here, whose place is a guess: a larger n= looks at more)" if unseen else ''
+    words = moves_in_words(order, moved, names)
+    yield after,Finding('error', f"The teacher has the classes in another order: {words}{guess}. In the student's "
+                        f"order its accuracy is {before:.3f}, in this one {after:.3f}",
+                        f"Put its classes in the student's order: Teacher(model, select={select})")
+
+
+def best_order(table:Tensor):
+    "For each class the output that stands for it, so that as much as possible is recognized"
+    from scipy.optimize import linear_sum_assignment
+    # subtle: an item more for the order as it is, so that classes without items stay where they are
+    return linear_sum_assignment((table + torch.eye(len(table))).numpy(), maximize=True)[1].tolist()
+
+
+def hits(table, order): return table[torch.arange(len(order)), torch.tensor(order)]
+
+
+def holds_elsewhere(halves):
+    "The order that one half of the items suggests recognizes far more of the other half than the order as it is"
+    now = then = 0.
+    for suggests,shows in (halves, halves.flip(0)):
+        order = best_order(suggests)
+        moved = torch.tensor(order) != torch.arange(len(order))
+        now += shows.diagonal()[moved].sum().item()
+        then += hits(shows, order)[moved].sum().item()
+    return then > 2*now and then - now > 3*(then + now)**.5
+
+
+def moves_in_words(order, moved, names):
+    "Which classes are swapped; or, of a longer circle, which output is which class"
+    name = lambda i: repr(str(names[i])) if names is not None and len(names) == len(order) else f'class {i}'
+    if all(order[order[i]] == i for i in moved):
+        return few_names([f'{name(i)} and {name(order[i])}' for i in moved if i < order[i]], 5) + ' are swapped'
+    return few_names([f'{name(i)} is its output {order[i]}' for i in moved], 5)

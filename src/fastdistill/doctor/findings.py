@@ -1,0 +1,71 @@
+"What the doctor reports: findings, and the facts that it measured."
+import warnings
+from dataclasses import dataclass
+from ..outputs import DistillError, DistillWarning
+from ..ranks import rank
+
+__all__ = ['Facts', 'Finding', 'Findings', 'few_names']
+
+
+def few_names(names, n): return ', '.join(map(str, names[:n])) + (' ...' if len(names) > n else '')
+
+
+@dataclass
+class Finding:
+    "One thing that was found, and what to do about it"
+    level:str # 'error': training would be wrong; 'warning': it would probably be wrong; 'note': worth knowing
+    what:str
+    do:str
+
+    def __str__(self): return f"{self.level}: {self.what}. {self.do}"
+
+
+@dataclass
+class Facts:
+    "What was measured on a few batches; None where there was nothing to measure"
+    metric:str # of the three scores: 'accuracy', 'accuracy per label' or 'squared error' (where less is better)
+    n:int=0 # validation items that were scored
+    teacher_score:float|None=None
+    student_score:float|None=None # before training
+    constant_score:float|None=None # of the best prediction that is the same for all items
+    # the teacher's largest probability, mean over training batches (with their augmentation) and validation batches
+    top_prob_train:float|None=None
+    top_prob_valid:float|None=None
+
+    def lines(self):
+        "In words: a line about the scores, a line about the probabilities"
+        scores = dict(teacher=self.teacher_score, student=self.student_score, constant=self.constant_score)
+        probs = dict(training=self.top_prob_train, validation=self.top_prob_valid)
+        if self.n: yield f"{self.metric} on {self.n} validation items: {numbers_in_words(scores)}"
+        if words := numbers_in_words(probs): yield f"teacher's mean top probability: {words}"
+
+
+def numbers_in_words(values):
+    number = lambda v: f'{v:.3f}' if v < 10 else f'{v:.4g}'
+    return ', '.join(f'{k} {number(v)}' for k,v in values.items() if v is not None)
+
+
+class Findings(list):
+    "What the doctor found, a list that is empty when all is well; `facts` are what it measured"
+    facts:Facts|None = None # None: an error was found before anything could be measured
+
+    def __repr__(self):
+        facts = [] if self.facts is None else self.facts.lines()
+        return '\n'.join([*facts, *(map(str, self) if self else ['Nothing found: the teacher fits.'])])
+
+    @property
+    def errors(self): return [f for f in self if f.level == 'error']
+
+    def enforce(
+        self,
+        facts:bool=True # print them too
+    ):
+        "Print the facts and the notes, warn about the warnings, raise the errors"
+        if facts and self.facts is not None and rank() == 0: print('fastdistill:', '; '.join(self.facts.lines()))
+        for f in self:
+            if f.level == 'note' and rank() == 0: print(f'fastdistill: {f.what}. {f.do}')
+            if f.level == 'warning': warnings.warn(f'{f.what}. {f.do}', DistillWarning, stacklevel=2)
+        if self.errors:
+            head = 'Mistakes were found before training (with check=False it trains all the same):'
+            raise DistillError('\n'.join([head, *[f'- {f.what}. {f.do}' for f in self.errors]]))
+        return self

@@ -1,0 +1,111 @@
+"Batches of a Learner as a training step sees them, for those who look before training; nothing of it stays."
+import copy, inspect
+from contextlib import contextmanager
+from itertools import islice
+from torch.utils.data import IterableDataset
+from fastai.basics import (CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException,
+                           CancelValidException, is_listy)
+from fastai.callback.mixup import MixHandler
+from ..outputs import as_plain, map_tensors
+from ..replay.generators import Generators
+
+__all__ = ['PreparationError', 'prepared_batches', 'split_batch', 'valid_batches']
+
+CANCELED = CancelBatchException,CancelEpochException,CancelFitException,CancelTrainException,CancelValidException
+
+
+class PreparationError(Exception):
+    "A callback that changes batches does not run outside of a fit"
+
+
+def valid_batches(dl, n=None):
+    "Some batches from all over the validation set, which is often sorted by class"
+    # the learner's own DataLoader stays as it is
+    if hasattr(dl, 'shuffle_fn'): dl = dl.new(shuffle=getattr(dl, 'indexed', True), drop_last=False, num_workers=0)
+    yield from some_batches(dl, n)
+
+
+def train_batches(dl, n):
+    "Some batches of the training set, in an order of their own"
+    if isinstance(getattr(dl, 'dataset', None), IterableDataset): return      # what is read from a stream is gone
+    yield from some_batches(dl.new(num_workers=0) if hasattr(dl, 'shuffle_fn') else dl, n)
+
+
+# of a DataLoader, which may draw from generators of their own
+PARTS = 'dataset','sampler','batch_sampler','generator','after_item','before_batch','after_batch'
+
+def some_batches(dl, n=None):
+    "The first `n` batches; the DataLoader and the generators in it are afterwards as before"
+    with restored(dl), Generators(*(getattr(dl, k, None) for k in PARTS)).seeded(0): yield from islice(dl, n)
+
+
+@contextmanager
+def restored(*objects):
+    "Afterwards the attributes of these objects are as before, and what lists, dicts and sets among them hold"
+    were = [(o.__dict__, dict(o.__dict__)) for o in objects if hasattr(o, '__dict__')]
+    boxes = [(v, copy.copy(v)) for _,d in were for v in d.values() if type(v) in (list, dict, set)]
+    try: yield
+    finally:
+        for now,was in were:
+            now.clear()
+            now.update(was)
+        for box,was in boxes:
+            box.clear()
+            box.extend(was) if isinstance(box, list) else box.update(was)
+
+
+def split_batch(learn, b):
+    "(inputs, targets) of a batch, each a tuple"
+    if learn.model is not None: b = learn._set_device(b)
+    b = tuple(b) if is_listy(b) else (b,)
+    n = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
+    return as_plain_batch(b[:n], b[n:])
+
+
+def as_plain_batch(*parts): return tuple(tuple(map_tensors(o, as_plain) for o in part) for part in parts)
+
+
+def prepared_batches(learn, n_valid, n_train):
+    "(inputs, targets) of validation batches, and of training batches, both as generators"
+    has_valid = len(learn.dls.loaders) > 1 and getattr(learn.dls.valid, 'n', None) != 0
+    valid = valid_batches(learn.dls.valid, n_valid) if has_valid else ()
+    return prepared(learn, valid, 1, False),prepared(learn, train_batches(learn.dls.train, n_train), 0, True)
+
+
+def prepared(learn, batches, ds_idx, training):
+    "(inputs, targets) of batches after the learner's callbacks have changed them"
+    if learn.model is None: yield from (split_batch(learn, b) for b in batches)
+    else:
+        for i,b in enumerate(batches):
+            try: yield with_callbacks(learn, b, i, ds_idx, training)
+            except CANCELED: continue      # a fit skips it too
+
+
+def number_of_batches(dl):
+    try: return len(dl)
+    except TypeError: return None      # of a stream
+
+
+def changing_callbacks(learn, training):
+    """Callbacks that may change a batch: those that are not fastai's own, and in training MixUp and its kind. The
+    others of fastai prepare no inputs, but change the optimizer, enter autocast, or count"""
+    def is_users(cb):
+        if (fn := getattr(cb, 'before_batch', None)) is None: return False
+        module = getattr(inspect.unwrap(getattr(fn, '__func__', fn)), '__module__', None) or ''
+        return module.partition('.')[0] not in ('fastai', 'fastdistill')
+    return [cb for cb in learn.cbs.sorted('order') if is_users(cb) or (training and isinstance(cb, MixHandler))]
+
+
+def with_callbacks(learn, b, i, ds_idx, training):
+    "(inputs, targets) as callbacks change them in `before_batch`; learner and callbacks are afterwards as before"
+    with restored(learn, *learn.cbs):
+        now,dl = vars(learn),learn.dls[ds_idx]
+        now.update(training=training, iter=i, dl=dl, n_iter=number_of_batches(dl))
+        for k,v in dict(epoch=0, n_epoch=1, pct_train=0., train_iter=0).items(): now.setdefault(k, v)
+        learn._split(learn._set_device(b))
+        for cb in changing_callbacks(learn, training):
+            if isinstance(cb, MixHandler): vars(cb)['stack_y'] = True     # labels are left alone
+            try: cb('before_batch')
+            except CANCELED: raise
+            except Exception as e: raise PreparationError(f"{type(cb).__name__} ({e})") from e
+        return as_plain_batch(learn.xb, learn.yb)

@@ -1,0 +1,103 @@
+"""What names the samples of a DataLoader: their keys do not depend on labels, on the order of the data, or on where
+the folder lies."""
+import os
+from pathlib import PurePath
+import numpy as np
+from fastai.basics import L
+from fastai.data.transforms import ColReader
+from fastai.text.data import SortedDL
+from ..cache.files import files_of
+from ..cache.keys import hash_of, key_of, keys_of, root_of
+from ..outputs import DistillError
+from ..replay.seeds import seeds_of
+from .stream import is_stream
+
+__all__ = ['item_keys', 'items_of', 'key_root', 'matching_root', 'sample_files', 'storage_order']
+
+
+def item_keys(
+    dl, # a DataLoader
+    keys, # what `cache_teacher` was given: a list, a function of an item, or None
+    root:str # paths are taken relative to it
+) -> np.ndarray:
+    "(N,) uint64 by position in the dataset; of a language model's text, by place in these very texts"
+    names = keys_of_samples(dl.dataset, keys, root)
+    if not is_stream(dl): return names
+    return seeds_of(hash_of(names.tobytes(), np.asarray(dl.lens.coll, np.int64).tobytes()), np.arange(dl.n))
+
+
+def keys_of_samples(dataset, keys, root):
+    items = items_of(dataset)
+    if keys is not None:
+        rows = (items.iloc[i] for i in range(len(items))) if hasattr(items, 'iloc') else items
+        names = [keys(o) for o in rows] if callable(keys) else keys
+        if len(names) != len(dataset):
+            raise DistillError(f"{len(names)} keys for {len(dataset)} samples: give one for each.")
+        return keys_of(names, root)
+    if items is None:
+        raise DistillError(f"A {type(dataset).__name__} doesn't say which samples it holds: pass keys=, one for each "
+                           "sample.")
+    return keys_of_table(input_columns(dataset, items)) if hasattr(items, 'columns') else keys_of(items, root)
+
+
+def items_of(dataset):
+    "What a dataset makes its samples of: a list or a table; None where it does not say"
+    return dataset if isinstance(dataset, (list, tuple, L, np.ndarray)) else getattr(dataset, 'items', None)
+
+
+def keys_of_table(table):
+    "A row is what is in it"
+    import pandas as pd
+    try: return pd.util.hash_pandas_object(table, index=False).to_numpy(np.uint64)
+    except TypeError: return keys_of(table.to_numpy())      # cells that hold lists
+
+
+def input_columns(dataset, table):
+    "The columns that the model sees: a key depends neither on the label nor on columns that are not used"
+    readers = [f for tl in getattr(dataset, 'tls', [])[:getattr(dataset, 'n_inp', 1)] for f in tl.tfms.fs
+               if isinstance(f, ColReader)]
+    names = [*getattr(dataset, 'cat_names', []), *getattr(dataset, 'cont_names', []),
+             *(c for r in readers for c in L(r.cols))]
+    names = [c if c in table.columns else table.columns[c] for c in names]
+    return table[list(dict.fromkeys(names))] if names else table
+
+
+def key_root(dls) -> str:
+    """What paths are relative to: the DataLoaders' own path; where they have none, the folder that all their files
+    have in common"""
+    return root_of(dls.path) or common_folder(o for dl in dls.loaders for o in paths_in(dl))
+
+
+def paths_in(dl): return [o for o in items_of(dl.dataset) or [] if isinstance(o, PurePath)] if listed(dl) else []
+
+def listed(dl): return isinstance(items_of(dl.dataset), (list, tuple, L))
+
+def common_folder(paths):
+    folders = {p.parent.as_posix() for p in paths}
+    return os.path.commonpath(folders) if folders and all(map(os.path.isabs, folders)) else ''
+
+
+def matching_root(cache, dls, dl) -> str:
+    """The root under which the first sample has a row: a folder that was moved, or a part of the data, has another
+    root than the whole had"""
+    first,root = next(iter(paths_in(dl)), None),key_root(dls)
+    if first is None: return root
+    common = PurePath(common_folder([first]))
+    roots = [root, *(p.as_posix() for p in (common, *common.parents)), '']
+    return next((r for r in roots if (cache.keys == np.uint64(key_of(first, r))).any()), root)
+
+
+def sample_files(
+    dl,
+    order=None # positions in the dataset; None: its own order
+):
+    "The file of each sample; None where samples are not files"
+    files = files_of(items_of(dl.dataset)) if listed(dl) and not is_stream(dl) else None
+    return files if files is None or order is None else [files[i] for i in order]
+
+
+def storage_order(dl):
+    """Positions in the order in which rows are stored: as they are, but texts by length, for padding must not mix long
+    and short"""
+    if isinstance(dl, SortedDL): return np.argsort(-np.asarray(dl.res), kind='stable')
+    return np.arange(dl.n if is_stream(dl) else len(dl.dataset))

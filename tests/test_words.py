@@ -1,0 +1,54 @@
+"Words of other tools: `temperature` for `T`, and weights that mean the same numbers."
+import inspect
+import pytest, torch
+import apps
+from timm.task import LogitDistillationTask
+from torch import nn
+import torch.nn.functional as F
+from fastdistill import DistillError, Recipe, Term, kd, losses, recipes
+from fastdistill.fastai import KnowledgeDistillation
+
+pytestmark = [pytest.mark.filterwarnings(w) for w in apps.FASTAI_WARNINGS]
+
+WITH_T = [n for n in recipes.__all__ if 'T' in inspect.signature(getattr(recipes, n)).parameters]
+
+
+@pytest.mark.parametrize('name', WITH_T)
+def test_temperature_is_another_name_of_T(name):
+    recipe = getattr(recipes, name)
+    assert repr(recipe(temperature=2.5)) == repr(recipe(T=2.5)) != repr(recipe())
+    assert repr(recipe(temperature=('linear', 8, 1))) == repr(recipe(T=('linear', 8, 1)))
+    with pytest.raises(DistillError, match='T=4 and temperature=2: these are two names of one option, give one of them'):
+        recipe(T=4, temperature=2)
+    with pytest.raises(DistillError, match='two names of one option'): kd(4, temperature=2)       # by position, too
+
+
+def test_the_callback_and_distill_take_temperature_too():
+    student,teacher = apps.toy()
+    assert repr(KnowledgeDistillation(teacher, temperature=2).recipe) == repr(kd(T=2))
+    with pytest.raises(DistillError, match='two names of one option'): KnowledgeDistillation(teacher, T=2, temperature=2)
+    with pytest.raises(DistillError, match='A recipe and T='): KnowledgeDistillation(teacher, kd(), temperature=2)
+    with pytest.raises(DistillError, match='two names of one option'): student.distill(teacher, 1, T=2, temperature=3)
+    losses = []
+    for option in (dict(T=2), dict(temperature=2)):
+        student,teacher = apps.toy()
+        apps.set_seed(0)
+        student.distill(teacher, 1, .1, check=False, **option)
+        losses.append(student.recorder.values[-1])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize('weights', [dict(task_loss_weight=.3), dict(distill_loss_weight=5.), dict(distill_loss_weight=5., task_loss_weight=.5)])
+def test_weights_of_timm_are_converted_as_the_page_does(weights):
+    def net(width):
+        m = nn.Sequential(nn.Conv2d(3, width, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5))
+        m.pretrained_cfg = dict(mean=(.5,)*3, std=(.5,)*3)
+        m.num_classes,m.in_chans = 5,3
+        return m
+    student,teacher,x,y = net(4),net(8),torch.randn(6, 3, 16, 16),torch.randint(5, (6,))
+    task = LogitDistillationTask(student, teacher, criterion=nn.CrossEntropyLoss(), temperature=4., verbose=False, **weights)
+    if 'distill_loss_weight' in weights:
+        recipe = Recipe(Term(losses.kl, weight=weights['distill_loss_weight'], T=4.), task=weights.get('task_loss_weight', 1.))
+    else: recipe = kd(T=4., alpha=1-weights['task_loss_weight'])
+    s,t = student(x),teacher.eval()(x).detach()
+    torch.testing.assert_close(recipe(s, t, y, task_loss=F.cross_entropy), task(x, y)['loss'])
