@@ -1,4 +1,5 @@
-"What a page may take as given: `<!-- prelude: NAME -->` on it runs the function NAME, and its blocks begin with the names that come back."
+"""What a page may take as given: `<!-- prelude: NAME -->` at its top runs the function NAME, and its blocks begin with the names
+that come back. In the README, the marker stands before the block that needs it."""
 import functools, warnings
 import numpy as np
 import torch

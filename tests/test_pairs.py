@@ -16,7 +16,7 @@ with warnings.catch_warnings(): # while it is imported, fastai uses what PyTorch
     from fastai.text.models.core import get_language_model, get_text_classifier
     from fastai.vision.learner import create_body, create_timm_model, create_vision_model
     from fastai.vision.models.unet import DynamicUnet
-from fastdistill import Distiller, Term, losses
+from fastdistill import Distiller, Term, losses, recipes
 from fastdistill.outputs import DistillError, Outputs
 from fastdistill.features.pairs import Pair, PairTable, pair
 from fastdistill.features.stages import stages
@@ -87,6 +87,33 @@ def test_other_inputs_for_the_teacher_and_several_inputs():
     ({'0': 3}, "is no pair of names"), ([3], "3 is no pair of names"), (3, "layers=3"), ({}, "names no layers")])
 def test_wrong_layers_are_refused(layers, message):
     with pytest.raises(DistillError, match=message): pair(net(), net(), images(8), layers=layers)
+
+
+@pytest.mark.parametrize('layers, message', [
+    (3, 'is no pair of names'), ({'0': 3}, 'is no pair of names'), ([('0', '1', '2')], 'is no pair of names'), ({}, 'names no layers'),
+    ('0@mena', '@mena. Possible are @in'), ({'0': '1@maps'}, '@maps. Possible are @in'), ('auto@mena', '@mena. Possible are @in'),
+    (images(8), 'layers= got a tensor')], ids=range(8))
+def test_layers_that_have_no_meaning_are_refused_where_the_term_is_made(layers, message):
+    for make in (lambda: Term(losses.hint, layers=layers), lambda: recipes.at(layers=layers)):
+        with pytest.raises(DistillError, match=message): make()
+
+
+def test_a_projector_that_does_not_exist_is_refused_where_the_term_is_made():
+    for wrong in ('conf', nn.Conv2d, None):
+        with pytest.raises(DistillError, match="possible are 'auto', 'linear'"): recipes.hint(projector=wrong)
+
+
+@pytest.mark.parametrize('layers, message', [
+    ({'9': '0'}, "In the student: No layer '9' in Sequential"), ({'0': 'layer9'}, "In the teacher: No layer 'layer9' in ResNet. Nearest: 'layer4'"),
+    ({'?': 'layer?'}, r"'\?' are 7 layers of the student .* 'layer\?' are 4 of the teacher")], ids=range(3))
+def test_layers_that_a_model_does_not_have_are_refused_where_the_distiller_is_made(layers, message):
+    with pytest.raises(DistillError, match=message): Distiller(net(), tv.resnet18(), recipes.at(layers=layers))
+
+
+def test_layers_of_what_shows_none_are_refused_where_the_distiller_is_made():
+    for teacher,name in ((lambda x: x, '<lambda>'), ([net(), net()], '2 teachers')):
+        with pytest.raises(DistillError, match=f"In the teacher: layers='auto' takes one model whose layers it can see, not {name}"):
+            Distiller(net(), teacher, recipes.at())
 
 
 def test_a_layer_that_does_not_run_is_named_with_its_model():

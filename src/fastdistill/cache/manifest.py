@@ -7,7 +7,7 @@ from .digests import versions
 from .entries import json_list, json_object, json_text, parse_json, refuse_entry, shortened, whole_number
 from .records import Layout
 
-__all__ = ['CHECKSUM', 'Manifest', 'differences', 'refuse', 'sample_differences', 'transform_differences']
+__all__ = ['CHECKSUM', 'MAX_VIEWS', 'Manifest', 'differences', 'refuse', 'sample_differences', 'transform_differences']
 
 FORMAT,VERSION = 'fastdistill-cache',1
 # what a manifest may ask for, so that a damaged one fills neither memory nor disk, and no loop runs without end

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from ..outputs import DistillError, Outputs
 from .digests import checksum, file_checksum, input_digest
-from .files import changed_text, newer_record, unpack_record
+from .files import changed_text, newer_record, read_record
 from .folder import explained, open_folder
 from .keys import dataset_keys
 from .manifest import Manifest, refuse, sample_differences
@@ -176,9 +176,8 @@ class TeacherCache:
         at=None # (M,) their positions in the cache, as `find` gives them; None: the samples of the cache in its own order
     ) -> list:
         "Names of the files whose content is not what it was when the cache was written; only files with another time or size are read"
-        if files is None or self.folder.size('files.bin') is None: return []
-        record = unpack_record(self.folder.read('files.bin'), len(self))
-        if record is None: raise DistillError(f"files.bin of {self.folder} is damaged: write the cache once more.")
+        record = None if files is None else read_record(self.folder, len(self))
+        if record is None: return []
         changed,_ = newer_record(record if at is None else record[np.asarray(at)], files)
         return [str(files[i]) for i in changed]
 
@@ -189,6 +188,7 @@ class TeacherCache:
     def check(self):
         "Compare every file with its checksum; damaged ones are named"
         self._refuse(damages(self.folder, self.manifest, self.manifest.shards))
+        read_record(self.folder, len(self))
         return self
 
     def check_once(self):

@@ -1,11 +1,12 @@
 "What is cached: a teacher and its data, as the writer sees them, and whether their outputs can be stored at all."
 import inspect, warnings
 from dataclasses import dataclass
+from numbers import Integral
 import numpy as np
 from ..outputs import DistillError, DistillWarning
 from .digests import fingerprint
 
-__all__ = ['Source', 'check_alone', 'distinct_views', 'identity_of', 'spread_positions', 'unrepeatable']
+__all__ = ['Source', 'check_alone', 'distinct_views', 'identity_of', 'is_whole', 'spread_positions', 'unrepeatable']
 
 
 @dataclass
@@ -20,6 +21,14 @@ class Source:
     vocab:list|None=None
     samples:list|None=None
     files:list|None=None # path of each sample's file, in the order of `keys`; None where samples are not files
+
+    def __post_init__(self):
+        if not is_whole(self.bs) or self.bs < 1: raise DistillError(f"bs={self.bs!r}: a whole number from 1 on.")
+        if self.files is not None and len(self.files) != len(self.keys):
+            raise DistillError(f"{len(self.files)} files for {len(self.keys)} samples: give one for each.")
+
+
+def is_whole(o): return isinstance(o, Integral) and not isinstance(o, bool)
 
 
 def spread_positions(n, k=4): return np.unique(np.linspace(0, n-1, min(k, n), dtype=int))

@@ -6,14 +6,14 @@ import numpy as np
 from ..outputs import DistillError, DistillWarning
 from ..ranks import on_first, rank, world_size
 from .digests import checksum, versions
-from .files import changed_text, newer_record, pack_record, record_files, unpack_record
+from .files import changed_text, newer_record, read_record, record_files, write_record
 from .entries import json_object, json_text, parse_json
 from .folder import open_folder
 from .keys import hash_of
-from .manifest import CHECKSUM, Manifest, differences, refuse
+from .manifest import CHECKSUM, MAX_VIEWS, Manifest, differences, refuse
 from .reader import TeacherCache, damages
 from .records import Layout, Wish
-from .source import Source
+from .source import Source, is_whole
 
 __all__ = ['Forecast', 'finished', 'write_cache']
 
@@ -52,7 +52,9 @@ def write_cache(
     shard_bytes:int=SHARD_BYTES
 ) -> TeacherCache:
     "Write what is not there yet, and open the cache. Under torch.distributed each rank writes its share of the shards"
-    if views < 0 or not len(source.keys): raise DistillError(f"views={views}, {len(source.keys)} samples: there is nothing to write.")
+    if not is_whole(views) or not 0 <= views <= MAX_VIEWS:
+        raise DistillError(f"views={views!r}: a whole number from 0 (the clean view) to {MAX_VIEWS}.")
+    if not len(source.keys): raise DistillError("There are no samples: there is nothing to write.")
     where = open_folder(path)
     with closing(source.run(tasks_of(source, 0, 0, 1), 1)) as first: layout = Layout.of(next(first), wish)
     with where.lock() if rank() == 0 else nullcontext():
@@ -85,20 +87,19 @@ def _begin(where, source, layout, views, seed, force, shard_bytes):
     clear(where)
     clear(where.sub('valid'))       # it would be another teacher's
     where.write('keys.bin', keys)
-    if source.files is not None: where.write('files.bin', pack_record(record_files(source.files)))
+    if source.files is not None: write_record(where, record_files(source.files))
     where.write('manifest.json', m.to_json())
     return m,{}
 
 
 def changed_now(where, paths) -> str:
     "In words, which of the samples' files changed; where none did, their new times are stored"
-    if paths is None or where.size('files.bin') is None: return ''
-    record = unpack_record(where.read('files.bin'), len(paths))
+    record = None if paths is None else read_record(where, len(paths))
     if record is None: return ''
     changed,new = newer_record(record, paths)
     if len(changed): return changed_text([str(paths[i]) for i in changed], len(record))
     if not np.array_equal(new, record):
-        with suppress(DistillError): where.write('files.bin', pack_record(new))      # a read-only folder keeps the old ones
+        with suppress(DistillError): write_record(where, new)      # a read-only folder keeps the old ones
     return ''
 
 

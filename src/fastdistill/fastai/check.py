@@ -116,8 +116,8 @@ def codings(learn, teacher, task):
         for name,read in CODES.items():
             s,t = read(a),read(b)
             if s is None or t is None or s == t: continue
-            yield Finding('error', f"Student and teacher code their {name} differently ({describe_difference(s, t)}), so that "
-                          "the same numbers mean something else to the teacher",
+            yield Finding('error', f"Student and teacher code their {name} differently ({describe_difference(s, t)}), "
+                          "so that the same numbers mean something else to the teacher",
                           f"Make the student's DataLoaders with the teacher's coding: {CODING_FIXES[name]}")
 
 

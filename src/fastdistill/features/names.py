@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from ..outputs import DistillError
 
-__all__ = ['LayerInfo', 'LayerTree', 'layer_tree', 'named', 'resolve', 'split_suffixes', 'text_table', 'unwrap']
+__all__ = ['LayerInfo', 'LayerTree', 'layer_tree', 'model_name', 'named', 'resolve', 'split_suffixes', 'text_table', 'unwrap']
 
 WRAPPERS = nn.parallel.DistributedDataParallel, nn.DataParallel
 SUFFIXES = {'in': "what goes into the layer", 'pre': "the output, copied before a following in-place layer can overwrite it",
@@ -29,6 +29,12 @@ def named(model):
     if any('_orig_mod' in n for n in have):      # a compiled part has the name of what it compiles
         have = {re.sub(r'(^|\.)_orig_mod(?=\.|$)', '', n): m for n,m in have.items()}
     return have
+
+
+def model_name(model):
+    "What messages call a model: its class; a teacher has a name"
+    inner = unwrap(model)
+    return type(inner).__name__ if isinstance(inner, nn.Module) else getattr(inner, 'name', type(inner).__name__)
 
 
 def _regex(glob):
@@ -66,7 +72,7 @@ def no_such_layer(model, name, have):
     near = [n for n in have if n.endswith('.'+name)]
     near = list(dict.fromkeys(near + difflib.get_close_matches(name, have, 5)))[:5]
     hint = f" Nearest: {', '.join(map(repr, near))}." if near else ''
-    return f"No layer {name!r} in {type(unwrap(model)).__name__}.{hint} It has:\n{layer_tree(model).brief()}"
+    return f"No layer {name!r} in {model_name(model)}.{hint} It has:\n{layer_tree(model).brief()}"
 
 
 @dataclass

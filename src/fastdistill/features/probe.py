@@ -11,7 +11,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 from ..outputs import DistillError, as_plain, map_tensors
 from .calls import arguments
-from .names import LayerTree, layer_tree, named, unwrap
+from .names import LayerTree, layer_tree, model_name, named, unwrap
 
 __all__ = ['Fired', 'dry_run', 'layers', 'main_tensor', 'probe', 'restore_tensor', 'series_layers', 'untouched']
 
@@ -83,13 +83,13 @@ def dry_run(model, *x):
     inner = unwrap(model)
     args,kwargs = arguments(inner, map_tensors(x, as_plain))
     if any(map(is_lazy, weights_and_buffers(distinct_modules(inner)))):
-        raise DistillError(f"{type(inner).__name__} has lazy layers, without weights until a batch has run: run one through it first.")
+        raise DistillError(f"{model_name(inner)} has lazy layers, without weights until a batch has run: run one through it first.")
     with untouched(model):
         try: return inner(*args, **kwargs)
         except DistillError: raise
         except Exception as e:
             sizes = [tuple(o.shape) if isinstance(o, Tensor) else type(o).__name__ for o in x]
-            raise DistillError(f"{type(inner).__name__} does not run on the inputs given, {', '.join(map(str, sizes))}: {e}") from e
+            raise DistillError(f"{model_name(inner)} does not run on the inputs given, {', '.join(map(str, sizes))}: {e}") from e
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from torch import Tensor, nn
 from ..outputs import DistillError
-from .names import layer_tree, named, unwrap
+from .names import layer_tree, model_name, named
 from .probe import probe, series_layers
 from .shapes import grid
 
@@ -54,7 +54,7 @@ def stages(model, x):
     # one resolution throughout: its blocks, then
     if len(found) == 1 and found[0].kind == 'map': found = road.stages(road.walk(split_maps=True))
     if not found:
-        raise DistillError(f"layers='auto' finds no stages in {type(unwrap(model)).__name__}. Name the layers: "
+        raise DistillError(f"layers='auto' finds no stages in {model_name(model)}. Name the layers: "
                            f"layers={{'student.layer': 'teacher.layer'}}. It has:\n{layer_tree(model).brief()}")
     return found
 
@@ -62,7 +62,7 @@ def stages(model, x):
 def check_visible(model):
     "Refuse what has no layers that could be found: a function, a file, several models"
     if '' not in named(model):
-        raise DistillError(f"layers='auto' takes one model whose layers it can see, not {type(model).__name__}. "
+        raise DistillError(f"layers='auto' takes one model whose layers it can see, not {model_name(model)}. "
                            "Name the layers: layers={'student.layer': 'teacher.layer'}.")
 
 

@@ -3,7 +3,7 @@ import contextlib, sys
 import torch
 from torch import nn
 from ..outputs import DistillError
-from .names import named, no_such_layer, resolve_among, unwrap
+from .names import model_name, named, no_such_layer, resolve_among, unwrap
 from .probe import is_compiled, main_tensor
 from .shapes import as_map, as_tokens, as_vector
 
@@ -100,7 +100,7 @@ class Taps:
         return {n: self._checked(n, seen.get(n)) for n in self.names}
 
     def _checked(self, name, seen):
-        model,(base,*how) = type(unwrap(self.model)).__name__,name.split('@')
+        model,(base,*how) = model_name(self.model),name.split('@')
         if seen is None:
             raise DistillError(f"Layer {name!r} of {model} did not run in this batch, or out of reach: replicas of DataParallel and "
                                "functions compiled around the model are not heard, and taps are read after the model ran and "
