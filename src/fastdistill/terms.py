@@ -43,7 +43,7 @@ class Term:
         named = self.accepts | {p.name for p in args[2:]}
         if (wrong := set(options) - named) and not any(p.kind is p.VAR_KEYWORD for p in ps):
             raise DistillError(f"{self.name} has no option {', '.join(sorted(wrong))}. It has: {', '.join(sorted(named)) or 'none'}")
-        self.options = {k: schedule(v, k) if k == 'T' else v for k,v in options.items()}
+        self.options = {k: temperature_schedule(v) if k == 'T' else v for k,v in options.items()}
         if match not in (None, 'shape', 'grid', 'none'):
             raise DistillError(f"match={match!r}: possible are 'shape', 'grid' and 'none' (what {self.name} needs of the teacher's layers)")
         self.kind,self.lists,self.samples = getattr(fn, 'kind', None),getattr(fn, 'lists', False),getattr(fn, 'samples', False)
@@ -88,6 +88,16 @@ def signature(loss):
     given = loss if isinstance(loss, partial) else inner.forward if isinstance(inner, nn.Module) else inner
     try: return fn,inspect.signature(given).parameters.values()
     except ValueError: return fn,()     # builtins have none: they are called with the two tensors
+
+
+def temperature_schedule(T):
+    "A temperature, number or schedule, which stays above 0 up to the end: the last validation is there"
+    T = schedule(T, 'T')
+    for share in (0., 1.):
+        if not (v := value_at(T, share)) > 0:
+            when = f" at {'the end' if share else 'the beginning'} of the training" if callable(T) else ''
+            raise DistillError(f"T={v:g}{when}: a temperature is a number above 0 (1 leaves the logits as they are, 2 to 8 soften them)")
+    return T
 
 
 def checked_name(name):

@@ -1,5 +1,7 @@
 "The callback: distillation inside a fit, and nothing of it outside."
 import copy, math
+from contextlib import ExitStack, closing
+from itertools import chain
 from weakref import WeakKeyDictionary
 import torch
 from fastai.basics import Callback, L, noop, one_param
@@ -15,7 +17,7 @@ from ..ranks import broadcast, on_first, rank
 from ..recipes import kd, one_temperature
 from ..replay.seeds import RandomGuard
 from ..terms import Recipe, Term
-from .batches import split_batch, valid_batches
+from .batches import PreparationError, prepared_batches
 from .cache_feed import CacheFeed
 from .check import find_mistakes
 from .columns import PartMetric, TaskMetric
@@ -350,15 +352,13 @@ def make_recipe(recipe, T, alpha, loss):
 
 
 def example_inputs(learn):
-    """Inputs of a validation batch, on which layers are paired before the fit. None where there is none, or where the student does not run
-    on it as it is (a callback prepares its inputs): then the first batch will do"""
-    if len(learn.dls.loaders) < 2 or getattr(learn.dls.valid, 'n', None) == 0: return None
-    # subtle: a training batch would advance generators that belong to the transforms, and change the run
-    with RandomGuard(): b = next(valid_batches(learn.dls.valid), None)
-    if b is None: return None
-    x,_ = split_batch(learn, b)
-    try: dry_run(learn.model, *x)
-    except DistillError: return None
+    "Inputs of one batch, on which layers are paired before the fit; None if the student does not run on them: then the first batch will do"
+    with RandomGuard(), ExitStack() as stack:
+        batches = [stack.enter_context(closing(o)) for o in prepared_batches(learn, 1, 1)]
+        try:
+            x,_ = next(chain(*batches), (None, None))
+            if x is not None: dry_run(learn.model, *x)
+        except (PreparationError, DistillError): return None
     return x
 
 
