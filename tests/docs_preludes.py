@@ -31,7 +31,8 @@ def colour(i): return pictures()[1][i]
 
 def vision_dls():
     v = fastai_vision
-    block = v.DataBlock((v.ImageBlock, v.CategoryBlock(vocab=CLASSES)), get_x=picture, get_y=colour, splitter=v.IndexSplitter(range(16, 24)))
+    block = v.DataBlock((v.ImageBlock, v.CategoryBlock(vocab=CLASSES)), get_x=picture, get_y=colour, splitter=v.IndexSplitter(range(16, 24)),
+                        item_tfms=v.FlipItem())
     return block.dataloaders(range(24), bs=8, num_workers=0)
 
 

@@ -1,5 +1,6 @@
 "The core: one batch of student, teacher and recipe. It knows tensors, no training loop and no particular loss."
 import copy, warnings
+from functools import partial
 from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,8 @@ class Distilled:
 
     @property
     def added(self):
-        "What to add to the labels' own loss to get `total`, for trainers that hold that loss already; None if that is nothing"
+        """What to add to the labels' own loss to get `total`, for trainers that hold that loss already; None if that
+        is nothing"""
         if self.task is None or self.weights['task'] == 1: return self.taught
         rest = (self.weights['task']-1)*self.task
         return rest if self.taught is None else rest + self.taught
@@ -55,31 +57,40 @@ class Link(nn.Module):
         if self.layers is None: return s.logits,t.logits
         for o,n,who in zip((s, t), self.layers, ('student', 'teacher')):
             if n not in o.feats:
-                raise DistillError(f"The {who}'s outputs have no layer {n!r} (they have: {', '.join(o.feats) or 'none'}). distiller.teacher_outputs(x) "
-                                   "reads the teacher's layers, Taps(student, distiller.student_layers()) the student's.")
+                raise DistillError(f"The {who}'s outputs have no layer {n!r} (they have: "
+                                   f"{', '.join(o.feats) or 'none'}). distiller.teacher_outputs(x) reads the teacher's "
+                                   "layers, Taps(student, distiller.student_layers()) the student's.")
         a,b = s.feats[self.layers[0]],t.feats[self.layers[1]]
         return (a if self.projector is None else self.projector(a, b)),b
 
 
 class Distiller(nn.Module):
-    """A student, its teacher, and a recipe: `distiller(x, y)` is one batch. Its parameters are the student's and the projectors',
-    never the teacher's. `with distiller.teacher:` around a loop gets the teacher ready once, and not for each batch"""
+    """A student, its teacher, and a recipe: `distiller(x, y)` is one batch. Its parameters are the student's and the
+    projectors', never the teacher's. `with distiller.teacher:` around a loop gets the teacher ready once, and not for
+    each batch"""
     def __init__(
         self,
         student:nn.Module|None, # what is trained; None if only `compute` is used, without layers
         teacher, # a `Teacher`, or what it takes: a module, a callable, a file, a list of these
         recipe, # `kd()`, `kd() + at()`, a `Term`
         *,
-        task_loss=None, # fn(student logits, *targets): the labels' own loss; None: cross-entropy, binary cross-entropy or squared error
-        kind:str|None=None, # what the logits are: 'softmax' over classes, 'sigmoid' per label, or 'regression'; None: what `task_loss`
+        task_loss=None, # fn(student logits, *targets): the labels' own loss; None: cross-entropy, binary cross-entropy
+        # or squared error
+        kind:str|None=None, # what the logits are: 'softmax' over classes, 'sigmoid' per label, or 'regression'; None:
+        # what `task_loss`
         # takes, if that is PyTorch's, else 'softmax'
         axis:int|None=None, # class axis; None: `task_loss`'s, else 1
         ignore_index:int|None=None, # positions with this label do not count; None: `task_loss`'s, else -100
-        shift_labels:bool|None=None, # labels of a language model stand where their tokens stand (Hugging Face's way), and not where they
-        # are predicted: True moves them for the terms and for the loss that None chooses. None: seen in the first batch, or asked for
-        balance:str|None=None, # 'grad': weights are shares of the gradient, measured at the first batch (see `measure_balance`)
-        output=None, # which of several outputs is distilled, of the student and of a teacher that is not yet a `Teacher`: a name,
-        # an index, or a function of what the model returned; None: the one called 'logits' or 'out', or the first of a tuple
+        shift_labels:bool|None=None, # labels of a language model stand where their tokens stand (Hugging Face's way),
+        # and not where they
+        # are predicted: True moves them for the terms and for the loss that None chooses. None: seen in the first
+        # batch, or asked for
+        balance:str|None=None, # 'grad': weights are shares of the gradient, measured at the first batch (see
+        # `measure_balance`)
+        output=None, # which of several outputs is distilled, of the student and of a teacher that is not yet a
+        # `Teacher`: a name,
+        # an index, or a function of what the model returned; None: the one called 'logits' or 'out', or the first of a
+        # tuple
         example=None # a batch of inputs, to build projectors before an optimizer asks for their parameters
     ):
         super().__init__()
@@ -92,9 +103,11 @@ class Distiller(nn.Module):
             teacher = Teacher(teacher, kind=self.task.kind, axis=self.task.axis, output=output)
         self.teacher = teacher
         for t in self.recipe.terms: check_kind(t, self.task.kind)
-        self.links = nn.ModuleDict({t.name: nn.ModuleList([Link(own_copy(t.loss))]) for t in self.recipe.terms if t.layers is None})
+        self.links = nn.ModuleDict({t.name: nn.ModuleList([Link(own_copy(t.loss))]) for t in self.recipe.terms
+                                    if t.layers is None})
         self.measures,self.seen = True,set() # are gradient shares measured? of which parts they were
-        self.gradient_shares:dict|None = None # part -> share, the labels' is 'task'; None until the first training batch
+        # part -> share, the labels' is 'task'; None until the first training batch
+        self.gradient_shares:dict|None = None
         self.pairs:PairTable|None = None # what is compared with what, once it is known
         if student is not None and teacher is not None: self.check_names()
         if example is not None: self.setup(*inputs(example))
@@ -118,16 +131,19 @@ class Distiller(nn.Module):
     def own_parameters(self): return [p for p in self.links.parameters() if p.requires_grad]
 
     def setup(self, *x):
-        "Pair layers and build projectors, from one evaluation-mode probe that changes nothing, the random state included"
+        """Pair layers and build projectors, from one evaluation-mode probe that changes nothing, the random state
+        included"""
         student = self.student
         cuda = sorted({p.device.index for p in student.parameters() if p.is_cuda})
         with torch.random.fork_rng(cuda):
-            tables = {t.name: pair(student, self.teacher, x, layers=t.layers, match=t.match, projector=t.projector) for t in self.layered}
+            tables = {t.name: pair(student, self.teacher, x, layers=t.layers, match=t.match, projector=t.projector)
+                      for t in self.layered}
             with Taps(student, dict.fromkeys(p.student for ps in tables.values() for p in ps)) as taps:
                 dry_run(student, *x)
                 s = taps.pop()
             t = self.teacher.probe(*x, layers=list(dict.fromkeys(p.teacher for ps in tables.values() for p in ps)))
-            for term in self.layered: self.links[term.name] = nn.ModuleList(self._links(term, tables[term.name], s, t.feats))
+            for term in self.layered:
+                self.links[term.name] = nn.ModuleList(self._links(term, tables[term.name], s, t.feats))
         self.pairs = PairTable([p for ps in tables.values() for p in ps])
         return self
 
@@ -177,7 +193,8 @@ class Distiller(nn.Module):
 
     def forward(
         self,
-        x, # the inputs: a tensor, a tuple of several, or a dict (passed by name where the model has arguments of these names)
+        x, # the inputs: a tensor, a tuple of several, or a dict (passed by name where the model has arguments of these
+        # names)
         *targets, # labels; none where the recipe gives them no weight
         progress:float|None=None # share of the training that is done, for schedules
     ) -> Distilled:
@@ -197,10 +214,11 @@ class Distiller(nn.Module):
         if self.shift_labels is None:
             self.shift_labels = labels_to_shift(x, targets[0], logits.shape, self.task, predicts_next(self.student))
             if self.shift_labels and rank() == 0:
-                print("fastdistill: the labels are the inputs themselves, so each is moved to where it is predicted, one position earlier. "
-                      "shift_labels=True says so, shift_labels=False leaves them")
+                print("fastdistill: the labels are the inputs themselves, so each is moved to where it is predicted, "
+                      "one position earlier. shift_labels=True says so, shift_labels=False leaves them")
         at = (next_tokens(targets[0], self.task.ignore_index), *targets[1:]) if self.shift_labels else targets
-        return (labels_loss(logits, *at, task=self.task) if self.task_loss is None else self.task_loss(logits, *targets)),at
+        if self.task_loss is not None: return self.task_loss(logits, *targets),at
+        return labels_loss(logits, *at, task=self.task),at
 
     def compute(
         self,
@@ -216,8 +234,8 @@ class Distiller(nn.Module):
         task,terms = None if task is None else as_plain(task),self.active_terms(progress)
         weights = self.recipe.weights_at(progress, bool(self.balance))
         if task is None and weights['task']:
-            raise DistillError(f"This batch has no labels, but the recipe gives their loss the weight {weights['task']:g}: "
-                               "use alpha=1, or soft_labels(), to train from the teacher alone")
+            raise DistillError("This batch has no labels, but the recipe gives their loss the weight "
+                               f"{weights['task']:g}: use alpha=1, or soft_labels(), to train from the teacher alone")
         if terms and teacher is None:
             raise DistillError(f"{terms[0].name} needs the teacher's outputs for this batch, and got None: "
                                "needs_teacher(progress) says when")
@@ -226,15 +244,16 @@ class Distiller(nn.Module):
         if torch.is_grad_enabled(): weights = self._measured(dict(task=task, **values), weights, student.logits)
         taught = [w*values[k] for k,w in weights.items() if k in values and w != 0]
         if not weights['task'] and student.logits is not None: taught.append(nothing(student.logits))
-        return Distilled(task, sum(taught[1:], taught[0]) if taught else None, {k: v.detach() for k,v in values.items()}, weights)
+        return Distilled(task, sum(taught[1:], taught[0]) if taught else None,
+                         {k: v.detach() for k,v in values.items()}, weights)
 
     def _value(self, term, b):
         "A term's value; where it reads labels and the batch has two a sample, mixed as the labels' own loss is"
         if b.share is None or term.n_targets == 0: return self._of_labels(term, b, b.targets, b.options(term, b.mask))
         each = b.share.numel() > 1
         if each and ('reduction' not in term.accepts or term.layers is not None):
-            raise DistillError(f"{term.name} reads labels, and MixUp gives each sample two of them: a loss of your own needs the "
-                               "keyword-only option `reduction` ('none': one value per sample) to be mixed. "
+            raise DistillError(f"{term.name} reads labels, and MixUp gives each sample two of them: a loss of your own "
+                               "needs the keyword-only option `reduction` ('none': one value per sample) to be mixed. "
                                "Or use CutMix, whose share is one for the whole batch.")
         options = [b.options(term, m) | (dict(reduction='none') if each else {}) for m in b.masks]
         first,other = [self._of_labels(term, b, y, o) for y,o in zip((b.targets, b.others), options)]
@@ -247,20 +266,23 @@ class Distiller(nn.Module):
         "A term's value by one set of labels: summed over its pairs of layers, as the papers do"
         links,targets = self.links[term.name],targets[:term.n_targets]
         if term.n_targets and len(targets) < term.n_targets:
-            raise DistillError(f"{term.name} needs {term.n_targets} target(s) beside student and teacher, this batch has {len(targets)}")
+            raise DistillError(f"{term.name} needs {term.n_targets} target(s) beside student and teacher, this batch "
+                               f"has {len(targets)}")
         pairs = [k.tensors(b.student, b.teacher) for k in links]
         if term.lists: return links[0].loss(*map(list, zip(*pairs)), *targets, **term.channels(pairs[0][1]), **options)
         return sum(k.loss(s, t, *targets, **term.channels(t), **options) for k,(s,t) in zip(links, pairs))
 
     def _measured(self, values, weights, logits):
-        "The weights as they count, after what is measured at the first training batch, and where a part counts for the first time"
+        """The weights as they count, after what is measured at the first training batch, and where a part counts for
+        the first time"""
         counted = {k: v for k,v in values.items() if v is not None and v.requires_grad and weights[k]}
         if self.balance:
             self.measure_balance(counted)
             weights = {k: w*self.scales.get(k, 1.) for k,w in weights.items()}
         if self.measures and not counted.keys() <= self.seen:
             self.seen,self.gradient_shares = counted.keys(),self.shares(counted, weights, logits)
-            if (says := swamped(self.gradient_shares, weights)) and rank() == 0: warnings.warn(says, DistillWarning, stacklevel=4)
+            if (says := swamped(self.gradient_shares, weights)) and rank() == 0:
+                warnings.warn(says, DistillWarning, stacklevel=4)
         return weights
 
     def shares(
@@ -269,8 +291,9 @@ class Distiller(nn.Module):
         weights, # of each
         logits=None # the student's; None: its parameters are the place to measure at
     ) -> dict:
-        """Each part's share of the gradient, by name: at the logits if all parts reach them, else (and with `balance`) at the last
-        layer of the student that all reach. Empty if there is no such place. Training is not changed by it"""
+        """Each part's share of the gradient, by name: at the logits if all parts reach them, else (and with `balance`)
+        at the last layer of the student that all reach. Empty if there is no such place. Training is not changed by
+        it"""
         try:
             norms = None if self.balance else norms_at_logits(values, logits)
             if norms is None and self.student is not None: norms = norms_at_layer(values, self.student, logits)
@@ -281,12 +304,12 @@ class Distiller(nn.Module):
     def measure_balance(
         self, values # of what counts in this batch: the labels' loss ('task') and the terms, by name
     ):
-        """Give those that have none yet a factor that makes their gradient as long as the labels' (the first term's, if the labels
-        don't count) at the student's last shared layer: with it, weights are shares of the gradient there"""
+        """Give those that have none yet a factor that makes their gradient as long as the labels' (the first term's, if
+        the labels don't count) at the student's last shared layer: with it, weights are shares of the gradient there"""
         if not (new := [k for k in values if k not in self.scales]): return
         if (norms := norms_at_layer(values, self.student)) is None:
-            raise DistillError(f"balance='grad': no layer of the student gets a gradient from all of {', '.join(values)}. "
-                               "Weigh them by hand.")
+            raise DistillError("balance='grad': no layer of the student gets a gradient from all of "
+                               f"{', '.join(values)}. Weigh them by hand.")
         known = next((k for k in values if k in self.scales), new[0])
         for k in new: self.scales[k] = self.scales.get(known, 1.)*norms[known]/norms[k]
 
@@ -297,7 +320,8 @@ class Distiller(nn.Module):
             a,b = s[p.student],t[p.teacher]
             proj = projector(a.shape, b.shape, kind=term.projector, match=term.match, picture=p.picture).to(a.device)
             loss = own_copy(term.loss)
-            if hasattr(loss, 'prepare'): loss.prepare(proj.eval()(a, b), b, layer=modules.get(p.teacher.split('@')[0]), **term.channels(b))
+            if hasattr(loss, 'prepare'):
+                loss.prepare(proj.eval()(a, b), b, layer=modules.get(p.teacher.split('@')[0]), **term.channels(b))
             yield Link(loss, (p.student, p.teacher), proj.train()).to(a.device)
 
 
@@ -314,7 +338,8 @@ def loss_of_logits(
     mask = context.pop('mask', None)
     d = Distiller(None, None, self, task_loss=task_loss, **context)
     d.measures = False
-    own = None if not targets else labels_loss(s, *targets, task=d.task) if task_loss is None else task_loss(s, *targets)
+    loss = partial(labels_loss, task=d.task) if task_loss is None else task_loss
+    own = loss(s, *targets) if targets else None
     return d.compute(Outputs(s, mask=mask), Outputs(t), own, targets, progress=progress).total
 
 
@@ -329,8 +354,8 @@ def predicts_next(model):
 
 
 def nothing(logits):
-    """0, with the gradient 0 for every parameter behind the logits: DistributedDataParallel wants one for each, also where the
-    labels have the weight 0 and the terms compare inner layers alone"""
+    """0, with the gradient 0 for every parameter behind the logits: DistributedDataParallel wants one for each, also
+    where the labels have the weight 0 and the terms compare inner layers alone"""
     return logits.where(logits.new_zeros((), dtype=torch.bool), 0.).sum()
 
 

@@ -104,7 +104,8 @@ def _logits(raw):
     if isinstance(raw, (tuple, list)) and len(raw) and isinstance(raw[0], Tensor): return raw[0] # fastai's RNNs
     have = f" with the keys {', '.join(map(str, raw))}" if isinstance(raw, dict) else ''
     raise DistillError(f"The model returned a {type(raw).__name__}{have}: no logits in it. Possible are a tensor, a "
-                       "tuple that begins with one, a dict with 'logits' or 'out'. Name another output with output=, or wrap "
+                       "tuple that begins with one, a dict with 'logits' or 'out'. Name another output with output=, "
+                       "or wrap "
                        "the model in a function that returns one of these.")
 
 
@@ -118,8 +119,8 @@ def parts_of(raw):
 
 def check_output(output):
     if output is None or isinstance(output, (str, int)) or callable(output): return
-    raise DistillError(f"output={output!r}: possible are the name or the index of an output, and a function of what the "
-                       "model returned")
+    raise DistillError(f"output={output!r}: possible are the name or the index of an output, and a function of what "
+                       "the model returned")
 
 
 def named_output(raw, output):
@@ -154,8 +155,8 @@ def warn_of_several(
 
 
 def warn_of_first(who, several):
-    warnings.warn(f"{who} returns several tensors that could each be distilled: {several}. The first is taken. Name one "
-                  "with output=, an index or a function of what the model returns: output=0 confirms the first.",
+    warnings.warn(f"{who} returns several tensors that could each be distilled: {several}. The first is taken. Name "
+                  "one with output=, an index or a function of what the model returns: output=0 confirms the first.",
                   DistillWarning, stacklevel=4)
 
 

@@ -9,7 +9,8 @@ from .schedule import schedule
 from .distiller import Recipe, Term
 from .terms import Paper
 
-__all__ = ['ab', 'at', 'cc', 'cwd', 'dist', 'dkd', 'fsp', 'hard_labels', 'hint', 'ickd', 'ifvd', 'kd', 'logit_std', 'nkd', 'nst', 'ofd',
+__all__ = ['ab', 'at', 'cc', 'cwd', 'dist', 'dkd', 'fsp', 'hard_labels', 'hint', 'ickd', 'ifvd', 'kd', 'logit_std',
+           'nkd', 'nst', 'ofd',
            'pairwise', 'pkd', 'pkt', 'rkd', 'soft_labels', 'sp', 'vid']
 
 
@@ -60,11 +61,13 @@ def kd(
     class_mean:bool=False # average over classes too: the scale of older scripts; the same as an alpha that is smaller
 ):
     """alpha T^2 KL(teacher || student) + (1-alpha) labels (Hinton 2015, arXiv:1503.02531), in the form that fits what
-    the model predicts: softmax over classes, sigmoid per label (multi-label), or numbers (regression, where T has no meaning)"""
+    the model predicts: softmax over classes, sigmoid per label (multi-label), or numbers (regression, where T has no
+    meaning)"""
     alpha = schedule(alpha, 'alpha')
     if not callable(alpha) and not 0 <= alpha <= 1:
         raise DistillError(f"alpha={alpha}: it is the teacher's share, from 0 (labels alone) to 1 (teacher alone)")
-    return Recipe(Term(kl_per_class if class_mean else losses.soft_targets, weight=alpha, T=T, name='kd'), task=_rest(alpha))
+    return Recipe(Term(kl_per_class if class_mean else losses.soft_targets, weight=alpha, T=T, name='kd'),
+                  task=_rest(alpha))
 
 
 @long_name_too
@@ -84,7 +87,8 @@ def hard_labels(
 @long_name_too
 def dkd(
     alpha:float=1., # weight of the target class's part
-    beta:float=8., # weight of the other classes' part: 2 to 8 for CIFAR-100 (the authors', by pair of nets), .5 for ImageNet
+    beta:float=8., # weight of the other classes' part: 2 to 8 for CIFAR-100 (the authors', by pair of nets), .5 for
+    # ImageNet
     T=4.,
     weight=1. # of both; the authors let it grow over the first 20 of 240 epochs: ('warmup', 1.)
 ):
@@ -98,7 +102,7 @@ def nkd(
     T=1., # temperature of that part
     weight=1.
 ):
-    "Normalised distillation beside the labels' own loss (ICCV 2023, arXiv:2303.13005)"
+    "Normalized distillation beside the labels' own loss (ICCV 2023, arXiv:2303.13005)"
     return Recipe(Term(losses.nkd, weight=weight, gamma=gamma, T=T, name='nkd'))
 
 
@@ -114,10 +118,10 @@ def dist(
 
 
 def logit_std(
-    recipe # e.g. kd(T=2., alpha=.9): its terms on logits get both logits standardised
+    recipe # e.g. kd(T=2., alpha=.9): its terms on logits get both logits standardized
 ):
-    """Logit standardisation of any recipe (CVPR 2024, arXiv:2403.01427). The authors weigh it with 9 beside labels with .1:
-    Recipe(Term(losses.standardized(losses.kl), weight=9., T=2.), task=.1)"""
+    """Logit standardization of any recipe (CVPR 2024, arXiv:2403.01427). The authors weigh it with 9 beside labels with
+    .1: Recipe(Term(losses.standardized(losses.kl), weight=9., T=2.), task=.1)"""
     def std(t):
         if t.layers is not None: return t
         t = copy.copy(t)
@@ -127,7 +131,8 @@ def logit_std(
     return Recipe(*map(std, recipe.terms), task=recipe.task)
 
 
-# between layers: `layers` as in `Term`, the paper's weight where none is given (with balance='grad', a share of 1); all stand beside the
+# between layers: `layers` as in `Term`, the paper's weight where none is given (with balance='grad', a share of 1);
+# all stand beside the
 # labels' own loss (or kd())
 
 def hint(
@@ -181,12 +186,14 @@ def ab(
 
 
 def ofd(
-    layers='auto', # better by hand: values before the ReLU; of a batch norm ('layer3.1.bn2@pre') the margin is computed from its weights
+    layers='auto', # better by hand: values before the ReLU; of a batch norm ('layer3.1.bn2@pre') the margin is
+    # computed from its weights
     weight=Paper(10.), # the authors' for ImageNet with a ResNet-50, in this scale; 16 for CIFAR
     projector='conv_bn', # the authors'
     stop_at=None
 ):
-    "The teacher's features before the ReLU, as far as they matter after it (overhaul of feature distillation, arXiv:1904.01866)"
+    """The teacher's features before the ReLU, as far as they matter after it (overhaul of feature distillation,
+    arXiv:1904.01866)"""
     return Recipe(Term(losses.OFD(), weight, layers=layers, projector=projector, stop_at=stop_at))
 
 
@@ -196,7 +203,8 @@ def vid(
     projector='mlp', # RepDistiller's, of 1x1 convolutions
     stop_at=None
 ):
-    "The teacher's features, each channel as exactly as it can be foreseen (variational information distillation, arXiv:1904.05835)"
+    """The teacher's features, each channel as exactly as it can be foreseen (variational information distillation,
+    arXiv:1904.05835)"""
     return Recipe(Term(losses.VID(), weight, layers=layers, projector=projector, stop_at=stop_at))
 
 
@@ -246,7 +254,7 @@ def pkt(
     weight=Paper(470.), # its 30000 for batches of 64, in this scale
     stop_at=None
 ):
-    "Who are a sample's neighbours, as probabilities (probabilistic knowledge transfer, arXiv:1803.10837)"
+    "Who are a sample's neighbors, as probabilities (probabilistic knowledge transfer, arXiv:1803.10837)"
     return Recipe(Term(losses.pkt, weight, layers=layers, stop_at=stop_at))
 
 

@@ -1,4 +1,5 @@
-"The files that samples come from: size, time and content of each, so that a changed file is found without reading the others."
+"""The files that samples come from: size, time and content of each, so that a changed file is found without reading
+the others."""
 import hashlib, os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
@@ -85,8 +86,9 @@ def read_record(
     if (size := folder.size('files.bin')) is None: return None
     data = folder.read('files.bin') if size == 24*n + 16 else b''
     if not data or bytes.fromhex(checksum(data[:-16])) != data[-16:]:
-        raise DistillError(f"files.bin of {folder} is damaged, so it can't be known which files changed since the cache was written. Write the "
-                           "cache again (force=True), or remove files.bin to use the cache without this check.")
+        raise DistillError(f"files.bin of {folder} is damaged, so it can't be known which files changed since the "
+                           "cache was written. Write the cache again (force=True), or remove files.bin to use the "
+                           "cache without this check.")
     return np.frombuffer(data[:-16], '<i8').reshape(n, 3).astype(np.int64)
 
 

@@ -17,7 +17,8 @@ def before_first_target():
 
 
 class TeacherTarget(TensorBase):
-    "What a teacher says about an item: a type of its own, so that no transform of images, masks or categories touches it"
+    """What a teacher says about an item: a type of its own, so that no transform of images, masks or categories
+    touches it"""
     def show(self, ctx=None, **kwargs): return ctx
 
 
@@ -42,7 +43,8 @@ class ToTeacherTarget(ItemTransform):
         if want is not None and (t.dim() == 0 or t.shape[0] != want):
             raise DistillError(f"A teacher's target has shape {tuple(t.shape)}, TeacherBlock expects {want} values. "
                                "Does the getter return one row for each item?")
-        if not t.isfinite().all(): raise DistillError("A teacher's target holds nan or infinite values: leave its item out, or mend it.")
+        if not t.isfinite().all():
+            raise DistillError("A teacher's target holds nan or infinite values: leave its item out, or mend it.")
         return TeacherTarget(to_logits(t, self.teacher_given))
 
 
@@ -50,7 +52,8 @@ def to_logits(t, given):
     "Logits whose softmax (or sigmoid) gives the probabilities `t` again"
     if given == 'logits': return t
     if t.min() < 0 or t.max() > 1:
-        raise DistillError(f"given={given!r}, but a teacher's target goes from {t.min():g} to {t.max():g}: use given='logits'.")
+        raise DistillError(f"given={given!r}, but a teacher's target goes from {t.min():g} to {t.max():g}: use "
+                           "given='logits'.")
     if given == 'probabilities': return log_clamped(t)
     return log_clamped(t) - log_clamped(1-t)
 
@@ -59,12 +62,15 @@ def log_clamped(p): return p.clamp_min(torch.finfo(p.dtype).tiny).log()
 
 
 class TeacherBlock(TransformBlock):
-    "A block for a teacher's outputs: `DataBlock((ImageBlock, CategoryBlock, TeacherBlock), get_y=[label, row])` gives (x, (y, y_teacher))"
+    """A block for a teacher's outputs: `DataBlock((ImageBlock, CategoryBlock, TeacherBlock), get_y=[label, row])`
+    gives (x, (y, y_teacher))"""
     def __init__(
         self,
-        given:str='logits', # what the rows are: 'logits', 'probabilities' (over classes), 'label_probabilities' (one for each label)
+        given:str='logits', # what the rows are: 'logits', 'probabilities' (over classes), 'label_probabilities' (one
+        # for each label)
         n_out:int|None=None, # how many values a row has, checked for each
         vocab=None # names of the teacher's classes in the order of a row; mapped by name to the labels' own order
     ):
-        if given not in GIVEN: raise DistillError(f"TeacherBlock(given={given!r}): possible are {', '.join(map(repr, GIVEN))}")
+        if given not in GIVEN:
+            raise DistillError(f"TeacherBlock(given={given!r}): possible are {', '.join(map(repr, GIVEN))}")
         super().__init__(type_tfms=ToTeacherTarget(given, n_out, None if vocab is None else list(map(str, vocab))))

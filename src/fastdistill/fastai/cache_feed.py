@@ -33,7 +33,8 @@ class Epochs(Callback):
         for dl in self.fed: dl.do_item.look()
         self.plan.epoch = self.before + self.learn.epoch
         self.passed = self.learn.epoch + 1
-    def __reduce__(self): return Callback, ()   # an exported Learner gets a callback that does nothing, and needs no fastdistill
+    # an exported Learner gets a callback that does nothing, and needs no fastdistill
+    def __reduce__(self): return Callback, ()
 
 
 ONE_VIEW = ("fastdistill: the cache has one view. Each sample has the same augmentation in every epoch, and students "

@@ -33,47 +33,58 @@ STATES = WeakKeyDictionary() # Learner -> state of a callback, which `Learner.lo
 
 class KnowledgeDistillation(Callback):
     "Train the learner on what `teacher` predicts: `learn.fit_one_cycle(3, 1e-3, cbs=KnowledgeDistillation(teacher))`"
-    # after the student's loss and its regularizers, before GradientAccumulation (6) divides it and MixedPrecision (10) scales it
+    # after the student's loss and its regularizers, before GradientAccumulation (6) divides it and MixedPrecision (10)
+    # scales it
     order,remove_on_fetch,_only_train_loop = 5,False,True
 
     def __init__(
         self,
-        teacher=None, # Learner, exported .pkl, module, TorchScript, torch.export or ONNX file, callable, `Teacher`, or a list of these
-        # (an ensemble); a `TeacherCache`, or its folder; None: the batches hold the teacher's outputs (see `TeacherBlock`)
+        teacher=None, # Learner, exported .pkl, module, TorchScript, torch.export or ONNX file, callable, `Teacher`, or
+        # a list of these
+        # (an ensemble); a `TeacherCache`, or its folder; None: the batches hold the teacher's outputs (see
+        # `TeacherBlock`)
         recipe=None, # `kd()`, `kd() + recipes.at()`, a `Term`; None: kd(T, alpha)
         *,
         T=None, # temperature: number or schedule (fastai's `SchedCos(8, 2)`); 4 if not given
         alpha=None, # weight of the teacher, the labels have 1-alpha: number or schedule; .9 if not given
         temperature=None, # the same as T
-        loss=None, # your own: fn(student_logits, teacher_logits, *targets); it is the whole loss, unless alpha mixes it with the labels' own
+        loss=None, # your own: fn(student_logits, teacher_logits, *targets); it is the whole loss, unless alpha mixes
+        # it with the labels' own
         kind:str|None=None, # 'softmax', 'sigmoid' or 'regression'; None: read off the learner's loss function
         axis:int|None=None, # class axis; None: read off the learner's loss function
         balance:str|None=None, # 'grad': weights are shares of the gradient, measured at the first batch
-        span:str='fine_tune', # what schedules, warmup and stop_at run through: all of a `fine_tune`, or each 'fit' of it by itself
-        output=None, # which of the student's outputs is distilled: a name, an index or a function; None: see `Distiller`. A teacher's own:
+        span:str='fine_tune', # what schedules, warmup and stop_at run through: all of a `fine_tune`, or each 'fit' of
+        # it by itself
+        output=None, # which of the student's outputs is distilled: a name, an index or a function; None: see
+        # `Distiller`. A teacher's own:
         # Teacher(model, output=...)
         check:bool=True # look for mistakes before the first fit (see `check_teacher`)
     ):
         super().__init__()
-        for k,v,have in (('kind', kind, (None, 'softmax', 'sigmoid', 'regression')), ('balance', balance, (None, 'grad')),
+        for k,v,have in (('kind', kind, (None, 'softmax', 'sigmoid', 'regression')),
+                         ('balance', balance, (None, 'grad')),
                          ('span', span, ('fine_tune', 'fit'))):
             if v not in have: raise DistillError(f"{k}={v!r}: possible are {', '.join(map(repr, have))}")
         if isinstance(teacher, (Recipe, Term)):
-            raise DistillError(f"{teacher!r} is no teacher: the teacher comes first, then the recipe, KnowledgeDistillation(teacher, kd()).")
-        self.source,self.asked_kind,self.asked_axis,self.balance,self.span,self.check = teacher,kind,axis,balance,span,check
+            raise DistillError(f"{teacher!r} is no teacher: the teacher comes first, then the recipe, "
+                               "KnowledgeDistillation(teacher, kd()).")
+        self.source,self.asked_kind,self.asked_axis = teacher,kind,axis
+        self.balance,self.span,self.check = balance,span,check
         self.recipe,self.output = make_recipe(recipe, one_temperature(T, temperature), alpha, loss),output
         self.feed,self.in_fit,self.part_metrics,self.parts = feed_of(teacher),False,L(),{}
-        self.distiller = self.known_dls = self.projector_opt = self.taps = self.teacher_outputs = self.epochs_span = None
+        self.distiller = self.known_dls = self.projector_opt = self.taps = None
+        self.teacher_outputs = self.epochs_span = None
         self.state_to_load = self.state_before_finder = self.not_finite = self.reported_shares = None
 
     # around a fit
 
     def before_fit(self):
         self.teardown()
-        if self.learn.lock.locked() or hasattr(self.learn, 'gather_preds'): return     # validate, get_preds, show_results ...
+        # validate, get_preds, show_results ...
+        if self.learn.lock.locked() or hasattr(self.learn, 'gather_preds'): return
         if any(isinstance(c, KnowledgeDistillation) and c is not self for c in self.learn.cbs):
-            raise DistillError("Two KnowledgeDistillation callbacks in one Learner. Give one of them a list of teachers (an ensemble), "
-                               "or a sum of recipes, kd() + recipes.at().")
+            raise DistillError("Two KnowledgeDistillation callbacks in one Learner. Give one of them a list of "
+                               "teachers (an ensemble), or a sum of recipes, kd() + recipes.at().")
         self.in_fit,finder = True,hasattr(self.learn, 'lr_finder')
         self._build()
         if self.feed is not None: self.feed.attach(self.learn, self.task.kind, self.task.axis)
@@ -92,11 +103,13 @@ class KnowledgeDistillation(Callback):
         self.distiller.teacher.start()
 
     def _build(self):
-        "The distiller for this model and task, and the teacher for these data: they may be normalized otherwise, or order their classes otherwise"
+        """The distiller for this model and task, and the teacher for these data: they may be normalized otherwise, or
+        order their classes otherwise"""
         task,model = task_of(self.learn.loss_func, self.asked_kind, self.asked_axis),unwrap(self.learn.model)
         if self.distiller is None or self.distiller.student is not model or self.task != task:
             self.task,self.projector_opt,self.known_dls = task,None,None
-            self.distiller = Distiller(model, None, self.recipe, kind=task.kind, axis=task.axis, ignore_index=task.ignore_index,
+            self.distiller = Distiller(model, None, self.recipe, kind=task.kind, axis=task.axis,
+                                       ignore_index=task.ignore_index,
                                        balance=self.balance, output=self.output)
             self.distiller.links.to(one_param(model).device)
         if self.known_dls is self.learn.dls: return
@@ -134,21 +147,25 @@ class KnowledgeDistillation(Callback):
         self.in_fit = False
         if self.distiller is not None and self.distiller.teacher is not None: self.distiller.teacher.stop()
         self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self.part_metrics)
-        if self.state_before_finder is not None: self.distiller.links,self.distiller.scales,self.projector_opt = self.state_before_finder
+        if self.state_before_finder is not None:
+            self.distiller.links,self.distiller.scales,self.projector_opt = self.state_before_finder
         self.state_before_finder = None
 
     def __setattr__(self, k, v):
-        # subtle: no event follows an error or an interrupt. `Learner.fit` removes the callbacks that it was given, which ends here;
+        # subtle: no event follows an error or an interrupt. `Learner.fit` removes the callbacks that it was given,
+        # which ends here;
         # those that stay on the Learner are put back by `patches`
         if k == 'learn' and v is None and self.learn is not None: self.teardown()
         super().__setattr__(k, v)
 
-    def __reduce__(self): return Callback, ()   # an exported Learner gets a callback that does nothing, and needs no fastdistill
+    # an exported Learner gets a callback that does nothing, and needs no fastdistill
+    def __reduce__(self): return Callback, ()
 
     # a batch
 
     @property
-    def active(self): return self.in_fit and not hasattr(self.learn, 'gather_preds')     # not in a `get_preds` inside the fit
+    # not in a `get_preds` inside the fit
+    def active(self): return self.in_fit and not hasattr(self.learn, 'gather_preds')
 
     @property
     def share_done(self):
@@ -174,7 +191,8 @@ class KnowledgeDistillation(Callback):
         self._tap()
 
     def _tap(self):
-        "Read the layers that this batch compares; the model is looked up each time, for an averaged one may validate in its place"
+        """Read the layers that this batch compares; the model is looked up each time, for an averaged one may validate
+        in its place"""
         names = self.distiller.student_layers(self.distiller.active_terms(self.share_done))
         if self.taps is not None and self.taps.names == names: return
         self._untap()
@@ -202,9 +220,10 @@ class KnowledgeDistillation(Callback):
     def after_pred(self):
         if not self.active or len(self.yb) or not self.training: return
         if self.recipe.task_at(self.share_done):
-            raise DistillError("These batches have no labels, but the recipe counts their loss: use alpha=1, or soft_labels(), "
-                               "to train from the teacher alone.")
-        # subtle: without a target fastai computes no loss and takes no step. The teacher's prediction is one, whose loss has weight 0
+            raise DistillError("These batches have no labels, but the recipe counts their loss: use alpha=1, or "
+                               "soft_labels(), to train from the teacher alone.")
+        # subtle: without a target fastai computes no loss and takes no step. The teacher's prediction is one, whose
+        # loss has weight 0
         self.teacher_outputs = self._ask_teacher()
         if self.teacher_outputs is not None:
             self.learn.yb = pseudo_labels(self.teacher_outputs.logits, self._student_outputs({}).logits, self.task),
@@ -246,7 +265,8 @@ class KnowledgeDistillation(Callback):
     def _regularizers(self):
         "What callbacks before this one added to the labels' loss"
         a,b = self.learn.loss_grad,self.learn.loss
-        # subtle: where they added nothing the labels' loss is not touched at all, for it may be nan, and so may its gradient
+        # subtle: where they added nothing the labels' loss is not touched at all, for it may be nan, and so may its
+        # gradient
         return 0. if origin(a) is origin(b) else (a-b).nan_to_num()
 
     def _has_outputs(self):
@@ -254,26 +274,31 @@ class KnowledgeDistillation(Callback):
         return self.training or self.feed is None or self.feed.ready()
 
     def _mixed(self):
-        "The second labels of a mixed batch, and the share of the first ones, where MixUp or CutMix leave labels as they are"
-        mix = next((c for c in self.learn.cbs if isinstance(c, MixHandler) and self.training and getattr(c, 'stack_y', False)), None)
+        """The second labels of a mixed batch, and the share of the first ones, where MixUp or CutMix leave labels as
+        they are"""
+        mix = next((c for c in self.learn.cbs if isinstance(c, MixHandler) and self.training
+                    and getattr(c, 'stack_y', False)), None)
         return None if mix is None else (mix.yb1, mix.lam)
 
     # a teacher that predicts nan
 
     def _look_for_not_finite(self, t):
-        "Stop at once on the CPU. On a GPU a look at a number would make each step wait: there, at the first batch and after each epoch"
+        """Stop at once on the CPU. On a GPU a look at a number would make each step wait: there, at the first batch
+        and after each epoch"""
         found,first = not_finite(t),self.not_finite is None
         self.not_finite = found if first else self.not_finite | found
         # the Recorder has brought the loss to the CPU already
-        if first or found.device.type == 'cpu' or not math.isfinite(getattr(self.learn, 'smooth_loss', 0.)): self._refuse_not_finite()
+        if first or found.device.type == 'cpu' or not math.isfinite(getattr(self.learn, 'smooth_loss', 0.)):
+            self._refuse_not_finite()
 
     def _refuse_not_finite(self):
         if self.not_finite is None or not self.not_finite: return
         where = f"{'training' if self.training else 'validation'}, epoch {self.epoch}, up to batch {self.iter}"
         if self.feed is not None:
-            raise DistillError(f"Stored teacher outputs are nan or infinite ({where}). Is a file damaged? cache.check() names it.")
-        raise DistillError(f"The teacher's outputs are nan or infinite ({where}), and so would be the student's weights. "
-                           "Are its inputs finite? Does it overflow in half precision?")
+            raise DistillError(f"Stored teacher outputs are nan or infinite ({where}). Is a file damaged? "
+                               "cache.check() names it.")
+        raise DistillError(f"The teacher's outputs are nan or infinite ({where}), and so would be the student's "
+                           "weights. Are its inputs finite? Does it overflow in half precision?")
 
     # projectors
 
@@ -287,11 +312,13 @@ class KnowledgeDistillation(Callback):
         if self.active and self.distiller.own_parameters(): self._optimizer().step(self.learn, self.skip_step)
 
     def _optimizer(self):
-        if self.projector_opt is None: self.projector_opt = ProjectorOptimizer(self.learn, self.distiller.own_parameters())
+        if self.projector_opt is None:
+            self.projector_opt = ProjectorOptimizer(self.learn, self.distiller.own_parameters())
         return self.projector_opt
 
     def state_dict(self):
-        "What a checkpoint of training needs beside the student: projectors, their optimizer's state, the measured balance"
+        """What a checkpoint of training needs beside the student: projectors, their optimizer's state, the measured
+        balance"""
         if self.state_to_load: return self.state_to_load
         if self.distiller is None: return {}
         d,opt = self.distiller,self.projector_opt
@@ -313,10 +340,14 @@ class KnowledgeDistillation(Callback):
         if not state: return
         shapes = lambda tensors: {k: tuple(v.shape) for k,v in tensors.items()}
         if shapes(state['links']) != shapes(d.links.state_dict()):
-            what = f"projectors of other terms or layers ({', '.join(state['links']) or 'none'}, now {', '.join(d.links.state_dict()) or 'none'})"
-            if 'file' not in state: raise DistillError(f"This state holds {what}: load it into a callback with the recipe that it was saved from.")
+            names = lambda links: ', '.join(links) or 'none'
+            what = f"projectors of other terms or layers ({names(state['links'])}, now {names(d.links.state_dict())})"
+            if 'file' not in state:
+                raise DistillError(f"This state holds {what}: load it into a callback with the recipe that it was "
+                                   "saved from.")
             return print(f"fastdistill: {state['file']} holds {what}, and is not used.")
-        if 'file' in state and rank() == 0: print(f"fastdistill: projectors and their optimizer continue from {state['file']}.")
+        if 'file' in state and rank() == 0:
+            print(f"fastdistill: projectors and their optimizer continue from {state['file']}.")
         d.links.load_state_dict(state['links'])
         d.scales = dict(state['scales'])
         self.projector_opt = None
@@ -343,16 +374,19 @@ def make_recipe(recipe, T, alpha, loss):
     if recipe is None and loss is None: return kd(4. if T is None else T, .9 if alpha is None else alpha)
     if recipe is not None:
         given = [k for k,v in dict(T=T, alpha=alpha, loss=loss).items() if v is not None]
-        if given: raise DistillError(f"A recipe and {', '.join(given)}=: say it in the recipe, as in kd(T=2, alpha=.5).")
+        if given:
+            raise DistillError(f"A recipe and {', '.join(given)}=: say it in the recipe, as in kd(T=2, alpha=.5).")
         return Recipe(recipe)
     if T is not None:
-        raise DistillError("T= with loss=: your loss gets the logits as they are, and softens them itself (or write Term(fn, T=...)).")
+        raise DistillError("T= with loss=: your loss gets the logits as they are, and softens them itself (or write "
+                           "Term(fn, T=...)).")
     alpha = 1. if alpha is None else alpha
     return Recipe(Term(loss, weight=alpha, name='kd'), task=kd(alpha=alpha).task)
 
 
 def example_inputs(learn):
-    "Inputs of one batch, on which layers are paired before the fit; None if the student does not run on them: then the first batch will do"
+    """Inputs of one batch, on which layers are paired before the fit. None if the student does not run on them: then the
+    first batch will do"""
     with RandomGuard(), ExitStack() as stack:
         batches = [stack.enter_context(closing(o)) for o in prepared_batches(learn, 1, 1)]
         try:
@@ -363,10 +397,12 @@ def example_inputs(learn):
 
 
 def not_finite(t):
-    "Do a teacher's outputs hold nan, or infinite values other than the -inf of classes that are switched off? A tensor on their device"
+    """Do a teacher's outputs hold nan, or infinite values other than the -inf of classes that are switched off? A
+    tensor on their device"""
     logits = t.logits.values if isinstance(t.logits, TopK) else t.logits
     # a sum is nan or infinite if one of the summands is, and takes one pass
-    sums = [v.detach().sum(dtype=torch.float) for v in (logits, *t.feats.values()) if v is not None and v.is_floating_point()]
+    sums = [v.detach().sum(dtype=torch.float) for v in (logits, *t.feats.values()) if v is not None
+            and v.is_floating_point()]
     return torch.stack([s.isnan() | (s == torch.inf) for s in sums]).any()
 
 

@@ -6,23 +6,23 @@
 | `Datasets.decode` | `predict` and `show_results` have no prediction for the teacher's column | first target |
 | `Datasets.new_empty` | `export` would keep the teacher's column | first target |
 | `TfmdDL._one_pass` | `export` would keep the type of the teacher's targets | first target |
-| `TfmdDL._pre_show_batch` | fastai has no way to show a tuple of label and teacher's target | first target |
-| `defaults.callbacks` | labels, MixUp and metrics must not see the teacher's target: see `TeacherTargets` | first target |
-| `Learner.fit` | no event follows an error or an interrupt: a callback that stays on the Learner puts everything back | import |
-| `Learner.fine_tune` | schedules of distillation span both of its phases: see `KnowledgeDistillation(span=)` | import |
-| `Learner.save` | with the optimizer, projectors and their optimizer are saved too, in a file beside the student's | import |
+| `TfmdDL._pre_show_batch` | fastai cannot show a tuple of label and teacher's target | first target |
+| `defaults.callbacks` | labels, MixUp and metrics must not see the target: see `TeacherTargets` | first target |
+| `Learner.fit` | no event follows an interrupt: callbacks that stay on the Learner clean up here | import |
+| `Learner.fine_tune` | schedules span both of its phases: see `KnowledgeDistillation(span=)` | import |
+| `Learner.save` | with the optimizer, projectors are saved too, in a file beside the student's | import |
 | `Learner.load` | it loads that file | import |
-| `Learner.export` | during a fit from a cache, it would export the training data and fastdistill with the student | import |
-| `Recorder.plot_loss` | `train_loss` with a teacher is on another scale than the labels' losses | import |
+| `Learner.export` | in a fit from a cache, it would export the training data and fastdistill too | import |
+| `Recorder.plot_loss` | with a teacher, `train_loss` has another scale than the labels' losses | import |
 | `Learner.distill` | a new method, in `learner.py` | import |
 | `Learner.check_teacher` | a new method, in `learner.py` | import |
 | `Learner.show_features` | a new method, in `learner.py` | import |
 
-The methods that are wrapped at import do what they did before, as long as no `TeacherBlock` or `KnowledgeDistillation` is there. They can't
-wait for it: Python looks up `learn.fine_tune` before it makes the callback in `learn.fine_tune(1, cbs=KnowledgeDistillation(teacher))`.
-"First target" is when the first `TeacherBlock` is made or unpickled, or the first cache is trained from. `DataBlock.__init__` can't wait
-for it: a `TeacherBlock` may be given as a class, which fastai makes an instance of when it is about to count the inputs. Without a
-`TeacherBlock` the wrapped methods do what they did before."""
+The methods that are wrapped at import do what they did before, as long as no `TeacherBlock` or
+`KnowledgeDistillation` is there. They can't wait for it: Python looks up `learn.fine_tune` before it makes the callback
+in `learn.fine_tune(1, cbs=KnowledgeDistillation(teacher))`. "First target" is when the first `TeacherBlock` is made or
+unpickled, or the first cache is trained from. `DataBlock.__init__` can't wait for it: a `TeacherBlock` may be given as
+a class, which fastai makes an instance of when it is about to count the inputs."""
 import functools, inspect
 from contextlib import nullcontext
 from pathlib import Path
@@ -47,7 +47,8 @@ def _n_inp_without_teacher(init):
         blocks = given.arguments.get('blocks')
         if blocks is None: blocks = self.blocks
         n_teachers = sum(map(_is_teacher, blocks)) if isinstance(blocks, (list, tuple, L)) else 0
-        if n_teachers and given.arguments.get('n_inp') is None: given.arguments['n_inp'] = max(1, len(blocks)-n_teachers-1)
+        if n_teachers and given.arguments.get('n_inp') is None:
+            given.arguments['n_inp'] = max(1, len(blocks)-n_teachers-1)
         init(*given.args, **given.kwargs)
     return __init__
 
@@ -66,7 +67,8 @@ def _decode_without_teacher(decode):
     @functools.wraps(decode)
     def _decode(self, o, full=True):
         tls = _without_targets(self.tls)
-        if len(tls) < len(self.tls) and len(o) == len(tls): return tuple(tl.decode(v, full=full) for v,tl in zip(o, tls))
+        if len(tls) < len(self.tls) and len(o) == len(tls):
+            return tuple(tl.decode(v, full=full) for v,tl in zip(o, tls))
         return decode(self, o, full=full)
     return _decode
 
@@ -76,7 +78,8 @@ def _empty_without_teacher(new_empty):
     @functools.wraps(new_empty)
     def _new_empty(self):
         tls = _without_targets(self.tls)
-        return new_empty(self) if len(tls) == len(self.tls) else type(self)(tls=[tl.new_empty() for tl in tls], n_inp=self.n_inp)
+        return new_empty(self) if len(tls) == len(self.tls) else type(self)(tls=[tl.new_empty() for tl in tls],
+                                                                            n_inp=self.n_inp)
     return _new_empty
 
 
@@ -160,7 +163,8 @@ def _export_student_alone(export):
     @functools.wraps(export)
     def _export(self, *args, **kwargs):
         cb = _callback_on(self)
-        with nullcontext() if cb is None or cb.feed is None else cb.feed.set_aside(): return export(self, *args, **kwargs)
+        with nullcontext() if cb is None or cb.feed is None else cb.feed.set_aside():
+            return export(self, *args, **kwargs)
     return _export
 
 
@@ -175,7 +179,8 @@ def _plot_labels_apart(plot_loss):
         right,lines = ax.twinx(),[*ax.lines[:1]]
         for n,label,color in ((name, 'train, labels', 'C1'), ('valid_loss', 'valid, labels', 'C2')):
             values = [v[self.metric_names.index(n) - 1] for v in self.values[first:]]
-            lines += right.plot(self.iters[first:], [float('nan') if v is None else v for v in values], color=color, label=label)
+            lines += right.plot(self.iters[first:], [float('nan') if v is None else v for v in values], color=color,
+                                label=label)
         ax.lines[0].set_label('train, with the teacher')
         ax.set_ylabel('loss with the teacher')
         right.set_ylabel("labels' own loss")

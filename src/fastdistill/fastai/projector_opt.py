@@ -1,4 +1,5 @@
-"The optimizer of the projectors. A further parameter group in the student's would break its schedules and its checkpoints."
+"""The optimizer of the projectors. A further parameter group in the student's would break its schedules and its
+checkpoints."""
 import copy
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ __all__ = ['ProjectorOptimizer']
 
 
 class ProjectorOptimizer:
-    "Trains projectors in step with the student: the same kind of optimizer, the same learning rate, momentum and weight decay"
+    """Trains projectors in step with the student: the same kind of optimizer, the same learning rate, momentum and
+    weight decay"""
     def __init__(
         self,
         learn, # the student's Learner
@@ -34,7 +36,8 @@ class ProjectorOptimizer:
         if not (skip or overflow):
             for k in ('lr', 'mom', 'wd'):
                 # subtle: a float, since `set_hyper` fails with numpy's
-                if k in self.opt.hypers[0] and k in learn.opt.hypers[-1]: self.opt.set_hyper(k, float(learn.opt.hypers[-1][k]))
+                if k in self.opt.hypers[0] and k in learn.opt.hypers[-1]:
+                    self.opt.set_hyper(k, float(learn.opt.hypers[-1][k]))
             self.opt.step()
         self.opt.zero_grad()
 

@@ -1,4 +1,5 @@
-"Language models: samples follow one another, for they are cut from all texts in a row, and a teacher may remember what came before."
+"""Language models: samples follow one another, for they are cut from all texts in a row, and a teacher may remember
+what came before."""
 from dataclasses import replace
 import numpy as np
 import torch.nn.functional as F
@@ -60,7 +61,9 @@ def of_length(out:Outputs, n:int) -> Outputs:
     "Outputs (B, L, ...) filled up to n places, or cut to them: the last batch of a stream is shorter, rows are not"
     length = (out.logits.ids if isinstance(out.logits, TopK) else out.logits).shape[1]
     def fit(t):
-        if isinstance(t, TopK): return replace(t, ids=fit(t.ids), values=fit(t.values), rest=None if t.rest is None else fit(t.rest))
+        if isinstance(t, TopK):
+            return replace(t, ids=fit(t.ids), values=fit(t.values), rest=None if t.rest is None else fit(t.rest))
         if t.shape[1:2] != (length,): return t      # it has no value for each token
         return t[:, :n] if n <= t.shape[1] else F.pad(t, [0]*(2*t.dim()-3) + [n-t.shape[1]])
-    return Outputs(fit(out.logits), {k: fit(v) for k,v in out.feats.items()}, None if out.mask is None else fit(out.mask))
+    return Outputs(fit(out.logits), {k: fit(v) for k,v in out.feats.items()},
+                   None if out.mask is None else fit(out.mask))

@@ -14,7 +14,8 @@ __all__ = ['Feed', 'TargetFeed', 'TeacherTargets']
 
 
 class TeacherTargets(Callback):
-    "Takes the teacher's target out of `yb`, because labels, MixUp and metrics don't expect it. A loss of three arguments gets it"
+    """Takes the teacher's target out of `yb`, because labels, MixUp and metrics don't expect it. A loss of three
+    arguments gets it"""
     order,remove_on_fetch = -20,False
 
     def __init__(self):
@@ -24,7 +25,8 @@ class TeacherTargets(Callback):
     def after_create(self):
         "A Learner whose data hold no teacher's target has no use for it"
         dls = self.learn.dls
-        # subtle: a DataLoader with a `do_item` of its own brings stored outputs to another Learner's fit, which is running
+        # subtle: a DataLoader with a `do_item` of its own brings stored outputs to another Learner's fit, which is
+        # running
         fed = any('do_item' in vars(dl) for dl in getattr(dls, 'loaders', []))
         if not (fed or target_tfms(dls)): self.learn.remove_cb(self)
 
@@ -40,11 +42,12 @@ class TeacherTargets(Callback):
             self.learn.yb = (recording(self.yb[0], self.permutations), *self.yb[1:])
 
     def mix(self):
-        "How MixUp or CutMix mixed this batch: the permutation, and the share of the unpermuted samples; None if it is not mixed"
+        """How MixUp or CutMix mixed this batch: the permutation, and the share of the unpermuted samples; None if it
+        is not mixed"""
         if not self.permutations: return None
         if len(self.permutations) > 1:
-            raise DistillError("The batch was mixed twice (MixUp and CutMix together?). Stored outputs of a teacher can follow only one "
-                               "of them. Use a live teacher.")
+            raise DistillError("The batch was mixed twice (MixUp and CutMix together?). Stored outputs of a teacher "
+                               "can follow only one of them. Use a live teacher.")
         lam = next(c.lam for c in self.learn.cbs if isinstance(c, MixHandler))
         return self.permutations[0],lam
 
@@ -54,14 +57,16 @@ class TeacherTargets(Callback):
         self.learn.yb = (*self.yb, TeacherTarget(t if mix is None else lerp(t, *mix)))
 
     def after_loss(self):
-        if self.target is not None and len(self.yb) and isinstance(self.yb[-1], TeacherTarget): self.learn.yb = self.yb[:-1]
+        if self.target is not None and len(self.yb) and isinstance(self.yb[-1], TeacherTarget):
+            self.learn.yb = self.yb[:-1]
 
     def __deepcopy__(self, memo): # a copied Learner gets one that works
         new = type(self)()
         new.learn = copy.deepcopy(self.learn, memo)
         return new
 
-    def __reduce__(self): return Callback, ()     # an exported Learner gets a callback that does nothing, and needs no fastdistill
+    # an exported Learner gets a callback that does nothing, and needs no fastdistill
+    def __reduce__(self): return Callback, ()
 
 
 def recording(y, permutations):
@@ -69,7 +74,8 @@ def recording(y, permutations):
     cls = type(y)
     class Recording(cls):
         def __getitem__(self, i):
-            if isinstance(i, Tensor) and not i.is_floating_point() and i.dim() == 1 and len(i) == len(self): permutations.append(as_plain(i))
+            if isinstance(i, Tensor) and not i.is_floating_point() and i.dim() == 1 and len(i) == len(self):
+                permutations.append(as_plain(i))
             return self.as_subclass(cls)[i]
     return y.as_subclass(Recording)
 
@@ -78,7 +84,9 @@ def takes_teacher(loss_func):
     "Does this loss take (out, y, y_teacher)?"
     if isinstance(loss_func, BaseLoss): return False
     if isinstance(getattr(loss_func, '__self__', None), MixHandler): return takes_teacher(loss_func.__self__.old_lf)
-    try: ps = inspect.signature(loss_func.forward if isinstance(loss_func, torch.nn.Module) else loss_func).parameters.values()
+    try:
+        fn = loss_func.forward if isinstance(loss_func, torch.nn.Module) else loss_func
+        ps = inspect.signature(fn).parameters.values()
     except (TypeError, ValueError): return False
     needed = [p for p in ps if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty]
     return len(needed) > 2 or any(p.kind is p.VAR_POSITIONAL for p in ps)
@@ -100,14 +108,16 @@ def mix_logits(
     if kind == 'regression': return lerp(t, perm, lam)
     t = t.float()
     lam = as_plain(torch.as_tensor(lam, device=t.device)).float().reshape(-1, *[1]*(t.dim()-1))
-    both = lambda a: torch.logaddexp(a + lam.log(), a[perm] + (1-lam).log())      # log(lam*exp(a) + (1-lam)*exp(b)), however far apart
+    # log(lam*exp(a) + (1-lam)*exp(b)), however far apart
+    both = lambda a: torch.logaddexp(a + lam.log(), a[perm] + (1-lam).log())
     if kind == 'softmax': return both(t.log_softmax(axis))
     return both(torch.nn.functional.logsigmoid(t)) - both(torch.nn.functional.logsigmoid(-t))
 
 
 class Feed:
-    """Stored teacher outputs for the batches of a fit: `attach` before it, `outputs` in each batch, `detach` after it. A Distiller
-    takes it in place of a Teacher: it has no modules, and its outputs belong to the current batch, whatever the inputs are"""
+    """Stored teacher outputs for the batches of a fit: `attach` before it, `outputs` in each batch, `detach` after it.
+    A Distiller takes it in place of a Teacher: it has no modules, and its outputs belong to the current batch, whatever
+    the inputs are"""
     layers = () # as in `Teacher`: all layers that are stored come with the outputs
 
     def attach(
@@ -171,8 +181,8 @@ class Feed:
 
 class TargetFeed(Feed):
     "Targets that a `TeacherBlock` put beside the labels"
-    missing = ("These batches hold no teacher's target. Give KnowledgeDistillation a teacher, or build the data with a third block: "
-               "DataBlock((ImageBlock, CategoryBlock, TeacherBlock), get_y=[label, teacher_row]).")
+    missing = ("These batches hold no teacher's target. Give KnowledgeDistillation a teacher, or build the data with a "
+               "third block: DataBlock((ImageBlock, CategoryBlock, TeacherBlock), get_y=[label, teacher_row]).")
 
     def attach(self, learn, kind='softmax', axis=1):
         super().attach(learn, kind, axis)
@@ -190,9 +200,10 @@ class TargetFeed(Feed):
 
     def _check(self, t):
         self.is_checked = True
-        if self.kind == 'softmax' and t.dim() == 2 and t.shape[1] > 1 and t.min() >= 0 and (t.sum(1)-1).abs().max() < 1e-3:
-            warnings.warn(DistillWarning("The teacher's targets look like probabilities (each row sums to 1), but are taken for logits: "
-                                         "TeacherBlock(given='probabilities')."))
+        classes = self.kind == 'softmax' and t.dim() == 2 and t.shape[1] > 1
+        if classes and t.min() >= 0 and (t.sum(1)-1).abs().max() < 1e-3:
+            warnings.warn(DistillWarning("The teacher's targets look like probabilities (each row sums to 1), but are "
+                                         "taken for logits: TeacherBlock(given='probabilities')."))
 
 
 def in_first_batch(dl):
@@ -210,4 +221,5 @@ def class_order(dls):
 def target_tfms(dls):
     "What turns rows into teacher's targets in these DataLoaders; empty where they have none"
     datasets = [getattr(dl, 'dataset', None) for dl in getattr(dls, 'loaders', [])]
-    return [f for ds in datasets if isinstance(ds, Datasets) for tl in ds.tls for f in tl.tfms.fs if isinstance(f, ToTeacherTarget)]
+    return [f for ds in datasets if isinstance(ds, Datasets) for tl in ds.tls for f in tl.tfms.fs
+            if isinstance(f, ToTeacherTarget)]

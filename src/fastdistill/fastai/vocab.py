@@ -14,7 +14,8 @@ def vocab_of(dls):
     v = None if is_stream(dls.train) else getattr(dls, 'vocab', None)
     if v is None: v = nested_attr(dls, 'train.after_item.vocab')        # codes of masks
     if v is None or isinstance(v, dict): return None
-    if len(v) and all(hasattr(o, '__len__') and not isinstance(o, str) for o in v): v = v[-1]   # one for each block, as (tokens, classes)
+    # one for each block, as (tokens, classes)
+    if len(v) and all(hasattr(o, '__len__') and not isinstance(o, str) for o in v): v = v[-1]
     return list(map(str, v))
 
 
@@ -22,7 +23,8 @@ def vocab_of(dls):
 class ClassMap:
     "How the student's classes are found among the teacher's"
     same:bool # the same classes in the same order
-    order:list|None # the teacher's position of each of the student's classes; None where `same`, or where some are missing
+    order:list|None # the teacher's position of each of the student's classes; None where `same`, or where some are
+    # missing
     missing:list # classes that the teacher does not have
     extra:list # classes that only the teacher has
 
@@ -45,14 +47,16 @@ def stored_order(
 ) -> Tensor|None:
     "The stored column of each of the labels' classes; None if the order is the same. What can't be mapped is refused"
     if student is None:
-        raise DistillError("The teacher's classes have names, but the labels have no vocab to map them to: leave vocab= out.")
+        raise DistillError("The teacher's classes have names, but the labels have no vocab to map them to: leave "
+                           "vocab= out.")
     found = map_classes(student[-1] if len(student) and isinstance(student[-1], (list, tuple)) else student, teacher)
     if found.missing:
         raise DistillError(f"The teacher doesn't know the class(es) {', '.join(found.missing[:5])}: "
                            f"it has {', '.join(teacher[:10])}{' ...' if len(teacher) > 10 else ''}.")
     if found.extra:
-        raise DistillError(f"The teacher has {len(teacher)} classes, the labels {len(teacher)-len(found.extra)}: probabilities would no "
-                           f"longer sum to 1. Leave out {', '.join(found.extra[:5])} (Teacher(model, select=...) does).")
+        raise DistillError(f"The teacher has {len(teacher)} classes, the labels {len(teacher)-len(found.extra)}: "
+                           f"probabilities would no longer sum to 1. Leave out {', '.join(found.extra[:5])} "
+                           "(Teacher(model, select=...) does).")
     return None if found.order is None else torch.tensor(found.order)
 
 
@@ -70,7 +74,8 @@ def categories(dls):
 
 def scales(dls):
     "Means and standard deviations of a table's columns"
-    p = next((p for p in getattr(getattr(dls, 'procs', None), 'fs', []) if hasattr(p, 'means') and hasattr(p, 'stds')), None)
+    p = next((p for p in getattr(getattr(dls, 'procs', None), 'fs', []) if hasattr(p, 'means') and hasattr(p, 'stds')),
+             None)
     return None if p is None else {k: (round(float(p.means[k]), 5), round(float(p.stds[k]), 5)) for k in p.means}
 
 

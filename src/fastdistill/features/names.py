@@ -5,10 +5,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from ..outputs import DistillError
 
-__all__ = ['LayerInfo', 'LayerTree', 'layer_tree', 'model_name', 'named', 'resolve', 'split_suffixes', 'text_table', 'unwrap']
+__all__ = ['LayerInfo', 'LayerTree', 'layer_tree', 'model_name', 'named', 'resolve', 'split_suffixes', 'text_table',
+           'unwrap']
 
 WRAPPERS = nn.parallel.DistributedDataParallel, nn.DataParallel
-SUFFIXES = {'in': "what goes into the layer", 'pre': "the output, copied before a following in-place layer can overwrite it",
+SUFFIXES = {'in': "what goes into the layer",
+            'pre': "the output, copied before a following in-place layer can overwrite it",
        'map': "tokens, or a channels-last output, as (B, C, H, W)", 'tokens': "a channels-first output as (B, L, D)",
        'mean': "the mean over positions, a vector"}
 
@@ -24,7 +26,8 @@ def unwrap(model:nn.Module):
 def named(model):
     "Dotted name -> layer of the model inside its wrappers, shared layers under each of their names"
     inner = unwrap(model)
-    if not isinstance(inner, nn.Module): return dict(getattr(inner, 'named_modules', dict)())      # a teacher: several models, or none
+    # a teacher: several models, or none
+    if not isinstance(inner, nn.Module): return dict(getattr(inner, 'named_modules', dict)())
     have = dict(inner.named_modules(remove_duplicate=False))
     if any('_orig_mod' in n for n in have):      # a compiled part has the name of what it compiles
         have = {re.sub(r'(^|\.)_orig_mod(?=\.|$)', '', n): m for n,m in have.items()}
@@ -116,4 +119,5 @@ def layer_tree(
 ) -> LayerTree:
     "Every layer of the model with its class, output shape and number of parameters"
     count = lambda m: sum(p.numel() for p in m.parameters() if not is_lazy(p))
-    return LayerTree(LayerInfo(n, type(m).__name__, (shapes or {}).get(m), count(m)) for n,m in named(model).items() if n)
+    return LayerTree(LayerInfo(n, type(m).__name__, (shapes or {}).get(m), count(m)) for n,
+                     m in named(model).items() if n)

@@ -39,20 +39,21 @@ def pair(
     student:nn.Module,
     teacher, # a module, or a `Teacher`
     x_student, # a batch of inputs: a tensor, a tuple of several, or a dict of keyword arguments
-    layers='auto', # {'student.layer': 'teacher.layer' or a list}, pairs of names, names or globs for both, 'auto', or 'last' of these
+    layers='auto', # {'student.layer': 'teacher.layer' or a list}, pairs of names, names or globs for both, 'auto', or
+    # 'last' of these
     *,
     x_teacher=None, # the teacher's inputs, if it takes others
     match:str='shape', # what the loss needs of the teacher's shape, and
     projector='auto' # with what it is made, as in `projectors.projector`: here for the table alone
 ) -> PairTable:
-    """The pairs of layers with their shapes, in the order asked, from one evaluation-mode probe of each model that changes
-    nothing.
+    """The pairs of layers with their shapes, in the order asked, from one evaluation-mode probe of each model that
+    changes nothing.
 
-    'auto' takes the last layer of each stage (resolution) of convolutional nets and U-Nets. Two nets pair by resolution where
-    that includes the last stages of both, else by relative depth; a U-Net and another net pair by resolution on the U-Net's way
-    down. Of transformers, LSTM stacks and MLPs it takes blocks at equal relative depth: all of the shorter one's up to 6, else
-    those at the quarters. The layer that makes a model's output is never among them. 'auto' and 'last' take a suffix for all
-    names: 'last@mean'."""
+    'auto' takes the last layer of each stage (resolution) of convolutional nets and U-Nets. Two nets pair by resolution
+    where that includes the last stages of both, else by relative depth; a U-Net and another net pair by resolution on
+    the U-Net's way down. Of transformers, LSTM stacks and MLPs it takes blocks at equal relative depth: all of the
+    shorter one's up to 6, else those at the quarters. The layer that makes a model's output is never among them. 'auto'
+    and 'last' take a suffix for all names: 'last@mean'."""
     x_s,x_t = inputs(x_student),inputs(x_student if x_teacher is None else x_teacher)
     word,*how = _word_of(checked_layers(layers))
     if word:
@@ -109,9 +110,10 @@ def _refuse_unknown_layout(pairs):
     "Features of three axes that a function or a cache brings have no layer to tell where their channels are"
     for asked,s,_,t,t_shape in pairs:
         if s != asked and len(t_shape) == 3 and '@' not in t:
-            raise DistillError(f"The student's layer {asked!r} has its channels first, (B, C, L). The teacher's {t!r} of shape {t_shape} comes "
-                               f"without its layer, so nothing tells whether it has them first too. Bring it as tokens (B, L, C) under the "
-                               f"name '{t}@tokens' (cache_teacher(layers=['{t}@tokens']) stores it so), and pair with that name.")
+            raise DistillError(f"The student's layer {asked!r} has its channels first, (B, C, L). The teacher's {t!r} "
+                               f"of shape {t_shape} comes without its layer, so nothing tells whether it has them "
+                               f"first too. Bring it as tokens (B, L, C) under the name '{t}@tokens' "
+                               f"(cache_teacher(layers=['{t}@tokens']) stores it so), and pair with that name.")
 
 
 def _names_asked(student, teacher, layers):
@@ -120,14 +122,16 @@ def _names_asked(student, teacher, layers):
 
 def _name_pairs(layers):
     "(student's pattern, teacher's pattern), many-to-many, in the order given"
-    if isinstance(layers, Tensor): raise DistillError("layers= got a tensor. The teacher's own inputs go into x_teacher=.")
+    if isinstance(layers, Tensor):
+        raise DistillError("layers= got a tensor. The teacher's own inputs go into x_teacher=.")
     if isinstance(layers, str): layers = [layers]
     if isinstance(layers, Mapping):
         layers = [(s, t) for s,ts in layers.items() for t in (ts if isinstance(ts, (tuple, list)) else [ts])]
     items = [(o, o) if isinstance(o, str) else o for o in (layers if isinstance(layers, (tuple, list)) else [layers])]
     if wrong := [o for o in items if not isinstance(o, (tuple, list)) or [type(n) for n in o] != [str, str]]:
         raise DistillError(f"layers={layers!r}: {wrong[0]!r} is no pair of names. Possible are {{'student.layer': "
-                           "'teacher.layer'}, {'student.layer': ['teacher.layer', ...]}, a list of pairs, a list of names "
+                           "'teacher.layer'}, {'student.layer': ['teacher.layer', ...]}, a list of pairs, a list of "
+                           "names "
                            "that both models have, 'auto' and 'last'")
     return items
 
@@ -137,8 +141,8 @@ def _matching_names(student, teacher, s, t):
     with _InModel('student'): a = resolve(student, s)
     with _InModel('teacher'): b = resolve(teacher, t) if _has_layers(teacher) else [t]
     if len(a) != len(b):
-        raise DistillError(f"{s!r} are {len(a)} layers of the student ({', '.join(a)}), {t!r} are {len(b)} of the teacher "
-                           f"({', '.join(b)}): they pair in order if they are as many. Name them one by one.")
+        raise DistillError(f"{s!r} are {len(a)} layers of the student ({', '.join(a)}), {t!r} are {len(b)} of the "
+                           f"teacher ({', '.join(b)}): they pair in order if they are as many. Name them one by one.")
     return zip(a, b)
 
 
@@ -158,7 +162,8 @@ def _layer_shapes(model, x, names):
 
 
 def _with_tokens(modules, ran, names):
-    "Names with @tokens first where a layer's three axes are (B, C, L), and without it where they are (B, L, D) as they come"
+    """Names with @tokens first where a layer's three axes are (B, C, L), and without it where they are (B, L, D) as
+    they come"""
     first,fired = series_layers(ran),{f.module: f for f in ran}
     for name in names:
         base,*how = name.split('@')
@@ -214,7 +219,8 @@ def _pair_by_resolution(a, b, size_a, size_b):
     def ends(row): return row and row[-1] == (a[-1], b[-1]) and 2*len(row) >= min(len(a), len(b))
     row = _longest_row(a, b, lambda i, j: equal(i, j) and down_a[i] == down_b[j])
     if ends(row) or all(down_a + down_b): return row if ends(row) else None
-    # one is a U-Net: a net of the output's resolution throughout has the U-Net's last stage as its counterpart; other nets have
+    # one is a U-Net: a net of the output's resolution throughout has the U-Net's last stage as its counterpart; other
+    # nets have
     # its way down, and its way up where they share no resolution on the way down
     anywhere = _longest_row(a, b, equal)
     return anywhere if ends(anywhere) else row or anywhere or None

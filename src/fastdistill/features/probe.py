@@ -45,7 +45,8 @@ def probe(
         i,y = main_tensor((args, kwargs)),main_tensor(out)
         ran.pop(m, None)                     # subtle: a layer that runs twice counts where it ran last
         ran[m] = Fired(names[m], m, _shape(i), _shape(y), y is not None and y.is_floating_point())
-    handles = [m.register_forward_hook(note, with_kwargs=True) for m in names if not isinstance(m, torch.jit.ScriptModule)]
+    handles = [m.register_forward_hook(note, with_kwargs=True) for m in names
+               if not isinstance(m, torch.jit.ScriptModule)]
     try: dry_run(inner, *x)
     finally:
         for h in handles: h.remove()
@@ -54,16 +55,18 @@ def probe(
 
 CHANNELS_FIRST = (nn.Conv1d, nn.ConvTranspose1d, _BatchNorm, _InstanceNorm, nn.GroupNorm, nn.AvgPool1d, nn.MaxPool1d,
                   nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d, nn.Upsample)
-CHANNELS_LAST = nn.Linear, nn.LayerNorm, nn.RNNBase, nn.Embedding, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
+CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RNNBase, nn.Embedding, nn.MultiheadAttention, nn.TransformerEncoderLayer,
+                 nn.TransformerDecoderLayer)
 
 
 def series_layers(
     ran # what `probe` gave
 ) -> set:
-    """The layers whose three axes are (B, C, L), as those of a 1d convolution, and not (B, L, D), as tokens have them.
+    """The layers whose three axes are (B, C, L), as those of a 1d convolution, and not (B, L, D), as tokens have
+    them.
 
-    The layer's own class tells. Of other layers (an activation, a block) it is the axis that is as long as the channels of the
-    last layer before it, or in it, whose class tells; where that is unclear, the same axis as there."""
+    The layer's own class tells. Of other layers (an activation, a block) it is the axis that is as long as the channels
+    of the last layer before it, or in it, whose class tells; where that is unclear, the same axis as there."""
     found,axis,n = set(),2,None
     for f in ran:
         shape = next((s for s in (f.shape, f.shape_in) if s is not None and len(s) == 3), None)
@@ -83,13 +86,15 @@ def dry_run(model, *x):
     inner = unwrap(model)
     args,kwargs = arguments(inner, map_tensors(x, as_plain))
     if any(map(is_lazy, weights_and_buffers(distinct_modules(inner)))):
-        raise DistillError(f"{model_name(inner)} has lazy layers, without weights until a batch has run: run one through it first.")
+        raise DistillError(f"{model_name(inner)} has lazy layers, without weights until a batch has run: run one "
+                           "through it first.")
     with untouched(model):
         try: return inner(*args, **kwargs)
         except DistillError: raise
         except Exception as e:
             sizes = [tuple(o.shape) if isinstance(o, Tensor) else type(o).__name__ for o in x]
-            raise DistillError(f"{model_name(inner)} does not run on the inputs given, {', '.join(map(str, sizes))}: {e}") from e
+            raise DistillError(f"{model_name(inner)} does not run on the inputs given, {', '.join(map(str, sizes))}: "
+                               f"{e}") from e
 
 
 @contextlib.contextmanager
@@ -98,7 +103,8 @@ def untouched(model:nn.Module):
     mods = distinct_modules(unwrap(model))
     modes = [(m, m.training) for m in mods if getattr(m, 'training', False)]
     state = [_Attrs(m) for m in mods if not isinstance(m, torch.jit.ScriptModule)]
-    buffers = [(b, b.clone()) for m in mods for b in m.buffers(recurse=False) if b.layout == torch.strided] # sparse ones can't be compared
+    # sparse ones can't be compared
+    buffers = [(b, b.clone()) for m in mods for b in m.buffers(recurse=False) if b.layout == torch.strided]
     cuda = sorted({t.device.index for t in weights_and_buffers(mods) if t.is_cuda})
     python,numpy = random.getstate(),np.random.get_state()
     # subtle: the flag and not .eval(), which some layers override to do more (merge adapters, for one)
@@ -114,12 +120,14 @@ def untouched(model:nn.Module):
 
 
 def restore_tensor(b, was):
-    "Give a tensor its values again, and its shape: observers for quantization-aware training change both at their first batch"
+    """Give a tensor its values again, and its shape: observers for quantization-aware training change both at their
+    first batch"""
     if b.shape != was.shape: b.resize_(was.shape)
     if not torch.equal(b, was): b.copy_(was)
 
 
-def weights_and_buffers(mods): return [t for m in mods for t in [*m._parameters.values(), *m._buffers.values()] if t is not None]
+def weights_and_buffers(mods): return [t for m in mods for t in [*m._parameters.values(), *m._buffers.values()]
+                                       if t is not None]
 
 
 class _Attrs:
@@ -136,9 +144,11 @@ class _Attrs:
             box.extend(was) if isinstance(box, list) else box.update(was)
 
 
-def distinct_modules(model): return list(dict.fromkeys(model.modules() if isinstance(model, nn.Module) else named(model).values()))
+def distinct_modules(model): return list(dict.fromkeys(model.modules() if isinstance(model, nn.Module)
+                                                       else named(model).values()))
 
-def is_compiled(model): return any('_orig_mod' in m._modules or m._compiled_call_impl is not None for m in distinct_modules(model))
+def is_compiled(model): return any('_orig_mod' in m._modules or m._compiled_call_impl is not None
+                                   for m in distinct_modules(model))
 
 def run_eagerly(model):
     "Compiled parts run as they were written"

@@ -30,19 +30,22 @@ def _default_kind(dims): return 'conv_bn' if dims > 3 else 'linear'
 
 
 class Projector(nn.Module):
-    "What `projector` gives: `p(s, t)` is the student's features in the teacher's shape; `t` only tells the size of its grid"
+    """What `projector` gives: `p(s, t)` is the student's features in the teacher's shape; `t` only tells the size of
+    its grid"""
     def __init__(self, s_shape, t_shape, kind, match, picture=True):
         super().__init__()
         self.s_shape,self.t_shape,self.match,self.picture = tuple(s_shape),tuple(t_shape),match,picture
         self.own,self.text = not isinstance(kind, str),describe_projector(s_shape, t_shape, kind, match)
         self.map = kind if self.own else None
         if not self.own and _needs_mapping(s_shape, t_shape, kind, match):
-            self.map = _mapper(kind, _channels(s_shape), _channels(t_shape), len(s_shape if match == 'none' else t_shape))
+            self.map = _mapper(kind, _channels(s_shape), _channels(t_shape),
+                               len(s_shape if match == 'none' else t_shape))
 
     def forward(
         self,
         s:Tensor, # student's features
-        t:Tensor|None=None # teacher's, for the size of their grid, which may vary from batch to batch; None: as when this was built
+        t:Tensor|None=None # teacher's, for the size of their grid, which may vary from batch to batch; None: as when
+        # this was built
     ) -> Tensor:
         like = (len(s), *self.t_shape[1:]) if t is None else tuple(t.shape)
         if not self.own and self.match != 'none': s = to_grid(s, like, self.picture)
@@ -56,12 +59,13 @@ class Projector(nn.Module):
 
     def _check(self, s, y, like):
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-        fits = isinstance(y, Tensor) and (self.match == 'none' or len(got) == len(like) and _places(got) == _places(like))
+        fits = isinstance(y, Tensor) and (self.match == 'none' or len(got) == len(like)
+                                          and _places(got) == _places(like))
         if not fits or (self.match == 'shape' and got != like):
             need = 'shape' if self.match == 'shape' else 'grid'
-            raise DistillError(f"The projector {self.text} made {got} of the student's features, {tuple(s.shape)}. This loss needs the "
-                               f"teacher's {need}, {like if need == 'shape' else _places(like)}: change what the module gives, "
-                               "or let projector='auto' build one.")
+            raise DistillError(f"The projector {self.text} made {got} of the student's features, {tuple(s.shape)}. "
+                               f"This loss needs the teacher's {need}, {like if need == 'shape' else _places(like)}: "
+                               "change what the module gives, or let projector='auto' build one.")
 
     def extra_repr(self): return self.text
 
@@ -80,17 +84,21 @@ def _needs_mapping(s_shape, t_shape, kind, match):
 def projector(
     s_shape, # of the student's features: (B, D) vector, (B, L, D) tokens, (B, C, H, W) map; any B
     t_shape, # of the teacher's, in any of these forms
-    kind='auto', # 'linear' = 'conv' (1x1), 'conv_bn', 'mlp', each position by position; or a module or function of your own
-    match:str='shape', # what the loss needs: the teacher's 'shape', only its 'grid' (places, not channels), or 'none' of it
-    picture:bool=True # tokens are those of a picture if their numbers allow it; False: those of a sequence, such as a text
+    kind='auto', # 'linear' = 'conv' (1x1), 'conv_bn', 'mlp', each position by position; or a module or function of
+    # your own
+    match:str='shape', # what the loss needs: the teacher's 'shape', only its 'grid' (places, not channels), or 'none'
+    # of it
+    picture:bool=True # tokens are those of a picture if their numbers allow it; False: those of a sequence, such as a
+    # text
 ) -> Projector:
-    """A module from the student's shape to the teacher's; it has parameters only where channels differ, or a kind is named.
+    """A module from the student's shape to the teacher's; it has parameters only where channels differ, or a kind is
+    named.
 
     The student's grid is brought to the teacher's: average-pooled where it shrinks, interpolated where it grows. Tokens
     become a map without their class and register tokens; a map becomes tokens with its mean in their place. Vectors and
-    tokens get a linear layer; maps a 1x1 convolution and a batch norm, as in OFD (arXiv:1904.01866). No ReLU follows, as one
-    does in CRD's code (arXiv:1910.10699): what a teacher has below 0 would be out of reach. A linear layer whose output is
-    normalised is also what arXiv:2303.11098 recommends."""
+    tokens get a linear layer; maps a 1x1 convolution and a batch norm, as in OFD (arXiv:1904.01866). No ReLU follows,
+    as one does in CRD's code (arXiv:1910.10699): what a teacher has below 0 would be out of reach. A linear layer whose
+    output is normalized is also what arXiv:2303.11098 recommends."""
     check_projector(s_shape, t_shape, kind, match)
     return Projector(s_shape, t_shape, kind, match, picture)
 
@@ -98,7 +106,8 @@ def projector(
 def checked_projector(kind):
     "`kind`, if it is one: this needs no shapes yet"
     if isinstance(kind, type) or not (callable(kind) or kind in PROJECTORS):
-        raise DistillError(f"projector={kind!r}: possible are {', '.join(map(repr, PROJECTORS))}, a module (not its class), a function")
+        raise DistillError(f"projector={kind!r}: possible are {', '.join(map(repr, PROJECTORS))}, a module (not its "
+                           "class), a function")
     return kind
 
 
@@ -112,7 +121,8 @@ def check_projector(s_shape, t_shape, kind, match):
                            "tokens (B, L, D) and maps (B, C, H, W)")
     if not callable(kind) and match != 'none' and s != t and (s, t) not in ((3, 4), (4, 3)) and t != 2:
         raise DistillError(f"The student's {tuple(s_shape)} has no grid like that of the teacher's {tuple(t_shape)}. "
-                           "Pair it with a layer of the same kind (before or after the pooling), or give a module as projector.")
+                           "Pair it with a layer of the same kind (before or after the pooling), or give a module as "
+                           "projector.")
 
 
 def describe_projector(s_shape, t_shape, kind='auto', match='shape') -> str:

@@ -7,14 +7,16 @@ from ..outputs import DistillError
 
 __all__ = ['as_map', 'as_tokens', 'as_vector', 'grid', 'resize', 'to_grid']
 
-LEAD = 0, 1, 2, 4, 5 # tokens before a picture's: none, class, class and distillation, 4 registers, class and 4 registers
+# tokens before a picture's: none, class, class and distillation, 4 registers, class and 4 registers
+LEAD = 0, 1, 2, 4, 5
 
 
 def grid(
     n:int, # number of tokens
     aspect:float=1. # height over width of the picture
 ):
-    "(tokens to skip, height, width): the map that `n` tokens are, after class and register tokens; None if they are no map"
+    """(tokens to skip, height, width): the map that `n` tokens are, after class and register tokens; None if they are
+    no map"""
     for skip in (k for k in LEAD if k < n):
         h = max(1, round(math.sqrt((n-skip)*aspect)))
         w = (n-skip)//h
@@ -29,9 +31,10 @@ def as_map(
     if y.dim() == 4: return y.movedim(-1, 1)
     g = grid(y.shape[1], aspect) if y.dim() == 3 else None
     if g is None:
-        raise DistillError(f"Features of shape {tuple(y.shape)} are no map: possible are (B, H, W, C), and (B, L, D) with L tokens "
-                           f"that fill a grid of height/width {aspect:g} after {', '.join(map(str, LEAD))} class and register tokens. "
-                           "Leave them as tokens (a name without @map), and pair them with tokens.")
+        raise DistillError(f"Features of shape {tuple(y.shape)} are no map: possible are (B, H, W, C), and (B, L, D) "
+                           f"with L tokens that fill a grid of height/width {aspect:g} after "
+                           f"{', '.join(map(str, LEAD))} class and register tokens. Leave them as tokens (a name "
+                           "without @map), and pair them with tokens.")
     skip,h,w = g
     return y[:, skip:].transpose(1, 2).unflatten(2, (h, w))
 
@@ -40,7 +43,9 @@ def as_tokens(
     y:Tensor # (B, C, H, W) or (B, C, L), channels first
 ) -> Tensor:
     "(B, L, C): one token per position"
-    if y.dim() < 3: raise DistillError(f"Features of shape {tuple(y.shape)} have no positions to make tokens of: leave out @tokens.")
+    if y.dim() < 3:
+        raise DistillError(f"Features of shape {tuple(y.shape)} have no positions to make tokens of: leave out "
+                           "@tokens.")
     return y.flatten(2).transpose(1, 2)
 
 
@@ -88,8 +93,8 @@ def _resize_tokens(s, n, picture):
 def _map_as_tokens(s, n):
     g = grid(n, s.shape[2]/s.shape[3])
     if g is None:
-        raise DistillError(f"The student's map of shape {tuple(s.shape)} can't become the teacher's {n} tokens: these fill no "
-                           "grid of that height/width after class and register tokens. "
+        raise DistillError(f"The student's map of shape {tuple(s.shape)} can't become the teacher's {n} tokens: these "
+                           "fill no grid of that height/width after class and register tokens. "
                            "Pair maps with maps and sequences with sequences, or give a module as projector.")
     return _with_class_tokens(s[:, :0, :0, 0], as_tokens(resize(s, g[1:])), g[0])
 

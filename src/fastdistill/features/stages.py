@@ -83,7 +83,8 @@ class Road:
         self.head = self._head(ran)
 
     def _head(self, ran):
-        "The last layer with weights makes the answer: it, and what comes later, is no feature. '' for a body without a head"
+        """The last layer with weights makes the answer: it, and what comes later, is no feature. '' for a body without
+        a head"""
         head = next((f.name for f in reversed(ran) if has_weights(f.module)), '')
         return '' if any(self._blocks(n, maps=True) for n in self.below if n and is_inside(head, n)) else head
 
@@ -146,7 +147,8 @@ class Road:
         others = {o.place for o in inside if set(o.place) != {1}} - self._ends(u)
         areas = sorted(map(math.prod, self._ends(u)))
         between = [p for p in others if areas and areas[0] < math.prod(p) < areas[-1]]
-        # subtle: one other resolution aside is a shortcut (attention to a pooled map); two or more are an encoder and decoder
+        # subtle: one other resolution aside is a shortcut (attention to a pooled map); two or more are an encoder and
+        # decoder
         return bool(between) or len(others) > 1
 
     def _ends(self, u):
@@ -179,7 +181,7 @@ class Road:
         return [self._end(g) for g in groups]
 
     def _groups(self, units):
-        "Neighbours of one resolution and dilation; those without weights left out"
+        "Neighbors of one resolution and dilation; those without weights left out"
         groups,place,dilation = [],None,None
         for u in units:
             here = u.kind,self._place(u)
@@ -192,7 +194,8 @@ class Road:
 
     def _place(self, u):
         if u.kind == 'map': return u.place
-        return (grid(u.shape[1]) or u.shape)[1:] if self.picture else ()      # one class token more is no other resolution
+        # one class token more is no other resolution
+        return (grid(u.shape[1]) or u.shape)[1:] if self.picture else ()
 
     def _layers(self, units):
         "Each layer with weights, and the activations after it"
@@ -224,7 +227,8 @@ def is_inside(name, above): return f'{name}.'.startswith(f'{above}.')
 
 
 def has_weights(m):
-    "1 if a layer has weight matrices or kernels of its own, 2 if it is an RNN; embeddings and single tokens do not count"
+    """1 if a layer has weight matrices or kernels of its own, 2 if it is an RNN; embeddings and single tokens do not
+    count"""
     if isinstance(m, nn.RNNBase): return 2
     if isinstance(m, nn.Embedding): return 0
     return int(any(p is not None and p.dim() > 1 and p.shape[0] > 1 for p in m._parameters.values()))

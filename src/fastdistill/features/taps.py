@@ -34,16 +34,19 @@ class _Tap:
         for h in self.how: y = TURNS.get(h, as_is)(y)
         return y,None if compiling or y.is_inference() else y._version
 
-    # subtle: models are copied (EMA) and pickled (export) while hooks are on them. What is left then takes any arguments,
+    # subtle: models are copied (EMA) and pickled (export) while hooks are on them. What is left then takes any
+    # arguments,
     # does nothing, and loads where fastdistill is not installed
     def __reduce__(self): return getattr, (contextlib.nullcontext(), '__exit__')
 
 
 class Taps:
-    """Read named layers of a model while attached: `attach`, run the model, `pop`, `detach`; or `with Taps(model, names) as taps`.
+    """Read named layers of a model while attached: `attach`, run the model, `pop`, `detach`; or `with Taps(model,
+    names) as taps`.
 
-    Outputs keep their gradient. Of a tuple, dict or ModelOutput the main tensor is read. A layer that runs several times in one
-    forward pass is read where it ran last. Replicas of DataParallel and copies of the model are not read."""
+    Outputs keep their gradient. Of a tuple, dict or ModelOutput the main tensor is read. A layer that runs several
+    times in one forward pass is read where it ran last. Replicas of DataParallel and copies of the model are not
+    read."""
     def __init__(
         self,
         model:nn.Module, # wrapped (DDP, torch.compile) or not
@@ -56,12 +59,14 @@ class Taps:
         self.names = list(dict.fromkeys(n for p in names for n in resolve_among(model, have, p)))
 
     def attach(self):
-        "Listen; twice is once. Layers are looked up now: they may have been replaced (SyncBatchNorm) since the names were given"
+        """Listen; twice is once. Layers are looked up now: they may have been replaced (SyncBatchNorm) since the names
+        were given"""
         self.detach()
         if self.names: _heed_hooks(self.model)
         for n,m in [(n, self._layer(n)) for n in self.names]:
             tap = _Tap(n, m, self.seen)
-            self.handles.append(m.register_forward_pre_hook(tap, with_kwargs=True) if 'in' in tap.how else m.register_forward_hook(tap))
+            self.handles.append(m.register_forward_pre_hook(tap, with_kwargs=True) if 'in' in tap.how
+                                else m.register_forward_hook(tap))
         return self
 
     def _layer(self, name):
@@ -71,7 +76,8 @@ class Taps:
         if m is None: m = named(self.model).get(name)
         if m is None: raise DistillError(no_such_layer(self.model, name, list(named(self.model))))
         if isinstance(m, torch.jit.ScriptModule):
-            raise DistillError(f"Layer {name!r} is TorchScript, whose parts can't be read. Use the nn.Module that it was made from.")
+            raise DistillError(f"Layer {name!r} is TorchScript, whose parts can't be read. Use the nn.Module that it "
+                               "was made from.")
         return m
 
     def detach(self):
@@ -102,21 +108,25 @@ class Taps:
     def _checked(self, name, seen):
         model,(base,*how) = model_name(self.model),name.split('@')
         if seen is None:
-            raise DistillError(f"Layer {name!r} of {model} did not run in this batch, or out of reach: replicas of DataParallel and "
-                               "functions compiled around the model are not heard, and taps are read after the model ran and "
+            raise DistillError(f"Layer {name!r} of {model} did not run in this batch, or out of reach: replicas of "
+                               "DataParallel and functions compiled around the model are not heard, and taps are read "
+                               "after the model ran and "
                                "before they are detached. layers(model, x) shows a shape for the layers that run.")
         if isinstance(seen, str):
             raise DistillError(f"Layer {name!r} of {model} gave a {seen} with no tensor in it. "
                                "layers(model, x) shows a shape for those that give one.")
         y,version = seen
         if version is not None and y._version != version:
-            raise DistillError(f"What came out of {name!r} of {model} was overwritten afterwards, by an in-place activation or addition. "
-                               f"Ask for '{'@'.join([base, 'pre', *how])}' to get a copy from before, or for the layer that overwrote it.")
+            raise DistillError(f"What came out of {name!r} of {model} was overwritten afterwards, by an in-place "
+                               f"activation or addition. Ask for '{'@'.join([base, 'pre', *how])}' to get a copy from "
+                               "before, or for the layer that overwrote it.")
         return y
 
 
 def _heed_hooks(model):
-    "torch.compile looks at hooks only if told to; what it compiled before that never sees them, and is dropped. Once a process"
-    if 'torch._dynamo' not in sys.modules or not torch._dynamo.config.skip_nnmodule_hook_guards or not is_compiled(model): return
+    """torch.compile looks at hooks only if told to; what it compiled before that never sees them, and is dropped. Once
+    a process"""
+    if 'torch._dynamo' not in sys.modules or not torch._dynamo.config.skip_nnmodule_hook_guards: return
+    if not is_compiled(model): return
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     torch._dynamo.reset()
