@@ -29,6 +29,7 @@ from fastai.interpret import Interpretation
 import fastdistill.fastai
 from fastdistill import Distiller, Outputs, Teacher
 from fastdistill.fastai import DistillError, DistillWarning, KnowledgeDistillation, Term, dkd, kd, losses, soft_labels
+from fastdistill.fastai.finite import FiniteCheck
 from fastdistill.fastai.task import Task, task_of
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
@@ -267,12 +268,14 @@ def test_looking_for_nan_does_not_wait_for_a_gpu():
         order = 6
         def after_loss(self):
             if self.train_iter != 1: return
-            cb.not_finite = torch.zeros((), dtype=torch.bool, device='meta')
-            cb._look_for_not_finite(outputs)
-            with pytest.raises(RuntimeError): cb._refuse_not_finite()
-            cb.not_finite = None
-    cb = KD(teacher)
-    student.fit(1, .1, cbs=[cb, Look()])
+            check = FiniteCheck(stored=False)
+            check.found = torch.zeros((), dtype=torch.bool, device='meta')
+            check.add(outputs, self.learn)
+            with pytest.raises(RuntimeError): check.enforce(self.learn)
+            self.looked = True
+    look = Look()
+    student.fit(1, .1, cbs=[KD(teacher), look])
+    assert look.looked
 
 
 def test_an_ensemble_teaches_its_mean_probabilities():
@@ -319,7 +322,7 @@ def test_batches_without_labels_accumulate():
 
 def test_batches_without_labels_are_refused_where_labels_count():
     student,teacher = toy(labels=False)
-    with pytest.raises(DistillError, match='no labels, but the recipe counts their loss: use alpha=1'): student.fit(1, cbs=KD(teacher))
+    with pytest.raises(DistillError, match='no labels, but the recipe gives their loss a weight: use alpha=1'): student.fit(1, cbs=KD(teacher))
 
 
 def test_balance_gives_each_term_its_share_of_the_gradient_at_the_last_shared_layer():

@@ -102,13 +102,13 @@ def signature(loss):
 
 
 def temperature_schedule(T):
-    "A temperature, number or schedule, which stays above 0 up to the end: the last validation is there"
+    "A temperature, number or schedule, which must stay above 0 up to the end, where the last validation is"
     T = schedule(T, 'T')
-    for share in (0., 1.):
-        if not (v := value_at(T, share)) > 0:
-            when = f" at {'the end' if share else 'the beginning'} of the training" if callable(T) else ''
-            raise DistillError(f"T={v:g}{when}: a temperature is a number above 0 (1 leaves the logits as they are, 2 to 8 "
-                               "soften them)")
+    for share,when in ((0., 'beginning'), (1., 'end')):
+        if (v := value_at(T, share)) > 0: continue
+        at = f' at the {when} of the training' if callable(T) else ''
+        raise DistillError(f"T={v:g}{at}: a temperature is a number above 0 (1 leaves the logits as they are, 2 to 8 "
+                           "soften them)")
     return T
 
 

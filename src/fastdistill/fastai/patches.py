@@ -116,7 +116,7 @@ def _put_back_after(fit):
 
 
 def _as_one_training(fine_tune):
-    "While it runs, the Learner holds how many epochs both phases have, and how many are done"
+    "Meanwhile the Learner has an attribute with the epochs of both phases, and those that are done"
     sig = inspect.signature(fine_tune)
     @functools.wraps(fine_tune)
     def _fine_tune(self, *args, **kwargs):
@@ -132,6 +132,7 @@ def _file_beside(file): return Path(file).with_suffix('.distill.pth') if isinsta
 
 
 def _with_projectors(save):
+    "Projectors are saved in NAME.distill.pth beside the student's NAME.pth"
     @functools.wraps(save)
     def _save(self, file, with_opt=True, **kwargs):
         saved = save(self, file, with_opt=with_opt, **kwargs)
@@ -145,6 +146,7 @@ def _with_projectors(save):
 
 
 def _with_its_projectors(load):
+    "The callback on the Learner gets what stands beside the student's file; without one, the next fit's callback does"
     @functools.wraps(load)
     def _load(self, file, device=None, with_opt=True, **kwargs):
         out = load(self, file, device=device, with_opt=with_opt, **kwargs)
@@ -160,6 +162,7 @@ def _with_its_projectors(load):
 
 
 def _export_student_alone(export):
+    "A DataLoader that is fed from a cache holds the cache and the data, and its copies are exported"
     @functools.wraps(export)
     def _export(self, *args, **kwargs):
         cb = _callback_on(self)
