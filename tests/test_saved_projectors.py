@@ -94,12 +94,27 @@ def test_without_the_optimizer_or_without_projectors_there_is_no_file(tmp_path):
     assert files() == ['a.pth', 'b.pth']
     student.fit(1, .01, cbs=[KD(teacher), SaveModelCallback(fname='a', with_opt=True)])
     assert files() == ['a.distill.pth', 'a.pth', 'b.pth']
-    student.save('a')          # another student: the projectors beside it were not trained with it
-    assert files() == ['a.pth', 'b.pth']
-    student.add_cb(KD(teacher))
-    student.save(io.BytesIO())
     student.lr_find(num_it=6, show_plot=False, suggest_funcs=None)
+    student.save(io.BytesIO())
+    assert files() == ['a.distill.pth', 'a.pth', 'b.pth']
+    other,_ = toy(path=tmp_path)        # another student under the same name: those projectors were not trained with it
+    other.create_opt()
+    other.save('a')
     assert files() == ['a.pth', 'b.pth']
+
+
+def test_a_student_that_is_saved_after_the_fit_keeps_its_projectors(tmp_path):
+    student,teacher = toy(path=tmp_path, opt_func=Adam)
+    cb = student.distill(teacher, 1, .01, recipe(), check=False)
+    want = projectors(cb)
+    student.lr_find(num_it=6, show_plot=False, suggest_funcs=None)
+    del cb
+    student.save('half')
+    again,_ = toy(path=tmp_path, opt_func=Adam, seed=3)
+    again.load('half', weights_only=False)
+    cb = KD(teacher)
+    again.fit(1, 0., cbs=cb)
+    assert same(projectors(cb), want) and cb.projector_opt.state_dict()['state'][0]['step'] == 8      # 4 steps before, 4 now
 
 
 def test_the_best_students_projectors_are_those_that_are_loaded(tmp_path):

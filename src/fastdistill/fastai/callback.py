@@ -26,9 +26,12 @@ from .targets import Feed, TargetFeed
 from .task import task_of
 from .teachers import teacher_of
 
-__all__ = ['STATES', 'KnowledgeDistillation']
+__all__ = ['LAST_STATES', 'LOADED_STATES', 'KnowledgeDistillation']
 
-STATES = WeakKeyDictionary() # Learner -> state of a callback, which `Learner.load` found beside the student's file
+# Learner -> `KnowledgeDistillation.state_dict` after its last fit, for `Learner.save`
+LAST_STATES = WeakKeyDictionary()
+# Learner -> the same, which `Learner.load` found beside the student's file, for its next fit
+LOADED_STATES = WeakKeyDictionary()
 
 
 class KnowledgeDistillation(Callback):
@@ -139,7 +142,8 @@ class KnowledgeDistillation(Callback):
         self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self.part_metrics)
         if self.state_before_finder is not None:
             self.distiller.links,self.distiller.scales,self.projector_opt = self.state_before_finder
-        self.state_before_finder = None
+            self.state_before_finder = None
+        elif self.distiller is not None: LAST_STATES[self.learn] = self.state_dict()
 
     def __setattr__(self, k, v):
         # subtle: no event follows an error or an interrupt. But `Learner.fit` removes the callbacks that it got, which
@@ -301,10 +305,10 @@ class KnowledgeDistillation(Callback):
     def _take_state(self):
         "Load the state that was given, or that stood beside the student's file"
         state,d = self.state_to_load,self.distiller
-        if state is None and self.projector_opt is None: state = STATES.get(self.learn)
+        if state is None and self.projector_opt is None: state = LOADED_STATES.get(self.learn)
         if not hasattr(self.learn, 'lr_finder'):
             self.state_to_load = None
-            STATES.pop(self.learn, None)
+            LOADED_STATES.pop(self.learn, None)
         if not state: return
         shapes = lambda tensors: {k: tuple(v.shape) for k,v in tensors.items()}
         if shapes(state['links']) != shapes(d.links.state_dict()):
@@ -362,7 +366,7 @@ def make_recipe(recipe, T, alpha, loss):
 
 
 def example_inputs(learn):
-    "Inputs of one batch, to pair layers before the fit; None if the student does not run on them, but on the first batch"
+    "Inputs of one batch, to pair layers before the fit; None if the student does not run on them as they are"
     with RandomGuard(), ExitStack() as stack:
         batches = [stack.enter_context(closing(o)) for o in prepared_batches(learn, 1, 1)]
         try:

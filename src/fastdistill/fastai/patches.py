@@ -31,7 +31,7 @@ from fastai.basics import DataBlock, Datasets, L, Learner, Recorder, TensorBase,
 import fastai.callback.schedule  # noqa: F401 (it gives Learner fine_tune)
 from ..ranks import rank
 from .block import FIRST_TARGET, TeacherBlock, TeacherTarget, ToTeacherTarget
-from .callback import STATES, KnowledgeDistillation
+from .callback import LAST_STATES, LOADED_STATES, KnowledgeDistillation
 from .targets import TeacherTargets
 
 __all__ = []
@@ -138,7 +138,7 @@ def _with_projectors(save):
         saved = save(self, file, with_opt=with_opt, **kwargs)
         beside,cb = _file_beside(saved),_callback_on(self)
         if beside is None or rank() or hasattr(self, 'lr_finder'): return saved
-        state = cb.state_dict() if cb is not None and with_opt else {}
+        state = {} if not with_opt else LAST_STATES.get(self, {}) if cb is None else cb.state_dict()
         if state.get('links') or state.get('scales'): torch.save(state, beside)
         else: beside.unlink(missing_ok=True)        # it belonged to the student that this one replaces
         return saved
@@ -152,11 +152,11 @@ def _with_its_projectors(load):
         out = load(self, file, device=device, with_opt=with_opt, **kwargs)
         beside,cb = _file_beside(join_path_file(file, self.path/self.model_dir, ext='.pth')),_callback_on(self)
         if beside is None or not with_opt or hasattr(self, 'lr_finder'): return out
-        STATES.pop(self, None)
+        LOADED_STATES.pop(self, None)
         if not beside.is_file(): return out
         state = torch.load(beside, map_location='cpu', weights_only=True)
         if cb is not None: cb.load_state_dict(state)
-        else: STATES[self] = {**state, 'file': beside.name}
+        else: LOADED_STATES[self] = {**state, 'file': beside.name}
         return out
     return _load
 
