@@ -5,7 +5,6 @@ from itertools import chain
 from weakref import WeakKeyDictionary
 from fastai.basics import Callback, L, noop, one_param
 from fastai.callback.mixup import MixHandler
-from ..cache.reader import TeacherCache, is_cache
 from ..distiller import Distiller
 from ..features.names import unwrap
 from ..features.probe import dry_run
@@ -13,16 +12,14 @@ from ..features.taps import Taps
 from ..gradients import shares_in_words
 from ..outputs import DistillError, as_plain
 from ..ranks import broadcast, on_first, rank
-from ..recipes import kd, one_temperature
+from ..recipes import one_temperature
 from ..replay.seeds import RandomGuard
-from ..terms import Recipe, Term
+from .arguments import check_options, feed_of, make_recipe
 from .batches import PreparationError, prepared_batches
-from .cache_feed import CacheFeed
 from .check import find_mistakes
 from .columns import PartMetric, TaskMetric
 from .finite import FiniteCheck
 from .projector_opt import ProjectorOptimizer
-from .targets import Feed, TargetFeed
 from .task import task_of
 from .teachers import teacher_of
 
@@ -103,7 +100,8 @@ class KnowledgeDistillation(Callback):
         if self.distiller is None or self.distiller.student is not model or self.task != task:
             self.task,self.projector_opt,self.known_dls = task,None,None
             self.distiller = Distiller(model, None, self.recipe, kind=task.kind, axis=task.axis, balance=self.balance,
-                                       ignore_index=task.ignore_index, output=self.output)
+                                       ignore_index=task.ignore_index, output=self.output,
+                                       check=self.check and self.feed is not None)
             self.distiller.links.to(one_param(model).device)
         if self.known_dls is self.learn.dls: return
         d,self.known_dls,self.checked = self.distiller,self.learn.dls,False
@@ -331,38 +329,6 @@ def origin(loss):
     fn = loss.grad_fn
     while fn is not None and fn.name() in ('AliasBackward0', 'CloneBackward0'): fn = fn.next_functions[0][0]
     return fn
-
-
-def check_options(teacher, **options):
-    have = dict(kind=(None, 'softmax', 'sigmoid', 'regression'), balance=(None, 'grad'), span=('fine_tune', 'fit'))
-    for k,v in options.items():
-        if v not in have[k]: raise DistillError(f"{k}={v!r}: possible are {', '.join(map(repr, have[k]))}")
-    if isinstance(teacher, (Recipe, Term)):
-        raise DistillError(f"{teacher!r} is no teacher: the teacher comes first, then the recipe, as in "
-                           "KnowledgeDistillation(teacher, kd()).")
-
-
-def feed_of(source):
-    "What brings stored outputs to the batches; None for a teacher that runs"
-    if source is None: return TargetFeed()
-    if is_cache(source): source = TeacherCache(source)
-    if isinstance(source, TeacherCache): return CacheFeed(source)
-    return source if isinstance(source, Feed) else None
-
-
-def make_recipe(recipe, T, alpha, loss):
-    "One recipe from the three ways to ask for it"
-    if recipe is None and loss is None: return kd(4. if T is None else T, .9 if alpha is None else alpha)
-    if recipe is not None:
-        given = [k for k,v in dict(T=T, alpha=alpha, loss=loss).items() if v is not None]
-        if given:
-            raise DistillError(f"A recipe and {', '.join(given)}=: say it in the recipe, as in kd(T=2, alpha=.5).")
-        return Recipe(recipe)
-    if T is not None:
-        raise DistillError("T= with loss=: your loss gets the logits as they are, and softens them itself (or write "
-                           "Term(fn, T=...)).")
-    alpha = 1. if alpha is None else alpha
-    return Recipe(Term(loss, weight=alpha, name='kd'), task=kd(alpha=alpha).task)
 
 
 def example_inputs(learn):
