@@ -96,6 +96,15 @@ def test_distill_takes_a_cache_and_a_feed_and_without_validation_the_column_is_e
     assert len(learn.metrics) == 1
 
 
+def test_a_fit_from_a_cache_runs_no_teacher(tmp_path, monkeypatch):
+    cache = cache_teacher(Convs(3).eval(), data(), tmp_path, views=2, layers=['a'])
+    def never(*args, **kwargs): raise AssertionError('a Teacher ran')
+    for name in ('__init__', 'outputs', 'probe'): monkeypatch.setattr(Teacher, name, never)
+    callback = KnowledgeDistillation(cache, kd() + at(layers={'bn': 'a'}))
+    quiet(student(data()), 1, cbs=callback)
+    assert callback.distiller.teacher is callback.feed and len(callback.distiller.pairs) == 1
+
+
 def test_mixed_batches_learn_the_mixture_of_stored_probabilities(tmp_path):
     teacher,before,app = Convs(3).eval(),Before(),by_name('image')
     cache = cache_teacher(teacher, data(), tmp_path, views=2, dtype='float32')

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 import apps
 from apps import pair, toy
-from fastai.basics import (Adam, BCELossFlat, BCEWithLogitsLossFlat, Callback, CancelFitException, CrossEntropyLossFlat, DiceLoss,
+from fastai.basics import (Adam, BCELossFlat, BCEWithLogitsLossFlat, Callback, CancelFitException, CrossEntropyLossFlat, DataLoaders, DiceLoss,
                            FocalLoss, FocalLossFlat, L, L1LossFlat, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, Lamb,
                            Learner, MSELossFlat, OptimWrapper, SGD, SkipToEpoch, ranger, set_seed, tensor)
 from fastai.callback.channelslast import ChannelsLast
@@ -27,8 +27,9 @@ from fastai.callback.training import GradientAccumulation, GradientClip, ShortEp
 from fastai.data.transforms import Normalize
 from fastai.interpret import Interpretation
 import fastdistill.fastai
-from fastdistill import Distiller, Teacher
+from fastdistill import Distiller, Outputs, Teacher
 from fastdistill.fastai import DistillError, DistillWarning, KnowledgeDistillation, Term, dkd, kd, losses, soft_labels
+from fastdistill.fastai.finite import FiniteCheck
 from fastdistill.fastai.task import Task, task_of
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
@@ -162,6 +163,121 @@ def test_a_terms_weight_moves_and_stops_as_said():
         assert b.loss == pytest.approx(want.item(), rel=1e-5)
 
 
+def recorded(student, fit, **options):
+    "At which share of the training each batch computed its weight"
+    seen = []
+    def alpha(p):
+        if student.training and (not seen or p != seen[-1]): seen.append(p)
+        return .5
+    fit(KD(apps.mlp(16), alpha=alpha, check=False, **options))
+    return seen
+
+
+@pytest.mark.parametrize('fit', [
+    lambda s, cb: s.fine_tune(3, .01, freeze_epochs=2, cbs=cb),
+    lambda s, cb: s.fine_tune(3, .01, 2, cbs=[cb]),
+    lambda s, cb: (s.add_cb(cb), s.fine_tune(3, freeze_epochs=2))], ids=['named', 'by position', 'on the learner'])
+def test_schedules_span_the_whole_fine_tune(fit):
+    student,_ = toy()
+    seen = recorded(student, partial(fit, student))
+    assert seen == pytest.approx([i/20 for i in range(21)][:len(seen)]) and len(seen) >= 20       # 5 epochs of 4 batches
+    assert not hasattr(student, 'fine_tune_span')
+
+
+def test_schedules_run_through_each_fit_where_that_is_asked():
+    student,_ = toy()
+    seen = recorded(student, lambda cb: student.fine_tune(1, .01, cbs=cb), span='fit')
+    assert [p for p in seen if p < 1] == pytest.approx([0, .25, .5, .75]*2)
+    student,_ = toy()
+    twice = recorded(student, lambda cb: [student.fit(1, .01, cbs=cb) for _ in range(2)])         # two fits by hand are two trainings
+    assert [p for p in twice if p < 1] == pytest.approx([0, .25, .5, .75]*2)
+
+
+def test_a_term_that_stops_halfway_stops_halfway_through_a_fine_tune():
+    student,teacher = toy()
+    counted = []
+    class Count(Callback):
+        order = 6
+        def after_loss(self):
+            if self.training: counted.append('mse' in cb.parts)
+    cb = KD(teacher, kd() + Term(losses.mse, weight=.1, stop_at=.5))
+    student.fine_tune(3, .01, cbs=[cb, Count()])
+    assert counted == [True]*8 + [False]*8
+
+
+def test_a_fine_tune_that_fails_leaves_no_span_behind():
+    student,teacher = toy()
+    with pytest.raises(KeyboardInterrupt): student.fine_tune(1, .01, cbs=[KD(teacher), Interrupt()])
+    assert not hasattr(student, 'fine_tune_span') and not hasattr(student, 'knowledge_distillation')
+
+
+def test_a_fit_builds_the_teacher_once(monkeypatch):
+    student,teacher = pair('image')
+    built = []
+    def count(self, *args, init=Teacher.__init__, **kwargs):
+        built.append(args[0])
+        init(self, *args, **kwargs)
+    monkeypatch.setattr(Teacher, '__init__', count)
+    student.fit(1, .01, cbs=KD(teacher, check=False))
+    assert built == [teacher.model]
+    student.fit(1, .01, cbs=KD(teacher))        # the check makes variations of it, for a layer or another normalization
+    assert [o for o in built if not isinstance(o, Teacher)] == [teacher.model]*2
+
+
+def broken(teacher, at, value):
+    "A teacher whose outputs hold one such value in call number `at`"
+    calls = []
+    def fn(x):
+        calls.append(1)
+        out = teacher(x)
+        if len(calls) == at: out[0, 0] = value
+        return out
+    return fn
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+@pytest.mark.parametrize('at', [1, 3])
+def test_a_teacher_that_predicts_nan_stops_the_fit_before_the_student_learns_it(value, at):
+    student,teacher = toy()
+    before = weights(student)
+    with pytest.raises(DistillError, match=rf"teacher's outputs are nan or infinite .training, epoch 0, up to batch {at-1}"):
+        student.fit(1, .1, cbs=KD(broken(teacher, at, value), check=False))
+    assert weights(student).isfinite().all() and torch.equal(before, weights(student)) is (at == 1)
+    assert len(student.metrics) == 1
+
+
+def test_features_that_are_nan_stop_the_fit_too():
+    student,teacher = toy()
+    with torch.no_grad(): teacher[2].bias[0] = float('nan')
+    with pytest.raises(DistillError, match='outputs are nan'):
+        student.fit(1, .1, cbs=KD(teacher, Term(losses.at, layers={'2': '2'}), check=False))
+
+
+def test_classes_that_are_switched_off_are_no_reason_to_stop():
+    student,teacher = toy()
+    off = torch.tensor([0., 0., 0., float('-inf')])
+    student.fit(1, .1, cbs=KD(lambda x: teacher(x) + off, check=False))
+    assert weights(student).isfinite().all()
+
+
+def test_looking_for_nan_does_not_wait_for_a_gpu():
+    "On the meta device nothing can be looked at: a look is an error there"
+    student,teacher = toy()
+    outputs = Outputs(torch.empty(16, 4, device='meta'), {'2': torch.empty(16, 6, device='meta')})
+    class Look(Callback):
+        order = 6
+        def after_loss(self):
+            if self.train_iter != 1: return
+            check = FiniteCheck(stored=False)
+            check.found = torch.zeros((), dtype=torch.bool, device='meta')
+            check.add(outputs, self.learn)
+            with pytest.raises(RuntimeError): check.enforce(self.learn)
+            self.looked = True
+    look = Look()
+    student.fit(1, .1, cbs=[KD(teacher), look])
+    assert look.looked
+
+
 def test_an_ensemble_teaches_its_mean_probabilities():
     student,teacher = toy()
     other = apps.mlp(5)
@@ -206,7 +322,7 @@ def test_batches_without_labels_accumulate():
 
 def test_batches_without_labels_are_refused_where_labels_count():
     student,teacher = toy(labels=False)
-    with pytest.raises(DistillError, match='no labels, but the recipe counts their loss: use alpha=1'): student.fit(1, cbs=KD(teacher))
+    with pytest.raises(DistillError, match='no labels, but the recipe gives their loss a weight: use alpha=1'): student.fit(1, cbs=KD(teacher))
 
 
 def test_balance_gives_each_term_its_share_of_the_gradient_at_the_last_shared_layer():
@@ -662,9 +778,112 @@ def test_a_model_that_ends_in_a_sigmoid_is_explained():
     (dict(loss=F.mse_loss, T=2), 'T= with loss=: your loss gets the logits as they are'),
     (dict(recipe=dict(T=2)), 'A recipe is made of terms and recipes'),
     (dict(alpha=2), 'from 0 .labels alone. to 1 .teacher alone.'),
-    (dict(T='cosin'), "T='cosin': possible are a number, a function")], ids=lambda o: '' if isinstance(o, str) else '-'.join(o))
+    (dict(T='cosin'), "T='cosin': possible are a number, a function"),
+    (dict(T=0), 'T=0: a temperature is a number above 0'),
+    (dict(recipe=dkd(), kind='soft'), "kind='soft': possible are None, 'softmax'"),
+    (dict(T=('linear', 4, 0)), 'T=0 at the end of the training: a temperature is a number above 0'),
+    (dict(balance='grads'), "balance='grads': possible are None, 'grad'"),
+    (dict(span='epoch'), "span='epoch': possible are 'fine_tune', 'fit'")], ids=lambda o: '' if isinstance(o, str) else '-'.join(o))
 def test_contradictions_are_refused_when_the_callback_is_made(kwargs, says):
     with pytest.raises(DistillError, match=says): KD(apps.mlp(4), **kwargs)
+
+
+def test_a_recipe_in_the_place_of_the_teacher_or_of_the_rate_is_refused():
+    with pytest.raises(DistillError, match='is no teacher: the teacher comes first'): KD(kd())
+    student,teacher = toy()
+    for recipe in (kd(), Term(losses.kl)):
+        with pytest.raises(DistillError, match=r'the recipe comes after the learning rate. Write distill.teacher, 1, 1e-3, recipe.'):
+            student.distill(teacher, 1, recipe)
+
+
+@pytest.mark.parametrize('layers,says', [({'2': 'two'}, "In the teacher: No layer 'two'"), ({'two': '2'}, "In the student: No layer 'two'")])
+def test_wrong_layers_are_refused_before_the_first_batch(layers, says):
+    student,teacher = toy()
+    class Never(Callback):
+        def before_train(self): raise AssertionError('training began')
+    with pytest.raises(DistillError, match=says): student.fit(1, cbs=[KD(teacher, Term(losses.hint, layers=layers)), Never()])
+    assert len(student.metrics) == 1
+
+
+def test_pairs_are_printed_once_before_the_progress_bar(capsys):
+    student,teacher = toy()
+    student.logger = print
+    student.add_cb(ProgressCallback())
+    student.fit(2, .1, cbs=KD(teacher, kd() + hint(), check=False))
+    out = capsys.readouterr().out
+    assert out.count('projector') == 1 and 0 <= out.index('projector') < out.index('epoch')
+    with student.added_cbs(KD(teacher, kd() + hint(), check=False)): student.lr_find(num_it=6, show_plot=False, suggest_funcs=None)
+    assert 'projector' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('valid', [True, False])
+def test_pairs_are_made_of_inputs_as_callbacks_prepare_them(valid):
+    "This student's data are not what its model takes: a callback makes them so"
+    x,y = apps.rows()
+    items = list(zip(x.reshape(-1, 2, 4), y))
+    dls = DataLoaders.from_dsets(items[:64], items[64:] if valid else [], bs=16, num_workers=0, device='cpu')
+    class Flatten(Callback):
+        def before_batch(self): self.learn.xb = (self.x.flatten(1),)
+    student, = apps.quiet(Learner(dls, apps.mlp(6), loss_func=CrossEntropyLossFlat(), opt_func=SGD, cbs=Flatten()))
+    class Ready(Callback):
+        def before_train(self): assert cb.distiller.ready
+        def before_validate(self): raise CancelFitException
+    cb = KD(apps.mlp(16), kd() + hint(), check=False)
+    student.fit(1, .1, cbs=[cb, Ready()])
+    assert len(cb.distiller.pairs) == 1
+
+
+def test_an_example_before_the_fit_changes_nothing_of_it():
+    "Own generators of transforms and samplers included"
+    def run(*cbs):
+        x,y = apps.rows()
+        g = torch.Generator().manual_seed(3)
+        noisy = [(Noisy(o, g), t) for o,t in zip(x, y)]
+        loader = torch.utils.data.DataLoader(noisy, batch_size=16, shuffle=True, generator=g, collate_fn=collate)
+        set_seed(3)
+        student, = apps.quiet(Learner(DataLoaders(loader, loader), apps.mlp(6), loss_func=F.cross_entropy, opt_func=SGD))
+        student.fit(2, .1, cbs=cbs)
+        return weights(student)
+    off = KD(apps.mlp(16), kd(alpha=0.) + hint(0.), check=False)
+    assert torch.equal(run(), run(off)) and off.distiller.pairs
+
+
+class Noisy:
+    "A sample that is drawn when it is used"
+    def __init__(self, x, g): self.x,self.g = x,g
+    def __call__(self): return self.x + torch.randn(8, generator=self.g)
+
+
+def collate(items): return torch.stack([x() for x,_ in items]),torch.stack([y for _,y in items])
+
+
+def test_distill_returns_the_callback():
+    student,teacher = toy()
+    cb = student.distill(teacher, 1, .01, kd() + hint())
+    assert isinstance(cb, KD) and len(cb.distiller.pairs) == 1 and cb.state_dict()['links'] and cb not in student.cbs
+
+
+def test_distill_with_fine_tune_freezes_first():
+    def run(f):
+        student,teacher = pair('image')
+        set_seed(3)
+        f(student, teacher)
+        return weights(student),student.recorder.hps['lr'][0].tolist()
+    a = run(lambda s, t: s.distill(t, 2, .01, fine_tune=True, freeze_epochs=2, T=2., check=False))
+    b = run(lambda s, t: s.fine_tune(2, .01, freeze_epochs=2, cbs=KD(t, T=2., check=False)))
+    c = run(lambda s, t: s.distill(t, 2, fine_tune=True, freeze_epochs=2, T=2., check=False))
+    d = run(lambda s, t: s.fine_tune(2, freeze_epochs=2, cbs=KD(t, T=2., check=False)))
+    assert torch.equal(a[0], b[0]) and a[1] == b[1] and torch.equal(c[0], d[0]) and not torch.equal(a[0], c[0])
+
+
+def test_lr_find_with_a_teacher_is_one_line(tmp_path):
+    student,teacher = toy(path=tmp_path, opt_func=Adam)
+    before = weights(student)
+    with student.added_cbs(KD(teacher, kd() + hint(50.))): found = student.lr_find(num_it=20, show_plot=False)
+    alone,_ = toy(path=tmp_path, opt_func=Adam)
+    alone.lr_find(num_it=20, show_plot=False)
+    assert found.valley > 0 and student.recorder.losses[0] > 2*alone.recorder.losses[0]
+    assert torch.equal(before, weights(student)) and not hasattr(student, 'knowledge_distillation') and len(student.metrics) == 1
 
 
 def test_distill_is_fit_one_cycle_with_the_callback():

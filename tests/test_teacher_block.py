@@ -232,6 +232,16 @@ def test_a_dataset_of_your_own_may_bring_targets():
     assert learn.recorder.values[-1][-1] > 0
 
 
+def test_stored_outputs_that_are_nan_stop_the_fit():
+    rows = [(torch.rand(4), TensorCategory(i % 3), TeacherTarget(ROWS[i]*(float('nan') if i == 9 else 1))) for i in range(N)]
+    dls = DataLoaders.from_dsets(rows[:16], rows[16:], bs=4, shuffle=False, num_workers=0)
+    learn = Learner(dls, nn.Linear(4, C), loss_func=CrossEntropyLossFlat())
+    learn.dls.n_inp = 1
+    with pytest.raises(DistillError, match='Stored teacher outputs are nan or infinite .training, epoch 0, up to batch [0-3].*cache.check'):
+        quiet(learn, cbs=KnowledgeDistillation(check=False))
+    assert learn.model.weight.isfinite().all()
+
+
 def test_terms_of_layers_are_refused_where_targets_have_none():
     learn = Learner(data(), Flat())
     with pytest.raises(DistillError, match="no 'l' along. They bring: no features"):

@@ -49,7 +49,7 @@ class Term:
         if (wrong := set(options) - named) and not any(p.kind is p.VAR_KEYWORD for p in ps):
             raise DistillError(f"{self.name} has no option {', '.join(sorted(wrong))}. It has: "
                                f"{', '.join(sorted(named)) or 'none'}")
-        self.options = {k: schedule(v, k) if k == 'T' else v for k,v in options.items()}
+        self.options = {k: temperature_schedule(v) if k == 'T' else v for k,v in options.items()}
         if match not in (None, 'shape', 'grid', 'none'):
             raise DistillError(f"match={match!r}: possible are 'shape', 'grid' and 'none' (what {self.name} needs of "
                                "the teacher's layers)")
@@ -98,6 +98,17 @@ def signature(loss):
     given = loss if isinstance(loss, partial) else inner.forward if isinstance(inner, nn.Module) else inner
     try: return fn,inspect.signature(given).parameters.values()
     except ValueError: return fn,()     # builtins have none: they are called with the two tensors
+
+
+def temperature_schedule(T):
+    "A temperature, number or schedule, which must stay above 0 up to the end, where the last validation is"
+    T = schedule(T, 'T')
+    for share,when in ((0., 'beginning'), (1., 'end')):
+        if (v := value_at(T, share)) > 0: continue
+        at = f' at the {when} of the training' if callable(T) else ''
+        raise DistillError(f"T={v:g}{at}: a temperature is a number above 0 (1 leaves the logits as they are, 2 to 8 "
+                           "soften them)")
+    return T
 
 
 def checked_name(name):

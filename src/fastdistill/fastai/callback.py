@@ -1,7 +1,8 @@
 "The callback: distillation inside a fit, and nothing of it outside."
-import copy, math
+import copy
+from contextlib import ExitStack, closing
+from itertools import chain
 from weakref import WeakKeyDictionary
-import torch
 from fastai.basics import Callback, L, noop, one_param
 from fastai.callback.mixup import MixHandler
 from ..distiller import Distiller
@@ -9,66 +10,63 @@ from ..features.names import unwrap
 from ..features.probe import dry_run
 from ..features.taps import Taps
 from ..gradients import shares_in_words
-from ..outputs import DistillError, TopK, as_plain
+from ..outputs import DistillError, as_plain
 from ..ranks import broadcast, on_first, rank
 from ..recipes import one_temperature
 from ..replay.seeds import RandomGuard
-from ..terms import Recipe, Term
-from .arguments import feed_of, make_recipe
-from .batches import split_batch, valid_batches
+from .arguments import check_options, feed_of, make_recipe
+from .batches import PreparationError, prepared_batches
 from .check import find_mistakes
 from .columns import PartMetric, TaskMetric
+from .finite import FiniteCheck
 from .projector_opt import ProjectorOptimizer
 from .task import task_of
 from .teachers import teacher_of
 
-__all__ = ['STATES', 'KnowledgeDistillation']
+__all__ = ['LAST_STATES', 'LOADED_STATES', 'KnowledgeDistillation']
 
-STATES = WeakKeyDictionary() # Learner -> state of a callback, which `Learner.load` found beside the student's file
+# Learner -> `KnowledgeDistillation.state_dict` after its last fit, for `Learner.save`
+LAST_STATES = WeakKeyDictionary()
+# Learner -> the same, which `Learner.load` found beside the student's file, for its next fit
+LOADED_STATES = WeakKeyDictionary()
 
 
 class KnowledgeDistillation(Callback):
     "Train the learner on what `teacher` predicts: `learn.fit_one_cycle(3, 1e-3, cbs=KnowledgeDistillation(teacher))`"
-    # after the student's loss and its regularizers, before GradientAccumulation (6) divides it and MixedPrecision (10)
-    # scales it
+    # after the student's loss and its regularizers; before GradientAccumulation (6) and MixedPrecision (10) scale it
     order,remove_on_fetch,_only_train_loop = 5,False,True
 
     def __init__(
         self,
-        teacher=None, # Learner, exported .pkl, module, TorchScript, torch.export or ONNX file, callable, `Teacher`, or
-        # a list of these (an ensemble); a `TeacherCache`, or its folder; None: the batches hold the teacher's outputs
+        teacher=None, # Learner, exported .pkl, module, TorchScript, torch.export or ONNX file, callable, `Teacher`; a
+        # list of these (an ensemble); a `TeacherCache`, or its folder. None: the batches hold the teacher's outputs
         # (see `TeacherBlock`)
         recipe=None, # `kd()`, `kd() + recipes.at()`, a `Term`; None: kd(T, alpha)
         *,
         T=None, # temperature: number or schedule (fastai's `SchedCos(8, 2)`); 4 if not given
         alpha=None, # weight of the teacher, the labels have 1-alpha: number or schedule; .9 if not given
         temperature=None, # the same as T
-        loss=None, # your own: fn(student_logits, teacher_logits, *targets); it is the whole loss, unless alpha mixes
-        # it with the labels' own
+        loss=None, # your own: fn(student_logits, teacher_logits, *targets). It is the whole loss, or with alpha=, the
+        # part beside the labels' own
         kind:str|None=None, # 'softmax', 'sigmoid' or 'regression'; None: read off the learner's loss function
         axis:int|None=None, # class axis; None: read off the learner's loss function
         balance:str|None=None, # 'grad': weights are shares of the gradient, measured at the first batch
-        span:str='fine_tune', # what schedules, warmup and stop_at run through: all of a `fine_tune`, or each 'fit' of
-        # it by itself
-        output=None, # which of the student's outputs is distilled: a name, an index or a function; None: see
-        # `Distiller`. A teacher's own: Teacher(model, output=...)
+        span:str='fine_tune', # schedules, warmup and stop_at run once through a whole `fine_tune`; 'fit': once through
+        # each of its two fits
+        output=None, # which of the student's outputs is distilled: a name, an index or a function; None: as in
+        # `Distiller`. Of a teacher's outputs: Teacher(model, output=...)
         check:bool=True # look for mistakes before the first fit (see `check_teacher`)
     ):
         super().__init__()
-        for k,v,have in (('kind', kind, (None, 'softmax', 'sigmoid', 'regression')),
-                         ('balance', balance, (None, 'grad')),
-                         ('span', span, ('fine_tune', 'fit'))):
-            if v not in have: raise DistillError(f"{k}={v!r}: possible are {', '.join(map(repr, have))}")
-        if isinstance(teacher, (Recipe, Term)):
-            raise DistillError(f"{teacher!r} is no teacher: the teacher comes first, then the recipe, "
-                               "KnowledgeDistillation(teacher, kd()).")
+        check_options(teacher, kind=kind, balance=balance, span=span)
         self.source,self.asked_kind,self.asked_axis = teacher,kind,axis
         self.balance,self.span,self.check = balance,span,check
         self.recipe,self.output = make_recipe(recipe, one_temperature(T, temperature), alpha, loss),output
         self.feed,self.in_fit,self.part_metrics,self.parts = feed_of(teacher),False,L(),{}
         self.distiller = self.known_dls = self.projector_opt = self.taps = None
         self.teacher_outputs = self.epochs_span = None
-        self.state_to_load = self.state_before_finder = self.not_finite = self.reported_shares = None
+        self.state_to_load = self.state_before_finder = self.reported_shares = None
+        self.finite_check = FiniteCheck(stored=self.feed is not None)
 
     # around a fit
 
@@ -97,14 +95,12 @@ class KnowledgeDistillation(Callback):
         self.distiller.teacher.start()
 
     def _build(self):
-        """The distiller for this model and task, and the teacher for these data: they may be normalized otherwise, or
-        order their classes otherwise"""
+        "The distiller for this model and task, and the teacher for the normalization and classes of these data"
         task,model = task_of(self.learn.loss_func, self.asked_kind, self.asked_axis),unwrap(self.learn.model)
         if self.distiller is None or self.distiller.student is not model or self.task != task:
             self.task,self.projector_opt,self.known_dls = task,None,None
-            self.distiller = Distiller(model, None, self.recipe, kind=task.kind, axis=task.axis,
-                                       ignore_index=task.ignore_index,
-                                       balance=self.balance, output=self.output,
+            self.distiller = Distiller(model, None, self.recipe, kind=task.kind, axis=task.axis, balance=self.balance,
+                                       ignore_index=task.ignore_index, output=self.output,
                                        check=self.check and self.feed is not None)
             self.distiller.links.to(one_param(model).device)
         if self.known_dls is self.learn.dls: return
@@ -144,12 +140,12 @@ class KnowledgeDistillation(Callback):
         self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self.part_metrics)
         if self.state_before_finder is not None:
             self.distiller.links,self.distiller.scales,self.projector_opt = self.state_before_finder
-        self.state_before_finder = None
+            self.state_before_finder = None
+        elif self.distiller is not None: LAST_STATES[self.learn] = self.state_dict()
 
     def __setattr__(self, k, v):
-        # subtle: no event follows an error or an interrupt. `Learner.fit` removes the callbacks that it was given,
-        # which ends here;
-        # those that stay on the Learner are put back by `patches`
+        # subtle: no event follows an error or an interrupt. But `Learner.fit` removes the callbacks that it got, which
+        # ends here. For a callback that stays on the Learner, see `Learner.fit` in `patches`
         if k == 'learn' and v is None and self.learn is not None: self.teardown()
         super().__setattr__(k, v)
 
@@ -159,8 +155,9 @@ class KnowledgeDistillation(Callback):
     # a batch
 
     @property
-    # not in a `get_preds` inside the fit
-    def active(self): return self.in_fit and not hasattr(self.learn, 'gather_preds')
+    def active(self):
+        "In a fit, and not in a `get_preds` inside it"
+        return self.in_fit and not hasattr(self.learn, 'gather_preds')
 
     @property
     def share_done(self):
@@ -176,18 +173,18 @@ class KnowledgeDistillation(Callback):
         if not self.active: return
         self.distiller.links.train(training)
         self.distiller.teacher.reset()
-        self.not_finite = None
+        self.finite_check.start_phase()
         if training: self.part_metrics[0].start_training()
 
     def before_batch(self):
         if not self.active: return
         self.parts,self.teacher_outputs = {},None
-        if not self.distiller.ready: self._setup(*self.xb)      # there was no example before the fit
+        if not self.distiller.ready: self._setup(*self.xb)      # the student did not run on an example before the fit
         self._tap()
 
     def _tap(self):
-        """Read the layers that this batch compares; the model is looked up each time, for an averaged one may validate
-        in its place"""
+        "Read the layers that this batch compares"
+        # subtle: hooks go on the model of this batch, since an averaged model may take its place in validation
         names = self.distiller.student_layers(self.distiller.active_terms(self.share_done))
         if self.taps is not None and self.taps.names == names: return
         self._untap()
@@ -204,21 +201,21 @@ class KnowledgeDistillation(Callback):
     def after_train(self):
         self._untap()
         if not self.active: return
-        self._refuse_not_finite()
+        self.finite_check.enforce(self.learn)
         self.part_metrics[0].end_training()
 
     def after_validate(self):
         if not self.active: return
         self._untap()
-        self._refuse_not_finite()
+        self.finite_check.enforce(self.learn)
 
     def after_pred(self):
         if not self.active or len(self.yb) or not self.training: return
         if self.recipe.task_at(self.share_done):
-            raise DistillError("These batches have no labels, but the recipe counts their loss: use alpha=1, or "
-                               "soft_labels(), to train from the teacher alone.")
-        # subtle: without a target fastai computes no loss and takes no step. The teacher's prediction is one, whose
-        # loss has weight 0
+            raise DistillError("These batches have no labels, but the recipe gives their loss a weight: use alpha=1, "
+                               "or soft_labels(), to train from the teacher alone.")
+        # subtle: without labels fastai computes no loss and takes no step. So it gets the teacher's predictions as
+        # labels; their loss has weight 0
         self.teacher_outputs = self._ask_teacher()
         if self.teacher_outputs is not None:
             self.learn.yb = pseudo_labels(self.teacher_outputs.logits, self._student_outputs({}).logits, self.task),
@@ -241,7 +238,7 @@ class KnowledgeDistillation(Callback):
     def _ask_teacher(self):
         "The teacher's outputs for this batch; None where no term needs them"
         t = self.distiller.teacher_outputs(self.xb, self.share_done)
-        if t is not None: self._look_for_not_finite(t)
+        if t is not None: self.finite_check.add(t, self.learn)
         return t
 
     def _report_shares(self):
@@ -260,8 +257,7 @@ class KnowledgeDistillation(Callback):
     def _regularizers(self):
         "What callbacks before this one added to the labels' loss"
         a,b = self.learn.loss_grad,self.learn.loss
-        # subtle: where they added nothing the labels' loss is not touched at all, for it may be nan, and so may its
-        # gradient
+        # subtle: where they added nothing, the labels' loss and its gradient must not be used at all: they may be nan
         return 0. if origin(a) is origin(b) else (a-b).nan_to_num()
 
     def _has_outputs(self):
@@ -269,31 +265,10 @@ class KnowledgeDistillation(Callback):
         return self.training or self.feed is None or self.feed.ready()
 
     def _mixed(self):
-        """The second labels of a mixed batch, and the share of the first ones, where MixUp or CutMix leave labels as
-        they are"""
-        mix = next((c for c in self.learn.cbs if isinstance(c, MixHandler) and self.training
-                    and getattr(c, 'stack_y', False)), None)
+        "The second labels of a mixed batch, and the share of the first ones, where MixUp or CutMix keep both apart"
+        mixes = [c for c in self.learn.cbs if isinstance(c, MixHandler) and getattr(c, 'stack_y', False)]
+        mix = mixes[0] if mixes and self.training else None
         return None if mix is None else (mix.yb1, mix.lam)
-
-    # a teacher that predicts nan
-
-    def _look_for_not_finite(self, t):
-        """Stop at once on the CPU. On a GPU a look at a number would make each step wait: there, at the first batch
-        and after each epoch"""
-        found,first = not_finite(t),self.not_finite is None
-        self.not_finite = found if first else self.not_finite | found
-        # the Recorder has brought the loss to the CPU already
-        if first or found.device.type == 'cpu' or not math.isfinite(getattr(self.learn, 'smooth_loss', 0.)):
-            self._refuse_not_finite()
-
-    def _refuse_not_finite(self):
-        if self.not_finite is None or not self.not_finite: return
-        where = f"{'training' if self.training else 'validation'}, epoch {self.epoch}, up to batch {self.iter}"
-        if self.feed is not None:
-            raise DistillError(f"Stored teacher outputs are nan or infinite ({where}). Is a file damaged? "
-                               "cache.check() names it.")
-        raise DistillError(f"The teacher's outputs are nan or infinite ({where}), and so would be the student's "
-                           "weights. Are its inputs finite? Does it overflow in half precision?")
 
     # projectors
 
@@ -312,26 +287,26 @@ class KnowledgeDistillation(Callback):
         return self.projector_opt
 
     def state_dict(self):
-        """What a checkpoint of training needs beside the student: projectors, their optimizer's state, the measured
-        balance"""
-        if self.state_to_load: return self.state_to_load
+        "What a checkpoint needs beside the student: projectors, their optimizer's state, the measured balance"
+        if self.state_to_load: return {k: v for k,v in self.state_to_load.items() if k != 'file'}
         if self.distiller is None: return {}
         d,opt = self.distiller,self.projector_opt
         return dict(links=d.links.state_dict(), scales=dict(d.scales), opt=None if opt is None else opt.state_dict())
 
     def load_state_dict(
         self,
-        state # what `state_dict` gave. Outside of a fit, it is taken when the next one begins
+        state # what `state_dict` returned. Outside of a fit, it is loaded when the next fit begins
     ):
         self.state_to_load = state
         if self.in_fit and self.distiller.ready: self._take_state()
 
     def _take_state(self):
+        "Load the state that was given, or that stood beside the student's file"
         state,d = self.state_to_load,self.distiller
-        if state is None and self.projector_opt is None: state = STATES.get(self.learn)
+        if state is None and self.projector_opt is None: state = LOADED_STATES.get(self.learn)
         if not hasattr(self.learn, 'lr_finder'):
             self.state_to_load = None
-            STATES.pop(self.learn, None)
+            LOADED_STATES.pop(self.learn, None)
         if not state: return
         shapes = lambda tensors: {k: tuple(v.shape) for k,v in tensors.items()}
         if shapes(state['links']) != shapes(d.links.state_dict()):
@@ -350,33 +325,21 @@ class KnowledgeDistillation(Callback):
 
 
 def origin(loss):
-    "What a loss was computed by: its graph without the copies that fastai makes of it"
+    "The operation that computed a loss, without the copies that fastai makes of it"
     fn = loss.grad_fn
     while fn is not None and fn.name() in ('AliasBackward0', 'CloneBackward0'): fn = fn.next_functions[0][0]
     return fn
 
 
 def example_inputs(learn):
-    """Inputs of a validation batch, on which layers are paired before the fit. None where there is none, or where the
-    student does not run on it as it is (a callback prepares its inputs): then the first batch will do"""
-    if len(learn.dls.loaders) < 2 or getattr(learn.dls.valid, 'n', None) == 0: return None
-    # subtle: a training batch would advance generators that belong to the transforms, and change the run
-    with RandomGuard(): b = next(valid_batches(learn.dls.valid), None)
-    if b is None: return None
-    x,_ = split_batch(learn, b)
-    try: dry_run(learn.model, *x)
-    except DistillError: return None
+    "Inputs of one batch, to pair layers before the fit; None if the student does not run on them as they are"
+    with RandomGuard(), ExitStack() as stack:
+        batches = [stack.enter_context(closing(o)) for o in prepared_batches(learn, 1, 1)]
+        try:
+            x,_ = next(chain(*batches), (None, None))
+            if x is not None: dry_run(learn.model, *x)
+        except (PreparationError, DistillError): return None
     return x
-
-
-def not_finite(t):
-    """Do a teacher's outputs hold nan, or infinite values other than the -inf of classes that are switched off? A
-    tensor on their device"""
-    logits = t.logits.values if isinstance(t.logits, TopK) else t.logits
-    # a sum is nan or infinite if one of the summands is, and takes one pass
-    sums = [v.detach().sum(dtype=torch.float) for v in (logits, *t.feats.values()) if v is not None
-            and v.is_floating_point()]
-    return torch.stack([s.isnan() | (s == torch.inf) for s in sums]).any()
 
 
 def pseudo_labels(t, s, task):

@@ -7,8 +7,7 @@ __all__ = ['PartMetric', 'TaskMetric']
 
 
 class PartMetric(Metric):
-    """The mean of one part of the loss over the validation set; over the training set too with the Recorder's
-    `train_metrics`"""
+    "The mean of one part of the loss over the validation set (with the Recorder's `train_metrics`: over both sets)"
     def __init__(
         self, kd, # the callback
         key # of the part in `kd.parts`
@@ -36,8 +35,7 @@ class PartMetric(Metric):
 
 class TaskMetric(PartMetric):
     "The mean of the labels' own loss over the training set, to be compared with `valid_loss`"
-    # subtle: the Recorder measures metrics in validation, where this part is `valid_loss`. In training, the callback
-    # does it
+    # subtle: the Recorder measures metrics in validation, where this part is `valid_loss`. So the callback measures it
     def __init__(self, kd):
         super().__init__(kd, 'task')
         self.start_training()

@@ -31,11 +31,11 @@ def distill(
     kind=None, # 'softmax', 'sigmoid' or 'regression'; None: read off the learner's loss function
     axis=None, # class axis; None: read off the learner's loss function
     balance=None, # 'grad': weights are shares of the gradient
-    span='fine_tune', # what schedules run through: all of a `fine_tune`, or each 'fit' of it by itself
+    span='fine_tune', # schedules run once through a whole `fine_tune`; 'fit': once through each of its two fits
     output=None, # which of the student's outputs is distilled: a name, an index or a function
     check=True, # look for mistakes first
-    fine_tune=False, # first the head alone for freeze_epochs (1), then all layers for n_epoch, as `Learner.fine_tune`,
-    # which gets the other options
+    fine_tune=False, # train the head alone for freeze_epochs (1) epochs, then all layers for n_epoch, by
+    # `Learner.fine_tune`, which gets the other options
     cbs=None, # more callbacks
     **kwargs
 ):
@@ -44,8 +44,7 @@ def distill(
         raise DistillError(f"lr_max={lr_max!r}: the recipe comes after the learning rate. Write distill(teacher, "
                            f"{n_epoch}, 1e-3, recipe), or distill(teacher, {n_epoch}, recipe=recipe).")
     kd = KnowledgeDistillation(teacher, recipe, T=T, alpha=alpha, temperature=temperature, loss=loss, kind=kind,
-                               axis=axis,
-                               balance=balance, span=span, output=output, check=check)
+                               axis=axis, balance=balance, span=span, output=output, check=check)
     cbs = L(cbs) + kd
     if not fine_tune: self.fit_one_cycle(n_epoch, lr_max, cbs=cbs, **kwargs)
     else: self.fine_tune(n_epoch, **({} if lr_max is None else dict(base_lr=lr_max)), cbs=cbs, **kwargs)
@@ -57,7 +56,7 @@ def check_teacher(
     self:Learner, # the student
     teacher, # what `KnowledgeDistillation` takes
     kind=None, # 'softmax', 'sigmoid' or 'regression'; None: read off the loss function
-    axis=None, # class axis; None: likewise
+    axis=None, # class axis; None: read off the loss function
     recipe=None, # recipe or term that will be trained with: it is checked too
     n:int=check.BATCHES # batches of the validation set to look at, and a quarter as many of the training set
 ):

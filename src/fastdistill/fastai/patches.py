@@ -31,7 +31,7 @@ from fastai.basics import DataBlock, Datasets, L, Learner, Recorder, TensorBase,
 import fastai.callback.schedule  # noqa: F401 (it gives Learner fine_tune)
 from ..ranks import rank
 from .block import FIRST_TARGET, TeacherBlock, TeacherTarget, ToTeacherTarget
-from .callback import STATES, KnowledgeDistillation
+from .callback import LAST_STATES, LOADED_STATES, KnowledgeDistillation
 from .targets import TeacherTargets
 
 __all__ = []
@@ -116,7 +116,7 @@ def _put_back_after(fit):
 
 
 def _as_one_training(fine_tune):
-    "While it runs, the Learner holds how many epochs both phases have, and how many are done"
+    "Meanwhile the Learner has an attribute with the epochs of both phases, and those that are done"
     sig = inspect.signature(fine_tune)
     @functools.wraps(fine_tune)
     def _fine_tune(self, *args, **kwargs):
@@ -132,12 +132,13 @@ def _file_beside(file): return Path(file).with_suffix('.distill.pth') if isinsta
 
 
 def _with_projectors(save):
+    "Projectors are saved in NAME.distill.pth beside the student's NAME.pth"
     @functools.wraps(save)
     def _save(self, file, with_opt=True, **kwargs):
         saved = save(self, file, with_opt=with_opt, **kwargs)
         beside,cb = _file_beside(saved),_callback_on(self)
         if beside is None or rank() or hasattr(self, 'lr_finder'): return saved
-        state = cb.state_dict() if cb is not None and with_opt else {}
+        state = {} if not with_opt else LAST_STATES.get(self, {}) if cb is None else cb.state_dict()
         if state.get('links') or state.get('scales'): torch.save(state, beside)
         else: beside.unlink(missing_ok=True)        # it belonged to the student that this one replaces
         return saved
@@ -145,21 +146,23 @@ def _with_projectors(save):
 
 
 def _with_its_projectors(load):
+    "The callback on the Learner gets what stands beside the student's file; without one, the next fit's callback does"
     @functools.wraps(load)
     def _load(self, file, device=None, with_opt=True, **kwargs):
         out = load(self, file, device=device, with_opt=with_opt, **kwargs)
         beside,cb = _file_beside(join_path_file(file, self.path/self.model_dir, ext='.pth')),_callback_on(self)
         if beside is None or not with_opt or hasattr(self, 'lr_finder'): return out
-        STATES.pop(self, None)
+        LOADED_STATES.pop(self, None)
         if not beside.is_file(): return out
         state = torch.load(beside, map_location='cpu', weights_only=True)
         if cb is not None: cb.load_state_dict(state)
-        else: STATES[self] = {**state, 'file': beside.name}
+        else: LOADED_STATES[self] = {**state, 'file': beside.name}
         return out
     return _load
 
 
 def _export_student_alone(export):
+    "A DataLoader that is fed from a cache holds the cache and the data, and its copies are exported"
     @functools.wraps(export)
     def _export(self, *args, **kwargs):
         cb = _callback_on(self)

@@ -1,5 +1,4 @@
-"""The optimizer of the projectors. A further parameter group in the student's would break its schedules and its
-checkpoints."""
+"The projectors' optimizer. A further group in the student's optimizer would break its schedules and checkpoints."
 import copy
 import numpy as np
 import torch
@@ -11,8 +10,7 @@ __all__ = ['ProjectorOptimizer']
 
 
 class ProjectorOptimizer:
-    """Trains projectors in step with the student: the same kind of optimizer, the same learning rate, momentum and
-    weight decay"""
+    "Trains projectors with the student's kind of optimizer, and its current learning rate, momentum and weight decay"
     def __init__(
         self,
         learn, # the student's Learner
@@ -20,11 +18,11 @@ class ProjectorOptimizer:
     ):
         # an `OptimWrapper` that is built already belongs to the student's parameters
         make = Adam if isinstance(learn.opt_func, OptimWrapper) else learn.opt_func
-        self.params,self.opt = list(params),None
+        self.params = list(params)
         self.opt = make([self.params], lr=learn.lr)
 
     def average_gradients(self):
-        "DistributedDataParallel does not know the projectors: their gradients are averaged here"
+        "Average the gradients over all processes: the projectors are not in DistributedDataParallel"
         mean_over_ranks(p.grad for p in self.params if p.grad is not None)
 
     def step(
@@ -35,14 +33,14 @@ class ProjectorOptimizer:
         overflow = self._unscale(getattr(learn, 'scaler', None))
         if not (skip or overflow):
             for k in ('lr', 'mom', 'wd'):
-                # subtle: a float, since `set_hyper` fails with numpy's
+                # subtle: `set_hyper` fails with numpy's numbers
                 if k in self.opt.hypers[0] and k in learn.opt.hypers[-1]:
                     self.opt.set_hyper(k, float(learn.opt.hypers[-1][k]))
             self.opt.step()
         self.opt.zero_grad()
 
     def _unscale(self, scaler):
-        "Undo what half precision's GradScaler did to the loss; did the gradients overflow?"
+        "Undo GradScaler's scaling of the loss; true if the gradients overflowed"
         grads = [p.grad for p in self.params if p.grad is not None]
         if scaler is None or not scaler.is_enabled() or not grads: return False
         for g in grads: g.mul_(1/scaler.get_scale())
@@ -58,7 +56,7 @@ class ProjectorOptimizer:
 
 
 def as_builtins(o):
-    "Lists and numbers of fastai and numpy as Python's own, which `torch.load(..., weights_only=True)` reads"
+    "Python's lists and numbers for those of fastai and numpy, which `torch.load(..., weights_only=True)` refuses"
     if isinstance(o, dict): return {k: as_builtins(v) for k,v in o.items()}
     if isinstance(o, (list, tuple, L)): return [as_builtins(v) for v in o]
     return o.item() if isinstance(o, np.generic) else o

@@ -14,8 +14,7 @@ __all__ = ['Feed', 'TargetFeed', 'TeacherTargets']
 
 
 class TeacherTargets(Callback):
-    """Takes the teacher's target out of `yb`, because labels, MixUp and metrics don't expect it. A loss of three
-    arguments gets it"""
+    "Takes the teacher's target out of `yb`: MixUp and metrics don't expect it. A loss of three arguments gets it back"
     order,remove_on_fetch = -20,False
 
     def __init__(self):
@@ -23,10 +22,9 @@ class TeacherTargets(Callback):
         self.target = self.permutations = None
 
     def after_create(self):
-        "A Learner whose data hold no teacher's target has no use for it"
+        "It leaves a Learner whose data hold no teacher's target"
         dls = self.learn.dls
-        # subtle: a DataLoader with a `do_item` of its own brings stored outputs to another Learner's fit, which is
-        # running
+        # subtle: a DataLoader with a `do_item` of its own has stored outputs in it, for a fit that another Learner runs
         fed = any('do_item' in vars(dl) for dl in getattr(dls, 'loaders', []))
         if not (fed or target_tfms(dls)): self.learn.remove_cb(self)
 
@@ -42,8 +40,7 @@ class TeacherTargets(Callback):
             self.learn.yb = (recording(self.yb[0], self.permutations), *self.yb[1:])
 
     def mix(self):
-        """How MixUp or CutMix mixed this batch: the permutation, and the share of the unpermuted samples; None if it
-        is not mixed"""
+        "The permutation, and the share of the unpermuted samples, of MixUp or CutMix; None if this batch is not mixed"
         if not self.permutations: return None
         if len(self.permutations) > 1:
             raise DistillError("The batch was mixed twice (MixUp and CutMix together?). Stored outputs of a teacher "
@@ -93,7 +90,7 @@ def takes_teacher(loss_func):
 
 
 def lerp(t, perm, lam):
-    "fastai's own mixture: `lam` of the sample, the rest of the permuted one"
+    "The mixture as fastai makes it: the share `lam` of each sample, the rest of the permuted one"
     lam = as_plain(torch.as_tensor(lam, device=t.device)).to(t.dtype).reshape(-1)
     return torch.lerp(t[perm], t, lam.reshape(-1, *[1]*(t.dim()-1)))
 
@@ -108,7 +105,7 @@ def mix_logits(
     if kind == 'regression': return lerp(t, perm, lam)
     t = t.float()
     lam = as_plain(torch.as_tensor(lam, device=t.device)).float().reshape(-1, *[1]*(t.dim()-1))
-    # log(lam*exp(a) + (1-lam)*exp(b)), however far apart
+    # log(lam*exp(a) + (1-lam)*exp(b)) without overflow
     both = lambda a: torch.logaddexp(a + lam.log(), a[perm] + (1-lam).log())
     if kind == 'softmax': return both(t.log_softmax(axis))
     return both(torch.nn.functional.logsigmoid(t)) - both(torch.nn.functional.logsigmoid(-t))
@@ -116,9 +113,8 @@ def mix_logits(
 
 class Feed:
     """Stored teacher outputs for the batches of a fit: `attach` before it, `outputs` in each batch, `detach` after it.
-    A Distiller takes it in place of a Teacher: it has no modules, and its outputs belong to the current batch, whatever
-    the inputs are"""
-    layers = () # as in `Teacher`: all layers that are stored come with the outputs
+    A Distiller takes it in place of a Teacher: it has no modules, and its outputs are those of the current batch,
+    whatever the inputs are, with all layers that are stored"""
 
     def attach(
         self,
@@ -142,7 +138,7 @@ class Feed:
         self.learn = self.added = None
 
     def set_aside(self):
-        "Inside this context, the data are as they were before `attach`"
+        "A context inside which the data are as they were before `attach`"
         return nullcontext()
 
     def _callback(self): return next((c for c in self.learn.cbs if isinstance(c, TeacherTargets)), None)
@@ -164,7 +160,7 @@ class Feed:
                                          "Remove the terms with layers, or use a live teacher.")
         return Outputs(mix_logits(out.logits, perm, lam, self.kind, self.axis), {}, out.mask)
 
-    # what else a Distiller, and the search for pairs of layers, use of a teacher
+    # what Distiller and `pair` use of a teacher, beside its outputs
 
     def __call__(self, *x, **kw): return self.example(x)
 
@@ -213,13 +209,13 @@ def in_first_batch(dl):
 
 
 def class_order(dls):
-    "Columns of the teacher's rows in the order of the labels' vocab; None if they need none"
+    "Columns of the teacher's rows in the order of the labels' vocab; None if it is their order already"
     names = next((f.teacher_names for f in target_tfms(dls) if f.teacher_names), None)
     return None if names is None else stored_order(names, getattr(dls, 'vocab', None))
 
 
 def target_tfms(dls):
-    "What turns rows into teacher's targets in these DataLoaders; empty where they have none"
+    "The transforms in these DataLoaders that make teacher's targets of rows"
     datasets = [getattr(dl, 'dataset', None) for dl in getattr(dls, 'loaders', [])]
     return [f for ds in datasets if isinstance(ds, Datasets) for tl in ds.tls for f in tl.tfms.fs
             if isinstance(f, ToTeacherTarget)]

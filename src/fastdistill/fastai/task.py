@@ -1,4 +1,4 @@
-"fastai's loss functions: what they say about the outputs of a model."
+"fastai's loss functions, registered by the kind of outputs that they take."
 from fastai.basics import BaseLoss, DiceLoss, FocalLoss, LabelSmoothingCrossEntropy
 from ..task import Task, register_losses, register_wrapper, task_of
 
@@ -9,12 +9,12 @@ register_losses('softmax', FocalLoss, LabelSmoothingCrossEntropy, DiceLoss)
 
 @register_wrapper
 def inside_mixup(lf):
-    "While MixUp trains, the loss function is its bound method, and it holds the old one"
+    "In training, MixUp replaces the loss function by a method of its own, and keeps the old one in `old_lf`"
     old = getattr(getattr(lf, '__self__', None), 'old_lf', None)
     return None if old is None else (old, None)
 
 
 @register_wrapper
 def inside_flat(lf):
-    "fastai's flat losses hold PyTorch's, and know the class axis"
+    "fastai's flat losses hold a loss of PyTorch, and the class axis"
     return (lf.func, lf.axis) if isinstance(lf, BaseLoss) else None
