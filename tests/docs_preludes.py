@@ -1,4 +1,5 @@
-"What a page may take as given: `<!-- prelude: NAME -->` on it runs the function NAME, and its blocks begin with the names that come back."
+"""What a page may take as given: `<!-- prelude: NAME -->` at its top runs the function NAME, and its blocks begin with the names
+that come back. In the README, the marker stands before the block that needs it."""
 import functools, warnings
 import numpy as np
 import torch
@@ -30,7 +31,8 @@ def colour(i): return pictures()[1][i]
 
 def vision_dls():
     v = fastai_vision
-    block = v.DataBlock((v.ImageBlock, v.CategoryBlock(vocab=CLASSES)), get_x=picture, get_y=colour, splitter=v.IndexSplitter(range(16, 24)))
+    block = v.DataBlock((v.ImageBlock, v.CategoryBlock(vocab=CLASSES)), get_x=picture, get_y=colour, splitter=v.IndexSplitter(range(16, 24)),
+                        item_tfms=v.FlipItem())
     return block.dataloaders(range(24), bs=8, num_workers=0)
 
 

@@ -1,5 +1,5 @@
 "Stored teacher outputs: the right row for each sample, whatever happens to the writer, the files and the order."
-import hashlib, json, math, pickle, random, resource, shutil, time
+import hashlib, json, math, multiprocessing, os, pickle, random, resource, shutil, time
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +10,13 @@ from torch.utils.data import Subset, TensorDataset
 import torch.nn.functional as F
 import writers
 from fastdistill.cache import Layout, Source, TeacherCache, Wish, cache_dataset, write_cache, writer
+from fastdistill.cache.files import dataset_files, files_of
 from fastdistill.cache.folder import Folder
 from fastdistill.cache.keys import dataset_keys, key_of
 from fastdistill.cache.digests import file_checksum, fingerprint
 from fastdistill.cache.manifest import Manifest
+from fastdistill.cache.reader import is_cache
+from fastdistill.cache.source import distinct_views
 from fastdistill.losses import kl
 from fastdistill.outputs import DistillError, DistillWarning, Outputs, TopK
 from fastdistill.teacher import Teacher
@@ -455,6 +458,248 @@ def test_left_over_files_without_a_manifest_are_not_trusted(tmp_path):
     (tmp_path/'manifest.json').unlink()
     cache,want = make(tmp_path)
     torch.testing.assert_close(cache.check().outputs(np.arange(23)).logits, want)
+
+
+def test_a_shard_of_the_right_size_with_wrong_bytes_is_named_before_it_is_used(tmp_path):
+    cache,_ = make(tmp_path)
+    cache.rows(np.arange(23))       # the other view
+    bad = tmp_path/'view001/000002.bin'
+    bad.write_bytes(b'\xff'*bad.stat().st_size)
+    assert np.isnan(np.frombuffer(bad.read_bytes(), np.float32)).all()
+    for opened in (cache, TeacherCache(tmp_path), pickle.loads(pickle.dumps(cache))):
+        for look in (lambda c: c.rows([0, 8], [0, 1]), lambda c: c.row(7, 1), lambda c: c.outputs([6], 1), TeacherCache.check_once, TeacherCache.check):
+            with pytest.raises(DistillError, match='Damaged files in .*: view001/000002.bin has other bytes .* only damaged files are rewritten'): look(opened)
+    make(tmp_path)
+    assert TeacherCache(tmp_path).check_once()
+
+
+def test_all_damaged_files_are_named_at_once(tmp_path):
+    make(tmp_path)
+    for p in sorted(tmp_path.rglob('view*/*.bin'))[2:9]: flip(p)
+    with pytest.raises(DistillError, match='view000/000002.bin has other bytes .*, view000/000006.bin .* and 2 more'): TeacherCache(tmp_path).check_once()
+
+
+def read_bytes(): return int(Path('/proc/self/io').read_text().split()[1])
+
+@pytest.mark.skipif(not Path('/proc/self/io').exists(), reason='counts what a process reads')
+def test_a_process_checks_a_file_once_and_workers_do_not_check_again(tmp_path):
+    cache,_ = make(tmp_path, n=30_000, c=64, shard=3000)
+    size = cache.manifest.bytes
+    def read_by(fn):
+        before = read_bytes()
+        fn()
+        return read_bytes()-before
+    assert size < read_by(cache.check_once) < 1.5*size
+    assert read_by(cache.check_once) < .1*size and read_by(lambda: cache.rows(np.arange(30_000), 1)) < .1*size
+    again = lambda: TeacherCache(tmp_path).rows(np.arange(30_000))
+    assert read_by(again) < .1*size
+    ctx = multiprocessing.get_context('spawn')
+    with ctx.Pool(1) as pool: rows,n = pool.apply(rows_and_bytes, (cache,))     # a worker that is a new process
+    assert rows == 30_000 and n < .1*size
+    assert size < read_by(cache.check)      # asked for by hand, all is compared again
+
+
+def rows_and_bytes(cache):
+    before = read_bytes()
+    return len(cache.rows(np.arange(len(cache)), 1)),read_bytes()-before
+
+
+# the files that samples come from
+
+class Images:
+    "A folder of images, as torchvision has them"
+    def __init__(self, root): self.root,self.samples = str(root),[(str(p), 0) for p in sorted(Path(root).glob('*.png'))]
+    def __len__(self): return len(self.samples)
+    def __getitem__(self, i): return torch.from_numpy(np.array(Image.open(self.samples[i][0]))).float().mean((0, 1)),0
+
+def paint(path, n, seed=0):
+    path.mkdir(exist_ok=True)
+    g = np.random.default_rng(seed)
+    for i in range(n): Image.fromarray(g.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(path/f'{i:02}.png', compress_level=0)
+
+def write_images(root, path, **kwargs):
+    return cache_dataset(Teacher(seeded_linear(0)), Images(root), path, views=0, bs=4, **kwargs)
+
+
+def test_images_that_were_replaced_under_the_same_names_are_found_and_named(tmp_path):
+    paint(tmp_path/'data', 26)
+    cache = write_images(tmp_path/'data', tmp_path/'c')
+    sizes = {p: p.stat().st_size for p in (tmp_path/'data').iterdir()}
+    first = write_images(tmp_path/'data', tmp_path/'c')
+    assert first.changed_files(dataset_files(Images(tmp_path/'data'))) == []
+    paint(tmp_path/'data', 18, seed=1)
+    assert sizes == {p: p.stat().st_size for p in (tmp_path/'data').iterdir()}      # only the content tells
+    match = '- 18 of 26 files changed since the cache was written: .*00.png, .*01.png, .*04.png and 13 more'
+    with pytest.raises(DistillError, match=match): write_images(tmp_path/'data', tmp_path/'c')
+    assert [Path(p).name for p in cache.changed_files(dataset_files(Images(tmp_path/'data')))] == [f'{i:02}.png' for i in range(18)]
+    with pytest.raises(DistillError, match='18 of 26 files changed'): cache.check_files(dataset_files(Images(tmp_path/'data')))
+    part = Subset(Images(tmp_path/'data'), [25, 3, 20])
+    with pytest.raises(DistillError, match='1 of 3 files changed .*03.png'): cache.check_files(dataset_files(part), cache.find(dataset_keys(part)))
+    with pytest.warns(DistillWarning, match='18 of 26 files changed'): TeacherCache(tmp_path/'c', force=True).check_files(dataset_files(Images(tmp_path/'data')))
+    old = cache.outputs([0]).logits
+    with pytest.warns(DistillWarning, match='18 of 26 files changed'): again = write_images(tmp_path/'data', tmp_path/'c', force=True)
+    assert again.changed_files(dataset_files(Images(tmp_path/'data'))) == []
+    assert not torch.equal(again.outputs([0]).logits, old)
+
+
+def test_only_files_with_another_time_are_read_again(tmp_path):
+    paint(tmp_path/'data', 26)
+    write_images(tmp_path/'data', tmp_path/'c')
+    paths,record = dataset_files(Images(tmp_path/'data')),(tmp_path/'c'/'files.bin').read_bytes()
+    for p in paths[:10]: os.utime(p, ns=(1, 10**18))
+    cache = TeacherCache(tmp_path/'c')
+    before = read_bytes()
+    assert cache.changed_files(paths) == []         # touched, and the same
+    some = sum(os.path.getsize(p) for p in paths[:10])
+    assert some <= read_bytes()-before < 1.6*some
+    assert (tmp_path/'c'/'files.bin').read_bytes() == record         # reading changes nothing ...
+    write_images(tmp_path/'data', tmp_path/'c')
+    assert (tmp_path/'c'/'files.bin').read_bytes() != record         # ... but the writer notes the new times
+    before = read_bytes()
+    assert TeacherCache(tmp_path/'c').changed_files(paths) == [] and read_bytes()-before < some
+    Path(paths[2]).write_bytes(b'short')
+    Path(paths[5]).unlink()
+    assert cache.changed_files(paths) == [paths[2], paths[5]]
+
+
+def test_a_cache_without_a_record_of_its_files_is_read_as_before(tmp_path):
+    paint(tmp_path/'data', 6)
+    cache = write_images(tmp_path/'data', tmp_path/'c')
+    (tmp_path/'c'/'files.bin').unlink()
+    paint(tmp_path/'data', 6, seed=1)
+    assert cache.changed_files(dataset_files(Images(tmp_path/'data'))) == [] and write_images(tmp_path/'data', tmp_path/'c').check()
+    assert not (tmp_path/'c'/'files.bin').exists()      # what the files were is not known
+
+
+@pytest.mark.parametrize('harm', [flip, shorten, lambda p: p.write_bytes(b'')])
+def test_a_damaged_record_of_files_is_named(tmp_path, harm):
+    paint(tmp_path/'data', 6)
+    cache = write_images(tmp_path/'data', tmp_path/'c')
+    harm(tmp_path/'c'/'files.bin')
+    for look in (lambda: cache.changed_files(dataset_files(Images(tmp_path/'data'))), lambda: cache.check(), lambda: write_images(tmp_path/'data', tmp_path/'c')):
+        with pytest.raises(DistillError, match='files.bin .*'): look()
+
+
+def test_what_is_no_file_has_no_record(tmp_path):
+    assert files_of(['text', 'other']) is None and files_of([1, 2]) is None and files_of([]) is None and files_of(['x'*10**5, 'y']) is None
+    assert dataset_files(TensorDataset(torch.zeros(3, 2))) is None and dataset_files(object()) is None
+    (tmp_path/'a').write_text('')
+    assert files_of([tmp_path/'a', tmp_path/'b']) == [tmp_path/'a', tmp_path/'b'] and files_of([(str(tmp_path/'a'), 1)]) == [str(tmp_path/'a')]
+    make(tmp_path/'c', n=2, bs=1, files=[tmp_path/'a', tmp_path/'b'])
+    assert TeacherCache(tmp_path/'c').changed_files([tmp_path/'a', tmp_path/'b']) == []
+    (tmp_path/'b').write_text('now there is one')
+    assert TeacherCache(tmp_path/'c').changed_files([tmp_path/'a', tmp_path/'b']) == [str(tmp_path/'b')]
+
+
+# more views
+
+def views_source(calls=None, samples=4, views=8, **kwargs):
+    "Outputs that tell the sample and the view"
+    def run(tasks, bs):
+        for i in range(0, len(tasks), bs):
+            if calls is not None: calls.extend(tasks[i:i+bs].tolist())
+            t = torch.as_tensor(tasks[i:i+bs])
+            yield Outputs(torch.stack([t % 20, t//20], 1).float())
+    looks = [dict(row=i, view=i % views, digest=f'{i} {i % views}') for i in range(samples)]
+    return Source(np.arange(20, dtype=np.uint64), run, 5, dict(name='t', weights='w'), {}, samples=looks, **kwargs)
+
+def write_views(path, views, calls=None, **kwargs):
+    return write_cache(path, views_source(calls, views=views), Wish('float32'), views=views, shard_bytes=80, **kwargs)
+
+def views_are_right(cache, n):
+    return cache.views == n and all(torch.equal(cache.outputs(np.arange(20), v).logits, torch.stack([torch.arange(20.), torch.full((20,), float(v))], 1))
+                                    for v in range(n))
+
+
+@pytest.mark.parametrize('old,new', [(8, 12), (1, 3), (2, 4)])
+def test_more_views_can_be_added_and_only_they_are_made(tmp_path, old, new):
+    opened = write_views(tmp_path/'c', old)
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path/'c').rglob('view*/*.bin')}
+    plan = []
+    cache = write_views(tmp_path/'c', new, calls := [], forecast=plan.append)
+    assert views_are_right(cache.check(), new) and views_are_right(opened, old)        # also one that was open meanwhile
+    assert sorted(set(calls) - {0}) == list(range(20*old, 20*new)) and plan[0].bytes == (new-old)*20*8
+    assert times == {p: t for p in times for t in [p.stat().st_mtime_ns]} and not list((tmp_path/'c').rglob('view*/*.json'))
+    write_views(tmp_path/'whole', new)
+    assert files(tmp_path/'c') == files(tmp_path/'whole')
+    with pytest.raises(DistillError, match=f'views: {new} in the cache, {old} now'): write_views(tmp_path/'c', old)
+
+
+def test_the_clean_view_is_not_one_of_the_augmented_ones(tmp_path):
+    write_views(tmp_path/'c', 8)
+    with pytest.raises(DistillError, match='views: 8 in the cache, 0 now'):
+        write_cache(tmp_path/'c', views_source(views=1), Wish('float32'), views=0)
+    write_cache(tmp_path/'clean', views_source(views=1), Wish('float32'), views=0)
+    with pytest.raises(DistillError, match='views: 0 in the cache, 8 now'): write_cache(tmp_path/'clean', views_source(), Wish('float32'), views=8)
+
+
+def test_views_of_other_inputs_are_not_added(tmp_path):
+    write_views(tmp_path/'c', 8)
+    other = views_source(views=12)
+    other.samples[3]['digest'] = 'another'
+    with pytest.raises(DistillError, match='the inputs of some samples'): write_cache(tmp_path/'c', other, Wish('float32'), views=12)
+    with pytest.raises(DistillError, match='seed: 0 in the cache, 1 now'): write_views(tmp_path/'c', 12, seed=1)
+
+
+def test_a_writer_that_is_stopped_while_it_adds_views_leaves_the_old_ones_readable_and_resumes(tmp_path):
+    class Stop(Exception): pass
+    def stop(done, *_):
+        if done > 30: raise Stop
+    write_views(tmp_path/'c', 8)
+    with pytest.raises(Stop): write_views(tmp_path/'c', 12, progress=stop)
+    assert views_are_right(TeacherCache(tmp_path/'c').check(), 8)
+    assert views_are_right(write_views(tmp_path/'c', 8, calls := []), 8) and set(calls) == {0}      # nothing was missing
+    assert views_are_right(write_views(tmp_path/'c', 12, calls := []).check(), 12)
+    assert len(set(calls) - {0}) == 80-30
+
+
+def test_an_unfinished_cache_takes_more_views_too(tmp_path):
+    class Stop(Exception): pass
+    def stop(done, *_):
+        if done > 30: raise Stop
+    with pytest.raises(Stop): write_views(tmp_path/'c', 2, progress=stop)
+    with pytest.raises(DistillError, match='is not finished'): TeacherCache(tmp_path/'c')
+    assert views_are_right(write_views(tmp_path/'c', 3, calls := []).check(), 3) and len(set(calls) - {0}) == 60-30
+
+
+def test_a_damaged_view_is_repaired_while_others_are_added(tmp_path):
+    write_views(tmp_path/'c', 2)
+    flip(tmp_path/'c'/'view001'/'000001.bin')
+    assert views_are_right(write_views(tmp_path/'c', 3, calls := []).check(), 3)
+    assert sorted(set(calls) - {0}) == [*range(30, 40), *range(40, 60)]
+
+
+def test_views_without_anything_random_are_stored_once(tmp_path):
+    with pytest.warns(DistillWarning, match='views=8, but all views of a sample are the same: there is no random transform. One view is stored'):
+        assert distinct_views(8, 20, lambda i, view: f'{i}') == 1
+    assert distinct_views(8, 20, lambda i, view: f'{i} {view}') == 8 and distinct_views(0, 20, None) == 0 and distinct_views(1, 20, None) == 1
+    assert distinct_views(8, 20, lambda i, view: f'{i} {view == 2}') == 8 and distinct_views(8, 1, lambda i, view: view) == 8
+    with pytest.warns(DistillWarning, match='One view is stored'):
+        cache = cache_dataset(Teacher(seeded_linear(0)), TensorDataset(torch.randn(8, 3)), tmp_path, views=8)
+    assert cache.views == 1
+
+
+@pytest.mark.parametrize('bs', [0, -3, 2.5, True, '4'])
+def test_a_batch_size_below_one_is_refused(bs, tmp_path):
+    with pytest.raises(DistillError, match=f'bs={bs!r}: a whole number from 1 on'): Source(np.arange(3, dtype=np.uint64), None, bs, {}, {})
+
+
+@pytest.mark.parametrize('views', [-1, 1.5, True, '2', 10**6])
+def test_a_number_of_views_that_cannot_be_is_refused(views, tmp_path):
+    with pytest.raises(DistillError, match=f'views={views!r}'): write_cache(tmp_path, views_source(), Wish(), views=views)
+
+
+# where a cache is
+
+def test_caches_are_known_by_path_and_url(tmp_path):
+    pytest.importorskip('fsspec')
+    make(tmp_path/'c')
+    make(f'memory://is{tmp_path}')
+    for path in (tmp_path/'c', str(tmp_path/'c'), f'file://{tmp_path}/c', f'memory://is{tmp_path}'): assert is_cache(path)
+    (tmp_path/'t.pkl').write_bytes(b'x')
+    for other in (tmp_path, tmp_path/'none', tmp_path/'t.pkl', f'file://{tmp_path}', 'memory://none', 'resnet18', '~nobody9/c', 'a\0b', '', None, 3, Teacher(seeded_linear(0)),
+                  [tmp_path/'c']):
+        assert not is_cache(other), other
 
 
 # what happens to writers

@@ -91,7 +91,7 @@ def test_distill_takes_a_cache_and_a_feed_and_without_validation_the_column_is_e
     cache = cache_teacher(Convs(3).eval(), data(), tmp_path, views=1)
     learn = student(data(), metrics=apps.accuracy)
     with learn.no_bar(), learn.no_logging(): learn.distill(cache, 1, 1e-3)
-    assert names_of(learn) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'kd_loss', 'time'] and column(learn, 'kd_loss') is None
+    assert names_of(learn) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'task_loss', 'kd_loss', 'time'] and column(learn, 'kd_loss') is None
     with learn.no_bar(), learn.no_logging(): learn.distill(CacheFeed(tmp_path), 1, 1e-3, soft_labels())
     assert len(learn.metrics) == 1
 
@@ -138,7 +138,7 @@ def test_views_walk_on_over_epochs_and_over_two_fits(tmp_path, how):
         order = 6
         def before_train(self): epochs.append([])
         def after_loss(self):
-            if self.training: epochs[-1] += [bytes(o) for o in self.learn.teacher_targets.told.numpy()]
+            if self.training: epochs[-1] += [bytes(o) for o in self.learn.teacher_targets.target.numpy()]
     for _ in range(2):
         if how == 'callback': quiet(learn, 2, cbs=[callback, Rows()])      # as in fine_tune
         else:
@@ -324,7 +324,7 @@ def test_targets_of_a_block_teach_as_the_teacher_itself():
     told = []
     class Notes(Callback):
         order = 4
-        def after_loss(self): told.append(torch.Tensor(self.learn.teacher_targets.told))
+        def after_loss(self): told.append(torch.Tensor(self.learn.teacher_targets.target))
     kl = lambda s, t: kl_div((s/4).log_softmax(1), (t/4).softmax(1), reduction='batchmean')*16
     watch = Watch(lambda learn, s: .1*app.task(s, learn.y) + .9*kl(s, told[-1]))
     learn = student(dls, metrics=apps.accuracy)

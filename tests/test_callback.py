@@ -1,5 +1,5 @@
 "KnowledgeDistillation beside everything else that happens in a fastai training."
-import copy, csv, importlib, inspect, math, os, random, socket, subprocess, sys
+import copy, csv, importlib, inspect, math, os, random, re, socket, subprocess, sys, warnings
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from fastai.data.transforms import Normalize
 from fastai.interpret import Interpretation
 import fastdistill.fastai
 from fastdistill import Distiller, Teacher
-from fastdistill.fastai import DistillError, KnowledgeDistillation, Term, dkd, kd, losses, soft_labels
+from fastdistill.fastai import DistillError, DistillWarning, KnowledgeDistillation, Term, dkd, kd, losses, soft_labels
 from fastdistill.fastai.task import Task, task_of
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
@@ -400,7 +400,7 @@ def test_csv_logger_has_the_column(tmp_path):
     student,teacher = toy(path=tmp_path)
     student.fit(2, .1, cbs=[KD(teacher, kd() + hint()), CSVLogger()])
     head,*lines = csv.reader((tmp_path/'history.csv').read_text().splitlines())
-    assert head == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'kd_loss', 'hint_loss', 'time'] and len(lines) == 2
+    assert head == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'task_loss', 'kd_loss', 'hint_loss', 'time'] and len(lines) == 2
     assert all(float(l[4]) > 0 for l in lines)
 
 
@@ -446,7 +446,7 @@ def test_projectors_are_trained_by_the_students_kind_of_optimizer(opt_func):
     student,teacher = toy(opt_func=opt_func)
     cb = KD(teacher, kd() + hint())
     student.fit_one_cycle(1, .01, cbs=cb)
-    assert cb.popt.hypers[0]['lr'] == pytest.approx(student.opt.hypers[-1]['lr']) and type(cb.popt) is type(student.opt)
+    assert cb.projector_opt.opt.hypers[0]['lr'] == pytest.approx(student.opt.hypers[-1]['lr']) and type(cb.projector_opt.opt) is type(student.opt)
     before = projectors(cb)
     student.fit_one_cycle(1, .01, cbs=cb)
     assert not any(map(torch.equal, before, projectors(cb)))
@@ -457,7 +457,7 @@ def test_an_optimizer_that_is_built_already_leaves_projectors_to_adam():
     student.opt_func = OptimWrapper(opt=torch.optim.SGD(student.model.parameters(), lr=.1))
     cb = KD(teacher, kd() + hint())
     student.fit(1, .1, cbs=cb)
-    assert cb.popt.hypers[0]['lr'] == .1
+    assert cb.projector_opt.opt.hypers[0]['lr'] == .1
 
 
 def test_channels_last_changes_nothing():
@@ -794,3 +794,28 @@ def test_a_regularizer_stays_where_labels_do_not_count(label):
     for b in watched(student, [KD(teacher, soft_labels(T=2.)), Regularizer()]):
         want,more = (0., 0.) if label == -100 else (kl(b.s, teacher(b.x), 2.).item(), .5*b.s.pow(2).mean().item())
         assert b.loss == pytest.approx(want, rel=1e-5) and b.loss_grad == pytest.approx(want + more, rel=1e-5)
+
+
+# gradient shares
+
+def test_gradient_shares_are_printed_once_a_training(capsys):
+    student,teacher = toy()
+    cb = KD(teacher, kd(2., .5) + hint(.1) + Term(losses.mse, lambda p: float(p > .5)))
+    student.fit(2, .1, cbs=cb)
+    student.fit(1, .1, cbs=cb)
+    lines = [l for l in capsys.readouterr().out.splitlines() if 'gradient shares' in l]
+    shares = r'labels \d+ %, kd \d+ %, hint \d+ %'
+    assert len(lines) == 2 and re.fullmatch(f'fastdistill: gradient shares at the first batch: {shares}', lines[0])
+    assert re.fullmatch(rf'fastdistill: gradient shares at the first batch with mse: {shares}, mse \d+ %', lines[1])
+
+
+def test_lr_find_measures_no_gradient_shares(tmp_path, capsys):
+    student,teacher = toy(path=tmp_path)
+    cb = KD(teacher, hint(500.))
+    student.add_cb(cb)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', category=DistillWarning)
+        student.lr_find(num_it=4, show_plot=False, suggest_funcs=None)
+    assert 'gradient shares' not in capsys.readouterr().out
+    with pytest.warns(DistillWarning, match='hint has 99.*Lower the weight of hint, now 500'): student.fit(1, .01)
+    assert 'gradient shares at the first batch: labels' in capsys.readouterr().out

@@ -1,13 +1,14 @@
 "The heart, without any framework: terms, recipes, and a plain loop."
-import copy
+import copy, re, warnings
 from contextlib import nullcontext
 from functools import partial
 import pytest, torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 from cases import Golden
 from fastdistill import (DistillError, DistillWarning, Distiller, Outputs, Recipe, Teacher, Term, dkd, hard_labels, kd, layers, logit_std, losses,
-                         soft_labels)
+                         recipes, soft_labels)
 
 def mlp(hidden, seed=0):
     torch.manual_seed(seed)
@@ -488,3 +489,115 @@ def test_a_batch_that_is_a_dict_goes_in_as_each_model_takes_it(student, teacher)
     d = Distiller(nn.DataParallel(s), t, kd() + hint(layers={'net.2': 'net.2'}), example={'a': x})
     assert d({'a': x}, y).parts['hint'] > 0 and [(p.s_shape, p.t_shape) for p in d.pairs] == [((16, 6), (16, 16))]
     assert {l.name: l.shape for l in layers(s, {'a': x})}['net.2'] == (16, 6)
+
+
+# gradient shares
+
+def deep(h, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, h), nn.BatchNorm1d(h), nn.ReLU(), nn.Dropout(.2), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 4))
+
+def test_gradient_shares_are_measured_at_the_logits_where_all_parts_reach_them():
+    d,(x,y) = Distiller(mlp(6), mlp(16, 1), kd(2., .5) + Term(losses.mse, .01)),batch()
+    assert d.gradient_shares is None
+    d(x, y)
+    s = d.student(x).detach().requires_grad_()
+    t = d.teacher(x).logits
+    parts = dict(task=.5*F.cross_entropy(s, y), kd=.5*losses.kl(s, t, T=2.), mse=.01*losses.mse(s, t))
+    norms = {k: torch.autograd.grad(v, s)[0].norm().item() for k,v in parts.items()}
+    assert d.gradient_shares == pytest.approx({k: n/sum(norms.values()) for k,n in norms.items()}, rel=1e-4)
+
+def test_gradient_shares_with_layers_are_measured_at_the_last_layer_that_all_reach():
+    student,(x,y) = mlp(6),batch()
+    d = Distiller(student, mlp(16, 1), kd(2., .5) + hint(.3), example=x)
+    d(x, y)
+    s,f,t = student(x),student[:3](x),d.teacher.outputs((x,), layers=['2'])
+    parts = dict(task=.5*F.cross_entropy(s, y), kd=.5*losses.kl(s, t.logits, T=2.), hint=.3*losses.hint(d.links['hint'][0].projector(f, None), t.feats['2']))
+    norms = {k: torch.autograd.grad(v, student[2].weight, retain_graph=True)[0].norm().item() for k,v in parts.items()}
+    assert d.gradient_shares == pytest.approx({k: n/sum(norms.values()) for k,n in norms.items()}, rel=1e-4)
+
+def test_half_precision_does_not_round_gradients_to_0():
+    "The mean over many positions makes each one's gradient smaller than the smallest number of half precision"
+    s,t = [torch.randn(2, 4, 128, 256) for _ in range(2)]
+    y = torch.randint(4, (2, 128, 256))
+    shares = []
+    for dtype in (torch.float32, torch.float16):
+        d,logits = Distiller(None, None, kd(2., .5)),s.to(dtype).requires_grad_()
+        d.compute(Outputs(logits), Outputs(t), F.cross_entropy(logits.float(), y), (y,))
+        shares.append(d.gradient_shares)
+    assert shares[1] == pytest.approx(shares[0], rel=.01)
+
+@pytest.mark.parametrize('checkpointed', [False, True])
+def test_measuring_gradient_shares_changes_nothing(checkpointed):
+    class Model(nn.Module):
+        def __init__(self): super().__init__(); self.net = deep(6)
+        def forward(self, x):
+            if not checkpointed: return self.net(x)
+            x = torch.utils.checkpoint.checkpoint(self.net[:4], x, use_reentrant=False)
+            return self.net[4:](x)
+    runs = []
+    for measures in (False, True):
+        torch.manual_seed(3)
+        d = Distiller(Model(), deep(16, 1), kd(2., .5) + Term(losses.hint, layers={'net.4': '4'}), example=batch()[0])
+        d.measures = measures
+        opt = torch.optim.Adam(d.parameters(), .01)
+        for i in range(3):
+            d(*batch(seed=i)).total.backward()
+            opt.step(); opt.zero_grad()
+        runs.append([*[v.clone() for v in d.state_dict().values()], torch.get_rng_state()])
+        assert (d.gradient_shares is not None) == measures and (not measures or set(d.gradient_shares) == {'task', 'kd', 'hint'})
+    assert all(map(torch.equal, *runs))
+
+def test_a_model_that_allows_one_backward_pass_alone_is_trained_without_shares():
+    class Model(nn.Module):
+        def __init__(self): super().__init__(); self.net = mlp(6)
+        def forward(self, x): return torch.utils.checkpoint.checkpoint(self.net, x.requires_grad_(), use_reentrant=True)
+    d = Distiller(Model(), mlp(16, 1), kd(2., .5) + Term(losses.hint, layers={'net.2': '2'}, projector='linear'), example=batch()[0])
+    d(*batch()).total.backward()
+    assert d.gradient_shares == {} and all(p.grad is not None for p in d.student.parameters())
+
+def test_a_part_that_begins_later_is_measured_then():
+    d = Distiller(mlp(6), mlp(16, 1), kd(2., .5) + hint(lambda p: float(p > .5)), example=batch()[0])
+    keys = [(d(*batch(), progress=p), set(d.gradient_shares))[1] for p in (0., .4, .6, .8)]
+    assert keys == [{'task', 'kd'}]*2 + [{'task', 'kd', 'hint'}]*2
+
+SWAMPED = 'of the gradient of the first batch'
+
+def test_a_part_that_swamps_the_labels_is_warned_about():
+    says = r'hint has 9\d.\d\d% of the gradient of the first batch, the labels have .*hardly learns from them. Lower the weight of hint, now 500: (\S+) would give it as much as the labels'
+    d = Distiller(mlp(6), mlp(16, 1), hint(500.), example=batch()[0])
+    with pytest.warns(DistillWarning, match=says) as seen: d(*batch())
+    better = float(re.search(says, str(seen[0].message))[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        d(*batch())                                             # once
+        d = Distiller(mlp(6), mlp(16, 1), hint(better), example=batch()[0])
+        d(*batch())
+    assert d.gradient_shares['hint'] == pytest.approx(.5, abs=.02)
+
+def test_labels_swamped_by_alpha_are_named_so():
+    s,t,y = two()
+    d,t = Distiller(None, None, kd(20., .99)),20*t
+    with pytest.warns(DistillWarning, match='kd has 99.*Lower alpha, or T.'): d.compute(Outputs(s), Outputs(t), F.cross_entropy(s, y), (y,))
+
+@pytest.mark.parametrize('recipe,balance', [(Recipe(hint(500.), task=0.), None), (kd(), None), (Recipe(hint(500.)), 'grad')],
+                         ids=['labels do not count', 'the classic', 'balanced'])
+def test_labels_that_are_not_swamped_give_no_warning(recipe, balance):
+    if balance: recipe.terms[0].weight = 2.
+    d = Distiller(mlp(6), mlp(16, 1), recipe, balance=balance, example=batch()[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        d(*batch())
+
+@pytest.mark.parametrize('weight,share', [((), 1.), ((1000.,), 1000.), ((.2,), .2), ((('linear', 3., 1.),), 2.)], ids=['paper', 'number', 'share', 'schedule'])
+def test_a_papers_weight_is_a_share_of_1_where_weights_are_shares(weight, share):
+    for make in (recipes.at, recipes.hint, recipes.sp, recipes.cwd):
+        recipe = make({'2': '2'}, *weight, **({} if make in (recipes.at, recipes.sp) else dict(projector='linear')))
+        name = recipe.terms[0].name
+        assert recipe.weights_at(.5, shares=True)[name] == share
+        assert recipe.weights_at(.5)[name] == (share if weight else recipe.terms[0].weight) and (weight or recipe.terms[0].weight > 2)
+
+def test_balance_takes_a_recipes_default_weight_as_a_share_of_1():
+    d = Distiller(mlp(6), mlp(16, 1), recipes.sp({'2': '2'}), balance='grad', example=batch()[0])
+    d(*batch())
+    assert d.gradient_shares == pytest.approx(dict(task=.5, sp=.5), rel=1e-4)

@@ -1,12 +1,16 @@
-"The pages: every Python block of the README and of docs/ runs, page by page, in the order of the page."
-import re
+"""The pages: every Python block runs. Those of a page in docs/ build on each other, in the order of the page. Each of the
+README's runs alone: in a fresh Python or, after `<!-- prelude: NAME -->`, with the names of that prelude."""
+import re, subprocess, sys
 from pathlib import Path
 import pytest
 import docs_preludes
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT/'README.md', *sorted((ROOT/'docs').rglob('*.md'))]
-BLOCK = re.compile(r'^(?:<!-- not run: (?P<why>.+?) -->\n+)?^```python\n(?P<code>.*?)^```$', re.M | re.S)
+README = ROOT/'README.md'
+DOCS = sorted((ROOT/'docs').rglob('*.md'))
+PAGES = [README, ROOT/'examples'/'README.md', *DOCS]
+BLOCK = re.compile(r'^(?:<!-- (?:not run: (?P<why>.+?)|prelude: (?P<prelude>\w+)) -->\n+)?^```python\n(?P<code>.*?)^```$',
+                   re.M | re.S)
 # how many blocks of a page are only shown: each says why where it stands
 NOT_RUN = {}
 HEADINGS = ['What it compares', 'How to use (function, class, fastai)', 'Suggested values, and from where', 'When it helps, hurts, or clashes', 'Paper, and where we differ']
@@ -27,7 +31,7 @@ def blocks(text):
         if not m['why']: yield '\n'*text.count('\n', 0, m.start('code')) + m['code']
 
 
-@every_page
+@pytest.mark.parametrize('page', DOCS, ids=name)
 def test_blocks_run(page, tmp_path, monkeypatch):
     text = page.read_text()
     codes = list(blocks(text))
@@ -35,6 +39,21 @@ def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     space = dict(prelude(text), __name__='__page__')
     for code in codes: exec(compile(code, name(page), 'exec'), space)
+
+
+def lone_blocks():
+    text = README.read_text()
+    return [pytest.param(m, id=f"line {text.count(chr(10), 0, m.start('code'))+1}") for m in BLOCK.finditer(text) if not m['why']]
+
+
+@pytest.mark.parametrize('m', lone_blocks())
+def test_a_readme_block_runs_alone(m, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if m['prelude']:
+        exec(compile(m['code'], 'README.md', 'exec'), dict(getattr(docs_preludes, m['prelude'])(), __name__='__page__'))
+    else:       # subtle: in a process of its own, because fastdistill.fastai, once imported, has given `distill` to every Learner
+        done = subprocess.run([sys.executable, '-c', m['code']], capture_output=True, text=True)
+        assert not done.returncode and not done.stderr, done.stderr
 
 
 def test_blocks_that_are_not_run():

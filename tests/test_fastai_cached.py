@@ -84,9 +84,9 @@ class Compare(Callback):
     def before_fit(self): self.feed.attach(self.learn, *self.kind_axis)
     def after_fit(self): self.feed.detach()
     def after_loss(self):
-        if not self.feed.ready(self.learn): return
+        if not self.feed.ready(): return
         live = self.asked(*(o.as_subclass(torch.Tensor) for o in self.learn.xb))
-        self.seen.append((self.learn.training, self.learn.epoch, self.feed.outputs(self.learn).logits, live.logits, self.learn.x))
+        self.seen.append((self.learn.training, self.learn.epoch, self.feed.outputs().logits, live.logits, self.learn.x))
 
     @property
     def error(self): return max((a-b).abs().max().item() for _,_,a,b,_ in self.seen)
@@ -411,7 +411,7 @@ def test_mixup_mixes_the_stored_probabilities(tmp_path):
             if not self.training: return
             x,x0 = torch.Tensor(self.learn.x).flatten(1),before.x0
             share = torch.linalg.lstsq(x0.flatten(1).T.double(), x.T.double()).solution.T.float()       # of whom each image is made
-            self.seen.append((True, 0, self.feed.outputs(self.learn).logits.softmax(1), share @ self.asked(x0).logits.softmax(1), share))
+            self.seen.append((True, 0, self.feed.outputs().logits.softmax(1), share @ self.asked(x0).logits.softmax(1), share))
     c = Mixed(CacheFeed(cache), teacher)
     quiet(student(data(), cbs=[MixUp(.8), before]), 2, cbs=c)
     assert c.error < 1e-4 and any((s.max(1).values < .95).any() for *_,s in c.seen)
@@ -425,7 +425,7 @@ def test_layers_are_stored_too(tmp_path):
     seen = []
     class Look(Compare):
         def after_loss(self):
-            if self.training: seen.append((self.feed.outputs(self.learn).feats, self.learn.x))
+            if self.training: seen.append((self.feed.outputs().feats, self.learn.x))
     quiet(student(data()), 1, cbs=Look(CacheFeed(cache), None))
     for feats,x in seen:
         with Taps(net, ['a', 'bn']) as taps, torch.no_grad():
@@ -441,7 +441,7 @@ def test_few_classes_of_many(tmp_path, tail):
     seen = []
     class Look(Compare):
         def after_loss(self):
-            t,live = self.feed.outputs(self.learn).logits if self.training else None,self.asked(torch.Tensor(self.learn.x)).logits
+            t,live = self.feed.outputs().logits if self.training else None,self.asked(torch.Tensor(self.learn.x)).logits
             if self.training: seen.append((t, live, self.learn.pred.detach()))
     quiet(student(make(), 12), 2, cbs=Look(CacheFeed(cache), teacher))
     for t,live,s in seen:
@@ -826,6 +826,6 @@ def test_rows_that_nobody_reads_change_nothing(tmp_path):
         quiet(learn, 2, cbs=[*cbs, MixUp()])
         return learn.model.state_dict()
     class Attached(Compare):
-        def after_loss(self): assert self.feed.ready(self.learn)
+        def after_loss(self): assert self.feed.ready()
     a,b = run(),run(Attached(CacheFeed(cache), None))
     assert all(torch.equal(a[k], b[k]) for k in a)

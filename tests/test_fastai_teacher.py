@@ -103,7 +103,7 @@ def test_the_statistics_are_those_at_the_time():
 def test_without_a_student_images_are_refused_until_one_is_known():
     learn = learner(A)
     t = teacher_of(learn)
-    with pytest.raises(DistillError, match=r'say input_stats='): taught(t, learn)
+    with pytest.raises(DistillError, match=r'give input_stats='): taught(t, learn)
     close(taught(teacher_of(t, learner(B)), learner(B)), says(learn))
     close(taught(teacher_of(t, learn), learn), says(learn))
     assert t.input_stats is None

@@ -41,14 +41,14 @@ def test_recipes_with_layers_run_as_they_stand(recipe):
 def test_each_part_is_a_column():
     student,teacher = toy()
     student.fit(1, .1, cbs=KnowledgeDistillation(teacher, kd() + Term(losses.hint, .1, layers=LAYERS) + rkd(layers={'2': '2'}), check=False))
-    assert student.recorder.metric_names == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'kd_loss', 'hint_loss', 'rkd_loss', 'time']
+    assert student.recorder.metric_names == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'task_loss', 'kd_loss', 'hint_loss', 'rkd_loss', 'time']
 
 
 def test_projectors_follow_the_students_schedule_and_stay_out_of_it(tmp_path):
     student,teacher = toy()
     names = set(student.model.state_dict())
     cb = KnowledgeDistillation(teacher, Term(losses.hint, 1., layers=LAYERS), check=False)
-    watch = Watch(cb, lambda kd: (kd.popt.hypers[-1]['lr'], student.opt.hypers[-1]['lr'], kd.popt.hypers[-1]['mom'], student.opt.hypers[-1]['mom']))
+    watch = Watch(cb, lambda kd: (kd.projector_opt.opt.hypers[-1]['lr'], student.opt.hypers[-1]['lr'], kd.projector_opt.opt.hypers[-1]['mom'], student.opt.hypers[-1]['mom']))
     student.fit_one_cycle(2, .1, cbs=[cb, watch])
     assert len({o[0] for o in watch.seen}) == len(watch.seen) and all(a == b and c == d for a,b,c,d in watch.seen)
     assert sum(p.numel() for p in cb.distiller.own_parameters()) == 2*(6*16 + 16)

@@ -53,7 +53,7 @@ def test_importing_changes_what_the_table_names_and_nothing_else():
     out = subprocess.run([sys.executable, '-c', SNAPSHOT], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     at_import,at_first_target,same,same_callbacks = eval(out.stdout.splitlines()[-1])
-    assert at_import == sorted(n for n,when in TABLE.items() if when == 'import') and len(at_import) == 4
+    assert at_import == sorted(n for n,when in TABLE.items() if when == 'import') and len(at_import) == 10
     assert at_first_target == sorted(n for n,when in TABLE.items() if when == 'first target') and len(at_first_target) == 5
     assert same and same_callbacks, 'random states, warning filters and the callbacks of a new Learner are as before'
 
@@ -121,7 +121,7 @@ def test_a_learner_whose_data_get_targets_later_works_with_the_callback():
     learn.dls = data(TeacherBlock)
     before = names(learn)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=KnowledgeDistillation())
-    assert learn.recorder.metric_names[3] == 'kd_loss' and learn.recorder.values[0][2] > 0
+    assert learn.recorder.metric_names[4] == 'kd_loss' and learn.recorder.values[0][3] > 0
     assert names(learn) == before
 
 

@@ -502,7 +502,7 @@ def test_timm_models_tell_their_statistics():
     cfg = model.pretrained_cfg['mean'],model.pretrained_cfg['std']
     assert cfg == ((.5, .5, .5), (.5, .5, .5))
     same(Teacher(model, stats='auto', input_stats=OURS)(norm(raw, OURS)).logits, eval_of(model, norm(raw, cfg)), 1e-5)
-    with refuses("ResNet does not tell .* torchvision's don't. Give stats="):
+    with refuses("ResNet does not hold .* torchvision's don't. Give stats="):
         Teacher(torchvision.models.resnet18(), stats='auto')
 
 
@@ -521,11 +521,11 @@ def test_other_inputs_are_not_renormalised():
 
 
 @pytest.mark.parametrize('kw,x,match', [
-    (dict(stats='imagenet'), (1, 3, 4, 4), r'say input_stats=\(mean, std\), or input_stats=\(0, 1\)'),
-    (dict(stats='imagenet', input_stats=(0, 1)), (1, 1, 4, 4), 'of 3 channels, the images have shape .1, 1, 4, 4.'),
+    (dict(stats='imagenet'), (1, 3, 4, 4), r'give input_stats=\(mean, std\), or \(0, 1\)'),
+    (dict(stats='imagenet', input_stats=(0, 1)), (1, 1, 4, 4), 'has 3 channels, the images have shape .1, 1, 4, 4.'),
     (dict(stats='imagenet', input_stats=(0, 1)), (1, 5), 'is for images, float tensors'),
-    (dict(stats='imagenet', input_stats=((0, 0), (1, 1))), (1, 3, 4, 4), 'input_stats are of 2 channels, stats of 3'),
-    (dict(stats='auto'), None, "Identity does not tell what images"),
+    (dict(stats='imagenet', input_stats=((0, 0), (1, 1))), (1, 3, 4, 4), 'input_stats have 2 channels, stats 3'),
+    (dict(stats='auto'), None, "Identity does not hold the normalization of its images"),
     (dict(stats='cifar'), None, "stats='cifar': possible are .mean, std., 'imagenet'"),
     (dict(stats=3.), None, 'stats=3.0: possible are'),
     (dict(stats=([0, 0], [1])), None, 'one mean, and one std above 0'),
@@ -587,7 +587,7 @@ def test_exported_program_and_file(tmp_path):
         was = state(t.module)
         for n in (4, 3): same(t(x[:n]).logits, eval_of(model, x[:n]), 1e-6)
         assert state(t.module) == was
-        with refuses(r"\(no layers\), so 0 can't be read. Give the nn.Module"): Teacher(t, layers=['0'])
+        with refuses(r"Layers 0 of .* can't be read, only what it returns \(no layers\). Give the nn.Module"): Teacher(t, layers=['0'])
 
 
 def test_a_program_exported_in_train_mode_is_told():
@@ -620,7 +620,7 @@ def test_onnx_file(tmp_path):
     for n in (5, 1): same(t(x[:n]).logits, x[:n].detach() @ W, 1e-6)
     for v in (x.double(), x.bfloat16()): same(t(v).logits, v.detach().float() @ W, 1e-6)
     assert t.modules == [] and not t(x).logits.requires_grad and repr(t) == 'Teacher(m.onnx)'
-    with refuses(r"m.onnx shows only what comes out of it \(no layers\), so 0 can't be read"): Teacher(t, layers=['0'])
+    with refuses(r"Layers 0 of m.onnx can't be read, only what it returns \(no layers\)"): Teacher(t, layers=['0'])
     with t: same(t(x).logits, x.detach() @ W, 1e-6)
 
 
@@ -756,8 +756,8 @@ def test_a_function_may_bring_features_along():
     t = Teacher(lambda x: Outputs(x, {'deep': x*2, 'deeper': x*3}), layers=['deep'])
     assert list(t(x).feats) == ['deep', 'deeper']
     t.layers = ['deep', 'deepest']
-    with refuses(r"shows only what comes out of it \(deep, deeper\), so deep, deepest can't be read"): t(x)
-    with refuses(r"\(no layers\), so 0 can't be read"): Teacher(torch.sin, layers=['0'])(x)
+    with refuses(r"Layers deep, deepest of <lambda> can't be read, only what it returns \(deep, deeper\)"): t(x)
+    with refuses(r"Layers 0 of sin can't be read, only what it returns \(no layers\)"): Teacher(torch.sin, layers=['0'])(x)
     o = Teacher([t.model, torch.sin], layers=['0.deep'])(x)
     same(o.feats['0.deep'], x*2)
 
@@ -892,12 +892,12 @@ def test_wrong_options(kw, match):
 
 
 def test_weights_of_one_teacher_are_refused():
-    with refuses("weights= are of an ensemble's members, and this is one teacher"): Teacher(torch.sin, weights=[1.])
+    with refuses("weights= are for the members of an ensemble, and this is one teacher"): Teacher(torch.sin, weights=[1.])
 
 
 def test_members_of_other_shapes_are_refused():
     t = Teacher([lambda x: x, lambda x: x[:, :2]])
-    with refuses(r'Member 1 of the ensemble answers with shape \(2, 2\), member 0 with \(2, 3\)'): t(images(2, 3))
+    with refuses(r'Logits of member 1 of the ensemble have shape \(2, 2\), those of member 0 \(2, 3\)'): t(images(2, 3))
 
 
 # variations, classes
@@ -938,7 +938,7 @@ def test_classes_are_selected_in_the_students_order():
     for t,axis in ((Teacher(nn.Identity(), select=[2, 0]), 1), (Teacher([nn.Identity()]*2, axis=-1, kind='regression'), -1)):
         t.select = torch.tensor([2, 0])
         same(t(x).logits, x.index_select(axis, torch.tensor([2, 0])))
-    with refuses(r'select=\[4\]: the teacher has 4 classes, 0 to 3, along axis 1'): Teacher(nn.Identity(), select=[4])(x)
+    with refuses(r'select=\[4\]: the teacher has 4 classes along axis 1, 0 to 3'): Teacher(nn.Identity(), select=[4])(x)
 
 
 # what is no teacher

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest, torch
 import apps # before the rest of fastai: it keeps its warnings quiet
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.data.all import (CategoryBlock, DataBlock, IndexSplitter, ItemGetter, MultiCategoryBlock, RegressionBlock,
                              TensorCategory, TransformBlock, get_c)
@@ -12,6 +13,7 @@ from fastai.metrics import accuracy
 from fastai.vision.all import ImageBlock, MaskBlock, Normalize, PILImage, PILMask, TensorImage, aug_transforms
 from torch import nn
 import torch.nn.functional as F
+from fastdistill.fastai import KnowledgeDistillation, hint
 from fastdistill.fastai.block import TeacherBlock, TeacherTarget
 from fastdistill.fastai.targets import Feed, TargetFeed, TeacherTargets
 from fastdistill.outputs import DistillError, DistillWarning
@@ -50,7 +52,7 @@ class Spy(TeacherTargets):
     def before_fit(self): self.feed.attach(self.learn, self.kind)
     def before_batch(self): pass
     def after_pred(self): pass
-    def after_loss(self): self.got.append((self.learn.x, self.learn.yb, self.feed.outputs(self.learn).logits, self.learn.training))
+    def after_loss(self): self.got.append((self.learn.x, self.learn.yb, self.feed.outputs().logits, self.learn.training))
     def after_fit(self): self.feed.detach()
 
 
@@ -186,7 +188,7 @@ def test_probabilities_taken_for_logits_are_noticed():
 def test_a_target_among_the_inputs_is_refused():
     blocks = TransformBlock,TeacherBlock,CategoryBlock
     dls = DataBlock(blocks, n_inp=2, getters=[lambda i: torch.zeros(768), row, label]).dataloaders(range(N), bs=4)
-    with pytest.raises(DistillError, match='say n_inp=1'): quiet(Learner(dls, Flat()))
+    with pytest.raises(DistillError, match='give Datasets or DataBlock n_inp=1'): quiet(Learner(dls, Flat()))
 
 
 def test_two_mixtures_are_refused():
@@ -194,18 +196,47 @@ def test_two_mixtures_are_refused():
     with pytest.raises(DistillError, match='mixed twice'): quiet(learn, cbs=Spy(TargetFeed()))
 
 
-def test_without_targets_the_feed_says_so_and_it_leaves_nothing_behind():
-    dls = DataBlock((ImageBlock, CategoryBlock), get_x=image, get_y=label).dataloaders(range(N), bs=8)
+def test_data_without_targets_are_refused_before_the_first_batch():
+    dls = DataBlock((ImageBlock, CategoryBlock), get_x=image, get_y=label).dataloaders(range(N), bs=8, num_workers=0)
     learn = Learner(dls, Flat(), default_cbs=False)
+    with pytest.raises(DistillError, match='no teacher.s target. Give KnowledgeDistillation a teacher'): TargetFeed().attach(learn)
+    assert not learn.cbs
+    class Never(Callback):
+        def before_train(self): raise AssertionError('training began')
+    learn = Learner(dls, Flat())
+    have = list(learn.cbs)
+    state = torch.get_rng_state()
+    with pytest.raises(DistillError, match='no teacher.s target. Give KnowledgeDistillation a teacher'):
+        quiet(learn, cbs=[KnowledgeDistillation(), Never()])
+    assert {type(c) for c in learn.cbs} == {type(c) for c in have} and torch.equal(state, torch.get_rng_state())
+
+
+def test_a_feed_leaves_nothing_behind():
+    learn = Learner(data(), Flat(), default_cbs=False)
     feed = TargetFeed().attach(learn)
-    assert sum(isinstance(c, TeacherTargets) for c in learn.cbs) == 1 and not feed.ready(learn)
-    with pytest.raises(DistillError, match='no teacher.s target'): feed.outputs(learn)
+    assert sum(isinstance(c, TeacherTargets) for c in learn.cbs) == 1 and not feed.ready()
     feed.detach(); feed.detach()
     assert not learn.cbs
-    learn = Learner(dls, Flat())
+    learn = Learner(data(), Flat())
     have = list(learn.cbs)
     TargetFeed().attach(learn).detach()
     assert list(learn.cbs) == have and issubclass(TargetFeed, Feed)
+
+
+def test_a_dataset_of_your_own_may_bring_targets():
+    "Without a TeacherBlock: what counts is the type of the last target"
+    rows = [(torch.rand(4), TensorCategory(i % 3), TeacherTarget(ROWS[i])) for i in range(N)]
+    learn = Learner(DataLoaders.from_dsets(rows[:16], rows[16:], bs=8, num_workers=0, n_inp=1), nn.Linear(4, C), loss_func=CrossEntropyLossFlat())
+    learn.dls.n_inp = 1
+    quiet(learn, cbs=KnowledgeDistillation())
+    assert learn.recorder.values[-1][-1] > 0
+
+
+def test_terms_of_layers_are_refused_where_targets_have_none():
+    learn = Learner(data(), Flat())
+    with pytest.raises(DistillError, match="no 'l' along. They bring: no features"):
+        quiet(learn, cbs=KnowledgeDistillation(recipe=hint(layers={'l': 'l'})))
+    assert not any('loss' in m.name for m in learn.metrics)
 
 
 def test_an_exported_student_loads_where_fastdistill_is_not_installed(tmp_path):

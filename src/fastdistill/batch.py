@@ -1,4 +1,5 @@
-"What the terms are computed from in one batch, and which positions count. A mask has the logits' shape without the class axis."
+"""What the terms are computed from in one batch, and which positions count. A mask has the logits' shape without the
+class axis."""
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
@@ -26,7 +27,8 @@ class Batch:
     def masks(self):
         "Of the first and of the second labels: where both models and the label count; None: everywhere"
         models = both(self.student.mask, self.teacher.mask)
-        return [both(models, label_mask(y[0] if len(y) else None, self.student.logits, self.task)) for y in (self.targets, self.others)]
+        return [both(models, label_mask(y[0] if len(y) else None, self.student.logits, self.task))
+                for y in (self.targets, self.others)]
 
     @cached_property
     def mask(self):
@@ -34,12 +36,16 @@ class Batch:
         first,other = self.masks
         if self.share is None: return first
         if first is None and other is None: return None
-        return blend(*[torch.ones_like(n).to(self.share) if m is None else m.to(self.share) for m,n in ((first, other), (other, first))], self.share)
+        first,other = [(torch.ones_like(n) if m is None else m).to(self.share) for m,
+                       n in ((first, other), (other, first))]
+        return blend(first, other, self.share)
 
     def options(self, term, mask):
-        "A term's options, and what it takes of this batch: what only holds for logits is their class axis, and which positions count"
+        """A term's options, and what it takes of this batch: what only holds for logits is their class axis, and which
+        positions count"""
         context = dict(kind=self.task.kind, ignore_index=self.task.ignore_index)
-        if mask is not None and term.samples: mask = mask.reshape(len(mask), -1).amax(1)     # a sample counts if any of its positions does
+        # a sample counts if any of its positions does
+        if mask is not None and term.samples: mask = mask.reshape(len(mask), -1).amax(1)
         if term.layers is None: context |= dict(axis=self.task.axis, **({} if mask is None else dict(mask=mask)))
         return term.options_at(self.progress, context)
 
@@ -74,7 +80,8 @@ def padding_mask(
     shape, # of the logits
     axis:int # their class axis
 ):
-    "The `attention_mask` among a batch's inputs, where the logits are one per token: positions that it hides do not count"
+    """The `attention_mask` among a batch's inputs, where the logits are one per token: positions that it hides do not
+    count"""
     found = [o['attention_mask'] for o in x if isinstance(o, Mapping) and isinstance(o.get('attention_mask'), Tensor)]
     return as_plain(found[0]) > 0 if found and found[0].shape == shape_of_labels(shape, axis) else None
 
@@ -83,7 +90,8 @@ def next_tokens(
     y:Tensor, # (B, L) labels, each where its own token stands
     ignore_index:int
 ):
-    "The labels of a causal language model, each where it is predicted: one position earlier; the last position has none"
+    """The labels of a causal language model, each where it is predicted: one position earlier; the last position has
+    none"""
     return F.pad(as_plain(y)[:, 1:], (0, 1), value=ignore_index)
 
 
@@ -94,14 +102,16 @@ def labels_to_shift(
     task,
     causal:bool=False # the student is known to predict the next token
 ) -> bool|None:
-    """Do the labels of a language model stand where their own tokens stand, and not where these are predicted? None: this batch has no
-    labels. A GPU waits for the answer, so ask once"""
-    if task.kind != 'softmax' or len(shape) != 3 or not isinstance(y, Tensor) or y.shape != shape_of_labels(shape, task.axis): return False
+    """Do the labels of a language model stand where their own tokens stand, and not where these are predicted? None:
+    this batch has no labels. A GPU waits for the answer, so ask once"""
+    tokens = task.kind == 'softmax' and len(shape) == 3 and isinstance(y, Tensor)
+    if not tokens or y.shape != shape_of_labels(shape, task.axis): return False
     y,ids = as_plain(y),[as_plain(o) for o in tensors_in(x) if o.shape == y.shape and not o.is_floating_point()]
     on = y != task.ignore_index
     if not on.any(): return None
     here,ahead = any((o == y)[on].all() for o in ids),any((o[:, 1:] == y[:, :-1])[on[:, :-1]].all() for o in ids)
     if here != ahead or not causal: return here and not ahead
-    raise DistillError("The student predicts the next token, and these labels do not show whether each stands where its token stands, as "
-                       "Hugging Face's models take them, or where it is predicted, one position earlier. Say so to the Distiller: "
+    raise DistillError("The student predicts the next token, and these labels do not show whether each stands where "
+                       "its token stands, as Hugging Face's models take them, or where it is predicted, one position "
+                       "earlier. Say so to the Distiller: "
                        "shift_labels=True for the first, shift_labels=False for the second")

@@ -1,5 +1,6 @@
 "The core: one batch of student, teacher and recipe. It knows tensors, no training loop and no particular loss."
-import copy
+import copy, warnings
+from functools import partial
 from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,8 @@ from .features.pairs import PairTable, check_names, inputs, pair
 from .features.probe import dry_run
 from .features.projectors import projector
 from .features.taps import Taps
-from .outputs import DistillError, Outputs, TopK, as_plain, check_output, warn_of_several
+from .gradients import norms_at_layer, norms_at_logits, swamped
+from .outputs import DistillError, DistillWarning, Outputs, TopK, as_plain, check_output, warn_of_several
 from .ranks import rank
 from .task import labels_loss, task_for
 from .teacher.teacher import Teacher
@@ -37,7 +39,8 @@ class Distilled:
 
     @property
     def added(self):
-        "What to add to the labels' own loss to get `total`, for trainers that hold that loss already; None if that is nothing"
+        """What to add to the labels' own loss to get `total`, for trainers that hold that loss already; None if that
+        is nothing"""
         if self.task is None or self.weights['task'] == 1: return self.taught
         rest = (self.weights['task']-1)*self.task
         return rest if self.taught is None else rest + self.taught
@@ -54,31 +57,40 @@ class Link(nn.Module):
         if self.layers is None: return s.logits,t.logits
         for o,n,who in zip((s, t), self.layers, ('student', 'teacher')):
             if n not in o.feats:
-                raise DistillError(f"The {who}'s outputs have no layer {n!r} (they have: {', '.join(o.feats) or 'none'}). distiller.teacher_outputs(x) "
-                                   "reads the teacher's layers, Taps(student, distiller.student_layers()) the student's.")
+                raise DistillError(f"The {who}'s outputs have no layer {n!r} (they have: "
+                                   f"{', '.join(o.feats) or 'none'}). distiller.teacher_outputs(x) reads the teacher's "
+                                   "layers, Taps(student, distiller.student_layers()) the student's.")
         a,b = s.feats[self.layers[0]],t.feats[self.layers[1]]
         return (a if self.projector is None else self.projector(a, b)),b
 
 
 class Distiller(nn.Module):
-    """A student, its teacher, and a recipe: `distiller(x, y)` is one batch. Its parameters are the student's and the projectors',
-    never the teacher's. `with distiller.teacher:` around a loop gets the teacher ready once, and not for each batch"""
+    """A student, its teacher, and a recipe: `distiller(x, y)` is one batch. Its parameters are the student's and the
+    projectors', never the teacher's. `with distiller.teacher:` around a loop gets the teacher ready once, and not for
+    each batch"""
     def __init__(
         self,
         student:nn.Module|None, # what is trained; None if only `compute` is used, without layers
         teacher, # a `Teacher`, or what it takes: a module, a callable, a file, a list of these
         recipe, # `kd()`, `kd() + at()`, a `Term`
         *,
-        task_loss=None, # fn(student logits, *targets): the labels' own loss; None: cross-entropy, binary cross-entropy or squared error
-        kind:str|None=None, # what the logits are: 'softmax' over classes, 'sigmoid' per label, or 'regression'; None: what `task_loss`
+        task_loss=None, # fn(student logits, *targets): the labels' own loss; None: cross-entropy, binary cross-entropy
+        # or squared error
+        kind:str|None=None, # what the logits are: 'softmax' over classes, 'sigmoid' per label, or 'regression'; None:
+        # what `task_loss`
         # takes, if that is PyTorch's, else 'softmax'
         axis:int|None=None, # class axis; None: `task_loss`'s, else 1
         ignore_index:int|None=None, # positions with this label do not count; None: `task_loss`'s, else -100
-        shift_labels:bool|None=None, # labels of a language model stand where their tokens stand (Hugging Face's way), and not where they
-        # are predicted: True moves them for the terms and for the loss that None chooses. None: seen in the first batch, or asked for
-        balance:str|None=None, # 'grad': weights are shares of the gradient, measured at the first batch (see `measure_balance`)
-        output=None, # which of several outputs is distilled, of the student and of a teacher that is not yet a `Teacher`: a name,
-        # an index, or a function of what the model returned; None: the one called 'logits' or 'out', or the first of a tuple
+        shift_labels:bool|None=None, # labels of a language model stand where their tokens stand (Hugging Face's way),
+        # and not where they
+        # are predicted: True moves them for the terms and for the loss that None chooses. None: seen in the first
+        # batch, or asked for
+        balance:str|None=None, # 'grad': weights are shares of the gradient, measured at the first batch (see
+        # `measure_balance`)
+        output=None, # which of several outputs is distilled, of the student and of a teacher that is not yet a
+        # `Teacher`: a name,
+        # an index, or a function of what the model returned; None: the one called 'logits' or 'out', or the first of a
+        # tuple
         example=None # a batch of inputs, to build projectors before an optimizer asks for their parameters
     ):
         super().__init__()
@@ -91,7 +103,11 @@ class Distiller(nn.Module):
             teacher = Teacher(teacher, kind=self.task.kind, axis=self.task.axis, output=output)
         self.teacher = teacher
         for t in self.recipe.terms: check_kind(t, self.task.kind)
-        self.links = nn.ModuleDict({t.name: nn.ModuleList([Link(own_copy(t.loss))]) for t in self.recipe.terms if t.layers is None})
+        self.links = nn.ModuleDict({t.name: nn.ModuleList([Link(own_copy(t.loss))]) for t in self.recipe.terms
+                                    if t.layers is None})
+        self.measures,self.seen = True,set() # are gradient shares measured? of which parts they were
+        # part -> share, the labels' is 'task'; None until the first training batch
+        self.gradient_shares:dict|None = None
         self.pairs:PairTable|None = None # what is compared with what, once it is known
         if student is not None and teacher is not None: self.check_names()
         if example is not None: self.setup(*inputs(example))
@@ -115,16 +131,19 @@ class Distiller(nn.Module):
     def own_parameters(self): return [p for p in self.links.parameters() if p.requires_grad]
 
     def setup(self, *x):
-        "Pair layers and build projectors, from one evaluation-mode probe that changes nothing, the random state included"
+        """Pair layers and build projectors, from one evaluation-mode probe that changes nothing, the random state
+        included"""
         student = self.student
         cuda = sorted({p.device.index for p in student.parameters() if p.is_cuda})
         with torch.random.fork_rng(cuda):
-            tables = {t.name: pair(student, self.teacher, x, layers=t.layers, match=t.match, projector=t.projector) for t in self.layered}
+            tables = {t.name: pair(student, self.teacher, x, layers=t.layers, match=t.match, projector=t.projector)
+                      for t in self.layered}
             with Taps(student, dict.fromkeys(p.student for ps in tables.values() for p in ps)) as taps:
                 dry_run(student, *x)
                 s = taps.pop()
             t = self.teacher.probe(*x, layers=list(dict.fromkeys(p.teacher for ps in tables.values() for p in ps)))
-            for term in self.layered: self.links[term.name] = nn.ModuleList(self._links(term, tables[term.name], s, t.feats))
+            for term in self.layered:
+                self.links[term.name] = nn.ModuleList(self._links(term, tables[term.name], s, t.feats))
         self.pairs = PairTable([p for ps in tables.values() for p in ps])
         return self
 
@@ -174,7 +193,8 @@ class Distiller(nn.Module):
 
     def forward(
         self,
-        x, # the inputs: a tensor, a tuple of several, or a dict (passed by name where the model has arguments of these names)
+        x, # the inputs: a tensor, a tuple of several, or a dict (passed by name where the model has arguments of these
+        # names)
         *targets, # labels; none where the recipe gives them no weight
         progress:float|None=None # share of the training that is done, for schedules
     ) -> Distilled:
@@ -194,10 +214,11 @@ class Distiller(nn.Module):
         if self.shift_labels is None:
             self.shift_labels = labels_to_shift(x, targets[0], logits.shape, self.task, predicts_next(self.student))
             if self.shift_labels and rank() == 0:
-                print("fastdistill: the labels are the inputs themselves, so each is moved to where it is predicted, one position earlier. "
-                      "shift_labels=True says so, shift_labels=False leaves them")
+                print("fastdistill: the labels are the inputs themselves, so each is moved to where it is predicted, "
+                      "one position earlier. shift_labels=True says so, shift_labels=False leaves them")
         at = (next_tokens(targets[0], self.task.ignore_index), *targets[1:]) if self.shift_labels else targets
-        return (labels_loss(logits, *at, task=self.task) if self.task_loss is None else self.task_loss(logits, *targets)),at
+        if self.task_loss is not None: return self.task_loss(logits, *targets),at
+        return labels_loss(logits, *at, task=self.task),at
 
     def compute(
         self,
@@ -210,29 +231,29 @@ class Distiller(nn.Module):
         mixed=None # (other targets, share of the first ones): MixUp's batches have two labels a sample
     ) -> Distilled:
         "The loss of a batch whose student (and teacher) ran already: what trainers call"
-        task,weights,terms = None if task is None else as_plain(task),self.recipe.weights_at(progress),self.active_terms(progress)
+        task,terms = None if task is None else as_plain(task),self.active_terms(progress)
+        weights = self.recipe.weights_at(progress, bool(self.balance))
         if task is None and weights['task']:
-            raise DistillError(f"This batch has no labels, but the recipe gives their loss the weight {weights['task']:g}: "
-                               "use alpha=1, or soft_labels(), to train from the teacher alone")
+            raise DistillError("This batch has no labels, but the recipe gives their loss the weight "
+                               f"{weights['task']:g}: use alpha=1, or soft_labels(), to train from the teacher alone")
         if terms and teacher is None:
             raise DistillError(f"{terms[0].name} needs the teacher's outputs for this batch, and got None: "
                                "needs_teacher(progress) says when")
         b = Batch(student, all_classes(teacher, student), targets, *(mixed or ((), None)), self.task, progress)
         values = {t.name: self._value(t, b) for t in terms}
-        if self.balance and torch.is_grad_enabled():
-            self.measure_balance({k: v for k,v in [('task', task), *values.items()] if v is not None and v.requires_grad and weights[k]})
-            weights = {k: w*self.scales.get(k, 1.) for k,w in weights.items()}
+        if torch.is_grad_enabled(): weights = self._measured(dict(task=task, **values), weights, student.logits)
         taught = [w*values[k] for k,w in weights.items() if k in values and w != 0]
         if not weights['task'] and student.logits is not None: taught.append(nothing(student.logits))
-        return Distilled(task, sum(taught[1:], taught[0]) if taught else None, {k: v.detach() for k,v in values.items()}, weights)
+        return Distilled(task, sum(taught[1:], taught[0]) if taught else None,
+                         {k: v.detach() for k,v in values.items()}, weights)
 
     def _value(self, term, b):
         "A term's value; where it reads labels and the batch has two a sample, mixed as the labels' own loss is"
         if b.share is None or term.n_targets == 0: return self._of_labels(term, b, b.targets, b.options(term, b.mask))
         each = b.share.numel() > 1
         if each and ('reduction' not in term.accepts or term.layers is not None):
-            raise DistillError(f"{term.name} reads labels, and MixUp gives each sample two of them: a loss of your own needs the "
-                               "keyword-only option `reduction` ('none': one value per sample) to be mixed. "
+            raise DistillError(f"{term.name} reads labels, and MixUp gives each sample two of them: a loss of your own "
+                               "needs the keyword-only option `reduction` ('none': one value per sample) to be mixed. "
                                "Or use CutMix, whose share is one for the whole batch.")
         options = [b.options(term, m) | (dict(reduction='none') if each else {}) for m in b.masks]
         first,other = [self._of_labels(term, b, y, o) for y,o in zip((b.targets, b.others), options)]
@@ -245,35 +266,52 @@ class Distiller(nn.Module):
         "A term's value by one set of labels: summed over its pairs of layers, as the papers do"
         links,targets = self.links[term.name],targets[:term.n_targets]
         if term.n_targets and len(targets) < term.n_targets:
-            raise DistillError(f"{term.name} needs {term.n_targets} target(s) beside student and teacher, this batch has {len(targets)}")
+            raise DistillError(f"{term.name} needs {term.n_targets} target(s) beside student and teacher, this batch "
+                               f"has {len(targets)}")
         pairs = [k.tensors(b.student, b.teacher) for k in links]
         if term.lists: return links[0].loss(*map(list, zip(*pairs)), *targets, **term.channels(pairs[0][1]), **options)
         return sum(k.loss(s, t, *targets, **term.channels(t), **options) for k,(s,t) in zip(links, pairs))
 
+    def _measured(self, values, weights, logits):
+        """The weights as they count, after what is measured at the first training batch, and where a part counts for
+        the first time"""
+        counted = {k: v for k,v in values.items() if v is not None and v.requires_grad and weights[k]}
+        if self.balance:
+            self.measure_balance(counted)
+            weights = {k: w*self.scales.get(k, 1.) for k,w in weights.items()}
+        if self.measures and not counted.keys() <= self.seen:
+            self.seen,self.gradient_shares = counted.keys(),self.shares(counted, weights, logits)
+            if (says := swamped(self.gradient_shares, weights)) and rank() == 0:
+                warnings.warn(says, DistillWarning, stacklevel=4)
+        return weights
+
+    def shares(
+        self,
+        values, # of what counts in a batch: the labels' loss ('task') and the terms, by name
+        weights, # of each
+        logits=None # the student's; None: its parameters are the place to measure at
+    ) -> dict:
+        """Each part's share of the gradient, by name: at the logits if all parts reach them, else (and with `balance`)
+        at the last layer of the student that all reach. Empty if there is no such place. Training is not changed by
+        it"""
+        try:
+            norms = None if self.balance else norms_at_logits(values, logits)
+            if norms is None and self.student is not None: norms = norms_at_layer(values, self.student, logits)
+        except RuntimeError: return {}      # compiled or checkpointed parts may allow one backward pass alone
+        norms = {k: weights[k]*n for k,n in (norms or {}).items()}
+        return {k: n/sum(norms.values()) for k,n in norms.items()}
+
     def measure_balance(
         self, values # of what counts in this batch: the labels' loss ('task') and the terms, by name
     ):
-        """Give those that have none yet a factor that makes their gradient as long as the labels' (the first term's, if the labels
-        don't count) at the student's last shared layer: with it, weights are shares of the gradient there"""
+        """Give those that have none yet a factor that makes their gradient as long as the labels' (the first term's, if
+        the labels don't count) at the student's last shared layer: with it, weights are shares of the gradient there"""
         if not (new := [k for k in values if k not in self.scales]): return
-        norms = self.gradient_norms(values)
+        if (norms := norms_at_layer(values, self.student)) is None:
+            raise DistillError("balance='grad': no layer of the student gets a gradient from all of "
+                               f"{', '.join(values)}. Weigh them by hand.")
         known = next((k for k in values if k in self.scales), new[0])
         for k in new: self.scales[k] = self.scales.get(known, 1.)*norms[known]/norms[k]
-
-    def gradient_norms(self, values):
-        "Of each value, at the last parameter of the student that all of them reach"
-        # subtle: of matrices and kernels where there are any; a bias in front of a batch-norm has a gradient of rounding errors
-        params = [p for p in self.student.parameters() if p.requires_grad]
-        params = [p for p in params if p.dim() > 1] or params
-        norms = {}
-        for k,v in values.items():
-            grads = torch.autograd.grad(v, params, retain_graph=True, allow_unused=True)
-            norms[k] = [0. if g is None else g.norm().item() for g in grads]
-        shared = [i for i in range(len(params)) if all(n[i] > 0 for n in norms.values())]
-        if not shared:
-            raise DistillError(f"balance='grad': no layer of the student gets a gradient from all of {', '.join(norms)}. "
-                               "Weigh them by hand.")
-        return {k: n[shared[-1]] for k,n in norms.items()}
 
     def _links(self, term, pairs, s, t):
         "Of one term: a link for each pair, on the student's device"
@@ -282,7 +320,8 @@ class Distiller(nn.Module):
             a,b = s[p.student],t[p.teacher]
             proj = projector(a.shape, b.shape, kind=term.projector, match=term.match, picture=p.picture).to(a.device)
             loss = own_copy(term.loss)
-            if hasattr(loss, 'prepare'): loss.prepare(proj.eval()(a, b), b, layer=modules.get(p.teacher.split('@')[0]), **term.channels(b))
+            if hasattr(loss, 'prepare'):
+                loss.prepare(proj.eval()(a, b), b, layer=modules.get(p.teacher.split('@')[0]), **term.channels(b))
             yield Link(loss, (p.student, p.teacher), proj.train()).to(a.device)
 
 
@@ -298,7 +337,9 @@ def loss_of_logits(
     "The whole loss of one batch of logits, for those who ran both models themselves: kd(T=4, alpha=.9)(s, t, y)"
     mask = context.pop('mask', None)
     d = Distiller(None, None, self, task_loss=task_loss, **context)
-    own = None if not targets else labels_loss(s, *targets, task=d.task) if task_loss is None else task_loss(s, *targets)
+    d.measures = False
+    loss = partial(labels_loss, task=d.task) if task_loss is None else task_loss
+    own = loss(s, *targets) if targets else None
     return d.compute(Outputs(s, mask=mask), Outputs(t), own, targets, progress=progress).total
 
 
@@ -313,8 +354,8 @@ def predicts_next(model):
 
 
 def nothing(logits):
-    """0, with the gradient 0 for every parameter behind the logits: DistributedDataParallel wants one for each, also where the
-    labels have the weight 0 and the terms compare inner layers alone"""
+    """0, with the gradient 0 for every parameter behind the logits: DistributedDataParallel wants one for each, also
+    where the labels have the weight 0 and the terms compare inner layers alone"""
     return logits.where(logits.new_zeros((), dtype=torch.bool), 0.).sum()
 
 

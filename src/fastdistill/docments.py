@@ -1,5 +1,5 @@
-"""Parameters are explained where they stand, in a comment behind each. Here these comments become part of the docstring, so that `help()`
-and an editor's tooltip show them: one source, two places to read it."""
+"""Parameters are explained where they stand, in a comment behind each. Here these comments become part of the
+docstring, so that `help()` and an editor's tooltip show them: one source, two places to read it."""
 import inspect, linecache, re
 from itertools import takewhile
 
@@ -14,12 +14,15 @@ def explain_all(
 
 
 def explain(o):
-    "Append what the comments say about the parameters of a function or class to its docstring; a second call changes nothing"
-    fn = o if inspect.isroutine(o) else getattr(o, 'fn', None) or vars(o).get('__init__') if isinstance(o, type) else None
+    """Append what the comments say about the parameters of a function or class to its docstring; a second call changes
+    nothing"""
+    fn = o if inspect.isroutine(o) else None
+    if isinstance(o, type): fn = getattr(o, 'fn', None) or vars(o).get('__init__')
     fields = isinstance(o, type) and hasattr(o, '__dataclass_fields__')
     if o.__doc__ is None or HEAD in o.__doc__ or (fn is None and not fields): return o
     said = field_comments(o) if fields else parameter_comments(fn)
-    if said: o.__doc__ = inspect.cleandoc(o.__doc__) + '\n\n' + HEAD + ''.join(f'\n    {k}: {v}' for k,v in said.items())
+    if said:
+        o.__doc__ = inspect.cleandoc(o.__doc__) + '\n\n' + HEAD + ''.join(f'\n    {k}: {v}' for k,v in said.items())
     return o
 
 
@@ -50,7 +53,8 @@ def field_comments(cls) -> dict:
 
 
 def comments(lines, names):
-    "Name -> comment, of lines that hold one or more of the names and then a comment, which may go on in lines of its own"
+    """Name -> comment, of lines that hold one or more of the names and then a comment, which may go on in lines of its
+    own"""
     said,last = {},None
     for l in lines:
         code,_,comment = l.strip().partition('# ')

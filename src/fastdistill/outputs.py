@@ -1,4 +1,4 @@
-"What a model gives for a batch, and the error that tells what is wrong."
+"What a model returns for a batch: logits, features, and which positions count."
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,20 +12,21 @@ __all__ = ['DistillError', 'DistillWarning', 'Outputs', 'TopK', 'as_plain', 'che
 
 
 def as_plain(x):
-    "`x` with tensor subclasses (fastai's `TensorImage` and so on) turned into plain tensors: they refuse many losses"
+    "A tensor without its subclass: fastai's `TensorImage` and others refuse many losses"
     return x.as_subclass(Tensor) if isinstance(x, Tensor) and type(x) is not Tensor else x
 
 
 @dataclass
 class TopK:
-    "A teacher's likeliest classes: what is left of its logits when only `k` of `n` are kept, and what is assumed of the rest"
+    "The logits of a teacher's `k` likeliest of `n` classes, and what is assumed of the other classes"
     ids:Tensor # (B, ..., k) class numbers
     values:Tensor # (B, ..., k) their log-probabilities
     n:int # number of classes
-    tail:str='uniform' # the rest's probability is shared equally ('uniform') or as the student shares it ('bucket'); 'zero': there is none;
-    # 'mean': the others have the mean of their log-probabilities, which stays near them at high temperatures
+    tail:str='uniform' # what is assumed of the others: 'uniform', they share their probability equally; 'bucket', as
+    # the student shares it; 'zero', they have none; 'mean', each has the mean of their log-probabilities, which stays
+    # near the true ones at high temperatures
     axis:int=-1 # where `dense` puts the class axis
-    rest:Tensor|None=None # (B, ..., 1) that mean
+    rest:Tensor|None=None # (B, ..., 1) mean of the others' log-probabilities, for 'mean'
 
     def __post_init__(self):
         if self.tail not in TAILS: raise DistillError(f"tail={self.tail!r}: possible are {', '.join(map(repr, TAILS))}")
@@ -35,30 +36,35 @@ class TopK:
     def dense(
         self, student:Tensor|None=None # the student's logits, which 'bucket' needs
     ) -> Tensor:
-        """Logits of all `n` classes: log-probabilities, but with 'mean' their probabilities add up to less than 1. With 'bucket', KL to the
-        student (at T=1) is the KL over k+1 outcomes, all classes that were not kept counting as one, and so is its gradient"""
+        """Logits of all `n` classes: log-probabilities, except with 'mean', where the probabilities add up to less than
+        1. With 'bucket', the KL to the student (at T=1) and its gradient are those over k+1 outcomes, where all classes
+        that were not kept count as one"""
         v,k = self.values.float(),self.ids.shape[-1]
         kept = v.logsumexp(-1, keepdim=True)
         if k == self.n or self.tail == 'zero': v,rest = v-kept,v.new_full((), -torch.inf)
         elif self.tail == 'mean': rest = self.rest.float()
-        # subtle: rounding may leave the k a little more than 1; what is left to the others is more than 0 all the same
+        # subtle: rounding may give the k classes a sum above 1, and the others must have more than 0
         else: rest = torch.log(-torch.expm1(kept.clamp(max=-1e-7)))
         out = self._rest(rest, student, v).scatter(-1, self.ids, v)
         return out.movedim(-1, self.axis)
 
     def _rest(self, rest, student, v):
-        "Log-probabilities of the rest, in all `n` places"
+        "Log-probabilities of the other classes, in all `n` places"
         shape = *v.shape[:-1],self.n
         if self.tail == 'mean': return rest.expand(shape)
-        if self.tail != 'bucket' or rest.dim() == 0: return (rest - log(max(self.n-self.ids.shape[-1], 1))).expand(shape)
-        if student is None: raise DistillError("tail='bucket' shares the rest as the student does: dense(student) needs its logits.")
+        if self.tail != 'bucket' or rest.dim() == 0:
+            return (rest - log(max(self.n-self.ids.shape[-1], 1))).expand(shape)
+        if student is None:
+            raise DistillError("tail='bucket' needs the student's logits, as in dense(student): the other classes "
+                               "share their probability as the student shares it.")
         s = as_plain(student.detach()).float().movedim(self.axis, -1)
-        if s.shape != shape: raise DistillError(f"The student's logits have shape {tuple(student.shape)}, the stored ones "
-                                                f"{self.n} classes along axis {self.axis}.")
+        if s.shape != shape:
+            raise DistillError(f"The student's logits have shape {tuple(student.shape)}, the stored ones {self.n} "
+                               f"classes along axis {self.axis}.")
         return rest + s.scatter(-1, self.ids, -torch.inf).log_softmax(-1)
 
     def reorder(
-        self, order:Tensor # (n,) which of the stored classes each place of the new order has
+        self, order:Tensor # (n,) the stored class at each place of the new order
     ) -> 'TopK':
         "The same with the classes in another order"
         place = torch.empty_like(order)
@@ -71,9 +77,9 @@ TAILS = 'mean','uniform','zero','bucket'
 
 @dataclass
 class Outputs:
-    "Of one batch: the values before softmax, the named layers that were asked for, which positions count"
+    "The outputs of a model for one batch: logits, features of named layers, and which positions count"
     logits:Tensor|TopK|None=None # (B, C), (B, C, H, W), (B, L, V), or any shape for regression
-    feats:dict[str,Tensor]=field(default_factory=dict) # dotted layer name -> what came out of that layer
+    feats:dict[str,Tensor]=field(default_factory=dict) # dotted layer name -> that layer's output
     mask:Tensor|None=None # logits' shape without the class axis: True, or a weight, where a position counts
 
     @classmethod
@@ -92,18 +98,19 @@ class Outputs:
 
 def _logits(raw):
     if isinstance(raw, Tensor): return raw
-    if isinstance(raw, dict) and 'logits' in raw: return raw['logits']     # Hugging Face's ModelOutput is a dict
+    if isinstance(raw, dict) and 'logits' in raw: return raw['logits'] # Hugging Face's ModelOutput is a dict
     if hasattr(raw, 'logits'): return raw.logits
-    if isinstance(raw, dict) and 'out' in raw: return raw['out']           # torchvision's segmentation models
-    if isinstance(raw, (tuple, list)) and len(raw) and isinstance(raw[0], Tensor): return raw[0]  # fastai's RNNs
+    if isinstance(raw, dict) and 'out' in raw: return raw['out'] # torchvision's segmentation models
+    if isinstance(raw, (tuple, list)) and len(raw) and isinstance(raw[0], Tensor): return raw[0] # fastai's RNNs
     have = f" with the keys {', '.join(map(str, raw))}" if isinstance(raw, dict) else ''
-    raise DistillError(f"The model returned a {type(raw).__name__}{have}: no logits in it. Possible are a tensor, a tuple that begins with "
-                       "one, a dict with 'logits' or 'out'. Name another output with output=, or wrap the model in a function "
-                       "that returns one of these.")
+    raise DistillError(f"The model returned a {type(raw).__name__}{have}: no logits in it. Possible are a tensor, a "
+                       "tuple that begins with one, a dict with 'logits' or 'out'. Name another output with output=, "
+                       "or wrap "
+                       "the model in a function that returns one of these.")
 
 
 def parts_of(raw):
-    "Name or index -> each of the outputs that a model returned together"
+    "Name and index of each output that the model returned -> the output"
     if isinstance(raw, Tensor): return dict.fromkeys((0, 'logits', 'out'), raw)
     if isinstance(raw, (tuple, list)): named = dict(zip(getattr(raw, '_fields', ()), raw))
     else: named = dict(raw) if isinstance(raw, Mapping) else dict(getattr(raw, '__dict__', {}))
@@ -112,18 +119,19 @@ def parts_of(raw):
 
 def check_output(output):
     if output is None or isinstance(output, (str, int)) or callable(output): return
-    raise DistillError(f"output={output!r}: possible are the name or the index of an output, and a function of what the model returned")
+    raise DistillError(f"output={output!r}: possible are the name or the index of an output, and a function of what "
+                       "the model returned")
 
 
 def named_output(raw, output):
-    "The one of several outputs that a name, an index or a function picks"
+    "The output that a name, an index or a function picks from several"
     if callable(output): return output(raw)
     parts = parts_of(raw)
     place = output + sum(isinstance(k, int) for k in parts) if isinstance(output, int) and output < 0 else output
     if place in parts: return parts[place]
     have = 'one tensor' if isinstance(raw, Tensor) else f"a {type(raw).__name__} with {described(parts)}"
-    raise DistillError(f"output={output!r}, but the model returned {have}. Give the name or the index of one of these, or a function "
-                       "that makes the logits of what the model returned.")
+    raise DistillError(f"output={output!r}, but the model returned {have}. Give the name or the index of one of these, "
+                       "or a function that computes the logits from what the model returned.")
 
 
 def described(parts):
@@ -133,37 +141,39 @@ def described(parts):
 
 def warn_of_several(
     raw, # what the model returned
-    model, # which returned it
-    who:str, # it is, in a message
-    found:dict # remembers that this was looked into
+    model,
+    who:str, # the model, in the message
+    found:dict # which remembers that this was checked
 ):
-    "Warn, once, that the first of several tensors is distilled, where others could have been meant as well"
+    "Warn once if the model returned several tensors that could be its logits, of which the first is distilled"
     if not isinstance(raw, (tuple, list)) or not len(raw) or 'several' in found: return
     found['several'] = True
     if hasattr(raw, 'logits') or not isinstance(raw[0], Tensor) or is_fastai_text(model): return
-    alike = {i: o for i,o in enumerate(raw) if isinstance(o, Tensor) and o.is_floating_point() and o.dim() == raw[0].dim()}
+    tensors = {i: o for i,o in enumerate(raw) if isinstance(o, Tensor)}
+    alike = {i: o for i,o in tensors.items() if o.is_floating_point() and o.dim() == raw[0].dim()}
     if len(alike) > 1: warn_of_first(who, described(alike))
 
 
 def warn_of_first(who, several):
-    warnings.warn(f"{who} returns several tensors that could each be distilled: {several}. The first is taken. Name one with output=, an "
-                  "index or a function of what the model returns: output=0 confirms the first.", DistillWarning, stacklevel=4)
+    warnings.warn(f"{who} returns several tensors that could each be distilled: {several}. The first is taken. Name "
+                  "one with output=, an index or a function of what the model returns: output=0 confirms the first.",
+                  DistillWarning, stacklevel=4)
 
 
 def is_fastai_text(model):
-    "fastai's recurrent models return (logits, raw outputs, outputs after dropout)"
+    "Whether it is a recurrent model of fastai, which returns (logits, raw outputs, outputs after dropout)"
     return any(type(m).__module__.startswith('fastai.text.') for m in getattr(model, 'modules', list)())
 
 
 def tensors_in(o):
-    "All tensors in nested tuples, lists and mappings"
+    "All tensors in nested tuples, lists and dicts"
     if isinstance(o, Tensor): yield o
     elif isinstance(o, (tuple, list, Mapping)):
         for v in (o.values() if isinstance(o, Mapping) else o): yield from tensors_in(v)
 
 
 def map_tensors(o, fn):
-    "`fn` of all tensors in nested tuples, lists and mappings; whatever else there is stays"
+    "Nested tuples, lists and dicts with `fn` applied to each tensor; other values stay"
     if isinstance(o, Tensor): return fn(o)
     if isinstance(o, Mapping): return {k: map_tensors(v, fn) for k,v in o.items()}
     if isinstance(o, tuple) and hasattr(o, '_fields'): return type(o)(*(map_tensors(v, fn) for v in o))

@@ -7,8 +7,10 @@ from .losses._base import loss
 from .outputs import DistillError
 from .schedule import schedule
 from .distiller import Recipe, Term
+from .terms import Paper
 
-__all__ = ['ab', 'at', 'cc', 'cwd', 'dist', 'dkd', 'fsp', 'hard_labels', 'hint', 'ickd', 'ifvd', 'kd', 'logit_std', 'nkd', 'nst', 'ofd',
+__all__ = ['ab', 'at', 'cc', 'cwd', 'dist', 'dkd', 'fsp', 'hard_labels', 'hint', 'ickd', 'ifvd', 'kd', 'logit_std',
+           'nkd', 'nst', 'ofd',
            'pairwise', 'pkd', 'pkt', 'rkd', 'soft_labels', 'sp', 'vid']
 
 
@@ -59,11 +61,13 @@ def kd(
     class_mean:bool=False # average over classes too: the scale of older scripts; the same as an alpha that is smaller
 ):
     """alpha T^2 KL(teacher || student) + (1-alpha) labels (Hinton 2015, arXiv:1503.02531), in the form that fits what
-    the model predicts: softmax over classes, sigmoid per label (multi-label), or numbers (regression, where T has no meaning)"""
+    the model predicts: softmax over classes, sigmoid per label (multi-label), or numbers (regression, where T has no
+    meaning)"""
     alpha = schedule(alpha, 'alpha')
     if not callable(alpha) and not 0 <= alpha <= 1:
         raise DistillError(f"alpha={alpha}: it is the teacher's share, from 0 (labels alone) to 1 (teacher alone)")
-    return Recipe(Term(kl_per_class if class_mean else losses.soft_targets, weight=alpha, T=T, name='kd'), task=_rest(alpha))
+    return Recipe(Term(kl_per_class if class_mean else losses.soft_targets, weight=alpha, T=T, name='kd'),
+                  task=_rest(alpha))
 
 
 @long_name_too
@@ -83,7 +87,8 @@ def hard_labels(
 @long_name_too
 def dkd(
     alpha:float=1., # weight of the target class's part
-    beta:float=8., # weight of the other classes' part: 2 to 8 for CIFAR-100 (the authors', by pair of nets), .5 for ImageNet
+    beta:float=8., # weight of the other classes' part: 2 to 8 for CIFAR-100 (the authors', by pair of nets), .5 for
+    # ImageNet
     T=4.,
     weight=1. # of both; the authors let it grow over the first 20 of 240 epochs: ('warmup', 1.)
 ):
@@ -97,7 +102,7 @@ def nkd(
     T=1., # temperature of that part
     weight=1.
 ):
-    "Normalised distillation beside the labels' own loss (ICCV 2023, arXiv:2303.13005)"
+    "Normalized distillation beside the labels' own loss (ICCV 2023, arXiv:2303.13005)"
     return Recipe(Term(losses.nkd, weight=weight, gamma=gamma, T=T, name='nkd'))
 
 
@@ -113,10 +118,10 @@ def dist(
 
 
 def logit_std(
-    recipe # e.g. kd(T=2., alpha=.9): its terms on logits get both logits standardised
+    recipe # e.g. kd(T=2., alpha=.9): its terms on logits get both logits standardized
 ):
-    """Logit standardisation of any recipe (CVPR 2024, arXiv:2403.01427). The authors weigh it with 9 beside labels with .1:
-    Recipe(Term(losses.standardized(losses.kl), weight=9., T=2.), task=.1)"""
+    """Logit standardization of any recipe (CVPR 2024, arXiv:2403.01427). The authors weigh it with 9 beside labels with
+    .1: Recipe(Term(losses.standardized(losses.kl), weight=9., T=2.), task=.1)"""
     def std(t):
         if t.layers is not None: return t
         t = copy.copy(t)
@@ -126,11 +131,13 @@ def logit_std(
     return Recipe(*map(std, recipe.terms), task=recipe.task)
 
 
-# between layers: `layers` as in `Term`, the paper's weight where nothing else is said; all stand beside the labels' own loss (or kd())
+# between layers: `layers` as in `Term`, the paper's weight where none is given (with balance='grad', a share of 1);
+# all stand beside the
+# labels' own loss (or kd())
 
 def hint(
     layers='auto', # FitNets took one layer in the middle
-    weight=100., # RepDistiller's
+    weight=Paper(100.), # RepDistiller's
     projector='auto', # the paper's is a convolution
     stop_at=None # FitNets' hint was a first phase: a share of the training
 ):
@@ -140,7 +147,7 @@ def hint(
 
 def at(
     layers='auto', # the end of each stage, as in the paper
-    weight=1000., # the authors'
+    weight=Paper(1000.), # the authors'
     p:float=2., # exponent of the activations
     stop_at=None
 ):
@@ -150,7 +157,7 @@ def at(
 
 def nst(
     layers='last', # as in the paper
-    weight=50., # the authors'
+    weight=Paper(50.), # the authors'
     stop_at=None
 ):
     "Which patterns the channels select (neuron selectivity transfer, arXiv:1707.01219)"
@@ -169,7 +176,7 @@ def fsp(
 
 def ab(
     layers='auto', # better by hand: values before the ReLU, as '0.7.1.relu@in'
-    weight=50., # the authors' .003 x channels x positions of a CIFAR net's last stage
+    weight=Paper(50.), # the authors' .003 x channels x positions of a CIFAR net's last stage
     margin:float=1.,
     projector='auto',
     stop_at=None # the paper's was a first phase
@@ -179,28 +186,31 @@ def ab(
 
 
 def ofd(
-    layers='auto', # better by hand: values before the ReLU; of a batch norm ('layer3.1.bn2@pre') the margin is computed from its weights
-    weight=10., # the authors' for ImageNet with a ResNet-50, in this scale; 16 for CIFAR
+    layers='auto', # better by hand: values before the ReLU; of a batch norm ('layer3.1.bn2@pre') the margin is
+    # computed from its weights
+    weight=Paper(10.), # the authors' for ImageNet with a ResNet-50, in this scale; 16 for CIFAR
     projector='conv_bn', # the authors'
     stop_at=None
 ):
-    "The teacher's features before the ReLU, as far as they matter after it (overhaul of feature distillation, arXiv:1904.01866)"
+    """The teacher's features before the ReLU, as far as they matter after it (overhaul of feature distillation,
+    arXiv:1904.01866)"""
     return Recipe(Term(losses.OFD(), weight, layers=layers, projector=projector, stop_at=stop_at))
 
 
 def vid(
     layers='auto',
-    weight=1., # RepDistiller's
+    weight=Paper(1.), # RepDistiller's
     projector='mlp', # RepDistiller's, of 1x1 convolutions
     stop_at=None
 ):
-    "The teacher's features, each channel as exactly as it can be foreseen (variational information distillation, arXiv:1904.05835)"
+    """The teacher's features, each channel as exactly as it can be foreseen (variational information distillation,
+    arXiv:1904.05835)"""
     return Recipe(Term(losses.VID(), weight, layers=layers, projector=projector, stop_at=stop_at))
 
 
 def pkd(
     layers='auto', # the authors took the levels of a detector's feature pyramid
-    weight=6., # theirs for two-stage detectors; 10 for RetinaNet
+    weight=Paper(6.), # theirs for two-stage detectors; 10 for RetinaNet
     projector='auto',
     stop_at=None
 ):
@@ -221,7 +231,7 @@ def rkd(
 
 def sp(
     layers='last', # as the authors
-    weight=3000., # theirs, for batches of 64
+    weight=Paper(3000.), # theirs, for batches of 64
     stop_at=None
 ):
     "Which samples of a batch are alike (similarity-preserving KD, arXiv:1907.09682)"
@@ -230,7 +240,7 @@ def sp(
 
 def cc(
     layers='last@mean',
-    weight=100., # ours: none is published for the paper's form
+    weight=Paper(100.), # ours: none is published for the paper's form
     kernel:str='gaussian', # or 'bilinear'
     gamma:float=.4, # of the gaussian
     stop_at=None
@@ -241,16 +251,16 @@ def cc(
 
 def pkt(
     layers='last@mean', # pooled features, as RepDistiller
-    weight=470., # its 30000 for batches of 64, in this scale
+    weight=Paper(470.), # its 30000 for batches of 64, in this scale
     stop_at=None
 ):
-    "Who are a sample's neighbours, as probabilities (probabilistic knowledge transfer, arXiv:1803.10837)"
+    "Who are a sample's neighbors, as probabilities (probabilistic knowledge transfer, arXiv:1803.10837)"
     return Recipe(Term(losses.pkt, weight, layers=layers, stop_at=stop_at))
 
 
 def ickd(
     layers='last',
-    weight=2.5, # the authors' for CIFAR
+    weight=Paper(2.5), # the authors' for CIFAR
     projector='conv_bn', # theirs
     stop_at=None
 ):
@@ -267,13 +277,13 @@ def cwd(
     stop_at=None
 ):
     "Where in the picture each channel is, for dense prediction (channel-wise KD, arXiv:2011.13256)"
-    weight = (3. if layers is None else 50.) if weight is None else weight
+    weight = Paper(3. if layers is None else 50.) if weight is None else weight
     return Recipe(Term(losses.cwd, weight, layers=layers, projector=projector, stop_at=stop_at, T=T))
 
 
 def pairwise(
     layers='last',
-    weight=.5, # the authors'
+    weight=Paper(.5), # the authors'
     pool=.5, # size of a cell: pixels, or a share of the map
     stop_at=None
 ):
@@ -283,7 +293,7 @@ def pairwise(
 
 def ifvd(
     layers='last',
-    weight=200., # the authors'
+    weight=Paper(200.), # the authors'
     stop_at=None
 ):
     "How pixels of a class vary around their mean, for dense prediction (Wang et al., ECCV 2020)"

@@ -24,7 +24,8 @@ class Schedule:
 
 
 def schedule(
-    v, # a number; a function of progress in [0, 1] (fastai's `SchedCos(.9, .1)`); 'linear', 'cosine' (from 1 to 0) or 'warmup'
+    v, # a number; a function of progress in [0, 1] (fastai's `SchedCos(.9, .1)`); 'linear', 'cosine' (from 1 to 0) or
+    # 'warmup'
        # (from 0 to 1); or a name with its ends: ('cosine', start, end), ('warmup', end)
     what:str='value' # how an error calls it
 ):
@@ -32,8 +33,8 @@ def schedule(
     if isinstance(v, Real) or callable(v): return v
     name,*ends = (v,) if isinstance(v, str) else v if isinstance(v, (tuple, list)) and v else (None,)
     if not isinstance(name, str) or name not in NAMES or len(ends) > 2 or not all(isinstance(o, Real) for o in ends):
-        raise DistillError(f"{what}={v!r}: possible are a number, a function of progress from 0 to 1, a name ({', '.join(NAMES)}), "
-                           "or a name with its ends, as ('cosine', 1., 0.) or ('warmup', 100.)")
+        raise DistillError(f"{what}={v!r}: possible are a number, a function of progress from 0 to 1, a name "
+                           f"({', '.join(NAMES)}), or a name with its ends, as ('cosine', 1., 0.) or ('warmup', 100.)")
     if name == 'warmup': ends = [0., *ends] if len(ends) < 2 else ends
     start,end = (*ends, *((0., 1.) if name == 'warmup' else (1., 0.))[len(ends):])
     return Schedule(name, start, end)
@@ -47,5 +48,6 @@ def value_at(
     "The number that `v` is at `progress`"
     if not callable(v): return v
     if progress is None:
-        raise DistillError(f"{what} follows a schedule: say where training stands, as in distiller(x, y, progress=step/steps)")
+        raise DistillError(f"{what} follows a schedule: say where training stands, as in distiller(x, y, "
+                           "progress=step/steps)")
     return float(v(progress))

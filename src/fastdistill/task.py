@@ -1,4 +1,5 @@
-"What a model predicts, read off its loss function; which labels fit it, and the loss that they get where none is given."
+"""What a model predicts, read off its loss function; which labels fit it, and the loss that they get where none is
+given."""
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -83,11 +84,15 @@ def task_for(
     known = kind_of(lf)
     if None not in (kind, known) and kind != known:
         raise DistillError(f"kind={kind!r}, but task_loss={loss!r} is for kind={known!r}: one of the two is wrong")
-    task = Task(kind or 'softmax') if loss is None else task_of(loss, kind or known or (None if takes_probabilities(lf) else 'softmax'))
-    return Task(task.kind, task.axis if axis is None else axis, task.ignore_index if ignore_index is None else ignore_index)
+    task = Task(kind or 'softmax') if loss is None else task_of(loss,
+                                                                kind or known or (None if takes_probabilities(lf)
+                                                                                  else 'softmax'))
+    return Task(task.kind, task.axis if axis is None else axis,
+                task.ignore_index if ignore_index is None else ignore_index)
 
 
-def takes_probabilities(lf): return isinstance(lf, (nn.BCELoss, nn.NLLLoss)) or lf in (F.binary_cross_entropy, F.nll_loss)
+def takes_probabilities(lf): return isinstance(lf, (nn.BCELoss, nn.NLLLoss)) or lf in (F.binary_cross_entropy,
+                                                                                       F.nll_loss)
 
 
 def shape_of_labels(
@@ -107,7 +112,8 @@ def fit_labels(
     "The labels in the shape of what is predicted, as class numbers where there are classes; None if they do not fit"
     if task.kind != 'softmax': return y.reshape(shape) if y.numel() == prod(shape) else None
     if not -len(shape) <= task.axis < len(shape): return None
-    if y.is_floating_point(): return y.argmax(task.axis) if y.shape == shape else None      # a probability for each class
+    # a probability for each class
+    if y.is_floating_point(): return y.argmax(task.axis) if y.shape == shape else None
     wanted = shape_of_labels(shape, task.axis)
     squeezed = lambda s: [n for n in s if n != 1]
     fits = squeezed(y.shape) == squeezed(wanted) or y.shape == (prod(wanted),)
@@ -130,7 +136,9 @@ def labels_loss(
     task:Task
 ):
     "The labels' own loss, by what the model predicts: cross-entropy, binary cross-entropy or squared error"
-    if more: raise DistillError(f"These batches have {1+len(more)} targets: give task_loss=, a function of the logits and all of them")
+    if more:
+        raise DistillError(f"These batches have {1+len(more)} targets: give task_loss=, a function of the logits and "
+                           "all of them")
     s,y = as_plain(s),as_plain(y)
     if task.kind == 'softmax' and y.is_floating_point() and y.shape == s.shape:
         return F.cross_entropy(s.movedim(task.axis, 1), y.movedim(task.axis, 1))
@@ -143,18 +151,21 @@ def labels_loss(
 def unfit_labels(y, shape, task):
     "What is wrong with labels that do not fit, and what would be right"
     if task.kind != 'softmax':
-        return f"The labels have shape {tuple(y.shape)}, the student's outputs {tuple(shape)}: both need the same number of values"
+        return (f"The labels have shape {tuple(y.shape)}, the student's outputs {tuple(shape)}: "
+                "both need the same number of values")
     axes = fitting_axes(y, shape)
     fits = f" They fit classes along axis {' or '.join(map(str, axes))}: pass axis={axes[0]}." if axes else ''
-    return f"The logits, of shape {tuple(shape)}, have their classes on axis {task.axis}, but the labels have shape {tuple(y.shape)}.{fits}"
+    return (f"The logits, of shape {tuple(shape)}, have their classes on axis {task.axis}, "
+            f"but the labels have shape {tuple(y.shape)}.{fits}")
 
 
 def unknown_loss(lf):
     name = getattr(lf, '__name__', type(lf).__name__)
     if isinstance(lf, nn.BCELoss) or lf is F.binary_cross_entropy:
-        return (f"The student's loss {name} takes probabilities, so its model ends in a sigmoid, and distillation needs the outputs "
-                "before it: end the model with the last linear layer and use BCEWithLogitsLossFlat.")
+        return (f"The student's loss {name} takes probabilities, so its model ends in a sigmoid, and distillation "
+                "needs the outputs before it: end the model with the last linear layer and use BCEWithLogitsLossFlat.")
     if isinstance(lf, nn.NLLLoss) or lf is F.nll_loss:
-        return (f"The student's loss {name} takes log-probabilities: pass kind='softmax' and axis=... (log-probabilities are logits too).")
-    return (f"Can't tell from the student's loss {name} what it predicts: pass kind='softmax' (classes, with axis= their axis), "
-            "'sigmoid' (labels) or 'regression' (numbers) to KnowledgeDistillation.")
+        return (f"The student's loss {name} takes log-probabilities: pass kind='softmax' and axis=... "
+                "(log-probabilities are logits too).")
+    return (f"Can't tell from the student's loss {name} what it predicts: pass kind='softmax' (classes, with axis= "
+            "their axis), 'sigmoid' (labels) or 'regression' (numbers) to KnowledgeDistillation.")

@@ -7,26 +7,35 @@ from .features.projectors import checked_projector
 from .outputs import DistillError
 from .schedule import schedule, value_at
 
-__all__ = ['Recipe', 'Term', 'check_kind']
+__all__ = ['Paper', 'Recipe', 'Term', 'check_kind']
+
+
+class Paper(float):
+    "A weight that is a paper's and not the user's: where weights are shares of the gradient, it counts as a share of 1"
 
 
 class Term:
     "One comparison of student and teacher: a loss, how much it counts, and between which layers (else: the logits)"
     def __init__(
         self,
-        loss, # fn(student, teacher, *targets, **options): a function of `fastdistill.losses`, a module of it, or your own
+        loss, # fn(student, teacher, *targets, **options): a function of `fastdistill.losses`, a module of it, or your
+        # own
         weight=1., # number or schedule (see `fastdistill.schedule`)
         *,
-        layers=None, # {'student.name': 'teacher.name'}, pairs of names, 'auto', 'last' (see `fastdistill.pairs`); None compares the logits
-        match:str|None=None, # what the loss needs of the teacher's layers: 'shape', 'grid' (places) or 'none'; None: what the loss
+        layers=None, # {'student.name': 'teacher.name'}, pairs of names, 'auto', 'last' (see `fastdistill.pairs`); None
+        # compares the logits
+        match:str|None=None, # what the loss needs of the teacher's layers: 'shape', 'grid' (places) or 'none'; None:
+        # what the loss
         # says at its definition (see `losses.loss`), and 'shape' for a function that says nothing
-        projector='auto', # student's shape -> teacher's, where the loss needs it: 'auto', 'linear', 'conv', 'conv_bn', 'mlp', or a module
+        projector='auto', # student's shape -> teacher's, where the loss needs it: 'auto', 'linear', 'conv', 'conv_bn',
+        # 'mlp', or a module
         stop_at:float|None=None, # share of the training after which the term ends
         name:str|None=None, # of its column
         **options # of the loss; a schedule is a value too, e.g. T=('linear', 8, 1)
     ):
         if not callable(loss):
-            raise DistillError(f"A term needs a loss function, got {loss!r}. See fastdistill.losses for those that exist.")
+            raise DistillError(f"A term needs a loss function, got {loss!r}. See fastdistill.losses for those that "
+                               "exist.")
         self.loss,self.layers,self.stop_at = loss,None if layers is None else checked_layers(layers),stop_at
         self.projector = checked_projector(projector)
         fn,ps = signature(loss)
@@ -35,14 +44,18 @@ class Term:
         args = [p for p in ps if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         self.accepts = {p.name for p in ps if p.kind is p.KEYWORD_ONLY}
         # how many of the targets the loss takes: those it must have, or all
-        self.n_targets = None if any(p.kind is p.VAR_POSITIONAL for p in ps) else sum(p.default is p.empty for p in args[2:])
+        self.n_targets = None if any(p.kind is p.VAR_POSITIONAL for p in ps) else sum(p.default is p.empty
+                                                                                      for p in args[2:])
         named = self.accepts | {p.name for p in args[2:]}
         if (wrong := set(options) - named) and not any(p.kind is p.VAR_KEYWORD for p in ps):
-            raise DistillError(f"{self.name} has no option {', '.join(sorted(wrong))}. It has: {', '.join(sorted(named)) or 'none'}")
+            raise DistillError(f"{self.name} has no option {', '.join(sorted(wrong))}. It has: "
+                               f"{', '.join(sorted(named)) or 'none'}")
         self.options = {k: schedule(v, k) if k == 'T' else v for k,v in options.items()}
         if match not in (None, 'shape', 'grid', 'none'):
-            raise DistillError(f"match={match!r}: possible are 'shape', 'grid' and 'none' (what {self.name} needs of the teacher's layers)")
-        self.kind,self.lists,self.samples = getattr(fn, 'kind', None),getattr(fn, 'lists', False),getattr(fn, 'samples', False)
+            raise DistillError(f"match={match!r}: possible are 'shape', 'grid' and 'none' (what {self.name} needs of "
+                               "the teacher's layers)")
+        self.kind,self.lists,self.samples = getattr(fn, 'kind', None),getattr(fn, 'lists', False),getattr(fn, 'samples',
+                                                                                                          False)
         self.match = match or getattr(fn, 'match', 'shape')
 
     def __add__(self, other): return Recipe(self) + other
@@ -51,9 +64,15 @@ class Term:
         of = f', layers={self.layers!r}' if self.layers is not None else ''
         return f"Term({self.name}, weight={self.weight!r}{of}{''.join(f', {k}={v!r}' for k,v in self.options.items())})"
 
-    def weight_at(self, progress):
-        if self.stop_at is not None and value_at(lambda p: p, progress, f'The end of {self.name}') >= self.stop_at: return 0.
-        return value_at(self.weight, progress, f'The weight of {self.name}')
+    def weight_at(
+        self,
+        progress:float|None, # share of the training that is done
+        shares:bool=False # weights are shares of the gradient, and a paper's weight has another scale
+    ) -> float:
+        if self.stop_at is not None:
+            if value_at(lambda p: p, progress, f'The end of {self.name}') >= self.stop_at: return 0.
+        return 1. if shares and isinstance(self.weight, Paper) else value_at(self.weight, progress,
+                                                                             f'The weight of {self.name}')
 
     @property
     def held(self):
@@ -85,7 +104,8 @@ def signature(loss):
 def checked_name(name):
     "It names a column, and what is kept of the term"
     if name == 'task' or '.' in name or hasattr(nn.ModuleDict, name):
-        raise DistillError(f"A term can't be called {name!r}, which has a meaning already: Term(..., name='...') gives it another name.")
+        raise DistillError(f"A term can't be called {name!r}, which has a meaning already: Term(..., name='...') gives "
+                           "it another name.")
     return name
 
 
@@ -99,12 +119,14 @@ class Recipe:
         self.terms,said = [],[] if task is None else [schedule(task, 'task')]
         for o in terms:
             if not isinstance(o, (Term, Recipe)):
-                raise DistillError(f"A recipe is made of terms and recipes, got {o!r}. Try kd(), or Term(losses.kl, weight=.5).")
+                raise DistillError(f"A recipe is made of terms and recipes, got {o!r}. Try kd(), or Term(losses.kl, "
+                                   "weight=.5).")
             if task is None and isinstance(o, Recipe) and o.task is not None: said.append(o.task)
             for t in [o] if isinstance(o, Term) else o.terms: self._add(t)
         if any(o != said[0] for o in said):
-            raise DistillError(f"These recipes say differently how much the labels count ({' and '.join(map(str, said))}): "
-                               "give them the same alpha, or say it once for all, as in Recipe(kd(), hard_labels(), task=.1).")
+            raise DistillError("These recipes say differently how much the labels count "
+                               f"({' and '.join(map(str, said))}): give them the same alpha, or say it once for all, "
+                               "as in Recipe(kd(), hard_labels(), task=.1).")
         self.task = said[0] if said else None
 
     def _add(self, t):
@@ -116,13 +138,14 @@ class Recipe:
 
     def __add__(self, other): return Recipe(self, other)
 
-    def __repr__(self): return f"Recipe({', '.join(map(repr, self.terms))}, task={1. if self.task is None else self.task!r})"
+    def __repr__(self):
+        return f"Recipe({', '.join(map(repr, self.terms))}, task={1. if self.task is None else self.task!r})"
 
     def task_at(self, progress): return 1. if self.task is None else value_at(self.task, progress, "The task's weight")
 
-    def weights_at(self, progress):
+    def weights_at(self, progress, shares=False):
         "The weight of each part at this point of the training, by name; the labels' is 'task'"
-        return dict(task=self.task_at(progress), **{t.name: t.weight_at(progress) for t in self.terms})
+        return dict(task=self.task_at(progress), **{t.name: t.weight_at(progress, shares) for t in self.terms})
 
 
 def check_kind(term, kind):
@@ -130,4 +153,5 @@ def check_kind(term, kind):
     if term.layers is None and term.kind not in (None, kind):
         says = dict(softmax='a softmax over classes', sigmoid='a sigmoid per label', regression='numbers')
         raise DistillError(f"{term.name} compares {says[term.kind]}, but this model predicts {says[kind]}. "
-                           "Use kd(), which takes the loss that fits (binary_kl for labels, regression for numbers), or your own loss.")
+                           "Use kd(), which takes the loss that fits (binary_kl for labels, regression for numbers), "
+                           "or your own loss.")

@@ -44,7 +44,8 @@ def json_text(name, o, options=None) -> str:
 def json_list(name, o, low, high) -> list:
     if not isinstance(o, list): refuse_entry(name, o, 'a list')
     if not low <= len(o) <= high:
-        raise DistillError(f"{name} has {len(o)} entries: " + (f'{low} to {high} are possible.' if low < high else f'it must have {low}.'))
+        raise DistillError(f"{name} has {len(o)} entries: " + (f'{low} to {high} are possible.' if low < high
+                                                               else f'it must have {low}.'))
     return o
 
 

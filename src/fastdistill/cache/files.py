@@ -1,12 +1,14 @@
-"The files that samples come from: size, time and content of each, so that a changed file is found without reading the others."
+"""The files that samples come from: size, time and content of each, so that a changed file is found without reading
+the others."""
 import hashlib, os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
 import numpy as np
-from .keys import name_of, names_of_samples
 from ..outputs import DistillError
+from .digests import checksum
+from .keys import name_of, names_of_samples
 
-__all__ = ['changed_text', 'dataset_files', 'files_of', 'newer_record', 'pack_record', 'record_files', 'unpack_record']
+__all__ = ['changed_text', 'dataset_files', 'files_of', 'newer_record', 'read_record', 'record_files', 'write_record']
 
 NO_FILE = -1    # the size of what is not a file
 
@@ -24,8 +26,9 @@ def dataset_files(
     dataset # map-style
 ) -> list|None:
     "The path of each sample's file in a plain dataset; None where samples are not files"
-    try: return files_of(names_of_samples(dataset))
-    except DistillError: return None
+    try: names = names_of_samples(dataset)
+    except DistillError: return None        # they are given as keys=
+    return files_of(names)
 
 
 def record_files(paths) -> np.ndarray:
@@ -69,17 +72,24 @@ def in_parallel(fn, paths, n, size=256):
     return np.array(rows, np.int64).reshape(-1, n)
 
 
-def pack_record(record):
+def write_record(folder, record):
     "`files.bin`: the record as little-endian numbers, then their checksum"
     data = record.astype('<i8').tobytes()
-    return data + hashlib.blake2b(data, digest_size=16).digest()
+    folder.write('files.bin', data + bytes.fromhex(checksum(data)))
 
 
-def unpack_record(data, n):
-    "The record in `files.bin`, of `n` samples; None where it is damaged"
-    data,mark = data[:-16],data[-16:]
-    if len(data) != 24*n or hashlib.blake2b(data, digest_size=16).digest() != mark: return None
-    return np.frombuffer(data, '<i8').reshape(n, 3).astype(np.int64)
+def read_record(
+    folder,
+    n:int # samples
+):
+    "The (N, 3) record in `files.bin`; None if there is none: of samples that are not files, or an older cache"
+    if (size := folder.size('files.bin')) is None: return None
+    data = folder.read('files.bin') if size == 24*n + 16 else b''
+    if not data or bytes.fromhex(checksum(data[:-16])) != data[-16:]:
+        raise DistillError(f"files.bin of {folder} is damaged, so it can't be known which files changed since the "
+                           "cache was written. Write the cache again (force=True), or remove files.bin to use the "
+                           "cache without this check.")
+    return np.frombuffer(data[:-16], '<i8').reshape(n, 3).astype(np.int64)
 
 
 def changed_text(names, n) -> str:

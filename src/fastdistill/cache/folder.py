@@ -55,11 +55,13 @@ class Folder:
         with explained(f"Can't read {name} in {self}"): return file_checksum(self.path/name)
 
     def own(self, name):
-        "The path of a file to write or to remove: the writer follows no link inside the cache, because it may lead anywhere"
+        """The path of a file to write or to remove: the writer follows no link inside the cache, because it may lead
+        anywhere"""
         p = self.path/name
         for d in p.parents:
             if d == self.top: return p
-            if d.is_symlink(): raise DistillError(f"{d} is a link: the parts of a cache are written to real folders only. Remove the "
+            if d.is_symlink():
+                raise DistillError(f"{d} is a link: the parts of a cache are written to real folders only. Remove the "
                                                   "link, or name the folder that it leads to.")
 
     def write(self, name, data):
@@ -78,8 +80,8 @@ class Folder:
             except BaseException as e:
                 with contextlib.suppress(OSError): tmp.unlink(missing_ok=True)
                 if not isinstance(e, OSError) or e.errno not in DISK_FULL: raise
-                raise DistillError(f"No room for {name} in {self}: {e.strerror}. The finished files stay: make room and start again to "
-                                   "resume.") from e
+                raise DistillError(f"No room for {name} in {self}: {e.strerror}. The finished files stay: make room "
+                                   "and start again to resume.") from e
 
     def remove(self, name):
         with explained(f"Can't remove {name} from {self}"): self.own(name).unlink(missing_ok=True)
@@ -103,7 +105,8 @@ class Folder:
         # subtle: O_NOFOLLOW, for a link would create or lock a file somewhere else
         try: f = os.open(self.path/'.lock', os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o666)
         except OSError as e:
-            if e.errno not in (errno.EACCES, errno.EROFS): raise DistillError(f"Can't write to {self}: {e.strerror}.") from e
+            if e.errno not in (errno.EACCES, errno.EROFS):
+                raise DistillError(f"Can't write to {self}: {e.strerror}.") from e
             yield       # a read-only folder: `write` reports it if there is something to write
             return
         with os.fdopen(f, 'r+') as f:

@@ -36,10 +36,12 @@ def _parts(o, root):
     if isinstance(o, Tensor): o = (o.float() if o.dtype == torch.bfloat16 else o).numpy()       # NumPy doesn't know it
     if isinstance(o, np.ndarray) and o.dtype != object: return b'array',f'{o.dtype.str} {o.shape}'.encode(),o.tobytes()
     if isinstance(o, dict): return b'dict',*(p for k in sorted(o, key=str) for v in (k, o[k]) for p in _parts(v, root))
-    if hasattr(o, 'tobytes') and hasattr(o, 'mode'): return b'image',f'{o.mode} {o.size}'.encode(),o.tobytes()      # PIL
-    if hasattr(o, '__iter__') and hasattr(o, '__len__'): return b'list',str(len(o)).encode(),*(p for v in o for p in _parts(v, root))
-    raise DistillError(f"Can't tell which sample a {type(o).__name__} is: pass keys=, a list of names (file names, ids), one for each "
-                       "sample, or a function that names the sample at a position.")
+    # PIL
+    if hasattr(o, 'tobytes') and hasattr(o, 'mode'): return b'image',f'{o.mode} {o.size}'.encode(),o.tobytes()
+    if hasattr(o, '__iter__') and hasattr(o, '__len__'):
+        return b'list',str(len(o)).encode(),*(p for v in o for p in _parts(v, root))
+    raise DistillError(f"Can't tell which sample a {type(o).__name__} is: pass keys=, a list of names (file names, "
+                       "ids), one for each sample, or a function that names the sample at a position.")
 
 
 def relative(path, root):
@@ -52,7 +54,8 @@ def root_of(path): return '' if path is None else PurePath(path).as_posix() if s
 
 def keys_of(items, root='') -> np.ndarray:
     "(N,) uint64: the keys of the samples in `items`"
-    if isinstance(items, np.ndarray) and items.dtype == np.uint64 and items.ndim == 1: return items     # they are keys already
+    # they are keys already
+    if isinstance(items, np.ndarray) and items.dtype == np.uint64 and items.ndim == 1: return items
     return np.fromiter((key_of(o, root) for o in items), np.uint64, len(items))
 
 
@@ -68,8 +71,8 @@ def dataset_keys(
     if len(keys) != len(dataset): raise DistillError(f"{len(keys)} keys for {len(dataset)} samples: give one for each.")
     out = keys_of(keys, root)
     if given and (lost := len(out) - len(np.unique(out))):
-        warnings.warn(DistillWarning(f"{lost} of {len(out)} samples have the key of another one, and share its random numbers and its "
-                                     "answer: right for a sample that comes twice, and for no others."))
+        warnings.warn(DistillWarning(f"{lost} of {len(out)} samples have the key of another one, and share its random "
+                                     "numbers and its answer: right for a sample that comes twice, and for no others."))
     return out
 
 
@@ -81,15 +84,19 @@ def folder_of(dataset):
 
 def name_of(sample):
     "(path, label) is known by its path; anything else by all that it is"
-    return sample[0] if isinstance(sample, (tuple, list)) and len(sample) and isinstance(sample[0], (str, PurePath)) else sample
+    pair = isinstance(sample, (tuple, list)) and len(sample) and isinstance(sample[0], (str, PurePath))
+    return sample[0] if pair else sample
 
 
 def names_of_samples(dataset):
     "What names the samples of a dataset; one that says nothing is refused"
     if type(dataset).__name__ == 'Subset': return [names_of_samples(dataset.dataset)[i] for i in dataset.indices]
-    if hasattr(dataset, 'samples'): return [name_of(s) for s in dataset.samples]           # torchvision's folders of images
+    # torchvision's folders of images
+    if hasattr(dataset, 'samples'): return [name_of(s) for s in dataset.samples]
     if hasattr(dataset, 'tensors'): return list(zip(*dataset.tensors))                     # TensorDataset: the content
-    if hasattr(dataset, 'data') and hasattr(dataset, 'targets'): return dataset.data       # torchvision's CIFAR, MNIST ...: the content
-    raise DistillError(f"Can't tell which samples a {type(dataset).__name__} holds: pass keys=, a list of names (file names, ids), one for "
-                       "each sample, or a function that names the sample at a position. Positions themselves, keys=range(len(dataset)), "
+    # torchvision's CIFAR, MNIST ...: the content
+    if hasattr(dataset, 'data') and hasattr(dataset, 'targets'): return dataset.data
+    raise DistillError(f"Can't tell which samples a {type(dataset).__name__} holds: pass keys=, a list of names (file "
+                       "names, ids), one for each sample, or a function that names the sample at a position. Positions "
+                       "themselves, keys=range(len(dataset)), "
                        "are right only while the dataset never changes.")

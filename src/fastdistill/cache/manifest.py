@@ -1,4 +1,5 @@
-"What a cache says about itself: whose outputs, of which samples, through which transforms, and what each file must hold."
+"""What a cache says about itself: whose outputs, of which samples, through which transforms, and what each file must
+hold."""
 import json, re, warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields
 import numpy as np
@@ -7,7 +8,7 @@ from .digests import versions
 from .entries import json_list, json_object, json_text, parse_json, refuse_entry, shortened, whole_number
 from .records import Layout
 
-__all__ = ['CHECKSUM', 'Manifest', 'differences', 'refuse', 'sample_differences', 'transform_differences']
+__all__ = ['CHECKSUM', 'MAX_VIEWS', 'Manifest', 'differences', 'refuse', 'sample_differences', 'transform_differences']
 
 FORMAT,VERSION = 'fastdistill-cache',1
 # what a manifest may ask for, so that a damaged one fills neither memory nor disk, and no loop runs without end
@@ -27,7 +28,8 @@ class Manifest:
     data:dict=field(default_factory=dict) # fingerprint of the keys, root of paths
     transforms:dict=field(default_factory=dict) # name -> what it is, for those that replay repeats
     vocab:list|None=None # class names, in the order of the logits
-    samples:list=field(default_factory=list) # a few samples' inputs: position, view, digest, and `after` the batch transforms
+    samples:list=field(default_factory=list) # a few samples' inputs: position, view, digest, and `after` the batch
+    # transforms
     versions:dict=field(default_factory=dict)
     shards:list=field(default_factory=list) # name, bytes, checksum of each, once all are there
     complete:bool=False
@@ -55,7 +57,8 @@ class Manifest:
     @property
     def bytes(self): return self.count*self.stored*self.layout.bytes
 
-    def to_json(self): return json.dumps(dict(format=FORMAT, version=VERSION, **asdict(self)), indent=1, default=as_python).encode()
+    def to_json(self): return json.dumps(dict(format=FORMAT, version=VERSION, **asdict(self)), indent=1,
+                                         default=as_python).encode()
 
     def as_read(self):
         "As it comes back from the file: without tuples and NumPy's numbers, and checked"
@@ -65,7 +68,8 @@ class Manifest:
     def read(cls, where):
         "The manifest in a folder"
         if where.size('manifest.json') > MAX_MANIFEST:
-            raise DistillError(f"{where}/manifest.json has {where.size('manifest.json')} bytes: possible are {MAX_MANIFEST}.")
+            raise DistillError(f"{where}/manifest.json has {where.size('manifest.json')} bytes: possible are "
+                               f"{MAX_MANIFEST}.")
         return cls.from_json(where.read('manifest.json'), where)
 
     @classmethod
@@ -74,12 +78,13 @@ class Manifest:
             if not isinstance(d := parse_json(text), dict) or d.pop('format', None) != FORMAT:
                 raise NotACache(f"{where}/manifest.json is not a fastdistill cache's.")
             if type(v := d.pop('version', None)) is not int or v != VERSION:
-                raise NotACache(f"{where} is a cache of version {shortened(v)}, this fastdistill reads version {VERSION}: "
-                                "install the one that wrote it, or write the cache again (force=True).")
+                raise NotACache(f"{where} is a cache of version {shortened(v)}, this fastdistill reads version "
+                                f"{VERSION}: install the one that wrote it, or write the cache again (force=True).")
             return cls.of_entries(d)
         except NotACache as e: raise DistillError(str(e)) from None
         except DistillError as e:
-            raise DistillError(f"{where}/manifest.json is damaged: {e} Restore the file, or write the cache again (force=True).") from None
+            raise DistillError(f"{where}/manifest.json is damaged: {e} Restore the file, or write the cache again "
+                               "(force=True).") from None
 
     @classmethod
     def of_entries(cls, d):
@@ -100,7 +105,8 @@ class Manifest:
         whole_number('batch_size', self.batch_size, 1, MAX_BATCH)
         whole_number('shard_rows', self.shard_rows, 1, MAX_COUNT)
         if self.shard_rows % self.batch_size:
-            raise DistillError(f"shard_rows is {self.shard_rows}: it must be a multiple of batch_size, {self.batch_size}.")
+            raise DistillError(f"shard_rows is {self.shard_rows}: it must be a multiple of batch_size, "
+                               f"{self.batch_size}.")
         if (n := self.stored*self.per_view) > MAX_FILES:
             raise DistillError(f"count, views and shard_rows make {n} files: possible are {MAX_FILES}.")
         if (n := self.rows_of(0)*self.layout.bytes) > MAX_FILE:
@@ -193,13 +199,15 @@ def sample_differences(
 
 
 def alike(a, b):
-    "Two looks at a sample: the same bytes before, and the same numbers after the batch transforms, as far as devices agree"
+    """Two looks at a sample: the same bytes before, and the same numbers after the batch transforms, as far as devices
+    agree"""
     if any(a.get(k) != b.get(k) for k in ('row', 'view', 'digest')): return False
     x,y = [np.asarray(o.get('after', []), float) for o in (a, b)]
     return x.shape == y.shape and np.allclose(x, y, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
-OTHER_INPUT = ': the transforms give something else than when the cache was written; a file, a function among them, or a library changed'
+OTHER_INPUT = (': the transforms give something else than when the cache was written; a file, a function among them, '
+               'or a library changed')
 
 def other_libraries(m):
     now = versions()
@@ -216,6 +224,6 @@ def refuse(
     if not found: return
     text = f"{where} doesn't fit:\n" + '\n'.join(f'- {o}' for o in found)
     if not force:
-        raise DistillError(f"{text}\nUse the data, transforms and teacher that it was written with, write another cache, "
-                           "or force=True to override.")
+        raise DistillError(f"{text}\nUse the data, transforms and teacher that it was written with, write another "
+                           "cache, or force=True to override.")
     warnings.warn(DistillWarning(f'{text}\n{then} (force=True).'))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from ..outputs import DistillError, Outputs
 from .digests import checksum, file_checksum, input_digest
-from .files import changed_text, newer_record, unpack_record
+from .files import changed_text, newer_record, read_record
 from .folder import explained, open_folder
 from .keys import dataset_keys
 from .manifest import Manifest, refuse, sample_differences
@@ -25,7 +25,8 @@ def is_cache(
 
 
 class TeacherCache:
-    "Stored teacher outputs: `cache.decode(cache.rows(positions, views))`. What is pickled to a worker is the path, never the data"
+    """Stored teacher outputs: `cache.decode(cache.rows(positions, views))`. What is pickled to a worker is the path,
+    never the data"""
     def __init__(
         self,
         path, # folder or URL that `cache_teacher` or `cache_dataset` wrote
@@ -34,7 +35,8 @@ class TeacherCache:
     ):
         self.folder,self.force,self.sample_names = open_folder(path),force,keys
         if self.folder.size('manifest.json') is None:
-            raise DistillError(f"There is no cache at {self.folder} (no manifest.json): write one with cache_teacher(teacher, dls, path).")
+            raise DistillError(f"There is no cache at {self.folder} (no manifest.json): write one with "
+                               "cache_teacher(teacher, dls, path).")
         self.manifest = m = Manifest.read(self.folder)
         if not m.complete:
             raise DistillError(f"{self.folder} is not finished: call what began to write it once more to resume.")
@@ -46,7 +48,8 @@ class TeacherCache:
     def __repr__(self):
         m = self.manifest
         views = f'{m.views} views' if m.views else 'the clean view'
-        return f'TeacherCache({self.folder}: {m.count} samples, {views}, {m.layout.bytes} bytes each, {m.bytes/1e6:.1f} MB)'
+        size = f'{m.layout.bytes} bytes each, {m.bytes/1e6:.1f} MB'
+        return f'TeacherCache({self.folder}: {m.count} samples, {views}, {size})'
 
     def __len__(self): return self.manifest.count
 
@@ -98,8 +101,8 @@ class TeacherCache:
             raise DistillError(f"{self.folder} was overwritten (or removed) since it was opened: open it again.")
         names = [f'{k} {v}' for k,v in found.items()]
         more = f' and {len(names)-5} more' if len(names) > 5 else ''
-        raise DistillError(f"Damaged files in {self.folder}: {', '.join(names[:5])}{more}. Call what wrote the cache once more with the same "
-                           "arguments: only damaged files are rewritten.")
+        raise DistillError(f"Damaged files in {self.folder}: {', '.join(names[:5])}{more}. Call what wrote the cache "
+                           "once more with the same arguments: only damaged files are rewritten.")
 
     def rows(
         self,
@@ -132,7 +135,8 @@ class TeacherCache:
 
     def _within(self, at, view):
         if not (0 <= at < len(self) and 0 <= view < self.manifest.stored):
-            raise DistillError(f"Asked for position {at} and view {view}: there are {len(self)} samples and {self.manifest.stored} views.")
+            raise DistillError(f"Asked for position {at} and view {view}: there are {len(self)} samples and "
+                               f"{self.manifest.stored} views.")
 
     def decode(self, rows) -> Outputs:
         "Rows (an array, or a tensor on any device) as the teacher's `Outputs`"
@@ -154,10 +158,10 @@ class TeacherCache:
         at = order[np.searchsorted(mine, keys, sorter=order).clip(max=len(mine)-1)]
         lost = np.flatnonzero(mine[at] != keys)
         if len(lost):
-            raise DistillError(f"{len(lost)} of {len(keys)} samples have no row in {self.folder} (the first is number {lost[0]}): "
-                               "these are other data, their paths are relative to another root "
-                               f"({self.manifest.data.get('root', '')!r} when the cache was written), or it was written with keys=: "
-                               "open it with TeacherCache(path, keys=...).")
+            raise DistillError(f"{len(lost)} of {len(keys)} samples have no row in {self.folder} (the first is number "
+                               f"{lost[0]}): these are other data, their paths are relative to another root "
+                               f"({self.manifest.data.get('root', '')!r} when the cache was written), or it was "
+                               "written with keys=: open it with TeacherCache(path, keys=...).")
         return at
 
     def keys_of(self, dataset, keys=None): return dataset_keys(dataset, keys)
@@ -168,17 +172,19 @@ class TeacherCache:
         item # fn(number of a sample, view) -> what the dataset gives
     ):
         "Refuse a dataset of which a few samples come out otherwise than when the cache was written"
-        refuse(self.folder, sample_differences(self.manifest, at, lambda i, view: dict(digest=input_digest(item(i, view)))), self.force)
+        refuse(self.folder, sample_differences(self.manifest, at,
+                                               lambda i, view: dict(digest=input_digest(item(i, view)))), self.force)
 
     def changed_files(
         self,
         files, # (M,) path of each sample's file, as `files_of` gives them; None: samples are not files
-        at=None # (M,) their positions in the cache, as `find` gives them; None: the samples of the cache in its own order
+        at=None # (M,) their positions in the cache, as `find` gives them; None: the samples of the cache in its own
+        # order
     ) -> list:
-        "Names of the files whose content is not what it was when the cache was written; only files with another time or size are read"
-        if files is None or self.folder.size('files.bin') is None: return []
-        record = unpack_record(self.folder.read('files.bin'), len(self))
-        if record is None: raise DistillError(f"files.bin of {self.folder} is damaged: write the cache once more.")
+        """Names of the files whose content is not what it was when the cache was written; only files with another time
+        or size are read"""
+        record = None if files is None else read_record(self.folder, len(self))
+        if record is None: return []
         changed,_ = newer_record(record if at is None else record[np.asarray(at)], files)
         return [str(files[i]) for i in changed]
 
@@ -189,11 +195,12 @@ class TeacherCache:
     def check(self):
         "Compare every file with its checksum; damaged ones are named"
         self._refuse(damages(self.folder, self.manifest, self.manifest.shards))
+        read_record(self.folder, len(self))
         return self
 
     def check_once(self):
-        """Compare those files with their checksums that this process has not compared yet. Call it before DataLoader workers start:
-        each of them would compare the files again"""
+        """Compare those files with their checksums that this process has not compared yet. Call it before DataLoader
+        workers start: each of them would compare the files again"""
         self._refuse(damages(self.folder, self.manifest, self.manifest.shards, once=True))
         return self
 

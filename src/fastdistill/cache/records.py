@@ -26,10 +26,13 @@ class Wish:
     size:tuple|None=None # height and width to which maps of logits are reduced; None: as they are
 
     def __post_init__(self):
-        if self.dtype not in DTYPES: raise DistillError(f"dtype={self.dtype!r}: possible are {', '.join(map(repr, DTYPES))}")
+        if self.dtype not in DTYPES:
+            raise DistillError(f"dtype={self.dtype!r}: possible are {', '.join(map(repr, DTYPES))}")
         if self.tail not in TAILS: raise DistillError(f"tail={self.tail!r}: possible are {', '.join(map(repr, TAILS))}")
-        if self.topk is not None and self.topk < 1: raise DistillError(f"topk={self.topk}: keep at least one class, or None for all")
-        self.size = None if self.size is None else (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
+        if self.topk is not None and self.topk < 1:
+            raise DistillError(f"topk={self.topk}: keep at least one class, or None for all")
+        if isinstance(self.size, int): self.size = self.size,self.size
+        self.size = None if self.size is None else tuple(self.size)
 
 
 @dataclass
@@ -45,8 +48,10 @@ class Field:
     @classmethod
     def from_json(cls, name, d):
         d = json_object(name, d, ('name', 'dtype', 'shape', 'at'), ())
-        shape = [whole_number(f'{name}.shape[{i}]', o, 1, MAX_BYTES) for i,o in enumerate(json_list(f'{name}.shape', d['shape'], 0, MAX_DIMS))]
-        dtype,at = json_text(f'{name}.dtype', d['dtype'], TORCH_DTYPES),whole_number(f'{name}.at', d['at'], 0, MAX_BYTES)
+        shape = [whole_number(f'{name}.shape[{i}]', o, 1, MAX_BYTES) for i,
+                 o in enumerate(json_list(f'{name}.shape', d['shape'], 0, MAX_DIMS))]
+        dtype = json_text(f'{name}.dtype', d['dtype'], TORCH_DTYPES)
+        at = whole_number(f'{name}.at', d['at'], 0, MAX_BYTES)
         return cls(json_text(f'{name}.name', d['name']), dtype, tuple(shape), at)
 
     @property
@@ -60,7 +65,8 @@ class Field:
         return t.long() & 0xffff if self.dtype == 'uint16' else t
 
 
-TORCH_DTYPES = dict(uint8=torch.uint8, int8=torch.int8, uint16=torch.int16, int32=torch.int32, float16=torch.float16, float32=torch.float32)
+TORCH_DTYPES = dict(uint8=torch.uint8, int8=torch.int8, uint16=torch.int16, int32=torch.int32, float16=torch.float16,
+                    float32=torch.float32)
 
 
 @dataclass
@@ -81,26 +87,32 @@ class Layout:
         "The layout that stores outputs like these as wished"
         if out.logits is None: raise DistillError("The teacher's Outputs have no logits: there is nothing to store.")
         self,t = cls(tail=wish.tail, axis=wish.axis),out.logits
-        if t.dim() < 1: raise DistillError(f"The teacher's output has shape {tuple(t.shape)}: it needs a batch dimension.")
+        if t.dim() < 1:
+            raise DistillError(f"The teacher's output has shape {tuple(t.shape)}: it needs a batch dimension.")
         if wish.topk is not None and not (-t.dim() <= wish.axis < t.dim() and wish.axis % t.dim()):
-            raise DistillError(f"topk={wish.topk} along axis {wish.axis}: the teacher's output has shape {tuple(t.shape)}.")
+            raise DistillError(f"topk={wish.topk} along axis {wish.axis}: the teacher's output has shape "
+                               f"{tuple(t.shape)}.")
         if wish.size is not None:
-            if wish.topk is not None: raise DistillError("size= and topk= together: maps are stored smaller, or with few classes.")
+            if wish.topk is not None:
+                raise DistillError("size= and topk= together: maps are stored smaller, or with few classes.")
             if min(wish.size) < 1: raise DistillError(f"size={wish.size}: at least one pixel.")
             if t.dim() != 4:
-                raise DistillError(f"size={wish.size} is for maps (B, C, H, W), the teacher's output has shape {tuple(t.shape)}")
+                raise DistillError(f"size={wish.size} is for maps (B, C, H, W), the teacher's output has shape "
+                                   f"{tuple(t.shape)}")
             self.full,t = tuple(t.shape[-2:]),t[..., :wish.size[0], :wish.size[1]]
         if wish.topk is None: self._add('logits', wish.dtype, t.shape[1:])
         else: self._add_topk(t.movedim(wish.axis, -1), wish)
         for k,v in out.feats.items():
-            if not isinstance(v, Tensor): raise DistillError(f"Layer {k} gives a {type(v).__name__}, not a tensor: it can't be stored.")
+            if not isinstance(v, Tensor):
+                raise DistillError(f"Layer {k} gives a {type(v).__name__}, not a tensor: it can't be stored.")
             self._add(f'feats:{k}', wish.dtype, v.shape[1:])
         if out.mask is not None: self._add('mask', 'float16', out.mask.shape[1:])
         return self
 
     def _add_topk(self, t, wish):
         self.n = t.shape[-1]
-        if wish.topk > self.n: raise DistillError(f"topk={wish.topk}, but the teacher has {self.n} classes (along axis {wish.axis})")
+        if wish.topk > self.n:
+            raise DistillError(f"topk={wish.topk}, but the teacher has {self.n} classes (along axis {wish.axis})")
         shape = *t.shape[1:-1],wish.topk
         self._field('ids', 'uint8' if self.n <= 2**8 else 'uint16' if self.n <= 2**16 else 'int32', shape)
         self._add('values', wish.dtype, shape)
@@ -125,7 +137,8 @@ class Layout:
         n = None if d['n'] is None else whole_number('layout.n', d['n'], 1, MAX_CLASSES)
         full = None if d['full'] is None else json_list('layout.full', d['full'], 2, 2)
         for o in full or (): whole_number('layout.full', o, 1, MAX_BYTES)
-        tail,axis = json_text('layout.tail', d['tail'], TAILS),whole_number('layout.axis', d['axis'], -MAX_DIMS, MAX_DIMS)
+        tail,axis = json_text('layout.tail', d['tail'], TAILS),whole_number('layout.axis', d['axis'], -MAX_DIMS,
+                                                                            MAX_DIMS)
         found = json_list('layout.fields', d['fields'], 1, MAX_FIELDS)
         found = [Field.from_json(f'layout.fields[{i}]', f) for i,f in enumerate(found)]
         if (size := sum(f.bytes for f in found)) > MAX_BYTES:
@@ -133,7 +146,8 @@ class Layout:
         self = cls.of(*outputs_like(found, n, tail, axis, full))
         for i,(a,b) in enumerate(zip_longest(found, self.fields)):
             if a != b:
-                raise DistillError(f"layout.fields[{i}] is {a or 'missing'}: with the other entries of layout, it must be {b or 'left out'}.")
+                raise DistillError(f"layout.fields[{i}] is {a or 'missing'}: with the other entries of layout, it must "
+                                   f"be {b or 'left out'}.")
         return self
 
     @property
@@ -159,14 +173,16 @@ class Layout:
         parts = self._tensors(out)
         want = {f.name: f.shape for f in self.fields}
         if missing := sorted(set(want) - set(parts)):
-            raise DistillError(f"The teacher's outputs have no {', '.join(missing)} in this batch, but had in the first one.")
+            raise DistillError(f"The teacher's outputs have no {', '.join(missing)} in this batch, but had in the "
+                               "first one.")
         if more := sorted(set(parts) - set(want)):
-            raise DistillError(f"The teacher's outputs have {', '.join(more)} in this batch, but had none for the first sample: "
-                               "all rows of a cache are alike. Give them always.")
+            raise DistillError(f"The teacher's outputs have {', '.join(more)} in this batch, but had none for the "
+                               "first sample: all rows of a cache are alike. Give them always.")
         for k,s in want.items():
             if tuple(parts[k].shape[1:]) != s:
-                raise DistillError(f"{k} has shape {tuple(parts[k].shape[1:])} in this batch, but {s} in the first one: all rows of a "
-                                   "cache are alike. Bring the inputs to one size (or pad texts to one length) first.")
+                raise DistillError(f"{k} has shape {tuple(parts[k].shape[1:])} in this batch, but {s} in the first "
+                                   "one: all rows of a cache are alike. Bring the inputs to one size (or pad texts to "
+                                   "one length) first.")
         return np.concatenate([as_bytes(parts[f.name], f.dtype) for f in self.fields], 1)
 
     def _tensors(self, out):
@@ -204,12 +220,15 @@ def outputs_like(fields, n, tail, axis, full):
     shape,named = fields[0].shape,{f.name: f for f in fields}
     if n is None: t,wish = meta(shape),Wish(fields[0].dtype, None, tail, axis)
     else:
-        if not shape or 'values' not in named: raise DistillError(f"layout.n is {n}: it needs fields 'ids' and 'values' of shape (..., k).")
+        if not shape or 'values' not in named:
+            raise DistillError(f"layout.n is {n}: it needs fields 'ids' and 'values' of shape (..., k).")
         t,wish = meta((*shape[:-1], n)),Wish(named['values'].dtype, shape[-1], tail, axis)
-        if not -t.dim() <= axis < t.dim(): raise DistillError(f"layout.axis is {axis}: the outputs have {t.dim()} dimensions.")
+        if not -t.dim() <= axis < t.dim():
+            raise DistillError(f"layout.axis is {axis}: the outputs have {t.dim()} dimensions.")
         t = t.movedim(-1, axis)
     if full is not None:
-        if n is not None or len(shape) != 3: raise DistillError(f"layout.full is {full}: it is for maps (C, H, W) of all classes.")
+        if n is not None or len(shape) != 3:
+            raise DistillError(f"layout.full is {full}: it is for maps (C, H, W) of all classes.")
         t,wish.size = meta((shape[0], *full)),shape[1:]
     feats = {k[6:]: meta(f.shape) for k,f in named.items() if k.startswith('feats:')}
     return Outputs(t, feats, meta(named['mask'].shape) if 'mask' in named else None),wish
@@ -217,7 +236,8 @@ def outputs_like(fields, n, tail, axis, full):
 
 def meta(shape):
     "The tensor of a batch of one that has a shape and no content"
-    if prod(shape) > MAX_VALUES: raise DistillError(f"Outputs of shape {tuple(shape)} are too large: possible are {MAX_VALUES} numbers.")
+    if prod(shape) > MAX_VALUES:
+        raise DistillError(f"Outputs of shape {tuple(shape)} are too large: possible are {MAX_VALUES} numbers.")
     return torch.empty(1, *shape, device='meta')
 
 
@@ -232,7 +252,8 @@ def mean_without(t, ids):
 def put_tensor(d, name, t, dtypes):
     dtype = dtypes.get(name)
     if t.isnan().any() or (t == torch.inf).any():
-        raise DistillError(f"The teacher's {name} hold nan or inf: look for the samples that make it, before their rows teach anyone.")
+        raise DistillError(f"The teacher's {name} hold nan or inf: look for the samples that make it, before their "
+                           "rows teach anyone.")
     if dtype == 'float16' and (t.isfinite() & (t.abs() > 65504)).any():
         raise DistillError(f"The teacher's {name} go beyond float16's 65504: use dtype='float32'.")
     if dtype == 'int8': d[name],d[f'scale:{name}'] = to_int8(t, dtypes[f'scale:{name}'])
@@ -241,11 +262,13 @@ def put_tensor(d, name, t, dtypes):
 
 def to_int8(t, dtype):
     "int8 in 254 steps between a row's smallest and largest value, and the row's (step, middle)"
-    if not t.isfinite().all(): raise DistillError("int8 can't hold infinite logits (classes that are masked out): use float16 or float32.")
+    if not t.isfinite().all():
+        raise DistillError("int8 can't hold infinite logits (classes that are masked out): use float16 or float32.")
     flat = t.reshape(len(t), -1)
     lo,hi = flat.amin(1),flat.amax(1)
     kept = torch.stack([hi/254-lo/254, hi/2+lo/2], 1).to(TORCH_DTYPES[dtype])
-    if not kept.isfinite().all(): raise DistillError(f"int8 can't hold logits from {lo.min():g} to {hi.max():g}: use dtype='float32'.")
+    if not kept.isfinite().all():
+        raise DistillError(f"int8 can't hold logits from {lo.min():g} to {hi.max():g}: use dtype='float32'.")
     step,mid = kept.float().unbind(1)
     q = (flat-mid[:, None])/step.clamp_min(1e-30)[:, None]
     return q.round().clamp(-127, 127).to(torch.int8).view(t.shape),kept

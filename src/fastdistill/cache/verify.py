@@ -14,4 +14,5 @@ class Verified:
     dtype:str
 
     def __str__(self):
-        return f'{self.rows} rows asked again: stored logits ({self.dtype}) differ by {self.worst:.2g} at most, {self.mean:.2g} on average'
+        return (f'{self.rows} rows asked again: stored logits ({self.dtype}) differ by {self.worst:.2g} at most, '
+                f'{self.mean:.2g} on average')

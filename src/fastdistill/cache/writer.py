@@ -6,14 +6,14 @@ import numpy as np
 from ..outputs import DistillError, DistillWarning
 from ..ranks import on_first, rank, world_size
 from .digests import checksum, versions
-from .files import changed_text, newer_record, pack_record, record_files, unpack_record
+from .files import changed_text, newer_record, read_record, record_files, write_record
 from .entries import json_object, json_text, parse_json
 from .folder import open_folder
 from .keys import hash_of
-from .manifest import CHECKSUM, Manifest, differences, refuse
+from .manifest import CHECKSUM, MAX_VIEWS, Manifest, differences, refuse
 from .reader import TeacherCache, damages
 from .records import Layout, Wish
-from .source import Source
+from .source import Source, is_whole
 
 __all__ = ['Forecast', 'finished', 'write_cache']
 
@@ -31,12 +31,13 @@ class Forecast:
 
     def __str__(self):
         disk = '' if self.free is None else f', {self.free/1e9:.2f} GB free'
-        return f'{self.samples} samples x {self.views} view(s) x {self.bytes_per_view} bytes = {self.bytes/1e6:.1f} MB{disk}'
+        total = f'{self.bytes/1e6:.1f} MB{disk}'
+        return f'{self.samples} samples x {self.views} view(s) x {self.bytes_per_view} bytes = {total}'
 
     def check(self, where):
         if self.free is not None and self.bytes > self.free:
-            raise DistillError(f"{where}: {self}. It will not fit: fewer views, topk=, dtype='int8' or 'float16', size= for maps, "
-                               "or another disk.")
+            raise DistillError(f"{where}: {self}. It will not fit: fewer views, topk=, dtype='int8' or 'float16', "
+                               "size= for maps, or another disk.")
 
 
 def write_cache(
@@ -46,13 +47,15 @@ def write_cache(
     *,
     views:int=1, # augmented views of each sample; 0: the clean one
     seed:int=0, # of the random numbers
-    force:bool=False, # write anew over a cache that doesn't fit, instead of refusing
+    force:bool=False, # overwrite a cache that doesn't fit, instead of refusing
     progress=None, # fn(rows done, rows in all, bytes done), after each batch
     forecast=None, # fn(Forecast), before the teacher runs over the data
     shard_bytes:int=SHARD_BYTES
 ) -> TeacherCache:
     "Write what is not there yet, and open the cache. Under torch.distributed each rank writes its share of the shards"
-    if views < 0 or not len(source.keys): raise DistillError(f"views={views}, {len(source.keys)} samples: there is nothing to write.")
+    if not is_whole(views) or not 0 <= views <= MAX_VIEWS:
+        raise DistillError(f"views={views!r}: a whole number from 0 (the clean view) to {MAX_VIEWS}.")
+    if not len(source.keys): raise DistillError("There are no samples: there is nothing to write.")
     where = open_folder(path)
     with closing(source.run(tasks_of(source, 0, 0, 1), 1)) as first: layout = Layout.of(next(first), wish)
     with where.lock() if rank() == 0 else nullcontext():
@@ -67,7 +70,8 @@ def write_cache(
 
 
 def _begin(where, source, layout, views, seed, force, shard_bytes):
-    "The manifest of the finished cache, and the checksum of each shard that is there: of the same cache, or of one with fewer views"
+    """The manifest of the finished cache, and the checksum of each shard that is there: of the same cache, or of one
+    with fewer views"""
     rows = max(shard_bytes//layout.bytes//source.bs, 1)*source.bs
     m = Manifest(len(source.keys), views, seed, layout, rows, source.bs, source.teacher,
                  dict(keys=f'{hash_of(source.keys.tobytes()):016x}', root=source.root), source.transforms, source.vocab,
@@ -85,20 +89,19 @@ def _begin(where, source, layout, views, seed, force, shard_bytes):
     clear(where)
     clear(where.sub('valid'))       # it would be another teacher's
     where.write('keys.bin', keys)
-    if source.files is not None: where.write('files.bin', pack_record(record_files(source.files)))
+    if source.files is not None: write_record(where, record_files(source.files))
     where.write('manifest.json', m.to_json())
     return m,{}
 
 
 def changed_now(where, paths) -> str:
     "In words, which of the samples' files changed; where none did, their new times are stored"
-    if paths is None or where.size('files.bin') is None: return ''
-    record = unpack_record(where.read('files.bin'), len(paths))
+    record = None if paths is None else read_record(where, len(paths))
     if record is None: return ''
     changed,new = newer_record(record, paths)
     if len(changed): return changed_text([str(paths[i]) for i in changed], len(record))
     if not np.array_equal(new, record):
-        with suppress(DistillError): where.write('files.bin', pack_record(new))      # a read-only folder keeps the old ones
+        with suppress(DistillError): write_record(where, new)      # a read-only folder keeps the old ones
     return ''
 
 
@@ -116,7 +119,8 @@ def _reopen(where, old, m, keys):
     for n in bad:
         if n != 'keys.bin': where.remove(n)
     # subtle: the old manifest stays until all is written, so that its views can be read meanwhile
-    return new,{k: v for k,v in own.items() if k not in bad} | notes(where, (s for s in new.all_shards() if s[2] not in own))
+    return new,{k: v for k,v in own.items() if k not in bad} | notes(where,
+                                                                     (s for s in new.all_shards() if s[2] not in own))
 
 
 CACHE_FILES = re.compile(r'(manifest\.json|keys\.bin|files\.bin|view\d{3,}/\d{6,}\.(bin|json))(\.\d+\.tmp)?')
@@ -152,7 +156,8 @@ def finished(where, shard):
 def _write_shards(where, source, m, todo, progress):
     "Run the teacher over the samples of these shards"
     done,total = 0,sum(m.rows_of(i) for _,i,*_ in todo)
-    some = max(2**20//m.shard_rows, 1)      # shards that one pass of the DataLoader makes: lists of what to do stay short
+    # shards that one pass of the DataLoader makes: lists of what to do stay short
+    some = max(2**20//m.shard_rows, 1)
     for at in range(0, len(todo), some):
         tasks = [padded(tasks_of(source, v, i*m.shard_rows, m.rows_of(i)), m.batch_size) for v,i,*_ in todo[at:at+some]]
         # subtle: closed by hand, for a traceback would keep it, and with it what it has changed until it ends
@@ -168,7 +173,8 @@ def _write_shard(where, m, name, n, batches):
     bs,buf = m.batch_size,np.empty((n, m.layout.bytes), np.uint8)
     for row in range(0, n, bs):
         rows = m.layout.encode(next(batches))
-        if len(rows) != bs: raise DistillError(f"The teacher gave {len(rows)} answers to {bs} samples: one for each is needed.")
+        if len(rows) != bs:
+            raise DistillError(f"The teacher gave {len(rows)} answers to {bs} samples: one for each is needed.")
         buf[row:row+bs] = rows[:n-row]
         yield min(bs, n-row)
     data = memoryview(buf).cast('B')
@@ -180,7 +186,8 @@ def _finish(where, m, done):
     "Collect the shards' checksums in the manifest: now it is a cache"
     if m.complete: return
     shards = list(m.all_shards())
-    sums = {**notes(where, [s for s in shards if s[2] not in done]), **done, 'keys.bin': checksum(where.read('keys.bin'))}
+    sums = {**notes(where, [s for s in shards if s[2] not in done]), **done,
+            'keys.bin': checksum(where.read('keys.bin'))}
     if lost := [name for name,_ in m.all_files() if name not in sums]:
         raise DistillError(f"{lost[0]} of {where} disappeared while the cache was written: write it once more.")
     m.shards,m.complete = [dict(name=name, bytes=size, checksum=sums[name]) for name,size in m.all_files()],True

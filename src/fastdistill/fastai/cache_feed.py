@@ -1,16 +1,18 @@
 "Train from a cache: its rows in the batches that they belong to."
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 import numpy as np
+import torch
 from fastai.basics import Callback, TfmdDL
 from fastai.vision.augment import RandTransform, RandomErasing, SpaceTfm
 from ..cache.manifest import refuse, sample_differences, transform_differences
 from ..cache.reader import TeacherCache
-from ..outputs import DistillError, Outputs, TopK, as_plain
+from ..outputs import DistillError, Outputs, TopK, as_plain, tensors_in
 from ..ranks import rank
 from ..replay.seeds import RandomGuard
 from .cache_data import inspect_views, writer_dl
-from .replay_dl import Plan, attach, detach, refuse_unindexed
+from .replay_dl import Plan, attach, detach, refuse_unindexed, set_aside
 from .sample_keys import item_keys, matching_root, sample_files
 from .stream import is_stream, of_length
 from .targets import Feed
@@ -31,6 +33,8 @@ class Epochs(Callback):
         for dl in self.fed: dl.do_item.look()
         self.plan.epoch = self.before + self.learn.epoch
         self.passed = self.learn.epoch + 1
+    # an exported Learner gets a callback that does nothing, and needs no fastdistill
+    def __reduce__(self): return Callback, ()
 
 
 ONE_VIEW = ("fastdistill: the cache has one view. Each sample has the same augmentation in every epoch, and students "
@@ -105,6 +109,19 @@ class CacheFeed(Feed):
                 self.learn.remove_cbs([c for c in self.learn.cbs if c is self.epochs])
             self.epochs = None
         super().detach()
+
+    @contextmanager
+    def set_aside(self):
+        "Inside, the DataLoaders are as they were before `attach`"
+        with ExitStack() as stack:
+            for dl in self.fed: stack.enter_context(set_aside(dl))
+            yield
+
+    def example(self, x):
+        "Outputs of as many samples as there are inputs: their shapes tell which layers are stored"
+        t = next(tensors_in(x))
+        out = self.cache.decode(torch.from_numpy(self.cache.rows(np.arange(len(t)) % len(self.cache))).to(t.device))
+        return of_length(out, t.shape[1]) if self.stream else out
 
     def decode(self, t, learn):
         out = self.cache.decode(t)

@@ -1,112 +1,139 @@
 "The callback: distillation inside a fit, and nothing of it outside."
-import copy
-from pathlib import Path
-from fastai.basics import Adam, Callback, L, Metric, OptimWrapper, ValueMetric, find_bs, noop, one_param
+import copy, math
+from weakref import WeakKeyDictionary
+import torch
+from fastai.basics import Callback, L, noop, one_param
 from fastai.callback.mixup import MixHandler
-from ..cache.reader import TeacherCache
+from ..cache.reader import TeacherCache, is_cache
 from ..distiller import Distiller
 from ..features.names import unwrap
+from ..features.probe import dry_run
 from ..features.taps import Taps
-from ..outputs import DistillError, as_plain
-from ..ranks import broadcast, mean_over_ranks, on_first, rank
+from ..gradients import shares_in_words
+from ..outputs import DistillError, TopK, as_plain
+from ..ranks import broadcast, on_first, rank
 from ..recipes import kd, one_temperature
-from .task import task_of
-from ..teacher.teacher import Teacher
+from ..replay.seeds import RandomGuard
 from ..terms import Recipe, Term
+from .batches import split_batch, valid_batches
 from .cache_feed import CacheFeed
 from .check import find_mistakes
+from .columns import PartMetric, TaskMetric
+from .projector_opt import ProjectorOptimizer
 from .targets import Feed, TargetFeed
+from .task import task_of
 from .teachers import teacher_of
 
-__all__ = ['KnowledgeDistillation']
+__all__ = ['STATES', 'KnowledgeDistillation']
 
-
-class PartMetric(Metric):
-    "The mean of one term over the validation set, as a column of its own"
-    def __init__(self, kd, key): self.kd,self.key = kd,key
-    def reset(self): self.total,self.count = 0.,0
-    def accumulate(self, learn):
-        if (v := self.kd.parts.get(self.key)) is None: return
-        n = find_bs(learn.yb)
-        self.total += learn.to_detach(v)*n
-        self.count += n
-    @property
-    def value(self): return self.total/self.count if self.count else None
-    @property
-    def name(self): return f'{self.key}_loss'
-    # after an interrupted fit it may still be there when the learner is exported, where it must need nothing
-    def __reduce__(self): return ValueMetric, (noop, self.name)
+STATES = WeakKeyDictionary() # Learner -> state of a callback, which `Learner.load` found beside the student's file
 
 
 class KnowledgeDistillation(Callback):
-    "Train the learner on what `teacher` knows: `learn.fit_one_cycle(3, 1e-3, cbs=KnowledgeDistillation(teacher))`"
-    # after the student's loss and its regularisers, before GradientAccumulation (6) divides it and MixedPrecision (10) scales it
+    "Train the learner on what `teacher` predicts: `learn.fit_one_cycle(3, 1e-3, cbs=KnowledgeDistillation(teacher))`"
+    # after the student's loss and its regularizers, before GradientAccumulation (6) divides it and MixedPrecision (10)
+    # scales it
     order,remove_on_fetch,_only_train_loop = 5,False,True
 
     def __init__(
         self,
-        teacher=None, # Learner, exported .pkl, module, TorchScript, torch.export or ONNX file, callable, `Teacher`, or a list of these
-        # (an ensemble); a `TeacherCache`, or its folder; None: the batches hold its answers (see `TeacherBlock`)
+        teacher=None, # Learner, exported .pkl, module, TorchScript, torch.export or ONNX file, callable, `Teacher`, or
+        # a list of these
+        # (an ensemble); a `TeacherCache`, or its folder; None: the batches hold the teacher's outputs (see
+        # `TeacherBlock`)
         recipe=None, # `kd()`, `kd() + recipes.at()`, a `Term`; None: kd(T, alpha)
         *,
         T=None, # temperature: number or schedule (fastai's `SchedCos(8, 2)`); 4 if not given
         alpha=None, # weight of the teacher, the labels have 1-alpha: number or schedule; .9 if not given
         temperature=None, # the same as T
-        loss=None, # your own: fn(student_logits, teacher_logits, *targets); it is the whole loss, unless alpha mixes the labels' own in
+        loss=None, # your own: fn(student_logits, teacher_logits, *targets); it is the whole loss, unless alpha mixes
+        # it with the labels' own
         kind:str|None=None, # 'softmax', 'sigmoid' or 'regression'; None: read off the learner's loss function
-        axis:int|None=None, # class axis; None: likewise
+        axis:int|None=None, # class axis; None: read off the learner's loss function
         balance:str|None=None, # 'grad': weights are shares of the gradient, measured at the first batch
+        span:str='fine_tune', # what schedules, warmup and stop_at run through: all of a `fine_tune`, or each 'fit' of
+        # it by itself
+        output=None, # which of the student's outputs is distilled: a name, an index or a function; None: see
+        # `Distiller`. A teacher's own:
+        # Teacher(model, output=...)
         check:bool=True # look for mistakes before the first fit (see `check_teacher`)
     ):
         super().__init__()
-        self.source,self.asked_kind,self.asked_axis,self.balance,self.check = teacher,kind,axis,balance,check
-        self.recipe = make_recipe(recipe, one_temperature(T, temperature), alpha, loss)
-        self.feed,self.on,self.mets,self.parts = feed_of(teacher),False,L(),{}
-        self.distiller = self.met = self.popt = self.taps = self.told = self.kept = self.loaded = None
+        for k,v,have in (('kind', kind, (None, 'softmax', 'sigmoid', 'regression')),
+                         ('balance', balance, (None, 'grad')),
+                         ('span', span, ('fine_tune', 'fit'))):
+            if v not in have: raise DistillError(f"{k}={v!r}: possible are {', '.join(map(repr, have))}")
+        if isinstance(teacher, (Recipe, Term)):
+            raise DistillError(f"{teacher!r} is no teacher: the teacher comes first, then the recipe, "
+                               "KnowledgeDistillation(teacher, kd()).")
+        self.source,self.asked_kind,self.asked_axis = teacher,kind,axis
+        self.balance,self.span,self.check = balance,span,check
+        self.recipe,self.output = make_recipe(recipe, one_temperature(T, temperature), alpha, loss),output
+        self.feed,self.in_fit,self.part_metrics,self.parts = feed_of(teacher),False,L(),{}
+        self.distiller = self.known_dls = self.projector_opt = self.taps = None
+        self.teacher_outputs = self.epochs_span = None
+        self.state_to_load = self.state_before_finder = self.not_finite = self.reported_shares = None
 
     # around a fit
 
     def before_fit(self):
         self.teardown()
-        if self.learn.lock.locked() or hasattr(self.learn, 'gather_preds'): return     # validate, get_preds, show_results ...
+        # validate, get_preds, show_results ...
+        if self.learn.lock.locked() or hasattr(self.learn, 'gather_preds'): return
         if any(isinstance(c, KnowledgeDistillation) and c is not self for c in self.learn.cbs):
-            raise DistillError("Two KnowledgeDistillation callbacks in one Learner. Give one of them a list of teachers (an ensemble), "
-                               "or a sum of recipes, kd() + recipes.at().")
-        task,model = task_of(self.learn.loss_func, self.asked_kind, self.asked_axis),unwrap(self.learn.model)
-        if self.distiller is None or self.distiller.student is not model or self.task != task: self._build(model, task)
-        if self.met is not self.learn.dls: self._meet()
-        finding = hasattr(self.learn, 'lr_finder')
-        if self.feed is not None: self.feed.attach(self.learn, task.kind, task.axis)
-        elif self.check and not self.checked and not finding:
-            # subtle: on the first rank alone, so that all go on or all stop
-            findings = on_first(lambda: find_mistakes(self.learn, self.distiller.teacher, self.task, self.recipe))
-            findings.enforce(facts=self.learn.logger is not noop)
+            raise DistillError("Two KnowledgeDistillation callbacks in one Learner. Give one of them a list of "
+                               "teachers (an ensemble), or a sum of recipes, kd() + recipes.at().")
+        self.in_fit,finder = True,hasattr(self.learn, 'lr_finder')
+        self._build()
+        if self.feed is not None: self.feed.attach(self.learn, self.task.kind, self.task.axis)
+        elif self.check and not self.checked and not finder:
+            # subtle: on the first rank alone, so that all ranks continue or all stop
+            find = lambda: find_mistakes(self.learn, self.distiller.teacher, self.task, self.recipe, output=self.output)
+            on_first(find).enforce(facts=self.learn.logger is not noop)
             self.checked = True
-        self.on = True
-        if self.distiller.ready: self._load()
-        if finding: self._keep()
-        self.mets = L(PartMetric(self, t.name) for t in self.recipe.terms)
-        self.learn.metrics = self.learn.metrics + self.mets
+        if self.distiller.ready: self._take_state()
+        if finder: self._copy_projectors()
+        self.distiller.measures = not finder
+        if not self.distiller.ready and (x := example_inputs(self.learn)) is not None: self._setup(*x)
+        self.epochs_span = None if finder or self.span == 'fit' else self._epochs_span()
+        self.part_metrics = L(TaskMetric(self), *(PartMetric(self, t.name) for t in self.recipe.terms))
+        self.learn.metrics = self.learn.metrics + self.part_metrics
         self.distiller.teacher.start()
 
-    def _build(self, model, task):
-        self.task,self.popt,self.met = task,None,None
-        self.distiller = Distiller(model, None, self.recipe, kind=task.kind, axis=task.axis, ignore_index=task.ignore_index,
-                                   balance=self.balance)
-        self.distiller.links.to(one_param(model).device)
+    def _build(self):
+        """The distiller for this model and task, and the teacher for these data: they may be normalized otherwise, or
+        order their classes otherwise"""
+        task,model = task_of(self.learn.loss_func, self.asked_kind, self.asked_axis),unwrap(self.learn.model)
+        if self.distiller is None or self.distiller.student is not model or self.task != task:
+            self.task,self.projector_opt,self.known_dls = task,None,None
+            self.distiller = Distiller(model, None, self.recipe, kind=task.kind, axis=task.axis,
+                                       ignore_index=task.ignore_index,
+                                       balance=self.balance, output=self.output)
+            self.distiller.links.to(one_param(model).device)
+        if self.known_dls is self.learn.dls: return
+        d,self.known_dls,self.checked = self.distiller,self.learn.dls,False
+        d.teacher = teacher_of(self.source, self.learn, task) if self.feed is None else self.feed
 
-    def _meet(self):
-        "Other data may be normalised otherwise, or have their classes in another order: the teacher gets to know them"
-        d = self.distiller
-        if self.feed is None: d.teacher = teacher_of(self.source, self.learn, self.task)
-        else: d.teacher = Teacher(lambda *_: self.feed.outputs(self.learn), kind=self.task.kind, axis=self.task.axis)
-        self.met,self.checked = self.learn.dls,False
+    def _setup(self, *x):
+        "Pair layers and build projectors, once for a student"
+        self.distiller.setup(*map(as_plain, x))
+        self.distiller.links.train(self.training)
+        broadcast(self.distiller.links.state_dict().values())
+        self._take_state()
+        if self.distiller.pairs and rank() == 0 and not hasattr(self.learn, 'lr_finder'): print(self.distiller.pairs)
 
-    def _keep(self):
-        "lr_find trains until it diverges: on copies, then"
+    def _copy_projectors(self):
+        "lr_find trains until it diverges: it gets copies of the projectors"
         d = self.distiller
-        self.kept = d.links,d.scales,self.popt
-        d.links,d.scales,self.popt = copy.deepcopy(d.links),dict(d.scales),None
+        self.state_before_finder = d.links,d.scales,self.projector_opt
+        d.links,d.scales,self.projector_opt = copy.deepcopy(d.links),dict(d.scales),None
+
+    def _epochs_span(self):
+        "(epochs before this fit, epochs in all) of the `fine_tune` that this fit is a phase of"
+        span = getattr(self.learn, 'fine_tune_span', None)
+        if span is None: return None
+        before,span['done'] = span['done'],span['done'] + self.n_epoch
+        return before,span['epochs']
 
     def after_fit(self): self.teardown()
 
@@ -114,49 +141,57 @@ class KnowledgeDistillation(Callback):
         "Put everything back; safe to call at any time, and twice"
         self._untap()
         if self.feed is not None: self.feed.detach()
-        if not self.on: return
-        self.on = False
-        self.distiller.teacher.stop()
-        self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self.mets)
-        if self.kept is not None: self.distiller.links,self.distiller.scales,self.popt = self.kept
-        self.kept = None
+        if not self.in_fit: return
+        self.in_fit = False
+        if self.distiller is not None and self.distiller.teacher is not None: self.distiller.teacher.stop()
+        self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self.part_metrics)
+        if self.state_before_finder is not None:
+            self.distiller.links,self.distiller.scales,self.projector_opt = self.state_before_finder
+        self.state_before_finder = None
 
     def __setattr__(self, k, v):
-        # subtle: after an error or an interrupt no event comes, but the fit removes its callbacks, which ends here
+        # subtle: no event follows an error or an interrupt. `Learner.fit` removes the callbacks that it was given,
+        # which ends here;
+        # those that stay on the Learner are put back by `patches`
         if k == 'learn' and v is None and self.learn is not None: self.teardown()
         super().__setattr__(k, v)
 
-    def __reduce__(self): return Callback, ()   # in an exported learner: a callback that does nothing and needs nothing
+    # an exported Learner gets a callback that does nothing, and needs no fastdistill
+    def __reduce__(self): return Callback, ()
 
     # a batch
 
     @property
-    def active(self): return self.on and not hasattr(self.learn, 'gather_preds')     # get_preds inside a fit is none of ours
+    # not in a `get_preds` inside the fit
+    def active(self): return self.in_fit and not hasattr(self.learn, 'gather_preds')
 
-    def before_train(self): self._phase(True)
-    def before_validate(self): self._phase(False)
+    @property
+    def share_done(self):
+        "Share of the training that is done, for schedules"
+        if self.epochs_span is None: return self.pct_train
+        before,epochs = self.epochs_span
+        return (before + self.pct_train*self.n_epoch)/epochs
 
-    def _phase(self, training):
+    def before_train(self): self._start_phase(True)
+    def before_validate(self): self._start_phase(False)
+
+    def _start_phase(self, training):
         if not self.active: return
         self.distiller.links.train(training)
         self.distiller.teacher.reset()
+        self.not_finite = None
+        if training: self.part_metrics[0].start_training()
 
     def before_batch(self):
         if not self.active: return
-        self.parts,self.told = {},None
-        if not self.distiller.ready: self._setup()
+        self.parts,self.teacher_outputs = {},None
+        if not self.distiller.ready: self._setup(*self.xb)      # there was no example before the fit
         self._tap()
 
-    def _setup(self):
-        self.distiller.setup(*map(as_plain, self.xb))
-        self.distiller.links.train(self.training)
-        broadcast(self.distiller.links.state_dict().values())
-        self._load()
-        if self.distiller.pairs and rank() == 0: print(self.distiller.pairs)
-
     def _tap(self):
-        "Read the layers that this batch compares; the model is looked up each time, for an averaged one may validate in its place"
-        names = self.distiller.student_layers(self.distiller.active_terms(self.pct_train))
+        """Read the layers that this batch compares; the model is looked up each time, for an averaged one may validate
+        in its place"""
+        names = self.distiller.student_layers(self.distiller.active_terms(self.share_done))
         if self.taps is not None and self.taps.names == names: return
         self._untap()
         if names: self.taps = Taps(self.learn.model, names).attach()
@@ -166,30 +201,59 @@ class KnowledgeDistillation(Callback):
         self.taps = None
 
     def after_batch(self):
-        # subtle: compiled code would be compiled anew for hooks that come and go
+        # subtle: hooks that come and go would make torch.compile compile again
         if self.taps is not None and not self.taps.compiled: self._untap()
 
-    def after_train(self): self._untap()
+    def after_train(self):
+        self._untap()
+        if not self.active: return
+        self._refuse_not_finite()
+        self.part_metrics[0].end_training()
+
     def after_validate(self):
-        if self.active: self._untap()
+        if not self.active: return
+        self._untap()
+        self._refuse_not_finite()
 
     def after_pred(self):
         if not self.active or len(self.yb) or not self.training: return
-        if self.recipe.task_at(self.pct_train):
-            raise DistillError("These batches have no labels, but the recipe counts their loss: use alpha=1, or soft_labels(), "
-                               "to train from the teacher alone.")
-        # subtle: without a target fastai makes no loss and no step; the teacher's answer is one, and its loss has the weight 0
-        self.told = self.distiller.teacher_outputs(self.xb, self.pct_train)
-        if self.told is not None: self.learn.yb = pseudo_labels(self.told.logits, self._student_outputs().logits, self.task),
+        if self.recipe.task_at(self.share_done):
+            raise DistillError("These batches have no labels, but the recipe counts their loss: use alpha=1, or "
+                               "soft_labels(), to train from the teacher alone.")
+        # subtle: without a target fastai computes no loss and takes no step. The teacher's prediction is one, whose
+        # loss has weight 0
+        self.teacher_outputs = self._ask_teacher()
+        if self.teacher_outputs is not None:
+            self.learn.yb = pseudo_labels(self.teacher_outputs.logits, self._student_outputs({}).logits, self.task),
 
     def after_loss(self):
-        if not self.active or not len(self.yb) or not self._taught(): return
-        t = self.distiller.teacher_outputs(self.xb, self.pct_train) if self.told is None else self.told
+        if not self.active or not len(self.yb) or not self._has_outputs(): return
+        unlabeled = self.teacher_outputs is not None
+        t = self.teacher_outputs if unlabeled else self._ask_teacher()
         s = self._student_outputs(self.taps.pop() if self.taps else {})
-        y = self.yb if self.told is None else ()
-        r = self.distiller.compute(s, t, self.learn.loss, y, progress=self.pct_train, mixed=self._mixed())
-        self.parts = r.parts
-        if self.training and r.added is not None: self._add(r)
+        y = () if unlabeled else self.yb
+        r = self.distiller.compute(s, t, self.learn.loss, y, progress=self.share_done, mixed=self._mixed())
+        self.parts = r.parts if unlabeled else {'task': r.task.detach(), **r.parts}
+        self._report_shares()
+        if not self.training: return
+        self.part_metrics[0].add_training_batch(self.learn)
+        if r.added is not None: self._add(r)
+
+    def _student_outputs(self, feats): return self.distiller.student_outputs(self.learn.pred, feats, self.xb)
+
+    def _ask_teacher(self):
+        "The teacher's outputs for this batch; None where no term needs them"
+        t = self.distiller.teacher_outputs(self.xb, self.share_done)
+        if t is not None: self._look_for_not_finite(t)
+        return t
+
+    def _report_shares(self):
+        "Print what was measured at the first training batch, and where a part counts for the first time"
+        before,shares = self.reported_shares,self.distiller.gradient_shares
+        self.reported_shares = shares
+        if not shares or shares is before or rank() > 0: return
+        new = f" with {' and '.join(k for k in shares if k not in before)}" if before else ''
+        print(f'fastdistill: gradient shares at the first batch{new}: {shares_in_words(shares)}')
 
     def _add(self, r):
         learn = self.learn
@@ -199,74 +263,93 @@ class KnowledgeDistillation(Callback):
     def _regularizers(self):
         "What callbacks before this one added to the labels' loss"
         a,b = self.learn.loss_grad,self.learn.loss
-        # subtle: where they added nothing the labels' loss is not touched at all, for it may be nan, and so may its gradient
+        # subtle: where they added nothing the labels' loss is not touched at all, for it may be nan, and so may its
+        # gradient
         return 0. if origin(a) is origin(b) else (a-b).nan_to_num()
 
-    def _student_outputs(self, feats=None): return self.distiller.student_outputs(self.learn.pred, feats, self.xb)
-
-    def _taught(self):
-        "Stored answers may be there for the training set alone"
-        return self.training or self.feed is None or self.feed.ready(self.learn)
+    def _has_outputs(self):
+        "Stored outputs may be there for the training set alone"
+        return self.training or self.feed is None or self.feed.ready()
 
     def _mixed(self):
-        "The second labels of a mixed batch, and the first ones' share, where MixUp or CutMix leave labels as they are"
-        mix = next((c for c in self.learn.cbs if isinstance(c, MixHandler) and self.training and getattr(c, 'stack_y', False)), None)
+        """The second labels of a mixed batch, and the share of the first ones, where MixUp or CutMix leave labels as
+        they are"""
+        mix = next((c for c in self.learn.cbs if isinstance(c, MixHandler) and self.training
+                    and getattr(c, 'stack_y', False)), None)
         return None if mix is None else (mix.yb1, mix.lam)
 
-    # projectors have an optimizer of their own: a group more in the student's would break its schedules and checkpoints
+    # a teacher that predicts nan
+
+    def _look_for_not_finite(self, t):
+        """Stop at once on the CPU. On a GPU a look at a number would make each step wait: there, at the first batch
+        and after each epoch"""
+        found,first = not_finite(t),self.not_finite is None
+        self.not_finite = found if first else self.not_finite | found
+        # the Recorder has brought the loss to the CPU already
+        if first or found.device.type == 'cpu' or not math.isfinite(getattr(self.learn, 'smooth_loss', 0.)):
+            self._refuse_not_finite()
+
+    def _refuse_not_finite(self):
+        if self.not_finite is None or not self.not_finite: return
+        where = f"{'training' if self.training else 'validation'}, epoch {self.epoch}, up to batch {self.iter}"
+        if self.feed is not None:
+            raise DistillError(f"Stored teacher outputs are nan or infinite ({where}). Is a file damaged? "
+                               "cache.check() names it.")
+        raise DistillError(f"The teacher's outputs are nan or infinite ({where}), and so would be the student's "
+                           "weights. Are its inputs finite? Does it overflow in half precision?")
+
+    # projectors
 
     def after_backward(self):
-        mean_over_ranks(p.grad for p in self._projectors() if p.grad is not None)
+        if self.active and self.distiller.own_parameters(): self._optimizer().average_gradients()
 
-    def _projectors(self): return self.distiller.own_parameters() if self.active else []
-
-    def before_step(self): self.skip = False
-    def after_cancel_step(self): self.skip = True
+    def before_step(self): self.skip_step = False
+    def after_cancel_step(self): self.skip_step = True
 
     def after_step(self):
-        if not (ps := self._projectors()): return
-        if self.popt is None: self.popt = self._make_popt(ps)
-        self._unscale(ps)
-        if not self.skip:
-            for k in ('lr', 'mom', 'wd'):
-                # subtle: a float, since set_hyper chokes on numpy's
-                if k in self.popt.hypers[0] and k in self.opt.hypers[-1]: self.popt.set_hyper(k, float(self.opt.hypers[-1][k]))
-            self.popt.step()
-        self.popt.zero_grad()
+        if self.active and self.distiller.own_parameters(): self._optimizer().step(self.learn, self.skip_step)
 
-    def _make_popt(self, ps):
-        make = Adam if isinstance(self.learn.opt_func, OptimWrapper) else self.learn.opt_func
-        return make([ps], lr=self.learn.lr)
+    def _optimizer(self):
+        if self.projector_opt is None:
+            self.projector_opt = ProjectorOptimizer(self.learn, self.distiller.own_parameters())
+        return self.projector_opt
 
     def state_dict(self):
-        "What a checkpoint of training needs beside `learn.save`: projectors, their optimizer's state, measured balance"
+        """What a checkpoint of training needs beside the student: projectors, their optimizer's state, the measured
+        balance"""
+        if self.state_to_load: return self.state_to_load
         if self.distiller is None: return {}
-        d,opt = self.distiller,None
-        if self.popt is not None: opt = dict(state=list(self.popt.state_dict()['state']), hypers=[dict(h) for h in self.popt.hypers])
-        return dict(links=d.links.state_dict(), scales=dict(d.scales), opt=opt)
+        d,opt = self.distiller,self.projector_opt
+        return dict(links=d.links.state_dict(), scales=dict(d.scales), opt=None if opt is None else opt.state_dict())
 
     def load_state_dict(
         self,
-        state # what `state_dict` gave; it is taken up when the next fit begins
+        state # what `state_dict` gave. Outside of a fit, it is taken when the next one begins
     ):
-        self.loaded = state
+        self.state_to_load = state
+        if self.in_fit and self.distiller.ready: self._take_state()
 
-    def _load(self):
-        state,self.loaded = self.loaded,None
+    def _take_state(self):
+        state,d = self.state_to_load,self.distiller
+        if state is None and self.projector_opt is None: state = STATES.get(self.learn)
+        if not hasattr(self.learn, 'lr_finder'):
+            self.state_to_load = None
+            STATES.pop(self.learn, None)
         if not state: return
-        self.distiller.links.load_state_dict(state['links'])
-        self.distiller.scales = dict(state['scales'])
-        if state['opt'] is not None:
-            self.popt = self._make_popt(self.distiller.own_parameters())
-            self.popt.load_state_dict(copy.deepcopy(state['opt']))
-
-    def _unscale(self, ps):
-        "Undo what half precision's scaler did to the loss; skip the step where that overflowed"
-        scaler = getattr(self.learn, 'scaler', None)
-        if scaler is None or not scaler.is_enabled(): return
-        for p in ps:
-            if p.grad is not None: p.grad.mul_(1/scaler.get_scale())
-        self.skip = self.skip or any(p.grad is not None and not p.grad.isfinite().all() for p in ps)
+        shapes = lambda tensors: {k: tuple(v.shape) for k,v in tensors.items()}
+        if shapes(state['links']) != shapes(d.links.state_dict()):
+            names = lambda links: ', '.join(links) or 'none'
+            what = f"projectors of other terms or layers ({names(state['links'])}, now {names(d.links.state_dict())})"
+            if 'file' not in state:
+                raise DistillError(f"This state holds {what}: load it into a callback with the recipe that it was "
+                                   "saved from.")
+            return print(f"fastdistill: {state['file']} holds {what}, and is not used.")
+        if 'file' in state and rank() == 0:
+            print(f"fastdistill: projectors and their optimizer continue from {state['file']}.")
+        d.links.load_state_dict(state['links'])
+        d.scales = dict(state['scales'])
+        self.projector_opt = None
+        if state['opt'] is not None: self._optimizer().load_state_dict(state['opt'])
 
 
 def origin(loss):
@@ -277,27 +360,52 @@ def origin(loss):
 
 
 def feed_of(source):
-    "What brings stored answers to the batches; None for a teacher that is asked"
+    "What brings stored outputs to the batches; None for a teacher that runs"
     if source is None: return TargetFeed()
-    if isinstance(source, (str, Path)) and (Path(source)/'manifest.json').is_file(): source = TeacherCache(source)
+    if is_cache(source): source = TeacherCache(source)
     if isinstance(source, TeacherCache): return CacheFeed(source)
     return source if isinstance(source, Feed) else None
 
 
 def make_recipe(recipe, T, alpha, loss):
-    "One recipe from the three ways of asking for it"
+    "One recipe from the three ways to ask for it"
     if recipe is None and loss is None: return kd(4. if T is None else T, .9 if alpha is None else alpha)
     if recipe is not None:
         given = [k for k,v in dict(T=T, alpha=alpha, loss=loss).items() if v is not None]
-        if given: raise DistillError(f"A recipe and {', '.join(given)}=: say it in the recipe, as in kd(T=2, alpha=.5).")
+        if given:
+            raise DistillError(f"A recipe and {', '.join(given)}=: say it in the recipe, as in kd(T=2, alpha=.5).")
         return Recipe(recipe)
     if T is not None:
-        raise DistillError("T= with loss=: your loss gets the logits as they are, and softens them itself (or write Term(fn, T=...)).")
+        raise DistillError("T= with loss=: your loss gets the logits as they are, and softens them itself (or write "
+                           "Term(fn, T=...)).")
     alpha = 1. if alpha is None else alpha
     return Recipe(Term(loss, weight=alpha, name='kd'), task=kd(alpha=alpha).task)
 
 
+def example_inputs(learn):
+    """Inputs of a validation batch, on which layers are paired before the fit. None where there is none, or where the
+    student does not run on it as it is (a callback prepares its inputs): then the first batch will do"""
+    if len(learn.dls.loaders) < 2 or getattr(learn.dls.valid, 'n', None) == 0: return None
+    # subtle: a training batch would advance generators that belong to the transforms, and change the run
+    with RandomGuard(): b = next(valid_batches(learn.dls.valid), None)
+    if b is None: return None
+    x,_ = split_batch(learn, b)
+    try: dry_run(learn.model, *x)
+    except DistillError: return None
+    return x
+
+
+def not_finite(t):
+    """Do a teacher's outputs hold nan, or infinite values other than the -inf of classes that are switched off? A
+    tensor on their device"""
+    logits = t.logits.values if isinstance(t.logits, TopK) else t.logits
+    # a sum is nan or infinite if one of the summands is, and takes one pass
+    sums = [v.detach().sum(dtype=torch.float) for v in (logits, *t.feats.values()) if v is not None
+            and v.is_floating_point()]
+    return torch.stack([s.isnan() | (s == torch.inf) for s in sums]).any()
+
+
 def pseudo_labels(t, s, task):
-    "The teacher's answer as a target of the task's own loss"
+    "The teacher's prediction as a target of the task's own loss"
     if task.kind == 'softmax': return t.argmax(task.axis)
     return (t > 0).to(s.dtype) if task.kind == 'sigmoid' else t.to(s.dtype)

@@ -46,7 +46,8 @@ def find_mistakes(
     valid,train = prepared_batches(learn, n, max(1, n//4))
     try:
         with closing(valid), closing(train):
-            seen = check_outputs(teacher, task, valid, learn.model, train=train, recipe=recipe, names=vocab_of(learn.dls),
+            seen = check_outputs(teacher, task, valid, learn.model, train=train, recipe=recipe,
+                                 names=vocab_of(learn.dls),
                                  output=output)
     except PreparationError as e:
         found.append(Finding('note', f"The teacher was not run, for this callback does not run outside of a fit: {e}",
@@ -72,7 +73,8 @@ def shared_parameters(learn, teacher, task):
 def resets(learn, teacher, task):
     "fastai calls the student's `reset` whatever it does"
     if has_reset(learn.model) and (why := why_no_reset(learn.model)):
-        yield Finding('error', f"The student's method reset() {why}, and fastai calls it whenever it fits, validates or predicts",
+        yield Finding('error', f"The student's method reset() {why}, and fastai calls it whenever it fits, validates "
+                               "or predicts",
                       "Give the method another name")
 
 
@@ -116,8 +118,8 @@ def codings(learn, teacher, task):
         for name,read in CODES.items():
             s,t = read(a),read(b)
             if s is None or t is None or s == t: continue
-            yield Finding('error', f"Student and teacher code their {name} differently ({describe_difference(s, t)}), so that "
-                          "the same numbers mean something else to the teacher",
+            yield Finding('error', f"Student and teacher code their {name} differently ({describe_difference(s, t)}), "
+                          "so that the same numbers mean something else to the teacher",
                           f"Make the student's DataLoaders with the teacher's coding: {CODING_FIXES[name]}")
 
 

@@ -2,7 +2,9 @@
 from fastai.basics import L, Learner, delegates, patch
 import fastai.callback.schedule  # noqa: F401 (it gives Learner fit_one_cycle)
 from .. import plots
+from ..distiller import Recipe, Term
 from ..docments import explain
+from ..outputs import DistillError
 from ..replay.seeds import RandomGuard
 from .task import task_of
 from . import check
@@ -19,7 +21,7 @@ def distill(
     self:Learner,
     teacher, # what `KnowledgeDistillation` takes
     n_epoch, # Number of epochs
-    lr_max=None, # Maximum learning rate
+    lr_max=None, # Maximum learning rate; with fine_tune: its base_lr
     recipe=None, # `kd()`, `kd() + recipes.at()`, a `Term`; None: kd(T, alpha)
     *,
     T=None, # temperature
@@ -27,16 +29,27 @@ def distill(
     temperature=None, # the same as T
     loss=None, # your own: fn(student_logits, teacher_logits, *targets)
     kind=None, # 'softmax', 'sigmoid' or 'regression'; None: read off the learner's loss function
-    axis=None, # class axis; None: likewise
+    axis=None, # class axis; None: read off the learner's loss function
     balance=None, # 'grad': weights are shares of the gradient
+    span='fine_tune', # what schedules run through: all of a `fine_tune`, or each 'fit' of it by itself
+    output=None, # which of the student's outputs is distilled: a name, an index or a function
     check=True, # look for mistakes first
+    fine_tune=False, # first the head alone for freeze_epochs (1), then all layers for n_epoch, as `Learner.fine_tune`,
+    # which gets the other options
     cbs=None, # more callbacks
     **kwargs
 ):
-    "Fit with the 1cycle policy and `KnowledgeDistillation(teacher, ...)`"
-    kd = KnowledgeDistillation(teacher, recipe, T=T, alpha=alpha, temperature=temperature, loss=loss, kind=kind, axis=axis,
-                               balance=balance, check=check)
-    self.fit_one_cycle(n_epoch, lr_max, cbs=L(cbs)+kd, **kwargs)
+    "Fit with the 1cycle policy, or `fine_tune`, and `KnowledgeDistillation(teacher, ...)`, which is returned"
+    if isinstance(lr_max, (Recipe, Term)):
+        raise DistillError(f"lr_max={lr_max!r}: the recipe comes after the learning rate. Write distill(teacher, "
+                           f"{n_epoch}, 1e-3, recipe), or distill(teacher, {n_epoch}, recipe=recipe).")
+    kd = KnowledgeDistillation(teacher, recipe, T=T, alpha=alpha, temperature=temperature, loss=loss, kind=kind,
+                               axis=axis,
+                               balance=balance, span=span, output=output, check=check)
+    cbs = L(cbs) + kd
+    if not fine_tune: self.fit_one_cycle(n_epoch, lr_max, cbs=cbs, **kwargs)
+    else: self.fine_tune(n_epoch, **({} if lr_max is None else dict(base_lr=lr_max)), cbs=cbs, **kwargs)
+    return kd
 
 
 @patch
@@ -48,7 +61,8 @@ def check_teacher(
     recipe=None, # recipe or term that will be trained with: it is checked too
     n:int=check.BATCHES # batches of the validation set to look at, and a quarter as many of the training set
 ):
-    "Mistakes that training with `teacher` would not show: a list of findings, empty when all is well; its `.facts` are what was measured"
+    """Mistakes that training with `teacher` would not show: a list of findings, empty when all is well; its `.facts`
+    are what was measured"""
     return check.check_teacher(self, teacher, task_of(self.loss_func, kind, axis), recipe, n)
 
 
@@ -56,16 +70,19 @@ def check_teacher(
 def show_features(
     self:Learner, # the student
     teacher, # what `KnowledgeDistillation` takes
-    layers='auto', # as in `Term`: {'student.layer': 'teacher.layer'}, pairs of names, 'auto' or 'last'; their outputs are maps or tokens
+    layers='auto', # as in `Term`: {'student.layer': 'teacher.layer'}, pairs of names, 'auto' or 'last'; their outputs
+    # are maps or tokens
     n:int=4, # pictures of the validation set
     p:float=2 # exponent of the activations
 ):
-    "Where student and teacher look, side by side, in `n` pictures of the validation set; returns the figure, which notebooks show"
+    """Where student and teacher look, side by side, in `n` pictures of the validation set; returns the figure, which
+    notebooks show"""
     with RandomGuard(): b = next(iter(valid_batches(self.dls.valid)))
     x,_ = split_batch(self, b)
     x = tuple(o[:n] for o in x)
     mean,std = [o.to(x[0]) if hasattr(o, 'to') else o for o in image_stats(self.dls)]
-    return plots.show_features(self.model, teacher_of(teacher, self), x, layers, images=(x[0]*std + mean).clamp(0, 1), n=n, p=p)
+    return plots.show_features(self.model, teacher_of(teacher, self), x, layers, images=(x[0]*std + mean).clamp(0, 1),
+                               n=n, p=p)
 
 
 for _method in (Learner.distill, Learner.check_teacher, Learner.show_features): explain(_method)

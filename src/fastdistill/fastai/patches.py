@@ -6,18 +6,32 @@
 | `Datasets.decode` | `predict` and `show_results` have no prediction for the teacher's column | first target |
 | `Datasets.new_empty` | `export` would keep the teacher's column | first target |
 | `TfmdDL._one_pass` | `export` would keep the type of the teacher's targets | first target |
-| `TfmdDL._pre_show_batch` | fastai has no way to show a tuple of label and teacher's target | first target |
-| `defaults.callbacks` | labels, MixUp and metrics must not see the teacher's target: see `TeacherTargets` | first target |
+| `TfmdDL._pre_show_batch` | fastai cannot show a tuple of label and teacher's target | first target |
+| `defaults.callbacks` | labels, MixUp and metrics must not see the target: see `TeacherTargets` | first target |
+| `Learner.fit` | no event follows an interrupt: callbacks that stay on the Learner clean up here | import |
+| `Learner.fine_tune` | schedules span both of its phases: see `KnowledgeDistillation(span=)` | import |
+| `Learner.save` | with the optimizer, projectors are saved too, in a file beside the student's | import |
+| `Learner.load` | it loads that file | import |
+| `Learner.export` | in a fit from a cache, it would export the training data and fastdistill too | import |
+| `Recorder.plot_loss` | with a teacher, `train_loss` has another scale than the labels' losses | import |
 | `Learner.distill` | a new method, in `learner.py` | import |
 | `Learner.check_teacher` | a new method, in `learner.py` | import |
 | `Learner.show_features` | a new method, in `learner.py` | import |
 
-"First target" is when the first `TeacherBlock` is made or unpickled, or the first cache is trained from. `DataBlock.__init__` can't wait
-for it: a `TeacherBlock` may be given as a class, which fastai makes an instance of when it is about to count the inputs. Without a
-`TeacherBlock` the wrapped methods do what they did before."""
+The methods that are wrapped at import do what they did before, as long as no `TeacherBlock` or
+`KnowledgeDistillation` is there. They can't wait for it: Python looks up `learn.fine_tune` before it makes the callback
+in `learn.fine_tune(1, cbs=KnowledgeDistillation(teacher))`. "First target" is when the first `TeacherBlock` is made or
+unpickled, or the first cache is trained from. `DataBlock.__init__` can't wait for it: a `TeacherBlock` may be given as
+a class, which fastai makes an instance of when it is about to count the inputs."""
 import functools, inspect
-from fastai.basics import DataBlock, Datasets, L, TensorBase, TfmdDL, defaults
+from contextlib import nullcontext
+from pathlib import Path
+import torch
+from fastai.basics import DataBlock, Datasets, L, Learner, Recorder, TensorBase, TfmdDL, defaults, join_path_file
+import fastai.callback.schedule  # noqa: F401 (it gives Learner fine_tune)
+from ..ranks import rank
 from .block import FIRST_TARGET, TeacherBlock, TeacherTarget, ToTeacherTarget
+from .callback import STATES, KnowledgeDistillation
 from .targets import TeacherTargets
 
 __all__ = []
@@ -33,7 +47,8 @@ def _n_inp_without_teacher(init):
         blocks = given.arguments.get('blocks')
         if blocks is None: blocks = self.blocks
         n_teachers = sum(map(_is_teacher, blocks)) if isinstance(blocks, (list, tuple, L)) else 0
-        if n_teachers and given.arguments.get('n_inp') is None: given.arguments['n_inp'] = max(1, len(blocks)-n_teachers-1)
+        if n_teachers and given.arguments.get('n_inp') is None:
+            given.arguments['n_inp'] = max(1, len(blocks)-n_teachers-1)
         init(*given.args, **given.kwargs)
     return __init__
 
@@ -52,7 +67,8 @@ def _decode_without_teacher(decode):
     @functools.wraps(decode)
     def _decode(self, o, full=True):
         tls = _without_targets(self.tls)
-        if len(tls) < len(self.tls) and len(o) == len(tls): return tuple(tl.decode(v, full=full) for v,tl in zip(o, tls))
+        if len(tls) < len(self.tls) and len(o) == len(tls):
+            return tuple(tl.decode(v, full=full) for v,tl in zip(o, tls))
         return decode(self, o, full=full)
     return _decode
 
@@ -62,7 +78,8 @@ def _empty_without_teacher(new_empty):
     @functools.wraps(new_empty)
     def _new_empty(self):
         tls = _without_targets(self.tls)
-        return new_empty(self) if len(tls) == len(self.tls) else type(self)(tls=[tl.new_empty() for tl in tls], n_inp=self.n_inp)
+        return new_empty(self) if len(tls) == len(self.tls) else type(self)(tls=[tl.new_empty() for tl in tls],
+                                                                            n_inp=self.n_inp)
     return _new_empty
 
 
@@ -85,6 +102,93 @@ def _show_without_teacher(pre_show_batch):
     return _pre_show_batch
 
 
+def _callback_on(learn): return next((c for c in learn.cbs if isinstance(c, KnowledgeDistillation)), None)
+
+
+def _put_back_after(fit):
+    "Whatever ends a fit, nothing of distillation stays on the Learner"
+    @functools.wraps(fit)
+    def _fit(self, *args, **kwargs):
+        try: return fit(self, *args, **kwargs)
+        finally:
+            if (cb := _callback_on(self)) is not None: cb.teardown()
+    return _fit
+
+
+def _as_one_training(fine_tune):
+    "While it runs, the Learner holds how many epochs both phases have, and how many are done"
+    sig = inspect.signature(fine_tune)
+    @functools.wraps(fine_tune)
+    def _fine_tune(self, *args, **kwargs):
+        given = sig.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        self.fine_tune_span = dict(done=0, epochs=given.arguments['freeze_epochs'] + given.arguments['epochs'])
+        try: return fine_tune(self, *args, **kwargs)
+        finally: del self.fine_tune_span
+    return _fine_tune
+
+
+def _file_beside(file): return Path(file).with_suffix('.distill.pth') if isinstance(file, (str, Path)) else None
+
+
+def _with_projectors(save):
+    @functools.wraps(save)
+    def _save(self, file, with_opt=True, **kwargs):
+        saved = save(self, file, with_opt=with_opt, **kwargs)
+        beside,cb = _file_beside(saved),_callback_on(self)
+        if beside is None or rank() or hasattr(self, 'lr_finder'): return saved
+        state = cb.state_dict() if cb is not None and with_opt else {}
+        if state.get('links') or state.get('scales'): torch.save(state, beside)
+        else: beside.unlink(missing_ok=True)        # it belonged to the student that this one replaces
+        return saved
+    return _save
+
+
+def _with_its_projectors(load):
+    @functools.wraps(load)
+    def _load(self, file, device=None, with_opt=True, **kwargs):
+        out = load(self, file, device=device, with_opt=with_opt, **kwargs)
+        beside,cb = _file_beside(join_path_file(file, self.path/self.model_dir, ext='.pth')),_callback_on(self)
+        if beside is None or not with_opt or hasattr(self, 'lr_finder'): return out
+        STATES.pop(self, None)
+        if not beside.is_file(): return out
+        state = torch.load(beside, map_location='cpu', weights_only=True)
+        if cb is not None: cb.load_state_dict(state)
+        else: STATES[self] = {**state, 'file': beside.name}
+        return out
+    return _load
+
+
+def _export_student_alone(export):
+    @functools.wraps(export)
+    def _export(self, *args, **kwargs):
+        cb = _callback_on(self)
+        with nullcontext() if cb is None or cb.feed is None else cb.feed.set_aside():
+            return export(self, *args, **kwargs)
+    return _export
+
+
+def _plot_labels_apart(plot_loss):
+    "The labels' losses, in training and validation, get an axis of their own on the right"
+    @functools.wraps(plot_loss)
+    def _plot_loss(self, skip_start=5, with_valid=True, log=False, show_epochs=False, ax=None):
+        name = next((n for n in ('task_loss', 'train_task_loss') if n in self.metric_names), None)
+        if name is None or not with_valid: return plot_loss(self, skip_start, with_valid, log, show_epochs, ax)
+        ax = plot_loss(self, skip_start, False, log, show_epochs, ax)
+        first = sum(i < skip_start for i in self.iters)
+        right,lines = ax.twinx(),[*ax.lines[:1]]
+        for n,label,color in ((name, 'train, labels', 'C1'), ('valid_loss', 'valid, labels', 'C2')):
+            values = [v[self.metric_names.index(n) - 1] for v in self.values[first:]]
+            lines += right.plot(self.iters[first:], [float('nan') if v is None else v for v in values], color=color,
+                                label=label)
+        ax.lines[0].set_label('train, with the teacher')
+        ax.set_ylabel('loss with the teacher')
+        right.set_ylabel("labels' own loss")
+        ax.legend(handles=lines)
+        return ax
+    return _plot_loss
+
+
 def _once(cls, name, wrap):
     "Wrap a method, once, however often this module is loaded"
     if hasattr(getattr(cls, name), '_knows_teacher'): return
@@ -101,3 +205,9 @@ def _at_first_target():
 
 _once(DataBlock, '__init__', _n_inp_without_teacher)
 FIRST_TARGET.append(_at_first_target)
+_once(Learner, 'fit', _put_back_after)
+_once(Learner, 'fine_tune', _as_one_training)
+_once(Learner, 'save', _with_projectors)
+_once(Learner, 'load', _with_its_projectors)
+_once(Learner, 'export', _export_student_alone)
+_once(Recorder, 'plot_loss', _plot_labels_apart)

@@ -1,4 +1,5 @@
 "A DataLoader whose random transforms repeat the views of a cache."
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -14,7 +15,7 @@ from .block import TeacherRow
 from .stream import in_a_row
 from .transforms import Replay, Shown
 
-__all__ = ['Plan', 'attach', 'detach', 'refuse_unindexed']
+__all__ = ['Plan', 'attach', 'detach', 'refuse_unindexed', 'set_aside']
 
 
 @dataclass
@@ -135,6 +136,15 @@ def detach(dl):
     if own is not None: dl.do_batch = own
     pipe = dl.after_batch
     if isinstance(pipe, Replay): pipe.own.fs,dl.after_batch = pipe.fs,pipe.own
+
+
+@contextmanager
+def set_aside(dl):
+    "Inside, `dl` is as it was before `attach`"
+    attached = {k: dl.__dict__[k] for k in ('do_item', 'do_batch', 'create_batches', 'after_batch') if k in dl.__dict__}
+    detach(dl)
+    try: yield
+    finally: dl.__dict__.update(attached)
 
 
 def refuse_unindexed(dl):

@@ -1,10 +1,12 @@
 "Stored teacher outputs in the batches of a fit: taken out of them before labels are used, mixed as MixUp mixes."
 import copy, inspect, warnings
+from contextlib import nullcontext
 import torch
 from torch import Tensor
-from fastai.basics import BaseLoss, Callback, Datasets
+from fastai.basics import BaseLoss, Callback, Datasets, TfmdDL
 from fastai.callback.mixup import MixHandler
 from ..outputs import DistillError, DistillWarning, Outputs, as_plain
+from ..replay.seeds import RandomGuard
 from .block import TeacherRow, TeacherTarget, ToTeacherTarget, before_first_target
 from .vocab import stored_order
 
@@ -12,71 +14,79 @@ __all__ = ['Feed', 'TargetFeed', 'TeacherTargets']
 
 
 class TeacherTargets(Callback):
-    "Takes the teacher's target out of `yb`, so that labels, MixUp and metrics see what they know; a loss of three arguments gets it back"
+    """Takes the teacher's target out of `yb`, because labels, MixUp and metrics don't expect it. A loss of three
+    arguments gets it"""
     order,remove_on_fetch = -20,False
 
     def __init__(self):
         super().__init__()
-        self.told = self.indexed = None
+        self.target = self.permutations = None
 
     def after_create(self):
         "A Learner whose data hold no teacher's target has no use for it"
-        if not target_tfms(self.learn.dls): self.learn.remove_cb(self)
+        dls = self.learn.dls
+        # subtle: a DataLoader with a `do_item` of its own brings stored outputs to another Learner's fit, which is
+        # running
+        fed = any('do_item' in vars(dl) for dl in getattr(dls, 'loaders', []))
+        if not (fed or target_tfms(dls)): self.learn.remove_cb(self)
 
     def before_batch(self):
-        self.told,self.indexed = None,None
+        self.target = self.permutations = None
         if any(isinstance(o, TeacherTarget) for o in self.xb):
-            raise DistillError("The teacher's target came as an input of the model: say n_inp=1 (or however many inputs there are) "
-                               "to Datasets or DataBlock.")
+            raise DistillError("The teacher's target came as an input of the model: give Datasets or DataBlock n_inp=1 "
+                               "(or as many as there are inputs).")
         if not (len(self.yb) and isinstance(self.yb[-1], TeacherTarget)): return
-        self.learn.yb,self.told = self.yb[:-1],self.yb[-1]
-        if self.training and len(self.yb) and any(isinstance(c, MixHandler) for c in self.learn.cbs): self._listen()
-
-    def _listen(self):
-        "Have the label note which permutation it is mixed with"
-        self.indexed = []
-        self.learn.yb = (recording(self.yb[0], self.indexed), *self.yb[1:])
+        self.learn.yb,self.target = self.yb[:-1],self.yb[-1]
+        if self.training and len(self.yb) and any(isinstance(c, MixHandler) for c in self.learn.cbs):
+            self.permutations = []
+            self.learn.yb = (recording(self.yb[0], self.permutations), *self.yb[1:])
 
     def mix(self):
-        "The permutation and the share of the unpermuted samples with which MixUp or CutMix mixed this batch; None if it is as it was"
-        if not self.indexed: return None
-        if len(self.indexed) > 1:
-            raise DistillError("The batch was mixed twice (MixUp and CutMix together?): a stored teacher's answer can follow one of them. "
-                               "Use a live teacher.")
+        """How MixUp or CutMix mixed this batch: the permutation, and the share of the unpermuted samples; None if it
+        is not mixed"""
+        if not self.permutations: return None
+        if len(self.permutations) > 1:
+            raise DistillError("The batch was mixed twice (MixUp and CutMix together?). Stored outputs of a teacher "
+                               "can follow only one of them. Use a live teacher.")
         lam = next(c.lam for c in self.learn.cbs if isinstance(c, MixHandler))
-        return self.indexed[0],lam
+        return self.permutations[0],lam
 
     def after_pred(self):
-        if self.told is None or isinstance(self.told, TeacherRow) or not takes_teacher(self.learn.loss_func): return
-        t,mix = as_plain(self.told),self.mix()
+        if self.target is None or isinstance(self.target, TeacherRow) or not takes_teacher(self.learn.loss_func): return
+        t,mix = as_plain(self.target),self.mix()
         self.learn.yb = (*self.yb, TeacherTarget(t if mix is None else lerp(t, *mix)))
 
     def after_loss(self):
-        if self.told is not None and len(self.yb) and isinstance(self.yb[-1], TeacherTarget): self.learn.yb = self.yb[:-1]
+        if self.target is not None and len(self.yb) and isinstance(self.yb[-1], TeacherTarget):
+            self.learn.yb = self.yb[:-1]
 
-    def __deepcopy__(self, memo): # in a copied learner: one that goes on
+    def __deepcopy__(self, memo): # a copied Learner gets one that works
         new = type(self)()
         new.learn = copy.deepcopy(self.learn, memo)
         return new
 
-    def __reduce__(self): return Callback, ()     # in an exported learner: a callback that does nothing and needs nothing
+    # an exported Learner gets a callback that does nothing, and needs no fastdistill
+    def __reduce__(self): return Callback, ()
 
 
-def recording(y, notes):
-    "`y` as a tensor that notes by which permutation it is indexed"
+def recording(y, permutations):
+    "`y` as a tensor that appends to `permutations` what it is indexed with"
     cls = type(y)
-    class Noting(cls):
+    class Recording(cls):
         def __getitem__(self, i):
-            if isinstance(i, Tensor) and not i.is_floating_point() and i.dim() == 1 and len(i) == len(self): notes.append(as_plain(i))
+            if isinstance(i, Tensor) and not i.is_floating_point() and i.dim() == 1 and len(i) == len(self):
+                permutations.append(as_plain(i))
             return self.as_subclass(cls)[i]
-    return y.as_subclass(Noting)
+    return y.as_subclass(Recording)
 
 
 def takes_teacher(loss_func):
     "Does this loss take (out, y, y_teacher)?"
     if isinstance(loss_func, BaseLoss): return False
     if isinstance(getattr(loss_func, '__self__', None), MixHandler): return takes_teacher(loss_func.__self__.old_lf)
-    try: ps = inspect.signature(loss_func.forward if isinstance(loss_func, torch.nn.Module) else loss_func).parameters.values()
+    try:
+        fn = loss_func.forward if isinstance(loss_func, torch.nn.Module) else loss_func
+        ps = inspect.signature(fn).parameters.values()
     except (TypeError, ValueError): return False
     needed = [p for p in ps if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty]
     return len(needed) > 2 or any(p.kind is p.VAR_POSITIONAL for p in ps)
@@ -98,13 +108,18 @@ def mix_logits(
     if kind == 'regression': return lerp(t, perm, lam)
     t = t.float()
     lam = as_plain(torch.as_tensor(lam, device=t.device)).float().reshape(-1, *[1]*(t.dim()-1))
-    both = lambda a: torch.logaddexp(a + lam.log(), a[perm] + (1-lam).log())      # log(lam*exp(a) + (1-lam)*exp(b)), however far apart
+    # log(lam*exp(a) + (1-lam)*exp(b)), however far apart
+    both = lambda a: torch.logaddexp(a + lam.log(), a[perm] + (1-lam).log())
     if kind == 'softmax': return both(t.log_softmax(axis))
     return both(torch.nn.functional.logsigmoid(t)) - both(torch.nn.functional.logsigmoid(-t))
 
 
 class Feed:
-    "What brings stored teacher targets to the batches of a fit: `attach` before it, `outputs` in each batch, `detach` after it"
+    """Stored teacher outputs for the batches of a fit: `attach` before it, `outputs` in each batch, `detach` after it.
+    A Distiller takes it in place of a Teacher: it has no modules, and its outputs belong to the current batch, whatever
+    the inputs are"""
+    layers = () # as in `Teacher`: all layers that are stored come with the outputs
+
     def attach(
         self,
         learn, # the Learner that is about to fit
@@ -115,56 +130,86 @@ class Feed:
         before_first_target()
         self.learn,self.kind,self.axis = learn,kind,axis
         self.added = None
-        if not any(isinstance(c, TeacherTargets) for c in learn.cbs):
+        if self._callback() is None:
             self.added = TeacherTargets()
             learn.add_cb(self.added)
         return self
 
     def detach(self):
-        "Take back what `attach` did; safe to call twice"
+        "Undo what `attach` did; safe to call twice"
         learn = getattr(self, 'learn', None)
         if learn is not None and self.added is not None: learn.remove_cbs([c for c in learn.cbs if c is self.added])
         self.learn = self.added = None
 
-    def popped(self, learn): return next((c for c in learn.cbs if isinstance(c, TeacherTargets)), None)
+    def set_aside(self):
+        "Inside this context, the data are as they were before `attach`"
+        return nullcontext()
 
-    def ready(self, learn):
+    def _callback(self): return next((c for c in self.learn.cbs if isinstance(c, TeacherTargets)), None)
+
+    def ready(self):
         "Has the current batch a teacher's target?"
-        cb = self.popped(learn)
-        return cb is not None and cb.told is not None
+        cb = self._callback()
+        return cb is not None and cb.target is not None
 
-    def outputs(self, learn) -> Outputs:
+    def outputs(self, args=(), kwargs=None, layers=()) -> Outputs:
         "The teacher's outputs for the current batch, mixed as MixUp or CutMix mixed it"
-        if not self.ready(learn): raise DistillError(self.missing)
-        cb = self.popped(learn)
-        out,mix = self.decode(as_plain(cb.told), learn),cb.mix()
-        return out if mix is None else self.mixed(out, *mix)
+        if not self.ready(): raise DistillError(self.missing)
+        cb = self._callback()
+        out,mix = self.decode(as_plain(cb.target), self.learn),cb.mix()
+        return out if mix is None else self._mixed(out, *mix)
 
-    def mixed(self, out, perm, lam):
+    def _mixed(self, out, perm, lam):
         if out.feats: raise DistillError("MixUp and CutMix mix images; stored layers of unmixed images don't fit them. "
-                                         "Leave out the feature terms, or use a live teacher.")
+                                         "Remove the terms with layers, or use a live teacher.")
         return Outputs(mix_logits(out.logits, perm, lam, self.kind, self.axis), {}, out.mask)
+
+    # what else a Distiller, and the search for pairs of layers, use of a teacher
+
+    def __call__(self, *x, **kw): return self.example(x)
+
+    def probe(self, *x, layers=None, **kw): return self.example(x)
+
+    def named_modules(self): return {}
+
+    def start(self): pass
+
+    def stop(self): pass
+
+    def reset(self): pass
 
 
 class TargetFeed(Feed):
     "Targets that a `TeacherBlock` put beside the labels"
-    missing = ("These batches hold no teacher's target. Give KnowledgeDistillation a teacher, or build the data with a third block: "
-               "DataBlock((ImageBlock, CategoryBlock, TeacherBlock), get_y=[label, teacher_row]).")
+    missing = ("These batches hold no teacher's target. Give KnowledgeDistillation a teacher, or build the data with a "
+               "third block: DataBlock((ImageBlock, CategoryBlock, TeacherBlock), get_y=[label, teacher_row]).")
 
     def attach(self, learn, kind='softmax', axis=1):
         super().attach(learn, kind, axis)
-        self.order,self.seen = class_order(learn.dls),False
+        if not target_tfms(learn.dls) and not in_first_batch(learn.dls.train):
+            self.detach()
+            raise DistillError(self.missing)
+        self.order,self.is_checked = class_order(learn.dls),False
         return self
 
+    def example(self, x): return Outputs() # no layers are stored
+
     def decode(self, t, learn):
-        if not self.seen: self._look(t)
+        if not self.is_checked: self._check(t)
         return Outputs(t if self.order is None else t[:, self.order.to(t.device)])
 
-    def _look(self, t):
-        self.seen = True
-        if self.kind == 'softmax' and t.dim() == 2 and t.shape[1] > 1 and t.min() >= 0 and (t.sum(1)-1).abs().max() < 1e-3:
-            warnings.warn(DistillWarning("The teacher's targets look like probabilities (each row sums to 1), but are taken for logits: "
-                                         "TeacherBlock(given='probabilities')."))
+    def _check(self, t):
+        self.is_checked = True
+        classes = self.kind == 'softmax' and t.dim() == 2 and t.shape[1] > 1
+        if classes and t.min() >= 0 and (t.sum(1)-1).abs().max() < 1e-3:
+            warnings.warn(DistillWarning("The teacher's targets look like probabilities (each row sums to 1), but are "
+                                         "taken for logits: TeacherBlock(given='probabilities')."))
+
+
+def in_first_batch(dl):
+    "Does the first batch of a DataLoader hold a teacher's target?"
+    with RandomGuard(): b = next(iter(dl.new(num_workers=0) if isinstance(dl, TfmdDL) else dl), ())
+    return isinstance(b, (tuple, list)) and any(isinstance(o, TeacherTarget) for o in b)
 
 
 def class_order(dls):
@@ -176,4 +221,5 @@ def class_order(dls):
 def target_tfms(dls):
     "What turns rows into teacher's targets in these DataLoaders; empty where they have none"
     datasets = [getattr(dl, 'dataset', None) for dl in getattr(dls, 'loaders', [])]
-    return [f for ds in datasets if isinstance(ds, Datasets) for tl in ds.tls for f in tl.tfms.fs if isinstance(f, ToTeacherTarget)]
+    return [f for ds in datasets if isinstance(ds, Datasets) for tl in ds.tls for f in tl.tfms.fs
+            if isinstance(f, ToTeacherTarget)]

@@ -13,16 +13,18 @@ __all__ = ['image_stats', 'teacher_of']
 
 
 def teacher_of(
-    obj, # Learner, path of an exported one (.pkl: loading runs the code in it), what `Teacher` takes, or a list of these
+    obj, # Learner, path of an exported one (.pkl: loading runs the code in it), what `Teacher` takes, or a list of
+    # these
     learn=None, # the student's Learner, or its DataLoaders: their `Normalize` and class names
     task=None, # what the student predicts: sets kind and axis, and puts a Learner's classes in the student's order
     **kwargs # of `Teacher`
 ) -> Teacher:
-    """`obj` as a `Teacher` for the batches of `learn`: images are re-normalized from the student's statistics to the teacher's.
+    """`obj` as a `Teacher` for the batches of `learn`: images are re-normalized from the student's statistics to the
+    teacher's.
 
-    A Learner's statistics are those of its DataLoaders; the Learner is kept in `.learner`, for its class names. The statistics are
-    read now: a pretrained `vision_learner` adds `Normalize` to the DataLoaders that it is given, so a student that is built on the
-    teacher's own DataLoaders changes the teacher's statistics. Give each its own"""
+    A Learner's statistics are those of its DataLoaders; the Learner is kept in `.learner`, for its class names. The
+    statistics are read now: a pretrained `vision_learner` adds `Normalize` to the DataLoaders that it is given, so a
+    student that is built on the teacher's own DataLoaders changes the teacher's statistics. Give each its own"""
     dls = getattr(learn, 'dls', learn)
     if task is not None: kwargs = dict(kind=task.kind, axis=task.axis) | kwargs
     if dls is not None: kwargs.setdefault('input_stats', image_stats(dls))
@@ -30,9 +32,11 @@ def teacher_of(
     if isinstance(obj, (list, tuple, L)):
         of_members = {k: v for k,v in kwargs.items() if k == 'stats'}
         return Teacher([teacher_of(o, learn, task, **of_members) for o in obj], **kwargs)
-    if isinstance(obj, Learner): return of_learner(obj, {'stats': image_stats(obj.dls)} | in_order(dls, obj, task) | kwargs)
+    if isinstance(obj, Learner):
+        return of_learner(obj, {'stats': image_stats(obj.dls)} | in_order(dls, obj, task) | kwargs)
     if isinstance(obj, Teacher): return adapted(obj, in_order(dls, obj.learner, task) | kwargs)
-    if isinstance(obj, nn.Module) and 'stats' not in kwargs and dls is not None: kwargs['stats'] = of_module(obj, kwargs['input_stats'])
+    if isinstance(obj, nn.Module) and 'stats' not in kwargs and dls is not None:
+        kwargs['stats'] = of_module(obj, kwargs['input_stats'])
     return Teacher(obj, **kwargs)
 
 
@@ -50,31 +54,36 @@ def of_learner(learn, kwargs):
 
 
 def in_order(dls, learn, task):
-    "The option that puts a teacher Learner's classes in the order of the student's; none if it is the same, or a side has no names"
+    """The option that puts a teacher Learner's classes in the order of the student's; none if it is the same, or a
+    side has no names"""
     if learn is None or dls is None or task is None or task.kind == 'regression': return {}
     found = map_classes(vocab_of(dls), vocab_of(learn.dls))
     return {} if found is None or found.order is None else dict(select=found.order)
 
 
 def of_module(model, given):
-    "The images that a bare module learnt from: timm's modules tell; torchvision's don't, which matters unless the student's are ImageNet's"
+    """The images that a bare module learnt from: timm's modules tell; torchvision's don't, which matters unless the
+    student's are ImageNet's"""
     if timm_cfg(model): return 'auto'
     if not type(model).__module__.startswith('torchvision.models') or given is None: return None
     if affine(stats_of(given), stats_of('imagenet')) is None: return None
-    warnings.warn(f"torchvision's {type(model).__name__} does not tell how its images were normalised: it gets the student's as they are. "
-                  "If it has published weights: Teacher(model, stats='imagenet'). If it learnt from such batches as these: Teacher(model).",
+    warnings.warn(f"torchvision's {type(model).__name__} does not tell how its images were normalized: it gets the "
+                  "student's as they are. If it has published weights: Teacher(model, stats='imagenet'). If it learnt "
+                  "from such batches as these: Teacher(model).",
                   DistillWarning, stacklevel=3)
 
 
 def exported(path):
     if not path.is_file():
-        raise DistillError(f"There is no file {str(path)!r}: an exported Learner is what teacher_learner.export({path.name!r}) writes.")
+        raise DistillError(f"There is no file {str(path)!r}: an exported Learner is what "
+                           f"teacher_learner.export({path.name!r}) writes.")
     try: return load_learner(path)
     # subtle: unbound is fastai's word for an import that failed
     except (AttributeError, UnboundLocalError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
         says = ' '.join(f'{type(e).__name__}: {e}'.split())
         raise DistillError(f"{path} could not be loaded as an exported Learner ({says}). Is it one, from learn.export? "
-                           "Can all that it is made of be imported here, packages and your own functions and classes?") from e
+                           "Can all that it is made of be imported here, packages and your own functions and "
+                           "classes?") from e
 
 
 def image_stats(dls) -> tuple:

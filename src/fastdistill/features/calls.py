@@ -1,4 +1,4 @@
-"How a model is called on a batch: what goes in by position, and what by name."
+"How a model is called on a batch: which inputs go in by position, and which by name."
 import inspect
 from collections.abc import Mapping
 from torch import nn
@@ -15,17 +15,17 @@ def arguments(
     x, # tuple: the batch's inputs
     by_name=None # inputs by name
 ):
-    "(args, kwargs) of the call. A batch that is one mapping goes in by name if the model has arguments of these names"
+    "(args, kwargs) of the call: a batch that is one dict goes in by name where the model has arguments of these names"
     kwargs = dict(by_name or {})
     if len(x) != 1 or not isinstance(x[0], Mapping) or not takes_names(model, x[0]): return tuple(x),kwargs
     return (),{**x[0], **kwargs}
 
 
 def takes_names(model, batch):
-    "Whether the keys of a mapping are names of the model's arguments"
+    "Whether the keys of a dict are names of the model's arguments"
     model = unwrap(model)
     if is_hf(model): return True
-    # a teacher decides for the model inside it
+    # a `Teacher` takes the dict as it is, and decides for the model inside it
     if not isinstance(model, nn.Module) and hasattr(model, 'named_modules'): return False
     try: params = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters.values()
     except (TypeError, ValueError): return False    # builtins and traced modules have no signature

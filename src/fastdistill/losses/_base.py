@@ -22,14 +22,18 @@ KINDS = 'softmax', 'sigmoid', 'regression'
 
 
 def loss(
-    kind:str|None=None, # what the logits must be for the loss to have a meaning: 'softmax', 'sigmoid' or 'regression'; None: anything
-    match:str='shape', # what the student's features need of the teacher's: the same 'shape', only the same 'grid' (places), or 'none'
+    kind:str|None=None, # what the logits must be for the loss to have a meaning: 'softmax', 'sigmoid' or 'regression';
+    # None: anything
+    match:str='shape', # what the student's features need of the teacher's: the same 'shape', only the same 'grid'
+    # (places), or 'none'
     lists:bool=False, # True: it takes the features of all layers at once, as two lists
     samples:bool=False # True: its `mask` has one value for each sample, and not for each position
 ):
-    """Make a loss of `fn(s, t, ...)`: `@loss(match='grid')`. It runs in float32 or better, also under autocast, and without a
-    gradient into the teacher. The options become attributes, from which a `Term` reads what the loss needs"""
-    if callable(kind): raise DistillError("loss is a decorator with options: write @loss() above your function, or @loss(match='grid')")
+    """Make a loss of `fn(s, t, ...)`: `@loss(match='grid')`. It runs in float32 or better, also under autocast, and
+    without a gradient into the teacher. The options become attributes, from which a `Term` reads what the loss needs"""
+    if callable(kind):
+        raise DistillError("loss is a decorator with options: write @loss() above your function, or "
+                           "@loss(match='grid')")
     for o,v,have in (('kind', kind, (None, *KINDS)), ('match', match, ('shape', 'grid', 'none'))):
         if v not in have: raise DistillError(f"{o}={v!r}: possible are {', '.join(map(repr, have))}")
     def decorate(fn):
@@ -46,8 +50,9 @@ def loss(
 def fit_mask(mask:Tensor, shape):
     "`mask` as a plain tensor of this shape; refused if it does not fit"
     if mask.dim() > len(shape) or any(m not in (1, n) for m,n in zip(mask.shape[::-1], shape[::-1])):
-        raise DistillError(f"A mask of shape {tuple(mask.shape)} does not fit values of shape {tuple(shape)}: it has one number, or True, "
-                           "per value (the shape of the logits without their class axis, where there is one)")
+        raise DistillError(f"A mask of shape {tuple(mask.shape)} does not fit values of shape {tuple(shape)}: it has "
+                           "one number, or True, per value (the shape of the logits without their class axis, where "
+                           "there is one)")
     return as_plain(mask).expand(shape)
 
 
@@ -71,21 +76,25 @@ def reduce(
 def same_shape(s:Tensor, t:Tensor):
     "Refuse what would broadcast in silence"
     if s.shape != t.shape:
-        raise DistillError(f"The student's output has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: they must be equal. "
-                           "If the teacher has more classes, Teacher(teacher, select=[...]) takes those of the student, in its order. "
+        raise DistillError(f"The student's output has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: they "
+                           "must be equal. If the teacher has more classes, Teacher(teacher, select=[...]) takes those "
+                           "of the student, in its order. "
                            "If it has fewer, compare only those, with a loss of your own: "
                            "Term(lambda s, t: losses.kl(s[:, ids], t)). If the resolutions differ, resize one of them.")
 
 
 def temperature(T):
     "`T`, if it is one"
-    if not T > 0: raise DistillError(f"T={T}: a temperature is a number above 0 (1 leaves the logits as they are, 2 to 8 soften them)")
+    if not T > 0:
+        raise DistillError(f"T={T}: a temperature is a number above 0 (1 leaves the logits as they are, 2 to 8 soften "
+                           "them)")
     return T
 
 
 def class_axis(x:Tensor, axis:int):
     "`axis` counted from the front, if `x` has it"
-    if not -x.dim() <= axis < x.dim(): raise DistillError(f"axis={axis}: outputs of shape {tuple(x.shape)} have no such axis")
+    if not -x.dim() <= axis < x.dim():
+        raise DistillError(f"axis={axis}: outputs of shape {tuple(x.shape)} have no such axis")
     return axis % x.dim()
 
 
@@ -137,7 +146,8 @@ class Loss(nn.Module):
         super().__init__()
         have = [p.name for p in inspect.signature(self.fn).parameters.values() if p.kind is p.KEYWORD_ONLY]
         if wrong := set(options) - set(have):
-            raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(wrong))}. It has: {', '.join(have)}")
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(wrong))}. It has: "
+                            f"{', '.join(have)}")
         self.options = options
 
     @property
@@ -152,7 +162,8 @@ class Loss(nn.Module):
         return self.options.get(name, inspect.signature(self.fn).parameters[name].default)
 
     def prepare(self, s, t, layer=None, axis=None):
-        "Called once, with projected student features, teacher features, the teacher's layer: losses that own tensors make them"
+        """Called once, with projected student features, teacher features, the teacher's layer: losses that own tensors
+        make them"""
 
     def extra_repr(self):
         own = [] if self.fn is type(self).fn else [repr(self.fn)]

@@ -1,4 +1,5 @@
-"Losses for dense prediction: (B, C, H, W) maps of logits or features; (B, L, D) tokens with axis=-1. `axis` is the channels'."
+"""Losses for dense prediction: (B, C, H, W) maps of logits or features; (B, L, D) tokens with axis=-1. `axis` is the
+channels'."""
 import torch
 from torch import Tensor
 import torch.nn.functional as F
@@ -19,14 +20,15 @@ def cwd(
     mask:Tensor|None=None, # (B, H, W): pixels that take part in the softmax; an image without any does not count
     reduction:str='mean' # 'none': (B, C)
 ):
-    "T^2 KL of the softmax of each channel over all positions, mean over channels and samples (channel-wise KD, arXiv:2011.13256)"
+    """T^2 KL of the softmax of each channel over all positions, mean over channels and samples (channel-wise KD,
+    arXiv:2011.13256)"""
     if s.shape != t.shape:
-        raise DistillError(f"Student {tuple(s.shape)}, teacher {tuple(t.shape)}: cwd compares channel with channel, pixel with "
-                           "pixel. Resize one of them, or give the student a projector (1x1 convolution)")
+        raise DistillError(f"Student {tuple(s.shape)}, teacher {tuple(t.shape)}: cwd compares channel with channel, "
+                           "pixel with pixel. Resize one of them, or give the student a projector (1x1 convolution)")
     grid = channels_first(s, axis)[:, 0].shape
     if len(grid) < 2:
-        raise DistillError(f"cwd compares where in the picture a channel is, and outputs of shape {tuple(s.shape)} have no places: "
-                           "use kl, kd() that is")
+        raise DistillError(f"cwd compares where in the picture a channel is, and outputs of shape {tuple(s.shape)} "
+                           "have no places: use kl, kd() that is")
     s,t = cells(s, axis),cells(t, axis)
     if mask is not None:
         mask = (fit_mask(mask, grid) > 0).reshape(len(s), 1, -1)
@@ -54,19 +56,21 @@ def affinity(x, pool, axis):
 def pairwise(
     s:Tensor, # (B, C, H, W) student map
     t:Tensor, # (B, C', H, W) teacher map: channels may differ
-    *, pool:int|float=2, # size of a cell: pixels, or a share of height and width below 1 (the authors': .5, which leaves 2 x 2)
+    *, pool:int|float=2, # size of a cell: pixels, or a share of height and width below 1 (the authors': .5, which
+    # leaves 2 x 2)
     axis:int=1, # channel axis
     mask:Tensor|None=None, # (B,): which samples count
     reduction:str='mean'
 ):
-    """Squared difference of the cosines between all pairs of cells, mean over pairs (structured KD, arXiv:1903.04197). The
-    authors' code lets no gradient through the student's lengths; this is the gradient of the cosine"""
+    """Squared difference of the cosines between all pairs of cells, mean over pairs (structured KD, arXiv:1903.04197).
+    The authors' code lets no gradient through the student's lengths; this is the gradient of the cosine"""
     if not (pool >= 1 if isinstance(pool, int) else 0 < pool < 1):
-        raise DistillError(f"pool={pool}: a cell is a whole number of pixels from 1, or a share of height and width below 1")
+        raise DistillError(f"pool={pool}: a cell is a whole number of pixels from 1, or a share of height and width "
+                           "below 1")
     s,t = affinity(s, pool, axis),affinity(t, pool, axis)
     if s.shape != t.shape:
-        raise DistillError(f"pool={pool} leaves {s.shape[1]} cells of {len(s)} student maps and {t.shape[1]} of {len(t)} teacher "
-                           "maps: take layers with the same grid, or resize one")
+        raise DistillError(f"pool={pool} leaves {s.shape[1]} cells of {len(s)} student maps and {t.shape[1]} of "
+                           f"{len(t)} teacher maps: take layers with the same grid, or resize one")
     return reduce((s-t).pow(2).mean((1, 2)), reduction, mask)
 
 class Pairwise(Loss): fn = pairwise
@@ -87,7 +91,8 @@ def to_prototypes(
 def numbered(
     y:Tensor # (B, P) class of each position
 ):
-    "(B, P): the classes of each image as 0, 1, 2 ... in ascending order. A GPU waits for the number of classes, and not for this"
+    """(B, P): the classes of each image as 0, 1, 2 ... in ascending order. A GPU waits for the number of classes, and
+    not for this"""
     v,i = y.sort(1)
     return torch.zeros_like(y).scatter(1, i, F.pad((v[:, 1:] != v[:, :-1]).long().cumsum(1), (1, 0)))
 
@@ -104,7 +109,8 @@ def ifvd(
     reduction:str='mean' # 'none': (B, H, W), 0 where ignored
 ):
     """Squared difference of each position's cosine with the mean feature of its class in its image (intra-class feature
-    variation, Wang et al., ECCV 2020). Mean over the positions that count; the authors' is over all, ignored ones as 0"""
+    variation, Wang et al., ECCV 2020). Mean over the positions that count; the authors' is over all, ignored ones as
+    0"""
     s,t = channels_first(s, axis),channels_first(t, axis)
     if s.shape[2:] != t.shape[2:] or len(s) != len(t) or y.dim() != s.dim()-1 or len(y) != len(s):
         raise DistillError("ifvd needs student and teacher maps with one grid, and labels of as many axes: got "

@@ -17,8 +17,8 @@ GRID_POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_a
 def same_features(s, t):
     "Refuse what would broadcast in silence"
     if s.shape != t.shape:
-        raise DistillError(f"The student's features have shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: this loss "
-                           "compares them number by number. Give the student a projector (a linear layer, a 1x1 "
+        raise DistillError(f"The student's features have shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: this "
+                           "loss compares them number by number. Give the student a projector (a linear layer, a 1x1 "
                            "convolution); a Distiller builds it from the shapes")
 
 
@@ -27,8 +27,9 @@ def pooled(xs, axis:int=1):
     xs = [channels_first(o, axis) for o in xs]
     grids = [tuple(o.shape[2:]) for o in xs]
     if len({len(g) for g in grids}) > 1 or len(grids[0]) not in GRID_POOL:
-        raise DistillError(f"Features with the grids {', '.join(map(str, grids))} have no grid in common: this loss compares "
-                           "maps with maps (B, C, H, W), or tokens with tokens (B, L, D). Turn tokens into a map first, "
+        raise DistillError(f"Features with the grids {', '.join(map(str, grids))} have no grid in common: this loss "
+                           "compares maps with maps (B, C, H, W), or tokens with tokens (B, L, D). Turn tokens into a "
+                           "map first, "
                            "or take layers before the pooling")
     grid = tuple(map(min, zip(*grids)))
     return [o if g == grid else GRID_POOL[len(grid)](o, grid) for o,g in zip(xs, grids)]
@@ -43,7 +44,8 @@ def per_channel(v, x:Tensor, axis:int):
     "One number, or one for each channel, shaped to meet `x`"
     v = tensor_like(v, x).flatten()
     if len(v) not in (1, x.shape[axis]):
-        raise DistillError(f"{len(v)} values for features of shape {tuple(x.shape)}: axis {axis} has {x.shape[axis]} channels")
+        raise DistillError(f"{len(v)} values for features of shape {tuple(x.shape)}: axis {axis} has {x.shape[axis]} "
+                           "channels")
     return v.reshape([-1 if i == axis % x.dim() else 1 for i in range(x.dim())])
 
 
@@ -89,10 +91,12 @@ def nst(
     mask:Tensor|None=None, # (B,): which samples count
     reduction:str='mean'
 ):
-    """Maximum mean discrepancy, with the kernel (a.b)^2, of the channels: each is a point of unit length in the space of
-    positions (neuron selectivity transfer, arXiv:1707.01219). Mean over pairs of channels, as in the authors' code"""
+    """Maximum mean discrepancy, with the kernel (a.b)^2, of the channels: each is a point of unit length in the space
+    of positions (neuron selectivity transfer, arXiv:1707.01219). Mean over pairs of channels, as in the authors'
+    code"""
     s,t = [unit(o.flatten(2), 2) for o in pooled([s, t], axis)]
-    # one number, two ways to it: by pairs of positions where these are fewer than channels (2048 x 7 x 7), else by pairs
+    # one number, two ways to it: by pairs of positions where these are fewer than channels (2048 x 7 x 7), else by
+    # pairs
     # of channels
     if s.shape[2] < max(s.shape[1], t.shape[1]):
         v = (s.mT@s/s.shape[1] - t.mT@t/t.shape[1]).pow(2).sum((1, 2))
@@ -105,7 +109,7 @@ class NST(Loss): fn = nst
 
 
 def flows(xs, axis):
-    "Of each two neighbours: (B, C1, C2) products of their channels, mean over positions"
+    "Of each two neighbors: (B, C1, C2) products of their channels, mean over positions"
     xs = [[o.flatten(2) for o in pooled(pair, axis)] for pair in zip(xs, xs[1:])]
     return [a@b.mT/a.shape[2] for a,b in xs]
 
@@ -118,9 +122,9 @@ def fsp(
     mask:Tensor|None=None, # (B,): which samples count
     reduction:str='mean'
 ):
-    """Squared difference of the flows between layers, G = <a channel of one layer, a channel of the next>, mean over G's
-    numbers, sum over pairs of layers (Yim et al., CVPR 2017, who take the sum over G: times C1 x C2). Of two neighbours
-    with unequal grids the larger is average-pooled"""
+    """Squared difference of the flows between layers, G = <a channel of one layer, a channel of the next>, mean over
+    G's numbers, sum over pairs of layers (Yim et al., CVPR 2017, who take the sum over G: times C1 x C2). Of two
+    neighbors with unequal grids the larger is average-pooled"""
     if not isinstance(s, list) or not isinstance(t, list) or len(s) != len(t) or len(s) < 2:
         got = [f'a list of {len(o)}' if isinstance(o, list) else f'a {type(o).__name__}' for o in (s, t)]
         raise DistillError("fsp takes two lists of two or more maps, as many of the student as of the teacher; it got "
@@ -144,8 +148,8 @@ def ab(
     reduction:str='mean'
 ):
     """Is each neuron active where the teacher's is? Squared hinge on the sign of `t` (activation boundaries,
-    arXiv:1811.03233). 0 where the student has the teacher's signs by the margin: not, then, at s == t. The authors' scale
-    is the sum over a sample's numbers, times .003"""
+    arXiv:1811.03233). 0 where the student has the teacher's signs by the margin: not, then, at s == t. The authors'
+    scale is the sum over a sample's numbers, times .003"""
     same_features(s, t)
     return reduce(torch.where(t > 0, margin-s, margin+s).relu().pow(2).mean(axis), reduction, mask)
 
@@ -161,8 +165,8 @@ def negative_mean(t, axis):
 def ofd_margin(
     bn:nn.Module # the teacher's BatchNorm before the ReLU
 ):
-    """(C,) expected negative response of each channel, E[x | x < 0] for x ~ N(bias, weight^2), by the rule of OFD's authors:
-    -3 |weight| where almost nothing is negative"""
+    """(C,) expected negative response of each channel, E[x | x < 0] for x ~ N(bias, weight^2), by the rule of OFD's
+    authors: -3 |weight| where almost nothing is negative"""
     s = _full(torch.ones(bn.num_features) if bn.weight is None else bn.weight.detach().abs())
     m = _full(torch.zeros_like(s) if bn.bias is None else bn.bias.detach())
     z = m/s.clamp_min(1e-12)
@@ -175,14 +179,15 @@ def ofd_margin(
 def ofd(
     s:Tensor, # student features before the ReLU, projected to the teacher's shape
     t:Tensor, # teacher features before the ReLU
-    *, margin:Tensor|float|None=None, # (C,), where the teacher's values are cut from below; None: mean of its negative ones
+    *, margin:Tensor|float|None=None, # (C,), where the teacher's values are cut from below; None: mean of its negative
+    # ones
     axis:int=1, # channel axis
     mask:Tensor|None=None, # `s` without the channel axis: which positions count
     reduction:str='mean'
 ):
-    """Squared distance to max(t, margin), but 0 where that is not positive and the student is already below it (overhaul
-    of feature distillation, arXiv:1904.01866). The authors' scale is the sum over a sample's numbers, / 1000 for CIFAR,
-    / 10000 for ImageNet"""
+    """Squared distance to max(t, margin), but 0 where that is not positive and the student is already below it
+    (overhaul of feature distillation, arXiv:1904.01866). The authors' scale is the sum over a sample's numbers, / 1000
+    for CIFAR, / 10000 for ImageNet"""
     same_features(s, t)
     t = torch.maximum(t, per_channel(negative_mean(t, axis) if margin is None else margin, t, axis))
     return reduce(torch.where((s > t) | (t > 0), (s-t).pow(2), 0.).mean(axis), reduction, mask)
@@ -192,7 +197,8 @@ def ofd(
 def vid(
     s:Tensor, # student features, projected to the teacher's shape: what it expects of the teacher
     t:Tensor, # teacher features
-    *, log_scale:Tensor|None=None, # (C,), trained: the variance is softplus(log_scale) + eps. `VID` owns one. None: `var`
+    *, log_scale:Tensor|None=None, # (C,), trained: the variance is softplus(log_scale) + eps. `VID` owns one. None:
+    # `var`
     var:float=5., # variance to begin with
     eps:float=1e-5, # smallest variance
     axis:int=1, # channel axis
@@ -252,8 +258,8 @@ class VID(Owner):
 
     def forward(self, s, t, *args, **kwargs):
         if self.log_scale is None:
-            raise DistillError("VID trains a variance, and it is not there yet: call prepare(s, t) with features of one batch "
-                               "before you make the optimizer (a Distiller does), or give log_scale=")
+            raise DistillError("VID trains a variance, and it is not there yet: call prepare(s, t) with features of "
+                               "one batch before you make the optimizer (a Distiller does), or give log_scale=")
         return super().forward(s, t, *args, **{'log_scale': self.log_scale, **kwargs})
 
 
@@ -276,12 +282,14 @@ def pkd(
     mask:Tensor|None=None # `s` without the channel axis: which positions count in the correlation
 ):
     """1 - Pearson correlation of each channel over batch and positions, mean over channels (PKD, arXiv:2207.02039). The
-    authors' code has (M-1)/M of it, M = batch x positions. A channel that is constant in one model gives 1/2, in both 0"""
+    authors' code has (M-1)/M of it, M = batch x positions. A channel that is constant in one model gives 1/2, in both
+    0"""
     same_features(s, t)
     grid = channels_first(s, axis)[:, 0].shape
     w = t.new_ones(grid) if mask is None else fit_mask(mask, grid).to(t)
     s,t = [standardized_rows(cells(o, axis).transpose(0, 1).flatten(1), w.flatten()) for o in (s, t)]
-    # subtle: half the squared distance of the unit vectors is 1-r, without the rounding that makes 1-r negative at s == t
+    # subtle: half the squared distance of the unit vectors is 1-r, without the rounding that makes 1-r negative at s
+    # == t
     return (s-t).pow(2).sum(1).mean()/2
 
 class PKD(Loss): fn = pkd

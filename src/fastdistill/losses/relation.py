@@ -1,6 +1,6 @@
-"""Losses between relations, of the samples of a batch with each other (`rkd`, `sp`, `cc`, `pkt`) or of channels (`ickd`).
-A square is compared with a square: student and teacher may have other dimensions. A sample is all that stands behind the
-batch axis, as one long vector, whatever its rank; pool maps or tokens first if only their mean is meant."""
+"""Losses between relations, of the samples of a batch with each other (`rkd`, `sp`, `cc`, `pkt`) or of channels
+(`ickd`). A square is compared with a square: student and teacher may have other dimensions. A sample is all that stands
+behind the batch axis, as one long vector, whatever its rank; pool maps or tokens first if only their mean is meant."""
 import math
 import torch
 from torch import Tensor
@@ -14,16 +14,18 @@ __all__ = ['rkd', 'RKD', 'sp', 'SP', 'cc', 'CC', 'pkt', 'PKT', 'ickd', 'ICKD']
 def samples(s:Tensor, t:Tensor):
     "Both as (B, D)"
     if len(s) != len(t) or s.dim() < 2 or t.dim() < 2:
-        raise DistillError(f"Student {tuple(s.shape)} and teacher {tuple(t.shape)}: relations between samples need the same "
-                           "samples, (B, D) or (B, ...), from both")
+        raise DistillError(f"Student {tuple(s.shape)} and teacher {tuple(t.shape)}: relations between samples need the "
+                           "same samples, (B, D) or (B, ...), from both")
     return s.flatten(1),t.flatten(1)
 
 
 def distances(
     x:Tensor # (B, D)
 ):
-    "(B, B) distances over their mean, and which of them are none: rows that are equal but for rounding have no direction"
-    # subtle: cdist's gradient is 0 where rows are equal (a root's is infinite); its faster matrix form loses half the digits
+    """(B, B) distances over their mean, and which of them are none: rows that are equal but for rounding have no
+    direction"""
+    # subtle: cdist's gradient is 0 where rows are equal (a root's is infinite); its faster matrix form loses half the
+    # digits
     d = torch.cdist(x, x, compute_mode='donot_use_mm_for_euclid_dist')
     d = d/(d.sum()/(d > 0).sum().clamp_min(1)).clamp_min(torch.finfo(d.dtype).tiny)
     return d,d <= torch.finfo(d.dtype).eps**.5
@@ -45,11 +47,12 @@ def rkd(
     t:Tensor, # (B, D'), or (B, ...)
     *, w_d:float=25., # weight of the distances
     w_a:float=50., # weight of the angles, which take memory for B^3 numbers
-    mask:Tensor|None=None, # (B,): whose relations count; all remain neighbours of the others
+    mask:Tensor|None=None, # (B,): whose relations count; all remain neighbors of the others
     reduction:str='mean'
 ):
-    """Huber losses of the distances over their mean, and of the cosines of all triples (relational KD, arXiv:1904.05068),
-    mean over all pairs and triples, i = j among them, as in the authors' code. Equal rows have no angle and get no gradient"""
+    """Huber losses of the distances over their mean, and of the cosines of all triples (relational KD,
+    arXiv:1904.05068), mean over all pairs and triples, i = j among them, as in the authors' code. Equal rows have no
+    angle and get no gradient"""
     (ds,ns),(dt,nt) = map(distances, samples(s, t))
     v = w_d*F.smooth_l1_loss(ds, dt, reduction='none').mean(1)
     if w_a: v = v + w_a*F.smooth_l1_loss(cosines(ds, ns), cosines(dt, nt), reduction='none').mean((1, 2))
@@ -62,7 +65,7 @@ class RKD(Loss): fn = rkd
 def sp(
     s:Tensor, # (B, D), or (B, ...)
     t:Tensor, # (B, D'), or (B, ...)
-    *, mask:Tensor|None=None, # (B,): whose relations count; all remain neighbours of the others
+    *, mask:Tensor|None=None, # (B,): whose relations count; all remain neighbors of the others
     reduction:str='mean'
 ):
     """Squared difference of the samples' products with each other, x x^T with rows at length 1, mean over B^2
@@ -87,12 +90,14 @@ def cc(
     gamma:float=.4, # of the gaussian
     degree:int=2, # of its Taylor sum
     normalize:bool=True, # rows at length 1 first: only of such rows is the Taylor sum the gaussian
-    mask:Tensor|None=None, # (B,): whose relations count; all remain neighbours of the others
+    mask:Tensor|None=None, # (B,): whose relations count; all remain neighbors of the others
     reduction:str='mean'
 ):
-    """Squared difference of the samples' kernels with each other, mean over B^2 (correlation congruence, arXiv:1904.01802).
-    Of the codes in use one takes its root, another multiplies neighbours of the batch: neither is the paper's"""
-    if kernel not in ('gaussian', 'bilinear'): raise DistillError(f"kernel={kernel!r}: possible are 'gaussian' and 'bilinear'")
+    """Squared difference of the samples' kernels with each other, mean over B^2 (correlation congruence,
+    arXiv:1904.01802). Of the codes in use one takes its root, another multiplies neighbors of the batch: neither is
+    the paper's"""
+    if kernel not in ('gaussian', 'bilinear'):
+        raise DistillError(f"kernel={kernel!r}: possible are 'gaussian' and 'bilinear'")
     s,t = [unit(x) if normalize else x for x in samples(s, t)]
     s,t = [gaussian(x, gamma, degree) if kernel == 'gaussian' else x@x.T for x in (s, t)]
     return reduce((s-t).pow(2).mean(1), reduction, mask)
@@ -100,7 +105,7 @@ def cc(
 class CC(Loss): fn = cc
 
 
-def neighbours(
+def neighbors(
     x:Tensor # (B, D)
 ):
     "(B, B) log of each other sample's share, (1 + cosine)/2 over the sum of these"
@@ -114,13 +119,13 @@ def neighbours(
 def pkt(
     s:Tensor, # (B, D), or (B, ...)
     t:Tensor, # (B, D'), or (B, ...)
-    *, mask:Tensor|None=None, # (B,): whose neighbours count
+    *, mask:Tensor|None=None, # (B,): whose neighbors count
     reduction:str='mean'
 ):
     """KL of each sample's distribution over the others, p(j|i) ~ (1 + cos(i, j))/2, mean over samples (probabilistic
-    knowledge transfer, arXiv:1803.10837, with the sum over samples). The authors' code keeps j = i and takes the mean over
-    B^2, which makes it some B times smaller"""
-    ls,lt = map(neighbours, samples(s, t))
+    knowledge transfer, arXiv:1803.10837, with the sum over samples). The authors' code keeps j = i and takes the mean
+    over B^2, which makes it some B times smaller"""
+    ls,lt = map(neighbors, samples(s, t))
     return reduce(expect(lt, lt-ls).sum(1), reduction, mask)
 
 class PKT(Loss): fn = pkt
@@ -140,13 +145,14 @@ def ickd(
     mask:Tensor|None=None, # (B,): which samples count
     reduction:str='mean'
 ):
-    """Squared difference of the channels' products with each other, rows at length 1, sum over a row, mean over channels
-    (inter-channel correlation, Liu et al., ICCV 2021), as in the authors' CIFAR code; their ImageNet code divides by the
-    batch size once more"""
+    """Squared difference of the channels' products with each other, rows at length 1, sum over a row, mean over
+    channels (inter-channel correlation, Liu et al., ICCV 2021), as in the authors' CIFAR code; their ImageNet code
+    divides by the batch size once more"""
     s,t = correlations(s, axis),correlations(t, axis)
     if s.shape != t.shape:
-        raise DistillError(f"ickd compares {s.shape[1]} channels of {len(s)} samples with {t.shape[1]} of {len(t)}: give the "
-                           "student a projector (1x1 convolution) to its channels; a Distiller builds it from the shapes")
+        raise DistillError(f"ickd compares {s.shape[1]} channels of {len(s)} samples with {t.shape[1]} of {len(t)}: "
+                           "give the student a projector (1x1 convolution) to its channels; a Distiller builds it from "
+                           "the shapes")
     return reduce((s-t).pow(2).sum(2).mean(1), reduction, mask)
 
 class ICKD(Loss): fn = ickd

@@ -28,13 +28,15 @@ def checked_pair(s, t, axis, mask):
 def checked_classes(s, t, axis, mask):
     "`_pair`, where a softmax says something"
     if s.shape[class_axis(s, axis)] < 2:
-        raise DistillError(f"Outputs of shape {tuple(s.shape)} have 1 class on axis {axis}, and its softmax is always 1: nothing to learn. "
-                           "Is it one label, or a number? Use binary_kl or regression. Does another axis hold the classes? Pass axis.")
+        raise DistillError(f"Outputs of shape {tuple(s.shape)} have 1 class on axis {axis}, and its softmax is always "
+                           "1: nothing to learn. Is it one label, or a number? Use binary_kl or regression. Does "
+                           "another axis hold the classes? Pass axis.")
     return checked_pair(s, t, axis, mask)
 
 
 def within(x, other):
-    "`x` over the classes that `other` has: one that is -inf there (outside its vocabulary) is left out, the rest sums to 1"
+    """`x` over the classes that `other` has: one that is -inf there (outside its vocabulary) is left out, the rest
+    sums to 1"""
     return x.masked_fill(other == -torch.inf, -torch.inf)
 
 def kl_of(a, b, axis): return expect(a, a-b).sum(axis)
@@ -72,7 +74,8 @@ def reverse_kl(
     mask:Tensor|None=None, # `s` without the class axis: which positions count
     reduction:str='mean'
 ):
-    "T^2 KL(softmax(s/T) || softmax(t/T)): the student keeps to what the teacher finds likely (MiniLLM, arXiv:2306.08543)"
+    """T^2 KL(softmax(s/T) || softmax(t/T)): the student keeps to what the teacher finds likely (MiniLLM,
+    arXiv:2306.08543)"""
     s,t = checked_classes(s, t, axis, mask)
     ls,lt = log_probs(within(s, t), T, axis),log_probs(t, T, axis)
     return reduce(kl_of(ls, lt, axis)*T**2, reduction, mask)
@@ -90,8 +93,10 @@ def jsd(
     mask:Tensor|None=None, # `s` without the class axis: which positions count
     reduction:str='mean'
 ):
-    "T^2 (beta KL(p_t || m) + (1-beta) KL(p_s || m)), m = beta p_t + (1-beta) p_s: generalised Jensen-Shannon (GKD, arXiv:2306.13649)"
-    if not 0 <= beta <= 1: raise DistillError(f"beta={beta}: the teacher's share of the mixture is a number from 0 to 1")
+    """T^2 (beta KL(p_t || m) + (1-beta) KL(p_s || m)), m = beta p_t + (1-beta) p_s: generalized Jensen-Shannon (GKD,
+    arXiv:2306.13649)"""
+    if not 0 <= beta <= 1:
+        raise DistillError(f"beta={beta}: the teacher's share of the mixture is a number from 0 to 1")
     # subtle: the mixture's own limits are 0 (its slope is the KL), so 0 and 1 stand for the KLs themselves, as in TRL
     if beta in (0, 1): return (reverse_kl if beta else kl)(s, t, T=T, axis=axis, mask=mask, reduction=reduction)
     s,t = checked_classes(s, t, axis, mask)
@@ -145,7 +150,8 @@ def mse(
     mask:Tensor|None=None, # `s` without the class axis: which positions count
     reduction:str='mean'
 ):
-    "Squared distance of the logits, summed over classes (Ba and Caruana 2014, arXiv:1312.6184). A temperature with its T^2 would cancel"
+    """Squared distance of the logits, summed over classes (Ba and Caruana 2014, arXiv:1312.6184). A temperature with
+    its T^2 would cancel"""
     s,t = checked_pair(s, t, axis, mask)
     return reduce((s-t).pow(2).sum(axis), reduction, mask)
 
@@ -160,7 +166,8 @@ def hard(
     mask:Tensor|None=None, # `s` without the class axis: which positions count
     reduction:str='mean'
 ):
-    "Cross-entropy with the class that the teacher would choose (DeiT, arXiv:2012.12877); 0 for a student that is sure of it"
+    """Cross-entropy with the class that the teacher would choose (DeiT, arXiv:2012.12877); 0 for a student that is
+    sure of it"""
     s,t = checked_classes(s, t, axis, mask)
     return reduce(-of_class(log_probs(s, 1., axis), within(t, s).argmax(axis), axis), reduction, mask)
 
@@ -175,7 +182,8 @@ def binary_kl(
     mask:Tensor|None=None, # the shape of `s`: which labels of which samples count
     reduction:str='mean'
 ):
-    "T^2 KL between the Bernoullis sigmoid(t/T) and sigmoid(s/T), one value per label: soft targets of multi-label models"
+    """T^2 KL between the Bernoullis sigmoid(t/T) and sigmoid(s/T), one value per label: soft targets of multi-label
+    models"""
     same_shape(s, t)
     if mask is not None: s,t = blank(fit_mask(mask, s.shape), s, t)
     s,t = s/temperature(T),t/T
@@ -196,10 +204,11 @@ def regression(
     reduction:str='mean'
 ):
     "Mean distance of the predicted numbers, one value per sample: (B,) compares with (B, 1), (B, n, 2) with (B, 2n)"
-    if distance not in DISTANCES: raise DistillError(f"distance={distance!r}: possible are {', '.join(map(repr, DISTANCES))}")
+    if distance not in DISTANCES:
+        raise DistillError(f"distance={distance!r}: possible are {', '.join(map(repr, DISTANCES))}")
     if s.shape[:1] != t.shape[:1] or s.numel() != t.numel():
-        raise DistillError(f"The student's output has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: as many samples, and as many "
-                           "numbers per sample, are needed")
+        raise DistillError(f"The student's output has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: as many "
+                           "samples, and as many numbers per sample, are needed")
     s,t = s.reshape(len(s), -1),t.reshape(len(t), -1)
     if mask is not None: s,t = blank(fit_mask(mask, s.shape[:1])[:, None], s, t)
     return reduce(DISTANCES[distance](s, t, reduction='none').mean(1), reduction, mask)
@@ -239,8 +248,8 @@ def dist(
     reduction:str='mean' # 'none': a position's own part, plus the part that all share
 ):
     """T^2 (beta (1 - Pearson of a position's probabilities) + gamma (1 - Pearson of a class's over all positions))
-    (NeurIPS 2022, arXiv:2205.10536). At the teacher 0 but for `eps`, as released: a class that does not vary at all over
-    the positions (a batch of one) adds its full share, without a gradient"""
+    (NeurIPS 2022, arXiv:2205.10536). At the teacher 0 but for `eps`, as released: a class that does not vary at all
+    over the positions (a batch of one) adds its full share, without a gradient"""
     s,t = checked_classes(s, t, axis, mask)
     axis = class_axis(s, axis)
     p,q = log_probs(s, T, axis).exp(),log_probs(t, T, axis).exp()
@@ -257,10 +266,10 @@ def _pearson(
     eps:float=1e-8
 ):
     "Correlation, and 0 where one of the two does not vary"
-    def centre(x):
+    def center(x):
         if w is None: return x - x.mean(dim, keepdim=True)
         return (x - (w*x).sum(dim, keepdim=True)/w.sum(dim, keepdim=True).clamp_min(torch.finfo(x.dtype).eps))*w.sqrt()
-    a,b = centre(a),centre(b)
+    a,b = center(a),center(b)
     return (a*b).sum(dim)/(torch.linalg.vector_norm(a, dim=dim)*torch.linalg.vector_norm(b, dim=dim) + eps)
 
 
@@ -270,9 +279,11 @@ def standardize(
     eps:float=1e-7, # added to the standard deviation
     correction:int=1 # 1 divides by C-1, as released; 0 by C, as in the paper
 ):
-    "Logits less their mean, over their standard deviation: the student need not have the teacher's scale (CVPR 2024, arXiv:2403.01427)"
+    """Logits less their mean, over their standard deviation: the student need not have the teacher's scale (CVPR 2024,
+    arXiv:2403.01427)"""
     x,axis = _full(x),class_axis(x, axis)
-    if x.shape[axis] < 2: raise DistillError(f"Logits of shape {tuple(x.shape)} have 1 class on axis {axis}: no spread to standardise")
+    if x.shape[axis] < 2:
+        raise DistillError(f"Logits of shape {tuple(x.shape)} have 1 class on axis {axis}: no spread to standardize")
     return (x - x.mean(axis, keepdim=True))/(eps + x.std(axis, correction=correction, keepdim=True))
 
 
@@ -290,8 +301,8 @@ class Standardized:
 
     def _check(self, kind):
         if kind in ('sigmoid', 'regression'):
-            raise DistillError(f"standardized {self.__name__} for {kind}: standardising compares a position's classes with each other, "
-                               "so it needs a loss of softmax logits, such as kl, dkd or dist")
+            raise DistillError(f"standardized {self.__name__} for {kind}: standardizing compares a position's classes "
+                               "with each other, so it needs a loss of softmax logits, such as kl, dkd or dist")
 
     def __call__(self, s, t, *args, **kwargs):
         self._check(kwargs.get('kind'))
@@ -308,7 +319,7 @@ def standardized(
     *, eps:float=1e-7, # as `standardize` has them
     correction:int=1
 ):
-    "The same loss on standardised logits: standardized(kl), standardized(DKD(beta=2.)) (CVPR 2024, arXiv:2403.01427)"
+    "The same loss on standardized logits: standardized(kl), standardized(DKD(beta=2.)) (CVPR 2024, arXiv:2403.01427)"
     if not isinstance(loss, Loss): return Standardized(loss, eps=eps, correction=correction)
     loss = copy.deepcopy(loss)
     loss.fn = Standardized(loss.fn, eps=eps, correction=correction)

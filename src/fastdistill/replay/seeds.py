@@ -13,7 +13,7 @@ MIX = 0x9E3779B97F4A7C15,0xBF58476D1CE4E5B9,0x94D049BB133111EB
 
 def scramble(x):
     """A 64-bit number (or an array of them) in which every bit depends on every bit of `x` (splitmix64's step and
-    finaliser)"""
+    finalizer)"""
     if isinstance(x, int):      # the same for one number, many times faster than an array of one
         x = (x + MIX[0]) & MASK
         x = ((x ^ (x >> 30))*MIX[1]) & MASK

@@ -1,4 +1,4 @@
-"A teacher in whatever form people have one."
+"A teacher in any form that people have."
 from .teacher import Teacher
 
 __all__ = ['Teacher']

@@ -1,4 +1,4 @@
-"Several teachers as one: their weights, and the mean of their answers."
+"Several teachers as one: their weights, and the mean of their predictions."
 from math import log
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,12 @@ def mix(
     weights, # of each member, adding up to 1
     combine, kind, axis # as in `Teacher`
 ):
-    "The answer of several teachers, as logits again"
+    "Logits of the mean prediction of several teachers"
     for i,o in enumerate(logits):
         if o.shape != logits[0].shape:
-            raise DistillError(f"Member {i} of the ensemble answers with shape {tuple(o.shape)}, member 0 with {tuple(logits[0].shape)}: "
-                               "they must be equal. Teacher(member, select=...) takes some of its classes; a function can resize.")
+            raise DistillError(f"Logits of member {i} of the ensemble have shape {tuple(o.shape)}, those of member 0 "
+                               f"{tuple(logits[0].shape)}: they must be equal. Teacher(member, select=...) takes some "
+                               "of its classes; a function can resize.")
     weights,logits = zip(*[(w, full_precision(o)) for w,o in zip(weights, logits) if w > 0])
     if combine == 'logits' or kind == 'regression': return sum(w*o for w,o in zip(weights, logits))
     log_mean = lambda lps: torch.stack([lp+log(w) for lp,w in zip(lps, weights)]).logsumexp(0)

@@ -1,4 +1,4 @@
-"The forms that models come in: modules, programs, files; and how each is called."
+"The forms in which people have a model: modules, programs, files, callables."
 import copy, inspect, warnings, zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,47 +8,54 @@ from ..outputs import DistillError, DistillWarning
 
 __all__ = ['Onnx', 'load_model']
 
-FORMS = ("Possible are an nn.Module (torchvision, timm, Hugging Face, TorchScript), a torch.export program, a file of TorchScript (.pt), "
-         "torch.export (.pt2) or ONNX (.onnx), any callable, a Teacher, or a list of these (an ensemble).")
+FORMS = ("Possible are an nn.Module (torchvision, timm, Hugging Face, TorchScript), a torch.export program, a file of "
+         "TorchScript (.pt), torch.export (.pt2) or ONNX (.onnx), any callable, a Teacher, or a list of these (an "
+         "ensemble).")
 
 
 def load_model(o):
-    "(what to call, the file it comes from)"
+    "(what is called, the file it was read from or None)"
     if isinstance(o, (str, Path)): return from_file(Path(o))
     if isinstance(o, torch.export.ExportedProgram): return exported_program(o),None
-    if isinstance(o, nn.parallel.DistributedDataParallel): o = o.module      # its forward would talk to the other processes
+    if isinstance(o, nn.parallel.DistributedDataParallel): o = o.module # whose forward waits for the other processes
     if problem := why_no_teacher(o): raise DistillError(f"{problem} {FORMS}")
     return o,None
 
 
 def why_no_teacher(o):
-    "Why `o` can't teach"
+    "Why `o` can't be a teacher; None if it can"
     kind = type(o).__name__
     if o is None: return "None is no teacher."
     if isinstance(o, type): return f"{o.__name__} is a class, not a model made of it."
-    if isinstance(o, Mapping): return "A dict (a state_dict?) holds weights, but no network: build the model and load them into it."
-    if hasattr(o, 'dls') and hasattr(o, 'model'): return "A fastai Learner: fastdistill.fastai takes it as it is; here give its `.model`."
+    if isinstance(o, Mapping):
+        return "A dict (a state_dict?) holds weights, but no network: build the model and load them into it."
+    if hasattr(o, 'dls') and hasattr(o, 'model'):
+        return "A fastai Learner: fastdistill.fastai takes it as it is; here give its `.model`."
     if not callable(o): return f"A {kind} is no teacher."
     if not isinstance(o, nn.Module): return None
     ps,lazy = list(o.parameters()),nn.parameter.UninitializedParameter
     if any(isinstance(p, lazy) for p in ps): return f"{kind} is untrained: it has lazy layers that never ran."
-    # subtle: what accelerate has put on disk looks the same, and is fetched when it is called
-    if any(p.is_meta for p in ps) and not hasattr(o, 'hf_device_map'): return f"{kind} has no weights yet, only shapes (meta tensors)."
+    # subtle: weights that accelerate keeps on disk are meta tensors too, and are loaded when the model runs
+    if any(p.is_meta for p in ps) and not hasattr(o, 'hf_device_map'):
+        return f"{kind} has no weights yet, only shapes (meta tensors)."
 
 
 def from_file(path):
     if not path.is_file():
-        raise DistillError(f"There is no file {str(path)!r}. {FORMS} A model's name is not enough: build it, with its weights.")
+        raise DistillError(f"There is no file {str(path)!r}. {FORMS} A model's name is not enough: build it, with its "
+                           "weights.")
     path = path.resolve()
     if path.suffix == '.onnx': return Onnx(path),path
     inside = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
     has = lambda *ends: any(n.endswith(ends) for n in inside)
     try:
         if has('/constants.pkl'): return torch_script(path),path
-        if has('archive_format', 'serialized_exported_program.json'): return exported_program(torch.export.load(path)),path
+        if has('archive_format', 'serialized_exported_program.json'):
+            return exported_program(torch.export.load(path)),path
     except RuntimeError as e: raise DistillError(f"{path} could not be loaded: {e}") from e
-    raise DistillError(f"{path} holds no TorchScript, torch.export program or ONNX network. Weights alone (a state_dict)? "
-                       "Build the model and load them into it. An exported Learner? fastdistill.fastai takes it as it is.")
+    raise DistillError(f"{path} holds no TorchScript, torch.export program or ONNX network. Weights alone (a "
+                       "state_dict)? Build the model and load them into it. An exported Learner? "
+                       "Give it to fastdistill.fastai.")
 
 
 def torch_script(path):
@@ -58,51 +65,54 @@ def torch_script(path):
 
 
 def exported_program(exported):
-    "Its mode is written into it"
-    training = {'aten.batch_norm.default': 5, 'aten.dropout.default': 2}      # which argument says so
+    "The module of a program, whose mode is fixed"
+    training = {'aten.batch_norm.default': 5, 'aten.dropout.default': 2} # which argument is the mode
     if any(n.args[training[str(n.target)]] for n in exported.graph.nodes if str(n.target) in training):
-        warnings.warn("This torch.export program was made of a model in train mode: dropout and batch-norm act as in training. "
-                      "Export model.eval().", DistillWarning, stacklevel=4)
+        warnings.warn("This torch.export program was made of a model in train mode: dropout and batch-norm act as in "
+                      "training. Export model.eval().", DistillWarning, stacklevel=4)
     return exported.module()
 
 
 def is_graph(m):
-    "TorchScript and torch.export run no submodule's own forward"
+    "Whether it is TorchScript or of torch.export, where the forward methods of submodules do not run"
     return isinstance(m, torch.jit.ScriptModule) or (isinstance(m, torch.fx.GraphModule) and 'train' in vars(m))
 
 
 def check_second_argument(model, ids, second):
-    "A Hugging Face model's second argument is mostly the attention mask: another tensor there would be read as one, in silence"
+    "Refuse a second tensor that is no attention mask, which is the second argument of most Hugging Face models"
     if second is None: return
     name = list(inspect.signature(model.forward).parameters)[1]
     hidden = ids[second == 0] if name == 'attention_mask' and getattr(second, 'shape', None) == ids.shape else None
-    # what a mask hides is padding, one and the same token
+    # a mask hides padding, which is the same token everywhere
     if hidden is None or (hidden != hidden[:1]).any():
-        raise DistillError(f"The second positional argument of {type(model).__name__} is {name}, and this tensor is none: "
-                           "give all but the first by name, teacher(ids, attention_mask=..., token_type_ids=...), or one dict.")
+        raise DistillError(f"The second positional argument of {type(model).__name__} is {name}, and this tensor is "
+                           "none: give all but the first by name, as in teacher(ids, attention_mask=...), or one dict.")
 
 
-ONNX_TYPES = {'float': torch.float32, 'float16': torch.float16, 'double': torch.float64, 'int64': torch.int64, 'int32': torch.int32,
-         'uint8': torch.uint8, 'int8': torch.int8, 'bool': torch.bool}
+ONNX_TYPES = {'float': torch.float32, 'float16': torch.float16, 'double': torch.float64, 'int64': torch.int64,
+              'int32': torch.int32, 'uint8': torch.uint8, 'int8': torch.int8, 'bool': torch.bool}
 
 
 class Onnx:
-    "A network in an ONNX file, run by onnxruntime: tensors in, its output 'logits' (else the first) out, or what `returning` asks for"
+    "A network in an ONNX file, run by onnxruntime. It takes tensors, and returns its output 'logits', else the first"
     def __init__(self, path):
         try: import onnxruntime as ort
-        except ImportError as e: raise ImportError("A teacher in an ONNX file needs onnxruntime: pip install 'fastdistill[onnx]'") from e
+        except ImportError as e:
+            raise ImportError("A teacher in an ONNX file needs onnxruntime: pip install 'fastdistill[onnx]'") from e
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        # not all that there are: TensorRT compiles for minutes, Azure goes on the network
-        wanted,have = ('CUDAExecutionProvider', 'ROCMExecutionProvider', 'CPUExecutionProvider'),ort.get_available_providers()
+        # no other providers: TensorRT compiles for minutes, Azure uses the network
+        wanted = 'CUDAExecutionProvider','ROCMExecutionProvider','CPUExecutionProvider'
+        have = ort.get_available_providers()
         try: self.session = ort.InferenceSession(str(path), options, providers=[p for p in wanted if p in have])
-        except Exception as e: raise DistillError(f"onnxruntime can't load {path}: {e}") from e      # its errors have no other base
+        except Exception as e: # the errors of onnxruntime have no other base class
+            raise DistillError(f"onnxruntime can't load {path}: {e}") from e
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.outputs = [o.name for o in self.session.get_outputs()]
-        self.wanted = None
+        self.wanted = None # names of the outputs to return as a dict; None: one tensor
 
     def returning(self, output):
-        "The same network, which returns a dict with the named output; with all of them where `output` is an index or a function"
+        "The same network, which returns a dict: with the output of this name, or with all for an index or a function"
         if isinstance(output, str) and output not in self.outputs:
             raise DistillError(f"output={output!r}: the outputs of this ONNX network are {', '.join(self.outputs)}")
         other = copy.copy(self)
@@ -110,14 +120,15 @@ class Onnx:
         return other
 
     def alike(self):
-        "Names of the outputs that could be the logits, as many axes as the first has; none where one is called so"
-        first,*more = self.session.get_outputs()
-        return [] if 'logits' in self.outputs else [o.name for o in (first, *more) if 'float' in o.type and len(o.shape) == len(first.shape)]
+        "Names of the outputs with as many axes as the first, which could be the logits too; empty if one is called so"
+        have = self.session.get_outputs()
+        if 'logits' in self.outputs: return []
+        return [o.name for o in have if 'float' in o.type and len(o.shape) == len(have[0].shape)]
 
     def __call__(self, *x, **kw):
         feed = self._feed(x, kw)
         n = len(next(iter(feed.values())))
-        # a batch size that is fixed in the file: pieces of it, the last one padded
+        # a file may fix the batch size: then the batch runs in pieces of that size, the last one padded
         size = next((i.shape[0] for i in self.inputs.values() if i.shape and isinstance(i.shape[0], int)), n)
         names = self.wanted or ['logits' if 'logits' in self.outputs else self.outputs[0]]
         pieces = [self._run(names, {k: v[j:j+size] for k,v in feed.items()}, size) for j in range(0, n, size)]
@@ -125,23 +136,25 @@ class Onnx:
         return whole[0] if self.wanted is None else dict(zip(names, whole))
 
     def _run(self, names, feed, size):
-        full = {k: torch.cat([v, v[-1:].expand(size-len(v), *v.shape[1:])]) if len(v) < size else v for k,v in feed.items()}
-        return list(map(torch.from_numpy, self.session.run(names, {k: v.numpy() for k,v in full.items()})))
+        pad = lambda v: torch.cat([v, v[-1:].expand(size-len(v), *v.shape[1:])]) if len(v) < size else v
+        return list(map(torch.from_numpy, self.session.run(names, {k: pad(v).numpy() for k,v in feed.items()})))
 
     def _feed(self, x, kw):
         given = dict(zip(self.inputs, x)) | {k: v for k,v in kw.items() if k in self.inputs or k != 'labels'}
         if len(x) > len(self.inputs) or set(given) != set(self.inputs):
-            raise DistillError(f"This ONNX network takes {self._says()}. "
+            raise DistillError(f"This ONNX network takes {self._signature()}. "
                                f"It was given {len(x)} by position, {', '.join(kw) or 'none'} by name.")
         return {k: self._cast(k, v.detach().cpu()) for k,v in given.items()}
 
     def _cast(self, name, v):
         i = self.inputs[name]
-        dtype = ONNX_TYPES.get(i.type[7:-1], v.dtype)      # 'tensor(float)'
-        fits = v.dim() == len(i.shape) and all(a == b or not isinstance(b, int) for a,b in zip(v.shape[1:], i.shape[1:]))
+        dtype = ONNX_TYPES.get(i.type[7:-1], v.dtype) # i.type is 'tensor(float)'
+        free = lambda n: not isinstance(n, int)
+        fits = v.dim() == len(i.shape) and all(a == b or free(b) for a,b in zip(v.shape[1:], i.shape[1:]))
         if not fits or not torch.can_cast(v.dtype, dtype):
-            raise DistillError(f"This ONNX network takes {self._says()}. For {name} it was given {v.dtype} of shape {tuple(v.shape)}. "
-                               "Images of another size? Teacher(..., size=) resizes them.")
+            raise DistillError(f"This ONNX network takes {self._signature()}. For {name} it was given {v.dtype} of "
+                               f"shape {tuple(v.shape)}. Images of another size? Teacher(..., size=) resizes them.")
         return v.to(dtype).contiguous()
 
-    def _says(self): return ', '.join(f"{n} ({i.type[7:-1]}: {' x '.join(map(str, i.shape))})" for n,i in self.inputs.items())
+    def _signature(self):
+        return ', '.join(f"{n} ({i.type[7:-1]}: {' x '.join(map(str, i.shape))})" for n,i in self.inputs.items())

@@ -1,37 +1,41 @@
-"A module that teaches is a guest: its modes, buffers, device and hidden states are put back afterwards."
+"A module is a guest while it teaches: its modes, buffers, device and hidden states are put back afterwards."
 import torch
 from torch import nn
 from ..features.probe import restore_tensor
 from ..outputs import map_tensors, tensors_in
+from .hidden import has_reset
 
 __all__ = ['Guest', 'cuda_devices']
 
 
 class Guest:
-    "What a module is like before it teaches, and the way back"
+    "Inside `with Guest(model, mode):` the model is ready to teach; afterwards it is as before"
     def __init__(self, model, mode): self.model,self.mode = model,mode
 
     def __enter__(self):
         mods = list(self.model.modules())
         self.modes = [(m, m.training) for m in mods if hasattr(m, 'training')]
-        self.buffers = [(m._buffers, k, b, b.clone() if b.layout == torch.strided else None)      # sparse ones can't be compared
-                        for m in mods for k,b in m._buffers.items() if b is not None]
-        self.states = [(m, state_of(m)) for m in mods if isinstance(m, nn.RNNBase) or callable(getattr(m, 'reset', None))]
-        self.dtype = next((p.dtype for p in self.model.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1), None)
+        copied = lambda b: b.clone() if b.layout == torch.strided else None # sparse buffers can't be compared
+        self.buffers = [(m._buffers, k, b, copied(b)) for m in mods for k,b in m._buffers.items() if b is not None]
+        self.states = [(m, state_of(m)) for m in mods if isinstance(m, nn.RNNBase) or has_reset(m)]
+        dtypes = (p.dtype for p in self.model.parameters())
+        self.dtype = next((d for d in dtypes if d.is_floating_point and d.itemsize > 1), None)
         self.cuda = cuda_devices(self.model)
-        self.params,self.batch,self.device,self.seen = [],None,None,False
+        self.params = [] # as they were, if the model was moved
+        self.batch_device = self.device = None # of the last batch, and where it goes
+        self.has_run = False
         self.settle()
         return self
 
     def settle(self):
-        "Every submodule in the mode asked for, at each batch: something in between may have changed it"
-        # subtle: the flag and not .eval(), which some models override to do more (merge adapters into weights, for one)
+        "Put every submodule in the teacher's mode. Each batch does this, since something else may have changed modes"
+        # subtle: the flag and not .eval(), which some models override to do more, such as merging adapters into weights
         for m,_ in self.modes:
             if m.training != (self.mode == 'train'): m.training = self.mode == 'train'
 
     def place(self, device):
-        "Where a batch that is on `device` has to go: a teacher on the CPU comes to it, one that lives elsewhere stays"
-        if device != self.batch: self.batch,self.device = device,self._place(device)
+        "The device to which a batch on `device` goes; a model on the CPU moves to the batch, another one stays"
+        if device != self.batch_device: self.batch_device,self.device = device,self._place(device)
         return self.device
 
     def _place(self, device):
@@ -43,13 +47,13 @@ class Guest:
         for _,_,p,_,_ in self.params: p.grad = None
         self.model.to(device)
         for m,_ in self.states:
-            held = {k: v for k,v in state_of(m).items() if next(tensors_in(v), None) is not None}
-            vars(m).update({k: map_tensors(v, lambda t: t.to(device)) for k,v in held.items()})
+            hidden = {k: v for k,v in state_of(m).items() if next(tensors_in(v), None) is not None}
+            vars(m).update({k: map_tensors(v, lambda t: t.to(device)) for k,v in hidden.items()})
         return device
 
     def __exit__(self, *_):
-        for m,on in self.modes: m.training = on
-        for d,k,p,data,grad in self.params:     # the very tensors that were there, so that nothing was rounded or copied
+        for m,training in self.modes: m.training = training
+        for d,k,p,data,grad in self.params: # the same tensors as before, not copies that were moved back
             p.data,p.grad = data,grad
             if d[k] is not p: d[k] = p
         for d,k,b,was in self.buffers:
@@ -62,5 +66,6 @@ def cuda_devices(model): return {t.device for t in [*model.parameters(), *model.
 
 
 def state_of(m):
-    "Hidden state and the like: of fastai's recurrent layers, and what PyTorch's keep beside their parameters"
-    return {k: list(v) if type(v) is list else v for k,v in vars(m).items() if k == '_flat_weights' or (k[0] != '_' and k != 'training')}
+    "Attributes that may hold a hidden state, as in fastai's recurrent layers, and the flat weights of PyTorch's"
+    kept = lambda k: k == '_flat_weights' or (k[0] != '_' and k != 'training')
+    return {k: list(v) if type(v) is list else v for k,v in vars(m).items() if kept(k)}

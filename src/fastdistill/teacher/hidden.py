@@ -1,4 +1,4 @@
-"Hidden states: a model's `reset` is only called where a trial showed that it changes nothing else."
+"Hidden states, which a model's method `reset` resets, if a trial shows that it changes nothing else."
 import torch
 from ..features.probe import untouched
 
@@ -9,20 +9,22 @@ def has_reset(model): return callable(getattr(model, 'reset', None))
 
 
 def why_no_reset(model):
-    "Why `model.reset()` is no reset of hidden states alone; None if it is. Found by a trial, all of which is undone"
+    "Why `model.reset()` may not be called; None if it changes hidden states alone. A trial shows it, and is undone"
     was = {n: (t, t.data, t.detach().clone()) for n,t in saved_tensors(model).items()}
     try:
         with untouched(model):
             model.reset()
             now = saved_tensors(model)
-            changed = [n for n in dict.fromkeys([*was, *now]) if n not in was or n not in now or is_changed(now[n], *was[n][1:])]
-    except Exception as e: return f"fails without arguments ({type(e).__name__}: {e})"     # a user's method may raise anything
+            both = was.keys() & now.keys()
+            changed = [n for n in dict.fromkeys([*was, *now]) if n not in both or is_changed(now[n], *was[n][1:])]
+    except Exception as e: # a user's method may raise anything
+        return f"fails without arguments ({type(e).__name__}: {e})"
     finally: restore_tensors(was.values())
     if changed: return f"changes weights ({', '.join(changed[:3])}{' ...' if len(changed) > 3 else ''})"
 
 
 def saved_tensors(model):
-    "Name -> parameter or buffer that is saved with the model, if it has numbers that can be compared"
+    "Name -> parameter or buffer that is saved with the model, of those that can be compared"
     buffers = {f'{n}.{k}'.lstrip('.'): b for n,m in model.named_modules() for k,b in m._buffers.items()
                if b is not None and k not in getattr(m, '_non_persistent_buffers_set', ())}
     comparable = lambda t: t.layout == torch.strided and not t.is_meta and not t.is_quantized

@@ -1,0 +1,64 @@
+"""The optimizer of the projectors. A further parameter group in the student's would break its schedules and its
+checkpoints."""
+import copy
+import numpy as np
+import torch
+from fastai.basics import Adam, L, OptimWrapper
+from ..outputs import map_tensors
+from ..ranks import mean_over_ranks
+
+__all__ = ['ProjectorOptimizer']
+
+
+class ProjectorOptimizer:
+    """Trains projectors in step with the student: the same kind of optimizer, the same learning rate, momentum and
+    weight decay"""
+    def __init__(
+        self,
+        learn, # the student's Learner
+        params # of the projectors
+    ):
+        # an `OptimWrapper` that is built already belongs to the student's parameters
+        make = Adam if isinstance(learn.opt_func, OptimWrapper) else learn.opt_func
+        self.params,self.opt = list(params),None
+        self.opt = make([self.params], lr=learn.lr)
+
+    def average_gradients(self):
+        "DistributedDataParallel does not know the projectors: their gradients are averaged here"
+        mean_over_ranks(p.grad for p in self.params if p.grad is not None)
+
+    def step(
+        self, learn,
+        skip:bool=False # the student's own step was skipped
+    ):
+        "One step with the current hyperparameters of the student's last parameter group"
+        overflow = self._unscale(getattr(learn, 'scaler', None))
+        if not (skip or overflow):
+            for k in ('lr', 'mom', 'wd'):
+                # subtle: a float, since `set_hyper` fails with numpy's
+                if k in self.opt.hypers[0] and k in learn.opt.hypers[-1]:
+                    self.opt.set_hyper(k, float(learn.opt.hypers[-1][k]))
+            self.opt.step()
+        self.opt.zero_grad()
+
+    def _unscale(self, scaler):
+        "Undo what half precision's GradScaler did to the loss; did the gradients overflow?"
+        grads = [p.grad for p in self.params if p.grad is not None]
+        if scaler is None or not scaler.is_enabled() or not grads: return False
+        for g in grads: g.mul_(1/scaler.get_scale())
+        return not torch.stack([g.isfinite().all() for g in grads]).all()
+
+    def state_dict(self): return as_builtins(self.opt.state_dict())
+
+    def load_state_dict(self, state):
+        state = copy.deepcopy(state)
+        # PyTorch's optimizers move their state to the parameters' device themselves
+        if not isinstance(self.opt, OptimWrapper): state = map_tensors(state, lambda t: t.to(self.params[0].device))
+        self.opt.load_state_dict(state)
+
+
+def as_builtins(o):
+    "Lists and numbers of fastai and numpy as Python's own, which `torch.load(..., weights_only=True)` reads"
+    if isinstance(o, dict): return {k: as_builtins(v) for k,v in o.items()}
+    if isinstance(o, (list, tuple, L)): return [as_builtins(v) for v in o]
+    return o.item() if isinstance(o, np.generic) else o
