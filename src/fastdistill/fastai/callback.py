@@ -24,8 +24,9 @@ from .targets import Feed, TargetFeed
 from .task import task_of
 from .teachers import teacher_of
 
-__all__ = ['STATES', 'KnowledgeDistillation']
+__all__ = ['FIRST_CALLBACK', 'STATES', 'KnowledgeDistillation']
 
+FIRST_CALLBACK = [] # functions to call before there is a callback; `patches` wraps methods of fastai then
 STATES = WeakKeyDictionary() # Learner -> state of a callback, which `Learner.load` found beside the student's file
 
 
@@ -59,6 +60,7 @@ class KnowledgeDistillation(Callback):
         check:bool=True # look for mistakes before the first fit (see `check_teacher`)
     ):
         super().__init__()
+        while FIRST_CALLBACK: FIRST_CALLBACK.pop()()
         for k,v,have in (('kind', kind, (None, 'softmax', 'sigmoid', 'regression')),
                          ('balance', balance, (None, 'grad')),
                          ('span', span, ('fine_tune', 'fit'))):
