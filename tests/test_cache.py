@@ -184,7 +184,7 @@ def test_dense_stays_finite_at_the_edges():
         assert not d.isnan().any() and d[0, 2] == pytest.approx(0, abs=1e-6)
     over = TopK(torch.tensor([[2, 0]]), torch.tensor([[-.0001, -7.]]), 4).dense()      # rounding: more than 1 together
     assert over.isfinite().all()
-    with pytest.raises(DistillError, match="needs its logits"): TopK(torch.tensor([[2]]), torch.tensor([[-.1]]), 4, 'bucket').dense()
+    with pytest.raises(DistillError, match="needs the student's logits"): TopK(torch.tensor([[2]]), torch.tensor([[-.1]]), 4, 'bucket').dense()
     with pytest.raises(DistillError, match="possible are 'mean'"): TopK(torch.tensor([[2]]), torch.tensor([[-.1]]), 4, 'even')
 
 

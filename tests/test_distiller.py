@@ -601,3 +601,67 @@ def test_balance_takes_a_recipes_default_weight_as_a_share_of_1():
     d = Distiller(mlp(6), mlp(16, 1), recipes.sp({'2': '2'}), balance='grad', example=batch()[0])
     d(*batch())
     assert d.gradient_shares == pytest.approx(dict(task=.5, sp=.5), rel=1e-4)
+
+
+# mistakes that a batch shows
+
+class Words(nn.Module):
+    "A language model of one layer"
+    def __init__(self, seed=0): super().__init__(); torch.manual_seed(seed); self.embed,self.out = nn.Embedding(11, 8),nn.Linear(8, 11)
+    def forward(self, x): return self.out(self.embed(x))
+
+def words(l=7): return torch.randint(11, (3, l), generator=torch.Generator().manual_seed(0))
+
+def flat(s, y): return F.cross_entropy(s.flatten(0, 1), y.flatten())
+
+MISTAKES = [
+    ('axis', lambda **kw: (Distiller(Words(), Words(1), kd(), task_loss=flat, **kw), words(), words().roll(-1, 1)),
+     r'shape \(3, 7, 11\), have their classes along axis 1, but the labels have shape \(3, 7\): they fit classes along axis -1. Pass the class axis to .*Distiller, axis=-1'),
+    ('missing axis', lambda **kw: (Distiller(mlp(6), mlp(16), kd(), axis=2, task_loss=F.cross_entropy, **kw), *batch()),
+     r'Outputs of shape \(16, 4\) have no axis 2 for the classes'),
+    ('probabilities', lambda **kw: (Distiller(mlp(6), lambda x: mlp(16)(x).softmax(1), kd(), **kw), *batch()), r'outputs are probabilities \(each sums to 1\)'),
+    ('unknown label', lambda **kw: (Distiller(mlp(6), mlp(16), kd(), task_loss=lambda s, y: s.mean(), **kw), batch()[0], batch()[1] + 1),
+     'There is a label 4, but the outputs have 4 classes, 0 to 3'),
+    ('broadcast', lambda **kw: (Distiller(nn.Linear(8, 1), nn.Linear(8, 6), Term(lambda s, t: (s-t).pow(2).mean()), kind='sigmoid', task_loss=lambda s, y: s.mean(), **kw),
+                                *batch()), r"student's output has shape \(16, 1\), the teacher's \(16, 6\)")]
+mistakes = pytest.mark.parametrize('make,says', [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
+
+@mistakes
+def test_a_mistake_is_found_in_the_first_batch(make, says):
+    d,x,y = make()
+    with pytest.raises(DistillError, match='Mistakes were found before training.*\n.*' + says): d(x, y)
+
+@mistakes
+def test_mistakes_are_found_on_request_and_nothing_is_changed(make, says):
+    d,x,y = make()
+    state,rng = copy.deepcopy(d.state_dict()),torch.get_rng_state()
+    found = d.check(x, y)
+    assert [f.level for f in found] == ['error'] and re.search(says, str(found[0]))
+    assert torch.equal(rng, torch.get_rng_state()) and all(torch.equal(v, state[k]) for k,v in d.state_dict().items()) and d.student.training
+
+@pytest.mark.parametrize('name', ['axis', 'probabilities', 'broadcast'])
+def test_check_false_trains_all_the_same(name):
+    d,x,y = dict((m[0], m[1]) for m in MISTAKES)[name](check=False)
+    assert d(x, y).total.isfinite()
+
+def test_all_is_well_where_nothing_is_found():
+    d = Distiller(mlp(6), mlp(16, 1), kd())
+    assert d.check(*batch()) == [] == d.check(batch()[0]) and d(*batch()).total > 0
+
+def test_after_the_first_batch_nothing_is_looked_at():
+    d,(x,y) = Distiller(mlp(6), mlp(16, 1), kd(), task_loss=lambda s, y: s.mean()),batch()
+    d(x, y)
+    assert d(x, y + 1).total.isfinite()
+
+def test_probabilities_of_labels_are_warned_about():
+    with pytest.warns(DistillWarning, match='all lie between 0 and 1: they look like probabilities'):
+        Distiller(mlp(6), lambda x: mlp(16)(x).sigmoid(), kd(), kind='sigmoid')(batch()[0], torch.ones(16, 4))
+
+def test_a_teacher_that_shares_parameters_with_the_student_is_refused():
+    body = nn.Linear(8, 6)
+    student,teacher = nn.Sequential(body, nn.Linear(6, 4)),nn.Sequential(body, nn.ReLU(), nn.Linear(6, 4))
+    says = r'share 2 parameters \(0.weight, 0.bias\), so the teacher would change with the student. Build the student from a copy: copy.deepcopy'
+    for t in (teacher, [mlp(6), teacher]):
+        with pytest.raises(DistillError, match=says): Distiller(student, t, kd())
+    Distiller(copy.deepcopy(student), teacher, kd())
+    Distiller(student, teacher, kd(), check=False)

@@ -25,6 +25,8 @@ def test_help_explains_the_parameters_that_have_a_comment(name):
     mine = args_of(fn)
     for p,said in docments(inspect.unwrap(fn)).items():
         if not said or p == 'return': continue
+        # fastcore takes a comment that goes on in lines of its own for the next parameter's
+        if p not in mine and any(' '.join(said.split()) in o for o in mine.values()): continue
         assert ' '.join(mine[p].split()).startswith(' '.join(said.split())), p       # a comment may go on in lines of its own
 
 

@@ -25,7 +25,7 @@ LAW = dict(
     cache=('errors outputs ranks replay', 'torch numpy', 'fsspec fcntl msvcrt rich'),
     doctor=('outputs ranks task losses features replay teacher', 'torch', 'scipy'),
     terms=('outputs schedule features', 'torch', ''),
-    distiller=('outputs ranks task batch gradients features replay teacher terms', 'torch', ''),
+    distiller=('outputs ranks task batch gradients features replay teacher terms doctor', 'torch', ''),
     recipes=('outputs schedule losses terms distiller', 'torch', ''),
     plots=('outputs features', 'torch', 'matplotlib'),
     __init__=('docments', 'lazy_loader', ''),
@@ -42,7 +42,7 @@ ORDER = dict(
     teacher='images forms draws hidden guest ensemble teacher',
     doctor='findings tally classes shapes runs images recipe scores outputs',
     cache='keys digests folder files entries records manifest reader source writer progress dataset verify',
-    fastai='task stream block vocab targets teachers batches check transforms replay_dl sample_keys cache_data cache_feed columns projector_opt callback patches learner',
+    fastai='task stream block vocab targets teachers batches check transforms replay_dl sample_keys cache_data cache_feed columns projector_opt arguments callback patches learner',
     demo='tasks results picture',
     cli='objects cache demo app',
 )

@@ -1,10 +1,16 @@
 "The core: one batch of student, teacher and recipe. It knows tensors, no training loop and no particular loss."
-import copy, warnings
+import warnings
 from functools import partial
 from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from .batch import Batch, blend, both, labels_to_shift, next_tokens, padding_mask
+from .doctor.classes import few_names
+from .doctor.findings import Findings
+from .doctor.outputs import probabilities
+from .doctor.runs import student_logits
+from .doctor.shapes import mismatches, outputs_differ
+from .doctor.tally import Tally
 from .features.calls import arguments, is_hf
 from .features.names import unwrap
 from .features.pairs import PairTable, check_names, inputs, pair
@@ -16,7 +22,7 @@ from .outputs import DistillError, DistillWarning, Outputs, TopK, as_plain, chec
 from .ranks import rank
 from .task import labels_loss, task_for
 from .teacher.teacher import Teacher
-from .terms import Recipe, Term, check_kind
+from .terms import Link, Recipe, Term, check_kind, own_copy
 
 __all__ = ['Distilled', 'Distiller', 'Recipe', 'Term']
 
@@ -46,24 +52,6 @@ class Distilled:
         return rest if self.taught is None else rest + self.taught
 
 
-class Link(nn.Module):
-    "One pair of layers of one term: its projector, and its copy of the loss if that has parameters"
-    def __init__(self, loss, layers=None, projector=None):
-        super().__init__()
-        self.layers,self.projector = layers,projector
-        self.loss = loss
-
-    def tensors(self, s:Outputs, t:Outputs):
-        if self.layers is None: return s.logits,t.logits
-        for o,n,who in zip((s, t), self.layers, ('student', 'teacher')):
-            if n not in o.feats:
-                raise DistillError(f"The {who}'s outputs have no layer {n!r} (they have: "
-                                   f"{', '.join(o.feats) or 'none'}). distiller.teacher_outputs(x) reads the teacher's "
-                                   "layers, Taps(student, distiller.student_layers()) the student's.")
-        a,b = s.feats[self.layers[0]],t.feats[self.layers[1]]
-        return (a if self.projector is None else self.projector(a, b)),b
-
-
 class Distiller(nn.Module):
     """A student, its teacher, and a recipe: `distiller(x, y)` is one batch. Its parameters are the student's and the
     projectors', never the teacher's. `with distiller.teacher:` around a loop gets the teacher ready once, and not for
@@ -77,20 +65,19 @@ class Distiller(nn.Module):
         task_loss=None, # fn(student logits, *targets): the labels' own loss; None: cross-entropy, binary cross-entropy
         # or squared error
         kind:str|None=None, # what the logits are: 'softmax' over classes, 'sigmoid' per label, or 'regression'; None:
-        # what `task_loss`
-        # takes, if that is PyTorch's, else 'softmax'
+        # what `task_loss` takes, if that is PyTorch's, else 'softmax'
         axis:int|None=None, # class axis; None: `task_loss`'s, else 1
         ignore_index:int|None=None, # positions with this label do not count; None: `task_loss`'s, else -100
         shift_labels:bool|None=None, # labels of a language model stand where their tokens stand (Hugging Face's way),
-        # and not where they
-        # are predicted: True moves them for the terms and for the loss that None chooses. None: seen in the first
-        # batch, or asked for
+        # and not where they are predicted: True moves them for the terms and for the loss that None chooses. None: seen
+        # in the first batch, or asked for
         balance:str|None=None, # 'grad': weights are shares of the gradient, measured at the first batch (see
         # `measure_balance`)
         output=None, # which of several outputs is distilled, of the student and of a teacher that is not yet a
-        # `Teacher`: a name,
-        # an index, or a function of what the model returned; None: the one called 'logits' or 'out', or the first of a
-        # tuple
+        # `Teacher`: a name, an index, or a function of what the model returned; None: the one called 'logits' or 'out',
+        # or the first of a tuple
+        check:bool=True, # look for mistakes: parameters that both models share, and in the first batch what
+        # `Distiller.check` finds
         example=None # a batch of inputs, to build projectors before an optimizer asks for their parameters
     ):
         super().__init__()
@@ -109,7 +96,10 @@ class Distiller(nn.Module):
         # part -> share, the labels' is 'task'; None until the first training batch
         self.gradient_shares:dict|None = None
         self.pairs:PairTable|None = None # what is compared with what, once it is known
-        if student is not None and teacher is not None: self.check_names()
+        self.unchecked = check
+        if student is not None and teacher is not None:
+            self.check_names()
+            if check: refuse_shared(student, teacher)
         if example is not None: self.setup(*inputs(example))
 
     @property
@@ -127,6 +117,30 @@ class Distiller(nn.Module):
     def check_names(self):
         "Refuse layers that the models don't have, before any batch"
         for t in self.layered: check_names(self.student, self.teacher, t.layers)
+
+    def check(
+        self,
+        x, # a batch of inputs
+        *targets # its labels
+    ) -> Findings:
+        """What would go wrong in silence with such batches: a list of findings, empty when all is well. Nothing is
+        changed by it"""
+        x = inputs(x)
+        s,t = student_logits(self.student, x, self.output),self.teacher.probe(*x)
+        return self._findings(Outputs(s), t, targets)
+
+    def _findings(self, student, teacher, targets):
+        "Outputs that would broadcast, a class axis or labels that do not fit, and probabilities in place of logits"
+        s,t = student.logits,all_classes(teacher, student).logits
+        y = as_plain(targets[0]) if len(targets) and isinstance(targets[0], Tensor) else None
+        if s is None or t is None: return Findings()
+        # subtle: outputs that differ and do not broadcast are left to the losses; one of the user's own may compare
+        # some of the classes
+        mistakes = [outputs_differ(s.shape, t.shape, y, self.task)] if broadcasts(s, t) else []
+        if mistakes := Findings(filter(None, [*mistakes, *mismatches(None, s.shape, y, self.task)])): return mistakes
+        tally = Tally(self.task)
+        tally.add_probabilities(t.float(), 'train')
+        return Findings(probabilities(tally, self.task))
 
     def own_parameters(self): return [p for p in self.links.parameters() if p.requires_grad]
 
@@ -239,6 +253,9 @@ class Distiller(nn.Module):
         if terms and teacher is None:
             raise DistillError(f"{terms[0].name} needs the teacher's outputs for this batch, and got None: "
                                "needs_teacher(progress) says when")
+        if self.unchecked and teacher is not None:
+            self.unchecked = False
+            self._findings(student, teacher, targets).enforce()
         b = Batch(student, all_classes(teacher, student), targets, *(mixed or ((), None)), self.task, progress)
         values = {t.name: self._value(t, b) for t in terms}
         if torch.is_grad_enabled(): weights = self._measured(dict(task=task, **values), weights, student.logits)
@@ -336,7 +353,7 @@ def loss_of_logits(
 ):
     "The whole loss of one batch of logits, for those who ran both models themselves: kd(T=4, alpha=.9)(s, t, y)"
     mask = context.pop('mask', None)
-    d = Distiller(None, None, self, task_loss=task_loss, **context)
+    d = Distiller(None, None, self, task_loss=task_loss, check=False, **context)
     d.measures = False
     loss = partial(labels_loss, task=d.task) if task_loss is None else task_loss
     own = loss(s, *targets) if targets else None
@@ -345,6 +362,17 @@ def loss_of_logits(
 
 # a Recipe knows no Distiller, but calling a Recipe uses one
 Recipe.__call__ = loss_of_logits
+
+
+def broadcasts(s, t): return s.dim() == t.dim() and all(a == b or 1 in (a, b) for a,b in zip(s.shape, t.shape))
+
+
+def refuse_shared(student, teacher):
+    "Parameters that the student trains must not be the teacher's"
+    if both := [n for n,p in student.named_parameters() if id(p) in teacher.parameters_ids]:
+        raise DistillError(f"Student and teacher share {len(both)} parameters ({few_names(both, 3)}), so the teacher "
+                           "would change with the student. Build the student from a copy: copy.deepcopy(teacher). "
+                           "(check=False trains all the same.)")
 
 
 def predicts_next(model):
@@ -363,8 +391,3 @@ def all_classes(teacher, student):
     "Stored outputs may hold the likeliest classes alone: losses want them all"
     if teacher is None or not isinstance(teacher.logits, TopK): return teacher
     return Outputs(teacher.logits.dense(student.logits), teacher.feats, teacher.mask)
-
-
-def own_copy(loss):
-    "A copy of a loss that may have parameters: a recipe can be used again"
-    return copy.deepcopy(loss) if isinstance(loss, nn.Module) else loss

@@ -4,10 +4,10 @@ from functools import partial
 from torch import nn
 from .features.pairs import checked_layers
 from .features.projectors import checked_projector
-from .outputs import DistillError
+from .outputs import DistillError, Outputs
 from .schedule import schedule, value_at
 
-__all__ = ['Paper', 'Recipe', 'Term', 'check_kind']
+__all__ = ['Link', 'Paper', 'Recipe', 'Term', 'check_kind', 'own_copy']
 
 
 class Paper(float):
@@ -25,8 +25,7 @@ class Term:
         layers=None, # {'student.name': 'teacher.name'}, pairs of names, 'auto', 'last' (see `fastdistill.pairs`); None
         # compares the logits
         match:str|None=None, # what the loss needs of the teacher's layers: 'shape', 'grid' (places) or 'none'; None:
-        # what the loss
-        # says at its definition (see `losses.loss`), and 'shape' for a function that says nothing
+        # what the loss says at its definition (see `losses.loss`), and 'shape' for a function that says nothing
         projector='auto', # student's shape -> teacher's, where the loss needs it: 'auto', 'linear', 'conv', 'conv_bn',
         # 'mlp', or a module
         stop_at:float|None=None, # share of the training after which the term ends
@@ -155,3 +154,26 @@ def check_kind(term, kind):
         raise DistillError(f"{term.name} compares {says[term.kind]}, but this model predicts {says[kind]}. "
                            "Use kd(), which takes the loss that fits (binary_kl for labels, regression for numbers), "
                            "or your own loss.")
+
+
+class Link(nn.Module):
+    "One pair of layers of one term: its projector, and its copy of the loss if that has parameters"
+    def __init__(self, loss, layers=None, projector=None):
+        super().__init__()
+        self.layers,self.projector = layers,projector
+        self.loss = loss
+
+    def tensors(self, s:Outputs, t:Outputs):
+        if self.layers is None: return s.logits,t.logits
+        for o,n,who in zip((s, t), self.layers, ('student', 'teacher')):
+            if n not in o.feats:
+                raise DistillError(f"The {who}'s outputs have no layer {n!r} (they have: "
+                                   f"{', '.join(o.feats) or 'none'}). distiller.teacher_outputs(x) reads the teacher's "
+                                   "layers, Taps(student, distiller.student_layers()) the student's.")
+        a,b = s.feats[self.layers[0]],t.feats[self.layers[1]]
+        return (a if self.projector is None else self.projector(a, b)),b
+
+
+def own_copy(loss):
+    "A copy of a loss that may have parameters: a recipe can be used again"
+    return copy.deepcopy(loss) if isinstance(loss, nn.Module) else loss

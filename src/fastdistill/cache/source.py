@@ -57,7 +57,8 @@ def distinct_views(
 ) -> int:
     "How many views to store: as many as asked for, but 1 (with a warning) where nothing random makes them differ"
     if views < 2: return views
-    for i in spread_positions(n, 4).tolist():
+    # subtle: many samples, for a transform may act on few of them; the search ends with the first difference
+    for i in spread_positions(n, 32).tolist():
         first = look(i, 0)
         if any(look(i, v) != first for v in range(1, min(views, 4))): return views
     warnings.warn(DistillWarning(f"views={views}, but all views of a sample are the same: there is no random "

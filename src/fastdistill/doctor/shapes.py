@@ -83,8 +83,8 @@ def axis_differs(s, t, y, task):
 
 def axis_to_pass(*fits):
     axis = f', axis={fits[0]},' if len(fits) == 1 else ''
-    return (f"Pass the class axis to KnowledgeDistillation, distill or check_teacher{axis} or use a loss function that "
-            "has it, as CrossEntropyLossFlat(axis=...)")
+    return (f"Pass the class axis to KnowledgeDistillation, distill, check_teacher or Distiller{axis} or use a loss "
+            "function that has it, as CrossEntropyLossFlat(axis=...)")
 
 
 def labels_beyond(s, t, y, task):

@@ -155,8 +155,8 @@ def misfits(dl, plan, cache):
 def augmented(dl):
     "Random transforms of the training set"
     if getattr(dl.dataset, 'split_idx', 1) != 0: return []
-    return [f for k in ('after_item', 'after_batch') for f in getattr(getattr(dl, k), 'fs', []) if isinstance(f,
-                                                                                                              RandTransform)]
+    parts = (getattr(dl, k) for k in ('after_item', 'after_batch'))
+    return [f for part in parts for f in getattr(part, 'fs', []) if isinstance(f, RandTransform)]
 
 
 def moves(dl):

@@ -4,7 +4,6 @@ from weakref import WeakKeyDictionary
 import torch
 from fastai.basics import Callback, L, noop, one_param
 from fastai.callback.mixup import MixHandler
-from ..cache.reader import TeacherCache, is_cache
 from ..distiller import Distiller
 from ..features.names import unwrap
 from ..features.probe import dry_run
@@ -12,15 +11,14 @@ from ..features.taps import Taps
 from ..gradients import shares_in_words
 from ..outputs import DistillError, TopK, as_plain
 from ..ranks import broadcast, on_first, rank
-from ..recipes import kd, one_temperature
+from ..recipes import one_temperature
 from ..replay.seeds import RandomGuard
 from ..terms import Recipe, Term
+from .arguments import feed_of, make_recipe
 from .batches import split_batch, valid_batches
-from .cache_feed import CacheFeed
 from .check import find_mistakes
 from .columns import PartMetric, TaskMetric
 from .projector_opt import ProjectorOptimizer
-from .targets import Feed, TargetFeed
 from .task import task_of
 from .teachers import teacher_of
 
@@ -39,9 +37,8 @@ class KnowledgeDistillation(Callback):
     def __init__(
         self,
         teacher=None, # Learner, exported .pkl, module, TorchScript, torch.export or ONNX file, callable, `Teacher`, or
-        # a list of these
-        # (an ensemble); a `TeacherCache`, or its folder; None: the batches hold the teacher's outputs (see
-        # `TeacherBlock`)
+        # a list of these (an ensemble); a `TeacherCache`, or its folder; None: the batches hold the teacher's outputs
+        # (see `TeacherBlock`)
         recipe=None, # `kd()`, `kd() + recipes.at()`, a `Term`; None: kd(T, alpha)
         *,
         T=None, # temperature: number or schedule (fastai's `SchedCos(8, 2)`); 4 if not given
@@ -55,8 +52,7 @@ class KnowledgeDistillation(Callback):
         span:str='fine_tune', # what schedules, warmup and stop_at run through: all of a `fine_tune`, or each 'fit' of
         # it by itself
         output=None, # which of the student's outputs is distilled: a name, an index or a function; None: see
-        # `Distiller`. A teacher's own:
-        # Teacher(model, output=...)
+        # `Distiller`. A teacher's own: Teacher(model, output=...)
         check:bool=True # look for mistakes before the first fit (see `check_teacher`)
     ):
         super().__init__()
@@ -110,7 +106,8 @@ class KnowledgeDistillation(Callback):
             self.task,self.projector_opt,self.known_dls = task,None,None
             self.distiller = Distiller(model, None, self.recipe, kind=task.kind, axis=task.axis,
                                        ignore_index=task.ignore_index,
-                                       balance=self.balance, output=self.output)
+                                       balance=self.balance, output=self.output,
+                                       check=self.check and self.feed is not None)
             self.distiller.links.to(one_param(model).device)
         if self.known_dls is self.learn.dls: return
         d,self.known_dls,self.checked = self.distiller,self.learn.dls,False
@@ -359,29 +356,6 @@ def origin(loss):
     fn = loss.grad_fn
     while fn is not None and fn.name() in ('AliasBackward0', 'CloneBackward0'): fn = fn.next_functions[0][0]
     return fn
-
-
-def feed_of(source):
-    "What brings stored outputs to the batches; None for a teacher that runs"
-    if source is None: return TargetFeed()
-    if is_cache(source): source = TeacherCache(source)
-    if isinstance(source, TeacherCache): return CacheFeed(source)
-    return source if isinstance(source, Feed) else None
-
-
-def make_recipe(recipe, T, alpha, loss):
-    "One recipe from the three ways to ask for it"
-    if recipe is None and loss is None: return kd(4. if T is None else T, .9 if alpha is None else alpha)
-    if recipe is not None:
-        given = [k for k,v in dict(T=T, alpha=alpha, loss=loss).items() if v is not None]
-        if given:
-            raise DistillError(f"A recipe and {', '.join(given)}=: say it in the recipe, as in kd(T=2, alpha=.5).")
-        return Recipe(recipe)
-    if T is not None:
-        raise DistillError("T= with loss=: your loss gets the logits as they are, and softens them itself (or write "
-                           "Term(fn, T=...)).")
-    alpha = 1. if alpha is None else alpha
-    return Recipe(Term(loss, weight=alpha, name='kd'), task=kd(alpha=alpha).task)
 
 
 def example_inputs(learn):

@@ -1,0 +1,32 @@
+"What the user gave to the callback: where the teacher's outputs come from, and the recipe."
+from ..cache.reader import TeacherCache, is_cache
+from ..outputs import DistillError
+from ..recipes import kd
+from ..terms import Recipe, Term
+from .cache_feed import CacheFeed
+from .targets import Feed, TargetFeed
+
+__all__ = ['feed_of', 'make_recipe']
+
+
+def feed_of(source):
+    "What brings stored outputs to the batches; None for a teacher that runs"
+    if source is None: return TargetFeed()
+    if is_cache(source): source = TeacherCache(source)
+    if isinstance(source, TeacherCache): return CacheFeed(source)
+    return source if isinstance(source, Feed) else None
+
+
+def make_recipe(recipe, T, alpha, loss):
+    "One recipe from the three ways to ask for it"
+    if recipe is None and loss is None: return kd(4. if T is None else T, .9 if alpha is None else alpha)
+    if recipe is not None:
+        given = [k for k,v in dict(T=T, alpha=alpha, loss=loss).items() if v is not None]
+        if given:
+            raise DistillError(f"A recipe and {', '.join(given)}=: say it in the recipe, as in kd(T=2, alpha=.5).")
+        return Recipe(recipe)
+    if T is not None:
+        raise DistillError("T= with loss=: your loss gets the logits as they are, and softens them itself (or write "
+                           "Term(fn, T=...)).")
+    alpha = 1. if alpha is None else alpha
+    return Recipe(Term(loss, weight=alpha, name='kd'), task=kd(alpha=alpha).task)
