@@ -1,5 +1,5 @@
 """A small U-Net finds and reads a handwritten digit, pixel by pixel, alone and with a bigger U-Net as its teacher, by
-`cwd()`. The last line compares the mean Dice coefficients of the eleven classes on digits of other writers."""
+`recipes.cwd()`. The last line compares the mean Dice coefficients of the eleven classes on digits of other writers."""
 import sys
 from sklearn.datasets import load_digits
 from fastai.vision.all import *
@@ -40,7 +40,7 @@ def main(quick=False):
     teacher.fit_one_cycle(1 if quick else 12, 1e-2)
     alone,student = learner(small),learner(small)
     alone.fit_one_cycle(1 if quick else 8, 1e-2)
-    student.distill(teacher, 1 if quick else 8, 1e-2, cwd())
+    student.distill(teacher, 1 if quick else 8, 1e-2, recipes.cwd())
 
     t,a,s = [l.validate()[1] for l in (teacher, alone, student)]
     print(f'Dice: teacher {t:.3f}, student alone {a:.3f}, student distilled {s:.3f}')

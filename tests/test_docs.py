@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import docs_preludes
 
+pytestmark = pytest.mark.filterwarnings('ignore:numpy.core is deprecated') # lr_find, as it loads the model again
 ROOT = Path(__file__).parent.parent
 README = ROOT/'README.md'
 DOCS = sorted((ROOT/'docs').rglob('*.md'))

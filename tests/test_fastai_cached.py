@@ -163,6 +163,8 @@ BATCH = dict(
     usual=lambda: aug_transforms(size=16, max_zoom=1.5, p_affine=1.),
     own_draw=lambda: [Rotate(180, draw=draws_its_own)], list_draw=lambda: [Rotate(180, p=.3, draw=[10.*i for i in range(64)])])
 
+# a list of numbers for each place in a batch: for one sample at a time it is the first number, and all views are one
+@pytest.mark.filterwarnings('ignore:views=2, but all views of a sample are the same')
 @pytest.mark.parametrize('tfms', BATCH)
 def test_batch_transforms_that_look_at_the_batch_see_one_sample_at_a_time(tmp_path, tfms):
     def make(bs):
