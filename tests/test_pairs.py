@@ -225,7 +225,7 @@ def test_a_teacher_an_ensemble_and_a_function_that_brings_features():
     with pytest.raises(DistillError, match="In the teacher: layers='auto' takes one model"): pair(s, Teacher([t, s]), x)
     f = Teacher(lambda x: Outputs(torch.zeros(2, 2), dict(deep=torch.zeros(2, 9))))
     assert pair(s, f, x, layers={'2': 'deep'})[0] == Pair('2', (2, 8, 4, 4), 'deep', (2, 9), '4x4 -> vector, linear 8 -> 9')
-    with pytest.raises(DistillError, match="bring no 'low' along. They bring: deep"): pair(s, f, x, layers={'2': 'low'})
+    with pytest.raises(DistillError, match="outputs hold no layer 'low'. They hold: deep"): pair(s, f, x, layers={'2': 'low'})
 
 
 # proposed: the stages of a model
@@ -441,7 +441,7 @@ def test_recurrent_nets_and_mlps_pair_by_depth():
     assert names(pairs) == [('layers.0', 'layers.1'), ('layers.1', 'layers.2')] and pairs[1].projector == 'linear 8 -> 30'
     # a student without maps can't become one; the other way it is pooled
     flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 9), nn.ReLU(), nn.Linear(9, 2))
-    with pytest.raises(DistillError, match="finds vectors in the student and map in the teacher"): pair(flat, net(), images(8))
+    with pytest.raises(DistillError, match="finds vectors in the student and maps in the teacher"): pair(flat, net(), images(8))
     assert pair(net(), flat, images(8)) == [Pair('3', (2, 8, 4, 4), '2', (2, 9), '4x4 -> vector, linear 8 -> 9')]
 
 

@@ -118,6 +118,22 @@ def test_a_student_that_is_saved_after_the_fit_keeps_its_projectors(tmp_path):
     assert same(projectors(cb), want) and cb.projector_opt.state_dict()['state'][0]['step'] == 8      # 4 steps before, 4 now
 
 
+def test_projectors_that_were_loaded_are_saved_again_and_those_of_other_weights_are_not(tmp_path):
+    student,teacher = toy(path=tmp_path, opt_func=Adam)
+    student.create_opt()
+    student.save('plain')
+    student.distill(teacher, 1, .01, recipe(), check=False)
+    student.save('half')
+    file = tmp_path/'models'/'half.distill.pth'
+    before = torch.load(file, weights_only=True)['links']
+    student.load('half', weights_only=False)
+    student.save('half')
+    assert same([*torch.load(file, weights_only=True)['links'].values()], [*before.values()])
+    student.load('plain', weights_only=False)
+    student.save('half')
+    assert not file.exists()
+
+
 def test_the_best_students_projectors_are_those_that_are_loaded(tmp_path):
     student,teacher = toy(path=tmp_path, opt_func=Adam)
     cb,seen = KD(teacher),[]

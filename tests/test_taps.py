@@ -228,7 +228,7 @@ def test_a_turned_output_that_had_to_be_copied_is_no_overwritten_one():
     m = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True))
     with Taps(m, ['0@mean']) as taps:      # a vector already, and overwritten
         m(torch.randn(2, 3))
-        with pytest.raises(DistillError, match="'0@mean' of Sequential was overwritten afterwards.*Ask for '0@pre@mean'"): taps.pop()
+        with pytest.raises(DistillError, match="'0@mean' of Sequential was overwritten afterwards.*Name '0@pre@mean'"): taps.pop()
 
 
 def test_the_input_of_a_block_that_begins_in_place_and_of_one_called_by_keyword():
@@ -497,7 +497,7 @@ def test_a_wrong_name_gives_the_nearest_and_the_tree():
     body = nn.Sequential(nn.Sequential(m), nn.Flatten())
     with pytest.raises(DistillError, match=r"Nearest: '0.0.layer3',"): resolve(body, 'layer3')
     with pytest.raises(DistillError, match=r"No layer 'layerx\*'"): resolve(m, 'layerx*')
-    with pytest.raises(DistillError, match=r"'fc@out' ends in @out. Possible are @in \(what goes into the layer\); .*@map \(tokens"):
+    with pytest.raises(DistillError, match=r"'fc@out' ends in @out. Possible are @in \(the input of the layer\); .*@map \(tokens"):
         resolve(m, 'fc@out')
     taps = Taps(net(), '3.1')
     taps.model[3] = nn.Identity()

@@ -1,4 +1,4 @@
-from . import losses as losses
+from . import losses as losses, recipes as recipes
 from .distiller import Distilled as Distilled, Distiller as Distiller, Recipe as Recipe, Term as Term
 from .errors import DistillError as DistillError, DistillWarning as DistillWarning
 from .features import layers as layers

@@ -1,4 +1,4 @@
-"Pictures of what is compared."
+"Plots of the features that are compared."
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
@@ -19,15 +19,15 @@ def attention_map(
     "Where the activations of a layer are: mean over channels of |f|^p (arXiv:1612.03928)"
     if f.dim() == 3: f = as_map(f, aspect)
     if f.dim() != 4:
-        raise DistillError(f"An output of shape {tuple(f.shape)} is no map: possible are (B, C, H, W), and tokens (B, "
-                           "L, D)")
+        raise DistillError(f"An output of shape {tuple(f.shape)} is no map: possible are "
+                           "(B, C, H, W), and tokens (B, L, D)")
     a = f.float().abs().pow(p).mean(1)
     low,high = a.amin((1, 2), keepdim=True),a.amax((1, 2), keepdim=True)
     return (a-low)/(high-low).clamp_min(torch.finfo(a.dtype).tiny)
 
 
 def read_maps(model, x, names, p):
-    "Layer name -> attention maps (B, H, W) of a batch; the model stays as it is"
+    "Layer name -> attention maps (B, H, W) of a batch; the model is not changed"
     with Taps(model, names) as taps:
         dry_run(model, *x)
         feats = taps.pop()
@@ -40,10 +40,10 @@ def named_map(name, f, p, aspect):
 
 
 def to_show(x):
-    "(B, H, W, 3) from 0 to 1: as they are where they are in that range, else each stretched to it"
+    "Images as (B, H, W, 3) from 0 to 1. If any is outside of this range, each is stretched to it"
     if x.dim() != 4 or x.shape[1] not in (1, 3):
-        raise DistillError(f"Inputs of shape {tuple(x.shape)} can't be shown: pictures are (B, 3, H, W) or (B, 1, H, "
-                           "W). Give images=")
+        raise DistillError(f"Inputs of shape {tuple(x.shape)} can't be shown: pictures are (B, 3, H, W) or "
+                           "(B, 1, H, W). Give images=")
     x = as_plain(x).float().cpu()
     if x.min() < 0 or x.max() > 1:
         low,high = x.amin((1, 2, 3), keepdim=True),x.amax((1, 2, 3), keepdim=True)
@@ -53,23 +53,22 @@ def to_show(x):
 
 def show_features(
     student:nn.Module,
-    teacher, # a module, or a `Teacher`, which sees the images in its own normalization and size
+    teacher, # a module, or a `Teacher`, which gets the images in its own normalization and size
     x:Tensor, # (B, 3, H, W) images as the student gets them; a tuple if it takes more than images
     layers='auto', # as in `Term`: {'student.layer': 'teacher.layer'}, pairs of names, 'auto' or 'last'; their outputs
-    # are maps or tokens
+    # must be maps or tokens
     *,
     images:Tensor|None=None, # (B, 3, H, W) from 0 to 1, to show; None: `x`, each image stretched to that range
-    n:int=4, # of the batch
+    n:int=4, # number of images
     p:float=2 # exponent of the activations
 ):
-    """Where student and teacher look, side by side over each image, for each pair of layers; returns the figure, which
-    notebooks show"""
+    "Attention maps of student and teacher side by side over each image, for each pair of layers. Returns the figure"
     x = [o[:n] for o in inputs(x)]
     pictures = to_show(x[0] if images is None else images[:n])
     pairs = pair(student, teacher, tuple(x), layers=layers, match='none')
     s,t = read_maps(student, x, [o.student for o in pairs], p),read_maps(teacher, x, [o.teacher for o in pairs], p)
-    columns = [(f'{who} {name}', maps[name]) for o in pairs for who,name,
-               maps in (('student', o.student, s), ('teacher', o.teacher, t))]
+    columns = []
+    for o in pairs: columns += [(f'student {o.student}', s[o.student]), (f'teacher {o.teacher}', t[o.teacher])]
     return draw_maps(pictures, columns)
 
 
@@ -77,10 +76,10 @@ def draw_maps(
     pictures:Tensor, # (B, H, W, 3) from 0 to 1
     columns # (title, (B, h, w) maps), two for each pair
 ):
-    import matplotlib.pyplot as plt  # noqa: F401 (it tells a notebook how figures are shown)
+    import matplotlib.pyplot as plt  # noqa: F401 (notebooks show figures only after this import)
     from matplotlib.figure import Figure
     b,h,w = pictures.shape[:3]
-    # subtle: no figure of pyplot's, which a notebook would show a second time, and which stays open
+    # subtle: not pyplot's figure, which would stay open, and which a notebook would show twice
     fig = Figure(figsize=(2*(len(columns)+1), 1.93*h/w*b+.5), layout='constrained')
     fig.get_layout_engine().set(h_pad=.02, w_pad=.02)
     groups = [('image', None)], *zip(columns[::2], columns[1::2])
@@ -95,7 +94,7 @@ def draw_maps(
 
 
 def overlay(ax, picture, m):
-    "The picture; gray under its map, if there is one"
+    "The picture; in gray under its map, if there is one"
     ax.axis('off')
     if m is None: return ax.imshow(picture.numpy())
     ax.imshow(picture.mean(-1).numpy(), cmap='gray', vmin=0, vmax=1)

@@ -1,4 +1,4 @@
-"A teacher's output beside the label: the neutral block."
+"`TeacherBlock`: a teacher's outputs in a DataBlock, beside the labels."
 import numpy as np
 import torch
 from torch import Tensor
@@ -7,29 +7,28 @@ from ..outputs import DistillError, as_plain
 
 __all__ = ['FIRST_TARGET', 'TeacherBlock', 'TeacherRow', 'TeacherTarget', 'ToTeacherTarget', 'before_first_target']
 
-FIRST_TARGET = [] # functions to call before there are teacher's targets: what `patches` does to fastai waits for it
+FIRST_TARGET = [] # functions to call before there is a teacher's target; `patches` wraps methods of fastai then
 GIVEN = ('logits', 'probabilities', 'label_probabilities')
 
 
 def before_first_target():
-    "Call what waits in `FIRST_TARGET`, once"
+    "Call the functions in `FIRST_TARGET`, once"
     while FIRST_TARGET: FIRST_TARGET.pop()()
 
 
 class TeacherTarget(TensorBase):
-    """What a teacher says about an item: a type of its own, so that no transform of images, masks or categories
-    touches it"""
+    "A teacher's output for an item. Its own type keeps transforms of images, masks and categories away from it"
     def show(self, ctx=None, **kwargs): return ctx
 
 
-class TeacherRow(TeacherTarget): "The same as bytes, as a cache stores it"
+class TeacherRow(TeacherTarget): "The bytes of a teacher's output, as a cache stores it"
 
 
 class ToTeacherTarget(ItemTransform):
-    "Anything that holds numbers (array, list, tuple, tensor, a row of a table) as a `TeacherTarget`"
+    "Turn anything that holds numbers (array, list, tuple, tensor, a row of a table) into a `TeacherTarget`"
     _retain,order = False,1
 
-    def __new__(cls, *args, **kwargs): # unpickling and copying come by here too
+    def __new__(cls, *args, **kwargs): # called for unpickled and copied ones, too
         before_first_target()
         return super().__new__(cls)
 
@@ -44,12 +43,12 @@ class ToTeacherTarget(ItemTransform):
             raise DistillError(f"A teacher's target has shape {tuple(t.shape)}, TeacherBlock expects {want} values. "
                                "Does the getter return one row for each item?")
         if not t.isfinite().all():
-            raise DistillError("A teacher's target holds nan or infinite values: leave its item out, or mend it.")
+            raise DistillError("A teacher's target holds nan or infinite values: correct it, or remove its item.")
         return TeacherTarget(to_logits(t, self.teacher_given))
 
 
 def to_logits(t, given):
-    "Logits whose softmax (or sigmoid) gives the probabilities `t` again"
+    "Logits whose softmax (or sigmoid) is the probabilities `t`"
     if given == 'logits': return t
     if t.min() < 0 or t.max() > 1:
         raise DistillError(f"given={given!r}, but a teacher's target goes from {t.min():g} to {t.max():g}: use "
@@ -62,14 +61,14 @@ def log_clamped(p): return p.clamp_min(torch.finfo(p.dtype).tiny).log()
 
 
 class TeacherBlock(TransformBlock):
-    """A block for a teacher's outputs: `DataBlock((ImageBlock, CategoryBlock, TeacherBlock), get_y=[label, row])`
-    gives (x, (y, y_teacher))"""
+    """A block for a teacher's outputs: `DataBlock((ImageBlock, CategoryBlock, TeacherBlock), get_y=[label, row])` has
+    the items (x, (y, y_teacher))"""
     def __init__(
         self,
-        given:str='logits', # what the rows are: 'logits', 'probabilities' (over classes), 'label_probabilities' (one
-        # for each label)
-        n_out:int|None=None, # how many values a row has, checked for each
-        vocab=None # names of the teacher's classes in the order of a row; mapped by name to the labels' own order
+        given:str='logits', # what the rows hold: 'logits', 'probabilities' (over classes), 'label_probabilities' (of
+        # each label)
+        n_out:int|None=None, # how many values a row has; each row is checked
+        vocab=None # names of the teacher's classes, in the order of a row; they are mapped to the labels' order by name
     ):
         if given not in GIVEN:
             raise DistillError(f"TeacherBlock(given={given!r}): possible are {', '.join(map(repr, GIVEN))}")

@@ -23,11 +23,13 @@ from .projector_opt import ProjectorOptimizer
 from .task import task_of
 from .teachers import teacher_of
 
-__all__ = ['LAST_STATES', 'LOADED_STATES', 'KnowledgeDistillation']
+__all__ = ['FIRST_CALLBACK', 'LAST_STATES', 'LOADED_STATES', 'KnowledgeDistillation']
 
-# Learner -> `KnowledgeDistillation.state_dict` after its last fit, for `Learner.save`
+# functions to call before there is a callback; `patches` wraps methods of fastai then
+FIRST_CALLBACK = []
+# Learner -> `KnowledgeDistillation.state_dict` after its last fit or load, for `Learner.save`
 LAST_STATES = WeakKeyDictionary()
-# Learner -> the same, which `Learner.load` found beside the student's file, for its next fit
+# Learner -> the same as `Learner.load` found it beside the student's file, for the next fit
 LOADED_STATES = WeakKeyDictionary()
 
 
@@ -58,6 +60,7 @@ class KnowledgeDistillation(Callback):
         check:bool=True # look for mistakes before the first fit (see `check_teacher`)
     ):
         super().__init__()
+        while FIRST_CALLBACK: FIRST_CALLBACK.pop()()
         check_options(teacher, kind=kind, balance=balance, span=span)
         self.source,self.asked_kind,self.asked_axis = teacher,kind,axis
         self.balance,self.span,self.check = balance,span,check

@@ -1,4 +1,4 @@
-"""What of fastai is changed, in one place. The rest of fastai stays as it is.
+"""What fastdistill changes in fastai, in one place. The rest of fastai is not changed.
 
 | what | why | when |
 |---|---|---|
@@ -8,21 +8,25 @@
 | `TfmdDL._one_pass` | `export` would keep the type of the teacher's targets | first target |
 | `TfmdDL._pre_show_batch` | fastai cannot show a tuple of label and teacher's target | first target |
 | `defaults.callbacks` | labels, MixUp and metrics must not see the target: see `TeacherTargets` | first target |
-| `Learner.fit` | no event follows an interrupt: callbacks that stay on the Learner clean up here | import |
+| `Learner.fit` | no event follows an interrupt: callbacks that stay on the Learner clean up here | first callback |
 | `Learner.fine_tune` | schedules span both of its phases: see `KnowledgeDistillation(span=)` | import |
-| `Learner.save` | with the optimizer, projectors are saved too, in a file beside the student's | import |
+| `Learner.save` | with the optimizer, projectors are saved too, in a file beside the student's | first callback |
 | `Learner.load` | it loads that file | import |
-| `Learner.export` | in a fit from a cache, it would export the training data and fastdistill too | import |
-| `Recorder.plot_loss` | with a teacher, `train_loss` has another scale than the labels' losses | import |
+| `Learner.export` | in a fit from a cache, it would export the training data and fastdistill too | first callback |
+| `Recorder.plot_loss` | with a teacher, `train_loss` has another scale than the labels' losses | first callback |
 | `Learner.distill` | a new method, in `learner.py` | import |
 | `Learner.check_teacher` | a new method, in `learner.py` | import |
 | `Learner.show_features` | a new method, in `learner.py` | import |
 
-The methods that are wrapped at import do what they did before, as long as no `TeacherBlock` or
-`KnowledgeDistillation` is there. They can't wait for it: Python looks up `learn.fine_tune` before it makes the callback
-in `learn.fine_tune(1, cbs=KnowledgeDistillation(teacher))`. "First target" is when the first `TeacherBlock` is made or
-unpickled, or the first cache is trained from. `DataBlock.__init__` can't wait for it: a `TeacherBlock` may be given as
-a class, which fastai makes an instance of when it is about to count the inputs."""
+"First target" is when the first `TeacherBlock` is made or unpickled, or the first cache is trained from. "First
+callback" is when the first `KnowledgeDistillation` is made. Methods that are wrapped at import do what they did before
+as long as there is neither. They can't wait:
+
+- `DataBlock.__init__`: a `TeacherBlock` may be given as a class. fastai makes an instance of it when it is about to
+  count the inputs.
+- `Learner.fine_tune`: in `learn.fine_tune(1, cbs=KnowledgeDistillation(teacher))`, Python looks up the method before it
+  makes the callback.
+- `Learner.load`: a student may be loaded before its callback is made."""
 import functools, inspect
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,7 +35,7 @@ from fastai.basics import DataBlock, Datasets, L, Learner, Recorder, TensorBase,
 import fastai.callback.schedule  # noqa: F401 (it gives Learner fine_tune)
 from ..ranks import rank
 from .block import FIRST_TARGET, TeacherBlock, TeacherTarget, ToTeacherTarget
-from .callback import LAST_STATES, LOADED_STATES, KnowledgeDistillation
+from .callback import FIRST_CALLBACK, LAST_STATES, LOADED_STATES, KnowledgeDistillation
 from .targets import TeacherTargets
 
 __all__ = []
@@ -43,7 +47,7 @@ def _n_inp_without_teacher(init):
     @functools.wraps(init)
     def __init__(self, *args, **kwargs):
         try: given = sig.bind(self, *args, **kwargs)
-        except TypeError: return init(self, *args, **kwargs)        # it says what is wrong
+        except TypeError: return init(self, *args, **kwargs)        # which raises fastai's own error
         blocks = given.arguments.get('blocks')
         if blocks is None: blocks = self.blocks
         n_teachers = sum(map(_is_teacher, blocks)) if isinstance(blocks, (list, tuple, L)) else 0
@@ -63,7 +67,7 @@ def _without_targets(tls): return [tl for tl in tls if not any(isinstance(f, ToT
 
 
 def _decode_without_teacher(decode):
-    "The teacher's column is left out where an input and its prediction are decoded"
+    "An input and its prediction are decoded without the teacher's column"
     @functools.wraps(decode)
     def _decode(self, o, full=True):
         tls = _without_targets(self.tls)
@@ -74,17 +78,17 @@ def _decode_without_teacher(decode):
 
 
 def _empty_without_teacher(new_empty):
-    "The empty data of an exported student have no column of the teacher's"
+    "The empty data of an exported student do not have the teacher's column"
     @functools.wraps(new_empty)
     def _new_empty(self):
         tls = _without_targets(self.tls)
-        return new_empty(self) if len(tls) == len(self.tls) else type(self)(tls=[tl.new_empty() for tl in tls],
-                                                                            n_inp=self.n_inp)
+        if len(tls) == len(self.tls): return new_empty(self)
+        return type(self)(tls=[tl.new_empty() for tl in tls], n_inp=self.n_inp)
     return _new_empty
 
 
 def _types_without_teacher(one_pass):
-    "A DataLoader remembers the types of a batch: the type of the teacher's targets is remembered as `TensorBase`"
+    "A DataLoader stores the types of a batch: the type of a teacher's target is stored as `TensorBase`"
     @functools.wraps(one_pass)
     def _one_pass(self):
         one_pass(self)
@@ -94,7 +98,7 @@ def _types_without_teacher(one_pass):
 
 
 def _show_without_teacher(pre_show_batch):
-    "How a batch is shown depends on the types of input and label: the teacher's target is taken out before"
+    "How a batch is shown depends on the types of input and label, so the teacher's target is removed first"
     @functools.wraps(pre_show_batch)
     def _pre_show_batch(self, b, max_n=9):
         if isinstance(b, (tuple, list)): b = type(b)(o for o in b if not isinstance(o, TeacherTarget))
@@ -152,11 +156,11 @@ def _with_its_projectors(load):
         out = load(self, file, device=device, with_opt=with_opt, **kwargs)
         beside,cb = _file_beside(join_path_file(file, self.path/self.model_dir, ext='.pth')),_callback_on(self)
         if beside is None or not with_opt or hasattr(self, 'lr_finder'): return out
-        LOADED_STATES.pop(self, None)
+        for states in (LAST_STATES, LOADED_STATES): states.pop(self, None)
         if not beside.is_file(): return out
         state = torch.load(beside, map_location='cpu', weights_only=True)
         if cb is not None: cb.load_state_dict(state)
-        else: LOADED_STATES[self] = {**state, 'file': beside.name}
+        else: LAST_STATES[self],LOADED_STATES[self] = state,{**state, 'file': beside.name}
         return out
     return _load
 
@@ -193,7 +197,7 @@ def _plot_labels_apart(plot_loss):
 
 
 def _once(cls, name, wrap):
-    "Wrap a method, once, however often this module is loaded"
+    "Wrap a method, but only once if this module is loaded again"
     if hasattr(getattr(cls, name), '_knows_teacher'): return
     setattr(cls, name, wrap(getattr(cls, name)))
     getattr(cls, name)._knows_teacher = True
@@ -206,11 +210,16 @@ def _at_first_target():
     _once(TfmdDL, '_pre_show_batch', _show_without_teacher)
     if TeacherTargets not in defaults.callbacks: defaults.callbacks = [*defaults.callbacks, TeacherTargets]
 
+
+def _at_first_callback():
+    _once(Learner, 'fit', _put_back_after)
+    _once(Learner, 'save', _with_projectors)
+    _once(Learner, 'export', _export_student_alone)
+    _once(Recorder, 'plot_loss', _plot_labels_apart)
+
+
 _once(DataBlock, '__init__', _n_inp_without_teacher)
-FIRST_TARGET.append(_at_first_target)
-_once(Learner, 'fit', _put_back_after)
 _once(Learner, 'fine_tune', _as_one_training)
-_once(Learner, 'save', _with_projectors)
 _once(Learner, 'load', _with_its_projectors)
-_once(Learner, 'export', _export_student_alone)
-_once(Recorder, 'plot_loss', _plot_labels_apart)
+FIRST_TARGET.append(_at_first_target)
+FIRST_CALLBACK.append(_at_first_callback)

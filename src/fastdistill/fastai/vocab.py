@@ -1,4 +1,4 @@
-"Names of classes, tokens and categories, and whose order they are in."
+"Names of classes, tokens and categories, and their order."
 from dataclasses import dataclass
 import torch
 from torch import Tensor
@@ -10,30 +10,29 @@ __all__ = ['CODES', 'ClassMap', 'describe_difference', 'map_classes', 'stored_or
 
 
 def vocab_of(dls):
-    "Names of the classes, in the order of the outputs; None where there are none"
+    "Names of the classes, in the order of the outputs; None if there are none"
     v = None if is_stream(dls.train) else getattr(dls, 'vocab', None)
     if v is None: v = nested_attr(dls, 'train.after_item.vocab')        # codes of masks
     if v is None or isinstance(v, dict): return None
-    # one for each block, as (tokens, classes)
+    # one vocab for each block, as (tokens, classes)
     if len(v) and all(hasattr(o, '__len__') and not isinstance(o, str) for o in v): v = v[-1]
     return list(map(str, v))
 
 
 @dataclass
 class ClassMap:
-    "How the student's classes are found among the teacher's"
+    "Where the student's classes are among the teacher's"
     same:bool # the same classes in the same order
-    order:list|None # the teacher's position of each of the student's classes; None where `same`, or where some are
-    # missing
+    order:list|None # the teacher's position of each of the student's classes; None if `same`, or if some are missing
     missing:list # classes that the teacher does not have
     extra:list # classes that only the teacher has
 
 
 def map_classes(
     student, # names of the student's classes, in the order of its outputs; None if they have none
-    teacher # of the teacher's
+    teacher # names of the teacher's classes
 ) -> ClassMap|None:
-    "The one place where class orders are compared; None where one of the two has no names"
+    "Compare the order of two models' classes, for the whole package; None if one of the two has no names"
     if student is None or teacher is None: return None
     student,teacher = list(map(str, student)),list(map(str, teacher))
     missing,extra = [c for c in student if c not in teacher],[c for c in teacher if c not in student]
@@ -45,18 +44,18 @@ def stored_order(
     teacher, # names of the classes in stored outputs, in their order
     student # vocab of the labels
 ) -> Tensor|None:
-    "The stored column of each of the labels' classes; None if the order is the same. What can't be mapped is refused"
+    "The stored column of each of the labels' classes; None if the order is the same. Other classes are an error"
     if student is None:
-        raise DistillError("The teacher's classes have names, but the labels have no vocab to map them to: leave "
-                           "vocab= out.")
+        raise DistillError("The teacher's classes have names, but the labels have no vocab to map them to: remove "
+                           "vocab=.")
     found = map_classes(student[-1] if len(student) and isinstance(student[-1], (list, tuple)) else student, teacher)
     if found.missing:
         raise DistillError(f"The teacher doesn't know the class(es) {', '.join(found.missing[:5])}: "
                            f"it has {', '.join(teacher[:10])}{' ...' if len(teacher) > 10 else ''}.")
     if found.extra:
-        raise DistillError(f"The teacher has {len(teacher)} classes, the labels {len(teacher)-len(found.extra)}: "
-                           f"probabilities would no longer sum to 1. Leave out {', '.join(found.extra[:5])} "
-                           "(Teacher(model, select=...) does).")
+        raise DistillError(f"The teacher has {len(teacher)} classes, the labels {len(teacher)-len(found.extra)}: their "
+                           f"probabilities would not sum to 1. Remove {', '.join(found.extra[:5])} from the teacher's "
+                           "outputs with Teacher(model, select=...).")
     return None if found.order is None else torch.tensor(found.order)
 
 
@@ -74,8 +73,8 @@ def categories(dls):
 
 def scales(dls):
     "Means and standard deviations of a table's columns"
-    p = next((p for p in getattr(getattr(dls, 'procs', None), 'fs', []) if hasattr(p, 'means') and hasattr(p, 'stds')),
-             None)
+    procs = getattr(getattr(dls, 'procs', None), 'fs', [])
+    p = next((p for p in procs if hasattr(p, 'means') and hasattr(p, 'stds')), None)
     return None if p is None else {k: (round(float(p.means[k]), 5), round(float(p.stds[k]), 5)) for k in p.means}
 
 

@@ -1,4 +1,4 @@
-"What goes on inside a network: its layers by name, what comes out of them, and which layer is paired with which."
+"What happens inside a network: layers by name, their outputs, and pairs of a student's and a teacher's layers."
 from .names import LayerInfo, LayerTree, resolve, unwrap
 from .pairs import Pair, PairTable, pair
 from .probe import layers

@@ -1,4 +1,4 @@
-"Layers of a model by name: wrappers taken off, names and globs resolved, layers listed."
+"Layers of a model by name: the model inside its wrappers, names and globs, lists of layers."
 import difflib, re
 from dataclasses import dataclass
 from torch import nn
@@ -9,10 +9,11 @@ __all__ = ['LayerInfo', 'LayerTree', 'layer_tree', 'model_name', 'named', 'resol
            'unwrap']
 
 WRAPPERS = nn.parallel.DistributedDataParallel, nn.DataParallel
-SUFFIXES = {'in': "what goes into the layer",
-            'pre': "the output, copied before a following in-place layer can overwrite it",
-       'map': "tokens, or a channels-last output, as (B, C, H, W)", 'tokens': "a channels-first output as (B, L, D)",
-       'mean': "the mean over positions, a vector"}
+SUFFIXES = {'in': "the input of the layer",
+            'pre': "the output, copied before the next layer can overwrite it in place",
+            'map': "tokens, or an output with its channels last, as (B, C, H, W)",
+            'tokens': "an output with its channels first as (B, L, D)",
+            'mean': "the mean over positions, a vector"}
 
 
 def unwrap(model:nn.Module):
@@ -24,24 +25,24 @@ def unwrap(model:nn.Module):
 
 
 def named(model):
-    "Dotted name -> layer of the model inside its wrappers, shared layers under each of their names"
+    "Dotted name -> layer, of the model inside its wrappers; a shared layer is there under each of its names"
     inner = unwrap(model)
-    # a teacher: several models, or none
+    # a teacher may hold several models, or none
     if not isinstance(inner, nn.Module): return dict(getattr(inner, 'named_modules', dict)())
     have = dict(inner.named_modules(remove_duplicate=False))
-    if any('_orig_mod' in n for n in have):      # a compiled part has the name of what it compiles
+    if any('_orig_mod' in n for n in have):      # a compiled part goes by the name of the module that was compiled
         have = {re.sub(r'(^|\.)_orig_mod(?=\.|$)', '', n): m for n,m in have.items()}
     return have
 
 
 def model_name(model):
-    "What messages call a model: its class; a teacher has a name"
+    "The name of a model in messages: its class, or the name that a `Teacher` has"
     inner = unwrap(model)
     return type(inner).__name__ if isinstance(inner, nn.Module) else getattr(inner, 'name', type(inner).__name__)
 
 
 def _regex(glob):
-    "A glob over dotted names: `*` and `?` stay within one level, `**` crosses levels, [..] is a set"
+    "A glob over dotted names as a regular expression: `*` and `?` match within one level, `**` across levels"
     wild = {'**': '.*', '*': '[^.]*', '?': '[^.]'}
     parts = re.split(r'(\*\*|\*|\?|\[[^\]]*\])', glob)
     return ''.join(wild.get(p) or (p.replace('[!', '[^') if p[:1] == '[' else re.escape(p)) for p in parts)
@@ -49,14 +50,14 @@ def _regex(glob):
 
 def resolve(
     model:nn.Module, # wrapped or not: names are those of the inner model
-    pattern:str # a dotted name or a glob ('layer?', '0.*', 'blocks.**.attn'), then perhaps @in, @pre, @map or @tokens
+    pattern:str # a dotted name or a glob ('layer?', '0.*', 'blocks.**.attn'), with a suffix or without (see `SUFFIXES`)
 ) -> list:
-    "The names that `pattern` stands for, in the model's order, each with its suffix"
+    "The names that match `pattern`, in the model's order, each with its suffix"
     return resolve_among(model, named(model), pattern)
 
 
 def split_suffixes(pattern):
-    "[name or glob, *suffixes]; a suffix that does not exist is refused"
+    "[name or glob, *suffixes]. A suffix that does not exist is an error"
     name,*how = pattern.split('@')
     if wrong := [h for h in how if h not in SUFFIXES]:
         raise DistillError(f"{pattern!r} ends in @{wrong[0]}. Possible are "
@@ -83,15 +84,15 @@ class LayerInfo:
     "One layer of a model"
     name:str # dotted
     kind:str # its class
-    shape:tuple|None # of what comes out; None if it did not run, or without an input to run it on
-    params:int # parameters in it and in the layers below it
+    shape:tuple|None # of the output; None if the layer did not run
+    params:int # parameters in it and in the layers inside it
 
     @property
     def depth(self): return self.name.count('.') + 1
 
 
 def text_table(head, rows):
-    "Rows as lines of text, columns aligned"
+    "Rows as lines of text with aligned columns"
     rows = [[str(o) for o in r] for r in [head, *rows]]
     wide = [max(map(len, c)) for c in zip(*rows)]
     lines = ['  '.join(o.ljust(w) for o,w in zip(r, wide)).rstrip() for r in rows]
@@ -101,12 +102,13 @@ def text_table(head, rows):
 class LayerTree(list):
     "The layers of a model as a list of `LayerInfo`; printed, a table"
     def __str__(self):
-        rows = [('  '*(l.depth-1) + l.name, l.kind, '' if l.shape is None else l.shape, f'{l.params:,}') for l in self]
+        shape = lambda l: '' if l.shape is None else l.shape
+        rows = [('  '*(l.depth-1) + l.name, l.kind, shape(l), f'{l.params:,}') for l in self]
         return text_table(('layer', 'kind', 'output', 'parameters'), rows)
     __repr__ = __str__
 
     def brief(self, n=40):
-        "As many levels as fit in `n` lines"
+        "The table with as many levels as fit in `n` lines"
         fits = [d for d in range(1, 10) if sum(l.depth <= d for l in self) <= n]
         shown = [l for l in self if l.depth <= max(fits, default=1)]
         more = len(self) - len(shown[:n])
@@ -115,9 +117,9 @@ class LayerTree(list):
 
 def layer_tree(
     model:nn.Module,
-    shapes=None # module -> shape of its output, of those that ran
+    shapes=None # module -> shape of its output, for the layers that ran
 ) -> LayerTree:
     "Every layer of the model with its class, output shape and number of parameters"
     count = lambda m: sum(p.numel() for p in m.parameters() if not is_lazy(p))
-    return LayerTree(LayerInfo(n, type(m).__name__, (shapes or {}).get(m), count(m)) for n,
-                     m in named(model).items() if n)
+    shape = (shapes or {}).get
+    return LayerTree(LayerInfo(n, type(m).__name__, shape(m), count(m)) for n,m in named(model).items() if n)

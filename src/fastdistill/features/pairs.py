@@ -1,4 +1,4 @@
-"Which layer of the student learns from which layer of the teacher: as asked, or proposed from one look at each model."
+"Which layer of the student learns from which layer of the teacher: as the user names them, or found by themselves."
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from .taps import Taps
 
 __all__ = ['Pair', 'PairTable', 'check_names', 'checked_layers', 'inputs', 'pair']
 
-MAX_BLOCKS = 6 # pairs of blocks at one resolution; where there are more, four at the quarters of the depth
+MAX_BLOCKS = 6 # up to as many blocks of one resolution are all paired; of more blocks, those at the quarters
 
 
 @dataclass
@@ -24,11 +24,11 @@ class Pair:
     teacher:str
     t_shape:tuple
     projector:str='' # in words
-    picture:bool=True # tokens are those of a picture; False: of a sequence, such as a text
+    picture:bool=True # tokens are places of a picture; False: places of a sequence, such as a text
 
 
 class PairTable(list):
-    "Pairs as a list of `Pair`; printed, a table"
+    "A list of `Pair`, which prints as a table"
     def __str__(self):
         rows = [(p.student, p.s_shape, p.teacher, p.t_shape, p.projector) for p in self]
         return text_table(('student', 'shape', 'teacher', 'shape', 'projector'), rows)
@@ -39,21 +39,21 @@ def pair(
     student:nn.Module,
     teacher, # a module, or a `Teacher`
     x_student, # a batch of inputs: a tensor, a tuple of several, or a dict of keyword arguments
-    layers='auto', # {'student.layer': 'teacher.layer' or a list}, pairs of names, names or globs for both, 'auto', or
-    # 'last' of these
+    layers='auto', # {'student.layer': 'teacher.layer' or a list of them}, pairs of names, names or globs for both,
+    # 'auto', or 'last' (the last pair of 'auto')
     *,
-    x_teacher=None, # the teacher's inputs, if it takes others
-    match:str='shape', # what the loss needs of the teacher's shape, and
-    projector='auto' # with what it is made, as in `projectors.projector`: here for the table alone
+    x_teacher=None, # the teacher's inputs, if they are others
+    match:str='shape', # what the loss needs of the teacher's shape (see `projectors.projector`); for the table alone
+    projector='auto' # what changes the shape (see `projectors.projector`); for the table alone
 ) -> PairTable:
-    """The pairs of layers with their shapes, in the order asked, from one evaluation-mode probe of each model that
-    changes nothing.
+    """The pairs of layers with their shapes, in the given order. Each model runs on the batch in evaluation mode, and
+    is left as it was.
 
     'auto' takes the last layer of each stage (resolution) of convolutional nets and U-Nets. Two nets pair by resolution
-    where that includes the last stages of both, else by relative depth; a U-Net and another net pair by resolution on
-    the U-Net's way down. Of transformers, LSTM stacks and MLPs it takes blocks at equal relative depth: all of the
-    shorter one's up to 6, else those at the quarters. The layer that makes a model's output is never among them. 'auto'
-    and 'last' take a suffix for all names: 'last@mean'."""
+    if that includes the last stages of both, else by relative depth. A U-Net and another net pair by resolution on the
+    U-Net's way down. Of transformers, LSTM stacks and MLPs it takes blocks at equal relative depth: all blocks of the
+    shorter model up to 6, else those at the quarters. The layer that makes a model's output is never among them. A
+    suffix of 'auto' or 'last' holds for all names: 'last@mean'."""
     x_s,x_t = inputs(x_student),inputs(x_student if x_teacher is None else x_teacher)
     word,*how = _word_of(checked_layers(layers))
     if word:
@@ -65,7 +65,7 @@ def pair(
 
 
 def checked_layers(layers):
-    "`layers`, if it has a meaning whatever the models are"
+    "`layers`, unless it is wrong for every model"
     word,*_ = _word_of(layers)
     names = [layers] if word else [n for names in _name_pairs(layers) for n in names]
     if not names:
@@ -75,14 +75,14 @@ def checked_layers(layers):
 
 
 def check_names(student, teacher, layers):
-    "Refuse layers that these models don't have; no batch is needed for it"
+    "Refuse layers that these models don't have. It needs no batch"
     if not _word_of(layers)[0]: return _names_asked(student, teacher, layers)
     for who,model in (('student', student), ('teacher', teacher)):
         with _InModel(who): check_visible(model)
 
 
 def _word_of(layers):
-    "['auto' or 'last', *suffixes], or [None] where layers are named"
+    "['auto' or 'last', *suffixes]; [None] if `layers` holds names"
     word,*how = split_suffixes(layers) if isinstance(layers, str) else [None]
     return [word, *how] if word in ('auto', 'last') else [None]
 
@@ -91,7 +91,7 @@ def inputs(x): return tuple(x) if isinstance(x, (tuple, list)) else (x,)
 
 
 class _InModel:
-    "Errors inside say which of the two models they are about"
+    "Errors inside this context name the model that they are about"
     def __init__(self, who): self.who = who
     def __enter__(self): return self
     def __exit__(self, kind, e, _):
@@ -107,13 +107,13 @@ def _pairs_asked(student, teacher, x_s, x_t, layers):
 
 
 def _refuse_unknown_layout(pairs):
-    "Features of three axes that a function or a cache brings have no layer to tell where their channels are"
+    "A function or a cache gives features without their layers, so nothing shows which of three axes holds the channels"
     for asked,s,_,t,t_shape in pairs:
         if s != asked and len(t_shape) == 3 and '@' not in t:
             raise DistillError(f"The student's layer {asked!r} has its channels first, (B, C, L). The teacher's {t!r} "
-                               f"of shape {t_shape} comes without its layer, so nothing tells whether it has them "
-                               f"first too. Bring it as tokens (B, L, C) under the name '{t}@tokens' "
-                               f"(cache_teacher(layers=['{t}@tokens']) stores it so), and pair with that name.")
+                               f"of shape {t_shape} comes without its layer, so nothing shows whether it has them "
+                               f"first too. Give it as tokens (B, L, C) under the name '{t}@tokens', as "
+                               f"cache_teacher(layers=['{t}@tokens']) does, and pair with that name.")
 
 
 def _names_asked(student, teacher, layers):
@@ -121,9 +121,9 @@ def _names_asked(student, teacher, layers):
 
 
 def _name_pairs(layers):
-    "(student's pattern, teacher's pattern), many-to-many, in the order given"
+    "(student's pattern, teacher's pattern) of each pair, in the given order"
     if isinstance(layers, Tensor):
-        raise DistillError("layers= got a tensor. The teacher's own inputs go into x_teacher=.")
+        raise DistillError("layers= got a tensor. Inputs that only the teacher takes go into x_teacher=.")
     if isinstance(layers, str): layers = [layers]
     if isinstance(layers, Mapping):
         layers = [(s, t) for s,ts in layers.items() for t in (ts if isinstance(ts, (tuple, list)) else [ts])]
@@ -131,18 +131,18 @@ def _name_pairs(layers):
     if wrong := [o for o in items if not isinstance(o, (tuple, list)) or [type(n) for n in o] != [str, str]]:
         raise DistillError(f"layers={layers!r}: {wrong[0]!r} is no pair of names. Possible are {{'student.layer': "
                            "'teacher.layer'}, {'student.layer': ['teacher.layer', ...]}, a list of pairs, a list of "
-                           "names "
-                           "that both models have, 'auto' and 'last'")
+                           "names that both models have, 'auto' and 'last'.")
     return items
 
 
 def _matching_names(student, teacher, s, t):
-    "Globs on both sides pair in order"
+    "Names that match a glob of the student pair in order with those that match the teacher's"
     with _InModel('student'): a = resolve(student, s)
     with _InModel('teacher'): b = resolve(teacher, t) if _has_layers(teacher) else [t]
     if len(a) != len(b):
         raise DistillError(f"{s!r} are {len(a)} layers of the student ({', '.join(a)}), {t!r} are {len(b)} of the "
-                           f"teacher ({', '.join(b)}): they pair in order if they are as many. Name them one by one.")
+                           f"teacher ({', '.join(b)}). They pair in order, so both must be equally many. Name them one "
+                           "by one.")
     return zip(a, b)
 
 
@@ -150,7 +150,7 @@ def _has_layers(model): return isinstance(model, nn.Module) or bool(named(model)
 
 
 def _layer_shapes(model, x, names):
-    "Name asked -> (name, shape): the name says @tokens where a layer of three axes has its channels first"
+    "Given name -> (name, shape). The name ends in @tokens if the layer's output is (B, C, L)"
     if not _has_layers(model): return _shapes_of_outputs(dry_run(model, *x), names)
     with Taps(model, names) as taps:
         ran = probe(model, *x)
@@ -162,24 +162,24 @@ def _layer_shapes(model, x, names):
 
 
 def _with_tokens(modules, ran, names):
-    """Names with @tokens first where a layer's three axes are (B, C, L), and without it where they are (B, L, D) as
-    they come"""
+    "Names with @tokens where a layer's output is (B, C, L), and without it where it is (B, L, D) already"
     first,fired = series_layers(ran),{f.module: f for f in ran}
     for name in names:
         base,*how = name.split('@')
         f = fired[modules[base]]
         shape = f.shape_in if 'in' in how else f.shape
         if shape is not None and len(shape) == 3:
+            # before the other changes of shape, which expect tokens
             where,turns = [h for h in how if h in ('in', 'pre')],[h for h in how if h in ('map', 'mean')]
             how = [*where, *(['tokens'] if f.module in first else []), *turns]
         yield '@'.join([base, *how])
 
 
 def _shapes_of_outputs(out, names):
-    "Of a teacher without layers, such as a function: the features that its answer brings along"
+    "The same for a teacher without layers, such as a function, whose outputs hold features"
     feats = out.feats if isinstance(out, Outputs) else {}
     if wrong := [n for n in names if n not in feats]:
-        raise DistillError(f"Its answers bring no {wrong[0]!r} along. They bring: {', '.join(feats) or 'no features'}.")
+        raise DistillError(f"Its outputs hold no layer {wrong[0]!r}. They hold: {', '.join(feats) or 'no layers'}.")
     return {n: (n, tuple(feats[n].shape)) for n in names}
 
 
@@ -187,14 +187,15 @@ def _pairs_proposed(student, teacher, x_s, x_t):
     with _InModel('student'): a = stages(student, x_s)
     with _InModel('teacher'): b = stages(teacher, x_t)
     if a[0].kind == 'vector' and b[0].kind != 'vector':
-        raise DistillError(f"layers='auto' finds vectors in the student and {b[0].kind} in the teacher, which it can't "
-                           "become. Pair by hand: layers={'student.layer': 'teacher.layer'}.")
+        what = 'maps' if b[0].kind == 'map' else b[0].kind
+        raise DistillError(f"layers='auto' finds vectors in the student and {what} in the teacher. A vector can't "
+                           "become these. Name the layers: layers={'student.layer': 'teacher.layer'}.")
     pairs = _pair_by_resolution(a, b, image_size(x_s), image_size(x_t)) or _pair_by_depth(a, b)
     return [(*_name_and_shape(s, t, x_s), *_name_and_shape(t, s, x_t)) for s,t in pairs]
 
 
 def _name_and_shape(u, other, x):
-    "Name and shape of a stage; a square picture's tokens opposite a map are taken as a map"
+    "Name and shape of a stage. Tokens of a square picture become a map if the other model's stage is one"
     square = is_picture(x) and len(set(image_size(x))) == 1
     g = grid(u.shape[1]) if square and u.kind == 'tokens' and other.kind == 'map' else None
     if g: return f'{u.name}@map', (u.shape[0], u.shape[2], *g[1:])
@@ -203,7 +204,7 @@ def _name_and_shape(u, other, x):
 
 
 def _pair_by_depth(a, b):
-    "Equal relative depth, the last with the last"
+    "Stages at equal relative depth; the last pairs with the last"
     n = min(len(a), len(b))
     if n > MAX_BLOCKS and any(len({u.place for u in us}) == 1 for us in (a, b)): n = 4
     at = lambda us, k: us[int((k+1)*len(us)/n + .5) - 1]
@@ -211,7 +212,7 @@ def _pair_by_depth(a, b):
 
 
 def _pair_by_resolution(a, b, size_a, size_b):
-    "Stages of equal resolution, each on the way down or each on the way up again; None where resolution is no guide"
+    "Stages of equal resolution, both on the way down or both on the way up; None if resolutions give no pairs"
     if not size_a or len(size_a) != len(size_b) or any(u.kind != 'map' for u in a+b): return None
     down_a,down_b = _going_down(a),_going_down(b)
     shrinks = lambda i, j: [(p/n)/(q/m) for n,p,m,q in zip(size_a, a[i].place, size_b, b[j].place)]
@@ -219,25 +220,24 @@ def _pair_by_resolution(a, b, size_a, size_b):
     def ends(row): return row and row[-1] == (a[-1], b[-1]) and 2*len(row) >= min(len(a), len(b))
     row = _longest_row(a, b, lambda i, j: equal(i, j) and down_a[i] == down_b[j])
     if ends(row) or all(down_a + down_b): return row if ends(row) else None
-    # one is a U-Net: a net of the output's resolution throughout has the U-Net's last stage as its counterpart; other
-    # nets have
-    # its way down, and its way up where they share no resolution on the way down
+    # One is a U-Net. A net that ends at the U-Net's full resolution pairs with its last stages. Other nets pair on its
+    # way down, or on its way up if they have no resolution in common on the way down
     anywhere = _longest_row(a, b, equal)
     return anywhere if ends(anywhere) else row or anywhere or None
 
 
 def _longest_row(a, b, equal):
-    "Pairs in the order of both models, as many as possible; where that leaves a choice, those that end later"
+    "As many pairs as possible, in the order of both models; of several such rows the one that ends last"
     best = {}
     for i in range(len(a)):
         for j in range(len(b)):
             if equal(i, j): best[i, j] = [*best.get((i-1, j-1), []), (i, j)]
-            else: best[i, j] = max(best.get((i-1, j), []), best.get((i, j-1), []), key=lambda row: (len(row), row[-1:]))
+            else: best[i, j] = max(best.get((i-1, j), []), best.get((i, j-1), []), key=lambda r: (len(r), r[-1:]))
     return [(a[i], b[j]) for i,j in best[len(a)-1, len(b)-1]]
 
 
 def _going_down(us):
-    "Is each stage on the way down, the first included? Stages as large as the one before go where that goes"
+    "For each stage, whether it is on the way down. A stage as large as the one before goes the same way as that"
     down = [True]
     for u,before in zip(us[1:], us):
         now,was = math.prod(u.place),math.prod(before.place)

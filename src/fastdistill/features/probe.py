@@ -1,4 +1,4 @@
-"One run of a model that changes nothing: which layers ran, and what went in and out."
+"Run a model once without changing it: which layers ran, and the shapes of their inputs and outputs."
 import contextlib, copy, random
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -18,15 +18,15 @@ __all__ = ['Fired', 'dry_run', 'layers', 'main_tensor', 'probe', 'restore_tensor
 
 def layers(
     model:nn.Module,
-    *x # one batch of inputs, for the shapes; a dict goes in by name where the model has arguments of these names
+    *x # a batch of inputs, for the shapes; a dict goes in by name if the model has arguments of these names
 ) -> LayerTree:
-    "Every layer of the model with its class, output shape and number of parameters; the model stays as it is"
+    "Every layer of the model with its class, output shape and number of parameters; the model is not changed"
     return layer_tree(model, {f.module: f.shape for f in probe(model, *x)} if x else None)
 
 
 @dataclass
 class Fired:
-    "A layer that ran: what went in, what came out"
+    "A layer that ran, with the shapes of its input and output"
     name:str
     module:nn.Module
     shape_in:tuple|None
@@ -36,17 +36,17 @@ class Fired:
 
 def probe(
     model:nn.Module,
-    *x # one batch of inputs; a dict goes in by name where the model has arguments of these names
+    *x # a batch of inputs; a dict goes in by name if the model has arguments of these names
 ) -> list:
-    "Run the model once, in evaluation mode and leaving it untouched: the layers in the order they finished"
+    "The layers that run, in the order in which they finish, from one run in evaluation mode that changes nothing"
     inner,names,ran = unwrap(model),{},{}
     for n,m in named(model).items(): names.setdefault(m, n)
     def note(m, args, kwargs, out):
         i,y = main_tensor((args, kwargs)),main_tensor(out)
-        ran.pop(m, None)                     # subtle: a layer that runs twice counts where it ran last
+        ran.pop(m, None)                     # subtle: a layer that runs twice has the place of its last run
         ran[m] = Fired(names[m], m, _shape(i), _shape(y), y is not None and y.is_floating_point())
-    handles = [m.register_forward_hook(note, with_kwargs=True) for m in names
-               if not isinstance(m, torch.jit.ScriptModule)]
+    hookable = [m for m in names if not isinstance(m, torch.jit.ScriptModule)]
+    handles = [m.register_forward_hook(note, with_kwargs=True) for m in hookable]
     try: dry_run(inner, *x)
     finally:
         for h in handles: h.remove()
@@ -60,21 +60,21 @@ CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RNNBase, nn.Embedding, nn.Multihead
 
 
 def series_layers(
-    ran # what `probe` gave
+    ran # the result of `probe`
 ) -> set:
-    """The layers whose three axes are (B, C, L), as those of a 1d convolution, and not (B, L, D), as tokens have
-    them.
+    """The layers whose output is (B, C, L), as that of a 1d convolution, and not (B, L, D), as tokens are.
 
-    The layer's own class tells. Of other layers (an activation, a block) it is the axis that is as long as the channels
-    of the last layer before it, or in it, whose class tells; where that is unclear, the same axis as there."""
+    Some classes of layers have their channels always first, or always last. For any other layer (an activation, a
+    block), the last layer of such a class that finished before it decides: the channels are on the axis that has their
+    number. If both axes have it, or none, they are on the same axis as there."""
     found,axis,n = set(),2,None
     for f in ran:
         shape = next((s for s in (f.shape, f.shape_in) if s is not None and len(s) == 3), None)
         if shape is None: continue
-        told = 1 if isinstance(f.module, CHANNELS_FIRST) else 2 if isinstance(f.module, CHANNELS_LAST) else None
-        here = told or (axis if (shape[1] == n) == (shape[2] == n) else 1 if shape[1] == n else 2)
+        by_class = 1 if isinstance(f.module, CHANNELS_FIRST) else 2 if isinstance(f.module, CHANNELS_LAST) else None
+        here = by_class or (axis if (shape[1] == n) == (shape[2] == n) else 1 if shape[1] == n else 2)
         if here == 1: found.add(f.module)
-        if told: axis,n = told,shape[told]
+        if by_class: axis,n = here,shape[here]
     return found
 
 
@@ -86,28 +86,28 @@ def dry_run(model, *x):
     inner = unwrap(model)
     args,kwargs = arguments(inner, map_tensors(x, as_plain))
     if any(map(is_lazy, weights_and_buffers(distinct_modules(inner)))):
-        raise DistillError(f"{model_name(inner)} has lazy layers, without weights until a batch has run: run one "
-                           "through it first.")
+        raise DistillError(f"{model_name(inner)} has lazy layers, which have no weights before a batch has run. Run "
+                           "one through it first.")
     with untouched(model):
         try: return inner(*args, **kwargs)
         except DistillError: raise
         except Exception as e:
             sizes = [tuple(o.shape) if isinstance(o, Tensor) else type(o).__name__ for o in x]
-            raise DistillError(f"{model_name(inner)} does not run on the inputs given, {', '.join(map(str, sizes))}: "
-                               f"{e}") from e
+            raise DistillError(f"{model_name(inner)} does not run on the inputs given, "
+                               f"{', '.join(map(str, sizes))}: {e}") from e
 
 
 @contextlib.contextmanager
 def untouched(model:nn.Module):
-    "Evaluation mode, no gradient; afterwards modes, buffers, hidden states, attributes and random states are as before"
+    "Evaluation mode, no gradient. Afterwards modes, buffers, hidden states, attributes and random states are as before"
     mods = distinct_modules(unwrap(model))
     modes = [(m, m.training) for m in mods if getattr(m, 'training', False)]
     state = [_Attrs(m) for m in mods if not isinstance(m, torch.jit.ScriptModule)]
-    # sparse ones can't be compared
-    buffers = [(b, b.clone()) for m in mods for b in m.buffers(recurse=False) if b.layout == torch.strided]
+    strided = [b for m in mods for b in m.buffers(recurse=False) if b.layout == torch.strided]
+    buffers = [(b, b.clone()) for b in strided]     # sparse ones can't be compared
     cuda = sorted({t.device.index for t in weights_and_buffers(mods) if t.is_cuda})
     python,numpy = random.getstate(),np.random.get_state()
-    # subtle: the flag and not .eval(), which some layers override to do more (merge adapters, for one)
+    # subtle: the flag and not .eval(), which some layers override to do more, such as merging adapters
     for m,_ in modes: m.training = False
     try:
         with torch.random.fork_rng(cuda), torch.no_grad(), run_eagerly(model): yield
@@ -120,18 +120,17 @@ def untouched(model:nn.Module):
 
 
 def restore_tensor(b, was):
-    """Give a tensor its values again, and its shape: observers for quantization-aware training change both at their
-    first batch"""
+    "Give `b` the shape and values of `was`. Observers in quantization-aware training change both at the first batch"
     if b.shape != was.shape: b.resize_(was.shape)
     if not torch.equal(b, was): b.copy_(was)
 
 
-def weights_and_buffers(mods): return [t for m in mods for t in [*m._parameters.values(), *m._buffers.values()]
-                                       if t is not None]
+def weights_and_buffers(mods):
+    return [t for m in mods for t in [*m._parameters.values(), *m._buffers.values()] if t is not None]
 
 
 class _Attrs:
-    "What a module holds, one container deep: an LSTM's hidden state and flat weights, buffers, hooks, modes"
+    "The attributes of a module, with what is in its lists, dicts and sets: hidden states, buffers, hooks, modes"
     def __init__(self, m):
         self.vars,self.was = vars(m),dict(vars(m))
         self.boxes = [(v, copy.copy(v)) for v in self.was.values() if type(v) in (list, dict, OrderedDict, set)]
@@ -144,20 +143,20 @@ class _Attrs:
             box.extend(was) if isinstance(box, list) else box.update(was)
 
 
-def distinct_modules(model): return list(dict.fromkeys(model.modules() if isinstance(model, nn.Module)
-                                                       else named(model).values()))
+def distinct_modules(model):
+    return list(dict.fromkeys(model.modules() if isinstance(model, nn.Module) else named(model).values()))
 
-def is_compiled(model): return any('_orig_mod' in m._modules or m._compiled_call_impl is not None
-                                   for m in distinct_modules(model))
+def is_compiled(model):
+    return any('_orig_mod' in m._modules or m._compiled_call_impl is not None for m in distinct_modules(model))
 
 def run_eagerly(model):
-    "Compiled parts run as they were written"
+    "Inside this context, compiled parts run without their compiled code"
     if not hasattr(torch.compiler, 'set_stance') or not is_compiled(model): return contextlib.nullcontext()
     return torch.compiler.set_stance('force_eager')
 
 
 def main_tensor(out):
-    "The tensor in what a layer gave: itself, `last_hidden_state` or `logits` of a dict, else the first one in it"
+    "The tensor in a layer's output: itself, `last_hidden_state` or `logits` of a dict, else the first tensor in it"
     if isinstance(out, Tensor): return as_plain(out)
     if isinstance(out, Mapping): out = [out.get('last_hidden_state'), out.get('logits'), *out.values()]
     if not isinstance(out, (tuple, list)): return None

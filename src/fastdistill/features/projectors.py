@@ -1,4 +1,4 @@
-"From the student's features to the teacher's: first a grid in common, then channels in common."
+"Bring the student's features to the teacher's shape: first to its grid, then to its channels."
 import torch
 from torch import Tensor, nn
 from ..outputs import DistillError
@@ -12,12 +12,12 @@ CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 class _BatchNorm(nn.BatchNorm1d):
-    "Of vectors and tokens: over the last axis"
+    "Batch norm of vectors and tokens, whose channels are on the last axis"
     def forward(self, x): return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
 def _mapper(kind, a, b, dims):
-    "From `a` channels to `b`, position by position"
+    "A layer from `a` to `b` channels that treats each position by itself"
     n = dims-2 if dims > 3 else 0
     one = lambda i, o, **kw: CONV[n](i, o, 1, **kw) if n else nn.Linear(i, o, **kw)
     if kind == 'auto': kind = _default_kind(dims)
@@ -30,28 +30,27 @@ def _default_kind(dims): return 'conv_bn' if dims > 3 else 'linear'
 
 
 class Projector(nn.Module):
-    """What `projector` gives: `p(s, t)` is the student's features in the teacher's shape; `t` only tells the size of
-    its grid"""
+    "`p(s, t)` is the student's features in the teacher's shape; of `t` only the size of its grid is used"
     def __init__(self, s_shape, t_shape, kind, match, picture=True):
         super().__init__()
         self.s_shape,self.t_shape,self.match,self.picture = tuple(s_shape),tuple(t_shape),match,picture
-        self.own,self.text = not isinstance(kind, str),describe_projector(s_shape, t_shape, kind, match)
+        self.own = not isinstance(kind, str)        # the user's own module or function
+        self.text = describe_projector(s_shape, t_shape, kind, match)
         self.map = kind if self.own else None
         if not self.own and _needs_mapping(s_shape, t_shape, kind, match):
-            self.map = _mapper(kind, _channels(s_shape), _channels(t_shape),
-                               len(s_shape if match == 'none' else t_shape))
+            dims = len(s_shape if match == 'none' else t_shape)
+            self.map = _mapper(kind, _channels(s_shape), _channels(t_shape), dims)
 
     def forward(
         self,
         s:Tensor, # student's features
-        t:Tensor|None=None # teacher's, for the size of their grid, which may vary from batch to batch; None: as when
-        # this was built
+        t:Tensor|None=None # teacher's features, whose grid may differ from batch to batch; None: that of `t_shape`
     ) -> Tensor:
         like = (len(s), *self.t_shape[1:]) if t is None else tuple(t.shape)
         if not self.own and self.match != 'none': s = to_grid(s, like, self.picture)
         if self.map is None: return s
         p = [*self.parameters(), None][0]       # subtle: PyTorch 2.6 does not compile `next` with a default
-        # subtle: after a forward pass under autocast features are half precision, and here autocast may be over
+        # subtle: features of a forward pass under autocast have half precision, and autocast may have ended since
         if p is not None and p.dtype != s.dtype and not torch.is_autocast_enabled(s.device.type): s = s.to(p.dtype)
         y = self.map(s)
         if self.own: self._check(s, y, like)
@@ -59,13 +58,13 @@ class Projector(nn.Module):
 
     def _check(self, s, y, like):
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-        fits = isinstance(y, Tensor) and (self.match == 'none' or len(got) == len(like)
-                                          and _places(got) == _places(like))
+        same_grid = isinstance(y, Tensor) and len(got) == len(like) and _places(got) == _places(like)
+        fits = isinstance(y, Tensor) and (self.match == 'none' or same_grid)
         if not fits or (self.match == 'shape' and got != like):
             need = 'shape' if self.match == 'shape' else 'grid'
             raise DistillError(f"The projector {self.text} made {got} of the student's features, {tuple(s.shape)}. "
-                               f"This loss needs the teacher's {need}, {like if need == 'shape' else _places(like)}: "
-                               "change what the module gives, or let projector='auto' build one.")
+                               f"This loss needs the teacher's {need}, {like if need == 'shape' else _places(like)}. "
+                               "Change the output of the module, or use projector='auto'.")
 
     def extra_repr(self): return self.text
 
@@ -77,34 +76,31 @@ def _channels(shape): return shape[-1] if len(shape) == 3 else shape[1]
 def _places(shape): return (shape[1],) if len(shape) == 3 else tuple(shape[2:])
 
 def _needs_mapping(s_shape, t_shape, kind, match):
-    "Is there anything to learn? A projector that was asked for by its kind is always built"
+    "Are there weights to learn? A projector that is named by its kind always has some"
     return kind != 'auto' or (match == 'shape' and _channels(s_shape) != _channels(t_shape))
 
 
 def projector(
     s_shape, # of the student's features: (B, D) vector, (B, L, D) tokens, (B, C, H, W) map; any B
-    t_shape, # of the teacher's, in any of these forms
-    kind='auto', # 'linear' = 'conv' (1x1), 'conv_bn', 'mlp', each position by position; or a module or function of
-    # your own
+    t_shape, # of the teacher's features, in any of these forms
+    kind='auto', # 'linear' or 'conv' (1x1), 'conv_bn', 'mlp', which treat each position by itself; or your own module
+    # or function
     match:str='shape', # what the loss needs: the teacher's 'shape', only its 'grid' (places, not channels), or 'none'
-    # of it
-    picture:bool=True # tokens are those of a picture if their numbers allow it; False: those of a sequence, such as a
-    # text
+    picture:bool=True # tokens are places of a picture if their number allows it; False: places of a sequence
 ) -> Projector:
-    """A module from the student's shape to the teacher's; it has parameters only where channels differ, or a kind is
-    named.
+    """A module from the student's shape to the teacher's. It has parameters only if channels differ or a kind is named.
 
-    The student's grid is brought to the teacher's: average-pooled where it shrinks, interpolated where it grows. Tokens
-    become a map without their class and register tokens; a map becomes tokens with its mean in their place. Vectors and
-    tokens get a linear layer; maps a 1x1 convolution and a batch norm, as in OFD (arXiv:1904.01866). No ReLU follows,
-    as one does in CRD's code (arXiv:1910.10699): what a teacher has below 0 would be out of reach. A linear layer whose
-    output is normalized is also what arXiv:2303.11098 recommends."""
+    The student's features are brought to the teacher's grid: average-pooled if it is smaller, interpolated if it is
+    larger. Tokens become a map without their class and register tokens; a map becomes tokens, with its mean in place of
+    the class and register tokens. Vectors and tokens get a linear layer. Maps get a 1x1 convolution and a batch norm,
+    as in OFD (arXiv:1904.01866). No ReLU follows, unlike in CRD's code (arXiv:1910.10699), since it would make the
+    teacher's negative values unreachable. arXiv:2303.11098 recommends a linear layer with a normalized output, too."""
     check_projector(s_shape, t_shape, kind, match)
     return Projector(s_shape, t_shape, kind, match, picture)
 
 
 def checked_projector(kind):
-    "`kind`, if it is one: this needs no shapes yet"
+    "`kind`, unless it is wrong for all shapes"
     if isinstance(kind, type) or not (callable(kind) or kind in PROJECTORS):
         raise DistillError(f"projector={kind!r}: possible are {', '.join(map(repr, PROJECTORS))}, a module (not its "
                            "class), a function")
@@ -112,7 +108,7 @@ def checked_projector(kind):
 
 
 def check_projector(s_shape, t_shape, kind, match):
-    "Refuse what has no meaning"
+    "Refuse options that are wrong for these shapes"
     checked_projector(kind)
     if match not in MATCHES: raise DistillError(f"match={match!r}: possible are {', '.join(map(repr, MATCHES))}")
     s,t = len(s_shape),len(t_shape)
@@ -126,7 +122,7 @@ def check_projector(s_shape, t_shape, kind, match):
 
 
 def describe_projector(s_shape, t_shape, kind='auto', match='shape') -> str:
-    "In words, what `projector` makes for these shapes"
+    "What `projector` makes for these shapes, in words"
     if not isinstance(kind, str): return getattr(kind, '__name__', type(kind).__name__)
     parts = []
     if match != 'none' and (len(s_shape) != len(t_shape) or _places(s_shape) != _places(t_shape)):

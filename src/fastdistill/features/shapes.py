@@ -1,4 +1,4 @@
-"Maps, tokens and vectors: one kind of features brought into the shape of another."
+"Maps, tokens and vectors: give features of one kind the shape of another."
 import math
 import torch
 from torch import Tensor
@@ -7,7 +7,8 @@ from ..outputs import DistillError
 
 __all__ = ['as_map', 'as_tokens', 'as_vector', 'grid', 'resize', 'to_grid']
 
-# tokens before a picture's: none, class, class and distillation, 4 registers, class and 4 registers
+# how many tokens may stand before those of the picture: none, class, class and distillation, 4 registers, class and
+# 4 registers
 LEAD = 0, 1, 2, 4, 5
 
 
@@ -15,8 +16,7 @@ def grid(
     n:int, # number of tokens
     aspect:float=1. # height over width of the picture
 ):
-    """(tokens to skip, height, width): the map that `n` tokens are, after class and register tokens; None if they are
-    no map"""
+    "(tokens to skip, height, width) of the map that `n` tokens make, without class and register tokens; None if none"
     for skip in (k for k in LEAD if k < n):
         h = max(1, round(math.sqrt((n-skip)*aspect)))
         w = (n-skip)//h
@@ -25,16 +25,16 @@ def grid(
 
 def as_map(
     y:Tensor, # (B, L, D) tokens, or channels-last (B, H, W, C)
-    aspect:float=1. # height over width of the picture that the tokens are
+    aspect:float=1. # height over width of the picture, for tokens
 ) -> Tensor:
-    "Channels first: (B, C, H, W), without class and register tokens"
+    "(B, C, H, W), without class and register tokens"
     if y.dim() == 4: return y.movedim(-1, 1)
     g = grid(y.shape[1], aspect) if y.dim() == 3 else None
     if g is None:
         raise DistillError(f"Features of shape {tuple(y.shape)} are no map: possible are (B, H, W, C), and (B, L, D) "
                            f"with L tokens that fill a grid of height/width {aspect:g} after "
-                           f"{', '.join(map(str, LEAD))} class and register tokens. Leave them as tokens (a name "
-                           "without @map), and pair them with tokens.")
+                           f"{', '.join(map(str, LEAD))} class and register tokens. Use them as tokens (a name without "
+                           "@map), and pair them with tokens.")
     skip,h,w = g
     return y[:, skip:].transpose(1, 2).unflatten(2, (h, w))
 
@@ -44,8 +44,7 @@ def as_tokens(
 ) -> Tensor:
     "(B, L, C): one token per position"
     if y.dim() < 3:
-        raise DistillError(f"Features of shape {tuple(y.shape)} have no positions to make tokens of: leave out "
-                           "@tokens.")
+        raise DistillError(f"Features of shape {tuple(y.shape)} have no positions to make tokens of: remove @tokens.")
     return y.flatten(2).transpose(1, 2)
 
 
@@ -54,14 +53,16 @@ def as_vector(
 ) -> Tensor:
     "(B, C): the mean over positions"
     return y if y.dim() < 3 else y.mean(1) if y.dim() == 3 else y.flatten(2).mean(2)
+
+
 AVERAGE_POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 SMOOTH = {1: 'linear', 2: 'bilinear', 3: 'trilinear'}
 
 def resize(
     x:Tensor, # (B, C, *grid)
-    size # the grid to bring it to
+    size # the new grid
 ) -> Tensor:
-    "Average-pool the axes that shrink, interpolate those that grow"
+    "Axes that shrink are average-pooled, axes that grow are interpolated"
     size,now = tuple(size),tuple(x.shape[2:])
     less = tuple(map(min, zip(now, size)))
     if less != now: x = AVERAGE_POOL[len(size)](x, less)
@@ -71,9 +72,9 @@ def resize(
 def to_grid(
     s:Tensor, # student: (B, D), (B, L, D), (B, C, H, W) or (B, C, D, H, W)
     like, # shape of the teacher's tensor
-    picture:bool=True # tokens are those of a picture if their numbers allow it; False: those of a sequence
+    picture:bool=True # tokens are places of a picture if their number allows it; False: places of a sequence
 ) -> Tensor:
-    "The student's features, with its own channels, on the teacher's grid: maps and tokens become each other"
+    "The student's features on the teacher's grid, with the student's channels: maps become tokens and tokens maps"
     dims = s.dim(),len(like)
     if dims in ((2, 2), (3, 3)) and s.shape[1] == like[1]: return s
     if dims[1] == 2 and dims[0] > 1: return as_vector(s)
@@ -84,7 +85,7 @@ def to_grid(
 
 
 def _resize_tokens(s, n, picture):
-    "(B, L, D) as (B, n, D): over the picture if both are pictures, else along the sequence"
+    "(B, L, D) as (B, n, D): in two dimensions if both are pictures, else along the sequence"
     a,b = grid(s.shape[1]),grid(n)
     if not picture or a is None or b is None: return resize(s.transpose(1, 2), (n,)).transpose(1, 2)
     return _with_class_tokens(s[:, :a[0]], as_tokens(resize(as_map(s), b[1:])), b[0])
@@ -94,13 +95,13 @@ def _map_as_tokens(s, n):
     g = grid(n, s.shape[2]/s.shape[3])
     if g is None:
         raise DistillError(f"The student's map of shape {tuple(s.shape)} can't become the teacher's {n} tokens: these "
-                           "fill no grid of that height/width after class and register tokens. "
-                           "Pair maps with maps and sequences with sequences, or give a module as projector.")
+                           "fill no grid of that height/width after class and register tokens. Pair maps with maps and "
+                           "sequences with sequences, or give a module as projector.")
     return _with_class_tokens(s[:, :0, :0, 0], as_tokens(resize(s, g[1:])), g[0])
 
 
 def _with_class_tokens(lead, x, n):
-    "`x` after `n` class and register tokens: the student's, as far as it has them, then the mean of its picture"
+    "`x` after `n` class and register tokens: those that the student has, then the mean of its picture for the others"
     lead = lead[:, :n]
     mean = x.mean(1, keepdim=True).expand(-1, n - lead.shape[1], -1)
     return torch.cat([lead, mean, x], 1) if lead.shape[1] else torch.cat([mean, x], 1)

@@ -15,7 +15,7 @@ PASSIVE = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity, 
 
 
 def image_size(x):
-    "Height and width of the pictures that go in (of a series, its length); empty where none do"
+    "Height and width of the input pictures, or the length of an input series; empty if the input is neither"
     xs = x[0].values() if isinstance(x[0], Mapping) else x[:1]
     return next((tuple(o.shape[2:]) for o in xs if isinstance(o, Tensor) and o.is_floating_point() and o.dim() > 2), ())
 
@@ -28,14 +28,14 @@ def batch_size(x):
 
 @dataclass
 class Stage:
-    "A layer on a model's main road, inside of which no other stage ends"
+    "A layer on the main road of a model, with no other end of a stage inside it"
     name:str
     module:nn.Module
     kind:str # 'map', 'tokens' or 'vector'
-    shape:tuple # channels first if it is a map
-    weights:int # layers in it that have weights
-    leaf:bool # no layers in it
-    turn:str='' # suffix of its name: what is done to its output for that shape
+    shape:tuple # with the channels first if it is a map
+    weights:int # number of layers in it that have weights
+    leaf:bool # it holds no other layers
+    turn:str='' # the suffix of its name that gives its output this shape
 
     @property
     def place(self): return self.shape[2:] if self.kind == 'map' else self.shape[1:-1]
@@ -48,10 +48,10 @@ class Stage:
 
 
 def stages(model, x):
-    "The ends of a model's stages, in the order in which they run"
+    "The last layers of a model's stages, in the order in which they run"
     road = Road(model, x)
     found = road.stages(road.walk())
-    # one resolution throughout: its blocks, then
+    # a net of one resolution: its blocks are the stages
     if len(found) == 1 and found[0].kind == 'map': found = road.stages(road.walk(split_maps=True))
     if not found:
         raise DistillError(f"layers='auto' finds no stages in {model_name(model)}. Name the layers: "
@@ -60,14 +60,14 @@ def stages(model, x):
 
 
 def check_visible(model):
-    "Refuse what has no layers that could be found: a function, a file, several models"
+    "Refuse a teacher without visible layers: a function, a file, several models"
     if '' not in named(model):
         raise DistillError(f"layers='auto' takes one model whose layers it can see, not {model_name(model)}. "
                            "Name the layers: layers={'student.layer': 'teacher.layer'}.")
 
 
 class Road:
-    "The main road through a model: its layers in order, containers left whole unless several stages end in them"
+    "The main road through a model: its layers in order. A container is one layer unless several stages end in it"
     def __init__(self, model, x):
         check_visible(model)
         ran = probe(model, *x)
@@ -83,15 +83,14 @@ class Road:
         self.head = self._head(ran)
 
     def _head(self, ran):
-        """The last layer with weights makes the answer: it, and what comes later, is no feature. '' for a body without
-        a head"""
+        "The last layer with weights makes the output: it, and what runs later, is no feature. '' if there is no head"
         head = next((f.name for f in reversed(ran) if has_weights(f.module)), '')
         return '' if any(self._blocks(n, maps=True) for n in self.below if n and is_inside(head, n)) else head
 
-    # what a layer gives
+    # the output of a layer
 
     def look(self, name):
-        "A layer as a stage; None if it gives no feature with the batch in front"
+        "A layer as a stage; None if its output is no feature whose first axis is the batch"
         f = self.ran.get(name)
         if f is None or not f.floats or not 2 <= len(f.shape) <= 5 or f.shape[0] != self.batch: return None
         dims,shape,last = len(f.shape),f.shape,self._channels_last(f)
@@ -102,7 +101,7 @@ class Road:
         return Stage(name, f.module, kind, shape, weights, name not in self.below, turn)
 
     def _channels_last(self, f):
-        "Is the channel axis the last one? By the picture's height/width where that tells, else by the layers inside"
+        "Is the channel axis the last one? The picture's height/width shows it, else the classes of the layers inside"
         if len(f.shape) == 3: return f.module not in self.first
         if len(f.shape) != 4: return False
         have = {type(m) for m in f.module.modules()}
@@ -116,18 +115,19 @@ class Road:
     # which layers are stages
 
     def walk(self, split_maps=False):
-        "Stages and what lies between them"
+        "Candidates for stages, and the layers between them"
         found,place = [],()
         for n in sorted(self._open('', split_maps), key=self.when.get):
             u = self.look(n)
             if u is None: continue
-            # a map that is pooled away is a vector in all but form
+            # a map that was pooled to 1 x 1 is a vector, except for its shape
             if u.kind == 'map' and set(u.place) == {1} and max(place, default=0) > 4: continue
             if u.kind == 'map': place = u.place
             found.append(u)
         return found
 
     def _open(self, name, split_maps, block=False):
+        "Names of the layers on the road at or below `name`; `block`: it is one of a row of blocks, which stay whole"
         at_head = not name or is_inside(self.head, name)
         if not at_head and self.when.get(name, 0) > self.when[self.head]: return []
         u,below = self.look(name),self.below.get(name, [])
@@ -137,7 +137,7 @@ class Road:
         return [] if u is None or name == self.head else [name]
 
     def _row(self, u, split_maps):
-        "Is there a row of blocks in it, each of which counts?"
+        "Does it hold a row of blocks, each of which is a stage?"
         if u.kind == 'map' and not split_maps: return False
         return any(self._blocks(n, split_maps) for n in [u.name, *self._inside(u.name)])
 
@@ -147,19 +147,19 @@ class Road:
         others = {o.place for o in inside if set(o.place) != {1}} - self._ends(u)
         areas = sorted(map(math.prod, self._ends(u)))
         between = [p for p in others if areas and areas[0] < math.prod(p) < areas[-1]]
-        # subtle: one other resolution aside is a shortcut (attention to a pooled map); two or more are an encoder and
-        # decoder
+        # subtle: one other resolution outside the range is a shortcut, such as attention to a pooled map. Two or more
+        # are an encoder and a decoder
         return bool(between) or len(others) > 1
 
     def _ends(self, u):
-        "Resolutions of what goes into a map's layer and of what comes out"
+        "The resolutions of the input and the output of a layer that gives a map"
         if u.kind != 'map': return set()
         entry = self.ran[u.name].shape_in or ()
         if len(entry) != len(u.shape): return {u.place}
         return {u.place, entry[1:3] if u.turn == '@map' else entry[2:]}
 
     def _blocks(self, name, maps):
-        "Is it made of blocks of one class, one after the other?"
+        "Is it a row of blocks of one class?"
         below = [o for n in self.below.get(name, []) if (o := self.look(n)) and o.deep]
         found = {(type(o.module), o.kind, o.place if o.kind == 'tokens' else None) for o in below}
         return len(below) > 1 and len(found) == 1 and (maps or below[0].kind != 'map')
@@ -172,8 +172,9 @@ class Road:
     # where stages end
 
     def stages(self, units):
+        "The last layer of each stage"
         groups = self._groups([u for u in units if u.kind != 'vector'])
-        # where there are blocks, single layers are stems and necks
+        # in a net with blocks, single layers are stems and necks, and no stages
         if any(u.deep for g in groups for u in g): groups = [g for g in groups if any(u.deep for u in g)]
         if not groups: groups = self._layers([u for u in units if u.kind == 'vector'])
         elif len(groups) == 1 and sum(u.deep for u in groups[0]) > 1: return [u for u in groups[0] if u.deep]
@@ -181,7 +182,7 @@ class Road:
         return [self._end(g) for g in groups]
 
     def _groups(self, units):
-        "Neighbors of one resolution and dilation; those without weights left out"
+        "Neighboring layers of one resolution and dilation, if any of them has weights"
         groups,place,dilation = [],None,None
         for u in units:
             here = u.kind,self._place(u)
@@ -194,11 +195,11 @@ class Road:
 
     def _place(self, u):
         if u.kind == 'map': return u.place
-        # one class token more is no other resolution
+        # class tokens are not part of the resolution
         return (grid(u.shape[1]) or u.shape)[1:] if self.picture else ()
 
     def _layers(self, units):
-        "Each layer with weights, and the activations after it"
+        "Each layer with weights, together with the activations after it"
         groups = []
         for u in units:
             if u.weights: groups.append([u])
@@ -206,18 +207,18 @@ class Road:
         return groups
 
     def _stem(self, group, units):
-        "Is it only the one layer that shrinks the picture at the entry?"
+        "Is it only the one layer at the entry that shrinks the picture?"
         entry,*more = [u for u in group if u.weights]
         first = next(u for u in units if u.weights)
         return not more and entry is first and entry.kind == 'map' and max(entry.place) < max(self.size, default=0)
 
     def _end(self, group):
-        "The last block; where there are only single layers, the last activation after them"
+        "The last block; if there are no blocks, the last activation after the single layers"
         blocks = any(u.deep for u in group)
         i = max(i for i,u in enumerate(group) if u.weights and (u.deep or not blocks))
         tail = group[i+1:]
         if group[i].leaf: tail = [u for u in tail if not isinstance(u.module, PASSIVE)]
-        else: # only an activation that would overwrite the block's output
+        else: # after a block, only an activation that would overwrite its output in place
             n = next((k for k,u in enumerate(tail) if not getattr(u.module, 'inplace', False)), len(tail))
             tail = tail[:n]
         return tail[-1] if tail else group[i]
@@ -227,8 +228,7 @@ def is_inside(name, above): return f'{name}.'.startswith(f'{above}.')
 
 
 def has_weights(m):
-    """1 if a layer has weight matrices or kernels of its own, 2 if it is an RNN; embeddings and single tokens do not
-    count"""
+    "1 if a layer has weight matrices or kernels itself, 2 if it is an RNN. Embeddings and single tokens don't count"
     if isinstance(m, nn.RNNBase): return 2
     if isinstance(m, nn.Embedding): return 0
     return int(any(p is not None and p.dim() > 1 and p.shape[0] > 1 for p in m._parameters.values()))
