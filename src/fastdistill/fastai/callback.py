@@ -86,7 +86,7 @@ class KnowledgeDistillation(Callback):
         elif self.check and not self.checked and not finder:
             # subtle: on the first rank alone, so that all ranks continue or all stop
             find = lambda: find_mistakes(self.learn, self.distiller.teacher, self.task, self.recipe, output=self.output)
-            on_first(find).enforce(facts=self.learn.logger is not noop)
+            on_first(find).enforce(facts=self.logs)
             self.checked = True
         if self.distiller.ready: self._take_state()
         if finder: self._copy_projectors()
@@ -116,7 +116,7 @@ class KnowledgeDistillation(Callback):
         self.distiller.links.train(self.training)
         broadcast(self.distiller.links.state_dict().values())
         self._take_state()
-        if self.distiller.pairs and rank() == 0 and not hasattr(self.learn, 'lr_finder'): print(self.distiller.pairs)
+        if self.distiller.pairs and not hasattr(self.learn, 'lr_finder'): self._log(self.distiller.pairs)
 
     def _copy_projectors(self):
         "lr_find trains until it diverges: it gets copies of the projectors"
@@ -154,6 +154,14 @@ class KnowledgeDistillation(Callback):
 
     # an exported Learner gets a callback that does nothing, and needs no fastdistill
     def __reduce__(self): return Callback, ()
+
+    @property
+    def logs(self):
+        "Does this process print? Not inside `learn.no_logging()`, and on the first rank alone"
+        return self.learn.logger is not noop and rank() == 0
+
+    def _log(self, text):
+        if self.logs: print(text)
 
     # a batch
 
@@ -248,9 +256,9 @@ class KnowledgeDistillation(Callback):
         "Print what was measured at the first training batch, and where a part counts for the first time"
         before,shares = self.reported_shares,self.distiller.gradient_shares
         self.reported_shares = shares
-        if not shares or shares is before or rank() > 0: return
+        if not shares or shares is before: return
         new = f" with {' and '.join(k for k in shares if k not in before)}" if before else ''
-        print(f'fastdistill: gradient shares at the first batch{new}: {shares_in_words(shares)}')
+        self._log(f'fastdistill: gradient shares at the first batch{new}: {shares_in_words(shares)}')
 
     def _add(self, r):
         learn = self.learn
@@ -318,9 +326,9 @@ class KnowledgeDistillation(Callback):
             if 'file' not in state:
                 raise DistillError(f"This state holds {what}: load it into a callback with the recipe that it was "
                                    "saved from.")
-            return print(f"fastdistill: {state['file']} holds {what}, and is not used.")
-        if 'file' in state and rank() == 0:
-            print(f"fastdistill: projectors and their optimizer continue from {state['file']}.")
+            return self._log(f"fastdistill: {state['file']} holds {what}, and is not used.")
+        if 'file' in state:
+            self._log(f"fastdistill: projectors and their optimizer continue from {state['file']}.")
         d.links.load_state_dict(state['links'])
         d.scales = dict(state['scales'])
         self.projector_opt = None
