@@ -1,5 +1,5 @@
 "What names a sample of fastai's data: not its label, not unused columns, not where the folder lies."
-import shutil
+import random, shutil
 import numpy as np
 import pandas as pd
 import pytest, torch
@@ -54,6 +54,50 @@ def test_a_cache_fits_after_its_folder_of_images_was_moved(folder, tmp_path):
     assert str(images(folder).path) == '.'
     shutil.move(folder, tmp_path/'elsewhere'/'pictures')
     quiet(Learner(images(tmp_path/'elsewhere'/'pictures'), Flat(1)), tmp_path/'c')
+
+
+def test_a_cache_fits_images_whose_paths_were_relative_when_it_was_written_or_are_now(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(images('data'), tmp_path/'c')
+    shutil.move(folder, tmp_path/'pictures')
+    for f in ('pictures', tmp_path/'pictures'): quiet(Learner(images(f), Flat(1)), tmp_path/'c')
+    write(images(tmp_path/'pictures'), tmp_path/'d')
+    quiet(Learner(images('pictures'), Flat(1)), tmp_path/'d')
+
+
+def column(folder):
+    files = sorted(get_image_files(folder))
+    table = pd.DataFrame(dict(file=[p.relative_to(folder).as_posix() for p in files], kind=[p.parent.name for p in files]))
+    return table,dict(get_x=ColReader('file', pref=folder), get_y=ColReader('kind'))
+
+def column_by_number(folder):
+    table,_ = column(folder)
+    return table,dict(get_x=ColReader(0, pref=f'{folder}/'), get_y=ColReader(1))
+
+def numbers(folder):
+    files = sorted(get_image_files(folder))
+    return list(range(len(files))),dict(get_x=lambda i: files[i], get_y=lambda i: files[i].parent.name)
+
+
+@pytest.mark.parametrize('source', [column, column_by_number, numbers])
+def test_replaced_images_are_found_also_where_a_column_or_get_x_names_them(folder, tmp_path, source):
+    def dls():
+        items,readers = source(folder)
+        block = DataBlock((ImageBlock, CategoryBlock(vocab=['a', 'b'])), splitter=IndexSplitter(range(4)), item_tfms=Resize(8), **readers)
+        return block.dataloaders(items, bs=4, num_workers=0)
+    write(dls(), tmp_path/'c')
+    replaced = sorted(get_image_files(folder))[9]      # not among the samples whose inputs are compared
+    Image.new('RGB', (8, 8)).save(replaced)
+    for use in (lambda: write(dls(), tmp_path/'c'), lambda: quiet(Learner(dls(), Flat(1)), tmp_path/'c')):
+        with pytest.raises(DistillError, match=f'1 of 20 files changed since the cache was written: .*{replaced.name}'): use()
+
+
+def test_a_file_that_get_x_draws_at_random_is_not_taken_for_a_samples_own(folder, tmp_path):
+    files = sorted(get_image_files(folder))
+    block = DataBlock((ImageBlock, CategoryBlock(vocab=['a', 'b'])), get_x=lambda i: random.choice(files), get_y=lambda i: 'ab'[i % 2],
+                      splitter=IndexSplitter(range(4)), item_tfms=Resize(8))
+    for _ in range(2): write(block.dataloaders(list(range(24)), bs=4, num_workers=0), tmp_path/'c')
+    assert not (tmp_path/'c'/'files.bin').exists()
 
 
 def test_a_part_of_a_moved_folder_finds_its_rows(folder, tmp_path):

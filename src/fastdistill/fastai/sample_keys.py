@@ -9,7 +9,7 @@ from fastai.text.data import SortedDL
 from ..cache.files import files_of
 from ..cache.keys import hash_of, key_of, keys_of, root_of
 from ..outputs import DistillError
-from ..replay.seeds import seeds_of
+from ..replay.seeds import RandomGuard, seeds_of
 from .stream import is_stream
 
 __all__ = ['item_keys', 'items_of', 'key_root', 'matching_root', 'sample_files', 'storage_order']
@@ -58,8 +58,10 @@ def input_columns(dataset, table):
                if isinstance(f, ColReader)]
     names = [*getattr(dataset, 'cat_names', []), *getattr(dataset, 'cont_names', []),
              *(c for r in readers for c in L(r.cols))]
-    names = [c if c in table.columns else table.columns[c] for c in names]
-    return table[list(dict.fromkeys(names))] if names else table
+    return table[list(dict.fromkeys(column_name(table, c) for c in names))] if names else table
+
+
+def column_name(table, c): return c if c in table.columns else table.columns[c]     # readers take numbers, too
 
 
 def key_root(dls) -> str:
@@ -74,7 +76,7 @@ def listed(dl): return isinstance(items_of(dl.dataset), (list, tuple, L))
 
 def common_folder(paths):
     folders = {p.parent.as_posix() for p in paths}
-    return os.path.commonpath(folders) if folders and all(map(os.path.isabs, folders)) else ''
+    return root_of(os.path.commonpath(folders)) if len(set(map(os.path.isabs, folders))) == 1 else ''
 
 
 def matching_root(cache, dls, dl) -> str:
@@ -83,7 +85,7 @@ def matching_root(cache, dls, dl) -> str:
     first,root = next(iter(paths_in(dl)), None),key_root(dls)
     if first is None: return root
     common = PurePath(common_folder([first]))
-    roots = [root, *(p.as_posix() for p in (common, *common.parents)), '']
+    roots = [root, *map(root_of, (common, *common.parents)), '']
     return next((r for r in roots if (cache.keys == np.uint64(key_of(first, r))).any()), root)
 
 
@@ -92,8 +94,28 @@ def sample_files(
     order=None # positions in the dataset; None: its own order
 ):
     "The file of each sample; None where samples are not files"
-    files = files_of(items_of(dl.dataset)) if listed(dl) and not is_stream(dl) else None
+    files = None if is_stream(dl) else files_of(file_names(dl.dataset))
     return files if files is None or order is None else [files[i] for i in order]
+
+
+def file_names(dataset):
+    "What each sample is read from, as its `get_x` or the reader of a column says; else the items themselves"
+    items,getter = items_of(dataset),first_transform(dataset)
+    if hasattr(items, 'columns'): return names_in_column(items, getter)
+    if not isinstance(items, (list, tuple, L, np.ndarray)) or not len(items): return []
+    if getter is None or not isinstance(first := getter(items[0]), (str, PurePath)) or first == items[0]: return items
+    with RandomGuard() as guard: names = [getter(o) for o in items]
+    return items if guard.moved else names      # a file that is drawn at random is no sample's own
+
+
+def first_transform(dataset):
+    "What makes the first input of an item; None if there is none"
+    return next((f for tl in getattr(dataset, 'tls', [])[:1] for f in tl.tfms.fs), None)
+
+
+def names_in_column(table, reader):
+    if not isinstance(reader, ColReader) or len(reader.cols) != 1: return []
+    return [reader({reader.cols[0]: v}) for v in table[column_name(table, reader.cols[0])]]
 
 
 def storage_order(dl):
