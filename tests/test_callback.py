@@ -260,6 +260,14 @@ def test_classes_that_are_switched_off_are_no_reason_to_stop():
     assert weights(student).isfinite().all()
 
 
+def test_a_sample_whose_classes_are_all_switched_off_stops_the_fit():
+    student,teacher = toy()
+    before = weights(student)
+    with pytest.raises(DistillError, match='outputs are nan or infinite .training, epoch 0, up to batch 0'):
+        student.fit(1, .1, cbs=KD(lambda x: teacher(x).index_fill(0, torch.tensor([3]), float('-inf')), check=False))
+    assert torch.equal(before, weights(student))
+
+
 def test_looking_for_nan_does_not_wait_for_a_gpu():
     "On the meta device nothing can be looked at: a look is an error there"
     student,teacher = toy()
@@ -270,7 +278,7 @@ def test_looking_for_nan_does_not_wait_for_a_gpu():
             if self.train_iter != 1: return
             check = FiniteCheck(stored=False)
             check.found = torch.zeros((), dtype=torch.bool, device='meta')
-            check.add(outputs, self.learn)
+            check.add(outputs, self.learn, Task('softmax'))
             with pytest.raises(RuntimeError): check.enforce(self.learn)
             self.looked = True
     look = Look()

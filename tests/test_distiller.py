@@ -324,6 +324,14 @@ def test_a_part_that_counts_asks_for_the_teacher():
     with pytest.raises(DistillError, match=r"kd needs the teacher's outputs for this batch, and got None: needs_teacher\(progress\) says when"):
         d.compute(Outputs(d.student(x)), None, F.cross_entropy(d.student(x), y), (y,))
 
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_a_teacher_that_predicts_nan_is_refused_at_the_first_batch(value):
+    x,y = batch()
+    d = Distiller(mlp(6), lambda x: torch.full((len(x), 4), value), kd())
+    with pytest.raises(DistillError, match="teacher's outputs are nan or infinite"): d(x, y)
+    assert [f.level for f in d.check(x, y)] == ['error']
+
+
 @pytest.mark.parametrize('task_loss,y', [(nn.CrossEntropyLoss(weight=torch.zeros(4)), batch()[1]), (nn.MSELoss(), torch.full((16, 4), float('nan')))])
 def test_labels_that_give_nan_do_not_count_where_their_weight_is_0(task_loss, y):
     x,_ = batch()

@@ -3,12 +3,13 @@ given."""
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 from .outputs import DistillError, as_plain
 
 __all__ = ['Task', 'fit_labels', 'fitting_axes', 'labels_loss', 'register_losses', 'register_wrapper', 'task_for',
-           'shape_of_labels', 'task_of']
+           'shape_of_labels', 'task_of', 'unusable']
 
 # what the outputs are -> loss classes that say so; a framework registers its own
 CLASSES = dict(softmax=[nn.CrossEntropyLoss], sigmoid=[nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss],
@@ -169,3 +170,17 @@ def unknown_loss(lf):
                 "(log-probabilities are logits too).")
     return (f"Can't tell from the student's loss {name} what it predicts: pass kind='softmax' (classes, with axis= "
             "their axis), 'sigmoid' (labels) or 'regression' (numbers) to KnowledgeDistillation.")
+
+
+def unusable(
+    logits:Tensor, # classes along `task.axis`
+    task # whose logits they are
+) -> Tensor:
+    """Do logits hold nan or infinite values, except the -inf of classes that are switched off? A tensor on their
+    device"""
+    v = logits.detach()
+    # the largest of the classes is nan where one of them is, and -inf where all are switched off
+    softmax = task.kind == 'softmax' and -v.dim() <= task.axis < v.dim()
+    # a sum is nan or infinite if one of the summands is; it takes one pass
+    total = (v.amax(task.axis) if softmax else v).sum(dtype=torch.float)
+    return ~total.isfinite() if softmax else total.isnan() | (total == torch.inf)

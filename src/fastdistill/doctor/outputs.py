@@ -83,7 +83,10 @@ def untrained(teacher):
 
 
 def probabilities(tally, task):
-    "Probabilities where logits are wanted"
+    "Values that no student can learn from, and probabilities where logits are wanted"
+    if not tally.finite:
+        yield Finding('error', "The teacher's outputs are nan or infinite, and so would be the student's weights",
+                      "Are its inputs finite? Does it overflow in half precision?")
     if not tally.between: return
     if task.kind == 'softmax' and tally.normed:
         yield Finding('error', "The teacher's outputs are probabilities (each sums to 1), and a softmax over them "

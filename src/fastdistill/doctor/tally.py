@@ -1,6 +1,7 @@
 "The scores of a few batches: of teacher and student, item by item, and of a constant prediction."
 import torch
 from torch import Tensor
+from ..task import unusable
 from .findings import Facts
 
 __all__ = ['METRICS', 'Tally']
@@ -16,6 +17,7 @@ class Tally:
         self.task,self.n_labels,self.sums,self.confusion = task,0,0.,None
         self.scores,self.tops = dict(teacher=[], student=[]),dict(train=[], valid=[]) # a number for each item
         self.between,self.normed = True,True # are all outputs from 0 to 1? does each sum to 1?
+        self.finite = True
 
     def add(
         self,
@@ -34,6 +36,7 @@ class Tally:
     def add_probabilities(self, t, part):
         "The largest probability of each item (mean over its positions), in the 'train' or 'valid' part of the data"
         kind,axis = self.task.kind,self.task.axis
+        self.finite = self.finite and not unusable(t, self.task)
         self.between = self.between and bool((t >= 0).all() and (t <= 1).all())
         if kind == 'softmax': self.normed = self.normed and bool(((t.sum(axis)-1).abs() < 1e-3).all())
         if kind == 'regression': return

@@ -249,7 +249,7 @@ class KnowledgeDistillation(Callback):
     def _ask_teacher(self):
         "The teacher's outputs for this batch; None where no term needs them"
         t = self.distiller.teacher_outputs(self.xb, self.share_done)
-        if t is not None: self.finite_check.add(t, self.learn)
+        if t is not None: self.finite_check.add(t, self.learn, self.task)
         return t
 
     def _report_shares(self):

@@ -1,7 +1,9 @@
 "A teacher that predicts nan stops the fit."
 import math
+from dataclasses import replace
 import torch
 from ..outputs import DistillError, TopK
+from ..task import unusable
 
 __all__ = ['FiniteCheck']
 
@@ -16,8 +18,8 @@ class FiniteCheck:
 
     def start_phase(self): self.found = None
 
-    def add(self, outputs, learn):
-        found,first = not_finite(outputs),self.found is None
+    def add(self, outputs, learn, task):
+        found,first = not_finite(outputs, task),self.found is None
         self.found = found if first else self.found | found
         # the Recorder has brought the loss to the CPU already
         diverged = not math.isfinite(getattr(learn, 'smooth_loss', 0.))
@@ -33,10 +35,10 @@ class FiniteCheck:
                            "weights. Are its inputs finite? Does it overflow in half precision?")
 
 
-def not_finite(t):
-    "Do outputs hold nan or infinite values, except the -inf of classes that are switched off? A tensor on their device"
-    logits = t.logits.values if isinstance(t.logits, TopK) else t.logits
-    # a sum is nan or infinite if one of the summands is; it takes one pass
-    tensors = [v for v in (logits, *t.feats.values()) if v is not None and v.is_floating_point()]
-    sums = torch.stack([v.detach().sum(dtype=torch.float) for v in tensors])
-    return (sums.isnan() | (sums == torch.inf)).any()
+def not_finite(t, task):
+    "Do outputs hold values that a student can't learn from? A tensor on their device"
+    if isinstance(t.logits, TopK): logits,task = t.logits.values,replace(task, axis=-1)
+    else: logits = t.logits
+    found = [] if logits is None else [unusable(logits, task)]
+    features = replace(task, kind='regression')     # they have no classes
+    return torch.stack([*found, *(unusable(v, features) for v in t.feats.values() if v.is_floating_point())]).any()
