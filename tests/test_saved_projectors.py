@@ -149,6 +149,15 @@ def test_the_best_students_projectors_are_those_that_are_loaded(tmp_path):
     assert same(projectors(cb), seen[0][1]) and not same(seen[0][1], seen[2][1]) and state['opt'] is not None
 
 
+def test_the_best_students_projectors_are_saved_again_after_the_fit(tmp_path):
+    student,teacher = toy(path=tmp_path, opt_func=Adam)
+    cb = KD(teacher)
+    student.fit(2, .05, cbs=[cb, SaveModelCallback(with_opt=True)])
+    student.save('again')
+    links = [[*torch.load(tmp_path/'models'/f'{n}.distill.pth', weights_only=True)['links'].values()] for n in ('model', 'again')]
+    assert same(*links)
+
+
 def test_a_callback_on_the_learner_is_saved_and_loaded_with_it(tmp_path):
     student,teacher = toy(path=tmp_path, opt_func=Adam)
     cb = KD(teacher)

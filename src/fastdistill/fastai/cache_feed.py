@@ -82,7 +82,8 @@ class CacheFeed(Feed):
         if valid is not None and len(dls.loaders) > 1:
             try: self._feed(dls, dls.valid, valid, self.keys if callable(self.keys) else None)
             except DistillError as e:
-                print(f'fastdistill: no column for the validation set, since it is not the one in the cache. {e}')
+                why = f'since it is not the one in the cache. {e}'
+                if rank() == 0: print(f'fastdistill: no column for the validation set, {why}')
         self.epochs = Epochs(plan, passed_epochs(self.learn).get(self.cache.identity, 0), self.fed)
         self.learn.add_cb(self.epochs)
 

@@ -159,8 +159,10 @@ def _with_its_projectors(load):
         for states in (LAST_STATES, LOADED_STATES): states.pop(self, None)
         if not beside.is_file(): return out
         state = torch.load(beside, map_location='cpu', weights_only=True)
+        # subtle: also with a callback, which may leave the Learner before the next `save`, as after a fit
+        LAST_STATES[self] = state
         if cb is not None: cb.load_state_dict(state)
-        else: LAST_STATES[self],LOADED_STATES[self] = state,{**state, 'file': beside.name}
+        else: LOADED_STATES[self] = {**state, 'file': beside.name}
         return out
     return _load
 
