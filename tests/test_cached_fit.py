@@ -170,7 +170,9 @@ def test_one_view_for_many_epochs_is_noticed(tmp_path, capsys):
     teacher = Convs(3).eval()
     def said(dls, n, **kwargs):
         cache = cache_teacher(teacher, dls, tmp_path/str(len(list(tmp_path.iterdir()))), **kwargs)
-        quiet(student(dls), n, cbs=KnowledgeDistillation(cache))
+        learn = student(dls)
+        learn.logger = print
+        with learn.no_bar(): learn.fit(n, cbs=KnowledgeDistillation(cache))
         return 'the cache has one view' in capsys.readouterr().out
     assert said(data(), 2)
     assert not said(data(), 1) and not said(data(), 2, views=2) and not said(data(), 2, views=0)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest, torch
 import apps # before the rest of fastai: it keeps its warnings quiet
-from fastai.basics import Callback, DataLoaders, Learner, TfmdDL, Transform
+from fastai.basics import Callback, DataLoaders, Learner, TfmdDL, Transform, noop
 from fastai.callback.mixup import MixUp
 from fastai.tabular.all import Categorify, TabularDataLoaders, tabular_learner
 from fastai.text.all import TextBlock
@@ -15,6 +15,7 @@ from fastai.vision.all import (FlipItem, Hue, ImageBlock, MaskBlock, Normalize, 
 from torch import nn
 from fastdistill.cache import TeacherCache, cache_dataset, write_cache
 from fastdistill.fastai.cache_data import cache_teacher as checked_first, verify_cache
+from fastdistill.fastai import KnowledgeDistillation
 from fastdistill.fastai.cache_feed import CacheFeed, passed_epochs
 from fastdistill.fastai.replay_dl import Items
 from fastdistill.fastai.transforms import Replay
@@ -288,12 +289,25 @@ def test_writing_moves_no_global_random_state(tmp_path, workers):
     assert drawn(lambda: None) == drawn(write) == drawn(write) == drawn(lambda: verify_cache(tmp_path, teacher, dls, 4))
 
 
-def test_a_student_with_another_validation_set_has_no_column_for_it(tmp_path, capsys):
+def test_a_student_with_another_validation_set_has_no_column_for_it(tmp_path):
     teacher = Teacher(Convs(3))
     cache = cache_teacher(teacher, data(), tmp_path, views=2, valid=True, dtype='float32')
     c = compare(student(data(valid=range(16, N))), cache, teacher)
     assert {t for t,*_ in c.seen} == {True} and c.error < 1e-5
-    assert 'no column for the validation set, since it is not the one in the cache' in capsys.readouterr().out
+
+
+def test_the_first_rank_alone_speaks_of_a_cache_and_not_without_logging(tmp_path, capsys, monkeypatch):
+    cache = cache_teacher(Teacher(Convs(3)), data(), tmp_path, valid=True, dtype='float32')
+    def printed(logger):
+        learn = student(data(valid=range(16, N)))
+        learn.logger = logger
+        capsys.readouterr()
+        with learn.no_bar(): learn.fit(2, cbs=KnowledgeDistillation(cache))
+        out = capsys.readouterr().out
+        return ['no column for the validation set, since it is not the one in the cache' in out, 'the cache has one view' in out]
+    assert printed(print) == [True, True] and printed(noop) == [False, False]
+    monkeypatch.setattr('fastdistill.fastai.cache_feed.rank', lambda: 1)
+    assert printed(print) == [False, False]
 
 
 class Follow(Compare):

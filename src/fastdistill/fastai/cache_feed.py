@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 import numpy as np
 import torch
-from fastai.basics import Callback, TfmdDL
+from fastai.basics import Callback, TfmdDL, noop
 from fastai.vision.augment import RandTransform, RandomErasing, SpaceTfm
 from ..cache.manifest import refuse, sample_differences, transform_differences
 from ..cache.reader import TeacherCache
@@ -71,8 +71,12 @@ class CacheFeed(Feed):
             self.detach()
             raise
         many = learn.n_epoch > 1 and not hasattr(learn, 'lr_finder')
-        if self.cache.views == 1 and many and augmented(learn.dls.train) and rank() == 0: print(ONE_VIEW)
+        if self.cache.views == 1 and many and augmented(learn.dls.train): self._log(ONE_VIEW)
         return self
+
+    def _log(self, text):
+        "Not inside `learn.no_logging()`, and on the first rank alone"
+        if self.learn.logger is not noop and rank() == 0: print(text)
 
     def _attach(self, dls):
         names,valid = self.cache.manifest.vocab,self.cache.valid
@@ -82,8 +86,7 @@ class CacheFeed(Feed):
         if valid is not None and len(dls.loaders) > 1:
             try: self._feed(dls, dls.valid, valid, self.keys if callable(self.keys) else None)
             except DistillError as e:
-                why = f'since it is not the one in the cache. {e}'
-                if rank() == 0: print(f'fastdistill: no column for the validation set, {why}')
+                self._log(f'fastdistill: no column for the validation set, since it is not the one in the cache. {e}')
         self.epochs = Epochs(plan, passed_epochs(self.learn).get(self.cache.identity, 0), self.fed)
         self.learn.add_cb(self.epochs)
 
