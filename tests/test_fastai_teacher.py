@@ -141,9 +141,10 @@ def test_an_exported_learner(tmp_path):
 
 def test_an_exported_learner_that_cannot_be_loaded(tmp_path):
     with pytest.raises(DistillError, match="There is no file .*nowhere.pkl'. teacher_learner.export"): teacher_of(tmp_path/'nowhere.pkl')
-    (tmp_path/'text.pkl').write_text('no pickle')
+    texts = dict(text='no pickle', garbage='garbage\n', list='(lp0\n', number='I1\n.', empty='')
+    for name,text in texts.items(): (tmp_path/f'{name}.pkl').write_text(text)
     torch.save(nn.Linear(2, 2), tmp_path/'model.pkl')
-    for f in ('text.pkl', 'model.pkl'):
+    for f in ('model.pkl', *(f'{name}.pkl' for name in texts)):
         with pytest.raises(DistillError, match=f'{f} could not be loaded as an exported Learner .*Did learn.export write it'): teacher_of(tmp_path/f)
 
 

@@ -1,5 +1,5 @@
 "Teachers as fastai's users have them: Learners, exported Learners, and all that `Teacher` takes."
-import pickle, warnings
+import warnings
 from pathlib import Path
 from torch import nn
 from fastai.basics import L, Learner, load_learner
@@ -75,8 +75,8 @@ def exported(path):
         raise DistillError(f"There is no file {str(path)!r}. teacher_learner.export({path.name!r}) writes an exported "
                            "Learner.")
     try: return load_learner(path)
-    # subtle: where an import fails, fastai raises UnboundLocalError
-    except (AttributeError, UnboundLocalError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+    # subtle: any error at all, since the bytes of another file are instructions to pickle
+    except Exception as e:
         reason = ' '.join(f'{type(e).__name__}: {e}'.split())
         raise DistillError(f"{path} could not be loaded as an exported Learner ({reason}). Did learn.export write it? "
                            "Can all its parts be imported here: packages, your own functions and classes?") from e
