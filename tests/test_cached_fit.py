@@ -165,6 +165,19 @@ def test_a_caches_folder_is_enough(tmp_path):
     assert names_of(learn)[-2:] == ['kd_loss', 'time']
 
 
+@pytest.mark.parametrize('of, match', [
+    (lambda folder: 'memory://nothing/here', 'There is no cache at memory://nothing/here'),
+    (lambda folder: folder, 'is a folder.*The folder of a finished cache is possible'),
+    (lambda folder: [folder, Convs(3).eval()], 'is a folder.*alone and not in a list')])
+def test_a_place_without_a_cache_is_named_as_it_was_given(tmp_path, of, match):
+    with pytest.raises(DistillError, match=match): quiet(student(data()), cbs=KnowledgeDistillation(of(tmp_path), check=False))
+
+
+@pytest.mark.parametrize('views', [-1, 1.5, '2', True, None])
+def test_views_that_are_no_whole_number_are_refused(tmp_path, views):
+    with pytest.raises(DistillError, match=f'views={views!r}: a whole number from 0'): cache_teacher(Convs(3).eval(), data(), tmp_path, views)
+
+
 def test_one_view_for_many_epochs_is_noticed(tmp_path, capsys):
     "Students overfit to it: worse than without a teacher (benchmarks/LOG.md)"
     teacher = Convs(3).eval()

@@ -791,6 +791,7 @@ def test_a_model_that_ends_in_a_sigmoid_is_explained():
     (dict(recipe=dkd(), kind='soft'), "kind='soft': possible are None, 'softmax'"),
     (dict(T=('linear', 4, 0)), 'T=0 at the end of the training: a temperature is a number above 0'),
     (dict(balance='grads'), "balance='grads': possible are None, 'grad'"),
+    (dict(output=1.5), "output=1.5: possible are the name or the index"),
     (dict(span='epoch'), "span='epoch': possible are 'fine_tune', 'fit'")], ids=lambda o: '' if isinstance(o, str) else '-'.join(o))
 def test_contradictions_are_refused_when_the_callback_is_made(kwargs, says):
     with pytest.raises(DistillError, match=says): KD(apps.mlp(4), **kwargs)

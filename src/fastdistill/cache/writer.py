@@ -15,7 +15,7 @@ from .reader import TeacherCache, damages
 from .records import Layout, Wish
 from .source import Source, is_whole
 
-__all__ = ['Forecast', 'finished', 'write_cache']
+__all__ = ['Forecast', 'check_views', 'finished', 'write_cache']
 
 SHARD_BYTES = 64*2**20
 
@@ -40,6 +40,11 @@ class Forecast:
                                "size= for maps, or another disk.")
 
 
+def check_views(views):
+    if not is_whole(views) or not 0 <= views <= MAX_VIEWS:
+        raise DistillError(f"views={views!r}: a whole number from 0 (the clean view) to {MAX_VIEWS}.")
+
+
 def write_cache(
     path, # folder or URL
     source:Source,
@@ -54,8 +59,7 @@ def write_cache(
 ) -> TeacherCache:
     """Write the shards that are missing, and open the cache. A cache with fewer views keeps them and gets the others.
     Under torch.distributed each rank writes its share"""
-    if not is_whole(views) or not 0 <= views <= MAX_VIEWS:
-        raise DistillError(f"views={views!r}: a whole number from 0 (the clean view) to {MAX_VIEWS}.")
+    check_views(views)
     if not len(source.keys): raise DistillError("There are no samples: there is nothing to write.")
     where = open_folder(path)
     with closing(source.run(tasks_of(source, 0, 0, 1), 1)) as first: layout = Layout.of(next(first), wish)

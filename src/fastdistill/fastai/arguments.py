@@ -22,7 +22,8 @@ def check_options(teacher, **options):
 def feed_of(source):
     "What brings stored outputs to the batches; None for a teacher that runs"
     if source is None: return TargetFeed()
-    if is_cache(source): source = TeacherCache(source)
+    # an URL is a cache's: models are files on this machine
+    if is_cache(source) or isinstance(source, str) and '://' in source: source = TeacherCache(source)
     if isinstance(source, TeacherCache): return CacheFeed(source)
     return source if isinstance(source, Feed) else None
 

@@ -13,7 +13,7 @@ from ..cache.reader import TeacherCache
 from ..cache.records import Wish
 from ..cache.source import Source, check_alone, distinct_views, identity_of, spread_positions, unrepeatable
 from ..cache.verify import Verified
-from ..cache.writer import write_cache
+from ..cache.writer import check_views, write_cache
 from ..outputs import DistillError, DistillWarning, TopK, as_plain
 from ..replay.seeds import RandomGuard
 from .task import task_of
@@ -79,6 +79,7 @@ def cache_teacher(
 
 def views_of(dl, views, seed):
     "How many views to store: 1 where no transform is random"
+    check_views(views)
     if views < 2 or is_stream(dl): return views     # views of a language model are orders of its texts
     refuse_unindexed(dl)
     n = len(dl.dataset)

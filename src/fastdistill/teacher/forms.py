@@ -41,6 +41,9 @@ def why_no_teacher(o):
 
 
 def from_file(path):
+    if path.is_dir():
+        raise DistillError(f"{str(path)!r} is a folder. {FORMS} The folder of a finished cache is possible in fastai, "
+                           "alone and not in a list.")
     if not path.is_file():
         raise DistillError(f"There is no file {str(path)!r}. {FORMS} A model's name is not enough: build it, with its "
                            "weights.")
