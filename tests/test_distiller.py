@@ -583,6 +583,10 @@ def test_a_part_that_swamps_the_labels_is_warned_about():
         d(*batch())
     assert d.gradient_shares['hint'] == pytest.approx(.5, abs=.02)
 
+def test_with_balance_a_warning_names_the_share_that_was_given():
+    d = Distiller(mlp(6), mlp(16, 1), hint(1000.), balance='grad', example=batch()[0])
+    with pytest.warns(DistillWarning, match='hint has 99.*Lower the weight of hint, now 1000: 1 would give it as much as the labels'): d(*batch())
+
 def test_labels_swamped_by_alpha_are_named_so():
     s,t,y = two()
     d,t = Distiller(None, None, kd(20., .99)),20*t

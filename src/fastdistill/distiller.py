@@ -292,13 +292,13 @@ class Distiller(nn.Module):
     def _measured(self, values, weights, logits):
         """The weights as they count, after what is measured at the first training batch, and where a part counts for
         the first time"""
-        counted = {k: v for k,v in values.items() if v is not None and v.requires_grad and weights[k]}
+        given,counted = weights,{k: v for k,v in values.items() if v is not None and v.requires_grad and weights[k]}
         if self.balance:
             self.measure_balance(counted)
             weights = {k: w*self.scales.get(k, 1.) for k,w in weights.items()}
         if self.measures and not counted.keys() <= self.seen:
             self.seen,self.gradient_shares = counted.keys(),self.shares(counted, weights, logits)
-            if (says := swamped(self.gradient_shares, weights)) and rank() == 0:
+            if (says := swamped(self.gradient_shares, given)) and rank() == 0:
                 warnings.warn(says, DistillWarning, stacklevel=4)
         return weights
 
