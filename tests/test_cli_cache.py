@@ -174,11 +174,13 @@ def fastdistill(*args, **kwargs):
     ('garbage.pkl', 'c', 'garbage.pkl could not be loaded as an exported Learner'),
     ('my_script.py:teacher', 'garbage.pkl/c', 'garbage.pkl'),
     ('broken.py:teacher', 'c', 'broken.py stopped in line 2: NameError'),
+    ('late.py:teacher', 'c', 'late.py stopped in line 2: NameError'),
     ('my_script.py:teacher', 's3://nowhere/c', '(?i)s3fs'),
 ])
 def test_a_mistake_on_the_command_line_is_one_line_and_no_traceback(script, tmp_path, teacher, path, match):
     (tmp_path/'garbage.pkl').write_bytes(bytes(range(256))*8)
     (tmp_path/'broken.py').write_text('x = 1\nteacher = undefined\n')
+    (tmp_path/'late.py').write_text('def teacher():\n    return undefined\n')
     r = fastdistill('cache', 'write', teacher, 'my_script.py:dls', path, '--no-check', cwd=tmp_path)
     assert r.returncode == 2 and 'Traceback' not in r.stderr, r.stderr
     assert re.search(match, r.stderr), r.stderr

@@ -1,5 +1,6 @@
 "What the user names on the command line: 'file.py:name'."
 import ast, importlib.util, inspect, sys, traceback
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from ..errors import DistillError
@@ -26,7 +27,7 @@ def load_object(
     module = module_of(Path(file).resolve())
     if not hasattr(module, attr):
         raise DistillError(f"{file} has no {attr!r}. It has: {', '.join(names_in_file(file)) or 'no names'}")
-    return use(getattr(module, attr))
+    with own_mistakes(Path(file).resolve()): return use(getattr(module, attr))
 
 
 def names_in_file(file):
@@ -47,14 +48,23 @@ def module_of(file):
     spec = importlib.util.spec_from_file_location(name, file)
     sys.path.insert(0, str(file.parent))
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    try: spec.loader.exec_module(module)
+    try:
+        with own_mistakes(file): spec.loader.exec_module(module)
+    except DistillError:
+        del sys.modules[name]
+        raise
+    return module
+
+
+@contextmanager
+def own_mistakes(file):
+    "An error in the user's file is one line, which names the failing line of the file"
+    try: yield
     except DistillError: raise
     except Exception as e:
-        del sys.modules[name]
         lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(file)]
         line = getattr(e, 'lineno', None) or (lines[-1] if lines else '?')
         raise DistillError(f"{file.name} stopped in line {line}: {type(e).__name__}: {e}") from e
-    return module
 
 
 def called(o):
