@@ -1,4 +1,4 @@
-"Pure functions of two tensors, student first; each has a module form under its paper's capitals."
+"Losses: pure functions of two tensors, student first. Each has a module form, named in the paper's capitals."
 import sys
 from ..docments import explain_all
 from . import decoupled, dense, feature, relation, response

@@ -1,4 +1,4 @@
-"Losses that set the label's class apart from the others."
+"Losses that treat the label's class and the other classes separately."
 import torch
 from torch import Tensor
 from ..outputs import DistillError, as_plain
@@ -13,9 +13,9 @@ def checked_labels(y, s, axis, ignore_index, mask):
     y,axis = as_plain(y),class_axis(s, axis)
     shape,n = positions(s, axis),s.shape[axis]
     if y.is_floating_point() or y.is_complex():
-        raise DistillError(f"Labels of {y.dtype}: this loss sets the label's class apart, so it needs one class (an "
-                           "integer) per position. Mixed or smoothed labels have none: use kl, jsd or dist, or pass "
-                           "the plain labels.")
+        raise DistillError(f"Labels of {y.dtype}: this loss treats the label's class separately, so it needs one class "
+                           "(an integer) per position. Mixed or smoothed labels have none: use kl, jsd or dist, or "
+                           "pass the plain labels.")
     if y.shape == (*shape, 1): y = y[..., 0]        # tabular targets are (B, 1)
     if y.shape != shape:
         raise DistillError(f"Labels of shape {tuple(y.shape)} do not fit logits of shape {tuple(s.shape)}: with the "
@@ -24,11 +24,10 @@ def checked_labels(y, s, axis, ignore_index, mask):
     keep = y != ignore_index
     if mask is not None: keep = keep*fit_mask(mask, shape)
     y = y.where(keep > 0, 0)
-    # subtle: only here is a look at the values free; a GPU would stop for it at every step, and a traced graph would
-    # break
+    # subtle: checked only where it is free. On a GPU each step would wait for the values; a traced graph would break
     if y.is_cpu and not torch.compiler.is_compiling() and y.numel() and not 0 <= y.min() <= y.max() < n:
-        raise DistillError(f"Labels from {y.min()} to {y.max()} for {n} classes: one that does not count is named by "
-                           f"ignore_index (now {ignore_index}), or left out by mask")
+        raise DistillError(f"Labels from {y.min()} to {y.max()} for {n} classes. Exclude labels that do not count with "
+                           f"ignore_index (now {ignore_index}) or mask")
     return y,keep
 
 
@@ -51,7 +50,7 @@ def dkd(
     mask:Tensor|None=None, # the shape of `y`: which positions count
     reduction:str='mean'
 ):
-    """T^2 (alpha KL of (p_y, 1-p_y) + beta KL of the softmax without y): decoupled distillation (CVPR 2022,
+    """T^2 (alpha KL of (p_y, 1-p_y) + beta KL of the softmax without y) (decoupled distillation, CVPR 2022,
     arXiv:2203.08679)"""
     y,mask = checked_labels(y, s, axis, ignore_index, mask)
     s,t = checked_classes(s, t, axis, mask)
@@ -78,9 +77,11 @@ def nkd(
     mask:Tensor|None=None, # the shape of `y`: which positions count
     reduction:str='mean'
 ):
-    """-p_t^y log p_s^y + gamma T^2 cross-entropy of the softmax without y: normalized distillation (ICCV 2023,
-    arXiv:2303.13005). Never below gamma T^2 times the entropy of the teacher's other classes, reached by a student that
-    is sure of y"""
+    """-p_t^y log p_s^y + gamma T^2 cross-entropy of the softmax without y (normalized distillation, ICCV 2023,
+    arXiv:2303.13005).
+
+    Its minimum is gamma T^2 times the entropy of the teacher's other classes, where the student predicts y with
+    probability 1"""
     y,mask = checked_labels(y, s, axis, ignore_index, mask)
     s,t = checked_classes(s, t, axis, mask)
     ls,lt = [of_class(log_probs(x, 1., axis), y, axis) for x in (s, t)]
