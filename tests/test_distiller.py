@@ -122,7 +122,7 @@ def test_schedules_ask_for_progress():
     assert kd(alpha='linear')(s, t, y, progress=.25).item() == pytest.approx(kd(alpha=.75)(s, t, y).item())
     assert kd(T=('linear', 4, 2))(s, t, y, progress=.5).item() == pytest.approx(kd(T=3.)(s, t, y).item())
     for r in (kd(alpha='linear'), kd(T=('linear', 4, 2)), Recipe(Term(losses.kl, stop_at=.5))):
-        with pytest.raises(DistillError, match=r'say where training stands, as in distiller\(x, y, progress=step/steps\)'): r(s, t, y)
+        with pytest.raises(DistillError, match=r'pass the progress of the training, as in distiller\(x, y, progress=step/steps\)'): r(s, t, y)
 
 def test_a_loss_module_may_be_used_by_many():
     vid = losses.VID()
@@ -455,7 +455,7 @@ def test_the_students_output_can_be_named_and_that_of_a_bare_teacher_with_it():
 def test_a_student_with_several_outputs_says_once_which_is_taken():
     x,y = batch()
     d = Distiller(Heads(6, lambda a, b: (a, b)), mlp(16, 1), kd())
-    with pytest.warns(DistillWarning, match=r'The student returns several tensors.*: 0 \(16, 4\), 1 \(16, 4\). The first is taken'):
+    with pytest.warns(DistillWarning, match=r'The student returns several tensors.*: 0 \(16, 4\), 1 \(16, 4\). The first is used'):
         total = d(x, y).total.item()
     assert total == d(x, y).total.item() == pytest.approx(Distiller(d.student.a, mlp(16, 1), kd())(x, y).total.item())
 
