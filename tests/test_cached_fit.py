@@ -360,4 +360,4 @@ def test_a_fit_from_a_damaged_cache_stops_before_its_first_batch(tmp_path):
 def test_a_batch_size_of_nothing_is_refused(tmp_path):
     learner,teacher,_ = images()
     for bs in (0, -3):
-        with pytest.raises(DistillError, match=f'bs={bs}: a whole number from 1 on'): cache_teacher(teacher, learner().dls, tmp_path, bs=bs)
+        with pytest.raises(DistillError, match=f'bs={bs}: give a whole number from 1'): cache_teacher(teacher, learner().dls, tmp_path, bs=bs)

@@ -619,7 +619,7 @@ MISTAKES = [
      r'shape \(3, 7, 11\), have their classes along axis 1, but the labels have shape \(3, 7\): they fit classes along axis -1. Pass the class axis to .*Distiller, axis=-1'),
     ('missing axis', lambda **kw: (Distiller(mlp(6), mlp(16), kd(), axis=2, task_loss=F.cross_entropy, **kw), *batch()),
      r'Outputs of shape \(16, 4\) have no axis 2 for the classes'),
-    ('probabilities', lambda **kw: (Distiller(mlp(6), lambda x: mlp(16)(x).softmax(1), kd(), **kw), *batch()), r'outputs are probabilities \(each sums to 1\)'),
+    ('probabilities', lambda **kw: (Distiller(mlp(6), lambda x: mlp(16)(x).softmax(1), kd(), **kw), *batch()), r'outputs are probabilities \(each row sums to 1\)'),
     ('unknown label', lambda **kw: (Distiller(mlp(6), mlp(16), kd(), task_loss=lambda s, y: s.mean(), **kw), batch()[0], batch()[1] + 1),
      'There is a label 4, but the outputs have 4 classes, 0 to 3'),
     ('broadcast', lambda **kw: (Distiller(nn.Linear(8, 1), nn.Linear(8, 6), Term(lambda s, t: (s-t).pow(2).mean()), kind='sigmoid', task_loss=lambda s, y: s.mean(), **kw),
@@ -654,7 +654,7 @@ def test_after_the_first_batch_nothing_is_looked_at():
     assert d(x, y + 1).total.isfinite()
 
 def test_probabilities_of_labels_are_warned_about():
-    with pytest.warns(DistillWarning, match='all lie between 0 and 1: they look like probabilities'):
+    with pytest.warns(DistillWarning, match='are between 0 and 1: they seem to be probabilities'):
         Distiller(mlp(6), lambda x: mlp(16)(x).sigmoid(), kd(), kind='sigmoid')(batch()[0], torch.ones(16, 4))
 
 def test_a_teacher_that_shares_parameters_with_the_student_is_refused():

@@ -265,7 +265,7 @@ def test_ones_own_module_with_the_wrong_output_is_told_what_is_needed():
     with pytest.raises(DistillError, match=r"Identity returned \(2, 3, 8, 8\).*the teacher's grid, \(4, 4\)"):
         projector(s.shape, t.shape, nn.Identity(), match='grid')(s, t)
     assert projector(s.shape, t.shape, nn.Identity(), match='none')(s, t) is s
-    with pytest.raises(DistillError, match="made tuple of"): projector(s.shape, t.shape, lambda s: (s,))(s, t)
+    with pytest.raises(DistillError, match="returned tuple for"): projector(s.shape, t.shape, lambda s: (s,))(s, t)
 
 
 # refused

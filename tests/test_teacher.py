@@ -648,7 +648,7 @@ def test_onnx_refuses_what_does_not_fit(tmp_path):
     with refuses(r'of shape \(2, 3, 1\)'): t(images(2, 3, 1))
     t = Teacher(onnx_file(tmp_path/'i.onnx', W.round(), dtype=TensorProto.INT64))
     same(t(torch.ones(2, 3, dtype=torch.int32)).logits, torch.ones(2, 3, dtype=torch.int64) @ W.round().long())
-    with refuses('int64: n x 3.*was given torch.float32'): t(images(2, 3))
+    with refuses('int64: n x 3.*it got torch.float32'): t(images(2, 3))
     (tmp_path/'bad.onnx').write_bytes(b'no network')
     with refuses("onnxruntime can't load .*bad.onnx"): Teacher(tmp_path/'bad.onnx')
 
