@@ -135,7 +135,7 @@ def test_layers_come_from_the_cache_too(tmp_path):
     assert watch.worst < 1e-3
     with pytest.raises(DistillError, match='outputs hold no layer .b.. They hold: a'):
         quiet(learn, 1, cbs=KnowledgeDistillation(cache, at(layers={'b': 'b'})))
-    with pytest.raises(DistillError, match='stored layers of unmixed images'):
+    with pytest.raises(DistillError, match='stored layers are of unmixed images'):
         quiet(learn, 1, cbs=[KnowledgeDistillation(cache, at(layers={'bn': 'a'})), MixUp()])
 
 

@@ -773,9 +773,9 @@ def test_a_model_that_ends_in_a_sigmoid_is_explained():
 
 
 @pytest.mark.parametrize('kwargs,says', [
-    (dict(recipe=kd(), T=2), r'A recipe and T=: say it in the recipe'),
-    (dict(recipe=kd(), loss=F.mse_loss), r'A recipe and loss=: say it in the recipe'),
-    (dict(loss=F.mse_loss, T=2), 'T= with loss=: your loss gets the logits as they are'),
+    (dict(recipe=kd(), T=2), r'A recipe and T=: give these to the recipe'),
+    (dict(recipe=kd(), loss=F.mse_loss), r'A recipe and loss=: give these to the recipe'),
+    (dict(loss=F.mse_loss, T=2), 'T= with loss=: your loss gets the logits unchanged'),
     (dict(recipe=dict(T=2)), 'A recipe is made of terms and recipes'),
     (dict(alpha=2), 'from 0 .labels alone. to 1 .teacher alone.'),
     (dict(T='cosin'), "T='cosin': possible are a number, a function"),
@@ -789,7 +789,7 @@ def test_contradictions_are_refused_when_the_callback_is_made(kwargs, says):
 
 
 def test_a_recipe_in_the_place_of_the_teacher_or_of_the_rate_is_refused():
-    with pytest.raises(DistillError, match='is no teacher: the teacher comes first'): KD(kd())
+    with pytest.raises(DistillError, match='is not a teacher: the teacher comes first'): KD(kd())
     student,teacher = toy()
     for recipe in (kd(), Term(losses.kl)):
         with pytest.raises(DistillError, match=r'the recipe comes after the learning rate. Write distill.teacher, 1, 1e-3, recipe.'):

@@ -106,7 +106,7 @@ def test_a_users_own_selection_of_classes_is_kept():
 def test_a_class_that_the_teacher_does_not_know_is_an_error():
     student,_ = pair('image')
     teacher,_ = other_order(('yellow', 'red', 'green'))
-    refuses(student, teacher, r"does not know 1 of the student's classes \(blue\); it knows yellow, red, green")
+    refuses(student, teacher, r"does not have 1 of the student's classes \(blue\); it has yellow, red, green")
 
 
 # codings
@@ -149,7 +149,7 @@ def test_another_normalization_of_images_is_mended_with_a_note(capsys):
     assert loss == pytest.approx(kl(s, teacher.model.eval()((x-mean.view(3, 1, 1))/std.view(3, 1, 1))), rel=1e-4)
     said = capsys.readouterr().out
     assert ('trained with another normalization (mean 0, std 1 -> mean 0.4 0.5 0.6, std 0.2 0.3 0.25). '
-            'Its images are normalized again') in said
+            'Its images are normalized accordingly') in said
 
 def test_another_shape_of_output_is_an_error():
     student,_ = toy()

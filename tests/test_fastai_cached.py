@@ -293,7 +293,7 @@ def test_a_student_with_another_validation_set_has_no_column_for_it(tmp_path, ca
     cache = cache_teacher(teacher, data(), tmp_path, views=2, valid=True, dtype='float32')
     c = compare(student(data(valid=range(16, N))), cache, teacher)
     assert {t for t,*_ in c.seen} == {True} and c.error < 1e-5
-    assert 'no column for the validation set, since it is not the one in the cache' in capsys.readouterr().out
+    assert 'no column for the validation set, since the cache has another one' in capsys.readouterr().out
 
 
 class Follow(Compare):
@@ -343,7 +343,7 @@ def test_a_stream_goes_on_in_the_middle_and_gives_the_same_bytes(tmp_path, monke
 def test_a_stream_that_is_cut_otherwise_is_refused(tmp_path):
     learn,teacher = apps.pair('language_model')
     cache = cache_teacher(teacher, learn.dls, tmp_path, views=1, topk=3)
-    with pytest.raises(DistillError, match="bs=4, but a language model's text is cut into as many rows"):
+    with pytest.raises(DistillError, match="bs=4, but the text of a language model is cut into as many rows"):
         cache_teacher(teacher, learn.dls, tmp_path/'b', bs=4)
     for kw in (dict(bs=4), dict(seq_len=6)):
         learn.dls = DataLoaders(learn.dls.train.new(**kw), learn.dls.valid)
@@ -560,10 +560,10 @@ def test_what_cannot_be_repeated_is_refused_before_anything_is_written(tmp_path)
     def no(match, dls, teacher=None, **kwargs):
         with pytest.raises(DistillError, match=match): cache_teacher(teacher or Convs(3).eval(), dls, tmp_path/'c', **kwargs)
         assert not (tmp_path/'c').exists()
-    no('item transforms gave sample .* two different results', data(item_tfms=[Resize(SIZE), unseedable]))
+    no('item transforms gave two different results for sample', data(item_tfms=[Resize(SIZE), unseedable]))
     dls = data()
     dls.train.after_batch.add(Unseedable())
-    no('batch transforms gave sample .* two different results', dls)
+    no('batch transforms gave two different results for sample', dls)
     class Moody(nn.Module):     # its answer depends on who else is asked
         def __init__(self): super().__init__(); self.net = Convs(3)
         def forward(self, x): return self.net(x) + x.mean()
@@ -571,7 +571,7 @@ def test_what_cannot_be_repeated_is_refused_before_anything_is_written(tmp_path)
     no('keeps the likeliest of several classes, but this model predicts sigmoid', data(MultiCategoryBlock, labels), Convs(5), topk=2)
     tensors = torch.utils.data.TensorDataset(torch.randn(8, 3, 4, 4), torch.zeros(8).long())
     torch_dls = DataLoaders(*[torch.utils.data.DataLoader(tensors)]*2)
-    no('is no fastai DataLoader: write with cache_dataset', torch_dls, kind='softmax', axis=1)
+    no('is not a fastai DataLoader: write with cache_dataset', torch_dls, kind='softmax', axis=1)
 
 
 def test_a_dataset_of_unnameable_things_asks_for_names(tmp_path):

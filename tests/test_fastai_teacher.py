@@ -160,7 +160,7 @@ def test_an_exported_learner_whose_parts_are_gone(tmp_path, monkeypatch, gone):
     else:
         monkeypatch.undo()
         del sys.modules['mine_only']
-    with pytest.raises(DistillError, match='t.pkl could not be loaded .*Can all its parts be imported here'):
+    with pytest.raises(DistillError, match='t.pkl could not be loaded .*Can everything in it be imported here'):
         teacher_of(tmp_path/'t.pkl')
 
 

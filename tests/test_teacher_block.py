@@ -182,7 +182,7 @@ def test_wrong_options_are_refused():
 def test_probabilities_taken_for_logits_are_noticed():
     p = torch.tensor(ROWS).softmax(1).numpy()
     learn = Learner(data(row=lambda i: p[i]), Flat())
-    with pytest.warns(DistillWarning, match='look like probabilities'): quiet(learn, cbs=Spy(TargetFeed()))
+    with pytest.warns(DistillWarning, match='seem to be probabilities'): quiet(learn, cbs=Spy(TargetFeed()))
 
 
 def test_a_target_among_the_inputs_is_refused():

@@ -28,14 +28,13 @@ def distill(
     alpha=None, # weight of the teacher; the labels have 1-alpha
     temperature=None, # the same as T
     loss=None, # your own: fn(student_logits, teacher_logits, *targets)
-    kind=None, # 'softmax', 'sigmoid' or 'regression'; None: read off the learner's loss function
-    axis=None, # class axis; None: read off the learner's loss function
+    kind=None, # 'softmax', 'sigmoid' or 'regression'; None: read from the learner's loss function
+    axis=None, # class axis; None: read from the learner's loss function
     balance=None, # 'grad': weights are shares of the gradient
     span='fine_tune', # schedules run once through a whole `fine_tune`; 'fit': once through each of its two fits
     output=None, # which of the student's outputs is distilled: a name, an index or a function
     check=True, # look for mistakes first
-    fine_tune=False, # train the head alone for freeze_epochs (1) epochs, then all layers for n_epoch, by
-    # `Learner.fine_tune`, which gets the other options
+    fine_tune=False, # use `Learner.fine_tune`, which also gets the other options, in place of `fit_one_cycle`
     cbs=None, # more callbacks
     **kwargs
 ):
@@ -55,13 +54,14 @@ def distill(
 def check_teacher(
     self:Learner, # the student
     teacher, # what `KnowledgeDistillation` takes
-    kind=None, # 'softmax', 'sigmoid' or 'regression'; None: read off the loss function
-    axis=None, # class axis; None: read off the loss function
-    recipe=None, # recipe or term that will be trained with: it is checked too
-    n:int=check.BATCHES # batches of the validation set to look at, and a quarter as many of the training set
+    kind=None, # 'softmax', 'sigmoid' or 'regression'; None: read from the loss function
+    axis=None, # class axis; None: read from the loss function
+    recipe=None, # recipe or term of the training, which is checked too
+    n:int=check.BATCHES # number of validation batches to read, and a quarter as many training batches
 ):
-    """Mistakes that training with `teacher` would not show: a list of findings, empty when all is well; its `.facts`
-    are what was measured"""
+    """Mistakes that training with `teacher` would not show: a list of findings, empty if nothing is wrong.
+
+    Its `.facts` are the measurements"""
     return check.check_teacher(self, teacher, task_of(self.loss_func, kind, axis), recipe, n)
 
 
@@ -69,13 +69,13 @@ def check_teacher(
 def show_features(
     self:Learner, # the student
     teacher, # what `KnowledgeDistillation` takes
-    layers='auto', # as in `Term`: {'student.layer': 'teacher.layer'}, pairs of names, 'auto' or 'last'; their outputs
-    # are maps or tokens
+    layers='auto', # layers with maps or tokens, named as in `Term`
     n:int=4, # pictures of the validation set
     p:float=2 # exponent of the activations
 ):
-    """Where student and teacher look, side by side, in `n` pictures of the validation set; returns the figure, which
-    notebooks show"""
+    """Attention maps of student and teacher, side by side, for `n` pictures of the validation set.
+
+    Returns the figure, which notebooks show"""
     with RandomGuard(): b = next(iter(valid_batches(self.dls.valid)))
     x,_ = split_batch(self, b)
     x = tuple(o[:n] for o in x)
