@@ -761,7 +761,7 @@ def test_what_a_model_predicts_is_read_off_its_loss(loss_func, task): assert tas
 def test_an_unknown_loss_is_asked_for_and_then_believed():
     def mine(s, y): return F.cross_entropy(s, y)
     student,teacher = toy(loss_func=mine)
-    with pytest.raises(DistillError, match="from the student's loss mine what it predicts: pass kind='softmax'"):
+    with pytest.raises(DistillError, match="The student's loss mine does not show what the student predicts: pass kind='softmax'"):
         student.fit(1, cbs=KD(teacher))
     for b in watched(student, [KD(teacher, T=T, alpha=ALPHA, kind='softmax', axis=1)]):
         assert b.loss == pytest.approx((ALPHA*kl(b.s, teacher(b.x)) + (1-ALPHA)*mine(b.s, b.y)).item(), rel=1e-5)
