@@ -128,7 +128,7 @@ def test_names_that_lead_nowhere(script, cache, tmp_path):
     no("give a file and a name in it, as in 'train.py:dls'", data='dls')
     no("There is no file 'nowhere.py'", data='nowhere.py:dls')
     no("has no 'loaders'. It has: .*image, label, dls, Flat, teacher", data=f'{script}:loaders')
-    no('A int is no fastai DataLoaders, nor a function without arguments', data=f'{script}:number')
+    no("A int is neither fastai's DataLoaders nor a function without arguments", data=f'{script}:number')
     no("There is no file 'x.pkl'")
     fails(cache('info', tmp_path/'c', code=None), 'There is no cache at')
     (tmp_path/'c').mkdir()

@@ -229,7 +229,7 @@ def test_what_is_made_of_whole_batches_is_refused(tmp_path):
     dls.train.before_batch.add(Together())
     with pytest.raises(DistillError, match='before_batch draws random numbers for a whole batch'): cache_teacher(Convs(3).eval(), dls, tmp_path)
     dls = data(dl_type=OwnBatches)
-    with pytest.raises(DistillError, match='OwnBatches overrides create_batch, and batches made that way could not be repeated'):
+    with pytest.raises(DistillError, match='OwnBatches overrides create_batch, so its batches could not be repeated'):
         cache_teacher(Convs(3).eval(), dls, tmp_path)
 
 
@@ -473,7 +473,7 @@ def test_classes_in_another_order_are_mapped_by_name(tmp_path):
             live = live[:, [2, 0, 1]]
             if topk: live = torch.where(live >= live.topk(2, 1).values[:, -1:], live, -torch.inf)
             torch.testing.assert_close(got.softmax(1), live.softmax(1), rtol=1e-4, atol=1e-5)
-    with pytest.raises(DistillError, match=r"doesn't know the class\(es\) d"):
+    with pytest.raises(DistillError, match=r"does not have the class\(es\) d"):
         CacheFeed(cache).attach(student(data(get_y=lambda i: 'abcd'[i % 4])))
 
 
@@ -516,7 +516,7 @@ def test_maps_of_clean_images_are_not_given_to_augmented_ones(tmp_path):
     make = lambda **k: data(MaskBlock(codes=['x', 'y']), mask, **k)
     cache = cache_teacher(Convs(2, dense=True).eval(), make(item_tfms=Resize(SIZE)), tmp_path, views=0)
     learn = Learner(make(item_tfms=Resize(SIZE)), Convs(2, dense=True))
-    with pytest.raises(DistillError, match='a value for each pixel or token of the clean input, and Resize, Flip would move them: cache views=1'):
+    with pytest.raises(DistillError, match="a value for each pixel or token of the clean input, but Resize, Flip would move the student's input: cache views=1"):
         CacheFeed(cache).attach(learn)
 
 
@@ -568,7 +568,7 @@ def test_what_cannot_be_repeated_is_refused_before_anything_is_written(tmp_path)
         def __init__(self): super().__init__(); self.net = Convs(3)
         def forward(self, x): return self.net(x) + x.mean()
     no('differ by .* with other samples in its batch', data(), Moody())
-    no('keeps the likeliest of several classes, but this model predicts sigmoid', data(MultiCategoryBlock, labels), Convs(5), topk=2)
+    no('stores the likeliest of several classes, but this model predicts sigmoid', data(MultiCategoryBlock, labels), Convs(5), topk=2)
     tensors = torch.utils.data.TensorDataset(torch.randn(8, 3, 4, 4), torch.zeros(8).long())
     torch_dls = DataLoaders(*[torch.utils.data.DataLoader(tensors)]*2)
     no('is not a fastai DataLoader: write with cache_dataset', torch_dls, kind='softmax', axis=1)
@@ -581,7 +581,7 @@ def test_a_dataset_of_unnameable_things_asks_for_names(tmp_path):
     block = DataBlock((ImageBlock, CategoryBlock), **get, splitter=IndexSplitter([7]), item_tfms=Resize(SIZE))
     make = lambda: block.dataloaders(items, bs=4)
     net = Convs(3).eval()
-    with pytest.raises(DistillError, match="which sample a Thing is: pass keys="): cache_teacher(net, make(), tmp_path)
+    with pytest.raises(DistillError, match="A Thing does not identify a sample: pass keys="): cache_teacher(net, make(), tmp_path)
     dls = make()
     cache = cache_teacher(Convs(3).eval(), dls, tmp_path, keys=items.index)
     assert len(cache) == 7
@@ -780,7 +780,7 @@ def test_a_teacher_learner_with_its_classes_in_another_order(tmp_path):
     c = compare(student(data()), cache, Teacher(teacher.model), 1)
     assert c.seen
     for _,_,got,live,_ in c.seen: torch.testing.assert_close(got, live[:, [2, 0, 1]], rtol=1e-4, atol=1e-5)
-    with pytest.raises(DistillError, match=r"doesn't know the class\(es\) d"):
+    with pytest.raises(DistillError, match=r"does not have the class\(es\) d"):
         cache_teacher(teacher, data(get_y=lambda i: 'abd'[i % 3]), tmp_path/'b')
     with pytest.raises(DistillError, match="members of the ensemble have their classes in different orders"):
         cache_teacher([teacher, Learner(mine, Convs(3))], mine, tmp_path/'b')

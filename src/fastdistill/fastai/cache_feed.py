@@ -149,7 +149,7 @@ def misfits(dl, plan, cache):
         return sample_differences(m, plan.at, look)
     if m.layout.dense and not plan.stream and (moving := moves(dl)):
         return ["these outputs have a value for each pixel or token of the clean input, but "
-                f"{', '.join(moving)} moves the student's input: cache views=1 or more"]
+                f"{', '.join(moving)} would move the student's input: cache views=1 or more"]
     return []
 
 
