@@ -9,9 +9,9 @@ from .schedule import schedule
 from .distiller import Recipe, Term
 from .terms import Paper
 
-__all__ = ['ab', 'at', 'cc', 'cwd', 'dist', 'dkd', 'fsp', 'hard_labels', 'hint', 'ickd', 'ifvd', 'kd', 'logit_std',
-           'nkd', 'nst', 'ofd',
-           'pairwise', 'pkd', 'pkt', 'rkd', 'soft_labels', 'sp', 'vid']
+__all__ = ['ab', 'abkd', 'at', 'cc', 'cwd', 'dist', 'dkd', 'fsp', 'hard_labels', 'hint', 'ickd', 'ifvd', 'kd',
+           'logit_std', 'nkd', 'nst', 'ofd', 'pairwise', 'pkd', 'pkt', 'rkd', 'rld', 'soft_labels', 'sp', 'taid', 'ttm',
+           'vid', 'wttm']
 
 
 def __dir__(): return __all__ # `recipes.` and the tab key list the recipes alone
@@ -115,6 +115,58 @@ def dist(
 ):
     "Correlation between and within classes, beside the labels' own loss (NeurIPS 2022, arXiv:2205.10536)"
     return Recipe(Term(losses.dist, weight=weight, beta=beta, gamma=gamma, T=T, name='dist'))
+
+
+@long_name_too
+def ttm(
+    T=4., # temperature of the teacher alone
+    weight=1. # ours; the authors' is searched for each pair of models
+):
+    """The student predicts the teacher's softened probabilities themselves, beside the labels' own loss (ICLR 2024,
+    arXiv:2402.11148)"""
+    return Recipe(Term(losses.ttm, weight=weight, T=T, name='ttm'))
+
+
+@long_name_too
+def wttm(
+    T=4., # temperature of the teacher alone
+    weight=1. # ours; the authors' is searched for each pair of models
+):
+    "`ttm` with more weight where the teacher is unsure, beside the labels' own loss (ICLR 2024, arXiv:2402.11148)"
+    return Recipe(Term(losses.wttm, weight=weight, T=T, name='wttm'))
+
+
+@long_name_too
+def abkd(
+    alpha:float=.8, # the authors' for CIFAR-100, ResNet-56 -> 20; (1, 0) is forward and (0, 1) reverse KL
+    beta:float=.3,
+    T=4.,
+    weight=2. # the authors' 32 for that pair, without our T^2
+):
+    "A divergence between forward and reverse KL beside the labels' own loss (ICML 2025, arXiv:2505.04560)"
+    return Recipe(Term(losses.abkd, weight=weight, alpha=alpha, beta=beta, T=T, name='abkd'))
+
+
+@long_name_too
+def rld(
+    alpha:float=1., # weight of the label's certainty
+    beta:float=8., # weight of the classes that the teacher finds less likely than the label
+    T=4.,
+    weight=1. # of both
+):
+    """Distillation without the classes that the teacher finds more likely than the label, beside the labels' own loss
+    (ICCV 2025, arXiv:2408.07703)"""
+    return Recipe(Term(losses.rld, weight=weight, alpha=alpha, beta=beta, T=T, name='rld'))
+
+
+@long_name_too
+def taid(
+    start:float=.4, # the teacher's share of the target at the beginning, the authors'; it grows to 1
+    T=1.,
+    weight=1. # ours; Recipe(taid(), task=0.) trains on this term alone
+):
+    "A target that moves from the student to the teacher while training goes on (TAID, ICLR 2025, arXiv:2501.16937)"
+    return Recipe(Term(losses.taid, weight=weight, lam=('linear', start, 1.), T=T, name='taid'))
 
 
 def logit_std(

@@ -10,6 +10,9 @@ from .schedule import schedule, value_at
 __all__ = ['Link', 'Paper', 'Recipe', 'Term', 'check_kind', 'own_copy']
 
 
+SCHEDULED = 'T','lam' # options of losses that may follow a schedule
+
+
 class Paper(float):
     "A weight that is a paper's and not the user's: where weights are shares of the gradient, it counts as a share of 1"
 
@@ -30,7 +33,7 @@ class Term:
         # 'mlp', or a module
         stop_at:float|None=None, # share of the training after which the term ends
         name:str|None=None, # of its column
-        **options # of the loss; a schedule is a value too, e.g. T=('linear', 8, 1)
+        **options # of the loss; T and lam may follow a schedule, e.g. T=('linear', 8, 1)
     ):
         if not callable(loss):
             raise DistillError(f"A term needs a loss function, got {loss!r}. See fastdistill.losses for those that "
@@ -49,7 +52,7 @@ class Term:
         if (wrong := set(options) - named) and not any(p.kind is p.VAR_KEYWORD for p in ps):
             raise DistillError(f"{self.name} has no option {', '.join(sorted(wrong))}. It has: "
                                f"{', '.join(sorted(named)) or 'none'}")
-        self.options = {k: temperature_schedule(v) if k == 'T' else v for k,v in options.items()}
+        self.options = {k: option_schedule(k, v) for k,v in options.items()}
         if match not in (None, 'shape', 'grid', 'none'):
             raise DistillError(f"match={match!r}: possible are 'shape', 'grid' and 'none' (what {self.name} needs of "
                                "the teacher's layers)")
@@ -85,7 +88,7 @@ class Term:
 
     def options_at(self, progress, context):
         "Options of the loss: its own, and of the context (class axis, mask, ...) what it asks for"
-        own = {k: value_at(v, progress, k) if k == 'T' else v for k,v in self.options.items()}
+        own = {k: value_at(v, progress, k) if k in SCHEDULED else v for k,v in self.options.items()}
         return {**{k: v for k,v in context.items() if k in self.accepts and k not in self.held}, **own}
 
 
@@ -98,6 +101,12 @@ def signature(loss):
     given = loss if isinstance(loss, partial) else inner.forward if isinstance(inner, nn.Module) else inner
     try: return fn,inspect.signature(given).parameters.values()
     except ValueError: return fn,()     # builtins have none: they are called with the two tensors
+
+
+def option_schedule(name, v):
+    "An option of a loss: some may follow a schedule"
+    if name == 'T': return temperature_schedule(v)
+    return schedule(v, name) if name in SCHEDULED else v
 
 
 def temperature_schedule(T):
