@@ -1019,6 +1019,7 @@ def test_a_regularizer_stays_where_labels_do_not_count(label):
 
 def test_gradient_shares_are_printed_once_a_training(capsys):
     student,teacher = toy()
+    student.logger = print
     cb = KD(teacher, kd(2., .5) + hint(.1) + Term(losses.mse, lambda p: float(p > .5)))
     student.fit(2, .1, cbs=cb)
     student.fit(1, .1, cbs=cb)
@@ -1030,6 +1031,7 @@ def test_gradient_shares_are_printed_once_a_training(capsys):
 
 def test_lr_find_measures_no_gradient_shares(tmp_path, capsys):
     student,teacher = toy(path=tmp_path)
+    student.logger = print
     cb = KD(teacher, hint(500.))
     student.add_cb(cb)
     with warnings.catch_warnings():

@@ -55,6 +55,7 @@ def test_what_continues_is_said(tmp_path, capsys):
     student,teacher = toy(path=tmp_path)
     student.fit(1, .01, cbs=[KD(teacher), SaveModelCallback(with_opt=True)])
     student.load('model', weights_only=False)
+    student.logger = print
     capsys.readouterr()
     student.fit(1, .01, cbs=KD(teacher))
     assert 'projectors and their optimizer continue from model.distill.pth' in capsys.readouterr().out
@@ -66,6 +67,7 @@ def test_projectors_of_another_recipe_are_not_used(tmp_path, capsys):
     student,teacher = toy(path=tmp_path)
     student.fit(1, .01, cbs=[KD(teacher), SaveModelCallback(with_opt=True)])
     student.load('model', weights_only=False)
+    student.logger = print
     cb = KD(teacher, Term(losses.hint, layers={'2': '2'}))
     student.fit(1, .01, cbs=cb)
     assert 'model.distill.pth holds projectors of other terms or layers' in capsys.readouterr().out

@@ -71,7 +71,7 @@ def train(task:DemoTask, model, n_epoch, lr, augment, seed, tick, teacher=None, 
     learn = Learner(task.dls(augment), model(), loss_func=task.loss(), cbs=Ticks(tick))
     with learn.no_bar(), learn.no_logging():
         if recipe is None: learn.fit_one_cycle(n_epoch, lr)
-        else:              learn.distill(teacher, n_epoch, lr, recipe, check=False)     # all students have one teacher and one task
+        else:              learn.distill(teacher, n_epoch, lr, recipe, check=False)     # one teacher, one task
         out,y = learn.get_preds(act=noop)
     return Trained(learn, out, task.score(out, y))
 
