@@ -1,5 +1,5 @@
 "What is compared, and how much it counts: terms, and recipes of them. No particular loss."
-import copy, inspect
+import copy, inspect, math
 from functools import partial
 from torch import nn
 from .features.pairs import checked_layers
@@ -7,14 +7,10 @@ from .features.projectors import checked_projector
 from .outputs import DistillError, Outputs
 from .schedule import schedule, value_at
 
-__all__ = ['Link', 'Paper', 'Recipe', 'Term', 'check_kind', 'own_copy']
+__all__ = ['Link', 'Recipe', 'Term', 'check_kind', 'own_copy']
 
 
 SCHEDULED = 'T','lam' # options of losses that may follow a schedule
-
-
-class Paper(float):
-    "A weight that is a paper's and not the user's: where weights are shares of the gradient, it counts as a share of 1"
 
 
 class Term:
@@ -23,8 +19,10 @@ class Term:
         self,
         loss, # fn(student, teacher, *targets, **options): a function of `fastdistill.losses`, a module of it, or your
         # own
-        weight=1., # number or schedule (see `fastdistill.schedule`)
+        weight=None, # number or schedule (see `fastdistill.schedule`); 1 if neither weight nor share is given
         *,
+        share=None, # in place of a weight: the length of the term's gradient, where it compares, beside that of the
+        # labels and of all terms with a weight. 1: as long as theirs. Number or schedule; see `GradientRatio`
         layers=None, # {'student.name': 'teacher.name'}, pairs of names, 'auto', 'last' (see `fastdistill.pairs`); None
         # compares the logits
         match:str|None=None, # what the loss needs of the teacher's layers: 'shape', 'grid' (places) or 'none'; None:
@@ -42,7 +40,14 @@ class Term:
         self.projector = checked_projector(projector)
         fn,ps = signature(loss)
         self.name = checked_name(name or getattr(fn, '__name__', type(fn).__name__))
-        self.weight = schedule(weight, f'weight of {self.name}')
+        if weight is not None and share is not None:
+            raise DistillError(f"weight={weight!r} and share={share!r} of {self.name}: give one of them. A weight "
+                               "multiplies the loss, a share says how long its gradient is beside the labels'.")
+        self.is_share = share is not None
+        self.weight = schedule(share if self.is_share else 1. if weight is None else weight, f'weight of {self.name}')
+        if self.is_share and not callable(self.weight) and not 0 <= share < math.inf:
+            raise DistillError(f"share={share!r} of {self.name}: it is a number from 0 up; .1 is little beside the "
+                               "labels, 1 is as much as they have, 3 is much.")
         args = [p for p in ps if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         self.accepts = {p.name for p in ps if p.kind is p.KEYWORD_ONLY}
         # how many of the targets the loss takes: those it must have, or all
@@ -64,17 +69,17 @@ class Term:
 
     def __repr__(self):
         of = f', layers={self.layers!r}' if self.layers is not None else ''
-        return f"Term({self.name}, weight={self.weight!r}{of}{''.join(f', {k}={v!r}' for k,v in self.options.items())})"
+        how = 'share' if self.is_share else 'weight'
+        return f"Term({self.name}, {how}={self.weight!r}{of}{''.join(f', {k}={v!r}' for k,v in self.options.items())})"
 
     def weight_at(
         self,
-        progress:float|None, # share of the training that is done
-        shares:bool=False # weights are shares of the gradient, and a paper's weight has another scale
+        progress:float|None # share of the training that is done
     ) -> float:
+        "The weight, or the share, at this point of the training"
         if self.stop_at is not None:
             if value_at(lambda p: p, progress, f'The end of {self.name}') >= self.stop_at: return 0.
-        return 1. if shares and isinstance(self.weight, Paper) else value_at(self.weight, progress,
-                                                                             f'The weight of {self.name}')
+        return value_at(self.weight, progress, f'The weight of {self.name}')
 
     @property
     def held(self):
@@ -162,9 +167,9 @@ class Recipe:
 
     def task_at(self, progress): return 1. if self.task is None else value_at(self.task, progress, "The task's weight")
 
-    def weights_at(self, progress, shares=False):
-        "The weight of each part at this point of the training, by name; the labels' is 'task'"
-        return dict(task=self.task_at(progress), **{t.name: t.weight_at(progress, shares) for t in self.terms})
+    def weights_at(self, progress):
+        "The weight, or the share, of each part at this point of the training, by name; the labels' is 'task'"
+        return dict(task=self.task_at(progress), **{t.name: t.weight_at(progress) for t in self.terms})
 
 
 def check_kind(term, kind):
