@@ -435,7 +435,7 @@ def test_tokens_and_pooled_maps_are_measured_where_they_come_from():
     assert out.weights['at'].item()*length(losses.at(f, g), f) == pytest.approx(.25*length(task, f), rel=1e-4)
 
 def test_the_lengths_are_running_means_over_batches():
-    from fastdistill.gradients import GradientRatio
+    from fastdistill.ratios import GradientRatio
     student,teacher = mlp(6),mlp(16, 1)
     d = Distiller(student, teacher, recipes.ttm(share=2.))
     norms = []
@@ -467,7 +467,7 @@ def test_a_teacher_that_the_student_equals_makes_no_step_longer_than_asked():
         assert length(total, s) < 2.01*length(F.cross_entropy(s, y), s)
 
 def test_an_overflow_does_not_spoil_the_means():
-    from fastdistill.gradients import GradientRatio
+    from fastdistill.ratios import GradientRatio
     r = GradientRatio()
     for norms in ([1., 2.], [torch.inf, 2.], [1., torch.nan], [3., 2.]): r.add(torch.tensor(norms))
     assert .5 <= r.factor.item() < 1

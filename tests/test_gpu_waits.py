@@ -39,6 +39,10 @@ def to_meta(o):
     return None if o is None else o.detach().to('meta').requires_grad_(o.requires_grad)
 
 
+def to_device(d, device):
+    d.to(device)
+    for r in d.ratios.values(): r.norms = r.norms.to(device)
+
 def step_on_meta(recipe, dense=False, mixed=False, **options):
     "One batch on the CPU, the next on `meta`"
     x,y = batch(dense)
@@ -46,7 +50,7 @@ def step_on_meta(recipe, dense=False, mixed=False, **options):
     d(x, y, progress=.5)
     with Taps(d.student, d.student_layers()) as taps: s = Outputs(d.student(x), taps.pop())
     t = d.teacher_outputs(x, .5)
-    d.to('meta')
+    to_device(d, 'meta')
     s,t,y = Outputs(to_meta(s.logits), to_meta(s.feats)),Outputs(to_meta(t.logits), to_meta(t.feats)),y.to('meta')
     mix = ((y.clone(),), torch.rand(4 if mixed == 'MixUp' else (), device='meta')) if mixed else None
     with NoCopies():
@@ -97,6 +101,6 @@ def test_a_whole_step_of_a_plain_loop_waits_for_nothing(no_numbers):
     teacher = nn.Sequential(*[m for m in conv(8, seed=1) if not isinstance(m, nn.BatchNorm2d)])     # `meta` can't compare what is put back after a run
     d = Distiller(conv(4), teacher, kd() + recipes.hint(layers={'3': '2'}), example=x)
     d(x, y)
-    d.to('meta'); teacher.to('meta')
+    to_device(d, 'meta'); teacher.to('meta')
     x,y = x.to('meta'),y.to('meta')
     with d.teacher, NoCopies(): d(x, y).total.backward()

@@ -17,9 +17,10 @@ from .features.pairs import PairTable, check_names, inputs, pair
 from .features.probe import dry_run
 from .features.projectors import projector
 from .features.taps import Taps
-from .gradients import GradientRatio, gradient_norm, norms_at_layer, norms_at_logits, origin, swamped
+from .gradients import norms_at_layer, norms_at_logits, swamped
 from .outputs import DistillError, DistillWarning, Outputs, TopK, as_plain, check_output, warn_of_several
-from .ranks import mean_over_ranks, rank
+from .ranks import rank
+from .ratios import GradientRatios
 from .task import labels_loss, task_for
 from .teacher.teacher import Teacher
 from .terms import Link, Recipe, Term, check_kind, own_copy
@@ -81,7 +82,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.student,self.recipe,self.task_loss,self.shift_labels = student,Recipe(recipe),task_loss,shift_labels
         self.task = task_for(task_loss, kind, axis, ignore_index)
-        self.ratios = {t.name: GradientRatio() for t in self.recipe.terms if t.is_share}
+        self.ratios = GradientRatios(self.recipe)
         check_output(output)
         self.output,self.found = output,{}
         if teacher is not None and not isinstance(teacher, Teacher):
@@ -292,45 +293,18 @@ class Distiller(nn.Module):
         """The weights as they count: of a term with a share, what makes its gradient that long. Shares of the gradient
         are reported at the first training batch, and where a part counts for the first time"""
         learns = {k: v for k,v in values.items() if v.requires_grad}
-        fixed = {k: weights[k] for k in learns if k not in self.ratios}
-        if self.ratios: weights = self._with_ratios(learns, weights, fixed, student)
+        fixed = {k: w for k,w in weights.items() if k not in self.ratios}
+        if self.ratios: weights = self.ratios.weights(weights, learns, lambda k: self._compared(k, student))
         if self.measures and torch.is_grad_enabled() and not learns.keys() <= self.seen:
             self.seen,self.gradient_shares = learns.keys(),self.shares(learns, weights, student.logits)
             if (says := swamped(self.gradient_shares, fixed)) and rank() == 0:
                 warnings.warn(says, DistillWarning, stacklevel=4)
         return weights
 
-    def _with_ratios(self, values, weights, fixed, student):
-        "The weights, those of terms with a share multiplied by what `GradientRatio` measures"
-        base = sum(w*values[k] for k,w in fixed.items()) if fixed else None
-        for t in self.recipe.terms:
-            if not t.is_share or not weights[t.name]: continue
-            ratio,v = self.ratios[t.name],values.get(t.name)
-            # without labels in this batch, what was measured before counts
-            if v is not None and base is not None and ratio.due(): self._measure(ratio, t, base, v, student)
-            if ratio.norms is not None: weights = {**weights, t.name: weights[t.name]*ratio.factor}
-            elif v is not None and base is None:
-                raise DistillError(f"{t.name} has a share of the gradient beside the labels and the terms with a "
-                                   "weight, and there are none in this batch. Give it weight= in place of share=.")
-        return weights
-
-    def _measure(self, ratio, term, base, value, student):
-        "Measure both gradients where the term compares"
-        layers = self._layers(0, [term])
-        places = [x for x in ([student.feats[n] for n in layers] if layers else [student.logits]) if x.requires_grad]
-        if not places: return       # frozen layers: the term trains its projector alone
-        try: norms = [gradient_norm(v, [origin(x) for x in places]) for v in (base, value)]
-        except RuntimeError as e:
-            raise DistillError(f"The gradient of {term.name} can't be measured inside a part of the student that "
-                               f"allows one backward pass alone, as compiled parts do ({e}). Give it weight= in place "
-                               "of share=.") from e
-        if None in norms:
-            raise DistillError(f"The labels' loss does not depend on what {term.name} compares, so that it can have no "
-                               "share of the gradient there. Give it weight= in place of share=, or compare another "
-                               "output (output=) or layer.")
-        norms = torch.stack(norms)
-        mean_over_ranks([norms])
-        ratio.add(norms)
+    def _compared(self, name, student):
+        "What a term compares of the student"
+        layers = [k.layers[0] for k in self.links[name] if k.layers]
+        return [student.feats[n] for n in dict.fromkeys(layers)] if layers else [student.logits]
 
     def shares(
         self,

@@ -3,8 +3,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-__all__ = ['GradientRatio', 'gradient_norm', 'norms_at_layer', 'norms_at_logits', 'origin', 'shares_in_words',
-           'swamped']
+__all__ = ['gradient_norm', 'norms_at_layer', 'norms_at_logits', 'shares_in_words', 'swamped']
 
 
 # gradients are measured this many times larger, so that they do not vanish in half precision
@@ -14,7 +13,7 @@ ARRANGES = {f'{n}Backward{i}' for i in (0, 1) for n in ('Alias', 'Clone', 'Mean'
                                                         'ToCopy', 'Transpose', 'UnsafeView', 'View')}
 
 
-def origin(
+def place_of(
     x:Tensor # logits or features as a term gets them
 ):
     """Where `x` comes from in the graph, before it was arranged, copied or averaged: the labels' loss may have been
@@ -27,10 +26,11 @@ def origin(
 
 def gradient_norm(
     value:Tensor, # 0-dim
-    places # tensors, or what `origin` gave
-):
-    "Length of the gradient of `value` at all places together, 0-dim and on its device; None where it reaches none"
-    grads = torch.autograd.grad(value, places, torch.full_like(value, SCALE), retain_graph=True, allow_unused=True)
+    at # tensors: logits, or features
+) -> Tensor|None:
+    "Length of the gradient of `value` at all of these together, 0-dim and on its device; None where it reaches none"
+    at = [place_of(x) for x in at]
+    grads = torch.autograd.grad(value, at, torch.full_like(value, SCALE), retain_graph=True, allow_unused=True)
     norms = [g.float().norm() for g in grads if g is not None]
     return torch.stack(norms).norm()/SCALE if norms else None
 
@@ -38,8 +38,7 @@ def gradient_norm(
 def norms_at_logits(values, logits):
     "Part -> the length of its gradient at the student's logits; None if not all reach them"
     if logits is None or not logits.requires_grad: return None
-    place = [origin(logits)]
-    norms = {k: gradient_norm(v, place) for k,v in values.items()}
+    norms = {k: gradient_norm(v, [logits]) for k,v in values.items()}
     return norms if all(n is not None and n > 0 for n in norms.values()) else None
 
 
@@ -62,37 +61,6 @@ def norms_at_layer(values, student):
 def norms_at_each(value, params):
     grads = torch.autograd.grad(value, params, torch.full_like(value, SCALE), retain_graph=True, allow_unused=True)
     return [0. if g is None else g.float().norm()/SCALE for g in grads]
-
-
-class GradientRatio:
-    """The weight that keeps a term's gradient as long as that of the labels and of all terms with a weight, where the
-    term compares: at the student's logits, or at its layers. Both lengths are running means, measured in the first
-    batches and then every few. They stay on the device, so that no step waits for them."""
-    FIRST,EVERY,NEW = 16,32,.2 # batches that are all measured; then one in so many; what a new one counts in the mean
-
-    def __init__(self): self.batches,self.measured,self.norms = 0,0,None
-
-    def due(self):
-        "Is this batch measured? Counts it"
-        self.batches += 1
-        return self.batches <= self.FIRST or self.batches % self.EVERY == 0
-
-    def add(
-        self, norms:Tensor # (2,) of what has a weight, and of the term; the mean over all processes
-    ):
-        self.measured += 1
-        before = torch.zeros_like(norms) if self.norms is None else self.norms
-        norms = norms.where(norms.isfinite().all(), before)     # an overflow in half precision says nothing
-        self.norms = before.lerp(norms, max(1/self.measured, self.NEW))
-
-    @property
-    def factor(self):
-        "0-dim; 0 as long as the term has no gradient"
-        return (self.norms[0]/self.norms[1]).where(self.norms[1] > 0, 0.)
-
-    def state_dict(self): return dict(batches=self.batches, measured=self.measured, norms=self.norms)
-
-    def load_state_dict(self, state): self.batches,self.measured,self.norms = state.values()
 
 
 def shares_in_words(

@@ -302,7 +302,7 @@ class KnowledgeDistillation(Callback):
         if self.state_to_load: return {k: v for k,v in self.state_to_load.items() if k != 'file'}
         if self.distiller is None: return {}
         d,opt = self.distiller,self.projector_opt
-        return dict(links=d.links.state_dict(), ratios={k: r.state_dict() for k,r in d.ratios.items()},
+        return dict(links=d.links.state_dict(), ratios=d.ratios.state_dict(),
                     opt=None if opt is None else opt.state_dict())
 
     def load_state_dict(
@@ -331,8 +331,7 @@ class KnowledgeDistillation(Callback):
         if 'file' in state:
             self._log(f"fastdistill: projectors and their optimizer continue from {state['file']}.")
         d.links.load_state_dict(state['links'])
-        for k,r in state['ratios'].items():
-            if k in d.ratios: d.ratios[k].load_state_dict(r)
+        d.ratios.load_state_dict(state['ratios'])
         self.projector_opt = None
         if state['opt'] is not None: self._optimizer().load_state_dict(state['opt'])
 
