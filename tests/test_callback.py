@@ -327,7 +327,7 @@ def test_batches_without_labels_are_refused_where_labels_count():
 
 def test_a_share_is_the_same_in_a_fit_as_by_hand():
     student,teacher = toy()
-    cb = KD(teacher, Term(losses.kl, weight=.5, T=T) + Term(losses.dist, share=2.) + hint(share=.3))
+    cb = KD(teacher, Term(losses.kl, weight=.5, T=T) + Term(losses.dist, share=2.) + hint(None, share=.3))
     class First(Callback):
         order = 8
         def after_backward(self):

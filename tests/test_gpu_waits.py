@@ -48,10 +48,10 @@ def step_on_meta(recipe, dense=False, mixed=False, **options):
     x,y = batch(dense)
     d = Distiller(conv(4, dense), conv(8, dense, seed=1), recipe, example=x, **options)
     d(x, y, progress=.5)
-    with Taps(d.student, d.student_layers()) as taps: s = Outputs(d.student(x), taps.pop())
     t = d.teacher_outputs(x, .5)
     to_device(d, 'meta')
-    s,t,y = Outputs(to_meta(s.logits), to_meta(s.feats)),Outputs(to_meta(t.logits), to_meta(t.feats)),y.to('meta')
+    x,y,t = x.to('meta'),y.to('meta'),Outputs(to_meta(t.logits), to_meta(t.feats))
+    with Taps(d.student, d.student_layers()) as taps: s = Outputs(d.student(x), taps.pop())
     mix = ((y.clone(),), torch.rand(4 if mixed == 'MixUp' else (), device='meta')) if mixed else None
     with NoCopies():
         out = d.compute(s, t, F.cross_entropy(s.logits, y), (y,), progress=.5, mixed=mix)
