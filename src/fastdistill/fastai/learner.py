@@ -30,7 +30,6 @@ def distill(
     loss=None, # your own: fn(student_logits, teacher_logits, *targets)
     kind=None, # 'softmax', 'sigmoid' or 'regression'; None: read off the learner's loss function
     axis=None, # class axis; None: read off the learner's loss function
-    balance=None, # 'grad': weights are shares of the gradient
     span='fine_tune', # schedules run once through a whole `fine_tune`; 'fit': once through each of its two fits
     output=None, # which of the student's outputs is distilled: a name, an index or a function
     check=True, # look for mistakes first
@@ -44,7 +43,7 @@ def distill(
         raise DistillError(f"lr_max={lr_max!r}: the recipe comes after the learning rate. Write distill(teacher, "
                            f"{n_epoch}, 1e-3, recipe), or distill(teacher, {n_epoch}, recipe=recipe).")
     kd = KnowledgeDistillation(teacher, recipe, T=T, alpha=alpha, temperature=temperature, loss=loss, kind=kind,
-                               axis=axis, balance=balance, span=span, output=output, check=check)
+                               axis=axis, span=span, output=output, check=check)
     cbs = L(cbs) + kd
     if not fine_tune: self.fit_one_cycle(n_epoch, lr_max, cbs=cbs, **kwargs)
     else: self.fine_tune(n_epoch, **({} if lr_max is None else dict(base_lr=lr_max)), cbs=cbs, **kwargs)
