@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from .findings import Facts
 
-__all__ = ['METRICS', 'Tally']
+__all__ = ['FEW', 'METRICS', 'Tally']
 
 MOST_CLASSES = 1000 # beyond, a table of what is predicted for which class is too large
 FEW = 16 # fewer items show nothing
