@@ -263,6 +263,7 @@ def test_a_batch_that_is_a_dict_trains_like_the_tensor_in_it(make, capsys):
         student,teacher = (OneDict() if as_dict else nn.Sequential(OrderedDict(net=net()))),make()
         teacher.net(x)      # batch-norm has seen something
         learn, = quiet(Learner(dls, student, loss_func=nn.CrossEntropyLoss()))
+        learn.logger = print
         found = learn.check_teacher(teacher if as_dict else teacher.net, kind='softmax')
         assert not [f for f in found if f.level == 'error']
         learn.distill(teacher if as_dict else nn.Sequential(OrderedDict(net=teacher.net)), 2, 1e-2, recipe, check=False)

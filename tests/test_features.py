@@ -19,6 +19,7 @@ class Watch(Callback):
 @pytest.mark.parametrize('app', LAYERED, ids=lambda a: a.name)
 def test_paired_loss_falls_with_layers_found_by_themselves(app, capsys):
     student,teacher = pair(app)
+    student.logger = print
     before = snapshot(teacher.model)
     cb = KnowledgeDistillation(teacher, Term(losses.hint, 1., layers='auto'), check=False)
     watch = Watch(cb, lambda kd: kd.parts['hint'].item())

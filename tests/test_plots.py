@@ -14,6 +14,10 @@ from fastdistill.plots import attention_map, show_features
 pytestmark = [pytest.mark.filterwarnings(w) for w in FASTAI_WARNINGS]
 
 
+@pytest.fixture(autouse=True)
+def no_open_figures(): plt.close('all')     # other tests may have left some
+
+
 def body(width): return nn.Sequential(conv(3, width), conv(width, 2*width))
 def net(width): return nn.Sequential(*body(width), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2*width, 3)).eval()
 

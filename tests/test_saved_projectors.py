@@ -55,6 +55,7 @@ def test_what_continues_is_said(tmp_path, capsys):
     student,teacher = toy(path=tmp_path)
     student.fit(1, .01, cbs=[KD(teacher), SaveModelCallback(with_opt=True)])
     student.load('model', weights_only=False)
+    student.logger = print
     capsys.readouterr()
     student.fit(1, .01, cbs=KD(teacher))
     assert 'projectors and their optimizer continue from model.distill.pth' in capsys.readouterr().out
@@ -66,6 +67,7 @@ def test_projectors_of_another_recipe_are_not_used(tmp_path, capsys):
     student,teacher = toy(path=tmp_path)
     student.fit(1, .01, cbs=[KD(teacher), SaveModelCallback(with_opt=True)])
     student.load('model', weights_only=False)
+    student.logger = print
     cb = KD(teacher, Term(losses.hint, layers={'2': '2'}))
     student.fit(1, .01, cbs=cb)
     assert 'model.distill.pth holds projectors of other terms or layers' in capsys.readouterr().out
@@ -186,13 +188,14 @@ def test_lr_find_takes_no_loaded_state_away(tmp_path):
     assert same([*cb.distiller.links.state_dict().values()], [*saved.values()])
 
 
-def test_a_measured_balance_is_kept_too(tmp_path):
+def test_measured_gradients_are_kept_too(tmp_path):
     student,teacher = pair('image')
     student.path = tmp_path
-    make = lambda: KD(teacher, kd(alpha=.5) + Term(losses.at, .2, layers={'0.1': '0.1'}), balance='grad')
+    make = lambda: KD(teacher, kd(alpha=.5) + Term(losses.at, share=.2, layers={'0.1': '0.1'}))
     cb = make()
     student.fit(1, .01, cbs=[cb, SaveModelCallback(with_opt=True)])
     student.load('model', weights_only=False)
     again = make()
     student.fit(1, .01, cbs=again)
-    assert again.distiller.scales == cb.distiller.scales
+    a,b = cb.distiller.ratios['at'],again.distiller.ratios['at']
+    assert b.batches == 2*a.batches

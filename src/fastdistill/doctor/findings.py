@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from ..outputs import DistillError, DistillWarning
 from ..ranks import rank
 
-__all__ = ['Facts', 'Finding', 'Findings', 'few_names']
+__all__ = ['Facts', 'Finding', 'Findings', 'few_names', 'numbers_in_words']
 
 
 def few_names(names, n): return ', '.join(map(str, names[:n])) + (' ...' if len(names) > n else '')
@@ -47,10 +47,11 @@ def numbers_in_words(values):
 class Findings(list):
     "The doctor's findings: a list, empty if nothing is wrong. `facts` are its measurements"
     facts:Facts|None = None # None: an error was found before anything could be measured
+    none = 'Nothing found: the teacher fits.' # the text of an empty list
 
     def __repr__(self):
         facts = [] if self.facts is None else self.facts.lines()
-        return '\n'.join([*facts, *(map(str, self) if self else ['Nothing found: the teacher fits.'])])
+        return '\n'.join([*facts, *(map(str, self) if self else [self.none])])
 
     @property
     def errors(self): return [f for f in self if f.level == 'error']

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from .findings import Facts
 
-__all__ = ['METRICS', 'Tally']
+__all__ = ['FEW', 'METRICS', 'Tally']
 
 MOST_CLASSES = 1000 # with more, a confusion table is too large
 FEW = 16 # fewer items prove nothing

@@ -52,7 +52,6 @@ class KnowledgeDistillation(Callback):
         # part beside the labels' own
         kind:str|None=None, # 'softmax', 'sigmoid' or 'regression'; None: read off the learner's loss function
         axis:int|None=None, # class axis; None: read off the learner's loss function
-        balance:str|None=None, # 'grad': weights are shares of the gradient, measured at the first batch
         span:str='fine_tune', # schedules, warmup and stop_at run once through a whole `fine_tune`; 'fit': once through
         # each of its two fits
         output=None, # which of the student's outputs is distilled: a name, an index or a function; None: as in
@@ -61,9 +60,9 @@ class KnowledgeDistillation(Callback):
     ):
         super().__init__()
         while FIRST_CALLBACK: FIRST_CALLBACK.pop()()
-        check_options(teacher, kind=kind, balance=balance, span=span)
+        check_options(teacher, kind=kind, span=span)
         self.source,self.asked_kind,self.asked_axis = teacher,kind,axis
-        self.balance,self.span,self.check = balance,span,check
+        self.span,self.check = span,check
         self.recipe,self.output = make_recipe(recipe, one_temperature(T, temperature), alpha, loss),output
         self.feed,self.in_fit,self.part_metrics,self.parts = feed_of(teacher),False,L(),{}
         self.distiller = self.known_dls = self.projector_opt = self.taps = None
@@ -102,7 +101,7 @@ class KnowledgeDistillation(Callback):
         task,model = task_of(self.learn.loss_func, self.asked_kind, self.asked_axis),unwrap(self.learn.model)
         if self.distiller is None or self.distiller.student is not model or self.task != task:
             self.task,self.projector_opt,self.known_dls = task,None,None
-            self.distiller = Distiller(model, None, self.recipe, kind=task.kind, axis=task.axis, balance=self.balance,
+            self.distiller = Distiller(model, None, self.recipe, kind=task.kind, axis=task.axis,
                                        ignore_index=task.ignore_index, output=self.output,
                                        check=self.check and self.feed is not None)
             self.distiller.links.to(one_param(model).device)
@@ -121,8 +120,8 @@ class KnowledgeDistillation(Callback):
     def _copy_projectors(self):
         "lr_find trains until it diverges: it gets copies of the projectors"
         d = self.distiller
-        self.state_before_finder = d.links,d.scales,self.projector_opt
-        d.links,d.scales,self.projector_opt = copy.deepcopy(d.links),dict(d.scales),None
+        self.state_before_finder = d.links,d.ratios,self.projector_opt
+        d.links,d.ratios,self.projector_opt = copy.deepcopy(d.links),copy.deepcopy(d.ratios),None
 
     def _epochs_span(self):
         "(epochs before this fit, epochs in all) of the `fine_tune` that this fit is a phase of"
@@ -142,7 +141,7 @@ class KnowledgeDistillation(Callback):
         if self.distiller is not None and self.distiller.teacher is not None: self.distiller.teacher.stop()
         self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self.part_metrics)
         if self.state_before_finder is not None:
-            self.distiller.links,self.distiller.scales,self.projector_opt = self.state_before_finder
+            self.distiller.links,self.distiller.ratios,self.projector_opt = self.state_before_finder
             self.state_before_finder = None
         elif self.distiller is not None: LAST_STATES[self.learn] = self.state_dict()
 
@@ -258,7 +257,8 @@ class KnowledgeDistillation(Callback):
         self.reported_shares = shares
         if not shares or shares is before: return
         new = f" with {' and '.join(k for k in shares if k not in before)}" if before else ''
-        self._log(f'fastdistill: gradient shares at the first batch{new}: {shares_in_words(shares)}')
+        at_layers = {t.name: t.weight_at(self.share_done) for t in self.distiller.layered if t.is_share}
+        self._log(f'fastdistill: gradient shares at the first batch{new}: {shares_in_words(shares, at_layers)}')
 
     def _add(self, r):
         learn = self.learn
@@ -298,11 +298,12 @@ class KnowledgeDistillation(Callback):
         return self.projector_opt
 
     def state_dict(self):
-        "What a checkpoint needs beside the student: projectors, their optimizer's state, the measured balance"
+        "What a checkpoint needs beside the student: projectors, their optimizer's state, measured gradients"
         if self.state_to_load: return {k: v for k,v in self.state_to_load.items() if k != 'file'}
         if self.distiller is None: return {}
         d,opt = self.distiller,self.projector_opt
-        return dict(links=d.links.state_dict(), scales=dict(d.scales), opt=None if opt is None else opt.state_dict())
+        return dict(links=d.links.state_dict(), ratios=d.ratios.state_dict(),
+                    opt=None if opt is None else opt.state_dict())
 
     def load_state_dict(
         self,
@@ -330,7 +331,7 @@ class KnowledgeDistillation(Callback):
         if 'file' in state:
             self._log(f"fastdistill: projectors and their optimizer continue from {state['file']}.")
         d.links.load_state_dict(state['links'])
-        d.scales = dict(state['scales'])
+        d.ratios.load_state_dict(state['ratios'])
         self.projector_opt = None
         if state['opt'] is not None: self._optimizer().load_state_dict(state['opt'])
 

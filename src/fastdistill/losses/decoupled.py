@@ -5,7 +5,7 @@ from ..outputs import DistillError, as_plain
 from ._base import Loss, class_axis, expect, fit_mask, log_probs, loss, reduce
 from .response import checked_classes, kl_of, of_class, positions
 
-__all__ = ['dkd', 'DKD', 'nkd', 'NKD']
+__all__ = ['dkd', 'DKD', 'nkd', 'NKD', 'rld', 'RLD']
 
 
 def checked_labels(y, s, axis, ignore_index, mask):
@@ -89,3 +89,33 @@ def nkd(
     return reduce(expect(lt, -ls) + gamma*T**2*expect(ot, -os).sum(axis), reduction, mask)
 
 class NKD(Loss): fn = nkd
+
+
+@loss(kind='softmax', match='shape')
+def rld(
+    s:Tensor, # student logits, any shape
+    t:Tensor, # teacher logits, the same shape
+    y:Tensor, # labels: `s` without the class axis
+    *, alpha:float=1., # weight of the first part: how certain the student is of the label, the teacher of its own class
+    beta:float=8., # weight of the second part: the classes less likely than the label, among themselves
+    T:float=4., # temperature
+    alpha_T:float|None=None, # temperature of the first part; None: T
+    axis:int=1, # class axis
+    ignore_index:int=-100, # positions with this label do not count
+    mask:Tensor|None=None, # the shape of `y`: which positions count
+    reduction:str='mean'
+):
+    """alpha_T^2 alpha KL of (max p_t, 1 - max p_t) to (p_s^y, 1-p_s^y) + T^2 beta KL of the softmax over classes that
+    the teacher finds less likely than y: refined logit distillation (ICCV 2025, arXiv:2408.07703)"""
+    y,mask = checked_labels(y, s, axis, ignore_index, mask)
+    s,t = checked_classes(s, t, axis, mask)
+    A = T if alpha_T is None else alpha_T
+    best,label = [_target_or_not(log_probs(x, A, axis), k, axis) for x,k in ((t, t.argmax(axis)), (s, y))]
+    ruled_out = (t == -torch.inf) | (s == -torch.inf)
+    out = ruled_out | (t >= of_class(t, y, axis).unsqueeze(axis))
+    none = out.all(axis, keepdim=True)        # positions without any class below the label: their second part is 0
+    os,ot = [log_probs(x.masked_fill(out, -torch.inf).masked_fill(none, 0.), T, axis) for x in (s, t)]
+    below = kl_of(ot, os, axis).masked_fill(none.squeeze(axis), 0.)
+    return reduce(alpha*A**2*kl_of(best, label, 0) + beta*T**2*below, reduction, mask)
+
+class RLD(Loss): fn = rld
