@@ -9,7 +9,7 @@ from .doctor.classes import few_names
 from .doctor.findings import Findings
 from .doctor.outputs import probabilities
 from .doctor.runs import student_logits
-from .doctor.shapes import mismatches, outputs_differ
+from .doctor.shapes import broadcasts, mismatches, outputs_differ
 from .doctor.tally import Tally
 from .features.calls import arguments, is_hf
 from .features.names import unwrap
@@ -135,7 +135,7 @@ class Distiller(nn.Module):
         if s is None or t is None: return Findings()
         # subtle: outputs that differ and do not broadcast are left to the losses; one of the user's own may compare
         # some of the classes
-        mistakes = [outputs_differ(s.shape, t.shape, y, self.task)] if broadcasts(s, t) else []
+        mistakes = [outputs_differ(s.shape, t.shape, y, self.task)] if broadcasts(s.shape, t.shape) else []
         if mistakes := Findings(filter(None, [*mistakes, *mismatches(None, s.shape, y, self.task)])): return mistakes
         tally = Tally(self.task)
         tally.add_probabilities(t.float(), 'train')
@@ -264,6 +264,21 @@ class Distiller(nn.Module):
         return Distilled(task, sum(taught[1:], taught[0]) if taught else None,
                          {k: v.detach() for k,v in values.items()}, weights)
 
+    def without_labels(
+        self,
+        student:Outputs, # for inputs without labels
+        teacher:Outputs|None, # for the same
+        *,
+        progress:float|None=None # share of the training that is done, for schedules
+    ) -> Tensor:
+        """The weighted sum of the terms that read no labels, for inputs without labels beside the batches with labels.
+        Shares of the gradient are those that were measured there"""
+        terms = [t for t in self.active_terms(progress) if not t.n_targets]
+        if not terms: return nothing(student.logits)
+        b = Batch(student, all_classes(teacher, student), (), (), None, self.task, progress)
+        weights = self.ratios.weights(self.recipe.weights_at(progress), {}, None)
+        return sum(weights[t.name]*self._value(t, b) for t in terms)
+
     def _value(self, term, b):
         "A term's value; where it reads labels and the batch has two a sample, mixed as the labels' own loss is"
         if b.share is None or term.n_targets == 0: return self._of_labels(term, b, b.targets, b.options(term, b.mask))
@@ -356,9 +371,6 @@ def loss_of_logits(
 
 # a Recipe knows no Distiller, but calling a Recipe uses one
 Recipe.__call__ = loss_of_logits
-
-
-def broadcasts(s, t): return s.dim() == t.dim() and all(a == b or 1 in (a, b) for a,b in zip(s.shape, t.shape))
 
 
 def refuse_shared(student, teacher):

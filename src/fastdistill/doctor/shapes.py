@@ -5,7 +5,7 @@ from torch import nn
 from ..task import fit_labels, fitting_axes
 from .findings import Finding
 
-__all__ = ['UnknownId', 'checked_ids', 'mismatches', 'unknown_id', 'unscored']
+__all__ = ['UnknownId', 'broadcasts', 'checked_ids', 'mismatches', 'unknown_id', 'unscored']
 
 
 class UnknownId(Exception):
@@ -49,6 +49,9 @@ def mismatches(
         if (f := look(s, t, y, task)) is not None:
             yield f
             return
+
+
+def broadcasts(s, t): return len(s) == len(t) and all(a == b or 1 in (a, b) for a,b in zip(s, t))
 
 
 def outputs_differ(s, t, y, task):

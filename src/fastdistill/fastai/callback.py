@@ -22,6 +22,7 @@ from .finite import FiniteCheck
 from .projector_opt import ProjectorOptimizer
 from .task import task_of
 from .teachers import teacher_of
+from .unlabelled import UnlabelledInputs
 
 __all__ = ['FIRST_CALLBACK', 'LAST_STATES', 'LOADED_STATES', 'KnowledgeDistillation']
 
@@ -56,6 +57,9 @@ class KnowledgeDistillation(Callback):
         # each of its two fits
         output=None, # which of the student's outputs is distilled: a name, an index or a function; None: as in
         # `Distiller`. Of a teacher's outputs: Teacher(model, output=...)
+        unlabelled=None, # more inputs, without labels, on which the teacher alone teaches: items like those of the
+        # training set, or a DataLoader. Each training batch gets one of theirs beside it
+        perturbed:int=0, # for tables: so many perturbed copies of each row, on which the teacher alone teaches
         check:bool=True # look for mistakes before the first fit (see `check_teacher`)
     ):
         super().__init__()
@@ -69,6 +73,10 @@ class KnowledgeDistillation(Callback):
         self.teacher_outputs = self.epochs_span = None
         self.state_to_load = self.state_before_finder = self.reported_shares = None
         self.finite_check = FiniteCheck(stored=self.feed is not None)
+        self.unlabelled = UnlabelledInputs(unlabelled, perturbed)
+        if self.unlabelled and self.feed is not None:
+            raise DistillError("unlabelled= and perturbed= need a teacher that runs: there are no stored outputs for "
+                               "these inputs. Pass the teacher itself.")
 
     # around a fit
 
@@ -94,7 +102,15 @@ class KnowledgeDistillation(Callback):
         self.epochs_span = None if finder or self.span == 'fit' else self._epochs_span()
         self.part_metrics = L(TaskMetric(self), *(PartMetric(self, t.name) for t in self.recipe.terms))
         self.learn.metrics = self.learn.metrics + self.part_metrics
+        if self.unlabelled and not finder: self._start_unlabelled()
         self.distiller.teacher.start()
+
+    def _start_unlabelled(self):
+        if not any(not t.n_targets for t in self.recipe.terms):
+            names = ', '.join(t.name for t in self.recipe.terms)
+            raise DistillError(f"unlabelled= and perturbed=: all terms read labels ({names}). Add one that reads none, "
+                               "as kd() or soft_labels().")
+        self.unlabelled.start(self.learn)
 
     def _build(self):
         "The distiller for this model and task, and the teacher for the normalization and classes of these data"
@@ -136,6 +152,7 @@ class KnowledgeDistillation(Callback):
         "Put everything back; safe to call at any time, and twice"
         self._untap()
         if self.feed is not None: self.feed.detach()
+        self.unlabelled.stop()
         if not self.in_fit: return
         self.in_fit = False
         if self.distiller is not None and self.distiller.teacher is not None: self.distiller.teacher.stop()
@@ -242,6 +259,18 @@ class KnowledgeDistillation(Callback):
         if not self.training: return
         self.part_metrics[0].add_training_batch(self.learn)
         if r.added is not None: self._add(r)
+        if self.unlabelled and not hasattr(self.learn, 'lr_finder'): self._teach_unlabelled()
+
+    def _teach_unlabelled(self):
+        "The student learns from the teacher on inputs without labels, beside those of this batch"
+        for x in self.unlabelled.batches(self.learn):
+            t = self.distiller.teacher_outputs(x, self.share_done)
+            if t is None: return
+            self.finite_check.add(t, self.learn)
+            raw = self.learn.model(*x)
+            s = self.distiller.student_outputs(raw, self.taps.pop() if self.taps else {}, x)
+            v = self.distiller.without_labels(s, t, progress=self.share_done)
+            self.learn.loss_grad,self.learn.loss = self.learn.loss_grad + v,self.learn.loss + v
 
     def _student_outputs(self, feats): return self.distiller.student_outputs(self.learn.pred, feats, self.xb)
 

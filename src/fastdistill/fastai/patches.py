@@ -16,6 +16,7 @@
 | `Recorder.plot_loss` | with a teacher, `train_loss` has another scale than the labels' losses | first callback |
 | `Learner.distill` | a new method, in `learner.py` | import |
 | `Learner.check_teacher` | a new method, in `learner.py` | import |
+| `Learner.explain` | a new method, in `learner.py` | import |
 | `Learner.show_features` | a new method, in `learner.py` | import |
 
 "First target" is when the first `TeacherBlock` is made or unpickled, or the first cache is trained from. "First
