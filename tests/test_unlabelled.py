@@ -6,7 +6,7 @@ import apps
 from apps import APPS, pair, toy
 from fastai.basics import Callback, CancelFitException, DataLoader, L
 from fastdistill import Distiller, Outputs, Recipe
-from fastdistill.fastai import DistillError, KnowledgeDistillation, Term, cache_teacher, dkd, kd, losses, recipes, soft_labels
+from fastdistill.fastai import DistillError, KnowledgeDistillation, Term, dkd, kd, losses, recipes, soft_labels
 from fastdistill.fastai.unlabelled import perturbed_rows
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
@@ -25,7 +25,7 @@ class First(Callback):
 def test_a_step_is_the_labelled_batch_and_the_teacher_alone_on_the_other():
     student,teacher = toy()
     more = torch.randn(24, 8, generator=torch.Generator().manual_seed(5))
-    first,seen = First(),[]
+    first = First()
     student.fit(1, .1, cbs=[KD(teacher, kd(2., .7) + recipes.dist(share=.5), unlabelled=[(o,) for o in DataLoader(more, bs=24)]), first])
     x,y = first.batch
     s,t,su,tu = student.model(x),teacher(x).detach(),student.model(more),teacher(more).detach()

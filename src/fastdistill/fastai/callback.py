@@ -22,6 +22,7 @@ from .finite import FiniteCheck
 from .projector_opt import ProjectorOptimizer
 from .task import task_of
 from .teachers import teacher_of
+from .trend import TrendCheck
 from .unlabelled import UnlabelledInputs
 
 __all__ = ['FIRST_CALLBACK', 'LAST_STATES', 'LOADED_STATES', 'KnowledgeDistillation']
@@ -73,7 +74,7 @@ class KnowledgeDistillation(Callback):
         self.teacher_outputs = self.epochs_span = None
         self.state_to_load = self.state_before_finder = self.reported_shares = None
         self.finite_check = FiniteCheck(stored=self.feed is not None)
-        self.unlabelled = UnlabelledInputs(unlabelled, perturbed)
+        self.unlabelled,self.trend = UnlabelledInputs(unlabelled, perturbed),TrendCheck()
         if self.unlabelled and self.feed is not None:
             raise DistillError("unlabelled= and perturbed= need a teacher that runs: there are no stored outputs for "
                                "these inputs. Pass the teacher itself.")
@@ -192,6 +193,9 @@ class KnowledgeDistillation(Callback):
         if self.epochs_span is None: return self.pct_train
         before,epochs = self.epochs_span
         return (before + self.pct_train*self.n_epoch)/epochs
+
+    def before_epoch(self):
+        if self.active: self.trend.check(self.learn, self.share_done, [t.name for t in self.recipe.terms])
 
     def before_train(self): self._start_phase(True)
     def before_validate(self): self._start_phase(False)
