@@ -46,6 +46,7 @@ class Case:
     half:float=1.5 # tolerance in half precision is this many of the dtype's own epsilon, relative to the value's scale
     shared:bool=False # all positions share a part of their values: a mask is then checked against the chosen positions alone
     extreme:bool=True # finite for logits of +-1e4
+    gradcheck:bool=True # its gradient is that of its value; not where a part of the student is detached
     name:str=''
 
     @property

@@ -3,7 +3,9 @@ from math import exp, log, sqrt
 import torch
 import torch.nn.functional as F
 from cases import Case, Golden, logits, maps
-from fastdistill.losses import DIST, DKD, JSD, KL, MSE, NKD, TVD, BinaryKL, Hard, Regression, ReverseKL, SoftCE, SoftTargets, binary_kl, dist, dkd, hard, jsd, kl, mse, nkd, regression, reverse_kl, soft_ce, soft_targets, standardized, tvd
+from fastdistill.losses import (ABKD, DIST, DKD, JSD, KL, MSE, NKD, RLD, TAID, TTM, TVD, WTTM, BinaryKL, Hard, Regression, ReverseKL, SkewedKL, SoftCE,
+                                SoftTargets, abkd, binary_kl, dist, dkd, hard, jsd, kl, mse, nkd, regression, reverse_kl, rld, skewed_kl, soft_ce,
+                                soft_targets, standardized, taid, ttm, tvd, wttm)
 from fastdistill.losses._base import Loss
 
 
@@ -78,6 +80,37 @@ def nkd_loop(s, t, y, gamma=1.5, T=1., axis=1):
         out.append(-softmax(b)[k]*log(softmax(a)[k]) - gamma*T*T*sum(v*log(u) for u,v in zip(q, p)))
     return mean(out)
 
+def ttm_loop(s, t, T=4., axis=1): return mean([div(softmax(b, T), softmax(a)) for a,b in zip(rows_of(s, axis), rows_of(t, axis))])
+
+def wttm_loop(s, t, T=4., axis=1):
+    return mean([sum(p**(1/T) for p in softmax(b))*div(softmax(b, T), softmax(a)) for a,b in zip(rows_of(s, axis), rows_of(t, axis))])
+
+def skewed_kl_loop(s, t, lam=.1, reverse=False, T=1., axis=1):
+    return mean([T*T*div(*((q, [lam*a+(1-lam)*b for a,b in zip(q, p)]) if reverse else (p, [lam*b+(1-lam)*a for a,b in zip(q, p)])))
+                 for q,p in pairs(s, t, T, axis)])
+
+def taid_loop(s, t, lam=1., T=1., axis=1):
+    target = lambda a, b: [(1-lam)*u+lam*v for u,v in zip(a, b)]
+    return mean([T*T*div(softmax(target(a, b), T), softmax(a, T)) for a,b in zip(rows_of(s, axis), rows_of(t, axis))])
+
+def ab_of(p, q, a, b):
+    "One summand; the limits have formulas of their own"
+    if b == 0: return p**a*log((p/q)**a)/a**2 - (p**a-q**a)/a**2
+    if a == 0: return ab_of(q, p, b, 0)
+    return -(p**a*q**b - a/(a+b)*p**(a+b) - b/(a+b)*q**(a+b))/(a*b)
+
+def abkd_loop(s, t, alpha=.8, beta=.3, T=4., axis=1):
+    return mean([T*T*sum(ab_of(v, u, alpha, beta) for u,v in zip(q, p)) for q,p in pairs(s, t, T, axis)])
+
+def rld_loop(s, t, y, alpha=1., beta=8., T=4., alpha_T=None, axis=1):
+    A,out = alpha_T or T,[]
+    for a,b,k in zip(rows_of(s, axis), rows_of(t, axis), y.flatten().tolist()):
+        q,p = softmax(a, A)[k],max(softmax(b, A))
+        below = [i for i in range(len(a)) if b[i] < b[k]]
+        rest = div(*[softmax([x[i] for i in below], T) for x in (b, a)]) if below else 0.
+        out.append(alpha*A*A*div([p, 1-p], [q, 1-q]) + beta*T*T*rest)
+    return mean(out)
+
 def pearson(a, b, eps=1e-8):
     a,b = [o-mean(a) for o in a],[o-mean(b) for o in b]
     return sum(u*v for u,v in zip(a, b))/(sqrt(sum(u*u for u in a))*sqrt(sum(v*v for v in b)) + eps)
@@ -107,6 +140,12 @@ def dist_least(t, **options): return dist_loop(t, t, **options)
 
 def nkd_at_teacher(t, y, **options): return nkd_loop(t, t, y, **options)
 
+def ttm_at_teacher(t, **options): return ttm_loop(t, t, **options)
+
+def wttm_at_teacher(t, **options): return wttm_loop(t, t, **options)
+
+def rld_at_teacher(t, y, **options): return rld_loop(t, t, y, **options)
+
 
 # what the stored numbers hold beside ours
 
@@ -128,6 +167,10 @@ def tau_of(o): return dict(T=o['tau'])
 
 def T1(o): return dict(T=1.)
 
+def one_over_l(o): return dict(T=1/o['l'])
+
+def rld_options(o): return {k: v for k,v in o.items() if k != 'stand'}
+
 def forward_share(o): return 1-o['lam'] if 'lam' in o else o['ratio']
 
 def ce_part(g, o):
@@ -146,6 +189,7 @@ class PaperStdKL(Loss): fn = standardized(kl, **paper)
 class StdDKD(Loss): fn = standardized(dkd)
 class PaperStdDKD(Loss): fn = standardized(dkd, **paper)
 class StdDIST(Loss): fn = standardized(dist)
+class StdRLD(Loss): fn = standardized(rld)
 
 ROWS = [
     Case(kl, KL, dict(T=4.), logits(5, 7), kl_loop, golden=[
@@ -224,6 +268,38 @@ ROWS = [
     Case(nkd, NKD, dict(), logits(5, 7, y=True), nkd_loop, nkd_at_teacher, least=False, golden=[
         Golden('nkd', lambda o: dict(gamma=o['gamma'], T=o['temp']), with_labels)]),
     Case(nkd, NKD, dict(gamma=1., T=2.), logits(3, 4, 2, 3, y=True), nkd_loop, nkd_at_teacher, least=False),
+
+    # the student's softmax has no temperature: not 0 at the teacher's own logits
+    Case(ttm, TTM, dict(), logits(5, 7), ttm_loop, ttm_at_teacher, least=False, golden=[Golden('ttm', one_over_l)]),
+    Case(ttm, TTM, dict(T=2., axis=-1), logits(2, 3, 6, axis=-1), ttm_loop, ttm_at_teacher, least=False),
+    Case(wttm, WTTM, dict(), logits(5, 7), wttm_loop, wttm_at_teacher, least=False, golden=[Golden('wttm', one_over_l)]),
+    Case(wttm, WTTM, dict(T=2.), logits(3, 4, 2, 3), wttm_loop, wttm_at_teacher, least=False),
+
+    Case(skewed_kl, SkewedKL, dict(), logits(5, 7), skewed_kl_loop),
+    Case(skewed_kl, SkewedKL, dict(lam=.5, reverse=True, T=2.), logits(3, 4, 2, 3), skewed_kl_loop),
+    Case(skewed_kl, SkewedKL, dict(lam=0, T=2.), logits(5, 7), skewed_kl_loop),
+    Case(skewed_kl, SkewedKL, dict(lam=0, reverse=True), logits(5, 7), skewed_kl_loop),
+    Case(skewed_kl, SkewedKL, dict(lam=.3, axis=-1), logits(2, 3, 6, axis=-1), skewed_kl_loop, golden=[
+        Golden('distillm_skewed_forward_kl', lambda o: dict(lam=o['lam']), value='expected_paper', more=tokens),
+        Golden('distillm_skewed_reverse_kl', lambda o: dict(lam=o['lam'], reverse=True), more=tokens)]),
+
+    Case(taid, TAID, dict(T=2.), logits(5, 7), taid_loop),
+    Case(taid, TAID, dict(lam=.4), logits(5, 7), taid_loop, gradcheck=False),
+    Case(taid, TAID, dict(lam=.7, axis=-1), logits(2, 3, 6, axis=-1), taid_loop, gradcheck=False),
+    Case(taid, TAID, dict(lam=0.), logits(5, 7), taid_loop, gradcheck=False),
+
+    Case(abkd, ABKD, dict(), logits(5, 7), abkd_loop),
+    Case(abkd, ABKD, dict(alpha=.5, beta=.5, T=1., axis=-1), logits(2, 3, 6, axis=-1), abkd_loop),
+    Case(abkd, ABKD, dict(alpha=1., beta=0., T=2.), logits(3, 4, 2, 3), abkd_loop),
+    Case(abkd, ABKD, dict(alpha=0., beta=1., T=2.), logits(5, 7), abkd_loop),
+    Case(abkd, ABKD, dict(alpha=.7, beta=0., T=1.), logits(5, 7), abkd_loop),
+
+    Case(rld, RLD, dict(), logits(5, 7, y=True), rld_loop, rld_at_teacher, least=False, golden=[
+        Golden('rld', rld_options, with_labels, only=lambda o: not o['stand'])]),
+    Case(rld, RLD, dict(alpha=.5, beta=2., T=1., alpha_T=3.), logits(3, 4, 2, 3, y=True), rld_loop, rld_at_teacher, least=False),
+    Case(rld, RLD, dict(beta=1., T=2., axis=-1), logits(2, 3, 6, y=True, axis=-1), rld_loop, rld_at_teacher, least=False),
+    Case(StdRLD.fn, StdRLD, dict(T=2.), logits(5, 7, y=True), standardized_loop(rld_loop), lambda t, y, **o: rld_at_teacher(z_scores(t), y, **o),
+         least=False, name='rld-standardized', golden=[Golden('rld', rld_options, with_labels, only=lambda o: o['stand'])]),
 
     Case(dist, DIST, dict(), logits(5, 7), dist_loop, dist_least, shared=True, golden=[
         Golden('dist', lambda o: dict(beta=o['beta'], gamma=o['gamma'], T=o['tau'])),

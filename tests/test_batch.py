@@ -177,7 +177,7 @@ def test_a_causal_model_whose_labels_show_nothing_asks():
     config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=8, n_layer=1, n_head=2, n_positions=8)
     student,teacher = [transformers.GPT2LMHeadModel(config) for _ in range(2)]
     x,y = dict(input_ids=tokens()),tokens(seed=1)
-    with pytest.raises(DistillError, match='do not show whether each stands where its token stands.*shift_labels=True for the first, shift_labels=False'):
+    with pytest.raises(DistillError, match='do not show at which position they are.*shift_labels=True to the Distiller.*shift_labels=False'):
         Distiller(student, teacher, kd(), axis=-1)(x, y)
     for shift in (True, False): assert Distiller(student, teacher, kd(), axis=-1, shift_labels=shift)(x, y).total.isfinite()
     d = Distiller(student, teacher, kd(), axis=-1)

@@ -131,12 +131,12 @@ def test_layers_come_from_the_cache_too(tmp_path):
             a,b = [nn.functional.normalize(o.pow(2).mean(1).flatten(1)) for o in apps.plain((mine.pop()['bn'], theirs.pop()['a']))]
         return by_name('image').task(s, learn.y) + 1000*(a-b).pow(2).mean()
     watch = Watch(fn)
-    quiet(learn, 2, cbs=[KnowledgeDistillation(cache, at(layers={'bn': 'a'})), watch])
+    quiet(learn, 2, cbs=[KnowledgeDistillation(cache, at(layers={'bn': 'a'}, weight='paper')), watch])
     assert watch.worst < 1e-3
     with pytest.raises(DistillError, match='outputs hold no layer .b.. They hold: a'):
         quiet(learn, 1, cbs=KnowledgeDistillation(cache, at(layers={'b': 'b'})))
-    with pytest.raises(DistillError, match='stored layers of unmixed images'):
-        quiet(learn, 1, cbs=[KnowledgeDistillation(cache, at(layers={'bn': 'a'})), MixUp()])
+    with pytest.raises(DistillError, match='stored layers are of unmixed images'):
+        quiet(learn, 1, cbs=[KnowledgeDistillation(cache, at(layers={'bn': 'a'}, weight='paper')), MixUp()])
 
 
 @pytest.mark.parametrize('how', ['callback', 'distill'])
@@ -314,7 +314,7 @@ def test_other_data_and_other_transforms_are_refused_before_the_first_batch(tmp_
     refused(data(item_tfms=CROPS()), 'transform after_item: noise: .* in the cache, none now')
     refused(data(augment='colours'), 'after_batch: RandomErasing: none in the cache')
     refused(data(valid=[0]), '8 of 29 samples have no row .* other data')
-    refused(data(get_y=lambda i: 'abcd'[i % 4]), r"doesn't know the class\(es\) d")
+    refused(data(get_y=lambda i: 'abcd'[i % 4]), r"does not have the class\(es\) d")
     with pytest.raises(DistillError, match='There is no cache at .*nowhere'): KnowledgeDistillation(TeacherCache(tmp_path/'nowhere'))
 
 
@@ -375,4 +375,4 @@ def test_a_fit_from_a_damaged_cache_stops_before_its_first_batch(tmp_path):
 def test_a_batch_size_of_nothing_is_refused(tmp_path):
     learner,teacher,_ = images()
     for bs in (0, -3):
-        with pytest.raises(DistillError, match=f'bs={bs}: a whole number from 1 on'): cache_teacher(teacher, learner().dls, tmp_path, bs=bs)
+        with pytest.raises(DistillError, match=f'bs={bs}: give a whole number from 1'): cache_teacher(teacher, learner().dls, tmp_path, bs=bs)

@@ -333,31 +333,22 @@ def test_batches_without_labels_are_refused_where_labels_count():
     with pytest.raises(DistillError, match='no labels, but the recipe gives their loss a weight: use alpha=1'): student.fit(1, cbs=KD(teacher))
 
 
-def test_balance_gives_each_term_its_share_of_the_gradient_at_the_last_shared_layer():
+def test_a_share_is_the_same_in_a_fit_as_by_hand():
     student,teacher = toy()
-    cb = KD(teacher, Term(losses.kl, weight=.5, T=T) + hint(weight=.3), balance='grad')
+    cb = KD(teacher, Term(losses.kl, weight=.5, T=T) + Term(losses.dist, share=2.) + hint(None, share=.3))
     class First(Callback):
         order = 8
         def after_backward(self):
-            self.got,self.batch = student.model[2].weight.grad.clone(),(self.x, self.y)
+            self.got,self.batch = student.model[4].weight.grad.clone(),(self.x, self.y)
             raise CancelFitException
     first = First()
     student.fit(1, cbs=[cb, first])
     x,y = first.batch
-    s,f = student.model(x),student.model[:3](x)
-    link = cb.distiller.links['hint'][0]
-    parts = F.cross_entropy(s, y),kl(s, teacher(x).detach()),(link.projector(f, teacher[:3](x)) - teacher[:3](x).detach()).pow(2).mean()
-    g = [torch.autograd.grad(p, student.model[2].weight, retain_graph=True)[0] for p in parts]
-    unit = [o/o.norm()*g[0].norm() for o in g]
-    torch.testing.assert_close(first.got, unit[0] + .5*unit[1] + .3*unit[2], rtol=1e-4, atol=1e-6)
-
-
-def test_balance_does_not_measure_at_a_bias_that_batchnorm_cancels():
-    student,teacher = toy()
-    student.model = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4))
-    cb = KD(teacher, Term(losses.hint, layers={'1': '2'}, projector='linear'), balance='grad')
-    student.fit(1, .01, cbs=cb)
-    assert 1e-3 < cb.distiller.scales['hint'] < 1e3
+    s,t = student.model(x),teacher(x).detach()
+    g = [torch.autograd.grad(p, s, retain_graph=True)[0] for p in (F.cross_entropy(s, y) + .5*kl(s, t), losses.dist(s, t))]
+    total, = torch.autograd.grad(s, student.model[4].weight, g[0] + 2*g[0].norm()/g[1].norm()*g[1])
+    torch.testing.assert_close(first.got, total, rtol=1e-4, atol=1e-6)
+    assert cb.distiller.ratios['hint'].measured == 1
 
 
 def test_both_doors_give_the_same_loss_and_gradients():
@@ -769,7 +760,7 @@ def test_what_a_model_predicts_is_read_off_its_loss(loss_func, task): assert tas
 def test_an_unknown_loss_is_asked_for_and_then_believed():
     def mine(s, y): return F.cross_entropy(s, y)
     student,teacher = toy(loss_func=mine)
-    with pytest.raises(DistillError, match="from the student's loss mine what it predicts: pass kind='softmax'"):
+    with pytest.raises(DistillError, match="The student's loss mine does not show what the student predicts: pass kind='softmax'"):
         student.fit(1, cbs=KD(teacher))
     for b in watched(student, [KD(teacher, T=T, alpha=ALPHA, kind='softmax', axis=1)]):
         assert b.loss == pytest.approx((ALPHA*kl(b.s, teacher(b.x)) + (1-ALPHA)*mine(b.s, b.y)).item(), rel=1e-5)
@@ -781,16 +772,15 @@ def test_a_model_that_ends_in_a_sigmoid_is_explained():
 
 
 @pytest.mark.parametrize('kwargs,says', [
-    (dict(recipe=kd(), T=2), r'A recipe and T=: say it in the recipe'),
-    (dict(recipe=kd(), loss=F.mse_loss), r'A recipe and loss=: say it in the recipe'),
-    (dict(loss=F.mse_loss, T=2), 'T= with loss=: your loss gets the logits as they are'),
+    (dict(recipe=kd(), T=2), r'A recipe and T=: give these to the recipe'),
+    (dict(recipe=kd(), loss=F.mse_loss), r'A recipe and loss=: give these to the recipe'),
+    (dict(loss=F.mse_loss, T=2), 'T= with loss=: your loss gets the logits unchanged'),
     (dict(recipe=dict(T=2)), 'A recipe is made of terms and recipes'),
     (dict(alpha=2), 'from 0 .labels alone. to 1 .teacher alone.'),
     (dict(T='cosin'), "T='cosin': possible are a number, a function"),
     (dict(T=0), 'T=0: a temperature is a number above 0'),
     (dict(recipe=dkd(), kind='soft'), "kind='soft': possible are None, 'softmax'"),
     (dict(T=('linear', 4, 0)), 'T=0 at the end of the training: a temperature is a number above 0'),
-    (dict(balance='grads'), "balance='grads': possible are None, 'grad'"),
     (dict(output=1.5), "output=1.5: possible are the name or the index"),
     (dict(span='epoch'), "span='epoch': possible are 'fine_tune', 'fit'")], ids=lambda o: '' if isinstance(o, str) else '-'.join(o))
 def test_contradictions_are_refused_when_the_callback_is_made(kwargs, says):
@@ -798,7 +788,7 @@ def test_contradictions_are_refused_when_the_callback_is_made(kwargs, says):
 
 
 def test_a_recipe_in_the_place_of_the_teacher_or_of_the_rate_is_refused():
-    with pytest.raises(DistillError, match='is no teacher: the teacher comes first'): KD(kd())
+    with pytest.raises(DistillError, match='is not a teacher: the teacher comes first'): KD(kd())
     student,teacher = toy()
     for recipe in (kd(), Term(losses.kl)):
         with pytest.raises(DistillError, match=r'the recipe comes after the learning rate. Write distill.teacher, 1, 1e-3, recipe.'):
@@ -912,7 +902,7 @@ def test_no_name_of_fastai_is_shadowed(name):
 def test_distill_tells_its_options():
     ps = list(inspect.signature(Learner.distill).parameters)
     assert ps[:5] == ['self', 'teacher', 'n_epoch', 'lr_max', 'recipe']
-    assert {'T', 'alpha', 'loss', 'balance', 'check', 'cbs', 'div', 'pct_start', 'wd', 'moms'} <= set(ps)
+    assert {'T', 'alpha', 'loss', 'check', 'cbs', 'div', 'pct_start', 'wd', 'moms'} <= set(ps)
 
 
 # more than one process

@@ -106,7 +106,7 @@ def test_a_users_own_selection_of_classes_is_kept():
 def test_a_class_that_the_teacher_does_not_know_is_an_error():
     student,_ = pair('image')
     teacher,_ = other_order(('yellow', 'red', 'green'))
-    refuses(student, teacher, r"does not know 1 of the student's classes \(blue\); it knows yellow, red, green")
+    refuses(student, teacher, r"does not have 1 of the student's classes \(blue\); it has yellow, red, green")
 
 
 # codings
@@ -149,7 +149,7 @@ def test_another_normalization_of_images_is_mended_with_a_note(capsys):
     assert loss == pytest.approx(kl(s, teacher.model.eval()((x-mean.view(3, 1, 1))/std.view(3, 1, 1))), rel=1e-4)
     said = capsys.readouterr().out
     assert ('trained with another normalization (mean 0, std 1 -> mean 0.4 0.5 0.6, std 0.2 0.3 0.25). '
-            'Its images are normalized again') in said
+            'Its images are normalized accordingly') in said
 
 def test_another_shape_of_output_is_an_error():
     student,_ = toy()
@@ -163,13 +163,13 @@ def test_another_shape_of_output_is_an_error():
 def test_probabilities_in_place_of_logits_are_an_error():
     student,teacher = toy()
     refuses(student, nn.Sequential(teacher, nn.Softmax(1)),
-            r'outputs are probabilities \(each sums to 1\).*teacher\(x\).log\(\)')
+            r'outputs are probabilities \(each row sums to 1\).*teacher\(x\).log\(\)')
     student.fit(1, .01, cbs=KD(lambda x: teacher(x).softmax(1).log()))       # what the message says
 
 def test_probabilities_of_labels_are_a_warning():
     student,teacher = pair('multi_label')
     warns(student, nn.Sequential(teacher.model, nn.Sigmoid()),
-          r'lie between 0 and 1: they look like probabilities.*torch.logit')
+          r'are between 0 and 1: they seem to be probabilities.*torch.logit')
 
 def test_shared_parameters_are_an_error():
     student,_ = toy()
@@ -187,12 +187,12 @@ def test_an_untrained_teacher_is_no_better_than_chance():
     set_seed(1)
     student,_ = toy()
     warns(student, lambda x: torch.zeros(len(x), 4),
-          "no better than chance: it recognizes 25.0% of a class's samples on average "
+          "no better than chance: on average it recognizes 25.0% of a class's samples "
           r"\(32 validation labels, 4 classes\), a constant prediction 25.0%")
     student,_ = pair('multi_label')
     warns(student, lambda x: torch.full((len(x), 3), 2.),
-          'no better than chance: on 32 validation items, it predicts labels that are there '
-          'with probability 0.881, labels that are not with 0.881')
+          'no better than chance: on 32 validation items, the mean probability that it predicts is 0.881 '
+          'for labels that an item has, and 0.881')
     student,_ = pair('image_regression')
     warns(student, lambda x: torch.full((len(x), 1), 9.),
           'no better than chance: its squared error on 32 validation items is '
@@ -203,7 +203,7 @@ def test_a_teacher_with_a_new_models_batchnorm_seems_untrained():
     set_seed(1)
     teacher = apps.quiet(*apps.image())[1]
     with pytest.warns(DistillWarning) as w: student.fit(1, .01, cbs=KD(teacher))
-    assert any('batch-norm statistics are those of a new model: it seems untrained' in str(o.message) for o in w)
+    assert any('batch-norm statistics are those of a new model: it seems to be untrained' in str(o.message) for o in w)
 
 def test_a_validation_set_may_be_sorted_by_class():
     student,teacher = toy()
@@ -243,7 +243,7 @@ def test_batchnorm_in_training_mode_in_a_function_is_noticed():
     student,_ = pair('image')
     model = pair('image')[1].model.train()
     warns(student, lambda x: model(x),
-          r'for a sample depend on the rest of its batch \(is batch-norm in training mode\?\)')
+          r'for a sample depend on the other samples of its batch \(is batch-norm in training mode\?\)')
 
 def test_batchnorm_in_training_mode_is_noticed_in_batches_that_are_dicts():
     class OfDict(nn.Sequential):
@@ -252,7 +252,7 @@ def test_batchnorm_in_training_mode_is_noticed_in_batches_that_are_dicts():
     items = [({'x': x}, y) for x,y in zip(*apps.rows())]
     student.dls,student.model = DataLoaders.from_dsets(items[:64], items[64:], bs=4, num_workers=0),OfDict(*student.model)
     norm = nn.BatchNorm1d(8).train()
-    warns(student, lambda batch: teacher(norm(batch['x'])), 'for a sample depend on the rest of its batch')
+    warns(student, lambda batch: teacher(norm(batch['x'])), 'for a sample depend on the other samples of its batch')
 
 
 def test_a_student_whose_reset_reinitializes_is_an_error_before_it_is_trained():
@@ -502,7 +502,7 @@ def test_all_mistakes_are_reported_at_once():
     student,_ = pair('tabular')
     df = apps.table(96)
     _,teacher = apps.quiet(*apps.tabular(df.replace('red', 'yellow').assign(length=df.length*2)))
-    refuses(student, teacher, '(?s)Mistakes were found before training .with check=False it trains all the same.:'
+    refuses(student, teacher, '(?s)Mistakes were found before training .check=False trains anyway.:'
             '\n- .*categories.*\n- .*columns of numbers')
 
 def test_without_a_validation_set_the_rest_is_checked():

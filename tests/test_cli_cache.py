@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_refused_and_what_nearly_does_is_asked(script, cach
     args = 'write',f'{script}:teacher',f'{script}:dls',tmp_path/'c'
     free = [60]
     monkeypatch.setattr('fastdistill.cache.folder.Folder.free', lambda self: free[0])
-    fails(cache(*args, code=None), r'16 samples x 1 view\(s\) x 4 bytes = 0.0 MB, 0.00 GB free. It will not fit: fewer views')
+    fails(cache(*args, code=None), r'16 samples x 1 view\(s\) x 4 bytes = 0.0 MB, 0.00 GB free. The disk is too small: use fewer views')
     free[0] = 100
     r = cache(*args, code=None, input='n\n')
     assert r.exit_code == 1 and 'more than half of the free disk. Continue?' in r.output and '0 of 1 written' in cache('info', tmp_path/'c')
@@ -128,12 +128,12 @@ def test_names_that_lead_nowhere(script, cache, tmp_path):
     no("give a file and a name in it, as in 'train.py:dls'", data='dls')
     no("There is no file 'nowhere.py'", data='nowhere.py:dls')
     no("has no 'loaders'. It has: .*image, label, dls, Flat, teacher", data=f'{script}:loaders')
-    no('A int is no fastai DataLoaders, nor a function without arguments', data=f'{script}:number')
+    no("A int is neither fastai's DataLoaders nor a function without arguments", data=f'{script}:number')
     no("There is no file 'x.pkl'")
     fails(cache('info', tmp_path/'c', code=None), 'There is no cache at')
     (tmp_path/'c').mkdir()
     (tmp_path/'c'/'manifest.json').write_text(json.dumps(dict(format='other')))
-    fails(cache('info', tmp_path/'c', code=None), "is not a fastdistill cache's")
+    fails(cache('info', tmp_path/'c', code=None), "does not belong to a fastdistill cache")
 
 
 def test_help_names_each_command(cache):

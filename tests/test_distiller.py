@@ -1,5 +1,5 @@
 "The heart, without any framework: terms, recipes, and a plain loop."
-import copy, re, warnings
+import copy, functools, re, warnings
 from contextlib import nullcontext
 from functools import partial
 import pytest, torch
@@ -112,7 +112,8 @@ def test_recipes_print_as_they_are_written():
     (lambda: Term(F.mse_loss, name='task'), "can't be called 'task', which has a meaning already"),
     (lambda: Term(F.mse_loss, name='a.b'), "can't be called 'a.b'"),
     (lambda: Term(F.mse_loss, weight='up'), "weight of mse_loss='up': possible are a number"),
-    (lambda: Distiller(mlp(4), mlp(8), kd(), balance='loss'), "balance='loss': possible are None, 'grad'"),
+    (lambda: Term(losses.kl, 2., share=1.), 'weight=2.0 and share=1.0 of kl: give one of them'),
+    (lambda: recipes.dist(share=-1), 'share=-1 of dist: it is a number from 0 up'),
     (lambda: Distiller(mlp(4), mlp(8), dkd(), kind='sigmoid'), 'a softmax over classes, but this model predicts a sigmoid per label')])
 def test_mistakes_are_refused_where_they_are_made(make, says):
     with pytest.raises(DistillError, match=says): make()
@@ -122,7 +123,7 @@ def test_schedules_ask_for_progress():
     assert kd(alpha='linear')(s, t, y, progress=.25).item() == pytest.approx(kd(alpha=.75)(s, t, y).item())
     assert kd(T=('linear', 4, 2))(s, t, y, progress=.5).item() == pytest.approx(kd(T=3.)(s, t, y).item())
     for r in (kd(alpha='linear'), kd(T=('linear', 4, 2)), Recipe(Term(losses.kl, stop_at=.5))):
-        with pytest.raises(DistillError, match=r'say where training stands, as in distiller\(x, y, progress=step/steps\)'): r(s, t, y)
+        with pytest.raises(DistillError, match=r'pass the progress of the training, as in distiller\(x, y, progress=step/steps\)'): r(s, t, y)
 
 def test_a_loss_module_may_be_used_by_many():
     vid = losses.VID()
@@ -396,40 +397,111 @@ def test_an_ensembles_and_a_functions_layers_can_be_learnt_from():
     assert d(x, y).parts['hint'] > 0
 
 
-# balance
+# shares of the gradient
 
-def test_balanced_weights_are_shares_of_the_gradient_also_for_what_comes_later():
+def length(v, *places):
+    "Of the gradient of `v` at all these places together"
+    grads = [g for g in torch.autograd.grad(v, places, retain_graph=True, allow_unused=True) if g is not None]
+    return torch.cat([g.flatten() for g in grads]).norm().item()
+
+def test_a_share_is_the_length_of_the_gradient_at_the_logits_beside_all_that_has_a_weight():
     student,teacher = mlp(6),mlp(16, 1)
     x,y = batch()
-    recipe = Term(losses.kl, T=2.) + hint(('warmup', .5)) + Term(losses.mse, 0.)
-    d = Distiller(student, teacher, recipe, balance='grad', example=x)
-    at = student[2].weight
-    d(x, y, progress=0.)
-    assert set(d.scales) == {'task', 'kl'}      # the others do not count yet
-    out = d(x, y, progress=1.)
-    norm = lambda v: torch.autograd.grad(v, at, retain_graph=True)[0].norm().item()
-    s,f = student(x),student[:3](x)
-    k = d.links['hint'][0]
-    g = teacher[:3](x)
-    parts = dict(task=F.cross_entropy(s, y), kl=losses.kl(s, teacher(x), T=2.), hint=losses.hint(k.projector(f, g), g))
-    # measured at the last layer that all reach: of task and kl alone that is the last one, with hint the one before
-    last = lambda v: torch.autograd.grad(v, student[4].weight, retain_graph=True)[0].norm().item()
-    assert out.weights['task'] == 1 and out.weights['kl'] == pytest.approx(last(parts['task'])/last(parts['kl']), rel=1e-4)
-    assert out.weights['hint']*norm(parts['hint']) == pytest.approx(.5*norm(parts['task']), rel=1e-4)
-    assert out.weights['mse'] == 0
+    d = Distiller(student, teacher, Recipe(Term(losses.kl, T=2., share=3.), Term(losses.mse, .5), Term(losses.dist, share=.1), task=.7))
+    out,s,t = d(x, y),student(x),teacher(x)
+    base = length(.7*F.cross_entropy(s, y) + .5*losses.mse(s, t), s)
+    kl,dist = out.weights['kl'],out.weights['dist']
+    assert kl.item()*length(losses.kl(s, t, T=2.), s) == pytest.approx(3*base, rel=1e-4)
+    assert dist.item()*length(losses.dist(s, t), s) == pytest.approx(.1*base, rel=1e-4)
+    want = .7*F.cross_entropy(s, y) + .5*losses.mse(s, t) + kl*losses.kl(s, t, T=2.) + dist*losses.dist(s, t)
+    assert out.total.item() == pytest.approx(want.item(), rel=1e-5)
 
-def test_balance_without_labels_measures_by_the_first_term():
-    d = Distiller(mlp(6), mlp(16, 1), soft_labels(2.) + hint(.3), balance='grad', example=batch()[0])
-    out = d(batch()[0])
-    assert out.weights['kd'] == 1 and out.weights['task'] == 0
+@pytest.mark.parametrize('layer', ['2', '2@pre'])
+def test_a_share_of_a_term_between_layers_is_measured_at_the_layer(layer):
+    student,teacher = mlp(6),mlp(16, 1)
+    x,y = batch()
+    d = Distiller(student, teacher, kd() + Term(losses.hint, share=('linear', .4, .2), layers={layer: '2', '3': '3'}, projector='linear'), example=x)
+    out = d(x, y, progress=.5)
+    f = student[:3](x)
+    h = student[3](f)
+    s,links,g = student[4](h),d.links['hint'],teacher[:3](x)
+    hint = losses.hint(links[0].projector(f, g), g) + losses.hint(links[1].projector(h, teacher[3](g)), teacher[3](g))
+    base = .1*F.cross_entropy(s, y) + .9*losses.kl(s, teacher(x), T=4.)
+    assert out.weights['hint'].item()*length(hint, f, h) == pytest.approx(.3*length(base, f, h), rel=1e-4)
+    assert set(d.gradient_shares) == {'task', 'kd'}         # of those that reach the logits
+
+def test_tokens_and_pooled_maps_are_measured_where_they_come_from():
+    net = lambda c, seed: (torch.manual_seed(seed), nn.Sequential(nn.Conv2d(3, c, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 4)))[1]
+    student,teacher = net(5, 0),net(5, 1)
+    x,y = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)),batch(6)[1]
+    d = Distiller(student, teacher, recipes.hint({'1@mean': '1@mean'}, share=.5, projector='linear') + recipes.at({'1': '1'}, share=.25), example=x)
+    out = d(x, y)
+    f,g = student[:2](x),teacher[:2](x)
+    task = F.cross_entropy(student[2:](f), y)
+    hint = losses.hint(d.links['hint'][0].projector(f.mean((2, 3)), g.mean((2, 3))), g.mean((2, 3)))
+    assert out.weights['hint'].item()*length(hint, f) == pytest.approx(.5*length(task, f), rel=1e-4)
+    assert out.weights['at'].item()*length(losses.at(f, g), f) == pytest.approx(.25*length(task, f), rel=1e-4)
+
+def test_the_lengths_are_running_means_over_batches():
+    from fastdistill.ratios import GradientRatio
+    student,teacher = mlp(6),mlp(16, 1)
+    d = Distiller(student, teacher, recipes.ttm(share=2.))
+    norms = []
+    for i in range(100):
+        x,y = batch(seed=i)
+        s = student(x)
+        norms.append((length(F.cross_entropy(s, y), s), length(losses.ttm(s, teacher(x)), s)))
+        w = d(x, y).weights['ttm'].item()
+        if i < 5: assert w == pytest.approx(2*sum(a for a,_ in norms)/sum(b for _,b in norms), rel=1e-4)
+    n = GradientRatio.FIRST
+    a,b = zip(*norms[:n], *[norms[i] for i in range(n, 100) if (i+1) % GradientRatio.EVERY == 0])
+    mean = lambda v: functools.reduce(lambda m, iv: m + (iv[1]-m)*max(1/(iv[0]+1), GradientRatio.NEW), enumerate(v), 0.)
+    assert w == pytest.approx(2*mean(a)/mean(b), rel=1e-4)
+
+def test_a_share_of_zero_changes_nothing():
+    runs = []
+    for recipe in (Recipe(Term(losses.mse, 0.)), recipes.dist(share=0.), recipes.hint({'2': '2'}, share=0., projector='linear')):
+        student,(x,y) = mlp(6),batch()
+        Distiller(student, mlp(16, 1), recipe, example=x)(x, y).total.backward()
+        runs.append([p.grad for p in student.parameters()])
+    assert all(torch.equal(a, b) for r in runs[1:] for a,b in zip(runs[0], r))
+
+def test_a_teacher_that_the_student_equals_makes_no_step_longer_than_asked():
+    student,(x,y) = mlp(6),batch()
+    d = Distiller(student, copy.deepcopy(student), recipes.ttm(T=1., share=1.))
+    for _ in range(2):      # at first the term's gradient is rounding errors
+        s = student(x)
+        total = d.compute(Outputs(s), d.teacher_outputs(x), F.cross_entropy(s, y), (y,)).total
+        assert length(total, s) < 2.01*length(F.cross_entropy(s, y), s)
+
+def test_an_overflow_does_not_spoil_the_means():
+    from fastdistill.ratios import GradientRatio
+    r = GradientRatio()
+    for norms in ([1., 2.], [torch.inf, 2.], [1., torch.nan], [3., 2.]): r.add(torch.tensor(norms))
+    assert .5 <= r.factor.item() < 1
+
+def test_without_labels_a_share_keeps_what_was_measured_before():
+    x,y = batch()
+    recipe = Recipe(recipes.dist(share=.5), Term(losses.mse, lambda p: float(p < .5)), task=lambda p: float(p < .5))
+    d = Distiller(mlp(6), mlp(16, 1), recipe)
+    with pytest.raises(DistillError, match='dist has a share of the gradient beside the labels and the terms with a weight, and there are none'):
+        d(x, progress=.9)
+    w = d(x, y, progress=0.).weights['dist'].item()
+    out = d(x, progress=.9)
+    assert out.weights['dist'].item() == w and out.total.item() == pytest.approx(w*out.parts['dist'].item())
+
+def test_a_share_where_the_labels_do_not_reach_is_refused():
+    x,y = batch()
+    d = Distiller(Heads(6, lambda a, b: (a, b)), mlp(16, 1), recipes.ttm(share=1.), output=0, task_loss=lambda s, y: F.cross_entropy(d.student.b(x), y))
+    with pytest.raises(DistillError, match='does not depend on what ttm compares.*weight= in place of share='): d(x, y)
+
+def test_a_share_at_frozen_layers_trains_the_projector_alone():
+    student = mlp(6)
+    for p in student[:4].parameters(): p.requires_grad_(False)
+    d = Distiller(student, mlp(16, 1), kd() + Term(losses.hint, share=.5, layers={'2': '2'}, projector='linear'), example=batch()[0])
+    out = d(*batch())
     out.total.backward()
-
-def test_balance_says_when_nothing_is_shared():
-    student = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
-    for p in student[0].parameters(): p.requires_grad_(False)
-    d = Distiller(student, mlp(16, 1), kd() + Term(losses.hint, layers={'0': '2'}, projector='linear'), balance='grad')
-    with pytest.raises(DistillError, match="no layer of the student gets a gradient from all of task, kd, hint. Weigh them by hand"):
-        d(*batch())
+    assert out.weights['hint'] == .5 and all(p.grad is not None for p in d.own_parameters())
 
 
 # other classes than the teacher's
@@ -440,7 +512,7 @@ def test_a_subset_or_a_superset_of_the_teachers_classes_is_refused_with_what_to_
     with pytest.raises(DistillError, match=r"has shape \(16, 4\), the teacher's \(16, 6\).*has more classes, Teacher\(teacher, select="): Distiller(mlp(6), more, kd())(x, y)
     assert Distiller(mlp(6), Teacher(more, select=[5, 0, 1, 2]), kd())(x, y).total > 0
     ids = [0, 3, 1]
-    with pytest.raises(DistillError, match=r'has fewer, compare only those.*losses.kl\(s\[:, ids\], t\)'): Distiller(mlp(6), fewer, kd())(x, y)
+    with pytest.raises(DistillError, match=r'has fewer, write a loss that compares only those.*losses.kl\(s\[:, ids\], t\)'): Distiller(mlp(6), fewer, kd())(x, y)
     assert Distiller(mlp(6), fewer, Term(lambda s, t: losses.kl(s[:, ids], t), name='kl'))(x, y).total > 0
 
 
@@ -463,7 +535,7 @@ def test_the_students_output_can_be_named_and_that_of_a_bare_teacher_with_it():
 def test_a_student_with_several_outputs_says_once_which_is_taken():
     x,y = batch()
     d = Distiller(Heads(6, lambda a, b: (a, b)), mlp(16, 1), kd())
-    with pytest.warns(DistillWarning, match=r'The student returns several tensors.*: 0 \(16, 4\), 1 \(16, 4\). The first is taken'):
+    with pytest.warns(DistillWarning, match=r'The student returns several tensors.*: 0 \(16, 4\), 1 \(16, 4\). The first is used'):
         total = d(x, y).total.item()
     assert total == d(x, y).total.item() == pytest.approx(Distiller(d.student.a, mlp(16, 1), kd())(x, y).total.item())
 
@@ -583,36 +655,35 @@ def test_a_part_that_swamps_the_labels_is_warned_about():
         d(*batch())
     assert d.gradient_shares['hint'] == pytest.approx(.5, abs=.02)
 
-def test_with_balance_a_warning_names_the_share_that_was_given():
-    d = Distiller(mlp(6), mlp(16, 1), hint(1000.), balance='grad', example=batch()[0])
-    with pytest.warns(DistillWarning, match='hint has 99.*Lower the weight of hint, now 1000: 1 would give it as much as the labels'): d(*batch())
-
 def test_labels_swamped_by_alpha_are_named_so():
     s,t,y = two()
     d,t = Distiller(None, None, kd(20., .99)),20*t
     with pytest.warns(DistillWarning, match='kd has 99.*Lower alpha, or T.'): d.compute(Outputs(s), Outputs(t), F.cross_entropy(s, y), (y,))
 
-@pytest.mark.parametrize('recipe,balance', [(Recipe(hint(500.), task=0.), None), (kd(), None), (Recipe(hint(500.)), 'grad')],
-                         ids=['labels do not count', 'the classic', 'balanced'])
-def test_labels_that_are_not_swamped_give_no_warning(recipe, balance):
-    if balance: recipe.terms[0].weight = 2.
-    d = Distiller(mlp(6), mlp(16, 1), recipe, balance=balance, example=batch()[0])
+@pytest.mark.parametrize('recipe', [Recipe(hint(500.), task=0.), kd(), recipes.ttm(share=30.)],
+                         ids=['labels do not count', 'the classic', 'a share'])
+def test_labels_that_are_not_swamped_give_no_warning(recipe):
+    d = Distiller(mlp(6), mlp(16, 1), recipe, example=batch()[0])
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         d(*batch())
 
-@pytest.mark.parametrize('weight,share', [((), 1.), ((1000.,), 1000.), ((.2,), .2), ((('linear', 3., 1.),), 2.)], ids=['paper', 'number', 'share', 'schedule'])
-def test_a_papers_weight_is_a_share_of_1_where_weights_are_shares(weight, share):
-    for make in (recipes.at, recipes.hint, recipes.sp, recipes.cwd):
-        recipe = make({'2': '2'}, *weight, **({} if make in (recipes.at, recipes.sp) else dict(projector='linear')))
-        name = recipe.terms[0].name
-        assert recipe.weights_at(.5, shares=True)[name] == share
-        assert recipe.weights_at(.5)[name] == (share if weight else recipe.terms[0].weight) and (weight or recipe.terms[0].weight > 2)
+FEATURES = ['hint', 'at', 'nst', 'fsp', 'ab', 'ofd', 'vid', 'pkd', 'rkd', 'sp', 'cc', 'pkt', 'ickd', 'pairwise', 'ifvd']
 
-def test_balance_takes_a_recipes_default_weight_as_a_share_of_1():
-    d = Distiller(mlp(6), mlp(16, 1), recipes.sp({'2': '2'}), balance='grad', example=batch()[0])
-    d(*batch())
-    assert d.gradient_shares == pytest.approx(dict(task=.5, sp=.5), rel=1e-4)
+@pytest.mark.parametrize('name', FEATURES)
+def test_a_term_between_layers_begins_with_a_share_and_takes_its_papers_weight_when_asked(name):
+    make = getattr(recipes, name)
+    term, = make().terms
+    assert term.is_share and term.weight == .1
+    for options,is_share,value in ((dict(share=2.), True, 2.), (dict(weight=3.), False, 3.)):
+        term, = make(**options).terms
+        assert (term.is_share, term.weight) == (is_share, value)
+    term, = make(weight='paper').terms
+    assert not term.is_share and term.weight >= .5
+
+def test_cwd_on_logits_has_its_papers_weight_and_on_layers_a_share():
+    assert [(t.is_share, t.weight) for r in (recipes.cwd(), recipes.cwd('auto'), recipes.cwd('auto', weight='paper'), recipes.cwd(share=3.)) for t in r.terms] \
+        == [(False, 3.), (True, .1), (False, 50.), (True, 3.)]
 
 
 # mistakes that a batch shows
@@ -631,7 +702,7 @@ MISTAKES = [
      r'shape \(3, 7, 11\), have their classes along axis 1, but the labels have shape \(3, 7\): they fit classes along axis -1. Pass the class axis to .*Distiller, axis=-1'),
     ('missing axis', lambda **kw: (Distiller(mlp(6), mlp(16), kd(), axis=2, task_loss=F.cross_entropy, **kw), *batch()),
      r'Outputs of shape \(16, 4\) have no axis 2 for the classes'),
-    ('probabilities', lambda **kw: (Distiller(mlp(6), lambda x: mlp(16)(x).softmax(1), kd(), **kw), *batch()), r'outputs are probabilities \(each sums to 1\)'),
+    ('probabilities', lambda **kw: (Distiller(mlp(6), lambda x: mlp(16)(x).softmax(1), kd(), **kw), *batch()), r'outputs are probabilities \(each row sums to 1\)'),
     ('unknown label', lambda **kw: (Distiller(mlp(6), mlp(16), kd(), task_loss=lambda s, y: s.mean(), **kw), batch()[0], batch()[1] + 1),
      'There is a label 4, but the outputs have 4 classes, 0 to 3'),
     ('broadcast', lambda **kw: (Distiller(nn.Linear(8, 1), nn.Linear(8, 6), Term(lambda s, t: (s-t).pow(2).mean()), kind='sigmoid', task_loss=lambda s, y: s.mean(), **kw),
@@ -666,7 +737,7 @@ def test_after_the_first_batch_nothing_is_looked_at():
     assert d(x, y + 1).total.isfinite()
 
 def test_probabilities_of_labels_are_warned_about():
-    with pytest.warns(DistillWarning, match='all lie between 0 and 1: they look like probabilities'):
+    with pytest.warns(DistillWarning, match='are between 0 and 1: they seem to be probabilities'):
         Distiller(mlp(6), lambda x: mlp(16)(x).sigmoid(), kd(), kind='sigmoid')(batch()[0], torch.ones(16, 4))
 
 def test_a_teacher_that_shares_parameters_with_the_student_is_refused():

@@ -135,7 +135,7 @@ def test_the_place_of_a_class_without_items_is_called_a_guess():
     keep = (y != 1) & (y != 0)
     order = [0, 2, 1, *range(3, 10)]       # of 1 and 2 only 2 is seen
     one(check(knowing(order=order), x[keep], y[keep]), 'error',
-        '(1 without an item here, whose place is a guess: a larger n= looks at more)')
+        '(1 of them have no item here, so their place is a guess: pass a larger n=)')
 
 @pytest.mark.parametrize('seed', range(8))
 @pytest.mark.parametrize('k', [2, 3, 10, 100])
@@ -181,7 +181,7 @@ def test_a_usual_normalization_that_fits_better_is_named(given, wanted):
     found = check(Teacher(Brightness(*STATS[wanted]), input_stats=STATS[given]), (x-m)/s, y)
     if given == wanted: assert found == []
     else: one(found, 'warning', 'another normalization: accuracy 0.',
-              f'(on 128 validation items). State what it learned from: Teacher(model, stats={wanted})')
+              f'(on 128 validation items). Pass the normalization of its training: Teacher(model, stats={wanted})')
 
 def test_stats_that_are_wrong_are_noticed_too():
     x,y = photos()
@@ -274,7 +274,7 @@ def test_a_teacher_that_is_certain_of_its_training_data_is_noted():
 def test_a_teacher_that_is_worse_than_the_student_is_a_warning_with_both_numbers():
     x,y = rows(512)
     good,bad = knowing(),linear(torch.eye(10) + .5*torch.randn(10, 10, generator=torch.Generator().manual_seed(0)))
-    f = one(check(bad, x, y, student=good), 'warning', 'The teacher is worse than the student already is: accuracy')
+    f = one(check(bad, x, y, student=good), 'warning', 'The teacher is worse than the student is now: accuracy')
     facts = check(bad, x, y, student=good).facts
     assert f'{facts.teacher_score:.3f} and {facts.student_score:.3f} on 512' in str(f)
     assert check(good, x, y, student=bad) == []
@@ -317,7 +317,7 @@ def test_labels_beyond_the_classes_are_an_error():
 def test_a_softmax_over_one_class_is_an_error():
     x,y = torch.randn(32, 3),torch.zeros(32).long()
     one(check(nn.Linear(3, 1), x, y), 'error', "kind='sigmoid'",
-        'The outputs, of shape (32, 1), have 1 class along axis 1, and its softmax is always 1')
+        'The outputs, of shape (32, 1), have 1 class along axis 1. Its softmax is always 1')
 
 
 # the recipe

@@ -161,7 +161,7 @@ def test_an_exported_learner_whose_parts_are_gone(tmp_path, monkeypatch, gone):
     else:
         monkeypatch.undo()
         del sys.modules['mine_only']
-    with pytest.raises(DistillError, match='t.pkl could not be loaded .*Can all its parts be imported here'):
+    with pytest.raises(DistillError, match='t.pkl could not be loaded .*Can everything in it be imported here'):
         teacher_of(tmp_path/'t.pkl')
 
 
@@ -184,7 +184,7 @@ def test_timm_modules_tell_and_torchvisions_make_one_ask():
     t = teacher_of(timm.create_model('resnet10t', pretrained=False, num_classes=3), student)
     assert t.adapts.endswith('mean 0.485 0.456 0.406, std 0.229 0.224 0.225')
     resnet = torchvision.models.resnet18(num_classes=3)
-    with pytest.warns(DistillWarning, match=r"torchvision's ResNet does not tell .*Teacher\(model, stats='imagenet'\)"):
+    with pytest.warns(DistillWarning, match=r"torchvision's ResNet does not show .*Teacher\(model, stats='imagenet'\)"):
         assert teacher_of(resnet, student).adapts == ''
     # none of these warns
     assert teacher_of(resnet, student, stats='imagenet').adapts

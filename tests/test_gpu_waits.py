@@ -39,15 +39,19 @@ def to_meta(o):
     return None if o is None else o.detach().to('meta').requires_grad_(o.requires_grad)
 
 
+def to_device(d, device):
+    d.to(device)
+    for r in d.ratios.values(): r.norms = r.norms.to(device)
+
 def step_on_meta(recipe, dense=False, mixed=False, **options):
     "One batch on the CPU, the next on `meta`"
     x,y = batch(dense)
     d = Distiller(conv(4, dense), conv(8, dense, seed=1), recipe, example=x, **options)
     d(x, y, progress=.5)
-    with Taps(d.student, d.student_layers()) as taps: s = Outputs(d.student(x), taps.pop())
     t = d.teacher_outputs(x, .5)
-    d.to('meta')
-    s,t,y = Outputs(to_meta(s.logits), to_meta(s.feats)),Outputs(to_meta(t.logits), to_meta(t.feats)),y.to('meta')
+    to_device(d, 'meta')
+    x,y,t = x.to('meta'),y.to('meta'),Outputs(to_meta(t.logits), to_meta(t.feats))
+    with Taps(d.student, d.student_layers()) as taps: s = Outputs(d.student(x), taps.pop())
     mix = ((y.clone(),), torch.rand(4 if mixed == 'MixUp' else (), device='meta')) if mixed else None
     with NoCopies():
         out = d.compute(s, t, F.cross_entropy(s.logits, y), (y,), progress=.5, mixed=mix)
@@ -68,8 +72,9 @@ def test_a_step_of_every_recipe_waits_for_nothing(name, no_numbers):
 @pytest.mark.parametrize('recipe', [kd(), recipes.dkd(), logit_std(kd(T=('linear', 4, 1))), kd() + recipes.nkd()], ids=['kd', 'dkd', 'logit_std', 'sum'])
 def test_a_step_of_mixed_labels_waits_for_nothing(recipe, mixed, no_numbers): step_on_meta(recipe, mixed=mixed)
 
-def test_a_balanced_step_waits_for_nothing_after_the_first(no_numbers):
-    step_on_meta(kd() + recipes.at() + recipes.hint(layers={'3': '3'}), balance='grad')
+def test_a_step_with_shares_waits_for_nothing_after_the_first(no_numbers):
+    d,_ = step_on_meta(kd() + recipes.dist(share=3.) + recipes.at() + recipes.hint(layers={'3': '3'}))
+    assert all(r.measured == 2 for r in d.ratios.values())
 
 @pytest.mark.parametrize('recipe', [kd(), kd() + Recipe(Term(losses.cwd, 3.), Term(losses.dist), Term(losses.hard), Term(losses.jsd), Term(losses.mse))])
 def test_a_step_with_labels_for_each_pixel_waits_for_nothing(recipe, no_numbers): step_on_meta(recipe, dense=True)
@@ -96,6 +101,6 @@ def test_a_whole_step_of_a_plain_loop_waits_for_nothing(no_numbers):
     teacher = nn.Sequential(*[m for m in conv(8, seed=1) if not isinstance(m, nn.BatchNorm2d)])     # `meta` can't compare what is put back after a run
     d = Distiller(conv(4), teacher, kd() + recipes.hint(layers={'3': '2'}), example=x)
     d(x, y)
-    d.to('meta'); teacher.to('meta')
+    to_device(d, 'meta'); teacher.to('meta')
     x,y = x.to('meta'),y.to('meta')
     with d.teacher, NoCopies(): d(x, y).total.backward()

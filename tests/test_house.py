@@ -18,6 +18,7 @@ LAW = dict(
     task=('outputs', 'torch', ''),
     batch=('outputs task', 'torch', ''),
     gradients=('', 'torch', ''),
+    ratios=('outputs ranks gradients', 'torch', ''),
     losses=('outputs docments', 'torch', ''),
     features=('outputs', 'torch numpy', ''),
     replay=('outputs', 'torch numpy', ''),
@@ -25,7 +26,7 @@ LAW = dict(
     cache=('errors outputs ranks replay', 'torch numpy', 'fsspec fcntl msvcrt rich'),
     doctor=('outputs ranks task losses features replay teacher', 'torch', 'scipy'),
     terms=('outputs schedule features', 'torch', ''),
-    distiller=('outputs ranks task batch gradients features replay teacher terms doctor', 'torch', ''),
+    distiller=('outputs ranks task batch gradients ratios features replay teacher terms doctor', 'torch', ''),
     recipes=('outputs schedule losses terms distiller', 'torch', ''),
     plots=('outputs features', 'torch', 'matplotlib'),
     __init__=('docments', 'lazy_loader', ''),
@@ -36,13 +37,13 @@ LAW = dict(
 )
 # the same inside a folder: a file may import those of its folder that stand before it
 ORDER = dict(
-    losses='_base response decoupled feature relation dense',
+    losses='_base response divergence decoupled feature relation dense',
     features='names calls probe shapes taps projectors stages pairs',
     replay='generators seeds per_sample',
     teacher='images forms draws hidden guest ensemble teacher',
-    doctor='findings tally classes shapes runs images recipe scores outputs',
+    doctor='findings tally classes shapes runs images recipe scores outputs explain',
     cache='keys digests folder files entries records manifest reader source writer progress dataset verify',
-    fastai='task stream block vocab targets teachers batches check transforms replay_dl sample_keys cache_data cache_feed columns finite projector_opt arguments callback patches learner',
+    fastai='task stream block vocab targets teachers batches check transforms replay_dl sample_keys cache_data cache_feed columns finite trend unlabelled projector_opt arguments callback patches learner',
     demo='tasks results picture',
     cli='objects cache demo app',
 )

@@ -68,6 +68,7 @@ def test_least_at_the_teacher(c):
 
 @rows
 def test_gradcheck(c):
+    if not c.gradcheck: pytest.skip('a part of the student has no gradient')
     s,t,*rest = c.make(torch.float64)
     flat = [o.requires_grad_() for o in tensors(leaf(s))]
     f = lambda *ss: c.fn(list(ss) if isinstance(s, (list, tuple)) else ss[0], t, *rest, **c.opts)

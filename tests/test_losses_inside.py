@@ -253,7 +253,7 @@ def test_vid_of_a_half_precision_batch_trains_in_float32():
 
 
 def test_vid_without_its_variance_says_what_to_do():
-    with pytest.raises(DistillError, match=r'call prepare\(s, t\) with features of one batch before'): VID()(*maps((2, 3))())
+    with pytest.raises(DistillError, match=r'call prepare\(s, t\) with the features of one batch before'): VID()(*maps((2, 3))())
 
 
 def test_pkd_is_1_minus_correlation():
@@ -358,10 +358,10 @@ def test_fit_says_what_it_expects_of_them():
 
 A,B,C = torch.ones(2, 3, 4, 4),torch.ones(2, 5, 4, 4),torch.ones(2, 3)
 WRONG = [
-    *[(lambda fn=fn: fn(A, B), 'compares them number by number. Give the student a projector') for fn in (hint, ab, ofd, vid, pkd)],
-    (lambda: cwd(A, B), 'channel with channel, pixel with pixel'),
+    *[(lambda fn=fn: fn(A, B), 'compares them element by element. Give the student a projector') for fn in (hint, ab, ofd, vid, pkd)],
+    (lambda: cwd(A, B), 'channel with channel and pixel with pixel'),
     (lambda: ickd(A, B), 'compares 3 channels of 2 samples with 5 of 2: give the student a projector'),
-    (lambda: at(C, C), 'no grid in common.*take layers before the pooling'),
+    (lambda: at(C, C), 'no grid in common.*choose layers before the pooling'),
     (lambda: nst(A, C[:, :, None]), 'no grid in common'),
     (lambda: pairwise(C, C), 'no grid of them'),
     (lambda: pairwise(A, A[..., :2]), 'leaves 4 cells of 2 student maps and 2 of 2'),
@@ -377,7 +377,7 @@ WRONG = [
     (lambda: CC(kernel='rbf')(C, C), "possible are 'gaussian' and 'bilinear'"),
     (lambda: at(A, A, axis=0), 'Axis 0 is the batch'),
     (lambda: cwd(A, A, axis=4), 'no such channel axis'),
-    (lambda: at(A, A, p=.5), 'the exponent is 1 or more'),
+    (lambda: at(A, A, p=.5), 'the exponent must be at least 1'),
     (lambda: ofd(A, A, margin=torch.ones(2)), 'axis 1 has 3 channels'),
 ]
 

@@ -113,7 +113,7 @@ def test_maps_that_are_stored_smaller_are_checked_too(tmp_path):
 
 @pytest.mark.parametrize('text,match', [
     (b'', 'Expecting value'), (b'{"format"', 'is damaged'), (b'\xff\xfe\x00', 'is damaged'), (b'['*10**5, 'recursion'), (b'{"a":'*10**4, 'recursion'),
-    (b'9'*5000, 'is damaged'), (b'null', "is not a fastdistill cache's"), (b'[]', "is not a fastdistill cache's"), (b'{"format": "fastdistill-cache"}', 'a cache of version None'),
+    (b'9'*5000, 'is damaged'), (b'null', "does not belong to a fastdistill cache"), (b'[]', "does not belong to a fastdistill cache"), (b'{"format": "fastdistill-cache"}', 'a cache of version None'),
     (b'{"format": "fastdistill-cache", "version": true}', 'a cache of version True'), (b'{"format": "fastdistill-cache", "version": 1}', 'the file has no count, views')],
     ids=lambda o: None if isinstance(o, bytes) else o)
 def test_a_manifest_that_is_no_json_says_so(tmp_path, text, match):
@@ -225,7 +225,7 @@ def test_the_writer_follows_no_link_out_of_its_folder(tmp_path):
     (tmp_path/'c'/'view001').symlink_to(other)
     damage(other/'000000.bin', random.Random(0))
     before = tree(other)
-    with pytest.raises(DistillError, match='view001 is a link: the parts of a cache are written to real folders only'): write(tmp_path/'c')
+    with pytest.raises(DistillError, match='view001 is a link: parts of a cache are written only to real folders'): write(tmp_path/'c')
     with pytest.warns(match='It is overwritten'), pytest.raises(DistillError, match='view001 is a link'): write(tmp_path/'c', force=True, source=source(vocab=None))
     assert tree(other) == before
     (tmp_path/'d').mkdir()

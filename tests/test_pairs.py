@@ -66,7 +66,7 @@ def test_globs_pair_in_order_if_they_are_as_many():
     s,t,x = tv.resnet18(),timm.create_model('resnet34'),images(32)
     assert names(pair(s, t, x, layers={'layer[12]': 'layer[34]@pre'})) == [('layer1', 'layer3@pre'), ('layer2', 'layer4@pre')]
     assert names(pair(s, t, x, layers='layer?')) == [(f'layer{i}', f'layer{i}') for i in (1, 2, 3, 4)]
-    with pytest.raises(DistillError, match=r"'layer1.\*' are 2 layers of the student \(layer1.0, layer1.1\), 'layer1.\*' are 3 of the"):
+    with pytest.raises(DistillError, match=r"'layer1.\*' names 2 layers of the student \(layer1.0, layer1.1\), 'layer1.\*' names 3 of the"):
         pair(s, t, x, layers={'layer1.*': 'layer1.*'})
 
 
@@ -83,14 +83,14 @@ def test_other_inputs_for_the_teacher_and_several_inputs():
 
 @pytest.mark.parametrize('layers, message', [
     ({'9': '0'}, "In the student: No layer '9' in Sequential"), ({'0': '9'}, "In the teacher: No layer '9' in Sequential"),
-    ([('0', '1', '2')], r"\('0', '1', '2'\) is no pair of names. Possible are"), ([('0', None)], "is no pair of names"),
-    ({'0': 3}, "is no pair of names"), ([3], "3 is no pair of names"), (3, "layers=3"), ({}, "names no layers")])
+    ([('0', '1', '2')], r"\('0', '1', '2'\) is not a pair of names. Possible are"), ([('0', None)], "is not a pair of names"),
+    ({'0': 3}, "is not a pair of names"), ([3], "3 is not a pair of names"), (3, "layers=3"), ({}, "names no layers")])
 def test_wrong_layers_are_refused(layers, message):
     with pytest.raises(DistillError, match=message): pair(net(), net(), images(8), layers=layers)
 
 
 @pytest.mark.parametrize('layers, message', [
-    (3, 'is no pair of names'), ({'0': 3}, 'is no pair of names'), ([('0', '1', '2')], 'is no pair of names'), ({}, 'names no layers'),
+    (3, 'is not a pair of names'), ({'0': 3}, 'is not a pair of names'), ([('0', '1', '2')], 'is not a pair of names'), ({}, 'names no layers'),
     ('0@mena', '@mena. Possible are @in'), ({'0': '1@maps'}, '@maps. Possible are @in'), ('auto@mena', '@mena. Possible are @in'),
     (images(8), 'layers= got a tensor')], ids=range(8))
 def test_layers_that_have_no_meaning_are_refused_where_the_term_is_made(layers, message):
@@ -105,14 +105,14 @@ def test_a_projector_that_does_not_exist_is_refused_where_the_term_is_made():
 
 @pytest.mark.parametrize('layers, message', [
     ({'9': '0'}, "In the student: No layer '9' in Sequential"), ({'0': 'layer9'}, "In the teacher: No layer 'layer9' in ResNet. Nearest: 'layer4'"),
-    ({'?': 'layer?'}, r"'\?' are 7 layers of the student .* 'layer\?' are 4 of the teacher")], ids=range(3))
+    ({'?': 'layer?'}, r"'\?' names 7 layers of the student .* 'layer\?' names 4 of the teacher")], ids=range(3))
 def test_layers_that_a_model_does_not_have_are_refused_where_the_distiller_is_made(layers, message):
     with pytest.raises(DistillError, match=message): Distiller(net(), tv.resnet18(), recipes.at(layers=layers))
 
 
 def test_layers_of_what_shows_none_are_refused_where_the_distiller_is_made():
     for teacher,name in ((lambda x: x, '<lambda>'), ([net(), net()], '2 teachers')):
-        with pytest.raises(DistillError, match=f"In the teacher: layers='auto' takes one model whose layers it can see, not {name}"):
+        with pytest.raises(DistillError, match=f"In the teacher: layers='auto' needs one model whose layers can be read, not {name}"):
             Distiller(net(), teacher, recipes.at())
 
 
@@ -222,7 +222,7 @@ def test_a_teacher_an_ensemble_and_a_function_that_brings_features():
     s,t,x = net(),net(8),images(8)
     assert names(pair(s, Teacher(t), x)) == names(pair(s, t, x)) == [('1', '1'), ('3', '3')]
     assert pair(s, Teacher([t, s]), x, layers={'2': ['0.2', '1.0']})[1].t_shape == (2, 4, 6, 6)
-    with pytest.raises(DistillError, match="In the teacher: layers='auto' takes one model"): pair(s, Teacher([t, s]), x)
+    with pytest.raises(DistillError, match="In the teacher: layers='auto' needs one model"): pair(s, Teacher([t, s]), x)
     f = Teacher(lambda x: Outputs(torch.zeros(2, 2), dict(deep=torch.zeros(2, 9))))
     assert pair(s, f, x, layers={'2': 'deep'})[0] == Pair('2', (2, 8, 4, 4), 'deep', (2, 9), '4x4 -> vector, linear 8 -> 9')
     with pytest.raises(DistillError, match="outputs hold no layer 'low'. They hold: deep"): pair(s, f, x, layers={'2': 'low'})

@@ -259,13 +259,13 @@ def test_ones_own_module_or_function_is_used_as_it_is():
 
 def test_ones_own_module_with_the_wrong_output_is_told_what_is_needed():
     s,t = rand(2, 3, 8, 8),rand(2, 5, 4, 4)
-    with pytest.raises(DistillError, match=r"Own made \(2, 6, 4, 4\) of the student's features, \(2, 3, 8, 8\).*shape, \(2, 5, 4, 4\)"):
+    with pytest.raises(DistillError, match=r"Own returned \(2, 6, 4, 4\) for student features of shape \(2, 3, 8, 8\).*shape, \(2, 5, 4, 4\)"):
         projector(s.shape, t.shape, Own(6))(s, t)
     assert projector(s.shape, t.shape, Own(6), match='grid')(s, t).shape == (2, 6, 4, 4)
-    with pytest.raises(DistillError, match=r"Identity made \(2, 3, 8, 8\).*the teacher's grid, \(4, 4\)"):
+    with pytest.raises(DistillError, match=r"Identity returned \(2, 3, 8, 8\).*the teacher's grid, \(4, 4\)"):
         projector(s.shape, t.shape, nn.Identity(), match='grid')(s, t)
     assert projector(s.shape, t.shape, nn.Identity(), match='none')(s, t) is s
-    with pytest.raises(DistillError, match="made tuple of"): projector(s.shape, t.shape, lambda s: (s,))(s, t)
+    with pytest.raises(DistillError, match="returned tuple for"): projector(s.shape, t.shape, lambda s: (s,))(s, t)
 
 
 # refused
@@ -274,8 +274,8 @@ def test_ones_own_module_with_the_wrong_output_is_told_what_is_needed():
     (((2, 3), (2, 5), 'linaer'), r"projector='linaer': possible are 'auto', 'linear', 'conv', 'conv_bn', 'mlp', a module"),
     (((2, 3), (2, 5), nn.Linear), "not its class"), (((2, 3), (2, 5), 3), "projector=3"),
     (((2, 3), (2, 5), 'auto', 'all'), "match='all': possible are 'shape', 'grid', 'none'"),
-    (((2, 3), (2, 5, 4, 4)), r"The student's \(2, 3\) has no grid like that of the teacher's \(2, 5, 4, 4\). Pair it"),
-    (((2, 3), (2, 7, 5)), "no grid like that"), (((2, 3, 4, 4, 4), (2, 3, 4, 4)), "no grid like that"),
+    (((2, 3), (2, 5, 4, 4)), r"The student's \(2, 3\) has no grid that fits the teacher's \(2, 5, 4, 4\). Pair it"),
+    (((2, 3), (2, 7, 5)), "no grid that fits"), (((2, 3, 4, 4, 4), (2, 3, 4, 4)), "no grid that fits"),
     (((2,), (2, 5)), r"No projector from \(2,\)")])
 def test_what_has_no_meaning_is_refused_when_it_is_built(args, message):
     with pytest.raises(DistillError, match=message): projector(*args)

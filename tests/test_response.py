@@ -4,16 +4,20 @@ import pytest, torch
 import torch.nn.functional as F
 from fastai.torch_core import TensorBase, TensorImage, TensorMask
 from cases import logits
-from fastdistill import losses
-from fastdistill.losses import DKD, KL, MSE, SoftTargets, binary_kl, dist, dkd, hard, jsd, kl, mse, nkd, regression, reverse_kl, soft_ce, soft_targets, standardize, standardized, tvd
+from fastdistill import Recipe, losses, recipes
+from fastdistill.losses import (DKD, KL, MSE, SoftTargets, abkd, binary_kl, dist, dkd, hard, jsd, kl, mse, nkd, regression, reverse_kl, rld, skewed_kl, soft_ce,
+                                soft_targets, standardize, standardized, taid, ttm, tvd, wttm)
 from fastdistill.outputs import DistillError
 
 INF = float('inf')
 named = lambda f: getattr(f, '__name__', None) or f'{f.func.__name__}-{f.keywords}'
-softmax_losses = pytest.mark.parametrize('fn', [kl, reverse_kl, jsd, tvd, soft_ce, hard, dkd, nkd, dist], ids=named)
+half_taid,with_labels = functools.partial(taid, lam=.5),(dkd, nkd, rld)
+newer = [ttm, wttm, skewed_kl, functools.partial(skewed_kl, reverse=True), taid, half_taid, abkd, functools.partial(abkd, alpha=1., beta=0.),
+         functools.partial(abkd, alpha=0., beta=1.)]
+softmax_losses = pytest.mark.parametrize('fn', [kl, reverse_kl, jsd, tvd, soft_ce, hard, dkd, nkd, rld, dist, *newer], ids=named)
 over_vocabulary = pytest.mark.parametrize('fn', [kl, reverse_kl, jsd, functools.partial(jsd, beta=0), functools.partial(jsd, beta=1),
-                                                 tvd, soft_ce, hard], ids=named)
-of_logits = pytest.mark.parametrize('fn', [kl, reverse_kl, jsd, tvd, soft_ce, mse, hard, dkd, nkd, dist], ids=named)
+                                                 tvd, soft_ce, hard, *newer], ids=named)
+of_logits = pytest.mark.parametrize('fn', [kl, reverse_kl, jsd, tvd, soft_ce, mse, hard, dkd, nkd, rld, dist, *newer], ids=named)
 
 
 def value_and_grad(fn, s, *args, **options):
@@ -28,7 +32,7 @@ def pair(*shape, **kwargs): return logits(*shape, **kwargs)()
 
 @softmax_losses
 def test_a_class_that_is_minus_infinite_for_both_is_not_there(fn):
-    s,t,*y = pair(4, 7, y=fn in (dkd, nkd))
+    s,t,*y = pair(4, 7, y=fn in with_labels)
     y = [o % 5 for o in y]
     holes = torch.tensor([5, 6])
     a,b = s.index_fill(1, holes, -INF),t.index_fill(1, holes, -INF)
@@ -65,7 +69,7 @@ def test_what_the_student_cannot_say_is_left_out_of_kl_and_what_the_teacher_cann
 
 # masks
 
-@pytest.mark.parametrize('fn', [kl, reverse_kl, jsd, tvd, soft_ce, mse, hard, dist, dkd, nkd, standardized(kl), standardized(dist)])
+@pytest.mark.parametrize('fn', [kl, reverse_kl, jsd, tvd, soft_ce, mse, hard, dist, dkd, nkd, rld, standardized(kl), standardized(dist), *newer])
 def test_what_stands_at_a_masked_position_reaches_neither_value_nor_gradient(fn):
     s,t,*y = pair(3, 5, 4, y='y' in inspect.signature(fn).parameters)
     mask = torch.rand(3, 4, generator=torch.Generator().manual_seed(0)) > .5
@@ -90,7 +94,7 @@ def test_junk_at_masked_labels_and_samples_stays_there_too():
 
 @of_logits
 def test_padding_of_a_text_does_not_count(fn):
-    s,t,*y = pair(3, 6, 11, y=fn in (dkd, nkd), axis=-1)
+    s,t,*y = pair(3, 6, 11, y=fn in with_labels, axis=-1)
     labels = torch.randint(11, (3, 6), generator=torch.Generator().manual_seed(0))
     labels[0, 4:],labels[2, 1:] = -100,-100
     keep = labels != -100
@@ -114,7 +118,7 @@ def test_a_mask_may_hold_weights():
 
 # labels
 
-@pytest.mark.parametrize('fn', [dkd, nkd], ids=named)
+@pytest.mark.parametrize('fn', with_labels, ids=named)
 def test_labels_that_do_not_count(fn):
     s,t,y = pair(6, 5, y=True)
     want = fn(s[2:], t[2:], y[2:]).item()
@@ -126,7 +130,7 @@ def test_labels_that_do_not_count(fn):
     assert v == 0 and (g == 0).all()
 
 
-@pytest.mark.parametrize('fn', [dkd, nkd], ids=named)
+@pytest.mark.parametrize('fn', with_labels, ids=named)
 def test_labels_of_other_shapes_and_types(fn):
     s,t,y = pair(6, 5, y=True)
     want = fn(s, t, y).item()
@@ -137,7 +141,7 @@ def test_labels_of_other_shapes_and_types(fn):
         fn(s, t, y.reshape(3, 2), axis=-1)
     with pytest.raises(DistillError, match='Labels of torch.float32: .* needs one class .* Mixed or smoothed'):
         fn(s, t, torch.rand(2, 3, 5), axis=-1)
-    with pytest.raises(DistillError, match='Labels from 0 to 255 for 5 classes: .* ignore_index'): fn(*pair(2, 5), torch.tensor([0, 255]))
+    with pytest.raises(DistillError, match='Labels from 0 to 255 for 5 classes. .* ignore_index'): fn(*pair(2, 5), torch.tensor([0, 255]))
 
 
 # what each is known for
@@ -228,8 +232,8 @@ def test_regression_compares_numbers_not_shapes():
     assert regression(s, t, reduction='none').shape == (6,)
     for name,ref in dict(l1=F.l1_loss, huber=F.huber_loss).items():
         assert regression(s, t, distance=name).item() == pytest.approx(ref(s.flatten(1), t).item())
-    with pytest.raises(DistillError, match=r'\(6, 8\), the teacher.s \(6, 1\): as many samples'): regression(t, b)
-    with pytest.raises(DistillError, match='as many samples'): regression(s.reshape(8, 6), t)
+    with pytest.raises(DistillError, match=r'\(6, 8\), the teacher.s \(6, 1\): both need the same number of samples'): regression(t, b)
+    with pytest.raises(DistillError, match='same number of samples'): regression(s.reshape(8, 6), t)
     with pytest.raises(DistillError, match="distance='l2': possible are 'mse', 'l1', 'huber'"): regression(s, t, distance='l2')
 
 
@@ -243,13 +247,73 @@ def test_soft_targets_are_those_of_what_the_model_predicts():
         soft_targets(s, t, kind='logits')
 
 
+# newer ones
+
+def test_ttm_is_0_where_the_student_predicts_the_softened_probabilities():
+    _,t = pair(5, 7)
+    assert ttm(t/4, t).item() == pytest.approx(0, abs=1e-12) == wttm(t/4, t).item()
+    # and kl at T, whose student is softened too, is something else
+    assert ttm(t, t).item() > .1 and kl(t, t).item() == 0
+
+def test_wttm_weighs_a_position_by_how_unsure_the_teacher_is():
+    s = torch.zeros(2, 5, dtype=torch.float64)
+    t = torch.tensor([[60., 0, 0, 0, 0], [0., 0, 0, 0, 0]], dtype=torch.float64)
+    s[:, 1] = 1.
+    ratio = wttm(s, t, T=2., reduction='none')/ttm(s, t, T=2., reduction='none')
+    torch.testing.assert_close(ratio, torch.tensor([1., 5**.5], dtype=torch.float64))
+
+def test_taid_begins_at_the_student_and_ends_at_the_teacher():
+    s,t = pair(5, 7)
+    v,g = value_and_grad(taid, s, t, lam=0.)
+    assert v == pytest.approx(0, abs=1e-12) and g.abs().max() < 1e-12
+    assert value_and_grad(taid, s, t, lam=1.)[0] == kl(s, t, T=1.).item()
+    v,g = value_and_grad(taid, s, t, lam=.4, T=2.)
+    want,wg = value_and_grad(kl, s, .6*s + .4*t, T=2.)        # a fixed target: no gradient goes into it
+    assert v == pytest.approx(want)
+    torch.testing.assert_close(g, wg)
+
+def test_abkd_has_the_two_kls_and_hellingers_distance_among_its_members():
+    s,t = pair(5, 7)
+    for T in (1., 3.):
+        assert abkd(s, t, alpha=1., beta=0., T=T).item() == pytest.approx(kl(s, t, T=T).item())
+        assert abkd(s, t, alpha=0., beta=1., T=T).item() == pytest.approx(reverse_kl(s, t, T=T).item())
+        assert abkd(s, t, alpha=1-1e-6, beta=1e-6, T=T).item() == pytest.approx(kl(s, t, T=T).item(), rel=1e-4)
+    hellinger = (s.softmax(1).sqrt() - t.softmax(1).sqrt()).pow(2).sum(1).mean()/2
+    assert abkd(s, t, alpha=.5, beta=.5, T=1.).item() == pytest.approx(4*hellinger.item())
+
+def test_skewed_kl_stays_bounded_where_the_student_rules_out_what_the_teacher_predicts():
+    s,t = torch.tensor([[200., 0.]]),torch.tensor([[0., 200.]])
+    assert kl(s, t, T=1.).item() == pytest.approx(200) and skewed_kl(s, t).item() == pytest.approx(-math.log(.1), rel=1e-5)
+
+def test_rld_leaves_out_what_the_teacher_likes_better_than_the_label():
+    t = torch.tensor([[3., 2, 1, 0]], dtype=torch.float64)
+    s,y = torch.tensor([[0., 1, 2, 3]], dtype=torch.float64),torch.tensor([1])
+    far = s.clone(); far[0, 0] = 5.
+    parts = dict(alpha=0., beta=1., T=1.)
+    assert rld(s, t, y, **parts).item() == rld(far, t, y, **parts).item() == pytest.approx(kl(s[:, 2:], t[:, 2:], T=1.).item())
+    v,g = value_and_grad(rld, s, t, torch.tensor([3]), **parts)        # nothing is below the teacher's last class
+    assert v == 0 and (g == 0).all()
+
+@pytest.mark.parametrize('fn,options,says', [(skewed_kl, dict(lam=1.), 'lam=1.0: .* from 0 to below 1'), (taid, dict(lam=1.5), 'lam=1.5: .* from 0 to 1'),
+                                             (abkd, dict(alpha=-1.), 'alpha=-1.0, beta=0.3: both are 0 or more'), (abkd, dict(alpha=0., beta=0.), 'not both 0')])
+def test_options_of_newer_losses_are_checked(fn, options, says):
+    with pytest.raises(DistillError, match=says): fn(*pair(3, 5), **options)
+
+def test_the_target_of_taid_follows_a_schedule():
+    s,t = pair(5, 7)
+    recipe = recipes.taid(start=.4)
+    for p,lam in ((0., .4), (.5, .7), (1., 1.)):
+        assert Recipe(recipe, task=0.)(s, t, progress=p).item() == pytest.approx(taid(s, t, lam=lam).item())
+    with pytest.raises(DistillError, match='say where training stands'): Recipe(recipe, task=0.)(s, t)
+
+
 # mistakes
 
 @softmax_losses
 def test_mistakes_in_shape_speak_up(fn):
-    y = [torch.zeros(5, dtype=torch.long)] if fn in (dkd, nkd) else []
+    y = [torch.zeros(5, dtype=torch.long)] if fn in with_labels else []
     x = torch.zeros(5, 4)
-    with pytest.raises(DistillError, match='1 class on axis 1, .* always 1: nothing to learn'): fn(x[:, :1], x[:, :1], *y)
+    with pytest.raises(DistillError, match=r'1 class on axis 1\. .* always 1, so there is nothing to learn'): fn(x[:, :1], x[:, :1], *y)
     with pytest.raises(DistillError, match='axis=2: outputs of shape .* no such axis'): fn(x, x, *y, axis=2)
     with pytest.raises(DistillError, match=r'student.s output has shape \(5, 4\), the teacher.s \(5, 3\)'): fn(x, x[:, :3], *y)
 
@@ -273,9 +337,10 @@ def test_fastais_own_tensors_are_welcome():
 # kinds
 
 def test_every_loss_says_which_logits_it_is_for():
-    names = [n for n in (*losses.response.__all__, *losses.decoupled.__all__) if n[0].islower() and n not in losses.NOT_LOSSES]
+    names = [n for n in (*losses.response.__all__, *losses.decoupled.__all__, *losses.divergence.__all__) if n[0].islower() and n not in losses.NOT_LOSSES]
     kinds = {n: getattr(getattr(losses, n), 'kind', None) for n in names}
-    assert {n for n,k in kinds.items() if k == 'softmax'} == {'kl', 'reverse_kl', 'jsd', 'tvd', 'soft_ce', 'hard', 'dkd', 'nkd', 'dist'}
+    assert {n for n,k in kinds.items() if k == 'softmax'} == {'kl', 'reverse_kl', 'jsd', 'tvd', 'soft_ce', 'hard', 'dkd', 'nkd', 'dist',
+                                                             'rld', 'ttm', 'wttm', 'skewed_kl', 'taid', 'abkd'}
     others = dict(binary_kl='sigmoid', regression='regression', mse=None, soft_targets=None)
     assert {n: k for n,k in kinds.items() if k != 'softmax'} == others
     assert KL(T=2.).kind == standardized(kl).kind == standardized(KL()).kind == 'softmax'
@@ -300,7 +365,7 @@ def test_standardised_logits_have_mean_0_and_spread_1():
 
 @of_logits
 def test_a_standardised_loss_sees_neither_scale_nor_shift(fn):
-    s,t,*y = pair(5, 7, 2, y=fn in (dkd, nkd))
+    s,t,*y = pair(5, 7, 2, y=fn in with_labels)
     want = standardized(fn)(s, t, *y)
     assert want.item() == pytest.approx(fn(standardize(s), standardize(t), *y).item())
     assert standardized(fn)(3*s+2, t/5-1, *y).item() == pytest.approx(want.item(), rel=1e-5)

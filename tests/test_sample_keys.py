@@ -113,7 +113,7 @@ def test_keys_that_were_given_are_remembered_by_the_cache_that_comes_back(folder
     name = lambda p: p.stem
     cache = write(images(folder), tmp_path/'c', keys=name)
     quiet(Learner(images(folder), Flat(1)), cache)
-    with pytest.raises(DistillError, match=r'or it was written with keys=: open it with TeacherCache\(path, keys='):
+    with pytest.raises(DistillError, match=r'or the cache was written with keys=: open it with TeacherCache\(path, keys='):
         quiet(Learner(images(folder), Flat(1)), tmp_path/'c')
     learn = Learner(images(folder), Flat(1))
     with learn.no_bar(), learn.no_logging(): learn.distill(TeacherCache(tmp_path/'c', keys=name), 1)

@@ -197,13 +197,14 @@ def test_lr_find_takes_no_loaded_state_away(tmp_path):
     assert same([*cb.distiller.links.state_dict().values()], [*saved.values()])
 
 
-def test_a_measured_balance_is_kept_too(tmp_path):
+def test_measured_gradients_are_kept_too(tmp_path):
     student,teacher = pair('image')
     student.path = tmp_path
-    make = lambda: KD(teacher, kd(alpha=.5) + Term(losses.at, .2, layers={'0.1': '0.1'}), balance='grad')
+    make = lambda: KD(teacher, kd(alpha=.5) + Term(losses.at, share=.2, layers={'0.1': '0.1'}))
     cb = make()
     student.fit(1, .01, cbs=[cb, SaveModelCallback(with_opt=True)])
     student.load('model', weights_only=False)
     again = make()
     student.fit(1, .01, cbs=again)
-    assert again.distiller.scales == cb.distiller.scales
+    a,b = cb.distiller.ratios['at'],again.distiller.ratios['at']
+    assert b.batches == 2*a.batches

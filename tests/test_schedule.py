@@ -26,7 +26,7 @@ def test_what_is_none_is_refused_with_what_is_possible(v):
 
 def test_a_schedule_asks_where_training_stands():
     assert value_at(2., None) == 2.
-    with pytest.raises(DistillError, match=r'The weight of kl follows a schedule: say where training stands, as in distiller\(x, y, prog'):
+    with pytest.raises(DistillError, match=r'The weight of kl follows a schedule: pass the progress of the training, as in distiller\(x, y, prog'):
         value_at(schedule('cosine'), None, 'The weight of kl')
 
 

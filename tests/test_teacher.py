@@ -313,7 +313,7 @@ def test_a_module_whose_reset_reinitializes_keeps_its_weights(how, says):
     model = Resets(how)
     model.weight.grad = torch.ones(2, 2)
     t,was,rng,attributes = Teacher(model),state(model),torch.get_rng_state(),set(vars(model))
-    with pytest.warns(DistillWarning, match=f'Resets has a method reset.. that {says}. It was undone and is not called again'): t.reset()
+    with pytest.warns(DistillWarning, match=f'Resets has a method reset.. that {says}. That was undone, and the method is not called again'): t.reset()
     with t:
         t.reset()
         Teacher([Teacher(t, layers=['']), t]).reset()       # variations know it too
@@ -587,14 +587,14 @@ def test_exported_program_and_file(tmp_path):
         was = state(t.module)
         for n in (4, 3): same(t(x[:n]).logits, eval_of(model, x[:n]), 1e-6)
         assert state(t.module) == was
-        with refuses(r"Layers 0 of .* can't be read, only what it returns \(no layers\). Give the nn.Module"): Teacher(t, layers=['0'])
+        with refuses(r"Layers 0 of .* can't be read, only the layers that it returns \(none\). Give the nn.Module"): Teacher(t, layers=['0'])
 
 
 def test_a_program_exported_in_train_mode_is_told():
     for model in (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.Sequential(nn.Flatten(), nn.Dropout(.5))):
         x = images(2, 3, 8, 8)
         program = torch.export.export(model.train(), (x,))
-        with pytest.warns(DistillWarning, match='was made of a model in train mode.*Export model.eval'): t = Teacher(program)
+        with pytest.warns(DistillWarning, match='was exported from a model in train mode.*Export model.eval'): t = Teacher(program)
         was = state(t.module)
         t(x)
         assert state(t.module) == was
@@ -620,7 +620,7 @@ def test_onnx_file(tmp_path):
     for n in (5, 1): same(t(x[:n]).logits, x[:n].detach() @ W, 1e-6)
     for v in (x.double(), x.bfloat16()): same(t(v).logits, v.detach().float() @ W, 1e-6)
     assert t.modules == [] and not t(x).logits.requires_grad and repr(t) == 'Teacher(m.onnx)'
-    with refuses(r"Layers 0 of m.onnx can't be read, only what it returns \(no layers\)"): Teacher(t, layers=['0'])
+    with refuses(r"Layers 0 of m.onnx can't be read, only the layers that it returns \(none\)"): Teacher(t, layers=['0'])
     with t: same(t(x).logits, x.detach() @ W, 1e-6)
 
 
@@ -631,8 +631,8 @@ def test_onnx_inputs_by_order_and_by_name(tmp_path):
     for o in (t(a, b), t(mask=b, ids=a), t({'mask': b, 'ids': a}), t(a, mask=b), t(BatchEncoding({'ids': a, 'mask': b, 'labels': a}))):
         same(o.logits, want, 1e-6)
     for bad in ((a,), (a, b, a)):
-        with refuses(r'takes ids \(float: n x 3\), mask \(float: n x 3\). It was given \d by position, none by name'): t(*bad)
-    with refuses('It was given 1 by position, wrong by name'): t(a, wrong=b)
+        with refuses(r'takes ids \(float: n x 3\), mask \(float: n x 3\). It got \d by position, none by name'): t(*bad)
+    with refuses('It got 1 by position, wrong by name'): t(a, wrong=b)
 
 
 @pytest.mark.parametrize('batch', [1, 2, 4, 9])
@@ -644,11 +644,11 @@ def test_onnx_file_with_a_fixed_batch_size(tmp_path, batch):
 
 def test_onnx_refuses_what_does_not_fit(tmp_path):
     t = Teacher(onnx_file(tmp_path/'m.onnx', W))
-    with refuses(r'takes x \(float: n x 3\). For x it was given torch.float32 of shape \(2, 7\). .*size='): t(images(2, 7))
+    with refuses(r'takes x \(float: n x 3\). For x it got torch.float32 of shape \(2, 7\). .*size='): t(images(2, 7))
     with refuses(r'of shape \(2, 3, 1\)'): t(images(2, 3, 1))
     t = Teacher(onnx_file(tmp_path/'i.onnx', W.round(), dtype=TensorProto.INT64))
     same(t(torch.ones(2, 3, dtype=torch.int32)).logits, torch.ones(2, 3, dtype=torch.int64) @ W.round().long())
-    with refuses('int64: n x 3.*was given torch.float32'): t(images(2, 3))
+    with refuses('int64: n x 3.*it got torch.float32'): t(images(2, 3))
     (tmp_path/'bad.onnx').write_bytes(b'no network')
     with refuses("onnxruntime can't load .*bad.onnx"): Teacher(tmp_path/'bad.onnx')
 
@@ -724,7 +724,7 @@ def test_hugging_face_second_argument_must_be_what_it_says():
 
 def test_hugging_face_without_a_head_says_what_is_missing():
     model = BertModel(bert().config)
-    with refuses('keys last_hidden_state, pooler_output: no logits'): Teacher(model)(IDS)
+    with refuses('keys last_hidden_state, pooler_output, which holds no logits'): Teacher(model)(IDS)
     o = Teacher(lambda ids: Outputs(model(ids).pooler_output))(IDS)
     assert o.logits.shape == (2, 8)
 
@@ -748,7 +748,7 @@ def test_any_callable():
     o = Teacher(lambda x: Outputs(x, {'deep': x*2}, x[:, 0] > 0))(x)
     same(o.feats['deep'], x*2)
     same(o.mask, x[:, 0] > 0)
-    with refuses('returned a Sequential: no logits in it'): Teacher(lambda x: small())(x)
+    with refuses('returned a Sequential, which holds no logits'): Teacher(lambda x: small())(x)
 
 
 def test_a_function_may_bring_features_along():
@@ -756,8 +756,8 @@ def test_a_function_may_bring_features_along():
     t = Teacher(lambda x: Outputs(x, {'deep': x*2, 'deeper': x*3}), layers=['deep'])
     assert list(t(x).feats) == ['deep', 'deeper']
     t.layers = ['deep', 'deepest']
-    with refuses(r"Layers deep, deepest of <lambda> can't be read, only what it returns \(deep, deeper\)"): t(x)
-    with refuses(r"Layers 0 of sin can't be read, only what it returns \(no layers\)"): Teacher(torch.sin, layers=['0'])(x)
+    with refuses(r"Layers deep, deepest of <lambda> can't be read, only the layers that it returns \(deep, deeper\)"): t(x)
+    with refuses(r"Layers 0 of sin can't be read, only the layers that it returns \(none\)"): Teacher(torch.sin, layers=['0'])(x)
     o = Teacher([t.model, torch.sin], layers=['0.deep'])(x)
     same(o.feats['0.deep'], x*2)
 
@@ -884,7 +884,7 @@ def test_layers_of_an_ensemble_have_their_members_number():
 
 @pytest.mark.parametrize('kw,match', [
     (dict(weights=[1]), r'weights=\[1\] of 2 teachers'), (dict(weights=[1, -1]), 'none below 0'), (dict(weights=[0, 0]), 'not all 0'),
-    (dict(weights=[1, math.nan]), 'one number each'), (dict(combine='mean'), "combine='mean': possible are 'probs', 'logits'"),
+    (dict(weights=[1, math.nan]), 'give each one number'), (dict(combine='mean'), "combine='mean': possible are 'probs', 'logits'"),
     (dict(kind='softmin'), "kind='softmin': possible are 'softmax', 'sigmoid', 'regression'"),
     (dict(mode='test'), "mode='test': possible are 'eval', 'train'")])
 def test_wrong_options(kw, match):
@@ -892,7 +892,7 @@ def test_wrong_options(kw, match):
 
 
 def test_weights_of_one_teacher_are_refused():
-    with refuses("weights= are for the members of an ensemble, and this is one teacher"): Teacher(torch.sin, weights=[1.])
+    with refuses("weights= is for the members of an ensemble, but this is one teacher"): Teacher(torch.sin, weights=[1.])
 
 
 def test_members_of_other_shapes_are_refused():
@@ -952,12 +952,12 @@ class Fastai:
     ('resnet50', "There is no file 'resnet50'.*A model's name is not enough"),
     ('missing.onnx', "There is no file 'missing.onnx'"),
     (small().state_dict(), 'holds weights, but no network: build the model'),
-    (nn.Linear, 'Linear is a class, not a model made of it'),
+    (nn.Linear, 'Linear is a class, not a model'),
     (3, 'A int is no teacher. Possible are'),
     (torch.zeros(2), 'A Tensor is no teacher. Possible are'),
     ([], 'An empty list of teachers. Possible are'),
     (['resnet50'], "There is no file 'resnet50'"),
-    (Fastai(), 'A fastai Learner: fastdistill.fastai takes it'),
+    (Fastai(), 'a fastai Learner: pass it to fastdistill.fastai'),
     (nn.Linear(2, 2, device='meta'), 'has no weights yet'),
 ])
 def test_what_is_no_teacher(o, match):
@@ -976,7 +976,7 @@ def test_files_that_hold_no_network(tmp_path):
     (tmp_path/'text.pt').write_text('no')
     (tmp_path/'learner.pkl').write_bytes(b'no')
     for f in ('weights.pt', 'text.pt', 'learner.pkl'):
-        with refuses(r'holds no TorchScript.*\(a state_dict\)\? Build the model'): Teacher(tmp_path/f)
+        with refuses(r'holds no TorchScript.*\(a state_dict\), build the model'): Teacher(tmp_path/f)
     script(lambda: scripted(small()).save(tmp_path/'cut.pt'))
     import zipfile
     with zipfile.ZipFile(tmp_path/'cut.pt') as z, zipfile.ZipFile(tmp_path/'bad.pt', 'w') as out:
@@ -1014,8 +1014,8 @@ def test_the_output_that_is_distilled_can_be_named(give, output):
 def test_the_first_of_several_outputs_is_taken_and_said_once():
     x = images(2, 3)
     t = Teacher(Heads())
-    with pytest.warns(DistillWarning, match=r"The teacher Heads returns several tensors that could each be distilled: 0 \(2, 4\), 1 \(2, 4\)\. "
-                      "The first is taken. Name one with output=.*output=0 confirms"): o = t(x)
+    with pytest.warns(DistillWarning, match=r"The teacher Heads returns several tensors that could be distilled: 0 \(2, 4\), 1 \(2, 4\)\. "
+                      "The first is used. Name one with output=.*output=0 confirms"): o = t(x)
     same(o.logits, t.model.a(x).detach())
     t(x), t.probe(x), Teacher(t, layers=['a'])(x)       # no more
     Teacher(Heads(), output=0)(x)
@@ -1030,7 +1030,7 @@ def test_an_output_that_is_not_there_is_refused():
                              (lambda a, b: a, 'aux', "output='aux', but the model returned one tensor")):
         with refuses(says): Teacher(Heads(give), output=output)(x)
     same(Teacher(nn.Identity(), output=0)(x).logits, x)
-    with refuses('no logits in it. .* Name another output with output='): Teacher(Heads(lambda a, b: dict(main=a, aux=b)))(x)
+    with refuses('which holds no logits. .* Name another output with output='): Teacher(Heads(lambda a, b: dict(main=a, aux=b)))(x)
     with refuses(r'output=1.5: possible are the name or the index of an output, and a function'): Teacher(Heads(), output=1.5)
 
 
@@ -1041,7 +1041,7 @@ def test_onnx_outputs_can_be_named(tmp_path):
         t = Teacher(path, output=output)
         same(t(x).logits, -x @ W, 1e-6)
         same(copy.deepcopy(t)(x).logits, -x @ W, 1e-6)
-    with pytest.warns(DistillWarning, match='The teacher m.onnx returns several tensors that could each be distilled: a, b. The first'):
+    with pytest.warns(DistillWarning, match='The teacher m.onnx returns several tensors that could be distilled: a, b. The first'):
         t = Teacher(path)
     same(Teacher(t, layers=())(x).logits, x @ W, 1e-6)
     with refuses("output='c': the outputs of this ONNX network are a, b"): Teacher(path, output='c')

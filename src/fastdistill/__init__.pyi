@@ -5,6 +5,7 @@ from .features import layers as layers
 from .outputs import Outputs as Outputs
 from .recipes import (
     ab as ab,
+    abkd as abkd,
     at as at,
     cc as cc,
     cwd as cwd,
@@ -24,9 +25,13 @@ from .recipes import (
     pkd as pkd,
     pkt as pkt,
     rkd as rkd,
+    rld as rld,
     soft_labels as soft_labels,
     sp as sp,
+    taid as taid,
+    ttm as ttm,
     vid as vid,
+    wttm as wttm,
 )
 from .schedule import Schedule as Schedule
 from .teacher import Teacher as Teacher

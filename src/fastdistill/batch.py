@@ -1,5 +1,6 @@
-"""What the terms are computed from in one batch, and which positions count. A mask has the logits' shape without the
-class axis."""
+"""The tensors from which terms are computed in one batch, and the positions that count.
+
+A mask has the logits' shape without the class axis."""
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
@@ -14,35 +15,34 @@ __all__ = ['Batch', 'blend', 'both', 'labels_to_shift', 'next_tokens', 'padding_
 
 @dataclass
 class Batch:
-    "What a batch's terms are computed from"
+    "The tensors from which a batch's terms are computed"
     student:Outputs
     teacher:Outputs
     targets:tuple
-    others:tuple # the second labels of a batch that is mixed
-    share:Tensor|None # the first labels' share of it; None: it is not mixed
+    others:tuple # the second labels of a mixed batch
+    share:Tensor|None # the share of the first labels; None: the batch is not mixed
     task:Task
     progress:float|None
 
     @cached_property
     def masks(self):
-        "Of the first and of the second labels: where both models and the label count; None: everywhere"
+        "For the first and the second labels: where both models and the label count; None: everywhere"
         models = both(self.student.mask, self.teacher.mask)
         return [both(models, label_mask(y[0] if len(y) else None, self.student.logits, self.task))
                 for y in (self.targets, self.others)]
 
     @cached_property
     def mask(self):
-        "Where a term counts that reads no labels: as far as labels count there"
+        "Where a term without labels counts; in a mixed batch, by the share of the labels that count"
         first,other = self.masks
         if self.share is None: return first
         if first is None and other is None: return None
-        first,other = [(torch.ones_like(n) if m is None else m).to(self.share) for m,
-                       n in ((first, other), (other, first))]
+        pairs = (first, other),(other, first)
+        first,other = [(torch.ones_like(n) if m is None else m).to(self.share) for m,n in pairs]
         return blend(first, other, self.share)
 
     def options(self, term, mask):
-        """A term's options, and what it takes of this batch: what only holds for logits is their class axis, and which
-        positions count"""
+        "A term's options, with the values that come from this batch: axis and mask are given only to terms of logits"
         context = dict(kind=self.task.kind, ignore_index=self.task.ignore_index)
         # a sample counts if any of its positions does
         if mask is not None and term.samples: mask = mask.reshape(len(mask), -1).amax(1)
@@ -51,37 +51,36 @@ class Batch:
 
 
 def blend(first, other, share):
-    "`share` of the first and the rest of the other; one share for all, or one for each sample"
+    "share*first + (1-share)*other, with one share for all samples or one for each"
     share = share.to(first).reshape(-1, *[1]*(first.dim()-1)) if share.numel() > 1 else share.to(first).squeeze()
     return torch.lerp(other, first, share)
 
 
 def both(*masks):
-    "Where all of these masks count; None among them counts everywhere"
+    "Where all of these masks count. A mask that is None counts everywhere"
     masks = [m for m in masks if m is not None]
     return reduce(torch.mul, masks) if masks else None
 
 
 def label_mask(
     y, # labels; None where there are none
-    logits, # of the same batch; None where only layers are compared
-    task # what they are, see `task.Task`
+    logits, # of the same batch; None if only layers are compared
+    task # what the logits are, see `task.Task`
 ):
     "Where a label counts; None: everywhere"
     if task.kind != 'softmax' or logits is None or not isinstance(y, Tensor) or y.is_floating_point(): return None
     if (y := fit_labels(as_plain(y), logits.shape, task)) is None: return None
     on = y != task.ignore_index
-    # subtle: only on the CPU is a look at the values free; a GPU would make the step wait for it
+    # subtle: the values are checked only on the CPU, since the step would wait for a GPU
     return None if on.is_cpu and not torch.compiler.is_compiling() and on.all() else on
 
 
 def padding_mask(
-    x, # the batch's inputs: a tuple with a dict in it, where there is a mask
+    x, # the batch's inputs: a tuple, which may hold a dict with a mask
     shape, # of the logits
     axis:int # their class axis
 ):
-    """The `attention_mask` among a batch's inputs, where the logits are one per token: positions that it hides do not
-    count"""
+    "The `attention_mask` among a batch's inputs, if there are logits for each token. Hidden positions do not count"
     found = [o['attention_mask'] for o in x if isinstance(o, Mapping) and isinstance(o.get('attention_mask'), Tensor)]
     return as_plain(found[0]) > 0 if found and found[0].shape == shape_of_labels(shape, axis) else None
 
@@ -90,8 +89,7 @@ def next_tokens(
     y:Tensor, # (B, L) labels, each where its own token stands
     ignore_index:int
 ):
-    """The labels of a causal language model, each where it is predicted: one position earlier; the last position has
-    none"""
+    "The labels of a causal language model, each where it is predicted: one position earlier. The last has none"
     return F.pad(as_plain(y)[:, 1:], (0, 1), value=ignore_index)
 
 
@@ -102,8 +100,10 @@ def labels_to_shift(
     task,
     causal:bool=False # the student is known to predict the next token
 ) -> bool|None:
-    """Do the labels of a language model stand where their own tokens stand, and not where these are predicted? None:
-    this batch has no labels. A GPU waits for the answer, so ask once"""
+    """Must the labels of a language model be shifted? Yes, if each is at the position of its own token, and not where
+    that token is predicted. None: this batch has no labels.
+
+    A step waits for a GPU's answer, so call this once"""
     tokens = task.kind == 'softmax' and len(shape) == 3 and isinstance(y, Tensor)
     if not tokens or y.shape != shape_of_labels(shape, task.axis): return False
     y,ids = as_plain(y),[as_plain(o) for o in tensors_in(x) if o.shape == y.shape and not o.is_floating_point()]
@@ -111,7 +111,6 @@ def labels_to_shift(
     if not on.any(): return None
     here,ahead = any((o == y)[on].all() for o in ids),any((o[:, 1:] == y[:, :-1])[on[:, :-1]].all() for o in ids)
     if here != ahead or not causal: return here and not ahead
-    raise DistillError("The student predicts the next token, and these labels do not show whether each stands where "
-                       "its token stands, as Hugging Face's models take them, or where it is predicted, one position "
-                       "earlier. Say so to the Distiller: "
-                       "shift_labels=True for the first, shift_labels=False for the second")
+    raise DistillError("The student predicts the next token, and these labels do not show at which position they are: "
+                       "that of their own token, as Hugging Face's models take them (pass shift_labels=True to the "
+                       "Distiller), or one position earlier, where the token is predicted (shift_labels=False)")

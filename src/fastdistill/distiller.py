@@ -9,7 +9,7 @@ from .doctor.classes import few_names
 from .doctor.findings import Findings
 from .doctor.outputs import probabilities
 from .doctor.runs import student_logits
-from .doctor.shapes import mismatches, outputs_differ
+from .doctor.shapes import broadcasts, mismatches, outputs_differ
 from .doctor.tally import Tally
 from .features.calls import arguments, is_hf
 from .features.names import unwrap
@@ -20,6 +20,7 @@ from .features.taps import Taps
 from .gradients import norms_at_layer, norms_at_logits, swamped
 from .outputs import DistillError, DistillWarning, Outputs, TopK, as_plain, check_output, warn_of_several
 from .ranks import rank
+from .ratios import GradientRatios
 from .task import labels_loss, task_for
 from .teacher.teacher import Teacher
 from .terms import Link, Recipe, Term, check_kind, own_copy
@@ -33,7 +34,7 @@ class Distilled:
     task:Tensor|None # the labels' own loss, unweighted; None without labels
     taught:Tensor|None # the weighted sum of all terms; None where none counts
     parts:dict[str,Tensor] # each term's value, unweighted and detached; in training only of the terms that count
-    weights:dict[str,float] # what each was multiplied by; 'task' among them
+    weights:dict[str,float|Tensor] # what each was multiplied by; 'task' among them. 0-dim for a term with a share
 
     @property
     def total(self):
@@ -71,8 +72,6 @@ class Distiller(nn.Module):
         shift_labels:bool|None=None, # labels of a language model stand where their tokens stand (Hugging Face's way),
         # and not where they are predicted: True moves them for the terms and for the loss that None chooses. None: seen
         # in the first batch, or asked for
-        balance:str|None=None, # 'grad': weights are shares of the gradient, measured at the first batch (see
-        # `measure_balance`)
         output=None, # which of several outputs is distilled, of the student and of a teacher that is not yet a
         # `Teacher`: a name, an index, or a function of what the model returned; None: the one called 'logits' or 'out',
         # or the first of a tuple
@@ -81,9 +80,9 @@ class Distiller(nn.Module):
         example=None # a batch of inputs, to build projectors before an optimizer asks for their parameters
     ):
         super().__init__()
-        if balance not in (None, 'grad'): raise DistillError(f"balance={balance!r}: possible are None, 'grad'")
         self.student,self.recipe,self.task_loss,self.shift_labels = student,Recipe(recipe),task_loss,shift_labels
-        self.task,self.balance,self.scales = task_for(task_loss, kind, axis, ignore_index),balance,{}
+        self.task = task_for(task_loss, kind, axis, ignore_index)
+        self.ratios = GradientRatios(self.recipe)
         check_output(output)
         self.output,self.found = output,{}
         if teacher is not None and not isinstance(teacher, Teacher):
@@ -136,7 +135,7 @@ class Distiller(nn.Module):
         if s is None or t is None: return Findings()
         # subtle: outputs that differ and do not broadcast are left to the losses; one of the user's own may compare
         # some of the classes
-        mistakes = [outputs_differ(s.shape, t.shape, y, self.task)] if broadcasts(s, t) else []
+        mistakes = [outputs_differ(s.shape, t.shape, y, self.task)] if broadcasts(s.shape, t.shape) else []
         if mistakes := Findings(filter(None, [*mistakes, *mismatches(None, s.shape, y, self.task)])): return mistakes
         tally = Tally(self.task)
         tally.add_probabilities(t.float(), 'train')
@@ -246,7 +245,7 @@ class Distiller(nn.Module):
     ) -> Distilled:
         "The loss of a batch whose student (and teacher) ran already: what trainers call"
         task,terms = None if task is None else as_plain(task),self.active_terms(progress)
-        weights = self.recipe.weights_at(progress, bool(self.balance))
+        weights = self.recipe.weights_at(progress)
         if task is None and weights['task']:
             raise DistillError("This batch has no labels, but the recipe gives their loss the weight "
                                f"{weights['task']:g}: use alpha=1, or soft_labels(), to train from the teacher alone")
@@ -258,11 +257,27 @@ class Distiller(nn.Module):
             self._findings(student, teacher, targets).enforce()
         b = Batch(student, all_classes(teacher, student), targets, *(mixed or ((), None)), self.task, progress)
         values = {t.name: self._value(t, b) for t in terms}
-        if torch.is_grad_enabled(): weights = self._measured(dict(task=task, **values), weights, student.logits)
-        taught = [w*values[k] for k,w in weights.items() if k in values and w != 0]
+        counted = {k: v for k,v in dict(task=task, **values).items() if v is not None and weights[k] != 0}
+        weights = self._measured(counted, weights, student)
+        taught = [weights[k]*v for k,v in counted.items() if k in values]
         if not weights['task'] and student.logits is not None: taught.append(nothing(student.logits))
         return Distilled(task, sum(taught[1:], taught[0]) if taught else None,
                          {k: v.detach() for k,v in values.items()}, weights)
+
+    def without_labels(
+        self,
+        student:Outputs, # for inputs without labels
+        teacher:Outputs|None, # for the same
+        *,
+        progress:float|None=None # share of the training that is done, for schedules
+    ) -> Tensor:
+        """The weighted sum of the terms that read no labels, for inputs without labels beside the batches with labels.
+        Shares of the gradient are those that were measured there"""
+        terms = [t for t in self.active_terms(progress) if not t.n_targets]
+        if not terms: return nothing(student.logits)
+        b = Batch(student, all_classes(teacher, student), (), (), None, self.task, progress)
+        weights = self.ratios.weights(self.recipe.weights_at(progress), {}, None)
+        return sum(weights[t.name]*self._value(t, b) for t in terms)
 
     def _value(self, term, b):
         "A term's value; where it reads labels and the batch has two a sample, mixed as the labels' own loss is"
@@ -289,18 +304,22 @@ class Distiller(nn.Module):
         if term.lists: return links[0].loss(*map(list, zip(*pairs)), *targets, **term.channels(pairs[0][1]), **options)
         return sum(k.loss(s, t, *targets, **term.channels(t), **options) for k,(s,t) in zip(links, pairs))
 
-    def _measured(self, values, weights, logits):
-        """The weights as they count, after what is measured at the first training batch, and where a part counts for
-        the first time"""
-        given,counted = weights,{k: v for k,v in values.items() if v is not None and v.requires_grad and weights[k]}
-        if self.balance:
-            self.measure_balance(counted)
-            weights = {k: w*self.scales.get(k, 1.) for k,w in weights.items()}
-        if self.measures and not counted.keys() <= self.seen:
-            self.seen,self.gradient_shares = counted.keys(),self.shares(counted, weights, logits)
-            if (says := swamped(self.gradient_shares, given)) and rank() == 0:
+    def _measured(self, values, weights, student):
+        """The weights as they count: of a term with a share, what makes its gradient that long. Shares of the gradient
+        are reported at the first training batch, and where a part counts for the first time"""
+        learns = {k: v for k,v in values.items() if v.requires_grad}
+        fixed = {k: w for k,w in weights.items() if k not in self.ratios}
+        if self.ratios: weights = self.ratios.weights(weights, learns, lambda k: self._compared(k, student))
+        if self.measures and torch.is_grad_enabled() and not learns.keys() <= self.seen:
+            self.seen,self.gradient_shares = learns.keys(),self.shares(learns, weights, student.logits)
+            if (says := swamped(self.gradient_shares, fixed)) and rank() == 0:
                 warnings.warn(says, DistillWarning, stacklevel=4)
         return weights
+
+    def _compared(self, name, student):
+        "What a term compares of the student"
+        layers = [k.layers[0] for k in self.links[name] if k.layers]
+        return [student.feats[n] for n in dict.fromkeys(layers)] if layers else [student.logits]
 
     def shares(
         self,
@@ -308,27 +327,17 @@ class Distiller(nn.Module):
         weights, # of each
         logits=None # the student's; None: its parameters are the place to measure at
     ) -> dict:
-        """Each part's share of the gradient, by name: at the logits if all parts reach them, else (and with `balance`)
-        at the last layer of the student that all reach. Empty if there is no such place. Training is not changed by
-        it"""
+        """Each part's share of the gradient, by name: at the logits if all parts reach them, else at the last layer of
+        the student that all reach. Empty if there is no such place. A term with a share of its own at its layers is
+        left out. Training is not changed by it"""
+        apart = {t.name for t in self.layered if t.is_share}
+        values = {k: v for k,v in values.items() if k not in apart}
         try:
-            norms = None if self.balance else norms_at_logits(values, logits)
-            if norms is None and self.student is not None: norms = norms_at_layer(values, self.student, logits)
+            norms = norms_at_logits(values, logits)
+            if norms is None and self.student is not None: norms = norms_at_layer(values, self.student)
         except RuntimeError: return {}      # compiled or checkpointed parts may allow one backward pass alone
-        norms = {k: weights[k]*n for k,n in (norms or {}).items()}
+        norms = {k: float(weights[k]*n) for k,n in (norms or {}).items()}
         return {k: n/sum(norms.values()) for k,n in norms.items()}
-
-    def measure_balance(
-        self, values # of what counts in this batch: the labels' loss ('task') and the terms, by name
-    ):
-        """Give those that have none yet a factor that makes their gradient as long as the labels' (the first term's, if
-        the labels don't count) at the student's last shared layer: with it, weights are shares of the gradient there"""
-        if not (new := [k for k in values if k not in self.scales]): return
-        if (norms := norms_at_layer(values, self.student)) is None:
-            raise DistillError("balance='grad': no layer of the student gets a gradient from all of "
-                               f"{', '.join(values)}. Weigh them by hand.")
-        known = next((k for k in values if k in self.scales), new[0])
-        for k in new: self.scales[k] = self.scales.get(known, 1.)*norms[known]/norms[k]
 
     def _links(self, term, pairs, s, t):
         "Of one term: a link for each pair, on the student's device"
@@ -362,9 +371,6 @@ def loss_of_logits(
 
 # a Recipe knows no Distiller, but calling a Recipe uses one
 Recipe.__call__ = loss_of_logits
-
-
-def broadcasts(s, t): return s.dim() == t.dim() and all(a == b or 1 in (a, b) for a,b in zip(s.shape, t.shape))
 
 
 def refuse_shared(student, teacher):

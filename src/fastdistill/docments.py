@@ -1,5 +1,6 @@
-"""Parameters are explained where they stand, in a comment behind each. Here these comments become part of the
-docstring, so that `help()` and an editor's tooltip show them: one source, two places to read it."""
+"""Each parameter is explained by a comment behind it.
+
+Here these comments become part of the docstring, so that `help()` and tooltips of editors show them."""
 import inspect, linecache, re
 from itertools import takewhile
 
@@ -14,8 +15,7 @@ def explain_all(
 
 
 def explain(o):
-    """Append what the comments say about the parameters of a function or class to its docstring; a second call changes
-    nothing"""
+    "Append the comments on the parameters of a function or class to its docstring; a second call changes nothing"
     fn = o if inspect.isroutine(o) else None
     if isinstance(o, type): fn = getattr(o, 'fn', None) or vars(o).get('__init__')
     fields = isinstance(o, type) and hasattr(o, '__dataclass_fields__')
@@ -53,8 +53,7 @@ def field_comments(cls) -> dict:
 
 
 def comments(lines, names):
-    """Name -> comment, of lines that hold one or more of the names and then a comment, which may go on in lines of its
-    own"""
+    "Name -> comment, of lines with one or more names and then a comment. A comment may continue in lines of its own"
     said,last = {},None
     for l in lines:
         code,_,comment = l.strip().partition('# ')

@@ -1,10 +1,10 @@
-"Mistakes that are named before training, and probable ones."
+"The error for a mistake, and the warning for a probable one."
 
 __all__ = ['DistillError', 'DistillWarning']
 
 
 class DistillError(ValueError):
-    "A mistake that training would not have shown: the message says what was given, what is possible, what to do"
+    "A mistake that training might not show. The message names what was given, what is possible and what to do"
 
 
 class DistillWarning(UserWarning):

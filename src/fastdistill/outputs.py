@@ -18,45 +18,50 @@ def as_plain(x):
 
 @dataclass
 class TopK:
-    "The logits of a teacher's `k` likeliest of `n` classes, and what is assumed of the other classes"
+    """The logits of a teacher's `k` likeliest of `n` classes, and an assumption about the other classes, `tail`:
+
+    - 'uniform': they share the remaining probability equally;
+    - 'bucket': they share it as the student's prediction does;
+    - 'zero': they have probability 0;
+    - 'mean': each has the mean of their log-probabilities, which stays close to the truth at high temperatures."""
     ids:Tensor # (B, ..., k) class numbers
     values:Tensor # (B, ..., k) their log-probabilities
     n:int # number of classes
-    tail:str='uniform' # what is assumed of the others: 'uniform', they share their probability equally; 'bucket', as
-    # the student shares it; 'zero', they have none; 'mean', each has the mean of their log-probabilities, which stays
-    # near the true ones at high temperatures
+    tail:str='uniform' # the assumption about the other classes
     axis:int=-1 # where `dense` puts the class axis
     rest:Tensor|None=None # (B, ..., 1) mean of the others' log-probabilities, for 'mean'
 
     def __post_init__(self):
         if self.tail not in TAILS: raise DistillError(f"tail={self.tail!r}: possible are {', '.join(map(repr, TAILS))}")
         if self.tail == 'mean' and self.rest is None and self.ids.shape[-1] < self.n:
-            raise DistillError("tail='mean' needs rest=, the mean log-probability of the classes that are not kept.")
+            raise DistillError("tail='mean' needs rest=, the mean log-probability of the classes that are not stored.")
 
     def dense(
         self, student:Tensor|None=None # the student's logits, which 'bucket' needs
     ) -> Tensor:
-        """Logits of all `n` classes: log-probabilities, except with 'mean', where the probabilities add up to less than
-        1. With 'bucket', the KL to the student (at T=1) and its gradient are those over k+1 outcomes, where all classes
-        that were not kept count as one"""
+        """Logits of all `n` classes. They are log-probabilities, except with 'mean', where the probabilities add up to
+        less than 1.
+
+        With 'bucket', the KL to the student at T=1 and its gradient are those over k+1 outcomes: the k classes, and
+        all other classes as one"""
         v,k = self.values.float(),self.ids.shape[-1]
         kept = v.logsumexp(-1, keepdim=True)
         if k == self.n or self.tail == 'zero': v,rest = v-kept,v.new_full((), -torch.inf)
         elif self.tail == 'mean': rest = self.rest.float()
-        # subtle: rounding may give the k classes a sum above 1, and the others must have more than 0
+        # subtle: by rounding the k classes may sum to more than 1, but the others must have more than 0
         else: rest = torch.log(-torch.expm1(kept.clamp(max=-1e-7)))
         out = self._rest(rest, student, v).scatter(-1, self.ids, v)
         return out.movedim(-1, self.axis)
 
     def _rest(self, rest, student, v):
-        "Log-probabilities of the other classes, in all `n` places"
+        "Log-probabilities of the other classes, for all `n` classes"
         shape = *v.shape[:-1],self.n
         if self.tail == 'mean': return rest.expand(shape)
         if self.tail != 'bucket' or rest.dim() == 0:
             return (rest - log(max(self.n-self.ids.shape[-1], 1))).expand(shape)
         if student is None:
             raise DistillError("tail='bucket' needs the student's logits, as in dense(student): the other classes "
-                               "share their probability as the student shares it.")
+                               "share their probability as the student's prediction does.")
         s = as_plain(student.detach()).float().movedim(self.axis, -1)
         if s.shape != shape:
             raise DistillError(f"The student's logits have shape {tuple(student.shape)}, the stored ones {self.n} "
@@ -66,7 +71,7 @@ class TopK:
     def reorder(
         self, order:Tensor # (n,) the stored class at each place of the new order
     ) -> 'TopK':
-        "The same with the classes in another order"
+        "The same logits with the classes in another order"
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
         return replace(self, ids=place.to(self.ids.device)[self.ids])
@@ -88,9 +93,9 @@ class Outputs:
         raw, # what a model returned: a tensor, a tuple whose first item is one, a dict or ModelOutput with `logits`
         feats:dict|None=None,
         mask:Tensor|None=None,
-        output=None # which of several outputs has the logits: a name, an index, or a function of `raw`; None: as above
+        output=None # the output with the logits: a name, an index, or a function of `raw`; None: as above
     ) -> 'Outputs':
-        "The outputs in whatever `raw` a model returned"
+        "`raw`, as a model returned it, as `Outputs`"
         if output is not None: raw = named_output(raw, output)
         if isinstance(raw, Outputs): return raw
         return cls(as_plain(_logits(raw)), feats or {}, mask)
@@ -103,10 +108,9 @@ def _logits(raw):
     if isinstance(raw, dict) and 'out' in raw: return raw['out'] # torchvision's segmentation models
     if isinstance(raw, (tuple, list)) and len(raw) and isinstance(raw[0], Tensor): return raw[0] # fastai's RNNs
     have = f" with the keys {', '.join(map(str, raw))}" if isinstance(raw, dict) else ''
-    raise DistillError(f"The model returned a {type(raw).__name__}{have}: no logits in it. Possible are a tensor, a "
-                       "tuple that begins with one, a dict with 'logits' or 'out'. Name another output with output=, "
-                       "or wrap "
-                       "the model in a function that returns one of these.")
+    raise DistillError(f"The model returned a {type(raw).__name__}{have}, which holds no logits. Possible are a "
+                       "tensor, a tuple that begins with one, and a dict with 'logits' or 'out'. Name another output "
+                       "with output=, or wrap the model in a function that returns one of these.")
 
 
 def parts_of(raw):
@@ -143,9 +147,9 @@ def warn_of_several(
     raw, # what the model returned
     model,
     who:str, # the model, in the message
-    found:dict # which remembers that this was checked
+    found:dict # remembers that this was checked
 ):
-    "Warn once if the model returned several tensors that could be its logits, of which the first is distilled"
+    "Warn once if the model returned several tensors that could be its logits. The first is distilled"
     if not isinstance(raw, (tuple, list)) or not len(raw) or 'several' in found: return
     found['several'] = True
     if hasattr(raw, 'logits') or not isinstance(raw[0], Tensor) or is_fastai_text(model): return
@@ -155,13 +159,13 @@ def warn_of_several(
 
 
 def warn_of_first(who, several):
-    warnings.warn(f"{who} returns several tensors that could each be distilled: {several}. The first is taken. Name "
-                  "one with output=, an index or a function of what the model returns: output=0 confirms the first.",
+    warnings.warn(f"{who} returns several tensors that could be distilled: {several}. The first is used. Name one with "
+                  "output=, an index or a function of what the model returns: output=0 confirms the first.",
                   DistillWarning, stacklevel=4)
 
 
 def is_fastai_text(model):
-    "Whether it is a recurrent model of fastai, which returns (logits, raw outputs, outputs after dropout)"
+    "Is it a recurrent model of fastai, which returns (logits, raw outputs, outputs after dropout)?"
     return any(type(m).__module__.startswith('fastai.text.') for m in getattr(model, 'modules', list)())
 
 

@@ -1,4 +1,4 @@
-"Plots of the features that are compared."
+"Plots of features."
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ def named_map(name, f, p, aspect):
 
 
 def to_show(x):
-    "Images as (B, H, W, 3) from 0 to 1. If any is outside of this range, each is stretched to it"
+    "Images as (B, H, W, 3) from 0 to 1. If any value is outside of this range, each image is stretched to it"
     if x.dim() != 4 or x.shape[1] not in (1, 3):
         raise DistillError(f"Inputs of shape {tuple(x.shape)} can't be shown: pictures are (B, 3, H, W) or "
                            "(B, 1, H, W). Give images=")
@@ -55,8 +55,7 @@ def show_features(
     student:nn.Module,
     teacher, # a module, or a `Teacher`, which gets the images in its own normalization and size
     x:Tensor, # (B, 3, H, W) images as the student gets them; a tuple if it takes more than images
-    layers='auto', # as in `Term`: {'student.layer': 'teacher.layer'}, pairs of names, 'auto' or 'last'; their outputs
-    # must be maps or tokens
+    layers='auto', # layers with maps or tokens, named as in `Term`
     *,
     images:Tensor|None=None, # (B, 3, H, W) from 0 to 1, to show; None: `x`, each image stretched to that range
     n:int=4, # number of images
@@ -94,7 +93,7 @@ def draw_maps(
 
 
 def overlay(ax, picture, m):
-    "The picture; in gray under its map, if there is one"
+    "Draw the picture, or if there is a map, the map over the gray picture"
     ax.axis('off')
     if m is None: return ax.imshow(picture.numpy())
     ax.imshow(picture.mean(-1).numpy(), cmap='gray', vmin=0, vmax=1)

@@ -46,7 +46,7 @@ def on_first(fn):
 
 @contextmanager
 def joined_processes():
-    "Join the other processes that torchrun or accelerate launch started, if any; gives whether this is the first one"
+    "Join the other processes that torchrun or accelerate launch started, if any. Yields: is this the first process?"
     if int(os.environ.get('WORLD_SIZE', 1)) == 1 or is_running():
         yield rank() == 0
         return
@@ -54,5 +54,5 @@ def joined_processes():
     distributed.init_process_group('gloo')        # for Python objects, not for tensors
     try:
         yield rank() == 0
-        distributed.barrier()     # gloo's threads abort a process that ends while another still sends to it
+        distributed.barrier()     # gloo aborts a process that ends while another one still sends to it
     finally: distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"A number that may move while training goes on: a weight, a temperature."
+"A number that may change during training: a weight, a temperature."
 from dataclasses import dataclass
 from math import cos, pi
 from numbers import Real
@@ -15,7 +15,7 @@ NAMES = dict(
 
 @dataclass(frozen=True)
 class Schedule:
-    "`start` to `end` as training goes from 0 to 1"
+    "A number that goes from `start` to `end` while training progress goes from 0 to 1"
     name:str # 'linear', 'cosine' or 'warmup'
     start:float
     end:float
@@ -24,12 +24,15 @@ class Schedule:
 
 
 def schedule(
-    v, # a number; a function of progress in [0, 1] (fastai's `SchedCos(.9, .1)`); 'linear', 'cosine' (from 1 to 0) or
-    # 'warmup'
-       # (from 0 to 1); or a name with its ends: ('cosine', start, end), ('warmup', end)
-    what:str='value' # how an error calls it
+    v, # a number, a function of progress from 0 to 1, a name, or a name with its ends
+    what:str='value' # its name in errors
 ):
-    "`v` as a number or a function of progress"
+    """`v` as a number or a function of progress. Possible are:
+
+    - a number;
+    - a function of progress from 0 to 1, such as fastai's `SchedCos(.9, .1)`;
+    - a name: 'linear' and 'cosine' go from 1 to 0, 'warmup' goes from 0 to 1;
+    - a name with its ends: ('cosine', start, end), ('warmup', end)."""
     if isinstance(v, Real) or callable(v): return v
     name,*ends = (v,) if isinstance(v, str) else v if isinstance(v, (tuple, list)) and v else (None,)
     if not isinstance(name, str) or name not in NAMES or len(ends) > 2 or not all(isinstance(o, Real) for o in ends):
@@ -48,6 +51,6 @@ def value_at(
     "The number that `v` is at `progress`"
     if not callable(v): return v
     if progress is None:
-        raise DistillError(f"{what} follows a schedule: say where training stands, as in distiller(x, y, "
+        raise DistillError(f"{what} follows a schedule: pass the progress of the training, as in distiller(x, y, "
                            "progress=step/steps)")
     return float(v(progress))

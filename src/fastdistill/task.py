@@ -1,5 +1,4 @@
-"""What a model predicts, read off its loss function; which labels fit it, and the loss that they get where none is
-given."""
+"What a model predicts, read from its loss function; which labels fit, and their default loss."
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -11,7 +10,7 @@ from .outputs import DistillError, as_plain
 __all__ = ['Task', 'fit_labels', 'fitting_axes', 'labels_loss', 'register_losses', 'register_wrapper', 'task_for',
            'shape_of_labels', 'task_of', 'unusable']
 
-# what the outputs are -> loss classes that say so; a framework registers its own
+# kind of outputs -> loss classes for it; a framework registers its own
 CLASSES = dict(softmax=[nn.CrossEntropyLoss], sigmoid=[nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss],
                regression=[nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss])
 FUNCTIONS = {F.cross_entropy: 'softmax', F.binary_cross_entropy_with_logits: 'sigmoid', F.mse_loss: 'regression',
@@ -46,10 +45,10 @@ class Task:
 
 def task_of(
     loss_func, # PyTorch's, one that a framework registered, a partial or a subclass of them
-    kind:str|None=None, # say it where the loss function doesn't
+    kind:str|None=None, # for a loss function that does not show it
     axis:int|None=None
 ) -> Task:
-    "The task behind a loss function; one that is unknown is asked for"
+    "The task of a loss function. If the loss is unknown, `kind` is required"
     lf,own_axis = innermost(loss_func)
     if kind is None and (kind := kind_of(lf)) is None: raise DistillError(unknown_loss(lf))
     if axis is None: axis = getattr(lf, 'axis', 1) if own_axis is None else own_axis
@@ -68,32 +67,31 @@ def innermost(loss):
 
 
 def kind_of(loss):
-    "What the outputs are that an unwrapped loss takes; None if it is unknown"
+    "The kind of outputs that an unwrapped loss takes; None if it is unknown"
     known = FUNCTIONS.get(loss) if callable(loss) and getattr(loss, '__hash__', None) else None
     return known or next((k for k,classes in CLASSES.items() if isinstance(loss, tuple(classes))), None)
 
 
 def task_for(
-    loss, # the labels' own; None: the one that fits the kind
+    loss, # the labels' own loss; None: the one that fits the kind
     kind:str|None=None,
     axis:int|None=None,
     ignore_index:int|None=None
 ) -> Task:
-    "The task as given; what is None is read off the labels' loss, and is a softmax over axis 1 where that is not known"
+    "The task as given. Options that are None are read from the labels' loss, or else are a softmax over axis 1"
     if kind not in (None, *CLASSES): raise DistillError(f"kind={kind!r}: possible are {', '.join(map(repr, CLASSES))}")
     lf,_ = innermost(loss)
     known = kind_of(lf)
     if None not in (kind, known) and kind != known:
         raise DistillError(f"kind={kind!r}, but task_loss={loss!r} is for kind={known!r}: one of the two is wrong")
-    task = Task(kind or 'softmax') if loss is None else task_of(loss,
-                                                                kind or known or (None if takes_probabilities(lf)
-                                                                                  else 'softmax'))
+    default = None if takes_probabilities(lf) else 'softmax'
+    task = Task(kind or 'softmax') if loss is None else task_of(loss, kind or known or default)
     return Task(task.kind, task.axis if axis is None else axis,
                 task.ignore_index if ignore_index is None else ignore_index)
 
 
-def takes_probabilities(lf): return isinstance(lf, (nn.BCELoss, nn.NLLLoss)) or lf in (F.binary_cross_entropy,
-                                                                                       F.nll_loss)
+def takes_probabilities(lf):
+    return isinstance(lf, (nn.BCELoss, nn.NLLLoss)) or lf in (F.binary_cross_entropy, F.nll_loss)
 
 
 def shape_of_labels(
@@ -110,7 +108,7 @@ def fit_labels(
     shape, # of the logits
     task:Task
 ) -> Tensor|None:
-    "The labels in the shape of what is predicted, as class numbers where there are classes; None if they do not fit"
+    "The labels in the shape of the predictions, as class numbers if there are classes; None if they do not fit"
     if task.kind != 'softmax': return y.reshape(shape) if y.numel() == prod(shape) else None
     if not -len(shape) <= task.axis < len(shape): return None
     # a probability for each class
@@ -139,7 +137,7 @@ def labels_loss(
     "The labels' own loss, by what the model predicts: cross-entropy, binary cross-entropy or squared error"
     if more:
         raise DistillError(f"These batches have {1+len(more)} targets: give task_loss=, a function of the logits and "
-                           "all of them")
+                           "all targets")
     s,y = as_plain(s),as_plain(y)
     if task.kind == 'softmax' and y.is_floating_point() and y.shape == s.shape:
         return F.cross_entropy(s.movedim(task.axis, 1), y.movedim(task.axis, 1))
@@ -150,7 +148,7 @@ def labels_loss(
 
 
 def unfit_labels(y, shape, task):
-    "What is wrong with labels that do not fit, and what would be right"
+    "Why labels do not fit, and what would fit"
     if task.kind != 'softmax':
         return (f"The labels have shape {tuple(y.shape)}, the student's outputs {tuple(shape)}: "
                 "both need the same number of values")
@@ -163,23 +161,22 @@ def unfit_labels(y, shape, task):
 def unknown_loss(lf):
     name = getattr(lf, '__name__', type(lf).__name__)
     if isinstance(lf, nn.BCELoss) or lf is F.binary_cross_entropy:
-        return (f"The student's loss {name} takes probabilities, so its model ends in a sigmoid, and distillation "
-                "needs the outputs before it: end the model with the last linear layer and use BCEWithLogitsLossFlat.")
+        return (f"The student's loss {name} takes probabilities, so its model ends in a sigmoid. Distillation needs "
+                "the outputs before it: end the model with the last linear layer and use BCEWithLogitsLossFlat.")
     if isinstance(lf, nn.NLLLoss) or lf is F.nll_loss:
-        return (f"The student's loss {name} takes log-probabilities: pass kind='softmax' and axis=... "
-                "(log-probabilities are logits too).")
-    return (f"Can't tell from the student's loss {name} what it predicts: pass kind='softmax' (classes, with axis= "
-            "their axis), 'sigmoid' (labels) or 'regression' (numbers) to KnowledgeDistillation.")
+        return (f"The student's loss {name} takes log-probabilities, which are logits too: pass kind='softmax' and "
+                "axis=...")
+    return (f"The student's loss {name} does not show what the student predicts: pass kind='softmax' (classes, along "
+            "axis=), 'sigmoid' (labels) or 'regression' (numbers) to KnowledgeDistillation.")
 
 
 def unusable(
     logits:Tensor, # classes along `task.axis`
     task # whose logits they are
 ) -> Tensor:
-    """Do logits hold nan or infinite values, except the -inf of classes that are switched off? A tensor on their
-    device"""
+    "Do logits hold nan or infinite values, except -inf for excluded classes? A tensor on their device"
     v = logits.detach()
-    # the largest of the classes is nan where one of them is, and -inf where all are switched off
+    # the largest logit is nan if one of them is, and -inf if all classes are excluded
     softmax = task.kind == 'softmax' and -v.dim() <= task.axis < v.dim()
     # a sum is nan or infinite if one of the summands is; it takes one pass
     total = (v.amax(task.axis) if softmax else v).sum(dtype=torch.float)

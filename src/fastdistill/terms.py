@@ -1,5 +1,5 @@
 "What is compared, and how much it counts: terms, and recipes of them. No particular loss."
-import copy, inspect
+import copy, inspect, math
 from functools import partial
 from torch import nn
 from .features.pairs import checked_layers
@@ -7,11 +7,10 @@ from .features.projectors import checked_projector
 from .outputs import DistillError, Outputs
 from .schedule import schedule, value_at
 
-__all__ = ['Link', 'Paper', 'Recipe', 'Term', 'check_kind', 'own_copy']
+__all__ = ['Link', 'Recipe', 'Term', 'check_kind', 'own_copy']
 
 
-class Paper(float):
-    "A weight that is a paper's and not the user's: where weights are shares of the gradient, it counts as a share of 1"
+SCHEDULED = 'T','lam' # options of losses that may follow a schedule
 
 
 class Term:
@@ -20,8 +19,10 @@ class Term:
         self,
         loss, # fn(student, teacher, *targets, **options): a function of `fastdistill.losses`, a module of it, or your
         # own
-        weight=1., # number or schedule (see `fastdistill.schedule`)
+        weight=None, # number or schedule (see `fastdistill.schedule`); 1 if neither weight nor share is given
         *,
+        share=None, # in place of a weight: the length of the term's gradient, where it compares, beside that of the
+        # labels and of all terms with a weight. 1: as long as theirs. Number or schedule; see `GradientRatio`
         layers=None, # {'student.name': 'teacher.name'}, pairs of names, 'auto', 'last' (see `fastdistill.pairs`); None
         # compares the logits
         match:str|None=None, # what the loss needs of the teacher's layers: 'shape', 'grid' (places) or 'none'; None:
@@ -30,7 +31,7 @@ class Term:
         # 'mlp', or a module
         stop_at:float|None=None, # share of the training after which the term ends
         name:str|None=None, # of its column
-        **options # of the loss; a schedule is a value too, e.g. T=('linear', 8, 1)
+        **options # of the loss; T and lam may follow a schedule, e.g. T=('linear', 8, 1)
     ):
         if not callable(loss):
             raise DistillError(f"A term needs a loss function, got {loss!r}. See fastdistill.losses for those that "
@@ -39,7 +40,14 @@ class Term:
         self.projector = checked_projector(projector)
         fn,ps = signature(loss)
         self.name = checked_name(name or getattr(fn, '__name__', type(fn).__name__))
-        self.weight = schedule(weight, f'weight of {self.name}')
+        if weight is not None and share is not None:
+            raise DistillError(f"weight={weight!r} and share={share!r} of {self.name}: give one of them. A weight "
+                               "multiplies the loss, a share says how long its gradient is beside the labels'.")
+        self.is_share = share is not None
+        self.weight = schedule(share if self.is_share else 1. if weight is None else weight, f'weight of {self.name}')
+        if self.is_share and not callable(self.weight) and not 0 <= share < math.inf:
+            raise DistillError(f"share={share!r} of {self.name}: it is a number from 0 up; .1 is little beside the "
+                               "labels, 1 is as much as they have, 3 is much.")
         args = [p for p in ps if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         self.accepts = {p.name for p in ps if p.kind is p.KEYWORD_ONLY}
         # how many of the targets the loss takes: those it must have, or all
@@ -49,7 +57,7 @@ class Term:
         if (wrong := set(options) - named) and not any(p.kind is p.VAR_KEYWORD for p in ps):
             raise DistillError(f"{self.name} has no option {', '.join(sorted(wrong))}. It has: "
                                f"{', '.join(sorted(named)) or 'none'}")
-        self.options = {k: temperature_schedule(v) if k == 'T' else v for k,v in options.items()}
+        self.options = {k: option_schedule(k, v) for k,v in options.items()}
         if match not in (None, 'shape', 'grid', 'none'):
             raise DistillError(f"match={match!r}: possible are 'shape', 'grid' and 'none' (what {self.name} needs of "
                                "the teacher's layers)")
@@ -61,17 +69,17 @@ class Term:
 
     def __repr__(self):
         of = f', layers={self.layers!r}' if self.layers is not None else ''
-        return f"Term({self.name}, weight={self.weight!r}{of}{''.join(f', {k}={v!r}' for k,v in self.options.items())})"
+        how = 'share' if self.is_share else 'weight'
+        return f"Term({self.name}, {how}={self.weight!r}{of}{''.join(f', {k}={v!r}' for k,v in self.options.items())})"
 
     def weight_at(
         self,
-        progress:float|None, # share of the training that is done
-        shares:bool=False # weights are shares of the gradient, and a paper's weight has another scale
+        progress:float|None # share of the training that is done
     ) -> float:
+        "The weight, or the share, at this point of the training"
         if self.stop_at is not None:
             if value_at(lambda p: p, progress, f'The end of {self.name}') >= self.stop_at: return 0.
-        return 1. if shares and isinstance(self.weight, Paper) else value_at(self.weight, progress,
-                                                                             f'The weight of {self.name}')
+        return value_at(self.weight, progress, f'The weight of {self.name}')
 
     @property
     def held(self):
@@ -85,7 +93,7 @@ class Term:
 
     def options_at(self, progress, context):
         "Options of the loss: its own, and of the context (class axis, mask, ...) what it asks for"
-        own = {k: value_at(v, progress, k) if k == 'T' else v for k,v in self.options.items()}
+        own = {k: value_at(v, progress, k) if k in SCHEDULED else v for k,v in self.options.items()}
         return {**{k: v for k,v in context.items() if k in self.accepts and k not in self.held}, **own}
 
 
@@ -98,6 +106,12 @@ def signature(loss):
     given = loss if isinstance(loss, partial) else inner.forward if isinstance(inner, nn.Module) else inner
     try: return fn,inspect.signature(given).parameters.values()
     except ValueError: return fn,()     # builtins have none: they are called with the two tensors
+
+
+def option_schedule(name, v):
+    "An option of a loss: some may follow a schedule"
+    if name == 'T': return temperature_schedule(v)
+    return schedule(v, name) if name in SCHEDULED else v
 
 
 def temperature_schedule(T):
@@ -153,9 +167,9 @@ class Recipe:
 
     def task_at(self, progress): return 1. if self.task is None else value_at(self.task, progress, "The task's weight")
 
-    def weights_at(self, progress, shares=False):
-        "The weight of each part at this point of the training, by name; the labels' is 'task'"
-        return dict(task=self.task_at(progress), **{t.name: t.weight_at(progress, shares) for t in self.terms})
+    def weights_at(self, progress):
+        "The weight, or the share, of each part at this point of the training, by name; the labels' is 'task'"
+        return dict(task=self.task_at(progress), **{t.name: t.weight_at(progress) for t in self.terms})
 
 
 def check_kind(term, kind):

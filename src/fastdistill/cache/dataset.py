@@ -1,4 +1,4 @@
-"Plain PyTorch: run a teacher once over a map-style dataset, and train from what it stored."
+"Plain PyTorch: run a teacher once over a map-style dataset, and train from its stored outputs."
 import inspect
 from bisect import bisect_right
 from contextlib import nullcontext
@@ -25,16 +25,15 @@ __all__ = ['Replayed', 'cache_dataset']
 
 def cache_dataset(
     teacher, # a `Teacher`, or a callable of the same kind: fn(*inputs) -> Outputs or logits
-    dataset, # map-style; `Replayed` takes it again when a student trains
+    dataset, # map-style; pass the same one to `Replayed` when a student trains
     path, # folder or URL
-    views:int=1, # augmented views of each sample; 0: the dataset as it is, nothing replayed
-    topk:int|None=None, # keep the likeliest classes only
+    views:int=1, # augmented views of each sample; 0: the items as the dataset returns them, no replay
+    topk:int|None=None, # store only the likeliest classes
     dtype:str='float16', # 'float32', 'float16' or 'int8' (scaled row by row)
     *,
-    keys=None, # what names each sample: a list, or a function of the position; None: read off the dataset where it can
-    # be
-    inputs=None, # fn(batch) -> what the teacher is called with; None: the batch, or its first element if it is a tuple
-    batch_tfm=None, # fn(x) -> x with random numbers in it: run on one sample at a time, see `per_sample`
+    keys=None, # the name of each sample: a list, or a function of the position; None: read from the dataset
+    inputs=None, # fn(batch) -> the teacher's inputs; None: the batch, or its first element if it is a tuple
+    batch_tfm=None, # random transform fn(x) -> x: run on one sample at a time, see `per_sample`
     tail:str='mean', axis:int=1, # see `TopK`
     size=None, # height and width to which maps of logits are reduced
     bs:int=64, num_workers:int=0, collate_fn=default_collate, device=None, # of the DataLoader
@@ -74,16 +73,14 @@ def cache_dataset(
         described = dict(transforms or {})
         if shake is not None: described['batch_tfm'] = code_of(shake if inspect.isroutine(shake) else type(shake))
         source = Source(names, run, bs, identity_of(teacher), described, root_of(folder_of(dataset)), vocab,
-                        items.digests(),
-                        dataset_files(dataset))
+                        items.digests(), dataset_files(dataset))
         with shown_progress(progress) as show:
             return write_cache(path, source, Wish(dtype, topk, tail, axis, size), views=views, seed=seed, force=force,
-                               progress=show,
-                               forecast=forecast)
+                               progress=show, forecast=forecast)
 
 
 def shaken(fn, seeds, x):
-    "A batch transform with random numbers of each sample's own"
+    "Run a batch transform with separate random numbers for each sample"
     xs = x if isinstance(x, tuple) else (x,)
     if not all(isinstance(o, Tensor) for o in xs):
         raise DistillError("batch_tfm= takes tensors, and the teacher's inputs are "
@@ -107,7 +104,7 @@ class Views(Dataset):
         return view_item(self.dataset, i, key, view, self.seed, self.own),batch_seed(key, view, self.seed)
 
     def digests(self):
-        "Digests of a few samples' inputs: a replay must give the same bytes"
+        "Digests of a few samples' inputs. A replay must give the same bytes"
         if not self.views: return []
         n = len(self.dataset)
         tasks = [(i % self.views, int(r)) for i,r in enumerate(spread_positions(n, 8))]
@@ -126,7 +123,7 @@ def to_device(x, device):
 
 
 def check_items_repeat(items, asked):
-    "Make a few items twice: random transforms that can't be repeated are found before anything is written"
+    "Make a few items twice, to find random transforms that can't be repeated before anything is written"
     tasks,n = spread_positions(len(items), 8),len(items.dataset)
     draw = lambda items, i: fingerprint(*flat_values(items[i][0]))
     # the clean view is the same for any seed
@@ -140,24 +137,21 @@ def check_items_repeat(items, asked):
             raise DistillError(unrepeatable('batch_tfm', i % n))
 
 
-NOT_CLEAN = ("views=0 keeps one answer for each sample as the dataset gives it, but these come out differently each "
-             "time: pass the dataset "
-         "without its random transforms here, and the one with them to Replayed; or views=1 or more.")
+NOT_CLEAN = ("views=0 stores one output for each item of the dataset, but this dataset's items differ each time: pass "
+             "the dataset without its random transforms here, and the one with them to Replayed; or use views=1 or "
+             "more.")
 
 
 class Replayed(Dataset):
-    """A plain PyTorch dataset whose random transforms repeat the views of a cache: its items are `(*item, row)`, and
-    `cache.decode(rows)` makes a batch of rows the teacher's `Outputs`. Call `set_epoch` before each epoch"""
+    """A plain PyTorch dataset whose random transforms repeat the views of a cache. Its items are `(*item, row)`.
+
+    `cache.decode(rows)` turns a batch of rows into the teacher's `Outputs`. Call `set_epoch` before each epoch"""
     def __init__(
         self,
-        dataset, # map-style; its transforms draw from Python's, NumPy's or PyTorch's generators, global ones or their
-        # own
-        cache, # a `TeacherCache`, whose `views` decide whether transforms are replayed (views=0: they are as random as
-        # ever)
-        keys=None, # what names each sample: a list, or a function of the position; None: read off the dataset where it
-        # can be
-        seeds:bool=False # items are `(*item, row, seed)`: for random transforms of a whole batch, `per_sample(fn,
-        # seeds, x)`
+        dataset, # map-style; its transforms draw from global or own generators of Python, NumPy or PyTorch
+        cache, # a `TeacherCache`; with views=0 transforms are not replayed and stay random
+        keys=None, # the name of each sample: a list, or a function of the position; None: read from the dataset
+        seeds:bool=False # items are `(*item, row, seed)`, for `per_sample(fn, seeds, x)` on a whole batch
     ):
         check_indexed(dataset)
         self.dataset,self.cache,self.seeds = dataset,cache,seeds
@@ -180,7 +174,7 @@ class Replayed(Dataset):
     def __len__(self): return len(self.dataset)
 
     def __getitems__(self, idxs):
-        "Of a batch: what PyTorch's DataLoader asks for where it can"
+        "The items of a batch. PyTorch's DataLoader calls this method if it exists"
         with restored_once(): return [self[i] for i in idxs]
 
     def __getitem__(self, i):
@@ -194,14 +188,14 @@ class Replayed(Dataset):
 
 
 def view_item(dataset, i, key, view, seed, own):
-    "Item `i` as a view shows it"
+    "Item `i` in one view"
     s = seeds_of(seed, key, view)
     with seeded(s), own.of(i).seeded(s): return dataset[i]
 
 
 class OwnGenerators:
-    """The generators of the dataset that an item comes from: its numbers are the same in a part of that dataset, or
-    beside others"""
+    """The generators of the dataset that an item comes from. Its random numbers are the same if that dataset is used in
+    part, or joined with others"""
     def __init__(self, dataset): self.dataset,self.found = dataset,{}
 
     def of(self, i) -> Generators:
@@ -218,11 +212,11 @@ class OwnGenerators:
 
 
 def batch_seed(key, view, seed):
-    "The seed of what is drawn for a sample after its item was made, in a batch: below 2**63, for tensors hold no more"
+    "The seed of a sample for transforms of its batch. It is below 2**63, since tensors hold no larger numbers"
     return torch.tensor(seeds_of(seed, key, view, 1) >> 1)
 
 
 def check_indexed(dataset):
     if not hasattr(dataset, '__getitem__') or not hasattr(dataset, '__len__'):
         raise DistillError(f"{type(dataset).__name__} can only be iterated: a stored output belongs to a sample, and "
-                           "these have no indices. Use a map-style dataset (__getitem__ and __len__).")
+                           "these samples have no indices. Use a map-style dataset (__getitem__ and __len__).")

@@ -28,7 +28,7 @@ def file_checksum(
 def fingerprint(
     *states # state_dicts, arrays, texts
 ) -> str:
-    "Of weights or anything else: covers names, shapes, types and every byte"
+    "A hash of names, shapes, types and every byte"
     h = hashlib.blake2b(digest_size=16)
     for o in states: _feed(h, o)
     return h.hexdigest()
@@ -42,7 +42,7 @@ def _feed(h, o):
         h.update(f'{t.dtype} {tuple(t.shape)} '.encode())
         h.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()) if t.numel() else b'')
     elif isinstance(o, np.ndarray): h.update(f'{o.dtype} {o.shape} '.encode() + np.ascontiguousarray(o).tobytes())
-    # a repr with an address differs in each process
+    # a repr with a memory address differs in each process
     else: h.update((r if ' at 0x' not in (r := repr(o)) else type(o).__qualname__).encode())
 
 
@@ -55,7 +55,7 @@ def flat_values(o):
 
 
 def input_digest(item):
-    "Fingerprint of the input in an item: of the first part of a tuple, of all of anything else"
+    "Fingerprint of the input in an item: the first part of a tuple, else the whole item"
     return fingerprint(*flat_values(first_part(item)))
 
 def first_part(o): return o[0] if isinstance(o, (tuple, list)) else o
@@ -69,7 +69,7 @@ def code_of(f):
 
 
 def versions() -> dict:
-    "Versions of the libraries that the numbers depend on: PyTorch, and those that transforms come from"
+    "Versions of the libraries on which the numbers depend: PyTorch, and the libraries of the transforms"
     out = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
     for name in ('pillow', 'torchvision', 'fastai'):
         try: out[name] = importlib.metadata.version(name)

@@ -4,14 +4,14 @@ from ..outputs import DistillError
 
 __all__ = ['json_list', 'json_object', 'json_text', 'parse_json', 'refuse_entry', 'shortened', 'whole_number']
 
-DEPTH = 20      # of nested lists and objects; no manifest that was written needs more
+DEPTH = 20      # of nested lists and objects; a real manifest has fewer levels
 
 
 def shortened(o, n=200): return (s if len(s := str(o)) <= n else s[:n] + ' ...')
 
 
 def parse_json(text:bytes):
-    "The content of a JSON file, whose texts can be printed and whose depth is limited"
+    "The content of a JSON file. Its depth is limited, and its strings must be printable"
     try:
         o = json.loads(text)
         check_depth(o)

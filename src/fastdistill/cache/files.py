@@ -1,5 +1,6 @@
-"""`files.bin`: size, modification time and content hash of each sample's file. Changed files are found without reading
-the others."""
+"""`files.bin`: size, modification time and content hash of each sample's file.
+
+With them, changed files are found without reading the others."""
 import hashlib, os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
@@ -40,8 +41,9 @@ def newer_record(
     record, # (N, 3), made by `record_files` when the cache was written
     paths # (N,) the same samples' files now
 ):
-    """(positions of files whose content changed, the record with new times). A file is read only if its time changed
-    and its size did not"""
+    """(positions of files whose content changed, the record with new times).
+
+    A file is read only if its time changed and its size did not"""
     now,new = in_parallel(stat_of, paths, 2),record.copy()
     changed = now[:, 0] != record[:, 0]
     new[:, 1] = now[:, 1]
@@ -86,13 +88,12 @@ def read_record(
     if (size := folder.size('files.bin')) is None: return None
     data = folder.read('files.bin') if size == 24*n + 16 else b''
     if not data or bytes.fromhex(checksum(data[:-16])) != data[-16:]:
-        raise DistillError(f"files.bin of {folder} is damaged, so it can't be known which files changed since the "
-                           "cache was written. Write the cache again (force=True), or remove files.bin to use the "
-                           "cache without this check.")
+        raise DistillError(f"files.bin of {folder} is damaged, so changed files can't be found. Write the cache again "
+                           "(force=True), or remove files.bin to use the cache without this check.")
     return np.frombuffer(data[:-16], '<i8').reshape(n, 3).astype(np.int64)
 
 
 def changed_text(names, n) -> str:
-    "In words, which of `n` files changed"
+    "A text that names the changed files of `n`"
     more = f' and {len(names)-5} more' if len(names) > 5 else ''
     return f"{len(names)} of {n} files changed since the cache was written: {', '.join(names[:5])}{more}"

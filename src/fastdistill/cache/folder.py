@@ -1,4 +1,4 @@
-"A folder of files, local or behind fsspec. A file appears as a whole or not at all."
+"A folder of files, local or behind fsspec. A file is written completely or not at all."
 import contextlib, errno, os, shutil, tempfile, weakref
 from pathlib import Path
 import numpy as np
@@ -55,17 +55,18 @@ class Folder:
         with file_errors(f"Can't read {name} in {self}"): return file_checksum(self.path/name)
 
     def own(self, name):
-        """The path of a file that is written or removed. A folder on the way to it may not be a link: it could lead out
-        of the cache"""
+        """The path of a file to write or remove.
+
+        No folder on the way may be a link, since it could lead out of the cache"""
         p = self.path/name
         for d in p.parents:
             if d == self.top: return p
             if d.is_symlink():
-                raise DistillError(f"{d} is a link: the parts of a cache are written to real folders only. Remove the "
+                raise DistillError(f"{d} is a link: parts of a cache are written only to real folders. Remove the "
                                    "link, or name the folder that it leads to.")
 
     def write(self, name, data):
-        "Through a temporary file and a rename: readers find the whole file or none, even if the writer is killed"
+        "Write a temporary file and rename it: readers find the whole file or none, even if the writer is killed"
         p = self.own(name)
         tmp = p.with_name(f'{p.name}.{os.getpid()}.tmp')
         with file_errors(f"Can't write {name} in {self}"):
@@ -80,8 +81,8 @@ class Folder:
             except BaseException as e:
                 with contextlib.suppress(OSError): tmp.unlink(missing_ok=True)
                 if not isinstance(e, OSError) or e.errno not in DISK_FULL: raise
-                raise DistillError(f"No room for {name} in {self}: {e.strerror}. The finished files stay: make room "
-                                   "and start again to resume.") from e
+                raise DistillError(f"No space for {name} in {self}: {e.strerror}. The finished files are kept: free "
+                                   "some space and start again to resume.") from e
 
     def remove(self, name):
         with file_errors(f"Can't remove {name} from {self}"): self.own(name).unlink(missing_ok=True)
@@ -100,14 +101,14 @@ class Folder:
         "One writer at a time; the system releases the lock when a writer dies"
         with file_errors(f"Can't write to {self}"): self.path.mkdir(parents=True, exist_ok=True)
         me = str(self.path.resolve())
-        busy = DistillError(f"Another writer is at work on {self}: wait for it, or choose another folder.")
+        busy = DistillError(f"Another process is writing to {self}: wait for it, or choose another folder.")
         if me in LOCKED: raise busy
         # subtle: without O_NOFOLLOW, a link would create or lock a file somewhere else
         try: f = os.open(self.path/'.lock', os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o666)
         except OSError as e:
             if e.errno not in (errno.EACCES, errno.EROFS):
                 raise DistillError(f"Can't write to {self}: {e.strerror}.") from e
-            yield       # a read-only folder; `write` raises an error if something has to be written
+            yield       # a read-only folder: `write` raises an error if there is something to write
             return
         with os.fdopen(f, 'r+') as f:
             try: acquire(f)
@@ -117,7 +118,7 @@ class Folder:
             finally: LOCKED.discard(me)
 
 
-LOCKED = set()      # the system's locks work between processes, this set within one process
+LOCKED = set()      # within this process; the system's locks work only between processes
 
 
 @contextlib.contextmanager
@@ -129,7 +130,7 @@ def file_errors(what, errors=(OSError, ValueError)):
 
 
 def acquire(f):
-    # subtle: lockf and not flock, whose locks live on in forked DataLoader workers after the writer was killed
+    # subtle: lockf, not flock, whose locks survive in forked DataLoader workers after the writer was killed
     try: import fcntl
     except ImportError:     # Windows
         import msvcrt
@@ -156,7 +157,7 @@ class Remote(Folder):
 
     def sub(self, name): return Remote(f'{self.url}/{name}')
 
-    # subtle: file systems of fsspec raise errors of their own, which are not OSErrors
+    # subtle: file systems of fsspec raise their own errors, which are not OSErrors
 
     def size(self, name):
         with file_errors(f"Can't reach {self}", Exception):
@@ -199,7 +200,7 @@ class Remote(Folder):
     def free(self): return None
 
     @contextlib.contextmanager
-    def lock(self): yield       # object stores have no locks: two writers at once are not noticed
+    def lock(self): yield       # object stores have no locks, so two writers at once are not detected
 
 
 def remove_download(path, pid):

@@ -1,4 +1,4 @@
-"What a cache describes itself with: teacher, samples, transforms, layout, and the checksum of each file."
+"The manifest of a cache: teacher, samples, transforms, layout, and the checksum of each file."
 import json, re, warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields
 import numpy as np
@@ -10,7 +10,7 @@ from .records import Layout
 __all__ = ['CHECKSUM', 'MAX_VIEWS', 'Manifest', 'differences', 'refuse', 'sample_differences', 'transform_differences']
 
 FORMAT,VERSION = 'fastdistill-cache',1
-# limits of what a manifest may ask for: a damaged one must not fill memory or disk, nor start an endless loop
+# limits for a manifest: a damaged one must not fill memory or disk, nor start an endless loop
 MAX_MANIFEST,MAX_COUNT,MAX_VIEWS,MAX_BATCH,MAX_FILES,MAX_FILE = 2**28,2**40,2**16,2**20,2**22,2**33
 
 
@@ -60,7 +60,7 @@ class Manifest:
         return json.dumps(d, indent=1, default=as_python).encode()
 
     def as_read(self):
-        "The manifest as it will be read from the file: without tuples and NumPy's numbers, and checked"
+        "The manifest as it will be read from the file: checked, and without tuples and NumPy's numbers"
         return self.of_entries(json.loads(json.dumps(asdict(self), default=as_python)))
 
     @classmethod
@@ -75,10 +75,10 @@ class Manifest:
     def from_json(cls, text, where):
         try:
             if not isinstance(d := parse_json(text), dict) or d.pop('format', None) != FORMAT:
-                raise NotACache(f"{where}/manifest.json is not a fastdistill cache's.")
+                raise NotACache(f"{where}/manifest.json does not belong to a fastdistill cache.")
             if type(v := d.pop('version', None)) is not int or v != VERSION:
-                raise NotACache(f"{where} is a cache of version {shortened(v)}, this fastdistill reads version "
-                                f"{VERSION}: install the one that wrote it, or write the cache again (force=True).")
+                raise NotACache(f"{where} is a cache of version {shortened(v)}, but this fastdistill reads version "
+                                f"{VERSION}: install the version that wrote it, or write the cache again (force=True).")
             return cls.of_entries(d)
         except NotACache as e: raise DistillError(str(e)) from None
         except DistillError as e:
@@ -129,7 +129,7 @@ class Manifest:
                     raise DistillError(f"{name}.after has {shortened(o)}: three numbers are possible.")
 
     def _check_shards(self):
-        "Names and sizes must be those that follow from the other entries"
+        "Check names and sizes, which follow from the other entries"
         if type(self.complete) is not bool: refuse_entry('complete', self.complete, 'true or false')
         n = (1 + self.stored*self.per_view)*self.complete
         json_list('shards', self.shards, n, n)
@@ -149,21 +149,21 @@ class Manifest:
 CHECKSUM = re.compile('[0-9a-f]{32}')
 
 
-class NotACache(DistillError): "An intact file, but not of a cache that can be read"
+class NotACache(DistillError): "The file is intact, but not the manifest of a cache that can be read"
 
 
 def as_python(o):
-    "NumPy's numbers and arrays as JSON has them"
+    "Convert NumPy's numbers and arrays for JSON"
     if hasattr(o, 'tolist'): return o.tolist()
-    raise DistillError(f"A {type(o).__name__} can't be stored in a manifest: use names, numbers, and lists of these.")
+    raise DistillError(f"A {type(o).__name__} can't be stored in a manifest: use strings, numbers, and lists of these.")
 
 
 def differences(
     a:Manifest, # found
-    b:Manifest, # wanted
-    changed_files=lambda: '' # fn() -> in words, which of the samples' files changed
+    b:Manifest, # requested
+    changed_files=lambda: '' # fn() -> a text that names the samples' files that changed
 ) -> list:
-    "In words, how the wanted cache differs from the one that was found. More views are no difference: they are added"
+    "Texts: how the requested cache differs from the existing one. More views are no difference, since they are added"
     out = []
     def differ(what, x, y):
         if x != y: out.append(f'{what}: {shortened(x)} in the cache, {shortened(y)} now')
@@ -191,7 +191,7 @@ def sample_differences(
     at, # (N,) position in the cache of each sample of a dataset
     look # fn(number of a sample, view) -> its digest and so on, as in `Manifest.samples`
 ) -> list:
-    "Make the inputs of a few samples again; in words, which of them differ from those that the cache was written with"
+    "Make the inputs of a few samples again. A text names the first that differs from when the cache was written"
     for s in m.samples:
         if not len(here := np.flatnonzero(at == s['row'])) or alike(s, {**s, **look(int(here[0]), s['view'])}): continue
         return [f'the input of sample {here[0]}{OTHER_INPUT}{other_libraries(m)}']
@@ -199,14 +199,14 @@ def sample_differences(
 
 
 def alike(a, b):
-    """Is the input of a sample the same: its bytes before the batch transforms, and its numbers after them, as far as
-    devices agree?"""
+    """Is the input of a sample the same? Its bytes before the batch transforms must be equal, its numbers after them
+    must agree as far as devices do"""
     if any(a.get(k) != b.get(k) for k in ('row', 'view', 'digest')): return False
     x,y = [np.asarray(o.get('after', []), float) for o in (a, b)]
     return x.shape == y.shape and np.allclose(x, y, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
-OTHER_INPUT = (': the transforms give something else than when the cache was written; a file, a function among the '
+OTHER_INPUT = (': the transforms give another result than when the cache was written; a file, a function among the '
                'transforms or a library changed')
 
 def other_libraries(m):
@@ -217,13 +217,13 @@ def other_libraries(m):
 
 def refuse(
     where, # the cache
-    found:list, # what differs, in words
+    found:list, # texts: the differences
     force:bool, # warn instead of raising an error
-    then:str='It is used all the same' # what happens with force
+    then:str='It is used anyway' # what happens with force
 ):
     if not found: return
     text = f"{where} doesn't fit:\n" + '\n'.join(f'- {o}' for o in found)
     if not force:
-        raise DistillError(f"{text}\nUse the data, transforms and teacher that it was written with, write another "
-                           "cache, or force=True to override.")
+        raise DistillError(f"{text}\nUse the data, transforms and teacher of the time when it was written, write "
+                           "another cache, or pass force=True.")
     warnings.warn(DistillWarning(f'{text}\n{then} (force=True).'))

@@ -1,4 +1,4 @@
-"How far a cache is: a bar in a terminal or a notebook, nothing in a file or a pipe."
+"Progress of writing a cache: a bar in a terminal or a notebook, nothing in a file or a pipe."
 from contextlib import contextmanager
 from ..ranks import rank
 
@@ -36,9 +36,9 @@ class ProgressBar:
 
 @contextmanager
 def shown_progress(
-    progress # True: a bar, where somebody can see it; False or None: nothing; or fn(rows done, rows in all, bytes done)
+    progress # True: a bar in a terminal or notebook; False or None: nothing; or fn(rows done, rows in all, bytes done)
 ):
-    "Gives the function to call after each batch, or None"
+    "Yields the function to call after each batch, or None"
     if callable(progress) or not progress or rank():
         yield progress if callable(progress) else None
         return

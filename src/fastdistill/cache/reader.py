@@ -29,8 +29,8 @@ class TeacherCache:
     def __init__(
         self,
         path, # folder or URL that `cache_teacher` or `cache_dataset` wrote
-        force:bool=False, # warn where data, transforms or classes don't fit, instead of refusing
-        keys=None # the `keys=` that it was written with: a list, or a function of the item
+        force:bool=False, # warn instead of raising an error if data, transforms or classes don't fit
+        keys=None # the `keys=` that wrote it: a list, or a function of the item
     ):
         self.folder,self.force,self.sample_names = open_folder(path),force,keys
         if self.folder.size('manifest.json') is None:
@@ -38,7 +38,7 @@ class TeacherCache:
                                "cache_teacher(teacher, dls, path).")
         self.manifest = m = Manifest.read(self.folder)
         if not m.complete:
-            raise DistillError(f"{self.folder} is not finished: write it once more with the same arguments to resume.")
+            raise DistillError(f"{self.folder} is not finished: write it again with the same arguments to resume.")
         self._maps,self._keys,self._opened = {},None,checksum(m.to_json())
         self._files = {o['name']: o for o in m.shards}
         sizes = zip(m.shards, self.folder.sizes(self._files))
@@ -54,7 +54,7 @@ class TeacherCache:
 
     @property
     def identity(self):
-        "Equal for two openings of the same written cache"
+        "Equal if the same written cache is opened twice"
         return str(self.folder),self._opened
 
     @property
@@ -64,12 +64,12 @@ class TeacherCache:
     def seed(self): return self.manifest.seed
 
     def __getstate__(self):
-        # no memory maps: they pickle as a copy of all their data
+        # without memory maps, which would pickle as a copy of all their data
         checked = [o for o in INTACT_FILES if o[0] == str(self.folder)]
         return {**self.__dict__, '_maps': {}, '_keys': None, 'sample_names': None, '_checked': checked}
 
     def __setstate__(self, state):
-        INTACT_FILES.update(state.pop('_checked'))       # a worker that is a new process need not check the files again
+        INTACT_FILES.update(state.pop('_checked'))       # a worker in a new process need not check the files again
         self.__dict__.update(state)
 
     @property
@@ -97,16 +97,16 @@ class TeacherCache:
     def _refuse(self, found):
         if not found: return
         if self.folder.size('manifest.json') is None or checksum(Manifest.read(self.folder).to_json()) != self._opened:
-            raise DistillError(f"{self.folder} was overwritten (or removed) since it was opened: open it again.")
+            raise DistillError(f"{self.folder} was overwritten or removed after it was opened: open it again.")
         names = [f'{k} {v}' for k,v in found.items()]
         more = f' and {len(names)-5} more' if len(names) > 5 else ''
-        raise DistillError(f"Damaged files in {self.folder}: {', '.join(names[:5])}{more}. Write the cache once "
-                           "more with the same arguments: only damaged files are rewritten.")
+        raise DistillError(f"Damaged files in {self.folder}: {', '.join(names[:5])}{more}. Write the cache again "
+                           "with the same arguments: only damaged files are rewritten.")
 
     def rows(
         self,
         at, # (B,) positions
-        views=0 # (B,) or one for all: which view of each
+        views=0 # view of each position: (B,), or one number for all
     ) -> np.ndarray:
         "(B, bytes) uint8: rows as they are stored"
         at = np.asarray(at)
@@ -134,7 +134,7 @@ class TeacherCache:
 
     def _within(self, at, view):
         if not (0 <= at < len(self) and 0 <= view < self.manifest.stored):
-            raise DistillError(f"Asked for position {at} and view {view}: there are {len(self)} samples and "
+            raise DistillError(f"There is no position {at} with view {view}: the cache has {len(self)} samples and "
                                f"{self.manifest.stored} views.")
 
     def decode(self, rows) -> Outputs:
@@ -158,8 +158,8 @@ class TeacherCache:
         lost = np.flatnonzero(mine[at] != keys)
         if len(lost):
             raise DistillError(f"{len(lost)} of {len(keys)} samples have no row in {self.folder} (the first is number "
-                               f"{lost[0]}): these are other data, their paths are relative to another root "
-                               f"({self.manifest.data.get('root', '')!r} when the cache was written), or it was "
+                               f"{lost[0]}). Either these are other data, or their paths are relative to another root "
+                               f"({self.manifest.data.get('root', '')!r} when the cache was written), or the cache was "
                                "written with keys=: open it with TeacherCache(path, keys=...).")
         return at
 
@@ -170,7 +170,7 @@ class TeacherCache:
         at, # (N,) position of each sample of a dataset
         item # fn(number of a sample, view) -> the dataset's item
     ):
-        "Refuse a dataset with other inputs than when the cache was written, by a few samples"
+        "Refuse a dataset if the inputs of a few samples differ from those when the cache was written"
         look = lambda i, view: dict(digest=input_digest(item(i, view)))
         refuse(self.folder, sample_differences(self.manifest, at, look), self.force)
 
@@ -179,26 +179,28 @@ class TeacherCache:
         files, # (M,) path of each sample's file, as `files_of` gives them; None: samples are not files
         at=None # (M,) positions in the cache, as `find` gives them; None: all, in the cache's order
     ) -> list:
-        """Names of the files whose content changed since the cache was written. Only files with another modification
-        time are read"""
+        """Names of the files whose content changed since the cache was written.
+
+        Only files with another modification time are read"""
         record = None if files is None else read_record(self.folder, len(self))
         if record is None: return []
         changed,_ = newer_record(record if at is None else record[np.asarray(at)], files)
         return [str(files[i]) for i in changed]
 
     def check_files(self, files, at=None):
-        "Refuse samples whose files changed since the cache was written; with `force`, warn"
+        "Refuse samples whose files changed since the cache was written. With `force`, warn"
         if names := self.changed_files(files, at): refuse(self.folder, [changed_text(names, len(files))], self.force)
 
     def check(self):
-        "Compare every file with its checksum. The error names those that are damaged"
+        "Compare every file with its checksum. The error names the damaged files"
         self._refuse(damages(self.folder, self.manifest, self.manifest.shards))
         read_record(self.folder, len(self))
         return self
 
     def check_once(self):
-        """Like `check`, but skips files that this process has checked before. Call it before DataLoader workers start,
-        because each of them would check the files again"""
+        """Like `check`, but skips files that this process has checked before.
+
+        Call it before DataLoader workers start, since each worker would check the files again"""
         self._refuse(damages(self.folder, self.manifest, self.manifest.shards, once=True))
         return self
 
@@ -212,7 +214,7 @@ def damages(
     files, # entries of `m.shards`
     once:bool=False # skip files that this process has checked before
 ) -> dict:
-    "File name -> what is wrong with it, in words"
+    "File name -> a text that says how it is damaged"
     look = lambda o: damage_of(folder, m, o, once)
     if len(files) == 1: found = map(look, files)
     else:
@@ -223,7 +225,7 @@ def damages(
 def damage_of(folder, m, o, once):
     name = o['name']
     if text := wrong_size(o, folder.size(name)): return text
-    # subtle: a download may be intact while the remote file is damaged
+    # subtle: a downloaded copy may be intact while the remote file is damaged
     if folder.fetches and not once: return '' if folder.checksum(name) == o['checksum'] else OTHER_BYTES
     with file_errors(f"Can't read {name} in {folder}"):
         path = folder.local(name)
@@ -242,7 +244,7 @@ def damage_inside(path, m, o):
     return '' if all(known) else f'has numbers of classes beyond layout.n={m.layout.n}'
 
 
-OTHER_BYTES = 'has other bytes than were written'
+OTHER_BYTES = 'has other bytes than when it was written'
 
 def wrong_size(o, size):
     if size != o['bytes']: return 'is missing' if size is None else f"has {size} bytes instead of {o['bytes']}"

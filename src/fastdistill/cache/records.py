@@ -12,7 +12,7 @@ from .entries import json_list, json_object, json_text, whole_number
 __all__ = ['Field', 'Layout', 'Wish']
 
 DTYPES = 'float32','float16','int8'
-# limits of what a manifest may ask for: a damaged one must not fill the memory
+# limits for a manifest: a damaged one must not fill the memory
 MAX_BYTES,MAX_VALUES,MAX_FIELDS,MAX_DIMS,MAX_CLASSES = 2**31,2**33,1000,8,2**24
 
 
@@ -60,7 +60,7 @@ class Field:
     def read(self, rows:Tensor):
         # subtle: always a copy, because a view as larger numbers can't begin at an odd byte
         part = rows[:, self.at:self.at+self.bytes].clone(memory_format=torch.contiguous_format)
-        # PyTorch can do little with unsigned 16-bit numbers: they are read as signed ones and corrected
+        # PyTorch has few operations on unsigned 16-bit numbers, so they are read as signed ones and corrected
         t = part.view(TORCH_DTYPES[self.dtype]).reshape(len(rows), *self.shape)
         return t.long() & 0xffff if self.dtype == 'uint16' else t
 
@@ -94,8 +94,9 @@ class Layout:
                                f"{tuple(t.shape)}.")
         if wish.size is not None:
             if wish.topk is not None:
-                raise DistillError("size= and topk= together: maps are stored smaller, or with few classes.")
-            if min(wish.size) < 1: raise DistillError(f"size={wish.size}: at least one pixel.")
+                raise DistillError("size= and topk= together: use only one of them. Maps are stored either smaller or "
+                                   "with few classes.")
+            if min(wish.size) < 1: raise DistillError(f"size={wish.size}: give at least one pixel.")
             if t.dim() != 4:
                 raise DistillError(f"size={wish.size} is for maps (B, C, H, W), the teacher's output has shape "
                                    f"{tuple(t.shape)}")
@@ -120,7 +121,7 @@ class Layout:
 
     def _add(self, name, dtype, shape):
         self._field(name, dtype, tuple(shape))
-        # log-probabilities are never large, other numbers may be
+        # log-probabilities fit in float16, other numbers may be larger
         if dtype == 'int8': self._field(f'scale:{name}', 'float16' if name == 'values' else 'float32', (2,))
 
     def _field(self, name, dtype, shape): self.fields.append(Field(name, dtype, tuple(shape), self.bytes))
@@ -147,7 +148,7 @@ class Layout:
         for i,(a,b) in enumerate(zip_longest(found, self.fields)):
             if a != b:
                 raise DistillError(f"layout.fields[{i}] is {a or 'missing'}: with the other entries of layout, it must "
-                                   f"be {b or 'left out'}.")
+                                   f"be {b or 'absent'}.")
         return self
 
     @property
@@ -159,7 +160,7 @@ class Layout:
     def knows_ids(
         self, rows # (M, bytes) uint8
     ) -> bool:
-        "Are all class numbers below the number of classes? A larger one would end a process that uses a GPU"
+        "Are all class numbers below the number of classes? On a GPU, a larger one would end the process"
         if self.n is None or not len(rows): return True
         ids = self.fields[0]
         return int(np.ascontiguousarray(rows[:, :ids.bytes]).view(ids.dtype.replace('int32', 'uint32')).max()) < self.n
@@ -173,16 +174,16 @@ class Layout:
         parts = self._tensors(out)
         want = {f.name: f.shape for f in self.fields}
         if missing := sorted(set(want) - set(parts)):
-            raise DistillError(f"The teacher's outputs have no {', '.join(missing)} in this batch, but had in the "
-                               "first one.")
+            raise DistillError(f"The teacher's outputs have no {', '.join(missing)} in this batch, but they had in the "
+                               "first batch: all rows of a cache need the same parts.")
         if more := sorted(set(parts) - set(want)):
-            raise DistillError(f"The teacher's outputs have {', '.join(more)} in this batch, but had none for the "
-                               "first sample: all rows of a cache are alike. Give them always.")
+            raise DistillError(f"The teacher's outputs have {', '.join(more)} in this batch, but they had none in the "
+                               "first batch: all rows of a cache need the same parts.")
         for k,s in want.items():
             if tuple(parts[k].shape[1:]) != s:
                 raise DistillError(f"{k} has shape {tuple(parts[k].shape[1:])} in this batch, but {s} in the first "
-                                   "one: all rows of a cache are alike. Bring the inputs to one size (or pad texts to "
-                                   "one length) first.")
+                                   "one: all rows of a cache need the same shape. Resize the inputs (or pad texts) "
+                                   "to one size first.")
         return np.concatenate([as_bytes(parts[f.name], f.dtype) for f in self.fields], 1)
 
     def _tensors(self, out):
@@ -252,9 +253,9 @@ def mean_without(t, ids):
 def put_tensor(d, name, t, dtypes):
     dtype = dtypes.get(name)
     if t.isnan().any() or (t == torch.inf).any():
-        raise DistillError(f"The teacher's {name} hold nan or inf: look for the samples that cause it.")
+        raise DistillError(f"The teacher's {name} contain nan or inf: find the samples that cause it.")
     if dtype == 'float16' and (t.isfinite() & (t.abs() > 65504)).any():
-        raise DistillError(f"The teacher's {name} go beyond float16's 65504: use dtype='float32'.")
+        raise DistillError(f"The teacher's {name} exceed 65504, the largest number of float16: use dtype='float32'.")
     if dtype == 'int8': d[name],d[f'scale:{name}'] = to_int8(t, dtypes[f'scale:{name}'])
     else: d[name] = t
 

@@ -1,4 +1,4 @@
-"What the writer must know about a teacher and its data, and checks of whether outputs can be stored at all."
+"The writer's description of a teacher and its data, and checks that outputs can be stored."
 import inspect, warnings
 from dataclasses import dataclass
 from numbers import Integral
@@ -13,9 +13,9 @@ __all__ = ['Source', 'check_alone', 'distinct_views', 'identity_of', 'is_whole',
 class Source:
     "A teacher and its data"
     keys:np.ndarray # (N,) uint64 in the order in which rows are stored
-    run:object # fn(tasks, bs) -> generator of `Outputs`, one for each `bs` tasks; task number view*N + position
+    run:object # fn(tasks, bs) -> generator of `Outputs`, one for each `bs` tasks; a task is view*N + position
     bs:int
-    teacher:dict # this and the others: entries of the manifest, see there
+    teacher:dict # this and the next four: entries of the manifest, see `Manifest`
     transforms:dict
     root:str=''
     vocab:list|None=None
@@ -23,7 +23,7 @@ class Source:
     files:list|None=None # path of each sample's file, in the order of `keys`; None where samples are not files
 
     def __post_init__(self):
-        if not is_whole(self.bs) or self.bs < 1: raise DistillError(f"bs={self.bs!r}: a whole number from 1 on.")
+        if not is_whole(self.bs) or self.bs < 1: raise DistillError(f"bs={self.bs!r}: give a whole number from 1.")
         if self.files is not None and len(self.files) != len(self.keys):
             raise DistillError(f"{len(self.files)} files for {len(self.keys)} samples: give one for each.")
 
@@ -35,26 +35,26 @@ def spread_positions(n, k=4): return np.unique(np.linspace(0, n-1, min(k, n), dt
 
 
 def check_alone(run, n):
-    "The teacher's outputs for a sample must not depend on the other samples in its batch"
+    "Refuse a teacher whose outputs for a sample depend on the other samples in its batch"
     tasks = spread_positions(n, 4)
     half = tasks[::2]
     a,b = [next(run(t, len(t))).logits for t in (tasks, half)]
     tol = 1e-3 if a.dtype.itemsize > 2 else .03
     a,b = a[::2].float(),b.float()
-    # padded to another length, or nan: `Layout` reports it
+    # `Layout` reports other shapes (texts padded to another length) and nan
     if a.shape != b.shape or not a.isfinite().any(): return
     if (far := (a-b).abs().nan_to_num().max().item()) > tol*(1 + a[a.isfinite()].abs().max().item()):
         raise DistillError(f"The teacher's outputs for a sample differ by {far:.3g} with other samples in its batch: "
-                           "it is in training mode, has a memory, or a batch transform uses the whole batch. Such "
-                           "outputs belong to no sample and can't be stored: use a live teacher.")
+                           "the teacher is in training mode or has a hidden state, or a batch transform uses the whole "
+                           "batch. Such outputs belong to no sample and can't be stored: use a live teacher.")
 
 
 def distinct_views(
     views:int, # asked for
     n:int, # samples
-    look # fn(position, view) -> something to compare: a digest of the input as the teacher gets it
+    look # fn(position, view) -> something to compare: a digest of the teacher's input
 ) -> int:
-    "How many views to store: as many as asked for, but 1 (with a warning) where nothing random makes them differ"
+    "The number of views to store: as many as asked for, but 1 (with a warning) if all views of a sample are equal"
     if views < 2: return views
     # subtle: many samples, because a transform may change few of them; the search ends at the first difference
     for i in spread_positions(n, 32).tolist():
@@ -66,8 +66,8 @@ def distinct_views(
 
 
 def unrepeatable(what, i):
-    return (f"{what} gave sample {i} two different results from the same random seed: something in them draws from a "
-            "generator that can't be found (a new one for each sample, or inside a library), reads the clock or "
+    return (f"{what} gave two different results for sample {i} from the same random seed: something in them draws from "
+            "a generator that can't be found (a new one for each sample, or inside a library), reads the clock or "
             "os.urandom, or counts its calls. Make it draw from random, numpy.random or torch, or use views=0.")
 
 
@@ -82,9 +82,8 @@ def identity_of(teacher) -> dict:
     fn = getattr(teacher, 'model', teacher)
     try: text = inspect.getsource(fn if inspect.isroutine(fn) else type(fn))
     except (TypeError, OSError): text = ''
-    warnings.warn(DistillWarning(f"The weights behind {name} can't be seen: as long as its code is the same, a "
-                                 "cache counts as one of the same teacher. Pass Teacher(model) where there is a "
-                                 "model."))
+    warnings.warn(DistillWarning(f"The weights of {name} can't be read. A cache counts as written by the same teacher "
+                                 "if the code is the same. Pass Teacher(model) if there is a model."))
     return dict(name=name, weights=fingerprint(text), **options)
 
 

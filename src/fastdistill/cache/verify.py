@@ -1,4 +1,4 @@
-"How far stored outputs are from those that the teacher predicts now."
+"How far stored outputs differ from those that the teacher predicts now."
 from dataclasses import dataclass
 
 __all__ = ['Verified']
@@ -6,7 +6,7 @@ __all__ = ['Verified']
 
 @dataclass
 class Verified:
-    "Differences between stored and present outputs of a teacher"
+    "Differences between the stored outputs of a teacher and its outputs now"
     rows:int
     worst:float # largest difference of a logit (with top-k: of a log-probability)
     mean:float # of the rows' largest differences

@@ -36,8 +36,8 @@ class Forecast:
 
     def check(self, where):
         if self.free is not None and self.bytes > self.free:
-            raise DistillError(f"{where}: {self}. It will not fit: fewer views, topk=, dtype='int8' or 'float16', "
-                               "size= for maps, or another disk.")
+            raise DistillError(f"{where}: {self}. The disk is too small: use fewer views, topk=, dtype='int8' or "
+                               "'float16', size= for maps, or another disk.")
 
 
 def check_views(views):
@@ -52,13 +52,15 @@ def write_cache(
     *,
     views:int=1, # augmented views of each sample; 0: the clean one
     seed:int=0, # of the random numbers
-    force:bool=False, # overwrite a cache that doesn't fit, instead of refusing
+    force:bool=False, # overwrite a cache that doesn't fit, instead of raising an error
     progress=None, # fn(rows done, rows in all, bytes done), called after each batch
     forecast=None, # fn(Forecast), called before the teacher runs
     shard_bytes:int=SHARD_BYTES
 ) -> TeacherCache:
-    """Write the shards that are missing, and open the cache. A cache with fewer views keeps them and gets the others.
-    Under torch.distributed each rank writes its share"""
+    """Write the missing shards, and open the cache.
+
+    If the cache has fewer views, these are kept and the others are added. Under torch.distributed, each rank writes its
+    share"""
     check_views(views)
     if not len(source.keys): raise DistillError("There are no samples: there is nothing to write.")
     where = open_folder(path)
@@ -75,12 +77,12 @@ def write_cache(
 
 
 def _begin(where, source, layout, views, seed, force, shard_bytes):
-    "(manifest of the cache as it will be, checksums of the shards that it already has)"
+    "(manifest of the finished cache, checksums of the shards that it already has)"
     rows = max(shard_bytes//layout.bytes//source.bs, 1)*source.bs
     m = Manifest(len(source.keys), views, seed, layout, rows, source.bs, source.teacher,
                  dict(keys=f'{hash_of(source.keys.tobytes()):016x}', root=source.root), source.transforms, source.vocab,
                  source.samples or [], versions())
-    m = m.as_read()         # subtle: here, so that wrong values raise an error before anything is removed
+    m = m.as_read()         # subtle: before anything is removed, since wrong values raise an error here
     keys = source.keys.astype('<u8').tobytes()
     if where.size('manifest.json') is not None:
         try: old = Manifest.read(where)
@@ -100,19 +102,19 @@ def _begin(where, source, layout, views, seed, force, shard_bytes):
 
 
 def changed_now(where, paths) -> str:
-    "In words, which of the samples' files changed. If none did, their new times are stored"
+    "A text that names the samples' files that changed. If none did, their new times are stored"
     try: record = None if paths is None else read_record(where, len(paths))
     except DistillError as e: return str(e)
     if record is None: return ''
     changed,new = newer_record(record, paths)
     if len(changed): return changed_text([str(paths[i]) for i in changed], len(record))
     if not np.array_equal(new, record):
-        with suppress(DistillError): write_record(where, new)      # not in a read-only folder
+        with suppress(DistillError): write_record(where, new)      # fails in a read-only folder
     return ''
 
 
 def _reopen(where, old, m, keys):
-    "The same for a cache that is there: its manifest with the views that are wanted now, checksums of intact shards"
+    "The same for an existing cache: its manifest with the views that are requested now, checksums of intact shards"
     clear(where, '.tmp')
     new = replace(old, views=m.views, samples=m.samples, shards=[], complete=False)
     if where.size('keys.bin') != len(keys) or where.read('keys.bin') != keys: where.write('keys.bin', keys)
@@ -124,7 +126,7 @@ def _reopen(where, old, m, keys):
     if new.views == old.views and not bad: return old,own
     for n in bad:
         if n != 'keys.bin': where.remove(n)
-    # subtle: the old manifest stays until all shards are written, so that the old views can be read all the time
+    # subtle: the old manifest stays until all shards are written, so that the old views can be read meanwhile
     added = [s for s in new.all_shards() if s[2] not in own]
     return new,{k: v for k,v in own.items() if k not in bad} | notes(where, added)
 
@@ -162,11 +164,11 @@ def finished(where, shard):
 def _write_shards(where, source, m, todo, progress):
     "Run the teacher over the samples of these shards"
     done,total = 0,sum(m.rows_of(i) for _,i,*_ in todo)
-    # number of shards that one pass of the DataLoader writes: limited, because all its tasks are in one list
+    # one pass of the DataLoader writes a limited number of shards, since all its tasks are in one list
     some = max(2**20//m.shard_rows, 1)
     for at in range(0, len(todo), some):
         tasks = [padded(tasks_of(source, v, i*m.shard_rows, m.rows_of(i)), m.batch_size) for v,i,*_ in todo[at:at+some]]
-        # subtle: closed at once, because a traceback would keep the generator, and what it has changed, alive
+        # subtle: closed at once, since a traceback would keep the generator alive, and with it the changes that it made
         with closing(source.run(np.concatenate(tasks), m.batch_size)) as batches:
             for _,i,name,_ in todo[at:at+some]:
                 for rows in _write_shard(where, m, name, m.rows_of(i), batches):
@@ -180,7 +182,8 @@ def _write_shard(where, m, name, n, batches):
     for row in range(0, n, bs):
         rows = m.layout.encode(next(batches))
         if len(rows) != bs:
-            raise DistillError(f"The teacher returned {len(rows)} outputs for {bs} samples: one for each is needed.")
+            raise DistillError(f"The teacher returned {len(rows)} outputs for {bs} samples: it must return one for "
+                               "each.")
         buf[row:row+bs] = rows[:n-row]
         yield min(bs, n-row)
     data = memoryview(buf).cast('B')
@@ -195,7 +198,7 @@ def _finish(where, m, done):
     sums = {**notes(where, [s for s in shards if s[2] not in done]), **done,
             'keys.bin': checksum(where.read('keys.bin'))}
     if lost := [name for name,_ in m.all_files() if name not in sums]:
-        raise DistillError(f"{lost[0]} of {where} disappeared while the cache was written: write it once more.")
+        raise DistillError(f"{lost[0]} of {where} disappeared while the cache was written: write the cache again.")
     m.shards,m.complete = [dict(name=name, bytes=size, checksum=sums[name]) for name,size in m.all_files()],True
     where.write('manifest.json', m.to_json())
     clear(where, '.json')
@@ -205,5 +208,5 @@ def tasks_of(source, view, first, n): return view*len(source.keys) + np.arange(f
 
 
 def padded(tasks, bs):
-    "Whole batches: the last sample is repeated, and the outputs of its repetitions are dropped"
+    "Tasks in whole batches: the last one is repeated. The outputs of its repetitions are discarded later"
     return np.concatenate([tasks, np.repeat(tasks[-1:], -len(tasks) % bs)])

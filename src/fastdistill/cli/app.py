@@ -1,4 +1,4 @@
-"The `fastdistill` command: its options, and mistakes in one line instead of a traceback."
+"The `fastdistill` command: its options, and errors in one line instead of a traceback."
 import re, sys, warnings
 from typing import Annotated
 import typer
@@ -26,12 +26,12 @@ def version(asked):
 @app.callback()
 def options(
     _:Annotated[bool, typer.Option('--version', callback=version, is_eager=True, help='Show the version.')]=False,
-    debug:Annotated[bool, typer.Option('--debug', help='Show the traceback of a mistake.')]=False # read by `main`
+    debug:Annotated[bool, typer.Option('--debug', help='Show the traceback of an error.')]=False # read by `main`
 ): pass
 
 
 def main():
-    "Run the command: mistakes and warnings are one line each, and a mistake ends with exit code 2"
+    "Run the command. Errors and warnings are one line each. After an error the exit code is 2"
     console,show_other = Console(stderr=True, highlight=False, soft_wrap=True),warnings.showwarning
     def show(message, category, *args, **kwargs):
         if issubclass(category, DistillWarning):

@@ -14,7 +14,7 @@ cache_app = typer.Typer(no_args_is_help=True,
 TEACHER = typer.Argument(help="A file that Teacher takes (such as an exported Learner, .pkl), or 'file.py:name'.")
 DATA = typer.Argument(help="'file.py:name' of DataLoaders, or of a function that makes them.")
 PATH = typer.Argument(help='Folder of the cache, or its URL.')
-# how far stored numbers may be off, rounding included, relative to the largest of their row
+# largest difference of stored numbers, rounding included, relative to the largest number of their row
 TOLERANCE = dict(float32=1e-3, float16=.01, int8=.03)
 
 
@@ -24,21 +24,22 @@ def write(
     data:Annotated[str, DATA],
     path:Annotated[str, PATH],
     views:Annotated[int, typer.Option(help='Augmented views of each sample; 0: the clean one.')]=1,
-    topk:Annotated[int|None, typer.Option(help='Keep the likeliest classes only.')]=None,
+    topk:Annotated[int|None, typer.Option(help='Store only the likeliest classes.')]=None,
     dtype:Annotated[str, typer.Option(help='float32, float16 or int8.')]='float16',
     layers:Annotated[list[str]|None, typer.Option(help='A layer to store too; may be given several times.')]=None,
     tail:Annotated[str, typer.Option(help='Assumption about other classes: mean, uniform, zero or bucket.')]='mean',
     size:Annotated[tuple[int, int]|None, typer.Option(help='Height and width to which maps are reduced.')]=None,
-    valid:Annotated[bool, typer.Option('--valid', help='The validation set too.')]=False,
-    bs:Annotated[int|None, typer.Option(help="Batch size; else the DataLoaders' own.")]=None,
-    workers:Annotated[int|None, typer.Option(help="Workers; else the DataLoaders' own.")]=None,
-    seed:Annotated[int, typer.Option(help='Of all random numbers.')]=0,
+    valid:Annotated[bool, typer.Option('--valid', help='Store the validation set too.')]=False,
+    bs:Annotated[int|None, typer.Option(help="Batch size; default: the DataLoaders' own.")]=None,
+    workers:Annotated[int|None, typer.Option(help="Workers; default: the DataLoaders' own.")]=None,
+    seed:Annotated[int, typer.Option(help='Seed of all random numbers.')]=0,
     check:Annotated[bool, typer.Option(help='Look for mistakes first.')]=True,
     force:Annotated[bool, typer.Option('--force', help="Overwrite a cache that doesn't fit.")]=False,
-    yes:Annotated[bool, typer.Option('--yes', '-y', help='Ask nothing.')]=False
+    yes:Annotated[bool, typer.Option('--yes', '-y', help='Ask no questions.')]=False
 ):
-    """Run the teacher over the data and store its outputs. An interrupted run resumes. Under torchrun or accelerate
-    launch, each process writes its share"""
+    """Run the teacher over the data and store its outputs. An interrupted run resumes.
+
+    Under torchrun or accelerate launch, each process writes its share."""
     from ..fastai.cache_data import cache_teacher
     from ..ranks import joined_processes
     dls,model = load_object(data, dataloaders),load_teacher(teacher)
@@ -60,10 +61,10 @@ def verify(
     path:Annotated[str, PATH],
     teacher:Annotated[str, TEACHER],
     data:Annotated[str, DATA],
-    n:Annotated[int, typer.Option(help='How many rows.', min=1)]=64,
-    tol:Annotated[float|None, typer.Option(help='How far off a logit may be, over the largest in its row.')]=None
+    n:Annotated[int, typer.Option(help='Number of rows.', min=1)]=64,
+    tol:Annotated[float|None, typer.Option(help='Largest difference of a logit, relative to its row.')]=None
 ):
-    "Run the teacher again on some of the rows; ends with exit code 1 if its outputs differ."
+    "Run the teacher again on some of the rows. The exit code is 1 if its outputs differ."
     from ..fastai.cache_data import verify_cache
     v = verify_cache(path, load_teacher(teacher), load_object(data, dataloaders), n)
     typer.echo(str(v))
@@ -75,7 +76,7 @@ def info(
     path:Annotated[str, PATH],
     check:Annotated[bool, typer.Option('--check', help='Compare every file with its checksum.')]=False
 ):
-    "What a cache holds, and whose outputs they are."
+    "Show the content of a cache and its teacher."
     from ..cache.folder import open_folder
     from ..cache.manifest import Manifest
     from ..cache.reader import TeacherCache
@@ -90,7 +91,7 @@ def info(
 
 
 def facts(where, m):
-    "(what, in words) of all that is worth knowing about a cache"
+    "(name, text) of each fact about a cache"
     from ..cache.writer import finished
     yield 'samples',f'{m.count:,}'
     yield 'views',f'{m.views} of each, augmented' if m.views else 'the clean one of each'
@@ -109,7 +110,7 @@ def facts(where, m):
 
 
 class WriterBar:
-    "The forecast of each pass, and how far it is"
+    "The forecast of each pass, and its progress"
     def __init__(self, console, ask):
         from ..cache.progress import ProgressBar
         self.console,self.ask,self.bar = console,ask,ProgressBar(console)
@@ -118,9 +119,9 @@ class WriterBar:
     def __exit__(self, *_): self.bar.stop()
 
     def forecast(self, plan):
-        "Before the teacher runs: what the cache will take, and whether that is wanted"
+        "Before the teacher runs: print the size of the cache, and ask before a large one"
         self.bar.stop()
         self.console.print(str(plan) if plan.bytes else 'Nothing is missing.', highlight=False)
-        # a plan that needs more than there is, is refused by the writer
+        # the writer refuses a plan that needs more than the free disk
         if plan.free is not None and plan.free/2 < plan.bytes <= plan.free and self.ask:
             typer.confirm('That is more than half of the free disk. Continue?', abort=True)

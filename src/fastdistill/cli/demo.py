@@ -1,4 +1,4 @@
-"`fastdistill demo`: what distillation gains, on real data."
+"`fastdistill demo`: the gain of distillation, measured on real data."
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -13,6 +13,6 @@ def demo(
     data:Annotated[str, typer.Option(help='digits (needs no files), cifar10 or camvid.')]='digits',
     root:Annotated[Path|None, typer.Option(help='Folder of the data, for cifar10 and camvid.')]=None
 ):
-    "Train a big model, and small ones with and without its help, on real data; end with a table and a picture."
+    "Train a big model, and small ones with and without it as teacher, on real data. Make a table and a picture."
     from ..demo import run
     run(data, root, seeds, out, quick)

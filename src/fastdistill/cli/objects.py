@@ -1,4 +1,4 @@
-"What the user names on the command line: 'file.py:name'."
+"Objects that the user names on the command line: 'file.py:name'."
 import ast, importlib.util, inspect, sys, traceback
 from contextlib import contextmanager
 from functools import cache
@@ -11,15 +11,15 @@ __all__ = ['dataloaders', 'load_object', 'load_teacher']
 def load_teacher(
     name:str # 'file.py:name', or a file that `Teacher` takes
 ):
-    "The object behind 'file.py:name'; any other name is for `Teacher` to load"
+    "The object of 'file.py:name'. Any other name is returned, for `Teacher` to load"
     return load_object(name, called) if '.py:' in name else name
 
 
 def load_object(
     name:str, # 'file.py:name'
-    use # fn(object) -> what is wanted of it
+    use # fn(object) -> what to return
 ):
-    "Run a file and take an object from it"
+    "Run a file and return an object from it"
     file,_,attr = name.rpartition(':')
     if not file.endswith('.py') or not attr:
         raise DistillError(f"{name!r}: give a file and a name in it, as in 'train.py:dls'.")
@@ -42,8 +42,8 @@ def names_in_file(file):
 
 @cache
 def module_of(file):
-    "The file as a module, run once: data and teacher may come from the same one"
-    # subtle: under its own name where that is free, so that pickles of a program that imported it can be loaded
+    "The file as a module, run once, since data and teacher may come from the same file"
+    # subtle: the module gets the file's name, if no other module has it, so that pickles of its classes can be loaded
     name = file.stem if file.stem not in sys.modules else f'{file.stem}_'
     spec = importlib.util.spec_from_file_location(name, file)
     sys.path.insert(0, str(file.parent))
@@ -68,16 +68,16 @@ def own_mistakes(file):
 
 
 def called(o):
-    "What a function without required arguments returns; anything else as it is"
+    "The result of a function without required arguments; any other object unchanged"
     needs = lambda p: p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     return o() if inspect.isroutine(o) and not any(map(needs, inspect.signature(o).parameters.values())) else o
 
 
 def dataloaders(o):
-    "fastai DataLoaders: given, made by a function, or a Learner's"
+    "fastai DataLoaders: the object itself, the result of a function, or a Learner's"
     o = called(o)
     o = getattr(o, 'dls', o)
     if not hasattr(o, 'loaders'):
-        raise DistillError(f"A {type(o).__name__} is no fastai DataLoaders, nor a function without arguments that "
-                           "makes one.")
+        raise DistillError(f"A {type(o).__name__} is neither fastai's DataLoaders nor a function without arguments "
+                           "that returns them.")
     return o

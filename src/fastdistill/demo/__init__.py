@@ -21,7 +21,7 @@ WAYS = {ALONE: None, 'labels + teacher': kd(T=4, alpha=.7), 'soft labels only': 
 
 
 class Ticks(Callback):
-    "Calls `tick` after each training batch"
+    "Call `tick` after each training batch"
     def __init__(self, tick): self.tick = tick
     def after_batch(self):
         if self.training: self.tick()
@@ -32,7 +32,7 @@ def run(
     root=None, # folder of its data; digits need none
     seeds:int=5, # students of each kind
     out='out', # folder for the picture and the numbers
-    quick:bool=False, # a few steps and one seed, to see that it runs
+    quick:bool=False, # a few steps and one seed, to check that it runs
     console:Console|None=None
 ) -> Results:
     "Train a teacher, then small students without it and with it; print a table, save a picture and the numbers"
@@ -71,7 +71,7 @@ def train(task:DemoTask, model, n_epoch, lr, augment, seed, tick, teacher=None, 
     learn = Learner(task.dls(augment), model(), loss_func=task.loss(), cbs=Ticks(tick))
     with learn.no_bar(), learn.no_logging():
         if recipe is None: learn.fit_one_cycle(n_epoch, lr)
-        else:              learn.distill(teacher, n_epoch, lr, recipe, check=False)     # one teacher, one task
+        else:              learn.distill(teacher, n_epoch, lr, recipe, check=False)
         out,y = learn.get_preds(act=noop)
     return Trained(learn, out, task.score(out, y))
 

@@ -1,4 +1,4 @@
-"The demo's picture: the score of every student, and what the taught students recognize that the others do not."
+"The demo's picture: the score of each student, and test pictures on which distillation helps most."
 import torch
 import torch.nn.functional as F
 from .results import ALONE
@@ -28,7 +28,7 @@ def title(fig, text): fig.suptitle(text, x=.03, ha='left', fontsize=12, fontweig
 
 
 def scores(fig, r):
-    "A dot for each student, a line through those of one seed, a bar at the mean of each way, the teacher's score"
+    "A dot for each student, a line through the dots of one seed, a bar at each mean, and the teacher's score"
     title(fig, f"{r.data}\n{r.params['student']:,} parameters learn from {r.params['teacher']:,}")
     ax,ways = fig.subplots(),list(r.scores)
     for seed in zip(*r.scores.values()): ax.plot(range(len(ways)), [100*o for o in seed], color=PALE, lw=1, zorder=1)
@@ -49,13 +49,13 @@ def scores(fig, r):
 
 
 def draw_items(fig, task, teacher, students, n=4):
-    "Test pictures that the taught students recognize more often than the others, with the teacher's soft labels"
+    "Test pictures that distilled students recognize more often than the others, with the teacher's soft labels"
     title(fig, 'Where teaching helps most\n')
     y,x = task.test[1],task.test[0]
     right = {way: torch.stack([s.out.argmax(1) == y for s in ss]).sum(0) for way,ss in students.items()}
     gain = sum(v for k,v in right.items() if k != ALONE) - (len(right)-1)*right[ALONE]
     soft = F.softmax(teacher.out/T, 1)
-    # of equal gains, those where the teacher's second class is most probable
+    # if gains are equal, the pictures for which the teacher's second class is most probable come first
     order = (gain + soft.topk(2).values[:, 1]).where(teacher.out.argmax(1) == y, -torch.inf)
     # one of each class
     best = torch.stack([order.where(y == c, -torch.inf).max(0).indices for c in y.unique()])
@@ -88,7 +88,7 @@ def predicted_class(students, i, task):
 
 
 def draw_scenes(fig, task, teacher, students):
-    "The test picture in which the taught students gain most: labels and predictions, pixel by pixel"
+    "The test picture in which distilled students gain most: labels and predictions, pixel by pixel"
     title(fig, 'Where teaching helps most\n')
     x,y = task.test
     right = lambda out: ((out.argmax(1) == y) & (y != task.ignore_index)).double().mean((1, 2))

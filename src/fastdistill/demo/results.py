@@ -1,4 +1,4 @@
-"What the demo measured, in words and numbers."
+"The measurements of the demo, as text and numbers."
 import json, os, platform
 from dataclasses import asdict, dataclass
 from statistics import mean, stdev
@@ -50,7 +50,7 @@ class Results:
     def seeds(self): return len(self.scores[ALONE])
 
     def gain(self, way):
-        "The mean score, less that of the student alone"
+        "The mean score minus that of the student alone"
         return mean(self.scores[way]) - mean(self.scores[ALONE])
 
     def recovered(self, way):
@@ -59,7 +59,7 @@ class Results:
         return self.gain(way)/lead if lead > 0 else None
 
     def better(self, way):
-        "In how many seeds it is better than the student alone"
+        "The number of seeds in which it is better than the student alone"
         return sum(a > b for a,b in zip(self.scores[way], self.scores[ALONE]))
 
     def save(self, path):
@@ -105,7 +105,7 @@ def results_table(r:Results):
 
 
 def closing(r:Results, picture, numbers):
-    "The gains, where picture and numbers are, what to do next"
+    "The gains, the files, and what to do next"
     over = f'mean ± standard deviation over {r.seeds} seeds' if r.seeds > 1 else 'one seed'
     gains = ', '.join(f'{way} {100*r.gain(way):+.1f}' for way in r.scores if way != ALONE)
     return (f"Test set after the last epoch; students: {over}.\nPoints more than alone: {gains}.\n"

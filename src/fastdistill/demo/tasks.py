@@ -1,4 +1,4 @@
-"What the demo trains on: the data, a big model and a small one, and for how long."
+"The tasks of the demo: data, a big model, a small model, and the length of their training."
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +17,8 @@ __all__ = ['TASKS', 'DemoTask', 'ToFloat', 'load_task', 'to_rgb']
 
 @dataclass
 class DemoTask:
-    "One comparison: the data, both models, and how they are trained"
-    title:str # the data, in words
+    "One comparison: the data, both models, and their training"
+    title:str # name of the data
     classes:list # their names
     train:tuple # x (N, C, H, W) and y
     test:tuple # the same, never seen in training
@@ -132,7 +132,7 @@ def digits():
     from sklearn.datasets import load_digits
     d = load_digits()
     x,y = torch.tensor(d.images, dtype=torch.float32)[:,None]/16,torch.tensor(d.target)
-    # in the file's order, which goes from writer to writer: the test set has writers that training has not seen
+    # the file is sorted by writer, so the writers of the test set are not in the training set
     return DemoTask("scikit-learn's handwritten digits", [str(i) for i in range(10)], (x[:1200], y[:1200]),
                     (x[1200:], y[1200:]), big_digits, small_digits, epochs=(30, 30), lr=(1e-2, .3), bs=60,
                     score=accuracy, augment=(shift, None), threads=1)

@@ -1,4 +1,4 @@
-"Findings about a teacher and a student, and what was measured, without any framework."
+"Findings about a teacher and a student, and measurements, without any framework."
 from .findings import Facts, Finding, Findings
 from .outputs import check_outputs
 

@@ -1,4 +1,4 @@
-"Does the teacher have the student's classes in another order? A table of what it predicts for which class shows it."
+"Does the teacher have the student's classes in another order? The confusion table of its predictions shows it."
 import torch
 from torch import Tensor
 from .findings import Finding, few_names
@@ -11,17 +11,17 @@ def reordered_classes(
     teacher,
     names=None # of the student's classes
 ):
-    "(its accuracy then, finding), if the teacher recognizes far more with its outputs in another order"
+    "(accuracy in the new order, finding), if the teacher recognizes far more with its outputs in another order"
     if tally.confusion is None: return
     table = tally.confusion.sum(0)
     order,n,k = best_order(table),table.sum().item(),len(table)
     moved = [i for i,o in enumerate(order) if i != o]
     before,after = table.trace().item()/n,hits(table, order).sum().item()/n
-    # at least half of the way from chance to a perfect prediction
+    # the new accuracy must be at least halfway from chance to a perfect prediction
     if not moved or after < (1+1/k)/2 or not holds_elsewhere(tally.confusion): return
     select = order if teacher.select is None else [int(list(teacher.select)[o]) for o in order]
     unseen = sum(not table[i].any() for i in moved)
-    guess = f" ({unseen} without an item here, whose place is a guess: a larger n= looks at more)" if unseen else ''
+    guess = f" ({unseen} of them have no item here, so their place is a guess: pass a larger n=)" if unseen else ''
     words = moves_in_words(order, moved, names)
     yield after,Finding('error', f"The teacher has the classes in another order: {words}{guess}. In the student's "
                         f"order its accuracy is {before:.3f}, in this one {after:.3f}",
@@ -29,9 +29,9 @@ def reordered_classes(
 
 
 def best_order(table:Tensor):
-    "For each class the output that stands for it, so that as much as possible is recognized"
+    "The output for each class with which as many items as possible are recognized"
     from scipy.optimize import linear_sum_assignment
-    # subtle: an item more for the order as it is, so that classes without items stay where they are
+    # subtle: each class gets one more item in the present order, so that classes without items keep their place
     return linear_sum_assignment((table + torch.eye(len(table))).numpy(), maximize=True)[1].tolist()
 
 
@@ -39,7 +39,7 @@ def hits(table, order): return table[torch.arange(len(order)), torch.tensor(orde
 
 
 def holds_elsewhere(halves):
-    "The order that one half of the items suggests recognizes far more of the other half than the order as it is"
+    "Does the order found in one half of the items recognize far more of the other half than the present order?"
     now = then = 0.
     for suggests,shows in (halves, halves.flip(0)):
         order = best_order(suggests)
@@ -50,7 +50,7 @@ def holds_elsewhere(halves):
 
 
 def moves_in_words(order, moved, names):
-    "Which classes are swapped; or, of a longer circle, which output is which class"
+    "Which classes are swapped; in a longer cycle, which output is which class"
     name = lambda i: repr(str(names[i])) if names is not None and len(names) == len(order) else f'class {i}'
     if all(order[order[i]] == i for i in moved):
         return few_names([f'{name(i)} and {name(order[i])}' for i in moved if i < order[i]], 5) + ' are swapped'

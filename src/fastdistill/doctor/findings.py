@@ -1,10 +1,10 @@
-"What the doctor reports: findings, and the facts that it measured."
+"The doctor's report: findings, and the facts that it measured."
 import warnings
 from dataclasses import dataclass
 from ..outputs import DistillError, DistillWarning
 from ..ranks import rank
 
-__all__ = ['Facts', 'Finding', 'Findings', 'few_names']
+__all__ = ['Facts', 'Finding', 'Findings', 'few_names', 'numbers_in_words']
 
 
 def few_names(names, n): return ', '.join(map(str, names[:n])) + (' ...' if len(names) > n else '')
@@ -22,18 +22,17 @@ class Finding:
 
 @dataclass
 class Facts:
-    "What was measured on a few batches; None where there was nothing to measure"
-    metric:str # of the three scores: 'accuracy', 'accuracy per label' or 'squared error' (where less is better)
+    "Measurements on a few batches; None where there was nothing to measure"
+    metric:str # of the three scores: 'accuracy', 'accuracy per label' or 'squared error' (less is better)
     n:int=0 # validation items that were scored
     teacher_score:float|None=None
     student_score:float|None=None # before training
     constant_score:float|None=None # of the best prediction that is the same for all items
-    # the teacher's largest probability, mean over training batches (with their augmentation) and validation batches
-    top_prob_train:float|None=None
-    top_prob_valid:float|None=None
+    top_prob_train:float|None=None # the teacher's mean top probability on training batches, augmented
+    top_prob_valid:float|None=None # the same on validation batches
 
     def lines(self):
-        "In words: a line about the scores, a line about the probabilities"
+        "A line of text about the scores, and one about the probabilities"
         scores = dict(teacher=self.teacher_score, student=self.student_score, constant=self.constant_score)
         probs = dict(training=self.top_prob_train, validation=self.top_prob_valid)
         if self.n: yield f"{self.metric} on {self.n} validation items: {numbers_in_words(scores)}"
@@ -46,12 +45,13 @@ def numbers_in_words(values):
 
 
 class Findings(list):
-    "What the doctor found, a list that is empty when all is well; `facts` are what it measured"
+    "The doctor's findings: a list, empty if nothing is wrong. `facts` are its measurements"
     facts:Facts|None = None # None: an error was found before anything could be measured
+    none = 'Nothing found: the teacher fits.' # the text of an empty list
 
     def __repr__(self):
         facts = [] if self.facts is None else self.facts.lines()
-        return '\n'.join([*facts, *(map(str, self) if self else ['Nothing found: the teacher fits.'])])
+        return '\n'.join([*facts, *(map(str, self) if self else [self.none])])
 
     @property
     def errors(self): return [f for f in self if f.level == 'error']
@@ -66,6 +66,6 @@ class Findings(list):
             if f.level == 'note' and rank() == 0: print(f'fastdistill: {f.what}. {f.do}')
             if f.level == 'warning': warnings.warn(f'{f.what}. {f.do}', DistillWarning, stacklevel=2)
         if self.errors:
-            head = 'Mistakes were found before training (with check=False it trains all the same):'
+            head = 'Mistakes were found before training (check=False trains anyway):'
             raise DistillError('\n'.join([head, *[f'- {f.what}. {f.do}' for f in self.errors]]))
         return self

@@ -1,4 +1,4 @@
-"Does the teacher get images in another normalization than it learned from? The usual ones are tried."
+"Does the teacher get images in another normalization than in its training? The usual normalizations are tried."
 import torch
 from torch import Tensor
 from ..teacher.images import affine, is_image, stats_of
@@ -13,7 +13,7 @@ __all__ = ['renormalized_images']
 # in words -> as `Teacher` takes them, as a user writes them
 USUAL = {'numbers from 0 to 1': ((0., 1.), '(0, 1)'), 'mean 0.5 and std 0.5': ((.5, .5), '(.5, .5)'),
          "ImageNet's mean and std": ('imagenet', "'imagenet'"), 'numbers from 0 to 255': ((0., 1/255), '(0, 1/255)')}
-ENOUGH = .9 # of the way from a constant prediction to a perfect one: a teacher that is as good gets its own images
+ENOUGH = .9 # of the way from a constant prediction to a perfect one: such a teacher gets the right images
 
 
 def renormalized_images(
@@ -21,7 +21,7 @@ def renormalized_images(
     teacher, task,
     batches # (inputs, labels) of the first validation batches
 ):
-    "(its score then, finding), if the teacher is clearly better with a usual normalization than with the one it gets"
+    "(score with it, finding), if the teacher is clearly better with another usual normalization"
     now = tally.items('teacher')
     if not can_renormalize(teacher, batches) or tally.above_constant(least=ENOUGH): return
     others = {k: t for k,(stats,_) in USUAL.items() if (t := with_stats(teacher, stats, batches)) is not None}
@@ -33,10 +33,10 @@ def renormalized_images(
     if not tally.above(then, now): return
     a,b = (abs(o.mean().item()) for o in (now, then))
     yield then.mean().item(),Finding(
-        'warning', "The teacher seems to have learned from images in another normalization: "
-        f"{METRICS[task.kind]} {a:.3f} with the images as it gets them, {b:.3f} with {best} "
+        'warning', "The teacher seems to have been trained on images in another normalization: "
+        f"{METRICS[task.kind]} {a:.3f} with the images that it gets, {b:.3f} with {best} "
         f"(on {len(now)} validation items)",
-        f"State what it learned from: Teacher(model, stats={USUAL[best][1]})")
+        f"Pass the normalization of its training: Teacher(model, stats={USUAL[best][1]})")
 
 
 def images_in(x): return [o for o in x if isinstance(o, Tensor) and is_image(o)]
@@ -49,7 +49,7 @@ def can_renormalize(teacher, batches):
 
 
 def with_stats(teacher, stats, batches):
-    "The teacher with images normalized in this way; None if that is how it gets them, or if it cannot be"
+    "The teacher with images normalized in this way; None if it gets them so already, or if that is not possible"
     now = teacher.input_stats if teacher.stats is None else teacher.stats
     image, = images_in(batches[0][0])
     if len(stats_of(stats)[0]) not in (1, image.shape[1]) or affine(now, stats_of(stats)) is None: return None

@@ -1,4 +1,4 @@
-"A teacher's outputs for a few batches: do they fit the student's, and does the teacher know the task?"
+"Checks of a teacher's outputs for a few batches: do they fit the student's, and does the teacher know the task?"
 from itertools import chain
 import torch
 from torch import Tensor
@@ -14,22 +14,22 @@ from .tally import Tally
 
 __all__ = ['BATCHES', 'check_outputs', 'single_teachers']
 
-BATCHES = 8 # of the validation set show what a teacher knows; a quarter as many of the training set, how certain it is
-KEPT = 4 # batches for a second look
+BATCHES = 8 # of the validation set, on which the teacher is scored; a quarter as many of the training set are read
+KEPT = 4 # batches that are stored to run the teacher on them again
 
 
 def check_outputs(
     teacher, # a `Teacher`
     task, # what the student predicts
     batches, # of the validation set: (inputs, targets) of each, both tuples
-    student=None, # its module; None: there is none to compare with
+    student=None, # its module; None: unknown
     *,
-    train=(), # the same of the training set, with its augmentation: only probabilities are measured there
-    recipe=None, # recipe or term that will be trained with; None: unknown
+    train=(), # batches of the training set, augmented: only probabilities are measured there
+    recipe=None, # recipe or term of the training; None: unknown
     names=None, # of the student's classes
     output=None # which of the student's outputs is distilled, as in `Outputs.of`
 ) -> Findings:
-    "Findings about the teacher's outputs for a few batches; `.facts` are the scores of both and of a constant"
+    "Findings about the teacher's outputs for a few batches. `.facts` are the scores of both models and of a constant"
     found,tally,kept,t = Findings(),Tally(task),[],None
     with guarded_random_state(), teacher:
         for training,xb,yb in chain(((False, *b) for b in batches), ((True, *b) for b in train)):
@@ -53,47 +53,48 @@ def check_outputs(
 
 
 def single_teachers(teacher):
-    "The members of an ensemble, and their members; a teacher on its own is its only one"
+    "The members of an ensemble, and their members; for a single teacher, itself"
     return [o for m in teacher.members for o in single_teachers(m)] or [teacher]
 
 
 def unsteady(teacher, xb, t):
-    "Outputs that change from call to call, or with the rest of the batch"
+    "Outputs that change from call to call, or with the other samples of the batch"
     if teacher.mode == 'train': return      # the user asked for it
     def near(a, b):
-        largest = b.nan_to_num(0, 0, 0).abs().max().item()      # classes that are switched off may be -inf
+        largest = b.nan_to_num(0, 0, 0).abs().max().item()      # logits of excluded classes may be -inf
         return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=.05*largest, equal_nan=True)
-    # modules that a function holds cannot be put in evaluation mode from here
+    # modules inside a function can't be set to evaluation mode from here
     function = any(o.module is None and o.path is None for o in single_teachers(teacher))
     parts = list(tensors_in(xb))
     can_cut = function and len(t) > 1 and parts and all(o.dim() and len(o) == len(t) for o in parts)
     if not near(teacher_logits(teacher, xb), t): why = "differ from call to call for the same batch (is dropout on?)"
     elif can_cut and not near(teacher_logits(teacher, map_tensors(xb, lambda o: o[:-1])), t[:-1]):
-        why = "for a sample depend on the rest of its batch (is batch-norm in training mode?)"
+        why = "for a sample depend on the other samples of its batch (is batch-norm in training mode?)"
     else: return
     yield Finding('warning', f"The teacher's outputs {why}",
-                  "Modules are put in evaluation mode for you. Call eval() on those that a function of yours holds")
+                  "Modules are set to evaluation mode for you. Call eval() on modules inside a function of your own")
 
 
 def untrained(teacher):
     norms = [m for mod in teacher.modules for m in mod.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if norms and all((m.running_mean == 0).all() and (m.running_var == 1).all() for m in norms):
-        yield Finding('warning', "The teacher's batch-norm statistics are those of a new model: it seems untrained",
+        yield Finding('warning', "The teacher's batch-norm statistics are those of a new model: it seems to be "
+                      "untrained",
                       "Load its weights before distilling")
 
 
 def probabilities(tally, task):
-    "Values that no student can learn from, and probabilities where logits are wanted"
+    "Values that no student can learn from, and probabilities in place of logits"
     if not tally.finite:
         yield Finding('error', "The teacher's outputs are nan or infinite, and so would be the student's weights",
                       "Are its inputs finite? Does it overflow in half precision?")
     if not tally.between: return
     if task.kind == 'softmax' and tally.normed:
-        yield Finding('error', "The teacher's outputs are probabilities (each sums to 1), and a softmax over them "
-                      "would flatten what it knows",
+        yield Finding('error', "The teacher's outputs are probabilities (each row sums to 1). A softmax over them "
+                      "would be nearly flat",
                       "Give the outputs before softmax, or their logarithm: "
                       "KnowledgeDistillation(lambda x: teacher(x).log())")
     if task.kind == 'sigmoid':
-        yield Finding('warning', "The teacher's outputs all lie between 0 and 1: they look like probabilities",
+        yield Finding('warning', "All of the teacher's outputs are between 0 and 1: they seem to be probabilities",
                       "Give the outputs before the sigmoid, or undo it: "
                       "KnowledgeDistillation(lambda x: torch.logit(teacher(x), eps=1e-6))")

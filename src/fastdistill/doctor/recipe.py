@@ -1,4 +1,4 @@
-"What cannot be right about a recipe for these two models: losses that need more classes, layers that do not learn."
+"Mistakes in a recipe for two models: losses that need more classes, layers that are not trained."
 from functools import partial
 import torch
 from ..features.pairs import pair
@@ -13,12 +13,12 @@ __all__ = ['check_recipe']
 
 def check_recipe(
     recipe, # a recipe or a term; None: there is none
-    student, # module; None: its layers are not looked at
+    student, # module; None: its layers are not checked
     teacher,
     x, # inputs of a batch
-    n_classes # of a softmax; None where the outputs are no softmax
+    n_classes # of a softmax; None if the outputs are no softmax
 ):
-    "Findings about terms that would train nothing, or nonsense"
+    "Findings about terms that would train nothing, or something meaningless"
     for term in getattr(recipe, 'terms', [] if recipe is None else [recipe]):
         if term.layers is None and n_classes == 2: yield from two_classes(term)
         if term.layers is not None and student is not None: yield from frozen_layers(term, student, teacher, x)
@@ -29,15 +29,15 @@ def two_classes(term):
     while isinstance(fn, partial): fn = fn.func
     fn = getattr(fn, 'fn', fn)      # of a loss in module form
     if fn is response.dist and term.options.get('beta', 1.):
-        why = "the correlation of two probabilities is always 1 or -1, so that only their order is left"
+        why = "the correlation of two probabilities is always 1 or -1, so only their order is compared"
     elif isinstance(fn, response.Standardized):
-        why = "two standardized logits are always the same two numbers, so that only their order is left"
+        why = "two standardized logits are always the same two numbers, so only their order is compared"
     else: return
     yield Finding('error', f"{term.name} has no meaning for 2 classes: {why}", "Use kd(), or dkd()")
 
 
 def frozen_layers(term, student, teacher, x):
-    "Layers that no trained parameter influences: their features do not change"
+    "Layers without a trained parameter in them or before them: their features do not change"
     if all(p.requires_grad for p in student.parameters()): return
     pairs = pair(student, teacher, x, layers=term.layers, match=term.match, projector=term.projector)
     with untouched(student), torch.enable_grad(), Taps(student, dict.fromkeys(p.student for p in pairs)) as taps:
@@ -45,5 +45,5 @@ def frozen_layers(term, student, teacher, x):
         frozen = [n for n,o in taps.pop().items() if not o.requires_grad]
     if frozen:
         yield Finding('note', f"{term.name} compares frozen layers of the student ({few_names(frozen, 4)}): no "
-                      "parameter in them or before them is trained, so that it trains only its projector, if any",
+                      "parameter in them or before them is trained, so it trains only its projector, if it has one",
                       "unfreeze() the student, or give the term later layers")

@@ -1,4 +1,4 @@
-"One batch through student and teacher, without a trace."
+"Run student and teacher on one batch without changing them."
 from contextlib import contextmanager
 import torch
 from ..features.calls import arguments
@@ -12,13 +12,13 @@ __all__ = ['guarded_random_state', 'run_student', 'student_logits', 'teacher_log
 
 @contextmanager
 def guarded_random_state():
-    "The global generators of Python, NumPy and PyTorch, those of GPUs too, are afterwards as before"
+    "Restore the global generators of Python, NumPy and PyTorch, also those of GPUs, at the end"
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with RandomGuard(), torch.random.fork_rng(gpus): yield
 
 
 def run_student(student, x):
-    "What the student returns for inputs `x`, called as in a training step"
+    "The student's raw outputs for inputs `x`, as in a training step"
     student = unwrap(student)
     args,kwargs = arguments(student, x)
     return student(*args, **kwargs)
@@ -29,11 +29,11 @@ def student_logits(
     x, # tuple: the batch's inputs
     output=None # which of its outputs is distilled, as in `Outputs.of`
 ):
-    "The student's logits, in evaluation mode; the student stays as it is"
+    "The student's logits, in evaluation mode. The student does not change"
     return Outputs.of(dry_run(student, *x), output=output).logits
 
 
 def teacher_logits(teacher, x):
-    "The teacher's logits, from a hidden state without a past"
+    "The teacher's logits, from a fresh hidden state"
     teacher.reset()
     return Outputs.of(teacher(*x)).logits

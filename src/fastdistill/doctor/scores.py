@@ -7,7 +7,7 @@ from .images import renormalized_images
 
 __all__ = ['low_score', 'saturated']
 
-CERTAIN = .99 # mean top probability of soft labels that are nearly one-hot
+CERTAIN = .99 # above this mean top probability, soft labels are nearly one-hot
 
 
 def low_score(
@@ -16,14 +16,14 @@ def low_score(
     student, # module; None: unknown
     batches, # (inputs, labels) of some of them
     names, # of the student's classes; None: unknown
-    trained:bool # does the teacher look trained at all?
+    trained:bool # does the teacher seem trained at all?
 ):
-    "Why the teacher predicts badly: the first explanation that fits; the more precise ones stand first"
+    "Why the teacher predicts badly: the first explanation that fits, the more precise ones first"
     if not tally.n_labels: return
     cures = []
     # an untrained teacher also prefers some output for some class
     if trained: cures = [*reordered_classes(tally, teacher, names), *renormalized_images(tally, teacher, task, batches)]
-    # another normalization may look like another order of classes, and the other way round: the better cure counts
+    # another normalization may look like another order of classes, and vice versa: the better cure counts
     if cures: yield max(cures, key=lambda o: o[0])[1]
     else: yield from [*other_tokens(tally, teacher, student, batches), *chance(tally), *worse_than_student(tally)][:1]
 
@@ -35,20 +35,20 @@ def embedding_rows(modules):
 
 
 def other_tokens(tally, teacher, student, batches):
-    "Token ids of another tokenizer are valid ids, but mean something else"
+    "Token ids of another tokenizer are valid, but have another meaning"
     t,s = embedding_rows(teacher.modules),None if student is None else embedding_rows([student])
     ids = [o for o in tensors_in(batches[0][0]) if not o.is_floating_point()]
     if None in (t, s) or t == s or not ids or tally.above_constant(least=0.): return
     f = tally.facts()
-    yield Finding('warning', f"The teacher's embedding has {t} rows, the student's {s}, and the teacher predicts no "
-                  f"better than a constant ({f.metric} {f.teacher_score:.3f} and {f.constant_score:.3f}, {f.n} items)",
+    yield Finding('warning', f"The teacher's embedding has {t} rows, the student's {s}. The teacher predicts no better "
+                  f"than a constant ({f.metric} {f.teacher_score:.3f} and {f.constant_score:.3f}, {f.n} items)",
                   "Are the inputs token ids of another tokenizer? Make the student's data with the teacher's tokenizer")
 
 
 def worse_than_student(tally):
     if not tally.scores['student'] or not tally.above(tally.items('student'), tally.items('teacher')): return
     f = tally.facts()
-    yield Finding('warning', f"The teacher is worse than the student already is: {f.metric} {f.teacher_score:.3f} and "
+    yield Finding('warning', f"The teacher is worse than the student is now: {f.metric} {f.teacher_score:.3f} and "
                   f"{f.student_score:.3f} on {f.n} validation items",
                   "Is it the right teacher, with all its weights, and does it get its own preprocessing?")
 
@@ -57,13 +57,13 @@ def saturated(facts, task):
     if facts.top_prob_train is None or facts.top_prob_train <= CERTAIN or task.kind != 'softmax': return
     beside = '' if facts.top_prob_valid is None else f" (validation: {facts.top_prob_valid:.3f})"
     yield Finding('note', "The teacher is nearly certain of its training data: its mean top probability there is "
-                  f"{facts.top_prob_train:.3f}{beside}, so that its soft labels are nearly one-hot",
-                  "A higher T, stronger augmentation, or data that it did not learn from make them softer")
+                  f"{facts.top_prob_train:.3f}{beside}, so its soft labels are nearly one-hot",
+                  "A higher T, stronger augmentation, or data that it was not trained on make them softer")
 
 
 def chance(tally):
-    "A teacher that knows no more than a constant prediction teaches nothing"
-    # subtle: what a constant prediction cannot be good at, however rare the classes are or badly calibrated the teacher
+    "A teacher that is no better than a constant prediction"
+    # subtle: the measures are fair to a teacher that is badly calibrated, and to rare classes
     if why := dict(softmax=classes_known, sigmoid=labels_known, regression=numbers_known)[tally.task.kind](tally):
         yield Finding('warning', f"The teacher is no better than chance: {why}",
                       "Is it trained, for these labels in this order, and does it get its own preprocessing? "
@@ -74,7 +74,7 @@ def classes_known(tally):
     have,hit = tally.sums[:, tally.sums[0] > 0]
     recall,k = (hit/have).mean().item(),len(have)
     if k > 1 and recall <= 1/k + 1e-9:
-        return (f"it recognizes {recall:.1%} of a class's samples on average ({tally.n_labels} validation labels, "
+        return (f"on average it recognizes {recall:.1%} of a class's samples ({tally.n_labels} validation labels, "
                 f"{k} classes), a constant prediction {1/k:.1%}")
 
 
@@ -83,8 +83,8 @@ def labels_known(tally):
     if not have.shape[1]: return
     with_it,without = (have[2:]/have[:2]).mean(1).tolist()
     if with_it <= without:
-        return (f"on {tally.n_labels} validation items, it predicts labels that are there with probability "
-                f"{with_it:.3f}, labels that are not with {without:.3f}")
+        return (f"on {tally.n_labels} validation items, the mean probability that it predicts is {with_it:.3f} for "
+                f"labels that an item has, and {without:.3f} for labels that it does not have")
 
 
 def numbers_known(tally):

@@ -1,22 +1,22 @@
-"What cannot be right about one batch: shapes, a class axis, labels and ids that do not fit."
+"Mistakes that one batch shows: shapes, a class axis, labels and ids that do not fit."
 from contextlib import contextmanager
 from math import prod
 from torch import nn
 from ..task import fit_labels, fitting_axes
 from .findings import Finding
 
-__all__ = ['UnknownId', 'checked_ids', 'mismatches', 'unknown_id', 'unscored']
+__all__ = ['UnknownId', 'broadcasts', 'checked_ids', 'mismatches', 'unknown_id', 'unscored']
 
 
 class UnknownId(Exception):
-    "An embedding does not have the row that a batch asks for; the message says which"
+    "A batch has an id for which an embedding has no row. The message names it"
 
 
 @contextmanager
 def checked_ids(
-    teacher # a `Teacher`, that runs inside
+    teacher # a `Teacher`, which runs inside
 ):
-    "Embeddings of the teacher check the ids that they get: on a GPU, to look up an unknown one would end the process"
+    "Embeddings of the teacher check the ids that they get. On a GPU, an unknown id would end the process"
     named = {m: k for k,m in teacher.named_modules().items() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     def check(m, args, kwargs):
         ids,n = args[0] if args else kwargs['input'],m.num_embeddings
@@ -26,7 +26,7 @@ def checked_ids(
     handles = [m.register_forward_pre_hook(check, with_kwargs=True) for m in named]
     try: yield
     except IndexError as e:
-        if 'index out of range in self' not in str(e): raise     # torch's own lookup, outside of an embedding's forward
+        if 'index out of range in self' not in str(e): raise     # PyTorch's own lookup, outside of an embedding module
         raise UnknownId("The inputs have ids that an embedding of the teacher does not have") from e
     finally:
         for h in handles: h.remove()
@@ -34,8 +34,8 @@ def checked_ids(
 
 def unknown_id(error):
     return Finding('error', f'{error}', "Are these token ids of another tokenizer, or codes of other categories? "
-                   "Make the student's data with the teacher's, or give a function that translates: "
-                   "KnowledgeDistillation(lambda x: ...)")
+                   "Make the student's data with the teacher's tokenizer or categories, or give a function that "
+                   "translates: KnowledgeDistillation(lambda x: ...)")
 
 
 def mismatches(
@@ -44,18 +44,21 @@ def mismatches(
     y, # the labels; None: there are none
     task
 ):
-    "Outputs and labels that do not belong together: the first one, since others follow from it"
+    "Outputs and labels that do not fit each other. Only the first mistake, since others follow from it"
     for look in (outputs_differ, axis_missing, one_class, axis_differs, labels_beyond):
         if (f := look(s, t, y, task)) is not None:
             yield f
             return
 
 
+def broadcasts(s, t): return len(s) == len(t) and all(a == b or 1 in (a, b) for a,b in zip(s, t))
+
+
 def outputs_differ(s, t, y, task):
     if s is None or (prod(s) == prod(t) if task.kind == 'regression' else s == t): return
     return Finding('error', f"The student's output has shape {tuple(s)}, the teacher's {tuple(t)}",
-                   "Both need the same outputs: the same classes (or number of targets), in dense tasks the same "
-                   "resolution. Teacher(model, select=[...]) takes some of the teacher's classes; a function around "
+                   "Both need the same outputs: the same classes (or number of targets), and in dense tasks the same "
+                   "resolution. Teacher(model, select=[...]) selects some of the teacher's classes. A function around "
                    "the teacher can select or resize: KnowledgeDistillation(lambda x: ...)")
 
 
@@ -66,8 +69,8 @@ def axis_missing(s, t, y, task):
 
 def one_class(s, t, y, task):
     if task.kind != 'softmax' or t[task.axis] > 1: return
-    return Finding('error', f"The outputs, of shape {tuple(t)}, have 1 class along axis {task.axis}, and its softmax "
-                   "is always 1",
+    return Finding('error', f"The outputs, of shape {tuple(t)}, have 1 class along axis {task.axis}. Its softmax is "
+                   "always 1",
                    "Is it one label, yes or no? Use BCEWithLogitsLossFlat, or kind='sigmoid'. Is it a number? "
                    "kind='regression'. Do the classes lie along another axis? Pass axis=")
 
@@ -97,8 +100,8 @@ def labels_beyond(s, t, y, task):
 
 
 def unscored(t, y, task):
-    "Labels of another shape, which a loss function of the user's may know how to read"
+    "Labels of another shape, which the user's own loss function may accept"
     if y is not None and fit_labels(y, t, task) is None:
-        yield Finding('note', f"The labels have shape {tuple(y.shape)}, the outputs {tuple(t)}, so that the teacher's "
-                      "score cannot be measured",
+        yield Finding('note', f"The labels have shape {tuple(y.shape)}, the outputs {tuple(t)}, so the teacher's score "
+                      "cannot be measured",
                       "If that is a mistake, training will stop with an error of the loss function")

@@ -4,18 +4,18 @@ from torch import Tensor
 from ..task import unusable
 from .findings import Facts
 
-__all__ = ['METRICS', 'Tally']
+__all__ = ['FEW', 'METRICS', 'Tally']
 
-MOST_CLASSES = 1000 # beyond, a table of what is predicted for which class is too large
-FEW = 16 # fewer items show nothing
+MOST_CLASSES = 1000 # with more, a confusion table is too large
+FEW = 16 # fewer items prove nothing
 METRICS = dict(softmax='accuracy', sigmoid='accuracy per label', regression='squared error')
 
 
 class Tally:
-    "What a few batches show, counted batch by batch: all their outputs may be too large to keep"
+    "Counts over a few batches, added batch by batch, since all their outputs may be too large to keep"
     def __init__(self, task):
         self.task,self.n_labels,self.sums,self.confusion = task,0,0.,None
-        self.scores,self.tops = dict(teacher=[], student=[]),dict(train=[], valid=[]) # a number for each item
+        self.scores,self.tops = dict(teacher=[], student=[]),dict(train=[], valid=[]) # one number per item
         self.between,self.normed = True,True # are all outputs from 0 to 1? does each sum to 1?
         self.finite = True
 
@@ -61,26 +61,26 @@ class Tally:
         return ((rows(right)*counts).sum(1)/counts.sum(1)).cpu()
 
     def add_classes(self, t, y):
-        "Of each class: how much there is, and how much of it is recognized. An item counts 1, shared by its positions"
+        "For each class: its amount, and how much of it is recognized. An item counts 1, shared by its positions"
         c,counts = t.shape[self.task.axis],self.counts(y).cpu()
         p,y = (o.reshape(len(o), -1).cpu()[counts] for o in (t.argmax(self.task.axis), y))
         w = (counts.double()/counts.sum(1, keepdim=True).clamp_min(1))[counts]
         there,recognized = y.bincount(w, minlength=c),y[p == y].bincount(w[p == y], minlength=c)
         self.sums,self.n_labels = self.sums + torch.stack([there, recognized]),self.n_labels + len(y)
         if c > MOST_CLASSES: return
-        # subtle: two tables, each of every other item: what one shows by chance, the other does not
+        # subtle: two tables, each of every other item: an effect of chance is in one of them, but not in the other
         half = torch.arange(len(counts))[:, None].expand_as(counts)[counts] % 2
         table = ((half*c + y)*c + p).bincount(w, minlength=2*c*c).view(2, c, c)
         self.confusion = table if self.confusion is None else self.confusion + table
 
     def add_labels(self, t, y):
-        "Of each label: items with it, items without it, the sums of the probabilities predicted for these and those"
+        "For each label: items with and without it, and the sums of the probabilities predicted for these and those"
         p,y = (o.reshape(len(o), -1).cpu().double() for o in (t.sigmoid(), y > .5))
         self.sums = self.sums + torch.stack([y.sum(0), (1-y).sum(0), (p*y).sum(0), (p*(1-y)).sum(0)])
         self.n_labels += len(y)
 
     def add_numbers(self, t, y):
-        "Of each output: squared error, sum of the targets, sum of their squares"
+        "For each output: squared error, sum of the targets, sum of their squares"
         t,y = (o.reshape(len(o), -1).cpu().double() for o in (t, y))
         self.sums = self.sums + torch.stack([(t-y).pow(2).sum(0), y.sum(0), y.pow(2).sum(0)])
         self.n_labels += len(y)
@@ -102,7 +102,7 @@ class Tally:
         self, a, b, # scores of the same items
         least:float=.05 # of the way from the constant prediction to a perfect one
     ):
-        "Are the scores `a` above the scores `b`, by more than chance does in so few items?"
+        "Are the scores `a` above the scores `b`, by more than chance explains for so few items?"
         if len(a) < FEW: return False
         way = (0. if self.task.kind == 'regression' else 1.) - self.constant
         d = (a-b)/max(way, 1e-9)
@@ -117,7 +117,7 @@ class Tally:
         "The scores and the probabilities, as numbers"
         mean = lambda o: torch.cat(o).mean().item() if o else None
         score = lambda v: None if v is None else -v if self.task.kind == 'regression' else v
-        # of probabilities that were taken for logits, a softmax means nothing
+        # a softmax over probabilities means nothing
         logits = not (self.between and (self.normed or self.task.kind == 'sigmoid'))
         train,valid = (mean(self.tops[part]) if logits else None for part in ('train', 'valid'))
         n = len(self.items('teacher'))

@@ -13,8 +13,8 @@ from .cache_data import cache_teacher, verify_cache
 from .callback import KnowledgeDistillation
 from .check import check_teacher
 
-# A star import must not shadow names that people use, such as `dist`, `at`, `sp`, `cwd` or `losses`. So it brings only
-# the recipes whose names can mean nothing else. All recipes are in `recipes`, and can be imported by name
+# A star import must not shadow common names, such as `dist`, `at`, `sp`, `cwd` or `losses`. So it has only the recipes
+# with unmistakable names. All recipes are in `recipes`, and can be imported by name
 __all__ = ['DistillError', 'DistillWarning', 'Distiller', 'KnowledgeDistillation', 'Outputs', 'Recipe', 'Teacher',
            'TeacherBlock', 'TeacherCache', 'Term', 'cache_teacher', 'check_teacher', 'dkd', 'hard_labels', 'kd',
            'logit_std', 'nkd', 'recipes', 'soft_labels', 'verify_cache']

@@ -1,4 +1,4 @@
-"What the user gave to the callback: where the teacher's outputs come from, and the recipe."
+"The callback's arguments: the source of the teacher's outputs, and the recipe."
 from ..cache.reader import TeacherCache, is_cache
 from ..outputs import DistillError
 from ..recipes import kd
@@ -10,17 +10,17 @@ __all__ = ['check_options', 'feed_of', 'make_recipe']
 
 
 def check_options(teacher, **options):
-    "Refuse options of the callback that do not exist, and a recipe in the place of the teacher"
-    have = dict(kind=(None, 'softmax', 'sigmoid', 'regression'), balance=(None, 'grad'), span=('fine_tune', 'fit'))
+    "Refuse option values that do not exist, and a recipe in place of the teacher"
+    have = dict(kind=(None, 'softmax', 'sigmoid', 'regression'), span=('fine_tune', 'fit'))
     for k,v in options.items():
         if v not in have[k]: raise DistillError(f"{k}={v!r}: possible are {', '.join(map(repr, have[k]))}")
     if isinstance(teacher, (Recipe, Term)):
-        raise DistillError(f"{teacher!r} is no teacher: the teacher comes first, then the recipe, as in "
+        raise DistillError(f"{teacher!r} is not a teacher: the teacher comes first, then the recipe, as in "
                            "KnowledgeDistillation(teacher, kd()).")
 
 
 def feed_of(source):
-    "What brings stored outputs to the batches; None for a teacher that runs"
+    "The feed that adds stored outputs to the batches; None for a teacher that runs"
     if source is None: return TargetFeed()
     # an URL is a cache's: models are files on this machine
     if is_cache(source) or isinstance(source, str) and '://' in source: source = TeacherCache(source)
@@ -34,10 +34,10 @@ def make_recipe(recipe, T, alpha, loss):
     if recipe is not None:
         given = [k for k,v in dict(T=T, alpha=alpha, loss=loss).items() if v is not None]
         if given:
-            raise DistillError(f"A recipe and {', '.join(given)}=: say it in the recipe, as in kd(T=2, alpha=.5).")
+            raise DistillError(f"A recipe and {', '.join(given)}=: give these to the recipe, as in kd(T=2, alpha=.5).")
         return Recipe(recipe)
     if T is not None:
-        raise DistillError("T= with loss=: your loss gets the logits as they are, and softens them itself (or write "
-                           "Term(fn, T=...)).")
+        raise DistillError("T= with loss=: your loss gets the logits unchanged and must soften them itself, or write "
+                           "Term(fn, T=...).")
     alpha = 1. if alpha is None else alpha
     return Recipe(Term(loss, weight=alpha, name='kd'), task=kd(alpha=alpha).task)

@@ -1,4 +1,4 @@
-"Batches of a Learner as a training step sees them, for those who look before training; nothing of it stays."
+"Batches of a Learner as in a training step, for checks before training. They change nothing."
 import copy, inspect
 from contextlib import contextmanager
 from itertools import islice
@@ -27,21 +27,21 @@ def valid_batches(dl, n=None):
 
 def train_batches(dl, n):
     "Some batches of the training set, in an order of their own"
-    if isinstance(getattr(dl, 'dataset', None), IterableDataset): return      # what is read from a stream is gone
+    if isinstance(getattr(dl, 'dataset', None), IterableDataset): return      # a stream can't be read twice
     yield from some_batches(dl.new(num_workers=0) if hasattr(dl, 'shuffle_fn') else dl, n)
 
 
-# of a DataLoader, which may draw from generators of their own
+# parts of a DataLoader that may have their own generators
 PARTS = 'dataset','sampler','batch_sampler','generator','after_item','before_batch','after_batch'
 
 def some_batches(dl, n=None):
-    "The first `n` batches; the DataLoader and the generators in it are afterwards as before"
+    "The first `n` batches. Afterwards the DataLoader and its generators are restored"
     with restored(dl), Generators(*(getattr(dl, k, None) for k in PARTS)).seeded(0): yield from islice(dl, n)
 
 
 @contextmanager
 def restored(*objects):
-    "Afterwards the attributes of these objects are as before, and what lists, dicts and sets among them hold"
+    "Restore the attributes of these objects at the end, and the content of lists, dicts and sets among them"
     were = [(o.__dict__, dict(o.__dict__)) for o in objects if hasattr(o, '__dict__')]
     boxes = [(v, copy.copy(v)) for _,d in were for v in d.values() if type(v) in (list, dict, set)]
     try: yield
@@ -78,7 +78,7 @@ def prepared(learn, batches, ds_idx, training):
     else:
         for i,b in enumerate(batches):
             try: yield with_callbacks(learn, b, i, ds_idx, training)
-            except CANCELED: continue      # a fit skips it too
+            except CANCELED: continue      # a fit skips such a batch too
 
 
 def number_of_batches(dl):
@@ -87,8 +87,9 @@ def number_of_batches(dl):
 
 
 def changing_callbacks(learn, training):
-    """Callbacks that may change a batch: those that are not fastai's own, and in training MixUp and its kind. The
-    others of fastai prepare no inputs, but change the optimizer, enter autocast, or count"""
+    """Callbacks that may change a batch: those that are not fastai's, and in training MixUp and similar ones.
+
+    fastai's other callbacks don't change inputs: they change the optimizer, enter autocast, or count"""
     def is_users(cb):
         if (fn := getattr(cb, 'before_batch', None)) is None: return False
         module = getattr(inspect.unwrap(getattr(fn, '__func__', fn)), '__module__', None) or ''
@@ -97,14 +98,14 @@ def changing_callbacks(learn, training):
 
 
 def with_callbacks(learn, b, i, ds_idx, training):
-    "(inputs, targets) as callbacks change them in `before_batch`; learner and callbacks are afterwards as before"
+    "(inputs, targets) after the callbacks' `before_batch`. Learner and callbacks are restored afterwards"
     with restored(learn, *learn.cbs):
         now,dl = vars(learn),learn.dls[ds_idx]
         now.update(training=training, iter=i, dl=dl, n_iter=number_of_batches(dl))
         for k,v in dict(epoch=0, n_epoch=1, pct_train=0., train_iter=0).items(): now.setdefault(k, v)
         learn._split(learn._set_device(b))
         for cb in changing_callbacks(learn, training):
-            if isinstance(cb, MixHandler): vars(cb)['stack_y'] = True     # labels are left alone
+            if isinstance(cb, MixHandler): vars(cb)['stack_y'] = True     # it does not change the labels then
             try: cb('before_batch')
             except CANCELED: raise
             except Exception as e: raise PreparationError(f"{type(cb).__name__} ({e})") from e

@@ -7,7 +7,7 @@ from ..outputs import DistillError, as_plain
 
 __all__ = ['FIRST_TARGET', 'TeacherBlock', 'TeacherRow', 'TeacherTarget', 'ToTeacherTarget', 'before_first_target']
 
-FIRST_TARGET = [] # functions to call before there is a teacher's target; `patches` wraps methods of fastai then
+FIRST_TARGET = [] # functions to call before the first teacher's target is made; `patches` then wraps fastai's methods
 GIVEN = ('logits', 'probabilities', 'label_probabilities')
 
 
@@ -17,7 +17,7 @@ def before_first_target():
 
 
 class TeacherTarget(TensorBase):
-    "A teacher's output for an item. Its own type keeps transforms of images, masks and categories away from it"
+    "A teacher's output for an item. It has its own type, so that transforms of images, masks and categories skip it"
     def show(self, ctx=None, **kwargs): return ctx
 
 
@@ -65,10 +65,9 @@ class TeacherBlock(TransformBlock):
     the items (x, (y, y_teacher))"""
     def __init__(
         self,
-        given:str='logits', # what the rows hold: 'logits', 'probabilities' (over classes), 'label_probabilities' (of
-        # each label)
-        n_out:int|None=None, # how many values a row has; each row is checked
-        vocab=None # names of the teacher's classes, in the order of a row; they are mapped to the labels' order by name
+        given:str='logits', # content of the rows: 'logits', 'probabilities' or (multi-label) 'label_probabilities'
+        n_out:int|None=None, # number of values in a row; each row is checked
+        vocab=None # names of the teacher's classes, in the order of a row; they are mapped to the labels' by name
     ):
         if given not in GIVEN:
             raise DistillError(f"TeacherBlock(given={given!r}): possible are {', '.join(map(repr, GIVEN))}")

@@ -32,30 +32,27 @@ def cache_teacher(
     teacher, # Learner, exported .pkl, module, `Teacher`, or a list of these
     dls, # DataLoaders whose training set (with its augmentation) is cached
     path, # folder or URL
-    views:int=1, # augmented views of each sample; 0: the clean one, as in validation, while the student sees augmented
-    # ones
-    topk:int|None=None, # keep the likeliest classes only
+    views:int=1, # augmented views of each sample; 0: the clean view, while the student's augmentation stays random
+    topk:int|None=None, # store only the likeliest classes
     dtype:str='float16', # 'float32', 'float16' or 'int8' (scaled row by row)
     layers=None, # names of the teacher's layers whose outputs are stored too
     *,
     tail:str='mean', # assumption about classes that are not stored: 'mean', 'uniform', 'zero' or 'bucket', see `TopK`
     size=None, # height and width to which maps of logits are reduced
-    valid:bool=False, # cache the validation set too: then distillation has a column of its own there
-    keys=None, # what names each sample of the training set: a list, or a function of its item; None: the item itself
-    bs:int|None=None, num_workers:int|None=None, # None: as the DataLoaders have it
+    valid:bool=False, # cache the validation set too, so that each term has a column there
+    keys=None, # the name of each training sample: a list, or a function of its item; None: the item itself
+    bs:int|None=None, num_workers:int|None=None, # None: as in the DataLoaders
     seed:int=0, # of the random numbers
-    kind:str|None=None, axis:int|None=None, # what the logits are, and their class axis; None: read off the labels'
-    # loss function
+    kind:str|None=None, axis:int|None=None, # kind of logits, and class axis; None: read from the loss function
     check:bool=True, # look for mistakes first, as `Learner.check_teacher` does
     force:bool=False, # overwrite a cache that doesn't fit
-    progress=True, # a bar in terminals and notebooks; False: none; or fn(rows done, rows in all, bytes done), called
-    # after each batch
+    progress=True, # a bar in terminals and notebooks; False: none; or fn(rows done, rows in all, bytes done)
     forecast=None # fn(Forecast), called before the teacher runs
 ) -> TeacherCache:
     "Run the teacher on each view of each sample, store its outputs, and open the cache. An interrupted run resumes"
     task = task_of_data(dls, teacher, kind, axis)
     if topk is not None and task.kind != 'softmax':
-        raise DistillError(f"topk={topk} keeps the likeliest of several classes, but this model predicts {task.kind} "
+        raise DistillError(f"topk={topk} stores the likeliest of several classes, but this model predicts {task.kind} "
                            "outputs: use topk=None.")
     asked = {} if layers is None else dict(layers=layers)
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **asked)
@@ -78,7 +75,7 @@ def cache_teacher(
 
 
 def views_of(dl, views, seed):
-    "How many views to store: 1 where no transform is random"
+    "The number of views to store: 1 if no transform is random"
     check_views(views)
     if views < 2 or is_stream(dl): return views     # views of a language model are orders of its texts
     refuse_unindexed(dl)
@@ -90,7 +87,7 @@ def views_of(dl, views, seed):
 
 def verify_cache(
     cache, # `TeacherCache`, or its path
-    teacher, dls, # that it was written with
+    teacher, dls, # with which it was written
     n:int=64, # rows to compare
     seed:int=0, # which rows
     **kwargs # of `cache_teacher`: keys, kind, axis, layers
@@ -131,12 +128,12 @@ def task_of_data(dls, teacher, kind, axis):
 
 
 def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num_workers=None, check=True):
-    "What `write_cache` must know about a teacher and one of the DataLoaders"
+    "The `Source` of a teacher and one of the DataLoaders, for `write_cache`"
     refuse_unindexed(dl)
     stream = is_stream(dl)
     if stream and bs not in (None, dl.bs):
-        raise DistillError(f"bs={bs}, but a language model's text is cut into as many rows as its batches have, "
-                           f"{dl.bs}: omit bs.")
+        raise DistillError(f"bs={bs}, but the text of a language model is cut into as many rows as its batches have "
+                           f"samples, {dl.bs}: omit bs.")
     root = key_root(dls)
     names,order = item_keys(dl, keys, root),storage_order(dl)
     plan = Plan(names[order], views, seed, order, stream=stream)
@@ -189,7 +186,7 @@ def validation_transforms(dl, on):
 
 
 def check_views_repeat(make, n):
-    "Make a few views twice: random transforms that can't be repeated are found before anything is written"
+    "Make a few views twice, to find random transforms that can't be repeated before anything is written"
     tasks = spread_positions(n, 8)
     d = make(tasks, 1, 0)
     d.before_iter()
@@ -197,8 +194,8 @@ def check_views_repeat(make, n):
     for t,a,b in zip(tasks, make(tasks, 1, 0), make(tasks, 1, 0)): check_equal(a, b, 'The batch transforms', t)
     with RandomGuard() as guard: d.before_batch([d.do_item(t)[0] for t in tasks])
     if guard.moved:
-        raise DistillError("A transform of before_batch draws random numbers for a whole batch, and no batch comes "
-                           "twice: make it a transform of the items or of after_batch.")
+        raise DistillError("A transform of before_batch draws random numbers for a whole batch, but batches are not "
+                           "repeated: make it a transform of the items or of after_batch.")
 
 
 def check_equal(a, b, which, task):
@@ -222,14 +219,14 @@ def plain_item(o):
 
 
 def sample_digests(make, plan, views):
-    "Digests of a few samples' inputs, before and after the batch transforms: a replay must give the same"
+    "Digests of a few samples' inputs, before and after the batch transforms. A replay must give the same"
     n = len(plan.keys)
     tasks = [i % max(views, 1)*n + int(r) for i,r in enumerate(spread_positions(n, 8))]
     return [dict(row=t % n, view=t//n, **o) for t,o in zip(tasks, inspect_views(make(tasks, 1, 0), tasks))]
 
 
 def inspect_views(d, tasks):
-    "For each task, the digest of its input, and three numbers for each tensor of it after the batch transforms"
+    "For each task, the digest of its input, and three numbers for each of its tensors after the batch transforms"
     # subtle: without Normalize, since each model may have its own
     d.after_batch.fs = [f for f in d.after_batch.fs if not isinstance(f, Normalize)]
     has_floats = lambda o: isinstance(o, torch.Tensor) and o.is_floating_point() and o.numel()
@@ -251,7 +248,7 @@ def item_digest(pair, n_inp):
 
 
 def classes_of(teacher, dls):
-    """Names of the classes in the order of the teacher's logits; if the labels have another order, it is mapped when a
+    """Names of the classes in the order of the teacher's logits. If the labels have another order, it is mapped when a
     student trains"""
     mine = vocab_of(dls)
     theirs = [vocab_of(t.learner.dls) for t in (teacher, *teacher.members) if t.learner is not None]

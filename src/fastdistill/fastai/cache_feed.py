@@ -1,4 +1,4 @@
-"Train from a cache: its rows in the batches that they belong to."
+"Train from a cache: add its rows to the batches."
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -23,7 +23,7 @@ __all__ = ['CacheFeed', 'passed_epochs']
 
 
 class Epochs(Callback):
-    "Tells the DataLoader the number of the epoch, on which views depend"
+    "Gives the DataLoader the number of the epoch, on which views depend"
     order = -20
     def __init__(self, plan, before, fed):
         super().__init__()
@@ -38,10 +38,10 @@ class Epochs(Callback):
 
 
 ONE_VIEW = ("fastdistill: the cache has one view. Each sample has the same augmentation in every epoch, and students "
-            "overfit. Write more views (views=8); or views=0, which leaves augmentation random, where outputs have no "
-            "positions (classes, labels, numbers).")
+            "overfit. Write more views (views=8). If outputs have no positions (classes, labels, numbers), views=0 "
+            "is possible too: augmentation stays random.")
 
-# learner -> cache -> epochs that it was trained from it: views continue there in the next fit
+# learner -> cache -> number of epochs trained from it; the next fit continues with the next view
 PASSED = WeakKeyDictionary()
 
 
@@ -50,9 +50,9 @@ def passed_epochs(learn) -> dict: return PASSED.setdefault(learn, {})
 
 @dataclass
 class CacheFeed(Feed):
-    "Rows of a cache, in the batches that they belong to"
+    "Adds the rows of a cache to the batches"
     cache:TeacherCache # or its path
-    keys:object=None # as `cache_teacher` got them
+    keys:object=None # the `keys=` of `cache_teacher`
     learn:object=field(default=None, repr=False)
     fed:list=field(default_factory=list, repr=False) # DataLoaders with rows in them
     missing = ("This batch has no stored teacher's output: the cache holds the training set only "
@@ -86,7 +86,7 @@ class CacheFeed(Feed):
         if valid is not None and len(dls.loaders) > 1:
             try: self._feed(dls, dls.valid, valid, self.keys if callable(self.keys) else None)
             except DistillError as e:
-                self._log(f'fastdistill: no column for the validation set, since it is not the one in the cache. {e}')
+                self._log(f'fastdistill: no column for the validation set, since the cache has another one. {e}')
         self.epochs = Epochs(plan, passed_epochs(self.learn).get(self.cache.identity, 0), self.fed)
         self.learn.add_cb(self.epochs)
 
@@ -105,7 +105,7 @@ class CacheFeed(Feed):
 
     def detach(self):
         if self.learn is not None:
-            # subtle: some tools replace the DataLoaders by a copy for a while
+            # subtle: some tools replace the DataLoaders by a copy temporarily
             for dl in [*self.fed, *map(inner_dl, self.learn.dls.loaders)]: detach(dl)
             self.fed = []
             if self.epochs is not None:
@@ -123,7 +123,7 @@ class CacheFeed(Feed):
             yield
 
     def example(self, x):
-        "Outputs of as many samples as there are inputs: their shapes tell which layers are stored"
+        "Outputs of as many samples as there are inputs, for their shapes and stored layers"
         t = next(tensors_in(x))
         out = self.cache.decode(torch.from_numpy(self.cache.rows(np.arange(len(t)) % len(self.cache))).to(t.device))
         return of_length(out, t.shape[1]) if self.stream else out
@@ -144,7 +144,7 @@ def inner_dl(dl):
 
 
 def misfits(dl, plan, cache):
-    "In words, how these data differ from those that a cache was written with"
+    "Texts: how these data differ from the data when the cache was written"
     m = cache.manifest
     if m.views:
         n = len(plan.keys)
@@ -152,8 +152,8 @@ def misfits(dl, plan, cache):
         def look(i, view): return inspect_views(writer_dl(dl, again, [view*n + i], 1, 0), [view*n + i])[0]
         return sample_differences(m, plan.at, look)
     if m.layout.dense and not plan.stream and (moving := moves(dl)):
-        return ["these outputs have a value for each pixel or token of the clean input, and "
-                f"{', '.join(moving)} would move them: cache views=1 or more"]
+        return ["these outputs have a value for each pixel or token of the clean input, but "
+                f"{', '.join(moving)} would move the student's input: cache views=1 or more"]
     return []
 
 

@@ -22,6 +22,8 @@ from .finite import FiniteCheck
 from .projector_opt import ProjectorOptimizer
 from .task import task_of
 from .teachers import teacher_of
+from .trend import TrendCheck
+from .unlabelled import UnlabelledInputs
 
 __all__ = ['FIRST_CALLBACK', 'LAST_STATES', 'LOADED_STATES', 'KnowledgeDistillation']
 
@@ -52,25 +54,31 @@ class KnowledgeDistillation(Callback):
         # part beside the labels' own
         kind:str|None=None, # 'softmax', 'sigmoid' or 'regression'; None: read off the learner's loss function
         axis:int|None=None, # class axis; None: read off the learner's loss function
-        balance:str|None=None, # 'grad': weights are shares of the gradient, measured at the first batch
         span:str='fine_tune', # schedules, warmup and stop_at run once through a whole `fine_tune`; 'fit': once through
         # each of its two fits
         output=None, # which of the student's outputs is distilled: a name, an index or a function; None: as in
         # `Distiller`. Of a teacher's outputs: Teacher(model, output=...)
+        unlabelled=None, # more inputs, without labels, on which the teacher alone teaches: items like those of the
+        # training set, or a DataLoader. Each training batch gets one of theirs beside it
+        perturbed:int=0, # for tables: so many perturbed copies of each row, on which the teacher alone teaches
         check:bool=True # look for mistakes before the first fit (see `check_teacher`)
     ):
         super().__init__()
         while FIRST_CALLBACK: FIRST_CALLBACK.pop()()
-        check_options(teacher, kind=kind, balance=balance, span=span)
+        check_options(teacher, kind=kind, span=span)
         check_output(output)
         self.source,self.asked_kind,self.asked_axis = teacher,kind,axis
-        self.balance,self.span,self.check = balance,span,check
+        self.span,self.check = span,check
         self.recipe,self.output = make_recipe(recipe, one_temperature(T, temperature), alpha, loss),output
         self.feed,self.in_fit,self.part_metrics,self.parts = feed_of(teacher),False,L(),{}
         self.distiller = self.known_dls = self.projector_opt = self.taps = None
         self.teacher_outputs = self.epochs_span = None
         self.state_to_load = self.state_before_finder = self.reported_shares = None
         self.finite_check = FiniteCheck(stored=self.feed is not None)
+        self.unlabelled,self.trend = UnlabelledInputs(unlabelled, perturbed),TrendCheck()
+        if self.unlabelled and self.feed is not None:
+            raise DistillError("unlabelled= and perturbed= need a teacher that runs: there are no stored outputs for "
+                               "these inputs. Pass the teacher itself.")
 
     # around a fit
 
@@ -96,14 +104,22 @@ class KnowledgeDistillation(Callback):
         self.epochs_span = None if finder or self.span == 'fit' else self._epochs_span()
         self.part_metrics = L(TaskMetric(self), *(PartMetric(self, t.name) for t in self.recipe.terms))
         self.learn.metrics = self.learn.metrics + self.part_metrics
+        if self.unlabelled and not finder: self._start_unlabelled()
         self.distiller.teacher.start()
+
+    def _start_unlabelled(self):
+        if not any(not t.n_targets for t in self.recipe.terms):
+            names = ', '.join(t.name for t in self.recipe.terms)
+            raise DistillError(f"unlabelled= and perturbed=: all terms read labels ({names}). Add one that reads none, "
+                               "as kd() or soft_labels().")
+        self.unlabelled.start(self.learn)
 
     def _build(self):
         "The distiller for this model and task, and the teacher for the normalization and classes of these data"
         task,model = task_of(self.learn.loss_func, self.asked_kind, self.asked_axis),unwrap(self.learn.model)
         if self.distiller is None or self.distiller.student is not model or self.task != task:
             self.task,self.projector_opt,self.known_dls = task,None,None
-            self.distiller = Distiller(model, None, self.recipe, kind=task.kind, axis=task.axis, balance=self.balance,
+            self.distiller = Distiller(model, None, self.recipe, kind=task.kind, axis=task.axis,
                                        ignore_index=task.ignore_index, output=self.output,
                                        check=self.check and self.feed is not None)
             self.distiller.links.to(one_param(model).device)
@@ -122,8 +138,8 @@ class KnowledgeDistillation(Callback):
     def _copy_projectors(self):
         "lr_find trains until it diverges: it gets copies of the projectors"
         d = self.distiller
-        self.state_before_finder = d.links,d.scales,self.projector_opt
-        d.links,d.scales,self.projector_opt = copy.deepcopy(d.links),dict(d.scales),None
+        self.state_before_finder = d.links,d.ratios,self.projector_opt
+        d.links,d.ratios,self.projector_opt = copy.deepcopy(d.links),copy.deepcopy(d.ratios),None
 
     def _epochs_span(self):
         "(epochs before this fit, epochs in all) of the `fine_tune` that this fit is a phase of"
@@ -138,12 +154,13 @@ class KnowledgeDistillation(Callback):
         "Put everything back; safe to call at any time, and twice"
         self._untap()
         if self.feed is not None: self.feed.detach()
+        self.unlabelled.stop()
         if not self.in_fit: return
         self.in_fit = False
         if self.distiller is not None and self.distiller.teacher is not None: self.distiller.teacher.stop()
         self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self.part_metrics)
         if self.state_before_finder is not None:
-            self.distiller.links,self.distiller.scales,self.projector_opt = self.state_before_finder
+            self.distiller.links,self.distiller.ratios,self.projector_opt = self.state_before_finder
             self.state_before_finder = None
         elif self.distiller is not None: LAST_STATES[self.learn] = self.state_dict()
 
@@ -177,6 +194,9 @@ class KnowledgeDistillation(Callback):
         if self.epochs_span is None: return self.pct_train
         before,epochs = self.epochs_span
         return (before + self.pct_train*self.n_epoch)/epochs
+
+    def before_epoch(self):
+        if self.active: self.trend.check(self.learn, self.share_done, [t.name for t in self.recipe.terms])
 
     def before_train(self): self._start_phase(True)
     def before_validate(self): self._start_phase(False)
@@ -244,6 +264,18 @@ class KnowledgeDistillation(Callback):
         if not self.training: return
         self.part_metrics[0].add_training_batch(self.learn)
         if r.added is not None: self._add(r)
+        if self.unlabelled and not hasattr(self.learn, 'lr_finder'): self._teach_unlabelled()
+
+    def _teach_unlabelled(self):
+        "The student learns from the teacher on inputs without labels, beside those of this batch"
+        for x in self.unlabelled.batches(self.learn):
+            t = self.distiller.teacher_outputs(x, self.share_done)
+            if t is None: return
+            self.finite_check.add(t, self.learn, self.task)
+            raw = self.learn.model(*x)
+            s = self.distiller.student_outputs(raw, self.taps.pop() if self.taps else {}, x)
+            v = self.distiller.without_labels(s, t, progress=self.share_done)
+            self.learn.loss_grad,self.learn.loss = self.learn.loss_grad + v,self.learn.loss + v
 
     def _student_outputs(self, feats): return self.distiller.student_outputs(self.learn.pred, feats, self.xb)
 
@@ -259,7 +291,8 @@ class KnowledgeDistillation(Callback):
         self.reported_shares = shares
         if not shares or shares is before: return
         new = f" with {' and '.join(k for k in shares if k not in before)}" if before else ''
-        self._log(f'fastdistill: gradient shares at the first batch{new}: {shares_in_words(shares)}')
+        at_layers = {t.name: t.weight_at(self.share_done) for t in self.distiller.layered if t.is_share}
+        self._log(f'fastdistill: gradient shares at the first batch{new}: {shares_in_words(shares, at_layers)}')
 
     def _add(self, r):
         learn = self.learn
@@ -299,11 +332,12 @@ class KnowledgeDistillation(Callback):
         return self.projector_opt
 
     def state_dict(self):
-        "What a checkpoint needs beside the student: projectors, their optimizer's state, the measured balance"
+        "What a checkpoint needs beside the student: projectors, their optimizer's state, measured gradients"
         if self.state_to_load: return {k: v for k,v in self.state_to_load.items() if k != 'file'}
         if self.distiller is None: return {}
         d,opt = self.distiller,self.projector_opt
-        return dict(links=d.links.state_dict(), scales=dict(d.scales), opt=None if opt is None else opt.state_dict())
+        return dict(links=d.links.state_dict(), ratios=d.ratios.state_dict(),
+                    opt=None if opt is None else opt.state_dict())
 
     def load_state_dict(
         self,
@@ -331,7 +365,7 @@ class KnowledgeDistillation(Callback):
         if 'file' in state:
             self._log(f"fastdistill: projectors and their optimizer continue from {state['file']}.")
         d.links.load_state_dict(state['links'])
-        d.scales = dict(state['scales'])
+        d.ratios.load_state_dict(state['ratios'])
         self.projector_opt = None
         if state['opt'] is not None: self._optimizer().load_state_dict(state['opt'])
 

@@ -1,4 +1,4 @@
-"Mistakes between a teacher and a Learner that training would not show, reported before it."
+"Check a teacher and a Learner before training, for mistakes that training would not show."
 from contextlib import closing
 from types import SimpleNamespace
 from ..doctor.findings import Finding, Findings, few_names
@@ -19,12 +19,12 @@ KIND_IN_WORDS = dict(softmax='one class of several (softmax)', sigmoid='each lab
 def check_teacher(
     learn, # the student's Learner, or its DataLoaders alone
     teacher, # what `KnowledgeDistillation` takes
-    task=None, # what the student predicts; None: read off its loss function
-    recipe=None, # recipe or term that will be trained with; None: unknown
-    n:int=BATCHES, # batches of the validation set to look at, and a quarter as many of the training set
+    task=None, # what the student predicts; None: read from its loss function
+    recipe=None, # recipe or term of the training; None: unknown
+    n:int=BATCHES, # number of validation batches to read, and a quarter as many training batches
     output=None # which of the student's outputs is distilled, as in `Distiller`
 ) -> Findings:
-    "Compare what the teacher expects with what it will get, and measure on a few batches what it knows of the task"
+    "Compare the inputs that the teacher expects with those that it will get, and score it on a few batches"
     if not hasattr(learn, 'dls'):
         learn = SimpleNamespace(dls=learn, model=None, loss_func=getattr(learn, 'loss_func', None))
     task = task or task_of(learn.loss_func)
@@ -47,11 +47,10 @@ def find_mistakes(
     try:
         with closing(valid), closing(train):
             seen = check_outputs(teacher, task, valid, learn.model, train=train, recipe=recipe,
-                                 names=vocab_of(learn.dls),
-                                 output=output)
+                                 names=vocab_of(learn.dls), output=output)
     except PreparationError as e:
-        found.append(Finding('note', f"The teacher was not run, for this callback does not run outside of a fit: {e}",
-                             "Nothing is known of the teacher's score; teacher.validate() shows it"))
+        found.append(Finding('note', f"The teacher was not run, since this callback does not run outside of a fit: {e}",
+                             "The teacher's score is unknown; teacher.validate() shows it"))
     else:
         found += seen
         found.facts = seen.facts
@@ -65,13 +64,13 @@ def shared_parameters(learn, teacher, task):
     if learn.model is None: return
     ids = teacher.parameters_ids
     if both := [n for n,p in learn.model.named_parameters() if id(p) in ids]:
-        yield Finding('error', f"Student and teacher share {len(both)} parameters ({few_names(both, 3)}), so that the "
+        yield Finding('error', f"Student and teacher share {len(both)} parameters ({few_names(both, 3)}), so the "
                       "teacher would change with the student",
                       "Build the student from a copy: copy.deepcopy(teacher.model)")
 
 
 def resets(learn, teacher, task):
-    "fastai calls the student's `reset` whatever it does"
+    "fastai calls the student's method `reset`, even if it changes weights"
     if has_reset(learn.model) and (why := why_no_reset(learn.model)):
         yield Finding('error', f"The student's method reset() {why}, and fastai calls it whenever it fits, validates "
                                "or predicts",
@@ -88,7 +87,7 @@ def kinds(learn, teacher, task):
         if (theirs := known_kind(t.learner.loss_func)) not in (None, task.kind):
             yield Finding('error', f"The teacher was trained to predict {KIND_IN_WORDS[theirs]}, the student predicts "
                           f"{KIND_IN_WORDS[task.kind]}",
-                          "Take a teacher of the student's task, or give both the same kind of loss function")
+                          "Use a teacher of the student's task, or give both the same kind of loss function")
 
 
 def known_kind(loss_func):
@@ -102,9 +101,9 @@ def labels(learn, teacher, task):
         found = None if task.kind == 'regression' else map_classes(vocab_of(learn.dls), vocab_of(o.learner.dls))
         if found is None or found.same: continue
         if found.missing:
-            yield Finding('error', f"The teacher does not know {len(found.missing)} of the student's classes "
-                          f"({few_names(found.missing, 5)}); it knows {few_names(vocab_of(o.learner.dls), 8)}",
-                          "Take a teacher trained on the student's classes, or train the student on the teacher's")
+            yield Finding('error', f"The teacher does not have {len(found.missing)} of the student's classes "
+                          f"({few_names(found.missing, 5)}); it has {few_names(vocab_of(o.learner.dls), 8)}",
+                          "Use a teacher trained on the student's classes, or train the student on the teacher's")
         else:
             extra = f", and {len(found.extra)} more, which are not used" if found.extra else ''
             yield Finding('note', f"The teacher has the student's classes in another order{extra}",
@@ -112,14 +111,14 @@ def labels(learn, teacher, task):
 
 
 def codings(learn, teacher, task):
-    "Numbers that stand for tokens or categories mean the same to both models only in the same coding"
+    "Both models must code tokens and categories by the same numbers"
     for o in with_learners(teacher):
         a,b = learn.dls,o.learner.dls
         for name,read in CODES.items():
             s,t = read(a),read(b)
             if s is None or t is None or s == t: continue
             yield Finding('error', f"Student and teacher code their {name} differently ({describe_difference(s, t)}), "
-                          "so that the same numbers mean something else to the teacher",
+                          "so the same numbers have another meaning for the teacher",
                           f"Make the student's DataLoaders with the teacher's coding: {CODING_FIXES[name]}")
 
 
@@ -131,4 +130,4 @@ CODING_FIXES = {'tokens': "TextDataLoaders(..., text_vocab=...) or TextBlock(voc
 def normalization(learn, teacher, task):
     if teacher.adapts:
         yield Finding('note', f"The teacher was trained with another normalization ({teacher.adapts})",
-                      "Its images are normalized again for it")
+                      "Its images are normalized accordingly")

@@ -9,8 +9,10 @@ __all__ = ['FiniteCheck']
 
 
 class FiniteCheck:
-    """Stops a fit when the teacher's outputs are nan or infinite. On the CPU it looks at each batch. On a GPU that
-    would make each step wait for the result, so it looks at the first batch and at the end of each phase"""
+    """Stops a fit when the teacher's outputs are nan or infinite.
+
+    On the CPU it checks each batch. On a GPU each step would wait for the result, so it checks the first batch and the
+    end of each phase"""
     def __init__(
         self, stored:bool # the outputs come from a cache, or from a `TeacherBlock`
     ):
@@ -21,7 +23,7 @@ class FiniteCheck:
     def add(self, outputs, learn, task):
         found,first = not_finite(outputs, task),self.found is None
         self.found = found if first else self.found | found
-        # the Recorder has brought the loss to the CPU already
+        # this needs no wait: the Recorder has the loss on the CPU already
         diverged = not math.isfinite(getattr(learn, 'smooth_loss', 0.))
         if first or diverged or found.device.type == 'cpu': self.enforce(learn)
 
@@ -31,8 +33,8 @@ class FiniteCheck:
         if self.stored:
             raise DistillError(f"Stored teacher outputs are nan or infinite ({where}). Is a file damaged? "
                                "cache.check() names it.")
-        raise DistillError(f"The teacher's outputs are nan or infinite ({where}), and so would be the student's "
-                           "weights. Are its inputs finite? Does it overflow in half precision?")
+        raise DistillError(f"The teacher's outputs are nan or infinite ({where}). The student's weights would become "
+                           "nan too. Are the teacher's inputs finite? Does it overflow in half precision?")
 
 
 def not_finite(t, task):

@@ -1,14 +1,16 @@
-"`Learner.distill`, `Learner.check_teacher` and `Learner.show_features`."
+"`Learner.distill`, `check_teacher`, `explain` and `show_features`."
+from contextlib import closing
 from fastai.basics import L, Learner, delegates, patch
 import fastai.callback.schedule  # noqa: F401 (it gives Learner fit_one_cycle)
 from .. import plots
 from ..distiller import Recipe, Term
-from ..docments import explain
+from ..doctor.explain import explain_training
+from ..docments import explain as add_docments
 from ..outputs import DistillError
 from ..replay.seeds import RandomGuard
 from .task import task_of
 from . import check
-from .batches import split_batch, valid_batches
+from .batches import prepared_batches, split_batch, valid_batches
 from .callback import KnowledgeDistillation
 from .teachers import image_stats, teacher_of
 
@@ -28,14 +30,14 @@ def distill(
     alpha=None, # weight of the teacher; the labels have 1-alpha
     temperature=None, # the same as T
     loss=None, # your own: fn(student_logits, teacher_logits, *targets)
-    kind=None, # 'softmax', 'sigmoid' or 'regression'; None: read off the learner's loss function
-    axis=None, # class axis; None: read off the learner's loss function
-    balance=None, # 'grad': weights are shares of the gradient
+    kind=None, # 'softmax', 'sigmoid' or 'regression'; None: read from the learner's loss function
+    axis=None, # class axis; None: read from the learner's loss function
     span='fine_tune', # schedules run once through a whole `fine_tune`; 'fit': once through each of its two fits
     output=None, # which of the student's outputs is distilled: a name, an index or a function
+    unlabelled=None, # more inputs, without labels: items as in the training set, or a DataLoader
+    perturbed=0, # for tables: so many perturbed copies of each row, without labels
     check=True, # look for mistakes first
-    fine_tune=False, # train the head alone for freeze_epochs (1) epochs, then all layers for n_epoch, by
-    # `Learner.fine_tune`, which gets the other options
+    fine_tune=False, # use `Learner.fine_tune`, which also gets the other options, in place of `fit_one_cycle`
     cbs=None, # more callbacks
     **kwargs
 ):
@@ -44,7 +46,8 @@ def distill(
         raise DistillError(f"lr_max={lr_max!r}: the recipe comes after the learning rate. Write distill(teacher, "
                            f"{n_epoch}, 1e-3, recipe), or distill(teacher, {n_epoch}, recipe=recipe).")
     kd = KnowledgeDistillation(teacher, recipe, T=T, alpha=alpha, temperature=temperature, loss=loss, kind=kind,
-                               axis=axis, balance=balance, span=span, output=output, check=check)
+                               axis=axis, span=span, output=output, unlabelled=unlabelled, perturbed=perturbed,
+                               check=check)
     cbs = L(cbs) + kd
     if not fine_tune: self.fit_one_cycle(n_epoch, lr_max, cbs=cbs, **kwargs)
     else: self.fine_tune(n_epoch, **({} if lr_max is None else dict(base_lr=lr_max)), cbs=cbs, **kwargs)
@@ -55,27 +58,48 @@ def distill(
 def check_teacher(
     self:Learner, # the student
     teacher, # what `KnowledgeDistillation` takes
+    kind=None, # 'softmax', 'sigmoid' or 'regression'; None: read from the loss function
+    axis=None, # class axis; None: read from the loss function
+    recipe=None, # recipe or term of the training, which is checked too
+    n:int=check.BATCHES # number of validation batches to read, and a quarter as many training batches
+):
+    """Mistakes that training with `teacher` would not show: a list of findings, empty if nothing is wrong.
+
+    Its `.facts` are the measurements"""
+    return check.check_teacher(self, teacher, task_of(self.loss_func, kind, axis), recipe, n)
+
+
+@patch
+def explain(
+    self:Learner, # the student, trained
+    teacher, # what `KnowledgeDistillation` takes
+    callback:KnowledgeDistillation|None=None, # what `distill` returned, for the gradient shares of that training
     kind=None, # 'softmax', 'sigmoid' or 'regression'; None: read off the loss function
     axis=None, # class axis; None: read off the loss function
-    recipe=None, # recipe or term that will be trained with: it is checked too
-    n:int=check.BATCHES # batches of the validation set to look at, and a quarter as many of the training set
+    n:int=32 # batches of the validation set to look at, and as many of the training set
 ):
-    """Mistakes that training with `teacher` would not show: a list of findings, empty when all is well; its `.facts`
-    are what was measured"""
-    return check.check_teacher(self, teacher, task_of(self.loss_func, kind, axis), recipe, n)
+    """Why did the teacher not help more? A list of reasons, each with the number behind it and what to try; `.facts`
+    are what was measured. Teachers that are stored in a cache cannot be asked: pass the model itself"""
+    task = task_of(self.loss_func, kind, axis)
+    valid,train = prepared_batches(self, n, n)
+    steps = getattr(self, 'train_iter', None)
+    shares = None if callback is None or callback.distiller is None else callback.distiller.gradient_shares
+    with closing(valid), closing(train):
+        return explain_training(teacher_of(teacher, self, task), task, self.model, valid, train, steps=steps,
+                                shares=shares, output=None if callback is None else callback.output)
 
 
 @patch
 def show_features(
     self:Learner, # the student
     teacher, # what `KnowledgeDistillation` takes
-    layers='auto', # as in `Term`: {'student.layer': 'teacher.layer'}, pairs of names, 'auto' or 'last'; their outputs
-    # are maps or tokens
+    layers='auto', # layers with maps or tokens, named as in `Term`
     n:int=4, # pictures of the validation set
     p:float=2 # exponent of the activations
 ):
-    """Where student and teacher look, side by side, in `n` pictures of the validation set; returns the figure, which
-    notebooks show"""
+    """Attention maps of student and teacher, side by side, for `n` pictures of the validation set.
+
+    Returns the figure, which notebooks show"""
     with RandomGuard(): b = next(iter(valid_batches(self.dls.valid)))
     x,_ = split_batch(self, b)
     x = tuple(o[:n] for o in x)
@@ -84,4 +108,4 @@ def show_features(
                                n=n, p=p)
 
 
-for _method in (Learner.distill, Learner.check_teacher, Learner.show_features): explain(_method)
+for _method in (Learner.distill, Learner.check_teacher, Learner.explain, Learner.show_features): add_docments(_method)

@@ -16,6 +16,7 @@
 | `Recorder.plot_loss` | with a teacher, `train_loss` has another scale than the labels' losses | first callback |
 | `Learner.distill` | a new method, in `learner.py` | import |
 | `Learner.check_teacher` | a new method, in `learner.py` | import |
+| `Learner.explain` | a new method, in `learner.py` | import |
 | `Learner.show_features` | a new method, in `learner.py` | import |
 
 "First target" is when the first `TeacherBlock` is made or unpickled, or the first cache is trained from. "First
@@ -143,7 +144,7 @@ def _with_projectors(save):
         beside,cb = _file_beside(saved),_callback_on(self)
         if beside is None or rank() or hasattr(self, 'lr_finder'): return saved
         state = {} if not with_opt else LAST_STATES.get(self, {}) if cb is None else cb.state_dict()
-        if state.get('links') or state.get('scales'): torch.save(state, beside)
+        if state.get('links') or state.get('ratios'): torch.save(state, beside)
         else: beside.unlink(missing_ok=True)        # it belonged to the student that this one replaces
         return saved
     return _save

@@ -1,4 +1,4 @@
-"The projectors' optimizer. A further group in the student's optimizer would break its schedules and checkpoints."
+"The projectors' optimizer. Another group in the student's optimizer would break its schedules and checkpoints."
 import copy
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ class ProjectorOptimizer:
         learn, # the student's Learner
         params # of the projectors
     ):
-        # an `OptimWrapper` that is built already belongs to the student's parameters
+        # an `OptimWrapper` that exists already has the student's parameters
         make = Adam if isinstance(learn.opt_func, OptimWrapper) else learn.opt_func
         self.params = list(params)
         self.opt = make([self.params], lr=learn.lr)
@@ -56,7 +56,7 @@ class ProjectorOptimizer:
 
 
 def as_builtins(o):
-    "Python's lists and numbers for those of fastai and numpy, which `torch.load(..., weights_only=True)` refuses"
+    "Replace fastai's and NumPy's lists and numbers by Python's, since `torch.load(weights_only=True)` refuses them"
     if isinstance(o, dict): return {k: as_builtins(v) for k,v in o.items()}
     if isinstance(o, (list, tuple, L)): return [as_builtins(v) for v in o]
     return o.item() if isinstance(o, np.generic) else o

@@ -20,7 +20,7 @@ __all__ = ['Plan', 'attach', 'detach', 'refuse_unindexed', 'set_aside']
 
 @dataclass
 class Plan:
-    "Which sample, and which view of it, a DataLoader's index asks for"
+    "The sample and the view of each index of a DataLoader"
     keys:np.ndarray # (N,) uint64 by position in the dataset; while writing: by row
     views:int # 0: nothing is replayed
     seed:int
@@ -28,7 +28,7 @@ class Plan:
     cache:object=None # whose rows are fed; None while writing
     epoch:int=0
     random:bool=True # random transforms are seeded
-    stream:bool=False # samples follow one another in a text: all show the same view
+    stream:bool=False # samples follow one another in a text, so all have the same view
 
     def of(self, i):
         "(positions, keys, views, rows) of indices, an array of them or one number"
@@ -44,13 +44,13 @@ class IndexedItem(tuple): "An item and its index"
 
 
 class Items:
-    "A DataLoader's `do_item` whose random numbers belong to the sample and the view"
+    "A DataLoader's `do_item` whose random numbers depend on the sample and the view"
     def __init__(self, dl, plan):
         self.dl,self.plan = dl,plan
         self.look()
 
     def look(self):
-        "Find the generators that belong to transforms: they may be other objects in another epoch"
+        "Find the generators inside transforms. They may be other objects in another epoch"
         self.own = Generators(self.dl.after_item, self.dl.dataset)
 
     def __call__(self, s):
@@ -84,7 +84,7 @@ class Cuts(Items):
         return in_a_row(self.dl, order.tolist(), partial(self.text, seed))
 
     def text(self, seed, i):
-        "Text `i`, whose random numbers are not those of a sample that is cut from it"
+        "Text `i`. Its random numbers differ from those of the samples that are cut from it"
         get = lambda: self.dl.items.tfm(self.dl.items.coll[i])
         if not self.plan.random: return get()
         with seeded(s := seeds_of(seed, i)), self.own.seeded(s): return get()
@@ -96,7 +96,7 @@ class Batches:
 
     def __call__(self, b):
         make = self.own or partial(type(self.dl).do_batch, self.dl)
-        if not isinstance(b[0], IndexedItem): return make(b)       # `dl.new()` copies this method, but not `do_item`
+        if not isinstance(b[0], IndexedItem): return make(b)       # `dl.new()` copies `do_batch`, but not `do_item`
         cache,(_,keys,views,at) = self.plan.cache,self.plan.of(np.array([s for _,s in b]))
         rows = np.zeros((len(b), 0), np.uint8) if cache is None else cache.rows(at, views)
         return make([o for o,_ in b]),TeacherRow(torch.from_numpy(rows)),Shown(keys, views)
@@ -115,13 +115,13 @@ def attach(
     dl, plan,
     source=None # the DataLoader that makes the items, if not `dl` itself
 ):
-    "Make `dl` replay `plan`. It stays the same object, so that a Learner that holds it is affected"
+    "Make `dl` replay `plan`. It stays the same object, so a Learner that holds it uses the plan"
     detach(dl)
     refuse_unindexed(dl)
-    assert dl.n_inp         # subtle: fastai finds it out from a first batch, which must be one without rows
+    assert dl.n_inp         # subtle: fastai computes it from a first batch, which must not have rows yet
     own = dl.__dict__.get('do_batch')
     dl.do_batch,dl.do_item = Batches(dl, plan, own),(Cuts if plan.stream else Items)(source or dl, plan)
-    # subtle: a bound method, which `dl.new()` does not copy
+    # subtle: as a bound method, since `dl.new()` does not copy these
     if plan.random: dl.create_batches = MethodType(create_batches, dl)
     dl.after_batch = Replay(dl.after_batch, plan)
     return dl
@@ -148,22 +148,22 @@ def set_aside(dl):
 
 
 def refuse_unindexed(dl):
-    "Refuse a DataLoader without samples that outputs could belong to"
+    "Refuse a DataLoader whose samples have no indices"
     what = type(dl).__name__
     if not hasattr(dl, 'after_batch') or not hasattr(dl, 'do_item'):
-        raise DistillError(f"{what} is no fastai DataLoader: write with cache_dataset(teacher, dataset, path) and "
+        raise DistillError(f"{what} is not a fastai DataLoader: write with cache_dataset(teacher, dataset, path) and "
                            "train with Replayed(dataset, cache).")
     if dl.bs is None:
-        raise DistillError(f"{what} loads ready-made batches (bs=None), and a stored output belongs to a sample. Give "
-                           "it a batch size.")
+        raise DistillError(f"{what} loads whole batches (bs=None), but a stored output belongs to a sample. Give it a "
+                           "batch size.")
     if not dl.indexed:
         raise DistillError(f"{what} loads data that can only be iterated: a stored output belongs to a sample, and "
                            "these samples have no indices. Use a dataset with __getitem__ and __len__.")
     base = next(c for c in type(dl).__mro__ if c in KNOWN_LOADERS)
     if own := [m for m in ('create_item', 'create_batch', 'do_item', 'do_batch')
                if getattr(type(dl), m) is not getattr(base, m)]:
-        raise DistillError(f"{what} overrides {', '.join(own)}, and batches made that way could not be repeated: "
-                           "do it in the dataset or in a transform.")
+        raise DistillError(f"{what} overrides {', '.join(own)}, so its batches could not be repeated: do this in the "
+                           "dataset or in a transform.")
 
 
 KNOWN_LOADERS = LMDataLoader,SortedDL,TabDataLoader,TfmdDL

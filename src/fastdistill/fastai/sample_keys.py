@@ -1,5 +1,5 @@
-"""What names the samples of a DataLoader: their keys do not depend on labels, on the order of the data, or on where
-the folder lies."""
+"""The keys of a DataLoader's samples. They do not depend on labels, on the order of the data, or on the place of the
+folder."""
 import os
 from pathlib import PurePath
 import numpy as np
@@ -17,10 +17,10 @@ __all__ = ['item_keys', 'items_of', 'key_root', 'matching_root', 'sample_files',
 
 def item_keys(
     dl, # a DataLoader
-    keys, # what `cache_teacher` was given: a list, a function of an item, or None
+    keys, # the `keys=` of `cache_teacher`: a list, a function of an item, or None
     root:str # paths are taken relative to it
 ) -> np.ndarray:
-    "(N,) uint64 by position in the dataset; of a language model's text, by place in these very texts"
+    "(N,) uint64 by position in the dataset. For a language model they also depend on all of its texts"
     names = keys_of_samples(dl.dataset, keys, root)
     if not is_stream(dl): return names
     return seeds_of(hash_of(names.tobytes(), np.asarray(dl.lens.coll, np.int64).tobytes()), np.arange(dl.n))
@@ -35,25 +35,25 @@ def keys_of_samples(dataset, keys, root):
             raise DistillError(f"{len(names)} keys for {len(dataset)} samples: give one for each.")
         return keys_of(names, root)
     if items is None:
-        raise DistillError(f"A {type(dataset).__name__} doesn't say which samples it holds: pass keys=, one for each "
+        raise DistillError(f"A {type(dataset).__name__} does not show which samples it holds: pass keys=, one for each "
                            "sample.")
     return keys_of_table(input_columns(dataset, items)) if hasattr(items, 'columns') else keys_of(items, root)
 
 
 def items_of(dataset):
-    "What a dataset makes its samples of: a list or a table; None where it does not say"
+    "The list or table from which a dataset makes its samples; None if it is unknown"
     return dataset if isinstance(dataset, (list, tuple, L, np.ndarray)) else getattr(dataset, 'items', None)
 
 
 def keys_of_table(table):
-    "A row is what is in it"
+    "The key of a row is a hash of its content"
     import pandas as pd
     try: return pd.util.hash_pandas_object(table, index=False).to_numpy(np.uint64)
     except TypeError: return keys_of(table.to_numpy())      # cells that hold lists
 
 
 def input_columns(dataset, table):
-    "The columns that the model sees: a key depends neither on the label nor on columns that are not used"
+    "The columns of the model's inputs. A key depends neither on the label nor on unused columns"
     readers = [f for tl in getattr(dataset, 'tls', [])[:getattr(dataset, 'n_inp', 1)] for f in tl.tfms.fs
                if isinstance(f, ColReader)]
     names = [*getattr(dataset, 'cat_names', []), *getattr(dataset, 'cont_names', []),
@@ -65,8 +65,7 @@ def column_name(table, c): return c if c in table.columns else table.columns[c] 
 
 
 def key_root(dls) -> str:
-    """What paths are relative to: the DataLoaders' own path; where they have none, the folder that all their files
-    have in common"""
+    "The root of relative paths: the DataLoaders' path, or else the common folder of all their files"
     return root_of(dls.path) or common_folder(o for dl in dls.loaders for o in paths_in(dl))
 
 
@@ -80,8 +79,8 @@ def common_folder(paths):
 
 
 def matching_root(cache, dls, dl) -> str:
-    """The root under which the first sample has a row: a folder that was moved, or a part of the data, has another
-    root than the whole had"""
+    """The root with which the first sample has a row. It differs if the folder was moved, or if these are a part of the
+    data"""
     first,root = next(iter(paths_in(dl)), None),key_root(dls)
     if first is None: return root
     common = PurePath(common_folder([first]))
@@ -119,7 +118,6 @@ def names_in_column(table, reader):
 
 
 def storage_order(dl):
-    """Positions in the order in which rows are stored: as they are, but texts by length, for padding must not mix long
-    and short"""
+    "Positions in the order of the stored rows. Texts are sorted by length, so that padding does not mix long and short"
     if isinstance(dl, SortedDL): return np.argsort(-np.asarray(dl.res), kind='stable')
     return np.arange(dl.n if is_stream(dl) else len(dl.dataset))

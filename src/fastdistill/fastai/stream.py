@@ -1,5 +1,6 @@
-"""Language models: their samples are cut from all texts in a row. So samples follow one another, and a teacher may keep
-a hidden state."""
+"""Language models: their samples are cut from all texts in a row.
+
+So samples follow one another, and a teacher may have a hidden state."""
 from dataclasses import replace
 import numpy as np
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ def is_stream(dl): return isinstance(dl, LMDataLoader)
 
 
 class Texts:
-    "Texts in an order, each made when it is needed"
+    "Texts in a given order, each made when it is read"
     def __init__(self, order, make): self.order,self.make = order,make
     def __len__(self): return len(self.order)
     def __getitem__(self, i): return self.make(self.order[i])
@@ -35,10 +36,10 @@ def model_outputs(teacher, b, n_inp) -> Outputs: return Outputs.of(teacher(*map(
 
 def stream_outputs(
     teacher, dl,
-    make, # fn(tasks) -> DataLoader that goes through them
+    make, # fn(tasks) -> DataLoader of these tasks
     tasks:np.ndarray, bs:int # whole batches of tasks, one view after another
 ):
-    "`Outputs` of each batch. A teacher with a hidden state runs through each view from its beginning, written or not"
+    "`Outputs` of each batch. A teacher with a hidden state runs each view from its start, even a stored part"
     firsts,n = tasks[::bs].tolist(),dl.n
     runs = list(with_lead_in(firsts, bs, n)) if teacher.remembers else [(t, True) for t in firsts]
     whole = np.concatenate([np.arange(t, t+min(bs, len(tasks))) for t,_ in runs])
@@ -49,7 +50,7 @@ def stream_outputs(
 
 
 def with_lead_in(firsts, bs, n):
-    "(first task of a batch, is it wanted?), with the earlier batches of its view before each wanted batch"
+    "(first task of a batch, is it requested?). Before a requested batch come the earlier batches of its view"
     ready = None
     for t in firsts:
         if t != ready: yield from ((o, False) for o in range(t - t%n, t, bs))
@@ -58,7 +59,7 @@ def with_lead_in(firsts, bs, n):
 
 
 def of_length(out:Outputs, n:int) -> Outputs:
-    "Outputs (B, L, ...) padded or cut to `n` places: the last batch of a stream is shorter, but stored rows are not"
+    "Outputs (B, L, ...) padded or cut to `n` tokens. The last batch of a stream is shorter, but stored rows are not"
     length = (out.logits.ids if isinstance(out.logits, TopK) else out.logits).shape[1]
     def fit(t):
         if t is None: return None

@@ -1,4 +1,4 @@
-"Stored teacher outputs in the batches of a fit: taken out of them before labels are used, mixed as MixUp mixes."
+"Stored teacher outputs in the batches of a fit. They are removed before labels are used, and mixed like the batch."
 import copy, inspect, warnings
 from contextlib import nullcontext
 import torch
@@ -14,7 +14,7 @@ __all__ = ['Feed', 'TargetFeed', 'TeacherTargets']
 
 
 class TeacherTargets(Callback):
-    "Takes the teacher's target out of `yb`: MixUp and metrics don't expect it. A loss of three arguments gets it back"
+    "Removes the teacher's target from `yb`, since MixUp and metrics don't expect it. A loss of three arguments gets it"
     order,remove_on_fetch = -20,False
 
     def __init__(self):
@@ -22,17 +22,17 @@ class TeacherTargets(Callback):
         self.target = self.permutations = None
 
     def after_create(self):
-        "It leaves a Learner whose data hold no teacher's target"
+        "Remove the callback from a Learner whose data hold no teacher's target"
         dls = self.learn.dls
-        # subtle: a DataLoader with a `do_item` of its own has stored outputs in it, for a fit that another Learner runs
+        # subtle: a DataLoader with its own `do_item` holds stored outputs, for a fit of another Learner
         fed = any('do_item' in vars(dl) for dl in getattr(dls, 'loaders', []))
         if not (fed or target_tfms(dls)): self.learn.remove_cb(self)
 
     def before_batch(self):
         self.target = self.permutations = None
         if any(isinstance(o, TeacherTarget) for o in self.xb):
-            raise DistillError("The teacher's target came as an input of the model: give Datasets or DataBlock n_inp=1 "
-                               "(or as many as there are inputs).")
+            raise DistillError("The teacher's target is among the model's inputs: give Datasets or DataBlock n_inp=1 "
+                               "(or the number of inputs).")
         if not (len(self.yb) and isinstance(self.yb[-1], TeacherTarget)): return
         self.learn.yb,self.target = self.yb[:-1],self.yb[-1]
         if self.training and len(self.yb) and any(isinstance(c, MixHandler) for c in self.learn.cbs):
@@ -43,8 +43,8 @@ class TeacherTargets(Callback):
         "The permutation, and the share of the unpermuted samples, of MixUp or CutMix; None if this batch is not mixed"
         if not self.permutations: return None
         if len(self.permutations) > 1:
-            raise DistillError("The batch was mixed twice (MixUp and CutMix together?). Stored outputs of a teacher "
-                               "can follow only one of them. Use a live teacher.")
+            raise DistillError("The batch was mixed twice (MixUp and CutMix together?). Stored outputs can be mixed "
+                               "only once. Use a live teacher.")
         lam = next(c.lam for c in self.learn.cbs if isinstance(c, MixHandler))
         return self.permutations[0],lam
 
@@ -57,7 +57,7 @@ class TeacherTargets(Callback):
         if self.target is not None and len(self.yb) and isinstance(self.yb[-1], TeacherTarget):
             self.learn.yb = self.yb[:-1]
 
-    def __deepcopy__(self, memo): # a copied Learner gets one that works
+    def __deepcopy__(self, memo): # `__reduce__` is for export alone: a copied Learner needs a callback that works
         new = type(self)()
         new.learn = copy.deepcopy(self.learn, memo)
         return new
@@ -67,7 +67,7 @@ class TeacherTargets(Callback):
 
 
 def recording(y, permutations):
-    "`y` as a tensor that appends to `permutations` what it is indexed with"
+    "`y` as a tensor that appends each permutation that indexes it to `permutations`"
     cls = type(y)
     class Recording(cls):
         def __getitem__(self, i):
@@ -90,7 +90,7 @@ def takes_teacher(loss_func):
 
 
 def lerp(t, perm, lam):
-    "The mixture as fastai makes it: the share `lam` of each sample, the rest of the permuted one"
+    "The mixture as in fastai: `lam` of each sample, and 1-`lam` of the permuted one"
     lam = as_plain(torch.as_tensor(lam, device=t.device)).to(t.dtype).reshape(-1)
     return torch.lerp(t[perm], t, lam.reshape(-1, *[1]*(t.dim()-1)))
 
@@ -113,8 +113,9 @@ def mix_logits(
 
 class Feed:
     """Stored teacher outputs for the batches of a fit: `attach` before it, `outputs` in each batch, `detach` after it.
-    A Distiller takes it in place of a Teacher: it has no modules, and its outputs are those of the current batch,
-    whatever the inputs are, with all layers that are stored"""
+
+    A Distiller takes it in place of a Teacher. It has no modules. Its outputs are those of the current batch, for any
+    inputs, with all stored layers"""
 
     def attach(
         self,
@@ -144,7 +145,7 @@ class Feed:
     def _callback(self): return next((c for c in self.learn.cbs if isinstance(c, TeacherTargets)), None)
 
     def ready(self):
-        "Has the current batch a teacher's target?"
+        "Does the current batch have a teacher's target?"
         cb = self._callback()
         return cb is not None and cb.target is not None
 
@@ -156,11 +157,11 @@ class Feed:
         return out if mix is None else self._mixed(out, *mix)
 
     def _mixed(self, out, perm, lam):
-        if out.feats: raise DistillError("MixUp and CutMix mix images; stored layers of unmixed images don't fit them. "
+        if out.feats: raise DistillError("MixUp and CutMix mix images, but the stored layers are of unmixed images. "
                                          "Remove the terms with layers, or use a live teacher.")
         return Outputs(mix_logits(out.logits, perm, lam, self.kind, self.axis), {}, out.mask)
 
-    # what Distiller and `pair` use of a teacher, beside its outputs
+    # other methods of a teacher that Distiller and `pair` call
 
     def __call__(self, *x, **kw): return self.example(x)
 
@@ -176,7 +177,7 @@ class Feed:
 
 
 class TargetFeed(Feed):
-    "Targets that a `TeacherBlock` put beside the labels"
+    "Targets that a `TeacherBlock` added to the labels"
     missing = ("These batches hold no teacher's target. Give KnowledgeDistillation a teacher, or build the data with a "
                "third block: DataBlock((ImageBlock, CategoryBlock, TeacherBlock), get_y=[label, teacher_row]).")
 
@@ -198,8 +199,8 @@ class TargetFeed(Feed):
         self.is_checked = True
         classes = self.kind == 'softmax' and t.dim() == 2 and t.shape[1] > 1
         if classes and t.min() >= 0 and (t.sum(1)-1).abs().max() < 1e-3:
-            warnings.warn(DistillWarning("The teacher's targets look like probabilities (each row sums to 1), but are "
-                                         "taken for logits: TeacherBlock(given='probabilities')."))
+            warnings.warn(DistillWarning("The teacher's targets seem to be probabilities (each row sums to 1), but "
+                                         "they are used as logits: pass TeacherBlock(given='probabilities')."))
 
 
 def in_first_batch(dl):
@@ -209,7 +210,7 @@ def in_first_batch(dl):
 
 
 def class_order(dls):
-    "Columns of the teacher's rows in the order of the labels' vocab; None if it is their order already"
+    "Columns of the teacher's rows in the order of the labels' vocab; None if the order is the same"
     names = next((f.teacher_names for f in target_tfms(dls) if f.teacher_names), None)
     return None if names is None else stored_order(names, getattr(dls, 'vocab', None))
 

@@ -9,7 +9,7 @@ register_losses('softmax', FocalLoss, LabelSmoothingCrossEntropy, DiceLoss)
 
 @register_wrapper
 def inside_mixup(lf):
-    "In training, MixUp replaces the loss function by a method of its own, and keeps the old one in `old_lf`"
+    "In training, MixUp replaces the loss function by its own method, and stores the old one in `old_lf`"
     old = getattr(getattr(lf, '__self__', None), 'old_lf', None)
     return None if old is None else (old, None)
 

@@ -1,4 +1,4 @@
-"Teachers as fastai's users have them: Learners, exported Learners, and all that `Teacher` takes."
+"Teachers for fastai: Learners, exported Learners, and everything that `Teacher` takes."
 import warnings
 from pathlib import Path
 from torch import nn
@@ -13,17 +13,17 @@ __all__ = ['image_stats', 'teacher_of']
 
 
 def teacher_of(
-    obj, # Learner, path of an exported one (.pkl: loading it runs its code), what `Teacher` takes, or a list of these
+    obj, # Learner, exported Learner (a .pkl, whose code runs), anything that `Teacher` takes, or a list of these
     learn=None, # the student's Learner, or its DataLoaders: their `Normalize` and class names
-    task=None, # what the student predicts: sets kind and axis, and puts a Learner's classes in the student's order
+    task=None, # what the student predicts: sets kind and axis, and the order of a Learner's classes
     **kwargs # of `Teacher`
 ) -> Teacher:
-    """`obj` as a `Teacher` for the batches of `learn`: images are re-normalized from the student's statistics to the
+    """`obj` as a `Teacher` for the batches of `learn`. Images are re-normalized from the student's statistics to the
     teacher's.
 
-    A Learner's statistics are those of its DataLoaders. They are read now: a pretrained `vision_learner` adds
-    `Normalize` to the DataLoaders that it gets, so a student that is built on the teacher's own DataLoaders changes the
-    teacher's statistics. Give each its own. `.learner` is the teacher's Learner"""
+    A Learner's statistics are those of its DataLoaders at the time of this call. A pretrained `vision_learner` adds
+    `Normalize` to its DataLoaders. So a student that is built on the teacher's own DataLoaders changes the teacher's
+    statistics: give each its own. `.learner` is the teacher's Learner"""
     dls = getattr(learn, 'dls', learn)
     if task is not None: kwargs = dict(kind=task.kind, axis=task.axis) | kwargs
     if dls is not None: kwargs.setdefault('input_stats', image_stats(dls))
@@ -40,7 +40,7 @@ def teacher_of(
 
 
 def adapted(teacher, kwargs):
-    "The Teacher with further options; those that it was made with stay. The same Teacher if there are no others"
+    "The Teacher with these options, except those that it was given itself. The same Teacher if none is left"
     new = {k: v for k,v in kwargs.items() if k not in teacher.given}
     return Teacher(teacher, **new) if new else teacher
 
@@ -60,13 +60,13 @@ def in_order(dls, learn, task):
 
 
 def of_module(model, given):
-    """The statistics of the images that a module was trained on. timm's modules have them; torchvision's don't, which
-    matters unless the student's are ImageNet's"""
+    """`stats` of a module. timm's modules know the normalization of their images. torchvision's don't, which matters
+    unless the student's normalization is ImageNet's"""
     if timm_cfg(model): return 'auto'
     if not type(model).__module__.startswith('torchvision.models') or given is None: return None
     if affine(stats_of(given), stats_of('imagenet')) is None: return None
-    warnings.warn(f"torchvision's {type(model).__name__} does not tell how its images were normalized: it gets the "
-                  "student's images as they are. If it has published weights, use Teacher(model, stats='imagenet'). If "
+    warnings.warn(f"torchvision's {type(model).__name__} does not show how its images were normalized: it gets the "
+                  "student's images unchanged. If it has published weights, use Teacher(model, stats='imagenet'). If "
                   "it was trained on batches like these, use Teacher(model).", DistillWarning, stacklevel=3)
 
 
@@ -79,11 +79,11 @@ def exported(path):
     except Exception as e:
         reason = ' '.join(f'{type(e).__name__}: {e}'.split())
         raise DistillError(f"{path} could not be loaded as an exported Learner ({reason}). Did learn.export write it? "
-                           "Can all its parts be imported here: packages, your own functions and classes?") from e
+                           "Can everything in it be imported here: packages, your own functions and classes?") from e
 
 
 def image_stats(dls) -> tuple:
-    "(mean, std) of the `Normalize` that batches go through; (0, 1) where there is none"
+    "(mean, std) of the batches' `Normalize`; (0, 1) if there is none"
     tfms = getattr(getattr(dls, 'after_batch', None), 'fs', [])
     n = next((t for t in tfms if isinstance(t, Normalize)), None)
     return (0., 1.) if n is None else (n.mean, n.std)

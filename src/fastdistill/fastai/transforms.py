@@ -1,4 +1,4 @@
-"Batch transforms replayed sample by sample, and described in words."
+"Replay batch transforms sample by sample, and describe them."
 import inspect
 from functools import partial
 import numpy as np
@@ -18,7 +18,7 @@ from .stream import is_stream
 
 __all__ = ['Replay', 'describe_transforms']
 
-# without random numbers, and each sample is transformed alone
+# these draw no random numbers and transform each sample alone
 FIXED = Normalize,IntToFloatTensor,ToTensor,ReadTabBatch
 
 
@@ -44,7 +44,7 @@ class Replay(Pipeline):
     def replay(self, b, keys, views):
         seen = {}
         for f in self.fs:
-            # subtle: a seed follows from the transform's name, not its position: a pretrained model may add a Normalize
+            # subtle: a seed depends on the transform's name, not its position, since a model may add a Normalize
             n = seen[type(f)] = seen.get(type(f), 0) + 1
             if id(f) not in self.found: self.found[id(f)] = draws_alone(f)
             seeds = seeds_of(self.plan.seed, keys, views, hash_of(type(f).__name__.encode()), n)
@@ -53,17 +53,17 @@ class Replay(Pipeline):
 
 
 def draws_alone(f):
-    """Has a transform a generator of its own, or a list of numbers for the positions in a batch? Then it gets one
-    sample at a time"""
+    """Must a transform get one sample at a time? Yes, if it has its own generator, or a list of numbers for the
+    positions in a batch"""
     listed = lambda place, o: place[2] == 'draw' and isinstance(o, (list, tuple))
     return any(access_of(o) or hands_out_generators(o) or listed(place, o) for place,o,_ in reachable([f]))
 
 
 def replay_one(f, b, seeds, split_idx, alone):
-    "One batch transform with random numbers of each sample's own"
+    "Run one batch transform with separate random numbers for each sample"
     if fixed(f): return f(b, split_idx=split_idx)
     x = first_of(b)
-    # subtle: the `split_idx` of these transforms is that of the last batch
+    # subtle: these come before the check of `split_idx`, since theirs is that of the last batch
     if isinstance(f, (AffineCoordTfm, SpaceTfm)) and isinstance(x, TensorImage):
         return by_sample(f, b, seeds, split_idx) if alone else replay_drawn(f, b, x, seeds, split_idx)
     if f.split_idx is not None and f.split_idx != split_idx: return b
@@ -74,22 +74,23 @@ def fixed(f): return type(f) in FIXED or f.name == 'noop'
 
 
 def by_sample(f, b, seeds, split_idx):
-    "A transform run on one sample at a time: right for every transform, and slow"
+    "Run a transform on one sample at a time: correct for every transform, but slow"
     return per_sample(lambda *o: f(b_of(o, b), split_idx=split_idx), seeds, *flat(b))
 
 
 def replay_drawn(f, b, x, seeds, split_idx):
-    """fastai's affine, warp, lighting and color transforms: the numbers of all samples are drawn at once on the CPU,
-    each from its own seed; then the transform runs once over the batch"""
-    # subtle: at least two samples, to tell a number that is drawn once for a batch from numbers that are drawn for
-    # each sample
+    """Run one of fastai's affine, warp, lighting and color transforms.
+
+    The numbers of all samples are drawn at once on the CPU, each from its own seed. Then the transform runs once over
+    the batch"""
+    # subtle: with at least two samples, a number per batch and a number per sample have different shapes
     n = max(len(x), 2)
     like = TensorImage(torch.empty(1).expand(n, *x.shape[1:]))
     like.__dict__.update(x.__dict__)        # img_size, if it has one
-    # subtle: each small operation takes many times longer with fastai's tensor types
+    # subtle: with fastai's tensor types, each small operation would take many times longer
     with RandomGuard() as guard, PerSample(np.resize(seeds, n)), torch._C.DisableTorchFunctionSubclass():
         f.before_call((like,), split_idx)
-    # it draws in a way that PerSample does not know (batch=True)
+    # it draws in a way that PerSample does not replace (batch=True)
     if guard.moved: return by_sample(f, b, seeds, split_idx)
     if not f.do: return b
     parts = [f, *getattr(f, 'coord_fs', []), *getattr(f, 'fs', [])]
@@ -108,11 +109,10 @@ def replay_drawn(f, b, x, seeds, split_idx):
 
 
 def coupled(f, x):
-    "Does the result for a sample depend on the others? fastai shrinks images first, by the largest zoom in the batch"
+    "Does a sample's result depend on the others? fastai first shrinks images by the largest zoom in the batch"
     if not isinstance(f, AffineCoordTfm): return False
     size = x.shape[-1] if f.size is None else f.size if isinstance(f.size, int) else f.size[1]
-    # subtle: fastai's `_grid_sample` compares the height with the new width, and the width with 2 (the last axis of
-    # coordinates)
+    # subtle: fastai's `_grid_sample` compares the height with the new width, and the width with 2
     return min(x.shape[-2]/size, x.shape[-1]/2) > 2
 
 
@@ -124,8 +124,8 @@ def first_of(b):
 def flat(b):
     b = b if isinstance(b, tuple) else (b,)
     if not all(isinstance(o, Tensor) for o in b):
-        raise DistillError(f"Can't replay batch transforms of a batch of {', '.join(type(o).__name__ for o in b)}: "
-                           "only tensors can be split into samples. Use views=0.")
+        raise DistillError(f"Can't replay transforms of a batch of {', '.join(type(o).__name__ for o in b)}: only "
+                           "tensors can be split into samples. Use views=0.")
     return b
 
 
@@ -133,8 +133,7 @@ def b_of(o, b): return tuple(o) if isinstance(b, tuple) else o[0]
 
 
 def describe_transforms(dl) -> dict:
-    """Name -> description of each transform that is replayed; `Normalize` is not among them, since each model may have
-    its own"""
+    "Name -> description of each transform that is replayed, except `Normalize`, since each model may have its own"
     out = {}
     if is_stream(dl): out['stream'] = f'{dl.bs} rows of {dl.bl} tokens, {dl.seq_len} at a time'
     tls = getattr(dl.dataset, 'tls', [])[:getattr(dl.dataset, 'n_inp', 1)]
@@ -152,7 +151,7 @@ def describe_transforms(dl) -> dict:
 def name_each(out, where, fs):
     for i,f in enumerate(fs):
         if f.name == 'noop' or isinstance(f, ReadTabBatch): continue
-        # a random transform after it draws numbers for normalized images (RandomErasing's noise)
+        # except before a random transform, which then draws for normalized images (RandomErasing's noise)
         if isinstance(f, Normalize) and all(map(fixed, fs[i+1:])): continue
         name = f'{where}: {f.name.split(" -- ")[0]}'
         n = sum(k == name or k.startswith(f'{name} #') for k in out)
@@ -163,7 +162,7 @@ PASSING_STATE = {'self', 'counter', 'lengths'}       # it depends on the data se
 
 
 def in_words(o, depth=6):
-    "What an object was made with, without the numbers that it drew last"
+    "A text of an object's options, without the numbers that it drew last"
     say = lambda v: in_words(v, depth-1)
     if isinstance(o, (str, bool, type(None))): return repr(o)
     # the repr of NumPy's numbers and enums differs between versions
@@ -177,13 +176,13 @@ def in_words(o, depth=6):
         if len(o) > 50: return f'{type(o).__name__} of {len(o)}, {hash_of(repr(list(o)).encode()):x}'
         return f'[{", ".join(map(say, o))}]'
     named = set(inspect.signature(type(o).__init__).parameters) | {'aff_fs', 'coord_fs', 'fs'}
-    options = {k: v for k,
-               v in sorted(getattr(o, '__dict__', {}).items()) if k in named-PASSING_STATE and not inspect.ismethod(v)}
+    attrs = sorted(getattr(o, '__dict__', {}).items())
+    options = {k: v for k,v in attrs if k in named-PASSING_STATE and not inspect.ismethod(v)}
     return f'{type(o).__name__}({", ".join([*own_code(o), *(f"{k}={say(v)}" for k,v in options.items())])})'
 
 
 def own_code(o):
-    "A fingerprint of the code of a transform that is not fastai's"
+    "A fingerprint of a transform's code, unless it is fastai's"
     if type(o) is Transform:
         return [code_of(m.implementation) for m in o.encodes.methods] if hasattr(o, 'encodes') else []
     return [] if type(o).__module__.split('.')[0] in ('fastai', 'fasttransform', 'fastcore') else [code_of(type(o))]

@@ -32,7 +32,7 @@ def map_classes(
     student, # names of the student's classes, in the order of its outputs; None if they have none
     teacher # names of the teacher's classes
 ) -> ClassMap|None:
-    "Compare the order of two models' classes, for the whole package; None if one of the two has no names"
+    "Compare the classes of two models and their order; None if one of the two has no names"
     if student is None or teacher is None: return None
     student,teacher = list(map(str, student)),list(map(str, teacher))
     missing,extra = [c for c in student if c not in teacher],[c for c in teacher if c not in student]
@@ -46,11 +46,11 @@ def stored_order(
 ) -> Tensor|None:
     "The stored column of each of the labels' classes; None if the order is the same. Other classes are an error"
     if student is None:
-        raise DistillError("The teacher's classes have names, but the labels have no vocab to map them to: remove "
-                           "vocab=.")
+        raise DistillError("The teacher's classes have names, but the labels have no vocab to which they could be "
+                           "mapped: remove vocab=.")
     found = map_classes(student[-1] if len(student) and isinstance(student[-1], (list, tuple)) else student, teacher)
     if found.missing:
-        raise DistillError(f"The teacher doesn't know the class(es) {', '.join(found.missing[:5])}: "
+        raise DistillError(f"The teacher does not have the class(es) {', '.join(found.missing[:5])}: "
                            f"it has {', '.join(teacher[:10])}{' ...' if len(teacher) > 10 else ''}.")
     if found.extra:
         raise DistillError(f"The teacher has {len(teacher)} classes, the labels {len(teacher)-len(found.extra)}: their "

@@ -15,7 +15,7 @@ def arguments(
     x, # tuple: the batch's inputs
     by_name=None # inputs by name
 ):
-    "(args, kwargs) of the call: a batch that is one dict goes in by name where the model has arguments of these names"
+    "(args, kwargs) of the call: a batch that is one dict is passed by name if the model has arguments of these names"
     kwargs = dict(by_name or {})
     if len(x) != 1 or not isinstance(x[0], Mapping) or not takes_names(model, x[0]): return tuple(x),kwargs
     return (),{**x[0], **kwargs}
@@ -25,7 +25,7 @@ def takes_names(model, batch):
     "Whether the keys of a dict are names of the model's arguments"
     model = unwrap(model)
     if is_hf(model): return True
-    # a `Teacher` takes the dict as it is, and decides for the model inside it
+    # a `Teacher` gets the dict itself, and decides for the model inside it
     if not isinstance(model, nn.Module) and hasattr(model, 'named_modules'): return False
     try: params = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters.values()
     except (TypeError, ValueError): return False    # builtins and traced modules have no signature

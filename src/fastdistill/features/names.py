@@ -25,12 +25,12 @@ def unwrap(model:nn.Module):
 
 
 def named(model):
-    "Dotted name -> layer, of the model inside its wrappers; a shared layer is there under each of its names"
+    "Dotted name -> layer, of the model inside its wrappers. A shared layer has an entry for each of its names"
     inner = unwrap(model)
     # a teacher may hold several models, or none
     if not isinstance(inner, nn.Module): return dict(getattr(inner, 'named_modules', dict)())
     have = dict(inner.named_modules(remove_duplicate=False))
-    if any('_orig_mod' in n for n in have):      # a compiled part goes by the name of the module that was compiled
+    if any('_orig_mod' in n for n in have):      # a compiled part has the name of the module that was compiled
         have = {re.sub(r'(^|\.)_orig_mod(?=\.|$)', '', n): m for n,m in have.items()}
     return have
 

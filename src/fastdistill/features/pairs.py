@@ -1,4 +1,4 @@
-"Which layer of the student learns from which layer of the teacher: as the user names them, or found by themselves."
+"Which layer of the student learns from which layer of the teacher: named by the user, or found automatically."
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from .taps import Taps
 
 __all__ = ['Pair', 'PairTable', 'check_names', 'checked_layers', 'inputs', 'pair']
 
-MAX_BLOCKS = 6 # up to as many blocks of one resolution are all paired; of more blocks, those at the quarters
+MAX_BLOCKS = 6 # of one resolution: up to so many are all paired; of more, only those at the quarters
 
 
 @dataclass
@@ -39,21 +39,25 @@ def pair(
     student:nn.Module,
     teacher, # a module, or a `Teacher`
     x_student, # a batch of inputs: a tensor, a tuple of several, or a dict of keyword arguments
-    layers='auto', # {'student.layer': 'teacher.layer' or a list of them}, pairs of names, names or globs for both,
-    # 'auto', or 'last' (the last pair of 'auto')
+    layers='auto', # 'auto', 'last', {'student.layer': 'teacher.layer' or a list}, pairs of names, or names of both
     *,
-    x_teacher=None, # the teacher's inputs, if they are others
-    match:str='shape', # what the loss needs of the teacher's shape (see `projectors.projector`); for the table alone
-    projector='auto' # what changes the shape (see `projectors.projector`); for the table alone
+    x_teacher=None, # the teacher's inputs, if they differ from the student's
+    match:str='shape', # what the loss needs of the teacher's shape (see `projectors.projector`); only for the table
+    projector='auto' # what changes the shape (see `projectors.projector`); only for the table
 ) -> PairTable:
     """The pairs of layers with their shapes, in the given order. Each model runs on the batch in evaluation mode, and
-    is left as it was.
+    is not changed.
 
-    'auto' takes the last layer of each stage (resolution) of convolutional nets and U-Nets. Two nets pair by resolution
-    if that includes the last stages of both, else by relative depth. A U-Net and another net pair by resolution on the
-    U-Net's way down. Of transformers, LSTM stacks and MLPs it takes blocks at equal relative depth: all blocks of the
-    shorter model up to 6, else those at the quarters. The layer that makes a model's output is never among them. A
-    suffix of 'auto' or 'last' holds for all names: 'last@mean'."""
+    What 'auto' pairs:
+
+    - Convolutional nets and U-Nets: the last layers of their stages (resolutions). They pair by resolution if this
+      includes the last stages of both, else by relative depth.
+    - A U-Net and another net: stages of equal resolution on the U-Net's way down.
+    - Transformers, LSTM stacks and MLPs: blocks at equal relative depth. Up to 6 blocks of the shorter model are all
+      paired; of more, those at the quarters.
+
+    The layer that makes a model's output is never paired. 'last' is the last pair of 'auto'. Names may be globs. A
+    suffix of 'auto' or 'last' is added to all names: 'last@mean'."""
     x_s,x_t = inputs(x_student),inputs(x_student if x_teacher is None else x_teacher)
     word,*how = _word_of(checked_layers(layers))
     if word:
@@ -129,20 +133,20 @@ def _name_pairs(layers):
         layers = [(s, t) for s,ts in layers.items() for t in (ts if isinstance(ts, (tuple, list)) else [ts])]
     items = [(o, o) if isinstance(o, str) else o for o in (layers if isinstance(layers, (tuple, list)) else [layers])]
     if wrong := [o for o in items if not isinstance(o, (tuple, list)) or [type(n) for n in o] != [str, str]]:
-        raise DistillError(f"layers={layers!r}: {wrong[0]!r} is no pair of names. Possible are {{'student.layer': "
+        raise DistillError(f"layers={layers!r}: {wrong[0]!r} is not a pair of names. Possible are {{'student.layer': "
                            "'teacher.layer'}, {'student.layer': ['teacher.layer', ...]}, a list of pairs, a list of "
                            "names that both models have, 'auto' and 'last'.")
     return items
 
 
 def _matching_names(student, teacher, s, t):
-    "Names that match a glob of the student pair in order with those that match the teacher's"
+    "Pairs of the names that match the student's glob and the teacher's glob, in the order of the models"
     with _InModel('student'): a = resolve(student, s)
     with _InModel('teacher'): b = resolve(teacher, t) if _has_layers(teacher) else [t]
     if len(a) != len(b):
-        raise DistillError(f"{s!r} are {len(a)} layers of the student ({', '.join(a)}), {t!r} are {len(b)} of the "
-                           f"teacher ({', '.join(b)}). They pair in order, so both must be equally many. Name them one "
-                           "by one.")
+        raise DistillError(f"{s!r} names {len(a)} layers of the student ({', '.join(a)}), {t!r} names {len(b)} of the "
+                           f"teacher ({', '.join(b)}). They pair in order, so the numbers must be equal. Name the "
+                           "layers one by one.")
     return zip(a, b)
 
 
@@ -150,7 +154,7 @@ def _has_layers(model): return isinstance(model, nn.Module) or bool(named(model)
 
 
 def _layer_shapes(model, x, names):
-    "Given name -> (name, shape). The name ends in @tokens if the layer's output is (B, C, L)"
+    "Given name -> (name, shape). The name gets the suffix @tokens if the layer's output is (B, C, L)"
     if not _has_layers(model): return _shapes_of_outputs(dry_run(model, *x), names)
     with Taps(model, names) as taps:
         ran = probe(model, *x)
@@ -169,7 +173,7 @@ def _with_tokens(modules, ran, names):
         f = fired[modules[base]]
         shape = f.shape_in if 'in' in how else f.shape
         if shape is not None and len(shape) == 3:
-            # before the other changes of shape, which expect tokens
+            # @tokens comes before the other changes of shape, which expect tokens
             where,turns = [h for h in how if h in ('in', 'pre')],[h for h in how if h in ('map', 'mean')]
             how = [*where, *(['tokens'] if f.module in first else []), *turns]
         yield '@'.join([base, *how])
@@ -188,14 +192,14 @@ def _pairs_proposed(student, teacher, x_s, x_t):
     with _InModel('teacher'): b = stages(teacher, x_t)
     if a[0].kind == 'vector' and b[0].kind != 'vector':
         what = 'maps' if b[0].kind == 'map' else b[0].kind
-        raise DistillError(f"layers='auto' finds vectors in the student and {what} in the teacher. A vector can't "
-                           "become these. Name the layers: layers={'student.layer': 'teacher.layer'}.")
+        raise DistillError(f"layers='auto' finds vectors in the student and {what} in the teacher. A vector can't be "
+                           "projected to these. Name the layers: layers={'student.layer': 'teacher.layer'}.")
     pairs = _pair_by_resolution(a, b, image_size(x_s), image_size(x_t)) or _pair_by_depth(a, b)
     return [(*_name_and_shape(s, t, x_s), *_name_and_shape(t, s, x_t)) for s,t in pairs]
 
 
 def _name_and_shape(u, other, x):
-    "Name and shape of a stage. Tokens of a square picture become a map if the other model's stage is one"
+    "Name and shape of a stage. Tokens of a square picture become a map if the other model's stage is a map"
     square = is_picture(x) and len(set(image_size(x))) == 1
     g = grid(u.shape[1]) if square and u.kind == 'tokens' and other.kind == 'map' else None
     if g: return f'{u.name}@map', (u.shape[0], u.shape[2], *g[1:])
@@ -220,14 +224,14 @@ def _pair_by_resolution(a, b, size_a, size_b):
     def ends(row): return row and row[-1] == (a[-1], b[-1]) and 2*len(row) >= min(len(a), len(b))
     row = _longest_row(a, b, lambda i, j: equal(i, j) and down_a[i] == down_b[j])
     if ends(row) or all(down_a + down_b): return row if ends(row) else None
-    # One is a U-Net. A net that ends at the U-Net's full resolution pairs with its last stages. Other nets pair on its
-    # way down, or on its way up if they have no resolution in common on the way down
+    # one of the two is a U-Net: a net that ends at its full resolution pairs with its last stages. Other nets pair on
+    # its way down, or on its way up if no resolution on the way down is equal
     anywhere = _longest_row(a, b, equal)
     return anywhere if ends(anywhere) else row or anywhere or None
 
 
 def _longest_row(a, b, equal):
-    "As many pairs as possible, in the order of both models; of several such rows the one that ends last"
+    "The longest row of pairs in the order of both models. Of several such rows, the one that ends last"
     best = {}
     for i in range(len(a)):
         for j in range(len(b)):
@@ -237,7 +241,7 @@ def _longest_row(a, b, equal):
 
 
 def _going_down(us):
-    "For each stage, whether it is on the way down. A stage as large as the one before goes the same way as that"
+    "For each stage, whether it is on the way down. A stage as large as the one before has that one's direction"
     down = [True]
     for u,before in zip(us[1:], us):
         now,was = math.prod(u.place),math.prod(before.place)

@@ -18,7 +18,7 @@ __all__ = ['Fired', 'dry_run', 'layers', 'main_tensor', 'probe', 'restore_tensor
 
 def layers(
     model:nn.Module,
-    *x # a batch of inputs, for the shapes; a dict goes in by name if the model has arguments of these names
+    *x # a batch of inputs, for the shapes; a dict is passed by name if the model has arguments of these names
 ) -> LayerTree:
     "Every layer of the model with its class, output shape and number of parameters; the model is not changed"
     return layer_tree(model, {f.module: f.shape for f in probe(model, *x)} if x else None)
@@ -36,9 +36,9 @@ class Fired:
 
 def probe(
     model:nn.Module,
-    *x # a batch of inputs; a dict goes in by name if the model has arguments of these names
+    *x # a batch of inputs; a dict is passed by name if the model has arguments of these names
 ) -> list:
-    "The layers that run, in the order in which they finish, from one run in evaluation mode that changes nothing"
+    "The layers that run, in the order in which they finish. One run in evaluation mode shows them; it changes nothing"
     inner,names,ran = unwrap(model),{},{}
     for n,m in named(model).items(): names.setdefault(m, n)
     def note(m, args, kwargs, out):
@@ -62,11 +62,11 @@ CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RNNBase, nn.Embedding, nn.Multihead
 def series_layers(
     ran # the result of `probe`
 ) -> set:
-    """The layers whose output is (B, C, L), as that of a 1d convolution, and not (B, L, D), as tokens are.
+    """The layers whose output is (B, C, L), like that of a 1d convolution, and not (B, L, D), like tokens.
 
-    Some classes of layers have their channels always first, or always last. For any other layer (an activation, a
-    block), the last layer of such a class that finished before it decides: the channels are on the axis that has their
-    number. If both axes have it, or none, they are on the same axis as there."""
+    Some classes of layers always have their channels first, or always last. Any other layer (an activation, a block)
+    follows the last layer of such a class that finished before it: its channels are on the axis that has that layer's
+    number of channels. If both axes have this number, or none, they are on the same axis as that layer's."""
     found,axis,n = set(),2,None
     for f in ran:
         shape = next((s for s in (f.shape, f.shape_in) if s is not None and len(s) == 3), None)
@@ -86,8 +86,8 @@ def dry_run(model, *x):
     inner = unwrap(model)
     args,kwargs = arguments(inner, map_tensors(x, as_plain))
     if any(map(is_lazy, weights_and_buffers(distinct_modules(inner)))):
-        raise DistillError(f"{model_name(inner)} has lazy layers, which have no weights before a batch has run. Run "
-                           "one through it first.")
+        raise DistillError(f"{model_name(inner)} has lazy layers, which have no weights before the first batch. Run "
+                           "the model on a batch first.")
     with untouched(model):
         try: return inner(*args, **kwargs)
         except DistillError: raise
@@ -107,7 +107,7 @@ def untouched(model:nn.Module):
     buffers = [(b, b.clone()) for b in strided]     # sparse ones can't be compared
     cuda = sorted({t.device.index for t in weights_and_buffers(mods) if t.is_cuda})
     python,numpy = random.getstate(),np.random.get_state()
-    # subtle: the flag and not .eval(), which some layers override to do more, such as merging adapters
+    # subtle: the flag, not .eval(), since some layers override .eval() to do more, such as merging adapters
     for m,_ in modes: m.training = False
     try:
         with torch.random.fork_rng(cuda), torch.no_grad(), run_eagerly(model): yield
@@ -120,7 +120,7 @@ def untouched(model:nn.Module):
 
 
 def restore_tensor(b, was):
-    "Give `b` the shape and values of `was`. Observers in quantization-aware training change both at the first batch"
+    "Give `b` the shape and values of `was`. Observers of quantization-aware training change both in the first batch"
     if b.shape != was.shape: b.resize_(was.shape)
     if not torch.equal(b, was): b.copy_(was)
 
@@ -130,7 +130,7 @@ def weights_and_buffers(mods):
 
 
 class _Attrs:
-    "The attributes of a module, with what is in its lists, dicts and sets: hidden states, buffers, hooks, modes"
+    "The attributes of a module and the content of its lists, dicts and sets: hidden states, buffers, hooks, modes"
     def __init__(self, m):
         self.vars,self.was = vars(m),dict(vars(m))
         self.boxes = [(v, copy.copy(v)) for v in self.was.values() if type(v) in (list, dict, OrderedDict, set)]

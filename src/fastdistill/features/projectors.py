@@ -1,4 +1,4 @@
-"Bring the student's features to the teacher's shape: first to its grid, then to its channels."
+"Project the student's features to the teacher's shape: first to its grid, then to its channels."
 import torch
 from torch import Tensor, nn
 from ..outputs import DistillError
@@ -17,7 +17,7 @@ class _BatchNorm(nn.BatchNorm1d):
 
 
 def _mapper(kind, a, b, dims):
-    "A layer from `a` to `b` channels that treats each position by itself"
+    "A layer from `a` to `b` channels that maps each position alone"
     n = dims-2 if dims > 3 else 0
     one = lambda i, o, **kw: CONV[n](i, o, 1, **kw) if n else nn.Linear(i, o, **kw)
     if kind == 'auto': kind = _default_kind(dims)
@@ -50,7 +50,7 @@ class Projector(nn.Module):
         if not self.own and self.match != 'none': s = to_grid(s, like, self.picture)
         if self.map is None: return s
         p = [*self.parameters(), None][0]       # subtle: PyTorch 2.6 does not compile `next` with a default
-        # subtle: features of a forward pass under autocast have half precision, and autocast may have ended since
+        # subtle: features of a pass under autocast have half precision, and autocast may have ended by now
         if p is not None and p.dtype != s.dtype and not torch.is_autocast_enabled(s.device.type): s = s.to(p.dtype)
         y = self.map(s)
         if self.own: self._check(s, y, like)
@@ -62,9 +62,10 @@ class Projector(nn.Module):
         fits = isinstance(y, Tensor) and (self.match == 'none' or same_grid)
         if not fits or (self.match == 'shape' and got != like):
             need = 'shape' if self.match == 'shape' else 'grid'
-            raise DistillError(f"The projector {self.text} made {got} of the student's features, {tuple(s.shape)}. "
-                               f"This loss needs the teacher's {need}, {like if need == 'shape' else _places(like)}. "
-                               "Change the output of the module, or use projector='auto'.")
+            raise DistillError(f"The projector {self.text} returned {got} for student features of shape "
+                               f"{tuple(s.shape)}. This loss needs the teacher's {need}, "
+                               f"{like if need == 'shape' else _places(like)}. Change the output of the module, or use "
+                               "projector='auto'.")
 
     def extra_repr(self): return self.text
 
@@ -76,34 +77,36 @@ def _channels(shape): return shape[-1] if len(shape) == 3 else shape[1]
 def _places(shape): return (shape[1],) if len(shape) == 3 else tuple(shape[2:])
 
 def _needs_mapping(s_shape, t_shape, kind, match):
-    "Are there weights to learn? A projector that is named by its kind always has some"
+    "Does the projector have weights? One with a named kind always has"
     return kind != 'auto' or (match == 'shape' and _channels(s_shape) != _channels(t_shape))
 
 
 def projector(
     s_shape, # of the student's features: (B, D) vector, (B, L, D) tokens, (B, C, H, W) map; any B
     t_shape, # of the teacher's features, in any of these forms
-    kind='auto', # 'linear' or 'conv' (1x1), 'conv_bn', 'mlp', which treat each position by itself; or your own module
-    # or function
-    match:str='shape', # what the loss needs: the teacher's 'shape', only its 'grid' (places, not channels), or 'none'
-    picture:bool=True # tokens are places of a picture if their number allows it; False: places of a sequence
+    kind='auto', # 'auto', 'linear' or 'conv' (1x1), 'conv_bn', 'mlp', or your own module or function
+    match:str='shape', # what the loss needs: the teacher's 'shape', only its 'grid' (positions), or 'none'
+    picture:bool=True # tokens are positions of a picture if their number allows it; False: of a sequence
 ) -> Projector:
     """A module from the student's shape to the teacher's. It has parameters only if channels differ or a kind is named.
 
-    The student's features are brought to the teacher's grid: average-pooled if it is smaller, interpolated if it is
-    larger. Tokens become a map without their class and register tokens; a map becomes tokens, with its mean in place of
-    the class and register tokens. Vectors and tokens get a linear layer. Maps get a 1x1 convolution and a batch norm,
-    as in OFD (arXiv:1904.01866). No ReLU follows, unlike in CRD's code (arXiv:1910.10699), since it would make the
-    teacher's negative values unreachable. arXiv:2303.11098 recommends a linear layer with a normalized output, too."""
+    First the grid: features are average-pooled to a smaller grid and interpolated to a larger one. Tokens become a map
+    without their class and register tokens. A map becomes tokens, with its mean in place of the class and register
+    tokens.
+
+    Then the channels, each position alone: vectors and tokens get a linear layer, maps a 1x1 convolution and a batch
+    norm, as in OFD (arXiv:1904.01866). arXiv:2303.11098 also recommends a linear layer with a normalized output. No
+    ReLU follows, unlike in CRD's code (arXiv:1910.10699), since the student could not reach negative values of the
+    teacher."""
     check_projector(s_shape, t_shape, kind, match)
     return Projector(s_shape, t_shape, kind, match, picture)
 
 
 def checked_projector(kind):
-    "`kind`, unless it is wrong for all shapes"
+    "`kind`, if it is possible for any shape"
     if isinstance(kind, type) or not (callable(kind) or kind in PROJECTORS):
         raise DistillError(f"projector={kind!r}: possible are {', '.join(map(repr, PROJECTORS))}, a module (not its "
-                           "class), a function")
+                           "class) and a function")
     return kind
 
 
@@ -116,7 +119,7 @@ def check_projector(s_shape, t_shape, kind, match):
         raise DistillError(f"No projector from {tuple(s_shape)} to {tuple(t_shape)}: possible are vectors (B, D), "
                            "tokens (B, L, D) and maps (B, C, H, W)")
     if not callable(kind) and match != 'none' and s != t and (s, t) not in ((3, 4), (4, 3)) and t != 2:
-        raise DistillError(f"The student's {tuple(s_shape)} has no grid like that of the teacher's {tuple(t_shape)}. "
+        raise DistillError(f"The student's {tuple(s_shape)} has no grid that fits the teacher's {tuple(t_shape)}. "
                            "Pair it with a layer of the same kind (before or after the pooling), or give a module as "
                            "projector.")
 

@@ -1,4 +1,4 @@
-"Maps, tokens and vectors: give features of one kind the shape of another."
+"Convert between maps, tokens and vectors."
 import math
 import torch
 from torch import Tensor
@@ -7,8 +7,7 @@ from ..outputs import DistillError
 
 __all__ = ['as_map', 'as_tokens', 'as_vector', 'grid', 'resize', 'to_grid']
 
-# how many tokens may stand before those of the picture: none, class, class and distillation, 4 registers, class and
-# 4 registers
+# number of tokens before those of the picture: none; class; class and distillation; 4 registers; class and 4 registers
 LEAD = 0, 1, 2, 4, 5
 
 
@@ -16,7 +15,7 @@ def grid(
     n:int, # number of tokens
     aspect:float=1. # height over width of the picture
 ):
-    "(tokens to skip, height, width) of the map that `n` tokens make, without class and register tokens; None if none"
+    "(tokens to skip, height, width) of the map that `n` tokens fill after class and register tokens; None if none fits"
     for skip in (k for k in LEAD if k < n):
         h = max(1, round(math.sqrt((n-skip)*aspect)))
         w = (n-skip)//h
@@ -33,8 +32,8 @@ def as_map(
     if g is None:
         raise DistillError(f"Features of shape {tuple(y.shape)} are no map: possible are (B, H, W, C), and (B, L, D) "
                            f"with L tokens that fill a grid of height/width {aspect:g} after "
-                           f"{', '.join(map(str, LEAD))} class and register tokens. Use them as tokens (a name without "
-                           "@map), and pair them with tokens.")
+                           f"{', '.join(map(str, LEAD))} class and register tokens. Name the layer without @map, and "
+                           "pair it with tokens.")
     skip,h,w = g
     return y[:, skip:].transpose(1, 2).unflatten(2, (h, w))
 
@@ -72,7 +71,7 @@ def resize(
 def to_grid(
     s:Tensor, # student: (B, D), (B, L, D), (B, C, H, W) or (B, C, D, H, W)
     like, # shape of the teacher's tensor
-    picture:bool=True # tokens are places of a picture if their number allows it; False: places of a sequence
+    picture:bool=True # tokens are positions of a picture if their number allows it; False: of a sequence
 ) -> Tensor:
     "The student's features on the teacher's grid, with the student's channels: maps become tokens and tokens maps"
     dims = s.dim(),len(like)
@@ -94,14 +93,14 @@ def _resize_tokens(s, n, picture):
 def _map_as_tokens(s, n):
     g = grid(n, s.shape[2]/s.shape[3])
     if g is None:
-        raise DistillError(f"The student's map of shape {tuple(s.shape)} can't become the teacher's {n} tokens: these "
-                           "fill no grid of that height/width after class and register tokens. Pair maps with maps and "
-                           "sequences with sequences, or give a module as projector.")
+        raise DistillError(f"The student's map of shape {tuple(s.shape)} can't become the teacher's {n} tokens: after "
+                           "class and register tokens, these fill no grid of that height/width. Pair maps with maps "
+                           "and sequences with sequences, or give a module as projector.")
     return _with_class_tokens(s[:, :0, :0, 0], as_tokens(resize(s, g[1:])), g[0])
 
 
 def _with_class_tokens(lead, x, n):
-    "`x` after `n` class and register tokens: those that the student has, then the mean of its picture for the others"
+    "`x` after `n` class and register tokens: the student's own, then the mean over its picture for missing ones"
     lead = lead[:, :n]
     mean = x.mean(1, keepdim=True).expand(-1, n - lead.shape[1], -1)
     return torch.cat([lead, mean, x], 1) if lead.shape[1] else torch.cat([mean, x], 1)

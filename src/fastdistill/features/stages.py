@@ -28,14 +28,14 @@ def batch_size(x):
 
 @dataclass
 class Stage:
-    "A layer on the main road of a model, with no other end of a stage inside it"
+    "A layer on the main road of a model, in which no other stage ends"
     name:str
     module:nn.Module
     kind:str # 'map', 'tokens' or 'vector'
     shape:tuple # with the channels first if it is a map
     weights:int # number of layers in it that have weights
     leaf:bool # it holds no other layers
-    turn:str='' # the suffix of its name that gives its output this shape
+    turn:str='' # the suffix that gives its output this shape
 
     @property
     def place(self): return self.shape[2:] if self.kind == 'map' else self.shape[1:-1]
@@ -51,7 +51,7 @@ def stages(model, x):
     "The last layers of a model's stages, in the order in which they run"
     road = Road(model, x)
     found = road.stages(road.walk())
-    # a net of one resolution: its blocks are the stages
+    # in a net of one resolution, the blocks are the stages
     if len(found) == 1 and found[0].kind == 'map': found = road.stages(road.walk(split_maps=True))
     if not found:
         raise DistillError(f"layers='auto' finds no stages in {model_name(model)}. Name the layers: "
@@ -60,9 +60,9 @@ def stages(model, x):
 
 
 def check_visible(model):
-    "Refuse a teacher without visible layers: a function, a file, several models"
+    "Refuse a teacher without readable layers: a function, a file, several models"
     if '' not in named(model):
-        raise DistillError(f"layers='auto' takes one model whose layers it can see, not {model_name(model)}. "
+        raise DistillError(f"layers='auto' needs one model whose layers can be read, not {model_name(model)}. "
                            "Name the layers: layers={'student.layer': 'teacher.layer'}.")
 
 
@@ -83,14 +83,14 @@ class Road:
         self.head = self._head(ran)
 
     def _head(self, ran):
-        "The last layer with weights makes the output: it, and what runs later, is no feature. '' if there is no head"
+        "The last layer with weights, which makes the output: it and later layers are no features. '' if there is none"
         head = next((f.name for f in reversed(ran) if has_weights(f.module)), '')
         return '' if any(self._blocks(n, maps=True) for n in self.below if n and is_inside(head, n)) else head
 
     # the output of a layer
 
     def look(self, name):
-        "A layer as a stage; None if its output is no feature whose first axis is the batch"
+        "A layer as a stage; None if its output is not a feature whose first axis is the batch"
         f = self.ran.get(name)
         if f is None or not f.floats or not 2 <= len(f.shape) <= 5 or f.shape[0] != self.batch: return None
         dims,shape,last = len(f.shape),f.shape,self._channels_last(f)
@@ -101,7 +101,7 @@ class Road:
         return Stage(name, f.module, kind, shape, weights, name not in self.below, turn)
 
     def _channels_last(self, f):
-        "Is the channel axis the last one? The picture's height/width shows it, else the classes of the layers inside"
+        "Is the channel axis the last? The picture's height/width decides, else the classes of the layers inside"
         if len(f.shape) == 3: return f.module not in self.first
         if len(f.shape) != 4: return False
         have = {type(m) for m in f.module.modules()}
@@ -120,14 +120,14 @@ class Road:
         for n in sorted(self._open('', split_maps), key=self.when.get):
             u = self.look(n)
             if u is None: continue
-            # a map that was pooled to 1 x 1 is a vector, except for its shape
+            # a map that was pooled to 1 x 1 is in effect a vector
             if u.kind == 'map' and set(u.place) == {1} and max(place, default=0) > 4: continue
             if u.kind == 'map': place = u.place
             found.append(u)
         return found
 
     def _open(self, name, split_maps, block=False):
-        "Names of the layers on the road at or below `name`; `block`: it is one of a row of blocks, which stay whole"
+        "Names of the layers on the road at or below `name`. A `block` is one of a row, and is not split"
         at_head = not name or is_inside(self.head, name)
         if not at_head and self.when.get(name, 0) > self.when[self.head]: return []
         u,below = self.look(name),self.below.get(name, [])
@@ -147,8 +147,7 @@ class Road:
         others = {o.place for o in inside if set(o.place) != {1}} - self._ends(u)
         areas = sorted(map(math.prod, self._ends(u)))
         between = [p for p in others if areas and areas[0] < math.prod(p) < areas[-1]]
-        # subtle: one other resolution outside the range is a shortcut, such as attention to a pooled map. Two or more
-        # are an encoder and a decoder
+        # subtle: one resolution out of range is a shortcut, such as attention to a pooled map; several are a U-Net
         return bool(between) or len(others) > 1
 
     def _ends(self, u):
@@ -174,7 +173,7 @@ class Road:
     def stages(self, units):
         "The last layer of each stage"
         groups = self._groups([u for u in units if u.kind != 'vector'])
-        # in a net with blocks, single layers are stems and necks, and no stages
+        # in a net with blocks, single layers are stems and necks, not stages
         if any(u.deep for g in groups for u in g): groups = [g for g in groups if any(u.deep for u in g)]
         if not groups: groups = self._layers([u for u in units if u.kind == 'vector'])
         elif len(groups) == 1 and sum(u.deep for u in groups[0]) > 1: return [u for u in groups[0] if u.deep]
@@ -182,7 +181,7 @@ class Road:
         return [self._end(g) for g in groups]
 
     def _groups(self, units):
-        "Neighboring layers of one resolution and dilation, if any of them has weights"
+        "Groups of consecutive layers of one resolution and dilation, if any of them has weights"
         groups,place,dilation = [],None,None
         for u in units:
             here = u.kind,self._place(u)
@@ -207,7 +206,7 @@ class Road:
         return groups
 
     def _stem(self, group, units):
-        "Is it only the one layer at the entry that shrinks the picture?"
+        "Is this group just the one layer at the entry that shrinks the picture?"
         entry,*more = [u for u in group if u.weights]
         first = next(u for u in units if u.weights)
         return not more and entry is first and entry.kind == 'map' and max(entry.place) < max(self.size, default=0)
@@ -218,7 +217,7 @@ class Road:
         i = max(i for i,u in enumerate(group) if u.weights and (u.deep or not blocks))
         tail = group[i+1:]
         if group[i].leaf: tail = [u for u in tail if not isinstance(u.module, PASSIVE)]
-        else: # after a block, only an activation that would overwrite its output in place
+        else: # after a block, take only an activation that would overwrite its output in place
             n = next((k for k,u in enumerate(tail) if not getattr(u.module, 'inplace', False)), len(tail))
             tail = tail[:n]
         return tail[-1] if tail else group[i]

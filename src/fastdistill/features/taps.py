@@ -16,7 +16,7 @@ TURNS = dict(map=as_map, tokens=as_tokens, mean=as_vector)
 
 
 class _Tap:
-    "A hook on one layer. It holds that layer and the dict that it writes to; a copy of it does nothing"
+    "A hook on one layer. It holds that layer and the dict to which it writes. A copy of it does nothing"
     def __init__(self, name, module, seen):
         self.name,self.module,self.seen = name,module,seen
         self.how = name.split('@')[1:]
@@ -34,16 +34,16 @@ class _Tap:
         for h in self.how: y = TURNS.get(h, as_is)(y)
         return y,None if compiling or y.is_inference() else y._version
 
-    # subtle: models are copied (EMA) and pickled (export) while hooks are on them. A copy becomes a function that takes
-    # any arguments, does nothing, and loads where fastdistill is not installed
+    # subtle: a model may be copied (EMA) or pickled (export) while it has hooks. A copied hook is a function that does
+    # nothing, takes any arguments, and loads where fastdistill is not installed
     def __reduce__(self): return getattr, (contextlib.nullcontext(), '__exit__')
 
 
 class Taps:
     """Read named layers of a model: `attach`, run the model, `pop`, `detach`; or `with Taps(model, names) as taps`.
 
-    Outputs keep their gradient. Of a tuple, dict or ModelOutput the main tensor is read. Of a layer that runs several
-    times in one forward pass the last run is read. Replicas of DataParallel and copies of the model are not read."""
+    Outputs keep their gradient. In a tuple, dict or ModelOutput the main tensor is read. If a layer runs several times
+    in one forward pass, the last run is read. Replicas of DataParallel and copies of the model are not read."""
     def __init__(
         self,
         model:nn.Module, # wrapped (DDP, torch.compile) or not
@@ -51,12 +51,12 @@ class Taps:
     ):
         names = [names] if isinstance(names, str) else names
         self.model,self.seen,self.handles = model,{},[]
-        self.compiled = is_compiled(model)    # has it parts that were compiled by torch.compile?
+        self.compiled = is_compiled(model)    # does it have parts that were compiled by torch.compile?
         have = named(model)
         self.names = list(dict.fromkeys(n for p in names for n in resolve_among(model, have, p)))
 
     def attach(self):
-        "Put the hooks on; a second call changes nothing"
+        "Add the hooks; a second call changes nothing"
         self.detach()
         if self.names: _heed_hooks(self.model)
         # layers are looked up now, since SyncBatchNorm may have replaced some after the names were given
@@ -79,7 +79,7 @@ class Taps:
         return m
 
     def detach(self):
-        "Take the hooks off, and forget what they read"
+        "Remove the hooks and the tensors that they read"
         self._unhook()
         self.seen.clear()
 
@@ -89,7 +89,7 @@ class Taps:
 
     def __enter__(self): return self.attach()
 
-    def __exit__(self, error, *_): # after a `with` without an error, what was read can still be popped
+    def __exit__(self, error, *_): # after a `with` without an error, the tensors can still be popped
         self._unhook() if error is None else self.detach()
 
     @property
@@ -98,7 +98,7 @@ class Taps:
         return {n: self.seen[n][0] for n in self.names if isinstance(self.seen.get(n), tuple)}
 
     def pop(self) -> dict:
-        "Layer name -> tensor, in the given order, of the batch that just ran; then forget them"
+        "Layer name -> tensor, in the given order, of the batch that just ran. The tensors are removed from here"
         seen = dict(self.seen)
         self.seen.clear()
         return {n: self._checked(n, seen.get(n)) for n in self.names}
@@ -107,23 +107,23 @@ class Taps:
         model,(base,*how) = model_name(self.model),name.split('@')
         if seen is None:
             raise DistillError(f"Layer {name!r} of {model} did not run in this batch, or ran where it can't be read: "
-                               "in replicas of DataParallel, or in a function that was compiled around the model. Taps "
-                               "are popped after the model ran and before they are detached. layers(model, x) shows a "
-                               "shape for the layers that run.")
+                               "in replicas of DataParallel, or in a function that was compiled around the model. Pop "
+                               "taps after the model ran and before you detach them. layers(model, x) shows a shape "
+                               "for the layers that run.")
         if isinstance(seen, str):
-            raise DistillError(f"Layer {name!r} of {model} gave a {seen} with no tensor in it. layers(model, x) shows "
-                               "a shape for the layers that give a tensor.")
+            raise DistillError(f"Layer {name!r} of {model} returned a {seen} with no tensor in it. layers(model, x) "
+                               "shows a shape for the layers that return a tensor.")
         y,version = seen
         if version is not None and y._version != version:
             copied = '@'.join([base, 'pre', *how])
-            raise DistillError(f"The output of {name!r} of {model} was overwritten afterwards, by an in-place "
-                               f"activation or addition. Name '{copied}' to get a copy from before, or name the layer "
-                               "that overwrote it.")
+            raise DistillError(f"The output of {name!r} of {model} was overwritten by a later in-place activation or "
+                               f"addition. Name '{copied}' to get a copy from before that, or name the layer that "
+                               "overwrote it.")
         return y
 
 
 def _heed_hooks(model):
-    "Have torch.compile check for hooks. Code that it compiled before never runs hooks, and is dropped"
+    "Make torch.compile check for hooks. Code that it compiled before never runs hooks, and is discarded"
     if 'torch._dynamo' not in sys.modules or not is_compiled(model): return
     if not torch._dynamo.config.skip_nnmodule_hook_guards: return       # done already in this process
     torch._dynamo.config.skip_nnmodule_hook_guards = False

@@ -1,15 +1,17 @@
-"Pure functions of two tensors, student first; each has a module form under its paper's capitals."
+"Losses: pure functions of two tensors, student first. Each has a module form, named in the paper's capitals."
 import sys
 from ..docments import explain_all
-from . import decoupled, dense, feature, relation, response
+from . import decoupled, dense, divergence, feature, relation, response
 from ._base import loss
 from .decoupled import *
 from .dense import *
+from .divergence import *
 from .feature import *
 from .relation import *
 from .response import *
 
 NOT_LOSSES = {'loss', 'ofd_margin', 'standardize', 'standardized'} # public names that are helpers of losses
-__all__ = ['loss', *decoupled.__all__, *dense.__all__, *feature.__all__, *relation.__all__, *response.__all__]
+__all__ = ['loss', *decoupled.__all__, *dense.__all__, *divergence.__all__, *feature.__all__, *relation.__all__,
+           *response.__all__]
 
 explain_all(sys.modules[__name__])

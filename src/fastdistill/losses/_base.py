@@ -22,15 +22,15 @@ KINDS = 'softmax', 'sigmoid', 'regression'
 
 
 def loss(
-    kind:str|None=None, # what the logits must be for the loss to have a meaning: 'softmax', 'sigmoid' or 'regression';
-    # None: anything
-    match:str='shape', # what the student's features need of the teacher's: the same 'shape', only the same 'grid'
-    # (places), or 'none'
-    lists:bool=False, # True: it takes the features of all layers at once, as two lists
-    samples:bool=False # True: its `mask` has one value for each sample, and not for each position
+    kind:str|None=None, # the logits that the loss is for: 'softmax', 'sigmoid', 'regression'; None: any
+    match:str='shape', # what student and teacher features must share: 'shape', 'grid' (positions only) or 'none'
+    lists:bool=False, # True: the loss takes the features of all layers at once, as two lists
+    samples:bool=False # True: the loss's `mask` has one value per sample, not per position
 ):
-    """Make a loss of `fn(s, t, ...)`: `@loss(match='grid')`. It runs in float32 or better, also under autocast, and
-    without a gradient into the teacher. The options become attributes, from which a `Term` reads what the loss needs"""
+    """Make a loss of `fn(s, t, ...)`: `@loss(match='grid')`.
+
+    The loss runs in float32 or better, also under autocast. No gradient reaches the teacher. The options become
+    attributes, from which a `Term` reads what the loss needs"""
     if callable(kind):
         raise DistillError("loss is a decorator with options: write @loss() above your function, or "
                            "@loss(match='grid')")
@@ -50,9 +50,8 @@ def loss(
 def fit_mask(mask:Tensor, shape):
     "`mask` as a plain tensor of this shape; refused if it does not fit"
     if mask.dim() > len(shape) or any(m not in (1, n) for m,n in zip(mask.shape[::-1], shape[::-1])):
-        raise DistillError(f"A mask of shape {tuple(mask.shape)} does not fit values of shape {tuple(shape)}: it has "
-                           "one number, or True, per value (the shape of the logits without their class axis, where "
-                           "there is one)")
+        raise DistillError(f"A mask of shape {tuple(mask.shape)} does not fit values of shape {tuple(shape)}: a mask "
+                           "has one number or bool per value. For logits, it has their shape without the class axis")
     return as_plain(mask).expand(shape)
 
 
@@ -74,20 +73,20 @@ def reduce(
 
 
 def same_shape(s:Tensor, t:Tensor):
-    "Refuse what would broadcast in silence"
+    "Refuse shapes that would broadcast silently"
     if s.shape != t.shape:
         raise DistillError(f"The student's output has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: they "
-                           "must be equal. If the teacher has more classes, Teacher(teacher, select=[...]) takes those "
-                           "of the student, in its order. "
-                           "If it has fewer, compare only those, with a loss of your own: "
-                           "Term(lambda s, t: losses.kl(s[:, ids], t)). If the resolutions differ, resize one of them.")
+                           "must be equal. If the teacher has more classes, Teacher(teacher, select=[...]) selects "
+                           "the student's classes, in its order. If it has fewer, write a loss that compares only "
+                           "those: Term(lambda s, t: losses.kl(s[:, ids], t)). If the resolutions differ, resize one "
+                           "of them.")
 
 
 def temperature(T):
-    "`T`, if it is one"
+    "`T`, if it is a valid temperature"
     if not T > 0:
-        raise DistillError(f"T={T}: a temperature is a number above 0 (1 leaves the logits as they are, 2 to 8 soften "
-                           "them)")
+        raise DistillError(f"T={T}: a temperature is a number above 0. T=1 does not change the logits, 2 to 8 soften "
+                           "them")
     return T
 
 
@@ -126,9 +125,10 @@ def cells(x:Tensor, axis:int=1):
 def unit(
     x:Tensor,
     axis:int=1,
-    least:Tensor|float=0. # lengths up to this count as 0
+    least:Tensor|float=0. # vectors of at most this length count as zero
 ):
-    "`x` at length 1 along `axis`; zero vectors stay zero and get no gradient (`F.normalize` gives them 1e12)"
+    """`x` scaled to length 1 along `axis`. Zero vectors stay zero and get no gradient; `F.normalize` would multiply
+    their gradient by 1e12"""
     n = torch.linalg.vector_norm(x, dim=axis, keepdim=True)
     return x/n.masked_fill(n <= least, torch.inf)
 
@@ -162,8 +162,8 @@ class Loss(nn.Module):
         return self.options.get(name, inspect.signature(self.fn).parameters[name].default)
 
     def prepare(self, s, t, layer=None, axis=None):
-        """Called once, with projected student features, teacher features, the teacher's layer: losses that own tensors
-        make them"""
+        """Create the tensors that a loss owns. Called once, with the projected student features, the teacher features
+        and the teacher's layer"""
 
     def extra_repr(self):
         own = [] if self.fn is type(self).fn else [repr(self.fn)]

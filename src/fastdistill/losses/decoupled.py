@@ -1,11 +1,11 @@
-"Losses that set the label's class apart from the others."
+"Losses that treat the label's class and the other classes separately."
 import torch
 from torch import Tensor
 from ..outputs import DistillError, as_plain
 from ._base import Loss, class_axis, expect, fit_mask, log_probs, loss, reduce
 from .response import checked_classes, kl_of, of_class, positions
 
-__all__ = ['dkd', 'DKD', 'nkd', 'NKD']
+__all__ = ['dkd', 'DKD', 'nkd', 'NKD', 'rld', 'RLD']
 
 
 def checked_labels(y, s, axis, ignore_index, mask):
@@ -13,9 +13,9 @@ def checked_labels(y, s, axis, ignore_index, mask):
     y,axis = as_plain(y),class_axis(s, axis)
     shape,n = positions(s, axis),s.shape[axis]
     if y.is_floating_point() or y.is_complex():
-        raise DistillError(f"Labels of {y.dtype}: this loss sets the label's class apart, so it needs one class (an "
-                           "integer) per position. Mixed or smoothed labels have none: use kl, jsd or dist, or pass "
-                           "the plain labels.")
+        raise DistillError(f"Labels of {y.dtype}: this loss treats the label's class separately, so it needs one class "
+                           "(an integer) per position. Mixed or smoothed labels have none: use kl, jsd or dist, or "
+                           "pass the plain labels.")
     if y.shape == (*shape, 1): y = y[..., 0]        # tabular targets are (B, 1)
     if y.shape != shape:
         raise DistillError(f"Labels of shape {tuple(y.shape)} do not fit logits of shape {tuple(s.shape)}: with the "
@@ -24,11 +24,10 @@ def checked_labels(y, s, axis, ignore_index, mask):
     keep = y != ignore_index
     if mask is not None: keep = keep*fit_mask(mask, shape)
     y = y.where(keep > 0, 0)
-    # subtle: only here is a look at the values free; a GPU would stop for it at every step, and a traced graph would
-    # break
+    # subtle: checked only where it is free. On a GPU each step would wait for the values; a traced graph would break
     if y.is_cpu and not torch.compiler.is_compiling() and y.numel() and not 0 <= y.min() <= y.max() < n:
-        raise DistillError(f"Labels from {y.min()} to {y.max()} for {n} classes: one that does not count is named by "
-                           f"ignore_index (now {ignore_index}), or left out by mask")
+        raise DistillError(f"Labels from {y.min()} to {y.max()} for {n} classes. Exclude labels that do not count with "
+                           f"ignore_index (now {ignore_index}) or mask")
     return y,keep
 
 
@@ -51,7 +50,7 @@ def dkd(
     mask:Tensor|None=None, # the shape of `y`: which positions count
     reduction:str='mean'
 ):
-    """T^2 (alpha KL of (p_y, 1-p_y) + beta KL of the softmax without y): decoupled distillation (CVPR 2022,
+    """T^2 (alpha KL of (p_y, 1-p_y) + beta KL of the softmax without y) (decoupled distillation, CVPR 2022,
     arXiv:2203.08679)"""
     y,mask = checked_labels(y, s, axis, ignore_index, mask)
     s,t = checked_classes(s, t, axis, mask)
@@ -78,9 +77,11 @@ def nkd(
     mask:Tensor|None=None, # the shape of `y`: which positions count
     reduction:str='mean'
 ):
-    """-p_t^y log p_s^y + gamma T^2 cross-entropy of the softmax without y: normalized distillation (ICCV 2023,
-    arXiv:2303.13005). Never below gamma T^2 times the entropy of the teacher's other classes, reached by a student that
-    is sure of y"""
+    """-p_t^y log p_s^y + gamma T^2 cross-entropy of the softmax without y (normalized distillation, ICCV 2023,
+    arXiv:2303.13005).
+
+    Its minimum is gamma T^2 times the entropy of the teacher's other classes, where the student predicts y with
+    probability 1"""
     y,mask = checked_labels(y, s, axis, ignore_index, mask)
     s,t = checked_classes(s, t, axis, mask)
     ls,lt = [of_class(log_probs(x, 1., axis), y, axis) for x in (s, t)]
@@ -88,3 +89,33 @@ def nkd(
     return reduce(expect(lt, -ls) + gamma*T**2*expect(ot, -os).sum(axis), reduction, mask)
 
 class NKD(Loss): fn = nkd
+
+
+@loss(kind='softmax', match='shape')
+def rld(
+    s:Tensor, # student logits, any shape
+    t:Tensor, # teacher logits, the same shape
+    y:Tensor, # labels: `s` without the class axis
+    *, alpha:float=1., # weight of the first part: how certain the student is of the label, the teacher of its own class
+    beta:float=8., # weight of the second part: the classes less likely than the label, among themselves
+    T:float=4., # temperature
+    alpha_T:float|None=None, # temperature of the first part; None: T
+    axis:int=1, # class axis
+    ignore_index:int=-100, # positions with this label do not count
+    mask:Tensor|None=None, # the shape of `y`: which positions count
+    reduction:str='mean'
+):
+    """alpha_T^2 alpha KL of (max p_t, 1 - max p_t) to (p_s^y, 1-p_s^y) + T^2 beta KL of the softmax over classes that
+    the teacher finds less likely than y: refined logit distillation (ICCV 2025, arXiv:2408.07703)"""
+    y,mask = checked_labels(y, s, axis, ignore_index, mask)
+    s,t = checked_classes(s, t, axis, mask)
+    A = T if alpha_T is None else alpha_T
+    best,label = [_target_or_not(log_probs(x, A, axis), k, axis) for x,k in ((t, t.argmax(axis)), (s, y))]
+    ruled_out = (t == -torch.inf) | (s == -torch.inf)
+    out = ruled_out | (t >= of_class(t, y, axis).unsqueeze(axis))
+    none = out.all(axis, keepdim=True)        # positions without any class below the label: their second part is 0
+    os,ot = [log_probs(x.masked_fill(out, -torch.inf).masked_fill(none, 0.), T, axis) for x in (s, t)]
+    below = kl_of(ot, os, axis).masked_fill(none.squeeze(axis), 0.)
+    return reduce(alpha*A**2*kl_of(best, label, 0) + beta*T**2*below, reduction, mask)
+
+class RLD(Loss): fn = rld

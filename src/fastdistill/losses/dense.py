@@ -1,5 +1,6 @@
-"""Losses for dense prediction: (B, C, H, W) maps of logits or features; (B, L, D) tokens with axis=-1. `axis` is the
-channels'."""
+"""Losses for dense prediction: (B, C, H, W) maps of logits or features; (B, L, D) tokens with axis=-1.
+
+`axis` is the channel axis."""
 import torch
 from torch import Tensor
 import torch.nn.functional as F
@@ -17,22 +18,22 @@ def cwd(
     t:Tensor, # (B, C, H, W) of the teacher
     *, T:float=4., # temperature
     axis:int=1, # channel axis
-    mask:Tensor|None=None, # (B, H, W): pixels that take part in the softmax; an image without any does not count
+    mask:Tensor|None=None, # (B, H, W): pixels that are part of the softmax; an image without any does not count
     reduction:str='mean' # 'none': (B, C)
 ):
-    """T^2 KL of the softmax of each channel over all positions, mean over channels and samples (channel-wise KD,
+    """T^2 KL of each channel's softmax over all positions, mean over channels and samples (channel-wise KD,
     arXiv:2011.13256)"""
     if s.shape != t.shape:
-        raise DistillError(f"Student {tuple(s.shape)}, teacher {tuple(t.shape)}: cwd compares channel with channel, "
+        raise DistillError(f"Student {tuple(s.shape)}, teacher {tuple(t.shape)}: cwd compares channel with channel and "
                            "pixel with pixel. Resize one of them, or give the student a projector (1x1 convolution)")
     grid = channels_first(s, axis)[:, 0].shape
     if len(grid) < 2:
-        raise DistillError(f"cwd compares where in the picture a channel is, and outputs of shape {tuple(s.shape)} "
-                           "have no places: use kl, kd() that is")
+        raise DistillError("cwd compares where in the picture a channel is active, and outputs of shape "
+                           f"{tuple(s.shape)} have no positions: use kl, as kd() does")
     s,t = cells(s, axis),cells(t, axis)
     if mask is not None:
         mask = (fit_mask(mask, grid) > 0).reshape(len(s), 1, -1)
-        # subtle: finite, for -inf makes nan of an image that is masked everywhere
+        # subtle: a finite number, since -inf gives nan in an image that is masked everywhere
         s,t = [o.masked_fill(~mask, -1e30) for o in (s, t)]
         mask = mask.any(2)
     ls,lt = log_probs(s, T, 2), log_probs(t, T, 2)
@@ -56,21 +57,22 @@ def affinity(x, pool, axis):
 def pairwise(
     s:Tensor, # (B, C, H, W) student map
     t:Tensor, # (B, C', H, W) teacher map: channels may differ
-    *, pool:int|float=2, # size of a cell: pixels, or a share of height and width below 1 (the authors': .5, which
-    # leaves 2 x 2)
+    *, pool:int|float=2, # size of a cell: in pixels, or below 1 as a share of height and width (the authors use .5)
     axis:int=1, # channel axis
     mask:Tensor|None=None, # (B,): which samples count
     reduction:str='mean'
 ):
     """Squared difference of the cosines between all pairs of cells, mean over pairs (structured KD, arXiv:1903.04197).
-    The authors' code lets no gradient through the student's lengths; this is the gradient of the cosine"""
+
+    The gradient is that of the whole cosine. In the authors' code none passes through the lengths of the student's
+    vectors"""
     if not (pool >= 1 if isinstance(pool, int) else 0 < pool < 1):
         raise DistillError(f"pool={pool}: a cell is a whole number of pixels from 1, or a share of height and width "
                            "below 1")
     s,t = affinity(s, pool, axis),affinity(t, pool, axis)
     if s.shape != t.shape:
         raise DistillError(f"pool={pool} leaves {s.shape[1]} cells of {len(s)} student maps and {t.shape[1]} of "
-                           f"{len(t)} teacher maps: take layers with the same grid, or resize one")
+                           f"{len(t)} teacher maps: choose layers with the same grid, or resize one")
     return reduce((s-t).pow(2).mean((1, 2)), reduction, mask)
 
 class Pairwise(Loss): fn = pairwise
@@ -83,7 +85,7 @@ def to_prototypes(
 ):
     "(B, P) cosine of each position with the mean of its class in the same image"
     i = y[:, None].expand_as(x)
-    # the sum will do: a cosine does not know lengths
+    # a sum instead of the mean: the cosine is the same
     proto = x.new_zeros(len(x), x.shape[1], n).scatter_add(2, i, x)
     return (unit(x)*unit(proto).gather(2, i)).sum(1)
 
@@ -91,8 +93,9 @@ def to_prototypes(
 def numbered(
     y:Tensor # (B, P) class of each position
 ):
-    """(B, P): the classes of each image as 0, 1, 2 ... in ascending order. A GPU waits for the number of classes, and
-    not for this"""
+    """(B, P): the classes of each image, renumbered as 0, 1, 2 ... in ascending order.
+
+    To count the classes would make the GPU wait; this does not"""
     v,i = y.sort(1)
     return torch.zeros_like(y).scatter(1, i, F.pad((v[:, 1:] != v[:, :-1]).long().cumsum(1), (1, 0)))
 
@@ -102,15 +105,16 @@ def ifvd(
     s:Tensor, # (B, C, H, W) student map
     t:Tensor, # (B, C', H, W) teacher map: channels may differ
     y:Tensor, # (B, H', W') labels; resized to the map, nearest
-    *, classes:int|None=None, # how many; None: unknown, which takes as much memory again as the map
+    *, classes:int|None=None, # number of classes; None: unknown, which needs twice the memory
     ignore_index:int=-100, # positions with this label do not count
     axis:int=1, # channel axis
     mask:Tensor|None=None, # (B, H, W), the map's grid: which positions count in the mean
     reduction:str='mean' # 'none': (B, H, W), 0 where ignored
 ):
     """Squared difference of each position's cosine with the mean feature of its class in its image (intra-class feature
-    variation, Wang et al., ECCV 2020). Mean over the positions that count; the authors' is over all, ignored ones as
-    0"""
+    variation, Wang et al., ECCV 2020).
+
+    It is the mean over the positions that count. The authors' mean is over all positions, with 0 for ignored ones"""
     s,t = channels_first(s, axis),channels_first(t, axis)
     if s.shape[2:] != t.shape[2:] or len(s) != len(t) or y.dim() != s.dim()-1 or len(y) != len(s):
         raise DistillError("ifvd needs student and teacher maps with one grid, and labels of as many axes: got "
@@ -120,7 +124,7 @@ def ifvd(
     y = torch.where(on, y, 0).flatten(1)
     n = classes or y.shape[1]
     if not classes: y = numbered(y)
-    # what does not count is 0, and moves no mean
+    # positions that do not count are 0, so they change no mean
     s,t = [to_prototypes(torch.where(on[:, None], x, 0.).flatten(2), y, n) for x in (s, t)]
     return reduce((s-t).pow(2).reshape(on.shape), reduction, on if mask is None else on*fit_mask(mask, on.shape))
 

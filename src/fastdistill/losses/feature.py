@@ -1,5 +1,6 @@
 """Losses between the features of two layers: (B, D) vectors, (B, C, H, W) maps, (B, L, D) tokens with axis=-1.
-`axis` is the channel axis; where nothing else is said, the mean is over all numbers."""
+
+`axis` is the channel axis. Unless a docstring differs, a loss is the mean over all numbers."""
 import math
 import torch
 from torch import Tensor, nn
@@ -15,33 +16,32 @@ GRID_POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_a
 
 
 def same_features(s, t):
-    "Refuse what would broadcast in silence"
+    "Refuse shapes that would broadcast silently"
     if s.shape != t.shape:
         raise DistillError(f"The student's features have shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: this "
-                           "loss compares them number by number. Give the student a projector (a linear layer, a 1x1 "
-                           "convolution); a Distiller builds it from the shapes")
+                           "loss compares them element by element. Give the student a projector (a linear layer or a "
+                           "1x1 convolution). A Distiller builds one from the shapes")
 
 
 def pooled(xs, axis:int=1):
-    "Channels first, and average-pooled to the smallest grid among them"
+    "Features with channels first, average-pooled to the smallest grid among them"
     xs = [channels_first(o, axis) for o in xs]
     grids = [tuple(o.shape[2:]) for o in xs]
     if len({len(g) for g in grids}) > 1 or len(grids[0]) not in GRID_POOL:
         raise DistillError(f"Features with the grids {', '.join(map(str, grids))} have no grid in common: this loss "
                            "compares maps with maps (B, C, H, W), or tokens with tokens (B, L, D). Turn tokens into a "
-                           "map first, "
-                           "or take layers before the pooling")
+                           "map first, or choose layers before the pooling")
     grid = tuple(map(min, zip(*grids)))
     return [o if g == grid else GRID_POOL[len(grid)](o, grid) for o,g in zip(xs, grids)]
 
 
 def tensor_like(v, x:Tensor):
-    "A number or a tensor, on the device of `x`; a number is made there, for a GPU waits for what is copied to it"
+    "A number or a tensor on the device of `x`. A number is created there, since a copy would make the GPU wait"
     return v.to(x) if isinstance(v, Tensor) else x.new_full((1,), v)
 
 
 def per_channel(v, x:Tensor, axis:int):
-    "One number, or one for each channel, shaped to meet `x`"
+    "One number, or one per channel, in a shape that broadcasts to `x`"
     v = tensor_like(v, x).flatten()
     if len(v) not in (1, x.shape[axis]):
         raise DistillError(f"{len(v)} values for features of shape {tuple(x.shape)}: axis {axis} has {x.shape[axis]} "
@@ -57,7 +57,9 @@ def hint(
     mask:Tensor|None=None, # `s` without the channel axis: which positions count
     reduction:str='mean'
 ):
-    "Mean squared difference (FitNets, arXiv:1412.6550); times channels x positions / 2 it is the paper's 1/2 ||t-s||^2"
+    """Mean squared difference (FitNets, arXiv:1412.6550).
+
+    The paper's loss, 1/2 ||t-s||^2, is this times channels x positions / 2"""
     same_features(s, t)
     return reduce((s-t).pow(2).mean(axis), reduction, mask)
 
@@ -73,10 +75,11 @@ def at(
     mask:Tensor|None=None, # (B,): which samples count
     reduction:str='mean'
 ):
-    """Squared difference of attention maps, q = mean_c |x|^p at length 1 (arXiv:1612.03928), mean over positions: the
-    scale of the authors' code, where its weight is 1000. Times H x W it is ||q_s - q_t||^2, from 0 to 2 at any
-    resolution; the paper prints the root of that, halved"""
-    if p < 1: raise DistillError(f"p={p}: the exponent is 1 or more, for below 1 the gradient at 0 is infinite")
+    """Squared difference of the attention maps q = mean_c |x|^p, scaled to length 1 (arXiv:1612.03928).
+
+    It is the mean over positions, as in the authors' code, where its weight is 1000. Times H x W it is
+    ||q_s - q_t||^2, from 0 to 2 at any resolution. The paper's formula is half the root of that"""
+    if p < 1: raise DistillError(f"p={p}: the exponent must be at least 1. Below 1 the gradient at 0 is infinite")
     s,t = [unit(o.abs().pow(p).mean(1).flatten(1)) for o in pooled([s, t], axis)]
     return reduce((s-t).pow(2).mean(1), reduction, mask)
 
@@ -91,13 +94,13 @@ def nst(
     mask:Tensor|None=None, # (B,): which samples count
     reduction:str='mean'
 ):
-    """Maximum mean discrepancy, with the kernel (a.b)^2, of the channels: each is a point of unit length in the space
-    of positions (neuron selectivity transfer, arXiv:1707.01219). Mean over pairs of channels, as in the authors'
-    code"""
+    """Maximum mean discrepancy between the channels, with the kernel (a.b)^2 (neuron selectivity transfer,
+    arXiv:1707.01219).
+
+    A channel is a vector over the positions, scaled to length 1. The loss is the mean over pairs of channels, as in
+    the authors' code"""
     s,t = [unit(o.flatten(2), 2) for o in pooled([s, t], axis)]
-    # one number, two ways to it: by pairs of positions where these are fewer than channels (2048 x 7 x 7), else by
-    # pairs
-    # of channels
+    # both ways give the same number; pairs of positions are cheaper where these are fewer than channels (2048 x 7 x 7)
     if s.shape[2] < max(s.shape[1], t.shape[1]):
         v = (s.mT@s/s.shape[1] - t.mT@t/t.shape[1]).pow(2).sum((1, 2))
     else:
@@ -109,7 +112,7 @@ class NST(Loss): fn = nst
 
 
 def flows(xs, axis):
-    "Of each two neighbors: (B, C1, C2) products of their channels, mean over positions"
+    "For each two consecutive layers: (B, C1, C2) products of their channels, mean over positions"
     xs = [[o.flatten(2) for o in pooled(pair, axis)] for pair in zip(xs, xs[1:])]
     return [a@b.mT/a.shape[2] for a,b in xs]
 
@@ -122,12 +125,14 @@ def fsp(
     mask:Tensor|None=None, # (B,): which samples count
     reduction:str='mean'
 ):
-    """Squared difference of the flows between layers, G = <a channel of one layer, a channel of the next>, mean over
-    G's numbers, sum over pairs of layers (Yim et al., CVPR 2017, who take the sum over G: times C1 x C2). Of two
-    neighbors with unequal grids the larger is average-pooled"""
+    """Squared difference of the flows between consecutive layers (Yim et al., CVPR 2017).
+
+    A flow G holds the products of each channel of one layer with each channel of the next. The loss is the mean over
+    G and the sum over pairs of layers. The paper sums over G, which is C1 x C2 times as much. If the grids of two
+    layers differ, the larger is average-pooled"""
     if not isinstance(s, list) or not isinstance(t, list) or len(s) != len(t) or len(s) < 2:
         got = [f'a list of {len(o)}' if isinstance(o, list) else f'a {type(o).__name__}' for o in (s, t)]
-        raise DistillError("fsp takes two lists of two or more maps, as many of the student as of the teacher; it got "
+        raise DistillError("fsp takes two lists of equal length, with two or more maps each; it got "
                            f"{got[0]} and {got[1]}")
     v = 0.
     for a,b in zip(flows(s, axis), flows(t, axis)):
@@ -142,14 +147,16 @@ class FSP(Loss): fn = fsp
 def ab(
     s:Tensor, # student features before the ReLU, projected to the teacher's shape
     t:Tensor, # teacher features before the ReLU
-    *, margin:float=1., # how far from 0, on the teacher's side, is far enough
+    *, margin:float=1., # distance from 0, on the teacher's side, beyond which the loss is 0
     axis:int=1, # channel axis
     mask:Tensor|None=None, # `s` without the channel axis: which positions count
     reduction:str='mean'
 ):
-    """Is each neuron active where the teacher's is? Squared hinge on the sign of `t` (activation boundaries,
-    arXiv:1811.03233). 0 where the student has the teacher's signs by the margin: not, then, at s == t. The authors'
-    scale is the sum over a sample's numbers, times .003"""
+    """Squared hinge loss on the sign of `t`: is each neuron active where the teacher's is? (activation boundaries,
+    arXiv:1811.03233).
+
+    It is 0 where `s` has the sign of `t` and is at least `margin` away from 0, so it need not be 0 at s == t. The
+    authors' loss is the sum over a sample's numbers, times .003"""
     same_features(s, t)
     return reduce(torch.where(t > 0, margin-s, margin+s).relu().pow(2).mean(axis), reduction, mask)
 
@@ -157,7 +164,7 @@ class AB(Loss): fn = ab
 
 
 def negative_mean(t, axis):
-    "Of each channel, the mean of its negative values; 0 if it has none"
+    "The mean of each channel's negative values; 0 if it has none"
     t = cells(t, axis)
     return t.clamp_max(0).sum((0, 2))/(t < 0).sum((0, 2)).clamp_min(1)
 
@@ -165,8 +172,9 @@ def negative_mean(t, axis):
 def ofd_margin(
     bn:nn.Module # the teacher's BatchNorm before the ReLU
 ):
-    """(C,) expected negative response of each channel, E[x | x < 0] for x ~ N(bias, weight^2), by the rule of OFD's
-    authors: -3 |weight| where almost nothing is negative"""
+    """(C,) expected negative value of each channel: E[x | x < 0] for x ~ N(bias, weight^2).
+
+    Where almost no value is negative it is -3 |weight|, as in the code of OFD's authors"""
     s = _full(torch.ones(bn.num_features) if bn.weight is None else bn.weight.detach().abs())
     m = _full(torch.zeros_like(s) if bn.bias is None else bn.bias.detach())
     z = m/s.clamp_min(1e-12)
@@ -179,15 +187,15 @@ def ofd_margin(
 def ofd(
     s:Tensor, # student features before the ReLU, projected to the teacher's shape
     t:Tensor, # teacher features before the ReLU
-    *, margin:Tensor|float|None=None, # (C,), where the teacher's values are cut from below; None: mean of its negative
-    # ones
+    *, margin:Tensor|float|None=None, # (C,) lower bound of the teacher's values; None: the mean of its negative values
     axis:int=1, # channel axis
     mask:Tensor|None=None, # `s` without the channel axis: which positions count
     reduction:str='mean'
 ):
     """Squared distance to max(t, margin), but 0 where that is not positive and the student is already below it
-    (overhaul of feature distillation, arXiv:1904.01866). The authors' scale is the sum over a sample's numbers, / 1000
-    for CIFAR, / 10000 for ImageNet"""
+    (overhaul of feature distillation, arXiv:1904.01866).
+
+    The authors' loss is the sum over a sample's numbers, divided by 1000 for CIFAR and by 10000 for ImageNet"""
     same_features(s, t)
     t = torch.maximum(t, per_channel(negative_mean(t, axis) if margin is None else margin, t, axis))
     return reduce(torch.where((s > t) | (t > 0), (s-t).pow(2), 0.).mean(axis), reduction, mask)
@@ -195,25 +203,26 @@ def ofd(
 
 @loss(kind=None, match='shape')
 def vid(
-    s:Tensor, # student features, projected to the teacher's shape: what it expects of the teacher
+    s:Tensor, # student features, projected to the teacher's shape: the mean of the Gaussian
     t:Tensor, # teacher features
-    *, log_scale:Tensor|None=None, # (C,), trained: the variance is softplus(log_scale) + eps. `VID` owns one. None:
-    # `var`
-    var:float=5., # variance to begin with
+    *, log_scale:Tensor|None=None, # (C,) trained; the variance is softplus(log_scale) + eps. `VID` owns it. None: `var`
+    var:float=5., # variance at the start
     eps:float=1e-5, # smallest variance
     axis:int=1, # channel axis
     mask:Tensor|None=None, # `s` without the channel axis: which positions count
     reduction:str='mean'
 ):
     """Gaussian negative log-likelihood of `t`, 1/2 ((s-t)^2/var + log var) (variational information distillation,
-    arXiv:1904.05835, with the sum over a sample's numbers). Can be negative; least in `s` at s == t"""
+    arXiv:1904.05835).
+
+    The paper sums over a sample's numbers. The loss can be negative. For a given variance its minimum is at s == t"""
     same_features(s, t)
     var = tensor_like(var, s) if log_scale is None else F.softplus(per_channel(log_scale, s, axis)) + eps
     return reduce(((s-t).pow(2)/var + var.log()).mean(axis)/2, reduction, mask)
 
 
 class Owner(Loss):
-    "A loss that owns one number for each channel of the teacher: given as an option, or made by `prepare`"
+    "A loss that owns one number per channel of the teacher: given as an option, or computed by `prepare`"
     own = None # name of the option, and of the attribute
 
     def __init__(self, **options):
@@ -225,7 +234,7 @@ class Owner(Loss):
     def keep(self, v): setattr(self, self.own, v.detach().clone())
 
     def _load_from_state_dict(self, state, prefix, *args):
-        "One that is not prepared takes what another has learnt"
+        "A loss that is not prepared yet takes the numbers from the state"
         v = state.get(prefix + self.own)
         if v is not None and getattr(self, self.own) is None: self.keep(v)
         super()._load_from_state_dict(state, prefix, *args)
@@ -235,7 +244,7 @@ class OFD(Owner):
     fn,own = ofd,'margin'
 
     def prepare(self, s, t, layer=None, axis=None):
-        "Fix the margin: from the teacher's layer if that is a BatchNorm, else from the negative values in this batch"
+        "Set the margin: from the teacher's layer if that is a BatchNorm, else from the negative values in this batch"
         if self.margin is not None: return
         if isinstance(layer, _BatchNorm): self.keep(ofd_margin(layer).to(t.device))
         else: self.keep(negative_mean(_full(t), self.option('axis') if axis is None else axis))
@@ -251,15 +260,16 @@ class VID(Owner):
         self.log_scale = nn.Parameter(v.detach().clone())
 
     def prepare(self, s, t, layer=None, axis=None):
-        "Make the variance, one for each channel of the teacher"
+        "Create the variance of each channel of the teacher"
         if self.log_scale is not None: return
         start = math.log(math.expm1(self.option('var') - self.option('eps')))
         self.keep(_full(t).new_full((t.shape[self.option('axis') if axis is None else axis],), start))
 
     def forward(self, s, t, *args, **kwargs):
         if self.log_scale is None:
-            raise DistillError("VID trains a variance, and it is not there yet: call prepare(s, t) with features of "
-                               "one batch before you make the optimizer (a Distiller does), or give log_scale=")
+            raise DistillError("VID trains a variance, which does not exist yet: call prepare(s, t) with the features "
+                               "of one batch before you create the optimizer, or give log_scale=. A Distiller calls "
+                               "prepare itself")
         return super().forward(s, t, *args, **{'log_scale': self.log_scale, **kwargs})
 
 
@@ -267,7 +277,7 @@ def standardized_rows(
     x:Tensor, # (C, N)
     w:Tensor # (N,) weights
 ):
-    "Each row less its mean, at length 1; a row that is constant but for rounding is 0"
+    "Each row minus its mean, scaled to length 1. A row that is constant up to rounding becomes 0"
     x = torch.where(w > 0, x, 0.)
     eps = torch.finfo(x.dtype).eps
     mean = (x*w).sum(1, keepdim=True)/w.sum().clamp_min(eps)
@@ -281,15 +291,15 @@ def pkd(
     *, axis:int=1, # channel axis
     mask:Tensor|None=None # `s` without the channel axis: which positions count in the correlation
 ):
-    """1 - Pearson correlation of each channel over batch and positions, mean over channels (PKD, arXiv:2207.02039). The
-    authors' code has (M-1)/M of it, M = batch x positions. A channel that is constant in one model gives 1/2, in both
-    0"""
+    """1 - Pearson correlation of each channel over batch and positions, mean over channels (PKD, arXiv:2207.02039).
+
+    The authors' code multiplies it by (M-1)/M, where M = batch x positions. A channel that is constant in one model
+    adds 1/2, a channel that is constant in both adds 0"""
     same_features(s, t)
     grid = channels_first(s, axis)[:, 0].shape
     w = t.new_ones(grid) if mask is None else fit_mask(mask, grid).to(t)
     s,t = [standardized_rows(cells(o, axis).transpose(0, 1).flatten(1), w.flatten()) for o in (s, t)]
-    # subtle: half the squared distance of the unit vectors is 1-r, without the rounding that makes 1-r negative at s
-    # == t
+    # subtle: half the squared distance of unit vectors equals 1-r, and rounding can't make it negative at s == t
     return (s-t).pow(2).sum(1).mean()/2
 
 class PKD(Loss): fn = pkd

@@ -1,6 +1,7 @@
-"""Losses between relations, of the samples of a batch with each other (`rkd`, `sp`, `cc`, `pkt`) or of channels
-(`ickd`). A square is compared with a square: student and teacher may have other dimensions. A sample is all that stands
-behind the batch axis, as one long vector, whatever its rank; pool maps or tokens first if only their mean is meant."""
+"""Losses between relations: of the samples of a batch (`rkd`, `sp`, `cc`, `pkt`) or of the channels (`ickd`).
+
+Each compares a square matrix of the student with one of the teacher, so their features may have different sizes. A
+sample is one vector, flattened behind the batch axis. To compare means, pool maps or tokens first."""
 import math
 import torch
 from torch import Tensor
@@ -22,10 +23,8 @@ def samples(s:Tensor, t:Tensor):
 def distances(
     x:Tensor # (B, D)
 ):
-    """(B, B) distances over their mean, and which of them are none: rows that are equal but for rounding have no
-    direction"""
-    # subtle: cdist's gradient is 0 where rows are equal (a root's is infinite); its faster matrix form loses half the
-    # digits
+    "(B, B) distances divided by their mean, and which of them are 0 up to rounding: such pairs have no direction"
+    # subtle: cdist's gradient is 0 where rows are equal (a root's is infinite). Its matrix form loses half the digits
     d = torch.cdist(x, x, compute_mode='donot_use_mm_for_euclid_dist')
     d = d/(d.sum()/(d > 0).sum().clamp_min(1)).clamp_min(torch.finfo(d.dtype).tiny)
     return d,d <= torch.finfo(d.dtype).eps**.5
@@ -33,9 +32,9 @@ def distances(
 
 def cosines(
     d:Tensor, # (B, B) distances
-    none:Tensor # which of them are none
+    none:Tensor # which of them are 0
 ):
-    "(B, B, B) of i, j, k: cosine of the angle at i between j and k, by the law of cosines; 0 where there is no angle"
+    "(B, B, B) cosine of the angle at i between j and k, by the law of cosines; 0 where there is no angle"
     sq,d = d.square(),d.masked_fill(none, 1.)
     cos = (sq[:, :, None] + sq[:, None] - sq)/(2*d[:, :, None]*d[:, None])
     return cos.masked_fill(none[:, :, None] | none[:, None], 0.)
@@ -46,13 +45,15 @@ def rkd(
     s:Tensor, # (B, D), or (B, ...)
     t:Tensor, # (B, D'), or (B, ...)
     *, w_d:float=25., # weight of the distances
-    w_a:float=50., # weight of the angles, which take memory for B^3 numbers
+    w_a:float=50., # weight of the angles, which need memory for B^3 numbers
     mask:Tensor|None=None, # (B,): whose relations count; all remain neighbors of the others
     reduction:str='mean'
 ):
-    """Huber losses of the distances over their mean, and of the cosines of all triples (relational KD,
-    arXiv:1904.05068), mean over all pairs and triples, i = j among them, as in the authors' code. Equal rows have no
-    angle and get no gradient"""
+    """Huber losses of the distances, divided by their mean, and of the cosines of all triples (relational KD,
+    arXiv:1904.05068).
+
+    They are means over all pairs and triples, including i = j, as in the authors' code. Equal rows have no angle and
+    get no gradient"""
     (ds,ns),(dt,nt) = map(distances, samples(s, t))
     v = w_d*F.smooth_l1_loss(ds, dt, reduction='none').mean(1)
     if w_a: v = v + w_a*F.smooth_l1_loss(cosines(ds, ns), cosines(dt, nt), reduction='none').mean((1, 2))
@@ -68,8 +69,8 @@ def sp(
     *, mask:Tensor|None=None, # (B,): whose relations count; all remain neighbors of the others
     reduction:str='mean'
 ):
-    """Squared difference of the samples' products with each other, x x^T with rows at length 1, mean over B^2
-    (similarity-preserving KD, arXiv:1907.09682)"""
+    """Squared difference of the matrices x x^T, rows scaled to length 1, mean over B^2 (similarity-preserving KD,
+    arXiv:1907.09682)"""
     s,t = [unit(x@x.T) for x in samples(s, t)]
     return reduce((s-t).pow(2).mean(1), reduction, mask)
 
@@ -77,7 +78,7 @@ class SP(Loss): fn = sp
 
 
 def gaussian(x, gamma, degree):
-    "exp(-gamma |a-b|^2) of rows of length 1: its Taylor sum up to `degree`"
+    "exp(-gamma |a-b|^2) for rows of length 1, as a Taylor sum up to `degree`"
     x = x@x.T
     return math.exp(-2*gamma)*sum((2*gamma)**p/math.factorial(p)*x**p for p in range(degree+1))
 
@@ -87,15 +88,17 @@ def cc(
     s:Tensor, # (B, D), or (B, ...)
     t:Tensor, # (B, D'), or (B, ...)
     *, kernel:str='gaussian', # or 'bilinear', x x^T
-    gamma:float=.4, # of the gaussian
+    gamma:float=.4, # of the Gaussian kernel
     degree:int=2, # of its Taylor sum
-    normalize:bool=True, # rows at length 1 first: only of such rows is the Taylor sum the gaussian
+    normalize:bool=True, # scale rows to length 1 first; the Taylor sum is the Gaussian only for such rows
     mask:Tensor|None=None, # (B,): whose relations count; all remain neighbors of the others
     reduction:str='mean'
 ):
-    """Squared difference of the samples' kernels with each other, mean over B^2 (correlation congruence,
-    arXiv:1904.01802). Of the codes in use one takes its root, another multiplies neighbors of the batch: neither is
-    the paper's"""
+    """Squared difference of the kernel matrices of the samples, mean over B^2 (correlation congruence,
+    arXiv:1904.01802).
+
+    Other implementations differ from the paper: one takes the root of this, another multiplies neighbors in the
+    batch"""
     if kernel not in ('gaussian', 'bilinear'):
         raise DistillError(f"kernel={kernel!r}: possible are 'gaussian' and 'bilinear'")
     s,t = [unit(x) if normalize else x for x in samples(s, t)]
@@ -108,10 +111,10 @@ class CC(Loss): fn = cc
 def neighbors(
     x:Tensor # (B, D)
 ):
-    "(B, B) log of each other sample's share, (1 + cosine)/2 over the sum of these"
+    "(B, B) log-probability of each other sample: (1 + cosine)/2, divided by the sum of these"
     x = unit(x)
     k = ((1 + x@x.T)/2).clamp_min(1e-7).log()
-    # subtle: a finite number, far below any log here: -inf makes nan of a batch of one
+    # subtle: a finite number, far below any log here, since -inf gives nan in a batch of one
     return log_probs(k.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), -1e4))
 
 
@@ -123,8 +126,10 @@ def pkt(
     reduction:str='mean'
 ):
     """KL of each sample's distribution over the others, p(j|i) ~ (1 + cos(i, j))/2, mean over samples (probabilistic
-    knowledge transfer, arXiv:1803.10837, with the sum over samples). The authors' code keeps j = i and takes the mean
-    over B^2, which makes it some B times smaller"""
+    knowledge transfer, arXiv:1803.10837).
+
+    The paper sums over samples. The authors' code includes j = i and takes the mean over B^2, so it is about B times
+    smaller"""
     ls,lt = map(neighbors, samples(s, t))
     return reduce(expect(lt, lt-ls).sum(1), reduction, mask)
 
@@ -132,7 +137,7 @@ class PKT(Loss): fn = pkt
 
 
 def correlations(x, axis):
-    "(B, C, C) products of channels over positions, rows at length 1"
+    "(B, C, C) products of channels over positions, rows scaled to length 1"
     x = cells(x, axis)
     return unit(x@x.mT, 2)
 
@@ -145,14 +150,16 @@ def ickd(
     mask:Tensor|None=None, # (B,): which samples count
     reduction:str='mean'
 ):
-    """Squared difference of the channels' products with each other, rows at length 1, sum over a row, mean over
-    channels (inter-channel correlation, Liu et al., ICCV 2021), as in the authors' CIFAR code; their ImageNet code
-    divides by the batch size once more"""
+    """Squared difference of the channels' products, rows scaled to length 1 (inter-channel correlation, Liu et al.,
+    ICCV 2021).
+
+    It is the sum over a row and the mean over channels, as in the authors' CIFAR code. Their ImageNet code divides by
+    the batch size once more"""
     s,t = correlations(s, axis),correlations(t, axis)
     if s.shape != t.shape:
         raise DistillError(f"ickd compares {s.shape[1]} channels of {len(s)} samples with {t.shape[1]} of {len(t)}: "
-                           "give the student a projector (1x1 convolution) to its channels; a Distiller builds it from "
-                           "the shapes")
+                           "give the student a projector (1x1 convolution) to the teacher's channels. A Distiller "
+                           "builds one from the shapes")
     return reduce((s-t).pow(2).sum(2).mean(1), reduction, mask)
 
 class ICKD(Loss): fn = ickd

@@ -14,29 +14,28 @@ __all__ = ['kl', 'KL', 'reverse_kl', 'ReverseKL', 'jsd', 'JSD', 'tvd', 'TVD', 's
 def positions(x, axis): return x.shape[:axis] + x.shape[axis+1:]
 
 def blank(mask, *xs):
-    "`xs` with 0 where the mask drops a value: a nan that stands there must reach neither the value nor the gradient"
+    "`xs` with 0 where the mask drops a value, so that a nan there reaches neither the loss nor the gradient"
     return [x.where(mask > 0, 0.) for x in xs]
 
 
 def checked_pair(s, t, axis, mask):
-    "Both logits, checked, blank where the mask drops a position"
+    "Both logits, checked, with 0 where the mask drops a position"
     same_shape(s, t)
     axis = class_axis(s, axis)
     return (s,t) if mask is None else blank(fit_mask(mask, positions(s, axis)).unsqueeze(axis), s, t)
 
 
 def checked_classes(s, t, axis, mask):
-    "`_pair`, where a softmax says something"
+    "`checked_pair` for a softmax, which needs two classes or more"
     if s.shape[class_axis(s, axis)] < 2:
-        raise DistillError(f"Outputs of shape {tuple(s.shape)} have 1 class on axis {axis}, and its softmax is always "
-                           "1: nothing to learn. Is it one label, or a number? Use binary_kl or regression. Does "
-                           "another axis hold the classes? Pass axis.")
+        raise DistillError(f"Outputs of shape {tuple(s.shape)} have 1 class on axis {axis}. Its softmax is always 1, "
+                           "so there is nothing to learn. Is it one label, or a number? Use binary_kl or regression. "
+                           "Does another axis hold the classes? Pass axis.")
     return checked_pair(s, t, axis, mask)
 
 
 def within(x, other):
-    """`x` over the classes that `other` has: one that is -inf there (outside its vocabulary) is left out, the rest
-    sums to 1"""
+    "`x` with -inf for the classes that are -inf in `other` (outside its vocabulary), so that the rest sum to 1"
     return x.masked_fill(other == -torch.inf, -torch.inf)
 
 def kl_of(a, b, axis): return expect(a, a-b).sum(axis)
@@ -74,8 +73,9 @@ def reverse_kl(
     mask:Tensor|None=None, # `s` without the class axis: which positions count
     reduction:str='mean'
 ):
-    """T^2 KL(softmax(s/T) || softmax(t/T)): the student keeps to what the teacher finds likely (MiniLLM,
-    arXiv:2306.08543)"""
+    """T^2 KL(softmax(s/T) || softmax(t/T)) (MiniLLM, arXiv:2306.08543).
+
+    The student learns to predict only classes that the teacher finds likely"""
     s,t = checked_classes(s, t, axis, mask)
     ls,lt = log_probs(within(s, t), T, axis),log_probs(t, T, axis)
     return reduce(kl_of(ls, lt, axis)*T**2, reduction, mask)
@@ -93,15 +93,15 @@ def jsd(
     mask:Tensor|None=None, # `s` without the class axis: which positions count
     reduction:str='mean'
 ):
-    """T^2 (beta KL(p_t || m) + (1-beta) KL(p_s || m)), m = beta p_t + (1-beta) p_s: generalized Jensen-Shannon (GKD,
-    arXiv:2306.13649)"""
+    """T^2 (beta KL(p_t || m) + (1-beta) KL(p_s || m)), where m = beta p_t + (1-beta) p_s: the generalized
+    Jensen-Shannon divergence (GKD, arXiv:2306.13649)"""
     if not 0 <= beta <= 1:
         raise DistillError(f"beta={beta}: the teacher's share of the mixture is a number from 0 to 1")
-    # subtle: the mixture's own limits are 0 (its slope is the KL), so 0 and 1 stand for the KLs themselves, as in TRL
+    # subtle: at beta 0 and 1 the formula gives 0 (the KLs are its slopes there), so these give the KLs, as in TRL
     if beta in (0, 1): return (reverse_kl if beta else kl)(s, t, T=T, axis=axis, mask=mask, reduction=reduction)
     s,t = checked_classes(s, t, axis, mask)
     ls,lt = log_probs(s, T, axis),log_probs(t, T, axis)
-    # subtle: the gradient of logaddexp is nan where both are -inf
+    # subtle: without the clamp, the gradient of logaddexp is nan where both are -inf
     lm = torch.logaddexp(lt + math.log(beta), ls.clamp_min(torch.finfo(ls.dtype).min/4) + math.log(1-beta))
     return reduce((beta*kl_of(lt, lm, axis) + (1-beta)*kl_of(ls, lm, axis))*T**2, reduction, mask)
 
@@ -134,7 +134,9 @@ def soft_ce(
     mask:Tensor|None=None, # `s` without the class axis: which positions count
     reduction:str='mean'
 ):
-    "T^2 cross-entropy with the soft targets: `kl` plus the teacher's own entropy, the same gradient (arXiv:1503.02531)"
+    """T^2 cross-entropy with the soft targets (arXiv:1503.02531).
+
+    It is `kl` plus the teacher's entropy, and has the same gradient"""
     s,t = checked_classes(s, t, axis, mask)
     ls,lt = log_probs(s, T, axis),log_probs(within(t, s), T, axis)
     return reduce(expect(lt, -ls).sum(axis)*T**2, reduction, mask)
@@ -150,8 +152,9 @@ def mse(
     mask:Tensor|None=None, # `s` without the class axis: which positions count
     reduction:str='mean'
 ):
-    """Squared distance of the logits, summed over classes (Ba and Caruana 2014, arXiv:1312.6184). A temperature with
-    its T^2 would cancel"""
+    """Squared distance of the logits, summed over classes (Ba and Caruana 2014, arXiv:1312.6184).
+
+    It has no temperature, since T and the factor T^2 would cancel"""
     s,t = checked_pair(s, t, axis, mask)
     return reduce((s-t).pow(2).sum(axis), reduction, mask)
 
@@ -166,8 +169,9 @@ def hard(
     mask:Tensor|None=None, # `s` without the class axis: which positions count
     reduction:str='mean'
 ):
-    """Cross-entropy with the class that the teacher would choose (DeiT, arXiv:2012.12877); 0 for a student that is
-    sure of it"""
+    """Cross-entropy with the class that the teacher predicts (DeiT, arXiv:2012.12877).
+
+    It is 0 if the student predicts that class with probability 1"""
     s,t = checked_classes(s, t, axis, mask)
     return reduce(-of_class(log_probs(s, 1., axis), within(t, s).argmax(axis), axis), reduction, mask)
 
@@ -182,8 +186,7 @@ def binary_kl(
     mask:Tensor|None=None, # the shape of `s`: which labels of which samples count
     reduction:str='mean'
 ):
-    """T^2 KL between the Bernoullis sigmoid(t/T) and sigmoid(s/T), one value per label: soft targets of multi-label
-    models"""
+    """T^2 KL from sigmoid(t/T) to sigmoid(s/T), one value per label: soft targets of multi-label models"""
     same_shape(s, t)
     if mask is not None: s,t = blank(fit_mask(mask, s.shape), s, t)
     s,t = s/temperature(T),t/T
@@ -207,8 +210,8 @@ def regression(
     if distance not in DISTANCES:
         raise DistillError(f"distance={distance!r}: possible are {', '.join(map(repr, DISTANCES))}")
     if s.shape[:1] != t.shape[:1] or s.numel() != t.numel():
-        raise DistillError(f"The student's output has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: as many "
-                           "samples, and as many numbers per sample, are needed")
+        raise DistillError(f"The student's output has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: both "
+                           "need the same number of samples, and of values per sample")
     s,t = s.reshape(len(s), -1),t.reshape(len(t), -1)
     if mask is not None: s,t = blank(fit_mask(mask, s.shape[:1])[:, None], s, t)
     return reduce(DISTANCES[distance](s, t, reduction='none').mean(1), reduction, mask)
@@ -219,14 +222,14 @@ class Regression(Loss): fn = regression
 @loss(kind=None, match='shape')
 def soft_targets(
     s:Tensor, # student's outputs, before softmax or sigmoid
-    t:Tensor, # teacher's
+    t:Tensor, # teacher's outputs, the same
     *, kind:str='softmax', # what they are: 'softmax' over classes, 'sigmoid' per label, 'regression'
-    T:float=4., # temperature (numbers have none)
+    T:float=4., # temperature; not used for regression
     axis:int=1, # class axis, for softmax
-    mask:Tensor|None=None, # as `kl`, `binary_kl` or `regression` has it
+    mask:Tensor|None=None, # as in `kl`, `binary_kl` or `regression`
     reduction:str='mean'
 ):
-    "The soft targets of whatever a model predicts: `kl`, `binary_kl` or `regression` (mse), by `kind`"
+    "Soft targets for each kind of output: `kl`, `binary_kl` or `regression` (mse)"
     if kind == 'softmax':    return kl(s, t, T=T, axis=axis, mask=mask, reduction=reduction)
     if kind == 'sigmoid':    return binary_kl(s, t, T=T, mask=mask, reduction=reduction)
     if kind == 'regression': return regression(s, t, mask=mask, reduction=reduction)
@@ -243,13 +246,15 @@ def dist(
     gamma:float=1., # weight of the relation between the positions of a class
     T:float=1., # temperature
     axis:int=1, # class axis
-    eps:float=1e-8, # added to the product of norms: a class that hardly varies over the batch counts little
+    eps:float=1e-8, # added to the product of norms, so that a class that hardly varies over the batch counts little
     mask:Tensor|None=None, # `s` without the class axis: which positions count
     reduction:str='mean' # 'none': a position's own part, plus the part that all share
 ):
     """T^2 (beta (1 - Pearson of a position's probabilities) + gamma (1 - Pearson of a class's over all positions))
-    (NeurIPS 2022, arXiv:2205.10536). At the teacher 0 but for `eps`, as released: a class that does not vary at all
-    over the positions (a batch of one) adds its full share, without a gradient"""
+    (NeurIPS 2022, arXiv:2205.10536).
+
+    At s == t it is 0 up to `eps`. As in the authors' code, a class that does not vary over the positions adds its full
+    share, without a gradient. In a batch of one that is every class"""
     s,t = checked_classes(s, t, axis, mask)
     axis = class_axis(s, axis)
     p,q = log_probs(s, T, axis).exp(),log_probs(t, T, axis).exp()
@@ -261,7 +266,7 @@ class DIST(Loss): fn = dist
 
 def _pearson(
     a:Tensor, b:Tensor, # of one shape
-    dim, # over which it is taken
+    dim, # dimensions over which it is computed
     w:Tensor|None=None, # weights that broadcast to `a`
     eps:float=1e-8
 ):
@@ -279,8 +284,9 @@ def standardize(
     eps:float=1e-7, # added to the standard deviation
     correction:int=1 # 1 divides by C-1, as released; 0 by C, as in the paper
 ):
-    """Logits less their mean, over their standard deviation: the student need not have the teacher's scale (CVPR 2024,
-    arXiv:2403.01427)"""
+    """Logits minus their mean, divided by their standard deviation (CVPR 2024, arXiv:2403.01427).
+
+    With them the student need not learn the scale of the teacher's logits"""
     x,axis = _full(x),class_axis(x, axis)
     if x.shape[axis] < 2:
         raise DistillError(f"Logits of shape {tuple(x.shape)} have 1 class on axis {axis}: no spread to standardize")
@@ -288,7 +294,7 @@ def standardize(
 
 
 class Standardized:
-    "What `standardized` makes of a function: one that looks like it, and can be pickled"
+    "The function that `standardized` returns. It has the name and signature of the given one, and can be pickled"
     def __init__(self, fn, **options):
         functools.update_wrapper(self, fn, updated=())
         self.options_of_standardize = options
@@ -301,8 +307,8 @@ class Standardized:
 
     def _check(self, kind):
         if kind in ('sigmoid', 'regression'):
-            raise DistillError(f"standardized {self.__name__} for {kind}: standardizing compares a position's classes "
-                               "with each other, so it needs a loss of softmax logits, such as kl, dkd or dist")
+            raise DistillError(f"standardized {self.__name__} for {kind}: standardizing compares the classes of a "
+                               "position, so it needs a loss of softmax logits, such as kl, dkd or dist")
 
     def __call__(self, s, t, *args, **kwargs):
         self._check(kwargs.get('kind'))
@@ -316,8 +322,8 @@ class Standardized:
 
 def standardized(
     loss, # a loss function of two logits, or a `Loss` module of one
-    *, eps:float=1e-7, # as `standardize` has them
-    correction:int=1
+    *, eps:float=1e-7, # as in `standardize`
+    correction:int=1 # as in `standardize`
 ):
     "The same loss on standardized logits: standardized(kl), standardized(DKD(beta=2.)) (CVPR 2024, arXiv:2403.01427)"
     if not isinstance(loss, Loss): return Standardized(loss, eps=eps, correction=correction)

@@ -1,4 +1,4 @@
-"The same augmentation twice: random numbers that belong to a sample and a view, not to a batch, a worker or an epoch."
+"Repeatable augmentation: random numbers depend on the sample and the view, not on the batch, worker or epoch."
 from .generators import Generators
 from .per_sample import PerSample, per_sample
 from .seeds import seeded, seeds_of, view_of

@@ -1,4 +1,4 @@
-"Random generators that belong to transforms: found inside them, and seeded like the global ones."
+"Random generators inside transforms: they are found there, and seeded like the global ones."
 import hashlib, inspect, random
 from collections import deque
 from contextlib import contextmanager
@@ -17,9 +17,8 @@ PLAIN_TYPES = str,bytes,Number,np.ndarray,np.generic,Tensor,PurePath,ModuleType,
 GLOBAL_GENERATORS = {id(o) for o in (random._inst, np.random.mtrand._rand, torch.default_generator)}
 # the code of these packages draws from the global generators, or from a generator that the user's transform holds
 LIBRARIES = {'PIL', 'builtins', 'fastai', 'fastcore', 'fastdistill', 'fasttransform', 'numpy', 'pandas', 'plum',
-             'torch',
-             'torchvision'}
-# longer collections are data; a search that finds more objects has reached the data
+             'torch', 'torchvision'}
+# longer collections are data, and a search that finds more objects has reached the data
 MAX_ITEMS,MAX_OBJECTS = 200,20_000
 
 # class of generator -> (get its state, set its state, seed it)
@@ -33,9 +32,11 @@ ACCESS = {
 
 
 class Generators:
-    """The generators of NumPy, Python and PyTorch inside transforms or datasets, those that their functions name
-    included. An object with `set_random_state(random_generator, py_random)`, as albumentations' transforms have it, is
-    given new generators"""
+    """The generators of NumPy, Python and PyTorch inside transforms or datasets, including those that their functions
+    name.
+
+    An object with a method `set_random_state(random_generator, py_random)`, such as a transform of albumentations, gets
+    new generators"""
     def __init__(self, *roots):
         found = [(place, owned) for place,o,owned in reachable(roots) if access_of(o) or hands_out_generators(o)]
         self.places,self.owned = [p for p,_ in found],[owned for _,owned in found]
@@ -47,8 +48,7 @@ class Generators:
     def seeded(
         self, seed:int # any 64-bit number
     ):
-        """Inside, each generator is seeded by a number of its own that follows from `seed`; afterwards all have their
-        old states"""
+        "Inside, each generator has its own seed, which depends on `seed`. At the end their states are restored"
         if not self.places:
             yield
             return
@@ -88,19 +88,21 @@ def hands_out_generators(o): return takes_generators(type(o)) and hasattr(o, '__
 
 
 def reachable(roots):
-    """(place, object, owned) of all objects that can be reached. A place is (get, holder, key): the object there may be
-    replaced later. `owned`: it is inside an object that gives generators to all its parts"""
+    """(place, object, owned) of all objects that can be reached.
+
+    A place is (get, holder, key), since the object there may be replaced later. An object is `owned` if it is inside an
+    object that gives generators to all its parts"""
     todo,seen = deque(((getitem, roots, i), o, False) for i,o in enumerate(roots)),{}
     while todo and len(seen) < MAX_OBJECTS:
         place,o,owned = todo.popleft()
         if id(o) in seen or id(o) in GLOBAL_GENERATORS or isinstance(o, PLAIN_TYPES): continue
-        seen[id(o)] = o     # the object too: when it is freed, another one may get its id
+        seen[id(o)] = o     # keeps the object: if it were freed, another one might get its id
         yield place,o,owned
         todo.extend((p, v, owned or hands_out_generators(o)) for p,v in contents(o))
 
 
 def contents(o):
-    "(place, object) of what an object holds or names"
+    "(place, object) of each object that an object holds or names"
     if access_of(o): return
     if isinstance(o, (dict, list, tuple)):
         if len(o) <= MAX_ITEMS:
@@ -109,7 +111,7 @@ def contents(o):
     if isinstance(o, FunctionType):
         for i in range(len(o.__closure__ or ())):
             try: yield (in_closure, o, i),in_closure(o, i)
-            except ValueError: pass     # not yet filled
+            except ValueError: pass     # an empty cell
         if not is_of_library(o):
             for k in sorted(names_in_code(o.__code__) & set(o.__globals__)): yield (in_globals, o, k),in_globals(o, k)
     for c in (o, *type(o).__mro__):
@@ -129,5 +131,5 @@ def in_globals(fn, k): return fn.__globals__[k]
 def in_dict(o, k): return vars(o)[k]
 
 def names_in_code(code):
-    "Names that a function's code, or a function within it, looks up"
+    "Names that a function's code, or a function inside it, reads"
     return set(code.co_names).union(*(names_in_code(c) for c in code.co_consts if hasattr(c, 'co_names')))

@@ -1,4 +1,4 @@
-"Batch transforms with random numbers of each sample's own."
+"Batch transforms with separate random numbers for each sample."
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ def per_sample(
     seeds, # (B,) one for each sample
     *tensors # (B, ...) each
 ):
-    "Run `fn` on one sample at a time, each with random numbers of its own: right for every `fn`, and slow"
+    "Run `fn` on one sample at a time, each with its own random numbers: correct for every `fn`, but slow"
     if len(seeds) != len(tensors[0]):
         raise DistillError(f"{len(seeds)} seeds for {len(tensors[0])} samples: give one for each.")
     outs,own = [],Generators(fn)
@@ -29,14 +29,16 @@ def per_sample(
 
 
 class PerSample(TorchFunctionMode):
-    """Inside, `uniform_`, `bernoulli_`, `normal_` and `randint` on tensors whose first dimension is the batch give each
-    sample numbers of its own seed, all in one go; they depend on nothing else, not even the device"""
+    """Inside, `uniform_`, `bernoulli_`, `normal_` and `randint` draw each sample's numbers from its own seed, for
+    tensors whose first dimension is the batch.
+
+    All samples are drawn at once. The numbers depend on nothing else, not even on the device"""
     def __init__(self, seeds):
         super().__init__()
         self.seeds,self.calls = np.asarray(seeds, np.uint64),0
 
     def draw(self, shape):
-        "Uniform numbers in (0, 1), of which a sample's are the same in every batch"
+        "Uniform numbers in (0, 1). Those of a sample are the same in every batch"
         self.calls += 1
         base = seeds_of(self.calls, self.seeds)
         n = int(np.prod(shape[1:]))
@@ -52,7 +54,7 @@ class PerSample(TorchFunctionMode):
         if x.dim() == 0 or len(x) != len(self.seeds): return func(x, *args, **kwargs)
         return x.copy_(of(self.draw(x.shape)))
 
-    # the names of PyTorch's own arguments; `from` is a word of Python's, so it may come by name
+    # the arguments have PyTorch's names. `from` is a keyword of Python, so it comes in kwargs
     def new_uniform_(self, func, x, *args, **kwargs):
         ends = [*args, kwargs.get('from', 0.), kwargs.get('to', 1.)]
         lo,hi = ends[:2] if len(args) != 1 else (args[0], kwargs.get('to', 1.))

@@ -1,4 +1,4 @@
-"Seeds that belong to a sample and a view, and random generators that are put back."
+"Seeds that depend on a sample and a view, and random generators that are restored."
 import random
 from contextlib import contextmanager
 from math import gcd
@@ -12,9 +12,8 @@ MIX = 0x9E3779B97F4A7C15,0xBF58476D1CE4E5B9,0x94D049BB133111EB
 
 
 def scramble(x):
-    """A 64-bit number (or an array of them) in which every bit depends on every bit of `x` (splitmix64's step and
-    finalizer)"""
-    if isinstance(x, int):      # the same for one number, many times faster than an array of one
+    "splitmix64: a 64-bit number, or an array of them, in which every bit depends on every bit of `x`"
+    if isinstance(x, int):      # one number: the same, but many times faster than an array of one
         x = (x + MIX[0]) & MASK
         x = ((x ^ (x >> 30))*MIX[1]) & MASK
         x = ((x ^ (x >> 27))*MIX[2]) & MASK
@@ -30,7 +29,7 @@ def scramble(x):
 def seeds_of(
     seed:int, # of the whole cache
     keys, # (B,) uint64: which samples; or one number
-    *stages # numbers, or arrays of (B,): view, and what is drawn for (items, which batch transform)
+    *stages # numbers, or arrays of (B,): the view, and the step that draws (the item, or one of the batch transforms)
 ):
     "(B,) uint64, or one number: a seed for each sample"
     one = isinstance(keys, int)
@@ -46,8 +45,8 @@ def view_of(
     views:int, # how many are stored
     seed:int=0
 ):
-    """Which view each sample shows in an epoch: all of them once in `views` epochs, in an order of its own, another
-    one each time around"""
+    """The view of each sample in an epoch. In `views` epochs a sample shows each view once, in its own order. The order
+    changes with each round"""
     one = isinstance(keys, int)
     if views < 2: return 0 if one else np.zeros(np.shape(keys), np.int64)
     lap,step = divmod(epoch, views)
@@ -64,8 +63,7 @@ def seeded(
     seed:int, # any 64-bit number
     device=None # of the tensors that are drawn on, if not the CPU
 ):
-    """Inside, the global generators of Python, NumPy and PyTorch start from `seed`; afterwards they have their old
-    states"""
+    "Inside, the global generators of Python, NumPy and PyTorch start from `seed`. At the end they are restored"
     with restored_generators(device) as start:
         start(seed)
         yield
@@ -73,7 +71,7 @@ def seeded(
 
 @contextmanager
 def restored_generators(device=None):
-    "Gives a function that seeds the global generators; afterwards they have their old states"
+    "Yields a function that seeds the global generators. At the end they are restored"
     gens = [torch.default_generator] + ([torch.cuda.default_generators[torch.device(device).index or 0]]
                                         if is_cuda(device) else [])
     def start(seed):
@@ -82,7 +80,7 @@ def restored_generators(device=None):
         np.random.seed(seed & 0xffffffff)
         for g in gens: g.manual_seed(seed & 0x7fffffffffffffff)
     if RESTORED_OUTSIDE and RESTORED_OUTSIDE[-1] and not is_cuda(device):
-        with restoring_outside(False): yield start        # but a `seeded` inside of this one must restore
+        with restoring_outside(False): yield start        # a `seeded` inside this one must restore
         return
     states = random.getstate(),np.random.get_state(),[g.get_state() for g in gens]
     try: yield start
@@ -103,7 +101,7 @@ def restoring_outside(on):
 
 @contextmanager
 def restored_once():
-    "Inside, the CPU's generators are restored once, at the end, and not after each `seeded`: restoring NumPy's is slow"
+    "Inside, the CPU's generators are restored only at the end, not after each `seeded`, since NumPy's are slow"
     with restored_generators(), restoring_outside(True): yield
 
 
@@ -111,7 +109,7 @@ def is_cuda(device): return device is not None and torch.device(device).type == 
 
 
 class RandomGuard:
-    "Restores the global generators of Python, NumPy and PyTorch; `moved` is True afterwards if anything drew from them"
+    "Restores the global generators of Python, NumPy and PyTorch. Then `moved` is True if anything drew from them"
     def __enter__(self):
         self.states = self.now()
         self.moved = False

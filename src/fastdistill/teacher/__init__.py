@@ -1,4 +1,4 @@
-"A teacher in any form that people have."
+"A teacher in any common form."
 from .teacher import Teacher
 
 __all__ = ['Teacher']

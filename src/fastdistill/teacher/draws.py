@@ -1,4 +1,4 @@
-"Random numbers of a teacher's own: what it draws changes no random state of the student's training."
+"A teacher draws its own random numbers. They do not change the random state of the student's training."
 import copy, random
 from contextlib import contextmanager
 from functools import partial
@@ -10,22 +10,22 @@ __all__ = ['OwnDraws', 'generators']
 
 def generators(
     devices, # CUDA devices on which the teacher may draw
-    python:bool # may it draw from the generators of Python and NumPy too? To read Python's takes longer than the others
+    python:bool # True: it may draw from Python's and NumPy's generators too; reading Python's state is slow
 ):
     "Name -> (function that reads, function that sets) the state of each global generator"
     out = {'cpu': (torch.get_rng_state, torch.set_rng_state)}
     for d in devices: out[str(d)] = partial(torch.cuda.get_rng_state, d),partial(torch.cuda.set_rng_state, device=d)
     if python:
         out['random'] = random.getstate,random.setstate
-        # NumPy's generator is exchanged as a whole, which is faster than its state
+        # NumPy's generator is exchanged as a whole, which is faster than to copy its state
         out['numpy'] = np.random.get_bit_generator,np.random.set_bit_generator
     return out
 
 
 class OwnDraws:
-    """Inside `with draws.own(...)` the global generators continue where the last `with` ended, the first time from
-    their state outside; afterwards they are as before"""
-    # subtle: if the states were only put back, a teacher with dropout would draw the same numbers for each batch
+    """Inside `with draws.own(...)`, the global generators continue from the state at the end of the last such block.
+    The first block starts from the state outside. At the end of each, the state outside is restored"""
+    # subtle: if states were only restored, a teacher with dropout would draw the same numbers in each batch
     def __init__(self): self.states = {}
 
     @contextmanager

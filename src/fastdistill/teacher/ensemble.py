@@ -12,7 +12,7 @@ def shares(weights, n):
     "Weights that add up to 1"
     w = [1.]*n if weights is None else [float(o) for o in weights]
     if len(w) != n or min(w) < 0 or not 0 < sum(w) < float('inf'):
-        raise DistillError(f"weights={weights} of {n} teachers: one number each, none below 0, not all 0")
+        raise DistillError(f"weights={weights} of {n} teachers: give each one number, none below 0, not all 0")
     return [o/sum(w) for o in w]
 
 
@@ -25,8 +25,8 @@ def mix(
     for i,o in enumerate(logits):
         if o.shape != logits[0].shape:
             raise DistillError(f"Logits of member {i} of the ensemble have shape {tuple(o.shape)}, those of member 0 "
-                               f"{tuple(logits[0].shape)}: they must be equal. Teacher(member, select=...) takes some "
-                               "of its classes; a function can resize.")
+                               f"{tuple(logits[0].shape)}: they must be equal. Teacher(member, select=...) selects "
+                               "classes of a member; a function can resize its outputs.")
     weights,logits = zip(*[(w, full_precision(o)) for w,o in zip(weights, logits) if w > 0])
     if combine == 'logits' or kind == 'regression': return sum(w*o for w,o in zip(weights, logits))
     log_mean = lambda lps: torch.stack([lp+log(w) for lp,w in zip(lps, weights)]).logsumexp(0)

@@ -1,4 +1,4 @@
-"The forms in which people have a model: modules, programs, files, callables."
+"The forms that a model may have: module, program, file, callable."
 import copy, inspect, warnings, zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +14,10 @@ FORMS = ("Possible are an nn.Module (torchvision, timm, Hugging Face, TorchScrip
 
 
 def load_model(o):
-    "(what is called, the file it was read from or None)"
+    "(callable, file that it was loaded from or None)"
     if isinstance(o, (str, Path)): return from_file(Path(o))
     if isinstance(o, torch.export.ExportedProgram): return exported_program(o),None
-    if isinstance(o, nn.parallel.DistributedDataParallel): o = o.module # whose forward waits for the other processes
+    if isinstance(o, nn.parallel.DistributedDataParallel): o = o.module # its forward waits for the other processes
     if problem := why_no_teacher(o): raise DistillError(f"{problem} {FORMS}")
     return o,None
 
@@ -26,16 +26,16 @@ def why_no_teacher(o):
     "Why `o` can't be a teacher; None if it can"
     kind = type(o).__name__
     if o is None: return "None is no teacher."
-    if isinstance(o, type): return f"{o.__name__} is a class, not a model made of it."
+    if isinstance(o, type): return f"{o.__name__} is a class, not a model."
     if isinstance(o, Mapping):
         return "A dict (a state_dict?) holds weights, but no network: build the model and load them into it."
     if hasattr(o, 'dls') and hasattr(o, 'model'):
-        return "A fastai Learner: fastdistill.fastai takes it as it is; here give its `.model`."
+        return "This is a fastai Learner: pass it to fastdistill.fastai, or pass its `.model` here."
     if not callable(o): return f"A {kind} is no teacher."
     if not isinstance(o, nn.Module): return None
     ps,lazy = list(o.parameters()),nn.parameter.UninitializedParameter
     if any(isinstance(p, lazy) for p in ps): return f"{kind} is untrained: it has lazy layers that never ran."
-    # subtle: weights that accelerate keeps on disk are meta tensors too, and are loaded when the model runs
+    # subtle: weights that accelerate stores on disk are meta tensors too, but they are loaded when the model runs
     if any(p.is_meta for p in ps) and not hasattr(o, 'hf_device_map'):
         return f"{kind} has no weights yet, only shapes (meta tensors)."
 
@@ -45,8 +45,8 @@ def from_file(path):
         raise DistillError(f"{str(path)!r} is a folder. {FORMS} The folder of a finished cache is possible in fastai, "
                            "alone and not in a list.")
     if not path.is_file():
-        raise DistillError(f"There is no file {str(path)!r}. {FORMS} A model's name is not enough: build it, with its "
-                           "weights.")
+        raise DistillError(f"There is no file {str(path)!r}. {FORMS} A model's name is not enough: build the model, "
+                           "with its weights.")
     path = path.resolve()
     if path.suffix == '.onnx': return Onnx(path),path
     inside = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
@@ -56,9 +56,9 @@ def from_file(path):
         if has('archive_format', 'serialized_exported_program.json'):
             return exported_program(torch.export.load(path)),path
     except RuntimeError as e: raise DistillError(f"{path} could not be loaded: {e}") from e
-    raise DistillError(f"{path} holds no TorchScript, torch.export program or ONNX network. Weights alone (a "
-                       "state_dict)? Build the model and load them into it. An exported Learner? "
-                       "Give it to fastdistill.fastai.")
+    raise DistillError(f"{path} holds no TorchScript, torch.export program or ONNX network. If it holds only weights "
+                       "(a state_dict), build the model and load them into it. If it is an exported Learner, pass it "
+                       "to fastdistill.fastai.")
 
 
 def torch_script(path):
@@ -68,16 +68,16 @@ def torch_script(path):
 
 
 def exported_program(exported):
-    "The module of a program, whose mode is fixed"
+    "The module of a program. Its mode is fixed"
     training = {'aten.batch_norm.default': 5, 'aten.dropout.default': 2} # which argument is the mode
     if any(n.args[training[str(n.target)]] for n in exported.graph.nodes if str(n.target) in training):
-        warnings.warn("This torch.export program was made of a model in train mode: dropout and batch-norm act as in "
-                      "training. Export model.eval().", DistillWarning, stacklevel=4)
+        warnings.warn("This torch.export program was exported from a model in train mode: dropout and batch-norm act "
+                      "as in training. Export model.eval().", DistillWarning, stacklevel=4)
     return exported.module()
 
 
 def is_graph(m):
-    "Whether it is TorchScript or of torch.export, where the forward methods of submodules do not run"
+    "Is it TorchScript or a torch.export program, in which the forward methods of submodules do not run?"
     return isinstance(m, torch.jit.ScriptModule) or (isinstance(m, torch.fx.GraphModule) and 'train' in vars(m))
 
 
@@ -86,10 +86,11 @@ def check_second_argument(model, ids, second):
     if second is None: return
     name = list(inspect.signature(model.forward).parameters)[1]
     hidden = ids[second == 0] if name == 'attention_mask' and getattr(second, 'shape', None) == ids.shape else None
-    # a mask hides padding, which is the same token everywhere
+    # a mask hides padding, and padding is one token
     if hidden is None or (hidden != hidden[:1]).any():
-        raise DistillError(f"The second positional argument of {type(model).__name__} is {name}, and this tensor is "
-                           "none: give all but the first by name, as in teacher(ids, attention_mask=...), or one dict.")
+        raise DistillError(f"The second positional argument of {type(model).__name__} is {name}, but this tensor is "
+                           "not one: pass all but the first by name, as in teacher(ids, attention_mask=...), or pass "
+                           "one dict.")
 
 
 ONNX_TYPES = {'float': torch.float32, 'float16': torch.float16, 'double': torch.float64, 'int64': torch.int64,
@@ -97,14 +98,14 @@ ONNX_TYPES = {'float': torch.float32, 'float16': torch.float16, 'double': torch.
 
 
 class Onnx:
-    "A network in an ONNX file, run by onnxruntime. It takes tensors, and returns its output 'logits', else the first"
+    "A network in an ONNX file, run by onnxruntime. It returns the output named 'logits', else the first one"
     def __init__(self, path):
         try: import onnxruntime as ort
         except ImportError as e:
             raise ImportError("A teacher in an ONNX file needs onnxruntime: pip install 'fastdistill[onnx]'") from e
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        # no other providers: TensorRT compiles for minutes, Azure uses the network
+        # other providers are not used: TensorRT compiles for minutes, Azure uses the network
         wanted = 'CUDAExecutionProvider','ROCMExecutionProvider','CPUExecutionProvider'
         have = ort.get_available_providers()
         try: self.session = ort.InferenceSession(str(path), options, providers=[p for p in wanted if p in have])
@@ -115,7 +116,7 @@ class Onnx:
         self.wanted = None # names of the outputs to return as a dict; None: one tensor
 
     def returning(self, output):
-        "The same network, which returns a dict: with the output of this name, or with all for an index or a function"
+        "The same network, returning a dict: of the named output, or of all outputs for an index or a function"
         if isinstance(output, str) and output not in self.outputs:
             raise DistillError(f"output={output!r}: the outputs of this ONNX network are {', '.join(self.outputs)}")
         other = copy.copy(self)
@@ -123,7 +124,7 @@ class Onnx:
         return other
 
     def alike(self):
-        "Names of the outputs with as many axes as the first, which could be the logits too; empty if one is called so"
+        "Names of the outputs that could be the logits: those with as many axes as the first. Empty if one has the name"
         have = self.session.get_outputs()
         if 'logits' in self.outputs: return []
         return [o.name for o in have if 'float' in o.type and len(o.shape) == len(have[0].shape)]
@@ -131,7 +132,7 @@ class Onnx:
     def __call__(self, *x, **kw):
         feed = self._feed(x, kw)
         n = len(next(iter(feed.values())))
-        # a file may fix the batch size: then the batch runs in pieces of that size, the last one padded
+        # if the file fixes the batch size, the batch runs in pieces of that size, the last one padded
         size = next((i.shape[0] for i in self.inputs.values() if i.shape and isinstance(i.shape[0], int)), n)
         names = self.wanted or ['logits' if 'logits' in self.outputs else self.outputs[0]]
         pieces = [self._run(names, {k: v[j:j+size] for k,v in feed.items()}, size) for j in range(0, n, size)]
@@ -146,7 +147,7 @@ class Onnx:
         given = dict(zip(self.inputs, x)) | {k: v for k,v in kw.items() if k in self.inputs or k != 'labels'}
         if len(x) > len(self.inputs) or set(given) != set(self.inputs):
             raise DistillError(f"This ONNX network takes {self._signature()}. "
-                               f"It was given {len(x)} by position, {', '.join(kw) or 'none'} by name.")
+                               f"It got {len(x)} by position, {', '.join(kw) or 'none'} by name.")
         return {k: self._cast(k, v.detach().cpu()) for k,v in given.items()}
 
     def _cast(self, name, v):
@@ -155,8 +156,8 @@ class Onnx:
         free = lambda n: not isinstance(n, int)
         fits = v.dim() == len(i.shape) and all(a == b or free(b) for a,b in zip(v.shape[1:], i.shape[1:]))
         if not fits or not torch.can_cast(v.dtype, dtype):
-            raise DistillError(f"This ONNX network takes {self._signature()}. For {name} it was given {v.dtype} of "
-                               f"shape {tuple(v.shape)}. Images of another size? Teacher(..., size=) resizes them.")
+            raise DistillError(f"This ONNX network takes {self._signature()}. For {name} it got {v.dtype} of shape "
+                               f"{tuple(v.shape)}. If the images have another size, Teacher(..., size=) resizes them.")
         return v.to(dtype).contiguous()
 
     def _signature(self):

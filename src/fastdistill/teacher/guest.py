@@ -1,4 +1,4 @@
-"A module is a guest while it teaches: its modes, buffers, device and hidden states are put back afterwards."
+"A module is a guest while it teaches: its modes, buffers, device and hidden states are restored afterwards."
 import torch
 from torch import nn
 from ..features.probe import restore_tensor
@@ -28,13 +28,13 @@ class Guest:
         return self
 
     def settle(self):
-        "Put every submodule in the teacher's mode. Each batch does this, since something else may have changed modes"
-        # subtle: the flag and not .eval(), which some models override to do more, such as merging adapters into weights
+        "Set every submodule to the teacher's mode. Each batch does this, since other code may have changed modes"
+        # subtle: the flag, not .eval(), since some models override .eval() to do more, such as merging adapters
         for m,_ in self.modes:
             if m.training != (self.mode == 'train'): m.training = self.mode == 'train'
 
     def place(self, device):
-        "The device to which a batch on `device` goes; a model on the CPU moves to the batch, another one stays"
+        "The device to which a batch on `device` moves. A model on the CPU moves to the batch, another one stays"
         if device != self.batch_device: self.batch_device,self.device = device,self._place(device)
         return self.device
 
@@ -66,6 +66,6 @@ def cuda_devices(model): return {t.device for t in [*model.parameters(), *model.
 
 
 def state_of(m):
-    "Attributes that may hold a hidden state, as in fastai's recurrent layers, and the flat weights of PyTorch's"
+    "Attributes that may hold a hidden state, as in fastai's recurrent layers, and `_flat_weights` of PyTorch's"
     kept = lambda k: k == '_flat_weights' or (k[0] != '_' and k != 'training')
     return {k: list(v) if type(v) is list else v for k,v in vars(m).items() if kept(k)}

@@ -16,7 +16,7 @@ def full_precision(t): return t.float() if t.dtype.itemsize < 4 else t
 
 
 def stats_of(stats, model=None):
-    "(mean, std), each a tensor (C,) or (1,), of what `Teacher` takes as stats"
+    "(mean, std), each a tensor (C,) or (1,), from any `stats` that `Teacher` takes"
     if stats is None: return None
     if isinstance(stats, str): stats = named_stats(stats, model)
     elif hasattr(stats, 'transforms'): stats = stats.transforms().mean,stats.transforms().std # torchvision's weights
@@ -45,7 +45,7 @@ def affine(given, wanted):
     "(factor, shift), each (C, 1, 1), from images normalized with `given` to `wanted`; None if these are equal"
     (gm,gs),(wm,ws) = given,wanted
     if 1 < len(gm) != len(wm) > 1:
-        raise DistillError(f"input_stats have {len(gm)} channels, stats {len(wm)}: both are of the same images")
+        raise DistillError(f"input_stats have {len(gm)} channels, stats {len(wm)}: both must be of the same images")
     factor,shift = torch.broadcast_tensors(gs/ws, (gm-wm)/ws)
     if (factor-1).abs().max() < 1e-6 and shift.abs().max() < 1e-6: return None
     return factor[:, None, None],shift[:, None, None]

@@ -1,4 +1,4 @@
-"A teacher in any form that people have: frozen while it predicts, and afterwards as it was before."
+"A teacher in any common form: frozen while it predicts, unchanged afterwards."
 import warnings
 from contextlib import ExitStack, nullcontext
 from functools import wraps
@@ -21,12 +21,12 @@ __all__ = ['Teacher']
 
 POSSIBLE = dict(mode=('eval', 'train'), combine=('probs', 'logits'), kind=('softmax', 'sigmoid', 'regression'))
 
-# a member of an ensemble takes over those of these options that the ensemble was given and the member was not
+# a member of an ensemble takes these options from the ensemble, unless it was given its own
 INHERITED = 'mode','stats','input_stats','size','combine','kind','axis','output'
 
 
 def records_given(init):
-    "Keep the names of the options that were given, as `given`: these count, also if they equal the default"
+    "Store the names of the options that were given as `given`, even if a value equals the default"
     @wraps(init)
     def call(self, *args, **options):
         self.given = frozenset(options)
@@ -34,39 +34,36 @@ def records_given(init):
     return call
 
 
-NO_RESET = ("{name} has a method reset() that {why}. It was undone and is not called again, so hidden states are not "
-            "reset. If the model has hidden states, its reset() should change nothing else.")
+NO_RESET = ("{name} has a method reset() that {why}. That was undone, and the method is not called again, so hidden "
+            "states are not reset. If the model has hidden states, its reset() should change nothing else.")
 
 
 class Teacher:
     """Runs a model on batches and returns `Outputs`: without a gradient, in eval mode, on a copy of the inputs. It is
-    no `nn.Module`, so that it never becomes part of what is trained.
+    not an `nn.Module`, so it never becomes part of a model that is trained.
 
-    `with teacher:` (or `start` and `stop`) around a loop prepares the model once, and puts its modes, buffers, device
-    and hidden states back at the end. A call outside does both by itself: this is slower, and a hidden state does not
-    last. A model on the CPU moves to the batch's device. A model on another device stays there, and the batch moves to
-    it. The outputs are on the batch's device, in the model's precision. What the model draws comes from random numbers
-    of its own"""
+    `with teacher:` (or `start` and `stop`) around a loop prepares the model once. At the end it restores the model's
+    modes, buffers, device and hidden states. A call outside of it does both itself: this is slower, and a hidden state
+    does not last.
+
+    A model on the CPU moves to the batch's device. A model on another device stays there, and the batch moves to it.
+    The outputs are on the batch's device, in the model's precision. The model draws its own random numbers."""
     @records_given
     def __init__(
         self,
-        model, # nn.Module, torch.export program, .pt, .pt2 or .onnx file, a callable (whose modes stay as they are), or
-        # a list of these
+        model, # nn.Module, torch.export program, .pt, .pt2 or .onnx file, callable, or a list of these (an ensemble)
         *,
         layers=(), # dotted names of the layers to read; in an ensemble '0.NAME' is a layer of its first member
-        mode:str='eval', # 'train' for papers that need it: dropout is on, batch-norm uses the batch (torch.export
-        # programs keep their mode)
-        stats=None, # (mean, std) of the images in the teacher's training, torchvision's weights, 'imagenet', or 'auto'
-        # (timm's models have them); None: images are not changed
+        mode:str='eval', # 'train' for papers that need it; torch.export programs and callables keep their mode
+        stats=None, # the teacher's image normalization: (mean, std), torchvision's weights, 'imagenet', 'auto' (timm)
         input_stats=None, # (mean, std) with which the batch's images are normalized; (0, 1) if they are not
-        size:int|tuple|None=None, # height and width (one number: a square) to which images are resized
+        size:int|tuple|None=None, # height and width to which images are resized; one number: a square
         combine:str='probs', # an ensemble's outputs: the mean of its members' 'probs', as logits, or of their 'logits'
         weights=None, # of an ensemble's members; None: equal
         kind:str='softmax', # what the logits are: 'softmax' over classes, 'sigmoid' per label, or 'regression'
         axis:int=1, # class axis
-        select=None, # indices of the classes to return, in this order: the teacher's classes in the student's order
-        output=None, # which of several outputs has the logits: a name, an index, or a function of what the model
-        # returned; None: the one called 'logits' or 'out', or the first of a tuple
+        select=None, # indices of the teacher's classes to return, in the student's order
+        output=None, # the output with the logits: a name, index or function; None: 'logits', 'out', or a tuple's first
         name:str|None=None # in messages; None: the name of the file or of the class
     ):
         options = dict(layers=layers, mode=mode, stats=stats, input_stats=input_stats, size=size, combine=combine,
@@ -74,9 +71,9 @@ class Teacher:
         self.model = self.path = self.learner = None       # fastdistill.fastai keeps the teacher's Learner as `learner`
         self.sources,self.members = [],[]
         self._stack,self._guest,self._scaling,self._was_started,self._draws = None,None,None,[],OwnDraws()
-        # what was found out about the model; variations share it
+        # facts about the model that were found while it ran; variations share them
         self._found = model._found if isinstance(model, Teacher) else {}
-        if isinstance(model, Teacher):      # a variation: options that are not given stay
+        if isinstance(model, Teacher):      # a variation: it takes the options that are not given from `model`
             options = {k: v if k in self.given else getattr(model, k) for k,v in options.items()}
             self.given |= model.given
             self.model,self.path,self.learner,self.sources = model.model,model.path,model.learner,model.sources
@@ -98,7 +95,7 @@ class Teacher:
             self.weights = shares(self.weights, len(self.members))
         else:
             if self.weights is not None:
-                raise DistillError("weights= are for the members of an ensemble, and this is one teacher: give a list")
+                raise DistillError("weights= is for the members of an ensemble, but this is one teacher: give a list")
             self.stats,self.input_stats = stats_of(self.stats, self.model),stats_of(self.input_stats)
         check_output(self.output)
         if isinstance(self.model, Onnx): self._check_onnx()
@@ -132,17 +129,17 @@ class Teacher:
 
     @property
     def parameters_ids(self):
-        "Ids of the parameters, which show whether a student shares some; those of TorchScript have no lasting ids"
+        "Ids of the parameters, to find those that a student shares. TorchScript's parameters have no lasting ids"
         return {id(p) for m in self.modules if not isinstance(m, torch.jit.ScriptModule) for p in m.parameters()}
 
     def named_modules(self):
-        "Name, as `layers` takes it -> submodule"
+        "Name, as in `layers` -> submodule"
         if self.module is not None: return named(self.module)
         return {f'{i}.{k}': v for i,m in enumerate(self.members) for k,v in m.named_modules().items()}
 
     @property
     def adapts(self):
-        "In words, how the images' normalization is changed; empty if it is not"
+        "How the normalization of the images is changed, as text; empty if it is not"
         if self.members: return '; '.join(dict.fromkeys(filter(None, (m.adapts for m in self.members))))
         if None in (self.stats, self.input_stats) or affine(self.input_stats, self.stats) is None: return ''
         text = lambda stats: ', std '.join(' '.join(f'{v:.4g}' for v in o.tolist()) for o in stats)
@@ -169,7 +166,7 @@ class Teacher:
         return self
 
     def stop(self):
-        "Put the model back as it was; may be called at any time, and twice"
+        "Restore the model; may be called at any time, and twice"
         stack,self._stack,self._guest,self._scaling = self._stack,None,None,None
         if stack is not None: stack.close()
 
@@ -184,11 +181,11 @@ class Teacher:
 
     @property
     def remembers(self):
-        "Whether `reset` does anything: a model has hidden states"
+        "Does `reset` do anything? True if a model has hidden states that it may reset"
         return any(m.remembers for m in self.members) or (has_reset(self.module) and self._resets())
 
     def _resets(self):
-        "Whether the module's own `reset` changes hidden states alone, from one trial"
+        "Does the module's own `reset` change only hidden states? One trial shows it"
         if 'reset' not in self._found:
             why = why_no_reset(self.module)
             self._found['reset'] = why is None
@@ -210,11 +207,11 @@ class Teacher:
         return self._guest.cuda if self.started else cuda_devices(self.module)
 
     def _draws_anywhere(self):
-        "Whether it may draw from Python and NumPy too, as functions and models in train mode may"
+        "May it draw from Python and NumPy too? Functions and models in train mode may"
         if self.members: return any(m._draws_anywhere() for m in self.members)
         return self.mode == 'train' if self.module is not None else self.path is None
 
-    # a model from a file is pickled as its path, for ONNX sessions and programs may not pickle; a copy is not started
+    # a model from a file is pickled as its path, since ONNX sessions and programs may not pickle. A copy is not started
     def __getstate__(self):
         fresh = dict(_stack=None, _guest=None, _scaling=None, _was_started=[], _draws=OwnDraws())
         return {**self.__dict__, **fresh, **({'model': None} if self.path else {})}
@@ -228,7 +225,7 @@ class Teacher:
 
     def __call__(
         self,
-        *x, # the batch's inputs; a dict goes in by name where the model has arguments of these names
+        *x, # the batch's inputs; a dict is passed by name if the model has arguments of these names
         **kw # inputs by name
     ) -> Outputs:
         "The teacher's outputs for a batch"
@@ -240,7 +237,7 @@ class Teacher:
         kwargs=None, # inputs by name
         layers=() # names of layers that this call reads, in addition to the teacher's own
     ) -> Outputs:
-        "The teacher's outputs for a batch, with the layers that this call names"
+        "The teacher's outputs for a batch, including the layers that this call names"
         kwargs = kwargs or {}
         if not self.started:
             try: return self._start().outputs(args, kwargs, layers)
@@ -252,7 +249,7 @@ class Teacher:
         self, *x, layers=None, # instead of the teacher's own
         **kw
     ) -> Outputs:
-        "The outputs for a batch, without a trace: also in the middle of a run, hidden states and random numbers stay"
+        "The outputs for a batch. Hidden states and random numbers do not change, even in the middle of a run"
         return Teacher(self, **({} if layers is None else dict(layers=layers)))(*x, **kw)
 
     def _outputs(self, x, kw, layers):
@@ -290,18 +287,18 @@ class Teacher:
         if self.members:
             if wrong := [n for n in layers if n.partition('.')[0] not in map(str, range(len(self.members)))]:
                 raise DistillError(f"No layer {wrong[0]!r} in an ensemble of {len(self.members)}: "
-                                   "a layer of its first member is called '0.NAME', and so on.")
+                                   "a layer of its first member is called '0.NAME', of its second '1.NAME', and so on.")
         elif isinstance(self.model, Onnx) or is_graph(self.module): raise self._unreadable(layers)
 
     def _unreadable(self, layers, feats=()):
-        return DistillError(f"Layers {', '.join(layers)} of {self.name} can't be read, only what it returns "
-                            f"({', '.join(feats) or 'no layers'}). Give the nn.Module that it was made from, or a "
-                            "function that returns Outputs(logits, feats).")
+        return DistillError(f"Layers {', '.join(layers)} of {self.name} can't be read, only the layers that it returns "
+                            f"({', '.join(feats) or 'none'}). Give the nn.Module that it was made from, or a function "
+                            "that returns Outputs(logits, feats).")
 
     # its inputs
 
     def _prepare(self, x, kw, device):
-        "The inputs by name or position, on the model's device, in its precision, images in its normalization and size"
+        "The inputs by name or position, on the model's device and in its precision. Images get its normalization, size"
         x,kw = arguments(self.model, x, kw)
         if len(x) > 1 and is_hf(self.model) and not self._guest.has_run: check_second_argument(self.model, *x[:2])
         self._check_images([t for t in tensors_in((x, kw)) if is_image(t)])
@@ -316,8 +313,8 @@ class Teacher:
                                "missing: give input_stats=(mean, std), or (0, 1) if they are not normalized.")
         if self._scaling is None: return
         if not images:
-            raise DistillError("stats= is for images, float tensors of shape (B, C, H, W), and this batch has none: "
-                               "give no stats.")
+            raise DistillError("stats= is for images, float tensors of shape (B, C, H, W), but this batch has none: "
+                               "remove stats.")
         n = len(self._scaling[0])
         if wrong := [t for t in images if n not in (1, t.shape[1])]:
             raise DistillError(f"stats= has {n} channels, the images have shape {tuple(wrong[0].shape)}: "

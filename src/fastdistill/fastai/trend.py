@@ -1,0 +1,39 @@
+"A warning during a fit: the student follows its teacher away from the labels."
+import warnings
+from ..outputs import DistillWarning
+from ..ranks import rank
+
+__all__ = ['TrendCheck']
+
+BEGIN = 1/3 # of the training; before, losses may do anything
+RISE = 1.1 # of the validation loss, above its best
+
+
+class TrendCheck:
+    "Warns once if the labels' loss on the validation set has risen since its best epoch, while a term's has fallen"
+    def __init__(self): self.warned = False
+
+    def check(
+        self, learn, # at the beginning of an epoch
+        share_done:float, # of the training
+        names # of the terms
+    ):
+        if self.warned or share_done < BEGIN or rank() or not hasattr(learn, 'recorder'): return
+        valid = self._column(learn.recorder, 'valid_loss')
+        if len(valid) < 2 or None in valid or not 0 < min(valid) < valid[-1]/RISE: return
+        best = valid.index(min(valid))
+        for n in names:
+            term = self._column(learn.recorder, f'{n}_loss')
+            if not term or None in term or term[-1] >= term[best]: continue
+            self.warned = True
+            warnings.warn(f"The labels' loss on the validation set rose from {valid[best]:.4g} in epoch {best} to "
+                          f"{valid[-1]:.4g}, while {n} fell from {term[best]:.4g} to {term[-1]:.4g}: the student "
+                          "follows the teacher away from the labels. A smaller share=, alpha or T gives the labels "
+                          "more weight; explain(teacher) looks for the reason.", DistillWarning, stacklevel=2)
+            return
+
+    def _column(self, recorder, name):
+        "The values of this fit, an epoch each; empty if there is no such column"
+        if name not in recorder.metric_names: return []
+        i = recorder.metric_names.index(name) - 1       # the first column, the epoch, is not among the values
+        return [v[i] if i < len(v) else None for v in recorder.values]      # rows are shorter without a validation loss

@@ -1,0 +1,122 @@
+"Why a teacher did not help more: each reason is found where it is the reason, with its number."
+import re
+import pytest, torch
+import torch.nn.functional as F
+from torch import nn
+import apps
+from apps import APPS, pair, toy
+from fastdistill import DistillError, Teacher
+import fastdistill.fastai  # noqa: F401 (it gives Learner explain)
+from fastdistill.doctor.explain import Follow, explain_training
+from fastdistill.task import Task
+
+pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
+KINDS = [Task('softmax'), Task('softmax', axis=-1), Task('sigmoid'), Task('regression')]
+
+
+def numbers(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+
+def mean_prediction(t, task):
+    "The outputs that predict the mean of the teacher's predictions, for every item"
+    if task.kind == 'regression': m = t.mean(0)
+    elif task.kind == 'sigmoid': m = torch.logit(t.sigmoid().mean(0))
+    else: m = t.softmax(1).mean(0).log()
+    return m.expand_as(t)
+
+@pytest.mark.parametrize('task', KINDS, ids=lambda t: f'{t.kind} {t.axis}')
+def test_all_was_taken_over_by_an_equal_and_nothing_by_a_constant(task):
+    t = 2*numbers(40, 5)
+    for s,want in ((t, 1.), (mean_prediction(t, task), 0.)):
+        f = Follow(task)
+        for part in (slice(0, 15), slice(15, 40)): f.add(s[part], t[part])
+        assert f.value == pytest.approx(want, abs=1e-9)
+
+@pytest.mark.parametrize('task', KINDS, ids=lambda t: f'{t.kind} {t.axis}')
+def test_what_was_taken_over_is_a_distance_against_that_of_the_mean(task):
+    s,t = numbers(30, 4),2*numbers(30, 4, seed=1)
+    def d(s):
+        if task.kind == 'regression': return (s-t).pow(2).sum()
+        if task.kind == 'softmax': return F.kl_div(s.log_softmax(1), t.softmax(1), reduction='sum')
+        p,q = t.sigmoid(),s.sigmoid()
+        return (p*(p/q).log() + (1-p)*((1-p)/(1-q)).log()).sum()
+    f = Follow(task)
+    f.add(s, t)
+    assert f.value == pytest.approx(1 - (d(s)/d(mean_prediction(t, task))).item())
+
+def test_a_map_counts_its_places():
+    s,t = numbers(2, 3, 4, 4),numbers(2, 3, 4, 4, seed=1)
+    maps,rows = Follow(Task('softmax')),Follow(Task('softmax', axis=-1))
+    maps.add(s, t)
+    rows.add(*[o.movedim(1, -1).flatten(0, -2) for o in (s, t)])
+    assert maps.value == pytest.approx(rows.value)
+
+
+# reasons
+
+class Model(nn.Module):
+    def __init__(self, fn): super().__init__(); self.fn = fn
+    def forward(self, x): return self.fn(x)
+
+def labeled(n=64, seed=0):
+    x = numbers(n, 6, seed=seed).float()
+    return x,x[:, :3].argmax(1)
+
+def why(teacher, student, train=None, n=256, **options):
+    valid,train = labeled(n),labeled(n, 1) if train is None else train
+    batch = lambda x, y: ((x,), (y,))
+    return explain_training(Teacher(teacher), Task('softmax'), Model(student), [batch(*valid)], [batch(*train)], **options)
+
+def right(x): return 3*x[:, :3]
+def blurred(scale): return lambda x: x[:, :3] + scale*x[:, 3:]
+def constant(x): return torch.zeros(len(x), 3)
+
+def test_nothing_stood_in_the_way():
+    found = why(right, lambda x: 3*blurred(.2)(x), steps=5000, shares=dict(task=.5, kd=.5))
+    assert found == [] and repr(found).endswith("Nothing found that stood in the teacher's way.")
+    assert 'accuracy on 256 validation items: teacher' in repr(found) and 'the student took over: training 9' in repr(found)
+
+REASONS = [
+    ('the student is better', blurred(.8), right, {}, r'warning: The student is better than the teacher \(accuracy 0.\d+ and 1.000, on 256'),
+    ('as good', blurred(.3), blurred(.3), {}, 'warning: The teacher is no better than the student, but for chance'),
+    ('does not follow', right, constant, dict(steps=300), r'even on training items: it took over \d+ % of what the teacher predicts after 300 steps. Train longer'),
+    ('certain', lambda x: 50*right(x), lambda x: 50*blurred(.3)(x), {}, r'note: The teacher is nearly certain of the training items: its mean top probability is 0.99'),
+    ('repeats mistakes', blurred(.5), blurred(.52), {}, r'note: The student repeats \d\d+ % of the teacher.s mistakes'),
+    ('few labels', right, blurred(.3), dict(shares=dict(task=.03, kd=.97)), 'note: The labels had 3 % of the gradient'),
+    ('few steps', right, blurred(.3), dict(steps=240), 'note: The training had 240 steps')]
+
+@pytest.mark.parametrize('name,teacher,student,options,says', REASONS, ids=[r[0] for r in REASONS])
+def test_a_reason_is_found_with_its_number(name, teacher, student, options, says):
+    found = why(teacher, student, **options)
+    assert any(re.search(says, str(f)) for f in found), repr(found)
+
+def test_training_items_learned_by_heart():
+    x,y = labeled(256, 1)
+    by_heart = lambda o: right(o) if torch.equal(o, x) else constant(o)
+    assert any('on training items (100 %), and less on others (0 %)' in str(f) for f in why(right, by_heart))
+
+def test_augmentation_that_the_teacher_does_not_know():
+    x,y = labeled(256, 1)
+    found = why(right, right, train=(x.flip(1), y))
+    assert any('worse on training items as they are augmented' in str(f) and 'than on validation items (1.000)' in str(f) for f in found)
+
+def test_outputs_that_differ_in_shape_are_named():
+    assert 'has shape (256, 3)' in str(why(lambda x: x, right)[0])
+    with pytest.raises(DistillError, match='no validation items'): explain_training(Teacher(right), Task('softmax'), Model(right), [])
+
+
+# in fastai
+
+@pytest.mark.parametrize('app', APPS, ids=lambda a: a.name)
+def test_explaining_changes_nothing(app):
+    student,teacher = pair(app)
+    before = [apps.snapshot(l.model) for l in (student, teacher)]
+    found = student.explain(teacher, n=2)
+    assert found.facts.follows_valid is not None and (app.kind == 'regression' or found.facts.n)
+    assert all(map(apps.same, before, [apps.snapshot(l.model) for l in (student, teacher)]))
+
+def test_after_a_training_its_steps_and_shares_are_known():
+    student,teacher = toy()
+    cb = student.distill(teacher, 2, .1, check=False)
+    found = student.explain(teacher, cb)
+    assert found.facts.steps == 2*len(student.dls.train) and found.facts.shares == cb.distiller.gradient_shares
+    assert any(f'The training had {found.facts.steps} steps' in f.what for f in found)

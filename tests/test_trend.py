@@ -1,0 +1,45 @@
+"A student that follows its teacher away from the labels is told so once, during the fit."
+import warnings
+import pytest, torch
+import apps
+from apps import toy
+from fastdistill.fastai import DistillWarning, KnowledgeDistillation, kd, soft_labels
+from fastdistill.fastai.trend import TrendCheck
+
+pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
+SAYS = r"The labels' loss on the validation set rose from \S+ in epoch 0 to \S+, while kd fell from \S+ to \S+: .*A smaller share=, alpha or T"
+
+
+def fit(recipe, n_epoch=9, wrong=True):
+    student,teacher = toy()
+    bad = lambda x: 5*torch.roll(x[:, :4], 1, 1)      # another class than the largest of the first four
+    cb = KnowledgeDistillation(bad if wrong else teacher, recipe, check=False)
+    student.fit(n_epoch, .3, cbs=cb)
+    return cb
+
+def test_a_wrong_teacher_is_warned_about_once():
+    with pytest.warns(DistillWarning, match=SAYS) as seen: cb = fit(soft_labels(1.))
+    assert len([w for w in seen if 'rose from' in str(w.message)]) == 1 and cb.trend.warned
+
+def test_nothing_is_said_where_the_labels_loss_falls_or_the_training_has_just_begun():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', DistillWarning)
+        fit(kd(1., .5), wrong=False)
+        fit(soft_labels(1.), n_epoch=2)
+
+class Columns:
+    metric_names = ['epoch', 'train_loss', 'valid_loss', 'kd_loss', 'time']
+    def __init__(self, valid, kd): self.values = [[1., v, k] for v,k in zip(valid, kd)]
+
+class Learn:
+    def __init__(self, *columns): self.recorder = Columns(*columns)
+
+@pytest.mark.parametrize('valid,kd,share,warns', [([1., .5, .6], [3., 2., 1.], .5, True), ([1., .5, .54], [3., 2., 1.], .5, False),
+    ([1., .5, .6], [3., 2., 2.5], .5, False), ([1., .5, .6], [3., 2., 1.], .3, False), ([None, None], [3., 2.], .5, False), ([], [], .5, False),
+    ([1., float('nan')], [3., 2.], .5, False)], ids=['rises', 'hardly', 'both', 'early', 'no labels', 'nothing', 'nan'])
+def test_it_takes_a_rise_of_a_tenth_and_a_term_that_falls(valid, kd, share, warns):
+    t = TrendCheck()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        t.check(Learn(valid, kd), share, ['kd'])
+    assert bool(seen) == t.warned == warns
