@@ -459,7 +459,9 @@ def test_distributed_and_converted_to_sync_batchnorm():
             ddp(x).sum().backward()
             torch.testing.assert_close(taps.pop()['0'], ddp.module[0](x))
         assert layers(ddp, x)[0].shape == (2, 4, 6, 6)
-    finally: torch.distributed.destroy_process_group()
+    finally:
+        ddp = taps = None       # subtle: a group that DDP outlives may wait for itself forever
+        torch.distributed.destroy_process_group()
 
 
 def test_channels_last_stays_channels_last():
