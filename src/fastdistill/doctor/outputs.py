@@ -1,4 +1,5 @@
 "Checks of a teacher's outputs for a few batches: do they fit the student's, and does the teacher know the task?"
+from dataclasses import replace
 from itertools import chain
 import torch
 from torch import Tensor
@@ -46,7 +47,9 @@ def check_outputs(
         if t is None: return found
         found += check_recipe(recipe, student, teacher, xb, t.shape[task.axis] if task.kind == 'softmax' else None)
         found += [*(new := list(untrained(teacher))), *probabilities(tally, task)]
-        if not found.errors: found += low_score(tally, teacher, task, student, kept, names, trained=not new)
+        if not found.errors:
+            low = low_score(tally, teacher, task, student, kept, names, trained=not new)
+            found += [replace(f, doubt=True) for f in low]
     found.facts = tally.facts()
     if all(f.level == 'note' for f in found): found += saturated(found.facts, task)
     return found

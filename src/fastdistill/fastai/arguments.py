@@ -29,8 +29,10 @@ def feed_of(source):
 
 
 def make_recipe(recipe, T, alpha, loss):
-    "One recipe from the three ways to ask for it"
-    if recipe is None and loss is None: return kd(4. if T is None else T, .9 if alpha is None else alpha)
+    "One recipe from the three ways to ask for it; None if nobody asked for one"
+    if recipe is None and loss is None:
+        if T is None and alpha is None: return None
+        return kd(4. if T is None else T, .9 if alpha is None else alpha)
     if recipe is not None:
         given = [k for k,v in dict(T=T, alpha=alpha, loss=loss).items() if v is not None]
         if given:

@@ -3,6 +3,7 @@ from contextlib import closing
 from types import SimpleNamespace
 from ..doctor.findings import Finding, Findings, few_names
 from ..doctor.outputs import BATCHES, check_outputs, single_teachers
+from ..doctor.shared import shared_parameters
 from ..outputs import DistillError
 from .batches import PreparationError, prepared_batches
 from .task import task_of
@@ -40,8 +41,8 @@ def find_mistakes(
     output=None # as in `check_teacher`
 ) -> Findings:
     "The findings about a teacher that is built already"
-    found = Findings()
-    for f in (shared_parameters, resets, kinds, labels, codings, normalization): found += f(learn, teacher, task)
+    found = Findings(shared_parameters(learn.model, teacher))
+    for f in (resets, kinds, labels, codings, normalization): found += f(learn, teacher, task)
     if found.errors: return found
     valid,train = prepared_batches(learn, n, max(1, n//4))
     try:
@@ -58,16 +59,6 @@ def find_mistakes(
 
 
 def with_learners(teacher): return [o for o in single_teachers(teacher) if o.learner is not None]
-
-def shared_parameters(learn, teacher, task):
-    "Parameters that the student trains must not be the teacher's"
-    if learn.model is None: return
-    ids = teacher.parameters_ids
-    if both := [n for n,p in learn.model.named_parameters() if id(p) in ids]:
-        yield Finding('error', f"Student and teacher share {len(both)} parameters ({few_names(both, 3)}), so the "
-                      "teacher would change with the student",
-                      "Build the student from a copy: copy.deepcopy(teacher.model)")
-
 
 def resets(learn, teacher, task):
     "fastai calls the student's method `reset`, even if it changes weights"
