@@ -94,7 +94,9 @@ def test_T_or_alpha_alone_mean_kd(capsys):
     _,teacher = learners(5)
     for given,recipe in ((dict(T=2), kd(T=2)), (dict(alpha=.5), kd(alpha=.5)), (dict(temperature=3), kd(T=3))):
         assert repr(KnowledgeDistillation(teacher, **given).recipe) == repr(recipe)
-    assert KnowledgeDistillation(teacher).recipe is None
+    assert KnowledgeDistillation(teacher).recipe is KnowledgeDistillation(teacher, 'auto').recipe is None
+    with pytest.raises(DistillError, match="recipe='kd': a recipe is kd"): KnowledgeDistillation(teacher, 'kd')
+    with pytest.raises(DistillError, match='A recipe and T=: give these to the recipe'): KnowledgeDistillation(teacher, 'auto', T=2)
 
 
 def test_a_teacher_that_scores_low_gets_a_small_part():

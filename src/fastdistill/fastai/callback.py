@@ -41,8 +41,8 @@ class KnowledgeDistillation(Callback):
         teacher=None, # Learner, exported .pkl, module, TorchScript, torch.export or ONNX file, callable, `Teacher`; a
         # list of these (an ensemble); a `TeacherCache`, or its folder. None: the batches hold the teacher's outputs
         # (see `TeacherBlock`)
-        recipe=None, # `kd()`, `kd() + recipes.at()`, a `Term`; None: kd(T, alpha) if one of them is given, else `auto`
-        # chooses
+        recipe=None, # `kd()`, `kd() + recipes.at()`, a `Term`; None or 'auto': `auto` chooses, or
+        # kd(T, alpha) if one of them is given
         *,
         T=None, # temperature: number or schedule (fastai's `SchedCos(8, 2)`); 4 if not given
         alpha=None, # weight of the teacher, the labels have 1-alpha: number or schedule; .9 if not given
