@@ -69,6 +69,9 @@ def cache_dataset(
         look = lambda i, view: fingerprint(*flat_values(next(asked(np.array([view*n + i]), 1))))
         items.views = views = distinct_views(views, n, look)
         check_items_repeat(items, asked if shake is not None else None)
+        if hasattr(teacher, 'reading_tokens'):
+            x = next(asked(np.array([0]), 1))
+            teacher = teacher.reading_tokens(*(x if isinstance(x, tuple) else (x,)))
         check_alone(run, len(dataset))
         described = dict(transforms or {})
         if shake is not None: described['batch_tfm'] = code_of(shake if inspect.isroutine(shake) else type(shake))

@@ -7,6 +7,7 @@ from torch import nn
 import torch.nn.functional as F
 from ..features.calls import arguments, is_hf
 from ..features.names import named
+from ..features.pairs import names_of_tokens
 from ..features.taps import Taps
 from ..outputs import (DistillError, DistillWarning, Outputs, as_plain, check_output, map_tensors, tensors_in,
                        warn_of_first, warn_of_several)
@@ -251,6 +252,14 @@ class Teacher:
     ) -> Outputs:
         "The outputs for a batch. Hidden states and random numbers do not change, even in the middle of a run"
         return Teacher(self, **({} if layers is None else dict(layers=layers)))(*x, **kw)
+
+    def reading_tokens(
+        self, *x # inputs of a batch
+    ) -> 'Teacher':
+        """The teacher for stored outputs: it reads a series (B, C, L), as a 1d convolution returns it, as tokens
+        (B, L, C), since stored features do not show where their channels are"""
+        names = names_of_tokens(self, x, self.layers) if self.layers else []
+        return self if names == self.layers else Teacher(self, layers=names)
 
     def _outputs(self, x, kw, layers):
         self._check_layers(layers)
