@@ -740,6 +740,15 @@ def test_an_ignored_label_is_no_mistake():
     y[3] = 7
     assert Distiller(mlp(6), mlp(16, 1), kd(), ignore_index=7)(x, y).total.isfinite()
 
+@pytest.mark.parametrize('axis', [0, 1.5, True, '1', 9, -9, (1,)])
+@pytest.mark.parametrize('make', [lambda axis: Distiller(mlp(6), mlp(16), kd(), axis=axis), lambda axis: Teacher(mlp(16), axis=axis)], ids=['Distiller', 'Teacher'])
+def test_an_axis_that_no_outputs_have_is_refused_at_once(make, axis):
+    with pytest.raises(DistillError, match=re.escape(f'axis={axis!r}: the class axis is a whole number from 1 to 8')): make(axis)
+
+def test_the_axis_of_the_samples_is_no_class_axis_by_its_negative_number_either():
+    d = Distiller(mlp(6), mlp(16), soft_labels(), axis=-2)
+    with pytest.raises(DistillError, match='have no axis -2 for the classes'): d(batch()[0])
+
 def test_labels_are_looked_at_once_even_if_the_teacher_never_runs():
     d,(x,y) = Distiller(mlp(6), mlp(16, 1), kd(alpha=0.), task_loss=lambda s, y: s.mean()),batch()
     d(x, y)

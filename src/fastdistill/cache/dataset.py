@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import default_collate
-from ..outputs import DistillError, Outputs
+from ..outputs import DistillError, Outputs, check_axis
 from ..replay.generators import Generators
 from ..replay.per_sample import per_sample
 from ..replay.seeds import RandomGuard, restored_once, seeded, seeds_of, view_of
@@ -47,6 +47,7 @@ def cache_dataset(
     "Run the teacher on each view of each sample, store its outputs, and open the cache. An interrupted run resumes"
     if isinstance(teacher, nn.Module):
         raise DistillError("A bare module may be in training mode, with gradients: pass Teacher(model).")
+    check_axis(axis)
     check_indexed(dataset)
     if not len(dataset): raise DistillError("The dataset is empty: there is nothing to write.")
     names = dataset_keys(dataset, keys)
