@@ -108,6 +108,19 @@ def test_a_teacher_that_scores_low_gets_a_small_part():
     assert repr(cb.recipe) == repr(kd(T=1, alpha=.3)) and 'in doubt' in cb.recipe.why
 
 
+@pytest.mark.filterwarnings('ignore:numpy.core is deprecated')     # fastai's lr_find, as it loads the model again
+def test_a_choice_may_change_between_lr_find_and_a_fit():
+    student,_ = learners(5)
+    bad = nets(5)[1]
+    with torch.no_grad(): bad[2].bias[3] = 100.
+    cb = KnowledgeDistillation(bad)
+    with student.no_bar(), student.no_logging(), student.added_cbs(cb):
+        student.lr_find(num_it=3, show_plot=False, suggest_funcs=None)      # it does not check the teacher
+        assert [t.name for t in cb.recipe.terms] == ['dist']
+        with pytest.warns(DistillWarning, match='no better than chance'): student.fit(1, .01)
+    assert repr(cb.recipe) == repr(kd(T=1, alpha=.3)) and [*cb.distiller.links] == ['kd']
+
+
 def test_a_better_student_doubts_its_teacher():
     _,student = learners(5, epochs=30)
     worse = copy.deepcopy(student.model)

@@ -7,7 +7,7 @@ from ..distiller import Distiller
 from ..features.names import unwrap
 from ..features.taps import Taps
 from ..gradients import shares_in_words
-from ..outputs import DistillError, as_plain, check_output
+from ..outputs import DistillError, as_plain, check_axis, check_output
 from ..ranks import broadcast, on_first, rank
 from ..recipes import one_temperature
 from .arguments import check_options, feed_of, make_recipe
@@ -64,6 +64,7 @@ class KnowledgeDistillation(Callback):
         while FIRST_CALLBACK: FIRST_CALLBACK.pop()()
         check_options(teacher, kind=kind, span=span)
         check_output(output)
+        check_axis(axis)
         self.source,self.asked_kind,self.asked_axis = teacher,kind,axis
         self.span,self.check = span,check
         self.recipe,self.output = make_recipe(recipe, one_temperature(T, temperature), alpha, loss),output
