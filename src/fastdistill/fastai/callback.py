@@ -9,7 +9,7 @@ from ..features.taps import Taps
 from ..gradients import shares_in_words
 from ..outputs import DistillError, as_plain, check_axis, check_output
 from ..ranks import broadcast, on_first, rank
-from ..recipes import one_temperature
+from ..terms import one_temperature
 from .arguments import check_options, feed_of, make_recipe
 from .check import find_mistakes
 from .choice import choose_recipe, example_of
