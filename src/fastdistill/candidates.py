@@ -49,12 +49,13 @@ def candidates_for(
 ) -> list[Candidate]:
     "The recipes that fit, what `auto` chooses first. Labels alone are not among them: they are what all must beat"
     chosen = auto(kind, classes=classes, dense=dense, doubt=doubt)
-    found = [Candidate('auto', lambda: chosen, {}, chosen.text.removeprefix('labels + ')), *outputs(kind, classes, dense)]
+    text = chosen.text.removeprefix('labels + ')
+    found = [Candidate('auto', lambda: chosen, {}, text), *between_outputs(kind, classes, dense)]
     if maps and kind == 'softmax': found.append(Candidate('cwd', cwd, dict(T=(4, 1), share=SHARES), 'recipes.cwd({})'))
     return found + (between_layers() if layers else [])
 
 
-def outputs(kind, classes, dense):
+def between_outputs(kind, classes, dense):
     "Recipes that compare the models' outputs"
     alphas = .5,.3,.9
     if kind == 'regression':

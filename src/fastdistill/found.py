@@ -91,10 +91,12 @@ class Found:
         finals:list=(), # of the best, again, with other seeds
         *,
         metric:str='score', # what the scores are; greater is better
-        n_epoch:int=1 # of a whole run
+        n_epoch:int=1, # of a whole run
+        rates=() # all rates that labels alone should have had
     ):
         self.candidates,self.runs,self.finals = candidates,[r for r in runs if r.scores],list(finals)
         self.metric,self.n_epoch,self.labels = metric,n_epoch,next(iter(candidates))
+        self.rates = rates
         self.best = best_of(self.runs)
         self.winner = self._winner()
         self.lead = self._lead()
@@ -111,8 +113,9 @@ class Found:
     def _finalists(self): return [r for r in self.best.values() if self._repeats(r)]
 
     def _seeds(self):
-        "Seeds with which all finalists ran"
-        return set.intersection(*({f.seed for f in self._repeats(r)} for r in self._finalists())) if self.finals else set()
+        "Seeds with which all finalists ran; none if fewer than two did"
+        seeds = [{f.seed for f in self._repeats(r)} for r in self._finalists()]
+        return set.intersection(*seeds) if len(seeds) > 1 else set()
 
     def _lead(self):
         "Over labels alone; None where labels alone won, or where too few runs were repeated"
@@ -141,6 +144,10 @@ class Found:
     def verdict(self):
         "Is the recipe better than labels alone? In words"
         if self.winner.name == self.labels: return 'no recipe was better than labels alone on the items that chose'
+        tried = {r.lr for r in self.runs if r.name == self.labels and len(r.scores) >= self.n_epoch}
+        if left := set(self.rates) - tried:
+            return (f'whether it is better than labels alone is unknown: there was no time for {len(left)} of their '
+                    f'{len(self.rates)} learning rates')
         if self.lead is None:
             return ('whether its lead over labels alone is more than luck is unknown: there was no time to repeat both '
                     'with other seeds')
@@ -149,8 +156,8 @@ class Found:
     @property
     def table(self):
         "A row for each candidate, the best first: its best run, and the mean over the seeds of the repeated runs"
-        rows = sorted(self.best.values(), key=lambda r: (r is self.winner, bool(self._repeats(r)), r.rank), reverse=True)
-        return Rows(self._row(r) for r in rows)
+        order = lambda r: (r is self.winner, bool(self._repeats(r)), r.rank)
+        return Rows(self._row(r) for r in sorted(self.best.values(), key=order, reverse=True))
 
     def _row(self, run):
         again = [f.items[~f.items.isnan()].mean().item() for f in self._repeats(run)]
@@ -161,8 +168,7 @@ class Found:
                 '+-': stdev(again) if len(again) > 1 else None}
 
     def __repr__(self):
-        return (f'{self.table!r}\n\n{self.winner.name}: {self.text}, lr={self.lr:.3g}\n{self.verdict}\n'
-                f'student.distill(teacher, {self.n_epoch}, found.lr, found.recipe) trains with it')
+        return f'{self.winner.name}: {self.text}, lr={self.lr:.3g}; {self.verdict}'
 
     def plot(self):
         "The score of each run over its learning rate, a color for each candidate. Returns the figure"
@@ -172,7 +178,8 @@ class Found:
         ax = fig.subplots()
         for i,name in enumerate(o for o in self.candidates if o in self.best):
             for whole in (True, False):
-                runs = [r for r in self.runs if r.name == name and r.stopped != whole and math.isfinite(r.score)]
+                runs = [r for r in self.runs if r.name == name and math.isfinite(r.score)
+                        and (len(r.scores) >= self.n_epoch) == whole]
                 ax.scatter([r.lr for r in runs], [r.score for r in runs], color=f'C{i}', marker='o' if whole else 'x',
                            alpha=.9 if whole else .4, label=name if whole else None)
         if math.isfinite(self.winner.score):
