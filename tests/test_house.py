@@ -49,7 +49,7 @@ ORDER = dict(
     cache='keys digests folder files entries records manifest reader source writer progress dataset verify',
     fastai='task stream block vocab targets teachers batches check transforms replay_dl sample_keys cache_data cache_feed columns finite trend unlabelled projector_opt arguments choice callback patches learner clock trials find',
     demo='tasks results picture',
-    cli='objects cache demo app',
+    cli='objects cache demo find app',
 )
 
 

@@ -45,7 +45,7 @@ class Search:
         # after_epoch(score) and late() are true where the run has to end
         *,
         n_epoch:int, # of a whole run
-        minutes:float,
+        begin:float, end:float, # time when the search began, and when it must be over
         trials:int|None=None, # so many runs, then the best again; None: as many as there is time for
         seeds:int=3, # with which the best runs are repeated
         storage=None, # URL of a database ('sqlite:///find.db'), a file, or Optuna's storage; None: nothing is kept
@@ -57,8 +57,7 @@ class Search:
         self.optuna = import_optuna()
         self.candidates,self.rates,self.train = {c.name: c for c in candidates},[float(o) for o in rates],train
         self.n_epoch,self.metric,self.n_trials,self.seeds,self.show = n_epoch,metric,trials,seeds,show
-        self.begin = time()
-        self.end = self.begin + 60*minutes
+        self.begin,self.end = begin,end
         self.cut,self.errors,self.n_runs = [],{},0
         facts = dict(facts or {}, n_epoch=n_epoch, rates=self.rates,
                      candidates={c.name: {k: list(v) for k,v in c.options.items()} for c in candidates})
@@ -92,7 +91,8 @@ class Search:
 
     def _plan_recipes(self):
         "Each recipe begins with its usual options, and with the rate that is best for labels alone so far"
-        lr = best_of(self.runs())[LABELS.name].lr if self.runs() else self.rates[0]
+        alone = best_of(self.runs()).get(LABELS.name)
+        lr = self.rates[0] if alone is None else alone.lr
         for c in self.candidates.values():
             if any(wanted(t).get('recipe') == c.name for t in self.taught.get_trials(deepcopy=False)): continue
             self._plan(self.taught, dict(recipe=c.name, lr=lr, **{f'{c.name} {k}': v[0] for k,v in c.options.items()}))
@@ -111,6 +111,7 @@ class Search:
             self._repeat()
         except KeyboardInterrupt:
             if not any(r.scores for r in self.runs()): raise
+            self.show('interrupted: this is the best so far', None)
         if not any(r.scores for r in self.runs()): raise DistillError(self._nothing())
         return Found({LABELS.name: LABELS, **self.candidates}, self.runs(), self.finals(), metric=self.metric,
                      n_epoch=self.n_epoch, rates=self.rates)
@@ -128,14 +129,15 @@ class Search:
         return self.end - min((1+FINALISTS)*self.seeds*max(took), (self.end-self.begin)/2)
 
     def _next(self):
-        """(study, trial, run) of the next run; None if all were tried. Labels alone come first, and after a third of the
-        time at every other turn"""
+        """(study, trial, run) of the next run; None if all were tried. Labels alone come first. After a third of the
+        time, they take every other turn"""
         if self.n_trials is not None and self.n_runs >= self.n_trials: return None
         waiting = self.alone.get_trials(deepcopy=False, states=(self.optuna.trial.TrialState.WAITING,))
         early = time() < self.begin + (self.end-self.begin)/3
-        if waiting and (early or self.n_runs % 2): return self._ask(self.alone, {LABELS.name: LABELS})
-        self._plan_recipes()
-        asked = self._ask(self.taught, self.candidates)
+        asked = self._ask(self.alone, {LABELS.name: LABELS}) if waiting and (early or self.n_runs % 2) else None
+        if asked is None:
+            self._plan_recipes()
+            asked = self._ask(self.taught, self.candidates)
         return asked or (self._ask(self.alone, {LABELS.name: LABELS}) if waiting else None)
 
     def _ask(self, study, candidates):

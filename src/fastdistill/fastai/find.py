@@ -2,6 +2,7 @@
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import time
 from fastai.basics import Learner, OptimWrapper, noop, patch
 from ..candidates import candidates_for, given_candidates
 from ..docments import explain as add_docments
@@ -51,6 +52,7 @@ def distill_find(
 
     Half of the validation items choose. The other half decides whether the lead over labels alone, with a rate of its
     own, is more than luck"""
+    begin = time()
     import_optuna()
     refuse_search(self, n_epoch, minutes, kwargs)
     task,show = task_of(self.loss_func, kind, axis),show and self.logger is not noop and rank() == 0
@@ -69,9 +71,9 @@ def distill_find(
         train = Trials(self, source, n_epoch, score or scorer(task), output, kind=kind, axis=axis, fine_tune=fine_tune,
                        **kwargs)
         epochs = n_epoch + (kwargs.get('freeze_epochs', 1) if fine_tune else 0)
-        found = Search(candidates, own_rates(self) if rates is None else rates, train, n_epoch=epochs, minutes=minutes,
-                       trials=trials, seeds=seeds, storage=storage, name=name, metric=metric_of(task, score),
-                       facts=stored_facts(self, facts, fine_tune), show=progress).run()
+        found = Search(candidates, own_rates(self) if rates is None else rates, train, n_epoch=epochs,
+                       begin=begin, end=begin + 60*minutes, trials=trials, seeds=seeds, storage=storage, name=name,
+                       metric=metric_of(task, score), facts=stored_facts(self, facts, fine_tune), show=progress).run()
     if show: report(found, n_epoch)
     return found
 
