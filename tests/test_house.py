@@ -29,10 +29,13 @@ LAW = dict(
     distiller=('outputs ranks task batch gradients ratios features replay teacher terms doctor', 'torch', ''),
     recipes=('outputs schedule losses terms distiller', 'torch', ''),
     automatic=('outputs losses distiller recipes', '', ''),
+    candidates=('outputs losses terms recipes automatic', '', ''),
+    found=('', 'torch', 'scipy matplotlib'),
+    study=('outputs candidates found', 'torch numpy', 'optuna'),
     plots=('outputs features', 'torch', 'matplotlib'),
     __init__=('docments', 'lazy_loader', ''),
-    fastai=('outputs docments ranks task gradients losses features replay cache teacher terms distiller recipes automatic doctor plots',
-            'torch numpy fastai', 'pandas'),
+    fastai=('outputs docments ranks task gradients losses features replay cache teacher terms distiller recipes automatic candidates study doctor plots',
+            'torch numpy fastai', 'pandas rich IPython'),
     demo=('outputs fastai', 'torch numpy fastai rich PIL', 'matplotlib sklearn'),
     cli=('errors ranks cache fastai demo __init__', 'typer rich', ''),
 )
@@ -44,9 +47,9 @@ ORDER = dict(
     teacher='images forms draws hidden guest ensemble teacher',
     doctor='findings shared tally classes shapes runs images recipe scores outputs explain',
     cache='keys digests folder files entries records manifest reader source writer progress dataset verify',
-    fastai='task stream block vocab targets teachers batches check transforms replay_dl sample_keys cache_data cache_feed columns finite trend unlabelled projector_opt arguments choice callback patches learner',
+    fastai='task stream block vocab targets teachers batches check transforms replay_dl sample_keys cache_data cache_feed columns finite trend unlabelled projector_opt arguments choice callback patches learner clock trials find',
     demo='tasks results picture',
-    cli='objects cache demo app',
+    cli='objects cache demo find app',
 )
 
 

@@ -7,7 +7,7 @@ from ..outputs import DistillError, DistillWarning, Outputs
 from ..recipes import *
 from ..teacher import Teacher
 from ..terms import Recipe, Term
-from . import learner as _learner, patches as _patches
+from . import find as _find, learner as _learner, patches as _patches
 from .block import TeacherBlock
 from .cache_data import cache_teacher, verify_cache
 from .callback import KnowledgeDistillation
