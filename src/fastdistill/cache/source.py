@@ -93,5 +93,6 @@ def options_of(teacher) -> dict:
            if hasattr(teacher, k)}
     if (output := getattr(teacher, 'output', None)) is not None:
         out['output'] = str(getattr(output, '__qualname__', output))
+    if getattr(teacher, 'returns', 'logits') != 'logits': out['outputs'] = teacher.returns
     if members := getattr(teacher, 'members', None): return {**out, 'members': [options_of(m) for m in members]}
     return {**out, 'images': teacher.adapts} if getattr(teacher, 'adapts', '') else out
