@@ -80,6 +80,7 @@ def identity_of(teacher) -> dict:
         return dict(name=name, weights=fingerprint(*(m.state_dict() for m in modules), shares), **options)
     if path := getattr(teacher, 'path', None): return dict(name=name, weights=fingerprint(path.read_bytes()), **options)
     fn = getattr(teacher, 'model', teacher)
+    if own := getattr(fn, 'identity', None): return dict(name=name, weights=fingerprint(own), **options)
     try: text = inspect.getsource(fn if inspect.isroutine(fn) else type(fn))
     except (TypeError, OSError): text = ''
     warnings.warn(DistillWarning(f"The weights of {name} can't be read. A cache counts as written by the same teacher "

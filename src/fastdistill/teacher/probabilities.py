@@ -1,5 +1,4 @@
 "Probabilities as logits."
-import torch
 from torch import Tensor
 from ..outputs import DistillError
 from .images import full_precision

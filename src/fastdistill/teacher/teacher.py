@@ -12,6 +12,7 @@ from ..outputs import (DistillError, DistillWarning, Outputs, as_plain, check_ou
                        warn_of_first, warn_of_several)
 from .draws import OwnDraws, generators
 from .ensemble import mix, shares
+from .estimator import Estimator
 from .forms import FORMS, Onnx, check_second_argument, is_graph, load_model
 from .guest import Guest, cuda_devices
 from .hidden import has_reset, why_no_reset
@@ -53,7 +54,8 @@ class Teacher:
     @records_given
     def __init__(
         self,
-        model, # nn.Module, torch.export program, .pt, .pt2 or .onnx file, callable, or a list of these (an ensemble)
+        model, # nn.Module, torch.export program, .pt, .pt2 or .onnx file, callable, estimator with `predict_proba` or
+        # `predict` (scikit-learn, LightGBM, XGBoost, CatBoost), or a list of these (an ensemble)
         *,
         layers=(), # dotted names of the layers to read; in an ensemble '0.NAME' is a layer of its first member
         mode:str='eval', # 'train' for papers that need it; torch.export programs and callables keep their mode
@@ -66,11 +68,14 @@ class Teacher:
         axis:int=1, # class axis
         select=None, # indices of the teacher's classes to return, in the student's order
         output=None, # the output with the logits: a name, index or function; None: 'logits', 'out', or a tuple's first
-        outputs:str='logits', # what the model returns: 'logits', or 'probs', the probabilities of classes or labels
+        outputs:str='logits', # what the model returns: 'logits', or 'probs', the probabilities of classes or labels, as
+        # estimators do
+        frame=None, # of an estimator, in fastai: the table that the DataLoaders were made from (see docs/trees.md)
         name:str|None=None # in messages; None: the name of the file or of the class
     ):
         options = dict(layers=layers, mode=mode, stats=stats, input_stats=input_stats, size=size, combine=combine,
-                       weights=weights, kind=kind, axis=axis, select=select, output=output, outputs=outputs, name=name)
+                       weights=weights, kind=kind, axis=axis, select=select, output=output, outputs=outputs, frame=frame,
+                       name=name)
         self.model = self.path = self.learner = None       # fastdistill.fastai keeps the teacher's Learner as `learner`
         self.sources,self.members = [],[]
         self._stack,self._guest,self._scaling,self._was_started,self._draws = None,None,None,[],OwnDraws()
@@ -109,6 +114,10 @@ class Teacher:
             self.stats,self.input_stats = stats_of(self.stats, self.model),stats_of(self.input_stats)
         check_output(self.output)
         if isinstance(self.model, Onnx): self._check_onnx()
+        if isinstance(self.model, Estimator): self._take_estimator()
+        elif self.frame is not None:
+            raise DistillError(f"frame= is the table of an estimator (scikit-learn, LightGBM ...), but {self.name} is "
+                               "none.")
         if self.size is not None: self.size = (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
         self._check_layers(self.layers)
 
@@ -117,6 +126,11 @@ class Teacher:
         if self.output is not None or 'several' in self._found: return
         self._found['several'] = True
         if len(alike := self.model.alike()) > 1: warn_of_first(f'The teacher {self.name}', ', '.join(alike))
+
+    def _take_estimator(self):
+        self.model = self.model.of_kind(self.kind)
+        self.model.frame = self.frame
+        if 'outputs' not in self.given: self.returns = 'logits' if self.kind == 'regression' else 'probs'
 
     def _name(self):
         if self.sources: return f'{len(self.sources)} teachers'
