@@ -65,8 +65,6 @@ class TableEstimator(Estimator):
         rows = self.in_order(rows)
         return torch.cat([self.predict(rows.iloc[i:i+CHUNK]) for i in range(0, len(rows), CHUNK)])
 
-    def __getstate__(self): return {**vars(self), 'dls': None}
-
 
 def inputs_of(table):
     "The inputs of a table's rows, as in a batch"
@@ -130,7 +128,8 @@ class RawRows:
         if self.categorify is None: return codes
         values = list(self.categorify.classes[name])[1:]       # the first is the missing value
         if all(isinstance(v, str) for v in values): return pd.Categorical.from_codes(codes-1, values)
-        return pd.Series([np.nan, *values], dtype=None if all(map(is_number, values)) else object).iloc[codes].to_numpy()
+        dtype = None if all(map(is_number, values)) else object
+        return pd.Series([np.nan, *values], dtype=dtype).iloc[codes].to_numpy()
 
     def _numbers(self, x):
         if len(x) < 2: return {}

@@ -74,8 +74,8 @@ class Teacher:
         name:str|None=None # in messages; None: the name of the file or of the class
     ):
         options = dict(layers=layers, mode=mode, stats=stats, input_stats=input_stats, size=size, combine=combine,
-                       weights=weights, kind=kind, axis=axis, select=select, output=output, outputs=outputs, frame=frame,
-                       name=name)
+                       weights=weights, kind=kind, axis=axis, select=select, output=output, outputs=outputs,
+                       frame=frame, name=name)
         self.model = self.path = self.learner = None       # fastdistill.fastai keeps the teacher's Learner as `learner`
         self.sources,self.members = [],[]
         self._stack,self._guest,self._scaling,self._was_started,self._draws = None,None,None,[],OwnDraws()
