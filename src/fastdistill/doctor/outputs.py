@@ -113,9 +113,7 @@ def probabilities(tally, task):
     if task.kind == 'softmax' and tally.normed:
         yield Finding('error', "The teacher's outputs are probabilities (each row sums to 1). A softmax over them "
                       "would be nearly flat",
-                      "Give the outputs before softmax, or their logarithm: "
-                      "KnowledgeDistillation(lambda x: teacher(x).log())")
+                      "Say so: Teacher(model, outputs='probs'). Or give the outputs before softmax")
     if task.kind == 'sigmoid':
         yield Finding('warning', "All of the teacher's outputs are between 0 and 1: they seem to be probabilities",
-                      "Give the outputs before the sigmoid, or undo it: "
-                      "KnowledgeDistillation(lambda x: torch.logit(teacher(x), eps=1e-6))")
+                      "Say so: Teacher(model, outputs='probs', kind='sigmoid'). Or give the outputs before the sigmoid")

@@ -38,9 +38,9 @@ class KnowledgeDistillation(Callback):
 
     def __init__(
         self,
-        teacher=None, # Learner, exported .pkl, module, TorchScript, torch.export or ONNX file, callable, `Teacher`; a
-        # list of these (an ensemble); a `TeacherCache`, or its folder. None: the batches hold the teacher's outputs
-        # (see `TeacherBlock`)
+        teacher=None, # Learner, exported .pkl, module, TorchScript, torch.export or ONNX file, callable, estimator with
+        # `predict_proba` or `predict`, `Teacher`; a list of these (an ensemble); a `TeacherCache`, or its folder. None:
+        # the batches hold the teacher's outputs (see `TeacherBlock`)
         recipe=None, # `kd()`, `kd() + recipes.at()`, a `Term`; None or 'auto': `auto` chooses, or
         # kd(T, alpha) if one of them is given
         *,
