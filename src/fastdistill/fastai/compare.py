@@ -52,17 +52,23 @@ def compare(
     steps = number_of_batches(data)
     steps = None if steps is None else steps + 2*len(models)*bool(seconds)
     with shown_bar(progress, steps) as tick, closing(prepared(learn, some_batches(data), 1, False)) as batches:
-        report = measure_models({k: teacher_of(o, learn, task) for k,o in models.items()}, batches, task, teacher=teacher,
-                                baseline=baseline, loss=learn.loss_func, metrics=metrics_of(models, learn, metrics),
-                                language=is_stream(data), headline=headline, repeats=repeats, seed=seed, large=large,
-                                seconds=seconds, tick=tick)
+        teachers = {k: teacher_of(o, learn, task) for k,o in models.items()}
+        report = measure_models(teachers, batches, task, teacher=teacher, baseline=baseline, loss=learn.loss_func,
+                                metrics=metrics_of(models, learn, metrics), language=is_stream(data),
+                                headline=headline, repeats=repeats, seed=seed, large=large, seconds=seconds, tick=tick)
     report.title,report.unit = title,unit_of(data)
-    if report.counts: report.classes = (vocab_of(learn.dls) or list(map(str, range(len(report.counts)))))[:len(report.counts)]
+    report.classes = class_names(learn.dls, len(report.counts))
     for k,o in models.items():
         if not isinstance(o, Learner): continue
         report.models[k].kind = getattr(getattr(o, 'arch', None), '__name__', report.models[k].kind)
         report.models[k].history = history_of(o)
     return report
+
+
+def class_names(dls, n):
+    "`n` names, which are numbers where the data have no others"
+    names = vocab_of(dls)
+    return names if names is not None and len(names) == n else list(map(str, range(n)))
 
 
 def reference(models, dls, loss_func):
@@ -134,7 +140,8 @@ def leaves(types):
 def history_of(learn):
     "Column of the training's table -> its value in each epoch of the last fit"
     recorder = getattr(learn, 'recorder', None)
-    names,rows = [n for n in getattr(recorder, 'metric_names', []) if n not in ('epoch', 'time')],getattr(recorder, 'values', [])
+    names = [n for n in getattr(recorder, 'metric_names', []) if n not in ('epoch', 'time')]
+    rows = getattr(recorder, 'values', [])
     if not len(rows) or any(len(r) != len(names) for r in rows): return {}
     return {n: [plain_number(r[i]) for r in rows] for i,n in enumerate(names)}
 

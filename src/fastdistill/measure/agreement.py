@@ -21,7 +21,7 @@ class Agreement:
         "The shares and means; None where there is no such position"
         n,s = self.sums.get('n', 0.),self.sums
         def per(k, of): return s[k]/of if of else None
-        if self.kind == 'regression': return distances(s, n)
+        if self.kind == 'regression': return how_far_apart(s, n)
         right,wrong = s.get('right', 0.),n - s.get('right', 0.)
         out = dict(same=per('same', n))
         if 'five' in s: out['in_top5'] = per('five', n)
@@ -58,7 +58,7 @@ def of_numbers(s, t):
     return dict(n=torch.ones_like(a), abs=(a-b).abs(), sq=(a-b).pow(2), a=a, b=b, aa=a*a, bb=b*b, ab=a*b)
 
 
-def distances(s, n):
+def how_far_apart(s, n):
     "Distances of two predictions, and the correlation of their errors"
     if not n: return {}
     cov,va,vb = (s[i+j] - s[i]*s[j]/n for i,j in ('ab', 'aa', 'bb'))

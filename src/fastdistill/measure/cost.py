@@ -1,8 +1,10 @@
 "What a model costs: parameters, multiply-accumulates, bytes, peak memory and time."
-import time, weakref
+import time, warnings, weakref
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 import torch
+from torch.backends import cudnn, mkldnn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from ..outputs import tensors_in
@@ -23,14 +25,21 @@ def cost_of(
     weights = sum(t.numel()*t.element_size() for t in own)
     out = Cost(n_params or None, bytes=file_size(teacher) or weights or None)
     if not teacher.modules: return out
-    with FlopCounterMode(display=False) as counter: run(teacher, batch_of(x, 1))
-    # subtle: a model whose operations are not known to the counter, such as a fused LSTM, counts as unknown, not as 0
-    out.macs = None if has_unknown_work(teacher) else counter.get_total_flops()//2 or None
+    with FlopCounterMode(display=False) as counter, unfused(): fresh_run(teacher, batch_of(x, 1))
+    out.macs = counter.get_total_flops()//2 or None
     out.memory = weights + peak_memory(teacher, x)
     return out
 
 
-def run(teacher, x):
+@contextmanager
+def unfused():
+    "Recurrent layers as products of matrices: the counter does not know the one operation that they are otherwise"
+    with warnings.catch_warnings(), cudnn.flags(enabled=False):
+        warnings.filterwarnings('ignore', 'TF32 acceleration')      # PyTorch's, about its own default
+        with mkldnn.flags(enabled=False): yield
+
+
+def fresh_run(teacher, x):
     teacher.reset()
     return teacher(*x)
 
@@ -39,10 +48,6 @@ def file_size(teacher):
     "Bytes of the files that the models were loaded from; 0 if one was not"
     paths = [o.path for o in (teacher.members or [teacher])]
     return sum(Path(p).stat().st_size for p in paths) if all(paths) else 0
-
-
-def has_unknown_work(teacher):
-    return any(isinstance(m, (torch.nn.RNNBase, torch.nn.RNNCellBase)) for o in teacher.modules for m in o.modules())
 
 
 def batch_of(
@@ -64,14 +69,16 @@ class Peak(TorchDispatchMode):
         self.now,self.most,self.alive = 0,0,set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # an argument that is new was there before, as the weights
+        for t in tensors_in((args, kwargs)): self._count(t, False)
         out = func(*args, **(kwargs or {}))
-        for t in tensors_in(out): self._count(t)
+        for t in tensors_in(out): self._count(t, True)
         return out
 
-    def _count(self, t):
+    def _count(self, t, made_here):
         if t.layout != torch.strided or t.is_meta: return
         storage = t.untyped_storage()
-        key,size = storage._cdata,storage.nbytes()
+        key,size = storage._cdata,storage.nbytes()*made_here
         if key in self.alive: return
         self.alive.add(key)
         self.now += size
@@ -89,9 +96,9 @@ def peak_memory(teacher, x):
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        run(teacher, x)
+        fresh_run(teacher, x)
         return torch.cuda.max_memory_allocated(device) - before
-    with Peak() as peak: run(teacher, x)
+    with Peak() as peak: fresh_run(teacher, x)
     return peak.most
 
 
@@ -116,7 +123,7 @@ def latencies(
 
 def bare_call(teacher, x):
     "The model's own forward pass on prepared inputs, without the checks of a `Teacher`"
-    run(teacher, x)      # the model is where it runs, and in its mode
+    fresh_run(teacher, x)      # the model is where it runs, and in its mode
     if teacher.members: return lambda: teacher(*x)
     device = next((t.device for t in tensors_in(x)), torch.device('cpu'))
     args,kwargs = teacher._prepare(x, {}, device)

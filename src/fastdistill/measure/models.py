@@ -1,10 +1,10 @@
 "Models side by side: one pass over the samples, in which every model sees each batch, and a report."
 import os, platform
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 import numpy as np
 import torch
 from ..doctor.runs import guarded_random_state
-from ..outputs import DistillError
+from ..outputs import DistillError, tensors_in
 from ..report.data import Comparison, ModelResult, Report
 from ..task import fit_labels, unusable
 from .agreement import Agreement
@@ -130,7 +130,7 @@ def report_of(of, models, costs, task, teacher, baseline, language, headline, re
     counts = [] if task.kind == 'regression' else first.sums['totals'][1].tolist()
     return Report(task.kind, headline or names[0], first.n, info={m.name: m.info for m in measures}, models=results,
                   comparisons=comparisons(paired, of, teacher, baseline), teacher=teacher, baseline=baseline,
-                  counts=counts if len(counts) <= MAX_NAMED else [], machine=machine(x))
+                  counts=counts if len(counts) <= MAX_NAMED else [], machine=machine_of(x))
 
 
 def comparisons(paired, names, teacher, baseline) -> list[Comparison]:
@@ -156,9 +156,8 @@ def result(o, estimates, cost, role, kind):
     return out
 
 
-def machine(x) -> dict:
+def machine_of(x) -> dict:
     "Where the times were measured, and with which versions"
-    from ..outputs import tensors_in
     device = next((t.device for t in tensors_in(x)), torch.device('cpu'))
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name()
     return dict(device=name, threads=torch.get_num_threads(), cores=os.cpu_count(), torch=torch.__version__,

@@ -74,7 +74,8 @@ class PairedScores:
         "A model minus another one, for each measure"
         ps,out = self._p_values(model, against),Comparison(model, against)
         for k in self.measures:
-            d,drawn = self.values[model][k]-self.values[against][k],self.drawn[model][k]-self.drawn[against][k]
+            with np.errstate(invalid='ignore'):     # infinity minus infinity
+                d,drawn = (v[model][k]-v[against][k] for v in (self.values, self.drawn))
             p,test = ps[k]
             out.differences[k] = Difference(number(d), *self._interval(drawn), p, test)
         if teacher is not None and teacher not in (model, against):
@@ -91,8 +92,9 @@ class PairedScores:
         va,vb = map(self._values, swapped)
         out = {}
         for k in self.measures:
-            d = abs(self.values[a][k]-self.values[b][k])
-            p = (1 + np.sum(np.abs(va[k]-vb[k]) >= d - 1e-12))/(1 + self.repeats)
+            with np.errstate(invalid='ignore'):
+                d,by_chance = abs(self.values[a][k]-self.values[b][k]),np.abs(va[k]-vb[k])
+                p = (1 + np.sum(by_chance >= d - 1e-12))/(1 + self.repeats)
             out[k] = (float(p) if np.isfinite(d) else None),'paired permutation test'
         if a in self.right and 'accuracy' in out:
             ra,rb = self.right[a] > .5,self.right[b] > .5

@@ -6,7 +6,7 @@ from ..errors import DistillError
 
 __all__ = ['Comparison', 'Cost', 'Difference', 'Estimate', 'Latency', 'MeasureInfo', 'ModelResult', 'Report']
 
-FORMAT = 1 # of the JSON file
+REPORT_FORMAT = 1 # of the JSON file
 
 
 @dataclass
@@ -116,7 +116,7 @@ class Report:
     counts:list[float]=field(default_factory=list) # samples, or positions, of each class
     machine:dict=field(default_factory=dict) # where the times were measured, and with which versions
     notes:list[str]=field(default_factory=list)
-    format:int=FORMAT
+    format:int=REPORT_FORMAT
 
     @property
     def students(self): return [n for n,m in self.models.items() if m.role != 'teacher']
@@ -148,8 +148,8 @@ class Report:
         text = source if isinstance(source, str) and source.lstrip().startswith('{') else read(Path(source))
         try: data = json.loads(text)
         except ValueError as e: raise DistillError(f"This is no JSON: {e}. Report.to_json writes reports.") from e
-        if not isinstance(data, dict) or data.get('format') != FORMAT:
-            raise DistillError(f"This JSON is no report of format {FORMAT}, which Report.to_json writes.")
+        if not isinstance(data, dict) or data.get('format') != REPORT_FORMAT:
+            raise DistillError(f"This JSON is no report of format {REPORT_FORMAT}, which Report.to_json writes.")
         return built(cls, data)
 
 
