@@ -56,5 +56,5 @@ def cell(name, task, steps, output='classes', **more):
     return Cell(name, task, output, partial(data, task), student, steps, **more)
 
 
-CELLS = [cell('digits100_short', 'digits100', 280), cell('digits100_long', 'digits100', 1400, cost=2),
-         cell('points_short', 'points', 280, 'numbers'), cell('points_long', 'points', 1400, 'numbers', cost=2)]
+CELLS = [cell('digits100_short', 'digits100', 280), cell('digits100_long', 'digits100', 940, cost=2),
+         cell('points_short', 'points', 280, 'numbers'), cell('points_long', 'points', 940, 'numbers', cost=2)]

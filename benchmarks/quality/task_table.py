@@ -62,6 +62,6 @@ def cell(name, steps, target='income', n=None, **more):
                 rates=(.001, .003, .01), **more)
 
 
-CELLS = [cell('adult500_short', 400, n=500), cell('adult500_long', 2000, n=500), cell('adult5000_short', 400, n=5000), cell('adult5000_long', 2000, n=5000),
-         cell('adult_short', 800), cell('adult_long', 4000, cost=2),
-         cell('age5000', 800, target='age', n=5000), cell('age', 2000, target='age')]
+CELLS = [cell('adult500_short', 400, n=500), cell('adult500_long', 1200, n=500), cell('adult5000_short', 400, n=5000), cell('adult5000_long', 1200, n=5000),
+         cell('adult_short', 800), cell('adult_long', 2400, cost=2),
+         cell('age5000', 800, target='age', n=5000), cell('age', 1200, target='age')]
