@@ -67,19 +67,25 @@ def left_out(
     facts, # cell -> facts
     found # cell -> recipe -> gain
 ):
-    "cell -> the recipe that is best on average in the cells of other tasks of its group; None where there is no other task"
+    "cell -> the recipe that is best on average in the cells of other tasks of its group; none where there is no other task"
     out = {}
     for name,f in facts.items():
-        others = [n for n,o in facts.items() if o['task'] != f['task'] and group(o) == group(f) and n in found]
+        others = {n: o['task'] for n,o in facts.items() if o['task'] != f['task'] and group(o) == group(f) and n in found}
         # tokens stand alone: what other softmax tasks say counts
-        if not others and f['output'] == 'tokens': others = [n for n,o in facts.items() if o['output'] in ('classes', 'pixels') and n in found]
+        if not others and f['output'] == 'tokens': others = {n: o['task'] for n,o in facts.items() if o['output'] in ('classes', 'pixels') and n in found}
         if name not in found or not others: continue
         known = set.intersection(*(set(found[n]) for n in [*others, name])) - {'labels', 'fasterai', 'timm', 'keras'}
-        shares = {n: spread(found[n]) for n in others}
-        tasks = {facts[n]['task'] for n in others}
-        worth = lambda k: np.mean([np.mean([shares[n][k] for n in others if facts[n]['task'] == t]) for t in tasks])
-        if known: out[name] = max(sorted(known), key=worth)
+        if known: out[name] = max(sorted(known), key=mean_over_tasks(others, {n: spread(found[n]) for n in others}))
     return out
+
+
+def mean_over_tasks(
+    task, # cell -> task
+    shares # cell -> recipe -> share of the best gain
+):
+    "fn(recipe): its mean share, each task counting once"
+    of = lambda t,k: np.mean([shares[n][k] for n in task if task[n] == t])
+    return lambda k: np.mean([of(t, k) for t in sorted(set(task.values()))])
 
 
 if __name__ == '__main__':

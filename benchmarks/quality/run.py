@@ -5,7 +5,7 @@
 
 First each recipe's rate is chosen on a validation split with one seed, then more seeds run at that rate. Each run is one line of JSON
 in benchmarks/results/quality/CELL.jsonl. A restart skips what is there. QUALITY_DATA names the folder of the data sets."""
-import json, os, time, warnings
+import json, time, warnings
 from pathlib import Path
 import torch, typer
 from candidates import CANDIDATES

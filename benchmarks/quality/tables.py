@@ -69,8 +69,7 @@ def of_cells(r):
 def of_default(r):
     rows = []
     for n in r.cells:
-        d,b,p,l = r.default[n],r.best(n),r.peer(n),r.left_out.get(n)
-        g = r.gains[n]
+        d,b,l,g = r.default[n],r.best(n),r.left_out.get(n),r.gains[n]
         rows.append([n, d, said(g[d]) if d in g else 'not run', *(said(g[k]) if k in g else '' for k in PEERS.values()), f'{b} {said(g[b])}',
                      f'{l} {said(g[l])}' if l else '', f'{g[b][0]-g[l][0]:.2f}' if l else ''])
     return table(['cell', 'default', 'its gain', *PEERS, 'best of all', 'chosen without this task', 'its regret'], rows)

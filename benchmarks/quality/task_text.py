@@ -89,7 +89,7 @@ def cell(task, budget, steps, width=12, output='classes', **more):
     return Cell(f'{task}_{budget}', task, output, partial(data, task, TEACHER_STEPS[task]), student(width), steps, **more)
 
 
-CELLS = [cell('sst2', 'short', 170), cell('sst2', 'long', 1040),
+CELLS = [cell('sst2', 'short', 170), cell('sst2', 'long', 1040, rates=(.0009, .003, .01)),
          cell('banking77', 'short', 220), cell('banking77', 'long', 1100), cell('banking77', 'wide_short', 220, 64), cell('banking77', 'wide_long', 1100, 64),
          cell('trec', 'short', 120), cell('trec', 'long', 600),
          cell('goemotions', 'short', 680, output='labels')]
