@@ -55,6 +55,13 @@ class Cell:
     cost:int = 1 # 1: a few seconds a run, 2: some ten, 3: more
 
 
+class Fast(nn.Module):
+    "A net of pictures in bfloat16 and channels last, twice as fast on this CPU; its logits are float32"
+    def __init__(self, net): super().__init__(); self.net = net.to(memory_format=torch.channels_last)
+    def forward(self, x):
+        with torch.autocast('cpu', dtype=torch.bfloat16): return self.net(x.float().contiguous(memory_format=torch.channels_last)).float()
+
+
 def kept(name, make):
     "What `make()` returns, made once and kept on disk"
     path = KEPT/f'{name}.pt'
