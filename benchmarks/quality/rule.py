@@ -38,7 +38,7 @@ def group(f):
     return 'two classes' if f['classes'] == 2 else 'classes'
 
 
-DEFAULT = {'classes': 'dist(4)x3', 'two classes': 'kd(1,.9)', 'pixels': 'kd(1,.5)', 'tokens': 'kd(1,.5)', 'labels': 'binary(1)x3', 'numbers': 'regression x3'}
+DEFAULT = {'classes': 'dist(4)x3', 'two classes': 'kd(1,.9)', 'pixels': 'kd(1,.5)', 'tokens': 'kd(1,.5)', 'labels': 'binary(1)x3', 'numbers': 'regressionx3'}
 
 def default(f):
     "The candidate that is the library's default recipe in such a cell"

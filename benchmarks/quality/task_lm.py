@@ -8,7 +8,7 @@ from loop import predict
 from tasks import ROOT, Cell, Data, Split, fit, kept
 
 LENGTH = 64
-CHARS = 600_000, 30_000, 60_000 # of the training part, of the validation and of the test part
+CHARS = 300_000, 20_000, 40_000 # of the training part, of the validation and of the test part
 
 
 class Model(nn.Module):
@@ -31,7 +31,7 @@ def make():
     a,b = int(.9*len(ids)),int(.95*len(ids))
     parts = [windows(o[:n]) for o,n in zip((ids[:a], ids[a:b], ids[b:]), CHARS)]
     torch.manual_seed(0)
-    teacher = fit(Model(len(have), 320), *parts[0], 1500, .006, bs=32, loss=lambda s,y: F.cross_entropy(s.flatten(0, 1), y.flatten()))
+    teacher = fit(Model(len(have), 160), *parts[0], 900, .006, bs=32, loss=lambda s,y: F.cross_entropy(s.flatten(0, 1), y.flatten()))
     return dict(splits=[(x, y, predict(teacher, x).half()) for x,y in parts], n_out=len(have))
 
 
@@ -41,7 +41,7 @@ def data():
     return Data(*(Split(*s) for s in d['splits']), extra=d)
 
 
-def student(d): return Model(d.extra['n_out'], 48)
+def student(d): return Model(d.extra['n_out'], 40)
 
 
 CELLS = [Cell('lm_short', 'lm', 'tokens', data, student, 290, bs=32, axis=2, cost=3, seeds=3)]
