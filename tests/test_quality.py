@@ -142,3 +142,11 @@ def test_every_candidate_is_a_recipe_that_fits_its_outputs(quality):
             total = d.compute(Outputs(s), Outputs(t), own(s, y), (y,), progress=.5).total
             total.backward()
             assert total.isfinite() and np.isfinite(s.grad.numpy()).all() and s.grad.any(), (c.name, output)
+
+
+def test_the_default_of_each_cell_is_the_library_s(quality):
+    from fastdistill import auto
+    for output,classes,kind in (('classes', 2, 'softmax'), ('classes', 7, 'softmax'), ('pixels', 2, 'softmax'), ('tokens', 65, 'softmax'), ('labels', 28, 'sigmoid'), ('numbers', 1, 'regression')):
+        found = quality.rule.default(dict(output=output, classes=classes, dense=output == 'pixels', tokens=output == 'tokens'))
+        chosen = auto(kind, classes=classes, dense=output in ('pixels', 'tokens'))
+        assert repr(quality.candidates.CANDIDATES[found].recipe()).replace('.0', '') == repr(chosen).replace('.0', ''), output

@@ -5,6 +5,8 @@ import json
 import numpy as np
 import torch
 from candidates import CANDIDATES
+from fastdistill import auto
+from loop import KINDS
 from measures import MAIN, measure
 from run import OUT, classes_of, read
 from stats import at_best_rate, by_seed, paired
@@ -38,11 +40,15 @@ def group(f):
     return 'two classes' if f['classes'] == 2 else 'classes'
 
 
-DEFAULT = {'classes': 'dist(4)x3', 'two classes': 'kd(1,.9)', 'pixels': 'kd(1,.5)', 'tokens': 'kd(1,.5)', 'labels': 'binary(1)x3', 'numbers': 'regressionx3'}
-
 def default(f):
     "The candidate that is the library's default recipe in such a cell"
-    return DEFAULT[group(f)]
+    recipe = auto(KINDS[f['output']], classes=f['classes'] if KINDS[f['output']] == 'softmax' else None, dense=f['dense'] or f['tokens'])
+    return next(c.name for c in CANDIDATES.values() if not c.smoothing and c.tier != 'peer' and c.recipe() is not None and parts(c.recipe()) == parts(recipe))
+
+
+def parts(recipe):
+    "What makes two recipes equal"
+    return [(t.name, t.is_share, t.weight, t.layers, t.options) for t in recipe.terms],recipe.task_at(0.)
 
 
 def results(cell):
