@@ -10,7 +10,7 @@ from loop import predict
 from tasks import ROOT, Cell, Data, Split, fit, kept
 
 LENGTH = 48
-TEACHER_STEPS = dict(sst2=450, banking77=650, trec=400, goemotions=1000)
+TEACHER_STEPS = dict(sst2=450, banking77=650, trec=400, goemotions=600)
 
 
 def words(text): return re.findall(r"[a-z0-9']+|[?!]", text.lower())
@@ -92,4 +92,4 @@ def cell(task, budget, steps, width=12, output='classes', **more):
 CELLS = [cell('sst2', 'short', 170), cell('sst2', 'long', 1040, rates=(.0009, .003, .01)),
          cell('banking77', 'short', 220), cell('banking77', 'long', 1100), cell('banking77', 'wide_short', 220, 64), cell('banking77', 'wide_long', 1100, 64),
          cell('trec', 'short', 120), cell('trec', 'long', 600),
-         cell('goemotions', 'short', 680, output='labels')]
+         cell('goemotions', 'short', 450, output='labels')]
