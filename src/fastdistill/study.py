@@ -14,7 +14,8 @@ from .outputs import DistillError
 __all__ = ['Search', 'import_optuna']
 
 FINALISTS = 2 # beside labels alone
-TRIES = 50 # proposals that ran before are refused so often; then all were tried
+TRIES = 50 # proposals that ran before are refused so often, half of them from Optuna's sampler, half at random; then
+# all were tried
 
 
 def import_optuna():
@@ -47,7 +48,7 @@ class Search:
         n_epoch:int, # of a whole run
         begin:float, end:float, # time when the search began, and when it must be over
         trials:int|None=None, # so many runs, then the best again; None: as many as there is time for
-        seeds:int=3, # with which the best runs are repeated
+        seeds:int=5, # with which the best runs are repeated
         storage=None, # URL of a database ('sqlite:///find.db'), a file, or Optuna's storage; None: nothing is kept
         name:str='fastdistill', # of the search in the storage
         facts:dict|None=None, # what a stored search must have in common with this one
@@ -69,19 +70,21 @@ class Search:
             from optuna.storages import JournalStorage
             from optuna.storages.journal import JournalFileBackend
             storage = JournalStorage(JournalFileBackend(storage))
-        def study(part, sampler, pruner):
+        def study(part, pruner):
             with quiet():
                 return self.optuna.create_study(storage=storage, study_name=f'{name}, {part}', direction='maximize',
-                                                sampler=sampler, pruner=pruner, load_if_exists=True)
+                                                pruner=pruner, load_if_exists=True)
         # subtle: of labels alone every rate gets a whole run: while a rate warms up, its scores say little of its end,
         # and a comparison with a rate that was stopped too early would not be fair
-        self.alone = study('labels alone', samplers.RandomSampler(seed=0), pruners.NopPruner())
+        self.alone = study('labels alone', pruners.NopPruner())
         check_facts(self.alone, json.loads(json.dumps(facts)), name)
         n = max(10, 2*len(self.candidates))
         halving = pruners.SuccessiveHalvingPruner(min_resource=-(-n_epoch//3), reduction_factor=2)
-        self.taught = study('recipes', None, halving)
-        self.taught.sampler = samplers.TPESampler(seed=len(self.taught.get_trials(deepcopy=False)), n_startup_trials=n)
-        self.again = study('seeds', samplers.RandomSampler(seed=0), pruners.NopPruner())
+        self.taught = study('recipes', halving)
+        seed = len(self.taught.get_trials(deepcopy=False))
+        self.sampler = samplers.TPESampler(seed=seed, n_startup_trials=n)
+        self.random = samplers.RandomSampler(seed=seed)
+        self.again = study('seeds', pruners.NopPruner())
         for lr in self.rates: self._plan(self.alone, dict(recipe=LABELS.name, lr=lr))
 
     def _plan(self, study, params):
@@ -141,7 +144,8 @@ class Search:
         return asked or (self._ask(self.alone, {LABELS.name: LABELS}) if waiting else None)
 
     def _ask(self, study, candidates):
-        for _ in range(TRIES):
+        for i in range(TRIES):
+            study.sampler = self.sampler if 2*i < TRIES else self.random
             trial = study.ask()
             c = candidates[trial.suggest_categorical('recipe', list(candidates))]
             options = {k: trial.suggest_categorical(f'{c.name} {k}', v) for k,v in c.options.items()}

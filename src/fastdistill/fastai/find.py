@@ -1,4 +1,5 @@
 "`Learner.distill_find`: look for the recipe and the learning rate that suit a student, its data and its teacher."
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -7,7 +8,7 @@ from fastai.basics import Learner, OptimWrapper, noop, patch
 from ..candidates import candidates_for, given_candidates
 from ..docments import explain as add_docments
 from ..doctor.tally import METRICS
-from ..outputs import DistillError
+from ..outputs import DistillError, DistillWarning
 from ..ranks import rank
 from ..study import Search, import_optuna
 from .arguments import feed_of
@@ -37,7 +38,7 @@ def distill_find(
     live:bool=False, # let the teacher run in each trial, so that recipes between layers are tried too
     score=None, # fn(logits, targets) -> (B,) score of each item, greater is better; None: as in `check_teacher`
     trials:int|None=None, # end the search after so many runs; None: when the time is over
-    seeds:int=3, # the best runs and labels alone are repeated with so many seeds
+    seeds:int=5, # the best runs and labels alone are repeated with so many seeds, if there is time
     storage=None, # a file or a database's URL ('sqlite:///find.db') from which a search resumes, and which several
     # processes may share
     name:str='fastdistill', # of the search in the storage
@@ -120,8 +121,11 @@ def answers(learn, teacher, task, as_it_is, positions, n_epoch, show):
     with TemporaryDirectory(prefix='fastdistill') as folder:
         views = min(n_epoch, MOST_VIEWS) if positions and moves(learn.dls.train) else 0
         try:
-            cache = cache_teacher(teacher, learn.dls, Path(folder)/'cache', views, kind=task.kind, axis=task.axis,
-                                  check=False, progress=show)
+            with warnings.catch_warnings():
+                # no other teacher gets to this cache
+                warnings.filterwarnings('ignore', 'The weights of', DistillWarning)
+                cache = cache_teacher(teacher, learn.dls, Path(folder)/'cache', views, kind=task.kind, axis=task.axis,
+                                      check=False, progress=show)
         except DistillError as e: raise DistillError(f"{e} Or let the teacher run in each trial: live=True.") from e
         yield cache
 
