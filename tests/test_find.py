@@ -1,18 +1,17 @@
 "Looking for a recipe: candidates, the search, the judgement, and what a Learner keeps."
-import copy, json, math, random, subprocess, sys
-from functools import partial
+import copy, math, random, subprocess, sys
 from statistics import variance
 from time import time
 import numpy as np
 import pytest, torch
 from torch import nn
 import apps # before the rest of fastai: it keeps its warnings quiet
-from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, OptimWrapper, accuracy, noop
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, OptimWrapper, TfmdDL, accuracy, noop
 from fastai.callback.all import CSVLogger, GradientAccumulation, MixUp, SaveModelCallback
 from fastdistill import DistillError, losses, recipes
 from fastdistill.automatic import auto
 from fastdistill.candidates import LABELS, Candidate, candidates_for, given_candidates
-from fastdistill.fastai import Teacher, kd, soft_labels
+from fastdistill.fastai import kd, soft_labels
 from fastdistill.fastai.clock import chosen_half
 from fastdistill.found import Found, Run, lead_of
 from fastdistill.study import Search
@@ -275,7 +274,7 @@ def planted(n=48, noise=.6, seed=0):
     y = torch.where(torch.tensor(g.random(n+200) < noise), torch.tensor(g.integers(0, 4, n+200)), true)
     y[n:] = true[n:]
     items = list(zip(x, y))
-    dls = DataLoaders.from_dsets(items[:n], items[n:], bs=16, num_workers=0)
+    dls = DataLoaders(TfmdDL(items[:n], bs=16, shuffle=True, drop_last=True, num_workers=0), TfmdDL(items[n:], bs=100, num_workers=0))
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(2, 16), nn.Dropout(.1), nn.ReLU(), nn.Linear(16, 4))
     learn = Learner(dls, net, loss_func=CrossEntropyLossFlat(), lr=.03, metrics=accuracy)
@@ -286,7 +285,7 @@ def planted(n=48, noise=.6, seed=0):
 
 def test_a_teacher_that_knows_more_than_noisy_labels_wins():
     learn,teacher = planted()
-    found = learn.distill_find(teacher, 6, minutes=2, recipes=dict(soft=soft_labels(T=1), little=kd(T=1, alpha=.05)), trials=12, rates=[.03, .1])
+    found = learn.distill_find(teacher, 6, minutes=2, recipes=dict(soft=soft_labels(T=1), little=kd(T=1, alpha=.05)), trials=6, rates=[.03, .1], seeds=3)
     assert found.winner.name == 'soft' and found.lead.beyond_luck and found.lead.mean > .05 and found.lead.n == 100
     assert found.verdict.startswith('more than luck') and {r['candidate'] for r in found.table} == {'soft', 'little', LABELS.name}
     learn.distill(teacher, 6, found.lr, found.recipe)
@@ -295,7 +294,7 @@ def test_a_teacher_that_knows_more_than_noisy_labels_wins():
 
 def test_a_teacher_that_knows_nothing_has_no_lead_beyond_luck():
     learn,_ = planted(noise=0.)
-    found = learn.distill_find(lambda x: torch.zeros(len(x), 4), 6, minutes=2, recipes=dict(kd=kd(T=1, alpha=.5)), trials=4, rates=[.03, .1], check=False)
+    found = learn.distill_find(lambda x: torch.zeros(len(x), 4), 6, minutes=2, recipes=dict(kd=kd(T=1, alpha=.5)), trials=4, rates=[.03, .1], seeds=3, check=False)
     assert found.lead is None or not found.lead.beyond_luck
     assert not found.verdict.startswith('more than luck')
 
@@ -409,7 +408,7 @@ def test_live_teachers_and_layers_and_own_scores():
     own = dict(hint=recipes.hint(layers={'0': '0'}), none=recipes.hint(layers={'0': 'nowhere'}))
     found = learn.distill_find(big, 1, minutes=2, live=True, recipes=own, trials=3, rates=[.1], seeds=0, score=score, check=False)
     assert {r['candidate'] for r in found.table} == {LABELS.name, 'hint'} and found.metric == 'score' and found.table[0]['score'] < 0
-    assert seen[0] == (16, 4)
+    assert seen[0] == (100, 4)
 
 
 APPS = [apps.multi_label, apps.unet, apps.language_model, apps.text_classifier, apps.tabular, apps.points]
@@ -454,7 +453,7 @@ def test_it_prints_a_table_and_a_verdict(capsys):
     found = learn.distill_find(teacher, 1, minutes=2, recipes=dict(kd=kd()), trials=2, rates=[.1], seeds=0)
     out = capsys.readouterr().out
     assert repr(found.table) in out and repr(found) in out and 'student.distill(teacher, 1, found.lr, found.recipe)' in out
-    assert 'candidate' in out and 'accuracy on 128 validation items' in out
+    assert 'candidate' in out and 'accuracy on 200 validation items' in out
 
 
 # the command
