@@ -160,6 +160,13 @@ def test_another_shape_of_output_is_an_error():
     student,_ = pair('points')
     refuses(student, lambda x: torch.randn(len(x), 1), r"\(16, 4\), the teacher's \(16, 1\)")
 
+def test_a_label_without_an_output_is_an_error_before_training():
+    student,_ = toy()       # of four classes
+    student.model[-1] = nn.Linear(student.model[-1].in_features, 3)
+    refuses(student, nn.Linear(8, 3), 'There is a label 3, but the outputs have 3 classes, 0 to 2.*as many outputs as there are classes')
+    refuses(student, nn.Linear(8, 3), 'There is a label 3, but', alpha=0.)
+
+
 def test_probabilities_in_place_of_logits_are_an_error():
     student,teacher = toy()
     refuses(student, nn.Sequential(teacher, nn.Softmax(1)),

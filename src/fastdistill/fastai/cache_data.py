@@ -20,7 +20,7 @@ from .task import task_of
 from .check import check_teacher
 from .sample_keys import item_keys, key_root, sample_files, storage_order
 from .replay_dl import IndexedItem, Plan, attach, refuse_unindexed
-from .stream import is_stream, model_outputs, stream_outputs
+from .stream import inputs_of, is_stream, model_outputs, stream_outputs
 from .teachers import class_names, image_stats, teacher_of
 from .transforms import describe_transforms
 from .vocab import stored_order, vocab_of
@@ -138,6 +138,7 @@ def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num
     names,order = item_keys(dl, keys, root),storage_order(dl)
     plan = Plan(names[order], views, seed, order, stream=stream)
     make = lambda tasks, bs, workers=None: writer_dl(dl, plan, tasks, bs, workers)
+    if teacher.layers: teacher = teacher.reading_tokens(*inputs_of(next(iter(make([0], 1, 0))), dl.n_inp))
     def run(tasks, bs):
         with validation_transforms(dl, not views), teacher if hasattr(teacher, '__enter__') else nullcontext():
             workers = num_workers if len(tasks) > bs else 0     # starting workers takes longer than one batch

@@ -7,9 +7,10 @@ from torch import nn
 import torch.nn.functional as F
 from ..features.calls import arguments, is_hf
 from ..features.names import named
+from ..features.pairs import names_of_tokens
 from ..features.taps import Taps
-from ..outputs import (DistillError, DistillWarning, Outputs, as_plain, check_output, map_tensors, tensors_in,
-                       warn_of_first, warn_of_several)
+from ..outputs import (DistillError, DistillWarning, Outputs, as_plain, check_axis, check_output, map_tensors,
+                       tensors_in, warn_of_first, warn_of_several)
 from .draws import OwnDraws, generators
 from .ensemble import mix, shares
 from .estimator import Estimator
@@ -113,6 +114,7 @@ class Teacher:
                 raise DistillError("weights= is for the members of an ensemble, but this is one teacher: give a list")
             self.stats,self.input_stats = stats_of(self.stats, self.model),stats_of(self.input_stats)
         check_output(self.output)
+        check_axis(self.axis)
         if isinstance(self.model, Onnx): self._check_onnx()
         if isinstance(self.model, Estimator): self._take_estimator()
         elif self.frame is not None:
@@ -275,6 +277,14 @@ class Teacher:
     ) -> Outputs:
         "The outputs for a batch. Hidden states and random numbers do not change, even in the middle of a run"
         return Teacher(self, **({} if layers is None else dict(layers=layers)))(*x, **kw)
+
+    def reading_tokens(
+        self, *x # inputs of a batch
+    ) -> 'Teacher':
+        """The teacher for stored outputs: it reads a series (B, C, L), as a 1d convolution returns it, as tokens
+        (B, L, C), since stored features do not show where their channels are"""
+        names = names_of_tokens(self, x, self.layers) if self.layers else []
+        return self if names == self.layers else Teacher(self, layers=names)
 
     def _outputs(self, x, kw, layers):
         self._check_layers(layers)
