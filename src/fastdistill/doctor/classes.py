@@ -19,7 +19,7 @@ def reordered_classes(
     before,after = table.trace().item()/n,hits(table, order).sum().item()/n
     # the new accuracy must be at least halfway from chance to a perfect prediction
     if not moved or after < (1+1/k)/2 or not holds_elsewhere(tally.confusion): return
-    select = order if teacher.select is None else [int(list(teacher.select)[o]) for o in order]
+    select = order if teacher.select is None else [teacher.select[o] for o in order]
     unseen = sum(not table[i].any() for i in moved)
     guess = f" ({unseen} of them have no item here, so their place is a guess: pass a larger n=)" if unseen else ''
     words = moves_in_words(order, moved, names)

@@ -257,6 +257,7 @@ def classes_of(teacher, dls):
     if any(v != theirs[0] for v in theirs) or (teacher.members and theirs[0] != mine):
         raise DistillError("The members of the ensemble have their classes in different orders: give each, as "
                            f"Teacher(model, select=...), the labels' order: {', '.join(mine[:10])}.")
-    names = theirs[0] if teacher.select is None else [theirs[0][i] for i in torch.as_tensor(teacher.select).tolist()]
+    if teacher.known_classes or any(isinstance(o, list) for o in teacher.select or ()): return mine
+    names = theirs[0] if teacher.select is None else [theirs[0][i] for i in teacher.select]
     stored_order(names, mine)        # names that can't be mapped are refused now
     return names

@@ -26,6 +26,7 @@ class ClassMap:
     order:list|None # the teacher's position of each of the student's classes; None if `same`, or if some are missing
     missing:list # classes that the teacher does not have
     extra:list # classes that only the teacher has
+    shared:list # classes that both have, in the student's order
 
 
 def map_classes(
@@ -37,7 +38,8 @@ def map_classes(
     student,teacher = list(map(str, student)),list(map(str, teacher))
     missing,extra = [c for c in student if c not in teacher],[c for c in teacher if c not in student]
     same = student == teacher
-    return ClassMap(same, None if same or missing else [teacher.index(c) for c in student], missing, extra)
+    return ClassMap(same, None if same or missing else [teacher.index(c) for c in student], missing, extra,
+                    [c for c in student if c in teacher])
 
 
 def stored_order(
