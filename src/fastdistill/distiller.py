@@ -109,9 +109,9 @@ class Distiller(nn.Module):
             check_kind(t, self.task.kind)
             if t.layers is None: self.links[t.name] = nn.ModuleList([Link(own_copy(t.loss))])
 
-    def _choose(self, logits, targets):
-        "Take the recipe that `auto` chooses for such outputs"
-        chosen,self.chooses = Distiller.auto(**facts_of_outputs(logits.shape, self.task), labels=bool(targets)),False
+    def choose(self, logits, labels:bool):
+        "Take the recipe that `auto` chooses for such outputs, and batches with or without labels"
+        chosen,self.chooses = Distiller.auto(**facts_of_outputs(logits.shape, self.task), labels=labels),False
         self.take(chosen)
         if rank() == 0: print(f'fastdistill: recipe {chosen}')
 
@@ -232,7 +232,7 @@ class Distiller(nn.Module):
         with Taps(self.student, self.student_layers(terms)) as taps:
             raw = self.student(*args, **kwargs)
             s = self.student_outputs(raw, taps.pop(), x)
-        if self.chooses: self._choose(s.logits, targets)
+        if self.chooses: self.choose(s.logits, bool(targets))
         t,(task,targets) = self.teacher_outputs(x, progress),self.labels(x, s.logits, targets)
         return self.compute(s, t, task, targets, progress=progress)
 

@@ -4,10 +4,11 @@ from pathlib import Path
 from torch import nn
 from fastai.basics import L, Learner, load_learner
 from fastai.data.transforms import Normalize
+from ..doctor.classes import map_classes
 from ..outputs import DistillError, DistillWarning
 from ..teacher.images import affine, stats_of, timm_cfg
 from ..teacher.teacher import Teacher
-from .vocab import map_classes, vocab_of
+from .vocab import vocab_of
 
 __all__ = ['image_stats', 'teacher_of']
 
