@@ -14,12 +14,14 @@ from .distiller import predicts_next
 from .doctor.classes import map_classes
 from .features.calls import is_hf
 from .features.names import unwrap
+from .features.probe import untouched
 from .features.taps import Taps
 from .outputs import DistillError
 from .ranks import mean_over_ranks
 from .replay.seeds import RandomGuard
 from .teacher.teacher import Teacher
-from .trainers import (add_parameters, average_gradients, complete, load_state, needs_example, state_of, takes_part)
+from .trainers import (add_parameters, average_gradients, complete, load_state, needs_example, reset_gradients, state_of,
+                       takes_part)
 
 __all__ = ['DistillationMixin', 'DistillationTrainer', 'student_from']
 
@@ -44,6 +46,7 @@ class DistillationMixin:
     ):
         self.teacher,self.recipe = teacher if isinstance(teacher, Teacher) else Teacher(teacher),recipe
         self.asked,self.distiller,self.part_means = dict(kind=kind, axis=axis, output=output, check=check),None,PartMeans()
+        self.counts_items = self.last_step = None
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise DistillError(f"This process has {self.args.n_gpu} GPUs, which the Trainer would use by DataParallel, "
@@ -102,8 +105,6 @@ class DistillationMixin:
         kind = KINDS.get(getattr(config, 'problem_type', None), 'regression' if one else 'sigmoid' if several else 'softmax')
         kind = self.asked['kind'] or kind
         axis = 1 if self._answers or name.endswith('Segmentation') else -1
-        # subtle: these losses of transformers are means whatever num_items_in_batch is, so the Trainer must divide them
-        if kind != 'softmax': self.model_accepts_loss_kwargs = False
         return dict(kind=kind, axis=axis if self.asked['axis'] is None else self.asked['axis'],
                     ignore_index=getattr(config, 'semantic_loss_ignore_index', None))
 
@@ -149,13 +150,23 @@ class DistillationMixin:
         return super().compute_loss(model, dict(x), return_outputs=True, **options)
 
     def _scale(self, x, num_items_in_batch=None):
-        """By what the Trainer multiplies the mean over this batch's labels: their share of the labels of all batches
-        before the optimizer's step; 1 if the Trainer divides the loss itself"""
+        """By what the Trainer multiplies the mean over this batch's labels. It counts the labels of all batches before
+        the optimizer's step, `num_items_in_batch`, and may average them over processes"""
         mine = getattr(self, 'model_accepts_loss_kwargs', False) or getattr(self, 'compute_loss_func', None) is not None
-        if num_items_in_batch is None or not mine or 'labels' not in x: return 1
-        y = x['labels'][..., 1:] if getattr(self, '_loss_shifts_labels', False) else x['labels']
+        if num_items_in_batch is None or not mine: return 1
         ranks = self.accelerator.num_processes if getattr(self.args, 'average_tokens_across_devices', False) else 1
+        if not self._counts_items(x): return ranks
+        y = x['labels'][..., 1:] if predicts_next(self.model) else x['labels']
         return y.ne(-100).sum().clamp_min(1)*ranks/num_items_in_batch
+
+    def _counts_items(self, x):
+        "Is the labels' loss divided by `num_items_in_batch`? Some models ignore it, as one trial shows"
+        if self.counts_items is None:
+            tried = []
+            with untouched(self.model):
+                for n in (1, 2): tried.append(super().compute_loss(self.model, dict(x), num_items_in_batch=torch.tensor(n)))
+            self.counts_items = not torch.equal(*tried)
+        return self.counts_items
 
     def _tokens(self, x):
         "The inputs whose padding hides positions of the logits: not those of an encoder beside a decoder"
@@ -185,6 +196,9 @@ class DistillationMixin:
             if self.distiller is not None: self.distiller.teacher.stop()
 
     def training_step(self, *args, **kwargs):
+        # subtle: after a step, the Trainer resets the gradients of the model, and not those of its optimizer
+        if self.last_step != self.state.global_step: reset_gradients(self.distiller)
+        self.last_step = self.state.global_step
         loss = super().training_step(*args, **kwargs)
         average_gradients(self.distiller)
         return loss
@@ -279,7 +293,7 @@ def in_order_of(student, teacher):
 def refuse_other_order(student, member):
     if option := in_order_of(student, member):
         raise DistillError(f"By id2label, {member.name} of the ensemble has its classes in another order: "
-                           f"Teacher(model, **{option}) brings them into the student's.")
+                           f"Teacher(model, select={option['select']}) brings them into the student's.")
 
 
 # students

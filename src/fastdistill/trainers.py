@@ -4,7 +4,8 @@ from .features.pairs import inputs
 from .doctor.runs import student_logits
 from .ranks import broadcast, mean_over_ranks
 
-__all__ = ['add_parameters', 'average_gradients', 'complete', 'load_state', 'needs_example', 'state_of', 'takes_part']
+__all__ = ['add_parameters', 'average_gradients', 'complete', 'load_state', 'needs_example', 'reset_gradients',
+           'state_of', 'takes_part']
 
 
 def needs_example(d:Distiller) -> bool:
@@ -46,6 +47,10 @@ def add_parameters(
 def average_gradients(d:Distiller):
     "Average the projectors' gradients over all processes, since they are not in DistributedDataParallel"
     mean_over_ranks(p.grad for p in d.own_parameters() if p.grad is not None)
+
+
+def reset_gradients(d:Distiller):
+    for p in d.own_parameters(): p.grad = None
 
 
 def state_of(d:Distiller) -> dict:
