@@ -10,9 +10,8 @@ except ImportError as e:
     raise ImportError("fastdistill.huggingface needs transformers and accelerate: pip install 'fastdistill[hf]'") from e
 from .automatic import Distiller
 from .batch import next_tokens
-from .distiller import predicts_next
 from .doctor.classes import map_classes
-from .features.calls import is_hf
+from .features.calls import is_hf, predicts_next
 from .features.names import unwrap
 from .features.probe import untouched
 from .features.taps import Taps

@@ -2,6 +2,7 @@
 from .distiller import Distiller
 from .features.pairs import inputs
 from .doctor.runs import student_logits
+from .outputs import map_tensors
 from .ranks import broadcast, mean_over_ranks
 
 __all__ = ['add_parameters', 'average_gradients', 'complete', 'load_state', 'needs_example', 'reset_gradients',
@@ -63,5 +64,6 @@ def load_state(
     state:dict # as `state_of` gives it
 ):
     "Continue from a checkpoint"
+    device = next(d.student.parameters()).device
     d.links.load_state_dict(state['links'])
-    d.ratios.load_state_dict(state['ratios'])
+    d.ratios.load_state_dict(map_tensors(state['ratios'], lambda t: t.to(device)))
