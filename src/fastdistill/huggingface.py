@@ -261,7 +261,7 @@ def question_logits(out):
     return torch.stack([out.start_logits, out.end_logits], -1)
 
 
-def class_names(model):
+def names_by_id(model):
     "Names of the classes by the model's `id2label`; None if they are only numbered"
     id2label = getattr(getattr(model, 'config', None), 'id2label', None)
     if not id2label or all(re.fullmatch(r'LABEL_\d+', str(v)) for v in id2label.values()): return None
@@ -279,7 +279,7 @@ def in_order_of(student, teacher):
     "The option `select` that brings the teacher's classes into the student's order; none if this is its order"
     if 'select' in teacher.given: return {}
     for m in teacher.members: refuse_other_order(student, m)
-    found = map_classes(class_names(student), class_names(teacher.module))
+    found = map_classes(names_by_id(student), names_by_id(teacher.module))
     if found is None or found.same: return {}
     if found.missing:
         raise DistillError(f"By id2label, the teacher does not have the student's classes {', '.join(found.missing[:5])}"

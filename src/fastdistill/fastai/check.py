@@ -9,7 +9,7 @@ from ..outputs import DistillError
 from .batches import PreparationError, prepared_batches
 from .task import task_of
 from ..teacher.hidden import has_reset, why_no_reset
-from .teachers import teacher_of
+from .teachers import class_names, teacher_of
 from .vocab import CODES, describe_difference, vocab_of
 
 __all__ = ['check_teacher', 'find_mistakes']
@@ -89,12 +89,13 @@ def known_kind(loss_func):
 
 def labels(learn, teacher, task):
     "The student's classes, among the teacher's"
-    for o in with_learners(teacher):
-        found = None if task.kind == 'regression' else map_classes(vocab_of(learn.dls), vocab_of(o.learner.dls))
+    for o in single_teachers(teacher):
+        names = class_names(o, learn.dls)
+        found = None if task.kind == 'regression' else map_classes(vocab_of(learn.dls), names)
         if found is None or found.same: continue
         if found.missing:
             yield Finding('error', f"The teacher does not have {len(found.missing)} of the student's classes "
-                          f"({few_names(found.missing, 5)}); it has {few_names(vocab_of(o.learner.dls), 8)}",
+                          f"({few_names(found.missing, 5)}); it has {few_names(names, 8)}",
                           "Use a teacher trained on the student's classes, or train the student on the teacher's")
         else:
             extra = f", and {len(found.extra)} more, which are not used" if found.extra else ''
