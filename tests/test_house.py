@@ -6,7 +6,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SRC = ROOT/'src'/'fastdistill'
 FILES = sorted(SRC.rglob('*.py'))
-FACES = ['fastdistill', 'fastdistill.losses', 'fastdistill.recipes', 'fastdistill.fastai']
+FACES = ['fastdistill', 'fastdistill.losses', 'fastdistill.recipes', 'fastdistill.fastai', 'fastdistill.huggingface', 'fastdistill.lightning']
 
 # room: which rooms it may import, all of them further up; which packages at the top of its files, and which only inside functions
 LAW = dict(
@@ -30,6 +30,7 @@ LAW = dict(
     distiller=('outputs ranks task class_sets batch gradients ratios features replay teacher terms doctor', 'torch', ''),
     recipes=('outputs schedule losses terms distiller', 'torch', ''),
     automatic=('outputs losses distiller recipes', '', ''),
+    trainers=('outputs ranks features doctor distiller', '', ''),
     candidates=('outputs losses terms recipes automatic', '', ''),
     found=('', 'torch', 'scipy matplotlib'),
     study=('outputs candidates found', 'torch numpy', 'optuna'),
@@ -39,6 +40,8 @@ LAW = dict(
     __init__=('docments', 'lazy_loader', ''),
     fastai=('outputs docments ranks task class_sets batch gradients losses features replay cache teacher terms distiller recipes automatic candidates study doctor plots report measure',
             'torch numpy fastai', 'pandas rich IPython'),
+    huggingface=('outputs ranks batch features replay teacher doctor distiller automatic trainers', 'torch transformers accelerate', ''),
+    lightning=('outputs batch features replay teacher task distiller automatic trainers', 'torch lightning', ''),
     demo=('outputs plots fastai', 'torch numpy fastai rich PIL', 'matplotlib sklearn'),
     cli=('errors ranks cache fastai demo __init__', 'typer rich', ''),
 )
@@ -145,7 +148,7 @@ def test_help_loads_no_torch():
 
 
 def test_import_fastdistill_brings_no_framework():
-    code = "import fastdistill, sys; fastdistill.Distiller, fastdistill.losses, fastdistill.kd; print(*{m.split('.')[0] for m in sys.modules} & {'fastai', 'matplotlib', 'timm', 'transformers', 'pandas', 'sklearn', 'PIL', 'rich', 'typer'})"
+    code = "import fastdistill, sys; fastdistill.Distiller, fastdistill.losses, fastdistill.kd; print(*{m.split('.')[0] for m in sys.modules} & {'fastai', 'matplotlib', 'timm', 'transformers', 'accelerate', 'lightning', 'pandas', 'sklearn', 'PIL', 'rich', 'typer'})"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == ''
 
 
