@@ -93,5 +93,7 @@ def options_of(teacher) -> dict:
            if hasattr(teacher, k)}
     if (output := getattr(teacher, 'output', None)) is not None:
         out['output'] = str(getattr(output, '__qualname__', output))
+    # numbers of another precision are other numbers
+    if half := getattr(teacher, 'half', ''): out['precision'] = half
     if members := getattr(teacher, 'members', None): return {**out, 'members': [options_of(m) for m in members]}
     return {**out, 'images': teacher.adapts} if getattr(teacher, 'adapts', '') else out

@@ -4,25 +4,28 @@ from contextlib import ExitStack, nullcontext
 from functools import wraps
 import torch
 from torch import nn
-import torch.nn.functional as F
 from ..features.calls import arguments, is_hf
 from ..features.names import named
+from ..features.probe import untouched
 from ..features.taps import Taps
 from ..outputs import (DistillError, DistillWarning, Outputs, as_plain, check_output, map_tensors, tensors_in,
                        warn_of_first, warn_of_several)
+from ..ranks import rank
 from .draws import OwnDraws, generators
 from .ensemble import mix, shares
 from .forms import FORMS, Onnx, check_second_argument, is_graph, load_model
 from .guest import Guest, cuda_devices
 from .hidden import has_reset, why_no_reset
-from .images import affine, full_precision, is_image, stats_of
+from .images import fit_images, affine, check_images, is_image, stats_of
+from .slices import in_slices, joined, plain_output
+from .speed import OPTIONS, Speed, check_speed
 
 __all__ = ['Teacher']
 
 POSSIBLE = dict(mode=('eval', 'train'), combine=('probs', 'logits'), kind=('softmax', 'sigmoid', 'regression'))
 
 # a member of an ensemble takes these options from the ensemble, unless it was given its own
-INHERITED = 'mode','stats','input_stats','size','combine','kind','axis','output'
+INHERITED = 'mode','stats','input_stats','size','combine','kind','axis','output','device','batch',*OPTIONS
 
 
 def records_given(init):
@@ -64,13 +67,23 @@ class Teacher:
         axis:int=1, # class axis
         select=None, # indices of the teacher's classes to return, in the student's order
         output=None, # the output with the logits: a name, index or function; None: 'logits', 'out', or a tuple's first
-        name:str|None=None # in messages; None: the name of the file or of the class
+        name:str|None=None, # in messages; None: the name of the file or of the class
+        precision:str='auto', # 'bf16', 'fp16'; 'fp32': the model's own; 'auto': bf16 if the processor computes in it, the
+        # model is large and its outputs stay close
+        compile='auto', # True, False; 'auto': if the run is long enough to earn the time back
+        memory_format='auto', # 'channels_last'; None: as it is; 'auto': channels_last for large convolutional models
+        fold_bn='auto', # True, False; 'auto': batch-norms of a large model become part of the convolution before them
+        device=None, # where the teacher runs; None: see above
+        batch:int|None=None # rows that run at once, where memory is short; None: all rows of a batch
     ):
         options = dict(layers=layers, mode=mode, stats=stats, input_stats=input_stats, size=size, combine=combine,
-                       weights=weights, kind=kind, axis=axis, select=select, output=output, name=name)
+                       weights=weights, kind=kind, axis=axis, select=select, output=output, name=name,
+                       precision=precision, compile=compile, memory_format=memory_format, fold_bn=fold_bn,
+                       device=device, batch=batch)
         self.model = self.path = self.learner = None       # fastdistill.fastai keeps the teacher's Learner as `learner`
         self.sources,self.members = [],[]
         self._stack,self._guest,self._scaling,self._was_started,self._draws = None,None,None,[],OwnDraws()
+        self._batches = None # to come in this run, if that is known
         # facts about the model that were found while it ran; variations share them
         self._found = model._found if isinstance(model, Teacher) else {}
         if isinstance(model, Teacher):      # a variation: it takes the options that are not given from `model`
@@ -98,6 +111,7 @@ class Teacher:
                 raise DistillError("weights= is for the members of an ensemble, but this is one teacher: give a list")
             self.stats,self.input_stats = stats_of(self.stats, self.model),stats_of(self.input_stats)
         check_output(self.output)
+        check_speed(self._speed_options | dict(batch=self.batch), self.model)
         if isinstance(self.model, Onnx): self._check_onnx()
         if self.size is not None: self.size = (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
         self._check_layers(self.layers)
@@ -112,7 +126,43 @@ class Teacher:
         if self.sources: return f'{len(self.sources)} teachers'
         return self.path.name if self.path else getattr(self.model, '__name__', type(self.model).__name__)
 
-    def __repr__(self): return f'Teacher({self.name})'
+    def __repr__(self):
+        how = '' if self._speed is None else str(self._speed)
+        batch = '' if self.batch is None else f'{self.batch} rows at once'
+        return f'Teacher({": ".join(filter(None, [self.name, ", ".join(filter(None, [how, batch]))]))})'
+
+    # how it runs
+
+    @property
+    def _speed_options(self): return {k: getattr(self, k) for k in (*OPTIONS, 'device')}
+
+    @property
+    def _speed(self):
+        "How the module runs, which variations with the same options share; None for other forms of teachers"
+        if not isinstance(self.model, nn.Module) or is_graph(self.model): return None
+        all_of_them,key = self._found.setdefault('speed', {}),(self.mode, *map(str, self._speed_options.values()))
+        if key not in all_of_them: all_of_them[key] = Speed(self.model, self.mode, self._speed_options, self._say)
+        return all_of_them[key]
+
+    def say_with(
+        self, fn # fn(text); None: print
+    ):
+        "Where messages about the speed go"
+        self._found['say'] = fn
+        for m in self.members: m.say_with(fn)
+
+    def _say(self, text):
+        if rank() == 0: (self._found.get('say') or print)(f'fastdistill: the teacher {self.name} {text}')
+
+    @property
+    def half(self):
+        "Name of the dtype in which a copy computes, where that is not the model's own; else empty"
+        return '' if self._speed is None else self._speed.half
+
+    @property
+    def runs(self):
+        "The nn.Module that runs: `module`, or a faster copy of it"
+        return self.module if self._speed is None else self._speed.module
 
     # its modules
 
@@ -155,11 +205,19 @@ class Teacher:
         if not self.started: self._draws = OwnDraws()
         return self._start()
 
+    def expect(
+        self, batches:int # that will come before `stop`
+    ):
+        "After `start`: the length of this run. A long run is worth compiling for"
+        self._batches = batches
+        for m in self.members: m.expect(batches)
+
     def _start(self):
         if self.started: return self
         with ExitStack() as stack:
             for m in self.members: stack.enter_context(m)
-            if self.module is not None: self._guest = stack.enter_context(Guest(self.module, self.mode))
+            if self._speed is not None and self._speed.is_stale(thorough=True): self._speed.restart()
+            if self.runs is not None: self._guest = stack.enter_context(Guest(self.runs, self.mode))
             if None not in (self.stats, self.input_stats) and not self.members:
                 self._scaling = affine(self.input_stats, self.stats)
             self._stack = stack.pop_all()
@@ -167,7 +225,7 @@ class Teacher:
 
     def stop(self):
         "Restore the model; may be called at any time, and twice"
-        stack,self._stack,self._guest,self._scaling = self._stack,None,None,None
+        stack,self._stack,self._guest,self._scaling,self._batches = self._stack,None,None,None,None
         if stack is not None: stack.close()
 
     def __enter__(self):
@@ -196,7 +254,7 @@ class Teacher:
         "Reset hidden states by the model's own method `reset`, if it has one and if that changes no weights"
         for m in self.members: m.reset()
         if not has_reset(self.module) or not self._resets(): return
-        with torch.no_grad(), self._draws.own(self._generators()): self.module.reset()
+        with torch.no_grad(), self._draws.own(self._generators()): self.runs.reset()
 
     def _generators(self, x=()):
         "The global random generators from which the teacher may draw"
@@ -213,7 +271,8 @@ class Teacher:
 
     # a model from a file is pickled as its path, since ONNX sessions and programs may not pickle. A copy is not started
     def __getstate__(self):
-        fresh = dict(_stack=None, _guest=None, _scaling=None, _was_started=[], _draws=OwnDraws())
+        fresh = dict(_stack=None, _guest=None, _scaling=None, _was_started=[], _draws=OwnDraws(), _batches=None,
+                     _found={k: v for k,v in self._found.items() if k not in ('speed', 'say')})
         return {**self.__dict__, **fresh, **({'model': None} if self.path else {})}
 
     def __setstate__(self, d):
@@ -271,16 +330,40 @@ class Teacher:
 
     def _outputs_of_model(self, x, kw, layers):
         device = next((t.device for t in tensors_in((x, kw))), torch.device('cpu'))
+        if self._speed is not None: self._choose_speed(x, kw, layers, device)
         if self._guest is not None: self._guest.settle()
+        if self._batches is not None: self._batches -= 1
+        return joined([self._slice(*o, layers, device) for o in in_slices(x, kw, self.batch)])
+
+    def _slice(self, x, kw, layers, device):
+        "The outputs of rows that run at once"
         x,kw = self._prepare(x, kw, device)
-        with Taps(self.module, layers) if layers and self.module is not None else nullcontext() as taps:
-            raw = self.model(*x, **kw)
+        with Taps(self.runs, layers) if layers and self.module is not None else nullcontext() as taps:
+            raw = self.model(*x, **kw) if self._speed is None else self._speed.run(x, kw, layers, self._batches)
             if self.output is None: warn_of_several(raw, self.module, f'The teacher {self.name}', self._found)
             o = Outputs.of(raw, output=self.output)
             feats = o.feats if taps is None else {**o.feats, **taps.pop()}
         # a function has no layers, but it may return features of that name
         if taps is None and not set(layers) <= set(feats): raise self._unreadable(layers, feats)
-        return Outputs(*(map_tensors(v, lambda t: plain_output(t, device)) for v in (o.logits, feats, o.mask)))
+        dtype = None if self._speed is None else self._speed.cast_back
+        return Outputs(*(map_tensors(v, lambda t: plain_output(t, device, dtype)) for v in (o.logits, feats, o.mask)))
+
+    def _choose_speed(self, x, kw, layers, device):
+        "Before a batch: the module that runs"
+        s = self._speed
+        if s.is_stale(thorough=False): s.run_as_it_is('its weights change while it teaches')
+        if s.undecided_for(x, kw): s.decide(x, kw, device, layers, lambda m: self._trial(m, x, kw, device))
+        s.for_layers(layers)
+        if s.module is not self._guest.model: self._guest = self._stack.enter_context(Guest(s.module, self.mode))
+
+    def _trial(self, module, x, kw, device):
+        "The logits of a module for a batch. Nothing is changed by it"
+        was = self._guest
+        with untouched(module), Guest(module, self.mode) as self._guest:
+            try:
+                x,kw = self._prepare(x, kw, device)
+                return as_plain(Outputs.of(module(*x, **kw), output=self.output).logits)
+            finally: self._guest = was
 
     def _check_layers(self, layers):
         if not layers: return
@@ -301,39 +384,16 @@ class Teacher:
         "The inputs by name or position, on the model's device and in its precision. Images get its normalization, size"
         x,kw = arguments(self.model, x, kw)
         if len(x) > 1 and is_hf(self.model) and not self._guest.has_run: check_second_argument(self.model, *x[:2])
-        self._check_images([t for t in tensors_in((x, kw)) if is_image(t)])
+        check_images([t for t in tensors_in((x, kw)) if is_image(t)], self.stats, self.input_stats, self._scaling)
         dtype = None
         if self._guest is not None:
             device,dtype,self._guest.has_run = self._guest.place(device),self._guest.dtype,True
         return map_tensors((x, kw), lambda t: self._prepare_tensor(t, device, dtype))
 
-    def _check_images(self, images):
-        if self.stats is not None and self.input_stats is None and images:
-            raise DistillError("stats= is the normalization of the teacher's images. That of the batch's images is "
-                               "missing: give input_stats=(mean, std), or (0, 1) if they are not normalized.")
-        if self._scaling is None: return
-        if not images:
-            raise DistillError("stats= is for images, float tensors of shape (B, C, H, W), but this batch has none: "
-                               "remove stats.")
-        n = len(self._scaling[0])
-        if wrong := [t for t in images if n not in (1, t.shape[1])]:
-            raise DistillError(f"stats= has {n} channels, the images have shape {tuple(wrong[0].shape)}: "
-                               "give one mean and std for each channel, or stats=None.")
-
     def _prepare_tensor(self, x, device, dtype):
         plain = as_plain(x)
         t = plain.to(device)
-        if is_image(t) and (self._scaling is not None or self.size is not None):
-            t = full_precision(t)
-            if self._scaling is not None: t = t*self._scaling[0].to(t) + self._scaling[1].to(t)
-            if self.size not in (None, tuple(t.shape[2:])):
-                t = F.interpolate(t, self.size, mode='bilinear', antialias=True)
+        if is_image(t): t = fit_images(t, self._scaling, self.size)
         if dtype is not None and t.is_floating_point(): t = t.to(dtype)
         # subtle: a copy, since a model that changes its input in place would change the student's batch
         return t.clone() if t is plain else t
-
-
-def plain_output(t, device):
-    "An output as a plain tensor that losses can save for their backward pass"
-    t = as_plain(t).detach().to(device)
-    return t.clone() if t.is_inference() else t
