@@ -314,7 +314,7 @@ def test_a_long_run_is_compiled_once_and_kept_if_it_is_faster(compiles, capsys):
     for faster in (True, False):
         fast = iter([9, 1, 1, 1, 9, .1, .1, .1] if faster else [9, 1, 1, 1, 9, 2, 2, 2])
         with pytest.MonkeyPatch.context() as m:
-            m.setattr(compiled.Compilation, '_timed', lambda self, f, x, kw: (f(*x, **kw), next(fast)))
+            m.setattr(compiled.Compilation, '_timed', lambda self, f, x, kw, fast=fast: (f(*x, **kw), next(fast)))
             says = runs(10, 10_000)
         assert ('100 ms a batch instead of 1e+03' if faster else 'not compiled (tried for 0 s: 2e+03 ms a batch instead of 1e+03)') in says
     assert len(compiles) == 2 and compiles[0]['options'] == {'freezing': True}
@@ -364,3 +364,34 @@ def test_a_student_learns_from_a_half_precision_teacher_in_place_of_the_full_one
         Distiller(student, Teacher(net, precision=precision), kd(T=4, alpha=.9))(x, y).total.backward()
         grads.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
     assert 0 < F.mse_loss(*grads).sqrt()/grads[0].std() < .02
+
+
+# caches
+
+def test_the_precision_of_a_cache_is_part_of_its_teacher(tmp_path, eager):
+    from test_fastai_cached import Convs, cache_teacher, data, verify_cache
+    eager.setattr(speed, 'native_bf16', lambda device: True)
+    net,dls = Convs(3).eval(),data()
+    cache = cache_teacher(net, dls, tmp_path/'a', views=1)
+    assert cache.manifest.teacher['precision'] == 'bfloat16' and verify_cache(cache, net, data(), n=8).worst < .02
+    with pytest.raises(DistillError, match="teacher, precision: bfloat16 in the cache, None now"):
+        cache_teacher(Teacher(net, precision='fp32'), dls, tmp_path/'a', views=1)
+    for options,dtype in ((dict(), 'float32'), (dict(precision='fp32'), 'float16')):
+        exact = cache_teacher(Teacher(net, **options), dls, tmp_path/dtype, views=1, dtype=dtype)
+        assert 'precision' not in exact.manifest.teacher and verify_cache(exact, net, data(), n=8).worst < 1e-2
+
+
+def test_a_fit_reports_the_copy_where_the_learner_prints(eager, capsys):
+    from apps import image, quiet
+    from fastdistill.fastai import KnowledgeDistillation
+    eager.setattr(speed, 'native_bf16', lambda device: True)
+    student,teacher = quiet(*image())
+    was = facts(teacher.model)
+    kd = KnowledgeDistillation(teacher, check=False)
+    student.fit(1, 1e-3, cbs=kd)
+    assert 'not compiled (in' in repr(kd.distiller.teacher) and kd.distiller.teacher.half == 'bfloat16'
+    assert 'runs as a copy' not in capsys.readouterr().out     # this learner's logger is fastai's `noop`
+    student.logger = print
+    student.fit(1, 1e-3, cbs=KnowledgeDistillation(teacher, check=False))
+    assert capsys.readouterr().out.count('runs as a copy: bfloat16') == 1
+    unchanged(was, teacher.model)

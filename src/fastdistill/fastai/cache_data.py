@@ -163,8 +163,8 @@ def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num
         if not stream: check_alone(exact, len(names))     # subtle: in one view, where texts are ordered by length
         if isinstance(dl, SortedDL): check_padding(exact, len(names))
         # subtle: the precision is chosen at the first whole batch, and is part of the teacher's identity
-        with closing(run(np.arange(min(dl.bs if bs is None else bs, len(names))), dl.bs if bs is None else bs)) as first:
-            next(first)
+        rows = dl.bs if bs is None else bs
+        with closing(run(np.arange(len(names))[:rows], rows)) as first: next(first)
     with validation_transforms(dl, not views): samples = sample_digests(make, plan, views)
     who = identity_of(teacher)
     # without `stats`, the student's normalization is part of the teacher's identity

@@ -134,7 +134,7 @@ class Speed:
                 self.why = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:80]}'
                 continue
             dtype = wish['dtype']
-            if not far <= FARTHEST[dtype] and not (dtype != torch.float32 and 'precision' in self.by_hand and far < 1):
+            if not far <= (1. if dtype != self.own and 'precision' in self.by_hand else FARTHEST[dtype]):
                 self.why = f'in {short_name(dtype)} its outputs differ by {far:.2g} of their spread'
                 continue
             if not self.by_hand and not is_faster(module, self.model, run):

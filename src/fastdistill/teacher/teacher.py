@@ -68,8 +68,8 @@ class Teacher:
         select=None, # indices of the teacher's classes to return, in the student's order
         output=None, # the output with the logits: a name, index or function; None: 'logits', 'out', or a tuple's first
         name:str|None=None, # in messages; None: the name of the file or of the class
-        precision:str='auto', # 'bf16', 'fp16'; 'fp32': the model's own; 'auto': bf16 if the processor computes in it, the
-        # model is large and its outputs stay close
+        precision:str='auto', # 'bf16', 'fp16'; 'fp32': the model's own; 'auto': bf16 if the processor computes in it,
+        # the model is large and its outputs stay close
         compile='auto', # True, False; 'auto': if the run is long enough to earn the time back
         memory_format='auto', # 'channels_last'; None: as it is; 'auto': channels_last for large convolutional models
         fold_bn='auto', # True, False; 'auto': batch-norms of a large model become part of the convolution before them
