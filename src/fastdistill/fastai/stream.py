@@ -8,7 +8,7 @@ from fastai.basics import Chunks
 from fastai.text.data import LMDataLoader
 from ..outputs import Outputs, TopK, as_plain
 
-__all__ = ['in_a_row', 'is_stream', 'model_outputs', 'of_length', 'stream_outputs']
+__all__ = ['in_a_row', 'inputs_of', 'is_stream', 'model_outputs', 'of_length', 'stream_outputs']
 
 
 def is_stream(dl): return isinstance(dl, LMDataLoader)
@@ -31,7 +31,9 @@ def in_a_row(
     return Chunks(Texts(order, make), [lens[i] for i in order])
 
 
-def model_outputs(teacher, b, n_inp) -> Outputs: return Outputs.of(teacher(*map(as_plain, b[:n_inp])))
+def inputs_of(b, n_inp) -> tuple: return tuple(map(as_plain, b[:n_inp]))
+
+def model_outputs(teacher, b, n_inp) -> Outputs: return Outputs.of(teacher(*inputs_of(b, n_inp)))
 
 
 def stream_outputs(

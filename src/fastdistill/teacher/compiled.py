@@ -7,7 +7,7 @@ from ..outputs import tensors_in
 __all__ = ['Compilation', 'synchronize']
 
 # what is assumed before it is measured: the share of a batch's time that compiled code saves, and seconds to compile
-GAIN,SECONDS,SECONDS_A_LAYER = .15,10.,.15
+GAIN,AT_LEAST,PER_LAYER = .15,10.,.15
 TIMED = 4 # timed before the decision; the first one does not count
 
 
@@ -70,7 +70,7 @@ class Compilation:
             if shapes != self.shapes: self.shapes,self.times = shapes,[]
             self.times.append(self._timed(self.module, x, kw)[1])
             if len(self.times) < TIMED: return
-            saved,cost = left*self.eager*GAIN,SECONDS + self.layers*SECONDS_A_LAYER
+            saved,cost = left*self.eager*GAIN,AT_LEAST + self.layers*PER_LAYER
             if saved < 2*cost:
                 self.state = (f'not compiled (in {left} batches that would save about {saved:.0f} s and take about '
                               f'{cost:.0f} s)')

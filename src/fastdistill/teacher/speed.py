@@ -128,7 +128,7 @@ class Speed:
         "The first of these copies that is as good as the model itself"
         for wish in self._wishes(pairs, large, device):
             try:
-                module = copy_of(self.model, **wish, device=device)
+                module = faster_copy(self.model, **wish, device=device)
                 far = difference(run(module), plain)
             except Exception as e: # layers without this precision, models that can't be copied
                 self.why = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:80]}'
@@ -179,7 +179,7 @@ class Speed:
         left = without_layers(self.model, self.pairs, layers)
         if len(left) == len(self.pairs): return
         device = next(self.module.parameters()).device
-        self.module,self.pairs = copy_of(self.model, **{**self.wish, 'pairs': left}, device=device),left
+        self.module,self.pairs = faster_copy(self.model, **{**self.wish, 'pairs': left}, device=device),left
         self.compilation = None
 
     def is_stale(self, thorough):
@@ -273,7 +273,7 @@ def without_layers(model, pairs, layers):
     return [(c, n) for c,n in pairs if not {c, n} & read]
 
 
-def copy_of(
+def faster_copy(
     model,
     pairs, # (convolution, batch-norm) to make one
     dtype, # of the copy's weights

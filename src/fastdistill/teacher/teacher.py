@@ -6,26 +6,30 @@ import torch
 from torch import nn
 from ..features.calls import arguments, is_hf
 from ..features.names import named
-from ..features.probe import untouched
+from ..features.pairs import names_of_tokens
 from ..features.taps import Taps
-from ..outputs import (DistillError, DistillWarning, Outputs, as_plain, check_output, map_tensors, tensors_in,
-                       warn_of_first, warn_of_several)
-from ..ranks import rank
+from ..outputs import (DistillError, DistillWarning, Outputs, as_plain, check_axis, check_output, map_tensors,
+                       tensors_in, warn_of_first, warn_of_several)
 from .draws import OwnDraws, generators
 from .ensemble import mix, shares
+from .estimator import Estimator
 from .forms import FORMS, Onnx, check_second_argument, is_graph, load_model
 from .guest import Guest, cuda_devices
 from .hidden import has_reset, why_no_reset
-from .images import fit_images, affine, check_images, is_image, stats_of
+from .images import affine, check_images, fit_images, is_image, stats_of
+from .probabilities import check_probabilities, logits_of
+from .running import Running
 from .slices import in_slices, joined, plain_output
-from .speed import OPTIONS, Speed, check_speed
+from .speed import OPTIONS, check_speed
 
 __all__ = ['Teacher']
 
-POSSIBLE = dict(mode=('eval', 'train'), combine=('probs', 'logits'), kind=('softmax', 'sigmoid', 'regression'))
+POSSIBLE = dict(mode=('eval', 'train'), combine=('probs', 'logits'), kind=('softmax', 'sigmoid', 'regression'),
+                outputs=('logits', 'probs'))
 
 # a member of an ensemble takes these options from the ensemble, unless it was given its own
-INHERITED = 'mode','stats','input_stats','size','combine','kind','axis','output','device','batch',*OPTIONS
+INHERITED = ('mode', 'stats', 'input_stats', 'size', 'combine', 'kind', 'axis', 'output', 'outputs', 'device', 'batch',
+             *OPTIONS)
 
 
 def records_given(init):
@@ -41,7 +45,7 @@ NO_RESET = ("{name} has a method reset() that {why}. That was undone, and the me
             "states are not reset. If the model has hidden states, its reset() should change nothing else.")
 
 
-class Teacher:
+class Teacher(Running):
     """Runs a model on batches and returns `Outputs`: without a gradient, in eval mode, on a copy of the inputs. It is
     not an `nn.Module`, so it never becomes part of a model that is trained.
 
@@ -54,7 +58,8 @@ class Teacher:
     @records_given
     def __init__(
         self,
-        model, # nn.Module, torch.export program, .pt, .pt2 or .onnx file, callable, or a list of these (an ensemble)
+        model, # nn.Module, torch.export program, .pt, .pt2 or .onnx file, callable, estimator with `predict_proba` or
+        # `predict` (scikit-learn, LightGBM, XGBoost, CatBoost), or a list of these (an ensemble)
         *,
         layers=(), # dotted names of the layers to read; in an ensemble '0.NAME' is a layer of its first member
         mode:str='eval', # 'train' for papers that need it; torch.export programs and callables keep their mode
@@ -67,6 +72,9 @@ class Teacher:
         axis:int=1, # class axis
         select=None, # indices of the teacher's classes to return, in the student's order
         output=None, # the output with the logits: a name, index or function; None: 'logits', 'out', or a tuple's first
+        outputs:str='logits', # what the model returns: 'logits', or 'probs', the probabilities of classes or labels, as
+        # estimators do
+        frame=None, # of an estimator, in fastai: the table that the DataLoaders were made from (see docs/trees.md)
         name:str|None=None, # in messages; None: the name of the file or of the class
         precision:str='auto', # 'bf16', 'fp16'; 'fp32': the model's own; 'auto': bf16 if the processor computes in it,
         # the model is large and its outputs stay close
@@ -77,9 +85,9 @@ class Teacher:
         batch:int|None=None # rows that run at once, where memory is short; None: all rows of a batch
     ):
         options = dict(layers=layers, mode=mode, stats=stats, input_stats=input_stats, size=size, combine=combine,
-                       weights=weights, kind=kind, axis=axis, select=select, output=output, name=name,
-                       precision=precision, compile=compile, memory_format=memory_format, fold_bn=fold_bn,
-                       device=device, batch=batch)
+                       weights=weights, kind=kind, axis=axis, select=select, output=output, outputs=outputs,
+                       frame=frame, name=name, precision=precision, compile=compile, memory_format=memory_format,
+                       fold_bn=fold_bn, device=device, batch=batch)
         self.model = self.path = self.learner = None       # fastdistill.fastai keeps the teacher's Learner as `learner`
         self.sources,self.members = [],[]
         self._stack,self._guest,self._scaling,self._was_started,self._draws = None,None,None,[],OwnDraws()
@@ -87,23 +95,30 @@ class Teacher:
         # facts about the model that were found while it ran; variations share them
         self._found = model._found if isinstance(model, Teacher) else {}
         if isinstance(model, Teacher):      # a variation: it takes the options that are not given from `model`
-            options = {k: v if k in self.given else getattr(model, k) for k,v in options.items()}
+            options = {k: v if k in self.given else model.option(k) for k,v in options.items()}
             self.given |= model.given
             self.model,self.path,self.learner,self.sources = model.model,model.path,model.learner,model.sources
         elif isinstance(model, (list, tuple, nn.ModuleList)):
             if not len(model): raise DistillError(f"An empty list of teachers. {FORMS}")
             self.sources = [m if isinstance(m, Teacher) else Teacher(m) for m in model]
         else: self.model,self.path = load_model(model)
+        self.returns = options.pop('outputs') # `outputs` is a method
         self.__dict__.update(options)
         self.layers,self.name = list(self.layers),self.name or self._name()
         self._check()
 
+    def option(
+        self, name:str # of an option of `Teacher`
+    ):
+        "The value of an option"
+        return self.returns if name == 'outputs' else getattr(self, name)
+
     def _check(self):
         for o,have in POSSIBLE.items():
-            if (v := getattr(self, o)) not in have:
+            if (v := self.option(o)) not in have:
                 raise DistillError(f"{o}={v!r}: possible are {', '.join(map(repr, have))}")
         if self.sources:
-            mine = {k: getattr(self, k) for k in INHERITED if k in self.given}
+            mine = {k: self.option(k) for k in INHERITED if k in self.given}
             self.members = [Teacher(m, **{k: v for k,v in mine.items() if k not in m.given}) for m in self.sources]
             self.weights = shares(self.weights, len(self.members))
         else:
@@ -112,7 +127,12 @@ class Teacher:
             self.stats,self.input_stats = stats_of(self.stats, self.model),stats_of(self.input_stats)
         check_output(self.output)
         check_speed(self._speed_options | dict(batch=self.batch), self.model)
+        check_axis(self.axis)
         if isinstance(self.model, Onnx): self._check_onnx()
+        if isinstance(self.model, Estimator): self._take_estimator()
+        elif self.frame is not None:
+            raise DistillError(f"frame= is the table of an estimator (scikit-learn, LightGBM ...), but {self.name} is "
+                               "none.")
         if self.size is not None: self.size = (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
         self._check_layers(self.layers)
 
@@ -122,6 +142,11 @@ class Teacher:
         self._found['several'] = True
         if len(alike := self.model.alike()) > 1: warn_of_first(f'The teacher {self.name}', ', '.join(alike))
 
+    def _take_estimator(self):
+        self.model = self.model.of_kind(self.kind)
+        self.model.frame = self.frame
+        if 'outputs' not in self.given: self.returns = 'logits' if self.kind == 'regression' else 'probs'
+
     def _name(self):
         if self.sources: return f'{len(self.sources)} teachers'
         return self.path.name if self.path else getattr(self.model, '__name__', type(self.model).__name__)
@@ -130,39 +155,6 @@ class Teacher:
         how = '' if self._speed is None else str(self._speed)
         batch = '' if self.batch is None else f'{self.batch} rows at once'
         return f'Teacher({": ".join(filter(None, [self.name, ", ".join(filter(None, [how, batch]))]))})'
-
-    # how it runs
-
-    @property
-    def _speed_options(self): return {k: getattr(self, k) for k in (*OPTIONS, 'device')}
-
-    @property
-    def _speed(self):
-        "How the module runs, which variations with the same options share; None for other forms of teachers"
-        if not isinstance(self.model, nn.Module) or is_graph(self.model): return None
-        all_of_them,key = self._found.setdefault('speed', {}),(self.mode, *map(str, self._speed_options.values()))
-        if key not in all_of_them: all_of_them[key] = Speed(self.model, self.mode, self._speed_options, self._say)
-        return all_of_them[key]
-
-    def say_with(
-        self, fn # fn(text); None: print
-    ):
-        "Where messages about the speed go"
-        self._found['say'] = fn
-        for m in self.members: m.say_with(fn)
-
-    def _say(self, text):
-        if rank() == 0: (self._found.get('say') or print)(f'fastdistill: the teacher {self.name} {text}')
-
-    @property
-    def half(self):
-        "Name of the dtype in which a copy computes, where that is not the model's own; else empty"
-        return '' if self._speed is None else self._speed.half
-
-    @property
-    def runs(self):
-        "The nn.Module that runs: `module`, or a faster copy of it"
-        return self.module if self._speed is None else self._speed.module
 
     # its modules
 
@@ -204,13 +196,6 @@ class Teacher:
         "Prepare the model for many batches, and begin a new stream of random numbers; a second call changes nothing"
         if not self.started: self._draws = OwnDraws()
         return self._start()
-
-    def expect(
-        self, batches:int # that will come before `stop`
-    ):
-        "After `start`: the length of this run. A long run is worth compiling for"
-        self._batches = batches
-        for m in self.members: m.expect(batches)
 
     def _start(self):
         if self.started: return self
@@ -311,6 +296,14 @@ class Teacher:
         "The outputs for a batch. Hidden states and random numbers do not change, even in the middle of a run"
         return Teacher(self, **({} if layers is None else dict(layers=layers)))(*x, **kw)
 
+    def reading_tokens(
+        self, *x # inputs of a batch
+    ) -> 'Teacher':
+        """The teacher for stored outputs: it reads a series (B, C, L), as a 1d convolution returns it, as tokens
+        (B, L, C), since stored features do not show where their channels are"""
+        names = names_of_tokens(self, x, self.layers) if self.layers else []
+        return self if names == self.layers else Teacher(self, layers=names)
+
     def _outputs(self, x, kw, layers):
         self._check_layers(layers)
         o = (self._outputs_of_members if self.members else self._outputs_of_model)(x, kw, layers)
@@ -343,27 +336,19 @@ class Teacher:
             if self.output is None: warn_of_several(raw, self.module, f'The teacher {self.name}', self._found)
             o = Outputs.of(raw, output=self.output)
             feats = o.feats if taps is None else {**o.feats, **taps.pop()}
+            logits = self._logits(o.logits)
         # a function has no layers, but it may return features of that name
         if taps is None and not set(layers) <= set(feats): raise self._unreadable(layers, feats)
         dtype = None if self._speed is None else self._speed.cast_back
-        return Outputs(*(map_tensors(v, lambda t: plain_output(t, device, dtype)) for v in (o.logits, feats, o.mask)))
+        return Outputs(*(map_tensors(v, lambda t: plain_output(t, device, dtype)) for v in (logits, feats, o.mask)))
 
-    def _choose_speed(self, x, kw, layers, device):
-        "Before a batch: the module that runs"
-        s = self._speed
-        if s.is_stale(thorough=False): s.run_as_it_is('its weights change while it teaches')
-        if s.undecided_for(x, kw): s.decide(x, kw, device, layers, lambda m: self._trial(m, x, kw, device))
-        s.for_layers(layers)
-        if s.module is not self._guest.model: self._guest = self._stack.enter_context(Guest(s.module, self.mode))
-
-    def _trial(self, module, x, kw, device):
-        "The logits of a module for a batch. Nothing is changed by it"
-        was = self._guest
-        with untouched(module), Guest(module, self.mode) as self._guest:
-            try:
-                x,kw = self._prepare(x, kw, device)
-                return as_plain(Outputs.of(module(*x, **kw), output=self.output).logits)
-            finally: self._guest = was
+    def _logits(self, v):
+        "The logits of what the model returned"
+        if self.returns == 'logits': return v
+        if (checked := ('probs', self.kind, self.axis)) not in self._found:
+            check_probabilities(v, self.kind, self.axis, self.name)
+            self._found[checked] = True
+        return logits_of(v, self.kind)
 
     def _check_layers(self, layers):
         if not layers: return
