@@ -19,13 +19,13 @@ from .outputs import DistillError
 from .ranks import mean_over_ranks
 from .replay.seeds import RandomGuard
 from .teacher.teacher import Teacher
-from .trainers import (add_parameters, average_gradients, complete, load_state, needs_example, reset_gradients, state_of,
+from .trainers import (add_parameters, average_gradients, complete, load_state, needs_example, reset_gradients, training_state,
                        takes_part)
 
 __all__ = ['DistillationMixin', 'DistillationTrainer', 'student_from']
 
 STATE_FILE = 'distillation.pt' # in a checkpoint's folder
-KINDS = dict(regression='regression', single_label_classification='softmax', multi_label_classification='sigmoid')
+PROBLEM_KINDS = dict(regression='regression', single_label_classification='softmax', multi_label_classification='sigmoid')
 QUESTIONS = ['start_positions', 'end_positions']
 
 
@@ -101,7 +101,7 @@ class DistillationMixin:
         config,name = getattr(self.model, 'config', None),type(self.model).__name__
         several = batch is not None and any(is_float(batch.get(k)) for k in self.label_names)
         one = name.endswith('SequenceClassification') and getattr(config, 'num_labels', 2) == 1
-        kind = KINDS.get(getattr(config, 'problem_type', None), 'regression' if one else 'sigmoid' if several else 'softmax')
+        kind = PROBLEM_KINDS.get(getattr(config, 'problem_type', None), 'regression' if one else 'sigmoid' if several else 'softmax')
         kind = self.asked['kind'] or kind
         axis = 1 if self._answers or name.endswith('Segmentation') else -1
         return dict(kind=kind, axis=axis if self.asked['axis'] is None else self.asked['axis'],
@@ -135,7 +135,7 @@ class DistillationMixin:
         d,scale = self.distiller,self._scale(x, **kwargs)
         with Taps(model, d.student_layers(d.active_terms(progress))) as taps:
             task,raw = self._run(model, x, kwargs)
-            s = d.student_outputs(logits_of(raw, task), taps.pop(), self._tokens(x))
+            s = d.student_outputs(without_loss(raw, task), taps.pop(), self._tokens(x))
         with self.accelerator.autocast(): t = d.teacher_outputs(x_teacher, progress)
         targets = self._targets(x, s.logits)
         self._hide_padding(x, s, t)
@@ -208,7 +208,7 @@ class DistillationMixin:
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save: torch.save(state_of(self.distiller), os.path.join(output_dir, STATE_FILE))
+        if self.args.should_save: torch.save(training_state(self.distiller), os.path.join(output_dir, STATE_FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -251,7 +251,7 @@ def names_taken(
     return {n for m in modules for n in inspect.signature(unwrap(m).forward).parameters}
 
 
-def logits_of(raw, task):
+def without_loss(raw, task):
     "What the student returned, without the loss that stands first in a tuple"
     return raw[1:] if isinstance(raw, tuple) and isinstance(raw[0], Tensor) and not raw[0].dim() else raw
 
