@@ -43,7 +43,7 @@ ORDER = dict(
     teacher='images forms draws hidden guest ensemble teacher',
     doctor='findings tally classes shapes runs images recipe scores outputs explain',
     cache='keys digests folder files entries records manifest reader source writer progress dataset verify',
-    fastai='task stream block vocab targets teachers batches check transforms replay_dl sample_keys cache_data cache_feed columns finite trend unlabelled projector_opt arguments callback patches learner',
+    fastai='task stream block vocab targets teachers batches check transforms replay_dl sample_keys cache_data cache_feed columns finite trend unlabelled projector_opt arguments callback patches learner turns shared separate progress many',
     demo='tasks results picture',
     cli='objects cache demo app',
 )
