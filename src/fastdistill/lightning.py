@@ -56,8 +56,8 @@ class DistillCallback(Callback):
         try: student = pl_module if self.student is None else pl_module.get_submodule(self.student)
         except AttributeError as e:
             have = ', '.join(n for n,_ in pl_module.named_children()) or 'none'
-            raise DistillError(f"student={self.student!r}: {type(pl_module).__name__} has no such module. It has: {have}"
-                               ) from e
+            raise DistillError(f"student={self.student!r}: {type(pl_module).__name__} has no such module. It has: "
+                               f"{have}") from e
         if self.distiller is None or self.distiller.student is not student:
             self.distiller = Distiller(student, self.teacher, self.recipe, **self.options)
 

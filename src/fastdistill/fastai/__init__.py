@@ -20,7 +20,6 @@ from .many import distill_many
 # with unmistakable names. All recipes are in `recipes`, and can be imported by name
 __all__ = ['DistillError', 'DistillWarning', 'Distiller', 'KnowledgeDistillation', 'Outputs', 'Recipe', 'Report',
            'Teacher', 'TeacherBlock', 'TeacherCache', 'Term', 'cache_teacher', 'check_teacher', 'compare',
-           'distill_many', 'dkd',
-           'hard_labels', 'kd', 'logit_std', 'nkd', 'recipes', 'soft_labels', 'verify_cache']
+           'distill_many', 'dkd', 'hard_labels', 'kd', 'logit_std', 'nkd', 'recipes', 'soft_labels', 'verify_cache']
 
 for _face in (recipes, sys.modules[__name__]): docments.explain_all(_face)

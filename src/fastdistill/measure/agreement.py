@@ -14,7 +14,8 @@ class Agreement:
         s, t, # `Rows` of student and teacher for a batch
     ):
         counts = s.counts
-        for k,v in dict(softmax=compare_classes, sigmoid=compare_labels, regression=compare_numbers)[self.kind](s, t).items():
+        fn = dict(softmax=compare_classes, sigmoid=compare_labels, regression=compare_numbers)[self.kind]
+        for k,v in fn(s, t).items():
             self.sums[k] = self.sums.get(k, 0.) + v[counts].double().sum().item()
 
     def shares(self) -> dict:
