@@ -2,11 +2,11 @@
 import functools, math
 from collections.abc import Mapping
 from contextlib import contextmanager
-import torch
-from torch import Tensor, nn
 try: from lightning.pytorch import Callback, LightningModule
 except ImportError as e:
     raise ImportError("fastdistill.lightning needs lightning: pip install 'fastdistill[lightning]'") from e
+import torch
+from torch import nn
 from .automatic import Distiller
 from .features.calls import arguments
 from .features.pairs import inputs
@@ -56,8 +56,8 @@ class DistillCallback(Callback):
         try: student = pl_module if self.student is None else pl_module.get_submodule(self.student)
         except AttributeError as e:
             have = ', '.join(n for n,_ in pl_module.named_children()) or 'none'
-            raise DistillError(f"student={self.student!r}: {type(pl_module).__name__} has no such module. It has: {have}"
-                               ) from e
+            raise DistillError(f"student={self.student!r}: {type(pl_module).__name__} has no such module. It has: "
+                               f"{have}") from e
         if self.distiller is None or self.distiller.student is not student:
             self.distiller = Distiller(student, self.teacher, self.recipe, **self.options)
 

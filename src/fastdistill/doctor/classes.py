@@ -1,4 +1,4 @@
-"Does the teacher have the student's classes in another order? Their names, or the confusion table of its predictions show it."
+"Does the teacher have the student's classes in another order? Names show it, or the table of its predictions."
 from dataclasses import dataclass
 import torch
 from torch import Tensor
