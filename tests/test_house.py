@@ -57,6 +57,7 @@ ORDER = dict(
     measure='scores agreement pairs cost models',
     cache='keys digests folder files entries records manifest reader source writer progress dataset verify',
     fastai='task stream block vocab targets tables teachers batches compare check transforms replay_dl sample_keys cache_data cache_feed columns finite trend unlabelled projector_opt arguments choice callback patches learner clock trials find turns shared separate progress many',
+    huggingface='students models trainer',
     demo='tasks results picture',
     cli='objects cache demo find app',
 )

@@ -2,11 +2,11 @@
 import functools, math
 from collections.abc import Mapping
 from contextlib import contextmanager
-import torch
-from torch import nn
 try: from lightning.pytorch import Callback, LightningModule
 except ImportError as e:
     raise ImportError("fastdistill.lightning needs lightning: pip install 'fastdistill[lightning]'") from e
+import torch
+from torch import nn
 from .automatic import Distiller
 from .features.calls import arguments
 from .features.pairs import inputs

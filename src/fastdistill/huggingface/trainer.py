@@ -1,33 +1,24 @@
-"Distillation with Hugging Face's `Trainer`, and students made of their teacher's own layers."
-import copy, inspect, os, re
+"A `Trainer` with a teacher."
+import os
 import torch
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
-try:
-    import accelerate  # noqa: F401 (the Trainer needs it)
-    from transformers import Trainer
-except ImportError as e:
-    raise ImportError("fastdistill.huggingface needs transformers and accelerate: pip install 'fastdistill[hf]'") from e
-from .automatic import Distiller
-from .batch import next_tokens
-from .doctor.classes import map_classes
-from .features.calls import is_hf, predicts_next
-from .features.names import unwrap
-from .features.probe import untouched
-from .features.taps import Taps
-from .outputs import DistillError
-from .ranks import mean_over_ranks
-from .replay.seeds import RandomGuard
-from .teacher.teacher import Teacher
-from .trainers import (add_parameters, average_gradients, complete, load_state, needs_example, reset_gradients,
-                       takes_part, training_state)
+from transformers import Trainer
+from ..automatic import Distiller
+from ..batch import next_tokens
+from ..features.calls import predicts_next
+from ..features.probe import untouched
+from ..features.taps import Taps
+from ..outputs import DistillError
+from ..ranks import mean_over_ranks
+from ..replay.seeds import RandomGuard
+from ..teacher.teacher import Teacher
+from ..trainers import (add_parameters, average_gradients, complete, load_state, needs_example, reset_gradients,
+                        training_state, takes_part)
+from .models import without_loss, names_taken, predicts, question_logits, teacher_for
 
-__all__ = ['DistillationMixin', 'DistillationTrainer', 'student_from']
+__all__ = ['DistillationMixin', 'DistillationTrainer']
 
 STATE_FILE = 'distillation.pt' # in a checkpoint's folder
-PROBLEM_KINDS = dict(regression='regression', single_label_classification='softmax',
-                     multi_label_classification='sigmoid')
-QUESTIONS = ['start_positions', 'end_positions']
 
 
 class DistillationMixin:
@@ -45,9 +36,8 @@ class DistillationMixin:
         **kwargs # of the Trainer
     ):
         self.teacher,self.recipe = teacher if isinstance(teacher, Teacher) else Teacher(teacher),recipe
-        self.asked = dict(kind=kind, axis=axis, output=output, check=check)
-        self.distiller,self.part_means = None,PartMeans()
-        self.counts_items = self.last_step = None
+        self.asked,self.part_means = dict(kind=kind, axis=axis, output=output, check=check),PartMeans()
+        self.distiller = self.counts_items = self.last_step = None
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise DistillError(f"This process has {self.args.n_gpu} GPUs, which the Trainer would use by DataParallel, "
@@ -65,19 +55,30 @@ class DistillationMixin:
 
     def _build(self):
         "The Distiller of this model"
-        batch = self._example() if self._needs_labels() else None
-        task = self._task(batch)
-        output = question_logits if self._answers and self.asked['output'] is None else self.asked['output']
-        self.distiller = d = Distiller(self.model, teacher_for(self.teacher, self.model, task, output), self.recipe,
-                                       output=output, check=self.asked['check'], **task)
-        d.links.to(self.args.device)
-        if needs_example(d): self._complete(self._example() if batch is None else batch)
-        d.teacher.start()
+        asked = self.asked
+        kind = asked['kind'] or predicts(self.model)
+        batch = self._example() if kind is None else None
+        if kind is None: kind = predicts(self.model, next((batch[k] for k in self.label_names if k in batch), None))
+        output = question_logits if self._answers and asked['output'] is None else asked['output']
+        task = dict(kind=kind or 'softmax', axis=self._axis() if asked['axis'] is None else asked['axis'])
+        teacher = teacher_for(self.teacher, self.model, **task, output=output)
+        ignore = getattr(getattr(self.model, 'config', None), 'semantic_loss_ignore_index', None)
+        self.distiller = Distiller(self.model, teacher, self.recipe, **task, ignore_index=ignore, output=output,
+                                   check=asked['check'])
+        self.distiller.links.to(self.args.device)
+        if needs_example(self.distiller): self._complete(self._example() if batch is None else batch)
+        teacher.start()
+
+    @property
+    def _answers(self): return list(self.label_names) == ['start_positions', 'end_positions']
+
+    def _axis(self): return 1 if self._answers or type(self.model).__name__.endswith('Segmentation') else -1
 
     def _complete(self, batch):
-        student,_ = self._inputs(batch)
-        labels = [student.pop(k) for k in self.label_names if k in student]
-        complete(self.distiller, student, bool(labels))
+        "Choose the recipe and build projectors, by inputs that both models take"
+        student,teacher = self._inputs(batch)
+        both = {k: v for k,v in student.items() if k in teacher} or teacher
+        complete(self.distiller, both, any(k in batch for k in self.label_names))
 
     def _example(self):
         "A training batch. Drawing it changes nothing"
@@ -87,36 +88,13 @@ class DistillationMixin:
                       DataLoader(self.train_dataset, self.args.train_batch_size, collate_fn=collate))
             return self._prepare_inputs(next(iter(loader)))
 
-    # what the student predicts
-
-    @property
-    def _answers(self): return list(self.label_names) == QUESTIONS
-
-    def _needs_labels(self):
-        "Do only the labels show whether the student predicts one class or several labels?"
-        config = getattr(self.model, 'config', None)
-        known = self.asked['kind'] or getattr(config, 'problem_type', None) or getattr(config, 'num_labels', 2) == 1
-        return not known and type(self.model).__name__.endswith(('SequenceClassification', 'ImageClassification'))
-
-    def _task(self, batch):
-        "`kind`, `axis` and `ignore_index` of the Distiller"
-        config,name = getattr(self.model, 'config', None),type(self.model).__name__
-        several = batch is not None and any(is_float(batch.get(k)) for k in self.label_names)
-        one = name.endswith('SequenceClassification') and getattr(config, 'num_labels', 2) == 1
-        kind = 'regression' if one else 'sigmoid' if several else 'softmax'
-        kind = PROBLEM_KINDS.get(getattr(config, 'problem_type', None), kind)
-        kind = self.asked['kind'] or kind
-        axis = 1 if self._answers or name.endswith('Segmentation') else -1
-        return dict(kind=kind, axis=axis if self.asked['axis'] is None else self.asked['axis'],
-                    ignore_index=getattr(config, 'semantic_loss_ignore_index', None))
-
     # the inputs of both models
 
     def _set_signature_columns_if_needed(self):
         "Columns that the teacher alone takes, as token_type_ids, stay in the batches"
         new = self._signature_columns is None
         super()._set_signature_columns_if_needed()
-        if new: self._signature_columns += [n for n in names_taken(self.teacher) if n not in self._signature_columns]
+        if new: self._signature_columns += sorted(names_taken(self.teacher) - set(self._signature_columns))
 
     def _inputs(self, batch):
         "(the student's inputs with the labels, the teacher's inputs)"
@@ -166,7 +144,7 @@ class DistillationMixin:
         if self.counts_items is None:
             tried = []
             with untouched(self.model):
-                for n in map(torch.tensor, (1, 2)):
+                for n in (torch.tensor(1), torch.tensor(2)):
                     tried.append(super().compute_loss(self.model, dict(x), num_items_in_batch=n))
             self.counts_items = not torch.equal(*tried)
         return self.counts_items
@@ -240,112 +218,3 @@ class PartMeans:
         self.sums = {}
         mean_over_ranks(means.values())
         return {k: v.item() for k,v in means.items()}
-
-
-# both models
-
-def is_float(y): return isinstance(y, Tensor) and y.is_floating_point()
-
-
-def names_taken(
-    model # a module, or a `Teacher`
-) -> set:
-    "Names of the arguments of its forward, or of all members of an ensemble"
-    modules = model.modules if isinstance(model, Teacher) else [model]
-    return {n for m in modules for n in inspect.signature(unwrap(m).forward).parameters}
-
-
-def without_loss(raw, task):
-    "What the student returned, without the loss that stands first in a tuple"
-    return raw[1:] if isinstance(raw, tuple) and isinstance(raw[0], Tensor) and not raw[0].dim() else raw
-
-
-def question_logits(out):
-    "The logits of where an answer begins and ends: (B, L, 2), classes along axis 1"
-    return torch.stack([out.start_logits, out.end_logits], -1)
-
-
-def names_by_id(model):
-    "Names of the classes by the model's `id2label`; None if they are only numbered"
-    id2label = getattr(getattr(model, 'config', None), 'id2label', None)
-    if not id2label or all(re.fullmatch(r'LABEL_\d+', str(v)) for v in id2label.values()): return None
-    return [str(id2label[k]) for k in sorted(id2label, key=int)]
-
-
-def teacher_for(teacher, student, task, output):
-    "The teacher with the student's kind of outputs, and its classes in the student's order"
-    new = dict(kind=task['kind'], axis=task['axis'], output=output)
-    if task['kind'] != 'regression' and output is not question_logits: new |= in_order_of(student, teacher)
-    return Teacher(teacher, **{k: v for k,v in new.items() if k not in teacher.given})
-
-
-def in_order_of(student, teacher):
-    "The option `select` that brings the teacher's classes into the student's order; none if this is its order"
-    if 'select' in teacher.given: return {}
-    for m in teacher.members: refuse_other_order(student, m)
-    found = map_classes(names_by_id(student), names_by_id(teacher.module))
-    if found is None or found.same: return {}
-    if found.missing:
-        raise DistillError("By id2label, the teacher does not have the student's classes "
-                           f"{', '.join(found.missing[:5])}, and the student not the teacher's {', '.join(found.extra[:5]) or '(none)'}. Give both "
-                           "models the same names, or name the teacher's class of each of the student's: "
-                           "Teacher(model, select=[...]).")
-    return dict(select=found.order)
-
-
-def refuse_other_order(student, member):
-    if option := in_order_of(student, member):
-        raise DistillError(f"By id2label, {member.name} of the ensemble has its classes in another order: "
-                           f"Teacher(model, select={option['select']}) brings them into the student's.")
-
-
-# students
-
-def student_from(
-    teacher:nn.Module, # a model of transformers
-    layers # numbers of the teacher's blocks that the student gets, as [0, 2, 4]; -1 is the last
-):
-    """A model like the teacher, with some of its blocks: embeddings, head and these blocks are copies of the teacher's
-    (DistilBERT, arXiv:1910.01108)"""
-    if not is_hf(teacher):
-        raise DistillError(f"student_from needs a model of transformers, not {type(teacher).__name__}. Other models: "
-                           "copy.deepcopy(teacher), and shorten its list of blocks.")
-    name,n = blocks_of(teacher)
-    if wrong := [i for i in layers if not -n <= i < n]:
-        raise DistillError(f"layers={list(layers)}: {type(teacher).__name__} has {n} blocks in {name}, 0 to {n-1}, "
-                           f"and no {wrong[0]}")
-    layers = [i % n for i in layers]
-    student = type(teacher)(shorter(teacher.config, layers, n)).to(teacher.device, teacher.dtype)
-    student.load_state_dict(kept(teacher.state_dict(), name, layers))
-    if getattr(teacher, 'generation_config', None) is not None:
-        student.generation_config = copy.deepcopy(teacher.generation_config)
-    return student.train(teacher.training)
-
-
-def blocks_of(model):
-    "Name and length of the one list of blocks"
-    n = getattr(model.config, 'num_hidden_layers', None)
-    lists = [k for k,m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n]
-    outer = [k for k in lists if not any(k.startswith(f'{o}.') for o in lists)]
-    if len(outer) == 1: return outer[0],n
-    raise DistillError(f"{type(model).__name__} has {len(outer)} lists of num_hidden_layers={n} blocks "
-                       f"({', '.join(outer) or 'none'}); student_from needs exactly one. Make the student from a "
-                       "config.")
-
-
-def shorter(config, layers, n):
-    "The config of a model with these blocks"
-    config = copy.deepcopy(config)
-    for k,v in vars(config).items():
-        if isinstance(v, list) and len(v) == n and n > 1: setattr(config, k, [v[i] for i in layers])
-    config.num_hidden_layers = len(layers)
-    return config
-
-
-def kept(state, name, layers):
-    "The weights of these blocks, with their new numbers, and of all that is outside the blocks"
-    out = {k: v for k,v in state.items() if not k.startswith(f'{name}.')}
-    for new,old in enumerate(layers):
-        old = f'{name}.{old}.'
-        out |= {f'{name}.{new}.{k.removeprefix(old)}': v for k,v in state.items() if k.startswith(old)}
-    return out
