@@ -145,13 +145,13 @@ def teacher_and_student(of, to=('red', 'green', 'blue')):
     "A teacher of other classes than the student's, in two Learners"
     return apps.image(to)[0],apps.image(of)[1]
 
-def test_classes_that_both_have_are_distilled_and_the_others_are_left_to_the_labels():
+def test_the_classes_that_both_have_are_distilled_when_asked_for():
     student,teacher = teacher_and_student(('blue', 'yellow', 'red'), ('red', 'green', 'blue'))
-    found = str(student.check_teacher(teacher))
-    assert "teacher knows 2 of the student's 3 classes (red, blue). These are distilled, on samples with these labels. The others (green)" in found
-    t = teacher_of(teacher, student, Task('softmax'))
-    assert t.select == [2, 0] and t.classes == [0, 2]
-    student.distill(teacher, 1, 1e-3, kd(1., .5), check=False)
+    with pytest.raises(DistillError, match=r"does not have 1 of the student's classes \(green\).*Teacher\(model, select=\[2, 0\], classes=\[0, 2\]\)"):
+        student.distill(teacher, 1, 1e-3)
+    found = student.check_teacher(Teacher(teacher.model, select=[2, 0], classes=[0, 2]))       # what the message says
+    assert not found.errors and found.facts.n == 20 # of 32 validation items
+    student.distill(Teacher(teacher.model, select=[2, 0], classes=[0, 2]), 1, 1e-3, kd(1., .5), check=False)
 
 def test_names_of_a_coarse_teacher_are_found_in_the_vocab():
     student,teacher = apps.image()[0],apps.toy()[1]
