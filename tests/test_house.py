@@ -28,6 +28,7 @@ LAW = dict(
     doctor=('outputs ranks task class_sets losses features replay teacher', 'torch', 'scipy'),
     terms=('outputs schedule features', 'torch', ''),
     distiller=('outputs ranks task class_sets batch gradients ratios features replay teacher terms doctor', 'torch', ''),
+    heads=('outputs distiller features', 'torch', ''),
     recipes=('outputs schedule losses terms distiller', 'torch', ''),
     automatic=('outputs losses distiller recipes', '', ''),
     trainers=('outputs ranks features doctor distiller', '', ''),
