@@ -19,7 +19,7 @@ from .interpret import DistillInterpretation
 # A star import must not shadow common names, such as `dist`, `at`, `sp`, `cwd` or `losses`. So it has only the recipes
 # with unmistakable names. All recipes are in `recipes`, and can be imported by name
 __all__ = ['DistillError', 'DistillInterpretation', 'DistillWarning', 'Distiller', 'KnowledgeDistillation', 'Outputs',
-           'Recipe', 'Report', 'Teacher', 'TeacherBlock', 'TeacherCache', 'Term', 'cache_teacher', 'check_teacher', 'compare', 'dkd',
-           'hard_labels', 'kd', 'logit_std', 'nkd', 'recipes', 'soft_labels', 'verify_cache']
+           'Recipe', 'Report', 'Teacher', 'TeacherBlock', 'TeacherCache', 'Term', 'cache_teacher', 'check_teacher',
+           'compare', 'dkd', 'hard_labels', 'kd', 'logit_std', 'nkd', 'recipes', 'soft_labels', 'verify_cache']
 
 for _face in (recipes, sys.modules[__name__]): docments.explain_all(_face)

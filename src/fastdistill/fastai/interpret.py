@@ -1,7 +1,8 @@
 "The inputs on which a student departs from its teacher."
 from contextlib import ExitStack
 import torch
-from fastai.basics import Interpretation, L, Learner, TensorImageBase, display_df, get_grid, noop, tuplify
+from fastai.basics import Interpretation, L, Learner, TensorImageBase, display_df, noop, tuplify
+from fastai.vision.data import get_grid
 from ..doctor.runs import guarded_random_state
 from ..losses import binary_kl, kl
 from ..outputs import DistillError
@@ -96,7 +97,7 @@ def show_plainly(dl, t, s, n):
     import matplotlib.pyplot as plt
     import pandas as pd
     plt.close('all')        # the empty grid that the failed function left
-    (_,_,taught),(_,_,own) = (dl.show_batch(b, max_n=n, show=False) for b in (t, s))
+    (_,_,taught),(_,_,own) = (dl._pre_show_batch(b, max_n=n) for b in (t, s))
     rows = [(x, a, b) for (x,a),(_,b) in zip(taught, own)]
     if not isinstance(rows[0][0], TensorImageBase):
         display_df(pd.DataFrame([tuple(map(str, r)) for r in rows], columns=['input', 'teacher', 'student']))
