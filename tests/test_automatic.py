@@ -94,7 +94,9 @@ def test_T_or_alpha_alone_mean_kd(capsys):
     _,teacher = learners(5)
     for given,recipe in ((dict(T=2), kd(T=2)), (dict(alpha=.5), kd(alpha=.5)), (dict(temperature=3), kd(T=3))):
         assert repr(KnowledgeDistillation(teacher, **given).recipe) == repr(recipe)
-    assert KnowledgeDistillation(teacher).recipe is None
+    assert KnowledgeDistillation(teacher).recipe is KnowledgeDistillation(teacher, 'auto').recipe is None
+    with pytest.raises(DistillError, match="recipe='kd': a recipe is kd"): KnowledgeDistillation(teacher, 'kd')
+    with pytest.raises(DistillError, match='A recipe and T=: give these to the recipe'): KnowledgeDistillation(teacher, 'auto', T=2)
 
 
 def test_a_teacher_that_scores_low_gets_a_small_part():
@@ -104,6 +106,19 @@ def test_a_teacher_that_scores_low_gets_a_small_part():
     with student.no_bar(), student.no_logging(), pytest.warns(DistillWarning, match='no better than chance'):
         cb = student.distill(bad, 1, .01)
     assert repr(cb.recipe) == repr(kd(T=1, alpha=.3)) and 'in doubt' in cb.recipe.why
+
+
+@pytest.mark.filterwarnings('ignore:numpy.core is deprecated')     # fastai's lr_find, as it loads the model again
+def test_a_choice_may_change_between_lr_find_and_a_fit():
+    student,_ = learners(5)
+    bad = nets(5)[1]
+    with torch.no_grad(): bad[2].bias[3] = 100.
+    cb = KnowledgeDistillation(bad)
+    with student.no_bar(), student.no_logging(), student.added_cbs(cb):
+        student.lr_find(num_it=3, show_plot=False, suggest_funcs=None)      # it does not check the teacher
+        assert [t.name for t in cb.recipe.terms] == ['dist']
+        with pytest.warns(DistillWarning, match='no better than chance'): student.fit(1, .01)
+    assert repr(cb.recipe) == repr(kd(T=1, alpha=.3)) and [*cb.distiller.links] == ['kd']
 
 
 def test_a_better_student_doubts_its_teacher():

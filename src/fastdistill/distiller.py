@@ -5,14 +5,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from .batch import Batch, all_classes, blend, both, labels_to_shift, next_tokens, nothing, padding_mask
+from .class_sets import taught_part
 from .doctor.findings import Findings
-from .doctor.outputs import probabilities
+from .doctor.outputs import check_batch
 from .doctor.runs import student_logits
-from .doctor.shapes import broadcasts, mismatches, outputs_differ
 from .doctor.shared import shared_parameters
-from .doctor.tally import Tally
-from .features.calls import arguments, is_hf
-from .features.names import unwrap
+from .features.calls import arguments, predicts_next
 from .features.pairs import PairTable, check_names, inputs, pair
 from .features.probe import dry_run
 from .features.projectors import projector
@@ -95,7 +93,7 @@ class Distiller(nn.Module):
         # part -> share, the labels' is 'task'; None until the first training batch
         self.gradient_shares:dict|None = None
         self.pairs:PairTable|None = None # what is compared with what, once it is known
-        self.unchecked = check
+        self.unchecked = {'labels', 'outputs'} if check else set()
         if student is not None and teacher is not None:
             self.check_names()
             if check: Findings(shared_parameters(student, teacher)).enforce()
@@ -105,13 +103,14 @@ class Distiller(nn.Module):
         "Use this recipe from now on, of terms on the logits or before any batch"
         self.recipe = Recipe(recipe)
         self.ratios = GradientRatios(self.recipe)
+        self.links.clear()
         for t in self.recipe.terms:
             check_kind(t, self.task.kind)
             if t.layers is None: self.links[t.name] = nn.ModuleList([Link(own_copy(t.loss))])
 
-    def _choose(self, logits, targets):
-        "Take the recipe that `auto` chooses for such outputs"
-        chosen,self.chooses = Distiller.auto(**facts_of_outputs(logits.shape, self.task), labels=bool(targets)),False
+    def choose(self, logits, labels:bool):
+        "Take the recipe that `auto` chooses for such outputs, and batches with or without labels"
+        chosen,self.chooses = Distiller.auto(**facts_of_outputs(logits.shape, self.task), labels=labels),False
         self.take(chosen)
         if rank() == 0: print(f'fastdistill: recipe {chosen}')
 
@@ -143,17 +142,17 @@ class Distiller(nn.Module):
         return self._findings(Outputs(s), t, targets)
 
     def _findings(self, student, teacher, targets):
-        "Outputs that would broadcast, a class axis or labels that do not fit, and probabilities in place of logits"
-        s,t = student.logits,all_classes(teacher, student).logits
+        t = None if teacher is None else all_classes(teacher, student).logits
         y = as_plain(targets[0]) if len(targets) and isinstance(targets[0], Tensor) else None
-        if s is None or t is None: return Findings()
-        # subtle: outputs that differ and do not broadcast are left to the losses; one of the user's own may compare
-        # some of the classes
-        mistakes = [outputs_differ(s.shape, t.shape, y, self.task)] if broadcasts(s.shape, t.shape) else []
-        if mistakes := Findings(filter(None, [*mistakes, *mismatches(None, s.shape, y, self.task)])): return mistakes
-        tally = Tally(self.task)
-        tally.add_probabilities(t.float(), 'train')
-        return Findings(probabilities(tally, self.task))
+        s,y = taught_part(student.logits, y, None if teacher is None else teacher.classes, self.task)
+        return check_batch(s, t, y, self.task)
+
+    def _check_first(self, student, teacher, targets):
+        "Refuse the mistakes of the first batch, and of the first batch for which the teacher runs"
+        parts = {'labels'} if teacher is None else {'labels', 'outputs'}
+        if not parts & self.unchecked: return
+        self.unchecked -= parts
+        self._findings(student, teacher, targets).enforce()
 
     def own_parameters(self): return [p for p in self.links.parameters() if p.requires_grad]
 
@@ -232,21 +231,28 @@ class Distiller(nn.Module):
         with Taps(self.student, self.student_layers(terms)) as taps:
             raw = self.student(*args, **kwargs)
             s = self.student_outputs(raw, taps.pop(), x)
-        if self.chooses: self._choose(s.logits, targets)
-        t,(task,targets) = self.teacher_outputs(x, progress),self.labels(x, s.logits, targets)
+        if self.chooses: self.choose(s.logits, bool(targets))
+        t = self.teacher_outputs(x, progress)
+        self._check_first(s, t, targets)      # before the labels' loss, whose error would not say what to do
+        task,targets = self.labels(x, s.logits, targets)
         return self.compute(s, t, task, targets, progress=progress)
 
     def labels(self, x, logits, targets):
         "The labels' own loss, and the targets each where it is predicted"
         if not targets: return None,targets
-        if self.shift_labels is None:
+        at = self.targets_at(x, logits, targets)
+        if self.task_loss is not None: return self.task_loss(logits, *targets),at
+        return labels_loss(logits, *at, task=self.task),at
+
+    def targets_at(self, x, logits, targets):
+        "The targets, each where it is predicted: a language model predicts the next token"
+        if self.shift_labels is None and targets:
             self.shift_labels = labels_to_shift(x, targets[0], logits.shape, self.task, predicts_next(self.student))
             if self.shift_labels and rank() == 0:
                 print("fastdistill: the labels are the inputs themselves, so each is moved to where it is predicted, "
                       "one position earlier. shift_labels=True says so, shift_labels=False leaves them")
-        at = (next_tokens(targets[0], self.task.ignore_index), *targets[1:]) if self.shift_labels else targets
-        if self.task_loss is not None: return self.task_loss(logits, *targets),at
-        return labels_loss(logits, *at, task=self.task),at
+        if not self.shift_labels: return targets
+        return next_tokens(targets[0], self.task.ignore_index),*targets[1:]
 
     def compute(
         self,
@@ -267,9 +273,7 @@ class Distiller(nn.Module):
         if terms and teacher is None:
             raise DistillError(f"{terms[0].name} needs the teacher's outputs for this batch, and got None: "
                                "needs_teacher(progress) says when")
-        if self.unchecked and teacher is not None:
-            self.unchecked = False
-            self._findings(student, teacher, targets).enforce()
+        self._check_first(student, teacher, targets)
         b = Batch(student, all_classes(teacher, student), targets, *(mixed or ((), None)), self.task, progress)
         values = {t.name: self._value(t, b) for t in terms}
         counted = {k: v for k,v in dict(task=task, **values).items() if v is not None and weights[k] != 0}
@@ -386,9 +390,3 @@ def loss_of_logits(
 
 # a Recipe knows no Distiller, but calling a Recipe uses one
 Recipe.__call__ = loss_of_logits
-
-
-def predicts_next(model):
-    "Is it one of Hugging Face's causal language models?"
-    model = unwrap(model)
-    return is_hf(model) and type(model).__name__.endswith(('ForCausalLM', 'LMHeadModel'))

@@ -275,18 +275,18 @@ def whole_seconds(study):
                default=None)
 
 
-def scores_of(trial): return [v for _,v in sorted(trial.intermediate_values.items())]
+def reported_scores(trial): return [v for _,v in sorted(trial.intermediate_values.items())]
 
 
 def run_of(trial):
     name = trial.params['recipe']
     options = {k.removeprefix(f'{name} '): v for k,v in trial.params.items() if k.startswith(f'{name} ')}
-    return Run(name, options, trial.params['lr'], 0, scores_of(trial), trial.state.name == 'PRUNED')
+    return Run(name, options, trial.params['lr'], 0, reported_scores(trial), trial.state.name == 'PRUNED')
 
 
 def repeated_run(trial):
     name,options,lr,seed = json.loads(trial.user_attrs['run'])
-    return Run(name, options, lr, seed, scores_of(trial), items=unpack(trial.user_attrs['items']))
+    return Run(name, options, lr, seed, reported_scores(trial), items=unpack(trial.user_attrs['items']))
 
 
 def pack(items): return base64.b64encode(zlib.compress(items.float().numpy().astype('<f4').tobytes())).decode()

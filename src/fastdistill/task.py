@@ -5,7 +5,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
-from .outputs import DistillError, as_plain
+from .outputs import DistillError, as_plain, check_axis
 
 __all__ = ['Task', 'facts_of_outputs', 'fit_labels', 'fitting_axes', 'labels_loss', 'register_losses',
            'register_wrapper', 'task_for', 'shape_of_labels', 'task_of', 'unusable']
@@ -49,6 +49,7 @@ def task_of(
     axis:int|None=None
 ) -> Task:
     "The task of a loss function. If the loss is unknown, `kind` is required"
+    check_axis(axis)
     lf,own_axis = innermost(loss_func)
     if kind is None and (kind := kind_of(lf)) is None: raise DistillError(unknown_loss(lf))
     if axis is None: axis = getattr(lf, 'axis', 1) if own_axis is None else own_axis
@@ -80,6 +81,7 @@ def task_for(
 ) -> Task:
     "The task as given. Options that are None are read from the labels' loss, or else are a softmax over axis 1"
     if kind not in (None, *CLASSES): raise DistillError(f"kind={kind!r}: possible are {', '.join(map(repr, CLASSES))}")
+    check_axis(axis)
     lf,_ = innermost(loss)
     known = kind_of(lf)
     if None not in (kind, known) and kind != known:

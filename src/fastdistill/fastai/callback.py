@@ -7,9 +7,9 @@ from ..distiller import Distiller
 from ..features.names import unwrap
 from ..features.taps import Taps
 from ..gradients import shares_in_words
-from ..outputs import DistillError, as_plain, check_output
+from ..outputs import DistillError, as_plain, check_axis, check_output
 from ..ranks import broadcast, on_first, rank
-from ..recipes import one_temperature
+from ..terms import one_temperature
 from .arguments import check_options, feed_of, make_recipe
 from .check import find_mistakes
 from .choice import choose_recipe, example_of
@@ -38,11 +38,11 @@ class KnowledgeDistillation(Callback):
 
     def __init__(
         self,
-        teacher=None, # Learner, exported .pkl, module, TorchScript, torch.export or ONNX file, callable, `Teacher`; a
-        # list of these (an ensemble); a `TeacherCache`, or its folder. None: the batches hold the teacher's outputs
-        # (see `TeacherBlock`)
-        recipe=None, # `kd()`, `kd() + recipes.at()`, a `Term`; None: kd(T, alpha) if one of them is given, else `auto`
-        # chooses
+        teacher=None, # Learner, exported .pkl, module, TorchScript, torch.export or ONNX file, callable, estimator with
+        # `predict_proba` or `predict`, `Teacher`; a list of these (an ensemble); a `TeacherCache`, or its folder. None:
+        # the batches hold the teacher's outputs (see `TeacherBlock`)
+        recipe=None, # `kd()`, `kd() + recipes.at()`, a `Term`; None or 'auto': `auto` chooses, or
+        # kd(T, alpha) if one of them is given
         *,
         T=None, # temperature: number or schedule (fastai's `SchedCos(8, 2)`); 4 if not given
         alpha=None, # weight of the teacher, the labels have 1-alpha: number or schedule; .9 if not given
@@ -64,6 +64,7 @@ class KnowledgeDistillation(Callback):
         while FIRST_CALLBACK: FIRST_CALLBACK.pop()()
         check_options(teacher, kind=kind, span=span)
         check_output(output)
+        check_axis(axis)
         self.source,self.asked_kind,self.asked_axis = teacher,kind,axis
         self.span,self.check = span,check
         self.recipe,self.output = make_recipe(recipe, one_temperature(T, temperature), alpha, loss),output
@@ -101,6 +102,8 @@ class KnowledgeDistillation(Callback):
         self.learn.metrics = self.learn.metrics + self.part_metrics
         if self.unlabelled and not finder: self._start_unlabelled()
         self.distiller.teacher.start()
+        if self.feed is None and not finder:
+            self.distiller.teacher.expect(self.n_epoch*sum(len(dl) for dl in self.dls))
 
     def _check(self):
         "Look for mistakes, on the first rank alone, so that all ranks continue or all stop"
@@ -137,6 +140,7 @@ class KnowledgeDistillation(Callback):
         if self.known_dls is self.learn.dls: return
         d,self.known_dls,self.checked = self.distiller,self.learn.dls,False
         d.teacher = teacher_of(self.source, self.learn, task) if self.feed is None else self.feed
+        if self.feed is None: d.teacher.say_with(self._log)
 
     def _setup(self, *x):
         "Pair layers and build projectors, once for a student"

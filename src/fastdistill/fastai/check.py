@@ -1,6 +1,7 @@
 "Check a teacher and a Learner before training, for mistakes that training would not show."
 from contextlib import closing
 from types import SimpleNamespace
+from ..doctor.classes import map_classes
 from ..doctor.findings import Finding, Findings, few_names
 from ..doctor.outputs import BATCHES, check_outputs, single_teachers
 from ..doctor.shared import shared_parameters
@@ -8,8 +9,8 @@ from ..outputs import DistillError
 from .batches import PreparationError, prepared_batches
 from .task import task_of
 from ..teacher.hidden import has_reset, why_no_reset
-from .teachers import teacher_of
-from .vocab import CODES, describe_difference, map_classes, vocab_of
+from .teachers import class_names, teacher_of
+from .vocab import CODES, describe_difference, vocab_of
 
 __all__ = ['check_teacher', 'find_mistakes']
 
@@ -88,12 +89,21 @@ def known_kind(loss_func):
 
 def labels(learn, teacher, task):
     "The student's classes, among the teacher's"
-    for o in with_learners(teacher):
-        found = None if task.kind == 'regression' else map_classes(vocab_of(learn.dls), vocab_of(o.learner.dls))
+    for o in single_teachers(teacher):
+        names = class_names(o, learn.dls)
+        found = None if task.kind == 'regression' else map_classes(vocab_of(learn.dls), names)
         if found is None or found.same: continue
-        if found.missing:
+        if found.missing and o.known_classes is not None:
+            mine = vocab_of(learn.dls)
+            if o.known_classes != [mine.index(c) for c in found.shared]: continue       # the user gave them
+            yield Finding('warning', f"The teacher knows {len(found.shared)} of the student's {len(mine)} classes "
+                          f"({few_names(found.shared, 5)}). These are distilled, on samples with these labels. The "
+                          f"others ({few_names(found.missing, 5)}) are left to the labels",
+                          "Is this intended? If the teacher has other names for them, give the student's class of each "
+                          "output: Teacher(model, classes=[...])")
+        elif found.missing:
             yield Finding('error', f"The teacher does not have {len(found.missing)} of the student's classes "
-                          f"({few_names(found.missing, 5)}); it has {few_names(vocab_of(o.learner.dls), 8)}",
+                          f"({few_names(found.missing, 5)}); it has {few_names(names, 8)}",
                           "Use a teacher trained on the student's classes, or train the student on the teacher's")
         else:
             extra = f", and {len(found.extra)} more, which are not used" if found.extra else ''
