@@ -170,13 +170,13 @@ def test_a_label_without_an_output_is_an_error_before_training():
 def test_probabilities_in_place_of_logits_are_an_error():
     student,teacher = toy()
     refuses(student, nn.Sequential(teacher, nn.Softmax(1)),
-            r'outputs are probabilities \(each row sums to 1\).*teacher\(x\).log\(\)')
-    student.fit(1, .01, cbs=KD(lambda x: teacher(x).softmax(1).log()))       # what the message says
+            r'outputs are probabilities \(each row sums to 1\).*outputs=.probs.')
+    student.fit(1, .01, cbs=KD(Teacher(lambda x: teacher(x).softmax(1), outputs='probs')))       # what the message says
 
 def test_probabilities_of_labels_are_a_warning():
     student,teacher = pair('multi_label')
     warns(student, nn.Sequential(teacher.model, nn.Sigmoid()),
-          r'are between 0 and 1: they seem to be probabilities.*torch.logit')
+          r'are between 0 and 1: they seem to be probabilities.*outputs=.probs., kind=.sigmoid.')
 
 def test_shared_parameters_are_an_error():
     student,_ = toy()

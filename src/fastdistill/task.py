@@ -7,8 +7,8 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 from .outputs import DistillError, as_plain, check_axis
 
-__all__ = ['Task', 'fit_labels', 'fitting_axes', 'labels_loss', 'register_losses', 'register_wrapper', 'task_for',
-           'shape_of_labels', 'task_of', 'unusable']
+__all__ = ['Task', 'facts_of_outputs', 'fit_labels', 'fitting_axes', 'labels_loss', 'register_losses',
+           'register_wrapper', 'task_for', 'shape_of_labels', 'task_of', 'unusable']
 
 # kind of outputs -> loss classes for it; a framework registers its own
 CLASSES = dict(softmax=[nn.CrossEntropyLoss], sigmoid=[nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss],
@@ -103,6 +103,17 @@ def shape_of_labels(
     "Their shape without the class axis"
     axis = axis % len(shape)
     return (*shape[:axis], *shape[axis+1:])
+
+
+def facts_of_outputs(
+    shape, # of the logits
+    task:Task
+) -> dict:
+    "`kind`, the number of `classes` (None: no softmax), and `dense`: does each sample have many predictions?"
+    has_axis = task.kind == 'softmax' and -len(shape) <= task.axis < len(shape)
+    classes = shape[task.axis] if has_axis else None
+    positions = prod(shape[1:])/classes if classes else prod(shape[2:])
+    return dict(kind=task.kind, classes=classes, dense=positions > 1)
 
 
 def fit_labels(

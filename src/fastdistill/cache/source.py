@@ -80,6 +80,7 @@ def identity_of(teacher) -> dict:
         return dict(name=name, weights=fingerprint(*(m.state_dict() for m in modules), shares), **options)
     if path := getattr(teacher, 'path', None): return dict(name=name, weights=fingerprint(path.read_bytes()), **options)
     fn = getattr(teacher, 'model', teacher)
+    if own := getattr(fn, 'identity', None): return dict(name=name, weights=fingerprint(own), **options)
     try: text = inspect.getsource(fn if inspect.isroutine(fn) else type(fn))
     except (TypeError, OSError): text = ''
     warnings.warn(DistillWarning(f"The weights of {name} can't be read. A cache counts as written by the same teacher "
@@ -89,9 +90,14 @@ def identity_of(teacher) -> dict:
 
 def options_of(teacher) -> dict:
     "The options of a teacher, and of its members if it is an ensemble"
+    if getattr(teacher, 'combine', None) == 'sample':
+        raise DistillError("combine='sample' draws a teacher for each batch, but a cache has one output for each "
+                           "sample: use combine='probs'.")
     out = {k: str(getattr(teacher, k)) for k in ('layers', 'mode', 'size', 'combine', 'kind', 'axis', 'select')
            if hasattr(teacher, k)}
     if (output := getattr(teacher, 'output', None)) is not None:
         out['output'] = str(getattr(output, '__qualname__', output))
+    if (known := getattr(teacher, 'known_classes', None)) is not None: out['classes'] = known
+    if getattr(teacher, 'returns', 'logits') != 'logits': out['outputs'] = teacher.returns
     if members := getattr(teacher, 'members', None): return {**out, 'members': [options_of(m) for m in members]}
     return {**out, 'images': teacher.adapts} if getattr(teacher, 'adapts', '') else out

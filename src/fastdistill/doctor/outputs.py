@@ -1,9 +1,11 @@
 "Checks of a teacher's outputs for a few batches: do they fit the student's, and does the teacher know the task?"
+from dataclasses import replace
 from itertools import chain
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from ..outputs import map_tensors, tensors_in
+from ..class_sets import taught_part
 from ..task import fit_labels
 from .findings import Finding, Findings
 from .recipe import check_recipe
@@ -38,6 +40,7 @@ def check_outputs(
                 with checked_ids(teacher): t = teacher_logits(teacher, xb)
             except UnknownId as e: return Findings([unknown_id(e)])
             s = student_logits(student, xb, output) if student is not None and (first or not training) else None
+            s,y = taught_part(s, y, teacher.known_classes, task)
             if mistakes := Findings(mismatches(None if s is None else s.shape, t.shape, y, task)): return mistakes
             if first: found += [*unscored(t.shape, y, task), *unsteady(teacher, xb, t)]
             if training: tally.add_probabilities(t.float(), 'train')
@@ -46,7 +49,9 @@ def check_outputs(
         if t is None: return found
         found += check_recipe(recipe, student, teacher, xb, t.shape[task.axis] if task.kind == 'softmax' else None)
         found += [*(new := list(untrained(teacher))), *probabilities(tally, task)]
-        if not found.errors: found += low_score(tally, teacher, task, student, kept, names, trained=not new)
+        if not found.errors:
+            low = low_score(tally, teacher, task, student, kept, names, trained=not new)
+            found += [replace(f, doubt=True) for f in low]
     found.facts = tally.facts()
     if all(f.level == 'note' for f in found): found += saturated(found.facts, task)
     return found
@@ -77,7 +82,7 @@ def single_teachers(teacher):
 
 def unsteady(teacher, xb, t):
     "Outputs that change from call to call, or with the other samples of the batch"
-    if teacher.mode == 'train': return      # the user asked for it
+    if teacher.mode == 'train' or teacher.combine == 'sample': return       # the user asked for it
     def near(a, b):
         largest = b.nan_to_num(0, 0, 0).abs().max().item()      # logits of excluded classes may be -inf
         return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=.05*largest, equal_nan=True)
@@ -110,9 +115,7 @@ def probabilities(tally, task):
     if task.kind == 'softmax' and tally.normed:
         yield Finding('error', "The teacher's outputs are probabilities (each row sums to 1). A softmax over them "
                       "would be nearly flat",
-                      "Give the outputs before softmax, or their logarithm: "
-                      "KnowledgeDistillation(lambda x: teacher(x).log())")
+                      "Say so: Teacher(model, outputs='probs'). Or give the outputs before softmax")
     if task.kind == 'sigmoid':
         yield Finding('warning', "All of the teacher's outputs are between 0 and 1: they seem to be probabilities",
-                      "Give the outputs before the sigmoid, or undo it: "
-                      "KnowledgeDistillation(lambda x: torch.logit(teacher(x), eps=1e-6))")
+                      "Say so: Teacher(model, outputs='probs', kind='sigmoid'). Or give the outputs before the sigmoid")

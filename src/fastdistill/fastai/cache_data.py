@@ -21,7 +21,7 @@ from .check import check_teacher
 from .sample_keys import item_keys, key_root, sample_files, storage_order
 from .replay_dl import IndexedItem, Plan, attach, refuse_unindexed
 from .stream import inputs_of, is_stream, model_outputs, stream_outputs
-from .teachers import image_stats, teacher_of
+from .teachers import class_names, image_stats, teacher_of
 from .transforms import describe_transforms
 from .vocab import stored_order, vocab_of
 
@@ -252,11 +252,12 @@ def classes_of(teacher, dls):
     """Names of the classes in the order of the teacher's logits. If the labels have another order, it is mapped when a
     student trains"""
     mine = vocab_of(dls)
-    theirs = [vocab_of(t.learner.dls) for t in (teacher, *teacher.members) if t.learner is not None]
-    if not theirs or mine is None or theirs[0] is None: return mine
+    theirs = [n for t in (teacher, *teacher.members) if (n := class_names(t, dls)) is not None]
+    if not theirs or mine is None: return mine
     if any(v != theirs[0] for v in theirs) or (teacher.members and theirs[0] != mine):
         raise DistillError("The members of the ensemble have their classes in different orders: give each, as "
                            f"Teacher(model, select=...), the labels' order: {', '.join(mine[:10])}.")
-    names = theirs[0] if teacher.select is None else [theirs[0][i] for i in torch.as_tensor(teacher.select).tolist()]
+    if teacher.known_classes or any(isinstance(o, list) for o in teacher.select or ()): return mine
+    names = theirs[0] if teacher.select is None else [theirs[0][i] for i in teacher.select]
     stored_order(names, mine)        # names that can't be mapped are refused now
     return names

@@ -1,11 +1,12 @@
 "Train from a cache: add its rows to the batches."
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from fastai.basics import Callback, TfmdDL, noop
 from fastai.vision.augment import RandTransform, RandomErasing, SpaceTfm
+from ..batch import all_classes
 from ..cache.manifest import refuse, sample_differences, transform_differences
 from ..cache.reader import TeacherCache
 from ..outputs import DistillError, Outputs, TopK, as_plain, tensors_in
@@ -134,8 +135,7 @@ class CacheFeed(Feed):
         lg,order = out.logits,self.order
         if order is not None:
             lg = lg.reorder(order) if isinstance(lg, TopK) else lg.index_select(self.axis, order.to(lg.device))
-        if isinstance(lg, TopK): lg = lg.dense(as_plain(learn.pred) if lg.tail == 'bucket' else None)
-        return Outputs(lg, out.feats, out.mask)
+        return all_classes(replace(out, logits=lg), Outputs(as_plain(learn.pred)))
 
 
 def inner_dl(dl):

@@ -24,7 +24,7 @@ def distill(
     teacher, # what `KnowledgeDistillation` takes
     n_epoch, # Number of epochs
     lr_max=None, # Maximum learning rate; with fine_tune: its base_lr
-    recipe=None, # `kd()`, `kd() + recipes.at()`, a `Term`; None: kd(T, alpha)
+    recipe=None, # `kd()`, `kd() + recipes.at()`, a `Term`; None or 'auto': `auto` chooses, or kd(T, alpha)
     *,
     T=None, # temperature
     alpha=None, # weight of the teacher; the labels have 1-alpha

@@ -68,4 +68,4 @@ def of_length(out:Outputs, n:int) -> Outputs:
         if isinstance(t, TopK): return replace(t, ids=fit(t.ids), values=fit(t.values), rest=fit(t.rest))
         if t.shape[1:2] != (length,): return t      # it has no value for each token
         return t[:, :n] if n <= t.shape[1] else F.pad(t, [0]*(2*t.dim()-3) + [n-t.shape[1]])
-    return Outputs(fit(out.logits), {k: fit(v) for k,v in out.feats.items()}, fit(out.mask))
+    return replace(out, logits=fit(out.logits), feats={k: fit(v) for k,v in out.feats.items()}, mask=fit(out.mask))

@@ -5,6 +5,7 @@ from functools import wraps
 import torch
 from torch import nn
 import torch.nn.functional as F
+from ..class_sets import class_groups, of_classes
 from ..features.calls import arguments, is_hf
 from ..features.names import named
 from ..features.pairs import names_of_tokens
@@ -13,17 +14,20 @@ from ..outputs import (DistillError, DistillWarning, Outputs, as_plain, check_ax
                        tensors_in, warn_of_first, warn_of_several)
 from .draws import OwnDraws, generators
 from .ensemble import mix, shares
+from .estimator import Estimator
 from .forms import FORMS, Onnx, check_second_argument, is_graph, load_model
 from .guest import Guest, cuda_devices
 from .hidden import has_reset, why_no_reset
 from .images import affine, full_precision, is_image, stats_of
+from .probabilities import check_probabilities, logits_of
 
 __all__ = ['Teacher']
 
-POSSIBLE = dict(mode=('eval', 'train'), combine=('probs', 'logits'), kind=('softmax', 'sigmoid', 'regression'))
+POSSIBLE = dict(mode=('eval', 'train'), combine=('probs', 'logits', 'sample'),
+                kind=('softmax', 'sigmoid', 'regression'), outputs=('logits', 'probs'))
 
 # a member of an ensemble takes these options from the ensemble, unless it was given its own
-INHERITED = 'mode','stats','input_stats','size','combine','kind','axis','output'
+INHERITED = 'mode','stats','input_stats','size','combine','kind','axis','output','outputs'
 
 
 def records_given(init):
@@ -52,46 +56,62 @@ class Teacher:
     @records_given
     def __init__(
         self,
-        model, # nn.Module, torch.export program, .pt, .pt2 or .onnx file, callable, or a list of these (an ensemble)
+        model, # nn.Module, torch.export program, .pt, .pt2 or .onnx file, callable, estimator with `predict_proba` or
+        # `predict` (scikit-learn, LightGBM, XGBoost, CatBoost), or a list of these (an ensemble)
         *,
         layers=(), # dotted names of the layers to read; in an ensemble '0.NAME' is a layer of its first member
         mode:str='eval', # 'train' for papers that need it; torch.export programs and callables keep their mode
         stats=None, # the teacher's image normalization: (mean, std), torchvision's weights, 'imagenet', 'auto' (timm)
         input_stats=None, # (mean, std) with which the batch's images are normalized; (0, 1) if they are not
         size:int|tuple|None=None, # height and width to which images are resized; one number: a square
-        combine:str='probs', # an ensemble's outputs: the mean of its members' 'probs', as logits, or of their 'logits'
-        weights=None, # of an ensemble's members; None: equal
+        combine:str='probs', # an ensemble's outputs: the mean of its members' 'probs', as logits, or of their 'logits';
+        # 'sample': those of one member, drawn for each batch
+        weights=None, # of an ensemble's members, or their probabilities to be drawn; None: equal
         kind:str='softmax', # what the logits are: 'softmax' over classes, 'sigmoid' per label, or 'regression'
         axis:int=1, # class axis
-        select=None, # indices of the teacher's classes to return, in the student's order
+        select=None, # the teacher's classes to return, in the student's order: numbers, or lists of numbers, whose
+        # probabilities are summed (see docs/classes.md)
+        classes=None, # of a teacher with other classes: the student's class, or list of classes, that each output is
+        # about (see docs/classes.md); None: the same as the student's
         output=None, # the output with the logits: a name, index or function; None: 'logits', 'out', or a tuple's first
+        outputs:str='logits', # what the model returns: 'logits', or 'probs', the probabilities of classes or labels, as
+        # estimators do
+        frame=None, # of an estimator, in fastai: the table that the DataLoaders were made from (see docs/trees.md)
         name:str|None=None # in messages; None: the name of the file or of the class
     ):
         options = dict(layers=layers, mode=mode, stats=stats, input_stats=input_stats, size=size, combine=combine,
-                       weights=weights, kind=kind, axis=axis, select=select, output=output, name=name)
+                       weights=weights, kind=kind, axis=axis, select=select, classes=classes, output=output,
+                       outputs=outputs, frame=frame, name=name)
         self.model = self.path = self.learner = None       # fastdistill.fastai keeps the teacher's Learner as `learner`
         self.sources,self.members = [],[]
         self._stack,self._guest,self._scaling,self._was_started,self._draws = None,None,None,[],OwnDraws()
         # facts about the model that were found while it ran; variations share them
         self._found = model._found if isinstance(model, Teacher) else {}
         if isinstance(model, Teacher):      # a variation: it takes the options that are not given from `model`
-            options = {k: v if k in self.given else getattr(model, k) for k,v in options.items()}
+            options = {k: v if k in self.given else model.option(k) for k,v in options.items()}
             self.given |= model.given
             self.model,self.path,self.learner,self.sources = model.model,model.path,model.learner,model.sources
         elif isinstance(model, (list, tuple, nn.ModuleList)):
             if not len(model): raise DistillError(f"An empty list of teachers. {FORMS}")
             self.sources = [m if isinstance(m, Teacher) else Teacher(m) for m in model]
         else: self.model,self.path = load_model(model)
+        self.returns = options.pop('outputs') # `outputs` is a method
         self.__dict__.update(options)
         self.layers,self.name = list(self.layers),self.name or self._name()
         self._check()
 
+    def option(
+        self, name:str # of an option of `Teacher`
+    ):
+        "The value of an option"
+        return self.returns if name == 'outputs' else getattr(self, name)
+
     def _check(self):
         for o,have in POSSIBLE.items():
-            if (v := getattr(self, o)) not in have:
+            if (v := self.option(o)) not in have:
                 raise DistillError(f"{o}={v!r}: possible are {', '.join(map(repr, have))}")
         if self.sources:
-            mine = {k: getattr(self, k) for k in INHERITED if k in self.given}
+            mine = {k: self.option(k) for k in INHERITED if k in self.given}
             self.members = [Teacher(m, **{k: v for k,v in mine.items() if k not in m.given}) for m in self.sources]
             self.weights = shares(self.weights, len(self.members))
         else:
@@ -100,7 +120,13 @@ class Teacher:
             self.stats,self.input_stats = stats_of(self.stats, self.model),stats_of(self.input_stats)
         check_output(self.output)
         check_axis(self.axis)
+        self.select = class_groups(self.select, 'select')
+        self.classes = class_groups(self.classes, 'classes', disjoint=True)
         if isinstance(self.model, Onnx): self._check_onnx()
+        if isinstance(self.model, Estimator): self._take_estimator()
+        elif self.frame is not None:
+            raise DistillError(f"frame= is the table of an estimator (scikit-learn, LightGBM ...), but {self.name} is "
+                               "none.")
         if self.size is not None: self.size = (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
         self._check_layers(self.layers)
 
@@ -109,6 +135,11 @@ class Teacher:
         if self.output is not None or 'several' in self._found: return
         self._found['several'] = True
         if len(alike := self.model.alike()) > 1: warn_of_first(f'The teacher {self.name}', ', '.join(alike))
+
+    def _take_estimator(self):
+        self.model = self.model.of_kind(self.kind)
+        self.model.frame = self.frame
+        if 'outputs' not in self.given: self.returns = 'logits' if self.kind == 'regression' else 'probs'
 
     def _name(self):
         if self.sources: return f'{len(self.sources)} teachers'
@@ -146,6 +177,11 @@ class Teacher:
         if None in (self.stats, self.input_stats) or affine(self.input_stats, self.stats) is None: return ''
         text = lambda stats: ', std '.join(' '.join(f'{v:.4g}' for v in o.tolist()) for o in stats)
         return f'mean {text(self.input_stats)} -> mean {text(self.stats)}'
+
+    @property
+    def known_classes(self):
+        "The student's class, or list of classes, that each output is about; None: the same as the student's"
+        return self.classes or next((m.known_classes for m in self.members if m.known_classes is not None), None)
 
     # from start to stop
 
@@ -265,19 +301,24 @@ class Teacher:
     def _outputs(self, x, kw, layers):
         self._check_layers(layers)
         o = (self._outputs_of_members if self.members else self._outputs_of_model)(x, kw, layers)
-        if self.select is None: return o
-        ids,n = torch.as_tensor(self.select),o.logits.shape[self.axis]
-        if ids.min() < 0 or ids.max() >= n:
-            raise DistillError(f"select={ids.tolist()}: the teacher has {n} classes along axis {self.axis}, 0 to {n-1}")
-        return Outputs(o.logits.index_select(self.axis, ids.to(o.logits.device)), o.feats, o.mask)
+        return of_classes(o, self.select, self.classes, self.axis, self.kind)
 
     def _outputs_of_members(self, x, kw, layers):
         "The outputs of an ensemble; names of layers begin with the member's number"
+        if self.combine == 'sample': return self._outputs_of_one(x, kw, layers)
         names = lambda i: [n.partition('.')[2] for n in layers if n.partition('.')[0] == str(i)]
         outs = [m._outputs(x, kw, list(dict.fromkeys(m.layers + names(i)))) for i,m in enumerate(self.members)]
         feats = {f'{i}.{k}': v for i,o in enumerate(outs) for k,v in o.feats.items()}
         logits = mix([o.logits for o in outs], self.weights, self.combine, self.kind, self.axis)
-        return Outputs(logits, feats, next((o.mask for o in outs if o.mask is not None), None))
+        if any(o.classes != outs[0].classes for o in outs):
+            raise DistillError("The members of the ensemble are about different classes: classes= must be equal.")
+        return Outputs(logits, feats, next((o.mask for o in outs if o.mask is not None), None), outs[0].classes)
+
+    def _outputs_of_one(self, x, kw, layers):
+        "The outputs of a member that is drawn"
+        if layers: raise DistillError("combine='sample' runs one member, so layers of all can't be compared: use terms "
+                                      "on the outputs, or combine='probs'.")
+        return self.members[torch.multinomial(torch.tensor(self.weights), 1).item()]._outputs(x, kw, [])
 
     def _outputs_of_model(self, x, kw, layers):
         device = next((t.device for t in tensors_in((x, kw))), torch.device('cpu'))
@@ -288,9 +329,18 @@ class Teacher:
             if self.output is None: warn_of_several(raw, self.module, f'The teacher {self.name}', self._found)
             o = Outputs.of(raw, output=self.output)
             feats = o.feats if taps is None else {**o.feats, **taps.pop()}
+            logits = self._logits(o.logits)
         # a function has no layers, but it may return features of that name
         if taps is None and not set(layers) <= set(feats): raise self._unreadable(layers, feats)
-        return Outputs(*(map_tensors(v, lambda t: plain_output(t, device)) for v in (o.logits, feats, o.mask)))
+        return Outputs(*(map_tensors(v, lambda t: plain_output(t, device)) for v in (logits, feats, o.mask)), o.classes)
+
+    def _logits(self, v):
+        "The logits of what the model returned"
+        if self.returns == 'logits': return v
+        if (checked := ('probs', self.kind, self.axis)) not in self._found:
+            check_probabilities(v, self.kind, self.axis, self.name)
+            self._found[checked] = True
+        return logits_of(v, self.kind)
 
     def _check_layers(self, layers):
         if not layers: return
