@@ -1,5 +1,5 @@
 "Hugging Face: each kind of model against a loss written out by hand; the Trainer's own features; students from their teachers."
-import os, re
+import re
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,6 @@ import transformers as hf
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from fastdistill import DistillError, Teacher, Term, at, kd, losses, soft_labels
-from fastdistill.features import pair
 from fastdistill.huggingface import DistillationMixin, DistillationTrainer, student_from
 
 VOCAB,T,ALPHA = 40,2.,.7

@@ -19,13 +19,14 @@ from .outputs import DistillError
 from .ranks import mean_over_ranks
 from .replay.seeds import RandomGuard
 from .teacher.teacher import Teacher
-from .trainers import (add_parameters, average_gradients, complete, load_state, needs_example, reset_gradients, state_of,
-                       takes_part)
+from .trainers import (add_parameters, average_gradients, complete, load_state, needs_example, reset_gradients,
+                       takes_part, training_state)
 
 __all__ = ['DistillationMixin', 'DistillationTrainer', 'student_from']
 
 STATE_FILE = 'distillation.pt' # in a checkpoint's folder
-KINDS = dict(regression='regression', single_label_classification='softmax', multi_label_classification='sigmoid')
+PROBLEM_KINDS = dict(regression='regression', single_label_classification='softmax',
+                     multi_label_classification='sigmoid')
 QUESTIONS = ['start_positions', 'end_positions']
 
 
@@ -44,7 +45,8 @@ class DistillationMixin:
         **kwargs # of the Trainer
     ):
         self.teacher,self.recipe = teacher if isinstance(teacher, Teacher) else Teacher(teacher),recipe
-        self.asked,self.distiller,self.part_means = dict(kind=kind, axis=axis, output=output, check=check),None,PartMeans()
+        self.asked = dict(kind=kind, axis=axis, output=output, check=check)
+        self.distiller,self.part_means = None,PartMeans()
         self.counts_items = self.last_step = None
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
@@ -101,7 +103,8 @@ class DistillationMixin:
         config,name = getattr(self.model, 'config', None),type(self.model).__name__
         several = batch is not None and any(is_float(batch.get(k)) for k in self.label_names)
         one = name.endswith('SequenceClassification') and getattr(config, 'num_labels', 2) == 1
-        kind = KINDS.get(getattr(config, 'problem_type', None), 'regression' if one else 'sigmoid' if several else 'softmax')
+        kind = 'regression' if one else 'sigmoid' if several else 'softmax'
+        kind = PROBLEM_KINDS.get(getattr(config, 'problem_type', None), kind)
         kind = self.asked['kind'] or kind
         axis = 1 if self._answers or name.endswith('Segmentation') else -1
         return dict(kind=kind, axis=axis if self.asked['axis'] is None else self.asked['axis'],
@@ -135,7 +138,7 @@ class DistillationMixin:
         d,scale = self.distiller,self._scale(x, **kwargs)
         with Taps(model, d.student_layers(d.active_terms(progress))) as taps:
             task,raw = self._run(model, x, kwargs)
-            s = d.student_outputs(logits_of(raw, task), taps.pop(), self._tokens(x))
+            s = d.student_outputs(without_loss(raw, task), taps.pop(), self._tokens(x))
         with self.accelerator.autocast(): t = d.teacher_outputs(x_teacher, progress)
         targets = self._targets(x, s.logits)
         self._hide_padding(x, s, t)
@@ -163,7 +166,8 @@ class DistillationMixin:
         if self.counts_items is None:
             tried = []
             with untouched(self.model):
-                for n in (1, 2): tried.append(super().compute_loss(self.model, dict(x), num_items_in_batch=torch.tensor(n)))
+                for n in map(torch.tensor, (1, 2)):
+                    tried.append(super().compute_loss(self.model, dict(x), num_items_in_batch=n))
             self.counts_items = not torch.equal(*tried)
         return self.counts_items
 
@@ -208,7 +212,7 @@ class DistillationMixin:
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save: torch.save(state_of(self.distiller), os.path.join(output_dir, STATE_FILE))
+        if self.args.should_save: torch.save(training_state(self.distiller), os.path.join(output_dir, STATE_FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -251,7 +255,7 @@ def names_taken(
     return {n for m in modules for n in inspect.signature(unwrap(m).forward).parameters}
 
 
-def logits_of(raw, task):
+def without_loss(raw, task):
     "What the student returned, without the loss that stands first in a tuple"
     return raw[1:] if isinstance(raw, tuple) and isinstance(raw[0], Tensor) and not raw[0].dim() else raw
 
@@ -282,8 +286,8 @@ def in_order_of(student, teacher):
     found = map_classes(names_by_id(student), names_by_id(teacher.module))
     if found is None or found.same: return {}
     if found.missing:
-        raise DistillError(f"By id2label, the teacher does not have the student's classes {', '.join(found.missing[:5])}"
-                           f", and the student not the teacher's {', '.join(found.extra[:5]) or '(none)'}. Give both "
+        raise DistillError("By id2label, the teacher does not have the student's classes "
+                           f"{', '.join(found.missing[:5])}, and the student not the teacher's {', '.join(found.extra[:5]) or '(none)'}. Give both "
                            "models the same names, or name the teacher's class of each of the student's: "
                            "Teacher(model, select=[...]).")
     return dict(select=found.order)
@@ -325,7 +329,8 @@ def blocks_of(model):
     outer = [k for k in lists if not any(k.startswith(f'{o}.') for o in lists)]
     if len(outer) == 1: return outer[0],n
     raise DistillError(f"{type(model).__name__} has {len(outer)} lists of num_hidden_layers={n} blocks "
-                       f"({', '.join(outer) or 'none'}); student_from needs exactly one. Make the student from a config.")
+                       f"({', '.join(outer) or 'none'}); student_from needs exactly one. Make the student from a "
+                       "config.")
 
 
 def shorter(config, layers, n):

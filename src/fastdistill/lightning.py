@@ -3,7 +3,7 @@ import functools, math
 from collections.abc import Mapping
 from contextlib import contextmanager
 import torch
-from torch import Tensor, nn
+from torch import nn
 try: from lightning.pytorch import Callback, LightningModule
 except ImportError as e:
     raise ImportError("fastdistill.lightning needs lightning: pip install 'fastdistill[lightning]'") from e
@@ -13,7 +13,7 @@ from .features.pairs import inputs
 from .features.taps import Taps
 from .outputs import DistillError, Outputs
 from .replay.seeds import RandomGuard
-from .trainers import add_parameters, average_gradients, complete, load_state, needs_example, state_of, takes_part
+from .trainers import add_parameters, average_gradients, complete, load_state, needs_example, training_state, takes_part
 
 __all__ = ['DistillCallback', 'DistillModule']
 
@@ -56,8 +56,8 @@ class DistillCallback(Callback):
         try: student = pl_module if self.student is None else pl_module.get_submodule(self.student)
         except AttributeError as e:
             have = ', '.join(n for n,_ in pl_module.named_children()) or 'none'
-            raise DistillError(f"student={self.student!r}: {type(pl_module).__name__} has no such module. It has: {have}"
-                               ) from e
+            raise DistillError(f"student={self.student!r}: {type(pl_module).__name__} has no such module. It has: "
+                               f"{have}") from e
         if self.distiller is None or self.distiller.student is not student:
             self.distiller = Distiller(student, self.teacher, self.recipe, **self.options)
 
@@ -117,7 +117,7 @@ class DistillCallback(Callback):
 
     # checkpoints
 
-    def state_dict(self): return {} if self.distiller is None else state_of(self.distiller)
+    def state_dict(self): return {} if self.distiller is None else training_state(self.distiller)
 
     def load_state_dict(self, state): self.state = state
 

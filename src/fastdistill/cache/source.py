@@ -98,6 +98,8 @@ def options_of(teacher) -> dict:
     if (output := getattr(teacher, 'output', None)) is not None:
         out['output'] = str(getattr(output, '__qualname__', output))
     if (known := getattr(teacher, 'known_classes', None)) is not None: out['classes'] = known
+    # numbers of another precision are other numbers
+    if half := getattr(teacher, 'half', ''): out['precision'] = half
     if getattr(teacher, 'returns', 'logits') != 'logits': out['outputs'] = teacher.returns
     if members := getattr(teacher, 'members', None): return {**out, 'members': [options_of(m) for m in members]}
     return {**out, 'images': teacher.adapts} if getattr(teacher, 'adapts', '') else out

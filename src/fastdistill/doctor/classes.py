@@ -1,4 +1,4 @@
-"Does the teacher have the student's classes in another order? Their names, or the confusion table of its predictions show it."
+"Are the teacher's classes in another order than the student's? Their names show it, or a confusion table."
 from dataclasses import dataclass
 import torch
 from torch import Tensor

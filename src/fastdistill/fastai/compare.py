@@ -125,16 +125,16 @@ def unit_of(dl):
     if is_stream(dl): return 'pieces of text'
     if isinstance(dl, TabDataLoader): return 'rows'
     types = getattr(dl, '_types', None) if isinstance(dl, TfmdDL) else None
-    found = list(leaves(types)) if types else []
+    found = list(types_in(types)) if types else []
     if TensorText in found[:1]: return 'texts'
     return 'images' if found and issubclass(found[0], TensorImageBase) else 'samples'
 
 
-def leaves(types):
+def types_in(types):
     "The types of a batch's tensors, which fastai stores nested, in their order"
     for o in (v for vs in types.values() for v in vs) if isinstance(types, dict) else [types]:
         if isinstance(o, type): yield o
-        else: yield from leaves(o)
+        else: yield from types_in(o)
 
 
 def history_of(learn):
