@@ -48,7 +48,7 @@ LAW = dict(
 )
 # the same inside a folder: a file may import those of its folder that stand before it
 ORDER = dict(
-    losses='_base response divergence decoupled feature relation dense',
+    losses='_base chunks response divergence decoupled feature relation dense',
     features='names calls probe shapes taps projectors stages pairs',
     replay='generators seeds per_sample',
     teacher='images probabilities estimator forms draws hidden guest slices folding compiled speed running ensemble teacher',
