@@ -21,7 +21,6 @@ from .many import distill_many
 # with unmistakable names. All recipes are in `recipes`, and can be imported by name
 __all__ = ['DistillError', 'DistillInterpretation', 'DistillWarning', 'Distiller', 'KnowledgeDistillation', 'Outputs',
            'Recipe', 'Report', 'Teacher', 'TeacherBlock', 'TeacherCache', 'Term', 'cache_teacher', 'check_teacher',
-           'Recipe', 'Report', 'Teacher', 'TeacherBlock', 'TeacherCache', 'Term', 'cache_teacher', 'check_teacher',
            'compare', 'distill_many', 'dkd', 'hard_labels', 'kd', 'logit_std', 'nkd', 'recipes', 'soft_labels',
            'verify_cache']
 
