@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from .batch import Batch, all_classes, blend, both, labels_to_shift, next_tokens, nothing, padding_mask
+from .class_sets import taught_part
 from .doctor.findings import Findings
 from .doctor.outputs import check_batch
 from .doctor.runs import student_logits
@@ -143,7 +144,8 @@ class Distiller(nn.Module):
     def _findings(self, student, teacher, targets):
         t = None if teacher is None else all_classes(teacher, student).logits
         y = as_plain(targets[0]) if len(targets) and isinstance(targets[0], Tensor) else None
-        return check_batch(student.logits, t, y, self.task)
+        s,y = taught_part(student.logits, y, None if teacher is None else teacher.classes, self.task)
+        return check_batch(s, t, y, self.task)
 
     def _check_first(self, student, teacher, targets):
         "Refuse the mistakes of the first batch, and of the first batch for which the teacher runs"

@@ -13,7 +13,7 @@ from .features.pairs import inputs
 from .features.taps import Taps
 from .outputs import DistillError, Outputs
 from .replay.seeds import RandomGuard
-from .trainers import add_parameters, average_gradients, complete, load_state, needs_example, state_of, takes_part
+from .trainers import add_parameters, average_gradients, complete, load_state, needs_example, training_state, takes_part
 
 __all__ = ['DistillCallback', 'DistillModule']
 
@@ -117,7 +117,7 @@ class DistillCallback(Callback):
 
     # checkpoints
 
-    def state_dict(self): return {} if self.distiller is None else state_of(self.distiller)
+    def state_dict(self): return {} if self.distiller is None else training_state(self.distiller)
 
     def load_state_dict(self, state): self.state = state
 

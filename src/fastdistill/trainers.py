@@ -6,7 +6,7 @@ from .outputs import map_tensors
 from .ranks import broadcast, mean_over_ranks
 
 __all__ = ['add_parameters', 'average_gradients', 'complete', 'load_state', 'needs_example', 'reset_gradients',
-           'state_of', 'takes_part']
+           'training_state', 'takes_part']
 
 
 def needs_example(d:Distiller) -> bool:
@@ -54,14 +54,14 @@ def reset_gradients(d:Distiller):
     for p in d.own_parameters(): p.grad = None
 
 
-def state_of(d:Distiller) -> dict:
+def training_state(d:Distiller) -> dict:
     "What a checkpoint of the student and its optimizer lacks: projectors, and measured shares of the gradient"
     return dict(links=d.links.state_dict(), ratios=d.ratios.state_dict())
 
 
 def load_state(
     d:Distiller, # complete
-    state:dict # as `state_of` gives it
+    state:dict # as `training_state` gives it
 ):
     "Continue from a checkpoint"
     device = next(d.student.parameters()).device

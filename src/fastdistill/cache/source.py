@@ -90,10 +90,16 @@ def identity_of(teacher) -> dict:
 
 def options_of(teacher) -> dict:
     "The options of a teacher, and of its members if it is an ensemble"
+    if getattr(teacher, 'combine', None) == 'sample':
+        raise DistillError("combine='sample' draws a teacher for each batch, but a cache has one output for each "
+                           "sample: use combine='probs'.")
     out = {k: str(getattr(teacher, k)) for k in ('layers', 'mode', 'size', 'combine', 'kind', 'axis', 'select')
            if hasattr(teacher, k)}
     if (output := getattr(teacher, 'output', None)) is not None:
         out['output'] = str(getattr(output, '__qualname__', output))
+    if (known := getattr(teacher, 'known_classes', None)) is not None: out['classes'] = known
+    # numbers of another precision are other numbers
+    if half := getattr(teacher, 'half', ''): out['precision'] = half
     if getattr(teacher, 'returns', 'logits') != 'logits': out['outputs'] = teacher.returns
     if members := getattr(teacher, 'members', None): return {**out, 'members': [options_of(m) for m in members]}
     return {**out, 'images': teacher.adapts} if getattr(teacher, 'adapts', '') else out

@@ -14,11 +14,12 @@ from .cache_data import cache_teacher, verify_cache
 from .callback import KnowledgeDistillation
 from .check import check_teacher
 from .compare import compare
+from .many import distill_many
 
 # A star import must not shadow common names, such as `dist`, `at`, `sp`, `cwd` or `losses`. So it has only the recipes
 # with unmistakable names. All recipes are in `recipes`, and can be imported by name
 __all__ = ['DistillError', 'DistillWarning', 'Distiller', 'KnowledgeDistillation', 'Outputs', 'Recipe', 'Report',
-           'Teacher', 'TeacherBlock', 'TeacherCache', 'Term', 'cache_teacher', 'check_teacher', 'compare', 'dkd',
-           'hard_labels', 'kd', 'logit_std', 'nkd', 'recipes', 'soft_labels', 'verify_cache']
+           'Teacher', 'TeacherBlock', 'TeacherCache', 'Term', 'cache_teacher', 'check_teacher', 'compare',
+           'distill_many', 'dkd', 'hard_labels', 'kd', 'logit_std', 'nkd', 'recipes', 'soft_labels', 'verify_cache']
 
 for _face in (recipes, sys.modules[__name__]): docments.explain_all(_face)

@@ -93,7 +93,15 @@ def labels(learn, teacher, task):
         names = class_names(o, learn.dls)
         found = None if task.kind == 'regression' else map_classes(vocab_of(learn.dls), names)
         if found is None or found.same: continue
-        if found.missing:
+        if found.missing and o.known_classes is not None:
+            mine = vocab_of(learn.dls)
+            if o.known_classes != [mine.index(c) for c in found.shared]: continue       # the user gave them
+            yield Finding('warning', f"The teacher knows {len(found.shared)} of the student's {len(mine)} classes "
+                          f"({few_names(found.shared, 5)}). These are distilled, on samples with these labels. The "
+                          f"others ({few_names(found.missing, 5)}) are left to the labels",
+                          "Is this intended? If the teacher has other names for them, give the student's class of each "
+                          "output: Teacher(model, classes=[...])")
+        elif found.missing:
             yield Finding('error', f"The teacher does not have {len(found.missing)} of the student's classes "
                           f"({few_names(found.missing, 5)}); it has {few_names(names, 8)}",
                           "Use a teacher trained on the student's classes, or train the student on the teacher's")

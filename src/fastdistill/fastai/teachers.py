@@ -4,6 +4,7 @@ from pathlib import Path
 from torch import nn
 from fastai.basics import L, Learner, load_learner
 from fastai.data.transforms import Normalize
+from ..class_sets import class_groups
 from ..doctor.classes import map_classes
 from ..outputs import DistillError, DistillWarning
 from ..teacher.estimator import Estimator, is_estimator
@@ -39,7 +40,9 @@ def teacher_of(
         return teacher_of(obj.sources, learn, task, **kwargs | {k: obj.option(k) for k in obj.given})
     if isinstance(obj, Learner):
         return of_learner(obj, {'stats': image_stats(obj.dls)} | in_order(dls, vocab_of(obj.dls), task) | kwargs)
-    if isinstance(obj, Teacher): return on_table(adapted(obj, in_order(dls, class_names(obj, dls), task) | kwargs), dls)
+    if isinstance(obj, Teacher):
+        own = {} if obj.given & {'select', 'classes'} else in_order(dls, class_names(obj, dls), task)
+        return on_table(adapted(with_numbers(obj, dls), own | kwargs), dls)
     if isinstance(obj, nn.Module) and 'stats' not in kwargs and dls is not None:
         kwargs['stats'] = of_module(obj, kwargs['input_stats'])
     return Teacher(obj, **kwargs)
@@ -84,11 +87,21 @@ def class_names(
     return None if are_numbers else own
 
 
+def with_numbers(teacher, dls):
+    "A Teacher whose `classes` are numbers of the student's classes, if they were names"
+    if teacher.classes is None or dls is None or (vocab := vocab_of(dls)) is None: return teacher
+    return Teacher(teacher, classes=class_groups(teacher.classes, 'classes', vocab))
+
+
 def in_order(dls, names, task):
-    "The option that puts a teacher's classes in the student's order; none if the order is the same or unknown"
+    """The options that put a teacher's classes in the student's order; none if the order is the same or unknown.
+
+    If the teacher knows some of the student's classes, these are compared"""
     if names is None or dls is None or task is None or task.kind == 'regression': return {}
-    found = map_classes(vocab_of(dls), names)
-    return {} if found is None or found.order is None else dict(select=found.order)
+    if (found := map_classes(vocab_of(dls), names)) is None: return {}
+    if found.order is not None: return dict(select=found.order)
+    if not found.missing or len(found.shared) < (2 if task.kind == 'softmax' else 1): return {}
+    return dict(select=[names.index(c) for c in found.shared], classes=[vocab_of(dls).index(c) for c in found.shared])
 
 
 def of_module(model, given):

@@ -7,7 +7,7 @@ from ..features.names import unwrap
 from ..outputs import DistillError
 from ..teacher.teacher import Teacher
 
-__all__ = ['logits_of', 'names_taken', 'predicts', 'question_logits', 'teacher_for']
+__all__ = ['names_taken', 'predicts', 'question_logits', 'teacher_for', 'without_loss']
 
 PROBLEMS = dict(regression='regression', single_label_classification='softmax', multi_label_classification='sigmoid')
 
@@ -20,7 +20,7 @@ def names_taken(
     return {n for m in modules for n in inspect.signature(unwrap(m).forward).parameters}
 
 
-def logits_of(raw, task):
+def without_loss(raw, task):
     "What the student returned, without the loss that stands first in a tuple"
     return raw[1:] if isinstance(raw, tuple) and isinstance(raw[0], Tensor) and not raw[0].dim() else raw
 

@@ -13,8 +13,8 @@ from ..ranks import mean_over_ranks
 from ..replay.seeds import RandomGuard
 from ..teacher.teacher import Teacher
 from ..trainers import (add_parameters, average_gradients, complete, load_state, needs_example, reset_gradients,
-                        state_of, takes_part)
-from .models import logits_of, names_taken, predicts, question_logits, teacher_for
+                        takes_part, training_state)
+from .models import names_taken, predicts, question_logits, teacher_for, without_loss
 
 __all__ = ['DistillationMixin', 'DistillationTrainer']
 
@@ -116,7 +116,7 @@ class DistillationMixin:
         d,scale = self.distiller,self._scale(x, **kwargs)
         with Taps(model, d.student_layers(d.active_terms(progress))) as taps:
             task,raw = self._run(model, x, kwargs)
-            s = d.student_outputs(logits_of(raw, task), taps.pop(), self._tokens(x))
+            s = d.student_outputs(without_loss(raw, task), taps.pop(), self._tokens(x))
         with self.accelerator.autocast(): t = d.teacher_outputs(x_teacher, progress)
         targets = self._targets(x, s.logits)
         self._hide_padding(x, s, t)
@@ -190,7 +190,7 @@ class DistillationMixin:
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save: torch.save(state_of(self.distiller), os.path.join(output_dir, STATE_FILE))
+        if self.args.should_save: torch.save(training_state(self.distiller), os.path.join(output_dir, STATE_FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
