@@ -3,12 +3,12 @@ import random
 import numpy as np
 import pytest, torch
 import apps # before the rest of fastai: it keeps its warnings quiet
-from fastai.basics import Callback
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, TfmdDL
 from fastai.callback.mixup import MixUp
 from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter
 from fastai.vision.all import ImageBlock, MaskBlock, RandomErasing, Resize, unet_learner
 from test_fastai_cached import CROPS, N, TRAIN, Convs, cache_teacher, data, image, label, mask, quiet, state_of, student
-from fastdistill import Distiller, at, kd, soft_labels
+from fastdistill import Distiller, Term, at, kd, losses, soft_labels
 from fastdistill.cache import TeacherCache, cache_dataset
 from fastdistill.fastai import KnowledgeDistillation, TeacherBlock
 from fastdistill.fastai.cache_feed import CacheFeed, passed_epochs
@@ -137,6 +137,38 @@ def test_layers_come_from_the_cache_too(tmp_path):
         quiet(learn, 1, cbs=KnowledgeDistillation(cache, at(layers={'b': 'b'})))
     with pytest.raises(DistillError, match='stored layers are of unmixed images'):
         quiet(learn, 1, cbs=[KnowledgeDistillation(cache, at(layers={'bn': 'a'}, weight='paper')), MixUp()])
+
+
+def conv1d(width):
+    torch.manual_seed(width)
+    return nn.Sequential(nn.Conv1d(3, width, 3, padding=1), nn.ReLU(), nn.Conv1d(width, 5, 3, padding=1), nn.AdaptiveAvgPool1d(1),
+                         nn.Flatten(), nn.Linear(5, 2)).eval()
+
+def series(n=16): return [(torch.randn(3, 12, generator=torch.Generator().manual_seed(i)), i % 2) for i in range(n)]
+
+
+@pytest.mark.parametrize('write', ['cache_teacher', 'cache_dataset'])
+def test_series_of_1d_convolutions_are_stored_as_tokens(tmp_path, write):
+    teacher,items = conv1d(8),series()
+    dls = DataLoaders(TfmdDL(items, bs=8, shuffle=True), TfmdDL(items[:4], bs=8))
+    dls.loss_func = CrossEntropyLossFlat()
+    names = ['0', '2@mean', '5']      # a series, its mean over time, a vector
+    if write == 'cache_teacher': cache = cache_teacher(teacher, dls, tmp_path, views=0, dtype='float32', layers=names)
+    else: cache = cache_dataset(Teacher(teacher, layers=names), items, tmp_path, views=0, dtype='float32', keys=items)
+    feats = cache.outputs(np.arange(len(items))).feats
+    x = torch.stack([x for x,_ in items])
+    with torch.no_grad(): conv,later = teacher[0](x),teacher[:3](x)
+    assert [*feats] == ['0@tokens', '2@tokens@mean', '5']
+    torch.testing.assert_close(feats['0@tokens'], conv.transpose(1, 2))
+    torch.testing.assert_close(feats['2@tokens@mean'], later.mean(2))
+    student,callback = conv1d(6),KnowledgeDistillation(cache, Term(losses.mse, layers=[('0', '0'), ('2@mean', '2@mean')]))
+    learn = Learner(dls, student, loss_func=dls.loss_func)
+    quiet(learn, 1, cbs=callback)
+    pairs = [(p.student, p.s_shape[1:], p.teacher, p.t_shape[1:]) for p in callback.distiller.pairs]
+    assert pairs == [('0@tokens', (12, 6), '0@tokens', (12, 8)), ('2@tokens@mean', (5,), '2@tokens@mean', (5,))]
+    live = KnowledgeDistillation(teacher, Term(losses.mse, layers=[('0', '0'), ('2@mean', '2@mean')]), check=False)
+    quiet(Learner(dls, conv1d(6), loss_func=dls.loss_func), 1, cbs=live)
+    assert [(p.student, p.t_shape[1:]) for p in live.distiller.pairs] == [(s, t) for s,_,_,t in pairs]
 
 
 @pytest.mark.parametrize('how', ['callback', 'distill'])

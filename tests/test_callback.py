@@ -778,6 +778,8 @@ def test_a_model_that_ends_in_a_sigmoid_is_explained():
     (dict(recipe=dict(T=2)), 'A recipe is made of terms and recipes'),
     (dict(alpha=2), 'from 0 .labels alone. to 1 .teacher alone.'),
     (dict(T='cosin'), "T='cosin': possible are a number, a function"),
+    (dict(axis=1.), r'axis=1.0: the class axis is a whole number from 1 to 8, or, counted from the end, from -1 to -8'),
+    (dict(axis=0), r'axis=0: .*\(axis 0 is that of the samples\)'),
     (dict(T=0), 'T=0: a temperature is a number above 0'),
     (dict(recipe=dkd(), kind='soft'), "kind='soft': possible are None, 'softmax'"),
     (dict(T=('linear', 4, 0)), 'T=0 at the end of the training: a temperature is a number above 0'),

@@ -7,10 +7,10 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor
 import torch.nn.functional as F
-from .outputs import DistillError, Outputs, as_plain, tensors_in
+from .outputs import DistillError, Outputs, TopK, as_plain, tensors_in
 from .task import Task, fit_labels, shape_of_labels
 
-__all__ = ['Batch', 'blend', 'both', 'labels_to_shift', 'next_tokens', 'padding_mask']
+__all__ = ['Batch', 'all_classes', 'blend', 'both', 'labels_to_shift', 'next_tokens', 'nothing', 'padding_mask']
 
 
 @dataclass
@@ -114,3 +114,15 @@ def labels_to_shift(
     raise DistillError("The student predicts the next token, and these labels do not show at which position they are: "
                        "that of their own token, as Hugging Face's models take them (pass shift_labels=True to the "
                        "Distiller), or one position earlier, where the token is predicted (shift_labels=False)")
+
+
+def nothing(logits):
+    """0, with the gradient 0 for every parameter behind the logits: DistributedDataParallel wants one for each, also
+    where the labels have the weight 0 and the terms compare inner layers alone"""
+    return logits.where(logits.new_zeros((), dtype=torch.bool), 0.).sum()
+
+
+def all_classes(teacher, student):
+    "Stored outputs may hold the likeliest classes alone: losses want them all"
+    if teacher is None or not isinstance(teacher.logits, TopK): return teacher
+    return Outputs(teacher.logits.dense(student.logits), teacher.feats, teacher.mask)

@@ -7,6 +7,7 @@ from .losses._base import loss
 from .outputs import DistillError
 from .schedule import schedule
 from .distiller import Recipe, Term
+from .terms import one_temperature
 
 __all__ = ['ab', 'abkd', 'at', 'cc', 'cwd', 'dist', 'dkd', 'fsp', 'hard_labels', 'hint', 'ickd', 'ifvd', 'kd',
            'logit_std', 'nkd', 'nst', 'ofd', 'pairwise', 'pkd', 'pkt', 'rkd', 'rld', 'soft_labels', 'sp', 'taid', 'ttm',
@@ -25,15 +26,6 @@ class Rest:
 
 
 def _rest(alpha): return Rest(alpha) if callable(alpha) else 1 - alpha
-
-
-def one_temperature(
-    T, # None if it was not given
-    temperature # the same option under its long name; None if it was not given
-):
-    if T is not None and temperature is not None:
-        raise DistillError(f"T={T} and temperature={temperature}: these are two names of one option, give one of them")
-    return T if temperature is None else temperature
 
 
 def long_name_too(recipe):

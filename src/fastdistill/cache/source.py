@@ -80,6 +80,7 @@ def identity_of(teacher) -> dict:
         return dict(name=name, weights=fingerprint(*(m.state_dict() for m in modules), shares), **options)
     if path := getattr(teacher, 'path', None): return dict(name=name, weights=fingerprint(path.read_bytes()), **options)
     fn = getattr(teacher, 'model', teacher)
+    if own := getattr(fn, 'identity', None): return dict(name=name, weights=fingerprint(own), **options)
     try: text = inspect.getsource(fn if inspect.isroutine(fn) else type(fn))
     except (TypeError, OSError): text = ''
     warnings.warn(DistillWarning(f"The weights of {name} can't be read. A cache counts as written by the same teacher "
@@ -93,5 +94,6 @@ def options_of(teacher) -> dict:
            if hasattr(teacher, k)}
     if (output := getattr(teacher, 'output', None)) is not None:
         out['output'] = str(getattr(output, '__qualname__', output))
+    if getattr(teacher, 'returns', 'logits') != 'logits': out['outputs'] = teacher.returns
     if members := getattr(teacher, 'members', None): return {**out, 'members': [options_of(m) for m in members]}
     return {**out, 'images': teacher.adapts} if getattr(teacher, 'adapts', '') else out

@@ -20,8 +20,8 @@ from .task import task_of
 from .check import check_teacher
 from .sample_keys import item_keys, key_root, sample_files, storage_order
 from .replay_dl import IndexedItem, Plan, attach, refuse_unindexed
-from .stream import is_stream, model_outputs, stream_outputs
-from .teachers import image_stats, teacher_of
+from .stream import inputs_of, is_stream, model_outputs, stream_outputs
+from .teachers import class_names, image_stats, teacher_of
 from .transforms import describe_transforms
 from .vocab import stored_order, vocab_of
 
@@ -138,6 +138,7 @@ def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num
     names,order = item_keys(dl, keys, root),storage_order(dl)
     plan = Plan(names[order], views, seed, order, stream=stream)
     make = lambda tasks, bs, workers=None: writer_dl(dl, plan, tasks, bs, workers)
+    if teacher.layers: teacher = teacher.reading_tokens(*inputs_of(next(iter(make([0], 1, 0))), dl.n_inp))
     def run(tasks, bs):
         with validation_transforms(dl, not views), teacher if hasattr(teacher, '__enter__') else nullcontext():
             workers = num_workers if len(tasks) > bs else 0     # starting workers takes longer than one batch
@@ -251,8 +252,8 @@ def classes_of(teacher, dls):
     """Names of the classes in the order of the teacher's logits. If the labels have another order, it is mapped when a
     student trains"""
     mine = vocab_of(dls)
-    theirs = [vocab_of(t.learner.dls) for t in (teacher, *teacher.members) if t.learner is not None]
-    if not theirs or mine is None or theirs[0] is None: return mine
+    theirs = [n for t in (teacher, *teacher.members) if (n := class_names(t, dls)) is not None]
+    if not theirs or mine is None: return mine
     if any(v != theirs[0] for v in theirs) or (teacher.members and theirs[0] != mine):
         raise DistillError("The members of the ensemble have their classes in different orders: give each, as "
                            f"Teacher(model, select=...), the labels' order: {', '.join(mine[:10])}.")

@@ -9,7 +9,8 @@ from fastai.basics import Chunks, L, TfmdDL
 from fastai.text.data import LMDataLoader
 from ..outputs import Outputs, TopK, as_plain
 
-__all__ = ['in_a_row', 'in_first_order', 'inner_dl', 'is_stream', 'model_outputs', 'of_length', 'stream_outputs']
+__all__ = ['in_a_row', 'in_first_order', 'inner_dl', 'inputs_of', 'is_stream', 'model_outputs', 'of_length',
+           'stream_outputs']
 
 
 def inner_dl(dl):
@@ -52,7 +53,9 @@ def in_first_order(dl):
     finally: dl.items.idxs,dl.lens.idxs,dl.chunks = were
 
 
-def model_outputs(teacher, b, n_inp) -> Outputs: return Outputs.of(teacher(*map(as_plain, b[:n_inp])))
+def inputs_of(b, n_inp) -> tuple: return tuple(map(as_plain, b[:n_inp]))
+
+def model_outputs(teacher, b, n_inp) -> Outputs: return Outputs.of(teacher(*inputs_of(b, n_inp)))
 
 
 def stream_outputs(

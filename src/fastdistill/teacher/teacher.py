@@ -7,22 +7,26 @@ from torch import nn
 import torch.nn.functional as F
 from ..features.calls import arguments, is_hf
 from ..features.names import named
+from ..features.pairs import names_of_tokens
 from ..features.taps import Taps
-from ..outputs import (DistillError, DistillWarning, Outputs, as_plain, check_output, map_tensors, tensors_in,
-                       warn_of_first, warn_of_several)
+from ..outputs import (DistillError, DistillWarning, Outputs, as_plain, check_axis, check_output, map_tensors,
+                       tensors_in, warn_of_first, warn_of_several)
 from .draws import OwnDraws, generators
 from .ensemble import mix, shares
+from .estimator import Estimator
 from .forms import FORMS, Onnx, check_second_argument, is_graph, load_model
 from .guest import Guest, cuda_devices
 from .hidden import has_reset, why_no_reset
 from .images import affine, full_precision, is_image, stats_of
+from .probabilities import check_probabilities, logits_of
 
 __all__ = ['Teacher']
 
-POSSIBLE = dict(mode=('eval', 'train'), combine=('probs', 'logits'), kind=('softmax', 'sigmoid', 'regression'))
+POSSIBLE = dict(mode=('eval', 'train'), combine=('probs', 'logits'), kind=('softmax', 'sigmoid', 'regression'),
+                outputs=('logits', 'probs'))
 
 # a member of an ensemble takes these options from the ensemble, unless it was given its own
-INHERITED = 'mode','stats','input_stats','size','combine','kind','axis','output'
+INHERITED = 'mode','stats','input_stats','size','combine','kind','axis','output','outputs'
 
 
 def records_given(init):
@@ -51,7 +55,8 @@ class Teacher:
     @records_given
     def __init__(
         self,
-        model, # nn.Module, torch.export program, .pt, .pt2 or .onnx file, callable, or a list of these (an ensemble)
+        model, # nn.Module, torch.export program, .pt, .pt2 or .onnx file, callable, estimator with `predict_proba` or
+        # `predict` (scikit-learn, LightGBM, XGBoost, CatBoost), or a list of these (an ensemble)
         *,
         layers=(), # dotted names of the layers to read; in an ensemble '0.NAME' is a layer of its first member
         mode:str='eval', # 'train' for papers that need it; torch.export programs and callables keep their mode
@@ -64,33 +69,44 @@ class Teacher:
         axis:int=1, # class axis
         select=None, # indices of the teacher's classes to return, in the student's order
         output=None, # the output with the logits: a name, index or function; None: 'logits', 'out', or a tuple's first
+        outputs:str='logits', # what the model returns: 'logits', or 'probs', the probabilities of classes or labels, as
+        # estimators do
+        frame=None, # of an estimator, in fastai: the table that the DataLoaders were made from (see docs/trees.md)
         name:str|None=None # in messages; None: the name of the file or of the class
     ):
         options = dict(layers=layers, mode=mode, stats=stats, input_stats=input_stats, size=size, combine=combine,
-                       weights=weights, kind=kind, axis=axis, select=select, output=output, name=name)
+                       weights=weights, kind=kind, axis=axis, select=select, output=output, outputs=outputs,
+                       frame=frame, name=name)
         self.model = self.path = self.learner = None       # fastdistill.fastai keeps the teacher's Learner as `learner`
         self.sources,self.members = [],[]
         self._stack,self._guest,self._scaling,self._was_started,self._draws = None,None,None,[],OwnDraws()
         # facts about the model that were found while it ran; variations share them
         self._found = model._found if isinstance(model, Teacher) else {}
         if isinstance(model, Teacher):      # a variation: it takes the options that are not given from `model`
-            options = {k: v if k in self.given else getattr(model, k) for k,v in options.items()}
+            options = {k: v if k in self.given else model.option(k) for k,v in options.items()}
             self.given |= model.given
             self.model,self.path,self.learner,self.sources = model.model,model.path,model.learner,model.sources
         elif isinstance(model, (list, tuple, nn.ModuleList)):
             if not len(model): raise DistillError(f"An empty list of teachers. {FORMS}")
             self.sources = [m if isinstance(m, Teacher) else Teacher(m) for m in model]
         else: self.model,self.path = load_model(model)
+        self.returns = options.pop('outputs') # `outputs` is a method
         self.__dict__.update(options)
         self.layers,self.name = list(self.layers),self.name or self._name()
         self._check()
 
+    def option(
+        self, name:str # of an option of `Teacher`
+    ):
+        "The value of an option"
+        return self.returns if name == 'outputs' else getattr(self, name)
+
     def _check(self):
         for o,have in POSSIBLE.items():
-            if (v := getattr(self, o)) not in have:
+            if (v := self.option(o)) not in have:
                 raise DistillError(f"{o}={v!r}: possible are {', '.join(map(repr, have))}")
         if self.sources:
-            mine = {k: getattr(self, k) for k in INHERITED if k in self.given}
+            mine = {k: self.option(k) for k in INHERITED if k in self.given}
             self.members = [Teacher(m, **{k: v for k,v in mine.items() if k not in m.given}) for m in self.sources]
             self.weights = shares(self.weights, len(self.members))
         else:
@@ -98,7 +114,12 @@ class Teacher:
                 raise DistillError("weights= is for the members of an ensemble, but this is one teacher: give a list")
             self.stats,self.input_stats = stats_of(self.stats, self.model),stats_of(self.input_stats)
         check_output(self.output)
+        check_axis(self.axis)
         if isinstance(self.model, Onnx): self._check_onnx()
+        if isinstance(self.model, Estimator): self._take_estimator()
+        elif self.frame is not None:
+            raise DistillError(f"frame= is the table of an estimator (scikit-learn, LightGBM ...), but {self.name} is "
+                               "none.")
         if self.size is not None: self.size = (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
         self._check_layers(self.layers)
 
@@ -107,6 +128,11 @@ class Teacher:
         if self.output is not None or 'several' in self._found: return
         self._found['several'] = True
         if len(alike := self.model.alike()) > 1: warn_of_first(f'The teacher {self.name}', ', '.join(alike))
+
+    def _take_estimator(self):
+        self.model = self.model.of_kind(self.kind)
+        self.model.frame = self.frame
+        if 'outputs' not in self.given: self.returns = 'logits' if self.kind == 'regression' else 'probs'
 
     def _name(self):
         if self.sources: return f'{len(self.sources)} teachers'
@@ -252,6 +278,14 @@ class Teacher:
         "The outputs for a batch. Hidden states and random numbers do not change, even in the middle of a run"
         return Teacher(self, **({} if layers is None else dict(layers=layers)))(*x, **kw)
 
+    def reading_tokens(
+        self, *x # inputs of a batch
+    ) -> 'Teacher':
+        """The teacher for stored outputs: it reads a series (B, C, L), as a 1d convolution returns it, as tokens
+        (B, L, C), since stored features do not show where their channels are"""
+        names = names_of_tokens(self, x, self.layers) if self.layers else []
+        return self if names == self.layers else Teacher(self, layers=names)
+
     def _outputs(self, x, kw, layers):
         self._check_layers(layers)
         o = (self._outputs_of_members if self.members else self._outputs_of_model)(x, kw, layers)
@@ -278,9 +312,18 @@ class Teacher:
             if self.output is None: warn_of_several(raw, self.module, f'The teacher {self.name}', self._found)
             o = Outputs.of(raw, output=self.output)
             feats = o.feats if taps is None else {**o.feats, **taps.pop()}
+            logits = self._logits(o.logits)
         # a function has no layers, but it may return features of that name
         if taps is None and not set(layers) <= set(feats): raise self._unreadable(layers, feats)
-        return Outputs(*(map_tensors(v, lambda t: plain_output(t, device)) for v in (o.logits, feats, o.mask)))
+        return Outputs(*(map_tensors(v, lambda t: plain_output(t, device)) for v in (logits, feats, o.mask)))
+
+    def _logits(self, v):
+        "The logits of what the model returned"
+        if self.returns == 'logits': return v
+        if (checked := ('probs', self.kind, self.axis)) not in self._found:
+            check_probabilities(v, self.kind, self.axis, self.name)
+            self._found[checked] = True
+        return logits_of(v, self.kind)
 
     def _check_layers(self, layers):
         if not layers: return
