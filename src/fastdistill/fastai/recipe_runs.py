@@ -33,7 +33,7 @@ def compare_recipes(
     progress:bool=True, # show a bar and a table for each seed
     **kwargs # of `distill_many`
 ) -> RecipeReport:
-    """Train a student with each recipe, side by side, with the same starts and batches and one pass of the teacher. Then
+    """Train a student with each recipe, side by side: the same starts, the same batches, one pass of the teacher. Then
     again with other seeds. The baseline, which the others are compared with, is the recipe None, or else the first"""
     recipes = dict(alone=None, default='auto') if recipes is None else dict(recipes)
     seeds = list(range(seeds)) if isinstance(seeds, int) else [int(s) for s in seeds]
