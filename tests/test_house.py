@@ -33,7 +33,7 @@ LAW = dict(
     measure=('outputs task losses teacher doctor report', 'torch numpy', 'scipy'),
     __init__=('docments', 'lazy_loader', ''),
     fastai=('outputs docments ranks task gradients losses features replay cache teacher terms distiller recipes doctor plots report measure',
-            'torch numpy fastai', 'pandas rich matplotlib'),
+            'torch numpy fastai safetensors', 'pandas rich matplotlib onnx onnxscript onnxruntime'),
     demo=('outputs plots fastai', 'torch numpy fastai rich PIL', 'matplotlib sklearn'),
     cli=('errors ranks cache fastai demo __init__', 'typer rich', ''),
 )
@@ -48,7 +48,7 @@ ORDER = dict(
     plots='style features report',
     measure='scores agreement pairs cost models',
     cache='keys digests folder files entries records manifest reader source writer progress dataset verify',
-    fastai='task stream block vocab targets teachers batches compare interpret check transforms replay_dl sample_keys cache_data cache_feed columns finite trend unlabelled projector_opt arguments callback patches learner',
+    fastai='task stream block vocab targets teachers batches compare interpret export card check transforms replay_dl sample_keys cache_data cache_feed columns finite trend unlabelled projector_opt arguments callback patches learner',
     demo='tasks results picture',
     cli='objects cache demo app',
 )
