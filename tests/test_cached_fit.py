@@ -3,12 +3,12 @@ import random
 import numpy as np
 import pytest, torch
 import apps # before the rest of fastai: it keeps its warnings quiet
-from fastai.basics import Callback
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, TfmdDL
 from fastai.callback.mixup import MixUp
 from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter
 from fastai.vision.all import ImageBlock, MaskBlock, RandomErasing, Resize, unet_learner
 from test_fastai_cached import CROPS, N, TRAIN, Convs, cache_teacher, data, image, label, mask, quiet, state_of, student
-from fastdistill import Distiller, at, kd, soft_labels
+from fastdistill import Distiller, Term, at, kd, losses, soft_labels
 from fastdistill.cache import TeacherCache, cache_dataset
 from fastdistill.fastai import KnowledgeDistillation, TeacherBlock
 from fastdistill.fastai.cache_feed import CacheFeed, passed_epochs
@@ -78,7 +78,7 @@ def test_the_loss_its_gradient_and_its_column_are_the_live_teachers(tmp_path, ma
     cache = cache_teacher(teacher, learner().dls, tmp_path, views=1 if make is tables else 2, dtype='float32', valid=True)
     learn = learner()
     watch = Watch(live(teacher, app))
-    quiet(learn, 2, cbs=[KnowledgeDistillation(cache), watch])
+    quiet(learn, 2, cbs=[KnowledgeDistillation(cache, kd()), watch])
     assert watch.worst < 1e-4 and watch.n == 2*len(learn.dls.train)
     pairs = [(s, t) for (s,_),(t,_) in zip(apps.answers(learn.model, learn.dls.valid), apps.answers(teacher, learn.dls.valid))]
     s,t = [torch.cat(o) for o in zip(*pairs)]
@@ -90,7 +90,7 @@ def test_the_loss_its_gradient_and_its_column_are_the_live_teachers(tmp_path, ma
 def test_distill_takes_a_cache_and_a_feed_and_without_validation_the_column_is_empty(tmp_path):
     cache = cache_teacher(Convs(3).eval(), data(), tmp_path, views=1)
     learn = student(data(), metrics=apps.accuracy)
-    with learn.no_bar(), learn.no_logging(): learn.distill(cache, 1, 1e-3)
+    with learn.no_bar(), learn.no_logging(): learn.distill(cache, 1, 1e-3, kd())
     assert names_of(learn) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'task_loss', 'kd_loss', 'time'] and column(learn, 'kd_loss') is None
     with learn.no_bar(), learn.no_logging(): learn.distill(CacheFeed(tmp_path), 1, 1e-3, soft_labels())
     assert len(learn.metrics) == 1
@@ -139,6 +139,38 @@ def test_layers_come_from_the_cache_too(tmp_path):
         quiet(learn, 1, cbs=[KnowledgeDistillation(cache, at(layers={'bn': 'a'}, weight='paper')), MixUp()])
 
 
+def conv1d(width):
+    torch.manual_seed(width)
+    return nn.Sequential(nn.Conv1d(3, width, 3, padding=1), nn.ReLU(), nn.Conv1d(width, 5, 3, padding=1), nn.AdaptiveAvgPool1d(1),
+                         nn.Flatten(), nn.Linear(5, 2)).eval()
+
+def series(n=16): return [(torch.randn(3, 12, generator=torch.Generator().manual_seed(i)), i % 2) for i in range(n)]
+
+
+@pytest.mark.parametrize('write', ['cache_teacher', 'cache_dataset'])
+def test_series_of_1d_convolutions_are_stored_as_tokens(tmp_path, write):
+    teacher,items = conv1d(8),series()
+    dls = DataLoaders(TfmdDL(items, bs=8, shuffle=True), TfmdDL(items[:4], bs=8))
+    dls.loss_func = CrossEntropyLossFlat()
+    names = ['0', '2@mean', '5']      # a series, its mean over time, a vector
+    if write == 'cache_teacher': cache = cache_teacher(teacher, dls, tmp_path, views=0, dtype='float32', layers=names)
+    else: cache = cache_dataset(Teacher(teacher, layers=names), items, tmp_path, views=0, dtype='float32', keys=items)
+    feats = cache.outputs(np.arange(len(items))).feats
+    x = torch.stack([x for x,_ in items])
+    with torch.no_grad(): conv,later = teacher[0](x),teacher[:3](x)
+    assert [*feats] == ['0@tokens', '2@tokens@mean', '5']
+    torch.testing.assert_close(feats['0@tokens'], conv.transpose(1, 2))
+    torch.testing.assert_close(feats['2@tokens@mean'], later.mean(2))
+    student,callback = conv1d(6),KnowledgeDistillation(cache, Term(losses.mse, layers=[('0', '0'), ('2@mean', '2@mean')]))
+    learn = Learner(dls, student, loss_func=dls.loss_func)
+    quiet(learn, 1, cbs=callback)
+    pairs = [(p.student, p.s_shape[1:], p.teacher, p.t_shape[1:]) for p in callback.distiller.pairs]
+    assert pairs == [('0@tokens', (12, 6), '0@tokens', (12, 8)), ('2@tokens@mean', (5,), '2@tokens@mean', (5,))]
+    live = KnowledgeDistillation(teacher, Term(losses.mse, layers=[('0', '0'), ('2@mean', '2@mean')]), check=False)
+    quiet(Learner(dls, conv1d(6), loss_func=dls.loss_func), 1, cbs=live)
+    assert [(p.student, p.t_shape[1:]) for p in live.distiller.pairs] == [(s, t) for s,_,_,t in pairs]
+
+
 @pytest.mark.parametrize('how', ['callback', 'distill'])
 def test_views_walk_on_over_epochs_and_over_two_fits(tmp_path, how):
     cache = cache_teacher(Convs(3).eval(), data(), tmp_path, views=4)
@@ -161,7 +193,7 @@ def test_views_walk_on_over_epochs_and_over_two_fits(tmp_path, how):
 def test_a_caches_folder_is_enough(tmp_path):
     cache_teacher(Convs(3).eval(), data(), tmp_path/'c', views=2)
     learn = student(data())
-    with learn.no_bar(), learn.no_logging(): learn.distill(tmp_path/'c', 1, 1e-3)
+    with learn.no_bar(), learn.no_logging(): learn.distill(tmp_path/'c', 1, 1e-3, kd())
     assert names_of(learn)[-2:] == ['kd_loss', 'time']
 
 
@@ -324,7 +356,7 @@ def test_lr_find_then_fit(tmp_path):
     teacher = Convs(3).eval()
     cache = cache_teacher(teacher, data(), tmp_path/'c', views=2, dtype='float32')
     learn = student(data(), path=tmp_path)
-    callback,watch = KnowledgeDistillation(cache),Watch(live(teacher, by_name('image')))
+    callback,watch = KnowledgeDistillation(cache, kd()),Watch(live(teacher, by_name('image')))
     quiet(learn)
     was,weights = state_of(learn),{k: v.clone() for k,v in learn.model.state_dict().items()}
     learn.add_cb(callback)
@@ -352,7 +384,7 @@ def test_targets_of_a_block_teach_as_the_teacher_itself():
     kl = lambda s, t: kl_div((s/4).log_softmax(1), (t/4).softmax(1), reduction='batchmean')*16
     watch = Watch(lambda learn, s: .1*app.task(s, learn.y) + .9*kl(s, told[-1]))
     learn = student(dls, metrics=apps.accuracy)
-    quiet(learn, 2, cbs=[KnowledgeDistillation(), Notes(), watch])
+    quiet(learn, 2, cbs=[KnowledgeDistillation(recipe=kd()), Notes(), watch])
     assert watch.worst < 1e-5 and column(learn, 'kd_loss') > 0 and names_of(learn)[-2] == 'kd_loss'
     rows = {tuple(r) for r in stored.round(4).tolist()}
     assert {tuple(r) for r in torch.cat(told).numpy().round(4).tolist()} <= rows

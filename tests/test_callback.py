@@ -330,7 +330,7 @@ def test_batches_without_labels_accumulate():
 
 def test_batches_without_labels_are_refused_where_labels_count():
     student,teacher = toy(labels=False)
-    with pytest.raises(DistillError, match='no labels, but the recipe gives their loss a weight: use alpha=1'): student.fit(1, cbs=KD(teacher))
+    with pytest.raises(DistillError, match='no labels, but the recipe gives their loss a weight: use alpha=1'): student.fit(1, cbs=KD(teacher, kd()))
 
 
 def test_a_share_is_the_same_in_a_fit_as_by_hand():
@@ -507,7 +507,7 @@ def test_save_model_follows_kd_loss_and_keeps_the_optimizer(tmp_path):
 
 def test_early_stopping_can_watch_kd_loss():
     student,teacher = toy()
-    student.fit(9, 0., cbs=[KD(teacher), EarlyStoppingCallback(monitor='kd_loss', patience=2)])
+    student.fit(9, 0., cbs=[KD(teacher, kd()), EarlyStoppingCallback(monitor='kd_loss', patience=2)])
     assert len(student.recorder.values) == 3
 
 
@@ -778,6 +778,8 @@ def test_a_model_that_ends_in_a_sigmoid_is_explained():
     (dict(recipe=dict(T=2)), 'A recipe is made of terms and recipes'),
     (dict(alpha=2), 'from 0 .labels alone. to 1 .teacher alone.'),
     (dict(T='cosin'), "T='cosin': possible are a number, a function"),
+    (dict(axis=1.), r'axis=1.0: the class axis is a whole number from 1 to 8, or, counted from the end, from -1 to -8'),
+    (dict(axis=0), r'axis=0: .*\(axis 0 is that of the samples\)'),
     (dict(T=0), 'T=0: a temperature is a number above 0'),
     (dict(recipe=dkd(), kind='soft'), "kind='soft': possible are None, 'softmax'"),
     (dict(T=('linear', 4, 0)), 'T=0 at the end of the training: a temperature is a number above 0'),

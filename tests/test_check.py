@@ -160,16 +160,23 @@ def test_another_shape_of_output_is_an_error():
     student,_ = pair('points')
     refuses(student, lambda x: torch.randn(len(x), 1), r"\(16, 4\), the teacher's \(16, 1\)")
 
+def test_a_label_without_an_output_is_an_error_before_training():
+    student,_ = toy()       # of four classes
+    student.model[-1] = nn.Linear(student.model[-1].in_features, 3)
+    refuses(student, nn.Linear(8, 3), 'There is a label 3, but the outputs have 3 classes, 0 to 2.*as many outputs as there are classes')
+    refuses(student, nn.Linear(8, 3), 'There is a label 3, but', alpha=0.)
+
+
 def test_probabilities_in_place_of_logits_are_an_error():
     student,teacher = toy()
     refuses(student, nn.Sequential(teacher, nn.Softmax(1)),
-            r'outputs are probabilities \(each row sums to 1\).*teacher\(x\).log\(\)')
-    student.fit(1, .01, cbs=KD(lambda x: teacher(x).softmax(1).log()))       # what the message says
+            r'outputs are probabilities \(each row sums to 1\).*outputs=.probs.')
+    student.fit(1, .01, cbs=KD(Teacher(lambda x: teacher(x).softmax(1), outputs='probs')))       # what the message says
 
 def test_probabilities_of_labels_are_a_warning():
     student,teacher = pair('multi_label')
     warns(student, nn.Sequential(teacher.model, nn.Sigmoid()),
-          r'are between 0 and 1: they seem to be probabilities.*torch.logit')
+          r'are between 0 and 1: they seem to be probabilities.*outputs=.probs., kind=.sigmoid.')
 
 def test_shared_parameters_are_an_error():
     student,_ = toy()

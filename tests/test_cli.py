@@ -42,14 +42,14 @@ def test_the_demo_ends_with_a_table_a_picture_and_numbers(command, tmp_path, mon
     monkeypatch.setenv('COLUMNS', '80')
     code,out,_ = command('demo', '--quick', '--out', tmp_path)
     assert code == 0
-    words = ('teacher', 'student alone', 'labels + teacher', 'soft labels only', '692', 'with your own data',
+    words = ('teacher', 'student alone', 'distilled', 'soft labels only', '692', 'with your own data',
              'student.distill(teacher')
     for word in words: assert word in out
     assert all(len(line) <= 80 for line in out.splitlines())
     with Image.open(tmp_path/'demo-digits.png') as im: assert im.size == (1650, 750)
     got = json.loads((tmp_path/'demo-digits.json').read_text())
     assert got['steps'] == [60, 60] and got['n'] == [1200, 597] and got['params'] == dict(teacher=65834, student=692)
-    assert 0 < got['teacher'] <= 1 and [*got['scores']] == ['student alone', 'labels + teacher', 'soft labels only']
+    assert 0 < got['teacher'] <= 1 and [*got['scores']] == ['student alone', 'distilled', 'soft labels only']
     assert all(ms > 0 for o in got['ms'].values() for ms in o.values())
 
 
@@ -60,7 +60,7 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path):
 
 def results(teacher, **scores):
     scores = {k.replace('_', ' '): v for k,v in scores.items()}
-    return Results('data', 'accuracy', (9, 9), (1, 1), teacher, scores, {}, {}, 1., {})
+    return Results('data', 'accuracy', (9, 9), (1, 1), teacher, scores, {}, {}, 1., {}, {})
 
 
 def test_the_share_of_the_lead_that_is_recovered():

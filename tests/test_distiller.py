@@ -108,7 +108,7 @@ def test_recipes_print_as_they_are_written():
     (lambda: kd() + 3, r'made of terms and recipes, got 3. Try kd\(\), or Term'),
     (lambda: kd(alpha=1.5), 'alpha=1.5: it is the teacher.s share, from 0'),
     (lambda: Term('kl'), "needs a loss function, got 'kl'. See fastdistill.losses"),
-    (lambda: Term(losses.kl, temperature=2.), 'kl has no option temperature. It has: T, axis, mask, reduction'),
+    (lambda: Term(losses.kl, temp=2.), 'kl has no option temp. It has: T, axis, mask, reduction'),
     (lambda: Term(F.mse_loss, name='task'), "can't be called 'task', which has a meaning already"),
     (lambda: Term(F.mse_loss, name='a.b'), "can't be called 'a.b'"),
     (lambda: Term(F.mse_loss, weight='up'), "weight of mse_loss='up': possible are a number"),
@@ -726,6 +726,33 @@ def test_mistakes_are_found_on_request_and_nothing_is_changed(make, says):
 def test_check_false_trains_all_the_same(name):
     d,x,y = dict((m[0], m[1]) for m in MISTAKES)[name](check=False)
     assert d(x, y).total.isfinite()
+
+@pytest.mark.parametrize('label', [4, -1])
+@pytest.mark.parametrize('recipe', [kd(), kd(alpha=0.), recipes.hint(layers={'2': '2'})], ids=['kd', 'no teacher', 'layers'])
+def test_a_label_without_an_output_is_named_in_place_of_an_index_error(label, recipe):
+    x,y = batch()
+    y[3] = label
+    d = Distiller(mlp(16), mlp(16, 1), recipe, example=x)
+    with pytest.raises(DistillError, match=f'There is a label {label}, but the outputs have 4 classes, 0 to 3.*as many outputs as there are classes'): d(x, y)
+
+def test_an_ignored_label_is_no_mistake():
+    x,y = batch()
+    y[3] = 7
+    assert Distiller(mlp(6), mlp(16, 1), kd(), ignore_index=7)(x, y).total.isfinite()
+
+@pytest.mark.parametrize('axis', [0, 1.5, True, '1', 9, -9, (1,)])
+@pytest.mark.parametrize('make', [lambda axis: Distiller(mlp(6), mlp(16), kd(), axis=axis), lambda axis: Teacher(mlp(16), axis=axis)], ids=['Distiller', 'Teacher'])
+def test_an_axis_that_no_outputs_have_is_refused_at_once(make, axis):
+    with pytest.raises(DistillError, match=re.escape(f'axis={axis!r}: the class axis is a whole number from 1 to 8')): make(axis)
+
+def test_the_axis_of_the_samples_is_no_class_axis_by_its_negative_number_either():
+    d = Distiller(mlp(6), mlp(16), soft_labels(), axis=-2)
+    with pytest.raises(DistillError, match='have no axis -2 for the classes'): d(batch()[0])
+
+def test_labels_are_looked_at_once_even_if_the_teacher_never_runs():
+    d,(x,y) = Distiller(mlp(6), mlp(16, 1), kd(alpha=0.), task_loss=lambda s, y: s.mean()),batch()
+    d(x, y)
+    assert d(x, y + 1).total.isfinite()
 
 def test_all_is_well_where_nothing_is_found():
     d = Distiller(mlp(6), mlp(16, 1), kd())

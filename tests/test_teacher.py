@@ -1045,3 +1045,36 @@ def test_onnx_outputs_can_be_named(tmp_path):
         t = Teacher(path)
     same(Teacher(t, layers=())(x).logits, x @ W, 1e-6)
     with refuses("output='c': the outputs of this ONNX network are a, b"): Teacher(path, output='c')
+
+
+# probabilities
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize('kind,forward', [('softmax', lambda v: v.softmax(1)), ('sigmoid', torch.sigmoid)])
+def test_probabilities_become_the_logits_that_give_them_again(kind, forward, dtype):
+    p = forward(torch.randn(6, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))*3).to(dtype)
+    out = Teacher(lambda x: p, outputs='probs', kind=kind)(p).logits
+    assert out.dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
+    torch.testing.assert_close(forward(out), p.to(out.dtype), atol=2e-3 if dtype is torch.float16 else 1e-6, rtol=1e-3)
+
+def test_probabilities_of_0_and_1_become_finite_logits():
+    p = torch.tensor([[0., 1.]])
+    assert Teacher(lambda x: p, outputs='probs')(p).logits.tolist() == [[pytest.approx(math.log(1e-7)), 0]]
+    far = -math.log(1e-7)
+    assert Teacher(lambda x: p, outputs='probs', kind='sigmoid')(p).logits.tolist() == [[pytest.approx(-far), pytest.approx(far)]]
+
+def test_an_ensemble_of_probabilities_and_logits_is_the_mean_of_the_probabilities():
+    x,g = torch.zeros(5, 4),torch.Generator().manual_seed(1)
+    p,q = [torch.randn(5, 4, generator=g).softmax(1) for _ in range(2)]
+    for t in (Teacher([Teacher(lambda x: p, outputs='probs'), Teacher(lambda x: q.log()+3)]),
+              Teacher([lambda x: p, Teacher(lambda x: q.log()+3, outputs='logits')], outputs='probs')):
+        torch.testing.assert_close(t(x).logits.softmax(1), (p+q)/2)
+
+def test_values_that_are_no_probabilities_are_refused():
+    x = torch.zeros(2, 3)
+    ask = lambda v, **kw: Teacher(lambda x: torch.tensor(v), outputs='probs', **kw)(x)
+    with pytest.raises(DistillError, match="outputs='probs', but the outputs of <lambda> go from -1 to 2: use outputs='logits'"): ask([[-1., 2.]])
+    with pytest.raises(DistillError, match=r"sum to .*1.5 along axis 1, not to 1.*kind='sigmoid'"): ask([[.75, .75]])
+    ask([[.75, .75]], kind='sigmoid')
+    with pytest.raises(DistillError, match="this teacher predicts numbers"): ask([[.75, .75]], kind='regression')
+    with pytest.raises(DistillError, match="outputs='odds': possible are 'logits', 'probs'"): Teacher(nn.Linear(3, 2), outputs='odds')

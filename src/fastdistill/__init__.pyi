@@ -1,7 +1,9 @@
 from . import losses as losses, recipes as recipes
-from .distiller import Distilled as Distilled, Distiller as Distiller, Recipe as Recipe, Term as Term
+from .automatic import Distiller as Distiller, auto as auto
+from .distiller import Distilled as Distilled, Recipe as Recipe, Term as Term
 from .errors import DistillError as DistillError, DistillWarning as DistillWarning
 from .features import layers as layers
+from .heads import Heads as Heads
 from .outputs import Outputs as Outputs
 from .recipes import (
     ab as ab,

@@ -2,20 +2,21 @@
 
 A mask has the logits' shape without the class axis."""
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 import torch
 from torch import Tensor
 import torch.nn.functional as F
-from .outputs import DistillError, Outputs, as_plain, tensors_in
+from .class_sets import grouped, taught_part
+from .outputs import DistillError, Outputs, TopK, as_plain, tensors_in
 from .task import Task, fit_labels, shape_of_labels
 
-__all__ = ['Batch', 'blend', 'both', 'labels_to_shift', 'next_tokens', 'padding_mask']
+__all__ = ['Batch', 'all_classes', 'blend', 'both', 'labels_to_shift', 'next_tokens', 'nothing', 'padding_mask']
 
 
 @dataclass
 class Batch:
-    "The tensors from which a batch's terms are computed"
+    "The tensors from which a batch's terms are computed. If the teacher has other classes, those that it knows"
     student:Outputs
     teacher:Outputs
     targets:tuple
@@ -23,6 +24,12 @@ class Batch:
     share:Tensor|None # the share of the first labels; None: the batch is not mixed
     task:Task
     progress:float|None
+
+    def __post_init__(self):
+        if self.teacher is None or (known := self.teacher.classes) is None: return
+        part = lambda y: taught_part(self.student.logits, y, known, self.task)
+        self.targets,self.others = [(part(y[0])[1], *y[1:]) if len(y) else y for y in (self.targets, self.others)]
+        self.student = replace(self.student, logits=part(None)[0])
 
     @cached_property
     def masks(self):
@@ -114,3 +121,17 @@ def labels_to_shift(
     raise DistillError("The student predicts the next token, and these labels do not show at which position they are: "
                        "that of their own token, as Hugging Face's models take them (pass shift_labels=True to the "
                        "Distiller), or one position earlier, where the token is predicted (shift_labels=False)")
+
+
+def nothing(logits):
+    """0, with the gradient 0 for every parameter behind the logits: DistributedDataParallel wants one for each, also
+    where the labels have the weight 0 and the terms compare inner layers alone"""
+    return logits.where(logits.new_zeros((), dtype=torch.bool), 0.).sum()
+
+
+def all_classes(teacher, student):
+    "Stored outputs may hold the likeliest classes alone: losses want them all"
+    if teacher is None or not isinstance(teacher.logits, TopK): return teacher
+    s = student.logits
+    if teacher.classes is not None: s = grouped(s, teacher.classes, teacher.logits.axis)
+    return replace(teacher, logits=teacher.logits.dense(s))

@@ -4,24 +4,22 @@ from functools import partial
 from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
-from .batch import Batch, blend, both, labels_to_shift, next_tokens, padding_mask
-from .doctor.classes import few_names
+from .batch import Batch, all_classes, blend, both, labels_to_shift, next_tokens, nothing, padding_mask
+from .class_sets import taught_part
 from .doctor.findings import Findings
-from .doctor.outputs import probabilities
+from .doctor.outputs import check_batch
 from .doctor.runs import student_logits
-from .doctor.shapes import broadcasts, mismatches, outputs_differ
-from .doctor.tally import Tally
-from .features.calls import arguments, is_hf
-from .features.names import unwrap
+from .doctor.shared import shared_parameters
+from .features.calls import arguments, predicts_next
 from .features.pairs import PairTable, check_names, inputs, pair
 from .features.probe import dry_run
 from .features.projectors import projector
 from .features.taps import Taps
 from .gradients import norms_at_layer, norms_at_logits, swamped
-from .outputs import DistillError, DistillWarning, Outputs, TopK, as_plain, check_output, warn_of_several
+from .outputs import DistillError, DistillWarning, Outputs, as_plain, check_output, warn_of_several
 from .ranks import rank
 from .ratios import GradientRatios
-from .task import labels_loss, task_for
+from .task import facts_of_outputs, labels_loss, task_for
 from .teacher.teacher import Teacher
 from .terms import Link, Recipe, Term, check_kind, own_copy
 
@@ -57,11 +55,13 @@ class Distiller(nn.Module):
     """A student, its teacher, and a recipe: `distiller(x, y)` is one batch. Its parameters are the student's and the
     projectors', never the teacher's. `with distiller.teacher:` around a loop gets the teacher ready once, and not for
     each batch"""
+    auto = None # chooses the recipe where none is given. `automatic` sets it, since no particular loss is known here
+
     def __init__(
         self,
         student:nn.Module|None, # what is trained; None if only `compute` is used, without layers
         teacher, # a `Teacher`, or what it takes: a module, a callable, a file, a list of these
-        recipe, # `kd()`, `kd() + at()`, a `Term`
+        recipe=None, # `kd()`, `kd() + at()`, a `Term`; None: `auto` chooses at the first batch, by the outputs
         *,
         task_loss=None, # fn(student logits, *targets): the labels' own loss; None: cross-entropy, binary cross-entropy
         # or squared error
@@ -80,26 +80,39 @@ class Distiller(nn.Module):
         example=None # a batch of inputs, to build projectors before an optimizer asks for their parameters
     ):
         super().__init__()
-        self.student,self.recipe,self.task_loss,self.shift_labels = student,Recipe(recipe),task_loss,shift_labels
+        self.student,self.task_loss,self.shift_labels = student,task_loss,shift_labels
         self.task = task_for(task_loss, kind, axis, ignore_index)
-        self.ratios = GradientRatios(self.recipe)
+        self.links,self.chooses = nn.ModuleDict(),recipe is None
+        self.take(Recipe() if recipe is None else recipe)
         check_output(output)
         self.output,self.found = output,{}
         if teacher is not None and not isinstance(teacher, Teacher):
             teacher = Teacher(teacher, kind=self.task.kind, axis=self.task.axis, output=output)
         self.teacher = teacher
-        for t in self.recipe.terms: check_kind(t, self.task.kind)
-        self.links = nn.ModuleDict({t.name: nn.ModuleList([Link(own_copy(t.loss))]) for t in self.recipe.terms
-                                    if t.layers is None})
         self.measures,self.seen = True,set() # are gradient shares measured? of which parts they were
         # part -> share, the labels' is 'task'; None until the first training batch
         self.gradient_shares:dict|None = None
         self.pairs:PairTable|None = None # what is compared with what, once it is known
-        self.unchecked = check
+        self.unchecked = {'labels', 'outputs'} if check else set()
         if student is not None and teacher is not None:
             self.check_names()
-            if check: refuse_shared(student, teacher)
+            if check: Findings(shared_parameters(student, teacher)).enforce()
         if example is not None: self.setup(*inputs(example))
+
+    def take(self, recipe):
+        "Use this recipe from now on, of terms on the logits or before any batch"
+        self.recipe = Recipe(recipe)
+        self.ratios = GradientRatios(self.recipe)
+        self.links.clear()
+        for t in self.recipe.terms:
+            check_kind(t, self.task.kind)
+            if t.layers is None: self.links[t.name] = nn.ModuleList([Link(own_copy(t.loss))])
+
+    def choose(self, logits, labels:bool):
+        "Take the recipe that `auto` chooses for such outputs, and batches with or without labels"
+        chosen,self.chooses = Distiller.auto(**facts_of_outputs(logits.shape, self.task), labels=labels),False
+        self.take(chosen)
+        if rank() == 0: print(f'fastdistill: recipe {chosen}')
 
     @property
     def layered(self): return [t for t in self.recipe.terms if t.layers is not None]
@@ -129,17 +142,17 @@ class Distiller(nn.Module):
         return self._findings(Outputs(s), t, targets)
 
     def _findings(self, student, teacher, targets):
-        "Outputs that would broadcast, a class axis or labels that do not fit, and probabilities in place of logits"
-        s,t = student.logits,all_classes(teacher, student).logits
+        t = None if teacher is None else all_classes(teacher, student).logits
         y = as_plain(targets[0]) if len(targets) and isinstance(targets[0], Tensor) else None
-        if s is None or t is None: return Findings()
-        # subtle: outputs that differ and do not broadcast are left to the losses; one of the user's own may compare
-        # some of the classes
-        mistakes = [outputs_differ(s.shape, t.shape, y, self.task)] if broadcasts(s.shape, t.shape) else []
-        if mistakes := Findings(filter(None, [*mistakes, *mismatches(None, s.shape, y, self.task)])): return mistakes
-        tally = Tally(self.task)
-        tally.add_probabilities(t.float(), 'train')
-        return Findings(probabilities(tally, self.task))
+        s,y = taught_part(student.logits, y, None if teacher is None else teacher.classes, self.task)
+        return check_batch(s, t, y, self.task)
+
+    def _check_first(self, student, teacher, targets):
+        "Refuse the mistakes of the first batch, and of the first batch for which the teacher runs"
+        parts = {'labels'} if teacher is None else {'labels', 'outputs'}
+        if not parts & self.unchecked: return
+        self.unchecked -= parts
+        self._findings(student, teacher, targets).enforce()
 
     def own_parameters(self): return [p for p in self.links.parameters() if p.requires_grad]
 
@@ -218,20 +231,28 @@ class Distiller(nn.Module):
         with Taps(self.student, self.student_layers(terms)) as taps:
             raw = self.student(*args, **kwargs)
             s = self.student_outputs(raw, taps.pop(), x)
-        t,(task,targets) = self.teacher_outputs(x, progress),self.labels(x, s.logits, targets)
+        if self.chooses: self.choose(s.logits, bool(targets))
+        t = self.teacher_outputs(x, progress)
+        self._check_first(s, t, targets)      # before the labels' loss, whose error would not say what to do
+        task,targets = self.labels(x, s.logits, targets)
         return self.compute(s, t, task, targets, progress=progress)
 
     def labels(self, x, logits, targets):
         "The labels' own loss, and the targets each where it is predicted"
         if not targets: return None,targets
-        if self.shift_labels is None:
+        at = self.targets_at(x, logits, targets)
+        if self.task_loss is not None: return self.task_loss(logits, *targets),at
+        return labels_loss(logits, *at, task=self.task),at
+
+    def targets_at(self, x, logits, targets):
+        "The targets, each where it is predicted: a language model predicts the next token"
+        if self.shift_labels is None and targets:
             self.shift_labels = labels_to_shift(x, targets[0], logits.shape, self.task, predicts_next(self.student))
             if self.shift_labels and rank() == 0:
                 print("fastdistill: the labels are the inputs themselves, so each is moved to where it is predicted, "
                       "one position earlier. shift_labels=True says so, shift_labels=False leaves them")
-        at = (next_tokens(targets[0], self.task.ignore_index), *targets[1:]) if self.shift_labels else targets
-        if self.task_loss is not None: return self.task_loss(logits, *targets),at
-        return labels_loss(logits, *at, task=self.task),at
+        if not self.shift_labels: return targets
+        return next_tokens(targets[0], self.task.ignore_index),*targets[1:]
 
     def compute(
         self,
@@ -252,9 +273,7 @@ class Distiller(nn.Module):
         if terms and teacher is None:
             raise DistillError(f"{terms[0].name} needs the teacher's outputs for this batch, and got None: "
                                "needs_teacher(progress) says when")
-        if self.unchecked and teacher is not None:
-            self.unchecked = False
-            self._findings(student, teacher, targets).enforce()
+        self._check_first(student, teacher, targets)
         b = Batch(student, all_classes(teacher, student), targets, *(mixed or ((), None)), self.task, progress)
         values = {t.name: self._value(t, b) for t in terms}
         counted = {k: v for k,v in dict(task=task, **values).items() if v is not None and weights[k] != 0}
@@ -371,29 +390,3 @@ def loss_of_logits(
 
 # a Recipe knows no Distiller, but calling a Recipe uses one
 Recipe.__call__ = loss_of_logits
-
-
-def refuse_shared(student, teacher):
-    "Parameters that the student trains must not be the teacher's"
-    if both := [n for n,p in student.named_parameters() if id(p) in teacher.parameters_ids]:
-        raise DistillError(f"Student and teacher share {len(both)} parameters ({few_names(both, 3)}), so the teacher "
-                           "would change with the student. Build the student from a copy: copy.deepcopy(teacher). "
-                           "(check=False trains all the same.)")
-
-
-def predicts_next(model):
-    "Is it one of Hugging Face's causal language models?"
-    model = unwrap(model)
-    return is_hf(model) and type(model).__name__.endswith(('ForCausalLM', 'LMHeadModel'))
-
-
-def nothing(logits):
-    """0, with the gradient 0 for every parameter behind the logits: DistributedDataParallel wants one for each, also
-    where the labels have the weight 0 and the terms compare inner layers alone"""
-    return logits.where(logits.new_zeros((), dtype=torch.bool), 0.).sum()
-
-
-def all_classes(teacher, student):
-    "Stored outputs may hold the likeliest classes alone: losses want them all"
-    if teacher is None or not isinstance(teacher.logits, TopK): return teacher
-    return Outputs(teacher.logits.dense(student.logits), teacher.feats, teacher.mask)

@@ -3,12 +3,13 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import log
+from numbers import Integral
 import torch
 from torch import Tensor
 from .errors import DistillError, DistillWarning
 
-__all__ = ['DistillError', 'DistillWarning', 'Outputs', 'TopK', 'as_plain', 'check_output', 'map_tensors', 'tensors_in',
-           'warn_of_first', 'warn_of_several']
+__all__ = ['DistillError', 'DistillWarning', 'Outputs', 'TopK', 'as_plain', 'check_axis', 'check_output', 'map_tensors',
+           'tensors_in', 'warn_of_first', 'warn_of_several']
 
 
 def as_plain(x):
@@ -86,6 +87,7 @@ class Outputs:
     logits:Tensor|TopK|None=None # (B, C), (B, C, H, W), (B, L, V), or any shape for regression
     feats:dict[str,Tensor]=field(default_factory=dict) # dotted layer name -> that layer's output
     mask:Tensor|None=None # logits' shape without the class axis: True, or a weight, where a position counts
+    classes:list|None=None # of a teacher: the student's class, or list of classes, of each logit; None: the same ones
 
     @classmethod
     def of(
@@ -125,6 +127,17 @@ def check_output(output):
     if output is None or isinstance(output, (str, int)) or callable(output): return
     raise DistillError(f"output={output!r}: possible are the name or the index of an output, and a function of what "
                        "the model returned")
+
+
+MAX_AXIS = 8
+
+def check_axis(axis):
+    "Refuse a class axis that no outputs have. Whether these outputs have it, the first batch shows"
+    whole = isinstance(axis, Integral) and not isinstance(axis, bool)
+    if axis is None or whole and 1 <= abs(axis) <= MAX_AXIS: return
+    batch = " (axis 0 is that of the samples)" if whole and axis == 0 else ''
+    raise DistillError(f"axis={axis!r}: the class axis is a whole number from 1 to {MAX_AXIS}, or, counted from the "
+                       f"end, from -1 to -{MAX_AXIS}{batch}")
 
 
 def named_output(raw, output):

@@ -5,10 +5,10 @@ from math import prod
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
-from .outputs import DistillError, as_plain
+from .outputs import DistillError, as_plain, check_axis
 
-__all__ = ['Task', 'fit_labels', 'fitting_axes', 'labels_loss', 'register_losses', 'register_wrapper', 'task_for',
-           'shape_of_labels', 'task_of', 'unusable']
+__all__ = ['Task', 'facts_of_outputs', 'fit_labels', 'fitting_axes', 'labels_loss', 'register_losses',
+           'register_wrapper', 'task_for', 'shape_of_labels', 'task_of', 'unusable']
 
 # kind of outputs -> loss classes for it; a framework registers its own
 CLASSES = dict(softmax=[nn.CrossEntropyLoss], sigmoid=[nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss],
@@ -49,6 +49,7 @@ def task_of(
     axis:int|None=None
 ) -> Task:
     "The task of a loss function. If the loss is unknown, `kind` is required"
+    check_axis(axis)
     lf,own_axis = innermost(loss_func)
     if kind is None and (kind := kind_of(lf)) is None: raise DistillError(unknown_loss(lf))
     if axis is None: axis = getattr(lf, 'axis', 1) if own_axis is None else own_axis
@@ -80,6 +81,7 @@ def task_for(
 ) -> Task:
     "The task as given. Options that are None are read from the labels' loss, or else are a softmax over axis 1"
     if kind not in (None, *CLASSES): raise DistillError(f"kind={kind!r}: possible are {', '.join(map(repr, CLASSES))}")
+    check_axis(axis)
     lf,_ = innermost(loss)
     known = kind_of(lf)
     if None not in (kind, known) and kind != known:
@@ -101,6 +103,17 @@ def shape_of_labels(
     "Their shape without the class axis"
     axis = axis % len(shape)
     return (*shape[:axis], *shape[axis+1:])
+
+
+def facts_of_outputs(
+    shape, # of the logits
+    task:Task
+) -> dict:
+    "`kind`, the number of `classes` (None: no softmax), and `dense`: does each sample have many predictions?"
+    has_axis = task.kind == 'softmax' and -len(shape) <= task.axis < len(shape)
+    classes = shape[task.axis] if has_axis else None
+    positions = prod(shape[1:])/classes if classes else prod(shape[2:])
+    return dict(kind=task.kind, classes=classes, dense=positions > 1)
 
 
 def fit_labels(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import default_collate
-from ..outputs import DistillError, Outputs
+from ..outputs import DistillError, Outputs, check_axis
 from ..replay.generators import Generators
 from ..replay.per_sample import per_sample
 from ..replay.seeds import RandomGuard, restored_once, seeded, seeds_of, view_of
@@ -47,6 +47,7 @@ def cache_dataset(
     "Run the teacher on each view of each sample, store its outputs, and open the cache. An interrupted run resumes"
     if isinstance(teacher, nn.Module):
         raise DistillError("A bare module may be in training mode, with gradients: pass Teacher(model).")
+    check_axis(axis)
     check_indexed(dataset)
     if not len(dataset): raise DistillError("The dataset is empty: there is nothing to write.")
     names = dataset_keys(dataset, keys)
@@ -69,6 +70,9 @@ def cache_dataset(
         look = lambda i, view: fingerprint(*flat_values(next(asked(np.array([view*n + i]), 1))))
         items.views = views = distinct_views(views, n, look)
         check_items_repeat(items, asked if shake is not None else None)
+        if hasattr(teacher, 'reading_tokens'):
+            x = next(asked(np.array([0]), 1))
+            teacher = teacher.reading_tokens(*(x if isinstance(x, tuple) else (x,)))
         check_alone(run, len(dataset))
         described = dict(transforms or {})
         if shake is not None: described['batch_tfm'] = code_of(shake if inspect.isroutine(shake) else type(shake))

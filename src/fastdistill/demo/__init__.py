@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from fastai.basics import Callback, Learner, noop, set_seed
-from ..fastai import kd, soft_labels
+from ..fastai import soft_labels
 from ..outputs import DistillError
 from .picture import draw_results
 from .results import ALONE, Results, Trained, closing, opening, results_table
@@ -17,7 +17,7 @@ from .tasks import DemoTask, ToFloat, load_task
 __all__ = ['Results', 'run']
 
 # the ways in which the same small model is trained
-WAYS = {ALONE: None, 'labels + teacher': kd(T=4, alpha=.7), 'soft labels only': soft_labels(T=4)}
+WAYS = {ALONE: None, 'distilled': 'auto', 'soft labels only': soft_labels(T=4)}
 
 
 class Ticks(Callback):
@@ -70,10 +70,9 @@ def train(task:DemoTask, model, n_epoch, lr, augment, seed, tick, teacher=None, 
     set_seed(seed)
     learn = Learner(task.dls(augment), model(), loss_func=task.loss(), cbs=Ticks(tick))
     with learn.no_bar(), learn.no_logging():
-        if recipe is None: learn.fit_one_cycle(n_epoch, lr)
-        else:              learn.distill(teacher, n_epoch, lr, recipe, check=False)
+        cb = learn.distill(teacher, n_epoch, lr, recipe, check=False) if recipe else learn.fit_one_cycle(n_epoch, lr)
         out,y = learn.get_preds(act=noop)
-    return Trained(learn, out, task.score(out, y))
+    return Trained(learn, out, task.score(out, y), str(cb.recipe) if recipe == 'auto' else '')
 
 
 def latency(

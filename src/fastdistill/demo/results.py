@@ -20,6 +20,7 @@ class Trained:
     learn:Learner
     out:Tensor # its outputs for the test set, before softmax
     score:float # on the test set, after the last epoch
+    recipe:str='' # what `auto` chose
 
     @property
     def model(self): return self.learn.model
@@ -38,13 +39,15 @@ class Results:
     ms:dict # 'teacher', 'student' -> {size of batch: median milliseconds of a forward pass}
     seconds:float # for the whole demo
     machine:dict
+    recipes:dict # way -> the recipe that `auto` chose
 
     @classmethod
     def of(cls, task, teacher, students, ms, seconds):
         scores = {way: [s.score for s in ss] for way,ss in students.items()}
         params = {'teacher': n_params(teacher.model), 'student': n_params(students[ALONE][0].model)}
         n = len(task.train[0]),len(task.test[0])
-        return cls(task.title, task.unit, n, task.steps, teacher.score, scores, params, ms, seconds, machine())
+        recipes = {way: ss[0].recipe for way,ss in students.items() if ss[0].recipe}
+        return cls(task.title, task.unit, n, task.steps, teacher.score, scores, params, ms, seconds, machine(), recipes)
 
     @property
     def seeds(self): return len(self.scores[ALONE])
@@ -80,8 +83,8 @@ def machine():
 def opening(task, seeds):
     return (f"[bold]{task.title}[/]: {len(task.train[0]):,} for training, {len(task.test[0]):,} for the test\n\n"
             f"A teacher of {n_params(task.teacher()):,} parameters is trained, then students of "
-            f"{n_params(task.student()):,}: alone, with labels and teacher, and with the teacher's soft labels only. "
-            "All have the same starts, batches and learning rate. "
+            f"{n_params(task.student()):,}: alone, distilled by the default recipe, and from the teacher's soft labels "
+            "only. All have the same starts, batches and learning rate. "
             f"Students of each kind: {seeds}; steps: {task.steps[1]:,}.\n")
 
 
@@ -107,8 +110,9 @@ def results_table(r:Results):
 def closing(r:Results, picture, numbers):
     "The gains, the files, and what to do next"
     over = f'mean ± standard deviation over {r.seeds} seeds' if r.seeds > 1 else 'one seed'
+    chosen = '\n'.join(f'{way}: {recipe}' for way,recipe in r.recipes.items())
     gains = ', '.join(f'{way} {100*r.gain(way):+.1f}' for way in r.scores if way != ALONE)
-    return (f"Test set after the last epoch; students: {over}.\nPoints more than alone: {gains}.\n"
+    return (f"{chosen}\n\nTest set after the last epoch; students: {over}.\nPoints more than alone: {gains}.\n"
             f"{r.seconds:.0f} s on {r.machine['cores']} cores. Picture: {picture}\nNumbers: {numbers}\n\n"
             "[bold]Next, with your own data[/]: two Learners with the same classes, one trained, and\n"
             "    from fastdistill.fastai import *; student.distill(teacher, 5, 1e-3)")

@@ -16,6 +16,7 @@ class Finding:
     level:str # 'error': training would be wrong; 'warning': it would probably be wrong; 'note': worth knowing
     what:str
     do:str
+    doubt:bool=False # does it speak against learning much from this teacher?
 
     def __str__(self): return f"{self.level}: {self.what}. {self.do}"
 

@@ -1,18 +1,20 @@
 "Checks of a teacher's outputs for a few batches: do they fit the student's, and does the teacher know the task?"
+from dataclasses import replace
 from itertools import chain
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from ..outputs import map_tensors, tensors_in
+from ..class_sets import taught_part
 from ..task import fit_labels
 from .findings import Finding, Findings
 from .recipe import check_recipe
 from .runs import guarded_random_state, student_logits, teacher_logits
 from .scores import low_score, saturated
-from .shapes import UnknownId, checked_ids, mismatches, unknown_id, unscored
+from .shapes import UnknownId, broadcasts, checked_ids, mismatches, outputs_differ, unknown_id, unscored
 from .tally import Tally
 
-__all__ = ['BATCHES', 'check_outputs', 'single_teachers']
+__all__ = ['BATCHES', 'check_batch', 'check_outputs', 'single_teachers']
 
 BATCHES = 8 # of the validation set, on which the teacher is scored; a quarter as many of the training set are read
 KEPT = 4 # batches that are stored to run the teacher on them again
@@ -38,6 +40,7 @@ def check_outputs(
                 with checked_ids(teacher): t = teacher_logits(teacher, xb)
             except UnknownId as e: return Findings([unknown_id(e)])
             s = student_logits(student, xb, output) if student is not None and (first or not training) else None
+            s,y = taught_part(s, y, teacher.known_classes, task)
             if mistakes := Findings(mismatches(None if s is None else s.shape, t.shape, y, task)): return mistakes
             if first: found += [*unscored(t.shape, y, task), *unsteady(teacher, xb, t)]
             if training: tally.add_probabilities(t.float(), 'train')
@@ -46,10 +49,30 @@ def check_outputs(
         if t is None: return found
         found += check_recipe(recipe, student, teacher, xb, t.shape[task.axis] if task.kind == 'softmax' else None)
         found += [*(new := list(untrained(teacher))), *probabilities(tally, task)]
-        if not found.errors: found += low_score(tally, teacher, task, student, kept, names, trained=not new)
+        if not found.errors:
+            low = low_score(tally, teacher, task, student, kept, names, trained=not new)
+            found += [replace(f, doubt=True) for f in low]
     found.facts = tally.facts()
     if all(f.level == 'note' for f in found): found += saturated(found.facts, task)
     return found
+
+
+def check_batch(
+    s, # the student's outputs; None: unknown
+    t, # the teacher's, for all classes; None: unknown
+    y, # labels; None: there are none
+    task # what the student predicts
+) -> Findings:
+    "Outputs that would broadcast, a class axis or labels that do not fit, and probabilities in place of logits"
+    if s is None: return Findings()
+    # subtle: outputs that differ and do not broadcast are left to the losses; one of the user's own may compare some of
+    # the classes
+    mistakes = [] if t is None or not broadcasts(s.shape, t.shape) else [outputs_differ(s.shape, t.shape, y, task)]
+    mistakes = Findings(filter(None, [*mistakes, *mismatches(None, s.shape, y, task)]))
+    if mistakes or t is None: return mistakes
+    tally = Tally(task)
+    tally.add_probabilities(t.float(), 'train')
+    return Findings(probabilities(tally, task))
 
 
 def single_teachers(teacher):
@@ -59,7 +82,7 @@ def single_teachers(teacher):
 
 def unsteady(teacher, xb, t):
     "Outputs that change from call to call, or with the other samples of the batch"
-    if teacher.mode == 'train': return      # the user asked for it
+    if teacher.mode == 'train' or teacher.combine == 'sample': return       # the user asked for it
     def near(a, b):
         largest = b.nan_to_num(0, 0, 0).abs().max().item()      # logits of excluded classes may be -inf
         return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=.05*largest, equal_nan=True)
@@ -92,9 +115,7 @@ def probabilities(tally, task):
     if task.kind == 'softmax' and tally.normed:
         yield Finding('error', "The teacher's outputs are probabilities (each row sums to 1). A softmax over them "
                       "would be nearly flat",
-                      "Give the outputs before softmax, or their logarithm: "
-                      "KnowledgeDistillation(lambda x: teacher(x).log())")
+                      "Say so: Teacher(model, outputs='probs'). Or give the outputs before softmax")
     if task.kind == 'sigmoid':
         yield Finding('warning', "All of the teacher's outputs are between 0 and 1: they seem to be probabilities",
-                      "Give the outputs before the sigmoid, or undo it: "
-                      "KnowledgeDistillation(lambda x: torch.logit(teacher(x), eps=1e-6))")
+                      "Say so: Teacher(model, outputs='probs', kind='sigmoid'). Or give the outputs before the sigmoid")

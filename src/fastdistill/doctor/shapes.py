@@ -63,7 +63,7 @@ def outputs_differ(s, t, y, task):
 
 
 def axis_missing(s, t, y, task):
-    if task.kind != 'softmax' or -len(t) <= task.axis < len(t): return
+    if task.kind != 'softmax' or task.axis and -len(t) < task.axis < len(t): return    # axis 0 has the samples
     return Finding('error', f"Outputs of shape {tuple(t)} have no axis {task.axis} for the classes", axis_to_pass())
 
 

@@ -29,13 +29,15 @@ def feed_of(source):
 
 
 def make_recipe(recipe, T, alpha, loss):
-    "One recipe from the three ways to ask for it"
-    if recipe is None and loss is None: return kd(4. if T is None else T, .9 if alpha is None else alpha)
-    if recipe is not None:
-        given = [k for k,v in dict(T=T, alpha=alpha, loss=loss).items() if v is not None]
-        if given:
-            raise DistillError(f"A recipe and {', '.join(given)}=: give these to the recipe, as in kd(T=2, alpha=.5).")
-        return Recipe(recipe)
+    "One recipe from the ways to ask for it; None: `auto` is to choose"
+    given = [k for k,v in dict(T=T, alpha=alpha, loss=loss).items() if v is not None]
+    if recipe is not None and given:
+        raise DistillError(f"A recipe and {', '.join(given)}=: give these to the recipe, as in kd(T=2, alpha=.5).")
+    if isinstance(recipe, str) and recipe != 'auto':
+        raise DistillError(f"recipe={recipe!r}: a recipe is kd(), recipes.at(), a Term, a sum of these, or 'auto'.")
+    if recipe == 'auto' or recipe is None and not given: return None
+    if recipe is not None: return Recipe(recipe)
+    if loss is None: return kd(4. if T is None else T, .9 if alpha is None else alpha)
     if T is not None:
         raise DistillError("T= with loss=: your loss gets the logits unchanged and must soften them itself, or write "
                            "Term(fn, T=...).")

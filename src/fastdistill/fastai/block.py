@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from fastai.basics import ItemTransform, TensorBase, TransformBlock
 from ..outputs import DistillError, as_plain
+from ..teacher.probabilities import logits_of
 
 __all__ = ['FIRST_TARGET', 'TeacherBlock', 'TeacherRow', 'TeacherTarget', 'ToTeacherTarget', 'before_first_target']
 
@@ -53,11 +54,7 @@ def to_logits(t, given):
     if t.min() < 0 or t.max() > 1:
         raise DistillError(f"given={given!r}, but a teacher's target goes from {t.min():g} to {t.max():g}: use "
                            "given='logits'.")
-    if given == 'probabilities': return log_clamped(t)
-    return log_clamped(t) - log_clamped(1-t)
-
-
-def log_clamped(p): return p.clamp_min(torch.finfo(p.dtype).tiny).log()
+    return logits_of(t, 'softmax' if given == 'probabilities' else 'sigmoid')
 
 
 class TeacherBlock(TransformBlock):

@@ -1,22 +1,18 @@
 "The callback: distillation inside a fit, and nothing of it outside."
 import copy
-from contextlib import ExitStack, closing
-from itertools import chain
 from weakref import WeakKeyDictionary
 from fastai.basics import Callback, L, noop, one_param
 from fastai.callback.mixup import MixHandler
 from ..distiller import Distiller
 from ..features.names import unwrap
-from ..features.probe import dry_run
 from ..features.taps import Taps
 from ..gradients import shares_in_words
-from ..outputs import DistillError, as_plain, check_output
+from ..outputs import DistillError, as_plain, check_axis, check_output
 from ..ranks import broadcast, on_first, rank
-from ..recipes import one_temperature
-from ..replay.seeds import RandomGuard
+from ..terms import one_temperature
 from .arguments import check_options, feed_of, make_recipe
-from .batches import PreparationError, prepared_batches
 from .check import find_mistakes
+from .choice import choose_recipe, example_of
 from .columns import PartMetric, TaskMetric
 from .finite import FiniteCheck
 from .projector_opt import ProjectorOptimizer
@@ -42,10 +38,11 @@ class KnowledgeDistillation(Callback):
 
     def __init__(
         self,
-        teacher=None, # Learner, exported .pkl, module, TorchScript, torch.export or ONNX file, callable, `Teacher`; a
-        # list of these (an ensemble); a `TeacherCache`, or its folder. None: the batches hold the teacher's outputs
-        # (see `TeacherBlock`)
-        recipe=None, # `kd()`, `kd() + recipes.at()`, a `Term`; None: kd(T, alpha)
+        teacher=None, # Learner, exported .pkl, module, TorchScript, torch.export or ONNX file, callable, estimator with
+        # `predict_proba` or `predict`, `Teacher`; a list of these (an ensemble); a `TeacherCache`, or its folder. None:
+        # the batches hold the teacher's outputs (see `TeacherBlock`)
+        recipe=None, # `kd()`, `kd() + recipes.at()`, a `Term`; None or 'auto': `auto` chooses, or
+        # kd(T, alpha) if one of them is given
         *,
         T=None, # temperature: number or schedule (fastai's `SchedCos(8, 2)`); 4 if not given
         alpha=None, # weight of the teacher, the labels have 1-alpha: number or schedule; .9 if not given
@@ -67,9 +64,11 @@ class KnowledgeDistillation(Callback):
         while FIRST_CALLBACK: FIRST_CALLBACK.pop()()
         check_options(teacher, kind=kind, span=span)
         check_output(output)
+        check_axis(axis)
         self.source,self.asked_kind,self.asked_axis = teacher,kind,axis
         self.span,self.check = span,check
         self.recipe,self.output = make_recipe(recipe, one_temperature(T, temperature), alpha, loss),output
+        self.chooses = self.recipe is None
         self.feed,self.in_fit,self.part_metrics,self.parts = feed_of(teacher),False,L(),{}
         self.distiller = self.known_dls = self.projector_opt = self.taps = None
         self.teacher_outputs = self.epochs_span = None
@@ -92,20 +91,34 @@ class KnowledgeDistillation(Callback):
         self.in_fit,finder = True,hasattr(self.learn, 'lr_finder')
         self._build()
         if self.feed is not None: self.feed.attach(self.learn, self.task.kind, self.task.axis)
-        elif self.check and not self.checked and not finder:
-            # subtle: on the first rank alone, so that all ranks continue or all stop
-            find = lambda: find_mistakes(self.learn, self.distiller.teacher, self.task, self.recipe, output=self.output)
-            on_first(find).enforce(facts=self.logs)
-            self.checked = True
+        found = self._check() if self.check and not self.checked and not finder and self.feed is None else None
+        if self.chooses and (self.recipe is None or found is not None): self._choose(found)
         if self.distiller.ready: self._take_state()
         if finder: self._copy_projectors()
         self.distiller.measures = not finder
-        if not self.distiller.ready and (x := example_inputs(self.learn)) is not None: self._setup(*x)
+        if not self.distiller.ready and (example := example_of(self.learn, self.output)): self._setup(*example.x)
         self.epochs_span = None if finder or self.span == 'fit' else self._epochs_span()
         self.part_metrics = L(TaskMetric(self), *(PartMetric(self, t.name) for t in self.recipe.terms))
         self.learn.metrics = self.learn.metrics + self.part_metrics
         if self.unlabelled and not finder: self._start_unlabelled()
         self.distiller.teacher.start()
+        if self.feed is None and not finder:
+            self.distiller.teacher.expect(self.n_epoch*sum(len(dl) for dl in self.dls))
+
+    def _check(self):
+        "Look for mistakes, on the first rank alone, so that all ranks continue or all stop"
+        d = self.distiller
+        find = lambda: find_mistakes(self.learn, d.teacher, self.task, self.recipe, output=self.output)
+        found,self.checked = on_first(find).enforce(facts=self.logs),True
+        return found
+
+    def _choose(self, found):
+        "Take the recipe that `auto` chooses"
+        chosen = choose_recipe(example_of(self.learn, self.output), self.task, found)
+        if self.recipe is not None and str(chosen) == str(self.recipe): return
+        self.recipe = chosen
+        self.distiller.take(chosen)
+        self._log(f'fastdistill: recipe {chosen}')
 
     def _start_unlabelled(self):
         if not any(not t.n_targets for t in self.recipe.terms):
@@ -119,6 +132,7 @@ class KnowledgeDistillation(Callback):
         task,model = task_of(self.learn.loss_func, self.asked_kind, self.asked_axis),unwrap(self.learn.model)
         if self.distiller is None or self.distiller.student is not model or self.task != task:
             self.task,self.projector_opt,self.known_dls = task,None,None
+            if self.chooses: self.recipe = None
             self.distiller = Distiller(model, None, self.recipe, kind=task.kind, axis=task.axis,
                                        ignore_index=task.ignore_index, output=self.output,
                                        check=self.check and self.feed is not None)
@@ -126,6 +140,7 @@ class KnowledgeDistillation(Callback):
         if self.known_dls is self.learn.dls: return
         d,self.known_dls,self.checked = self.distiller,self.learn.dls,False
         d.teacher = teacher_of(self.source, self.learn, task) if self.feed is None else self.feed
+        if self.feed is None: d.teacher.say_with(self._log)
 
     def _setup(self, *x):
         "Pair layers and build projectors, once for a student"
@@ -375,17 +390,6 @@ def origin(loss):
     fn = loss.grad_fn
     while fn is not None and fn.name() in ('AliasBackward0', 'CloneBackward0'): fn = fn.next_functions[0][0]
     return fn
-
-
-def example_inputs(learn):
-    "Inputs of one batch, to pair layers before the fit; None if the student does not run on them as they are"
-    with RandomGuard(), ExitStack() as stack:
-        batches = [stack.enter_context(closing(o)) for o in prepared_batches(learn, 1, 1)]
-        try:
-            x,_ = next(chain(*batches), (None, None))
-            if x is not None: dry_run(learn.model, *x)
-        except (PreparationError, DistillError): return None
-    return x
 
 
 def pseudo_labels(t, s, task):

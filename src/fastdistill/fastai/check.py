@@ -1,14 +1,16 @@
 "Check a teacher and a Learner before training, for mistakes that training would not show."
 from contextlib import closing
 from types import SimpleNamespace
+from ..doctor.classes import map_classes
 from ..doctor.findings import Finding, Findings, few_names
 from ..doctor.outputs import BATCHES, check_outputs, single_teachers
+from ..doctor.shared import shared_parameters
 from ..outputs import DistillError
 from .batches import PreparationError, prepared_batches
 from .task import task_of
 from ..teacher.hidden import has_reset, why_no_reset
-from .teachers import teacher_of
-from .vocab import CODES, describe_difference, map_classes, vocab_of
+from .teachers import class_names, teacher_of
+from .vocab import CODES, describe_difference, vocab_of
 
 __all__ = ['check_teacher', 'find_mistakes']
 
@@ -40,8 +42,8 @@ def find_mistakes(
     output=None # as in `check_teacher`
 ) -> Findings:
     "The findings about a teacher that is built already"
-    found = Findings()
-    for f in (shared_parameters, resets, kinds, labels, codings, normalization): found += f(learn, teacher, task)
+    found = Findings(shared_parameters(learn.model, teacher))
+    for f in (resets, kinds, labels, codings, normalization): found += f(learn, teacher, task)
     if found.errors: return found
     valid,train = prepared_batches(learn, n, max(1, n//4))
     try:
@@ -58,16 +60,6 @@ def find_mistakes(
 
 
 def with_learners(teacher): return [o for o in single_teachers(teacher) if o.learner is not None]
-
-def shared_parameters(learn, teacher, task):
-    "Parameters that the student trains must not be the teacher's"
-    if learn.model is None: return
-    ids = teacher.parameters_ids
-    if both := [n for n,p in learn.model.named_parameters() if id(p) in ids]:
-        yield Finding('error', f"Student and teacher share {len(both)} parameters ({few_names(both, 3)}), so the "
-                      "teacher would change with the student",
-                      "Build the student from a copy: copy.deepcopy(teacher.model)")
-
 
 def resets(learn, teacher, task):
     "fastai calls the student's method `reset`, even if it changes weights"
@@ -97,17 +89,28 @@ def known_kind(loss_func):
 
 def labels(learn, teacher, task):
     "The student's classes, among the teacher's"
-    for o in with_learners(teacher):
-        found = None if task.kind == 'regression' else map_classes(vocab_of(learn.dls), vocab_of(o.learner.dls))
+    for o in single_teachers(teacher):
+        names = class_names(o, learn.dls)
+        found = None if task.kind == 'regression' else map_classes(vocab_of(learn.dls), names)
         if found is None or found.same: continue
-        if found.missing:
+        if found.missing and o.known_classes is None:
             yield Finding('error', f"The teacher does not have {len(found.missing)} of the student's classes "
-                          f"({few_names(found.missing, 5)}); it has {few_names(vocab_of(o.learner.dls), 8)}",
-                          "Use a teacher trained on the student's classes, or train the student on the teacher's")
+                          f"({few_names(found.missing, 5)}); it has {few_names(names, 8)}",
+                          "Use a teacher trained on the student's classes, or train the student on the teacher's"
+                          + of_shared(found, vocab_of(learn.dls), names))
+        elif o.known_classes is not None: continue      # the user chose them
         else:
             extra = f", and {len(found.extra)} more, which are not used" if found.extra else ''
             yield Finding('note', f"The teacher has the student's classes in another order{extra}",
                           "Its outputs are mapped by name")
+
+
+def of_shared(found, student, teacher):
+    "How to distill the classes that both models have"
+    if len(found.shared) < 2: return ''
+    at = lambda names: few_names([names.index(c) for c in found.shared], 20)
+    return (f". To distill the {len(found.shared)} that both have, and leave the others to the labels: "
+            f"Teacher(model, select=[{at(teacher)}], classes=[{at(student)}])")
 
 
 def codings(learn, teacher, task):

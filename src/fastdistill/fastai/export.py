@@ -14,7 +14,7 @@ from ..outputs import DistillError, Outputs, as_plain
 from ..report import Report
 from ..teacher import Teacher
 from .batches import prepared, some_batches
-from .compare import compare
+from .compare import AS_IT_IS, compare
 from .task import task_of
 from .teachers import image_stats
 from .vocab import vocab_of
@@ -102,7 +102,7 @@ def on_cpu(model):
     typed = [m for m in model.modules() if isinstance(m, ToTensorBase)]     # the last layer of U-Nets
     classes = [m.tensor_cls for m in typed]
     try:
-        with guarded_random_state(), Teacher(model):
+        with guarded_random_state(), Teacher(model, **AS_IT_IS):
             for m in typed: m.tensor_cls = torch.Tensor
             yield model.cpu()
     finally:
@@ -184,7 +184,7 @@ def compared(learn, path, batches, close):
     "(largest difference of the file's outputs from the Learner's, samples). The last batch is one sample alone"
     batches = [*batches, tuple(o[:1] for o in batches[-1])]
     most = largest = 0.
-    with Teacher(str(path)) as there, Teacher(learn.model) as here, torch.no_grad():
+    with Teacher(str(path)) as there, Teacher(learn.model, **AS_IT_IS) as here, torch.no_grad():
         for x in batches:
             here.reset()
             a,b = here(*x).logits.float(),there(*x).logits.float()

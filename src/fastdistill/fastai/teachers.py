@@ -4,12 +4,16 @@ from pathlib import Path
 from torch import nn
 from fastai.basics import L, Learner, load_learner
 from fastai.data.transforms import Normalize
+from ..class_sets import class_groups
+from ..doctor.classes import map_classes
 from ..outputs import DistillError, DistillWarning
+from ..teacher.estimator import Estimator, is_estimator
 from ..teacher.images import affine, stats_of, timm_cfg
 from ..teacher.teacher import Teacher
-from .vocab import map_classes, vocab_of
+from .tables import TableEstimator, table_of
+from .vocab import vocab_of
 
-__all__ = ['image_stats', 'teacher_of']
+__all__ = ['class_names', 'image_stats', 'teacher_of']
 
 
 def teacher_of(
@@ -31,9 +35,14 @@ def teacher_of(
     if isinstance(obj, (list, tuple, L)):
         of_members = {k: v for k,v in kwargs.items() if k == 'stats'}
         return Teacher([teacher_of(o, learn, task, **of_members) for o in obj], **kwargs)
+    if is_estimator(obj): obj = Teacher(obj)
+    if isinstance(obj, Teacher) and has_estimators(obj.sources):
+        return teacher_of(obj.sources, learn, task, **kwargs | {k: obj.option(k) for k in obj.given})
     if isinstance(obj, Learner):
-        return of_learner(obj, {'stats': image_stats(obj.dls)} | in_order(dls, obj, task) | kwargs)
-    if isinstance(obj, Teacher): return adapted(obj, in_order(dls, obj.learner, task) | kwargs)
+        return of_learner(obj, {'stats': image_stats(obj.dls)} | in_order(dls, vocab_of(obj.dls), task) | kwargs)
+    if isinstance(obj, Teacher):
+        own = {} if obj.given & {'select', 'classes'} else in_order(dls, class_names(obj, dls), task)
+        return on_table(adapted(with_numbers(obj, dls), own | kwargs), dls)
     if isinstance(obj, nn.Module) and 'stats' not in kwargs and dls is not None:
         kwargs['stats'] = of_module(obj, kwargs['input_stats'])
     return Teacher(obj, **kwargs)
@@ -52,10 +61,42 @@ def of_learner(learn, kwargs):
     return teacher
 
 
-def in_order(dls, learn, task):
-    "The option that puts a teacher Learner's classes in the student's order; none if the order is the same or unknown"
-    if learn is None or dls is None or task is None or task.kind == 'regression': return {}
-    found = map_classes(vocab_of(dls), vocab_of(learn.dls))
+def has_estimators(teachers): return any(isinstance(t.model, Estimator) or has_estimators(t.sources) for t in teachers)
+
+
+def on_table(teacher, dls):
+    "A Teacher whose estimator gets the rows of a table as they were before the transforms"
+    e = teacher.model
+    if not isinstance(e, Estimator) or table_of(dls) is None or getattr(e, 'dls', None) is dls: return teacher
+    teacher = Teacher(teacher)
+    teacher.model = TableEstimator(e, dls)
+    return teacher
+
+
+def class_names(
+    teacher, # one `Teacher`, no ensemble
+    dls # the student's DataLoaders
+):
+    """Names of the teacher's classes, in the order of its outputs; None if they have none. An estimator that was fitted
+    on the numbers 0, 1, 2 ... has none, unless the student's classes have these names too"""
+    if teacher.learner is not None: return vocab_of(teacher.learner.dls)
+    own = teacher.model.classes if isinstance(teacher.model, Estimator) and teacher.kind == 'softmax' else None
+    if own is None: return None
+    own,mine = list(map(str, own)),vocab_of(dls)
+    are_numbers = own == [str(i) for i in range(len(own))] and not set(own) & set(mine or own)
+    return None if are_numbers else own
+
+
+def with_numbers(teacher, dls):
+    "A Teacher whose `classes` are numbers of the student's classes, if they were names"
+    if teacher.classes is None or dls is None or (vocab := vocab_of(dls)) is None: return teacher
+    return Teacher(teacher, classes=class_groups(teacher.classes, 'classes', vocab))
+
+
+def in_order(dls, names, task):
+    "The option that puts a teacher's classes in the student's order; none if the order is the same or unknown"
+    if names is None or dls is None or task is None or task.kind == 'regression': return {}
+    found = map_classes(vocab_of(dls), names)
     return {} if found is None or found.order is None else dict(select=found.order)
 
 

@@ -11,7 +11,7 @@ from .shapes import grid
 from .stages import check_visible, image_size, is_picture, stages
 from .taps import Taps
 
-__all__ = ['Pair', 'PairTable', 'check_names', 'checked_layers', 'inputs', 'pair']
+__all__ = ['Pair', 'PairTable', 'check_names', 'checked_layers', 'inputs', 'names_of_tokens', 'pair']
 
 MAX_BLOCKS = 6 # of one resolution: up to so many are all paired; of more, only those at the quarters
 
@@ -111,13 +111,12 @@ def _pairs_asked(student, teacher, x_s, x_t, layers):
 
 
 def _refuse_unknown_layout(pairs):
-    "A function or a cache gives features without their layers, so nothing shows which of three axes holds the channels"
+    "A function returns features without their layers, so nothing shows which of three axes holds the channels"
     for asked,s,_,t,t_shape in pairs:
         if s != asked and len(t_shape) == 3 and '@' not in t:
             raise DistillError(f"The student's layer {asked!r} has its channels first, (B, C, L). The teacher's {t!r} "
                                f"of shape {t_shape} comes without its layer, so nothing shows whether it has them "
-                               f"first too. Give it as tokens (B, L, C) under the name '{t}@tokens', as "
-                               f"cache_teacher(layers=['{t}@tokens']) does, and pair with that name.")
+                               f"first too. Return it as tokens (B, L, C), under the name '{t}@tokens'.")
 
 
 def _names_asked(student, teacher, layers):
@@ -165,6 +164,15 @@ def _layer_shapes(model, x, names):
     return {n: again[f] for n,f in final.items()}
 
 
+def names_of_tokens(
+    model, # a module or a `Teacher`
+    x, # a batch of inputs, a tuple
+    names # of layers, with suffixes or without
+) -> list:
+    "The names with which `Taps` reads series as tokens (B, L, D): '0@tokens' if '0' is a 1d convolution"
+    return [name for name,_ in _layer_shapes(model, x, names).values()] if _has_layers(model) else list(names)
+
+
 def _with_tokens(modules, ran, names):
     "Names with @tokens where a layer's output is (B, C, L), and without it where it is (B, L, D) already"
     first,fired = series_layers(ran),{f.module: f for f in ran}
@@ -182,9 +190,12 @@ def _with_tokens(modules, ran, names):
 def _shapes_of_outputs(out, names):
     "The same for a teacher without layers, such as a function, whose outputs hold features"
     feats = out.feats if isinstance(out, Outputs) else {}
-    if wrong := [n for n in names if n not in feats]:
+    # a cache holds '0' as '0@tokens' if it is a 1d convolution, see `names_of_tokens`
+    plain = lambda name: [o for o in name.split('@') if o != 'tokens']
+    found = {n: n if n in feats else next((k for k in feats if plain(k) == plain(n)), None) for n in names}
+    if wrong := [n for n,k in found.items() if k is None]:
         raise DistillError(f"Its outputs hold no layer {wrong[0]!r}. They hold: {', '.join(feats) or 'no layers'}.")
-    return {n: (n, tuple(feats[n].shape)) for n in names}
+    return {n: (k, tuple(feats[k].shape)) for n,k in found.items()}
 
 
 def _pairs_proposed(student, teacher, x_s, x_t):

@@ -12,7 +12,7 @@ from ..report.data import Cost, Latency
 
 __all__ = ['batch_of', 'cost_of', 'latencies']
 
-SECONDS,LEAST,MOST = .5,20,1000 # of each measurement of time; runs in it
+SECONDS,LEAST_RUNS,MOST_RUNS = .5,20,1000 # of each measurement of time; runs in it
 
 
 def cost_of(
@@ -127,6 +127,7 @@ def bare_call(teacher, x):
     if teacher.members: return lambda: teacher(*x)
     device = next((t.device for t in tensors_in(x)), torch.device('cpu'))
     args,kwargs = teacher._prepare(x, {}, device)
+    if teacher._speed is not None: return lambda: teacher._speed.run(args, kwargs, (), None)
     return lambda: teacher.model(*args, **kwargs)
 
 
@@ -148,7 +149,7 @@ def timed_in_turns(calls, seconds, wait, tick):
         call()
         wait()
         return time.perf_counter()-start
-    def done(k): return len(ts[k]) >= MOST or (len(ts[k]) >= LEAST and sum(ts[k]) >= seconds)
+    def done(k): return len(ts[k]) >= MOST_RUNS or (len(ts[k]) >= LEAST_RUNS and sum(ts[k]) >= seconds)
     while left := [k for k in calls if not done(k)]:
         for k in left:
             ts[k].append(once(calls[k]))

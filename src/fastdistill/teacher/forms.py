@@ -5,11 +5,13 @@ from pathlib import Path
 import torch
 from torch import nn
 from ..outputs import DistillError, DistillWarning
+from .estimator import Estimator, is_estimator
 
 __all__ = ['Onnx', 'load_model']
 
 FORMS = ("Possible are an nn.Module (torchvision, timm, Hugging Face, TorchScript), a torch.export program, a file of "
-         "TorchScript (.pt), torch.export (.pt2) or ONNX (.onnx), any callable, a Teacher, or a list of these (an "
+         "TorchScript (.pt), torch.export (.pt2) or ONNX (.onnx), any callable, what has predict_proba or predict "
+         "(scikit-learn, LightGBM, XGBoost, CatBoost), a Teacher, or a list of these (an "
          "ensemble).")
 
 
@@ -18,6 +20,7 @@ def load_model(o):
     if isinstance(o, (str, Path)): return from_file(Path(o))
     if isinstance(o, torch.export.ExportedProgram): return exported_program(o),None
     if isinstance(o, nn.parallel.DistributedDataParallel): o = o.module # its forward waits for the other processes
+    if is_estimator(o): return Estimator(o),None
     if problem := why_no_teacher(o): raise DistillError(f"{problem} {FORMS}")
     return o,None
 

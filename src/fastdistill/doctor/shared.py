@@ -1,0 +1,17 @@
+"Parameters that student and teacher share."
+from .findings import Finding, few_names
+
+__all__ = ['shared_parameters']
+
+
+def shared_parameters(
+    student, # module; None: unknown
+    teacher # a `Teacher`
+):
+    "Parameters that the student trains must not be the teacher's"
+    if student is None: return
+    ids = teacher.parameters_ids
+    if both := [n for n,p in student.named_parameters() if id(p) in ids]:
+        yield Finding('error', f"Student and teacher share {len(both)} parameters ({few_names(both, 3)}), so the "
+                      "teacher would change with the student",
+                      "Build the student from a copy: copy.deepcopy(teacher)")

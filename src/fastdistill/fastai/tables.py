@@ -1,0 +1,187 @@
+"Estimators (scikit-learn, LightGBM ...) as teachers of tables: the rows of a batch as they were before the transforms."
+import numpy as np
+import torch
+from torch import Tensor
+from fastai.basics import tensor
+from fastai.data.transforms import Categorize, EncodedMultiCategorize, Normalize, RegressionSetup
+from fastai.tabular.core import Categorify, FillMissing, Tabular
+from ..outputs import DistillError
+from ..replay.seeds import seeds_of
+from ..teacher.estimator import Estimator, few
+
+__all__ = ['RawRows', 'TableEstimator', 'table_of']
+
+KNOWN = Categorify, FillMissing, Normalize
+TARGETS = Categorize, EncodedMultiCategorize, RegressionSetup
+CHUNK = 2**16 # rows that are predicted at once
+
+
+def table_of(dls) -> Tabular|None:
+    "The training set, if it is a table"
+    ds = getattr(getattr(dls, 'train', None), 'dataset', None)
+    return ds if isinstance(ds, Tabular) else None
+
+
+class TableEstimator(Estimator):
+    """An estimator for the batches of fastai's tables.
+
+    The first batch makes it predict every row of the DataLoaders, at once. Rows of later batches are found by their
+    content. Others, such as perturbed ones, are predicted batch by batch"""
+    def __init__(
+        self,
+        estimator:Estimator,
+        dls # DataLoaders of a table
+    ):
+        vars(self).update(vars(estimator))
+        self.dls,self.raw,self.known_keys = dls,RawRows(table_of(dls), estimator.frame),None
+
+    def of_kind(self, kind):
+        other = super().of_kind(kind)
+        if kind != self.kind: other.known_keys = None
+        return other
+
+    def __call__(self, *x):
+        if self.known_keys is None: self._predict_all()
+        keys = keys_of_rows(x)
+        at = np.searchsorted(self.known_keys, keys).clip(max=len(self.known_keys)-1)
+        new,out = self.known_keys[at] != keys,self.known_outputs[torch.from_numpy(at)]
+        if new.any():
+            rows = [o.detach().cpu()[torch.from_numpy(new)] for o in x]
+            out[torch.from_numpy(new)] = self.predict(self.in_order(self.raw(*rows)))
+        return out
+
+    def _predict_all(self):
+        "Predict all rows. Rows that are equal for the student, but not for the teacher, get the mean prediction"
+        tables = [dl.dataset for dl in self.dls.loaders if len(dl.dataset)]
+        keys = np.concatenate([keys_of_rows(table_inputs(o)) for o in tables])
+        outputs = torch.cat([self._predict_table(o) for o in tables])
+        self.known_keys,place,n = np.unique(keys, return_inverse=True, return_counts=True)
+        sums = torch.zeros(len(n), outputs.shape[1], dtype=torch.float64)
+        sums.index_add_(0, torch.from_numpy(place), outputs.double())
+        self.known_outputs = (sums/torch.from_numpy(n)[:, None]).float()
+
+    def _predict_table(self, table):
+        rows = self.raw.of_frame(table) if self.frame is not None else self.raw(*table_inputs(table))
+        rows = self.in_order(rows)
+        return torch.cat([self.predict(rows.iloc[i:i+CHUNK]) for i in range(0, len(rows), CHUNK)])
+
+
+def table_inputs(table):
+    "The inputs of a table's rows, as in a batch"
+    cats = tensor(table.cats).long()
+    return (cats, tensor(table.conts).float()) if table.with_cont else (cats,)
+
+
+def keys_of_rows(
+    x # (B, columns) tensors
+) -> np.ndarray:
+    "(B,) uint64 by the content of each row"
+    keys = np.zeros(len(x[0]), np.uint64)
+    for o in x:
+        o = o.detach().cpu()
+        words = o.float().contiguous().view(torch.int32) if o.is_floating_point() else o
+        for column in words.long().numpy().T: keys = seeds_of(0, keys, column)
+    return keys
+
+
+class RawRows:
+    "Rows of a table as they were before `Categorify`, `Normalize` and `FillMissing`: columns by name"
+    def __init__(
+        self,
+        table:Tabular, # the training set
+        frame=None # the DataFrame that the DataLoaders were made from
+    ):
+        self.frame,self.procs = frame,list(table.procs.fs)
+        self.cats,self.conts = list(table.cat_names),list(table.cont_names) if table.with_cont else []
+        of = lambda cls: next((p for p in self.procs if isinstance(p, cls)), None)
+        self.categorify,self.normalize,self.fill = of(Categorify),of(Normalize),of(FillMissing)
+        self.filled = list(getattr(self.fill, 'na_dict', {}))
+        self.flags = [f'{n}_na' for n in self.filled if f'{n}_na' in self.cats]
+        if frame is None and (why := self.why_lost): raise DistillError(f"{why}. {GIVE_FRAME}")
+        self.whole = set()
+        if frame is None: self.whole = {n for n,v in self._numbers(table_inputs(table)).items() if self._is_whole(n, v)}
+
+    @property
+    def why_lost(self):
+        "Why the rows can't be restored from a batch; None if they can"
+        if other := [type(p).__name__ for p in self.procs if not isinstance(p, (*KNOWN, *TARGETS))]:
+            return f"It is unknown how to undo {few(other)}"
+        if len(self.flags) < len(self.filled):
+            return f"FillMissing(add_col=False) does not show which cells of {few(self.filled)} were missing"
+
+    def __call__(
+        self,
+        *x:Tensor # inputs of a batch
+    ):
+        "The rows of a batch as a DataFrame. A category that is not in the training set is a missing value"
+        import pandas as pd
+        if why := self.why_lost: raise DistillError(f"{why}, so the estimator can't predict perturbed rows.")
+        categories = {n: self._categories(n, codes) for n,codes in zip(self.cats, x[0].cpu().numpy().T)}
+        flags = {n: np.asarray(categories.pop(n) == True) for n in self.flags}      # noqa: E712 (it may be missing)
+        numbers = self._numbers(x)
+        for n in self.filled: numbers[n] = np.where(flags[f'{n}_na'], np.nan, numbers[n])
+        for n in self.whole: numbers[n] = np.round(numbers[n])
+        return self._typed(pd.DataFrame({**categories, **numbers}))
+
+    def _categories(self, name, codes):
+        import pandas as pd
+        if self.categorify is None: return codes
+        values = list(self.categorify.classes[name])[1:]       # the first is the missing value
+        if all(isinstance(v, str) for v in values): return pd.Categorical.from_codes(codes-1, values)
+        dtype = None if all(map(is_number, values)) else object
+        return pd.Series([np.nan, *values], dtype=dtype).iloc[codes].to_numpy()
+
+    def _numbers(self, x):
+        if len(x) < 2: return {}
+        columns = dict(zip(self.conts, x[1].detach().cpu().double().numpy().T))
+        if self.normalize is None: return columns
+        return {n: v*self.normalize.stds[n] + self.normalize.means[n] for n,v in columns.items()}
+
+    def _is_whole(self, name, v):
+        "Are all values of a column whole numbers, as precisely as single-precision numbers can show it?"
+        error = 1.3e-7*np.abs(v - (0 if self.normalize is None else self.normalize.means[name])) + 1e-6
+        return error.max() < .4 and (np.abs(v-np.round(v)) < error).all()
+
+    def _typed(self, rows):
+        "The types of the columns as in `frame`"
+        if self.frame is None: return rows
+        import pandas as pd
+        for n in rows.columns:
+            dtype = self.frame[n].dtype
+            v = rows[n].round() if pd.api.types.is_integer_dtype(dtype) and n in self.conts else rows[n]
+            rows[n] = v.astype(dtype)
+        return rows
+
+    def of_frame(
+        self, table:Tabular # one of the DataLoaders' datasets
+    ):
+        "Its rows in `frame`, by their index"
+        index = table.items.index
+        if not self.frame.index.is_unique: raise DistillError("frame=: its index has duplicates, so rows can't be "
+                                                              "found. Make the DataLoaders from df.reset_index().")
+        if len(lost := index.difference(self.frame.index)):
+            raise DistillError(f"frame= has no rows {few(list(lost))}, which the DataLoaders have. Give the table that "
+                               "they were made from.")
+        rows = self.frame.loc[index]
+        self._compare(rows, table_inputs(table))
+        return rows
+
+    def _compare(self, rows, x):
+        "Refuse a frame whose rows are not those of the DataLoaders"
+        if self.why_lost: return
+        own = self(*x)
+        for n in own.columns:
+            a,b = own[n].to_numpy(),rows[n].to_numpy()
+            if n in self.conts: same = np.isclose(a.astype(float), b.astype(float), 1e-4, 1e-6, equal_nan=True)
+            else: same = (a == b) | own[n].isna().to_numpy()
+            if not same.all():
+                i = int(np.argmin(same))
+                raise DistillError(f"frame= has other rows than the DataLoaders: {n} of the row {rows.index[i]} is "
+                                   f"{b[i]!r} in frame, {a[i]!r} in the DataLoaders. Give the table that they were "
+                                   "made from.")
+
+
+GIVE_FRAME = "Give the table that the DataLoaders were made from: Teacher(pipeline, frame=df)."
+
+
+def is_number(v): return isinstance(v, (int, float, np.number)) and not isinstance(v, (bool, np.bool_))

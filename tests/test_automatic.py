@@ -1,0 +1,179 @@
+"The recipe that is taken when none is given."
+import copy
+import pytest
+import torch
+from torch import nn
+import torch.nn.functional as F
+from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, set_seed
+from fastdistill import DistillError, DistillWarning, Distiller, Recipe, Term, auto, dist, kd, losses, soft_labels
+from fastdistill.fastai import KnowledgeDistillation
+from fastdistill.task import Task, facts_of_outputs
+
+DIST = dist(T=4, beta=2, gamma=2, share=3)
+RULE = [
+    (dict(classes=77), Recipe(DIST), '77 classes'),
+    (dict(classes=3), Recipe(DIST), '3 classes'),
+    (dict(classes=2), kd(T=1, alpha=.9), '2 classes'),
+    (dict(), kd(T=1, alpha=.5), 'unknown'),
+    (dict(classes=11, dense=True), kd(T=1, alpha=.5), 'many predictions'),
+    (dict(kind='sigmoid'), Recipe(Term(losses.binary_kl, share=3, T=1)), 'several labels'),
+    (dict(kind='sigmoid', dense=True), kd(T=1, alpha=.5), 'many predictions'),
+    (dict(kind='regression', dense=True), Recipe(Term(losses.regression, share=3)), 'numbers'),
+    (dict(classes=77, labels=False), soft_labels(T=1), 'no labels'),
+    (dict(classes=77, doubt='a bad teacher'), kd(T=1, alpha=.3), 'a bad teacher'),
+]
+
+@pytest.mark.parametrize('facts, recipe, why', RULE, ids=[str(i) for i in range(len(RULE))])
+def test_the_rule(facts, recipe, why):
+    chosen = auto(**facts)
+    assert repr(chosen) == repr(recipe) and why in chosen.why
+    names = dict(kd=kd, soft_labels=soft_labels, dist=dist, Term=Term, losses=losses, labels=None)
+    parts = chosen.text.removeprefix('labels + ')       # what it says is what one can type
+    assert repr(Recipe(eval(parts, names))) == repr(recipe)
+    assert str(chosen).endswith(f'({chosen.why}; kd(T=4, alpha=.9) is the classic)')
+
+
+def test_auto_refuses_other_kinds():
+    with pytest.raises(DistillError, match="kind='soft': possible are 'softmax', 'sigmoid' and 'regression'"): auto('soft')
+
+
+@pytest.mark.parametrize('shape, task, facts', [
+    ((8, 5), Task('softmax'), ('softmax', 5, False)),
+    ((8, 12, 30, 40), Task('softmax'), ('softmax', 12, True)),
+    ((8, 12, 1, 1), Task('softmax'), ('softmax', 12, False)),
+    ((8, 72, 1000), Task('softmax', -1), ('softmax', 1000, True)),
+    ((8, 5), Task('softmax', 7), ('softmax', None, False)),
+    ((8, 20), Task('sigmoid'), ('sigmoid', None, False)),
+    ((8,), Task('sigmoid'), ('sigmoid', None, False)),
+    ((8, 1, 30, 40), Task('sigmoid'), ('sigmoid', None, True)),
+])
+def test_facts_are_read_off_the_outputs(shape, task, facts): assert tuple(facts_of_outputs(shape, task).values()) == facts
+
+
+def nets(c, width=16):
+    set_seed(0)
+    return [nn.Sequential(nn.Linear(6, w), nn.ReLU(), nn.Linear(w, c)) for w in (4, width)]
+
+def data(c, n=64):
+    x = torch.randn(n, 6, generator=torch.Generator().manual_seed(1))
+    return list(zip(x, (x[:, :c].argmax(1) if c > 2 else (x[:, 0] > 0).long())))
+
+def learners(c, labels=True, epochs=8):
+    set_seed(2)
+    items = data(c)
+    dls = [DataLoader(items if labels else [x for x,_ in items], bs=16, shuffle=i == 0, **({} if labels else dict(create_batch=lambda b: (torch.stack(b),))))
+           for i in range(2)]
+    student,teacher = (Learner(DataLoaders(*dls), m, loss_func=CrossEntropyLossFlat()) for m in nets(c))
+    if labels:
+        with teacher.no_bar(), teacher.no_logging(): teacher.fit(epochs, .01)
+    return student,teacher
+
+
+@pytest.mark.parametrize('c, name', [(5, 'dist'), (2, 'kd')])
+def test_the_callback_chooses_and_says_so(c, name, capsys):
+    student,teacher = learners(c)
+    student.logger = print
+    with student.no_bar(): cb = student.distill(teacher, 1, .01)
+    out = capsys.readouterr().out
+    assert f'fastdistill: recipe {cb.recipe}' in out and f'{c} classes' in out
+    assert repr(cb.recipe) == repr(auto(classes=c)) and student.recorder.metric_names[-2] == f'{name}_loss'
+
+
+@pytest.mark.parametrize('c', [2, 5])
+def test_the_choice_trains_as_the_same_recipe_given_by_hand(c):
+    ends = []
+    for recipe in (None, auto(classes=c)):
+        student,teacher = learners(c)
+        set_seed(3)
+        with student.no_bar(), student.no_logging(): student.fit(2, .01, cbs=KnowledgeDistillation(teacher, recipe))
+        ends.append(torch.cat([p.detach().flatten() for p in student.model.parameters()]))
+    assert torch.equal(*ends)
+
+
+def test_T_or_alpha_alone_mean_kd(capsys):
+    _,teacher = learners(5)
+    for given,recipe in ((dict(T=2), kd(T=2)), (dict(alpha=.5), kd(alpha=.5)), (dict(temperature=3), kd(T=3))):
+        assert repr(KnowledgeDistillation(teacher, **given).recipe) == repr(recipe)
+    assert KnowledgeDistillation(teacher).recipe is KnowledgeDistillation(teacher, 'auto').recipe is None
+    with pytest.raises(DistillError, match="recipe='kd': a recipe is kd"): KnowledgeDistillation(teacher, 'kd')
+    with pytest.raises(DistillError, match='A recipe and T=: give these to the recipe'): KnowledgeDistillation(teacher, 'auto', T=2)
+
+
+def test_a_teacher_that_scores_low_gets_a_small_part():
+    student,_ = learners(5)
+    bad = nets(5)[1]
+    with torch.no_grad(): bad[2].bias[3] = 100.     # it predicts one class
+    with student.no_bar(), student.no_logging(), pytest.warns(DistillWarning, match='no better than chance'):
+        cb = student.distill(bad, 1, .01)
+    assert repr(cb.recipe) == repr(kd(T=1, alpha=.3)) and 'in doubt' in cb.recipe.why
+
+
+@pytest.mark.filterwarnings('ignore:numpy.core is deprecated')     # fastai's lr_find, as it loads the model again
+def test_a_choice_may_change_between_lr_find_and_a_fit():
+    student,_ = learners(5)
+    bad = nets(5)[1]
+    with torch.no_grad(): bad[2].bias[3] = 100.
+    cb = KnowledgeDistillation(bad)
+    with student.no_bar(), student.no_logging(), student.added_cbs(cb):
+        student.lr_find(num_it=3, show_plot=False, suggest_funcs=None)      # it does not check the teacher
+        assert [t.name for t in cb.recipe.terms] == ['dist']
+        with pytest.warns(DistillWarning, match='no better than chance'): student.fit(1, .01)
+    assert repr(cb.recipe) == repr(kd(T=1, alpha=.3)) and [*cb.distiller.links] == ['kd']
+
+
+def test_a_better_student_doubts_its_teacher():
+    _,student = learners(5, epochs=30)
+    worse = copy.deepcopy(student.model)
+    with torch.no_grad(): worse[2].bias[:3] = -100.     # it never predicts three of the five classes
+    with student.no_bar(), student.no_logging(), pytest.warns(DistillWarning, match='worse than the student'):
+        cb = student.distill(worse, 1, .01)
+    assert repr(cb.recipe) == repr(kd(T=1, alpha=.3))
+
+
+def test_without_labels_the_teacher_alone_teaches():
+    student,_ = learners(5, labels=False)
+    with student.no_bar(), student.no_logging(): cb = student.distill(nets(5)[1], 1, .01, check=False)
+    assert repr(cb.recipe) == repr(soft_labels(T=1))
+
+
+def test_another_student_gets_a_choice_of_its_own():
+    many,teacher = learners(5)
+    two,other = learners(2)
+    cb = KnowledgeDistillation(lambda x: teacher.model(x))
+    with many.no_bar(), many.no_logging(): many.fit(1, .01, cbs=cb)
+    assert [t.name for t in cb.recipe.terms] == ['dist']
+    cb.source = lambda x: other.model(x)
+    with two.no_bar(), two.no_logging(): two.fit(1, .01, cbs=cb)
+    assert [t.name for t in cb.recipe.terms] == ['kd']
+
+
+def test_a_plain_distiller_chooses_at_its_first_batch(capsys):
+    (student,teacher),items = nets(5),data(5)
+    x,y = torch.stack([a for a,_ in items]),torch.stack([b for _,b in items])
+    d = Distiller(student, teacher)
+    loss = d(x, y)
+    assert repr(d.recipe) == repr(auto(classes=5)) and '5 classes' in capsys.readouterr().out
+    by_hand = Distiller(student, teacher, DIST)(x, y)
+    torch.testing.assert_close(loss.total, by_hand.total)
+    assert loss.parts.keys() == {'dist'} and not capsys.readouterr().out
+    d(x, y).total.backward()
+    assert all(p.grad is not None for p in d.parameters())
+
+
+def test_a_plain_distiller_without_labels_takes_the_teacher_alone(capsys):
+    student,teacher = nets(5)
+    x = torch.randn(8, 6)
+    d = Distiller(student, teacher)
+    torch.testing.assert_close(d(x).total, F.kl_div(student(x).log_softmax(1), teacher(x).softmax(1), reduction='batchmean'))
+    assert 'no labels' in capsys.readouterr().out
+
+
+def test_the_share_is_the_length_of_the_gradient():
+    (student,teacher),items = nets(5),data(5)
+    x,y = torch.stack([a for a,_ in items]),torch.stack([b for _,b in items])
+    s = student(x).detach().requires_grad_()
+    of = lambda v: torch.autograd.grad(v, s, retain_graph=True)[0].norm()
+    d = Distiller(student, teacher)
+    r = d(x, y)
+    term = losses.dist(s, teacher(x).detach(), T=4, beta=2, gamma=2)
+    torch.testing.assert_close(r.weights['dist']*of(term), 3*of(F.cross_entropy(s, y)), rtol=1e-4, atol=0)
