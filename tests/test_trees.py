@@ -20,7 +20,7 @@ from sklearn.tree import DecisionTreeClassifier
 from fastdistill import Distiller
 from fastdistill.cache.source import identity_of
 from fastdistill.fastai import DistillError, KnowledgeDistillation, Teacher, cache_teacher, kd, soft_labels
-from fastdistill.fastai.tables import RawRows, inputs_of, table_of
+from fastdistill.fastai.tables import RawRows, table_inputs, table_of
 from fastdistill.fastai.task import Task
 from fastdistill.fastai.teachers import teacher_of
 
@@ -54,7 +54,7 @@ def trees(df, columns=(*CATS, *CONTS), y='kind', model=RandomForestClassifier):
 
 def in_order(dl):
     "The inputs of all rows, and the rows' places in the DataFrame"
-    return inputs_of(dl.dataset),dl.dataset.items.index
+    return table_inputs(dl.dataset),dl.dataset.items.index
 
 def probs(teacher, dl):
     x,_ = in_order(dl)
@@ -104,7 +104,7 @@ def test_a_step_is_the_labels_and_the_kl_to_the_pipeline():
     student.fit(1, cbs=[KnowledgeDistillation(pipeline, kd(2., .7), check=False), first])
     (x,y),index = first.batch,dls.train.dataset.items.index
     # the rows of the batch, found by a plain search
-    all_x = torch.cat([o.double() for o in inputs_of(dls.train.dataset)], 1)
+    all_x = torch.cat([o.double() for o in table_inputs(dls.train.dataset)], 1)
     at = [int((all_x == row).all(1).nonzero()[0]) for row in torch.cat([o.double() for o in x], 1)]
     p = torch.tensor(pipeline.predict_proba(df.loc[index[at], [*CATS, *CONTS]])).float().clamp_min(1e-7)
     s = student.model(*x)

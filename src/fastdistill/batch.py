@@ -2,11 +2,12 @@
 
 A mask has the logits' shape without the class axis."""
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 import torch
 from torch import Tensor
 import torch.nn.functional as F
+from .class_sets import grouped, taught_part
 from .outputs import DistillError, Outputs, TopK, as_plain, tensors_in
 from .task import Task, fit_labels, shape_of_labels
 
@@ -15,7 +16,7 @@ __all__ = ['Batch', 'all_classes', 'blend', 'both', 'labels_to_shift', 'next_tok
 
 @dataclass
 class Batch:
-    "The tensors from which a batch's terms are computed"
+    "The tensors from which a batch's terms are computed. If the teacher has other classes, those that it knows"
     student:Outputs
     teacher:Outputs
     targets:tuple
@@ -23,6 +24,12 @@ class Batch:
     share:Tensor|None # the share of the first labels; None: the batch is not mixed
     task:Task
     progress:float|None
+
+    def __post_init__(self):
+        if self.teacher is None or (known := self.teacher.classes) is None: return
+        part = lambda y: taught_part(self.student.logits, y, known, self.task)
+        self.targets,self.others = [(part(y[0])[1], *y[1:]) if len(y) else y for y in (self.targets, self.others)]
+        self.student = replace(self.student, logits=part(None)[0])
 
     @cached_property
     def masks(self):
@@ -125,4 +132,6 @@ def nothing(logits):
 def all_classes(teacher, student):
     "Stored outputs may hold the likeliest classes alone: losses want them all"
     if teacher is None or not isinstance(teacher.logits, TopK): return teacher
-    return Outputs(teacher.logits.dense(student.logits), teacher.feats, teacher.mask)
+    s = student.logits
+    if teacher.classes is not None: s = grouped(s, teacher.classes, teacher.logits.axis)
+    return replace(teacher, logits=teacher.logits.dense(s))

@@ -5,7 +5,7 @@ from statistics import mean, stdev
 import torch
 from torch import Tensor
 
-__all__ = ['Found', 'Lead', 'Rows', 'Run', 'lead_of']
+__all__ = ['Found', 'Lead', 'RunTable', 'Run', 'lead_of']
 
 
 @dataclass
@@ -69,7 +69,7 @@ def lead_of(
     return Lead(m, m-half, m+half, 2*t.sf(abs(m)/var**.5, df), d.shape[1], d.shape[0])
 
 
-class Rows(list):
+class RunTable(list):
     "A list of dicts, shown as a table"
     def __repr__(self):
         if not self: return 'no runs'
@@ -143,6 +143,7 @@ class Found:
     @property
     def verdict(self):
         "Is the recipe better than labels alone? In words"
+        if set(self.best) == {self.labels}: return 'no recipe was tried yet'
         if self.winner.name == self.labels: return 'no recipe was better than labels alone on the items that chose'
         tried = {r.lr for r in self.runs if r.name == self.labels and len(r.scores) >= self.n_epoch}
         if left := set(self.rates) - tried:
@@ -157,7 +158,7 @@ class Found:
     def table(self):
         "A row for each candidate, the best first: its best run, and the mean over the seeds of the repeated runs"
         order = lambda r: (r is self.winner, bool(self._repeats(r)), r.rank)
-        return Rows(self._row(r) for r in sorted(self.best.values(), key=order, reverse=True))
+        return RunTable(self._row(r) for r in sorted(self.best.values(), key=order, reverse=True))
 
     def _row(self, run):
         again = [f.items[~f.items.isnan()].mean().item() for f in self._repeats(run)]

@@ -57,7 +57,7 @@ def compare(
                                 metrics=metrics_of(models, learn, metrics), language=is_stream(data),
                                 headline=headline, repeats=repeats, seed=seed, large=large, seconds=seconds, tick=tick)
     report.title,report.unit = title,unit_of(data)
-    report.classes = class_names(learn.dls, len(report.counts))
+    report.classes = names_of_classes(learn.dls, len(report.counts))
     for k,o in models.items():
         if not isinstance(o, Learner): continue
         report.models[k].kind = getattr(getattr(o, 'arch', None), '__name__', report.models[k].kind)
@@ -65,7 +65,7 @@ def compare(
     return report
 
 
-def class_names(dls, n):
+def names_of_classes(dls, n):
     "`n` names, which are numbers where the data have no others"
     names = vocab_of(dls)
     return names if names is not None and len(names) == n else list(map(str, range(n)))
@@ -125,16 +125,16 @@ def unit_of(dl):
     if is_stream(dl): return 'pieces of text'
     if isinstance(dl, TabDataLoader): return 'rows'
     types = getattr(dl, '_types', None) if isinstance(dl, TfmdDL) else None
-    found = list(leaves(types)) if types else []
+    found = list(types_in(types)) if types else []
     if TensorText in found[:1]: return 'texts'
     return 'images' if found and issubclass(found[0], TensorImageBase) else 'samples'
 
 
-def leaves(types):
+def types_in(types):
     "The types of a batch's tensors, which fastai stores nested, in their order"
     for o in (v for vs in types.values() for v in vs) if isinstance(types, dict) else [types]:
         if isinstance(o, type): yield o
-        else: yield from leaves(o)
+        else: yield from types_in(o)
 
 
 def history_of(learn):

@@ -53,7 +53,7 @@ class TableEstimator(Estimator):
     def _predict_all(self):
         "Predict all rows. Rows that are equal for the student, but not for the teacher, get the mean prediction"
         tables = [dl.dataset for dl in self.dls.loaders if len(dl.dataset)]
-        keys = np.concatenate([keys_of_rows(inputs_of(o)) for o in tables])
+        keys = np.concatenate([keys_of_rows(table_inputs(o)) for o in tables])
         outputs = torch.cat([self._predict_table(o) for o in tables])
         self.known_keys,place,n = np.unique(keys, return_inverse=True, return_counts=True)
         sums = torch.zeros(len(n), outputs.shape[1], dtype=torch.float64)
@@ -61,12 +61,12 @@ class TableEstimator(Estimator):
         self.known_outputs = (sums/torch.from_numpy(n)[:, None]).float()
 
     def _predict_table(self, table):
-        rows = self.raw.of_frame(table) if self.frame is not None else self.raw(*inputs_of(table))
+        rows = self.raw.of_frame(table) if self.frame is not None else self.raw(*table_inputs(table))
         rows = self.in_order(rows)
         return torch.cat([self.predict(rows.iloc[i:i+CHUNK]) for i in range(0, len(rows), CHUNK)])
 
 
-def inputs_of(table):
+def table_inputs(table):
     "The inputs of a table's rows, as in a batch"
     cats = tensor(table.cats).long()
     return (cats, tensor(table.conts).float()) if table.with_cont else (cats,)
@@ -99,7 +99,7 @@ class RawRows:
         self.flags = [f'{n}_na' for n in self.filled if f'{n}_na' in self.cats]
         if frame is None and (why := self.why_lost): raise DistillError(f"{why}. {GIVE_FRAME}")
         self.whole = set()
-        if frame is None: self.whole = {n for n,v in self._numbers(inputs_of(table)).items() if self._is_whole(n, v)}
+        if frame is None: self.whole = {n for n,v in self._numbers(table_inputs(table)).items() if self._is_whole(n, v)}
 
     @property
     def why_lost(self):
@@ -163,7 +163,7 @@ class RawRows:
             raise DistillError(f"frame= has no rows {few(list(lost))}, which the DataLoaders have. Give the table that "
                                "they were made from.")
         rows = self.frame.loc[index]
-        self._compare(rows, inputs_of(table))
+        self._compare(rows, table_inputs(table))
         return rows
 
     def _compare(self, rows, x):

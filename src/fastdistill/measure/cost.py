@@ -12,7 +12,7 @@ from ..report.data import Cost, Latency
 
 __all__ = ['batch_of', 'cost_of', 'latencies']
 
-SECONDS,LEAST,MOST = .5,20,1000 # of each measurement of time; runs in it
+SECONDS,LEAST_RUNS,MOST_RUNS = .5,20,1000 # of each measurement of time; runs in it
 
 
 def cost_of(
@@ -148,7 +148,7 @@ def timed_in_turns(calls, seconds, wait, tick):
         call()
         wait()
         return time.perf_counter()-start
-    def done(k): return len(ts[k]) >= MOST or (len(ts[k]) >= LEAST and sum(ts[k]) >= seconds)
+    def done(k): return len(ts[k]) >= MOST_RUNS or (len(ts[k]) >= LEAST_RUNS and sum(ts[k]) >= seconds)
     while left := [k for k in calls if not done(k)]:
         for k in left:
             ts[k].append(once(calls[k]))
