@@ -3,8 +3,9 @@ from .dataset import Replayed, cache_dataset
 from .outside import cache_from
 from .reader import TeacherCache
 from .records import Layout, Wish
+from .server import ask_server
 from .source import Source
 from .writer import Forecast, write_cache
 
-__all__ = ['Forecast', 'Layout', 'Replayed', 'Source', 'TeacherCache', 'Wish', 'cache_dataset', 'cache_from',
-           'write_cache']
+__all__ = ['Forecast', 'Layout', 'Replayed', 'Source', 'TeacherCache', 'Wish', 'ask_server', 'cache_dataset',
+           'cache_from', 'write_cache']
