@@ -108,7 +108,7 @@ def test_recipes_print_as_they_are_written():
     (lambda: kd() + 3, r'made of terms and recipes, got 3. Try kd\(\), or Term'),
     (lambda: kd(alpha=1.5), 'alpha=1.5: it is the teacher.s share, from 0'),
     (lambda: Term('kl'), "needs a loss function, got 'kl'. See fastdistill.losses"),
-    (lambda: Term(losses.kl, temperature=2.), 'kl has no option temperature. It has: T, axis, mask, reduction'),
+    (lambda: Term(losses.kl, temp=2.), 'kl has no option temp. It has: T, axis, mask, reduction'),
     (lambda: Term(F.mse_loss, name='task'), "can't be called 'task', which has a meaning already"),
     (lambda: Term(F.mse_loss, name='a.b'), "can't be called 'a.b'"),
     (lambda: Term(F.mse_loss, weight='up'), "weight of mse_loss='up': possible are a number"),

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import docs_preludes
 
-pytestmark = pytest.mark.filterwarnings('ignore:numpy.core is deprecated') # lr_find, as it loads the model again
+pytestmark = pytest.mark.filterwarnings('ignore:numpy.core is deprecated', # lr_find, as it loads the model again
+                                        # what Lightning warns of about itself, and about small loaders
+                                        'ignore:.*isinstance.treespec, LeafSpec.', 'ignore:The .*dataloader.* does not have many workers')
 ROOT = Path(__file__).parent.parent
 README = ROOT/'README.md'
 DOCS = sorted((ROOT/'docs').rglob('*.md'))

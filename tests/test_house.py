@@ -6,7 +6,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SRC = ROOT/'src'/'fastdistill'
 FILES = sorted(SRC.rglob('*.py'))
-FACES = ['fastdistill', 'fastdistill.losses', 'fastdistill.recipes', 'fastdistill.fastai']
+FACES = ['fastdistill', 'fastdistill.losses', 'fastdistill.recipes', 'fastdistill.fastai', 'fastdistill.huggingface', 'fastdistill.lightning']
 
 # room: which rooms it may import, all of them further up; which packages at the top of its files, and which only inside functions
 LAW = dict(
@@ -23,7 +23,7 @@ LAW = dict(
     losses=('outputs docments', 'torch', ''),
     features=('outputs', 'torch numpy', ''),
     replay=('outputs', 'torch numpy', ''),
-    teacher=('outputs features class_sets', 'torch numpy', 'onnxruntime pandas joblib'),
+    teacher=('outputs ranks features class_sets', 'torch numpy', 'onnxruntime pandas joblib'),
     cache=('errors outputs ranks replay', 'torch numpy', 'fsspec fcntl msvcrt rich pyarrow'),
     doctor=('outputs ranks task class_sets losses features replay teacher', 'torch', 'scipy'),
     terms=('outputs schedule features', 'torch', ''),
@@ -31,24 +31,36 @@ LAW = dict(
     heads=('outputs distiller features', 'torch', ''),
     recipes=('outputs schedule losses terms distiller', 'torch', ''),
     automatic=('outputs losses distiller recipes', '', ''),
+    trainers=('outputs ranks features doctor distiller', '', ''),
+    candidates=('outputs losses terms recipes automatic', '', ''),
+    found=('', 'torch', 'scipy matplotlib'),
+    study=('outputs candidates found', 'torch numpy', 'optuna'),
     plots=('outputs features', 'torch', 'matplotlib'),
+    report=('errors plots', '', 'rich jinja2 matplotlib IPython'),
+    measure=('outputs task losses teacher doctor report', 'torch numpy', 'scipy'),
     __init__=('docments', 'lazy_loader', ''),
-    fastai=('outputs docments ranks task class_sets batch gradients losses features replay cache teacher terms distiller recipes automatic doctor plots',
-            'torch numpy fastai', 'pandas'),
-    demo=('outputs fastai', 'torch numpy fastai rich PIL', 'matplotlib sklearn'),
+    fastai=('outputs docments ranks task class_sets batch gradients losses features replay cache teacher terms distiller recipes automatic candidates study doctor plots report measure',
+            'torch numpy fastai safetensors', 'pandas rich IPython matplotlib onnx onnxscript onnxruntime'),
+    huggingface=('outputs ranks batch features replay teacher doctor distiller automatic trainers', 'torch transformers accelerate', ''),
+    lightning=('outputs batch features replay teacher task distiller automatic trainers', 'torch lightning', ''),
+    demo=('outputs plots fastai', 'torch numpy fastai rich PIL', 'matplotlib sklearn'),
     cli=('errors ranks cache fastai demo __init__', 'typer rich', ''),
 )
 # the same inside a folder: a file may import those of its folder that stand before it
 ORDER = dict(
-    losses='_base response divergence decoupled feature relation dense',
+    losses='_base chunks response divergence decoupled feature relation dense',
     features='names calls probe shapes taps projectors stages pairs',
     replay='generators seeds per_sample',
-    teacher='images probabilities estimator forms draws hidden guest ensemble teacher',
+    teacher='images probabilities estimator forms draws hidden guest slices folding compiled speed running ensemble teacher',
     doctor='findings shared tally classes shapes runs images recipe scores outputs explain',
+    report='data recipes words sheets text page report',
+    plots='style features report',
+    measure='scores agreement pairs seeds cost models',
     cache='keys digests folder files entries records manifest reader source writer progress dataset outside server verify',
-    fastai='task stream block vocab targets tables teachers batches check transforms replay_dl sample_keys cache_data cache_feed columns finite trend unlabelled projector_opt arguments choice callback patches learner',
+    fastai='task stream block vocab targets tables teachers batches compare interpret export card check transforms replay_dl sample_keys cache_data cache_feed columns finite trend unlabelled projector_opt arguments choice callback patches learner clock trials find turns shared separate progress many recipe_runs',
+    huggingface='students models trainer',
     demo='tasks results picture',
-    cli='objects cache demo app',
+    cli='objects cache demo find app',
 )
 
 
@@ -138,7 +150,7 @@ def test_help_loads_no_torch():
 
 
 def test_import_fastdistill_brings_no_framework():
-    code = "import fastdistill, sys; fastdistill.Distiller, fastdistill.losses, fastdistill.kd; print(*{m.split('.')[0] for m in sys.modules} & {'fastai', 'matplotlib', 'timm', 'transformers', 'pandas', 'sklearn', 'PIL', 'rich', 'typer'})"
+    code = "import fastdistill, sys; fastdistill.Distiller, fastdistill.losses, fastdistill.kd; print(*{m.split('.')[0] for m in sys.modules} & {'fastai', 'matplotlib', 'timm', 'transformers', 'accelerate', 'lightning', 'pandas', 'sklearn', 'PIL', 'rich', 'typer'})"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == ''
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest, torch
 import torch.nn.functional as F
 from apps import FASTAI_WARNINGS, Normalize, conv, image_dls, pair, quiet, same, snapshot
+from fastai.basics import Callback, DataLoaders, TfmdDL
 from fastai.vision.all import CategoryBlock, vision_learner
 from torch import nn
 from fastdistill import DistillError, Teacher
@@ -127,6 +128,37 @@ def test_a_learner_shows_its_validation_images_and_nothing_moves():
     assert all(map(same, before, [snapshot(l.model) for l in (student, teacher)]))
     assert [b[1].tolist() for b in student.dls.valid] == first
     assert len(cells(fig)) == 3 and titles(fig)[1:3] == ['student 0.0\n8 x 8', 'teacher 0.0\n8 x 8']
+
+
+class OfDict(nn.Module):
+    "Takes a dict of images and numbers"
+    def __init__(self, model): super().__init__(); self.model = model
+    def forward(self, d): return self.model(d['image']) + d['age'][:, None]
+
+class AsDict(Callback):
+    def before_batch(self): self.learn.xb = (dict(age=torch.ones(len(self.x)), image=self.x),)
+
+
+@pytest.mark.parametrize('how', ['dataset', 'callback'])
+def test_a_learner_whose_batches_are_dicts_shows_the_images_in_them(how):
+    student,teacher = pair('image')
+    layers = {'0.0': '0.0'}
+    want = student.show_features(teacher, layers, n=3)
+    if how == 'callback': student.add_cb(AsDict())
+    else:
+        items = [[(dict(age=torch.tensor(1.), image=torch.Tensor(x)), int(y)) for x,y in zip(*dl.one_batch())] for dl in student.dls]
+        student.dls = DataLoaders(*[TfmdDL(o, bs=8) for o in items])
+    for learn in (student, teacher): learn.model = OfDict(learn.model)
+    fig = student.show_features(teacher, {'model.0.0': 'model.0.0'}, n=3)
+    assert titles(fig)[1:] == ['student model.0.0\n8 x 8', 'teacher model.0.0\n8 x 8'] and len(cells(fig)) == 3
+    if how == 'callback': assert all(np.array_equal(shown(a), shown(b)) for r,q in zip(cells(fig), cells(want)) for a,b in zip(r, q))
+
+
+def test_the_images_among_several_inputs_are_shown():
+    s,x = OfDict(net(4)),torch.rand(3, 3, 16, 24)
+    alone = show_features(s.model, s.model, x, ['0'], n=2)
+    fig = show_features(s, s, dict(age=torch.ones(3), image=x), ['model.0'], n=2)
+    assert all(np.array_equal(shown(a), shown(b)) for r,q in zip(cells(fig), cells(alone)) for a,b in zip(r, q))
 
 
 COLOURS = ['red', 'green', 'blue']

@@ -4,15 +4,16 @@ import numpy as np
 import pandas as pd
 import pytest, torch
 import apps # before the rest of fastai: it keeps its warnings quiet
+from fastai.basics import noop
 from fastai.data.block import CategoryBlock, DataBlock
-from fastai.data.transforms import ColReader, IndexSplitter, get_image_files, parent_label
+from fastai.data.transforms import ColReader, IndexSplitter, ItemGetter, get_image_files, parent_label
 from fastai.learner import Learner
 from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
 from fastai.vision.all import FlipItem, ImageBlock, Resize
 from PIL import Image
 from torch import nn
 from fastdistill.fastai import DistillError, KnowledgeDistillation, TeacherCache, cache_teacher
-from fastdistill.fastai.sample_keys import item_keys, key_root
+from fastdistill.fastai.sample_keys import item_keys, key_root, paths_in
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS, 'ignore:__array__ implementation:DeprecationWarning')
 
@@ -63,6 +64,32 @@ def test_a_cache_fits_images_whose_paths_were_relative_when_it_was_written_or_ar
     for f in ('pictures', tmp_path/'pictures'): quiet(Learner(images(f), Flat(1)), tmp_path/'c')
     write(images(tmp_path/'pictures'), tmp_path/'d')
     quiet(Learner(images('pictures'), Flat(1)), tmp_path/'d')
+
+
+def named_by_texts(folder, form, keep=lambda p: True, **kwargs):
+    "Items that are not Path objects, as people read them from a csv"
+    get_x,get_y = (noop, parent_label) if form is str else (ItemGetter(0), ItemGetter(1))
+    block = DataBlock((ImageBlock, CategoryBlock(vocab=['a', 'b'])), get_items=lambda f: [form(p) for p in sorted(get_image_files(f).filter(keep))],
+                      get_x=get_x, get_y=get_y, splitter=IndexSplitter(range(4)), item_tfms=Resize(8))
+    return block.dataloaders(folder, bs=4, num_workers=0, **kwargs)
+
+
+@pytest.mark.parametrize('form', [str, lambda p: (str(p), p.parent.name)], ids=['text', 'tuple'])
+def test_a_cache_of_images_that_texts_name_fits_after_their_folder_was_moved(folder, tmp_path, monkeypatch, form):
+    cache = write(named_by_texts(folder, form), tmp_path/'c')
+    new = shutil.move(folder, tmp_path/'elsewhere'/'pictures')
+    quiet(Learner(named_by_texts(new, form), Flat(1)), tmp_path/'c')
+    quiet(Learner(named_by_texts(new, form, path=new), Flat(1)), cache)
+    quiet(Learner(named_by_texts(new, form, keep=lambda p: p.parent.name == 'b'), Flat(1)), cache)        # a part of them
+    monkeypatch.chdir(new.parent)
+    quiet(Learner(named_by_texts('pictures', form), Flat(1)), cache)
+    shutil.move(new/'a', new/'c')
+    with pytest.raises(DistillError, match='samples have no row'): quiet(Learner(named_by_texts(new, form), Flat(1)), cache)
+
+
+def test_a_text_that_is_no_file_stays_a_samples_whole_name():
+    class Loader: dataset = ['a/b', 'a/c']
+    assert paths_in(Loader) == []
 
 
 def column(folder):

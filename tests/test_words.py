@@ -23,6 +23,26 @@ def test_temperature_is_another_name_of_T(name):
     with pytest.raises(DistillError, match='two names of one option'): kd(4, temperature=2)       # by position, too
 
 
+def test_a_term_takes_temperature_too():
+    assert repr(Term(losses.kl, temperature=2.5)) == repr(Term(losses.kl, T=2.5)) != repr(Term(losses.kl))
+    assert repr(Term(losses.kl, temperature=('linear', 8, 1))) == repr(Term(losses.kl, T=('linear', 8, 1)))
+    s,t = torch.randn(2, 6, 5).unbind()
+    kl = 9*F.kl_div((s/3).log_softmax(1), (t/3).softmax(1), reduction='batchmean')
+    torch.testing.assert_close(Recipe(Term(losses.kl, temperature=3.), task=0.)(s, t), kl)
+    with pytest.raises(DistillError, match='T=4 and temperature=2: these are two names of one option'): Term(losses.kl, T=4, temperature=2)
+    with pytest.raises(DistillError, match='T=0: a temperature is a number above 0'): Term(losses.kl, temperature=0)
+    with pytest.raises(DistillError, match='hint has no option temperature'): Term(losses.hint, temperature=2)
+
+
+def test_a_loss_with_an_option_temperature_of_its_own_gets_it():
+    "Its name may mean something else there, so it is not translated"
+    def own(s, t, *, T=1., temperature=1.): return (s - t).mean()*T + temperature
+    s,t = torch.ones(2, 3),torch.zeros(2, 3)
+    assert Recipe(Term(own, temperature=5.), task=0.)(s, t).item() == 6
+    def any_options(s, t, **options): return (s - t).mean() + options['temperature']
+    assert Recipe(Term(any_options, temperature=5.), task=0.)(s, t).item() == 6
+
+
 def test_the_callback_and_distill_take_temperature_too():
     student,teacher = apps.toy()
     assert repr(KnowledgeDistillation(teacher, temperature=2).recipe) == repr(kd(T=2))

@@ -10,8 +10,7 @@ from .doctor.findings import Findings
 from .doctor.outputs import check_batch
 from .doctor.runs import student_logits
 from .doctor.shared import shared_parameters
-from .features.calls import arguments, is_hf
-from .features.names import unwrap
+from .features.calls import arguments, predicts_next
 from .features.pairs import PairTable, check_names, inputs, pair
 from .features.probe import dry_run
 from .features.projectors import projector
@@ -241,14 +240,19 @@ class Distiller(nn.Module):
     def labels(self, x, logits, targets):
         "The labels' own loss, and the targets each where it is predicted"
         if not targets: return None,targets
-        if self.shift_labels is None:
+        at = self.targets_at(x, logits, targets)
+        if self.task_loss is not None: return self.task_loss(logits, *targets),at
+        return labels_loss(logits, *at, task=self.task),at
+
+    def targets_at(self, x, logits, targets):
+        "The targets, each where it is predicted: a language model predicts the next token"
+        if self.shift_labels is None and targets:
             self.shift_labels = labels_to_shift(x, targets[0], logits.shape, self.task, predicts_next(self.student))
             if self.shift_labels and rank() == 0:
                 print("fastdistill: the labels are the inputs themselves, so each is moved to where it is predicted, "
                       "one position earlier. shift_labels=True says so, shift_labels=False leaves them")
-        at = (next_tokens(targets[0], self.task.ignore_index), *targets[1:]) if self.shift_labels else targets
-        if self.task_loss is not None: return self.task_loss(logits, *targets),at
-        return labels_loss(logits, *at, task=self.task),at
+        if not self.shift_labels: return targets
+        return next_tokens(targets[0], self.task.ignore_index),*targets[1:]
 
     def compute(
         self,
@@ -386,9 +390,3 @@ def loss_of_logits(
 
 # a Recipe knows no Distiller, but calling a Recipe uses one
 Recipe.__call__ = loss_of_logits
-
-
-def predicts_next(model):
-    "Is it one of Hugging Face's causal language models?"
-    model = unwrap(model)
-    return is_hf(model) and type(model).__name__.endswith(('ForCausalLM', 'LMHeadModel'))

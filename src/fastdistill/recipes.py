@@ -7,6 +7,7 @@ from .losses._base import loss
 from .outputs import DistillError
 from .schedule import schedule
 from .distiller import Recipe, Term
+from .terms import one_temperature
 
 __all__ = ['ab', 'abkd', 'at', 'cc', 'cwd', 'dist', 'dkd', 'fsp', 'hard_labels', 'hint', 'ickd', 'ifvd', 'kd',
            'logit_std', 'nkd', 'nst', 'ofd', 'pairwise', 'pkd', 'pkt', 'rkd', 'rld', 'soft_labels', 'sp', 'taid', 'ttm',
@@ -25,15 +26,6 @@ class Rest:
 
 
 def _rest(alpha): return Rest(alpha) if callable(alpha) else 1 - alpha
-
-
-def one_temperature(
-    T, # None if it was not given
-    temperature # the same option under its long name; None if it was not given
-):
-    if T is not None and temperature is not None:
-        raise DistillError(f"T={T} and temperature={temperature}: these are two names of one option, give one of them")
-    return T if temperature is None else temperature
 
 
 def long_name_too(recipe):
@@ -88,7 +80,7 @@ def dkd(
     alpha:float=1., # weight of the target class's part
     beta:float=8., # weight of the other classes' part: 2 to 8 for CIFAR-100 (the authors', by pair of nets), .5 for
     # ImageNet
-    T=4.,
+    T=4., # temperature
     weight=None, # of both; the authors let it grow over the first 20 of 240 epochs: ('warmup', 1.)
     share=None # in place of a weight: the length of its gradient beside the labels', see `Term`
 ):

@@ -7,7 +7,7 @@ from .features.projectors import checked_projector
 from .outputs import DistillError, Outputs
 from .schedule import schedule, value_at
 
-__all__ = ['Link', 'Recipe', 'Term', 'check_kind', 'own_copy']
+__all__ = ['Link', 'Recipe', 'Term', 'check_kind', 'one_temperature', 'own_copy']
 
 
 SCHEDULED = 'T','lam' # options of losses that may follow a schedule
@@ -31,7 +31,7 @@ class Term:
         # 'mlp', or a module
         stop_at:float|None=None, # share of the training after which the term ends
         name:str|None=None, # of its column
-        **options # of the loss; T and lam may follow a schedule, e.g. T=('linear', 8, 1)
+        **options # of the loss; T and lam may follow a schedule, e.g. T=('linear', 8, 1). `temperature=` is T
     ):
         if not callable(loss):
             raise DistillError(f"A term needs a loss function, got {loss!r}. See fastdistill.losses for those that "
@@ -54,6 +54,7 @@ class Term:
         self.n_targets = None if any(p.kind is p.VAR_POSITIONAL for p in ps) else sum(p.default is p.empty
                                                                                       for p in args[2:])
         named = self.accepts | {p.name for p in args[2:]}
+        options = with_short_name(options, named)
         if (wrong := set(options) - named) and not any(p.kind is p.VAR_KEYWORD for p in ps):
             raise DistillError(f"{self.name} has no option {', '.join(sorted(wrong))}. It has: "
                                f"{', '.join(sorted(named)) or 'none'}")
@@ -106,6 +107,25 @@ def signature(loss):
     given = loss if isinstance(loss, partial) else inner.forward if isinstance(inner, nn.Module) else inner
     try: return fn,inspect.signature(given).parameters.values()
     except ValueError: return fn,()     # builtins have none: they are called with the two tensors
+
+
+def one_temperature(
+    T, # None if it was not given
+    temperature # the same option under its long name; None if it was not given
+):
+    if T is not None and temperature is not None:
+        raise DistillError(f"T={T} and temperature={temperature}: these are two names of one option, give one of them")
+    return T if temperature is None else temperature
+
+
+def with_short_name(
+    options, # of a term
+    named # the options of its loss
+):
+    "The options with `T` in place of `temperature`, unless the loss itself has an option `temperature`"
+    if 'temperature' not in options or 'temperature' in named or 'T' not in named: return options
+    rest = {k: v for k,v in options.items() if k != 'temperature'}
+    return {**rest, 'T': one_temperature(options.get('T'), options['temperature'])}
 
 
 def option_schedule(name, v):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from ..outputs import DistillError, DistillWarning
 
-__all__ = ['dataset_keys', 'hash_of', 'key_of', 'keys_of', 'root_of']
+__all__ = ['dataset_keys', 'hash_of', 'key_of', 'keys_of', 'name_of', 'root_of']
 
 
 def hash_of(*parts:bytes) -> int:

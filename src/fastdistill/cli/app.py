@@ -8,6 +8,7 @@ from .. import __version__
 from ..errors import DistillError, DistillWarning
 from .cache import cache_app
 from .demo import demo
+from .find import find
 
 __all__ = ['app', 'main']
 
@@ -15,6 +16,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help='Knowledge distillation for fastai and PyTorch: train a small model on what a big one knows.')
 app.add_typer(cache_app, name='cache')
 app.command()(demo)
+app.command()(find)
 
 
 def version(asked):

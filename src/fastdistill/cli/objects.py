@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from ..errors import DistillError
 
-__all__ = ['dataloaders', 'load_object', 'load_teacher']
+__all__ = ['dataloaders', 'learner', 'load_object', 'load_teacher']
 
 
 def load_teacher(
@@ -80,4 +80,13 @@ def dataloaders(o):
     if not hasattr(o, 'loaders'):
         raise DistillError(f"A {type(o).__name__} is neither fastai's DataLoaders nor a function without arguments "
                            "that returns them.")
+    return o
+
+
+def learner(o):
+    "A fastai Learner: the object itself, or the result of a function"
+    o = called(o)
+    if not hasattr(o, 'distill_find'):
+        raise DistillError(f"A {type(o).__name__} is neither a fastai Learner nor a function without arguments that "
+                           "returns one.")
     return o

@@ -1,6 +1,7 @@
 "Run the teacher once over a Learner's data."
 import copy, warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
+from functools import partial
 import numpy as np
 import torch
 from fastai.basics import Pipeline, TfmdDL, TfmdLists
@@ -11,11 +12,13 @@ from ..cache.digests import fingerprint, flat_values
 from ..cache.progress import shown_progress
 from ..cache.reader import TeacherCache
 from ..cache.records import Wish
-from ..cache.source import Source, check_alone, distinct_views, identity_of, spread_positions, unrepeatable
+from ..cache.source import (Source, check_alone, check_batch_size, distinct_views, identity_of, spread_positions,
+                            unrepeatable)
 from ..cache.verify import Verified
 from ..cache.writer import check_views, write_cache
 from ..outputs import DistillError, DistillWarning, TopK, as_plain
 from ..replay.seeds import RandomGuard
+from ..teacher.teacher import Teacher
 from .task import task_of
 from .check import check_teacher
 from .sample_keys import item_keys, key_root, sample_files, storage_order
@@ -56,6 +59,8 @@ def cache_teacher(
                            "outputs: use topk=None.")
     asked = {} if layers is None else dict(layers=layers)
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **asked)
+    # numbers in float32 shall be those of the model itself
+    if dtype == 'float32' and 'precision' not in teacher.given: teacher = Teacher(teacher, precision='fp32')
     if check: check_teacher(dls, teacher, task).enforce()
     wish = Wish(dtype, topk, tail, task.axis, size)
     given = dict(seed=seed, force=force, forecast=forecast)
@@ -98,6 +103,7 @@ def verify_cache(
     task = task_of_data(dls, teacher, kwargs.pop('kind', None), kwargs.pop('axis', None))
     keys = kwargs.pop('keys', cache.sample_names)
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **kwargs)
+    if 'precision' not in teacher.given: teacher = Teacher(teacher, precision=precision_of(m.teacher))
     with RandomGuard():       # DataLoaders draw a seed for their workers
         source = source_of(teacher, dls, dls.train, m.views, m.seed, keys, check=False)
         at,bs = rows_to_verify(dls.train, len(source.keys), m.stored, n, np.random.default_rng(seed))
@@ -114,6 +120,14 @@ def verify_cache(
             errors += largest((old-t).where(old != t, 0)).tolist() if old.shape == t.shape else [float('inf')]*len(t)
     return Verified(len(at), max(errors), float(np.mean(errors)), max(e/n for e,n in zip(errors, sizes)),
                     next(f.dtype for f in m.layout.fields if f.name in ('logits', 'values')))
+
+
+def precision_of(
+    teacher:dict # the manifest's entry
+) -> str:
+    "The precision in which a cache was written"
+    found = {teacher.get('precision'), *(m.get('precision') for m in teacher.get('members', []))}
+    return 'bf16' if 'bfloat16' in found else 'fp16' if 'float16' in found else 'fp32'
 
 
 def rows_to_verify(dl, n, views, rows, rng):
@@ -134,28 +148,39 @@ def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num
     if stream and bs not in (None, dl.bs):
         raise DistillError(f"bs={bs}, but the text of a language model is cut into as many rows as its batches have "
                            f"samples, {dl.bs}: omit bs.")
+    check_batch_size(rows := dl.bs if bs is None else bs)
     root = key_root(dls)
     names,order = item_keys(dl, keys, root),storage_order(dl)
     plan = Plan(names[order], views, seed, order, stream=stream)
     make = lambda tasks, bs, workers=None: writer_dl(dl, plan, tasks, bs, workers)
     if teacher.layers: teacher = teacher.reading_tokens(*inputs_of(next(iter(make([0], 1, 0))), dl.n_inp))
-    def run(tasks, bs):
+    def run(tasks, bs, teacher=teacher):
         with validation_transforms(dl, not views), teacher if hasattr(teacher, '__enter__') else nullcontext():
+            if isinstance(teacher, Teacher): teacher.expect(-(-len(tasks)//bs))
             workers = num_workers if len(tasks) > bs else 0     # starting workers takes longer than one batch
             if stream: yield from stream_outputs(teacher, dl, lambda t: make(t, bs, workers), tasks, bs)
             else: yield from (model_outputs(teacher, b, dl.n_inp) for b in make(tasks, bs, workers))
     if check:
         with validation_transforms(dl, not views): check_views_repeat(make, len(names)*max(views, 1))
-        if not stream: check_alone(run, len(names))       # subtle: in one view, where texts are ordered by length
-        if isinstance(dl, SortedDL): check_padding(run, len(names))
+        exact = partial(run, teacher=as_it_is(teacher))
+        if not stream: check_alone(exact, len(names))     # subtle: in one view, where texts are ordered by length
+        if isinstance(dl, SortedDL): check_padding(exact, len(names))
+        # subtle: the precision is chosen at the first whole batch, and is part of the teacher's identity
+        with closing(run(np.arange(len(names))[:rows], rows)) as first: next(first)
     with validation_transforms(dl, not views): samples = sample_digests(make, plan, views)
     who = identity_of(teacher)
     # without `stats`, the student's normalization is part of the teacher's identity
     if any(getattr(t, 'stats', None) is None for t in (getattr(teacher, 'members', None) or [teacher])):
         who['input'] = 'mean {}, std {}'.format(*(torch.as_tensor(o).flatten().tolist() for o in image_stats(dls)))
     transforms = describe_transforms(dl) if views or stream else {}
-    return Source(plan.keys, run, dl.bs if bs is None else bs, who, transforms, root, vocab, samples,
+    return Source(plan.keys, run, rows, who, transforms, root, vocab, samples,
                   sample_files(dl, order))
+
+
+def as_it_is(teacher):
+    "The teacher without a faster copy, whose rounding would depend on the other samples in a batch"
+    if not isinstance(teacher, Teacher): return teacher
+    return Teacher(teacher, precision='fp32', compile=False, memory_format=None, fold_bn=False)
 
 
 class FixedOrder:

@@ -9,7 +9,7 @@ from ..features.taps import Taps
 from ..gradients import shares_in_words
 from ..outputs import DistillError, as_plain, check_axis, check_output
 from ..ranks import broadcast, on_first, rank
-from ..recipes import one_temperature
+from ..terms import one_temperature
 from .arguments import check_options, feed_of, make_recipe
 from .check import find_mistakes
 from .choice import choose_recipe, example_of
@@ -102,6 +102,8 @@ class KnowledgeDistillation(Callback):
         self.learn.metrics = self.learn.metrics + self.part_metrics
         if self.unlabelled and not finder: self._start_unlabelled()
         self.distiller.teacher.start()
+        if self.feed is None and not finder:
+            self.distiller.teacher.expect(self.n_epoch*sum(len(dl) for dl in self.dls))
 
     def _check(self):
         "Look for mistakes, on the first rank alone, so that all ranks continue or all stop"
@@ -138,6 +140,7 @@ class KnowledgeDistillation(Callback):
         if self.known_dls is self.learn.dls: return
         d,self.known_dls,self.checked = self.distiller,self.learn.dls,False
         d.teacher = teacher_of(self.source, self.learn, task) if self.feed is None else self.feed
+        if self.feed is None: d.teacher.say_with(self._log)
 
     def _setup(self, *x):
         "Pair layers and build projectors, once for a student"

@@ -10,7 +10,7 @@ from ..replay.seeds import RandomGuard
 from ..task import facts_of_outputs
 from .batches import PreparationError, prepared_batches
 
-__all__ = ['Example', 'choose_recipe', 'example_of']
+__all__ = ['Example', 'choose_recipe', 'example_of', 'facts_for_choice']
 
 
 @dataclass
@@ -41,7 +41,12 @@ def choose_recipe(
     found:Findings|None=None # what the check of the teacher found; None: it was not checked
 ):
     "What `auto` chooses for these outputs and this teacher"
+    return auto(**facts_for_choice(example, task, found))
+
+
+def facts_for_choice(example, task, found=None) -> dict:
+    "The arguments of `auto`"
     low = any(f.doubt for f in found or ())
-    doubt = "the teacher's score is in doubt, see the warning" if low else None
-    if example is None: return auto(task.kind, doubt=doubt)
-    return auto(**facts_of_outputs(example.shape, task), labels=example.labels, doubt=doubt)
+    doubt = dict(doubt="the teacher's score is in doubt, see the warning" if low else None)
+    if example is None: return dict(kind=task.kind) | doubt
+    return facts_of_outputs(example.shape, task) | dict(labels=example.labels) | doubt

@@ -10,7 +10,7 @@ from ..outputs import DistillError
 from ..replay.seeds import RandomGuard
 from .task import task_of
 from . import check
-from .batches import prepared_batches, split_batch, valid_batches
+from .batches import prepared_batches
 from .callback import KnowledgeDistillation
 from .teachers import image_stats, teacher_of
 
@@ -100,11 +100,12 @@ def show_features(
     """Attention maps of student and teacher, side by side, for `n` pictures of the validation set.
 
     Returns the figure, which notebooks show"""
-    with RandomGuard(): b = next(iter(valid_batches(self.dls.valid)))
-    x,_ = split_batch(self, b)
-    x = tuple(o[:n] for o in x)
-    mean,std = [o.to(x[0]) if hasattr(o, 'to') else o for o in image_stats(self.dls)]
-    return plots.show_features(self.model, teacher_of(teacher, self), x, layers, images=(x[0]*std + mean).clamp(0, 1),
+    valid,_ = prepared_batches(self, 1, 1)
+    with RandomGuard(), closing(valid): x,_ = next(valid, (None, None))
+    if x is None: raise DistillError("These DataLoaders have no validation set, whose pictures are shown.")
+    images = plots.picture_in(x)[:n]
+    mean,std = [o.to(images) if hasattr(o, 'to') else o for o in image_stats(self.dls)]
+    return plots.show_features(self.model, teacher_of(teacher, self), x, layers, images=(images*std + mean).clamp(0, 1),
                                n=n, p=p)
 
 

@@ -16,6 +16,7 @@
 | `Recorder.plot_loss` | with a teacher, `train_loss` has another scale than the labels' losses | first callback |
 | `Learner.distill` | a new method, in `learner.py` | import |
 | `Learner.check_teacher` | a new method, in `learner.py` | import |
+| `Learner.distill_find` | a new method, in `find.py` | import |
 | `Learner.explain` | a new method, in `learner.py` | import |
 | `Learner.show_features` | a new method, in `learner.py` | import |
 

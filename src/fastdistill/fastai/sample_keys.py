@@ -7,7 +7,7 @@ from fastai.basics import L
 from fastai.data.transforms import ColReader
 from fastai.text.data import SortedDL
 from ..cache.files import files_of
-from ..cache.keys import hash_of, key_of, keys_of, root_of
+from ..cache.keys import hash_of, key_of, keys_of, name_of, root_of
 from ..outputs import DistillError
 from ..replay.seeds import RandomGuard, seeds_of
 from .stream import is_stream
@@ -69,12 +69,15 @@ def key_root(dls) -> str:
     return root_of(dls.path) or common_folder(o for dl in dls.loaders for o in paths_in(dl))
 
 
-def paths_in(dl): return [o for o in items_of(dl.dataset) or [] if isinstance(o, PurePath)] if listed(dl) else []
+def paths_in(dl):
+    "The items that are paths, or tuples that begin with one. A text is a path if there is such a file"
+    items = items_of(dl.dataset)
+    if not isinstance(items, (list, tuple, L)): return []
+    return [o for o in items if isinstance(o, PurePath)] or (items if files_of(items) else [])
 
-def listed(dl): return isinstance(items_of(dl.dataset), (list, tuple, L))
 
-def common_folder(paths):
-    folders = {p.parent.as_posix() for p in paths}
+def common_folder(items):
+    folders = {PurePath(name_of(o)).parent.as_posix() for o in items}
     return root_of(os.path.commonpath(folders)) if len(set(map(os.path.isabs, folders))) == 1 else ''
 
 

@@ -5,12 +5,13 @@ from torch import nn
 from fastai.basics import L, Learner, load_learner
 from fastai.data.transforms import Normalize
 from ..class_sets import class_groups
+from ..doctor.classes import map_classes
 from ..outputs import DistillError, DistillWarning
 from ..teacher.estimator import Estimator, is_estimator
 from ..teacher.images import affine, stats_of, timm_cfg
 from ..teacher.teacher import Teacher
 from .tables import TableEstimator, table_of
-from .vocab import map_classes, vocab_of
+from .vocab import vocab_of
 
 __all__ = ['class_names', 'image_stats', 'teacher_of']
 

@@ -1,8 +1,9 @@
 "The normalization of the images that a teacher was trained on."
 import torch
+import torch.nn.functional as F
 from ..outputs import DistillError, as_plain
 
-__all__ = ['affine', 'is_image', 'stats_of', 'timm_cfg']
+__all__ = ['fit_images', 'affine', 'check_images', 'is_image', 'stats_of', 'timm_cfg']
 
 IMAGENET = (.485, .456, .406), (.229, .224, .225)
 POSSIBLE_STATS = ("possible are (mean, std), 'imagenet', 'auto', torchvision's weights (as in "
@@ -49,3 +50,31 @@ def affine(given, wanted):
     factor,shift = torch.broadcast_tensors(gs/ws, (gm-wm)/ws)
     if (factor-1).abs().max() < 1e-6 and shift.abs().max() < 1e-6: return None
     return factor[:, None, None],shift[:, None, None]
+
+
+def check_images(
+    images, # of a batch
+    stats, input_stats, # as in `Teacher`
+    scaling # what `affine` makes of them
+):
+    "Refuse images that do not fit the statistics"
+    if stats is not None and input_stats is None and images:
+        raise DistillError("stats= is the normalization of the teacher's images. That of the batch's images is "
+                           "missing: give input_stats=(mean, std), or (0, 1) if they are not normalized.")
+    if scaling is None: return
+    if not images:
+        raise DistillError("stats= is for images, float tensors of shape (B, C, H, W), but this batch has none: "
+                           "remove stats.")
+    n = len(scaling[0])
+    if wrong := [t for t in images if n not in (1, t.shape[1])]:
+        raise DistillError(f"stats= has {n} channels, the images have shape {tuple(wrong[0].shape)}: "
+                           "give one mean and std for each channel, or stats=None.")
+
+
+def fit_images(images, scaling, size):
+    "Images with the teacher's normalization and size; unchanged where these are None"
+    if scaling is None and size is None: return images
+    images = full_precision(images)
+    if scaling is not None: images = images*scaling[0].to(images) + scaling[1].to(images)
+    if size in (None, tuple(images.shape[2:])): return images
+    return F.interpolate(images, size, mode='bilinear', antialias=True)

@@ -4,7 +4,6 @@ from contextlib import ExitStack, nullcontext
 from functools import wraps
 import torch
 from torch import nn
-import torch.nn.functional as F
 from ..class_sets import class_groups, of_classes
 from ..features.calls import arguments, is_hf
 from ..features.names import named
@@ -16,10 +15,13 @@ from .draws import OwnDraws, generators
 from .ensemble import mix, shares
 from .estimator import Estimator
 from .forms import FORMS, Onnx, check_second_argument, is_graph, load_model
-from .guest import Guest, cuda_devices
+from .guest import cuda_devices
 from .hidden import has_reset, why_no_reset
-from .images import affine, full_precision, is_image, stats_of
+from .images import affine, check_images, fit_images, is_image, stats_of
 from .probabilities import check_probabilities, logits_of
+from .running import Running
+from .slices import in_slices, joined, plain_output
+from .speed import OPTIONS, check_speed
 
 __all__ = ['Teacher']
 
@@ -27,7 +29,8 @@ POSSIBLE = dict(mode=('eval', 'train'), combine=('probs', 'logits', 'sample'),
                 kind=('softmax', 'sigmoid', 'regression'), outputs=('logits', 'probs'))
 
 # a member of an ensemble takes these options from the ensemble, unless it was given its own
-INHERITED = 'mode','stats','input_stats','size','combine','kind','axis','output','outputs'
+INHERITED = ('mode', 'stats', 'input_stats', 'size', 'combine', 'kind', 'axis', 'output', 'outputs', 'device', 'batch',
+             *OPTIONS)
 
 
 def records_given(init):
@@ -43,7 +46,7 @@ NO_RESET = ("{name} has a method reset() that {why}. That was undone, and the me
             "states are not reset. If the model has hidden states, its reset() should change nothing else.")
 
 
-class Teacher:
+class Teacher(Running):
     """Runs a model on batches and returns `Outputs`: without a gradient, in eval mode, on a copy of the inputs. It is
     not an `nn.Module`, so it never becomes part of a model that is trained.
 
@@ -77,14 +80,23 @@ class Teacher:
         outputs:str='logits', # what the model returns: 'logits', or 'probs', the probabilities of classes or labels, as
         # estimators do
         frame=None, # of an estimator, in fastai: the table that the DataLoaders were made from (see docs/trees.md)
-        name:str|None=None # in messages; None: the name of the file or of the class
+        name:str|None=None, # in messages; None: the name of the file or of the class
+        precision:str='auto', # 'bf16', 'fp16'; 'fp32': the model's own; 'auto': bf16 if the processor computes in it,
+        # the model is large and its outputs stay close
+        compile='auto', # True, False; 'auto': if the run is long enough to earn the time back
+        memory_format='auto', # 'channels_last'; None: as it is; 'auto': channels_last for large convolutional models
+        fold_bn='auto', # True, False; 'auto': batch-norms of a large model become part of the convolution before them
+        device=None, # where the teacher runs; None: see above
+        batch:int|None=None # rows that run at once, where memory is short; None: all rows of a batch
     ):
         options = dict(layers=layers, mode=mode, stats=stats, input_stats=input_stats, size=size, combine=combine,
                        weights=weights, kind=kind, axis=axis, select=select, classes=classes, output=output,
-                       outputs=outputs, frame=frame, name=name)
+                       outputs=outputs, frame=frame, name=name, precision=precision, compile=compile,
+                       memory_format=memory_format, fold_bn=fold_bn, device=device, batch=batch)
         self.model = self.path = self.learner = None       # fastdistill.fastai keeps the teacher's Learner as `learner`
-        self.sources,self.members = [],[]
-        self._stack,self._guest,self._scaling,self._was_started,self._draws = None,None,None,[],OwnDraws()
+        self.sources,self.members,self._was_started = [],[],[]
+        self._stack,self._guest,self._scaling,self._draws = None,None,None,OwnDraws()
+        self._batches = None # to come in this run, if that is known
         # facts about the model that were found while it ran; variations share them
         self._found = model._found if isinstance(model, Teacher) else {}
         if isinstance(model, Teacher):      # a variation: it takes the options that are not given from `model`
@@ -119,6 +131,7 @@ class Teacher:
                 raise DistillError("weights= is for the members of an ensemble, but this is one teacher: give a list")
             self.stats,self.input_stats = stats_of(self.stats, self.model),stats_of(self.input_stats)
         check_output(self.output)
+        check_speed(self._speed_options | dict(batch=self.batch), self.model)
         check_axis(self.axis)
         self.select = class_groups(self.select, 'select')
         self.classes = class_groups(self.classes, 'classes', disjoint=True)
@@ -145,7 +158,9 @@ class Teacher:
         if self.sources: return f'{len(self.sources)} teachers'
         return self.path.name if self.path else getattr(self.model, '__name__', type(self.model).__name__)
 
-    def __repr__(self): return f'Teacher({self.name})'
+    def __repr__(self):
+        how = [str(self._speed or ''), '' if self.batch is None else f'{self.batch} rows at once']
+        return f'Teacher({": ".join(filter(None, [self.name, ", ".join(filter(None, how))]))})'
 
     # its modules
 
@@ -157,8 +172,7 @@ class Teacher:
     @property
     def modules(self):
         "The nn.Modules of the teacher, or of an ensemble's members"
-        own = [] if self.module is None else [self.module]
-        return own + [o for m in self.members for o in m.modules]
+        return [o for o in (self.module,) if o is not None] + [o for m in self.members for o in m.modules]
 
     @property
     def parameters_ids(self):
@@ -197,7 +211,8 @@ class Teacher:
         if self.started: return self
         with ExitStack() as stack:
             for m in self.members: stack.enter_context(m)
-            if self.module is not None: self._guest = stack.enter_context(Guest(self.module, self.mode))
+            if self._speed is not None and self._speed.is_stale(thorough=True): self._speed.restart()
+            if self.runs is not None: self._guest = stack.enter_context(self._new_guest())
             if None not in (self.stats, self.input_stats) and not self.members:
                 self._scaling = affine(self.input_stats, self.stats)
             self._stack = stack.pop_all()
@@ -205,7 +220,7 @@ class Teacher:
 
     def stop(self):
         "Restore the model; may be called at any time, and twice"
-        stack,self._stack,self._guest,self._scaling = self._stack,None,None,None
+        stack,self._stack,self._guest,self._scaling,self._batches = self._stack,None,None,None,None
         if stack is not None: stack.close()
 
     def __enter__(self):
@@ -234,7 +249,7 @@ class Teacher:
         "Reset hidden states by the model's own method `reset`, if it has one and if that changes no weights"
         for m in self.members: m.reset()
         if not has_reset(self.module) or not self._resets(): return
-        with torch.no_grad(), self._draws.own(self._generators()): self.module.reset()
+        with torch.no_grad(), self._draws.own(self._generators()): self.runs.reset()
 
     def _generators(self, x=()):
         "The global random generators from which the teacher may draw"
@@ -251,7 +266,8 @@ class Teacher:
 
     # a model from a file is pickled as its path, since ONNX sessions and programs may not pickle. A copy is not started
     def __getstate__(self):
-        fresh = dict(_stack=None, _guest=None, _scaling=None, _was_started=[], _draws=OwnDraws())
+        fresh = dict(_stack=None, _guest=None, _scaling=None, _was_started=[], _draws=OwnDraws(), _batches=None,
+                     _found={k: v for k,v in self._found.items() if k not in ('speed', 'say')})
         return {**self.__dict__, **fresh, **({'model': None} if self.path else {})}
 
     def __setstate__(self, d):
@@ -322,17 +338,25 @@ class Teacher:
 
     def _outputs_of_model(self, x, kw, layers):
         device = next((t.device for t in tensors_in((x, kw))), torch.device('cpu'))
+        if self._speed is not None: self._choose_speed(x, kw, layers, device)
         if self._guest is not None: self._guest.settle()
+        if self._batches is not None: self._batches -= 1
+        return joined([self._slice(*o, layers, device) for o in in_slices(x, kw, self.batch)])
+
+    def _slice(self, x, kw, layers, device):
+        "The outputs of rows that run at once"
         x,kw = self._prepare(x, kw, device)
-        with Taps(self.module, layers) if layers and self.module is not None else nullcontext() as taps:
-            raw = self.model(*x, **kw)
+        with Taps(self.runs, layers) if layers and self.module is not None else nullcontext() as taps:
+            raw = self.model(*x, **kw) if self._speed is None else self._speed.run(x, kw, layers, self._batches)
             if self.output is None: warn_of_several(raw, self.module, f'The teacher {self.name}', self._found)
             o = Outputs.of(raw, output=self.output)
             feats = o.feats if taps is None else {**o.feats, **taps.pop()}
             logits = self._logits(o.logits)
         # a function has no layers, but it may return features of that name
         if taps is None and not set(layers) <= set(feats): raise self._unreadable(layers, feats)
-        return Outputs(*(map_tensors(v, lambda t: plain_output(t, device)) for v in (logits, feats, o.mask)), o.classes)
+        dtype = None if self._speed is None else self._speed.cast_back
+        return Outputs(*(map_tensors(v, lambda t: plain_output(t, device, dtype)) for v in (logits, feats, o.mask)),
+                       o.classes)
 
     def _logits(self, v):
         "The logits of what the model returned"
@@ -361,39 +385,16 @@ class Teacher:
         "The inputs by name or position, on the model's device and in its precision. Images get its normalization, size"
         x,kw = arguments(self.model, x, kw)
         if len(x) > 1 and is_hf(self.model) and not self._guest.has_run: check_second_argument(self.model, *x[:2])
-        self._check_images([t for t in tensors_in((x, kw)) if is_image(t)])
+        check_images([t for t in tensors_in((x, kw)) if is_image(t)], self.stats, self.input_stats, self._scaling)
         dtype = None
         if self._guest is not None:
             device,dtype,self._guest.has_run = self._guest.place(device),self._guest.dtype,True
         return map_tensors((x, kw), lambda t: self._prepare_tensor(t, device, dtype))
 
-    def _check_images(self, images):
-        if self.stats is not None and self.input_stats is None and images:
-            raise DistillError("stats= is the normalization of the teacher's images. That of the batch's images is "
-                               "missing: give input_stats=(mean, std), or (0, 1) if they are not normalized.")
-        if self._scaling is None: return
-        if not images:
-            raise DistillError("stats= is for images, float tensors of shape (B, C, H, W), but this batch has none: "
-                               "remove stats.")
-        n = len(self._scaling[0])
-        if wrong := [t for t in images if n not in (1, t.shape[1])]:
-            raise DistillError(f"stats= has {n} channels, the images have shape {tuple(wrong[0].shape)}: "
-                               "give one mean and std for each channel, or stats=None.")
-
     def _prepare_tensor(self, x, device, dtype):
         plain = as_plain(x)
         t = plain.to(device)
-        if is_image(t) and (self._scaling is not None or self.size is not None):
-            t = full_precision(t)
-            if self._scaling is not None: t = t*self._scaling[0].to(t) + self._scaling[1].to(t)
-            if self.size not in (None, tuple(t.shape[2:])):
-                t = F.interpolate(t, self.size, mode='bilinear', antialias=True)
+        if is_image(t): t = fit_images(t, self._scaling, self.size)
         if dtype is not None and t.is_floating_point(): t = t.to(dtype)
         # subtle: a copy, since a model that changes its input in place would change the student's batch
         return t.clone() if t is plain else t
-
-
-def plain_output(t, device):
-    "An output as a plain tensor that losses can save for their backward pass"
-    t = as_plain(t).detach().to(device)
-    return t.clone() if t.is_inference() else t

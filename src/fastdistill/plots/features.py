@@ -2,13 +2,13 @@
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
-from .features.pairs import inputs, pair
-from .features.probe import dry_run
-from .features.shapes import as_map
-from .features.taps import Taps
-from .outputs import DistillError, as_plain
+from ..features.pairs import inputs, pair
+from ..features.probe import dry_run
+from ..features.shapes import as_map
+from ..features.taps import Taps
+from ..outputs import DistillError, as_plain, map_tensors, tensors_in
 
-__all__ = ['attention_map', 'show_features']
+__all__ = ['attention_map', 'picture_in', 'show_features']
 
 
 def attention_map(
@@ -31,7 +31,19 @@ def read_maps(model, x, names, p):
     with Taps(model, names) as taps:
         dry_run(model, *x)
         feats = taps.pop()
-    return {n: named_map(n, f, p, x[0].shape[-2]/x[0].shape[-1]) for n,f in feats.items()}
+    height,width = picture_in(x).shape[-2:]
+    return {n: named_map(n, f, p, height/width) for n,f in feats.items()}
+
+
+def picture_in(
+    x # the inputs of a batch: nested tuples and dicts of tensors
+):
+    "The first tensor (B, C, H, W) among them; if there is none, the first tensor"
+    found = list(tensors_in(x))
+    return next((o for o in found if o.dim() == 4), found[0])
+
+
+def first_samples(x, n): return map_tensors(x, lambda o: o[:n] if o.dim() else o)
 
 
 def named_map(name, f, p, aspect):
@@ -54,17 +66,17 @@ def to_show(x):
 def show_features(
     student:nn.Module,
     teacher, # a module, or a `Teacher`, which gets the images in its own normalization and size
-    x:Tensor, # (B, 3, H, W) images as the student gets them; a tuple if it takes more than images
+    x, # (B, 3, H, W) images as the student gets them; a tuple or a dict if it takes more than images
     layers='auto', # layers with maps or tokens, named as in `Term`
     *,
-    images:Tensor|None=None, # (B, 3, H, W) from 0 to 1, to show; None: `x`, each image stretched to that range
+    images:Tensor|None=None, # (B, 3, H, W) from 0 to 1, to show; None: those in `x`, each stretched to that range
     n:int=4, # number of images
     p:float=2 # exponent of the activations
 ):
     "Attention maps of student and teacher side by side over each image, for each pair of layers. Returns the figure"
-    x = [o[:n] for o in inputs(x)]
-    pictures = to_show(x[0] if images is None else images[:n])
-    pairs = pair(student, teacher, tuple(x), layers=layers, match='none')
+    x = first_samples(inputs(x), n)
+    pictures = to_show(picture_in(x) if images is None else images[:n])
+    pairs = pair(student, teacher, x, layers=layers, match='none')
     s,t = read_maps(student, x, [o.student for o in pairs], p),read_maps(teacher, x, [o.teacher for o in pairs], p)
     columns = []
     for o in pairs: columns += [(f'student {o.student}', s[o.student]), (f'teacher {o.teacher}', t[o.teacher])]

@@ -1,0 +1,164 @@
+"Models side by side on the same validation data: a report with intervals and tests."
+import copy
+from contextlib import closing, contextmanager
+from types import SimpleNamespace
+from fastai.basics import L, Learner, TensorImageBase, TfmdDL, detuplify, mk_metric, to_detach
+from fastai.tabular.core import TabDataLoader
+from fastai.text.data import TensorText
+from ..measure import measure_models, roles_of
+from ..outputs import DistillError
+from ..ranks import rank
+from ..report import Report
+from .batches import number_of_batches, prepared, some_batches
+from .stream import is_stream
+from .task import task_of
+from .teachers import teacher_of
+from .vocab import vocab_of
+
+__all__ = ['AS_IT_IS', 'compare']
+
+# each model itself, not a faster copy, unless the user's own `Teacher` asks for one
+AS_IT_IS = dict(precision='fp32', memory_format=None, fold_bn=False, compile=False)
+
+
+def compare(
+    models:dict, # name -> Learner, exported Learner (.pkl), module, file or anything else that `Teacher` takes
+    dls=None, # DataLoaders, whose validation set is used; None: those of the last Learner among the models
+    *,
+    dl=None, # another DataLoader with labels, such as dls.test_dl(items, with_labels=True)
+    teacher:str|None=None, # name of the teacher; None: 'teacher', if a model is called so
+    baseline:str|None=None, # name of the model without a teacher; None: 'alone', else the first student of several
+    metrics=None, # fastai metrics; None: those of the Learners
+    loss_func=None, # the task's own loss; None: that of the Learner, or of the DataLoaders
+    kind=None, # 'softmax', 'sigmoid' or 'regression'; None: read from the loss function
+    axis=None, # class axis; None: read from the loss function
+    headline:str|None=None, # the measure that counts first, such as 'nll'; None: the usual one of the task
+    large:int|None=None, # size of the large batch whose time and memory are measured; None: the DataLoader's own
+    seconds:float=.5, # for each measurement of time; 0: no times
+    repeats:int=2000, # bootstrap draws
+    seed:int=0, # of the bootstrap
+    title:str='', # of the report
+    progress:bool=True # a bar in a terminal or notebook
+) -> Report:
+    """Measure all models on the same validation data, in one pass: the task's scores and loss, the Learners' metrics,
+    agreement with the teacher, calibration, classes, cost and time.
+
+    Differences are paired by sample, with 95 % bootstrap intervals and exact tests. They cover the choice of validation
+    samples, not the luck of a training: other seeds need other trainings"""
+    if not isinstance(models, dict) or not models:
+        raise DistillError("compare needs names: compare({'teacher': teacher, 'alone': alone, 'distilled': student}).")
+    teacher,baseline = roles_of(models, teacher, baseline)
+    learn = reference(models, dls, loss_func)
+    task = task_of(learn.loss_func, kind, axis)
+    data = learn.dls.valid if dl is None else dl
+    large = large or getattr(data, 'bs', None) or 64
+    steps = number_of_batches(data)
+    steps = None if steps is None else steps + 2*len(models)*bool(seconds)
+    with shown_bar(progress, steps) as tick, closing(prepared(learn, some_batches(data), 1, False)) as batches:
+        teachers = {k: teacher_of(o, learn, task, **AS_IT_IS) for k,o in models.items()}
+        report = measure_models(teachers, batches, task, teacher=teacher, baseline=baseline, loss=learn.loss_func,
+                                metrics=metrics_of(models, learn, metrics), language=is_stream(data),
+                                headline=headline, repeats=repeats, seed=seed, large=large, seconds=seconds, tick=tick)
+    report.title,report.unit = title,unit_of(data)
+    report.classes = names_of_classes(learn.dls, len(report.counts))
+    for k,o in models.items():
+        if not isinstance(o, Learner): continue
+        report.models[k].kind = getattr(getattr(o, 'arch', None), '__name__', report.models[k].kind)
+        report.models[k].history = history_of(o)
+    return report
+
+
+def names_of_classes(dls, n):
+    "`n` names, which are numbers where the data have no others"
+    names = vocab_of(dls)
+    return names if names is not None and len(names) == n else list(map(str, range(n)))
+
+
+def reference(models, dls, loss_func):
+    "The Learner, or what stands for one, whose data, callbacks and loss are used"
+    learners = [o for o in models.values() if isinstance(o, Learner)]
+    if dls is None and not learners:
+        raise DistillError("None of the models is a Learner: pass the DataLoaders, compare(models, dls).")
+    own = next((o for o in learners[::-1] if dls is None or o.dls is dls), None)
+    loss = loss_func or getattr(own or next(iter(learners[::-1]), dls), 'loss_func', None)
+    if loss is None:
+        raise DistillError("Neither a Learner nor the DataLoaders show the task's loss: pass loss_func=.")
+    if own is not None and loss_func is None: return own
+    return SimpleNamespace(dls=dls if own is None else own.dls, model=None, loss_func=loss)
+
+
+class MetricValues:
+    "Copies of fastai's metrics, for one model"
+    def __init__(self, learn, metrics):
+        self.learn,self.metrics = learn,[copy.deepcopy(m) for m in metrics]
+        for m in self.metrics: m.reset()
+
+    def add(self, xb, out, yb):
+        now = Step(self.learn, xb=xb, yb=yb, x=detuplify(xb), y=detuplify(yb), pred=out, training=False,
+                   to_detach=to_detach)
+        for m in self.metrics: m.accumulate(now)
+
+    def values(self): return {m.name: plain_number(m.value) for m in self.metrics}
+
+
+class Step:
+    "A Learner, as a metric sees it, after the prediction of a batch; the Learner itself is not changed"
+    def __init__(self, learn, **now):
+        self.__dict__.update(now)
+        self._learn = learn
+
+    def __getattr__(self, name): return getattr(self._learn, name)
+
+
+def metrics_of(models, learn, metrics):
+    "fn() -> fresh metrics for a model"
+    if metrics is None: found = [m for o in models.values() if isinstance(o, Learner) for m in o.metrics]
+    else: found = [mk_metric(m) for m in L(metrics)]
+    named = {m.name: m for m in found}
+    return lambda: MetricValues(learn, named.values())
+
+
+def plain_number(v):
+    try: return None if v is None else float(v)
+    except (TypeError, ValueError): return None      # a metric of several numbers
+
+
+def unit_of(dl):
+    "What the samples are"
+    if is_stream(dl): return 'pieces of text'
+    if isinstance(dl, TabDataLoader): return 'rows'
+    types = getattr(dl, '_types', None) if isinstance(dl, TfmdDL) else None
+    found = list(types_in(types)) if types else []
+    if TensorText in found[:1]: return 'texts'
+    return 'images' if found and issubclass(found[0], TensorImageBase) else 'samples'
+
+
+def types_in(types):
+    "The types of a batch's tensors, which fastai stores nested, in their order"
+    for o in (v for vs in types.values() for v in vs) if isinstance(types, dict) else [types]:
+        if isinstance(o, type): yield o
+        else: yield from types_in(o)
+
+
+def history_of(learn):
+    "Column of the training's table -> its value in each epoch of the last fit"
+    recorder = getattr(learn, 'recorder', None)
+    names = [n for n in getattr(recorder, 'metric_names', []) if n not in ('epoch', 'time')]
+    rows = getattr(recorder, 'values', [])
+    if not len(rows) or any(len(r) != len(names) for r in rows): return {}
+    return {n: [plain_number(r[i]) for r in rows] for i,n in enumerate(names)}
+
+
+@contextmanager
+def shown_bar(progress, total):
+    "Yields the function to call after each step; it moves a bar in a terminal or a notebook"
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    console = Console()
+    if not progress or rank() or not (console.is_terminal or console.is_jupyter):
+        yield lambda: None
+        return
+    with Progress(TextColumn('compare'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                  console=console, transient=True) as bar:
+        task = bar.add_task('compare', total=total)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,170 @@
+"`Learner.distill_find`: look for the recipe and the learning rate that suit a student, its data and its teacher."
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import time
+from fastai.basics import Learner, OptimWrapper, noop, patch
+from ..candidates import candidates_for, given_candidates
+from ..docments import explain as add_docments
+from ..doctor.runs import guarded_random_state
+from ..doctor.tally import METRICS
+from ..outputs import DistillError, DistillWarning
+from ..ranks import rank
+from ..study import Search, import_optuna
+from .arguments import feed_of
+from .batches import restored
+from .cache_data import cache_teacher
+from .cache_feed import moves
+from .check import check_teacher
+from .choice import example_of, facts_for_choice
+from .clock import scorer
+from .task import task_of
+from .trials import Trials
+
+__all__ = []
+
+FACTORS = 1,.32,3.2,.1,10 # of the Learner's own rate
+MOST_VIEWS = 4 # of outputs with positions, which augmentation moves
+
+
+@patch
+def distill_find(
+    self:Learner, # the student. Each run begins with its present weights; nothing of it is changed
+    teacher, # what `distill` takes. A teacher that runs is asked once, and its answers are used by all runs
+    n_epoch:int, # of the training for which a recipe is needed
+    minutes:float=10, # the search ends after this time, with the best that it knows
+    *,
+    rates=None, # learning rates to try; None: the learner's own, and two below and two above it, up to 10 times
+    recipes:dict|None=None, # name -> recipe: these in place of the usual ones for the task
+    live:bool=False, # let the teacher run in each trial, so that recipes between layers are tried too
+    score=None, # fn(logits, targets) -> (B,) score of each item, greater is better; None: as in `check_teacher`
+    trials:int|None=None, # end the search after so many runs, those of labels alone included; None: by the time
+    seeds:int=5, # the best runs and labels alone are repeated with so many seeds, if there is time
+    storage=None, # a file or a database's URL ('sqlite:///find.db') from which a search resumes, and which several
+    # processes may share
+    name:str='fastdistill', # of the search in the storage
+    kind:str|None=None, axis:int|None=None, output=None, # as in `distill`
+    check:bool=True, # look for mistakes first
+    fine_tune:bool=False, # train with `Learner.fine_tune` in place of `fit_one_cycle`
+    show:bool=True, # progress, a table and, in notebooks, a plot
+    **kwargs # more options of the training, as in `distill`
+):
+    """Try recipes, their options and learning rates; return the best: `student.distill(teacher, 5, found.lr,
+    found.recipe)`.
+
+    Half of the validation items choose. The other half decides whether the lead over labels alone, with a rate of its
+    own, is more than luck"""
+    begin = time()
+    import_optuna()
+    refuse_search(self, n_epoch, minutes, kwargs)
+    task,show = task_of(self.loss_func, kind, axis),show and self.logger is not noop and rank() == 0
+    as_it_is = live or feed_of(teacher) is not None
+    with guarded_random_state(), restored(*self.dls.loaders):
+        facts = facts_of_task(self, teacher, task, output, live, check, show)
+        candidates = candidates_for(**facts, layers=live) if recipes is None else given_candidates(recipes)
+        positions = facts.get('dense') or task.kind == 'regression'
+        with answers(self, teacher, task, as_it_is, positions, n_epoch, show) as source, shown(show) as progress:
+            train = Trials(self, source, n_epoch, score or scorer(task), output, kind=kind, axis=axis,
+                           fine_tune=fine_tune, **kwargs)
+            epochs = n_epoch + (kwargs.get('freeze_epochs', 1) if fine_tune else 0)
+            stored = dict(kind=task.kind, classes=facts.get('classes'), fine_tune=fine_tune, **sizes(self))
+            found = Search(candidates, own_rates(self) if rates is None else rates, train, n_epoch=epochs,
+                           begin=begin, end=begin + 60*minutes, trials=trials, seeds=seeds, storage=storage, name=name,
+                           facts=stored, metric=metric_of(task, score), show=progress).run()
+    if show: report(found, n_epoch)
+    return found
+
+
+def refuse_search(learn, n_epoch, minutes, options):
+    "Refuse what can't be searched, before anything runs"
+    if given := [k for k in ('unlabelled', 'perturbed') if options.get(k)]:
+        raise DistillError(f"distill_find takes no {'= and '.join(given)}=: there are no stored outputs for inputs "
+                           "without labels. Find a recipe without them, then distill(teacher, n_epoch, found.lr, "
+                           f"found.recipe, {given[0]}=...).")
+    if n_epoch < 1 or minutes <= 0: raise DistillError(f"n_epoch={n_epoch}, minutes={minutes}: both are above 0.")
+    if len(learn.dls.loaders) < 2 or getattr(learn.dls.valid, 'n', None) == 0:
+        raise DistillError("distill_find needs a validation set: one half chooses the recipe, the other judges it.")
+    if isinstance(learn.opt_func, OptimWrapper):
+        raise DistillError("opt_func is an optimizer that exists already, and each run needs its own. Give the Learner "
+                           "a function: opt_func=partial(OptimWrapper, opt=torch.optim.AdamW).")
+
+
+def own_rates(learn):
+    lr = learn.lr.stop if isinstance(learn.lr, slice) else learn.lr
+    return [lr*f for f in FACTORS]
+
+
+def metric_of(task, score):
+    if score is not None: return 'score'
+    return '-squared error' if task.kind == 'regression' else METRICS[task.kind]
+
+
+def facts_of_task(learn, teacher, task, output, live, check, show):
+    "The arguments of `candidates_for`"
+    stored = feed_of(teacher) is not None
+    if stored and live:
+        raise DistillError("live=True needs a teacher that runs, not stored outputs: pass the teacher itself.")
+    mistakes = check_teacher(learn, teacher, task, output=output).enforce(show) if check and not stored else None
+    example = example_of(learn, output)
+    facts = facts_for_choice(example, task, mistakes)
+    if not facts.pop('labels', True):
+        raise DistillError("These batches have no labels, so no score can be computed: there is nothing to search by.")
+    return facts | dict(maps=example is not None and len(example.shape) == 4)
+
+
+def sizes(learn):
+    "What a search that resumes must have in common with the first one: numbers of batches and of parameters"
+    def length(dl):
+        try: return len(dl)
+        except TypeError: return None
+    return dict(batches=[length(dl) for dl in learn.dls.loaders],
+                parameters=sum(p.numel() for p in learn.model.parameters()))
+
+
+@contextmanager
+def answers(learn, teacher, task, as_it_is, positions, n_epoch, show):
+    "What the runs take as teacher: a cache of its answers, which is deleted at the end, unless they take it as it is"
+    if as_it_is:
+        yield teacher
+        return
+    with TemporaryDirectory(prefix='fastdistill') as folder:
+        views = min(n_epoch, MOST_VIEWS) if positions and moves(learn.dls.train) else 0
+        try:
+            with warnings.catch_warnings():
+                # no other teacher gets to this cache
+                warnings.filterwarnings('ignore', 'The weights of', DistillWarning)
+                cache = cache_teacher(teacher, learn.dls, Path(folder)/'cache', views, kind=task.kind, axis=task.axis,
+                                      check=False, progress=show)
+        except DistillError as e: raise DistillError(f"{e} Or let the teacher run in each trial: live=True.") from e
+        yield cache
+
+
+@contextmanager
+def shown(on):
+    "Yields a function that shows the last score and the time that has passed; without a share, a note"
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, Progress, TextColumn
+    console = Console(highlight=False, soft_wrap=True)
+    if not on or not (console.is_terminal or console.is_jupyter):
+        yield lambda text, share: print(f'fastdistill: {text}') if on and share is None else None
+        return
+    with Progress(BarColumn(20), TextColumn('{task.percentage:>3.0f} % of the time  {task.description}'),
+                  console=console) as bar:
+        task = bar.add_task('', total=1.)
+        def update(text, share):
+            if share is None: console.print(f'fastdistill: {text}', markup=False)
+            else: bar.update(task, completed=share, description=escape(text))
+        yield update
+
+
+def report(found, n_epoch):
+    print(f'{found.table}\n\n{found}\nstudent.distill(teacher, {n_epoch}, found.lr, found.recipe) trains with it.')
+    from rich.console import Console
+    if not Console().is_jupyter: return
+    from IPython.display import display
+    display(found.plot())
+
+
+add_docments(Learner.distill_find)

@@ -1,0 +1,70 @@
+"Which module a teacher runs: the model itself, or a faster copy of it."
+from torch import nn
+from ..features.probe import untouched
+from ..outputs import Outputs, as_plain
+from ..ranks import rank
+from .forms import is_graph
+from .guest import Guest
+from .speed import OPTIONS, Speed
+
+__all__ = ['Running']
+
+
+class Running:
+    "The part of `Teacher` that knows how its module runs"
+    @property
+    def _speed_options(self): return {k: getattr(self, k) for k in (*OPTIONS, 'device')}
+
+    @property
+    def _speed(self):
+        "How the module runs, which variations with the same options share; None for other forms of teachers"
+        if not isinstance(self.model, nn.Module) or is_graph(self.model): return None
+        all_of_them,key = self._found.setdefault('speed', {}),(self.mode, *map(str, self._speed_options.values()))
+        if key not in all_of_them: all_of_them[key] = Speed(self.model, self.mode, self._speed_options, self._say)
+        return all_of_them[key]
+
+    def say_with(
+        self, fn # fn(text); None: print
+    ):
+        "Where messages about the speed go"
+        self._found['say'] = fn
+        for m in self.members: m.say_with(fn)
+
+    def _say(self, text):
+        if rank() == 0: (self._found.get('say') or print)(f'fastdistill: the teacher {self.name} {text}')
+
+    @property
+    def half(self):
+        "Name of the dtype in which a copy computes, where that is not the model's own; else empty"
+        return '' if self._speed is None else self._speed.half
+
+    @property
+    def runs(self):
+        "The nn.Module that runs: `module`, or a faster copy of it"
+        return self.module if self._speed is None else self._speed.module
+
+    def expect(
+        self, batches:int # that will come before `stop`
+    ):
+        "After `start`: the length of this run. A long run is worth compiling for"
+        self._batches = batches
+        for m in self.members: m.expect(batches)
+
+    def _choose_speed(self, x, kw, layers, device):
+        "Before a batch: the module that runs"
+        s = self._speed
+        if s.is_stale(thorough=False): s.run_as_it_is('its weights change while it teaches')
+        if s.undecided_for(x, kw): s.decide(x, kw, device, layers, lambda m: self._trial(m, x, kw, device))
+        s.for_layers(layers)
+        if s.module is not self._guest.model: self._guest = self._stack.enter_context(self._new_guest())
+
+    def _new_guest(self): return Guest(self.runs, self.mode, ours=self.runs is not self.module)
+
+    def _trial(self, module, x, kw, device):
+        "The logits of a module for a batch. Nothing is changed by it"
+        was = self._guest
+        with untouched(module), Guest(module, self.mode) as self._guest:
+            try:
+                x,kw = self._prepare(x, kw, device)
+                return as_plain(Outputs.of(module(*x, **kw), output=self.output).logits)
+            finally: self._guest = was
