@@ -105,6 +105,7 @@ def test_the_winner_is_the_best_of_the_repeated_runs():
 
 
 def test_what_it_does_not_know_it_says():
+    assert found({LABELS.name: .5}).verdict == 'no recipe was tried yet'
     assert 'no recipe was better' in found({LABELS.name: .5, 'a': .4}).verdict
     assert 'unknown: there was no time to repeat' in found({LABELS.name: .5, 'a': .9}).verdict
     # one repeated run alone decides nothing

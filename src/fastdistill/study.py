@@ -161,7 +161,7 @@ class Search:
         return [o for c in candidates.values() if c.name not in self.errors for o in runs_with(c, self.rates)
                 if o not in begun]
 
-    def _fail(self, study, trial): study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
+    def _fail(self, study, trial): study.tell(trial, state=self.optuna.trial.TrialState.FAIL, skip_if_finished=True)
 
     def _try(self, study, trial, run):
         "One run of the search"
@@ -170,8 +170,9 @@ class Search:
             run.stopped = len(run.scores) < self.n_epoch and trial.should_prune()
             return run.stopped
         self.n_runs += 1
+        end = self.search_end
         with self._told(study, trial, run):
-            self._train(run, after_epoch, lambda: time() > self.search_end)
+            self._train(run, after_epoch, lambda: time() > end)
             if not run.stopped and len(run.scores) < self.n_epoch: raise OutOfTime
             if run.stopped: study.tell(trial, state=self.optuna.trial.TrialState.PRUNED)
             else: study.tell(trial, run.score)

@@ -6,7 +6,12 @@ import numpy as np
 from ..outputs import DistillError, DistillWarning
 from .digests import fingerprint
 
-__all__ = ['Source', 'check_alone', 'distinct_views', 'identity_of', 'is_whole', 'spread_positions', 'unrepeatable']
+__all__ = ['Source', 'check_alone', 'check_batch_size', 'distinct_views', 'identity_of', 'is_whole', 'spread_positions',
+           'unrepeatable']
+
+
+def check_batch_size(bs):
+    if not is_whole(bs) or bs < 1: raise DistillError(f"bs={bs!r}: give a whole number from 1.")
 
 
 @dataclass
@@ -23,7 +28,7 @@ class Source:
     files:list|None=None # path of each sample's file, in the order of `keys`; None where samples are not files
 
     def __post_init__(self):
-        if not is_whole(self.bs) or self.bs < 1: raise DistillError(f"bs={self.bs!r}: give a whole number from 1.")
+        check_batch_size(self.bs)
         if self.files is not None and len(self.files) != len(self.keys):
             raise DistillError(f"{len(self.files)} files for {len(self.keys)} samples: give one for each.")
 

@@ -93,22 +93,24 @@ def labels(learn, teacher, task):
         names = class_names(o, learn.dls)
         found = None if task.kind == 'regression' else map_classes(vocab_of(learn.dls), names)
         if found is None or found.same: continue
-        if found.missing and o.known_classes is not None:
-            mine = vocab_of(learn.dls)
-            if o.known_classes != [mine.index(c) for c in found.shared]: continue       # the user gave them
-            yield Finding('warning', f"The teacher knows {len(found.shared)} of the student's {len(mine)} classes "
-                          f"({few_names(found.shared, 5)}). These are distilled, on samples with these labels. The "
-                          f"others ({few_names(found.missing, 5)}) are left to the labels",
-                          "Is this intended? If the teacher has other names for them, give the student's class of each "
-                          "output: Teacher(model, classes=[...])")
-        elif found.missing:
+        if found.missing and o.known_classes is None:
             yield Finding('error', f"The teacher does not have {len(found.missing)} of the student's classes "
                           f"({few_names(found.missing, 5)}); it has {few_names(names, 8)}",
-                          "Use a teacher trained on the student's classes, or train the student on the teacher's")
+                          "Use a teacher trained on the student's classes, or train the student on the teacher's"
+                          + of_shared(found, vocab_of(learn.dls), names))
+        elif o.known_classes is not None: continue      # the user chose them
         else:
             extra = f", and {len(found.extra)} more, which are not used" if found.extra else ''
             yield Finding('note', f"The teacher has the student's classes in another order{extra}",
                           "Its outputs are mapped by name")
+
+
+def of_shared(found, student, teacher):
+    "How to distill the classes that both models have"
+    if len(found.shared) < 2: return ''
+    at = lambda names: few_names([names.index(c) for c in found.shared], 20)
+    return (f". To distill the {len(found.shared)} that both have, and leave the others to the labels: "
+            f"Teacher(model, select=[{at(teacher)}], classes=[{at(student)}])")
 
 
 def codings(learn, teacher, task):

@@ -39,7 +39,7 @@ def distill_find(
     recipes:dict|None=None, # name -> recipe: these in place of the usual ones for the task
     live:bool=False, # let the teacher run in each trial, so that recipes between layers are tried too
     score=None, # fn(logits, targets) -> (B,) score of each item, greater is better; None: as in `check_teacher`
-    trials:int|None=None, # end the search after so many runs; None: when the time is over
+    trials:int|None=None, # end the search after so many runs, those of labels alone included; None: by the time
     seeds:int=5, # the best runs and labels alone are repeated with so many seeds, if there is time
     storage=None, # a file or a database's URL ('sqlite:///find.db') from which a search resumes, and which several
     # processes may share

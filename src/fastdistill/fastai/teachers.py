@@ -94,14 +94,10 @@ def with_numbers(teacher, dls):
 
 
 def in_order(dls, names, task):
-    """The options that put a teacher's classes in the student's order; none if the order is the same or unknown.
-
-    If the teacher knows some of the student's classes, these are compared"""
+    "The option that puts a teacher's classes in the student's order; none if the order is the same or unknown"
     if names is None or dls is None or task is None or task.kind == 'regression': return {}
-    if (found := map_classes(vocab_of(dls), names)) is None: return {}
-    if found.order is not None: return dict(select=found.order)
-    if not found.missing or len(found.shared) < (2 if task.kind == 'softmax' else 1): return {}
-    return dict(select=[names.index(c) for c in found.shared], classes=[vocab_of(dls).index(c) for c in found.shared])
+    found = map_classes(vocab_of(dls), names)
+    return {} if found is None or found.order is None else dict(select=found.order)
 
 
 def of_module(model, given):

@@ -1,10 +1,11 @@
 "Divergences beside the plain ones: a teacher softened alone, mixtures of both models, a family between both KLs."
 import math
+from functools import partial
 import torch
 from torch import Tensor
 from ..outputs import DistillError
-from ._base import Loss, expect, log_probs, loss, reduce
-from .response import checked_classes, kl, kl_of, reverse_kl, within
+from ._base import Loss, expect, log_probs, loss
+from .response import kl, kl_of, kl_values, of_positions, reverse_kl, within
 
 __all__ = ['ttm', 'TTM', 'wttm', 'WTTM', 'skewed_kl', 'SkewedKL', 'taid', 'TAID', 'abkd', 'ABKD']
 
@@ -20,9 +21,9 @@ def ttm(
 ):
     """KL(softmax(t/T) || softmax(s)): transformed teacher matching (ICLR 2024, arXiv:2402.11148). 0 where the student
     predicts the softened probabilities themselves. Without T^2, since the student's logits are not divided by T"""
-    s,t = checked_classes(s, t, axis, mask)
-    ls,lt = log_probs(s, 1., axis),log_probs(within(t, s), T, axis)
-    return reduce(kl_of(lt, ls, axis), reduction, mask)
+    return of_positions(partial(ttm_values, T=T), s, t, axis, mask, reduction)
+
+def ttm_values(s, t, T, axis): return kl_of(log_probs(within(t, s), T, axis), log_probs(s, 1., axis), axis)
 
 class TTM(Loss): fn = ttm
 
@@ -38,11 +39,11 @@ def wttm(
 ):
     """`ttm` of each position times U, the sum of its softmax(t)^(1/T): from 1, where the teacher is certain, to
     C^(1-1/T), where all C classes are equal to it (ICLR 2024, arXiv:2402.11148)"""
-    s,t = checked_classes(s, t, axis, mask)
-    t = within(t, s)
-    ls,lt = log_probs(s, 1., axis),log_probs(t, T, axis)
-    u = (log_probs(t, 1., axis)/T).logsumexp(axis).exp()
-    return reduce(u*kl_of(lt, ls, axis), reduction, mask)
+    return of_positions(partial(wttm_values, T=T), s, t, axis, mask, reduction)
+
+def wttm_values(s, t, T, axis):
+    u = (log_probs(within(t, s), 1., axis)/T).logsumexp(axis).exp()
+    return u*ttm_values(s, t, T, axis)
 
 class WTTM(Loss): fn = wttm
 
@@ -63,10 +64,12 @@ def skewed_kl(
     if not 0 <= lam < 1:
         raise DistillError(f"lam={lam}: the first distribution's share of the mixture is a number from 0 to below 1")
     if lam == 0: return (reverse_kl if reverse else kl)(s, t, T=T, axis=axis, mask=mask, reduction=reduction)
-    s,t = checked_classes(s, t, axis, mask)
+    return of_positions(partial(skewed_values, lam=lam, reverse=reverse, T=T), s, t, axis, mask, reduction, scale=T**2)
+
+def skewed_values(s, t, lam, reverse, T, axis):
     ls,lt = log_probs(s, T, axis),log_probs(t, T, axis)
     a,b = (ls, lt) if reverse else (lt, ls)
-    return reduce(kl_of(a, mixture(a, b, lam), axis)*T**2, reduction, mask)
+    return kl_of(a, mixture(a, b, lam), axis)
 
 class SkewedKL(Loss): fn = skewed_kl
 
@@ -89,11 +92,12 @@ def taid(
     """T^2 KL to the student from the softmax of (1-lam) s + lam t, where s has no gradient: a target that moves from
     the student to the teacher while lam grows (TAID, ICLR 2025, arXiv:2501.16937)"""
     if not 0 <= lam <= 1: raise DistillError(f"lam={lam}: the teacher's share of the target is a number from 0 to 1")
-    s,t = checked_classes(s, t, axis, mask)
+    return of_positions(partial(taid_values, lam=lam, T=T), s, t, axis, mask, reduction, scale=T**2)
+
+def taid_values(s, t, lam, T, axis):
     # subtle: at the ends one of both is taken as it is, since 0*inf is nan
     target = t if lam == 1 else s.detach() if lam == 0 else (1-lam)*s.detach() + lam*t
-    ls,lt = log_probs(s, T, axis),log_probs(within(target, s), T, axis)
-    return reduce(kl_of(lt, ls, axis)*T**2, reduction, mask)
+    return kl_values(s, target, T, axis)
 
 class TAID(Loss): fn = taid
 
@@ -113,11 +117,12 @@ def abkd(
     b = beta, c = a + b; its limit where one of both is 0 (ABKD, ICML 2025, arXiv:2505.04560)"""
     if alpha < 0 or beta < 0 or alpha + beta == 0:
         raise DistillError(f"alpha={alpha}, beta={beta}: both are 0 or more, and not both 0")
-    s,t = checked_classes(s, t, axis, mask)
+    return of_positions(partial(abkd_values, alpha=alpha, beta=beta, T=T), s, t, axis, mask, reduction, scale=T**2)
+
+def abkd_values(s, t, alpha, beta, T, axis):
     # subtle: as in `kl` and `reverse_kl`, where a class that one model rules out would make the limit infinite
     a,b = within(t, s) if beta == 0 else t,within(s, t) if alpha == 0 else s
-    summands = ab_divergence(log_probs(a, T, axis), log_probs(b, T, axis), alpha, beta)
-    return reduce(summands.sum(axis)*T**2, reduction, mask)
+    return ab_divergence(log_probs(a, T, axis), log_probs(b, T, axis), alpha, beta).sum(axis)
 
 class ABKD(Loss): fn = abkd
 

@@ -1,10 +1,12 @@
 "Losses between the outputs of two models: (B, C), (B, C, H, W), (B, L, V) ... with `axis` as the class axis."
 import copy, functools, inspect, math
+from functools import partial
 import torch
 from torch import Tensor
 import torch.nn.functional as F
 from ..outputs import DistillError
 from ._base import Loss, _full, class_axis, expect, fit_mask, log_probs, loss, reduce, same_shape, temperature
+from .chunks import per_position
 
 __all__ = ['kl', 'KL', 'reverse_kl', 'ReverseKL', 'jsd', 'JSD', 'tvd', 'TVD', 'soft_ce', 'SoftCE', 'mse', 'MSE',
            'hard', 'Hard', 'binary_kl', 'BinaryKL', 'regression', 'Regression', 'soft_targets', 'SoftTargets',
@@ -25,13 +27,26 @@ def checked_pair(s, t, axis, mask):
     return (s,t) if mask is None else blank(fit_mask(mask, positions(s, axis)).unsqueeze(axis), s, t)
 
 
-def checked_classes(s, t, axis, mask):
-    "`checked_pair` for a softmax, which needs two classes or more"
+def check_classes(s, axis):
+    "A softmax needs two classes or more"
     if s.shape[class_axis(s, axis)] < 2:
         raise DistillError(f"Outputs of shape {tuple(s.shape)} have 1 class on axis {axis}. Its softmax is always 1, "
                            "so there is nothing to learn. Is it one label, or a number? Use binary_kl or regression. "
                            "Does another axis hold the classes? Pass axis.")
+
+
+def checked_classes(s, t, axis, mask):
+    "`checked_pair` for a softmax"
+    check_classes(s, axis)
     return checked_pair(s, t, axis, mask)
+
+
+def of_positions(values, s, t, axis, mask, reduction, slope=None, scale=1.):
+    "The reduced values of a loss whose value at a position needs the logits of that position alone"
+    check_classes(s, axis)
+    same_shape(s, t)
+    if mask is not None: mask = fit_mask(mask, positions(s, class_axis(s, axis)))
+    return reduce(per_position(values, s, t, axis, mask, slope)*scale, reduction, mask)
 
 
 def within(x, other):
@@ -57,9 +72,13 @@ def kl(
     reduction:str='mean'
 ):
     "T^2 KL(softmax(t/T) || softmax(s/T)): soft targets (Hinton, Vinyals and Dean 2015, arXiv:1503.02531)"
-    s,t = checked_classes(s, t, axis, mask)
-    ls,lt = log_probs(s, T, axis),log_probs(within(t, s), T, axis)
-    return reduce(kl_of(lt, ls, axis)*T**2, reduction, mask)
+    return of_positions(partial(kl_values, T=T), s, t, axis, mask, reduction, partial(kl_slope, T=T), T**2)
+
+def kl_values(s, t, T, axis): return kl_of(log_probs(within(t, s), T, axis), log_probs(s, T, axis), axis)
+
+def kl_slope(s, t, T, axis):
+    "The gradient of `kl_values` with respect to `s`"
+    return (log_probs(s, T, axis).exp_() - log_probs(within(t, s), T, axis).exp_()).div_(T)
 
 class KL(Loss): fn = kl
 
@@ -76,9 +95,9 @@ def reverse_kl(
     """T^2 KL(softmax(s/T) || softmax(t/T)) (MiniLLM, arXiv:2306.08543).
 
     The student learns to predict only classes that the teacher finds likely"""
-    s,t = checked_classes(s, t, axis, mask)
-    ls,lt = log_probs(within(s, t), T, axis),log_probs(t, T, axis)
-    return reduce(kl_of(ls, lt, axis)*T**2, reduction, mask)
+    return of_positions(partial(reverse_values, T=T), s, t, axis, mask, reduction, scale=T**2)
+
+def reverse_values(s, t, T, axis): return kl_of(log_probs(within(s, t), T, axis), log_probs(t, T, axis), axis)
 
 class ReverseKL(Loss): fn = reverse_kl
 
@@ -99,11 +118,13 @@ def jsd(
         raise DistillError(f"beta={beta}: the teacher's share of the mixture is a number from 0 to 1")
     # subtle: at beta 0 and 1 the formula gives 0 (the KLs are its slopes there), so these give the KLs, as in TRL
     if beta in (0, 1): return (reverse_kl if beta else kl)(s, t, T=T, axis=axis, mask=mask, reduction=reduction)
-    s,t = checked_classes(s, t, axis, mask)
+    return of_positions(partial(jsd_values, beta=beta, T=T), s, t, axis, mask, reduction, scale=T**2)
+
+def jsd_values(s, t, beta, T, axis):
     ls,lt = log_probs(s, T, axis),log_probs(t, T, axis)
     # subtle: without the clamp, the gradient of logaddexp is nan where both are -inf
     lm = torch.logaddexp(lt + math.log(beta), ls.clamp_min(torch.finfo(ls.dtype).min/4) + math.log(1-beta))
-    return reduce((beta*kl_of(lt, lm, axis) + (1-beta)*kl_of(ls, lm, axis))*T**2, reduction, mask)
+    return beta*kl_of(lt, lm, axis) + (1-beta)*kl_of(ls, lm, axis)
 
 class JSD(Loss): fn = jsd
 
@@ -118,9 +139,9 @@ def tvd(
     reduction:str='mean'
 ):
     "T^2/2 |softmax(t/T) - softmax(s/T)|: total variation distance, bounded by T^2 (f-distill, arXiv:2307.15190)"
-    s,t = checked_classes(s, t, axis, mask)
-    v = (log_probs(s, T, axis).exp() - log_probs(t, T, axis).exp()).abs().sum(axis)/2
-    return reduce(v*T**2, reduction, mask)
+    return of_positions(partial(tvd_values, T=T), s, t, axis, mask, reduction, scale=T**2)
+
+def tvd_values(s, t, T, axis): return (log_probs(s, T, axis).exp() - log_probs(t, T, axis).exp()).abs().sum(axis)/2
 
 class TVD(Loss): fn = tvd
 
@@ -137,9 +158,9 @@ def soft_ce(
     """T^2 cross-entropy with the soft targets (arXiv:1503.02531).
 
     It is `kl` plus the teacher's entropy, and has the same gradient"""
-    s,t = checked_classes(s, t, axis, mask)
-    ls,lt = log_probs(s, T, axis),log_probs(within(t, s), T, axis)
-    return reduce(expect(lt, -ls).sum(axis)*T**2, reduction, mask)
+    return of_positions(partial(ce_values, T=T), s, t, axis, mask, reduction, partial(kl_slope, T=T), T**2)
+
+def ce_values(s, t, T, axis): return expect(log_probs(within(t, s), T, axis), -log_probs(s, T, axis)).sum(axis)
 
 class SoftCE(Loss): fn = soft_ce
 

@@ -8,7 +8,7 @@ from ..features.shapes import as_map
 from ..features.taps import Taps
 from ..outputs import DistillError, as_plain, map_tensors, tensors_in
 
-__all__ = ['attention_map', 'show_features']
+__all__ = ['attention_map', 'picture_in', 'show_features']
 
 
 def attention_map(

@@ -10,17 +10,22 @@ __all__ = ['Guest', 'cuda_devices']
 
 class Guest:
     "Inside `with Guest(model, mode):` the model is ready to teach; afterwards it is as before"
-    def __init__(self, model, mode): self.model,self.mode = model,mode
+    def __init__(
+        self, model, mode,
+        ours:bool=False # a copy of the teacher's own, whose buffers nobody else reads
+    ):
+        self.model,self.mode,self.ours = model,mode,ours
 
     def __enter__(self):
         mods = list(self.model.modules())
         self.modes = [(m, m.training) for m in mods if hasattr(m, 'training')]
-        copied = lambda b: b.clone() if b.layout == torch.strided else None # sparse buffers can't be compared
-        self.buffers = [(m._buffers, k, b, copied(b)) for m in mods for k,b in m._buffers.items() if b is not None]
+        self.buffers = [(m._buffers, k, b) for m in mods for k,b in m._buffers.items() if b is not None]
+        self.saved = Saved([] if self.ours else [b for *_,b in self.buffers])
         self.states = [(m, state_of(m)) for m in mods if isinstance(m, nn.RNNBase) or has_reset(m)]
-        dtypes = (p.dtype for p in self.model.parameters())
+        params = [p for m in mods for p in m._parameters.values() if p is not None]
+        dtypes = (p.dtype for p in params)
         self.dtype = next((d for d in dtypes if d.is_floating_point and d.itemsize > 1), None)
-        self.cuda = cuda_devices(self.model)
+        self.cuda = {t.device for t in [*params, *(b for *_,b in self.buffers)] if t.is_cuda}
         self.params = [] # as they were, if the model was moved
         self.batch_device = self.device = None # of the last batch, and where it goes
         self.has_run = False
@@ -56,10 +61,33 @@ class Guest:
         for d,k,p,data,grad in self.params: # the same tensors as before, not copies that were moved back
             p.data,p.grad = data,grad
             if d[k] is not p: d[k] = p
-        for d,k,b,was in self.buffers:
+        for d,k,b in self.buffers:
             if d[k] is not b: d[k] = b
-            if was is not None: restore_tensor(b, was)
+        self.saved.restore()
         for m,was in self.states: vars(m).update(was)
+
+
+class Saved:
+    """Values of tensors, to be restored. Those of one dtype and device are copied, and compared, in one piece: a model
+    has hundreds of small buffers, and a teacher that is not started saves them at each batch"""
+    def __init__(self, tensors):
+        groups = {}
+        for t in tensors:
+            # sparse tensors can't be compared
+            if t.layout == torch.strided: groups.setdefault((t.dtype, t.device), []).append(t)
+        self.groups = [(ts, [t.shape for t in ts], one_vector(ts)) for ts in groups.values()]
+
+    @torch.no_grad()
+    def restore(self):
+        for ts,shapes,values in self.groups:
+            # subtle: observers of quantization-aware training change the shape of their buffers in the first batch
+            if [t.shape for t in ts] == shapes and torch.equal(one_vector(ts), values): continue
+            for t,shape,was in zip(ts, shapes, values.split([s.numel() for s in shapes])):
+                restore_tensor(t, was.reshape(shape))
+
+
+@torch.no_grad()
+def one_vector(ts): return torch.cat([t if t.dim() == 1 else t.reshape(-1) for t in ts])
 
 
 def cuda_devices(model): return {t.device for t in [*model.parameters(), *model.buffers()] if t.is_cuda}

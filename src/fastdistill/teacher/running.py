@@ -56,7 +56,9 @@ class Running:
         if s.is_stale(thorough=False): s.run_as_it_is('its weights change while it teaches')
         if s.undecided_for(x, kw): s.decide(x, kw, device, layers, lambda m: self._trial(m, x, kw, device))
         s.for_layers(layers)
-        if s.module is not self._guest.model: self._guest = self._stack.enter_context(Guest(s.module, self.mode))
+        if s.module is not self._guest.model: self._guest = self._stack.enter_context(self._new_guest())
+
+    def _new_guest(self): return Guest(self.runs, self.mode, ours=self.runs is not self.module)
 
     def _trial(self, module, x, kw, device):
         "The logits of a module for a batch. Nothing is changed by it"

@@ -10,8 +10,9 @@ def in_slices(
     rows:int|None # of a slice; None: all rows at once
 ):
     "The inputs in slices of at most so many rows"
+    if rows is None: return [(x, kw)]
     n = max((len(t) for t in tensors_in((x, kw)) if t.dim()), default=0)
-    if rows is None or n <= rows: return [(x, kw)]
+    if n <= rows: return [(x, kw)]
     cut = lambda i: map_tensors((x, kw), lambda t: t[i:i+rows] if t.dim() and len(t) == n else t)
     return [cut(i) for i in range(0, n, rows)]
 

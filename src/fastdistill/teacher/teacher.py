@@ -15,7 +15,7 @@ from .draws import OwnDraws, generators
 from .ensemble import mix, shares
 from .estimator import Estimator
 from .forms import FORMS, Onnx, check_second_argument, is_graph, load_model
-from .guest import Guest, cuda_devices
+from .guest import cuda_devices
 from .hidden import has_reset, why_no_reset
 from .images import affine, check_images, fit_images, is_image, stats_of
 from .probabilities import check_probabilities, logits_of
@@ -212,7 +212,7 @@ class Teacher(Running):
         with ExitStack() as stack:
             for m in self.members: stack.enter_context(m)
             if self._speed is not None and self._speed.is_stale(thorough=True): self._speed.restart()
-            if self.runs is not None: self._guest = stack.enter_context(Guest(self.runs, self.mode))
+            if self.runs is not None: self._guest = stack.enter_context(self._new_guest())
             if None not in (self.stats, self.input_stats) and not self.members:
                 self._scaling = affine(self.input_stats, self.stats)
             self._stack = stack.pop_all()

@@ -1,0 +1,88 @@
+"One value per position, computed in chunks: large logits need no more memory than their gradient."
+from functools import partial
+import torch
+from torch import Tensor
+from ._base import class_axis
+
+__all__ = ['per_position']
+
+# numbers in a chunk: on a CPU it should stay in the cache, on a GPU it should fill the device
+ON_CPU,ON_GPU = 2**16,2**24
+
+
+def per_position(
+    values, # fn(s, t, axis=) -> one value per position, each from the logits of that position alone
+    s:Tensor, # student logits, any shape
+    t:Tensor, # teacher logits, the same shape
+    axis:int=1, # class axis
+    mask:Tensor|None=None, # `s` without the class axis: where it is 0, logits count as 0
+    slope=None # fn(s, t, axis=): the gradient of `values` with respect to `s`; None: autograd's
+) -> Tensor:
+    "`values` of all logits, without the class axis"
+    axis,size = class_axis(s, axis),ON_CPU if s.is_cpu else ON_GPU
+    if s.numel() < 4*size or torch.compiler.is_compiling() or s.is_meta or in_transform():
+        return blanked(values, s, t, None if mask is None else mask.unsqueeze(axis), axis=axis)
+    three = [None if x is None else in_three(x, axis) for x in (s, t, None if mask is None else mask.unsqueeze(axis))]
+    fns = partial(blanked, values),None if slope is None else partial(blanked, slope)
+    return Chunked.apply(*three, *fns, size).reshape(s.shape[:axis] + s.shape[axis+1:])
+
+
+def in_transform():
+    "torch.func's transforms see into the loss"
+    return getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)() is not None
+
+
+def in_three(x, axis):
+    "`x` as (positions before the classes, classes, positions after them)"
+    before,after = x.shape[:axis].numel(),x.shape[axis+1:].numel()
+    return x.reshape(before, x.shape[axis], after)
+
+
+def blanked(fn, s, t, mask, axis=1):
+    "`fn`, with 0 where the mask drops a position, so that a nan there reaches neither the loss nor the gradient"
+    if mask is not None: s,t = [x.where(mask > 0, 0.) for x in (s, t)]
+    return fn(s, t, axis=axis)
+
+
+def chunks(shape, size):
+    "Slices of (before, classes, after), each of about `size` numbers"
+    a,c,p = shape
+    rows,cols = max(size//(c*p), 1),max(min(p, size//c), 1)
+    for i in range(0, a, rows):
+        for j in range(0, p, cols): yield slice(i, i+rows),slice(None),slice(j, j+cols)
+
+
+class Chunked(torch.autograd.Function):
+    "Values of (before, classes, after), whose backward pass computes each chunk again"
+    @staticmethod
+    def forward(ctx, s, t, mask, values, slope, size):
+        ctx.save_for_backward(s, t, mask)
+        ctx.fns = values,slope,size
+        out = s.new_empty(len(s), 1, s.shape[2])
+        for i in chunks(s.shape, size): out[i] = values(*rows_at((s, t, mask), i)).unsqueeze(1)
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        (s,t,mask),(values,slope,size) = ctx.saved_tensors,ctx.fns
+        if torch.is_grad_enabled(): return second_order(values, s, t, mask, g),*[None]*5
+        out = torch.empty_like(s)
+        for i in chunks(s.shape, size):
+            rows = rows_at((s, t, mask), i)
+            d = slope(*rows) if slope is not None else by_autograd(values, *rows)
+            torch.mul(d, g[i], out=out[i])
+        return out,*[None]*5
+
+
+def rows_at(tensors, i): return [None if x is None else x[i] for x in tensors]
+
+
+@torch.enable_grad()
+def by_autograd(values, s, t, mask):
+    s = s.detach().requires_grad_()
+    return torch.autograd.grad(values(s, t, mask).sum(), s)[0]
+
+
+def second_order(values, s, t, mask, g):
+    "The gradient, with a graph of its own and without chunks"
+    return torch.autograd.grad(values(s, t, mask).unsqueeze(1), s, g, create_graph=True)[0]
