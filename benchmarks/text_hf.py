@@ -65,16 +65,16 @@ def main():
         return model
 
     for seed in range(a.seeds):
-        def small():
+        def small(seed=seed):
             set_seed(seed)
             return bert(tokenizer, names, 32, 1)
         set_seed(seed)
-        teacher = fit('teacher', bert(tokenizer, names, 128, 3), seed)
+        teacher = fit('teacher', bert(tokenizer, names, 96, 2), seed)
         fit('alone', small(), seed)
         fit('kd(T=2, alpha=.7)', small(), seed, teacher=teacher, recipe=kd(T=2, alpha=.7))
         fit('automatic recipe', small(), seed, teacher=teacher)
-        fit('first layer, alone', student_from(teacher, [0]), seed)
         fit('first layer, kd(T=2, alpha=.7)', student_from(teacher, [0]), seed, teacher=teacher, recipe=kd(T=2, alpha=.7))
+        fit('first layer, alone', student_from(teacher, [0]), seed)
 
 
 if __name__ == '__main__': main()

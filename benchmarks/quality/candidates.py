@@ -15,7 +15,7 @@ class Candidate:
     outputs:str = SOFT
     tier:str = 'core' # 'core': in every cell; 'two': two classes first; 'more': where time allows; 'peer': another tool's default
     smoothing:float = 0.
-    classes:int = 2 # fewest that it is for
+    classes:int = 1 # fewest that it is for
     tasks:str = '' # these alone
 
     def fits(self, cell, classes):

@@ -105,33 +105,50 @@ def of_calibration(r):
     return table(['cell', 'labels alone', 'default', 'kd(4,.9)', 'fasterai'], rows)
 
 
+def better_teacher(r, n):
+    "Is the teacher better than the student that learns from the labels alone, on the validation split?"
+    alone = np.mean([*by_seed(r.runs[n]['labels'], r.cells[n].output, 'valid').values()])
+    f = r.facts[n]['teacher_valid']*100
+    return (-f if r.cells[n].output == 'tokens' else f) > alone
+
+
 def claims(r):
-    "What the default promises, checked"
-    have = {n: r.gains[n][r.default[n]] for n in r.cells if r.default[n] in r.gains[n]}
-    worse = [n for n,g in have.items() if significant(g, -1)]
-    helped = [n for n in have if any(significant(g) for k,g in r.gains[n].items() if k not in ('labels', 'smoothing'))]
-    better = [n for n in helped if significant(have[n])]
-    share = np.median([have[n][0] for n in have])/np.median([r.gains[n][r.best(n)][0] for n in have])
-    kinds = {}
-    for n in have:
+    "What the default promises, in all cells and where the teacher has something to teach"
+    good = [n for n in r.cells if better_teacher(r, n)]
+    rest = [n for n in r.cells if n not in good]
+    return (f'**All {len(r.cells)} cells**\n\n' + claims_in(r, list(r.cells)) + f'\n**The {len(good)} cells whose teacher is better, on the validation split, than the student that learns '
+            f'from labels alone** (without {", ".join(rest) or "none"})\n\n' + claims_in(r, good))
+
+
+def claims_in(r, cells):
+    gain = {n: r.gains[n][r.default[n]] for n in cells if r.default[n] in r.gains[n]}
+    helped = [n for n in gain if any(significant(g) for k,g in r.gains[n].items() if k not in ('labels', 'smoothing'))]
+    lines = [f'- The default: {verdict(r, gain, helped)}.']
+    rivals = {}
+    for n in gain:
         if (p := r.peer(n)) is None: continue
-        rival = r.runs[n][PEERS[p]]
-        kinds.setdefault(KINDS[group(r.facts[n])], []).append(paired(by_seed(r.runs[n][r.default[n]], r.cells[n].output), by_seed(rival, r.cells[n].output))[0])
-    wins = [k for k,v in kinds.items() if np.mean(v) > 0]
-    losses = {k: f'{np.mean(v):+.2f}' for k,v in kinds.items()}
-    lo = {n: r.gains[n][k] for n,k in r.left_out.items()}
-    lo_worse = [n for n,g in lo.items() if significant(g, -1)]
-    lo_helped = [n for n in lo if n in helped]
-    lo_better = [n for n in lo_helped if significant(lo[n])]
-    lo_share = np.median([lo[n][0] for n in lo])/np.median([r.gains[n][r.best(n)][0] for n in lo]) if lo else float('nan')
-    names = lambda o: ', '.join(o) or 'none'
-    return '\n'.join([
-        f'- The default is significantly worse than labels alone in {len(worse)} of {len(have)} cells: {names(worse)}.',
-        f'- It is significantly better in {len(better)} of the {len(helped)} cells where any recipe is. Not in: {names(set(helped)-set(better))}.',
-        f'- Its median gain is {share:.0%} of the median of the best recipe of each cell (which is chosen by the test scores).',
-        f'- Against the best default of another tool in each cell, mean difference by kind: {", ".join(f"{k} {v}" for k,v in losses.items())}: better in {len(wins)} of {len(kinds)}.',
-        f'- The recipe chosen on the other tasks alone: significantly worse than labels in {len(lo_worse)} of {len(lo)} cells ({names(lo_worse)}), significantly better in {len(lo_better)} of {len(lo_helped)}; '
-        f'its median gain is {lo_share:.0%} of the best; mean regret {np.mean([r.gains[n][r.best(n)][0]-g[0] for n,g in lo.items()]):.2f} points.', ''])
+        rival = paired(*(by_seed(r.runs[n][k], r.cells[n].output) for k in (r.default[n], PEERS[p])))
+        rivals.setdefault(KINDS[group(r.facts[n])], []).append(rival[0])
+    text = ', '.join(f'{k} {np.mean(v):+.2f}' for k,v in rivals.items())
+    lines.append(f'- The default against the best default of another tool, which is chosen by the test scores of each cell; mean difference by kind: {text}.')
+    for p,k in PEERS.items():
+        both = {n: paired(*(by_seed(r.runs[n][o], r.cells[n].output) for o in (r.default[n], k))) for n in gain if k in r.gains[n] and k != r.default[n]}
+        if both: lines.append(f'- The default against {p} in {len(both)} cells: significantly better in {sum(map(significant, both.values()))}, worse in '
+                              f'{sum(significant(g, -1) for g in both.values())}; mean difference {np.mean([g[0] for g in both.values()]):+.2f}.')
+    left = {n: r.gains[n][k] for n,k in r.left_out.items() if n in cells}
+    if left: lines.append(f'- The recipe that is best on the other tasks of the kind: {verdict(r, left, [n for n in helped if n in left])}.')
+    return '\n'.join(lines) + '\n'
+
+
+def verdict(r, gain, helped):
+    worse = [n for n,g in gain.items() if significant(g, -1)]
+    better = [n for n in helped if significant(gain[n])]
+    top = {n: r.gains[n][r.best(n)][0] for n in gain}
+    share = np.median([g[0] for g in gain.values()])/np.median([*top.values()])
+    names = lambda o: f' ({", ".join(sorted(o))})' if o else ''
+    return (f'significantly worse than labels alone in {len(worse)} of {len(gain)} cells{names(worse)}; significantly better in {len(better)} of the {len(helped)} where any recipe is'
+            f'{", not in" + names(set(helped)-set(better)) if len(better) < len(helped) else ""}; its median gain is {share:.0%} of the median of each cell\'s best recipe, which is chosen by the '
+            f'test scores; mean regret against those {np.mean([top[n]-g[0] for n,g in gain.items()]):.2f} points')
 
 
 def picture(r, path):

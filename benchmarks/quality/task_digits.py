@@ -10,9 +10,10 @@ from tasks import Cell, Data, Split, fit, kept
 PARTS = (0, 1000), (1000, 1200), (1200, 1797) # digits of the training, validation and test pictures
 AMOUNT = 6000,2000,4000
 SIZE = dict(digits100=(10, 20), points=(16, 28))
+NOISE = dict(digits100=.2, points=.6)
 
 
-def pictures(amount, part, g, height, width):
+def pictures(amount, part, g, height, width, noise):
     "(N, 1, height, width) noisy pictures of two digits, their numbers, and where both stand, from -1 to 1: row and column of each"
     x,y = load_digits(return_X_y=True)
     x,y = torch.tensor(x).float().view(-1, 8, 8)/16,torch.tensor(y)
@@ -21,7 +22,7 @@ def pictures(amount, part, g, height, width):
     canvas = torch.zeros(amount, height, width)
     for i in range(amount):
         for k,(r,c) in enumerate(at[i].tolist()): canvas[i, r:r+8, c+k*width//2:c+k*width//2+8] += x[pick[i, k]]
-    canvas += .2*torch.randn(canvas.shape, generator=g)
+    canvas += noise*torch.randn(canvas.shape, generator=g)
     return canvas[:, None],10*y[pick[:, 0]] + y[pick[:, 1]],(2*at/(free-1)-1).flatten(1)
 
 
@@ -35,7 +36,7 @@ class Net(nn.Sequential):
 
 def make(task):
     g = torch.Generator().manual_seed(0)
-    found = [pictures(n, part, g, *SIZE[task]) for n,part in zip(AMOUNT, PARTS)]
+    found = [pictures(n, part, g, *SIZE[task], NOISE[task]) for n,part in zip(AMOUNT, PARTS)]
     classes = task == 'digits100'
     xs,ys,n_out = [x for x,*_ in found],[y if classes else w for _,y,w in found],100 if classes else 4
     torch.manual_seed(0)
@@ -49,7 +50,7 @@ def data(task):
     return Data(*(Split(*s) for s in d['splits']), teacher=d['teacher'], extra=d)
 
 
-def student(d): return Net(8, 16, 32, d.extra['n_out'], d.extra['size'])
+def student(d): return Net(*((8, 16, 32) if d.extra['n_out'] == 100 else (4, 8, 16)), d.extra['n_out'], d.extra['size'])
 
 
 def cell(name, task, steps, output='classes', **more):

@@ -7,7 +7,7 @@ from ..features.names import unwrap
 from ..outputs import DistillError
 from ..teacher.teacher import Teacher
 
-__all__ = ['without_loss', 'names_taken', 'predicts', 'question_logits', 'teacher_for']
+__all__ = ['names_taken', 'predicts', 'question_logits', 'teacher_for', 'without_loss']
 
 PROBLEMS = dict(regression='regression', single_label_classification='softmax', multi_label_classification='sigmoid')
 

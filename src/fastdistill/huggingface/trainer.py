@@ -13,8 +13,8 @@ from ..ranks import mean_over_ranks
 from ..replay.seeds import RandomGuard
 from ..teacher.teacher import Teacher
 from ..trainers import (add_parameters, average_gradients, complete, load_state, needs_example, reset_gradients,
-                        training_state, takes_part)
-from .models import without_loss, names_taken, predicts, question_logits, teacher_for
+                        takes_part, training_state)
+from .models import names_taken, predicts, question_logits, teacher_for, without_loss
 
 __all__ = ['DistillationMixin', 'DistillationTrainer']
 

@@ -68,7 +68,8 @@ class Chunked(torch.autograd.Function):
         if torch.is_grad_enabled(): return second_order(values, s, t, mask, g),*[None]*5
         out = torch.empty_like(s)
         for i in chunks(s.shape, size):
-            d = slope(*rows_at((s, t, mask), i)) if slope is not None else by_autograd(values, *rows_at((s, t, mask), i))
+            rows = rows_at((s, t, mask), i)
+            d = slope(*rows) if slope is not None else by_autograd(values, *rows)
             torch.mul(d, g[i], out=out[i])
         return out,*[None]*5
 
