@@ -451,7 +451,7 @@ def report():
         both = [Image.open(s).convert('RGB') for s in shots]
         whole = Image.new('RGB', (2*both[0].width, both[0].height))
         for i,o in enumerate(both): whole.paste(o, (i*o.width, 0))
-        whole.quantize(64, dither=Image.Dither.NONE).save(IMG/'report.png', optimize=True)
+        whole.quantize(256, dither=Image.Dither.NONE).save(IMG/'report.png', optimize=True)
 
 
 if __name__ == '__main__':
