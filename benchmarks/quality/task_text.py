@@ -11,7 +11,7 @@ from tasks import ROOT, Cell, Data, Split, fit, kept
 
 LENGTH = 48
 # steps and rate of the teacher; the weak one is stopped while it is still unsure, and is worse than a student that trains long
-TEACHERS = dict(sst2=(450, .005), banking77=(650, .01), banking77weak=(650, .005), trec=(400, .005), goemotions=(700, .01))
+TEACHERS = dict(sst2=(450, .005), banking77=(650, .01), banking77weak=(650, .005), trec=(400, .005), goemotions=(600, .01))
 
 
 def words(text): return re.findall(r"[a-z0-9']+|[?!]", text.lower())
@@ -19,10 +19,10 @@ def words(text): return re.findall(r"[a-z0-9']+|[?!]", text.lower())
 def pairs(ws): return [*ws, *(f'{a} {b}' for a,b in zip(ws, ws[1:]))]
 
 
-def vocabulary(lists):
-    "Words that stand in two texts or more; 0 is none"
+def vocabulary(lists, least=2):
+    "Words that stand in so many texts or more; 0 is none"
     n = Counter(w for ws in lists for w in set(ws))
-    return {w: i for i,w in enumerate(sorted(w for w in n if n[w] > 1), 1)}
+    return {w: i for i,w in enumerate(sorted(w for w in n if n[w] >= least), 1)}
 
 def ids(lists, vocab, length):
     out = torch.zeros(len(lists), length, dtype=torch.long)
@@ -65,7 +65,8 @@ def read(name):
 def make(name, width=128):
     splits,(steps,lr) = read(name.removesuffix('weak')),TEACHERS[name]
     lists = [[words(t) for t in xs] for xs,_ in splits]
-    vocab,wide = vocabulary(lists[0]),vocabulary(map(pairs, lists[0]))
+    least = 2 if len(lists[0]) < 20_000 else 8
+    vocab,wide = vocabulary(lists[0], least),vocabulary(map(pairs, lists[0]), least)
     ys,xs,ws = [y for _,y in splits],[ids(o, vocab, LENGTH) for o in lists],[ids([*map(pairs, o)], wide, 2*LENGTH) for o in lists]
     n_out = ys[0].shape[1] if ys[0].dim() == 2 else int(ys[0].max())+1
     loss = F.binary_cross_entropy_with_logits if ys[0].dim() == 2 else F.cross_entropy
