@@ -7,7 +7,7 @@ from fastai.basics import Learner
 from ..outputs import DistillError
 from ..report import Report
 from ..teacher.forms import Onnx
-from .export import export_student, facts_of, inputs_of
+from .export import export_student, facts_of, export_inputs
 
 __all__ = ['load_student', 'save_student']
 
@@ -41,7 +41,7 @@ def save_student(
     card (README.md) with the report's numbers, and the network (student.onnx). Nothing in it is a pickle"""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    facts = facts_of(learn, inputs_of(learn, 1)[0]) | dict(network=type(learn.model).__name__,
+    facts = facts_of(learn, export_inputs(learn, 1)[0]) | dict(network=type(learn.model).__name__,
                                                            parameters=sum(p.numel() for p in learn.model.parameters()))
     save_model(learn.model, str(folder/'model.safetensors'))
     checked = None

@@ -19,7 +19,7 @@ from .task import task_of
 from .teachers import image_stats
 from .vocab import vocab_of
 
-__all__ = ['Exported', 'export_student', 'facts_of', 'inputs_of']
+__all__ = ['Exported', 'export_student', 'facts_of', 'export_inputs']
 
 KEY = 'fastdistill' # name of the metadata inside a file
 CLOSE = .01 # largest difference that rounding explains, as a share of the largest output
@@ -72,7 +72,7 @@ def export_student(
         raise DistillError(f"{str(path)!r}: possible are the suffixes {' and '.join(WRITERS)}")
     if int8 and path.suffix != '.onnx':
         raise DistillError("int8=True needs an .onnx file: export_student(learn, 'student.onnx', int8=True)")
-    batches = inputs_of(learn, max(n, calibration if int8 else 0))
+    batches = export_inputs(learn, max(n, calibration if int8 else 0))
     facts = facts_of(learn, batches[0]) | dict(int8=int8)
     path.parent.mkdir(parents=True, exist_ok=True)
     with on_cpu(learn.model) as model: WRITERS[path.suffix](LogitsOnly(model), example(batches[0]), path, facts)
@@ -82,7 +82,7 @@ def export_student(
     return Exported(path, path.stat().st_size, difference, count, facts, report)
 
 
-def inputs_of(learn, n):
+def export_inputs(learn, n):
     "Inputs of validation batches, on the CPU"
     with closing(prepared(learn, some_batches(learn.dls.valid), 1, False)) as batches:
         out = [tuple(o.cpu() for o in x) for x,_ in islice(batches, n)]
@@ -122,7 +122,7 @@ def facts_of(learn, x) -> dict:
                 versions=dict(torch=torch.__version__, fastai=fastai.__version__))
 
 
-def exported_program(model, x):
+def to_program(model, x):
     "The torch.export program, with a free batch size"
     batch = torch.export.Dim('batch')
     # subtle: one entry for `*x` of `LogitsOnly`
@@ -137,14 +137,14 @@ def exported_program(model, x):
 
 
 def write_program(model, x, path, facts):
-    torch.export.save(exported_program(model, x), path, extra_files={f'{KEY}.json': json.dumps(facts)})
+    torch.export.save(to_program(model, x), path, extra_files={f'{KEY}.json': json.dumps(facts)})
 
 
 def write_onnx(model, x, path, facts):
     try: import onnx, onnxscript  # noqa: F401 (the exporter needs it)
     except ImportError as e:
         raise ImportError("An ONNX file needs onnx, onnxscript and onnxruntime: pip install 'fastdistill[onnx]'") from e
-    program = exported_program(model, x)
+    program = to_program(model, x)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')     # of the exporter, about PyTorch
         names = [o['name'] for o in facts['inputs']]
