@@ -196,6 +196,14 @@ def test_the_paths_in_contributing_are_there():
     assert not [p for p in paths if '*' not in p and not (ROOT/p).exists()]
 
 
+def test_the_oldest_releases_are_the_lower_bounds():
+    bounds = dict(re.findall(r'"([\w-]+)>=([\d.]+)', (ROOT/'pyproject.toml').read_text()))
+    oldest = dict(re.findall(r'^([\w-]+)==([\d.]+)', (ROOT/'tests'/'oldest.txt').read_text(), re.M))
+    parts = lambda v: [*map(int, v.split('.')), 0, 0, 0][:4]
+    assert len(bounds) > 15
+    assert not [k for k,v in bounds.items() if parts(v) != parts(oldest.get(k, '0'))], 'tests/oldest.txt has the lower bounds of pyproject.toml'
+
+
 def test_every_loss_says_at_its_definition_what_it_needs():
     for f in [*(SRC/'losses').glob('*.py'), SRC/'recipes.py']:
         for d in ast.walk(ast.parse(f.read_text())):
