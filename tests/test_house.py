@@ -39,7 +39,8 @@ LAW = dict(
     fastai=('outputs docments ranks task gradients losses features replay cache teacher terms distiller recipes automatic candidates study doctor plots report measure',
             'torch numpy fastai', 'pandas rich IPython'),
     demo=('outputs fastai', 'torch numpy fastai rich PIL', 'matplotlib sklearn'),
-    cli=('errors ranks cache fastai demo __init__', 'typer rich', ''),
+    bench=('outputs fastai', 'torch numpy fastai rich', 'matplotlib timm torchvision fasterai torchdistill'),
+    cli=('errors ranks cache fastai demo bench __init__', 'typer rich', ''),
 )
 # the same inside a folder: a file may import those of its folder that stand before it
 ORDER = dict(
@@ -53,7 +54,8 @@ ORDER = dict(
     cache='keys digests folder files entries records manifest reader source writer progress dataset verify',
     fastai='task stream block vocab targets tables teachers batches compare check transforms replay_dl sample_keys cache_data cache_feed columns finite trend unlabelled projector_opt arguments choice callback patches learner clock trials find',
     demo='tasks results picture',
-    cli='objects cache demo find app',
+    bench='pairs ways',
+    cli='objects bench cache demo find app',
 )
 
 
