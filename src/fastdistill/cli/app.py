@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from .. import __version__
 from ..errors import DistillError, DistillWarning
+from .bench import bench
 from .cache import cache_app
 from .demo import demo
 from .find import find
@@ -16,6 +17,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help='Knowledge distillation for fastai and PyTorch: train a small model on what a big one knows.')
 app.add_typer(cache_app, name='cache')
 app.command()(demo)
+app.command()(bench)
 app.command()(find)
 
 
