@@ -4,7 +4,7 @@ VENV   := .venv
 OLDEST := .venv-oldest
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal
 
-.PHONY: bench demo test check check-oldest lint api wheel clean
+.PHONY: bench demo test check check-oldest lint api quality wheel clean
 
 demo: $(VENV)/.ready      ## train a big model and small ones with and without its help; a table and a picture
 	$(VENV)/bin/fastdistill demo
@@ -25,6 +25,11 @@ lint: $(VENV)/.ready-dev
 
 api: $(VENV)/.ready-dev   ## write the public names anew, after a decision to change them
 	$(VENV)/bin/python tests/test_house.py > tests/api.txt
+
+quality: $(VENV)/.ready-dev ## what each recipe is worth: run what is missing, then draw the tables; hours on one core
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/quality/run.py
+	$(VENV)/bin/python benchmarks/quality/rule.py
+	$(VENV)/bin/python benchmarks/quality/tables.py
 
 wheel: $(VENV)/.ready-dev
 	$(VENV)/bin/python -m build

@@ -78,3 +78,9 @@ def forum():
         dl = space['dls'].test_dl(list(range(len(images))))
         return space['teacher'].get_preds(dl=dl, act=v.noop)[0].numpy()
     return space | nets | dict(labels=pictures()[1], teacher_outputs=teacher_outputs)
+
+
+def compare():
+    "`vision`, and `alone`, a third Learner with the student's architecture"
+    space = vision()
+    return space | dict(alone=learner(fastai_vision.resnet18, space['dls']))

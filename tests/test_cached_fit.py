@@ -78,7 +78,7 @@ def test_the_loss_its_gradient_and_its_column_are_the_live_teachers(tmp_path, ma
     cache = cache_teacher(teacher, learner().dls, tmp_path, views=1 if make is tables else 2, dtype='float32', valid=True)
     learn = learner()
     watch = Watch(live(teacher, app))
-    quiet(learn, 2, cbs=[KnowledgeDistillation(cache), watch])
+    quiet(learn, 2, cbs=[KnowledgeDistillation(cache, kd()), watch])
     assert watch.worst < 1e-4 and watch.n == 2*len(learn.dls.train)
     pairs = [(s, t) for (s,_),(t,_) in zip(apps.answers(learn.model, learn.dls.valid), apps.answers(teacher, learn.dls.valid))]
     s,t = [torch.cat(o) for o in zip(*pairs)]
@@ -90,7 +90,7 @@ def test_the_loss_its_gradient_and_its_column_are_the_live_teachers(tmp_path, ma
 def test_distill_takes_a_cache_and_a_feed_and_without_validation_the_column_is_empty(tmp_path):
     cache = cache_teacher(Convs(3).eval(), data(), tmp_path, views=1)
     learn = student(data(), metrics=apps.accuracy)
-    with learn.no_bar(), learn.no_logging(): learn.distill(cache, 1, 1e-3)
+    with learn.no_bar(), learn.no_logging(): learn.distill(cache, 1, 1e-3, kd())
     assert names_of(learn) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'task_loss', 'kd_loss', 'time'] and column(learn, 'kd_loss') is None
     with learn.no_bar(), learn.no_logging(): learn.distill(CacheFeed(tmp_path), 1, 1e-3, soft_labels())
     assert len(learn.metrics) == 1
@@ -193,7 +193,7 @@ def test_views_walk_on_over_epochs_and_over_two_fits(tmp_path, how):
 def test_a_caches_folder_is_enough(tmp_path):
     cache_teacher(Convs(3).eval(), data(), tmp_path/'c', views=2)
     learn = student(data())
-    with learn.no_bar(), learn.no_logging(): learn.distill(tmp_path/'c', 1, 1e-3)
+    with learn.no_bar(), learn.no_logging(): learn.distill(tmp_path/'c', 1, 1e-3, kd())
     assert names_of(learn)[-2:] == ['kd_loss', 'time']
 
 
@@ -356,7 +356,7 @@ def test_lr_find_then_fit(tmp_path):
     teacher = Convs(3).eval()
     cache = cache_teacher(teacher, data(), tmp_path/'c', views=2, dtype='float32')
     learn = student(data(), path=tmp_path)
-    callback,watch = KnowledgeDistillation(cache),Watch(live(teacher, by_name('image')))
+    callback,watch = KnowledgeDistillation(cache, kd()),Watch(live(teacher, by_name('image')))
     quiet(learn)
     was,weights = state_of(learn),{k: v.clone() for k,v in learn.model.state_dict().items()}
     learn.add_cb(callback)
@@ -384,7 +384,7 @@ def test_targets_of_a_block_teach_as_the_teacher_itself():
     kl = lambda s, t: kl_div((s/4).log_softmax(1), (t/4).softmax(1), reduction='batchmean')*16
     watch = Watch(lambda learn, s: .1*app.task(s, learn.y) + .9*kl(s, told[-1]))
     learn = student(dls, metrics=apps.accuracy)
-    quiet(learn, 2, cbs=[KnowledgeDistillation(), Notes(), watch])
+    quiet(learn, 2, cbs=[KnowledgeDistillation(recipe=kd()), Notes(), watch])
     assert watch.worst < 1e-5 and column(learn, 'kd_loss') > 0 and names_of(learn)[-2] == 'kd_loss'
     rows = {tuple(r) for r in stored.round(4).tolist()}
     assert {tuple(r) for r in torch.cat(told).numpy().round(4).tolist()} <= rows

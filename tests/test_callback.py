@@ -330,7 +330,7 @@ def test_batches_without_labels_accumulate():
 
 def test_batches_without_labels_are_refused_where_labels_count():
     student,teacher = toy(labels=False)
-    with pytest.raises(DistillError, match='no labels, but the recipe gives their loss a weight: use alpha=1'): student.fit(1, cbs=KD(teacher))
+    with pytest.raises(DistillError, match='no labels, but the recipe gives their loss a weight: use alpha=1'): student.fit(1, cbs=KD(teacher, kd()))
 
 
 def test_a_share_is_the_same_in_a_fit_as_by_hand():
@@ -507,7 +507,7 @@ def test_save_model_follows_kd_loss_and_keeps_the_optimizer(tmp_path):
 
 def test_early_stopping_can_watch_kd_loss():
     student,teacher = toy()
-    student.fit(9, 0., cbs=[KD(teacher), EarlyStoppingCallback(monitor='kd_loss', patience=2)])
+    student.fit(9, 0., cbs=[KD(teacher, kd()), EarlyStoppingCallback(monitor='kd_loss', patience=2)])
     assert len(student.recorder.values) == 3
 
 

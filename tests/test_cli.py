@@ -60,7 +60,7 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path):
 
 def results(teacher, **scores):
     scores = {k.replace('_', ' '): v for k,v in scores.items()}
-    return Results('data', 'accuracy', (9, 9), (1, 1), teacher, scores, {}, {}, 1., {})
+    return Results('data', 'accuracy', (9, 9), (1, 1), teacher, scores, {}, {}, 1., {}, {})
 
 
 def test_the_share_of_the_lead_that_is_recovered():

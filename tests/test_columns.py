@@ -35,7 +35,7 @@ def column(learn, name): return [v[learn.recorder.metric_names.index(name)-1] fo
 def test_task_loss_is_the_labels_own_loss_on_the_training_set(cbs):
     student,teacher = toy(bs=24)      # the last batch is smaller
     own = OwnLoss()
-    student.fit(3, .1, cbs=[KD(teacher), own, *cbs])
+    student.fit(3, .1, cbs=[KD(teacher, kd()), own, *cbs])
     assert student.recorder.metric_names == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'task_loss', 'kd_loss', 'time']
     assert column(student, 'task_loss') == pytest.approx(own.means, rel=1e-5)
 
@@ -47,6 +47,7 @@ def test_an_epoch_that_is_cut_short_counts_as_far_as_it_went():
     assert 0 < len(own.epochs[0]) < 4 and cb.part_metrics[0].value == pytest.approx(own.means[0], rel=1e-5)
 
 
+@pytest.mark.filterwarnings('ignore:The labels. loss on the validation set rose')
 def test_an_overfitting_student_is_seen():
     "It learns 16 labels that are drawn at random: valid_loss rises, task_loss falls"
     student,teacher = toy(bs=16)
@@ -98,6 +99,7 @@ def figure():
     plt.close('all')
 
 
+@pytest.mark.filterwarnings('ignore:The labels. loss on the validation set rose')
 @pytest.mark.parametrize('train_metrics', [False, True])
 def test_plot_loss_has_the_labels_losses_on_a_scale_of_their_own(figure, train_metrics):
     student,teacher = toy()

@@ -106,7 +106,7 @@ def test_the_training_goes_into_the_report():
     student,teacher = toy()
     student.distill(teacher, 3, 1e-2, check=False)
     h = compare(dict(teacher=teacher, student=student), **QUICK).models['student'].history
-    assert list(h) == ['train_loss', 'valid_loss', 'accuracy', 'task_loss', 'kd_loss'] and {len(v) for v in h.values()} == {3}
+    assert list(h) == ['train_loss', 'valid_loss', 'accuracy', 'task_loss', 'dist_loss'] and {len(v) for v in h.values()} == {3}
     assert h['valid_loss'][-1] == pytest.approx(student.validate()[0], rel=1e-5)
 
 

@@ -5,7 +5,7 @@ import pytest
 from fastai.basics import Learner
 from fastcore.docments import docments
 import fastdistill.fastai
-from fastdistill.docments import comments, explain
+from fastdistill.docments import comments, explain, parameter_comments
 
 FACES = ['fastdistill', 'fastdistill.losses', 'fastdistill.recipes', 'fastdistill.fastai']
 FUNCTIONS = {f'{m}.{n}': o for m in FACES for n in importlib.import_module(m).__all__ if inspect.isroutine(o := getattr(importlib.import_module(m), n))}
@@ -25,8 +25,6 @@ def test_help_explains_the_parameters_that_have_a_comment(name):
     mine = args_of(fn)
     for p,said in docments(inspect.unwrap(fn)).items():
         if not said or p == 'return': continue
-        # fastcore takes a comment that goes on in lines of its own for the next parameter's
-        if p not in mine and any(' '.join(said.split()) in o for o in mine.values()): continue
         assert ' '.join(mine[p].split()).startswith(' '.join(said.split())), p       # a comment may go on in lines of its own
 
 
@@ -41,8 +39,26 @@ def test_classes_explain_what_they_are_made_with():
 
 
 def test_two_parameters_on_a_line_share_a_comment_and_a_comment_may_go_on():
-    lines = ['a, # first', "b=('a', 2), c:int=1, # of both", '   # and more', 'd']
-    assert comments(lines, ['a', 'b', 'c', 'd']) == {'a': 'first', 'b, c': 'of both and more'}
+    lines = ['a, # first', "b=('a', 2), c:int=1, # of both", '   # and more', 'd, # last', 'e', '# but one', '*', 'f', '# of it']
+    assert comments(lines, [*'abcdef']) == {'a': 'first', 'b, c': 'of both and more', 'd': 'last', 'f': 'but one of it'}
+
+
+def test_lines_before_a_parameter_without_a_comment_explain_it_as_in_fastcore():
+    def fn(
+        # of a long story,
+        # the first part
+        a,
+        b, # short
+        # and long
+        # enough
+        c=1,
+        *,
+        # the last
+        d=2
+    ): "Does it"
+    want = dict(a='of a long story, the first part', b='short', c='and long enough', d='the last')
+    assert parameter_comments(fn) == want
+    assert {k: ' '.join(v.split()) for k,v in docments(fn).items() if v} == want
 
 
 def test_a_second_explanation_changes_nothing_and_what_has_no_docstring_stays():

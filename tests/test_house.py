@@ -6,7 +6,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SRC = ROOT/'src'/'fastdistill'
 FILES = sorted(SRC.rglob('*.py'))
-FACES = ['fastdistill', 'fastdistill.losses', 'fastdistill.recipes', 'fastdistill.fastai']
+FACES = ['fastdistill', 'fastdistill.losses', 'fastdistill.recipes', 'fastdistill.fastai', 'fastdistill.huggingface', 'fastdistill.lightning']
 
 # room: which rooms it may import, all of them further up; which packages at the top of its files, and which only inside functions
 LAW = dict(
@@ -16,29 +16,34 @@ LAW = dict(
     schedule=('outputs', '', ''),
     ranks=('', 'torch', ''),
     task=('outputs', 'torch', ''),
-    batch=('outputs task', 'torch', ''),
+    class_sets=('outputs task', 'torch', ''),
+    batch=('outputs ranks task class_sets', 'torch', ''),
     gradients=('', 'torch', ''),
     ratios=('outputs ranks gradients', 'torch', ''),
     losses=('outputs docments', 'torch', ''),
     features=('outputs', 'torch numpy', ''),
     replay=('outputs', 'torch numpy', ''),
-    teacher=('outputs ranks features', 'torch numpy', 'onnxruntime pandas joblib'),
-    cache=('errors outputs ranks replay', 'torch numpy', 'fsspec fcntl msvcrt rich'),
-    doctor=('outputs ranks task losses features replay teacher', 'torch', 'scipy'),
+    teacher=('outputs ranks features class_sets', 'torch numpy', 'onnxruntime pandas joblib'),
+    cache=('errors outputs ranks replay', 'torch numpy', 'fsspec fcntl msvcrt rich pyarrow'),
+    doctor=('outputs ranks task class_sets losses features replay teacher', 'torch', 'scipy'),
     terms=('outputs schedule features', 'torch', ''),
-    distiller=('outputs ranks task batch gradients ratios features replay teacher terms doctor', 'torch', ''),
+    distiller=('outputs ranks task class_sets batch gradients ratios features replay teacher terms doctor', 'torch', ''),
+    heads=('outputs distiller features', 'torch', ''),
     recipes=('outputs schedule losses terms distiller', 'torch', ''),
     automatic=('outputs losses distiller recipes', '', ''),
+    trainers=('outputs ranks features doctor distiller', '', ''),
     candidates=('outputs losses terms recipes automatic', '', ''),
     found=('', 'torch', 'scipy matplotlib'),
     study=('outputs candidates found', 'torch numpy', 'optuna'),
     plots=('outputs features', 'torch', 'matplotlib'),
-    report=('errors', '', 'rich jinja2 matplotlib'),
+    report=('errors plots', '', 'rich jinja2 matplotlib IPython'),
     measure=('outputs task losses teacher doctor report', 'torch numpy', 'scipy'),
     __init__=('docments', 'lazy_loader', ''),
-    fastai=('outputs docments ranks task gradients losses features replay cache teacher terms distiller recipes automatic candidates study doctor plots report measure',
-            'torch numpy fastai', 'pandas rich IPython'),
-    demo=('outputs fastai', 'torch numpy fastai rich PIL', 'matplotlib sklearn'),
+    fastai=('outputs docments ranks task class_sets batch gradients losses features replay cache teacher terms distiller recipes automatic candidates study doctor plots report measure',
+            'torch numpy fastai safetensors', 'pandas rich IPython matplotlib onnx onnxscript onnxruntime'),
+    huggingface=('outputs ranks batch features replay teacher doctor distiller automatic trainers', 'torch transformers accelerate', ''),
+    lightning=('outputs batch features replay teacher task distiller automatic trainers', 'torch lightning', ''),
+    demo=('outputs plots fastai', 'torch numpy fastai rich PIL', 'matplotlib sklearn'),
     bench=('outputs fastai', 'torch numpy fastai rich', 'matplotlib timm torchvision fasterai torchdistill'),
     cli=('errors ranks cache fastai demo bench __init__', 'typer rich', ''),
 )
@@ -49,10 +54,12 @@ ORDER = dict(
     replay='generators seeds per_sample',
     teacher='images probabilities estimator forms draws hidden guest slices folding compiled speed running ensemble teacher',
     doctor='findings shared tally classes shapes runs images recipe scores outputs explain',
-    report='data',
-    measure='scores agreement pairs cost models',
-    cache='keys digests folder files entries records manifest reader source writer progress dataset verify',
-    fastai='task stream block vocab targets tables teachers batches compare check transforms replay_dl sample_keys cache_data cache_feed columns finite trend unlabelled projector_opt arguments choice callback patches learner clock trials find',
+    report='data recipes words sheets text page report',
+    plots='style features report',
+    measure='scores agreement pairs seeds cost models',
+    cache='keys digests folder files entries records manifest reader source writer progress dataset outside server verify',
+    fastai='task stream block vocab targets tables teachers batches compare interpret export card check transforms replay_dl sample_keys cache_data cache_feed columns finite trend unlabelled projector_opt arguments choice callback patches learner clock trials find turns shared separate progress many recipe_runs',
+    huggingface='students models trainer',
     demo='tasks results picture',
     bench='pairs ways',
     cli='objects bench cache demo find app',
@@ -145,7 +152,7 @@ def test_help_loads_no_torch():
 
 
 def test_import_fastdistill_brings_no_framework():
-    code = "import fastdistill, sys; fastdistill.Distiller, fastdistill.losses, fastdistill.kd; print(*{m.split('.')[0] for m in sys.modules} & {'fastai', 'matplotlib', 'timm', 'transformers', 'pandas', 'sklearn', 'PIL', 'rich', 'typer'})"
+    code = "import fastdistill, sys; fastdistill.Distiller, fastdistill.losses, fastdistill.kd; print(*{m.split('.')[0] for m in sys.modules} & {'fastai', 'matplotlib', 'timm', 'transformers', 'accelerate', 'lightning', 'pandas', 'sklearn', 'PIL', 'rich', 'typer'})"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == ''
 
 
@@ -189,6 +196,14 @@ def test_the_paths_in_contributing_are_there():
     paths = re.findall(r'`((?:src|tests|docs|benchmarks|examples)/[^`]*)`', (ROOT/'CONTRIBUTING.md').read_text())
     assert len(paths) > 20
     assert not [p for p in paths if '*' not in p and not (ROOT/p).exists()]
+
+
+def test_the_oldest_releases_are_the_lower_bounds():
+    bounds = dict(re.findall(r'"([\w-]+)>=([\d.]+)', (ROOT/'pyproject.toml').read_text()))
+    oldest = dict(re.findall(r'^([\w-]+)==([\d.]+)', (ROOT/'tests'/'oldest.txt').read_text(), re.M))
+    parts = lambda v: [*map(int, v.split('.')), 0, 0, 0][:4]
+    assert len(bounds) > 15
+    assert not [k for k,v in bounds.items() if parts(v) != parts(oldest.get(k, '0'))], 'tests/oldest.txt has the lower bounds of pyproject.toml'
 
 
 def test_every_loss_says_at_its_definition_what_it_needs():

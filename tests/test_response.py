@@ -304,7 +304,7 @@ def test_the_target_of_taid_follows_a_schedule():
     recipe = recipes.taid(start=.4)
     for p,lam in ((0., .4), (.5, .7), (1., 1.)):
         assert Recipe(recipe, task=0.)(s, t, progress=p).item() == pytest.approx(taid(s, t, lam=lam).item())
-    with pytest.raises(DistillError, match='say where training stands'): Recipe(recipe, task=0.)(s, t)
+    with pytest.raises(DistillError, match='lam follows a schedule: pass the progress of the training'): Recipe(recipe, task=0.)(s, t)
 
 
 # mistakes

@@ -3,6 +3,7 @@ from .automatic import Distiller as Distiller, auto as auto
 from .distiller import Distilled as Distilled, Recipe as Recipe, Term as Term
 from .errors import DistillError as DistillError, DistillWarning as DistillWarning
 from .features import layers as layers
+from .heads import Heads as Heads
 from .outputs import Outputs as Outputs
 from .recipes import (
     ab as ab,

@@ -30,7 +30,7 @@ class Candidate:
 
 def term(name, loss, options, written=None):
     "A term beside the labels, by its share of the gradient"
-    return Candidate(name, lambda **o: Term(loss, name=name, **o), options,
+    return Candidate(name, lambda **o: Term(loss, **o), options,
                      f"Term(losses.{written or name}, {{}})")
 
 

@@ -4,13 +4,14 @@ from functools import partial
 from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
-from .batch import Batch, all_classes, blend, both, labels_to_shift, next_tokens, nothing, padding_mask
+from .batch import (Batch, all_classes, blend, both, labels_to_shift, next_tokens, nothing, of_all_processes,
+                    padding_mask)
+from .class_sets import taught_part
 from .doctor.findings import Findings
 from .doctor.outputs import check_batch
 from .doctor.runs import student_logits
 from .doctor.shared import shared_parameters
-from .features.calls import arguments, is_hf
-from .features.names import unwrap
+from .features.calls import arguments, predicts_next
 from .features.pairs import PairTable, check_names, inputs, pair
 from .features.probe import dry_run
 from .features.projectors import projector
@@ -144,7 +145,8 @@ class Distiller(nn.Module):
     def _findings(self, student, teacher, targets):
         t = None if teacher is None else all_classes(teacher, student).logits
         y = as_plain(targets[0]) if len(targets) and isinstance(targets[0], Tensor) else None
-        return check_batch(student.logits, t, y, self.task)
+        s,y = taught_part(student.logits, y, None if teacher is None else teacher.classes, self.task)
+        return check_batch(s, t, y, self.task)
 
     def _check_first(self, student, teacher, targets):
         "Refuse the mistakes of the first batch, and of the first batch for which the teacher runs"
@@ -239,14 +241,19 @@ class Distiller(nn.Module):
     def labels(self, x, logits, targets):
         "The labels' own loss, and the targets each where it is predicted"
         if not targets: return None,targets
-        if self.shift_labels is None:
+        at = self.targets_at(x, logits, targets)
+        if self.task_loss is not None: return self.task_loss(logits, *targets),at
+        return labels_loss(logits, *at, task=self.task),at
+
+    def targets_at(self, x, logits, targets):
+        "The targets, each where it is predicted: a language model predicts the next token"
+        if self.shift_labels is None and targets:
             self.shift_labels = labels_to_shift(x, targets[0], logits.shape, self.task, predicts_next(self.student))
             if self.shift_labels and rank() == 0:
                 print("fastdistill: the labels are the inputs themselves, so each is moved to where it is predicted, "
                       "one position earlier. shift_labels=True says so, shift_labels=False leaves them")
-        at = (next_tokens(targets[0], self.task.ignore_index), *targets[1:]) if self.shift_labels else targets
-        if self.task_loss is not None: return self.task_loss(logits, *targets),at
-        return labels_loss(logits, *at, task=self.task),at
+        if not self.shift_labels: return targets
+        return next_tokens(targets[0], self.task.ignore_index),*targets[1:]
 
     def compute(
         self,
@@ -314,6 +321,7 @@ class Distiller(nn.Module):
             raise DistillError(f"{term.name} needs {term.n_targets} target(s) beside student and teacher, this batch "
                                f"has {len(targets)}")
         pairs = [k.tensors(b.student, b.teacher) for k in links]
+        if term.relates: pairs,targets,options = of_all_processes(term, pairs, targets, options, b.task)
         if term.lists: return links[0].loss(*map(list, zip(*pairs)), *targets, **term.channels(pairs[0][1]), **options)
         return sum(k.loss(s, t, *targets, **term.channels(t), **options) for k,(s,t) in zip(links, pairs))
 
@@ -384,9 +392,3 @@ def loss_of_logits(
 
 # a Recipe knows no Distiller, but calling a Recipe uses one
 Recipe.__call__ = loss_of_logits
-
-
-def predicts_next(model):
-    "Is it one of Hugging Face's causal language models?"
-    model = unwrap(model)
-    return is_hf(model) and type(model).__name__.endswith(('ForCausalLM', 'LMHeadModel'))

@@ -143,6 +143,7 @@ class Found:
     @property
     def verdict(self):
         "Is the recipe better than labels alone? In words"
+        if set(self.best) == {self.labels}: return 'no recipe was tried yet'
         if self.winner.name == self.labels: return 'no recipe was better than labels alone on the items that chose'
         tried = {r.lr for r in self.runs if r.name == self.labels and len(r.scores) >= self.n_epoch}
         if left := set(self.rates) - tried:

@@ -87,6 +87,7 @@ class Outputs:
     logits:Tensor|TopK|None=None # (B, C), (B, C, H, W), (B, L, V), or any shape for regression
     feats:dict[str,Tensor]=field(default_factory=dict) # dotted layer name -> that layer's output
     mask:Tensor|None=None # logits' shape without the class axis: True, or a weight, where a position counts
+    classes:list|None=None # of a teacher: the student's class, or list of classes, of each logit; None: the same ones
 
     @classmethod
     def of(

@@ -80,7 +80,7 @@ def dkd(
     alpha:float=1., # weight of the target class's part
     beta:float=8., # weight of the other classes' part: 2 to 8 for CIFAR-100 (the authors', by pair of nets), .5 for
     # ImageNet
-    T=4.,
+    T=4., # temperature
     weight=None, # of both; the authors let it grow over the first 20 of 240 epochs: ('warmup', 1.)
     share=None # in place of a weight: the length of its gradient beside the labels', see `Term`
 ):

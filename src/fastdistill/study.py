@@ -4,6 +4,7 @@ Optuna proposes the runs, stops the weak ones (successive halving, arXiv:1810.05
 import base64, json, math, zlib
 from contextlib import contextmanager
 from datetime import datetime
+from itertools import product
 from time import time
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from .outputs import DistillError
 __all__ = ['Search', 'import_optuna']
 
 FINALISTS = 2 # beside labels alone
-TRIES = 50 # proposals that ran before are refused so often; then all were tried
+PROPOSALS = 5 # of Optuna, which may have run before; then one that did not is drawn at random
 
 
 def import_optuna():
@@ -47,7 +48,7 @@ class Search:
         n_epoch:int, # of a whole run
         begin:float, end:float, # time when the search began, and when it must be over
         trials:int|None=None, # so many runs, then the best again; None: as many as there is time for
-        seeds:int=3, # with which the best runs are repeated
+        seeds:int=5, # with which the best runs are repeated
         storage=None, # URL of a database ('sqlite:///find.db'), a file, or Optuna's storage; None: nothing is kept
         name:str='fastdistill', # of the search in the storage
         facts:dict|None=None, # what a stored search must have in common with this one
@@ -69,19 +70,21 @@ class Search:
             from optuna.storages import JournalStorage
             from optuna.storages.journal import JournalFileBackend
             storage = JournalStorage(JournalFileBackend(storage))
-        def study(part, sampler, pruner):
+        def study(part, pruner):
             with quiet():
                 return self.optuna.create_study(storage=storage, study_name=f'{name}, {part}', direction='maximize',
-                                                sampler=sampler, pruner=pruner, load_if_exists=True)
+                                                pruner=pruner, load_if_exists=True)
         # subtle: of labels alone every rate gets a whole run: while a rate warms up, its scores say little of its end,
         # and a comparison with a rate that was stopped too early would not be fair
-        self.alone = study('labels alone', samplers.RandomSampler(seed=0), pruners.NopPruner())
+        self.alone = study('labels alone', pruners.NopPruner())
         check_facts(self.alone, json.loads(json.dumps(facts)), name)
         n = max(10, 2*len(self.candidates))
         halving = pruners.SuccessiveHalvingPruner(min_resource=-(-n_epoch//3), reduction_factor=2)
-        self.taught = study('recipes', None, halving)
-        self.taught.sampler = samplers.TPESampler(seed=len(self.taught.get_trials(deepcopy=False)), n_startup_trials=n)
-        self.again = study('seeds', samplers.RandomSampler(seed=0), pruners.NopPruner())
+        self.taught = study('recipes', halving)
+        seed = len(self.taught.get_trials(deepcopy=False))
+        self.taught.sampler = samplers.TPESampler(seed=seed, n_startup_trials=n)
+        self.rng = np.random.default_rng(seed)
+        self.again = study('seeds', pruners.NopPruner())
         for lr in self.rates: self._plan(self.alone, dict(recipe=LABELS.name, lr=lr))
 
     def _plan(self, study, params):
@@ -95,7 +98,7 @@ class Search:
         lr = self.rates[0] if alone is None else alone.lr
         for c in self.candidates.values():
             if any(wanted(t).get('recipe') == c.name for t in self.taught.get_trials(deepcopy=False)): continue
-            self._plan(self.taught, dict(recipe=c.name, lr=lr, **{f'{c.name} {k}': v[0] for k,v in c.options.items()}))
+            self._plan(self.taught, next(runs_with(c, [lr])))
 
     def _counts(self, trial):
         "Has it run, does it wait, or does another process run it now?"
@@ -141,20 +144,24 @@ class Search:
         return asked or (self._ask(self.alone, {LABELS.name: LABELS}) if waiting else None)
 
     def _ask(self, study, candidates):
-        for _ in range(TRIES):
+        for i in range(PROPOSALS+1):
+            if not (left := self._left(study, candidates)): return None
+            if i == PROPOSALS: study.enqueue_trial(left[self.rng.integers(len(left))])
             trial = study.ask()
             c = candidates[trial.suggest_categorical('recipe', list(candidates))]
             options = {k: trial.suggest_categorical(f'{c.name} {k}', v) for k,v in c.options.items()}
             run = Run(c.name, options, trial.suggest_categorical('lr', self.rates))
-            if c.name not in self.errors and not self._known(study, trial): return study,trial,run
+            if trial.params in left: return study,trial,run
             self._fail(study, trial)
         return None
 
-    def _known(self, study, trial):
-        return any(t.params == trial.params and t.number != trial.number and t.state.name != 'WAITING'
-                   and self._counts(t) for t in study.get_trials(deepcopy=False))
+    def _left(self, study, candidates):
+        "The parameters of all runs that nobody has begun"
+        begun = [t.params for t in study.get_trials(deepcopy=False) if t.state.name != 'WAITING' and self._counts(t)]
+        return [o for c in candidates.values() if c.name not in self.errors for o in runs_with(c, self.rates)
+                if o not in begun]
 
-    def _fail(self, study, trial): study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
+    def _fail(self, study, trial): study.tell(trial, state=self.optuna.trial.TrialState.FAIL, skip_if_finished=True)
 
     def _try(self, study, trial, run):
         "One run of the search"
@@ -163,8 +170,9 @@ class Search:
             run.stopped = len(run.scores) < self.n_epoch and trial.should_prune()
             return run.stopped
         self.n_runs += 1
+        end = self.search_end
         with self._told(study, trial, run):
-            self._train(run, after_epoch, lambda: time() > self.search_end)
+            self._train(run, after_epoch, lambda: time() > end)
             if not run.stopped and len(run.scores) < self.n_epoch: raise OutOfTime
             if run.stopped: study.tell(trial, state=self.optuna.trial.TrialState.PRUNED)
             else: study.tell(trial, run.score)
@@ -237,6 +245,12 @@ class Search:
     def finals(self):
         trials = [t for t in self.again.get_trials(deepcopy=False) if t.state.name == 'COMPLETE']
         return [repeated_run(t) for t in trials]
+
+
+def runs_with(c, rates):
+    "The parameters of all runs with a candidate, the usual ones first"
+    for *values,lr in product(*c.options.values(), rates):
+        yield dict(recipe=c.name, lr=lr, **{f'{c.name} {k}': v for k,v in zip(c.options, values)})
 
 
 class OutOfTime(Exception): "A run did not get to its end"

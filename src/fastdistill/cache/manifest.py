@@ -116,6 +116,8 @@ class Manifest:
         json_object('data', self.data, (), ('keys', 'root'))
         for k,v in self.data.items(): json_text(f'data.{k}', v)
         if self.vocab is not None: json_list('vocab', self.vocab, 0, MAX_MANIFEST)
+        for g in json_list('teacher.classes', self.teacher.get('classes', [0]), 1, MAX_COUNT):
+            for c in g if isinstance(g, list) else [g]: whole_number('teacher.classes', c, 0, MAX_COUNT)
 
     def _check_samples(self):
         for i,s in enumerate(json_list('samples', self.samples, 0, 1000)):

@@ -139,7 +139,9 @@ class TeacherCache:
 
     def decode(self, rows) -> Outputs:
         "Rows (an array, or a tensor on any device) as the teacher's `Outputs`"
-        return self.manifest.layout.decode(rows if isinstance(rows, Tensor) else torch.from_numpy(rows))
+        out = self.manifest.layout.decode(rows if isinstance(rows, Tensor) else torch.from_numpy(rows))
+        out.classes = self.manifest.teacher.get('classes')
+        return out
 
     def outputs(self, at, views=0) -> Outputs:
         "`Outputs` at positions"

@@ -6,7 +6,12 @@ import numpy as np
 from ..outputs import DistillError, DistillWarning
 from .digests import fingerprint
 
-__all__ = ['Source', 'check_alone', 'distinct_views', 'identity_of', 'is_whole', 'spread_positions', 'unrepeatable']
+__all__ = ['Source', 'check_alone', 'check_batch_size', 'distinct_views', 'identity_of', 'is_whole', 'spread_positions',
+           'unrepeatable']
+
+
+def check_batch_size(bs):
+    if not is_whole(bs) or bs < 1: raise DistillError(f"bs={bs!r}: give a whole number from 1.")
 
 
 @dataclass
@@ -23,7 +28,7 @@ class Source:
     files:list|None=None # path of each sample's file, in the order of `keys`; None where samples are not files
 
     def __post_init__(self):
-        if not is_whole(self.bs) or self.bs < 1: raise DistillError(f"bs={self.bs!r}: give a whole number from 1.")
+        check_batch_size(self.bs)
         if self.files is not None and len(self.files) != len(self.keys):
             raise DistillError(f"{len(self.files)} files for {len(self.keys)} samples: give one for each.")
 
@@ -90,10 +95,14 @@ def identity_of(teacher) -> dict:
 
 def options_of(teacher) -> dict:
     "The options of a teacher, and of its members if it is an ensemble"
+    if getattr(teacher, 'combine', None) == 'sample':
+        raise DistillError("combine='sample' draws a teacher for each batch, but a cache has one output for each "
+                           "sample: use combine='probs'.")
     out = {k: str(getattr(teacher, k)) for k in ('layers', 'mode', 'size', 'combine', 'kind', 'axis', 'select')
            if hasattr(teacher, k)}
     if (output := getattr(teacher, 'output', None)) is not None:
         out['output'] = str(getattr(output, '__qualname__', output))
+    if (known := getattr(teacher, 'known_classes', None)) is not None: out['classes'] = known
     # numbers of another precision are other numbers
     if half := getattr(teacher, 'half', ''): out['precision'] = half
     if getattr(teacher, 'returns', 'logits') != 'logits': out['outputs'] = teacher.returns

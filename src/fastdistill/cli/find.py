@@ -16,7 +16,7 @@ def find(
     n_epoch:Annotated[int, typer.Option(help='Epochs of the training for which a recipe is needed.', min=1)],
     minutes:Annotated[float, typer.Option(help='The search ends after this time.')]=10,
     rates:Annotated[list[float]|None, typer.Option(help='A learning rate to try; may be given several times.')]=None,
-    seeds:Annotated[int, typer.Option(help='Seeds with which the best runs are repeated.')]=3,
+    seeds:Annotated[int, typer.Option(help='Seeds with which the best runs are repeated.')]=5,
     trials:Annotated[int|None, typer.Option(help='End the search after so many runs.')]=None,
     storage:Annotated[str|None, typer.Option(help='File or URL of a database, to resume from.')]=None,
     name:Annotated[str, typer.Option(help='Name of the search in the storage.')]='fastdistill',

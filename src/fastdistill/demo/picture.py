@@ -1,14 +1,13 @@
 "The demo's picture: the score of each student, and test pictures on which distillation helps most."
 import torch
 import torch.nn.functional as F
+from ..plots.style import COLORS, LIGHT
 from .results import ALONE
 from .tasks import to_rgb
 
 __all__ = ['draw_results']
 
-INK,GREY,PALE,COLORS = '#2b2d33','#6b7280','#d9dce3',('#8a93a6', '#e0752d', '#1f7a8c')
-STYLE = {'font.size': 10, 'text.color': INK, 'axes.labelcolor': INK, 'xtick.color': INK, 'ytick.color': INK,
-         'axes.edgecolor': PALE, 'axes.titlesize': 9, 'axes.titlecolor': GREY}
+INK,GREY,PALE = LIGHT.ink,LIGHT.grey,LIGHT.pale
 T = 4. # temperature of the teacher's probabilities in the picture
 
 
@@ -16,10 +15,10 @@ def draw_results(r, task, teacher, students, path):
     "Save the picture of the results `r`"
     import matplotlib
     from matplotlib.figure import Figure
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(LIGHT.rc):
         fig = Figure(figsize=(11, 5), dpi=150, layout='constrained', facecolor='white')
         left,right = fig.subfigures(1, 2, width_ratios=(1.1, 1), wspace=.04)
-        scores(left, r)
+        draw_scores(left, r)
         (draw_scenes if task.axis == 1 else draw_items)(right, task, teacher, students)
         fig.savefig(path)
 
@@ -27,7 +26,7 @@ def draw_results(r, task, teacher, students, path):
 def title(fig, text): fig.suptitle(text, x=.03, ha='left', fontsize=12, fontweight='bold')
 
 
-def scores(fig, r):
+def draw_scores(fig, r):
     "A dot for each student, a line through the dots of one seed, a bar at each mean, and the teacher's score"
     title(fig, f"{r.data}\n{r.params['student']:,} parameters learn from {r.params['teacher']:,}")
     ax,ways = fig.subplots(),list(r.scores)

@@ -1,9 +1,33 @@
-"Does the teacher have the student's classes in another order? The confusion table of its predictions shows it."
+"Are the teacher's classes in another order than the student's? Their names show it, or a confusion table."
+from dataclasses import dataclass
 import torch
 from torch import Tensor
 from .findings import Finding, few_names
 
-__all__ = ['reordered_classes']
+__all__ = ['ClassMap', 'map_classes', 'reordered_classes']
+
+
+@dataclass
+class ClassMap:
+    "Where the student's classes are among the teacher's"
+    same:bool # the same classes in the same order
+    order:list|None # the teacher's position of each of the student's classes; None if `same`, or if some are missing
+    missing:list # classes that the teacher does not have
+    extra:list # classes that only the teacher has
+    shared:list # classes that both have, in the student's order
+
+
+def map_classes(
+    student, # names of the student's classes, in the order of its outputs; None if they have none
+    teacher # names of the teacher's classes
+) -> ClassMap|None:
+    "Compare the classes of two models and their order; None if one of the two has no names"
+    if student is None or teacher is None: return None
+    student,teacher = list(map(str, student)),list(map(str, teacher))
+    missing,extra = [c for c in student if c not in teacher],[c for c in teacher if c not in student]
+    same = student == teacher
+    return ClassMap(same, None if same or missing else [teacher.index(c) for c in student], missing, extra,
+                    [c for c in student if c in teacher])
 
 
 def reordered_classes(
@@ -19,7 +43,7 @@ def reordered_classes(
     before,after = table.trace().item()/n,hits(table, order).sum().item()/n
     # the new accuracy must be at least halfway from chance to a perfect prediction
     if not moved or after < (1+1/k)/2 or not holds_elsewhere(tally.confusion): return
-    select = order if teacher.select is None else [int(list(teacher.select)[o]) for o in order]
+    select = order if teacher.select is None else [teacher.select[o] for o in order]
     unseen = sum(not table[i].any() for i in moved)
     guess = f" ({unseen} of them have no item here, so their place is a guess: pass a larger n=)" if unseen else ''
     words = moves_in_words(order, moved, names)

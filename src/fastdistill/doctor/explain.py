@@ -3,6 +3,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 import torch.nn.functional as F
+from ..class_sets import taught_part
 from ..outputs import DistillError
 from ..task import fit_labels
 from .findings import Finding, Findings, numbers_in_words
@@ -97,6 +98,7 @@ def explain_training(
             for xb,yb in batches:
                 y = yb[0] if len(yb) and isinstance(yb[0], Tensor) else None
                 t,s = teacher_logits(teacher, xb),student_logits(student, xb, output)
+                s,y = taught_part(s, y, teacher.known_classes, task)
                 if wrong := Findings(mismatches(s.shape, t.shape, y, task)): return wrong
                 y = None if y is None else fit_labels(y, t.shape, task)
                 tallies[i].add(t, y, s)

@@ -12,7 +12,8 @@ from ..cache.digests import fingerprint, flat_values
 from ..cache.progress import shown_progress
 from ..cache.reader import TeacherCache
 from ..cache.records import Wish
-from ..cache.source import Source, check_alone, distinct_views, identity_of, spread_positions, unrepeatable
+from ..cache.source import (Source, check_alone, check_batch_size, distinct_views, identity_of, spread_positions,
+                            unrepeatable)
 from ..cache.verify import Verified
 from ..cache.writer import check_views, write_cache
 from ..outputs import DistillError, DistillWarning, TopK, as_plain
@@ -147,6 +148,7 @@ def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num
     if stream and bs not in (None, dl.bs):
         raise DistillError(f"bs={bs}, but the text of a language model is cut into as many rows as its batches have "
                            f"samples, {dl.bs}: omit bs.")
+    check_batch_size(rows := dl.bs if bs is None else bs)
     root = key_root(dls)
     names,order = item_keys(dl, keys, root),storage_order(dl)
     plan = Plan(names[order], views, seed, order, stream=stream)
@@ -164,7 +166,6 @@ def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num
         if not stream: check_alone(exact, len(names))     # subtle: in one view, where texts are ordered by length
         if isinstance(dl, SortedDL): check_padding(exact, len(names))
         # subtle: the precision is chosen at the first whole batch, and is part of the teacher's identity
-        rows = dl.bs if bs is None else bs
         with closing(run(np.arange(len(names))[:rows], rows)) as first: next(first)
     with validation_transforms(dl, not views): samples = sample_digests(make, plan, views)
     who = identity_of(teacher)
@@ -172,7 +173,7 @@ def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num
     if any(getattr(t, 'stats', None) is None for t in (getattr(teacher, 'members', None) or [teacher])):
         who['input'] = 'mean {}, std {}'.format(*(torch.as_tensor(o).flatten().tolist() for o in image_stats(dls)))
     transforms = describe_transforms(dl) if views or stream else {}
-    return Source(plan.keys, run, dl.bs if bs is None else bs, who, transforms, root, vocab, samples,
+    return Source(plan.keys, run, rows, who, transforms, root, vocab, samples,
                   sample_files(dl, order))
 
 
@@ -281,6 +282,7 @@ def classes_of(teacher, dls):
     if any(v != theirs[0] for v in theirs) or (teacher.members and theirs[0] != mine):
         raise DistillError("The members of the ensemble have their classes in different orders: give each, as "
                            f"Teacher(model, select=...), the labels' order: {', '.join(mine[:10])}.")
-    names = theirs[0] if teacher.select is None else [theirs[0][i] for i in torch.as_tensor(teacher.select).tolist()]
+    if teacher.known_classes or any(isinstance(o, list) for o in teacher.select or ()): return mine
+    names = theirs[0] if teacher.select is None else [theirs[0][i] for i in teacher.select]
     stored_order(names, mine)        # names that can't be mapped are refused now
     return names

@@ -1,11 +1,12 @@
 "Train from a cache: add its rows to the batches."
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 import numpy as np
 import torch
-from fastai.basics import Callback, TfmdDL, noop
+from fastai.basics import Callback, noop
 from fastai.vision.augment import RandTransform, RandomErasing, SpaceTfm
+from ..batch import all_classes
 from ..cache.manifest import refuse, sample_differences, transform_differences
 from ..cache.reader import TeacherCache
 from ..outputs import DistillError, Outputs, TopK, as_plain, tensors_in
@@ -14,7 +15,7 @@ from ..replay.seeds import RandomGuard
 from .cache_data import inspect_views, writer_dl
 from .replay_dl import Plan, attach, detach, refuse_unindexed, set_aside
 from .sample_keys import item_keys, matching_root, sample_files
-from .stream import is_stream, of_length
+from .stream import inner_dl, is_stream, of_length
 from .targets import Feed
 from .transforms import describe_transforms
 from .vocab import stored_order, vocab_of
@@ -29,10 +30,13 @@ class Epochs(Callback):
         super().__init__()
         self.plan,self.before,self.fed,self.passed = plan,before,fed,0
 
-    def before_train(self):
+    def before_train(self): self.begin(self.learn.epoch)
+
+    def begin(self, epoch):
         for dl in self.fed: dl.do_item.look()
-        self.plan.epoch = self.before + self.learn.epoch
-        self.passed = self.learn.epoch + 1
+        self.plan.epoch = self.before + epoch
+        self.passed = epoch + 1
+
     # an exported Learner gets a callback that does nothing, and needs no fastdistill
     def __reduce__(self): return Callback, ()
 
@@ -79,9 +83,8 @@ class CacheFeed(Feed):
         if self.learn.logger is not noop and rank() == 0: print(text)
 
     def _attach(self, dls):
-        names,valid = self.cache.manifest.vocab,self.cache.valid
-        self.order = None if names is None or vocab_of(dls) is None else stored_order(names, vocab_of(dls))
-        self.stream = is_stream(dls.train)
+        valid = self.cache.valid
+        self._find_order(dls)
         plan = self._feed(dls, dls.train, self.cache, self.keys)
         if valid is not None and len(dls.loaders) > 1:
             try: self._feed(dls, dls.valid, valid, self.keys if callable(self.keys) else None)
@@ -89,6 +92,11 @@ class CacheFeed(Feed):
                 self._log(f'fastdistill: no column for the validation set, since the cache has another one. {e}')
         self.epochs = Epochs(plan, passed_epochs(self.learn).get(self.cache.identity, 0), self.fed)
         self.learn.add_cb(self.epochs)
+
+    def _find_order(self, dls):
+        names = self.cache.manifest.vocab
+        self.order = None if names is None or vocab_of(dls) is None else stored_order(names, vocab_of(dls))
+        self.stream = is_stream(dls.train)
 
     def _feed(self, dls, dl, cache, keys):
         refuse_unindexed(dl)
@@ -134,13 +142,7 @@ class CacheFeed(Feed):
         lg,order = out.logits,self.order
         if order is not None:
             lg = lg.reorder(order) if isinstance(lg, TopK) else lg.index_select(self.axis, order.to(lg.device))
-        if isinstance(lg, TopK): lg = lg.dense(as_plain(learn.pred) if lg.tail == 'bucket' else None)
-        return Outputs(lg, out.feats, out.mask)
-
-
-def inner_dl(dl):
-    "The DataLoader inside fastai's distributed one"
-    return getattr(dl, 'dl', dl) if isinstance(getattr(dl, 'dl', None), TfmdDL) else dl
+        return all_classes(replace(out, logits=lg), Outputs(as_plain(learn.pred)))
 
 
 def misfits(dl, plan, cache):

@@ -1,6 +1,7 @@
 "Check a teacher and a Learner before training, for mistakes that training would not show."
 from contextlib import closing
 from types import SimpleNamespace
+from ..doctor.classes import map_classes
 from ..doctor.findings import Finding, Findings, few_names
 from ..doctor.outputs import BATCHES, check_outputs, single_teachers
 from ..doctor.shared import shared_parameters
@@ -9,7 +10,7 @@ from .batches import PreparationError, prepared_batches
 from .task import task_of
 from ..teacher.hidden import has_reset, why_no_reset
 from .teachers import class_names, teacher_of
-from .vocab import CODES, describe_difference, map_classes, vocab_of
+from .vocab import CODES, describe_difference, vocab_of
 
 __all__ = ['check_teacher', 'find_mistakes']
 
@@ -92,14 +93,24 @@ def labels(learn, teacher, task):
         names = class_names(o, learn.dls)
         found = None if task.kind == 'regression' else map_classes(vocab_of(learn.dls), names)
         if found is None or found.same: continue
-        if found.missing:
+        if found.missing and o.known_classes is None:
             yield Finding('error', f"The teacher does not have {len(found.missing)} of the student's classes "
                           f"({few_names(found.missing, 5)}); it has {few_names(names, 8)}",
-                          "Use a teacher trained on the student's classes, or train the student on the teacher's")
+                          "Use a teacher trained on the student's classes, or train the student on the teacher's"
+                          + of_shared(found, vocab_of(learn.dls), names))
+        elif o.known_classes is not None: continue      # the user chose them
         else:
             extra = f", and {len(found.extra)} more, which are not used" if found.extra else ''
             yield Finding('note', f"The teacher has the student's classes in another order{extra}",
                           "Its outputs are mapped by name")
+
+
+def of_shared(found, student, teacher):
+    "How to distill the classes that both models have"
+    if len(found.shared) < 2: return ''
+    at = lambda names: few_names([names.index(c) for c in found.shared], 20)
+    return (f". To distill the {len(found.shared)} that both have, and leave the others to the labels: "
+            f"Teacher(model, select=[{at(teacher)}], classes=[{at(student)}])")
 
 
 def codings(learn, teacher, task):

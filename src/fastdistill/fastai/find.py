@@ -1,4 +1,5 @@
 "`Learner.distill_find`: look for the recipe and the learning rate that suit a student, its data and its teacher."
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -6,11 +7,13 @@ from time import time
 from fastai.basics import Learner, OptimWrapper, noop, patch
 from ..candidates import candidates_for, given_candidates
 from ..docments import explain as add_docments
+from ..doctor.runs import guarded_random_state
 from ..doctor.tally import METRICS
-from ..outputs import DistillError
+from ..outputs import DistillError, DistillWarning
 from ..ranks import rank
 from ..study import Search, import_optuna
 from .arguments import feed_of
+from .batches import restored
 from .cache_data import cache_teacher
 from .cache_feed import moves
 from .check import check_teacher
@@ -36,8 +39,8 @@ def distill_find(
     recipes:dict|None=None, # name -> recipe: these in place of the usual ones for the task
     live:bool=False, # let the teacher run in each trial, so that recipes between layers are tried too
     score=None, # fn(logits, targets) -> (B,) score of each item, greater is better; None: as in `check_teacher`
-    trials:int|None=None, # end the search after so many runs; None: when the time is over
-    seeds:int=3, # the best runs and labels alone are repeated with so many seeds
+    trials:int|None=None, # end the search after so many runs, those of labels alone included; None: by the time
+    seeds:int=5, # the best runs and labels alone are repeated with so many seeds, if there is time
     storage=None, # a file or a database's URL ('sqlite:///find.db') from which a search resumes, and which several
     # processes may share
     name:str='fastdistill', # of the search in the storage
@@ -56,24 +59,19 @@ def distill_find(
     import_optuna()
     refuse_search(self, n_epoch, minutes, kwargs)
     task,show = task_of(self.loss_func, kind, axis),show and self.logger is not noop and rank() == 0
-    stored = feed_of(teacher) is not None
-    if stored and live:
-        raise DistillError("live=True needs a teacher that runs, not stored outputs: pass the teacher itself.")
-    mistakes = check_teacher(self, teacher, task, output=output).enforce(show) if check and not stored else None
-    example = example_of(self, output)
-    facts = facts_for_choice(example, task, mistakes)
-    if not facts.pop('labels', True):
-        raise DistillError("These batches have no labels, so no score can be computed: there is nothing to search by.")
-    maps = example is not None and len(example.shape) == 4
-    candidates = candidates_for(**facts, maps=maps, layers=live) if recipes is None else given_candidates(recipes)
-    positions = facts.get('dense') or task.kind == 'regression'
-    with answers(self, teacher, task, stored or live, positions, n_epoch, show) as source, shown(show) as progress:
-        train = Trials(self, source, n_epoch, score or scorer(task), output, kind=kind, axis=axis, fine_tune=fine_tune,
-                       **kwargs)
-        epochs = n_epoch + (kwargs.get('freeze_epochs', 1) if fine_tune else 0)
-        found = Search(candidates, own_rates(self) if rates is None else rates, train, n_epoch=epochs,
-                       begin=begin, end=begin + 60*minutes, trials=trials, seeds=seeds, storage=storage, name=name,
-                       metric=metric_of(task, score), facts=stored_facts(self, facts, fine_tune), show=progress).run()
+    as_it_is = live or feed_of(teacher) is not None
+    with guarded_random_state(), restored(*self.dls.loaders):
+        facts = facts_of_task(self, teacher, task, output, live, check, show)
+        candidates = candidates_for(**facts, layers=live) if recipes is None else given_candidates(recipes)
+        positions = facts.get('dense') or task.kind == 'regression'
+        with answers(self, teacher, task, as_it_is, positions, n_epoch, show) as source, shown(show) as progress:
+            train = Trials(self, source, n_epoch, score or scorer(task), output, kind=kind, axis=axis,
+                           fine_tune=fine_tune, **kwargs)
+            epochs = n_epoch + (kwargs.get('freeze_epochs', 1) if fine_tune else 0)
+            stored = dict(kind=task.kind, classes=facts.get('classes'), fine_tune=fine_tune, **sizes(self))
+            found = Search(candidates, own_rates(self) if rates is None else rates, train, n_epoch=epochs,
+                           begin=begin, end=begin + 60*minutes, trials=trials, seeds=seeds, storage=storage, name=name,
+                           facts=stored, metric=metric_of(task, score), show=progress).run()
     if show: report(found, n_epoch)
     return found
 
@@ -102,13 +100,26 @@ def metric_of(task, score):
     return '-squared error' if task.kind == 'regression' else METRICS[task.kind]
 
 
-def stored_facts(learn, facts, fine_tune):
-    "What a search that resumes must have in common with the first one"
-    def size(dl):
+def facts_of_task(learn, teacher, task, output, live, check, show):
+    "The arguments of `candidates_for`"
+    stored = feed_of(teacher) is not None
+    if stored and live:
+        raise DistillError("live=True needs a teacher that runs, not stored outputs: pass the teacher itself.")
+    mistakes = check_teacher(learn, teacher, task, output=output).enforce(show) if check and not stored else None
+    example = example_of(learn, output)
+    facts = facts_for_choice(example, task, mistakes)
+    if not facts.pop('labels', True):
+        raise DistillError("These batches have no labels, so no score can be computed: there is nothing to search by.")
+    return facts | dict(maps=example is not None and len(example.shape) == 4)
+
+
+def sizes(learn):
+    "What a search that resumes must have in common with the first one: numbers of batches and of parameters"
+    def length(dl):
         try: return len(dl)
         except TypeError: return None
-    return dict(kind=facts['kind'], classes=facts.get('classes'), batches=[size(dl) for dl in learn.dls.loaders],
-                parameters=sum(p.numel() for p in learn.model.parameters()), fine_tune=fine_tune)
+    return dict(batches=[length(dl) for dl in learn.dls.loaders],
+                parameters=sum(p.numel() for p in learn.model.parameters()))
 
 
 @contextmanager
@@ -120,8 +131,11 @@ def answers(learn, teacher, task, as_it_is, positions, n_epoch, show):
     with TemporaryDirectory(prefix='fastdistill') as folder:
         views = min(n_epoch, MOST_VIEWS) if positions and moves(learn.dls.train) else 0
         try:
-            cache = cache_teacher(teacher, learn.dls, Path(folder)/'cache', views, kind=task.kind, axis=task.axis,
-                                  check=False, progress=show)
+            with warnings.catch_warnings():
+                # no other teacher gets to this cache
+                warnings.filterwarnings('ignore', 'The weights of', DistillWarning)
+                cache = cache_teacher(teacher, learn.dls, Path(folder)/'cache', views, kind=task.kind, axis=task.axis,
+                                      check=False, progress=show)
         except DistillError as e: raise DistillError(f"{e} Or let the teacher run in each trial: live=True.") from e
         yield cache
 

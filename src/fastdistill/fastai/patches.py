@@ -5,7 +5,7 @@
 | `DataBlock.__init__` | it counts a `TeacherBlock`, and the label before it, among the inputs | import |
 | `Datasets.decode` | `predict` and `show_results` have no prediction for the teacher's column | first target |
 | `Datasets.new_empty` | `export` would keep the teacher's column | first target |
-| `TfmdDL._one_pass` | `export` would keep the type of the teacher's targets | first target |
+| `TfmdDL._one_pass` | it counts a teacher's target among the inputs; `export` would keep its type | first target |
 | `TfmdDL._pre_show_batch` | fastai cannot show a tuple of label and teacher's target | first target |
 | `defaults.callbacks` | labels, MixUp and metrics must not see the target: see `TeacherTargets` | first target |
 | `Learner.fit` | no event follows an interrupt: callbacks that stay on the Learner clean up here | first callback |
@@ -16,6 +16,7 @@
 | `Recorder.plot_loss` | with a teacher, `train_loss` has another scale than the labels' losses | first callback |
 | `Learner.distill` | a new method, in `learner.py` | import |
 | `Learner.check_teacher` | a new method, in `learner.py` | import |
+| `Learner.distill_find` | a new method, in `find.py` | import |
 | `Learner.explain` | a new method, in `learner.py` | import |
 | `Learner.show_features` | a new method, in `learner.py` | import |
 
@@ -89,10 +90,14 @@ def _empty_without_teacher(new_empty):
 
 
 def _types_without_teacher(one_pass):
-    "A DataLoader stores the types of a batch: the type of a teacher's target is stored as `TensorBase`"
+    """A DataLoader stores the number of inputs and the types of a batch: a teacher's target is no input, and its type
+    is stored as `TensorBase`"""
     @functools.wraps(one_pass)
     def _one_pass(self):
         one_pass(self)
+        parts = next(iter(self._types.values())) if isinstance(self._types, dict) else []
+        n_teachers = sum(isinstance(o, type) and issubclass(o, TeacherTarget) for o in parts)
+        self._n_inp = max(1, self._n_inp-n_teachers)
         plain = lambda o: TensorBase if isinstance(o, type) and issubclass(o, TeacherTarget) else o
         if isinstance(self._types, dict): self._types = {k: [plain(o) for o in v] for k,v in self._types.items()}
     return _one_pass

@@ -1,14 +1,21 @@
 """Language models: their samples are cut from all texts in a row.
 
 So samples follow one another, and a teacher may have a hidden state."""
+from contextlib import contextmanager
 from dataclasses import replace
 import numpy as np
 import torch.nn.functional as F
-from fastai.basics import Chunks
+from fastai.basics import Chunks, L, TfmdDL
 from fastai.text.data import LMDataLoader
 from ..outputs import Outputs, TopK, as_plain
 
-__all__ = ['in_a_row', 'inputs_of', 'is_stream', 'model_outputs', 'of_length', 'stream_outputs']
+__all__ = ['in_a_row', 'in_first_order', 'inner_dl', 'inputs_of', 'is_stream', 'model_outputs', 'of_length',
+           'stream_outputs']
+
+
+def inner_dl(dl):
+    "The DataLoader inside fastai's distributed one"
+    return getattr(dl, 'dl', dl) if isinstance(getattr(dl, 'dl', None), TfmdDL) else dl
 
 
 def is_stream(dl): return isinstance(dl, LMDataLoader)
@@ -29,6 +36,21 @@ def in_a_row(
     "The texts as one sequence, from which pieces can be cut"
     lens = dl.lens.coll
     return Chunks(Texts(order, make), [lens[i] for i in order])
+
+
+@contextmanager
+def in_first_order(dl):
+    "Inside, the texts of a language model begin in their first order, however often they were shuffled before"
+    dl = inner_dl(dl)
+    if not is_stream(dl):
+        yield
+        return
+    were = dl.items.idxs,dl.lens.idxs,dl.chunks
+    # subtle: they are shuffled in place, and the items and their lengths share one list
+    dl.items.idxs = dl.lens.idxs = L(sorted(were[0]))
+    dl.make_chunks()
+    try: yield
+    finally: dl.items.idxs,dl.lens.idxs,dl.chunks = were
 
 
 def inputs_of(b, n_inp) -> tuple: return tuple(map(as_plain, b[:n_inp]))
@@ -68,4 +90,4 @@ def of_length(out:Outputs, n:int) -> Outputs:
         if isinstance(t, TopK): return replace(t, ids=fit(t.ids), values=fit(t.values), rest=fit(t.rest))
         if t.shape[1:2] != (length,): return t      # it has no value for each token
         return t[:, :n] if n <= t.shape[1] else F.pad(t, [0]*(2*t.dim()-3) + [n-t.shape[1]])
-    return Outputs(fit(out.logits), {k: fit(v) for k,v in out.feats.items()}, fit(out.mask))
+    return replace(out, logits=fit(out.logits), feats={k: fit(v) for k,v in out.feats.items()}, mask=fit(out.mask))

@@ -1,6 +1,7 @@
 "Stored teacher outputs in the batches of a fit. They are removed before labels are used, and mixed like the batch."
 import copy, inspect, warnings
 from contextlib import nullcontext
+from dataclasses import replace
 import torch
 from torch import Tensor
 from fastai.basics import BaseLoss, Callback, Datasets, TfmdDL
@@ -159,7 +160,7 @@ class Feed:
     def _mixed(self, out, perm, lam):
         if out.feats: raise DistillError("MixUp and CutMix mix images, but the stored layers are of unmixed images. "
                                          "Remove the terms with layers, or use a live teacher.")
-        return Outputs(mix_logits(out.logits, perm, lam, self.kind, self.axis), {}, out.mask)
+        return replace(out, logits=mix_logits(out.logits, perm, lam, self.kind, self.axis))
 
     # other methods of a teacher that Distiller and `pair` call
 

@@ -4,12 +4,14 @@ from pathlib import Path
 from torch import nn
 from fastai.basics import L, Learner, load_learner
 from fastai.data.transforms import Normalize
+from ..class_sets import class_groups
+from ..doctor.classes import map_classes
 from ..outputs import DistillError, DistillWarning
 from ..teacher.estimator import Estimator, is_estimator
 from ..teacher.images import affine, stats_of, timm_cfg
 from ..teacher.teacher import Teacher
 from .tables import TableEstimator, table_of
-from .vocab import map_classes, vocab_of
+from .vocab import vocab_of
 
 __all__ = ['class_names', 'image_stats', 'teacher_of']
 
@@ -38,7 +40,9 @@ def teacher_of(
         return teacher_of(obj.sources, learn, task, **kwargs | {k: obj.option(k) for k in obj.given})
     if isinstance(obj, Learner):
         return of_learner(obj, {'stats': image_stats(obj.dls)} | in_order(dls, vocab_of(obj.dls), task) | kwargs)
-    if isinstance(obj, Teacher): return on_table(adapted(obj, in_order(dls, class_names(obj, dls), task) | kwargs), dls)
+    if isinstance(obj, Teacher):
+        own = {} if obj.given & {'select', 'classes'} else in_order(dls, class_names(obj, dls), task)
+        return on_table(adapted(with_numbers(obj, dls), own | kwargs), dls)
     if isinstance(obj, nn.Module) and 'stats' not in kwargs and dls is not None:
         kwargs['stats'] = of_module(obj, kwargs['input_stats'])
     return Teacher(obj, **kwargs)
@@ -81,6 +85,12 @@ def class_names(
     own,mine = list(map(str, own)),vocab_of(dls)
     are_numbers = own == [str(i) for i in range(len(own))] and not set(own) & set(mine or own)
     return None if are_numbers else own
+
+
+def with_numbers(teacher, dls):
+    "A Teacher whose `classes` are numbers of the student's classes, if they were names"
+    if teacher.classes is None or dls is None or (vocab := vocab_of(dls)) is None: return teacher
+    return Teacher(teacher, classes=class_groups(teacher.classes, 'classes', vocab))
 
 
 def in_order(dls, names, task):

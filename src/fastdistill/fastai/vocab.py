@@ -1,12 +1,12 @@
 "Names of classes, tokens and categories, and their order."
-from dataclasses import dataclass
 import torch
 from torch import Tensor
 from fastai.basics import is_listy, nested_attr
+from ..doctor.classes import map_classes
 from ..outputs import DistillError
 from .stream import is_stream
 
-__all__ = ['CODES', 'ClassMap', 'describe_difference', 'map_classes', 'stored_order', 'vocab_of']
+__all__ = ['CODES', 'describe_difference', 'stored_order', 'vocab_of']
 
 
 def vocab_of(dls):
@@ -17,27 +17,6 @@ def vocab_of(dls):
     # one vocab for each block, as (tokens, classes)
     if len(v) and all(hasattr(o, '__len__') and not isinstance(o, str) for o in v): v = v[-1]
     return list(map(str, v))
-
-
-@dataclass
-class ClassMap:
-    "Where the student's classes are among the teacher's"
-    same:bool # the same classes in the same order
-    order:list|None # the teacher's position of each of the student's classes; None if `same`, or if some are missing
-    missing:list # classes that the teacher does not have
-    extra:list # classes that only the teacher has
-
-
-def map_classes(
-    student, # names of the student's classes, in the order of its outputs; None if they have none
-    teacher # names of the teacher's classes
-) -> ClassMap|None:
-    "Compare the classes of two models and their order; None if one of the two has no names"
-    if student is None or teacher is None: return None
-    student,teacher = list(map(str, student)),list(map(str, teacher))
-    missing,extra = [c for c in student if c not in teacher],[c for c in teacher if c not in student]
-    same = student == teacher
-    return ClassMap(same, None if same or missing else [teacher.index(c) for c in student], missing, extra)
 
 
 def stored_order(

@@ -4,10 +4,16 @@ from collections.abc import Mapping
 from torch import nn
 from .names import unwrap
 
-__all__ = ['arguments', 'is_hf']
+__all__ = ['arguments', 'is_hf', 'predicts_next']
 
 
 def is_hf(model): return hasattr(model, 'config') and hasattr(model, 'main_input_name')
+
+
+def predicts_next(model):
+    "Is it one of Hugging Face's causal language models?"
+    model = unwrap(model)
+    return is_hf(model) and type(model).__name__.endswith(('ForCausalLM', 'LMHeadModel'))
 
 
 def arguments(

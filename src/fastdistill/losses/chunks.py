@@ -59,7 +59,7 @@ class Chunked(torch.autograd.Function):
         ctx.save_for_backward(s, t, mask)
         ctx.fns = values,slope,size
         out = s.new_empty(len(s), 1, s.shape[2])
-        for i in chunks(s.shape, size): out[i] = values(*at((s, t, mask), i)).unsqueeze(1)
+        for i in chunks(s.shape, size): out[i] = values(*rows_at((s, t, mask), i)).unsqueeze(1)
         return out
 
     @staticmethod
@@ -68,12 +68,13 @@ class Chunked(torch.autograd.Function):
         if torch.is_grad_enabled(): return second_order(values, s, t, mask, g),*[None]*5
         out = torch.empty_like(s)
         for i in chunks(s.shape, size):
-            d = slope(*at((s, t, mask), i)) if slope is not None else by_autograd(values, *at((s, t, mask), i))
+            rows = rows_at((s, t, mask), i)
+            d = slope(*rows) if slope is not None else by_autograd(values, *rows)
             torch.mul(d, g[i], out=out[i])
         return out,*[None]*5
 
 
-def at(tensors, i): return [None if x is None else x[i] for x in tensors]
+def rows_at(tensors, i): return [None if x is None else x[i] for x in tensors]
 
 
 @torch.enable_grad()

@@ -14,7 +14,8 @@ class Agreement:
         s, t, # `Rows` of student and teacher for a batch
     ):
         counts = s.counts
-        for k,v in dict(softmax=of_classes, sigmoid=of_labels, regression=of_numbers)[self.kind](s, t).items():
+        fn = dict(softmax=compare_classes, sigmoid=compare_labels, regression=compare_numbers)[self.kind]
+        for k,v in fn(s, t).items():
             self.sums[k] = self.sums.get(k, 0.) + v[counts].double().sum().item()
 
     def shares(self) -> dict:
@@ -37,7 +38,7 @@ def split(a, b, y, one):
                 student_alone=(a == y) & ~right)
 
 
-def of_classes(s, t):
+def compare_classes(s, t):
     a,b = s.out.argmax(-1),t.out.argmax(-1)
     options = dict(T=1., axis=-1, reduction='none')
     out = split(a, b, s.y, torch.ones_like(a)) | dict(kl=kl(s.out, t.out, **options),
@@ -46,14 +47,14 @@ def of_classes(s, t):
     return out
 
 
-def of_labels(s, t):
+def compare_labels(s, t):
     yes = s.y > .5
     divergences = dict(kl=binary_kl(s.out, t.out, T=1., reduction='none'),
                        reverse=binary_kl(t.out, s.out, T=1., reduction='none'))
     return split(s.out > 0, t.out > 0, yes, torch.ones_like(yes)) | divergences
 
 
-def of_numbers(s, t):
+def compare_numbers(s, t):
     a,b = (s.out-s.y).double(),(t.out-t.y).double()
     return dict(n=torch.ones_like(a), abs=(a-b).abs(), sq=(a-b).pow(2), a=a, b=b, aa=a*a, bb=b*b, ab=a*b)
 

@@ -5,7 +5,8 @@ import numpy as np
 import torch
 from ..doctor.runs import guarded_random_state
 from ..outputs import DistillError, tensors_in
-from ..report.data import Comparison, ModelResult, Report
+from ..report import Report
+from ..report.data import Comparison, ModelResult
 from ..task import fit_labels, unusable
 from .agreement import Agreement
 from .cost import batch_of, cost_of, latencies

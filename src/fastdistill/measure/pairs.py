@@ -36,7 +36,7 @@ class PairedScores:
         self.right = {k: v['right'] for k,v in scores.items() if 'right' in v and (v['n'] == 1).all()}
         n = len(next(iter(next(iter(scores.values())).values())))
         groups = random_groups(n, np.random.default_rng(seed)) if n > MAX_SAMPLES else None
-        self.scores = {k: {c: grouped(o, groups) for c,o in v.items()} for k,v in scores.items()}
+        self.scores = {k: {c: summed_in_groups(o, groups) for c,o in v.items()} for k,v in scores.items()}
         self.n = min(n, MAX_SAMPLES)
         self.whole = {k: {c: o.sum(0)[None] for c,o in v.items()} for k,v in self.scores.items()}
         drawn = self._weighted(draws(self.n, repeats, seed), self.scores)
@@ -116,7 +116,7 @@ class PairedScores:
 def random_groups(n, rng): return np.sort(rng.integers(MAX_SAMPLES, size=n))[rng.permutation(n)]
 
 
-def grouped(o, groups):
+def summed_in_groups(o, groups):
     "(n, ...) as float64; if there are groups, summed in each"
     o = np.asarray(o, np.float64)
     if groups is None: return o

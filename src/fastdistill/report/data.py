@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from ..errors import DistillError
 
-__all__ = ['Comparison', 'Cost', 'Difference', 'Estimate', 'Latency', 'MeasureInfo', 'ModelResult', 'Report']
+__all__ = ['Comparison', 'Cost', 'Difference', 'Estimate', 'Latency', 'MeasureInfo', 'ModelResult', 'ReportData']
 
 REPORT_FORMAT = 1 # of the JSON file
 
@@ -28,7 +28,7 @@ class MeasureInfo:
         "A value as text, without its unit"
         if value is None: return '–'
         v = 100*value if self.percent else value
-        digits = 2 if self.percent else decimals(v)
+        digits = (2 if 0 < abs(v) < .1 else 1) if self.percent else decimals(v)
         return f'{v:{"+" if sign else ""}.{digits}f}'
 
     @property
@@ -98,9 +98,16 @@ class ModelResult:
     cost:Cost=field(default_factory=Cost)
     history:dict[str,list]=field(default_factory=dict) # column of the training's table -> a number for each epoch
 
+    @property
+    def calibration_error(self):
+        "The mean distance of confidence and accuracy over the bins (ECE); None for numbers"
+        b = self.reliability
+        if not b or not sum(b['count']): return None
+        return sum(abs(c-r) for c,r in zip(b['confidence'], b['right']))/sum(b['count'])
+
 
 @dataclass
-class Report:
+class ReportData:
     "Models measured side by side on the same samples: data only, to JSON and back"
     task:str # 'softmax', 'sigmoid' or 'regression'
     headline:str # the measure by which the models are compared first
@@ -130,6 +137,20 @@ class Report:
         against = against or self.baseline
         return next((c for c in self.comparisons if (c.model, c.against) == (model, against)), None)
 
+    @property
+    def class_measure(self):
+        "What is measured of each class: 'iou' of masks, else 'recall'"
+        return 'iou' if any('iou' in m.classes for m in self.models.values()) else 'recall'
+
+    def class_changes(self) -> list:
+        """(class, its number, measure of the baseline, of the first student, change), largest gain first. Empty without
+        a baseline"""
+        model = next((n for n in self.students if n != self.baseline), None)
+        if None in (model, self.baseline): return []
+        a,b = (self.models[n].classes.get(self.class_measure, []) for n in (self.baseline, model))
+        rows = [(c, i, x, y, y-x) for i,(c,x,y) in enumerate(zip(self.classes, a, b)) if None not in (x, y)]
+        return sorted(rows, key=lambda o: -o[-1])
+
     def to_json(
         self,
         path=None # where to write it; None: only return it
@@ -143,7 +164,7 @@ class Report:
     def from_json(
         cls,
         source # path of a file, or the text itself
-    ) -> 'Report':
+    ) -> 'ReportData':
         "The report that `to_json` wrote"
         text = source if isinstance(source, str) and source.lstrip().startswith('{') else read(Path(source))
         try: data = json.loads(text)

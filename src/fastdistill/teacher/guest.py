@@ -75,19 +75,19 @@ class Saved:
         for t in tensors:
             # sparse tensors can't be compared
             if t.layout == torch.strided: groups.setdefault((t.dtype, t.device), []).append(t)
-        self.groups = [(ts, [t.shape for t in ts], flat(ts)) for ts in groups.values()]
+        self.groups = [(ts, [t.shape for t in ts], one_vector(ts)) for ts in groups.values()]
 
     @torch.no_grad()
     def restore(self):
         for ts,shapes,values in self.groups:
             # subtle: observers of quantization-aware training change the shape of their buffers in the first batch
-            if [t.shape for t in ts] == shapes and torch.equal(flat(ts), values): continue
+            if [t.shape for t in ts] == shapes and torch.equal(one_vector(ts), values): continue
             for t,shape,was in zip(ts, shapes, values.split([s.numel() for s in shapes])):
                 restore_tensor(t, was.reshape(shape))
 
 
 @torch.no_grad()
-def flat(ts): return torch.cat([t if t.dim() == 1 else t.reshape(-1) for t in ts])
+def one_vector(ts): return torch.cat([t if t.dim() == 1 else t.reshape(-1) for t in ts])
 
 
 def cuda_devices(model): return {t.device for t in [*model.parameters(), *model.buffers()] if t.is_cuda}

@@ -24,7 +24,7 @@ def joined(
     if len(outs) == 1: return outs[0]
     cat = lambda ts: None if ts[0] is None else torch.cat(ts)
     feats = {k: cat([o.feats[k] for o in outs]) for k in outs[0].feats}
-    return Outputs(cat([o.logits for o in outs]), feats, cat([o.mask for o in outs]))
+    return Outputs(cat([o.logits for o in outs]), feats, cat([o.mask for o in outs]), outs[0].classes)
 
 
 def plain_output(t, device, dtype=None):

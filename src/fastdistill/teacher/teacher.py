@@ -4,6 +4,7 @@ from contextlib import ExitStack, nullcontext
 from functools import wraps
 import torch
 from torch import nn
+from ..class_sets import class_groups, of_classes
 from ..features.calls import arguments, is_hf
 from ..features.names import named
 from ..features.pairs import names_of_tokens
@@ -24,8 +25,8 @@ from .speed import OPTIONS, check_speed
 
 __all__ = ['Teacher']
 
-POSSIBLE = dict(mode=('eval', 'train'), combine=('probs', 'logits'), kind=('softmax', 'sigmoid', 'regression'),
-                outputs=('logits', 'probs'))
+POSSIBLE = dict(mode=('eval', 'train'), combine=('probs', 'logits', 'sample'),
+                kind=('softmax', 'sigmoid', 'regression'), outputs=('logits', 'probs'))
 
 # a member of an ensemble takes these options from the ensemble, unless it was given its own
 INHERITED = ('mode', 'stats', 'input_stats', 'size', 'combine', 'kind', 'axis', 'output', 'outputs', 'device', 'batch',
@@ -66,11 +67,15 @@ class Teacher(Running):
         stats=None, # the teacher's image normalization: (mean, std), torchvision's weights, 'imagenet', 'auto' (timm)
         input_stats=None, # (mean, std) with which the batch's images are normalized; (0, 1) if they are not
         size:int|tuple|None=None, # height and width to which images are resized; one number: a square
-        combine:str='probs', # an ensemble's outputs: the mean of its members' 'probs', as logits, or of their 'logits'
-        weights=None, # of an ensemble's members; None: equal
+        combine:str='probs', # an ensemble's outputs: the mean of its members' 'probs', as logits, or of their 'logits';
+        # 'sample': those of one member, drawn for each batch
+        weights=None, # of an ensemble's members, or their probabilities to be drawn; None: equal
         kind:str='softmax', # what the logits are: 'softmax' over classes, 'sigmoid' per label, or 'regression'
         axis:int=1, # class axis
-        select=None, # indices of the teacher's classes to return, in the student's order
+        select=None, # the teacher's classes to return, in the student's order: numbers, or lists of numbers, whose
+        # probabilities are summed (see docs/classes.md)
+        classes=None, # of a teacher with other classes: the student's class, or list of classes, that each output is
+        # about (see docs/classes.md); None: the same as the student's
         output=None, # the output with the logits: a name, index or function; None: 'logits', 'out', or a tuple's first
         outputs:str='logits', # what the model returns: 'logits', or 'probs', the probabilities of classes or labels, as
         # estimators do
@@ -85,12 +90,12 @@ class Teacher(Running):
         batch:int|None=None # rows that run at once, where memory is short; None: all rows of a batch
     ):
         options = dict(layers=layers, mode=mode, stats=stats, input_stats=input_stats, size=size, combine=combine,
-                       weights=weights, kind=kind, axis=axis, select=select, output=output, outputs=outputs,
-                       frame=frame, name=name, precision=precision, compile=compile, memory_format=memory_format,
-                       fold_bn=fold_bn, device=device, batch=batch)
+                       weights=weights, kind=kind, axis=axis, select=select, classes=classes, output=output,
+                       outputs=outputs, frame=frame, name=name, precision=precision, compile=compile,
+                       memory_format=memory_format, fold_bn=fold_bn, device=device, batch=batch)
         self.model = self.path = self.learner = None       # fastdistill.fastai keeps the teacher's Learner as `learner`
-        self.sources,self.members = [],[]
-        self._stack,self._guest,self._scaling,self._was_started,self._draws = None,None,None,[],OwnDraws()
+        self.sources,self.members,self._was_started = [],[],[]
+        self._stack,self._guest,self._scaling,self._draws = None,None,None,OwnDraws()
         self._batches = None # to come in this run, if that is known
         # facts about the model that were found while it ran; variations share them
         self._found = model._found if isinstance(model, Teacher) else {}
@@ -128,6 +133,8 @@ class Teacher(Running):
         check_output(self.output)
         check_speed(self._speed_options | dict(batch=self.batch), self.model)
         check_axis(self.axis)
+        self.select = class_groups(self.select, 'select')
+        self.classes = class_groups(self.classes, 'classes', disjoint=True)
         if isinstance(self.model, Onnx): self._check_onnx()
         if isinstance(self.model, Estimator): self._take_estimator()
         elif self.frame is not None:
@@ -152,9 +159,8 @@ class Teacher(Running):
         return self.path.name if self.path else getattr(self.model, '__name__', type(self.model).__name__)
 
     def __repr__(self):
-        how = '' if self._speed is None else str(self._speed)
-        batch = '' if self.batch is None else f'{self.batch} rows at once'
-        return f'Teacher({": ".join(filter(None, [self.name, ", ".join(filter(None, [how, batch]))]))})'
+        how = [str(self._speed or ''), '' if self.batch is None else f'{self.batch} rows at once']
+        return f'Teacher({": ".join(filter(None, [self.name, ", ".join(filter(None, how))]))})'
 
     # its modules
 
@@ -166,8 +172,7 @@ class Teacher(Running):
     @property
     def modules(self):
         "The nn.Modules of the teacher, or of an ensemble's members"
-        own = [] if self.module is None else [self.module]
-        return own + [o for m in self.members for o in m.modules]
+        return [o for o in (self.module,) if o is not None] + [o for m in self.members for o in m.modules]
 
     @property
     def parameters_ids(self):
@@ -186,6 +191,11 @@ class Teacher(Running):
         if None in (self.stats, self.input_stats) or affine(self.input_stats, self.stats) is None: return ''
         text = lambda stats: ', std '.join(' '.join(f'{v:.4g}' for v in o.tolist()) for o in stats)
         return f'mean {text(self.input_stats)} -> mean {text(self.stats)}'
+
+    @property
+    def known_classes(self):
+        "The student's class, or list of classes, that each output is about; None: the same as the student's"
+        return self.classes or next((m.known_classes for m in self.members if m.known_classes is not None), None)
 
     # from start to stop
 
@@ -307,19 +317,24 @@ class Teacher(Running):
     def _outputs(self, x, kw, layers):
         self._check_layers(layers)
         o = (self._outputs_of_members if self.members else self._outputs_of_model)(x, kw, layers)
-        if self.select is None: return o
-        ids,n = torch.as_tensor(self.select),o.logits.shape[self.axis]
-        if ids.min() < 0 or ids.max() >= n:
-            raise DistillError(f"select={ids.tolist()}: the teacher has {n} classes along axis {self.axis}, 0 to {n-1}")
-        return Outputs(o.logits.index_select(self.axis, ids.to(o.logits.device)), o.feats, o.mask)
+        return of_classes(o, self.select, self.classes, self.axis, self.kind)
 
     def _outputs_of_members(self, x, kw, layers):
         "The outputs of an ensemble; names of layers begin with the member's number"
+        if self.combine == 'sample': return self._outputs_of_one(x, kw, layers)
         names = lambda i: [n.partition('.')[2] for n in layers if n.partition('.')[0] == str(i)]
         outs = [m._outputs(x, kw, list(dict.fromkeys(m.layers + names(i)))) for i,m in enumerate(self.members)]
         feats = {f'{i}.{k}': v for i,o in enumerate(outs) for k,v in o.feats.items()}
         logits = mix([o.logits for o in outs], self.weights, self.combine, self.kind, self.axis)
-        return Outputs(logits, feats, next((o.mask for o in outs if o.mask is not None), None))
+        if any(o.classes != outs[0].classes for o in outs):
+            raise DistillError("The members of the ensemble are about different classes: classes= must be equal.")
+        return Outputs(logits, feats, next((o.mask for o in outs if o.mask is not None), None), outs[0].classes)
+
+    def _outputs_of_one(self, x, kw, layers):
+        "The outputs of a member that is drawn"
+        if layers: raise DistillError("combine='sample' runs one member, so layers of all can't be compared: use terms "
+                                      "on the outputs, or combine='probs'.")
+        return self.members[torch.multinomial(torch.tensor(self.weights), 1).item()]._outputs(x, kw, [])
 
     def _outputs_of_model(self, x, kw, layers):
         device = next((t.device for t in tensors_in((x, kw))), torch.device('cpu'))
@@ -340,7 +355,8 @@ class Teacher(Running):
         # a function has no layers, but it may return features of that name
         if taps is None and not set(layers) <= set(feats): raise self._unreadable(layers, feats)
         dtype = None if self._speed is None else self._speed.cast_back
-        return Outputs(*(map_tensors(v, lambda t: plain_output(t, device, dtype)) for v in (logits, feats, o.mask)))
+        return Outputs(*(map_tensors(v, lambda t: plain_output(t, device, dtype)) for v in (logits, feats, o.mask)),
+                       o.classes)
 
     def _logits(self, v):
         "The logits of what the model returned"

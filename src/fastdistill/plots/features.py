@@ -2,13 +2,13 @@
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
-from .features.pairs import inputs, pair
-from .features.probe import dry_run
-from .features.shapes import as_map
-from .features.taps import Taps
-from .outputs import DistillError, as_plain, map_tensors, tensors_in
+from ..features.pairs import inputs, pair
+from ..features.probe import dry_run
+from ..features.shapes import as_map
+from ..features.taps import Taps
+from ..outputs import DistillError, as_plain, map_tensors, tensors_in
 
-__all__ = ['attention_map', 'show_features']
+__all__ = ['attention_map', 'picture_in', 'show_features']
 
 
 def attention_map(

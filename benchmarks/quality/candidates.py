@@ -1,0 +1,63 @@
+"What is compared: recipes of the library, and the defaults of other tools in its words."
+from collections.abc import Callable
+from dataclasses import dataclass
+from fastdistill import Recipe, Term, abkd, at, dist, dkd, hint, kd, losses, nkd, rld, soft_labels, taid, ttm, wttm
+
+PLAIN = 'classes pixels tokens labels numbers'
+SOFT = 'classes pixels tokens' # softmax
+
+
+@dataclass(frozen=True)
+class Candidate:
+    "A recipe, and for which outputs it is"
+    name:str
+    recipe:Callable # () -> Recipe, or None for labels alone
+    outputs:str = SOFT
+    tier:str = 'core' # 'core': in every cell; 'two': two classes first; 'more': where time allows; 'peer': another tool's default
+    smoothing:float = 0.
+    classes:int = 1 # fewest that it is for
+    tasks:str = '' # these alone
+
+    def fits(self, cell, classes):
+        return cell.output in self.outputs.split() and classes >= self.classes and (not self.tasks or cell.task in self.tasks.split())
+
+
+def alone(): return None
+
+def share(loss, r, **options): return lambda: Recipe(Term(loss, share=r, **options))
+
+
+C = Candidate
+CANDIDATES = [
+    C('labels', alone, PLAIN),
+    C('kd(1,.9)', lambda: kd(1., .9)), C('soft(1)', lambda: soft_labels(1.), PLAIN),
+    C('kl(1)x3', share(losses.kl, 3., T=1.)), C('kl(2)x3', share(losses.kl, 3., T=2.)), C('kl(4)x3', share(losses.kl, 3., T=4.)),
+    C('dist(4)x3', lambda: dist(T=4., beta=2., gamma=2., share=3.)),
+    C('kd(4,.9)', lambda: kd(4., .9)), C('kd(1,.5)', lambda: kd(1., .5)),
+    C('binary(1)x1', share(losses.binary_kl, 1., T=1.), 'labels'), C('binary(1)x3', share(losses.binary_kl, 3., T=1.), 'labels'),
+    C('kd(.5)', lambda: kd(1., .5), 'labels numbers'), C('kd(.9)', lambda: kd(1., .9), 'labels numbers'),
+    C('regressionx1', share(losses.regression, 1.), 'numbers'), C('regressionx3', share(losses.regression, 3.), 'numbers'),
+    C('cwd(4)w3', lambda: Recipe(Term(losses.cwd, weight=3., T=4.)), 'pixels'),
+    C('cwd(4)x1', share(losses.cwd, 1., T=4.), 'pixels'), C('cwd(4)x3', share(losses.cwd, 3., T=4.), 'pixels'),
+    # other tools' defaults
+    C('fasterai', lambda: kd(20., .9), SOFT, 'peer'), C('timm', lambda: Recipe(Term(losses.kl, weight=1., T=1.)), SOFT, 'peer'),
+    C('keras', lambda: kd(10., .9), SOFT, 'peer'),
+    # where time allows
+    C('smoothing', alone, 'classes pixels tokens labels', 'more', smoothing=.1),
+    C('kd(4,.9->.2)', lambda: kd(4., ('cosine', .9, .2)), SOFT, 'more'),
+    C('dist(4)x1', lambda: dist(T=4., beta=2., gamma=2., share=1.), SOFT, 'more'), C('dist(4)x.3', lambda: dist(T=4., beta=2., gamma=2., share=.3), SOFT, 'more'),
+    C('dist(4)x10', lambda: dist(T=4., beta=2., gamma=2., share=10.), SOFT, 'more', classes=3),
+    C('dist(1)x3', lambda: dist(share=3.), SOFT, 'more', classes=3),
+    C('kl(1)x1', share(losses.kl, 1., T=1.), SOFT, 'more'), C('kl(2)x1', share(losses.kl, 1., T=2.), SOFT, 'more'), C('kl(4)x1', share(losses.kl, 1., T=4.), SOFT, 'more'),
+    C('ttm(2)x1', lambda: ttm(2., share=1.), SOFT, 'more'), C('ttm(4)x1', lambda: ttm(4., share=1.), SOFT, 'more'), C('ttm(2)x3', lambda: ttm(2., share=3.), SOFT, 'more'),
+    C('dkdx1', lambda: dkd(share=1.), SOFT, 'more', classes=3), C('dkdx.3', lambda: dkd(share=.3), SOFT, 'more', classes=3),
+    C('logit_std(2)x1', share(losses.standardized(losses.kl), 1., T=2., name='logit_std'), 'classes tokens', 'more', classes=3),
+    C('logit_std(2)x3', share(losses.standardized(losses.kl), 3., T=2., name='logit_std'), 'classes tokens', 'more', classes=3),
+    C('nkdx1', lambda: nkd(share=1.), SOFT, 'more', classes=3), C('taidx1', lambda: taid(share=1.), SOFT, 'more'),
+    C('rldx1', lambda: rld(share=1.), SOFT, 'more', classes=3), C('abkdx1', lambda: abkd(share=1.), SOFT, 'more'),
+    C('wttmx1', lambda: wttm(share=1.), SOFT, 'more'), C('skewedx1', share(losses.skewed_kl, 1.), SOFT, 'more'),
+    C('regressionx.3', share(losses.regression, .3), 'numbers', 'more'), C('binary(1)x.3', share(losses.binary_kl, .3, T=1.), 'labels', 'more'),
+    C('binary(2)x3', share(losses.binary_kl, 3., T=2.), 'labels', 'more'), C('kd(4,.9)sigmoid', lambda: kd(4., .9), 'labels', 'more'),
+    *(C(f'{n}x{r:g}', lambda f=f,r=r: f(share=r), 'classes', 'more', tasks='digits100') for n,f in dict(hint=hint, at=at).items() for r in (.03, .1, .3, 1.)),
+]
+CANDIDATES = {c.name: c for c in CANDIDATES}

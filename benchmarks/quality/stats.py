@@ -1,0 +1,33 @@
+"Runs with the same seed belong together: paired differences, and whether they are more than luck."
+from collections import defaultdict
+import numpy as np
+from scipy import stats
+from measures import score
+
+
+def paired(
+    a, # seed -> score
+    b # the same of what it is compared with
+):
+    "(mean of a - b, its standard error, two-sided p of Student's t, number of pairs) over the seeds that both have"
+    d = np.array([a[s]-b[s] for s in sorted(a.keys() & b.keys())], dtype=float)
+    if len(d) < 2: return (float(d.mean()) if len(d) else float('nan')),float('nan'),float('nan'),len(d)
+    se = d.std(ddof=1)/np.sqrt(len(d))
+    p = float(2*stats.t.sf(abs(d.mean()/se), len(d)-1)) if se > 0 else float(not d.any())
+    return float(d.mean()),float(se),p,len(d)
+
+
+def at_best_rate(runs, output):
+    "recipe -> its runs at the rate that is best on the validation split"
+    by,out = defaultdict(list),{}
+    for r in runs: by[r['recipe']].append(r)
+    for name,rs in by.items():
+        tried = {r['lr']: score(output, r['valid']) for r in rs if r['seed'] == 0}
+        if tried: out[name] = [r for r in rs if r['lr'] == max(tried, key=tried.get)]
+    return out
+
+
+def by_seed(runs, output, split='test'): return {r['seed']: score(output, r[split]) for r in runs}
+
+
+def significant(found, sign=1, level=.05): return found[3] > 1 and found[2] < level and np.sign(found[0]) == sign

@@ -1,0 +1,109 @@
+"Models with other sets of classes: some of the other's classes, or groups of them."
+from dataclasses import replace
+from itertools import chain
+import torch
+from torch import Tensor
+from .outputs import DistillError, Outputs, as_plain
+from .task import fit_labels
+
+__all__ = ['class_groups', 'grouped', 'grouped_labels', 'of_classes', 'taught_part']
+
+
+def class_groups(
+    groups, # for each output a class or a list of classes: {name of the output: ...}, or a list
+    option:str, # its name, in messages
+    vocab=None, # names of the classes, for groups of names
+    disjoint:bool=False # may no class be in two groups?
+) -> list|None:
+    "The groups as numbers of classes. Without `vocab`, names stay"
+    if groups is None: return None
+    if isinstance(groups, dict): groups = list(groups.values())
+    if isinstance(groups, Tensor): groups = groups.tolist()
+    number = lambda c: as_number(c, option, vocab)
+    out = [list(map(number, g)) if isinstance(g, (list, tuple)) else number(g) for g in groups]
+    if not out or any(g == [] for g in out): raise DistillError(f"{option}={groups}: an output without a class.")
+    flat = list(chain(*members(out)))
+    if disjoint and (twice := [c for c in flat if flat.count(c) > 1]):
+        raise DistillError(f"{option}={out}: two outputs are about the class {twice[0]!r}. Sum these outputs "
+                           "first, as in select=[[0, 1], 2].")
+    return out
+
+
+def as_number(c, option, vocab):
+    if isinstance(c, str):
+        if vocab is None or c in vocab: return c if vocab is None else vocab.index(c)
+        raise DistillError(f"{option}= has {c!r}, but the classes are {', '.join(map(str, vocab[:10]))}"
+                           f"{' ...' if len(vocab) > 10 else ''}.")
+    return int(c)
+
+
+def members(groups): return [g if isinstance(g, list) else [g] for g in groups]
+
+
+def grouped(
+    logits:Tensor, # (B, C, ...)
+    groups, # as `class_groups` returns them
+    axis:int=1, # of the classes
+    kind:str='softmax',
+    option:str='classes', who:str='student' # in messages
+) -> Tensor:
+    """Logits of the groups. A group of one class has its logit. A group of several has the logarithm of the sum of
+    their exponentials, so that its probability is the sum of theirs"""
+    n,sets = logits.shape[axis],members(groups)
+    if names := [c for c in chain(*sets) if isinstance(c, str)]:
+        raise DistillError(f"{option}= has the name {names[0]!r}, but the {who}'s classes have no names here: give "
+                           "their numbers.")
+    if min(map(min, sets)) < 0 or max(map(max, sets)) >= n:
+        raise DistillError(f"{option}={list(groups)}: the {who} has {n} classes along axis {axis}, 0 to {n-1}")
+    if max(map(len, sets)) == 1:
+        return logits.index_select(axis, torch.tensor([g[0] for g in sets], device=logits.device))
+    if kind != 'softmax':
+        raise DistillError(f"{option}={list(groups)} sums the probabilities of classes that exclude each other, but "
+                           f"this is kind={kind!r}: give one class for each output.")
+    return torch.stack([logits.index_select(axis, torch.tensor(g, device=logits.device)).logsumexp(axis) for g in sets],
+                       axis)
+
+
+def of_classes(
+    out:Outputs, # of a teacher
+    select, classes, axis, kind # options of `Teacher`
+) -> Outputs:
+    "The selected classes of a teacher, and which of the student's they are"
+    if select is not None: out = replace(out, logits=grouped(out.logits, select, axis, kind, 'select', 'teacher'))
+    if classes is None: return out
+    if len(classes) != (n := out.logits.shape[axis]):
+        raise DistillError(f"classes={classes} is for {len(classes)} outputs, but the teacher returns {n} along axis "
+                           f"{axis}: give the student's class(es) for each, or select= some.")
+    return replace(out, classes=classes)
+
+
+def grouped_labels(
+    y:Tensor, # class numbers
+    groups, # disjoint
+    n:int, # number of classes
+    ignore_index:int # the label of samples whose class is in no group
+) -> Tensor:
+    "The number of the group of each label"
+    table = torch.full((n,), ignore_index, dtype=torch.long)
+    for i,g in enumerate(members(groups)): table[g] = i
+    inside = (y >= 0) & (y < n)
+    return torch.where(inside, table.to(y.device)[y.clamp(0, n-1)], ignore_index)
+
+
+def taught_part(
+    logits, # the student's; None: unknown
+    y, # the labels, or None
+    groups, # the teacher's `classes`; None: all
+    task # `Task` of both
+):
+    "The student's logits, and its labels, for what the teacher knows"
+    if groups is None: return logits,y
+    if logits is None:
+        if not isinstance(y, Tensor) or task.kind != 'softmax' or y.is_floating_point(): return None,y
+        n = 1 + max(int(y.max()), *chain(*members(groups)))
+        return None,grouped_labels(as_plain(y).long(), groups, n, task.ignore_index)
+    logits = as_plain(logits)
+    s = grouped(logits, groups, task.axis, task.kind)
+    if not isinstance(y, Tensor) or (fitted := fit_labels(as_plain(y), logits.shape, task)) is None: return s,y
+    if task.kind == 'softmax': return s,grouped_labels(fitted, groups, logits.shape[task.axis], task.ignore_index)
+    return s,grouped(fitted, groups, task.axis, task.kind)

@@ -1,0 +1,191 @@
+"Distillation with Lightning: a callback for your own `LightningModule`, and a module that needs nothing else."
+import functools, math
+from collections.abc import Mapping
+from contextlib import contextmanager
+try: from lightning.pytorch import Callback, LightningModule
+except ImportError as e:
+    raise ImportError("fastdistill.lightning needs lightning: pip install 'fastdistill[lightning]'") from e
+import torch
+from torch import nn
+from .automatic import Distiller
+from .features.calls import arguments
+from .features.pairs import inputs
+from .features.taps import Taps
+from .outputs import DistillError, Outputs
+from .replay.seeds import RandomGuard
+from .trainers import add_parameters, average_gradients, complete, load_state, needs_example, training_state, takes_part
+
+__all__ = ['DistillCallback', 'DistillModule']
+
+
+class DistillCallback(Callback):
+    """Gives a `LightningModule` a teacher: `Trainer(callbacks=DistillCallback(teacher, kd(), student='model'))`. The
+    module's `training_step` stays: the loss that it returns is the labels' own, to which the teacher's part is added"""
+    def __init__(
+        self,
+        teacher, # a model, a `Teacher`, or what `Teacher` takes
+        recipe=None, # `kd()`, `kd() + at()`, a `Term`; None: `auto` chooses, by what the student predicts
+        *,
+        student:str|None=None, # the attribute of the module that is trained, as 'model'; None: the module itself
+        split=None, # fn(batch) -> (inputs, labels) of the student; None: a tuple's first item and all others, or a dict
+        # without its 'labels'
+        **options # of the `Distiller`: kind, axis, ignore_index, shift_labels, output, check
+    ):
+        self.teacher,self.recipe,self.student,self.options = teacher,recipe,student,options
+        self.split,self.distiller,self.state,self.replaced = split or inputs_and_labels,None,None,None
+
+    # around a fit
+
+    def on_fit_start(self, trainer, pl_module):
+        self._stop(pl_module)
+        if not pl_module.automatic_optimization:
+            raise DistillError("DistillCallback changes the loss that training_step returns, which manual optimization "
+                               "does not use. Call a `Distiller` in your training_step instead.")
+        self.build(pl_module)
+        d = self.distiller
+        d.links.to(pl_module.device)
+        if needs_example(d): self._complete(trainer)
+        add_parameters(trainer.optimizers[0], d)
+        if self.state is not None: load_state(d, self.state)
+        self.state = None
+        d.teacher.start()
+        self._replace_step(trainer, pl_module)
+
+    def build(self, pl_module):
+        "The Distiller of this module, unless it is there already"
+        try: student = pl_module if self.student is None else pl_module.get_submodule(self.student)
+        except AttributeError as e:
+            have = ', '.join(n for n,_ in pl_module.named_children()) or 'none'
+            raise DistillError(f"student={self.student!r}: {type(pl_module).__name__} has no such module. It has: "
+                               f"{have}") from e
+        if self.distiller is None or self.distiller.student is not student:
+            self.distiller = Distiller(student, self.teacher, self.recipe, **self.options)
+
+    def _complete(self, trainer):
+        "Choose the recipe and build projectors, by a training batch"
+        trainer.fit_loop.setup_data()
+        with RandomGuard(): batch = trainer.strategy.batch_to_device(next(iter(trainer.train_dataloader)))
+        x,y = self.split(batch)
+        complete(self.distiller, x, bool(len(y)))
+
+    def teardown(self, trainer, pl_module, stage): self._stop(pl_module)
+    def on_exception(self, trainer, pl_module, exception): self._stop(pl_module)
+
+    def _stop(self, pl_module):
+        "Put everything back; safe to call twice"
+        if self.replaced is None: return
+        vars(pl_module).pop('training_step')
+        vars(pl_module).update(self.replaced)
+        self.replaced = None
+        self.distiller.teacher.stop()
+
+    # a batch
+
+    def _replace_step(self, trainer, pl_module):
+        "From now on, the module's training step returns the whole loss"
+        step = pl_module.training_step
+        # subtle: Lightning reads the names of its arguments, which `wraps` keeps
+        @functools.wraps(step)
+        def with_teacher(batch, *args, **kwargs):
+            return self._step(trainer, pl_module, batch, functools.partial(step, batch, *args, **kwargs))
+        self.replaced = {k: v for k,v in vars(pl_module).items() if k == 'training_step'}
+        pl_module.training_step = with_teacher
+
+    def _step(self, trainer, pl_module, batch, run):
+        d,progress = self.distiller,share_done(trainer)
+        if not takes_part(d, progress): return run()
+        with returned_by(d.student) as seen, Taps(d.student, d.student_layers(d.active_terms(progress))) as taps:
+            out = run()
+            feats = taps.pop() if seen else {}
+        if out is None: return
+        x,y = self.split(batch)
+        s = d.student_outputs(self._last(seen), feats, x)
+        task,y = out['loss'] if isinstance(out, Mapping) else out,d.targets_at(x, s.logits, tuple(y))
+        r = d.compute(s, d.teacher_outputs(x, progress), task, y, progress=progress)
+        parts = {f'{k}_loss': v for k,v in dict(task=task.detach(), **r.parts).items()}
+        pl_module.log_dict(parts, batch_size=len(s.logits))
+        return {**out, 'loss': r.total} if isinstance(out, Mapping) else r.total
+
+    def _last(self, seen):
+        "What the student returned last"
+        if seen: return seen[-1]
+        raise DistillError(f"training_step did not call the student, {type(self.distiller.student).__name__}. Name the "
+                           "module that it calls: DistillCallback(..., student='model')")
+
+    def on_after_backward(self, trainer, pl_module):
+        if self.replaced is not None: average_gradients(self.distiller)
+
+    # checkpoints
+
+    def state_dict(self): return {} if self.distiller is None else training_state(self.distiller)
+
+    def load_state_dict(self, state): self.state = state
+
+    # subtle: an averaged copy of a module (`WeightAveraging`) needs no second teacher
+    def __deepcopy__(self, memo): return self
+
+
+class DistillModule(LightningModule):
+    """A student that learns from a teacher: `Trainer().fit(DistillModule(student, teacher, kd()), loader)`. Its
+    checkpoints hold the student alone, and beside it the state of its `DistillCallback`"""
+    def __init__(
+        self,
+        student:nn.Module,
+        teacher, # as in `DistillCallback`
+        recipe=None, # as in `DistillCallback`
+        *,
+        lr:float=1e-3,
+        optimizer=torch.optim.AdamW, # fn(parameters, lr=...)
+        split=None, # as in `DistillCallback`
+        **options # of the `Distiller`: task_loss, kind, axis, ignore_index, shift_labels, output, check
+    ):
+        super().__init__()
+        self.student,self.lr,self.optimizer = student,lr,optimizer
+        self.callback = DistillCallback(teacher, recipe, student='student', split=split, **options)
+        self.callback.build(self)
+
+    def forward(self, x):
+        "What the student returns for a batch of inputs"
+        args,kwargs = arguments(self.student, inputs(x))
+        return self.student(*args, **kwargs)
+
+    def configure_callbacks(self): return [self.callback]
+    def configure_optimizers(self): return self.optimizer(self.student.parameters(), lr=self.lr)
+    def training_step(self, batch, batch_idx): return self.labels_loss(batch)
+    def validation_step(self, batch, batch_idx): self._log('val_loss', batch)
+    def test_step(self, batch, batch_idx): self._log('test_loss', batch)
+
+    def labels_loss(self, batch):
+        "The labels' own loss"
+        x,y = self.callback.split(batch)
+        d = self.callback.distiller
+        logits = Outputs.of(self(x), output=d.output).logits
+        # without labels, the teacher alone teaches
+        return d.labels(x, logits, tuple(y))[0] if len(y) else logits.new_zeros(())
+
+    def _log(self, name, batch):
+        loss = self.labels_loss(batch)
+        self.log(name, loss, prog_bar=True, batch_size=len(self.callback.split(batch)[1][0]))
+
+
+def inputs_and_labels(batch):
+    "A tuple's first item and all others; a dict without its labels, and these; all else has none"
+    if isinstance(batch, (tuple, list)): return batch[0],tuple(batch[1:])
+    if not isinstance(batch, Mapping): return batch,()
+    names = [k for k in ('labels', 'label') if k in batch]
+    return {k: v for k,v in batch.items() if k not in names},tuple(batch[k] for k in names)
+
+
+def share_done(trainer):
+    "Share of the training that is done, for schedules; None if it has no end"
+    steps = trainer.estimated_stepping_batches
+    return trainer.global_step/steps if 0 < steps < math.inf else None
+
+
+@contextmanager
+def returned_by(module):
+    "A list of what the module returns inside this context"
+    seen = []
+    handle = module.register_forward_hook(lambda m, args, out: seen.append(out))
+    try: yield seen
+    finally: handle.remove()

@@ -1,0 +1,6 @@
+"Pictures: features of layers, and the report of a comparison."
+from .features import attention_map, picture_in, show_features
+from .report import plot_classes, plot_cost, plot_history, plot_recovered, plot_reliability
+
+__all__ = ['attention_map', 'picture_in', 'plot_classes', 'plot_cost', 'plot_history', 'plot_recovered',
+           'plot_reliability', 'show_features']

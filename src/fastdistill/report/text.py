@@ -1,0 +1,59 @@
+"A report in a terminal and as Markdown."
+import re
+from .data import ReportData
+from .sheets import sheets_of
+from .words import caveat, shown_text, verdicts
+
+__all__ = ['markdown', 'print_report', 'title_of']
+
+COLORS_OF_VERDICTS = {'better': 'green', 'worse': 'red', 'not significant': 'yellow'}
+
+
+def title_of(r:ReportData) -> str:
+    "The report's title, or the names of its models"
+    *others,last = r.models
+    return r.title or (f"{', '.join(others)} and {last}" if others else last)
+
+
+def print_report(
+    r:ReportData,
+    console=None # rich's; None: standard output
+):
+    "Verdicts and tables in a terminal"
+    from rich import box
+    from rich.console import Console
+    from rich import markup
+    from rich.table import Table
+    console = console or Console()
+    def escape(text): return markup.escape(shown_text(text))
+    console.print(f'[bold]{escape(title_of(r))}[/]', highlight=False)
+    for verdict,text in verdicts(r):
+        console.print(f'[{COLORS_OF_VERDICTS[verdict]}]{verdict}[/] {escape(text)}', highlight=False)
+    for s in sheets_of(r, brief=True):
+        t = Table(title=escape(s.title), box=box.SIMPLE_HEAD, title_justify='left', title_style='bold',
+                  caption=escape(s.note), caption_justify='left')
+        for i,h in enumerate(s.head): t.add_column(escape(h), justify='right' if i else 'left')
+        for row in s.rows:
+            t.add_row(*(escape(c.text) + (f'\n[dim]{escape(c.small)}[/]' if c.small else '') for c in row))
+        console.print(t)
+    console.print(escape(caveat(r)), style='dim', highlight=False)
+
+
+def cell(text):
+    "A text on one line, in which Markdown and HTML find nothing of theirs"
+    return re.sub(r'([\\`*_\[\]<>|&~$#])', r'\\\1', ' '.join(shown_text(str(text)).split()))
+
+
+def markdown(
+    r:ReportData,
+    level:int=2 # of the headings
+) -> str:
+    "Verdicts and tables as Markdown, for a model card"
+    mark = '#'*level
+    out = [f'{mark} {cell(title_of(r))}', '', *(f'- **{v}**: {cell(text)}' for v,text in verdicts(r))]
+    for s in sheets_of(r):
+        line = f"|---|{'---:|'*(len(s.head)-1)}"
+        rows = [f"| {' | '.join(map(cell, row))} |" for row in [s.head, *s.rows]]
+        out += ['', f'{mark}# {cell(s.title)}', '', rows[0], line, *rows[1:]]
+        if s.note: out += ['', cell(s.note)]
+    return '\n'.join([*out, '', cell(caveat(r)), ''])

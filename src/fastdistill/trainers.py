@@ -1,0 +1,69 @@
+"What the faces of other trainers share: a Distiller that is complete before the optimizer, projectors, checkpoints."
+from .distiller import Distiller
+from .features.pairs import inputs
+from .doctor.runs import student_logits
+from .outputs import map_tensors
+from .ranks import broadcast, mean_over_ranks
+
+__all__ = ['add_parameters', 'average_gradients', 'complete', 'load_state', 'needs_example', 'reset_gradients',
+           'training_state', 'takes_part']
+
+
+def needs_example(d:Distiller) -> bool:
+    "Does it need a batch to choose its recipe, or to build its projectors?"
+    return d.chooses or not d.ready
+
+
+def complete(
+    d:Distiller,
+    x, # a batch of the student's inputs
+    labels:bool=True # do the batches have labels?
+):
+    "Choose the recipe if none was given, pair layers and build projectors: the same ones in all processes"
+    x = inputs(x)
+    if d.chooses: d.choose(student_logits(d.student, x, d.output), labels)
+    if d.ready: return
+    d.setup(*x)
+    broadcast(d.links.state_dict().values())
+
+
+def takes_part(
+    d:Distiller,
+    progress:float|None # share of the training that is done
+) -> bool:
+    "Does distillation change the loss at this point? Else the trainer trains bit for bit as without it"
+    return bool(d.active_terms(progress)) or d.recipe.task_at(progress) != 1
+
+
+def add_parameters(
+    optimizer, # of the student
+    d:Distiller
+):
+    """Let the student's optimizer train the projectors too. They join its first group, since a scheduler that exists
+    knows the present groups"""
+    have = {id(p) for g in optimizer.param_groups for p in g['params']}
+    optimizer.param_groups[0]['params'] += [p for p in d.own_parameters() if id(p) not in have]
+
+
+def average_gradients(d:Distiller):
+    "Average the projectors' gradients over all processes, since they are not in DistributedDataParallel"
+    mean_over_ranks(p.grad for p in d.own_parameters() if p.grad is not None)
+
+
+def reset_gradients(d:Distiller):
+    for p in d.own_parameters(): p.grad = None
+
+
+def training_state(d:Distiller) -> dict:
+    "What a checkpoint of the student and its optimizer lacks: projectors, and measured shares of the gradient"
+    return dict(links=d.links.state_dict(), ratios=d.ratios.state_dict())
+
+
+def load_state(
+    d:Distiller, # complete
+    state:dict # as `training_state` gives it
+):
+    "Continue from a checkpoint"
+    device = next(d.student.parameters()).device
+    d.links.load_state_dict(state['links'])
+    d.ratios.load_state_dict(map_tensors(state['ratios'], lambda t: t.to(device)))
