@@ -31,7 +31,7 @@ class Clock:
 
 def run(
     pairs=None, # names; None: all
-    ways=None, # parts of names; None: all
+    ways=None, # names; None: all
     rounds:int=5, # epochs of each way, in turns; the first one does not count
     batches:int=4, # of an epoch
     memory:bool=True, # the peak of each way, in a process of its own
@@ -42,7 +42,9 @@ def run(
     console,out = console or Console(width=130),Path(out)
     for n in pairs or []:
         if n not in PAIRS: raise DistillError(f"There is no pair {n!r}: possible are {', '.join(PAIRS)}.")
-    chosen = [w for w in WAYS if w == FLOOR or not ways or any(o in w for o in ways)]
+    chosen = [w for w in WAYS if w == FLOOR or not ways or w in ways]
+    if wrong := [w for w in ways or [] if w not in WAYS]:
+        raise DistillError(f"There is no way {wrong[0]!r}: possible are {', '.join(WAYS)}.")
     found = dict(machine=machine(), pairs={})
     out.mkdir(parents=True, exist_ok=True)
     for n in pairs or PAIRS:

@@ -8,7 +8,7 @@ __all__ = ['bench']
 
 def bench(
     pairs:Annotated[list[str]|None, typer.Argument(help='resnet, unet, vit, text, table; default: all.')]=None,
-    way:Annotated[list[str]|None, typer.Option(help='Part of the name of a way; may be given several times.')]=None,
+    way:Annotated[list[str]|None, typer.Option(help='Name of a way in the table; may be given several times.')]=None,
     rounds:Annotated[int, typer.Option(help='Rounds, in which all ways take turns.', min=1)]=5,
     batches:Annotated[int, typer.Option(help='Batches of a round.', min=1)]=4,
     memory:Annotated[bool, typer.Option(help='Measure the peak memory too.')]=True,
