@@ -45,7 +45,7 @@ def cache_from(
 
     Each row has a name, and one value for each class, or pairs of class and log-probability; of tokens, such a list
     for each position. The answers of vLLM, SGLang and OpenAI's completions are understood"""
-    rows,identity = rows_of(outputs)
+    rows,identity = rows_of_outputs(outputs)
     if not len(rows): raise DistillError("There are no rows: there is nothing to write.")
     r = Reading(rows, n, value, given, shift, tail)
     names = r.names(keys)
@@ -209,7 +209,7 @@ def class_of(k, row):
 
 # files
 
-def rows_of(o):
+def rows_of_outputs(o):
     "(sequence of dicts, (name, fingerprint))"
     if isinstance(o, (str, Path)): return rows_of_path(Path(o))
     if isinstance(o, np.ndarray) or torch.is_tensor(o):
