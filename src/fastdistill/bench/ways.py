@@ -96,13 +96,13 @@ def free(pair, teacher, dls):
 
 def stored(pair, teacher, dls):
     folder = tempfile.mkdtemp(prefix='fastdistill-bench-')
-    keys = None if pair.callbacks is not list else partial(key_of, {})
+    keys = None if pair.callbacks is not list else partial(order_key, {})
     return [KnowledgeDistillation(cache_teacher(Teacher(teacher), dls, folder, check=False, progress=False, keys=keys,
                                                 kind='softmax', axis=pair.axis),
                                   kd(TEMPERATURE, ALPHA))]
 
 
-def key_of(seen, item): return str(seen.setdefault(id(item), len(seen)))
+def order_key(seen, item): return str(seen.setdefault(id(item), len(seen)))
 
 
 # of others
