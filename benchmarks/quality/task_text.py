@@ -10,8 +10,8 @@ from loop import predict
 from tasks import ROOT, Cell, Data, Split, fit, kept
 
 LENGTH = 48
-# steps and rate of the teacher; the weak one is stopped while it is still unsure, and is worse than a student that trains long
-TEACHERS = dict(sst2=(450, .005), banking77=(650, .01), banking77weak=(650, .005), trec=(400, .005), goemotions=(600, .01))
+# steps and rate of the teacher; the weak ones are stopped while they still are unsure, and are no better than a student
+TEACHERS = dict(sst2=(450, .005), banking77=(650, .01), banking77weak=(650, .005), trec=(400, .005), goemotions=(900, .04), goemotionsweak=(600, .01))
 
 
 def words(text): return re.findall(r"[a-z0-9']+|[?!]", text.lower())
@@ -95,4 +95,4 @@ CELLS = [cell('sst2', 'short', 170), cell('sst2', 'long', 1040, rates=(.0009, .0
          cell('banking77', 'short', 220), cell('banking77', 'long', 1100), cell('banking77', 'wide_short', 220, 64), cell('banking77', 'wide_long', 1100, 64),
          cell('banking77weak', 'short', 220), cell('banking77weak', 'long', 1100),
          cell('trec', 'short', 120), cell('trec', 'long', 600),
-         cell('goemotions', 'short', 450, output='labels')]
+         cell('goemotions', 'short', 450, output='labels', rates=(.03, .1, .3)), cell('goemotionsweak', 'short', 450, output='labels')]
