@@ -1,4 +1,4 @@
-# Each target does its own set-up: all it needs is make and Python, 3.10 to 3.13.
+# Each target does its own set-up: all it needs is make and Python, 3.11 to 3.13.
 PYTHON ?= python3
 VENV   := .venv
 OLDEST := .venv-oldest
