@@ -44,7 +44,7 @@ LAW = dict(
     huggingface=('outputs ranks batch features replay teacher doctor distiller automatic trainers', 'torch transformers accelerate', ''),
     lightning=('outputs batch features replay teacher task distiller automatic trainers', 'torch lightning', ''),
     demo=('outputs plots fastai', 'torch numpy fastai rich PIL', 'matplotlib sklearn'),
-    cli=('errors ranks cache fastai demo __init__', 'typer rich', ''),
+    cli=('errors ranks cache fastai demo plots report __init__', 'typer rich', ''),
 )
 # the same inside a folder: a file may import those of its folder that stand before it
 ORDER = dict(
@@ -53,14 +53,14 @@ ORDER = dict(
     replay='generators seeds per_sample',
     teacher='images probabilities estimator forms draws hidden guest slices folding compiled speed running ensemble teacher',
     doctor='findings shared tally classes shapes runs images recipe scores outputs explain',
-    report='data recipes words sheets text page report',
+    report='data recipes words sheets text page runs report',
     plots='style features report',
     measure='scores agreement pairs seeds cost models',
     cache='keys digests folder files entries records manifest reader source writer progress dataset verify',
     fastai='task stream block vocab targets tables teachers batches compare interpret export card check transforms replay_dl sample_keys cache_data cache_feed columns finite trend unlabelled projector_opt arguments choice callback patches learner clock trials find turns shared separate progress many recipe_runs',
     huggingface='students models trainer',
     demo='tasks results picture',
-    cli='objects cache demo find app',
+    cli='objects cache demo find compare app',
 )
 
 
