@@ -45,7 +45,7 @@ LAW = dict(
     lightning=('outputs batch features replay teacher task distiller automatic trainers', 'torch lightning', ''),
     demo=('outputs plots fastai', 'torch numpy fastai rich PIL', 'matplotlib sklearn'),
     bench=('outputs fastai', 'torch numpy fastai rich', 'matplotlib timm torchvision fasterai torchdistill'),
-    cli=('errors ranks cache fastai demo bench __init__', 'typer rich', ''),
+    cli=('errors ranks cache fastai demo bench plots report __init__', 'typer rich', ''),
 )
 # the same inside a folder: a file may import those of its folder that stand before it
 ORDER = dict(
@@ -54,7 +54,7 @@ ORDER = dict(
     replay='generators seeds per_sample',
     teacher='images probabilities estimator forms draws hidden guest slices folding compiled speed running ensemble teacher',
     doctor='findings shared tally classes shapes runs images recipe scores outputs explain',
-    report='data recipes words sheets text page report',
+    report='data recipes words sheets text page runs report',
     plots='style features report',
     measure='scores agreement pairs seeds cost models',
     cache='keys digests folder files entries records manifest reader source writer progress dataset outside server verify',
@@ -62,7 +62,7 @@ ORDER = dict(
     huggingface='students models trainer',
     demo='tasks results picture',
     bench='pairs ways',
-    cli='objects bench cache demo find app',
+    cli='objects bench cache demo find compare app',
 )
 
 
