@@ -45,7 +45,7 @@ def cache_from(
 
     Each row has a name, and one value for each class, or pairs of class and log-probability; of tokens, such a list
     for each position. The answers of vLLM, SGLang and OpenAI's completions are understood"""
-    rows,identity = rows_of_outputs(outputs)
+    rows,identity = read_rows(outputs)
     if not len(rows): raise DistillError("There are no rows: there is nothing to write.")
     r = Reading(rows, n, value, given, shift, tail)
     names = r.names(keys)
@@ -209,9 +209,9 @@ def class_of(k, row):
 
 # files
 
-def rows_of_outputs(o):
+def read_rows(o):
     "(sequence of dicts, (name, fingerprint))"
-    if isinstance(o, (str, Path)): return rows_of_path(Path(o))
+    if isinstance(o, (str, Path)): return read_path(Path(o))
     if isinstance(o, np.ndarray) or torch.is_tensor(o):
         o = np.asarray(o)
         return Arrays(dict(logprobs=o)),('array', fingerprint(o))
@@ -219,7 +219,7 @@ def rows_of_outputs(o):
     return rows,('rows', fingerprint(json.dumps(rows, sort_keys=True, default=str)))
 
 
-def rows_of_path(path):
+def read_path(path):
     if not path.exists(): raise DistillError(f"There is no file {str(path)!r}.")
     files = sorted(f for f in path.iterdir() if f.suffix in READERS) if path.is_dir() else [path]
     if not files or files[0].suffix not in READERS:
