@@ -40,6 +40,7 @@ def cases():
 def items():
     "In one process each batch holds what the two processes get as their batches of the same number"
     x,y = apps.rows(N + VALID)
+    x = x.double()
     train = [*zip(x, y)]
     train,valid = train[:N],train[N:]
     if world_size() > 1: return train,valid
@@ -51,7 +52,7 @@ def models():
     set_seed(0)
     student,teacher = apps.mlp(6),apps.mlp(16)
     teacher.load_state_dict(apps.wise())
-    return student,teacher
+    return student.double(),teacher.double()
 
 
 def loaders():
