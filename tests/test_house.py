@@ -17,14 +17,14 @@ LAW = dict(
     ranks=('', 'torch', ''),
     task=('outputs', 'torch', ''),
     class_sets=('outputs task', 'torch', ''),
-    batch=('outputs task class_sets', 'torch', ''),
+    batch=('outputs ranks task class_sets', 'torch', ''),
     gradients=('', 'torch', ''),
     ratios=('outputs ranks gradients', 'torch', ''),
     losses=('outputs docments', 'torch', ''),
     features=('outputs', 'torch numpy', ''),
     replay=('outputs', 'torch numpy', ''),
     teacher=('outputs ranks features class_sets', 'torch numpy', 'onnxruntime pandas joblib'),
-    cache=('errors outputs ranks replay', 'torch numpy', 'fsspec fcntl msvcrt rich'),
+    cache=('errors outputs ranks replay', 'torch numpy', 'fsspec fcntl msvcrt rich pyarrow'),
     doctor=('outputs ranks task class_sets losses features replay teacher', 'torch', 'scipy'),
     terms=('outputs schedule features', 'torch', ''),
     distiller=('outputs ranks task class_sets batch gradients ratios features replay teacher terms doctor', 'torch', ''),
@@ -40,11 +40,12 @@ LAW = dict(
     measure=('outputs task losses teacher doctor report', 'torch numpy', 'scipy'),
     __init__=('docments', 'lazy_loader', ''),
     fastai=('outputs docments ranks task class_sets batch gradients losses features replay cache teacher terms distiller recipes automatic candidates study doctor plots report measure',
-            'torch numpy fastai', 'pandas rich IPython matplotlib'),
+            'torch numpy fastai safetensors', 'pandas rich IPython matplotlib onnx onnxscript onnxruntime'),
     huggingface=('outputs ranks batch features replay teacher doctor distiller automatic trainers', 'torch transformers accelerate', ''),
     lightning=('outputs batch features replay teacher task distiller automatic trainers', 'torch lightning', ''),
     demo=('outputs plots fastai', 'torch numpy fastai rich PIL', 'matplotlib sklearn'),
-    cli=('errors ranks cache fastai demo __init__', 'typer rich', ''),
+    bench=('outputs fastai', 'torch numpy fastai rich', 'matplotlib timm torchvision fasterai torchdistill'),
+    cli=('errors ranks cache fastai demo bench plots report __init__', 'typer rich', ''),
 )
 # the same inside a folder: a file may import those of its folder that stand before it
 ORDER = dict(
@@ -53,14 +54,15 @@ ORDER = dict(
     replay='generators seeds per_sample',
     teacher='images probabilities estimator forms draws hidden guest slices folding compiled speed running ensemble teacher',
     doctor='findings shared tally classes shapes runs images recipe scores outputs explain',
-    report='data recipes words sheets text page report',
+    report='data recipes words sheets text page runs report',
     plots='style features report',
     measure='scores agreement pairs seeds cost models',
-    cache='keys digests folder files entries records manifest reader source writer progress dataset verify',
-    fastai='task stream block vocab targets tables teachers batches compare interpret check transforms replay_dl sample_keys cache_data cache_feed columns finite trend unlabelled projector_opt arguments choice callback patches learner clock trials find turns shared separate progress many recipe_runs',
+    cache='keys digests folder files entries records manifest reader source writer progress dataset outside server verify',
+    fastai='task stream block vocab targets tables teachers batches compare interpret export card check transforms replay_dl sample_keys cache_data cache_feed columns finite trend unlabelled projector_opt arguments choice callback patches learner clock trials find turns shared separate progress many recipe_runs',
     huggingface='students models trainer',
     demo='tasks results picture',
-    cli='objects cache demo find app',
+    bench='pairs ways',
+    cli='objects bench cache demo find compare app',
 )
 
 
@@ -194,6 +196,15 @@ def test_the_paths_in_contributing_are_there():
     paths = re.findall(r'`((?:src|tests|docs|benchmarks|examples)/[^`]*)`', (ROOT/'CONTRIBUTING.md').read_text())
     assert len(paths) > 20
     assert not [p for p in paths if '*' not in p and not (ROOT/p).exists()]
+
+
+def test_the_oldest_releases_are_the_lower_bounds():
+    text = re.sub(r'^bench = .*$', '', (ROOT/'pyproject.toml').read_text(), flags=re.M)      # other tools, which no test runs
+    bounds = dict(re.findall(r'"([\w-]+)>=([\d.]+)', text))
+    oldest = dict(re.findall(r'^([\w-]+)==([\d.]+)', (ROOT/'tests'/'oldest.txt').read_text(), re.M))
+    parts = lambda v: [*map(int, v.split('.')), 0, 0, 0][:4]
+    assert len(bounds) > 15
+    assert not [k for k,v in bounds.items() if parts(v) != parts(oldest.get(k, '0'))], 'tests/oldest.txt has the lower bounds of pyproject.toml'
 
 
 def test_every_loss_says_at_its_definition_what_it_needs():

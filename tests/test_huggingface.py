@@ -273,6 +273,20 @@ def test_a_checkpoint_holds_only_the_student_and_projectors_are_trained(tmp_path
     assert not any(m._forward_hooks for m in student.modules())
 
 
+def test_each_step_begins_without_the_gradients_of_the_step_before(tmp_path):
+    trainer = DistillationTrainer(bert(width=8), args(tmp_path, learning_rate=0., optim='sgd'), train_dataset=list(texts()), teacher=bert(width=16),
+                                  recipe=kd() + Term(losses.hint, layers='last', weight=1.))
+    grads = []
+    for steps in (1, 1, 3):
+        trainer.args.max_steps = steps
+        trainer.train()
+        grads.append([p.grad.clone() for p in trainer.distiller.own_parameters()])
+    for one,again,third in zip(*grads):
+        torch.testing.assert_close(again, one)
+        torch.testing.assert_close(third, one)
+    assert not trainer.distiller.teacher.started
+
+
 def test_the_teacher_is_a_guest(tmp_path):
     teacher = bert().train()
     before = {k: v.clone() for k,v in teacher.state_dict().items()}

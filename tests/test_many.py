@@ -16,6 +16,7 @@ from fastai.vision.augment import Brightness, Flip, Rotate
 from fastai.vision.all import Normalize
 from fastdistill.fastai import (DistillError, Recipe, Teacher, TeacherBlock, Term, cache_teacher, distill_many, dkd, kd,
                                 losses)
+from fastdistill import auto
 from fastdistill.fastai.cache_feed import passed_epochs
 from fastdistill.fastai.shared import Stream
 from fastdistill.fastai.turns import Turns, held_interrupts
@@ -31,7 +32,9 @@ class Keep(Callback):
     def before_fit(self): self.trained,self.validated = [],[]
     def before_train(self): self.trained.append([])
     def before_validate(self): self.validated.append([])
-    def before_batch(self): (self.trained if self.training else self.validated)[-1].append(tuple(o.clone() for o in (*self.xb, *self.yb)))
+    def before_batch(self):
+        kept = self.trained if self.training else self.validated
+        if kept: kept[-1].append(tuple(o.clone() for o in (*self.xb, *self.yb)))      # else the doctor prepares a batch
 
 
 class Played:
@@ -57,6 +60,14 @@ def augmented(seed=0):
 
 @pytest.fixture(scope='module')
 def dls(): return augmented()
+
+@pytest.fixture
+def usual_ctrl_c():
+    "A process that a script started in the background ignores Ctrl-C"
+    was = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, was)
+
 
 @pytest.fixture(scope='module')
 def teacher():
@@ -104,7 +115,8 @@ def by_itself(learn, kept, teacher, recipe, seed, cbs=(), n_epoch=2, lr=LR):
     cbs = [Play(), *cbs]
     with seeded(seed):
         if recipe is None: learn.fit_one_cycle(n_epoch, lr, cbs=cbs)
-        else: learn.distill(teacher, n_epoch, lr, None if recipe == 'auto' else recipe, check=False, cbs=cbs)
+        # a Learner of recorded batches shows the choice no example
+        else: learn.distill(teacher, n_epoch, lr, auto(classes=3) if recipe == 'auto' else recipe, check=False, cbs=cbs)
     return learn
 
 
@@ -114,7 +126,7 @@ def test_each_student_ends_as_if_it_had_trained_by_itself(dls, teacher):
     many,lrs = make(),[1e-2, 3e-3, 1e-2, 2e-2]
     keeps = [Keep() for _ in many]
     for s,k in zip(many, keeps): s.add_cb(k)
-    cbs = distill_many(many, teacher, 2, lrs, RECIPES, seed=5, progress=False)
+    cbs = distill_many(many, teacher, 2, lrs, RECIPES, seed=5, check=False, progress=False)
     assert [c is None for c in cbs] == [False, True, False, False]
     for k in keeps[1:]: assert all(map(torch.equal, tensors([k.trained, k.validated]), tensors([keeps[0].trained, keeps[0].validated])))
     first,second = keeps[0].trained
@@ -192,14 +204,7 @@ def test_students_that_mix_alike_share_the_teacher_too(dls, teacher):
 
 
 def test_precision_is_each_students_own(dls, teacher):
-    class Autocast(Callback):
-        order = 10
-        def before_batch(self): (ctx := torch.autocast('cpu', torch.bfloat16)).__enter__(); self.ctx = ctx
-        def after_loss(self): self.ctx.__exit__(None, None, None)
-    class AsFloat(Callback):
-        order = 4
-        def after_pred(self): self.learn.pred = self.pred.float()
-    make = lambda: [student(dls, i, cbs=[] if i else [Autocast(), AsFloat()]) for i in range(2)]
+    make = lambda: [student(dls, i, cbs=[] if i else apps.HalfOnCPU('bf16')) for i in range(2)]
     counting,many,ones = Counting(teacher.model),make(),make()
     distill_many(many, counting, 1, LR, seed=2, check=False, progress=False)
     assert counting.n == 2*(4+2)
@@ -317,7 +322,7 @@ def test_nothing_is_left_after_an_error(dls, teacher, error, tmp_path):
     assert [c is None for c in again] == [False, False, True]
 
 
-def test_ctrl_c_stops_all_students_after_the_same_batch(dls, teacher):
+def test_ctrl_c_stops_all_students_after_the_same_batch(dls, teacher, usual_ctrl_c):
     many,steps = [student(dls, i) for i in range(3)],[0, 0, 0]
     class Count(Callback):
         def __init__(self, i): self.i = i
@@ -474,7 +479,7 @@ def test_gradient_mode_is_each_functions_own():
     assert modes == [False, True] and torch.is_grad_enabled()
 
 
-def test_a_second_ctrl_c_interrupts_at_once():
+def test_a_second_ctrl_c_interrupts_at_once(usual_ctrl_c):
     with pytest.raises(KeyboardInterrupt):
         with held_interrupts() as i:
             os.kill(os.getpid(), signal.SIGINT)

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 from .class_sets import grouped, taught_part
-from .outputs import DistillError, Outputs, TopK, as_plain, tensors_in
+from .outputs import DistillError, Outputs, TopK, as_plain, map_tensors, tensors_in
+from .ranks import gather_rows, world_size
 from .task import Task, fit_labels, shape_of_labels
 
-__all__ = ['Batch', 'all_classes', 'blend', 'both', 'labels_to_shift', 'next_tokens', 'nothing', 'padding_mask']
+__all__ = ['Batch', 'all_classes', 'blend', 'both', 'labels_to_shift', 'next_tokens', 'nothing', 'of_all_processes',
+           'padding_mask']
 
 
 @dataclass
@@ -55,6 +57,24 @@ class Batch:
         if mask is not None and term.samples: mask = mask.reshape(len(mask), -1).amax(1)
         if term.layers is None: context |= dict(axis=self.task.axis, **({} if mask is None else dict(mask=mask)))
         return term.options_at(self.progress, context)
+
+
+def of_all_processes(
+    term, # whose loss compares samples with each other
+    pairs, # (student's tensor, teacher's tensor) of each pair of layers
+    targets, options, # of the loss
+    task
+):
+    "The same with the samples of all processes that train together"
+    # subtle: not in validation, which may run in one process alone
+    if world_size() == 1 or not torch.is_grad_enabled(): return pairs,targets,options
+    if term.layers is None and 'mask' in term.accepts:
+        s,mask = pairs[0][0],options.get('mask')
+        shape = s.shape[:1] if term.samples else shape_of_labels(s.shape, task.axis)
+        # subtle: also if all positions count here, since in another process some may not
+        mask = s.new_ones(shape) if mask is None else mask.to(s).expand(shape)
+        options = {**options, 'mask': gather_rows(mask)}
+    return *map_tensors((pairs, targets), gather_rows),options
 
 
 def blend(first, other, share):

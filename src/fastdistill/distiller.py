@@ -4,7 +4,8 @@ from functools import partial
 from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
-from .batch import Batch, all_classes, blend, both, labels_to_shift, next_tokens, nothing, padding_mask
+from .batch import (Batch, all_classes, blend, both, labels_to_shift, next_tokens, nothing, of_all_processes,
+                    padding_mask)
 from .class_sets import taught_part
 from .doctor.findings import Findings
 from .doctor.outputs import check_batch
@@ -320,6 +321,7 @@ class Distiller(nn.Module):
             raise DistillError(f"{term.name} needs {term.n_targets} target(s) beside student and teacher, this batch "
                                f"has {len(targets)}")
         pairs = [k.tensors(b.student, b.teacher) for k in links]
+        if term.relates: pairs,targets,options = of_all_processes(term, pairs, targets, options, b.task)
         if term.lists: return links[0].loss(*map(list, zip(*pairs)), *targets, **term.channels(pairs[0][1]), **options)
         return sum(k.loss(s, t, *targets, **term.channels(t), **options) for k,(s,t) in zip(links, pairs))
 

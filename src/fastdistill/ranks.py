@@ -3,8 +3,10 @@ import os
 from contextlib import contextmanager
 import torch
 import torch.distributed as distributed
+from torch import Tensor
 
-__all__ = ['broadcast', 'joined_processes', 'mean_over_ranks', 'on_first', 'rank', 'world_size']
+__all__ = ['broadcast', 'gather_rows', 'joined_processes', 'length_over_ranks', 'mean_over_ranks', 'on_first', 'rank',
+           'world_size']
 
 
 def is_running(): return distributed.is_available() and distributed.is_initialized()
@@ -28,6 +30,44 @@ def mean_over_ranks(
     "Replace tensors by their mean over all ranks"
     if world_size() == 1: return
     for t in tensors: distributed.all_reduce(t.div_(world_size()))
+
+
+def length_over_ranks(
+    norms:Tensor # of gradients
+) -> Tensor:
+    "Root mean square over all ranks: proportional to the length of the gradients of all ranks together"
+    if world_size() == 1: return norms
+    squares = norms.square()
+    mean_over_ranks([squares])
+    return squares.sqrt()
+
+
+class Gathered(torch.autograd.Function):
+    "The rows of all ranks; each rank gets back the gradient of its own rows, summed over all ranks"
+    @staticmethod
+    def forward(ctx, x):
+        sizes = [torch.zeros((), dtype=torch.long, device=x.device) for _ in range(world_size())]
+        distributed.all_gather(sizes, torch.tensor(len(x), device=x.device))
+        ctx.sizes = torch.stack(sizes).tolist()
+        padded = x.new_zeros(max(ctx.sizes), *x.shape[1:])
+        padded[:len(x)] = x
+        parts = [torch.empty_like(padded) for _ in ctx.sizes]
+        distributed.all_gather(parts, padded)
+        return torch.cat([p[:n] for p,n in zip(parts, ctx.sizes)])
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous().clone()
+        distributed.all_reduce(grad)
+        return grad.split(ctx.sizes)[rank()]
+
+
+def gather_rows(
+    x:Tensor # (B, ...), where B may differ between the ranks
+) -> Tensor:
+    """The rows of all ranks, first those of the first rank. Where each rank computes the same loss of them, the mean of
+    the ranks' gradients, which DistributedDataParallel takes, is that of this loss"""
+    return x if world_size() == 1 else Gathered.apply(x.contiguous())
 
 
 def on_first(fn):

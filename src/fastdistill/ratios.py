@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from .gradients import gradient_norm
 from .outputs import DistillError
-from .ranks import mean_over_ranks
+from .ranks import length_over_ranks
 
 __all__ = ['GradientRatio', 'GradientRatios']
 
@@ -22,7 +22,7 @@ class GradientRatio:
         return self.batches <= self.FIRST or self.batches % self.EVERY == 0
 
     def add(
-        self, norms:Tensor # (2,) of what has a weight, and of the term; the mean over all processes
+        self, norms:Tensor # (2,) of what has a weight, and of the term; over all processes
     ):
         self.measured += 1
         before = torch.zeros_like(norms) if self.norms is None else self.norms
@@ -73,9 +73,7 @@ class GradientRatios(dict):
             raise DistillError(f"The labels' loss does not depend on what {name} compares, so that it can have no "
                                "share of the gradient there. Give it weight= in place of share=, or compare another "
                                "output (output=) or layer.")
-        norms = torch.stack(norms)
-        mean_over_ranks([norms])
-        self[name].add(norms)
+        self[name].add(length_over_ranks(torch.stack(norms)))
 
     def state_dict(self): return {k: r.state_dict() for k,r in self.items()}
 

@@ -64,6 +64,7 @@ class Term:
                                "the teacher's layers)")
         self.kind,self.lists,self.samples = getattr(fn, 'kind', None),getattr(fn, 'lists', False),getattr(fn, 'samples',
                                                                                                           False)
+        self.relates = getattr(fn, 'relates', False)
         self.match = match or getattr(fn, 'match', 'shape')
 
     def __add__(self, other): return Recipe(self) + other

@@ -1,8 +1,11 @@
 "Teacher outputs on disk: run the teacher once, train as many students as you like. See docs/cache.md for the format."
 from .dataset import Replayed, cache_dataset
+from .outside import cache_from
 from .reader import TeacherCache
 from .records import Layout, Wish
+from .server import ask_server
 from .source import Source
 from .writer import Forecast, write_cache
 
-__all__ = ['Forecast', 'Layout', 'Replayed', 'Source', 'TeacherCache', 'Wish', 'cache_dataset', 'write_cache']
+__all__ = ['Forecast', 'Layout', 'Replayed', 'Source', 'TeacherCache', 'Wish', 'ask_server', 'cache_dataset',
+           'cache_from', 'write_cache']

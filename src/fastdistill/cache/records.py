@@ -87,6 +87,7 @@ class Layout:
         "The layout that stores outputs like these"
         if out.logits is None: raise DistillError("The teacher's Outputs have no logits: there is nothing to store.")
         self,t = cls(tail=wish.tail, axis=wish.axis),out.logits
+        if isinstance(t, TopK): t = meta_like(t, wish.axis)
         if t.dim() < 1:
             raise DistillError(f"The teacher's output has shape {tuple(t.shape)}: it needs a batch dimension.")
         if wish.topk is not None and not (-t.dim() <= wish.axis < t.dim() and wish.axis % t.dim()):
@@ -187,8 +188,10 @@ class Layout:
         return np.concatenate([as_bytes(parts[f.name], f.dtype) for f in self.fields], 1)
 
     def _tensors(self, out):
-        d,t = {},out.logits.detach().float()
+        d,t = {},out.logits
         dtypes = {f.name: f.dtype for f in self.fields}
+        if isinstance(t, TopK): return self._tensors_of_likeliest(out, dtypes)
+        t = t.detach().float()
         if self.full is not None: t = F.adaptive_avg_pool2d(t, self.fields[0].shape[-2:])
         if self.n is None: put_tensor(d, 'logits', t, dtypes)
         else:
@@ -198,6 +201,13 @@ class Layout:
             put_tensor(d, 'values', values, dtypes)
             if 'rest' in dtypes: d['rest'] = mean_without(logp, d['ids'])
         for k,v in out.feats.items(): put_tensor(d, f'feats:{k}', v.detach().float(), dtypes)
+        if out.mask is not None: d['mask'] = out.mask
+        return d
+
+    def _tensors_of_likeliest(self, out, dtypes):
+        "Of outputs that are the likeliest classes already"
+        d = dict(ids=out.logits.ids)
+        put_tensor(d, 'values', out.logits.values.float(), dtypes)
         if out.mask is not None: d['mask'] = out.mask
         return d
 
@@ -233,6 +243,11 @@ def outputs_like(fields, n, tail, axis, full):
         t,wish.size = meta((shape[0], *full)),shape[1:]
     feats = {k[6:]: meta(f.shape) for k,f in named.items() if k.startswith('feats:')}
     return Outputs(t, feats, meta(named['mask'].shape) if 'mask' in named else None),wish
+
+
+def meta_like(t, axis):
+    "A tensor of the shape that the logits of all classes have, without memory"
+    return torch.empty(*t.ids.shape[:-1], t.n, device='meta').movedim(-1, axis)
 
 
 def meta(shape):

@@ -6,7 +6,9 @@ from rich.console import Console
 from rich.markup import escape
 from .. import __version__
 from ..errors import DistillError, DistillWarning
+from .bench import bench
 from .cache import cache_app
+from .compare import compare_command, export_command, report_command
 from .demo import demo
 from .find import find
 
@@ -16,7 +18,11 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help='Knowledge distillation for fastai and PyTorch: train a small model on what a big one knows.')
 app.add_typer(cache_app, name='cache')
 app.command()(demo)
+app.command()(bench)
 app.command()(find)
+app.command('compare')(compare_command)
+app.command('report')(report_command)
+app.command('export')(export_command)
 
 
 def version(asked):
@@ -61,7 +67,7 @@ def in_flags(
         name = name.replace('_', '-')
         if value == 'True': return f'--{name}'
         return f'--no-{name}' if value == 'False' else f'--{name} {value}'.rstrip()
-    return re.sub(r"(?<![\w.])(?P<name>[a-z_]+)=(?P<value>True|False|'[^']*'|[\w.\-]+)?", flag, text)
+    return re.sub(r"(?<![\w.])(?P<name>[a-z_][a-z0-9_]*)=(?P<value>True|False|'[^']*'|[\w.\-]+)?", flag, text)
 
 
 def commands(command):

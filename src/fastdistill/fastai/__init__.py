@@ -13,8 +13,10 @@ from . import find as _find, learner as _learner, patches as _patches
 from .block import TeacherBlock
 from .cache_data import cache_teacher, verify_cache
 from .callback import KnowledgeDistillation
+from .card import load_student, save_student
 from .check import check_teacher
 from .compare import compare
+from .export import export_student
 from .interpret import DistillInterpretation
 from .many import distill_many
 from .recipe_runs import compare_recipes
@@ -23,7 +25,7 @@ from .recipe_runs import compare_recipes
 # with unmistakable names. All recipes are in `recipes`, and can be imported by name
 __all__ = ['DistillError', 'DistillInterpretation', 'DistillWarning', 'Distiller', 'KnowledgeDistillation', 'Outputs',
            'Recipe', 'RecipeReport', 'Report', 'Teacher', 'TeacherBlock', 'TeacherCache', 'Term', 'cache_teacher',
-           'check_teacher', 'compare', 'compare_recipes', 'distill_many', 'dkd', 'hard_labels', 'kd', 'logit_std',
-           'nkd', 'recipes', 'soft_labels', 'verify_cache']
+           'check_teacher', 'compare', 'compare_recipes', 'distill_many', 'dkd', 'export_student', 'hard_labels',
+           'kd', 'load_student', 'logit_std', 'nkd', 'recipes', 'save_student', 'soft_labels', 'verify_cache']
 
 for _face in (recipes, sys.modules[__name__]): docments.explain_all(_face)

@@ -109,6 +109,7 @@ class CacheFeed(Feed):
         cache.check_once()
         refuse(cache.folder, misfits(dl, plan, cache), cache.force)
         self.fed.append(attach(dl, plan))
+        self._callback().n_inp = dl.n_inp
         return plan
 
     def detach(self):

@@ -15,7 +15,10 @@ from .task import task_of
 from .teachers import teacher_of
 from .vocab import vocab_of
 
-__all__ = ['compare']
+__all__ = ['AS_IT_IS', 'compare']
+
+# each model itself, not a faster copy, unless the user's own `Teacher` asks for one
+AS_IT_IS = dict(precision='fp32', memory_format=None, fold_bn=False, compile=False)
 
 
 def compare(
@@ -52,7 +55,7 @@ def compare(
     steps = number_of_batches(data)
     steps = None if steps is None else steps + 2*len(models)*bool(seconds)
     with shown_bar(progress, steps) as tick, closing(prepared(learn, some_batches(data), 1, False)) as batches:
-        teachers = {k: teacher_of(o, learn, task) for k,o in models.items()}
+        teachers = {k: teacher_of(o, learn, task, **AS_IT_IS) for k,o in models.items()}
         report = measure_models(teachers, batches, task, teacher=teacher, baseline=baseline, loss=learn.loss_func,
                                 metrics=metrics_of(models, learn, metrics), language=is_stream(data),
                                 headline=headline, repeats=repeats, seed=seed, large=large, seconds=seconds, tick=tick)

@@ -7,6 +7,7 @@ from ..doctor.runs import guarded_random_state
 from ..losses import binary_kl, kl
 from ..outputs import DistillError
 from .batches import restored, split_batch
+from .compare import AS_IT_IS
 from .stream import is_stream
 from .task import task_of
 from .teachers import teacher_of
@@ -35,7 +36,7 @@ class DistillInterpretation(Interpretation):
             raise DistillError("The samples of a language model are pieces of one long text, not items that can be "
                                "shown. compare(...) measures its agreement with the teacher.")
         task = task_of(learn.loss_func)
-        student,teacher = teacher_of(learn, learn, task),teacher_of(teacher, learn, task)
+        student,teacher = (teacher_of(o, learn, task, **AS_IT_IS) for o in (learn, teacher))
         out = cls(learn, dl, disagreements(learn, dl, student, teacher, task), act)
         out.teacher = teacher
         return out

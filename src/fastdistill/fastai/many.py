@@ -55,7 +55,7 @@ def distill_many(
 
 
 @dataclass
-class StudentRun:
+class Training:
     "One student's training"
     name:str
     learn:Learner
@@ -82,7 +82,7 @@ def make_runs(students, n_epoch, lr, recipes):
         raise DistillError("students: give a list of Learners, or a dict with names and Learners.")
     n = len(students)
     values = [one_each(k, v, n) for k,v in dict(n_epoch=n_epoch, lr_max=lr, recipes=recipes).items()]
-    return [StudentRun(*o) for o in zip(map(str, names), students, *values)]
+    return [Training(*o) for o in zip(map(str, names), students, *values)]
 
 
 def one_each(name, value, n):

@@ -5,7 +5,7 @@ from fastai.callback.progress import master_bar, progress_bar
 __all__ = ['ProgressTable']
 
 
-class ProgressRows(Callback):
+class TableRows(Callback):
     "Adds a row to the table after each epoch of a student"
     order = 51      # after the Recorder
 
@@ -41,7 +41,7 @@ class ProgressTable:
     ) -> list:
         "The callbacks that a student needs for its rows"
         if not self.shown: return []
-        self.callbacks.append(ProgressRows(self, student))
+        self.callbacks.append(TableRows(self, student))
         return self.callbacks[-1:]
 
     def step(

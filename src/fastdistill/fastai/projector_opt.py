@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from fastai.basics import Adam, L, OptimWrapper
 from ..outputs import map_tensors
-from ..ranks import mean_over_ranks
+from ..ranks import mean_over_ranks, world_size
 
 __all__ = ['ProjectorOptimizer']
 
@@ -23,7 +23,11 @@ class ProjectorOptimizer:
 
     def average_gradients(self):
         "Average the gradients over all processes: the projectors are not in DistributedDataParallel"
-        mean_over_ranks(p.grad for p in self.params if p.grad is not None)
+        if world_size() == 1: return
+        # subtle: a process whose part of the batch gave a projector no gradient must join the others all the same
+        for p in self.params:
+            if p.grad is None: p.grad = torch.zeros_like(p)
+        mean_over_ranks(p.grad for p in self.params)
 
     def step(
         self, learn,

@@ -187,16 +187,16 @@ def autocast():
 
 def same_inputs(p, inputs, places):
     "Are these the inputs of a run? Tensors that are still as they came in the batch are known by their place in it"
-    if None not in leaves(places) and p.places == places: return True
+    if None not in parts_in(places) and p.places == places: return True
     if [t._version for t in tensors_in(p.inputs)] != p.versions: return False
     return map_tensors(p.inputs, lambda t: None) == map_tensors(inputs, lambda t: None) and all(
         a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)
         for a,b in zip(tensors_in(p.inputs), tensors_in(inputs)))
 
 
-def leaves(o):
-    if isinstance(o, (tuple, list)): return [v for p in o for v in leaves(p)]
-    return leaves(list(o.values())) if isinstance(o, dict) else [o]
+def parts_in(o):
+    if isinstance(o, (tuple, list)): return [v for p in o for v in parts_in(p)]
+    return parts_in(list(o.values())) if isinstance(o, dict) else [o]
 
 
 class SharedRows(CacheFeed):

@@ -20,7 +20,7 @@ class TeacherTargets(Callback):
 
     def __init__(self):
         super().__init__()
-        self.target = self.permutations = None
+        self.target = self.permutations = self.n_inp = None
 
     def after_create(self):
         "Remove the callback from a Learner whose data hold no teacher's target"
@@ -35,6 +35,10 @@ class TeacherTargets(Callback):
             raise DistillError("The teacher's target is among the model's inputs: give Datasets or DataBlock n_inp=1 "
                                "(or the number of inputs).")
         if not (len(self.yb) and isinstance(self.yb[-1], TeacherTarget)): return
+        if self.n_inp is not None:
+            # subtle: fastai's distributed DataLoader of a plain dataset takes all but the last part as inputs
+            b = *self.xb,*self.yb
+            self.learn.xb,self.learn.yb = b[:self.n_inp],b[self.n_inp:]
         self.learn.yb,self.target = self.yb[:-1],self.yb[-1]
         if self.training and len(self.yb) and any(isinstance(c, MixHandler) for c in self.learn.cbs):
             self.permutations = []
@@ -137,6 +141,7 @@ class Feed:
         "Undo what `attach` did; safe to call twice"
         learn = getattr(self, 'learn', None)
         if learn is not None and self.added is not None: learn.remove_cbs([c for c in learn.cbs if c is self.added])
+        elif learn is not None and (cb := self._callback()) is not None: cb.n_inp = None
         self.learn = self.added = None
 
     def set_aside(self):

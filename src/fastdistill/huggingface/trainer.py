@@ -51,6 +51,8 @@ class DistillationMixin:
         if self.distiller is None or self.distiller.student is not self.model: self._build()
         optimizer = super().create_optimizer(*args, **kwargs)
         add_parameters(optimizer, self.distiller)
+        self.distiller.teacher.start()
+        self.last_step = None
         return optimizer
 
     def _build(self):
@@ -67,7 +69,6 @@ class DistillationMixin:
                                    check=asked['check'])
         self.distiller.links.to(self.args.device)
         if needs_example(self.distiller): self._complete(self._example() if batch is None else batch)
-        teacher.start()
 
     @property
     def _answers(self): return list(self.label_names) == ['start_positions', 'end_positions']
@@ -116,7 +117,7 @@ class DistillationMixin:
         d,scale = self.distiller,self._scale(x, **kwargs)
         with Taps(model, d.student_layers(d.active_terms(progress))) as taps:
             task,raw = self._run(model, x, kwargs)
-            s = d.student_outputs(without_loss(raw, task), taps.pop(), self._tokens(x))
+            s = d.student_outputs(without_loss(raw), taps.pop(), self._tokens(x))
         with self.accelerator.autocast(): t = d.teacher_outputs(x_teacher, progress)
         targets = self._targets(x, s.logits)
         self._hide_padding(x, s, t)
@@ -205,7 +206,7 @@ class DistillationTrainer(DistillationMixin, Trainer):
 
 class PartMeans:
     "Means of each part of the loss over the training batches since the last log"
-    def __init__(self): self.sums,self.n = {},0
+    def __init__(self): self.sums = {}
 
     def add(self, r):
         parts = r.parts if r.task is None else dict(task=r.task.detach(), **r.parts)

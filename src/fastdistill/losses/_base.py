@@ -25,7 +25,9 @@ def loss(
     kind:str|None=None, # the logits that the loss is for: 'softmax', 'sigmoid', 'regression'; None: any
     match:str='shape', # what student and teacher features must share: 'shape', 'grid' (positions only) or 'none'
     lists:bool=False, # True: the loss takes the features of all layers at once, as two lists
-    samples:bool=False # True: the loss's `mask` has one value per sample, not per position
+    samples:bool=False, # True: the loss's `mask` has one value per sample, not per position
+    relates:bool=False # True: the loss compares samples with each other. Of several processes that train together, all
+    # then compare the samples of all
 ):
     """Make a loss of `fn(s, t, ...)`: `@loss(match='grid')`.
 
@@ -42,7 +44,7 @@ def loss(
             first = s[0] if isinstance(s, (list, tuple)) else s
             with torch.autocast(first.device.type, enabled=False):
                 return fn(_full(s), _full(t, detach=True), *args, **kwargs)
-        call.kind,call.match,call.lists,call.samples = kind,match,lists,samples
+        call.kind,call.match,call.lists,call.samples,call.relates = kind,match,lists,samples,relates
         return call
     return decorate
 

@@ -284,7 +284,7 @@ def standardized_rows(
     return unit((x-mean)*w.sqrt(), least=16*eps*torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True))
 
 
-@loss(kind=None, match='shape')
+@loss(kind=None, match='shape', relates=True)
 def pkd(
     s:Tensor, # student features, projected to the teacher's shape
     t:Tensor, # teacher features

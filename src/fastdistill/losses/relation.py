@@ -40,7 +40,7 @@ def cosines(
     return cos.masked_fill(none[:, :, None] | none[:, None], 0.)
 
 
-@loss(kind=None, match='none', samples=True)
+@loss(kind=None, match='none', samples=True, relates=True)
 def rkd(
     s:Tensor, # (B, D), or (B, ...)
     t:Tensor, # (B, D'), or (B, ...)
@@ -62,7 +62,7 @@ def rkd(
 class RKD(Loss): fn = rkd
 
 
-@loss(kind=None, match='none', samples=True)
+@loss(kind=None, match='none', samples=True, relates=True)
 def sp(
     s:Tensor, # (B, D), or (B, ...)
     t:Tensor, # (B, D'), or (B, ...)
@@ -83,7 +83,7 @@ def gaussian(x, gamma, degree):
     return math.exp(-2*gamma)*sum((2*gamma)**p/math.factorial(p)*x**p for p in range(degree+1))
 
 
-@loss(kind=None, match='none', samples=True)
+@loss(kind=None, match='none', samples=True, relates=True)
 def cc(
     s:Tensor, # (B, D), or (B, ...)
     t:Tensor, # (B, D'), or (B, ...)
@@ -118,7 +118,7 @@ def neighbors(
     return log_probs(k.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), -1e4))
 
 
-@loss(kind=None, match='none', samples=True)
+@loss(kind=None, match='none', samples=True, relates=True)
 def pkt(
     s:Tensor, # (B, D), or (B, ...)
     t:Tensor, # (B, D'), or (B, ...)

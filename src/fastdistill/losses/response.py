@@ -259,7 +259,7 @@ def soft_targets(
 class SoftTargets(Loss): fn = soft_targets
 
 
-@loss(kind='softmax', match='shape')
+@loss(kind='softmax', match='shape', relates=True)
 def dist(
     s:Tensor, # student logits, any shape
     t:Tensor, # teacher logits, the same shape

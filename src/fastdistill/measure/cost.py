@@ -127,6 +127,7 @@ def bare_call(teacher, x):
     if teacher.members: return lambda: teacher(*x)
     device = next((t.device for t in tensors_in(x)), torch.device('cpu'))
     args,kwargs = teacher._prepare(x, {}, device)
+    if teacher._speed is not None: return lambda: teacher._speed.run(args, kwargs, (), None)
     return lambda: teacher.model(*args, **kwargs)
 
 

@@ -1,7 +1,7 @@
 "Pictures of a report. Each function returns a figure, or None where the report has nothing of that kind."
 from .style import color_of, new_figure, safe_label, styled
 
-__all__ = ['plot_classes', 'plot_cost', 'plot_history', 'plot_recovered', 'plot_reliability']
+__all__ = ['plot_classes', 'plot_cost', 'plot_history', 'plot_recovered', 'plot_reliability', 'plot_runs']
 
 
 WIDTH = 5.2 # inches: labels can be read on a phone
@@ -147,6 +147,28 @@ def plot_classes(
         ax.set_yticks(range(len(shown)), [safe_label(c) for c,*_ in shown])
         ax.set(ylim=(len(shown)-.5, -.5), xlabel=f"{'IoU' if report.class_measure == 'iou' else 'recall'}, %")
         ax.set_title(f'from {safe_label(report.baseline)} to {safe_label(model)}', loc='left')
+        ax.grid(axis='y', color=ground.pale, lw=.5)
+        ax.set_axisbelow(True)
+    return fig
+
+
+def plot_runs(
+    reports:dict # name of a run -> its report
+):
+    "The students of several runs: the first run's headline, with intervals, in the order of the runs"
+    first = next(iter(reports.values()))
+    k,info,f = first.headline,first.info[first.headline],factor(first.info[first.headline])
+    rows = [(run, n, m, r) for run,r in reports.items() if k in r.info for n,m in r.models.items()
+            if m.role != 'teacher' and m.measures[k].value is not None]
+    with styled() as ground:
+        fig = new_figure(WIDTH, .9 + .34*len(rows))
+        ax = fig.subplots()
+        for i,(_,n,m,r) in enumerate(rows):
+            e,color = m.measures[k],color_of(r, n, ground)
+            if e.low is not None: ax.plot([f*e.low, f*e.high], [i, i], color=color, lw=2.5, solid_capstyle='round')
+            ax.scatter([f*e.value], [i], s=50, color=color, zorder=3)
+        ax.set_yticks(range(len(rows)), [f'{safe_label(run)}: {safe_label(n)}' for run,n,*_ in rows])
+        ax.set(ylim=(len(rows)-.5, -.5), xlabel=axis_name(info))
         ax.grid(axis='y', color=ground.pale, lw=.5)
         ax.set_axisbelow(True)
     return fig

@@ -4,7 +4,7 @@ from .data import ReportData
 from .sheets import sheets_of
 from .words import caveat, shown_text, verdicts
 
-__all__ = ['markdown', 'print_report', 'title_of']
+__all__ = ['markdown', 'print_report', 'print_sheet', 'title_of']
 
 COLORS_OF_VERDICTS = {'better': 'green', 'worse': 'red', 'not significant': 'yellow'}
 
@@ -15,28 +15,36 @@ def title_of(r:ReportData) -> str:
     return r.title or (f"{', '.join(others)} and {last}" if others else last)
 
 
+def escaped(text):
+    "A text for rich, without markup and control characters of its own"
+    from rich import markup
+    return markup.escape(shown_text(text))
+
+
 def print_report(
     r:ReportData,
     console=None # rich's; None: standard output
 ):
     "Verdicts and tables in a terminal"
-    from rich import box
     from rich.console import Console
-    from rich import markup
-    from rich.table import Table
     console = console or Console()
-    def escape(text): return markup.escape(shown_text(text))
-    console.print(f'[bold]{escape(title_of(r))}[/]', highlight=False)
+    console.print(f'[bold]{escaped(title_of(r))}[/]', highlight=False)
     for verdict,text in verdicts(r):
-        console.print(f'[{COLORS_OF_VERDICTS[verdict]}]{verdict}[/] {escape(text)}', highlight=False)
-    for s in sheets_of(r, brief=True):
-        t = Table(title=escape(s.title), box=box.SIMPLE_HEAD, title_justify='left', title_style='bold',
-                  caption=escape(s.note), caption_justify='left')
-        for i,h in enumerate(s.head): t.add_column(escape(h), justify='right' if i else 'left')
-        for row in s.rows:
-            t.add_row(*(escape(c.text) + (f'\n[dim]{escape(c.small)}[/]' if c.small else '') for c in row))
-        console.print(t)
-    console.print(escape(caveat(r)), style='dim', highlight=False)
+        console.print(f'[{COLORS_OF_VERDICTS[verdict]}]{verdict}[/] {escaped(text)}', highlight=False)
+    for s in sheets_of(r, brief=True): print_sheet(s, console)
+    console.print(escaped(caveat(r)), style='dim', highlight=False)
+
+
+def print_sheet(s, console):
+    "A table in a terminal"
+    from rich import box
+    from rich.table import Table
+    t = Table(title=escaped(s.title), box=box.SIMPLE_HEAD, title_justify='left', title_style='bold',
+              caption=escaped(s.note), caption_justify='left')
+    for i,h in enumerate(s.head): t.add_column(escaped(h), justify='right' if i else 'left')
+    for row in s.rows:
+        t.add_row(*(escaped(c.text) + (f'\n[dim]{escaped(c.small)}[/]' if c.small else '') for c in row))
+    console.print(t)
 
 
 def cell(text):

@@ -189,6 +189,7 @@ class Speed:
     def run_as_it_is(self, why):
         self.restart()
         self.decided_for,self.why = float('inf'),why
+        self.say(f'runs as it is from now on: {why}')
 
     def run(
         self, x, kw,

@@ -1,0 +1,192 @@
+"The ways to distill that are timed: ours, those of other packages, and loops written by hand. All use the same loss."
+import tempfile
+from functools import partial
+from typing import Callable
+import torch
+import torch.nn.functional as F
+from fastai.basics import Callback, Learner
+from fastai.optimizer import OptimWrapper
+from ..fastai import KnowledgeDistillation, Teacher, cache_teacher, kd
+from ..outputs import DistillError, as_plain
+from .pairs import loss_of
+
+__all__ = ['FLOOR', 'WAYS', 'Fit', 'Loop']
+
+TEMPERATURE,ALPHA = 4.,.9
+FLOOR = 'no teacher'
+sgd = partial(OptimWrapper, opt=torch.optim.SGD)
+UNCHANGED = dict(precision='fp32', compile=False, memory_format=None, fold_bn=False)
+
+
+def first_output(out): return as_plain(out[0] if isinstance(out, tuple) else out)
+
+def soft_loss(s, t, axis):
+    "The three lines that everybody writes"
+    p,q = F.log_softmax(s/TEMPERATURE, axis),F.softmax(t/TEMPERATURE, axis)
+    return F.kl_div(p, q, reduction='none').sum(axis).mean()*TEMPERATURE**2
+
+
+class Fit:
+    "A fit of fastai, one epoch at a time"
+    def __init__(
+        self, pair, batches,
+        callbacks # fn(pair, teacher, DataLoaders) -> callbacks
+    ):
+        student,teacher = pair.models()
+        dls = pair.data(batches)
+        self.learn = Learner(dls, student, loss_func=loss_of(pair), opt_func=sgd, cbs=pair.callbacks())
+        self.learn.remove_cbs([c for c in self.learn.cbs if type(c).__name__ == 'ProgressCallback'])
+        self.callbacks = callbacks(pair, teacher, dls)
+
+    def run(self, clock):
+        "One epoch. `clock` marks the end of each step"
+        with self.learn.no_logging(): self.learn.fit(1, 1e-3, cbs=[*self.callbacks, Marks(clock), NoValidation()])
+
+
+class Marks(Callback):
+    "Marks the end of each training step"
+    order = 100
+    def __init__(self, clock): self.clock = clock
+    def before_train(self): self.clock.start()
+    def after_batch(self):
+        if self.training: self.clock.mark()
+
+
+class NoValidation(Callback):
+    order = -100
+    def before_validate(self):
+        from fastai.basics import CancelValidException
+        raise CancelValidException()
+
+
+class Loop:
+    "A plain PyTorch loop"
+    def __init__(
+        self, pair, batches,
+        loss # fn(pair, student, teacher) -> fn(x, y) -> loss of a batch
+    ):
+        self.student,teacher = pair.models()
+        self.dl = pair.data(batches).train
+        self.loss,self.opt = loss(pair, self.student, teacher),torch.optim.SGD(self.student.parameters(), lr=1e-3)
+        self.student.train()
+
+    def run(self, clock):
+        clock.start()
+        for *x,y in self.dl:
+            self.loss([as_plain(o) for o in x], as_plain(y)).backward()
+            self.opt.step()
+            self.opt.zero_grad()
+            clock.mark()
+
+
+# of ours
+
+def live(pair, teacher, dls, **options):
+    return [KnowledgeDistillation(Teacher(teacher, **options), kd(TEMPERATURE, ALPHA), check=False)]
+
+
+def free(pair, teacher, dls):
+    "A teacher that costs nothing: what is left is the callback"
+    kept = []
+    def answer(*x):
+        if not kept or len(kept[0]) != len(x[0]): kept[:] = [first_output(teacher.eval()(*x)).detach()]
+        return kept[0]
+    return [KnowledgeDistillation(answer, kd(TEMPERATURE, ALPHA), check=False)]
+
+
+def stored(pair, teacher, dls):
+    folder = tempfile.mkdtemp(prefix='fastdistill-bench-')
+    keys = None if pair.callbacks is not list else partial(order_key, {})
+    return [KnowledgeDistillation(cache_teacher(Teacher(teacher), dls, folder, check=False, progress=False, keys=keys,
+                                                kind='softmax', axis=pair.axis),
+                                  kd(TEMPERATURE, ALPHA))]
+
+
+def order_key(seen, item): return str(seen.setdefault(id(item), len(seen)))
+
+
+# of others
+
+class ForumCallback(Callback):
+    "The callback of the forum, which changes the loss in `after_loss`, with the changes that fastai 2 needs"
+    def __init__(self, teacher, axis): self.teacher,self.axis = teacher.eval(),axis
+    def after_loss(self):
+        if not self.training: return
+        t = first_output(self.teacher(*self.xb))
+        new = (1-ALPHA)*self.learn.loss_grad + ALPHA*soft_loss(first_output(self.pred), t, self.axis)
+        self.learn.loss_grad,self.learn.loss = new,new.clone()
+
+
+def forum(pair, teacher, dls): return [ForumCallback(teacher, pair.axis)]
+
+
+def fasterai(pair, teacher, dls):
+    try: from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
+    except ImportError as e: raise DistillError("fasterai is not installed: pip install 'fastdistill[bench]'") from e
+    return [KnowledgeDistillationCallback(teacher, partial(same_loss, axis=pair.axis), weight=ALPHA)]
+
+
+def same_loss(pred, teacher_pred, axis, **kwargs):
+    return soft_loss(first_output(pred), first_output(teacher_pred), axis)
+
+
+def alone(pair, student, teacher):
+    loss = loss_of(pair)
+    return lambda x, y: loss(first_output(student(*x)), y)
+
+
+def careful(pair, student, teacher):
+    "Frozen, in evaluation mode, without a gradient: what an experienced user writes"
+    loss,teacher = loss_of(pair),teacher.eval().requires_grad_(False)
+    def step(x, y):
+        s = first_output(student(*x))
+        with torch.no_grad(): t = first_output(teacher(*x))
+        return (1-ALPHA)*loss(s, y) + ALPHA*soft_loss(s, t, pair.axis)
+    return step
+
+
+def torchdistill(pair, student, teacher):
+    "Its loss, in the same loop"
+    try: from torchdistill.losses.mid_level import KDLoss
+    except ImportError as e:
+        raise DistillError("torchdistill is not installed: pip install 'fastdistill[bench]'") from e
+    fn = KDLoss('.', 'output', '.', 'output', temperature=TEMPERATURE, alpha=1-ALPHA)
+    teacher.eval().requires_grad_(False)
+    def step(x, y):
+        s = first_output(student(*x))
+        with torch.no_grad(): t = first_output(teacher(*x))
+        n = s.shape[pair.axis]
+        flat = lambda o: {'.': dict(output=o.movedim(pair.axis, -1).reshape(-1, n))}
+        return fn(flat(s), flat(t), y.reshape(-1))
+    return step
+
+
+class Forward:
+    "The teacher's forward pass alone"
+    def __init__(self, pair, batches, options):
+        self.teacher,self.dl = Teacher(pair.models()[1], axis=pair.axis, **options),pair.data(batches).train
+
+    def run(self, clock):
+        self.teacher.say_with(lambda text: None)
+        with self.teacher:
+            clock.start()
+            for *x,_ in self.dl:
+                self.teacher(*map(as_plain, x))
+                clock.mark()
+
+
+# name -> fn(pair, batches) -> an object with `run`
+WAYS:dict[str,Callable] = {
+    FLOOR: partial(Fit, callbacks=lambda *_: []),
+    'fastdistill': partial(Fit, callbacks=partial(live, compile=False)),
+    'fastdistill, compiled': partial(Fit, callbacks=partial(live, compile=True)),
+    'fastdistill, model as it is': partial(Fit, callbacks=partial(live, **UNCHANGED)),
+    'fastdistill, cached': partial(Fit, callbacks=stored),
+    'fastdistill, free teacher': partial(Fit, callbacks=free),
+    "the forum's callback": partial(Fit, callbacks=forum),
+    'fasterai': partial(Fit, callbacks=fasterai),
+    'no teacher, plain loop': partial(Loop, loss=alone),
+    'careful plain loop': partial(Loop, loss=careful),
+    "torchdistill's loss, plain loop": partial(Loop, loss=torchdistill),
+    "the teacher's forward pass": partial(Forward, options=dict(compile=False)),
+    "the teacher's, model as it is": partial(Forward, options=UNCHANGED)}

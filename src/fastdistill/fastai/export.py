@@ -1,0 +1,195 @@
+"A trained student as a file that needs neither fastai nor fastdistill, checked against the Learner."
+import json, tempfile, warnings
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+import torch
+from torch import nn
+import fastai
+from fastai.basics import Learner
+from fastai.layers import ToTensorBase
+from ..doctor.runs import guarded_random_state
+from ..outputs import DistillError, Outputs, as_plain
+from ..report import Report
+from ..teacher import Teacher
+from .batches import prepared, some_batches
+from .compare import AS_IT_IS, compare
+from .task import task_of
+from .teachers import image_stats
+from .vocab import vocab_of
+
+__all__ = ['Exported', 'export_student', 'facts_of', 'validation_inputs']
+
+KEY = 'fastdistill' # name of the metadata inside a file
+CLOSE = .01 # largest difference that rounding explains, as a share of the largest output
+
+
+@dataclass
+class Exported:
+    "A student that was exported, and how it was checked"
+    path:Path
+    bytes:int
+    difference:float # largest difference of an output from the Learner's
+    samples:int # on which that was measured
+    facts:dict=field(default_factory=dict) # the metadata inside the file
+    report:Report|None=None # of int8: the Learner and the file side by side on the validation set
+
+    def __str__(self):
+        out = (f'{self.path}: {self.bytes/1e6:.2f} MB; largest difference from the Learner {self.difference:.2g} '
+               f'({self.samples} validation samples)')
+        if self.report is None: return out
+        k,(a,b) = self.report.headline,self.report.models.values()
+        info,d = self.report.info[k],self.report.comparisons[0].differences[k]
+        cost = f'{info.label} {info.text(a.measures[k].value)} -> {info.text(b.measures[k].value)}{info.unit}'
+        return f"{out}; {cost} ({'significant' if d.significant else 'not significant'})"
+
+
+class LogitsOnly(nn.Module):
+    "A model that returns its logits alone, such as a text model without its hidden states"
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *x):
+        raw = self.model(*x)
+        # subtle: a tensor is returned as it is, since the tensors of a trace have a class of their own
+        return raw if isinstance(raw, torch.Tensor) else raw[0] if isinstance(raw, tuple) else Outputs.of(raw).logits
+
+
+def export_student(
+    learn:Learner, # the trained student
+    path, # 'student.onnx' (needs the extra 'onnx') or 'student.pt2' (torch.export)
+    *,
+    int8:bool=False, # of an .onnx file: static quantization, calibrated on validation batches
+    calibration:int=8, # batches for that
+    n:int=8 # validation batches on which the file is compared with the Learner
+) -> Exported:
+    """Write the student's network as a file with a free batch size, and compare its outputs with the Learner's on real
+    inputs. Input shape, normalization and class names are inside the file, as metadata"""
+    path = Path(path)
+    if path.suffix not in WRITERS:
+        raise DistillError(f"{str(path)!r}: possible are the suffixes {' and '.join(WRITERS)}")
+    if int8 and path.suffix != '.onnx':
+        raise DistillError("int8=True needs an .onnx file: export_student(learn, 'student.onnx', int8=True)")
+    batches = validation_inputs(learn, max(n, calibration if int8 else 0))
+    facts = facts_of(learn, batches[0]) | dict(int8=int8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with on_cpu(learn.model) as model: WRITERS[path.suffix](LogitsOnly(model), example(batches[0]), path, facts)
+    if int8: quantize(path, batches[:calibration], facts)
+    difference,count = compared(learn, path, batches[:n], None if int8 else CLOSE)
+    report = compare({'float32': learn, 'int8': str(path)}, seconds=0, progress=False) if int8 else None
+    return Exported(path, path.stat().st_size, difference, count, facts, report)
+
+
+def validation_inputs(learn, n):
+    "Inputs of validation batches, on the CPU"
+    with closing(prepared(learn, some_batches(learn.dls.valid), 1, False)) as batches:
+        out = [tuple(o.cpu() for o in x) for x,_ in islice(batches, n)]
+    if not out: raise DistillError("The validation set is empty: an exported student is checked on real inputs.")
+    return out
+
+
+def example(x):
+    "Inputs to trace with. A batch of 1 would be taken for a fixed size"
+    return tuple(torch.cat([o, o])[:2] if len(o) < 2 else o[:2] for o in x)
+
+
+@contextmanager
+def on_cpu(model):
+    "The model in evaluation mode on the CPU, afterwards as before"
+    device = next((p.device for p in model.parameters()), torch.device('cpu'))
+    typed = [m for m in model.modules() if isinstance(m, ToTensorBase)]     # the last layer of U-Nets
+    classes = [m.tensor_cls for m in typed]
+    try:
+        with guarded_random_state(), Teacher(model, **AS_IT_IS):
+            for m in typed: m.tensor_cls = torch.Tensor
+            yield model.cpu()
+    finally:
+        for m,c in zip(typed, classes): m.tensor_cls = c
+        model.to(device)
+
+
+def facts_of(learn, x) -> dict:
+    "What a user of the file must know: plain data"
+    task,names = task_of(learn.loss_func),vocab_of(learn.dls)
+    stats = [as_plain(torch.as_tensor(o)).flatten().tolist() for o in image_stats(learn.dls)]
+    inputs = [dict(name='x' if len(x) == 1 else f'x{i}', shape=['batch', *o.shape[1:]],
+                   dtype=str(o.dtype).removeprefix('torch.')) for i,o in enumerate(x)]
+    image = len(x) == 1 and x[0].dim() == 4
+    return dict(task=task.kind, axis=task.axis, classes=names, inputs=inputs,
+                normalization=dict(mean=stats[0], std=stats[1]) if image else None,
+                versions=dict(torch=torch.__version__, fastai=fastai.__version__))
+
+
+def program_of(model, x):
+    "The torch.export program, with a free batch size"
+    batch = torch.export.Dim('batch')
+    # subtle: one entry for `*x` of `LogitsOnly`
+    shapes = (tuple({0: batch} for _ in x),)
+    try:
+        with torch.no_grad(): return torch.export.export(model, x, dynamic_shapes=shapes)
+    except Exception as e:      # its errors have no common class
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise DistillError(f"torch.export can't export {type(model.model).__name__}: {reason}. Recurrent text models "
+                           "of fastai, among others, can't be exported; learn.export('student.pkl') stores any "
+                           "Learner.") from e
+
+
+def write_program(model, x, path, facts):
+    torch.export.save(program_of(model, x), path, extra_files={f'{KEY}.json': json.dumps(facts)})
+
+
+def write_onnx(model, x, path, facts):
+    try: import onnx, onnxscript  # noqa: F401 (the exporter needs it)
+    except ImportError as e:
+        raise ImportError("An ONNX file needs onnx, onnxscript and onnxruntime: pip install 'fastdistill[onnx]'") from e
+    program = program_of(model, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')     # of the exporter, about PyTorch
+        names = [o['name'] for o in facts['inputs']]
+        torch.onnx.export(program, x, str(path), input_names=names, output_names=['logits'], dynamo=True,
+                          verbose=False, external_data=False)
+    add_facts(onnx.load(path), facts, path)
+
+
+def add_facts(model, facts, path):
+    import onnx
+    del model.metadata_props[:]     # the exporter's own
+    onnx.helper.set_model_props(model, {KEY: json.dumps(facts)})
+    onnx.save(model, path)
+
+
+WRITERS = {'.onnx': write_onnx, '.pt2': write_program}
+
+
+def quantize(path, batches, facts):
+    "Replace an ONNX file by its int8 form"
+    import onnx
+    from onnxruntime import quantization as ort
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+    class Reader(ort.CalibrationDataReader):
+        def __init__(self, names): self.feeds = iter([{k: v.numpy() for k,v in zip(names, x)} for x in batches])
+        def get_next(self): return next(self.feeds, None)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        ready = str(Path(folder)/'ready.onnx')
+        quant_pre_process(str(path), ready, skip_symbolic_shape=True)
+        names = [i.name for i in onnx.load(ready).graph.input]
+        ort.quantize_static(ready, str(path), Reader(names), quant_format=ort.QuantFormat.QDQ, per_channel=True)
+    add_facts(onnx.load(path), facts, path)
+
+
+def compared(learn, path, batches, close):
+    "(largest difference of the file's outputs from the Learner's, samples). The last batch is one sample alone"
+    batches = [*batches, tuple(o[:1] for o in batches[-1])]
+    most = largest = 0.
+    with Teacher(str(path)) as there, Teacher(learn.model, **AS_IT_IS) as here, torch.no_grad():
+        for x in batches:
+            here.reset()
+            a,b = here(*x).logits.float(),there(*x).logits.float()
+            most,largest = max(most, (a-b).abs().max().item()),max(largest, a.abs().max().item())
+    if close is not None and not most <= close*max(largest, 1e-6):
+        raise DistillError(f"{path} was written, but it predicts other than the Learner: outputs up to {largest:.3g} "
+                           f"differ by {most:.3g}. Please do not use it.")
+    return most,sum(len(x[0]) for x in batches[:-1])

@@ -1,0 +1,83 @@
+"`fastdistill compare`, `report` and `export`, as a user types them."
+import sys, textwrap
+import pytest
+from fastdistill.fastai import Report
+from test_cli import command  # noqa: F401 (a fixture)
+from test_report import a_report
+
+CODE = """
+import torch
+from torch import nn
+from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner
+torch.manual_seed(0)
+x = torch.randn(96, 4)
+y = x.argmax(1)
+items = list(zip(x, y))
+dls = DataLoaders.from_dsets(items[:32], items[32:], bs=16, num_workers=0, device='cpu')
+def learner(scale):
+    m = nn.Linear(4, 4)
+    with torch.no_grad():
+        m.weight.copy_(scale*torch.eye(4) + torch.randn(4, 4))
+        m.bias.zero_()
+    return Learner(dls, m, loss_func=CrossEntropyLossFlat())
+teacher,alone,student = learner(9.), learner(.3), learner(4.)
+net = student.model
+"""
+
+
+@pytest.fixture
+def there(tmp_path, monkeypatch):
+    (tmp_path/'mine.py').write_text(textwrap.dedent(CODE))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('COLUMNS', '120')
+    monkeypatch.delitem(sys.modules, 'mine', raising=False)
+    return tmp_path
+
+
+def test_compare_prints_and_writes_a_report(command, there):  # noqa: F811
+    code,out,err = command('compare', 'teacher=mine.py:teacher', 'alone=mine.py:alone', 'distilled=mine.py:net', '--data', 'mine.py:dls', '--out', 'runs/a',
+                           '--seconds', 0, '--title', 'Mine')
+    assert code == 0, err
+    assert 'distilled is better than alone' in ' '.join(out.split()) and 'Written: runs/a/report.html' in out
+    r = Report.from_json(there/'runs'/'a'/'report.json')
+    assert r.title == 'Mine' and [*r.models] == ['teacher', 'alone', 'distilled'] and r.n == 64
+    assert '<title>Mine</title>' in (there/'runs/a/report.html').read_text() and (there/'runs/a/report.md').read_text().startswith('# Mine')
+
+
+@pytest.mark.parametrize('args,why', [
+    (['mine.py:teacher'], "'mine.py:teacher': give a name and a model, as in big=teacher.pkl"), (['a=none.pkl', 'b=mine.py:student'], "no file 'none.pkl'"),
+    (['a=mine.py:net'], 'None of the models is a Learner'), (['a=mine.py:alone', '--headline', 'x'], '--headline'), (['a=mine.py:nothing'], "mine.py has no 'nothing'")])
+def test_mistakes_of_compare_are_one_line(command, there, args, why):  # noqa: F811
+    code,_,err = command('compare', *args, '--seconds', 0)
+    assert code == 2 and why in ' '.join(err.split()) and 'Traceback' not in err
+
+
+def test_reports_of_several_runs_are_one_table_the_best_first(command, there):  # noqa: F811
+    for name,better in (('runs/dull', False), ('runs/good', True)):
+        (there/name).mkdir(parents=True)
+        a_report(better=better).to_json(there/name/'report.json')
+    code,out,err = command('report', 'runs/dull', 'runs/good/report.json', '--plot', 'runs.png')
+    assert code == 0, err
+    lines = [l for l in out.splitlines() if 'distilled' in l or 'alone' in l]
+    assert len(lines) == 4 and lines[0].split()[:2] == ['runs/good', 'distilled'] and 'better' in lines[0]
+    assert (there/'runs.png').stat().st_size > 5000
+    code,out,_ = command('report', 'runs/good', '--html', 'page.html')
+    assert code == 0 and 'Agreement with teacher' in out and (there/'page.html').is_file()
+    for args,why in ((['runs/none'], 'no file'), (['runs/good', 'runs/dull', '--html', 'x.html'], 'page of one report'), (['mine.py'], 'no JSON')):
+        code,_,err = command('report', *args)
+        assert code == 2 and why in ' '.join(err.split())
+
+
+def test_export_writes_a_checked_file(command, there):  # noqa: F811
+    code,out,err = command('export', 'mine.py:student', 'out/s.pt2')
+    assert code == 0 and 'largest difference from the Learner' in ' '.join(out.split()) and (there/'out/s.pt2').is_file(), err
+    for args,why in ((['mine.py:student', 'x', '--int8'], '--int8 needs an .onnx file'), (['mine.py:net', 'x.pt2'], 'neither a fastai Learner'),
+                     (['mine.py:student', 'x.pt2', '--int8'], '--int8 needs an .onnx file')):
+        code,_,err = command('export', *args)
+        assert code == 2 and why in ' '.join(err.split())
+
+
+@pytest.mark.parametrize('name', ['compare', 'report', 'export'])
+def test_help_has_an_example(command, name):  # noqa: F811
+    code,out,_ = command(name, '--help')
+    assert code == 0 and f'Example: fastdistill {name} ' in ' '.join(out.replace('│', ' ').split())

@@ -1,0 +1,39 @@
+"Two processes that train together end where one process ends with batches twice as large."
+import os, subprocess, sys
+from pathlib import Path
+import pytest, torch
+import two_ranks
+from fastdistill.ranks import gather_rows
+
+pytestmark = pytest.mark.filterwarnings('ignore::fastdistill.DistillWarning')
+NAMES = [*two_ranks.cases(), *(f'{n} in a loop' for n in ('logits', 'features', 'relations', 'relations_of_logits', 'shares'))]
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    "What both processes of the two, and the single one, ended with"
+    pytest.importorskip('accelerate')
+    folder = tmp_path_factory.mktemp('ranks')
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', two_ranks.__file__, folder]
+    env = dict(os.environ, ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+    r = subprocess.run([*map(str, launch)], env=env, capture_output=True, text=True, timeout=600)
+    assert r.returncode == 0, r.stderr
+    return [torch.load(folder/f'{i}.pt', weights_only=True) for i in (0, 1)],two_ranks.run(folder)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_two_processes_are_one_with_the_doubled_batch(runs, name):
+    "Weights of student and projectors, and the columns of the table"
+    ((a,logged_a),(b,logged_b)),(one,logged) = [r[name] for r in runs[0]],runs[1][name]
+    assert all(map(torch.equal, a, b)) and logged_a == logged_b and len(a) == len(one)
+    # a cache and masks hold float32; everything else is computed in float64, so that no difference can hide in rounding
+    for p,q in zip(a, one): torch.testing.assert_close(p, q, rtol=0, atol=1e-5 if name == 'cached' else 1e-9)
+    # relations of samples are those of a process's own validation batches: there the columns differ
+    if not ('relations' in name or name in ('shares', 'one_silent')): assert logged_a[1:] == pytest.approx(logged[1:], abs=1e-4)
+    start = [p.detach() for p in two_ranks.models()[0].parameters()]
+    assert max((p-q).abs().max() for p,q in zip(start, one)) > .01
+
+
+def test_one_process_gathers_nothing():
+    x = torch.randn(3, 2, requires_grad=True)
+    assert gather_rows(x) is x

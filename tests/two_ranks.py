@@ -1,0 +1,116 @@
+"""Trainings that two processes share, or that one does with batches twice as large: `test_two_ranks.py` runs both and compares.
+
+    python -m torch.distributed.run --nproc-per-node 2 tests/two_ranks.py FOLDER"""
+import os, sys, warnings
+from pathlib import Path
+import torch
+from torch import nn
+import apps
+from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, SGD, noop, set_seed
+from fastdistill import Distiller, Teacher, losses, recipes
+from fastdistill.fastai import KnowledgeDistillation, Term, cache_teacher, kd
+from fastdistill.ranks import rank, world_size
+
+BS,N,VALID = 8,64,32 # of one process; items
+HINT = dict(layers={'2': '2'}, projector='linear')
+
+
+def silent_on_one(s, t):
+    "No gradient in the second process"
+    return (s-t).pow(2).mean()*2 if rank() == 0 else t.new_zeros(())
+
+def half_silent(s, t):
+    "The same in one process: the first half of the batch counts"
+    return (s-t)[:len(s)//2].pow(2).mean()
+
+
+def cases():
+    silent = half_silent if world_size() == 1 else silent_on_one
+    return dict(
+        logits=kd(),
+        teacher_alone=kd(alpha=1.),
+        features=kd() + Term(losses.hint, weight=.5, **HINT),
+        relations=kd() + Term(losses.rkd, weight=2., layers={'2': '2'}) + recipes.sp({'0': '0'}, weight=10.) + recipes.pkt({'2': '2'}, weight=5.),
+        relations_of_logits=recipes.dist() + Term(losses.pkd, weight=1., **HINT),
+        shares=kd() + Term(losses.hint, share=.3, **HINT) + recipes.rkd({'2': '2'}, share=.2),
+        one_silent=kd() + Term(silent, weight=.5, **HINT),
+        cached=kd())
+
+
+def items():
+    "In one process each batch holds what the two processes get as their batches of the same number"
+    x,y = apps.rows(N + VALID)
+    x = x.double()
+    train = [*zip(x, y)]
+    train,valid = train[:N],train[N:]
+    if world_size() > 1: return train,valid
+    half = N//2
+    return [o for i in range(0, half, BS) for r in (0, half) for o in train[r+i:r+i+BS]],valid
+
+
+def models():
+    set_seed(0)
+    student,teacher = apps.mlp(6),apps.mlp(16)
+    teacher.load_state_dict(apps.wise())
+    return student.double(),teacher.double()
+
+
+def loaders():
+    return DataLoaders.from_dsets(*items(), bs=BS*2//world_size(), shuffle=False, num_workers=0, device='cpu')
+
+
+def in_fastai(recipe, teacher, student):
+    "(weights of student and projectors, the last row of the table)"
+    learn = Learner(loaders(), student, loss_func=CrossEntropyLossFlat(), opt_func=SGD)
+    learn.logger = noop
+    cb = KnowledgeDistillation(teacher, recipe, check=False)
+    set_seed(0)
+    with learn.no_bar():
+        if world_size() > 1:
+            with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, .1, cbs=cb)
+        else: learn.fit(2, .1, cbs=cb)
+    ps = [*learn.model.parameters(), *cb.distiller.own_parameters()]
+    return [p.detach() for p in ps],[float(v) for v in learn.recorder.values[-1]]
+
+
+def in_a_loop(recipe, teacher, student):
+    "The same in plain PyTorch, with the whole Distiller in DistributedDataParallel"
+    train,_ = items()
+    bs = BS*2//world_size()
+    mine = train[rank()*N//world_size():][:N//world_size()]
+    batches = [tuple(map(torch.stack, zip(*mine[i:i+bs]))) for i in range(0, len(mine), bs)]
+    set_seed(0)
+    distiller = Distiller(student, Teacher(teacher), recipe, example=batches[0][0], check=False)
+    model = distiller if world_size() == 1 else nn.parallel.DistributedDataParallel(distiller)
+    opt = torch.optim.SGD(distiller.parameters(), .1, momentum=.9)
+    for _ in range(2):
+        for x,y in batches:
+            opt.zero_grad()
+            model(x, y).total.backward()
+            opt.step()
+    del model       # subtle: DistributedDataParallel must end before its group of processes
+    return [p.detach() for p in distiller.parameters()]
+
+
+def run(folder, names=None):
+    "name -> what the training left"
+    out = {}
+    for name,recipe in cases().items():
+        student,teacher = models()
+        if name == 'cached':
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                teacher = cache_teacher(teacher, loaders(), folder/f'cache of {world_size()}', views=0, dtype='float32', kind='softmax', axis=1, valid=True)
+        out[name] = in_fastai(recipe, teacher, student)
+        if name in ('logits', 'features', 'relations', 'relations_of_logits', 'shares'): out[f'{name} in a loop'] = in_a_loop(recipe, *models()[::-1]),[]
+    return out
+
+
+if __name__ == '__main__':
+    import fastai.distributed  # noqa: F401
+    warnings.simplefilter('ignore')
+    apps.distributed_on_cpu()
+    torch.distributed.init_process_group('gloo')
+    folder = Path(sys.argv[1])
+    torch.save(run(folder), folder/f"{os.environ['RANK']}.pt")
+    apps.leave_together()
