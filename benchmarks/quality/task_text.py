@@ -88,7 +88,7 @@ def student(width): return lambda d: Bag(d.extra['n_words'], width, d.extra['n_o
 
 
 def cell(task, budget, steps, width=12, output='classes', **more):
-    return Cell(f'{task}_{budget}', task, output, partial(data, task), student(width), steps, **more)
+    return Cell(f'{task}_{budget}', task.removesuffix('weak'), output, partial(data, task), student(width), steps, **more)
 
 
 CELLS = [cell('sst2', 'short', 170), cell('sst2', 'long', 1040, rates=(.0009, .003, .01)),
