@@ -3,12 +3,12 @@ import json
 import pytest
 from rich.console import Console
 from fastdistill import DistillError
-from fastdistill.bench import WAYS, Clock, numbers, run
+from fastdistill.bench import WAYS, StepClock, numbers, run_bench
 
 
 def test_the_numbers_of_a_pair_are_printed_drawn_and_saved(tmp_path, capsys):
     ways = ['no teacher', 'fastdistill', 'fastdistill, cached', 'careful plain loop', "the forum's callback", "the teacher's forward pass"]
-    found = run(['table'], ways, rounds=1, batches=2, memory=False, out=tmp_path, console=Console(width=130))
+    found = run_bench(['table'], ways, rounds=1, batches=2, memory=False, out=tmp_path, console=Console(width=130))
     mine = found['pairs']['table']['ways']
     assert set(mine) == set(ways) and mine['no teacher']['ratio'] == mine['no teacher']['cpu_ratio'] == 1
     assert all(v['ms'] > 0 and v['cpu_ms'] > 0 and v['peak'] is None and v['first_epoch'] > 0 for v in mine.values())
@@ -17,13 +17,13 @@ def test_the_numbers_of_a_pair_are_printed_drawn_and_saved(tmp_path, capsys):
 
 
 def test_a_pair_or_way_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(DistillError, match="no pair 'vgg': possible are resnet, unet"): run(['vgg'], out=tmp_path)
-    with pytest.raises(DistillError, match="no way 'magic': possible are no teacher, fastdistill"): run(['table'], ['magic'], out=tmp_path)
+    with pytest.raises(DistillError, match="no pair 'vgg': possible are resnet, unet"): run_bench(['vgg'], out=tmp_path)
+    with pytest.raises(DistillError, match="no way 'magic': possible are no teacher, fastdistill"): run_bench(['table'], ['magic'], out=tmp_path)
 
 
 def test_rounds_have_medians_and_a_clock_counts_steps():
     assert numbers([[.001, .01], [.003, .03], [.002, .02], [.002, .02], [.002, .02], [.004, .04]], 3) == {'wall': [2., 2.], 'cpu': [20., 20.]}
-    clock = Clock()
+    clock = StepClock()
     clock.start()
     clock.mark()
     assert len(clock.steps) == 1 and all(s >= 0 for s in clock.steps[0]) and len(WAYS) == 13

@@ -10,10 +10,10 @@ from ..outputs import DistillError
 from .pairs import PAIRS
 from .ways import FLOOR, WAYS
 
-__all__ = ['run']
+__all__ = ['run_bench']
 
 
-class Clock:
+class StepClock:
     "Seconds of each step, of the wall and of this process"
     def __init__(self): self.steps = []
 
@@ -29,7 +29,7 @@ class Clock:
         self.last = now
 
 
-def run(
+def run_bench(
     pairs=None, # names; None: all
     ways=None, # names; None: all
     rounds:int=5, # epochs of each way, in turns; the first one does not count
@@ -45,18 +45,18 @@ def run(
     chosen = [w for w in WAYS if w == FLOOR or not ways or w in ways]
     if wrong := [w for w in ways or [] if w not in WAYS]:
         raise DistillError(f"There is no way {wrong[0]!r}: possible are {', '.join(WAYS)}.")
-    found = dict(machine=machine(), pairs={})
+    found = dict(machine=machine_facts(), pairs={})
     out.mkdir(parents=True, exist_ok=True)
     for n in pairs or PAIRS:
-        found['pairs'][n] = dict(title=PAIRS[n].title, ways=measure(PAIRS[n], chosen, rounds, batches, memory, console))
-        console.print(table_of(**found['pairs'][n]))
+        found['pairs'][n] = dict(title=PAIRS[n].title, ways=time_pair(PAIRS[n], chosen, rounds, batches, memory, console))
+        console.print(bench_table(**found['pairs'][n]))
         (out/'bench.json').write_text(json.dumps(found, indent=1))
     draw(found, out/'bench.png')
     console.print(f"Numbers: {out/'bench.json'}. Plot: {out/'bench.png'}.", highlight=False)
     return found
 
 
-def machine():
+def machine_facts():
     "What the numbers depend on"
     out = dict(system=platform.platform(), processor=processor(), threads=torch.get_num_threads(),
                load=os.getloadavg()[0], python=platform.python_version(),
@@ -73,25 +73,25 @@ def processor():
     return next((l.split(':')[1].strip() for l in lines if l.startswith('model name')), platform.processor())
 
 
-def measure(pair, chosen, rounds, batches, memory, console):
+def time_pair(pair, chosen, rounds, batches, memory, console):
     "Way -> its numbers, or the reason why it did not run"
     out,running,clocks = {},{},{}
     peaks = {n: peak(pair, n) for n in chosen} if memory and sys.platform == 'linux' else {}
     for n in chosen:
-        start,clock = time.perf_counter(),Clock()
+        start,clock = time.perf_counter(),StepClock()
         try:
-            with quiet():
+            with silence():
                 running[n] = WAYS[n](pair, batches)
                 running[n].run(clock)
         except Exception as e: # other packages may raise anything
             out[n] = dict(failed=f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:100]}")
             continue
-        out[n],clocks[n] = dict(first_epoch=time.perf_counter()-start),Clock()
+        out[n],clocks[n] = dict(first_epoch=time.perf_counter()-start),StepClock()
     for i in range(rounds):
         console.print(f'{pair.title}: round {i+1} of {rounds}', end='\r', highlight=False)
         for n,clock in clocks.items():
             gc.collect()
-            with quiet(): running[n].run(clock)
+            with silence(): running[n].run(clock)
     if FLOOR not in clocks: raise DistillError(f"{pair.title} does not train: {out[FLOOR]['failed']}")
     floor = numbers(clocks[FLOOR].steps, batches)
     for n,c in clocks.items():
@@ -108,7 +108,7 @@ def numbers(steps, batches):
     return {k: [1e3*median(s[j] for s in r) for r in rounds] for j,k in enumerate(('wall', 'cpu'))}
 
 
-class quiet:
+class silence:
     "Without what fastai, PyTorch and we print"
     def __enter__(self):
         self.catch = warnings.catch_warnings()
@@ -137,13 +137,13 @@ def peak(pair, name):
 
 def peak_here(pair, name, pipe):
     import resource
-    with quiet():
+    with silence():
         run_one = WAYS[name](pair, 2)
-        for _ in range(2): run_one.run(Clock())
+        for _ in range(2): run_one.run(StepClock())
     pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10)
 
 
-def table_of(title, ways):
+def bench_table(title, ways):
     out = Table('way', 'ms a step', 'over no teacher', 'CPU ms', 'over no teacher', 'peak MiB', 'first epoch, s',
                 title=title)
     for n,v in ways.items():

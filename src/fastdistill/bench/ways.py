@@ -12,18 +12,18 @@ from .pairs import loss_of
 
 __all__ = ['FLOOR', 'WAYS', 'Fit', 'Loop']
 
-T,ALPHA = 4.,.9
+TEMPERATURE,ALPHA = 4.,.9
 FLOOR = 'no teacher'
 sgd = partial(OptimWrapper, opt=torch.optim.SGD)
-AS_IT_IS = dict(precision='fp32', compile=False, memory_format=None, fold_bn=False)
+UNCHANGED = dict(precision='fp32', compile=False, memory_format=None, fold_bn=False)
 
 
-def logits_of(out): return as_plain(out[0] if isinstance(out, tuple) else out)
+def plain_logits(out): return as_plain(out[0] if isinstance(out, tuple) else out)
 
 def soft_loss(s, t, axis):
     "The three lines that everybody writes"
-    p,q = F.log_softmax(s/T, axis),F.softmax(t/T, axis)
-    return F.kl_div(p, q, reduction='none').sum(axis).mean()*T**2
+    p,q = F.log_softmax(s/TEMPERATURE, axis),F.softmax(t/TEMPERATURE, axis)
+    return F.kl_div(p, q, reduction='none').sum(axis).mean()*TEMPERATURE**2
 
 
 class Fit:
@@ -82,27 +82,27 @@ class Loop:
 # of ours
 
 def live(pair, teacher, dls, **options):
-    return [KnowledgeDistillation(Teacher(teacher, **options), kd(T, ALPHA), check=False)]
+    return [KnowledgeDistillation(Teacher(teacher, **options), kd(TEMPERATURE, ALPHA), check=False)]
 
 
 def free(pair, teacher, dls):
     "A teacher that costs nothing: what is left is the callback"
     kept = []
     def answer(*x):
-        if not kept or len(kept[0]) != len(x[0]): kept[:] = [logits_of(teacher.eval()(*x)).detach()]
+        if not kept or len(kept[0]) != len(x[0]): kept[:] = [plain_logits(teacher.eval()(*x)).detach()]
         return kept[0]
-    return [KnowledgeDistillation(answer, kd(T, ALPHA), check=False)]
+    return [KnowledgeDistillation(answer, kd(TEMPERATURE, ALPHA), check=False)]
 
 
 def stored(pair, teacher, dls):
     folder = tempfile.mkdtemp(prefix='fastdistill-bench-')
-    keys = None if pair.callbacks is not list else partial(number, {})
+    keys = None if pair.callbacks is not list else partial(numbered_key, {})
     return [KnowledgeDistillation(cache_teacher(Teacher(teacher), dls, folder, check=False, progress=False, keys=keys,
                                                 kind='softmax', axis=pair.axis),
-                                  kd(T, ALPHA))]
+                                  kd(TEMPERATURE, ALPHA))]
 
 
-def number(seen, item): return str(seen.setdefault(id(item), len(seen)))
+def numbered_key(seen, item): return str(seen.setdefault(id(item), len(seen)))
 
 
 # of others
@@ -112,8 +112,8 @@ class ForumCallback(Callback):
     def __init__(self, teacher, axis): self.teacher,self.axis = teacher.eval(),axis
     def after_loss(self):
         if not self.training: return
-        t = logits_of(self.teacher(*self.xb))
-        new = (1-ALPHA)*self.learn.loss_grad + ALPHA*soft_loss(logits_of(self.pred), t, self.axis)
+        t = plain_logits(self.teacher(*self.xb))
+        new = (1-ALPHA)*self.learn.loss_grad + ALPHA*soft_loss(plain_logits(self.pred), t, self.axis)
         self.learn.loss_grad,self.learn.loss = new,new.clone()
 
 
@@ -126,20 +126,20 @@ def fasterai(pair, teacher, dls):
     return [KnowledgeDistillationCallback(teacher, partial(same_loss, axis=pair.axis), weight=ALPHA)]
 
 
-def same_loss(pred, teacher_pred, axis, **kwargs): return soft_loss(logits_of(pred), logits_of(teacher_pred), axis)
+def same_loss(pred, teacher_pred, axis, **kwargs): return soft_loss(plain_logits(pred), plain_logits(teacher_pred), axis)
 
 
 def alone(pair, student, teacher):
     loss = loss_of(pair)
-    return lambda x, y: loss(logits_of(student(*x)), y)
+    return lambda x, y: loss(plain_logits(student(*x)), y)
 
 
 def careful(pair, student, teacher):
     "Frozen, in evaluation mode, without a gradient: what an experienced user writes"
     loss,teacher = loss_of(pair),teacher.eval().requires_grad_(False)
     def step(x, y):
-        s = logits_of(student(*x))
-        with torch.no_grad(): t = logits_of(teacher(*x))
+        s = plain_logits(student(*x))
+        with torch.no_grad(): t = plain_logits(teacher(*x))
         return (1-ALPHA)*loss(s, y) + ALPHA*soft_loss(s, t, pair.axis)
     return step
 
@@ -149,10 +149,10 @@ def torchdistill(pair, student, teacher):
     try: from torchdistill.losses.mid_level import KDLoss
     except ImportError as e:
         raise DistillError("torchdistill is not installed: pip install 'fastdistill[bench]'") from e
-    fn,teacher = KDLoss('.', 'output', '.', 'output', temperature=T, alpha=1-ALPHA),teacher.eval().requires_grad_(False)
+    fn,teacher = KDLoss('.', 'output', '.', 'output', temperature=TEMPERATURE, alpha=1-ALPHA),teacher.eval().requires_grad_(False)
     def step(x, y):
-        s = logits_of(student(*x))
-        with torch.no_grad(): t = logits_of(teacher(*x))
+        s = plain_logits(student(*x))
+        with torch.no_grad(): t = plain_logits(teacher(*x))
         n = s.shape[pair.axis]
         flat = lambda o: {'.': dict(output=o.movedim(pair.axis, -1).reshape(-1, n))}
         return fn(flat(s), flat(t), y.reshape(-1))
@@ -178,7 +178,7 @@ WAYS:dict[str,Callable] = {
     FLOOR: partial(Fit, callbacks=lambda *_: []),
     'fastdistill': partial(Fit, callbacks=partial(live, compile=False)),
     'fastdistill, compiled': partial(Fit, callbacks=partial(live, compile=True)),
-    'fastdistill, model as it is': partial(Fit, callbacks=partial(live, **AS_IT_IS)),
+    'fastdistill, model as it is': partial(Fit, callbacks=partial(live, **UNCHANGED)),
     'fastdistill, cached': partial(Fit, callbacks=stored),
     'fastdistill, free teacher': partial(Fit, callbacks=free),
     "the forum's callback": partial(Fit, callbacks=forum),
@@ -187,4 +187,4 @@ WAYS:dict[str,Callable] = {
     'careful plain loop': partial(Loop, loss=careful),
     "torchdistill's loss, plain loop": partial(Loop, loss=torchdistill),
     "the teacher's forward pass": partial(Forward, options=dict(compile=False)),
-    "the teacher's, model as it is": partial(Forward, options=AS_IT_IS)}
+    "the teacher's, model as it is": partial(Forward, options=UNCHANGED)}

@@ -15,5 +15,5 @@ def bench(
     out:Annotated[Path, typer.Option(help='Folder for the numbers and the plot.')]=Path('out')
 ):
     "Time a step without a teacher, with ours, and with those of other packages. Make a table, a plot and a file."
-    from ..bench import run
-    run(pairs or None, way or None, rounds, batches, memory, out)
+    from ..bench import run_bench
+    run_bench(pairs or None, way or None, rounds, batches, memory, out)
