@@ -6,6 +6,7 @@ import pytest
 import docs_preludes
 
 pytestmark = pytest.mark.filterwarnings('ignore:numpy.core is deprecated', # lr_find, as it loads the model again
+                                        'ignore:__array__ implementation', # fastai, as it shows images
                                         # what Lightning warns of about itself, and about small loaders
                                         'ignore:.*isinstance.treespec, LeafSpec.', 'ignore:The .*dataloader.* does not have many workers')
 ROOT = Path(__file__).parent.parent

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from test_measure import measured
 from fastdistill.fastai import Report
+from fastdistill.plots import plot_classes, plot_cost, plot_history, plot_recovered, plot_reliability, plot_runs
 from fastdistill.report.data import Difference, MeasureInfo
 from fastdistill.report.words import amount, p_text, shown_text, verdicts
 from fastdistill.task import Task
@@ -161,6 +162,28 @@ def test_a_figure_of_ones_own_is_in_the_page():
 def test_the_same_report_gives_the_same_page(tmp_path):
     r = a_report()
     assert r.to_html(tmp_path/'r.html') == r.to_html() == (tmp_path/'r.html').read_text()
+
+
+def test_pictures_show_the_numbers_of_the_report():
+    r = a_report(.001)
+    ax, = plot_cost(r).axes
+    dots = [tuple(c.get_offsets()[0]) for c in ax.collections]
+    assert dots == [pytest.approx((m.cost.latency[0].p50, 100*m.measures['accuracy'].value)) for m in r.models.values()]
+    ax, = plot_recovered(r).axes
+    e = r.comparison('distilled').recovered['accuracy']
+    assert ax.collections[-1].get_offsets()[0][0] == pytest.approx(100*e.value)
+    assert list(ax.lines[-1].get_xdata()) == pytest.approx([100*e.low, 100*e.high])
+    assert [l.get_label() for l in plot_history(r).axes[0].lines] == ['train_loss', 'valid_loss', 'kd_loss']
+    names = [t.get_text() for t in plot_classes(r).axes[0].get_yticklabels()]
+    assert names == [c for c,*_ in sorted(r.class_changes(), key=lambda o: -o[-1])]
+    labels = [t.get_text() for t in plot_runs({'one': r, 'two': r}).axes[0].get_yticklabels()]
+    assert labels == ['one: alone', 'one: distilled', 'two: alone', 'two: distilled']
+
+
+def test_there_is_no_picture_of_what_was_not_measured():
+    y = torch.randn(40)
+    r = measured(dict(a=y + torch.randn(40), b=y + torch.randn(40)), y, Task('regression'))
+    assert {f(r) for f in (plot_cost, plot_recovered, plot_reliability, plot_history, plot_classes)} == {None}
 
 
 def contrast(a, b):
