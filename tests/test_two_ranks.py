@@ -6,7 +6,7 @@ import two_ranks
 from fastdistill.ranks import gather_rows
 
 pytestmark = pytest.mark.filterwarnings('ignore::fastdistill.DistillWarning')
-NAMES = [*two_ranks.cases(), *(f'{n} in a loop' for n in ('logits', 'features', 'relations', 'relations_of_logits', 'shares'))]
+NAMES = [*two_ranks.cases(), *(f'{n} in a loop' for n in (*two_ranks.IN_A_LOOP, 'sharded teacher'))]
 
 
 @pytest.fixture(scope='module')
@@ -26,12 +26,12 @@ def test_two_processes_are_one_with_the_doubled_batch(runs, name):
     "Weights of student and projectors, and the columns of the table"
     ((a,logged_a),(b,logged_b)),(one,logged) = [r[name] for r in runs[0]],runs[1][name]
     assert all(map(torch.equal, a, b)) and logged_a == logged_b and len(a) == len(one)
-    # a cache and masks hold float32; everything else is computed in float64, so that no difference can hide in rounding
-    for p,q in zip(a, one): torch.testing.assert_close(p, q, rtol=0, atol=1e-5 if name == 'cached' else 1e-9)
-    # relations of samples are those of a process's own validation batches: there the columns differ
-    if not ('relations' in name or name in ('shares', 'one_silent')): assert logged_a[1:] == pytest.approx(logged[1:], abs=1e-4)
+    for p,q in zip(a, one): torch.testing.assert_close(p, q, rtol=0, atol=1e-7 if 'loop' in name else 1e-5)
+    # in validation, relations are those of each process's own samples
+    if not ('relations' in name or name in ('shares', 'one_silent')):
+        assert logged_a[1:] == pytest.approx(logged[1:], abs=1e-4)
     start = [p.detach() for p in two_ranks.models()[0].parameters()]
-    assert max((p-q).abs().max() for p,q in zip(start, one)) > .01
+    assert max((p-q).abs().max() for p,q in zip(start, one)) > .01     # it has learned
 
 
 def test_one_process_gathers_nothing():

@@ -12,6 +12,7 @@ from fastdistill.fastai import KnowledgeDistillation, Term, cache_teacher, kd
 from fastdistill.ranks import rank, world_size
 
 BS,N,VALID = 8,64,32 # of one process; items
+IN_A_LOOP = 'logits','features','relations','relations_of_logits','shares' # in plain PyTorch too
 HINT = dict(layers={'2': '2'}, projector='linear')
 
 
@@ -30,7 +31,7 @@ def cases():
         logits=kd(),
         teacher_alone=kd(alpha=1.),
         features=kd() + Term(losses.hint, weight=.5, **HINT),
-        relations=kd() + Term(losses.rkd, weight=2., layers={'2': '2'}) + recipes.sp({'0': '0'}, weight=10.) + recipes.pkt({'2': '2'}, weight=5.),
+        relations=kd() + Term(losses.rkd, weight=.5, layers={'2': '2'}) + recipes.sp({'0': '0'}, weight=1.) + recipes.pkt({'2': '2'}, weight=1.),
         relations_of_logits=recipes.dist() + Term(losses.pkd, weight=1., **HINT),
         shares=kd() + Term(losses.hint, share=.3, **HINT) + recipes.rkd({'2': '2'}, share=.2),
         one_silent=kd() + Term(silent, weight=.5, **HINT),
@@ -40,7 +41,6 @@ def cases():
 def items():
     "In one process each batch holds what the two processes get as their batches of the same number"
     x,y = apps.rows(N + VALID)
-    x = x.double()
     train = [*zip(x, y)]
     train,valid = train[:N],train[N:]
     if world_size() > 1: return train,valid
@@ -52,7 +52,7 @@ def models():
     set_seed(0)
     student,teacher = apps.mlp(6),apps.mlp(16)
     teacher.load_state_dict(apps.wise())
-    return student.double(),teacher.double()
+    return student,teacher
 
 
 def loaders():
@@ -73,18 +73,30 @@ def in_fastai(recipe, teacher, student):
     return [p.detach() for p in ps],[float(v) for v in learn.recorder.values[-1]]
 
 
+def sharded(teacher):
+    "A teacher of which each process holds a part"
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    mesh = init_device_mesh('cpu', (world_size(),))
+    for m in [*teacher, teacher]:
+        if len([*m.parameters()]): fully_shard(m, mesh=mesh)
+    return teacher
+
+
 def in_a_loop(recipe, teacher, student):
-    "The same in plain PyTorch, with the whole Distiller in DistributedDataParallel"
+    """The same in plain PyTorch, with the whole Distiller in DistributedDataParallel. In float64, where few differences
+    can hide in rounding; projectors have float32"""
+    student,teacher = student.double(),teacher.double()
     train,_ = items()
     bs = BS*2//world_size()
     mine = train[rank()*N//world_size():][:N//world_size()]
-    batches = [tuple(map(torch.stack, zip(*mine[i:i+bs]))) for i in range(0, len(mine), bs)]
+    batches = [(x.double(), y) for x,y in (map(torch.stack, zip(*mine[i:i+bs])) for i in range(0, len(mine), bs))]
     set_seed(0)
     distiller = Distiller(student, Teacher(teacher), recipe, example=batches[0][0], check=False)
     model = distiller if world_size() == 1 else nn.parallel.DistributedDataParallel(distiller)
     opt = torch.optim.SGD(distiller.parameters(), .1, momentum=.9)
-    for _ in range(2):
-        for x,y in batches:
+    with distiller.teacher:
+        for x,y in batches*2:
             opt.zero_grad()
             model(x, y).total.backward()
             opt.step()
@@ -102,7 +114,9 @@ def run(folder, names=None):
                 warnings.simplefilter('ignore')
                 teacher = cache_teacher(teacher, loaders(), folder/f'cache of {world_size()}', views=0, dtype='float32', kind='softmax', axis=1, valid=True)
         out[name] = in_fastai(recipe, teacher, student)
-        if name in ('logits', 'features', 'relations', 'relations_of_logits', 'shares'): out[f'{name} in a loop'] = in_a_loop(recipe, *models()[::-1]),[]
+        if name in IN_A_LOOP: out[f'{name} in a loop'] = in_a_loop(recipe, *models()[::-1]),[]
+    student,teacher = models()
+    out['sharded teacher in a loop'] = in_a_loop(kd(), teacher if world_size() == 1 else sharded(teacher.double()), student),[]
     return out
 
 
