@@ -13,7 +13,7 @@ DIST = dist(T=4, beta=2, gamma=2, share=3)
 RULE = [
     (dict(classes=77), Recipe(DIST), '77 classes'),
     (dict(classes=3), Recipe(DIST), '3 classes'),
-    (dict(classes=2), kd(T=1, alpha=.9), '2 classes'),
+    (dict(classes=2), kd(T=1, alpha=.5), '2 classes'),
     (dict(), kd(T=1, alpha=.5), 'unknown'),
     (dict(classes=11, dense=True), kd(T=1, alpha=.5), 'many predictions'),
     (dict(kind='sigmoid'), Recipe(Term(losses.binary_kl, share=3, T=1)), 'several labels'),

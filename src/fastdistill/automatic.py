@@ -28,9 +28,9 @@ def auto(
 ) -> Automatic:
     """The recipe that `KnowledgeDistillation(teacher)` and `Distiller(student, teacher)` take when none is given.
 
-    The labels count in full wherever the term has a share; its gradient at the student's logits is then 3 times as
-    long as theirs, whatever the loss's own scale. Of the tasks that were measured, one kind of output decided which
-    loss helped (benchmarks/quality has the numbers, and the tasks where it did not help)"""
+    Where the term has a share, the labels count in full, and its gradient at the student's logits is 3 times as long
+    as theirs, whatever the scale of the loss. benchmarks/quality has the measurements behind the rule, and the tasks
+    where it did not help"""
     if kind not in ('softmax', 'sigmoid', 'regression'):
         raise DistillError(f"kind={kind!r}: possible are 'softmax', 'sigmoid' and 'regression'")
     if not labels: return Automatic(soft_labels(T=1), 'soft_labels(T=1)', 'the batches have no labels')
@@ -38,10 +38,9 @@ def auto(
     if kind == 'regression': return shared(losses.regression, 'regression', 'numbers')
     if dense: return Automatic(kd(T=1, alpha=.5), 'kd(T=1, alpha=.5)', 'many predictions for each sample')
     if kind == 'sigmoid': return shared(losses.binary_kl, 'binary_kl', 'several labels', T=1)
-    if classes is None: return Automatic(kd(T=1, alpha=.5), 'kd(T=1, alpha=.5)', 'the number of classes is unknown')
-    if classes <= 2: return Automatic(kd(T=1, alpha=.9), 'kd(T=1, alpha=.9)', f'{classes} classes')
-    return Automatic(dist(T=4, beta=2, gamma=2, share=3), 'labels + dist(T=4, beta=2, gamma=2, share=3)',
-                     f'{classes} classes')
+    why = 'the number of classes is unknown' if classes is None else f'{classes} classes'
+    if classes is None or classes <= 2: return Automatic(kd(T=1, alpha=.5), 'kd(T=1, alpha=.5)', why)
+    return Automatic(dist(T=4, beta=2, gamma=2, share=3), 'labels + dist(T=4, beta=2, gamma=2, share=3)', why)
 
 
 def shared(loss, name, why, **options):
