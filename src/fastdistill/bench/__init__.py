@@ -48,7 +48,8 @@ def run_bench(
     found = dict(machine=machine_facts(), pairs={})
     out.mkdir(parents=True, exist_ok=True)
     for n in pairs or PAIRS:
-        found['pairs'][n] = dict(title=PAIRS[n].title, ways=time_pair(PAIRS[n], chosen, rounds, batches, memory, console))
+        ways = time_pair(PAIRS[n], chosen, rounds, batches, memory, console)
+        found['pairs'][n] = dict(title=PAIRS[n].title, ways=ways)
         console.print(bench_table(**found['pairs'][n]))
         (out/'bench.json').write_text(json.dumps(found, indent=1))
     draw(found, out/'bench.png')

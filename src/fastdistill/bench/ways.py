@@ -126,7 +126,8 @@ def fasterai(pair, teacher, dls):
     return [KnowledgeDistillationCallback(teacher, partial(same_loss, axis=pair.axis), weight=ALPHA)]
 
 
-def same_loss(pred, teacher_pred, axis, **kwargs): return soft_loss(plain_logits(pred), plain_logits(teacher_pred), axis)
+def same_loss(pred, teacher_pred, axis, **kwargs):
+    return soft_loss(plain_logits(pred), plain_logits(teacher_pred), axis)
 
 
 def alone(pair, student, teacher):
@@ -149,7 +150,8 @@ def torchdistill(pair, student, teacher):
     try: from torchdistill.losses.mid_level import KDLoss
     except ImportError as e:
         raise DistillError("torchdistill is not installed: pip install 'fastdistill[bench]'") from e
-    fn,teacher = KDLoss('.', 'output', '.', 'output', temperature=TEMPERATURE, alpha=1-ALPHA),teacher.eval().requires_grad_(False)
+    fn = KDLoss('.', 'output', '.', 'output', temperature=TEMPERATURE, alpha=1-ALPHA)
+    teacher = teacher.eval().requires_grad_(False)
     def step(x, y):
         s = plain_logits(student(*x))
         with torch.no_grad(): t = plain_logits(teacher(*x))
