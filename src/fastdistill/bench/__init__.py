@@ -48,9 +48,9 @@ def run_bench(
     found = dict(machine=machine_facts(), pairs={})
     out.mkdir(parents=True, exist_ok=True)
     for n in pairs or PAIRS:
-        times = measure_pair(PAIRS[n], chosen, rounds, batches, memory, console)
-        found['pairs'][n] = dict(title=PAIRS[n].title, ways=times)
-        console.print(timing_table(**found['pairs'][n]))
+        ways = time_pair(PAIRS[n], chosen, rounds, batches, memory, console)
+        found['pairs'][n] = dict(title=PAIRS[n].title, ways=ways)
+        console.print(bench_table(**found['pairs'][n]))
         (out/'bench.json').write_text(json.dumps(found, indent=1))
     draw(found, out/'bench.png')
     console.print(f"Numbers: {out/'bench.json'}. Plot: {out/'bench.png'}.", highlight=False)
@@ -74,14 +74,14 @@ def processor():
     return next((l.split(':')[1].strip() for l in lines if l.startswith('model name')), platform.processor())
 
 
-def measure_pair(pair, chosen, rounds, batches, memory, console):
+def time_pair(pair, chosen, rounds, batches, memory, console):
     "Way -> its numbers, or the reason why it did not run"
     out,running,clocks = {},{},{}
     peaks = {n: peak(pair, n) for n in chosen} if memory and sys.platform == 'linux' else {}
     for n in chosen:
         start,clock = time.perf_counter(),StepClock()
         try:
-            with Silence():
+            with silence():
                 running[n] = WAYS[n](pair, batches)
                 running[n].run(clock)
         except Exception as e: # other packages may raise anything
@@ -92,7 +92,7 @@ def measure_pair(pair, chosen, rounds, batches, memory, console):
         console.print(f'{pair.title}: round {i+1} of {rounds}', end='\r', highlight=False)
         for n,clock in clocks.items():
             gc.collect()
-            with Silence(): running[n].run(clock)
+            with silence(): running[n].run(clock)
     if FLOOR not in clocks: raise DistillError(f"{pair.title} does not train: {out[FLOOR]['failed']}")
     floor = numbers(clocks[FLOOR].steps, batches)
     for n,c in clocks.items():
@@ -109,7 +109,7 @@ def numbers(steps, batches):
     return {k: [1e3*median(s[j] for s in r) for r in rounds] for j,k in enumerate(('wall', 'cpu'))}
 
 
-class Silence:
+class silence:
     "Without what fastai, PyTorch and we print"
     def __enter__(self):
         self.catch = warnings.catch_warnings()
@@ -138,13 +138,13 @@ def peak(pair, name):
 
 def peak_here(pair, name, pipe):
     import resource
-    with Silence():
+    with silence():
         run_one = WAYS[name](pair, 2)
         for _ in range(2): run_one.run(StepClock())
     pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10)
 
 
-def timing_table(title, ways):
+def bench_table(title, ways):
     out = Table('way', 'ms a step', 'over no teacher', 'CPU ms', 'over no teacher', 'peak MiB', 'first epoch, s',
                 title=title)
     for n,v in ways.items():

@@ -12,11 +12,11 @@ from fastai.text.models import AWD_LSTM, awd_lstm_lm_config, get_language_model
 from fastai.vision.learner import create_body
 from fastai.vision.models.unet import DynamicUnet
 
-__all__ = ['PAIRS', 'ModelPair']
+__all__ = ['PAIRS', 'BenchPair']
 
 
 @dataclass
-class ModelPair:
+class BenchPair:
     "What is timed"
     title:str
     models:Callable # fn() -> (student, teacher)
@@ -25,7 +25,7 @@ class ModelPair:
     callbacks:Callable=list # that the task itself needs
 
 
-class RowPicker:
+class PickRow:
     "Picks a row of a tensor that is in memory"
     def __init__(self, of): self.of = of
     def __call__(self, i): return self.of[i]
@@ -37,7 +37,7 @@ def in_memory(
     target, # the same
     batches:int
 ):
-    picks = [[RowPicker(o)] for o in (*inputs, target)]
+    picks = [[PickRow(o)] for o in (*inputs, target)]
     return Datasets(range(len(target)), picks, n_inp=len(inputs), splits=[range(bs*batches), range(bs)]).dataloaders(
         bs=bs, num_workers=0)
 
@@ -96,15 +96,15 @@ def settled(make):
 
 
 PAIRS = dict(
-    resnet=ModelPair('ResNet-50 -> ResNet-18, 64 images of 64 px', partial(settled, resnets),
+    resnet=BenchPair('ResNet-50 -> ResNet-18, 64 images of 64 px', partial(settled, resnets),
                 partial(images, bs=64, size=64, classes=100)),
-    unet=ModelPair('ResNet-34 U-Net -> ResNet-18 U-Net, 8 images of 64 px, 32 classes', partial(settled, unets),
+    unet=BenchPair('ResNet-34 U-Net -> ResNet-18 U-Net, 8 images of 64 px, 32 classes', partial(settled, unets),
               partial(images, bs=8, size=64, classes=32, dense=True), axis=1),
-    vit=ModelPair('ViT-S -> ViT-Ti, 32 images of 96 px', partial(settled, vits),
+    vit=BenchPair('ViT-S -> ViT-Ti, 32 images of 96 px', partial(settled, vits),
              partial(images, bs=32, size=96, classes=100)),
-    text=ModelPair('AWD-LSTM language models, 16 x 32 tokens of 30,000', partial(settled, languages), texts,
+    text=BenchPair('AWD-LSTM language models, 16 x 32 tokens of 30,000', partial(settled, languages), texts,
               callbacks=rnn_cbs),
-    table=ModelPair('tabular models, 64 rows', partial(settled, tables), rows))
+    table=BenchPair('tabular models, 64 rows', partial(settled, tables), rows))
 
 
 def loss_of(pair): return CrossEntropyLossFlat(axis=pair.axis)

@@ -18,7 +18,7 @@ sgd = partial(OptimWrapper, opt=torch.optim.SGD)
 UNCHANGED = dict(precision='fp32', compile=False, memory_format=None, fold_bn=False)
 
 
-def first_output(out): return as_plain(out[0] if isinstance(out, tuple) else out)
+def plain_logits(out): return as_plain(out[0] if isinstance(out, tuple) else out)
 
 def soft_loss(s, t, axis):
     "The three lines that everybody writes"
@@ -89,20 +89,20 @@ def free(pair, teacher, dls):
     "A teacher that costs nothing: what is left is the callback"
     kept = []
     def answer(*x):
-        if not kept or len(kept[0]) != len(x[0]): kept[:] = [first_output(teacher.eval()(*x)).detach()]
+        if not kept or len(kept[0]) != len(x[0]): kept[:] = [plain_logits(teacher.eval()(*x)).detach()]
         return kept[0]
     return [KnowledgeDistillation(answer, kd(TEMPERATURE, ALPHA), check=False)]
 
 
 def stored(pair, teacher, dls):
     folder = tempfile.mkdtemp(prefix='fastdistill-bench-')
-    keys = None if pair.callbacks is not list else partial(order_key, {})
+    keys = None if pair.callbacks is not list else partial(numbered_key, {})
     return [KnowledgeDistillation(cache_teacher(Teacher(teacher), dls, folder, check=False, progress=False, keys=keys,
                                                 kind='softmax', axis=pair.axis),
                                   kd(TEMPERATURE, ALPHA))]
 
 
-def order_key(seen, item): return str(seen.setdefault(id(item), len(seen)))
+def numbered_key(seen, item): return str(seen.setdefault(id(item), len(seen)))
 
 
 # of others
@@ -112,8 +112,8 @@ class ForumCallback(Callback):
     def __init__(self, teacher, axis): self.teacher,self.axis = teacher.eval(),axis
     def after_loss(self):
         if not self.training: return
-        t = first_output(self.teacher(*self.xb))
-        new = (1-ALPHA)*self.learn.loss_grad + ALPHA*soft_loss(first_output(self.pred), t, self.axis)
+        t = plain_logits(self.teacher(*self.xb))
+        new = (1-ALPHA)*self.learn.loss_grad + ALPHA*soft_loss(plain_logits(self.pred), t, self.axis)
         self.learn.loss_grad,self.learn.loss = new,new.clone()
 
 
@@ -127,20 +127,20 @@ def fasterai(pair, teacher, dls):
 
 
 def same_loss(pred, teacher_pred, axis, **kwargs):
-    return soft_loss(first_output(pred), first_output(teacher_pred), axis)
+    return soft_loss(plain_logits(pred), plain_logits(teacher_pred), axis)
 
 
 def alone(pair, student, teacher):
     loss = loss_of(pair)
-    return lambda x, y: loss(first_output(student(*x)), y)
+    return lambda x, y: loss(plain_logits(student(*x)), y)
 
 
 def careful(pair, student, teacher):
     "Frozen, in evaluation mode, without a gradient: what an experienced user writes"
     loss,teacher = loss_of(pair),teacher.eval().requires_grad_(False)
     def step(x, y):
-        s = first_output(student(*x))
-        with torch.no_grad(): t = first_output(teacher(*x))
+        s = plain_logits(student(*x))
+        with torch.no_grad(): t = plain_logits(teacher(*x))
         return (1-ALPHA)*loss(s, y) + ALPHA*soft_loss(s, t, pair.axis)
     return step
 
@@ -151,10 +151,10 @@ def torchdistill(pair, student, teacher):
     except ImportError as e:
         raise DistillError("torchdistill is not installed: pip install 'fastdistill[bench]'") from e
     fn = KDLoss('.', 'output', '.', 'output', temperature=TEMPERATURE, alpha=1-ALPHA)
-    teacher.eval().requires_grad_(False)
+    teacher = teacher.eval().requires_grad_(False)
     def step(x, y):
-        s = first_output(student(*x))
-        with torch.no_grad(): t = first_output(teacher(*x))
+        s = plain_logits(student(*x))
+        with torch.no_grad(): t = plain_logits(teacher(*x))
         n = s.shape[pair.axis]
         flat = lambda o: {'.': dict(output=o.movedim(pair.axis, -1).reshape(-1, n))}
         return fn(flat(s), flat(t), y.reshape(-1))
