@@ -38,6 +38,15 @@ def test_the_loss_is_the_sum_of_the_heads_and_the_student_runs_once():
     assert list(out.parts) == ['color.task', 'color.kd', 'shape.task', 'shape.kd', 'size.task', 'size.kd']
     torch.testing.assert_close(out.parts['shape.task'], F.cross_entropy(s['shape'], SHAPE).detach())
 
+def test_heads_without_recipes_choose_their_own_and_check_their_labels(capsys):
+    student,color,shape,_ = nets()
+    heads = Heads(color=Distiller(student, Teacher(color), output='color'), shape=Distiller(student, Teacher(shape), output='shape'))
+    heads(X, COLOR, SHAPE).total.backward()
+    assert [*heads.heads['color'].links] == ['dist'] and [*heads.heads['shape'].links] == ['kd']
+    assert capsys.readouterr().out.count('fastdistill: recipe') == 2 and student.body.weight.grad is not None
+    wrong = Heads(color=Distiller(student, Teacher(color), kd(), output='color'))
+    with pytest.raises(DistillError, match='There is a label 3, but the outputs have 3 classes'): wrong(X, torch.full((8,), 3))
+
 def test_a_head_without_labels_learns_from_its_teacher_alone():
     student,color,shape,_ = nets()
     heads = Heads(color=Distiller(student, Teacher(color), kd(2., .7), output='color'), shape=Distiller(student, Teacher(shape), soft_labels(T=1), output='shape'))

@@ -231,7 +231,12 @@ class Distiller(nn.Module):
         terms,(args,kwargs) = self.active_terms(progress),arguments(self.student, x)
         with Taps(self.student, self.student_layers(terms)) as taps:
             raw = self.student(*args, **kwargs)
-            s = self.student_outputs(raw, taps.pop(), x)
+            feats = taps.pop()
+        return self.after_student(raw, feats, x, targets, progress)
+
+    def after_student(self, raw, feats, x, targets, progress):
+        "Ask the teacher and compare, for a batch on which the student ran: `raw` is what it returned"
+        s = self.student_outputs(raw, feats, x)
         if self.chooses: self.choose(s.logits, bool(targets))
         t = self.teacher_outputs(x, progress)
         self._check_first(s, t, targets)      # before the labels' loss, whose error would not say what to do

@@ -68,12 +68,6 @@ class Heads(nn.Module):
             raw = self.student(*args, **kwargs)
             feats = taps.pop()
         y = targets or (None,)*len(self.heads)
-        each = {k: self._head(d, raw, feats, x, () if t is None else (t,), progress)
+        each = {k: d.after_student(raw, feats, x, () if t is None else (t,), progress)
                 for (k,d),t in zip(self.heads.items(), y)}
         return HeadsDistilled(each, self.weights)
-
-    def _head(self, d, raw, feats, x, targets, progress):
-        s = d.student_outputs(raw, feats, x)
-        if d.chooses: d._choose(s.logits, targets)
-        t,(task,targets) = d.teacher_outputs(x, progress),d.labels(x, s.logits, targets)
-        return d.compute(s, t, task, targets, progress=progress)
