@@ -42,9 +42,9 @@ LAW = dict(
     fastai=('outputs docments ranks task class_sets batch gradients losses features replay cache teacher terms distiller recipes automatic candidates study doctor plots report measure',
             'torch numpy fastai safetensors', 'pandas rich IPython matplotlib onnx onnxscript onnxruntime'),
     huggingface=('outputs ranks batch features replay teacher doctor distiller automatic trainers', 'torch transformers accelerate', ''),
-    lightning=('outputs batch features replay teacher task distiller automatic trainers', 'torch lightning', ''),
+    lightning=('outputs ranks batch features replay teacher task distiller automatic trainers', 'torch lightning', ''),
     demo=('outputs plots fastai', 'torch numpy fastai rich PIL', 'matplotlib sklearn'),
-    bench=('outputs fastai', 'torch numpy fastai rich', 'matplotlib timm torchvision fasterai torchdistill'),
+    bench=('outputs teacher measure fastai', 'torch numpy fastai rich', 'matplotlib timm torchvision fasterai torchdistill'),
     cli=('errors ranks cache fastai demo bench plots report __init__', 'typer rich', ''),
 )
 # the same inside a folder: a file may import those of its folder that stand before it

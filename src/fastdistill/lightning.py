@@ -12,8 +12,9 @@ from .features.calls import arguments
 from .features.pairs import inputs
 from .features.taps import Taps
 from .outputs import DistillError, Outputs
+from .ranks import average_gradients
 from .replay.seeds import RandomGuard
-from .trainers import add_parameters, average_gradients, complete, load_state, needs_example, training_state, takes_part
+from .trainers import add_parameters, complete, load_state, needs_example, training_state, takes_part
 
 __all__ = ['DistillCallback', 'DistillModule']
 
@@ -113,7 +114,7 @@ class DistillCallback(Callback):
                            "module that it calls: DistillCallback(..., student='model')")
 
     def on_after_backward(self, trainer, pl_module):
-        if self.replaced is not None: average_gradients(self.distiller)
+        if self.replaced is not None: average_gradients(self.distiller.own_parameters())
 
     # checkpoints
 

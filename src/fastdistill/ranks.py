@@ -5,8 +5,8 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-__all__ = ['broadcast', 'gather_rows', 'joined_processes', 'length_over_ranks', 'mean_over_ranks', 'on_first', 'rank',
-           'world_size']
+__all__ = ['average_gradients', 'broadcast', 'gather_rows', 'joined_processes', 'length_over_ranks', 'mean_over_ranks',
+           'on_first', 'rank', 'world_size']
 
 
 def is_running(): return distributed.is_available() and distributed.is_initialized()
@@ -30,6 +30,17 @@ def mean_over_ranks(
     "Replace tensors by their mean over all ranks"
     if world_size() == 1: return
     for t in tensors: distributed.all_reduce(t.div_(world_size()))
+
+
+def average_gradients(
+    params # the same ones on all ranks, of modules outside of DistributedDataParallel
+):
+    "Average their gradients over all ranks. A rank whose part of the batch gave a parameter none counts as 0"
+    if world_size() == 1: return
+    for p in (params := list(params)):
+        # subtle: every rank must join, or the others would wait for it
+        if p.grad is None: p.grad = torch.zeros_like(p)
+    mean_over_ranks(p.grad for p in params)
 
 
 def length_over_ranks(

@@ -3,10 +3,10 @@ from .distiller import Distiller
 from .features.pairs import inputs
 from .doctor.runs import student_logits
 from .outputs import map_tensors
-from .ranks import broadcast, mean_over_ranks
+from .ranks import broadcast
 
-__all__ = ['add_parameters', 'average_gradients', 'complete', 'load_state', 'needs_example', 'reset_gradients',
-           'training_state', 'takes_part']
+__all__ = ['add_parameters', 'complete', 'load_state', 'needs_example', 'reset_gradients', 'takes_part',
+           'training_state']
 
 
 def needs_example(d:Distiller) -> bool:
@@ -43,11 +43,6 @@ def add_parameters(
     knows the present groups"""
     have = {id(p) for g in optimizer.param_groups for p in g['params']}
     optimizer.param_groups[0]['params'] += [p for p in d.own_parameters() if id(p) not in have]
-
-
-def average_gradients(d:Distiller):
-    "Average the projectors' gradients over all processes, since they are not in DistributedDataParallel"
-    mean_over_ranks(p.grad for p in d.own_parameters() if p.grad is not None)
 
 
 def reset_gradients(d:Distiller):

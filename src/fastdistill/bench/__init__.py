@@ -6,6 +6,7 @@ from statistics import median
 import torch
 from rich.console import Console
 from rich.table import Table
+from ..measure.models import cpu_name
 from ..outputs import DistillError
 from .pairs import PAIRS
 from .ways import FLOOR, WAYS
@@ -59,19 +60,13 @@ def run_bench(
 
 def machine_facts():
     "What the numbers depend on"
-    out = dict(system=platform.platform(), processor=processor(), threads=torch.get_num_threads(),
+    out = dict(system=platform.platform(), processor=cpu_name(), threads=torch.get_num_threads(),
                load=os.getloadavg()[0], python=platform.python_version(),
                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
     for n in ('torch', 'fastai', 'fastdistill', 'torchvision', 'timm', 'fasterai', 'torchdistill'):
         try: out[n] = version(n)
         except PackageNotFoundError: out[n] = None
     return out
-
-
-def processor():
-    info = Path('/proc/cpuinfo')
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((l.split(':')[1].strip() for l in lines if l.startswith('model name')), platform.processor())
 
 
 def time_pair(pair, chosen, rounds, batches, memory, console):

@@ -4,10 +4,11 @@ from functools import partial
 from typing import Callable
 import torch
 import torch.nn.functional as F
-from fastai.basics import Callback, Learner
+from fastai.basics import Callback, CancelValidException, Learner
 from fastai.optimizer import OptimWrapper
 from ..fastai import KnowledgeDistillation, Teacher, cache_teacher, kd
 from ..outputs import DistillError, as_plain
+from ..teacher.speed import AS_IT_IS
 from .pairs import loss_of
 
 __all__ = ['FLOOR', 'WAYS', 'Fit', 'Loop']
@@ -15,7 +16,6 @@ __all__ = ['FLOOR', 'WAYS', 'Fit', 'Loop']
 TEMPERATURE,ALPHA = 4.,.9
 FLOOR = 'no teacher'
 sgd = partial(OptimWrapper, opt=torch.optim.SGD)
-UNCHANGED = dict(precision='fp32', compile=False, memory_format=None, fold_bn=False)
 
 
 def plain_logits(out): return as_plain(out[0] if isinstance(out, tuple) else out)
@@ -54,9 +54,7 @@ class Marks(Callback):
 
 class NoValidation(Callback):
     order = -100
-    def before_validate(self):
-        from fastai.basics import CancelValidException
-        raise CancelValidException()
+    def before_validate(self): raise CancelValidException
 
 
 class Loop:
@@ -95,11 +93,13 @@ def free(pair, teacher, dls):
 
 
 def stored(pair, teacher, dls):
-    folder = tempfile.mkdtemp(prefix='fastdistill-bench-')
+    folder = tempfile.TemporaryDirectory(prefix='fastdistill-bench-')
     keys = None if pair.callbacks is not list else partial(numbered_key, {})
-    return [KnowledgeDistillation(cache_teacher(Teacher(teacher), dls, folder, check=False, progress=False, keys=keys,
-                                                kind='softmax', axis=pair.axis),
-                                  kd(TEMPERATURE, ALPHA))]
+    cache = cache_teacher(Teacher(teacher), dls, folder.name, check=False, progress=False, keys=keys, kind='softmax',
+                          axis=pair.axis)
+    cb = KnowledgeDistillation(cache, kd(TEMPERATURE, ALPHA))
+    cb.folder = folder      # it is deleted with the callback
+    return [cb]
 
 
 def numbered_key(seen, item): return str(seen.setdefault(id(item), len(seen)))
@@ -180,7 +180,7 @@ WAYS:dict[str,Callable] = {
     FLOOR: partial(Fit, callbacks=lambda *_: []),
     'fastdistill': partial(Fit, callbacks=partial(live, compile=False)),
     'fastdistill, compiled': partial(Fit, callbacks=partial(live, compile=True)),
-    'fastdistill, model as it is': partial(Fit, callbacks=partial(live, **UNCHANGED)),
+    'fastdistill, model as it is': partial(Fit, callbacks=partial(live, **AS_IT_IS)),
     'fastdistill, cached': partial(Fit, callbacks=stored),
     'fastdistill, free teacher': partial(Fit, callbacks=free),
     "the forum's callback": partial(Fit, callbacks=forum),
@@ -189,4 +189,4 @@ WAYS:dict[str,Callable] = {
     'careful plain loop': partial(Loop, loss=careful),
     "torchdistill's loss, plain loop": partial(Loop, loss=torchdistill),
     "the teacher's forward pass": partial(Forward, options=dict(compile=False)),
-    "the teacher's, model as it is": partial(Forward, options=UNCHANGED)}
+    "the teacher's, model as it is": partial(Forward, options=AS_IT_IS)}

@@ -18,6 +18,7 @@ from ..cache.verify import Verified
 from ..cache.writer import check_views, write_cache
 from ..outputs import DistillError, DistillWarning, TopK, as_plain
 from ..replay.seeds import RandomGuard
+from ..teacher.speed import AS_IT_IS
 from ..teacher.teacher import Teacher
 from .task import task_of
 from .check import check_teacher
@@ -180,7 +181,7 @@ def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num
 def as_it_is(teacher):
     "The teacher without a faster copy, whose rounding would depend on the other samples in a batch"
     if not isinstance(teacher, Teacher): return teacher
-    return Teacher(teacher, precision='fp32', compile=False, memory_format=None, fold_bn=False)
+    return Teacher(teacher, **AS_IT_IS)
 
 
 class FixedOrder:

@@ -9,16 +9,16 @@ from ..measure import measure_models, roles_of
 from ..outputs import DistillError
 from ..ranks import rank
 from ..report import Report
+from ..teacher.speed import AS_IT_IS
 from .batches import number_of_batches, prepared, some_batches
 from .stream import is_stream
 from .task import task_of
 from .teachers import teacher_of
 from .vocab import vocab_of
 
-__all__ = ['AS_IT_IS', 'compare']
+__all__ = ['compare', 'history_of']
 
 # each model itself, not a faster copy, unless the user's own `Teacher` asks for one
-AS_IT_IS = dict(precision='fp32', memory_format=None, fold_bn=False, compile=False)
 
 
 def compare(
@@ -145,8 +145,8 @@ def history_of(learn):
     recorder = getattr(learn, 'recorder', None)
     names = [n for n in getattr(recorder, 'metric_names', []) if n not in ('epoch', 'time')]
     rows = getattr(recorder, 'values', [])
-    if not len(rows) or any(len(r) != len(names) for r in rows): return {}
-    return {n: [plain_number(r[i]) for r in rows] for i,n in enumerate(names)}
+    # rows are shorter without a validation loss
+    return {n: [plain_number(r[i]) if i < len(r) else None for r in rows] for i,n in enumerate(names) if len(rows)}
 
 
 @contextmanager

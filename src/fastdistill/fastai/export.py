@@ -13,8 +13,9 @@ from ..doctor.runs import guarded_random_state
 from ..outputs import DistillError, Outputs, as_plain
 from ..report import Report
 from ..teacher import Teacher
+from ..teacher.speed import AS_IT_IS
 from .batches import prepared, some_batches
-from .compare import AS_IT_IS, compare
+from .compare import compare
 from .task import task_of
 from .teachers import image_stats
 from .vocab import vocab_of

@@ -6,8 +6,8 @@ from fastai.vision.data import get_grid
 from ..doctor.runs import guarded_random_state
 from ..losses import binary_kl, kl
 from ..outputs import DistillError
+from ..teacher.speed import AS_IT_IS
 from .batches import restored, split_batch
-from .compare import AS_IT_IS
 from .stream import is_stream
 from .task import task_of
 from .teachers import teacher_of

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from fastai.basics import Adam, L, OptimWrapper
 from ..outputs import map_tensors
-from ..ranks import mean_over_ranks, world_size
+from ..ranks import average_gradients
 
 __all__ = ['ProjectorOptimizer']
 
@@ -23,11 +23,7 @@ class ProjectorOptimizer:
 
     def average_gradients(self):
         "Average the gradients over all processes: the projectors are not in DistributedDataParallel"
-        if world_size() == 1: return
-        # subtle: a process whose part of the batch gave a projector no gradient must join the others all the same
-        for p in self.params:
-            if p.grad is None: p.grad = torch.zeros_like(p)
-        mean_over_ranks(p.grad for p in self.params)
+        average_gradients(self.params)
 
     def step(
         self, learn,

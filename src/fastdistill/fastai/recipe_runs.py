@@ -10,6 +10,7 @@ from ..outputs import DistillError, DistillWarning
 from ..replay.seeds import seeded
 from ..report.recipes import RecipeReport, RecipeRun
 from .arguments import feed_of
+from .compare import history_of
 from .many import distill_many
 from .teachers import teacher_of
 
@@ -82,14 +83,7 @@ def train_seed(make_student, teacher, recipes, n_epoch, lr_max, seed, progress, 
                            "state of Python, NumPy and PyTorch. Make a new model in each call, from these generators.")
     own = [m.name for m in next(iter(students.values())).metrics]
     distill_many(students, teacher, n_epoch, lr_max, list(recipes.values()), seed=seed, progress=progress, **kwargs)
-    return [RecipeRun(k, seed, columns_of(s)) for k,s in students.items()],own,starts.pop()
-
-
-def columns_of(learn):
-    "Column -> a number for each epoch"
-    names = [n for n in learn.recorder.metric_names[1:] if n != 'time']
-    number = lambda v: None if v is None else float(v)
-    return {n: [number(row[i]) if i < len(row) else None for row in learn.recorder.values] for i,n in enumerate(names)}
+    return [RecipeRun(k, seed, history_of(s)) for k,s in students.items()],own,starts.pop()
 
 
 def find_metric(metric, own, runs):

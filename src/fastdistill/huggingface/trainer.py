@@ -9,10 +9,10 @@ from ..features.calls import predicts_next
 from ..features.probe import untouched
 from ..features.taps import Taps
 from ..outputs import DistillError
-from ..ranks import mean_over_ranks
+from ..ranks import average_gradients, mean_over_ranks
 from ..replay.seeds import RandomGuard
 from ..teacher.teacher import Teacher
-from ..trainers import (add_parameters, average_gradients, complete, load_state, needs_example, reset_gradients,
+from ..trainers import (add_parameters, complete, load_state, needs_example, reset_gradients,
                         takes_part, training_state)
 from .models import names_taken, predicts, question_logits, teacher_for, without_loss
 
@@ -182,7 +182,7 @@ class DistillationMixin:
         if self.last_step != self.state.global_step: reset_gradients(self.distiller)
         self.last_step = self.state.global_step
         loss = super().training_step(*args, **kwargs)
-        average_gradients(self.distiller)
+        average_gradients(self.distiller.own_parameters())
         return loss
 
     def log(self, logs, *args, **kwargs):

@@ -13,7 +13,7 @@ from .cost import batch_of, cost_of, latencies
 from .pairs import PairedScores
 from .scores import MAX_PER_CLASS, measures_of, rows_of, scores_of
 
-__all__ = ['measure_models', 'roles_of']
+__all__ = ['cpu_name', 'measure_models', 'roles_of']
 
 PIECE = 2**25 # numbers of a model's outputs that are scored at once
 MAX_NAMED = 1000 # with more classes, the report has no table of classes

@@ -4,7 +4,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from ..errors import DistillError
 
-__all__ = ['Comparison', 'Cost', 'Difference', 'Estimate', 'Latency', 'MeasureInfo', 'ModelResult', 'ReportData']
+__all__ = ['Comparison', 'Cost', 'Difference', 'Estimate', 'JsonReport', 'Latency', 'MeasureInfo', 'ModelResult',
+           'ReportData']
 
 REPORT_FORMAT = 1 # of the JSON file
 
@@ -106,8 +107,39 @@ class ModelResult:
         return sum(abs(c-r) for c,r in zip(b['confidence'], b['right']))/sum(b['count'])
 
 
+class JsonReport:
+    "A dataclass with a field `format` that is written as JSON, and read again"
+    called = 'report' # in messages
+    inside = {} # as `INSIDE`, of this class alone
+
+    def to_json(
+        self,
+        path=None # where to write it; None: only return it
+    ) -> str:
+        "The report as JSON"
+        text = json.dumps(finite(asdict(self)), indent=1, ensure_ascii=False, allow_nan=False) + '\n'
+        if path is not None: Path(path).write_text(text, encoding='utf-8')
+        return text
+
+    @classmethod
+    def from_json(
+        cls,
+        source # path of a file, or the text itself
+    ):
+        "The report that `to_json` wrote"
+        text = source if isinstance(source, str) and source.lstrip().startswith('{') else read(cls, Path(source))
+        try: data = json.loads(text)
+        except ValueError as e:
+            raise DistillError(f"This is no {cls.called} and no JSON: {e}. {cls.__name__}.to_json writes it.") from e
+        if not isinstance(data, dict) or data.get('format') != cls.format:
+            raise DistillError(f"This JSON is no {cls.called} of format {cls.format}, which {cls.__name__}.to_json "
+                               "writes.")
+        try: return built(cls, data)
+        except (TypeError, AttributeError) as e: raise DistillError(f"This JSON is no {cls.called}: {e}") from e
+
+
 @dataclass
-class ReportData:
+class ReportData(JsonReport):
     "Models measured side by side on the same samples: data only, to JSON and back"
     task:str # 'softmax', 'sigmoid' or 'regression'
     headline:str # the measure by which the models are compared first
@@ -151,32 +183,10 @@ class ReportData:
         rows = [(c, i, x, y, y-x) for i,(c,x,y) in enumerate(zip(self.classes, a, b)) if None not in (x, y)]
         return sorted(rows, key=lambda o: -o[-1])
 
-    def to_json(
-        self,
-        path=None # where to write it; None: only return it
-    ) -> str:
-        "The report as JSON"
-        text = json.dumps(finite(asdict(self)), indent=1, ensure_ascii=False, allow_nan=False) + '\n'
-        if path is not None: Path(path).write_text(text, encoding='utf-8')
-        return text
 
-    @classmethod
-    def from_json(
-        cls,
-        source # path of a file, or the text itself
-    ) -> 'ReportData':
-        "The report that `to_json` wrote"
-        text = source if isinstance(source, str) and source.lstrip().startswith('{') else read(Path(source))
-        try: data = json.loads(text)
-        except ValueError as e: raise DistillError(f"This is no JSON: {e}. Report.to_json writes reports.") from e
-        if not isinstance(data, dict) or data.get('format') != REPORT_FORMAT:
-            raise DistillError(f"This JSON is no report of format {REPORT_FORMAT}, which Report.to_json writes.")
-        return built(cls, data)
-
-
-def read(path):
-    if not path.is_file(): raise DistillError(f"There is no file {str(path)!r}. Report.to_json(path) writes one.")
-    return path.read_text(encoding='utf-8')
+def read(cls, path):
+    if path.is_file(): return path.read_text(encoding='utf-8')
+    raise DistillError(f"There is no file {str(path)!r}. {cls.__name__}.to_json(path) writes one.")
 
 
 def finite(o):
@@ -197,11 +207,11 @@ def built(cls, data):
     names = {f.name for f in fields(cls)}
     if not isinstance(data, dict) or (wrong := set(data) - names):
         what = f"the field(s) {', '.join(sorted(wrong))}" if isinstance(data, dict) else f'a {type(data).__name__}'
-        raise DistillError(f"This JSON is no report: its {cls.__name__} has {what}.")
+        raise TypeError(f'its {cls.__name__} has {what}')
+    known = INSIDE | getattr(cls, 'inside', {})
     def inside(k, v):
-        if k not in INSIDE: return v
-        of,box = INSIDE[k]
+        if k not in known: return v
+        of,box = known[k]
         if box is dict: return {n: built(of, o) for n,o in v.items()}
         return [built(of, o) for o in v] if box is list else built(of, v)
-    try: return cls(**{k: inside(k, v) for k,v in data.items()})
-    except (TypeError, AttributeError) as e: raise DistillError(f"This JSON is no report: {e}") from e
+    return cls(**{k: inside(k, v) for k,v in data.items()})

@@ -1,10 +1,7 @@
 "Recipes that were trained with the same seeds: plain data, and how it is shown."
-import json
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
-from ..errors import DistillError
-from .data import Difference, finite, read
+from .data import Difference, JsonReport
 
 __all__ = ['RecipeReport', 'RecipeRun']
 
@@ -22,7 +19,7 @@ class RecipeRun:
 
 
 @dataclass
-class RecipeReport:
+class RecipeReport(JsonReport):
     "What each recipe reached after the last epoch, over several seeds, and its difference to the baseline: data only"
     metric:str # the column by which recipes are compared
     higher:bool # is more better?
@@ -32,6 +29,7 @@ class RecipeReport:
     runs:list[RecipeRun]
     differences:dict[str,Difference]=field(default_factory=dict) # recipe -> its metric minus the baseline's
     format:int=RECIPES_FORMAT
+    called,inside = 'report of recipes',dict(runs=(RecipeRun, list))
 
     @property
     def seeds(self): return sorted({r.seed for r in self.runs})
@@ -95,29 +93,3 @@ class RecipeReport:
         table = Table(*map(escape, rows[0]), caption=escape(self.caption))
         for r in rows: table.add_row(*map(escape, r.values()))
         Console().print(table)
-
-    def to_json(
-        self,
-        path=None # where to write it; None: only return it
-    ) -> str:
-        "The report as JSON"
-        text = json.dumps(finite(asdict(self)), indent=1, ensure_ascii=False, allow_nan=False) + '\n'
-        if path is not None: Path(path).write_text(text, encoding='utf-8')
-        return text
-
-    @classmethod
-    def from_json(
-        cls,
-        source # path of a file, or the text itself
-    ) -> 'RecipeReport':
-        "The report that `to_json` wrote"
-        text = source if isinstance(source, str) and source.lstrip().startswith('{') else read(Path(source))
-        try:
-            data = json.loads(text)
-            if data['format'] != RECIPES_FORMAT: raise ValueError(f"format {data['format']}")
-            runs = [RecipeRun(**r) for r in data.pop('runs')]
-            differences = {k: Difference(**d) for k,d in data.pop('differences').items()}
-            return cls(**data, runs=runs, differences=differences)
-        except (ValueError, TypeError, KeyError, AttributeError) as e:
-            raise DistillError("This is no report of recipes, which RecipeReport.to_json writes "
-                               f"({type(e).__name__}: {e}).") from e

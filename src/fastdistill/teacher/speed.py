@@ -11,11 +11,13 @@ from .compiled import Compilation, synchronize
 from .folding import foldable
 from .forms import is_graph
 
-__all__ = ['OPTIONS', 'Speed', 'check_speed', 'native_bf16']
+__all__ = ['AS_IT_IS', 'OPTIONS', 'Speed', 'check_speed', 'native_bf16']
 
 # name -> possible values; the first one is the default
 OPTIONS = dict(precision=('auto', 'fp32', 'bf16', 'fp16'), compile=('auto', True, False),
                memory_format=('auto', 'channels_last', None), fold_bn=('auto', True, False))
+# the options of a teacher that runs as the model itself
+AS_IT_IS = dict(precision='fp32', compile=False, memory_format=None, fold_bn=False)
 PRECISIONS = dict(bf16=torch.bfloat16, fp16=torch.float16)
 # largest difference from the model as it is, as a share of the spread of its outputs
 FARTHEST = {torch.float32: 1e-3, torch.bfloat16: .03, torch.float16: .01}
