@@ -1,5 +1,5 @@
 "`fastdistill demo`: a big model teaches a small one on real data, and the gain is measured."
-import time
+import time, warnings
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from fastai.basics import Callback, Learner, noop, set_seed
 from ..fastai import soft_labels
-from ..outputs import DistillError
+from ..outputs import DistillError, DistillWarning
 from .picture import draw_results
 from .results import ALONE, Results, Trained, closing, opening, results_table
 from .tasks import DemoTask, ToFloat, load_task
@@ -69,7 +69,9 @@ def train(task:DemoTask, model, n_epoch, lr, augment, seed, tick, teacher=None, 
     "Train a new model, alone or with a teacher; one seed gives the same start and the same batches in every way"
     set_seed(seed)
     learn = Learner(task.dls(augment), model(), loss_func=task.loss(), cbs=Ticks(tick))
-    with learn.no_bar(), learn.no_logging():
+    with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
+        # a rise of the labels' loss shows in the table, as the score of a student
+        warnings.simplefilter('ignore', DistillWarning)
         cb = learn.distill(teacher, n_epoch, lr, recipe, check=False) if recipe else learn.fit_one_cycle(n_epoch, lr)
         out,y = learn.get_preds(act=noop)
     return Trained(learn, out, task.score(out, y), str(cb.recipe) if recipe == 'auto' else '')
