@@ -1,5 +1,5 @@
 "The ways to distill that are timed: ours, those of other packages, and loops written by hand. All use the same loss."
-import tempfile
+import shutil, tempfile, weakref
 from functools import partial
 from typing import Callable
 import torch
@@ -93,12 +93,12 @@ def free(pair, teacher, dls):
 
 
 def stored(pair, teacher, dls):
-    folder = tempfile.TemporaryDirectory(prefix='fastdistill-bench-')
+    folder = tempfile.mkdtemp(prefix='fastdistill-bench-')
     keys = None if pair.callbacks is not list else partial(numbered_key, {})
-    cache = cache_teacher(Teacher(teacher), dls, folder.name, check=False, progress=False, keys=keys, kind='softmax',
+    cache = cache_teacher(Teacher(teacher), dls, folder, check=False, progress=False, keys=keys, kind='softmax',
                           axis=pair.axis)
     cb = KnowledgeDistillation(cache, kd(TEMPERATURE, ALPHA))
-    cb.folder = folder      # it is deleted with the callback
+    weakref.finalize(cb, shutil.rmtree, folder, ignore_errors=True)
     return [cb]
 
 
