@@ -1,15 +1,18 @@
 "The recipe that is taken when none is given."
-import copy
+import copy, math
 import pytest
+import scipy.optimize, scipy.stats
 import torch
 from torch import nn
 import torch.nn.functional as F
 from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, set_seed
 from fastdistill import DistillError, DistillWarning, Distiller, Recipe, Term, auto, dist, kd, losses, soft_labels
 from fastdistill.fastai import KnowledgeDistillation
+from fastdistill.fastai.choice import example_of
+from fastdistill.automatic import softening_temperature
 from fastdistill.task import Task, facts_of_outputs
 
-DIST = dist(T=4, beta=2, gamma=2, share=3)
+DIST = dist(T=4., beta=2, gamma=2, share=3)
 RULE = [
     (dict(classes=77), Recipe(DIST), '77 classes'),
     (dict(classes=3), Recipe(DIST), '3 classes'),
@@ -20,6 +23,9 @@ RULE = [
     (dict(kind='sigmoid', dense=True), kd(T=1, alpha=.5), 'many predictions'),
     (dict(kind='regression', dense=True), Recipe(Term(losses.regression, share=3)), 'numbers'),
     (dict(classes=77, labels=False), soft_labels(T=1), 'no labels'),
+    (dict(classes=77, teacher=torch.arange(77.)/10), Recipe(dist(T=2.1, beta=2, gamma=2, share=3)), 'T=2.1 softens'),
+    (dict(classes=77, teacher=torch.zeros(4, 77)), Recipe(dist(T=1., beta=2, gamma=2, share=3)), 'T=1 softens'),
+    (dict(classes=77, teacher=1000*torch.eye(77)), Recipe(dist(T=20., beta=2, gamma=2, share=3)), 'T=20 softens'),
     (dict(classes=77, doubt='a bad teacher'), kd(T=1, alpha=.3), 'a bad teacher'),
 ]
 
@@ -27,10 +33,25 @@ RULE = [
 def test_the_rule(facts, recipe, why):
     chosen = auto(**facts)
     assert repr(chosen) == repr(recipe) and why in chosen.why
-    names = dict(kd=kd, soft_labels=soft_labels, dist=dist, Term=Term, losses=losses, labels=None)
+    names = dict(kd=kd, soft_labels=soft_labels, dist=lambda T,**kw: dist(T=float(T), **kw), Term=Term, losses=losses, labels=None)
     parts = chosen.text.removeprefix('labels + ')       # what it says is what one can type
     assert repr(Recipe(eval(parts, names))) == repr(recipe)
     assert str(chosen).endswith(f'({chosen.why}; kd(T=4, alpha=.9) is the classic)')
+
+
+def entropy(logits, T): return scipy.stats.entropy(torch.softmax(logits.double()/T, -1).numpy(), axis=-1).mean()/math.log(logits.shape[-1])
+
+@pytest.mark.parametrize('c', [3, 10, 100])
+def test_a_teacher_is_softened_until_its_entropy_is_nine_tenths_of_the_largest(c):
+    logits = 8*torch.randn(5, 20, c, generator=torch.Generator().manual_seed(c))
+    T = softening_temperature(logits)
+    assert T == pytest.approx(scipy.optimize.brentq(lambda T: entropy(logits.reshape(-1, c), T) - .9, .5, 50), rel=1e-3)
+    assert softening_temperature(logits/2) == pytest.approx(T/2, rel=1e-3)      # how large a teacher's logits are tells nothing
+
+
+def test_classes_without_probability_do_not_disturb_the_temperature():
+    logits = torch.where(torch.arange(5) == 4, -torch.inf, torch.randn(20, 5, generator=torch.Generator().manual_seed(0)))
+    assert math.isfinite(softening_temperature(logits))
 
 
 def test_auto_refuses_other_kinds():
@@ -69,22 +90,32 @@ def learners(c, labels=True, epochs=8):
     return student,teacher
 
 
+def first_logits(student, teacher):
+    "The teacher's for the batch that the choice is made by"
+    set_seed(3)
+    out = teacher.model.eval()(*example_of(student).x)
+    set_seed(3)
+    return out
+
+
 @pytest.mark.parametrize('c, name', [(5, 'dist'), (2, 'kd')])
 def test_the_callback_chooses_and_says_so(c, name, capsys):
     student,teacher = learners(c)
     student.logger = print
+    logits = first_logits(student, teacher)
     with student.no_bar(): cb = student.distill(teacher, 1, .01)
     out = capsys.readouterr().out
     assert f'fastdistill: recipe {cb.recipe}' in out and f'{c} classes' in out
-    assert repr(cb.recipe) == repr(auto(classes=c)) and student.recorder.metric_names[-2] == f'{name}_loss'
+    assert repr(cb.recipe) == repr(auto(classes=c, teacher=logits)) and student.recorder.metric_names[-2] == f'{name}_loss'
 
 
 @pytest.mark.parametrize('c', [2, 5])
 def test_the_choice_trains_as_the_same_recipe_given_by_hand(c):
     ends = []
-    for recipe in (None, auto(classes=c)):
+    for given in (False, True):
         student,teacher = learners(c)
-        set_seed(3)
+        logits = first_logits(student, teacher)
+        recipe = auto(classes=c, teacher=logits) if given else None
         with student.no_bar(), student.no_logging(): student.fit(2, .01, cbs=KnowledgeDistillation(teacher, recipe))
         ends.append(torch.cat([p.detach().flatten() for p in student.model.parameters()]))
     assert torch.equal(*ends)
@@ -152,8 +183,9 @@ def test_a_plain_distiller_chooses_at_its_first_batch(capsys):
     x,y = torch.stack([a for a,_ in items]),torch.stack([b for _,b in items])
     d = Distiller(student, teacher)
     loss = d(x, y)
-    assert repr(d.recipe) == repr(auto(classes=5)) and '5 classes' in capsys.readouterr().out
-    by_hand = Distiller(student, teacher, DIST)(x, y)
+    chosen = auto(classes=5, teacher=teacher(x))
+    assert repr(d.recipe) == repr(chosen) and '5 classes' in capsys.readouterr().out
+    by_hand = Distiller(student, teacher, chosen)(x, y)
     torch.testing.assert_close(loss.total, by_hand.total)
     assert loss.parts.keys() == {'dist'} and not capsys.readouterr().out
     d(x, y).total.backward()
@@ -173,7 +205,7 @@ def test_the_share_is_the_length_of_the_gradient():
     x,y = torch.stack([a for a,_ in items]),torch.stack([b for _,b in items])
     s = student(x).detach().requires_grad_()
     of = lambda v: torch.autograd.grad(v, s, retain_graph=True)[0].norm()
-    d = Distiller(student, teacher)
+    d = Distiller(student, teacher, auto(classes=5))
     r = d(x, y)
     term = losses.dist(s, teacher(x).detach(), T=4, beta=2, gamma=2)
     torch.testing.assert_close(r.weights['dist']*of(term), 3*of(F.cross_entropy(s, y)), rtol=1e-4, atol=0)

@@ -1,12 +1,18 @@
 "The recipe that is taken when none is given. The rule was chosen by measurements on many tasks: benchmarks/quality"
+from math import log, sqrt
+from torch import Tensor
 from . import losses
 from .distiller import Distiller, Recipe, Term
 from .outputs import DistillError
+from .ranks import mean_over_ranks
 from .recipes import dist, kd, soft_labels
+from .task import facts_of_outputs
 
-__all__ = ['Automatic', 'Distiller', 'auto']
+__all__ = ['Automatic', 'Distiller', 'auto', 'facts_for_auto', 'softening_temperature']
 
 CLASSIC = 'kd(T=4, alpha=.9) is the classic'
+EVEN = .9 # entropy to which the teacher's outputs are softened, as a share of that of equal probabilities
+COLDEST,HOTTEST = 1.,20. # temperatures that are chosen
 
 
 class Automatic(Recipe):
@@ -24,13 +30,15 @@ def auto(
     classes:int|None=None, # number of classes of a softmax; None: unknown
     dense:bool=False, # does each sample have many predictions, as pixels or tokens?
     labels:bool=True, # do the batches have labels?
+    teacher:Tensor|None=None, # (..., C) the teacher's logits for some training samples; None: unknown
     doubt:str|None=None # why the teacher should not be trusted, in words; None: nothing speaks against it
 ) -> Automatic:
     """The recipe that `KnowledgeDistillation(teacher)` and `Distiller(student, teacher)` take when none is given.
 
     Where the term has a share, the labels count in full, and its gradient at the student's logits is 3 times as long
-    as theirs, whatever the scale of the loss. benchmarks/quality has the measurements behind the rule, and the tasks
-    where it did not help"""
+    as theirs, whatever the scale of the loss. With more than two classes, T is `softening_temperature(teacher)`, so
+    that a teacher that is very sure and one that is less sure are softened alike; without `teacher=` it is 4.
+    benchmarks/quality has the measurements behind the rule, and the tasks where it did not help"""
     if kind not in ('softmax', 'sigmoid', 'regression'):
         raise DistillError(f"kind={kind!r}: possible are 'softmax', 'sigmoid' and 'regression'")
     if not labels: return Automatic(soft_labels(T=1), 'soft_labels(T=1)', 'the batches have no labels')
@@ -40,7 +48,38 @@ def auto(
     if kind == 'sigmoid': return shared(losses.binary_kl, 'binary_kl', 'several labels', T=1)
     why = 'the number of classes is unknown' if classes is None else f'{classes} classes'
     if classes is None or classes <= 2: return Automatic(kd(T=1, alpha=.5), 'kd(T=1, alpha=.5)', why)
-    return Automatic(dist(T=4, beta=2, gamma=2, share=3), 'labels + dist(T=4, beta=2, gamma=2, share=3)', why)
+    if teacher is None: T = 4.
+    else:
+        T = float(f'{softening_temperature(teacher):.2g}')
+        why += f', T={T:g} softens this teacher'
+    return Automatic(dist(T=T, beta=2, gamma=2, share=3), f'labels + dist(T={T:g}, beta=2, gamma=2, share=3)', why)
+
+
+def softening_temperature(
+    logits:Tensor # (..., C) of a teacher, classes last
+) -> float:
+    """The temperature, from 1 to 20, at which the entropy of the teacher's probabilities is .9 of the largest possible
+    one, on average over the samples and over all ranks. It does not depend on the scale of the logits"""
+    logits = logits.detach().float().reshape(-1, logits.shape[-1])
+    low,high = COLDEST,HOTTEST
+    for _ in range(20):
+        T = sqrt(low*high)
+        p = (logits/T).softmax(-1)
+        even = (p*p.clamp_min(1e-30).log()).sum(-1).mean()/-log(logits.shape[-1])
+        low,high = (T, high) if even < EVEN else (low, T)
+    mean_over_ranks([T := logits.new_tensor(T)])
+    return T.item()
+
+
+def facts_for_auto(
+    shape, # of the student's logits
+    task, # what they are
+    ask # fn() -> the teacher's logits for training samples, with the same axes; None: they are not known
+) -> dict:
+    "Arguments of `auto`. The teacher is asked only where that decides something"
+    facts = facts_of_outputs(shape, task)
+    if facts['dense'] or (facts['classes'] or 0) <= 2 or (t := ask()) is None or t.dim() != len(shape): return facts
+    return facts | dict(teacher=t.movedim(task.axis, -1))
 
 
 def shared(loss, name, why, **options):
@@ -49,5 +88,7 @@ def shared(loss, name, why, **options):
     return Automatic(Term(loss, share=3, **options), f'labels + Term(losses.{name}, {text})', why)
 
 
+def chosen_for(logits_shape, task, ask, labels): return auto(**facts_for_auto(logits_shape, task, ask), labels=labels)
+
 # a Distiller knows no particular loss, but without a recipe it takes this one
-Distiller.auto = staticmethod(auto)
+Distiller.auto = staticmethod(chosen_for)

@@ -1,6 +1,7 @@
 "Which recipes are worth a try for a kind of task, and which values of their options."
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from torch import Tensor
 from . import losses
 from .automatic import auto
 from .outputs import DistillError
@@ -45,10 +46,11 @@ def candidates_for(
     dense:bool=False, # does each sample have many predictions, as pixels or tokens?
     maps:bool=False, # do these fill a map (B, C, H, W)?
     layers:bool=False, # recipes between layers too, which need a teacher that runs
+    teacher:Tensor|None=None, # the teacher's logits, as in `auto`
     doubt:str|None=None # as in `auto`
 ) -> list[Candidate]:
     "The recipes that fit, what `auto` chooses first. Labels alone are not among them: they are what all must beat"
-    chosen = auto(kind, classes=classes, dense=dense, doubt=doubt)
+    chosen = auto(kind, classes=classes, dense=dense, teacher=teacher, doubt=doubt)
     text = chosen.text.removeprefix('labels + ')
     found = [Candidate('auto', lambda: chosen, {}, text), *between_outputs(kind, classes, dense)]
     if maps and kind == 'softmax': found.append(Candidate('cwd', cwd, dict(T=(4, 1), share=SHARES), 'recipes.cwd({})'))
@@ -63,11 +65,11 @@ def between_outputs(kind, classes, dense):
                 term('regression', losses.regression, dict(share=SHARES))]
     classic = Candidate('kd', kd, dict(T=(1, 2, 4), alpha=alphas), 'kd({})')
     if kind == 'sigmoid': return [classic, term('binary_kl', losses.binary_kl, dict(T=(1, 2, 4), share=SHARES))]
-    found = [classic, term('kl', losses.kl, dict(T=(1, 2, 4), share=SHARES)),
+    found = [classic, term('kl', losses.kl, dict(T=(1, 2, 4, 10), share=SHARES)),
              Candidate('ttm', ttm, dict(T=(2, 4), share=SHARES), 'recipes.ttm({})')]
     # with two classes, the correlation of two probabilities is always 1 or -1
     if (classes or 2) > 2:
-        found.append(Candidate('dist', lambda **o: dist(beta=2, gamma=2, **o), dict(T=(4, 1), share=SHARES),
+        found.append(Candidate('dist', lambda **o: dist(beta=2, gamma=2, **o), dict(T=(4, 1, 10), share=SHARES),
                                'recipes.dist(beta=2, gamma=2, {})'))
     if (classes or 2) > 2 and not dense:
         found += [term('logit_std', losses.standardized(losses.kl), dict(T=(2,), share=SHARES),

@@ -20,7 +20,7 @@ from .gradients import norms_at_layer, norms_at_logits, swamped
 from .outputs import DistillError, DistillWarning, Outputs, as_plain, check_output, warn_of_several
 from .ranks import rank
 from .ratios import GradientRatios
-from .task import facts_of_outputs, labels_loss, task_for
+from .task import labels_loss, task_for
 from .teacher.teacher import Teacher
 from .terms import Link, Recipe, Term, check_kind, own_copy
 
@@ -109,9 +109,10 @@ class Distiller(nn.Module):
             check_kind(t, self.task.kind)
             if t.layers is None: self.links[t.name] = nn.ModuleList([Link(own_copy(t.loss))])
 
-    def choose(self, logits, labels:bool):
-        "Take the recipe that `auto` chooses for such outputs, and batches with or without labels"
-        chosen,self.chooses = Distiller.auto(**facts_of_outputs(logits.shape, self.task), labels=labels),False
+    def choose(self, logits, x:tuple, labels:bool):
+        "Take the recipe that `auto` chooses for such outputs and such a teacher, and batches with or without labels"
+        ask = lambda: all_classes(self.teacher.probe(*x), Outputs(logits)).logits
+        chosen,self.chooses = Distiller.auto(logits.shape, self.task, ask, labels),False
         self.take(chosen)
         if rank() == 0: print(f'fastdistill: recipe {chosen}')
 
@@ -237,7 +238,7 @@ class Distiller(nn.Module):
     def after_student(self, raw, feats, x, targets, progress):
         "Ask the teacher and compare, for a batch on which the student ran: `raw` is what it returned"
         s = self.student_outputs(raw, feats, x)
-        if self.chooses: self.choose(s.logits, bool(targets))
+        if self.chooses: self.choose(s.logits, inputs(x), bool(targets))
         t = self.teacher_outputs(x, progress)
         self._check_first(s, t, targets)      # before the labels' loss, whose error would not say what to do
         task,targets = self.labels(x, s.logits, targets)

@@ -21,7 +21,7 @@ def complete(
 ):
     "Choose the recipe if none was given, pair layers and build projectors: the same ones in all processes"
     x = inputs(x)
-    if d.chooses: d.choose(student_logits(d.student, x, d.output), labels)
+    if d.chooses: d.choose(student_logits(d.student, x, d.output), x, labels)
     if d.ready: return
     d.setup(*x)
     broadcast(d.links.state_dict().values())

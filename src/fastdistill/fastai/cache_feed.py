@@ -66,6 +66,7 @@ class CacheFeed(Feed):
         if not isinstance(self.cache, TeacherCache): self.cache = TeacherCache(self.cache)
         if self.keys is None: self.keys = self.cache.sample_names
         self.added = self.epochs = None
+        self.stream = False
 
     def attach(self, learn, kind='softmax', axis=1):
         super().attach(learn, kind, axis)

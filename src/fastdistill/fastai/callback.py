@@ -114,7 +114,7 @@ class KnowledgeDistillation(Callback):
 
     def _choose(self, found):
         "Take the recipe that `auto` chooses"
-        chosen = choose_recipe(example_of(self.learn, self.output), self.task, found)
+        chosen = choose_recipe(example_of(self.learn, self.output), self.task, self.distiller.teacher, found)
         if self.recipe is not None and str(chosen) == str(self.recipe): return
         self.recipe = chosen
         self.distiller.take(chosen)

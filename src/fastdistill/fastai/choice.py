@@ -2,12 +2,13 @@
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import chain
-from ..automatic import auto
+from torch import Tensor
+from ..automatic import auto, facts_for_auto
+from ..batch import all_classes
 from ..doctor.findings import Findings
 from ..features.probe import dry_run
 from ..outputs import DistillError, Outputs
 from ..replay.seeds import RandomGuard
-from ..task import facts_of_outputs
 from .batches import PreparationError, prepared_batches
 
 __all__ = ['Example', 'choose_recipe', 'example_of', 'facts_for_choice']
@@ -18,7 +19,7 @@ class Example:
     "One batch, on which the student ran as in validation"
     x:tuple # its inputs
     labels:bool # does it have labels?
-    shape:tuple # of the student's outputs
+    logits:Tensor # the student's
 
 
 def example_of(
@@ -31,22 +32,24 @@ def example_of(
         try:
             x,y = next(chain(*batches), (None, None))
             if x is None: return None
-            return Example(x, bool(y), tuple(Outputs.of(dry_run(learn.model, *x), output=output).logits.shape))
+            return Example(x, bool(y), Outputs.of(dry_run(learn.model, *x), output=output).logits)
         except (PreparationError, DistillError): return None
 
 
 def choose_recipe(
     example:Example|None, # as `example_of` gives it
     task, # what the student predicts
+    teacher, # what a Distiller takes as its teacher
     found:Findings|None=None # what the check of the teacher found; None: it was not checked
 ):
     "What `auto` chooses for these outputs and this teacher"
-    return auto(**facts_for_choice(example, task, found))
+    return auto(**facts_for_choice(example, task, teacher, found))
 
 
-def facts_for_choice(example, task, found=None) -> dict:
+def facts_for_choice(example, task, teacher, found=None) -> dict:
     "The arguments of `auto`"
     low = any(f.doubt for f in found or ())
     doubt = dict(doubt="the teacher's score is in doubt, see the warning" if low else None)
     if example is None: return dict(kind=task.kind) | doubt
-    return facts_of_outputs(example.shape, task) | dict(labels=example.labels) | doubt
+    ask = lambda: all_classes(teacher.probe(*example.x), Outputs(example.logits)).logits
+    return facts_for_auto(example.logits.shape, task, ask) | dict(labels=example.labels) | doubt

@@ -20,6 +20,7 @@ from .check import check_teacher
 from .choice import example_of, facts_for_choice
 from .clock import scorer
 from .task import task_of
+from .teachers import teacher_of
 from .trials import Trials
 
 __all__ = []
@@ -102,15 +103,16 @@ def metric_of(task, score):
 
 def facts_of_task(learn, teacher, task, output, live, check, show):
     "The arguments of `candidates_for`"
-    stored = feed_of(teacher) is not None
+    feed = feed_of(teacher)
+    stored = feed is not None
     if stored and live:
         raise DistillError("live=True needs a teacher that runs, not stored outputs: pass the teacher itself.")
     mistakes = check_teacher(learn, teacher, task, output=output).enforce(show) if check and not stored else None
     example = example_of(learn, output)
-    facts = facts_for_choice(example, task, mistakes)
+    facts = facts_for_choice(example, task, feed if stored else teacher_of(teacher, learn, task), mistakes)
     if not facts.pop('labels', True):
         raise DistillError("These batches have no labels, so no score can be computed: there is nothing to search by.")
-    return facts | dict(maps=example is not None and len(example.shape) == 4)
+    return facts | dict(maps=example is not None and example.logits.dim() == 4)
 
 
 def sizes(learn):
