@@ -1,4 +1,5 @@
 "What is compared: recipes of the library, and the defaults of other tools in its words."
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fastdistill import Recipe, Term, abkd, at, dist, dkd, hint, kd, losses, nkd, rld, soft_labels, taid, ttm, wttm
@@ -17,12 +18,29 @@ class Candidate:
     smoothing:float = 0.
     classes:int = 1 # fewest that it is for
     tasks:str = '' # these alone
+    softened:bool = False # its T is measured: `recipe` gets the teacher's outputs for the training set
 
     def fits(self, cell, classes):
         return cell.output in self.outputs.split() and classes >= self.classes and (not self.tasks or cell.task in self.tasks.split())
 
 
 def alone(): return None
+
+def softened(
+    t, # the teacher's logits, classes last
+    entropy=.9, # as a share of that of equal probabilities
+    rows=2048
+):
+    "The temperature at which the teacher's probabilities have this entropy on average"
+    t = t.reshape(-1, t.shape[-1])
+    t = t[:: max(len(t)//rows, 1)].float()
+    low,high = .1,100.
+    for _ in range(30):
+        T = (low*high)**.5
+        p = (t/T).log_softmax(-1)
+        if -(p.exp()*p).sum(-1).mean() < entropy*math.log(t.shape[-1]): low = T
+        else: high = T
+    return T
 
 def share(loss, r, **options): return lambda: Recipe(Term(loss, share=r, **options))
 
@@ -48,6 +66,10 @@ CANDIDATES = [
     C('dist(4)x1', lambda: dist(T=4., beta=2., gamma=2., share=1.), SOFT, 'more'), C('dist(4)x.3', lambda: dist(T=4., beta=2., gamma=2., share=.3), SOFT, 'more'),
     C('dist(4)x10', lambda: dist(T=4., beta=2., gamma=2., share=10.), SOFT, 'more', classes=3),
     C('dist(1)x3', lambda: dist(share=3.), SOFT, 'more', classes=3),
+    C('dist(10)x3', lambda: dist(T=10., beta=2., gamma=2., share=3.), SOFT, 'more', classes=3),
+    C('kd(1,.3)', lambda: kd(1., .3), SOFT, 'more'),
+    C('dist(soft)x3', lambda t: dist(T=softened(t), beta=2., gamma=2., share=3.), SOFT, 'more', classes=3, softened=True),
+    C('dist(20)x3', lambda: dist(T=20., beta=2., gamma=2., share=3.), SOFT, 'more', classes=3),
     C('kl(1)x1', share(losses.kl, 1., T=1.), SOFT, 'more'), C('kl(2)x1', share(losses.kl, 1., T=2.), SOFT, 'more'), C('kl(4)x1', share(losses.kl, 1., T=4.), SOFT, 'more'),
     C('ttm(2)x1', lambda: ttm(2., share=1.), SOFT, 'more'), C('ttm(4)x1', lambda: ttm(4., share=1.), SOFT, 'more'), C('ttm(2)x3', lambda: ttm(2., share=3.), SOFT, 'more'),
     C('dkdx1', lambda: dkd(share=1.), SOFT, 'more', classes=3), C('dkdx.3', lambda: dkd(share=.3), SOFT, 'more', classes=3),

@@ -37,7 +37,9 @@ def train(
 ):
     "The student after its last step, and the seconds of the loop"
     torch.manual_seed(seed)
-    student,recipe = cell.student(data).train(),candidate.recipe()
+    student = cell.student(data).train()
+    t = data.train.t.movedim(cell.axis + bool(data.train.views), -1)
+    recipe = candidate.recipe(t) if candidate.softened else candidate.recipe()
     own,distiller = labels_loss(cell, candidate.smoothing),None
     if recipe is not None:
         live = any(t.layers is not None for t in recipe.terms)

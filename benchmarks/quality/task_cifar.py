@@ -1,6 +1,6 @@
-"5,000 pictures of CIFAR-10. A ready-made ResNet-56 teaches a ResNet-8. Each epoch sees its own crops and flips, with the teacher's answers to them."
+"Pictures of CIFAR-10, 5,000 or 45,000. A ready-made ResNet-56 teaches a ResNet-8. Each epoch sees its own crops and flips, with the teacher's answers to them."
 import importlib.util, json
-from functools import cache
+from functools import cache, partial
 import numpy as np
 import torch
 from PIL import Image
@@ -46,20 +46,29 @@ class Pictures(torch.nn.Module):
     def forward(self, x): return self.net((x.float()-MEAN)/STD)
 
 
-def make():
+SIZES = dict(cifar5000=(500, 200, 300), cifar=(4500, 500, 1000)) # pictures of each class to train on, to choose a rate by, to be judged by
+
+
+def make(each):
+    train,valid,test = each
     teacher = Pictures(nets().akamaster(56))
-    (x,y),valid,test = sheets('train', 500),sheets('train', 200, 500),sheets('test', 300)
+    (x,y),valid,test = sheets('train', train),sheets('train', valid, train),sheets('test', test)
     seen = views(x, VIEWS, torch.Generator().manual_seed(0))
     return dict(splits=[(seen, y, torch.stack([predict(teacher, v) for v in seen]), VIEWS), *((x, y, predict(teacher, x)) for x,y in (valid, test))])
 
 
 @cache
-def data():
-    d = kept('cifar', make)
+def data(task):
+    d = kept('cifar' if task == 'cifar5000' else 'cifar_all', partial(make, SIZES[task]))
     return Data(*(Split(*s) for s in d['splits']))
 
 
-def student(d): return Pictures(nets().CifarResNet(8, width=8))
+def student(width): return lambda d: Pictures(nets().CifarResNet(8, width=width))
 
 
-CELLS = [Cell('cifar5000', 'cifar', 'classes', data, student, 390, rates=(.03, .1, .3), opt='sgd', cost=3, seeds=3)]
+def cell(name, task, steps, width=8, **more):
+    return Cell(name, task, 'classes', partial(data, task), student(width), steps, rates=(.03, .1, .3), opt='sgd', cost=3, seeds=3, **more)
+
+
+CELLS = [cell('cifar5000', 'cifar5000', 390), cell('cifar5000_wide', 'cifar5000', 390, width=16), cell('cifar5000_long', 'cifar5000', 2340),
+         cell('cifar', 'cifar', 2109, bs=128)]

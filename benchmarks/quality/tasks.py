@@ -92,6 +92,6 @@ def fit(model, x, y, steps, lr, *, bs=64, loss=nn.functional.cross_entropy, seed
 
 def cells():
     "name -> Cell, cheap ones first"
-    found = [c for m in ('text', 'table', 'digits', 'lm', 'dense', 'cifar') if (HERE/f'task_{m}.py').exists()
+    found = [c for m in ('text', 'table', 'digits', 'lm', 'dense', 'fashion', 'cifar', 'imagenette') if (HERE/f'task_{m}.py').exists()
              for c in importlib.import_module(f'task_{m}').CELLS]
     return {c.name: c for c in found}
