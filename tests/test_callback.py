@@ -218,7 +218,7 @@ def test_a_fit_builds_the_teacher_once(monkeypatch):
         built.append(args[0])
         init(self, *args, **kwargs)
     monkeypatch.setattr(Teacher, '__init__', count)
-    student.fit(1, .01, cbs=KD(teacher, check=False))
+    student.fit(1, .01, cbs=KD(teacher, kd(), check=False))
     assert built == [teacher.model]
     student.fit(1, .01, cbs=KD(teacher))        # the check makes variations of it, for a layer or another normalization
     assert [o for o in built if not isinstance(o, Teacher)] == [teacher.model]*2
@@ -241,7 +241,7 @@ def test_a_teacher_that_predicts_nan_stops_the_fit_before_the_student_learns_it(
     student,teacher = toy()
     before = weights(student)
     with pytest.raises(DistillError, match=rf"teacher's outputs are nan or infinite .training, epoch 0, up to batch {at-1}"):
-        student.fit(1, .1, cbs=KD(broken(teacher, at, value), check=False))
+        student.fit(1, .1, cbs=KD(broken(teacher, at, value), kd(), check=False))
     assert weights(student).isfinite().all() and torch.equal(before, weights(student)) is (at == 1)
     assert len(student.metrics) == 1
 

@@ -16,7 +16,6 @@ from fastai.vision.augment import Brightness, Flip, Rotate
 from fastai.vision.all import Normalize
 from fastdistill.fastai import (DistillError, Recipe, Teacher, TeacherBlock, Term, cache_teacher, distill_many, dkd, kd,
                                 losses)
-from fastdistill import auto
 from fastdistill.fastai.cache_feed import passed_epochs
 from fastdistill.fastai.shared import Stream
 from fastdistill.fastai.turns import Turns, held_interrupts
@@ -115,8 +114,7 @@ def by_itself(learn, kept, teacher, recipe, seed, cbs=(), n_epoch=2, lr=LR):
     cbs = [Play(), *cbs]
     with seeded(seed):
         if recipe is None: learn.fit_one_cycle(n_epoch, lr, cbs=cbs)
-        # a Learner of recorded batches shows the choice no example
-        else: learn.distill(teacher, n_epoch, lr, auto(classes=3) if recipe == 'auto' else recipe, check=False, cbs=cbs)
+        else: learn.distill(teacher, n_epoch, lr, recipe, check=False, cbs=cbs)
     return learn
 
 
@@ -131,8 +129,9 @@ def test_each_student_ends_as_if_it_had_trained_by_itself(dls, teacher):
     for k in keeps[1:]: assert all(map(torch.equal, tensors([k.trained, k.validated]), tensors([keeps[0].trained, keeps[0].validated])))
     first,second = keeps[0].trained
     assert not torch.equal(first[0][0], second[0][0])
-    for s,k,recipe,lr,one in zip(many, keeps, RECIPES.values(), lrs, make()):
-        assert_equal(trained(s), trained(by_itself(one, k, teacher, recipe, 5, lr=lr)))
+    for s,k,cb,lr,one in zip(many, keeps, cbs, lrs, make()):
+        # a Learner of recorded batches shows the choice no example: it gets the recipe that was chosen
+        assert_equal(trained(s), trained(by_itself(one, k, teacher, None if cb is None else cb.recipe, 5, lr=lr)))
 
 
 def test_the_others_change_nothing(dls, teacher):
@@ -199,17 +198,17 @@ def test_students_that_mix_alike_share_the_teacher_too(dls, teacher):
     distill_many(many, counting, 1, LR, [kd(), kd(T=2.), kd()], check=False, progress=False)
     assert counting.n == 4+2
     counting.n = 0
-    distill_many([student(dls, 0, cbs=MixUp(.4)), student(dls, 0, p=0.)], counting, 1, LR, check=False, progress=False)
+    distill_many([student(dls, 0, cbs=MixUp(.4)), student(dls, 0, p=0.)], counting, 1, LR, kd(), check=False, progress=False)
     assert counting.n == 2*4+2
 
 
 def test_precision_is_each_students_own(dls, teacher):
     make = lambda: [student(dls, i, cbs=[] if i else apps.HalfOnCPU('bf16')) for i in range(2)]
     counting,many,ones = Counting(teacher.model),make(),make()
-    distill_many(many, counting, 1, LR, seed=2, check=False, progress=False)
+    distill_many(many, counting, 1, LR, kd(), seed=2, check=False, progress=False)
     assert counting.n == 2*(4+2)
     for a,b in zip(many, ones):
-        distill_many([b], teacher, 1, LR, seed=2, check=False, progress=False)
+        distill_many([b], teacher, 1, LR, kd(), seed=2, check=False, progress=False)
         assert_equal(trained(a), trained(b))
 
 

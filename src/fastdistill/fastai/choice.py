@@ -26,11 +26,12 @@ def example_of(
     learn,
     output=None # which of the student's outputs is distilled, as in `Distiller`
 ) -> Example|None:
-    "The first batch that the student runs on; None if it does not run on batches as they are. Nothing is changed by it"
+    """A training batch, else a validation batch, that the student runs on; None if it does not run on batches as they
+    are. Nothing is changed by it"""
     with RandomGuard(), ExitStack() as stack:
-        batches = [stack.enter_context(closing(o)) for o in prepared_batches(learn, 1, 1)]
+        valid,train = (stack.enter_context(closing(o)) for o in prepared_batches(learn, 1, 1))
         try:
-            x,y = next(chain(*batches), (None, None))
+            x,y = next(chain(train, valid), (None, None))
             if x is None: return None
             return Example(x, bool(y), Outputs.of(dry_run(learn.model, *x), output=output).logits)
         except (PreparationError, DistillError): return None
