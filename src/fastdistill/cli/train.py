@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 import typer
 
-__all__ = ['train']
+__all__ = ['train_command']
 
 Text,Number,Flag = str|None,int|None,bool|None
 
@@ -12,7 +12,7 @@ Text,Number,Flag = str|None,int|None,bool|None
 def option(text, *names): return typer.Option(*names, help=text, show_default=False)
 
 
-def train(
+def train_command(
     data:Annotated[Text, option('Folder or CSV file.')]=None,
     teacher:Annotated[Text, option("Architecture to train first, or a file such as an exported Learner (.pkl).")]=None,
     student:Annotated[Text, option('Architecture: resnet18, cnn-16-32-64, bag-64, 50-20 ...')]=None,
@@ -35,6 +35,7 @@ def train(
     pretrained:Annotated[Flag, option('Begin with published weights, which are downloaded. (default: no)')]=None,
     baseline:Annotated[Flag, option('Train the student without the teacher too. (default: yes)')]=None,
     check:Annotated[Flag, option('Look for mistakes of the teacher first. (default: yes)')]=None,
+    onnx:Annotated[Flag, option('Write the student as ONNX too, if it can be exported. (default: yes)')]=None,
     seed:Annotated[Number, option('Of all random numbers. (default: 0)')]=None,
     device:Annotated[Text, option('cpu, cuda, cuda:1, mps ... (default: auto)')]=None,
     workers:Annotated[Number, option('Processes that load data. (default: 0)')]=None,

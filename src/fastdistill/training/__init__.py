@@ -1,5 +1,5 @@
 "A whole training from files: data, teacher, student, comparison. The command `fastdistill train` calls it."
 from .config import TrainConfig
-from .run import Run, opened_run
+from .run import TrainRun, opened_run
 
-__all__ = ['Run', 'TrainConfig', 'opened_run']
+__all__ = ['TrainRun', 'TrainConfig', 'opened_run']

@@ -14,7 +14,7 @@ from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
 from fastai.vision.learner import unet_learner, vision_learner
 from ..errors import DistillError
 from ..recipe_text import close_name
-from .config import TASKS
+from .config import TRAIN_TASKS
 
 __all__ = ['check_arch', 'learner_of']
 
@@ -33,7 +33,7 @@ ARCHS_IN_WORDS = dict(
 
 def check_arch(
     arch:str, # its name
-    task:str # one of TASKS
+    task:str # one of TRAIN_TASKS
 ):
     "(family, sizes) of an architecture with sizes; its name and None for others. An error if there is no such one"
     wrong = lambda why: DistillError(f"No architecture {arch!r} for {task}{why}. Possible: {ARCHS_IN_WORDS[task]}.")
@@ -76,7 +76,7 @@ def learner_of(
 ) -> Learner:
     "A Learner with a new model. Its numbers are drawn from PyTorch's generator"
     family,sizes = check_arch(arch, s.task)
-    make = dict(zip(TASKS, (image_learner, mask_learner, text_learner, table_learner)))[s.task]
+    make = dict(zip(TRAIN_TASKS, (image_learner, mask_learner, text_learner, table_learner)))[s.task]
     options = dict(metrics=metrics_of_task(s, config))
     try: return make(family, sizes, dls, s, config, pretrained, **options)
     except DistillError: raise

@@ -9,7 +9,7 @@ from ..fastai.compare import shown_bar
 
 __all__ = ['checked_samples']
 
-FEW = 5 # files, rows or classes that a message names
+NAMED = 5 # files, rows or classes that a message names
 MANY_NUMBERS = 50 # more whole numbers than these are quantities, not classes
 
 
@@ -22,7 +22,7 @@ def checked_samples(
     s = replace(s, valid=validation_rows(s, config))
     for rows,name in ((~s.valid, 'training'), (s.valid, 'validation')):
         if rows.sum() < 2: raise DistillError(f"The {name} set has {rows.sum()} sample(s). At least 2 are needed.")
-    if s.task != 'masks' and s.target != 'numbers': check_classes(s)
+    if s.task != 'masks' and s.target != 'numbers': check_both_sets(s)
     if s.task in ('images', 'masks'): s = checked_files(with_paths(s), config)
     if s.task == 'texts' and (n := int(s.frame[s.x[0]].isna().sum())):
         raise DistillError(f"{n} of {len(s)} rows have no text in column {s.x[0]!r}. Remove these rows.")
@@ -35,7 +35,7 @@ def with_target(s, config):
     y = s.frame[s.y]
     if s.delimiter: y = y.fillna('')
     if y.isna().any():
-        rows = [str(i) for i in np.flatnonzero(y.isna())[:FEW]]
+        rows = [str(i) for i in np.flatnonzero(y.isna())[:NAMED]]
         raise DistillError(f"{y.isna().sum()} of {len(s)} rows have no label in column {s.y!r} (row {', '.join(rows)}, "
                            "counted from 0). Remove these rows.")
     if not s.delimiter and pd.api.types.is_numeric_dtype(y) and y.dtype != bool:
@@ -71,11 +71,11 @@ def validation_rows(s, config):
     return rows
 
 
-def check_classes(s):
+def check_both_sets(s):
     "Each class is in both sets"
     split = (lambda v: v.split(s.delimiter)) if s.delimiter else (lambda v: [v])
     train,valid = ({o for v in s.frame[s.y][rows] for o in split(v) if o} for rows in (~s.valid, s.valid))
-    few = lambda names: ', '.join(sorted(names)[:FEW]) + (' ...' if len(names) > FEW else '')
+    few = lambda names: ', '.join(sorted(names)[:NAMED]) + (' ...' if len(names) > NAMED else '')
     what = 'label' if s.delimiter else 'class'
     if missing := valid - train:
         raise DistillError(f"{len(missing)} {what}(es) of the validation set are not in the training set: "
@@ -99,7 +99,7 @@ def checked_files(s, config):
         for x,y in zip(s.frame[s.x[0]], masks):
             tick()
             try:
-                size = image_size(x)
+                size = size_of_file(x)
                 if y is not None: values |= mask_values(y, size, x)
                 sizes.add(size)
             except DistillError: raise
@@ -107,14 +107,14 @@ def checked_files(s, config):
             except Exception as e: bad.append((x, f'{type(e).__name__}: {e}'))
     if bad:
         name = lambda x: f'{len(x)} bytes' if isinstance(x, bytes) else x
-        words = '; '.join(f'{name(x)} ({" ".join(e.split())[:120]})' for x,e in bad[:FEW])
-        raise DistillError(f"{len(bad)} of {len(s)} images can't be read: {words}{' ...' if len(bad) > FEW else ''}. "
+        words = '; '.join(f'{name(x)} ({" ".join(e.split())[:120]})' for x,e in bad[:NAMED])
+        raise DistillError(f"{len(bad)} of {len(s)} images can't be read: {words}{' ...' if len(bad) > NAMED else ''}. "
                            "Repair or remove them.")
     if s.task == 'masks': s = replace(s, classes=mask_classes(s, values))
     return replace(s, size=config.parts_of_size() or natural_size(sizes, s.task))
 
 
-def image_size(x):
+def size_of_file(x):
     "(height, width) of an image whose file is not damaged, as far as its checksums show"
     from PIL import Image
     with Image.open(io.BytesIO(x) if isinstance(x, bytes) else x) as im:
@@ -137,8 +137,9 @@ def mask_values(path, size, image):
 
 def mask_classes(s, values):
     if s.classes is None and sorted(values) != list(range(len(values))):
-        raise DistillError(f"The masks hold the numbers {', '.join(map(str, sorted(values)[:FEW]))} ... {max(values)}. "
-                           f"Classes are numbered 0, 1, 2 ... without gaps, or named, one a line, in "
+        numbers = ', '.join(map(str, sorted(values)[:NAMED]))
+        raise DistillError(f"The masks hold the numbers {numbers} ... {max(values)}. Classes are numbered "
+                           "0, 1, 2 ... without gaps, or named, one a line, in "
                            f"{Path(s.folder)/'codes.txt'}.")
     classes = s.classes or [str(i) for i in range(len(values))]
     if max(values) >= len(classes):

@@ -5,9 +5,9 @@ from pathlib import Path
 from ..errors import DistillError
 from ..recipe_text import close_name, recipe_from_text
 
-__all__ = ['TASKS', 'TrainConfig', 'read_config', 'write_atomically', 'write_config']
+__all__ = ['TRAIN_TASKS', 'TrainConfig', 'read_config', 'write_atomically', 'write_config']
 
-TASKS = 'images','masks','texts','table'
+TRAIN_TASKS = 'images','masks','texts','table'
 AUGMENTATIONS = 'flip','full','none'
 FILES = '.pkl', '.pt', '.pth', '.pt2', '.onnx', '.safetensors'
 LOGGERS = 'csv','tensorboard','wandb'
@@ -20,7 +20,7 @@ class TrainConfig:
     teacher:str # an architecture that is trained first, or a file that `Teacher` takes, such as an exported Learner
     student:str # an architecture
     teacher_weights:str='' # safetensors of the teacher's architecture; empty: it is trained
-    task:str='auto' # one of TASKS
+    task:str='auto' # one of TRAIN_TASKS
     recipe:str='auto' # as `recipe_from_text` reads it
     epochs:int=10
     teacher_epochs:int=0 # 0: as many as `epochs`
@@ -38,6 +38,7 @@ class TrainConfig:
     pretrained:bool=False # begin with published weights
     baseline:bool=True # train the student without the teacher too
     check:bool=True # look for mistakes of the teacher first
+    onnx:bool=True # write the student as ONNX too, if it can be exported
     seed:int=0
     device:str='auto'
     workers:int=0 # processes that load data
@@ -47,7 +48,7 @@ class TrainConfig:
         for f in fields(self): setattr(self, f.name, checked_type(f.name, getattr(self, f.name), f.type))
         for k in ('data', 'teacher', 'student'):
             if not getattr(self, k): raise DistillError(f"{k}='': the data, a teacher and a student are needed.")
-        for k,have in dict(task=('auto', *TASKS), augment=AUGMENTATIONS).items():
+        for k,have in dict(task=('auto', *TRAIN_TASKS), augment=AUGMENTATIONS).items():
             if (v := getattr(self, k)) not in have:
                 raise DistillError(f"{k}={v!r}: possible are {', '.join(have)}{close_name(v, have)}")
         for k,v in dict(epochs=1, teacher_epochs=0, batch_size=0, workers=0, seed=0).items():

@@ -10,9 +10,9 @@ from ..recipe_text import close_name
 __all__ = ['Samples', 'read_samples']
 
 TRAIN,VALID = ('train', 'training'),('valid', 'val', 'validation', 'test')
-IMAGES,MASKS = ('images', 'image', 'imgs'),('masks', 'mask', 'labels', 'annotations')
-LABELS = 'label','labels','class','category','target','y','intent','species'
-TEXTS = 'text','sentence','review','comment','question','title','content','message'
+IMAGE_FOLDERS,MASK_FOLDERS = ('images', 'image', 'imgs'),('masks', 'mask', 'labels', 'annotations')
+LABEL_NAMES = 'label','labels','class','category','target','y','intent','species'
+TEXT_NAMES = 'text','sentence','review','comment','question','title','content','message'
 CSV = '.csv','.tsv','.txt'
 
 
@@ -45,12 +45,12 @@ def read_samples(
     elif csv := table_in(path, config): s = from_csv(csv, config)
     else: s = from_folders(path, config)
     if config.task not in ('auto', s.task):
-        raise DistillError(f"task={config.task!r}, but {config.data} holds {s.task}: {LAYOUTS[config.task]}")
+        raise DistillError(f"task={config.task!r}, but {config.data} holds {s.task}: {DATA_FORMS[config.task]}")
     if not len(s): raise DistillError(f"{config.data} holds no samples.")
     return s
 
 
-LAYOUTS = dict(
+DATA_FORMS = dict(
     images='classes as folders of images, or a CSV file with a column of image paths (x=) and one of labels (y=)',
     masks="folders 'images' and 'masks' with files of the same names",
     texts='a CSV file with a column of texts (x=) and one of labels (y=)',
@@ -64,15 +64,15 @@ def split_folders(path):
     return (train, valid) if train and valid else None
 
 
-def images_in(folder): return sorted(get_files(folder, extensions=image_extensions))
+def image_files(folder): return sorted(get_files(folder, extensions=image_extensions))
 
 
 def from_folders(path, config):
     "Classes as folders; in folders train and valid, if these are there"
     split = split_folders(path)
-    files = [(p, i) for i,folder in enumerate(split or [path]) for p in images_in(folder)]
+    files = [(p, i) for i,folder in enumerate(split or [path]) for p in image_files(folder)]
     if not files:
-        layouts = '; '.join(LAYOUTS.values())
+        layouts = '; '.join(DATA_FORMS.values())
         raise DistillError(f"{path} holds no images, and no data in another form. Possible are: {layouts}.")
     roots = split or [path]
     if loose := next((p for p,i in files if p.parent == roots[i]), None):
@@ -88,7 +88,7 @@ def mask_folders(path):
     pairs = []
     for folder in split_folders(path) or [path]:
         inside = {p.name.lower(): p for p in folder.iterdir() if p.is_dir()}
-        pair = [next((inside[n] for n in names if n in inside), None) for names in (IMAGES, MASKS)]
+        pair = [next((inside[n] for n in names if n in inside), None) for names in (IMAGE_FOLDERS, MASK_FOLDERS)]
         if None in pair: return None
         pairs.append(pair)
     return pairs
@@ -97,8 +97,8 @@ def mask_folders(path):
 def from_masks(path):
     rows = []
     for i,(images,masks) in enumerate(mask_folders(path)):
-        of = {p.relative_to(masks).with_suffix(''): p for p in images_in(masks)}
-        for p in images_in(images):
+        of = {p.relative_to(masks).with_suffix(''): p for p in image_files(masks)}
+        for p in image_files(images):
             if (stem := p.relative_to(images).with_suffix('')) not in of:
                 raise DistillError(f"{p} has no mask: {masks/stem}.png is missing.")
             rows.append((str(p), str(of[stem]), i == 1))
@@ -120,7 +120,7 @@ def table_in(path, config):
     if len(found) > 1:
         raise DistillError(f"{path} holds {len(found)} CSV files ({', '.join(p.name for p in found[:5])}). Give one of "
                            "them: data='...'.")
-    if split_folders(path) and images_in(path)[:1] and not config.x: return None
+    if split_folders(path) and image_files(path)[:1] and not config.x: return None
     return found[0]
 
 
@@ -169,11 +169,11 @@ def from_frame(frame, valid, folder, config, name):
         if k not in columns:
             raise DistillError(f"{name} has no column {k!r}{close_name(k, columns)}. It has {', '.join(columns[:30])}")
     if len(columns) < 2: raise DistillError(f"{name} has one column ({columns[0]}): inputs and a label are needed.")
-    y = config.y or next((c for c in columns if c.lower() in LABELS), columns[-1])
+    y = config.y or next((c for c in columns if c.lower() in LABEL_NAMES), columns[-1])
     x = [o.strip() for o in config.x.split(',') if o.strip()] or [c for c in columns if c != y]
     task = config.task
     if task == 'auto':
-        task,single = kind_of(frame, x)
+        task,single = task_of_columns(frame, x)
         if single is not None: x = [single]
     elif task != 'table' and len(x) > 1:
         test = is_text if task == 'texts' else is_path
@@ -185,11 +185,11 @@ def from_frame(frame, valid, folder, config, name):
     return Samples(task, frame, x, y, valid, folder, config.delimiter)
 
 
-def kind_of(frame, x):
+def task_of_columns(frame, x):
     "(task, its only column, or None for a table)"
     if paths := [c for c in x if is_path(frame[c])]: return 'images',paths[0]
     texts = [c for c in x if is_text(frame[c])]
-    named = [c for c in texts if c.lower() in TEXTS]
+    named = [c for c in texts if c.lower() in TEXT_NAMES]
     if named or len(texts) == len(x) == 1: return 'texts',(named or texts)[0]
     return 'table',None
 

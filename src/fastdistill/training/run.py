@@ -24,11 +24,11 @@ from .loaders import loaders_of
 from .stages import Checkpoints, fit_stage, seed_everything
 from .teachers import file_teacher, with_weights
 
-__all__ = ['Run', 'opened_run']
+__all__ = ['TrainRun', 'opened_run']
 
-TEACHER,STUDENT = 1,2 # numbers of what is seeded: both students have the same start and the same batches
+FOR_TEACHER,FOR_STUDENT = 1,2 # numbers of what is seeded: both students have the same start and the same batches
 PACKAGES = 'fastdistill', 'fastai', 'torch', 'torchvision', 'timm', 'numpy', 'pandas', 'safetensors'
-LOWEST,HIGHEST,USUAL = 1e-4,.03,1e-3 # learning rates
+LOWEST,HIGHEST,IF_NONE_IS_FOUND = 1e-4,.03,1e-3 # learning rates
 
 
 def opened_run(
@@ -36,7 +36,7 @@ def opened_run(
     config_file=None, # a TOML file with settings; those that are given come first
     out=None, # folder of the run; None: a new one in runs/
     resume:bool=False, # continue the run in `out`, if there is one
-    **kwargs # of Run
+    **kwargs # of TrainRun
 ):
     "The run in `out`, or a new one. Nothing is written yet"
     folder = None if out is None else Path(out)
@@ -45,7 +45,7 @@ def opened_run(
         if config_file is not None: raise DistillError(f"{folder} has its own settings: leave config= out.")
         stored = TrainConfig(**read_config(folder/'config.toml'))
         check_unchanged(given, stored, folder)
-        return Run(stored, folder, **kwargs)
+        return TrainRun(stored, folder, **kwargs)
     if resume and not given and config_file is None:
         raise DistillError(f"There is no run in {folder} (no config.toml).")
     settings = ({} if config_file is None else read_config(config_file)) | given
@@ -54,10 +54,11 @@ def opened_run(
                            "resnet34 --student resnet18")
     config = TrainConfig(**settings).absolute()
     if folder is None: folder = free_folder(config)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    # subtle: a run that was killed at its very beginning left half of its settings
+    if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - {'.config.toml.new'}):
         what = 'a run' if (folder/'config.toml').is_file() else 'something else'
         raise DistillError(f"{folder} holds {what} already. Give another out=, or resume=True to continue a run.")
-    return Run(config, folder, **kwargs)
+    return TrainRun(config, folder, **kwargs)
 
 
 def check_unchanged(given, stored, folder):
@@ -74,7 +75,7 @@ def free_folder(config):
     return next(p for p in (Path('runs')/n for n in names) if not p.exists())
 
 
-class Run:
+class TrainRun:
     "One run, in its folder"
     def __init__(
         self,
@@ -96,9 +97,9 @@ class Run:
         s = self.samples(loaded)
         self.write_start()
         self.dls = loaders_of(s, c, loaded if isinstance(loaded, Learner) and s.task in ('texts', 'table') else None)
-        self.say(f'data: {described(s)}')
+        self.say(f'data: {samples_in_words(s)}')
         make = partial(learner_of, dls=self.dls, s=s, config=c, pretrained=c.pretrained)
-        student = self.seeded(STUDENT, lambda: make(c.student))
+        student = self.seeded(FOR_STUDENT, lambda: make(c.student))
         teacher = self.teacher(loaded, make, s)
         self.say(f'teacher: {c.teacher}, {parameters(teacher)}; student: {c.student}, {parameters(student)}')
         if not c.pretrained: self.say('All models begin with random weights; --pretrained begins with published ones.')
@@ -106,14 +107,14 @@ class Run:
         self.find_rates(make)
         models = dict(teacher=teacher)
         if isinstance(teacher, Learner) and loaded is None and not c.teacher_weights:
-            self.fit('teacher', teacher, c.teacher_epochs or c.epochs, self.config.teacher_lr, TEACHER, loggers)
+            self.fit('teacher', teacher, c.teacher_epochs or c.epochs, self.config.teacher_lr, FOR_TEACHER, loggers)
             save_model(teacher.model, str(self.folder/'teacher.safetensors'))
         if c.baseline:
-            models['alone'] = self.seeded(STUDENT, lambda: make(c.student))
-            self.fit('alone', models['alone'], c.epochs, self.config.lr, STUDENT, loggers)
+            models['alone'] = self.seeded(FOR_STUDENT, lambda: make(c.student))
+            self.fit('alone', models['alone'], c.epochs, self.config.lr, FOR_STUDENT, loggers)
         models['distilled'] = student
         kd = KnowledgeDistillation(self.as_teacher(teacher, student), self.recipe, check=c.check)
-        self.fit('distilled', student, c.epochs, self.config.lr, STUDENT, loggers, kd)
+        self.fit('distilled', student, c.epochs, self.config.lr, FOR_STUDENT, loggers, kd)
         return self.write_results(models)
 
     def samples(self, loaded):
@@ -129,7 +130,7 @@ class Run:
     def teacher(self, loaded, make, s):
         if loaded is not None: return loaded
         if self.config.teacher_weights: return with_weights(self.config, self.dls, s)
-        return self.seeded(TEACHER, lambda: make(self.config.teacher))
+        return self.seeded(FOR_TEACHER, lambda: make(self.config.teacher))
 
     def as_teacher(self, teacher, student):
         "On a CPU the teacher runs as it is, since a faster copy may round differently after a resume"
@@ -154,7 +155,7 @@ class Run:
         wanted = [k for k,arch in dict(lr=c.student, teacher_lr=c.teacher).items() if getattr(c, k) == 'auto'
                   and not (k == 'teacher_lr' and (c.teacher_file or c.teacher_weights))]
         for k in wanted:
-            arch,number = (c.student, STUDENT) if k == 'lr' else (c.teacher, TEACHER)
+            arch,number = (c.student, FOR_STUDENT) if k == 'lr' else (c.teacher, FOR_TEACHER)
             learn = self.seeded(number, lambda arch=arch: make(arch))
             lr = found_rate(learn, self.files)
             self.config = replace(self.config, **{k: lr})
@@ -189,9 +190,9 @@ class Run:
         return make
 
     def write_start(self):
-        self.files.mkdir(parents=True, exist_ok=True)
-        if (self.folder/'config.toml').is_file(): return
-        write_config(self.config, self.folder/'config.toml')
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder/'config.toml').is_file(): write_config(self.config, self.folder/'config.toml')
+        self.files.mkdir(exist_ok=True)
         facts = dict(python=platform.python_version(), platform=platform.platform(), threads=torch.get_num_threads(),
                      **{n: v for n in PACKAGES if (v := installed(n))})
         write_json_file(self.folder/'environment.json', facts)
@@ -204,7 +205,8 @@ class Run:
             title = f'{c.student}, taught by {Path(c.teacher).name}, on {Path(c.data).name}'
             report = compare(models, self.dls, title=title, progress=self.bar)
             student = models['distilled']
-            save_student(student, self.folder/'student', report, title=f'{c.student} on {Path(c.data).name}')
+            save_student(student, self.folder/'student', report, onnx=None if c.onnx else False,
+                         title=f'{c.student} on {Path(c.data).name}')
             student.export(Path.cwd()/self.folder/'student.pkl')
         report.to_html(self.folder/'report.html')
         report.to_json(self.folder/'.report.json.new')
@@ -227,7 +229,7 @@ class Run:
         write_atomically(self.folder/'history.csv', lambda f: f.write(text.getvalue().encode()))
 
 
-def described(s):
+def samples_in_words(s):
     "The samples in a line"
     held = int(s.valid.sum())
     what = {'classes': f'{len(s.classes or [])} classes', 'labels': f'{len(s.classes or [])} labels',
@@ -244,13 +246,13 @@ def parameters(model):
 
 
 def found_rate(learn, folder):
-    "The valley that fastai's lr_find suggests, between LOWEST and HIGHEST; USUAL if it finds none"
+    "The valley that fastai's lr_find suggests, between LOWEST and HIGHEST; IF_NONE_IS_FOUND if it finds none"
     learn.path,learn.model_dir = folder,'.'
     with learn.no_bar(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         # subtle: a loss that is not finite from the first steps leaves fastai's rule without numbers
         try: lr = float(learn.lr_find(show_plot=False, suggest_funcs=valley).valley)
-        except (RuntimeError, ValueError, IndexError, ZeroDivisionError, TypeError): return USUAL
+        except (RuntimeError, ValueError, IndexError, ZeroDivisionError, TypeError): return IF_NONE_IS_FOUND
     return float(f'{min(max(lr, LOWEST), HIGHEST):.3g}')
 
 

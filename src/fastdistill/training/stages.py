@@ -6,6 +6,7 @@ import torch
 from fastai.basics import Callback, CancelEpochException, L, one_param, to_device
 from ..errors import DistillError
 from ..fastai.compare import history_of
+from ..outputs import as_plain, map_tensors
 from ..replay.seeds import seeds_of
 from .config import write_atomically
 
@@ -41,7 +42,7 @@ class Checkpoints(Callback):
 
     @property
     def done(self):
-        "Epochs that are finished"
+        "EpochsFrom that are finished"
         return 0 if self.state is None else self.state['epochs']
 
     def before_fit(self):
@@ -66,6 +67,7 @@ class Checkpoints(Callback):
                      values=[[*map(plain, v)] for v in r.values], iters=[*r.iters],
                      losses=[torch.as_tensor(o) for o in r.losses], lrs=[*map(plain, r.lrs)],
                      smooth=(r.smooth_loss.count, r.smooth_loss.val))
+        state = map_tensors(state, as_plain)        # a class of fastai's is none of those that a safe file may hold
         write_atomically(self.file, lambda f: torch.save(state, f))
         if self.say is not None: self.say(self.line(r))
 
@@ -91,7 +93,7 @@ def read_state(file):
     try: return torch.load(file, map_location='cpu', weights_only=True)
     # subtle: a damaged file is an error of zip, of pickle or of PyTorch
     except Exception as e:
-        raise DistillError(f"{file} is damaged ({e}). Delete it: its part of the run is trained again.") from e
+        raise DistillError(f"{file} is damaged ({type(e).__name__}). Delete it: its part of the run is trained again.") from e
 
 
 def fit_stage(
@@ -106,7 +108,7 @@ def fit_stage(
     if checkpoints.done >= n_epoch:
         checkpoints.restore(learn)
         return history_of(learn)
-    logger,learn._do_fit = learn.logger,Epochs(learn, checkpoints.done)
+    logger,learn._do_fit = learn.logger,EpochsFrom(learn, checkpoints.done)
     if not bar: learn.logger = silent
     try:
         with nullcontext() if bar else learn.no_bar():
@@ -120,7 +122,7 @@ def fit_stage(
 def silent(_): "fastai's row of numbers is not printed"
 
 
-class Epochs:
+class EpochsFrom:
     "In place of `Learner._do_fit`: begins with a later epoch. fastai's SkipToEpoch runs the events of all epochs"
     def __init__(self, learn, first): self.learn,self.first = learn,first
 
