@@ -95,7 +95,6 @@ class TrainRun:
         loaded = file_teacher(c.teacher) if c.teacher_file else None
         loggers = self.loggers()
         s = self.samples(loaded)
-        self.write_start()
         self.dls = loaders_of(s, c, loaded if isinstance(loaded, Learner) and s.task in ('texts', 'table') else None)
         self.say(f'data: {samples_in_words(s)}')
         make = partial(learner_of, dls=self.dls, s=s, config=c, pretrained=c.pretrained)
@@ -104,6 +103,7 @@ class TrainRun:
         self.say(f'teacher: {c.teacher}, {parameters(teacher)}; student: {c.student}, {parameters(student)}')
         if not c.pretrained: self.say('All models begin with random weights; --pretrained begins with published ones.')
         self.check(student, teacher, trained=loaded is not None or bool(c.teacher_weights))
+        self.write_start()
         self.find_rates(make)
         models = dict(teacher=teacher)
         if isinstance(teacher, Learner) and loaded is None and not c.teacher_weights:

@@ -93,7 +93,7 @@ def read_state(file):
     try: return torch.load(file, map_location='cpu', weights_only=True)
     # subtle: a damaged file is an error of zip, of pickle or of PyTorch
     except Exception as e:
-        raise DistillError(f"{file} is damaged ({type(e).__name__}). Delete it: its part of the run is trained again.") from e
+        raise DistillError(f"{file} is damaged ({type(e).__name__}). Delete it: this training begins again.") from e
 
 
 def fit_stage(
