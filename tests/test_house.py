@@ -47,7 +47,7 @@ LAW = dict(
     training=('errors outputs replay teacher recipe_text fastai', 'torch torchvision numpy pandas fastai safetensors', 'PIL timm datasets wandb'),
     demo=('outputs plots fastai', 'torch numpy fastai rich PIL', 'matplotlib sklearn'),
     bench=('outputs teacher measure fastai', 'torch numpy fastai rich', 'matplotlib timm torchvision fasterai torchdistill'),
-    cli=('errors ranks cache fastai training demo bench plots report __init__', 'typer rich', ''),
+    cli=('errors ranks cache recipe_text fastai training demo bench plots report __init__', 'typer rich', ''),
 )
 # the same inside a folder: a file may import those of its folder that stand before it
 ORDER = dict(

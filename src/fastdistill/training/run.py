@@ -90,6 +90,9 @@ class TrainRun:
 
     def __call__(self):
         "Do what is missing of the run. Returns the Report"
+        if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+            raise DistillError("train runs in one process. For several, use fastai's distrib_ctx in a script: "
+                               "docs/machines.md.")
         if (self.folder/'report.json').is_file(): raise DistillError(f"The run in {self.folder} is finished.")
         c = self.config
         loaded = file_teacher(c.teacher) if c.teacher_file else None
