@@ -44,7 +44,7 @@ LAW = dict(
             'torch numpy fastai safetensors', 'pandas rich IPython matplotlib onnx onnxscript onnxruntime'),
     huggingface=('outputs ranks batch features replay teacher doctor distiller automatic trainers', 'torch transformers accelerate', ''),
     lightning=('outputs ranks batch features replay teacher task distiller automatic trainers', 'torch lightning', ''),
-    training=('errors outputs replay teacher recipe_text fastai', 'torch torchvision numpy pandas fastai safetensors', 'PIL timm datasets wandb'),
+    training=('errors outputs replay teacher recipe_text fastai', 'torch torchvision numpy pandas fastai safetensors', 'PIL timm datasets'),
     demo=('outputs plots fastai', 'torch numpy fastai rich PIL', 'matplotlib sklearn'),
     bench=('outputs teacher measure fastai', 'torch numpy fastai rich', 'matplotlib timm torchvision fasterai torchdistill'),
     cli=('errors ranks cache recipe_text fastai training demo bench plots report __init__', 'typer rich', ''),

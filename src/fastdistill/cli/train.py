@@ -39,7 +39,7 @@ def train_command(
     seed:Annotated[Number, option('Of all random numbers. (default: 0)')]=None,
     device:Annotated[Text, option('cpu, cuda, cuda:1, mps ... (default: auto)')]=None,
     workers:Annotated[Number, option('Processes that load data. (default: 0)')]=None,
-    log:Annotated[Text, option('tensorboard, wandb; several with commas.')]=None,
+    log:Annotated[Text, option('tensorboard; history.csv is always written.')]=None,
     out:Annotated[Text, option('Folder of the run. (default: a new one in runs/)')]=None,
     config:Annotated[Text, option('Settings of another run: runs/NAME/config.toml.')]=None,
     resume:Annotated[bool, option('Continue the run in the folder, to the same result.', '--resume')]=False

@@ -90,6 +90,12 @@ class TrainRun:
 
     def __call__(self):
         "Do what is missing of the run. Returns the Report"
+        with warnings.catch_warnings():
+            # fastai's tables with pandas 3, about arrays that it only reads
+            warnings.filterwarnings('ignore', message='The given NumPy array is not writable')
+            return self.results()
+
+    def results(self):
         if int(os.environ.get('WORLD_SIZE', 1)) > 1:
             raise DistillError("train runs in one process. For several, use fastai's distrib_ctx in a script: "
                                "docs/machines.md.")
@@ -175,22 +181,12 @@ class TrainRun:
 
     def loggers(self):
         "[fn(name of a stage) -> callback]"
-        made = dict(tensorboard=self.tensorboard, wandb=self.wandb)
-        return [made[o]() for o in self.config.loggers if o != 'csv']
+        return [self.tensorboard()] if 'tensorboard' in self.config.loggers else []
 
     def tensorboard(self):
         try: from fastai.callback.tensorboard import TensorBoardCallback
         except ImportError as e: raise ImportError("log='tensorboard': pip install tensorboard") from e
         return lambda name: TensorBoardCallback(self.folder/'tensorboard'/name, trace_model=False, log_preds=False)
-
-    def wandb(self):
-        try: import wandb
-        except ImportError as e: raise ImportError("log='wandb': pip install wandb") from e
-        from fastai.callback.wandb import WandbCallback
-        def make(name):
-            wandb.init(project='fastdistill', group=self.folder.name, name=name, dir=str(self.folder), reinit=True)
-            return WandbCallback(log=None, log_preds=False, log_model=False)
-        return make
 
     def write_start(self):
         self.folder.mkdir(parents=True, exist_ok=True)
