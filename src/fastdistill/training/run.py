@@ -1,5 +1,5 @@
 "A whole run: data, teacher, student with and without it, their comparison, and a folder with the results."
-import csv, io, json, os, platform, shutil, warnings
+import csv, io, os, platform, shutil, warnings
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
@@ -12,6 +12,8 @@ from fastai.callback.schedule import valley
 from ..errors import DistillError
 from ..fastai import Distiller, KnowledgeDistillation, compare, save_student
 from ..fastai.batches import prepared_batches
+from ..fastai.compare import history_of
+from ..fastai.recipe_runs import write_json
 from ..fastai.task import task_of
 from ..fastai.teachers import teacher_of
 from ..recipe_text import recipe_from_text
@@ -194,7 +196,7 @@ class TrainRun:
         self.files.mkdir(exist_ok=True)
         facts = dict(python=platform.python_version(), platform=platform.platform(), threads=torch.get_num_threads(),
                      **{n: v for n in PACKAGES if (v := installed(n))})
-        write_json_file(self.folder/'environment.json', facts)
+        write_json(self.folder/'environment.json', facts)
 
     def write_results(self, models):
         self.write_history(models)
@@ -215,7 +217,6 @@ class TrainRun:
 
     def write_history(self, models):
         "A row for each epoch of each training"
-        from ..fastai.compare import history_of
         tables = {n: history_of(m) for n,m in models.items() if isinstance(m, Learner)}
         columns = list(dict.fromkeys(k for t in tables.values() for k in t))
         text = io.StringIO(newline='')
@@ -259,5 +260,3 @@ def installed(name):
     try: return version(name)
     except PackageNotFoundError: return None
 
-
-def write_json_file(path, data): write_atomically(path, lambda f: f.write((json.dumps(data, indent=1) + '\n').encode()))
