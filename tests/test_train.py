@@ -112,6 +112,17 @@ def test_another_seed_is_another_run(finished, tmp_path):
     assert [*Report.from_json(tmp_path/'b'/'report.json').models] == ['teacher', 'distilled']
 
 
+def test_an_interrupted_run_continues_with_the_recipe_that_was_chosen(finished, digits, tmp_path):
+    "The default measures the teacher on training images, which depend on random numbers"
+    def say(text):
+        if text.startswith('distilled: epoch 1'): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): opened_run(settings(digits), out=tmp_path/'b', say=say)()
+    lines = []
+    opened_run({}, out=tmp_path/'b', resume=True, say=lines.append)()
+    assert 'teacher: is finished' in lines and 'distilled: continues after epoch 1 of 2' in lines
+    assert_same(finished, tmp_path/'b')
+
+
 def child(digits, out, recipe):
     "A process of its own, which may be killed at any moment"
     torch.set_num_threads(1)

@@ -12,6 +12,8 @@ from .config import write_atomically
 
 __all__ = ['Checkpoints', 'fit_stage', 'seed_everything']
 
+BEFORE_FIT = 2**32 # in place of the number of an epoch
+
 
 def seed_everything(*numbers):
     "Seed the generators of Python, NumPy and PyTorch from these numbers; return the seed"
@@ -55,9 +57,11 @@ class Checkpoints(Callback):
         r.smooth_loss.count,r.smooth_loss.val = s['smooth']
         self.learn.train_iter = len(r.losses)
 
-    def before_epoch(self):
-        seed = seed_everything(*self.seed, self.epoch)
-        for i,dl in enumerate(self.dls.loaders): dl.rng = random.Random(seed + i)
+    def before_epoch(self): self.seed_epoch(self.learn, self.epoch)
+
+    def seed_epoch(self, learn, epoch):
+        seed = seed_everything(*self.seed, epoch)
+        for i,dl in enumerate(learn.dls.loaders): dl.rng = random.Random(seed + i)
 
     def after_epoch(self):
         r,opt = self.learn.recorder,self.opt.state_dict()
@@ -108,6 +112,8 @@ def fit_stage(
     if checkpoints.done >= n_epoch:
         checkpoints.restore(learn)
         return history_of(learn)
+    # subtle: what a fit measures before its first epoch, such as the teacher's temperature, is the same after a resume
+    checkpoints.seed_epoch(learn, BEFORE_FIT)
     logger,learn._do_fit = learn.logger,EpochsFrom(learn, checkpoints.done)
     if not bar: learn.logger = silent
     try:
