@@ -126,7 +126,7 @@ def test_T_or_alpha_alone_mean_kd(capsys):
     for given,recipe in ((dict(T=2), kd(T=2)), (dict(alpha=.5), kd(alpha=.5)), (dict(temperature=3), kd(T=3))):
         assert repr(KnowledgeDistillation(teacher, **given).recipe) == repr(recipe)
     assert KnowledgeDistillation(teacher).recipe is KnowledgeDistillation(teacher, 'auto').recipe is None
-    with pytest.raises(DistillError, match="recipe='kd': a recipe is kd"): KnowledgeDistillation(teacher, 'kd')
+    with pytest.raises(DistillError, match=r"recipe='kd': write kd\(\), with brackets"): KnowledgeDistillation(teacher, 'kd')
     with pytest.raises(DistillError, match='A recipe and T=: give these to the recipe'): KnowledgeDistillation(teacher, 'auto', T=2)
 
 

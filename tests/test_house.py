@@ -31,6 +31,7 @@ LAW = dict(
     heads=('outputs distiller features', 'torch', ''),
     recipes=('outputs schedule losses terms distiller', 'torch', ''),
     automatic=('outputs ranks task losses distiller recipes', 'torch', ''),
+    recipe_text=('outputs losses terms recipes', '', ''),
     trainers=('outputs ranks features doctor distiller', '', ''),
     candidates=('outputs losses terms recipes automatic', 'torch', ''),
     found=('', 'torch', 'scipy matplotlib'),
@@ -39,13 +40,14 @@ LAW = dict(
     report=('errors plots', '', 'rich jinja2 matplotlib IPython'),
     measure=('outputs task losses teacher doctor report', 'torch numpy', 'scipy'),
     __init__=('docments', 'lazy_loader', ''),
-    fastai=('outputs docments ranks task class_sets batch gradients losses features replay cache teacher terms distiller recipes automatic candidates study doctor plots report measure',
+    fastai=('outputs docments ranks task class_sets batch gradients losses features replay cache teacher terms distiller recipes automatic recipe_text candidates study doctor plots report measure',
             'torch numpy fastai safetensors', 'pandas rich IPython matplotlib onnx onnxscript onnxruntime'),
     huggingface=('outputs ranks batch features replay teacher doctor distiller automatic trainers', 'torch transformers accelerate', ''),
     lightning=('outputs ranks batch features replay teacher task distiller automatic trainers', 'torch lightning', ''),
+    training=('errors outputs replay teacher recipe_text fastai', 'torch torchvision numpy pandas fastai safetensors', 'PIL timm datasets'),
     demo=('outputs plots fastai', 'torch numpy fastai rich PIL', 'matplotlib sklearn'),
     bench=('outputs teacher measure fastai', 'torch numpy fastai rich', 'matplotlib timm torchvision fasterai torchdistill'),
-    cli=('errors ranks cache fastai demo bench plots report __init__', 'typer rich', ''),
+    cli=('errors ranks cache recipe_text fastai training demo bench plots report __init__', 'typer rich', ''),
 )
 # the same inside a folder: a file may import those of its folder that stand before it
 ORDER = dict(
@@ -61,8 +63,9 @@ ORDER = dict(
     fastai='task stream block vocab targets tables teachers batches compare interpret export card check transforms replay_dl sample_keys cache_data cache_feed columns finite trend unlabelled projector_opt arguments choice callback patches learner clock trials find turns shared separate progress many recipe_runs',
     huggingface='students models trainer',
     demo='tasks results picture',
+    training='config files checks loaders archs teachers stages run',
     bench='pairs ways',
-    cli='objects bench cache demo find compare app',
+    cli='objects bench cache demo find compare train app',
 )
 
 

@@ -11,12 +11,14 @@ from .cache import cache_app
 from .compare import compare_command, export_command, report_command
 from .demo import demo
 from .find import find
+from .train import train_command
 
 __all__ = ['app', 'main']
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help='Knowledge distillation for fastai and PyTorch: train a small model on what a big one knows.')
 app.add_typer(cache_app, name='cache')
+app.command('train')(train_command)
 app.command()(demo)
 app.command()(bench)
 app.command()(find)

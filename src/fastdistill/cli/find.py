@@ -23,6 +23,8 @@ def find(
     live:Annotated[bool, typer.Option('--live', help='The teacher runs in each trial; layers are compared too.')]=False,
     fine_tune:Annotated[bool, typer.Option('--fine-tune', help='Train with fine_tune.')]=False,
     check:Annotated[bool, typer.Option(help='Look for mistakes first.')]=True,
+    recipe:Annotated[list[str]|None, typer.Option(help="In place of the usual ones: 'kd(T=1, alpha=.3)'. May be given "
+                                                       'several times.')]=None,
     plot:Annotated[Path|None, typer.Option(help='File for the plot.')]=None
 ):
     """Try recipes and learning rates on short runs, repeat the best, and print a table.
@@ -30,10 +32,12 @@ def find(
     Several processes with the same storage search together. After Ctrl-C the best so far is shown; the same command
     with a storage resumes."""
     from .. import fastai  # noqa: F401 (it gives Learner distill_find)
+    from ..recipe_text import recipe_from_text
+    recipes = {text: recipe_from_text(text) for text in recipe or ()}
     try:
         found = load_object(student, learner).distill_find(
             load_teacher(teacher), n_epoch, minutes, rates=rates or None, seeds=seeds, trials=trials, storage=storage,
-            name=name, live=live, fine_tune=fine_tune, check=check)
+            name=name, recipes=recipes or None, live=live, fine_tune=fine_tune, check=check)
     except KeyboardInterrupt: raise typer.Exit(130) from None
     if plot is not None:
         found.plot().savefig(plot)

@@ -150,7 +150,7 @@ def history_of(learn):
 
 
 @contextmanager
-def shown_bar(progress, total):
+def shown_bar(progress, total, what='compare'):
     "Yields the function to call after each step; it moves a bar in a terminal or a notebook"
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -158,7 +158,7 @@ def shown_bar(progress, total):
     if not progress or rank() or not (console.is_terminal or console.is_jupyter):
         yield lambda: None
         return
-    with Progress(TextColumn('compare'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+    with Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                   console=console, transient=True) as bar:
-        task = bar.add_task('compare', total=total)
+        task = bar.add_task(what, total=total)
         yield lambda: bar.advance(task)

@@ -1,0 +1,262 @@
+"A whole run: data, teacher, student with and without it, their comparison, and a folder with the results."
+import csv, io, os, platform, shutil, warnings
+from contextlib import closing
+from dataclasses import asdict, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+import torch
+from safetensors.torch import save_model
+from fastai.basics import Learner
+from fastai.callback.schedule import valley
+from ..errors import DistillError
+from ..fastai import Distiller, KnowledgeDistillation, compare, save_student
+from ..fastai.batches import prepared_batches
+from ..fastai.compare import history_of
+from ..fastai.recipe_runs import write_json
+from ..fastai.task import task_of
+from ..fastai.teachers import teacher_of
+from ..recipe_text import recipe_from_text
+from ..teacher.speed import AS_IT_IS
+from .archs import check_arch, learner_of
+from .checks import checked_samples
+from .config import TrainConfig, read_config, write_atomically, write_config
+from .files import read_samples
+from .loaders import loaders_of
+from .stages import Checkpoints, fit_stage, seed_everything
+from .teachers import file_teacher, with_weights
+
+__all__ = ['TrainRun', 'opened_run']
+
+FOR_TEACHER,FOR_STUDENT = 1,2 # numbers of what is seeded: both students have the same start and the same batches
+PACKAGES = 'fastdistill', 'fastai', 'torch', 'torchvision', 'timm', 'numpy', 'pandas', 'safetensors'
+LOWEST,HIGHEST,IF_NONE_IS_FOUND = 1e-4,.03,1e-3 # learning rates
+
+
+def opened_run(
+    given:dict, # settings by name
+    config_file=None, # a TOML file with settings; those that are given come first
+    out=None, # folder of the run; None: a new one in runs/
+    resume:bool=False, # continue the run in `out`, if there is one
+    **kwargs # of TrainRun
+):
+    "The run in `out`, or a new one. Nothing is written yet"
+    folder = None if out is None else Path(out)
+    if resume and folder is None: raise DistillError("resume=True needs the folder of the run: out='runs/NAME'.")
+    if resume and (folder/'config.toml').is_file():
+        if config_file is not None: raise DistillError(f"{folder} has its own settings: leave config= out.")
+        stored = TrainConfig(**read_config(folder/'config.toml'))
+        check_unchanged(given, stored, folder)
+        return TrainRun(stored, folder, **kwargs)
+    if resume and not given and config_file is None:
+        raise DistillError(f"There is no run in {folder} (no config.toml).")
+    settings = ({} if config_file is None else read_config(config_file)) | given
+    if missing := [k for k in ('data', 'teacher', 'student') if k not in settings]:
+        raise DistillError(f"{'=, '.join(missing)}= is missing. An example: fastdistill train --data photos --teacher "
+                           "resnet34 --student resnet18")
+    config = TrainConfig(**settings).absolute()
+    if folder is None: folder = free_folder(config)
+    # subtle: a run that was killed at its very beginning left half of its settings
+    if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - {'.config.toml.new'}):
+        what = 'a run' if (folder/'config.toml').is_file() else 'something else'
+        raise DistillError(f"{folder} holds {what} already. Give another out=, or resume=True to continue a run.")
+    return TrainRun(config, folder, **kwargs)
+
+
+def check_unchanged(given, stored, folder):
+    asked = asdict(TrainConfig(**asdict(stored) | given).absolute())
+    for k in given:
+        if asked[k] != getattr(stored, k) and asked[k] != 'auto':
+            raise DistillError(f"{folder} holds a run with {k}={getattr(stored, k)!r}, now {k}={asked[k]!r}. Give the "
+                               "new one another out=.")
+
+
+def free_folder(config):
+    stem = f"{Path(config.data).name.split('.')[0]}-{config.student}"
+    names = (f'{stem}-{i}' if i > 1 else stem for i in range(1, 10000))
+    return next(p for p in (Path('runs')/n for n in names) if not p.exists())
+
+
+class TrainRun:
+    "One run, in its folder"
+    def __init__(
+        self,
+        config:TrainConfig,
+        folder:Path,
+        say=print, # fn(text)
+        bar:bool=False # show fastai's bars
+    ):
+        self.config,self.folder,self.say,self.bar = config,folder,say,bar
+        self.recipe = recipe_from_text(config.recipe)
+        self.files = folder/'checkpoints'
+
+    def __call__(self):
+        "Do what is missing of the run. Returns the Report"
+        with warnings.catch_warnings():
+            # fastai's tables with pandas 3, about arrays that it only reads
+            warnings.filterwarnings('ignore', message='The given NumPy array is not writable')
+            return self.results()
+
+    def results(self):
+        if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+            raise DistillError("train runs in one process. For several, use fastai's distrib_ctx in a script: "
+                               "docs/machines.md.")
+        if (self.folder/'report.json').is_file(): raise DistillError(f"The run in {self.folder} is finished.")
+        c = self.config
+        loaded = file_teacher(c.teacher) if c.teacher_file else None
+        loggers = self.loggers()
+        s = self.samples(loaded)
+        self.dls = loaders_of(s, c, loaded if isinstance(loaded, Learner) and s.task in ('texts', 'table') else None)
+        self.say(f'data: {samples_in_words(s)}')
+        make = partial(learner_of, dls=self.dls, s=s, config=c, pretrained=c.pretrained)
+        student = self.seeded(FOR_STUDENT, lambda: make(c.student))
+        teacher = self.teacher(loaded, make, s)
+        self.say(f'teacher: {c.teacher}, {parameters(teacher)}; student: {c.student}, {parameters(student)}')
+        if not c.pretrained: self.say('All models begin with random weights; --pretrained begins with published ones.')
+        self.check(student, teacher, trained=loaded is not None or bool(c.teacher_weights))
+        self.write_start()
+        self.find_rates(make)
+        models = dict(teacher=teacher)
+        if isinstance(teacher, Learner) and loaded is None and not c.teacher_weights:
+            self.fit('teacher', teacher, c.teacher_epochs or c.epochs, self.config.teacher_lr, FOR_TEACHER, loggers)
+            save_model(teacher.model, str(self.folder/'teacher.safetensors'))
+        if c.baseline:
+            models['alone'] = self.seeded(FOR_STUDENT, lambda: make(c.student))
+            self.fit('alone', models['alone'], c.epochs, self.config.lr, FOR_STUDENT, loggers)
+        models['distilled'] = student
+        kd = KnowledgeDistillation(self.as_teacher(teacher, student), self.recipe, check=c.check)
+        self.fit('distilled', student, c.epochs, self.config.lr, FOR_STUDENT, loggers, kd)
+        return self.write_results(models)
+
+    def samples(self, loaded):
+        s = read_samples(self.config)
+        check_arch(self.config.student, s.task)
+        if loaded is None: check_arch(self.config.teacher, s.task)
+        return checked_samples(s, self.config)
+
+    def seeded(self, number, make):
+        seed_everything(self.config.seed, number)
+        return make()
+
+    def teacher(self, loaded, make, s):
+        if loaded is not None: return loaded
+        if self.config.teacher_weights: return with_weights(self.config, self.dls, s)
+        return self.seeded(FOR_TEACHER, lambda: make(self.config.teacher))
+
+    def as_teacher(self, teacher, student):
+        "On a CPU the teacher runs as it is, since a faster copy may round differently after a resume"
+        on_cpu = torch.device(self.dls.device or 'cpu').type == 'cpu'
+        return teacher_of(teacher, student, task_of(student.loss_func), **AS_IT_IS) if on_cpu else teacher
+
+    def check(self, student, teacher, trained):
+        "Layers of the recipe that do not exist, and a teacher of another task, before training"
+        task = task_of(student.loss_func)
+        if trained and self.config.check:
+            if (found := student.check_teacher(teacher)).errors: found.enforce(facts=False)
+        if self.recipe == 'auto': return
+        d = Distiller(student.model, teacher_of(teacher, student, task, **AS_IT_IS), self.recipe, kind=task.kind,
+                      axis=task.axis, ignore_index=task.ignore_index, check=False)
+        valid,train = prepared_batches(student, 1, 1)
+        with closing(valid), closing(train): x,_ = next(valid)
+        d.setup(*x)
+
+    def find_rates(self, make):
+        "Learning rates that are 'auto' become numbers in config.toml"
+        c = self.config
+        wanted = [k for k,arch in dict(lr=c.student, teacher_lr=c.teacher).items() if getattr(c, k) == 'auto'
+                  and not (k == 'teacher_lr' and (c.teacher_file or c.teacher_weights))]
+        for k in wanted:
+            arch,number = (c.student, FOR_STUDENT) if k == 'lr' else (c.teacher, FOR_TEACHER)
+            learn = self.seeded(number, lambda arch=arch: make(arch))
+            lr = found_rate(learn, self.files)
+            self.config = replace(self.config, **{k: lr})
+            self.say(f'learning rate of {arch}: {lr:g}, found by lr_find')
+        if wanted: write_config(self.config, self.folder/'config.toml')
+
+    def fit(self, name, learn, epochs, lr, number, loggers, kd=None):
+        say = None if self.bar else lambda text: self.say(f'{name}: {text}')
+        state = Checkpoints(self.files/f'{name}.pt', (self.config.seed, number), kd, say)
+        if state.done: self.say(f'{name}: continues after epoch {state.done} of {epochs}' if state.done < epochs else
+                                f'{name}: is finished')
+        elif self.bar: self.say(f'{name}:')
+        fit_stage(learn, epochs, lr, state, [make(name) for make in loggers], self.bar)
+
+    def loggers(self):
+        "[fn(name of a stage) -> callback]"
+        return [self.tensorboard()] if 'tensorboard' in self.config.loggers else []
+
+    def tensorboard(self):
+        try: from fastai.callback.tensorboard import TensorBoardCallback
+        except ImportError as e: raise ImportError("log='tensorboard': pip install tensorboard") from e
+        return lambda name: TensorBoardCallback(self.folder/'tensorboard'/name, trace_model=False, log_preds=False)
+
+    def write_start(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder/'config.toml').is_file(): write_config(self.config, self.folder/'config.toml')
+        self.files.mkdir(exist_ok=True)
+        facts = dict(python=platform.python_version(), platform=platform.platform(), threads=torch.get_num_threads(),
+                     **{n: v for n in PACKAGES if (v := installed(n))})
+        write_json(self.folder/'environment.json', facts)
+
+    def write_results(self, models):
+        self.write_history(models)
+        c = self.config
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            title = f'{c.student}, taught by {Path(c.teacher).name}, on {Path(c.data).name}'
+            report = compare(models, self.dls, title=title, progress=self.bar)
+            student = models['distilled']
+            save_student(student, self.folder/'student', report, onnx=None if c.onnx else False,
+                         title=f'{c.student} on {Path(c.data).name}')
+            student.export(Path.cwd()/self.folder/'student.pkl')
+        report.to_html(self.folder/'report.html')
+        report.to_json(self.folder/'.report.json.new')
+        os.replace(self.folder/'.report.json.new', self.folder/'report.json')
+        shutil.rmtree(self.files)
+        return report
+
+    def write_history(self, models):
+        "A row for each epoch of each training"
+        tables = {n: history_of(m) for n,m in models.items() if isinstance(m, Learner)}
+        columns = list(dict.fromkeys(k for t in tables.values() for k in t))
+        text = io.StringIO(newline='')
+        rows = csv.writer(text)
+        rows.writerow(['model', 'epoch', *columns])
+        for n,t in tables.items():
+            for i,values in enumerate(zip(*t.values())):
+                row = dict(zip(t, values))
+                rows.writerow([n, i, *(row.get(k, '') for k in columns)])
+        write_atomically(self.folder/'history.csv', lambda f: f.write(text.getvalue().encode()))
+
+
+def samples_in_words(s):
+    "The samples in a line"
+    held = int(s.valid.sum())
+    what = {'classes': f'{len(s.classes or [])} classes', 'labels': f'{len(s.classes or [])} labels',
+            'numbers': f'numbers of column {s.y}'}[s.target]
+    x = f'column {s.x[0]}' if len(s.x) == 1 else f'{len(s.x)} columns'
+    x = f', {s.size[0]} x {s.size[1]} pixels' if s.size else f', {x}'
+    return f'{s.task}{x}, {what}; {len(s)-held:,} samples for training, {held:,} for validation'
+
+
+def parameters(model):
+    "Their number in words"
+    model = getattr(model, 'model', model)
+    return f'{sum(p.numel() for p in model.parameters()):,} parameters' if hasattr(model, 'parameters') else 'a file'
+
+
+def found_rate(learn, folder):
+    "The valley that fastai's lr_find suggests, between LOWEST and HIGHEST; IF_NONE_IS_FOUND if it finds none"
+    learn.path,learn.model_dir = folder,'.'
+    with learn.no_bar(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        # subtle: a loss that is not finite from the first steps leaves fastai's rule without numbers
+        try: lr = float(learn.lr_find(show_plot=False, suggest_funcs=valley).valley)
+        except (RuntimeError, ValueError, IndexError, ZeroDivisionError, TypeError): return IF_NONE_IS_FOUND
+    return float(f'{min(max(lr, LOWEST), HIGHEST):.3g}')
+
+
+def installed(name):
+    try: return version(name)
+    except PackageNotFoundError: return None
+

@@ -1,0 +1,138 @@
+"One fit that can be interrupted after any epoch, and continues to the same result."
+import random
+from contextlib import nullcontext
+import numpy as np
+import torch
+from fastai.basics import Callback, CancelEpochException, L, one_param, to_device
+from ..errors import DistillError
+from ..fastai.compare import history_of
+from ..outputs import as_plain, map_tensors
+from ..replay.seeds import seeds_of
+from .config import write_atomically
+
+__all__ = ['Checkpoints', 'fit_stage', 'seed_everything']
+
+BEFORE_FIT = 2**32 # in place of the number of an epoch
+
+
+def seed_everything(*numbers):
+    "Seed the generators of Python, NumPy and PyTorch from these numbers; return the seed"
+    first,*others = map(int, numbers)
+    seed = seeds_of(first, 0, *others)
+    random.seed(seed)
+    np.random.seed(seed & 0xffffffff)
+    torch.manual_seed(seed & 0x7fffffffffffffff)
+    return seed
+
+
+class Checkpoints(Callback):
+    """After each epoch, writes all that the next epochs depend on. A new fit with it begins after the last epoch that
+    was written. Each epoch begins with generators that are seeded from the seed and its number, so order and
+    augmentation of the data need not be stored"""
+    order = 90 # after all that change the state of the training
+
+    def __init__(
+        self,
+        file, # of the state
+        seed, # numbers
+        kd=None, # the KnowledgeDistillation callback of the fit
+        say=print # fn(text) for a line about each epoch; None: fastai's own bar and table
+    ):
+        super().__init__()
+        self.file,self.seed,self.kd,self.say,self.state = file,seed,kd,say,None
+        if file.is_file(): self.state = read_state(file)
+
+    @property
+    def done(self):
+        "EpochsFrom that are finished"
+        return 0 if self.state is None else self.state['epochs']
+
+    def before_fit(self):
+        if self.state is None: return
+        s,r = self.state,self.learn.recorder
+        self.learn.model.load_state_dict(s['model'])
+        self.learn.opt.load_state_dict(to_device(s['opt'], one_param(self.learn.model).device))
+        if self.kd is not None: self.kd.load_state_dict(s['kd'])
+        r.values,r.iters,r.losses,r.lrs = L(map(L, s['values'])),s['iters'],s['losses'],s['lrs']
+        r.smooth_loss.count,r.smooth_loss.val = s['smooth']
+        self.learn.train_iter = len(r.losses)
+
+    def before_epoch(self): self.seed_epoch(self.learn, self.epoch)
+
+    def seed_epoch(self, learn, epoch):
+        seed = seed_everything(*self.seed, epoch)
+        for i,dl in enumerate(learn.dls.loaders): dl.rng = random.Random(seed + i)
+
+    def after_epoch(self):
+        r,opt = self.learn.recorder,self.opt.state_dict()
+        opt['hypers'] = [{k: plain(v) for k,v in h.items()} for h in opt['hypers']]
+        state = dict(epochs=self.epoch + 1, model=self.learn.model.state_dict(), opt=opt,
+                     kd=None if self.kd is None else self.kd.state_dict(), names=[*r.metric_names],
+                     values=[[*map(plain, v)] for v in r.values], iters=[*r.iters],
+                     losses=[torch.as_tensor(o) for o in r.losses], lrs=[*map(plain, r.lrs)],
+                     smooth=(r.smooth_loss.count, r.smooth_loss.val))
+        state = map_tensors(state, as_plain)        # a class of fastai's is none of those that a safe file may hold
+        write_atomically(self.file, lambda f: torch.save(state, f))
+        if self.say is not None: self.say(self.line(r))
+
+    def line(self, r):
+        shown = [f'{k} {v:.4f}' for k,v in zip(r.metric_names[1:], r.values[-1]) if isinstance(v, float)]
+        return f"epoch {self.epoch + 1} of {self.n_epoch}: {', '.join(shown)}, {r.log[-1]}"
+
+    def restore(self, learn):
+        "The Learner as it was after the last epoch, without a fit"
+        learn.model.load_state_dict(self.state['model'])
+        learn.recorder.metric_names,learn.recorder.values = L(self.state['names']),L(map(L, self.state['values']))
+
+    # an exported Learner gets a callback that does nothing, and needs no fastdistill
+    def __reduce__(self): return Callback, ()
+
+
+def plain(v):
+    "A number of Python's, which a file without pickled objects can hold"
+    return float(v) if isinstance(v, np.floating) else tuple(map(plain, v)) if isinstance(v, tuple) else v
+
+
+def read_state(file):
+    try: return torch.load(file, map_location='cpu', weights_only=True)
+    # subtle: a damaged file is an error of zip, of pickle or of PyTorch
+    except Exception as e:
+        raise DistillError(f"{file} is damaged ({type(e).__name__}). Delete it: this training begins again.") from e
+
+
+def fit_stage(
+    learn,
+    n_epoch:int,
+    lr, # maximum learning rate
+    checkpoints:Checkpoints,
+    cbs=(), # more callbacks
+    bar:bool=False # show fastai's bar and table
+) -> dict:
+    "Fit with the 1cycle policy, from the epoch after the last one that was written. Returns the table of the training"
+    if checkpoints.done >= n_epoch:
+        checkpoints.restore(learn)
+        return history_of(learn)
+    # subtle: what a fit measures before its first epoch, such as the teacher's temperature, is the same after a resume
+    checkpoints.seed_epoch(learn, BEFORE_FIT)
+    logger,learn._do_fit = learn.logger,EpochsFrom(learn, checkpoints.done)
+    if not bar: learn.logger = silent
+    try:
+        with nullcontext() if bar else learn.no_bar():
+            learn.fit_one_cycle(n_epoch, lr, cbs=[*cbs, *filter(None, [checkpoints.kd]), checkpoints])
+    finally:
+        learn.logger = logger
+        del learn._do_fit
+    return history_of(learn)
+
+
+def silent(_): "fastai's row of numbers is not printed"
+
+
+class EpochsFrom:
+    "In place of `Learner._do_fit`: begins with a later epoch. fastai's SkipToEpoch runs the events of all epochs"
+    def __init__(self, learn, first): self.learn,self.first = learn,first
+
+    def __call__(self):
+        for epoch in range(self.first, self.learn.n_epoch):
+            self.learn.epoch = epoch
+            self.learn._with_events(self.learn._do_epoch, 'epoch', CancelEpochException)
