@@ -1,8 +1,7 @@
 "What is compared: recipes of the library, and the defaults of other tools in its words."
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from fastdistill import Recipe, Term, abkd, at, dist, dkd, hint, kd, losses, nkd, rld, soft_labels, taid, ttm, wttm
+from fastdistill import Recipe, Term, abkd, at, auto, dist, dkd, hint, kd, losses, nkd, rld, soft_labels, taid, ttm, wttm
 
 PLAIN = 'classes pixels tokens labels numbers'
 SOFT = 'classes pixels tokens' # softmax
@@ -18,7 +17,7 @@ class Candidate:
     smoothing:float = 0.
     classes:int = 1 # fewest that it is for
     tasks:str = '' # these alone
-    softened:bool = False # its T is measured: `recipe` gets the teacher's outputs for the training set
+    measures:bool = False # `recipe` gets the teacher's outputs for the training set
 
     def fits(self, cell, classes):
         return cell.output in self.outputs.split() and classes >= self.classes and (not self.tasks or cell.task in self.tasks.split())
@@ -26,21 +25,11 @@ class Candidate:
 
 def alone(): return None
 
-def softened(
-    t, # the teacher's logits, classes last
-    entropy=.9, # as a share of that of equal probabilities
-    rows=2048
-):
-    "The temperature at which the teacher's probabilities have this entropy on average"
+def default(t, rows=2048):
+    "The library's, which looks at the teacher's outputs for some training items"
     t = t.reshape(-1, t.shape[-1])
-    t = t[:: max(len(t)//rows, 1)].float()
-    low,high = .1,100.
-    for _ in range(30):
-        T = (low*high)**.5
-        p = (t/T).log_softmax(-1)
-        if -(p.exp()*p).sum(-1).mean() < entropy*math.log(t.shape[-1]): low = T
-        else: high = T
-    return T
+    return auto(classes=t.shape[-1], teacher=t[::max(len(t)//rows, 1)])
+
 
 def share(loss, r, **options): return lambda: Recipe(Term(loss, share=r, **options))
 
@@ -68,7 +57,7 @@ CANDIDATES = [
     C('dist(1)x3', lambda: dist(share=3.), SOFT, 'more', classes=3),
     C('dist(10)x3', lambda: dist(T=10., beta=2., gamma=2., share=3.), SOFT, 'more', classes=3),
     C('kd(1,.3)', lambda: kd(1., .3), SOFT, 'more'),
-    C('dist(soft)x3', lambda t: dist(T=softened(t), beta=2., gamma=2., share=3.), SOFT, 'more', classes=3, softened=True),
+    C('dist(auto)x3', default, SOFT, 'more', classes=3, measures=True),
     C('dist(20)x3', lambda: dist(T=20., beta=2., gamma=2., share=3.), SOFT, 'more', classes=3),
     C('kl(1)x1', share(losses.kl, 1., T=1.), SOFT, 'more'), C('kl(2)x1', share(losses.kl, 1., T=2.), SOFT, 'more'), C('kl(4)x1', share(losses.kl, 1., T=4.), SOFT, 'more'),
     C('ttm(2)x1', lambda: ttm(2., share=1.), SOFT, 'more'), C('ttm(4)x1', lambda: ttm(4., share=1.), SOFT, 'more'), C('ttm(2)x3', lambda: ttm(2., share=3.), SOFT, 'more'),

@@ -39,7 +39,7 @@ def train(
     torch.manual_seed(seed)
     student = cell.student(data).train()
     t = data.train.t.movedim(cell.axis + bool(data.train.views), -1)
-    recipe = candidate.recipe(t) if candidate.softened else candidate.recipe()
+    recipe = candidate.recipe(t) if candidate.measures else candidate.recipe()
     own,distiller = labels_loss(cell, candidate.smoothing),None
     if recipe is not None:
         live = any(t.layers is not None for t in recipe.terms)

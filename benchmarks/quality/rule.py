@@ -43,7 +43,8 @@ def group(f):
 def default(f):
     "The candidate that is the library's default recipe in such a cell"
     recipe = auto(KINDS[f['output']], classes=f['classes'] if KINDS[f['output']] == 'softmax' else None, dense=f['dense'] or f['tokens'])
-    return next(c.name for c in CANDIDATES.values() if not c.smoothing and c.tier != 'peer' and c.recipe() is not None and parts(c.recipe()) == parts(recipe))
+    if [t.name for t in recipe.terms] == ['dist']: return 'dist(auto)x3'     # its T depends on the teacher
+    return next(c.name for c in CANDIDATES.values() if not (c.smoothing or c.measures) and c.tier != 'peer' and c.recipe() is not None and parts(c.recipe()) == parts(recipe))
 
 
 def parts(recipe):

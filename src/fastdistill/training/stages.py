@@ -44,7 +44,7 @@ class Checkpoints(Callback):
 
     @property
     def done(self):
-        "EpochsFrom that are finished"
+        "Number of epochs that are finished"
         return 0 if self.state is None else self.state['epochs']
 
     def before_fit(self):
