@@ -53,16 +53,16 @@ ORDER = dict(
     features='names calls probe shapes taps projectors stages pairs',
     replay='generators seeds per_sample',
     teacher='images probabilities estimator forms draws hidden guest slices folding compiled speed running ensemble teacher',
-    doctor='findings shared tally classes shapes runs images recipe scores outputs explain',
-    report='data recipes words sheets text page runs report',
+    doctor='findings shared tally classes shapes runs images recipe scores words outputs explain',
+    report='data recipes words sheets text page checks runs report',
     plots='style features report',
     measure='scores agreement pairs seeds cost models',
     cache='keys digests folder files entries records manifest reader source writer progress dataset outside server verify',
-    fastai='task stream block vocab targets tables teachers batches compare interpret export card check transforms replay_dl sample_keys cache_data cache_feed columns finite trend unlabelled projector_opt arguments choice callback patches learner clock trials find turns shared separate progress many recipe_runs',
+    fastai='task stream block vocab targets tables teachers batches compare interpret export card choice costs check transforms replay_dl sample_keys cache_data cache_feed columns finite trend unlabelled projector_opt arguments callback patches learner clock trials find turns shared separate progress many recipe_runs',
     huggingface='students models trainer',
     demo='tasks results picture',
     bench='pairs ways',
-    cli='objects bench cache demo find compare app',
+    cli='objects bench cache demo find check compare app',
 )
 
 

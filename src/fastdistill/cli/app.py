@@ -8,6 +8,7 @@ from .. import __version__
 from ..errors import DistillError, DistillWarning
 from .bench import bench
 from .cache import cache_app
+from .check import check_command
 from .compare import compare_command, export_command, report_command
 from .demo import demo
 from .find import find
@@ -20,6 +21,7 @@ app.add_typer(cache_app, name='cache')
 app.command()(demo)
 app.command()(bench)
 app.command()(find)
+app.command('check')(check_command)
 app.command('compare')(compare_command)
 app.command('report')(report_command)
 app.command('export')(export_command)
