@@ -30,6 +30,7 @@ LAW = dict(
     distiller=('outputs ranks task class_sets batch gradients ratios features replay teacher terms doctor', 'torch', ''),
     heads=('outputs distiller features', 'torch', ''),
     recipes=('outputs schedule losses terms distiller', 'torch', ''),
+    catalog=('errors docments losses recipes', '', ''),
     automatic=('outputs ranks task losses distiller recipes', 'torch', ''),
     trainers=('outputs ranks features doctor distiller', '', ''),
     candidates=('outputs losses terms recipes automatic', 'torch', ''),
@@ -45,7 +46,7 @@ LAW = dict(
     lightning=('outputs ranks batch features replay teacher task distiller automatic trainers', 'torch lightning', ''),
     demo=('outputs plots fastai', 'torch numpy fastai rich PIL', 'matplotlib sklearn'),
     bench=('outputs teacher measure fastai', 'torch numpy fastai rich', 'matplotlib timm torchvision fasterai torchdistill'),
-    cli=('errors ranks cache fastai demo bench plots report __init__', 'typer rich', ''),
+    cli=('errors ranks cache catalog fastai demo bench plots report __init__', 'typer rich', ''),
 )
 # the same inside a folder: a file may import those of its folder that stand before it
 ORDER = dict(
@@ -62,7 +63,7 @@ ORDER = dict(
     huggingface='students models trainer',
     demo='tasks results picture',
     bench='pairs ways',
-    cli='objects bench cache demo find check compare app',
+    cli='objects bench cache demo find check compare methods app',
 )
 
 

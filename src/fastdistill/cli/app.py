@@ -12,6 +12,7 @@ from .check import check_command
 from .compare import compare_command, export_command, report_command
 from .demo import demo
 from .find import find
+from .methods import methods_command
 
 __all__ = ['app', 'main']
 
@@ -22,6 +23,7 @@ app.command()(demo)
 app.command()(bench)
 app.command()(find)
 app.command('check')(check_command)
+app.command('methods')(methods_command)
 app.command('compare')(compare_command)
 app.command('report')(report_command)
 app.command('export')(export_command)
