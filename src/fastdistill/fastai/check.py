@@ -99,19 +99,22 @@ def find_mistakes(
     task, # what the student predicts
     recipe=None, # as in `check_teacher`
     n:int=BATCHES, # as in `check_teacher`
-    output=None # as in `check_teacher`
+    output=None, # as in `check_teacher`
+    head=None # one of several heads of the student, with its own labels; None: there is one
 ) -> Findings:
     "The findings about a teacher that is built already"
     found = Findings()
     found.add('parameters', shared_parameters(learn.model, teacher), none_shared(learn.model, teacher))
+    own = learn if head is None else head.of(learn)
     for about,(look,in_words) in CHECKS.items():
-        found.add(about, look(learn, teacher, task), in_words(learn, teacher, task))
+        found.add(about, look(own, teacher, task), in_words(own, teacher, task))
     if found.errors: return found
     valid,train = prepared_batches(learn, n, max(1, n//4))
+    if head is not None: valid,train = head.batches(valid),head.batches(train)
     try:
         with closing(valid), closing(train):
             seen = check_outputs(teacher, task, valid, learn.model, train=train, recipe=recipe,
-                                 names=vocab_of(learn.dls), output=output)
+                                 names=vocab_of(own.dls), output=output)
     except PreparationError as e:
         note = Finding('note', f"The teacher was not run, since this callback does not run outside of a fit: {e}",
                        "The teacher's score is unknown; teacher.validate() shows it")
