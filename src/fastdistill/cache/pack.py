@@ -137,13 +137,14 @@ def card_of(where, title, data, note, licenses, license):
     cell = lambda v: ' '.join(str(v).split()).replace('|', '\\|')
     table = ['| | |', '|---|---|', *(f'| {cell(k)} | {cell(v)} |' for k,v in rows.items())]
     title = title or f"Outputs of {m.teacher.get('name', 'a teacher')}"
-    return '\n'.join([*head, '', f'# {cell(title)}', '', *([note, ''] if note else []), INTRO, '', *table, '', USE])
+    text = [f'# {cell(title)}', '', *([note, ''] if note else []), INTRO]
+    return '\n'.join([*head, '', *text, '', *table, '', HOW_TO_USE])
 
 
 INTRO = """The outputs of a teacher for each sample of a training set, to train students from them by knowledge
 distillation without running the teacher. The samples themselves are not part of it: you need the same data."""
 
-USE = """## How to use
+HOW_TO_USE = """## How to use
 
 ```python
 from fastdistill.fastai import *

@@ -92,8 +92,8 @@ def info(
     if check: typer.echo('Every file is as its checksum says.')
 
 
-@cache_app.command()
-def pack(
+@cache_app.command('pack')
+def pack_command(
     path:Annotated[str, PATH],
     out:Annotated[Path, typer.Argument(help="'targets.zip' (one file, not compressed), or a new folder.")],
     title:Annotated[str|None, typer.Option(help="Of the card; default: by the teacher's name.")]=None,
@@ -113,8 +113,8 @@ def pack(
     typer.echo(f'Written: {out}')
 
 
-@cache_app.command()
-def unpack(
+@cache_app.command('unpack')
+def unpack_command(
     packed:Annotated[Path, typer.Argument(help='File that `fastdistill cache pack` wrote.')],
     path:Annotated[Path, typer.Argument(help='Folder of the cache, new or empty.')]
 ):
