@@ -80,7 +80,7 @@ def check_teacher(
     out = TeacherCheck().join(find_mistakes(learn, teacher, task, recipe, n, output))
     out.title = f'{teacher.name} as a teacher' + ('' if learn.model is None else f' of {type(learn.model).__name__}')
     if n_epoch is not None and learn.model is not None and not out.errors:
-        recipe = recipe or choose_recipe(example_of(learn, output), task, out)
+        recipe = recipe or choose_recipe(example_of(learn, output), task, teacher, out)
         out.costs,out.cost_lines = costs_of_check(learn, teacher, task, recipe, output, n_epoch)
     return out
 

@@ -251,7 +251,7 @@ class HeadsDistillation(KnowledgeDistillation):
         for k,d in self.distiller.heads.items():
             if self.recipes[k] is not None: continue
             looked = None if found is None else found[k]
-            chosen = choose_recipe(example_of(self.learn, self.at[k]), self.tasks[k], looked)
+            chosen = choose_recipe(example_of(self.learn, self.at[k]), self.tasks[k], d.teacher, looked)
             self._log(f'fastdistill: {k}: recipe {chosen}')
             d.take(beside_labels(chosen))
         self.distiller.join()
