@@ -13,6 +13,8 @@ class DocstringsHook(BuildHookInterface):
     "Puts the explained copies into the wheel, in place of the sources"
     def initialize(self, version, build_data):
         if version == 'editable': return        # an editable install runs the sources themselves
+        # `fastdistill methods` shows parts of them
+        build_data['force_include'][str(Path(self.root)/'docs'/'methods')] = 'fastdistill/cards'
         self.folder = Path(tempfile.mkdtemp())
         source = Path(self.root)/PACKAGE
         docments = load(source/'docments.py')

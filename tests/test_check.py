@@ -532,4 +532,4 @@ def test_pytorchs_own_data_loaders_will_do():
 def test_findings_print_as_what_and_what_to_do():
     student,_ = toy()
     f = student.check_teacher(student.model)
-    assert isinstance(f, Findings) and repr(f).startswith('error: Student and teacher share 6 parameters')
+    assert isinstance(f, Findings) and str(f[0]).startswith('error: Student and teacher share 6 parameters')

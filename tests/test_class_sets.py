@@ -186,6 +186,15 @@ def test_one_member_is_drawn_for_each_batch_by_its_weight():
             torch.testing.assert_close(out, nets[calls[-1]](X).detach())
     assert len(calls) == 400 and np.abs(np.bincount(calls)/400 - [.25, .5, .25]).max() < .08
 
+def test_the_same_seed_draws_the_same_members():
+    def drawn(seed):
+        calls = []
+        t = Teacher([lambda x, i=i: (calls.append(i), x[:, :5])[1] for i in range(3)], combine='sample')
+        torch.manual_seed(seed)
+        with t: [t(X) for _ in range(20)]
+        return calls
+    assert drawn(1) == drawn(1) != drawn(2) and len(drawn(1)) == 20
+
 def test_the_mean_gradient_is_that_of_the_mean_probabilities():
     p,q = [torch.randn(1, 5, generator=g) for _ in range(2)]
     s = torch.randn(1, 5, generator=g).requires_grad_()

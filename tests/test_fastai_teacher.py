@@ -268,6 +268,6 @@ def test_a_batch_that_is_a_dict_trains_like_the_tensor_in_it(make, capsys):
         found = learn.check_teacher(teacher if as_dict else teacher.net, kind='softmax')
         assert not [f for f in found if f.level == 'error']
         learn.distill(teacher if as_dict else nn.Sequential(OrderedDict(net=teacher.net)), 2, 1e-2, recipe, check=False)
-        return student.state_dict(),str(found),capsys.readouterr().out
+        return student.state_dict(),[*map(str, found), *found.facts.lines()],capsys.readouterr().out
     (a,*says),(b,*also) = run(True),run(False)
     assert all(torch.equal(v, b[k]) for k,v in a.items()) and says == also and 'net.2' in says[1]

@@ -30,6 +30,7 @@ LAW = dict(
     distiller=('outputs ranks task class_sets batch gradients ratios features replay teacher terms doctor', 'torch', ''),
     heads=('outputs distiller features', 'torch', ''),
     recipes=('outputs schedule losses terms distiller', 'torch', ''),
+    catalog=('errors docments losses recipes', '', ''),
     automatic=('outputs ranks task losses distiller recipes', 'torch', ''),
     recipe_text=('outputs losses terms recipes', '', ''),
     trainers=('outputs ranks features doctor distiller', '', ''),
@@ -40,14 +41,14 @@ LAW = dict(
     report=('errors plots', '', 'rich jinja2 matplotlib IPython'),
     measure=('outputs task losses teacher doctor report', 'torch numpy', 'scipy'),
     __init__=('docments', 'lazy_loader', ''),
-    fastai=('outputs docments ranks task class_sets batch gradients losses features replay cache teacher terms distiller recipes automatic recipe_text candidates study doctor plots report measure',
+    fastai=('outputs docments ranks task class_sets batch gradients losses features replay cache teacher terms distiller heads recipes automatic recipe_text candidates study doctor plots report measure',
             'torch numpy fastai safetensors', 'pandas rich IPython matplotlib onnx onnxscript onnxruntime'),
     huggingface=('outputs ranks batch features replay teacher doctor distiller automatic trainers', 'torch transformers accelerate', ''),
     lightning=('outputs ranks batch features replay teacher task distiller automatic trainers', 'torch lightning', ''),
     training=('errors outputs replay teacher recipe_text fastai', 'torch torchvision numpy pandas fastai safetensors', 'PIL timm datasets'),
     demo=('outputs plots fastai', 'torch numpy fastai rich PIL', 'matplotlib sklearn'),
     bench=('outputs teacher measure fastai', 'torch numpy fastai rich', 'matplotlib timm torchvision fasterai torchdistill'),
-    cli=('errors ranks cache recipe_text fastai training demo bench plots report __init__', 'typer rich', ''),
+    cli=('errors ranks cache catalog recipe_text fastai training demo bench plots report __init__', 'typer rich', ''),
 )
 # the same inside a folder: a file may import those of its folder that stand before it
 ORDER = dict(
@@ -55,17 +56,17 @@ ORDER = dict(
     features='names calls probe shapes taps projectors stages pairs',
     replay='generators seeds per_sample',
     teacher='images probabilities estimator forms draws hidden guest slices folding compiled speed running ensemble teacher',
-    doctor='findings shared tally classes shapes runs images recipe scores outputs explain',
-    report='data recipes words sheets text page runs report',
+    doctor='findings shared tally classes shapes runs images recipe scores words outputs explain',
+    report='data recipes words sheets text page checks runs report',
     plots='style features report',
     measure='scores agreement pairs seeds cost models',
-    cache='keys digests folder files entries records manifest reader source writer progress dataset outside server verify',
-    fastai='task stream block vocab targets tables teachers batches compare interpret export card check transforms replay_dl sample_keys cache_data cache_feed columns finite trend unlabelled projector_opt arguments choice callback patches learner clock trials find turns shared separate progress many recipe_runs',
+    cache='keys digests folder files entries records manifest reader source writer progress dataset outside server verify pack',
+    fastai='task stream block vocab targets tables teachers batches compare interpret export card choice costs check transforms replay_dl sample_keys cache_data cache_feed columns finite trend unlabelled projector_opt arguments callback heads patches learner clock trials find turns shared separate progress many recipe_runs',
     huggingface='students models trainer',
     demo='tasks results picture',
     training='config files checks loaders archs teachers stages run',
     bench='pairs ways',
-    cli='objects bench cache demo find compare train app',
+    cli='objects bench cache demo find check compare methods train app',
 )
 
 

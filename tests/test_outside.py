@@ -50,6 +50,34 @@ def files(tmp_path):
                 named=dict(outputs=[dict(key=k, logprobs={str(i): x for i,x in enumerate(v)}) for k,v in zip(NAMES, lp)], n=C),
                 ids=dict(outputs=[dict(image=k, ids=i, lp=[v[j] for j in i]) for k,v,i in zip(NAMES, lp, shuffled)], n=C, value='lp', keys='image'))
 
+def arrow(folder, parts):
+    "A folder as `Dataset.save_to_disk` of Hugging Face writes it: files of Arrow's stream format"
+    import pyarrow as pa
+    folder.mkdir()
+    (folder/'state.json').write_text('{}')
+    for i,(names,lp) in enumerate(parts):
+        table = pa.table(dict(id=names, logprobs=lp.tolist()))
+        with pa.OSFile(str(folder/f'data-{i:05}-of-00002.arrow'), 'wb') as f, pa.ipc.new_stream(f, table.schema) as to: to.write_table(table, max_chunksize=2)
+    return folder
+
+class Rows(list):
+    "What is used of a `datasets.Dataset`"
+    column_names = ['id', 'logprobs']
+
+def test_a_column_of_a_dataset_of_hugging_face(tmp_path):
+    folder = arrow(tmp_path/'hub', [(NAMES[:3], LOGP[:3]), (NAMES[3:], LOGP[3:])])
+    torch.testing.assert_close(outputs(opened(folder, tmp_path/'a')).logits, LOGP)
+    rows = Rows(dict(id=k, logprobs=v) for k,v in zip(NAMES, LOGP.tolist()))
+    torch.testing.assert_close(outputs(opened(rows, tmp_path/'b')).logits, LOGP)
+    with pytest.raises(DistillError, match='teacher, weights'): opened(Rows(rows[:-1] + [dict(rows[-1], logprobs=rows[0]['logprobs'])]), tmp_path/'b')
+    (tmp_path/'both'/'train').mkdir(parents=True)
+    (tmp_path/'both'/'dataset_dict.json').write_text('{}')
+    with pytest.raises(DistillError, match=r'has several splits \(train\): give one'): opened(tmp_path/'both', tmp_path/'c')
+    class Splits(dict): column_names = {}
+    with pytest.raises(DistillError, match=r'several splits \(train\): give one, as in dataset'): opened(Splits(train=rows), tmp_path/'c')
+    class Stream: column_names = ['id']
+    with pytest.raises(DistillError, match='A stream of rows has no length'): opened(Stream(), tmp_path/'c')
+
 @pytest.mark.parametrize('form', ['npy', 'npz', 'parquet', 'array', 'tensor', 'jsonl', 'named', 'ids'])
 def test_all_classes_in_every_form(form, tmp_path):
     out = outputs(opened(path=tmp_path/'cache', bs=3, **files(tmp_path)[form])).logits

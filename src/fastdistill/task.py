@@ -7,8 +7,8 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 from .outputs import DistillError, as_plain, check_axis
 
-__all__ = ['Task', 'facts_of_outputs', 'fit_labels', 'fitting_axes', 'labels_loss', 'register_losses',
-           'register_wrapper', 'task_for', 'shape_of_labels', 'task_of', 'unusable']
+__all__ = ['Task', 'facts_of_outputs', 'fit_labels', 'fitting_axes', 'labels_loss', 'pseudo_labels',
+           'register_losses', 'register_wrapper', 'task_for', 'shape_of_labels', 'task_of', 'unusable']
 
 # kind of outputs -> loss classes for it; a framework registers its own
 CLASSES = dict(softmax=[nn.CrossEntropyLoss], sigmoid=[nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss],
@@ -194,3 +194,13 @@ def unusable(
     # a sum is nan or infinite if one of the summands is; it takes one pass
     total = (v.amax(task.axis) if softmax else v).sum(dtype=torch.float)
     return ~total.isfinite() if softmax else total.isnan() | (total == torch.inf)
+
+
+def pseudo_labels(
+    t:Tensor, # the teacher's logits
+    s:Tensor, # the student's
+    task
+) -> Tensor:
+    "The teacher's prediction as a target of the task's own loss"
+    if task.kind == 'softmax': return t.argmax(task.axis)
+    return (t > 0).to(s.dtype) if task.kind == 'sigmoid' else t.to(s.dtype)

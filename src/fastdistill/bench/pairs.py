@@ -11,6 +11,7 @@ from fastai.text.data import LMDataLoader
 from fastai.text.models import AWD_LSTM, awd_lstm_lm_config, get_language_model
 from fastai.vision.learner import create_body
 from fastai.vision.models.unet import DynamicUnet
+from ..outputs import DistillError
 
 __all__ = ['PAIRS', 'BenchPair']
 
@@ -59,7 +60,8 @@ def unets(size=64):
 
 
 def vits():
-    import timm
+    try: import timm
+    except ImportError as e: raise DistillError("timm is not installed: pip install 'fastdistill[bench]'") from e
     return [timm.create_model(f'vit_{size}_patch16_224', num_classes=100, img_size=96) for size in ('tiny', 'small')]
 
 

@@ -1,6 +1,7 @@
 "Teacher outputs on disk: run the teacher once, train as many students as you like. See docs/cache.md for the format."
 from .dataset import Replayed, cache_dataset
 from .outside import cache_from
+from .pack import pack_cache, unpack_cache
 from .reader import TeacherCache
 from .records import Layout, Wish
 from .server import ask_server
@@ -8,4 +9,4 @@ from .source import Source
 from .writer import Forecast, write_cache
 
 __all__ = ['Forecast', 'Layout', 'Replayed', 'Source', 'TeacherCache', 'Wish', 'ask_server', 'cache_dataset',
-           'cache_from', 'write_cache']
+           'cache_from', 'pack_cache', 'unpack_cache', 'write_cache']

@@ -1,5 +1,5 @@
-"A cache of outputs that another program computed: JSON lines, Parquet, NumPy, or Python objects."
-import json
+"A cache of outputs that another program computed: JSON lines, Parquet, Arrow, NumPy, or Python objects."
+import importlib, json
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 import numpy as np
@@ -22,7 +22,8 @@ KEYS = 'key','id','custom_id','index','path'
 
 
 def cache_from(
-    outputs, # .jsonl, .parquet, .npy or .npz file, a folder of them, an array (N, ...), or a list of dicts
+    outputs, # .jsonl, .parquet, .arrow, .npy or .npz file, a folder of them (such as `Dataset.save_to_disk` of Hugging
+    # Face writes), an array (N, ...), a `datasets.Dataset`, or a list of dicts
     path, # folder or URL of the cache
     n:int|None=None, # number of classes, or of tokens in the vocabulary; None: as many as each row has
     *,
@@ -212,6 +213,7 @@ def class_of(k, row):
 def read_rows(o):
     "(sequence of dicts, (name, fingerprint))"
     if isinstance(o, (str, Path)): return read_path(Path(o))
+    if hasattr(o, 'column_names'): return of_hub(o)
     if isinstance(o, np.ndarray) or torch.is_tensor(o):
         o = np.asarray(o)
         return Arrays(dict(logprobs=o)),('array', fingerprint(o))
@@ -219,8 +221,22 @@ def read_rows(o):
     return rows,('rows', fingerprint(json.dumps(rows, sort_keys=True, default=str)))
 
 
+def of_hub(o):
+    "A `datasets.Dataset` of Hugging Face, in memory or mapped"
+    if isinstance(o, Mapping):
+        raise DistillError(f"These are several splits ({', '.join(map(str, o))}): give one, as in dataset['train'].")
+    if not hasattr(o, '__len__'):
+        raise DistillError("A stream of rows has no length: give a Dataset, or list(dataset).")
+    rows = o.with_format(None) if hasattr(o, 'with_format') else o      # Python's objects, not tensors
+    prints = (fingerprint(json.dumps(rows[i], sort_keys=True, default=str)) for i in range(len(rows)))
+    return rows,('dataset', fingerprint(' '.join(prints)))
+
+
 def read_path(path):
     if not path.exists(): raise DistillError(f"There is no file {str(path)!r}.")
+    if (path/'dataset_dict.json').is_file():
+        splits = sorted(p.name for p in path.iterdir() if p.is_dir())
+        raise DistillError(f"{path} has several splits ({', '.join(splits)}): give one, as {path/splits[0]}.")
     files = sorted(f for f in path.iterdir() if f.suffix in READERS) if path.is_dir() else [path]
     if not files or files[0].suffix not in READERS:
         raise DistillError(f"{path}: possible are files that end in {', '.join(READERS)}, and a folder of them.")
@@ -260,22 +276,44 @@ class Lines:
         raise DistillError(f"{self.path}, line {i+1} is a {type(row).__name__}: each line must be an object.")
 
 
-class Parquet:
-    "A Parquet file, of which one row group is in memory"
-    def __init__(self, path):
-        try: import pyarrow.parquet as pq
-        except ImportError as e:
-            raise ImportError("Parquet files need pyarrow: pip install 'fastdistill[parquet]'") from e
-        self.file = pq.ParquetFile(path)
-        groups = [self.file.metadata.row_group(g).num_rows for g in range(self.file.num_row_groups)]
-        self.ends,self.group,self.rows = np.cumsum(groups),None,[]
+class Groups:
+    "A file of groups of rows, of which one is in memory"
+    def __init__(self, sizes): self.ends,self.group,self.rows = np.cumsum(sizes),None,[]
 
-    def __len__(self): return self.file.metadata.num_rows
+    def __len__(self): return int(self.ends[-1]) if len(self.ends) else 0
 
     def __getitem__(self, i):
         g = int(np.searchsorted(self.ends, i, 'right'))
-        if g != self.group: self.group,self.rows = g,self.file.read_row_group(g).to_pylist()
+        if g == len(self.ends): raise IndexError(i)
+        if g != self.group: self.group,self.rows = g,self.read(g).to_pylist()
         return self.rows[i - (int(self.ends[g-1]) if g else 0)]
+
+
+def pyarrow_module(name):
+    try: return importlib.import_module(f'pyarrow.{name}')
+    except ImportError as e:
+        raise ImportError("Parquet and Arrow files need pyarrow: pip install 'fastdistill[parquet]'") from e
+
+
+class Parquet(Groups):
+    "A Parquet file"
+    def __init__(self, path):
+        self.file = pyarrow_module('parquet').ParquetFile(path)
+        super().__init__([self.file.metadata.row_group(g).num_rows for g in range(self.file.num_row_groups)])
+
+    def read(self, g): return self.file.read_row_group(g)
+
+
+class Arrow(Groups):
+    "A file of Arrow, as `Dataset.save_to_disk` of Hugging Face writes it, mapped into memory"
+    def __init__(self, path):
+        pa,ipc = pyarrow_module('lib'),pyarrow_module('ipc')
+        file = pa.memory_map(str(path))
+        try: self.batches = ipc.open_stream(file).read_all().to_batches()
+        except pa.ArrowInvalid: self.batches = ipc.open_file(path).read_all().to_batches()       # with an index
+        super().__init__([b.num_rows for b in self.batches])
+
+    def read(self, g): return self.batches[g]
 
 
 class Arrays:
@@ -290,4 +328,4 @@ def arrays_of(path):
     return Arrays(dict(logprobs=o) if path.suffix == '.npy' else dict(o))
 
 
-READERS = {'.jsonl': Lines, '.parquet': Parquet, '.npy': arrays_of, '.npz': arrays_of}
+READERS = {'.jsonl': Lines, '.parquet': Parquet, '.arrow': Arrow, '.npy': arrays_of, '.npz': arrays_of}

@@ -8,9 +8,11 @@ from .. import __version__
 from ..errors import DistillError, DistillWarning
 from .bench import bench
 from .cache import cache_app
+from .check import check_command
 from .compare import compare_command, export_command, report_command
 from .demo import demo
 from .find import find
+from .methods import methods_command
 from .train import train_command
 
 __all__ = ['app', 'main']
@@ -22,6 +24,8 @@ app.command('train')(train_command)
 app.command()(demo)
 app.command()(bench)
 app.command()(find)
+app.command('check')(check_command)
+app.command('methods')(methods_command)
 app.command('compare')(compare_command)
 app.command('report')(report_command)
 app.command('export')(export_command)

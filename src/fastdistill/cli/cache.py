@@ -1,4 +1,5 @@
-"`fastdistill cache`: write a teacher's outputs, inspect them, verify them."
+"`fastdistill cache`: write a teacher's outputs, inspect them, verify them, give them away."
+from pathlib import Path
 from typing import Annotated
 import typer
 from rich.console import Console
@@ -79,34 +80,47 @@ def info(
     "Show the content of a cache and its teacher."
     from ..cache.folder import open_folder
     from ..cache.manifest import Manifest
+    from ..cache.pack import cache_facts
     from ..cache.reader import TeacherCache
     where = open_folder(path)
     if where.size('manifest.json') is None: raise DistillError(f"There is no cache at {path} (no manifest.json).")
     m = Manifest.read(where)
     table = Table(show_header=False, box=None, title=f'Teacher outputs in {path}', title_justify='left')
-    for k,v in facts(where, m): table.add_row(k, v)
+    for k,v in cache_facts(where, m): table.add_row(k, v)
     Console().print(table)
     if check: TeacherCache(path).check()
     if check: typer.echo('Every file is as its checksum says.')
 
 
-def facts(where, m):
-    "(name, text) of each fact about a cache"
-    from ..cache.writer import finished
-    yield 'samples',f'{m.count:,}'
-    yield 'views',f'{m.views} of each, augmented' if m.views else 'the clean one of each'
-    yield 'a row',f'{m.layout.bytes} bytes: ' + ', '.join(f'{f.name} {f.dtype} {"x".join(map(str, f.shape)) or 1}'
-                                                          for f in m.layout.fields)
-    if m.layout.n: yield 'classes stored',f'{m.layout.fields[0].shape[-1]} of {m.layout.n}, tail {m.layout.tail!r}'
-    shards = list(m.all_shards())
-    done = len(shards) if m.complete else sum(finished(where, s) for s in shards)
-    resume = '' if m.complete else ' in all: `fastdistill cache write` resumes'
-    yield 'files',f'{done} of {len(shards)} written, {m.bytes/1e6:.1f} MB{resume}'
-    yield 'teacher',', '.join(f'{k} {v}' for k,v in m.teacher.items())
-    if m.vocab: yield 'classes',', '.join(m.vocab[:10]) + (f' ... ({len(m.vocab)})' if len(m.vocab) > 10 else '')
-    for k,v in m.transforms.items(): yield k,v
-    yield 'written with',', '.join(f'{k} {v}' for k,v in m.versions.items())
-    if where.sub('valid').size('manifest.json') is not None: yield 'validation set','is there too'
+@cache_app.command('pack')
+def pack_command(
+    path:Annotated[str, PATH],
+    out:Annotated[Path, typer.Argument(help="'targets.zip' (one file, not compressed), or a new folder.")],
+    title:Annotated[str|None, typer.Option(help="Of the card; default: by the teacher's name.")]=None,
+    data:Annotated[str|None, typer.Option(help='What the samples are, and where to get them.')]=None,
+    note:Annotated[str, typer.Option(help='More text for the card.')]='',
+    license:Annotated[str|None, typer.Option(help="Of the stored outputs, such as 'cc-by-4.0'.")]=None,
+    teacher_license:Annotated[str|None, typer.Option(help='Of the teacher.')]=None,
+    data_license:Annotated[str|None, typer.Option(help='Of the data.')]=None,
+    force:Annotated[bool, typer.Option('--force', help='Overwrite a file of this name.')]=False
+):
+    """Copy a cache with a card (README.md) for those who get it. All files are compared with their checksums first.
+
+    Example: fastdistill cache pack targets targets.zip --license cc-by-4.0"""
+    from ..cache.pack import pack_cache
+    out = pack_cache(path, out, title=title, data=data, note=note, license=license, teacher_license=teacher_license,
+                     data_license=data_license, force=force)
+    typer.echo(f'Written: {out}')
+
+
+@cache_app.command('unpack')
+def unpack_command(
+    packed:Annotated[Path, typer.Argument(help='File that `fastdistill cache pack` wrote.')],
+    path:Annotated[Path, typer.Argument(help='Folder of the cache, new or empty.')]
+):
+    "Write the files of a packed cache into a folder, and compare them with their checksums."
+    from ..cache.pack import unpack_cache
+    typer.echo(str(unpack_cache(packed, path)))
 
 
 class WriterBar:

@@ -49,7 +49,8 @@ def reordered_classes(
     words = moves_in_words(order, moved, names)
     yield after,Finding('error', f"The teacher has the classes in another order: {words}{guess}. In the student's "
                         f"order its accuracy is {before:.3f}, in this one {after:.3f}",
-                        f"Put its classes in the student's order: Teacher(model, select={select})")
+                        f"Put its classes in the student's order: Teacher(model, select={select})",
+                        about='order of classes')
 
 
 def best_order(table:Tensor):

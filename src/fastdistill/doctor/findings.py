@@ -1,6 +1,6 @@
 "The doctor's report: findings, and the facts that it measured."
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ..outputs import DistillError, DistillWarning
 from ..ranks import rank
 
@@ -13,10 +13,12 @@ def few_names(names, n): return ', '.join(map(str, names[:n])) + (' ...' if len(
 @dataclass
 class Finding:
     "One thing that was found, and what to do about it"
-    level:str # 'error': training would be wrong; 'warning': it would probably be wrong; 'note': worth knowing
+    level:str # 'error': training would be wrong; 'warning': it would probably be wrong; 'note': worth knowing; 'ok': in
+    # order; '': a measurement
     what:str
     do:str
     doubt:bool=False # does it speak against learning much from this teacher?
+    about:str='' # what was checked, in a word or two
 
     def __str__(self): return f"{self.level}: {self.what}. {self.do}"
 
@@ -32,12 +34,21 @@ class Facts:
     top_prob_train:float|None=None # the teacher's mean top probability on training batches, augmented
     top_prob_valid:float|None=None # the same on validation batches
 
+    @property
+    def scores(self):
+        "The scores as text; empty if there are none"
+        scores = dict(teacher=self.teacher_score, student=self.student_score, constant=self.constant_score)
+        return f"{self.metric} on {self.n} validation items: {numbers_in_words(scores)}" if self.n else ''
+
+    @property
+    def probabilities(self):
+        "The mean top probabilities as text; empty if there are none"
+        words = numbers_in_words(dict(training=self.top_prob_train, validation=self.top_prob_valid))
+        return f"teacher's mean top probability: {words}" if words else ''
+
     def lines(self):
         "A line of text about the scores, and one about the probabilities"
-        scores = dict(teacher=self.teacher_score, student=self.student_score, constant=self.constant_score)
-        probs = dict(training=self.top_prob_train, validation=self.top_prob_valid)
-        if self.n: yield f"{self.metric} on {self.n} validation items: {numbers_in_words(scores)}"
-        if words := numbers_in_words(probs): yield f"teacher's mean top probability: {words}"
+        yield from filter(None, (self.scores, self.probabilities))
 
 
 def numbers_in_words(values):
@@ -46,13 +57,40 @@ def numbers_in_words(values):
 
 
 class Findings(list):
-    "The doctor's findings: a list, empty if nothing is wrong. `facts` are its measurements"
+    """The doctor's findings: a list, empty if nothing is wrong. `facts` are its measurements, `in_order` are the checks
+    that found nothing"""
     facts:Facts|None = None # None: an error was found before anything could be measured
+    passed:tuple = () # of what was checked and looked right, see `in_order`
     none = 'Nothing found: the teacher fits.' # the text of an empty list
 
     def __repr__(self):
         facts = [] if self.facts is None else self.facts.lines()
         return '\n'.join([*facts, *(map(str, self) if self else [self.none])])
+
+    def add(
+        self, about:str, # what was checked
+        found=(), # what the check found
+        fine:str='' # what is in order if it found nothing; empty: there was nothing to check
+    ) -> list:
+        "Add the findings of a check, which are returned too"
+        new = [f if f.about else replace(f, about=about) for f in found]
+        self += new
+        if fine and not new: self.passed = *self.passed,Finding('ok', fine, '', about=about)
+        return new
+
+    def join(
+        self, others # `Findings` of later checks
+    ):
+        "Add all that another check found and measured"
+        self += others
+        self.passed,self.facts = (*self.passed, *others.passed),others.facts
+        return self
+
+    @property
+    def in_order(self):
+        "The checks that found nothing, each as a `Finding` of level 'ok'"
+        subjects = {f.about for f in self}
+        return [f for f in self.passed if f.about not in subjects]
 
     @property
     def errors(self): return [f for f in self if f.level == 'error']

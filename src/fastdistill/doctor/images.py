@@ -36,7 +36,7 @@ def renormalized_images(
         'warning', "The teacher seems to have been trained on images in another normalization: "
         f"{METRICS[task.kind]} {a:.3f} with the images that it gets, {b:.3f} with {best} "
         f"(on {len(now)} validation items)",
-        f"Pass the normalization of its training: Teacher(model, stats={USUAL[best][1]})")
+        f"Pass the normalization of its training: Teacher(model, stats={USUAL[best][1]})", about='normalization')
 
 
 def images_in(x): return [o for o in x if isinstance(o, Tensor) and is_image(o)]

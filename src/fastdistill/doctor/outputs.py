@@ -3,7 +3,6 @@ from dataclasses import replace
 from itertools import chain
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from ..outputs import map_tensors, tensors_in
 from ..class_sets import taught_part
 from ..task import fit_labels
@@ -13,6 +12,8 @@ from .runs import guarded_random_state, student_logits, teacher_logits
 from .scores import low_score, saturated
 from .shapes import UnknownId, broadcasts, checked_ids, mismatches, outputs_differ, unknown_id, unscored
 from .tally import Tally
+from .words import (norms_in_words, norms_of, order_in_words, outputs_in_words, recipe_in_words, shapes_in_words,
+                    steady_in_words, unknown_normalization)
 
 __all__ = ['BATCHES', 'check_batch', 'check_outputs', 'single_teachers']
 
@@ -38,23 +39,41 @@ def check_outputs(
             first,y = t is None,yb[0] if len(yb) and isinstance(yb[0], Tensor) else None
             try:
                 with checked_ids(teacher): t = teacher_logits(teacher, xb)
-            except UnknownId as e: return Findings([unknown_id(e)])
+            except UnknownId as e: return refused('inputs', [unknown_id(e)])
             s = student_logits(student, xb, output) if student is not None and (first or not training) else None
             s,y = taught_part(s, y, teacher.known_classes, task)
-            if mistakes := Findings(mismatches(None if s is None else s.shape, t.shape, y, task)): return mistakes
-            if first: found += [*unscored(t.shape, y, task), *unsteady(teacher, xb, t)]
+            if mistakes := refused('shapes', mismatches(None if s is None else s.shape, t.shape, y, task)):
+                return mistakes
+            if first:
+                shapes = shapes_in_words(None if s is None else s.shape, t.shape, y)
+                found.add('shapes', unscored(t.shape, y, task), shapes)
+                found.add('steadiness', unsteady(teacher, xb, t), steady_in_words(teacher))
             if training: tally.add_probabilities(t.float(), 'train')
             else: tally.add(t, None if y is None else fit_labels(y, t.shape, task), s)
             if not training and len(kept) < KEPT: kept.append((xb, yb))
         if t is None: return found
-        found += check_recipe(recipe, student, teacher, xb, t.shape[task.axis] if task.kind == 'softmax' else None)
-        found += [*(new := list(untrained(teacher))), *probabilities(tally, task)]
+        n_classes = t.shape[task.axis] if task.kind == 'softmax' else None
+        found.add('recipe', check_recipe(recipe, student, teacher, xb, n_classes), recipe_in_words(recipe))
+        new = found.add('statistics', untrained(teacher), norms_in_words(teacher))
+        found.add('outputs', probabilities(tally, task), outputs_in_words(tally))
         if not found.errors:
             low = low_score(tally, teacher, task, student, kept, names, trained=not new)
-            found += [replace(f, doubt=True) for f in low]
-    found.facts = tally.facts()
-    if all(f.level == 'note' for f in found): found += saturated(found.facts, task)
+            low = found.add('score', [replace(f, doubt=True) for f in low])
+            if not low and not new:
+                found.add('order of classes', (), order_in_words(tally))
+                found.add('normalization', (), unknown_normalization(teacher, kept))
+    found.facts = facts = tally.facts()
+    if not any(f.doubt for f in found): found.add('score', (), facts.scores)
+    certain = saturated(facts, task) if all(f.level == 'note' for f in found) else ()
+    found.add('certainty', certain, facts.probabilities)
     return found
+
+
+def refused(about, found):
+    "Findings that end the check"
+    out = Findings()
+    out.add(about, found)
+    return out
 
 
 def check_batch(
@@ -99,7 +118,7 @@ def unsteady(teacher, xb, t):
 
 
 def untrained(teacher):
-    norms = [m for mod in teacher.modules for m in mod.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = norms_of(teacher)
     if norms and all((m.running_mean == 0).all() and (m.running_var == 1).all() for m in norms):
         yield Finding('warning', "The teacher's batch-norm statistics are those of a new model: it seems to be "
                       "untrained",

@@ -9,7 +9,7 @@ from ..report import Report
 from ..report.recipes import RecipeReport
 from ..teacher import Teacher
 from ..terms import Recipe, Term
-from . import find as _find, learner as _learner, patches as _patches
+from . import find as _find, heads as _heads, learner as _learner, patches as _patches
 from .block import TeacherBlock
 from .cache_data import cache_teacher, verify_cache
 from .callback import KnowledgeDistillation

@@ -62,7 +62,7 @@ def cache_teacher(
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **asked)
     # numbers in float32 shall be those of the model itself
     if dtype == 'float32' and 'precision' not in teacher.given: teacher = Teacher(teacher, precision='fp32')
-    if check: check_teacher(dls, teacher, task).enforce()
+    if check: check_teacher(dls, teacher, task, n_epoch=None).enforce()
     wish = Wish(dtype, topk, tail, task.axis, size)
     given = dict(seed=seed, force=force, forecast=forecast)
     names = None if task.kind == 'regression' else classes_of(teacher, dls)

@@ -1,5 +1,7 @@
 "The callback: distillation inside a fit, and nothing of it outside."
 import copy
+from collections.abc import Mapping
+from functools import wraps
 from weakref import WeakKeyDictionary
 from fastai.basics import Callback, L, noop, one_param
 from fastai.callback.mixup import MixHandler
@@ -9,6 +11,7 @@ from ..features.taps import Taps
 from ..gradients import shares_in_words
 from ..outputs import DistillError, as_plain, check_axis, check_output
 from ..ranks import broadcast, on_first, rank
+from ..task import pseudo_labels
 from ..terms import one_temperature
 from .arguments import check_options, feed_of, make_recipe
 from .check import find_mistakes
@@ -35,12 +38,13 @@ class KnowledgeDistillation(Callback):
     "Train the learner on what `teacher` predicts: `learn.fit_one_cycle(3, 1e-3, cbs=KnowledgeDistillation(teacher))`"
     # after the student's loss and its regularizers; before GradientAccumulation (6) and MixedPrecision (10) scale it
     order,remove_on_fetch,_only_train_loop = 5,False,True
+    of_heads = None # the class for several heads, which `heads` sets
 
     def __init__(
         self,
         teacher=None, # Learner, exported .pkl, module, TorchScript, torch.export or ONNX file, callable, estimator with
         # `predict_proba` or `predict`, `Teacher`; a list of these (an ensemble); a `TeacherCache`, or its folder. None:
-        # the batches hold the teacher's outputs (see `TeacherBlock`)
+        # the batches hold the teacher's outputs (see `TeacherBlock`). A dict: a teacher for each head (docs/classes.md)
         recipe=None, # `kd()`, `kd() + recipes.at()`, a `Term`; None or 'auto': `auto` chooses, or
         # kd(T, alpha) if one of them is given
         *,
@@ -65,8 +69,7 @@ class KnowledgeDistillation(Callback):
         check_options(teacher, kind=kind, span=span)
         check_output(output)
         check_axis(axis)
-        self.source,self.asked_kind,self.asked_axis = teacher,kind,axis
-        self.span,self.check = span,check
+        self.source,self.asked_kind,self.asked_axis,self.span,self.check = teacher,kind,axis,span,check
         self.recipe,self.output = make_recipe(recipe, one_temperature(T, temperature), alpha, loss),output
         self.chooses = self.recipe is None
         self.feed,self.in_fit,self.part_metrics,self.parts = feed_of(teacher),False,L(),{}
@@ -78,6 +81,10 @@ class KnowledgeDistillation(Callback):
         if self.unlabelled and self.feed is not None:
             raise DistillError("unlabelled= and perturbed= need a teacher that runs: there are no stored outputs for "
                                "these inputs. Pass the teacher itself.")
+
+    @wraps(__init__)
+    def __new__(cls, teacher=None, *args, **kwargs):
+        return super().__new__(cls.of_heads if isinstance(teacher, Mapping) else cls)
 
     # around a fit
 
@@ -391,8 +398,3 @@ def origin(loss):
     while fn is not None and fn.name() in ('AliasBackward0', 'CloneBackward0'): fn = fn.next_functions[0][0]
     return fn
 
-
-def pseudo_labels(t, s, task):
-    "The teacher's prediction as a target of the task's own loss"
-    if task.kind == 'softmax': return t.argmax(task.axis)
-    return (t > 0).to(s.dtype) if task.kind == 'sigmoid' else t.to(s.dtype)

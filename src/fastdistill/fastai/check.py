@@ -1,15 +1,20 @@
 "Check a teacher and a Learner before training, for mistakes that training would not show."
 from contextlib import closing
 from types import SimpleNamespace
+from fastai.data.transforms import Normalize
 from ..doctor.classes import map_classes
 from ..doctor.findings import Finding, Findings, few_names
 from ..doctor.outputs import BATCHES, check_outputs, single_teachers
-from ..doctor.shared import shared_parameters
+from ..doctor.shared import none_shared, shared_parameters
 from ..outputs import DistillError
+from ..report.checks import checks_as_text, html_of_checks, print_checks
+from ..report.text import show
 from .batches import PreparationError, prepared_batches
+from .choice import choose_recipe, example_of
+from .costs import training_costs
 from .task import task_of
 from ..teacher.hidden import has_reset, why_no_reset
-from .teachers import class_names, teacher_of
+from .teachers import class_names, image_stats, teacher_of
 from .vocab import CODES, describe_difference, vocab_of
 
 __all__ = ['check_teacher', 'find_mistakes']
@@ -18,19 +23,74 @@ KIND_IN_WORDS = dict(softmax='one class of several (softmax)', sigmoid='each lab
                      regression='numbers (regression)')
 
 
+class TeacherCheck(Findings):
+    """What was found about a teacher: a list of findings, empty if nothing is wrong, that shows itself as a table in a
+    terminal and in a notebook. `in_order` are the checks that found nothing, `facts` and `costs` what was measured"""
+    costs,cost_lines,title = None,(),''
+
+    def rows(self) -> list:
+        "The table: a `Finding` for each line, mistakes first, then what is in order, then the costs"
+        levels = ('error', 'warning', 'note')
+        fine = {f.about: f for f in self.in_order}
+        first = [fine.pop(k, Finding('', text, '', about=k)) for k,text in self.measured.items()]
+        cost = [Finding('', text, '', about=k) for k,text in self.cost_lines]
+        return [*sorted(self, key=lambda f: levels.index(f.level)), *first, *fine.values(), *cost]
+
+    @property
+    def measured(self):
+        "The facts as text, in order or not"
+        f = self.facts
+        return {} if f is None else {k: v for k,v in dict(score=f.scores, certainty=f.probabilities).items() if v}
+
+    @property
+    def verdict(self):
+        "The last line of the table"
+        if not self: return self.none
+        n = {k: sum(f.level == k for f in self) for k in ('error', 'warning', 'note')}
+        return ', '.join(f"{v} {k}{'s' if v > 1 else ''}" for k,v in n.items() if v) + (
+            '. Training would stop before it begins; check=False trains anyway' if n['error'] else '')
+
+    def show(
+        self,
+        console=None # rich's; None: standard output
+    ):
+        "The table: in a notebook as HTML, else in the terminal"
+        show(self, print_checks, console)
+
+    def __repr__(self): return checks_as_text(self)
+
+    def _repr_html_(self): return html_of_checks(self)
+
+
 def check_teacher(
     learn, # the student's Learner, or its DataLoaders alone
     teacher, # what `KnowledgeDistillation` takes
     task=None, # what the student predicts; None: read from its loss function
     recipe=None, # recipe or term of the training; None: unknown
     n:int=BATCHES, # number of validation batches to read, and a quarter as many training batches
-    output=None # which of the student's outputs is distilled, as in `Distiller`
-) -> Findings:
-    "Compare the inputs that the teacher expects with those that it will get, and score it on a few batches"
+    output=None, # which of the student's outputs is distilled, as in `Distiller`
+    n_epoch:int|None=10 # of the training whose costs are estimated; None: they are not
+) -> TeacherCheck:
+    """Compare the inputs that the teacher expects with those that it will get, score it on a few batches, and measure
+    what it costs"""
     if not hasattr(learn, 'dls'):
         learn = SimpleNamespace(dls=learn, model=None, loss_func=getattr(learn, 'loss_func', None))
     task = task or task_of(learn.loss_func)
-    return find_mistakes(learn, teacher_of(teacher, learn, task), task, recipe, n, output)
+    teacher = teacher_of(teacher, learn, task)
+    out = TeacherCheck().join(find_mistakes(learn, teacher, task, recipe, n, output))
+    out.title = f'{teacher.name} as a teacher' + ('' if learn.model is None else f' of {type(learn.model).__name__}')
+    if n_epoch is not None and learn.model is not None and not out.errors:
+        recipe = recipe or choose_recipe(example_of(learn, output), task, teacher, out)
+        out.costs,out.cost_lines = costs_of_check(learn, teacher, task, recipe, output, n_epoch)
+    return out
+
+
+def costs_of_check(learn, teacher, task, recipe, output, n_epoch):
+    "(costs, their lines); a line with the reason where they could not be measured"
+    # subtle: any error at all, since the student, its loss and its recipe may be the user's own. A fit shows it in full
+    try: costs = training_costs(learn, teacher, task, recipe, output)
+    except Exception as e: return None,[('step', f'could not be measured: {type(e).__name__}: {e}')]
+    return costs,[] if costs is None else [*costs.lines(n_epoch)]
 
 
 def find_mistakes(
@@ -39,23 +99,27 @@ def find_mistakes(
     task, # what the student predicts
     recipe=None, # as in `check_teacher`
     n:int=BATCHES, # as in `check_teacher`
-    output=None # as in `check_teacher`
+    output=None, # as in `check_teacher`
+    head=None # one of several heads of the student, with its own labels; None: there is one
 ) -> Findings:
     "The findings about a teacher that is built already"
-    found = Findings(shared_parameters(learn.model, teacher))
-    for f in (resets, kinds, labels, codings, normalization): found += f(learn, teacher, task)
+    found = Findings()
+    found.add('parameters', shared_parameters(learn.model, teacher), none_shared(learn.model, teacher))
+    own = learn if head is None else head.of(learn)
+    for about,(look,in_words) in CHECKS.items():
+        found.add(about, look(own, teacher, task), in_words(own, teacher, task))
     if found.errors: return found
     valid,train = prepared_batches(learn, n, max(1, n//4))
+    if head is not None: valid,train = head.batches(valid),head.batches(train)
     try:
         with closing(valid), closing(train):
             seen = check_outputs(teacher, task, valid, learn.model, train=train, recipe=recipe,
-                                 names=vocab_of(learn.dls), output=output)
+                                 names=vocab_of(own.dls), output=output)
     except PreparationError as e:
-        found.append(Finding('note', f"The teacher was not run, since this callback does not run outside of a fit: {e}",
-                             "The teacher's score is unknown; teacher.validate() shows it"))
-    else:
-        found += seen
-        found.facts = seen.facts
+        note = Finding('note', f"The teacher was not run, since this callback does not run outside of a fit: {e}",
+                       "The teacher's score is unknown; teacher.validate() shows it")
+        found.add('score', [note])
+    else: found.join(seen)
     return found
 
 
@@ -69,6 +133,9 @@ def resets(learn, teacher, task):
                       "Give the method another name")
 
 
+def resets_in_words(learn, teacher, task): return 'it changes no weights' if has_reset(learn.model) else ''
+
+
 def kinds(learn, teacher, task):
     "Student and teacher predict the same kind of thing"
     own = known_kind(learn.loss_func)
@@ -80,6 +147,10 @@ def kinds(learn, teacher, task):
             yield Finding('error', f"The teacher was trained to predict {KIND_IN_WORDS[theirs]}, the student predicts "
                           f"{KIND_IN_WORDS[task.kind]}",
                           "Use a teacher of the student's task, or give both the same kind of loss function")
+
+
+def kinds_in_words(learn, teacher, task):
+    return f'both predict {KIND_IN_WORDS[task.kind]}' if with_learners(teacher) else ''
 
 
 def known_kind(loss_func):
@@ -105,6 +176,12 @@ def labels(learn, teacher, task):
                           "Its outputs are mapped by name")
 
 
+def labels_in_words(learn, teacher, task):
+    mine,each = vocab_of(learn.dls),[class_names(o, learn.dls) for o in single_teachers(teacher)]
+    if mine is None or task.kind == 'regression' or any(names != mine for names in each): return ''
+    return f'{len(mine)} classes, with the same names in the same order'
+
+
 def of_shared(found, student, teacher):
     "How to distill the classes that both models have"
     if len(found.shared) < 2: return ''
@@ -125,6 +202,13 @@ def codings(learn, teacher, task):
                           f"Make the student's DataLoaders with the teacher's coding: {CODING_FIXES[name]}")
 
 
+def codings_in_words(learn, teacher, task):
+    "What both models code, with the number of codes"
+    found = {k: read(learn.dls) for k,read in CODES.items()} if with_learners(teacher) else {}
+    same = [f'{len(v)} {k}' for k,v in found.items() if v is not None]
+    return f"{', '.join(same)}, the same for both" if same else ''
+
+
 SAME_TABLE = "the teacher's own dls, or teacher.dls.train_ds.new(df) for another table"
 CODING_FIXES = {'tokens': "TextDataLoaders(..., text_vocab=...) or TextBlock(vocab=...) with its token vocab",
                 'categories': SAME_TABLE, 'columns of numbers': SAME_TABLE}
@@ -134,3 +218,17 @@ def normalization(learn, teacher, task):
     if teacher.adapts:
         yield Finding('note', f"The teacher was trained with another normalization ({teacher.adapts})",
                       "Its images are normalized accordingly")
+
+
+def normalization_in_words(learn, teacher, task):
+    "The images' mean and standard deviation, where both models have the same"
+    tfms = getattr(getattr(learn.dls, 'after_batch', None), 'fs', ())
+    if not any(isinstance(t, Normalize) for t in tfms): return ''
+    if any(o.stats is None for o in single_teachers(teacher)): return ''
+    mean,std = (' '.join(f'{v:.4g}' for v in o.flatten().tolist()) for o in image_stats(learn.dls))
+    return f'mean {mean}, std {std}, for both'
+
+
+# what is checked -> (its findings, what is in order where it found nothing)
+CHECKS = {'reset()': (resets, resets_in_words), 'task': (kinds, kinds_in_words), 'classes': (labels, labels_in_words),
+          'codes': (codings, codings_in_words), 'normalization': (normalization, normalization_in_words)}

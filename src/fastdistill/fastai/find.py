@@ -107,7 +107,8 @@ def facts_of_task(learn, teacher, task, output, live, check, show):
     stored = feed is not None
     if stored and live:
         raise DistillError("live=True needs a teacher that runs, not stored outputs: pass the teacher itself.")
-    mistakes = check_teacher(learn, teacher, task, output=output).enforce(show) if check and not stored else None
+    look = lambda: check_teacher(learn, teacher, task, output=output, n_epoch=None).enforce(show)
+    mistakes = look() if check and not stored else None
     example = example_of(learn, output)
     facts = facts_for_choice(example, task, feed if stored else teacher_of(teacher, learn, task), mistakes)
     if not facts.pop('labels', True):

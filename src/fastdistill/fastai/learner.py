@@ -61,12 +61,14 @@ def check_teacher(
     kind=None, # 'softmax', 'sigmoid' or 'regression'; None: read from the loss function
     axis=None, # class axis; None: read from the loss function
     recipe=None, # recipe or term of the training, which is checked too
-    n:int=check.BATCHES # number of validation batches to read, and a quarter as many training batches
+    n:int=check.BATCHES, # number of validation batches to read, and a quarter as many training batches
+    n_epoch:int|None=10 # of the training whose costs are estimated; None: they are not
 ):
-    """Mistakes that training with `teacher` would not show: a list of findings, empty if nothing is wrong.
+    """Mistakes that training with `teacher` would not show, and what it would cost: a list of findings, empty if
+    nothing is wrong, shown as a table.
 
-    Its `.facts` are the measurements"""
-    return check.check_teacher(self, teacher, task_of(self.loss_func, kind, axis), recipe, n)
+    Its `.facts` and `.costs` are the measurements, `.in_order` the checks that found nothing"""
+    return check.check_teacher(self, teacher, task_of(self.loss_func, kind, axis), recipe, n, n_epoch=n_epoch)
 
 
 @patch

@@ -1,7 +1,8 @@
 "Teachers for fastai: Learners, exported Learners, and everything that `Teacher` takes."
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from torch import nn
+from torch import Tensor, nn
 from fastai.basics import L, Learner, load_learner
 from fastai.data.transforms import Normalize
 from ..class_sets import class_groups
@@ -32,6 +33,9 @@ def teacher_of(
     if task is not None: kwargs = dict(kind=task.kind, axis=task.axis) | kwargs
     if dls is not None: kwargs.setdefault('input_stats', image_stats(dls))
     if isinstance(obj, (str, Path)) and Path(obj).suffix == '.pkl': obj = exported(Path(obj))
+    if isinstance(obj, Mapping) and not any(isinstance(o, Tensor) for o in obj.values()):
+        raise DistillError("A dict has a teacher for each head of a student, which KnowledgeDistillation and distill "
+                           "take. Give one teacher here.")
     if isinstance(obj, (list, tuple, L)):
         of_members = {k: v for k,v in kwargs.items() if k == 'stats'}
         return Teacher([teacher_of(o, learn, task, **of_members) for o in obj], **kwargs)

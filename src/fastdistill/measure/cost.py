@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..outputs import tensors_in
 from ..report.data import Cost, Latency
 
-__all__ = ['batch_of', 'cost_of', 'latencies']
+__all__ = ['batch_of', 'cost_of', 'latencies', 'wait_for', 'weights_of_teacher']
 
 SECONDS,LEAST_RUNS,MOST_RUNS = .5,20,1000 # of each measurement of time; runs in it
 
@@ -20,15 +20,20 @@ def cost_of(
     x, # tuple: inputs of a large batch
 ) -> Cost:
     "All but the times; None where it can't be counted"
-    own = {id(t): t for m in teacher.modules for t in [*m.parameters(), *m.buffers()]}.values()
     n_params = sum({id(p): p.numel() for m in teacher.modules for p in m.parameters()}.values())
-    weights = sum(t.numel()*t.element_size() for t in own)
+    weights = weights_of_teacher(teacher)
     out = Cost(n_params or None, bytes=file_size(teacher) or weights or None)
     if not teacher.modules: return out
     with FlopCounterMode(display=False) as counter, unfused(): fresh_run(teacher, batch_of(x, 1))
     out.macs = counter.get_total_flops()//2 or None
     out.memory = weights + peak_memory(teacher, x)
     return out
+
+
+def weights_of_teacher(teacher) -> int:
+    "Bytes of the parameters and buffers of a teacher's modules, each once"
+    own = {id(t): t for m in teacher.modules for t in [*m.parameters(), *m.buffers()]}.values()
+    return sum(t.numel()*t.element_size() for t in own)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from .sheets import sheets_of
 from .text import title_of
 from .words import caveat, recovered_text, shown_text, verdicts
 
-__all__ = ['page']
+__all__ = ['page', 'rendered']
 
 MARKS = {'better': 'good', 'worse': 'bad', 'not significant': 'even'}
 DPI = 72 # of an SVG's units
@@ -34,14 +34,19 @@ def page(
     whole:bool=True # False: without head and pictures, for a notebook
 ) -> str:
     "The page as text"
-    from jinja2 import Environment, StrictUndefined
     sheets = sheets_of(r, brief=not whole)
     drawn = {s.name: pictures(r, s.name) if whole else [] for s in sheets}
     drawn[''] = [own_picture(k, f) for k,f in (figures or {}).items()]
-    template = Environment(autoescape=True, undefined=StrictUndefined, finalize=finalize).from_string(
-        (Path(__file__).parent/'page.html').read_text(encoding='utf-8'))
-    return template.render(r=r, title=title_of(r), verdicts=verdicts(r), sheets=sheets, figures=drawn,
-                           caveat=caveat(r), marks=MARKS, whole=whole)
+    return rendered('page.html', r=r, title=title_of(r), verdicts=verdicts(r), sheets=sheets, figures=drawn,
+                    caveat=caveat(r), marks=MARKS, whole=whole)
+
+
+def rendered(name, **values):
+    "A template of this folder, filled in"
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+                      finalize=finalize)
+    return env.get_template(name).render(**values)
 
 
 def words_of_cost(r):

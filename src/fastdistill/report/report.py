@@ -3,7 +3,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from .data import ReportData
 from .page import page
-from .text import markdown, print_report
+from .text import markdown, print_report, show
 
 __all__ = ['Report']
 
@@ -18,12 +18,7 @@ class Report(ReportData):
         console=None # rich's; None: standard output
     ):
         "Verdicts and tables: in a notebook as HTML, else in the terminal"
-        try: from IPython import get_ipython
-        except ImportError: get_ipython = lambda: None
-        if console is None and type(get_ipython()).__name__ == 'ZMQInteractiveShell':
-            from IPython.display import HTML, display
-            display(HTML(self._repr_html_()))
-        else: print_report(self, console)
+        show(self, print_report, console)
 
     def to_markdown(
         self,

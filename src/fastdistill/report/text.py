@@ -4,7 +4,7 @@ from .data import ReportData
 from .sheets import sheets_of
 from .words import caveat, shown_text, verdicts
 
-__all__ = ['markdown', 'print_report', 'print_sheet', 'title_of']
+__all__ = ['escaped', 'markdown', 'print_report', 'print_sheet', 'show', 'title_of']
 
 COLORS_OF_VERDICTS = {'better': 'green', 'worse': 'red', 'not significant': 'yellow'}
 
@@ -19,6 +19,20 @@ def escaped(text):
     "A text for rich, without markup and control characters of its own"
     from rich import markup
     return markup.escape(shown_text(text))
+
+
+def show(
+    o, # has `_repr_html_`
+    print_it, # fn(o, console)
+    console=None # rich's; None: standard output
+):
+    "In a notebook as HTML, else in the terminal"
+    try: from IPython import get_ipython
+    except ImportError: get_ipython = lambda: None
+    if console is None and type(get_ipython()).__name__ == 'ZMQInteractiveShell':
+        from IPython.display import HTML, display
+        display(HTML(o._repr_html_()))
+    else: print_it(o, console)
 
 
 def print_report(

@@ -43,6 +43,11 @@ class Running:
         "The nn.Module that runs: `module`, or a faster copy of it"
         return self.module if self._speed is None else self._speed.module
 
+    @property
+    def copy_bytes(self):
+        "Bytes of the weights that faster copies have for themselves"
+        return (0 if self._speed is None else self._speed.bytes) + sum(m.copy_bytes for m in self.members)
+
     def expect(
         self, batches:int # that will come before `stop`
     ):

@@ -1,0 +1,159 @@
+"A cache to give away: one file, or a folder, with a card; every file is compared with its checksum before and after."
+import os, re, zipfile
+from contextlib import suppress
+from pathlib import Path
+from ..outputs import DistillError
+from .folder import Folder, file_errors, open_folder
+from .manifest import Manifest
+from .reader import TeacherCache
+from .writer import finished
+
+__all__ = ['cache_facts', 'pack_cache', 'unpack_cache']
+
+CARD = 'README.md'
+
+
+def cache_facts(where, m):
+    "(name, text) of each fact about a cache"
+    yield 'samples',f'{m.count:,}'
+    yield 'views',f'{m.views} of each, augmented' if m.views else 'the clean one of each'
+    yield 'a row',f'{m.layout.bytes} bytes: ' + ', '.join(f'{f.name} {f.dtype} {"x".join(map(str, f.shape)) or 1}'
+                                                          for f in m.layout.fields)
+    if m.layout.n: yield 'classes stored',f'{m.layout.fields[0].shape[-1]} of {m.layout.n}, tail {m.layout.tail!r}'
+    shards = list(m.all_shards())
+    done = len(shards) if m.complete else sum(finished(where, s) for s in shards)
+    resume = '' if m.complete else ' in all: `fastdistill cache write` resumes'
+    yield 'files',f'{done} of {len(shards)} written, {m.bytes/1e6:.1f} MB{resume}'
+    yield 'teacher',', '.join(f'{k} {v}' for k,v in m.teacher.items() if v not in (None, [], ''))
+    if m.vocab: yield 'classes',', '.join(m.vocab[:10]) + (f' ... ({len(m.vocab)})' if len(m.vocab) > 10 else '')
+    for k,v in m.transforms.items(): yield k,v
+    yield 'written with',', '.join(f'{k} {v}' for k,v in m.versions.items())
+    if where.sub('valid').size('manifest.json') is not None: yield 'validation set','is there too'
+
+
+def pack_cache(
+    cache, # `TeacherCache`, or its folder or URL
+    path, # 'targets.zip', one file without compression; any other name: a folder, which can be used as it is
+    *,
+    title:str|None=None, # of the card; None: by the teacher's name
+    data:str|None=None, # what the samples are, and where to get them
+    note:str='', # more text for the card
+    license:str|None=None, # of the stored outputs, such as 'cc-by-4.0'
+    teacher_license:str|None=None, data_license:str|None=None, # of what they were made from
+    force:bool=False # overwrite a file of this name
+) -> Path:
+    """Copy a finished cache with a card (README.md) for those who get it.
+
+    All its files are compared with their checksums first"""
+    where = cache.folder if isinstance(cache, TeacherCache) else open_folder(cache)
+    valid = where.sub('valid')
+    parts = {'': where} | ({'valid/': valid} if valid.size('manifest.json') is not None else {})
+    for p in parts.values(): TeacherCache(p).check()
+    licenses = {'license of the outputs': license, 'license of the teacher': teacher_license,
+                'license of the data': data_license}
+    card = card_of(where, title, data, note, licenses, license)
+    files = {at + n: (p, n) for at,p in parts.items() for n in files_of_cache(p)}
+    path = Path(path).expanduser()
+    if path.suffix == '.zip': return write_zip(path, files, card, force)
+    if path.exists() and any(path.iterdir()): raise DistillError(f"{path} is not empty: choose another folder.")
+    to = Folder(path)
+    to.write(CARD, card.encode())
+    for name,(p,n) in manifest_last(files): to.write(name, p.read(n))
+    return path
+
+
+def files_of_cache(where):
+    "Names of the files of a complete cache"
+    m = Manifest.read(where)
+    optional = ['files.bin'] if where.size('files.bin') is not None else []
+    return ['manifest.json', *optional, *(name for name,_ in m.all_files())]
+
+
+def manifest_last(files):
+    "Without its manifest, a folder is no cache: an interrupted copy can't be taken for one"
+    return sorted(files.items(), key=lambda o: (o[0].endswith('manifest.json'), -len(o[0]), o[0]))
+
+
+def write_zip(path, files, card, force):
+    if path.exists() and not force: raise DistillError(f"There is a file {path} already: choose another name, or pass "
+                                                       "force=True.")
+    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    with file_errors(f"Can't write {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with zipfile.ZipFile(tmp, 'w', zipfile.ZIP_STORED) as z:
+                z.writestr(entry(CARD), card)
+                for name,(p,n) in manifest_last(files): z.writestr(entry(name), p.read(n))
+            os.replace(tmp, path)
+        finally:
+            with suppress(OSError): tmp.unlink()
+    return path
+
+
+def entry(name):
+    "A file in the zip, with a fixed date: the same cache makes the same file"
+    return zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+
+
+PACKED = re.compile(r'README\.md|(valid/)?(manifest\.json|keys\.bin|files\.bin|view\d{3,}/\d{6,}\.bin)')
+
+def unpack_cache(
+    path, # file that `pack_cache` wrote
+    to # folder of the cache, new or empty
+) -> TeacherCache:
+    "Write the files of a packed cache into a folder, compare them with their checksums, and open it"
+    where,path = Folder(to),Path(path).expanduser()
+    if where.names(): raise DistillError(f"{where} is not empty: choose another folder.")
+    if not path.is_file(): raise DistillError(f"There is no file {str(path)!r}.")
+    with file_errors(f"{path} can't be read as a packed cache", (OSError, ValueError, zipfile.BadZipFile)):
+        with zipfile.ZipFile(path) as z:
+            sizes = {o.filename: o.file_size for o in z.infolist()}
+            if wrong := [n for n in sizes if not PACKED.fullmatch(n)] or not sizes.get('manifest.json'):
+                what = f'it holds {wrong[0]!r}' if isinstance(wrong, list) else 'it has no manifest.json'
+                raise DistillError(f"{path} is no packed cache: {what}. `fastdistill cache pack` writes one.")
+            if sum(sizes.values()) > where.free():
+                raise DistillError(f"{path} needs {sum(sizes.values())/1e9:.2f} GB, and {where.free()/1e9:.2f} GB are "
+                                   "free.")
+            written = []
+            try:
+                for name,_ in manifest_last(sizes):
+                    where.write(name, z.read(name))
+                    written.append(name)
+                if 'valid/manifest.json' in sizes: TeacherCache(where.sub('valid')).check()
+                return TeacherCache(where).check()
+            except BaseException:
+                for name in reversed(written): where.remove(name)
+                raise
+
+
+def card_of(where, title, data, note, licenses, license):
+    "README.md: what this is, and how to use it, with the header that model hubs read"
+    m = Manifest.read(where)
+    rows = dict(data=data or 'not stated') | {k: v for k,v in cache_facts(where, m) if k != 'files'}
+    rows['size'] = f'{m.bytes/1e6:.1f} MB in {len(list(m.all_shards()))} file(s)'
+    rows |= {k: v or 'not stated' for k,v in licenses.items()}
+    head = ['---', *([f'license: {license}'] if license else []), 'tags:', '- knowledge-distillation', '- fastdistill',
+            '---']
+    cell = lambda v: ' '.join(str(v).split()).replace('|', '\\|')
+    table = ['| | |', '|---|---|', *(f'| {cell(k)} | {cell(v)} |' for k,v in rows.items())]
+    title = title or f"Outputs of {m.teacher.get('name', 'a teacher')}"
+    text = [f'# {cell(title)}', '', *([note, ''] if note else []), INTRO]
+    return '\n'.join([*head, '', *text, '', *table, '', HOW_TO_USE])
+
+
+INTRO = """The outputs of a teacher for each sample of a training set, to train students from them by knowledge
+distillation without running the teacher. The samples themselves are not part of it: you need the same data."""
+
+HOW_TO_USE = """## How to use
+
+```python
+from fastdistill.fastai import *
+
+student.distill('targets', 10, 1e-3)    # a fastai Learner on the same data; 'targets' is this folder
+```
+
+Data, transforms and files are compared before the first batch. In a plain PyTorch loop, use
+`fastdistill.cache.TeacherCache` and `Replayed`. A zip file becomes this folder by
+`fastdistill cache unpack targets.zip targets`, and `fastdistill cache info targets --check` compares every file with
+its checksum.
+"""

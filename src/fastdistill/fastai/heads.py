@@ -1,0 +1,290 @@
+"Several heads in one Learner: each output of the student learns from its own teacher."
+import copy
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+import torch
+from fastai.basics import Callback
+from ..distiller import Distilled, Distiller, Recipe
+from ..features.names import unwrap
+from ..features.pairs import PairTable
+from ..heads import Heads
+from ..outputs import DistillError
+from ..ranks import on_first
+from ..replay.seeds import RandomGuard
+from ..task import Task
+from ..terms import one_temperature
+from .arguments import feed_of, make_recipe
+from .batches import PreparationError, prepared_batches
+from .callback import KnowledgeDistillation
+from .check import find_mistakes
+from .choice import choose_recipe, example_of
+from .teachers import teacher_of
+
+__all__ = ['HeadsDistillation']
+
+
+@dataclass
+class Head:
+    "One output of the student, its labels and its teacher"
+    name:str
+    at:int # its place among the labels, and among the outputs of a tuple
+    n:int # heads
+    source:object # what `KnowledgeDistillation` takes as a teacher
+
+    def __call__(self, raw):
+        "Its output, of what the student returned"
+        if isinstance(raw, Mapping) and self.name in raw: return raw[self.name]
+        if isinstance(raw, (tuple, list)) and len(raw) == self.n: return raw[self.at]
+        have = ', '.join(map(str, raw)) if isinstance(raw, Mapping) else f'{len(raw)} outputs' if isinstance(
+            raw, (tuple, list)) else 'one tensor'
+        raise DistillError(f"There are {self.n} heads, {self.name!r} among them, but the student returns {have}: name "
+                           "the outputs of a dict, or give one teacher for each output of a tuple, in their order. "
+                           "None is a head without a teacher.")
+
+    def labels(self, y):
+        "Its labels, as a tuple"
+        if len(y) != self.n:
+            raise DistillError(f"{len(y)} column(s) of labels for {self.n} heads: the DataLoaders need one for each "
+                               "head, in the same order (a head without a teacher is None).")
+        return tuple(y)[self.at:self.at+1]
+
+    def batches(self, batches):
+        with closing(batches): yield from ((x, self.labels(y)) for x,y in batches)
+
+    def of(self, learn):
+        "The Learner as this head sees it: with the classes of its own labels"
+        return SimpleNamespace(dls=HeadData(learn.dls, self.at), model=learn.model, loss_func=learn.loss_func)
+
+
+class HeadData:
+    "DataLoaders whose `vocab` is that of one column of labels"
+    def __init__(self, dls, at):
+        tls = getattr(dls.train_ds, 'tls', ())
+        i = getattr(dls, 'n_inp', 1) + at
+        self.dls,self.vocab = dls,getattr(tls[i], 'vocab', None) if i < len(tls) else None
+
+    def __getattr__(self, k): return getattr(self.__dict__['dls'], k)
+
+
+class TeacherGroup:
+    "The teachers of all heads, which begin and end together"
+    def __init__(self, distillers): self.distillers = distillers
+
+    def each(self, method, *args):
+        for d in self.distillers: getattr(d.teacher, method)(*args)
+
+    def start(self): self.each('start')
+    def stop(self): self.each('stop')
+    def reset(self): self.each('reset')
+    def expect(self, batches): self.each('expect', batches)
+
+
+class GroupedStates(dict):
+    "Name -> an object with a state"
+    def state_dict(self): return {k: o.state_dict() for k,o in self.items()}
+
+    def load_state_dict(self, state):
+        for k,o in self.items(): o.load_state_dict(state[k])
+
+
+class LearnerHeads(Heads):
+    "`Heads` with what the callback needs of a `Distiller`. It takes the labels' loss of all heads from the Learner"
+    def __init__(self, heads, **distillers):
+        super().__init__(**distillers)
+        self.at,self.gradient_shares,self.known_shares = heads,None,[]
+        self.teacher = TeacherGroup(self.heads.values())
+        self.join()
+
+    def join(self):
+        "The recipe of all heads. How much the labels count must be the same in all of them, since they have one loss"
+        self.recipe = Recipe(*(Recipe(*(renamed(t, f'{k}_{t.name}') for t in d.recipe.terms), task=d.recipe.task)
+                               for k,d in self.heads.items()))
+        for d in self.heads.values(): d.take(Recipe(*d.recipe.terms, task=self.recipe.task))
+
+    @property
+    def ready(self): return all(d.ready for d in self.heads.values())
+
+    def setup(self, *x):
+        for d in self.heads.values(): d.setup(*x)
+
+    @property
+    def pairs(self): return PairTable([p for d in self.heads.values() for p in d.pairs or []])
+
+    @property
+    def layered(self): return [t for t in self.recipe.terms if t.layers is not None]
+
+    @property
+    def links(self): return torch.nn.ModuleDict({k: d.links for k,d in self.heads.items()})
+
+    @links.setter
+    def links(self, new):
+        for k,d in self.heads.items(): d.links = new[k]
+
+    @property
+    def ratios(self): return GroupedStates({k: d.ratios for k,d in self.heads.items()})
+
+    @ratios.setter
+    def ratios(self, new):
+        for k,d in self.heads.items(): d.ratios = new[k]
+
+    @property
+    def measures(self): return all(d.measures for d in self.heads.values())
+
+    @measures.setter
+    def measures(self, on):
+        for d in self.heads.values(): d.measures = on
+
+    def own_parameters(self): return [p for d in self.heads.values() for p in d.own_parameters()]
+
+    def active_terms(self, progress): return {k: d.active_terms(progress) for k,d in self.heads.items()}
+
+    def student_layers(self, terms):
+        return list(dict.fromkeys(n for k,d in self.heads.items() for n in d.student_layers(terms[k])))
+
+    def student_outputs(self, raw, feats, x):
+        return {k: d.student_outputs(raw, feats, x) for k,d in self.heads.items()}
+
+    def teacher_outputs(self, x, progress):
+        out = {k: d.teacher_outputs(x, progress) for k,d in self.heads.items()}
+        return out if any(o is not None for o in out.values()) else None
+
+    def compute(self, student, teacher, task, targets, *, progress, mixed=None):
+        "The loss of a batch, with the labels' own loss of all heads as `task`"
+        each = {}
+        for k,d in self.heads.items():
+            labels = self.at[k].labels
+            m = None if mixed is None else (labels(mixed[0]), mixed[1])
+            each[k] = d.compute(student[k], teacher and teacher[k], task, labels(targets), progress=progress, mixed=m)
+        self._take_shares()
+        named = lambda o: {f'{k}_{n}': v for k,e in each.items() for n,v in getattr(e, o).items() if n != 'task'}
+        taught = [e.taught for e in each.values() if e.taught is not None]
+        weights = next(iter(each.values())).weights
+        return Distilled(task, sum(taught[1:], taught[0]) if taught else None, named('parts'),
+                         {'task': weights['task'], **named('weights')})
+
+    def _take_shares(self):
+        "Of the gradient at each head, as soon as they are measured"
+        new = [d.gradient_shares for d in self.heads.values()]
+        if all(a is b for a,b in zip(new, self.known_shares)) and self.known_shares: return
+        name = lambda k, n: f'{k} labels' if n == 'task' else f'{k}_{n}'
+        self.known_shares,found = new,{name(k, n): v for k,s in zip(self.heads, new) for n,v in (s or {}).items()}
+        if found: self.gradient_shares = found
+
+
+def renamed(term, name, **changes):
+    "A copy of a term with another name, and with these attributes"
+    term = copy.copy(term)
+    vars(term).update(name=name, **changes)
+    return term
+
+
+class HeadsDistillation(KnowledgeDistillation):
+    "`KnowledgeDistillation({'color': teacher1, 'shape': teacher2})`, which makes one of these"
+    name = 'knowledge_distillation' # in the Learner
+
+    def __init__(self, teacher, recipe=None, *, T=None, alpha=None, temperature=None, loss=None, kind=None, output=None,
+                 unlabelled=None, perturbed=0, **kwargs):
+        refused = dict(loss=loss, output=output, unlabelled=unlabelled, perturbed=perturbed or None)
+        if given := [k for k,v in refused.items() if v is not None]:
+            raise DistillError(f"{given[0]}= with several heads: give each head a recipe in place of it, as in "
+                               "recipe={'color': kd(), 'shape': Term(my_loss, weight=1.)}.")
+        all_heads = [Head(str(k), i, len(teacher), t) for i,(k,t) in enumerate(teacher.items())]
+        self.at = {h.name: h for h in all_heads if h.source is not None}
+        if not self.at: raise DistillError("No head has a teacher.")
+        if any(feed_of(h.source) is not None for h in self.at.values()):
+            raise DistillError("Heads need teachers that run, not stored outputs: pass the teachers themselves.")
+        super().__init__(next(iter(self.at.values())).source, **kwargs)
+        self.source,self.kinds = teacher,option_of_heads(kind, 'kind', self.at)
+        T = one_temperature(T, temperature)
+        self.recipes = {k: make_recipe(r, T, alpha, None)
+                        for k,r in option_of_heads(recipe, 'recipe', self.at).items()}
+        self.chooses = any(r is None for r in self.recipes.values())
+        self.output = next(iter(self.at.values()))      # to see the inputs that the student takes
+
+    def _build(self):
+        model = unwrap(self.learn.model)
+        if self.distiller is None or self.distiller.student is not model:
+            self.tasks = {k: self._task_of(h) for k,h in self.at.items()}
+            each = {k: Distiller(model, None, self.recipes[k] or Recipe(), kind=t.kind, axis=t.axis, output=self.at[k],
+                                 check=False) for k,t in self.tasks.items()}
+            self.distiller = LearnerHeads(self.at, **each)
+            self.recipe,self.projector_opt,self.known_dls = self.distiller.recipe,None,None
+            self.distiller.links.to(next(model.parameters()).device)
+        if self.known_dls is self.learn.dls: return
+        self.known_dls,self.checked = self.learn.dls,False
+        for k,d in self.distiller.heads.items():
+            d.teacher = teacher_of(self.at[k].source, self.at[k].of(self.learn), self.tasks[k])
+            d.teacher.say_with(self._log)
+            d.check_names()
+
+    def _task_of(self, head):
+        "What a head predicts, by its option or by its labels"
+        kind = self.kinds[head.name]
+        if kind is None and self._labels_are_floats(head):
+            raise DistillError(f"The labels of the head {head.name!r} are no class numbers: pass kind={{'{head.name}': "
+                               "'regression'} for numbers, or 'sigmoid' for several labels.")
+        return Task(kind or 'softmax', 1 if self.asked_axis is None else self.asked_axis)
+
+    def _labels_are_floats(self, head):
+        try:
+            with RandomGuard(), closing(prepared_batches(self.learn, 1, 1)[1]) as train:
+                return any(o.is_floating_point() for _,y in train for o in head.labels(y))
+        except PreparationError: return False
+
+    def _check(self):
+        found = {k: self._check_head(k) for k in self.at}
+        self.checked = True
+        return found
+
+    def _check_head(self, k):
+        d,h = self.distiller.heads[k],self.at[k]
+        find = lambda: find_mistakes(self.learn, d.teacher, self.tasks[k], d.recipe, output=h, head=h)
+        found = on_first(find)
+        found[:] = [replace(f, what=f'{k}: {f.what}') for f in found]
+        if self.logs and found.facts is not None: print(f'fastdistill: {k}:', '; '.join(found.facts.lines()))
+        return found.enforce(facts=False)
+
+    def _choose(self, found):
+        "A recipe for each head without one. The labels have one loss, so that they count 1 beside all of them"
+        for k,d in self.distiller.heads.items():
+            if self.recipes[k] is not None: continue
+            looked = None if found is None else found[k]
+            chosen = choose_recipe(example_of(self.learn, self.at[k]), self.tasks[k], d.teacher, looked)
+            self._log(f'fastdistill: {k}: recipe {chosen}')
+            d.take(beside_labels(chosen))
+        self.distiller.join()
+        self.recipe = self.distiller.recipe
+
+    def after_pred(self):
+        if self.active and not len(self.yb):
+            raise DistillError("These batches have no labels, but heads are told apart by their labels.")
+
+    def _ask_teacher(self):
+        t = self.distiller.teacher_outputs(self.xb, self.share_done)
+        for k,o in (t or {}).items():
+            if o is not None: self.finite_check.add(o, self.learn, self.tasks[k])
+        return t
+
+    def __reduce__(self): return Callback, ()
+
+
+def option_of_heads(o, option, heads):
+    "Name of a head -> its own value of an option that is one for all, or a dict"
+    if not isinstance(o, Mapping): return dict.fromkeys(heads, o)
+    o = {str(k): v for k,v in o.items()}
+    if unknown := set(o) - set(heads):
+        raise DistillError(f"{option}= has {', '.join(sorted(unknown))}, the heads with a teacher are "
+                           f"{', '.join(heads)}.")
+    return {k: o.get(k) for k in heads}
+
+
+def beside_labels(recipe):
+    "The same recipe where the labels have the weight 1"
+    w = recipe.task_at(0.)
+    if w in (0., 1.): return recipe
+    return Recipe(*(renamed(t, t.name, weight=t.weight/w) for t in recipe.terms), task=1.)
+
+
+KnowledgeDistillation.of_heads = HeadsDistillation

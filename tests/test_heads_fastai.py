@@ -1,0 +1,221 @@
+"Several heads in one Learner, each with its own teacher."
+import copy
+import pytest, torch
+import torch.nn.functional as F
+import apps
+from torch import nn
+from fastai.basics import Callback, CategoryBlock, DataBlock, DataLoaders, IndexSplitter, Learner, TransformBlock, load_learner, set_seed
+from fastai.callback.schedule import *
+from fastdistill import losses
+from fastdistill.fastai import DistillError, KnowledgeDistillation, Teacher, Term, kd
+from fastdistill.fastai.targets import TargetFeed
+
+pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
+KD = KnowledgeDistillation
+g = torch.Generator().manual_seed(0)
+X = torch.randn(96, 6, generator=g)
+COLOR,SHAPE,SIZE = (X @ torch.randn(6, 3, generator=g)).argmax(1),(X @ torch.randn(6, 4, generator=g)).argmax(1),X[:, :1].sum(1, keepdim=True)
+
+
+class Net(nn.Module):
+    def __init__(self, as_tuple=False):
+        super().__init__()
+        self.body,self.color,self.shape,self.as_tuple,self.calls = nn.Linear(6, 8),nn.Linear(8, 3),nn.Linear(8, 4),as_tuple,0
+    def forward(self, x):
+        self.calls += 1
+        h = self.body(x).relu()
+        out = dict(color=self.color(h), shape=self.shape(h))
+        return tuple(out.values()) if self.as_tuple else out
+
+def both(pred, color, shape):
+    a,b = pred if isinstance(pred, tuple) else pred.values()
+    return F.cross_entropy(a, color) + .5*F.cross_entropy(b, shape)
+
+def learner(as_tuple=False, *ys):
+    set_seed(0)     # a DataLoader has its own generator
+    items = list(zip(X, *(ys or (COLOR, SHAPE))))
+    dls = DataLoaders.from_dsets(items[:64], items[64:], bs=16)
+    dls.n_inp = 1
+    torch.manual_seed(0)
+    return Learner(dls, Net(as_tuple), loss_func=both)
+
+def teachers():
+    torch.manual_seed(1)
+    nets = nn.Linear(6, 3),nn.Linear(6, 4)
+    opt = torch.optim.Adam([p for n in nets for p in n.parameters()], .1)
+    for _ in range(60):
+        (F.cross_entropy(nets[0](X), COLOR) + F.cross_entropy(nets[1](X), SHAPE)).backward()
+        opt.step(), opt.zero_grad()
+    return dict(color=nets[0], shape=nets[1])
+
+
+class First(Callback):
+    "The first training batch: the loss that is back-propagated, and what it is made of"
+    order = 8
+    seen = None
+    def after_loss(self):
+        if self.training and self.seen is None: self.seen = self.learn.loss_grad.item(),self.x,self.yb,copy.deepcopy(self.learn.model)
+
+
+@pytest.mark.parametrize('as_tuple', [False, True])
+def test_the_loss_is_the_learners_own_and_the_terms_of_each_head(as_tuple):
+    learn,t,first = learner(as_tuple),teachers(),First()
+    got = learn.distill(t, 1, .01, dict(color=kd(T=2., alpha=.7), shape=kd(T=1., alpha=.7) ), cbs=first)
+    loss,x,(c,h),net = first.seen
+    a,b = net(x) if as_tuple else net(x).values()
+    want = .3*both((a, b), c, h) + .7*losses.kl(a, t['color'](x), T=2.) + .7*losses.kl(b, t['shape'](x), T=1.)
+    assert loss == pytest.approx(want.item(), rel=1e-5)
+    assert isinstance(got, KD) and learn.recorder.metric_names[3:6] == ['task_loss', 'color_kd_loss', 'shape_kd_loss']
+    assert learn.metrics == []
+
+
+def test_the_student_runs_once_and_each_teacher_once_a_batch():
+    learn,t,calls = learner(),teachers(),[]
+    learn.fit(1, cbs=KD({k: Teacher(lambda x, k=k: (calls.append(k), t[k](x))[1]) for k in t}, kd(), check=False))
+    batches = len(learn.dls.train) + len(learn.dls.valid)
+    assert calls.count('color') == calls.count('shape') and batches <= calls.count('color') <= batches + 2
+    # two dry runs look at an example
+    assert batches <= learn.model.calls <= batches + 2
+
+
+def test_columns_are_the_terms_on_the_validation_set():
+    learn,t = learner(),teachers()
+    learn.distill(t, 1, .01, kd(T=2., alpha=.5))
+    x,c,h = [torch.stack(o) for o in zip(*learn.dls.valid_ds)]
+    with torch.no_grad():
+        s = learn.model.eval()(x)
+        want = [both(s, c, h), losses.kl(s['color'], t['color'](x), T=2.), losses.kl(s['shape'], t['shape'](x), T=2.)]
+    values = learn.recorder.values[-1]
+    assert [values[1], *values[3:]] == pytest.approx([o.item() for o in want], rel=1e-4)
+
+
+def test_a_head_without_a_teacher_keeps_its_place():
+    learn,t,first = learner(),teachers(),First()
+    learn.distill(dict(color=None, shape=t['shape']), 1, .01, kd(T=1., alpha=.5), cbs=first)
+    loss,x,(c,h),net = first.seen
+    s = net(x)
+    assert loss == pytest.approx((.5*both(s, c, h) + .5*losses.kl(s['shape'], t['shape'](x), T=1.)).item(), rel=1e-5)
+
+
+def test_without_a_recipe_each_head_gets_its_own(capsys):
+    learn,t,first = learner(),teachers(),First()
+    learn.distill(t, 1, .01, cbs=first)
+    out = capsys.readouterr().out
+    assert 'color: recipe labels + dist' in out and 'shape: recipe labels + dist' in out and 'color: accuracy on 32 validation items' in out
+    assert 'color_dist' in out and 'shape_dist' in out and 'gradient shares at the first batch' in out
+    assert [t.name for t in learn.cbs] == [t.name for t in learn.cbs if not isinstance(t, KD)]
+
+
+def test_heads_learn_from_their_teachers():
+    learn,t = learner(),teachers()
+    learn.distill(t, 20, .05, kd(T=2., alpha=.9))
+    x = X[64:]
+    for k,o in learn.model.eval()(x).items(): assert (o.argmax(1) == t[k](x).argmax(1)).float().mean() > .75
+
+
+def test_teachers_do_not_change_and_nothing_is_left():
+    learn,t = learner(),teachers()
+    was = {k: copy.deepcopy(m.state_dict()) for k,m in t.items()}
+    learn.distill(t, 1, .01, kd())
+    for k,m in t.items(): assert all(torch.equal(a, b) for a,b in zip(was[k].values(), m.state_dict().values())) and m.training
+    assert not learn.model.body._forward_hooks
+
+
+def test_layers_of_each_teacher_are_compared(tmp_path):
+    learn,first = learner(),First()
+    deep = {k: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, n)) for k,n in dict(color=3, shape=4).items()}
+    hint = lambda: kd(T=1., alpha=.5) + Term(losses.hint, layers={'body': '0'}, weight=.1)
+    learn.distill(deep, 1, .01, dict(color=hint(), shape=hint()), cbs=first, check=False)
+    loss,x,(c,h),net = first.seen
+    s,feats = net(x),net.body(x)
+    want = .5*both(s, c, h) + sum(.5*losses.kl(s[k], deep[k](x), T=1.) + .1*losses.hint(feats, deep[k][0](x)) for k in deep)
+    assert loss == pytest.approx(want.item(), rel=1e-4)
+
+
+def test_alpha_0_is_no_distillation():
+    def train(cbs):
+        learn = learner()
+        set_seed(3)
+        learn.fit(2, .01, cbs=cbs)
+        return torch.cat([p.flatten() for p in learn.model.parameters()])
+    assert torch.equal(train([]), train(KD(teachers(), kd(alpha=0.))))
+
+
+colors,shapes = ['red', 'green', 'blue'],['disc', 'star', 'cross', 'ring']
+def row(i): return X[i]
+def color_of(i): return colors[COLOR[i]]
+def shape_of(i): return shapes[SHAPE[i]]
+
+def named_dls():
+    "Two columns of classes with names"
+    block = DataBlock((TransformBlock, CategoryBlock(vocab=colors, sort=False), CategoryBlock(vocab=shapes, sort=False)), n_inp=1,
+                      getters=[row, color_of, shape_of], splitter=IndexSplitter(list(range(64, 96))))
+    return block.dataloaders(list(range(96)), bs=16)
+
+def test_classes_of_each_head_are_mapped_by_name():
+    learn,t,first = learner(),teachers(),First()
+    learn.dls = named_dls()
+    other = ['star', 'disc', 'ring', 'cross']
+    shape = nn.Linear(6, 4)
+    order = [['disc', 'star', 'cross', 'ring'].index(c) for c in other]
+    with torch.no_grad(): shape.weight.copy_(t['shape'].weight[order]), shape.bias.copy_(t['shape'].bias[order])
+    theirs = Learner(DataBlock((TransformBlock, CategoryBlock(vocab=other, sort=False)), getters=[lambda i: X[i], lambda i: other[0]]).dataloaders(
+        list(range(96)), bs=16), shape, loss_func=nn.CrossEntropyLoss())
+    learn.distill(dict(color=t['color'], shape=theirs), 1, .01, kd(T=1., alpha=1.), cbs=first)
+    loss,x,_,net = first.seen
+    s = net(x)
+    assert loss == pytest.approx((losses.kl(s['color'], t['color'](x), T=1.) + losses.kl(s['shape'], t['shape'](x), T=1.)).item(), rel=1e-4)
+
+
+def test_the_check_is_for_each_head():
+    learn,t = learner(),teachers()
+    swapped = lambda x: t['shape'](x)[:, [1, 0, 2, 3]]
+    with pytest.raises(DistillError, match='shape: The teacher has the classes in another order: class 0 and class 1 are swapped'):
+        learn.distill(dict(color=t['color'], shape=swapped), 1, .01, kd())
+    with pytest.raises(DistillError, match=r"shape: The student's output has shape \(16, 4\), the teacher's \(16, 3\)"):
+        learn.distill(dict(color=t['color'], shape=t['color']), 1, .01, kd())
+
+
+def test_mistakes_are_named():
+    learn,t = learner(),teachers()
+    def refused(says, *args, of=learn, **kwargs):
+        with pytest.raises(DistillError, match=says): of.distill(*args, **kwargs)
+    refused('recipe= has size, the heads with a teacher are color, shape', t, 1, .01, dict(size=kd()))
+    refused('say differently how much the labels count', t, 1, .01, dict(color=kd(alpha=.9), shape=kd(alpha=.5)))
+    refused('the student returns color, shape', dict(hue=t['color'], shape=t['shape']), 1, .01, kd(), check=False)
+    refused(r'2 column\(s\) of labels for 3 heads', t | dict(size=nn.Linear(6, 1)), 1, .01, kd())
+    refused('loss= with several heads', t, 1, .01, loss=lambda s, t, y: 0.)
+    refused('Heads need teachers that run', dict(color=TargetFeed(), shape=t['shape']), 1, .01)
+    numbers = learner(False, COLOR, SIZE)
+    refused("labels of the head 'shape' are no class numbers: pass kind={'shape': 'regression'}", t, 1, .01, kd(), of=numbers)
+    with pytest.raises(DistillError, match='A dict has a teacher for each head'): learn.check_teacher(t, kind='softmax')
+    with pytest.raises(DistillError, match='No head has a teacher'): KD(dict(color=None))
+
+
+def test_a_head_of_numbers():
+    torch.manual_seed(0)
+    class TwoKinds(Net):
+        def __init__(self): super().__init__(); self.shape = nn.Linear(8, 1)
+    items = list(zip(X, COLOR, SIZE))
+    dls = DataLoaders.from_dsets(items[:64], items[64:], bs=16)
+    dls.n_inp = 1
+    mixed = lambda p, c, z: F.cross_entropy(p['color'], c) + F.mse_loss(p['shape'], z)
+    learn,t,first = Learner(dls, TwoKinds(), loss_func=mixed),teachers()['color'],First()
+    size = nn.Linear(6, 1)
+    learn.distill(dict(color=t, shape=size), 1, .01, kd(T=1., alpha=.5), kind=dict(shape='regression'), cbs=first, check=False)
+    loss,x,(c,z),net = first.seen
+    s = net(x)
+    want = .5*mixed(s, c, z) + .5*losses.kl(s['color'], t(x), T=1.) + .5*F.mse_loss(s['shape'], size(x))
+    assert loss == pytest.approx(want.item(), rel=1e-4)
+
+
+def test_lr_find_save_and_export(tmp_path):
+    learn,t = learner(),teachers()
+    learn.path,learn.dls = tmp_path,named_dls()
+    learn.add_cb(KD(t, kd()))
+    learn.lr_find(num_it=10, show_plot=False)
+    learn.fit(1, .01)
+    learn.save('a')
+    learn.validate()
+    learn.export('e.pkl')
+    assert isinstance(load_learner(tmp_path/'e.pkl').model, Net) and learn.knowledge_distillation is not None
