@@ -11,7 +11,7 @@ from ..outputs import DistillError, as_plain, check_axis, check_output
 from ..ranks import broadcast, on_first, rank
 from ..terms import one_temperature
 from .arguments import check_options, feed_of, make_recipe
-from .check import find_mistakes
+from .check import check_optimizer, find_mistakes, weight_shapes
 from .choice import choose_recipe, example_of
 from .columns import PartMetric, TaskMetric
 from .finite import FiniteCheck
@@ -70,7 +70,7 @@ class KnowledgeDistillation(Callback):
         self.recipe,self.output = make_recipe(recipe, one_temperature(T, temperature), alpha, loss),output
         self.chooses = self.recipe is None
         self.feed,self.in_fit,self.part_metrics,self.parts = feed_of(teacher),False,L(),{}
-        self.distiller = self.known_dls = self.projector_opt = self.taps = None
+        self.distiller = self.known_dls = self.projector_opt = self.taps = self.built = None
         self.teacher_outputs = self.epochs_span = None
         self.state_to_load = self.state_before_finder = self.reported_shares = None
         self.finite_check = FiniteCheck(stored=self.feed is not None)
@@ -88,6 +88,7 @@ class KnowledgeDistillation(Callback):
         if any(isinstance(c, KnowledgeDistillation) and c is not self for c in self.learn.cbs):
             raise DistillError("Two KnowledgeDistillation callbacks in one Learner. Give one of them a list of "
                                "teachers (an ensemble), or a sum of recipes, kd() + recipes.at().")
+        check_optimizer(self.learn)
         self.in_fit,finder = True,hasattr(self.learn, 'lr_finder')
         self._build()
         if self.feed is not None: self.feed.attach(self.learn, self.task.kind, self.task.axis)
@@ -130,8 +131,9 @@ class KnowledgeDistillation(Callback):
     def _build(self):
         "The distiller for this model and task, and the teacher for the normalization and classes of these data"
         task,model = task_of(self.learn.loss_func, self.asked_kind, self.asked_axis),unwrap(self.learn.model)
-        if self.distiller is None or self.distiller.student is not model or self.task != task:
-            self.task,self.projector_opt,self.known_dls = task,None,None
+        # subtle: pruning gives layers other shapes, for which projectors are built again
+        if self.built != (built := (task, model, weight_shapes(model))):
+            self.task,self.built,self.projector_opt,self.known_dls,self.reported_shares = task,built,None,None,None
             if self.chooses: self.recipe = None
             self.distiller = Distiller(model, None, self.recipe, kind=task.kind, axis=task.axis,
                                        ignore_index=task.ignore_index, output=self.output,

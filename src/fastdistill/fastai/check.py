@@ -1,6 +1,7 @@
 "Check a teacher and a Learner before training, for mistakes that training would not show."
 from contextlib import closing
 from types import SimpleNamespace
+from torch.nn.parameter import is_lazy
 from ..doctor.classes import map_classes
 from ..doctor.findings import Finding, Findings, few_names
 from ..doctor.outputs import BATCHES, check_outputs, single_teachers
@@ -12,7 +13,7 @@ from ..teacher.hidden import has_reset, why_no_reset
 from .teachers import class_names, teacher_of
 from .vocab import CODES, describe_difference, vocab_of
 
-__all__ = ['check_teacher', 'find_mistakes']
+__all__ = ['check_optimizer', 'check_teacher', 'find_mistakes', 'weight_shapes']
 
 KIND_IN_WORDS = dict(softmax='one class of several (softmax)', sigmoid='each label by itself (sigmoid)',
                      regression='numbers (regression)')
@@ -31,6 +32,21 @@ def check_teacher(
         learn = SimpleNamespace(dls=learn, model=None, loss_func=getattr(learn, 'loss_func', None))
     task = task or task_of(learn.loss_func)
     return find_mistakes(learn, teacher_of(teacher, learn, task), task, recipe, n, output)
+
+
+def weight_shapes(model): return sorted(p.shape for p in model.parameters() if not is_lazy(p))
+
+
+def check_optimizer(learn):
+    "Refuse an optimizer that was made before the layers got other weights, as from pruning: it would not train them"
+    stepped = {p for ps in learn.opt.param_lists for p in ps}
+    weights = {p: n for n,p in learn.model.named_parameters() if p.requires_grad}
+    # a loss function may have weights of its own
+    gone = stepped - {*learn.model.parameters(), *getattr(learn.loss_func, 'parameters', list)()}
+    if gone and (new := [n for p,n in weights.items() if p not in stepped]):
+        raise DistillError(f"The Learner's optimizer was made before the model got other weights ({few_names(new, 3)}), "
+                           "as from pruning its layers, and would not train them. Call learn.create_opt() first, or "
+                           "make a new Learner with this model.")
 
 
 def find_mistakes(
