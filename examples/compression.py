@@ -53,6 +53,6 @@ def main(quick=False):
         alone = chain(lambda learn, n, lr: learn.fit_one_cycle(n, lr), folder/'alone.onnx')
         student = chain(lambda learn, n, lr: learn.distill(teacher, n, lr), folder/'student.onnx')
         t,a,s = teacher.validate()[1],*[e.report.models['int8'].measures['accuracy'].value for e in (alone, student)]
-    print(f'accuracy in int8, {student.bytes/1000:.0f} kB: teacher {t:.3f}, student alone {a:.3f}, student distilled {s:.3f}')
+    print(f'accuracy in {student.bytes/1000:.0f} kB: teacher {t:.3f}, student alone {a:.3f}, student distilled {s:.3f}')
 
 if __name__ == '__main__': main('--quick' in sys.argv)

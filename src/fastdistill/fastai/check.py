@@ -44,9 +44,9 @@ def check_optimizer(learn):
     # a loss function may have weights of its own
     gone = stepped - {*learn.model.parameters(), *getattr(learn.loss_func, 'parameters', list)()}
     if gone and (new := [n for p,n in weights.items() if p not in stepped]):
-        raise DistillError(f"The Learner's optimizer was made before the model got other weights ({few_names(new, 3)}), "
-                           "as from pruning its layers, and would not train them. Call learn.create_opt() first, or "
-                           "make a new Learner with this model.")
+        raise DistillError("The Learner's optimizer was made before the model got other weights "
+                           f"({few_names(new, 3)}), as from pruning its layers, and would not train them. Call "
+                           "learn.create_opt() first, or make a new Learner with this model.")
 
 
 def find_mistakes(
