@@ -40,6 +40,8 @@ def check_outputs(
                 with checked_ids(teacher): t = teacher_logits(teacher, xb)
             except UnknownId as e: return Findings([unknown_id(e)])
             s = student_logits(student, xb, output) if student is not None and (first or not training) else None
+            if first and only_layers(recipe) and s is not None and s.shape != t.shape:      # a teacher without a head
+                return Findings([*unsteady(teacher, xb, t), *check_recipe(recipe, student, teacher, xb, None)])
             s,y = taught_part(s, y, teacher.known_classes, task)
             if mistakes := Findings(mismatches(None if s is None else s.shape, t.shape, y, task)): return mistakes
             if first: found += [*unscored(t.shape, y, task), *unsteady(teacher, xb, t)]
@@ -55,6 +57,11 @@ def check_outputs(
     found.facts = tally.facts()
     if all(f.level == 'note' for f in found): found += saturated(found.facts, task)
     return found
+
+
+def only_layers(recipe):
+    "Does it compare layers alone, so that the teacher's outputs may be anything?"
+    return recipe is not None and all(t.layers is not None for t in getattr(recipe, 'terms', [recipe]))
 
 
 def check_batch(

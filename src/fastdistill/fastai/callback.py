@@ -131,7 +131,6 @@ class KnowledgeDistillation(Callback):
     def _build(self):
         "The distiller for this model and task, and the teacher for the normalization and classes of these data"
         task,model = task_of(self.learn.loss_func, self.asked_kind, self.asked_axis),unwrap(self.learn.model)
-        # subtle: pruning gives layers other shapes, for which projectors are built again
         if self.built != (built := (task, model, weight_shapes(model))):
             self.task,self.built,self.projector_opt,self.known_dls,self.reported_shares = task,built,None,None,None
             if self.chooses: self.recipe = None
@@ -396,5 +395,6 @@ def origin(loss):
 
 def pseudo_labels(t, s, task):
     "The teacher's prediction as a target of the task's own loss"
+    if t.shape != s.shape: t = s.detach()       # subtle: of a teacher without a head
     if task.kind == 'softmax': return t.argmax(task.axis)
     return (t > 0).to(s.dtype) if task.kind == 'sigmoid' else t.to(s.dtype)

@@ -34,7 +34,9 @@ def check_teacher(
     return find_mistakes(learn, teacher_of(teacher, learn, task), task, recipe, n, output)
 
 
-def weight_shapes(model): return sorted(p.shape for p in model.parameters() if not is_lazy(p))
+def weight_shapes(model):
+    "What projectors are built for. Masks do not change it, the removal of channels does"
+    return sorted(p.shape for p in model.parameters() if not is_lazy(p))
 
 
 def check_optimizer(learn):

@@ -8,7 +8,7 @@ from .names import layer_tree, model_name, named
 from .probe import probe, series_layers
 from .shapes import grid
 
-__all__ = ['Stage', 'check_visible', 'embedding', 'stages']
+__all__ = ['Stage', 'check_visible', 'embedding', 'has_head', 'stages']
 
 CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 PASSIVE = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity, nn.Flatten
@@ -67,6 +67,12 @@ def embedding(model, x):
     after = next((i for i,u in reversed([*enumerate(units)]) if u.kind != 'vector'), len(units)-2)
     if after+1 < len(units): return units[after+1].name
     return f'{units[after].name}{units[after].turn}@mean'
+
+
+def has_head(model, x):
+    "Does it end in a linear layer that is no part of a block, as a classifier does?"
+    road = Road(model, x)
+    return road.head != '' and isinstance(road.ran[road.head].module, nn.Linear)
 
 
 def check_visible(model):
