@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch, torch_pruning, typer
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 from torch.ao.quantization import get_default_qat_qconfig_mapping
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from fastai.vision.all import *
 from fastdistill.fastai import *
+from rich.console import Console      # after fastai's names
+from rich.table import Table
 from cache_cifar import sheets, subset
 
 EPOCHS = dict(student=12, pruned=5, quantized=2)

@@ -134,6 +134,7 @@ def of_shared(found, student, teacher):
 def codings(learn, teacher, task):
     "Both models must code tokens and categories by the same numbers"
     for o in with_learners(teacher):
+        if o.inputs is not None: continue       # it translates them
         a,b = learn.dls,o.learner.dls
         for name,read in CODES.items():
             s,t = read(a),read(b)

@@ -39,7 +39,8 @@ def pair(
     student:nn.Module,
     teacher, # a module, or a `Teacher`
     x_student, # a batch of inputs: a tensor, a tuple of several, or a dict of keyword arguments
-    layers='auto', # 'auto', 'last', 'embedding', {'student.layer': 'teacher.layer' or a list}, pairs of names, or names of both
+    layers='auto', # 'auto', 'last', 'embedding', {'student.layer': 'teacher.layer' or a list}, pairs of names, or names
+    # of both
     *,
     x_teacher=None, # the teacher's inputs, if they differ from the student's
     match:str='shape', # what the loss needs of the teacher's shape (see `projectors.projector`); only for the table
