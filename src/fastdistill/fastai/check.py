@@ -41,6 +41,7 @@ def weight_shapes(model):
 
 def check_optimizer(learn):
     "Refuse an optimizer that was made before the layers got other weights, as from pruning: it would not train them"
+    if learn.opt is None: return        # no training, as in `summary` and `tta`
     stepped = {p for ps in learn.opt.param_lists for p in ps}
     weights = {p: n for n,p in learn.model.named_parameters() if p.requires_grad}
     # a loss function may have weights of its own
