@@ -27,8 +27,8 @@ def learner(items, valid, model):
     return Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy, splitter=lambda m: [params(m[0]), params(m[1])])
 
 
-def quietly(learn, fit):
-    with learn.no_bar(), learn.no_logging(): fit(learn)
+def quietly(learn, fit, *args):
+    with learn.no_bar(), learn.no_logging(): getattr(learn, fit)(*args)
     return learn
 
 
@@ -39,20 +39,20 @@ def main(out:Path=Path('benchmarks/results/pretrain.json'), seeds:int=3, labels:
     test = DataLoader(valid, bs=597)
     for seed in range(seeds):
         set_seed(seed, reproducible=True)
-        teacher = quietly(learner(train, valid[:10], net(64, 128, 256)), lambda l: l.fit_one_cycle(10, 5e-3))
+        teacher = quietly(learner(train, valid[:10], net(64, 128, 256)), 'fit_one_cycle', 10, 5e-3)
         row,chosen = dict(seed=seed, teacher=teacher.validate(dl=test)[1]),torch.randperm(1200)
         set_seed(seed, reproducible=True)
         pretrained = learner(train, valid[:10], net(8, 16, 32))
-        quietly(pretrained, lambda l: l.distill(teacher.model[0], 15, 1e-2, recipes.pretrain()))
+        quietly(pretrained, 'distill', teacher.model[0], 15, 1e-2, recipes.pretrain())
         for n in labels:
             few = [train[i] for i in chosen[:n]]
             tuned = 60*50//n        # epochs: 60 steps
             set_seed(seed, reproducible=True)
-            learn = quietly(learner(few, valid[:10], deepcopy(pretrained.model)), lambda l: l.fine_tune(tuned, 1e-2))
+            learn = quietly(learner(few, valid[:10], deepcopy(pretrained.model)), 'fine_tune', tuned, 1e-2)
             row[f'pretrained, {n} labels'] = learn.validate(dl=test)[1]
-            for name,more in dict(scratch=0, long=360).items():
+            for more in (0, 360):
                 set_seed(seed, reproducible=True)
-                learn = quietly(learner(few, valid[:10], net(8, 16, 32)), lambda l: l.fit_one_cycle(tuned + more*50//n, 1e-2))
+                learn = quietly(learner(few, valid[:10], net(8, 16, 32)), 'fit_one_cycle', tuned + more*50//n, 1e-2)
                 row[f'from scratch, {60+more} steps, {n} labels'] = learn.validate(dl=test)[1]
         rows.append(row)
         print(row, flush=True)
