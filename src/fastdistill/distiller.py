@@ -166,14 +166,13 @@ class Distiller(nn.Module):
         with torch.random.fork_rng(cuda):
             tables = {t.name: pair(student, self.teacher, x, layers=t.layers, match=t.match, projector=t.projector)
                       for t in self.layered}
-            pairs = [p for ps in tables.values() for p in ps]
+            pairs = self.pairs = PairTable(p for ps in tables.values() for p in ps)
             with Taps(student, dict.fromkeys(p.student for p in pairs)) as taps:
                 dry_run(student, *x)
                 s = taps.pop()
             t = self.teacher.probe(*x, layers=list(dict.fromkeys(p.teacher for p in pairs if not is_output(p.teacher))))
             for term in self.layered:
                 self.links[term.name] = nn.ModuleList(self._links(term, tables[term.name], s, t))
-        self.pairs = PairTable(pairs)
         return self
 
     def active_terms(
