@@ -2,7 +2,7 @@
 from math import exp, log, log1p, sqrt
 import torch
 from cases import Case, Golden, maps
-from fastdistill.losses import AB, AT, FSP, NST, OFD, PKD, VID, Hint, ab, at, fsp, hint, nst, ofd, pkd, vid
+from fastdistill.losses import AB, AT, FSP, NST, OFD, PKD, VID, Cosine, Hint, ab, at, cosine, fsp, hint, nst, ofd, pkd, vid
 
 
 def mean(xs): return sum(xs)/len(xs)
@@ -22,6 +22,9 @@ def elements(f, s, t, axis=1):
     return mean([f(x, y, c) for a,b in zip(samples(s, axis), samples(t, axis)) for c,(p,q) in enumerate(zip(a, b)) for x,y in zip(p, q)])
 
 def hint_loop(s, t, axis=1): return elements(lambda x,y,c: (x-y)**2, s, t, axis)
+
+def cosine_loop(s, t, axis=1):
+    return mean([1 - dot(unit(u), unit(v)) for a,b in zip(samples(s, axis), samples(t, axis)) for u,v in zip(zip(*a), zip(*b))])
 
 def at_loop(s, t, p=2., axis=1):
     out = []
@@ -149,6 +152,9 @@ ROWS = [
     Case(vid, VID, dict(log_scale=SCALE, axis=-1, eps=.1), maps((2, 4, 3)), vid_loop, name='vid-tokens',
         at_teacher=lambda t, **o: vid_loop(t, t, **o)),
     # one correlation for the whole batch: no value for each sample; its mask has a test of its own
+    Case(cosine, Cosine, {}, maps((3, 4, 2, 3)), cosine_loop),
+    Case(cosine, Cosine, dict(axis=-1), maps((2, 4, 3), seed=2), cosine_loop, golden=[
+        Golden('hidden_cosine', lambda o: dict(axis=-1), more=lambda g: dict(mask=g['mask']) if 'mask' in g else {})]),
     Case(pkd, PKD, {}, maps((3, 4, 2, 3)), pkd_loop, mask=False, golden=[
         Golden('pkd_pearson', lambda o: {}, value='expected_paper'),
         # the authors' code: (M-1)/M of it, and 1e-6 on the standard deviations

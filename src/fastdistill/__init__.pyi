@@ -26,6 +26,7 @@ from .recipes import (
     pairwise as pairwise,
     pkd as pkd,
     pkt as pkt,
+    pretrain as pretrain,
     rkd as rkd,
     rld as rld,
     soft_labels as soft_labels,

@@ -15,7 +15,7 @@ from .features.calls import arguments, predicts_next
 from .features.pairs import PairTable, check_names, inputs, pair
 from .features.probe import dry_run
 from .features.projectors import projector
-from .features.taps import Taps
+from .features.taps import Taps, is_output, layer_output
 from .gradients import norms_at_layer, norms_at_logits, swamped
 from .outputs import DistillError, DistillWarning, Outputs, as_plain, check_output, warn_of_several
 from .ranks import rank
@@ -166,13 +166,13 @@ class Distiller(nn.Module):
         with torch.random.fork_rng(cuda):
             tables = {t.name: pair(student, self.teacher, x, layers=t.layers, match=t.match, projector=t.projector)
                       for t in self.layered}
-            with Taps(student, dict.fromkeys(p.student for ps in tables.values() for p in ps)) as taps:
+            pairs = self.pairs = PairTable(p for ps in tables.values() for p in ps)
+            with Taps(student, dict.fromkeys(p.student for p in pairs)) as taps:
                 dry_run(student, *x)
                 s = taps.pop()
-            t = self.teacher.probe(*x, layers=list(dict.fromkeys(p.teacher for ps in tables.values() for p in ps)))
+            t = self.teacher.probe(*x, layers=list(dict.fromkeys(p.teacher for p in pairs if not is_output(p.teacher))))
             for term in self.layered:
-                self.links[term.name] = nn.ModuleList(self._links(term, tables[term.name], s, t.feats))
-        self.pairs = PairTable([p for ps in tables.values() for p in ps])
+                self.links[term.name] = nn.ModuleList(self._links(term, tables[term.name], s, t))
         return self
 
     def active_terms(
@@ -197,7 +197,7 @@ class Distiller(nn.Module):
 
     def _layers(self, i, terms):
         links = (self.links[t.name] for t in (self.recipe.terms if terms is None else terms) if t.name in self.links)
-        return list(dict.fromkeys(k.layers[i] for ks in links for k in ks if k.layers))
+        return list(dict.fromkeys(k.layers[i] for ks in links for k in ks if k.layers and not is_output(k.layers[i])))
 
     def teacher_outputs(
         self,
@@ -370,7 +370,7 @@ class Distiller(nn.Module):
         "Of one term: a link for each pair, on the student's device"
         modules = self.teacher.named_modules()
         for p in pairs:
-            a,b = s[p.student],t[p.teacher]
+            a,b = s[p.student],layer_output(t, p.teacher)
             proj = projector(a.shape, b.shape, kind=term.projector, match=term.match, picture=p.picture).to(a.device)
             loss = own_copy(term.loss)
             if hasattr(loss, 'prepare'):

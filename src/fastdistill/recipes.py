@@ -10,8 +10,8 @@ from .distiller import Recipe, Term
 from .terms import one_temperature
 
 __all__ = ['ab', 'abkd', 'at', 'cc', 'cwd', 'dist', 'dkd', 'fsp', 'hard_labels', 'hint', 'ickd', 'ifvd', 'kd',
-           'logit_std', 'nkd', 'nst', 'ofd', 'pairwise', 'pkd', 'pkt', 'rkd', 'rld', 'soft_labels', 'sp', 'taid', 'ttm',
-           'vid', 'wttm']
+           'logit_std', 'nkd', 'nst', 'ofd', 'pairwise', 'pkd', 'pkt', 'pretrain', 'rkd', 'rld',
+           'soft_labels', 'sp', 'taid', 'ttm', 'vid', 'wttm']
 
 
 def __dir__(): return __all__ # `recipes.` and the tab key list the recipes alone
@@ -379,3 +379,11 @@ def ifvd(
 ):
     "How pixels of a class vary around their mean, for dense prediction (Wang et al., ECCV 2020)"
     return Recipe(Term(losses.ifvd, **scaled(weight, share, 200.), layers=layers, stop_at=stop_at))
+
+
+def pretrain(
+    layers='embedding', # both models' vectors before their heads; of a teacher without a head, its output
+    projector='auto' # 'mlp' keeps more of the student's features its own
+):
+    "The teacher's embeddings alone, as directions: no labels, for a backbone that is fine-tuned afterwards"
+    return Recipe(Term(losses.cosine, layers=layers, projector=projector), task=0.)

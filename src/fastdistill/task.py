@@ -202,5 +202,6 @@ def pseudo_labels(
     task
 ) -> Tensor:
     "The teacher's prediction as a target of the task's own loss"
+    if t.shape != s.shape: t = s.detach()       # subtle: of a teacher without a head
     if task.kind == 'softmax': return t.argmax(task.axis)
     return (t > 0).to(s.dtype) if task.kind == 'sigmoid' else t.to(s.dtype)

@@ -4,6 +4,7 @@ from functools import partial
 from torch import nn
 from .features.pairs import checked_layers
 from .features.projectors import checked_projector
+from .features.taps import layer_output
 from .outputs import DistillError, Outputs
 from .schedule import schedule, value_at
 
@@ -23,8 +24,8 @@ class Term:
         *,
         share=None, # in place of a weight: the length of the term's gradient, where it compares, beside that of the
         # labels and of all terms with a weight. 1: as long as theirs. Number or schedule; see `GradientRatio`
-        layers=None, # {'student.name': 'teacher.name'}, pairs of names, 'auto', 'last' (see `fastdistill.pairs`); None
-        # compares the logits
+        layers=None, # {'student.name': 'teacher.name'}, pairs of names, 'auto', 'last', 'embedding' (see
+        # `fastdistill.pairs`); None compares the logits
         match:str|None=None, # what the loss needs of the teacher's layers: 'shape', 'grid' (places) or 'none'; None:
         # what the loss says at its definition (see `losses.loss`), and 'shape' for a function that says nothing
         projector='auto', # student's shape -> teacher's, where the loss needs it: 'auto', 'linear', 'conv', 'conv_bn',
@@ -211,12 +212,13 @@ class Link(nn.Module):
 
     def tensors(self, s:Outputs, t:Outputs):
         if self.layers is None: return s.logits,t.logits
-        for o,n,who in zip((s, t), self.layers, ('student', 'teacher')):
-            if n not in o.feats:
+        found = [layer_output(o, n) for o,n in zip((s, t), self.layers)]
+        for o,n,who,y in zip((s, t), self.layers, ('student', 'teacher'), found):
+            if y is None:
                 raise DistillError(f"The {who}'s outputs have no layer {n!r} (they have: "
                                    f"{', '.join(o.feats) or 'none'}). distiller.teacher_outputs(x) reads the teacher's "
                                    "layers, Taps(student, distiller.student_layers()) the student's.")
-        a,b = s.feats[self.layers[0]],t.feats[self.layers[1]]
+        a,b = found
         return (a if self.projector is None else self.projector(a, b)),b
 
 

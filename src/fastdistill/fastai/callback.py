@@ -14,7 +14,7 @@ from ..ranks import broadcast, on_first, rank
 from ..task import pseudo_labels
 from ..terms import one_temperature
 from .arguments import check_options, feed_of, make_recipe
-from .check import find_mistakes
+from .check import check_optimizer, find_mistakes, weight_shapes
 from .choice import choose_recipe, example_of
 from .columns import PartMetric, TaskMetric
 from .finite import FiniteCheck
@@ -73,7 +73,7 @@ class KnowledgeDistillation(Callback):
         self.recipe,self.output = make_recipe(recipe, one_temperature(T, temperature), alpha, loss),output
         self.chooses = self.recipe is None
         self.feed,self.in_fit,self.part_metrics,self.parts = feed_of(teacher),False,L(),{}
-        self.distiller = self.known_dls = self.projector_opt = self.taps = None
+        self.distiller = self.known_dls = self.projector_opt = self.taps = self.built = None
         self.teacher_outputs = self.epochs_span = None
         self.state_to_load = self.state_before_finder = self.reported_shares = None
         self.finite_check = FiniteCheck(stored=self.feed is not None)
@@ -95,6 +95,7 @@ class KnowledgeDistillation(Callback):
         if any(isinstance(c, KnowledgeDistillation) and c is not self for c in self.learn.cbs):
             raise DistillError("Two KnowledgeDistillation callbacks in one Learner. Give one of them a list of "
                                "teachers (an ensemble), or a sum of recipes, kd() + recipes.at().")
+        check_optimizer(self.learn)
         self.in_fit,finder = True,hasattr(self.learn, 'lr_finder')
         self._build()
         if self.feed is not None: self.feed.attach(self.learn, self.task.kind, self.task.axis)
@@ -137,8 +138,8 @@ class KnowledgeDistillation(Callback):
     def _build(self):
         "The distiller for this model and task, and the teacher for the normalization and classes of these data"
         task,model = task_of(self.learn.loss_func, self.asked_kind, self.asked_axis),unwrap(self.learn.model)
-        if self.distiller is None or self.distiller.student is not model or self.task != task:
-            self.task,self.projector_opt,self.known_dls = task,None,None
+        if self.built != (built := (task, model, weight_shapes(model))):
+            self.task,self.built,self.projector_opt,self.known_dls,self.reported_shares = task,built,None,None,None
             if self.chooses: self.recipe = None
             self.distiller = Distiller(model, None, self.recipe, kind=task.kind, axis=task.axis,
                                        ignore_index=task.ignore_index, output=self.output,
@@ -397,4 +398,3 @@ def origin(loss):
     fn = loss.grad_fn
     while fn is not None and fn.name() in ('AliasBackward0', 'CloneBackward0'): fn = fn.next_functions[0][0]
     return fn
-

@@ -1,6 +1,7 @@
 "Check a teacher and a Learner before training, for mistakes that training would not show."
 from contextlib import closing
 from types import SimpleNamespace
+from torch.nn.parameter import is_lazy
 from fastai.data.transforms import Normalize
 from ..doctor.classes import map_classes
 from ..doctor.findings import Finding, Findings, few_names
@@ -17,7 +18,7 @@ from ..teacher.hidden import has_reset, why_no_reset
 from .teachers import class_names, image_stats, teacher_of
 from .vocab import CODES, describe_difference, vocab_of
 
-__all__ = ['check_teacher', 'find_mistakes']
+__all__ = ['check_optimizer', 'check_teacher', 'find_mistakes', 'weight_shapes']
 
 KIND_IN_WORDS = dict(softmax='one class of several (softmax)', sigmoid='each label by itself (sigmoid)',
                      regression='numbers (regression)')
@@ -93,6 +94,24 @@ def costs_of_check(learn, teacher, task, recipe, output, n_epoch):
     return costs,[] if costs is None else [*costs.lines(n_epoch)]
 
 
+def weight_shapes(model):
+    "What projectors are built for. Masks do not change it, the removal of channels does"
+    return sorted(p.shape for p in model.parameters() if not is_lazy(p))
+
+
+def check_optimizer(learn):
+    "Refuse an optimizer that was made before the layers got other weights, as from pruning: it would not train them"
+    if learn.opt is None: return        # no training, as in `summary` and `tta`
+    stepped = {p for ps in learn.opt.param_lists for p in ps}
+    weights = {p: n for n,p in learn.model.named_parameters() if p.requires_grad}
+    # a loss function may have weights of its own
+    gone = stepped - {*learn.model.parameters(), *getattr(learn.loss_func, 'parameters', list)()}
+    if gone and (new := [n for p,n in weights.items() if p not in stepped]):
+        raise DistillError("The Learner's optimizer was made before the model got other weights "
+                           f"({few_names(new, 3)}), as from pruning its layers, and would not train them. Call "
+                           "learn.create_opt() first, or make a new Learner with this model.")
+
+
 def find_mistakes(
     learn, # as in `check_teacher`
     teacher, # a `Teacher` that `teacher_of` made for this Learner and task
@@ -139,7 +158,8 @@ def resets_in_words(learn, teacher, task): return 'it changes no weights' if has
 def kinds(learn, teacher, task):
     "Student and teacher predict the same kind of thing"
     own = known_kind(learn.loss_func)
-    if own not in (None, task.kind):
+    # subtle: without a student, for a cache, kind='regression' stores a teacher's embeddings as they are
+    if own not in (None, task.kind) and not (learn.model is None and task.kind == 'regression'):
         yield Finding('error', f"You asked for kind={task.kind!r}, but the student's loss is for {KIND_IN_WORDS[own]}",
                       f"Do not pass kind, or pass kind={own!r}")
     for t in with_learners(teacher):
@@ -193,6 +213,7 @@ def of_shared(found, student, teacher):
 def codings(learn, teacher, task):
     "Both models must code tokens and categories by the same numbers"
     for o in with_learners(teacher):
+        if o.inputs is not None: continue       # it translates them
         a,b = learn.dls,o.learner.dls
         for name,read in CODES.items():
             s,t = read(a),read(b)

@@ -1,5 +1,5 @@
 "A trained student as a file that needs neither fastai nor fastdistill, checked against the Learner."
-import json, tempfile, warnings
+import copy, json, tempfile, warnings
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -62,8 +62,9 @@ def export_student(
     learn:Learner, # the trained student
     path, # 'student.onnx' (needs the extra 'onnx') or 'student.pt2' (torch.export)
     *,
-    int8:bool=False, # of an .onnx file: static quantization, calibrated on validation batches
-    calibration:int=8, # batches for that
+    int8:bool=False, # of an .onnx file: static quantization, calibrated on validation batches. After quantization-aware
+    # training: at the scales that were learned
+    calibration:int=8, # batches to calibrate on
     n:int=8 # validation batches on which the file is compared with the Learner
 ) -> Exported:
     """Write the student's network as a file with a free batch size, and compare its outputs with the Learner's on real
@@ -73,11 +74,18 @@ def export_student(
         raise DistillError(f"{str(path)!r}: possible are the suffixes {' and '.join(WRITERS)}")
     if int8 and path.suffix != '.onnx':
         raise DistillError("int8=True needs an .onnx file: export_student(learn, 'student.onnx', int8=True)")
+    quantized = is_fake_quantized(learn.model)
+    if quantized and path.suffix == '.onnx' and not int8:
+        raise DistillError("This model is in quantization-aware training, and ONNX has no fake quantization: "
+                           f"export_student(learn, {path.name!r}, int8=True) writes it in int8, at the scales that it "
+                           "learned.")
     batches = validation_inputs(learn, max(n, calibration if int8 else 0))
     facts = facts_of(learn, batches[0]) | dict(int8=int8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with on_cpu(learn.model) as model: WRITERS[path.suffix](LogitsOnly(model), example(batches[0]), path, facts)
-    if int8: quantize(path, batches[:calibration], facts)
+    with on_cpu(learn.model) as model:
+        if quantized and int8: model = in_int8(model)
+        WRITERS[path.suffix](LogitsOnly(model), example(batches[0]), path, facts)
+    if int8: quantize(path, batches[:calibration], facts, learned=quantized)
     difference,count = compared(learn, path, batches[:n], None if int8 else CLOSE)
     report = compare({'float32': learn, 'int8': str(path)}, seconds=0, progress=False) if int8 else None
     return Exported(path, path.stat().st_size, difference, count, facts, report)
@@ -109,6 +117,27 @@ def on_cpu(model):
     finally:
         for m,c in zip(typed, classes): m.tensor_cls = c
         model.to(device)
+
+
+def is_fake_quantized(model):
+    "Is it in quantization-aware training, by PyTorch or torchao?"
+    return any(c.__name__ == 'FakeQuantizeBase' for m in model.modules() for c in type(m).__mro__)
+
+
+def in_int8(model):
+    "A copy of a model in quantization-aware training that computes in int8, at the scales that it learned"
+    if not isinstance(model, torch.fx.GraphModule):
+        raise DistillError(f"{type(model).__name__} is not the result of prepare_qat_fx (PyTorch) or prepare_qat_pt2e "
+                           "(torchao), so how to convert it is unknown. Convert it yourself, and export a Learner with "
+                           "the result.")
+    model = copy.deepcopy(model)
+    if any(type(m).__module__.startswith('torchao.') for m in model.modules()):
+        from torchao.quantization.pt2e import move_exported_model_to_eval
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+        return convert_pt2e(move_exported_model_to_eval(model))
+    # subtle: the public converters make operations that torch.export can't trace
+    from torch.ao.quantization.quantize_fx import _convert_to_reference_decomposed_fx
+    return _convert_to_reference_decomposed_fx(model)
 
 
 def facts_of(learn, x) -> dict:
@@ -164,8 +193,8 @@ def add_facts(model, facts, path):
 WRITERS = {'.onnx': write_onnx, '.pt2': write_program}
 
 
-def quantize(path, batches, facts):
-    "Replace an ONNX file by its int8 form"
+def quantize(path, batches, facts, learned=False):
+    "Replace an ONNX file by its int8 form. One with learned scales quantizes its weights at each run until then"
     import onnx
     from onnxruntime import quantization as ort
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -174,11 +203,12 @@ def quantize(path, batches, facts):
         def get_next(self): return next(self.feeds, None)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        ready = str(Path(folder)/'ready.onnx')
+        ready,done = [str(Path(folder)/f'{n}.onnx') for n in ('ready', 'done')]
         quant_pre_process(str(path), ready, skip_symbolic_shape=True)
         names = [i.name for i in onnx.load(ready).graph.input]
-        ort.quantize_static(ready, str(path), Reader(names), quant_format=ort.QuantFormat.QDQ, per_channel=True)
-    add_facts(onnx.load(path), facts, path)
+        if learned: done = ready
+        else: ort.quantize_static(ready, done, Reader(names), quant_format=ort.QuantFormat.QDQ, per_channel=True)
+        add_facts(onnx.load(done), facts, path)
 
 
 def compared(learn, path, batches, close):

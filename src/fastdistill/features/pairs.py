@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from torch import Tensor, nn
 from ..outputs import DistillError, Outputs
-from .names import named, resolve, split_suffixes, text_table
+from .names import model_name, named, resolve, split_suffixes, text_table
 from .probe import dry_run, probe, series_layers
 from .projectors import describe_projector
 from .shapes import grid
-from .stages import check_visible, image_size, is_picture, stages
-from .taps import Taps
+from .stages import check_visible, embedding, has_head, image_size, is_picture, stages
+from .taps import Taps, is_output, layer_output
 
 __all__ = ['Pair', 'PairTable', 'check_names', 'checked_layers', 'inputs', 'names_of_tokens', 'pair']
 
@@ -30,7 +30,7 @@ class Pair:
 class PairTable(list):
     "A list of `Pair`, which prints as a table"
     def __str__(self):
-        rows = [(p.student, p.s_shape, p.teacher, p.t_shape, p.projector) for p in self]
+        rows = [(p.student, p.s_shape, p.teacher or "'' (its output)", p.t_shape, p.projector) for p in self]
         return text_table(('student', 'shape', 'teacher', 'shape', 'projector'), rows)
     __repr__ = __str__
 
@@ -39,7 +39,8 @@ def pair(
     student:nn.Module,
     teacher, # a module, or a `Teacher`
     x_student, # a batch of inputs: a tensor, a tuple of several, or a dict of keyword arguments
-    layers='auto', # 'auto', 'last', {'student.layer': 'teacher.layer' or a list}, pairs of names, or names of both
+    layers='auto', # 'auto', 'last', 'embedding', {'student.layer': 'teacher.layer' or a list}, pairs of names, or names
+    # of both
     *,
     x_teacher=None, # the teacher's inputs, if they differ from the student's
     match:str='shape', # what the loss needs of the teacher's shape (see `projectors.projector`); only for the table
@@ -57,9 +58,13 @@ def pair(
       paired; of more, those at the quarters.
 
     The layer that makes a model's output is never paired. 'last' is the last pair of 'auto'. Names may be globs. A
-    suffix of 'auto' or 'last' is added to all names: 'last@mean'."""
+    suffix of 'auto' or 'last' is added to all names: 'last@mean'.
+
+    'embedding' pairs the vectors that both models give to their heads. If the teacher has no head, its output is the
+    embedding. The name '' is a model's output."""
     x_s,x_t = inputs(x_student),inputs(x_student if x_teacher is None else x_teacher)
     word,*how = _word_of(checked_layers(layers))
+    if word == 'embedding': word,how,layers = None,[],_embeddings(student, teacher, x_s, x_t, how)
     if word:
         found = _pairs_proposed(student, teacher, x_s, x_t)[-1 if word == 'last' else 0:]
         layers = [('@'.join([s, *how]), '@'.join([t, *how])) for s,_,t,_ in found]
@@ -81,14 +86,15 @@ def checked_layers(layers):
 def check_names(student, teacher, layers):
     "Refuse layers that these models don't have. It needs no batch"
     if not _word_of(layers)[0]: return _names_asked(student, teacher, layers)
-    for who,model in (('student', student), ('teacher', teacher)):
+    of = ('student', student), ('teacher', teacher)
+    for who,model in of[:1] if _word_of(layers)[0] == 'embedding' else of:
         with _InModel(who): check_visible(model)
 
 
 def _word_of(layers):
-    "['auto' or 'last', *suffixes]; [None] if `layers` holds names"
+    "['auto', 'last' or 'embedding', *suffixes]; [None] if `layers` holds names"
     word,*how = split_suffixes(layers) if isinstance(layers, str) else [None]
-    return [word, *how] if word in ('auto', 'last') else [None]
+    return [word, *how] if word in ('auto', 'last', 'embedding') else [None]
 
 
 def inputs(x): return tuple(x) if isinstance(x, (tuple, list)) else (x,)
@@ -134,7 +140,7 @@ def _name_pairs(layers):
     if wrong := [o for o in items if not isinstance(o, (tuple, list)) or [type(n) for n in o] != [str, str]]:
         raise DistillError(f"layers={layers!r}: {wrong[0]!r} is not a pair of names. Possible are {{'student.layer': "
                            "'teacher.layer'}, {'student.layer': ['teacher.layer', ...]}, a list of pairs, a list of "
-                           "names that both models have, 'auto' and 'last'.")
+                           "names that both models have, 'auto', 'last' and 'embedding'.")
     return items
 
 
@@ -192,10 +198,25 @@ def _shapes_of_outputs(out, names):
     feats = out.feats if isinstance(out, Outputs) else {}
     # a cache holds '0' as '0@tokens' if it is a 1d convolution, see `names_of_tokens`
     plain = lambda name: [o for o in name.split('@') if o != 'tokens']
-    found = {n: n if n in feats else next((k for k in feats if plain(k) == plain(n)), None) for n in names}
+    alike = lambda n: next((k for k in feats if plain(k) == plain(n)), None)
+    found = {n: n if n in feats or is_output(n) else alike(n) for n in names}
     if wrong := [n for n,k in found.items() if k is None]:
         raise DistillError(f"Its outputs hold no layer {wrong[0]!r}. They hold: {', '.join(feats) or 'no layers'}.")
-    return {n: (k, tuple(feats[k].shape)) for n,k in found.items()}
+    return {n: (k, tuple(layer_output(Outputs.of(out), k).shape)) for n,k in found.items()}
+
+
+def _embeddings(student, teacher, x_s, x_t, how):
+    "The names of both models' embeddings, as one pair"
+    with _InModel('student'): own,s = embedding(student, x_s),Outputs.of(dry_run(student, *x_s)).logits.shape
+    with _InModel('teacher'):
+        t,seen = Outputs.of(dry_run(teacher, *x_t)).logits.shape,'' in named(teacher)
+        if seen and (t == s or has_head(teacher, x_t)): other = embedding(teacher, x_t)
+        elif t == s:
+            raise DistillError(f"layers='embedding': {model_name(teacher)} returns {tuple(t)} as the student does, "
+                               "which seems to be a prediction, and its layers can't be read. Name the layers: "
+                               "layers={'student.layer': 'teacher.layer'}; '' is the teacher's output.")
+        else: other = '' if len(t) == 2 else '@mean'
+    return [('@'.join([own, *how]), '@'.join([other, *how]))]
 
 
 def _pairs_proposed(student, teacher, x_s, x_t):

@@ -8,7 +8,7 @@ from .names import layer_tree, model_name, named
 from .probe import probe, series_layers
 from .shapes import grid
 
-__all__ = ['Stage', 'check_visible', 'stages']
+__all__ = ['Stage', 'check_visible', 'embedding', 'has_head', 'stages']
 
 CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 PASSIVE = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity, nn.Flatten
@@ -57,6 +57,22 @@ def stages(model, x):
         raise DistillError(f"layers='auto' finds no stages in {model_name(model)}. Name the layers: "
                            f"layers={{'student.layer': 'teacher.layer'}}. It has:\n{layer_tree(model).brief()}")
     return found
+
+
+def embedding(model, x):
+    """Name of the layer whose output is the model's embedding: the first vector after the last map or tokens, or else
+    the mean of these. Of a network of vectors, the last layer before its head"""
+    units = Road(model, x).walk()
+    if not units: raise DistillError(f"{model_name(model)} has no embedding that could be found. Name the layer.")
+    after = next((i for i,u in reversed([*enumerate(units)]) if u.kind != 'vector'), len(units)-2)
+    if after+1 < len(units): return units[after+1].name
+    return f'{units[after].name}{units[after].turn}@mean'
+
+
+def has_head(model, x):
+    "Does it end in a linear layer that is no part of a block, as a classifier does?"
+    road = Road(model, x)
+    return road.head != '' and isinstance(road.ran[road.head].module, nn.Linear)
 
 
 def check_visible(model):

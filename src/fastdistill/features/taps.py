@@ -2,17 +2,33 @@
 import contextlib, sys
 import torch
 from torch import nn
-from ..outputs import DistillError
+from ..outputs import DistillError, Outputs
 from .names import model_name, named, no_such_layer, resolve_among, unwrap
 from .probe import is_compiled, main_tensor
 from .shapes import as_map, as_tokens, as_vector
 
-__all__ = ['Taps']
+__all__ = ['Taps', 'is_output', 'layer_output']
 
 
 def as_is(y): return y
 
 TURNS = dict(map=as_map, tokens=as_tokens, mean=as_vector)
+
+
+def is_output(name):
+    "Is it the model itself, whose output is read?"
+    return name.split('@')[0] == ''
+
+
+def layer_output(
+    o:Outputs, # of a batch
+    name # of a layer, or '' for the model itself
+):
+    "What a layer returned; None if the outputs do not hold it"
+    if not is_output(name): return o.feats.get(name)
+    y = o.logits
+    for h in name.split('@')[1:]: y = TURNS.get(h, as_is)(y)
+    return y
 
 
 class _Tap:

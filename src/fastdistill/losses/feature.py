@@ -10,7 +10,7 @@ from ..outputs import DistillError
 from ._base import Loss, _full, cells, channels_first, fit_mask, loss, reduce, unit
 
 __all__ = ['hint', 'Hint', 'at', 'AT', 'nst', 'NST', 'fsp', 'FSP', 'ab', 'AB', 'ofd', 'OFD', 'ofd_margin', 'vid', 'VID',
-           'pkd', 'PKD']
+           'pkd', 'PKD', 'cosine', 'Cosine']
 
 GRID_POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
@@ -303,3 +303,20 @@ def pkd(
     return (s-t).pow(2).sum(1).mean()/2
 
 class PKD(Loss): fn = pkd
+
+
+@loss(kind=None, match='shape')
+def cosine(
+    s:Tensor, # student features, projected to the teacher's shape
+    t:Tensor, # teacher features
+    *, axis:int=1, # channel axis
+    mask:Tensor|None=None, # `s` without the channel axis: which positions count
+    reduction:str='mean'
+):
+    """1 - cosine of each position's features (DistilBERT, arXiv:1910.01108). From 0 to 2.
+
+    Twice this is the squared distance of the features that were scaled to length 1"""
+    same_features(s, t)
+    return reduce(1 - (unit(s, axis)*unit(t, axis)).sum(axis), reduction, mask)
+
+class Cosine(Loss): fn = cosine

@@ -2,7 +2,10 @@
 import torch
 from ..features.probe import untouched
 
-__all__ = ['has_reset', 'why_no_reset']
+__all__ = ['NO_RESET', 'has_reset', 'why_no_reset']
+
+NO_RESET = ("{name} has a method reset() that {why}. That was undone, and the method is not called again, so hidden "
+            "states are not reset. If the model has hidden states, its reset() should change nothing else.")
 
 
 def has_reset(model): return callable(getattr(model, 'reset', None))

@@ -1,7 +1,8 @@
 "Which module a teacher runs: the model itself, or a faster copy of it."
-from torch import nn
+from collections.abc import Mapping
+from torch import Tensor, nn
 from ..features.probe import untouched
-from ..outputs import Outputs, as_plain
+from ..outputs import DistillError, Outputs, as_plain
 from ..ranks import rank
 from .forms import is_graph
 from .guest import Guest
@@ -47,6 +48,19 @@ class Running:
     def copy_bytes(self):
         "Bytes of the weights that faster copies have for themselves"
         return (0 if self._speed is None else self._speed.bytes) + sum(m.copy_bytes for m in self.members)
+
+    def own_inputs(
+        self,
+        x:tuple, # the batch's inputs
+        kw=None # and those by name
+    ) -> tuple:
+        "(inputs, inputs by name) of the model: the batch's, or what `inputs=` made of them"
+        if self.inputs is None or self.members: return x,kw or {}
+        own = self.inputs(*x, **(kw or {}))
+        if isinstance(own, Mapping): return (dict(own),),{}
+        if isinstance(own, (Tensor, tuple)): return own if isinstance(own, tuple) else (own,),{}
+        raise DistillError(f"inputs= of the teacher {self.name} returned a {type(own).__name__}: possible are a "
+                           "tensor, a tuple of several, and a dict of inputs by name.")
 
     def expect(
         self, batches:int # that will come before `stop`

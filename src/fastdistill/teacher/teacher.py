@@ -16,7 +16,7 @@ from .ensemble import mix, shares
 from .estimator import Estimator
 from .forms import FORMS, Onnx, check_second_argument, is_graph, load_model
 from .guest import cuda_devices
-from .hidden import has_reset, why_no_reset
+from .hidden import NO_RESET, has_reset, why_no_reset
 from .images import affine, check_images, fit_images, is_image, stats_of
 from .probabilities import check_probabilities, logits_of
 from .running import Running
@@ -29,7 +29,8 @@ POSSIBLE = dict(mode=('eval', 'train'), combine=('probs', 'logits', 'sample'),
                 kind=('softmax', 'sigmoid', 'regression'), outputs=('logits', 'probs'))
 
 # a member of an ensemble takes these options from the ensemble, unless it was given its own
-INHERITED = ('mode', 'stats', 'input_stats', 'size', 'combine', 'kind', 'axis', 'output', 'outputs', 'device', 'batch',
+INHERITED = ('mode', 'stats', 'input_stats', 'size', 'combine', 'kind', 'axis', 'output', 'outputs', 'inputs', 'device',
+             'batch',
              *OPTIONS)
 
 
@@ -40,10 +41,6 @@ def records_given(init):
         self.given = frozenset(options)
         init(self, *args, **options)
     return call
-
-
-NO_RESET = ("{name} has a method reset() that {why}. That was undone, and the method is not called again, so hidden "
-            "states are not reset. If the model has hidden states, its reset() should change nothing else.")
 
 
 class Teacher(Running):
@@ -79,6 +76,7 @@ class Teacher(Running):
         output=None, # the output with the logits: a name, index or function; None: 'logits', 'out', or a tuple's first
         outputs:str='logits', # what the model returns: 'logits', or 'probs', the probabilities of classes or labels, as
         # estimators do
+        inputs=None, # fn(*inputs of a batch) -> the teacher's own: a tensor, a tuple or a dict, as of another tokenizer
         frame=None, # of an estimator, in fastai: the table that the DataLoaders were made from (see docs/trees.md)
         name:str|None=None, # in messages; None: the name of the file or of the class
         precision:str='auto', # 'bf16', 'fp16'; 'fp32': the model's own; 'auto': bf16 if the processor computes in it,
@@ -91,7 +89,7 @@ class Teacher(Running):
     ):
         options = dict(layers=layers, mode=mode, stats=stats, input_stats=input_stats, size=size, combine=combine,
                        weights=weights, kind=kind, axis=axis, select=select, classes=classes, output=output,
-                       outputs=outputs, frame=frame, name=name, precision=precision, compile=compile,
+                       outputs=outputs, inputs=inputs, frame=frame, name=name, precision=precision, compile=compile,
                        memory_format=memory_format, fold_bn=fold_bn, device=device, batch=batch)
         self.model = self.path = self.learner = None       # fastdistill.fastai keeps the teacher's Learner as `learner`
         self.sources,self.members,self._was_started = [],[],[]
@@ -338,6 +336,7 @@ class Teacher(Running):
 
     def _outputs_of_model(self, x, kw, layers):
         device = next((t.device for t in tensors_in((x, kw))), torch.device('cpu'))
+        x,kw = self.own_inputs(x, kw)
         if self._speed is not None: self._choose_speed(x, kw, layers, device)
         if self._guest is not None: self._guest.settle()
         if self._batches is not None: self._batches -= 1

@@ -1,0 +1,67 @@
+"""Few labels: a backbone that a teacher without a head pretrained, against the same network from scratch. scikit-learn's digits, 1,200 images for
+training, of which 50 or 200 have labels; 597 by other writers for the test. Three seeds.
+
+    python benchmarks/pretrain.py --out benchmarks/results/pretrain.json
+
+The teacher was trained on the labels of all 1,200 images; its head is then removed. Fine-tuning takes 60 steps after 360 steps of pretraining; the
+student from scratch takes 60 steps, and 420 steps.
+"""
+import json
+from copy import deepcopy
+from pathlib import Path
+import numpy as np
+import typer
+from sklearn.datasets import load_digits
+from fastai.vision.all import *
+from fastdistill.fastai import *
+from rich.console import Console      # after fastai's names
+from rich.table import Table
+
+def net(*widths):
+    body = nn.Sequential(*[ConvLayer(i, o, stride=2) for i,o in zip((1, *widths), widths)], nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(body, nn.Linear(widths[-1], 10))
+
+
+def learner(items, valid, model):
+    dls = DataLoaders.from_dsets(items, valid, bs=50, num_workers=0)
+    return Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy, splitter=lambda m: [params(m[0]), params(m[1])])
+
+
+def quietly(learn, fit, *args):
+    with learn.no_bar(), learn.no_logging(): getattr(learn, fit)(*args)
+    return learn
+
+
+def main(out:Path=Path('benchmarks/results/pretrain.json'), seeds:int=3, labels:list[int]=(50, 200)):
+    x,y = load_digits(return_X_y=True)
+    items = list(zip(tensor(x).float().view(-1, 1, 8, 8)/16, tensor(y)))
+    train,valid,rows = items[:1200],items[1200:],[]
+    test = DataLoader(valid, bs=597)
+    for seed in range(seeds):
+        set_seed(seed, reproducible=True)
+        teacher = quietly(learner(train, valid[:10], net(64, 128, 256)), 'fit_one_cycle', 10, 5e-3)
+        row,chosen = dict(seed=seed, teacher=teacher.validate(dl=test)[1]),torch.randperm(1200)
+        set_seed(seed, reproducible=True)
+        pretrained = learner(train, valid[:10], net(8, 16, 32))
+        quietly(pretrained, 'distill', teacher.model[0], 15, 1e-2, recipes.pretrain())
+        for n in labels:
+            few = [train[i] for i in chosen[:n]]
+            tuned = 60*50//n        # epochs: 60 steps
+            set_seed(seed, reproducible=True)
+            learn = quietly(learner(few, valid[:10], deepcopy(pretrained.model)), 'fine_tune', tuned, 1e-2)
+            row[f'pretrained, {n} labels'] = learn.validate(dl=test)[1]
+            for more in (0, 360):
+                set_seed(seed, reproducible=True)
+                learn = quietly(learner(few, valid[:10], net(8, 16, 32)), 'fit_one_cycle', tuned + more*50//n, 1e-2)
+                row[f'from scratch, {60+more} steps, {n} labels'] = learn.validate(dl=test)[1]
+        rows.append(row)
+        print(row, flush=True)
+    out.write_text(json.dumps(rows, indent=1))
+    table = Table('accuracy, %', 'mean', 'std', 'each')
+    for k in [k for k in rows[0] if k != 'seed']:
+        v = 100*np.array([r[k] for r in rows])
+        table.add_row(k, f'{v.mean():.1f}', f'{v.std(ddof=1):.1f}', ' '.join(f'{o:.1f}' for o in v))
+    Console(width=120).print(table)
+
+
+if __name__ == '__main__': typer.run(main)
