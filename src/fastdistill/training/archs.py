@@ -21,7 +21,7 @@ __all__ = ['check_arch', 'learner_of']
 WIDEST = 65536
 SIZED = re.compile(r'(?:(cnn|bag|awd_lstm)-)?(\d+(?:-\d+)*)')
 IGNORED = 'void', 'ignore', 'unlabeled', 'unlabelled'
-FAMILIES = dict(images=['cnn'], masks=[], texts=['bag', 'awd_lstm'], table=['']) # that are followed by sizes
+SIZED_FAMILIES = dict(images=['cnn'], masks=[], texts=['bag', 'awd_lstm'], table=['']) # that are followed by sizes
 ARCHS_IN_WORDS = dict(
     images="a name of torchvision (resnet18, mobilenet_v3_small ...) or timm (resnet10t, vit_tiny_patch16_224 ...), or "
            "'cnn-16-32-64', convolutions with so many channels",
@@ -41,7 +41,7 @@ def check_arch(
     sizes = [*map(int, m[2].split('-'))] if m and len(arch) < 200 else None
     family = m[1] or '' if sizes else arch
     if sizes is not None:
-        if family not in FAMILIES[task]: raise wrong('')
+        if family not in SIZED_FAMILIES[task]: raise wrong('')
         if not all(0 < n <= WIDEST for n in sizes): raise wrong(f': sizes are from 1 to {WIDEST}')
         if family == 'awd_lstm' and (len(sizes) != 3 or sizes[2] > 16): raise wrong('')
         return family,sizes
