@@ -139,6 +139,15 @@ def test_a_teacher_that_scores_low_gets_a_small_part():
     assert repr(cb.recipe) == repr(kd(T=1, alpha=.3)) and 'in doubt' in cb.recipe.why
 
 
+@pytest.mark.parametrize('scale, small', [(1., False), (.15, True)])
+def test_a_teacher_that_is_right_far_more_often_than_it_is_sure_gets_a_small_part(scale, small, capsys):
+    student,teacher = learners(5, epochs=30)
+    student.logger = print
+    with student.no_bar(): cb = student.distill(lambda x: scale*teacher.model(x), 1, .01)
+    assert (repr(cb.recipe) == repr(kd(T=1, alpha=.3))) is small
+    assert ('It seems to be trained too briefly' in capsys.readouterr().out) is small
+
+
 @pytest.mark.filterwarnings('ignore:numpy.core is deprecated')     # fastai's lr_find, as it loads the model again
 def test_a_choice_may_change_between_lr_find_and_a_fit():
     student,_ = learners(5)

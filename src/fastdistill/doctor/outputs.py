@@ -9,7 +9,7 @@ from ..task import fit_labels
 from .findings import Finding, Findings
 from .recipe import check_recipe
 from .runs import guarded_random_state, student_logits, teacher_logits
-from .scores import low_score, saturated
+from .scores import hesitant, low_score, saturated
 from .shapes import UnknownId, broadcasts, checked_ids, mismatches, outputs_differ, unknown_id, unscored
 from .tally import Tally
 from .words import (norms_in_words, norms_of, order_in_words, outputs_in_words, recipe_in_words, shapes_in_words,
@@ -66,7 +66,8 @@ def check_outputs(
                 found.add('normalization', (), unknown_normalization(teacher, kept))
     found.facts = facts = tally.facts()
     if not any(f.doubt for f in found): found.add('score', (), facts.scores)
-    certain = saturated(facts, task) if all(f.level == 'note' for f in found) else ()
+    notes_only = all(f.level == 'note' for f in found)
+    certain = [*saturated(facts, task), *hesitant(facts, task)] if notes_only else ()
     found.add('certainty', certain, facts.probabilities)
     return found
 

@@ -5,9 +5,10 @@ from .classes import reordered_classes
 from .findings import Finding
 from .images import renormalized_images
 
-__all__ = ['low_score', 'saturated']
+__all__ = ['hesitant', 'low_score', 'saturated']
 
 CERTAIN = .99 # above this mean top probability, soft labels are nearly one-hot
+HESITANT,ENOUGH = .2,64 # of accuracy above the mean top probability; items that show it
 
 
 def low_score(
@@ -59,6 +60,15 @@ def saturated(facts, task):
     yield Finding('note', "The teacher is nearly certain of its training data: its mean top probability there is "
                   f"{facts.top_prob_train:.3f}{beside}, so its soft labels are nearly one-hot",
                   "A higher T, stronger augmentation, or data that it was not trained on make them softer")
+
+
+def hesitant(facts, task):
+    "A teacher that is much more often right than it is sure, as one whose training was stopped early"
+    if task.kind != 'softmax' or None in (facts.teacher_score, facts.top_prob_valid) or facts.n < ENOUGH: return
+    if facts.teacher_score - facts.top_prob_valid <= HESITANT: return
+    yield Finding('note', f"The teacher is right for {facts.teacher_score:.1%} of {facts.n} validation items, but its mean "
+                  f"top probability is {facts.top_prob_valid:.3f}. It seems to be trained too briefly, and its soft labels "
+                  "may mislead", "Train it longer, or without label smoothing", doubt=True)
 
 
 def chance(tally):
