@@ -12,7 +12,7 @@ FAMILIES = dict(response='outputs', divergence='outputs', decoupled='outputs', f
                 dense='dense maps') # file of a loss -> what the methods in it compare
 KINDS_IN_WORDS = dict(softmax='classes', sigmoid='several labels', regression='numbers') # of logits
 # recipes whose loss has another name -> their card; the card of any other method has its name
-CARDS = dict(kd='kl', soft_labels='kl', hard_labels='hard', logit_std='standardize')
+CARDS = dict(kd='kl', soft_labels='kl', hard_labels='hard', logit_std='standardize', pretrain='cosine')
 
 
 @dataclass
