@@ -79,7 +79,7 @@ def data(c, n=64):
     x = torch.randn(n, 6, generator=torch.Generator().manual_seed(1))
     return list(zip(x, (x[:, :c].argmax(1) if c > 2 else (x[:, 0] > 0).long())))
 
-def learners(c, labels=True, epochs=8):
+def learners(c, labels=True, epochs=30):
     set_seed(2)
     items = data(c)
     dls = [DataLoader(items if labels else [x for x,_ in items], bs=16, shuffle=i == 0, **({} if labels else dict(create_batch=lambda b: (torch.stack(b),))))
@@ -141,7 +141,7 @@ def test_a_teacher_that_scores_low_gets_a_small_part():
 
 @pytest.mark.parametrize('scale, small', [(1., False), (.15, True)])
 def test_a_teacher_that_is_right_far_more_often_than_it_is_sure_gets_a_small_part(scale, small, capsys):
-    student,teacher = learners(5, epochs=30)
+    student,teacher = learners(5)
     student.logger = print
     with student.no_bar(): cb = student.distill(lambda x: scale*teacher.model(x), 1, .01)
     assert (repr(cb.recipe) == repr(kd(T=1, alpha=.3))) is small
@@ -162,7 +162,7 @@ def test_a_choice_may_change_between_lr_find_and_a_fit():
 
 
 def test_a_better_student_doubts_its_teacher():
-    _,student = learners(5, epochs=30)
+    _,student = learners(5)
     worse = copy.deepcopy(student.model)
     with torch.no_grad(): worse[2].bias[:3] = -100.     # it never predicts three of the five classes
     with student.no_bar(), student.no_logging(), pytest.warns(DistillWarning, match='worse than the student'):
