@@ -67,8 +67,8 @@ def hesitant(facts, task):
     if task.kind != 'softmax' or None in (facts.teacher_score, facts.top_prob_valid) or facts.n < ENOUGH: return
     if facts.teacher_score - facts.top_prob_valid <= HESITANT: return
     yield Finding('note', f"The teacher is right for {facts.teacher_score:.1%} of {facts.n} validation items, but its "
-                  f"mean top probability is {facts.top_prob_valid:.3f}. It seems to be trained too briefly, and its soft "
-                  "labels may mislead", "Train it longer, or without label smoothing", doubt=True)
+                  f"mean top probability is {facts.top_prob_valid:.3f}. It seems to be trained too briefly, and its "
+                  "soft labels may mislead", "Train it longer, or without label smoothing", doubt=True)
 
 
 def chance(tally):
