@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from candidates import CANDIDATES
 from fastdistill import auto
+from fastdistill.doctor.scores import HESITANT
 from loop import KINDS
 from measures import MAIN, measure
 from run import OUT, classes_of, read
@@ -42,7 +43,9 @@ def group(f):
 
 def default(f):
     "The candidate that is the library's default recipe in such a cell"
-    recipe = auto(KINDS[f['output']], classes=f['classes'] if KINDS[f['output']] == 'softmax' else None, dense=f['dense'] or f['tokens'])
+    hesitant = f['output'] == 'classes' and f['teacher_valid'] - f['top_prob_valid'] > HESITANT
+    recipe = auto(KINDS[f['output']], classes=f['classes'] if KINDS[f['output']] == 'softmax' else None, dense=f['dense'] or f['tokens'],
+                  doubt='it is less sure than it is right' if hesitant else None)
     if [t.name for t in recipe.terms] == ['dist']: return 'dist(auto)x3'     # its T depends on the teacher
     return next(c.name for c in CANDIDATES.values() if not (c.smoothing or c.measures) and c.tier != 'peer' and c.recipe() is not None and parts(c.recipe()) == parts(recipe))
 
