@@ -11,7 +11,7 @@ from stats import by_seed, paired, significant
 from tasks import HERE, cells
 
 PEERS = dict(fasterai='fasterai', torchdistill='kd(1,.5)', timm='timm', keras='keras')
-SHOWN = ['kd(4,.9)', 'kd(1,.9)', 'soft(1)', 'kl(1)x3', 'kl(2)x3', 'kl(4)x3', 'dist(4)x3', 'dist(4)x1', 'ttm(4)x1', 'dkdx.3', 'logit_std(2)x3', 'smoothing']
+SHOWN = ['dist(auto)x3', 'kd(4,.9)', 'kd(1,.9)', 'soft(1)', 'kl(1)x3', 'kl(2)x3', 'kl(4)x3', 'dist(4)x3', 'dist(4)x1', 'ttm(4)x1', 'dkdx.3', 'logit_std(2)x3', 'smoothing']
 KINDS = {'two classes': 'two classes', 'classes': 'many classes', 'pixels': 'segmentation', 'tokens': 'language model', 'labels': 'multi-label', 'numbers': 'regression'}
 START,END = '<!-- tables -->\n','<!-- end of tables -->\n'
 

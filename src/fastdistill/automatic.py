@@ -13,6 +13,8 @@ __all__ = ['Automatic', 'Distiller', 'auto', 'facts_for_auto', 'softening_temper
 CLASSIC = 'kd(T=4, alpha=.9) is the classic'
 EVEN = .9 # entropy to which the teacher's outputs are softened, as a share of that of equal probabilities
 COLDEST,HOTTEST = 1.,20. # temperatures that are chosen
+ENOUGH_ROWS = 4096 # rows of logits that show how sure a teacher is
+LARGE = 1000 # number of classes from which on `dist` needs too much memory for many positions
 
 
 class Automatic(Recipe):
@@ -44,10 +46,11 @@ def auto(
     if not labels: return Automatic(soft_labels(T=1), 'soft_labels(T=1)', 'the batches have no labels')
     if doubt is not None: return Automatic(kd(T=1, alpha=.3), 'kd(T=1, alpha=.3)', doubt)
     if kind == 'regression': return shared(losses.regression, 'regression', 'numbers')
-    if dense: return Automatic(kd(T=1, alpha=.5), 'kd(T=1, alpha=.5)', 'many predictions for each sample')
-    if kind == 'sigmoid': return shared(losses.binary_kl, 'binary_kl', 'several labels', T=1)
-    why = 'the number of classes is unknown' if classes is None else f'{classes} classes'
-    if classes is None or classes <= 2: return Automatic(kd(T=1, alpha=.5), 'kd(T=1, alpha=.5)', why)
+    if kind == 'sigmoid' and not dense: return shared(losses.binary_kl, 'binary_kl', 'several labels', T=1)
+    unknown = 'labels' if kind == 'sigmoid' else 'an unknown number of classes'
+    why = unknown if classes is None else f'{classes} classes'
+    if dense: why += ' for each of many positions'
+    if not takes_dist(classes, dense): return Automatic(kd(T=1, alpha=.5), 'kd(T=1, alpha=.5)', why)
     if teacher is None: T = 4.
     else:
         T = float(f'{softening_temperature(teacher):.2g}')
@@ -55,12 +58,18 @@ def auto(
     return Automatic(dist(T=T, beta=2, gamma=2, share=3), f'labels + dist(T={T:g}, beta=2, gamma=2, share=3)', why)
 
 
+def takes_dist(classes, dense):
+    "Are there classes to correlate, and not too many?"
+    return classes is not None and 2 < classes <= (LARGE if dense else classes)
+
+
 def softening_temperature(
     logits:Tensor # (..., C) of a teacher, classes last
 ) -> float:
     """The temperature, from 1 to 20, at which the entropy of the teacher's probabilities is .9 of the largest possible
     one, on average over the samples and over all ranks. It does not depend on the scale of the logits"""
-    logits = logits.detach().float().reshape(-1, logits.shape[-1])
+    logits = logits.detach().reshape(-1, logits.shape[-1])
+    logits = logits[::max(len(logits)//ENOUGH_ROWS, 1)].float()
     low,high = COLDEST,HOTTEST
     for _ in range(20):
         T = sqrt(low*high)
@@ -78,7 +87,7 @@ def facts_for_auto(
 ) -> dict:
     "Arguments of `auto`. The teacher is asked only where that decides something"
     facts = facts_of_outputs(shape, task)
-    if facts['dense'] or (facts['classes'] or 0) <= 2 or (t := ask()) is None or t.dim() != len(shape): return facts
+    if not takes_dist(facts['classes'], facts['dense']) or (t := ask()) is None or t.dim() != len(shape): return facts
     return facts | dict(teacher=t.movedim(task.axis, -1))
 
 
