@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 import rows_dense, rows_feature, rows_relation
 from cases import Golden, maps
-from fastdistill.losses import AT, CC, FSP, IFVD, OFD, RKD, VID, ab, at, cc, cwd, fsp, hint, ickd, ifvd, kl, nst, ofd, ofd_margin, pairwise, pkd, pkt, rkd, sp, vid
+from fastdistill.losses import AT, CC, FSP, IFVD, OFD, RKD, VID, ab, at, cc, cwd, fsp, hint, ickd, ifvd, kl, nst, ofd, ofd_margin, pairwise, pkd, cosine, pkt, rkd, sp, vid
 from fastdistill.outputs import DistillError
 
 ROWS = [*rows_feature.ROWS, *rows_relation.ROWS, *rows_dense.ROWS]
@@ -351,7 +351,7 @@ def test_ifvd_labels_are_resized_and_their_number_is_found():
 
 
 def test_fit_says_what_it_expects_of_them():
-    want = dict(shape={hint, fsp, ab, ofd, vid, pkd, ickd, cwd}, none={at, nst, rkd, sp, cc, pkt}, grid={pairwise, ifvd})
+    want = dict(shape={hint, fsp, ab, ofd, vid, pkd, cosine, ickd, cwd}, none={at, nst, rkd, sp, cc, pkt}, grid={pairwise, ifvd})
     assert {k: {f for f in EACH if f.match == k} for k in want} == want
     assert [f.__name__ for f in EACH if getattr(f, 'lists', False)] == ['fsp'] and FSP.fn.lists and AT().fn.match == 'none'
 
