@@ -116,7 +116,8 @@ def unsteady(teacher, xb, t):
     # modules inside a function can't be set to evaluation mode from here
     function = any(o.module is None and o.path is None for o in single_teachers(teacher))
     parts = list(tensors_in(xb))
-    can_cut = function and len(t) > 1 and parts and all(o.dim() and len(o) == len(t) for o in parts)
+    can_cut = function and not teacher.reads_items and len(t) > 1 and parts and all(
+        o.dim() and len(o) == len(t) for o in parts)
     if not near(teacher_logits(teacher, xb), t): why = "differ from call to call for the same batch (is dropout on?)"
     elif can_cut and not near(teacher_logits(teacher, map_tensors(xb, lambda o: o[:-1])), t[:-1]):
         why = "for a sample depend on the other samples of its batch (is batch-norm in training mode?)"

@@ -12,6 +12,7 @@ from ..report.checks import checks_as_text, html_of_checks, print_checks
 from ..report.text import show
 from .batches import PreparationError, prepared_batches
 from .choice import choose_recipe, example_of
+from .raw_items import items_shown
 from .costs import training_costs
 from .task import task_of
 from ..teacher.hidden import has_reset, why_no_reset
@@ -78,11 +79,12 @@ def check_teacher(
         learn = SimpleNamespace(dls=learn, model=None, loss_func=getattr(learn, 'loss_func', None))
     task = task or task_of(learn.loss_func)
     teacher = teacher_of(teacher, learn, task)
-    out = TeacherCheck().join(find_mistakes(learn, teacher, task, recipe, n, output))
+    with items_shown(learn.dls, teacher):
+        out = TeacherCheck().join(find_mistakes(learn, teacher, task, recipe, n, output))
+        if n_epoch is not None and learn.model is not None and not out.errors:
+            recipe = recipe or choose_recipe(example_of(learn, output), task, teacher, out)
+            out.costs,out.cost_lines = costs_of_check(learn, teacher, task, recipe, output, n_epoch)
     out.title = f'{teacher.name} as a teacher' + ('' if learn.model is None else f' of {type(learn.model).__name__}')
-    if n_epoch is not None and learn.model is not None and not out.errors:
-        recipe = recipe or choose_recipe(example_of(learn, output), task, teacher, out)
-        out.costs,out.cost_lines = costs_of_check(learn, teacher, task, recipe, output, n_epoch)
     return out
 
 
