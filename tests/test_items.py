@@ -214,6 +214,8 @@ def test_where_it_cannot_work_an_error_says_so(folder, tmp_path):
     with refuses("does not see the student's augmentation"): cache_teacher(t, learn.dls, tmp_path/'c', 4, kind='softmax', axis=1)
     with refuses('distill_many can.t run a teacher with items='): distill_many([learn, image_student(folder)], t, 1)
     with refuses('several heads do not take'): learn.fit(1, cbs=KnowledgeDistillation({'a': t}))
+    with refuses('Flip would move the student'):
+        learn.fit(1, cbs=KnowledgeDistillation(t, hint(layers={'1': '1'}, weight=1.), check=False))
     lm = quiet(*language_model())[0]
     with refuses('pieces of one long text'): lm.fit(1, cbs=KnowledgeDistillation(Teacher(lambda x: x, items=tokens), check=False))
     with refuses('pieces of one long text'): cache_teacher(Teacher(lambda x: x, items=tokens), lm.dls, tmp_path/'l', kind='softmax', axis=-1, check=False)

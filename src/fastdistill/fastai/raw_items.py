@@ -3,13 +3,14 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 from fastai.tabular.core import Tabular
 from ..doctor.outputs import single_teachers
-from ..outputs import DistillError, as_plain
+from ..outputs import DistillError, as_plain, tensors_in
 from ..teacher.items import with_items
 from .block import TeacherRow
 from .replay_dl import Plan, attach, detach, refuse_unindexed, set_aside
 from .sample_keys import items_of
 from .stream import inner_dl, is_stream
 from .targets import Feed
+from .transforms import moves
 
 __all__ = ['ItemFeed', 'RawItems', 'items_shown', 'renewed', 'without_places']
 
@@ -103,7 +104,7 @@ class ItemFeed(Feed):
         self.detach()
         if not teacher.reads_items: return
         super().attach(learn, task.kind, task.axis)
-        self.reader = teacher
+        self.reader,self.training_moves = teacher,moves(learn.dls.train)
         try:
             for dl in learn.dls.loaders:
                 if known_items(show_items(dl)) is None: continue
@@ -134,9 +135,18 @@ class ItemFeed(Feed):
 
     def mixed(self, out):
         "Outputs for the items, mixed as MixUp or CutMix mixed the batch"
-        mix = self._callback().mix() if self.reader is not None and self.ready() else None
-        if mix is None or out is None: return out
+        if self.reader is None or out is None or not self.ready(): return out
+        self._check_positions(out)
+        if (mix := self._callback().mix()) is None: return out
         if not all(m.reads_items for m in single_teachers(self.reader)):
             raise DistillError("MixUp and CutMix mix the batch, which some members of the ensemble read, while others "
                                "read the raw items: give all members items=, or train without mixing.")
         return self._mixed(out, *mix)
+
+    def _check_positions(self, out):
+        "Refuse outputs with positions where augmentation moves the student's input"
+        dense = any(t.dim() > 2 for t in tensors_in((out.logits, out.feats)))
+        if self.training_moves and dense:
+            raise DistillError("The teacher reads the raw items, and its outputs have a value for each pixel or token, "
+                               f"but {', '.join(self.training_moves)} would move the student's input. Remove these "
+                               "transforms, or use a teacher of the batch: Teacher(model, inputs=fn).")
