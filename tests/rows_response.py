@@ -3,9 +3,9 @@ from math import exp, log, sqrt
 import torch
 import torch.nn.functional as F
 from cases import Case, Golden, logits, maps
-from fastdistill.losses import (ABKD, DIST, DKD, JSD, KL, MSE, NKD, RLD, TAID, TTM, TVD, WTTM, BinaryKL, Hard, Regression, ReverseKL, SkewedKL, SoftCE,
+from fastdistill.losses import (ABKD, DIST, DKD, JSD, KL, MSE, NKD, RLD, TAID, TTM, TVD, ULD, WTTM, BinaryKL, Hard, Regression, ReverseKL, SkewedKL, SoftCE,
                                 SoftTargets, abkd, binary_kl, dist, dkd, hard, jsd, kl, mse, nkd, regression, reverse_kl, rld, skewed_kl, soft_ce,
-                                soft_targets, standardized, taid, ttm, tvd, wttm)
+                                soft_targets, standardized, taid, ttm, tvd, uld, wttm)
 from fastdistill.losses._base import Loss
 
 
@@ -45,6 +45,13 @@ def tvd_loop(s, t, T=1., axis=1): return mean([T*T*sum(abs(a-b) for a,b in zip(q
 def soft_ce_loop(s, t, T=4., axis=1): return mean([-T*T*sum(b*log(a) for a,b in zip(q, p)) for q,p in pairs(s, t, T, axis)])
 
 def mse_loop(s, t, axis=1): return mean([sum((a-b)**2 for a,b in zip(x, y)) for x,y in zip(rows_of(s, axis), rows_of(t, axis))])
+
+def uld_loop(s, t, T=1., axis=1):
+    out = []
+    for a,b in zip(rows_of(s, axis), rows_of(t, axis)):
+        q,p = [sorted(softmax(x, T), reverse=True) + [0.]*99 for x in (a, b)]
+        out.append(T*T*sum(abs(u-v) for u,v in zip(q, p)))
+    return mean(out)
 
 def hard_loop(s, t, axis=1): return mean([-log(q[p.index(max(p))]) for q,p in pairs(s, t, axis=axis)])
 
@@ -182,6 +189,16 @@ def kl_part(g, o):
     return ce_part(g, o) + forward_share(o)*(p*p.log()).sum(-1).mean()
 
 
+def answers(g, T):
+    "Logits of the answers, from the position that predicts the first token, and 1/length: a text's mean, then the mean over texts"
+    def answer(k, i, T):
+        y = g[f'labels_{k}'][i] != -100
+        return g[k][i][y.int().argmax()-1:][:y.sum()]/T
+    both = [(answer('student', i, T), answer('teacher', i, 1.)) for i in range(len(g['student']))]
+    n = [min(map(len, o)) for o in both]
+    return *(torch.cat([o[k][:m] for o,m in zip(both, n)]) for k in (0, 1)),torch.cat([torch.full((m,), 1/m, dtype=torch.float64) for m in n])
+
+
 paper = dict(eps=0., correction=0)
 
 class StdKL(Loss): fn = standardized(kl)
@@ -228,6 +245,13 @@ ROWS = [
 
     Case(tvd, TVD, dict(T=2.), logits(5, 7), tvd_loop),
     Case(tvd, TVD, dict(axis=-1), logits(2, 3, 6, axis=-1), tvd_loop, golden=[Golden('distillm_tv_distance', T1, more=tokens)]),
+
+    Case(uld, ULD, dict(), maps((5, 7), (5, 11), scale=3.), uld_loop),
+    Case(uld, ULD, dict(T=2.), maps((3, 6, 2, 3), (3, 4, 2, 3), scale=3.), uld_loop),
+    # the stored one softens the student alone
+    Case(uld, ULD, dict(axis=-1), maps((2, 3, 6), (2, 3, 9), scale=3.), uld_loop, golden=[
+        Golden('uld', lambda o: dict(axis=-1), lambda g, T=T: answers(g, T)[:2], more=lambda g, T=T: dict(mask=answers(g, T)[2]),
+               only=lambda o, T=T: o['T_s'] == T, scale=lambda g,o: 1/o['weight']) for T in (1., 2.)]),
 
     # the stored cross-entropies have no T^2
     Case(soft_ce, SoftCE, dict(T=4.), logits(5, 7), soft_ce_loop, soft_ce_least, golden=[

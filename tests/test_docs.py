@@ -16,7 +16,7 @@ PAGES = [README, ROOT/'examples'/'README.md', *DOCS]
 BLOCK = re.compile(r'^(?:<!-- (?:not run: (?P<why>.+?)|prelude: (?P<prelude>\w+)) -->\n+)?^```python\n(?P<code>.*?)^```$',
                    re.M | re.S)
 # how many blocks of a page are only shown: each says why where it stands
-NOT_RUN = {'docs/cache.md': 1, 'docs/classes.md': 1, 'docs/compression.md': 1}
+NOT_RUN = {'docs/cache.md': 1, 'docs/classes.md': 1, 'docs/compression.md': 1, 'docs/fastai.md': 1}
 HEADINGS = ['What it compares', 'How to use (function, class, fastai)', 'Suggested values, and from where', 'When it helps, hurts, or clashes', 'Paper, and where we differ']
 
 def name(page): return str(page.relative_to(ROOT))

@@ -1,13 +1,16 @@
 "A teacher with another tokenizer or other preprocessing: `inputs=` makes its inputs from the batch, in every face, live and stored."
+import lightning.pytorch as pl
 import pytest, torch
 import transformers as hf
 from torch import nn
 from apps import FASTAI_WARNINGS, quiet
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import TrainingArguments
 from fastdistill import Distiller, Teacher, at, hint, kd
 from fastdistill.fastai import DistillError, KnowledgeDistillation, cache_teacher
 from fastdistill.huggingface import DistillationTrainer
+from fastdistill.lightning import DistillModule
 
 pytestmark = pytest.mark.filterwarnings(*FASTAI_WARNINGS)
 WORDS = ['[PAD]', *'the a cat dog sat ran home away'.split()]
@@ -102,6 +105,18 @@ def test_in_hugging_faces_trainer(tmp_path):
     trainer = DistillationTrainer(s, args, train_dataset=data, teacher=Teacher(t, inputs=of_batch), recipe=kd(T=2, alpha=1.))
     trainer.train()
     assert trainer.state.log_history[0]['kd_loss'] == pytest.approx(want, rel=1e-3)
+
+
+@pytest.mark.filterwarnings('ignore::lightning.fabric.utilities.warnings.PossibleUserWarning', 'ignore:.*isinstance.treespec, LeafSpec.')
+def test_in_lightning(tmp_path):
+    t,s = bert(100),Bag()
+    want = .7*softened(s(ROWS), wanted(t)) + .3*nn.functional.cross_entropy(s(ROWS), Y)
+    module = DistillModule(s, Teacher(t, inputs=of_ids), kd(T=2, alpha=.7), lr=.1, optimizer=torch.optim.SGD)
+    wanted_grads = torch.autograd.grad(want, list(s.parameters()))
+    ends = [p.detach() - .1*g for p,g in zip(s.parameters(), wanted_grads)]
+    pl.Trainer(max_steps=1, accelerator='cpu', logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+               default_root_dir=tmp_path).fit(module, DataLoader(TensorDataset(ROWS, Y), len(ROWS)))
+    for a,b in zip(s.parameters(), ends): torch.testing.assert_close(a.detach(), b, rtol=1e-4, atol=1e-6)
 
 
 def test_other_pictures_of_the_same_batch():

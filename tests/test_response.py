@@ -2,12 +2,16 @@
 import copy, functools, inspect, math, pickle
 import pytest, torch
 import torch.nn.functional as F
+from apps import FASTAI_WARNINGS, quiet
+from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner
 from fastai.torch_core import TensorBase, TensorImage, TensorMask
 from cases import logits
-from fastdistill import Recipe, losses, recipes
+from fastdistill import Distiller, Recipe, kd, losses, recipes
+from fastdistill.fastai import cache_teacher
 from fastdistill.losses import (DKD, KL, MSE, SoftTargets, abkd, binary_kl, dist, dkd, hard, jsd, kl, mse, nkd, regression, reverse_kl, rld, skewed_kl, soft_ce,
-                                soft_targets, standardize, standardized, taid, ttm, tvd, wttm)
+                                soft_targets, standardize, standardized, taid, ttm, tvd, uld, wttm)
 from fastdistill.outputs import DistillError
+from fastdistill.recipes import uld as uld_recipe
 
 INF = float('inf')
 named = lambda f: getattr(f, '__name__', None) or f'{f.func.__name__}-{f.keywords}'
@@ -69,7 +73,7 @@ def test_what_the_student_cannot_say_is_left_out_of_kl_and_what_the_teacher_cann
 
 # masks
 
-@pytest.mark.parametrize('fn', [kl, reverse_kl, jsd, tvd, soft_ce, mse, hard, dist, dkd, nkd, rld, standardized(kl), standardized(dist), *newer])
+@pytest.mark.parametrize('fn', [kl, reverse_kl, jsd, tvd, uld, soft_ce, mse, hard, dist, dkd, nkd, rld, standardized(kl), standardized(dist), *newer])
 def test_what_stands_at_a_masked_position_reaches_neither_value_nor_gradient(fn):
     s,t,*y = pair(3, 5, 4, y='y' in inspect.signature(fn).parameters)
     mask = torch.rand(3, 4, generator=torch.Generator().manual_seed(0)) > .5
@@ -334,13 +338,44 @@ def test_fastais_own_tensors_are_welcome():
         assert type(got) is torch.Tensor and got.item() == fn(s, t, *rest, mask=mask).item()
 
 
+# other classes
+
+def test_uld_teaches_where_the_teacher_has_other_classes():
+    s,t,x = torch.nn.Linear(4, 3),torch.nn.Linear(4, 5),torch.randn(6, 4)
+    d = Distiller(s, t, uld_recipe(weight=2.))
+    p,q = [F.pad(m(x).softmax(1).sort(1, descending=True).values, (0, 5-n)) for m,n in ((s, 3), (t, 5))]
+    r = d(x, torch.zeros(6, dtype=torch.long))
+    assert r.added.item() == pytest.approx(2*(p-q).abs().sum(1).mean().item(), rel=1e-5)
+    with pytest.raises(DistillError, match='must be equal'): Distiller(s, t, uld_recipe() + kd())(x, torch.zeros(6, dtype=torch.long))
+    with pytest.raises(DistillError, match='the positions must be the same'): uld(torch.randn(2, 6, 5), torch.randn(2, 7, 9), axis=-1)
+
+
+@pytest.mark.filterwarnings(*FASTAI_WARNINGS)
+def test_uld_in_fastai_is_checked_without_a_score(tmp_path):
+    x = torch.randn(16, 4)
+    items = list(zip(x, torch.arange(16) % 3))
+    def student():
+        torch.manual_seed(0)
+        dls = DataLoaders.from_dsets(items, items, bs=4, num_workers=0, shuffle=False, device='cpu')
+        return quiet(Learner(dls, torch.nn.Linear(4, 3), loss_func=CrossEntropyLossFlat()))[0]
+    t = torch.nn.Linear(4, 5)
+    ends = []
+    for teacher in (lambda dls: t, lambda dls: cache_teacher(t, dls, tmp_path/'c', kind='softmax', axis=1, dtype='float32', check=False)):
+        learn = student()
+        learn.distill(teacher(learn.dls), 2, 1e-2, uld_recipe())
+        ends.append(learn.model.weight.detach())
+    torch.testing.assert_close(*ends, atol=1e-5, rtol=0)
+    assert not student().check_teacher(t, recipe=uld_recipe()).errors
+    with pytest.raises(DistillError, match='The student.s output has shape'): student().distill(t, 1, 1e-2, uld_recipe() + kd())
+
+
 # kinds
 
 def test_every_loss_says_which_logits_it_is_for():
     names = [n for n in (*losses.response.__all__, *losses.decoupled.__all__, *losses.divergence.__all__) if n[0].islower() and n not in losses.NOT_LOSSES]
     kinds = {n: getattr(getattr(losses, n), 'kind', None) for n in names}
     assert {n for n,k in kinds.items() if k == 'softmax'} == {'kl', 'reverse_kl', 'jsd', 'tvd', 'soft_ce', 'hard', 'dkd', 'nkd', 'dist',
-                                                             'rld', 'ttm', 'wttm', 'skewed_kl', 'taid', 'abkd'}
+                                                             'rld', 'ttm', 'wttm', 'skewed_kl', 'taid', 'abkd', 'uld'}
     others = dict(binary_kl='sigmoid', regression='regression', mse=None, soft_targets=None)
     assert {n: k for n,k in kinds.items() if k != 'softmax'} == others
     assert KL(T=2.).kind == standardized(kl).kind == standardized(KL()).kind == 'softmax'

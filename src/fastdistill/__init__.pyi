@@ -33,6 +33,7 @@ from .recipes import (
     sp as sp,
     taid as taid,
     ttm as ttm,
+    uld as uld,
     vid as vid,
     wttm as wttm,
 )

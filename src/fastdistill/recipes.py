@@ -11,7 +11,7 @@ from .terms import one_temperature
 
 __all__ = ['ab', 'abkd', 'at', 'cc', 'cwd', 'dist', 'dkd', 'fsp', 'hard_labels', 'hint', 'ickd', 'ifvd', 'kd',
            'logit_std', 'nkd', 'nst', 'ofd', 'pairwise', 'pkd', 'pkt', 'pretrain', 'rkd', 'rld',
-           'soft_labels', 'sp', 'taid', 'ttm', 'vid', 'wttm']
+           'soft_labels', 'sp', 'taid', 'ttm', 'uld', 'vid', 'wttm']
 
 
 def __dir__(): return __all__ # `recipes.` and the tab key list the recipes alone
@@ -120,6 +120,17 @@ def ttm(
     """The student predicts the teacher's softened probabilities themselves, beside the labels' own loss (ICLR 2024,
     arXiv:2402.11148)"""
     return Recipe(Term(losses.ttm, weight=weight, share=share, T=T, name='ttm'))
+
+
+@long_name_too
+def uld(
+    T=1.,
+    weight=None, # the authors': 1.5; 1 if neither weight nor share is given
+    share=None # in place of a weight: the length of its gradient beside the labels', see `Term`
+):
+    """Sorted probabilities, of a teacher with another vocabulary, beside the labels' own loss (TMLR 2025,
+    arXiv:2402.12030)"""
+    return Recipe(Term(losses.uld, weight=weight, share=share, T=T, name='uld'))
 
 
 @long_name_too

@@ -102,8 +102,8 @@ def options_of(teacher) -> dict:
            if hasattr(teacher, k)}
     if (output := getattr(teacher, 'output', None)) is not None:
         out['output'] = str(getattr(output, '__qualname__', output))
-    if (inputs := getattr(teacher, 'inputs', None)) is not None:
-        out['inputs'] = str(getattr(inputs, '__qualname__', type(inputs)))
+    for k in ('inputs', 'items'):
+        if (fn := getattr(teacher, k, None)) is not None: out[k] = str(getattr(fn, '__qualname__', type(fn)))
     if (known := getattr(teacher, 'known_classes', None)) is not None: out['classes'] = known
     # numbers of another precision are other numbers
     if half := getattr(teacher, 'half', ''): out['precision'] = half

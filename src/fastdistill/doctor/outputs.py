@@ -15,7 +15,7 @@ from .tally import Tally
 from .words import (norms_in_words, norms_of, order_in_words, outputs_in_words, recipe_in_words, shapes_in_words,
                     steady_in_words, unknown_normalization)
 
-__all__ = ['BATCHES', 'check_batch', 'check_outputs', 'single_teachers']
+__all__ = ['BATCHES', 'any_outputs', 'check_batch', 'check_outputs', 'single_teachers']
 
 BATCHES = 8 # of the validation set, on which the teacher is scored; a quarter as many of the training set are read
 KEPT = 4 # batches that are stored to run the teacher on them again
@@ -41,7 +41,8 @@ def check_outputs(
                 with checked_ids(teacher): t = teacher_logits(teacher, xb)
             except UnknownId as e: return refused('inputs', [unknown_id(e)])
             s = student_logits(student, xb, output) if student is not None and (first or not training) else None
-            if first and only_layers(recipe) and s is not None and s.shape != t.shape:      # a teacher without a head
+            # a teacher without a head, or with other classes
+            if first and any_outputs(recipe) and s is not None and s.shape != t.shape:
                 return Findings([*unsteady(teacher, xb, t), *check_recipe(recipe, student, teacher, xb, None)])
             s,y = taught_part(s, y, teacher.known_classes, task)
             if mistakes := refused('shapes', mismatches(None if s is None else s.shape, t.shape, y, task)):
@@ -79,9 +80,10 @@ def refused(about, found):
     return out
 
 
-def only_layers(recipe):
-    "Does it compare layers alone, so that the teacher's outputs may be anything?"
-    return recipe is not None and all(t.layers is not None for t in getattr(recipe, 'terms', [recipe]))
+def any_outputs(recipe):
+    "Does it compare layers, or outputs of which classes may differ? Then the teacher's need not fit the student's"
+    terms = getattr(recipe, 'terms', [recipe])
+    return recipe is not None and all(t.layers is not None or t.match != 'shape' for t in terms)
 
 
 def check_batch(
@@ -116,7 +118,8 @@ def unsteady(teacher, xb, t):
     # modules inside a function can't be set to evaluation mode from here
     function = any(o.module is None and o.path is None for o in single_teachers(teacher))
     parts = list(tensors_in(xb))
-    can_cut = function and len(t) > 1 and parts and all(o.dim() and len(o) == len(t) for o in parts)
+    can_cut = function and not teacher.reads_items and len(t) > 1 and parts and all(
+        o.dim() and len(o) == len(t) for o in parts)
     if not near(teacher_logits(teacher, xb), t): why = "differ from call to call for the same batch (is dropout on?)"
     elif can_cut and not near(teacher_logits(teacher, map_tensors(xb, lambda o: o[:-1])), t[:-1]):
         why = "for a sample depend on the other samples of its batch (is batch-norm in training mode?)"

@@ -8,6 +8,8 @@ from fastai.basics import (CancelBatchException, CancelEpochException, CancelFit
 from fastai.callback.mixup import MixHandler
 from ..outputs import as_plain, map_tensors
 from ..replay.generators import Generators
+from ..teacher.items import with_items
+from .raw_items import renewed, without_places
 
 __all__ = ['PreparationError', 'prepared_batches', 'split_batch', 'valid_batches']
 
@@ -21,14 +23,14 @@ class PreparationError(Exception):
 def valid_batches(dl, n=None):
     "Some batches from all over the validation set, which is often sorted by class"
     # the learner's own DataLoader stays as it is
-    if hasattr(dl, 'shuffle_fn'): dl = dl.new(shuffle=getattr(dl, 'indexed', True), drop_last=False, num_workers=0)
+    if hasattr(dl, 'shuffle_fn'): dl = renewed(dl, shuffle=getattr(dl, 'indexed', True), drop_last=False, num_workers=0)
     yield from some_batches(dl, n)
 
 
 def train_batches(dl, n):
     "Some batches of the training set, in an order of their own"
     if isinstance(getattr(dl, 'dataset', None), IterableDataset): return      # a stream can't be read twice
-    yield from some_batches(dl.new(num_workers=0) if hasattr(dl, 'shuffle_fn') else dl, n)
+    yield from some_batches(renewed(dl, num_workers=0) if hasattr(dl, 'shuffle_fn') else dl, n)
 
 
 # parts of a DataLoader that may have their own generators
@@ -74,11 +76,11 @@ def prepared_batches(learn, n_valid, n_train):
 
 def prepared(learn, batches, ds_idx, training):
     "(inputs, targets) of batches after the learner's callbacks have changed them"
-    if learn.model is None: yield from (split_batch(learn, b) for b in batches)
-    else:
-        for i,b in enumerate(batches):
-            try: yield with_callbacks(learn, b, i, ds_idx, training)
-            except CANCELED: continue      # a fit skips such a batch too
+    for i,b in enumerate(batches):
+        b,items = without_places(b, learn.dls[ds_idx])
+        try: x,y = split_batch(learn, b) if learn.model is None else with_callbacks(learn, b, i, ds_idx, training)
+        except CANCELED: continue      # a fit skips such a batch too
+        yield with_items(x, items),y
 
 
 def number_of_batches(dl):

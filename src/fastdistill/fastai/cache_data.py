@@ -16,15 +16,18 @@ from ..cache.source import (Source, check_alone, check_batch_size, distinct_view
                             unrepeatable)
 from ..cache.verify import Verified
 from ..cache.writer import check_views, write_cache
-from ..outputs import DistillError, DistillWarning, TopK, as_plain
+from ..doctor.outputs import single_teachers
+from ..outputs import DistillError, DistillWarning, Outputs, TopK, as_plain
 from ..replay.seeds import RandomGuard
+from ..teacher.items import with_items
 from ..teacher.speed import AS_IT_IS
 from ..teacher.teacher import Teacher
 from .task import task_of
 from .check import check_teacher
 from .sample_keys import item_keys, key_root, sample_files, storage_order
 from .replay_dl import IndexedItem, Plan, attach, refuse_unindexed
-from .stream import inputs_of, is_stream, model_outputs, stream_outputs
+from .raw_items import RawItems
+from .stream import inputs_of, is_stream, stream_outputs
 from .teachers import class_names, image_stats, teacher_of
 from .transforms import describe_transforms
 from .vocab import stored_order, vocab_of
@@ -36,7 +39,8 @@ def cache_teacher(
     teacher, # Learner, exported .pkl, module, `Teacher`, or a list of these
     dls, # DataLoaders whose training set (with its augmentation) is cached
     path, # folder or URL
-    views:int=1, # augmented views of each sample; 0: the clean view, while the student's augmentation stays random
+    views:int=1, # augmented views of each sample; 0: the clean view, while the student's augmentation stays random, as
+    # for a teacher with `items=`, which sees no augmentation
     topk:int|None=None, # store only the likeliest classes
     dtype:str='float16', # 'float32', 'float16' or 'int8' (scaled row by row)
     layers=None, # names of the teacher's layers whose outputs are stored too
@@ -68,7 +72,7 @@ def cache_teacher(
     names = None if task.kind == 'regression' else classes_of(teacher, dls)
     source = lambda dl, views, keys: source_of(teacher, dls, dl, views, seed, keys, names, bs, num_workers)
     with RandomGuard():       # DataLoaders draw a seed for their workers
-        views = views_of(dls.train, views, seed)
+        views = 0 if only_items(teacher, views) else views_of(dls.train, views, seed)
         with shown_progress(progress) as show:
             cache = write_cache(path, source(dls.train, views, keys), wish, views=views, progress=show, **given)
         if valid:
@@ -78,6 +82,15 @@ def cache_teacher(
                             **given)
     cache.sample_names = keys
     return cache
+
+
+def only_items(teacher, views):
+    "Does it read the raw items alone, whose outputs are the same in each view?"
+    if not all(m.reads_items for m in single_teachers(teacher)): return False
+    if views > 1:
+        raise DistillError(f"views={views}, but a teacher with items= does not see the student's augmentation: its "
+                           "outputs are the same for each view. Use views=0: the augmentation stays random.")
+    return True
 
 
 def views_of(dl, views, seed):
@@ -154,13 +167,18 @@ def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num
     names,order = item_keys(dl, keys, root),storage_order(dl)
     plan = Plan(names[order], views, seed, order, stream=stream)
     make = lambda tasks, bs, workers=None: writer_dl(dl, plan, tasks, bs, workers)
-    if teacher.layers: teacher = teacher.reading_tokens(*inputs_of(next(iter(make([0], 1, 0))), dl.n_inp))
+    raw = RawItems(dl) if teacher.reads_items else None
+    def inputs(b, tasks):
+        x = inputs_of(b, dl.n_inp)
+        return x if raw is None else with_items(x, raw.at(plan.of(np.asarray(tasks))[0]))
+    if teacher.layers: teacher = teacher.reading_tokens(*inputs(next(iter(make([0], 1, 0))), [0]))
     def run(tasks, bs, teacher=teacher):
         with validation_transforms(dl, not views), teacher if hasattr(teacher, '__enter__') else nullcontext():
             if isinstance(teacher, Teacher): teacher.expect(-(-len(tasks)//bs))
             workers = num_workers if len(tasks) > bs else 0     # starting workers takes longer than one batch
             if stream: yield from stream_outputs(teacher, dl, lambda t: make(t, bs, workers), tasks, bs)
-            else: yield from (model_outputs(teacher, b, dl.n_inp) for b in make(tasks, bs, workers))
+            else: yield from (Outputs.of(teacher(*inputs(b, tasks[i*bs:i*bs+bs])))
+                              for i,b in enumerate(make(tasks, bs, workers)))
     if check:
         with validation_transforms(dl, not views): check_views_repeat(make, len(names)*max(views, 1))
         exact = partial(run, teacher=as_it_is(teacher))
@@ -171,7 +189,7 @@ def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num
     with validation_transforms(dl, not views): samples = sample_digests(make, plan, views)
     who = identity_of(teacher)
     # without `stats`, the student's normalization is part of the teacher's identity
-    if any(getattr(t, 'stats', None) is None for t in (getattr(teacher, 'members', None) or [teacher])):
+    if any(t.stats is None and not t.reads_items for t in teacher.members or [teacher]):
         who['input'] = 'mean {}, std {}'.format(*(torch.as_tensor(o).flatten().tolist() for o in image_stats(dls)))
     transforms = describe_transforms(dl) if views or stream else {}
     return Source(plan.keys, run, rows, who, transforms, root, vocab, samples,

@@ -5,7 +5,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from fastai.basics import Callback, noop
-from fastai.vision.augment import RandTransform, RandomErasing, SpaceTfm
 from ..batch import all_classes
 from ..cache.manifest import refuse, sample_differences, transform_differences
 from ..cache.reader import TeacherCache
@@ -17,7 +16,7 @@ from .replay_dl import Plan, attach, detach, refuse_unindexed, set_aside
 from .sample_keys import item_keys, matching_root, sample_files
 from .stream import inner_dl, is_stream, of_length
 from .targets import Feed
-from .transforms import describe_transforms
+from .transforms import augmented, describe_transforms, moves
 from .vocab import stored_order, vocab_of
 
 __all__ = ['CacheFeed', 'passed_epochs']
@@ -159,15 +158,3 @@ def misfits(dl, plan, cache):
         return ["these outputs have a value for each pixel or token of the clean input, but "
                 f"{', '.join(moving)} would move the student's input: cache views=1 or more"]
     return []
-
-
-def augmented(dl):
-    "Random transforms of the training set"
-    if getattr(dl.dataset, 'split_idx', 1) != 0: return []
-    parts = (getattr(dl, k) for k in ('after_item', 'after_batch'))
-    return [f for part in parts for f in getattr(part, 'fs', []) if isinstance(f, RandTransform)]
-
-
-def moves(dl):
-    "Names of the random transforms that change positions"
-    return [type(f).__name__ for f in augmented(dl) if not isinstance(f, (SpaceTfm, RandomErasing))]

@@ -19,6 +19,7 @@ from .choice import choose_recipe, example_of
 from .columns import PartMetric, TaskMetric
 from .finite import FiniteCheck
 from .projector_opt import ProjectorOptimizer
+from .raw_items import ItemFeed
 from .task import task_of
 from .teachers import teacher_of
 from .trend import TrendCheck
@@ -72,7 +73,7 @@ class KnowledgeDistillation(Callback):
         self.source,self.asked_kind,self.asked_axis,self.span,self.check = teacher,kind,axis,span,check
         self.recipe,self.output = make_recipe(recipe, one_temperature(T, temperature), alpha, loss),output
         self.chooses = self.recipe is None
-        self.feed,self.in_fit,self.part_metrics,self.parts = feed_of(teacher),False,L(),{}
+        self.feed,self.items,self.in_fit,self.part_metrics,self.parts = feed_of(teacher),ItemFeed(),False,L(),{}
         self.distiller = self.known_dls = self.projector_opt = self.taps = self.built = None
         self.teacher_outputs = self.epochs_span = None
         self.state_to_load = self.state_before_finder = self.reported_shares = None
@@ -99,6 +100,7 @@ class KnowledgeDistillation(Callback):
         self.in_fit,finder = True,hasattr(self.learn, 'lr_finder')
         self._build()
         if self.feed is not None: self.feed.attach(self.learn, self.task.kind, self.task.axis)
+        else: self.items.attach(self.learn, self.distiller.teacher, self.task)
         found = self._check() if self.check and not self.checked and not finder and self.feed is None else None
         if self.chooses and (self.recipe is None or found is not None): self._choose(found)
         if self.distiller.ready: self._take_state()
@@ -115,8 +117,7 @@ class KnowledgeDistillation(Callback):
 
     def _check(self):
         "Look for mistakes, on the first rank alone, so that all ranks continue or all stop"
-        d = self.distiller
-        find = lambda: find_mistakes(self.learn, d.teacher, self.task, self.recipe, output=self.output)
+        find = lambda: find_mistakes(self.learn, self.distiller.teacher, self.task, self.recipe, output=self.output)
         found,self.checked = on_first(find).enforce(facts=self.logs),True
         return found
 
@@ -176,7 +177,7 @@ class KnowledgeDistillation(Callback):
     def teardown(self):
         "Put everything back; safe to call at any time, and twice"
         self._untap()
-        if self.feed is not None: self.feed.detach()
+        (self.items if self.feed is None else self.feed).detach()
         self.unlabelled.stop()
         if not self.in_fit: return
         self.in_fit = False
@@ -234,7 +235,7 @@ class KnowledgeDistillation(Callback):
     def before_batch(self):
         if not self.active: return
         self.parts,self.teacher_outputs = {},None
-        if not self.distiller.ready: self._setup(*self.xb)      # the student did not run on an example before the fit
+        if not self.distiller.ready: self._setup(*self.items.beside(self.xb))      # it did not run on an example
         self._tap()
 
     def _tap(self):
@@ -304,9 +305,9 @@ class KnowledgeDistillation(Callback):
 
     def _ask_teacher(self):
         "The teacher's outputs for this batch; None where no term needs them"
-        t = self.distiller.teacher_outputs(self.xb, self.share_done)
+        t = self.distiller.teacher_outputs(self.items.beside(self.xb), self.share_done)
         if t is not None: self.finite_check.add(t, self.learn, self.task)
-        return t
+        return self.items.mixed(t)
 
     def _report_shares(self):
         "Print what was measured at the first training batch, and where a part counts for the first time"
@@ -358,9 +359,8 @@ class KnowledgeDistillation(Callback):
         "What a checkpoint needs beside the student: projectors, their optimizer's state, measured gradients"
         if self.state_to_load: return {k: v for k,v in self.state_to_load.items() if k != 'file'}
         if self.distiller is None: return {}
-        d,opt = self.distiller,self.projector_opt
-        return dict(links=d.links.state_dict(), ratios=d.ratios.state_dict(),
-                    opt=None if opt is None else opt.state_dict())
+        d,opt = self.distiller,None if self.projector_opt is None else self.projector_opt.state_dict()
+        return dict(links=d.links.state_dict(), ratios=d.ratios.state_dict(), opt=opt)
 
     def load_state_dict(
         self,

@@ -15,12 +15,12 @@ from ..study import Search, import_optuna
 from .arguments import feed_of
 from .batches import restored
 from .cache_data import cache_teacher
-from .cache_feed import moves
 from .check import check_teacher
 from .choice import example_of, facts_for_choice
 from .clock import scorer
 from .task import task_of
 from .teachers import teacher_of
+from .transforms import moves
 from .trials import Trials
 
 __all__ = []

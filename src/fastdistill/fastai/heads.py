@@ -216,6 +216,9 @@ class HeadsDistillation(KnowledgeDistillation):
         self.known_dls,self.checked = self.learn.dls,False
         for k,d in self.distiller.heads.items():
             d.teacher = teacher_of(self.at[k].source, self.at[k].of(self.learn), self.tasks[k])
+            if d.teacher.reads_items:
+                raise DistillError(f"The teacher of the head {k!r} has items=, which several heads do not take: give "
+                                   "it inputs=, or a student with one head.")
             d.teacher.say_with(self._log)
             d.check_names()
 

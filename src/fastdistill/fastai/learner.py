@@ -12,6 +12,7 @@ from .task import task_of
 from . import check
 from .batches import prepared_batches
 from .callback import KnowledgeDistillation
+from .raw_items import items_shown
 from .teachers import image_stats, teacher_of
 
 __all__ = []
@@ -83,11 +84,12 @@ def explain(
     """Why did the teacher not help more? A list of reasons, each with the number behind it and what to try; `.facts`
     are what was measured. Teachers that are stored in a cache cannot be asked: pass the model itself"""
     task = task_of(self.loss_func, kind, axis)
+    teacher = teacher_of(teacher, self, task)
     valid,train = prepared_batches(self, n, n)
     steps = getattr(self, 'train_iter', None)
     shares = None if callback is None or callback.distiller is None else callback.distiller.gradient_shares
-    with closing(valid), closing(train):
-        return explain_training(teacher_of(teacher, self, task), task, self.model, valid, train, steps=steps,
+    with items_shown(self.dls, teacher), closing(valid), closing(train):
+        return explain_training(teacher, task, self.model, valid, train, steps=steps,
                                 shares=shares, output=None if callback is None else callback.output)
 
 

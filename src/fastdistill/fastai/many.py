@@ -105,7 +105,11 @@ class Shared:
         # one for all; another one for students whose outputs are of another kind, or have another class axis
         for r in taught:
             if not self._teachers_of(r.task):
-                self.teachers.append((r.task, SharedTeacher(teacher_of(teacher, r.learn, r.task), self.wanted)))
+                t = teacher_of(teacher, r.learn, r.task)
+                if t.reads_items:
+                    raise DistillError("distill_many can't run a teacher with items=: store its outputs with "
+                                       "cache_teacher(teacher, dls, folder) and give it the cache.")
+                self.teachers.append((r.task, SharedTeacher(t, self.wanted)))
 
     def _teachers_of(self, task): return [t for o,t in self.teachers if o == task]
 

@@ -174,7 +174,7 @@ def _export_student_alone(export):
     @functools.wraps(export)
     def _export(self, *args, **kwargs):
         cb = _callback_on(self)
-        with nullcontext() if cb is None or cb.feed is None else cb.feed.set_aside():
+        with nullcontext() if cb is None else (cb.feed or cb.items).set_aside():
             return export(self, *args, **kwargs)
     return _export
 

@@ -45,6 +45,7 @@ def teacher_of(
     if isinstance(obj, Learner):
         return of_learner(obj, {'stats': image_stats(obj.dls)} | in_order(dls, vocab_of(obj.dls), task) | kwargs)
     if isinstance(obj, Teacher):
+        if obj.reads_items: kwargs.pop('input_stats', None)     # they are those of the student's batch
         own = {} if obj.given & {'select', 'classes'} else in_order(dls, class_names(obj, dls), task)
         return on_table(adapted(with_numbers(obj, dls), own | kwargs), dls)
     if isinstance(obj, nn.Module) and 'stats' not in kwargs and dls is not None:

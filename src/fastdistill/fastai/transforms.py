@@ -7,7 +7,7 @@ from torch import Tensor
 from fastai.basics import ItemTransform, Pipeline, Transform
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
 from fastai.tabular.core import ReadTabBatch
-from fastai.vision.augment import AffineCoordTfm, SpaceTfm, TensorImage
+from fastai.vision.augment import AffineCoordTfm, RandTransform, RandomErasing, SpaceTfm, TensorImage
 from ..cache.digests import code_of, fingerprint
 from ..cache.keys import hash_of
 from ..outputs import DistillError
@@ -16,7 +16,7 @@ from ..replay.per_sample import PerSample, per_sample
 from ..replay.seeds import RandomGuard, seeds_of
 from .stream import is_stream
 
-__all__ = ['Replay', 'describe_transforms']
+__all__ = ['Replay', 'augmented', 'describe_transforms', 'moves']
 
 # these draw no random numbers and transform each sample alone
 FIXED = Normalize,IntToFloatTensor,ToTensor,ReadTabBatch
@@ -186,3 +186,15 @@ def own_code(o):
     if type(o) is Transform:
         return [code_of(m.implementation) for m in o.encodes.methods] if hasattr(o, 'encodes') else []
     return [] if type(o).__module__.split('.')[0] in ('fastai', 'fasttransform', 'fastcore') else [code_of(type(o))]
+
+
+def augmented(dl):
+    "Random transforms of the training set"
+    if getattr(dl.dataset, 'split_idx', 1) != 0: return []
+    parts = (getattr(dl, k) for k in ('after_item', 'after_batch'))
+    return [f for part in parts for f in getattr(part, 'fs', []) if isinstance(f, RandTransform)]
+
+
+def moves(dl):
+    "Names of the random transforms that change positions"
+    return [type(f).__name__ for f in augmented(dl) if not isinstance(f, (SpaceTfm, RandomErasing))]

@@ -10,7 +10,7 @@ from .chunks import per_position
 
 __all__ = ['kl', 'KL', 'reverse_kl', 'ReverseKL', 'jsd', 'JSD', 'tvd', 'TVD', 'soft_ce', 'SoftCE', 'mse', 'MSE',
            'hard', 'Hard', 'binary_kl', 'BinaryKL', 'regression', 'Regression', 'soft_targets', 'SoftTargets',
-           'dist', 'DIST', 'standardize', 'standardized']
+           'uld', 'ULD', 'dist', 'DIST', 'standardize', 'standardized']
 
 
 def positions(x, axis): return x.shape[:axis] + x.shape[axis+1:]
@@ -144,6 +144,38 @@ def tvd(
 def tvd_values(s, t, T, axis): return (log_probs(s, T, axis).exp() - log_probs(t, T, axis).exp()).abs().sum(axis)/2
 
 class TVD(Loss): fn = tvd
+
+
+@loss(kind='softmax', match='grid')
+def uld(
+    s:Tensor, # student logits, any shape
+    t:Tensor, # teacher logits: as many positions, any number of classes
+    *, T:float=1., # temperature
+    axis:int=1, # class axis
+    mask:Tensor|None=None, # `s` without the class axis: which positions count
+    reduction:str='mean'
+):
+    """T^2 |sort(softmax(t/T)) - sort(softmax(s/T))|, with zeros for the classes that the smaller vocabulary lacks
+    (universal logit distillation, TMLR 2025, arXiv:2402.12030).
+
+    It compares how probabilities are spread, not over which classes. From 0 to 2 T^2"""
+    check_classes(s, axis)
+    shape = positions(s, class_axis(s, axis))
+    if s.dim() != t.dim() or shape != positions(t, class_axis(t, axis)):
+        raise DistillError(f"The student's output has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: the "
+                           f"numbers of classes (axis {axis}) may differ, but the positions must be the same. Texts "
+                           "that two tokenizers cut into different numbers of tokens can't be compared token by token.")
+    if mask is not None: mask = fit_mask(mask, shape)
+    return reduce(per_position(partial(uld_values, T=T), s, t, axis, mask)*T**2, reduction, mask)
+
+def uld_values(s, t, T, axis):
+    axis = class_axis(s, axis)
+    p,q = [log_probs(x, T, axis).exp().sort(axis, descending=True).values.movedim(axis, -1) for x in (s, t)]
+    n = max(p.shape[-1], q.shape[-1])
+    p,q = [F.pad(x, (0, n - x.shape[-1])) for x in (p, q)]
+    return (p-q).abs().sum(-1)
+
+class ULD(Loss): fn = uld
 
 
 @loss(kind='softmax', match='shape')

@@ -6,6 +6,7 @@ from ..outputs import DistillError, Outputs, as_plain
 from ..ranks import rank
 from .forms import is_graph
 from .guest import Guest
+from .items import items_beside
 from .speed import OPTIONS, Speed
 
 __all__ = ['Running']
@@ -54,13 +55,30 @@ class Running:
         x:tuple, # the batch's inputs
         kw=None # and those by name
     ) -> tuple:
-        "(inputs, inputs by name) of the model: the batch's, or what `inputs=` made of them"
-        if self.inputs is None or self.members: return x,kw or {}
-        own = self.inputs(*x, **(kw or {}))
-        if isinstance(own, Mapping): return (dict(own),),{}
+        "(inputs, inputs by name) of the model: the batch's, or what `inputs=` or `items=` made"
+        kw = kw or {}
+        if self.members or self.inputs is None and self.items is None: return x,kw
+        own = self.inputs(*x, **kw) if self.items is None else self.items(items_beside((x, kw), self.name))
+        lists = isinstance(own, Mapping) and any(isinstance(v, list) for v in own.values())
+        if isinstance(own, Mapping) and not lists: return (dict(own),),{}
         if isinstance(own, (Tensor, tuple)): return own if isinstance(own, tuple) else (own,),{}
-        raise DistillError(f"inputs= of the teacher {self.name} returned a {type(own).__name__}: possible are a "
-                           "tensor, a tuple of several, and a dict of inputs by name.")
+        option = 'inputs' if self.items is None else 'items'
+        raise DistillError(f"{option}= of the teacher {self.name} returned a {type(own).__name__}"
+                           f"{' of lists' if lists else ''}: possible are a tensor, a tuple of several, and a dict of "
+                           "tensors by name (of a tokenizer of Hugging Face: return_tensors='pt', padding=True).")
+
+    def _check_own_inputs(self):
+        given = {k: fn for k in ('inputs', 'items') if (fn := getattr(self, k)) is not None}
+        if len(given) > 1:
+            raise DistillError("inputs= makes the teacher's inputs from the batch, items= from the raw items: give one "
+                               "of them.")
+        for k,fn in given.items():
+            if not callable(fn): raise DistillError(f"{k}={fn!r}: give a function that returns the teacher's inputs.")
+
+    @property
+    def reads_items(self):
+        "Does it, or a member of it, read the raw items in place of the batch's inputs?"
+        return any(m.reads_items for m in self.members) or not self.members and self.items is not None
 
     def expect(
         self, batches:int # that will come before `stop`

@@ -29,9 +29,8 @@ POSSIBLE = dict(mode=('eval', 'train'), combine=('probs', 'logits', 'sample'),
                 kind=('softmax', 'sigmoid', 'regression'), outputs=('logits', 'probs'))
 
 # a member of an ensemble takes these options from the ensemble, unless it was given its own
-INHERITED = ('mode', 'stats', 'input_stats', 'size', 'combine', 'kind', 'axis', 'output', 'outputs', 'inputs', 'device',
-             'batch',
-             *OPTIONS)
+INHERITED = ('mode', 'stats', 'input_stats', 'size', 'combine', 'kind', 'axis', 'output', 'outputs', 'inputs', 'items',
+             'device', 'batch', *OPTIONS)
 
 
 def records_given(init):
@@ -77,6 +76,7 @@ class Teacher(Running):
         outputs:str='logits', # what the model returns: 'logits', or 'probs', the probabilities of classes or labels, as
         # estimators do
         inputs=None, # fn(*inputs of a batch) -> the teacher's own: a tensor, a tuple or a dict, as of another tokenizer
+        items=None, # in fastai, the same from the raw items: fn(a list, or rows of a DataFrame) -> the teacher's own
         frame=None, # of an estimator, in fastai: the table that the DataLoaders were made from (see docs/trees.md)
         name:str|None=None, # in messages; None: the name of the file or of the class
         precision:str='auto', # 'bf16', 'fp16'; 'fp32': the model's own; 'auto': bf16 if the processor computes in it,
@@ -89,8 +89,8 @@ class Teacher(Running):
     ):
         options = dict(layers=layers, mode=mode, stats=stats, input_stats=input_stats, size=size, combine=combine,
                        weights=weights, kind=kind, axis=axis, select=select, classes=classes, output=output,
-                       outputs=outputs, inputs=inputs, frame=frame, name=name, precision=precision, compile=compile,
-                       memory_format=memory_format, fold_bn=fold_bn, device=device, batch=batch)
+                       outputs=outputs, inputs=inputs, items=items, frame=frame, name=name, precision=precision,
+                       compile=compile, memory_format=memory_format, fold_bn=fold_bn, device=device, batch=batch)
         self.model = self.path = self.learner = None       # fastdistill.fastai keeps the teacher's Learner as `learner`
         self.sources,self.members,self._was_started = [],[],[]
         self._stack,self._guest,self._scaling,self._draws = None,None,None,OwnDraws()
@@ -129,6 +129,7 @@ class Teacher(Running):
                 raise DistillError("weights= is for the members of an ensemble, but this is one teacher: give a list")
             self.stats,self.input_stats = stats_of(self.stats, self.model),stats_of(self.input_stats)
         check_output(self.output)
+        self._check_own_inputs()
         check_speed(self._speed_options | dict(batch=self.batch), self.model)
         check_axis(self.axis)
         self.select = class_groups(self.select, 'select')
