@@ -86,7 +86,7 @@ def test_items_get_the_training_sets_augmentation_and_are_all_used():
 
 
 def test_the_items_are_augmented():
-    learn,teacher = student(data()),Convs(3).eval()
+    learn = student(data())
     loader = loader_of([0]*8, learn.dls)       # one item, eight times
     x, = loader.one_batch()
     assert len({tuple(o.flatten().tolist()) for o in x}) == 8
@@ -117,6 +117,12 @@ def drawn(learn):
     apps.set_seed(3, reproducible=True)
     return learn
 
+class Steps(Callback):
+    "The loss of each step"
+    def before_fit(self): self.losses = []
+    def after_batch(self):
+        if self.training: self.losses.append(self.loss.item())
+
 def weights_of(learn): return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
 
 @pytest.mark.parametrize('of_labelled', ['live', 'stored'])
@@ -128,12 +134,10 @@ def test_stored_outputs_teach_as_the_live_teacher_does(tmp_path, of_labelled):
         if stored:
             options = dict(unlabelled_targets=cache_teacher(teacher, student.dls, tmp_path/'more', dtype='float32', kind='softmax', unlabelled=list(more), check=False))
             if of_labelled == 'stored': source = cache_teacher(teacher, student.dls, tmp_path/'targets', dtype='float32', kind='softmax', check=False)
-        losses_seen = []
-        class Seen(Callback):
-            def after_batch(self):
-                if self.training: losses_seen.append(self.loss.item())
-        drawn(student).fit(3, .1, cbs=[KD(source, kd(2., .7), unlabelled=list(more), **options), Seen()])
-        runs.append((torch.tensor(losses_seen), weights_of(student)))
+        seen = Steps()
+        drawn(student).fit(3, .1, cbs=[KD(source, kd(2., .7), unlabelled=list(more), **options), seen])
+        assert len(seen.losses) == 12
+        runs.append((torch.tensor(seen.losses), weights_of(student)))
     for a,b in zip(*runs): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 

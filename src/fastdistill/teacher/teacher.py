@@ -44,7 +44,7 @@ def records_given(init):
 
 
 class Teacher(Running):
-    """Runs a model on batches and returns `Outputs`: without a gradient, in eval mode, and leaves the inputs as they are.
+    """Runs a model on batches and returns `Outputs`: without a gradient, in eval mode. The inputs stay as they are.
     It is not an `nn.Module`, so it never becomes part of a model that is trained.
 
     `with teacher:` (or `start` and `stop`) around a loop prepares the model once. At the end it restores the model's
