@@ -4,8 +4,7 @@
     python benchmarks/unlabelled.py --out benchmarks/results/unlabelled.json
 
 The teacher was trained on the labels of all 1,200 images. Students learn for 300 steps at the same rate: from labels alone, from the default recipe on
-the images with labels, and from the same recipe with the other images beside, from a teacher that runs or from stored outputs. The last two differ
-in random numbers alone.
+the images with labels, and from the same recipe with the other images beside, from a teacher that runs or from stored outputs.
 """
 import json, tempfile
 from pathlib import Path

@@ -2,7 +2,7 @@
 import torch
 from ..outputs import tensors_in
 
-__all__ = ['may_be_lent', 'input_marks', 'shares_memory', 'unchanged']
+__all__ = ['input_marks', 'inputs_kept', 'may_be_lent', 'shares_memory']
 
 
 def may_be_lent(t):
@@ -18,7 +18,7 @@ def input_marks(
     return [(t, t._version, t.clone() if values else None) for t in tensors_in(inputs) if may_be_lent(t)]
 
 
-def unchanged(
+def inputs_kept(
     marks # of `input_marks`
 ) -> bool:
     return all(t._version == v and (was is None or t.is_meta or torch.equal(t, was)) for t,v,was in marks)

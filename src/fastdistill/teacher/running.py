@@ -6,7 +6,7 @@ from ..outputs import DistillError, Outputs, as_plain
 from ..ranks import rank
 from .forms import is_graph
 from .guest import Guest
-from .lending import input_marks, may_be_lent, shares_memory, unchanged
+from .lending import input_marks, inputs_kept, may_be_lent, shares_memory
 from .speed import OPTIONS, Speed
 
 __all__ = ['Running']
@@ -94,7 +94,7 @@ class Running:
         "After a run: a module that changes its inputs, or returns views of them, gets copies"
         known = self._keeps_inputs(layers)
         if known is False: return
-        kept = unchanged(marks)
+        kept = inputs_kept(marks)
         self._found['keeps inputs', *layers] = kept and (known or not shares_memory(marks, outs))
         if known and not kept:
             raise DistillError(f"The teacher {self.name} changed its input in this batch, and not in its first one. So "
