@@ -27,15 +27,29 @@ def learner(items, valid, model):
     return Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy, splitter=lambda m: [params(m[0]), params(m[1])])
 
 
-def quietly(learn, fit, *args):
-    with learn.no_bar(), learn.no_logging(): getattr(learn, fit)(*args)
+def digits():
+    "1,200 items for training, and 597 for the test"
+    x,y = load_digits(return_X_y=True)
+    items = list(zip(tensor(x).float().view(-1, 1, 8, 8)/16, tensor(y)))
+    return items[:1200],items[1200:]
+
+
+def quietly(learn, fit, *args, **kwargs):
+    with learn.no_bar(), learn.no_logging(): getattr(learn, fit)(*args, **kwargs)
     return learn
 
 
+def show(rows):
+    "The mean and spread of each way over the seeds"
+    table = Table('accuracy, %', 'mean', 'std', 'each')
+    for k in [k for k in rows[0] if k != 'seed']:
+        v = 100*np.array([r[k] for r in rows])
+        table.add_row(k, f'{v.mean():.1f}', f'{v.std(ddof=1):.1f}', ' '.join(f'{o:.1f}' for o in v))
+    Console(width=120).print(table)
+
+
 def main(out:Path=Path('benchmarks/results/pretrain.json'), seeds:int=3, labels:list[int]=(50, 200)):
-    x,y = load_digits(return_X_y=True)
-    items = list(zip(tensor(x).float().view(-1, 1, 8, 8)/16, tensor(y)))
-    train,valid,rows = items[:1200],items[1200:],[]
+    (train,valid),rows = digits(),[]
     test = DataLoader(valid, bs=597)
     for seed in range(seeds):
         set_seed(seed, reproducible=True)
@@ -57,11 +71,7 @@ def main(out:Path=Path('benchmarks/results/pretrain.json'), seeds:int=3, labels:
         rows.append(row)
         print(row, flush=True)
     out.write_text(json.dumps(rows, indent=1))
-    table = Table('accuracy, %', 'mean', 'std', 'each')
-    for k in [k for k in rows[0] if k != 'seed']:
-        v = 100*np.array([r[k] for r in rows])
-        table.add_row(k, f'{v.mean():.1f}', f'{v.std(ddof=1):.1f}', ' '.join(f'{o:.1f}' for o in v))
-    Console(width=120).print(table)
+    show(rows)
 
 
 if __name__ == '__main__': typer.run(main)

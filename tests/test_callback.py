@@ -96,6 +96,26 @@ def test_mixup_teacher_sees_the_mixed_inputs(first):
     assert student.loss_func is loss_func
 
 
+def test_function_matching_is_the_teacher_alone_on_mixed_inputs_and_no_label_counts():
+    ends = []
+    for other in (False, True):
+        student,teacher = toy()
+        if other: student.dls.train.dataset[:] = [(x, (y+1) % 4) for x,y in student.dls.train.dataset]
+        apps.set_seed(1, reproducible=True)
+        seen = watched(student, [MixUp(1.), KD(teacher, soft_labels(T=1))])
+        plain = torch.cat([x[None] for x,_ in student.dls.train.dataset])
+        for b in seen:
+            assert b.loss == pytest.approx(F.kl_div(b.s.log_softmax(1), teacher(b.x).softmax(1), reduction='batchmean').item(), rel=1e-4)
+            assert torch.cdist(b.x, plain).min(1).values.max() > 1e-3      # these are none of the samples themselves
+        ends.append(weights(student))
+    assert torch.equal(*ends)
+
+def test_one_is_the_share_of_mixup_that_is_uniform():
+    torch.manual_seed(0)
+    share = MixUp(1.).distrib.sample((20_000,))
+    assert (torch.histc(share, 10, 0, 1)/2000 - 1).abs().max() < .1
+
+
 def test_mixed_labels_of_a_multi_label_model_are_numbers():
     student,teacher = pair('multi_label')
     t,app = copy.deepcopy(teacher.model).eval(),next(a for a in apps.APPS if a.name == 'multi_label')

@@ -1,5 +1,5 @@
 "Faster copies of a teacher: precision, memory format, folded batch-norms, compilation. The model itself is never changed."
-import copy, pickle, shutil, warnings
+import copy, pickle, re, shutil, warnings
 import pytest
 import torch
 from torch import nn
@@ -292,6 +292,7 @@ def compiles(monkeypatch):
     calls = []
     monkeypatch.setattr(torch, 'compile', lambda m, **kw: calls.append(kw) or m)
     monkeypatch.setattr(compiled, 'missing_compiler', lambda device: None)
+    monkeypatch.setattr(compiled, 'COMPILED', [])
     return calls
 
 
@@ -305,8 +306,9 @@ def runs(n, batches, **options):
         return repr(t)
 
 
-def test_a_short_run_is_not_compiled(compiles):
-    assert 'not compiled (in 6 batches that would save about 0 s and take about 10 s)' in runs(8, 10) and not compiles
+def test_a_short_run_is_not_compiled(compiles, capsys):
+    assert re.search(r'not compiled \(in 6 batches of \S+ ms that would save about 0 s and take about \d+ s\)', runs(8, 10)) and not compiles
+    assert 'is not compiled (in 6 batches' in capsys.readouterr().out
     assert 'not yet compiled' in runs(8, None) and not compiles
 
 
@@ -319,6 +321,23 @@ def test_a_long_run_is_compiled_once_and_kept_if_it_is_faster(compiles, capsys):
         assert ('100 ms a batch instead of 1e+03' if faster else 'not compiled (tried for 0 s: 2e+03 ms a batch instead of 1e+03)') in says
     assert len(compiles) == 2 and compiles[0]['options'] == {'freezing': True}
     assert 'is compiled in 0 s: 100 ms a batch instead of 1e+03, for 9993 more batches' in capsys.readouterr().out
+
+
+def test_the_decision_follows_from_the_measured_times():
+    cost,enough = compiled.compile_seconds(100),lambda left, eager, known=(): not compiled.worth_compiling(left, eager, 100, known)
+    least = 2*cost/compiled.GAIN        # seconds of batches to come
+    assert enough(1000, least/1000 + 1e-6) and not enough(1000, .99*least/1000) and enough(10, least/10 + 1e-4) and not enough(0, 100.)
+    assert compiled.compile_seconds(200) > cost > compiled.compile_seconds(1) > 0
+    slow = [(100, 3*cost), (200, 3*compiled.compile_seconds(200)), (1, 9*compiled.compile_seconds(1))]     # another machine: three times as long
+    assert compiled.compile_seconds(100, slow) == pytest.approx(3*cost) and not enough(1000, 2*least/1000, slow) and enough(1000, 3.01*least/1000, slow)
+    assert compiled.compile_seconds(100, [(100, .01)]) == cost/2          # it came from a cache
+    assert compiled.worth_compiling(30, .2, 100, [(100, 40.)]) == 'in 30 batches of 200 ms that would save about 1 s and take about 40 s'
+
+
+def test_a_compilation_is_remembered_with_its_time(compiles):
+    runs(2, None, compile=True)
+    (layers,seconds), = compiled.COMPILED
+    assert layers == 1 and 0 <= seconds < 5
 
 
 def test_without_a_compiler_nothing_is_compiled(monkeypatch, capsys):

@@ -265,6 +265,50 @@ def test_the_students_batch_is_not_changed_in_place():
     same(x, was)
 
 
+class Counts(nn.Module):
+    "Keeps where its input lies, and changes it from the batch `since` on, in the way of `how`"
+    def __init__(self, how=None, since=0):
+        super().__init__()
+        self.body,self.how,self.since,self.places = nn.Linear(2, 2),how,since,[]
+    def forward(self, x):
+        self.places.append(x.data_ptr())
+        if self.how is not None and len(self.places) > self.since: self.how(x)
+        return self.body(x)
+
+WRITES = dict(version=lambda x: x.relu_(), data=lambda x: x.data.mul_(2), numpy=lambda x: x.numpy().fill(1), view=lambda x: x[:1].zero_())
+
+@pytest.mark.parametrize('how', [None, *WRITES])
+@pytest.mark.parametrize('batch', [None, 2])
+def test_a_module_gets_the_batch_itself_only_if_it_leaves_it_as_it_is(how, batch):
+    model,x = Counts(WRITES.get(how)),images(4, 2)
+    was = x.clone()
+    with Teacher(model, batch=batch) as t:
+        for _ in range(3): t(x)
+    same(x, was)
+    rows = [x.data_ptr(), x[2:].data_ptr()] if batch else [x.data_ptr()]
+    assert (model.places[-len(rows):] == rows) == (how is None)
+
+
+def test_a_module_that_begins_to_write_into_its_input_stops_the_training_and_gets_copies_then():
+    model,x = Counts(WRITES['version'], since=2),images(4, 2)
+    t = Teacher(model)
+    for _ in range(2): t(x)
+    with pytest.raises(DistillError, match='Counts changed its input in this batch, and not in its first one.*Train again'): t(x)
+    was = x.neg().clone()
+    same(t(y := was.clone()).logits, model.body(was.relu()).detach())
+    same(y, was)
+
+
+def test_outputs_are_no_views_of_the_students_batch():
+    model,x = nn.Sequential(nn.Identity(), nn.Linear(2, 2)),images(4, 2)
+    with Teacher(model) as t:
+        for _ in range(3): t(x)
+        for _ in range(3): o = t.outputs((x,), layers=['0'])
+    was = x.clone()
+    x.zero_()
+    same(o.feats['0'], was)
+
+
 def test_hidden_state_goes_on_from_batch_to_batch_and_is_put_back():
     class Sum(nn.Module):
         "As fastai's recurrent models do"

@@ -7,7 +7,11 @@ from apps import APPS, pair, toy
 from fastai.basics import Callback, CancelFitException, DataLoader, L
 from fastdistill import Distiller, Outputs, Recipe
 from fastdistill.fastai import DistillError, KnowledgeDistillation, Term, dkd, kd, losses, recipes, soft_labels
+from fastdistill.fastai import cache_teacher, verify_cache
+from fastdistill.fastai.batches import loader_of
+from fastdistill.fastai.cache_feed import passed_epochs
 from fastdistill.fastai.unlabelled import perturbed_rows
+from test_fastai_cached import N, TRAIN, Convs, data, student
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
 
@@ -76,10 +80,17 @@ def test_every_application_takes_items_without_labels(app):
 def test_items_get_the_training_sets_augmentation_and_are_all_used():
     student,teacher = pair('image')
     items = L(student.dls.train_ds.items)
-    from fastdistill.fastai.unlabelled import loader_of
-    loader = loader_of(items, student)
+    loader = loader_of(items, student.dls)
     assert loader.after_batch.fs == student.dls.train.after_batch.fs and loader.after_item.fs == student.dls.train.after_item.fs
     assert sum(len(b[0]) for b in loader) > len(items) - loader.bs and all(len(b) == 1 for b in loader)
+
+
+def test_the_items_are_augmented():
+    learn = student(data())
+    loader = loader_of([0]*8, learn.dls)       # one item, eight times
+    x, = loader.one_batch()
+    assert len({tuple(o.flatten().tolist()) for o in x}) == 8
+    assert loader.dataset.split_idx == 0 == loader.after_batch.split_idx and learn.dls.valid_ds.split_idx == 1
 
 
 def test_what_goes_wrong_is_said_before_the_first_batch(tmp_path):
@@ -87,7 +98,9 @@ def test_what_goes_wrong_is_said_before_the_first_batch(tmp_path):
     more = DataLoader(torch.randn(24, 8), bs=8)
     with pytest.raises(DistillError, match='all terms read labels .dkd.: *.*Add one that reads none|all terms read labels'):
         student.fit(1, cbs=KD(teacher, dkd(), unlabelled=more))
-    with pytest.raises(DistillError, match='need a teacher that runs'): KD(None, unlabelled=more)
+    with pytest.raises(DistillError, match="needs a teacher that runs, or stored outputs .*unlabelled_targets='more'"): KD(None, unlabelled=more)
+    with pytest.raises(DistillError, match='perturbed= needs a teacher that runs: the rows are made anew'): KD(None, perturbed=2)
+    with pytest.raises(DistillError, match='unlabelled_targets= are stored outputs for unlabelled='): KD(teacher, unlabelled_targets=tmp_path)
     with pytest.raises(DistillError, match='there are no items in it'): student.fit(1, cbs=KD(teacher, unlabelled=[]))
     with pytest.raises(DistillError, match='perturbed=-1: it is how many rows'): KD(teacher, perturbed=-1)
     lm,big = pair('language_model')
@@ -95,6 +108,100 @@ def test_what_goes_wrong_is_said_before_the_first_batch(tmp_path):
     image,big = pair('image')
     with pytest.raises(DistillError, match='perturbed= is for tables, with rows of numbers'): image.fit(1, cbs=KD(big, perturbed=2))
     with pytest.raises(DistillError, match="these items can't be prepared as the training set's are"): image.fit(1, cbs=KD(big, unlabelled=[object()]))
+
+
+# from stored outputs
+
+def drawn(learn):
+    "The same random numbers for each fit"
+    apps.set_seed(3, reproducible=True)
+    return learn
+
+class Steps(Callback):
+    "The loss of each step"
+    def before_fit(self): self.losses = []
+    def after_batch(self):
+        if self.training: self.losses.append(self.loss.item())
+
+def weights_of(learn): return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+
+@pytest.mark.parametrize('of_labelled', ['live', 'stored'])
+def test_stored_outputs_teach_as_the_live_teacher_does(tmp_path, of_labelled):
+    more,runs = torch.randn(40, 8, generator=torch.Generator().manual_seed(5)),[]
+    for stored in (False, True):
+        student,teacher = toy(bs=16)
+        source,options = teacher,{}
+        if stored:
+            options = dict(unlabelled_targets=cache_teacher(teacher, student.dls, tmp_path/'more', dtype='float32', kind='softmax', unlabelled=list(more), check=False))
+            if of_labelled == 'stored': source = cache_teacher(teacher, student.dls, tmp_path/'targets', dtype='float32', kind='softmax', check=False)
+        seen = Steps()
+        drawn(student).fit(3, .1, cbs=[KD(source, kd(2., .7), unlabelled=list(more), **options), seen])
+        assert len(seen.losses) == 12
+        runs.append((torch.tensor(seen.losses), weights_of(student)))
+    for a,b in zip(*runs): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_each_view_is_replayed_and_a_pass_over_the_items_has_the_next_one(tmp_path):
+    learn,teacher = student(data()),Convs(3).eval()
+    items = list(range(TRAIN, N))       # 8 items, which makes one batch
+    more = cache_teacher(teacher, learn.dls, tmp_path/'more', views=2, dtype='float32', unlabelled=items, check=False)
+    assert more.views == 2 and len(more) == len(items)
+    pairs,inputs = [],[]
+    def watched(s, t):
+        if torch.is_grad_enabled(): pairs.append(t.clone())
+        return losses.kl(s, t, T=1.)
+    hook = learn.model.register_forward_pre_hook(lambda m, x: inputs.append(torch.Tensor(x[0].clone())) if m.training else None)
+    learn.fit(1, 1e-3, cbs=KD(teacher, Term(watched), unlabelled=items, unlabelled_targets=tmp_path/'more'))
+    hook.remove()
+    steps = len(learn.dls.train)
+    assert len(pairs) == len(inputs) == 2*steps and steps > 1
+    for x,t in zip(inputs[1::2], pairs[1::2]): torch.testing.assert_close(t, teacher(x), rtol=1e-4, atol=1e-4)
+    sets = [{tuple(o.flatten()[:9].tolist()) for o in x} for x in inputs[1::2]]
+    assert not sets[0] & sets[1]        # another view of each item
+    assert passed_epochs(learn)[more.identity] == steps
+
+
+def test_stored_outputs_of_a_table_and_of_other_inputs(tmp_path):
+    learn,teacher = pair('tabular')
+    rows = apps.table(20, seed=3).drop(columns='kind')
+    cache_teacher(teacher, learn.dls, tmp_path/'more', unlabelled=rows, check=False)
+    fit = lambda rows, **o: learn.fit(1, 1e-3, cbs=KD(teacher, kd(), unlabelled=rows, **{'unlabelled_targets': tmp_path/'more', **o}))
+    fit(rows)
+    fit(rows.iloc[4:])
+    verified = verify_cache(tmp_path/'more', teacher, learn.dls, unlabelled=rows)
+    assert verified.rows == 20 and verified.worst < 1e-2
+    with pytest.raises(DistillError, match='20 of 20 samples have no row in'): fit(apps.table(20, seed=4).drop(columns='kind'))
+    other = pair('tabular')[1]
+    for p in other.model.parameters(): p.data *= 1.01
+    with pytest.raises(DistillError, match='(?s)other weights than .*, which teaches the labelled batches.*another cache'):
+        learn.fit(1, 1e-3, cbs=KD(other, kd(), unlabelled=rows, unlabelled_targets=tmp_path/'more'))
+    with pytest.raises(DistillError, match='valid=True caches the labelled validation set'):
+        cache_teacher(teacher, learn.dls, tmp_path/'x', valid=True, unlabelled=rows)
+
+
+def test_layers_that_are_not_stored_are_refused_before_the_first_batch(tmp_path):
+    learn,teacher = toy()
+    more,hint = list(torch.randn(16, 8)),Term(losses.hint, .2, layers={'0': '0'}, projector='linear')
+    for layers in (None, ['0']): cache_teacher(teacher, learn.dls, tmp_path/f'more{layers}', unlabelled=more, layers=layers, kind='softmax', check=False)
+    with pytest.raises(DistillError, match="has no outputs of the teacher's layers 0, which the recipe compares"):
+        learn.fit(1, cbs=KD(teacher, kd() + hint, unlabelled=more, unlabelled_targets=tmp_path/'moreNone'))
+    learn.fit(1, cbs=KD(teacher, kd() + hint, unlabelled=more, unlabelled_targets=tmp_path/"more['0']"))
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, ValueError])
+def test_nothing_is_left_behind(tmp_path, error):
+    learn,teacher = student(data()),Convs(3).eval()
+    ds = learn.dls.test_dl(list(range(8))).dataset
+    loader = learn.dls.train.new(ds, bs=4, shuffle=True, n=None)
+    before = {k: vars(loader)[k] for k in ('after_batch', 'do_batch', 'do_item') if k in vars(loader)}
+    cache_teacher(teacher, learn.dls, tmp_path/'more', unlabelled=loader, check=False)
+    class Stop(Callback):
+        def after_backward(self): raise error('now')
+    cb = KD(teacher, kd(), unlabelled=loader, unlabelled_targets=tmp_path/'more')
+    with pytest.raises(error, match='now'): learn.fit(1, 1e-3, cbs=[cb, Stop()])
+    assert {k: vars(loader)[k] for k in ('after_batch', 'do_batch', 'do_item') if k in vars(loader)} == before
+    assert cb.unlabelled.iterator is None and cb.unlabelled.loader is None and cb.unlabelled.feed.fed == []
+    learn.fit(1, 1e-3, cbs=cb)
 
 
 # tables

@@ -1,17 +1,17 @@
-"Batches of a Learner as in a training step, for checks before training. They change nothing."
+"Batches of a Learner as in a training step, for checks before training, which change nothing; and of more items."
 import copy, inspect
 from contextlib import contextmanager
 from itertools import islice
 from torch.utils.data import IterableDataset
 from fastai.basics import (CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException,
-                           CancelValidException, is_listy)
+                           CancelValidException, TfmdLists, is_listy)
 from fastai.callback.mixup import MixHandler
-from ..outputs import as_plain, map_tensors
+from ..outputs import DistillError, as_plain, map_tensors
 from ..replay.generators import Generators
 from ..teacher.items import with_items
 from .raw_items import renewed, without_places
 
-__all__ = ['PreparationError', 'prepared_batches', 'split_batch', 'valid_batches']
+__all__ = ['PreparationError', 'loader_of', 'prepared_batches', 'split_batch', 'valid_batches']
 
 CANCELED = CancelBatchException,CancelEpochException,CancelFitException,CancelTrainException,CancelValidException
 
@@ -112,3 +112,26 @@ def with_callbacks(learn, b, i, ds_idx, training):
             except CANCELED: raise
             except Exception as e: raise PreparationError(f"{type(cb).__name__} ({e})") from e
         return as_plain_batch(learn.xb, learn.yb)
+
+
+def loader_of(
+    items, # like those of the training set, without labels; or a DataLoader
+    dls # the DataLoaders whose training set it is
+):
+    "A DataLoader of these items, prepared and augmented as the training set is"
+    if hasattr(items, '__iter__') and hasattr(items, 'batch_size') or hasattr(items, 'after_batch'): loader = items
+    else:
+        if len(items) == 0: raise DistillError("unlabelled=: there are no items in it.")
+        train = dls.train
+        try: ds = dls.test_dl(items).dataset
+        except Exception as e:
+            raise DistillError("unlabelled=: these items can't be prepared as the training set's are "
+                               f"({type(e).__name__}: {e}). Give items of the same kind, or a DataLoader.") from e
+        for o in getattr(ds, 'tls', [ds]):
+            # subtle: `test_dl` makes a validation set, which random transforms skip
+            if isinstance(o, TfmdLists): o.split_idx = o.tfms.split_idx = 0
+        loader = train.new(ds, bs=min(train.bs, len(items)), shuffle=True, drop_last=True, n=None)
+    try: n = len(loader)
+    except TypeError: n = None      # of a stream
+    if n == 0: raise DistillError("unlabelled=: this DataLoader has no batch.")
+    return loader

@@ -22,6 +22,7 @@ from ..replay.seeds import RandomGuard
 from ..teacher.items import with_items
 from ..teacher.speed import AS_IT_IS
 from ..teacher.teacher import Teacher
+from .batches import loader_of
 from .task import task_of
 from .check import check_teacher
 from .sample_keys import item_keys, key_root, sample_files, storage_order
@@ -48,6 +49,7 @@ def cache_teacher(
     tail:str='mean', # assumption about classes that are not stored: 'mean', 'uniform', 'zero' or 'bucket', see `TopK`
     size=None, # height and width to which maps of logits are reduced
     valid:bool=False, # cache the validation set too, so that each term has a column there
+    unlabelled=None, # cache these in place of the training set: items like its own without labels, or a DataLoader
     keys=None, # the name of each training sample: a list, or a function of its item; None: the item itself
     bs:int|None=None, num_workers:int|None=None, # None: as in the DataLoaders
     seed:int=0, # of the random numbers
@@ -63,6 +65,10 @@ def cache_teacher(
         raise DistillError(f"topk={topk} stores the likeliest of several classes, but this model predicts {task.kind} "
                            "outputs: use topk=None.")
     asked = {} if layers is None else dict(layers=layers)
+    if valid and unlabelled is not None:
+        raise DistillError("valid=True caches the labelled validation set beside the training set. With unlabelled=, "
+                           "omit it.")
+    train = dls.train if unlabelled is None else loader_of(unlabelled, dls)
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **asked)
     # numbers in float32 shall be those of the model itself
     if dtype == 'float32' and 'precision' not in teacher.given: teacher = Teacher(teacher, precision='fp32')
@@ -72,9 +78,9 @@ def cache_teacher(
     names = None if task.kind == 'regression' else classes_of(teacher, dls)
     source = lambda dl, views, keys: source_of(teacher, dls, dl, views, seed, keys, names, bs, num_workers)
     with RandomGuard():       # DataLoaders draw a seed for their workers
-        views = 0 if only_items(teacher, views) else views_of(dls.train, views, seed)
+        views = 0 if only_items(teacher, views) else views_of(train, views, seed)
         with shown_progress(progress) as show:
-            cache = write_cache(path, source(dls.train, views, keys), wish, views=views, progress=show, **given)
+            cache = write_cache(path, source(train, views, keys), wish, views=views, progress=show, **given)
         if valid:
             names_too = keys if callable(keys) else None
             with shown_progress(progress) as show:
@@ -109,6 +115,7 @@ def verify_cache(
     teacher, dls, # with which it was written
     n:int=64, # rows to compare
     seed:int=0, # which rows
+    unlabelled=None, # what `cache_teacher` got
     **kwargs # of `cache_teacher`: keys, kind, axis, layers
 ) -> 'Verified':
     "Run the teacher again on some views and compare its outputs with the stored ones"
@@ -119,8 +126,9 @@ def verify_cache(
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **kwargs)
     if 'precision' not in teacher.given: teacher = Teacher(teacher, precision=precision_of(m.teacher))
     with RandomGuard():       # DataLoaders draw a seed for their workers
-        source = source_of(teacher, dls, dls.train, m.views, m.seed, keys, check=False)
-        at,bs = rows_to_verify(dls.train, len(source.keys), m.stored, n, np.random.default_rng(seed))
+        train = dls.train if unlabelled is None else loader_of(unlabelled, dls)
+        source = source_of(teacher, dls, train, m.views, m.seed, keys, check=False)
+        at,bs = rows_to_verify(train, len(source.keys), m.stored, n, np.random.default_rng(seed))
         view,row = np.divmod(at, len(source.keys))
         stored = cache.find(source.keys[row])
         errors,sizes = [],[]

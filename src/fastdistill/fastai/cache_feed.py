@@ -19,7 +19,7 @@ from .targets import Feed
 from .transforms import augmented, describe_transforms, moves
 from .vocab import stored_order, vocab_of
 
-__all__ = ['CacheFeed', 'passed_epochs']
+__all__ = ['CacheFeed', 'Epochs', 'passed_epochs']
 
 
 class Epochs(Callback):
@@ -86,6 +86,7 @@ class CacheFeed(Feed):
         valid = self.cache.valid
         self._find_order(dls)
         plan = self._feed(dls, dls.train, self.cache, self.keys)
+        self._callback().n_inp = dls.train.n_inp
         if valid is not None and len(dls.loaders) > 1:
             try: self._feed(dls, dls.valid, valid, self.keys if callable(self.keys) else None)
             except DistillError as e:
@@ -109,14 +110,14 @@ class CacheFeed(Feed):
         cache.check_once()
         refuse(cache.folder, misfits(dl, plan, cache), cache.force)
         self.fed.append(attach(dl, plan))
-        self._callback().n_inp = dl.n_inp
         return plan
 
     def detach(self):
+        for dl in self.fed: detach(dl)
+        self.fed = []
         if self.learn is not None:
             # subtle: some tools replace the DataLoaders by a copy temporarily
-            for dl in [*self.fed, *map(inner_dl, self.learn.dls.loaders)]: detach(dl)
-            self.fed = []
+            for dl in map(inner_dl, self.learn.dls.loaders): detach(dl)
             if self.epochs is not None:
                 if not hasattr(self.learn, 'lr_finder'):
                     passed_epochs(self.learn)[self.cache.identity] = self.epochs.before + self.epochs.passed
@@ -138,12 +139,17 @@ class CacheFeed(Feed):
         return of_length(out, t.shape[1]) if self.stream else out
 
     def decode(self, t, learn):
-        out = self.cache.decode(t)
+        out = self.decoded(t)
         if self.stream: out = of_length(out, learn.x.shape[1])
-        lg,order = out.logits,self.order
-        if order is not None:
-            lg = lg.reorder(order) if isinstance(lg, TopK) else lg.index_select(self.axis, order.to(lg.device))
-        return all_classes(replace(out, logits=lg), Outputs(as_plain(learn.pred)))
+        return all_classes(out, Outputs(as_plain(learn.pred)))
+
+    def decoded(self, t):
+        "Rows as outputs, with the classes in the order of the labels"
+        out,order = self.cache.decode(t),self.order
+        if order is None: return out
+        lg = out.logits
+        lg = lg.reorder(order) if isinstance(lg, TopK) else lg.index_select(self.axis, order.to(lg.device))
+        return replace(out, logits=lg)
 
 
 def misfits(dl, plan, cache):

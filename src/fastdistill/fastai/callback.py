@@ -62,6 +62,7 @@ class KnowledgeDistillation(Callback):
         # `Distiller`. Of a teacher's outputs: Teacher(model, output=...)
         unlabelled=None, # more inputs, without labels, on which the teacher alone teaches: items like those of the
         # training set, or a DataLoader. Each training batch gets one of theirs beside it
+        unlabelled_targets=None, # a cache of the teacher's outputs for them, or its folder; None: the teacher runs
         perturbed:int=0, # for tables: so many perturbed copies of each row, on which the teacher alone teaches
         check:bool=True # look for mistakes before the first fit (see `check_teacher`)
     ):
@@ -78,10 +79,8 @@ class KnowledgeDistillation(Callback):
         self.teacher_outputs = self.epochs_span = None
         self.state_to_load = self.state_before_finder = self.reported_shares = None
         self.finite_check = FiniteCheck(stored=self.feed is not None)
-        self.unlabelled,self.trend = UnlabelledInputs(unlabelled, perturbed),TrendCheck()
-        if self.unlabelled and self.feed is not None:
-            raise DistillError("unlabelled= and perturbed= need a teacher that runs: there are no stored outputs for "
-                               "these inputs. Pass the teacher itself.")
+        self.unlabelled = UnlabelledInputs(unlabelled, perturbed, unlabelled_targets, runs=self.feed is None)
+        self.trend = TrendCheck()
 
     @wraps(__init__)
     def __new__(cls, teacher=None, *args, **kwargs):
@@ -134,7 +133,7 @@ class KnowledgeDistillation(Callback):
             names = ', '.join(t.name for t in self.recipe.terms)
             raise DistillError(f"unlabelled= and perturbed=: all terms read labels ({names}). Add one that reads none, "
                                "as kd() or soft_labels().")
-        self.unlabelled.start(self.learn)
+        self.unlabelled.start(self.learn, self.distiller.teacher, self.distiller.teacher_layers())
 
     def _build(self):
         "The distiller for this model and task, and the teacher for the normalization and classes of these data"
@@ -292,8 +291,8 @@ class KnowledgeDistillation(Callback):
 
     def _teach_unlabelled(self):
         "The student learns from the teacher on inputs without labels, beside those of this batch"
-        for x in self.unlabelled.batches(self.learn):
-            t = self.distiller.teacher_outputs(x, self.share_done)
+        ask = lambda x: self.distiller.teacher_outputs(x, self.share_done)
+        for x,t in self.unlabelled.batches(self.learn, ask):
             if t is None: return
             self.finite_check.add(t, self.learn, self.task)
             raw = self.learn.model(*x)

@@ -79,7 +79,7 @@ def distill_find(
 
 def refuse_search(learn, n_epoch, minutes, options):
     "Refuse what can't be searched, before anything runs"
-    if given := [k for k in ('unlabelled', 'perturbed') if options.get(k)]:
+    if given := [k for k in ('unlabelled', 'unlabelled_targets', 'perturbed') if options.get(k)]:
         raise DistillError(f"distill_find takes no {'= and '.join(given)}=: there are no stored outputs for inputs "
                            "without labels. Find a recipe without them, then distill(teacher, n_epoch, found.lr, "
                            f"found.recipe, {given[0]}=...).")

@@ -185,8 +185,9 @@ class HeadsDistillation(KnowledgeDistillation):
     name = 'knowledge_distillation' # in the Learner
 
     def __init__(self, teacher, recipe=None, *, T=None, alpha=None, temperature=None, loss=None, kind=None, output=None,
-                 unlabelled=None, perturbed=0, **kwargs):
-        refused = dict(loss=loss, output=output, unlabelled=unlabelled, perturbed=perturbed or None)
+                 unlabelled=None, unlabelled_targets=None, perturbed=0, **kwargs):
+        refused = dict(loss=loss, output=output, unlabelled=unlabelled, unlabelled_targets=unlabelled_targets,
+                       perturbed=perturbed or None)
         if given := [k for k,v in refused.items() if v is not None]:
             raise DistillError(f"{given[0]}= with several heads: give each head a recipe in place of it, as in "
                                "recipe={'color': kd(), 'shape': Term(my_loss, weight=1.)}.")

@@ -36,6 +36,7 @@ def distill(
     span='fine_tune', # schedules run once through a whole `fine_tune`; 'fit': once through each of its two fits
     output=None, # which of the student's outputs is distilled: a name, an index or a function
     unlabelled=None, # more inputs, without labels: items as in the training set, or a DataLoader
+    unlabelled_targets=None, # a cache of the teacher's outputs for them, or its folder; None: the teacher runs
     perturbed=0, # for tables: so many perturbed copies of each row, without labels
     check=True, # look for mistakes first
     fine_tune=False, # use `Learner.fine_tune`, which also gets the other options, in place of `fit_one_cycle`
@@ -47,8 +48,8 @@ def distill(
         raise DistillError(f"lr_max={lr_max!r}: the recipe comes after the learning rate. Write distill(teacher, "
                            f"{n_epoch}, 1e-3, recipe), or distill(teacher, {n_epoch}, recipe=recipe).")
     kd = KnowledgeDistillation(teacher, recipe, T=T, alpha=alpha, temperature=temperature, loss=loss, kind=kind,
-                               axis=axis, span=span, output=output, unlabelled=unlabelled, perturbed=perturbed,
-                               check=check)
+                               axis=axis, span=span, output=output, unlabelled=unlabelled,
+                               unlabelled_targets=unlabelled_targets, perturbed=perturbed, check=check)
     cbs = L(cbs) + kd
     if not fine_tune: self.fit_one_cycle(n_epoch, lr_max, cbs=cbs, **kwargs)
     else: self.fine_tune(n_epoch, **({} if lr_max is None else dict(base_lr=lr_max)), cbs=cbs, **kwargs)

@@ -1,8 +1,13 @@
 "Inputs without labels beside the labelled batches: there the teacher alone teaches."
 import torch
 from fastai.text.data import LMDataLoader
+from ..cache.manifest import refuse
+from ..cache.source import identity_of
 from ..outputs import DistillError
-from .batches import split_batch
+from ..replay.seeds import RandomGuard
+from .batches import loader_of, split_batch
+from .cache_feed import CacheFeed, Epochs, passed_epochs
+from .targets import TargetFeed
 
 __all__ = ['UnlabelledInputs', 'perturbed_rows']
 
@@ -15,56 +20,92 @@ class UnlabelledInputs:
         self,
         items=None, # items like those of the training set, or a DataLoader (labels in its batches are not used); None:
         # there are none
-        perturbed:int=0 # for tables: rows to make of each row of a batch, by `perturbed_rows`
+        perturbed:int=0, # for tables: rows to make of each row of a batch, by `perturbed_rows`
+        targets=None, # `TeacherCache` with the outputs for these items, or its folder; None: the teacher runs
+        runs:bool=True # is there a teacher that runs?
     ):
         if not isinstance(perturbed, int) or perturbed < 0:
             raise DistillError(f"perturbed={perturbed!r}: it is how many rows are made of each row, from 0 up")
-        self.items,self.perturbed,self.iterator = items,perturbed,None
+        if perturbed and not runs:
+            raise DistillError("perturbed= needs a teacher that runs: the rows are made anew in each batch, so there "
+                               "are no stored outputs for them. Pass the teacher itself.")
+        if targets is not None and items is None:
+            raise DistillError("unlabelled_targets= are stored outputs for unlabelled=, which is not given: give both.")
+        if items is not None and targets is None and not runs:
+            raise DistillError("unlabelled= needs a teacher that runs, or stored outputs for these inputs too: write "
+                               "them with cache_teacher(teacher, dls, 'more', unlabelled=items), and pass "
+                               "unlabelled_targets='more'.")
+        self.items,self.perturbed,self.iterator,self.loader = items,perturbed,None,None
+        self.feed = None if targets is None else UnlabelledFeed(targets)
 
     def __bool__(self): return self.items is not None or self.perturbed > 0
 
-    def start(self, learn):
+    def start(
+        self, learn,
+        teacher, # of the labelled batches
+        layers=() # names of the teacher's layers that are compared
+    ):
         "Refuse what cannot be used, before the first batch"
         if isinstance(learn.dls.train, LMDataLoader):
             raise DistillError("A language model needs no labels: add the texts to its training set.")
-        self.loader = None if self.items is None else loader_of(self.items, learn)
+        self.loader = None if self.items is None else loader_of(self.items, learn.dls)
+        if self.feed is not None: self.feed.attach_to(self.loader, learn, teacher, layers)
 
     def batches(
-        self, learn # in a training batch
+        self, learn, # in a training batch
+        ask # fn(inputs) -> outputs of a teacher that runs
     ):
-        "The inputs, each a tuple"
-        if self.loader is not None: yield self._next(learn)
-        if self.perturbed: yield perturbed_rows(learn.xb, self.perturbed)
+        "(inputs, the teacher's outputs): the inputs are a tuple"
+        if self.loader is not None:
+            x,y = split_batch(learn, self._next())
+            yield x,ask(x) if self.feed is None else self.feed.decoded(y[-1])
+        if self.perturbed: yield (x := perturbed_rows(learn.xb, self.perturbed)),ask(x)
 
-    def _next(self, learn):
-        if self.iterator is None: self.iterator = iter(self.loader)
-        if (b := next(self.iterator, None)) is None:
+    def _next(self):
+        b = None if self.iterator is None else next(self.iterator, None)
+        if b is None:
+            if self.feed is not None: self.feed.next_pass()
             self.iterator = iter(self.loader)
             b = next(self.iterator)
-        x,_ = split_batch(learn, b)
-        return x
+        return b
 
     def stop(self):
         "Forget the DataLoader's iterator, and its workers"
         if self.iterator is not None and hasattr(self.iterator, 'close'): self.iterator.close()
+        if self.feed is not None: self.feed.detach()
         self.iterator = self.loader = None
 
 
-def loader_of(items, learn):
-    "A DataLoader of these items, prepared and augmented as the training set is"
-    if hasattr(items, '__iter__') and hasattr(items, 'batch_size') or hasattr(items, 'after_batch'): loader = items
-    else:
-        if len(items) == 0: raise DistillError("unlabelled=: there are no items in it.")
-        train = learn.dls.train
-        try: ds = learn.dls.test_dl(items).dataset
-        except Exception as e:
-            raise DistillError("unlabelled=: these items can't be prepared as the training set's are "
-                               f"({type(e).__name__}: {e}). Give items of the same kind, or a DataLoader.") from e
-        loader = train.new(ds, bs=min(train.bs, len(items)), shuffle=True, drop_last=True, n=None)
-    try: n = len(loader)
-    except TypeError: n = None      # of a stream
-    if n == 0: raise DistillError("unlabelled=: this DataLoader has no batch.")
-    return loader
+class UnlabelledFeed(CacheFeed):
+    "Adds the rows of a cache to the batches of a DataLoader beside the Learner's own"
+    def attach_to(self, loader, learn, teacher, layers):
+        self.passed = passed_epochs(learn)
+        self._refuse_other(teacher, layers)
+        with RandomGuard():
+            self._find_order(learn.dls)
+            plan = self._feed(learn.dls, loader, self.cache, self.keys)
+        self.epochs = Epochs(plan, self.passed.get(self.cache.identity, 0), self.fed)
+
+    def _refuse_other(self, teacher, layers):
+        "Refuse outputs of another teacher than that of the labelled batches, or without layers that are compared"
+        m,found = self.cache.manifest,[]
+        if isinstance(teacher, CacheFeed): known = teacher.cache.manifest.teacher
+        else: known = {} if isinstance(teacher, TargetFeed) else identity_of(teacher)
+        weights = [o.get('weights') for o in (m.teacher, known)]
+        if all(weights) and weights[0] != weights[1]:
+            found.append(f"teacher: {m.teacher.get('name')} in the cache has other weights than {known['name']}, "
+                         "which teaches the labelled batches")
+        refuse(self.cache.folder, found, self.cache.force)
+        if lost := [n for n in layers if n not in self.cache.decode(self.cache.rows([0])).feats]:
+            raise DistillError(f"{self.cache.folder} has no outputs of the teacher's layers {', '.join(lost)}, which "
+                               f"the recipe compares: cache_teacher(..., unlabelled=items, layers={lost}).")
+
+    def next_pass(self): self.epochs.begin(self.epochs.passed)
+
+    def detach(self):
+        if self.epochs is not None: self.passed[self.cache.identity] = self.epochs.before + self.epochs.passed
+        self.epochs = None
+        super().detach()
 
 
 def perturbed_rows(

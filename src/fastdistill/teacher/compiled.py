@@ -9,6 +9,30 @@ __all__ = ['Compilation', 'synchronize']
 # what is assumed before it is measured: the share of a batch's time that compiled code saves, and seconds to compile
 GAIN,AT_LEAST,PER_LAYER = .15,10.,.15
 TIMED = 4 # timed before the decision; the first one does not count
+# (layers, seconds) of the compilations of this process, which show how fast this machine compiles
+COMPILED = []
+
+
+def compile_seconds(
+    layers:int, # of the module
+    known=() # (layers, seconds) of earlier compilations on this machine
+) -> float:
+    "Seconds that compiling will probably take"
+    assumed = lambda n: AT_LEAST + n*PER_LAYER
+    # subtle: PyTorch's own cache makes a compilation fast that another model's will not be
+    return assumed(layers)*(max(.5, median(s/assumed(n) for n,s in known)) if known else 1)
+
+
+def worth_compiling(
+    left:int, # batches to come
+    eager:float, # seconds of a batch, not compiled
+    layers:int, # of the module
+    known=() # as in `compile_seconds`
+) -> str:
+    "Why not: a text with the numbers; empty if compiling will probably save at least twice the time that it takes"
+    saved,cost = left*eager*GAIN,compile_seconds(layers, known)
+    return '' if saved >= 2*cost else (f'in {left} batches of {eager*1e3:.3g} ms that would save about {saved:.0f} s '
+                                       f'and take about {cost:.0f} s')
 
 
 def synchronize(tensors):
@@ -70,11 +94,9 @@ class Compilation:
             if shapes != self.shapes: self.shapes,self.times = shapes,[]
             self.times.append(self._timed(self.module, x, kw)[1])
             if len(self.times) < TIMED: return
-            saved,cost = left*self.eager*GAIN,AT_LEAST + self.layers*PER_LAYER
-            if saved < 2*cost:
-                self.state = (f'not compiled (in {left} batches that would save about {saved:.0f} s and take about '
-                              f'{cost:.0f} s)')
-                return
+            if why := worth_compiling(left, self.eager, self.layers, COMPILED):
+                self.state = f'not compiled ({why})'
+                return self.say(f'is {self.state}')
         if why := missing_compiler(next(tensors_in((x, kw))).device):
             self.state = f'not compiled ({why})'
             return self.say(f'is {self.state}')
@@ -96,6 +118,7 @@ class Compilation:
             self.state = f"not compiled ({type(e).__name__}: {(str(e).splitlines() or [''])[0][:100]})"
             return self.say(f'is {self.state}')
         self.seconds = time.perf_counter() - start
+        COMPILED.append((self.layers, self.seconds))
         if not same: self.state = 'not compiled (compiled, its outputs differ too much)'
         else: self.fast,self.shapes,self.state = fast,shapes,f'compiled in {self.seconds:.0f} s'
         if not same or self.asked is True: self.say(f'is {self.state}')

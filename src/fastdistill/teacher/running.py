@@ -7,6 +7,7 @@ from ..ranks import rank
 from .forms import is_graph
 from .guest import Guest
 from .items import items_beside
+from .lending import input_marks, inputs_kept, may_be_lent, shares_memory
 from .speed import OPTIONS, Speed
 
 __all__ = ['Running']
@@ -94,6 +95,28 @@ class Running:
         if s.undecided_for(x, kw): s.decide(x, kw, device, layers, lambda m: self._trial(m, x, kw, device))
         s.for_layers(layers)
         if s.module is not self._guest.model: self._guest = self._stack.enter_context(self._new_guest())
+
+    def _keeps_inputs(self, layers):
+        "Did the module leave its inputs as they were, in its first batch with these layers? None: not known"
+        return False if self._speed is None else self._found.get(('keeps inputs', *layers))
+
+    def _lent(self, x, kw, device, layers):
+        "(inputs, inputs by name) for a run, and what will show whether it changed them"
+        known = self._keeps_inputs(layers)
+        own = self._prepare(x, kw, device, lend=known)
+        return *own,[] if known is False else input_marks((x, kw), False) if known else input_marks(own, True)
+
+    def _may_lend(self, t): return may_be_lent(t) and not t.requires_grad
+
+    def _judge(self, marks, layers, outs):
+        "After a run: a module that changes its inputs, or returns views of them, gets copies"
+        known = self._keeps_inputs(layers)
+        if known is False: return
+        kept = inputs_kept(marks)
+        self._found['keeps inputs', *layers] = kept and (known or not shares_memory(marks, outs))
+        if known and not kept:
+            raise DistillError(f"The teacher {self.name} changed its input in this batch, and not in its first one. So "
+                               "the student's batch was changed too. Train again: now the teacher gets copies.")
 
     def _new_guest(self): return Guest(self.runs, self.mode, ours=self.runs is not self.module)
 

@@ -43,8 +43,8 @@ def records_given(init):
 
 
 class Teacher(Running):
-    """Runs a model on batches and returns `Outputs`: without a gradient, in eval mode, on a copy of the inputs. It is
-    not an `nn.Module`, so it never becomes part of a model that is trained.
+    """Runs a model on batches and returns `Outputs`: without a gradient, in eval mode. The inputs stay as they are.
+    It is not an `nn.Module`, so it never becomes part of a model that is trained.
 
     `with teacher:` (or `start` and `stop`) around a loop prepares the model once. At the end it restores the model's
     modes, buffers, device and hidden states. A call outside of it does both itself: this is slower, and a hidden state
@@ -345,13 +345,14 @@ class Teacher(Running):
 
     def _slice(self, x, kw, layers, device):
         "The outputs of rows that run at once"
-        x,kw = self._prepare(x, kw, device)
+        x,kw,marks = self._lent(x, kw, device, layers)
         with Taps(self.runs, layers) if layers and self.module is not None else nullcontext() as taps:
             raw = self.model(*x, **kw) if self._speed is None else self._speed.run(x, kw, layers, self._batches)
             if self.output is None: warn_of_several(raw, self.module, f'The teacher {self.name}', self._found)
             o = Outputs.of(raw, output=self.output)
             feats = o.feats if taps is None else {**o.feats, **taps.pop()}
             logits = self._logits(o.logits)
+        self._judge(marks, layers, (logits, feats, o.mask))
         # a function has no layers, but it may return features of that name
         if taps is None and not set(layers) <= set(feats): raise self._unreadable(layers, feats)
         dtype = None if self._speed is None else self._speed.cast_back
@@ -381,7 +382,7 @@ class Teacher(Running):
 
     # its inputs
 
-    def _prepare(self, x, kw, device):
+    def _prepare(self, x, kw, device, lend=False):
         "The inputs by name or position, on the model's device and in its precision. Images get its normalization, size"
         x,kw = arguments(self.model, x, kw)
         if len(x) > 1 and is_hf(self.model) and not self._guest.has_run: check_second_argument(self.model, *x[:2])
@@ -389,12 +390,12 @@ class Teacher(Running):
         dtype = None
         if self._guest is not None:
             device,dtype,self._guest.has_run = self._guest.place(device),self._guest.dtype,True
-        return map_tensors((x, kw), lambda t: self._prepare_tensor(t, device, dtype))
+        return map_tensors((x, kw), lambda t: self._prepare_tensor(t, device, dtype, lend))
 
-    def _prepare_tensor(self, x, device, dtype):
+    def _prepare_tensor(self, x, device, dtype, lend):
         plain = as_plain(x)
         t = plain.to(device)
         if is_image(t): t = fit_images(t, self._scaling, self.size)
         if dtype is not None and t.is_floating_point(): t = t.to(dtype)
         # subtle: a copy, since a model that changes its input in place would change the student's batch
-        return t.clone() if t is plain else t
+        return t.clone() if t is plain and not (lend and self._may_lend(t)) else t
