@@ -129,6 +129,7 @@ def test_two_processes_that_are_killed_continue_to_the_same_result(digits, tmp_p
 def test_one_device_for_all_processes_is_refused(reviews, tmp_path, start):
     codes = ended(start(tmp_path/'two', data=reviews, teacher='bag-4', student='bag-4', device='cpu:0'))
     assert codes == [2, 2] and "--device 'cpu:0' is one device, for 2 processes" in said(tmp_path/'two').replace('\n', ' ')
+    assert said(tmp_path/'two', 1) == ''
     assert not (tmp_path/'two').exists()
 
 

@@ -92,7 +92,9 @@ def on_first(fn):
         except Exception as e: got = [(None, e)]
     distributed.broadcast_object_list(got)
     out,error = got[0]
-    if error is not None: raise error
+    if error is not None:
+        error.from_first = rank() > 0       # the first rank shows it
+        raise error
     return out
 
 

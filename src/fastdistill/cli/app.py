@@ -58,7 +58,7 @@ def main():
         except (DistillError, ImportError, OSError) as e:
             wait_for_launcher(5 if number_of_process() else 0)
             if '--debug' in sys.argv: raise
-            console.print('[red]fastdistill:[/]', escape(in_flags(str(e))))
+            if not getattr(e, 'from_first', False): console.print('[red]fastdistill:[/]', escape(in_flags(str(e))))
             sys.exit(2)
         except Exception:
             wait_for_launcher(10)

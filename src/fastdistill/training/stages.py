@@ -7,7 +7,7 @@ from fastai.basics import Callback, CancelEpochException, L, get_model, one_para
 from ..errors import DistillError
 from ..fastai.compare import history_of
 from ..outputs import as_plain, map_tensors
-from ..ranks import on_first, rank, world_size
+from ..ranks import broadcast, on_first, rank, world_size
 from ..replay.seeds import seeds_of
 from .config import write_atomically
 
@@ -67,6 +67,8 @@ class Checkpoints(Callback):
         for i,dl in enumerate(learn.dls.loaders): dl.rng = random.Random(seed + i)
 
     def after_epoch(self):
+        # the averages of batch-norm in projectors, which DistributedDataParallel does not know
+        if self.kd is not None: broadcast(self.kd.distiller.links.buffers())
         if rank(): return
         r,opt = self.learn.recorder,self.opt.state_dict()
         opt['hypers'] = [{k: plain(v) for k,v in h.items()} for h in opt['hypers']]
