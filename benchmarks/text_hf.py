@@ -1,9 +1,11 @@
 """Text classes with Hugging Face's `Trainer`, in the form of its GLUE script: a BERT from scratch with a word-level tokenizer as the
-teacher, and a small BERT alone, distilled, and made of its teacher's layers. A line a run on standard output, with the test accuracy.
+teacher, and a small BERT alone, distilled, and made of its teacher's layers. Prints the test accuracy of each run and the means, and
+writes OUT/TASK.json.
 
-    python benchmarks/text_hf.py --data DATA/text --task trec --seeds 3"""
-import argparse, csv, gzip, json, time
+    python benchmarks/text_hf.py --data ../shared/data/text --task trec --out benchmarks/results/text_hf"""
+import argparse, csv, gzip, json, tempfile, time
 from pathlib import Path
+from statistics import mean, stdev
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, Trainer, TrainingArguments
@@ -45,9 +47,10 @@ def main():
     p.add_argument('--data', type=Path, required=True)
     p.add_argument('--task', choices=TASKS, default='trec')
     p.add_argument('--seeds', type=int, default=3)
-    p.add_argument('--epochs', type=int, default=8)
-    p.add_argument('--out', default='text_hf_runs')
-    a = p.parse_args()
+    p.add_argument('--epochs', type=int, default=4)
+    p.add_argument('--out', type=Path, default=Path('benchmarks/results/text_hf'))
+    a,rows = p.parse_args(),[]
+    a.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     (train,test),names = read(a.data, a.task)
     tokenizer = tokenizer_of(train[0])
@@ -55,13 +58,15 @@ def main():
 
     def fit(name, model, seed, **kwargs):
         cls = DistillationTrainer if kwargs else Trainer
-        args = TrainingArguments(a.out, per_device_train_batch_size=32, per_device_eval_batch_size=128, num_train_epochs=a.epochs, learning_rate=1e-3,
+        args = TrainingArguments(tempfile.gettempdir(), per_device_train_batch_size=32, per_device_eval_batch_size=128, num_train_epochs=a.epochs, learning_rate=1e-3,
                                  lr_scheduler_type='cosine', warmup_steps=100, weight_decay=.01, seed=seed, report_to=[], disable_tqdm=True, save_strategy='no',
                                  logging_strategy='epoch', use_cpu=True, dataloader_pin_memory=False)
         trainer,start = cls(model, args, train_dataset=sets[0], eval_dataset=sets[1], data_collator=DataCollatorWithPadding(tokenizer), compute_metrics=accuracy, **kwargs),time.time()
         trainer.train()
         score = trainer.evaluate()['eval_accuracy']
-        print(json.dumps(dict(task=a.task, run=name, seed=seed, accuracy=round(score, 4), parameters=model.num_parameters(), seconds=round(time.time()-start))), flush=True)
+        rows.append(dict(run=name, seed=seed, accuracy=round(score, 4), parameters=model.num_parameters(), seconds=round(time.time()-start), epochs=a.epochs))
+        print(json.dumps(rows[-1]), flush=True)
+        (a.out/f'{a.task}.json').write_text(json.dumps(rows, indent=1))
         return model
 
     for seed in range(a.seeds):
@@ -75,6 +80,9 @@ def main():
         fit('automatic recipe', small(), seed, teacher=teacher)
         fit('first layer, kd(T=2, alpha=.7)', student_from(teacher, [0]), seed, teacher=teacher, recipe=kd(T=2, alpha=.7))
         fit('first layer, alone', student_from(teacher, [0]), seed)
+    for name in dict.fromkeys(r['run'] for r in rows):
+        scores = [r['accuracy'] for r in rows if r['run'] == name]
+        print(f"{name}: {mean(scores):.3f}, std {stdev(scores) if len(scores) > 1 else 0:.3f}")
 
 
 if __name__ == '__main__': main()

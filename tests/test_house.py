@@ -45,7 +45,7 @@ LAW = dict(
             'torch numpy fastai safetensors', 'pandas rich IPython matplotlib onnx onnxscript onnxruntime torchao'),
     huggingface=('outputs ranks batch features replay teacher doctor distiller automatic trainers', 'torch transformers accelerate', ''),
     lightning=('outputs ranks batch features replay teacher task distiller automatic trainers', 'torch lightning', ''),
-    training=('errors outputs replay teacher recipe_text fastai', 'torch torchvision numpy pandas fastai safetensors', 'PIL timm datasets'),
+    training=('errors outputs ranks replay teacher recipe_text fastai', 'torch torchvision numpy pandas fastai safetensors', 'PIL timm datasets'),
     demo=('outputs plots fastai', 'torch numpy fastai rich PIL', 'matplotlib sklearn'),
     bench=('outputs teacher measure fastai', 'torch numpy fastai rich', 'matplotlib timm torchvision fasterai torchdistill'),
     cli=('errors ranks cache catalog recipe_text fastai training demo bench plots report __init__', 'typer rich', ''),
@@ -64,7 +64,7 @@ ORDER = dict(
     fastai='task stream block vocab targets transforms replay_dl sample_keys raw_items tables teachers batches compare interpret export card choice costs check cache_data cache_feed columns finite trend unlabelled projector_opt arguments callback heads patches learner clock trials find turns shared separate progress many recipe_runs',
     huggingface='students models trainer',
     demo='tasks results picture',
-    training='config files checks loaders archs teachers stages run',
+    training='config files checks loaders archs teachers processes stages run',
     bench='pairs ways',
     cli='objects bench cache demo find check compare methods train app',
 )

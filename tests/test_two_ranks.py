@@ -3,6 +3,7 @@ import os, subprocess, sys
 from pathlib import Path
 import pytest, torch
 import two_ranks
+from fastai.basics import set_seed
 from fastdistill.ranks import gather_rows
 
 pytestmark = pytest.mark.filterwarnings('ignore::fastdistill.DistillWarning')
@@ -32,6 +33,19 @@ def test_two_processes_are_one_with_the_doubled_batch(runs, name):
         assert logged_a[1:] == pytest.approx(logged[1:], abs=1e-4)
     start = [p.detach() for p in two_ranks.models()[0].parameters()]
     assert max((p-q).abs().max() for p,q in zip(start, one)) > .01     # it has learned
+
+
+@pytest.mark.parametrize('kind', two_ranks.IN_THE_TRAINER)
+def test_two_processes_of_hugging_faces_trainer_are_one_with_the_doubled_batch(runs, kind):
+    "Weights of student and projectors, and the whole loss and its parts in each step"
+    ((a,logged_a),(b,logged_b)),(one,logged) = [r[kind] for r in runs[0]],runs[1][kind]
+    assert all(map(torch.equal, a, b)) and logged_a == logged_b and len(logged) == 8
+    for p,q in zip(a, one, strict=True): torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+    columns = slice(0, 1 if kind == 'gpt2' else 4)     # the parts are means of the processes' means
+    for step,other in zip(logged_a, logged, strict=True): assert step[columns] == pytest.approx(other[columns], abs=2e-4)
+    set_seed(0)
+    start = two_ranks.transformer(kind, 8)
+    assert max((p-q).abs().max() for p,q in zip(start.parameters(), one)) > .001     # it has learned
 
 
 def test_one_process_gathers_nothing():

@@ -13,6 +13,7 @@ from fastdistill.ranks import rank, world_size
 
 BS,N,VALID = 8,64,32 # of one process; items
 IN_A_LOOP = 'logits','features','relations','relations_of_logits','shares' # in plain PyTorch too
+IN_THE_TRAINER = 'bert','gpt2'
 HINT = dict(layers={'2': '2'}, projector='linear')
 
 
@@ -104,9 +105,42 @@ def in_a_loop(recipe, teacher, student):
     return [p.detach() for p in distiller.parameters()]
 
 
+def transformer(kind, width):
+    "Without dropout; weights large enough that predictions differ"
+    import transformers as hf
+    if kind == 'bert':
+        model = hf.BertForSequenceClassification(hf.BertConfig(vocab_size=40, hidden_size=width, num_hidden_layers=1, num_attention_heads=2, intermediate_size=width,
+                                                               num_labels=3, hidden_dropout_prob=0., attention_probs_dropout_prob=0.))
+    else: model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=40, n_embd=width, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0,
+                                                   resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.))
+    for p in model.parameters():
+        if p.dim() > 1: p.data.mul_(8)
+    return model
+
+
+def in_trainer(kind, folder):
+    """Hugging Face's `Trainer`, which shuffles alike in one and in two processes. GPT-2's texts have lengths of their own, and its
+    loss is a mean over the words of all processes. By default the Trainer multiplies every loss by the number of processes, BERT's
+    too, which it does not divide by the number of items"""
+    from transformers import TrainingArguments
+    from fastdistill.huggingface import DistillationTrainer
+    set_seed(0)
+    student,teacher = transformer(kind, 8),transformer(kind, 16)
+    ids = torch.randint(1, 40, (N, 9))
+    words = [ids[i].where(torch.arange(9) < 4 + i % 6, -100) for i in range(N)]
+    data = [dict(input_ids=ids[i], labels=i % 3 if kind == 'bert' else words[i]) for i in range(N)]
+    args = TrainingArguments(str(folder/kind), per_device_train_batch_size=BS*2//world_size(), num_train_epochs=2, logging_steps=1, learning_rate=.02, optim='sgd', average_tokens_across_devices=kind == 'gpt2',
+                             report_to=[], use_cpu=True, disable_tqdm=True, save_strategy='no', dataloader_pin_memory=False)
+    layers = dict(bert={'bert.encoder.layer.0': 'bert.encoder.layer.0'}, gpt2={'transformer.h.0': 'transformer.h.0'})[kind]
+    trainer = DistillationTrainer(student, args, train_dataset=data, teacher=teacher, recipe=kd(T=2, alpha=.7) + Term(losses.hint, layers=layers, weight=.1))
+    trainer.train()
+    ps = [*trainer.model.parameters(), *trainer.distiller.own_parameters()]
+    return [p.detach() for p in ps],[[h[k] for k in ('loss', 'task_loss', 'kd_loss', 'hint_loss')] for h in trainer.state.log_history if 'loss' in h]
+
+
 def run(folder, names=None):
     "name -> what the training left"
-    out = {}
+    out = {kind: in_trainer(kind, folder) for kind in IN_THE_TRAINER}
     for name,recipe in cases().items():
         student,teacher = models()
         if name == 'cached':

@@ -5,8 +5,8 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-__all__ = ['average_gradients', 'broadcast', 'gather_rows', 'joined_processes', 'length_over_ranks', 'mean_over_ranks',
-           'on_first', 'rank', 'world_size']
+__all__ = ['average_gradients', 'broadcast', 'first_then_others', 'gather_rows', 'joined_processes', 'leave_processes',
+           'length_over_ranks', 'mean_over_ranks', 'on_first', 'rank', 'world_size']
 
 
 def is_running(): return distributed.is_available() and distributed.is_initialized()
@@ -87,12 +87,41 @@ def on_first(fn):
     distributed.barrier()
     got = [None]
     if rank() == 0:
-        try: got = [(fn(), None)]
+        try:
+            with counted_as_one(): got = [(fn(), None)]
         except Exception as e: got = [(None, e)]
     distributed.broadcast_object_list(got)
     out,error = got[0]
-    if error is not None: raise error
+    if error is not None:
+        error.from_first = rank() > 0       # the first rank shows it
+        raise error
     return out
+
+
+def first_then_others(fn):
+    "Run `fn` on the first rank, and then on the others, which find what it downloaded; its error is every rank's"
+    out = []
+    on_first(lambda: out.append(fn()))
+    return out[0] if out else fn()
+
+
+@contextmanager
+def counted_as_one():
+    "fastai reads the number of processes from the environment, and would wait for those that do nothing"
+    n = os.environ.get('WORLD_SIZE')
+    os.environ['WORLD_SIZE'] = '1'
+    try: yield
+    finally:
+        if n is None: del os.environ['WORLD_SIZE']
+        else: os.environ['WORLD_SIZE'] = n
+
+
+def leave_processes():
+    "Each process continues alone"
+    if not is_running(): return
+    distributed.barrier()     # gloo aborts a process that ends while another one still sends to it
+    distributed.destroy_process_group()
+    os.environ['WORLD_SIZE'] = '1'
 
 
 @contextmanager
@@ -101,9 +130,10 @@ def joined_processes():
     if int(os.environ.get('WORLD_SIZE', 1)) == 1 or is_running():
         yield rank() == 0
         return
-    if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-    distributed.init_process_group('gloo')        # for Python objects, not for tensors
+    if on_gpu := torch.cuda.is_available(): torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+    distributed.init_process_group('cpu:gloo,cuda:nccl' if on_gpu else 'gloo')     # Python objects use gloo
     try:
         yield rank() == 0
-        distributed.barrier()     # gloo aborts a process that ends while another one still sends to it
-    finally: distributed.destroy_process_group()
+        leave_processes()
+    finally:
+        if is_running(): distributed.destroy_process_group()

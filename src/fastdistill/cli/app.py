@@ -1,5 +1,5 @@
 "The `fastdistill` command: its options, and errors in one line instead of a traceback."
-import re, sys, warnings
+import os, re, sys, time, warnings
 from typing import Annotated
 import typer
 from rich.console import Console
@@ -49,16 +49,29 @@ def main():
     console,show_other = Console(stderr=True, highlight=False, soft_wrap=True),warnings.showwarning
     def show(message, category, *args, **kwargs):
         if issubclass(category, DistillWarning):
-            console.print('[yellow]fastdistill:[/]', escape(in_flags(str(message))))
+            if number_of_process() == 0: console.print('[yellow]fastdistill:[/]', escape(in_flags(str(message))))
         else: show_other(message, category, *args, **kwargs)
     with warnings.catch_warnings():
         warnings.showwarning = show
         try: app()
         # a package that is not installed, a path that cannot be read or written
         except (DistillError, ImportError, OSError) as e:
+            wait_for_launcher(5 if number_of_process() else 0)
             if '--debug' in sys.argv: raise
-            console.print('[red]fastdistill:[/]', escape(in_flags(str(e))))
+            if not getattr(e, 'from_first', False): console.print('[red]fastdistill:[/]', escape(in_flags(str(e))))
             sys.exit(2)
+        except Exception:
+            wait_for_launcher(10)
+            raise
+
+
+def number_of_process(): return int(os.environ.get('RANK', 0))
+
+
+def wait_for_launcher(seconds):
+    """Several processes end one after the other, and the error of the first to end is the cause. The launcher, such as
+    torchrun, ends the others while they wait here"""
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1: time.sleep(seconds)
 
 
 def in_flags(

@@ -65,11 +65,15 @@ def train_command(
     The folder of the run gets report.html, report.json, history.csv, config.toml, environment.json, student.pkl (for
     fastai's load_learner), student/ (weights as safetensors, a card, ONNX if possible) and teacher.safetensors."""
     given = {k: v for k,v in locals().items() if v is not None and k not in ('out', 'config', 'resume')}
+    from ..ranks import joined_processes
     from ..training import opened_run
-    run = opened_run(given, config, out, resume, say=typer.echo, bar=sys.stdout.isatty())
-    try: report = run()
-    except KeyboardInterrupt:
-        typer.echo(f'\nInterrupted. Finished epochs are kept: fastdistill train --resume --out {run.folder}')
-        raise typer.Exit(130) from None
+    with joined_processes() as first:
+        run = opened_run(given, config, out, resume, say=typer.echo, bar=sys.stdout.isatty())
+        try: report = run()
+        except KeyboardInterrupt:
+            again = f'fastdistill train --resume --out {run.folder}'
+            if first: typer.echo(f'\nInterrupted. Finished epochs are kept: {again}')
+            raise typer.Exit(130) from None
+    if not first: return
     report.show()
     typer.echo(f'Written: {Path(run.folder)/"report.html"}, and the student beside it')

@@ -13,6 +13,7 @@ from fastai.vision.augment import Flip, Resize, ResizeMethod, aug_transforms
 from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageBlock, MaskBlock
 from ..errors import DistillError
+from ..ranks import world_size
 from .config import TRAIN_TASKS
 
 __all__ = ['device_of', 'loaders_of']
@@ -27,7 +28,7 @@ def loaders_of(
 ):
     "fastai's DataLoaders. Their batches depend on the generators of Python, NumPy and PyTorch alone"
     n = int((~s.valid).sum())
-    options = dict(bs=min(config.batch_size or BATCH[s.task], n), device=device_of(config))
+    options = dict(bs=min(config.batch_size or BATCH[s.task], n//world_size()), device=device_of(config))
     make = dict(zip(TRAIN_TASKS, (image_loaders, mask_loaders, text_loaders, table_loaders)))[s.task]
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', category=FutureWarning)

@@ -4,6 +4,7 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 import torch
 from safetensors.torch import save_model
@@ -16,6 +17,7 @@ from ..fastai.compare import history_of
 from ..fastai.recipe_runs import write_json
 from ..fastai.task import task_of
 from ..fastai.teachers import teacher_of
+from ..ranks import first_then_others, leave_processes, on_first, rank, world_size
 from ..recipe_text import recipe_from_text
 from ..teacher.speed import AS_IT_IS
 from .archs import check_arch, learner_of
@@ -23,7 +25,7 @@ from .checks import checked_samples
 from .config import TrainConfig, read_config, write_atomically, write_config
 from .files import read_samples
 from .loaders import loaders_of
-from .stages import Checkpoints, fit_stage, seed_everything
+from .stages import Checkpoints, fit_stage, seed_everything, silent
 from .teachers import file_teacher, with_weights
 
 __all__ = ['TrainRun', 'opened_run']
@@ -41,13 +43,18 @@ def opened_run(
     **kwargs # of TrainRun
 ):
     "The run in `out`, or a new one. Nothing is written yet"
+    return TrainRun(*on_first(lambda: settings_of(given, config_file, out, resume)), **kwargs)
+
+
+def settings_of(given, config_file, out, resume):
+    "(TrainConfig, folder)"
     folder = None if out is None else Path(out)
     if resume and folder is None: raise DistillError("resume=True needs the folder of the run: out='runs/NAME'.")
     if resume and (folder/'config.toml').is_file():
         if config_file is not None: raise DistillError(f"{folder} has its own settings: leave config= out.")
         stored = TrainConfig(**read_config(folder/'config.toml'))
         check_unchanged(given, stored, folder)
-        return TrainRun(stored, folder, **kwargs)
+        return stored,folder
     if resume and not given and config_file is None:
         raise DistillError(f"There is no run in {folder} (no config.toml).")
     settings = ({} if config_file is None else read_config(config_file)) | given
@@ -60,7 +67,7 @@ def opened_run(
     if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - {'.config.toml.new'}):
         what = 'a run' if (folder/'config.toml').is_file() else 'something else'
         raise DistillError(f"{folder} holds {what} already. Give another out=, or resume=True to continue a run.")
-    return TrainRun(config, folder, **kwargs)
+    return config,folder
 
 
 def check_unchanged(given, stored, folder):
@@ -78,7 +85,7 @@ def free_folder(config):
 
 
 class TrainRun:
-    "One run, in its folder"
+    "One run, in its folder. In several processes the first one alone prints, writes and compares"
     def __init__(
         self,
         config:TrainConfig,
@@ -86,26 +93,56 @@ class TrainRun:
         say=print, # fn(text)
         bar:bool=False # show fastai's bars
     ):
-        self.config,self.folder,self.say,self.bar = config,folder,say,bar
+        self.config,self.folder,self.first = config,folder,rank() == 0
+        self.say,self.bar = (say, bar) if self.first else (silent, False)
         self.recipe = recipe_from_text(config.recipe)
         self.files = folder/'checkpoints'
 
     def __call__(self):
-        "Do what is missing of the run. Returns the Report"
+        "Do what is missing of the run. Returns the Report, in the first process"
         with warnings.catch_warnings():
             # fastai's tables with pandas 3, about arrays that it only reads
             warnings.filterwarnings('ignore', message='The given NumPy array is not writable')
-            return self.results()
+            models = self.trained()
+            leave_processes()
+            return self.write_results(models) if self.first else None
 
-    def results(self):
-        if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-            raise DistillError("train runs in one process. For several, use fastai's distrib_ctx in a script: "
-                               "docs/machines.md.")
-        if (self.folder/'report.json').is_file(): raise DistillError(f"The run in {self.folder} is finished.")
+    def trained(self):
+        "name -> model"
         c = self.config
-        loaded = file_teacher(c.teacher) if c.teacher_file else None
-        loggers = self.loggers()
-        s = self.samples(loaded)
+        on_first(self.check_start)
+        loaded = first_then_others(lambda: file_teacher(c.teacher) if c.teacher_file else None)
+        s = on_first(lambda: self.samples(loaded))
+        student,teacher,make = first_then_others(lambda: self.make_models(s, loaded))
+        on_first(lambda: self.check(student, teacher, trained=loaded is not None or bool(c.teacher_weights)))
+        on_first(self.write_start)
+        self.config = on_first(lambda: self.find_rates(make))
+        loggers = self.loggers() if self.first else []
+        models = dict(teacher=teacher)
+        if isinstance(teacher, Learner) and loaded is None and not c.teacher_weights:
+            self.fit('teacher', teacher, c.teacher_epochs or c.epochs, self.config.teacher_lr, FOR_TEACHER, loggers)
+            if self.first: save_model(teacher.model, str(self.folder/'teacher.safetensors'))
+        if c.baseline:
+            models['alone'] = self.seeded(FOR_STUDENT, lambda: make(c.student))
+            self.fit('alone', models['alone'], c.epochs, self.config.lr, FOR_STUDENT, loggers)
+        models['distilled'] = student
+        kd = KnowledgeDistillation(self.as_teacher(teacher, student), self.recipe, check=c.check)
+        self.fit('distilled', student, c.epochs, self.config.lr, FOR_STUDENT, loggers, kd)
+        return models
+
+    def check_start(self):
+        "What is known before the data are read"
+        if (self.folder/'report.json').is_file(): raise DistillError(f"The run in {self.folder} is finished.")
+        self.loggers()
+        if world_size() == 1: return
+        if find_spec('accelerate') is None: raise ImportError('A training in several processes: pip install accelerate')
+        if ':' in self.config.device:
+            raise DistillError(f"device={self.config.device!r} is one device, for {world_size()} processes. Each takes "
+                               "its own with device='auto'.")
+
+    def make_models(self, s, loaded):
+        "(student, teacher, fn(architecture) -> Learner)"
+        c = self.config
         self.dls = loaders_of(s, c, loaded if isinstance(loaded, Learner) and s.task in ('texts', 'table') else None)
         self.say(f'data: {samples_in_words(s)}')
         make = partial(learner_of, dls=self.dls, s=s, config=c, pretrained=c.pretrained)
@@ -113,20 +150,7 @@ class TrainRun:
         teacher = self.teacher(loaded, make, s)
         self.say(f'teacher: {c.teacher}, {parameters(teacher)}; student: {c.student}, {parameters(student)}')
         if not c.pretrained: self.say('All models begin with random weights; --pretrained begins with published ones.')
-        self.check(student, teacher, trained=loaded is not None or bool(c.teacher_weights))
-        self.write_start()
-        self.find_rates(make)
-        models = dict(teacher=teacher)
-        if isinstance(teacher, Learner) and loaded is None and not c.teacher_weights:
-            self.fit('teacher', teacher, c.teacher_epochs or c.epochs, self.config.teacher_lr, FOR_TEACHER, loggers)
-            save_model(teacher.model, str(self.folder/'teacher.safetensors'))
-        if c.baseline:
-            models['alone'] = self.seeded(FOR_STUDENT, lambda: make(c.student))
-            self.fit('alone', models['alone'], c.epochs, self.config.lr, FOR_STUDENT, loggers)
-        models['distilled'] = student
-        kd = KnowledgeDistillation(self.as_teacher(teacher, student), self.recipe, check=c.check)
-        self.fit('distilled', student, c.epochs, self.config.lr, FOR_STUDENT, loggers, kd)
-        return self.write_results(models)
+        return student,teacher,make
 
     def samples(self, loaded):
         s = read_samples(self.config)
@@ -161,7 +185,7 @@ class TrainRun:
         d.setup(*x)
 
     def find_rates(self, make):
-        "Learning rates that are 'auto' become numbers in config.toml"
+        "The settings, where learning rates that are 'auto' become numbers, also in config.toml"
         c = self.config
         wanted = [k for k,arch in dict(lr=c.student, teacher_lr=c.teacher).items() if getattr(c, k) == 'auto'
                   and not (k == 'teacher_lr' and (c.teacher_file or c.teacher_weights))]
@@ -172,6 +196,7 @@ class TrainRun:
             self.config = replace(self.config, **{k: lr})
             self.say(f'learning rate of {arch}: {lr:g}, found by lr_find')
         if wanted: write_config(self.config, self.folder/'config.toml')
+        return self.config
 
     def fit(self, name, learn, epochs, lr, number, loggers, kd=None):
         say = None if self.bar else lambda text: self.say(f'{name}: {text}')
@@ -195,7 +220,7 @@ class TrainRun:
         if not (self.folder/'config.toml').is_file(): write_config(self.config, self.folder/'config.toml')
         self.files.mkdir(exist_ok=True)
         facts = dict(python=platform.python_version(), platform=platform.platform(), threads=torch.get_num_threads(),
-                     **{n: v for n in PACKAGES if (v := installed(n))})
+                     processes=world_size(), **{n: v for n in PACKAGES if (v := installed(n))})
         write_json(self.folder/'environment.json', facts)
 
     def write_results(self, models):

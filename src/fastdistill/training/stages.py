@@ -3,10 +3,11 @@ import random
 from contextlib import nullcontext
 import numpy as np
 import torch
-from fastai.basics import Callback, CancelEpochException, L, one_param, to_device
+from fastai.basics import Callback, CancelEpochException, L, get_model, one_param, to_device
 from ..errors import DistillError
 from ..fastai.compare import history_of
 from ..outputs import as_plain, map_tensors
+from ..ranks import broadcast, on_first, rank, world_size
 from ..replay.seeds import seeds_of
 from .config import write_atomically
 
@@ -39,8 +40,8 @@ class Checkpoints(Callback):
         say=print # fn(text) for a line about each epoch; None: fastai's own bar and table
     ):
         super().__init__()
-        self.file,self.seed,self.kd,self.say,self.state = file,seed,kd,say,None
-        if file.is_file(): self.state = read_state(file)
+        self.file,self.seed,self.kd,self.say = file,seed,kd,say
+        self.state = on_first(lambda: read_state(file) if file.is_file() else None)
 
     @property
     def done(self):
@@ -50,7 +51,7 @@ class Checkpoints(Callback):
     def before_fit(self):
         if self.state is None: return
         s,r = self.state,self.learn.recorder
-        self.learn.model.load_state_dict(s['model'])
+        get_model(self.learn.model).load_state_dict(s['model'])
         self.learn.opt.load_state_dict(to_device(s['opt'], one_param(self.learn.model).device))
         if self.kd is not None: self.kd.load_state_dict(s['kd'])
         r.values,r.iters,r.losses,r.lrs = L(map(L, s['values'])),s['iters'],s['losses'],s['lrs']
@@ -60,13 +61,18 @@ class Checkpoints(Callback):
     def before_epoch(self): self.seed_epoch(self.learn, self.epoch)
 
     def seed_epoch(self, learn, epoch):
-        seed = seed_everything(*self.seed, epoch)
+        # projectors and choices before the fit are the same in all processes, dropout and augmentation are not
+        mine = [rank()] if rank() and epoch != BEFORE_FIT else []
+        seed = seed_everything(*self.seed, epoch, *mine)
         for i,dl in enumerate(learn.dls.loaders): dl.rng = random.Random(seed + i)
 
     def after_epoch(self):
+        # the averages of batch-norm in projectors, which DistributedDataParallel does not know
+        if self.kd is not None: broadcast(self.kd.distiller.links.buffers())
+        if rank(): return
         r,opt = self.learn.recorder,self.opt.state_dict()
         opt['hypers'] = [{k: plain(v) for k,v in h.items()} for h in opt['hypers']]
-        state = dict(epochs=self.epoch + 1, model=self.learn.model.state_dict(), opt=opt,
+        state = dict(epochs=self.epoch + 1, model=get_model(self.learn.model).state_dict(), opt=opt,
                      kd=None if self.kd is None else self.kd.state_dict(), names=[*r.metric_names],
                      values=[[*map(plain, v)] for v in r.values], iters=[*r.iters],
                      losses=[torch.as_tensor(o) for o in r.losses], lrs=[*map(plain, r.lrs)],
@@ -115,10 +121,14 @@ def fit_stage(
     # subtle: what a fit measures before its first epoch, such as the teacher's temperature, is the same after a resume
     checkpoints.seed_epoch(learn, BEFORE_FIT)
     logger,learn._do_fit = learn.logger,EpochsFrom(learn, checkpoints.done)
+    cbs = [*cbs, *filter(None, [checkpoints.kd]), checkpoints]
+    if world_size() > 1:
+        from .processes import ProcessesTrainer     # needs accelerate
+        cbs.append(ProcessesTrainer(sync_bn=False, cpu=one_param(learn.model).device.type == 'cpu'))
     if not bar: learn.logger = silent
     try:
         with nullcontext() if bar else learn.no_bar():
-            learn.fit_one_cycle(n_epoch, lr, cbs=[*cbs, *filter(None, [checkpoints.kd]), checkpoints])
+            learn.fit_one_cycle(n_epoch, lr, cbs=cbs)
     finally:
         learn.logger = logger
         del learn._do_fit
