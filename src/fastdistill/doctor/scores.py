@@ -8,7 +8,7 @@ from .images import renormalized_images
 __all__ = ['hesitant', 'low_score', 'saturated']
 
 CERTAIN = .99 # above this mean top probability, soft labels are nearly one-hot
-HESITANT,ENOUGH = .2,64 # of accuracy above the mean top probability; items that show it
+HESITANT,FEWEST = .2,64 # of accuracy above the mean top probability; items that show it
 
 
 def low_score(
@@ -64,7 +64,7 @@ def saturated(facts, task):
 
 def hesitant(facts, task):
     "A teacher that is much more often right than it is sure, as one whose training was stopped early"
-    if task.kind != 'softmax' or None in (facts.teacher_score, facts.top_prob_valid) or facts.n < ENOUGH: return
+    if task.kind != 'softmax' or None in (facts.teacher_score, facts.top_prob_valid) or facts.n < FEWEST: return
     if facts.teacher_score - facts.top_prob_valid <= HESITANT: return
     yield Finding('note', f"The teacher is right for {facts.teacher_score:.1%} of {facts.n} validation items, but its "
                   f"mean top probability is {facts.top_prob_valid:.3f}. It seems to be trained too briefly, and its "

@@ -393,8 +393,7 @@ class Teacher(Running):
         return map_tensors((x, kw), lambda t: self._prepare_tensor(t, device, dtype, lend))
 
     def _prepare_tensor(self, x, device, dtype, lend):
-        plain = as_plain(x)
-        t = plain.to(device)
+        t = (plain := as_plain(x)).to(device)
         if is_image(t): t = fit_images(t, self._scaling, self.size)
         if dtype is not None and t.is_floating_point(): t = t.to(dtype)
         # subtle: a copy, since a model that changes its input in place would change the student's batch
