@@ -5,7 +5,7 @@ import torch
 from fastdistill import losses
 from fastdistill.losses import chunks
 
-FNS = [losses.kl, losses.reverse_kl, losses.jsd, losses.tvd, losses.soft_ce, losses.ttm, losses.wttm, losses.skewed_kl, losses.taid, losses.abkd]
+FNS = [losses.kl, losses.reverse_kl, losses.jsd, losses.tvd, losses.soft_ce, losses.ttm, losses.wttm, losses.skewed_kl, losses.taid, losses.abkd, losses.uld]
 fns = pytest.mark.parametrize('fn', FNS, ids=lambda f: f.__name__)
 SHAPES = [((3, 5, 4, 6), 1), ((3, 7, 5), -1), ((40, 5), 1), ((2, 3, 4, 5, 2), 2)]
 
