@@ -70,6 +70,7 @@ class HeadData:
 
 class TeacherGroup:
     "The teachers of all heads, which begin and end together"
+    reads_items = False # one that does says that it does not know the items
     def __init__(self, distillers): self.distillers = distillers
 
     def each(self, method, *args):
@@ -182,7 +183,7 @@ def renamed(term, name, **changes):
 
 class HeadsDistillation(KnowledgeDistillation):
     "`KnowledgeDistillation({'color': teacher1, 'shape': teacher2})`, which makes one of these"
-    name = 'knowledge_distillation' # in the Learner
+    name,task = 'knowledge_distillation',None # in the Learner; each head has a task of its own
 
     def __init__(self, teacher, recipe=None, *, T=None, alpha=None, temperature=None, loss=None, kind=None, output=None,
                  unlabelled=None, unlabelled_targets=None, perturbed=0, **kwargs):
