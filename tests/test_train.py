@@ -127,7 +127,10 @@ def child(digits, out, recipe):
     "A process of its own, which may be killed at any moment"
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(out.with_suffix('.log'), 'a', buffering=1)
-    opened_run(settings(digits, recipe=recipe, epochs=4), out=out, resume=True)()
+    def say(text):
+        print(text)
+        time.sleep(.15)     # so that it does not end before it is killed
+    opened_run(settings(digits, recipe=recipe, epochs=4), out=out, resume=True, say=say)()
 
 
 RECIPE = "labels + dist(share=1) + hint(layers={'0': '0'}, share=.2)"
