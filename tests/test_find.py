@@ -252,7 +252,7 @@ def test_half_of_the_time_at_most_is_kept_for_the_repeated_runs():
     s = search(Slow(1), seconds=2)
     assert s.search_end == s.end
     f = s.run()
-    assert s.end - 1.01 <= s.search_end < s.end - .5 and f._seeds() == {1, 2}
+    assert s.end - 1.01 <= s.search_end < s.end - .5 and {1} <= f._seeds() <= {1, 2}     # on a busy machine, 2 comes too late
 
 
 def test_a_score_that_is_no_number_loses():
