@@ -1,5 +1,5 @@
 "`fastdistill train` in two processes: the same weights as one process with the doubled batch, one report, one message, and a resume."
-import csv, multiprocessing, os, re, signal, socket, subprocess, sys, time
+import csv, json, multiprocessing, os, re, signal, socket, subprocess, sys, time
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -72,7 +72,8 @@ def start():
 
 
 def ended(both):
-    for p in both: p.join(600)
+    for p in both: p.join(300)
+    for p in both: p.kill()             # one that hangs
     return [p.exitcode for p in both]
 
 
@@ -106,6 +107,7 @@ def test_two_processes_end_where_one_with_the_doubled_batch_ends(reviews, tmp_pa
     for a,b in zip(two, one): assert float(a['valid_loss']) == pytest.approx(float(b['valid_loss']), abs=1e-5)
     assert float(one[0]['valid_loss']) - float(one[3]['valid_loss']) > .01     # it has learned
     assert Report.from_json(tmp_path/'two'/'report.json').models.keys() == {'teacher', 'distilled'}
+    assert [json.loads((tmp_path/o/'environment.json').read_text())['processes'] for o in ('two', 'one')] == [2, 1]
     assert not (tmp_path/'two'/'checkpoints').exists()
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest, torch
 import two_ranks
 from fastai.basics import set_seed
+from fastdistill import auto
 from fastdistill.ranks import gather_rows
 
 pytestmark = pytest.mark.filterwarnings('ignore::fastdistill.DistillWarning')
@@ -46,6 +47,16 @@ def test_two_processes_of_hugging_faces_trainer_are_one_with_the_doubled_batch(r
     set_seed(0)
     start = two_ranks.transformer(kind, 8)
     assert max((p-q).abs().max() for p,q in zip(start.parameters(), one)) > .001     # it has learned
+
+
+def test_the_first_process_chooses_the_default_recipe_for_both(runs):
+    "Each has a batch of its own, which alone would give another temperature"
+    (a,b),alone = [r['chosen'] for r in runs[0]],runs[1]['chosen']
+    assert a == b and a[0] == alone[0]      # the batch of the single process is the first one's
+    teacher,train = two_ranks.models()[1],two_ranks.items()[0]
+    first,second = (torch.stack([x for x,_ in train[i:i+two_ranks.BS]]) for i in (0, two_ranks.BS))
+    own = [auto(classes=4, teacher=teacher(x)).terms[0].options['T'] for x in (first, second)]
+    assert own[0] != own[1]
 
 
 def test_one_process_gathers_nothing():

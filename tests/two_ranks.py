@@ -9,7 +9,7 @@ import apps
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, SGD, noop, set_seed
 from fastdistill import Distiller, Teacher, losses, recipes
 from fastdistill.fastai import KnowledgeDistillation, Term, cache_teacher, kd
-from fastdistill.ranks import rank, world_size
+from fastdistill.ranks import on_first, rank, world_size
 
 BS,N,VALID = 8,64,32 # of one process; items
 IN_A_LOOP = 'logits','features','relations','relations_of_logits','shares' # in plain PyTorch too
@@ -138,9 +138,26 @@ def in_trainer(kind, folder):
     return [p.detach() for p in ps],[[h[k] for k in ('loss', 'task_loss', 'kd_loss', 'hint_loss')] for h in trainer.state.log_history if 'loss' in h]
 
 
+def chosen():
+    "T of the default recipe in a plain loop and in fastai. The first process may also check the teacher alone, and waits for nobody"
+    student,teacher = models()
+    x,y = map(torch.stack, zip(*items()[0][rank()*N//2:][:BS]))
+    d = Distiller(student, Teacher(teacher), check=False)
+    d(x, y)
+    learn = Learner(loaders(), models()[0], loss_func=CrossEntropyLossFlat(), opt_func=SGD)
+    learn.logger = noop
+    on_first(lambda: len(learn.check_teacher(teacher)))
+    cb = KnowledgeDistillation(teacher, check=False)
+    with learn.no_bar():
+        if world_size() > 1:
+            with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(1, .1, cbs=cb)
+        else: learn.fit(1, .1, cbs=cb)
+    return [o.recipe.terms[0].options['T'] for o in (d, cb)]
+
+
 def run(folder, names=None):
     "name -> what the training left"
-    out = {kind: in_trainer(kind, folder) for kind in IN_THE_TRAINER}
+    out = {kind: in_trainer(kind, folder) for kind in IN_THE_TRAINER} | dict(chosen=chosen())
     for name,recipe in cases().items():
         student,teacher = models()
         if name == 'cached':

@@ -1,20 +1,19 @@
 "The recipe that is taken when none is given. The rule was chosen by measurements on many tasks: benchmarks/quality"
 from math import log, sqrt
-from torch import Tensor
+from torch import Tensor, special
 from . import losses
 from .distiller import Distiller, Recipe, Term
 from .outputs import DistillError
-from .ranks import mean_over_ranks
 from .recipes import dist, kd, soft_labels
 from .task import facts_of_outputs
 
 __all__ = ['Automatic', 'Distiller', 'auto', 'facts_for_auto', 'softening_temperature']
 
 CLASSIC = 'kd(T=4, alpha=.9) is the classic'
-EVEN = .9 # entropy to which the teacher's outputs are softened, as a share of that of equal probabilities
+EVEN = .9 # entropy of the softened teacher, as a share of the entropy of equal probabilities
 COLDEST,HOTTEST = 1.,20. # temperatures that are chosen
 ENOUGH_ROWS = 4096 # rows of logits that show how sure a teacher is
-LARGE = 1000 # number of classes from which on `dist` needs too much memory for many positions
+LARGE = 1000 # number of classes above which `dist` needs too much memory for many positions
 
 
 class Automatic(Recipe):
@@ -60,24 +59,22 @@ def auto(
 
 def takes_dist(classes, dense):
     "Are there classes to correlate, and not too many?"
-    return classes is not None and 2 < classes <= (LARGE if dense else classes)
+    return classes is not None and classes > 2 and not (dense and classes > LARGE)
 
 
 def softening_temperature(
     logits:Tensor # (..., C) of a teacher, classes last
 ) -> float:
     """The temperature, from 1 to 20, at which the entropy of the teacher's probabilities is .9 of the largest possible
-    one, on average over the samples and over all ranks. It does not depend on the scale of the logits"""
+    one, on average over the samples. It does not depend on the scale of the logits"""
     logits = logits.detach().reshape(-1, logits.shape[-1])
     logits = logits[::max(len(logits)//ENOUGH_ROWS, 1)].float()
     low,high = COLDEST,HOTTEST
     for _ in range(20):
         T = sqrt(low*high)
-        p = (logits/T).softmax(-1)
-        even = (p*p.clamp_min(1e-30).log()).sum(-1).mean()/-log(logits.shape[-1])
+        even = special.entr((logits/T).softmax(-1)).sum(-1).mean()/log(logits.shape[-1])
         low,high = (T, high) if even < EVEN else (low, T)
-    mean_over_ranks([T := logits.new_tensor(T)])
-    return T.item()
+    return T
 
 
 def facts_for_auto(

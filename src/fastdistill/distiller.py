@@ -18,7 +18,7 @@ from .features.projectors import projector
 from .features.taps import Taps, is_output, layer_output
 from .gradients import norms_at_layer, norms_at_logits, swamped
 from .outputs import DistillError, DistillWarning, Outputs, as_plain, check_output, warn_of_several
-from .ranks import rank
+from .ranks import of_first, rank
 from .ratios import GradientRatios
 from .task import labels_loss, task_for
 from .teacher.teacher import Teacher
@@ -112,7 +112,7 @@ class Distiller(nn.Module):
     def choose(self, logits, x:tuple, labels:bool):
         "Take the recipe that `auto` chooses for such outputs and such a teacher, and batches with or without labels"
         ask = lambda: all_classes(self.teacher.probe(*x), Outputs(logits)).logits
-        chosen,self.chooses = Distiller.auto(logits.shape, self.task, ask, labels),False
+        chosen,self.chooses = of_first(Distiller.auto(logits.shape, self.task, ask, labels)),False
         self.take(chosen)
         if rank() == 0: print(f'fastdistill: recipe {chosen}')
 

@@ -5,11 +5,13 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-__all__ = ['average_gradients', 'broadcast', 'first_then_others', 'gather_rows', 'joined_processes', 'leave_processes',
-           'length_over_ranks', 'mean_over_ranks', 'on_first', 'rank', 'world_size']
+__all__ = ['average_gradients', 'broadcast', 'counted_as_one', 'first_then_others', 'gather_rows', 'joined_processes',
+           'leave_processes', 'length_over_ranks', 'mean_over_ranks', 'of_first', 'on_first', 'rank', 'world_size']
 
 
-def is_running(): return distributed.is_available() and distributed.is_initialized()
+APART = [False] # does this process act as if there were no other?
+
+def is_running(): return not APART[0] and distributed.is_available() and distributed.is_initialized()
 
 def rank() -> int: return distributed.get_rank() if is_running() else 0
 
@@ -81,17 +83,24 @@ def gather_rows(
     return x if world_size() == 1 else Gathered.apply(x.contiguous())
 
 
+def of_first(o):
+    "The first rank's object, on every rank. Each of them must call this"
+    if world_size() == 1: return o
+    got = [o]
+    distributed.broadcast_object_list(got)
+    return got[0]
+
+
 def on_first(fn):
     "Run `fn` on the first rank once all ranks are here; every rank gets its result, or its error"
     if world_size() == 1: return fn()
     distributed.barrier()
-    got = [None]
+    got = None
     if rank() == 0:
         try:
-            with counted_as_one(): got = [(fn(), None)]
-        except Exception as e: got = [(None, e)]
-    distributed.broadcast_object_list(got)
-    out,error = got[0]
+            with counted_as_one(): got = fn(),None
+        except Exception as e: got = None,e
+    out,error = of_first(got)
     if error is not None:
         error.from_first = rank() > 0       # the first rank shows it
         raise error
@@ -107,11 +116,12 @@ def first_then_others(fn):
 
 @contextmanager
 def counted_as_one():
-    "fastai reads the number of processes from the environment, and would wait for those that do nothing"
-    n = os.environ.get('WORLD_SIZE')
-    os.environ['WORLD_SIZE'] = '1'
+    "Inside, this process waits for no other"
+    was,n = APART[0],os.environ.get('WORLD_SIZE')
+    APART[0],os.environ['WORLD_SIZE'] = True,'1'      # fastai reads the number of processes from the environment
     try: yield
     finally:
+        APART[0] = was
         if n is None: del os.environ['WORLD_SIZE']
         else: os.environ['WORLD_SIZE'] = n
 

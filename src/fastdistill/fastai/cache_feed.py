@@ -1,5 +1,4 @@
 "Train from a cache: add its rows to the batches."
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 import numpy as np
@@ -125,12 +124,7 @@ class CacheFeed(Feed):
             self.epochs = None
         super().detach()
 
-    @contextmanager
-    def set_aside(self):
-        "Inside, the DataLoaders are as they were before `attach`"
-        with ExitStack() as stack:
-            for dl in self.fed: stack.enter_context(set_aside(dl))
-            yield
+    def set_aside(self): return set_aside(*self.fed)
 
     def example(self, x):
         "Outputs of as many samples as there are inputs, for their shapes and stored layers"

@@ -10,7 +10,7 @@ from ..features.names import unwrap
 from ..features.taps import Taps
 from ..gradients import shares_in_words
 from ..outputs import DistillError, as_plain, check_axis, check_output
-from ..ranks import broadcast, on_first, rank
+from ..ranks import broadcast, of_first, on_first, rank
 from ..task import pseudo_labels
 from ..terms import one_temperature
 from .arguments import check_options, feed_of, make_recipe
@@ -122,7 +122,8 @@ class KnowledgeDistillation(Callback):
 
     def _choose(self, found):
         "Take the recipe that `auto` chooses"
-        chosen = choose_recipe(example_of(self.learn, self.output), self.task, self.distiller.teacher, found)
+        example = example_of(self.learn, self.output)
+        chosen = of_first(choose_recipe(example, self.task, self.distiller.teacher, found))
         if self.recipe is not None and str(chosen) == str(self.recipe): return
         self.recipe = chosen
         self.distiller.take(chosen)

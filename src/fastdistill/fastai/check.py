@@ -8,6 +8,7 @@ from ..doctor.findings import Finding, Findings, few_names
 from ..doctor.outputs import BATCHES, any_outputs, check_outputs, single_teachers
 from ..doctor.shared import none_shared, shared_parameters
 from ..outputs import DistillError
+from ..ranks import counted_as_one
 from ..report.checks import checks_as_text, html_of_checks, print_checks
 from ..report.text import show
 from .batches import PreparationError, prepared_batches
@@ -79,7 +80,8 @@ def check_teacher(
         learn = SimpleNamespace(dls=learn, model=None, loss_func=getattr(learn, 'loss_func', None))
     task = task or task_of(learn.loss_func)
     teacher = teacher_of(teacher, learn, task)
-    with items_shown(learn.dls, teacher):
+    # one process may check alone, while the others train or wait
+    with items_shown(learn.dls, teacher), counted_as_one():
         out = TeacherCheck().join(find_mistakes(learn, teacher, task, recipe, n, output))
         if n_epoch is not None and learn.model is not None and not out.errors:
             recipe = recipe or choose_recipe(example_of(learn, output), task, teacher, out)

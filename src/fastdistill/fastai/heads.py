@@ -11,7 +11,7 @@ from ..features.names import unwrap
 from ..features.pairs import PairTable
 from ..heads import Heads
 from ..outputs import DistillError
-from ..ranks import on_first
+from ..ranks import of_first, on_first
 from ..replay.seeds import RandomGuard
 from ..task import Task
 from ..terms import one_temperature
@@ -256,7 +256,8 @@ class HeadsDistillation(KnowledgeDistillation):
         for k,d in self.distiller.heads.items():
             if self.recipes[k] is not None: continue
             looked = None if found is None else found[k]
-            chosen = choose_recipe(example_of(self.learn, self.at[k]), self.tasks[k], d.teacher, looked)
+            example = example_of(self.learn, self.at[k])
+            chosen = of_first(choose_recipe(example, self.tasks[k], d.teacher, looked))
             self._log(f'fastdistill: {k}: recipe {chosen}')
             d.take(beside_labels(chosen))
         self.distiller.join()

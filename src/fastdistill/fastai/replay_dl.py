@@ -139,12 +139,14 @@ def detach(dl):
 
 
 @contextmanager
-def set_aside(dl):
-    "Inside, `dl` is as it was before `attach`"
-    attached = {k: dl.__dict__[k] for k in ('do_item', 'do_batch', 'create_batches', 'after_batch') if k in dl.__dict__}
-    detach(dl)
+def set_aside(*dls):
+    "Inside, these DataLoaders are as they were before `attach`"
+    parts = 'do_item','do_batch','create_batches','after_batch'
+    attached = [{k: dl.__dict__[k] for k in parts if k in dl.__dict__} for dl in dls]
+    for dl in dls: detach(dl)
     try: yield
-    finally: dl.__dict__.update(attached)
+    finally:
+        for dl,own in zip(dls, attached): dl.__dict__.update(own)
 
 
 def refuse_unindexed(dl):

@@ -93,7 +93,7 @@ class TrainRun:
         say=print, # fn(text)
         bar:bool=False # show fastai's bars
     ):
-        self.config,self.folder,self.first = config,folder,rank() == 0
+        self.config,self.folder,self.first,self.processes = config,folder,rank() == 0,world_size()
         self.say,self.bar = (say, bar) if self.first else (silent, False)
         self.recipe = recipe_from_text(config.recipe)
         self.files = folder/'checkpoints'
@@ -134,10 +134,10 @@ class TrainRun:
         "What is known before the data are read"
         if (self.folder/'report.json').is_file(): raise DistillError(f"The run in {self.folder} is finished.")
         self.loggers()
-        if world_size() == 1: return
+        if self.processes == 1: return
         if find_spec('accelerate') is None: raise ImportError('A training in several processes: pip install accelerate')
         if ':' in self.config.device:
-            raise DistillError(f"device={self.config.device!r} is one device, for {world_size()} processes. Each takes "
+            raise DistillError(f"device={self.config.device!r} is one device, for {self.processes} processes. Each takes "
                                "its own with device='auto'.")
 
     def make_models(self, s, loaded):
@@ -176,7 +176,7 @@ class TrainRun:
         "Layers of the recipe that do not exist, and a teacher of another task, before training"
         task = task_of(student.loss_func)
         if trained and self.config.check:
-            if (found := student.check_teacher(teacher)).errors: found.enforce(facts=False)
+            if (found := student.check_teacher(teacher, n_epoch=None)).errors: found.enforce(facts=False)
         if self.recipe == 'auto': return
         d = Distiller(student.model, teacher_of(teacher, student, task, **AS_IT_IS), self.recipe, kind=task.kind,
                       axis=task.axis, ignore_index=task.ignore_index, check=False)
@@ -220,7 +220,7 @@ class TrainRun:
         if not (self.folder/'config.toml').is_file(): write_config(self.config, self.folder/'config.toml')
         self.files.mkdir(exist_ok=True)
         facts = dict(python=platform.python_version(), platform=platform.platform(), threads=torch.get_num_threads(),
-                     processes=world_size(), **{n: v for n in PACKAGES if (v := installed(n))})
+                     processes=self.processes, **{n: v for n in PACKAGES if (v := installed(n))})
         write_json(self.folder/'environment.json', facts)
 
     def write_results(self, models):
