@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from ._base import class_axis
 
-__all__ = ['per_position']
+__all__ = ['per_position', 'seen_finite']
 
 # numbers in a chunk: on a CPU it should stay in the cache, on a GPU it should fill the device
 ON_CPU,ON_GPU = 2**16,2**24
@@ -30,6 +30,12 @@ def per_position(
 def in_transform():
     "torch.func's transforms see into the loss"
     return getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)() is not None
+
+
+def seen_finite(*xs):
+    "Are all numbers finite? Asked where the answer is quick: on a CPU, and where no graph is built"
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform(): return False
+    return all(x.is_cpu and x.sum().isfinite() for x in xs)
 
 
 def in_three(x, axis):

@@ -6,7 +6,7 @@ from torch import Tensor
 import torch.nn.functional as F
 from ..outputs import DistillError
 from ._base import Loss, _full, class_axis, expect, fit_mask, log_probs, loss, reduce, same_shape, temperature
-from .chunks import per_position
+from .chunks import per_position, seen_finite
 
 __all__ = ['kl', 'KL', 'reverse_kl', 'ReverseKL', 'jsd', 'JSD', 'tvd', 'TVD', 'soft_ce', 'SoftCE', 'mse', 'MSE',
            'hard', 'Hard', 'binary_kl', 'BinaryKL', 'regression', 'Regression', 'soft_targets', 'SoftTargets',
@@ -74,11 +74,22 @@ def kl(
     "T^2 KL(softmax(t/T) || softmax(s/T)): soft targets (Hinton, Vinyals and Dean 2015, arXiv:1503.02531)"
     return of_positions(partial(kl_values, T=T), s, t, axis, mask, reduction, partial(kl_slope, T=T), T**2)
 
-def kl_values(s, t, T, axis): return kl_of(log_probs(within(t, s), T, axis), log_probs(s, T, axis), axis)
+def kl_values(s, t, T, axis):
+    if not seen_finite(s, t): return kl_of(log_probs(within(t, s), T, axis), log_probs(s, T, axis), axis)
+    # with half as many exponentials: sum p_t (t-s)/T - logsumexp(t/T) + logsumexp(s/T)
+    s,t = s/temperature(T),t/T
+    p = t.softmax(axis)
+    of_t = log_sum(t, p, axis)
+    return torch.linalg.vecdot(p, t.sub_(s), dim=axis) - of_t + log_sum(s, s.softmax(axis), axis)
+
+def log_sum(x, p, axis):
+    "logsumexp of `x`, whose softmax is `p`"
+    return x.amax(axis) - p.amax(axis).log()
 
 def kl_slope(s, t, T, axis):
     "The gradient of `kl_values` with respect to `s`"
-    return (log_probs(s, T, axis).exp_() - log_probs(within(t, s), T, axis).exp_()).div_(T)
+    if not seen_finite(s): t = within(t, s)
+    return (s/T).softmax(axis).sub_((t/T).softmax(axis)).div_(T)
 
 class KL(Loss): fn = kl
 
