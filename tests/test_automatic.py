@@ -30,6 +30,7 @@ RULE = [
     (dict(classes=77, teacher=torch.zeros(4, 77)), Recipe(dist(T=1., beta=2, gamma=2, share=3)), 'T=1 softens'),
     (dict(classes=77, teacher=1000*torch.eye(77)), Recipe(dist(T=20., beta=2, gamma=2, share=3)), 'T=20 softens'),
     (dict(classes=77, doubt='a bad teacher'), kd(T=1, alpha=.3), 'a bad teacher'),
+    (dict(kind='sigmoid', doubt='a bad teacher'), kd(T=1, alpha=.1), 'a bad teacher'),
 ]
 
 @pytest.mark.parametrize('facts, recipe, why', RULE, ids=[str(i) for i in range(len(RULE))])

@@ -72,6 +72,17 @@ def test_facts_of_labels_and_of_numbers():
     assert f.metric == 'squared error' and f.teacher_score == pytest.approx(y.pow(2).mean().item())
     assert f.constant_score == pytest.approx((x+y).var(0, correction=0).mean().item()) and f.top_prob_valid is None
 
+@pytest.mark.parametrize('scale, apart', [(.2, False), (2., True)])
+def test_a_teacher_that_hardly_tells_labels_apart_is_a_doubt(scale, apart):
+    g = torch.Generator().manual_seed(0)
+    y = (torch.rand(200, 4, generator=g) > .8).float()
+    x = 2*y - 1 + .3*torch.randn(200, 4, generator=g)
+    p = [(scale*x).sigmoid()[y == v].mean().item() for v in (1, 0)]
+    found = check(linear(torch.eye(4), scale), x, y, Task('sigmoid'))
+    assert (p[0] - p[1] > .25) is apart
+    if apart: assert found == []
+    else: assert one(found, 'note', f'{p[0]:.3f} for labels that an item has', f'{p[1]:.3f} for the others').doubt
+
 def test_dense_facts_count_what_counts():
     "Of the pixels of an item those that are not ignored, and no item that has none"
     g = torch.Generator().manual_seed(0)

@@ -146,12 +146,13 @@ def test_every_candidate_is_a_recipe_that_fits_its_outputs(quality):
 
 def test_a_cell_whose_teacher_is_doubted_has_the_recipe_for_that(quality):
     assert quality.rule.default(dict(output='classes', classes=77, teacher_valid=.85, top_prob_valid=.58, dense=False, tokens=False)) == 'kd(1,.3)'
+    for apart,recipe in ((.2, 'kd(.1)'), (.3, 'binary(1)x3')): assert quality.rule.default(dict(output='labels', apart_valid=apart, dense=False, tokens=False)) == recipe
 
 
 def test_the_default_of_each_cell_is_the_library_s(quality):
     from fastdistill import auto
     for output,classes,kind in (('classes', 2, 'softmax'), ('classes', 7, 'softmax'), ('pixels', 2, 'softmax'), ('tokens', 65, 'softmax'), ('labels', 28, 'sigmoid'), ('numbers', 1, 'regression')):
-        found = quality.rule.default(dict(output=output, classes=classes, teacher_valid=.9, top_prob_valid=.8, dense=output == 'pixels', tokens=output == 'tokens'))
+        found = quality.rule.default(dict(output=output, classes=classes, teacher_valid=.9, top_prob_valid=.8, apart_valid=.5, dense=output == 'pixels', tokens=output == 'tokens'))
         c,t = quality.candidates.CANDIDATES[found],5*torch.randn(50, classes, generator=torch.Generator().manual_seed(0))
         chosen = auto(kind, classes=classes, dense=output in ('pixels', 'tokens'), teacher=t if c.measures else None)
         assert repr(c.recipe(t) if c.measures else c.recipe()).replace('.0', '') == repr(chosen).replace('.0', ''), output

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from candidates import CANDIDATES
 from fastdistill import auto
-from fastdistill.doctor.scores import HESITANT
+from fastdistill.doctor.scores import HESITANT, NOT_APART
 from loop import KINDS
 from measures import MAIN, measure
 from run import OUT, classes_of, read
@@ -23,8 +23,15 @@ def facts_of(cell):
     for name,s in (('train', data.train), ('valid', data.valid), ('test', data.test)):
         t = (s.t[0] if s.views else s.t).float()
         out[f'teacher_{name}'] = round(measure(cell.output, t, s.y, **options)[MAIN[cell.output]], 4)
+        if cell.output == 'labels': out[f'apart_{name}'] = round(apart(t, s.y), 4)
         if cell.output in ('classes', 'pixels', 'tokens'): out[f'top_prob_{name}'] = round(t.softmax(cell.axis).amax(cell.axis).mean().item(), 4)
     return out
+
+
+def apart(logits, y):
+    "How far the mean probability of the labels that items have is above that of the others"
+    p = logits.float().sigmoid()
+    return (p[y > .5].mean() - p[y <= .5].mean()).item()
 
 
 def write_facts(path=OUT/'facts.json'):
@@ -44,8 +51,9 @@ def group(f):
 def default(f):
     "The candidate that is the library's default recipe in such a cell"
     hesitant = f['output'] == 'classes' and f['teacher_valid'] - f['top_prob_valid'] > HESITANT
+    hesitant = hesitant or (f['output'] == 'labels' and f['apart_valid'] < NOT_APART)
     recipe = auto(KINDS[f['output']], classes=f['classes'] if KINDS[f['output']] == 'softmax' else None, dense=f['dense'] or f['tokens'],
-                  doubt='it is less sure than it is right' if hesitant else None)
+                  doubt='it was trained too briefly' if hesitant else None)
     if [t.name for t in recipe.terms] == ['dist']: return 'dist(auto)x3'     # its T depends on the teacher
     return next(c.name for c in CANDIDATES.values() if not (c.smoothing or c.measures) and c.tier != 'peer' and c.recipe() is not None and parts(c.recipe()) == parts(recipe))
 

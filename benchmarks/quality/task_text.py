@@ -63,7 +63,7 @@ def read(name):
 
 
 def make(name, width=128):
-    splits,(steps,lr) = read(name.removesuffix('weak')),TEACHERS[name]
+    splits,(steps,lr) = read(name.removesuffix('weak').split('-')[0]),TEACHERS[name]
     lists = [[words(t) for t in xs] for xs,_ in splits]
     least = 2 if len(lists[0]) < 20_000 else 8
     vocab,wide = vocabulary(lists[0], least),vocabulary(map(pairs, lists[0]), least)

@@ -43,7 +43,9 @@ def auto(
     if kind not in ('softmax', 'sigmoid', 'regression'):
         raise DistillError(f"kind={kind!r}: possible are 'softmax', 'sigmoid' and 'regression'")
     if not labels: return Automatic(soft_labels(T=1), 'soft_labels(T=1)', 'the batches have no labels')
-    if doubt is not None: return Automatic(kd(T=1, alpha=.3), 'kd(T=1, alpha=.3)', doubt)
+    if doubt is not None:
+        alpha = .1 if kind == 'sigmoid' else .3
+        return Automatic(kd(T=1, alpha=alpha), f'kd(T=1, alpha={alpha:g})', doubt)
     if kind == 'regression': return shared(losses.regression, 'regression', 'numbers')
     if kind == 'sigmoid' and not dense: return shared(losses.binary_kl, 'binary_kl', 'several labels', T=1)
     unknown = 'labels' if kind == 'sigmoid' else 'an unknown number of classes'

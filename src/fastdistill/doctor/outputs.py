@@ -68,7 +68,7 @@ def check_outputs(
     found.facts = facts = tally.facts()
     if not any(f.doubt for f in found): found.add('score', (), facts.scores)
     notes_only = all(f.level == 'note' for f in found)
-    certain = [*saturated(facts, task), *hesitant(facts, task)] if notes_only else ()
+    certain = [*saturated(facts, task), *hesitant(tally)] if notes_only else ()
     found.add('certainty', certain, facts.probabilities)
     return found
 

@@ -8,7 +8,9 @@ from .images import renormalized_images
 __all__ = ['hesitant', 'low_score', 'saturated']
 
 CERTAIN = .99 # above this mean top probability, soft labels are nearly one-hot
-HESITANT,FEWEST = .2,64 # of accuracy above the mean top probability; items that show it
+HESITANT = .2 # of accuracy above the mean top probability
+NOT_APART = .25 # between the mean probabilities of labels that items have, and of the others
+FEWEST = 64 # items that show this
 
 
 def low_score(
@@ -62,13 +64,25 @@ def saturated(facts, task):
                   "A higher T, stronger augmentation, or data that it was not trained on make them softer")
 
 
-def hesitant(facts, task):
-    "A teacher that is much more often right than it is sure, as one whose training was stopped early"
-    if task.kind != 'softmax' or None in (facts.teacher_score, facts.top_prob_valid) or facts.n < FEWEST: return
-    if facts.teacher_score - facts.top_prob_valid <= HESITANT: return
-    yield Finding('note', f"The teacher is right for {facts.teacher_score:.1%} of {facts.n} validation items, but its "
-                  f"mean top probability is {facts.top_prob_valid:.3f}. It seems to be trained too briefly, and its "
-                  "soft labels may mislead", "Train it longer, or without label smoothing", doubt=True)
+def hesitant(tally):
+    "A teacher that seems to be trained too briefly: its soft labels may mislead"
+    kind,f = tally.task.kind,tally.facts()
+    if None in (f.teacher_score, f.top_prob_valid) or f.n < FEWEST: return
+    if kind == 'softmax' and f.teacher_score - f.top_prob_valid > HESITANT:
+        why = (f"is right for {f.teacher_score:.1%} of {f.n} validation items, but its mean top probability is "
+               f"{f.top_prob_valid:.3f}")
+    elif kind == 'sigmoid' and (p := label_probs(tally))[0] - p[1] < NOT_APART:
+        why = (f"hardly tells labels apart: on {f.n} validation items its mean probability is {p[0]:.3f} for labels "
+               f"that an item has, and {p[1]:.3f} for the others")
+    else: return
+    yield Finding('note', f"The teacher {why}. It seems to be trained too briefly, and its soft labels may mislead",
+                  "Train it longer, or without label smoothing", doubt=True)
+
+
+def label_probs(tally):
+    "Mean probabilities: of the labels that items have, and of the labels that they do not have"
+    n_with,n_without,p_with,p_without = tally.sums.sum(1).tolist()
+    return p_with/max(n_with, 1),p_without/max(n_without, 1)
 
 
 def chance(tally):

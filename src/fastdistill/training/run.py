@@ -137,8 +137,8 @@ class TrainRun:
         if self.processes == 1: return
         if find_spec('accelerate') is None: raise ImportError('A training in several processes: pip install accelerate')
         if ':' in self.config.device:
-            raise DistillError(f"device={self.config.device!r} is one device, for {self.processes} processes. Each takes "
-                               "its own with device='auto'.")
+            raise DistillError(f"device={self.config.device!r} is one device, for {self.processes} processes. Each "
+                               "takes its own with device='auto'.")
 
     def make_models(self, s, loaded):
         "(student, teacher, fn(architecture) -> Learner)"
