@@ -1,5 +1,6 @@
 "One value per position, computed in chunks: large logits need no more memory than their gradient."
 from functools import partial
+from math import isfinite
 import torch
 from torch import Tensor
 from ._base import class_axis
@@ -35,7 +36,7 @@ def in_transform():
 def seen_finite(*xs):
     "Are all numbers finite? Asked where the answer is quick: on a CPU, and where no graph is built"
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform(): return False
-    return all(x.is_cpu and x.sum().isfinite() for x in xs)
+    return all(x.is_cpu and isfinite(x.sum()) for x in xs)
 
 
 def in_three(x, axis):

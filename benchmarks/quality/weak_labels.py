@@ -1,25 +1,21 @@
 """How good must a teacher of several labels be? GoEmotions, teachers that were stopped at different times, one student. Each recipe at its own
 best rate, as in the quality benchmark, five seeds; a restart skips what is there.
 
-    python benchmarks/weak_labels.py      # QUALITY_DATA names the folder of the data sets"""
-import json, sys, time
+    python benchmarks/quality/weak_labels.py      # QUALITY_DATA names the folder of the data sets"""
+import json, time
 from functools import partial
-from pathlib import Path
-
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE/'quality'))
 import task_text, torch
 from candidates import CANDIDATES
 from rule import apart
 from run import read, run_cell
 from stats import at_best_rate, by_seed, paired
-from tasks import Cell
+from tasks import HERE, Cell
 
 TEACHERS = (400, .01), (600, .015), (600, .02), (600, .03), (900, .02)     # steps and rate of training
 RECIPES = 'labels','kd(.1)','kd(.3)','kd(.5)','binary(1)x.3','binary(1)x1','binary(1)x3'
 
 
-def main(out=HERE/'results'/'weak_labels'):
+def main(out=HERE.parent/'results'/'weak_labels'):
     torch.set_num_threads(1)
     for steps,lr in TEACHERS:
         name = f'goemotions-{steps}-{lr}'
