@@ -3,14 +3,15 @@
     python benchmarks/many.py
 
 ResNet-18s with other recipes (`kd` at two temperatures, `dkd`), and a teacher of the same kind of net; `--teacher` names it, and its forward pass is measured in relation
-to the student's. Pictures in memory are cropped and flipped at random. Each round runs both ways, so that noise of the machine falls on both alike; medians of the rounds, and
+to the student's. The teacher runs in its fast form, with `--as-it-is` unchanged. Pictures in memory are cropped and flipped at random. Each round runs both ways, so that noise of the machine falls on both alike; medians of the rounds, and
 whether both ways end in the same weights.
 """
 import time
 from statistics import median
 import torch, torchvision, typer
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, noop, set_seed
-from fastdistill.fastai import distill_many, dkd, kd
+from fastdistill.fastai import Teacher, distill_many, dkd, kd
+from fastdistill.teacher.speed import AS_IT_IS
 
 RECIPES = [kd(), kd(T=2., alpha=.5), dkd()]
 
@@ -50,12 +51,12 @@ def forward(model, x, n=7):
 def weights(learners): return [p for l in learners for p in l.model.state_dict().values()]
 
 
-def main(teacher:str='resnet101', size:int=64, bs:int=32, batches:int=8, rounds:int=5):
+def main(teacher:str='resnet101', size:int=64, bs:int=32, batches:int=8, rounds:int=5, as_it_is:bool=False):
     set_seed(0)
     dls = DataLoaders.from_dsets(Pictures(bs*batches, size), Pictures(bs, size), bs=bs, shuffle=True, num_workers=0, device='cpu')
     teach = torchvision.models.get_model(teacher, weights=None, num_classes=10).eval()
-    x = torch.randn(bs, 3, size, size)
-    run = lambda learners, recipes: distill_many(learners, teach, 1, 1e-3, recipes, seed=1, progress=False, check=False)
+    taught_by,x = Teacher(teach, **(AS_IT_IS if as_it_is else {})),torch.randn(bs, 3, size, size)
+    run = lambda learners, recipes: distill_many(learners, taught_by, 1, 1e-3, recipes, seed=1, progress=False, check=False)
     times,same,relation = [],True,[]
     for i in range(rounds):
         a,b = [[student(dls, i) for i in range(3)] for _ in range(2)]

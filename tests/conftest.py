@@ -1,5 +1,5 @@
 "Before the first test: one thread, no display, no network, nothing read from or left in the user's home. Before each: the same seed."
-import os, random, shutil, tempfile
+import os, random, shutil, sys, tempfile
 
 HOME = tempfile.mkdtemp(prefix='fastdistill-tests-')
 os.environ |= dict(MPLBACKEND='Agg', OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false',
@@ -10,6 +10,12 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def without_workers():
+    "fastai's DataLoaders start a process for each core, unless they are told; that takes longer than most tests"
+    if fastcore := sys.modules.get('fastcore.basics'): fastcore.defaults.cpus = 0
 
 
 @pytest.fixture(autouse=True)
