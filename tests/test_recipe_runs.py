@@ -169,6 +169,7 @@ def test_a_folder_of_another_experiment_is_refused(tmp_path):
 def test_what_cant_be_compared():
     with pytest.raises(DistillError, match=r'1 recipe\(s\) and 3 seed'): run(dict(kd=kd()))
     with pytest.raises(DistillError, match='0 seed'): run(seeds=0)
+    with pytest.raises(DistillError, match='recipes=5: compare_recipes takes a dict of names and recipes'): run(5)
     with pytest.raises(DistillError, match="metric='f1': not all students have a number for it. They have train_loss, valid_loss, accuracy"): run(seeds=1, metric='f1')
     weights = iter(range(9))
     def other():

@@ -1,4 +1,5 @@
 "Recipes side by side, over several seeds: the experiment behind a choice of recipe."
+from collections.abc import Mapping
 import json, os, re, warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -36,7 +37,11 @@ def compare_recipes(
 ) -> RecipeReport:
     """Train a student with each recipe, side by side: the same starts, the same batches, one pass of the teacher. Then
     again with other seeds. The baseline, which the others are compared with, is the recipe None, or else the first"""
-    recipes = dict(alone=None, default='auto') if recipes is None else dict(recipes)
+    if recipes is None: recipes = dict(alone=None, default='auto')
+    if not isinstance(recipes, Mapping):
+        raise DistillError(f"recipes={recipes!r}: compare_recipes takes a dict of names and recipes, such as "
+                           "{'alone': None, 'default': 'auto'}, before the number of epochs.")
+    recipes = dict(recipes)
     seeds = list(range(seeds)) if isinstance(seeds, int) else [int(s) for s in seeds]
     if len(recipes) < 2 or not seeds:
         raise DistillError(f"{len(recipes)} recipe(s) and {len(seeds)} seed(s): give two recipes or more, and one seed "
