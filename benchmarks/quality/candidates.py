@@ -70,6 +70,6 @@ CANDIDATES = [
     C('kd(.3)', lambda: kd(1., .3), 'labels', 'more'), C('kd(.1)', lambda: kd(1., .1), 'labels', 'more'),
     C('regressionx.3', share(losses.regression, .3), 'numbers', 'more'), C('binary(1)x.3', share(losses.binary_kl, .3, T=1.), 'labels', 'more'),
     C('binary(2)x3', share(losses.binary_kl, 3., T=2.), 'labels', 'more'), C('kd(4,.9)sigmoid', lambda: kd(4., .9), 'labels', 'more'),
-    *(C(f'{n}x{r:g}', lambda f=f,r=r: f(share=r), 'classes', 'more', tasks='digits100') for n,f in dict(hint=hint, at=at).items() for r in (.03, .1, .3, 1.)),
+    *(C(f'{n}x{r:g}', lambda f=f,r=r: f(share=r), 'classes numbers', 'more', tasks='digits100 points cifar5000') for n,f in dict(hint=hint, at=at).items() for r in (.03, .1, .3, 1.)),
 ]
 CANDIDATES = {c.name: c for c in CANDIDATES}

@@ -60,7 +60,7 @@ def make(each):
 @cache
 def data(task):
     d = kept('cifar' if task == 'cifar5000' else 'cifar_all', partial(make, SIZES[task]))
-    return Data(*(Split(*s) for s in d['splits']))
+    return Data(*(Split(*s) for s in d['splits']), teacher=Pictures(nets().akamaster(56)))
 
 
 def student(width): return lambda d: Pictures(nets().CifarResNet(8, width=width))
