@@ -116,12 +116,18 @@ def fx_student(teacher, x):
     return fx.prepare_qat_fx(deepcopy(teacher.model).train(), get_default_qat_qconfig_mapping('onednn'), (x[:2],))
 
 
-def test_a_student_in_quantization_aware_training_is_exported_at_the_scales_that_it_learned(tmp_path):
-    onnx = pytest.importorskip('onnx')
+def quantization_aware():
+    "(a student that was distilled with fake quantization, inputs)"
     pytest.importorskip('onnxscript')
     student,teacher,x = plain_pair()
     learn = another(student, fx_student(teacher, x))
     learn.distill(teacher, 2, 1e-3)
+    return learn,x
+
+
+def test_a_student_in_quantization_aware_training_is_exported_at_the_scales_that_it_learned(tmp_path):
+    onnx = pytest.importorskip('onnx')
+    learn,_ = quantization_aware()
     with pytest.raises(DistillError, match=r"no fake quantization: export_student\(learn, 's.onnx', int8=True\)"): export_student(learn, tmp_path/'s.onnx')
     was = snapshot(learn.model)
     file = export_student(learn, tmp_path/'s.onnx', int8=True)
@@ -137,10 +143,7 @@ def test_a_student_in_quantization_aware_training_is_exported_at_the_scales_that
 
 def test_the_int8_file_predicts_as_pytorchs_own_quantized_model(tmp_path):
     fx = pytest.importorskip('torch.ao.quantization.quantize_fx')
-    pytest.importorskip('onnxscript')
-    student,teacher,x = plain_pair()
-    learn = another(student, fx_student(teacher, x))
-    learn.distill(teacher, 2, 1e-3)
+    learn,x = quantization_aware()
     file = export_student(learn, tmp_path/'s.onnx', int8=True)
     import onnxruntime as ort
     session = ort.InferenceSession(str(file.path))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import BatchEncoding, BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel
 from fastdistill.teacher.forms import Onnx
 from fastdistill.outputs import DistillError, DistillWarning, Outputs
-from fastdistill.teacher import Teacher
+from fastdistill import Teacher      # the public name, whose docstring explains the options
 
 
 def digest(t):
