@@ -5,9 +5,11 @@ import torch.nn.functional as F
 import apps
 from torch import nn
 from fastai.basics import Callback, CategoryBlock, DataBlock, DataLoaders, IndexSplitter, Learner, TransformBlock, load_learner, set_seed
+from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import *
+from fastai.vision.augment import RandTransform
 from fastdistill import losses
-from fastdistill.fastai import DistillError, KnowledgeDistillation, Teacher, Term, kd
+from fastdistill.fastai import DistillError, KnowledgeDistillation, Teacher, Term, cache_teacher, kd
 from fastdistill.fastai.targets import TargetFeed
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
@@ -150,7 +152,7 @@ def named_dls():
     "Two columns of classes with names"
     block = DataBlock((TransformBlock, CategoryBlock(vocab=colors, sort=False), CategoryBlock(vocab=shapes, sort=False)), n_inp=1,
                       getters=[row, color_of, shape_of], splitter=IndexSplitter(list(range(64, 96))))
-    return block.dataloaders(list(range(96)), bs=16)
+    return block.dataloaders(list(range(96)), bs=16, num_workers=0)
 
 def test_classes_of_each_head_are_mapped_by_name():
     learn,t,first = learner(),teachers(),First()
@@ -185,7 +187,7 @@ def test_mistakes_are_named():
     refused('the student returns color, shape', dict(hue=t['color'], shape=t['shape']), 1, .01, kd(), check=False)
     refused(r'2 column\(s\) of labels for 3 heads', t | dict(size=nn.Linear(6, 1)), 1, .01, kd())
     refused('loss= with several heads', t, 1, .01, loss=lambda s, t, y: 0.)
-    refused('Heads need teachers that run', dict(color=TargetFeed(), shape=t['shape']), 1, .01)
+    refused("The head 'color': give each head a teacher that runs, or a cache", dict(color=TargetFeed(), shape=t['shape']), 1, .01)
     numbers = learner(False, COLOR, SIZE)
     refused("labels of the head 'shape' are no class numbers: pass kind={'shape': 'regression'}", t, 1, .01, kd(), of=numbers)
     with pytest.raises(DistillError, match='A dict has a teacher for each head'): learn.check_teacher(t, kind='softmax')
@@ -219,3 +221,140 @@ def test_lr_find_save_and_export(tmp_path):
     learn.validate()
     learn.export('e.pkl')
     assert isinstance(load_learner(tmp_path/'e.pkl').model, Net) and learn.knowledge_distillation is not None
+
+
+# stored outputs
+
+class Noise(RandTransform):
+    "Another input in each epoch"
+    def __init__(self): super().__init__(p=1.)
+    def encodes(self, x:torch.Tensor): return x + .5*torch.randn(x.shape) if x.dim() == 1 and x.is_floating_point() else x
+
+def noisy_dls():
+    set_seed(3)
+    block = DataBlock((TransformBlock(item_tfms=Noise()), CategoryBlock(vocab=colors, sort=False), CategoryBlock(vocab=shapes, sort=False)), n_inp=1,
+                      getters=[row, color_of, shape_of], splitter=IndexSplitter(list(range(64, 96))))
+    return block.dataloaders(list(range(96)), bs=16, num_workers=0)
+
+def seeded_dls(): set_seed(3); return named_dls()
+
+def quiet_learner(dls):
+    learn = learner()
+    learn.remove_cbs([ProgressCallback])
+    learn.dls,learn.logger = dls,lambda _: None
+    return learn
+
+def trained(source, dls, n_epoch=3, recipe=None, cbs=None):
+    "The Learner after several steps, and its weights"
+    learn = quiet_learner(dls)
+    set_seed(5)
+    with learn.no_bar(): learn.distill(source, n_epoch, .01, recipe or kd(T=2.), cbs=cbs)
+    return learn,torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+
+
+def test_stored_and_live_heads_end_with_the_same_weights(tmp_path):
+    t = teachers()
+    stored = cache_teacher(t, named_dls(), tmp_path, views=0, dtype='float32', valid=True)
+    (a,live),(b,old) = trained(t, seeded_dls()),trained(stored, seeded_dls())
+    torch.testing.assert_close(old, live, rtol=1e-5, atol=1e-6)
+    assert a.recorder.metric_names == b.recorder.metric_names
+    torch.testing.assert_close(torch.tensor(a.recorder.values[-1]), torch.tensor(b.recorder.values[-1]), rtol=1e-4, atol=1e-5)
+    assert (live - trained(dict(color=t['color'], shape=None), seeded_dls())[1]).abs().max() > 1e-3
+
+
+def test_stored_heads_of_a_plain_list_whose_inputs_were_counted_by_the_user(tmp_path):
+    t = teachers()
+    stored = cache_teacher(t, learner().dls, tmp_path, dtype='float32', valid=True)
+    torch.testing.assert_close(trained(stored, learner().dls)[1], trained(t, learner().dls)[1], rtol=1e-5, atol=1e-6)
+
+
+def test_stored_heads_replay_the_views_that_their_teachers_saw(tmp_path):
+    t,seen = teachers(),[]
+    stored = cache_teacher(t, noisy_dls(), tmp_path, views=2, dtype='float32')
+    class Follow(Callback):
+        order = 6
+        def after_loss(self):
+            if not self.training: return
+            heads = self.learn.knowledge_distillation.distiller.heads
+            for k,m in t.items(): torch.testing.assert_close(heads[k].teacher.outputs().logits, m(self.x).detach())
+            seen.append(self.x.clone())
+    both_stored = trained(stored, noisy_dls(), cbs=Follow())
+    assert len(seen) == 12 and not torch.equal(torch.cat(seen[:4]).sort(0).values, torch.cat(seen[4:8]).sort(0).values)
+    # a head whose teacher runs, beside a stored one
+    for k in t: torch.testing.assert_close(both_stored[1], trained({**stored, k: t[k]}, noisy_dls())[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(both_stored[1], trained({k: tmp_path/k for k in t}, noisy_dls())[1])      # folders
+    assert 'do_item' not in vars(both_stored[0].dls.train) and not [c for c in both_stored[0].cbs if type(c).__name__ in ('Epochs', 'TeacherTargets')]
+
+
+def test_a_second_fit_continues_with_the_next_view(tmp_path):
+    stored,seen = cache_teacher(teachers(), noisy_dls(), tmp_path, views=2, check=False),[]
+    class See(Callback):
+        def after_loss(self):
+            if self.training: seen.append(self.x.clone())
+    learn = quiet_learner(noisy_dls())
+    with learn.no_bar():
+        for _ in range(4): learn.distill(stored, 1, .01, kd(T=2.), cbs=See())
+    epochs = [torch.cat(seen[i:i+4]).sum(1) for i in range(0, 16, 4)]
+    both_views = [torch.cat(epochs[i:i+2]).sort().values for i in (0, 2)]
+    torch.testing.assert_close(*both_views)
+    assert both_views[0].diff().min() > 0 # no sample showed a view twice
+
+
+def test_without_a_stored_validation_set_the_live_heads_have_columns(tmp_path):
+    t = teachers()
+    stored = cache_teacher(t, named_dls(), tmp_path, views=0)
+    learn,_ = trained(dict(color=stored['color'], shape=t['shape']), seeded_dls())
+    row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
+    assert row['color_kd_loss'] is None and row['shape_kd_loss'] > 0 and row['valid_loss'] > 0
+
+
+def test_a_recipe_is_chosen_for_stored_heads_and_without_a_check(tmp_path, capsys):
+    t = teachers()
+    stored = cache_teacher(t, named_dls(), tmp_path, views=0)
+    for source,options in ((stored, {}), (t, dict(check=False))):
+        learn = quiet_learner(seeded_dls())
+        capsys.readouterr()
+        with learn.no_bar(): learn.distill(source, 1, .01, **options)
+        out = capsys.readouterr().out
+        assert 'color: recipe labels + dist' in out and 'shape: recipe labels + dist' in out and 'color_dist 75 %' in out
+
+
+def test_stored_heads_of_classes_in_another_order_are_mapped_by_name(tmp_path):
+    t,other = teachers(),['star', 'disc', 'ring', 'cross']
+    order = [shapes.index(c) for c in other]
+    shape = nn.Linear(6, 4)
+    with torch.no_grad(): shape.weight.copy_(t['shape'].weight[order]), shape.bias.copy_(t['shape'].bias[order])
+    theirs = Learner(DataBlock((TransformBlock, CategoryBlock(vocab=other, sort=False)), getters=[row, lambda i: other[0]]).dataloaders(
+        list(range(96)), bs=16), shape, loss_func=nn.CrossEntropyLoss())
+    a = cache_teacher(dict(color=t['color'], shape=theirs), named_dls(), tmp_path/'a', views=0, dtype='float32')
+    assert a['shape'].manifest.vocab == other and a['color'].manifest.vocab == colors
+    torch.testing.assert_close(trained(a, seeded_dls())[1], trained(t, seeded_dls())[1], rtol=1e-5, atol=1e-6)
+
+
+def test_mistakes_with_stored_heads_are_named(tmp_path):
+    t,dls = teachers(),noisy_dls()
+    two,three = (cache_teacher(t, dls, tmp_path/str(n), views=n) for n in (2, 3))
+    def refused(says, source, **kwargs):
+        with pytest.raises(DistillError, match=says): quiet_learner(noisy_dls()).distill(source, 1, .01, kd(), **kwargs)
+    refused(r'other views of the samples \(color: 2 view\(s\), seed 0; shape: 3 view\(s\), seed 0\)', dict(color=two['color'], shape=three['shape']))
+    seed1 = cache_teacher(t, dls, tmp_path/'seed', views=2, seed=1)
+    refused('shape: 2 view.s., seed 1', dict(color=two['color'], shape=seed1['shape']))
+    refused('does not have the class.es. red, green, blue: it has disc', dict(color=two['shape'], shape=two['color']))
+    refused('loss= with several heads', two, loss=lambda s, t, y: 0.)
+    with pytest.raises(DistillError, match=r'shape: Mistakes [\s\S]*The teacher has the classes in another order'):
+        cache_teacher(dict(color=t['color'], shape=lambda x: t['shape'](x)[:, [1, 0, 2, 3]]), dls, tmp_path/'bad')
+    with pytest.raises(DistillError, match=r'2 column\(s\) of labels for 3 heads'): cache_teacher(t | dict(size=nn.Linear(6, 1)), dls, tmp_path/'bad3')
+    with pytest.raises(DistillError, match='unlabelled= with several heads'): cache_teacher(t, dls, tmp_path/'more', unlabelled=[1, 2])
+
+
+def test_lr_find_save_and_export_with_stored_heads(tmp_path):
+    learn = quiet_learner(named_dls())
+    learn.path = tmp_path
+    learn.add_cb(KD(cache_teacher(teachers(), named_dls(), tmp_path/'c', views=0, valid=True), kd()))
+    with learn.no_bar():
+        learn.lr_find(num_it=10, show_plot=False)
+        learn.fit(1, .01)
+        learn.save('a')
+        learn.validate()
+    learn.export('e.pkl')
+    assert isinstance(load_learner(tmp_path/'e.pkl').model, Net)

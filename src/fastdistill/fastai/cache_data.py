@@ -1,7 +1,8 @@
 "Run the teacher once over a Learner's data."
 import copy, warnings
 from contextlib import closing, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Mapping
+from functools import partial, wraps
 import numpy as np
 import torch
 from fastai.basics import Pipeline, TfmdDL, TfmdLists
@@ -9,6 +10,7 @@ from fastai.data.transforms import Normalize
 from fastai.tabular.core import TabDataLoader
 from fastai.text.data import SortedDL
 from ..cache.digests import fingerprint, flat_values
+from ..cache.folder import open_folder
 from ..cache.progress import shown_progress
 from ..cache.reader import TeacherCache
 from ..cache.records import Wish
@@ -25,10 +27,11 @@ from ..teacher.teacher import Teacher
 from .batches import loader_of
 from .task import task_of
 from .check import check_teacher
+from .head import HeadData, heads_of, option_of_heads
 from .sample_keys import item_keys, key_root, sample_files, storage_order
 from .replay_dl import IndexedItem, Plan, attach, refuse_unindexed
 from .raw_items import RawItems
-from .stream import inputs_of, is_stream, stream_outputs
+from .stream import inputs_of, is_stream, share_n_inp, stream_outputs
 from .teachers import class_names, image_stats, teacher_of
 from .transforms import describe_transforms
 from .vocab import stored_order, vocab_of
@@ -36,8 +39,29 @@ from .vocab import stored_order, vocab_of
 __all__ = ['cache_teacher', 'verify_cache']
 
 
+def for_each_head(write):
+    "`cache_teacher`, which for a dict of teachers writes a cache for each, in a folder of its name"
+    @wraps(write)
+    def _write(teacher, dls, path, *args, kind=None, **kwargs):
+        if not isinstance(teacher, Mapping): return write(teacher, dls, path, *args, kind=kind, **kwargs)
+        if kwargs.get('unlabelled') is not None:
+            raise DistillError("unlabelled= with several heads: they are told apart by their labels.")
+        share_n_inp(dls)
+        heads = heads_of(teacher)
+        kinds = option_of_heads(kind, 'kind', heads)
+        def of_head(k, h):
+            folder = open_folder(path).sub(k)
+            try: return write(h.source, HeadData(dls, h), folder, *args, kind=kinds[k] or 'softmax', **kwargs)
+            except DistillError as e: raise DistillError(f'{k}: {e}') from e
+        caches = {k: of_head(k, h) for k,h in heads.items()}
+        return {k: caches.get(str(k)) for k in teacher}
+    return _write
+
+
+@for_each_head
 def cache_teacher(
-    teacher, # Learner, exported .pkl, module, `Teacher`, or a list of these
+    teacher, # Learner, exported .pkl, module, `Teacher`, or a list of these. A dict: a teacher for each head
+    # (docs/classes.md), whose caches are written in folders with their names, and returned as a dict
     dls, # DataLoaders whose training set (with its augmentation) is cached
     path, # folder or URL
     views:int=1, # augmented views of each sample; 0: the clean view, while the student's augmentation stays random, as
@@ -60,6 +84,7 @@ def cache_teacher(
     forecast=None # fn(Forecast), called before the teacher runs
 ) -> TeacherCache:
     "Run the teacher on each view of each sample, store its outputs, and open the cache. An interrupted run resumes"
+    share_n_inp(dls)
     task = task_of_data(dls, teacher, kind, axis)
     if topk is not None and task.kind != 'softmax':
         raise DistillError(f"topk={topk} stores the likeliest of several classes, but this model predicts {task.kind} "

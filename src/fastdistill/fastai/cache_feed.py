@@ -13,7 +13,7 @@ from ..replay.seeds import RandomGuard
 from .cache_data import inspect_views, writer_dl
 from .replay_dl import Plan, attach, detach, refuse_unindexed, set_aside
 from .sample_keys import item_keys, matching_root, sample_files
-from .stream import inner_dl, is_stream, of_length
+from .stream import inner_dl, is_stream, of_length, share_n_inp
 from .targets import Feed
 from .transforms import augmented, describe_transforms, moves
 from .vocab import stored_order, vocab_of
@@ -69,6 +69,7 @@ class CacheFeed(Feed):
     def attach(self, learn, kind='softmax', axis=1):
         super().attach(learn, kind, axis)
         try:
+            share_n_inp(learn.dls)
             with RandomGuard(): self._attach(learn.dls)
         except BaseException:
             self.detach()
@@ -99,6 +100,12 @@ class CacheFeed(Feed):
         self.stream = is_stream(dls.train)
 
     def _feed(self, dls, dl, cache, keys):
+        plan = self._plan(dls, dl, cache, keys)
+        self.fed.append(attach(dl, plan))
+        return plan
+
+    def _plan(self, dls, dl, cache, keys):
+        "Which rows belong to the samples of a DataLoader; an error if the cache is not of these data"
         refuse_unindexed(dl)
         if cache.views or is_stream(dl):
             refuse(cache.folder, transform_differences(cache.manifest.transforms, describe_transforms(dl)), cache.force)
@@ -108,7 +115,6 @@ class CacheFeed(Feed):
         cache.check_files(sample_files(dl), plan.at)
         cache.check_once()
         refuse(cache.folder, misfits(dl, plan, cache), cache.force)
-        self.fed.append(attach(dl, plan))
         return plan
 
     def detach(self):

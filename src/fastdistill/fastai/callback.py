@@ -78,8 +78,9 @@ class KnowledgeDistillation(Callback):
         self.distiller = self.known_dls = self.projector_opt = self.taps = self.built = None
         self.teacher_outputs = self.epochs_span = None
         self.state_to_load = self.state_before_finder = self.reported_shares = None
-        self.finite_check = FiniteCheck(stored=self.feed is not None)
-        self.unlabelled = UnlabelledInputs(unlabelled, perturbed, unlabelled_targets, runs=self.feed is None)
+        self.runs = self.feed is None       # does a teacher run?
+        self.finite_check = FiniteCheck(stored=not self.runs)
+        self.unlabelled = UnlabelledInputs(unlabelled, perturbed, unlabelled_targets, runs=self.runs)
         self.trend = TrendCheck()
 
     @wraps(__init__)
@@ -100,7 +101,7 @@ class KnowledgeDistillation(Callback):
         self._build()
         if self.feed is not None: self.feed.attach(self.learn, self.task.kind, self.task.axis)
         else: self.items.attach(self.learn, self.distiller.teacher, self.task)
-        found = self._check() if self.check and not self.checked and not finder and self.feed is None else None
+        found = self._check() if self.check and not self.checked and not finder and self.runs else None
         if self.chooses and (self.recipe is None or found is not None): self._choose(found)
         if self.distiller.ready: self._take_state()
         if finder: self._copy_projectors()
@@ -111,7 +112,7 @@ class KnowledgeDistillation(Callback):
         self.learn.metrics = self.learn.metrics + self.part_metrics
         if self.unlabelled and not finder: self._start_unlabelled()
         self.distiller.teacher.start()
-        if self.feed is None and not finder:
+        if self.runs and not finder:
             self.distiller.teacher.expect(self.n_epoch*sum(len(dl) for dl in self.dls))
 
     def _check(self):
@@ -331,7 +332,7 @@ class KnowledgeDistillation(Callback):
 
     def _has_outputs(self):
         "Stored outputs may be there for the training set alone"
-        return self.training or self.feed is None or self.feed.ready()
+        return self.training or self.runs or self.feed.ready()
 
     def _mixed(self):
         "The second labels of a mixed batch, and the share of the first ones, where MixUp or CutMix keep both apart"

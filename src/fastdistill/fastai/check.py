@@ -13,6 +13,7 @@ from ..report.checks import checks_as_text, html_of_checks, print_checks
 from ..report.text import show
 from .batches import PreparationError, prepared_batches
 from .choice import choose_recipe, example_of
+from .head import HeadData
 from .raw_items import items_shown
 from .costs import training_costs
 from .task import task_of
@@ -82,7 +83,8 @@ def check_teacher(
     teacher = teacher_of(teacher, learn, task)
     # one process may check alone, while the others train or wait
     with items_shown(learn.dls, teacher), counted_as_one():
-        out = TeacherCheck().join(find_mistakes(learn, teacher, task, recipe, n, output))
+        head = learn.dls.head if isinstance(learn.dls, HeadData) else None
+        out = TeacherCheck().join(find_mistakes(learn, teacher, task, recipe, n, output, head))
         if n_epoch is not None and learn.model is not None and not out.errors:
             recipe = recipe or choose_recipe(example_of(learn, output), task, teacher, out)
             out.costs,out.cost_lines = costs_of_check(learn, teacher, task, recipe, output, n_epoch)

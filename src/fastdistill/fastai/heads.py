@@ -1,9 +1,7 @@
 "Several heads in one Learner: each output of the student learns from its own teacher."
 import copy
-from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from dataclasses import replace
 import torch
 from fastai.basics import Callback
 from ..distiller import Distilled, Distiller, Recipe
@@ -17,55 +15,17 @@ from ..task import Task
 from ..terms import one_temperature
 from .arguments import feed_of, make_recipe
 from .batches import PreparationError, prepared_batches
+from .cache_feed import CacheFeed
 from .callback import KnowledgeDistillation
 from .check import find_mistakes
 from .choice import choose_recipe, example_of
+from .finite import FiniteCheck
+from .head import heads_of, option_of_heads
+from .head_feed import HeadFeed, HeadsFeed
+from .targets import Feed
 from .teachers import teacher_of
 
 __all__ = ['HeadsDistillation']
-
-
-@dataclass
-class Head:
-    "One output of the student, its labels and its teacher"
-    name:str
-    at:int # its place among the labels, and among the outputs of a tuple
-    n:int # heads
-    source:object # what `KnowledgeDistillation` takes as a teacher
-
-    def __call__(self, raw):
-        "Its output, of what the student returned"
-        if isinstance(raw, Mapping) and self.name in raw: return raw[self.name]
-        if isinstance(raw, (tuple, list)) and len(raw) == self.n: return raw[self.at]
-        have = ', '.join(map(str, raw)) if isinstance(raw, Mapping) else f'{len(raw)} outputs' if isinstance(
-            raw, (tuple, list)) else 'one tensor'
-        raise DistillError(f"There are {self.n} heads, {self.name!r} among them, but the student returns {have}: name "
-                           "the outputs of a dict, or give one teacher for each output of a tuple, in their order. "
-                           "None is a head without a teacher.")
-
-    def labels(self, y):
-        "Its labels, as a tuple"
-        if len(y) != self.n:
-            raise DistillError(f"{len(y)} column(s) of labels for {self.n} heads: the DataLoaders need one for each "
-                               "head, in the same order (a head without a teacher is None).")
-        return tuple(y)[self.at:self.at+1]
-
-    def batches(self, batches):
-        with closing(batches): yield from ((x, self.labels(y)) for x,y in batches)
-
-    def of(self, learn):
-        "The Learner as this head sees it: with the classes of its own labels"
-        return SimpleNamespace(dls=HeadData(learn.dls, self.at), model=learn.model, loss_func=learn.loss_func)
-
-
-class HeadData:
-    "DataLoaders whose `vocab` is that of one column of labels"
-    def __init__(self, dls, at):
-        tls = getattr(dls.train_ds, 'tls', ())
-        i = getattr(dls, 'n_inp', 1) + at
-        self.dls,self.vocab = dls,getattr(tls[i], 'vocab', None) if i < len(tls) else None
-
-    def __getattr__(self, k): return getattr(self.__dict__['dls'], k)
 
 
 class TeacherGroup:
@@ -148,13 +108,14 @@ class LearnerHeads(Heads):
         return {k: d.student_outputs(raw, feats, x) for k,d in self.heads.items()}
 
     def teacher_outputs(self, x, progress):
-        out = {k: d.teacher_outputs(x, progress) for k,d in self.heads.items()}
+        out = {k: d.teacher_outputs(x, progress) for k,d in self.heads.items() if not lacks_outputs(d)}
         return out if any(o is not None for o in out.values()) else None
 
     def compute(self, student, teacher, task, targets, *, progress, mixed=None):
         "The loss of a batch, with the labels' own loss of all heads as `task`"
         each = {}
         for k,d in self.heads.items():
+            if lacks_outputs(d): continue
             labels = self.at[k].labels
             m = None if mixed is None else (labels(mixed[0]), mixed[1])
             each[k] = d.compute(student[k], teacher and teacher[k], task, labels(targets), progress=progress, mixed=m)
@@ -174,6 +135,18 @@ class LearnerHeads(Heads):
         if found: self.gradient_shares = found
 
 
+def lacks_outputs(distiller):
+    "Is this a batch of validation, and the teacher's outputs are stored for the training set alone?"
+    return isinstance(distiller.teacher, Feed) and not torch.is_grad_enabled() and not distiller.teacher.ready()
+
+
+def stored_head(head, feed):
+    "The stored outputs of a head"
+    if isinstance(feed, CacheFeed): return HeadFeed(feed, head)
+    raise DistillError(f"The head {head.name!r}: give each head a teacher that runs, or a cache that cache_teacher "
+                       "wrote.")
+
+
 def renamed(term, name, **changes):
     "A copy of a term with another name, and with these attributes"
     term = copy.copy(term)
@@ -183,7 +156,8 @@ def renamed(term, name, **changes):
 
 class HeadsDistillation(KnowledgeDistillation):
     "`KnowledgeDistillation({'color': teacher1, 'shape': teacher2})`, which makes one of these"
-    name,task = 'knowledge_distillation',None # in the Learner; each head has a task of its own
+    name = 'knowledge_distillation' # in the Learner
+    task = Task('softmax') # of no head: each has its own in `tasks`
 
     def __init__(self, teacher, recipe=None, *, T=None, alpha=None, temperature=None, loss=None, kind=None, output=None,
                  unlabelled=None, unlabelled_targets=None, perturbed=0, **kwargs):
@@ -192,13 +166,12 @@ class HeadsDistillation(KnowledgeDistillation):
         if given := [k for k,v in refused.items() if v is not None]:
             raise DistillError(f"{given[0]}= with several heads: give each head a recipe in place of it, as in "
                                "recipe={'color': kd(), 'shape': Term(my_loss, weight=1.)}.")
-        all_heads = [Head(str(k), i, len(teacher), t) for i,(k,t) in enumerate(teacher.items())]
-        self.at = {h.name: h for h in all_heads if h.source is not None}
-        if not self.at: raise DistillError("No head has a teacher.")
-        if any(feed_of(h.source) is not None for h in self.at.values()):
-            raise DistillError("Heads need teachers that run, not stored outputs: pass the teachers themselves.")
+        self.at = heads_of(teacher)
         super().__init__(next(iter(self.at.values())).source, **kwargs)
         self.source,self.kinds = teacher,option_of_heads(kind, 'kind', self.at)
+        self.stored = {k: stored_head(h, feed) for k,h in self.at.items() if (feed := feed_of(h.source)) is not None}
+        self.feed,self.runs = HeadsFeed(self.stored) if self.stored else None,len(self.stored) < len(self.at)
+        self.finite_check = FiniteCheck(stored=not self.runs)
         T = one_temperature(T, temperature)
         self.recipes = {k: make_recipe(r, T, alpha, None)
                         for k,r in option_of_heads(recipe, 'recipe', self.at).items()}
@@ -212,17 +185,22 @@ class HeadsDistillation(KnowledgeDistillation):
             each = {k: Distiller(model, None, self.recipes[k] or Recipe(), kind=t.kind, axis=t.axis, output=self.at[k],
                                  check=False) for k,t in self.tasks.items()}
             self.distiller = LearnerHeads(self.at, **each)
-            self.recipe,self.projector_opt,self.known_dls = self.distiller.recipe,None,None
+            self.recipe,self.projector_opt,self.known_dls = None if self.chooses else self.distiller.recipe,None,None
             self.distiller.links.to(next(model.parameters()).device)
         if self.known_dls is self.learn.dls: return
         self.known_dls,self.checked = self.learn.dls,False
         for k,d in self.distiller.heads.items():
-            d.teacher = teacher_of(self.at[k].source, self.at[k].of(self.learn), self.tasks[k])
-            if d.teacher.reads_items:
-                raise DistillError(f"The teacher of the head {k!r} has items=, which several heads do not take: give "
-                                   "it inputs=, or a student with one head.")
-            d.teacher.say_with(self._log)
-            d.check_names()
+            if k in self.stored: d.teacher,self.stored[k].task = self.stored[k],self.tasks[k]
+            else: self._take_teacher(k, d)
+
+    def _take_teacher(self, k, d):
+        d.teacher = teacher_of(self.at[k].source, self.at[k].of(self.learn), self.tasks[k])
+        if d.teacher.reads_items:
+            raise DistillError(f"The teacher of the head {k!r} has items=, which several heads do not take: store its "
+                               "outputs with cache_teacher({...}, dls, folder), give it inputs=, or train a student "
+                               "with one head.")
+        d.teacher.say_with(self._log)
+        d.check_names()
 
     def _task_of(self, head):
         "What a head predicts, by its option or by its labels"
@@ -239,7 +217,7 @@ class HeadsDistillation(KnowledgeDistillation):
         except PreparationError: return False
 
     def _check(self):
-        found = {k: self._check_head(k) for k in self.at}
+        found = {k: self._check_head(k) for k in self.at if k not in self.stored}
         self.checked = True
         return found
 
@@ -255,7 +233,7 @@ class HeadsDistillation(KnowledgeDistillation):
         "A recipe for each head without one. The labels have one loss, so that they count 1 beside all of them"
         for k,d in self.distiller.heads.items():
             if self.recipes[k] is not None: continue
-            looked = None if found is None else found[k]
+            looked = None if found is None else found.get(k)
             example = example_of(self.learn, self.at[k])
             chosen = of_first(choose_recipe(example, self.tasks[k], d.teacher, looked))
             self._log(f'fastdistill: {k}: recipe {chosen}')
@@ -274,16 +252,6 @@ class HeadsDistillation(KnowledgeDistillation):
         return t
 
     def __reduce__(self): return Callback, ()
-
-
-def option_of_heads(o, option, heads):
-    "Name of a head -> its own value of an option that is one for all, or a dict"
-    if not isinstance(o, Mapping): return dict.fromkeys(heads, o)
-    o = {str(k): v for k,v in o.items()}
-    if unknown := set(o) - set(heads):
-        raise DistillError(f"{option}= has {', '.join(sorted(unknown))}, the heads with a teacher are "
-                           f"{', '.join(heads)}.")
-    return {k: o.get(k) for k in heads}
 
 
 def beside_labels(recipe):

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from fastai.basics import Chunks, L, TfmdDL
 from fastai.text.data import LMDataLoader
 from ..outputs import Outputs, TopK, as_plain
+from ..replay.seeds import RandomGuard
 
 __all__ = ['in_a_row', 'in_first_order', 'inner_dl', 'inputs_of', 'is_stream', 'model_outputs', 'of_length',
-           'stream_outputs']
+           'share_n_inp', 'stream_outputs']
 
 
 def inner_dl(dl):
@@ -51,6 +52,13 @@ def in_first_order(dl):
     dl.make_chunks()
     try: yield
     finally: dl.items.idxs,dl.lens.idxs,dl.chunks = were
+
+
+def share_n_inp(dls):
+    "The number of inputs that a user set on the DataLoaders (dls.n_inp = 1) is that of each of them"
+    with RandomGuard():     # fastai reads a batch to count its parts
+        for dl in dls.loaders if 'n_inp' in vars(dls) else ():
+            if hasattr(dl, 'after_batch') and dl.n_inp != dls.n_inp: dl._n_inp = dls.n_inp
 
 
 def inputs_of(b, n_inp) -> tuple: return tuple(map(as_plain, b[:n_inp]))

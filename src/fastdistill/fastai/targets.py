@@ -181,6 +181,8 @@ class Feed:
 
     def reset(self): pass
 
+    def expect(self, batches): pass
+
 
 class TargetFeed(Feed):
     "Targets that a `TeacherBlock` added to the labels"
