@@ -2,10 +2,15 @@
 import csv, json, multiprocessing, os, random, re, shutil, signal, sys, time, tomllib
 import numpy as np
 import pandas as pd
-import pytest, torch
+import joblib, pytest, torch
 from PIL import Image
 from safetensors.torch import load_file
+from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_digits
+from sklearn.dummy import DummyClassifier
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OrdinalEncoder
 from fastai.learner import load_learner
 from fastdistill import DistillError, DistillWarning
 from fastdistill.cli import main
@@ -16,6 +21,7 @@ from fastdistill.training.checks import checked_samples
 from fastdistill.training.config import read_config, write_config
 from fastdistill.training.files import read_samples
 from fastdistill.training.loaders import loaders_of
+from fastdistill.training.teachers import file_teacher
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in (
     'ignore::fastdistill.DistillWarning', 'ignore:numpy.core is deprecated', 'ignore:__array__ implementation')]
@@ -264,6 +270,38 @@ def test_a_table_and_its_exported_teacher(tmp_path):
     people().rename(columns=dict(job='work')).to_csv(tmp_path/'b.csv', index=False)
     with pytest.raises(DistillError, match="The teacher's table has the column.s. job, which these data do not have"):
         run(tmp_path/'third', **options | dict(data=tmp_path/'b.csv', y='rich', teacher=str(tmp_path/'first'/'student.pkl')))
+
+
+def test_trees_in_a_file_teach_a_table(tmp_path, command):
+    people().drop(columns='wage').to_csv(file := tmp_path/'a.csv', index=False)
+    frame,columns = pd.read_csv(file),['age', 'job', 'gap']
+    encoded = make_column_transformer((OrdinalEncoder(), ['job']), remainder='passthrough')
+    trees = make_pipeline(encoded, HistGradientBoostingClassifier(max_iter=5, min_samples_leaf=5)).fit(frame[columns][:40], frame.rich[:40])
+    joblib.dump(trees, tmp_path/'trees.joblib')
+    options = ('--data', file, '--student', 8, '--epochs', 2, '--lr', .01, '--no-onnx', '--device', 'cpu')
+    code,out,err = command(*options, '--teacher', tmp_path/'trees.joblib', '--out', tmp_path/'run', '--recipe', 'kd(T=1)')
+    assert code == 0, err
+    with pytest.warns(DistillWarning, match='trees.joblib is a pickle, and loading it runs the code in it'): file_teacher(str(tmp_path/'trees.joblib'))
+    report,c = Report.from_json(tmp_path/'run'/'report.json'),TrainConfig(**settings(data=file, task='table'))
+    held = frame[checked_samples(read_samples(c), c).valid]
+    assert report.models['teacher'].measures['accuracy'].value == (trees.predict(held[columns]) == held.rich).mean() < 1
+    assert report.models['distilled'].agreement and not (tmp_path/'run'/'teacher.safetensors').exists()
+
+
+def test_files_that_hold_no_trees_for_these_data(tmp_path, digits):
+    people().drop(columns='wage').to_csv(tmp_path/'a.csv', index=False)
+    dummy = DummyClassifier().fit(people()[['age', 'gap']].rename(columns=dict(gap='height')), people().rich)
+    for name,o in dict(other=dummy, dict={}).items(): joblib.dump(o, tmp_path/f'{name}.joblib')
+    (tmp_path/'damaged.joblib').write_bytes(b'abc')
+    def refused(says, name, data=tmp_path/'a.csv'):
+        with pytest.raises(DistillError, match=says): run(tmp_path/'run', data=data, teacher=str(tmp_path/f'{name}.joblib'), student='4')
+    refused('was fitted on the columns age, height .2., but the rows have no height', 'other')
+    refused('type dict, which has neither predict_proba nor predict', 'dict')
+    refused('could not be loaded .*Did joblib.dump write it', 'damaged')
+    refused('There is no file', 'gone')
+    with pytest.raises(DistillError, match='holds an estimator .DummyClassifier., which reads the rows of a table, but .*digits holds images'):
+        run(tmp_path/'run', data=digits, teacher=str(tmp_path/'other.joblib'))
+    assert not (tmp_path/'run').exists()
 
 
 def test_numbers_of_a_table(tmp_path):

@@ -1,5 +1,5 @@
 "Teachers that are no networks: pipelines of scikit-learn and LightGBM teach tables of fastai and plain loops."
-import pickle
+import joblib, pickle
 import numpy as np
 import pandas as pd
 import pytest, torch
@@ -19,7 +19,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 from fastdistill import Distiller
 from fastdistill.cache.source import identity_of
-from fastdistill.fastai import DistillError, KnowledgeDistillation, Teacher, cache_teacher, kd, soft_labels
+from fastdistill.fastai import DistillError, KnowledgeDistillation, Teacher, cache_teacher, compare, kd, soft_labels
 from fastdistill.fastai.tables import RawRows, table_inputs, table_of
 from fastdistill.fastai.task import Task
 from fastdistill.fastai.teachers import teacher_of
@@ -329,3 +329,30 @@ def test_a_toy_learner_of_numbers_is_taught():
     student,_ = toy()
     x,y = [torch.cat(o) for o in zip(*[b for b in student.dls.train])]
     student.distill(LogisticRegression().fit(x, y), 1, 1e-2)
+
+
+def test_a_file_of_joblib_teaches_as_the_estimator_in_it(tmp_path):
+    df = raw()
+    dls,pipeline = tables(df),trees(df)
+    joblib.dump(pipeline, tmp_path/'trees.joblib')
+    torch.testing.assert_close(probs(teacher_of(tmp_path/'trees.joblib', dls, Task('softmax')), dls.valid), probs(teacher_of(pipeline, dls, Task('softmax')), dls.valid))
+    (tmp_path/'none.joblib').write_bytes(b'abc')
+    with pytest.raises(DistillError, match='none.joblib could not be loaded .*Did joblib.dump write it'): teacher_of(tmp_path/'none.joblib', dls)
+    with pytest.raises(DistillError, match=r"There is no file .*gone.joblib'. joblib.dump\(estimator, 'gone.joblib'\)"): teacher_of('gone.joblib', dls)
+    with pytest.raises(DistillError, match='or load it: joblib.load'): Teacher(tmp_path/'trees.joblib')        # no pickle is loaded in a plain loop
+
+
+class Counting:
+    "Trees behind a counter"
+    def __init__(self, model): self.model,self.classes_,self.rows = model,model.classes_,[]
+    def predict_proba(self, x):
+        self.rows.append(len(x))
+        return self.model.predict_proba(x)
+
+
+def test_compare_times_the_prediction_and_not_the_search_for_known_rows():
+    df = raw()
+    dls,counting = tables(df),Counting(trees(df))
+    report = compare({'teacher': counting, 'student': learner(dls)}, large=BS, seconds=.001, progress=False)
+    small,large = report.models['teacher'].cost.latency
+    assert counting.rows.count(1) >= small.runs and counting.rows.count(BS) >= large.runs >= 20

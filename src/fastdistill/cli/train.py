@@ -14,7 +14,7 @@ def option(text, *names): return typer.Option(*names, help=text, show_default=Fa
 
 def train_command(
     data:Annotated[Text, option('Folder or CSV file.')]=None,
-    teacher:Annotated[Text, option("Architecture to train first, or a file such as an exported Learner (.pkl).")]=None,
+    teacher:Annotated[Text, option("Architecture to train first, or a file: Learner (.pkl), trees (.joblib) ...")]=None,
     student:Annotated[Text, option('Architecture: resnet18, cnn-16-32-64, bag-64, 50-20 ...')]=None,
     teacher_weights:Annotated[Text, option("A .safetensors file with the teacher's weights.")]=None,
     task:Annotated[Text, option('images, masks, texts or table. (default: auto, read off the data)')]=None,

@@ -50,6 +50,10 @@ class TableEstimator(Estimator):
             out[torch.from_numpy(new)] = self.predict(self.in_order(self.raw(*rows)))
         return out
 
+    def anew(self, *x):
+        "Predict the rows of a batch, known or not. With `frame`, a batch may lack columns, and known rows are read"
+        return self(*x) if self.frame is not None else self.predict(self.in_order(self.raw(*x)))
+
     def _predict_all(self):
         "Predict all rows. Rows that are equal for the student, but not for the teacher, get the mean prediction"
         tables = [dl.dataset for dl in self.dls.loaders if len(dl.dataset)]

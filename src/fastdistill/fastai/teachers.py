@@ -8,17 +8,22 @@ from fastai.data.transforms import Normalize
 from ..class_sets import class_groups
 from ..doctor.classes import map_classes
 from ..outputs import DistillError, DistillWarning
-from ..teacher.estimator import Estimator, is_estimator
+from ..teacher.estimator import Estimator, is_estimator, load_estimator
 from ..teacher.images import affine, stats_of, timm_cfg
 from ..teacher.teacher import Teacher
 from .tables import TableEstimator, table_of
 from .vocab import vocab_of
 
-__all__ = ['class_names', 'image_stats', 'teacher_of']
+__all__ = ['PICKLES', 'class_names', 'exported', 'image_stats', 'teacher_of']
+
+# suffix -> what writes such a file
+PICKLES = {'.pkl': "teacher_learner.export({!r}) writes an exported Learner.",
+           '.joblib': "joblib.dump(estimator, {!r}) writes an estimator."}
 
 
 def teacher_of(
-    obj, # Learner, exported Learner (a .pkl, whose code runs), anything that `Teacher` takes, or a list of these
+    obj, # Learner, exported Learner (a .pkl) or estimator (a .joblib), whose code runs; anything that `Teacher` takes;
+    # or a list of these
     learn=None, # the student's Learner, or its DataLoaders: their `Normalize` and class names
     task=None, # what the student predicts: sets kind and axis, and the order of a Learner's classes
     **kwargs # of `Teacher`
@@ -32,7 +37,7 @@ def teacher_of(
     dls = getattr(learn, 'dls', learn)
     if task is not None: kwargs = dict(kind=task.kind, axis=task.axis) | kwargs
     if dls is not None: kwargs.setdefault('input_stats', image_stats(dls))
-    if isinstance(obj, (str, Path)) and Path(obj).suffix == '.pkl': obj = exported(Path(obj))
+    if isinstance(obj, (str, Path)) and Path(obj).suffix in PICKLES: obj = exported(Path(obj))
     if isinstance(obj, Mapping) and not any(isinstance(o, Tensor) for o in obj.values()):
         raise DistillError("A dict has a teacher for each head of a student, which KnowledgeDistillation and distill "
                            "take. Give one teacher here.")
@@ -117,15 +122,17 @@ def of_module(model, given):
 
 
 def exported(path):
+    "The Learner or the estimator in a pickle"
     if not path.is_file():
-        raise DistillError(f"There is no file {str(path)!r}. teacher_learner.export({path.name!r}) writes an exported "
-                           "Learner.")
+        raise DistillError(f"There is no file {str(path)!r}. {PICKLES[path.suffix].format(path.name)}")
+    if path.suffix == '.joblib': return load_estimator(path)
     try: return load_learner(path)
     # subtle: any error at all, since the bytes of another file are instructions to pickle
     except Exception as e:
         reason = ' '.join(f'{type(e).__name__}: {e}'.split())
         raise DistillError(f"{path} could not be loaded as an exported Learner ({reason}). Did learn.export write it? "
-                           "Can everything in it be imported here: packages, your own functions and classes?") from e
+                           "Can everything in it be imported here: packages, your own functions and classes? An "
+                           "estimator that joblib.dump wrote has a name that ends in .joblib.") from e
 
 
 def image_stats(dls) -> tuple:

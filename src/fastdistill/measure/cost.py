@@ -133,7 +133,8 @@ def bare_call(teacher, x):
     device = next((t.device for t in tensors_in(x)), torch.device('cpu'))
     args,kwargs = teacher._prepare(x, {}, device)
     if teacher._speed is not None: return lambda: teacher._speed.run(args, kwargs, (), None)
-    return lambda: teacher.model(*args, **kwargs)
+    run = getattr(teacher.model, 'anew', teacher.model)
+    return lambda: run(*args, **kwargs)
 
 
 def wait_for(x):

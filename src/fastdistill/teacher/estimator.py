@@ -6,13 +6,30 @@ import torch
 from torch import Tensor, nn
 from ..outputs import DistillError, as_plain
 
-__all__ = ['Estimator', 'is_estimator']
+__all__ = ['Estimator', 'is_estimator', 'load_estimator']
 
 
 def is_estimator(o):
     "Has it `predict_proba` or `predict`, and is it no function of tensors?"
     if isinstance(o, (type, nn.Module)) or callable(o): return False
     return any(callable(getattr(o, k, None)) for k in ('predict_proba', 'predict'))
+
+
+def load_estimator(
+    path # of a file that `joblib.dump` wrote
+):
+    "The estimator in it. It is a pickle, whose code runs"
+    try: import joblib
+    except ImportError as e: raise ImportError(f"The estimator in {path} needs joblib: pip install joblib") from e
+    try: model = joblib.load(path)
+    # subtle: any error at all, since the bytes of another file are instructions to pickle
+    except Exception as e:
+        reason = ' '.join(f'{type(e).__name__}: {e}'.split())
+        raise DistillError(f"{path} could not be loaded ({reason}). Did joblib.dump write it? Can everything in it be "
+                           "imported here: packages, your own functions and classes?") from e
+    if is_estimator(model): return model
+    raise DistillError(f"{path} holds an object of type {type(model).__name__}, which has neither predict_proba nor "
+                       "predict: joblib.dump(pipeline, 'trees.joblib') writes a fitted estimator.")
 
 
 class Estimator:
@@ -56,6 +73,9 @@ class Estimator:
 
     def __call__(self, *x, **named):
         return self.predict(self._table(x, named))
+
+    # what is timed; fastai's tables remember rows that were predicted before
+    anew = __call__
 
     def predict(
         self, rows # a table, or an array

@@ -60,8 +60,8 @@ def from_file(path):
             return exported_program(torch.export.load(path)),path
     except RuntimeError as e: raise DistillError(f"{path} could not be loaded: {e}") from e
     raise DistillError(f"{path} holds no TorchScript, torch.export program or ONNX network. If it holds only weights "
-                       "(a state_dict), build the model and load them into it. If it is an exported Learner, pass it "
-                       "to fastdistill.fastai.")
+                       "(a state_dict), build the model and load them into it. If it is an exported Learner or an "
+                       "estimator that joblib wrote, pass it to fastdistill.fastai, or load it: joblib.load(path).")
 
 
 def torch_script(path):

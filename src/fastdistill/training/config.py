@@ -9,7 +9,7 @@ __all__ = ['TRAIN_TASKS', 'TrainConfig', 'read_config', 'write_atomically', 'wri
 
 TRAIN_TASKS = 'images','masks','texts','table'
 AUGMENTATIONS = 'flip','full','none'
-FILES = '.pkl', '.pt', '.pth', '.pt2', '.onnx', '.safetensors'
+FILES = '.pkl', '.joblib', '.pt', '.pth', '.pt2', '.onnx', '.safetensors'
 LOGGERS = 'csv','tensorboard' # history.csv is always written
 
 

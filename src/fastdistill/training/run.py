@@ -19,6 +19,7 @@ from ..fastai.task import task_of
 from ..fastai.teachers import teacher_of
 from ..ranks import first_then_others, leave_processes, on_first, rank, world_size
 from ..recipe_text import recipe_from_text
+from ..teacher.estimator import is_estimator
 from ..teacher.speed import AS_IT_IS
 from .archs import check_arch, learner_of
 from .checks import checked_samples
@@ -154,6 +155,9 @@ class TrainRun:
 
     def samples(self, loaded):
         s = read_samples(self.config)
+        if is_estimator(loaded) and s.task != 'table':
+            raise DistillError(f"{self.config.teacher} holds an estimator ({type(loaded).__name__}), which reads the "
+                               f"rows of a table, but {self.config.data} holds {s.task}.")
         check_arch(self.config.student, s.task)
         if loaded is None: check_arch(self.config.teacher, s.task)
         return checked_samples(s, self.config)

@@ -5,7 +5,7 @@ from torch import nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from ..errors import DistillError, DistillWarning
-from ..fastai.teachers import exported
+from ..fastai.teachers import PICKLES, exported
 from .archs import is_timm, learner_of, vision_arch
 
 __all__ = ['file_teacher', 'with_weights']
@@ -14,12 +14,12 @@ __all__ = ['file_teacher', 'with_weights']
 def file_teacher(
     path:str
 ):
-    "What `Teacher` takes: an exported Learner, or the path of another file"
+    "What `Teacher` takes: an exported Learner, an estimator, or the path of another file"
     file = Path(path)
     if not file.is_file(): raise DistillError(f"There is no file {path!r}. teacher= is a file or an architecture.")
     if file.suffix == '.safetensors':
         raise DistillError(f"{path} holds weights, but no architecture: teacher='resnet34', teacher_weights={path!r}.")
-    if file.suffix != '.pkl': return path
+    if file.suffix not in PICKLES: return path
     warnings.warn(f"{path} is a pickle, and loading it runs the code in it. Load only files that you trust. Weights in "
                   "a .safetensors file run nothing.", DistillWarning)
     with warnings.catch_warnings():
