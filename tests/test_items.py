@@ -14,8 +14,8 @@ from fastai.basics import (Callback, CategoryBlock, ColReader, CrossEntropyLossF
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.text.all import TextBlock
 from fastai.vision.all import Flip, ImageBlock, Resize
-from fastdistill import Distiller, Teacher, hint, kd
-from fastdistill.fastai import DistillError, KnowledgeDistillation, cache_teacher, check_teacher, distill_many, verify_cache
+from fastdistill import Distiller, Heads, Teacher, hint, kd, with_items
+from fastdistill.fastai import DistillError, KnowledgeDistillation, cache_teacher, check_teacher, compare, distill_many, verify_cache
 
 pytestmark = pytest.mark.filterwarnings(*FASTAI_WARNINGS, 'ignore:The teacher is no better than chance')
 refuses = lambda text: pytest.raises(DistillError, match=text)
@@ -180,6 +180,39 @@ def test_the_check_scores_the_teacher_on_its_own_items(folder):
     assert wrong.facts.teacher_score < .2
     learn.fit(1, 1e-2, cbs=KnowledgeDistillation(Teacher(Knows(), items=own_pixels)))
     learn.explain(Teacher(Knows(), items=own_pixels))
+
+
+def test_compare_shows_it_its_own_items(folder):
+    learn,t = image_student(folder),Teacher(Knows(), items=own_pixels)
+    report = compare(dict(teacher=t, student=learn), large=4, seconds=.001, progress=False)
+    assert report.models['teacher'].measures['accuracy'].value == 1 and report.models['teacher'].cost.latency[1].batch == 4
+    other = learn.dls.test_dl(get_image_files(folder)[:7], with_labels=True)
+    assert compare(dict(teacher=t, student=learn), dl=other, seconds=0, progress=False).n == 7
+    both = compare(dict(teacher=t, other=Teacher(Knows(), items=lambda paths: 1-own_pixels(paths)), student=learn), seconds=0, progress=False)
+    assert both.models['other'].measures['accuracy'].value < .2 and 'do_item' not in vars(learn.dls.valid)
+    rows = text_student()
+    seen = []
+    compare(dict(teacher=Teacher(bert(), items=lambda rows: (seen.extend(rows['text']), tokens(rows))[1]), student=rows), seconds=.001, large=20, progress=False)
+    assert sorted(seen[:12]) == sorted(texts()[24:]) and len(seen) > 12+20     # the validation set, then batches for the costs
+    with refuses('pieces of one long text'):
+        lm = quiet(*language_model())[0]
+        compare(dict(teacher=Teacher(lambda x: x, items=tokens), student=lm), seconds=0, progress=False)
+
+
+def test_a_plain_loop_hands_the_items_beside_the_batch(folder):
+    t,paths = convs(6).eval(),get_image_files(folder)[:4]
+    x,y,net = torch.randn(4, 3, 8, 8),torch.tensor([0, 1, 1, 0]),convs(3)
+    teacher = Teacher(t, items=own_pixels)
+    want = kd(T=2, alpha=.7)(net(x), t(own_pixels(paths)).detach(), y)
+    torch.testing.assert_close(Distiller(net, teacher, kd(T=2, alpha=.7))(with_items(x, paths), y).total, want)
+    torch.testing.assert_close(teacher(with_items(x, paths)).logits, t(own_pixels(paths)))
+    assert not hasattr(x, 'raw_items')
+    heads = Heads(a=Distiller(net, teacher, kd(T=2, alpha=.7)))
+    torch.testing.assert_close(heads(with_items(x, paths), y).total, want)
+    Distiller(net, teacher, kd()).check(with_items(x, paths), y)
+    Distiller(net, teacher)(with_items(x, paths), y)        # the recipe is chosen
+    with refuses('3 items for a batch of 4 samples'): with_items(x, paths[:3])
+    with refuses('2 items for a batch of no samples'): with_items(['a', 'b'], paths[:2])
 
 
 def test_nothing_stays_behind(folder):

@@ -38,4 +38,4 @@ from .recipes import (
     wttm as wttm,
 )
 from .schedule import Schedule as Schedule
-from .teacher import Teacher as Teacher
+from .teacher import Teacher as Teacher, with_items as with_items

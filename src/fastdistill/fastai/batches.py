@@ -74,10 +74,13 @@ def prepared_batches(learn, n_valid, n_train):
     return prepared(learn, valid, 1, False),prepared(learn, train_batches(learn.dls.train, n_train), 0, True)
 
 
-def prepared(learn, batches, ds_idx, training):
+def prepared(
+    learn, batches, ds_idx, training,
+    dl=None # where the batches come from; None: the learner's DataLoader
+):
     "(inputs, targets) of batches after the learner's callbacks have changed them"
     for i,b in enumerate(batches):
-        b,items = without_places(b, learn.dls[ds_idx])
+        b,items = without_places(b, learn.dls[ds_idx] if dl is None else dl)
         try: x,y = split_batch(learn, b) if learn.model is None else with_callbacks(learn, b, i, ds_idx, training)
         except CANCELED: continue      # a fit skips such a batch too
         yield with_items(x, items),y

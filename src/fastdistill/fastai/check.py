@@ -82,7 +82,7 @@ def check_teacher(
     task = task or task_of(learn.loss_func)
     teacher = teacher_of(teacher, learn, task)
     # one process may check alone, while the others train or wait
-    with items_shown(learn.dls, teacher), counted_as_one():
+    with items_shown(learn.dls.loaders, teacher), counted_as_one():
         head = learn.dls.head if isinstance(learn.dls, HeadData) else None
         out = TeacherCheck().join(find_mistakes(learn, teacher, task, recipe, n, output, head))
         if n_epoch is not None and learn.model is not None and not out.errors:

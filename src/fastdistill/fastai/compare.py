@@ -11,6 +11,7 @@ from ..ranks import rank
 from ..report import Report
 from ..teacher.speed import AS_IT_IS
 from .batches import number_of_batches, prepared, some_batches
+from .raw_items import items_shown
 from .stream import is_stream
 from .task import task_of
 from .teachers import teacher_of
@@ -54,8 +55,9 @@ def compare(
     large = large or getattr(data, 'bs', None) or 64
     steps = number_of_batches(data)
     steps = None if steps is None else steps + 2*len(models)*bool(seconds)
-    with shown_bar(progress, steps) as tick, closing(prepared(learn, some_batches(data), 1, False)) as batches:
-        teachers = {k: teacher_of(o, learn, task, **AS_IT_IS) for k,o in models.items()}
+    teachers = {k: teacher_of(o, learn, task, **AS_IT_IS) for k,o in models.items()}
+    batches = prepared(learn, some_batches(data), 1, False, data)
+    with shown_bar(progress, steps) as tick, items_shown([data], *teachers.values()), closing(batches):
         report = measure_models(teachers, batches, task, teacher=teacher, baseline=baseline, loss=learn.loss_func,
                                 metrics=metrics_of(models, learn, metrics), language=is_stream(data),
                                 headline=headline, repeats=repeats, seed=seed, large=large, seconds=seconds, tick=tick)

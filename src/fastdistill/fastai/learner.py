@@ -89,7 +89,7 @@ def explain(
     valid,train = prepared_batches(self, n, n)
     steps = getattr(self, 'train_iter', None)
     shares = None if callback is None or callback.distiller is None else callback.distiller.gradient_shares
-    with items_shown(self.dls, teacher), closing(valid), closing(train):
+    with items_shown(self.dls.loaders, teacher), closing(valid), closing(train):
         return explain_training(teacher, task, self.model, valid, train, steps=steps,
                                 shares=shares, output=None if callback is None else callback.output)
 

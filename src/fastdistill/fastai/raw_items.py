@@ -4,7 +4,7 @@ import numpy as np
 from fastai.tabular.core import Tabular
 from ..doctor.outputs import single_teachers
 from ..outputs import DistillError, as_plain, tensors_in
-from ..teacher.items import with_items
+from ..teacher.items import items_at, with_items
 from .block import TeacherRow
 from .replay_dl import Plan, attach, detach, refuse_unindexed, set_aside
 from .sample_keys import items_of
@@ -23,8 +23,7 @@ class RawItems:
 
     def at(self, positions):
         "Those at these positions in the dataset: a list, or rows of the table"
-        if hasattr(self.items, 'iloc'): return self.items.iloc[positions]
-        return [self.items[i] for i in positions.tolist()]
+        return items_at(self.items, positions.tolist())
 
     # in place of a cache: the row of a sample is its position
     def rows(self, at, views): return at[:, None]
@@ -65,12 +64,13 @@ def show_items(dl):
 
 @contextmanager
 def items_shown(
-    dls,
-    teacher # a `Teacher`; if it does not read items, nothing is done
+    loaders, # DataLoaders of fastai
+    *teachers # each a `Teacher`; if none reads items, nothing is done
 ):
     "Inside, the batches of these DataLoaders show their items"
+    reads = any(t.reads_items for t in teachers)
     with ExitStack() as stack:
-        for dl in [dl for dl in dls.loaders if known_items(dl) is None] if teacher.reads_items else ():
+        for dl in [dl for dl in loaders if known_items(dl) is None] if reads else ():
             stack.callback(detach, show_items(dl))
         yield
 

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from ..outputs import tensors_in
 from ..report.data import Cost, Latency
+from ..teacher.items import items_at, items_in, with_items
 
 __all__ = ['batch_of', 'cost_of', 'latencies', 'wait_for', 'weights_of_teacher']
 
@@ -60,11 +61,13 @@ def batch_of(
     n:int # samples, repeated if there are fewer
 ) -> tuple:
     "The first `n` samples of a batch"
+    items = items_in(x)
+    if items is not None: items = items_at(items, [i % len(items) for i in range(n)])
     def fit(t):
         if isinstance(t, torch.Tensor): return t.repeat(-(-n//len(t)), *[1]*(t.dim()-1))[:n]
         if isinstance(t, dict): return {k: fit(v) for k,v in t.items()}
         return type(t)(map(fit, t)) if isinstance(t, (tuple, list)) else t
-    return tuple(map(fit, x))
+    return with_items(tuple(map(fit, x)), items)
 
 
 class Peak(TorchDispatchMode):
