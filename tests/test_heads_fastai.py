@@ -9,7 +9,8 @@ from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import *
 from fastai.vision.augment import RandTransform
 from fastdistill import losses
-from fastdistill.fastai import DistillError, KnowledgeDistillation, Teacher, Term, cache_teacher, kd
+from fastdistill.fastai import (DistillError, DistillInterpretation, KnowledgeDistillation, Teacher, Term, cache_teacher, compare, compare_recipes,
+                                distill_many, kd, verify_cache)
 from fastdistill.fastai.targets import TargetFeed
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
@@ -190,8 +191,33 @@ def test_mistakes_are_named():
     refused("The head 'color': give each head a teacher that runs, or a cache", dict(color=TargetFeed(), shape=t['shape']), 1, .01)
     numbers = learner(False, COLOR, SIZE)
     refused("labels of the head 'shape' are no class numbers: pass kind={'shape': 'regression'}", t, 1, .01, kd(), of=numbers)
-    with pytest.raises(DistillError, match='A dict has a teacher for each head'): learn.check_teacher(t, kind='softmax')
+    for k in ('unlabelled', 'perturbed'): refused(f'{k}= with several heads: they learn from batches with labels alone', t, 1, .01, **{k: 3})
+    refused("output= with several heads: each head's output is the one of its name", t, 1, .01, output='color')
     with pytest.raises(DistillError, match='No head has a teacher'): KD(dict(color=None))
+
+
+def test_where_one_teacher_is_needed_a_dict_of_heads_is_refused():
+    learn,t = learner(),teachers()
+    for where,call in {'to compare': lambda: compare(dict(teacher=t, student=learn)), 'to distill_many': lambda: distill_many([learn], t, 1),
+                       'to distill_find': lambda: learn.distill_find(t, 1), 'here': lambda: learn.show_features(t),
+                       'to compare_recipes': lambda: compare_recipes(learner, t, n_epoch=1), 'here.': lambda: DistillInterpretation.from_learner(learn, t)}.items():
+        with pytest.raises(DistillError, match=f'A dict has a teacher for each head of a student, .* Give one teacher {where}'): call()
+    with pytest.raises(DistillError, match='A dict has a cache for each head'): verify_cache(t, t, learn.dls)
+
+
+def test_check_teacher_and_explain_look_at_each_head():
+    learn,t = learner(),teachers()
+    found = learn.check_teacher(dict(color=t['color'], shape=lambda x: t['shape'](x)[:, [1, 0, 2, 3]]))
+    assert not found['color'].errors and 'class 0 and class 1 are swapped' in found['shape'].errors[0].what
+    distillation = learn.distill(t, 3, .01, kd(T=2.))
+    why = learn.explain(t, distillation)
+    x,c,h = [torch.stack(o) for o in zip(*learn.dls.valid_ds)]
+    with torch.no_grad(): s = learn.model.eval()(x)
+    for k,y in dict(color=c, shape=h).items():
+        right = lambda o, y=y: (o.argmax(1) == y).float().mean().item()
+        assert why[k].facts.teacher_score == pytest.approx(right(t[k](x))) and why[k].facts.student_score == pytest.approx(right(s[k]))
+        assert why[k].facts.shares.keys() == {'task', 'kd'} and why[k].facts.steps == 12
+    with pytest.raises(DistillError, match="The head 'color' has stored outputs"): learn.explain(dict(color=TargetFeed(), shape=t['shape']))
 
 
 def test_a_head_of_numbers():

@@ -144,6 +144,9 @@ def verify_cache(
     **kwargs # of `cache_teacher`: keys, kind, axis, layers
 ) -> 'Verified':
     "Run the teacher again on some views and compare its outputs with the stored ones"
+    if isinstance(cache, Mapping):
+        raise DistillError("A dict has a cache for each head. Give one, its teacher and its kind: "
+                           "verify_cache(caches['color'], teachers['color'], dls, kind='softmax').")
     cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
     m = cache.manifest
     task = task_of_data(dls, teacher, kwargs.pop('kind', None), kwargs.pop('axis', None))

@@ -21,7 +21,7 @@ from ..teacher.hidden import has_reset, why_no_reset
 from .teachers import class_names, image_stats, teacher_of
 from .vocab import CODES, describe_difference, vocab_of
 
-__all__ = ['check_optimizer', 'check_teacher', 'find_mistakes', 'weight_shapes']
+__all__ = ['TeacherCheck', 'check_optimizer', 'check_teacher', 'find_mistakes', 'weight_shapes']
 
 KIND_IN_WORDS = dict(softmax='one class of several (softmax)', sigmoid='each label by itself (sigmoid)',
                      regression='numbers (regression)')

@@ -14,7 +14,7 @@ from .batches import number_of_batches, prepared, some_batches
 from .raw_items import items_shown
 from .stream import is_stream
 from .task import task_of
-from .teachers import teacher_of
+from .teachers import refuse_heads, teacher_of
 from .vocab import vocab_of
 
 __all__ = ['compare', 'history_of']
@@ -48,6 +48,7 @@ def compare(
     samples, not the luck of a training: other seeds need other trainings"""
     if not isinstance(models, dict) or not models:
         raise DistillError("compare needs names: compare({'teacher': teacher, 'alone': alone, 'distilled': student}).")
+    for o in models.values(): refuse_heads(o, 'to compare, which measures models of one output')
     teacher,baseline = roles_of(models, teacher, baseline)
     learn = reference(models, dls, loss_func)
     task = task_of(learn.loss_func, kind, axis)

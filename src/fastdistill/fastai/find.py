@@ -19,7 +19,7 @@ from .check import check_teacher
 from .choice import example_of, facts_for_choice
 from .clock import scorer
 from .task import task_of
-from .teachers import teacher_of
+from .teachers import refuse_heads, teacher_of
 from .transforms import moves
 from .trials import Trials
 
@@ -59,6 +59,7 @@ def distill_find(
     begin = time()
     import_optuna()
     refuse_search(self, n_epoch, minutes, kwargs)
+    refuse_heads(teacher, 'to distill_find')
     task,show = task_of(self.loss_func, kind, axis),show and self.logger is not noop and rank() == 0
     as_it_is = live or feed_of(teacher) is not None
     with guarded_random_state(), restored(*self.dls.loaders):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from fastai.basics import Callback
 from ..distiller import Distilled, Distiller, Recipe
+from ..doctor.explain import explain_training
 from ..features.names import unwrap
 from ..features.pairs import PairTable
 from ..heads import Heads
@@ -17,15 +18,16 @@ from .arguments import feed_of, make_recipe
 from .batches import PreparationError, prepared_batches
 from .cache_feed import CacheFeed
 from .callback import KnowledgeDistillation
-from .check import find_mistakes
+from .check import TeacherCheck, find_mistakes
 from .choice import choose_recipe, example_of
 from .finite import FiniteCheck
 from .head import heads_of, option_of_heads
 from .head_feed import HeadFeed, HeadsFeed
+from .raw_items import items_shown
 from .targets import Feed
 from .teachers import teacher_of
 
-__all__ = ['HeadsDistillation']
+__all__ = ['HeadsDistillation', 'check_heads', 'explain_heads']
 
 
 class TeacherGroup:
@@ -154,6 +156,10 @@ def renamed(term, name, **changes):
     return term
 
 
+IN_PLACE = dict(loss="give each head a recipe in place of it, as in recipe={'color': kd(), 'shape': Term(my_loss, "
+                     "weight=1.)}", output="each head's output is the one of its name or place")
+
+
 class HeadsDistillation(KnowledgeDistillation):
     "`KnowledgeDistillation({'color': teacher1, 'shape': teacher2})`, which makes one of these"
     name = 'knowledge_distillation' # in the Learner
@@ -164,8 +170,8 @@ class HeadsDistillation(KnowledgeDistillation):
         refused = dict(loss=loss, output=output, unlabelled=unlabelled, unlabelled_targets=unlabelled_targets,
                        perturbed=perturbed or None)
         if given := [k for k,v in refused.items() if v is not None]:
-            raise DistillError(f"{given[0]}= with several heads: give each head a recipe in place of it, as in "
-                               "recipe={'color': kd(), 'shape': Term(my_loss, weight=1.)}.")
+            instead = IN_PLACE.get(given[0], "they learn from batches with labels alone. Omit it")
+            raise DistillError(f"{given[0]}= with several heads: {instead}.")
         self.at = heads_of(teacher)
         super().__init__(next(iter(self.at.values())).source, **kwargs)
         self.source,self.kinds = teacher,option_of_heads(kind, 'kind', self.at)
@@ -181,7 +187,7 @@ class HeadsDistillation(KnowledgeDistillation):
     def _build(self):
         model = unwrap(self.learn.model)
         if self.distiller is None or self.distiller.student is not model:
-            self.tasks = {k: self._task_of(h) for k,h in self.at.items()}
+            self.tasks = {k: task_of_head(self.learn, h, self.kinds[k], self.asked_axis) for k,h in self.at.items()}
             each = {k: Distiller(model, None, self.recipes[k] or Recipe(), kind=t.kind, axis=t.axis, output=self.at[k],
                                  check=False) for k,t in self.tasks.items()}
             self.distiller = LearnerHeads(self.at, **each)
@@ -201,20 +207,6 @@ class HeadsDistillation(KnowledgeDistillation):
                                "with one head.")
         d.teacher.say_with(self._log)
         d.check_names()
-
-    def _task_of(self, head):
-        "What a head predicts, by its option or by its labels"
-        kind = self.kinds[head.name]
-        if kind is None and self._labels_are_floats(head):
-            raise DistillError(f"The labels of the head {head.name!r} are no class numbers: pass kind={{'{head.name}': "
-                               "'regression'} for numbers, or 'sigmoid' for several labels.")
-        return Task(kind or 'softmax', 1 if self.asked_axis is None else self.asked_axis)
-
-    def _labels_are_floats(self, head):
-        try:
-            with RandomGuard(), closing(prepared_batches(self.learn, 1, 1)[1]) as train:
-                return any(o.is_floating_point() for _,y in train for o in head.labels(y))
-        except PreparationError: return False
 
     def _check(self):
         found = {k: self._check_head(k) for k in self.at if k not in self.stored}
@@ -252,6 +244,54 @@ class HeadsDistillation(KnowledgeDistillation):
         return t
 
     def __reduce__(self): return Callback, ()
+
+
+def task_of_head(learn, head, kind, axis=None):
+    "What a head predicts, by its option or by its labels"
+    if kind is None and labels_are_floats(learn, head):
+        raise DistillError(f"The labels of the head {head.name!r} are no class numbers: pass kind={{'{head.name}': "
+                           "'regression'} for numbers, or 'sigmoid' for several labels.")
+    return Task(kind or 'softmax', 1 if axis is None else axis)
+
+
+def labels_are_floats(learn, head):
+    try:
+        with RandomGuard(), closing(prepared_batches(learn, 1, 1)[1]) as train:
+            return any(o.is_floating_point() for _,y in train for o in head.labels(y))
+    except PreparationError: return False
+
+
+def running_heads(learn, teachers, kind, axis):
+    "(head, its task, its `Teacher`), of each head"
+    heads = heads_of(teachers)
+    kinds = option_of_heads(kind, 'kind', heads)
+    for k,h in heads.items():
+        if feed_of(h.source) is not None:
+            raise DistillError(f"The head {k!r} has stored outputs, which can't be asked for other inputs: pass the "
+                               "teacher itself.")
+        task = task_of_head(learn, h, kinds[k], axis)
+        yield h,task,teacher_of(h.source, h.of(learn), task)
+
+
+def check_heads(learn, teachers, kind, axis, recipe, n) -> dict:
+    "Name of a head -> what `check_teacher` finds about its teacher, without costs"
+    recipes,out = option_of_heads(recipe, 'recipe', heads_of(teachers)),{}
+    for h,task,t in running_heads(learn, teachers, kind, axis):
+        with items_shown(learn.dls.loaders, t):
+            out[h.name] = TeacherCheck().join(find_mistakes(learn, t, task, recipes[h.name], n, output=h, head=h))
+        out[h.name].title = f'{t.name} as a teacher of {h.name}'
+    return out
+
+
+def explain_heads(learn, teachers, callback, kind, axis, n, steps) -> dict:
+    "Name of a head -> what `explain` finds about it"
+    known,out = {} if callback is None or callback.distiller is None else callback.distiller.heads,{}
+    for h,task,t in running_heads(learn, teachers, kind, axis):
+        valid,train = map(h.batches, prepared_batches(learn, n, n))
+        shares = known[h.name].gradient_shares if h.name in known else None
+        with items_shown(learn.dls.loaders, t), closing(valid), closing(train):
+            out[h.name] = explain_training(t, task, learn.model, valid, train, steps=steps, shares=shares, output=h)
+    return out
 
 
 def beside_labels(recipe):

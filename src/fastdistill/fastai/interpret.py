@@ -10,7 +10,7 @@ from ..teacher.speed import AS_IT_IS
 from .batches import restored, split_batch
 from .stream import is_stream
 from .task import task_of
-from .teachers import teacher_of
+from .teachers import refuse_heads, teacher_of
 
 __all__ = ['DistillInterpretation']
 
@@ -31,6 +31,7 @@ class DistillInterpretation(Interpretation):
         act=None # for the student's predictions; None: that of its loss function
     ):
         "Run both models on all items: KL(teacher || student) at T=1, the mean of a mask's pixels; of numbers the MSE"
+        refuse_heads(teacher)
         dl = learn.dls[ds_idx].new(shuffle=False, drop_last=False) if dl is None else dl
         if is_stream(dl):
             raise DistillError("The samples of a language model are pieces of one long text, not items that can be "

@@ -1,4 +1,5 @@
 "`Learner.distill`, `check_teacher`, `explain` and `show_features`."
+from collections.abc import Mapping
 from contextlib import closing
 from fastai.basics import L, Learner, delegates, patch
 import fastai.callback.schedule  # noqa: F401 (it gives Learner fit_one_cycle)
@@ -12,6 +13,7 @@ from .task import task_of
 from . import check
 from .batches import prepared_batches
 from .callback import KnowledgeDistillation
+from .heads import check_heads, explain_heads
 from .raw_items import items_shown
 from .teachers import image_stats, teacher_of
 
@@ -69,7 +71,9 @@ def check_teacher(
     """Mistakes that training with `teacher` would not show, and what it would cost: a list of findings, empty if
     nothing is wrong, shown as a table.
 
-    Its `.facts` and `.costs` are the measurements, `.in_order` the checks that found nothing"""
+    Its `.facts` and `.costs` are the measurements, `.in_order` the checks that found nothing. For a dict of teachers of
+    several heads it is a dict of such lists, without costs"""
+    if isinstance(teacher, Mapping): return check_heads(self, teacher, kind, axis, recipe, n)
     return check.check_teacher(self, teacher, task_of(self.loss_func, kind, axis), recipe, n, n_epoch=n_epoch)
 
 
@@ -83,11 +87,13 @@ def explain(
     n:int=32 # batches of the validation set to look at, and as many of the training set
 ):
     """Why did the teacher not help more? A list of reasons, each with the number behind it and what to try; `.facts`
-    are what was measured. Teachers that are stored in a cache cannot be asked: pass the model itself"""
+    are what was measured. For a dict of teachers of several heads it is a dict of such lists. Teachers that are stored
+    in a cache cannot be asked: pass the model itself"""
+    steps = getattr(self, 'train_iter', None)
+    if isinstance(teacher, Mapping): return explain_heads(self, teacher, callback, kind, axis, n, steps)
     task = task_of(self.loss_func, kind, axis)
     teacher = teacher_of(teacher, self, task)
     valid,train = prepared_batches(self, n, n)
-    steps = getattr(self, 'train_iter', None)
     shares = None if callback is None or callback.distiller is None else callback.distiller.gradient_shares
     with items_shown(self.dls.loaders, teacher), closing(valid), closing(train):
         return explain_training(teacher, task, self.model, valid, train, steps=steps,

@@ -15,7 +15,7 @@ from .progress import ProgressTable
 from .separate import check_separate
 from .shared import SharedBatches, SharedRows, SharedTeacher, Stream
 from .task import task_of
-from .teachers import teacher_of
+from .teachers import refuse_heads, teacher_of
 from .turns import Turns, held_interrupts
 
 __all__ = ['distill_many']
@@ -43,6 +43,7 @@ def distill_many(
     if 'cbs' in kwargs:
         raise DistillError("cbs=: a callback belongs to one Learner. Add each student its own, as in "
                            "student.add_cb(SaveModelCallback(fname='a')).")
+    refuse_heads(teacher, 'to distill_many')
     runs = make_runs(students, n_epoch, lr_max, recipes)
     check_separate({r.name: r.learn for r in runs}, teacher)
     asked = {k: kwargs.pop(k) for k in ('kind', 'axis', 'output') if k in kwargs}

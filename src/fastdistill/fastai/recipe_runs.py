@@ -13,7 +13,7 @@ from ..report.recipes import RecipeReport, RecipeRun
 from .arguments import feed_of
 from .compare import history_of
 from .many import distill_many
-from .teachers import teacher_of
+from .teachers import refuse_heads, teacher_of
 
 __all__ = ['compare_recipes']
 
@@ -37,6 +37,7 @@ def compare_recipes(
 ) -> RecipeReport:
     """Train a student with each recipe, side by side: the same starts, the same batches, one pass of the teacher. Then
     again with other seeds. The baseline, which the others are compared with, is the recipe None, or else the first"""
+    refuse_heads(teacher, 'to compare_recipes')
     if recipes is None: recipes = dict(alone=None, default='auto')
     if not isinstance(recipes, Mapping):
         raise DistillError(f"recipes={recipes!r}: compare_recipes takes a dict of names and recipes, such as "

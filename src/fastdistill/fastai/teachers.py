@@ -14,7 +14,7 @@ from ..teacher.teacher import Teacher
 from .tables import TableEstimator, table_of
 from .vocab import vocab_of
 
-__all__ = ['PICKLES', 'class_names', 'exported', 'image_stats', 'teacher_of']
+__all__ = ['PICKLES', 'class_names', 'exported', 'image_stats', 'refuse_heads', 'teacher_of']
 
 # suffix -> what writes such a file
 PICKLES = {'.pkl': "teacher_learner.export({!r}) writes an exported Learner.",
@@ -38,9 +38,7 @@ def teacher_of(
     if task is not None: kwargs = dict(kind=task.kind, axis=task.axis) | kwargs
     if dls is not None: kwargs.setdefault('input_stats', image_stats(dls))
     if isinstance(obj, (str, Path)) and Path(obj).suffix in PICKLES: obj = exported(Path(obj))
-    if isinstance(obj, Mapping) and not any(isinstance(o, Tensor) for o in obj.values()):
-        raise DistillError("A dict has a teacher for each head of a student, which KnowledgeDistillation and distill "
-                           "take. Give one teacher here.")
+    refuse_heads(obj)
     if isinstance(obj, (list, tuple, L)):
         of_members = {k: v for k,v in kwargs.items() if k == 'stats'}
         return Teacher([teacher_of(o, learn, task, **of_members) for o in obj], **kwargs)
@@ -56,6 +54,13 @@ def teacher_of(
     if isinstance(obj, nn.Module) and 'stats' not in kwargs and dls is not None:
         kwargs['stats'] = of_module(obj, kwargs['input_stats'])
     return Teacher(obj, **kwargs)
+
+
+def refuse_heads(teacher, where='here'):
+    "Refuse a dict of teachers, where one is needed. A state_dict is a dict too"
+    if isinstance(teacher, Mapping) and not any(isinstance(o, Tensor) for o in teacher.values()):
+        raise DistillError("A dict has a teacher for each head of a student, which KnowledgeDistillation, distill, "
+                           f"check_teacher, explain and cache_teacher take. Give one teacher {where}.")
 
 
 def adapted(teacher, kwargs):
