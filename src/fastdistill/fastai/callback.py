@@ -79,9 +79,8 @@ class KnowledgeDistillation(Callback):
         self.teacher_outputs = self.epochs_span = None
         self.state_to_load = self.state_before_finder = self.reported_shares = None
         self.runs = self.feed is None       # does a teacher run?
-        self.finite_check = FiniteCheck(stored=not self.runs)
+        self.finite_check,self.trend = FiniteCheck(stored=not self.runs),TrendCheck()
         self.unlabelled = UnlabelledInputs(unlabelled, perturbed, unlabelled_targets, runs=self.runs)
-        self.trend = TrendCheck()
 
     @wraps(__init__)
     def __new__(cls, teacher=None, *args, **kwargs):

@@ -10,7 +10,7 @@ from ..features.names import unwrap
 from ..features.pairs import PairTable
 from ..heads import Heads
 from ..outputs import DistillError
-from ..ranks import of_first, on_first
+from ..ranks import counted_as_one, of_first, on_first
 from ..replay.seeds import RandomGuard
 from ..task import Task
 from ..terms import one_temperature
@@ -277,7 +277,7 @@ def check_heads(learn, teachers, kind, axis, recipe, n) -> dict:
     "Name of a head -> what `check_teacher` finds about its teacher, without costs"
     recipes,out = option_of_heads(recipe, 'recipe', heads_of(teachers)),{}
     for h,task,t in running_heads(learn, teachers, kind, axis):
-        with items_shown(learn.dls.loaders, t):
+        with items_shown(learn.dls.loaders, t), counted_as_one():
             out[h.name] = TeacherCheck().join(find_mistakes(learn, t, task, recipes[h.name], n, output=h, head=h))
         out[h.name].title = f'{t.name} as a teacher of {h.name}'
     return out
