@@ -1,6 +1,6 @@
 "Recipes side by side, over several seeds: the experiment behind a choice of recipe."
-from collections.abc import Mapping
 import json, os, re, warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from ..cache.digests import fingerprint
