@@ -79,6 +79,7 @@ ROWS = [
         # the value is the same; the released gradient lacks that of the lengths
         Golden('pairwise_skd', lambda o: dict(pool=o['scale']), value='expected_paper', tol=1e-7)]),
     Case(pairwise, Pairwise, dict(pool=2, axis=-1), maps((2, 5, 3), (2, 5, 4)), pairwise_tokens_loop),
+    Case(pairwise, Pairwise, dict(pool=1), maps((2, 4, 3, 2), (2, 6, 3, 2)), pairwise_loop),
     Case(ifvd, IFVD, dict(classes=3), labelled((2, 4, 3, 3), (2, 5, 3, 3), (2, 6, 9)), ifvd_loop, golden=[
         Golden('ifvd', lambda o: dict(classes=o['classes'], ignore_index=o['ignore']),
                args=lambda g: (g['student'], g['teacher'], g['target']), scale=counted)]),

@@ -1,7 +1,8 @@
 "Rows of the relation losses."
 from math import exp, log, sqrt
+import torch
 from cases import Case, Golden, maps
-from fastdistill.losses import CC, ICKD, PKT, RKD, SP, cc, ickd, pkt, rkd, sp
+from fastdistill.losses import CC, ICKD, PKT, RKD, SEED, SP, cc, ickd, pkt, rkd, seed, sp
 
 
 def mean(xs): return sum(xs)/len(xs)
@@ -51,6 +52,15 @@ def pkt_loop(s, t):
         out.append(sum(y/sum(b)*log((y/sum(b))/(x/sum(a))) for x,y in zip(a, b)))
     return mean(out)
 
+def seed_loop(s, t, queue=None, T_s=.2, T_t=.01):
+    "The paper's formula, for each sample: all embeddings of the batch stand in the queue"
+    anchors = [unit(z) for z in points(t) + ([] if queue is None else [z for z in queue.tolist() if any(z)])]
+    out = []
+    for a,b in zip(points(s), points(t)):
+        q,p = [[exp((dot(unit(z), d)-1)/T) for d in anchors] for z,T in ((a, T_s), (b, T_t))]
+        out.append(-sum(y/sum(p)*log(x/sum(q)) for x,y in zip(q, p)))
+    return mean(out)
+
 def ickd_loop(s, t, axis=1):
     out = []
     for a,b in zip(s.movedim(axis, 1).flatten(2).tolist(), t.movedim(axis, 1).flatten(2).tolist()):
@@ -59,6 +69,9 @@ def ickd_loop(s, t, axis=1):
     return mean(out)
 
 def kernel(o): return dict(kernel=o['kernel'], gamma=o.get('gamma', .4), degree=o.get('max_p', 2), normalize=False)
+
+# earlier embeddings; a part of the queue is still empty
+QUEUE = torch.cat([maps((5, 4), seed=7)()[0], torch.zeros(3, 4, dtype=torch.float64)])
 
 ROWS = [
     Case(rkd, RKD, {}, maps((5, 6), (5, 4)), rkd_loop, golden=[Golden('rkd', lambda o: dict(w_d=o['w_d'], w_a=o['w_a']))]),
@@ -74,6 +87,8 @@ ROWS = [
     # the paper's: a sum over samples, where ours is the mean
     Case(pkt, PKT, {}, maps((4, 6), (4, 3)), pkt_loop, golden=[
         Golden('pkt', lambda o: {}, value='expected_paper', scale=lambda g,o: 1/len(g['student']))]),
+    Case(seed, SEED, {}, maps((4, 6)), seed_loop, at_teacher=None),
+    Case(seed, SEED, dict(queue=QUEUE, T_s=.1, T_t=.1), maps((3, 4)), seed_loop, at_teacher=lambda t, **o: seed_loop(t, t, **o), name='seed-queue'),
     Case(ickd, ICKD, {}, maps((3, 4, 2, 3), (3, 4, 3, 3)), ickd_loop, golden=[
         Golden('ickd', lambda o: {}),
         Golden('ickd_imagenet', lambda o: {}, scale=lambda g,o: len(g['student']))]),

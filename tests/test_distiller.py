@@ -668,7 +668,7 @@ def test_labels_that_are_not_swamped_give_no_warning(recipe):
         warnings.simplefilter('error')
         d(*batch())
 
-FEATURES = ['hint', 'at', 'nst', 'fsp', 'ab', 'ofd', 'vid', 'pkd', 'rkd', 'sp', 'cc', 'pkt', 'ickd', 'pairwise', 'ifvd']
+FEATURES = ['hint', 'at', 'nst', 'fsp', 'ab', 'ofd', 'vid', 'pkd', 'rkd', 'sp', 'cc', 'pkt', 'ickd', 'pairwise', 'ifvd', 'seed', 'gram']
 
 @pytest.mark.parametrize('name', FEATURES)
 def test_a_term_between_layers_begins_with_a_share_and_takes_its_papers_weight_when_asked(name):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 import rows_dense, rows_feature, rows_relation
 from cases import Golden, maps
-from fastdistill.losses import AT, CC, FSP, IFVD, OFD, RKD, VID, ab, at, cc, cwd, fsp, hint, ickd, ifvd, kl, nst, ofd, ofd_margin, pairwise, pkd, cosine, pkt, rkd, sp, vid
+from fastdistill.losses import AT, CC, FSP, IFVD, OFD, RKD, SEED, VID, ab, at, cc, cwd, fsp, hint, ickd, ifvd, kl, nst, ofd, ofd_margin, pairwise, pkd, cosine, pkt, rkd, seed, sp, vid
 from fastdistill.outputs import DistillError
 
 ROWS = [*rows_feature.ROWS, *rows_relation.ROWS, *rows_dense.ROWS]
@@ -213,6 +213,42 @@ def test_what_a_loss_owns_is_copied_pickled_and_restored(cls):
     assert nest[0](s, t) == want
 
 
+def embeddings(n, batches):
+    "Student and teacher embeddings of some batches"
+    g = torch.Generator().manual_seed(0)
+    return [(torch.randn(n, 3, generator=g).requires_grad_(), torch.randn(n, 3, generator=g)) for _ in range(batches)]
+
+def test_the_queue_holds_the_last_embeddings_of_the_teacher():
+    m,seen = SEED(size=5),torch.zeros(0, 3)
+    for s,t in embeddings(2, 4):
+        want = seed(s, t, queue=seen[:5]) if len(seen) else seed(s, t)      # those of the batch itself come on top
+        assert m(s, t).item() == pytest.approx(want.item(), abs=1e-5)
+        seen = torch.cat([t, seen])
+        assert torch.equal(m.queue[:len(seen)], seen[:5]) and (m.queue[len(seen):] == 0).all()
+    s,t = embeddings(7, 1)[0]
+    m(s, t)
+    assert torch.equal(m.queue, t[:5])                      # a batch that is larger than the queue
+
+def test_only_batches_that_train_enter_the_queue():
+    m,(s,t) = SEED(size=4),embeddings(2, 1)[0]
+    with torch.no_grad(): m(s, t)
+    m(s.detach(), t)
+    assert m.queue is None and not list(m.parameters())
+    m(s.half(), t.half()).backward()
+    assert torch.equal(m.queue[:2], t.half().float()) and s.grad.isfinite().all() and not m.queue.requires_grad
+
+def test_a_queue_is_copied_pickled_and_restored():
+    m,batches = SEED(size=5, T_t=.1),embeddings(2, 3)
+    for s,t in batches: m(s, t)
+    s,t = batches[0][0].detach(),batches[0][1]
+    want = m(s, t)
+    fresh = SEED(size=5, T_t=.1)
+    fresh.load_state_dict(m.state_dict())
+    for o in (copy.deepcopy(m), pickle.loads(pickle.dumps(m)), fresh): assert o(s, t) == want != seed(s, t, T_t=.1)
+    m.queue.zero_()
+    assert fresh(s, t) == want and 'size=5, T_t=0.1' in repr(m)
+
+
 @pytest.mark.parametrize('axis', [1, -1])
 def test_vid_begins_with_the_authors_variance(axis):
     m,s,t = prepared(VID, axis)
@@ -351,7 +387,7 @@ def test_ifvd_labels_are_resized_and_their_number_is_found():
 
 
 def test_fit_says_what_it_expects_of_them():
-    want = dict(shape={hint, fsp, ab, ofd, vid, pkd, cosine, ickd, cwd}, none={at, nst, rkd, sp, cc, pkt}, grid={pairwise, ifvd})
+    want = dict(shape={hint, fsp, ab, ofd, vid, pkd, cosine, seed, ickd, cwd}, none={at, nst, rkd, sp, cc, pkt}, grid={pairwise, ifvd})
     assert {k: {f for f in EACH if f.match == k} for k in want} == want
     assert [f.__name__ for f in EACH if getattr(f, 'lists', False)] == ['fsp'] and FSP.fn.lists and AT().fn.match == 'none'
 
@@ -373,6 +409,9 @@ WRONG = [
     (lambda: fsp([A, B], [A, A]), r'the student\'s features have shape \(2, 3, 5\), the teacher\'s \(2, 3, 3\)'),
     *[(lambda fn=fn: fn(A, A[:1]), 'the same samples') for fn in (rkd, sp, cc, pkt)],
     (lambda: sp(C[0], C[0]), 'the same samples'),
+    (lambda: seed(C, C[:, :2]), 'compares them element by element. Give the student a projector'),
+    (lambda: seed(C, C, T_s=0.), 'above 0'),
+    (lambda: SEED(size=0), 'size=0: the queue holds at least 1 embedding'),
     (lambda: cc(C, C, kernel='rbf'), "possible are 'gaussian' and 'bilinear'"),
     (lambda: CC(kernel='rbf')(C, C), "possible are 'gaussian' and 'bilinear'"),
     (lambda: at(A, A, axis=0), 'Axis 0 is the batch'),

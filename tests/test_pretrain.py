@@ -4,10 +4,11 @@ import torch.nn.functional as F
 from torch import nn
 from apps import FASTAI_WARNINGS, pair, quiet, same, snapshot
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner
+from fastai.callback.tracker import SaveModelCallback
 from fastai.vision.all import create_vision_model, resnet18
 from fastdistill import Distiller, Outputs, Teacher
 from fastdistill.features.pairs import pair as pair_layers
-from fastdistill.fastai import DistillError, cache_teacher, kd, recipes
+from fastdistill.fastai import DistillError, KnowledgeDistillation, Recipe, cache_teacher, kd, recipes
 
 pytestmark = pytest.mark.filterwarnings(*FASTAI_WARNINGS)
 timm = pytest.importorskip('timm')
@@ -129,3 +130,66 @@ def test_terms_between_layers_need_no_outputs_that_fit():
     other = timm.create_model('resnet10t', num_classes=50)
     assert not [f for f in student.check_teacher(other, recipe=recipes.pretrain()) if f.level == 'error']
     assert [f for f in student.check_teacher(other, recipe=kd()) if f.level == 'error']
+
+
+# the other two ways to learn from a teacher without a head
+
+def alone(recipe): return Recipe(recipe, task=0.)
+def queue_of(cb): return cb.distiller.links['seed'][0].loss.queue
+def cos(a, b): return F.cosine_similarity(a, b, dim=0).item()
+
+
+@pytest.mark.parametrize('student', [small, lambda: vit(3)], ids=['CNN', 'ViT'])
+@pytest.mark.parametrize('name,options', [('seed', dict(size=8)), ('gram', {})]) # a queue that is full at once: its loss grows while it fills
+def test_a_fit_without_labels_by_a_vit_lowers_the_loss(name, options, student):
+    torch.manual_seed(0)
+    learn,teacher = labelled(student()),vit(0)
+    was,head = snapshot(teacher),[p.clone() for p in [*learn.model.parameters()][-2:]]
+    learn.distill(teacher, 12, 1e-2, alone(getattr(recipes, name)(weight=1., **options)), wd=0.)
+    assert same(was, snapshot(teacher)) and all(map(torch.equal, head, [*learn.model.parameters()][-2:]))
+    losses = [v[0] for v in learn.recorder.values]
+    assert losses[-1] < losses[3]
+
+
+def test_similarities_of_tokens_are_those_of_the_picture_alone():
+    "The class token is no position, and a CNN's map stays as it is"
+    torch.manual_seed(0)
+    x,s,t = images(2),vit(3, 12),vit(0)
+    d = Distiller(s, Teacher(t, precision='fp32'), alone(recipes.gram(weight=1.)), example=x)
+    d.eval()
+    got = d(x).total.item()
+    with torch.no_grad(): tokens = [m.blocks(m._pos_embed(m.patch_embed(x)))[:, 1:] for m in (s.eval(), t.eval())]
+    grams = [[[cos(a, b) for a in o for b in o] for o in z] for z in tokens]
+    assert tokens[0].shape == (2, 16, 12) and not list(d.links.parameters())
+    assert got == pytest.approx(sum((p-q)**2 for a,b in zip(*grams) for p,q in zip(a, b))/(2*16*16), abs=1e-5)
+    assert pair_layers(small(), t, x, 'last@map', match='grid')[0].s_shape == (2, 8, 3, 3)
+
+
+def test_a_queue_resumes_with_the_fit(tmp_path):
+    def begin():
+        torch.manual_seed(0)
+        learn,teacher = labelled(small()),body().eval()
+        learn.path = tmp_path
+        return learn,KnowledgeDistillation(teacher, Recipe(recipes.seed(weight=1., size=40), task=0.), check=False)
+    straight,cb = begin()
+    for _ in range(2): straight.fit(1, .01, cbs=cb)
+    first,cb1 = begin()
+    first.fit(1, .01, cbs=[cb1, SaveModelCallback(every_epoch=True, with_opt=True)])
+    assert (queue_of(cb1) != 0).any(1).sum() == 24          # three batches of eight, and no validation batch
+    second,cb2 = begin()
+    second.create_opt()
+    second.load('model_0', weights_only=False)
+    second.fit(1, .01, cbs=cb2)
+    assert torch.equal(queue_of(cb), queue_of(cb2)) and (queue_of(cb) != 0).any(1).all()
+    assert all(map(torch.equal, straight.model.parameters(), second.model.parameters()))
+
+
+def test_a_learning_rate_search_leaves_the_queue_as_it_was():
+    torch.manual_seed(0)
+    learn = labelled(small())
+    cb = KnowledgeDistillation(body().eval(), Recipe(recipes.seed(weight=1., size=40), task=0.), check=False)
+    learn.fit(1, .01, cbs=cb)
+    was = queue_of(cb).clone()
+    learn.add_cb(cb)
+    learn.lr_find(num_it=5, show_plot=False)
+    assert torch.equal(was, queue_of(cb)) and was.abs().sum() > 0

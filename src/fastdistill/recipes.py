@@ -1,42 +1,18 @@
 "Recipes: functions that return terms with their paper's defaults. `+` joins them."
-import copy, functools, inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+import copy
 from . import losses
 from .losses._base import loss
 from .outputs import DistillError
-from .schedule import schedule
+from .schedule import rest_of, schedule
 from .distiller import Recipe, Term
-from .terms import one_temperature
+from .terms import long_name_too
 
-__all__ = ['ab', 'abkd', 'at', 'cc', 'cwd', 'dist', 'dkd', 'fsp', 'hard_labels', 'hint', 'ickd', 'ifvd', 'kd',
-           'logit_std', 'nkd', 'nst', 'ofd', 'pairwise', 'pkd', 'pkt', 'pretrain', 'rkd', 'rld',
+__all__ = ['ab', 'abkd', 'at', 'cc', 'cwd', 'dist', 'dkd', 'fsp', 'gram', 'hard_labels', 'hint', 'ickd', 'ifvd', 'kd',
+           'logit_std', 'nkd', 'nst', 'ofd', 'pairwise', 'pkd', 'pkt', 'pretrain', 'rkd', 'rld', 'seed',
            'soft_labels', 'sp', 'taid', 'ttm', 'uld', 'vid', 'wttm']
 
 
 def __dir__(): return __all__ # `recipes.` and the tab key list the recipes alone
-
-
-@dataclass(frozen=True)
-class Rest:
-    "1 - alpha, where alpha follows a schedule"
-    alpha:Callable
-    def __call__(self, progress): return 1 - self.alpha(progress)
-    def __repr__(self): return f'1-{self.alpha!r}'
-
-
-def _rest(alpha): return Rest(alpha) if callable(alpha) else 1 - alpha
-
-
-def long_name_too(recipe):
-    "Let a recipe with an option `T` take it as `temperature` too, as many other tools call it"
-    sig = inspect.signature(recipe)
-    @functools.wraps(recipe)
-    def call(*args, temperature=None, **kwargs):
-        if temperature is None: return recipe(*args, **kwargs)
-        T = one_temperature(sig.bind_partial(*args, **kwargs).arguments.get('T'), temperature)
-        return recipe(*args, **kwargs, T=T)
-    return call
 
 
 @loss(kind='softmax', match='shape')
@@ -58,7 +34,7 @@ def kd(
     if not callable(alpha) and not 0 <= alpha <= 1:
         raise DistillError(f"alpha={alpha}: it is the teacher's share, from 0 (labels alone) to 1 (teacher alone)")
     return Recipe(Term(kl_per_class if class_mean else losses.soft_targets, weight=alpha, T=T, name='kd'),
-                  task=_rest(alpha))
+                  task=rest_of(alpha))
 
 
 @long_name_too
@@ -72,14 +48,13 @@ def hard_labels(
 ):
     "Cross-entropy with the class that the teacher would choose (DeiT, arXiv:2012.12877)"
     alpha = schedule(alpha, 'alpha')
-    return Recipe(Term(losses.hard, weight=alpha, name='hard'), task=_rest(alpha))
+    return Recipe(Term(losses.hard, weight=alpha, name='hard'), task=rest_of(alpha))
 
 
 @long_name_too
 def dkd(
     alpha:float=1., # weight of the target class's part
-    beta:float=8., # weight of the other classes' part: 2 to 8 for CIFAR-100 (the authors', by pair of nets), .5 for
-    # ImageNet
+    beta:float=8., # weight of the other classes' part: the authors' for CIFAR-100 2 to 8, by pair; for ImageNet .5
     T=4., # temperature
     weight=None, # of both; the authors let it grow over the first 20 of 240 epochs: ('warmup', 1.)
     share=None # in place of a weight: the length of its gradient beside the labels', see `Term`
@@ -265,8 +240,7 @@ def ab(
 
 
 def ofd(
-    layers='auto', # better by hand: values before the ReLU; of a batch norm ('layer3.1.bn2@pre') the margin is
-    # computed from its weights
+    layers='auto', # better by hand: values before the ReLU; of a batch norm ('layer3.1.bn2@pre') for an exact margin
     weight=None, # 'paper': 10, the authors' for ImageNet with a ResNet-50, in this scale; 16 for CIFAR
     projector='conv_bn', # the authors'
     stop_at=None,
@@ -345,6 +319,21 @@ def pkt(
     return Recipe(Term(losses.pkt, **scaled(weight, share, 470.), layers=layers, stop_at=stop_at))
 
 
+def seed(
+    layers='embedding', # both models' vectors before their heads; of a teacher without a head, its output
+    weight=None, # 'paper': 1
+    size:int=4096, # embeddings in the queue; the authors' for ImageNet: 65536
+    T_s:float=.2, # temperature of the student
+    T_t:float=.01, # of the teacher
+    projector='mlp', # the authors'
+    stop_at=None,
+    share=None # in place of a weight; .1 if neither is given
+):
+    "Which of many samples are similar, by a queue of teacher embeddings (self-supervised SEED, arXiv:2101.04731)"
+    loss,how = losses.SEED(size=size, T_s=T_s, T_t=T_t),scaled(weight, share, 1.)
+    return Recipe(Term(loss, **how, layers=layers, projector=projector, stop_at=stop_at))
+
+
 def ickd(
     layers='last',
     weight=None, # 'paper': 2.5, the authors' for CIFAR
@@ -380,6 +369,17 @@ def pairwise(
 ):
     "Which places of a picture are alike, for dense prediction (structured KD, arXiv:1903.04197)"
     return Recipe(Term(losses.pairwise, **scaled(weight, share, .5), layers=layers, stop_at=stop_at, pool=pool))
+
+
+def gram(
+    layers='last@map', # maps, and tokens without class and register tokens; for texts 'last'
+    weight=None, # 'paper': 2
+    stop_at=None,
+    share=None # in place of a weight; .1 if neither is given
+):
+    "Which places of a picture are similar: `pairwise` of single positions (DINOv3's Gram loss, arXiv:2508.10104)"
+    how = scaled(weight, share, 2.)
+    return Recipe(Term(losses.pairwise, **how, layers=layers, stop_at=stop_at, pool=1, name='gram'))
 
 
 def ifvd(

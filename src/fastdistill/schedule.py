@@ -1,10 +1,11 @@
 "A number that may change during training: a weight, a temperature."
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import cos, pi
 from numbers import Real
 from .outputs import DistillError
 
-__all__ = ['Schedule', 'schedule', 'value_at']
+__all__ = ['Schedule', 'rest_of', 'schedule', 'value_at']
 
 NAMES = dict(
     linear=lambda p: 1-p, # from `start` to `end` along a line
@@ -41,6 +42,17 @@ def schedule(
     if name == 'warmup': ends = [0., *ends] if len(ends) < 2 else ends
     start,end = (*ends, *((0., 1.) if name == 'warmup' else (1., 0.))[len(ends):])
     return Schedule(name, start, end)
+
+
+@dataclass(frozen=True)
+class Rest:
+    "1 - alpha, where alpha follows a schedule"
+    alpha:Callable
+    def __call__(self, progress): return 1 - self.alpha(progress)
+    def __repr__(self): return f'1-{self.alpha!r}'
+
+
+def rest_of(alpha): return Rest(alpha) if callable(alpha) else 1 - alpha
 
 
 def value_at(

@@ -1,5 +1,5 @@
 "What is compared, and how much it counts: terms, and recipes of them. No particular loss."
-import copy, inspect, math
+import copy, functools, inspect, math
 from functools import partial
 from torch import nn
 from .features.pairs import checked_layers
@@ -8,7 +8,7 @@ from .features.taps import layer_output
 from .outputs import DistillError, Outputs
 from .schedule import schedule, value_at
 
-__all__ = ['Link', 'Recipe', 'Term', 'check_kind', 'one_temperature', 'own_copy']
+__all__ = ['Link', 'Recipe', 'Term', 'check_kind', 'long_name_too', 'one_temperature', 'own_copy']
 
 
 SCHEDULED = 'T','lam' # options of losses that may follow a schedule
@@ -118,6 +118,17 @@ def one_temperature(
     if T is not None and temperature is not None:
         raise DistillError(f"T={T} and temperature={temperature}: these are two names of one option, give one of them")
     return T if temperature is None else temperature
+
+
+def long_name_too(recipe):
+    "Let a recipe with an option `T` take it as `temperature` too, as many other tools call it"
+    sig = inspect.signature(recipe)
+    @functools.wraps(recipe)
+    def call(*args, temperature=None, **kwargs):
+        if temperature is None: return recipe(*args, **kwargs)
+        T = one_temperature(sig.bind_partial(*args, **kwargs).arguments.get('T'), temperature)
+        return recipe(*args, **kwargs, T=T)
+    return call
 
 
 def with_short_name(

@@ -58,7 +58,7 @@ def pair(
       paired; of more, those at the quarters.
 
     The layer that makes a model's output is never paired. 'last' is the last pair of 'auto'. Names may be globs. A
-    suffix of 'auto' or 'last' is added to all names: 'last@mean'.
+    suffix of 'auto' or 'last' is added to all names: 'last@mean'. In 'last@map', maps stay as they are.
 
     'embedding' pairs the vectors that both models give to their heads. If the teacher has no head, its output is the
     embedding. The name '' is a model's output."""
@@ -67,7 +67,7 @@ def pair(
     if word == 'embedding': word,how,layers = None,[],_embeddings(student, teacher, x_s, x_t, how)
     if word:
         found = _pairs_proposed(student, teacher, x_s, x_t)[-1 if word == 'last' else 0:]
-        layers = [('@'.join([s, *how]), '@'.join([t, *how])) for s,_,t,_ in found]
+        layers = [(_with_suffixes(s, a, how), _with_suffixes(t, b, how)) for s,a,t,b in found]
     if not word or how: found = _pairs_asked(student, teacher, x_s, x_t, layers)
     picture = is_picture(x_s) and is_picture(x_t)
     return PairTable(Pair(s, a, t, b, describe_projector(a, b, projector, match), picture) for s,a,t,b in found)
@@ -237,6 +237,9 @@ def _name_and_shape(u, other, x):
     if g: return f'{u.name}@map', (u.shape[0], u.shape[2], *g[1:])
     if u.turn == '@tokens': return f'{u.name}@tokens', (u.shape[0], u.shape[2], u.shape[1])
     return u.name + u.turn, u.shape
+
+
+def _with_suffixes(name, shape, how): return '@'.join([name, *(h for h in how if h != 'map' or len(shape) == 3)])
 
 
 def _pair_by_depth(a, b):

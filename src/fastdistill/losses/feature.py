@@ -222,7 +222,7 @@ def vid(
 
 
 class Owner(Loss):
-    "A loss that owns one number per channel of the teacher: given as an option, or computed by `prepare`"
+    "A loss that owns a tensor whose size depends on the teacher: given as an option, or made by `prepare`"
     own = None # name of the option, and of the attribute
 
     def __init__(self, **options):

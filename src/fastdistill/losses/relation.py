@@ -1,4 +1,4 @@
-"""Losses between relations: of the samples of a batch (`rkd`, `sp`, `cc`, `pkt`) or of the channels (`ickd`).
+"""Losses between relations: of samples (`rkd`, `sp`, `cc`, `pkt`, `seed`) or of channels (`ickd`).
 
 Each compares a square matrix of the student with one of the teacher, so their features may have different sizes. A
 sample is one vector, flattened behind the batch axis. To compare means, pool maps or tokens first."""
@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 from ..outputs import DistillError
-from ._base import Loss, cells, expect, log_probs, loss, reduce, unit
+from ._base import Loss, _full, cells, expect, log_probs, loss, reduce, unit
+from .feature import Owner, same_features, tensor_like
 
-__all__ = ['rkd', 'RKD', 'sp', 'SP', 'cc', 'CC', 'pkt', 'PKT', 'ickd', 'ICKD']
+__all__ = ['rkd', 'RKD', 'sp', 'SP', 'cc', 'CC', 'pkt', 'PKT', 'seed', 'SEED', 'ickd', 'ICKD']
 
 
 def samples(s:Tensor, t:Tensor):
@@ -134,6 +135,60 @@ def pkt(
     return reduce(expect(lt, lt-ls).sum(1), reduction, mask)
 
 class PKT(Loss): fn = pkt
+
+
+@loss(kind=None, match='shape', samples=True, relates=True)
+def seed(
+    s:Tensor, # (B, D) student embeddings, projected to the teacher's size
+    t:Tensor, # (B, D) teacher embeddings
+    *, queue:Tensor|None=None, # (K, D) teacher embeddings of earlier samples; rows of zeros are empty. `SEED` owns it
+    T_s:float=.2, # temperature of the student's similarities
+    T_t:float=.01, # of the teacher's
+    mask:Tensor|None=None, # (B,): whose similarities count; all remain neighbors of the others
+    reduction:str='mean'
+):
+    """Cross-entropy of each sample's similarities to many teacher embeddings, softmax of cosine/T (self-supervised
+    distillation SEED, arXiv:2101.04731).
+
+    The teacher embeddings are those of the batch, so that the sample's own is among them, and those of the queue. The
+    least possible value is the entropy of the teacher's probabilities. Student and teacher have different
+    temperatures, so s == t does not reach it"""
+    s,t = samples(s, t)
+    same_features(s, t)
+    anchors = t if queue is None else torch.cat([t, tensor_like(queue, t)])
+    ls,lt = [unit(x)@unit(anchors).to(x).T for x in (s, t)]
+    if queue is not None:
+        empty = torch.cat([t.new_zeros(len(t), dtype=torch.bool), (anchors[len(t):] == 0).all(1)])
+        ls,lt = [x.masked_fill(empty, -1e4) for x in (ls, lt)]
+    ls,lt = log_probs(ls, T_s),log_probs(lt, T_t)
+    return reduce(expect(lt, -ls).sum(1), reduction, mask)
+
+class SEED(Owner):
+    fn,own = seed,'queue'
+
+    def __init__(
+        self, *,
+        size:int=4096, # embeddings in the queue; the authors': 65536, for ImageNet
+        **options # of `seed`
+    ):
+        if size < 1: raise DistillError(f"size={size}: the queue holds at least 1 embedding")
+        self.size = size
+        super().__init__(**options)
+
+    def prepare(self, s, t, layer=None, axis=None):
+        "Create an empty queue"
+        if self.queue is None: self.keep(_full(t).new_zeros(self.size, t[0].numel()))
+
+    def forward(self, s, t, *args, **kwargs):
+        "The loss. In training, the teacher embeddings then enter the queue, and the oldest leave it"
+        v = super().forward(s, t, *args, **{'queue': self.queue, **kwargs})
+        if torch.is_grad_enabled() and s.requires_grad:
+            self.prepare(s, t)
+            new = tensor_like(_full(t, detach=True).flatten(1), self.queue)
+            self.queue.copy_(torch.cat([new, self.queue])[:len(self.queue)])
+        return v
+
+    def extra_repr(self): return ', '.join(filter(None, [f'size={self.size}', super().extra_repr()]))
 
 
 def correlations(x, axis):
