@@ -1,5 +1,5 @@
-"""Few labels: a backbone that a teacher without a head pretrained, against the same network from scratch. scikit-learn's digits, 1,200 images for
-training, of which 50 or 200 have labels; 597 by other writers for the test. Three seeds.
+"""Few labels: a backbone that a teacher without a head pretrained in one of several ways, against the same network from scratch. scikit-learn's digits,
+1,200 images for training, of which 50 or 200 have labels; 597 by other writers for the test. Three seeds.
 
     python benchmarks/pretrain.py --out benchmarks/results/pretrain.json
 
@@ -16,6 +16,15 @@ from fastai.vision.all import *
 from fastdistill.fastai import *
 from rich.console import Console      # after fastai's names
 from rich.table import Table
+
+def alone(recipe): return Recipe(recipe, task=0.)
+
+# the last map of both bodies has one position alone, so gram compares the maps before it, of 2 x 2
+MAPS = {'0.1': '1'}
+WAYS = {'cosine': recipes.pretrain(), 'seed': alone(recipes.seed(weight=1.)), 'seed, T_t=.1': alone(recipes.seed(weight=1., T_t=.1)),
+        'seed, mlp': alone(recipes.seed(weight=1., projector='mlp')), 'gram': alone(recipes.gram(MAPS, weight=1.)),
+        'cosine and gram': recipes.pretrain() + recipes.gram(MAPS, weight=1.)}
+
 
 def net(*widths):
     body = nn.Sequential(*[ConvLayer(i, o, stride=2) for i,o in zip((1, *widths), widths)], nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -55,15 +64,17 @@ def main(out:Path=Path('benchmarks/results/pretrain.json'), seeds:int=3, labels:
         set_seed(seed, reproducible=True)
         teacher = quietly(learner(train, valid[:10], net(64, 128, 256)), 'fit_one_cycle', 10, 5e-3)
         row,chosen = dict(seed=seed, teacher=teacher.validate(dl=test)[1]),torch.randperm(1200)
-        set_seed(seed, reproducible=True)
-        pretrained = learner(train, valid[:10], net(8, 16, 32))
-        quietly(pretrained, 'distill', teacher.model[0], 15, 1e-2, recipes.pretrain())
+        pretrained = {}
+        for way,recipe in WAYS.items():
+            set_seed(seed, reproducible=True)
+            pretrained[way] = quietly(learner(train, valid[:10], net(8, 16, 32)), 'distill', teacher.model[0], 15, 1e-2, recipe)
         for n in labels:
             few = [train[i] for i in chosen[:n]]
             tuned = 60*50//n        # epochs: 60 steps
-            set_seed(seed, reproducible=True)
-            learn = quietly(learner(few, valid[:10], deepcopy(pretrained.model)), 'fine_tune', tuned, 1e-2)
-            row[f'pretrained, {n} labels'] = learn.validate(dl=test)[1]
+            for way,other in pretrained.items():
+                set_seed(seed, reproducible=True)
+                learn = quietly(learner(few, valid[:10], deepcopy(other.model)), 'fine_tune', tuned, 1e-2)
+                row[f'pretrained by {way}, {n} labels'] = learn.validate(dl=test)[1]
             for more in (0, 360):
                 set_seed(seed, reproducible=True)
                 learn = quietly(learner(few, valid[:10], net(8, 16, 32)), 'fit_one_cycle', tuned + more*50//n, 1e-2)

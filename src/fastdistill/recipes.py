@@ -324,8 +324,8 @@ def seed(
     weight=None, # 'paper': 1
     size:int=4096, # embeddings in the queue; the authors' for ImageNet: 65536
     T_s:float=.2, # temperature of the student
-    T_t:float=.01, # of the teacher
-    projector='mlp', # the authors'
+    T_t:float=.01, # of the teacher; .1 was better with one that was trained on labels
+    projector='auto', # linear where sizes differ; the authors' is 'mlp'
     stop_at=None,
     share=None # in place of a weight; .1 if neither is given
 ):
