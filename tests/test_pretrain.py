@@ -51,8 +51,9 @@ def test_the_embeddings_are_compared_as_directions(student, teacher):
     assert r.total.item() == pytest.approx(want, abs=1e-4) and r.weights['task'] == 0
 
 
-def labelled(model, labels=True):
+def labelled(model, labels=True, colors=0.):
     x,y = images(32),torch.arange(32) % 3
+    x = x + colors*torch.randn(32, 3, 1, 1, generator=torch.Generator().manual_seed(1))
     items = list(zip(x, y)) if labels else [(o,) for o in x]
     dls = DataLoaders.from_dsets(items[:24], items[24:], bs=8, num_workers=0, shuffle=False, device='cpu')
     return quiet(Learner(dls, model, loss_func=CrossEntropyLossFlat()))[0]
@@ -143,12 +144,12 @@ def cos(a, b): return F.cosine_similarity(a, b, dim=0).item()
 @pytest.mark.parametrize('name,options', [('seed', dict(size=8)), ('gram', {})]) # a queue that is full at once: its loss grows while it fills
 def test_a_fit_without_labels_by_a_vit_lowers_the_loss(name, options, student):
     torch.manual_seed(0)
-    learn,teacher = labelled(student()),vit(0)
+    learn,teacher = labelled(student(), colors=3.),vit(0)
     was,head = snapshot(teacher),[p.clone() for p in [*learn.model.parameters()][-2:]]
-    learn.distill(teacher, 12, 1e-2, alone(getattr(recipes, name)(weight=1., **options)), wd=0.)
+    learn.distill(teacher, 8, 1e-2, alone(getattr(recipes, name)(weight=1., **options)), wd=0.)
     assert same(was, snapshot(teacher)) and all(map(torch.equal, head, [*learn.model.parameters()][-2:]))
     losses = [v[0] for v in learn.recorder.values]
-    assert losses[-1] < losses[3]
+    assert losses[-1] < .97*losses[2]
 
 
 def test_similarities_of_tokens_are_those_of_the_picture_alone():

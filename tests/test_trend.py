@@ -3,7 +3,7 @@ import warnings
 import pytest, torch
 import apps
 from apps import toy
-from fastdistill.fastai import DistillWarning, KnowledgeDistillation, kd, soft_labels
+from fastdistill.fastai import DistillWarning, KnowledgeDistillation, Recipe, Term, kd, losses, soft_labels
 from fastdistill.fastai.trend import TrendCheck
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
@@ -27,6 +27,15 @@ def test_nothing_is_said_where_the_labels_loss_falls_or_the_training_has_just_be
         fit(kd(1., .5), wrong=False)
         fit(soft_labels(1.), n_epoch=2)
 
+def test_nothing_is_said_of_a_head_that_nothing_trains():
+    "Without labels, a term between layers trains the body alone"
+    apart,beside = [Recipe(Term(losses.cosine, layers='embedding', name='kd'), task=w) for w in (0., 1.)]
+    falls = Learn([1., .5, .6], [3., 2., 1.])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', DistillWarning)
+        TrendCheck().check(falls, .5, apart)
+    with pytest.warns(DistillWarning, match='rose from'): TrendCheck().check(falls, .5, beside)
+
 class Columns:
     metric_names = ['epoch', 'train_loss', 'valid_loss', 'kd_loss', 'time']
     def __init__(self, valid, kd): self.values = [[1., v, k] for v,k in zip(valid, kd)]
@@ -41,5 +50,5 @@ def test_it_takes_a_rise_of_a_tenth_and_a_term_that_falls(valid, kd, share, warn
     t = TrendCheck()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter('always')
-        t.check(Learn(valid, kd), share, ['kd'])
+        t.check(Learn(valid, kd), share, soft_labels())
     assert bool(seen) == t.warned == warns

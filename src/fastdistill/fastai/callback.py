@@ -220,7 +220,7 @@ class KnowledgeDistillation(Callback):
         return (before + self.pct_train*self.n_epoch)/epochs
 
     def before_epoch(self):
-        if self.active: self.trend.check(self.learn, self.share_done, [t.name for t in self.recipe.terms])
+        if self.active: self.trend.check(self.learn, self.share_done, self.recipe)
 
     def before_train(self): self._start_phase(True)
     def before_validate(self): self._start_phase(False)

@@ -16,13 +16,14 @@ class TrendCheck:
     def check(
         self, learn, # at the beginning of an epoch
         share_done:float, # of the training
-        names # of the terms
+        recipe
     ):
         if self.warned or share_done < BEGIN or rank() or not hasattr(learn, 'recorder'): return
         valid = self._column(learn.recorder, 'valid_loss')
         if len(valid) < 2 or None in valid or not 0 < min(valid) < valid[-1]/RISE: return
         best = valid.index(min(valid))
-        for n in names:
+        # subtle: without labels, terms between layers do not train the student's head, whose loss then says nothing
+        for n in [t.name for t in recipe.terms if t.layers is None or recipe.task != 0]:
             term = self._column(learn.recorder, f'{n}_loss')
             if not term or None in term or term[-1] >= term[best]: continue
             self.warned = True
