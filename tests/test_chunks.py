@@ -46,6 +46,15 @@ def test_chunks_give_the_same_values_and_gradients(fn, shape, axis):
         torch.testing.assert_close(da, db, rtol=1e-10, atol=1e-12)
 
 
+def test_the_size_of_the_logits_does_not_cost_precision():
+    "What is added to all of a model's logits changes nothing"
+    s,t,_ = case((40, 5), 1, torch.float32)
+    s,t = [(64*x.detach()).round()/64 for x in (s, t)]     # exact, also beside 2**16
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(chunks, 'ON_CPU', 8)
+        torch.testing.assert_close(losses.kl(s + 2**16, t - 2**15), losses.kl(s, t), rtol=1e-5, atol=0)
+
+
 @fns
 def test_classes_that_a_model_rules_out_are_the_same_in_chunks(fn):
     s,t,_ = case((40, 5), 1)

@@ -65,18 +65,20 @@ def saturated(facts, task):
 
 
 def hesitant(tally):
-    "A teacher that seems to be trained too briefly: its soft labels may mislead"
+    "A teacher whose soft labels may mislead, as after a training that was stopped early"
     kind,f = tally.task.kind,tally.facts()
     if None in (f.teacher_score, f.top_prob_valid) or f.n < FEWEST: return
     if kind == 'softmax' and f.teacher_score - f.top_prob_valid > HESITANT:
         why = (f"is right for {f.teacher_score:.1%} of {f.n} validation items, but its mean top probability is "
-               f"{f.top_prob_valid:.3f}")
+               f"{f.top_prob_valid:.3f}. It seems to be trained too briefly")
+        do = "Train it longer, or without label smoothing"
     elif kind == 'sigmoid' and (p := label_probs(tally))[0] - p[1] < NOT_APART:
         why = (f"hardly tells labels apart: on {f.n} validation items its mean probability is {p[0]:.3f} for labels "
-               f"that an item has, and {p[1]:.3f} for the others")
+               f"that an item has, and {p[1]:.3f} for the others. It was trained too briefly, or these labels are hard "
+               "to predict")
+        do = "Train it longer. If it is as good as these labels allow, pass a recipe"
     else: return
-    yield Finding('note', f"The teacher {why}. It seems to be trained too briefly, and its soft labels may mislead",
-                  "Train it longer, or without label smoothing", doubt=True)
+    yield Finding('note', f"The teacher {why}. Its soft labels may mislead", do, doubt=True)
 
 
 def label_probs(tally):

@@ -76,15 +76,10 @@ def kl(
 
 def kl_values(s, t, T, axis):
     if not seen_finite(s, t): return kl_of(log_probs(within(t, s), T, axis), log_probs(s, T, axis), axis)
-    # with half as many exponentials: sum p_t (t-s)/T - logsumexp(t/T) + logsumexp(s/T)
-    s,t = s/temperature(T),t/T
-    p = t.softmax(axis)
-    of_t = log_sum(t, p, axis)
-    return torch.linalg.vecdot(p, t.sub_(s), dim=axis) - of_t + log_sum(s, s.softmax(axis), axis)
-
-def log_sum(x, p, axis):
-    "logsumexp of `x`, whose softmax is `p`"
-    return x.amax(axis) - p.amax(axis).log()
+    # with half as many exponentials. The largest logit becomes 0, so the log of its probability is -logsumexp
+    s,t = [(x - x.amax(axis, keepdim=True)).div_(temperature(T)) for x in (s, t)]
+    p_s,p_t = s.softmax(axis),t.softmax(axis)
+    return torch.linalg.vecdot(p_t, t.sub_(s), dim=axis) + p_t.amax(axis).log() - p_s.amax(axis).log()
 
 def kl_slope(s, t, T, axis):
     "The gradient of `kl_values` with respect to `s`"
