@@ -1,5 +1,6 @@
 "The quality benchmark: a restart skips what ran, rates are chosen on the validation split, and its statistics are right."
 import json, math, sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
@@ -68,6 +69,24 @@ def test_the_grid_of_rates_grows_where_its_best_stands_at_an_end(quality):
     assert quality.run.next_rate(grid, {.01: 5., .03: 6., .09: 7.}) == .27
     assert quality.run.next_rate(grid, {.01: 7., .03: 6., .09: 5.}) == .0033
     assert quality.run.next_rate(grid, {.01: 1., .03: 2., .09: 3., .27: 4., .81: 5.}) is None     # twice beyond, then no further
+
+
+def test_a_tiny_cell_chooses_its_rate_by_several_seeds(quality, blobs, tmp_path):
+    cell = replace(blobs[0], choosing=2, seeds=3)
+    assert quality.run.run_cell(cell, [quality.candidates.CANDIDATES['labels']], tmp_path, math.inf)
+    runs = quality.run.read(tmp_path/'blobs.jsonl')
+    found = {lr: [r['valid']['accuracy'] for r in runs if r['lr'] == lr and r['seed'] < 2] for lr in {r['lr'] for r in runs}}
+    assert len(found) > 1 and {len(v) for v in found.values()} == {2}
+    best = quality.stats.best_rate(runs, 'classes')
+    assert sum(found[best]) == max(map(sum, found.values()))
+    assert {r['lr'] for r in runs if r['seed'] == 2} == {best} == {r['lr'] for r in quality.stats.at_best_rate(runs, 'classes')['labels']}
+
+
+def test_one_seed_chooses_where_only_one_ran_at_each_rate(quality):
+    run = lambda lr,seed,score: dict(recipe='labels', lr=lr, seed=seed, valid=dict(accuracy=score))
+    runs = [run(.1, 0, .5), run(.2, 0, .6), run(.2, 1, .1)]
+    assert quality.stats.by_rate(runs, 'classes') == {.1: 50., .2: 60.} and quality.stats.best_rate(runs, 'classes') == .2
+    assert quality.stats.best_rate([], 'classes') is None
 
 
 def test_paired_statistics_are_those_of_scipy_and_of_two_pairs_in_closed_form(quality):

@@ -1,6 +1,7 @@
 "What is compared: recipes of the library, and the defaults of other tools in its words."
 from collections.abc import Callable
 from dataclasses import dataclass
+import torch.nn.functional as F
 from fastdistill import Recipe, Term, abkd, at, auto, dist, dkd, hint, kd, losses, nkd, rld, soft_labels, taid, ttm, wttm
 
 PLAIN = 'classes pixels tokens labels numbers'
@@ -49,6 +50,7 @@ CANDIDATES = [
     # other tools' defaults
     C('fasterai', lambda: kd(20., .9), SOFT, 'peer'), C('timm', lambda: Recipe(Term(losses.kl, weight=1., T=1.)), SOFT, 'peer'),
     C('keras', lambda: kd(10., .9), SOFT, 'peer'),
+    C('mse(.5)', lambda: Recipe(Term(F.mse_loss, weight=.5, name='mse'), task=.5), 'labels numbers', 'peer'),    # fasterai's `Logits` and its weight
     # where time allows
     C('smoothing', alone, 'classes pixels tokens labels', 'more', smoothing=.1),
     C('kd(4,.9->.2)', lambda: kd(4., ('cosine', .9, .2)), SOFT, 'more'),

@@ -3,8 +3,8 @@
     python benchmarks/quality/run.py --minutes 60
     python benchmarks/quality/run.py --cells sst2_short,sst2_long --tiers core
 
-First each recipe's rate is chosen on a validation split with one seed, then more seeds run at that rate. Each run is one line of JSON
-in benchmarks/results/quality/CELL.jsonl. A restart skips what is there. QUALITY_DATA names the folder of the data sets."""
+First each recipe's rate is chosen on a validation split with one seed, or all seeds of a cell whose split is tiny. Then more seeds run
+at that rate. Each run is one line of JSON in benchmarks/results/quality/CELL.jsonl. A restart skips what is there. QUALITY_DATA names the folder of the data sets."""
 import json, time, warnings
 from pathlib import Path
 import torch, typer
@@ -12,6 +12,7 @@ from candidates import CANDIDATES
 from fastdistill import DistillWarning
 from loop import predict, train
 from measures import MAIN, measure, score
+from stats import best_rate, by_rate
 from tasks import HERE, cells
 
 OUT = HERE.parent/'results'/'quality'
@@ -46,12 +47,6 @@ def next_rate(
     if best == all_of[0] and len([r for r in all_of if r < min(rates)]) < FURTHER: return float(f'{best/factor:.2g}')
 
 
-def best_rate(runs, output):
-    "The rate with the best validation score of the first seed"
-    tried = {r['lr']: score(output, r['valid']) for r in runs if r['seed'] == 0}
-    return max(tried, key=tried.get) if tried else None
-
-
 def one_run(cell, data, candidate, lr, seed):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', DistillWarning)
@@ -71,12 +66,13 @@ def finite(found):
 def todo(cell, candidate, runs, seeds):
     "(rate, seed) of this candidate's next run; None when it is done"
     own = [r for r in runs if r['recipe'] == candidate.name]
-    tried = {r['lr']: score(cell.output, r['valid']) for r in own if r['seed'] == 0}
-    lr = next_rate(cell.rates, tried)
+    seeds_at = {lr: {r['seed'] for r in own if r['lr'] == lr} for lr in {r['lr'] for r in own}}
+    for lr,have in seeds_at.items():
+        if 0 in have and (left := set(range(cell.choosing)) - have): return lr,min(left)
+    lr = next_rate(cell.rates, by_rate(own, cell.output))
     if lr is not None: return lr,0
     lr = best_rate(own, cell.output)
-    have = {r['seed'] for r in own if r['lr'] == lr}
-    left = [s for s in range(seeds) if s not in have]
+    left = [s for s in range(seeds) if s not in seeds_at[lr]]
     return (lr,left[0]) if left else None
 
 

@@ -17,14 +17,27 @@ def paired(
     return float(d.mean()),float(se),p,len(d)
 
 
+def by_rate(runs, output):
+    "rate -> mean validation score over the seeds that ran at each of the rates, of one recipe's runs"
+    scores = defaultdict(dict)
+    for r in runs: scores[r['lr']][r['seed']] = score(output, r['valid'])
+    scores = {lr: o for lr,o in scores.items() if 0 in o}
+    both = set.intersection(*map(set, scores.values())) if scores else ()
+    return {lr: float(np.mean([o[s] for s in sorted(both)])) for lr,o in scores.items()}
+
+
+def best_rate(runs, output):
+    "The rate that is best on the validation split; None where nothing ran"
+    tried = by_rate(runs, output)
+    return max(tried, key=tried.get) if tried else None
+
+
 def at_best_rate(runs, output):
     "recipe -> its runs at the rate that is best on the validation split"
-    by,out = defaultdict(list),{}
+    by = defaultdict(list)
     for r in runs: by[r['recipe']].append(r)
-    for name,rs in by.items():
-        tried = {r['lr']: score(output, r['valid']) for r in rs if r['seed'] == 0}
-        if tried: out[name] = [r for r in rs if r['lr'] == max(tried, key=tried.get)]
-    return out
+    best = {name: best_rate(rs, output) for name,rs in by.items()}
+    return {name: [r for r in rs if r['lr'] == best[name]] for name,rs in by.items() if best[name] is not None}
 
 
 def by_seed(runs, output, split='test'): return {r['seed']: score(output, r[split]) for r in runs}

@@ -1,5 +1,5 @@
 "Short texts: bags of words. The teacher is two wide nets on words and pairs of words, the student a narrow one on words."
-import re
+import gzip, re
 from collections import Counter
 from functools import cache, partial
 import pandas as pd
@@ -11,7 +11,8 @@ from tasks import ROOT, Cell, Data, Split, fit, kept
 
 LENGTH = 48
 # steps and rate of the teacher; the weak ones are stopped while they still are unsure, and are no better than a student
-TEACHERS = dict(sst2=(450, .005), banking77=(650, .01), banking77weak=(650, .005), trec=(400, .005), goemotions=(900, .04), goemotionsweak=(600, .01))
+TEACHERS = dict(sst2=(450, .005), banking77=(650, .01), banking77weak=(650, .005), trec=(400, .005), trec50=(500, .01), polarity=(450, .005),
+                goemotions=(900, .04), goemotionsweak=(600, .01))
 
 
 def words(text): return re.findall(r"[a-z0-9']+|[?!]", text.lower())
@@ -52,14 +53,23 @@ def read(name):
             for i,o in enumerate(d[1].astype(str)): y[i, [int(k) for k in o.split(',')]] = 1
             return y
         return [(list(d[0].astype(str)), many_hot(d)) for d in parts]
-    text,label = 'text',dict(trec='coarse', sst2='label', banking77='category')[name]
-    parts = [pd.read_csv(ROOT/f'text/{name}/{s}.csv.gz') for s in ('train', *(['dev'] if name == 'sst2' else []), 'test')]
+    if name == 'polarity': return polarity(g)
+    text,label = 'text',dict(trec='coarse', trec50='fine', sst2='label', banking77='category')[name]
+    parts = [pd.read_csv(ROOT/f"text/{name.removesuffix('50')}/{s}.csv.gz") for s in ('train', *(['dev'] if name == 'sst2' else []), 'test')]
     classes = sorted(parts[0][label].unique())
     parts = [(list(d[text].astype(str)), torch.tensor([classes.index(c) for c in d[label]])) for d in parts]
     if len(parts) == 3: return parts
     order,(x,y) = torch.randperm(len(parts[0][0]), generator=g).tolist(),parts[0]
     n = len(x)//8
     return [([x[i] for i in rows], y[rows]) for rows in (order[n:], order[:n])] + parts[1:]
+
+
+def polarity(g):
+    "Film reviews, one sentence each; they have no parts of their own"
+    both = [gzip.open(ROOT/f'text/mr_polarity/{s}.txt.gz', 'rt').read().splitlines() for s in ('neg', 'pos')]
+    x,y = both[0]+both[1],torch.arange(2).repeat_interleave(torch.tensor([*map(len, both)]))
+    rows = torch.randperm(len(x), generator=g)
+    return [([x[i] for i in r], y[r]) for r in (rows[3000:], rows[:1000], rows[1000:3000])]
 
 
 def make(name, width=128):
@@ -95,4 +105,5 @@ CELLS = [cell('sst2', 'short', 170), cell('sst2', 'long', 1040, rates=(.0009, .0
          cell('banking77', 'short', 220), cell('banking77', 'long', 1100), cell('banking77', 'wide_short', 220, 64), cell('banking77', 'wide_long', 1100, 64),
          cell('banking77weak', 'short', 220), cell('banking77weak', 'long', 1100),
          cell('trec', 'short', 120), cell('trec', 'long', 600),
+         cell('trec50', 'short', 120), cell('trec50', 'long', 600), cell('polarity', 'short', 190), cell('polarity', 'long', 1200, rates=(.0009, .003, .01)),
          cell('goemotions', 'short', 450, output='labels', rates=(.03, .1, .3)), cell('goemotionsweak', 'short', 450, output='labels')]
