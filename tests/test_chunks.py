@@ -3,8 +3,9 @@ import inspect
 import pytest
 import torch
 from fastdistill import losses
-from fastdistill.losses import chunks
+from fastdistill.losses import chunks, correlations
 
+NEAR = dict(rtol=1e-10, atol=1e-12)
 FNS = [losses.kl, losses.reverse_kl, losses.jsd, losses.tvd, losses.soft_ce, losses.ttm, losses.wttm, losses.skewed_kl, losses.taid, losses.abkd, losses.uld]
 fns = pytest.mark.parametrize('fn', FNS, ids=lambda f: f.__name__)
 SHAPES = [((3, 5, 4, 6), 1), ((3, 7, 5), -1), ((40, 5), 1), ((2, 3, 4, 5, 2), 2)]
@@ -73,6 +74,64 @@ def test_the_gradient_of_chunks_and_its_own_gradient_are_right(fn, monkeypatch):
     assert 'ChunkedBackward' in graph(fn(s, t))
     f = lambda s: fn(s, t, mask=mask, T=1.5)
     assert torch.autograd.gradcheck(f, [s]) and torch.autograd.gradgradcheck(f, [s])
+
+
+def few_positions(m, n=2):
+    "Chunks of `dist` with so many positions"
+    m.setattr(chunks, 'ON_CPU', 8)
+    m.setattr(correlations, 'FEW_POSITIONS', n)
+
+
+@pytest.mark.parametrize('shape,axis', SHAPES)
+def test_dist_in_chunks_is_dist_at_once(shape, axis, monkeypatch):
+    "The relation between the positions goes over all chunks"
+    s,t,mask = case(shape, axis)
+    few_positions(monkeypatch)
+    for options in (dict(), dict(reduction='none'), dict(mask=mask), dict(mask=mask*.5, reduction='sum'), dict(T=2.5, beta=.5), dict(beta=0., mask=mask), dict(gamma=0.)):
+        (a,da),(b,db) = both(losses.dist, s, t, axis=axis, **options)
+        torch.testing.assert_close(a, b, **NEAR)
+        torch.testing.assert_close(da, db, **NEAR)
+    t[mask.unsqueeze(axis).expand_as(t) == 0] = torch.nan
+    (a,da),(b,db) = both(losses.dist, s, t, axis=axis, mask=mask)
+    assert a.isfinite() and db.isfinite().all()
+    torch.testing.assert_close(da, db, **NEAR)
+
+
+def test_classes_that_do_not_vary_are_the_same_in_chunks(monkeypatch):
+    few_positions(monkeypatch)
+    s,t,_ = case((40, 5), 1)
+    s,t = s.detach().clone(),t.clone()
+    s[:, 1] = t[:, 1] = t[:, 2] = -torch.inf        # one in both models, one in the teacher alone
+    (a,da),(b,db) = both(losses.dist, s.requires_grad_(), t)
+    torch.testing.assert_close(a, b, **NEAR)
+    torch.testing.assert_close(da, db, **NEAR)
+    same = torch.zeros(40, 5, dtype=torch.float64, requires_grad=True)     # a student that says the same to all
+    (a,da),(b,db) = both(losses.dist, same, t)
+    torch.testing.assert_close(a, b, **NEAR)
+    torch.testing.assert_close(da, db, rtol=1e-6, atol=0)     # large numbers: a norm that is 0 stands below a fraction
+
+
+def test_the_gradient_of_dist_in_chunks_and_its_own_gradient_are_right(monkeypatch):
+    few_positions(monkeypatch)
+    s,t,mask = case((2, 3, 4, 3), 1)
+    assert 'CorrelationsBackward' in graph(losses.dist(s, t)) and 'CorrelationsBackward' not in graph(losses.dist(s[:, :, :1, :1], t[:, :, :1, :1]))
+    f = lambda s: losses.dist(s, t, mask=mask, T=1.5)
+    assert torch.autograd.gradcheck(f, [s]) and torch.autograd.gradgradcheck(f, [s])
+
+
+@pytest.mark.parametrize('n,c', [(600, 2000), (20_000, 11), (40, 30_000)])
+def test_sums_over_many_chunks_keep_their_precision(n, c):
+    "In float32, of probabilities that hardly vary beside their mean, against float64 at once"
+    g = torch.Generator().manual_seed(0)
+    s,t = [torch.randn(c, generator=g, dtype=torch.float64)*2 + .05*torch.randn(n, c, generator=g, dtype=torch.float64) for _ in range(2)]
+    def found(dtype, size):
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(chunks, 'ON_CPU', size)
+            x = s.to(dtype).requires_grad_()
+            v = losses.dist(x, t.to(dtype), beta=0., T=4.)
+            return v.item(),torch.autograd.grad(v, x)[0].double()
+    (a,da),(b,db) = found(torch.float64, 2**40),found(torch.float32, 2**16)
+    assert b == pytest.approx(a, rel=1e-4) and (da-db).norm() < 1e-3*da.norm()
 
 
 def test_a_backward_pass_may_run_twice(monkeypatch):

@@ -52,7 +52,7 @@ LAW = dict(
 )
 # the same inside a folder: a file may import those of its folder that stand before it
 ORDER = dict(
-    losses='_base chunks response divergence decoupled feature relation dense',
+    losses='_base chunks correlations response divergence decoupled feature relation dense',
     features='names calls probe shapes taps projectors stages pairs',
     replay='generators seeds per_sample',
     teacher='images probabilities estimator forms draws hidden guest lending slices folding compiled speed items running ensemble teacher',

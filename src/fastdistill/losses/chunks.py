@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from ._base import class_axis
 
-__all__ = ['per_position', 'seen_finite']
+__all__ = ['blanked', 'chunk_size', 'chunks', 'in_three', 'per_position', 'rows_at', 'seen_finite']
 
 # numbers in a chunk: on a CPU it should stay in the cache, on a GPU it should fill the device
 ON_CPU,ON_GPU = 2**16,2**24
@@ -20,12 +20,18 @@ def per_position(
     slope=None # fn(s, t, axis=): the gradient of `values` with respect to `s`; None: autograd's
 ) -> Tensor:
     "`values` of all logits, without the class axis"
-    axis,size = class_axis(s, axis),ON_CPU if s.is_cpu else ON_GPU
-    if s.numel() < 4*size or torch.compiler.is_compiling() or s.is_meta or in_transform():
+    axis,size = class_axis(s, axis),chunk_size(s)
+    if size is None:
         return blanked(values, s, t, None if mask is None else mask.unsqueeze(axis), axis=axis)
     three = [None if x is None else in_three(x, axis) for x in (s, t, None if mask is None else mask.unsqueeze(axis))]
     fns = partial(blanked, values),None if slope is None else partial(blanked, slope)
     return Chunked.apply(*three, *fns, size).reshape(s.shape[:axis] + s.shape[axis+1:])
+
+
+def chunk_size(x):
+    "Numbers in a chunk of these logits; None: they are better taken at once"
+    size = ON_CPU if x.is_cpu else ON_GPU
+    return None if x.numel() < 4*size or torch.compiler.is_compiling() or x.is_meta or in_transform() else size
 
 
 def in_transform():
@@ -45,10 +51,10 @@ def in_three(x, axis):
     return x.reshape(before, x.shape[axis], after)
 
 
-def blanked(fn, s, t, mask, axis=1):
+def blanked(fn, s, t, dropped, axis=1, **options):
     "`fn`, with 0 where the mask drops a position, so that a nan there reaches neither the loss nor the gradient"
-    if mask is not None: s,t = [x.where(mask > 0, 0.) for x in (s, t)]
-    return fn(s, t, axis=axis)
+    if dropped is not None: s,t = [x.where(dropped > 0, 0.) for x in (s, t)]
+    return fn(s, t, axis=axis, **options)
 
 
 def chunks(shape, size):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from ..outputs import DistillError
 from ._base import Loss, _full, class_axis, expect, fit_mask, log_probs, loss, reduce, same_shape, temperature
 from .chunks import per_position, seen_finite
+from .correlations import both_correlations
 
 __all__ = ['kl', 'KL', 'reverse_kl', 'ReverseKL', 'jsd', 'JSD', 'tvd', 'TVD', 'soft_ce', 'SoftCE', 'mse', 'MSE',
            'hard', 'Hard', 'binary_kl', 'BinaryKL', 'regression', 'Regression', 'soft_targets', 'SoftTargets',
@@ -314,27 +315,14 @@ def dist(
 
     At s == t it is 0 up to `eps`. As in the authors' code, a class that does not vary over the positions adds its full
     share, without a gradient. In a batch of one that is every class"""
-    s,t = checked_classes(s, t, axis, mask)
-    axis = class_axis(s, axis)
-    p,q = log_probs(s, T, axis).exp(),log_probs(t, T, axis).exp()
-    w = None if mask is None else fit_mask(mask, positions(s, axis)).to(p.dtype).unsqueeze(axis)
-    within = _pearson(p, q, [d for d in range(p.dim()) if d != axis], w, eps).mean()
-    return reduce((beta*(1-_pearson(p, q, axis, None, eps)) + gamma*(1-within))*T**2, reduction, mask)
+    check_classes(s, axis)
+    same_shape(s, t)
+    axis,T = class_axis(s, axis),temperature(T)
+    if mask is not None: mask = fit_mask(mask, positions(s, axis))
+    own,shared = both_correlations(s, t, T, axis, mask, eps)
+    return reduce((beta*(1-own) + gamma*(1-shared))*T**2, reduction, mask)
 
 class DIST(Loss): fn = dist
-
-def _pearson(
-    a:Tensor, b:Tensor, # of one shape
-    dim, # dimensions over which it is computed
-    w:Tensor|None=None, # weights that broadcast to `a`
-    eps:float=1e-8
-):
-    "Correlation, and 0 where one of the two does not vary"
-    def center(x):
-        if w is None: return x - x.mean(dim, keepdim=True)
-        return (x - (w*x).sum(dim, keepdim=True)/w.sum(dim, keepdim=True).clamp_min(torch.finfo(x.dtype).eps))*w.sqrt()
-    a,b = center(a),center(b)
-    return (a*b).sum(dim)/(torch.linalg.vector_norm(a, dim=dim)*torch.linalg.vector_norm(b, dim=dim) + eps)
 
 
 def standardize(
