@@ -12,8 +12,7 @@ __all__ = ['Automatic', 'Distiller', 'auto', 'facts_for_auto', 'softening_temper
 CLASSIC = 'kd(T=4, alpha=.9) is the classic'
 EVEN = .9 # entropy of the softened teacher, as a share of the entropy of equal probabilities
 COLDEST,HOTTEST = 1.,20. # temperatures that are chosen
-ENOUGH_ROWS = 4096 # rows of logits that show how sure a teacher is
-LARGE = 1000 # number of classes above which `dist` needs too much memory for many positions
+ENOUGH_NUMBERS,ENOUGH_ROWS = 2**22,4096 # logits that show how sure a teacher is, and their rows
 
 
 class Automatic(Recipe):
@@ -51,7 +50,7 @@ def auto(
     unknown = 'labels' if kind == 'sigmoid' else 'an unknown number of classes'
     why = unknown if classes is None else f'{classes} classes'
     if dense: why += ' for each of many positions'
-    if not takes_dist(classes, dense): return Automatic(kd(T=1, alpha=.5), 'kd(T=1, alpha=.5)', why)
+    if not takes_dist(classes): return Automatic(kd(T=1, alpha=.5), 'kd(T=1, alpha=.5)', why)
     if teacher is None: T = 4.
     else:
         T = float(f'{softening_temperature(teacher):.2g}')
@@ -59,9 +58,9 @@ def auto(
     return Automatic(dist(T=T, beta=2, gamma=2, share=3), f'labels + dist(T={T:g}, beta=2, gamma=2, share=3)', why)
 
 
-def takes_dist(classes, dense):
-    "Are there classes to correlate, and not too many?"
-    return classes is not None and classes > 2 and not (dense and classes > LARGE)
+def takes_dist(classes):
+    "Are there classes to correlate?"
+    return classes is not None and classes > 2
 
 
 def softening_temperature(
@@ -70,7 +69,8 @@ def softening_temperature(
     """The temperature, from 1 to 20, at which the entropy of the teacher's probabilities is .9 of the largest possible
     one, on average over the samples. It does not depend on the scale of the logits"""
     logits = logits.detach().reshape(-1, logits.shape[-1])
-    logits = logits[::max(len(logits)//ENOUGH_ROWS, 1)].float()
+    rows = min(ENOUGH_NUMBERS//logits.shape[-1] + 1, ENOUGH_ROWS)
+    logits = logits[::max(len(logits)//rows, 1)].float()
     low,high = COLDEST,HOTTEST
     for _ in range(20):
         T = sqrt(low*high)
@@ -86,7 +86,7 @@ def facts_for_auto(
 ) -> dict:
     "Arguments of `auto`. The teacher is asked only where that decides something"
     facts = facts_of_outputs(shape, task)
-    if not takes_dist(facts['classes'], facts['dense']) or (t := ask()) is None or t.dim() != len(shape): return facts
+    if not takes_dist(facts['classes']) or (t := ask()) is None or t.dim() != len(shape): return facts
     return facts | dict(teacher=t.movedim(task.axis, -1))
 
 
