@@ -1,5 +1,5 @@
 """What a loss over large logits costs: time of the forward and the backward pass, and the memory that it needs beside both logits and the
-gradient. Of `kl`, the three lines that everybody writes, torchdistill's loss, PyTorch's cross-entropy with labels as a measure, and Liger's fused
+gradient. Of `kl` and `dist`, the three lines that everybody writes, torchdistill's losses, PyTorch's cross-entropy with labels as a measure, and Liger's fused
 kernel where there is CUDA (pip install liger-kernel).
 
     python benchmarks/losses.py
@@ -31,12 +31,14 @@ def labels(s, t, axis): return F.cross_entropy(rows(s, axis), rows(t, axis).argm
 
 def ways(cuda):
     "name -> fn(s, t, axis)"
-    out = {'fastdistill': lambda s, t, axis: losses.kl(s, t, T=T, axis=axis), 'three lines': naive, 'cross-entropy with labels': labels}
+    out = {'kl': lambda s, t, axis: losses.kl(s, t, T=T, axis=axis), 'kl, three lines': naive, 'cross-entropy with labels': labels,
+           'dist': lambda s, t, axis: losses.dist(s, t, T=T, axis=axis)}
     try:
-        from torchdistill.losses.mid_level import KDLoss
-        kd = KDLoss('.', 'output', '.', 'output', temperature=T, alpha=0.)
+        from torchdistill.losses.mid_level import DISTLoss, KDLoss
+        kd,dist = KDLoss('.', 'output', '.', 'output', temperature=T, alpha=0.),DISTLoss('.', 'output', '.', 'output', tau=T)
         io = lambda x, axis: {'.': dict(output=rows(x, axis))}
-        out['torchdistill'] = lambda s, t, axis: kd(io(s, axis), io(t, axis), None)
+        out['kl, torchdistill'] = lambda s, t, axis: kd(io(s, axis), io(t, axis), None)
+        out['dist, torchdistill'] = lambda s, t, axis: dist(io(s, axis), io(t, axis), None)
     except ImportError: pass
     if cuda:
         try:
@@ -62,7 +64,7 @@ def seconds(fn, device):
 def main(rounds:int=7, threads:int=1):
     torch.set_num_threads(threads)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    table = Table('logits', 'loss', 'ms', 'over fastdistill', 'MiB beside logits and gradient')
+    table = Table('logits', 'loss', 'ms', 'over kl', 'MiB beside logits and gradient')
     for shape,(size,axis) in SHAPES.items():
         torch.manual_seed(0)
         s,t = torch.randn(size, device=device, requires_grad=True),torch.randn(size, device=device)
@@ -74,7 +76,7 @@ def main(rounds:int=7, threads:int=1):
         times = {k: [] for k in run}
         for _ in range(rounds):
             for k,fn in run.items(): times[k].append(seconds(fn, device)*1e3)
-        ours = median(times['fastdistill'])
+        ours = median(times['kl'])
         for k,v in times.items(): table.add_row(shape, k, f'{median(v):.3g}', f'{median(v)/ours:.2f}', f'{memory[k]:.1f}')
     Console(width=120).print(table)
     print(f'{device}, {threads} thread(s), torch {torch.__version__}')
