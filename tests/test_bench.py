@@ -7,7 +7,7 @@ from fastdistill.bench import WAYS, StepClock, numbers, run_bench
 
 
 def test_the_numbers_of_a_pair_are_printed_drawn_and_saved(tmp_path, capsys):
-    ways = ['no teacher', 'fastdistill', 'fastdistill, cached', 'careful plain loop', "the forum's callback", "the teacher's forward pass"]
+    ways = ['no teacher', 'fastdistill', 'fastdistill, the default recipe', 'fastdistill, cached', 'careful plain loop', "the forum's callback", "the teacher's forward pass"]
     found = run_bench(['table'], ways, rounds=1, batches=2, memory=False, out=tmp_path, console=Console(width=130))
     mine = found['pairs']['table']['ways']
     assert set(mine) == set(ways) and mine['no teacher']['ratio'] == mine['no teacher']['cpu_ratio'] == 1
@@ -26,4 +26,4 @@ def test_rounds_have_medians_and_a_clock_counts_steps():
     clock = StepClock()
     clock.start()
     clock.mark()
-    assert len(clock.steps) == 1 and all(s >= 0 for s in clock.steps[0]) and len(WAYS) == 13
+    assert len(clock.steps) == 1 and all(s >= 0 for s in clock.steps[0]) and len(WAYS) == 14
