@@ -1,13 +1,13 @@
 "The recipe that is taken when none is given."
-import copy, math
+import copy, json, math
 import pytest
 import scipy.optimize, scipy.stats
 import torch
 from torch import nn
 import torch.nn.functional as F
-from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, set_seed
+from fastai.basics import BCEWithLogitsLossFlat, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, set_seed
 from fastdistill import DistillError, DistillWarning, Distiller, Recipe, Term, auto, dist, kd, losses, soft_labels
-from fastdistill.fastai import KnowledgeDistillation
+from fastdistill.fastai import KnowledgeDistillation, cache_teacher
 from fastdistill.fastai.choice import example_of
 from fastdistill.automatic import softening_temperature
 from fastdistill.task import Task, facts_of_outputs
@@ -23,6 +23,8 @@ RULE = [
     (dict(classes=60000, dense=True), Recipe(DIST), '60000 classes for each of many positions'),
     (dict(classes=60000), Recipe(DIST), '60000 classes'),
     (dict(kind='sigmoid'), Recipe(Term(losses.binary_kl, share=3, T=1)), 'several labels'),
+    (dict(kind='sigmoid', classes=1), kd(T=1, alpha=.5), 'one label'),     # the same task as two classes
+    (dict(kind='sigmoid', classes=1, dense=True), kd(T=1, alpha=.5), 'one label for each of many positions'),
     (dict(kind='sigmoid', dense=True), kd(T=1, alpha=.5), 'labels for each of many positions'),
     (dict(kind='regression', dense=True), Recipe(Term(losses.regression, share=3)), 'numbers'),
     (dict(classes=77, labels=False), soft_labels(T=1), 'no labels'),
@@ -40,7 +42,8 @@ def test_the_rule(facts, recipe, why):
     names = dict(kd=kd, soft_labels=soft_labels, dist=lambda T,**kw: dist(T=float(T), **kw), Term=Term, losses=losses, labels=None)
     parts = chosen.text.removeprefix('labels + ')       # what it says is what one can type
     assert repr(Recipe(eval(parts, names))) == repr(recipe)
-    assert str(chosen).endswith(f'({chosen.why}; kd(T=4, alpha=.9) is the classic)')
+    classic = 'kd(T=4, alpha=.9)' if facts.get('labels', True) else 'soft_labels(T=4)'
+    assert str(chosen).endswith(f'({chosen.why}; {classic} is the classic)')
 
 
 def entropy(logits, T): return scipy.stats.entropy(torch.softmax(logits.double()/T, -1).numpy(), axis=-1).mean()/math.log(logits.shape[-1])
@@ -67,6 +70,7 @@ def test_classes_without_probability_do_not_disturb_the_temperature():
 
 def test_auto_refuses_other_kinds():
     with pytest.raises(DistillError, match="kind='soft': possible are 'softmax', 'sigmoid' and 'regression'"): auto('soft')
+    with pytest.raises(DistillError, match='teacher=Linear: give its logits'): auto(classes=5, teacher=nn.Linear(2, 5))
 
 
 @pytest.mark.parametrize('shape, task, facts', [
@@ -76,8 +80,10 @@ def test_auto_refuses_other_kinds():
     ((8, 72, 1000), Task('softmax', -1), ('softmax', 1000, True)),
     ((8, 5), Task('softmax', 7), ('softmax', None, False)),
     ((8, 20), Task('sigmoid'), ('sigmoid', None, False)),
-    ((8,), Task('sigmoid'), ('sigmoid', None, False)),
-    ((8, 1, 30, 40), Task('sigmoid'), ('sigmoid', None, True)),
+    ((8,), Task('sigmoid'), ('sigmoid', 1, False)),
+    ((8, 1), Task('sigmoid'), ('sigmoid', 1, False)),
+    ((8, 1, 30, 40), Task('sigmoid'), ('sigmoid', 1, True)),
+    ((8, 3, 30, 40), Task('sigmoid'), ('sigmoid', None, True)),
 ])
 def test_facts_are_read_off_the_outputs(shape, task, facts): assert tuple(facts_of_outputs(shape, task).values()) == facts
 
@@ -170,6 +176,32 @@ def test_a_choice_may_change_between_lr_find_and_a_fit():
         assert [t.name for t in cb.recipe.terms] == ['dist']
         with pytest.warns(DistillWarning, match='no better than chance'): student.fit(1, .01)
     assert repr(cb.recipe) == repr(kd(T=1, alpha=.3)) and [*cb.distiller.links] == ['kd']
+
+
+@pytest.mark.parametrize('scale, small', [(1., False), (.15, True)])
+def test_a_doubt_is_stored_with_the_outputs(scale, small, tmp_path):
+    student,teacher = learners(5)
+    with torch.no_grad():
+        for p in teacher.model[2].parameters(): p *= scale
+    with pytest.raises(DistillError, match="DataLoader is none of fastai's loaders whose batches can be repeated"):
+        cache_teacher(teacher.model, student.dls, tmp_path/'c', kind='softmax', check=False)
+    student.dls = DataLoaders.from_dsets(data(5), data(5), bs=16, num_workers=0)
+    cache = cache_teacher(teacher.model, student.dls, tmp_path/'c', kind='softmax', progress=False)
+    with student.no_bar(), student.no_logging(): cb = student.distill(cache, 1, .01)
+    assert (repr(cb.recipe) == repr(kd(T=1, alpha=.3))) is small
+    assert ('when its outputs were stored: The teacher is right for' in cb.recipe.why) is small
+    assert ('doubt' in json.loads((tmp_path/'c'/'manifest.json').read_text())) is small
+    again = cache_teacher(teacher.model, student.dls, tmp_path/'c', kind='softmax', check=False, progress=False)
+    assert ('too briefly' in again.manifest.doubt) is small
+
+
+def test_a_single_label_is_a_task_of_two_classes():
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
+    items = list(zip(x, (x[:, :1] > 0).float()))
+    dls = DataLoaders.from_dsets(items, items, bs=16, num_workers=0)
+    student,teacher = (Learner(dls, m, loss_func=BCEWithLogitsLossFlat()) for m in nets(1))
+    with student.no_bar(), student.no_logging(): cb = student.distill(teacher, 1, .01, check=False)
+    assert repr(cb.recipe) == repr(kd(T=1, alpha=.5)) and cb.recipe.why == 'one label'
 
 
 def test_a_better_student_doubts_its_teacher():

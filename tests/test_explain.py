@@ -6,7 +6,7 @@ from torch import nn
 import apps
 from apps import APPS, pair, toy
 from fastdistill import DistillError, Teacher
-import fastdistill.fastai  # noqa: F401 (it gives Learner explain)
+from fastdistill.fastai import cache_teacher
 from fastdistill.doctor.explain import Follow, explain_training
 from fastdistill.task import Task
 
@@ -89,6 +89,11 @@ def test_a_reason_is_found_with_its_number(name, teacher, student, options, says
     found = why(teacher, student, **options)
     assert any(re.search(says, str(f)) for f in found), repr(found)
 
+def test_a_handful_of_items_says_nothing_of_the_teacher():
+    found = why(right, constant, n=5)
+    assert not any('no better than the student' in str(f) for f in found)
+    assert any('Too few items to compare the models' in str(f) and 'on 5 validation items' in str(f) for f in found)
+
 def test_training_items_learned_by_heart():
     x,y = labeled(256, 1)
     by_heart = lambda o: right(o) if torch.equal(o, x) else constant(o)
@@ -120,3 +125,12 @@ def test_after_a_training_its_steps_and_shares_are_known():
     found = student.explain(teacher, cb)
     assert found.facts.steps == 2*len(student.dls.train) and found.facts.shares == cb.distiller.gradient_shares
     assert any(f'The training had {found.facts.steps} steps' in f.what for f in found)
+    student.validate()      # it sets fastai's count of steps to 0
+    assert student.explain(teacher, cb).facts.steps == found.facts.steps and student.explain(teacher).facts.steps is None
+
+def test_stored_outputs_are_refused_where_the_teacher_has_to_run(tmp_path):
+    student,teacher = toy()
+    cache = cache_teacher(teacher, student.dls, tmp_path/'c', check=False, progress=False)
+    for stored in (cache, tmp_path/'c', [str(tmp_path/'c')]):
+        for ask in (student.explain, student.check_teacher):
+            with pytest.raises(DistillError, match="c holds a teacher's outputs .* pass the model itself"): ask(stored)

@@ -50,8 +50,10 @@ def test_candidates_fit_the_task():
 def test_ones_own_recipes():
     a,b = given_candidates(dict(mild=kd(T=1, alpha=.3), soft=soft_labels))
     assert a.recipe({}).task == .7 and b.recipe({}).task == 0 and (a.name, b.options) == ('mild', {})
-    for wrong in ([kd()], {}, dict(x=3)):
-        with pytest.raises(DistillError, match='recipes='): given_candidates(wrong)
+    c, = given_candidates(dict(maps="kd(T=1, alpha=.3) + at(layers={'0': '1'}, share=.2)"))       # braces are no place for options
+    assert c.recipe({}).task == .7 and c.written({}) == "kd(T=1, alpha=.3) + at(layers={'0': '1'}, share=.2)"
+    for wrong in ([kd()], {}, dict(x=3), dict(x='kd')):
+        with pytest.raises(DistillError, match='recipes?='): given_candidates(wrong)
 
 
 # the judgement
@@ -102,6 +104,14 @@ def test_the_winner_is_the_best_of_the_repeated_runs():
     assert (f.winner.name, f.text, f.lr) == ('b', 'b()', .1) and f.recipe.task == .5
     assert [r['candidate'] for r in f.table] == ['b', 'a', LABELS.name, 'c'] and f.table[0][''] == '*'
     assert 'b  ' in repr(f.table) and f.verdict.startswith('more than luck: lead over labels alone +0.295')
+
+
+def test_a_resumed_search_does_not_drop_what_was_repeated_often_for_what_ran_once():
+    first = {LABELS.name: .5, 'a': .9, 'new': .95, 'b': .6}
+    f = found(first, {LABELS.name: [.5]*5, 'a': [.8]*5, 'b': [.7]*5, 'new': [.95]})
+    assert (f.winner.name, f.lead.seeds) == ('a', 5) and f.table[0]['candidate'] == 'a'
+    f = found(first, {LABELS.name: [.5]*5, 'a': [.8]*5, 'new': [.95, .9]})
+    assert (f.winner.name, f.lead.seeds) == ('new', 2)
 
 
 def test_what_it_does_not_know_it_says():
@@ -429,8 +439,13 @@ def test_what_cannot_be_searched_is_refused():
     refused = lambda match, *args, **kwargs: pytest.raises(DistillError, match=match)
     with refused('takes no unlabelled=.*Find a recipe without them'): learn.distill_find(teacher, 1, unlabelled=[1])
     with refused('takes no perturbed='): learn.distill_find(teacher, 1, perturbed=3)
-    with refused('both are above 0'): learn.distill_find(teacher, 0)
-    with refused('both are above 0'): learn.distill_find(teacher, 1, minutes=0)
+    for n in (0, 1.5, '2', True):
+        with refused(f'n_epoch={n!r}: a whole number from 1 up'): learn.distill_find(teacher, n)
+    for k,wrong in dict(minutes=(0, 'a'), trials=(0,), seeds=(-1,), rates=([], [-1.], 1e-3, [math.nan]), score=(3,)).items():
+        for o in wrong:
+            with refused(f'{k}='): learn.distill_find(teacher, 1, **{k: o})
+    with refused('takes no lr_max=: give rates='): learn.distill_find(teacher, 1, lr_max=.1)
+    with refused('takes no alpha=: give recipes='): learn.distill_find(teacher, 1, alpha=.5)
     with refused('live=True needs a teacher that runs'): learn.distill_find(None, 1, live=True)
     with refused('each run needs its own'):
         learn.opt_func = OptimWrapper(learn.model.parameters(), torch.optim.SGD)
@@ -438,6 +453,9 @@ def test_what_cannot_be_searched_is_refused():
     learn,_ = planted()
     learn.dls = DataLoaders(learn.dls.train)
     with refused('needs a validation set'): learn.distill_find(teacher, 1)
+    learn,_ = planted()
+    learn.dls = DataLoaders(learn.dls.train, learn.dls.valid.new(learn.dls.valid.dataset[:20]))
+    with refused('This one has 20 items, and fewer than 32 can show nothing'): learn.distill_find(teacher, 1)
 
 
 def test_optuna_is_needed_only_here(monkeypatch):

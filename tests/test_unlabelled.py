@@ -1,4 +1,5 @@
 "Inputs without labels beside the labelled batches: the teacher alone teaches there, in every application."
+from pathlib import Path
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
@@ -102,7 +103,10 @@ def test_what_goes_wrong_is_said_before_the_first_batch(tmp_path):
     with pytest.raises(DistillError, match='perturbed= needs a teacher that runs: the rows are made anew'): KD(None, perturbed=2)
     with pytest.raises(DistillError, match='unlabelled_targets= are stored outputs for unlabelled='): KD(teacher, unlabelled_targets=tmp_path)
     with pytest.raises(DistillError, match='there are no items in it'): student.fit(1, cbs=KD(teacher, unlabelled=[]))
-    with pytest.raises(DistillError, match='perturbed=-1: it is how many rows'): KD(teacher, perturbed=-1)
+    for n in (-1, True, 2.5):
+        with pytest.raises(DistillError, match=f'perturbed={n}: it is how many rows'): KD(teacher, perturbed=n)
+    for o in ('photos', Path('photos'), 5):
+        with pytest.raises(DistillError, match=r'give a list of items like those of the training set'): loader_of(o, None)
     lm,big = pair('language_model')
     with pytest.raises(DistillError, match='A language model needs no labels: add the texts to its training set'): lm.fit(1, cbs=KD(big, unlabelled=['a']))
     image,big = pair('image')

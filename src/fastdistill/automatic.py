@@ -9,7 +9,8 @@ from .task import facts_of_outputs
 
 __all__ = ['Automatic', 'Distiller', 'auto', 'facts_for_auto', 'softening_temperature']
 
-CLASSIC = 'kd(T=4, alpha=.9) is the classic'
+CLASSIC = 'kd(T=4, alpha=.9)'
+CLASSIC_ALONE = 'soft_labels(T=4)' # without labels
 EVEN = .9 # entropy of the softened teacher, as a share of the entropy of equal probabilities
 COLDEST,HOTTEST = 1.,20. # temperatures that are chosen
 ENOUGH_NUMBERS,ENOUGH_ROWS = 2**22,4096 # logits that show how sure a teacher is, and their rows
@@ -21,13 +22,15 @@ class Automatic(Recipe):
         super().__init__(recipe)
         self.text,self.why = text,why
 
-    def __str__(self): return f'{self.text} ({self.why}; {CLASSIC})'
+    def __str__(self):
+        classic = CLASSIC if self.task != 0 else CLASSIC_ALONE
+        return f'{self.text} ({self.why}; {classic} is the classic)'
 
 
 def auto(
     kind:str='softmax', # what the model predicts: 'softmax' over classes, 'sigmoid' per label, or 'regression'
     *,
-    classes:int|None=None, # number of classes of a softmax; None: unknown
+    classes:int|None=None, # number of classes of a softmax; 1 with 'sigmoid': a single label; None: unknown
     dense:bool=False, # does each sample have many predictions, as pixels or tokens?
     labels:bool=True, # do the batches have labels?
     teacher:Tensor|None=None, # (..., C) the teacher's logits for some training samples; None: unknown
@@ -41,14 +44,18 @@ def auto(
     benchmarks/quality has the measurements behind the rule, and the tasks where it did not help"""
     if kind not in ('softmax', 'sigmoid', 'regression'):
         raise DistillError(f"kind={kind!r}: possible are 'softmax', 'sigmoid' and 'regression'")
+    if not isinstance(teacher, Tensor|None):
+        raise DistillError(f"teacher={type(teacher).__name__}: give its logits for some training samples, a tensor "
+                           "(..., C). KnowledgeDistillation and Distiller ask a teacher themselves.")
     if not labels: return Automatic(soft_labels(T=1), 'soft_labels(T=1)', 'the batches have no labels')
     if doubt is not None:
         alpha = .1 if kind == 'sigmoid' else .3
-        return Automatic(kd(T=1, alpha=alpha), f'kd(T=1, alpha={alpha:g})', doubt)
+        return Automatic(kd(T=1, alpha=alpha), f'kd(T=1, alpha={alpha:g})'.replace('0.', '.'), doubt)
     if kind == 'regression': return shared(losses.regression, 'regression', 'numbers')
-    if kind == 'sigmoid' and not dense: return shared(losses.binary_kl, 'binary_kl', 'several labels', T=1)
+    one = kind == 'sigmoid' and classes == 1 # the same as a softmax of two classes
+    if kind == 'sigmoid' and not (dense or one): return shared(losses.binary_kl, 'binary_kl', 'several labels', T=1)
     unknown = 'labels' if kind == 'sigmoid' else 'an unknown number of classes'
-    why = unknown if classes is None else f'{classes} classes'
+    why = 'one label' if one else unknown if classes is None else f'{classes} classes'
     if dense: why += ' for each of many positions'
     if not takes_dist(classes): return Automatic(kd(T=1, alpha=.5), 'kd(T=1, alpha=.5)', why)
     if teacher is None: T = 4.

@@ -5,6 +5,7 @@ from torch import Tensor
 from . import losses
 from .automatic import auto
 from .outputs import DistillError
+from .recipe_text import recipe_from_text
 from .recipes import at, cwd, dist, dkd, hint, kd, pkt, rkd, ttm
 from .terms import Recipe, Term
 
@@ -26,6 +27,8 @@ class Candidate:
 
     def written(self, options):
         "The recipe as code"
+        # subtle: a text of the user's own may have braces
+        if not self.options: return self.text
         return self.text.format(', '.join(f'{k}={v:g}' for k,v in options.items()))
 
 
@@ -85,14 +88,15 @@ def between_layers():
 
 
 def given_candidates(
-    recipes:dict # name -> recipe, term, or a function without arguments that makes one
+    recipes:dict # name -> recipe, term, text of a recipe, or a function without arguments that makes one
 ) -> list[Candidate]:
     "The user's own recipes, of which the rate alone is to be found"
     if not isinstance(recipes, dict) or not recipes:
         raise DistillError(f"recipes={recipes!r}: give names and recipes, as in dict(mild=kd(T=1, alpha=.3), "
                            "dist=recipes.dist(share=1)).")
     def candidate(name, o):
-        make = (lambda: o) if isinstance(o, (Recipe, Term)) else o
+        r = recipe_from_text(o) if isinstance(o, str) else o
+        make = (lambda: r) if isinstance(r, (Recipe, Term)) else r
         if not callable(make): raise DistillError(f"recipes={{{name!r}: {o!r}}}: this is no recipe. Try kd().")
-        return Candidate(str(name), make, {}, str(name))
+        return Candidate(str(name), make, {}, o if isinstance(o, str) else str(name))
     return [candidate(k, v) for k,v in recipes.items()]

@@ -110,7 +110,11 @@ class Found:
 
     def _repeats(self, run): return sorted((f for f in self.finals if f.key == run.key), key=lambda f: f.seed)
 
-    def _finalists(self): return [r for r in self.best.values() if self._repeats(r)]
+    def _finalists(self):
+        "The best runs that were repeated; where two of them ran with several seeds, those that did"
+        found = [r for r in self.best.values() if self._repeats(r)]
+        often = [r for r in found if len(self._repeats(r)) > 1]
+        return often if len(often) > 1 else found
 
     def _seeds(self):
         "Seeds with which all finalists ran; none if fewer than two did"

@@ -109,9 +109,11 @@ def facts_of_outputs(
     shape, # of the logits
     task:Task
 ) -> dict:
-    "`kind`, the number of `classes` (None: no softmax), and `dense`: does each sample have many predictions?"
+    """`kind`, the number of `classes` (of a softmax; 1: a single label; None: unknown), and `dense`: does each sample
+    have many predictions?"""
     has_axis = task.kind == 'softmax' and -len(shape) <= task.axis < len(shape)
-    classes = shape[task.axis] if has_axis else None
+    single = task.kind == 'sigmoid' and prod(shape[1:2]) == 1
+    classes = shape[task.axis] if has_axis else 1 if single else None
     positions = prod(shape[1:])/classes if classes else prod(shape[2:])
     return dict(kind=task.kind, classes=classes, dense=positions > 1)
 

@@ -31,6 +31,7 @@ class Manifest:
     versions:dict=field(default_factory=dict)
     shards:list=field(default_factory=list) # name, bytes, checksum of each file, once all are written
     complete:bool=False
+    doubt:str='' # why the teacher should not be trusted, as it was found when the cache was written
 
     @property
     def stored(self): return max(self.views, 1)
@@ -57,6 +58,7 @@ class Manifest:
 
     def to_json(self):
         d = dict(format=FORMAT, version=VERSION, **asdict(self))
+        if not self.doubt: del d['doubt']
         return json.dumps(d, indent=1, default=as_python).encode()
 
     def as_read(self):
@@ -116,6 +118,7 @@ class Manifest:
         json_object('data', self.data, (), ('keys', 'root'))
         for k,v in self.data.items(): json_text(f'data.{k}', v)
         if self.vocab is not None: json_list('vocab', self.vocab, 0, MAX_MANIFEST)
+        json_text('doubt', self.doubt)
         for g in json_list('teacher.classes', self.teacher.get('classes', [0]), 1, MAX_COUNT):
             for c in g if isinstance(g, list) else [g]: whole_number('teacher.classes', c, 0, MAX_COUNT)
 

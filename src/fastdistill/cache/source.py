@@ -26,6 +26,7 @@ class Source:
     vocab:list|None=None
     samples:list|None=None
     files:list|None=None # path of each sample's file, in the order of `keys`; None where samples are not files
+    doubt:str='' # see `Manifest`
 
     def __post_init__(self):
         check_batch_size(self.bs)

@@ -81,7 +81,7 @@ def _begin(where, source, layout, views, seed, force, shard_bytes):
     rows = max(shard_bytes//layout.bytes//source.bs, 1)*source.bs
     m = Manifest(len(source.keys), views, seed, layout, rows, source.bs, source.teacher,
                  dict(keys=f'{hash_of(source.keys.tobytes()):016x}', root=source.root), source.transforms, source.vocab,
-                 source.samples or [], versions())
+                 source.samples or [], versions(), doubt=source.doubt)
     m = m.as_read()         # subtle: before anything is removed, since wrong values raise an error here
     keys = source.keys.astype('<u8').tobytes()
     if where.size('manifest.json') is not None:
@@ -116,7 +116,7 @@ def changed_now(where, paths) -> str:
 def _reopen(where, old, m, keys):
     "The same for an existing cache: its manifest with the views that are requested now, checksums of intact shards"
     clear(where, '.tmp')
-    new = replace(old, views=m.views, samples=m.samples, shards=[], complete=False)
+    new = replace(old, views=m.views, samples=m.samples, shards=[], complete=False, doubt=m.doubt or old.doubt)
     if where.size('keys.bin') != len(keys) or where.read('keys.bin') != keys: where.write('keys.bin', keys)
     if not old.complete:
         if new != old: where.write('manifest.json', new.to_json())

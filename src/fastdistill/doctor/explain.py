@@ -151,12 +151,15 @@ def reasons(
 
 def no_better(score, teacher, student, valid):
     "The teacher has nothing to teach that shows in this score"
-    if valid.above(student, teacher, least=0.):
+    if len(teacher) < FEW:
+        yield Finding('note', f"Too few items to compare the models ({score}: teacher and student)",
+                      "A larger validation set shows whether the teacher is better")
+    elif valid.above(student, teacher, least=0.):
         yield Finding('warning', f"The student is better than the teacher ({score}: teacher and student): the labels "
                       "teach more than it does", "Take a better teacher, or train on the labels alone")
     elif not valid.above(teacher, student, least=0.):
         yield Finding('warning', f"The teacher is no better than the student, but for chance ({score}: teacher and "
-                      "student)", "Take a better teacher. With this one, a smaller student is what can be gained")
+                      "student)", "Take a better teacher, or a smaller student, which may become as good")
 
 
 def does_not_follow(f):

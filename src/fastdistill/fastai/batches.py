@@ -2,6 +2,7 @@
 import copy, inspect
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import PurePath
 from torch.utils.data import IterableDataset
 from fastai.basics import (CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException,
                            CancelValidException, TfmdLists, is_listy)
@@ -124,6 +125,9 @@ def loader_of(
     "A DataLoader of these items, prepared and augmented as the training set is"
     if hasattr(items, '__iter__') and hasattr(items, 'batch_size') or hasattr(items, 'after_batch'): loader = items
     else:
+        if isinstance(items, (str, PurePath)) or not hasattr(items, '__len__'):
+            raise DistillError(f"unlabelled={items!r}: give a list of items like those of the training set, such as "
+                               "get_image_files(folder), or a DataLoader.")
         if len(items) == 0: raise DistillError("unlabelled=: there are no items in it.")
         train = dls.train
         try: ds = dls.test_dl(items).dataset

@@ -2,6 +2,7 @@
 import copy, warnings
 from contextlib import closing, contextmanager, nullcontext
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial, wraps
 import numpy as np
 import torch
@@ -97,7 +98,8 @@ def cache_teacher(
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **asked)
     # numbers in float32 shall be those of the model itself
     if dtype == 'float32' and 'precision' not in teacher.given: teacher = Teacher(teacher, precision='fp32')
-    if check: check_teacher(dls, teacher, task, n_epoch=None).enforce()
+    found = check_teacher(dls, teacher, task, n_epoch=None).enforce() if check else ()
+    doubt = next((f.what for f in found if f.doubt), '')
     wish = Wish(dtype, topk, tail, task.axis, size)
     given = dict(seed=seed, force=force, forecast=forecast)
     names = None if task.kind == 'regression' else classes_of(teacher, dls)
@@ -105,7 +107,8 @@ def cache_teacher(
     with RandomGuard():       # DataLoaders draw a seed for their workers
         views = 0 if only_items(teacher, views) else views_of(train, views, seed)
         with shown_progress(progress) as show:
-            cache = write_cache(path, source(train, views, keys), wish, views=views, progress=show, **given)
+            of_train = replace(source(train, views, keys), doubt=doubt)
+            cache = write_cache(path, of_train, wish, views=views, progress=show, **given)
         if valid:
             names_too = keys if callable(keys) else None
             with shown_progress(progress) as show:

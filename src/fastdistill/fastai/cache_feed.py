@@ -78,6 +78,11 @@ class CacheFeed(Feed):
         if self.cache.views == 1 and many and augmented(learn.dls.train): self._log(ONE_VIEW)
         return self
 
+    @property
+    def doubt(self):
+        "Why the teacher should not be trusted, as it was found when its outputs were stored; empty: nothing was found"
+        return self.cache.manifest.doubt
+
     def _log(self, text):
         "Not inside `learn.no_logging()`, and on the first rank alone"
         if self.learn.logger is not noop and rank() == 0: print(text)

@@ -49,8 +49,9 @@ def choose_recipe(
 
 def facts_for_choice(example, task, teacher, found=None) -> dict:
     "The arguments of `auto`"
-    low = any(f.doubt for f in found or ())
-    doubt = dict(doubt="the teacher is in doubt, see above" if low else None)
+    low,stored = any(f.doubt for f in found or ()),getattr(teacher, 'doubt', '')
+    before = f"when its outputs were stored: {stored}" if stored else None
+    doubt = dict(doubt="the teacher is in doubt, see above" if low else before)
     if example is None: return dict(kind=task.kind) | doubt
     ask = lambda: all_classes(teacher.probe(*example.x), Outputs(example.logits)).logits
     return facts_for_auto(example.logits.shape, task, ask) | dict(labels=example.labels) | doubt

@@ -1,14 +1,17 @@
 "`Learner.distill_find`: look for the recipe and the learning rate that suit a student, its data and its teacher."
 import warnings
 from contextlib import contextmanager
+from math import inf
+from numbers import Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import time
 from fastai.basics import Learner, OptimWrapper, noop, patch
+from ..cache.source import is_whole
 from ..candidates import candidates_for, given_candidates
 from ..docments import explain as add_docments
 from ..doctor.runs import guarded_random_state
-from ..doctor.tally import METRICS
+from ..doctor.tally import FEW, METRICS
 from ..outputs import DistillError, DistillWarning
 from ..ranks import rank
 from ..study import Search, import_optuna
@@ -37,7 +40,7 @@ def distill_find(
     minutes:float=10, # the search ends after this time, with the best that it knows
     *,
     rates=None, # learning rates to try; None: the learner's own, and two below and two above it, up to 10 times
-    recipes:dict|None=None, # name -> recipe: these in place of the usual ones for the task
+    recipes:dict|None=None, # name -> recipe, or its text: these in place of the usual ones for the task
     live:bool=False, # let the teacher run in each trial, so that recipes between layers are tried too
     score=None, # fn(logits, targets) -> (B,) score of each item, greater is better; None: as in `check_teacher`
     trials:int|None=None, # end the search after so many runs, those of labels alone included; None: by the time
@@ -58,7 +61,9 @@ def distill_find(
     own, is more than luck"""
     begin = time()
     import_optuna()
-    refuse_search(self, n_epoch, minutes, kwargs)
+    refuse_search(self, score, kwargs)
+    refuse_numbers(minutes, dict(n_epoch=(n_epoch, 1), seeds=(seeds, 0), trials=(1 if trials is None else trials, 1)))
+    rates = own_rates(self) if rates is None else as_rates(rates)
     refuse_heads(teacher, 'to distill_find')
     task,show = task_of(self.loss_func, kind, axis),show and self.logger is not noop and rank() == 0
     as_it_is = live or feed_of(teacher) is not None
@@ -71,25 +76,52 @@ def distill_find(
                            fine_tune=fine_tune, **kwargs)
             epochs = n_epoch + (kwargs.get('freeze_epochs', 1) if fine_tune else 0)
             stored = dict(kind=task.kind, classes=facts.get('classes'), fine_tune=fine_tune, **sizes(self))
-            found = Search(candidates, own_rates(self) if rates is None else rates, train, n_epoch=epochs,
-                           begin=begin, end=begin + 60*minutes, trials=trials, seeds=seeds, storage=storage, name=name,
-                           facts=stored, metric=metric_of(task, score), show=progress).run()
+            found = Search(candidates, rates, train, n_epoch=epochs, begin=begin, end=begin + 60*minutes,
+                           trials=trials, seeds=seeds, storage=storage, name=name, facts=stored,
+                           metric=metric_of(task, score), show=progress).run()
     if show: report(found, n_epoch)
     return found
 
 
-def refuse_search(learn, n_epoch, minutes, options):
+# options of `distill` that a search has no use for -> what to do
+OTHERS = {'lr_max': "give rates=[...]", 'cbs': "add callbacks to the Learner"} | dict.fromkeys(
+    ('recipe', 'T', 'alpha', 'temperature', 'loss'), "give recipes=dict(mine=kd(T=2, alpha=.5), ...)")
+
+
+def refuse_search(learn, score, options):
     "Refuse what can't be searched, before anything runs"
+    for k in OTHERS:
+        if k in options: raise DistillError(f"distill_find takes no {k}=: {OTHERS[k]}.")
     if given := [k for k in ('unlabelled', 'unlabelled_targets', 'perturbed') if options.get(k)]:
         raise DistillError(f"distill_find takes no {'= and '.join(given)}=: there are no stored outputs for inputs "
                            "without labels. Find a recipe without them, then distill(teacher, n_epoch, found.lr, "
                            f"found.recipe, {given[0]}=...).")
-    if n_epoch < 1 or minutes <= 0: raise DistillError(f"n_epoch={n_epoch}, minutes={minutes}: both are above 0.")
-    if len(learn.dls.loaders) < 2 or getattr(learn.dls.valid, 'n', None) == 0:
-        raise DistillError("distill_find needs a validation set: one half chooses the recipe, the other judges it.")
+    if score is not None and not callable(score):
+        raise DistillError(f"score={score!r}: give a function of logits and targets, with a score for each item.")
+    n = getattr(learn.dls.valid, 'n', None) if len(learn.dls.loaders) > 1 else 0
+    if n is not None and n < 2*FEW:
+        raise DistillError("distill_find needs a validation set: one half chooses the recipe, the other judges it. "
+                           f"This one has {n} items, and fewer than {2*FEW} can show nothing.")
     if isinstance(learn.opt_func, OptimWrapper):
         raise DistillError("opt_func is an optimizer that exists already, and each run needs its own. Give the Learner "
                            "a function: opt_func=partial(OptimWrapper, opt=torch.optim.AdamW).")
+
+
+def refuse_numbers(
+    minutes,
+    whole:dict # name -> (value, the least that is possible)
+):
+    if not (isinstance(minutes, Real) and minutes > 0): raise DistillError(f"minutes={minutes!r}: a number above 0.")
+    for k,(v,least) in whole.items():
+        if not (is_whole(v) and v >= least): raise DistillError(f"{k}={v!r}: a whole number from {least} up.")
+
+
+def as_rates(rates):
+    try: found = [float(o) for o in rates]
+    except (TypeError, ValueError): found = []
+    if not found or not all(0 < o < inf for o in found):
+        raise DistillError(f"rates={rates!r}: give a list of learning rates above 0, as in [1e-3, 3e-3].")
+    return found
 
 
 def own_rates(learn):

@@ -161,7 +161,9 @@ def refuse_unindexed(dl):
     if not dl.indexed:
         raise DistillError(f"{what} loads data that can only be iterated: a stored output belongs to a sample, and "
                            "these samples have no indices. Use a dataset with __getitem__ and __len__.")
-    base = next(c for c in type(dl).__mro__ if c in KNOWN_LOADERS)
+    if (base := next((c for c in type(dl).__mro__ if c in KNOWN_LOADERS), None)) is None:
+        raise DistillError(f"{what} is none of fastai's loaders whose batches can be repeated: make the DataLoaders "
+                           "with DataLoaders.from_dsets, or of TfmdDL.")
     if own := [m for m in ('create_item', 'create_batch', 'do_item', 'do_batch')
                if getattr(type(dl), m) is not getattr(base, m)]:
         raise DistillError(f"{what} overrides {', '.join(own)}, so its batches could not be repeated: do this in the "

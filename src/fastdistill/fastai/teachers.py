@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from fastai.basics import L, Learner, load_learner
 from fastai.data.transforms import Normalize
+from ..cache.reader import TeacherCache, is_cache
 from ..class_sets import class_groups
 from ..doctor.classes import map_classes
 from ..outputs import DistillError, DistillWarning
@@ -39,6 +40,7 @@ def teacher_of(
     if dls is not None: kwargs.setdefault('input_stats', image_stats(dls))
     if isinstance(obj, (str, Path)) and Path(obj).suffix in PICKLES: obj = exported(Path(obj))
     refuse_heads(obj)
+    refuse_stored(obj)
     if isinstance(obj, (list, tuple, L)):
         of_members = {k: v for k,v in kwargs.items() if k == 'stats'}
         return Teacher([teacher_of(o, learn, task, **of_members) for o in obj], **kwargs)
@@ -54,6 +56,14 @@ def teacher_of(
     if isinstance(obj, nn.Module) and 'stats' not in kwargs and dls is not None:
         kwargs['stats'] = of_module(obj, kwargs['input_stats'])
     return Teacher(obj, **kwargs)
+
+
+def refuse_stored(teacher):
+    "Refuse a cache, where the teacher has to run"
+    if isinstance(teacher, TeacherCache) or is_cache(teacher):
+        folder = teacher.folder if isinstance(teacher, TeacherCache) else teacher
+        raise DistillError(f"{folder} holds a teacher's outputs for the training set, but here the teacher has to run: "
+                           "pass the model itself.")
 
 
 def refuse_heads(teacher, where='here'):

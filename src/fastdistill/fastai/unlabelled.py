@@ -24,8 +24,9 @@ class UnlabelledInputs:
         targets=None, # `TeacherCache` with the outputs for these items, or its folder; None: the teacher runs
         runs:bool=True # is there a teacher that runs?
     ):
-        if not isinstance(perturbed, int) or perturbed < 0:
-            raise DistillError(f"perturbed={perturbed!r}: it is how many rows are made of each row, from 0 up")
+        if not isinstance(perturbed, int) or isinstance(perturbed, bool) or perturbed < 0:
+            raise DistillError(f"perturbed={perturbed!r}: it is how many rows are made of each row, a whole number "
+                               "from 0 up, such as 5.")
         if perturbed and not runs:
             raise DistillError("perturbed= needs a teacher that runs: the rows are made anew in each batch, so there "
                                "are no stored outputs for them. Pass the teacher itself.")
