@@ -1,5 +1,5 @@
 "KnowledgeDistillation beside everything else that happens in a fastai training."
-import copy, csv, importlib, inspect, math, os, random, re, socket, subprocess, sys, warnings
+import copy, csv, importlib, inspect, math, random, re, subprocess, sys, warnings
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -11,11 +11,11 @@ import numpy as np
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
-import apps
+import apps, processes
 from apps import pair, toy
 from fastai.basics import (Adam, BCELossFlat, BCEWithLogitsLossFlat, Callback, CancelFitException, CrossEntropyLossFlat, DataLoaders, DiceLoss,
                            FocalLoss, FocalLossFlat, L, L1LossFlat, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, Lamb,
-                           Learner, MSELossFlat, OptimWrapper, SGD, SkipToEpoch, ranger, set_seed, tensor)
+                           Learner, MSELossFlat, OptimWrapper, SGD, SkipToEpoch, noop, rank_distrib, ranger, set_seed, tensor)
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import FetchPredsCallback
 from fastai.callback.fp16 import MixedPrecision
@@ -929,40 +929,28 @@ def test_distill_tells_its_options():
 
 # more than one process
 
-DDP = """
-import sys, warnings
-warnings.simplefilter('ignore')
-import apps, torch
-from fastai.basics import *
-import fastai.distributed
-from fastdistill import losses
-from fastdistill.fastai import *
+def one_of_two(folder):
+    "What each of two processes does"
+    import fastai.distributed  # noqa: F401
+    warnings.simplefilter('ignore')
+    apps.distributed_on_cpu()
+    set_seed(0)
+    x = torch.randn(96, 8)
+    dls = DataLoaders.from_dsets(*[list(zip(o, o[:,:4].argmax(1))) for o in (x[:64], x[64:])], bs=8, num_workers=0, device='cpu')
+    student,teacher = Learner(dls, apps.mlp(6), loss_func=CrossEntropyLossFlat(), opt_func=SGD),apps.mlp(16)
+    student.logger = noop
+    torch.manual_seed(rank_distrib()) # each rank would draw another projector
+    cb = KD(teacher, kd() + hint())
+    with student.no_bar(), student.distrib_ctx(sync_bn=False, cpu=True): student.fit(2, .1, cbs=cb)
+    state = [p.detach() for p in [*student.model.parameters(), *cb.distiller.own_parameters()]]
+    torch.save((state, list(student.recorder.values[-1])), folder/f'{rank_distrib()}.pt')
+    apps.leave_together()
 
-apps.distributed_on_cpu()
-
-set_seed(0)
-x = torch.randn(96, 8)
-dls = DataLoaders.from_dsets(*[list(zip(o, o[:,:4].argmax(1))) for o in (x[:64], x[64:])], bs=8, num_workers=0, device='cpu')
-student,teacher = Learner(dls, apps.mlp(6), loss_func=CrossEntropyLossFlat(), opt_func=SGD),apps.mlp(16)
-student.logger = noop
-torch.manual_seed(rank_distrib()) # each rank would draw another projector
-cb = KnowledgeDistillation(teacher, kd() + Term(losses.hint, layers={'2': '2'}, projector='linear'))
-with student.no_bar(), student.distrib_ctx(sync_bn=False, cpu=True): student.fit(2, .1, cbs=cb)
-state = [p.detach() for p in [*student.model.parameters(), *cb.distiller.own_parameters()]]
-torch.save((state, list(student.recorder.values[-1])), f'{sys.argv[1]}/{rank_distrib()}.pt')
-apps.leave_together()
-"""
 
 def test_two_processes_train_one_student_and_one_projector(tmp_path):
     pytest.importorskip('accelerate')
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    env = dict(os.environ, ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1', PYTHONPATH=str(Path(__file__).parent), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE='2')
-    run = [sys.executable, '-c', DDP, str(tmp_path)]
-    runs = [subprocess.Popen(run, env={**env, 'RANK': i, 'LOCAL_RANK': i}, stderr=subprocess.PIPE, text=True) for i in '01']
-    said = [r.communicate(timeout=120)[1] for r in runs]
-    assert [r.returncode for r in runs] == [0, 0], said
+    both = processes.start_two(tmp_path/'two', one_of_two, tmp_path, ACCELERATE_USE_CPU='true')
+    assert processes.ended(*both) == [0, 0], processes.said(tmp_path/'two.0') + processes.said(tmp_path/'two.1')
     (a,logged_a),(b,logged_b) = [torch.load(tmp_path/f'{i}.pt', weights_only=True) for i in (0, 1)]
     assert len(a) == 8 and all(torch.equal(x, y) for x,y in zip(a, b)) and logged_a == logged_b
 

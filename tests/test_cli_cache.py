@@ -1,10 +1,11 @@
 "`fastdistill cache`, as a user types it."
-import json, os, re, subprocess, sys
+import json, os, re, sys
 import numpy as np
 import pytest, torch
 import apps # before the rest of fastai: it keeps its warnings quiet
+import processes
 from fastdistill.cache import TeacherCache, writer
-from fastdistill.cli import app
+from fastdistill.cli import app, main
 from fastdistill.outputs import DistillError, DistillWarning
 from typer.testing import CliRunner
 
@@ -142,16 +143,22 @@ def test_help_names_each_command(cache):
     assert torch.is_grad_enabled()
 
 
-def test_each_process_of_torchrun_writes_its_share(script, cache, tmp_path):
-    (tmp_path/'run.py').write_text("from fastdistill.cache import writer\nfrom fastdistill.cli import main\n"
-                                   "writer.write_cache.__kwdefaults__['shard_bytes'] = 32\nmain()")      # four rows
-    args = 'cache','write',f'{script}:teacher',f'{script}:dls'
+def child(folder, args, shard_bytes=None):
+    "The command in a process of its own"
+    os.chdir(folder)
+    if shard_bytes: writer.write_cache.__kwdefaults__['shard_bytes'] = shard_bytes
+    sys.argv = ['fastdistill', *map(str, args)]
+    main()
+
+
+def test_each_of_two_processes_writes_its_share(script, cache, tmp_path):
+    args = 'write',f'{script}:teacher',f'{script}:dls'
     more = '--views','2','--dtype','float32','--valid'
-    launch = sys.executable,'-m','torch.distributed.run','--standalone','--nproc-per-node','2',tmp_path/'run.py'
-    r = subprocess.run([*map(str, launch), *args, str(tmp_path/'two'), *more, '--no-check'], capture_output=True, text=True, env={**os.environ, 'COLUMNS': '160'})
-    assert r.returncode == 0, r.stderr
-    assert r.stdout.count('16 samples x 2 view(s)') == 1 and '16/16' in r.stdout      # of its own share
-    cache(*args[1:], tmp_path/'one', *more)
+    both = processes.start_two(tmp_path/'log', child, tmp_path, ['cache', *args, tmp_path/'two', *more, '--no-check'], 32)      # four rows
+    assert processes.ended(*both) == [0, 0], processes.said(tmp_path/'log.0') + processes.said(tmp_path/'log.1')
+    out = ''.join((tmp_path/f'log.{i}.out').read_text() for i in (0, 1))
+    assert out.count('16 samples x 2 view(s)') == 1 and '16/16' in out      # of its own share
+    cache(*args, tmp_path/'one', *more)
     one,two = TeacherCache(tmp_path/'one'),TeacherCache(tmp_path/'two').check()
     assert (len(one.manifest.shards), len(two.manifest.shards)) == (3, 9)
     for a,b in ((one, two), (one.valid, two.valid)):
@@ -164,10 +171,10 @@ def test_a_teacher_that_knows_nothing_is_noticed_first(script, cache, tmp_path):
         cache('write', f'{script}:teacher', f'{script}:dls', tmp_path/'c', '--check')
 
 
-def fastdistill(*args, **kwargs):
-    "The command as a process: what a user sees"
-    code = 'from fastdistill.cli import main; main()'
-    return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, env={**os.environ, 'COLUMNS': '200'}, **kwargs)
+def fastdistill(folder, *args):
+    "The command as a process: its exit code, and what a user sees of its errors"
+    code, = processes.ended(processes.start(folder/'log', child, folder, args, COLUMNS=200))
+    return code,(folder/'log.err').read_text()
 
 
 @pytest.mark.parametrize('teacher, path, match', [
@@ -181,17 +188,17 @@ def test_a_mistake_on_the_command_line_is_one_line_and_no_traceback(script, tmp_
     (tmp_path/'garbage.pkl').write_bytes(bytes(range(256))*8)
     (tmp_path/'broken.py').write_text('x = 1\nteacher = undefined\n')
     (tmp_path/'late.py').write_text('def teacher():\n    return undefined\n')
-    r = fastdistill('cache', 'write', teacher, 'my_script.py:dls', path, '--no-check', cwd=tmp_path)
-    assert r.returncode == 2 and 'Traceback' not in r.stderr, r.stderr
-    assert re.search(match, r.stderr), r.stderr
+    code,err = fastdistill(tmp_path, 'cache', 'write', teacher, 'my_script.py:dls', path, '--no-check')
+    assert code == 2 and 'Traceback' not in err, err
+    assert re.search(match, err), err
 
 
 def test_a_damaged_manifest_is_one_line(tmp_path):
     (tmp_path/'c').mkdir()
     (tmp_path/'c'/'manifest.json').write_text('{"format": "fastdistill-cache", "version": 1, "count": "12"}')
-    r = fastdistill('cache', 'info', tmp_path/'c')
-    assert r.returncode == 2 and 'Traceback' not in r.stderr and 'manifest.json' in r.stderr, r.stderr
-    assert 'Traceback' in fastdistill('--debug', 'cache', 'info', tmp_path/'c').stderr
+    code,err = fastdistill(tmp_path, 'cache', 'info', tmp_path/'c')
+    assert code == 2 and 'Traceback' not in err and 'manifest.json' in err, err
+    assert 'Traceback' in fastdistill(tmp_path, '--debug', 'cache', 'info', tmp_path/'c')[1]
 
 
 def test_messages_name_flags_and_not_pythons_arguments():

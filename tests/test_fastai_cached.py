@@ -1,11 +1,11 @@
 "The teacher runs once: what is stored is what it would say, live, about the very batch that the student sees."
-import json, os, random, subprocess, sys
+import json, random, warnings
 from functools import partial
-from pathlib import Path
 import numpy as np
 import pytest, torch
 import apps # before the rest of fastai: it keeps its warnings quiet
-from fastai.basics import Callback, DataLoaders, Learner, TfmdDL, Transform, noop
+import processes
+from fastai.basics import Callback, DataLoaders, Learner, TfmdDL, Transform, noop, rank_distrib
 from fastai.callback.mixup import MixUp
 from fastai.tabular.all import Categorify, TabularDataLoaders, tabular_learner
 from fastai.text.all import TextBlock
@@ -734,35 +734,28 @@ def test_ranks_of_a_distributed_fit_get_their_own_rows(tmp_path, monkeypatch):
     assert not any(isinstance(dl.__dict__.get('do_item'), Items) for dl in own)
 
 
-TWO = """
-import sys, warnings
-warnings.simplefilter('ignore')
-import apps, torch
-from test_fastai_cached import Compare, Convs, CacheFeed, Teacher, cache_teacher, data, student
-from fastai.basics import rank_distrib
-import fastai.distributed
+def one_of_two(folder):
+    "What each of two processes does"
+    import fastai.distributed  # noqa: F401
+    warnings.simplefilter('ignore')
+    apps.distributed_on_cpu()
+    torch.distributed.init_process_group('gloo')
+    teacher = Teacher(Convs(3))
+    cache = cache_teacher(teacher, data(), folder/'c', views=2, dtype='float32')
+    learn = student(data(bs=3, num_workers=1))
+    learn.logger = print
+    c = Compare(CacheFeed(cache), teacher)
+    with learn.no_bar(), learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-3, cbs=c)
+    seen = [torch.cat([live for train,e,_,live,_ in c.seen if train and e == k]) for k in range(2)]
+    torch.save((c.error, seen), folder/f'{rank_distrib()}.pt')
+    apps.leave_together()
 
-apps.distributed_on_cpu()
-torch.distributed.init_process_group('gloo')
-teacher = Teacher(Convs(3))
-cache = cache_teacher(teacher, data(), sys.argv[1] + '/c', views=2, dtype='float32')
-learn = student(data(bs=3, num_workers=1))
-learn.logger = print
-c = Compare(CacheFeed(cache), teacher)
-with learn.no_bar(), learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-3, cbs=c)
-seen = [torch.cat([live for train,e,_,live,_ in c.seen if train and e == k]) for k in range(2)]
-torch.save((c.error, seen), f'{sys.argv[1]}/{rank_distrib()}.pt')
-apps.leave_together()
-"""
 
 def test_two_processes_write_a_cache_and_train_from_it(tmp_path):
     pytest.importorskip('accelerate')
     one = cache_teacher(Teacher(Convs(3)), data(), tmp_path/'one', views=2, dtype='float32')
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', tmp_path/'run.py', tmp_path]
-    (tmp_path/'run.py').write_text(TWO)
-    env = dict(os.environ, ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1', PYTHONPATH=str(Path(__file__).parent))
-    r = subprocess.run([*map(str, launch)], env=env, capture_output=True, text=True, timeout=300)
-    assert r.returncode == 0, r.stderr
+    both = processes.start_two(tmp_path/'two', one_of_two, tmp_path, ACCELERATE_USE_CPU='true')
+    assert processes.ended(*both) == [0, 0], processes.said(tmp_path/'two.0') + processes.said(tmp_path/'two.1')
     two = TeacherCache(tmp_path/'c')
     at = np.arange(2*TRAIN)
     assert np.array_equal(one.rows(at % TRAIN, at//TRAIN), two.rows(at % TRAIN, at//TRAIN))

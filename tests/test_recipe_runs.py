@@ -1,10 +1,9 @@
 "Recipes side by side over several seeds: numbers, their test, and a folder from which an interrupted experiment continues."
-import signal, subprocess, sys
-from pathlib import Path
+import os, signal
 import numpy as np
 import pytest
 from scipy import stats
-import apps
+import apps, processes
 from apps import toy
 from fastai.basics import Callback, CrossEntropyLossFlat, Learner, accuracy, noop
 from fastdistill.fastai import DistillError, RecipeReport, Term, compare_recipes, distill_many, kd, losses
@@ -130,22 +129,20 @@ def test_an_interrupted_experiment_continues(tmp_path, capsys):
     assert run(seeds=5, folder=tmp_path, make=make).seeds == [0, 1, 2, 3, 4] and len(made) == 1 + 2*3
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-import test_recipe_runs as t
-made = []
-def make():
-    made.append(1)
-    if len(made) == 5: os.kill(os.getpid(), signal.SIGKILL)
-    return t.make_student()
-t.run(seeds=3, folder=sys.argv[2], make=make)
-"""
+def killed(folder):
+    "An experiment that ends with its fifth student"
+    made = []
+    def make():
+        made.append(1)
+        if len(made) == 5: os.kill(os.getpid(), signal.SIGKILL)
+        return make_student()
+    run(seeds=3, folder=folder, make=make)
+
 
 def test_a_killed_experiment_continues(tmp_path):
-    r = subprocess.run([sys.executable, '-c', KILLED, str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True)
-    assert r.returncode == -signal.SIGKILL, r.stderr
-    assert run(seeds=3, folder=tmp_path) == run(seeds=3)
+    folder = tmp_path/'runs'
+    assert processes.ended(processes.start(tmp_path/'log', killed, folder)) == [-signal.SIGKILL], processes.said(tmp_path/'log')
+    assert run(seeds=3, folder=folder) == run(seeds=3)
 
 
 def test_a_folder_of_another_experiment_is_refused(tmp_path):

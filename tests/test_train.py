@@ -1,8 +1,9 @@
 "`fastdistill train`: data in every form, mistakes in one line, and runs that are killed and continue to the same result."
-import csv, json, multiprocessing, os, random, re, shutil, signal, sys, time, tomllib
+import csv, json, os, random, re, shutil, signal, sys, time, tomllib
 import numpy as np
 import pandas as pd
 import joblib, pytest, torch
+import processes
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.compose import make_column_transformer
@@ -131,8 +132,6 @@ def test_an_interrupted_run_continues_with_the_recipe_that_was_chosen(finished, 
 
 def child(digits, out, recipe):
     "A process of its own, which may be killed at any moment"
-    torch.set_num_threads(1)
-    sys.stdout = sys.stderr = open(out.with_suffix('.log'), 'a', buffering=1)
     def say(text):
         print(text)
         time.sleep(.15)     # so that it does not end before it is killed
@@ -142,35 +141,20 @@ def child(digits, out, recipe):
 RECIPE = "labels + dist(share=1) + hint(layers={'0': '0'}, share=.2)"
 
 
-@pytest.fixture(scope='module')
-def processes():
-    "Processes that begin with everything imported"
-    server = multiprocessing.get_context('forkserver')
-    server.set_forkserver_preload(['fastdistill.training'])
-    return server
-
-
-def test_a_run_that_is_killed_continues_to_the_same_result(digits, tmp_path, processes):
+def test_a_run_that_is_killed_continues_to_the_same_result(digits, tmp_path):
     "SIGKILL at random moments; the recipe has a projector and shares, whose state must be restored too"
-    def start(out):
-        p = processes.Process(target=child, args=(digits, out, RECIPE))
-        p.start()
-        return p
-    whole,luck = start(tmp_path/'whole'),random.Random()
-    whole.join(120)
-    assert whole.exitcode == 0, (tmp_path/'whole.log').read_text()
+    def start(out): return processes.start(out, child, digits, out, RECIPE)
+    luck = random.Random()
+    assert processes.ended(start(tmp_path/'whole')) == [0], processes.said(tmp_path/'whole')
     for name in ('teacher', 'distilled'):
         p,file = start(tmp_path/'killed'),tmp_path/'killed'/'checkpoints'/f'{name}.pt'
         while p.is_alive() and not file.exists(): time.sleep(.01)
         time.sleep(luck.uniform(0, .3))
         os.kill(p.pid, signal.SIGKILL)
         p.join()
-        assert p.exitcode == -signal.SIGKILL and file.exists(), (tmp_path/'killed.log').read_text()
-    last = start(tmp_path/'killed')
-    last.join(120)
-    log = (tmp_path/'killed.log').read_text()
-    assert last.exitcode == 0, log
-    assert 'distilled: continues after epoch' in log
+        assert p.exitcode == -signal.SIGKILL and file.exists(), processes.said(tmp_path/'killed')
+    assert processes.ended(start(tmp_path/'killed')) == [0], processes.said(tmp_path/'killed')
+    assert 'distilled: continues after epoch' in processes.said(tmp_path/'killed')
     assert_same(tmp_path/'whole', tmp_path/'killed')
 
 

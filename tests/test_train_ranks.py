@@ -1,9 +1,9 @@
 "`fastdistill train` in two processes: the same weights as one process with the doubled batch, one report, one message, and a resume."
-import csv, json, multiprocessing, os, re, signal, socket, subprocess, sys, time
-from pathlib import Path
+import csv, json, os, re, signal, subprocess, sys, time
 import numpy as np
 import pandas as pd
 import pytest, torch
+import processes
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
@@ -36,15 +36,12 @@ def digits(tmp_path_factory):
     return root
 
 
-def child(rank, port, args, log, compares):
-    "One of two processes, as a launcher starts them. It notes the weights that it ended with; without a comparison it ends there"
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    sys.stdout = sys.stderr = open(f'{log}.{rank}.log', 'a', buffering=1)
+def child(args, log, compares):
+    "One of two processes. It notes the weights that it ended with; without a comparison it ends there"
     trained = TrainRun.trained
     def noted(self):
         models = trained(self)
-        torch.save({k: m.model.state_dict() for k,m in models.items()}, f'{log}.{rank}.pt')
+        torch.save({k: m.model.state_dict() for k,m in models.items()}, f"{log}.{os.environ['RANK']}.pt")
         if compares: return models
         if self.first: self.write_history(models)
         leave_processes()
@@ -54,30 +51,16 @@ def child(rank, port, args, log, compares):
     main()
 
 
-@pytest.fixture(scope='module')
-def start():
-    "fn(folder of the run, more flags, settings) -> two processes"
-    server = multiprocessing.get_context('forkserver')
-    server.set_forkserver_preload(['fastdistill.training', 'fastai.distributed'])
-    def call(out, *flags, compares=False, **kwargs):
-        with socket.socket() as s:
-            s.bind(('localhost', 0))
-            port = s.getsockname()[1]
-        settings = {k.replace('_', '-'): v for k,v in (COMMON | kwargs | dict(out=out)).items()}
-        args = [a for k,v in settings.items() for a in ([f'--{k}' if v else f'--no-{k}'] if isinstance(v, bool) else [f'--{k}', str(v)])]
-        both = [server.Process(target=child, args=(i, port, [*args, *flags], str(out), compares)) for i in (0, 1)]
-        for p in both: p.start()
-        return both
-    return call
+def start(out, *flags, compares=False, **kwargs):
+    "Two processes, from the folder of the run, more flags, settings"
+    settings = {k.replace('_', '-'): v for k,v in (COMMON | kwargs | dict(out=out)).items()}
+    args = [a for k,v in settings.items() for a in ([f'--{k}' if v else f'--no-{k}'] if isinstance(v, bool) else [f'--{k}', str(v)])]
+    return processes.start_two(out, child, [*args, *flags], str(out), compares)
 
 
-def ended(both):
-    for p in both: p.join(300)
-    for p in both: p.kill()             # one that hangs
-    return [p.exitcode for p in both]
+def ended(both): return processes.ended(*both)
 
-
-def said(out, rank=0): return Path(f'{out}.{rank}.log').read_text()
+def said(out, rank=0): return processes.said(f'{out}.{rank}')
 
 
 def assert_both_equal(out):
@@ -89,7 +72,7 @@ def assert_both_equal(out):
     return a
 
 
-def test_two_processes_end_where_one_with_the_doubled_batch_ends(reviews, tmp_path, start):
+def test_two_processes_end_where_one_with_the_doubled_batch_ends(reviews, tmp_path):
     "One batch holds all samples, so that their order does not matter; these models have no batch-norm"
     options = dict(data=reviews, teacher='bag-16', student='bag-4', epochs=4)
     codes = ended(start(tmp_path/'two', batch_size=12, compares=True, **options))
@@ -111,7 +94,7 @@ def test_two_processes_end_where_one_with_the_doubled_batch_ends(reviews, tmp_pa
     assert not (tmp_path/'two'/'checkpoints').exists()
 
 
-def test_two_processes_that_are_killed_continue_to_the_same_result(digits, tmp_path, start):
+def test_two_processes_that_are_killed_continue_to_the_same_result(digits, tmp_path):
     "Batch-norm, flipped images, a projector and a share, of which each process has its own part"
     options = dict(data=digits, teacher='cnn-8', student='cnn-4', epochs=2, batch_size=8, recipe="labels + dist(share=1) + hint(layers={'0': '0'}, share=.2)")
     whole,killed = tmp_path/'whole',tmp_path/'killed'
@@ -128,7 +111,7 @@ def test_two_processes_that_are_killed_continue_to_the_same_result(digits, tmp_p
         for n in a[k]: assert torch.equal(a[k][n], b[k][n]), (k, n)
 
 
-def test_one_device_for_all_processes_is_refused(reviews, tmp_path, start):
+def test_one_device_for_all_processes_is_refused(reviews, tmp_path):
     codes = ended(start(tmp_path/'two', data=reviews, teacher='bag-4', student='bag-4', device='cpu:0'))
     assert codes == [2, 2] and "--device 'cpu:0' is one device, for 2 processes" in said(tmp_path/'two').replace('\n', ' ')
     assert said(tmp_path/'two', 1) == ''

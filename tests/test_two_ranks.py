@@ -1,8 +1,6 @@
 "Two processes that train together end where one process ends with batches twice as large."
-import os, subprocess, sys
-from pathlib import Path
 import pytest, torch
-import two_ranks
+import processes, two_ranks
 from fastai.basics import set_seed
 from fastdistill import auto
 from fastdistill.ranks import gather_rows
@@ -16,11 +14,9 @@ def runs(tmp_path_factory):
     "What both processes of the two, and the single one, ended with"
     pytest.importorskip('accelerate')
     folder = tmp_path_factory.mktemp('ranks')
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', two_ranks.__file__, folder]
-    env = dict(os.environ, ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path]))
-    r = subprocess.run([*map(str, launch)], env=env, capture_output=True, text=True, timeout=600)
-    assert r.returncode == 0, r.stderr
-    return [torch.load(folder/f'{i}.pt', weights_only=True) for i in (0, 1)],two_ranks.run(folder)
+    both,one = processes.start_two(folder/'two', two_ranks.one_of_two, folder, ACCELERATE_USE_CPU='true'),two_ranks.run(folder)
+    assert processes.ended(*both) == [0, 0], processes.said(folder/'two.0') + processes.said(folder/'two.1')
+    return [torch.load(folder/f'{i}.pt', weights_only=True) for i in (0, 1)],one
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -1,8 +1,5 @@
-"""Trainings that two processes share, or that one does with batches twice as large: `test_two_ranks.py` runs both and compares.
-
-    python -m torch.distributed.run --nproc-per-node 2 tests/two_ranks.py FOLDER"""
-import os, sys, warnings
-from pathlib import Path
+"Trainings that two processes share, or that one does with batches twice as large: `test_two_ranks.py` runs both and compares."
+import warnings
 import torch
 from torch import nn
 import apps
@@ -172,11 +169,11 @@ def run(folder, names=None):
     return out
 
 
-if __name__ == '__main__':
+def one_of_two(folder):
+    "What each of two processes does"
     import fastai.distributed  # noqa: F401
     warnings.simplefilter('ignore')
     apps.distributed_on_cpu()
     torch.distributed.init_process_group('gloo')
-    folder = Path(sys.argv[1])
-    torch.save(run(folder), folder/f"{os.environ['RANK']}.pt")
+    torch.save(run(folder), folder/f'{rank()}.pt')
     apps.leave_together()
