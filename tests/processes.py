@@ -11,6 +11,7 @@ SERVER.set_forkserver_preload(['fastdistill.cli', 'fastdistill.training', 'fasta
 
 def begin(log, env, fn, args):
     "What each does first: the environment of whoever started it, one thread, words to LOG.out and LOG.err"
+    multiprocessing.set_start_method(None, force=True)      # subtle: or a DataLoader's workers would start a server of their own
     os.environ.clear()
     os.environ.update(env)
     torch.set_num_threads(1)
