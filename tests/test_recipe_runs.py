@@ -1,5 +1,5 @@
 "Recipes side by side over several seeds: numbers, their test, and a folder from which an interrupted experiment continues."
-import os, signal
+import functools, os, signal
 import numpy as np
 import pytest
 from scipy import stats
@@ -25,6 +25,10 @@ def make_student(cbs=None):
 
 def run(recipes=None, n_epoch=2, lr=.1, make=make_student, teacher=TEACHER, **kwargs):
     return compare_recipes(make, teacher, recipes or RECIPES, n_epoch, lr, progress=False, check=False, **kwargs)
+
+
+@functools.cache
+def whole(): return run(seeds=3)
 
 
 def test_each_number_is_that_of_its_own_training():
@@ -113,7 +117,7 @@ STOP = None
 def test_an_interrupted_experiment_continues(tmp_path, capsys):
     "What is finished is not trained again, and the report is the same as without the interrupt"
     global STOP
-    whole,made = run(seeds=3),[]
+    made = []
     def make():
         made.append(1)
         return make_student(cbs=Stops(len(made)))
@@ -124,7 +128,7 @@ def test_an_interrupted_experiment_continues(tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['seed_0.json', 'settings.json']
     made.clear()
     again = run(seeds=3, folder=tmp_path, make=make)
-    assert again == whole and len(made) == 1 + 2*3
+    assert again == whole() and len(made) == 1 + 2*3
     made.clear()
     assert run(seeds=5, folder=tmp_path, make=make).seeds == [0, 1, 2, 3, 4] and len(made) == 1 + 2*3
 
@@ -142,7 +146,7 @@ def killed(folder):
 def test_a_killed_experiment_continues(tmp_path):
     folder = tmp_path/'runs'
     assert processes.ended(processes.start(tmp_path/'log', killed, folder)) == [-signal.SIGKILL], processes.said(tmp_path/'log')
-    assert run(seeds=3, folder=folder) == run(seeds=3)
+    assert run(seeds=3, folder=folder) == whole()
 
 
 def test_a_folder_of_another_experiment_is_refused(tmp_path):

@@ -48,7 +48,7 @@ def nothing_stays(learn, teacher, metrics):
 @pytest.mark.parametrize('error', [KeyboardInterrupt('stop'), ValueError('no'), CancelFitException()], ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize('source', ['live', 'cache'])
 def test_a_callback_that_stays_on_the_learner_puts_everything_back_whatever_ends_the_fit(sources, source, error, tmp_path):
-    learn = student(data(), metrics=apps.accuracy, path=tmp_path)
+    learn = student(data(bs=4), metrics=apps.accuracy, path=tmp_path)
     learn.add_cb(KnowledgeDistillation(sources[source], RECIPE(), check=False))
     metrics,teacher = list(learn.metrics),sources['live']
     for name in EVENTS:
