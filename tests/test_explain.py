@@ -130,7 +130,7 @@ def test_after_a_training_its_steps_and_shares_are_known():
 
 def test_stored_outputs_are_refused_where_the_teacher_has_to_run(tmp_path):
     student,teacher = toy()
-    cache = cache_teacher(teacher, student.dls, tmp_path/'c', check=False, progress=False)
+    cache = cache_teacher(teacher, student.dls, tmp_path/'c', kind='softmax', check=False, progress=False)
     for stored in (cache, tmp_path/'c', [str(tmp_path/'c')]):
         for ask in (student.explain, student.check_teacher):
             with pytest.raises(DistillError, match="c holds a teacher's outputs .* pass the model itself"): ask(stored)

@@ -180,7 +180,7 @@ class KnowledgeDistillation(Callback):
         (self.items if self.feed is None else self.feed).detach()
         self.unlabelled.stop()
         if not self.in_fit: return
-        self.in_fit,self.steps = False,self.learn.train_iter    # which `validate` sets to 0
+        self.in_fit,self.n_steps = False,self.learn.train_iter  # which `validate` sets to 0
         if self.distiller is not None and self.distiller.teacher is not None: self.distiller.teacher.stop()
         self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self.part_metrics)
         if self.state_before_finder is not None:

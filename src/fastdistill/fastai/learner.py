@@ -89,7 +89,7 @@ def explain(
     """Why did the teacher not help more? A list of reasons, each with the number behind it and what to try; `.facts`
     are what was measured. For a dict of teachers of several heads it is a dict of such lists. Teachers that are stored
     in a cache cannot be asked: pass the model itself"""
-    steps = getattr(callback, 'steps', None) or getattr(self, 'train_iter', None) or None
+    steps = getattr(callback, 'n_steps', None) or getattr(self, 'train_iter', None) or None
     if isinstance(teacher, Mapping): return explain_heads(self, teacher, callback, kind, axis, n, steps)
     task = task_of(self.loss_func, kind, axis)
     teacher = teacher_of(teacher, self, task)
