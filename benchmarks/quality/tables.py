@@ -168,13 +168,13 @@ def picture(r, path):
             if k not in g: continue
             c,m,_ = styles[what]
             if what == 'default': ax.plot([g[k][0]-2*g[k][1], g[k][0]+2*g[k][1]], [i, i], color=c, lw=1.2, alpha=.6)
-            ax.plot(np.clip(g[k][0], -12, 18), i, m, color=c, ms=9 if m == '|' else 5, mew=2 if m == '|' else 0)
+            ax.plot(np.clip(g[k][0], -20, 40), i, m, color=c, ms=9 if m == '|' else 5, mew=2 if m == '|' else 0)
     for c,m,label in styles.values(): ax.plot([], [], m, color=c, label=label, mew=2 if m == '|' else 0)
     ax.axvline(0, color='.7', lw=.8, zorder=0)
     ax.set_yticks(range(len(order)), [f'{n}  ({KINDS[group(r.facts[n])]})' for n in order], fontsize=8)
-    ax.invert_yaxis()
+    ax.set_ylim(len(order)-.4, -.6)
     ax.set_xscale('symlog', linthresh=1)
-    ax.set_xticks([-10, -3, -1, -.5, 0, .5, 1, 3, 10], ['-10', '-3', '-1', '-.5', '0', '.5', '1', '3', '10'], fontsize=8)
+    ax.set_xticks([-10, -3, -1, -.5, 0, .5, 1, 3, 10, 30], ['-10', '-3', '-1', '-.5', '0', '.5', '1', '3', '10', '30'], fontsize=8)
     ax.set_xlabel('points over labels alone, each at its own best rate; line: two standard errors of the default', fontsize=8)
     for o in ('top', 'right'): ax.spines[o].set_visible(False)
     ax.legend(fontsize=7, loc='lower center', bbox_to_anchor=(.5, 1), ncols=4, frameon=False)
