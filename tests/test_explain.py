@@ -128,6 +128,10 @@ def test_after_a_training_its_steps_and_shares_are_known():
     student.validate()      # it sets fastai's count of steps to 0
     assert student.explain(teacher, cb).facts.steps == found.facts.steps and student.explain(teacher).facts.steps is None
 
+def test_what_is_no_callback_is_refused():
+    student,teacher = toy()
+    with pytest.raises(DistillError, match='callback is a .*: give what distill.. returned'): student.explain(teacher, teacher)
+
 def test_stored_outputs_are_refused_where_the_teacher_has_to_run(tmp_path):
     student,teacher = toy()
     cache = cache_teacher(teacher, student.dls, tmp_path/'c', kind='softmax', check=False, progress=False)

@@ -11,7 +11,7 @@ from ..cache.source import is_whole
 from ..candidates import candidates_for, given_candidates
 from ..docments import explain as add_docments
 from ..doctor.runs import guarded_random_state
-from ..doctor.tally import FEW, METRICS
+from ..doctor.tally import METRICS
 from ..outputs import DistillError, DistillWarning
 from ..ranks import rank
 from ..study import Search, import_optuna
@@ -98,10 +98,8 @@ def refuse_search(learn, score, options):
                            f"found.recipe, {given[0]}=...).")
     if score is not None and not callable(score):
         raise DistillError(f"score={score!r}: give a function of logits and targets, with a score for each item.")
-    n = getattr(learn.dls.valid, 'n', None) if len(learn.dls.loaders) > 1 else 0
-    if n is not None and n < 2*FEW:
-        raise DistillError("distill_find needs a validation set: one half chooses the recipe, the other judges it. "
-                           f"This one has {n} items, and fewer than {2*FEW} can show nothing.")
+    if len(learn.dls.loaders) < 2 or getattr(learn.dls.valid, 'n', None) == 0:
+        raise DistillError("distill_find needs a validation set: one half chooses the recipe, the other judges it.")
     if isinstance(learn.opt_func, OptimWrapper):
         raise DistillError("opt_func is an optimizer that exists already, and each run needs its own. Give the Learner "
                            "a function: opt_func=partial(OptimWrapper, opt=torch.optim.AdamW).")

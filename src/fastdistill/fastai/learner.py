@@ -91,6 +91,8 @@ def explain(
     in a cache cannot be asked: pass the model itself"""
     steps = getattr(callback, 'n_steps', None) or getattr(self, 'train_iter', None) or None
     if isinstance(teacher, Mapping): return explain_heads(self, teacher, callback, kind, axis, n, steps)
+    if not isinstance(callback, KnowledgeDistillation|None):
+        raise DistillError(f"callback is a {type(callback).__name__}: give what distill() returned, or nothing.")
     task = task_of(self.loss_func, kind, axis)
     teacher = teacher_of(teacher, self, task)
     valid,train = prepared_batches(self, n, n)
