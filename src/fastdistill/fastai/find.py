@@ -109,12 +109,14 @@ def refuse_numbers(
     minutes,
     whole:dict # name -> (value, the least that is possible)
 ):
+    "Refuse numbers with which no search can run"
     if not (isinstance(minutes, Real) and minutes > 0): raise DistillError(f"minutes={minutes!r}: a number above 0.")
     for k,(v,least) in whole.items():
         if not (is_whole(v) and v >= least): raise DistillError(f"{k}={v!r}: a whole number from {least} up.")
 
 
 def as_rates(rates):
+    "The user's learning rates, as a list"
     try: found = [float(o) for o in rates]
     except (TypeError, ValueError): found = []
     if not found or not all(0 < o < inf for o in found):

@@ -2,7 +2,7 @@
 import torch
 from fastai.text.data import LMDataLoader
 from ..cache.manifest import refuse
-from ..cache.source import identity_of
+from ..cache.source import identity_of, is_whole
 from ..outputs import DistillError
 from ..replay.seeds import RandomGuard
 from .batches import loader_of, split_batch
@@ -24,7 +24,7 @@ class UnlabelledInputs:
         targets=None, # `TeacherCache` with the outputs for these items, or its folder; None: the teacher runs
         runs:bool=True # is there a teacher that runs?
     ):
-        if not isinstance(perturbed, int) or isinstance(perturbed, bool) or perturbed < 0:
+        if not is_whole(perturbed) or perturbed < 0:
             raise DistillError(f"perturbed={perturbed!r}: it is how many rows are made of each row, a whole number "
                                "from 0 up, such as 5.")
         if perturbed and not runs:

@@ -51,9 +51,9 @@ def in_three(x, axis):
     return x.reshape(before, x.shape[axis], after)
 
 
-def blanked(fn, s, t, dropped, axis=1, **options):
+def blanked(fn, s, t, mask, axis=1, **options):
     "`fn`, with 0 where the mask drops a position, so that a nan there reaches neither the loss nor the gradient"
-    if dropped is not None: s,t = [x.where(dropped > 0, 0.) for x in (s, t)]
+    if mask is not None: s,t = [x.where(mask > 0, 0.) for x in (s, t)]
     return fn(s, t, axis=axis, **options)
 
 

@@ -6,7 +6,7 @@ from .chunks import blanked, chunk_size, chunks, in_three, rows_at
 
 __all__ = ['both_correlations']
 
-FEW_POSITIONS = 8 # positions in a chunk, so that the mean of the first one is near that of all
+FEW_POSITIONS = 8 # the fewest in a chunk, so that the mean of the first chunk is near that of all positions
 
 
 def both_correlations(
@@ -14,21 +14,21 @@ def both_correlations(
     t:Tensor, # teacher logits, the same shape
     T:float, # temperature
     axis:int, # class axis, counted from the front
-    mask:Tensor|None=None, # `s` without the class axis: how much each position counts in the mean over the classes
-    eps:float=1e-8 # added to the product of norms
+    mask:Tensor|None, # `s` without the class axis: how much each position counts in a class's correlation
+    eps:float # added to the product of norms
 ) -> tuple[Tensor, Tensor]:
     """Pearson of each position's probabilities over the classes, without the class axis; and the mean, over the
     classes, of Pearson over the positions"""
     mask = None if mask is None else mask.to(s.dtype).unsqueeze(axis)
-    if (size := chunk_size(s)) is None: return blanked(at_once, s, t, mask, axis=axis, mask=mask, T=T, eps=eps)
+    if (size := chunk_size(s)) is None: return blanked(at_once, s, t, mask, axis=axis, w=mask, T=T, eps=eps)
     three = [None if x is None else in_three(x, axis) for x in (s, t, mask)]
     own,shared = Correlations.apply(*three, T, eps, max(size, FEW_POSITIONS*s.shape[axis]))
     return own.reshape(s.shape[:axis] + s.shape[axis+1:]),shared
 
 
-def at_once(s, t, axis, mask, T, eps):
+def at_once(s, t, axis, w, T, eps):
     p,q = log_probs(s, T, axis).exp(),log_probs(t, T, axis).exp()
-    return pearson(p, q, axis, None, eps),pearson(p, q, others(p, axis), mask, eps).mean()
+    return pearson(p, q, axis, None, eps),pearson(p, q, others(p, axis), w, eps).mean()
 
 
 def others(x, axis=1): return [d for d in range(x.dim()) if d != axis]
@@ -37,8 +37,8 @@ def others(x, axis=1): return [d for d in range(x.dim()) if d != axis]
 def pearson(
     a:Tensor, b:Tensor, # of one shape
     dim, # dimensions over which it is computed
-    w:Tensor|None=None, # weights that broadcast to `a`
-    eps:float=1e-8
+    w:Tensor|None, # weights that broadcast to `a`
+    eps:float
 ):
     "Correlation, and 0 where one of the two does not vary"
     def center(x):
@@ -49,7 +49,7 @@ def pearson(
 
 
 class Correlations(torch.autograd.Function):
-    "`both_correlations` of (before, classes, after). The sums of a class need one pass, and so does the gradient"
+    "`both_correlations` of (before, classes, after). Each pass reads the logits once"
     @staticmethod
     def forward(ctx, s, t, mask, T, eps, size):
         own,first,sums = s.new_empty(len(s), 1, s.shape[2]),None,0.
@@ -84,9 +84,10 @@ class Correlations(torch.autograd.Function):
 
 
 def probs_at(s, t, mask, i, T):
-    "Of a chunk, both models', and the mask"
+    "Both models' probabilities in a chunk, and its mask"
     s,t,w = rows_at((s, t, mask), i)
-    return *blanked(lambda s,t,axis: [(x/T).softmax(axis) for x in (s, t)], s, t, w),w
+    if w is not None: s,t = [x.where(w > 0, 0.) for x in (s, t)]
+    return (s/T).softmax(1),(t/T).softmax(1),w
 
 
 def moments(a, b, w):
@@ -108,5 +109,5 @@ def safe_ratio(a, b): return torch.where(b > 0, a/b, 0.)
 
 def with_graph(s, t, mask, T, eps, g_own, g_shared):
     "The gradient, with a graph of its own and without chunks"
-    own,shared = blanked(at_once, s, t, mask, axis=1, mask=mask, T=T, eps=eps)
+    own,shared = blanked(at_once, s, t, mask, axis=1, w=mask, T=T, eps=eps)
     return torch.autograd.grad([own.unsqueeze(1), shared], s, [g_own, g_shared], create_graph=True)[0]
