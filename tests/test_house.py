@@ -1,4 +1,4 @@
-"The house: who may import whom, which names are public, how long a file may be."
+"The house: who may import whom, and which names are public."
 import ast, importlib, itertools, re, subprocess, sys
 from pathlib import Path
 import pytest
@@ -161,10 +161,8 @@ def test_import_fastdistill_brings_no_framework():
 
 
 @pytest.mark.parametrize('file', FILES, ids=lambda f: str(f.relative_to(SRC)))
-def test_a_file_is_short_and_catches_nothing_unnamed(file):
-    text = file.read_text()
-    assert len(text.splitlines()) <= 400, 'split it by its own nouns'
-    assert not [n.lineno for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ExceptHandler) and n.type is None]
+def test_a_file_catches_nothing_unnamed(file):
+    assert not [n.lineno for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ExceptHandler) and n.type is None]
 
 
 def public():
