@@ -1,5 +1,5 @@
-"The quality benchmark: a restart skips what ran, rates are chosen on the validation split, and its statistics are right."
-import json, math, sys
+"The quality benchmark: a restart skips what ran, rates are chosen on the validation split, its statistics are right, and the pages say what the runs say."
+import inspect, json, math, re, sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +18,8 @@ def quality():
     "The benchmark's modules, which import each other by their bare names"
     sys.path.insert(0, str(HERE))
     try:
-        import candidates, loop, measures, rule, run, stats, tasks
-        return SimpleNamespace(**{m.__name__: m for m in (candidates, loop, measures, rule, run, stats, tasks)})
+        import candidates, loop, measures, rule, run, stats, tables, tasks
+        return SimpleNamespace(**{m.__name__: m for m in (candidates, loop, measures, rule, run, stats, tables, tasks)})
     finally: sys.path.remove(str(HERE))
 
 
@@ -175,3 +175,189 @@ def test_the_default_of_each_cell_is_the_library_s(quality):
         c,t = quality.candidates.CANDIDATES[found],5*torch.randn(50, classes, generator=torch.Generator().manual_seed(0))
         chosen = auto(kind, classes=classes, dense=output in ('pixels', 'tokens'), teacher=t if c.measures else None)
         assert repr(c.recipe(t) if c.measures else c.recipe()).replace('.0', '') == repr(chosen).replace('.0', ''), output
+
+
+def test_corrected_p_values_are_those_of_the_paper(quality):
+    "Benjamini and Hochberg (1995): the smallest p*m/rank of this p and all larger ones"
+    p = dict(a=.01, b=.04, c=.03, d=.8, e=.005)
+    found = quality.stats.corrected({**p, 'not run': float('nan')})
+    ranked = sorted(p.values())
+    reference = {k: min(o*len(p)/(ranked.index(o)+1) for o in ranked if o >= v) for k,v in p.items()}
+    assert found == pytest.approx(reference)
+    assert quality.stats.corrected({}) == {}
+
+
+def gain(quality, mean=1., p=.001, planned=None, rates=(.1, .1), equal=(1., 1.)):
+    return quality.tables.Gain(mean, .1, p, p if planned is None else planned, 4, rates, equal)
+
+
+def test_a_gain_is_bold_only_after_the_correction_for_all_tests(quality):
+    assert quality.tables.earned(dict(a=gain(quality, p=.04))) == {'a'}
+    assert quality.tables.earned(dict(a=gain(quality, p=.04)) | {i: gain(quality, p=.5) for i in range(9)}) == set()
+
+
+def test_seeds_that_were_added_later_make_no_gain_bold(quality):
+    assert quality.tables.earned(dict(a=gain(quality, p=.001, planned=.06))) == set()
+
+
+@pytest.mark.parametrize(('mean', 'equal', 'bold'), [(1., (.6, 1.2), True), (1., (.6, .4), False), (1., (1., -.1), False), (1., (1., float('nan')), False), (-1., (-.6, -2.), True), (-1., (-.4, -2.), False)])
+def test_a_gain_that_the_learning_rate_makes_is_not_bold(quality, mean, equal, bold):
+    assert quality.tables.earned(dict(a=gain(quality, mean, rates=(.1, .3), equal=equal))) == ({'a'} if bold else set())
+
+
+@pytest.fixture
+def written(quality, monkeypatch, tmp_path):
+    "Results of one cell: labels alone are best at .1, the default at .3; six seeds, four of them planned; a recipe that is no candidate, and one with one seed"
+    def run(recipe, lr, seed, valid, test): return dict(cell='c', recipe=recipe, lr=lr, seed=seed, valid=dict(accuracy=valid), test=dict(accuracy=test, nll=1., ece=.1))
+    alone,taught = [.70, .72, .71, .69, .60, .61],[.74, .73, .75, .72, .70, .72]
+    runs = ([run('labels', .1, s, .7, v) for s,v in enumerate(alone)] + [run('labels', .3, 0, .6, .65)] + [run('kd(1,.5)', .3, s, .7, v) for s,v in enumerate(taught)]
+            + [run('kd(1,.5)', .1, 0, .6, .71)] + [run('gone', .1, s, .7, .8) for s in range(2)] + [run('kd(4,.9)', .1, 0, .7, .8)])
+    (tmp_path/'c.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in runs))
+    fact = dict(task='t', output='classes', classes=2, dense=False, tokens=False, teacher_train=.9, teacher_valid=.8, teacher_test=.8, top_prob_train=.8, top_prob_valid=.8, rows=9, steps=1, epochs=1., parameters=5)
+    (tmp_path/'facts.json').write_text(json.dumps(dict(c=fact)))
+    cell = quality.tasks.Cell('c', 't', 'classes', None, None, 1)
+    for m in (quality.rule, quality.tables): monkeypatch.setattr(m, 'OUT', tmp_path)
+    monkeypatch.setattr(quality.tables, 'cells', lambda: dict(c=cell))
+    return quality.tables.Results(),alone,taught
+
+
+def test_a_gain_compares_the_same_seeds_at_each_recipe_s_best_rate_and_at_equal_rates(written):
+    from scipy import stats
+    r,alone,taught = written
+    g = r.gains['c']['kd(1,.5)']
+    assert g.mean == pytest.approx(100*np.mean(np.subtract(taught, alone)))
+    assert g.p == pytest.approx(stats.ttest_rel(taught, alone).pvalue)
+    assert g.planned == pytest.approx(stats.ttest_rel(taught[:4], alone[:4]).pvalue)
+    assert g.rates == (.3, .1)
+    assert g.equal == pytest.approx((9., 1.))       # .74 - .65 at .3, .71 - .70 at .1
+    assert g.seeds == 6
+
+
+def test_a_run_that_no_table_can_use_is_listed(quality, written):
+    text = quality.tables.of_dropped(written[0])
+    assert '2 runs of `gone`' in text
+    assert '| gone | c | 2 | 0.1 | 2 | +9.00 |' in text
+    assert 'kd(4,.9) in c (1)' in text
+
+
+def test_the_picture_is_drawn(quality, written, tmp_path):
+    quality.tables.picture(written[0], tmp_path/'gains.png')
+    assert (tmp_path/'gains.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.fixture(scope='module')
+def stored(quality):
+    "The results of the repository"
+    with pytest.MonkeyPatch.context() as m:
+        m.syspath_prepend(str(HERE))
+        return quality.tables.Results()
+
+
+def test_the_tables_of_the_page_are_those_of_the_stored_runs(quality, stored):
+    "If this fails: python benchmarks/quality/tables.py"
+    page = (HERE/'README.md').read_text().split(quality.tables.START)[1].split(quality.tables.END)[0]
+    assert page.strip().splitlines() == quality.tables.text(stored).strip().splitlines()
+
+
+def test_every_stored_recipe_is_in_a_table(quality, stored):
+    dropped = quality.tables.of_dropped(stored)
+    for n,runs in stored.all.items():
+        for k in {r['recipe'] for r in runs} - stored.gains[n].keys() - {'labels'}:
+            assert f'| {k} | {n} |' in dropped or f'{quality.tables.shown(k)} in {n} (' in dropped
+
+
+def test_no_table_calls_a_recipe_by_the_name_of_a_tool(quality, stored):
+    assert not re.search('fasterai|torchdistill|timm|keras', quality.tables.text(stored))
+
+
+# the words of README.md's table -> cells
+SAID = {'two-digit numbers': 'digits100_short digits100_long', 'Fashion-MNIST': 'fashion_short fashion_long', 'CIFAR-10, all images': 'cifar_short cifar', 'CIFAR-10, 5,000 images': 'cifar5000 cifar5000_wide cifar5000_long',
+        'Imagenette': 'imagenette imagenette_tuned', 'trec': 'trec_short trec_long', 'trec, 50 fine classes': 'trec50_short trec50_long', 'banking77': 'banking77_short banking77_long banking77_wide_short banking77_wide_long',
+        'occupations (a table)': 'occupation_short occupation_long', 'CamVid': 'camvid', 'pixels of digits': 'digit_pixels', 'Shakespeare': 'lm_short', 'WikiText': 'wikitext',
+        'adult': 'adult500_short adult500_long adult5000_short adult5000_long adult_short', 'adult, taught by networks': 'adultnets5000 adultnets', 'film reviews': 'polarity_short polarity_long', 'SST-2': 'sst2_short sst2_long',
+        'breast cancer': 'cancer', 'nuclei': 'nuclei', 'GoEmotions': 'goemotions_short', 'facts about people (a table)': 'person_short person_long', 'diabetes': 'diabetes', 'ages': 'age5000', 'points': 'points_short points_long'}
+
+def said():
+    "(words, place, number, bold, decimals) of each gain in README.md's table of recipes"
+    page = (HERE.parent.parent/'README.md').read_text()
+    rows = re.search(r'^\| the student predicts .*?\n\n', page, re.M | re.S)[0].splitlines()[2:]
+    text = '; '.join(row.split('|')[3].strip() for row in rows if row)
+    text = text.replace(', pixels of digits', '; pixels of digits').replace(', WikiText', '; WikiText').replace(', ages', '; ages')
+    for part in text.split('; '):
+        words = re.match(r'.+?(?= \**[+-]?\d+\.\d)', part)[0]
+        for i,(bold,number) in enumerate(re.findall(r'(?<!= )(\*\*)?([+-]?\d+\.\d+)', part)): yield words,i,float(number),bool(bold),len(number.split('.')[1])
+
+
+def test_the_readme_names_every_cell_but_those_of_the_weak_teachers(stored):
+    assert {c for cells in SAID.values() for c in cells.split()} == {n for n in stored.cells if 'weak' not in n}
+    assert {w for w,*_ in said()} == SAID.keys()
+
+
+def test_the_gains_in_the_readme_are_those_of_the_stored_runs(stored):
+    for words,i,number,bold,decimals in said():
+        n = SAID[words].split()[i]
+        g = stored.gains[n][stored.default[n]]
+        scale = 100 if n in ('lm_short', 'wikitext') else 1        # bits
+        assert number == pytest.approx(g.mean/scale, abs=.5*10**-decimals + 1e-9), n
+        assert bold == (n in stored.bold_default), n
+    assert sum(len(c.split()) for c in SAID.values()) == len([*said()])
+
+
+def test_the_sentences_of_the_readme_below_its_gains_are_true(quality, stored):
+    page = (HERE.parent.parent/'README.md').read_text()
+    own = stored.of_default()
+    has = lambda text: text in page
+    assert has(f'beat labels alone in {sum(g.mean > 0 for g in own.values())} of the {len(own)} cells, significantly so in the {len(stored.bold_default)} that are bold, and was significantly worse in none')
+    assert all(g.mean > 0 for n,g in own.items() if n in stored.bold_default or g.p < .05)
+    assert has('{} to {} seeds'.format(min(g.seeds for g in own.values()), max(g.seeds for g in own.values())))
+    new = [n for n,f in stored.facts.items() if f['task'] in quality.tables.NEW]
+    assert has(f'{len([n for n in new if n in stored.bold_default])} of their {len(new)} cells are bold')
+    assert has('(p = {:.2f})'.format(own['camvid'].p))
+    for n,k,text in (('digits100_short', 'kd(4,.9)', 'gains **{:.1f}** points on two-digit numbers (short)'), ('banking77_long', 'kd(4,.9)', 'loses **{:.1f}** on banking77 (long)'),
+                     ('banking77weak_long', 'dist(auto)x3', '`dist` lost **{:.1f}** points on banking77'), ('goemotionsweak_short', 'binary(1)x3', '`binary_kl` **{:.1f}** on GoEmotions')):
+        assert has(text.format(abs(stored.gains[n][k].mean))), text
+        assert n in stored.bold[k], text
+    nll,count,ours,alone = re.search(r'in (\d+) of (\d+) cells. Its median expected calibration error is (\S+), that of labels alone (\S+)\.\n', quality.tables.of_calibration(stored)).groups()
+    assert has(f'the loss on the test set fell in {nll} of {count} cells, but the median calibration error rose from {alone} to {ours}')
+
+
+@pytest.fixture
+def logits():
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(8, 5, generator=g),3*torch.randn(8, 5, generator=g),torch.randint(5, (8,), generator=g)
+
+
+def test_fasterai_s_default_is_the_candidate_of_its_numbers(quality, logits):
+    pytest.importorskip('fasterai')
+    from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
+    from fasterai.distill.losses import SoftTarget
+    s,t,y = logits
+    weight = inspect.signature(KnowledgeDistillationCallback).parameters['weight'].default
+    assert (inspect.signature(SoftTarget).parameters['T'].default, weight) == (5, .5)
+    theirs = torch.lerp(F.cross_entropy(s, y), SoftTarget(s, t), weight)       # as its callback mixes them
+    torch.testing.assert_close(quality.candidates.CANDIDATES['kd(5,.5)'].recipe()(s, t, y), theirs)
+    assert not torch.isclose(quality.candidates.CANDIDATES['fasterai'].recipe()(s, t, y), theirs)      # the name in the result files is wrong
+
+
+@pytest.mark.parametrize(('temperature', 'alpha', 'T', 'ours'), [(1., .5, 1., .5), (4., .9, 4., .1)], ids=['ImageNet', 'CIFAR-10'])
+def test_torchdistill_has_no_default_and_its_alpha_weights_the_labels(quality, logits, temperature, alpha, T, ours):
+    "`temperature` and `alpha` are those of its configurations, which its package does not contain"
+    pytest.importorskip('torchdistill')
+    from fastdistill import kd
+    from torchdistill.losses.mid_level import KDLoss
+    s,t,y = logits
+    assert inspect.signature(KDLoss).parameters['temperature'].default is inspect.Parameter.empty
+    theirs = KDLoss('.', 'output', '.', 'output', temperature=temperature, alpha=alpha)({'.': dict(output=s)}, {'.': dict(output=t)}, y)
+    torch.testing.assert_close(kd(T, ours)(s, t, y), theirs)
+    if T == 1: torch.testing.assert_close(quality.candidates.CANDIDATES['kd(1,.5)'].recipe()(s, t, y), theirs)
+
+
+def test_timm_s_default_is_the_task_loss_and_kl(quality, logits):
+    task = pytest.importorskip('timm.task', reason='this timm has no tasks')
+    s,t,y = logits
+    class Fixed(nn.Module):
+        pretrained_cfg,num_classes,in_chans = dict(mean=(.5,)*3, std=(.5,)*3),5,3
+        def __init__(self, out): super().__init__(); self.out = out
+        def forward(self, x): return self.out
+    theirs = task.LogitDistillationTask(Fixed(s), Fixed(t), nn.CrossEntropyLoss(), verbose=False)(torch.zeros(8, 3, 4, 4), y)['loss']
+    torch.testing.assert_close(quality.candidates.CANDIDATES['timm'].recipe()(s, t, y), theirs)

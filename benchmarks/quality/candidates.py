@@ -1,4 +1,4 @@
-"What is compared: recipes of the library, and the defaults of other tools in its words."
+"What is compared: recipes of the library, and recipes that other tools suggest, in its words."
 from collections.abc import Callable
 from dataclasses import dataclass
 import torch.nn.functional as F
@@ -14,11 +14,12 @@ class Candidate:
     name:str
     recipe:Callable # () -> Recipe, or None for labels alone
     outputs:str = SOFT
-    tier:str = 'core' # 'core': in every cell; 'two': two classes first; 'more': where time allows; 'peer': another tool's default
+    tier:str = 'core' # 'core': in every cell; 'two': two classes first; 'more': where time allows; 'peer': suggested by another tool
     smoothing:float = 0.
     classes:int = 1 # fewest that it is for
     tasks:str = '' # these alone
     measures:bool = False # `recipe` gets the teacher's outputs for the training set
+    shown:str = '' # its name in the tables, if the result files have a name that does not say what it is
 
     def fits(self, cell, classes):
         return cell.output in self.outputs.split() and classes >= self.classes and (not self.tasks or cell.task in self.tasks.split())
@@ -47,10 +48,12 @@ CANDIDATES = [
     C('regressionx1', share(losses.regression, 1.), 'numbers'), C('regressionx3', share(losses.regression, 3.), 'numbers'),
     C('cwd(4)w3', lambda: Recipe(Term(losses.cwd, weight=3., T=4.)), 'pixels'),
     C('cwd(4)x1', share(losses.cwd, 1., T=4.), 'pixels'), C('cwd(4)x3', share(losses.cwd, 3., T=4.), 'pixels'),
-    # other tools' defaults
-    C('fasterai', lambda: kd(20., .9), SOFT, 'peer'), C('timm', lambda: Recipe(Term(losses.kl, weight=1., T=1.)), SOFT, 'peer'),
-    C('keras', lambda: kd(10., .9), SOFT, 'peer'),
-    C('mse(.5)', lambda: Recipe(Term(F.mse_loss, weight=.5, name='mse'), task=.5), 'labels numbers', 'peer'),    # fasterai's `Logits` and its weight
+    # suggested by other tools; tests/test_quality.py reads their defaults from the installed packages. fasterai: `SoftTarget` with its weight. timm: `LogitDistillationTask`
+    # without a weight. torchdistill has no default; kd(1,.5) is its configuration for ImageNet. Keras has no recipe of its own; T=10, alpha=.1 for the labels, is its code example.
+    C('kd(5,.5)', lambda: kd(5., .5), SOFT, 'peer'), C('timm', lambda: Recipe(Term(losses.kl, weight=1., T=1.)), SOFT, 'peer', shown='kl(1)w1'),
+    C('keras', lambda: kd(10., .9), SOFT, 'peer', shown='kd(10,.9)'),
+    C('fasterai', lambda: kd(20., .9), SOFT, 'more', shown='kd(20,.9)'),     # the name is a mistake: fasterai suggests kd(5,.5)
+    C('mse(.5)', lambda: Recipe(Term(F.mse_loss, weight=.5, name='mse'), task=.5), 'labels numbers', 'peer'),
     # where time allows
     C('smoothing', alone, 'classes pixels tokens labels', 'more', smoothing=.1),
     C('kd(4,.9->.2)', lambda: kd(4., ('cosine', .9, .2)), SOFT, 'more'),

@@ -43,4 +43,13 @@ def at_best_rate(runs, output):
 def by_seed(runs, output, split='test'): return {r['seed']: score(output, r[split]) for r in runs}
 
 
+def at_rate(runs, recipe, rate): return [r for r in runs if r['recipe'] == recipe and r['lr'] == rate]
+
+
+def corrected(p): # test -> p
+    "test -> p after Benjamini and Hochberg's correction for all of these tests; a test without a p is not one of them"
+    known = {k: v for k,v in p.items() if np.isfinite(v)}
+    return dict(zip(known, stats.false_discovery_control([*known.values()]).tolist())) if known else {}
+
+
 def significant(found, sign=1, level=.05): return found[3] > 1 and found[2] < level and np.sign(found[0]) == sign
