@@ -50,14 +50,39 @@ def lone_blocks():
     return [pytest.param(m, id=f"line {text.count(chr(10), 0, m.start('code'))+1}") for m in BLOCK.finditer(text) if not m['why']]
 
 
+def numbers(text): return [float(o) for o in re.findall(r'\d*\.\d+|\d+', text)]
+
+
+def check_what_it_prints(printed, page):
+    """The numbers that README.md says its first block prints. Its students train differently on another processor: accuracies on 1,000
+    images may differ by .05, three standard deviations of their sampling noise, and losses by a tenth"""
+    lines = [line.rsplit('\r', 1)[-1] for line in printed.splitlines()]
+    said = [o.split('fastdistill:')[1] for o in lines if 'fastdistill:' in o]
+    *epochs,last = re.search(r'^```text\n(.+?)^```$', page, re.M | re.S)[1].splitlines()
+    ran = [line for line in lines if re.match(r' *\d+ +\d+\.\d', line)][-len(epochs):]
+    for ours,theirs in zip(ran, epochs, strict=True):
+        (epoch,*losses),(page_epoch,*page_losses) = (numbers(o)[:6] for o in (ours, theirs))
+        assert epoch == page_epoch
+        assert losses == pytest.approx(page_losses, rel=.1), theirs
+    assert re.sub(r'[\d.]+', '', lines[-1]).split() == re.sub(r'[\d.]+', '', last).split()
+    assert numbers(lines[-1]) == pytest.approx(numbers(last), abs=.05)
+    teacher,alone,distilled = numbers(lines[-1])
+    assert teacher > distilled > alone
+    bullets = re.search(r'^Before the table.+?\n\n((?:- .+\n)+)', page, re.M)[1]
+    for line in bullets.splitlines():
+        here = numbers(' '.join(o for o in said if ('recipe' in o) == ('recipe' in line)))
+        for n in numbers(line): assert any(n == pytest.approx(o, rel=.05, abs=.05) for o in here), f'{n} in: {line}'
+
+
 @pytest.mark.parametrize('m', lone_blocks())
-def test_a_readme_block_runs_alone(m, tmp_path, monkeypatch):
+def test_a_readme_block_runs_alone_and_prints_what_the_page_says(m, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if m['prelude']:
         exec(compile(m['code'], 'README.md', 'exec'), dict(getattr(docs_preludes, m['prelude'])(), __name__='__page__'))
     else:       # subtle: in a process of its own, because fastdistill.fastai, once imported, has given `distill` to every Learner
         done = subprocess.run([sys.executable, '-c', m['code']], capture_output=True, text=True)
         assert not done.returncode and not done.stderr, done.stderr
+        if 'print(' in m['code']: check_what_it_prints(done.stdout, README.read_text())
 
 
 def test_blocks_that_are_not_run():

@@ -328,7 +328,6 @@ def logits():
 
 
 def test_fasterai_s_default_is_the_candidate_of_its_numbers(quality, logits):
-    pytest.importorskip('fasterai')
     from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
     from fasterai.distill.losses import SoftTarget
     s,t,y = logits
@@ -342,7 +341,6 @@ def test_fasterai_s_default_is_the_candidate_of_its_numbers(quality, logits):
 @pytest.mark.parametrize(('temperature', 'alpha', 'T', 'ours'), [(1., .5, 1., .5), (4., .9, 4., .1)], ids=['ImageNet', 'CIFAR-10'])
 def test_torchdistill_has_no_default_and_its_alpha_weights_the_labels(quality, logits, temperature, alpha, T, ours):
     "`temperature` and `alpha` are those of its configurations, which its package does not contain"
-    pytest.importorskip('torchdistill')
     from fastdistill import kd
     from torchdistill.losses.mid_level import KDLoss
     s,t,y = logits
