@@ -321,6 +321,21 @@ def test_the_sentences_of_the_readme_below_its_gains_are_true(quality, stored):
     assert has(f'the loss on the test set fell in {nll} of {count} cells, but the median calibration error rose from {alone} to {ours}')
 
 
+def test_what_the_readme_measured_elsewhere_is_what_the_result_files_say():
+    page,results = (HERE.parent.parent/'README.md').read_text(),HERE.parent/'results'
+    def each(folder, way, key): return np.array([json.loads((results/folder/f'{way}-{s}.json').read_text())[key] for s in range(3)])
+    def spread(folder, way, key, form, scale=1): return ' ± '.join(format(scale*o, form) for o in (each(folder, way, key).mean(), each(folder, way, key).std(ddof=1)))
+    accuracy = [spread('cache_cifar', way, 'accuracy', '.1f', 100) for way in ('alone', 'live', '8')]
+    assert 'a ResNet-8 reaches {}% alone, and {} with a live ResNet-56 as teacher. With eight stored views it reaches {}'.format(*accuracy) in page
+    writing = json.loads((results/'cache_cifar'/'teacher.json').read_text())['seconds']['8']
+    share = (each('cache_cifar', '8', 'seconds').mean() + writing)/each('cache_cifar', 'live', 'seconds').mean()
+    assert re.search(rf'in {share:.2f} of\nthe time, including the time to write the cache', page)
+    miou = [spread('camvid_unet', way, 'miou', '.3f').replace('0.', '.') for way in ('alone', 'kd', 'cwd', 'both')]
+    assert 'mean IoU is {} alone, {} with `kd`, {} with `cwd`, and {} with both'.format(*miou) in page
+    ways = json.loads((results/'bench'/'resnet.json').read_text())['pairs']['resnet']['ways']
+    assert f"costs {ways['fastdistill']['ratio']:.2f} times a step without a teacher, fasterai's {ways['fasterai']['ratio']:.1f}" in page
+
+
 @pytest.fixture
 def logits():
     g = torch.Generator().manual_seed(0)
