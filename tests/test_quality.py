@@ -353,6 +353,7 @@ def test_fasterai_s_default_is_the_candidate_of_its_numbers(quality, logits):
     assert not torch.isclose(quality.candidates.CANDIDATES['fasterai'].recipe()(s, t, y), theirs)      # the name in the result files is wrong
 
 
+@pytest.mark.filterwarnings('ignore:.*invalid escape sequence')     # in its docstrings, where an installer did not compile them
 @pytest.mark.parametrize(('temperature', 'alpha', 'T', 'ours'), [(1., .5, 1., .5), (4., .9, 4., .1)], ids=['ImageNet', 'CIFAR-10'])
 def test_torchdistill_has_no_default_and_its_alpha_weights_the_labels(quality, logits, temperature, alpha, T, ours):
     "`temperature` and `alpha` are those of its configurations, which its package does not contain"
