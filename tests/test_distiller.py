@@ -41,6 +41,14 @@ def test_a_recipe_gives_the_numbers_of_the_scripts_that_people_paste(name, expec
         torch.testing.assert_close(s.grad, g['grad_student' + expected], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize('given', [losses.KL(T=2., axis=-1), partial(losses.kl, T=2., axis=-1)], ids=['a module', 'a partial'])
+def test_options_that_a_loss_brings_along_are_not_replaced_by_the_tasks(given):
+    s,t,_ = two(6, 5, 4)
+    want = 4*F.kl_div((s/2).log_softmax(-1), (t/2).softmax(-1), reduction='none').sum(-1).mean()
+    assert Recipe(Term(given), task=0.)(s, t, axis=1).item() == pytest.approx(want.item())
+    assert Recipe(Term(losses.kl, T=2., axis=-1), task=0.)(s, t, axis=1).item() == pytest.approx(want.item())
+
+
 def test_a_mean_over_classes_is_a_smaller_alpha():
     s,t,y = two(c=10)
     a,c = .9,10
