@@ -663,6 +663,17 @@ def test_a_part_that_swamps_the_labels_is_warned_about():
         d(*batch())
     assert d.gradient_shares['hint'] == pytest.approx(.5, abs=.02)
 
+@pytest.mark.parametrize('weight, task, warned', [(8.5, 1., False), (9.5, 1., True), (4.5, .3, False), (5., .3, True)],
+                         ids=['89%', '90%', 'labels above a fifth of their weight', 'labels below it'])
+def test_swamped_is_over_nine_tenths_that_leave_the_labels_less_than_a_fifth_of_their_weight(weight, task, warned):
+    s,t,_ = two()
+    d = Distiller(None, None, Recipe(Term(lambda s, t: s.sum(), weight, name='sum'), task=task), check=False)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        d.compute(Outputs(s), Outputs(t), s.sum())
+    assert d.gradient_shares['task'] == pytest.approx(task/(task+weight))
+    assert [SWAMPED in str(w.message) for w in seen] == [True]*warned
+
 def test_labels_swamped_by_alpha_are_named_so():
     s,t,y = two()
     d,t = Distiller(None, None, kd(20., .99)),20*t
