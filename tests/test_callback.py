@@ -613,6 +613,26 @@ def test_projectors_are_trained_by_the_students_kind_of_optimizer(opt_func):
     assert not any(map(torch.equal, before, projectors(cb)))
 
 
+def first_step(lr=.1, wd=0., **kwargs):
+    "Projectors before and after the first step of a fit"
+    student,teacher = toy(**kwargs)
+    cb,seen = KD(teacher, kd() + hint()),[]
+    class Steps(Callback):
+        def before_batch(self): seen.append(projectors(cb))
+    student.fit(1, lr, wd=wd, cbs=[cb, Steps()])
+    return seen[:2]
+
+
+def test_projectors_have_the_weight_decay_of_the_fit():
+    (start,plain),(_,decayed) = first_step(wd=0.),first_step(wd=.5)
+    for a,b,w in zip(decayed, plain, start): torch.testing.assert_close(a-b, -.1*.5*w, rtol=1e-3, atol=1e-6)
+
+
+def test_projectors_have_the_rate_of_the_students_last_layers():
+    halves = lambda m: [[*m[:2].parameters()], [*m[2:].parameters()]]
+    for a,b in zip(first_step(slice(.001, .1), splitter=halves)[1], first_step(.1)[1]): torch.testing.assert_close(a, b)
+
+
 def test_an_optimizer_that_is_built_already_leaves_projectors_to_adam():
     student,teacher = toy()
     student.opt_func = OptimWrapper(opt=torch.optim.SGD(student.model.parameters(), lr=.1))

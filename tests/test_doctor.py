@@ -327,6 +327,20 @@ def test_a_teacher_that_is_worse_than_the_student_is_a_warning_with_both_numbers
     assert check(slightly, x, y, student=good) == [] and check(good, x, y, student=slightly) == []
 
 
+@pytest.mark.parametrize('more, worse', [(.03, False), (.06, True)])
+def test_a_teacher_is_worse_from_a_twentieth_of_what_can_be_gained_on(more, worse):
+    "A constant is right for a tenth of these items, so that .9 can be gained; chance explains .01 at most of so many"
+    y = torch.arange(5000) % 10
+    answers = lambda share: F.one_hot(torch.where(torch.arange(5000) < share*5000, y, torch.randint(10, y.shape)), 10).float()
+    x = torch.cat([answers(.7), answers(.7+more)], 1)
+    eye,none = torch.eye(10),torch.zeros(10, 10)
+    teacher,student = linear(torch.cat([eye, none], 1)),linear(torch.cat([none, eye], 1))
+    found = check(teacher, x, y, student=student)
+    gained = found.facts.student_score - found.facts.teacher_score
+    assert (gained/.9 > .05) is worse
+    assert any('worse than the student' in f.what for f in found) is worse
+
+
 # shapes
 
 def test_a_class_axis_that_does_not_fit_the_labels_is_an_error():

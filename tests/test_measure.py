@@ -103,6 +103,14 @@ def test_masks_are_scored_as_others_score_them():
     assert r.n == 12
 
 
+def test_a_position_that_does_not_count_may_hold_anything():
+    o,y = torch.randn(6, 4, 5),torch.randint(4, (6, 5))
+    y[:, 2] = 9
+    o[:, 0, 2] = -torch.inf
+    r = measured(dict(a=o), y, Task('softmax', 1, 9))
+    assert value(r, 'nll') == pytest.approx(F.cross_entropy(o, y, ignore_index=9).item(), rel=1e-5)
+
+
 def test_a_class_that_is_nowhere_does_not_count():
     o,y = masks()
     o[:, 3] = -torch.inf
