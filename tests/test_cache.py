@@ -47,6 +47,15 @@ def test_rows_hold_logits_of_any_shape(shape):
     assert ((got.logits.reshape(len(x), -1)-flat).abs() <= step[:, None]*.5001 + 1e-6).all()
 
 
+def test_int8_holds_the_smallest_and_the_largest_value_of_a_row_exactly(tmp_path):
+    "254 steps lie between -127 and 127; with 255 of them, both ends would be rounded"
+    x = logits(9, 40)
+    cache = cache_dataset(Teacher(torch.nn.Identity()), TensorDataset(x), tmp_path, views=0, dtype='int8', progress=False)
+    got = cache.outputs(range(9)).logits
+    torch.testing.assert_close(got.amax(1), x.amax(1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got.amin(1), x.amin(1), rtol=1e-6, atol=1e-6)
+
+
 def test_rows_hold_layers_and_masks():
     out = Outputs(logits(4, 3), {'a.scale': logits(4, 2, 5, seed=1), 'b': logits(4, 1, seed=2)}, torch.tensor([[1, 0, .5]]*4))
     for dtype,tol in dict(float32=0, float16=2e-3, int8=.1).items():
@@ -104,6 +113,18 @@ def test_what_a_row_cannot_hold_is_refused(out, wish, match):
 def test_wrong_wishes_are_refused():
     for kw,match in [(dict(dtype='int4'), "possible are 'float32'"), (dict(tail='x'), "possible are 'mean'"), (dict(topk=0), 'one')]:
         with pytest.raises(DistillError, match=match): Wish(**kw)
+
+@pytest.mark.parametrize('answer, n', [(lambda x: x[:1], 1), (lambda x: torch.cat([x, x[:1]]), 5)], ids=['one', 'one more'])
+def test_a_teacher_that_returns_another_number_of_outputs_is_refused(tmp_path, answer, n):
+    "One output would be stored for each sample of the batch, and one more than needed would be dropped"
+    def run(tasks, bs):
+        for at in np.split(tasks, range(bs, len(tasks), bs)):
+            x = torch.tensor(at)[:, None]*torch.ones(3)
+            yield Outputs(x if len(at) == 1 else answer(x))
+    source = Source(np.arange(12, dtype=np.uint64), run, 4, dict(name='t', weights='w'), {})
+    with pytest.raises(DistillError, match=f'The teacher returned {n} outputs for 4 samples: it must return one for each'):
+        write_cache(tmp_path, source, Wish('float32'), views=0)
+
 
 def test_rows_of_one_cache_are_alike():
     lay = Layout.of(Outputs(logits(2, 5)), Wish())

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 import apps, processes
 from apps import pair, toy
-from fastai.basics import (Adam, BCELossFlat, BCEWithLogitsLossFlat, Callback, CancelFitException, CrossEntropyLossFlat, DataLoaders, DiceLoss,
+from fastai.basics import (Adam, BCELossFlat, BCEWithLogitsLossFlat, Callback, CancelFitException, CancelStepException, CrossEntropyLossFlat, DataLoaders, DiceLoss,
                            FocalLoss, FocalLossFlat, L, L1LossFlat, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, Lamb,
                            Learner, MSELossFlat, OptimWrapper, SGD, SkipToEpoch, noop, rank_distrib, ranger, set_seed, tensor)
 from fastai.callback.channelslast import ChannelsLast
@@ -140,6 +140,20 @@ def test_a_loss_that_reads_labels_is_mixed_as_the_labels_are(mix):
         each = [losses.dkd(b.s, t(b.x).detach(), y, beta=2., T=T, reduction='none') for y in (b.y, b.y1)]
         want = (b.lam*ce(b.s, b.y) + (1-b.lam)*ce(b.s, b.y1)).mean() + (b.lam*each[0] + (1-b.lam)*each[1]).mean()
         assert b.loss == pytest.approx(want.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize('mix', [MixUp, CutMix])
+def test_in_validation_nothing_is_mixed(mix):
+    "The callbacks still hold the second labels of the last training batch"
+    student,teacher = toy() if mix is MixUp else pair('image')
+    student.fit(1, .01, cbs=[mix(), KD(teacher, dkd(beta=2., T=T))])
+    out,n = [],0
+    with torch.no_grad():
+        for xb,yb in student.dls.valid:
+            s,t = student.model.eval()(xb),getattr(teacher, 'model', teacher).eval()(xb)
+            out.append(losses.dkd(s, t, yb, beta=2., T=T).item()*len(yb))
+            n += len(yb)
+    assert student.recorder.values[-1][student.recorder.metric_names.index('dkd_loss')-1] == pytest.approx(sum(out)/n, rel=1e-4)
 
 
 def test_mixup_needs_one_value_per_sample_of_your_own_loss():
@@ -450,6 +464,18 @@ def test_projectors_skip_the_step_that_the_scaler_skips():
     assert all(o.isfinite().all() for o in seen[-1])
 
 
+def test_projectors_skip_the_step_that_a_callback_cancels():
+    student,teacher = toy()
+    cb,seen = KD(teacher, kd() + hint()),[]
+    class Skip(Callback):
+        def before_step(self):
+            if self.train_iter == 1: raise CancelStepException
+        def after_batch(self): seen.append([weights(student), *projectors(cb)])
+    student.fit(1, .1, cbs=[cb, Skip()])
+    assert close(seen[0], seen[1], tol=0)               # the second batch was cancelled
+    assert not close(seen[1][1:], seen[2][1:], tol=0)   # the third one was not
+
+
 def test_four_batches_of_4_accumulated_are_one_of_16():
     runs = []
     for bs,cbs in ((16, []), (4, [GradientAccumulation(16)])):
@@ -585,6 +611,26 @@ def test_projectors_are_trained_by_the_students_kind_of_optimizer(opt_func):
     before = projectors(cb)
     student.fit_one_cycle(1, .01, cbs=cb)
     assert not any(map(torch.equal, before, projectors(cb)))
+
+
+def first_step(lr=.1, wd=0., **kwargs):
+    "Projectors before and after the first step of a fit"
+    student,teacher = toy(**kwargs)
+    cb,seen = KD(teacher, kd() + hint()),[]
+    class Steps(Callback):
+        def before_batch(self): seen.append(projectors(cb))
+    student.fit(1, lr, wd=wd, cbs=[cb, Steps()])
+    return [o for o in seen if o][:2]       # there are none before the fit, where the teacher is checked
+
+
+def test_projectors_have_the_weight_decay_of_the_fit():
+    (start,plain),(_,decayed) = first_step(wd=0.),first_step(wd=.5)
+    for a,b,w in zip(decayed, plain, start): torch.testing.assert_close(a-b, -.1*.5*w, rtol=1e-3, atol=1e-6)
+
+
+def test_projectors_have_the_rate_of_the_students_last_layers():
+    halves = lambda m: [[*m[:2].parameters()], [*m[2:].parameters()]]
+    for a,b in zip(first_step(slice(.001, .1), splitter=halves)[1], first_step(.1)[1]): torch.testing.assert_close(a, b)
 
 
 def test_an_optimizer_that_is_built_already_leaves_projectors_to_adam():
@@ -731,6 +777,19 @@ def test_after_an_interrupt_the_next_fit_is_a_fit_like_any_other():
     assert cb.distiller.links['hint'][0] is links       # its projectors go on
     student.fit(1, .1)
     assert student.recorder.metric_names == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'time']
+
+
+@pytest.mark.parametrize('how', ['a fit', 'an error'])
+def test_the_teacher_leaves_its_evaluation_mode_with_the_fit(how):
+    student,teacher = toy()
+    teacher.train()
+    seen = []
+    class Watching(Callback):
+        def after_pred(self):
+            seen.append(teacher.training)
+            if how == 'an error': raise ValueError('stop')
+    with pytest.raises(ValueError) if how == 'an error' else nullcontext(): student.fit(1, .1, cbs=[KD(teacher), Watching()])
+    assert not any(seen) and teacher.training
 
 
 def test_one_callback_can_teach_another_student():

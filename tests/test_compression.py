@@ -162,15 +162,17 @@ def test_a_student_of_torchaos_quantization_is_exported(tmp_path):
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer, get_default_x86_inductor_quantization_config
     student,teacher,x = plain_pair()
-    program = torch.export.export(deepcopy(teacher.model).train(), (x,), dynamic_shapes=({0: torch.export.Dim('batch')},)).module()
+    # without a batch-norm, for each of which torchao exports a dozen patterns
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(), nn.Linear(8, 3))
+    program = torch.export.export(model.train(), (x,), dynamic_shapes=({0: torch.export.Dim('batch')},)).module()
     quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config(is_qat=True))
     learn = another(student, allow_exported_model_train_eval(prepare_qat_pt2e(program, quantizer)))
-    learn.distill(teacher, 2, 1e-3)
+    learn.distill(teacher, 1, 1e-2)
     file = export_student(learn, tmp_path/'s.onnx', int8=True)
     import onnxruntime as ort
     session = ort.InferenceSession(str(file.path))
     ours = torch.tensor(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
-    theirs = convert_pt2e(deepcopy(learn.model))(x)
+    theirs = convert_pt2e(deepcopy(learn.model).eval())(x)
     assert (ours-theirs).abs().mean() < .01*(theirs.max()-theirs.min())
 
 

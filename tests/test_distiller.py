@@ -41,6 +41,14 @@ def test_a_recipe_gives_the_numbers_of_the_scripts_that_people_paste(name, expec
         torch.testing.assert_close(s.grad, g['grad_student' + expected], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize('given', [losses.KL(T=2., axis=-1), partial(losses.kl, T=2., axis=-1)], ids=['a module', 'a partial'])
+def test_options_that_a_loss_brings_along_are_not_replaced_by_the_tasks(given):
+    s,t,_ = two(6, 5, 4)
+    want = 4*F.kl_div((s/2).log_softmax(-1), (t/2).softmax(-1), reduction='none').sum(-1).mean()
+    assert Recipe(Term(given), task=0.)(s, t, axis=1).item() == pytest.approx(want.item())
+    assert Recipe(Term(losses.kl, T=2., axis=-1), task=0.)(s, t, axis=1).item() == pytest.approx(want.item())
+
+
 def test_a_mean_over_classes_is_a_smaller_alpha():
     s,t,y = two(c=10)
     a,c = .9,10
@@ -654,6 +662,17 @@ def test_a_part_that_swamps_the_labels_is_warned_about():
         d = Distiller(mlp(6), mlp(16, 1), hint(better), example=batch()[0])
         d(*batch())
     assert d.gradient_shares['hint'] == pytest.approx(.5, abs=.02)
+
+@pytest.mark.parametrize('weight, task, warned', [(8.5, 1., False), (9.5, 1., True), (4.5, .3, False), (5., .3, True)],
+                         ids=['89%', '90%', 'labels above a fifth of their weight', 'labels below it'])
+def test_swamped_is_over_nine_tenths_that_leave_the_labels_less_than_a_fifth_of_their_weight(weight, task, warned):
+    s,t,_ = two()
+    d = Distiller(None, None, Recipe(Term(lambda s, t: s.sum(), weight, name='sum'), task=task), check=False)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        d.compute(Outputs(s), Outputs(t), s.sum())
+    assert d.gradient_shares['task'] == pytest.approx(task/(task+weight))
+    assert [SWAMPED in str(w.message) for w in seen] == [True]*warned
 
 def test_labels_swamped_by_alpha_are_named_so():
     s,t,y = two()

@@ -1,4 +1,5 @@
 "The doctor without a framework: what it measures and finds in a few batches of tensors, a healthy case beside each."
+import math
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
@@ -82,6 +83,30 @@ def test_a_teacher_that_hardly_tells_labels_apart_is_a_doubt(scale, apart):
     assert (p[0] - p[1] > .25) is apart
     if apart: assert found == []
     else: assert one(found, 'note', f'{p[0]:.3f} for labels that an item has', f'{p[1]:.3f} for the others').doubt
+
+def sure(p, k=10, n=512):
+    "Items and labels, and the scale at which a teacher that is always right gives its class the probability `p`"
+    y = torch.arange(n) % k
+    return F.one_hot(y, k).float(),y,math.log((k-1)*p/(1-p))
+
+@pytest.mark.parametrize('p, doubt', [(.79, True), (.81, False)])
+def test_a_teacher_is_a_doubt_if_it_is_right_more_often_than_it_is_sure_by_over_a_fifth(p, doubt):
+    x,y,scale = sure(p)
+    found = check(knowing(scale=scale), x, y)
+    if doubt: assert one(found, 'note', 'is right for 100.0% of 512 validation items', f'probability is {p:.3f}', 'too briefly').doubt
+    else: assert found == []
+
+@pytest.mark.parametrize('n, doubt', [(63, False), (64, True)])
+def test_fewer_than_64_items_are_no_reason_for_a_doubt(n, doubt):
+    x,y,scale = sure(.5, n=n)
+    assert bool(check(knowing(scale=scale), x, y)) is doubt
+
+@pytest.mark.parametrize('apart', [.24, .26])
+def test_labels_are_told_apart_from_a_quarter_on(apart):
+    y = (torch.arange(400) % 5 == 0).float().reshape(100, 4)
+    p = (1+apart)/2
+    found = check(linear(torch.eye(4), math.log(p/(1-p))), 2*y-1, y, Task('sigmoid'))
+    assert bool(found) is (apart < .25)
 
 def test_dense_facts_count_what_counts():
     "Of the pixels of an item those that are not ignored, and no item that has none"
@@ -282,6 +307,14 @@ def test_a_teacher_that_is_certain_of_its_training_data_is_noted():
     assert check(knowing(), x, y, train=batches(x, y)) == []
     assert check(knowing(), 40*x, y) == []       # of what it has not learned from it may be certain
 
+@pytest.mark.parametrize('p, certain', [(.989, False), (.991, True)])
+def test_certain_is_a_mean_probability_above_99_percent(p, certain):
+    x,y,scale = sure(.9)
+    train = sure(p)[2]/scale*x
+    found = check(knowing(scale=scale), x, y, train=batches(train, y))
+    if certain: one(found, 'note', f'its mean top probability there is {p:.3f} (validation: 0.900)')
+    else: assert found == []
+
 def test_a_teacher_that_is_worse_than_the_student_is_a_warning_with_both_numbers():
     x,y = rows(512)
     good,bad = knowing(),linear(torch.eye(10) + .5*torch.randn(10, 10, generator=torch.Generator().manual_seed(0)))
@@ -292,6 +325,20 @@ def test_a_teacher_that_is_worse_than_the_student_is_a_warning_with_both_numbers
     x,y = rows(64)
     slightly = linear(torch.eye(10) + .12*torch.randn(10, 10, generator=torch.Generator().manual_seed(0)))
     assert check(slightly, x, y, student=good) == [] and check(good, x, y, student=slightly) == []
+
+
+@pytest.mark.parametrize('more, worse', [(.03, False), (.06, True)])
+def test_a_teacher_is_worse_from_a_twentieth_of_what_can_be_gained_on(more, worse):
+    "A constant is right for a tenth of these items, so that .9 can be gained; chance explains .01 at most of so many"
+    y = torch.arange(5000) % 10
+    answers = lambda share: F.one_hot(torch.where(torch.arange(5000) < share*5000, y, torch.randint(10, y.shape)), 10).float()
+    x = torch.cat([answers(.7), answers(.7+more)], 1)
+    eye,none = torch.eye(10),torch.zeros(10, 10)
+    teacher,student = linear(torch.cat([eye, none], 1)),linear(torch.cat([none, eye], 1))
+    found = check(teacher, x, y, student=student)
+    gained = found.facts.student_score - found.facts.teacher_score
+    assert (gained/.9 > .05) is worse
+    assert any('worse than the student' in f.what for f in found) is worse
 
 
 # shapes

@@ -104,6 +104,64 @@ def test_augmentation_that_the_teacher_does_not_know():
     found = why(right, right, train=(x.flip(1), y))
     assert any('worse on training items as they are augmented' in str(f) and 'than on validation items (1.000)' in str(f) for f in found)
 
+N,Y = 200,torch.arange(200) % 3
+
+def answers(*, wrong=0, sure=.9, taught=1.):
+    """(N, 3) logits of a teacher whose first `wrong` answers are wrong, and of a student between it and the mean of its
+    predictions: `taught` is what it took over"""
+    y = torch.where(torch.arange(N) < wrong, (Y+1) % 3, Y)
+    p = torch.full((N, 3), (1-sure)/2).scatter(1, y[:, None], sure).double()
+    mean = p.mean(0)
+    kl = lambda q: (p*(p/q).log()).sum(1).mean()
+    low,high = 0.,1.        # the weight of the teacher in the student
+    for _ in range(50):
+        w = (low+high)/2
+        low,high = (w, high) if 1 - kl(w*p + (1-w)*mean)/kl(mean) < taught else (low, w)
+    return [o.log().float() for o in (p, high*p + (1-high)*mean)]
+
+def why_of(valid, train, **options):
+    "With the answers of teacher and student to validation items, and to training items"
+    t,s = [torch.cat(o) for o in zip(valid, train)]
+    look = lambda o: lambda x: o[x[:, 0].long()]
+    at = torch.arange(2*N)[:, None].float()
+    batch = lambda x: [((x,), (Y,))]
+    return explain_training(Teacher(look(t)), Task('softmax'), Model(look(s)), batch(at[:N]), batch(at[N:]), **options)
+
+def says(found, text): return any(text in str(f) for f in found)
+
+@pytest.mark.parametrize('taught', [.48, .52])
+def test_a_student_follows_if_it_took_over_half(taught):
+    found = why_of(answers(taught=taught), answers(taught=taught))
+    assert found.facts.follows_train == pytest.approx(taught, abs=1e-4)
+    assert says(found, 'does not follow the teacher even on training items') is (taught < .5)
+
+@pytest.mark.parametrize('taught', [.78, .82])
+def test_a_fifth_less_on_other_items_is_learned_by_heart(taught):
+    found = why_of(answers(taught=taught), answers())
+    assert says(found, 'and less on others') is (taught < .8)
+
+@pytest.mark.parametrize('wrong', [18, 22])
+def test_a_tenth_worse_on_augmented_items_is_another_view(wrong):
+    assert says(why_of(answers(), answers(wrong=wrong)), 'worse on training items as they are augmented') is (wrong > 20)
+
+@pytest.mark.parametrize('wrong, repeated', [(20, 14), (20, 15), (15, 15)])
+def test_seven_in_ten_mistakes_are_repeated_and_fewer_than_16_say_nothing(wrong, repeated):
+    t,right = answers(wrong=wrong)[0],answers()[0]
+    s = torch.where(torch.arange(N)[:, None] < repeated, t, right)
+    assert says(why_of((t, s), answers()), "of the teacher's mistakes") is (wrong > 15 and repeated > 14)
+
+@pytest.mark.parametrize('p', [.989, .991])
+def test_nearly_certain_begins_at_99_percent(p):
+    assert says(why_of(answers(), answers(sure=p)), 'nearly certain of the training items') is (p > .99)
+
+@pytest.mark.parametrize('share', [.09, .1])
+def test_less_than_a_tenth_of_the_gradient_is_little(share):
+    assert says(why_of(answers(), answers(), shares=dict(task=share, kd=1-share)), 'of the gradient at the first batch') is (share < .1)
+
+@pytest.mark.parametrize('steps', [999, 1000])
+def test_fewer_than_a_thousand_steps_are_few(steps):
+    assert says(why_of(answers(), answers(), steps=steps), f'had {steps} steps') is (steps < 1000)
+
 def test_outputs_that_differ_in_shape_are_named():
     assert 'has shape (256, 3)' in str(why(lambda x: x, right)[0])
     with pytest.raises(DistillError, match='no validation items'): explain_training(Teacher(right), Task('softmax'), Model(right), [])

@@ -262,7 +262,7 @@ def test_a_resumed_training_ends_like_one_that_was_not_interrupted(tmp_path):
 def test_a_checkpoint_holds_only_the_student_and_projectors_are_trained(tmp_path):
     student = bert(width=8)
     trainer = DistillationTrainer(student, args(tmp_path, save_strategy='steps', save_steps=1, optim='sgd'), train_dataset=list(texts()), teacher=bert(width=16),
-                                  recipe=kd() + Term(losses.hint, layers='last', weight=1.))
+                                  recipe=soft_labels() + Term(losses.hint, layers='last', weight=1.))
     trainer._build()
     before = {k: v.clone() for k,v in trainer.distiller.links.state_dict().items()}
     trainer.train()
@@ -275,7 +275,7 @@ def test_a_checkpoint_holds_only_the_student_and_projectors_are_trained(tmp_path
 
 def test_each_step_begins_without_the_gradients_of_the_step_before(tmp_path):
     trainer = DistillationTrainer(bert(width=8), args(tmp_path, learning_rate=0., optim='sgd'), train_dataset=list(texts()), teacher=bert(width=16),
-                                  recipe=kd() + Term(losses.hint, layers='last', weight=1.))
+                                  recipe=soft_labels() + Term(losses.hint, layers='last', weight=1.))
     grads = []
     for steps in (1, 1, 3):
         trainer.args.max_steps = steps

@@ -103,6 +103,14 @@ def test_masks_are_scored_as_others_score_them():
     assert r.n == 12
 
 
+def test_a_position_that_does_not_count_may_hold_anything():
+    o,y = torch.randn(6, 4, 5),torch.randint(4, (6, 5))
+    y[:, 2] = 9
+    o[:, 0, 2] = -torch.inf
+    r = measured(dict(a=o), y, Task('softmax', 1, 9))
+    assert value(r, 'nll') == pytest.approx(F.cross_entropy(o, y, ignore_index=9).item(), rel=1e-5)
+
+
 def test_a_class_that_is_nowhere_does_not_count():
     o,y = masks()
     o[:, 3] = -torch.inf
@@ -194,6 +202,14 @@ def test_of_equal_models_one_in_twenty_is_called_significant_at_most(name):
     assert called <= 30     # 20 are expected of an exact test, fewer of a discrete one; 30 is 2.3 standard deviations more
 
 
+def test_no_permutation_test_says_that_chance_is_impossible():
+    "The observed split is one of the possible ones, so that p is 1/(draws + 1) at least"
+    o,y = classes(60)
+    d = measured(dict(a=20.*F.one_hot(y, 8), b=o), y, Task('softmax'), baseline='b').comparison('a').differences['nll']
+    assert d.test == 'paired permutation test'
+    assert d.p == pytest.approx(1/201)
+
+
 def test_intervals_hold_the_truth_as_often_as_they_say():
     g,held = np.random.default_rng(2),0
     for _ in range(300):
@@ -228,6 +244,16 @@ def test_the_share_of_the_lead_that_is_recovered():
     # no lead, nothing to recover: the teacher is as good as the baseline, or worse
     p = PairedScores(scores_of_right(t=u < .7, a=u < .7, s=u < .8, w=u < .5), only('accuracy'))
     assert p.compare('s', 'a', 't').recovered == {} == p.compare('s', 'a', 'w').recovered
+
+
+@pytest.mark.parametrize('more, significant', [(5, False), (6, True)])
+def test_only_a_significant_lead_can_be_recovered(more, significant):
+    "The teacher is right on 5 or 6 samples more than the baseline, which McNemar's test calls p = .0625 or .03125"
+    y = torch.zeros(50, dtype=torch.long)
+    right = lambda n: F.one_hot((torch.arange(50) >= n).long(), 2).float()
+    r = measured(dict(teacher=right(30+more), alone=right(30), student=right(30+more)), y, Task('softmax'), teacher='teacher', baseline='alone')
+    assert r.comparison('alone', 'teacher').differences['accuracy'].p == pytest.approx(2*.5**more)
+    assert ('accuracy' in r.comparison('student').recovered) is significant
 
 
 def test_large_sets_are_drawn_in_groups_and_give_the_same_interval():

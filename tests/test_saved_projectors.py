@@ -37,6 +37,24 @@ def test_a_resumed_fit_is_the_one_that_was_not_interrupted(tmp_path, opt_func):
     assert same(weights(straight), weights(second)) and same(projectors(cb), projectors(cb2))
 
 
+def test_measured_shares_of_the_gradient_continue_too(tmp_path):
+    "They are running means over the batches of both fits"
+    shared = lambda teacher: KD(teacher, kd() + Term(losses.hint, share=.3, layers=LAYERS, projector='linear'))
+    student,teacher = toy(opt_func=SGD, path=tmp_path)
+    cb = shared(teacher)
+    for _ in range(2): student.fit(1, .1, cbs=cb)
+    first,teacher = toy(opt_func=SGD, path=tmp_path)
+    first.fit(1, .1, cbs=[shared(teacher), SaveModelCallback(every_epoch=True, with_opt=True)])
+    set_seed(99)
+    second,teacher = toy(opt_func=SGD, path=tmp_path)
+    second.create_opt()
+    second.load('model_0', weights_only=False)
+    cb2 = shared(teacher)
+    second.fit(1, .1, cbs=cb2)
+    assert same(weights(student), weights(second))
+    assert same(projectors(cb), projectors(cb2))
+
+
 @pytest.mark.parametrize('opt_func', OPTS[:4], ids=['Adam', 'Lamb', 'ranger', 'AdamW'])
 def test_state_dict_is_read_without_running_code(opt_func):
     student,teacher = toy(opt_func=opt_func)

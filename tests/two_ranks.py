@@ -9,7 +9,7 @@ from fastdistill.fastai import KnowledgeDistillation, Term, cache_teacher, kd
 from fastdistill.ranks import on_first, rank, world_size
 
 BS,N,VALID = 8,64,32 # of one process; items
-IN_A_LOOP = 'logits','features','relations','queue_relations','relations_of_logits','shares' # in plain PyTorch too
+IN_A_LOOP = 'logits','features','relations','queue_relations','relations_of_logits','standardized_relations','shares' # in plain PyTorch too
 IN_THE_TRAINER = 'bert','gpt2'
 HINT = dict(layers={'2': '2'}, projector='linear')
 
@@ -32,6 +32,7 @@ def cases():
         relations=kd() + Term(losses.rkd, weight=.5, layers={'2': '2'}) + recipes.sp({'0': '0'}, weight=1.) + recipes.pkt({'2': '2'}, weight=1.),
         queue_relations=Recipe(recipes.seed({'2': '2'}, weight=1., size=20), kd()),
         relations_of_logits=recipes.dist() + Term(losses.pkd, weight=1., **HINT),
+        standardized_relations=Recipe(Term(losses.standardized(losses.dist))),
         shares=kd() + Term(losses.hint, share=.3, **HINT) + recipes.rkd({'2': '2'}, share=.2),
         one_silent=kd() + Term(silent, weight=.5, **HINT),
         cached=kd())

@@ -346,7 +346,7 @@ class Standardized:
         functools.update_wrapper(self, fn, updated=())
         self.options_of_standardize = options
         self.__name__ = getattr(fn, '__name__', type(fn).__name__)
-        for k in ('kind', 'match', 'lists', 'samples'):
+        for k in ('kind', 'match', 'lists', 'samples', 'relates'):
             if hasattr(fn, k): setattr(self, k, getattr(fn, k))
         axis = inspect.signature(fn).parameters.get('axis')
         self.axis = 1 if axis is None or axis.default is axis.empty else axis.default
