@@ -95,8 +95,8 @@ class Reading:
     def columns(self, i):
         row = self.rows[i]
         if isinstance(row, Mapping): return row
-        raise DistillError(f"{self.place(i)} is of type {type(row).__name__}: each row must be a dict with the name and "
-                           "the outputs of a sample.")
+        raise DistillError(f"{self.place(i)} is of type {type(row).__name__}: each row must be a dict with the name "
+                           "and the outputs of a sample.")
 
     def names(self, keys):
         if keys is not None and not isinstance(keys, str):
