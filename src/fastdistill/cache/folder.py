@@ -65,7 +65,10 @@ class Folder:
                 raise DistillError(f"{d} is a link: parts of a cache are written only to real folders. Remove the "
                                    "link, or name the folder that it leads to.")
 
-    def write(self, name, data):
+    def write(
+        self, name,
+        data # bytes, or fn(binary file)
+    ):
         "Write a temporary file and rename it: readers find the whole file or none, even if the writer is killed"
         p = self.own(name)
         tmp = p.with_name(f'{p.name}.{os.getpid()}.tmp')
@@ -74,7 +77,7 @@ class Folder:
                 p.parent.mkdir(parents=True, exist_ok=True)
                 tmp.unlink(missing_ok=True)
                 with open(tmp, 'xb') as f:      # subtle: mode x does not open a link that has this name
-                    f.write(data)
+                    data(f) if callable(data) else f.write(data)
                     f.flush()
                     os.fsync(f.fileno())
                 os.replace(tmp, p)
