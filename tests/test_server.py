@@ -236,6 +236,11 @@ def test_a_key_that_a_server_repeats_is_not_stored_or_shown(tmp_path, monkeypatc
     assert b'very-secret' not in everything_in(tmp_path)
     assert b'Bearer ***' in (tmp_path/'a.jsonl').read_bytes()
 
+def test_a_key_that_is_not_a_secret_changes_no_answer(tmp_path, monkeypatch):
+    monkeypatch.setenv('MY_KEY', '1')
+    with raw_server(lambda i: whole(GOOD)) as (host,_): path = ask_server(f'http://{host}/v1', dict(a=1), tmp_path/'a.jsonl', key='MY_KEY')
+    assert json.loads(path.read_text()) == dict(prompt_logprobs=[None, {'1': -.1}], key='a')
+
 def test_a_key_is_in_no_frame_of_a_traceback(tmp_path, monkeypatch):
     monkeypatch.setenv('MY_KEY', 'very-secret')
     long = b'x'*495 + b'very-secret'            # the end of what is shown is in the middle of it

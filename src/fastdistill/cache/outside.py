@@ -205,7 +205,7 @@ class Reading:
                f"If it holds something else, say {other}. If the classes do not exclude each other, give their logits.")
 
     def _check_probabilities(self, v, refuse):
-        if v.min() < 0 or v.max() > 1.02:
+        if v.min() < -1e-5 or v.max() > 1.02:        # rounded numbers may be a little outside
             refuse(f"the probabilities go from {v.min():.3g} to {v.max():.3g}: they must be from 0 to 1. If "
                    f"{self.value!r} holds something else, say given='logits' or given='logprobs'.")
 
