@@ -237,6 +237,18 @@ def test_a_row_of_a_folder_is_named_by_its_own_file(tmp_path):
     np.savez(tmp_path/'parts'/'1.npz', logits=np.array([[0, 0, 0, 0], [0, 0, NAN, 0]]), key=np.array(['x', 'y']))
     with pytest.raises(DistillError, match=r"1.npz, row 1 \('y'\): 'logits' has NaN"): opened(tmp_path/'parts', tmp_path/'cache')
 
+@pytest.mark.parametrize('bad,says', [(None, 'is None: it must be a list of numbers'), ([-.1, None, -3., -4.], 'None is not a number'), ([-9.]*4, 'the probabilities sum to')])
+@pytest.mark.parametrize('form', ['parquet', 'arrow'])
+def test_a_row_of_a_table_in_groups_is_named_by_its_number_in_the_file(form, bad, says, tmp_path):
+    import pyarrow as pa, pyarrow.parquet as pq
+    file,lp = tmp_path/f'a.{form}',LOGP.tolist()
+    lp[5] = bad
+    table = pa.table(dict(id=NAMES, logprobs=lp))
+    if form == 'parquet': pq.write_table(table, file, row_group_size=3)
+    else:
+        with pa.OSFile(str(file), 'wb') as f, pa.ipc.new_stream(f, table.schema) as to: to.write_table(table, max_chunksize=2)
+    with pytest.raises(DistillError, match=rf"a.{form}, row 5 \('sample 5'\): .*{says}"): opened(file, tmp_path/'cache')
+
 def test_columns_of_different_lengths_are_refused(tmp_path):
     np.savez(tmp_path/'a.npz', logits=LOGITS.numpy(), key=np.array(NAMES[:-1]))
     with pytest.raises(DistillError, match=r'a.npz has the shapes logits \[7, 4\], key \[6\]: each must have one entry for each sample'): opened(tmp_path/'a.npz', tmp_path/'cache')

@@ -288,7 +288,8 @@ def is_real(o): return isinstance(o, (int, float, np.integer, np.floating)) and 
 def is_nested(o):
     "Is it a list of lists or dicts?"
     if isinstance(o, np.ndarray) and o.dtype != object: return o.ndim > 1
-    return any(v is None or isinstance(listed(v), (Mapping, list, np.ndarray)) for v in o)
+    if any(isinstance(listed(v), (Mapping, list, np.ndarray)) for v in o): return True
+    return len(o) > 0 and all(v is None for v in o)     # positions without entries
 
 def is_pairs(o):
     "Are these the (number, class) pairs or dicts of one position?"
