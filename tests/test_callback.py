@@ -337,7 +337,7 @@ def test_a_teacher_comes_as_learner_file_module_or_function(tmp_path):
         learn.fit(1, .01, cbs=KD(t))
         return weights(learn)
     want = run(module)
-    with pytest.warns(UserWarning, match='insecure pickle'): from_file = run(tmp_path/'teacher.pkl')
+    with pytest.warns(DistillWarning, match='teacher.pkl is a pickle, and loading it runs the code in it'): from_file = run(tmp_path/'teacher.pkl')
     for got in (run(teacher), from_file, run(lambda x: module(x)), run([module, module])):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 

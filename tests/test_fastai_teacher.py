@@ -15,8 +15,7 @@ from fastdistill.fastai.teachers import image_stats, teacher_of
 from fastdistill.outputs import DistillError, DistillWarning
 from fastdistill.teacher import Teacher
 
-pytestmark = [pytest.mark.filterwarnings('ignore:The given NumPy array is not writable:UserWarning'),
-              pytest.mark.filterwarnings("ignore:load_learner. uses Python's insecure pickle module:UserWarning")]
+pytestmark = pytest.mark.filterwarnings('ignore:The given NumPy array is not writable:UserWarning')
 A,B = ([.3, .4, .5], [.2, .25, .3]),([.485, .456, .406], [.229, .224, .225])
 
 

@@ -1,5 +1,5 @@
 "A packed cache: one file or a folder with a card, and back."
-import zipfile
+import random, re, stat, tracemalloc, zipfile
 import numpy as np
 import pytest, torch
 from torch.utils.data import TensorDataset
@@ -80,10 +80,10 @@ def test_a_changed_row_with_a_right_zip_is_found_by_its_checksum(cache, tmp_path
     assert not content(tmp_path/'b')
 
 
-@pytest.mark.parametrize('name', ['../evil.txt', '/etc/passwd', 'view000/../../x.bin', 'run.py'])
-def test_a_file_with_other_names_is_refused(name, tmp_path):
-    with zipfile.ZipFile(tmp_path/'a.zip', 'w') as z: z.writestr(name, 'x'); z.writestr('manifest.json', '{}')
-    with pytest.raises(DistillError, match='is no packed cache: it holds'): unpack_cache(tmp_path/'a.zip', tmp_path/'to')
+@pytest.mark.parametrize('name', ['../evil.txt', '/etc/passwd', 'view000/../../x.bin', 'run.py', 'view999/000000.bin', 'view000/000001.bin', 'valid/view001/000000.bin', 'files.bin.tmp'])
+def test_a_file_that_the_manifest_does_not_list_is_refused(name, cache, tmp_path):
+    with zipfile.ZipFile(pack_cache(cache, tmp_path/'a.zip'), 'a') as z: z.writestr(name, 'x')
+    with pytest.raises(DistillError, match=f"is not a packed cache: it holds '{name}', which its manifest does not list"): unpack_cache(tmp_path/'a.zip', tmp_path/'to')
     assert not (tmp_path/'to').exists()
 
 
@@ -109,3 +109,110 @@ def test_the_commands(cache, tmp_path):
     assert r.exit_code == 0 and '12 samples, 2 views' in ' '.join(r.output.split())
     assert 'license: mit' in (tmp_path/'back'/'README.md').read_text()
     assert call('info', tmp_path/'back', '--check').exit_code == 0
+
+
+# archives that someone else made
+
+def rewritten(packed, change):
+    "The same archive; `change(entry, data)` returns (entry, data), or None to leave the file out"
+    to = packed.with_name('changed.zip')
+    with zipfile.ZipFile(packed) as z, zipfile.ZipFile(to, 'w') as out:
+        for o in z.infolist():
+            new = zipfile.ZipInfo(o.filename)
+            new.external_attr = o.external_attr
+            if (got := change(new, z.read(o))) is not None: out.writestr(*got)
+    return to
+
+def refused(path, says, to):
+    with pytest.raises(DistillError, match=says) as caught: unpack_cache(path, to)
+    assert path.name in str(caught.value)
+    assert not to.exists()
+
+SHARD = 'view001/000000.bin'
+
+def test_a_file_of_another_size_than_in_the_manifest_is_refused_before_anything_is_written(cache, tmp_path):
+    longer = rewritten(pack_cache(cache, tmp_path/'a.zip'), lambda o, data: (o, data + bytes(2**20)*(o.filename == SHARD)))
+    refused(longer, f'{SHARD} has 1048648 bytes, and by the manifest 72', tmp_path/'to')
+
+def test_a_missing_file_is_named(cache, tmp_path):
+    refused(rewritten(pack_cache(cache, tmp_path/'a.zip'), lambda o, data: None if o.filename == SHARD else (o, data)),
+            f'it has no {SHARD}, which its manifest lists', tmp_path/'to')
+
+@pytest.mark.parametrize('method', [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_compressed_archive_is_refused(method, cache, tmp_path):
+    def change(o, data):
+        o.compress_type = method
+        return o,data
+    refused(rewritten(pack_cache(cache, tmp_path/'a.zip'), change), rf"is compressed \(method {method}\): files of a packed cache are stored as they are", tmp_path/'to')
+
+def test_a_small_archive_can_not_fill_the_disk(cache, tmp_path):
+    packed = pack_cache(cache, tmp_path/'a.zip')
+    with zipfile.ZipFile(packed, 'a') as z:
+        o = zipfile.ZipInfo('view002/000000.bin')
+        o.compress_type = zipfile.ZIP_DEFLATED
+        z.writestr(o, bytes(2**25))
+    assert packed.stat().st_size < 2**17
+    refused(packed, "'view002/000000.bin' is compressed", tmp_path/'to')
+
+@pytest.mark.parametrize('mode', [stat.S_IFLNK | 0o777, stat.S_IFDIR | 0o755, stat.S_IFIFO | 0o644])
+def test_a_link_or_a_folder_is_refused(mode, cache, tmp_path):
+    def change(o, data):
+        if o.filename == SHARD: o.external_attr = mode << 16
+        return o,data
+    refused(rewritten(pack_cache(cache, tmp_path/'a.zip'), change), f"'{SHARD}' is a link, a folder or a device", tmp_path/'to')
+
+@pytest.mark.filterwarnings('ignore:Duplicate name')
+def test_a_name_that_is_there_twice_is_refused(cache, tmp_path):
+    packed = pack_cache(cache, tmp_path/'a.zip')
+    with zipfile.ZipFile(packed, 'a') as z: z.writestr(SHARD, z.read(SHARD))
+    refused(packed, f"it holds '{SHARD}' twice", tmp_path/'to')
+
+def with_field(packed, at, size, value):
+    "The archive with another number in each entry of its directory"
+    data = bytearray(packed.read_bytes())
+    for m in re.finditer(b'PK\x01\x02', bytes(data)): data[m.start()+at:m.start()+at+size] = value.to_bytes(size, 'little')
+    packed.write_bytes(data)
+    return packed
+
+@pytest.mark.parametrize('at,size,value,says', [
+    (8, 2, 1, 'is encrypted: decrypt the archive first'), (8, 2, 0x41, 'is encrypted'), (8, 2, 0x20, 'is compressed'), (10, 2, 99, r'is compressed \(method 99\)'),
+    (34, 2, 1, 'is in a different part of a multi-part archive: join the parts first'), (20, 4, 5, 'is compressed'),
+    (42, 4, 2**31, "can't be read as a packed cache"), (6, 2, 99, "can't be read as a packed cache: zip file version 9.9")])
+def test_an_unusual_archive_is_refused_in_one_line(at, size, value, says, cache, tmp_path):
+    refused(with_field(pack_cache(cache, tmp_path/'a.zip'), at, size, value), says, tmp_path/'to')
+
+def test_an_unfinished_cache_in_an_archive_is_refused(cache, tmp_path):
+    def change(o, data):
+        return o,(re.sub(rb'"shards": \[.*\]', b'"shards": []', data, flags=re.S).replace(b'"complete": true', b'"complete": false') if o.filename == 'manifest.json' else data)
+    refused(rewritten(pack_cache(cache, tmp_path/'a.zip'), change), 'manifest.json is that of a cache that is not finished', tmp_path/'to')
+
+def test_a_damaged_archive_is_refused_by_name_or_harmless(cache, tmp_path):
+    packed,rng,n = pack_cache(cache, tmp_path/'a.zip'),random.Random(0),0
+    whole,want = packed.read_bytes(),content(tmp_path/'c')
+    for i in range(100):
+        data,at = bytearray(whole),rng.randrange(len(whole))
+        change = rng.randrange(4)
+        if change == 0: del data[at:]
+        elif change == 1: del data[at:at+rng.randrange(1, 20)]
+        elif change == 2: data[at:at] = rng.randbytes(rng.randrange(1, 20))
+        else: data[at] ^= 1 << rng.randrange(8)
+        packed.write_bytes(data)
+        try: unpack_cache(packed, tmp_path/str(i))
+        except DistillError as e:
+            assert 'a.zip' in str(e) or str(tmp_path/str(i)) in str(e)
+            assert not content(tmp_path/str(i))
+            n += 1
+        else: assert content(tmp_path/str(i)) == want
+    assert n > 50
+
+def test_unpacking_needs_little_memory(tmp_path):
+    x = TensorDataset(torch.zeros(32, 1), torch.zeros(32))
+    cache = cache_dataset(Teacher(torch.nn.Linear(1, 2**18), name='t'), x, tmp_path/'c', views=0, bs=32, dtype='float32')
+    packed = pack_cache(cache, tmp_path/'a.zip')
+    assert packed.stat().st_size > 2**25
+    tracemalloc.start()
+    try:
+        unpack_cache(packed, tmp_path/'to')
+        peak = tracemalloc.get_traced_memory()[1]
+    finally: tracemalloc.stop()
+    assert peak < 2**23

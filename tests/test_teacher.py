@@ -1028,6 +1028,17 @@ def test_files_that_hold_no_network(tmp_path):
     with refuses('bad.pt could not be loaded'): Teacher(tmp_path/'bad.pt')
 
 
+def test_programs_of_pytorch_are_warned_of_as_pickles_and_onnx_files_are_not(tmp_path):
+    model,x = seeded(small).eval(),images(4, 3, 8, 8)
+    script(lambda: scripted(model).save(tmp_path/'m.pt'))
+    torch.export.save(torch.export.export(model, (x,)), tmp_path/'m.pt2')
+    for name in ('m.pt', 'm.pt2'):
+        with pytest.warns(DistillWarning, match=f'{name} holds pickles, and loading it runs the code in it'): Teacher(tmp_path/name)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        Teacher(onnx_file(tmp_path/'m.onnx', W))
+
+
 def test_onnx_threads_are_torchs(tmp_path):
     o = Onnx(onnx_file(tmp_path/'m.onnx', W))
     assert o.session.get_session_options().intra_op_num_threads == torch.get_num_threads()

@@ -1,5 +1,6 @@
 "Teachers that are no networks: pipelines of scikit-learn and LightGBM teach tables of fastai and plain loops."
-import joblib, pickle
+import joblib, pickle, warnings
+from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest, torch
@@ -19,7 +20,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 from fastdistill import Distiller
 from fastdistill.cache.source import identity_of
-from fastdistill.fastai import DistillError, KnowledgeDistillation, Teacher, cache_teacher, compare, kd, soft_labels
+from fastdistill.fastai import DistillError, DistillWarning, KnowledgeDistillation, Teacher, cache_teacher, compare, kd, soft_labels
 from fastdistill.fastai.tables import RawRows, table_inputs, table_of
 from fastdistill.fastai.task import Task
 from fastdistill.fastai.teachers import teacher_of
@@ -335,11 +336,28 @@ def test_a_file_of_joblib_teaches_as_the_estimator_in_it(tmp_path):
     df = raw()
     dls,pipeline = tables(df),trees(df)
     joblib.dump(pipeline, tmp_path/'trees.joblib')
+    with pytest.warns(DistillWarning, match='trees.joblib is a pickle, and loading it runs the code in it'): teacher_of(tmp_path/'trees.joblib', dls, Task('softmax'))
     torch.testing.assert_close(probs(teacher_of(tmp_path/'trees.joblib', dls, Task('softmax')), dls.valid), probs(teacher_of(pipeline, dls, Task('softmax')), dls.valid))
     (tmp_path/'none.joblib').write_bytes(b'abc')
     with pytest.raises(DistillError, match='none.joblib could not be loaded .*Did joblib.dump write it'): teacher_of(tmp_path/'none.joblib', dls)
     with pytest.raises(DistillError, match=r"There is no file .*gone.joblib'. joblib.dump\(estimator, 'gone.joblib'\)"): teacher_of('gone.joblib', dls)
     with pytest.raises(DistillError, match='or load it: joblib.load'): Teacher(tmp_path/'trees.joblib')        # no pickle is loaded in a plain loop
+
+
+class Touches:
+    "A pickle that makes a file when it is loaded"
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return Path.touch, (self.path,)
+
+@pytest.mark.parametrize('name', ['teacher.joblib', 'teacher.pkl'])
+def test_a_pickle_is_warned_of_before_its_code_runs(name, tmp_path):
+    joblib.dump(Touches(tmp_path/'ran'), tmp_path/name)
+    student,_ = toy()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', DistillWarning)
+        with pytest.raises(DistillWarning, match=f'{name} is a pickle, and loading it runs the code in it. Load only files that you trust'):
+            student.distill(tmp_path/name, 1, 1e-2)
+    assert not (tmp_path/'ran').exists()
 
 
 class Counting:

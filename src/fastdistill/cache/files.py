@@ -9,7 +9,8 @@ from ..outputs import DistillError
 from .digests import checksum
 from .keys import name_of, names_of_samples
 
-__all__ = ['changed_text', 'dataset_files', 'files_of', 'newer_record', 'read_record', 'record_files', 'write_record']
+__all__ = ['changed_text', 'dataset_files', 'files_of', 'newer_record', 'read_record', 'record_files',
+           'record_size', 'write_record']
 
 NO_FILE = -1    # the size of a file that does not exist
 
@@ -80,13 +81,16 @@ def write_record(folder, record):
     folder.write('files.bin', data + bytes.fromhex(checksum(data)))
 
 
+def record_size(n): return 24*n + 16
+
+
 def read_record(
     folder,
     n:int # samples
 ):
     "The (N, 3) record; None where there is none: the samples are not files, or an older version wrote the cache"
     if (size := folder.size('files.bin')) is None: return None
-    data = folder.read('files.bin') if size == 24*n + 16 else b''
+    data = folder.read('files.bin') if size == record_size(n) else b''
     if not data or bytes.fromhex(checksum(data[:-16])) != data[-16:]:
         raise DistillError(f"files.bin of {folder} is damaged, so changed files can't be found. Write the cache again "
                            "(force=True), or remove files.bin to use the cache without this check.")

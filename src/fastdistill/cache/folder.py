@@ -65,7 +65,10 @@ class Folder:
                 raise DistillError(f"{d} is a link: parts of a cache are written only to real folders. Remove the "
                                    "link, or name the folder that it leads to.")
 
-    def write(self, name, data):
+    def write(
+        self, name,
+        data # bytes, or fn(binary file)
+    ):
         "Write a temporary file and rename it: readers find the whole file or none, even if the writer is killed"
         p = self.own(name)
         tmp = p.with_name(f'{p.name}.{os.getpid()}.tmp')
@@ -74,7 +77,7 @@ class Folder:
                 p.parent.mkdir(parents=True, exist_ok=True)
                 tmp.unlink(missing_ok=True)
                 with open(tmp, 'xb') as f:      # subtle: mode x does not open a link that has this name
-                    f.write(data)
+                    data(f) if callable(data) else f.write(data)
                     f.flush()
                     os.fsync(f.fileno())
                 os.replace(tmp, p)
@@ -97,14 +100,18 @@ class Folder:
         return shutil.disk_usage(p).free
 
     @contextlib.contextmanager
-    def lock(self):
+    def lock(
+        self, name='.lock', # of the file that is locked
+        what=None # what is written, for the error; None: this folder
+    ):
         "One writer at a time; the system releases the lock when a writer dies"
         with file_errors(f"Can't write to {self}"): self.path.mkdir(parents=True, exist_ok=True)
-        me = str(self.path.resolve())
-        busy = DistillError(f"Another process is writing to {self}: wait for it, or choose another folder.")
+        me = str(self.path.resolve()/name)
+        busy = DistillError(f"Another process is writing to {what or self}: wait for it, or choose another "
+                            f"{'file' if what else 'folder'}.")
         if me in LOCKED: raise busy
         # subtle: without O_NOFOLLOW, a link would create or lock a file somewhere else
-        try: f = os.open(self.path/'.lock', os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o666)
+        try: f = os.open(self.path/name, os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o666)
         except OSError as e:
             if e.errno not in (errno.EACCES, errno.EROFS):
                 raise DistillError(f"Can't write to {self}: {e.strerror}.") from e

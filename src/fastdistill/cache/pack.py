@@ -1,10 +1,12 @@
 "A cache to give away: one file, or a folder, with a card; every file is compared with its checksum before and after."
-import os, re, zipfile
+import os, shutil, stat, zipfile
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from ..outputs import DistillError
+from .files import record_size
 from .folder import Folder, file_errors, open_folder
-from .manifest import Manifest
+from .manifest import MAX_MANIFEST, Manifest
 from .reader import TeacherCache
 from .writer import finished
 
@@ -95,35 +97,71 @@ def entry(name):
     return zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
 
 
-PACKED = re.compile(r'README\.md|(valid/)?(manifest\.json|keys\.bin|files\.bin|view\d{3,}/\d{6,}\.bin)')
-
 def unpack_cache(
     path, # file that `pack_cache` wrote
     to # folder of the cache, new or empty
 ) -> TeacherCache:
-    "Write the files of a packed cache into a folder, compare them with their checksums, and open it"
+    """Write the files of a packed cache into a folder, compare them with their checksums, and open it.
+
+    The file must hold what its manifest lists and nothing else"""
     where,path = Folder(to),Path(path).expanduser()
     if where.names(): raise DistillError(f"{where} is not empty: choose another folder.")
     if not path.is_file(): raise DistillError(f"There is no file {str(path)!r}.")
-    with file_errors(f"{path} can't be read as a packed cache", (OSError, ValueError, zipfile.BadZipFile)):
-        with zipfile.ZipFile(path) as z:
-            sizes = {o.filename: o.file_size for o in z.infolist()}
-            if wrong := [n for n in sizes if not PACKED.fullmatch(n)] or not sizes.get('manifest.json'):
-                what = f'it holds {wrong[0]!r}' if isinstance(wrong, list) else 'it has no manifest.json'
-                raise DistillError(f"{path} is no packed cache: {what}. `fastdistill cache pack` writes one.")
-            if sum(sizes.values()) > where.free():
-                raise DistillError(f"{path} needs {sum(sizes.values())/1e9:.2f} GB, and {where.free()/1e9:.2f} GB are "
-                                   "free.")
-            written = []
-            try:
-                for name,_ in manifest_last(sizes):
-                    where.write(name, z.read(name))
-                    written.append(name)
-                if 'valid/manifest.json' in sizes: TeacherCache(where.sub('valid')).check()
-                return TeacherCache(where).check()
-            except BaseException:
-                for name in reversed(written): where.remove(name)
-                raise
+    # subtle: for damaged bytes, zipfile raises errors of many kinds
+    with file_errors(f"{path} can't be read as a packed cache", Exception), zipfile.ZipFile(path) as z:
+        files = packed_files(z, path)
+        if (size := sum(o.file_size for o in files.values())) > where.free():
+            raise DistillError(f"{path} needs {size/1e9:.2f} GB, and {where.free()/1e9:.2f} GB are free.")
+        written = []
+        try:
+            for name,o in manifest_last(files):
+                where.write(name, partial(copy_out, z, o))
+                written.append(name)
+            if 'valid/manifest.json' in files: TeacherCache(where.sub('valid')).check()
+            return TeacherCache(where).check()
+        except BaseException:
+            for name in reversed(written): where.remove(name)
+            raise
+
+
+def copy_out(z, o, file):
+    with z.open(o) as source: shutil.copyfileobj(source, file, 2**20)
+
+
+def packed_files(z, path):
+    "Name -> entry of each file in a packed cache. They are those of its manifests, with the same sizes"
+    def refuse(what): raise DistillError(f"{path} is not a packed cache: {what}. `fastdistill cache pack` writes one.")
+    have = {}
+    for o in z.infolist():
+        if why := unusual(o): refuse(f'{o.orig_filename!r} {why}')
+        if have.setdefault(o.filename, o) is not o: refuse(f'it holds {o.filename!r} twice')
+    if 'manifest.json' not in have: refuse('it has no manifest.json')
+    needed,optional = {},{CARD: None}       # name -> bytes; None: any number
+    for at in ('', 'valid/'):
+        if (file := have.get(at + 'manifest.json')) is None: continue
+        if file.file_size > MAX_MANIFEST: refuse(f'{file.filename} has {file.file_size} bytes')
+        m = Manifest.from_json(z.read(file), path/at)
+        if not m.complete: refuse(f'{file.filename} is that of a cache that is not finished')
+        needed |= {at + n: size for n,size in m.all_files()} | {file.filename: file.file_size}
+        optional[at + 'files.bin'] = record_size(m.count)
+    for name,o in have.items():
+        if name not in needed and name not in optional: refuse(f'it holds {name!r}, which its manifest does not list')
+        size = needed.get(name, optional.get(name))
+        if size not in (None, o.file_size): refuse(f'{name} has {o.file_size} bytes, and by the manifest {size}')
+    if missing := [n for n in needed if n not in have]: refuse(f'it has no {missing[0]}, which its manifest lists')
+    return have
+
+
+def unusual(o):
+    "What tells an entry of a zip file from those that `pack_cache` writes; empty if nothing does"
+    kind = stat.S_IFMT(o.external_attr >> 16)
+    if o.orig_filename != o.filename: return 'has a name with special characters'
+    if o.flag_bits & 0x2041: return 'is encrypted: decrypt the archive first'
+    if o.is_dir() or kind not in (0, stat.S_IFREG): return 'is a link, a folder or a device'
+    if o.volume: return 'is in a different part of a multi-part archive: join the parts first'
+    if o.compress_type != zipfile.ZIP_STORED or o.flag_bits & 0x20 or o.compress_size != o.file_size:
+        return f'is compressed (method {o.compress_type}): files of a packed cache are stored as they are'
+    return ''
 
 
 def card_of(where, title, data, note, licenses, license):

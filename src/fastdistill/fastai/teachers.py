@@ -10,6 +10,7 @@ from ..class_sets import class_groups
 from ..doctor.classes import map_classes
 from ..outputs import DistillError, DistillWarning
 from ..teacher.estimator import Estimator, is_estimator, load_estimator
+from ..teacher.forms import warn_of_code
 from ..teacher.images import affine, stats_of, timm_cfg
 from ..teacher.teacher import Teacher
 from .tables import TableEstimator, table_of
@@ -140,8 +141,12 @@ def exported(path):
     "The Learner or the estimator in a pickle"
     if not path.is_file():
         raise DistillError(f"There is no file {str(path)!r}. {PICKLES[path.suffix].format(path.name)}")
+    warn_of_code(path)
     if path.suffix == '.joblib': return load_estimator(path)
-    try: return load_learner(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='load_learner. uses Python')      # the same in other words
+            return load_learner(path)
     # subtle: any error at all, since the bytes of another file are instructions to pickle
     except Exception as e:
         reason = ' '.join(f'{type(e).__name__}: {e}'.split())

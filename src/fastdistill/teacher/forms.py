@@ -7,7 +7,7 @@ from torch import nn
 from ..outputs import DistillError, DistillWarning
 from .estimator import Estimator, is_estimator
 
-__all__ = ['Onnx', 'load_model']
+__all__ = ['Onnx', 'load_model', 'warn_of_code']
 
 FORMS = ("Possible are an nn.Module (torchvision, timm, Hugging Face, TorchScript), a torch.export program, a file of "
          "TorchScript (.pt), torch.export (.pt2) or ONNX (.onnx), any callable, what has predict_proba or predict "
@@ -57,6 +57,7 @@ def from_file(path):
     try:
         if has('/constants.pkl'): return torch_script(path),path
         if has('archive_format', 'serialized_exported_program.json'):
+            warn_of_code(path, 'holds pickles')     # torch.export.load unpickles what it can't load as weights
             return exported_program(torch.export.load(path)),path
     except RuntimeError as e: raise DistillError(f"{path} could not be loaded: {e}") from e
     raise DistillError(f"{path} holds no TorchScript, torch.export program or ONNX network. If it holds only weights "
@@ -64,7 +65,17 @@ def from_file(path):
                        "estimator that joblib wrote, pass it to fastdistill.fastai, or load it: joblib.load(path).")
 
 
+def warn_of_code(
+    path, # of a file that was found, and is loaded next
+    what:str='is a pickle' # 'holds pickles': an archive of PyTorch
+):
+    "The one warning before any file is loaded whose code may run"
+    warnings.warn(f"{path} {what}, and loading it runs the code in it. Load only files that you trust. ONNX files, and "
+                  "weights in a .safetensors file, run nothing.", DistillWarning, stacklevel=4)
+
+
 def torch_script(path):
+    warn_of_code(path, 'holds pickles')     # PyTorch's own documentation warns of them
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*torch.jit.load')
         return torch.jit.load(path, map_location='cpu')

@@ -1,10 +1,9 @@
 "The teacher of a run: trained first, read from weights, or a file."
-import warnings
 from pathlib import Path
 from torch import nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from ..errors import DistillError, DistillWarning
+from ..errors import DistillError
 from ..fastai.teachers import PICKLES, exported
 from .archs import is_timm, learner_of, vision_arch
 
@@ -19,12 +18,7 @@ def file_teacher(
     if not file.is_file(): raise DistillError(f"There is no file {path!r}. teacher= is a file or an architecture.")
     if file.suffix == '.safetensors':
         raise DistillError(f"{path} holds weights, but no architecture: teacher='resnet34', teacher_weights={path!r}.")
-    if file.suffix not in PICKLES: return path
-    warnings.warn(f"{path} is a pickle, and loading it runs the code in it. Load only files that you trust. Weights in "
-                  "a .safetensors file run nothing.", DistillWarning)
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='load_learner. uses Python')
-        return exported(file)
+    return exported(file) if file.suffix in PICKLES else path
 
 
 def with_weights(
