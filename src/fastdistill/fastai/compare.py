@@ -11,6 +11,7 @@ from ..ranks import rank
 from ..report import Report
 from ..teacher.speed import AS_IT_IS
 from .batches import number_of_batches, prepared, some_batches
+from .columns import columns_of
 from .raw_items import items_shown
 from .stream import is_stream
 from .task import task_of
@@ -146,10 +147,8 @@ def types_in(types):
 def history_of(learn):
     "Column of the training's table -> its value in each epoch of the last fit"
     recorder = getattr(learn, 'recorder', None)
-    names = [n for n in getattr(recorder, 'metric_names', []) if n not in ('epoch', 'time')]
-    rows = getattr(recorder, 'values', [])
-    # rows are shorter without a validation loss
-    return {n: [plain_number(r[i]) if i < len(r) else None for r in rows] for i,n in enumerate(names) if len(rows)}
+    if recorder is None: return {}
+    return {k: [*map(plain_number, v)] for k,v in columns_of(recorder).items()}
 
 
 @contextmanager
