@@ -141,7 +141,7 @@ def test_the_same_call_gives_the_same_report():
     (lambda s, t: compare([s, t]), 'compare needs names'), (lambda s, t: compare({}), 'compare needs names'),
     (lambda s, t: compare(dict(a=t, b=t)), 'None of the models is a Learner'),
     (lambda s, t: compare(dict(teacher=t, s=s), teacher='x'), "teacher='x'"),
-    (lambda s, t: compare(dict(teacher=t, s=s), headline='x', **QUICK), "headline='x': possible are 'accuracy'"),
+    (lambda s, t: compare(dict(teacher=t, s=s), headline='x', **QUICK), "headline='x': it must be 'accuracy' or"),
     (lambda s, t: compare(dict(teacher='none.pkl', s=s)), 'no file'),
     (lambda s, t: compare(dict(teacher=nn.Linear(8, 5), s=s), **QUICK), r"'s' have shape \(16, 4\), those of 'teacher' \(16, 5\)")])
 def test_mistakes_are_named(call, why):

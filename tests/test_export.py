@@ -101,7 +101,7 @@ def test_a_recurrent_student_is_refused_and_as_before(tmp_path):
 
 
 def test_mistakes_are_named(normalized, tmp_path):
-    with pytest.raises(DistillError, match='suffixes .onnx and .pt2'): export_student(normalized, tmp_path/'s.pth')
+    with pytest.raises(DistillError, match='the suffix must be .onnx or .pt2'): export_student(normalized, tmp_path/'s.pth')
     with pytest.raises(DistillError, match='int8=True needs an .onnx'): export_student(normalized, tmp_path/'s.pt2', int8=True)
 
 

@@ -122,7 +122,7 @@ def add_mistakes(counts, s, t, y, task):
     counts[1] += (wrong & (s == t)).sum().item()
 
 
-def as_percent(v): return f'{max(v, 0.):.0%}'.replace('%', ' %')
+def as_percent(v): return f'{max(v, 0.):.0%}'
 
 
 def reasons(

@@ -45,7 +45,7 @@ def compare(
     """Measure all models on the same validation data, in one pass: the task's scores and loss, the Learners' metrics,
     agreement with the teacher, calibration, classes, cost and time.
 
-    Differences are paired by sample, with 95 % bootstrap intervals and exact tests. They cover the choice of validation
+    Differences are paired by sample, with 95% bootstrap intervals and exact tests. They cover the choice of validation
     samples, not the luck of a training: other seeds need other trainings"""
     if not isinstance(models, dict) or not models:
         raise DistillError("compare needs names: compare({'teacher': teacher, 'alone': alone, 'distilled': student}).")

@@ -71,7 +71,7 @@ def export_student(
     inputs. Input shape, normalization and class names are inside the file, as metadata"""
     path = Path(path)
     if path.suffix not in WRITERS:
-        raise DistillError(f"{str(path)!r}: possible are the suffixes {' and '.join(WRITERS)}")
+        raise DistillError(f"{str(path)!r}: the suffix must be {' or '.join(WRITERS)}.")
     if int8 and path.suffix != '.onnx':
         raise DistillError("int8=True needs an .onnx file: export_student(learn, 'student.onnx', int8=True)")
     quantized = is_fake_quantized(learn.model)

@@ -186,7 +186,7 @@ def shown(on):
     if not on or not (console.is_terminal or console.is_jupyter):
         yield lambda text, share: print(f'fastdistill: {text}') if on and share is None else None
         return
-    with Progress(BarColumn(20), TextColumn('{task.percentage:>3.0f} % of the time  {task.description}'),
+    with Progress(BarColumn(20), TextColumn('{task.percentage:>3.0f}% of the time  {task.description}'),
                   console=console) as bar:
         task = bar.add_task('', total=1.)
         def update(text, share):
