@@ -1038,6 +1038,26 @@ def test_gradient_shares_are_printed_once_a_training(capsys):
     assert re.fullmatch(rf'fastdistill: gradient shares at the first batch with mse: {shares}, mse \d+%', lines[1])
 
 
+def test_in_a_terminal_the_gradient_shares_have_a_line_of_their_own(capsys):
+    student,teacher = toy()
+    student.logger = print
+    student.fit(2, .1, cbs=[*([] if hasattr(student, 'progress') else [ProgressCallback()]), KD(teacher)])
+    screen = Screen(capsys.readouterr().out)
+    shares, = [l for l in screen.lines if 'gradient shares' in l]
+    assert shares.startswith('fastdistill: gradient shares at the first batch: labels')
+    assert shares.endswith('%')
+
+
+class Screen:
+    "What a terminal shows: a carriage return goes back to the beginning of the line, and new text replaces old"
+    def __init__(self, text):
+        self.lines = []
+        for line in text.split('\n'):
+            shown = ''
+            for part in line.split('\r'): shown = part + shown[len(part):]
+            self.lines.append(shown.rstrip())
+
+
 def test_lr_find_measures_no_gradient_shares(tmp_path, capsys):
     student,teacher = toy(path=tmp_path)
     student.logger = print

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from fastai.basics import L, Learner, TensorImageBase, TfmdDL, detuplify, mk_metric, to_detach
 from fastai.tabular.core import TabDataLoader
 from fastai.text.data import TensorText
+from ..cache.progress import console_for_bars
 from ..measure import measure_models, roles_of
 from ..outputs import DistillError
 from ..ranks import rank
@@ -154,10 +155,9 @@ def history_of(learn):
 @contextmanager
 def shown_bar(progress, total, what='compare'):
     "Yields the function to call after each step; it moves a bar in a terminal or a notebook"
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    console = Console()
-    if not progress or rank() or not (console.is_terminal or console.is_jupyter):
+    console = console_for_bars() if progress and not rank() else None
+    if console is None:
         yield lambda: None
         return
     with Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
