@@ -55,7 +55,7 @@ def sheet_of_scores(r):
     for k,info in r.info.items():
         if k in ('nll', 'brier'): continue
         s.add(info.label, *(Cell(*estimate_text(m.measures[k], info)) for m in r.models.values()))
-    s.add("task's own loss", *(four_digits(m.loss) for m in r.models.values()))
+    s.add("task loss", *(four_digits(m.loss) for m in r.models.values()))
     for k in dict.fromkeys(k for m in r.models.values() for k in m.metrics):
         if is_repeated(r, k): continue
         s.add(f'metric {k}', *(four_digits(m.metrics.get(k)) for m in r.models.values()))
