@@ -48,7 +48,7 @@ def other_tokens(tally, teacher, student, batches):
                   "Are the inputs token ids of another tokenizer? Make the student's data with the teacher's tokenizer")
 
 
-SWAPPED = "Are student and teacher swapped? student.distill(teacher) trains the student. If they are not: "
+IF_SWAPPED = "Are student and teacher swapped? student.distill(teacher) trains the student. If they are not: "
 
 def student_is_better(tally):
     return bool(tally.scores['student']) and tally.above(tally.items('student'), tally.items('teacher'))
@@ -59,7 +59,7 @@ def worse_than_student(tally):
     f = tally.facts()
     yield Finding('warning', f"The teacher is worse than the student is now: {f.metric} {f.teacher_score:.3f} and "
                   f"{f.student_score:.3f} on {f.n} validation items",
-                  f"{SWAPPED}is it the right teacher, with all its weights, and does it get its own preprocessing?")
+                  f"{IF_SWAPPED}is it the right teacher, with all its weights, and does it get its own preprocessing?")
 
 
 def saturated(facts, task):
@@ -99,7 +99,7 @@ def chance(tally):
     if why := dict(softmax=classes_known, sigmoid=labels_known, regression=numbers_known)[tally.task.kind](tally):
         f,do = tally.facts(),"is it trained, for these labels in this order, and does it get its own preprocessing?"
         if student_is_better(tally):
-            why,do = f"{why}. The student has {f.metric} {f.student_score:.3f} before training",SWAPPED + do
+            why,do = f"{why}. The student has {f.metric} {f.student_score:.3f} before training",IF_SWAPPED + do
         yield Finding('warning', f"The teacher is no better than chance: {why}",
                       f"{do[0].upper()}{do[1:]} teacher.validate() shows")
 
