@@ -43,7 +43,8 @@ def test_the_rule(facts, recipe, why):
     parts = chosen.text.removeprefix('labels + ')       # what it says is what one can type
     assert repr(Recipe(eval(parts, names))) == repr(recipe)
     classic = 'kd(T=4, alpha=.9)' if facts.get('labels', True) else 'soft_labels(T=4)'
-    assert str(chosen).endswith(f'({chosen.why}; {classic} is the classic)')
+    compared = '' if facts.get('kind') == 'regression' else f'; {classic} is the classic'
+    assert str(chosen).endswith(f'({chosen.why}{compared})')
 
 
 def entropy(logits, T): return scipy.stats.entropy(torch.softmax(logits.double()/T, -1).numpy(), axis=-1).mean()/math.log(logits.shape[-1])

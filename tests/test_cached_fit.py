@@ -139,6 +139,21 @@ def test_layers_come_from_the_cache_too(tmp_path):
         quiet(learn, 1, cbs=[KnowledgeDistillation(cache, at(layers={'bn': 'a'}, weight='paper')), MixUp()])
 
 
+@pytest.mark.parametrize('layers', ['auto', 'last', 'embedding', {'bn': 'a'}], ids=str)
+def test_a_cache_without_layers_says_how_to_store_them(tmp_path, layers):
+    cache = cache_teacher(Convs(3).eval(), data(), tmp_path)
+    with pytest.raises(DistillError) as e: quiet(student(data()), 1, cbs=KnowledgeDistillation(cache, at(layers=layers)))
+    said = str(e.value)
+    assert "Store the layers too, cache_teacher(..., layers=['layer3']), and name the layers: layers={'student.layer': 'layer3'}" in said
+    assert 'Feed' not in said
+
+def test_a_cache_with_layers_names_them(tmp_path):
+    cache = cache_teacher(Convs(3).eval(), data(), tmp_path, layers=['a'])
+    with pytest.raises(DistillError) as e: quiet(student(data()), 1, cbs=KnowledgeDistillation(cache, at()))
+    assert f"not the stored outputs in {tmp_path}" in str(e.value)
+    assert "It stores 'a': name the layers: layers={'student.layer': 'a'}" in str(e.value)
+
+
 def conv1d(width):
     torch.manual_seed(width)
     return nn.Sequential(nn.Conv1d(3, width, 3, padding=1), nn.ReLU(), nn.Conv1d(width, 5, 3, padding=1), nn.AdaptiveAvgPool1d(1),

@@ -860,10 +860,10 @@ def test_a_model_that_ends_in_a_sigmoid_is_explained():
     (dict(axis=1.), r'axis=1.0: the class axis is a whole number from 1 to 8, or, counted from the end, from -1 to -8'),
     (dict(axis=0), r'axis=0: .*\(axis 0 is that of the samples\)'),
     (dict(T=0), 'T=0: a temperature is a number above 0'),
-    (dict(recipe=dkd(), kind='soft'), "kind='soft': possible are None, 'softmax'"),
+    (dict(recipe=dkd(), kind='soft'), "kind='soft': it must be None or 'softmax' or"),
     (dict(T=('linear', 4, 0)), 'T=0 at the end of the training: a temperature is a number above 0'),
     (dict(output=1.5), "output=1.5: possible are the name or the index"),
-    (dict(span='epoch'), "span='epoch': possible are 'fine_tune', 'fit'")], ids=lambda o: '' if isinstance(o, str) else '-'.join(o))
+    (dict(span='epoch'), "span='epoch': it must be 'fine_tune' or 'fit'")], ids=lambda o: '' if isinstance(o, str) else '-'.join(o))
 def test_contradictions_are_refused_when_the_callback_is_made(kwargs, says):
     with pytest.raises(DistillError, match=says): KD(apps.mlp(4), **kwargs)
 
@@ -1092,9 +1092,29 @@ def test_gradient_shares_are_printed_once_a_training(capsys):
     student.fit(2, .1, cbs=cb)
     student.fit(1, .1, cbs=cb)
     lines = [l for l in capsys.readouterr().out.splitlines() if 'gradient shares' in l]
-    shares = r'labels \d+ %, kd \d+ %, hint \d+ %'
+    shares = r'labels \d+%, kd \d+%, hint \d+%'
     assert len(lines) == 2 and re.fullmatch(f'fastdistill: gradient shares at the first batch: {shares}', lines[0])
-    assert re.fullmatch(rf'fastdistill: gradient shares at the first batch with mse: {shares}, mse \d+ %', lines[1])
+    assert re.fullmatch(rf'fastdistill: gradient shares at the first batch with mse: {shares}, mse \d+%', lines[1])
+
+
+def test_in_a_terminal_the_gradient_shares_have_a_line_of_their_own(capsys):
+    student,teacher = toy()
+    student.logger = print
+    student.fit(2, .1, cbs=[*([] if hasattr(student, 'progress') else [ProgressCallback()]), KD(teacher)])
+    screen = Screen(capsys.readouterr().out)
+    shares, = [l for l in screen.lines if 'gradient shares' in l]
+    assert shares.startswith('fastdistill: gradient shares at the first batch: labels')
+    assert shares.endswith('%')
+
+
+class Screen:
+    "What a terminal shows: a carriage return goes back to the beginning of the line, and new text replaces old"
+    def __init__(self, text):
+        self.lines = []
+        for line in text.split('\n'):
+            shown = ''
+            for part in line.split('\r'): shown = part + shown[len(part):]
+            self.lines.append(shown.rstrip())
 
 
 def test_lr_find_measures_no_gradient_shares(tmp_path, capsys):

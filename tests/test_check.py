@@ -533,3 +533,14 @@ def test_findings_print_as_what_and_what_to_do():
     student,_ = toy()
     f = student.check_teacher(student.model)
     assert isinstance(f, Findings) and str(f[0]).startswith('error: Student and teacher share 6 parameters')
+
+
+def test_swapped_models_are_asked_about():
+    "A trained model that is to learn from an untrained one"
+    student,teacher = toy()
+    big = apps.Learner(student.dls, teacher, loss_func=student.loss_func)
+    apps.quiet(big)
+    big.fit(8, .1)
+    with pytest.warns(DistillWarning) as seen: big.distill(student, 1, .01)
+    said = [str(w.message) for w in seen if 'Are student and teacher swapped?' in str(w.message)]
+    assert len(said) == 1

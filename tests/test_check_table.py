@@ -1,5 +1,6 @@
 "The table of a check: ticks, marks, costs; in a terminal, in a notebook, as a command."
-import copy, io, re, sys
+import builtins, copy, io, re, sys, warnings
+from importlib.util import find_spec
 from pathlib import Path
 import pytest, torch
 import apps
@@ -11,7 +12,7 @@ from fastai.vision.all import Normalize
 from fastdistill.cache.writer import Forecast
 from fastdistill.cli import main
 from fastdistill.doctor import Finding, Findings
-from fastdistill.fastai import Teacher, cache_teacher
+from fastdistill.fastai import Teacher, cache_teacher, compare
 from fastdistill.fastai.costs import TrainingCosts, duration
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
@@ -162,3 +163,29 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert code == 1 and '✗  outputs' in out and 'step' not in out.split()
     code,_,err = call('work.py:student', 'nothing.pkl')
     assert code == 2 and "There is no file 'nothing.pkl'" in ' '.join(err.split())
+
+
+# in a notebook
+
+class ZMQInteractiveShell:
+    "IPython's shell in a notebook, as rich recognizes it"
+
+@pytest.fixture
+def notebook(monkeypatch): monkeypatch.setattr(builtins, 'get_ipython', ZMQInteractiveShell, raising=False)
+
+def test_in_a_notebook_the_text_of_a_check_is_its_table_and_is_not_displayed(notebook, capsys):
+    student,teacher = pair('image')
+    check = student.check_teacher(teacher, n_epoch=None)
+    capsys.readouterr()
+    text = repr(check)
+    assert f'{check.title}\n' in text
+    assert text.endswith(check.verdict)
+    assert capsys.readouterr().out == ''
+
+@pytest.mark.skipif(find_spec('ipywidgets') is not None, reason='rich shows its bars')
+def test_in_a_notebook_without_ipywidgets_no_bar_warns(notebook, tmp_path):
+    student,teacher = pair('image')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        cache_teacher(teacher, student.dls, tmp_path, check=False)
+        compare(dict(teacher=teacher, student=student), seconds=0, repeats=10)

@@ -63,7 +63,7 @@ def test_reports_of_several_runs_are_one_table_the_best_first(command, there):  
     assert (there/'runs.png').stat().st_size > 5000
     code,out,_ = command('report', 'runs/good', '--html', 'page.html')
     assert code == 0 and 'Agreement with teacher' in out and (there/'page.html').is_file()
-    for args,why in ((['runs/none'], 'no file'), (['runs/good', 'runs/dull', '--html', 'x.html'], 'page of one report'), (['mine.py'], 'no JSON')):
+    for args,why in ((['runs/none'], 'no file'), (['runs/good', 'runs/dull', '--html', 'x.html'], 'page of one report'), (['mine.py'], 'not JSON')):
         code,_,err = command('report', *args)
         assert code == 2 and why in ' '.join(err.split())
 

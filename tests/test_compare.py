@@ -5,7 +5,7 @@ import numpy as np
 import pytest, torch
 import torch.nn.functional as F
 from apps import APPS, FASTAI_WARNINGS, answers, mlp, pair, quiet, rows, same, snapshot, toy
-from fastai.basics import DataLoaders, compose
+from fastai.basics import Callback, CancelTrainException, DataLoaders, compose
 from fastai.metrics import F1Score, RocAuc, accuracy
 from torch import nn
 from fastdistill.fastai import DistillError, Report, Teacher, compare
@@ -141,7 +141,7 @@ def test_the_same_call_gives_the_same_report():
     (lambda s, t: compare([s, t]), 'compare needs names'), (lambda s, t: compare({}), 'compare needs names'),
     (lambda s, t: compare(dict(a=t, b=t)), 'None of the models is a Learner'),
     (lambda s, t: compare(dict(teacher=t, s=s), teacher='x'), "teacher='x'"),
-    (lambda s, t: compare(dict(teacher=t, s=s), headline='x', **QUICK), "headline='x': possible are 'accuracy'"),
+    (lambda s, t: compare(dict(teacher=t, s=s), headline='x', **QUICK), "headline='x': it must be 'accuracy' or"),
     (lambda s, t: compare(dict(teacher='none.pkl', s=s)), 'no file'),
     (lambda s, t: compare(dict(teacher=nn.Linear(8, 5), s=s), **QUICK), r"'s' have shape \(16, 4\), those of 'teacher' \(16, 5\)")])
 def test_mistakes_are_named(call, why):
@@ -183,3 +183,34 @@ def test_a_student_that_is_better_is_called_significant():
     for i in range(3):
         d = difference(fitted(i, seen=12), fitted(i+10))
         assert d.significant and d.value > 0 and d.low > 0
+
+
+LOSSES = ['train_loss', 'valid_loss']
+
+def history(learn): return compare(dict(student=learn), **QUICK).models['student'].history
+
+def trained(n_epoch=2, cbs=(), metrics=accuracy):
+    student,_ = toy()
+    student.metrics = metrics
+    with student.no_bar(), student.no_logging(): student.fit(n_epoch, .1, cbs=cbs)
+    return student
+
+class CancelsTraining(Callback):
+    "In the second epoch"
+    def before_batch(self):
+        if self.training and self.epoch == 1: raise CancelTrainException
+
+@pytest.mark.parametrize('metrics', [accuracy, []], ids=['accuracy', 'no metrics'])
+def test_a_validation_after_the_training_is_not_taken_for_a_training_curve(metrics):
+    student = trained(metrics=metrics)
+    assert [len(history(student)[k]) for k in LOSSES] == [2, 2]
+    student.validate()
+    assert history(student) == {}
+
+def test_the_training_curves_have_a_gap_where_an_epoch_was_not_trained():
+    student = trained(cbs=CancelsTraining())
+    h = history(student)
+    first,second = student.recorder.values
+    assert h['train_loss'] == [first[0], None]
+    assert h['valid_loss'] == [first[1], second[0]]
+    assert h['accuracy'] == [first[2], second[1]]

@@ -112,7 +112,7 @@ def test_recipes_print_as_they_are_written():
     assert repr(hint(2.)) == "Term(hint, weight=2.0, layers={'2': '2'})"
 
 @pytest.mark.parametrize('make,says', [
-    (lambda: kd(alpha=.9) + kd(alpha=.5), 'say differently how much the labels count .0.0999.* and 0.5.: give them the same alpha'),
+    (lambda: kd(alpha=.9) + kd(alpha=.5), 'say differently how much the labels count .0.1 and 0.5.: give them the same alpha'),
     (lambda: kd() + 3, r'made of terms and recipes, got 3. Try kd\(\), or Term'),
     (lambda: kd(alpha=1.5), 'alpha=1.5: it is the teacher.s share, from 0'),
     (lambda: Term('kl'), "needs a loss function, got 'kl'. See fastdistill.losses"),
@@ -794,3 +794,8 @@ def test_a_teacher_that_shares_parameters_with_the_student_is_refused():
         with pytest.raises(DistillError, match=says): Distiller(student, t, kd())
     Distiller(copy.deepcopy(student), teacher, kd())
     Distiller(student, teacher, kd(), check=False)
+
+
+@pytest.mark.parametrize('alpha', [0., .1, .3, .7, .9, 1.])
+def test_a_recipe_shows_the_weight_of_the_labels_as_one_would_type_it(alpha):
+    assert repr(kd(alpha=alpha)).endswith(f', task={round(1-alpha, 2)})')

@@ -6,7 +6,7 @@ from torch import nn
 import apps
 from apps import APPS, pair, toy
 from fastdistill import DistillError, Teacher
-from fastdistill.fastai import cache_teacher
+from fastdistill.fastai import cache_teacher, compare
 from fastdistill.doctor.explain import Follow, explain_training
 from fastdistill.task import Task
 
@@ -78,10 +78,10 @@ def test_nothing_stood_in_the_way():
 REASONS = [
     ('the student is better', blurred(.8), right, {}, r'warning: The student is better than the teacher \(accuracy 0.\d+ and 1.000, on 256'),
     ('as good', blurred(.3), blurred(.3), {}, 'warning: The teacher is no better than the student, but for chance'),
-    ('does not follow', right, constant, dict(steps=300), r'even on training items: it took over \d+ % of what the teacher predicts after 300 steps. Train longer'),
+    ('does not follow', right, constant, dict(steps=300), r'even on training items: it took over \d+% of the teacher.s probabilities, and predicts its class for \d+% of them after 300 steps. Train longer'),
     ('certain', lambda x: 50*right(x), lambda x: 50*blurred(.3)(x), {}, r'note: The teacher is nearly certain of the training items: its mean top probability is 0.99'),
-    ('repeats mistakes', blurred(.5), blurred(.52), {}, r'note: The student repeats \d\d+ % of the teacher.s mistakes'),
-    ('few labels', right, blurred(.3), dict(shares=dict(task=.03, kd=.97)), 'note: The labels had 3 % of the gradient'),
+    ('repeats mistakes', blurred(.5), blurred(.52), {}, r'note: The student repeats \d\d+% of the teacher.s mistakes'),
+    ('few labels', right, blurred(.3), dict(shares=dict(task=.03, kd=.97)), 'note: The labels had 3% of the gradient'),
     ('few steps', right, blurred(.3), dict(steps=240), 'note: The training had 240 steps')]
 
 @pytest.mark.parametrize('name,teacher,student,options,says', REASONS, ids=[r[0] for r in REASONS])
@@ -97,7 +97,7 @@ def test_a_handful_of_items_says_nothing_of_the_teacher():
 def test_training_items_learned_by_heart():
     x,y = labeled(256, 1)
     by_heart = lambda o: right(o) if torch.equal(o, x) else constant(o)
-    assert any('on training items (100 %), and less on others (0 %)' in str(f) for f in why(right, by_heart))
+    assert any('on training items (100%), and less on others (0%)' in str(f) for f in why(right, by_heart))
 
 def test_augmentation_that_the_teacher_does_not_know():
     x,y = labeled(256, 1)
@@ -196,3 +196,19 @@ def test_stored_outputs_are_refused_where_the_teacher_has_to_run(tmp_path):
     for stored in (cache, tmp_path/'c', [str(tmp_path/'c')]):
         for ask in (student.explain, student.check_teacher):
             with pytest.raises(DistillError, match="c holds a teacher's outputs .* pass the model itself"): ask(stored)
+
+@pytest.mark.parametrize('name', ['image', 'multi_label', 'unet'])
+def test_the_share_of_equal_predictions_is_the_one_of_the_report(name):
+    student,teacher = pair(name)
+    same = compare(dict(teacher=teacher, student=student), seconds=0, repeats=10, progress=False).models['student'].agreement['same']
+    found = student.explain(teacher)
+    assert found.facts.same_valid == pytest.approx(same)
+    assert f"validation {same:.0%}" in repr(found)
+
+def test_a_student_that_is_surely_wrong_took_over_less_than_nothing_but_says_how_often_it_agrees():
+    sure = lambda x: 30*blurred(2.)(x)
+    found = why(right, sure)
+    x,_ = labeled(256, 1)
+    same = (sure(x).argmax(1) == right(x).argmax(1)).float().mean().item()
+    assert found.facts.follows_train < 0 < same
+    assert any(f"it took over less than 0% of the teacher's probabilities, and predicts its class for {same:.0%} of them" in str(f) for f in found)

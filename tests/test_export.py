@@ -101,7 +101,7 @@ def test_a_recurrent_student_is_refused_and_as_before(tmp_path):
 
 
 def test_mistakes_are_named(normalized, tmp_path):
-    with pytest.raises(DistillError, match='suffixes .onnx and .pt2'): export_student(normalized, tmp_path/'s.pth')
+    with pytest.raises(DistillError, match='the suffix must be .onnx or .pt2'): export_student(normalized, tmp_path/'s.pth')
     with pytest.raises(DistillError, match='int8=True needs an .onnx'): export_student(normalized, tmp_path/'s.pt2', int8=True)
 
 
@@ -156,3 +156,10 @@ def test_a_student_that_can_not_be_exported_is_saved_as_weights(tmp_path):
     assert all(torch.equal(a, b) for a,b in zip(student.model.state_dict().values(), other.model.state_dict().values()))
     with pytest.raises(DistillError, match='of another network'): load_student(folder, torch.nn.Linear(2, 2))
     with pytest.raises(DistillError, match='no student in'): load_student(tmp_path)
+
+
+def test_the_free_axis_is_called_batch(onnx_file):
+    g = pytest.importorskip('onnx').load(onnx_file.path).graph
+    axes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*g.input, *g.output)}
+    assert axes == dict(x=['batch', 3, 16, 16], logits=['batch', 3])
+    assert {d.dim_param for v in g.value_info for d in v.type.tensor_type.shape.dim} <= {'', 'batch'}

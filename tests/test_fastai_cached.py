@@ -188,6 +188,22 @@ def test_each_input_is_looked_at(tmp_path):
     assert c.error < 1e-5
 
 
+@pytest.mark.parametrize('now,said', [
+    (lambda: dict(item_tfms=RandomResizedCrop(SIZE, min_scale=.5)), 'transform after_item: RandomResizedCrop: min_scale=0.3 in the cache, min_scale=0.5 now'),
+    (lambda: dict(batch_tfms=aug_transforms(max_rotate=20.)), 'transform after_batch: Flip: rotate_mat.max_deg=10.0 in the cache, rotate_mat.max_deg=20.0 now'),
+    (lambda: dict(batch_tfms=aug_transforms(pad_mode='zeros')), "transform after_batch: Flip: pad_mode='reflection' in the cache, pad_mode='zeros' now")],
+    ids=['crop', 'rotation', 'padding'])
+def test_a_changed_transform_is_named_with_the_options_that_differ(tmp_path, now, said):
+    def make(**tfms):
+        tfms = dict(item_tfms=RandomResizedCrop(SIZE, min_scale=.3), batch_tfms=aug_transforms()) | tfms
+        return DataBlock((ImageBlock, CategoryBlock), get_x=image, get_y=label, splitter=IndexSplitter(range(TRAIN, N)), **tfms).dataloaders(
+            list(range(N)), bs=8, num_workers=0)
+    cache = cache_teacher(Convs(3).eval(), make(), tmp_path)
+    with pytest.raises(DistillError) as e: student(make(**now())).distill(cache, 1, 1e-3)
+    lines = [l for l in str(e.value).splitlines() if l.startswith('- ')]
+    assert lines == [f'- {said}']
+
+
 class Strength(Transform):
     "Its strength is in no argument's name"
     split_idx,order = 0,50

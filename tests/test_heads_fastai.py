@@ -190,7 +190,7 @@ def test_mistakes_are_named():
     refused('loss= with several heads', t, 1, .01, loss=lambda s, t, y: 0.)
     refused("The head 'color': give each head a teacher that runs, or a cache", dict(color=TargetFeed(), shape=t['shape']), 1, .01)
     numbers = learner(False, COLOR, SIZE)
-    refused("labels of the head 'shape' are no class numbers: pass kind={'shape': 'regression'}", t, 1, .01, kd(), of=numbers)
+    refused("labels of the head 'shape' are not class numbers: pass kind={'shape': 'regression'}", t, 1, .01, kd(), of=numbers)
     for k in ('unlabelled', 'perturbed'): refused(f'{k}= with several heads: they learn from batches with labels alone', t, 1, .01, **{k: 3})
     refused("output= with several heads: each head's output is the one of its name", t, 1, .01, output='color')
     with pytest.raises(DistillError, match='No head has a teacher'): KD(dict(color=None))
@@ -342,7 +342,7 @@ def test_a_recipe_is_chosen_for_stored_heads_and_without_a_check(tmp_path, capsy
         capsys.readouterr()
         with learn.no_bar(): learn.distill(source, 1, .01, **options)
         out = capsys.readouterr().out
-        assert 'color: recipe labels + dist' in out and 'shape: recipe labels + dist' in out and 'color_dist 75 %' in out
+        assert 'color: recipe labels + dist' in out and 'shape: recipe labels + dist' in out and 'color_dist 75%' in out
 
 
 def test_stored_heads_of_classes_in_another_order_are_mapped_by_name(tmp_path):

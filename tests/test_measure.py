@@ -318,7 +318,7 @@ def test_models_of_other_classes_nan_and_labels_that_do_not_fit_are_named():
     with pytest.raises(DistillError, match="outputs of 'b' are nan"): measured(dict(a=o, b=o*torch.nan), y, Task('softmax'))
     with pytest.raises(DistillError, match=r'labels \(shape \(7, 2\)\) do not fit'): measured(dict(a=o), torch.zeros(101, 2).long(), Task('softmax'))
     with pytest.raises(DistillError, match='no batch'): measure_models(dict(a=Teacher(Stored(o))), [], Task('softmax'))
-    with pytest.raises(DistillError, match="headline='f1': possible are 'accuracy'"): measured(dict(a=o), y, Task('softmax'), headline='f1')
+    with pytest.raises(DistillError, match="headline='f1': it must be 'accuracy' or"): measured(dict(a=o), y, Task('softmax'), headline='f1')
 
 
 # what a model costs
@@ -372,7 +372,7 @@ def test_a_report_is_plain_data_and_back(tmp_path):
     assert Report.from_json(tmp_path/'r.json') == r == Report.from_json(str(tmp_path/'r.json'))
     r.models['s'].loss = float('nan')
     assert Report.from_json(r.to_json()).models['s'].loss is None
-    for text,why in (('{"format": 9}', 'no report of format'), ('{', 'no JSON'), (r.to_json().replace('"headline"', '"headlin"'), 'headlin')):
+    for text,why in (('{"format": 9}', 'not a report of format'), ('{', 'not JSON'), (r.to_json().replace('"headline"', '"headlin"'), 'headlin')):
         with pytest.raises(DistillError, match=why): Report.from_json(text)
     with pytest.raises(DistillError, match='no file'): Report.from_json(tmp_path/'none.json')
 

@@ -54,7 +54,7 @@ def test_attention_map_of_a_flat_layer_is_0(): assert attention_map(torch.ones(2
 
 
 def test_attention_map_refuses_what_is_no_map():
-    with pytest.raises(DistillError, match=r'shape \(2, 3\) is no map'): attention_map(torch.randn(2, 3))
+    with pytest.raises(DistillError, match=r'shape \(2, 3\) is not a map'): attention_map(torch.randn(2, 3))
 
 
 def test_each_layer_is_drawn_in_its_place():

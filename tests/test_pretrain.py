@@ -108,7 +108,7 @@ def test_a_function_teaches_by_what_it_returns():
 
 def test_predictions_are_not_taken_for_embeddings():
     model,x = small().eval(),images()
-    with pytest.raises(DistillError, match=r"returns \(8, 3\) as the student does.*Name the layers"):
+    with pytest.raises(DistillError, match=r"has shape \(8, 3\), like the student.*Name the layers"):
         Distiller(small(), lambda x: model(x), recipes.pretrain(), example=x)
     d = Distiller(small(), model, recipes.pretrain(), example=x)      # the layers of a module show its embedding
     assert d.pairs[0].teacher == d.pairs[0].student == '6'

@@ -61,7 +61,7 @@ def test_the_paired_test_is_scipys():
 
 
 def test_several_recipes_are_adjusted_together():
-    "Holm's numbers, by hand; and chance alone is called significant in at most 5 % of experiments, however many recipes there are"
+    "Holm's numbers, by hand; and chance alone is called significant in at most 5% of experiments, however many recipes there are"
     got = adjusted({k: Difference(0., p=p) for k,p in dict(a=.01, b=.04, c=.03, d=.5, e=None).items()})
     assert {k: d.p for k,d in got.items()} == dict(a=pytest.approx(.04), b=pytest.approx(.09), c=pytest.approx(.09), d=.5, e=None)
     g,wrong = np.random.default_rng(1),0
@@ -102,7 +102,7 @@ def test_the_table_says_what_is_chance(capsys, tmp_path):
     less.higher = False
     assert less.best == 'kd'
     for bad in ('{}', '{"format": 9}', '{', '{"format": 1, "runs": 3}'):
-        with pytest.raises(DistillError, match='no report of recipes'): RecipeReport.from_json(bad)
+        with pytest.raises(DistillError, match='not a report of recipes'): RecipeReport.from_json(bad)
 
 
 class Stops(Callback):

@@ -50,7 +50,7 @@ class Page(HTMLParser):
 def test_verdicts_name_the_numbers_and_the_test():
     (verdict,text), = verdicts(a_report())
     assert verdict == 'better' and text.startswith('distilled is better than alone: accuracy ')
-    assert "McNemar's exact test, p < 0.001; 300 samples)" in text and "of teacher's lead (95 % interval" in text
+    assert "McNemar's exact test, p < 0.001; 300 samples)" in text and "of teacher's lead (95% interval" in text
     (verdict,text), = verdicts(a_report(better=False))
     assert verdict == 'not significant' and text.startswith('The difference between distilled and alone is not significant: ')
 
@@ -83,7 +83,7 @@ def test_all_views_show_the_same_numbers():
     out = Console(file=io.StringIO(), width=200)
     r.show(out)
     page = Page(r.to_html())
-    accuracy = f"{100*r.models['distilled'].measures['accuracy'].value:.1f} %"
+    accuracy = f"{100*r.models['distilled'].measures['accuracy'].value:.1f}%"
     for text in (out.file.getvalue(), r.to_markdown(), page.text, r._repr_html_()):
         for part in (accuracy, verdicts(r)[0][1][:40], 'Scores', 'Agreement with teacher', 'Calibration', 'Cost', 'not the luck of a training'): assert part in text, part
 
@@ -161,7 +161,29 @@ def test_a_figure_of_ones_own_is_in_the_page():
 
 def test_the_same_report_gives_the_same_page(tmp_path):
     r = a_report()
-    assert r.to_html(tmp_path/'r.html') == r.to_html() == (tmp_path/'r.html').read_text()
+    assert r.to_html(str(tmp_path/'r.html')) == tmp_path/'r.html'
+    assert (tmp_path/'r.html').read_text() == r.to_html()
+    assert r.to_json(tmp_path/'r.json') == tmp_path/'r.json'
+    assert (tmp_path/'r.json').read_text() == r.to_json()
+
+
+@pytest.mark.parametrize('make', [a_report, hostile_report], ids=['plain', 'hostile'])
+def test_print_shows_a_report_in_a_few_lines(make):
+    r = make()
+    text = repr(r)
+    assert str(r) == text
+    assert len(text.splitlines()) == len(r.models) + 2 + len(verdicts(r))
+    assert len(text) < 2000
+    assert all(c.isprintable() or c == '\n' for c in text)
+
+def test_print_names_each_model_with_its_score_and_the_verdict():
+    r = a_report()
+    title,*scores,verdict,_ = repr(r).splitlines()
+    assert title == 'teacher, alone and distilled: accuracy on 300 samples'
+    for line,(n,m) in zip(scores, r.models.items(), strict=True):
+        e = m.measures['accuracy']
+        assert line.split() == [n, f'{100*e.value:.1f}%', f'({100*e.low:.1f}', 'to', f'{100*e.high:.1f})']
+    assert verdict == verdicts(r)[0][1]
 
 
 def test_pictures_show_the_numbers_of_the_report():

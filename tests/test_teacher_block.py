@@ -176,7 +176,7 @@ def test_wrong_rows_are_refused(target, value, say):
     with pytest.raises(DistillError, match=say): target.type_tfms[0](value)
 
 def test_wrong_options_are_refused():
-    with pytest.raises(DistillError, match="possible are 'logits', 'probabilities'"): TeacherBlock('probs')
+    with pytest.raises(DistillError, match="it must be 'logits' or 'probabilities'"): TeacherBlock('probs')
 
 
 def test_probabilities_taken_for_logits_are_noticed():

@@ -3,6 +3,7 @@ import warnings
 import pytest, torch
 import apps
 from apps import toy
+from fastai.learner import Recorder
 from fastdistill.fastai import DistillWarning, KnowledgeDistillation, Recipe, Term, kd, losses, soft_labels
 from fastdistill.fastai.trend import TrendCheck
 
@@ -36,12 +37,11 @@ def test_nothing_is_said_of_a_head_that_nothing_trains():
         TrendCheck().check(falls, .5, apart)
     with pytest.warns(DistillWarning, match='rose from'): TrendCheck().check(falls, .5, beside)
 
-class Columns:
-    metric_names = ['epoch', 'train_loss', 'valid_loss', 'kd_loss', 'time']
-    def __init__(self, valid, kd): self.values = [[1., v, k] for v,k in zip(valid, kd)]
-
 class Learn:
-    def __init__(self, *columns): self.recorder = Columns(*columns)
+    def __init__(self, valid, kd):
+        self.recorder = Recorder()
+        self.recorder.metric_names = ['epoch', 'train_loss', 'valid_loss', 'kd_loss', 'time']
+        self.recorder.values = [[1., v, k] for v,k in zip(valid, kd)]
 
 @pytest.mark.parametrize('valid,kd,share,warns', [([1., .5, .6], [3., 2., 1.], .5, True), ([1., .5, .54], [3., 2., 1.], .5, False),
     ([1., .5, .6], [3., 2., 2.5], .5, False), ([1., .5, .6], [3., 2., 1.], .3, False), ([None, None], [3., 2.], .5, False), ([], [], .5, False),

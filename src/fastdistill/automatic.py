@@ -18,11 +18,12 @@ ENOUGH_NUMBERS,ENOUGH_ROWS = 2**22,4096 # logits that show how sure a teacher is
 
 class Automatic(Recipe):
     "A recipe that `auto` chose. `text` is how to write it, `why` is the fact that decided"
-    def __init__(self, recipe, text, why):
+    def __init__(self, recipe, text, why, kind='softmax'):
         super().__init__(recipe)
-        self.text,self.why = text,why
+        self.text,self.why,self.kind = text,why,kind
 
     def __str__(self):
+        if self.kind == 'regression': return f'{self.text} ({self.why})'        # T has no meaning for numbers
         classic = CLASSIC if self.task != 0 else CLASSIC_ALONE
         return f'{self.text} ({self.why}; {classic} is the classic)'
 
@@ -47,13 +48,14 @@ def auto(
     if not isinstance(teacher, Tensor|None):
         raise DistillError(f"teacher={type(teacher).__name__}: give its logits for some training samples, a tensor "
                            "(..., C). KnowledgeDistillation and Distiller ask a teacher themselves.")
-    if not labels: return Automatic(soft_labels(T=1), 'soft_labels(T=1)', 'the batches have no labels')
+    if not labels: return Automatic(soft_labels(T=1), 'soft_labels(T=1)', 'the batches have no labels', kind)
     if doubt is not None:
         alpha = .1 if kind == 'sigmoid' else .3
-        return Automatic(kd(T=1, alpha=alpha), f'kd(T=1, alpha={alpha:g})'.replace('0.', '.'), doubt)
-    if kind == 'regression': return shared(losses.regression, 'regression', 'numbers')
+        return Automatic(kd(T=1, alpha=alpha), f'kd(T=1, alpha={alpha:g})'.replace('0.', '.'), doubt, kind)
+    if kind == 'regression': return shared(losses.regression, 'regression', 'numbers', kind)
     one = kind == 'sigmoid' and classes == 1 # the same as a softmax of two classes
-    if kind == 'sigmoid' and not (dense or one): return shared(losses.binary_kl, 'binary_kl', 'several labels', T=1)
+    if kind == 'sigmoid' and not (dense or one):
+        return shared(losses.binary_kl, 'binary_kl', 'several labels', kind, T=1)
     unknown = 'labels' if kind == 'sigmoid' else 'an unknown number of classes'
     why = 'one label' if one else unknown if classes is None else f'{classes} classes'
     if dense: why += ' for each of many positions'
@@ -97,10 +99,10 @@ def facts_for_auto(
     return facts | dict(teacher=t.movedim(task.axis, -1))
 
 
-def shared(loss, name, why, **options):
+def shared(loss, name, why, kind, **options):
     "The labels, and a term whose gradient is 3 times as long as theirs"
     text = ', '.join(['share=3', *(f'{k}={v:g}' for k,v in options.items())])
-    return Automatic(Term(loss, share=3, **options), f'labels + Term(losses.{name}, {text})', why)
+    return Automatic(Term(loss, share=3, **options), f'labels + Term(losses.{name}, {text})', why, kind)
 
 
 def chosen_for(logits_shape, task, ask, labels): return auto(**facts_for_auto(logits_shape, task, ask), labels=labels)

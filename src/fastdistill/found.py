@@ -34,7 +34,7 @@ class Run:
 
 @dataclass
 class Lead:
-    "Mean difference of two recipes' scores, and its 95 % interval over items and seeds"
+    "Mean difference of two recipes' scores, and its 95% interval over items and seeds"
     mean:float
     low:float
     high:float
@@ -47,7 +47,7 @@ class Lead:
 
     def __str__(self):
         return (f'{self.mean:+.4g} ({self.n} validation items that took no part in the choice, {self.seeds} seeds; '
-                f'95 % interval {self.low:+.4g} to {self.high:+.4g}, p = {self.p:.2g})')
+                f'95% interval {self.low:+.4g} to {self.high:+.4g}, p = {self.p:.2g})')
 
 
 def lead_of(

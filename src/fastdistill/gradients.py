@@ -67,8 +67,8 @@ def shares_in_words(
     shares, # part -> its share of the gradient
     at_layers # term -> its gradient beside that of all these, at its layers
 ):
-    text = ', '.join(f"{'labels' if k == 'task' else k} {v:.0%}".replace('%', ' %') for k,v in shares.items())
-    return ''.join([text, *(f'; {k} {v:.0%} of these at its layers'.replace('%', ' %') for k,v in at_layers.items())])
+    text = ', '.join(f"{'labels' if k == 'task' else k} {v:.0%}" for k,v in shares.items())
+    return ''.join([text, *(f'; {k} {v:.0%} of these at its layers' for k,v in at_layers.items())])
 
 
 def swamped(

@@ -166,6 +166,11 @@ def checked_name(name):
     return name
 
 
+def weight_text(v):
+    "A weight, number or schedule, in messages: 0.1 where 1-.9 is 0.09999999999999998"
+    return repr(float(f'{v:.12g}')) if isinstance(v, float) else repr(v)
+
+
 class Recipe:
     "Terms, and how much the labels' own loss counts beside them"
     def __init__(
@@ -182,8 +187,8 @@ class Recipe:
             for t in [o] if isinstance(o, Term) else o.terms: self._add(t)
         if any(o != said[0] for o in said):
             raise DistillError("These recipes say differently how much the labels count "
-                               f"({' and '.join(map(str, said))}): give them the same alpha, or say it once for all, "
-                               "as in Recipe(kd(), hard_labels(), task=.1).")
+                               f"({' and '.join(map(weight_text, said))}): give them the same alpha, or say it once "
+                               "for all, as in Recipe(kd(), hard_labels(), task=.1).")
         self.task = said[0] if said else None
 
     def _add(self, t):
@@ -196,7 +201,7 @@ class Recipe:
     def __add__(self, other): return Recipe(self, other)
 
     def __repr__(self):
-        return f"Recipe({', '.join(map(repr, self.terms))}, task={1. if self.task is None else self.task!r})"
+        return f"Recipe({', '.join(map(repr, self.terms))}, task={weight_text(1. if self.task is None else self.task)})"
 
     def task_at(self, progress): return 1. if self.task is None else value_at(self.task, progress, "The task's weight")
 

@@ -1,6 +1,7 @@
 "The manifest of a cache: teacher, samples, transforms, layout, and the checksum of each file."
 import json, re, warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from difflib import SequenceMatcher
 import numpy as np
 from ..outputs import DistillError, DistillWarning
 from .digests import versions
@@ -187,8 +188,32 @@ def differences(
 
 
 def transform_differences(found, now):
-    return [f'transform {k}: {shortened(found.get(k, "none"))} in the cache, {shortened(now.get(k, "none"))} now'
-            for k in dict.fromkeys([*found, *now]) if found.get(k) != now.get(k)]
+    return [f'transform {k}: {shortened(a)} in the cache, {shortened(b)} now' for k in dict.fromkeys([*found, *now])
+            for a,b in option_differences(found.get(k, 'none'), now.get(k, 'none'))]
+
+
+def option_differences(a, b):
+    "[(options of `a`, options of `b`)] for each place where the descriptions of two transforms differ"
+    if a == b: return []
+    if not all(o.endswith((')', ']')) for o in (a, b)): return [(a, b)]       # it has no options
+    x,y = options_in(a),options_in(b)
+    places = [o for o in SequenceMatcher(None, x, y, autojunk=False).get_opcodes() if o[0] != 'equal']
+    return [(', '.join(x[i:j]) or 'none', ', '.join(y[k:l]) or 'none') for _,i,j,k,l in places] or [(a, b)]
+
+
+def options_in(text):
+    "The description of a transform as a list of its options, such as 'size=224.0' and 'rotate_mat.p=0.75'"
+    text = re.sub(r"\['(\w+)', ([^\[\]]*)\]", r'\1=\2', text)     # those of a function are pairs
+    out,owners,last = [],[],''
+    for part in re.findall(r'[\[\]()]|[^\[\](), ]+', text):
+        if part in '[(': owners.append(last)
+        elif part in '])': last = owners.pop() if owners else ''
+        elif re.fullmatch('[0-9a-f]{16}', part): out.append(f'{last}: code {part}')
+        else:
+            owner = owners[-1] if len(owners) > 1 or owners and owners[0].endswith('=') else ''
+            if not part.endswith('='): out.append(owner + ('.' if owner and not owner.endswith('=') else '') + part)
+            last = part if part.endswith('=') else part.rpartition('=')[2]
+    return out
 
 
 def sample_differences(

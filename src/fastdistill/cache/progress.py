@@ -1,8 +1,18 @@
 "Progress of writing a cache: a bar in a terminal or a notebook, nothing in a file or a pipe."
 from contextlib import contextmanager
+from importlib.util import find_spec
 from ..ranks import rank
 
-__all__ = ['ProgressBar', 'shown_progress']
+__all__ = ['ProgressBar', 'console_for_bars', 'shown_progress']
+
+
+def console_for_bars(
+    **options # of rich's `Console`
+):
+    "rich's console where it can show a bar that moves: in a terminal, or in a notebook with ipywidgets; else None"
+    from rich.console import Console
+    console = Console(**options)
+    return console if console.is_terminal or console.is_jupyter and find_spec('ipywidgets') else None
 
 
 class ProgressBar:
@@ -42,8 +52,6 @@ def shown_progress(
     if callable(progress) or not progress or rank():
         yield progress if callable(progress) else None
         return
-    from rich.console import Console
-    console = Console()
-    if not (console.is_terminal or console.is_jupyter): yield None
+    if (console := console_for_bars()) is None: yield None
     else:
         with ProgressBar(console) as bar: yield bar.progress

@@ -158,6 +158,11 @@ class Layout:
         f = self.fields[0]
         return len(f.shape) > 1
 
+    @property
+    def layers(self):
+        "Names of the stored layers"
+        return [f.name.removeprefix('feats:') for f in self.fields if f.name.startswith('feats:')]
+
     def knows_ids(
         self, rows # (M, bytes) uint8
     ) -> bool:

@@ -71,7 +71,7 @@ def draw_items(fig, task, teacher, students, n=4):
         top = soft[i].topk(3)
         bars.barh(range(3), top.values.tolist(), color=[INK, GREY, GREY], height=.62)
         for k,v in enumerate(top.values.tolist()):
-            bars.annotate(f'{100*v:.0f} %', (v, k), xytext=(4, 0), textcoords='offset points', va='center', color=GREY,
+            bars.annotate(f'{100*v:.0f}%', (v, k), xytext=(4, 0), textcoords='offset points', va='center', color=GREY,
                           fontsize=9)
         bars.set_yticks(range(3), [task.classes[c] for c in top.indices])
         bars.set(xlim=(0, 1.25), xticks=[])

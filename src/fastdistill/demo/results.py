@@ -101,7 +101,7 @@ def results_table(r:Results):
     t.add_row('teacher', percent([r.teacher]), '', '', f"{r.params['teacher']:,}", *ms['teacher'])
     for way,xs in r.scores.items():
         share = r.recovered(way)
-        gained = '-' if share is None else f'{100*share:.0f} %'
+        gained = '-' if share is None else f'{100*share:.0f}%'
         taught = ('', '') if way == ALONE else (f'{r.better(way)} of {r.seeds}', gained)
         t.add_row(way, percent(xs), *taught, f"{r.params['student']:,}", *ms['student'])
     return t

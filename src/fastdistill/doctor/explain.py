@@ -24,8 +24,11 @@ LITTLE = .1 # of the gradient, for the labels
 class Follow:
     """How much of the teacher's predictions a student took over: 1 - d/d0, where d is the distance of their predictions
     (KL at T=1, or squared error) and d0 that of the teacher's predictions from their own mean. 1: all, 0: no more than
-    the mean"""
-    def __init__(self, task): self.task,self.n,self.apart,self.own,self.sums,self.squares = task,0,0.,0.,0.,0.
+    the mean, less: it is farther away than the mean, as where it is surer than the teacher and wrong. `same` is the
+    share of predictions with the teacher's class"""
+    def __init__(self, task):
+        self.task,self.n,self.apart,self.own,self.sums,self.squares = task,0,0.,0.,0.,0.
+        self.n_same = self.n_classes = 0
 
     def add(self, s, t):
         s,t = (o.double() for o in (s, t))
@@ -41,10 +44,14 @@ class Follow:
             self.apart += (s-t).pow(2).sum().item()
             self.sums,self.squares = self.sums + t.sum(0),self.squares + t.pow(2).sum(0)
         else:
-            p = t.exp()
+            p,equal = t.exp(),s.argmax(-1) == t.argmax(-1)
+            self.n_same,self.n_classes = self.n_same + equal.sum().item(),self.n_classes + equal.numel()
             self.apart += torch.where(p > 0, p*(t-s), 0.).sum().item()
             self.own += torch.where(p > 0, p*t, 0.).sum().item()
             self.sums = self.sums + p.sum(0)
+
+    @property
+    def same(self): return self.n_same/self.n_classes if self.n_classes else None
 
     @property
     def value(self):
@@ -69,15 +76,20 @@ class Explanation:
     top_prob_train:float|None=None # the teacher's largest probability, mean over training items
     steps:int|None=None
     shares:dict=field(default_factory=dict) # of the gradient, at the first batch
+    same_train:float|None=None # share of predictions with the teacher's class; None for numbers
+    same_valid:float|None=None
 
     def lines(self):
         "In words: a line about the scores, a line about what the student took over"
         if self.n and self.student_score is not None:
             yield (f"{self.metric} on {self.n} validation items: "
                    f"{numbers_in_words(dict(teacher=self.teacher_score, student=self.student_score))}")
-        took = dict(training=self.follows_train, validation=self.follows_valid)
-        took = ', '.join(f'{k} {as_percent(v)}' for k,v in took.items() if v is not None)
-        if took: yield f"of the teacher's predictions, the student took over: {took}"
+        what = 'predictions' if self.metric == METRICS['regression'] else 'probabilities'
+        for text,train,valid in ((f"of the teacher's {what}, the student took over", self.follows_train,
+                                  self.follows_valid),
+                                 ("it predicts the teacher's class for", self.same_train, self.same_valid)):
+            found = dict(training=train, validation=valid).items()
+            if found := ', '.join(f'{k} {as_percent(v)}' for k,v in found if v is not None): yield f'{text}: {found}'
 
 
 def explain_training(
@@ -108,7 +120,7 @@ def explain_training(
     f,other = tallies[0].facts(),tallies[1].facts()
     facts = Explanation(METRICS[task.kind], f.n, f.teacher_score, f.student_score, other.teacher_score,
                         follows[1].value, follows[0].value, mistakes[1]/mistakes[0] if mistakes[0] >= FEW else None,
-                        other.top_prob_valid, steps, dict(shares or {}))
+                        other.top_prob_valid, steps, dict(shares or {}), follows[1].same, follows[0].same)
     found = Findings(reasons(facts, tallies[0]))
     found.facts,found.none = facts,"Nothing found that stood in the teacher's way."
     return found
@@ -122,7 +134,7 @@ def add_mistakes(counts, s, t, y, task):
     counts[1] += (wrong & (s == t)).sum().item()
 
 
-def as_percent(v): return f'{max(v, 0.):.0%}'.replace('%', ' %')
+def as_percent(v): return f'{max(v, 0.):.0%}' if v > -.005 else 'less than 0%'
 
 
 def reasons(
@@ -166,8 +178,10 @@ def does_not_follow(f):
     "The student's predictions are not the teacher's, on training items or on others alone"
     if f.follows_train is not None and f.follows_train < FOLLOWS:
         steps = f" after {f.steps} steps" if f.steps else ''
+        what = 'predictions' if f.same_train is None else 'probabilities'
+        same = '' if f.same_train is None else f", and predicts its class for {as_percent(f.same_train)} of them"
         yield Finding('warning', f"The student does not follow the teacher even on training items: it took over "
-                      f"{as_percent(f.follows_train)} of what the teacher predicts{steps}",
+                      f"{as_percent(f.follows_train)} of the teacher's {what}{same}{steps}",
                       "Train longer first; then take a larger student, or give the teacher a larger share")
     elif None not in (f.follows_train, f.follows_valid) and f.follows_train - f.follows_valid > GAP:
         yield Finding('warning', "The student follows the teacher on training items "

@@ -48,12 +48,18 @@ def other_tokens(tally, teacher, student, batches):
                   "Are the inputs token ids of another tokenizer? Make the student's data with the teacher's tokenizer")
 
 
+IF_SWAPPED = "Are student and teacher swapped? student.distill(teacher) trains the student. If they are not: "
+
+def student_is_better(tally):
+    return bool(tally.scores['student']) and tally.above(tally.items('student'), tally.items('teacher'))
+
+
 def worse_than_student(tally):
-    if not tally.scores['student'] or not tally.above(tally.items('student'), tally.items('teacher')): return
+    if not student_is_better(tally): return
     f = tally.facts()
     yield Finding('warning', f"The teacher is worse than the student is now: {f.metric} {f.teacher_score:.3f} and "
                   f"{f.student_score:.3f} on {f.n} validation items",
-                  "Is it the right teacher, with all its weights, and does it get its own preprocessing?")
+                  f"{IF_SWAPPED}is it the right teacher, with all its weights, and does it get its own preprocessing?")
 
 
 def saturated(facts, task):
@@ -91,9 +97,11 @@ def chance(tally):
     "A teacher that is no better than a constant prediction"
     # subtle: the measures are fair to a teacher that is badly calibrated, and to rare classes
     if why := dict(softmax=classes_known, sigmoid=labels_known, regression=numbers_known)[tally.task.kind](tally):
+        f,do = tally.facts(),"is it trained, for these labels in this order, and does it get its own preprocessing?"
+        if student_is_better(tally):
+            why,do = f"{why}. The student has {f.metric} {f.student_score:.3f} before training",IF_SWAPPED + do
         yield Finding('warning', f"The teacher is no better than chance: {why}",
-                      "Is it trained, for these labels in this order, and does it get its own preprocessing? "
-                      "teacher.validate() shows")
+                      f"{do[0].upper()}{do[1:]} teacher.validate() shows")
 
 
 def classes_known(tally):

@@ -14,7 +14,7 @@ def check_options(teacher, **options):
     "Refuse option values that do not exist, and a recipe in place of the teacher"
     have = dict(kind=(None, 'softmax', 'sigmoid', 'regression'), span=('fine_tune', 'fit'))
     for k,v in options.items():
-        if v not in have[k]: raise DistillError(f"{k}={v!r}: possible are {', '.join(map(repr, have[k]))}")
+        if v not in have[k]: raise DistillError(f"{k}={v!r}: it must be {' or '.join(map(repr, have[k]))}.")
     if isinstance(teacher, (Recipe, Term)):
         raise DistillError(f"{teacher!r} is not a teacher: the teacher comes first, then the recipe, as in "
                            "KnowledgeDistillation(teacher, kd()).")

@@ -67,5 +67,5 @@ class TeacherBlock(TransformBlock):
         vocab=None # names of the teacher's classes, in the order of a row; they are mapped to the labels' by name
     ):
         if given not in GIVEN:
-            raise DistillError(f"TeacherBlock(given={given!r}): possible are {', '.join(map(repr, GIVEN))}")
+            raise DistillError(f"TeacherBlock(given={given!r}): it must be {' or '.join(map(repr, GIVEN))}.")
         super().__init__(type_tfms=ToTeacherTarget(given, n_out, None if vocab is None else list(map(str, vocab))))

@@ -83,6 +83,18 @@ class CacheFeed(Feed):
         "Why the teacher should not be trusted, as it was found when its outputs were stored; empty: nothing was found"
         return self.cache.manifest.doubt
 
+    @property
+    def name(self): return f'the stored outputs in {self.cache.folder}'
+
+    @property
+    def layers_advice(self):
+        stored = self.cache.manifest.layout.layers
+        name = stored[0] if stored else 'layer3'
+        named = f"name the layers: layers={{'student.layer': {name!r}}}"
+        if stored: return f"It stores {', '.join(map(repr, stored))}: {named}, or store different ones."
+        return (f"Store the layers too, cache_teacher(..., layers=[{name!r}]), and {named}. Or give the teacher itself "
+                "instead of the cache.")
+
     def _log(self, text):
         "Not inside `learn.no_logging()`, and on the first rank alone"
         if self.learn.logger is not noop and rank() == 0: print(text)

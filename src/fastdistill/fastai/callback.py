@@ -203,7 +203,12 @@ class KnowledgeDistillation(Callback):
         return self.learn.logger is not noop and rank() == 0
 
     def _log(self, text):
-        if self.logs: print(text)
+        if not self.logs: return
+        # fastai's bar in a terminal stands in the current line: it is wiped, and draws itself again below the text
+        progress = getattr(self.learn, 'progress', None)
+        bar = getattr(progress, 'pbar', None) if hasattr(progress, 'mbar') else None
+        width = getattr(bar, 'max_len', 0)
+        print((f"\r{' '*width}\r" if width else '') + str(text))
 
     # a batch
 

@@ -3,7 +3,29 @@ import torch
 from fastai.basics import Metric, ValueMetric, find_bs, noop
 from ..ranks import mean_over_ranks
 
-__all__ = ['PartMetric', 'TaskMetric']
+__all__ = ['PartMetric', 'TaskMetric', 'columns_of', 'row_by_column']
+
+
+def row_by_column(
+    recorder, # fastai's
+    row # the numbers of an epoch, as in `recorder.values`
+) -> dict:
+    """Column of the progress table -> its number in this epoch, None where it has none. A row has no numbers of a phase
+    that did not run or was cancelled"""
+    names = [n for n in recorder.metric_names if n not in ('epoch', 'time')]
+    n_train = 1 if recorder.valid_metrics else len(names)
+    if recorder.train_metrics and recorder.valid_metrics: n_train = len(names)//2
+    # subtle: without metrics, both phases have a row of the same length
+    only_valid = len(row) == len(names) - n_train and (len(row) != n_train or not recorder.losses)
+    row = [*[None]*n_train, *row] if only_valid else [*row, *[None]*(len(names) - len(row))]
+    return dict(zip(names, row))
+
+
+def columns_of(recorder) -> dict:
+    "Column of the progress table -> its number in each epoch; empty without a training, as after `validate`"
+    rows = [row_by_column(recorder, row) for row in getattr(recorder, 'values', [])]
+    trained = any(v is not None for row in rows for k,v in row.items() if k.startswith('train_'))
+    return {k: [row[k] for row in rows] for k in rows[0]} if trained else {}
 
 
 class PartMetric(Metric):

@@ -5,12 +5,14 @@ from types import SimpleNamespace
 from fastai.basics import L, Learner, TensorImageBase, TfmdDL, detuplify, mk_metric, to_detach
 from fastai.tabular.core import TabDataLoader
 from fastai.text.data import TensorText
+from ..cache.progress import console_for_bars
 from ..measure import measure_models, roles_of
 from ..outputs import DistillError
 from ..ranks import rank
 from ..report import Report
 from ..teacher.speed import AS_IT_IS
 from .batches import number_of_batches, prepared, some_batches
+from .columns import columns_of
 from .raw_items import items_shown
 from .stream import is_stream
 from .task import task_of
@@ -44,7 +46,7 @@ def compare(
     """Measure all models on the same validation data, in one pass: the task's scores and loss, the Learners' metrics,
     agreement with the teacher, calibration, classes, cost and time.
 
-    Differences are paired by sample, with 95 % bootstrap intervals and exact tests. They cover the choice of validation
+    Differences are paired by sample, with 95% bootstrap intervals and exact tests. They cover the choice of validation
     samples, not the luck of a training: other seeds need other trainings"""
     if not isinstance(models, dict) or not models:
         raise DistillError("compare needs names: compare({'teacher': teacher, 'alone': alone, 'distilled': student}).")
@@ -146,19 +148,16 @@ def types_in(types):
 def history_of(learn):
     "Column of the training's table -> its value in each epoch of the last fit"
     recorder = getattr(learn, 'recorder', None)
-    names = [n for n in getattr(recorder, 'metric_names', []) if n not in ('epoch', 'time')]
-    rows = getattr(recorder, 'values', [])
-    # rows are shorter without a validation loss
-    return {n: [plain_number(r[i]) if i < len(r) else None for r in rows] for i,n in enumerate(names) if len(rows)}
+    if recorder is None: return {}
+    return {k: [*map(plain_number, v)] for k,v in columns_of(recorder).items()}
 
 
 @contextmanager
 def shown_bar(progress, total, what='compare'):
     "Yields the function to call after each step; it moves a bar in a terminal or a notebook"
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    console = Console()
-    if not progress or rank() or not (console.is_terminal or console.is_jupyter):
+    console = console_for_bars() if progress and not rank() else None
+    if console is None:
         yield lambda: None
         return
     with Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),

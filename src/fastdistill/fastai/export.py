@@ -1,5 +1,5 @@
 "A trained student as a file that needs neither fastai nor fastdistill, checked against the Learner."
-import copy, json, tempfile, warnings
+import copy, json, re, tempfile, warnings
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -71,7 +71,7 @@ def export_student(
     inputs. Input shape, normalization and class names are inside the file, as metadata"""
     path = Path(path)
     if path.suffix not in WRITERS:
-        raise DistillError(f"{str(path)!r}: possible are the suffixes {' and '.join(WRITERS)}")
+        raise DistillError(f"{str(path)!r}: the suffix must be {' or '.join(WRITERS)}.")
     if int8 and path.suffix != '.onnx':
         raise DistillError("int8=True needs an .onnx file: export_student(learn, 'student.onnx', int8=True)")
     quantized = is_fake_quantized(learn.model)
@@ -180,7 +180,16 @@ def write_onnx(model, x, path, facts):
         names = [o['name'] for o in facts['inputs']]
         torch.onnx.export(program, x, str(path), input_names=names, output_names=['logits'], dynamo=True,
                           verbose=False, external_data=False)
-    add_facts(onnx.load(path), facts, path)
+    add_facts(with_named_batch(onnx.load(path)), facts, path)
+
+
+def with_named_batch(model):
+    "An ONNX model whose free batch size is called 'batch': the exporter calls it s53 or so"
+    g = model.graph
+    free = g.input[0].type.tensor_type.shape.dim[0].dim_param
+    for d in (d for v in (*g.input, *g.output, *g.value_info) for d in v.type.tensor_type.shape.dim):
+        if d.dim_param: d.dim_param = re.sub(rf'\b{free}\b', 'batch', d.dim_param)
+    return model
 
 
 def add_facts(model, facts, path):

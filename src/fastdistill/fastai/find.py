@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import time
 from fastai.basics import Learner, OptimWrapper, noop, patch
+from ..cache.progress import console_for_bars
 from ..cache.source import is_whole
 from ..candidates import candidates_for, given_candidates
 from ..docments import explain as add_docments
@@ -179,14 +180,13 @@ def answers(learn, teacher, task, as_it_is, positions, n_epoch, show):
 @contextmanager
 def shown(on):
     "Yields a function that shows the last score and the time that has passed; without a share, a note"
-    from rich.console import Console
     from rich.markup import escape
     from rich.progress import BarColumn, Progress, TextColumn
-    console = Console(highlight=False, soft_wrap=True)
-    if not on or not (console.is_terminal or console.is_jupyter):
+    console = console_for_bars(highlight=False, soft_wrap=True) if on else None
+    if console is None:
         yield lambda text, share: print(f'fastdistill: {text}') if on and share is None else None
         return
-    with Progress(BarColumn(20), TextColumn('{task.percentage:>3.0f} % of the time  {task.description}'),
+    with Progress(BarColumn(20), TextColumn('{task.percentage:>3.0f}% of the time  {task.description}'),
                   console=console) as bar:
         task = bar.add_task('', total=1.)
         def update(text, share):

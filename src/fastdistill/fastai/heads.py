@@ -249,7 +249,7 @@ class HeadsDistillation(KnowledgeDistillation):
 def task_of_head(learn, head, kind, axis=None):
     "What a head predicts, by its option or by its labels"
     if kind is None and labels_are_floats(learn, head):
-        raise DistillError(f"The labels of the head {head.name!r} are no class numbers: pass kind={{'{head.name}': "
+        raise DistillError(f"The labels of the head {head.name!r} are not class numbers: pass kind={{'{head.name}': "
                            "'regression'} for numbers, or 'sigmoid' for several labels.")
     return Task(kind or 'softmax', 1 if axis is None else axis)
 

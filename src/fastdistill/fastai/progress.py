@@ -1,6 +1,7 @@
 "The progress of students that train side by side: one bar, and a table with a row for each student and epoch."
 from fastai.basics import Callback, L
 from fastai.callback.progress import master_bar, progress_bar
+from .columns import row_by_column
 
 __all__ = ['ProgressTable']
 
@@ -13,7 +14,10 @@ class TableRows(Callback):
         super().__init__()
         self.table,self.student = table,student
 
-    def after_epoch(self): self.table.add(self.student, dict(zip(self.recorder.metric_names, self.recorder.log)))
+    def after_epoch(self):
+        r = self.recorder
+        row = {k: v for k,v in row_by_column(r, r.values[-1]).items() if v is not None}
+        self.table.add(self.student, {'epoch': r.log[0], **row, 'time': r.log[-1] if r.add_time else ''})
 
     # an exported Learner gets a callback that does nothing, and needs no fastdistill
     def __reduce__(self): return Callback, ()

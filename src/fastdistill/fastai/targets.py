@@ -167,7 +167,10 @@ class Feed:
                                          "Remove the terms with layers, or use a live teacher.")
         return replace(out, logits=mix_logits(out.logits, perm, lam, self.kind, self.axis))
 
-    # other methods of a teacher that Distiller and `pair` call
+    # what else of a teacher Distiller and `pair` use
+
+    name = 'stored outputs'
+    layers_advice = "Outputs stored in the data have no layers: give the teacher itself, or a cache of its layers."
 
     def __call__(self, *x, **kw): return self.example(x)
 

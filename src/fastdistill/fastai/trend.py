@@ -2,6 +2,7 @@
 import warnings
 from ..outputs import DistillWarning
 from ..ranks import rank
+from .columns import columns_of
 
 __all__ = ['TrendCheck']
 
@@ -35,6 +36,4 @@ class TrendCheck:
 
     def _column(self, recorder, name):
         "The values of this fit, an epoch each; empty if there is no such column"
-        if name not in recorder.metric_names: return []
-        i = recorder.metric_names.index(name) - 1       # the first column, the epoch, is not among the values
-        return [v[i] if i < len(v) else None for v in recorder.values]      # rows are shorter without a validation loss
+        return columns_of(recorder).get(name, [])

@@ -5,8 +5,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from ..outputs import DistillError
 
-__all__ = ['LayerInfo', 'LayerTree', 'layer_tree', 'model_name', 'named', 'resolve', 'split_suffixes', 'text_table',
-           'unwrap']
+__all__ = ['LayerInfo', 'LayerTree', 'how_to_name_layers', 'layer_tree', 'model_name', 'named', 'resolve',
+           'split_suffixes', 'text_table', 'unwrap']
 
 WRAPPERS = nn.parallel.DistributedDataParallel, nn.DataParallel
 SUFFIXES = {'in': "the input of the layer",
@@ -39,6 +39,11 @@ def model_name(model):
     "The name of a model in messages: its class, or the name that a `Teacher` has"
     inner = unwrap(model)
     return type(inner).__name__ if isinstance(inner, nn.Module) else getattr(inner, 'name', type(inner).__name__)
+
+
+def how_to_name_layers(model):
+    "What to do where the layers of a teacher can't be found: in messages. A source of stored outputs says it itself"
+    return getattr(unwrap(model), 'layers_advice', "Name the layers: layers={'student.layer': 'teacher.layer'}.")
 
 
 def _regex(glob):

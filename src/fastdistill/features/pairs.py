@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from torch import Tensor, nn
 from ..outputs import DistillError, Outputs
-from .names import model_name, named, resolve, split_suffixes, text_table
+from .names import how_to_name_layers, model_name, named, resolve, split_suffixes, text_table
 from .probe import dry_run, probe, series_layers
 from .projectors import describe_projector
 from .shapes import grid
@@ -160,7 +160,7 @@ def _has_layers(model): return isinstance(model, nn.Module) or bool(named(model)
 
 def _layer_shapes(model, x, names):
     "Given name -> (name, shape). The name gets the suffix @tokens if the layer's output is (B, C, L)"
-    if not _has_layers(model): return _shapes_of_outputs(dry_run(model, *x), names)
+    if not _has_layers(model): return _shapes_of_outputs(model, dry_run(model, *x), names)
     with Taps(model, names) as taps:
         ran = probe(model, *x)
         shapes = {n: tuple(y.shape) for n,y in taps.pop().items()}
@@ -193,7 +193,7 @@ def _with_tokens(modules, ran, names):
         yield '@'.join([base, *how])
 
 
-def _shapes_of_outputs(out, names):
+def _shapes_of_outputs(model, out, names):
     "The same for a teacher without layers, such as a function, whose outputs hold features"
     feats = out.feats if isinstance(out, Outputs) else {}
     # a cache holds '0' as '0@tokens' if it is a 1d convolution, see `names_of_tokens`
@@ -201,7 +201,8 @@ def _shapes_of_outputs(out, names):
     alike = lambda n: next((k for k in feats if plain(k) == plain(n)), None)
     found = {n: n if n in feats or is_output(n) else alike(n) for n in names}
     if wrong := [n for n,k in found.items() if k is None]:
-        raise DistillError(f"Its outputs hold no layer {wrong[0]!r}. They hold: {', '.join(feats) or 'no layers'}.")
+        raise DistillError(f"Its outputs hold no layer {wrong[0]!r}. They hold: {', '.join(feats) or 'no layers'}. "
+                           f"{getattr(model, 'layers_advice', '')}".strip())
     return {n: (k, tuple(layer_output(Outputs.of(out), k).shape)) for n,k in found.items()}
 
 
@@ -212,9 +213,9 @@ def _embeddings(student, teacher, x_s, x_t, how):
         t,seen = Outputs.of(dry_run(teacher, *x_t)).logits.shape,'' in named(teacher)
         if seen and (t == s or has_head(teacher, x_t)): other = embedding(teacher, x_t)
         elif t == s:
-            raise DistillError(f"layers='embedding': {model_name(teacher)} returns {tuple(t)} as the student does, "
-                               "which seems to be a prediction, and its layers can't be read. Name the layers: "
-                               "layers={'student.layer': 'teacher.layer'}; '' is the teacher's output.")
+            raise DistillError(f"layers='embedding': the output of {model_name(teacher)} has shape {tuple(t)}, like "
+                               "the student's, so it seems to be a prediction, and its layers can't be read. "
+                               f"{how_to_name_layers(teacher)} '' is the teacher's output.")
         else: other = '' if len(t) == 2 else '@mean'
     return [('@'.join([own, *how]), '@'.join([other, *how]))]
 

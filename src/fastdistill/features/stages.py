@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from torch import Tensor, nn
 from ..outputs import DistillError
-from .names import layer_tree, model_name, named
+from .names import how_to_name_layers, layer_tree, model_name, named
 from .probe import probe, series_layers
 from .shapes import grid
 
@@ -79,7 +79,7 @@ def check_visible(model):
     "Refuse a teacher without readable layers: a function, a file, several models"
     if '' not in named(model):
         raise DistillError(f"layers='auto' needs one model whose layers can be read, not {model_name(model)}. "
-                           "Name the layers: layers={'student.layer': 'teacher.layer'}.")
+                           f"{how_to_name_layers(model)}")
 
 
 class Road:

@@ -124,7 +124,7 @@ def report_of(of, models, costs, task, teacher, baseline, language, headline, re
     measures = measures_of(task.kind, next(iter(scores.values())), n_classes, language)
     names = [m.name for m in measures]
     if headline is not None and headline not in names:
-        raise DistillError(f"headline={headline!r}: possible are {', '.join(map(repr, names))}")
+        raise DistillError(f"headline={headline!r}: it must be {' or '.join(map(repr, names))}.")
     paired = PairedScores(scores, measures, repeats, seed)
     role = lambda k: 'teacher' if k == teacher else 'baseline' if k == baseline else 'student'
     results = {k: result(o, paired.estimates(k), costs[k], role(k), models[k].name) for k,o in of.items()}

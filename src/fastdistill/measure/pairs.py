@@ -61,7 +61,7 @@ class PairedScores:
         return {k: Estimate(number(v), *self._interval(self.drawn[model][k])) for k,v in self.values[model].items()}
 
     def _interval(self, drawn):
-        "(low, high) of 95 % of the draws; None, None if there are none"
+        "(low, high) of 95% of the draws; None, None if there are none"
         drawn = drawn[np.isfinite(drawn)]
         if self.n < 2 or len(drawn) < 2: return None,None
         return tuple(map(float, np.percentile(drawn, (2.5, 97.5))))

@@ -12,7 +12,7 @@ def difference_by_seed(
     a, # what one recipe reached, a number for each seed
     b # the other one, with the same seeds
 ) -> Difference:
-    """The mean of `a` minus `b`, with its 95 % interval and p-value (Student's paired t test). There is no p-value if
+    """The mean of `a` minus `b`, with its 95% interval and p-value (Student's paired t test). There is no p-value if
     all differences are equal, since then nothing shows how much a seed matters"""
     from scipy.stats import t
     d = np.subtract(a, b, dtype=float)
@@ -29,7 +29,7 @@ def adjusted(
     differences:dict # name -> Difference
 ) -> dict:
     """The same with p-values for several tests at once (Holm, 1979): the chance that any of them is called significant
-    by luck alone stays below 5 %"""
+    by luck alone stays below 5%"""
     tested = sorted((k for k,d in differences.items() if d.p is not None), key=lambda k: differences[k].p)
     if len(tested) < 2: return differences
     out,least = dict(differences),0.

@@ -19,8 +19,8 @@ def attention_map(
     "Where the activations of a layer are: mean over channels of |f|^p (arXiv:1612.03928)"
     if f.dim() == 3: f = as_map(f, aspect)
     if f.dim() != 4:
-        raise DistillError(f"An output of shape {tuple(f.shape)} is no map: possible are "
-                           "(B, C, H, W), and tokens (B, L, D)")
+        raise DistillError(f"An output of shape {tuple(f.shape)} is not a map: it must be (B, C, H, W), or tokens "
+                           "(B, L, D).")
     a = f.float().abs().pow(p).mean(1)
     low,high = a.amin((1, 2), keepdim=True),a.amax((1, 2), keepdim=True)
     return (a-low)/(high-low).clamp_min(torch.finfo(a.dtype).tiny)

@@ -36,7 +36,7 @@ def plot_cost(
                xlabel=f"milliseconds for a batch of {next(iter(shown.values())).cost.latency[0].batch} (median)")
         ax.margins(y=.25)
         plain_ticks(ax.xaxis)
-        ax.set_title('area: number of parameters; bars: 95 % intervals', loc='left')
+        ax.set_title('area: number of parameters; bars: 95% intervals', loc='left')
     return fig
 
 
@@ -67,7 +67,7 @@ def plot_recovered(
             color = color_of(report, n, ground)
             if e.low is not None: ax.plot([100*e.low, 100*e.high], [i, i], color=color, lw=3, solid_capstyle='round')
             ax.scatter([100*e.value], [i], s=70, color=color, zorder=3)
-            ax.annotate(f'{100*e.value:.0f} %', (100*e.value, i), xytext=(0, 7), ha='center', color=color,
+            ax.annotate(f'{100*e.value:.0f}%', (100*e.value, i), xytext=(0, 7), ha='center', color=color,
                         textcoords='offset points', fontweight='bold')
         ax.set(ylim=(len(shown)-.4, -.7), xlabel=f"share of the teacher's lead in {report.info[k].label}, %")
         ax.set_yticks(range(len(shown)), [safe_label(n) for n in shown])

@@ -33,7 +33,9 @@ def checks_as_text(check) -> str:
     "The table without colors, as wide as the terminal"
     from rich.console import Console
     out = io.StringIO()
-    print_checks(check, Console(file=out, width=shutil.get_terminal_size().columns, color_system=None))
+    # subtle: in a notebook, rich would display the table instead of writing it
+    print_checks(check, Console(file=out, width=shutil.get_terminal_size().columns, color_system=None,
+                                force_jupyter=False))
     return '\n'.join(line.rstrip() for line in out.getvalue().splitlines())
 
 

@@ -5,14 +5,14 @@ from pathlib import Path
 from ..errors import DistillError
 
 __all__ = ['Comparison', 'Cost', 'Difference', 'Estimate', 'JsonReport', 'Latency', 'MeasureInfo', 'ModelResult',
-           'ReportData']
+           'ReportData', 'write_text']
 
 REPORT_FORMAT = 1 # of the JSON file
 
 
 @dataclass
 class Estimate:
-    "A number, and the 95 % bootstrap interval around it; None where there is nothing to measure"
+    "A number, and the 95% bootstrap interval around it; None where there is nothing to measure"
     value:float|None=None
     low:float|None=None
     high:float|None=None
@@ -36,7 +36,7 @@ class MeasureInfo:
     def points(self): return ' points' if self.percent else ''
 
     @property
-    def unit(self): return ' %' if self.percent else ''
+    def unit(self): return '%' if self.percent else ''
 
 
 def decimals(v):
@@ -114,12 +114,10 @@ class JsonReport:
 
     def to_json(
         self,
-        path=None # where to write it; None: only return it
-    ) -> str:
-        "The report as JSON"
-        text = json.dumps(finite(asdict(self)), indent=1, ensure_ascii=False, allow_nan=False) + '\n'
-        if path is not None: Path(path).write_text(text, encoding='utf-8')
-        return text
+        path=None # where to write it; None: return it as text
+    ) -> str|Path:
+        "The report as JSON: the path, if it is written there, else its text"
+        return write_text(json.dumps(finite(asdict(self)), indent=1, ensure_ascii=False, allow_nan=False) + '\n', path)
 
     @classmethod
     def from_json(
@@ -130,12 +128,12 @@ class JsonReport:
         text = source if isinstance(source, str) and source.lstrip().startswith('{') else read(cls, Path(source))
         try: data = json.loads(text)
         except ValueError as e:
-            raise DistillError(f"This is no {cls.called} and no JSON: {e}. {cls.__name__}.to_json writes it.") from e
+            raise DistillError(f"This is not JSON: {e}. {cls.__name__}.to_json writes a {cls.called}.") from e
         if not isinstance(data, dict) or data.get('format') != cls.format:
-            raise DistillError(f"This JSON is no {cls.called} of format {cls.format}, which {cls.__name__}.to_json "
+            raise DistillError(f"This JSON is not a {cls.called} of format {cls.format}, which {cls.__name__}.to_json "
                                "writes.")
         try: return built(cls, data)
-        except (TypeError, AttributeError) as e: raise DistillError(f"This JSON is no {cls.called}: {e}") from e
+        except (TypeError, AttributeError) as e: raise DistillError(f"This JSON is not a {cls.called}: {e}") from e
 
 
 @dataclass
@@ -182,6 +180,14 @@ class ReportData(JsonReport):
         a,b = (self.models[n].classes.get(self.class_measure, []) for n in (self.baseline, model))
         rows = [(c, i, x, y, y-x) for i,(c,x,y) in enumerate(zip(self.classes, a, b)) if None not in (x, y)]
         return sorted(rows, key=lambda o: -o[-1])
+
+
+def write_text(text, path):
+    "Write a text and return the path; without a path, return the text"
+    if path is None: return text
+    path = Path(path)
+    path.write_text(text, encoding='utf-8')
+    return path
 
 
 def read(cls, path):

@@ -71,7 +71,7 @@ def words_of_lead(r):
 
 def words_of_reliability(r):
     return 'Accuracy against confidence. Calibration errors: ' + ', '.join(
-        f'{n} {100*(m.calibration_error or 0):.1f} %' for n,m in r.models.items())
+        f'{n} {100*(m.calibration_error or 0):.1f}%' for n,m in r.models.items())
 
 
 def words_of_classes(r): return 'The numbers of the table above as a picture'

@@ -1,14 +1,14 @@
 "`Report`: the data of a comparison, and every way to show them."
 from dataclasses import dataclass
 from pathlib import Path
-from .data import ReportData
+from .data import ReportData, write_text
 from .page import page
-from .text import markdown, print_report, show
+from .text import in_brief, markdown, print_report, show
 
 __all__ = ['Report']
 
 
-@dataclass
+@dataclass(repr=False)
 class Report(ReportData):
     """Models measured side by side on the same samples, as plain data: `compare` makes it, `to_json` and `from_json`
     store it, `show`, `to_markdown` and `to_html` show it"""
@@ -29,12 +29,13 @@ class Report(ReportData):
 
     def to_html(
         self,
-        path=None, # where to write the page; None: only return it
+        path=None, # where to write the page; None: return it as text
         figures=None # caption -> a matplotlib figure of your own, such as a gallery, shown at the end
-    ) -> str:
-        "One page with tables and pictures. It loads nothing, needs no network, and fits phones and dark screens"
-        text = page(self, figures)
-        if path is not None: Path(path).write_text(text, encoding='utf-8')
-        return text
+    ) -> str|Path:
+        """One page with tables and pictures: the path, if it is written there, else its text. It loads nothing, needs
+        no network, and fits phones and dark screens"""
+        return write_text(page(self, figures), path)
+
+    def __repr__(self): return in_brief(self)
 
     def _repr_html_(self): return page(self, whole=False)

@@ -51,11 +51,11 @@ def four_digits(v): return '–' if v is None else f'{v:.4g}'
 
 def sheet_of_scores(r):
     "Measures, the task's loss, the Learners' metrics"
-    s = per_model(r, 'scores', 'Scores', f'On {r.n:,} {r.unit}. Below a score: its 95 % bootstrap interval.')
+    s = per_model(r, 'scores', 'Scores', f'On {r.n:,} {r.unit}. Below a score: its 95% bootstrap interval.')
     for k,info in r.info.items():
         if k in ('nll', 'brier'): continue
         s.add(info.label, *(Cell(*estimate_text(m.measures[k], info)) for m in r.models.values()))
-    s.add("task's own loss", *(four_digits(m.loss) for m in r.models.values()))
+    s.add("task loss", *(four_digits(m.loss) for m in r.models.values()))
     for k in dict.fromkeys(k for m in r.models.values() for k in m.metrics):
         if is_repeated(r, k): continue
         s.add(f'metric {k}', *(four_digits(m.metrics.get(k)) for m in r.models.values()))
@@ -73,7 +73,7 @@ def sheet_of_differences(r, brief):
     "Each model against the baseline and the teacher, for each measure"
     head = ['', 'measure', 'difference', 'p', 'verdict', "teacher's lead recovered"]
     s = Sheet('differences', 'More than chance?', head,
-              note='Differences on the same samples, with 95 % bootstrap intervals. A difference counts as significant '
+              note='Differences on the same samples, with 95% bootstrap intervals. A difference counts as significant '
                    'if p is below 0.05.')
     for c in r.comparisons:
         for k,d in c.differences.items():

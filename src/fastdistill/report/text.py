@@ -2,9 +2,9 @@
 import re
 from .data import ReportData
 from .sheets import sheets_of
-from .words import caveat, shown_text, verdicts
+from .words import caveat, estimate_text, shown_text, verdicts
 
-__all__ = ['escaped', 'markdown', 'print_report', 'print_sheet', 'show', 'title_of']
+__all__ = ['escaped', 'in_brief', 'markdown', 'print_report', 'print_sheet', 'show', 'title_of']
 
 COLORS_OF_VERDICTS = {'better': 'green', 'worse': 'red', 'not significant': 'yellow'}
 
@@ -33,6 +33,19 @@ def show(
         from IPython.display import HTML, display
         display(HTML(o._repr_html_()))
     else: print_it(o, console)
+
+
+def in_brief(r:ReportData) -> str:
+    "The verdicts and the headline's scores in a few lines of text, for `print`"
+    info = r.info[r.headline]
+    width = max(map(len, r.models))
+    rows = []
+    for n,m in r.models.items():
+        value,between = estimate_text(m.measures[r.headline], info)
+        rows.append(f"  {shown_text(n).ljust(width)}  {value}{f' ({between})' if between else ''}")
+    return '\n'.join([f'{shown_text(title_of(r))}: {info.label} on {r.n:,} {shown_text(r.unit)}', *rows,
+                      *(shown_text(text) for _,text in verdicts(r)),
+                      'report.show() shows all tables, report.to_html(path) writes a page.'])
 
 
 def print_report(

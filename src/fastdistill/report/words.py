@@ -25,7 +25,7 @@ def amount(
 
 def three_digits(v): return f'{v:.0f}' if v >= 100 else f'{v:.1f}' if v >= 10 else f'{v:.2f}' if v >= 1 else f'{v:.3g}'
 
-def percent_text(v, digits=1): return '–' if v is None else f'{100*v:.{digits}f} %'
+def percent_text(v, digits=1): return '–' if v is None else f'{100*v:.{digits}f}%'
 
 def p_text(p): return 'p is unknown' if p is None else 'p < 0.001' if p < .001 else f'p = {p:.{3 if p < .1 else 2}f}'
 
@@ -36,7 +36,7 @@ def estimate_text(e, info, sign=False):
     return info.text(e.value, sign) + ('' if e.value is None or sign else info.unit),between
 
 
-def recovered_text(e): return f'{100*e.value:.0f} %','' if e.low is None else f'{100*e.low:.0f} to {100*e.high:.0f} %'
+def recovered_text(e): return f'{100*e.value:.0f}%','' if e.low is None else f'{100*e.low:.0f} to {100*e.high:.0f}%'
 
 
 def verdict_of(
@@ -61,7 +61,7 @@ def sentences(c, report):
     "What a comparison shows, with the numbers behind it"
     k,info,d = report.headline,report.info[report.headline],c.differences[report.headline]
     a,b = (info.text(report.models[n].measures[k].value) + info.unit for n in (c.model, c.against))
-    between = '' if d.low is None else f'95 % interval {info.text(d.low, True)} to {info.text(d.high, True)}; '
+    between = '' if d.low is None else f'95% interval {info.text(d.low, True)} to {info.text(d.high, True)}; '
     numbers = f'{info.label} {a} and {b}, a difference of {info.text(d.value, True)}{info.points}'
     tested = f'({between}{d.test}, {p_text(d.p)}; {report.n:,} {report.unit})'
     verdict = verdict_of(c, report)
@@ -78,7 +78,7 @@ def lead(c, report):
         return (f' {report.teacher} has no significant lead over {report.baseline}, so there is no share of it to '
                 'recover.')
     share,between = recovered_text(e)
-    return f" It recovers {share} of {report.teacher}'s lead{f' (95 % interval {between})' if between else ''}."
+    return f" It recovers {share} of {report.teacher}'s lead{f' (95% interval {between})' if between else ''}."
 
 
 def caveat(report:ReportData) -> str:

@@ -5,6 +5,7 @@ import numpy as np
 import torch
 from fastai.basics import Callback, CancelEpochException, L, get_model, one_param, to_device
 from ..errors import DistillError
+from ..fastai.columns import row_by_column
 from ..fastai.compare import history_of
 from ..outputs import as_plain, map_tensors
 from ..ranks import broadcast, on_first, rank, world_size
@@ -82,13 +83,14 @@ class Checkpoints(Callback):
         if self.say is not None: self.say(self.line(r))
 
     def line(self, r):
-        shown = [f'{k} {v:.4f}' for k,v in zip(r.metric_names[1:], r.values[-1]) if isinstance(v, float)]
+        shown = [f'{k} {v:.4f}' for k,v in row_by_column(r, r.values[-1]).items() if isinstance(v, float)]
         return f"epoch {self.epoch + 1} of {self.n_epoch}: {', '.join(shown)}, {r.log[-1]}"
 
     def restore(self, learn):
         "The Learner as it was after the last epoch, without a fit"
         learn.model.load_state_dict(self.state['model'])
-        learn.recorder.metric_names,learn.recorder.values = L(self.state['names']),L(map(L, self.state['values']))
+        r = learn.recorder
+        r.metric_names,r.values,r.losses = L(self.state['names']),L(map(L, self.state['values'])),self.state['losses']
 
     # an exported Learner gets a callback that does nothing, and needs no fastdistill
     def __reduce__(self): return Callback, ()
