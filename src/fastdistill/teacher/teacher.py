@@ -345,10 +345,11 @@ class Teacher(Running):
     def _outputs_of_model(self, x, kw, layers):
         device = next((t.device for t in tensors_in((x, kw))), torch.device('cpu'))
         x,kw = self.own_inputs(x, kw)
-        if self._speed is not None: self._choose_speed(x, kw, layers, device)
+        slices = in_slices(x, kw, self.batch)
+        if self._speed is not None: self._choose_speed(*slices[0], layers, device)
         if self._guest is not None: self._guest.settle()
         if self._batches is not None: self._batches -= 1
-        return joined([self._slice(*o, layers, device) for o in in_slices(x, kw, self.batch)])
+        return joined([self._slice(*o, layers, device) for o in slices])
 
     def _slice(self, x, kw, layers, device):
         "The outputs of rows that run at once"
