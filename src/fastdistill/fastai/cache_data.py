@@ -23,7 +23,6 @@ from ..doctor.outputs import single_teachers
 from ..outputs import DistillError, DistillWarning, Outputs, TopK, as_plain
 from ..replay.seeds import RandomGuard
 from ..teacher.items import with_items
-from ..teacher.speed import AS_IT_IS
 from ..teacher.teacher import Teacher
 from .batches import loader_of
 from .task import task_of
@@ -238,7 +237,7 @@ def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num
 def as_it_is(teacher):
     "The teacher without a faster copy, whose rounding would depend on the other samples in a batch"
     if not isinstance(teacher, Teacher): return teacher
-    return Teacher(teacher, **AS_IT_IS)
+    return teacher.as_it_is()
 
 
 class FixedOrder:

@@ -98,6 +98,7 @@ class KnowledgeDistillation(Callback):
         check_optimizer(self.learn)
         self.in_fit,finder = True,hasattr(self.learn, 'lr_finder')
         self._build()
+        self.distiller.teacher.say_with(self._log)
         if self.feed is not None: self.feed.attach(self.learn, self.task.kind, self.task.axis)
         else: self.items.attach(self.learn, self.distiller.teacher, self.task)
         found = self._check() if self.check and not self.checked and not finder and self.runs else None
@@ -149,7 +150,6 @@ class KnowledgeDistillation(Callback):
         if self.known_dls is self.learn.dls: return
         d,self.known_dls,self.checked = self.distiller,self.learn.dls,False
         d.teacher = teacher_of(self.source, self.learn, task) if self.feed is None else self.feed
-        if self.feed is None: d.teacher.say_with(self._log)
 
     def _setup(self, *x):
         "Pair layers and build projectors, once for a student"
@@ -181,7 +181,9 @@ class KnowledgeDistillation(Callback):
         self.unlabelled.stop()
         if not self.in_fit: return
         self.in_fit,self.n_steps = False,self.learn.train_iter  # which `validate` sets to 0
-        if self.distiller is not None and self.distiller.teacher is not None: self.distiller.teacher.stop()
+        if self.distiller is not None and self.distiller.teacher is not None:
+            self.distiller.teacher.stop()
+            self.distiller.teacher.say_with(None)
         self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self.part_metrics)
         if self.state_before_finder is not None:
             self.distiller.links,self.distiller.ratios,self.projector_opt = self.state_before_finder

@@ -36,12 +36,14 @@ class TeacherGroup:
     def __init__(self, distillers): self.distillers = distillers
 
     def each(self, method, *args):
-        for d in self.distillers: getattr(d.teacher, method)(*args)
+        for d in self.distillers:
+            if d.teacher is not None: getattr(d.teacher, method)(*args)
 
     def start(self): self.each('start')
     def stop(self): self.each('stop')
     def reset(self): self.each('reset')
     def expect(self, batches): self.each('expect', batches)
+    def say_with(self, fn): self.each('say_with', fn)
 
 
 class GroupedStates(dict):
@@ -205,7 +207,6 @@ class HeadsDistillation(KnowledgeDistillation):
             raise DistillError(f"The teacher of the head {k!r} has items=, which several heads do not take: store its "
                                "outputs with cache_teacher({...}, dls, folder), give it inputs=, or train a student "
                                "with one head.")
-        d.teacher.say_with(self._log)
         d.check_names()
 
     def _check(self):

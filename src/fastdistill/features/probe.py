@@ -88,8 +88,10 @@ def dry_run(model, *x):
     if any(map(is_lazy, weights_and_buffers(distinct_modules(inner)))):
         raise DistillError(f"{model_name(inner)} has lazy layers, which have no weights before the first batch. Run "
                            "the model on a batch first.")
+    # a faster copy of a teacher's model consists of different modules than those that are named, hooked and restored
+    run = inner if isinstance(inner, nn.Module) else getattr(inner, 'as_it_is', lambda: inner)()
     with untouched(model):
-        try: return inner(*args, **kwargs)
+        try: return run(*args, **kwargs)
         except DistillError: raise
         except Exception as e:
             sizes = [tuple(o.shape) if isinstance(o, Tensor) else type(o).__name__ for o in x]

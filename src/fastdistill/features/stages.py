@@ -89,7 +89,10 @@ class Road:
         ran = probe(model, *x)
         self.ran,self.when = {f.name: f for f in ran},{f.name: i for i,f in enumerate(ran)}
         self.first = series_layers(ran)
-        self.size,self.picture,self.batch = image_size(x),is_picture(x),batch_size(x)
+        self.size,self.picture = image_size(x),is_picture(x)
+        # a teacher may run slices of the batch
+        ran_on = self.ran[''].shape_in if '' in self.ran else None
+        self.batch = ran_on[0] if ran_on else batch_size(x)
         self.below = {}
         for n in self.ran:
             while n:

@@ -113,7 +113,7 @@ class Speed:
         device = torch.device(self.options['device'] or device)
         self.why = why_no_copy(self.model) or ('' if self.by_hand or self.mode == 'eval' else 'it runs in train mode')
         if self.why and self.by_hand: self.say(f'runs as it is: {self.why}')
-        if self.why: return
+        if self.why or self.options == {**AS_IT_IS, 'device': None}: return
         if self.by_hand or at_most(self.model, x, kw) >= WORK:
             work,pairs,plain = self._watch(run, layers)
             if self.by_hand or work >= WORK: self._try(plain, pairs, work >= WORK, device, run)

@@ -21,7 +21,7 @@ from .images import affine, check_images, fit_images, is_image, stats_of
 from .probabilities import check_probabilities, logits_of
 from .running import Running
 from .slices import in_slices, joined, plain_output
-from .speed import OPTIONS, check_speed
+from .speed import AS_IT_IS, OPTIONS, check_speed
 
 __all__ = ['Teacher']
 
@@ -305,6 +305,13 @@ class Teacher(Running):
         "The outputs for a batch. Hidden states and random numbers do not change, even in the middle of a run"
         return Teacher(self, **({} if layers is None else dict(layers=layers)))(*x, **kw)
 
+    def as_it_is(self) -> 'Teacher':
+        """The same teacher, but what runs is the model itself and never a faster copy of it. Whatever hooks the modules
+        of `named_modules` to look at layers runs this one"""
+        t = Teacher(self, **AS_IT_IS, device=None)
+        t.members = [m.as_it_is() for m in t.members]
+        return t
+
     def reading_tokens(
         self, *x # inputs of a batch
     ) -> 'Teacher':
@@ -338,10 +345,11 @@ class Teacher(Running):
     def _outputs_of_model(self, x, kw, layers):
         device = next((t.device for t in tensors_in((x, kw))), torch.device('cpu'))
         x,kw = self.own_inputs(x, kw)
-        if self._speed is not None: self._choose_speed(x, kw, layers, device)
+        slices = in_slices(x, kw, self.batch)
+        if self._speed is not None: self._choose_speed(*slices[0], layers, device)
         if self._guest is not None: self._guest.settle()
         if self._batches is not None: self._batches -= 1
-        return joined([self._slice(*o, layers, device) for o in in_slices(x, kw, self.batch)])
+        return joined([self._slice(*o, layers, device) for o in slices])
 
     def _slice(self, x, kw, layers, device):
         "The outputs of rows that run at once"
