@@ -98,8 +98,7 @@ def cache_teacher(
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **asked)
     # numbers in float32 shall be those of the model itself
     if dtype == 'float32' and 'precision' not in teacher.given: teacher = Teacher(teacher, precision='fp32')
-    found = check_teacher(dls, teacher, task, n_epoch=None).enforce() if check else ()
-    doubt = next((f.what for f in found if f.doubt), '')
+    found = check_teacher(dls, teacher, task, n_epoch=None).enforce() if check else None
     wish = Wish(dtype, topk, tail, task.axis, size)
     given = dict(seed=seed, force=force, forecast=forecast)
     names = None if task.kind == 'regression' else classes_of(teacher, dls)
@@ -107,7 +106,7 @@ def cache_teacher(
     with RandomGuard():       # DataLoaders draw a seed for their workers
         views = 0 if only_items(teacher, views) else views_of(train, views, seed)
         with shown_progress(progress) as show:
-            of_train = replace(source(train, views, keys), doubt=doubt)
+            of_train = replace(source(train, views, keys), doubt=found.doubt if check else '')
             cache = write_cache(path, of_train, wish, views=views, progress=show, **given)
         if valid:
             names_too = keys if callable(keys) else None

@@ -1,6 +1,7 @@
 "A teacher in any common form: frozen while it predicts, unchanged afterwards."
 import warnings
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import wraps
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from .estimator import Estimator
 from .forms import FORMS, Onnx, check_second_argument, is_graph, load_model
 from .guest import cuda_devices
 from .hidden import NO_RESET, has_reset, why_no_reset
-from .images import affine, check_images, fit_images, is_image, stats_of
+from .images import affine, check_images, fit_images, is_image, maps_of_size, stats_of
 from .probabilities import check_probabilities, logits_of
 from .running import Running
 from .slices import in_slices, joined, plain_output
@@ -62,7 +63,8 @@ class Teacher(Running):
         mode:str='eval', # 'train' for papers that need it; torch.export programs and callables keep their mode
         stats=None, # the teacher's image normalization: (mean, std), torchvision's weights, 'imagenet', 'auto' (timm)
         input_stats=None, # (mean, std) with which the batch's images are normalized; (0, 1) if they are not
-        size:int|tuple|None=None, # height and width to which images are resized; one number: a square
+        size:int|tuple|None=None, # height and width to which images are resized; one number: a square. Logits that are
+        # maps of this size are resized to that of the batch's images
         combine:str='probs', # an ensemble's outputs: the mean of its members' 'probs', as logits, or of their 'logits';
         # 'sample': those of one member, drawn for each batch
         weights=None, # of an ensemble's members, or their probabilities to be drawn; None: equal
@@ -337,11 +339,13 @@ class Teacher(Running):
 
     def _outputs_of_model(self, x, kw, layers):
         device = next((t.device for t in tensors_in((x, kw))), torch.device('cpu'))
+        batch_size = next((tuple(t.shape[2:]) for t in tensors_in((x, kw)) if is_image(t)), None)
         x,kw = self.own_inputs(x, kw)
         if self._speed is not None: self._choose_speed(x, kw, layers, device)
         if self._guest is not None: self._guest.settle()
         if self._batches is not None: self._batches -= 1
-        return joined([self._slice(*o, layers, device) for o in in_slices(x, kw, self.batch)])
+        o = joined([self._slice(*o, layers, device) for o in in_slices(x, kw, self.batch)])
+        return o if self.size is None else replace(o, logits=maps_of_size(o.logits, self.size, batch_size))
 
     def _slice(self, x, kw, layers, device):
         "The outputs of rows that run at once"
