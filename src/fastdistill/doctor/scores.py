@@ -29,7 +29,9 @@ def low_score(
     if trained: cures = [*reordered_classes(tally, teacher, names), *renormalized_images(tally, teacher, task, batches)]
     # another normalization may look like another order of classes, and vice versa: the better cure counts
     if cures: yield max(cures, key=lambda o: o[0])[1]
-    else: yield from [*other_tokens(tally, teacher, student, batches), *chance(tally), *no_better_than_student(tally)][:1]
+    else:
+        why = [*other_tokens(tally, teacher, student, batches), *chance(tally), *no_better_than_student(tally)]
+        yield from why[:1]
 
 
 def embedding_rows(modules):

@@ -128,8 +128,8 @@ class Tally:
         return (hit/have).mean().item(),(p*(1-p)/have).sum().sqrt().item()/len(have),len(have)
 
     def knows_classes(self):
-        """Do the teacher's predictions tell more about the labels than luck explains? By the mean over classes, which is
-        fair to rare ones, or by the mean over items, which is fair to many classes with few items each"""
+        """Do the teacher's predictions tell more about the labels than luck explains? By the mean over classes, which
+        is fair to rare ones, or by the mean over items, which is fair to many classes with few items each"""
         recall,sd,k = self.recall()
         if k < 2: return True
         if (lead := recall - 1/k) <= 0: return False

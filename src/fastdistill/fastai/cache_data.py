@@ -33,7 +33,7 @@ from .sample_keys import item_keys, key_root, sample_files, storage_order
 from .replay_dl import IndexedItem, Plan, attach, refuse_unindexed
 from .raw_items import RawItems
 from .stream import inputs_of, is_stream, share_n_inp, stream_outputs
-from .teachers import class_names, image_stats, teacher_of
+from .teachers import class_names, image_stats, is_heads, teacher_of
 from .transforms import describe_transforms
 from .vocab import stored_order, vocab_of
 
@@ -44,7 +44,7 @@ def for_each_head(write):
     "`cache_teacher`, which for a dict of teachers writes a cache for each, in a folder of its name"
     @wraps(write)
     def _write(teacher, dls, path, *args, kind=None, **kwargs):
-        if not isinstance(teacher, Mapping): return write(teacher, dls, path, *args, kind=kind, **kwargs)
+        if not is_heads(teacher): return write(teacher, dls, path, *args, kind=kind, **kwargs)
         if kwargs.get('unlabelled') is not None:
             raise DistillError("unlabelled= with several heads: they are told apart by their labels.")
         share_n_inp(dls)

@@ -9,6 +9,7 @@ from ..doctor.outputs import BATCHES, any_outputs, check_outputs, single_teacher
 from ..doctor.shared import none_shared, shared_parameters
 from ..outputs import DistillError
 from ..ranks import counted_as_one
+from ..recipe_text import as_recipe
 from ..report.checks import checks_as_text, html_of_checks, print_checks
 from ..report.text import show
 from .batches import PreparationError, prepared_batches
@@ -79,7 +80,7 @@ def check_teacher(
     what it costs"""
     if not hasattr(learn, 'dls'):
         learn = SimpleNamespace(dls=learn, model=None, loss_func=getattr(learn, 'loss_func', None))
-    task = task or task_of(learn.loss_func)
+    task,recipe = task or task_of(learn.loss_func),as_recipe(recipe)
     teacher = teacher_of(teacher, learn, task)
     # one process may check alone, while the others train or wait
     with items_shown(learn.dls.loaders, teacher), counted_as_one():

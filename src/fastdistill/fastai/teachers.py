@@ -20,7 +20,7 @@ from ..teacher.teacher import Teacher
 from .tables import TableEstimator, table_of
 from .vocab import vocab_of
 
-__all__ = ['PICKLES', 'class_names', 'exported', 'image_size', 'image_stats', 'refuse_heads', 'teacher_of']
+__all__ = ['PICKLES', 'class_names', 'exported', 'image_size', 'image_stats', 'is_heads', 'refuse_heads', 'teacher_of']
 
 # suffix -> what writes such a file
 PICKLES = {'.pkl': "teacher_learner.export({!r}) writes an exported Learner.",
@@ -37,9 +37,9 @@ def teacher_of(
     """`obj` as a `Teacher` for the batches of `learn`. Images are re-normalized from the student's statistics to the
     teacher's, and resized to the size on which the teacher's Learner was trained.
 
-    A Learner's statistics and image size are those of its DataLoaders at the time of this call. A pretrained `vision_learner` adds
-    `Normalize` to its DataLoaders. So a student that is built on the teacher's own DataLoaders changes the teacher's
-    statistics: give each its own. `.learner` is the teacher's Learner"""
+    A Learner's statistics and image size are those of its DataLoaders at the time of this call. A pretrained
+    `vision_learner` adds `Normalize` to its DataLoaders. So a student that is built on the teacher's own DataLoaders
+    changes the teacher's statistics: give each its own. `.learner` is the teacher's Learner"""
     dls = getattr(learn, 'dls', learn)
     if task is not None: kwargs = dict(kind=task.kind, axis=task.axis) | kwargs
     if dls is not None: kwargs.setdefault('input_stats', image_stats(dls))
@@ -53,7 +53,8 @@ def teacher_of(
     if isinstance(obj, Teacher) and has_estimators(obj.sources):
         return teacher_of(obj.sources, learn, task, **kwargs | {k: obj.option(k) for k in obj.given})
     if isinstance(obj, Learner):
-        return of_learner(obj, {'stats': image_stats(obj.dls)} | other_size(dls, obj.dls) | in_order(dls, vocab_of(obj.dls), task) | kwargs)
+        own = {'stats': image_stats(obj.dls)} | other_size(dls, obj.dls) | in_order(dls, vocab_of(obj.dls), task)
+        return of_learner(obj, own | kwargs)
     if isinstance(obj, Teacher):
         if obj.reads_items: kwargs.pop('input_stats', None)     # they are those of the student's batch
         own = {} if obj.given & {'select', 'classes'} else in_order(dls, class_names(obj, dls), task)
@@ -71,9 +72,21 @@ def refuse_stored(teacher):
                            "pass the model itself.")
 
 
+def is_heads(teacher):
+    "Is it a dict of teachers, one for each head? A dict of weights is refused"
+    if not isinstance(teacher, Mapping): return False
+    if holds_weights(teacher):
+        raise DistillError("This dict holds weights (a state_dict or a checkpoint), not teachers: build the model, load "
+                           "them into it with model.load_state_dict(...), and pass the model as the teacher.")
+    return True
+
+
+def holds_weights(o): return isinstance(o, Tensor) or isinstance(o, Mapping) and any(map(holds_weights, o.values()))
+
+
 def refuse_heads(teacher, where='here'):
-    "Refuse a dict of teachers, where one is needed. A state_dict is a dict too"
-    if isinstance(teacher, Mapping) and not any(isinstance(o, Tensor) for o in teacher.values()):
+    "Refuse a dict of teachers, where one is needed"
+    if is_heads(teacher):
         raise DistillError("A dict has a teacher for each head of a student, which KnowledgeDistillation, distill, "
                            f"check_teacher, explain and cache_teacher take. Give one teacher {where}.")
 

@@ -15,7 +15,7 @@ from ..outputs import (DistillError, DistillWarning, Outputs, as_plain, check_ax
 from .draws import OwnDraws, generators
 from .ensemble import mix, shares
 from .estimator import Estimator
-from .forms import FORMS, Onnx, check_second_argument, is_graph, load_model
+from .forms import FORMS, Onnx, check_second_argument, explained, is_graph, load_model
 from .guest import cuda_devices
 from .hidden import NO_RESET, has_reset, why_no_reset
 from .images import affine, check_images, fit_images, is_image, maps_of_size, stats_of
@@ -133,6 +133,7 @@ class Teacher(Running):
         check_output(self.output)
         self._check_own_inputs()
         check_speed(self._speed_options | dict(batch=self.batch), self.model)
+        check_device(self.device)
         check_axis(self.axis)
         self.select = class_groups(self.select, 'select')
         self.classes = class_groups(self.classes, 'classes', disjoint=True)
@@ -351,7 +352,8 @@ class Teacher(Running):
         "The outputs of rows that run at once"
         x,kw,marks = self._lent(x, kw, device, layers)
         with Taps(self.runs, layers) if layers and self.module is not None else nullcontext() as taps:
-            raw = self.model(*x, **kw) if self._speed is None else self._speed.run(x, kw, layers, self._batches)
+            with explained(self.name, (x, kw), self.module):
+                raw = self.model(*x, **kw) if self._speed is None else self._speed.run(x, kw, layers, self._batches)
             if self.output is None: warn_of_several(raw, self.module, f'The teacher {self.name}', self._found)
             o = Outputs.of(raw, output=self.output)
             feats = o.feats if taps is None else {**o.feats, **taps.pop()}
@@ -402,3 +404,14 @@ class Teacher(Running):
         if dtype is not None and t.is_floating_point(): t = t.to(dtype)
         # subtle: a copy, since a model that changes its input in place would change the student's batch
         return t.clone() if t is plain and not (lend and self._may_lend(t)) else t
+
+
+def check_device(device):
+    "Refuse a device that is not there, on which the teacher would not run"
+    if device is None: return
+    try:
+        if torch.empty(0, device=device).device.type == 'meta': raise RuntimeError("it holds no values")
+    # subtle: PyTorch has no common error for an unknown device and one that is not there
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError, ValueError) as e:
+        raise DistillError(f"device={device!r}: this device can't be used here ({str(e).splitlines()[0]}). Omit device=, "
+                           "and the teacher follows the batches to theirs.") from e
