@@ -12,8 +12,8 @@ from .outputs import DistillError, Outputs, TopK, as_plain, map_tensors, tensors
 from .ranks import gather_rows, world_size
 from .task import Task, fit_labels, shape_of_labels
 
-__all__ = ['Batch', 'all_classes', 'blend', 'both', 'inputs_and_labels', 'labels_to_shift', 'next_tokens', 'nothing', 'of_all_processes',
-           'padding_mask']
+__all__ = ['Batch', 'all_classes', 'blend', 'both', 'inputs_and_labels', 'labels_to_shift', 'next_tokens', 'nothing',
+           'of_all_processes', 'padding_mask']
 
 
 @dataclass

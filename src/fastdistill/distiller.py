@@ -6,8 +6,8 @@ from functools import partial
 from itertools import islice
 import torch
 from torch import Tensor, nn
-from .batch import (Batch, all_classes, blend, both, inputs_and_labels, labels_to_shift, next_tokens, nothing, of_all_processes,
-                    padding_mask)
+from .batch import (Batch, all_classes, blend, both, inputs_and_labels, labels_to_shift, next_tokens, nothing,
+                    of_all_processes, padding_mask)
 from .class_sets import taught_part
 from .doctor.findings import Findings
 from .doctor.outputs import BATCHES, check_batch, check_outputs
@@ -68,8 +68,8 @@ class Distiller(nn.Module):
         self,
         student:nn.Module|None, # what is trained; None if only `compute` is used, without layers
         teacher, # a `Teacher`, or what it takes: a module, a callable, a file, a list of these
-        recipe=None, # `kd()`, `kd() + at()`, a `Term`, or a text such as 'kd(T=2) + at()'; None or 'auto': `auto` chooses
-        # at the first batch, by the outputs
+        recipe=None, # `kd()`, `kd() + at()`, a `Term`, or a text such as 'kd(T=2) + at()'; None or 'auto': `auto`
+        # chooses at the first batch, by the outputs
         *,
         task_loss=None, # fn(student logits, *targets): the labels' own loss; None: cross-entropy, binary cross-entropy
         # or squared error

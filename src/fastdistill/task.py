@@ -7,8 +7,8 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 from .outputs import DistillError, as_plain, check_axis
 
-__all__ = ['CLASS_NUMBERS', 'Task', 'facts_of_outputs', 'float_labels', 'fit_labels', 'fitting_axes', 'labels_loss', 'pseudo_labels',
-           'register_losses', 'register_wrapper', 'task_for', 'shape_of_labels', 'task_of', 'unusable']
+__all__ = ['CLASS_NUMBERS', 'Task', 'facts_of_outputs', 'float_labels', 'fit_labels', 'fitting_axes', 'labels_loss',
+           'pseudo_labels', 'register_losses', 'register_wrapper', 'task_for', 'shape_of_labels', 'task_of', 'unusable']
 
 # kind of outputs -> loss classes for it; a framework registers its own
 CLASSES = dict(softmax=[nn.CrossEntropyLoss], sigmoid=[nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss],

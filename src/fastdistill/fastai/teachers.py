@@ -76,8 +76,8 @@ def is_heads(teacher):
     "Is it a dict of teachers, one for each head? A dict of weights is refused"
     if not isinstance(teacher, Mapping): return False
     if holds_weights(teacher):
-        raise DistillError("This dict holds weights (a state_dict or a checkpoint), not teachers: build the model, load "
-                           "them into it with model.load_state_dict(...), and pass the model as the teacher.")
+        raise DistillError("This dict holds weights (a state_dict or a checkpoint), not teachers: build the model, "
+                           "load them into it with model.load_state_dict(...), and pass the model as the teacher.")
     return True
 
 

@@ -413,5 +413,5 @@ def check_device(device):
         if torch.empty(0, device=device).device.type == 'meta': raise RuntimeError("it holds no values")
     # subtle: PyTorch has no common error for an unknown device and one that is not there
     except (RuntimeError, AssertionError, TypeError, NotImplementedError, ValueError) as e:
-        raise DistillError(f"device={device!r}: this device can't be used here ({str(e).splitlines()[0]}). Omit device=, "
-                           "and the teacher follows the batches to theirs.") from e
+        raise DistillError(f"device={device!r}: this device can't be used here ({str(e).splitlines()[0]}). Omit "
+                           "device=, and the teacher follows the batches to theirs.") from e

@@ -42,8 +42,8 @@ def device_of(config):
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise DistillError(f"device={config.device!r}: {str(e).splitlines()[0]}") from e
     if device.type == 'meta':
-        raise DistillError("device='meta' holds shapes and no values, so nothing can be trained on it: use cpu, cuda or "
-                           "mps.")
+        raise DistillError("device='meta' holds shapes and no values, so nothing can be trained on it: use cpu, cuda "
+                           "or mps.")
     return device
 
 
