@@ -162,7 +162,7 @@ def test_an_averaged_model_is_one_of_the_student_alone(tmp_path):
 
 
 def test_without_a_recipe_or_labels(tmp_path, capsys):
-    module = DistillModule(net(8), net(16))
+    module = DistillModule(net(8), net(16), check=False)
     t = trainer(tmp_path)
     t.fit(module, data())
     assert 'recipe labels + dist' in capsys.readouterr().out and 'dist_loss' in t.callback_metrics
@@ -204,13 +204,12 @@ def shown(n=64):
     x = torch.randn(n, 6, generator=g)
     return DataLoader(TensorDataset(x, x[:, :3].argmax(1)), 16)
 
-@pytest.mark.parametrize('valid', [True, False])
-def test_a_teacher_with_its_classes_in_a_different_order_is_refused_before_training(valid, tmp_path):
+def test_a_teacher_with_its_classes_in_a_different_order_is_refused_before_training(tmp_path):
     def fit(**kwargs):
         module = Mine()
         trainer = pl.Trainer(max_steps=2, accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
                              default_root_dir=tmp_path, callbacks=DistillCallback(Swapped(), kd(), student='model', **kwargs))
-        trainer.fit(module, shown(), shown() if valid else None)
+        trainer.fit(module, shown())
         return trainer.global_step
     with refuses('class 0 and class 1 are swapped'): fit()
     assert fit(check=False) == 2

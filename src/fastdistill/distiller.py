@@ -154,7 +154,7 @@ class Distiller(nn.Module):
         a Learner. A teacher in doubt gets a small part of the recipe that is chosen for you. One batch shows outputs
         and labels that do not fit. Both models stay as they are"""
         if not targets and is_loader(x):
-            with restored_generators(x): return self.check_batches(map(inputs_and_labels, x), n)
+            with own_generators(x): return self.check_batches(map(inputs_and_labels, x), n)
         x = inputs(x)
         s,t = student_logits(self.student, x, self.output),self.teacher.probe(*x)
         return self._findings(Outputs(s), t, targets)
@@ -418,7 +418,7 @@ def is_loader(x):
     return not isinstance(x, list) or bool(x) and not isinstance(x[0], Tensor)
 
 
-def restored_generators(loader):
+def own_generators(loader):
     "Random generators of a DataLoader, which are as before at the end"
     parts = ('dataset', 'sampler', 'batch_sampler', 'generator')
     return Generators(*(getattr(loader, k, None) for k in parts)).seeded(0)

@@ -74,15 +74,12 @@ class DistillCallback(Callback):
         complete(self.distiller, x, bool(len(y)))
 
     def _batches(self, trainer):
-        "Validation batches, else training batches, as (inputs, labels); none of a stream, which can't be read twice"
+        "Training batches as (inputs, labels); none of a stream, which can't be read twice"
+        # subtle: Lightning draws a random number here, and not again when it trains
         trainer.fit_loop.setup_data()
-        loaders = trainer.train_dataloader
-        if trainer.enable_validation:
-            trainer.fit_loop.epoch_loop.val_loop.setup_data()
-            loaders = trainer.val_dataloaders or loaders
-        loader = loaders[0] if isinstance(loaders, (list, tuple)) and loaders else loaders
-        if isinstance(getattr(loader, 'dataset', None), IterableDataset): return
-        for batch in loader: yield self.split(trainer.strategy.batch_to_device(batch))
+        loader = trainer.train_dataloader
+        if isinstance(getattr(loader, 'dataset', None), IterableDataset): return ()
+        return map(self.split, map(trainer.strategy.batch_to_device, later(loader)))
 
     def teardown(self, trainer, pl_module, stage): self._stop(pl_module)
     def on_exception(self, trainer, pl_module, exception): self._stop(pl_module)
@@ -182,6 +179,11 @@ class DistillModule(LightningModule):
     def _log(self, name, batch):
         loss = self.labels_loss(batch)
         self.log(name, loss, prog_bar=True, batch_size=len(self.callback.split(batch)[1][0]))
+
+
+def later(loader):
+    "The batches of a DataLoader, which is asked for the first one only when that is needed"
+    yield from loader
 
 
 def share_done(trainer):

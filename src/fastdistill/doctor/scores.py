@@ -4,7 +4,7 @@ from ..outputs import tensors_in
 from .classes import reordered_classes
 from .findings import Finding
 from .images import renormalized_images
-from .tally import FEW, KNOWS, LEADS, LITTLE
+from .tally import FEW, KNOWS, LEADS, SLIGHT
 
 __all__ = ['hesitant', 'low_score', 'saturated']
 
@@ -100,7 +100,7 @@ def chance(tally):
     if why := dict(softmax=classes_known, sigmoid=labels_known, regression=numbers_known)[tally.task.kind](tally):
         way,text = why
         # subtle: a lead that few items do not prove is worth a note, a lead that is too small is worth a warning
-        yield Finding('warning' if way <= LITTLE else 'note',
+        yield Finding('warning' if way <= SLIGHT else 'note',
                       f"The teacher is {'no' if way <= 1e-9 else 'hardly'} better than chance: {text}",
                       "Is it trained, for these labels in this order, and does it get its own preprocessing? "
                       "teacher.validate() shows")
@@ -125,7 +125,7 @@ def labels_known(tally):
 def numbers_known(tally):
     error,var = tally.sums[0].mean().item()/tally.n_labels,tally.variance()
     few = len(tally.items('teacher')) < FEW and error < var
-    if not var or few or tally.above_constant(LITTLE, KNOWS): return
+    if not var or few or tally.above_constant(SLIGHT, KNOWS): return
     return 1 - error/var,(
         f"its squared error on {tally.n_labels} validation items is {error:.4g}, the best constant prediction has "
         f"{var:.4g}")

@@ -11,7 +11,7 @@ FEW = 16 # fewer items prove nothing
 SURE = .001 # p-value, one-sided, at which a difference is called one
 KNOWS,LUCK = .005,2.576 # the same for a teacher that knows more than chance, and in standard deviations of luck
 LEADS = .05 # p-value of a teacher that is better than the student is now
-LITTLE = .05 # of the way from chance to a perfect prediction
+SLIGHT = .05 # of the way from chance to a perfect prediction
 METRICS = dict(softmax='accuracy', sigmoid='accuracy per label', regression='squared error')
 
 
@@ -107,7 +107,7 @@ class Tally:
 
     def above(
         self, a, b, # scores of the same items
-        least:float=LITTLE, # of the way from the constant prediction to a perfect one
+        least:float=SLIGHT, # of the way from the constant prediction to a perfect one
         sure:float=SURE # p-value
     ):
         "Are the scores `a` above the scores `b`, by more than chance explains for so few items?"
@@ -135,9 +135,9 @@ class Tally:
         if (lead := recall - 1/k) <= 0: return False
         items,there = self.items('teacher'),self.sums[0]
         if len(items) < FEW: return True
-        if lead > max(LITTLE*(1 - 1/k), LUCK*sd): return True
+        if lead > max(SLIGHT*(1 - 1/k), LUCK*sd): return True
         luck = (there*self.sums[2]).sum().item()/there.sum().item()**2     # of predictions that know no labels
-        return items.mean().item() - luck > LITTLE*(1-luck) and p_above(items, luck) < KNOWS
+        return items.mean().item() - luck > SLIGHT*(1-luck) and p_above(items, luck) < KNOWS
 
     def knows_labels(self):
         """(mean probability predicted for labels that an item has, for labels that it does not have, is the first one

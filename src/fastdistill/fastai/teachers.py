@@ -20,7 +20,7 @@ from ..teacher.teacher import Teacher
 from .tables import TableEstimator, table_of
 from .vocab import vocab_of
 
-__all__ = ['PICKLES', 'class_names', 'exported', 'image_size', 'image_stats', 'is_heads', 'refuse_heads', 'teacher_of']
+__all__ = ['PICKLES', 'class_names', 'exported', 'size_of_images', 'image_stats', 'is_heads', 'refuse_heads', 'teacher_of']
 
 # suffix -> what writes such a file
 PICKLES = {'.pkl': "teacher_learner.export({!r}) writes an exported Learner.",
@@ -138,8 +138,8 @@ def with_numbers(teacher, dls):
 
 def other_size(dls, theirs):
     "The option that resizes images to the size on which a teacher was trained; none if the student's have this size"
-    size = None if dls is None else image_size(theirs)
-    return {} if size is None or size == image_size(dls) else dict(size=size)
+    size = None if dls is None else size_of_images(theirs)
+    return {} if size is None or size == size_of_images(dls) else dict(size=size)
 
 
 def in_order(dls, names, task):
@@ -181,7 +181,7 @@ def image_stats(dls) -> tuple:
     return (0., 1.) if n is None else (n.mean, n.std)
 
 
-def image_size(dls) -> tuple|None:
+def size_of_images(dls) -> tuple|None:
     """(height, width) of the images in the batches: the size that the last resizing transform gives them. Without such
     a transform it is the items' own; None if they are not images, or differ"""
     sizes = [size_after(t) for k in ('after_item', 'after_batch') for t in getattr(getattr(dls, k, None), 'fs', ())]
