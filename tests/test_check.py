@@ -279,6 +279,26 @@ def test_shared_parameters_are_an_error():
     refuses(student, student.model.forward, 'share 6 parameters')
 
 
+def test_a_state_dict_is_not_taken_for_teachers_of_heads():
+    student,teacher = toy()
+    says = r'This dict holds weights \(a state_dict or a checkpoint\), not teachers: build the model, load them into it'
+    for weights in (teacher.state_dict(), dict(model=teacher.state_dict(), opt=None)):
+        for take in (lambda w: student.distill(w, 1, .01), student.check_teacher, student.explain, KD):
+            with pytest.raises(DistillError, match=says): take(weights)
+
+def test_the_recipe_to_check_may_be_a_text():
+    student,teacher = toy()
+    assert 'kd, dist' in [f.what for f in student.check_teacher(teacher, recipe='kd() + dist()', n_epoch=None).in_order if f.about == 'recipe'][0]
+    with pytest.raises(DistillError, match="there is no recipe 'kdd'"): student.check_teacher(teacher, recipe='kdd()')
+
+def test_fractional_labels_are_named_before_training():
+    student,teacher = toy()
+    x,y = apps.rows()
+    items = list(zip(x, y.float()))
+    student.dls = DataLoaders.from_dsets(items[:64], items[64:], bs=8, num_workers=0, device='cpu')
+    refuses(student, teacher, r'The labels, of shape \(8,\), are fractional numbers \(float32\), but the model predicts classes.*y.long')
+
+
 # what the teacher is
 
 def test_an_untrained_teacher_is_no_better_than_chance():

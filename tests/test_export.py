@@ -156,3 +156,8 @@ def test_a_student_that_can_not_be_exported_is_saved_as_weights(tmp_path):
     assert all(torch.equal(a, b) for a,b in zip(student.model.state_dict().values(), other.model.state_dict().values()))
     with pytest.raises(DistillError, match='of another network'): load_student(folder, torch.nn.Linear(2, 2))
     with pytest.raises(DistillError, match='no student in'): load_student(tmp_path)
+
+
+def test_a_model_in_place_of_its_learner_is_refused(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(DistillError, match='export_student got a Linear: give the Learner, learn and not learn.model'): export_student(model, tmp_path/'s.onnx')

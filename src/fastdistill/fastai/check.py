@@ -19,7 +19,7 @@ from .raw_items import items_shown
 from .costs import training_costs
 from .task import task_of
 from ..teacher.hidden import has_reset, why_no_reset
-from .teachers import class_names, size_of_images, image_stats, teacher_of
+from .teachers import class_names, image_stats, size_of_images, teacher_of
 from .vocab import CODES, describe_difference, vocab_of
 
 __all__ = ['TeacherCheck', 'check_optimizer', 'check_teacher', 'find_mistakes', 'weight_shapes']

@@ -20,7 +20,8 @@ from ..teacher.teacher import Teacher
 from .tables import TableEstimator, table_of
 from .vocab import vocab_of
 
-__all__ = ['PICKLES', 'class_names', 'exported', 'size_of_images', 'image_stats', 'is_heads', 'refuse_heads', 'teacher_of']
+__all__ = ['PICKLES', 'class_names', 'exported', 'image_stats', 'is_heads', 'refuse_heads', 'size_of_images',
+           'teacher_of']
 
 # suffix -> what writes such a file
 PICKLES = {'.pkl': "teacher_learner.export({!r}) writes an exported Learner.",
