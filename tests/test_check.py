@@ -1,15 +1,16 @@
 "Mistakes that training would not show are reported before it: what the doctor reads off Learners and DataLoaders."
-import copy, re
+import copy, re, warnings
 import numpy as np
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 import apps
 from apps import APPS, pair, toy
-from fastai.basics import (BCEWithLogitsLossFlat, Callback, CancelBatchException, CancelFitException, DataLoaders,
+from fastai.basics import (BCEWithLogitsLossFlat, Callback, CancelBatchException, CancelFitException, CrossEntropyLossFlat, DataLoaders, Learner,
                            Transform, before_batch_cb, set_seed)
 from fastai.callback.mixup import MixUp
-from fastai.vision.all import Normalize, RandTransform, TensorImage
+from fastai.vision.all import (CategoryBlock, CropPad, DataBlock, ImageBlock, Normalize, RandomResizedCrop, RandomResizedCropGPU, RandTransform,
+                               Resize, TensorImage, aug_transforms)
 from fastdistill.fastai import (DistillError, DistillWarning, KnowledgeDistillation, Teacher, check_teacher, dist, dkd,
                                 hint, kd, logit_std)
 from fastdistill.doctor import Findings
@@ -51,7 +52,19 @@ def kl(s, t): return F.kl_div(s.log_softmax(1), t.log_softmax(1), log_target=Tru
 def test_a_teacher_that_fits_gives_no_finding(app):
     student,teacher = pair(app)
     findings = student.check_teacher(teacher)
+    if app.name == 'text_classifier':       # right for .812 of 32 items, where a constant prediction has .781
+        f, = findings
+        assert f.level == 'note' and 'hardly better than chance' in f.what
+        return
     assert findings == [] and repr(findings).endswith('\nNothing found: the teacher fits.')
+
+
+def test_every_warning_of_the_check_is_a_doubt():
+    student,teacher = toy()
+    shaky = nn.Dropout(.1).train()
+    with pytest.warns(DistillWarning, match='differ from call to call'): callback = student.distill(lambda x: teacher(shaky(x)), 1, .01)
+    assert 'the teacher is in doubt, see above' in str(callback.recipe)
+    assert not any(t.is_share for t in callback.recipe.terms)
 
 
 # classes
@@ -87,7 +100,7 @@ def test_classes_of_texts_are_mapped_too():
     state = right.model.state_dict()
     is_last = lambda k, v: k.startswith('1.') and v.shape[:1] == (2,)
     teacher.model.load_state_dict({k: v.flip(0) if is_last(k, v) else v for k,v in state.items()})
-    assert found(student, teacher) == [('note', "The teacher has the student's classes in another order")]
+    assert ('note', "The teacher has the student's classes in another order") in found(student, teacher)
 
 def test_classes_that_only_the_teacher_knows_are_not_used(capsys):
     student,_ = pair('image')
@@ -151,6 +164,84 @@ def test_another_normalization_of_images_is_mended_with_a_note(capsys):
     assert ('trained with another normalization (mean 0, std 1 -> mean 0.4 0.5 0.6, std 0.2 0.3 0.25). '
             'Its images are normalized accordingly') in said
 
+def of_size(size, *item_tfms, **kwargs):
+    "A trained teacher of pictures of any size, whose own come in this size"
+    return any_size(apps.quiet(*apps.image(item_tfms=[Resize(size), *item_tfms], **kwargs))[1])
+
+def any_size(teacher):
+    teacher.model.load_state_dict(apps.trained('image'))
+    teacher.model = nn.Sequential(teacher.model[0], nn.AdaptiveAvgPool2d(4), teacher.model[1])
+    return teacher
+
+def upsampled(x, size): return F.interpolate(x, size, mode='bilinear', antialias=True)
+
+def test_a_teacher_that_was_trained_on_another_image_size_gets_its_size_with_a_note(capsys):
+    student,_ = pair('image')
+    teacher = of_size(32)
+    loss,x,_,s = first_loss(student, KD(teacher, T=1., alpha=1.))
+    assert x.shape[2:] == (16, 16)
+    assert loss == pytest.approx(kl(s, teacher.model.eval()(upsampled(x, (32, 32)))), rel=1e-4)
+    assert ("The teacher was trained on images of 32 x 32 pixels, the student's have 16 x 16. "
+            'Its images are resized accordingly') in capsys.readouterr().out
+
+@pytest.mark.parametrize('made_by, size', [
+    (dict(item_tfms=[RandomResizedCrop((24, 32))]), (24, 32)), (dict(item_tfms=[CropPad((20, 12))]), (20, 12)),
+    (dict(item_tfms=[Resize(40)], batch_tfms=aug_transforms(size=(24, 20))), (24, 20)),
+    (dict(item_tfms=[Resize(40)], batch_tfms=[RandomResizedCropGPU(28)]), (28, 28))])
+def test_the_image_size_of_a_teacher_is_what_its_last_resizing_transform_makes(made_by, size):
+    student,_ = pair('image')
+    teacher = any_size(apps.quiet(*apps.image(**made_by))[1])
+    assert tuple(teacher.dls.valid.one_batch()[0].shape[2:]) == size
+    said = [f.what for f in student.check_teacher(teacher, n_epoch=None)]
+    assert f"The teacher was trained on images of {size[0]} x {size[1]} pixels, the student's have 16 x 16" in said
+
+def test_an_exported_teacher_shows_its_image_size_too(tmp_path):
+    student,_ = pair('image')
+    teacher = of_size(16)
+    teacher.dls = DataBlock((ImageBlock, CategoryBlock), get_x=picture, get_y=color, item_tfms=[Resize(32)]).dataloaders(
+        list(range(32)), bs=8, num_workers=0)
+    teacher.export(tmp_path/'teacher.pkl')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        found = student.check_teacher(tmp_path/'teacher.pkl', n_epoch=None)
+    assert "The teacher was trained on images of 32 x 32 pixels, the student's have 16 x 16" in [f.what for f in found]
+
+def picture(i): return apps.pictures(32)[0][i]
+def color(i): return ['red', 'green', 'blue'][apps.pictures(32)[2][i]]
+
+def test_the_image_size_of_items_that_no_transform_resizes_is_their_own():
+    small,large = torch.rand(64, 1, 8, 8),torch.rand(64, 1, 12, 12)
+    def learner(x):
+        items = list(zip(x, torch.arange(64) % 2))
+        dls = DataLoaders.from_dsets(items, items, bs=16, num_workers=0, device='cpu')
+        return Learner(dls, nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4, 2)), loss_func=CrossEntropyLossFlat())
+    said = [f.what for f in learner(small).check_teacher(learner(large), n_epoch=None)]
+    assert "The teacher was trained on images of 12 x 12 pixels, the student's have 8 x 8" in said
+    same = learner(small).check_teacher(learner(small), n_epoch=None)
+    assert [f.what for f in same.in_order if f.about == 'image size'] == ['8 x 8 pixels, for both']
+
+def test_the_users_own_size_of_the_teachers_images_is_kept():
+    student,_ = pair('image')
+    teacher = of_size(32)
+    for t,size in ((Teacher(teacher.model), 16), (Teacher(teacher.model, size=24), 24)):
+        loss,x,_,s = first_loss(student, KD(t, T=1., alpha=1., check=False))
+        given = x if size == 16 else upsampled(x, (size, size))
+        assert loss == pytest.approx(kl(s, teacher.model.eval()(given)), rel=1e-4)
+
+def test_each_member_of_an_ensemble_gets_images_of_its_own_size():
+    student,_ = pair('image')
+    first,second = of_size(32),of_size(24)
+    loss,x,_,s = first_loss(student, KD([first, second], T=1., alpha=1., check=False))
+    p = [t.model.eval()(upsampled(x, (size, size))).softmax(1) for t,size in ((first, 32), (second, 24))]
+    assert loss == pytest.approx(kl(s, (sum(p)/2).log()), rel=1e-4)
+
+def test_a_segmentation_teacher_of_another_image_size_teaches_the_students_pixels():
+    student,_ = pair('unet')
+    _,teacher = apps.quiet(*apps.unet(size=32))
+    first_loss(student, KD(teacher, check=False))
+    assert student.check_teacher(teacher, n_epoch=None).errors == []
+
+
 def test_another_shape_of_output_is_an_error():
     student,_ = toy()
     refuses(student, nn.Linear(8, 5), r"student's output has shape \(16, 4\), the teacher's \(16, 5\).*same classes.*Teacher\(model, select=")
@@ -186,6 +277,26 @@ def test_shared_parameters_are_an_error():
         def __init__(self, model): self.model = model
         def ask(self, x): return self.model(x)
     refuses(student, student.model.forward, 'share 6 parameters')
+
+
+def test_a_state_dict_is_not_taken_for_teachers_of_heads():
+    student,teacher = toy()
+    says = r'This dict holds weights \(a state_dict or a checkpoint\), not teachers: build the model, load them into it'
+    for weights in (teacher.state_dict(), dict(model=teacher.state_dict(), opt=None)):
+        for take in (lambda w: student.distill(w, 1, .01), student.check_teacher, student.explain, KD):
+            with pytest.raises(DistillError, match=says): take(weights)
+
+def test_the_recipe_to_check_may_be_a_text():
+    student,teacher = toy()
+    assert 'kd, dist' in [f.what for f in student.check_teacher(teacher, recipe='kd() + dist()', n_epoch=None).in_order if f.about == 'recipe'][0]
+    with pytest.raises(DistillError, match="there is no recipe 'kdd'"): student.check_teacher(teacher, recipe='kdd()')
+
+def test_fractional_labels_are_named_before_training():
+    student,teacher = toy()
+    x,y = apps.rows()
+    items = list(zip(x, y.float()))
+    student.dls = DataLoaders.from_dsets(items[:64], items[64:], bs=8, num_workers=0, device='cpu')
+    refuses(student, teacher, r'The labels, of shape \(8,\), are fractional numbers \(float32\), but the model predicts classes.*y.long')
 
 
 # what the teacher is
@@ -487,7 +598,9 @@ def test_the_check_changes_nothing_in_training():
     def run(app, check):
         student,teacher = pair(app)
         set_seed(5)
-        student.fit(2, .01, cbs=KD(teacher, check=check))
+        # what is found there decides the recipe of a teacher that is in doubt
+        recipe = kd() if app == 'text_classifier' else None
+        student.fit(2, .01, cbs=KD(teacher, recipe, check=check))
         return apps.snapshot(student.model),student.recorder.losses
     for app in ('image', 'text_classifier', 'language_model', 'tabular'):
         (a,losses_a),(b,losses_b) = run(app, True),run(app, False)

@@ -799,3 +799,134 @@ def test_a_teacher_that_shares_parameters_with_the_student_is_refused():
 @pytest.mark.parametrize('alpha', [0., .1, .3, .7, .9, 1.])
 def test_a_recipe_shows_the_weight_of_the_labels_as_one_would_type_it(alpha):
     assert repr(kd(alpha=alpha)).endswith(f', task={round(1-alpha, 2)})')
+
+
+# mistakes that a loader shows
+
+def knowing(order=(0, 1, 2, 3)):
+    "A teacher that knows the classes of `batch`, in this order of its outputs"
+    net = nn.Linear(8, 4, bias=False)
+    net.weight.data = 5*torch.eye(8)[list(order)]
+    return net
+
+def loader(n=64, bs=16, **kwargs):
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*batch(n)), bs, **kwargs)
+
+def test_a_loader_shows_that_the_teachers_classes_are_in_a_different_order():
+    found = Distiller(mlp(6), knowing([1, 0, 2, 3]), kd()).check(loader())
+    error, = found.errors
+    assert 'class 0 and class 1 are swapped' in error.what
+    assert 'Teacher(model, select=[1, 0, 2, 3])' in error.do
+    assert Distiller(mlp(6), Teacher(knowing([1, 0, 2, 3]), select=[1, 0, 2, 3]), kd()).check(loader()) == []
+
+def test_a_loader_shows_an_untrained_teacher():
+    found = Distiller(mlp(6), lambda x: torch.zeros(len(x), 4), kd()).check(loader())
+    warning, = found
+    assert warning.level == 'warning'
+    assert warning.what.startswith('The teacher is no better than chance: on average it recognizes 25.0%')
+
+def test_a_loader_shows_the_scores_of_both_models_on_as_many_batches_as_asked():
+    student,(x,y) = mlp(6),batch(64)
+    facts = Distiller(student, knowing(), kd()).check(loader(), n=3).facts
+    assert facts.n == 48
+    assert facts.teacher_score == 1
+    facts = Distiller(student, knowing(), kd()).check(loader()).facts
+    assert facts.student_score == pytest.approx((student(x).argmax(1) == y).float().mean().item())
+
+def test_a_list_of_batches_and_batches_that_are_dicts_are_loaders_too():
+    x,y = batch(64)
+    assert Distiller(mlp(6), knowing(), kd()).check([(x, y)]).facts.n == 64
+    rows = [dict(x=a, labels=b) for a,b in zip(x.split(16), y.split(16))]
+    class Named(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+        def forward(self, x): return self.net(x)
+    assert Distiller(Named(mlp(6)), Named(knowing()), kd()).check(rows).facts.teacher_score == 1
+
+def test_the_inputs_of_one_batch_are_not_a_loader():
+    x,y = batch(64)
+    d = Distiller(mlp(6), knowing([1, 0, 2, 3]), kd())
+    for inputs in (x, (x,), [x]): assert d.check(inputs, y).facts is None
+    assert d.check(x) == []
+
+def test_checking_a_loader_changes_nothing():
+    def run(check):
+        student,g = mlp(6),torch.Generator().manual_seed(1)
+        torch.manual_seed(0)
+        rows = loader(shuffle=True, generator=g)
+        d = Distiller(student, knowing(), kd())
+        if check: d.check(rows)
+        opt = torch.optim.SGD(d.parameters(), .1)
+        for x,y in rows:
+            d(x + torch.randn_like(x), y).total.backward()
+            opt.step()
+            opt.zero_grad()
+        return student.state_dict(),student.training
+    (a,mode_a),(b,mode_b) = run(True),run(False)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert mode_a is mode_b is True
+
+def test_a_teacher_that_a_loader_puts_in_doubt_gets_no_full_share(capsys):
+    d,(x,y) = Distiller(mlp(6), lambda x: torch.zeros(len(x), 4)),batch()
+    d.check(loader())
+    d(x, y)
+    assert 'the teacher is in doubt, see above' in capsys.readouterr().out
+    assert not any(t.is_share for t in d.recipe.terms)
+    d = Distiller(mlp(6), knowing())
+    d.check(loader())
+    d(x, y)
+    assert any(t.is_share for t in d.recipe.terms)
+
+def test_a_loader_shows_the_order_of_the_tokens_of_a_language_model():
+    "Its labels are the inputs themselves, each to be predicted one position earlier"
+    ids = (torch.arange(12)[None] + torch.arange(64)[:, None]) % 6
+    def next_token(order):
+        return nn.Sequential(nn.Embedding.from_pretrained(9*torch.eye(6)[(torch.arange(6)+1) % 6][:, list(order)]))
+    student = nn.Sequential(nn.Embedding(6, 6))
+    rows = [(a, a) for a in ids.split(16)]
+    right = Distiller(student, next_token(range(6)), kd(), axis=-1, shift_labels=True).check(rows)
+    assert right.facts.teacher_score == 1
+    wrong = Distiller(student, next_token([1, 0, 2, 3, 4, 5]), kd(), axis=-1, shift_labels=True).check(rows)
+    assert 'class 0 and class 1 are swapped' in wrong.errors[0].what
+
+def test_a_student_that_shares_parameters_is_found_with_a_loader_too():
+    net = knowing()
+    assert 'share 1 parameters' in Distiller(net, net, kd(), check=False).check(loader()).errors[0].what
+
+
+# what people type
+
+def test_a_recipe_may_be_a_text():
+    d = Distiller(mlp(6), knowing(), 'kd(T=2, alpha=.5)')
+    assert repr(d.recipe) == repr(Distiller(mlp(6), knowing(), kd(T=2, alpha=.5)).recipe)
+    assert Distiller(mlp(6), knowing(), 'auto').chooses
+    with pytest.raises(DistillError, match="there is no recipe 'kdd'"): Distiller(mlp(6), knowing(), 'kdd()')
+
+def test_labels_that_are_fractional_numbers_are_named():
+    x,y = batch()
+    for run in (lambda d: d(x, y.float()), lambda d: d.check(x, y.float()).enforce(), lambda d: d.check([(x, y.float())]).enforce()):
+        with pytest.raises(DistillError, match=r'The labels, of shape \(16,\), are fractional numbers \(float32\), but the model predicts classes.*y.long\(\)'):
+            run(Distiller(mlp(6), knowing(), kd()))
+    with pytest.raises(DistillError, match='fractional numbers'): Distiller(mlp(6), knowing(), kd(), check=False)(x, y.float())
+
+def test_a_temperature_that_no_float_holds_is_refused():
+    with pytest.raises(DistillError, match='T= is a number of more than 300 digits'): kd(T=10**600)
+    with pytest.raises(DistillError, match='more than 300 digits'): Term(losses.kl, weight=10**600)
+
+def test_a_teacher_with_a_smaller_vocabulary_says_so():
+    reads = lambda n: nn.Sequential(nn.Embedding(n, 3), nn.Flatten(), nn.Linear(6, 4))
+    ids,y = torch.tensor([[1, 2], [30, 4]]),torch.tensor([0, 1])
+    with pytest.raises(DistillError, match='The ids go up to 30, and its largest embedding has 20 rows: it has a smaller vocabulary.*inputs=fn'):
+        Distiller(reads(40), reads(20), kd())(ids, y)
+
+def test_a_teacher_of_a_fixed_image_size_says_so():
+    fixed = lambda n: nn.Sequential(nn.Flatten(), nn.Linear(3*n*n, 4))
+    x,y = torch.randn(2, 3, 8, 8),torch.tensor([0, 1])
+    with pytest.raises(DistillError, match=r'does not run on inputs of shape \(2, 3, 8, 8\).*Teacher\(model, size=...\)'):
+        Distiller(fixed(8), fixed(16), kd())(x, y)
+    Distiller(fixed(8), Teacher(fixed(16), size=16), kd())(x, y)
+
+@pytest.mark.parametrize('device', ['cuda:99', 'meta', 'gpu'])
+def test_a_teacher_on_a_device_that_is_not_there_is_an_error(device):
+    with pytest.raises(DistillError, match=f"device='{device}': this device can't be used here"): Teacher(mlp(6), device=device)

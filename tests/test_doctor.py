@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from fastdistill import DistillError, Outputs, Teacher, Term, dist, dkd, hint, kd, logit_std, losses, soft_labels
 from fastdistill.doctor import Findings, check_outputs
+from fastdistill.doctor.tally import Tally
 from fastdistill.task import Task
 
 SOFTMAX = Task('softmax', 1)
@@ -259,7 +260,7 @@ def test_ids_beyond_the_teachers_embedding_are_an_error_before_they_crash():
     one(check(Reader(30), x, y), 'error', "ids up to 39, but the teacher's embedding emb has 30 rows, 0 to 29",
         'another tokenizer')
     assert check_outputs(Teacher(Reader(30)), SOFTMAX, [((dict(input_ids=x),), (y,))])[0].level == 'error'
-    assert check(Reader(40), x, y, student=Reader(40)) == [] and check(Reader(64), x, y, student=Reader(40)) == []
+    assert not check(Reader(40), x, y, student=Reader(40)).errors and not check(Reader(64), x, y, student=Reader(40)).errors
 
 def test_unknown_ids_are_found_in_any_embedding_that_runs():
     x,y = texts()
@@ -324,7 +325,77 @@ def test_a_teacher_that_is_worse_than_the_student_is_a_warning_with_both_numbers
     assert check(good, x, y, student=bad) == []
     x,y = rows(64)
     slightly = linear(torch.eye(10) + .12*torch.randn(10, 10, generator=torch.Generator().manual_seed(0)))
-    assert check(slightly, x, y, student=good) == [] and check(good, x, y, student=slightly) == []
+    for teacher,student in ((slightly, good), (good, slightly)):
+        assert one(check(teacher, x, y, student=student), 'note', 'no better than the student is now, but for chance: accuracy').doubt
+
+def test_a_teacher_that_is_a_little_better_than_the_student_needs_many_items_to_show_it():
+    noisy = linear(torch.eye(10) + .15*torch.randn(10, 10, generator=torch.Generator().manual_seed(0)))
+    few,many = (check(knowing(), *rows(n), student=noisy) for n in (64, 4096))
+    assert one(few, 'note', 'no better than the student is now').doubt
+    assert many == []
+
+def lucky(accuracy, k=10, seed=0):
+    "A teacher that is right for so many items, and guesses for the others"
+    g = torch.Generator().manual_seed(seed)
+    def predict(x):
+        y = x[:, 0].long()
+        guess = torch.randint(0, k, (len(y),), generator=g)
+        return 9*F.one_hot(torch.where(torch.rand(len(y), generator=g) < accuracy, y, guess), k).float()
+    return predict
+
+def numbered(n, k=10):
+    y = torch.arange(n) % k
+    return y[:, None].float(),y
+
+@pytest.mark.parametrize('n', [64, 512])
+def test_a_teacher_that_guesses_is_in_doubt_however_lucky_it_is(n):
+    trusted = 0
+    for seed in range(100):
+        tally = Tally(SOFTMAX)
+        x,y = numbered(n)
+        tally.add(lucky(0., seed=seed)(x), y)
+        trusted += tally.knows_classes()
+    assert trusted <= 3     # 1 of 100 on average
+
+@pytest.mark.parametrize('n, accuracy, level', [(5120, .02, 'warning'), (64, .03, 'warning'), (32, .1, 'note')])
+def test_a_teacher_hardly_better_than_chance_is_in_doubt(n, accuracy, level):
+    x,y = numbered(n)
+    found = check_outputs(Teacher(lambda x: x), SOFTMAX, batches(lucky(accuracy, seed=1)(x), y))
+    assert one(found, level, 'better than chance: on average it recognizes').doubt
+    assert found.doubt.startswith('The teacher is')
+
+@pytest.mark.parametrize('n, accuracy', [(64, .3), (512, .15)])
+def test_a_teacher_that_knows_a_little_is_trusted_if_there_are_items_enough(n, accuracy):
+    x,y = numbered(n)
+    found = check_outputs(Teacher(lambda x: x), SOFTMAX, batches(lucky(accuracy, seed=1)(x), y))
+    assert not [f for f in found if 'chance' in f.what]
+
+def test_the_chance_of_labels_and_of_numbers_has_a_margin_too():
+    g = torch.Generator().manual_seed(3)
+    y = (torch.rand(64, 3, generator=g) > .5).float()
+    noise = torch.randn(64, 3, generator=g)
+    for strength,known in ((.1, False), (4., True)):
+        found = check_outputs(Teacher(lambda x: x, kind='sigmoid'), Task('sigmoid'), batches(strength*(y-.5) + noise, y))
+        assert ('better than chance' in found.doubt) is not known
+    y = torch.randn(64, 1, generator=g)
+    for part,known in ((.2, False), (.7, True)):
+        t = part*y + .1*torch.randn(64, 1, generator=g)*part
+        found = check_outputs(Teacher(lambda x: x, kind='regression'), Task('regression'), batches(t if known else .1*t, y))
+        assert ('better than chance' in found.doubt) is not known
+
+@pytest.mark.parametrize('values', [(0., 1.), (0., .25, .5, 1.)])
+def test_whether_scores_lead_is_decided_by_a_test_of_scipy(values):
+    from scipy import stats
+    from fastdistill.doctor.tally import p_above
+    g = torch.Generator().manual_seed(0)
+    a,b = (torch.tensor(values)[torch.randint(0, len(values), (40,), generator=g)] for _ in range(2))
+    if len(values) == 2:
+        more,less = int((a > b).sum()),int((a < b).sum())
+        assert p_above(a, b) == pytest.approx(stats.binomtest(more, more + less, alternative='greater').pvalue)
+        assert p_above(a, .3) == pytest.approx(stats.binomtest(int(a.sum()), 40, .3, alternative='greater').pvalue)
+    else:
+        assert p_above(a, b) == pytest.approx(stats.ttest_rel(a.numpy(), b.numpy(), alternative='greater').pvalue, rel=1e-5)
+        assert p_above(a, .3) == pytest.approx(stats.ttest_1samp(a.numpy(), .3, alternative='greater').pvalue, rel=1e-5)
 
 
 @pytest.mark.parametrize('more, worse', [(.03, False), (.06, True)])

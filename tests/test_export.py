@@ -163,3 +163,8 @@ def test_the_free_axis_is_called_batch(onnx_file):
     axes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*g.input, *g.output)}
     assert axes == dict(x=['batch', 3, 16, 16], logits=['batch', 3])
     assert {d.dim_param for v in g.value_info for d in v.type.tensor_type.shape.dim} <= {'', 'batch'}
+
+
+def test_a_model_in_place_of_its_learner_is_refused(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(DistillError, match='export_student got a Linear: give the Learner, learn and not learn.model'): export_student(model, tmp_path/'s.onnx')

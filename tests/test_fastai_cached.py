@@ -76,6 +76,16 @@ class Convs(nn.Module):
         return x if self.dense else x.mean((2, 3))
 
 
+def test_a_cache_records_the_image_size_of_its_teacher(tmp_path):
+    dls,theirs = data(augment='light', item_tfms=[Resize(16)]),data(augment='light', item_tfms=[Resize(24)])
+    teacher = Learner(theirs, Convs(3))
+    cache = cache_teacher(teacher, dls, tmp_path/'c', dtype='float32')
+    assert cache.manifest.teacher['size'] == '(24, 24)'
+    x,_ = dls.train.new(shuffle=False, drop_last=False).one_batch()
+    with pytest.raises(DistillError, match=r'teacher, size: \(24, 24\) in the cache, None now'):
+        cache_teacher(Teacher(teacher.model, stats=imagenet_stats, kind='softmax'), dls, tmp_path/'c', dtype='float32')
+
+
 class Compare(Callback):
     "Asks the live teacher about each batch of a fit, as the model got it, and keeps what is stored"
     order = 6

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 from fastdistill import DistillError, Teacher, Term, at, kd, losses, soft_labels
 from fastdistill.huggingface import DistillationMixin, DistillationTrainer, student_from
 
+pytestmark = pytest.mark.filterwarnings('ignore:The teacher is (no|hardly) better than chance', "ignore:The teacher's batch-norm statistics")  # untrained ones
 VOCAB,T,ALPHA = 40,2.,.7
 NO_DROPOUT = dict(hidden_dropout_prob=0., attention_probs_dropout_prob=0.)
 refuses = lambda text: pytest.raises(DistillError, match=text)
@@ -308,7 +309,7 @@ def test_bf16_gives_about_the_same_loss(tmp_path):
 
 def test_without_a_recipe_it_is_chosen_and_a_schedule_follows_the_steps(tmp_path, capsys):
     data = list(texts())
-    trainer = DistillationTrainer(bert(width=8), args(tmp_path), train_dataset=data, teacher=loud(bert()))
+    trainer = DistillationTrainer(bert(width=8), args(tmp_path), train_dataset=data, teacher=loud(bert()), check=False)
     trainer.train()
     assert 'recipe labels + dist' in capsys.readouterr().out and 'dist_loss' in trainer.state.log_history[0]
     seen = []
@@ -452,3 +453,32 @@ def test_a_student_that_cannot_be_made_is_refused():
     with refuses('needs a model of transformers, not Linear'): student_from(nn.Linear(2, 2), [0])
     with refuses('has . lists of num_hidden_layers'):
         student_from(hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=VOCAB, d_model=8, d_ff=8, d_kv=4, num_layers=2, num_heads=2)), [0])
+
+
+class Shows(nn.Module):
+    "Predicts the class that the first token is, in an order of its outputs"
+    def __init__(self, order):
+        super().__init__()
+        self.scale,self.order = nn.Parameter(torch.tensor(9.)),order
+    def forward(self, input_ids): return dict(logits=self.scale*F.one_hot(input_ids[:, 0] % 3, 3)[:, self.order].float())
+
+@pytest.mark.parametrize('of_eval', [True, False])
+def test_a_teacher_with_its_classes_in_a_different_order_is_refused_before_training(of_eval, tmp_path):
+    rows = [dict(input_ids=torch.tensor([i % VOCAB, 1, 2]), labels=i % VOCAB % 3) for i in range(64)]
+    def train(order, **kwargs):
+        args = TrainingArguments(str(tmp_path), max_steps=2, report_to=[], use_cpu=True, save_strategy='no', disable_tqdm=True, dataloader_pin_memory=False)
+        trainer = DistillationTrainer(bert(), args, train_dataset=rows, eval_dataset=rows if of_eval else None, teacher=Shows(order), recipe='kd(T=2)', **kwargs)
+        trainer.train()
+        return trainer.state.global_step
+    with refuses('class 0 and class 1 are swapped'): train([1, 0, 2])
+    assert train([1, 0, 2], check=False) == 2
+    assert train([0, 1, 2]) == 2
+
+def test_an_untrained_teacher_is_a_warning_and_gets_no_full_share(tmp_path, capsys):
+    rows = [dict(input_ids=torch.tensor([i % VOCAB, 1, 2]), labels=i % 3) for i in range(64)]
+    args = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, save_strategy='no', disable_tqdm=True, dataloader_pin_memory=False)
+    class Flat(Shows):
+        def forward(self, input_ids): return dict(logits=0*super().forward(input_ids)['logits'])
+    trainer = DistillationTrainer(bert(), args, train_dataset=rows, teacher=Flat([0, 1, 2]))
+    with pytest.warns(UserWarning, match='The teacher is no better than chance'): trainer.train()
+    assert not any(t.is_share for t in trainer.distiller.recipe.terms)

@@ -12,7 +12,8 @@ from fastdistill.lightning import DistillCallback, DistillModule
 
 # what Lightning warns of about itself, and about loaders as small as these
 pytestmark = [pytest.mark.filterwarnings(f'ignore:{m}') for m in (
-    ':lightning.fabric.utilities.warnings.PossibleUserWarning', '.*isinstance.treespec, LeafSpec.')]
+    ':lightning.fabric.utilities.warnings.PossibleUserWarning', '.*isinstance.treespec, LeafSpec.',
+    'The teacher is (no|hardly) better than chance')]    # these are untrained
 refuses = lambda text: pytest.raises(DistillError, match=text)
 T,ALPHA = 2.,.7
 
@@ -161,7 +162,7 @@ def test_an_averaged_model_is_one_of_the_student_alone(tmp_path):
 
 
 def test_without_a_recipe_or_labels(tmp_path, capsys):
-    module = DistillModule(net(8), net(16))
+    module = DistillModule(net(8), net(16), check=False)
     t = trainer(tmp_path)
     t.fit(module, data())
     assert 'recipe labels + dist' in capsys.readouterr().out and 'dist_loss' in t.callback_metrics
@@ -192,3 +193,23 @@ def test_mistakes_are_named(tmp_path):
     class Manual(Mine):
         def __init__(self): super().__init__(); self.automatic_optimization = False
     with refuses('manual optimization'): trainer(tmp_path, DistillCallback(net(16), kd())).fit(Manual(), data())
+
+
+class Swapped(nn.Module):
+    "Knows the class of rows whose first columns show it, in a different order of its outputs"
+    def forward(self, x): return 9*x[:, [1, 0, 2]]
+
+def shown(n=64):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 6, generator=g)
+    return DataLoader(TensorDataset(x, x[:, :3].argmax(1)), 16)
+
+def test_a_teacher_with_its_classes_in_a_different_order_is_refused_before_training(tmp_path):
+    def fit(**kwargs):
+        module = Mine()
+        trainer = pl.Trainer(max_steps=2, accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+                             default_root_dir=tmp_path, callbacks=DistillCallback(Swapped(), kd(), student='model', **kwargs))
+        trainer.fit(module, shown())
+        return trainer.global_step
+    with refuses('class 0 and class 1 are swapped'): fit()
+    assert fit(check=False) == 2

@@ -179,3 +179,8 @@ def test_what_cant_be_compared():
         return learn
     with pytest.raises(DistillError, match='students that begin with different weights'): run(make=other)
     assert not run(seeds=1, metric='valid_loss', n_epoch=1).higher and run(seeds=1, metric='valid_loss', higher=True, n_epoch=1).higher
+
+
+def test_a_learner_in_place_of_a_function_that_makes_one_is_refused():
+    with pytest.raises(DistillError, match=r'make_student is a Learner: compare_recipes trains a new student .* Give a function without arguments'):
+        compare_recipes(make_student(), TEACHER)

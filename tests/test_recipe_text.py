@@ -5,6 +5,14 @@ from fastdistill import DistillError, Term, auto, losses, recipes
 from fastdistill.fastai import KnowledgeDistillation
 from fastdistill.recipe_text import recipe_from_text
 
+def test_whatever_a_recipe_is_given_as_becomes_one():
+    from fastdistill.fastai import kd
+    from fastdistill.candidates import given_candidates
+    made = given_candidates(dict(a='kd(T=2)', b=kd(T=2), c=lambda: kd(T=2)))
+    assert len({repr(c.recipe({})) for c in made}) == 1
+    with pytest.raises(DistillError, match="leave recipes= out"): given_candidates(dict(a='auto'))
+
+
 GOOD = [
     'kd()', 'kd(T=4, alpha=.9)', 'kd(2, .5) + at()', "kd(T=('cosine', 8, 1), alpha=('linear', .9, .1))", 'kd(class_mean=True)',
     "at(layers={'1': 'layer2', '2': 'layer3'})", "hint(layers=[('a', 'b')], projector='conv_bn', stop_at=.5)", 'dkd(weight=None)',

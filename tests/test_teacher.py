@@ -582,11 +582,19 @@ def test_statistics_that_cannot_be_meant(kw, x, match):
 def test_images_are_resized_for_the_teacher():
     x,n = images(2, 3, 8, 8),images(2, 5)
     for size,want in ((4, (4, 4)), ((6, 12), (6, 12))):
-        o = Teacher(nn.Identity(), size=size)(x)
-        same(o.logits, F.interpolate(x, want, mode='bilinear', antialias=True, align_corners=False))
+        o = Teacher(nn.Flatten(), size=size)(x)
+        same(o.logits, F.interpolate(x, want, mode='bilinear', antialias=True, align_corners=False).flatten(1))
     same(Teacher(nn.Identity(), size=8)(x).logits, x)
     same(Teacher(nn.Identity(), size=4)(n).logits, n)
     assert Teacher(seeded(small).half(), size=4)(x).logits.dtype == torch.float16
+
+def test_logits_of_the_pixels_of_a_resized_image_are_resized_to_the_batchs_pixels():
+    x = images(2, 3, 8, 8)
+    small = F.interpolate(x, (4, 4), mode='bilinear', antialias=True)
+    logits = Teacher(nn.Identity(), size=4)(x).logits
+    assert logits.shape == x.shape
+    same(logits, F.interpolate(small, (8, 8), mode='bilinear', antialias=True))
+    same(Teacher(nn.AvgPool2d(2), size=4)(x).logits, F.avg_pool2d(small, 2))
 
 
 # the forms

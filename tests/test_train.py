@@ -398,3 +398,15 @@ def test_help_teaches(command):
     code,out,_ = command('--help')
     assert code == 0
     for line in [l.strip() for l in out.splitlines() if l.strip().startswith('fastdistill train')]: assert '--' in line
+
+
+def test_an_empty_settings_file_is_named(tmp_path):
+    (tmp_path/'config.toml').write_text('')
+    with pytest.raises(DistillError, match=r'config.toml has no settings: at least data, teacher and student are needed'):
+        opened_run({}, tmp_path/'config.toml', tmp_path/'run')
+    with pytest.raises(DistillError, match='config.toml has no settings'): opened_run({}, out=tmp_path, resume=True)
+
+
+def test_nothing_is_trained_on_the_device_meta(digits, tmp_path):
+    with pytest.raises(DistillError, match="device='meta' holds shapes and no values, so nothing can be trained on it"):
+        run(tmp_path/'run', data=digits, device='meta')

@@ -4,6 +4,7 @@ from torch import Tensor, special
 from . import losses
 from .distiller import Distiller, Recipe, Term
 from .outputs import DistillError
+from .recipe_text import as_recipe
 from .recipes import dist, kd, soft_labels
 from .task import facts_of_outputs
 
@@ -105,7 +106,8 @@ def shared(loss, name, why, kind, **options):
     return Automatic(Term(loss, share=3, **options), f'labels + Term(losses.{name}, {text})', why, kind)
 
 
-def chosen_for(logits_shape, task, ask, labels): return auto(**facts_for_auto(logits_shape, task, ask), labels=labels)
+def chosen_for(logits_shape, task, ask, labels, doubt=None):
+    return auto(**facts_for_auto(logits_shape, task, ask), labels=labels, doubt=doubt)
 
-# a Distiller knows no particular loss, but without a recipe it takes this one
-Distiller.auto = staticmethod(chosen_for)
+# a Distiller knows no particular loss: these read a recipe, and choose one where none is given
+Distiller.as_recipe,Distiller.auto = staticmethod(as_recipe),staticmethod(chosen_for)

@@ -12,8 +12,8 @@ from .outputs import DistillError, Outputs, TopK, as_plain, map_tensors, tensors
 from .ranks import gather_rows, world_size
 from .task import Task, fit_labels, shape_of_labels
 
-__all__ = ['Batch', 'all_classes', 'blend', 'both', 'labels_to_shift', 'next_tokens', 'nothing', 'of_all_processes',
-           'padding_mask']
+__all__ = ['Batch', 'all_classes', 'blend', 'both', 'inputs_and_labels', 'labels_to_shift', 'next_tokens', 'nothing',
+           'of_all_processes', 'padding_mask']
 
 
 @dataclass
@@ -57,6 +57,14 @@ class Batch:
         if mask is not None and term.samples: mask = mask.reshape(len(mask), -1).amax(1)
         if term.layers is None: context |= dict(axis=self.task.axis, **({} if mask is None else dict(mask=mask)))
         return term.options_at(self.progress, context)
+
+
+def inputs_and_labels(batch):
+    "A tuple's first item and all others; a dict without its labels, and these; all else has none"
+    if isinstance(batch, (tuple, list)): return batch[0],tuple(batch[1:])
+    if not isinstance(batch, Mapping): return batch,()
+    names = [k for k in ('labels', 'label') if k in batch]
+    return {k: v for k,v in batch.items() if k not in names},tuple(batch[k] for k in names)
 
 
 def of_all_processes(

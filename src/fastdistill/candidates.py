@@ -5,7 +5,7 @@ from torch import Tensor
 from . import losses
 from .automatic import auto
 from .outputs import DistillError
-from .recipe_text import recipe_from_text
+from .recipe_text import as_recipe
 from .recipes import at, cwd, dist, dkd, hint, kd, pkt, rkd, ttm
 from .terms import Recipe, Term
 
@@ -95,8 +95,9 @@ def given_candidates(
         raise DistillError(f"recipes={recipes!r}: give names and recipes, as in dict(mild=kd(T=1, alpha=.3), "
                            "dist=recipes.dist(share=1)).")
     def candidate(name, o):
-        r = recipe_from_text(o) if isinstance(o, str) else o
-        make = (lambda: r) if isinstance(r, (Recipe, Term)) else r
+        r = as_recipe(o) if isinstance(o, str | Recipe | Term) else o
+        if r is None: raise DistillError(f"recipes={{{name!r}: {o!r}}}: leave recipes= out to try what fits the task.")
+        make = (lambda: r) if isinstance(r, Recipe) else r
         if not callable(make): raise DistillError(f"recipes={{{name!r}: {o!r}}}: this is no recipe. Try kd().")
         return Candidate(str(name), make, {}, o if isinstance(o, str) else str(name))
     return [candidate(k, v) for k,v in recipes.items()]

@@ -1,25 +1,29 @@
 "The core: one batch of student, teacher and recipe. It knows tensors, no training loop and no particular loss."
 import warnings
-from functools import partial
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 import torch
 from torch import Tensor, nn
-from .batch import (Batch, all_classes, blend, both, labels_to_shift, next_tokens, nothing, of_all_processes,
-                    padding_mask)
+from .batch import (Batch, all_classes, blend, both, inputs_and_labels, labels_to_shift, next_tokens, nothing,
+                    of_all_processes, padding_mask)
 from .class_sets import taught_part
 from .doctor.findings import Findings
-from .doctor.outputs import check_batch
+from .doctor.outputs import BATCHES, check_batch, check_outputs
 from .doctor.runs import student_logits
-from .doctor.shared import shared_parameters
+from .doctor.shared import none_shared, shared_parameters
 from .features.calls import arguments, predicts_next
 from .features.pairs import PairTable, check_names, inputs, pair
 from .features.probe import dry_run
 from .features.projectors import projector
 from .features.taps import Taps, is_output, layer_output
 from .gradients import norms_at_layer, norms_at_logits, swamped
-from .outputs import DistillError, DistillWarning, Outputs, as_plain, check_output, warn_of_several
+from .outputs import (DistillError, DistillWarning, Outputs, as_plain, check_output, map_tensors,
+                      warn_of_several)
 from .ranks import of_first, rank
 from .ratios import GradientRatios
+from .replay.generators import Generators
 from .task import labels_loss, task_for
 from .teacher.teacher import Teacher
 from .terms import Link, Recipe, Term, check_kind, own_copy
@@ -56,13 +60,16 @@ class Distiller(nn.Module):
     """A student, its teacher, and a recipe: `distiller(x, y)` is one batch. Its parameters are the student's and the
     projectors', never the teacher's. `with distiller.teacher:` around a loop gets the teacher ready once, and not for
     each batch"""
-    auto = None # chooses the recipe where none is given. `automatic` sets it, since no particular loss is known here
+    # `automatic` sets these, since no particular loss is known here
+    auto = None # chooses the recipe where none is given
+    as_recipe = staticmethod(lambda o: o) # reads the recipe that was given
 
     def __init__(
         self,
         student:nn.Module|None, # what is trained; None if only `compute` is used, without layers
         teacher, # a `Teacher`, or what it takes: a module, a callable, a file, a list of these
-        recipe=None, # `kd()`, `kd() + at()`, a `Term`; None: `auto` chooses at the first batch, by the outputs
+        recipe=None, # `kd()`, `kd() + at()`, a `Term`, or a text such as 'kd(T=2) + at()'; None or 'auto': `auto`
+        # chooses at the first batch, by the outputs
         *,
         task_loss=None, # fn(student logits, *targets): the labels' own loss; None: cross-entropy, binary cross-entropy
         # or squared error
@@ -83,10 +90,11 @@ class Distiller(nn.Module):
         super().__init__()
         self.student,self.task_loss,self.shift_labels = student,task_loss,shift_labels
         self.task = task_for(task_loss, kind, axis, ignore_index)
+        recipe = Distiller.as_recipe(recipe)
         self.links,self.chooses = nn.ModuleDict(),recipe is None
         self.take(Recipe() if recipe is None else recipe)
         check_output(output)
-        self.output,self.found = output,{}
+        self.output,self.found,self.doubt = output,{},'' # what a check found against the teacher
         if teacher is not None and not isinstance(teacher, Teacher):
             teacher = Teacher(teacher, kind=self.task.kind, axis=self.task.axis, output=output)
         self.teacher = teacher
@@ -112,7 +120,8 @@ class Distiller(nn.Module):
     def choose(self, logits, x:tuple, labels:bool):
         "Take the recipe that `auto` chooses for such outputs and such a teacher, and batches with or without labels"
         ask = lambda: all_classes(self.teacher.probe(*x), Outputs(logits)).logits
-        chosen,self.chooses = of_first(Distiller.auto(logits.shape, self.task, ask, labels)),False
+        doubt = 'the teacher is in doubt, see above' if self.doubt else None
+        chosen,self.chooses = of_first(Distiller.auto(logits.shape, self.task, ask, labels, doubt)),False
         self.take(chosen)
         if rank() == 0: print(f'fastdistill: recipe {chosen}')
 
@@ -134,14 +143,39 @@ class Distiller(nn.Module):
 
     def check(
         self,
-        x, # a batch of inputs
-        *targets # its labels
+        x, # a DataLoader, or a list of batches (inputs, labels), best of a validation set; or the inputs of one batch
+        *targets, # the labels of one batch
+        n:int=BATCHES # number of batches to read of a DataLoader
     ) -> Findings:
-        """What would go wrong in silence with such batches: a list of findings, empty when all is well. Nothing is
-        changed by it"""
+        """What would go wrong in silence: a list of findings, empty if nothing is wrong.
+
+        Of a DataLoader, a few batches show the scores of both models and of a constant prediction (`.facts`), a teacher
+        that seems untrained, or whose classes are in another order, and all that `Learner.check_teacher` finds without
+        a Learner. A teacher in doubt gets a small part of the recipe that is chosen for you. One batch shows outputs
+        and labels that do not fit. Both models stay as they are"""
+        if not targets and is_loader(x):
+            with own_generators(x): return self.check_batches(map(inputs_and_labels, x), n)
         x = inputs(x)
         s,t = student_logits(self.student, x, self.output),self.teacher.probe(*x)
         return self._findings(Outputs(s), t, targets)
+
+    def check_batches(
+        self,
+        batches, # (inputs, labels) of each, the labels as a tuple
+        n:int=BATCHES, # how many are read
+        *,
+        placed:bool=False # is each label where it is predicted already?
+    ) -> Findings:
+        "As `check`, for batches that are split already"
+        found,device = Findings(),next((p.device for p in self.student.parameters()), None)
+        found.add('parameters', shared_parameters(self.student, self.teacher), none_shared(self.student, self.teacher))
+        here = ((inputs(x), y) for x,y in islice(batches, n))
+        here = (map_tensors(b, lambda t: t if t.device == device else t.to(device)) for b in here)
+        recipe = None if self.chooses else self.recipe
+        found.join(check_outputs(self.teacher, self.task, here, self.student, recipe=recipe, output=self.output,
+                                 place=None if placed else self.targets_at))
+        self.doubt = found.doubt
+        return found
 
     def _findings(self, student, teacher, targets):
         t = None if teacher is None else all_classes(teacher, student).logits
@@ -376,6 +410,18 @@ class Distiller(nn.Module):
             if hasattr(loss, 'prepare'):
                 loss.prepare(proj.eval()(a, b), b, layer=modules.get(p.teacher.split('@')[0]), **term.channels(b))
             yield Link(loss, (p.student, p.teacher), proj.train()).to(a.device)
+
+
+def is_loader(x):
+    "Is it many batches, and not the inputs of one?"
+    if isinstance(x, (Tensor, Mapping, tuple)) or not hasattr(x, '__iter__'): return False
+    return not isinstance(x, list) or bool(x) and not isinstance(x[0], Tensor)
+
+
+def own_generators(loader):
+    "Random generators of a DataLoader, which are as before at the end"
+    parts = ('dataset', 'sampler', 'batch_sampler', 'generator')
+    return Generators(*(getattr(loader, k, None) for k in parts)).seeded(0)
 
 
 def loss_of_logits(

@@ -7,14 +7,16 @@ except ImportError as e:
     raise ImportError("fastdistill.lightning needs lightning: pip install 'fastdistill[lightning]'") from e
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 from .automatic import Distiller
+from .batch import inputs_and_labels
 from .features.calls import arguments
 from .features.pairs import inputs
 from .features.taps import Taps
 from .outputs import DistillError, Outputs
 from .ranks import average_gradients
 from .replay.seeds import RandomGuard
-from .trainers import add_parameters, complete, load_state, needs_example, training_state, takes_part
+from .trainers import add_parameters, check_first, complete, load_state, needs_example, training_state, takes_part
 
 __all__ = ['DistillCallback', 'DistillModule']
 
@@ -30,7 +32,8 @@ class DistillCallback(Callback):
         student:str|None=None, # the attribute of the module that is trained, as 'model'; None: the module itself
         split=None, # fn(batch) -> (inputs, labels) of the student; None: a tuple's first item and all others, or a dict
         # without its 'labels'
-        **options # of the `Distiller`: kind, axis, ignore_index, shift_labels, output, check
+        **options # of the `Distiller`: kind, axis, ignore_index, shift_labels, output, check. check=False also leaves
+        # out the score of both models on a few batches
     ):
         self.teacher,self.recipe,self.student,self.options = teacher,recipe,student,options
         self.split,self.distiller,self.state,self.replaced = split or inputs_and_labels,None,None,None
@@ -45,6 +48,7 @@ class DistillCallback(Callback):
         self.build(pl_module)
         d = self.distiller
         d.links.to(pl_module.device)
+        if self.options.get('check', True): check_first(d, self._batches(trainer))
         if needs_example(d): self._complete(trainer)
         add_parameters(trainer.optimizers[0], d)
         if self.state is not None: load_state(d, self.state)
@@ -68,6 +72,14 @@ class DistillCallback(Callback):
         with RandomGuard(): batch = trainer.strategy.batch_to_device(next(iter(trainer.train_dataloader)))
         x,y = self.split(batch)
         complete(self.distiller, x, bool(len(y)))
+
+    def _batches(self, trainer):
+        "Training batches as (inputs, labels); none of a stream, which can't be read twice"
+        # subtle: Lightning draws a random number here, and not again when it trains
+        trainer.fit_loop.setup_data()
+        loader = trainer.train_dataloader
+        if isinstance(getattr(loader, 'dataset', None), IterableDataset): return ()
+        return map(self.split, map(trainer.strategy.batch_to_device, later(loader)))
 
     def teardown(self, trainer, pl_module, stage): self._stop(pl_module)
     def on_exception(self, trainer, pl_module, exception): self._stop(pl_module)
@@ -169,12 +181,9 @@ class DistillModule(LightningModule):
         self.log(name, loss, prog_bar=True, batch_size=len(self.callback.split(batch)[1][0]))
 
 
-def inputs_and_labels(batch):
-    "A tuple's first item and all others; a dict without its labels, and these; all else has none"
-    if isinstance(batch, (tuple, list)): return batch[0],tuple(batch[1:])
-    if not isinstance(batch, Mapping): return batch,()
-    names = [k for k in ('labels', 'label') if k in batch]
-    return {k: v for k,v in batch.items() if k not in names},tuple(batch[k] for k in names)
+def later(loader):
+    "The batches of a DataLoader, which is asked for the first one only when that is needed"
+    yield from loader
 
 
 def share_done(trainer):

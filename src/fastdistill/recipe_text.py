@@ -5,11 +5,19 @@ from . import losses, recipes
 from .outputs import DistillError
 from .terms import Recipe, Term
 
-__all__ = ['recipe_from_text']
+__all__ = ['as_recipe', 'recipe_from_text']
 
 LONGEST,MOST = 2000,20 # characters, parts
 LARGEST = 2**53 # of a whole number
 EXAMPLE = "'kd(T=4, alpha=.9) + at()'"
+
+
+def as_recipe(
+    recipe # `kd()`, `kd() + at()`, a `Term`, the text of a recipe; None or 'auto': none was given
+) -> Recipe|None:
+    "The recipe that a user gave in any form; None: `auto` is to choose"
+    if isinstance(recipe, str): recipe = recipe_from_text(recipe)
+    return None if recipe is None or isinstance(recipe, str) else Recipe(recipe)
 
 
 def recipe_from_text(

@@ -34,7 +34,12 @@ def schedule(
     - a function of progress from 0 to 1, such as fastai's `SchedCos(.9, .1)`;
     - a name: 'linear' and 'cosine' go from 1 to 0, 'warmup' goes from 0 to 1;
     - a name with its ends: ('cosine', start, end), ('warmup', end)."""
-    if isinstance(v, Real) or callable(v): return v
+    if isinstance(v, Real):
+        try: float(v)
+        except OverflowError: raise DistillError(f"{what}= is a number of more than 300 digits: it must fit a float, "
+                                                 "as 4.0 or 1e3 do.") from None
+        return v
+    if callable(v): return v
     name,*ends = (v,) if isinstance(v, str) else v if isinstance(v, (tuple, list)) and v else (None,)
     if not isinstance(name, str) or name not in NAMES or len(ends) > 2 or not all(isinstance(o, Real) for o in ends):
         raise DistillError(f"{what}={v!r}: possible are a number, a function of progress from 0 to 1, a name "

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 from .outputs import DistillError, as_plain, check_axis
 
-__all__ = ['Task', 'facts_of_outputs', 'fit_labels', 'fitting_axes', 'labels_loss', 'pseudo_labels',
-           'register_losses', 'register_wrapper', 'task_for', 'shape_of_labels', 'task_of', 'unusable']
+__all__ = ['CLASS_NUMBERS', 'Task', 'facts_of_outputs', 'float_labels', 'fit_labels', 'fitting_axes', 'labels_loss',
+           'pseudo_labels', 'register_losses', 'register_wrapper', 'task_for', 'shape_of_labels', 'task_of', 'unusable']
 
 # kind of outputs -> loss classes for it; a framework registers its own
 CLASSES = dict(softmax=[nn.CrossEntropyLoss], sigmoid=[nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss],
@@ -167,10 +167,20 @@ def unfit_labels(y, shape, task):
     if task.kind != 'softmax':
         return (f"The labels have shape {tuple(y.shape)}, the student's outputs {tuple(shape)}: "
                 "both need the same number of values")
+    if y.is_floating_point(): return f"{float_labels(y)} {CLASS_NUMBERS}"
     axes = fitting_axes(y, shape)
     fits = f" They fit classes along axis {' or '.join(map(str, axes))}: pass axis={axes[0]}." if axes else ''
     return (f"The logits, of shape {tuple(shape)}, have their classes on axis {task.axis}, "
             f"but the labels have shape {tuple(y.shape)}.{fits}")
+
+
+CLASS_NUMBERS = ("Classes are whole numbers: y.long() converts them. If the model predicts numbers, pass "
+                 "kind='regression'; if each column is a label by itself, kind='sigmoid'.")
+
+
+def float_labels(y):
+    dtype = str(y.dtype).removeprefix('torch.')
+    return f"The labels, of shape {tuple(y.shape)}, are fractional numbers ({dtype}), but the model predicts classes."
 
 
 def unknown_loss(lf):

@@ -3,15 +3,26 @@ from .distiller import Distiller
 from .features.pairs import inputs
 from .doctor.runs import student_logits
 from .outputs import map_tensors
-from .ranks import broadcast
+from .ranks import broadcast, on_first
 
-__all__ = ['add_parameters', 'complete', 'load_state', 'needs_example', 'reset_gradients', 'takes_part',
+__all__ = ['add_parameters', 'check_first', 'complete', 'load_state', 'needs_example', 'reset_gradients', 'takes_part',
            'training_state']
 
 
 def needs_example(d:Distiller) -> bool:
     "Does it need a batch to choose its recipe, or to build its projectors?"
     return d.chooses or not d.ready
+
+
+def check_first(
+    d:Distiller,
+    batches, # (inputs, labels) of each; empty: there are none to look at
+    **options # of `Distiller.check_batches`
+):
+    "Look for mistakes before training, in the first process, so that all continue or all stop"
+    found = on_first(lambda: d.check_batches(batches, **options))
+    d.doubt = found.doubt
+    found.enforce()
 
 
 def complete(

@@ -93,6 +93,11 @@ class Findings(list):
         return [f for f in self.passed if f.about not in subjects]
 
     @property
+    def doubt(self) -> str:
+        "The first thing that speaks against learning much from this teacher; empty if nothing does"
+        return next((f.what for f in self if f.doubt or f.level in ('warning', 'error')), '')
+
+    @property
     def errors(self): return [f for f in self if f.level == 'error']
 
     def enforce(

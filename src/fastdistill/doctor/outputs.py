@@ -30,17 +30,20 @@ def check_outputs(
     train=(), # batches of the training set, augmented: only probabilities are measured there
     recipe=None, # recipe or term of the training; None: unknown
     names=None, # of the student's classes
-    output=None # which of the student's outputs is distilled, as in `Outputs.of`
+    output=None, # which of the student's outputs is distilled, as in `Outputs.of`
+    place=None # fn(inputs, logits, targets) -> the targets, each where it is predicted; None: there they are
 ) -> Findings:
     "Findings about the teacher's outputs for a few batches. `.facts` are the scores of both models and of a constant"
     found,tally,kept,t = Findings(),Tally(task),[],None
     with guarded_random_state(), teacher:
         for training,xb,yb in chain(((False, *b) for b in batches), ((True, *b) for b in train)):
-            first,y = t is None,yb[0] if len(yb) and isinstance(yb[0], Tensor) else None
+            first = t is None
             try:
                 with checked_ids(teacher): t = teacher_logits(teacher, xb)
             except UnknownId as e: return refused('inputs', [unknown_id(e)])
             s = student_logits(student, xb, output) if student is not None and (first or not training) else None
+            if place is not None and not training: yb = place(xb, t if s is None else s, yb)
+            y = yb[0] if len(yb) and isinstance(yb[0], Tensor) else None
             # a teacher without a head, or with other classes
             if first and any_outputs(recipe) and s is not None and s.shape != t.shape:
                 return Findings([*unsteady(teacher, xb, t), *check_recipe(recipe, student, teacher, xb, None)])

@@ -4,6 +4,7 @@ from ..outputs import tensors_in
 from .classes import reordered_classes
 from .findings import Finding
 from .images import renormalized_images
+from .tally import FEW, KNOWS, LEADS, SLIGHT
 
 __all__ = ['hesitant', 'low_score', 'saturated']
 
@@ -28,7 +29,9 @@ def low_score(
     if trained: cures = [*reordered_classes(tally, teacher, names), *renormalized_images(tally, teacher, task, batches)]
     # another normalization may look like another order of classes, and vice versa: the better cure counts
     if cures: yield max(cures, key=lambda o: o[0])[1]
-    else: yield from [*other_tokens(tally, teacher, student, batches), *chance(tally), *worse_than_student(tally)][:1]
+    else:
+        why = [*other_tokens(tally, teacher, student, batches), *chance(tally), *no_better_than_student(tally)]
+        yield from why[:1]
 
 
 def embedding_rows(modules):
@@ -50,16 +53,23 @@ def other_tokens(tally, teacher, student, batches):
 
 IF_SWAPPED = "Are student and teacher swapped? student.distill(teacher) trains the student. If they are not: "
 
+
 def student_is_better(tally):
-    return bool(tally.scores['student']) and tally.above(tally.items('student'), tally.items('teacher'))
+    "Does the student predict better before its training, by more than chance?"
+    student = tally.items('student')
+    return len(student) and tally.facts().n >= FEW and tally.above(student, tally.items('teacher'))
 
 
-def worse_than_student(tally):
-    if not student_is_better(tally): return
-    f = tally.facts()
-    yield Finding('warning', f"The teacher is worse than the student is now: {f.metric} {f.teacher_score:.3f} and "
-                  f"{f.student_score:.3f} on {f.n} validation items",
-                  f"{IF_SWAPPED}is it the right teacher, with all its weights, and does it get its own preprocessing?")
+def no_better_than_student(tally):
+    teacher,student,f = tally.items('teacher'),tally.items('student'),tally.facts()
+    if not len(student) or f.n < FEW: return
+    scores = f"{f.metric} {f.teacher_score:.3f} and {f.student_score:.3f} on {f.n} validation items"
+    if student_is_better(tally):
+        yield Finding('warning', f"The teacher is worse than the student is now: {scores}",
+                      f"{IF_SWAPPED}is it the right teacher, with all its weights, and does it get its own preprocessing?")
+    elif not tally.above(teacher, student, least=0., sure=LEADS):
+        yield Finding('note', f"The teacher is no better than the student is now, but for chance: {scores}",
+                      "Such a teacher has little to teach. More validation items may show a lead")
 
 
 def saturated(facts, task):
@@ -89,7 +99,7 @@ def hesitant(tally):
 
 def label_probs(tally):
     "Mean probabilities: of the labels that items have, and of the labels that they do not have"
-    n_with,n_without,p_with,p_without = tally.sums.sum(1).tolist()
+    n_with,n_without,p_with,p_without = tally.sums[:4].sum(1).tolist()
     return p_with/max(n_with, 1),p_without/max(n_without, 1)
 
 
@@ -97,32 +107,36 @@ def chance(tally):
     "A teacher that is no better than a constant prediction"
     # subtle: the measures are fair to a teacher that is badly calibrated, and to rare classes
     if why := dict(softmax=classes_known, sigmoid=labels_known, regression=numbers_known)[tally.task.kind](tally):
+        way,text = why
         f,do = tally.facts(),"is it trained, for these labels in this order, and does it get its own preprocessing?"
         if student_is_better(tally):
-            why,do = f"{why}. The student has {f.metric} {f.student_score:.3f} before training",IF_SWAPPED + do
-        yield Finding('warning', f"The teacher is no better than chance: {why}",
+            text,do = f"{text}. The student has {f.metric} {f.student_score:.3f} before training",IF_SWAPPED + do
+        # subtle: a lead that few items do not prove is worth a note, a lead that is too small is worth a warning
+        yield Finding('warning' if way <= SLIGHT else 'note',
+                      f"The teacher is {'no' if way <= 1e-9 else 'hardly'} better than chance: {text}",
                       f"{do[0].upper()}{do[1:]} teacher.validate() shows")
 
 
 def classes_known(tally):
-    have,hit = tally.sums[:, tally.sums[0] > 0]
-    recall,k = (hit/have).mean().item(),len(have)
-    if k > 1 and recall <= 1/k + 1e-9:
-        return (f"on average it recognizes {recall:.1%} of a class's samples ({tally.n_labels} validation labels, "
-                f"{k} classes), a constant prediction {1/k:.1%}")
+    if tally.knows_classes(): return
+    recall,_,k = tally.recall()
+    return (recall - 1/k)/(1 - 1/k),(
+        f"on average it recognizes {recall:.1%} of a class's samples ({tally.n_labels} validation labels, {k} "
+        f"classes), a constant prediction {1/k:.1%}")
 
 
 def labels_known(tally):
-    have = tally.sums[:, (tally.sums[:2] > 0).all(0)]
-    if not have.shape[1]: return
-    with_it,without = (have[2:]/have[:2]).mean(1).tolist()
-    if with_it <= without:
-        return (f"on {tally.n_labels} validation items, the mean probability that it predicts is {with_it:.3f} for "
-                f"labels that an item has, and {without:.3f} for labels that it does not have")
+    with_it,without,known = tally.knows_labels() or (1., 0., True)
+    if known: return
+    return with_it - without,(
+        f"on {tally.n_labels} validation items, the mean probability that it predicts is {with_it:.3f} for labels that "
+        f"an item has, and {without:.3f} for labels that it does not have")
 
 
 def numbers_known(tally):
     error,var = tally.sums[0].mean().item()/tally.n_labels,tally.variance()
-    if error >= var > 0:
-        return (f"its squared error on {tally.n_labels} validation items is {error:.4g}, "
-                f"the best constant prediction has {var:.4g}")
+    few = len(tally.items('teacher')) < FEW and error < var
+    if not var or few or tally.above_constant(SLIGHT, KNOWS): return
+    return 1 - error/var,(
+        f"its squared error on {tally.n_labels} validation items is {error:.4g}, the best constant prediction has "
+        f"{var:.4g}")

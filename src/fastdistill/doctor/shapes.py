@@ -2,7 +2,7 @@
 from contextlib import contextmanager
 from math import prod
 from torch import nn
-from ..task import fit_labels, fitting_axes
+from ..task import CLASS_NUMBERS, fit_labels, fitting_axes, float_labels, shape_of_labels
 from .findings import Finding
 
 __all__ = ['UnknownId', 'broadcasts', 'checked_ids', 'mismatches', 'unknown_id', 'unscored']
@@ -45,7 +45,7 @@ def mismatches(
     task
 ):
     "Outputs and labels that do not fit each other. Only the first mistake, since others follow from it"
-    for look in (outputs_differ, axis_missing, one_class, axis_differs, labels_beyond):
+    for look in (outputs_differ, axis_missing, one_class, labels_fractional, axis_differs, labels_beyond):
         if (f := look(s, t, y, task)) is not None:
             yield f
             return
@@ -73,6 +73,12 @@ def one_class(s, t, y, task):
                    "always 1",
                    "Is it one label, yes or no? Use BCEWithLogitsLossFlat, or kind='sigmoid'. Is it a number? "
                    "kind='regression'. Do the classes lie along another axis? Pass axis=")
+
+
+def labels_fractional(s, t, y, task):
+    if y is None or task.kind != 'softmax' or not y.is_floating_point(): return
+    if y.shape == shape_of_labels(t, task.axis):
+        return Finding('error', float_labels(y).removesuffix('.'), CLASS_NUMBERS.removesuffix('.'))
 
 
 def axis_differs(s, t, y, task):

@@ -1,7 +1,7 @@
 "The callback's arguments: the source of the teacher's outputs, and the recipe."
 from ..cache.reader import TeacherCache, is_cache
 from ..outputs import DistillError
-from ..recipe_text import recipe_from_text
+from ..recipe_text import as_recipe
 from ..recipes import kd
 from ..terms import Recipe, Term
 from .cache_feed import CacheFeed
@@ -34,9 +34,7 @@ def make_recipe(recipe, T, alpha, loss):
     given = [k for k,v in dict(T=T, alpha=alpha, loss=loss).items() if v is not None]
     if recipe is not None and given:
         raise DistillError(f"A recipe and {', '.join(given)}=: give these to the recipe, as in kd(T=2, alpha=.5).")
-    if isinstance(recipe, str): recipe = recipe_from_text(recipe)
-    if recipe == 'auto' or recipe is None and not given: return None
-    if recipe is not None: return Recipe(recipe)
+    if recipe is not None or not given: return as_recipe(recipe)
     if loss is None: return kd(4. if T is None else T, .9 if alpha is None else alpha)
     if T is not None:
         raise DistillError("T= with loss=: your loss gets the logits unchanged and must soften them itself, or write "

@@ -32,7 +32,7 @@ from .sample_keys import item_keys, key_root, sample_files, storage_order
 from .replay_dl import IndexedItem, Plan, attach, refuse_unindexed
 from .raw_items import RawItems
 from .stream import inputs_of, is_stream, share_n_inp, stream_outputs
-from .teachers import class_names, image_stats, teacher_of
+from .teachers import class_names, image_stats, is_heads, teacher_of
 from .transforms import describe_transforms
 from .vocab import stored_order, vocab_of
 
@@ -43,7 +43,7 @@ def for_each_head(write):
     "`cache_teacher`, which for a dict of teachers writes a cache for each, in a folder of its name"
     @wraps(write)
     def _write(teacher, dls, path, *args, kind=None, **kwargs):
-        if not isinstance(teacher, Mapping): return write(teacher, dls, path, *args, kind=kind, **kwargs)
+        if not is_heads(teacher): return write(teacher, dls, path, *args, kind=kind, **kwargs)
         if kwargs.get('unlabelled') is not None:
             raise DistillError("unlabelled= with several heads: they are told apart by their labels.")
         share_n_inp(dls)
@@ -97,8 +97,7 @@ def cache_teacher(
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **asked)
     # numbers in float32 shall be those of the model itself
     if dtype == 'float32' and 'precision' not in teacher.given: teacher = Teacher(teacher, precision='fp32')
-    found = check_teacher(dls, teacher, task, n_epoch=None).enforce() if check else ()
-    doubt = next((f.what for f in found if f.doubt), '')
+    found = check_teacher(dls, teacher, task, n_epoch=None).enforce() if check else None
     wish = Wish(dtype, topk, tail, task.axis, size)
     given = dict(seed=seed, force=force, forecast=forecast)
     names = None if task.kind == 'regression' else classes_of(teacher, dls)
@@ -106,7 +105,7 @@ def cache_teacher(
     with RandomGuard():       # DataLoaders draw a seed for their workers
         views = 0 if only_items(teacher, views) else views_of(train, views, seed)
         with shown_progress(progress) as show:
-            of_train = replace(source(train, views, keys), doubt=doubt)
+            of_train = replace(source(train, views, keys), doubt=found.doubt if check else '')
             cache = write_cache(path, of_train, wish, views=views, progress=show, **given)
         if valid:
             names_too = keys if callable(keys) else None

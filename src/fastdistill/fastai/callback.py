@@ -1,6 +1,5 @@
 "The callback: distillation inside a fit, and nothing of it outside."
 import copy
-from collections.abc import Mapping
 from functools import wraps
 from weakref import WeakKeyDictionary
 from fastai.basics import Callback, L, noop, one_param
@@ -21,7 +20,7 @@ from .finite import FiniteCheck
 from .projector_opt import ProjectorOptimizer
 from .raw_items import ItemFeed
 from .task import task_of
-from .teachers import teacher_of
+from .teachers import is_heads, teacher_of
 from .trend import TrendCheck
 from .unlabelled import UnlabelledInputs
 
@@ -84,7 +83,7 @@ class KnowledgeDistillation(Callback):
 
     @wraps(__init__)
     def __new__(cls, teacher=None, *args, **kwargs):
-        return super().__new__(cls.of_heads if isinstance(teacher, Mapping) else cls)
+        return super().__new__(cls.of_heads if is_heads(teacher) else cls)
 
     # around a fit
 

@@ -7,7 +7,7 @@ from fastai.basics import Learner
 from ..outputs import DistillError
 from ..report import Report
 from ..teacher.forms import Onnx
-from .export import export_student, facts_of, validation_inputs
+from .export import check_learner, export_student, facts_of, validation_inputs
 
 __all__ = ['load_student', 'save_student']
 
@@ -39,6 +39,7 @@ def save_student(
 ) -> Path:
     """Write a folder: weights (model.safetensors), facts such as class names and normalization (config.json), a model
     card (README.md) with the report's numbers, and the network (student.onnx). Nothing in it is a pickle"""
+    check_learner(learn, 'save_student')
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     facts = facts_of(learn, validation_inputs(learn, 1)[0]) | dict(network=type(learn.model).__name__,

@@ -9,6 +9,7 @@ from ..doctor.outputs import BATCHES, any_outputs, check_outputs, single_teacher
 from ..doctor.shared import none_shared, shared_parameters
 from ..outputs import DistillError
 from ..ranks import counted_as_one
+from ..recipe_text import as_recipe
 from ..report.checks import checks_as_text, html_of_checks, print_checks
 from ..report.text import show
 from .batches import PreparationError, prepared_batches
@@ -18,7 +19,7 @@ from .raw_items import items_shown
 from .costs import training_costs
 from .task import task_of
 from ..teacher.hidden import has_reset, why_no_reset
-from .teachers import class_names, image_stats, teacher_of
+from .teachers import class_names, image_stats, size_of_images, teacher_of
 from .vocab import CODES, describe_difference, vocab_of
 
 __all__ = ['TeacherCheck', 'check_optimizer', 'check_teacher', 'find_mistakes', 'weight_shapes']
@@ -79,7 +80,7 @@ def check_teacher(
     what it costs"""
     if not hasattr(learn, 'dls'):
         learn = SimpleNamespace(dls=learn, model=None, loss_func=getattr(learn, 'loss_func', None))
-    task = task or task_of(learn.loss_func)
+    task,recipe = task or task_of(learn.loss_func),as_recipe(recipe)
     teacher = teacher_of(teacher, learn, task)
     # one process may check alone, while the others train or wait
     with items_shown(learn.dls.loaders, teacher), counted_as_one():
@@ -257,6 +258,24 @@ def normalization_in_words(learn, teacher, task):
     return f'mean {mean}, std {std}, for both'
 
 
+def image_sizes(learn, teacher, task):
+    "A Learner's images are resized to the size on which it was trained"
+    for o in with_learners(teacher):
+        if o.size is None or o.size == (mine := size_of_images(learn.dls)): continue
+        own = 'have several sizes' if mine is None else f'have {in_pixels(mine)}'
+        yield Finding('note', f"The teacher was trained on images of {in_pixels(o.size)} pixels, the student's {own}",
+                      "Its images are resized accordingly. Teacher(learner.model) gives them to it as they are")
+
+
+def image_sizes_in_words(learn, teacher, task):
+    mine,each = size_of_images(learn.dls),[size_of_images(o.learner.dls) for o in with_learners(teacher)]
+    return '' if mine is None or not each or any(s != mine for s in each) else f'{in_pixels(mine)} pixels, for both'
+
+
+def in_pixels(size): return f'{size[0]} x {size[1]}'
+
+
 # what is checked -> (its findings, what is in order where it found nothing)
 CHECKS = {'reset()': (resets, resets_in_words), 'task': (kinds, kinds_in_words), 'classes': (labels, labels_in_words),
-          'codes': (codings, codings_in_words), 'normalization': (normalization, normalization_in_words)}
+          'codes': (codings, codings_in_words), 'normalization': (normalization, normalization_in_words),
+          'image size': (image_sizes, image_sizes_in_words)}

@@ -49,7 +49,7 @@ def choose_recipe(
 
 def facts_for_choice(example, task, teacher, found=None) -> dict:
     "The arguments of `auto`"
-    low,stored = any(f.doubt for f in found or ()),getattr(teacher, 'doubt', '')
+    low,stored = found is not None and found.doubt,getattr(teacher, 'doubt', '')
     before = f"when its outputs were stored: {stored}" if stored else None
     doubt = dict(doubt="the teacher is in doubt, see above" if low else before)
     if example is None: return dict(kind=task.kind) | doubt

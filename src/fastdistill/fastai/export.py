@@ -20,7 +20,7 @@ from .task import task_of
 from .teachers import image_stats
 from .vocab import vocab_of
 
-__all__ = ['Exported', 'export_student', 'facts_of', 'validation_inputs']
+__all__ = ['check_learner', 'Exported', 'export_student', 'facts_of', 'validation_inputs']
 
 KEY = 'fastdistill' # name of the metadata inside a file
 CLOSE = .01 # largest difference that rounding explains, as a share of the largest output
@@ -58,6 +58,13 @@ class LogitsOnly(nn.Module):
         return raw if isinstance(raw, torch.Tensor) else raw[0] if isinstance(raw, tuple) else Outputs.of(raw).logits
 
 
+def check_learner(learn, name):
+    "Refuse a model, whose inputs, normalization and classes only its Learner knows"
+    if not isinstance(learn, Learner):
+        raise DistillError(f"{name} got a {type(learn).__name__}: give the Learner, learn and not learn.model. Its "
+                           "validation set has the inputs on which the result is checked.")
+
+
 def export_student(
     learn:Learner, # the trained student
     path, # 'student.onnx' (needs the extra 'onnx') or 'student.pt2' (torch.export)
@@ -69,6 +76,7 @@ def export_student(
 ) -> Exported:
     """Write the student's network as a file with a free batch size, and compare its outputs with the Learner's on real
     inputs. Input shape, normalization and class names are inside the file, as metadata"""
+    check_learner(learn, 'export_student')
     path = Path(path)
     if path.suffix not in WRITERS:
         raise DistillError(f"{str(path)!r}: the suffix must be {' or '.join(WRITERS)}.")

@@ -1,5 +1,4 @@
 "`Learner.distill`, `check_teacher`, `explain` and `show_features`."
-from collections.abc import Mapping
 from contextlib import closing
 from fastai.basics import L, Learner, delegates, patch
 import fastai.callback.schedule  # noqa: F401 (it gives Learner fit_one_cycle)
@@ -15,7 +14,7 @@ from .batches import prepared_batches
 from .callback import KnowledgeDistillation
 from .heads import check_heads, explain_heads
 from .raw_items import items_shown
-from .teachers import image_stats, teacher_of
+from .teachers import image_stats, is_heads, teacher_of
 
 __all__ = []
 
@@ -73,7 +72,7 @@ def check_teacher(
 
     Its `.facts` and `.costs` are the measurements, `.in_order` the checks that found nothing. For a dict of teachers of
     several heads it is a dict of such lists, without costs"""
-    if isinstance(teacher, Mapping): return check_heads(self, teacher, kind, axis, recipe, n)
+    if is_heads(teacher): return check_heads(self, teacher, kind, axis, recipe, n)
     return check.check_teacher(self, teacher, task_of(self.loss_func, kind, axis), recipe, n, n_epoch=n_epoch)
 
 
@@ -90,7 +89,7 @@ def explain(
     are what was measured. For a dict of teachers of several heads it is a dict of such lists. Teachers that are stored
     in a cache cannot be asked: pass the model itself"""
     steps = getattr(callback, 'n_steps', None) or getattr(self, 'train_iter', None) or None
-    if isinstance(teacher, Mapping): return explain_heads(self, teacher, callback, kind, axis, n, steps)
+    if is_heads(teacher): return explain_heads(self, teacher, callback, kind, axis, n, steps)
     if not isinstance(callback, KnowledgeDistillation|None):
         raise DistillError(f"callback is a {type(callback).__name__}: give what distill() returned, or nothing.")
     task = task_of(self.loss_func, kind, axis)

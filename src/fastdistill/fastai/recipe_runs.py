@@ -3,6 +3,7 @@ import json, os, re, warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from fastai.basics import Learner
 from ..cache.digests import fingerprint
 from ..cache.reader import TeacherCache
 from ..cache.source import identity_of
@@ -37,6 +38,10 @@ def compare_recipes(
 ) -> RecipeReport:
     """Train a student with each recipe, side by side: the same starts, the same batches, one pass of the teacher. Then
     again with other seeds. The baseline, which the others are compared with, is the recipe None, or else the first"""
+    if isinstance(make_student, Learner) or not callable(make_student):
+        raise DistillError(f"make_student is a {type(make_student).__name__}: compare_recipes trains a new student "
+                           "with each recipe and seed. Give a function without arguments that makes one: "
+                           "compare_recipes(lambda: vision_learner(dls, resnet18), teacher).")
     refuse_heads(teacher, 'to compare_recipes')
     if recipes is None: recipes = dict(alone=None, default='auto')
     if not isinstance(recipes, Mapping):

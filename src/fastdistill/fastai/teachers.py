@@ -5,10 +5,15 @@ from pathlib import Path
 from torch import Tensor, nn
 from fastai.basics import L, Learner, load_learner
 from fastai.data.transforms import Normalize
+from fastai.vision.augment import (AffineCoordTfm, CropPad, RandomCrop, RandomResizedCrop, RandomResizedCropGPU,
+                                   Resize)
+from fastai.vision.core import Image
 from ..cache.reader import TeacherCache, is_cache
 from ..class_sets import class_groups
 from ..doctor.classes import map_classes
-from ..outputs import DistillError, DistillWarning
+from ..outputs import DistillError, DistillWarning, as_plain
+from ..replay.generators import Generators
+from ..replay.seeds import RandomGuard
 from ..teacher.estimator import Estimator, is_estimator, load_estimator
 from ..teacher.forms import warn_of_code
 from ..teacher.images import affine, stats_of, timm_cfg
@@ -16,7 +21,8 @@ from ..teacher.teacher import Teacher
 from .tables import TableEstimator, table_of
 from .vocab import vocab_of
 
-__all__ = ['PICKLES', 'class_names', 'exported', 'image_stats', 'refuse_heads', 'teacher_of']
+__all__ = ['PICKLES', 'class_names', 'exported', 'image_stats', 'is_heads', 'refuse_heads', 'size_of_images',
+           'teacher_of']
 
 # suffix -> what writes such a file
 PICKLES = {'.pkl': "teacher_learner.export({!r}) writes an exported Learner.",
@@ -31,11 +37,11 @@ def teacher_of(
     **kwargs # of `Teacher`
 ) -> Teacher:
     """`obj` as a `Teacher` for the batches of `learn`. Images are re-normalized from the student's statistics to the
-    teacher's.
+    teacher's, and resized to the size on which the teacher's Learner was trained.
 
-    A Learner's statistics are those of its DataLoaders at the time of this call. A pretrained `vision_learner` adds
-    `Normalize` to its DataLoaders. So a student that is built on the teacher's own DataLoaders changes the teacher's
-    statistics: give each its own. `.learner` is the teacher's Learner"""
+    A Learner's statistics and image size are those of its DataLoaders at the time of this call. A pretrained
+    `vision_learner` adds `Normalize` to its DataLoaders. So a student that is built on the teacher's own DataLoaders
+    changes the teacher's statistics: give each its own. `.learner` is the teacher's Learner"""
     dls = getattr(learn, 'dls', learn)
     if task is not None: kwargs = dict(kind=task.kind, axis=task.axis) | kwargs
     if dls is not None: kwargs.setdefault('input_stats', image_stats(dls))
@@ -49,7 +55,8 @@ def teacher_of(
     if isinstance(obj, Teacher) and has_estimators(obj.sources):
         return teacher_of(obj.sources, learn, task, **kwargs | {k: obj.option(k) for k in obj.given})
     if isinstance(obj, Learner):
-        return of_learner(obj, {'stats': image_stats(obj.dls)} | in_order(dls, vocab_of(obj.dls), task) | kwargs)
+        own = {'stats': image_stats(obj.dls)} | other_size(dls, obj.dls) | in_order(dls, vocab_of(obj.dls), task)
+        return of_learner(obj, own | kwargs)
     if isinstance(obj, Teacher):
         if obj.reads_items: kwargs.pop('input_stats', None)     # they are those of the student's batch
         own = {} if obj.given & {'select', 'classes'} else in_order(dls, class_names(obj, dls), task)
@@ -67,9 +74,21 @@ def refuse_stored(teacher):
                            "pass the model itself.")
 
 
+def is_heads(teacher):
+    "Is it a dict of teachers, one for each head? A dict of weights is refused"
+    if not isinstance(teacher, Mapping): return False
+    if holds_weights(teacher):
+        raise DistillError("This dict holds weights (a state_dict or a checkpoint), not teachers: build the model, "
+                           "load them into it with model.load_state_dict(...), and pass the model as the teacher.")
+    return True
+
+
+def holds_weights(o): return isinstance(o, Tensor) or isinstance(o, Mapping) and any(map(holds_weights, o.values()))
+
+
 def refuse_heads(teacher, where='here'):
-    "Refuse a dict of teachers, where one is needed. A state_dict is a dict too"
-    if isinstance(teacher, Mapping) and not any(isinstance(o, Tensor) for o in teacher.values()):
+    "Refuse a dict of teachers, where one is needed"
+    if is_heads(teacher):
         raise DistillError("A dict has a teacher for each head of a student, which KnowledgeDistillation, distill, "
                            f"check_teacher, explain and cache_teacher take. Give one teacher {where}.")
 
@@ -119,6 +138,12 @@ def with_numbers(teacher, dls):
     return Teacher(teacher, classes=class_groups(teacher.classes, 'classes', vocab))
 
 
+def other_size(dls, theirs):
+    "The option that resizes images to the size on which a teacher was trained; none if the student's have this size"
+    size = None if dls is None else size_of_images(theirs)
+    return {} if size is None or size == size_of_images(dls) else dict(size=size)
+
+
 def in_order(dls, names, task):
     "The option that puts a teacher's classes in the student's order; none if the order is the same or unknown"
     if names is None or dls is None or task is None or task.kind == 'regression': return {}
@@ -160,3 +185,35 @@ def image_stats(dls) -> tuple:
     tfms = getattr(getattr(dls, 'after_batch', None), 'fs', [])
     n = next((t for t in tfms if isinstance(t, Normalize)), None)
     return (0., 1.) if n is None else (n.mean, n.std)
+
+
+def size_of_images(dls) -> tuple|None:
+    """(height, width) of the images in the batches: the size that the last resizing transform gives them. Without such
+    a transform it is the items' own; None if they are not images, or differ"""
+    sizes = [size_after(t) for k in ('after_item', 'after_batch') for t in getattr(getattr(dls, k, None), 'fs', ())]
+    return next((s for s in reversed(sizes) if s is not None), None) or size_of_items(getattr(dls, 'train', None))
+
+
+def size_after(tfm):
+    "(height, width) that a transform gives to all images; None if it does not resize"
+    if isinstance(tfm, (Resize, RandomResizedCrop, CropPad, RandomCrop)): return tuple(tfm.size[::-1])
+    if isinstance(tfm, RandomResizedCropGPU): return tuple(tfm.size)
+    return tfm.cp_size if isinstance(tfm, AffineCoordTfm) else None
+
+
+def size_of_items(dl):
+    "(height, width) of a few items of a DataLoader, if they are images of one size"
+    ds = getattr(dl, 'dataset', None)
+    if not (hasattr(dl, 'do_item') and hasattr(ds, '__getitem__') and hasattr(ds, '__len__') and len(ds)): return None
+    with RandomGuard(), Generators(ds, dl.after_item).seeded(0):
+        # subtle: any error at all, since datasets may be the user's own. A fit shows it in full
+        try: sizes = {size_of_item(dl.do_item(i)) for i in (0, len(ds)//2, len(ds)-1)}
+        except Exception: return None
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def size_of_item(x):
+    "(height, width) of an item's first part; None if it is not an image"
+    while isinstance(x, (tuple, list)) and len(x): x = x[0]
+    if isinstance(x, Tensor): return tuple(as_plain(x).shape[-2:]) if x.dim() == 3 else None
+    return x.size[::-1] if isinstance(x, Image.Image) else None

@@ -12,7 +12,7 @@ from ..outputs import DistillError
 from ..ranks import average_gradients, mean_over_ranks
 from ..replay.seeds import RandomGuard
 from ..teacher.teacher import Teacher
-from ..trainers import (add_parameters, complete, load_state, needs_example, reset_gradients,
+from ..trainers import (add_parameters, check_first, complete, load_state, needs_example, reset_gradients,
                         takes_part, training_state)
 from .models import names_taken, predicts, question_logits, teacher_for, without_loss
 
@@ -32,7 +32,8 @@ class DistillationMixin:
         kind:str|None=None, # 'softmax', 'sigmoid' or 'regression'; None: by the student's config and the labels
         axis:int|None=None, # class axis; None: the last, and 1 for questions and pixels
         output=None, # which output is distilled, of both models: a name or a function; None: 'logits'
-        check:bool=True, # look for mistakes in the first batch
+        check:bool=True, # look for mistakes before training, on a few batches of the evaluation set, else of the
+        # training set, and in the first batch
         **kwargs # of the Trainer
     ):
         self.teacher,self.recipe = teacher if isinstance(teacher, Teacher) else Teacher(teacher),recipe
@@ -68,6 +69,9 @@ class DistillationMixin:
         self.distiller = Distiller(self.model, teacher, self.recipe, **task, ignore_index=ignore, output=output,
                                    check=asked['check'])
         self.distiller.links.to(self.args.device)
+        # subtle: models whose weights are spread over processes do not run in one of them
+        if asked['check'] and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            check_first(self.distiller, self._batches(), placed=True)
         if needs_example(self.distiller): self._complete(self._example() if batch is None else batch)
 
     @property
@@ -77,9 +81,23 @@ class DistillationMixin:
 
     def _complete(self, batch):
         "Choose the recipe and build projectors, by inputs that both models take"
+        complete(self.distiller, self._inputs_of_both(batch), any(k in batch for k in self.label_names))
+
+    def _inputs_of_both(self, batch):
         student,teacher = self._inputs(batch)
-        both = {k: v for k,v in student.items() if k in teacher} or teacher
-        complete(self.distiller, both, any(k in batch for k in self.label_names))
+        return {k: v for k,v in student.items() if k in teacher} or teacher
+
+    def _batches(self):
+        "(inputs, labels) of batches, to look for mistakes; none of a stream, which can't be read twice"
+        data = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        if isinstance(data, dict): data = next(iter(data.values()))
+        if not hasattr(data, '__len__') or not len(data): return
+        collate = self._get_collator_with_removed_columns(self.data_collator)
+        order = torch.Generator().manual_seed(0)
+        for batch in DataLoader(data, self.args.eval_batch_size, shuffle=True, generator=order, collate_fn=collate):
+            batch = self._prepare_inputs(batch)
+            x,y = self._inputs_of_both(batch),{k: batch[k] for k in self.label_names if k in batch}
+            yield x,self._targets(y, next(iter(x.values())))     # whose length is that of the logits of an answer
 
     def _example(self):
         "A training batch. Drawing it changes nothing"

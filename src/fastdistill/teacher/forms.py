@@ -1,13 +1,14 @@
 "The forms that a model may have: module, program, file, callable."
 import copy, inspect, warnings, zipfile
 from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 import torch
 from torch import nn
-from ..outputs import DistillError, DistillWarning
+from ..outputs import DistillError, DistillWarning, tensors_in
 from .estimator import Estimator, is_estimator
 
-__all__ = ['Onnx', 'load_model', 'warn_of_code']
+__all__ = ['Onnx', 'explained', 'load_model', 'warn_of_code']
 
 FORMS = ("Possible are an nn.Module (torchvision, timm, Hugging Face, TorchScript), a torch.export program, a file of "
          "TorchScript (.pt), torch.export (.pt2) or ONNX (.onnx), any callable, what has predict_proba or predict "
@@ -93,6 +94,34 @@ def exported_program(exported):
 def is_graph(m):
     "Is it TorchScript or a torch.export program, in which the forward methods of submodules do not run?"
     return isinstance(m, torch.jit.ScriptModule) or (isinstance(m, torch.fx.GraphModule) and 'train' in vars(m))
+
+
+@contextmanager
+def explained(
+    name, # of the teacher
+    inputs, # of a batch, as the model gets them
+    module # that runs; None: unknown
+):
+    "An error of a model on inputs that it was not made for says what it got, and what to do"
+    try: yield
+    except (DistillError, torch.OutOfMemoryError): raise
+    except (RuntimeError, IndexError, AssertionError) as e:
+        if module is None or not (hint := hint_for(list(tensors_in(inputs)), module)): raise
+        shapes = ', '.join(str(tuple(t.shape)) for t in tensors_in(inputs))
+        raise DistillError(f"The teacher {name} does not run on inputs of shape {shapes} ({type(e).__name__}: "
+                           f"{' '.join(str(e).split())[:300]}). {hint}") from e
+
+
+def hint_for(tensors, module):
+    "What may be wrong with images and with ids; empty if there are none"
+    rows = [m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)]
+    ids = [t for t in tensors if not t.is_floating_point() and t.dtype != torch.bool and t.numel()]
+    if rows and ids and (largest := max(t.max().item() for t in ids)) >= max(rows):
+        return (f"The ids go up to {largest}, and its largest embedding has {max(rows)} rows: it has a smaller "
+                "vocabulary. Make the data with its tokenizer, or translate: Teacher(model, inputs=fn).")
+    if any(t.dim() == 4 and t.is_floating_point() for t in tensors):
+        return "If it was made for images of another size, Teacher(model, size=...) resizes them for it."
+    return ''
 
 
 def check_second_argument(model, ids, second):

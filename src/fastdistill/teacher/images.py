@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from ..outputs import DistillError, as_plain
 
-__all__ = ['fit_images', 'affine', 'check_images', 'is_image', 'stats_of', 'timm_cfg']
+__all__ = ['fit_images', 'affine', 'check_images', 'is_image', 'maps_of_size', 'stats_of', 'timm_cfg']
 
 IMAGENET = (.485, .456, .406), (.229, .224, .225)
 POSSIBLE_STATS = ("possible are (mean, std), 'imagenet', 'auto', torchvision's weights (as in "
@@ -78,3 +78,13 @@ def fit_images(images, scaling, size):
     if scaling is not None: images = images*scaling[0].to(images) + scaling[1].to(images)
     if size in (None, tuple(images.shape[2:])): return images
     return F.interpolate(images, size, mode='bilinear', antialias=True)
+
+
+def maps_of_size(
+    logits,
+    size, # (height, width) of the teacher's images
+    wanted # the same of the batch's images; None: there are none
+):
+    "Logits for each pixel, (B, C, H, W), for the pixels of the batch's images; other logits as they are"
+    if wanted in (None, size) or logits.dim() != 4 or tuple(logits.shape[2:]) != size: return logits
+    return F.interpolate(full_precision(logits), wanted, mode='bilinear', antialias=True)

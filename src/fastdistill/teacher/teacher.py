@@ -1,6 +1,7 @@
 "A teacher in any common form: frozen while it predicts, unchanged afterwards."
 import warnings
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import wraps
 import torch
 from torch import nn
@@ -14,10 +15,10 @@ from ..outputs import (DistillError, DistillWarning, Outputs, as_plain, check_ax
 from .draws import OwnDraws, generators
 from .ensemble import mix, shares
 from .estimator import Estimator
-from .forms import FORMS, Onnx, check_second_argument, is_graph, load_model
+from .forms import FORMS, Onnx, check_second_argument, explained, is_graph, load_model
 from .guest import cuda_devices
 from .hidden import NO_RESET, has_reset, why_no_reset
-from .images import affine, check_images, fit_images, is_image, stats_of
+from .images import affine, check_images, fit_images, is_image, maps_of_size, stats_of
 from .probabilities import check_probabilities, logits_of
 from .running import Running
 from .slices import in_slices, joined, plain_output
@@ -62,7 +63,8 @@ class Teacher(Running):
         mode:str='eval', # 'train' for papers that need it; torch.export programs and callables keep their mode
         stats=None, # the teacher's image normalization: (mean, std), torchvision's weights, 'imagenet', 'auto' (timm)
         input_stats=None, # (mean, std) with which the batch's images are normalized; (0, 1) if they are not
-        size:int|tuple|None=None, # height and width to which images are resized; one number: a square
+        size:int|tuple|None=None, # height and width to which images are resized; one number: a square. Logits that are
+        # maps of this size are resized to that of the batch's images
         combine:str='probs', # an ensemble's outputs: the mean of its members' 'probs', as logits, or of their 'logits';
         # 'sample': those of one member, drawn for each batch
         weights=None, # of an ensemble's members, or their probabilities to be drawn; None: equal
@@ -131,6 +133,7 @@ class Teacher(Running):
         check_output(self.output)
         self._check_own_inputs()
         check_speed(self._speed_options | dict(batch=self.batch), self.model)
+        check_device(self.device)
         check_axis(self.axis)
         self.select = class_groups(self.select, 'select')
         self.classes = class_groups(self.classes, 'classes', disjoint=True)
@@ -344,18 +347,21 @@ class Teacher(Running):
 
     def _outputs_of_model(self, x, kw, layers):
         device = next((t.device for t in tensors_in((x, kw))), torch.device('cpu'))
+        batch_size = next((tuple(t.shape[2:]) for t in tensors_in((x, kw)) if is_image(t)), None)
         x,kw = self.own_inputs(x, kw)
         slices = in_slices(x, kw, self.batch)
         if self._speed is not None: self._choose_speed(*slices[0], layers, device)
         if self._guest is not None: self._guest.settle()
         if self._batches is not None: self._batches -= 1
-        return joined([self._slice(*o, layers, device) for o in slices])
+        o = joined([self._slice(*o, layers, device) for o in slices])
+        return o if self.size is None else replace(o, logits=maps_of_size(o.logits, self.size, batch_size))
 
     def _slice(self, x, kw, layers, device):
         "The outputs of rows that run at once"
         x,kw,marks = self._lent(x, kw, device, layers)
         with Taps(self.runs, layers) if layers and self.module is not None else nullcontext() as taps:
-            raw = self.model(*x, **kw) if self._speed is None else self._speed.run(x, kw, layers, self._batches)
+            with explained(self.name, (x, kw), self.module):
+                raw = self.model(*x, **kw) if self._speed is None else self._speed.run(x, kw, layers, self._batches)
             if self.output is None: warn_of_several(raw, self.module, f'The teacher {self.name}', self._found)
             o = Outputs.of(raw, output=self.output)
             feats = o.feats if taps is None else {**o.feats, **taps.pop()}
@@ -406,3 +412,14 @@ class Teacher(Running):
         if dtype is not None and t.is_floating_point(): t = t.to(dtype)
         # subtle: a copy, since a model that changes its input in place would change the student's batch
         return t.clone() if t is plain and not (lend and self._may_lend(t)) else t
+
+
+def check_device(device):
+    "Refuse a device that is not there, on which the teacher would not run"
+    if device is None: return
+    try:
+        if torch.empty(0, device=device).device.type == 'meta': raise RuntimeError("it holds no values")
+    # subtle: PyTorch has no common error for an unknown device and one that is not there
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError, ValueError) as e:
+        raise DistillError(f"device={device!r}: this device can't be used here ({str(e).splitlines()[0]}). Omit "
+                           "device=, and the teacher follows the batches to theirs.") from e

@@ -115,6 +115,8 @@ def read_config(
     except UnicodeDecodeError as e: raise DistillError(f"{path} is no text file: {e}") from e
     try: got = tomllib.loads(text)
     except tomllib.TOMLDecodeError as e: raise DistillError(f"{path} is no TOML file: {e}") from e
+    if not got: raise DistillError(f"{path} has no settings: at least data, teacher and student are needed, as in "
+                                   "data = 'photos'.")
     have = [f.name for f in fields(TrainConfig)]
     if wrong := [k for k in got if k not in have]:
         raise DistillError(f"{path}: there is no setting {wrong[0]!r}{close_name(wrong[0], have)}. Possible are "

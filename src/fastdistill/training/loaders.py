@@ -37,10 +37,14 @@ def loaders_of(
 
 def device_of(config):
     if config.device == 'auto': return default_device()
-    try: return torch.empty(0, device=config.device).device
+    try: device = torch.empty(0, device=config.device).device
     # subtle: PyTorch has no common error for an unknown device and one that is not there
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise DistillError(f"device={config.device!r}: {str(e).splitlines()[0]}") from e
+    if device.type == 'meta':
+        raise DistillError("device='meta' holds shapes and no values, so nothing can be trained on it: use cpu, cuda "
+                           "or mps.")
+    return device
 
 
 def label_block(s):
