@@ -33,7 +33,7 @@ LAW = dict(
     recipes=('outputs schedule losses terms distiller', 'torch', ''),
     catalog=('errors docments losses recipes', '', ''),
     automatic=('outputs task losses distiller recipes', 'torch', ''),
-    recipe_text=('outputs losses terms recipes', '', ''),
+    recipe_text=('errors outputs losses terms recipes', '', ''),
     trainers=('outputs ranks features doctor distiller', '', ''),
     candidates=('outputs losses terms recipes automatic recipe_text', 'torch', ''),
     found=('', 'torch', 'scipy matplotlib'),
@@ -65,9 +65,9 @@ ORDER = dict(
     fastai='task stream block vocab head targets transforms replay_dl sample_keys raw_items tables teachers batches compare interpret export card choice costs check cache_data cache_feed head_feed columns finite trend unlabelled projector_opt arguments callback heads patches learner clock trials find turns shared separate progress many recipe_runs',
     huggingface='students models trainer',
     demo='tasks results picture',
-    training='config settings files fingerprint checks loaders archs teachers processes stages run',
+    training='config settings files fingerprint checks loaders archs teachers exported processes stages run',
     bench='pairs ways',
-    cli='objects bench cache demo find check compare methods train app',
+    cli='arguments objects bench cache demo find check compare methods train app',
 )
 
 
@@ -154,6 +154,27 @@ def test_a_recipe_can_be_called_in_a_process_that_imported_nothing_else():
 def test_help_loads_no_torch():
     code = "import fastdistill, fastdistill.cli, sys; print(*{m.split('.')[0] for m in sys.modules} & {'torch', 'numpy', 'fastai', 'matplotlib'})"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == ''
+
+
+def test_help_and_mistakes_in_a_command_load_no_torch(tmp_path):
+    "PyTorch and fastai take seconds to import"
+    mistakes = [['train'], ['train', '--data', 'gone', '--teacher', 'a', '--student', 'b'], ['train', '--data', '.', '--teacher', 'gone.pkl', '--student', 'b'],
+                ['train', '--data', '.', '--teacher', 'a', '--student', 'b', '--epochs', '-1'], ['train', '--config', 'gone.toml'], ['train', '--resume', '--out', 'gone'],
+                ['compare', 'a=gone.pkl'], ['compare', 'gone.pkl'], ['export', 'gone.pkl', 'x.onnx'], ['export', '.', 'x.exe'], ['check', 'gone.py:x', 'gone.pkl'],
+                ['find', 'gone.pkl', 'gone.pkl', '--n-epoch', '1'], ['report', 'gone'], ['cache', 'info', 'gone'], ['cache', 'write', 'gone.pkl', 'gone.py:dls', 'x'], ['demo', '--nothing']]
+    helps = [[*c.split(), '--help'] for c in ('', 'train', 'compare', 'export', 'check', 'find', 'report', 'cache', 'cache write', 'methods', 'demo', 'bench')]
+    code = f'''
+import sys
+from fastdistill.cli import main
+for args in {mistakes + helps}:
+    sys.argv = ['fastdistill', *args]
+    try: main()
+    except SystemExit as e: code = e.code
+    print('RESULT', *args, code, *sorted({{'torch', 'numpy', 'fastai'}} & set(sys.modules)))
+'''
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    said = [o.removeprefix('RESULT ') for o in out.splitlines() if o.startswith('RESULT ')]
+    assert said == [' '.join([*o, '2']) for o in mistakes] + [' '.join([*o, '0']) for o in helps]
 
 
 def test_import_fastdistill_brings_no_framework():

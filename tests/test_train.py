@@ -579,3 +579,44 @@ def test_two_processes_do_not_continue_one_run(stopped, digits, tmp_path):
 
 
 def child_of(out): resumed(out)
+
+
+def test_commands_take_a_run_or_its_student(finished, tmp_path, monkeypatch, capsys):
+    def call(*args):
+        monkeypatch.setattr(sys, 'argv', ['fastdistill', *map(str, args)])
+        with pytest.raises(SystemExit) as e: main()
+        return e.value.code,' '.join(capsys.readouterr().out.split())
+    for name,student in dict(folder=finished, file=finished/'student.pkl').items():
+        code,out = call('export', student, tmp_path/f'{name}.pt2')
+        assert code == 0
+        assert '(12 validation samples)' in out
+    code,_ = call('compare', f'a={finished}', f"b={tmp_path/'file.pt2'}", '--out', tmp_path/'report', '--seconds', 0)
+    assert code == 0
+    scores = [m.measures['accuracy'] for m in Report.from_json(tmp_path/'report'/'report.json').models.values()]
+    assert scores[0] == scores[1] == Report.from_json(finished/'report.json').models['distilled'].measures['accuracy']
+    code,out = call('check', finished, finished, '--no-cost')
+    assert 'none shared' in out
+
+
+def test_the_student_of_a_run_teaches_the_next_run(finished, digits, tmp_path):
+    run(tmp_path/'next', data=digits, teacher=str(finished), epochs=1, baseline=False)
+    score = lambda o, name: Report.from_json(o/'report.json').models[name].measures['accuracy']
+    assert score(tmp_path/'next', 'teacher') == score(finished, 'distilled')
+
+
+def test_an_exported_learner_gets_its_data_from_a_script(finished, digits, tmp_path, monkeypatch, capsys):
+    shutil.copy(finished/'student.pkl', tmp_path/'s.pkl')
+    (tmp_path/'script_of_data.py').write_text(f"""from fastai.vision.all import ImageDataLoaders
+def dls(): return ImageDataLoaders.from_folder({str(digits)!r}, valid_pct=.2, seed=0, bs=16, num_workers=0, device='cpu')
+""")
+    monkeypatch.chdir(tmp_path)
+    def call(*args):
+        monkeypatch.setattr(sys, 'argv', ['fastdistill', 'export', 's.pkl', 's.pt2', *args])
+        with pytest.raises(SystemExit) as e: main()
+        return e.value.code,*(' '.join(o.split()) for o in capsys.readouterr())
+    code,_,err = call()
+    assert code == 2
+    assert 's.pkl is an exported Learner, which holds no data, and it is not in the folder of a run. Give the data: --data' in err
+    code,out,err = call('--data', 'script_of_data.py:dls')
+    assert code == 0, err
+    assert '(12 validation samples)' in out

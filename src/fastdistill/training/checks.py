@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 from ..errors import DistillError
 from ..fastai.compare import shown_bar
+from .fingerprint import NAMED
 
 __all__ = ['checked_samples']
 
-NAMED = 5 # files, rows or classes that a message names
 MANY_NUMBERS = 50 # more whole numbers than these are quantities, not classes
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from ..disk import write_atomically
 from ..errors import DistillError, close_name
 
-__all__ = ['TRAIN_TASKS', 'TrainConfig', 'check_data', 'exported_student', 'read_config', 'write_config']
+__all__ = ['TRAIN_TASKS', 'TrainConfig', 'check_data_path', 'exported_student', 'read_config', 'write_config']
 
 TRAIN_TASKS = 'images','masks','texts','table'
 AUGMENTATIONS = 'flip','full','none'
@@ -78,7 +78,7 @@ class TrainConfig:
 
     def check_files(self):
         "What the settings name exists"
-        check_data(self.data)
+        check_data_path(self.data)
         if Path(self.student).suffix in FILES or '.py:' in self.student:
             raise DistillError(f"student={self.student!r}: the student of a run is trained from the start, so this is "
                                "an architecture, such as 'resnet18'.")
@@ -111,7 +111,7 @@ class TrainConfig:
         return int(h),int(w or h)
 
 
-def check_data(path):
+def check_data_path(path):
     if not Path(path).exists(): raise DistillError(f"There is no file or folder {str(path)!r}.")
 
 

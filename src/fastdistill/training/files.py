@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from fastai.data.transforms import image_extensions
 from ..errors import DistillError, close_name
-from .config import check_data
+from .config import check_data_path
 
 __all__ = ['Samples', 'read_samples']
 
@@ -38,7 +38,7 @@ def read_samples(
     config # a TrainConfig
 ) -> Samples:
     "The samples at `config.data`, before anything is checked"
-    check_data(config.data)
+    check_data_path(config.data)
     path = Path(config.data)
     if path.is_file(): s = from_csv(path, config)
     elif is_dataset(path): s = from_dataset(path, config)

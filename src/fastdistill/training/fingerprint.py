@@ -3,9 +3,9 @@ import hashlib, os
 from collections import Counter
 from pathlib import Path
 
-__all__ = ['data_changes', 'data_fingerprint']
+__all__ = ['NAMED', 'data_changes', 'data_fingerprint']
 
-NAMED = 5 # files or rows that a message names
+NAMED = 5 # files, rows or classes that a message names
 
 
 def data_fingerprint(
@@ -19,12 +19,12 @@ def data_fingerprint(
     facts = dict(columns=[*map(str, frame)], classes=s.classes,
                  teacher={k: file_hash(p) for k in ('teacher', 'teacher_weights') if (p := path_in(config, k))})
     if s.task in ('texts', 'table') or isinstance(s.frame[s.x[0]].iloc[0], bytes):
-        return facts | dict(rows=[hash_of(row) for row in rows])
+        return facts | dict(rows=[values_hash(row) for row in rows])
     files = {}
     for x,*label in rows:
         name = Path(os.path.relpath(x, s.folder)).as_posix()
         label = [file_hash(label[0]), *label[1:]] if s.task == 'masks' else label
-        files[name] = hash_of([files.get(name), file_hash(x), *label])      # a file may be in several rows
+        files[name] = values_hash([files.get(name), file_hash(x), *label])      # a file may be in several rows
     return facts | dict(files=files)
 
 
@@ -35,7 +35,7 @@ def file_hash(path):
     with open(path, 'rb') as f: return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
 
-def hash_of(values):
+def values_hash(values):
     h = hashlib.blake2b(digest_size=8)
     for v in values: h.update(v if isinstance(v, bytes) else repr(v).encode('utf-8', 'surrogatepass') + b'\0')
     return h.hexdigest()
@@ -46,8 +46,8 @@ def data_changes(
 ) -> list:
     "What is different now, in words"
     if before.keys() != now.keys(): return ['the data have another form']
-    out = [f"{config_name} is a different file" for config_name in before['teacher']
-           if before['teacher'][config_name] != now['teacher'].get(config_name)]
+    out = [f"{k} is a different file" for k in before['teacher']
+           if before['teacher'][k] != now['teacher'].get(k)]
     if before['columns'] != now['columns']:
         out.append(f"the columns were {', '.join(before['columns'])}, and are {', '.join(now['columns'])}")
     a,b = before.get('files'),now.get('files')
@@ -55,11 +55,11 @@ def data_changes(
         changed = [n for n in b if n in a and a[n] != b[n]]
         found = {'added': [n for n in b if n not in a], 'removed': [n for n in a if n not in b],
                  'changed (content or label)': changed}
-        out += [f"{counted(len(v), 'file')} {k}: {few(v)}" for k,v in found.items() if v]
+        out += [f"{noun_with_number(len(v), 'file')} {k}: {first_few(v)}" for k,v in found.items() if v]
     else:
         a,b = before['rows'],now['rows']
         found = {'added': rows_beyond(b, a), 'removed': rows_beyond(a, b)}
-        out += [f"{counted(len(v), 'row')} {k}: {few(v)} (counted from 0)" for k,v in found.items() if v]
+        out += [f"{noun_with_number(len(v), 'row')} {k}: {first_few(v)} (counted from 0)" for k,v in found.items() if v]
     if not out and before['classes'] != now['classes']: out.append('the names of the classes')
     if not out and [*a] != [*b]: out.append('the order of the samples')
     return out
@@ -74,7 +74,7 @@ def rows_beyond(a, b):
     return out
 
 
-def counted(n, noun): return f"{n:,} {noun}{'' if n == 1 else 's'}"
+def noun_with_number(n, noun): return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
-def few(names): return ', '.join(map(str, names[:NAMED])) + (' ...' if len(names) > NAMED else '')
+def first_few(names): return ', '.join(map(str, names[:NAMED])) + (' ...' if len(names) > NAMED else '')
