@@ -125,12 +125,12 @@ def test_what_does_not_fit_is_refused_and_what_nearly_does_is_asked(script, cach
 
 
 def test_names_that_lead_nowhere(script, cache, tmp_path):
-    def no(match, teacher='x.pkl', data=f'{script}:dls'): fails(cache('write', teacher, data, tmp_path/'c', code=None), match)
+    def no(match, teacher=f'{script}:teacher', data=f'{script}:dls'): fails(cache('write', teacher, data, tmp_path/'c', code=None), match)
     no("give a file and a name in it, as in 'train.py:dls'", data='dls')
     no("There is no file 'nowhere.py'", data='nowhere.py:dls')
     no("has no 'loaders'. It has: .*image, label, dls, Flat, teacher", data=f'{script}:loaders')
     no("A int is neither fastai's DataLoaders nor a function without arguments", data=f'{script}:number')
-    no("There is no file 'x.pkl'")
+    no("There is no file 'x.pkl'", teacher='x.pkl')
     fails(cache('info', tmp_path/'c', code=None), 'There is no cache at')
     (tmp_path/'c').mkdir()
     (tmp_path/'c'/'manifest.json').write_text(json.dumps(dict(format='other')))

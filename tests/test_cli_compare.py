@@ -22,6 +22,7 @@ def learner(scale):
     return Learner(dls, m, loss_func=CrossEntropyLossFlat())
 teacher,alone,student = learner(9.), learner(.3), learner(4.)
 net = student.model
+def make_student(): return learner(-9.)
 """
 
 
@@ -45,7 +46,7 @@ def test_compare_prints_and_writes_a_report(command, there):  # noqa: F811
 
 
 @pytest.mark.parametrize('args,why', [
-    (['mine.py:teacher'], "'mine.py:teacher': give a name and a model, as in big=teacher.pkl"), (['a=none.pkl', 'b=mine.py:student'], "no file 'none.pkl'"),
+    (['mine.py:teacher'], "'mine.py:teacher': give a name and a model, as in big=teacher.pkl"), (['a=none.pkl', 'b=mine.py:student'], "no file 'none.pkl'"), (['a=missing.pkl'], "There is no file 'missing.pkl'"), (['a=gone.py:net'], "There is no file 'gone.py'"),
     (['a=mine.py:net'], 'None of the models is a Learner'), (['a=mine.py:alone', '--headline', 'x'], '--headline'), (['a=mine.py:nothing'], "mine.py has no 'nothing'")])
 def test_mistakes_of_compare_are_one_line(command, there, args, why):  # noqa: F811
     code,_,err = command('compare', *args, '--seconds', 0)
@@ -66,6 +67,25 @@ def test_reports_of_several_runs_are_one_table_the_best_first(command, there):  
     for args,why in ((['runs/none'], 'no file'), (['runs/good', 'runs/dull', '--html', 'x.html'], 'page of one report'), (['mine.py'], 'not JSON')):
         code,_,err = command('report', *args)
         assert code == 2 and why in ' '.join(err.split())
+
+
+@pytest.mark.filterwarnings('always::fastdistill.DistillWarning')
+def test_export_says_that_a_network_is_untrained(command, there):  # noqa: F811
+    code,_,err = command('export', 'mine.py:make_student', 'x.pt2')
+    said = ' '.join(err.split())
+    assert code == 0
+    assert 'mine.py:make_student is hardly better than a constant prediction: accuracy 0.000 on 64 validation samples, where a constant' in said
+    assert 'Is it trained? mine.py:make_student is run anew' in said
+
+
+def test_a_recipe_is_text_or_an_object_of_a_script(command, there):  # noqa: F811
+    with open(there/'mine.py', 'a') as f: f.write('from fastdistill import kd\nmild = kd(T=1, alpha=.5)\n')
+    for recipe in ('kd(T=1, alpha=.5)', 'mine.py:mild'):
+        code,out,err = command('check', 'mine.py:student', 'mine.py:teacher', '--recipe', recipe, '--no-cost')
+        assert 'kd: each has a meaning' in ' '.join(out.split()), err
+    code,_,err = command('check', 'mine.py:student', 'mine.py:teacher', '--recipe', 'kdd()')
+    assert code == 2
+    assert "there is no recipe 'kdd'" in ' '.join(err.split())
 
 
 def test_export_writes_a_checked_file(command, there):  # noqa: F811

@@ -1,5 +1,5 @@
 "Looking for a recipe: candidates, the search, the judgement, and what a Learner keeps."
-import copy, math, random, subprocess, sys
+import copy, math, random, shlex, subprocess, sys
 from statistics import variance
 from time import time
 import numpy as np
@@ -497,11 +497,15 @@ def test_the_command(tmp_path, monkeypatch):
     (tmp_path/'find_script.py').write_text(SCRIPT)
     monkeypatch.chdir(tmp_path)
     def call(*args): return CliRunner().invoke(app, ['find', *map(str, args)])
-    args = 'find_script.py:teacher','find_script.py:student','--n-epoch',2,'--rates',.1,'--trials',3,'--seeds',1,'--storage','find.log'
+    args = 'find_script.py:student','find_script.py:teacher','--n-epoch',2,'--rates',.1,'--trials',3,'--seeds',1,'--storage','find.log'
     r = call(*args, '--plot', 'plot.png')
     assert r.exit_code == 0, f'{r.output}\n{r.exception!r}'
     assert 'labels alone' in r.output and 'student.distill(teacher, 2, found.lr, found.recipe)' in r.output
     assert (tmp_path/'plot.png').stat().st_size > 1000 and (tmp_path/'find.log').exists()
+    python,option,code = shlex.split(r.output.splitlines()[-1])
+    assert (python, option) == ('python', '-c')
+    exec(code, {})
+    assert (tmp_path/'models'/'student.pth').is_file()
     assert call(*args, '--minutes', 2).exit_code == 0
-    r = call('find_script.py:teacher', 'find_script.py:number', '--n-epoch', 2)
+    r = call('find_script.py:number', 'find_script.py:teacher', '--n-epoch', 2)
     assert isinstance(r.exception, DistillError) and 'neither a fastai Learner nor a function' in str(r.exception)

@@ -11,6 +11,7 @@ FACES = ['fastdistill', 'fastdistill.losses', 'fastdistill.recipes', 'fastdistil
 # room: which rooms it may import, all of them further up; which packages at the top of its files, and which only inside functions
 LAW = dict(
     errors=('', '', ''),
+    disk=('errors', '', ''),
     docments=('', '', ''),
     outputs=('errors', 'torch', ''),
     schedule=('outputs', '', ''),
@@ -24,14 +25,14 @@ LAW = dict(
     features=('outputs', 'torch numpy', ''),
     replay=('outputs', 'torch numpy', ''),
     teacher=('outputs ranks features class_sets', 'torch numpy', 'onnxruntime pandas joblib'),
-    cache=('errors outputs ranks replay', 'torch numpy', 'fsspec fcntl msvcrt rich pyarrow'),
+    cache=('errors disk outputs ranks replay', 'torch numpy', 'fsspec rich pyarrow'),
     doctor=('outputs ranks task class_sets losses features replay teacher', 'torch', 'scipy'),
     terms=('outputs schedule features', 'torch', ''),
     distiller=('outputs ranks task class_sets batch gradients ratios features replay teacher terms doctor', 'torch', ''),
     heads=('outputs distiller features', 'torch', ''),
     recipes=('outputs schedule losses terms distiller', 'torch', ''),
     catalog=('errors docments losses recipes', '', ''),
-    recipe_text=('outputs losses terms recipes', '', ''),
+    recipe_text=('errors outputs losses terms recipes', '', ''),
     automatic=('outputs task losses distiller recipes recipe_text', 'torch', ''),
     trainers=('outputs ranks features doctor distiller', '', ''),
     candidates=('outputs losses terms recipes automatic recipe_text', 'torch', ''),
@@ -41,11 +42,11 @@ LAW = dict(
     report=('errors plots', '', 'rich jinja2 matplotlib IPython'),
     measure=('outputs task losses teacher doctor report', 'torch numpy', 'scipy'),
     __init__=('docments', 'lazy_loader', ''),
-    fastai=('outputs docments ranks task class_sets batch gradients losses features replay cache teacher terms distiller heads recipes automatic recipe_text candidates study doctor plots report measure',
+    fastai=('disk outputs docments ranks task class_sets batch gradients losses features replay cache teacher terms distiller heads recipes automatic recipe_text candidates study doctor plots report measure',
             'torch numpy fastai safetensors', 'pandas rich IPython matplotlib onnx onnxscript onnxruntime torchao'),
     huggingface=('outputs ranks batch features replay teacher doctor distiller automatic trainers', 'torch transformers accelerate', ''),
     lightning=('outputs ranks batch features replay teacher task distiller automatic trainers', 'torch lightning', ''),
-    training=('errors outputs ranks replay teacher recipe_text fastai', 'torch torchvision numpy pandas fastai safetensors', 'PIL timm datasets'),
+    training=('errors disk outputs ranks replay teacher recipe_text fastai', 'torch torchvision numpy pandas fastai safetensors lazy_loader', 'PIL timm datasets'),
     demo=('outputs plots fastai', 'torch numpy fastai rich PIL', 'matplotlib sklearn'),
     bench=('outputs teacher measure fastai', 'torch numpy fastai rich', 'matplotlib timm torchvision fasterai torchdistill'),
     cli=('errors ranks cache catalog recipe_text fastai training demo bench plots report __init__', 'typer rich', ''),
@@ -64,9 +65,9 @@ ORDER = dict(
     fastai='task stream block vocab head targets transforms replay_dl sample_keys raw_items tables teachers batches columns compare interpret export card choice costs check cache_data cache_feed head_feed finite trend unlabelled projector_opt arguments callback heads patches learner clock trials find turns shared separate progress many recipe_runs',
     huggingface='students models trainer',
     demo='tasks results picture',
-    training='config files checks loaders archs teachers processes stages run',
+    training='config settings files fingerprint checks loaders archs teachers exported processes stages run',
     bench='pairs ways',
-    cli='objects bench cache demo find check compare methods train app',
+    cli='arguments objects bench cache demo find check compare methods train app',
 )
 
 
@@ -153,6 +154,27 @@ def test_a_recipe_can_be_called_in_a_process_that_imported_nothing_else():
 def test_help_loads_no_torch():
     code = "import fastdistill, fastdistill.cli, sys; print(*{m.split('.')[0] for m in sys.modules} & {'torch', 'numpy', 'fastai', 'matplotlib'})"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == ''
+
+
+def test_help_and_mistakes_in_a_command_load_no_torch(tmp_path):
+    "PyTorch and fastai take seconds to import"
+    mistakes = [['train'], ['train', '--data', 'gone', '--teacher', 'a', '--student', 'b'], ['train', '--data', '.', '--teacher', 'gone.pkl', '--student', 'b'],
+                ['train', '--data', '.', '--teacher', 'a', '--student', 'b', '--epochs', '-1'], ['train', '--config', 'gone.toml'], ['train', '--resume', '--out', 'gone'],
+                ['compare', 'a=gone.pkl'], ['compare', 'gone.pkl'], ['export', 'gone.pkl', 'x.onnx'], ['export', '.', 'x.exe'], ['check', 'gone.py:x', 'gone.pkl'],
+                ['find', 'gone.pkl', 'gone.pkl', '--n-epoch', '1'], ['report', 'gone'], ['cache', 'info', 'gone'], ['cache', 'write', 'gone.pkl', 'gone.py:dls', 'x'], ['demo', '--nothing']]
+    helps = [[*c.split(), '--help'] for c in ('', 'train', 'compare', 'export', 'check', 'find', 'report', 'cache', 'cache write', 'methods', 'demo', 'bench')]
+    code = f'''
+import sys
+from fastdistill.cli import main
+for args in {mistakes + helps}:
+    sys.argv = ['fastdistill', *args]
+    try: main()
+    except SystemExit as e: code = e.code
+    print('RESULT', *args, code, *sorted({{'torch', 'numpy', 'fastai'}} & set(sys.modules)))
+'''
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    said = [o.removeprefix('RESULT ') for o in out.splitlines() if o.startswith('RESULT ')]
+    assert said == [' '.join([*o, '2']) for o in mistakes] + [' '.join([*o, '0']) for o in helps]
 
 
 def test_import_fastdistill_brings_no_framework():

@@ -410,3 +410,225 @@ def test_an_empty_settings_file_is_named(tmp_path):
 def test_nothing_is_trained_on_the_device_meta(digits, tmp_path):
     with pytest.raises(DistillError, match="device='meta' holds shapes and no values, so nothing can be trained on it"):
         run(tmp_path/'run', data=digits, device='meta')
+
+
+def test_a_run_with_lr_auto_repeats_its_rates_and_its_weights(digits, tmp_path):
+    "Also where other random numbers were drawn before"
+    for i,name in enumerate('ab'):
+        random.seed(i); np.random.seed(i); torch.manual_seed(i)
+        run(tmp_path/name, data=digits, lr='auto', teacher_lr='auto')
+    rates = [[tomllib.loads((tmp_path/n/'config.toml').read_text())[k] for k in ('lr', 'teacher_lr')] for n in 'ab']
+    assert rates[0] == rates[1]
+    assert rates[0] != [1e-3, 1e-3], 'no rate was found'
+    assert_same(tmp_path/'a', tmp_path/'b')
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    "fn(data) -> folder of a run that was interrupted while its student was trained"
+    def make(data, **kwargs):
+        def say(text):
+            if text.startswith('distilled: epoch 1'): raise KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt): opened_run(settings(data, **kwargs), out=tmp_path/'stopped', say=say)()
+        return tmp_path/'stopped'
+    return make
+
+
+def resumed(out): return opened_run({}, out=out, resume=True, say=lambda _: None)()
+
+
+def test_a_run_does_not_continue_with_other_files(stopped, tmp_path):
+    write_digits(tmp_path/'mine', 60)
+    out = stopped(tmp_path/'mine')
+    def refused(says):
+        with pytest.raises(DistillError) as e: resumed(out)
+        assert f'The data of the run in {out} changed since it began: {says}. ' in str(e.value)
+        assert 'Restore the data to resume, or start a new run' in str(e.value)
+    gone = tmp_path/'mine'/'digit0'/'0.png'
+    kept,other = gone.read_bytes(),(tmp_path/'mine'/'digit1'/'1.png').read_bytes()
+    gone.with_name('new.png').write_bytes(kept)
+    refused('1 file added: digit0/new.png')
+    gone.unlink()
+    refused('1 file added: digit0/new.png; 1 file removed: digit0/0.png')
+    gone.with_name('new.png').unlink()
+    gone.write_bytes(other)
+    refused('1 file changed (content or label): digit0/0.png')
+    gone.write_bytes(kept)
+    resumed(out)
+    assert (out/'report.json').is_file()
+
+
+def test_a_run_continues_with_data_that_were_moved(finished, stopped, digits, tmp_path):
+    "Their content counts, not where they are"
+    shutil.copytree(digits, tmp_path/'here')
+    out = stopped(tmp_path/'here')
+    (tmp_path/'here').rename(tmp_path/'there')
+    with pytest.raises(DistillError, match='There is no file or folder'): resumed(out)
+    text = (out/'config.toml').read_text()
+    (out/'config.toml').write_text(text.replace(str(tmp_path/'here'), str(tmp_path/'there')))
+    resumed(out)
+    assert_same(finished, out)
+
+
+def test_a_run_does_not_continue_with_other_rows(stopped, tmp_path):
+    frame = people().drop(columns='wage')
+    frame.to_csv(tmp_path/'a.csv', index=False)
+    out = stopped(tmp_path/'a.csv', teacher='16', student='8')
+    def refused(frame, says):
+        frame.to_csv(tmp_path/'a.csv', index=False)
+        with pytest.raises(DistillError, match=says): resumed(out)
+    refused(pd.concat([frame[:7], frame[20:21].assign(age=1.5), frame[7:]]), r'began: 1 row added: 7 \(counted from 0\)')
+    refused(frame.drop(index=[3, 5]), r'began: 2 rows removed: 3, 5 \(counted')
+    refused(frame[::-1], 'began: the order of the samples')
+    refused(frame.rename(columns=dict(job='work')), 'began: the columns were age, job, gap, rich, and are age, work, gap, rich')
+    frame.to_csv(tmp_path/'a.csv', index=False)
+    assert resumed(out).n == 16
+
+
+def test_a_run_does_not_continue_with_another_teacher(finished, stopped, digits, tmp_path):
+    shutil.copy(finished/'student.pkl', tmp_path/'teacher.pkl')
+    out = stopped(digits, teacher=str(tmp_path/'teacher.pkl'))
+    run(tmp_path/'other', data=digits, epochs=1, seed=3)
+    shutil.copy(tmp_path/'other'/'student.pkl', tmp_path/'teacher.pkl')
+    with pytest.raises(DistillError, match='changed since it began: teacher is a different file'): resumed(out)
+
+
+def test_a_run_does_not_continue_with_settings_that_were_edited(finished, stopped, digits):
+    out = stopped(digits)
+    text = (out/'config.toml').read_text()
+    (out/'config.toml').write_text(text.replace('epochs = 2', 'epochs = 3').replace('lr = 0.01', 'lr = 0.02', 1))
+    with pytest.raises(DistillError, match=r"config.toml has epochs=3, lr=0.02, but the run began with epochs=2, lr=0.01. Restore that"): resumed(out)
+    (out/'config.toml').write_text(text)
+    resumed(out)
+    assert_same(finished, out)
+
+
+def test_a_link_that_leads_back_shows_no_image_again(digits, tmp_path):
+    shutil.copytree(digits, tmp_path/'mine')
+    (tmp_path/'mine'/'digit0'/'loop').symlink_to(tmp_path/'mine')
+    (tmp_path/'mine'/'digit1'/'other').symlink_to(tmp_path/'mine'/'digit1')
+    s,_ = loaders(data=tmp_path/'mine')
+    assert len(s) == 60
+    assert s.classes == ['digit0', 'digit1', 'digit2']
+
+
+def test_class_folders_may_be_links(digits, tmp_path):
+    (tmp_path/'mine').mkdir()
+    for folder in digits.iterdir(): (tmp_path/'mine'/folder.name).symlink_to(folder)
+    s,_ = loaders(data=tmp_path/'mine')
+    assert len(s) == 60
+
+
+@pytest.mark.parametrize('linked', ['folder', 'file'])
+def test_an_image_that_links_show_twice_is_refused(linked, tmp_path):
+    "One of the two could be in the validation set"
+    write_digits(tmp_path/'train', 12)
+    write_digits(tmp_path/'valid', 12, 12)
+    to = tmp_path/'train'/'digit0'
+    if linked == 'folder': (tmp_path/'valid'/'digit0'/'more').symlink_to(to)
+    else: (tmp_path/'valid'/'digit0'/'again.png').symlink_to(to/'0.png')
+    with pytest.raises(DistillError, match='images are there twice, through links: .*train/digit0/0.png and .*valid/digit0/.* are the same file. .* remove the link'):
+        loaders(data=tmp_path)
+
+
+@pytest.mark.parametrize('kind', ['jpg', 'bmp', 'png'])
+def test_an_image_that_ends_too_early_is_named_before_the_training(kind, digits, tmp_path):
+    shutil.copytree(digits, tmp_path/'mine')
+    bad = tmp_path/'mine'/'digit0'/f'bad.{kind}'
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(bad)
+    bad.write_bytes(bad.read_bytes()[:-40])
+    with pytest.raises(DistillError, match=f"1 of 61 images can't be read: .*bad.{kind} \\(.*Repair or remove"): loaders(data=tmp_path/'mine')
+
+
+def test_files_follow_the_umask(finished):
+    "Another user of a shared folder can read all of them"
+    mask = os.umask(0)
+    os.umask(mask)
+    modes = {p.relative_to(finished).as_posix(): p.stat().st_mode & 0o777 for p in finished.rglob('*') if p.is_file()}
+    assert set(modes.values()) == {0o666 & ~mask}, modes
+
+
+def limited(out, bytes, data):
+    "A run whose process can't write a larger file, as if the disk were full"
+    import resource
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes, resource.RLIM_INFINITY))
+    sys.argv = ['fastdistill', 'train', '--resume', '--out', str(out), '--data', str(data), '--teacher', 'cnn-8-16', '--student', 'cnn-4', '--epochs', '2', '--lr', '.01',
+                '--teacher-lr', '.01', '--batch-size', '16', '--device', 'cpu', '--no-onnx']
+    main()
+
+
+def test_a_full_disk_is_one_line_and_the_run_continues_later(finished, digits, tmp_path):
+    p = processes.start(tmp_path/'log', limited, tmp_path/'run', 20_000, digits)
+    assert processes.ended(p) == [2]
+    said = (tmp_path/'log.err').read_text()
+    assert 'Traceback' not in said
+    assert re.search(r'No space for \S*run/checkpoints/teacher.pt \(File too large; [\d,.]+ MB are free there\).*free some space and start again to resume', said), said
+    assert [p.name for p in (tmp_path/'run'/'checkpoints').iterdir() if p.name != '.lock'] == ['begun.json']
+    resumed(tmp_path/'run')
+    assert_same(finished, tmp_path/'run')
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(stopped, digits):
+    out = stopped(digits)
+    before = (out/'checkpoints'/'distilled.pt').read_bytes()
+    p = processes.start(out.parent/'log', limited, out, len(before) - 1000, digits)
+    assert processes.ended(p) == [2]
+    assert 'checkpoints/distilled.pt (File too large' in (out.parent/'log.err').read_text()
+    assert (out/'checkpoints'/'distilled.pt').read_bytes() == before
+
+
+def test_two_processes_do_not_continue_one_run(stopped, digits, tmp_path):
+    out = stopped(digits)
+    def say(text):
+        if not text.startswith('distilled: continues'): return
+        with pytest.raises(DistillError, match=f'Another process is writing to {out}: wait for it, or choose another folder'): resumed(out)
+        second = processes.start(tmp_path/'log', child_of, out)
+        assert processes.ended(second) == [1]
+        assert f'DistillError: Another process is writing to {out}' in processes.said(tmp_path/'log')
+    opened_run({}, out=out, resume=True, say=say)()
+    assert (out/'report.json').is_file()
+
+
+def child_of(out): resumed(out)
+
+
+def test_commands_take_a_run_or_its_student(finished, tmp_path, monkeypatch, capsys):
+    def call(*args):
+        monkeypatch.setattr(sys, 'argv', ['fastdistill', *map(str, args)])
+        with pytest.raises(SystemExit) as e: main()
+        return e.value.code,' '.join(capsys.readouterr().out.split())
+    for name,student in dict(folder=finished, file=finished/'student.pkl').items():
+        code,out = call('export', student, tmp_path/f'{name}.pt2')
+        assert code == 0
+        assert '(12 validation samples)' in out
+    code,_ = call('compare', f'a={finished}', f"b={tmp_path/'file.pt2'}", '--out', tmp_path/'report', '--seconds', 0)
+    assert code == 0
+    scores = [m.measures['accuracy'] for m in Report.from_json(tmp_path/'report'/'report.json').models.values()]
+    assert scores[0] == scores[1] == Report.from_json(finished/'report.json').models['distilled'].measures['accuracy']
+    code,out = call('check', finished, finished, '--no-cost')
+    assert 'none shared' in out
+
+
+def test_the_student_of_a_run_teaches_the_next_run(finished, digits, tmp_path):
+    run(tmp_path/'next', data=digits, teacher=str(finished), epochs=1, baseline=False)
+    score = lambda o, name: Report.from_json(o/'report.json').models[name].measures['accuracy']
+    assert score(tmp_path/'next', 'teacher') == score(finished, 'distilled')
+
+
+def test_an_exported_learner_gets_its_data_from_a_script(finished, digits, tmp_path, monkeypatch, capsys):
+    shutil.copy(finished/'student.pkl', tmp_path/'s.pkl')
+    (tmp_path/'script_of_data.py').write_text(f"""from fastai.vision.all import ImageDataLoaders
+def dls(): return ImageDataLoaders.from_folder({str(digits)!r}, valid_pct=.2, seed=0, bs=16, num_workers=0, device='cpu')
+""")
+    monkeypatch.chdir(tmp_path)
+    def call(*args):
+        monkeypatch.setattr(sys, 'argv', ['fastdistill', 'export', 's.pkl', 's.pt2', *args])
+        with pytest.raises(SystemExit) as e: main()
+        return e.value.code,*(' '.join(o.split()) for o in capsys.readouterr())
+    code,_,err = call()
+    assert code == 2
+    assert 's.pkl is an exported Learner, which holds no data, and it is not in the folder of a run. Give the data: --data' in err
+    code,out,err = call('--data', 'script_of_data.py:dls')
+    assert code == 0, err
+    assert '(12 validation samples)' in out

@@ -1,6 +1,7 @@
 "The error for a mistake, and the warning for a probable one."
+from difflib import get_close_matches
 
-__all__ = ['DistillError', 'DistillWarning']
+__all__ = ['DistillError', 'DistillWarning', 'close_name']
 
 
 class DistillError(ValueError):
@@ -9,3 +10,9 @@ class DistillError(ValueError):
 
 class DistillWarning(UserWarning):
     "Something that is probably, but not certainly, a mistake"
+
+
+def close_name(name, have):
+    "A question about the most similar name; empty if none is similar"
+    close = get_close_matches(name, have, 1)
+    return f' (did you mean {close[0]!r}?)' if close else ''

@@ -1,7 +1,7 @@
 "A recipe as text, as on a command line. It is read node by node and never run as Python."
 import ast, inspect, math, warnings
-from difflib import get_close_matches
 from . import losses, recipes
+from .errors import close_name
 from .outputs import DistillError
 from .terms import Recipe, Term
 
@@ -143,9 +143,3 @@ class Reader:
             if all(isinstance(k, str|int|float|None) for k in keys):
                 return dict(zip(keys, map(self.literal, node.values)))
         raise self.error("an argument is a number, a text, True, False, None, or a list, tuple or dict of these", node)
-
-
-def close_name(name, have):
-    "A question about the most similar name; empty if none is similar"
-    close = get_close_matches(name, have, 1)
-    return f' (did you mean {close[0]!r}?)' if close else ''

@@ -1,13 +1,12 @@
 "A folder of files, local or behind fsspec. A file is written completely or not at all."
-import contextlib, errno, os, shutil, tempfile, weakref
+import contextlib, os, shutil, tempfile, weakref
 from pathlib import Path
 import numpy as np
+from ..disk import file_errors, locked_folder, write_atomically
 from ..outputs import DistillError
 from .digests import checksum, file_checksum
 
 __all__ = ['Folder', 'open_folder']
-
-DISK_FULL = errno.ENOSPC,errno.EFBIG,errno.EDQUOT
 
 
 class Folder:
@@ -65,27 +64,12 @@ class Folder:
                 raise DistillError(f"{d} is a link: parts of a cache are written only to real folders. Remove the "
                                    "link, or name the folder that it leads to.")
 
-    def write(
-        self, name,
-        data # bytes, or fn(binary file)
-    ):
-        "Write a temporary file and rename it: readers find the whole file or none, even if the writer is killed"
+    def write(self, name, data):
+        "Readers find the whole file or none, even if the writer is killed"
         p = self.own(name)
-        tmp = p.with_name(f'{p.name}.{os.getpid()}.tmp')
         with file_errors(f"Can't write {name} in {self}"):
-            try:
-                p.parent.mkdir(parents=True, exist_ok=True)
-                tmp.unlink(missing_ok=True)
-                with open(tmp, 'xb') as f:      # subtle: mode x does not open a link that has this name
-                    data(f) if callable(data) else f.write(data)
-                    f.flush()
-                    os.fsync(f.fileno())
-                os.replace(tmp, p)
-            except BaseException as e:
-                with contextlib.suppress(OSError): tmp.unlink(missing_ok=True)
-                if not isinstance(e, OSError) or e.errno not in DISK_FULL: raise
-                raise DistillError(f"No space for {name} in {self}: {e.strerror}. The finished files are kept: free "
-                                   "some space and start again to resume.") from e
+            p.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(p, data)
 
     def remove(self, name):
         with file_errors(f"Can't remove {name} from {self}"): self.own(name).unlink(missing_ok=True)
@@ -99,50 +83,12 @@ class Folder:
         while not p.exists(): p = p.parent
         return shutil.disk_usage(p).free
 
-    @contextlib.contextmanager
     def lock(
         self, name='.lock', # of the file that is locked
         what=None # what is written, for the error; None: this folder
     ):
-        "One writer at a time; the system releases the lock when a writer dies"
-        with file_errors(f"Can't write to {self}"): self.path.mkdir(parents=True, exist_ok=True)
-        me = str(self.path.resolve()/name)
-        busy = DistillError(f"Another process is writing to {what or self}: wait for it, or choose another "
-                            f"{'file' if what else 'folder'}.")
-        if me in LOCKED: raise busy
-        # subtle: without O_NOFOLLOW, a link would create or lock a file somewhere else
-        try: f = os.open(self.path/name, os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o666)
-        except OSError as e:
-            if e.errno not in (errno.EACCES, errno.EROFS):
-                raise DistillError(f"Can't write to {self}: {e.strerror}.") from e
-            yield       # a read-only folder: `write` raises an error if there is something to write
-            return
-        with os.fdopen(f, 'r+') as f:
-            try: acquire(f)
-            except OSError as e: raise busy from e
-            LOCKED.add(me)
-            try: yield
-            finally: LOCKED.discard(me)
-
-
-LOCKED = set()      # within this process; the system's locks work only between processes
-
-
-@contextlib.contextmanager
-def file_errors(what, errors=(OSError, ValueError)):
-    "Turn an error of the file system into one clear line"
-    try: yield
-    except DistillError: raise
-    except errors as e: raise DistillError(f"{what}: {getattr(e, 'strerror', None) or e or type(e).__name__}.") from e
-
-
-def acquire(f):
-    # subtle: lockf, not flock, whose locks survive in forked DataLoader workers after the writer was killed
-    try: import fcntl
-    except ImportError:     # Windows
-        import msvcrt
-        return msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
-    fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        "One writer at a time"
+        return locked_folder(self.path, what or self, name)
 
 
 class Remote(Folder):

@@ -1,11 +1,11 @@
 "A cache to give away: one file, or a folder, with a card; every file is compared with its checksum before and after."
-import os, shutil, stat, zipfile
-from contextlib import suppress
+import shutil, stat, zipfile
 from functools import partial
 from pathlib import Path
+from ..disk import file_errors, new_file
 from ..outputs import DistillError
 from .files import record_size
-from .folder import Folder, file_errors, open_folder
+from .folder import Folder, open_folder
 from .manifest import MAX_MANIFEST, Manifest
 from .reader import TeacherCache
 from .writer import finished
@@ -79,16 +79,11 @@ def manifest_last(files):
 def write_zip(path, files, card, force):
     if path.exists() and not force: raise DistillError(f"There is a file {path} already: choose another name, or pass "
                                                        "force=True.")
-    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     with file_errors(f"Can't write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with zipfile.ZipFile(tmp, 'w', zipfile.ZIP_STORED) as z:
-                z.writestr(entry(CARD), card)
-                for name,(p,n) in manifest_last(files): z.writestr(entry(name), p.read(n))
-            os.replace(tmp, path)
-        finally:
-            with suppress(OSError): tmp.unlink()
+        with new_file(path) as tmp, zipfile.ZipFile(tmp, 'w', zipfile.ZIP_STORED) as z:
+            z.writestr(entry(CARD), card)
+            for name,(p,n) in manifest_last(files): z.writestr(entry(name), p.read(n))
     return path
 
 

@@ -5,10 +5,11 @@ from pathlib import PurePath
 import numpy as np
 import torch
 from torch import Tensor
+from ..disk import file_errors
 from ..outputs import DistillError, Outputs
 from .digests import checksum, file_checksum, input_digest
 from .files import changed_text, newer_record, read_record
-from .folder import file_errors, open_folder
+from .folder import open_folder
 from .keys import dataset_keys
 from .manifest import Manifest, refuse, sample_differences
 

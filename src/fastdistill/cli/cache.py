@@ -5,6 +5,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from ..errors import DistillError
+from .arguments import CacheArg, DataArg, NoCheck, TeacherArg
 from .objects import dataloaders, load_object, load_teacher
 
 __all__ = ['cache_app']
@@ -12,18 +13,15 @@ __all__ = ['cache_app']
 cache_app = typer.Typer(no_args_is_help=True,
                         help="A teacher's outputs on disk: run it once, train as many students as you like.")
 
-TEACHER = typer.Argument(help="A file that Teacher takes (such as an exported Learner, .pkl), or 'file.py:name'.")
-DATA = typer.Argument(help="'file.py:name' of DataLoaders, or of a function that makes them.")
-PATH = typer.Argument(help='Folder of the cache, or its URL.')
 # largest difference of stored numbers, rounding included, relative to the largest number of their row
 TOLERANCE = dict(float32=1e-3, float16=.01, int8=.03)
 
 
 @cache_app.command()
 def write(
-    teacher:Annotated[str, TEACHER],
-    data:Annotated[str, DATA],
-    path:Annotated[str, PATH],
+    teacher:TeacherArg,
+    data:DataArg,
+    path:Annotated[str, typer.Argument(help='Folder of the cache, or its URL.')],
     views:Annotated[int, typer.Option(help='Augmented views of each sample; 0: the clean one.')]=1,
     topk:Annotated[int|None, typer.Option(help='Store only the likeliest classes.')]=None,
     dtype:Annotated[str, typer.Option(help='float32, float16 or int8.')]='float16',
@@ -34,7 +32,7 @@ def write(
     bs:Annotated[int|None, typer.Option(help="Batch size; default: the DataLoaders' own.")]=None,
     workers:Annotated[int|None, typer.Option(help="Workers; default: the DataLoaders' own.")]=None,
     seed:Annotated[int, typer.Option(help='Seed of all random numbers.')]=0,
-    check:Annotated[bool, typer.Option(help='Look for mistakes first.')]=True,
+    check:NoCheck=True,
     force:Annotated[bool, typer.Option('--force', help="Overwrite a cache that doesn't fit.")]=False,
     yes:Annotated[bool, typer.Option('--yes', '-y', help='Ask no questions.')]=False
 ):
@@ -59,9 +57,9 @@ def write(
 
 @cache_app.command()
 def verify(
-    path:Annotated[str, PATH],
-    teacher:Annotated[str, TEACHER],
-    data:Annotated[str, DATA],
+    path:CacheArg,
+    teacher:TeacherArg,
+    data:DataArg,
     n:Annotated[int, typer.Option(help='Number of rows.', min=1)]=64,
     tol:Annotated[float|None, typer.Option(help='Largest difference of a logit, relative to its row.')]=None
 ):
@@ -74,7 +72,7 @@ def verify(
 
 @cache_app.command()
 def info(
-    path:Annotated[str, PATH],
+    path:CacheArg,
     check:Annotated[bool, typer.Option('--check', help='Compare every file with its checksum.')]=False
 ):
     "Show the content of a cache and its teacher."
@@ -94,7 +92,7 @@ def info(
 
 @cache_app.command('pack')
 def pack_command(
-    path:Annotated[str, PATH],
+    path:CacheArg,
     out:Annotated[Path, typer.Argument(help="'targets.zip' (one file, not compressed), or a new folder.")],
     title:Annotated[str|None, typer.Option(help="Of the card; default: by the teacher's name.")]=None,
     data:Annotated[str|None, typer.Option(help='What the samples are, and where to get them.')]=None,

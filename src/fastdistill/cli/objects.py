@@ -4,15 +4,45 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from ..errors import DistillError
+from .arguments import in_file, in_python
 
-__all__ = ['dataloaders', 'learner', 'load_object', 'load_teacher']
+__all__ = ['dataloaders', 'load_model_with_data', 'load_named_learner', 'load_object', 'load_recipe', 'load_teacher',
+           'of_run']
 
 
 def load_teacher(
     name:str # 'file.py:name', or a file that `Teacher` takes
 ):
     "The object of 'file.py:name'. Any other name is returned, for `Teacher` to load"
-    return load_object(name, called) if '.py:' in name else name
+    return load_object(name, called) if in_python(name) else name
+
+
+def load_named_learner(
+    name:str, # 'file.py:name', or the file of an exported Learner
+    data:str|None=None # 'file.py:name' of its DataLoaders; None: its own, or those of its run
+):
+    "A Learner with data"
+    from ..training.exported import learner_in_file
+    dls = None if data is None else load_object(data, dataloaders)
+    if not in_python(name): return learner_in_file(name, dls)
+    learn = load_object(name, learner)
+    if dls is not None: learn.dls = dls
+    return learn
+
+
+def of_run(name): return Path(name).suffix == '.pkl' and (Path(name).parent/'config.toml').is_file()
+
+
+def load_model_with_data(name):
+    "What `load_teacher` returns; of the folder of a run, a Learner with the data of the run"
+    return load_named_learner(name) if of_run(name) else load_teacher(name)
+
+
+def load_recipe(
+    text:str # as `recipe_from_text` reads it, or 'file.py:name'
+):
+    from ..recipe_text import recipe_from_text
+    return load_object(text, lambda o: o) if in_python(text) else recipe_from_text(text)
 
 
 def load_object(
@@ -20,10 +50,7 @@ def load_object(
     use # fn(object) -> what to return
 ):
     "Run a file and return an object from it"
-    file,_,attr = name.rpartition(':')
-    if not file.endswith('.py') or not attr:
-        raise DistillError(f"{name!r}: give a file and a name in it, as in 'train.py:dls'.")
-    if not Path(file).is_file(): raise DistillError(f"There is no file {file!r}.")
+    file,attr = in_file(name)
     module = module_of(Path(file).resolve())
     if not hasattr(module, attr):
         raise DistillError(f"{file} has no {attr!r}. It has: {', '.join(names_in_file(file)) or 'no names'}")

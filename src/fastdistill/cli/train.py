@@ -1,8 +1,9 @@
 "`fastdistill train`: from data to a distilled student and a report, in one command."
-import sys
+import os, sys
 from pathlib import Path
 from typing import Annotated
 import typer
+from ..training.settings import settings_of
 
 __all__ = ['train_command']
 
@@ -14,7 +15,8 @@ def option(text, *names): return typer.Option(*names, help=text, show_default=Fa
 
 def train_command(
     data:Annotated[Text, option('Folder or CSV file.')]=None,
-    teacher:Annotated[Text, option("Architecture to train first, or a file: Learner (.pkl), trees (.joblib) ...")]=None,
+    teacher:Annotated[Text, option('Architecture to train first, a file (Learner .pkl, trees .joblib ...), or a run.'
+                                   )]=None,
     student:Annotated[Text, option('Architecture: resnet18, cnn-16-32-64, bag-64, 50-20 ...')]=None,
     teacher_weights:Annotated[Text, option("A .safetensors file with the teacher's weights.")]=None,
     task:Annotated[Text, option('images, masks, texts or table. (default: auto, read off the data)')]=None,
@@ -65,6 +67,8 @@ def train_command(
     The folder of the run gets report.html, report.json, history.csv, config.toml, environment.json, student.pkl (for
     fastai's load_learner), student/ (weights as safetensors, a card, ONNX if possible) and teacher.safetensors."""
     given = {k: v for k,v in locals().items() if v is not None and k not in ('out', 'config', 'resume')}
+    # mistakes are shown before PyTorch is imported; of several processes, the first one shows them later
+    if os.environ.get('WORLD_SIZE', '1') == '1': settings_of(given, config, out, resume)
     from ..ranks import joined_processes
     from ..training import opened_run
     with joined_processes() as first:

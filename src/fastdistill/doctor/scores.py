@@ -66,7 +66,8 @@ def no_better_than_student(tally):
     scores = f"{f.metric} {f.teacher_score:.3f} and {f.student_score:.3f} on {f.n} validation items"
     if student_is_better(tally):
         yield Finding('warning', f"The teacher is worse than the student is now: {scores}",
-                      f"{IF_SWAPPED}is it the right teacher, with all its weights, and does it get its own preprocessing?")
+                      f"{IF_SWAPPED}is it the right teacher, with all its weights, and does it get its own "
+                      "preprocessing?")
     elif not tally.above(teacher, student, least=0., sure=LEADS):
         yield Finding('note', f"The teacher is no better than the student is now, but for chance: {scores}",
                       "Such a teacher has little to teach. More validation items may show a lead")

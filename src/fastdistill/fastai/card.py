@@ -4,6 +4,7 @@ from pathlib import Path
 from torch import nn
 from safetensors.torch import load_model, save_model
 from fastai.basics import Learner
+from ..disk import new_file, write_atomically
 from ..outputs import DistillError
 from ..report import Report
 from ..teacher.forms import Onnx
@@ -44,15 +45,15 @@ def save_student(
     folder.mkdir(parents=True, exist_ok=True)
     facts = facts_of(learn, validation_inputs(learn, 1)[0]) | dict(network=type(learn.model).__name__,
                                                            parameters=sum(p.numel() for p in learn.model.parameters()))
-    save_model(learn.model, str(folder/'model.safetensors'))
+    with new_file(folder/'model.safetensors') as tmp: save_model(learn.model, str(tmp))
     checked = None
     if onnx is not False:
         try: checked = export_student(learn, folder/'student.onnx')
         except (DistillError, ImportError):
             if onnx: raise
             (folder/'student.onnx').unlink(missing_ok=True)
-    (folder/'config.json').write_text(json.dumps(facts, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
-    (folder/'README.md').write_text(card(title, facts, checked, report), encoding='utf-8')
+    write_atomically(folder/'config.json', json.dumps(facts, indent=1, ensure_ascii=False) + '\n')
+    write_atomically(folder/'README.md', card(title, facts, checked, report))
     if report is not None: report.to_json(folder/'report.json')
     return folder
 

@@ -10,17 +10,19 @@ import fastai
 from fastai.basics import Learner
 from fastai.layers import ToTensorBase
 from ..doctor.runs import guarded_random_state
+from ..doctor.tally import FEW, Tally
 from ..outputs import DistillError, Outputs, as_plain
 from ..report import Report
+from ..task import fit_labels
 from ..teacher import Teacher
 from ..teacher.speed import AS_IT_IS
-from .batches import prepared, some_batches
+from .batches import prepared, prepared_batches, some_batches
 from .compare import compare
 from .task import task_of
 from .teachers import image_stats
 from .vocab import vocab_of
 
-__all__ = ['check_learner', 'Exported', 'export_student', 'facts_of', 'validation_inputs']
+__all__ = ['Exported', 'check_learner', 'export_student', 'facts_of', 'validation_inputs', 'weak_score']
 
 KEY = 'fastdistill' # name of the metadata inside a file
 CLOSE = .01 # largest difference that rounding explains, as a share of the largest output
@@ -97,6 +99,24 @@ def export_student(
     difference,count = compared(learn, path, batches[:n], None if int8 else CLOSE)
     report = compare({'float32': learn, 'int8': str(path)}, seconds=0, progress=False) if int8 else None
     return Exported(path, path.stat().st_size, difference, count, facts, report)
+
+
+def weak_score(
+    learn:Learner,
+    n:int=8 # validation batches
+) -> str|None:
+    "The score of a model that is not better than a constant prediction, in words; None if it is, or can't be told"
+    task = task_of(learn.loss_func)
+    tally,(valid,_) = Tally(task),prepared_batches(learn, n, 1)
+    with closing(valid), guarded_random_state(), Teacher(learn.model, **AS_IT_IS) as model, torch.no_grad():
+        for x,y in valid:
+            logits = model(*x).logits
+            y = fit_labels(as_plain(y[0]), logits.shape, task) if y and isinstance(y[0], torch.Tensor) else None
+            if y is not None: tally.add(as_plain(logits), y)
+    if len(tally.items('teacher')) < FEW or tally.above_constant(0.): return None
+    f = tally.facts()
+    return (f'{f.metric} {f.teacher_score:.3f} on {f.n} validation samples, where a constant prediction has '
+            f'{f.constant_score:.3f}')
 
 
 def validation_inputs(learn, n):

@@ -1,5 +1,5 @@
 "Recipes side by side, over several seeds: the experiment behind a choice of recipe."
-import json, os, re, warnings
+import json, re, warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -7,6 +7,7 @@ from fastai.basics import Learner
 from ..cache.digests import fingerprint
 from ..cache.reader import TeacherCache
 from ..cache.source import identity_of
+from ..disk import write_json
 from ..measure.seeds import adjusted, difference_by_seed
 from ..outputs import DistillError, DistillWarning
 from ..replay.seeds import seeded
@@ -148,10 +149,3 @@ def read_json(path):
     if not path.is_file(): return None
     try: return json.loads(path.read_text(encoding='utf-8'))
     except ValueError as e: raise DistillError(f"{path} is damaged ({e}). Delete it: its seed is trained again.") from e
-
-
-def write_json(path, data):
-    "At once, so that a process that is killed leaves no half of a file"
-    new = path.with_suffix(f'.{os.getpid()}.new')
-    new.write_text(json.dumps(data, indent=1) + '\n', encoding='utf-8')
-    os.replace(new, path)

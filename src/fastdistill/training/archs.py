@@ -12,8 +12,7 @@ from fastai.tabular.learner import tabular_learner
 from fastai.text.learner import text_classifier_learner
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
 from fastai.vision.learner import unet_learner, vision_learner
-from ..errors import DistillError
-from ..recipe_text import close_name
+from ..errors import DistillError, close_name
 from .config import TRAIN_TASKS
 
 __all__ = ['check_arch', 'learner_of']

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 from ..errors import DistillError
 from ..fastai.compare import shown_bar
+from .fingerprint import NAMED
 
 __all__ = ['checked_samples']
 
-NAMED = 5 # files, rows or classes that a message names
 MANY_NUMBERS = 50 # more whole numbers than these are quantities, not classes
 
 
@@ -115,11 +115,14 @@ def checked_files(s, config):
 
 
 def size_of_file(x):
-    "(height, width) of an image whose file is not damaged, as far as its checksums show"
+    "(height, width) of an image whose file is complete, and whose checksums are right"
     from PIL import Image
-    with Image.open(io.BytesIO(x) if isinstance(x, bytes) else x) as im:
+    opened = lambda: Image.open(io.BytesIO(x) if isinstance(x, bytes) else x)
+    with opened() as im: im.verify()
+    with opened() as im:
         size = im.size[::-1]
-        im.verify()
+        im.draft(im.mode, (1, 1))       # a JPEG is read to its end, but decoded at an eighth of its size
+        im.load()
     return size
 
 

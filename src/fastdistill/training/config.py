@@ -2,10 +2,10 @@
 import json, math, os, tomllib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from ..errors import DistillError
-from ..recipe_text import close_name, recipe_from_text
+from ..disk import write_atomically
+from ..errors import DistillError, close_name
 
-__all__ = ['TRAIN_TASKS', 'TrainConfig', 'read_config', 'write_atomically', 'write_config']
+__all__ = ['TRAIN_TASKS', 'TrainConfig', 'check_data_path', 'exported_student', 'read_config', 'write_config']
 
 TRAIN_TASKS = 'images','masks','texts','table'
 AUGMENTATIONS = 'flip','full','none'
@@ -17,7 +17,8 @@ LOGGERS = 'csv','tensorboard' # history.csv is always written
 class TrainConfig:
     "What is trained, on what, and how. The command has a flag for each"
     data:str # a folder or a CSV file
-    teacher:str # an architecture that is trained first, or a file that `Teacher` takes, such as an exported Learner
+    teacher:str # an architecture that is trained first, or a file that `Teacher` takes, such as an exported Learner; or
+    # the folder of a finished run, whose student teaches
     student:str # an architecture
     teacher_weights:str='' # safetensors of the teacher's architecture; empty: it is trained
     task:str='auto' # one of TRAIN_TASKS
@@ -57,7 +58,6 @@ class TrainConfig:
         if wrong := [o for o in self.loggers if o not in LOGGERS]:
             raise DistillError(f"log={wrong[0]!r}: possible are {', '.join(LOGGERS)}")
         self.parts_of_size()
-        recipe_from_text(self.recipe)
 
     def check_rate(self, k):
         v = getattr(self, k)
@@ -76,11 +76,30 @@ class TrainConfig:
         "Is the teacher a file, and not an architecture?"
         return Path(self.teacher).suffix in FILES or os.sep in self.teacher
 
+    def check_files(self):
+        "What the settings name exists"
+        check_data_path(self.data)
+        if Path(self.student).suffix in FILES or '.py:' in self.student:
+            raise DistillError(f"student={self.student!r}: the student of a run is trained from the start, so this is "
+                               "an architecture, such as 'resnet18'.")
+        if '.py:' in self.teacher:
+            raise DistillError(f"teacher={self.teacher!r}: a run needs a file that can be read again when it resumes. "
+                               "Write one with learn.export('teacher.pkl').")
+        if self.teacher_weights and not Path(self.teacher_weights).is_file():
+            raise DistillError(f"There is no file {self.teacher_weights!r}.")
+        if not self.teacher_file: return
+        if not Path(self.teacher).is_file():
+            raise DistillError(f"There is no file {self.teacher!r}. teacher= is a file or an architecture.")
+        if Path(self.teacher).suffix == '.safetensors':
+            raise DistillError(f"{self.teacher} holds weights, but no architecture: teacher='resnet34', "
+                               f"teacher_weights={self.teacher!r}.")
+
     def absolute(self):
         "The same settings, which mean the same in every folder"
-        given = dict(data=True, teacher=self.teacher_file, teacher_weights=self.teacher_weights,
-                     valid=Path(self.valid).is_file())
-        return replace(self, **{k: os.path.abspath(getattr(self, k)) for k,is_path in given.items() if is_path})
+        c = replace(self, teacher=exported_student(self.teacher))
+        given = dict(data=True, teacher=c.teacher_file, teacher_weights=c.teacher_weights,
+                     valid=Path(c.valid).is_file())
+        return replace(c, **{k: os.path.abspath(getattr(c, k)) for k,is_path in given.items() if is_path})
 
     def parts_of_size(self):
         "(height, width); None: read off the images"
@@ -90,6 +109,21 @@ class TrainConfig:
             raise DistillError(f"size={self.size!r}: possible are 'auto', pixels such as 224, or height and width such "
                                "as 72x96, from 8 to 8192")
         return int(h),int(w or h)
+
+
+def check_data_path(path):
+    if not Path(path).exists(): raise DistillError(f"There is no file or folder {str(path)!r}.")
+
+
+def exported_student(
+    path:str # of a model
+) -> str:
+    "The exported student of a run, if this is the folder of one; any other path as it is"
+    file = Path(path)/'student.pkl'
+    if file.is_file(): return str(file)
+    if not (Path(path)/'config.toml').is_file(): return path
+    raise DistillError(f"The run in {path} is not finished: it has no student.pkl. Continue it with fastdistill train "
+                       f"--resume --out {path}")
 
 
 def checked_type(name, v, of):
@@ -131,20 +165,9 @@ def write_config(
     "Write settings as TOML"
     lines = ['# repeats this run: fastdistill train --config FILE']
     lines += [f'{k} = {toml_value(v)}' for k,v in asdict(config).items()]
-    write_atomically(path, lambda f: f.write(('\n'.join(lines) + '\n').encode()))
+    write_atomically(path, '\n'.join(lines) + '\n')
 
 
 def toml_value(v):
     # subtle: JSON's escapes are TOML's, but for one character that JSON does not escape
     return json.dumps(v, ensure_ascii=False).replace('\x7f', '\\u007f')
-
-
-def write_atomically(
-    path,
-    write # fn(binary file)
-):
-    "Write a file at once, so that a process that is killed leaves no half of it"
-    path = Path(path)
-    new = path.with_name(f'.{path.name}.new')
-    with open(new, 'wb') as f: write(f)
-    os.replace(new, path)

@@ -1,11 +1,12 @@
 "What is at a path: images in folders, images with masks, a CSV file, a Hugging Face data set. As a table of samples."
+import os
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from fastai.data.transforms import get_files, image_extensions
-from ..errors import DistillError
-from ..recipe_text import close_name
+from fastai.data.transforms import image_extensions
+from ..errors import DistillError, close_name
+from .config import check_data_path
 
 __all__ = ['Samples', 'read_samples']
 
@@ -37,8 +38,8 @@ def read_samples(
     config # a TrainConfig
 ) -> Samples:
     "The samples at `config.data`, before anything is checked"
+    check_data_path(config.data)
     path = Path(config.data)
-    if not path.exists(): raise DistillError(f"There is no file or folder {config.data!r}.")
     if path.is_file(): s = from_csv(path, config)
     elif is_dataset(path): s = from_dataset(path, config)
     elif mask_folders(path) and config.task in ('auto', 'masks'): s = from_masks(path)
@@ -64,13 +65,43 @@ def split_folders(path):
     return (train, valid) if train and valid else None
 
 
-def image_files(folder): return sorted(get_files(folder, extensions=image_extensions))
+def image_files(folder):
+    "The images below a folder, also behind links to other folders"
+    files,above = [],{str(folder): [os.path.realpath(folder)]}
+    for parent,folders,names in os.walk(folder, followlinks=True):
+        inside = {n: os.path.join(parent, n) for n in folders if not n.startswith('.')}
+        # subtle: a link to a folder that leads back here would be followed again and again
+        folders[:] = [n for n,p in inside.items() if not leads_back(p, above[parent])]
+        above |= {inside[n]: [*above[parent], os.path.realpath(inside[n])] for n in folders}
+        files += [Path(parent, n) for n in names
+                  if not n.startswith('.') and Path(n).suffix.lower() in image_extensions]
+    return sorted(files)
+
+
+def leads_back(path, above):
+    real = os.path.realpath(path)
+    return os.path.islink(path) and any(Path(p).is_relative_to(real) for p in above)
+
+
+def check_each_once(files):
+    "Refuse images that links show twice, since one of them could be in the validation set"
+    folders,first,again = {},{},[]
+    for p in files:
+        if p.parent not in folders: folders[p.parent] = os.path.realpath(p.parent)
+        real = os.path.realpath(p) if p.is_symlink() else os.path.join(folders[p.parent], p.name)
+        if real in first: again.append((first[real], p))
+        else: first[real] = p
+    if again:
+        a,b = again[0]
+        raise DistillError(f"{len(again)} of {len(files)} images are there twice, through links: {a} and {b} are the "
+                           "same file. One of them could be trained on and the other validated on: remove the link.")
 
 
 def from_folders(path, config):
     "Classes as folders; in folders train and valid, if these are there"
     split = split_folders(path)
     files = [(p, i) for i,folder in enumerate(split or [path]) for p in image_files(folder)]
+    check_each_once([p for p,_ in files])
     if not files:
         layouts = '; '.join(DATA_FORMS.values())
         raise DistillError(f"{path} holds no images, and no data in another form. Possible are: {layouts}.")
@@ -102,6 +133,7 @@ def from_masks(path):
             if (stem := p.relative_to(images).with_suffix('')) not in of:
                 raise DistillError(f"{p} has no mask: {masks/stem}.png is missing.")
             rows.append((str(p), str(of[stem]), i == 1))
+    check_each_once([Path(x) for x,*_ in rows])
     frame = pd.DataFrame(rows, columns=['x', 'y', 'valid'])
     valid = frame.pop('valid').to_numpy() if split_folders(path) else None
     codes = path/'codes.txt'

@@ -1,6 +1,6 @@
 "A whole run: data, teacher, student with and without it, their comparison, and a folder with the results."
-import csv, io, os, platform, shutil, warnings
-from contextlib import closing
+import csv, io, json, platform, shutil, warnings
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_model
 from fastai.basics import Learner
-from fastai.callback.schedule import valley
+from ..disk import enough_space, locked_folder, new_file, write_atomically, write_json
 from ..errors import DistillError
 from ..fastai import Distiller, KnowledgeDistillation, compare, save_student
 from ..fastai.batches import prepared_batches
 from ..fastai.compare import history_of
-from ..fastai.recipe_runs import write_json
 from ..fastai.task import task_of
 from ..fastai.teachers import teacher_of
 from ..ranks import first_then_others, leave_processes, on_first, rank, world_size
@@ -23,17 +22,18 @@ from ..teacher.estimator import is_estimator
 from ..teacher.speed import AS_IT_IS
 from .archs import check_arch, learner_of
 from .checks import checked_samples
-from .config import TrainConfig, read_config, write_atomically, write_config
+from .config import TrainConfig, write_config
 from .files import read_samples
+from .fingerprint import data_changes, data_fingerprint
 from .loaders import loaders_of
-from .stages import Checkpoints, fit_stage, seed_everything, silent
+from .settings import settings_of
+from .stages import Checkpoints, find_rate, fit_stage, seed_everything, silent
 from .teachers import file_teacher, with_weights
 
 __all__ = ['TrainRun', 'opened_run']
 
 FOR_TEACHER,FOR_STUDENT = 1,2 # numbers of what is seeded: both students have the same start and the same batches
 PACKAGES = 'fastdistill', 'fastai', 'torch', 'torchvision', 'timm', 'numpy', 'pandas', 'safetensors'
-LOWEST,HIGHEST,IF_NONE_IS_FOUND = 1e-4,.03,1e-3 # learning rates
 
 
 def opened_run(
@@ -45,44 +45,6 @@ def opened_run(
 ):
     "The run in `out`, or a new one. Nothing is written yet"
     return TrainRun(*on_first(lambda: settings_of(given, config_file, out, resume)), **kwargs)
-
-
-def settings_of(given, config_file, out, resume):
-    "(TrainConfig, folder)"
-    folder = None if out is None else Path(out)
-    if resume and folder is None: raise DistillError("resume=True needs the folder of the run: out='runs/NAME'.")
-    if resume and (folder/'config.toml').is_file():
-        if config_file is not None: raise DistillError(f"{folder} has its own settings: leave config= out.")
-        stored = TrainConfig(**read_config(folder/'config.toml'))
-        check_unchanged(given, stored, folder)
-        return stored,folder
-    if resume and not given and config_file is None:
-        raise DistillError(f"There is no run in {folder} (no config.toml).")
-    settings = ({} if config_file is None else read_config(config_file)) | given
-    if missing := [k for k in ('data', 'teacher', 'student') if k not in settings]:
-        raise DistillError(f"{'=, '.join(missing)}= is missing. An example: fastdistill train --data photos --teacher "
-                           "resnet34 --student resnet18")
-    config = TrainConfig(**settings).absolute()
-    if folder is None: folder = free_folder(config)
-    # subtle: a run that was killed at its very beginning left half of its settings
-    if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - {'.config.toml.new'}):
-        what = 'a run' if (folder/'config.toml').is_file() else 'something else'
-        raise DistillError(f"{folder} holds {what} already. Give another out=, or resume=True to continue a run.")
-    return config,folder
-
-
-def check_unchanged(given, stored, folder):
-    asked = asdict(TrainConfig(**asdict(stored) | given).absolute())
-    for k in given:
-        if asked[k] != getattr(stored, k) and asked[k] != 'auto':
-            raise DistillError(f"{folder} holds a run with {k}={getattr(stored, k)!r}, now {k}={asked[k]!r}. Give the "
-                               "new one another out=.")
-
-
-def free_folder(config):
-    stem = f"{Path(config.data).name.split('.')[0]}-{config.student}"
-    names = (f'{stem}-{i}' if i > 1 else stem for i in range(1, 10000))
-    return next(p for p in (Path('runs')/n for n in names) if not p.exists())
 
 
 class TrainRun:
@@ -98,20 +60,22 @@ class TrainRun:
         self.say,self.bar = (say, bar) if self.first else (silent, False)
         self.recipe = recipe_from_text(config.recipe)
         self.files = folder/'checkpoints'
+        self.begun = self.files/'begun.json' # the settings and a fingerprint of the data
 
     def __call__(self):
         "Do what is missing of the run. Returns the Report, in the first process"
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), ExitStack() as self.locks:
             # fastai's tables with pandas 3, about arrays that it only reads
             warnings.filterwarnings('ignore', message='The given NumPy array is not writable')
             models = self.trained()
             leave_processes()
-            return self.write_results(models) if self.first else None
+            report = self.write_results(models) if self.first else None
+        if self.first: shutil.rmtree(self.files)        # after its lock is released
+        return report
 
     def trained(self):
         "name -> model"
-        c = self.config
-        on_first(self.check_start)
+        self.config = c = on_first(self.check_start)
         loaded = first_then_others(lambda: file_teacher(c.teacher) if c.teacher_file else None)
         s = on_first(lambda: self.samples(loaded))
         student,teacher,make = first_then_others(lambda: self.make_models(s, loaded))
@@ -122,7 +86,7 @@ class TrainRun:
         models = dict(teacher=teacher)
         if isinstance(teacher, Learner) and loaded is None and not c.teacher_weights:
             self.fit('teacher', teacher, c.teacher_epochs or c.epochs, self.config.teacher_lr, FOR_TEACHER, loggers)
-            if self.first: save_model(teacher.model, str(self.folder/'teacher.safetensors'))
+            if self.first: self.write_weights(teacher)
         if c.baseline:
             models['alone'] = self.seeded(FOR_STUDENT, lambda: make(c.student))
             self.fit('alone', models['alone'], c.epochs, self.config.lr, FOR_STUDENT, loggers)
@@ -132,14 +96,44 @@ class TrainRun:
         return models
 
     def check_start(self):
-        "What is known before the data are read"
-        if (self.folder/'report.json').is_file(): raise DistillError(f"The run in {self.folder} is finished.")
+        "What is known before the data are read. Returns the settings"
+        config = self.settings_at_begin()
         self.loggers()
-        if self.processes == 1: return
+        if self.processes == 1: return config
         if find_spec('accelerate') is None: raise ImportError('A training in several processes: pip install accelerate')
         if ':' in self.config.device:
             raise DistillError(f"device={self.config.device!r} is one device, for {self.processes} processes. Each "
                                "takes its own with device='auto'.")
+        return config
+
+    def read_begun(self):
+        "What the run was begun with; empty if it is new"
+        if not self.begun.is_file(): return {}
+        try: return json.loads(self.begun.read_text(encoding='utf-8'))
+        except ValueError as e:
+            raise DistillError(f"{self.begun} is damaged ({e}), so whether the data changed is unknown. Start a new "
+                               "run with another out=.") from e
+
+    def settings_at_begin(self):
+        "The settings, with the learning rates that were found; an error if config.toml was changed since"
+        before,now = self.read_begun().get('settings', {}),asdict(self.config)
+        found = {k: before[k] for k in ('lr', 'teacher_lr') if now[k] == 'auto' and k in before}
+        # of two paths, the contents are compared instead
+        same_kind = lambda k: all(isinstance(o[k], str) and Path(o[k]).is_absolute() for o in (before, now))
+        wrong = [k for k in now if k in before and k not in found and before[k] != now[k] and not same_kind(k)]
+        if wrong:
+            was = ', '.join(f'{k}={before[k]!r}' for k in wrong)
+            raise DistillError(f"{self.folder/'config.toml'} has {', '.join(f'{k}={now[k]!r}' for k in wrong)}, but "
+                               f"the run began with {was}. Restore that to resume, or start a new run with config= and "
+                               "another out=.")
+        return replace(self.config, **found)
+
+    def check_data_unchanged(self):
+        before = self.read_begun().get('data')
+        if before is None or not (changes := data_changes(before, self.data)): return
+        raise DistillError(f"The data of the run in {self.folder} changed since it began: {'; '.join(changes)}. "
+                           "Continuing would train on other samples, and perhaps validate on samples that were "
+                           "trained on. Restore the data to resume, or start a new run with config= and another out=.")
 
     def make_models(self, s, loaded):
         "(student, teacher, fn(architecture) -> Learner)"
@@ -160,7 +154,10 @@ class TrainRun:
                                f"rows of a table, but {self.config.data} holds {s.task}.")
         check_arch(self.config.student, s.task)
         if loaded is None: check_arch(self.config.teacher, s.task)
-        return checked_samples(s, self.config)
+        checked = checked_samples(s, self.config)
+        self.data = data_fingerprint(checked, s.valid, self.config)
+        self.check_data_unchanged()
+        return checked
 
     def seeded(self, number, make):
         seed_everything(self.config.seed, number)
@@ -196,10 +193,10 @@ class TrainRun:
         for k in wanted:
             arch,number = (c.student, FOR_STUDENT) if k == 'lr' else (c.teacher, FOR_TEACHER)
             learn = self.seeded(number, lambda arch=arch: make(arch))
-            lr = found_rate(learn, self.files)
+            lr = find_rate(learn, self.files, self.config.seed, number)
             self.config = replace(self.config, **{k: lr})
             self.say(f'learning rate of {arch}: {lr:g}, found by lr_find')
-        if wanted: write_config(self.config, self.folder/'config.toml')
+        if wanted: self.write_settings()
         return self.config
 
     def fit(self, name, learn, epochs, lr, number, loggers, kd=None):
@@ -220,14 +217,25 @@ class TrainRun:
         return lambda name: TensorBoardCallback(self.folder/'tensorboard'/name, trace_model=False, log_preds=False)
 
     def write_start(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder/'config.toml').is_file(): write_config(self.config, self.folder/'config.toml')
-        self.files.mkdir(exist_ok=True)
+        self.locks.enter_context(locked_folder(self.files, self.folder))
+        if (self.folder/'report.json').is_file(): raise DistillError(f"The run in {self.folder} is finished.")
+        for folder in (self.folder, self.files):
+            for p in folder.glob('*.tmp'): p.unlink()       # of a process that was killed
+        self.write_settings()
         facts = dict(python=platform.python_version(), platform=platform.platform(), threads=torch.get_num_threads(),
                      processes=self.processes, **{n: v for n in PACKAGES if (v := installed(n))})
         write_json(self.folder/'environment.json', facts)
 
+    def write_settings(self):
+        # subtle: begun.json first, since a rate that is 'auto' in config.toml is read from it
+        write_json(self.begun, dict(settings=asdict(self.config), data=self.data))
+        write_config(self.config, self.folder/'config.toml')
+
     def write_results(self, models):
+        with enough_space(self.folder): return self.written(models)
+
+    def written(self, models):
+        "The report, when it and all other results are in the folder"
         self.write_history(models)
         c = self.config
         with warnings.catch_warnings():
@@ -237,12 +245,13 @@ class TrainRun:
             student = models['distilled']
             save_student(student, self.folder/'student', report, onnx=None if c.onnx else False,
                          title=f'{c.student} on {Path(c.data).name}')
-            student.export(Path.cwd()/self.folder/'student.pkl')
-        report.to_html(self.folder/'report.html')
-        report.to_json(self.folder/'.report.json.new')
-        os.replace(self.folder/'.report.json.new', self.folder/'report.json')
-        shutil.rmtree(self.files)
+            with new_file(Path.cwd()/self.folder/'student.pkl') as tmp: student.export(tmp)
+        with new_file(self.folder/'report.html') as tmp: report.to_html(tmp)
+        with new_file(self.folder/'report.json') as tmp: report.to_json(tmp)
         return report
+
+    def write_weights(self, teacher):
+        with new_file(self.folder/'teacher.safetensors') as tmp: save_model(teacher.model, str(tmp))
 
     def write_history(self, models):
         "A row for each epoch of each training"
@@ -255,7 +264,7 @@ class TrainRun:
             for i,values in enumerate(zip(*t.values())):
                 row = dict(zip(t, values))
                 rows.writerow([n, i, *(row.get(k, '') for k in columns)])
-        write_atomically(self.folder/'history.csv', lambda f: f.write(text.getvalue().encode()))
+        write_atomically(self.folder/'history.csv', text.getvalue())
 
 
 def samples_in_words(s):
@@ -272,17 +281,6 @@ def parameters(model):
     "Their number in words"
     model = getattr(model, 'model', model)
     return f'{sum(p.numel() for p in model.parameters()):,} parameters' if hasattr(model, 'parameters') else 'a file'
-
-
-def found_rate(learn, folder):
-    "The valley that fastai's lr_find suggests, between LOWEST and HIGHEST; IF_NONE_IS_FOUND if it finds none"
-    learn.path,learn.model_dir = folder,'.'
-    with learn.no_bar(), warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        # subtle: a loss that is not finite from the first steps leaves fastai's rule without numbers
-        try: lr = float(learn.lr_find(show_plot=False, suggest_funcs=valley).valley)
-        except (RuntimeError, ValueError, IndexError, ZeroDivisionError, TypeError): return IF_NONE_IS_FOUND
-    return float(f'{min(max(lr, LOWEST), HIGHEST):.3g}')
 
 
 def installed(name):

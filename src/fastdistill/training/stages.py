@@ -1,20 +1,22 @@
 "One fit that can be interrupted after any epoch, and continues to the same result."
-import random
+import random, warnings
 from contextlib import nullcontext
 import numpy as np
 import torch
 from fastai.basics import Callback, CancelEpochException, L, get_model, one_param, to_device
+from fastai.callback.schedule import valley
+from ..disk import enough_space, write_atomically
 from ..errors import DistillError
 from ..fastai.columns import row_by_column
 from ..fastai.compare import history_of
 from ..outputs import as_plain, map_tensors
 from ..ranks import broadcast, on_first, rank, world_size
 from ..replay.seeds import seeds_of
-from .config import write_atomically
 
-__all__ = ['Checkpoints', 'fit_stage', 'seed_everything']
+__all__ = ['Checkpoints', 'find_rate', 'fit_stage', 'seed_everything']
 
-BEFORE_FIT = 2**32 # in place of the number of an epoch
+BEFORE_FIT = 2**32 # instead of the number of an epoch
+LOWEST,HIGHEST,IF_NONE_IS_FOUND = 1e-4,.03,1e-3 # learning rates
 
 
 def seed_everything(*numbers):
@@ -25,6 +27,14 @@ def seed_everything(*numbers):
     np.random.seed(seed & 0xffffffff)
     torch.manual_seed(seed & 0x7fffffffffffffff)
     return seed
+
+
+def seed_epoch(learn, *numbers):
+    "Seed all that an epoch draws from, the DataLoaders' generators included. The last number is the epoch's"
+    # projectors and choices before the fit are the same in all processes, dropout and augmentation are not
+    mine = [rank()] if rank() and numbers[-1] != BEFORE_FIT else []
+    seed = seed_everything(*numbers, *mine)
+    for i,dl in enumerate(learn.dls.loaders): dl.rng = random.Random(seed + i)
 
 
 class Checkpoints(Callback):
@@ -59,13 +69,7 @@ class Checkpoints(Callback):
         r.smooth_loss.count,r.smooth_loss.val = s['smooth']
         self.learn.train_iter = len(r.losses)
 
-    def before_epoch(self): self.seed_epoch(self.learn, self.epoch)
-
-    def seed_epoch(self, learn, epoch):
-        # projectors and choices before the fit are the same in all processes, dropout and augmentation are not
-        mine = [rank()] if rank() and epoch != BEFORE_FIT else []
-        seed = seed_everything(*self.seed, epoch, *mine)
-        for i,dl in enumerate(learn.dls.loaders): dl.rng = random.Random(seed + i)
+    def before_epoch(self): seed_epoch(self.learn, *self.seed, self.epoch)
 
     def after_epoch(self):
         # the averages of batch-norm in projectors, which DistributedDataParallel does not know
@@ -121,7 +125,7 @@ def fit_stage(
         checkpoints.restore(learn)
         return history_of(learn)
     # subtle: what a fit measures before its first epoch, such as the teacher's temperature, is the same after a resume
-    checkpoints.seed_epoch(learn, BEFORE_FIT)
+    seed_epoch(learn, *checkpoints.seed, BEFORE_FIT)
     logger,learn._do_fit = learn.logger,EpochsFrom(learn, checkpoints.done)
     cbs = [*cbs, *filter(None, [checkpoints.kd]), checkpoints]
     if world_size() > 1:
@@ -135,6 +139,24 @@ def fit_stage(
         learn.logger = logger
         del learn._do_fit
     return history_of(learn)
+
+
+def find_rate(
+    learn,
+    folder, # for the weights, which are restored at the end
+    *seed # numbers
+) -> float:
+    "The valley that fastai's lr_find suggests, between LOWEST and HIGHEST; IF_NONE_IS_FOUND if it finds none"
+    learn.path,learn.model_dir = folder,'.'
+    seed_epoch(learn, *seed, BEFORE_FIT)
+    with learn.no_bar(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try:
+            with enough_space(folder): lr = float(learn.lr_find(show_plot=False, suggest_funcs=valley).valley)
+        except DistillError: raise
+        # subtle: a loss that is not finite from the first steps leaves fastai's rule without numbers
+        except (RuntimeError, ValueError, IndexError, ZeroDivisionError, TypeError): return IF_NONE_IS_FOUND
+    return float(f'{min(max(lr, LOWEST), HIGHEST):.3g}')
 
 
 def silent(_): "fastai's row of numbers is not printed"

@@ -15,9 +15,6 @@ def file_teacher(
 ):
     "What `Teacher` takes: an exported Learner, an estimator, or the path of another file"
     file = Path(path)
-    if not file.is_file(): raise DistillError(f"There is no file {path!r}. teacher= is a file or an architecture.")
-    if file.suffix == '.safetensors':
-        raise DistillError(f"{path} holds weights, but no architecture: teacher='resnet34', teacher_weights={path!r}.")
     return exported(file) if file.suffix in PICKLES else path
 
 
@@ -27,7 +24,6 @@ def with_weights(
 ):
     "A Learner, or a plain model of torchvision or timm, with the weights of the file"
     path = Path(config.teacher_weights)
-    if not path.is_file(): raise DistillError(f"There is no file {config.teacher_weights!r}.")
     try: weights = load_file(path)
     except (SafetensorError, OSError, ValueError) as e:
         raise DistillError(f"{path} is no safetensors file: {e}") from e
