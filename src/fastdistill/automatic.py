@@ -4,6 +4,7 @@ from torch import Tensor, special
 from . import losses
 from .distiller import Distiller, Recipe, Term
 from .outputs import DistillError
+from .recipe_text import recipe_from_text
 from .recipes import dist, kd, soft_labels
 from .task import facts_of_outputs
 
@@ -105,5 +106,7 @@ def shared(loss, name, why, **options):
 
 def chosen_for(logits_shape, task, ask, labels): return auto(**facts_for_auto(logits_shape, task, ask), labels=labels)
 
+def chosen_before(text, why): return Automatic(recipe_from_text(text), text, why)
+
 # a Distiller knows no particular loss, but without a recipe it takes this one
-Distiller.auto = staticmethod(chosen_for)
+Distiller.auto,Distiller.chosen_before = staticmethod(chosen_for),staticmethod(chosen_before)
