@@ -41,7 +41,7 @@ def to_meta(o):
 
 def to_device(d, device):
     d.to(device)
-    for r in d.ratios.values(): r.norms = r.norms.to(device)
+    for r in d.ratios.values(): r.means = r.means.to(device)
 
 def step_on_meta(recipe, dense=False, mixed=False, **options):
     "One batch on the CPU, the next on `meta`"

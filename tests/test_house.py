@@ -42,7 +42,7 @@ LAW = dict(
     report=('errors plots', '', 'rich jinja2 matplotlib IPython'),
     measure=('outputs task losses teacher doctor report', 'torch numpy', 'scipy'),
     __init__=('docments', 'lazy_loader', ''),
-    fastai=('disk outputs docments ranks task class_sets batch gradients losses features replay cache teacher terms distiller heads recipes automatic recipe_text candidates study doctor plots report measure',
+    fastai=('disk outputs docments ranks task class_sets batch gradients losses features replay cache teacher terms distiller heads recipes automatic recipe_text trainers candidates study doctor plots report measure',
             'torch numpy fastai safetensors', 'pandas rich IPython matplotlib onnx onnxscript onnxruntime torchao'),
     huggingface=('outputs ranks batch features replay teacher doctor distiller automatic trainers', 'torch transformers accelerate', ''),
     lightning=('outputs ranks batch features replay teacher task distiller automatic trainers', 'torch lightning', ''),

@@ -1,5 +1,7 @@
 "Inputs without labels beside the labelled batches: the teacher alone teaches there, in every application."
+import random
 from pathlib import Path
+import numpy as np
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
@@ -112,6 +114,34 @@ def test_what_goes_wrong_is_said_before_the_first_batch(tmp_path):
     image,big = pair('image')
     with pytest.raises(DistillError, match='perturbed= is for tables, with rows of numbers'): image.fit(1, cbs=KD(big, perturbed=2))
     with pytest.raises(DistillError, match="these items can't be prepared as the training set's are"): image.fit(1, cbs=KD(big, unlabelled=[object()]))
+
+
+WEIGHT_0 = [kd(alpha=0.), Recipe(Term(losses.kl, lambda p: 0.)), Recipe(Term(losses.kl, 0.), Term(losses.dkd, 0.))]
+
+@pytest.mark.parametrize('recipe', WEIGHT_0, ids=['number', 'schedule', 'two terms'])
+@pytest.mark.parametrize('how', ['items', 'DataLoader', 'stored', 'perturbed'])
+def test_weight_0_trains_bit_for_bit_as_without_a_teacher(tmp_path, how, recipe):
+    "With dropout, batch-norm, a shuffled training set and random draws of the labelled batches"
+    class Noise(Callback):
+        def before_batch(self):
+            if self.training: self.learn.xb = (self.x + torch.randn_like(self.x)*random.random()*np.random.rand(),)
+    runs = []
+    for teach in (False, True):
+        student,teacher = toy(bs=8)
+        student.model = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Dropout(.5), nn.Linear(6, 4))
+        more,options = torch.randn(24, 8, generator=torch.Generator().manual_seed(5)),{}
+        if how == 'perturbed': options = dict(perturbed=2)
+        elif how == 'DataLoader': options = dict(unlabelled=DataLoader(more, bs=8, shuffle=True))
+        else: options = dict(unlabelled=list(more))
+        if how == 'stored': options['unlabelled_targets'] = cache_teacher(teacher, student.dls, tmp_path/f'{teach}', kind='softmax', unlabelled=list(more), check=False)
+        apps.set_seed(3, reproducible=True)
+        for p in student.model.parameters(): nn.init.normal_(p)
+        student.fit(2, .1, cbs=[Noise(), *([KD(teacher, recipe, **options)] if teach else [])])
+        runs.append([*[v.clone() for v in student.model.state_dict().values()], torch.get_rng_state(), random.random(), np.random.rand()])
+    *tensors,a,b = zip(*runs)
+    assert all(torch.equal(*v) for v in tensors)
+    assert a[0] == a[1]
+    assert b[0] == b[1]
 
 
 # from stored outputs

@@ -4,7 +4,7 @@ from torch import Tensor, special
 from . import losses
 from .distiller import Distiller, Recipe, Term
 from .outputs import DistillError
-from .recipe_text import as_recipe
+from .recipe_text import as_recipe, recipe_from_text
 from .recipes import dist, kd, soft_labels
 from .task import facts_of_outputs
 
@@ -109,5 +109,9 @@ def shared(loss, name, why, kind, **options):
 def chosen_for(logits_shape, task, ask, labels, doubt=None):
     return auto(**facts_for_auto(logits_shape, task, ask), labels=labels, doubt=doubt)
 
-# a Distiller knows no particular loss: these read a recipe, and choose one where none is given
+def chosen_before(text, why, kind): return Automatic(recipe_from_text(text), text, why, kind)
+
+
+# a Distiller knows no particular loss: these read a recipe, choose one where none is given, and make a chosen one again
 Distiller.as_recipe,Distiller.auto = staticmethod(as_recipe),staticmethod(chosen_for)
+Distiller.chosen_before = staticmethod(chosen_before)

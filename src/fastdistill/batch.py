@@ -1,6 +1,7 @@
 """The tensors from which terms are computed in one batch, and the positions that count.
 
 A mask has the logits' shape without the class axis."""
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
@@ -28,6 +29,7 @@ class Batch:
     progress:float|None
 
     def __post_init__(self):
+        self.pairs = {} # term -> (student's tensor, teacher's tensor) of each of its pairs of layers
         if self.teacher is None or (known := self.teacher.classes) is None: return
         part = lambda y: taught_part(self.student.logits, y, known, self.task)
         self.targets,self.others = [(part(y[0])[1], *y[1:]) if len(y) else y for y in (self.targets, self.others)]
@@ -49,6 +51,18 @@ class Batch:
         pairs = (first, other),(other, first)
         first,other = [(torch.ones_like(n) if m is None else m).to(self.share) for m,n in pairs]
         return blend(first, other, self.share)
+
+    def pairs_of(self, name, make):
+        "What a term compares, made once: projectors may have batch-norms, which count each run"
+        if name not in self.pairs: self.pairs[name] = make()
+        return self.pairs[name]
+
+    def shifted(self, name):
+        """The same batch, where a term that was computed compares each sample with what the teacher says of the next
+        one; a single sample with what it says of the next class, or place"""
+        other = copy.copy(self)
+        other.pairs = {name: [(s, t.roll(1, 0 if len(t) > 1 else -1)) for s,t in self.pairs[name]]}
+        return other
 
     def options(self, term, mask):
         "A term's options, with the values that come from this batch: axis and mask are given only to terms of logits"

@@ -1,5 +1,5 @@
 "The core: one batch of student, teacher and recipe. It knows tensors, no training loop and no particular loss."
-import warnings
+import json, warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +30,10 @@ from .terms import Link, Recipe, Term, check_kind, own_copy
 
 __all__ = ['Distilled', 'Distiller', 'Recipe', 'Term']
 
+LACKS = ("the chosen recipe and the measured gradients, which checkpoints of earlier releases lack. "
+         "load_state_dict(state, strict=False) takes the weights alone; the recipe is then chosen, and gradients are "
+         "measured, anew")
+
 
 @dataclass
 class Distilled:
@@ -59,10 +63,11 @@ class Distilled:
 class Distiller(nn.Module):
     """A student, its teacher, and a recipe: `distiller(x, y)` is one batch. Its parameters are the student's and the
     projectors', never the teacher's. `with distiller.teacher:` around a loop gets the teacher ready once, and not for
-    each batch"""
-    # `automatic` sets these, since no particular loss is known here
-    auto = None # chooses the recipe where none is given
-    as_recipe = staticmethod(lambda o: o) # reads the recipe that was given
+    each batch. `state_dict()` holds all that a training needs to continue, but for the optimizer's state"""
+    # `automatic` sets these, since no particular loss is known here: `auto` chooses the recipe where none is given,
+    # `chosen_before` makes a chosen one again from (text, why, kind), and `as_recipe` reads the one that was given
+    auto = chosen_before = None
+    as_recipe = staticmethod(lambda o: o)
 
     def __init__(
         self,
@@ -91,8 +96,9 @@ class Distiller(nn.Module):
         self.student,self.task_loss,self.shift_labels = student,task_loss,shift_labels
         self.task = task_for(task_loss, kind, axis, ignore_index)
         recipe = Distiller.as_recipe(recipe)
-        self.links,self.chooses = nn.ModuleDict(),recipe is None
+        self.links = nn.ModuleDict()
         self.take(Recipe() if recipe is None else recipe)
+        self.automatic = self.chooses = recipe is None # is the recipe chosen? is it still to be?
         check_output(output)
         self.output,self.found,self.doubt = output,{},'' # what a check found against the teacher
         if teacher is not None and not isinstance(teacher, Teacher):
@@ -110,7 +116,8 @@ class Distiller(nn.Module):
 
     def take(self, recipe):
         "Use this recipe from now on, of terms on the logits or before any batch"
-        self.recipe = Recipe(recipe)
+        self.recipe,self.chooses = Recipe(recipe),False
+        self.chosen = [recipe.text, recipe.why, recipe.kind] if hasattr(recipe, 'text') else None # if `auto` chose it
         self.ratios = GradientRatios(self.recipe)
         self.links.clear()
         for t in self.recipe.terms:
@@ -121,9 +128,32 @@ class Distiller(nn.Module):
         "Take the recipe that `auto` chooses for such outputs and such a teacher, and batches with or without labels"
         ask = lambda: all_classes(self.teacher.probe(*x), Outputs(logits)).logits
         doubt = 'the teacher is in doubt, see above' if self.doubt else None
-        chosen,self.chooses = of_first(Distiller.auto(logits.shape, self.task, ask, labels, doubt)),False
+        chosen = of_first(Distiller.auto(logits.shape, self.task, ask, labels, doubt))
         self.take(chosen)
         if rank() == 0: print(f'fastdistill: recipe {chosen}')
+
+    # checkpoints
+
+    def get_extra_state(self) -> Tensor:
+        "What a checkpoint holds beside weights: as a tensor, so that it can be stored wherever weights can"
+        state = dict(recipe=self.chosen, ratios=self.ratios.state_dict(), shift_labels=self.shift_labels)
+        return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state:Tensor):
+        "Continue with what was chosen and measured. A recipe with different terms that was chosen already is kept"
+        state = json.loads(bytes(state.tolist()))
+        if self.automatic and state['recipe'] is not None:
+            recipe = Distiller.chosen_before(*state['recipe'])
+            if self.chooses or [t.name for t in recipe.terms] == [t.name for t in self.recipe.terms]: self.take(recipe)
+        self.ratios.load_state_dict(state['ratios'])
+        if self.shift_labels is None: self.shift_labels = state['shift_labels']
+
+    def _load_from_state_dict(self, state, prefix, meta, strict, missing, unexpected, errors):
+        if (key := f'{prefix}_extra_state') not in state:
+            # subtle: `strict` is True whatever was asked for, and only `missing` depends on it
+            if self.ratios or self.automatic: missing.append(f'{key}: {LACKS}')
+            state = {**state, key: self.get_extra_state()}
+        super()._load_from_state_dict(state, prefix, meta, strict, missing, unexpected, errors)
 
     @property
     def layered(self): return [t for t in self.recipe.terms if t.layers is not None]
@@ -318,7 +348,7 @@ class Distiller(nn.Module):
         b = Batch(student, all_classes(teacher, student), targets, *(mixed or ((), None)), self.task, progress)
         values = {t.name: self._value(t, b) for t in terms}
         counted = {k: v for k,v in dict(task=task, **values).items() if v is not None and weights[k] != 0}
-        weights = self._measured(counted, weights, student)
+        weights = self._measured(counted, weights, student, b)
         taught = [weights[k]*v for k,v in counted.items() if k in values]
         if not weights['task'] and student.logits is not None: taught.append(nothing(student.logits))
         return Distilled(task, sum(taught[1:], taught[0]) if taught else None,
@@ -336,8 +366,9 @@ class Distiller(nn.Module):
         terms = [t for t in self.active_terms(progress) if not t.n_targets]
         if not terms: return nothing(student.logits)
         b = Batch(student, all_classes(teacher, student), (), (), None, self.task, progress)
-        weights = self.ratios.weights(self.recipe.weights_at(progress), {}, None)
-        return sum(weights[t.name]*self._value(t, b) for t in terms)
+        values = {t.name: self._value(t, b) for t in terms}
+        weights = self.ratios.weights(self.recipe.weights_at(progress), values)
+        return sum(weights[k]*v for k,v in values.items())
 
     def _value(self, term, b):
         "A term's value; where it reads labels and the batch has two a sample, mixed as the labels' own loss is"
@@ -360,17 +391,19 @@ class Distiller(nn.Module):
         if term.n_targets and len(targets) < term.n_targets:
             raise DistillError(f"{term.name} needs {term.n_targets} target(s) beside student and teacher, this batch "
                                f"has {len(targets)}")
-        pairs = [k.tensors(b.student, b.teacher) for k in links]
+        pairs = b.pairs_of(term.name, lambda: [k.tensors(b.student, b.teacher) for k in links])
         if term.relates: pairs,targets,options = of_all_processes(term, pairs, targets, options, b.task)
         if term.lists: return links[0].loss(*map(list, zip(*pairs)), *targets, **term.channels(pairs[0][1]), **options)
         return sum(k.loss(s, t, *targets, **term.channels(t), **options) for k,(s,t) in zip(links, pairs))
 
-    def _measured(self, values, weights, student):
+    def _measured(self, values, weights, student, b):
         """The weights as they count: of a term with a share, what makes its gradient that long. Shares of the gradient
         are reported at the first training batch, and where a part counts for the first time"""
         learns = {k: v for k,v in values.items() if v.requires_grad}
         fixed = {k: w for k,w in weights.items() if k not in self.ratios}
-        if self.ratios: weights = self.ratios.weights(weights, learns, lambda k: self._compared(k, student))
+        if self.ratios:
+            self.ratios.measure(weights, learns, lambda k: self._compared(k, student), lambda k: self._apart(k, b))
+            weights = self.ratios.weights(weights, learns)
         if self.measures and torch.is_grad_enabled() and not learns.keys() <= self.seen:
             self.seen,self.gradient_shares = learns.keys(),self.shares(learns, weights, student.logits)
             if (says := swamped(self.gradient_shares, fixed)) and rank() == 0:
@@ -381,6 +414,10 @@ class Distiller(nn.Module):
         "What a term compares of the student"
         layers = [k.layers[0] for k in self.links[name] if k.layers]
         return [student.feats[n] for n in dict.fromkeys(layers)] if layers else [student.logits]
+
+    def _apart(self, name, b):
+        "A term's value if each of the teacher's outputs belonged to the next sample"
+        return self._value(next(t for t in self.recipe.terms if t.name == name), b.shifted(name))
 
     def shares(
         self,

@@ -48,6 +48,8 @@ class DistillCallback(Callback):
         self.build(pl_module)
         d = self.distiller
         d.links.to(pl_module.device)
+        # subtle: the recipe that was chosen before, and not one that this batch would choose
+        if self.state is not None and 'distiller' in self.state: d.set_extra_state(self.state['distiller'])
         if self.options.get('check', True): check_first(d, self._batches(trainer))
         if needs_example(d): self._complete(trainer)
         add_parameters(trainer.optimizers[0], d)

@@ -2,11 +2,13 @@
 from .distiller import Distiller
 from .features.pairs import inputs
 from .doctor.runs import student_logits
-from .outputs import map_tensors
-from .ranks import broadcast, on_first
+from .ranks import broadcast, on_first, rank
 
 __all__ = ['add_parameters', 'check_first', 'complete', 'load_state', 'needs_example', 'reset_gradients', 'takes_part',
            'training_state']
+
+OLD_STATE = ("fastdistill: this checkpoint is one of an earlier release, without measured gradients, which are "
+             "measured anew")
 
 
 def needs_example(d:Distiller) -> bool:
@@ -61,8 +63,8 @@ def reset_gradients(d:Distiller):
 
 
 def training_state(d:Distiller) -> dict:
-    "What a checkpoint of the student and its optimizer lacks: projectors, and measured shares of the gradient"
-    return dict(links=d.links.state_dict(), ratios=d.ratios.state_dict())
+    "What a checkpoint of the student and its optimizer lacks: projectors, the chosen recipe, and measured gradients"
+    return dict(links=d.links.state_dict(), distiller=d.get_extra_state())
 
 
 def load_state(
@@ -70,6 +72,6 @@ def load_state(
     state:dict # as `training_state` gives it
 ):
     "Continue from a checkpoint"
-    device = next(d.student.parameters()).device
+    if 'distiller' in state: d.set_extra_state(state['distiller'])
+    elif rank() == 0: print(OLD_STATE)
     d.links.load_state_dict(state['links'])
-    d.ratios.load_state_dict(map_tensors(state['ratios'], lambda t: t.to(device)))

@@ -12,6 +12,7 @@ from ..outputs import DistillError, as_plain, check_axis, check_output
 from ..ranks import broadcast, of_first, on_first, rank
 from ..task import pseudo_labels
 from ..terms import one_temperature
+from ..trainers import OLD_STATE
 from .arguments import check_options, feed_of, make_recipe
 from .check import check_optimizer, find_mistakes, weight_shapes
 from .choice import choose_recipe, example_of
@@ -74,11 +75,11 @@ class KnowledgeDistillation(Callback):
         self.recipe,self.output = make_recipe(recipe, one_temperature(T, temperature), alpha, loss),output
         self.chooses = self.recipe is None
         self.feed,self.items,self.in_fit,self.part_metrics,self.parts = feed_of(teacher),ItemFeed(),False,L(),{}
-        self.distiller = self.known_dls = self.projector_opt = self.taps = self.built = None
+        self.distiller = self.known_dls = self.projector_opt = self.taps = self.built = self.trend = None
         self.teacher_outputs = self.epochs_span = None
         self.state_to_load = self.state_before_finder = self.reported_shares = None
         self.runs = self.feed is None       # does a teacher run?
-        self.finite_check,self.trend = FiniteCheck(stored=not self.runs),TrendCheck()
+        self.finite_check = FiniteCheck(stored=not self.runs)
         self.unlabelled = UnlabelledInputs(unlabelled, perturbed, unlabelled_targets, runs=self.runs)
 
     @wraps(__init__)
@@ -95,7 +96,7 @@ class KnowledgeDistillation(Callback):
             raise DistillError("Two KnowledgeDistillation callbacks in one Learner. Give one of them a list of "
                                "teachers (an ensemble), or a sum of recipes, kd() + recipes.at().")
         check_optimizer(self.learn)
-        self.in_fit,finder = True,hasattr(self.learn, 'lr_finder')
+        self.in_fit,self.trend,finder = True,TrendCheck(),hasattr(self.learn, 'lr_finder')
         self._build()
         self.distiller.teacher.say_with(self._log)
         if self.feed is not None: self.feed.attach(self.learn, self.task.kind, self.task.axis)
@@ -298,9 +299,10 @@ class KnowledgeDistillation(Callback):
 
     def _teach_unlabelled(self):
         "The student learns from the teacher on inputs without labels, beside those of this batch"
+        # subtle: where nothing counts, nothing may be drawn, and no batch-norm may see these inputs
+        if all(t.n_targets for t in self.distiller.active_terms(self.share_done)): return
         ask = lambda x: self.distiller.teacher_outputs(x, self.share_done)
         for x,t in self.unlabelled.batches(self.learn, ask):
-            if t is None: return
             self.finite_check.add(t, self.learn, self.task)
             raw = self.learn.model(*x)
             s = self.distiller.student_outputs(raw, self.taps.pop() if self.taps else {}, x)
@@ -366,7 +368,7 @@ class KnowledgeDistillation(Callback):
         if self.state_to_load: return {k: v for k,v in self.state_to_load.items() if k != 'file'}
         if self.distiller is None: return {}
         d,opt = self.distiller,None if self.projector_opt is None else self.projector_opt.state_dict()
-        return dict(links=d.links.state_dict(), ratios=d.ratios.state_dict(), opt=opt)
+        return dict(links=d.links.state_dict(), distiller=d.get_extra_state() if d.ratios else None, opt=opt)
 
     def load_state_dict(
         self,
@@ -394,7 +396,12 @@ class KnowledgeDistillation(Callback):
         if 'file' in state:
             self._log(f"fastdistill: projectors and their optimizer continue from {state['file']}.")
         d.links.load_state_dict(state['links'])
-        d.ratios.load_state_dict(state['ratios'])
+        chosen = d.chosen
+        if state.get('distiller') is not None: d.set_extra_state(state['distiller'])
+        elif state.get('ratios'): self._log(OLD_STATE)
+        if d.chosen != chosen:
+            self.recipe = d.recipe
+            self._log(f'fastdistill: recipe {d.chosen[0]}, as before')
         self.projector_opt = None
         if state['opt'] is not None: self._optimizer().load_state_dict(state['opt'])
 

@@ -46,16 +46,10 @@ class TeacherGroup:
     def say_with(self, fn): self.each('say_with', fn)
 
 
-class GroupedStates(dict):
-    "Name -> an object with a state"
-    def state_dict(self): return {k: o.state_dict() for k,o in self.items()}
-
-    def load_state_dict(self, state):
-        for k,o in self.items(): o.load_state_dict(state[k])
-
-
 class LearnerHeads(Heads):
     "`Heads` with what the callback needs of a `Distiller`. It takes the labels' loss of all heads from the Learner"
+    chosen = None # each head keeps its own
+
     def __init__(self, heads, **distillers):
         super().__init__(**distillers)
         self.at,self.gradient_shares,self.known_shares = heads,None,[]
@@ -88,11 +82,16 @@ class LearnerHeads(Heads):
         for k,d in self.heads.items(): d.links = new[k]
 
     @property
-    def ratios(self): return GroupedStates({k: d.ratios for k,d in self.heads.items()})
+    def ratios(self): return {k: d.ratios for k,d in self.heads.items() if d.ratios}
 
     @ratios.setter
     def ratios(self, new):
-        for k,d in self.heads.items(): d.ratios = new[k]
+        for k,r in new.items(): self.heads[k].ratios = r
+
+    def get_extra_state(self): return {k: d.get_extra_state() for k,d in self.heads.items()}
+
+    def set_extra_state(self, state):
+        for k,d in self.heads.items(): d.set_extra_state(state[k])
 
     @property
     def measures(self): return all(d.measures for d in self.heads.values())

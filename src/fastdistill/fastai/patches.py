@@ -145,7 +145,7 @@ def _with_projectors(save):
         beside,cb = _file_beside(saved),_callback_on(self)
         if beside is None or rank() or hasattr(self, 'lr_finder'): return saved
         state = {} if not with_opt else LAST_STATES.get(self, {}) if cb is None else cb.state_dict()
-        if state.get('links') or state.get('ratios'): torch.save(state, beside)
+        if state.get('links') or state.get('distiller') is not None: torch.save(state, beside)
         else: beside.unlink(missing_ok=True)        # it belonged to the student that this one replaces
         return saved
     return _save

@@ -11,7 +11,8 @@ RISE = 1.1 # of the validation loss, above its best
 
 
 class TrendCheck:
-    "Warns once if the labels' loss on the validation set has risen since its best epoch, while a term's has fallen"
+    """Warns once in a fit if the labels' loss on the validation set has risen since its best epoch, while a term's has
+    fallen"""
     def __init__(self): self.warned = False
 
     def check(

@@ -49,7 +49,8 @@ class UnlabelledInputs:
         "Refuse what cannot be used, before the first batch"
         if isinstance(learn.dls.train, LMDataLoader):
             raise DistillError("A language model needs no labels: add the texts to its training set.")
-        self.loader = None if self.items is None else loader_of(self.items, learn.dls)
+        with RandomGuard():     # a DataLoader of fastai draws its seed
+            self.loader = None if self.items is None else loader_of(self.items, learn.dls)
         if self.feed is not None: self.feed.attach_to(self.loader, learn, teacher, layers)
 
     def batches(
