@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.parse import urlsplit
+from ..disk import file_errors
 from ..outputs import DistillError
 from .entries import shortened
-from .folder import Folder, file_errors
+from .folder import Folder
 from .source import is_whole
 
 __all__ = ['ask_server']
