@@ -136,6 +136,56 @@ def test_a_hook_of_yours_still_sees_the_model():
     assert len(sees.seen) == 1 and 'it has hooks of yours' in repr(t)
 
 
+def test_a_hook_that_is_an_object_still_sees_the_model():
+    class Sees:
+        def __init__(self): self.seen = []
+        def __call__(self, m, args, out): self.seen.append(out)
+    net,sees = conv_net(),Sees()
+    net[0].register_forward_hook(sees)
+    Teacher(net, precision='bf16')(images())
+    assert len(sees.seen) == 1
+
+
+def test_a_hook_that_comes_after_a_copy_was_made_sees_its_layers():
+    net,seen = conv_net(),[]
+    t = Teacher(net, precision='bf16')
+    t(images())
+    handle = net[0].register_forward_hook(lambda m, args, out: seen.append(out))
+    t(images())
+    assert seen
+    handle.remove()
+    n = len(seen)
+    t(images())
+    assert len(seen) == n
+    assert t.half == 'bfloat16'
+
+
+def test_the_representation_counts_the_batch_norms_that_are_folded_now():
+    t,x = Teacher(conv_net(), fold_bn=True),images()
+    with t:
+        t(x)
+        assert '2 batch-norms folded' in repr(t)
+        t.outputs((x,), layers=['0'])
+        assert '1 batch-norms folded' in repr(t)
+
+
+@pytest.mark.parametrize('rows', [3, 4])
+def test_layers_are_found_where_a_batch_runs_in_slices(rows):
+    x,net = images(8),conv_net()
+    whole,parts = [Distiller(conv_net(4), Teacher(net, batch=n), hint(layers='auto'), example=x) for n in (None, rows)]
+    assert [(p.student, p.teacher) for p in whole.pairs] == [(p.student, p.teacher) for p in parts.pairs]
+
+
+def test_a_teacher_with_batch_is_never_run_on_more_rows():
+    class Counts(nn.Sequential):
+        def forward(self, x): seen.append(len(x)); return super().forward(x)
+    seen = []
+    t = Teacher(Counts(*conv_net()), batch=3, precision='bf16', fold_bn=True)
+    t(images(8))
+    assert t.half == 'bfloat16'
+    assert max(seen) == 3
+
+
 # folding
 
 class Block(nn.Module):

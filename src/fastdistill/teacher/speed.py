@@ -1,5 +1,6 @@
 "How fast a teacher runs: its precision, memory format, folded batch-norms, compilation. Decided at the first batch."
 import copy, time
+from types import FunctionType
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -59,12 +60,21 @@ def why_no_copy(model) -> str:
     if hasattr(model, 'hf_device_map') or len({t.device for t in tensors}) > 1: return 'it is on several devices'
     if any(t.is_meta or t.is_quantized or t.layout != torch.strided for t in tensors): return 'its weights are special'
     if any(type(p) is not nn.Parameter for p in model.parameters()): return 'its weights are special'
-    # subtle: a hook that belongs to an object outside the model would be copied with that object
+    # subtle: a hook that is, or belongs to, an object outside the model would be copied with that object
     inside = {id(o) for m in model.modules() for v in vars(m).values() for o in (v, *(v if type(v) is list else ()))}
-    hooks = [h for m in model.modules() for d in (m._forward_hooks, m._forward_pre_hooks) for h in d.values()]
-    if any(id(o) not in inside for h in hooks if (o := getattr(h, '__self__', None)) is not None):
+    if any(id(o) not in inside for h in hooks_of(model) if (o := owner_of(h)) is not None):
         return 'it has hooks of yours'
     return ''
+
+
+def hooks_of(model):
+    "The functions that modules call before and after they run"
+    return [h for m in model.modules() for d in (m._forward_hooks, m._forward_pre_hooks) for h in d.values()]
+
+
+def owner_of(hook):
+    "The object that a hook is, or whose method it is; None for a function"
+    return None if isinstance(hook, FunctionType) else getattr(hook, '__self__', hook)
 
 
 class Speed:
@@ -83,7 +93,7 @@ class Speed:
         "Decide anew at the next batch"
         self.module,self.pairs,self.bytes,self.decided_for = self.model,[],0,None
         self.dtype = self.marks = self.compilation = None
-        self.choice = self.why = ''
+        self.why = ''
 
     # what is decided, and when
 
@@ -165,13 +175,18 @@ class Speed:
         self.module,self.pairs,self.dtype,self.why = module,wish['pairs'],wish['dtype'],''
         own = {t.data_ptr() for t in weights_of(self.model)}
         self.bytes = sum(t.numel()*t.itemsize for t in weights_of(module) if t.data_ptr() not in own)
-        self.wish,self.choice = wish,', '.join(filter(None, [
-            short_name(self.dtype), 'channels_last' if wish['layout'] else '',
-            f'{len(self.pairs)} batch-norms folded' if self.pairs else '',
-            f"on {self.options['device']}" if self.options['device'] else '']))
+        self.wish = wish
         away = '' if self.dtype == torch.float32 else (f". Its outputs differ by {far:.2g} of their spread; "
                                                        "precision='fp32' avoids that")
         if self.bytes: self.say(f'runs as a copy: {self.choice} (+{self.bytes/2**20:.3g} MiB){away}')
+
+    @property
+    def choice(self):
+        "How the copy differs from the model, as text"
+        return ', '.join(filter(None, [
+            short_name(self.dtype), 'channels_last' if self.wish['layout'] else '',
+            f'{len(self.pairs)} batch-norms folded' if self.pairs else '',
+            f"on {self.options['device']}" if self.options['device'] else '']))
 
     # later batches
 
@@ -185,7 +200,7 @@ class Speed:
         self.compilation = None
 
     def is_stale(self, thorough):
-        "Did the model's weights change since they were copied?"
+        "Did the model change since it was copied: its weights, or if `thorough` its hooks?"
         return self.copied and not same_marks(self.marks, self.model, thorough)
 
     def run_as_it_is(self, why):
@@ -338,9 +353,9 @@ def is_faster(a, b, run):
 
 
 def marks_of(model):
-    "What shows that weights changed: the tensors, their versions, and some of their values"
+    "What shows that weights or hooks changed: the tensors, their versions, some of their values, and the hooks"
     tensors = weights_of(model)
-    return tensors,places_of(tensors),first_values(tensors)
+    return tensors,places_of(tensors),first_values(tensors),hooks_of(model)
 
 def places_of(tensors): return [(t.data_ptr(), t._version) for t in tensors]
 
@@ -352,10 +367,11 @@ def first_values(tensors):
 
 def same_marks(marks, model, thorough):
     "Are the weights those of the marks? If not `thorough`, of a few tensors alone the values are compared"
-    tensors,state,values = marks
+    tensors,state,values,hooks = marks
     if places_of(tensors) != state: return False
     # subtle: a change through .data counts no version. On a GPU, each batch would wait for this comparison
     if not thorough and tensors[0].is_cuda: return True
-    if thorough and [*map(id, weights_of(model))] != [*map(id, tensors)]: return False
+    same = lambda a, b: [*map(id, a)] == [*map(id, b)]
+    if thorough and not (same(weights_of(model), tensors) and hooks_of(model) == hooks): return False
     some = range(len(tensors)) if thorough else sorted({0, len(tensors)//2, len(tensors)-1})
     return all(torch.equal(a, b) for i in some for a,b in zip(first_values([tensors[i]]), [values[i]]))
