@@ -102,7 +102,7 @@ def test_the_table_says_what_is_chance(capsys, tmp_path):
     less.higher = False
     assert less.best == 'kd'
     for bad in ('{}', '{"format": 9}', '{', '{"format": 1, "runs": 3}'):
-        with pytest.raises(DistillError, match='not a report of recipes'): RecipeReport.from_json(bad)
+        with pytest.raises(DistillError, match='a report of recipes'): RecipeReport.from_json(bad)
 
 
 class Stops(Callback):
