@@ -545,7 +545,7 @@ def test_save_model_follows_kd_loss_and_keeps_the_optimizer(tmp_path):
     student,teacher = toy(path=tmp_path, opt_func=Adam)
     cb = KD(teacher, kd() + hint())
     student.fit(3, .01, cbs=[cb, SaveModelCallback(monitor='kd_loss', with_opt=True)])
-    saved = torch.load(tmp_path/'models'/'model.pth', weights_only=False)
+    saved = torch.load(tmp_path/'models'/'model.pth', factorsonly=False)
     assert saved['model'].keys() == student.model.state_dict().keys()
     student.load('model', with_opt=True)         # a warning would be an error here
     student.fit(1, .01, cbs=cb)
@@ -1010,7 +1010,7 @@ def test_two_processes_train_one_student_and_one_projector(tmp_path):
     pytest.importorskip('accelerate')
     both = processes.start_two(tmp_path/'two', one_of_two, tmp_path, ACCELERATE_USE_CPU='true')
     assert processes.ended(*both) == [0, 0], processes.said(tmp_path/'two.0') + processes.said(tmp_path/'two.1')
-    (a,logged_a),(b,logged_b) = [torch.load(tmp_path/f'{i}.pt', weights_only=True) for i in (0, 1)]
+    (a,logged_a),(b,logged_b) = [torch.load(tmp_path/f'{i}.pt', factorsonly=True) for i in (0, 1)]
     assert len(a) == 8 and all(torch.equal(x, y) for x,y in zip(a, b)) and logged_a == logged_b
 
 
@@ -1128,3 +1128,23 @@ def test_lr_find_measures_no_gradient_shares(tmp_path, capsys):
     assert 'gradient shares' not in capsys.readouterr().out
     with pytest.warns(DistillWarning, match='hint has 99.*Lower the weight of hint, now 500'): student.fit(1, .01)
     assert 'gradient shares at the first batch: labels' in capsys.readouterr().out
+
+
+def test_layers_that_fine_tune_unfreezes_are_measured_in_their_first_batch():
+    "While they are frozen there is nothing to measure, and 40 such batches must not count as measured ones"
+    student,teacher = toy(bs=2)
+    student.model = nn.Sequential(nn.Sequential(*student.model[:3]), nn.Sequential(*student.model[3:]))
+    student.splitter = lambda m: L(m[0], m[1]).map(lambda o: list(o.parameters()))
+    student.create_opt()
+    cb = KD(teacher, Term(losses.hint, share=.5, layers={'0': '2'}, projector='linear'), check=False)
+    factors,frozen = [],[]
+    class Seen(Callback):
+        order = 5.5
+        def after_loss(self):
+            if not self.training: return
+            frozen.append(student.opt.frozen_idx)
+            ratio = cb.distiller.ratios['hint']
+            factors.append(None if ratio.means is None else ratio.factor.item())
+    student.fine_tune(1, .01, freeze_epochs=2, cbs=[cb, Seen()])
+    assert 1 in frozen and frozen[-1] == 0
+    assert all((w is None) == (f == 1) for w,f in zip(factors, frozen))

@@ -119,6 +119,22 @@ def test_a_checkpoint_holds_the_student_and_training_resumes_with_its_projectors
         for (k,v),w in zip(a.state_dict().items(), b.state_dict().values()): assert torch.equal(v, w), k
 
 
+@pytest.mark.filterwarnings('ignore:Be aware that when using .ckpt_path.')
+def test_the_recipe_that_was_chosen_and_what_was_measured_continue(tmp_path, capsys):
+    teacher = net(16)
+    with torch.no_grad(): teacher[5].weight *= 20
+    def module(seed): return (torch.manual_seed(seed), DistillModule(net(8), teacher, lr=1e-2, check=False))[1]
+    whole,again = module(0),module(5)
+    saves = ModelCheckpoint(tmp_path, save_top_k=-1, save_on_train_epoch_end=True, filename='{epoch}')
+    trainer(tmp_path, Seeds(), saves, steps=4, max_epochs=9, enable_checkpointing=True).fit(whole, data())
+    capsys.readouterr()
+    trainer(tmp_path, Seeds(), steps=4, max_epochs=9).fit(again, data(), ckpt_path=tmp_path/'epoch=0.ckpt', weights_only=True)
+    assert 'fastdistill: recipe' not in capsys.readouterr().out
+    a,b = [m.callback.distiller.state_dict() for m in (whole, again)]
+    assert a.keys() == b.keys()
+    assert all(torch.equal(v, b[k]) for k,v in a.items())
+
+
 class Seeds(pl.Callback):
     "Lightning stores no random state: each batch has its own"
     def on_train_batch_start(self, trainer, *_): torch.manual_seed(trainer.global_step)
