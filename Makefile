@@ -24,7 +24,7 @@ lint: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff check
 
 api: $(VENV)/.ready-dev   ## write the public names anew, after a decision to change them
-	$(VENV)/bin/python tests/test_house.py > tests/api.txt
+	$(VENV)/bin/python tests/project/test_imports_and_names.py > tests/api.txt
 
 quality: $(VENV)/.ready-dev ## what each recipe is worth: run what is missing, then draw the tables; hours on one core
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/quality/run.py

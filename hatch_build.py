@@ -1,6 +1,6 @@
 """Builds the wheel's copies of the sources: their docstrings explain the parameters.
 
-Editors show the docstring of a function, but not the comments in its signature. At run time `fastdistill.docments` adds
+Editors show the docstring of a function, but not the comments in its signature. At run time `fastdistill.base.parameter_docs` adds
 these to the docstring; here they are added to the text. The comments in the sources are the only original."""
 import ast, importlib.util, shutil, tempfile, textwrap
 from pathlib import Path
@@ -40,7 +40,7 @@ def load(path):
 
 def explained(
     text:str, # of a Python file
-    docments # the module `fastdistill.docments`
+    docments # the module `fastdistill.base.parameter_docs`
 ) -> str:
     "The file with a section about the parameters in the docstrings of its functions and classes"
     tree,lines = ast.parse(text),text.encode().splitlines(keepends=True)

@@ -28,7 +28,7 @@ from fastdistill.cache import Layout, TeacherCache, Wish
 from fastdistill.cache.digests import file_checksum
 from fastdistill.cache.manifest import Manifest
 from fastdistill.fastai import KnowledgeDistillation, cache_teacher
-from fastdistill.outputs import Outputs, TopK
+from fastdistill.base.outputs import Outputs, TopK
 
 console = Console(width=130)
 

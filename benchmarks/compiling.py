@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from fastdistill import Teacher
-from fastdistill.teacher.compiled import Compilation, compile_seconds
+from fastdistill.teachers.compiled import Compilation, compile_seconds
 
 MODELS = {
     'mlp of 4 layers': lambda: nn.Sequential(nn.Flatten(), nn.Linear(3*64*64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)),

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from sklearn import datasets
 from torch import nn
 from fastdistill import Distiller, Outputs, Teacher
-from fastdistill.ratios import GradientRatio
+from fastdistill.recipes.gradient_balance import GradientRatio
 
 RESULTS = Path(__file__).parent/'results'/'gradient_ratios.json'
 WAYS = 'labels', 'default', 'every batch'

@@ -12,7 +12,7 @@ from statistics import median
 import torch, typer
 import torch.nn.functional as F
 from fastdistill import losses
-from fastdistill.measure.cost import Peak
+from fastdistill.evaluation.cost import Peak
 from rich.console import Console
 from rich.table import Table
 

@@ -11,7 +11,7 @@ from statistics import median
 import torch, torchvision, typer
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, noop, set_seed
 from fastdistill.fastai import Teacher, distill_many, dkd, kd
-from fastdistill.teacher.speed import AS_IT_IS
+from fastdistill.teachers.fast_copy import AS_IT_IS
 
 RECIPES = [kd(), kd(T=2., alpha=.5), dkd()]
 

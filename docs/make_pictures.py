@@ -19,7 +19,7 @@ from sklearn.datasets import load_sample_images
 from timm.data import ImageNetInfo
 from fastdistill.losses import dense, feature, relation
 from fastdistill.losses._base import cells, unit
-from fastdistill.plots import show_features
+from fastdistill.evaluation import show_features
 from fastdistill.features.probe import dry_run as run
 from fastdistill.features import Taps
 
@@ -430,8 +430,8 @@ def views():
 
 def report():
     "The page of `compare` on scikit-learn's digits, as Chromium shows it on light and on dark ground"
-    from fastdistill.demo import train
-    from fastdistill.demo.tasks import load_task
+    from fastdistill.cli.demo import train
+    from fastdistill.cli.demo.tasks import load_task
     from fastdistill.fastai import compare, kd
     task = load_task('digits')
     torch.set_grad_enabled(True)

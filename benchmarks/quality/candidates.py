@@ -48,7 +48,7 @@ CANDIDATES = [
     C('regressionx1', share(losses.regression, 1.), 'numbers'), C('regressionx3', share(losses.regression, 3.), 'numbers'),
     C('cwd(4)w3', lambda: Recipe(Term(losses.cwd, weight=3., T=4.)), 'pixels'),
     C('cwd(4)x1', share(losses.cwd, 1., T=4.), 'pixels'), C('cwd(4)x3', share(losses.cwd, 3., T=4.), 'pixels'),
-    # suggested by other tools; tests/test_quality.py reads their defaults from the installed packages. fasterai: `SoftTarget` with its weight. timm: `LogitDistillationTask`
+    # suggested by other tools; tests/project/test_quality.py reads their defaults from the installed packages. fasterai: `SoftTarget` with its weight. timm: `LogitDistillationTask`
     # without a weight. torchdistill has no default; kd(1,.5) is its configuration for ImageNet. Keras: its code example, T=10 and alpha=.1 for the labels; its `Distiller` has T=3 and one half.
     C('kd(5,.5)', lambda: kd(5., .5), SOFT, 'peer'), C('timm', lambda: Recipe(Term(losses.kl, weight=1., T=1.)), SOFT, 'peer', shown='kl(1)w1'),
     C('keras', lambda: kd(10., .9), SOFT, 'peer', shown='kd(10,.9)'),

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from candidates import CANDIDATES
 from fastdistill import auto
-from fastdistill.doctor.scores import HESITANT, NOT_APART
+from fastdistill.checks.scores import HESITANT, NOT_APART
 from loop import KINDS
 from measures import MAIN, measure
 from run import OUT, classes_of, read

@@ -1,6 +1,6 @@
 "Knowledge distillation: train a small model on what a big one knows."
 import lazy_loader
-from .docments import explain
+from .base.parameter_docs import explain
 
 __version__ = '0.1.0'
 # the names are in __init__.pyi: each is loaded when it is first used, for `fastdistill --help` needs no torch

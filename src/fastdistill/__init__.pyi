@@ -1,11 +1,11 @@
 from . import losses as losses, recipes as recipes
-from .automatic import Distiller as Distiller, auto as auto
-from .distiller import Distilled as Distilled, Recipe as Recipe, Term as Term
-from .errors import DistillError as DistillError, DistillWarning as DistillWarning
+from .recipes.default import Distiller as Distiller, auto as auto
+from .distiller.distiller import Distilled as Distilled, Recipe as Recipe, Term as Term
+from .base.errors import DistillError as DistillError, DistillWarning as DistillWarning
 from .features import layers as layers
-from .heads import Heads as Heads
-from .outputs import Outputs as Outputs
-from .recipes import (
+from .distiller.heads import Heads as Heads
+from .base.outputs import Outputs as Outputs
+from .recipes.zoo import (
     ab as ab,
     abkd as abkd,
     at as at,
@@ -39,5 +39,5 @@ from .recipes import (
     vid as vid,
     wttm as wttm,
 )
-from .schedule import Schedule as Schedule
-from .teacher import Teacher as Teacher, with_items as with_items
+from .recipes.schedule import Schedule as Schedule
+from .teachers import Teacher as Teacher, with_items as with_items

@@ -8,15 +8,15 @@ except ImportError as e:
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset
-from .automatic import Distiller
-from .batch import inputs_and_labels
+from .recipes.default import Distiller
+from .distiller.batch import inputs_and_labels
 from .features.calls import arguments
-from .features.pairs import inputs
+from .features.layer_pairs import inputs
 from .features.taps import Taps
-from .outputs import DistillError, Outputs
-from .ranks import average_gradients
-from .replay.seeds import RandomGuard
-from .trainers import add_parameters, check_first, complete, load_state, needs_example, training_state, takes_part
+from .base.outputs import DistillError, Outputs
+from .base.distributed import average_gradients
+from .base.seeds import RandomGuard
+from .distiller.integration import add_parameters, check_first, complete, load_state, needs_example, training_state, takes_part
 
 __all__ = ['DistillCallback', 'DistillModule']
 

@@ -1,9 +1,9 @@
 "Teacher outputs on disk: run the teacher once, train as many students as you like. See docs/cache.md for the format."
 from .dataset import Replayed, cache_dataset
-from .outside import cache_from
+from .importers import cache_from
 from .pack import pack_cache, unpack_cache
 from .reader import TeacherCache
-from .records import Layout, Wish
+from .layout import Layout, Wish
 from .server import ask_server
 from .source import Source
 from .writer import Forecast, write_cache

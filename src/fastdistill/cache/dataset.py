@@ -7,16 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import default_collate
-from ..outputs import DistillError, Outputs, check_axis
-from ..replay.generators import Generators
-from ..replay.per_sample import per_sample
-from ..replay.seeds import RandomGuard, restored_once, seeded, seeds_of, view_of
+from ..base.outputs import DistillError, Outputs, check_axis
+from ..base.generators import Generators
+from .per_sample import per_sample
+from ..base.seeds import RandomGuard, restored_once, seeded, seeds_of, view_of
 from .digests import code_of, fingerprint, first_part, flat_values, input_digest
 from .files import dataset_files
 from .keys import dataset_keys, folder_of, root_of
 from .progress import shown_progress
 from .reader import TeacherCache
-from .records import Wish
+from .layout import Wish
 from .source import Source, check_alone, distinct_views, identity_of, spread_positions, unrepeatable
 from .writer import write_cache
 

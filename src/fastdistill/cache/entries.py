@@ -1,6 +1,6 @@
 "Checks of entries in a JSON file, by type and range. An error names the entry, its value and what is possible."
 import json
-from ..outputs import DistillError
+from ..base.outputs import DistillError
 
 __all__ = ['json_list', 'json_object', 'json_text', 'parse_json', 'refuse_entry', 'shortened', 'whole_number']
 

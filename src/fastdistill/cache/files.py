@@ -5,7 +5,7 @@ import hashlib, os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
 import numpy as np
-from ..outputs import DistillError
+from ..base.outputs import DistillError
 from .digests import checksum
 from .keys import name_of, names_of_samples
 

@@ -2,8 +2,8 @@
 import contextlib, os, shutil, tempfile, weakref
 from pathlib import Path
 import numpy as np
-from ..disk import file_errors, locked_folder, write_atomically
-from ..outputs import DistillError
+from ..base.atomic_files import file_errors, locked_folder, write_atomically
+from ..base.outputs import DistillError
 from .digests import checksum, file_checksum
 
 __all__ = ['Folder', 'open_folder']

@@ -5,7 +5,7 @@ from pathlib import PurePath
 import numpy as np
 import torch
 from torch import Tensor
-from ..outputs import DistillError, DistillWarning
+from ..base.outputs import DistillError, DistillWarning
 
 __all__ = ['dataset_keys', 'hash_of', 'key_of', 'keys_of', 'name_of', 'root_of']
 

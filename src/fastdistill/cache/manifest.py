@@ -3,10 +3,10 @@ import json, re, warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from difflib import SequenceMatcher
 import numpy as np
-from ..outputs import DistillError, DistillWarning
+from ..base.outputs import DistillError, DistillWarning
 from .digests import versions
 from .entries import json_list, json_object, json_text, parse_json, refuse_entry, shortened, whole_number
-from .records import Layout
+from .layout import Layout
 
 __all__ = ['CHECKSUM', 'MAX_VIEWS', 'Manifest', 'differences', 'refuse', 'sample_differences', 'transform_differences']
 

@@ -2,8 +2,8 @@
 import shutil, stat, zipfile
 from functools import partial
 from pathlib import Path
-from ..disk import file_errors, new_file
-from ..outputs import DistillError
+from ..base.atomic_files import file_errors, new_file
+from ..base.outputs import DistillError
 from .files import record_size
 from .folder import Folder, open_folder
 from .manifest import MAX_MANIFEST, Manifest

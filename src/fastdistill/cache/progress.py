@@ -1,7 +1,7 @@
 "Progress of writing a cache: a bar in a terminal or a notebook, nothing in a file or a pipe."
 from contextlib import contextmanager
 from importlib.util import find_spec
-from ..ranks import rank
+from ..base.distributed import rank
 
 __all__ = ['ProgressBar', 'console_for_bars', 'shown_progress']
 

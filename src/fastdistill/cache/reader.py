@@ -5,8 +5,8 @@ from pathlib import PurePath
 import numpy as np
 import torch
 from torch import Tensor
-from ..disk import file_errors
-from ..outputs import DistillError, Outputs
+from ..base.atomic_files import file_errors
+from ..base.outputs import DistillError, Outputs
 from .digests import checksum, file_checksum, input_digest
 from .files import changed_text, newer_record, read_record
 from .folder import open_folder

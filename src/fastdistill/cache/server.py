@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.parse import urlsplit
-from ..disk import file_errors
-from ..outputs import DistillError
+from ..base.atomic_files import file_errors
+from ..base.outputs import DistillError
 from .entries import shortened
 from .folder import Folder
 from .source import is_whole

@@ -3,7 +3,7 @@ import inspect, warnings
 from dataclasses import dataclass
 from numbers import Integral
 import numpy as np
-from ..outputs import DistillError, DistillWarning
+from ..base.outputs import DistillError, DistillWarning
 from .digests import fingerprint
 
 __all__ = ['Source', 'check_alone', 'check_batch_size', 'distinct_views', 'identity_of', 'is_whole', 'spread_positions',

@@ -3,8 +3,8 @@ import json, re, warnings
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 import numpy as np
-from ..outputs import DistillError, DistillWarning
-from ..ranks import on_first, rank, world_size
+from ..base.outputs import DistillError, DistillWarning
+from ..base.distributed import on_first, rank, world_size
 from .digests import checksum, versions
 from .files import changed_text, newer_record, read_record, record_files, write_record
 from .entries import json_object, json_text, parse_json
@@ -12,7 +12,7 @@ from .folder import open_folder
 from .keys import hash_of
 from .manifest import CHECKSUM, MAX_VIEWS, Manifest, differences, refuse
 from .reader import TeacherCache, damages
-from .records import Layout, Wish
+from .layout import Layout, Wish
 from .source import Source, is_whole
 
 __all__ = ['Forecast', 'check_views', 'finished', 'write_cache']

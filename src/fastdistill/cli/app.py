@@ -5,15 +5,15 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from .. import __version__
-from ..errors import DistillError, DistillWarning
-from .bench import bench
-from .cache import cache_app
-from .check import check_command
-from .compare import compare_command, export_command, report_command
-from .demo import demo
-from .find import find
-from .methods import methods_command
-from .train import train_command
+from ..base.errors import DistillError, DistillWarning
+from ..base.errors import bench
+from .commands.cache import cache_app
+from .commands.check import check_command
+from .commands.compare import compare_command, export_command, report_command
+from .commands.demo import demo
+from .commands.find import find
+from .commands.methods import methods_command
+from .commands.train import train_command
 
 __all__ = ['app', 'main']
 

@@ -2,8 +2,8 @@
 from pathlib import Path
 from typing import Annotated
 import typer
-from ..errors import DistillError
-from ..training.config import exported_student
+from ..base.errors import DistillError
+from .training.config import exported_student
 
 __all__ = ['CacheArg', 'DataArg', 'DataOption', 'ModelsArg', 'NoCheck', 'RecipeText', 'StudentArg', 'TeacherArg',
            'in_file', 'in_python', 'recipe_names', 'split_name']

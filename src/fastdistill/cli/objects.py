@@ -3,7 +3,7 @@ import ast, importlib.util, inspect, sys, traceback
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from ..errors import DistillError
+from ..base.errors import DistillError
 from .arguments import in_file, in_python
 
 __all__ = ['dataloaders', 'load_model_with_data', 'load_named_learner', 'load_object', 'load_recipe', 'load_teacher',
@@ -22,7 +22,7 @@ def load_named_learner(
     data:str|None=None # 'file.py:name' of its DataLoaders; None: its own, or those of its run
 ):
     "A Learner with data"
-    from ..training.exported import learner_in_file
+    from .training.exported import learner_in_file
     dls = None if data is None else load_object(data, dataloaders)
     if not in_python(name): return learner_in_file(name, dls)
     learn = load_object(name, learner)
@@ -41,7 +41,7 @@ def load_model_with_data(name):
 def load_recipe(
     text:str # as `recipe_from_text` reads it, or 'file.py:name'
 ):
-    from ..recipe_text import recipe_from_text
+    from ..recipes.text import recipe_from_text
     return load_object(text, lambda o: o) if in_python(text) else recipe_from_text(text)
 
 

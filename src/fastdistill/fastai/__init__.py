@@ -1,19 +1,20 @@
 "Distillation for fastai: `from fastdistill.fastai import *` after `from fastai.vision.all import *`."
 import sys
-from .. import docments, losses, recipes
+from ..base import parameter_docs as docments
+from .. import losses, recipes
 from ..cache import TeacherCache
-from ..distiller import Distiller
-from ..outputs import DistillError, DistillWarning, Outputs
-from ..recipes import *
-from ..report import Report
-from ..report.recipes import RecipeReport
-from ..teacher import Teacher
-from ..terms import Recipe, Term
-from . import find as _find, heads as _heads, learner as _learner, patches as _patches
+from ..distiller.distiller import Distiller
+from ..base.outputs import DistillError, DistillWarning, Outputs
+from ..recipes.zoo import *
+from ..evaluation import Report
+from ..search.recipe_report import RecipeReport
+from ..teachers import Teacher
+from ..recipes.term import Recipe, Term
+from . import find as _find, multi_head as _heads, learner as _learner, patches as _patches
 from .block import TeacherBlock
 from .cache_data import cache_teacher, verify_cache
 from .callback import KnowledgeDistillation
-from .card import load_student, save_student
+from .save import load_student, save_student
 from .check import check_teacher
 from .compare import compare
 from .export import export_student

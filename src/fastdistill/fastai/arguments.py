@@ -1,9 +1,9 @@
 "The callback's arguments: the source of the teacher's outputs, and the recipe."
 from ..cache.reader import TeacherCache, is_cache
-from ..outputs import DistillError
-from ..recipe_text import as_recipe
-from ..recipes import kd
-from ..terms import Recipe, Term
+from ..base.outputs import DistillError
+from ..recipes.text import as_recipe
+from ..recipes.zoo import kd
+from ..recipes.term import Recipe, Term
 from .cache_feed import CacheFeed
 from .targets import Feed, TargetFeed
 

@@ -7,9 +7,9 @@ from torch.utils.data import IterableDataset
 from fastai.basics import (CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException,
                            CancelValidException, TfmdLists, is_listy)
 from fastai.callback.mixup import MixHandler
-from ..outputs import DistillError, as_plain, map_tensors
-from ..replay.generators import Generators
-from ..teacher.items import with_items
+from ..base.outputs import DistillError, as_plain, map_tensors
+from ..base.generators import Generators
+from ..teachers.items import with_items
 from .raw_items import renewed, without_places
 
 __all__ = ['PreparationError', 'loader_of', 'prepared_batches', 'split_batch', 'valid_batches']

@@ -3,8 +3,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from fastai.basics import ItemTransform, TensorBase, TransformBlock
-from ..outputs import DistillError, as_plain
-from ..teacher.probabilities import logits_of
+from ..base.outputs import DistillError, as_plain
+from ..teachers.probabilities import logits_of
 
 __all__ = ['FIRST_TARGET', 'TeacherBlock', 'TeacherRow', 'TeacherTarget', 'ToTeacherTarget', 'before_first_target']
 

@@ -14,16 +14,16 @@ from ..cache.digests import fingerprint, flat_values
 from ..cache.folder import open_folder
 from ..cache.progress import shown_progress
 from ..cache.reader import TeacherCache
-from ..cache.records import Wish
+from ..cache.layout import Wish
 from ..cache.source import (Source, check_alone, check_batch_size, distinct_views, identity_of, spread_positions,
                             unrepeatable)
 from ..cache.verify import Verified
 from ..cache.writer import check_views, write_cache
-from ..doctor.outputs import single_teachers
-from ..outputs import DistillError, DistillWarning, Outputs, TopK, as_plain
-from ..replay.seeds import RandomGuard
-from ..teacher.items import with_items
-from ..teacher.teacher import Teacher
+from ..checks.outputs import single_teachers
+from ..base.outputs import DistillError, DistillWarning, Outputs, TopK, as_plain
+from ..base.seeds import RandomGuard
+from ..teachers.items import with_items
+from ..teachers.teacher import Teacher
 from .batches import loader_of
 from .task import task_of
 from .check import check_teacher
@@ -31,7 +31,7 @@ from .head import HeadData, heads_of, option_of_heads
 from .sample_keys import item_keys, key_root, sample_files, storage_order
 from .replay_dl import IndexedItem, Plan, attach, refuse_unindexed
 from .raw_items import RawItems
-from .stream import inputs_of, is_stream, share_n_inp, stream_outputs
+from .language_model import inputs_of, is_stream, share_n_inp, stream_outputs
 from .teachers import class_names, image_stats, is_heads, teacher_of
 from .transforms import describe_transforms
 from .vocab import stored_order, vocab_of

@@ -4,16 +4,16 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from fastai.basics import Callback, noop
-from ..batch import all_classes
+from ..distiller.batch import all_classes
 from ..cache.manifest import refuse, sample_differences, transform_differences
 from ..cache.reader import TeacherCache
-from ..outputs import DistillError, Outputs, TopK, as_plain, tensors_in
-from ..ranks import rank
-from ..replay.seeds import RandomGuard
+from ..base.outputs import DistillError, Outputs, TopK, as_plain, tensors_in
+from ..base.distributed import rank
+from ..base.seeds import RandomGuard
 from .cache_data import inspect_views, writer_dl
 from .replay_dl import Plan, attach, detach, refuse_unindexed, set_aside
 from .sample_keys import item_keys, matching_root, sample_files
-from .stream import inner_dl, is_stream, of_length, share_n_inp
+from .language_model import inner_dl, is_stream, of_length, share_n_inp
 from .targets import Feed
 from .transforms import augmented, describe_transforms, moves
 from .vocab import stored_order, vocab_of

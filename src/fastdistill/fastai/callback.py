@@ -4,19 +4,19 @@ from functools import wraps
 from weakref import WeakKeyDictionary
 from fastai.basics import Callback, L, noop, one_param
 from fastai.callback.mixup import MixHandler
-from ..distiller import Distiller
-from ..features.names import unwrap
+from ..distiller.distiller import Distiller
+from ..features.layer_names import unwrap
 from ..features.taps import Taps
-from ..gradients import shares_in_words
-from ..outputs import DistillError, as_plain, check_axis, check_output
-from ..ranks import broadcast, of_first, on_first, rank
-from ..task import pseudo_labels
-from ..terms import one_temperature
-from ..trainers import OLD_STATE
+from ..recipes.gradient_norms import shares_in_words
+from ..base.outputs import DistillError, as_plain, check_axis, check_output
+from ..base.distributed import broadcast, of_first, on_first, rank
+from ..base.task import pseudo_labels
+from ..recipes.term import one_temperature
+from ..distiller.integration import OLD_STATE
 from .arguments import check_options, feed_of, make_recipe
 from .check import check_optimizer, find_mistakes, weight_shapes
-from .choice import choose_recipe, example_of
-from .columns import PartMetric, TaskMetric
+from .default_recipe import choose_recipe, example_of
+from .metrics import PartMetric, TaskMetric
 from .finite import FiniteCheck
 from .projector_opt import ProjectorOptimizer
 from .raw_items import ItemFeed

@@ -3,22 +3,22 @@ from contextlib import closing
 from types import SimpleNamespace
 from torch.nn.parameter import is_lazy
 from fastai.data.transforms import Normalize
-from ..doctor.classes import map_classes
-from ..doctor.findings import Finding, Findings, few_names
-from ..doctor.outputs import BATCHES, any_outputs, check_outputs, single_teachers
-from ..doctor.shared import none_shared, shared_parameters
-from ..outputs import DistillError
-from ..ranks import counted_as_one
-from ..recipe_text import as_recipe
-from ..report.checks import checks_as_text, html_of_checks, print_checks
-from ..report.text import show
+from ..checks.class_order import map_classes
+from ..checks.findings import Finding, Findings, few_names
+from ..checks.outputs import BATCHES, any_outputs, check_outputs, single_teachers
+from ..checks.shared_parameters import none_shared, shared_parameters
+from ..base.outputs import DistillError
+from ..base.distributed import counted_as_one
+from ..recipes.text import as_recipe
+from ..evaluation.checks_page import checks_as_text, html_of_checks, print_checks
+from ..evaluation.text import show
 from .batches import PreparationError, prepared_batches
-from .choice import choose_recipe, example_of
+from .default_recipe import choose_recipe, example_of
 from .head import HeadData
 from .raw_items import items_shown
 from .costs import training_costs
 from .task import task_of
-from ..teacher.hidden import has_reset, why_no_reset
+from ..teachers.hidden_state import has_reset, why_no_reset
 from .teachers import class_names, image_stats, size_of_images, teacher_of
 from .vocab import CODES, describe_difference, vocab_of
 

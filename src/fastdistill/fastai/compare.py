@@ -6,15 +6,15 @@ from fastai.basics import L, Learner, TensorImageBase, TfmdDL, detuplify, mk_met
 from fastai.tabular.core import TabDataLoader
 from fastai.text.data import TensorText
 from ..cache.progress import console_for_bars
-from ..measure import measure_models, roles_of
-from ..outputs import DistillError
-from ..ranks import rank
-from ..report import Report
-from ..teacher.speed import AS_IT_IS
+from ..evaluation import measure_models, roles_of
+from ..base.outputs import DistillError
+from ..base.distributed import rank
+from ..evaluation import Report
+from ..teachers.fast_copy import AS_IT_IS
 from .batches import number_of_batches, prepared, some_batches
-from .columns import columns_of
+from .metrics import columns_of
 from .raw_items import items_shown
-from .stream import is_stream
+from .language_model import is_stream
 from .task import task_of
 from .teachers import refuse_heads, teacher_of
 from .vocab import vocab_of

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from statistics import fmean
 import torch
 from fastai.callback.fp16 import MixedPrecision
-from ..cache.records import Layout, Wish
+from ..cache.layout import Layout, Wish
 from ..cache.writer import Forecast
-from ..distiller import Distiller, Recipe
-from ..doctor.runs import guarded_random_state
-from ..features.names import unwrap
+from ..distiller.distiller import Distiller, Recipe
+from ..checks.forward import guarded_random_state
+from ..features.layer_names import unwrap
 from ..features.probe import distinct_modules, dry_run, untouched
-from ..measure.cost import wait_for, weights_of_teacher
-from ..report.words import amount, three_digits
+from ..evaluation.cost import wait_for, weights_of_teacher
+from ..evaluation.format import amount, three_digits
 from .batches import number_of_batches, prepared_batches
 
 __all__ = ['TrainingCosts', 'training_costs']

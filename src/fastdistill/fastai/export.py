@@ -9,13 +9,13 @@ from torch import nn
 import fastai
 from fastai.basics import Learner
 from fastai.layers import ToTensorBase
-from ..doctor.runs import guarded_random_state
-from ..doctor.tally import FEW, Tally
-from ..outputs import DistillError, Outputs, as_plain
-from ..report import Report
-from ..task import fit_labels
-from ..teacher import Teacher
-from ..teacher.speed import AS_IT_IS
+from ..checks.forward import guarded_random_state
+from ..checks.batch_scores import FEW, Tally
+from ..base.outputs import DistillError, Outputs, as_plain
+from ..evaluation import Report
+from ..base.task import fit_labels
+from ..teachers import Teacher
+from ..teachers.fast_copy import AS_IT_IS
 from .batches import prepared, prepared_batches, some_batches
 from .compare import compare
 from .task import task_of

@@ -9,19 +9,19 @@ from time import time
 from fastai.basics import Learner, OptimWrapper, noop, patch
 from ..cache.progress import console_for_bars
 from ..cache.source import is_whole
-from ..candidates import candidates_for, given_candidates
-from ..docments import explain as add_docments
-from ..doctor.runs import guarded_random_state
-from ..doctor.tally import METRICS
-from ..outputs import DistillError, DistillWarning
-from ..ranks import rank
-from ..study import Search, import_optuna
+from ..search.candidates import candidates_for, given_candidates
+from ..base.parameter_docs import explain as add_docments
+from ..checks.forward import guarded_random_state
+from ..checks.batch_scores import METRICS
+from ..base.outputs import DistillError, DistillWarning
+from ..base.distributed import rank
+from ..search.study import Search, import_optuna
 from .arguments import feed_of
 from .batches import restored
 from .cache_data import cache_teacher
 from .check import check_teacher
-from .choice import example_of, facts_for_choice
-from .clock import scorer
+from .default_recipe import example_of, facts_for_choice
+from .trial_callback import scorer
 from .task import task_of
 from .teachers import refuse_heads, teacher_of
 from .transforms import moves

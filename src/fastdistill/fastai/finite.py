@@ -2,8 +2,8 @@
 import math
 from dataclasses import replace
 import torch
-from ..outputs import DistillError, TopK
-from ..task import unusable
+from ..base.outputs import DistillError, TopK
+from ..base.task import unusable
 
 __all__ = ['FiniteCheck']
 

@@ -3,7 +3,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from types import SimpleNamespace
-from ..outputs import DistillError
+from ..base.outputs import DistillError
 
 __all__ = ['Head', 'HeadData', 'heads_of', 'option_of_heads']
 

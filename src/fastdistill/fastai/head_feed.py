@@ -1,8 +1,8 @@
 "Stored outputs of several heads: the rows of their caches stand side by side in the batches."
 from dataclasses import replace
 import numpy as np
-from ..batch import all_classes
-from ..outputs import DistillError, Outputs, as_plain
+from ..distiller.batch import all_classes
+from ..base.outputs import DistillError, Outputs, as_plain
 from .cache_feed import CacheFeed
 from .head import HeadData
 from .targets import Feed

@@ -3,12 +3,12 @@ from contextlib import ExitStack
 import torch
 from fastai.basics import Interpretation, L, Learner, TensorImageBase, display_df, noop, tuplify
 from fastai.vision.data import get_grid
-from ..doctor.runs import guarded_random_state
+from ..checks.forward import guarded_random_state
 from ..losses import binary_kl, kl
-from ..outputs import DistillError
-from ..teacher.speed import AS_IT_IS
+from ..base.outputs import DistillError
+from ..teachers.fast_copy import AS_IT_IS
 from .batches import restored, split_batch
-from .stream import is_stream
+from .language_model import is_stream
 from .task import task_of
 from .teachers import refuse_heads, teacher_of
 

@@ -2,17 +2,17 @@
 from contextlib import closing
 from fastai.basics import L, Learner, delegates, patch
 import fastai.callback.schedule  # noqa: F401 (it gives Learner fit_one_cycle)
-from .. import plots
-from ..distiller import Recipe, Term
-from ..doctor.explain import explain_training
-from ..docments import explain as add_docments
-from ..outputs import DistillError
-from ..replay.seeds import RandomGuard
+from .. import evaluation as plots
+from ..distiller.distiller import Recipe, Term
+from ..checks.explain import explain_training
+from ..base.parameter_docs import explain as add_docments
+from ..base.outputs import DistillError
+from ..base.seeds import RandomGuard
 from .task import task_of
 from . import check
 from .batches import prepared_batches
 from .callback import KnowledgeDistillation
-from .heads import check_heads, explain_heads
+from .multi_head import check_heads, explain_heads
 from .raw_items import items_shown
 from .teachers import image_stats, is_heads, teacher_of
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from functools import partial
 import torch
 from fastai.basics import L, Learner, one_param
-from ..outputs import DistillError, map_tensors
-from ..ranks import rank
-from ..replay.seeds import seeded, seeds_of
-from ..teacher.draws import OwnDraws, generators
+from ..base.outputs import DistillError, map_tensors
+from ..base.distributed import rank
+from ..base.seeds import seeded, seeds_of
+from ..teachers.rng_stream import OwnDraws, generators
 from .arguments import feed_of
 from .cache_feed import CacheFeed, passed_epochs
 from .callback import KnowledgeDistillation

@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 from fastai.basics import DataBlock, Datasets, L, Learner, Recorder, TensorBase, TfmdDL, defaults, join_path_file
 import fastai.callback.schedule  # noqa: F401 (it gives Learner fine_tune)
-from ..ranks import rank
+from ..base.distributed import rank
 from .block import FIRST_TARGET, TeacherBlock, TeacherTarget, ToTeacherTarget
 from .callback import FIRST_CALLBACK, LAST_STATES, LOADED_STATES, KnowledgeDistillation
 from .targets import TeacherTargets

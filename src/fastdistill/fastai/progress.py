@@ -1,7 +1,7 @@
 "The progress of students that train side by side: one bar, and a table with a row for each student and epoch."
 from fastai.basics import Callback, L
 from fastai.callback.progress import master_bar, progress_bar
-from .columns import row_by_column
+from .metrics import row_by_column
 
 __all__ = ['ProgressTable']
 

@@ -3,8 +3,8 @@ import copy
 import numpy as np
 import torch
 from fastai.basics import Adam, L, OptimWrapper
-from ..outputs import map_tensors
-from ..ranks import average_gradients
+from ..base.outputs import map_tensors
+from ..base.distributed import average_gradients
 
 __all__ = ['ProjectorOptimizer']
 

@@ -2,13 +2,13 @@
 from contextlib import ExitStack, contextmanager
 import numpy as np
 from fastai.tabular.core import Tabular
-from ..doctor.outputs import single_teachers
-from ..outputs import DistillError, as_plain, tensors_in
-from ..teacher.items import items_at, with_items
+from ..checks.outputs import single_teachers
+from ..base.outputs import DistillError, as_plain, tensors_in
+from ..teachers.items import items_at, with_items
 from .block import TeacherRow
 from .replay_dl import Plan, attach, detach, refuse_unindexed, set_aside
 from .sample_keys import items_of
-from .stream import inner_dl, is_stream
+from .language_model import inner_dl, is_stream
 from .targets import Feed
 from .transforms import moves
 

@@ -7,11 +7,11 @@ from fastai.basics import Learner
 from ..cache.digests import fingerprint
 from ..cache.reader import TeacherCache
 from ..cache.source import identity_of
-from ..disk import write_json
-from ..measure.seeds import adjusted, difference_by_seed
-from ..outputs import DistillError, DistillWarning
-from ..replay.seeds import seeded
-from ..report.recipes import RecipeReport, RecipeRun
+from ..base.atomic_files import write_json
+from ..search.seed_tests import adjusted, difference_by_seed
+from ..base.outputs import DistillError, DistillWarning
+from ..base.seeds import seeded
+from ..search.recipe_report import RecipeReport, RecipeRun
 from .arguments import feed_of
 from .compare import history_of
 from .many import distill_many

@@ -8,11 +8,11 @@ import torch
 from fastai.basics import TfmdDL
 from fastai.tabular.core import TabDataLoader
 from fastai.text.data import LMDataLoader, SortedDL
-from ..outputs import DistillError
-from ..replay.generators import Generators
-from ..replay.seeds import restored_once, seeded, seeds_of, view_of
+from ..base.outputs import DistillError
+from ..base.generators import Generators
+from ..base.seeds import restored_once, seeded, seeds_of, view_of
 from .block import TeacherRow
-from .stream import in_a_row
+from .language_model import in_a_row
 from .transforms import Replay, Shown
 
 __all__ = ['Plan', 'attach', 'detach', 'refuse_unindexed', 'set_aside']

@@ -8,9 +8,9 @@ from fastai.data.transforms import ColReader
 from fastai.text.data import SortedDL
 from ..cache.files import files_of
 from ..cache.keys import hash_of, key_of, keys_of, name_of, root_of
-from ..outputs import DistillError
-from ..replay.seeds import RandomGuard, seeds_of
-from .stream import is_stream
+from ..base.outputs import DistillError
+from ..base.seeds import RandomGuard, seeds_of
+from .language_model import is_stream
 
 __all__ = ['item_keys', 'items_of', 'key_root', 'matching_root', 'sample_files', 'storage_order']
 

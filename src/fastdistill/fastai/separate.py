@@ -4,9 +4,9 @@ from itertools import combinations
 import torch
 from fastai.basics import Learner, Metric
 from torch.utils.data import IterableDataset
-from ..doctor.findings import few_names
-from ..outputs import DistillError, tensors_in
-from ..replay.seeds import seeded
+from ..checks.findings import few_names
+from ..base.outputs import DistillError, tensors_in
+from ..base.seeds import seeded
 from .shared import seeded_batches
 from .teachers import image_stats
 from .transforms import describe_transforms

@@ -3,14 +3,14 @@ import random
 from dataclasses import dataclass
 import torch
 from fastai.basics import Callback
-from ..outputs import DistillError, Outputs, map_tensors, tensors_in
-from ..replay.generators import Generators
-from ..replay.seeds import seeded
-from ..teacher.draws import OwnDraws
-from ..teacher.teacher import Teacher
+from ..base.outputs import DistillError, Outputs, map_tensors, tensors_in
+from ..base.generators import Generators
+from ..base.seeds import seeded
+from ..teachers.rng_stream import OwnDraws
+from ..teachers.teacher import Teacher
 from .batches import PARTS, restored
 from .cache_feed import CacheFeed
-from .stream import in_first_order
+from .language_model import in_first_order
 from .targets import Feed
 
 __all__ = ['SharedBatches', 'SharedRows', 'SharedTeacher', 'Stream', 'seeded_batches']

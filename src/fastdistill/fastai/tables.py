@@ -5,9 +5,9 @@ from torch import Tensor
 from fastai.basics import tensor
 from fastai.data.transforms import Categorize, EncodedMultiCategorize, Normalize, RegressionSetup
 from fastai.tabular.core import Categorify, FillMissing, Tabular
-from ..outputs import DistillError
-from ..replay.seeds import seeds_of
-from ..teacher.estimator import Estimator, few
+from ..base.outputs import DistillError
+from ..base.seeds import seeds_of
+from ..teachers.estimator import Estimator, few
 
 __all__ = ['RawRows', 'TableEstimator', 'table_of']
 

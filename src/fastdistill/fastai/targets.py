@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from fastai.basics import BaseLoss, Callback, Datasets, TfmdDL
 from fastai.callback.mixup import MixHandler
-from ..outputs import DistillError, DistillWarning, Outputs, as_plain
-from ..replay.seeds import RandomGuard
+from ..base.outputs import DistillError, DistillWarning, Outputs, as_plain
+from ..base.seeds import RandomGuard
 from .block import TeacherRow, TeacherTarget, ToTeacherTarget, before_first_target
 from .vocab import stored_order
 

@@ -9,15 +9,15 @@ from fastai.vision.augment import (AffineCoordTfm, CropPad, RandomCrop, RandomRe
                                    Resize)
 from fastai.vision.core import Image
 from ..cache.reader import TeacherCache, is_cache
-from ..class_sets import class_groups
-from ..doctor.classes import map_classes
-from ..outputs import DistillError, DistillWarning, as_plain
-from ..replay.generators import Generators
-from ..replay.seeds import RandomGuard
-from ..teacher.estimator import Estimator, is_estimator, load_estimator
-from ..teacher.forms import warn_of_code
-from ..teacher.images import affine, stats_of, timm_cfg
-from ..teacher.teacher import Teacher
+from ..base.class_mapping import class_groups
+from ..checks.class_order import map_classes
+from ..base.outputs import DistillError, DistillWarning, as_plain
+from ..base.generators import Generators
+from ..base.seeds import RandomGuard
+from ..teachers.estimator import Estimator, is_estimator, load_estimator
+from ..teachers.forms import warn_of_code
+from ..teachers.images import affine, stats_of, timm_cfg
+from ..teachers.teacher import Teacher
 from .tables import TableEstimator, table_of
 from .vocab import vocab_of
 

@@ -10,11 +10,11 @@ from fastai.tabular.core import ReadTabBatch
 from fastai.vision.augment import AffineCoordTfm, RandTransform, RandomErasing, SpaceTfm, TensorImage
 from ..cache.digests import code_of, fingerprint
 from ..cache.keys import hash_of
-from ..outputs import DistillError
-from ..replay.generators import access_of, hands_out_generators, reachable
-from ..replay.per_sample import PerSample, per_sample
-from ..replay.seeds import RandomGuard, seeds_of
-from .stream import is_stream
+from ..base.outputs import DistillError
+from ..base.generators import access_of, hands_out_generators, reachable
+from ..cache.per_sample import PerSample, per_sample
+from ..base.seeds import RandomGuard, seeds_of
+from .language_model import is_stream
 
 __all__ = ['Replay', 'augmented', 'describe_transforms', 'moves']
 

@@ -1,8 +1,8 @@
 "A warning during a fit: the student follows its teacher away from the labels."
 import warnings
-from ..outputs import DistillWarning
-from ..ranks import rank
-from .columns import columns_of
+from ..base.outputs import DistillWarning
+from ..base.distributed import rank
+from .metrics import columns_of
 
 __all__ = ['TrendCheck']
 

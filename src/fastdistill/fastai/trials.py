@@ -4,14 +4,14 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from fastai.basics import L, Learner, Recorder, noop
-from ..doctor.runs import guarded_random_state
-from ..features.names import unwrap
+from ..checks.forward import guarded_random_state
+from ..features.layer_names import unwrap
 from ..features.probe import untouched
-from ..outputs import DistillError, DistillWarning
-from ..replay.generators import Generators
+from ..base.outputs import DistillError, DistillWarning
+from ..base.generators import Generators
 from .batches import PARTS, restored
 from .callback import KnowledgeDistillation
-from .clock import Clock, chosen_half
+from .trial_callback import Clock, chosen_half
 
 __all__ = ['Trials']
 

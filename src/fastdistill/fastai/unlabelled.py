@@ -3,8 +3,8 @@ import torch
 from fastai.text.data import LMDataLoader
 from ..cache.manifest import refuse
 from ..cache.source import identity_of, is_whole
-from ..outputs import DistillError
-from ..replay.seeds import RandomGuard
+from ..base.outputs import DistillError
+from ..base.seeds import RandomGuard
 from .batches import loader_of, split_batch
 from .cache_feed import CacheFeed, Epochs, passed_epochs
 from .targets import TargetFeed

@@ -2,9 +2,9 @@
 import torch
 from torch import Tensor
 from fastai.basics import is_listy, nested_attr
-from ..doctor.classes import map_classes
-from ..outputs import DistillError
-from .stream import is_stream
+from ..checks.class_order import map_classes
+from ..base.outputs import DistillError
+from .language_model import is_stream
 
 __all__ = ['CODES', 'describe_difference', 'stored_order', 'vocab_of']
 

@@ -2,7 +2,7 @@
 import inspect
 from collections.abc import Mapping
 from torch import nn
-from .names import unwrap
+from .layer_names import unwrap
 
 __all__ = ['arguments', 'is_hf', 'predicts_next']
 

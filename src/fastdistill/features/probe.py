@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
-from ..outputs import DistillError, as_plain, map_tensors
+from ..base.outputs import DistillError, as_plain, map_tensors
 from .calls import arguments
-from .names import LayerTree, layer_tree, model_name, named, unwrap
+from .layer_names import LayerTree, layer_tree, model_name, named, unwrap
 
 __all__ = ['Fired', 'dry_run', 'layers', 'main_tensor', 'probe', 'restore_tensor', 'series_layers', 'untouched']
 

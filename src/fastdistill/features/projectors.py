@@ -1,7 +1,7 @@
 "Project the student's features to the teacher's shape: first to its grid, then to its channels."
 import torch
 from torch import Tensor, nn
-from ..outputs import DistillError
+from ..base.outputs import DistillError
 from .shapes import to_grid
 
 __all__ = ['Projector', 'checked_projector', 'describe_projector', 'projector']

@@ -3,7 +3,7 @@ import math
 import torch
 from torch import Tensor
 import torch.nn.functional as F
-from ..outputs import DistillError
+from ..base.outputs import DistillError
 
 __all__ = ['as_map', 'as_tokens', 'as_vector', 'grid', 'resize', 'to_grid']
 

@@ -2,8 +2,8 @@
 import contextlib, sys
 import torch
 from torch import nn
-from ..outputs import DistillError, Outputs
-from .names import model_name, named, no_such_layer, resolve_among, unwrap
+from ..base.outputs import DistillError, Outputs
+from .layer_names import model_name, named, no_such_layer, resolve_among, unwrap
 from .probe import is_compiled, main_tensor
 from .shapes import as_map, as_tokens, as_vector
 

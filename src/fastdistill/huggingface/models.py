@@ -2,10 +2,10 @@
 import inspect, re
 import torch
 from torch import Tensor
-from ..doctor.classes import map_classes
-from ..features.names import unwrap
-from ..outputs import DistillError
-from ..teacher.teacher import Teacher
+from ..checks.class_order import map_classes
+from ..features.layer_names import unwrap
+from ..base.outputs import DistillError
+from ..teachers.teacher import Teacher
 
 __all__ = ['names_taken', 'predicts', 'question_logits', 'teacher_for', 'without_loss']
 

@@ -2,7 +2,7 @@
 import copy
 from torch import nn
 from ..features.calls import is_hf
-from ..outputs import DistillError
+from ..base.outputs import DistillError
 
 __all__ = ['student_from']
 

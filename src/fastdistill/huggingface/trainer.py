@@ -3,16 +3,16 @@ import os
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from ..automatic import Distiller
-from ..batch import next_tokens
+from ..recipes.default import Distiller
+from ..distiller.batch import next_tokens
 from ..features.calls import predicts_next
 from ..features.probe import untouched
 from ..features.taps import Taps
-from ..outputs import DistillError
-from ..ranks import average_gradients, mean_over_ranks
-from ..replay.seeds import RandomGuard
-from ..teacher.teacher import Teacher
-from ..trainers import (add_parameters, check_first, complete, load_state, needs_example, reset_gradients,
+from ..base.outputs import DistillError
+from ..base.distributed import average_gradients, mean_over_ranks
+from ..base.seeds import RandomGuard
+from ..teachers.teacher import Teacher
+from ..distiller.integration import (add_parameters, check_first, complete, load_state, needs_example, reset_gradients,
                         takes_part, training_state)
 from .models import names_taken, predicts, question_logits, teacher_for, without_loss
 

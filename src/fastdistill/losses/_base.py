@@ -3,7 +3,7 @@ import functools, inspect
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
-from ..outputs import DistillError, as_plain
+from ..base.outputs import DistillError, as_plain
 
 __all__ = ['Loss', 'loss', 'reduce', 'fit_mask', 'same_shape', 'class_axis', 'log_probs', 'expect', 'temperature',
            'channels_first', 'cells', 'unit']

@@ -1,7 +1,7 @@
 "Losses that treat the label's class and the other classes separately."
 import torch
 from torch import Tensor
-from ..outputs import DistillError, as_plain
+from ..base.outputs import DistillError, as_plain
 from ._base import Loss, class_axis, expect, fit_mask, log_probs, loss, reduce
 from .response import checked_classes, kl_of, of_class, positions
 

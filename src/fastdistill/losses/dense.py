@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 import torch.nn.functional as F
-from ..outputs import DistillError, as_plain
+from ..base.outputs import DistillError, as_plain
 from ._base import Loss, cells, channels_first, expect, fit_mask, log_probs, loss, reduce, unit
 
 __all__ = ['cwd', 'CWD', 'pairwise', 'Pairwise', 'ifvd', 'IFVD']

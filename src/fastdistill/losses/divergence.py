@@ -3,7 +3,7 @@ import math
 from functools import partial
 import torch
 from torch import Tensor
-from ..outputs import DistillError
+from ..base.outputs import DistillError
 from ._base import Loss, expect, log_probs, loss
 from .response import kl, kl_of, kl_values, of_positions, reverse_kl, within
 

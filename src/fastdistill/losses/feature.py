@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from ..outputs import DistillError
+from ..base.outputs import DistillError
 from ._base import Loss, _full, cells, channels_first, fit_mask, loss, reduce, unit
 
 __all__ = ['hint', 'Hint', 'at', 'AT', 'nst', 'NST', 'fsp', 'FSP', 'ab', 'AB', 'ofd', 'OFD', 'ofd_margin', 'vid', 'VID',

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 import torch.nn.functional as F
-from ..outputs import DistillError
+from ..base.outputs import DistillError
 from ._base import Loss, _full, cells, expect, log_probs, loss, reduce, unit
 from .feature import Owner, same_features, tensor_like
 

@@ -4,7 +4,7 @@ from functools import partial
 import torch
 from torch import Tensor
 import torch.nn.functional as F
-from ..outputs import DistillError
+from ..base.outputs import DistillError
 from ._base import Loss, _full, class_axis, expect, fit_mask, log_probs, loss, reduce, same_shape, temperature
 from .chunks import per_position, seen_finite
 from .correlations import both_correlations

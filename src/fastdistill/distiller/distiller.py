@@ -1,0 +1,483 @@
+"The core: one batch of student, teacher and recipe. It knows tensors, no training loop and no particular loss."
+import json, warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+import torch
+from torch import Tensor, nn
+from .batch import (Batch, all_classes, blend, both, inputs_and_labels, labels_to_shift, next_tokens, nothing,
+                    of_all_processes, padding_mask)
+from ..base.class_mapping import taught_part
+from ..checks.findings import Findings
+from ..checks.outputs import BATCHES, check_batch, check_outputs
+from ..checks.forward import student_logits
+from ..checks.shared_parameters import none_shared, shared_parameters
+from ..features.calls import arguments, predicts_next
+from ..features.layer_pairs import PairTable, check_names, inputs, pair
+from ..features.probe import dry_run
+from ..features.projectors import projector
+from ..features.taps import Taps, is_output, layer_output
+from ..recipes.gradient_norms import norms_at_layer, norms_at_logits, swamped
+from ..base.outputs import (DistillError, DistillWarning, Outputs, as_plain, check_output, map_tensors,
+                      warn_of_several)
+from ..base.distributed import of_first, rank
+from ..recipes.gradient_balance import GradientRatios
+from ..base.generators import Generators
+from ..base.task import labels_loss, task_for
+from ..teachers.teacher import Teacher
+from ..recipes.term import Link, Recipe, Term, check_kind, own_copy
+
+__all__ = ['Distilled', 'Distiller', 'Recipe', 'Term']
+
+LACKS = ("the chosen recipe and the measured gradients, which checkpoints of earlier releases lack. "
+         "load_state_dict(state, strict=False) takes the weights alone; the recipe is then chosen, and gradients are "
+         "measured, anew")
+
+
+@dataclass
+class Distilled:
+    "One batch's loss and what it is made of"
+    task:Tensor|None # the labels' own loss, unweighted; None without labels
+    taught:Tensor|None # the weighted sum of all terms; None where none counts
+    parts:dict[str,Tensor] # each term's value, unweighted and detached; in training only of the terms that count
+    weights:dict[str,float|Tensor] # what each was multiplied by; 'task' among them. 0-dim for a term with a share
+
+    @property
+    def total(self):
+        "What to call `backward` on"
+        # subtle: labels of weight 0 take no part at all, since 0*nan is nan
+        if not self.weights['task']: return self.taught
+        own = self.weights['task']*self.task if self.weights['task'] != 1 else self.task
+        return own if self.taught is None else own + self.taught
+
+    @property
+    def added(self):
+        """What to add to the labels' own loss to get `total`, for trainers that hold that loss already; None if that
+        is nothing"""
+        if self.task is None or self.weights['task'] == 1: return self.taught
+        rest = (self.weights['task']-1)*self.task
+        return rest if self.taught is None else rest + self.taught
+
+
+class Distiller(nn.Module):
+    """A student, its teacher, and a recipe: `distiller(x, y)` is one batch. Its parameters are the student's and the
+    projectors', never the teacher's. `with distiller.teacher:` around a loop gets the teacher ready once, and not for
+    each batch. `state_dict()` holds all that a training needs to continue, but for the optimizer's state"""
+    # `automatic` sets these, since no particular loss is known here: `auto` chooses the recipe where none is given,
+    # `chosen_before` makes a chosen one again from (text, why, kind), and `as_recipe` reads the one that was given
+    auto = chosen_before = None
+    as_recipe = staticmethod(lambda o: o)
+
+    def __init__(
+        self,
+        student:nn.Module|None, # what is trained; None if only `compute` is used, without layers
+        teacher, # a `Teacher`, or what it takes: a module, a callable, a file, a list of these
+        recipe=None, # `kd()`, `kd() + at()`, a `Term`, or a text such as 'kd(T=2) + at()'; None or 'auto': `auto`
+        # chooses at the first batch, by the outputs
+        *,
+        task_loss=None, # fn(student logits, *targets): the labels' own loss; None: cross-entropy, binary cross-entropy
+        # or squared error
+        kind:str|None=None, # what the logits are: 'softmax' over classes, 'sigmoid' per label, or 'regression'; None:
+        # what `task_loss` takes, if that is PyTorch's, else 'softmax'
+        axis:int|None=None, # class axis; None: `task_loss`'s, else 1
+        ignore_index:int|None=None, # positions with this label do not count; None: `task_loss`'s, else -100
+        shift_labels:bool|None=None, # labels of a language model stand where their tokens stand (Hugging Face's way),
+        # and not where they are predicted: True moves them for the terms and for the loss that None chooses. None: seen
+        # in the first batch, or asked for
+        output=None, # which of several outputs is distilled, of the student and of a teacher that is not yet a
+        # `Teacher`: a name, an index, or a function of what the model returned; None: the one called 'logits' or 'out',
+        # or the first of a tuple
+        check:bool=True, # look for mistakes: parameters that both models share, and in the first batch what
+        # `Distiller.check` finds
+        example=None # a batch of inputs, to build projectors before an optimizer asks for their parameters
+    ):
+        super().__init__()
+        self.student,self.task_loss,self.shift_labels = student,task_loss,shift_labels
+        self.task = task_for(task_loss, kind, axis, ignore_index)
+        recipe = Distiller.as_recipe(recipe)
+        self.links = nn.ModuleDict()
+        self.take(Recipe() if recipe is None else recipe)
+        self.automatic = self.chooses = recipe is None # is the recipe chosen? is it still to be?
+        check_output(output)
+        self.output,self.found,self.doubt = output,{},'' # what a check found against the teacher
+        if teacher is not None and not isinstance(teacher, Teacher):
+            teacher = Teacher(teacher, kind=self.task.kind, axis=self.task.axis, output=output)
+        self.teacher = teacher
+        self.measures,self.seen = True,set() # are gradient shares measured? of which parts they were
+        # part -> share, the labels' is 'task'; None until the first training batch
+        self.gradient_shares:dict|None = None
+        self.pairs:PairTable|None = None # what is compared with what, once it is known
+        self.unchecked = {'labels', 'outputs'} if check else set()
+        if student is not None and teacher is not None:
+            self.check_names()
+            if check: Findings(shared_parameters(student, teacher)).enforce()
+        if example is not None: self.setup(*inputs(example))
+
+    def take(self, recipe):
+        "Use this recipe from now on, of terms on the logits or before any batch"
+        self.recipe,self.chooses = Recipe(recipe),False
+        self.chosen = [recipe.text, recipe.why, recipe.kind] if hasattr(recipe, 'text') else None # if `auto` chose it
+        self.ratios = GradientRatios(self.recipe)
+        self.links.clear()
+        for t in self.recipe.terms:
+            check_kind(t, self.task.kind)
+            if t.layers is None: self.links[t.name] = nn.ModuleList([Link(own_copy(t.loss))])
+
+    def choose(self, logits, x:tuple, labels:bool):
+        "Take the recipe that `auto` chooses for such outputs and such a teacher, and batches with or without labels"
+        ask = lambda: all_classes(self.teacher.probe(*x), Outputs(logits)).logits
+        doubt = 'the teacher is in doubt, see above' if self.doubt else None
+        chosen = of_first(Distiller.auto(logits.shape, self.task, ask, labels, doubt))
+        self.take(chosen)
+        if rank() == 0: print(f'fastdistill: recipe {chosen}')
+
+    # checkpoints
+
+    def get_extra_state(self) -> Tensor:
+        "What a checkpoint holds beside weights: as a tensor, so that it can be stored wherever weights can"
+        state = dict(recipe=self.chosen, ratios=self.ratios.state_dict(), shift_labels=self.shift_labels)
+        return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state:Tensor):
+        "Continue with what was chosen and measured. A recipe with different terms that was chosen already is kept"
+        state = json.loads(bytes(state.tolist()))
+        if self.automatic and state['recipe'] is not None:
+            recipe = Distiller.chosen_before(*state['recipe'])
+            if self.chooses or [t.name for t in recipe.terms] == [t.name for t in self.recipe.terms]: self.take(recipe)
+        self.ratios.load_state_dict(state['ratios'])
+        if self.shift_labels is None: self.shift_labels = state['shift_labels']
+
+    def _load_from_state_dict(self, state, prefix, meta, strict, missing, unexpected, errors):
+        if (key := f'{prefix}_extra_state') not in state:
+            # subtle: `strict` is True whatever was asked for, and only `missing` depends on it
+            if self.ratios or self.automatic: missing.append(f'{key}: {LACKS}')
+            state = {**state, key: self.get_extra_state()}
+        super()._load_from_state_dict(state, prefix, meta, strict, missing, unexpected, errors)
+
+    @property
+    def layered(self): return [t for t in self.recipe.terms if t.layers is not None]
+
+    @property
+    def ready(self): return len(self.links) == len(self.recipe.terms)
+
+    def parameters(self, recurse=True):
+        if not self.ready and any(t.match == 'shape' or t.projector != 'auto' for t in self.layered):
+            raise DistillError("The projectors are not built yet, and an optimizer made now would not train them: "
+                               "give the Distiller a batch of inputs, Distiller(..., example=x)")
+        return super().parameters(recurse)
+
+    def check_names(self):
+        "Refuse layers that the models don't have, before any batch"
+        for t in self.layered: check_names(self.student, self.teacher, t.layers)
+
+    def check(
+        self,
+        x, # a DataLoader, or a list of batches (inputs, labels), best of a validation set; or the inputs of one batch
+        *targets, # the labels of one batch
+        n:int=BATCHES # number of batches to read of a DataLoader
+    ) -> Findings:
+        """What would go wrong in silence: a list of findings, empty if nothing is wrong.
+
+        Of a DataLoader, a few batches show the scores of both models and of a constant prediction (`.facts`), a teacher
+        that seems untrained, or whose classes are in another order, and all that `Learner.check_teacher` finds without
+        a Learner. A teacher in doubt gets a small part of the recipe that is chosen for you. One batch shows outputs
+        and labels that do not fit. Both models stay as they are"""
+        if not targets and is_loader(x):
+            with own_generators(x): return self.check_batches(map(inputs_and_labels, x), n)
+        x = inputs(x)
+        s,t = student_logits(self.student, x, self.output),self.teacher.probe(*x)
+        return self._findings(Outputs(s), t, targets)
+
+    def check_batches(
+        self,
+        batches, # (inputs, labels) of each, the labels as a tuple
+        n:int=BATCHES, # how many are read
+        *,
+        placed:bool=False # is each label where it is predicted already?
+    ) -> Findings:
+        "As `check`, for batches that are split already"
+        found,device = Findings(),next((p.device for p in self.student.parameters()), None)
+        found.add('parameters', shared_parameters(self.student, self.teacher), none_shared(self.student, self.teacher))
+        here = ((inputs(x), y) for x,y in islice(batches, n))
+        here = (map_tensors(b, lambda t: t if t.device == device else t.to(device)) for b in here)
+        recipe = None if self.chooses else self.recipe
+        found.join(check_outputs(self.teacher, self.task, here, self.student, recipe=recipe, output=self.output,
+                                 place=None if placed else self.targets_at))
+        self.doubt = found.doubt
+        return found
+
+    def _findings(self, student, teacher, targets):
+        t = None if teacher is None else all_classes(teacher, student).logits
+        y = as_plain(targets[0]) if len(targets) and isinstance(targets[0], Tensor) else None
+        s,y = taught_part(student.logits, y, None if teacher is None else teacher.classes, self.task)
+        return check_batch(s, t, y, self.task)
+
+    def _check_first(self, student, teacher, targets):
+        "Refuse the mistakes of the first batch, and of the first batch for which the teacher runs"
+        parts = {'labels'} if teacher is None else {'labels', 'outputs'}
+        if not parts & self.unchecked: return
+        self.unchecked -= parts
+        self._findings(student, teacher, targets).enforce()
+
+    def own_parameters(self): return [p for p in self.links.parameters() if p.requires_grad]
+
+    def setup(self, *x):
+        """Pair layers and build projectors, from one evaluation-mode probe that changes nothing, the random state
+        included"""
+        student = self.student
+        cuda = sorted({p.device.index for p in student.parameters() if p.is_cuda})
+        with torch.random.fork_rng(cuda):
+            tables = {t.name: pair(student, self.teacher, x, layers=t.layers, match=t.match, projector=t.projector)
+                      for t in self.layered}
+            pairs = self.pairs = PairTable(p for ps in tables.values() for p in ps)
+            with Taps(student, dict.fromkeys(p.student for p in pairs)) as taps:
+                dry_run(student, *x)
+                s = taps.pop()
+            t = self.teacher.probe(*x, layers=list(dict.fromkeys(p.teacher for p in pairs if not is_output(p.teacher))))
+            for term in self.layered:
+                self.links[term.name] = nn.ModuleList(self._links(term, tables[term.name], s, t))
+        return self
+
+    def active_terms(
+        self, progress:float|None=None # share of the training that is done, for schedules
+    ) -> list:
+        "The terms that a batch needs: those with a weight; without gradient, as in validation, all of them"
+        return [t for t in self.recipe.terms if not torch.is_grad_enabled() or t.weight_at(progress) != 0]
+
+    def needs_teacher(self, progress:float|None=None) -> bool:
+        "Whether any term needs the teacher's outputs for this batch"
+        return bool(self.active_terms(progress))
+
+    def student_layers(
+        self, terms=None # of these terms, as `active_terms` gives them; None: of all
+    ) -> list:
+        "The student's layers that the terms compare"
+        return self._layers(0, terms)
+
+    def teacher_layers(self, terms=None) -> list:
+        "The teacher's layers that the terms compare"
+        return self._layers(1, terms)
+
+    def _layers(self, i, terms):
+        links = (self.links[t.name] for t in (self.recipe.terms if terms is None else terms) if t.name in self.links)
+        return list(dict.fromkeys(k.layers[i] for ks in links for k in ks if k.layers and not is_output(k.layers[i])))
+
+    def teacher_outputs(
+        self,
+        x, # the batch's inputs, as `forward` takes them
+        progress:float|None=None # share of the training that is done, for schedules
+    ) -> Outputs|None:
+        "The teacher's outputs for a batch, with the layers that its terms compare; None where no term needs them"
+        terms = self.active_terms(progress)
+        return self.teacher.outputs(inputs(x), layers=self.teacher_layers(terms)) if terms else None
+
+    def student_outputs(
+        self,
+        raw, # what the student returned
+        feats:dict, # what taps read
+        x # the batch's inputs, whose padded positions do not count
+    ) -> Outputs:
+        "The student's outputs, of several the one that `output` names, with the padding of the batch masked"
+        if self.output is None: warn_of_several(raw, self.student, 'The student', self.found)
+        s = Outputs.of(raw, feats, output=self.output)
+        return replace(s, mask=both(s.mask, padding_mask(inputs(x), s.logits.shape, self.task.axis)))
+
+    def forward(
+        self,
+        x, # the inputs: a tensor, a tuple of several, or a dict (passed by name where the model has arguments of these
+        # names)
+        *targets, # labels; none where the recipe gives them no weight
+        progress:float|None=None # share of the training that is done, for schedules
+    ) -> Distilled:
+        "Run student and teacher on a batch and compare them"
+        x = inputs(x)
+        if not self.ready: self.setup(*x)
+        terms,(args,kwargs) = self.active_terms(progress),arguments(self.student, x)
+        with Taps(self.student, self.student_layers(terms)) as taps:
+            raw = self.student(*args, **kwargs)
+            feats = taps.pop()
+        return self.after_student(raw, feats, x, targets, progress)
+
+    def after_student(self, raw, feats, x, targets, progress):
+        "Ask the teacher and compare, for a batch on which the student ran: `raw` is what it returned"
+        s = self.student_outputs(raw, feats, x)
+        if self.chooses: self.choose(s.logits, inputs(x), bool(targets))
+        t = self.teacher_outputs(x, progress)
+        self._check_first(s, t, targets)      # before the labels' loss, whose error would not say what to do
+        task,targets = self.labels(x, s.logits, targets)
+        return self.compute(s, t, task, targets, progress=progress)
+
+    def labels(self, x, logits, targets):
+        "The labels' own loss, and the targets each where it is predicted"
+        if not targets: return None,targets
+        at = self.targets_at(x, logits, targets)
+        if self.task_loss is not None: return self.task_loss(logits, *targets),at
+        return labels_loss(logits, *at, task=self.task),at
+
+    def targets_at(self, x, logits, targets):
+        "The targets, each where it is predicted: a language model predicts the next token"
+        if self.shift_labels is None and targets:
+            self.shift_labels = labels_to_shift(x, targets[0], logits.shape, self.task, predicts_next(self.student))
+            if self.shift_labels and rank() == 0:
+                print("fastdistill: the labels are the inputs themselves, so each is moved to where it is predicted, "
+                      "one position earlier. shift_labels=True says so, shift_labels=False leaves them")
+        if not self.shift_labels: return targets
+        return next_tokens(targets[0], self.task.ignore_index),*targets[1:]
+
+    def compute(
+        self,
+        student:Outputs, # of this batch
+        teacher:Outputs|None, # of the same batch; None where no term needs it (see `needs_teacher`)
+        task:Tensor|None=None, # the labels' own loss, already computed; None without labels
+        targets=(), # labels, for the losses that read them
+        *,
+        progress:float|None=None, # share of the training that is done, for schedules
+        mixed=None # (other targets, share of the first ones): MixUp's batches have two labels a sample
+    ) -> Distilled:
+        "The loss of a batch whose student (and teacher) ran already: what trainers call"
+        task,terms = None if task is None else as_plain(task),self.active_terms(progress)
+        weights = self.recipe.weights_at(progress)
+        if task is None and weights['task']:
+            raise DistillError("This batch has no labels, but the recipe gives their loss the weight "
+                               f"{weights['task']:g}: use alpha=1, or soft_labels(), to train from the teacher alone")
+        if terms and teacher is None:
+            raise DistillError(f"{terms[0].name} needs the teacher's outputs for this batch, and got None: "
+                               "needs_teacher(progress) says when")
+        self._check_first(student, teacher, targets)
+        b = Batch(student, all_classes(teacher, student), targets, *(mixed or ((), None)), self.task, progress)
+        values = {t.name: self._value(t, b) for t in terms}
+        counted = {k: v for k,v in dict(task=task, **values).items() if v is not None and weights[k] != 0}
+        weights = self._measured(counted, weights, student, b)
+        taught = [weights[k]*v for k,v in counted.items() if k in values]
+        if not weights['task'] and student.logits is not None: taught.append(nothing(student.logits))
+        return Distilled(task, sum(taught[1:], taught[0]) if taught else None,
+                         {k: v.detach() for k,v in values.items()}, weights)
+
+    def without_labels(
+        self,
+        student:Outputs, # for inputs without labels
+        teacher:Outputs|None, # for the same
+        *,
+        progress:float|None=None # share of the training that is done, for schedules
+    ) -> Tensor:
+        """The weighted sum of the terms that read no labels, for inputs without labels beside the batches with labels.
+        Shares of the gradient are those that were measured there"""
+        terms = [t for t in self.active_terms(progress) if not t.n_targets]
+        if not terms: return nothing(student.logits)
+        b = Batch(student, all_classes(teacher, student), (), (), None, self.task, progress)
+        values = {t.name: self._value(t, b) for t in terms}
+        weights = self.ratios.weights(self.recipe.weights_at(progress), values)
+        return sum(weights[k]*v for k,v in values.items())
+
+    def _value(self, term, b):
+        "A term's value; where it reads labels and the batch has two a sample, mixed as the labels' own loss is"
+        if b.share is None or term.n_targets == 0: return self._of_labels(term, b, b.targets, b.options(term, b.mask))
+        each = b.share.numel() > 1
+        if each and ('reduction' not in term.accepts or term.layers is not None):
+            raise DistillError(f"{term.name} reads labels, and MixUp gives each sample two of them: a loss of your own "
+                               "needs the keyword-only option `reduction` ('none': one value per sample) to be mixed. "
+                               "Or use CutMix, whose share is one for the whole batch.")
+        options = [b.options(term, m) | (dict(reduction='none') if each else {}) for m in b.masks]
+        first,other = [self._of_labels(term, b, y, o) for y,o in zip((b.targets, b.others), options)]
+        v = blend(first, other, b.share)
+        if not v.dim(): return v
+        # subtle: per label that counts; a mask that the loss does not take cannot have left out any
+        return v.sum()/(v.numel() if b.mask is None or 'mask' not in options[0] else b.mask.sum().clamp_min(1e-6))
+
+    def _of_labels(self, term, b, targets, options):
+        "A term's value by one set of labels: summed over its pairs of layers, as the papers do"
+        links,targets = self.links[term.name],targets[:term.n_targets]
+        if term.n_targets and len(targets) < term.n_targets:
+            raise DistillError(f"{term.name} needs {term.n_targets} target(s) beside student and teacher, this batch "
+                               f"has {len(targets)}")
+        pairs = b.pairs_of(term.name, lambda: [k.tensors(b.student, b.teacher) for k in links])
+        if term.relates: pairs,targets,options = of_all_processes(term, pairs, targets, options, b.task)
+        if term.lists: return links[0].loss(*map(list, zip(*pairs)), *targets, **term.channels(pairs[0][1]), **options)
+        return sum(k.loss(s, t, *targets, **term.channels(t), **options) for k,(s,t) in zip(links, pairs))
+
+    def _measured(self, values, weights, student, b):
+        """The weights as they count: of a term with a share, what makes its gradient that long. Shares of the gradient
+        are reported at the first training batch, and where a part counts for the first time"""
+        learns = {k: v for k,v in values.items() if v.requires_grad}
+        fixed = {k: w for k,w in weights.items() if k not in self.ratios}
+        if self.ratios:
+            self.ratios.measure(weights, learns, lambda k: self._compared(k, student), lambda k: self._apart(k, b))
+            weights = self.ratios.weights(weights, learns)
+        if self.measures and torch.is_grad_enabled() and not learns.keys() <= self.seen:
+            self.seen,self.gradient_shares = learns.keys(),self.shares(learns, weights, student.logits)
+            if (says := swamped(self.gradient_shares, fixed)) and rank() == 0:
+                warnings.warn(says, DistillWarning, stacklevel=4)
+        return weights
+
+    def _compared(self, name, student):
+        "What a term compares of the student"
+        layers = [k.layers[0] for k in self.links[name] if k.layers]
+        return [student.feats[n] for n in dict.fromkeys(layers)] if layers else [student.logits]
+
+    def _apart(self, name, b):
+        "A term's value if each of the teacher's outputs belonged to the next sample"
+        return self._value(next(t for t in self.recipe.terms if t.name == name), b.shifted(name))
+
+    def shares(
+        self,
+        values, # of what counts in a batch: the labels' loss ('task') and the terms, by name
+        weights, # of each
+        logits=None # the student's; None: its parameters are the place to measure at
+    ) -> dict:
+        """Each part's share of the gradient, by name: at the logits if all parts reach them, else at the last layer of
+        the student that all reach. Empty if there is no such place. A term with a share of its own at its layers is
+        left out. Training is not changed by it"""
+        apart = {t.name for t in self.layered if t.is_share}
+        values = {k: v for k,v in values.items() if k not in apart}
+        try:
+            norms = norms_at_logits(values, logits)
+            if norms is None and self.student is not None: norms = norms_at_layer(values, self.student)
+        except RuntimeError: return {}      # compiled or checkpointed parts may allow one backward pass alone
+        norms = {k: float(weights[k]*n) for k,n in (norms or {}).items()}
+        return {k: n/sum(norms.values()) for k,n in norms.items()}
+
+    def _links(self, term, pairs, s, t):
+        "Of one term: a link for each pair, on the student's device"
+        modules = self.teacher.named_modules()
+        for p in pairs:
+            a,b = s[p.student],layer_output(t, p.teacher)
+            proj = projector(a.shape, b.shape, kind=term.projector, match=term.match, picture=p.picture).to(a.device)
+            loss = own_copy(term.loss)
+            if hasattr(loss, 'prepare'):
+                loss.prepare(proj.eval()(a, b), b, layer=modules.get(p.teacher.split('@')[0]), **term.channels(b))
+            yield Link(loss, (p.student, p.teacher), proj.train()).to(a.device)
+
+
+def is_loader(x):
+    "Is it many batches, and not the inputs of one?"
+    if isinstance(x, (Tensor, Mapping, tuple)) or not hasattr(x, '__iter__'): return False
+    return not isinstance(x, list) or bool(x) and not isinstance(x[0], Tensor)
+
+
+def own_generators(loader):
+    "Random generators of a DataLoader, which are as before at the end"
+    parts = ('dataset', 'sampler', 'batch_sampler', 'generator')
+    return Generators(*(getattr(loader, k, None) for k in parts)).seeded(0)
+
+
+def loss_of_logits(
+    self:Recipe,
+    s:Tensor, # student logits
+    t:Tensor, # teacher logits
+    *targets, # labels, if the recipe counts them
+    task_loss=None, # fn(s, *targets); None: by `kind`
+    progress:float|None=None, # share of the training that is done, for schedules
+    **context # `kind`, `axis`, `mask`, `ignore_index` as in `Distiller`
+):
+    "The whole loss of one batch of logits, for those who ran both models themselves: kd(T=4, alpha=.9)(s, t, y)"
+    mask = context.pop('mask', None)
+    d = Distiller(None, None, self, task_loss=task_loss, check=False, **context)
+    d.measures = False
+    loss = partial(labels_loss, task=d.task) if task_loss is None else task_loss
+    own = loss(s, *targets) if targets else None
+    return d.compute(Outputs(s, mask=mask), Outputs(t), own, targets, progress=progress).total
+
+
+# a Recipe knows no Distiller, but calling a Recipe uses one
+Recipe.__call__ = loss_of_logits

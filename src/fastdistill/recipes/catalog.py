@@ -1,0 +1,137 @@
+"All losses and recipes as data, read from their signatures, docstrings and `@loss` attributes, and from their cards."
+import inspect, re
+from dataclasses import dataclass
+from pathlib import Path
+from .. import losses, recipes
+from ..base.parameter_docs import HEAD, parameter_comments
+from ..base.errors import DistillError
+
+__all__ = ['Method', 'Parameter', 'card_section', 'find_methods', 'method', 'methods']
+
+FAMILIES = dict(response='outputs', divergence='outputs', decoupled='outputs', feature='features', relation='relations',
+                dense='dense maps') # file of a loss -> what the methods in it compare
+KINDS_IN_WORDS = dict(softmax='classes', sigmoid='several labels', regression='numbers') # of logits
+# recipes whose loss has another name -> their card; the card of any other method has its name
+CARDS = dict(kd='kl', soft_labels='kl', hard_labels='hard', logit_std='standardize', pretrain='cosine')
+
+
+@dataclass
+class Parameter:
+    "An option of a loss or of a recipe"
+    name:str
+    default:str # as in code; empty: it must be given
+    says:str # its comment
+
+
+@dataclass
+class Method:
+    "A recipe, a loss, or both under one name"
+    name:str
+    line:str # what it computes
+    family:str # what is compared: outputs, features, relations or dense maps
+    needs:list[str] # 'logits' or 'features'; 'relations' of the samples in a batch; of logits 'classes', 'several
+    # labels' or 'numbers', where it is not for any; 'labels' that the loss reads itself
+    paper:str # empty: none is named
+    card:str # name of its card, a page of docs/methods
+    recipe:list[Parameter]|None=None # parameters of its recipe; None: it has none
+    loss:list[Parameter]|None=None # of its loss
+
+    @property
+    def form(self): return ' and '.join(k for k in ('recipe', 'loss') if getattr(self, k) is not None)
+
+    @property
+    def use(self):
+        "How to write it in a recipe"
+        if self.recipe is None: return f'Term(losses.{self.name}, weight=1.)'
+        first = 'kd()' if self.recipe and not self.recipe[0].default else ''
+        return f'recipes.{self.name}({first})'
+
+    @property
+    def page(self): return f'docs/methods/{self.card}.md'
+
+
+def method(
+    name:str # of a recipe or of a loss
+) -> Method:
+    "One method; an unknown name is an error with the nearest ones"
+    have = {m.name: m for m in methods()}
+    if name in have: return have[name]
+    near = [m.name for m in find_methods(name)] or list(have)
+    raise DistillError(f"There is no method {name!r}. {'Nearest' if len(near) < len(have) else 'Possible'} are "
+                       f"{', '.join(near)}.")
+
+
+def find_methods(
+    text:str='', # words that the name, the line, the paper or the family must contain
+    needs=() # what it must need, as in `Method.needs`
+) -> list[Method]:
+    "The methods that match, by family"
+    have = list(dict.fromkeys(n for m in methods() for n in m.needs))
+    if unknown := set(needs) - set(have):
+        raise DistillError(f"needs={sorted(unknown)[0]!r}: possible are {', '.join(map(repr, have))}")
+    words = text.lower().split()
+    said = lambda m: ' '.join((m.name, m.line, m.paper, m.family, *m.needs)).lower()
+    return [m for m in methods() if set(needs) <= set(m.needs) and all(w in said(m) for w in words)]
+
+
+def methods() -> list[Method]:
+    "All methods, by family and name"
+    fns = {n: getattr(losses, n) for n in losses.__all__}
+    fns = {n: f for n,f in fns.items() if hasattr(f, 'relates') and not inspect.isclass(f)}
+    made = {n: getattr(recipes, n) for n in recipes.__all__}
+    found = [_method(n, made.get(n), fns.get(n)) for n in dict.fromkeys([*made, *fns])]
+    order = list(dict.fromkeys(FAMILIES.values()))
+    return sorted(found, key=lambda m: (order.index(m.family), m.name))
+
+
+def _method(name, recipe, loss):
+    fn = loss or _terms(recipe)[0].loss
+    docs = [o.__doc__ for o in (recipe, loss) if o is not None]
+    papers = [p for d in docs if (p := _paper(d))]
+    where = FAMILIES[inspect.unwrap(fn).__module__.rpartition('.')[2]]
+    asks = [p.name for p in inspect.signature(fn).parameters.values() if p.default is p.empty]
+    on_outputs = where == 'outputs' or recipe is not None and any(t.layers is None for t in _terms(recipe))
+    needs = ['logits'] if on_outputs else ['features']
+    if where == 'relations' or getattr(fn, 'relates', False): needs.append('relations')
+    if fn.kind in KINDS_IN_WORDS: needs.append(KINDS_IN_WORDS[fn.kind])
+    if 'y' in asks: needs.append('labels')
+    return Method(name, _line(docs[0]), where, needs, papers[0] if papers else '', CARDS.get(name, name),
+                  None if recipe is None else _parameters(recipe), None if loss is None else _parameters(loss))
+
+
+def _terms(recipe):
+    "The terms that a recipe makes with its defaults"
+    first = next(iter(inspect.signature(recipe).parameters.values()), None)
+    return recipe(recipes.kd()).terms if first is not None and first.default is first.empty else recipe().terms
+
+
+def _parameters(fn):
+    says,params = parameter_comments(fn),inspect.signature(fn).parameters.values()
+    return [Parameter(p.name, '' if p.default is p.empty else repr(p.default), says.get(p.name, '')) for p in params]
+
+
+def _text(doc): return ' '.join(inspect.cleandoc(doc or '').partition('\n\n' + HEAD)[0].split())
+
+PAPER = re.compile(r' \(([^()]*(?:arXiv:\d+\.\d+|(?:19|20)\d\d)[^()]*)\)')
+
+def _paper(doc): return m[1] if (m := PAPER.search(_text(doc))) else ''
+
+
+def _line(doc):
+    "The first sentence of a docstring, without the paper"
+    return re.split(r'(?<=\w)\. (?=[A-Z])', PAPER.sub('', _text(doc)))[0].split('\n')[0].rstrip('.')
+
+
+def card_section(
+    card:str, # name of a card
+    heading:str # the beginning of a heading
+) -> str:
+    "The text under a heading of a card, as Markdown; empty if the cards are not installed"
+    here = Path(__file__).parent
+    # in the wheel the cards are in the package, in a checkout beside it
+    for folder in (here/'cards', here.parent.parent/'docs'/'methods'):
+        if (folder/f'{card}.md').is_file():
+            text = (folder/f'{card}.md').read_text(encoding='utf-8')
+            found = re.search(rf'^## {re.escape(heading)}[^\n]*\n(.*?)(?=^## |\Z)', text, re.M | re.S)
+            return re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', found[1]).strip() if found else ''     # without links
+    return ''

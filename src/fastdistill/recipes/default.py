@@ -1,0 +1,117 @@
+"The recipe that is taken when none is given. The rule was chosen by measurements on many tasks: benchmarks/quality"
+from math import log, sqrt
+from torch import Tensor, special
+from .. import losses
+from ..distiller.distiller import Distiller, Recipe, Term
+from ..base.outputs import DistillError
+from .text import as_recipe, recipe_from_text
+from .zoo import dist, kd, soft_labels
+from ..base.task import facts_of_outputs
+
+__all__ = ['Automatic', 'Distiller', 'auto', 'facts_for_auto', 'softening_temperature']
+
+CLASSIC = 'kd(T=4, alpha=.9)'
+CLASSIC_ALONE = 'soft_labels(T=4)' # without labels
+EVEN = .9 # entropy of the softened teacher, as a share of the entropy of equal probabilities
+COLDEST,HOTTEST = 1.,20. # temperatures that are chosen
+ENOUGH_NUMBERS,ENOUGH_ROWS = 2**22,4096 # logits that show how sure a teacher is, and their rows
+
+
+class Automatic(Recipe):
+    "A recipe that `auto` chose. `text` is how to write it, `why` is the fact that decided"
+    def __init__(self, recipe, text, why, kind='softmax'):
+        super().__init__(recipe)
+        self.text,self.why,self.kind = text,why,kind
+
+    def __str__(self):
+        if self.kind == 'regression': return f'{self.text} ({self.why})'        # T has no meaning for numbers
+        classic = CLASSIC if self.task != 0 else CLASSIC_ALONE
+        return f'{self.text} ({self.why}; {classic} is the classic)'
+
+
+def auto(
+    kind:str='softmax', # what the model predicts: 'softmax' over classes, 'sigmoid' per label, or 'regression'
+    *,
+    classes:int|None=None, # number of classes of a softmax; 1 with 'sigmoid': a single label; None: unknown
+    dense:bool=False, # does each sample have many predictions, as pixels or tokens?
+    labels:bool=True, # do the batches have labels?
+    teacher:Tensor|None=None, # (..., C) the teacher's logits for some training samples; None: unknown
+    doubt:str|None=None # why the teacher should not be trusted, in words; None: nothing speaks against it
+) -> Automatic:
+    """The recipe that `KnowledgeDistillation(teacher)` and `Distiller(student, teacher)` take when none is given.
+
+    Where the term has a share, the labels count in full, and its gradient at the student's logits is 3 times as long
+    as theirs, whatever the scale of the loss. With more than two classes, T is `softening_temperature(teacher)`, so
+    that a teacher that is very sure and one that is less sure are softened alike; without `teacher=` it is 4.
+    benchmarks/quality has the measurements behind the rule, and the tasks where it did not help"""
+    if kind not in ('softmax', 'sigmoid', 'regression'):
+        raise DistillError(f"kind={kind!r}: possible are 'softmax', 'sigmoid' and 'regression'")
+    if not isinstance(teacher, Tensor|None):
+        raise DistillError(f"teacher={type(teacher).__name__}: give its logits for some training samples, a tensor "
+                           "(..., C). KnowledgeDistillation and Distiller ask a teacher themselves.")
+    if not labels: return Automatic(soft_labels(T=1), 'soft_labels(T=1)', 'the batches have no labels', kind)
+    if doubt is not None:
+        alpha = .1 if kind == 'sigmoid' else .3
+        return Automatic(kd(T=1, alpha=alpha), f'kd(T=1, alpha={alpha:g})'.replace('0.', '.'), doubt, kind)
+    if kind == 'regression': return shared(losses.regression, 'regression', 'numbers', kind)
+    one = kind == 'sigmoid' and classes == 1 # the same as a softmax of two classes
+    if kind == 'sigmoid' and not (dense or one):
+        return shared(losses.binary_kl, 'binary_kl', 'several labels', kind, T=1)
+    unknown = 'labels' if kind == 'sigmoid' else 'an unknown number of classes'
+    why = 'one label' if one else unknown if classes is None else f'{classes} classes'
+    if dense: why += ' for each of many positions'
+    if not takes_dist(classes): return Automatic(kd(T=1, alpha=.5), 'kd(T=1, alpha=.5)', why)
+    if teacher is None: T = 4.
+    else:
+        T = float(f'{softening_temperature(teacher):.2g}')
+        why += f', T={T:g} softens this teacher'
+    return Automatic(dist(T=T, beta=2, gamma=2, share=3), f'labels + dist(T={T:g}, beta=2, gamma=2, share=3)', why)
+
+
+def takes_dist(classes):
+    "Are there classes to correlate?"
+    return classes is not None and classes > 2
+
+
+def softening_temperature(
+    logits:Tensor # (..., C) of a teacher, classes last
+) -> float:
+    """The temperature, from 1 to 20, at which the entropy of the teacher's probabilities is .9 of the largest possible
+    one, on average over the samples. It does not depend on the scale of the logits"""
+    logits = logits.detach().reshape(-1, logits.shape[-1])
+    rows = min(ENOUGH_NUMBERS//logits.shape[-1] + 1, ENOUGH_ROWS)
+    logits = logits[::max(len(logits)//rows, 1)].float()
+    low,high = COLDEST,HOTTEST
+    for _ in range(20):
+        T = sqrt(low*high)
+        even = special.entr((logits/T).softmax(-1)).sum(-1).mean()/log(logits.shape[-1])
+        low,high = (T, high) if even < EVEN else (low, T)
+    return T
+
+
+def facts_for_auto(
+    shape, # of the student's logits
+    task, # what they are
+    ask # fn() -> the teacher's logits for training samples, with the same axes; None: they are not known
+) -> dict:
+    "Arguments of `auto`. The teacher is asked only where that decides something"
+    facts = facts_of_outputs(shape, task)
+    if not takes_dist(facts['classes']) or (t := ask()) is None or t.dim() != len(shape): return facts
+    return facts | dict(teacher=t.movedim(task.axis, -1))
+
+
+def shared(loss, name, why, kind, **options):
+    "The labels, and a term whose gradient is 3 times as long as theirs"
+    text = ', '.join(['share=3', *(f'{k}={v:g}' for k,v in options.items())])
+    return Automatic(Term(loss, share=3, **options), f'labels + Term(losses.{name}, {text})', why, kind)
+
+
+def chosen_for(logits_shape, task, ask, labels, doubt=None):
+    return auto(**facts_for_auto(logits_shape, task, ask), labels=labels, doubt=doubt)
+
+def chosen_before(text, why, kind): return Automatic(recipe_from_text(text), text, why, kind)
+
+
+# a Distiller knows no particular loss: these read a recipe, choose one where none is given, and make a chosen one again
+Distiller.as_recipe,Distiller.auto = staticmethod(as_recipe),staticmethod(chosen_for)
+Distiller.chosen_before = staticmethod(chosen_before)

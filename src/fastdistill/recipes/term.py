@@ -1,0 +1,243 @@
+"What is compared, and how much it counts: terms, and recipes of them. No particular loss."
+import copy, functools, inspect, math
+from functools import partial
+from torch import nn
+from ..features.layer_pairs import checked_layers
+from ..features.projectors import checked_projector
+from ..features.taps import layer_output
+from ..base.outputs import DistillError, Outputs
+from .schedule import schedule, value_at
+
+__all__ = ['Link', 'Recipe', 'Term', 'check_kind', 'long_name_too', 'one_temperature', 'own_copy']
+
+
+SCHEDULED = 'T','lam' # options of losses that may follow a schedule
+
+
+class Term:
+    "One comparison of student and teacher: a loss, how much it counts, and between which layers (else: the logits)"
+    def __init__(
+        self,
+        loss, # fn(student, teacher, *targets, **options): a function of `fastdistill.losses`, a module of it, or your
+        # own
+        weight=None, # number or schedule (see `fastdistill.recipes.schedule`); 1 if neither weight nor share is given
+        *,
+        share=None, # in place of a weight: the length of the term's gradient, where it compares, beside that of the
+        # labels and of all terms with a weight. 1: as long as theirs. Number or schedule; see `GradientRatio`
+        layers=None, # {'student.name': 'teacher.name'}, pairs of names, 'auto', 'last', 'embedding' (see
+        # `fastdistill.pairs`); None compares the logits
+        match:str|None=None, # what the loss needs of the teacher's layers: 'shape', 'grid' (places) or 'none'; None:
+        # what the loss says at its definition (see `losses.loss`), and 'shape' for a function that says nothing
+        projector='auto', # student's shape -> teacher's, where the loss needs it: 'auto', 'linear', 'conv', 'conv_bn',
+        # 'mlp', or a module
+        stop_at:float|None=None, # share of the training after which the term ends
+        name:str|None=None, # of its column
+        **options # of the loss; T and lam may follow a schedule, e.g. T=('linear', 8, 1). `temperature=` is T
+    ):
+        if not callable(loss):
+            raise DistillError(f"A term needs a loss function, got {loss!r}. See fastdistill.losses for those that "
+                               "exist.")
+        self.loss,self.layers,self.stop_at = loss,None if layers is None else checked_layers(layers),stop_at
+        self.projector = checked_projector(projector)
+        fn,ps = signature(loss)
+        self.name = checked_name(name or getattr(fn, '__name__', type(fn).__name__))
+        if weight is not None and share is not None:
+            raise DistillError(f"weight={weight!r} and share={share!r} of {self.name}: give one of them. A weight "
+                               "multiplies the loss, a share says how long its gradient is beside the labels'.")
+        self.is_share = share is not None
+        self.weight = schedule(share if self.is_share else 1. if weight is None else weight, f'weight of {self.name}')
+        if self.is_share and not callable(self.weight) and not 0 <= share < math.inf:
+            raise DistillError(f"share={share!r} of {self.name}: it is a number from 0 up; .1 is little beside the "
+                               "labels, 1 is as much as they have, 3 is much.")
+        args = [p for p in ps if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        self.accepts = {p.name for p in ps if p.kind is p.KEYWORD_ONLY}
+        # how many of the targets the loss takes: those it must have, or all
+        self.n_targets = None if any(p.kind is p.VAR_POSITIONAL for p in ps) else sum(p.default is p.empty
+                                                                                      for p in args[2:])
+        named = self.accepts | {p.name for p in args[2:]}
+        options = with_short_name(options, named)
+        if (wrong := set(options) - named) and not any(p.kind is p.VAR_KEYWORD for p in ps):
+            raise DistillError(f"{self.name} has no option {', '.join(sorted(wrong))}. It has: "
+                               f"{', '.join(sorted(named)) or 'none'}")
+        self.options = {k: option_schedule(k, v) for k,v in options.items()}
+        if match not in (None, 'shape', 'grid', 'none'):
+            raise DistillError(f"match={match!r}: possible are 'shape', 'grid' and 'none' (what {self.name} needs of "
+                               "the teacher's layers)")
+        self.kind,self.lists,self.samples = getattr(fn, 'kind', None),getattr(fn, 'lists', False),getattr(fn, 'samples',
+                                                                                                          False)
+        self.relates = getattr(fn, 'relates', False)
+        self.match = match or getattr(fn, 'match', 'shape')
+
+    def __add__(self, other): return Recipe(self) + other
+
+    def __repr__(self):
+        of = f', layers={self.layers!r}' if self.layers is not None else ''
+        how = 'share' if self.is_share else 'weight'
+        return f"Term({self.name}, {how}={self.weight!r}{of}{''.join(f', {k}={v!r}' for k,v in self.options.items())})"
+
+    def weight_at(
+        self,
+        progress:float|None # share of the training that is done
+    ) -> float:
+        "The weight, or the share, at this point of the training"
+        if self.stop_at is not None:
+            if value_at(lambda p: p, progress, f'The end of {self.name}') >= self.stop_at: return 0.
+        return value_at(self.weight, progress, f'The weight of {self.name}')
+
+    @property
+    def held(self):
+        "Options that the loss brings along: a module's, or a partial's"
+        return getattr(self.loss, 'options', getattr(self.loss, 'keywords', {}))
+
+    def channels(self, t):
+        "The channel axis of a layer's features, if it is not where maps have it: tokens (B, L, D) have it last"
+        own = {**self.options, **self.held}
+        return {'axis': -1} if self.layers is not None and t.dim() == 3 and 'axis' in self.accepts - own.keys() else {}
+
+    def options_at(self, progress, context):
+        "Options of the loss: its own, and of the context (class axis, mask, ...) what it asks for"
+        own = {k: value_at(v, progress, k) if k in SCHEDULED else v for k,v in self.options.items()}
+        return {**{k: v for k,v in context.items() if k in self.accepts and k not in self.held}, **own}
+
+
+def signature(loss):
+    "The function behind a loss, and its parameters"
+    fn = loss
+    while isinstance(fn, partial): fn = fn.func
+    fn = getattr(fn, 'fn', fn)
+    inner = inspect.unwrap(fn)
+    given = loss if isinstance(loss, partial) else inner.forward if isinstance(inner, nn.Module) else inner
+    try: return fn,inspect.signature(given).parameters.values()
+    except ValueError: return fn,()     # builtins have none: they are called with the two tensors
+
+
+def one_temperature(
+    T, # None if it was not given
+    temperature # the same option under its long name; None if it was not given
+):
+    if T is not None and temperature is not None:
+        raise DistillError(f"T={T} and temperature={temperature}: these are two names of one option, give one of them")
+    return T if temperature is None else temperature
+
+
+def long_name_too(recipe):
+    "Let a recipe with an option `T` take it as `temperature` too, as many other tools call it"
+    sig = inspect.signature(recipe)
+    @functools.wraps(recipe)
+    def call(*args, temperature=None, **kwargs):
+        if temperature is None: return recipe(*args, **kwargs)
+        T = one_temperature(sig.bind_partial(*args, **kwargs).arguments.get('T'), temperature)
+        return recipe(*args, **kwargs, T=T)
+    return call
+
+
+def with_short_name(
+    options, # of a term
+    named # the options of its loss
+):
+    "The options with `T` in place of `temperature`, unless the loss itself has an option `temperature`"
+    if 'temperature' not in options or 'temperature' in named or 'T' not in named: return options
+    rest = {k: v for k,v in options.items() if k != 'temperature'}
+    return {**rest, 'T': one_temperature(options.get('T'), options['temperature'])}
+
+
+def option_schedule(name, v):
+    "An option of a loss: some may follow a schedule"
+    if name == 'T': return temperature_schedule(v)
+    return schedule(v, name) if name in SCHEDULED else v
+
+
+def temperature_schedule(T):
+    "A temperature, number or schedule, which must stay above 0 up to the end, where the last validation is"
+    T = schedule(T, 'T')
+    for share,when in ((0., 'beginning'), (1., 'end')):
+        if (v := value_at(T, share)) > 0: continue
+        at = f' at the {when} of the training' if callable(T) else ''
+        raise DistillError(f"T={v:g}{at}: a temperature is a number above 0 (1 leaves the logits as they are, 2 to 8 "
+                           "soften them)")
+    return T
+
+
+def checked_name(name):
+    "It names a column, and what is kept of the term"
+    if name == 'task' or '.' in name or hasattr(nn.ModuleDict, name):
+        raise DistillError(f"A term can't be called {name!r}, which has a meaning already: Term(..., name='...') gives "
+                           "it another name.")
+    return name
+
+
+def weight_text(v):
+    "A weight, number or schedule, in messages: 0.1 where 1-.9 is 0.09999999999999998"
+    return repr(float(f'{v:.12g}')) if isinstance(v, float) else repr(v)
+
+
+class Recipe:
+    "Terms, and how much the labels' own loss counts beside them"
+    def __init__(
+        self,
+        *terms, # Terms or Recipes
+        task=None # weight of the task's loss, number or schedule; None: as it is (1)
+    ):
+        self.terms,said = [],[] if task is None else [schedule(task, 'task')]
+        for o in terms:
+            if not isinstance(o, (Term, Recipe)):
+                raise DistillError(f"A recipe is made of terms and recipes, got {o!r}. Try kd(), or Term(losses.kl, "
+                                   "weight=.5).")
+            if task is None and isinstance(o, Recipe) and o.task is not None: said.append(o.task)
+            for t in [o] if isinstance(o, Term) else o.terms: self._add(t)
+        if any(o != said[0] for o in said):
+            raise DistillError("These recipes say differently how much the labels count "
+                               f"({' and '.join(map(weight_text, said))}): give them the same alpha, or say it once "
+                               "for all, as in Recipe(kd(), hard_labels(), task=.1).")
+        self.task = said[0] if said else None
+
+    def _add(self, t):
+        names = {u.name for u in self.terms}
+        if t.name in names:
+            t = copy.copy(t)
+            t.name = next(n for i in range(2, 99) if (n := f'{t.name}_{i}') not in names)
+        self.terms.append(t)
+
+    def __add__(self, other): return Recipe(self, other)
+
+    def __repr__(self):
+        return f"Recipe({', '.join(map(repr, self.terms))}, task={weight_text(1. if self.task is None else self.task)})"
+
+    def task_at(self, progress): return 1. if self.task is None else value_at(self.task, progress, "The task's weight")
+
+    def weights_at(self, progress):
+        "The weight, or the share, of each part at this point of the training, by name; the labels' is 'task'"
+        return dict(task=self.task_at(progress), **{t.name: t.weight_at(progress) for t in self.terms})
+
+
+def check_kind(term, kind):
+    "Refuse a loss over classes for a model that has none, and so on; features may be compared by any loss"
+    if term.layers is None and term.kind not in (None, kind):
+        says = dict(softmax='a softmax over classes', sigmoid='a sigmoid per label', regression='numbers')
+        raise DistillError(f"{term.name} compares {says[term.kind]}, but this model predicts {says[kind]}. "
+                           "Use kd(), which takes the loss that fits (binary_kl for labels, regression for numbers), "
+                           "or your own loss.")
+
+
+class Link(nn.Module):
+    "One pair of layers of one term: its projector, and its copy of the loss if that has parameters"
+    def __init__(self, loss, layers=None, projector=None):
+        super().__init__()
+        self.layers,self.projector = layers,projector
+        self.loss = loss
+
+    def tensors(self, s:Outputs, t:Outputs):
+        if self.layers is None: return s.logits,t.logits
+        found = [layer_output(o, n) for o,n in zip((s, t), self.layers)]
+        for o,n,who,y in zip((s, t), self.layers, ('student', 'teacher'), found):
+            if y is None:
+                raise DistillError(f"The {who}'s outputs have no layer {n!r} (they have: "
+                                   f"{', '.join(o.feats) or 'none'}). distiller.teacher_outputs(x) reads the teacher's "
+                                   "layers, Taps(student, distiller.student_layers()) the student's.")
+        a,b = found
+        return (a if self.projector is None else self.projector(a, b)),b
+
+
+def own_copy(loss):
+    "A copy of a loss that may have parameters: a recipe can be used again"
+    return copy.deepcopy(loss) if isinstance(loss, nn.Module) else loss

@@ -1,0 +1,103 @@
+"Which recipes are worth a try for a kind of task, and which values of their options."
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from torch import Tensor
+from .. import losses
+from ..recipes.default import auto
+from ..base.outputs import DistillError
+from ..recipes.text import as_recipe
+from ..recipes.zoo import at, cwd, dist, dkd, hint, kd, pkt, rkd, ttm
+from ..recipes.term import Recipe, Term
+
+__all__ = ['LABELS', 'Candidate', 'candidates_for', 'given_candidates']
+
+SHARES = 1,.3,3,10 # of the gradient, beside the labels'
+SMALL_SHARES = .1,.03,.3,1 # the same between layers
+
+
+@dataclass
+class Candidate:
+    "A recipe whose options are to be found"
+    name:str
+    make:Callable # fn(**options) -> Recipe
+    options:dict=field(default_factory=dict) # option -> the values to try, the usual one first
+    text:str='{}' # how to write the recipe, with '{}' where the options stand
+
+    def recipe(self, options): return Recipe(self.make(**options))
+
+    def written(self, options):
+        "The recipe as code"
+        # subtle: a text of the user's own may have braces
+        if not self.options: return self.text
+        return self.text.format(', '.join(f'{k}={v:g}' for k,v in options.items()))
+
+
+def term(name, loss, options, written=None):
+    "A term beside the labels, by its share of the gradient"
+    return Candidate(name, lambda **o: Term(loss, **o), options,
+                     f"Term(losses.{written or name}, {{}})")
+
+
+# nothing of the teacher. The weight 0 is no distillation at all, on the same batches
+LABELS = Candidate('labels alone', lambda: kd(alpha=0.), {}, 'kd(alpha=0)')
+
+
+def candidates_for(
+    kind:str='softmax', # what the model predicts: 'softmax', 'sigmoid' or 'regression'
+    *,
+    classes:int|None=None, # of a softmax; None: unknown
+    dense:bool=False, # does each sample have many predictions, as pixels or tokens?
+    maps:bool=False, # do these fill a map (B, C, H, W)?
+    layers:bool=False, # recipes between layers too, which need a teacher that runs
+    teacher:Tensor|None=None, # the teacher's logits, as in `auto`
+    doubt:str|None=None # as in `auto`
+) -> list[Candidate]:
+    "The recipes that fit, what `auto` chooses first. Labels alone are not among them: they are what all must beat"
+    chosen = auto(kind, classes=classes, dense=dense, teacher=teacher, doubt=doubt)
+    text = chosen.text.removeprefix('labels + ')
+    found = [Candidate('auto', lambda: chosen, {}, text), *between_outputs(kind, classes, dense)]
+    if maps and kind == 'softmax': found.append(Candidate('cwd', cwd, dict(T=(4, 1), share=SHARES), 'recipes.cwd({})'))
+    return found + (between_layers() if layers else [])
+
+
+def between_outputs(kind, classes, dense):
+    "Recipes that compare the models' outputs"
+    alphas = .5,.3,.9
+    if kind == 'regression':
+        return [Candidate('kd', kd, dict(alpha=alphas), 'kd({})'),
+                term('regression', losses.regression, dict(share=SHARES))]
+    classic = Candidate('kd', kd, dict(T=(1, 2, 4), alpha=alphas), 'kd({})')
+    if kind == 'sigmoid': return [classic, term('binary_kl', losses.binary_kl, dict(T=(1, 2, 4), share=SHARES))]
+    found = [classic, term('kl', losses.kl, dict(T=(1, 2, 4, 10), share=SHARES)),
+             Candidate('ttm', ttm, dict(T=(2, 4), share=SHARES), 'recipes.ttm({})')]
+    # with two classes, the correlation of two probabilities is always 1 or -1
+    if (classes or 2) > 2:
+        found.append(Candidate('dist', lambda **o: dist(beta=2, gamma=2, **o), dict(T=(4, 1, 10), share=SHARES),
+                               'recipes.dist(beta=2, gamma=2, {})'))
+    if (classes or 2) > 2 and not dense:
+        found += [term('logit_std', losses.standardized(losses.kl), dict(T=(2,), share=SHARES),
+                       'standardized(losses.kl)'),
+                  Candidate('dkd', dkd, dict(T=(4, 1), beta=(8, 2), share=SHARES), 'dkd({})')]
+    return found
+
+
+def between_layers():
+    "Recipes that compare what goes on inside both models"
+    return [Candidate(make.__name__, make, dict(share=SMALL_SHARES), f'recipes.{make.__name__}({{}})')
+            for make in (hint, at, rkd, pkt)]
+
+
+def given_candidates(
+    recipes:dict # name -> recipe, term, text of a recipe, or a function without arguments that makes one
+) -> list[Candidate]:
+    "The user's own recipes, of which the rate alone is to be found"
+    if not isinstance(recipes, dict) or not recipes:
+        raise DistillError(f"recipes={recipes!r}: give names and recipes, as in dict(mild=kd(T=1, alpha=.3), "
+                           "dist=recipes.dist(share=1)).")
+    def candidate(name, o):
+        r = as_recipe(o) if isinstance(o, str | Recipe | Term) else o
+        if r is None: raise DistillError(f"recipes={{{name!r}: {o!r}}}: leave recipes= out to try what fits the task.")
+        make = (lambda: r) if isinstance(r, Recipe) else r
+        if not callable(make): raise DistillError(f"recipes={{{name!r}: {o!r}}}: this is no recipe. Try kd().")
+        return Candidate(str(name), make, {}, o if isinstance(o, str) else str(name))
+    return [candidate(k, v) for k,v in recipes.items()]

@@ -1,0 +1,38 @@
+"Probabilities as logits."
+from torch import Tensor
+from ..base.outputs import DistillError
+from .images import full_precision
+
+__all__ = ['check_probabilities', 'logits_of']
+
+LEAST = 1e-7 # probabilities below it count as this one: the logarithm of 0 is no number to learn from
+
+
+def logits_of(
+    p:Tensor, # probabilities
+    kind:str='softmax' # 'softmax': of classes that exclude each other; 'sigmoid': of labels, each by itself
+) -> Tensor:
+    "Logits whose softmax, or sigmoid, is `p`"
+    p = full_precision(p)
+    log = lambda o: o.clamp_min(LEAST).log()
+    return log(p) if kind == 'softmax' else log(p) - log(1-p)
+
+
+def check_probabilities(
+    p:Tensor, # what a teacher with outputs='probs' returned
+    kind:str, axis:int, # as in `Teacher`
+    name:str # of the teacher
+):
+    "Refuse values that are no probabilities"
+    if kind == 'regression':
+        raise DistillError("outputs='probs' is for classes and labels, but this teacher predicts numbers "
+                           "(kind='regression'): use outputs='logits'.")
+    v = full_precision(p)
+    if not v.isfinite().all(): return       # other checks report it
+    if v.min() < -1e-3 or v.max() > 1.001:
+        raise DistillError(f"outputs='probs', but the outputs of {name} go from {v.min():g} to {v.max():g}: "
+                           "use outputs='logits', or name the output with the probabilities, output=.")
+    if kind == 'softmax' and -v.dim() <= axis < v.dim() and (far := (v.sum(axis)-1).abs().max()) > .02:
+        raise DistillError(f"outputs='probs', but the probabilities of {name} sum to {1-far:g} or {1+far:g} along axis "
+                           f"{axis}, not to 1. Is axis= the class axis? Probabilities of labels, each by itself, need "
+                           "kind='sigmoid'.")

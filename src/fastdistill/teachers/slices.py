@@ -1,0 +1,33 @@
+"A batch in slices of rows, for teachers whose whole batch does not fit into memory."
+import torch
+from ..base.outputs import Outputs, as_plain, map_tensors, tensors_in
+
+__all__ = ['in_slices', 'joined', 'plain_output']
+
+
+def in_slices(
+    x, kw,
+    rows:int|None # of a slice; None: all rows at once
+):
+    "The inputs in slices of at most so many rows"
+    if rows is None: return [(x, kw)]
+    n = max((len(t) for t in tensors_in((x, kw)) if t.dim()), default=0)
+    if n <= rows: return [(x, kw)]
+    cut = lambda i: map_tensors((x, kw), lambda t: t[i:i+rows] if t.dim() and len(t) == n else t)
+    return [cut(i) for i in range(0, n, rows)]
+
+
+def joined(
+    outs # of slices of a batch
+) -> Outputs:
+    "The outputs of the whole batch"
+    if len(outs) == 1: return outs[0]
+    cat = lambda ts: None if ts[0] is None else torch.cat(ts)
+    feats = {k: cat([o.feats[k] for o in outs]) for k in outs[0].feats}
+    return Outputs(cat([o.logits for o in outs]), feats, cat([o.mask for o in outs]), outs[0].classes)
+
+
+def plain_output(t, device, dtype=None):
+    "An output as a plain tensor that losses can save for their backward pass"
+    t = as_plain(t).detach().to(device, dtype if t.is_floating_point() else None)
+    return t.clone() if t.is_inference() else t
