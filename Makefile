@@ -10,7 +10,7 @@ demo: $(VENV)/.ready      ## train a big model and small ones with and without i
 	$(VENV)/bin/fastdistill demo
 
 bench: $(VENV)/.ready-bench ## what a step costs, side by side with other ways to distill; tables and a plot
-	OMP_NUM_THREADS=1 $(VENV)/bin/fastdistill bench
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/bench.py
 
 test: $(VENV)/.ready-dev  ## the tests
 	$(PYTEST)

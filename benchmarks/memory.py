@@ -5,7 +5,7 @@
 import sys
 from pathlib import Path
 import typer
-sys.path.insert(0, str(Path(__file__).parent.parent/'tests'))
+sys.path.insert(0, str(Path(__file__).parents[1]/'tests'/'helpers'))
 from test_memory import step_of  # noqa: E402
 
 

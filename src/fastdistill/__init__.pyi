@@ -1,11 +1,9 @@
 from . import losses as losses, recipes as recipes
-from .recipes.default import Distiller as Distiller, auto as auto
-from .distiller.distiller import Distilled as Distilled, Recipe as Recipe, Term as Term
+from .distiller import Distilled as Distilled, Distiller as Distiller, Heads as Heads
 from .base.errors import DistillError as DistillError, DistillWarning as DistillWarning
 from .features import layers as layers
-from .distiller.heads import Heads as Heads
 from .base.outputs import Outputs as Outputs
-from .recipes.zoo import (
+from .recipes import (
     ab as ab,
     abkd as abkd,
     at as at,
@@ -39,5 +37,7 @@ from .recipes.zoo import (
     vid as vid,
     wttm as wttm,
 )
+from .recipes.default import auto as auto
 from .recipes.schedule import Schedule as Schedule
+from .recipes.term import Recipe as Recipe, Term as Term
 from .teachers import Teacher as Teacher, with_items as with_items

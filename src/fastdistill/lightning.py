@@ -8,8 +8,8 @@ except ImportError as e:
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset
-from .recipes.default import Distiller
 from .distiller.batch import inputs_and_labels
+from .distiller.distiller import Distiller
 from .features.calls import arguments
 from .features.layer_pairs import inputs
 from .features.taps import Taps

@@ -151,7 +151,7 @@ def probs(x): return teacher.model.eval()(x).softmax(1)
 '''
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    (tmp_path/'work.py').write_text(FILE.format(tests=str(Path(__file__).parent)))
+    (tmp_path/'work.py').write_text(FILE.format(tests=str(Path(__file__).parents[1]/'helpers')))
     monkeypatch.chdir(tmp_path)
     def call(*args):
         monkeypatch.setattr(sys, 'argv', ['fastdistill', 'check', *args])

@@ -35,7 +35,7 @@ from fastdistill.fastai.task import Task, task_of
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
 KD = KnowledgeDistillation
 T,ALPHA = 3.,.7
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]/'helpers'
 
 
 def kl(s, t, T=T): return T**2*((t/T).softmax(1)*((t/T).log_softmax(1) - (s/T).log_softmax(1))).sum(1).mean()

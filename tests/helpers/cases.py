@@ -6,7 +6,7 @@ from typing import Callable
 import torch
 from safetensors import safe_open
 
-GOLDEN = Path(__file__).parent/'golden'
+GOLDEN = Path(__file__).parents[1]/'golden'
 
 
 @dataclass

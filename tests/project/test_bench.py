@@ -1,9 +1,13 @@
-"`fastdistill bench`: ways that take turns, and their numbers."
-import json
+"The benchmark of steps: ways that take turns, and their numbers."
+import json, sys
+from pathlib import Path
 import pytest
 from rich.console import Console
 from fastdistill import DistillError
-from fastdistill.bench import WAYS, StepClock, numbers, run_bench
+
+sys.path.insert(0, str(Path(__file__).parents[2]/'benchmarks'))
+from step_cost.measure import WAYS, StepClock, numbers, run_bench  # noqa: E402
+
 
 
 def test_the_numbers_of_a_pair_are_printed_drawn_and_saved(tmp_path, capsys):

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.filterwarnings('ignore:numpy.core is deprecated', # lr_
                                         'ignore:__array__ implementation', # fastai, as it shows images
                                         # what Lightning warns of about itself, and about small loaders
                                         'ignore:.*isinstance.treespec, LeafSpec.', 'ignore:The .*dataloader.* does not have many workers')
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = ROOT/'README.md'
 DOCS = sorted((ROOT/'docs').rglob('*.md'))
 PAGES = [README, ROOT/'examples'/'README.md', *DOCS]

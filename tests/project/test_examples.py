@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import apps  # noqa: F401 (fastai, which leaves files of its own when it is imported)
 
-EXAMPLES = Path(__file__).parent.parent/'examples'
+EXAMPLES = Path(__file__).parents[2]/'examples'
 SCRIPTS = sorted(EXAMPLES.glob('*.py'))
 HOMES = [EXAMPLES, Path(os.environ['FASTAI_HOME'])]
 every_script = pytest.mark.parametrize('script', SCRIPTS, ids=lambda p: p.stem)

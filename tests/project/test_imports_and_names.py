@@ -3,77 +3,49 @@ import ast, importlib, itertools, re, subprocess, sys
 from pathlib import Path
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SRC = ROOT/'src'/'fastdistill'
 FILES = sorted(SRC.rglob('*.py'))
 FACES = ['fastdistill', 'fastdistill.losses', 'fastdistill.recipes', 'fastdistill.fastai', 'fastdistill.huggingface', 'fastdistill.lightning']
 
-# room: which rooms it may import, all of them further up; which packages at the top of its files, and which only inside functions
+# package: which packages it may import, all of them above it; which other packages at the top of its files, and which only inside functions
 LAW = dict(
-    errors=('', '', ''),
-    disk=('errors', '', ''),
-    docments=('', '', ''),
-    outputs=('errors', 'torch', ''),
-    schedule=('outputs', '', ''),
-    ranks=('', 'torch', ''),
-    task=('outputs', 'torch', ''),
-    class_sets=('outputs task', 'torch', ''),
-    batch=('outputs ranks task class_sets', 'torch', ''),
-    gradients=('', 'torch', ''),
-    ratios=('outputs ranks gradients', 'torch', ''),
-    losses=('outputs docments', 'torch', ''),
-    features=('outputs', 'torch numpy', ''),
-    replay=('outputs', 'torch numpy', ''),
-    teacher=('outputs ranks features class_sets', 'torch numpy', 'onnxruntime pandas joblib'),
-    cache=('errors disk outputs ranks replay', 'torch numpy', 'fsspec rich pyarrow'),
-    doctor=('outputs ranks task class_sets losses features replay teacher', 'torch', 'scipy'),
-    terms=('outputs schedule features', 'torch', ''),
-    distiller=('outputs ranks task class_sets batch gradients ratios features replay teacher terms doctor', 'torch', ''),
-    heads=('outputs distiller features', 'torch', ''),
-    recipes=('outputs schedule losses terms distiller', 'torch', ''),
-    catalog=('errors docments losses recipes', '', ''),
-    recipe_text=('errors outputs losses terms recipes', '', ''),
-    automatic=('outputs task losses distiller recipes recipe_text', 'torch', ''),
-    trainers=('outputs ranks features doctor distiller', '', ''),
-    candidates=('outputs losses terms recipes automatic recipe_text', 'torch', ''),
-    found=('', 'torch', 'scipy matplotlib'),
-    study=('outputs candidates found', 'torch numpy', 'optuna'),
-    plots=('outputs features', 'torch', 'matplotlib'),
-    report=('errors plots', '', 'rich jinja2 matplotlib IPython'),
-    measure=('outputs task losses teacher doctor report', 'torch numpy', 'scipy'),
-    __init__=('docments', 'lazy_loader', ''),
-    fastai=('disk outputs docments ranks task class_sets batch gradients losses features replay cache teacher terms distiller heads recipes automatic recipe_text trainers candidates study doctor plots report measure',
-            'torch numpy fastai safetensors', 'pandas rich IPython matplotlib onnx onnxscript onnxruntime torchao'),
-    huggingface=('outputs ranks batch features replay teacher doctor distiller automatic trainers', 'torch transformers accelerate', ''),
-    lightning=('outputs ranks batch features replay teacher task distiller automatic trainers', 'torch lightning', ''),
-    training=('errors disk outputs ranks replay teacher recipe_text fastai', 'torch torchvision numpy pandas fastai safetensors lazy_loader', 'PIL timm datasets'),
-    demo=('outputs plots fastai', 'torch numpy fastai rich PIL', 'matplotlib sklearn'),
-    bench=('outputs teacher measure fastai', 'torch numpy fastai rich', 'matplotlib timm torchvision fasterai torchdistill'),
-    cli=('errors ranks cache catalog recipe_text fastai training demo bench plots report __init__', 'typer rich', ''),
+    base=('', 'torch numpy', 'fcntl msvcrt'),
+    losses=('base', 'torch', ''),
+    features=('base', 'torch numpy', ''),
+    teachers=('base features', 'torch numpy', 'onnxruntime pandas joblib'),
+    cache=('base', 'torch numpy', 'fsspec rich pyarrow'),
+    recipes=('base losses features', 'torch', ''),
+    checks=('base losses features teachers', 'torch', 'scipy'),
+    distiller=('base features teachers recipes checks', 'torch', ''),
+    evaluation=('base losses features teachers checks', 'torch numpy', 'scipy matplotlib rich jinja2 IPython'),
+    search=('base losses recipes evaluation', 'torch numpy', 'optuna scipy matplotlib rich jinja2'),
+    __init__=('base', 'lazy_loader', ''),
+    fastai=('base losses features teachers cache recipes checks distiller evaluation search', 'torch numpy fastai safetensors', 'pandas rich IPython matplotlib onnx onnxscript onnxruntime torchao'),
+    huggingface=('base features teachers checks distiller', 'torch transformers accelerate', ''),
+    lightning=('base features teachers checks distiller', 'torch lightning', ''),
+    cli=('base teachers cache recipes evaluation fastai __init__', 'typer rich torch torchvision numpy pandas fastai safetensors PIL lazy_loader', 'timm datasets matplotlib sklearn'),
 )
-# the same inside a folder: a file may import those of its folder that stand before it
+# the same inside a package: a file may import those of its package that stand before it
 ORDER = dict(
+    base='errors atomic_files parameter_docs outputs distributed task class_mapping generators seeds',
     losses='_base chunks correlations response divergence decoupled feature relation dense',
-    features='names calls probe shapes taps projectors stages pairs',
-    replay='generators seeds per_sample',
-    teacher='images probabilities estimator forms draws hidden guest lending slices folding compiled speed items running ensemble teacher',
-    doctor='findings shared tally classes shapes runs images recipe scores words outputs explain',
-    report='data recipes words sheets text page checks runs report',
-    plots='style features report',
-    measure='scores agreement pairs seeds cost models',
-    cache='keys digests folder files entries records manifest reader source writer progress dataset outside server verify pack',
-    fastai='task stream block vocab head targets transforms replay_dl sample_keys raw_items tables teachers batches columns compare interpret export card choice costs check cache_data cache_feed head_feed finite trend unlabelled projector_opt arguments callback heads patches learner clock trials find turns shared separate progress many recipe_runs',
+    features='layer_names calls probe shapes taps projectors model_stages layer_pairs',
+    teachers='images probabilities estimator forms rng_stream hidden_state frozen input_aliasing slices folding compiled fast_copy items running ensemble teacher',
+    cache='per_sample keys digests folder files entries layout manifest reader source writer progress dataset importers server verify pack',
+    recipes='schedule gradient_norms gradient_balance term zoo text default catalog',
+    checks='findings shared_parameters batch_scores class_order shapes forward normalization recipe scores passed_checks outputs explain',
+    distiller='batch distiller heads integration',
+    evaluation='data format tables text plot_style feature_plots report_plots page checks_page report run_table metrics agreement paired_tests cost models',
+    search='candidates result study seed_tests recipe_report',
+    fastai='task language_model block vocab head targets transforms replay_dl sample_keys raw_items tables teachers batches metrics compare interpret export save default_recipe costs check cache_data cache_feed head_feed finite trend unlabelled projector_opt arguments callback multi_head patches learner trial_callback trials find turns shared separate progress many recipe_runs',
     huggingface='students models trainer',
-    demo='tasks results picture',
-    training='config settings files fingerprint checks loaders archs teachers exported processes stages run',
-    bench='pairs ways',
-    cli='arguments objects bench cache demo find check compare methods train app',
+    cli='arguments objects demo training commands app',
 )
+ORDER |= {'cli.demo': 'tasks results picture', 'cli.training': 'config settings files fingerprint checks loaders archs teachers exported processes stages run', 'cli.commands': 'cache demo find check compare methods train'}
 
 
-def room_of(file):
-    part = file.relative_to(SRC).parts[0]
-    return part.removesuffix('.py')
+def package_of(file): return file.relative_to(SRC).parts[0].removesuffix('.py')
 
 
 def imports(file):
@@ -95,31 +67,41 @@ def targets(file, level, module, names):
 
 
 def test_the_law_has_no_circle():
-    for i,(room,(may,*_)) in enumerate(LAW.items()): assert set(may.split()) <= set([*LAW][:i]) | {'__init__'}, room
-    assert {room_of(f) for f in FILES} <= set(LAW), 'a new room needs a line in LAW'
-    for room,order in ORDER.items():
-        have = {f.stem for f in (SRC/room).glob('*.py')} - {'__init__'}
-        assert set(order.split()) == have, f'the files of {room}, in the order in which they import each other'
+    for i,(package,(may,*_)) in enumerate(LAW.items()): assert set(may.split()) <= set([*LAW][:i]) | {'__init__'}, package
+    assert {package_of(f) for f in FILES} <= set(LAW), 'a new package needs a line in LAW'
+    for folder,order in ORDER.items():
+        here = SRC.joinpath(*folder.split('.'))
+        have = {f.stem for f in here.iterdir() if f.suffix == '.py' or (f/'__init__.py').exists()} - {'__init__'}
+        assert set(order.split()) == have, f'the files of {folder}, in the order in which they import each other'
+
+
+def upward(file, entered):
+    "Which of these imports lead to a file of the same package that does not stand before this one"
+    here = (*file.relative_to(SRC).parts[:-1], file.stem)
+    for path in entered:
+        same = len([*itertools.takewhile(lambda o: o[0] == o[1], zip(here, path))])
+        if same == 0 or same == len(path): continue         # a different package, or its __init__
+        order = ORDER['.'.join(here[:same])].split()
+        if here[same] != '__init__' and order.index(path[same]) >= order.index(here[same]): yield '.'.join(path)
 
 
 @pytest.mark.parametrize('file', FILES, ids=lambda f: str(f.relative_to(SRC)))
 def test_imports_keep_to_the_law(file):
-    room = room_of(file)
-    may,top,inside = (set(o.split()) for o in LAW[room])
+    package = package_of(file)
+    may,top,inside = (set(o.split()) for o in LAW[package])
     for level,module,names,inner in imports(file):
         if level:
             entered = targets(file, level, module, names)
-            new = {o[0] for o in entered} - {room} - may
-            before = itertools.takewhile(lambda o: o != file.stem, ORDER.get(room, '').split())
-            up = {o[1] for o in entered if o[0] == room and len(o) > 1} - set(before)
-            assert file.stem == '__init__' or not up, f"{file.relative_to(SRC)} may not import {', '.join(up)}, which stands after it"
+            new = {o[0] for o in entered} - {package} - may
+            up = [*upward(file, entered)]
+            assert not up, f"{file.relative_to(SRC)} may not import {', '.join(up)}, which stands after it"
         else: new = {module.split('.')[0]} - set(sys.stdlib_module_names) - top - (inside if inner else set())
-        assert not new, f"{room} may not import {', '.join(new)} {'inside a function' if inner else 'at the top'} (from {module or '.'})"
+        assert not new, f"{package} may not import {', '.join(new)} {'inside a function' if inner else 'at the top'} (from {module or '.'})"
         assert '*' not in names or file.name == '__init__.py', f'import * from {module}: name what you import'
 
 
-def test_only_ranks_knows_torch_distributed():
-    for f in FILES: assert f.stem == 'ranks' or 'torch.distributed.' not in f.read_text().replace('`torch.distributed', ''), f
+def test_only_distributed_knows_torch_distributed():
+    for f in FILES: assert f.stem == 'distributed' or 'torch.distributed.' not in f.read_text().replace('`torch.distributed', ''), f
 
 
 def defined(file):
@@ -136,7 +118,7 @@ def test_a_name_has_one_meaning():
     for f in FILES:
         for n in defined(f): where.setdefault(n, []).append(f.relative_to(SRC))
     # a recipe has the name of the method whose loss it uses
-    twice = {n: fs for n,fs in where.items() if len(fs) > 1 and not (len(fs) == 2 and {f.parts[0] for f in fs} == {'losses', 'recipes.py'})}
+    twice = {n: fs for n,fs in where.items() if len(fs) > 1 and not (len(fs) == 2 and {f.parts[0] for f in fs} == {'losses', 'recipes'})}
     assert not twice
 
 
@@ -231,7 +213,7 @@ def test_the_oldest_releases_are_the_lower_bounds():
 
 
 def test_every_loss_says_at_its_definition_what_it_needs():
-    for f in [*(SRC/'losses').glob('*.py'), SRC/'recipes.py']:
+    for f in [*(SRC/'losses').glob('*.py'), SRC/'recipes'/'zoo.py']:
         for d in ast.walk(ast.parse(f.read_text())):
             at = [o for o in getattr(d, 'decorator_list', []) if isinstance(o, ast.Call) and ast.unparse(o.func) == 'loss']
             for o in at: assert {'kind', 'match'} <= {k.arg for k in o.keywords}, f'{f.stem}.{d.name}: @loss(kind=..., match=...)'

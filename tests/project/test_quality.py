@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 pytest.importorskip('sklearn')
-HERE = Path(__file__).parent.parent/'benchmarks'/'quality'
+HERE = Path(__file__).parents[2]/'benchmarks'/'quality'
 
 
 @pytest.fixture(scope='module')

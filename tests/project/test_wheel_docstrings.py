@@ -8,7 +8,7 @@ from fastai.basics import Learner
 import fastdistill.fastai # noqa: F401
 from fastdistill import docments
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT/'src'/'fastdistill').rglob('*.py'))
 sys.path.insert(0, str(ROOT))
 from hatch_build import explained # noqa: E402

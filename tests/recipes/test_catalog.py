@@ -6,7 +6,7 @@ from fastdistill import DistillError, Distiller, Term, losses, recipes
 from fastdistill.recipes.catalog import card_section, find_methods, method, methods
 from fastdistill.cli import main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 METHODS = methods()
 ids = lambda m: m.name
 

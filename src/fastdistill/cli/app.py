@@ -6,7 +6,6 @@ from rich.console import Console
 from rich.markup import escape
 from .. import __version__
 from ..base.errors import DistillError, DistillWarning
-from ..base.errors import bench
 from .commands.cache import cache_app
 from .commands.check import check_command
 from .commands.compare import compare_command, export_command, report_command
@@ -22,7 +21,6 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(cache_app, name='cache')
 app.command('train')(train_command)
 app.command()(demo)
-app.command()(bench)
 app.command()(find)
 app.command('check')(check_command)
 app.command('methods')(methods_command)

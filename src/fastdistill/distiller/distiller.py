@@ -1,4 +1,4 @@
-"The core: one batch of student, teacher and recipe. It knows tensors, no training loop and no particular loss."
+"The core: one batch of student, teacher and recipe. It knows tensors and no training loop."
 import json, warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +18,8 @@ from ..features.layer_pairs import PairTable, check_names, inputs, pair
 from ..features.probe import dry_run
 from ..features.projectors import projector
 from ..features.taps import Taps, is_output, layer_output
+from ..recipes.default import chosen_before, chosen_for
+from ..recipes.text import as_recipe
 from ..recipes.gradient_norms import norms_at_layer, norms_at_logits, swamped
 from ..base.outputs import (DistillError, DistillWarning, Outputs, as_plain, check_output, map_tensors,
                       warn_of_several)
@@ -64,10 +66,6 @@ class Distiller(nn.Module):
     """A student, its teacher, and a recipe: `distiller(x, y)` is one batch. Its parameters are the student's and the
     projectors', never the teacher's. `with distiller.teacher:` around a loop gets the teacher ready once, and not for
     each batch. `state_dict()` holds all that a training needs to continue, but for the optimizer's state"""
-    # `automatic` sets these, since no particular loss is known here: `auto` chooses the recipe where none is given,
-    # `chosen_before` makes a chosen one again from (text, why, kind), and `as_recipe` reads the one that was given
-    auto = chosen_before = None
-    as_recipe = staticmethod(lambda o: o)
 
     def __init__(
         self,
@@ -95,7 +93,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.student,self.task_loss,self.shift_labels = student,task_loss,shift_labels
         self.task = task_for(task_loss, kind, axis, ignore_index)
-        recipe = Distiller.as_recipe(recipe)
+        recipe = as_recipe(recipe)
         self.links = nn.ModuleDict()
         self.take(Recipe() if recipe is None else recipe)
         self.automatic = self.chooses = recipe is None # is the recipe chosen? is it still to be?
@@ -128,7 +126,7 @@ class Distiller(nn.Module):
         "Take the recipe that `auto` chooses for such outputs and such a teacher, and batches with or without labels"
         ask = lambda: all_classes(self.teacher.probe(*x), Outputs(logits)).logits
         doubt = 'the teacher is in doubt, see above' if self.doubt else None
-        chosen = of_first(Distiller.auto(logits.shape, self.task, ask, labels, doubt))
+        chosen = of_first(chosen_for(logits.shape, self.task, ask, labels, doubt))
         self.take(chosen)
         if rank() == 0: print(f'fastdistill: recipe {chosen}')
 
@@ -143,7 +141,7 @@ class Distiller(nn.Module):
         "Continue with what was chosen and measured. A recipe with different terms that was chosen already is kept"
         state = json.loads(bytes(state.tolist()))
         if self.automatic and state['recipe'] is not None:
-            recipe = Distiller.chosen_before(*state['recipe'])
+            recipe = chosen_before(*state['recipe'])
             if self.chooses or [t.name for t in recipe.terms] == [t.name for t in self.recipe.terms]: self.take(recipe)
         self.ratios.load_state_dict(state['ratios'])
         if self.shift_labels is None: self.shift_labels = state['shift_labels']

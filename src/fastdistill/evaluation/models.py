@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from ..checks.forward import guarded_random_state
 from ..base.outputs import DistillError, tensors_in
-from . import Report
+from .report import Report
 from .data import Comparison, ModelResult
 from ..base.task import fit_labels, unusable
 from .agreement import Agreement

@@ -2,7 +2,7 @@
 import base64, io, re
 from pathlib import Path
 from typing import NamedTuple
-from .. import evaluation as plots
+from . import report_plots as plots
 from .plot_style import on_dark
 from .data import ReportData
 from .tables import sheets_of

@@ -3,7 +3,7 @@ import os
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from ..recipes.default import Distiller
+from ..distiller.distiller import Distiller
 from ..distiller.batch import next_tokens
 from ..features.calls import predicts_next
 from ..features.probe import untouched

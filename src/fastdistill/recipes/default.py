@@ -2,13 +2,13 @@
 from math import log, sqrt
 from torch import Tensor, special
 from .. import losses
-from ..distiller.distiller import Distiller, Recipe, Term
 from ..base.outputs import DistillError
-from .text import as_recipe, recipe_from_text
+from .term import Recipe, Term
+from .text import recipe_from_text
 from .zoo import dist, kd, soft_labels
 from ..base.task import facts_of_outputs
 
-__all__ = ['Automatic', 'Distiller', 'auto', 'facts_for_auto', 'softening_temperature']
+__all__ = ['Automatic', 'auto', 'chosen_before', 'chosen_for', 'facts_for_auto', 'softening_temperature']
 
 CLASSIC = 'kd(T=4, alpha=.9)'
 CLASSIC_ALONE = 'soft_labels(T=4)' # without labels
@@ -109,9 +109,5 @@ def shared(loss, name, why, kind, **options):
 def chosen_for(logits_shape, task, ask, labels, doubt=None):
     return auto(**facts_for_auto(logits_shape, task, ask), labels=labels, doubt=doubt)
 
+
 def chosen_before(text, why, kind): return Automatic(recipe_from_text(text), text, why, kind)
-
-
-# a Distiller knows no particular loss: these read a recipe, choose one where none is given, and make a chosen one again
-Distiller.as_recipe,Distiller.auto = staticmethod(as_recipe),staticmethod(chosen_for)
-Distiller.chosen_before = staticmethod(chosen_before)

@@ -4,15 +4,11 @@ from .. import losses
 from ..losses._base import loss
 from ..base.outputs import DistillError
 from .schedule import rest_of, schedule
-from ..distiller.distiller import Recipe, Term
-from .term import long_name_too
+from .term import Recipe, Term, long_name_too
 
 __all__ = ['ab', 'abkd', 'at', 'cc', 'cwd', 'dist', 'dkd', 'fsp', 'gram', 'hard_labels', 'hint', 'ickd', 'ifvd', 'kd',
            'logit_std', 'nkd', 'nst', 'ofd', 'pairwise', 'pkd', 'pkt', 'pretrain', 'rkd', 'rld', 'seed',
            'soft_labels', 'sp', 'taid', 'ttm', 'uld', 'vid', 'wttm']
-
-
-def __dir__(): return __all__ # `recipes.` and the tab key list the recipes alone
 
 
 @loss(kind='softmax', match='shape')

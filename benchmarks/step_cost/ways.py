@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from fastai.basics import Callback, CancelValidException, Learner
 from fastai.optimizer import OptimWrapper
-from ..fastai import KnowledgeDistillation, Teacher, cache_teacher, kd
-from ..outputs import DistillError, as_plain
-from ..teacher.speed import AS_IT_IS
+from fastdistill.base.outputs import DistillError, as_plain
+from fastdistill.fastai import KnowledgeDistillation, Teacher, cache_teacher, kd
+from fastdistill.teachers.fast_copy import AS_IT_IS
 from .pairs import loss_of
 
 __all__ = ['FLOOR', 'WAYS', 'Fit', 'Loop']

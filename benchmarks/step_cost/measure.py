@@ -1,4 +1,4 @@
-"`fastdistill bench`: what distillation costs, side by side with other ways to do it."
+"Time the ways on each pair: tables, a plot, a file of numbers."
 import gc, json, multiprocessing, os, platform, sys, time, warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -6,8 +6,8 @@ from statistics import median
 import torch
 from rich.console import Console
 from rich.table import Table
-from ..measure.models import cpu_name
-from ..outputs import DistillError
+from fastdistill import DistillError
+from fastdistill.evaluation.models import cpu_name
 from .pairs import PAIRS
 from .ways import FLOOR, WAYS
 

@@ -11,7 +11,7 @@ from fastai.text.data import LMDataLoader
 from fastai.text.models import AWD_LSTM, awd_lstm_lm_config, get_language_model
 from fastai.vision.learner import create_body
 from fastai.vision.models.unet import DynamicUnet
-from ..outputs import DistillError
+from fastdistill import DistillError
 
 __all__ = ['PAIRS', 'BenchPair']
 

@@ -1,0 +1,1 @@
+"What distillation costs, side by side with other ways to do it."

@@ -1,0 +1,1 @@
+"What every other package builds on: outputs, errors, tasks, classes, random numbers, processes."

@@ -1,0 +1,8 @@
+"Recipes: functions that return terms with their paper's defaults. `+` joins them."
+from . import zoo
+from .zoo import *
+
+__all__ = zoo.__all__
+
+
+def __dir__(): return __all__ # `recipes.` and the tab key list the recipes alone
