@@ -8,7 +8,7 @@ except ImportError as e:
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset
-from .distiller.batch import inputs_and_labels
+from .recipes.batch import inputs_and_labels
 from .distiller.distiller import Distiller
 from .features.calls import arguments
 from .features.layer_pairs import inputs
@@ -16,7 +16,8 @@ from .features.taps import Taps
 from .base.outputs import DistillError, Outputs
 from .base.distributed import average_gradients
 from .base.seeds import RandomGuard
-from .distiller.integration import add_parameters, check_first, complete, load_state, needs_example, training_state, takes_part
+from .distiller.integration import (add_parameters, check_first, complete, load_state, needs_example, takes_part,
+                                    training_state)
 
 __all__ = ['DistillCallback', 'DistillModule']
 

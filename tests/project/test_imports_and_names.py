@@ -22,8 +22,8 @@ LAW = dict(
     search=('base losses recipes evaluation', 'torch numpy', 'optuna scipy matplotlib rich jinja2'),
     __init__=('base', 'lazy_loader', ''),
     fastai=('base losses features teachers cache recipes checks distiller evaluation search', 'torch numpy fastai safetensors', 'pandas rich IPython matplotlib onnx onnxscript onnxruntime torchao'),
-    huggingface=('base features teachers checks distiller', 'torch transformers accelerate', ''),
-    lightning=('base features teachers checks distiller', 'torch lightning', ''),
+    huggingface=('base features teachers recipes checks distiller', 'torch transformers accelerate', ''),
+    lightning=('base features teachers recipes checks distiller', 'torch lightning', ''),
     cli=('base teachers cache recipes evaluation fastai __init__', 'typer rich torch torchvision numpy pandas fastai safetensors PIL lazy_loader', 'timm datasets matplotlib sklearn'),
 )
 # the same inside a package: a file may import those of its package that stand before it
@@ -33,14 +33,14 @@ ORDER = dict(
     features='layer_names calls probe shapes taps projectors model_stages layer_pairs',
     teachers='images probabilities estimator forms rng_stream hidden_state frozen input_aliasing slices folding compiled fast_copy items running ensemble teacher',
     cache='per_sample keys digests folder files entries layout manifest reader source writer progress dataset importers server verify pack',
-    recipes='schedule gradient_norms gradient_balance term zoo text default catalog',
+    recipes='schedule batch gradient_norms gradient_balance link recipe_loss term zoo text default catalog',
     checks='findings shared_parameters batch_scores class_order shapes forward normalization recipe scores passed_checks outputs explain',
-    distiller='batch distiller heads integration',
+    distiller='distiller heads integration',
     evaluation='data format tables text plot_style feature_plots report_plots page checks_page report run_table metrics agreement paired_tests cost models',
     search='candidates result study seed_tests recipe_report',
     fastai='task language_model block vocab head targets transforms replay_dl sample_keys raw_items tables teachers batches metrics compare interpret export save default_recipe costs check cache_data cache_feed head_feed finite trend unlabelled projector_opt arguments callback multi_head patches learner trial_callback trials find turns shared separate progress many recipe_runs',
     huggingface='students models trainer',
-    cli='arguments objects demo training commands app',
+    cli='training arguments objects demo commands app',
 )
 ORDER |= {'cli.demo': 'tasks results picture', 'cli.training': 'config settings files fingerprint checks loaders archs teachers exported processes stages run', 'cli.commands': 'cache demo find check compare methods train'}
 
@@ -144,7 +144,7 @@ def test_help_and_mistakes_in_a_command_load_no_torch(tmp_path):
                 ['train', '--data', '.', '--teacher', 'a', '--student', 'b', '--epochs', '-1'], ['train', '--config', 'gone.toml'], ['train', '--resume', '--out', 'gone'],
                 ['compare', 'a=gone.pkl'], ['compare', 'gone.pkl'], ['export', 'gone.pkl', 'x.onnx'], ['export', '.', 'x.exe'], ['check', 'gone.py:x', 'gone.pkl'],
                 ['find', 'gone.pkl', 'gone.pkl', '--n-epoch', '1'], ['report', 'gone'], ['cache', 'info', 'gone'], ['cache', 'write', 'gone.pkl', 'gone.py:dls', 'x'], ['demo', '--nothing']]
-    helps = [[*c.split(), '--help'] for c in ('', 'train', 'compare', 'export', 'check', 'find', 'report', 'cache', 'cache write', 'methods', 'demo', 'bench')]
+    helps = [[*c.split(), '--help'] for c in ('', 'train', 'compare', 'export', 'check', 'find', 'report', 'cache', 'cache write', 'methods', 'demo')]
     code = f'''
 import sys
 from fastdistill.cli import main

@@ -12,8 +12,8 @@ from .forward import guarded_random_state, student_logits, teacher_logits
 from .scores import hesitant, low_score, saturated
 from .shapes import UnknownId, broadcasts, checked_ids, mismatches, outputs_differ, unknown_id, unscored
 from .batch_scores import Tally
-from .passed_checks import (norms_in_words, norms_of, order_in_words, outputs_in_words, recipe_in_words, shapes_in_words,
-                    steady_in_words, unknown_normalization)
+from .passed_checks import (norms_in_words, norms_of, order_in_words, outputs_in_words, recipe_in_words,
+                            shapes_in_words, steady_in_words, unknown_normalization)
 
 __all__ = ['BATCHES', 'any_outputs', 'check_batch', 'check_outputs', 'single_teachers']
 

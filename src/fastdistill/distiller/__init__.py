@@ -1,5 +1,6 @@
 "The loss of one batch of student, teacher and recipe."
-from .distiller import Distilled, Distiller
+from ..recipes.recipe_loss import Distilled
+from .distiller import Distiller
 from .heads import Heads
 
 __all__ = ['Distilled', 'Distiller', 'Heads']

@@ -1,13 +1,11 @@
 "The core: one batch of student, teacher and recipe. It knows tensors and no training loop."
-import json, warnings
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from itertools import islice
 import torch
 from torch import Tensor, nn
-from .batch import (Batch, all_classes, blend, both, inputs_and_labels, labels_to_shift, next_tokens, nothing,
-                    of_all_processes, padding_mask)
+from ..recipes.batch import (all_classes, both, inputs_and_labels, labels_to_shift, next_tokens, padding_mask)
 from ..base.class_mapping import taught_part
 from ..checks.findings import Findings
 from ..checks.outputs import BATCHES, check_batch, check_outputs
@@ -20,49 +18,24 @@ from ..features.projectors import projector
 from ..features.taps import Taps, is_output, layer_output
 from ..recipes.default import chosen_before, chosen_for
 from ..recipes.text import as_recipe
-from ..recipes.gradient_norms import norms_at_layer, norms_at_logits, swamped
-from ..base.outputs import (DistillError, DistillWarning, Outputs, as_plain, check_output, map_tensors,
+from ..base.outputs import (DistillError, Outputs, as_plain, check_output, map_tensors,
                       warn_of_several)
 from ..base.distributed import of_first, rank
-from ..recipes.gradient_balance import GradientRatios
 from ..base.generators import Generators
 from ..base.task import labels_loss, task_for
 from ..teachers.teacher import Teacher
-from ..recipes.term import Link, Recipe, Term, check_kind, own_copy
+from ..recipes.link import Link, own_copy
+from ..recipes.recipe_loss import Distilled, RecipeLoss
+from ..recipes.term import Recipe
 
-__all__ = ['Distilled', 'Distiller', 'Recipe', 'Term']
+__all__ = ['Distiller']
 
 LACKS = ("the chosen recipe and the measured gradients, which checkpoints of earlier releases lack. "
          "load_state_dict(state, strict=False) takes the weights alone; the recipe is then chosen, and gradients are "
          "measured, anew")
 
 
-@dataclass
-class Distilled:
-    "One batch's loss and what it is made of"
-    task:Tensor|None # the labels' own loss, unweighted; None without labels
-    taught:Tensor|None # the weighted sum of all terms; None where none counts
-    parts:dict[str,Tensor] # each term's value, unweighted and detached; in training only of the terms that count
-    weights:dict[str,float|Tensor] # what each was multiplied by; 'task' among them. 0-dim for a term with a share
-
-    @property
-    def total(self):
-        "What to call `backward` on"
-        # subtle: labels of weight 0 take no part at all, since 0*nan is nan
-        if not self.weights['task']: return self.taught
-        own = self.weights['task']*self.task if self.weights['task'] != 1 else self.task
-        return own if self.taught is None else own + self.taught
-
-    @property
-    def added(self):
-        """What to add to the labels' own loss to get `total`, for trainers that hold that loss already; None if that
-        is nothing"""
-        if self.task is None or self.weights['task'] == 1: return self.taught
-        rest = (self.weights['task']-1)*self.task
-        return rest if self.taught is None else rest + self.taught
-
-
-class Distiller(nn.Module):
+class Distiller(RecipeLoss):
     """A student, its teacher, and a recipe: `distiller(x, y)` is one batch. Its parameters are the student's and the
     projectors', never the teacher's. `with distiller.teacher:` around a loop gets the teacher ready once, and not for
     each batch. `state_dict()` holds all that a training needs to continue, but for the optimizer's state"""
@@ -90,21 +63,15 @@ class Distiller(nn.Module):
         # `Distiller.check` finds
         example=None # a batch of inputs, to build projectors before an optimizer asks for their parameters
     ):
-        super().__init__()
-        self.student,self.task_loss,self.shift_labels = student,task_loss,shift_labels
-        self.task = task_for(task_loss, kind, axis, ignore_index)
         recipe = as_recipe(recipe)
-        self.links = nn.ModuleDict()
-        self.take(Recipe() if recipe is None else recipe)
+        super().__init__(Recipe() if recipe is None else recipe, task_for(task_loss, kind, axis, ignore_index))
+        self.student,self.task_loss,self.shift_labels = student,task_loss,shift_labels
         self.automatic = self.chooses = recipe is None # is the recipe chosen? is it still to be?
         check_output(output)
         self.output,self.found,self.doubt = output,{},'' # what a check found against the teacher
         if teacher is not None and not isinstance(teacher, Teacher):
             teacher = Teacher(teacher, kind=self.task.kind, axis=self.task.axis, output=output)
         self.teacher = teacher
-        self.measures,self.seen = True,set() # are gradient shares measured? of which parts they were
-        # part -> share, the labels' is 'task'; None until the first training batch
-        self.gradient_shares:dict|None = None
         self.pairs:PairTable|None = None # what is compared with what, once it is known
         self.unchecked = {'labels', 'outputs'} if check else set()
         if student is not None and teacher is not None:
@@ -113,14 +80,9 @@ class Distiller(nn.Module):
         if example is not None: self.setup(*inputs(example))
 
     def take(self, recipe):
-        "Use this recipe from now on, of terms on the logits or before any batch"
-        self.recipe,self.chooses = Recipe(recipe),False
+        super().take(Recipe(recipe))
+        self.chooses = False
         self.chosen = [recipe.text, recipe.why, recipe.kind] if hasattr(recipe, 'text') else None # if `auto` chose it
-        self.ratios = GradientRatios(self.recipe)
-        self.links.clear()
-        for t in self.recipe.terms:
-            check_kind(t, self.task.kind)
-            if t.layers is None: self.links[t.name] = nn.ModuleList([Link(own_copy(t.loss))])
 
     def choose(self, logits, x:tuple, labels:bool):
         "Take the recipe that `auto` chooses for such outputs and such a teacher, and batches with or without labels"
@@ -152,9 +114,6 @@ class Distiller(nn.Module):
             if self.ratios or self.automatic: missing.append(f'{key}: {LACKS}')
             state = {**state, key: self.get_extra_state()}
         super()._load_from_state_dict(state, prefix, meta, strict, missing, unexpected, errors)
-
-    @property
-    def layered(self): return [t for t in self.recipe.terms if t.layers is not None]
 
     @property
     def ready(self): return len(self.links) == len(self.recipe.terms)
@@ -211,7 +170,7 @@ class Distiller(nn.Module):
         s,y = taught_part(student.logits, y, None if teacher is None else teacher.classes, self.task)
         return check_batch(s, t, y, self.task)
 
-    def _check_first(self, student, teacher, targets):
+    def check_first(self, student, teacher, targets):
         "Refuse the mistakes of the first batch, and of the first batch for which the teacher runs"
         parts = {'labels'} if teacher is None else {'labels', 'outputs'}
         if not parts & self.unchecked: return
@@ -236,16 +195,6 @@ class Distiller(nn.Module):
             for term in self.layered:
                 self.links[term.name] = nn.ModuleList(self._links(term, tables[term.name], s, t))
         return self
-
-    def active_terms(
-        self, progress:float|None=None # share of the training that is done, for schedules
-    ) -> list:
-        "The terms that a batch needs: those with a weight; without gradient, as in validation, all of them"
-        return [t for t in self.recipe.terms if not torch.is_grad_enabled() or t.weight_at(progress) != 0]
-
-    def needs_teacher(self, progress:float|None=None) -> bool:
-        "Whether any term needs the teacher's outputs for this batch"
-        return bool(self.active_terms(progress))
 
     def student_layers(
         self, terms=None # of these terms, as `active_terms` gives them; None: of all
@@ -302,7 +251,7 @@ class Distiller(nn.Module):
         s = self.student_outputs(raw, feats, x)
         if self.chooses: self.choose(s.logits, inputs(x), bool(targets))
         t = self.teacher_outputs(x, progress)
-        self._check_first(s, t, targets)      # before the labels' loss, whose error would not say what to do
+        self.check_first(s, t, targets)      # before the labels' loss, whose error would not say what to do
         task,targets = self.labels(x, s.logits, targets)
         return self.compute(s, t, task, targets, progress=progress)
 
@@ -322,118 +271,6 @@ class Distiller(nn.Module):
                       "one position earlier. shift_labels=True says so, shift_labels=False leaves them")
         if not self.shift_labels: return targets
         return next_tokens(targets[0], self.task.ignore_index),*targets[1:]
-
-    def compute(
-        self,
-        student:Outputs, # of this batch
-        teacher:Outputs|None, # of the same batch; None where no term needs it (see `needs_teacher`)
-        task:Tensor|None=None, # the labels' own loss, already computed; None without labels
-        targets=(), # labels, for the losses that read them
-        *,
-        progress:float|None=None, # share of the training that is done, for schedules
-        mixed=None # (other targets, share of the first ones): MixUp's batches have two labels a sample
-    ) -> Distilled:
-        "The loss of a batch whose student (and teacher) ran already: what trainers call"
-        task,terms = None if task is None else as_plain(task),self.active_terms(progress)
-        weights = self.recipe.weights_at(progress)
-        if task is None and weights['task']:
-            raise DistillError("This batch has no labels, but the recipe gives their loss the weight "
-                               f"{weights['task']:g}: use alpha=1, or soft_labels(), to train from the teacher alone")
-        if terms and teacher is None:
-            raise DistillError(f"{terms[0].name} needs the teacher's outputs for this batch, and got None: "
-                               "needs_teacher(progress) says when")
-        self._check_first(student, teacher, targets)
-        b = Batch(student, all_classes(teacher, student), targets, *(mixed or ((), None)), self.task, progress)
-        values = {t.name: self._value(t, b) for t in terms}
-        counted = {k: v for k,v in dict(task=task, **values).items() if v is not None and weights[k] != 0}
-        weights = self._measured(counted, weights, student, b)
-        taught = [weights[k]*v for k,v in counted.items() if k in values]
-        if not weights['task'] and student.logits is not None: taught.append(nothing(student.logits))
-        return Distilled(task, sum(taught[1:], taught[0]) if taught else None,
-                         {k: v.detach() for k,v in values.items()}, weights)
-
-    def without_labels(
-        self,
-        student:Outputs, # for inputs without labels
-        teacher:Outputs|None, # for the same
-        *,
-        progress:float|None=None # share of the training that is done, for schedules
-    ) -> Tensor:
-        """The weighted sum of the terms that read no labels, for inputs without labels beside the batches with labels.
-        Shares of the gradient are those that were measured there"""
-        terms = [t for t in self.active_terms(progress) if not t.n_targets]
-        if not terms: return nothing(student.logits)
-        b = Batch(student, all_classes(teacher, student), (), (), None, self.task, progress)
-        values = {t.name: self._value(t, b) for t in terms}
-        weights = self.ratios.weights(self.recipe.weights_at(progress), values)
-        return sum(weights[k]*v for k,v in values.items())
-
-    def _value(self, term, b):
-        "A term's value; where it reads labels and the batch has two a sample, mixed as the labels' own loss is"
-        if b.share is None or term.n_targets == 0: return self._of_labels(term, b, b.targets, b.options(term, b.mask))
-        each = b.share.numel() > 1
-        if each and ('reduction' not in term.accepts or term.layers is not None):
-            raise DistillError(f"{term.name} reads labels, and MixUp gives each sample two of them: a loss of your own "
-                               "needs the keyword-only option `reduction` ('none': one value per sample) to be mixed. "
-                               "Or use CutMix, whose share is one for the whole batch.")
-        options = [b.options(term, m) | (dict(reduction='none') if each else {}) for m in b.masks]
-        first,other = [self._of_labels(term, b, y, o) for y,o in zip((b.targets, b.others), options)]
-        v = blend(first, other, b.share)
-        if not v.dim(): return v
-        # subtle: per label that counts; a mask that the loss does not take cannot have left out any
-        return v.sum()/(v.numel() if b.mask is None or 'mask' not in options[0] else b.mask.sum().clamp_min(1e-6))
-
-    def _of_labels(self, term, b, targets, options):
-        "A term's value by one set of labels: summed over its pairs of layers, as the papers do"
-        links,targets = self.links[term.name],targets[:term.n_targets]
-        if term.n_targets and len(targets) < term.n_targets:
-            raise DistillError(f"{term.name} needs {term.n_targets} target(s) beside student and teacher, this batch "
-                               f"has {len(targets)}")
-        pairs = b.pairs_of(term.name, lambda: [k.tensors(b.student, b.teacher) for k in links])
-        if term.relates: pairs,targets,options = of_all_processes(term, pairs, targets, options, b.task)
-        if term.lists: return links[0].loss(*map(list, zip(*pairs)), *targets, **term.channels(pairs[0][1]), **options)
-        return sum(k.loss(s, t, *targets, **term.channels(t), **options) for k,(s,t) in zip(links, pairs))
-
-    def _measured(self, values, weights, student, b):
-        """The weights as they count: of a term with a share, what makes its gradient that long. Shares of the gradient
-        are reported at the first training batch, and where a part counts for the first time"""
-        learns = {k: v for k,v in values.items() if v.requires_grad}
-        fixed = {k: w for k,w in weights.items() if k not in self.ratios}
-        if self.ratios:
-            self.ratios.measure(weights, learns, lambda k: self._compared(k, student), lambda k: self._apart(k, b))
-            weights = self.ratios.weights(weights, learns)
-        if self.measures and torch.is_grad_enabled() and not learns.keys() <= self.seen:
-            self.seen,self.gradient_shares = learns.keys(),self.shares(learns, weights, student.logits)
-            if (says := swamped(self.gradient_shares, fixed)) and rank() == 0:
-                warnings.warn(says, DistillWarning, stacklevel=4)
-        return weights
-
-    def _compared(self, name, student):
-        "What a term compares of the student"
-        layers = [k.layers[0] for k in self.links[name] if k.layers]
-        return [student.feats[n] for n in dict.fromkeys(layers)] if layers else [student.logits]
-
-    def _apart(self, name, b):
-        "A term's value if each of the teacher's outputs belonged to the next sample"
-        return self._value(next(t for t in self.recipe.terms if t.name == name), b.shifted(name))
-
-    def shares(
-        self,
-        values, # of what counts in a batch: the labels' loss ('task') and the terms, by name
-        weights, # of each
-        logits=None # the student's; None: its parameters are the place to measure at
-    ) -> dict:
-        """Each part's share of the gradient, by name: at the logits if all parts reach them, else at the last layer of
-        the student that all reach. Empty if there is no such place. A term with a share of its own at its layers is
-        left out. Training is not changed by it"""
-        apart = {t.name for t in self.layered if t.is_share}
-        values = {k: v for k,v in values.items() if k not in apart}
-        try:
-            norms = norms_at_logits(values, logits)
-            if norms is None and self.student is not None: norms = norms_at_layer(values, self.student)
-        except RuntimeError: return {}      # compiled or checkpointed parts may allow one backward pass alone
-        norms = {k: float(weights[k]*n) for k,n in (norms or {}).items()}
-        return {k: n/sum(norms.values()) for k,n in norms.items()}
 
     def _links(self, term, pairs, s, t):
         "Of one term: a link for each pair, on the student's device"
@@ -457,25 +294,3 @@ def own_generators(loader):
     "Random generators of a DataLoader, which are as before at the end"
     parts = ('dataset', 'sampler', 'batch_sampler', 'generator')
     return Generators(*(getattr(loader, k, None) for k in parts)).seeded(0)
-
-
-def loss_of_logits(
-    self:Recipe,
-    s:Tensor, # student logits
-    t:Tensor, # teacher logits
-    *targets, # labels, if the recipe counts them
-    task_loss=None, # fn(s, *targets); None: by `kind`
-    progress:float|None=None, # share of the training that is done, for schedules
-    **context # `kind`, `axis`, `mask`, `ignore_index` as in `Distiller`
-):
-    "The whole loss of one batch of logits, for those who ran both models themselves: kd(T=4, alpha=.9)(s, t, y)"
-    mask = context.pop('mask', None)
-    d = Distiller(None, None, self, task_loss=task_loss, check=False, **context)
-    d.measures = False
-    loss = partial(labels_loss, task=d.task) if task_loss is None else task_loss
-    own = loss(s, *targets) if targets else None
-    return d.compute(Outputs(s, mask=mask), Outputs(t), own, targets, progress=progress).total
-
-
-# a Recipe knows no Distiller, but calling a Recipe uses one
-Recipe.__call__ = loss_of_logits

@@ -1,7 +1,8 @@
 "A student with several heads, each with its own teacher and recipe."
 from dataclasses import dataclass
 from torch import Tensor, nn
-from .distiller import Distilled, Distiller
+from ..recipes.recipe_loss import Distilled
+from .distiller import Distiller
 from ..features.calls import arguments
 from ..features.layer_pairs import inputs
 from ..features.taps import Taps

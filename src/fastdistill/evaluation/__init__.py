@@ -1,4 +1,4 @@
-"Models side by side: scores, agreement, calibration, cost, which differences are more than chance, and how it is shown."
+"Models side by side: scores, agreement, calibration, cost, paired tests, and reports of all that."
 from .feature_plots import attention_map, picture_in, show_features
 from .models import measure_models, roles_of
 from .paired_tests import PairedScores, mcnemar

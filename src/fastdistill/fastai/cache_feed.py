@@ -4,7 +4,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from fastai.basics import Callback, noop
-from ..distiller.batch import all_classes
+from ..recipes.batch import all_classes
 from ..cache.manifest import refuse, sample_differences, transform_differences
 from ..cache.reader import TeacherCache
 from ..base.outputs import DistillError, Outputs, TopK, as_plain, tensors_in

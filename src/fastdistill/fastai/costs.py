@@ -7,7 +7,8 @@ import torch
 from fastai.callback.fp16 import MixedPrecision
 from ..cache.layout import Layout, Wish
 from ..cache.writer import Forecast
-from ..distiller.distiller import Distiller, Recipe
+from ..distiller.distiller import Distiller
+from ..recipes.term import Recipe
 from ..checks.forward import guarded_random_state
 from ..features.layer_names import unwrap
 from ..features.probe import distinct_modules, dry_run, untouched

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import chain
 from torch import Tensor
 from ..recipes.default import auto, facts_for_auto
-from ..distiller.batch import all_classes
+from ..recipes.batch import all_classes
 from ..checks.findings import Findings
 from ..features.probe import dry_run
 from ..base.outputs import DistillError, Outputs

@@ -1,7 +1,7 @@
 "Stored outputs of several heads: the rows of their caches stand side by side in the batches."
 from dataclasses import replace
 import numpy as np
-from ..distiller.batch import all_classes
+from ..recipes.batch import all_classes
 from ..base.outputs import DistillError, Outputs, as_plain
 from .cache_feed import CacheFeed
 from .head import HeadData

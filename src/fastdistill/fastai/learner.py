@@ -3,7 +3,7 @@ from contextlib import closing
 from fastai.basics import L, Learner, delegates, patch
 import fastai.callback.schedule  # noqa: F401 (it gives Learner fit_one_cycle)
 from .. import evaluation as plots
-from ..distiller.distiller import Recipe, Term
+from ..recipes.term import Recipe, Term
 from ..checks.explain import explain_training
 from ..base.parameter_docs import explain as add_docments
 from ..base.outputs import DistillError

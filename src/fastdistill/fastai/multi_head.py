@@ -4,7 +4,9 @@ from contextlib import closing
 from dataclasses import replace
 import torch
 from fastai.basics import Callback
-from ..distiller.distiller import Distilled, Distiller, Recipe
+from ..distiller.distiller import Distiller
+from ..recipes.recipe_loss import Distilled
+from ..recipes.term import Recipe
 from ..checks.explain import explain_training
 from ..features.layer_names import unwrap
 from ..features.layer_pairs import PairTable

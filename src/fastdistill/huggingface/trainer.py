@@ -4,7 +4,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from ..distiller.distiller import Distiller
-from ..distiller.batch import next_tokens
+from ..recipes.batch import next_tokens
 from ..features.calls import predicts_next
 from ..features.probe import untouched
 from ..features.taps import Taps

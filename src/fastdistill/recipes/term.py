@@ -1,14 +1,15 @@
 "What is compared, and how much it counts: terms, and recipes of them. No particular loss."
 import copy, functools, inspect, math
 from functools import partial
-from torch import nn
+from torch import Tensor, nn
 from ..features.layer_pairs import checked_layers
 from ..features.projectors import checked_projector
-from ..features.taps import layer_output
 from ..base.outputs import DistillError, Outputs
+from ..base.task import labels_loss, task_for
+from .recipe_loss import RecipeLoss
 from .schedule import schedule, value_at
 
-__all__ = ['Link', 'Recipe', 'Term', 'check_kind', 'long_name_too', 'one_temperature', 'own_copy']
+__all__ = ['Recipe', 'Term', 'long_name_too', 'one_temperature']
 
 
 SCHEDULED = 'T','lam' # options of losses that may follow a schedule
@@ -200,6 +201,24 @@ class Recipe:
 
     def __add__(self, other): return Recipe(self, other)
 
+    def __call__(
+        self,
+        s:Tensor, # student logits
+        t:Tensor, # teacher logits
+        *targets, # labels, if the recipe counts them
+        task_loss=None, # fn(s, *targets); None: by `kind`
+        progress:float|None=None, # share of the training that is done, for schedules
+        mask=None, # positions that count
+        kind:str|None=None, axis:int|None=None, ignore_index:int|None=None # as in `Distiller`
+    ) -> Tensor:
+        "The whole loss of one batch of logits, for those who ran both models themselves: kd(T=4, alpha=.9)(s, t, y)"
+        task = task_for(task_loss, kind, axis, ignore_index)
+        loss = RecipeLoss(self, task)
+        loss.measures = False
+        own = partial(labels_loss, task=task) if task_loss is None else task_loss
+        own = own(s, *targets) if targets else None
+        return loss.compute(Outputs(s, mask=mask), Outputs(t), own, targets, progress=progress).total
+
     def __repr__(self):
         return f"Recipe({', '.join(map(repr, self.terms))}, task={weight_text(1. if self.task is None else self.task)})"
 
@@ -208,36 +227,3 @@ class Recipe:
     def weights_at(self, progress):
         "The weight, or the share, of each part at this point of the training, by name; the labels' is 'task'"
         return dict(task=self.task_at(progress), **{t.name: t.weight_at(progress) for t in self.terms})
-
-
-def check_kind(term, kind):
-    "Refuse a loss over classes for a model that has none, and so on; features may be compared by any loss"
-    if term.layers is None and term.kind not in (None, kind):
-        says = dict(softmax='a softmax over classes', sigmoid='a sigmoid per label', regression='numbers')
-        raise DistillError(f"{term.name} compares {says[term.kind]}, but this model predicts {says[kind]}. "
-                           "Use kd(), which takes the loss that fits (binary_kl for labels, regression for numbers), "
-                           "or your own loss.")
-
-
-class Link(nn.Module):
-    "One pair of layers of one term: its projector, and its copy of the loss if that has parameters"
-    def __init__(self, loss, layers=None, projector=None):
-        super().__init__()
-        self.layers,self.projector = layers,projector
-        self.loss = loss
-
-    def tensors(self, s:Outputs, t:Outputs):
-        if self.layers is None: return s.logits,t.logits
-        found = [layer_output(o, n) for o,n in zip((s, t), self.layers)]
-        for o,n,who,y in zip((s, t), self.layers, ('student', 'teacher'), found):
-            if y is None:
-                raise DistillError(f"The {who}'s outputs have no layer {n!r} (they have: "
-                                   f"{', '.join(o.feats) or 'none'}). distiller.teacher_outputs(x) reads the teacher's "
-                                   "layers, Taps(student, distiller.student_layers()) the student's.")
-        a,b = found
-        return (a if self.projector is None else self.projector(a, b)),b
-
-
-def own_copy(loss):
-    "A copy of a loss that may have parameters: a recipe can be used again"
-    return copy.deepcopy(loss) if isinstance(loss, nn.Module) else loss
