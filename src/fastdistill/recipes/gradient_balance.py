@@ -20,7 +20,7 @@ class GradientRatio:
     has grown. All numbers stay on the device, so that no step waits for them."""
     # batches that are all measured; in the end one in so many is; what a new one counts in the mean
     FIRST,EVERY,NEW = 16,32,.2
-    FLOOR,JUMP = .1,4. # the smallest norm, beside `apart`; growth beyond this is not averaged over
+    FLOOR,JUMP = .3,4. # the smallest norm, beside `apart`; growth beyond this is not averaged over
 
     def __init__(self): self.batches,self.measured,self.parts,self.means = 0,0,(),None
 
