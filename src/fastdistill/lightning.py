@@ -1,4 +1,6 @@
-"Distillation with Lightning: a callback for your own `LightningModule`, and a module that needs nothing else."
+"""Distillation with Lightning: a callback for your own `LightningModule`, and a module that needs
+nothing else.
+"""
 import functools, math
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -23,18 +25,29 @@ __all__ = ['DistillCallback', 'DistillModule']
 
 
 class DistillCallback(Callback):
-    """Gives a `LightningModule` a teacher: `Trainer(callbacks=DistillCallback(teacher, kd(), student='model'))`. The
-    module's `training_step` stays: the loss that it returns is the labels' own, to which the teacher's part is added"""
+    """Gives a `LightningModule` a teacher: `Trainer(callbacks=DistillCallback(teacher, kd(),
+    student='model'))`. The module's `training_step` stays: the loss that it returns is the labels'
+    own, to which the teacher's part is added.
+
+    Args:
+        teacher: A model, a `Teacher`, or what `Teacher` takes.
+        recipe: `kd()`, `kd() + at()`, a `Term`; None: `auto` chooses, by what the student
+            predicts.
+        student: The attribute of the module that is trained, as 'model'; None: the module
+            itself.
+        split: fn(batch) -> (inputs, labels) of the student; None: a tuple's first item and all
+            others, or a dict without its 'labels'.
+        **options: Of the `Distiller`: kind, axis, ignore_index, shift_labels, output, check.
+            check=False also leaves out the score of both models on a few batches.
+    """
     def __init__(
         self,
-        teacher, # a model, a `Teacher`, or what `Teacher` takes
-        recipe=None, # `kd()`, `kd() + at()`, a `Term`; None: `auto` chooses, by what the student predicts
+        teacher,
+        recipe=None,
         *,
-        student:str|None=None, # the attribute of the module that is trained, as 'model'; None: the module itself
-        split=None, # fn(batch) -> (inputs, labels) of the student; None: a tuple's first item and all others, or a dict
-        # without its 'labels'
-        **options # of the `Distiller`: kind, axis, ignore_index, shift_labels, output, check. check=False also leaves
-        # out the score of both models on a few batches
+        student:str|None=None,
+        split=None,
+        **options
     ):
         self.teacher,self.recipe,self.student,self.options = teacher,recipe,student,options
         self.split,self.distiller,self.state,self.replaced = split or inputs_and_labels,None,None,None
@@ -60,7 +73,7 @@ class DistillCallback(Callback):
         self._replace_step(trainer, pl_module)
 
     def build(self, pl_module):
-        "The Distiller of this module, unless it is there already"
+        """The Distiller of this module, unless it is there already."""
         try: student = pl_module if self.student is None else pl_module.get_submodule(self.student)
         except AttributeError as e:
             have = ', '.join(n for n,_ in pl_module.named_children()) or 'none'
@@ -70,14 +83,14 @@ class DistillCallback(Callback):
             self.distiller = Distiller(student, self.teacher, self.recipe, **self.options)
 
     def _complete(self, trainer):
-        "Choose the recipe and build projectors, by a training batch"
+        """Choose the recipe and build projectors, by a training batch."""
         trainer.fit_loop.setup_data()
         with RandomGuard(): batch = trainer.strategy.batch_to_device(next(iter(trainer.train_dataloader)))
         x,y = self.split(batch)
         complete(self.distiller, x, bool(len(y)))
 
     def _batches(self, trainer):
-        "Training batches as (inputs, labels); none of a stream, which can't be read twice"
+        """Training batches as (inputs, labels); none of a stream, which can't be read twice."""
         # subtle: Lightning draws a random number here, and not again when it trains
         trainer.fit_loop.setup_data()
         loader = trainer.train_dataloader
@@ -88,7 +101,7 @@ class DistillCallback(Callback):
     def on_exception(self, trainer, pl_module, exception): self._stop(pl_module)
 
     def _stop(self, pl_module):
-        "Put everything back; safe to call twice"
+        """Put everything back; safe to call twice."""
         if self.replaced is None: return
         vars(pl_module).pop('training_step')
         vars(pl_module).update(self.replaced)
@@ -98,7 +111,7 @@ class DistillCallback(Callback):
     # a batch
 
     def _replace_step(self, trainer, pl_module):
-        "From now on, the module's training step returns the whole loss"
+        """From now on, the module's training step returns the whole loss."""
         step = pl_module.training_step
         # subtle: Lightning reads the names of its arguments, which `wraps` keeps
         @functools.wraps(step)
@@ -123,7 +136,7 @@ class DistillCallback(Callback):
         return {**out, 'loss': r.total} if isinstance(out, Mapping) else r.total
 
     def _last(self, seen):
-        "What the student returned last"
+        """What the student returned last."""
         if seen: return seen[-1]
         raise DistillError(f"training_step did not call the student, {type(self.distiller.student).__name__}. Name the "
                            "module that it calls: DistillCallback(..., student='model')")
@@ -142,18 +155,28 @@ class DistillCallback(Callback):
 
 
 class DistillModule(LightningModule):
-    """A student that learns from a teacher: `Trainer().fit(DistillModule(student, teacher, kd()), loader)`. Its
-    checkpoints hold the student alone, and beside it the state of its `DistillCallback`"""
+    """A student that learns from a teacher: `Trainer().fit(DistillModule(student, teacher, kd()),
+    loader)`. Its checkpoints hold the student alone, and beside it the state of its
+    `DistillCallback`.
+
+    Args:
+        teacher: As in `DistillCallback`
+        recipe: As in `DistillCallback`
+        optimizer: fn(parameters, lr=...).
+        split: As in `DistillCallback`
+        **options: Of the `Distiller`: task_loss, kind, axis, ignore_index, shift_labels,
+            output, check.
+    """
     def __init__(
         self,
         student:nn.Module,
-        teacher, # as in `DistillCallback`
-        recipe=None, # as in `DistillCallback`
+        teacher,
+        recipe=None,
         *,
         lr:float=1e-3,
-        optimizer=torch.optim.AdamW, # fn(parameters, lr=...)
-        split=None, # as in `DistillCallback`
-        **options # of the `Distiller`: task_loss, kind, axis, ignore_index, shift_labels, output, check
+        optimizer=torch.optim.AdamW,
+        split=None,
+        **options
     ):
         super().__init__()
         self.student,self.lr,self.optimizer = student,lr,optimizer
@@ -161,7 +184,7 @@ class DistillModule(LightningModule):
         self.callback.build(self)
 
     def forward(self, x):
-        "What the student returns for a batch of inputs"
+        """What the student returns for a batch of inputs."""
         args,kwargs = arguments(self.student, inputs(x))
         return self.student(*args, **kwargs)
 
@@ -172,7 +195,7 @@ class DistillModule(LightningModule):
     def test_step(self, batch, batch_idx): self._log('test_loss', batch)
 
     def labels_loss(self, batch):
-        "The labels' own loss"
+        """The labels' own loss."""
         x,y = self.callback.split(batch)
         d = self.callback.distiller
         logits = Outputs.of(self(x), output=d.output).logits
@@ -185,19 +208,19 @@ class DistillModule(LightningModule):
 
 
 def later(loader):
-    "The batches of a DataLoader, which is asked for the first one only when that is needed"
+    """The batches of a DataLoader, which is asked for the first one only when that is needed."""
     yield from loader
 
 
 def share_done(trainer):
-    "Share of the training that is done, for schedules; None if it has no end"
+    """Share of the training that is done, for schedules; None if it has no end."""
     steps = trainer.estimated_stepping_batches
     return trainer.global_step/steps if 0 < steps < math.inf else None
 
 
 @contextmanager
 def returned_by(module):
-    "A list of what the module returns inside this context"
+    """A list of what the module returns inside this context."""
     seen = []
     handle = module.register_forward_hook(lambda m, args, out: seen.append(out))
     try: yield seen

@@ -11,9 +11,13 @@ DISK_FULL = errno.ENOSPC,errno.EFBIG,errno.EDQUOT
 
 @contextmanager
 def enough_space(
-    path # what is written: a file or a folder
+    path
 ):
-    "Say in one line that the disk is full, and which file was written"
+    """Say in one line that the disk is full, and which file was written.
+
+    Args:
+        path: What is written: a file or a folder.
+    """
     try: yield
     except Exception as e:
         if isinstance(e, DistillError) or (why := disk_full(e)) is None: raise
@@ -24,10 +28,15 @@ def enough_space(
 
 @contextmanager
 def new_file(
-    path # of the file that is written
+    path
 ):
-    """Yield the path of a temporary file in the same folder, and give it its name at the end: readers find the whole
-    new file or the old one, even if the process is killed. The file's mode follows the umask"""
+    """Yield the path of a temporary file in the same folder, and give it its name at the end:
+    readers find the whole new file or the old one, even if the process is killed. The file's mode
+    follows the umask.
+
+    Args:
+        path: Of the file that is written.
+    """
     path = Path(path)
     tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     with enough_space(path):
@@ -43,7 +52,7 @@ def new_file(
 
 
 def disk_full(error):
-    "What the system said, if there was no space; else None"
+    """What the system said, if there was no space; else None."""
     while error is not None:
         # subtle: PyTorch raises an error of its own on top of the system's, and Rust names the number in the text
         code = getattr(error, 'errno', None) or int((re.search(r'\(os error (\d+)\)', str(error)) or [0, 0])[1])
@@ -54,9 +63,13 @@ def disk_full(error):
 
 def write_atomically(
     path,
-    content # bytes, text, or fn(binary file)
+    content
 ):
-    "Write a file completely or not at all"
+    """Write a file completely or not at all.
+
+    Args:
+        content: Bytes, text, or fn(binary file).
+    """
     with new_file(path) as tmp, open(tmp, 'wb') as f:
         if callable(content): content(f)
         else: f.write(content.encode() if isinstance(content, str) else content)
@@ -70,11 +83,17 @@ LOCKED = set()      # within this process; the system's locks work only between 
 
 @contextmanager
 def locked_folder(
-    path:Path, # is made
-    name=None, # of what is written, in messages; None: the path of the folder
-    file:str='.lock' # that is locked
+    path:Path,
+    name=None,
+    file:str='.lock'
 ):
-    "One writer at a time; the system releases the lock when a writer dies"
+    """One writer at a time; the system releases the lock when a writer dies.
+
+    Args:
+        path: Is made.
+        name: Of what is written, in messages; None: the path of the folder.
+        file: That is locked.
+    """
     name = name or path
     with file_errors(f"Can't write to {name}"): path.mkdir(parents=True, exist_ok=True)
     me = str(path.resolve()/file)
@@ -107,7 +126,7 @@ def acquire(f):
 
 @contextmanager
 def file_errors(what, errors=(OSError, ValueError)):
-    "Turn an error of the file system into one clear line"
+    """Turn an error of the file system into one clear line."""
     try: yield
     except DistillError: raise
     except errors as e: raise DistillError(f"{what}: {getattr(e, 'strerror', None) or e or type(e).__name__}.") from e

@@ -10,12 +10,20 @@ __all__ = ['class_groups', 'grouped', 'grouped_labels', 'of_classes', 'taught_pa
 
 
 def class_groups(
-    groups, # for each output a class or a list of classes: {name of the output: ...}, or a list
-    option:str, # its name, in messages
-    vocab=None, # names of the classes, for groups of names
-    disjoint:bool=False # may no class be in two groups?
+    groups,
+    option:str,
+    vocab=None,
+    disjoint:bool=False
 ) -> list|None:
-    "The groups as numbers of classes. Without `vocab`, names stay"
+    """The groups as numbers of classes. Without `vocab`, names stay.
+
+    Args:
+        groups: For each output a class or a list of classes: {name of the output: ...}, or a
+            list.
+        option: Its name, in messages.
+        vocab: Names of the classes, for groups of names.
+        disjoint: May no class be in two groups?
+    """
     if groups is None: return None
     if isinstance(groups, dict): groups = list(groups.values())
     if isinstance(groups, Tensor): groups = groups.tolist()
@@ -41,14 +49,21 @@ def members(groups): return [g if isinstance(g, list) else [g] for g in groups]
 
 
 def grouped(
-    logits:Tensor, # (B, C, ...)
-    groups, # as `class_groups` returns them
-    axis:int=1, # of the classes
+    logits:Tensor,
+    groups,
+    axis:int=1,
     kind:str='softmax',
-    option:str='classes', who:str='student' # in messages
+    option:str='classes', who:str='student'
 ) -> Tensor:
-    """Logits of the groups. A group of one class has its logit. A group of several has the logarithm of the sum of
-    their exponentials, so that its probability is the sum of theirs"""
+    """Logits of the groups. A group of one class has its logit. A group of several has the
+    logarithm of the sum of their exponentials, so that its probability is the sum of theirs.
+
+    Args:
+        logits: (B, C, ...).
+        groups: As `class_groups` returns them.
+        axis: Of the classes.
+        option, who: In messages.
+    """
     n,sets = logits.shape[axis],members(groups)
     if names := [c for c in chain(*sets) if isinstance(c, str)]:
         raise DistillError(f"{option}= has the name {names[0]!r}, but the {who}'s classes have no names here: give "
@@ -65,10 +80,15 @@ def grouped(
 
 
 def of_classes(
-    out:Outputs, # of a teacher
-    select, classes, axis, kind # options of `Teacher`
+    out:Outputs,
+    select, classes, axis, kind
 ) -> Outputs:
-    "The selected classes of a teacher, and which of the student's they are"
+    """The selected classes of a teacher, and which of the student's they are.
+
+    Args:
+        out: Of a teacher.
+        select, classes, axis, kind: Options of `Teacher`
+    """
     if select is not None: out = replace(out, logits=grouped(out.logits, select, axis, kind, 'select', 'teacher'))
     if classes is None: return out
     if len(classes) != (n := out.logits.shape[axis]):
@@ -78,12 +98,19 @@ def of_classes(
 
 
 def grouped_labels(
-    y:Tensor, # class numbers
-    groups, # disjoint
-    n:int, # number of classes
-    ignore_index:int # the label of samples whose class is in no group
+    y:Tensor,
+    groups,
+    n:int,
+    ignore_index:int
 ) -> Tensor:
-    "The number of the group of each label"
+    """The number of the group of each label.
+
+    Args:
+        y: Class numbers.
+        groups: Disjoint.
+        n: Number of classes.
+        ignore_index: The label of samples whose class is in no group.
+    """
     table = torch.full((n,), ignore_index, dtype=torch.long)
     for i,g in enumerate(members(groups)): table[g] = i
     inside = (y >= 0) & (y < n)
@@ -91,12 +118,19 @@ def grouped_labels(
 
 
 def taught_part(
-    logits, # the student's; None: unknown
-    y, # the labels, or None
-    groups, # the teacher's `classes`; None: all
-    task # `Task` of both
+    logits,
+    y,
+    groups,
+    task
 ):
-    "The student's logits, and its labels, for what the teacher knows"
+    """The student's logits, and its labels, for what the teacher knows.
+
+    Args:
+        logits: The student's; None: unknown.
+        y: The labels, or None.
+        groups: The teacher's `classes`; None: all.
+        task: `Task` of both.
+    """
     if groups is None: return logits,y
     if logits is None:
         if not isinstance(y, Tensor) or task.kind != 'softmax' or y.is_floating_point(): return None,y

@@ -19,25 +19,38 @@ def world_size() -> int: return distributed.get_world_size() if is_running() els
 
 
 def broadcast(
-    tensors # overwritten with those of the first rank
+    tensors
 ):
-    "Give every rank the first rank's tensors"
+    """Give every rank the first rank's tensors.
+
+    Args:
+        tensors: Overwritten with those of the first rank.
+    """
     if world_size() == 1: return
     for t in tensors: distributed.broadcast(t, 0)
 
 
 def mean_over_ranks(
-    tensors # overwritten
+    tensors
 ):
-    "Replace tensors by their mean over all ranks"
+    """Replace tensors by their mean over all ranks.
+
+    Args:
+        tensors: Overwritten.
+    """
     if world_size() == 1: return
     for t in tensors: distributed.all_reduce(t.div_(world_size()))
 
 
 def average_gradients(
-    params # the same ones on all ranks, of modules outside of DistributedDataParallel
+    params
 ):
-    "Average their gradients over all ranks. A rank whose part of the batch gave a parameter none counts as 0"
+    """Average their gradients over all ranks. A rank whose part of the batch gave a parameter none
+    counts as 0.
+
+    Args:
+        params: The same ones on all ranks, of modules outside of DistributedDataParallel.
+    """
     if world_size() == 1: return
     for p in (params := list(params)):
         # subtle: every rank must join, or the others would wait for it
@@ -46,9 +59,14 @@ def average_gradients(
 
 
 def length_over_ranks(
-    norms:Tensor # of gradients
+    norms:Tensor
 ) -> Tensor:
-    "Root mean square over all ranks: proportional to the length of the gradients of all ranks together"
+    """Root mean square over all ranks: proportional to the length of the gradients of all ranks
+    together.
+
+    Args:
+        norms: Of gradients.
+    """
     if world_size() == 1: return norms
     squares = norms.square()
     mean_over_ranks([squares])
@@ -56,7 +74,9 @@ def length_over_ranks(
 
 
 class Gathered(torch.autograd.Function):
-    "The rows of all ranks; each rank gets back the gradient of its own rows, summed over all ranks"
+    """The rows of all ranks; each rank gets back the gradient of its own rows, summed over all
+    ranks.
+    """
     @staticmethod
     def forward(ctx, x):
         sizes = [torch.zeros((), dtype=torch.long, device=x.device) for _ in range(world_size())]
@@ -76,15 +96,20 @@ class Gathered(torch.autograd.Function):
 
 
 def gather_rows(
-    x:Tensor # (B, ...), where B may differ between the ranks
+    x:Tensor
 ) -> Tensor:
-    """The rows of all ranks, first those of the first rank. Where each rank computes the same loss of them, the mean of
-    the ranks' gradients, which DistributedDataParallel takes, is that of this loss"""
+    """The rows of all ranks, first those of the first rank. Where each rank computes the same loss
+    of them, the mean of the ranks' gradients, which DistributedDataParallel takes, is that of this
+    loss.
+
+    Args:
+        x: (B, ...), where B may differ between the ranks.
+    """
     return x if world_size() == 1 else Gathered.apply(x.contiguous())
 
 
 def of_first(o):
-    "The first rank's object, on every rank. Each of them must call this"
+    """The first rank's object, on every rank. Each of them must call this."""
     if world_size() == 1: return o
     got = [o]
     distributed.broadcast_object_list(got)
@@ -92,7 +117,7 @@ def of_first(o):
 
 
 def on_first(fn):
-    "Run `fn` on the first rank once all ranks are here; every rank gets its result, or its error"
+    """Run `fn` on the first rank once all ranks are here; every rank gets its result, or its error."""
     if world_size() == 1: return fn()
     distributed.barrier()
     got = None
@@ -108,7 +133,9 @@ def on_first(fn):
 
 
 def first_then_others(fn):
-    "Run `fn` on the first rank, and then on the others, which find what it downloaded; its error is every rank's"
+    """Run `fn` on the first rank, and then on the others, which find what it downloaded; its error
+    is every rank's.
+    """
     out = []
     on_first(lambda: out.append(fn()))
     return out[0] if out else fn()
@@ -116,7 +143,7 @@ def first_then_others(fn):
 
 @contextmanager
 def counted_as_one():
-    "Inside, this process waits for no other"
+    """Inside, this process waits for no other."""
     was,n = APART[0],os.environ.get('WORLD_SIZE')
     APART[0],os.environ['WORLD_SIZE'] = True,'1'      # fastai reads the number of processes from the environment
     try: yield
@@ -127,7 +154,7 @@ def counted_as_one():
 
 
 def leave_processes():
-    "Each process continues alone"
+    """Each process continues alone."""
     if not is_running(): return
     distributed.barrier()     # gloo aborts a process that ends while another one still sends to it
     distributed.destroy_process_group()
@@ -136,7 +163,9 @@ def leave_processes():
 
 @contextmanager
 def joined_processes():
-    "Join the other processes that torchrun or accelerate launch started, if any. Yields: is this the first process?"
+    """Join the other processes that torchrun or accelerate launch started, if any. Yields: is this
+    the first process?
+    """
     if int(os.environ.get('WORLD_SIZE', 1)) == 1 or is_running():
         yield rank() == 0
         return

@@ -6,15 +6,17 @@ __all__ = ['DistillError', 'DistillWarning', 'close_name']
 
 
 class DistillError(ValueError):
-    "A mistake that training might not show. The message names what was given, what is possible and what to do"
+    """A mistake that training might not show. The message names what was given, what is possible
+    and what to do.
+    """
 
 
 class DistillWarning(UserWarning):
-    "Something that is probably, but not certainly, a mistake"
+    """Something that is probably, but not certainly, a mistake."""
 
 
 def close_name(name, have):
-    "A question about the most similar name; empty if none is similar"
+    """A question about the most similar name; empty if none is similar."""
     close = get_close_matches(name, have, 1)
     return f' (did you mean {close[0]!r}?)' if close else ''
 

@@ -32,11 +32,12 @@ ACCESS = {
 
 
 class Generators:
-    """The generators of NumPy, Python and PyTorch inside transforms or datasets, including those that their functions
-    name.
+    """The generators of NumPy, Python and PyTorch inside transforms or datasets, including those
+    that their functions name.
 
-    An object with a method `set_random_state(random_generator, py_random)`, such as a transform of albumentations, gets
-    new generators"""
+    An object with a method `set_random_state(random_generator, py_random)`, such as a transform of
+    albumentations, gets new generators.
+    """
     def __init__(self, *roots):
         found = [(place, owned) for place,o,owned in reachable(roots) if access_of(o) or hands_out_generators(o)]
         self.places,self.owned = [p for p,_ in found],[owned for _,owned in found]
@@ -46,9 +47,14 @@ class Generators:
 
     @contextmanager
     def seeded(
-        self, seed:int # any 64-bit number
+        self, seed:int
     ):
-        "Inside, each generator has its own seed, which depends on `seed`. At the end their states are restored"
+        """Inside, each generator has its own seed, which depends on `seed`. At the end their states
+        are restored.
+
+        Args:
+            seed: Any 64-bit number.
+        """
         if not self.places:
             yield
             return
@@ -75,7 +81,7 @@ def put_back(o, was):
 
 
 def access_of(o):
-    "How to read, set and seed a generator; None for any other object"
+    """How to read, set and seed a generator; None for any other object."""
     return next((v for k,v in ACCESS.items() if isinstance(o, k) and not isinstance(o, random.SystemRandom)), None)
 
 
@@ -90,8 +96,9 @@ def hands_out_generators(o): return takes_generators(type(o)) and hasattr(o, '__
 def reachable(roots):
     """(place, object, owned) of all objects that can be reached.
 
-    A place is (get, holder, key), since the object there may be replaced later. An object is `owned` if it is inside an
-    object that gives generators to all its parts"""
+    A place is (get, holder, key), since the object there may be replaced later. An object is
+    `owned` if it is inside an object that gives generators to all its parts.
+    """
     todo,seen = deque(((getitem, roots, i), o, False) for i,o in enumerate(roots)),{}
     while todo and len(seen) < MAX_OBJECTS:
         place,o,owned = todo.popleft()
@@ -102,7 +109,7 @@ def reachable(roots):
 
 
 def contents(o):
-    "(place, object) of each object that an object holds or names"
+    """(place, object) of each object that an object holds or names."""
     if access_of(o): return
     if isinstance(o, (dict, list, tuple)):
         if len(o) <= MAX_ITEMS:
@@ -131,5 +138,5 @@ def in_globals(fn, k): return fn.__globals__[k]
 def in_dict(o, k): return vars(o)[k]
 
 def names_in_code(code):
-    "Names that a function's code, or a function inside it, reads"
+    """Names that a function's code, or a function inside it, reads."""
     return set(code.co_names).union(*(names_in_code(c) for c in code.co_consts if hasattr(c, 'co_names')))

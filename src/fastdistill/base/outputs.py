@@ -13,24 +13,34 @@ __all__ = ['DistillError', 'DistillWarning', 'Outputs', 'TopK', 'as_plain', 'che
 
 
 def as_plain(x):
-    "A tensor without its subclass: fastai's `TensorImage` and others refuse many losses"
+    """A tensor without its subclass: fastai's `TensorImage` and others refuse many losses."""
     return x.as_subclass(Tensor) if isinstance(x, Tensor) and type(x) is not Tensor else x
 
 
 @dataclass
 class TopK:
-    """The logits of a teacher's `k` likeliest of `n` classes, and an assumption about the other classes, `tail`:
+    """The logits of a teacher's `k` likeliest of `n` classes, and an assumption about the other
+    classes, `tail`:
 
     - 'uniform': they share the remaining probability equally;
     - 'bucket': they share it as the student's prediction does;
     - 'zero': they have probability 0;
-    - 'mean': each has the mean of their log-probabilities, which stays close to the truth at high temperatures."""
-    ids:Tensor # (B, ..., k) class numbers
-    values:Tensor # (B, ..., k) their log-probabilities
-    n:int # number of classes
-    tail:str='uniform' # the assumption about the other classes
-    axis:int=-1 # where `dense` puts the class axis
-    rest:Tensor|None=None # (B, ..., 1) mean of the others' log-probabilities, for 'mean'
+    - 'mean': each has the mean of their log-probabilities, which stays close to the truth at high temperatures.
+
+    Attributes:
+        ids: (B, ..., k) class numbers.
+        values: (B, ..., k) their log-probabilities.
+        n: Number of classes.
+        tail: The assumption about the other classes.
+        axis: Where `dense` puts the class axis.
+        rest: (B, ..., 1) mean of the others' log-probabilities, for 'mean'.
+    """
+    ids:Tensor
+    values:Tensor
+    n:int
+    tail:str='uniform'
+    axis:int=-1
+    rest:Tensor|None=None
 
     def __post_init__(self):
         if self.tail not in TAILS: raise DistillError(f"tail={self.tail!r}: possible are {', '.join(map(repr, TAILS))}")
@@ -38,13 +48,17 @@ class TopK:
             raise DistillError("tail='mean' needs rest=, the mean log-probability of the classes that are not stored.")
 
     def dense(
-        self, student:Tensor|None=None # the student's logits, which 'bucket' needs
+        self, student:Tensor|None=None
     ) -> Tensor:
-        """Logits of all `n` classes. They are log-probabilities, except with 'mean', where the probabilities add up to
-        less than 1.
+        """Logits of all `n` classes. They are log-probabilities, except with 'mean', where the
+        probabilities add up to less than 1.
 
-        With 'bucket', the KL to the student at T=1 and its gradient are those over k+1 outcomes: the k classes, and
-        all other classes as one"""
+        With 'bucket', the KL to the student at T=1 and its gradient are those over k+1 outcomes:
+        the k classes, and all other classes as one.
+
+        Args:
+            student: The student's logits, which 'bucket' needs.
+        """
         v,k = self.values.float(),self.ids.shape[-1]
         kept = v.logsumexp(-1, keepdim=True)
         if k == self.n or self.tail == 'zero': v,rest = v-kept,v.new_full((), -torch.inf)
@@ -55,7 +69,7 @@ class TopK:
         return out.movedim(-1, self.axis)
 
     def _rest(self, rest, student, v):
-        "Log-probabilities of the other classes, for all `n` classes"
+        """Log-probabilities of the other classes, for all `n` classes."""
         shape = *v.shape[:-1],self.n
         if self.tail == 'mean': return rest.expand(shape)
         if self.tail != 'bucket' or rest.dim() == 0:
@@ -70,9 +84,13 @@ class TopK:
         return rest + s.scatter(-1, self.ids, -torch.inf).log_softmax(-1)
 
     def reorder(
-        self, order:Tensor # (n,) the stored class at each place of the new order
+        self, order:Tensor
     ) -> 'TopK':
-        "The same logits with the classes in another order"
+        """The same logits with the classes in another order.
+
+        Args:
+            order: (n,) the stored class at each place of the new order.
+        """
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
         return replace(self, ids=place.to(self.ids.device)[self.ids])
@@ -83,21 +101,37 @@ TAILS = 'mean','uniform','zero','bucket'
 
 @dataclass
 class Outputs:
-    "The outputs of a model for one batch: logits, features of named layers, and which positions count"
-    logits:Tensor|TopK|None=None # (B, C), (B, C, H, W), (B, L, V), or any shape for regression
-    feats:dict[str,Tensor]=field(default_factory=dict) # dotted layer name -> that layer's output
-    mask:Tensor|None=None # logits' shape without the class axis: True, or a weight, where a position counts
-    classes:list|None=None # of a teacher: the student's class, or list of classes, of each logit; None: the same ones
+    """The outputs of a model for one batch: logits, features of named layers, and which positions
+    count.
+
+    Attributes:
+        logits: (B, C), (B, C, H, W), (B, L, V), or any shape for regression.
+        feats: Dotted layer name -> that layer's output.
+        mask: Logits' shape without the class axis: True, or a weight, where a position counts.
+        classes: Of a teacher: the student's class, or list of classes, of each logit; None: the
+            same ones.
+    """
+    logits:Tensor|TopK|None=None
+    feats:dict[str,Tensor]=field(default_factory=dict)
+    mask:Tensor|None=None
+    classes:list|None=None
 
     @classmethod
     def of(
         cls,
-        raw, # what a model returned: a tensor, a tuple whose first item is one, a dict or ModelOutput with `logits`
+        raw,
         feats:dict|None=None,
         mask:Tensor|None=None,
-        output=None # the output with the logits: a name, an index, or a function of `raw`; None: as above
+        output=None
     ) -> 'Outputs':
-        "`raw`, as a model returned it, as `Outputs`"
+        """`raw`, as a model returned it, as `Outputs`.
+
+        Args:
+            raw: What a model returned: a tensor, a tuple whose first item is one, a dict or
+                ModelOutput with `logits`
+            output: The output with the logits: a name, an index, or a function of `raw`; None:
+                as above.
+        """
         if output is not None: raw = named_output(raw, output)
         if isinstance(raw, Outputs): return raw
         return cls(as_plain(_logits(raw)), feats or {}, mask)
@@ -116,7 +150,7 @@ def _logits(raw):
 
 
 def parts_of(raw):
-    "Name and index of each output that the model returned -> the output"
+    """Name and index of each output that the model returned -> the output."""
     if isinstance(raw, Tensor): return dict.fromkeys((0, 'logits', 'out'), raw)
     if isinstance(raw, (tuple, list)): named = dict(zip(getattr(raw, '_fields', ()), raw))
     else: named = dict(raw) if isinstance(raw, Mapping) else dict(getattr(raw, '__dict__', {}))
@@ -132,7 +166,9 @@ def check_output(output):
 MAX_AXIS = 8
 
 def check_axis(axis):
-    "Refuse a class axis that no outputs have. Whether these outputs have it, the first batch shows"
+    """Refuse a class axis that no outputs have. Whether these outputs have it, the first batch
+    shows.
+    """
     whole = isinstance(axis, Integral) and not isinstance(axis, bool)
     if axis is None or whole and 1 <= abs(axis) <= MAX_AXIS: return
     batch = " (axis 0 is that of the samples)" if whole and axis == 0 else ''
@@ -141,7 +177,7 @@ def check_axis(axis):
 
 
 def named_output(raw, output):
-    "The output that a name, an index or a function picks from several"
+    """The output that a name, an index or a function picks from several."""
     if callable(output): return output(raw)
     parts = parts_of(raw)
     place = output + sum(isinstance(k, int) for k in parts) if isinstance(output, int) and output < 0 else output
@@ -157,12 +193,19 @@ def described(parts):
 
 
 def warn_of_several(
-    raw, # what the model returned
+    raw,
     model,
-    who:str, # the model, in the message
-    found:dict # remembers that this was checked
+    who:str,
+    found:dict
 ):
-    "Warn once if the model returned several tensors that could be its logits. The first is distilled"
+    """Warn once if the model returned several tensors that could be its logits. The first is
+    distilled.
+
+    Args:
+        raw: What the model returned.
+        who: The model, in the message.
+        found: Remembers that this was checked.
+    """
     if not isinstance(raw, (tuple, list)) or not len(raw) or 'several' in found: return
     found['several'] = True
     if hasattr(raw, 'logits') or not isinstance(raw[0], Tensor) or is_fastai_text(model): return
@@ -178,19 +221,21 @@ def warn_of_first(who, several):
 
 
 def is_fastai_text(model):
-    "Is it a recurrent model of fastai, which returns (logits, raw outputs, outputs after dropout)?"
+    """Is it a recurrent model of fastai, which returns (logits, raw outputs, outputs after
+    dropout)?
+    """
     return any(type(m).__module__.startswith('fastai.text.') for m in getattr(model, 'modules', list)())
 
 
 def tensors_in(o):
-    "All tensors in nested tuples, lists and dicts"
+    """All tensors in nested tuples, lists and dicts."""
     if isinstance(o, Tensor): yield o
     elif isinstance(o, (tuple, list, Mapping)):
         for v in (o.values() if isinstance(o, Mapping) else o): yield from tensors_in(v)
 
 
 def map_tensors(o, fn):
-    "Nested tuples, lists and dicts with `fn` applied to each tensor; other values stay"
+    """Nested tuples, lists and dicts with `fn` applied to each tensor; other values stay."""
     if isinstance(o, Tensor): return fn(o)
     if isinstance(o, Mapping): return {k: map_tensors(v, fn) for k,v in o.items()}
     if isinstance(o, tuple) and hasattr(o, '_fields'): return type(o)(*(map_tensors(v, fn) for v in o))

@@ -1,7 +1,8 @@
 """Each parameter is explained by a comment, behind it or on the lines before it.
 
-Here these comments become part of the docstring, so that `help()` shows them. `hatch_build.py` does the same in the
-wheel's copies of the files, for the tooltips of editors, which read the source."""
+Here these comments become part of the docstring, so that `help()` shows them. `hatch_build.py` does
+the same in the wheel's copies of the files, for the tooltips of editors, which read the source.
+"""
 import inspect, linecache, re
 from itertools import takewhile
 
@@ -9,14 +10,20 @@ __all__ = ['explain', 'explain_all', 'parameter_comments', 'signature_comments',
 
 
 def explain_all(
-    module # whose `__all__` names functions and classes
+    module
 ):
-    "`explain` every public name of a module"
+    """`explain` every public name of a module.
+
+    Args:
+        module: Whose `__all__` names functions and classes.
+    """
     for n in module.__all__: explain(getattr(module, n))
 
 
 def explain(o):
-    "Append the comments on the parameters of a function or class to its docstring; a second call changes nothing"
+    """Append the comments on the parameters of a function or class to its docstring; a second call
+    changes nothing.
+    """
     fn = o if inspect.isroutine(o) else None
     if isinstance(o, type): fn = getattr(o, 'fn', None) or vars(o).get('__init__')
     fields = isinstance(o, type) and hasattr(o, '__dataclass_fields__')
@@ -28,16 +35,22 @@ def explain(o):
 HEAD = 'Args:'
 
 def with_comments(
-    doc:str, # a docstring
-    comments:dict # parameter -> its comment
+    doc:str,
+    comments:dict
 ) -> str:
-    "The docstring with a section about the parameters, unless it has one or there is nothing to say"
+    """The docstring with a section about the parameters, unless it has one or there is nothing to
+    say.
+
+    Args:
+        doc: A docstring.
+        comments: Parameter -> its comment.
+    """
     if not comments or HEAD in doc: return doc
     return inspect.cleandoc(doc) + '\n\n' + HEAD + ''.join(f'\n    {k}: {v}' for k,v in comments.items())
 
 
 def parameter_comments(fn) -> dict:
-    "Parameter -> its comment, for a function whose parameters stand on lines of their own"
+    """Parameter -> its comment, for a function whose parameters stand on lines of their own."""
     code = getattr(inspect.unwrap(fn), '__code__', None)
     if code is None: return {}
     lines = linecache.getlines(code.co_filename)[code.co_firstlineno-1:]
@@ -45,34 +58,46 @@ def parameter_comments(fn) -> dict:
 
 
 def signature_comments(
-    lines, # of a file, from a function (or its decorators) on
-    names # of its parameters
+    lines,
+    names
 ) -> dict:
-    "`parameter_comments`, from the text alone"
+    """`parameter_comments`, from the text alone.
+
+    Args:
+        lines: Of a file, from a function (or its decorators) on.
+        names: Of its parameters.
+    """
     start = next((i for i,l in enumerate(lines) if re.match(r'\s*def ', l)), None)      # decorators come before it
     if start is None or not lines[start].rstrip().endswith('('): return {}
     return comments(takewhile(lambda l: not re.match(r'\s*\)', l), lines[start+1:]), names)
 
 
 def field_comments(cls) -> dict:
-    "The same for the fields of a dataclass"
+    """The same for the fields of a dataclass."""
     lines = linecache.getlines(inspect.getsourcefile(cls) or '')
     start = next((i for i,l in enumerate(lines) if re.match(rf'class {cls.__name__}\b', l)), len(lines))
     return body_comments(lines[start:], list(cls.__dataclass_fields__))
 
 
 def body_comments(
-    lines, # of a file, from a class on
-    names # of its fields
+    lines,
+    names
 ) -> dict:
-    "`field_comments`, from the text alone"
+    """`field_comments`, from the text alone.
+
+    Args:
+        lines: Of a file, from a class on.
+        names: Of its fields.
+    """
     return comments(takewhile(lambda l: not re.match(r'\s*(def |@)|\S', l), lines[1:]), names)
 
 
 def comments(lines, names):
-    """Name -> comment. A line has one or more names and then a comment, which may continue in lines of its own.
+    """Name -> comment. A line has one or more names and then a comment, which may continue in lines
+    of its own.
 
-    Before a name without a comment, such lines belong to that name, as in fastcore's docments"""
+    Before a name without a comment, such lines belong to that name, as in fastcore's docments.
+    """
     said,last,own = {},None,[]      # `own`: comments in lines of their own since the last name
     def add(name, *texts): said[name] = ' '.join(filter(None, [said.get(name), *texts]))
     for l in lines:

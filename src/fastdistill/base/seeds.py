@@ -12,7 +12,9 @@ MIX = 0x9E3779B97F4A7C15,0xBF58476D1CE4E5B9,0x94D049BB133111EB
 
 
 def scramble(x):
-    "splitmix64: a 64-bit number, or an array of them, in which every bit depends on every bit of `x`"
+    """splitmix64: a 64-bit number, or an array of them, in which every bit depends on every bit of
+    `x`.
+    """
     if isinstance(x, int):      # one number: the same, but many times faster than an array of one
         x = (x + MIX[0]) & MASK
         x = ((x ^ (x >> 30))*MIX[1]) & MASK
@@ -27,11 +29,18 @@ def scramble(x):
 
 
 def seeds_of(
-    seed:int, # of the whole cache
-    keys, # (B,) uint64: which samples; or one number
-    *stages # numbers, or arrays of (B,): the view, and the step that draws (the item, or one of the batch transforms)
+    seed:int,
+    keys,
+    *stages
 ):
-    "(B,) uint64, or one number: a seed for each sample"
+    """(B,) uint64, or one number: a seed for each sample.
+
+    Args:
+        seed: Of the whole cache.
+        keys: (B,) uint64: which samples; or one number.
+        *stages: Numbers, or arrays of (B,): the view, and the step that draws (the item, or one
+            of the batch transforms).
+    """
     one = isinstance(keys, int)
     whole = int if one else lambda o: np.asarray(o).astype(np.uint64)
     out = scramble(whole(keys) ^ whole(scramble(int(seed) & MASK)))
@@ -40,13 +49,18 @@ def seeds_of(
 
 
 def view_of(
-    keys, # (B,) uint64; or one number
+    keys,
     epoch:int,
-    views:int, # how many are stored
+    views:int,
     seed:int=0
 ):
-    """The view of each sample in an epoch. In `views` epochs a sample shows each view once, in its own order. The order
-    changes with each round"""
+    """The view of each sample in an epoch. In `views` epochs a sample shows each view once, in its
+    own order. The order changes with each round.
+
+    Args:
+        keys: (B,) uint64; or one number.
+        views: How many are stored.
+    """
     one = isinstance(keys, int)
     if views < 2: return 0 if one else np.zeros(np.shape(keys), np.int64)
     lap,step = divmod(epoch, views)
@@ -60,10 +74,16 @@ def view_of(
 
 @contextmanager
 def seeded(
-    seed:int, # any 64-bit number
-    device=None # of the tensors that are drawn on, if not the CPU
+    seed:int,
+    device=None
 ):
-    "Inside, the global generators of Python, NumPy and PyTorch start from `seed`. At the end they are restored"
+    """Inside, the global generators of Python, NumPy and PyTorch start from `seed`. At the end they
+    are restored.
+
+    Args:
+        seed: Any 64-bit number.
+        device: Of the tensors that are drawn on, if not the CPU.
+    """
     with restored_generators(device) as start:
         start(seed)
         yield
@@ -71,7 +91,7 @@ def seeded(
 
 @contextmanager
 def restored_generators(device=None):
-    "Yields a function that seeds the global generators. At the end they are restored"
+    """Yields a function that seeds the global generators. At the end they are restored."""
     gens = [torch.default_generator] + ([torch.cuda.default_generators[torch.device(device).index or 0]]
                                         if is_cuda(device) else [])
     def start(seed):
@@ -101,7 +121,9 @@ def restoring_outside(on):
 
 @contextmanager
 def restored_once():
-    "Inside, the CPU's generators are restored only at the end, not after each `seeded`, since NumPy's are slow"
+    """Inside, the CPU's generators are restored only at the end, not after each `seeded`, since
+    NumPy's are slow.
+    """
     with restored_generators(), restoring_outside(True): yield
 
 
@@ -109,7 +131,9 @@ def is_cuda(device): return device is not None and torch.device(device).type == 
 
 
 class RandomGuard:
-    "Restores the global generators of Python, NumPy and PyTorch. Then `moved` is True if anything drew from them"
+    """Restores the global generators of Python, NumPy and PyTorch. Then `moved` is True if anything
+    drew from them.
+    """
     def __enter__(self):
         self.states = self.now()
         self.moved = False

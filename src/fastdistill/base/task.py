@@ -21,34 +21,53 @@ WRAPPED = [lambda lf: (lf.func, None) if isinstance(lf, partial) else None]
 
 
 def register_losses(
-    kind:str, # 'softmax', 'sigmoid' or 'regression'
-    *classes # loss classes whose inputs are outputs of that kind
+    kind:str,
+    *classes
 ):
-    "Teach `task_of` the loss classes of a framework"
+    """Teach `task_of` the loss classes of a framework.
+
+    Args:
+        kind: 'softmax', 'sigmoid' or 'regression'.
+        *classes: Loss classes whose inputs are outputs of that kind.
+    """
     CLASSES[kind] += [c for c in classes if c not in CLASSES[kind]]
 
 
 def register_wrapper(
-    look # fn(loss) -> (the loss inside it, its class axis or None), or None if it is no such wrapper
+    look
 ):
-    "Teach `task_of` to look inside a framework's wrappers of losses"
+    """Teach `task_of` to look inside a framework's wrappers of losses.
+
+    Args:
+        look: fn(loss) -> (the loss inside it, its class axis or None), or None if it is no such
+            wrapper.
+    """
     WRAPPED.append(look)
 
 
 @dataclass
 class Task:
-    "What the logits are, along which axis the classes lie, and which label does not count"
-    kind:str # 'softmax', 'sigmoid' or 'regression'
+    """What the logits are, along which axis the classes lie, and which label does not count.
+
+    Attributes:
+        kind: 'softmax', 'sigmoid' or 'regression'.
+    """
+    kind:str
     axis:int=1
     ignore_index:int=-100
 
 
 def task_of(
-    loss_func, # PyTorch's, one that a framework registered, a partial or a subclass of them
-    kind:str|None=None, # for a loss function that does not show it
+    loss_func,
+    kind:str|None=None,
     axis:int|None=None
 ) -> Task:
-    "The task of a loss function. If the loss is unknown, `kind` is required"
+    """The task of a loss function. If the loss is unknown, `kind` is required.
+
+    Args:
+        loss_func: PyTorch's, one that a framework registered, a partial or a subclass of them.
+        kind: For a loss function that does not show it.
+    """
     check_axis(axis)
     lf,own_axis = innermost(loss_func)
     if kind is None and (kind := kind_of(lf)) is None: raise DistillError(unknown_loss(lf))
@@ -59,7 +78,7 @@ def task_of(
 
 
 def innermost(loss):
-    "The loss inside its wrappers, and the class axis of the outermost wrapper that has one"
+    """The loss inside its wrappers, and the class axis of the outermost wrapper that has one."""
     axes = []
     while (inner := next((found for look in WRAPPED if (found := look(loss)) is not None), None)) is not None:
         loss,axis = inner
@@ -68,18 +87,23 @@ def innermost(loss):
 
 
 def kind_of(loss):
-    "The kind of outputs that an unwrapped loss takes; None if it is unknown"
+    """The kind of outputs that an unwrapped loss takes; None if it is unknown."""
     known = FUNCTIONS.get(loss) if callable(loss) and getattr(loss, '__hash__', None) else None
     return known or next((k for k,classes in CLASSES.items() if isinstance(loss, tuple(classes))), None)
 
 
 def task_for(
-    loss, # the labels' own loss; None: the one that fits the kind
+    loss,
     kind:str|None=None,
     axis:int|None=None,
     ignore_index:int|None=None
 ) -> Task:
-    "The task as given. Options that are None are read from the labels' loss, or else are a softmax over axis 1"
+    """The task as given. Options that are None are read from the labels' loss, or else are a
+    softmax over axis 1.
+
+    Args:
+        loss: The labels' own loss; None: the one that fits the kind.
+    """
     if kind not in (None, *CLASSES): raise DistillError(f"kind={kind!r}: possible are {', '.join(map(repr, CLASSES))}")
     check_axis(axis)
     lf,_ = innermost(loss)
@@ -97,20 +121,29 @@ def takes_probabilities(lf):
 
 
 def shape_of_labels(
-    shape, # of logits
-    axis:int # their class axis
+    shape,
+    axis:int
 ) -> tuple:
-    "Their shape without the class axis"
+    """Their shape without the class axis.
+
+    Args:
+        shape: Of logits.
+        axis: Their class axis.
+    """
     axis = axis % len(shape)
     return (*shape[:axis], *shape[axis+1:])
 
 
 def facts_of_outputs(
-    shape, # of the logits
+    shape,
     task:Task
 ) -> dict:
-    """`kind`, the number of `classes` (of a softmax; 1: a single label; None: unknown), and `dense`: does each sample
-    have many predictions?"""
+    """`kind`, the number of `classes` (of a softmax; 1: a single label; None: unknown), and
+    `dense`: does each sample have many predictions?
+
+    Args:
+        shape: Of the logits.
+    """
     has_axis = task.kind == 'softmax' and -len(shape) <= task.axis < len(shape)
     single = task.kind == 'sigmoid' and prod(shape[1:2]) == 1
     classes = shape[task.axis] if has_axis else 1 if single else None
@@ -119,11 +152,17 @@ def facts_of_outputs(
 
 
 def fit_labels(
-    y:Tensor, # labels of a batch
-    shape, # of the logits
+    y:Tensor,
+    shape,
     task:Task
 ) -> Tensor|None:
-    "The labels in the shape of the predictions, as class numbers if there are classes; None if they do not fit"
+    """The labels in the shape of the predictions, as class numbers if there are classes; None if
+    they do not fit.
+
+    Args:
+        y: Labels of a batch.
+        shape: Of the logits.
+    """
     if task.kind != 'softmax': return y.reshape(shape) if y.numel() == prod(shape) else None
     if not -len(shape) <= task.axis < len(shape): return None
     # a probability for each class
@@ -135,21 +174,32 @@ def fit_labels(
 
 
 def fitting_axes(
-    y:Tensor, # labels of a batch
-    shape, # of the logits
+    y:Tensor,
+    shape,
     kind:str='softmax'
 ) -> list:
-    "The class axes along which these labels fit these logits"
+    """The class axes along which these labels fit these logits.
+
+    Args:
+        y: Labels of a batch.
+        shape: Of the logits.
+    """
     return [i for i in range(1, len(shape)) if fit_labels(y, shape, Task(kind, i)) is not None]
 
 
 def labels_loss(
-    s:Tensor, # student logits
-    y:Tensor, # labels
+    s:Tensor,
+    y:Tensor,
     *more,
     task:Task
 ):
-    "The labels' own loss, by what the model predicts: cross-entropy, binary cross-entropy or squared error"
+    """The labels' own loss, by what the model predicts: cross-entropy, binary cross-entropy or
+    squared error.
+
+    Args:
+        s: Student logits.
+        y: Labels.
+    """
     if more:
         raise DistillError(f"These batches have {1+len(more)} targets: give task_loss=, a function of the logits and "
                            "all targets")
@@ -163,7 +213,7 @@ def labels_loss(
 
 
 def unfit_labels(y, shape, task):
-    "Why labels do not fit, and what would fit"
+    """Why labels do not fit, and what would fit."""
     if task.kind != 'softmax':
         return (f"The labels have shape {tuple(y.shape)}, the student's outputs {tuple(shape)}: "
                 "both need the same number of values")
@@ -196,10 +246,16 @@ def unknown_loss(lf):
 
 
 def unusable(
-    logits:Tensor, # classes along `task.axis`
-    task # whose logits they are
+    logits:Tensor,
+    task
 ) -> Tensor:
-    "Do logits hold nan or infinite values, except -inf for excluded classes? A tensor on their device"
+    """Do logits hold nan or infinite values, except -inf for excluded classes? A tensor on their
+    device.
+
+    Args:
+        logits: Classes along `task.axis`
+        task: Whose logits they are.
+    """
     v = logits.detach()
     # the largest logit is nan if one of them is, and -inf if all classes are excluded
     softmax = task.kind == 'softmax' and -v.dim() <= task.axis < v.dim()
@@ -209,11 +265,16 @@ def unusable(
 
 
 def pseudo_labels(
-    t:Tensor, # the teacher's logits
-    s:Tensor, # the student's
+    t:Tensor,
+    s:Tensor,
     task
 ) -> Tensor:
-    "The teacher's prediction as a target of the task's own loss"
+    """The teacher's prediction as a target of the task's own loss.
+
+    Args:
+        t: The teacher's logits.
+        s: The student's.
+    """
     if t.shape != s.shape: t = s.detach()       # subtle: of a teacher without a head
     if task.kind == 'softmax': return t.argmax(task.axis)
     return (t > 0).to(s.dtype) if task.kind == 'sigmoid' else t.to(s.dtype)

@@ -1,4 +1,6 @@
-"Teacher outputs on disk: run the teacher once, train as many students as you like. See docs/cache.md for the format."
+"""Teacher outputs on disk: run the teacher once, train as many students as you like. See
+docs/cache.md for the format.
+"""
 from .dataset import Replayed, cache_dataset
 from .importers import cache_from
 from .pack import pack_cache, unpack_cache

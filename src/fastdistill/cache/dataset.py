@@ -24,27 +24,54 @@ __all__ = ['Replayed', 'cache_dataset']
 
 
 def cache_dataset(
-    teacher, # a `Teacher`, or a callable of the same kind: fn(*inputs) -> Outputs or logits
-    dataset, # map-style; pass the same one to `Replayed` when a student trains
-    path, # folder or URL
-    views:int=1, # augmented views of each sample; 0: the items as the dataset returns them, no replay
-    topk:int|None=None, # store only the likeliest classes
-    dtype:str='float16', # 'float32', 'float16' or 'int8' (scaled row by row)
+    teacher,
+    dataset,
+    path,
+    views:int=1,
+    topk:int|None=None,
+    dtype:str='float16',
     *,
-    keys=None, # the name of each sample: a list, or a function of the position; None: read from the dataset
-    inputs=None, # fn(batch) -> the teacher's inputs; None: the batch, or its first element if it is a tuple
-    batch_tfm=None, # random transform fn(x) -> x: run on one sample at a time, see `per_sample`
-    tail:str='mean', axis:int=1, # see `TopK`
-    size=None, # height and width to which maps of logits are reduced
-    bs:int=64, num_workers:int=0, collate_fn=default_collate, device=None, # of the DataLoader
-    seed:int=0, # of the random numbers
-    vocab=None, # class names, in the order of the logits
-    transforms=None, # name -> description of each transform: compared when an interrupted run resumes
-    force:bool=False, # overwrite a cache that doesn't fit
-    progress=True, # a bar in terminals and notebooks; False: none; or fn(rows done, rows in all, bytes done)
-    forecast=None # fn(Forecast), called before the teacher runs
+    keys=None,
+    inputs=None,
+    batch_tfm=None,
+    tail:str='mean', axis:int=1,
+    size=None,
+    bs:int=64, num_workers:int=0, collate_fn=default_collate, device=None,
+    seed:int=0,
+    vocab=None,
+    transforms=None,
+    force:bool=False,
+    progress=True,
+    forecast=None
 ) -> TeacherCache:
-    "Run the teacher on each view of each sample, store its outputs, and open the cache. An interrupted run resumes"
+    """Run the teacher on each view of each sample, store its outputs, and open the cache. An
+    interrupted run resumes.
+
+    Args:
+        teacher: A `Teacher`, or a callable of the same kind: fn(*inputs) -> Outputs or logits.
+        dataset: Map-style; pass the same one to `Replayed` when a student trains.
+        path: Folder or URL.
+        views: Augmented views of each sample; 0: the items as the dataset returns them, no
+            replay.
+        topk: Store only the likeliest classes.
+        dtype: 'float32', 'float16' or 'int8' (scaled row by row).
+        keys: The name of each sample: a list, or a function of the position; None: read from
+            the dataset.
+        inputs: fn(batch) -> the teacher's inputs; None: the batch, or its first element if it
+            is a tuple.
+        batch_tfm: Random transform fn(x) -> x: run on one sample at a time, see `per_sample`
+        tail, axis: See `TopK`
+        size: Height and width to which maps of logits are reduced.
+        bs, num_workers, collate_fn, device: Of the DataLoader.
+        seed: Of the random numbers.
+        vocab: Class names, in the order of the logits.
+        transforms: Name -> description of each transform: compared when an interrupted run
+            resumes.
+        force: Overwrite a cache that doesn't fit.
+        progress: A bar in terminals and notebooks; False: none; or fn(rows done, rows in all,
+            bytes done).
+        forecast: fn(Forecast), called before the teacher runs.
+    """
     if isinstance(teacher, nn.Module):
         raise DistillError("A bare module may be in training mode, with gradients: pass Teacher(model).")
     check_axis(axis)
@@ -54,7 +81,7 @@ def cache_dataset(
     items,get = Views(dataset, names, views, seed),first_part if inputs is None else inputs
     shake = batch_tfm if views else None
     def asked(tasks, bs):
-        "The teacher's inputs"
+        """The teacher's inputs."""
         workers = num_workers if len(tasks) > bs else 0     # starting workers takes longer than one batch
         dl = DataLoader(items, bs, sampler=tasks.tolist(), num_workers=workers, collate_fn=CollatePairs(collate_fn))
         for batch,seeds in dl:
@@ -84,7 +111,7 @@ def cache_dataset(
 
 
 def shaken(fn, seeds, x):
-    "Run a batch transform with separate random numbers for each sample"
+    """Run a batch transform with separate random numbers for each sample."""
     xs = x if isinstance(x, tuple) else (x,)
     if not all(isinstance(o, Tensor) for o in xs):
         raise DistillError("batch_tfm= takes tensors, and the teacher's inputs are "
@@ -93,7 +120,7 @@ def shaken(fn, seeds, x):
 
 
 class Views(Dataset):
-    "Item number view*N + position"
+    """Item number view*N + position."""
     def __init__(self, dataset, keys, views, seed):
         self.dataset,self.keys,self.views,self.seed,self.own = dataset,keys,views,seed,OwnGenerators(dataset)
 
@@ -108,7 +135,7 @@ class Views(Dataset):
         return view_item(self.dataset, i, key, view, self.seed, self.own),batch_seed(key, view, self.seed)
 
     def digests(self):
-        "Digests of a few samples' inputs. A replay must give the same bytes"
+        """Digests of a few samples' inputs. A replay must give the same bytes."""
         if not self.views: return []
         n = len(self.dataset)
         tasks = [(i % self.views, int(r)) for i,r in enumerate(spread_positions(n, 8))]
@@ -127,7 +154,9 @@ def to_device(x, device):
 
 
 def check_items_repeat(items, asked):
-    "Make a few items twice, to find random transforms that can't be repeated before anything is written"
+    """Make a few items twice, to find random transforms that can't be repeated before anything is
+    written.
+    """
     tasks,n = spread_positions(len(items), 8),len(items.dataset)
     draw = lambda items, i: fingerprint(*flat_values(items[i][0]))
     # the clean view is the same for any seed
@@ -147,15 +176,26 @@ NOT_CLEAN = ("views=0 stores one output for each item of the dataset, but this d
 
 
 class Replayed(Dataset):
-    """A plain PyTorch dataset whose random transforms repeat the views of a cache. Its items are `(*item, row)`.
+    """A plain PyTorch dataset whose random transforms repeat the views of a cache. Its items are
+    `(*item, row)`.
 
-    `cache.decode(rows)` turns a batch of rows into the teacher's `Outputs`. Call `set_epoch` before each epoch"""
+    `cache.decode(rows)` turns a batch of rows into the teacher's `Outputs`. Call `set_epoch` before
+    each epoch.
+
+    Args:
+        dataset: Map-style; its transforms draw from global or own generators of Python, NumPy
+            or PyTorch.
+        cache: A `TeacherCache`; with views=0 transforms are not replayed and stay random.
+        keys: The name of each sample: a list, or a function of the position; None: read from
+            the dataset.
+        seeds: Items are `(*item, row, seed)`, for `per_sample(fn, seeds, x)` on a whole batch.
+    """
     def __init__(
         self,
-        dataset, # map-style; its transforms draw from global or own generators of Python, NumPy or PyTorch
-        cache, # a `TeacherCache`; with views=0 transforms are not replayed and stay random
-        keys=None, # the name of each sample: a list, or a function of the position; None: read from the dataset
-        seeds:bool=False # items are `(*item, row, seed)`, for `per_sample(fn, seeds, x)` on a whole batch
+        dataset,
+        cache,
+        keys=None,
+        seeds:bool=False
     ):
         check_indexed(dataset)
         self.dataset,self.cache,self.seeds = dataset,cache,seeds
@@ -178,7 +218,7 @@ class Replayed(Dataset):
     def __len__(self): return len(self.dataset)
 
     def __getitems__(self, idxs):
-        "The items of a batch. PyTorch's DataLoader calls this method if it exists"
+        """The items of a batch. PyTorch's DataLoader calls this method if it exists."""
         with restored_once(): return [self[i] for i in idxs]
 
     def __getitem__(self, i):
@@ -192,14 +232,15 @@ class Replayed(Dataset):
 
 
 def view_item(dataset, i, key, view, seed, own):
-    "Item `i` in one view"
+    """Item `i` in one view."""
     s = seeds_of(seed, key, view)
     with seeded(s), own.of(i).seeded(s): return dataset[i]
 
 
 class OwnGenerators:
-    """The generators of the dataset that an item comes from. Its random numbers are the same if that dataset is used in
-    part, or joined with others"""
+    """The generators of the dataset that an item comes from. Its random numbers are the same if
+    that dataset is used in part, or joined with others.
+    """
     def __init__(self, dataset): self.dataset,self.found = dataset,{}
 
     def of(self, i) -> Generators:
@@ -216,7 +257,9 @@ class OwnGenerators:
 
 
 def batch_seed(key, view, seed):
-    "The seed of a sample for transforms of its batch. It is below 2**63, since tensors hold no larger numbers"
+    """The seed of a sample for transforms of its batch. It is below 2**63, since tensors hold no
+    larger numbers.
+    """
     return torch.tensor(seeds_of(seed, key, view, 1) >> 1)
 
 

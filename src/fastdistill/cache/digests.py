@@ -13,10 +13,15 @@ def checksum(data) -> str: return hashlib.blake2b(data, digest_size=16).hexdiges
 
 def file_checksum(
     path,
-    step:int=2**20, # bytes that are read at once
-    look=None # fn(bytes), called with each part
+    step:int=2**20,
+    look=None
 ) -> str:
-    "The `checksum` of a file that may be larger than the memory"
+    """The `checksum` of a file that may be larger than the memory.
+
+    Args:
+        step: Bytes that are read at once.
+        look: fn(bytes), called with each part.
+    """
     h,part = hashlib.blake2b(digest_size=16),memoryview(bytearray(step))
     with open(path, 'rb') as f:
         while n := f.readinto(part):
@@ -26,9 +31,13 @@ def file_checksum(
 
 
 def fingerprint(
-    *states # state_dicts, arrays, texts
+    *states
 ) -> str:
-    "A hash of names, shapes, types and every byte"
+    """A hash of names, shapes, types and every byte.
+
+    Args:
+        *states: State_dicts, arrays, texts.
+    """
     h = hashlib.blake2b(digest_size=16)
     for o in states: _feed(h, o)
     return h.hexdigest()
@@ -47,7 +56,7 @@ def _feed(h, o):
 
 
 def flat_values(o):
-    "The tensors, arrays and numbers in a nested item"
+    """The tensors, arrays and numbers in a nested item."""
     if isinstance(o, dict): return [v for k in o for v in flat_values(o[k])]
     if isinstance(o, (tuple, list)): return [v for p in o for v in flat_values(p)]
     if hasattr(o, 'tobytes') and hasattr(o, 'mode'): return [np.asarray(o)]
@@ -55,21 +64,23 @@ def flat_values(o):
 
 
 def input_digest(item):
-    "Fingerprint of the input in an item: the first part of a tuple, else the whole item"
+    """Fingerprint of the input in an item: the first part of a tuple, else the whole item."""
     return fingerprint(*flat_values(first_part(item)))
 
 def first_part(o): return o[0] if isinstance(o, (tuple, list)) else o
 
 
 def code_of(f):
-    "A function's or class's name, and a fingerprint of its code"
+    """A function's or class's name, and a fingerprint of its code."""
     name = getattr(f, '__qualname__', repr(type(f)))
     try: return f'{name} {hash_of(inspect.getsource(f).encode()):x}'
     except (TypeError, OSError): return name
 
 
 def versions() -> dict:
-    "Versions of the libraries on which the numbers depend: PyTorch, and the libraries of the transforms"
+    """Versions of the libraries on which the numbers depend: PyTorch, and the libraries of the
+    transforms.
+    """
     out = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
     for name in ('pillow', 'torchvision', 'fastai'):
         try: out[name] = importlib.metadata.version(name)

@@ -1,4 +1,6 @@
-"Checks of entries in a JSON file, by type and range. An error names the entry, its value and what is possible."
+"""Checks of entries in a JSON file, by type and range. An error names the entry, its value and what
+is possible.
+"""
 import json
 from ..base.outputs import DistillError
 
@@ -11,7 +13,7 @@ def shortened(o, n=200): return (s if len(s := str(o)) <= n else s[:n] + ' ...')
 
 
 def parse_json(text:bytes):
-    "The content of a JSON file. Its depth is limited, and its strings must be printable"
+    """The content of a JSON file. Its depth is limited, and its strings must be printable."""
     try:
         o = json.loads(text)
         check_depth(o)
@@ -50,7 +52,9 @@ def json_list(name, o, low, high) -> list:
 
 
 def json_object(name, o, required, optional=None) -> dict:
-    "A dict with all required keys; its other keys must be among the optional ones (None: they may be any)"
+    """A dict with all required keys; its other keys must be among the optional ones (None: they may
+    be any).
+    """
     if not isinstance(o, dict): refuse_entry(name, o, 'an object')
     if missing := [k for k in required if k not in o]: raise DistillError(f"{name} has no {', '.join(missing)}.")
     unknown = [] if optional is None else [k for k in o if k not in required and k not in optional]

@@ -16,35 +16,48 @@ NO_FILE = -1    # the size of a file that does not exist
 
 
 def files_of(
-    items # paths, or tuples that begin with one
+    items
 ) -> list|None:
-    "The path of each sample's file; None where samples are not files"
+    """The path of each sample's file; None where samples are not files.
+
+    Args:
+        items: Paths, or tuples that begin with one.
+    """
     paths = [name_of(o) for o in items]
     if not paths or not all(isinstance(o, (str, PurePath)) for o in paths): return None
     return paths if os.path.isfile(paths[0]) else None
 
 
 def dataset_files(
-    dataset # map-style
+    dataset
 ) -> list|None:
-    "The path of each sample's file in a plain dataset; None where samples are not files"
+    """The path of each sample's file in a plain dataset; None where samples are not files.
+
+    Args:
+        dataset: Map-style.
+    """
     try: names = names_of_samples(dataset)
     except DistillError: return None        # such a dataset needs keys=
     return files_of(names)
 
 
 def record_files(paths) -> np.ndarray:
-    "(N, 3) int64: size, modification time in nanoseconds, 64 bits of the content's hash"
+    """(N, 3) int64: size, modification time in nanoseconds, 64 bits of the content's hash."""
     return np.concatenate([in_parallel(stat_of, paths, 2), in_parallel(content_of, paths, 1)], 1)
 
 
 def newer_record(
-    record, # (N, 3), made by `record_files` when the cache was written
-    paths # (N,) the same samples' files now
+    record,
+    paths
 ):
     """(positions of files whose content changed, the record with new times).
 
-    A file is read only if its time changed and its size did not"""
+    A file is read only if its time changed and its size did not.
+
+    Args:
+        record: (N, 3), made by `record_files` when the cache was written.
+        paths: (N,) the same samples' files now.
+    """
     now,new = in_parallel(stat_of, paths, 2),record.copy()
     changed = now[:, 0] != record[:, 0]
     new[:, 1] = now[:, 1]
@@ -69,14 +82,14 @@ def content_of(path):
 
 
 def in_parallel(fn, paths, n, size=256):
-    "(N, n) int64: `fn` of each path, in threads"
+    """(N, n) int64: `fn` of each path, in threads."""
     parts = [paths[i:i+size] for i in range(0, len(paths), size)]
     with ThreadPoolExecutor(8) as pool: rows = [r for rs in pool.map(lambda ps: [fn(p) for p in ps], parts) for r in rs]
     return np.array(rows, np.int64).reshape(-1, n)
 
 
 def write_record(folder, record):
-    "The record as little-endian numbers, then their checksum"
+    """The record as little-endian numbers, then their checksum."""
     data = record.astype('<i8').tobytes()
     folder.write('files.bin', data + bytes.fromhex(checksum(data)))
 
@@ -86,9 +99,14 @@ def record_size(n): return 24*n + 16
 
 def read_record(
     folder,
-    n:int # samples
+    n:int
 ):
-    "The (N, 3) record; None where there is none: the samples are not files, or an older version wrote the cache"
+    """The (N, 3) record; None where there is none: the samples are not files, or an older version
+    wrote the cache.
+
+    Args:
+        n: Samples.
+    """
     if (size := folder.size('files.bin')) is None: return None
     data = folder.read('files.bin') if size == record_size(n) else b''
     if not data or bytes.fromhex(checksum(data[:-16])) != data[-16:]:
@@ -98,6 +116,6 @@ def read_record(
 
 
 def changed_text(names, n) -> str:
-    "A text that names the changed files of `n`"
+    """A text that names the changed files of `n`."""
     more = f' and {len(names)-5} more' if len(names) > 5 else ''
     return f"{len(names)} of {n} files changed since the cache was written: {', '.join(names[:5])}{more}"

@@ -10,14 +10,17 @@ __all__ = ['Folder', 'open_folder']
 
 
 class Folder:
-    "A local folder"
+    """A local folder.
+
+    Args:
+        top: The folder that the user named; None: this one.
+    """
     fetches = False     # True where `local` downloads files
 
     def __init__(
         self, path,
-        top:Path|None=None # the folder that the user named; None: this one
+        top:Path|None=None
     ):
-        # absolute, because shards are opened later, perhaps from another working directory
         try: self.path = Path(path).expanduser().absolute()
         except RuntimeError as e: raise DistillError(f"{path}: {e}") from e     # ~nobody
         self.top = self.path if top is None else top
@@ -29,13 +32,13 @@ class Folder:
     def sub(self, name): return Folder(self.path/name, self.top)
 
     def size(self, name):
-        "In bytes; None if there is no such file"
+        """In bytes; None if there is no such file."""
         with file_errors(f"Can't read {name} in {self}"):
             try: return (self.path/name).stat().st_size
             except (FileNotFoundError, NotADirectoryError): return None
 
     def sizes(self, names):
-        "The sizes of many files"
+        """The sizes of many files."""
         return [self.size(n) for n in names]
 
     def names(self):
@@ -47,7 +50,7 @@ class Folder:
         with file_errors(f"Can't read {name} in {self}"): return (self.path/name).read_bytes()
 
     def local(self, name):
-        "The path of a file on this machine"
+        """The path of a file on this machine."""
         return self.path/name
 
     def checksum(self, name):
@@ -56,7 +59,8 @@ class Folder:
     def own(self, name):
         """The path of a file to write or remove.
 
-        No folder on the way may be a link, since it could lead out of the cache"""
+        No folder on the way may be a link, since it could lead out of the cache.
+        """
         p = self.path/name
         for d in p.parents:
             if d == self.top: return p
@@ -65,7 +69,7 @@ class Folder:
                                    "link, or name the folder that it leads to.")
 
     def write(self, name, data):
-        "Readers find the whole file or none, even if the writer is killed"
+        """Readers find the whole file or none, even if the writer is killed."""
         p = self.own(name)
         with file_errors(f"Can't write {name} in {self}"):
             p.parent.mkdir(parents=True, exist_ok=True)
@@ -78,21 +82,26 @@ class Folder:
         with file_errors(f"Can't read {name} in {self}"): return np.memmap(self.local(name), dtype, 'r', shape=shape)
 
     def free(self):
-        "Bytes left on the disk"
+        """Bytes left on the disk."""
         p = self.path.absolute()
         while not p.exists(): p = p.parent
         return shutil.disk_usage(p).free
 
     def lock(
-        self, name='.lock', # of the file that is locked
-        what=None # what is written, for the error; None: this folder
+        self, name='.lock',
+        what=None
     ):
-        "One writer at a time"
+        """One writer at a time.
+
+        Args:
+            name: Of the file that is locked.
+            what: What is written, for the error; None: this folder.
+        """
         return locked_folder(self.path, what or self, name)
 
 
 class Remote(Folder):
-    "A folder behind fsspec: files are downloaded when they are first read"
+    """A folder behind fsspec: files are downloaded when they are first read."""
     fetches = True
 
     def __init__(self, url, downloads=None):
@@ -118,7 +127,7 @@ class Remote(Folder):
             except FileNotFoundError: return None
 
     def listing(self):
-        "Name -> size of each file, with one request"
+        """Name -> size of each file, with one request."""
         base = self.at('').lstrip('/')
         with file_errors(f"Can't reach {self}", Exception):
             try: return {n.lstrip('/')[len(base):]: o['size'] for n,o in self.fs.find(self.at(''), detail=True).items()}
@@ -161,7 +170,7 @@ def remove_download(path, pid):
 
 
 def fsspec_of(url):
-    "(file system, path in it)"
+    """(file system, path in it)."""
     try: from fsspec.core import url_to_fs
     except ImportError as e: raise DistillError(f"{url} is not on this machine: pip install fsspec") from e
     # an unknown protocol, or one whose package (s3fs, gcsfs ...) is not installed
@@ -169,6 +178,6 @@ def fsspec_of(url):
 
 
 def open_folder(path) -> Folder:
-    "The folder at a path, or at a URL (`s3://`, `memory://` ...)"
+    """The folder at a path, or at a URL (`s3://`, `memory://` ...)."""
     if isinstance(path, Folder): return path
     return Remote(str(path)) if '://' in str(path) else Folder(path)

@@ -1,4 +1,6 @@
-"A cache of outputs that another program computed: JSON lines, Parquet, Arrow, NumPy, or Python objects."
+"""A cache of outputs that another program computed: JSON lines, Parquet, Arrow, NumPy, or Python
+objects.
+"""
 import importlib, json, os
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -26,30 +28,58 @@ LEAST_LOGPROB = -1000       # vLLM and OpenAI write -9999 for what they do not k
 
 
 def cache_from(
-    outputs, # .jsonl, .parquet, .arrow, .npy or .npz file, a folder of them (such as `Dataset.save_to_disk` of Hugging
-    # Face writes), an array (N, ...), a `datasets.Dataset`, or a list of dicts
-    path, # folder or URL of the cache
-    n:int|None=None, # number of classes, or of tokens in the vocabulary; None: as many as each row has
+    outputs,
+    path,
+    n:int|None=None,
     *,
-    keys=None, # the name of each sample, as the student's data names it: a list, or the column; None: a known column
-    root=None, # names are paths of files below this folder
-    value:str|None=None, # the column with the outputs; None: a known column, such as 'logprobs'
-    given:str|None=None, # what the numbers are: 'logprobs', 'logits' or 'probs'; None: by the column's name
-    topk:int|None=None, # likeliest classes to store; None: as many as every position has
-    tail:str='uniform', # assumption about the others: 'uniform', 'zero' or 'bucket', see `TopK`
-    shift:bool|None=None, # of tokens: entries stand at their own tokens; None: by the column's name (vLLM, SGLang)
-    length:int|None=None, # of tokens: positions to store; None: those of the longest row. Others do not count
-    dtype:str='float16', # 'float32', 'float16' or 'int8'
-    teacher:str|None=None, # name of the teacher; None: of the file
-    vocab=None, # class names, in the order of the numbers
-    bs:int=64, # rows that are written at once
-    force:bool=False, # overwrite a cache that doesn't fit
-    progress=True # a bar in terminals and notebooks; False: none; or fn(rows done, rows in all, bytes done)
+    keys=None,
+    root=None,
+    value:str|None=None,
+    given:str|None=None,
+    topk:int|None=None,
+    tail:str='uniform',
+    shift:bool|None=None,
+    length:int|None=None,
+    dtype:str='float16',
+    teacher:str|None=None,
+    vocab=None,
+    bs:int=64,
+    force:bool=False,
+    progress=True
 ) -> TeacherCache:
-    """Write a cache of outputs that another program computed, and open it. An interrupted run resumes.
+    """Write a cache of outputs that another program computed, and open it. An interrupted run
+    resumes.
 
-    Each row has a name, and one value for each class, or pairs of class and log-probability; of tokens, such a list
-    for each position. The answers of vLLM, SGLang and OpenAI's completions are understood"""
+    Each row has a name, and one value for each class, or pairs of class and log-probability; of
+    tokens, such a list for each position. The answers of vLLM, SGLang and OpenAI's completions are
+    understood.
+
+    Args:
+        outputs: .jsonl, .parquet, .arrow, .npy or .npz file, a folder of them (such as
+            `Dataset.save_to_disk` of Hugging Face writes), an array (N, ...), a
+            `datasets.Dataset`, or a list of dicts.
+        path: Folder or URL of the cache.
+        n: Number of classes, or of tokens in the vocabulary; None: as many as each row has.
+        keys: The name of each sample, as the student's data names it: a list, or the column;
+            None: a known column.
+        root: Names are paths of files below this folder.
+        value: The column with the outputs; None: a known column, such as 'logprobs'.
+        given: What the numbers are: 'logprobs', 'logits' or 'probs'; None: by the column's
+            name.
+        topk: Likeliest classes to store; None: as many as every position has.
+        tail: Assumption about the others: 'uniform', 'zero' or 'bucket', see `TopK`
+        shift: Of tokens: entries stand at their own tokens; None: by the column's name (vLLM,
+            SGLang).
+        length: Of tokens: positions to store; None: those of the longest row. Others do not
+            count.
+        dtype: 'float32', 'float16' or 'int8'.
+        teacher: Name of the teacher; None: of the file.
+        vocab: Class names, in the order of the numbers.
+        bs: Rows that are written at once.
+        force: Overwrite a cache that doesn't fit.
+        progress: A bar in terminals and notebooks; False: none; or fn(rows done, rows in all,
+            bytes done).
+    """
     rows,identity = read_rows(outputs)
     if not len(rows): raise DistillError(f"There are no rows in {identity[0]}: there is nothing to write.")
     r = Reading(rows, n, value, given, shift, tail, dtype)
@@ -64,7 +94,7 @@ def cache_from(
 
 
 class Reading:
-    "Rows of dicts as `Outputs`. All rows are checked before anything is written"
+    """Rows of dicts as `Outputs`. All rows are checked before anything is written."""
     def __init__(self, rows, n, value, given, shift, tail, dtype):
         self.rows,self.n,self.tail,self.dtype,self.keys = rows,n,tail,dtype,None
         if tail == 'mean':
@@ -82,13 +112,13 @@ class Reading:
         self.k = self.length = None
 
     def place(self, i):
-        "Where a row stands: its file, its number and its name"
+        """Where a row stands: its file, its number and its name."""
         where = self.rows.place(i) if hasattr(self.rows, 'place') else f'Row {i}'
         return where if self.keys is None else f'{where} ({shortened(repr(self.keys[i]), 100)})'
 
     @contextmanager
     def naming(self, i):
-        "An error says which row it is about"
+        """An error says which row it is about."""
         try: yield
         except DistillError as e: raise DistillError(f'{self.place(i)}: {e}') from None
 
@@ -117,7 +147,7 @@ class Reading:
                            f"{', '.join(map(str, row)) or 'nothing'}.")
 
     def hashed(self, names, root):
-        "(N,) uint64: the keys of the samples. All must differ"
+        """(N,) uint64: the keys of the samples. All must differ."""
         self.keys,seen = names,{}
         for i,name in enumerate(names):
             with self.naming(i): key = key_of_name(name, root)
@@ -127,7 +157,9 @@ class Reading:
         return np.fromiter(seen, np.uint64, len(seen))
 
     def measure(self, topk, length):
-        "The number of classes and of positions that every row has, in one pass that checks every row"
+        """The number of classes and of positions that every row has, in one pass that checks every
+        row.
+        """
         for name,o in dict(n=self.n, topk=topk, length=length).items():
             if o is not None and (not is_whole(o) or o < 1):
                 raise DistillError(f"{name}={o!r}: it must be a whole number from 1, or None.")
@@ -162,8 +194,9 @@ class Reading:
                                f"{self.place(counts[k])}.")
 
     def positions(self, i):
-        """The entries of each position of a row: (classes, numbers), where classes are None if all of them are given in
-        their order. None: a position without entries"""
+        """The entries of each position of a row: (classes, numbers), where classes are None if all
+        of them are given in their order. None: a position without entries.
+        """
         o = unwrapped(self.column(i, self.value))
         with self.naming(i):
             ids = self.rows[i].get('ids', self.rows[i].get('token_ids'))
@@ -181,7 +214,7 @@ class Reading:
         return out[1:] + [None] if self.shift else out
 
     def check(self, c, v, where):
-        "Refuse numbers that are not the logits or (log-)probabilities of classes"
+        """Refuse numbers that are not the logits or (log-)probabilities of classes."""
         def refuse(found): raise DistillError(f"{where}{found}")
         if not len(v): refuse("there are no classes: give null (None) for a position without outputs.")
         if c is not None:
@@ -210,7 +243,7 @@ class Reading:
                    f"{self.value!r} holds something else, say given='logits' or given='logprobs'.")
 
     def _check_logarithms(self, v, refuse):
-        "Of logits and log-probabilities. A class that is masked out has -inf"
+        """Of logits and log-probabilities. A class that is masked out has -inf."""
         known = v[v != -np.inf]
         if not len(known): refuse(f"{self.value!r} has only -inf: at least one class must have a finite number.")
         most = 65504 if self.dtype == 'float16' else 3e38
@@ -225,7 +258,7 @@ class Reading:
             refuse(f"{self.value!r} has -inf, which int8 can't hold: use dtype='float16'.")
 
     def batch(self, tasks) -> Outputs:
-        "The outputs of some rows"
+        """The outputs of some rows."""
         ids,values,mask = zip(*(self.row(int(i)) for i in tasks))
         ids,values,mask = (torch.from_numpy(np.stack(o)) for o in (ids, values, mask))
         if not self.tokens: ids,values = ids[:, 0],values[:, 0]
@@ -242,7 +275,7 @@ class Reading:
         return ids,values,mask
 
     def best(self, c, v, k):
-        "(numbers, log-probabilities) of the `k` likeliest classes; of all classes in their order"
+        """(numbers, log-probabilities) of the `k` likeliest classes; of all classes in their order."""
         c = np.arange(len(v)) if c is None else np.asarray(c)
         if self.given == 'probs': v = np.log(np.clip(v, 1e-7, None))
         order = np.argsort(c) if self.k is None else np.argsort(-v, kind='stable')[:k]
@@ -251,7 +284,7 @@ class Reading:
 
 
 def key_of_name(name, root):
-    "The key of a sample that is named by a row. The name must tell it from others"
+    """The key of a sample that is named by a row. The name must tell it from others."""
     odd = name is None or isinstance(name, (bool, Mapping)) or isinstance(name, float) and not isfinite(name)
     if odd or isinstance(name, str) and not name:
         raise DistillError(f"its name is {shortened(repr(name), 100)}: it must be a text or a number.")
@@ -266,19 +299,19 @@ def few_of(c): return ', '.join(map(str, c[:8])) + (' ...' if len(c) > 8 else ''
 
 
 def unwrapped(o):
-    "The list inside OpenAI's answers"
+    """The list inside OpenAI's answers."""
     while isinstance(o, Mapping) and (k := next((k for k in ('content', 'top_logprobs') if k in o), None)): o = o[k]
     return o
 
 
 def listed(o):
-    "Tuples and tensors as lists and arrays. A lone number in an array is not a list"
+    """Tuples and tensors as lists and arrays. A lone number in an array is not a list."""
     if torch.is_tensor(o): o = as_array(o)
     return list(o) if isinstance(o, tuple) else o.item() if isinstance(o, np.ndarray) and not o.ndim else o
 
 
 def as_array(t):
-    "A tensor of any device as an array"
+    """A tensor of any device as an array."""
     t = t.detach().cpu()
     return (t.float() if t.dtype == torch.bfloat16 else t).numpy()      # NumPy has no bfloat16
 
@@ -302,7 +335,9 @@ def is_entry(e):
 
 
 def entries(p, ids):
-    "The entries of one position: (classes, numbers); classes are None if the numbers are those of all classes"
+    """The entries of one position: (classes, numbers); classes are None if the numbers are those of
+    all classes.
+    """
     p = listed(unwrapped(p))
     if isinstance(p, Mapping) and ids is None:
         return [class_of(k) for k in p],as_numbers([number_of(v) for v in p.values()])
@@ -323,7 +358,7 @@ def entries(p, ids):
 
 
 def as_numbers(p):
-    "(n,) float64"
+    """(n,) float64."""
     if isinstance(p, np.ndarray) and p.dtype.kind in 'fiu' and p.ndim == 1:
         with np.errstate(invalid='ignore'): return p.astype(np.float64)     # NumPy warns of some kinds of NaN
     if (odd := next((v for v in p if not is_real(v)), p)) is not p:
@@ -347,7 +382,7 @@ def class_of(k):
 # files
 
 def read_rows(o):
-    "(sequence of dicts, (name, fingerprint))"
+    """(sequence of dicts, (name, fingerprint))."""
     if isinstance(o, (str, Path)): return read_path(Path(o))
     if hasattr(o, 'column_names'): return of_hub(o)
     if torch.is_tensor(o): o = as_array(o)
@@ -357,7 +392,7 @@ def read_rows(o):
 
 
 def row_texts(rows):
-    "Each row as a text, for fingerprints"
+    """Each row as a text, for fingerprints."""
     plain = lambda o: as_array(o).tolist() if torch.is_tensor(o) else o.tolist() if hasattr(o, 'tolist') else str(o)
     for i in range(len(rows)):
         try: yield json.dumps(rows[i], sort_keys=True, default=plain)
@@ -368,7 +403,7 @@ def row_texts(rows):
 
 
 def of_hub(o):
-    "A `datasets.Dataset` of Hugging Face, in memory or mapped"
+    """A `datasets.Dataset` of Hugging Face, in memory or mapped."""
     if isinstance(o, Mapping):
         raise DistillError(f"These are several splits ({', '.join(map(str, o))}): give one, as in dataset['train'].")
     if not hasattr(o, '__len__'):
@@ -390,7 +425,7 @@ def read_path(path):
 
 @contextmanager
 def reading(path, what=''):
-    "An error of a file's library is one line that names the file"
+    """An error of a file's library is one line that names the file."""
     try: yield
     except (DistillError, ImportError): raise
     # subtle: the libraries raise errors of many kinds for damaged bytes, also KeyError and MemoryError
@@ -401,7 +436,7 @@ def reading(path, what=''):
 
 
 class Joined:
-    "The rows of several files"
+    """The rows of several files."""
     def __init__(self, files):
         self.files,self.parts = files,[]
         for f in files:
@@ -411,7 +446,7 @@ class Joined:
     def __len__(self): return int(self.ends[-1])
 
     def find(self, i):
-        "(number of the file, number of the row in it)"
+        """(number of the file, number of the row in it)."""
         k = int(np.searchsorted(self.ends, i, 'right'))
         if k == len(self.parts): raise IndexError(i)
         return k,i - (int(self.ends[k-1]) if k else 0)
@@ -427,7 +462,7 @@ class Joined:
 
 
 class Lines:
-    "A file of JSON lines. It keeps where each begins, and reads a line when it is asked for"
+    """A file of JSON lines. It keeps where each begins, and reads a line when it is asked for."""
     def __init__(self, path):
         self.path,self.at,self.lines = path,[],[]
         with open(path, 'rb') as f:
@@ -455,7 +490,7 @@ class Lines:
 
 
 class Groups:
-    "A file of groups of rows, of which one is in memory"
+    """A file of groups of rows, of which one is in memory."""
     def __init__(self, sizes): self.ends,self.group,self.rows = np.cumsum(sizes),None,[]
 
     def __len__(self): return int(self.ends[-1]) if len(self.ends) else 0
@@ -477,7 +512,7 @@ def pyarrow_module(name):
 
 
 class Parquet(Groups):
-    "A Parquet file"
+    """A Parquet file."""
     def __init__(self, path):
         self.file = pyarrow_module('parquet').ParquetFile(path)
         super().__init__([self.file.metadata.row_group(g).num_rows for g in range(self.file.num_row_groups)])
@@ -486,7 +521,7 @@ class Parquet(Groups):
 
 
 class Arrow(Groups):
-    "A file of Arrow, as `Dataset.save_to_disk` of Hugging Face writes it, mapped into memory"
+    """A file of Arrow, as `Dataset.save_to_disk` of Hugging Face writes it, mapped into memory."""
     def __init__(self, path):
         pa,ipc = pyarrow_module('lib'),pyarrow_module('ipc')
         file = pa.memory_map(str(path))
@@ -498,7 +533,7 @@ class Arrow(Groups):
 
 
 class Arrays:
-    "NumPy arrays of equal length, by name"
+    """NumPy arrays of equal length, by name."""
     def __init__(self, arrays, name='The array'):
         self.arrays = arrays
         if not arrays or any(not v.ndim for v in arrays.values()) or len({*map(len, arrays.values())}) > 1:

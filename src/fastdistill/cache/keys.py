@@ -1,4 +1,6 @@
-"The key of a sample: 64 bits of a hash of its path, number, text or content, the same on every machine."
+"""The key of a sample: 64 bits of a hash of its path, number, text or content, the same on every
+machine.
+"""
 import hashlib, warnings
 from numbers import Integral
 from pathlib import PurePath
@@ -11,17 +13,22 @@ __all__ = ['dataset_keys', 'hash_of', 'key_of', 'keys_of', 'name_of', 'root_of']
 
 
 def hash_of(*parts:bytes) -> int:
-    "64 bits of blake2b"
+    """64 bits of blake2b."""
     h = hashlib.blake2b(digest_size=8)
     for p in parts: h.update(len(p).to_bytes(8, 'little')); h.update(p)
     return int.from_bytes(h.digest(), 'little')
 
 
 def key_of(
-    o, # what a dataset holds for one sample
-    root:str='' # paths are taken relative to it
+    o,
+    root:str=''
 ) -> int:
-    "A sample's key. An object of a type whose content can't be read raises an error"
+    """A sample's key. An object of a type whose content can't be read raises an error.
+
+    Args:
+        o: What a dataset holds for one sample.
+        root: Paths are taken relative to it.
+    """
     return hash_of(*_parts(o, root))
 
 
@@ -53,18 +60,25 @@ def root_of(path): return '' if path is None else PurePath(path).as_posix() if s
 
 
 def keys_of(items, root='') -> np.ndarray:
-    "(N,) uint64: the keys of the samples in `items`"
+    """(N,) uint64: the keys of the samples in `items`."""
     # keys already
     if isinstance(items, np.ndarray) and items.dtype == np.uint64 and items.ndim == 1: return items
     return np.fromiter((key_of(o, root) for o in items), np.uint64, len(items))
 
 
 def dataset_keys(
-    dataset, # a map-style dataset
-    keys=None, # a list, or a function of the position
-    root=None # paths are taken relative to it; None: to the dataset's own `root`
+    dataset,
+    keys=None,
+    root=None
 ) -> np.ndarray:
-    "The keys of a plain dataset: given, or made from the content of datasets of torchvision and PyTorch"
+    """The keys of a plain dataset: given, or made from the content of datasets of torchvision and
+    PyTorch.
+
+    Args:
+        dataset: A map-style dataset.
+        keys: A list, or a function of the position.
+        root: Paths are taken relative to it; None: to the dataset's own `root`
+    """
     if callable(keys): keys = [keys(i) for i in range(len(dataset))]
     root,given = root_of(folder_of(dataset) if root is None else root),keys is not None
     if not given: keys = names_of_samples(dataset)
@@ -77,19 +91,19 @@ def dataset_keys(
 
 
 def folder_of(dataset):
-    "Root folder of a dataset of files, or of a subset of one"
+    """Root folder of a dataset of files, or of a subset of one."""
     while not hasattr(dataset, 'root') and hasattr(dataset, 'dataset'): dataset = dataset.dataset
     return getattr(dataset, 'root', None)
 
 
 def name_of(sample):
-    "The part of a sample that identifies it: the path of (path, label), else the whole"
+    """The part of a sample that identifies it: the path of (path, label), else the whole."""
     pair = isinstance(sample, (tuple, list)) and len(sample) and isinstance(sample[0], (str, PurePath))
     return sample[0] if pair else sample
 
 
 def names_of_samples(dataset):
-    "The objects that identify the samples of a dataset"
+    """The objects that identify the samples of a dataset."""
     if type(dataset).__name__ == 'Subset': return [names_of_samples(dataset.dataset)[i] for i in dataset.indices]
     # torchvision's folders of images
     if hasattr(dataset, 'samples'): return [name_of(s) for s in dataset.samples]

@@ -18,12 +18,19 @@ MAX_BYTES,MAX_VALUES,MAX_FIELDS,MAX_DIMS,MAX_CLASSES = 2**31,2**33,1000,8,2**24
 
 @dataclass
 class Wish:
-    "How outputs are to be stored"
+    """How outputs are to be stored.
+
+    Attributes:
+        topk: Number of classes to store; None: all.
+        tail: What `TopK` assumes of the classes that are not stored.
+        axis: Class axis.
+        size: Height and width to which maps of logits are reduced; None: no reduction.
+    """
     dtype:str='float16'
-    topk:int|None=None # number of classes to store; None: all
-    tail:str='mean' # what `TopK` assumes of the classes that are not stored
-    axis:int=1 # class axis
-    size:tuple|None=None # height and width to which maps of logits are reduced; None: no reduction
+    topk:int|None=None
+    tail:str='mean'
+    axis:int=1
+    size:tuple|None=None
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
@@ -37,9 +44,14 @@ class Wish:
 
 @dataclass
 class Field:
-    "A tensor in a row: `name`, its `shape` without the batch, its `dtype`, the byte at which it begins"
+    """A tensor in a row: `name`, its `shape` without the batch, its `dtype`, the byte at which it
+    begins.
+
+    Attributes:
+        dtype: NumPy's name of it, little-endian.
+    """
     name:str
-    dtype:str # NumPy's name of it, little-endian
+    dtype:str
     shape:tuple
     at:int=0
 
@@ -71,20 +83,29 @@ TORCH_DTYPES = dict(uint8=torch.uint8, int8=torch.int8, uint16=torch.int16, int3
 
 @dataclass
 class Layout:
-    "The fields of a row; encodes `Outputs` as rows and decodes rows as `Outputs`"
+    """The fields of a row; encodes `Outputs` as rows and decodes rows as `Outputs`.
+
+    Attributes:
+        n: Number of classes, with top-k.
+        full: Height and width of maps of logits that are stored smaller.
+    """
     fields:list=field(default_factory=list)
-    n:int|None=None # number of classes, with top-k
+    n:int|None=None
     tail:str='uniform'
     axis:int=1
-    full:tuple|None=None # height and width of maps of logits that are stored smaller
+    full:tuple|None=None
 
     @classmethod
     def of(
         cls,
-        out:Outputs, # of any batch
+        out:Outputs,
         wish:Wish
     ) -> 'Layout':
-        "The layout that stores outputs like these"
+        """The layout that stores outputs like these.
+
+        Args:
+            out: Of any batch.
+        """
         if out.logits is None: raise DistillError("The teacher's Outputs have no logits: there is nothing to store.")
         self,t = cls(tail=wish.tail, axis=wish.axis),out.logits
         if isinstance(t, TopK): t = meta_like(t, wish.axis)
@@ -134,7 +155,9 @@ class Layout:
 
     @classmethod
     def from_json(cls, d):
-        "The layout in a manifest. It must be the one that `of` makes for such outputs, with all its offsets"
+        """The layout in a manifest. It must be the one that `of` makes for such outputs, with all
+        its offsets.
+        """
         json_object('layout', d, ('fields', 'n', 'tail', 'axis', 'full'), ())
         n = None if d['n'] is None else whole_number('layout.n', d['n'], 1, MAX_CLASSES)
         full = None if d['full'] is None else json_list('layout.full', d['full'], 2, 2)
@@ -160,13 +183,18 @@ class Layout:
 
     @property
     def layers(self):
-        "Names of the stored layers"
+        """Names of the stored layers."""
         return [f.name.removeprefix('feats:') for f in self.fields if f.name.startswith('feats:')]
 
     def knows_ids(
-        self, rows # (M, bytes) uint8
+        self, rows
     ) -> bool:
-        "Are all class numbers below the number of classes? On a GPU, a larger one would end the process"
+        """Are all class numbers below the number of classes? On a GPU, a larger one would end the
+        process.
+
+        Args:
+            rows: (M, bytes) uint8.
+        """
         if self.n is None or not len(rows): return True
         ids = self.fields[0]
         return int(np.ascontiguousarray(rows[:, :ids.bytes]).view(ids.dtype.replace('int32', 'uint32')).max()) < self.n
@@ -174,9 +202,13 @@ class Layout:
     # writing
 
     def encode(
-        self, out:Outputs # (B, ...)
+        self, out:Outputs
     ) -> np.ndarray:
-        "(B, bytes) uint8"
+        """(B, bytes) uint8.
+
+        Args:
+            out: (B, ...).
+        """
         parts = self._tensors(out)
         want = {f.name: f.shape for f in self.fields}
         if missing := sorted(set(want) - set(parts)):
@@ -210,7 +242,7 @@ class Layout:
         return d
 
     def _tensors_of_likeliest(self, out, dtypes):
-        "Of outputs that are the likeliest classes already"
+        """Of outputs that are the likeliest classes already."""
         d = dict(ids=out.logits.ids)
         put_tensor(d, 'values', out.logits.values.float(), dtypes)
         if out.mask is not None: d['mask'] = out.mask
@@ -219,9 +251,13 @@ class Layout:
     # reading
 
     def decode(
-        self, rows:Tensor # (B, bytes) uint8
+        self, rows:Tensor
     ) -> Outputs:
-        "`Outputs` in float32; with top-k, `logits` are a `TopK`"
+        """`Outputs` in float32; with top-k, `logits` are a `TopK`.
+
+        Args:
+            rows: (B, bytes) uint8.
+        """
         got = {f.name: f.read(rows) for f in self.fields}
         full = lambda k: from_int8(got[k], got.get(f'scale:{k}'))
         feats = {f.name[6:]: full(f.name) for f in self.fields if f.name.startswith('feats:')}
@@ -232,7 +268,7 @@ class Layout:
 
 
 def outputs_like(fields, n, tail, axis, full):
-    "Empty `Outputs`, and the `Wish` that stores them in such fields"
+    """Empty `Outputs`, and the `Wish` that stores them in such fields."""
     shape,named = fields[0].shape,{f.name: f for f in fields}
     if n is None: t,wish = meta(shape),Wish(fields[0].dtype, None, tail, axis)
     else:
@@ -251,19 +287,19 @@ def outputs_like(fields, n, tail, axis, full):
 
 
 def meta_like(t, axis):
-    "A tensor of the shape that the logits of all classes have, without memory"
+    """A tensor of the shape that the logits of all classes have, without memory."""
     return torch.empty(*t.ids.shape[:-1], t.n, device='meta').movedim(-1, axis)
 
 
 def meta(shape):
-    "A batch of one, as a tensor that has a shape and no memory"
+    """A batch of one, as a tensor that has a shape and no memory."""
     if prod(shape) > MAX_VALUES:
         raise DistillError(f"Outputs of shape {tuple(shape)} are too large: possible are {MAX_VALUES} numbers.")
     return torch.empty(1, *shape, device='meta')
 
 
 def mean_without(t, ids):
-    "(..., 1) mean of the finite values that are not at `ids`, within the range of half precision"
+    """(..., 1) mean of the finite values that are not at `ids`, within the range of half precision."""
     rest = t.scatter(-1, ids, -torch.inf)
     have = rest.isfinite()
     n = have.sum(-1, keepdim=True)
@@ -281,7 +317,7 @@ def put_tensor(d, name, t, dtypes):
 
 
 def to_int8(t, dtype):
-    "(int8 in 254 steps between a row's smallest and largest value, the row's step and middle)"
+    """(int8 in 254 steps between a row's smallest and largest value, the row's step and middle)."""
     if not t.isfinite().all():
         raise DistillError("int8 can't hold infinite logits (classes that are masked out): use float16 or float32.")
     flat = t.reshape(len(t), -1)

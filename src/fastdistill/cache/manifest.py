@@ -17,22 +17,39 @@ MAX_MANIFEST,MAX_COUNT,MAX_VIEWS,MAX_BATCH,MAX_FILES,MAX_FILE = 2**28,2**40,2**1
 
 @dataclass
 class Manifest:
-    "`manifest.json`; see docs/cache.md for each entry"
-    count:int # samples
-    views:int # augmented views of each; 0: the one clean view
-    seed:int # of all random numbers
-    layout:Layout # of a row
-    shard_rows:int # rows of a full shard
-    batch_size:int # of the teacher; shards are whole batches
-    teacher:dict=field(default_factory=dict) # name, fingerprint of its weights
-    data:dict=field(default_factory=dict) # fingerprint of the keys, root of paths
-    transforms:dict=field(default_factory=dict) # name -> description, of the transforms that replay repeats
-    vocab:list|None=None # class names, in the order of the logits
-    samples:list=field(default_factory=list) # of a few inputs: row, view, digest, numbers `after` the batch transforms
+    """`manifest.json`; see docs/cache.md for each entry.
+
+    Attributes:
+        count: Samples.
+        views: Augmented views of each; 0: the one clean view.
+        seed: Of all random numbers.
+        layout: Of a row.
+        shard_rows: Rows of a full shard.
+        batch_size: Of the teacher; shards are whole batches.
+        teacher: Name, fingerprint of its weights.
+        data: Fingerprint of the keys, root of paths.
+        transforms: Name -> description, of the transforms that replay repeats.
+        vocab: Class names, in the order of the logits.
+        samples: Of a few inputs: row, view, digest, numbers `after` the batch transforms.
+        shards: Name, bytes, checksum of each file, once all are written.
+        doubt: Why the teacher should not be trusted, as it was found when the cache was
+            written.
+    """
+    count:int
+    views:int
+    seed:int
+    layout:Layout
+    shard_rows:int
+    batch_size:int
+    teacher:dict=field(default_factory=dict)
+    data:dict=field(default_factory=dict)
+    transforms:dict=field(default_factory=dict)
+    vocab:list|None=None
+    samples:list=field(default_factory=list)
     versions:dict=field(default_factory=dict)
-    shards:list=field(default_factory=list) # name, bytes, checksum of each file, once all are written
+    shards:list=field(default_factory=list)
     complete:bool=False
-    doubt:str='' # why the teacher should not be trusted, as it was found when the cache was written
+    doubt:str=''
 
     @property
     def stored(self): return max(self.views, 1)
@@ -45,12 +62,12 @@ class Manifest:
     def rows_of(self, i): return min(self.shard_rows, self.count - i*self.shard_rows)
 
     def all_shards(self):
-        "(view, number, name, bytes) of each"
+        """(view, number, name, bytes) of each."""
         for v in range(self.stored):
             for i in range(self.per_view): yield v,i,self.shard(v, i),self.rows_of(i)*self.layout.bytes
 
     def all_files(self):
-        "(name, bytes) of each file that has a checksum"
+        """(name, bytes) of each file that has a checksum."""
         yield 'keys.bin',8*self.count
         for *_,name,size in self.all_shards(): yield name,size
 
@@ -63,12 +80,14 @@ class Manifest:
         return json.dumps(d, indent=1, default=as_python).encode()
 
     def as_read(self):
-        "The manifest as it will be read from the file: checked, and without tuples and NumPy's numbers"
+        """The manifest as it will be read from the file: checked, and without tuples and NumPy's
+        numbers.
+        """
         return self.of_entries(json.loads(json.dumps(asdict(self), default=as_python)))
 
     @classmethod
     def read(cls, where):
-        "The manifest in a folder"
+        """The manifest in a folder."""
         if where.size('manifest.json') > MAX_MANIFEST:
             raise DistillError(f"{where}/manifest.json has {where.size('manifest.json')} bytes: possible are "
                                f"{MAX_MANIFEST}.")
@@ -90,7 +109,7 @@ class Manifest:
 
     @classmethod
     def of_entries(cls, d):
-        "The manifest with these entries. All of them are checked before any is used"
+        """The manifest with these entries. All of them are checked before any is used."""
         required = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
         json_object('the file', d, required, [f.name for f in fields(cls) if f.name not in required])
         self = cls(**{**d, 'layout': Layout.from_json(d['layout'])})
@@ -135,7 +154,7 @@ class Manifest:
                     raise DistillError(f"{name}.after has {shortened(o)}: three numbers are possible.")
 
     def _check_shards(self):
-        "Check names and sizes, which follow from the other entries"
+        """Check names and sizes, which follow from the other entries."""
         if type(self.complete) is not bool: refuse_entry('complete', self.complete, 'true or false')
         n = (1 + self.stored*self.per_view)*self.complete
         json_list('shards', self.shards, n, n)
@@ -148,28 +167,37 @@ class Manifest:
 
     @property
     def checksums(self):
-        "Of each file of a complete cache"
+        """Of each file of a complete cache."""
         return {s['name']: s['checksum'] for s in self.shards}
 
 
 CHECKSUM = re.compile('[0-9a-f]{32}')
 
 
-class NotACache(DistillError): "The file is intact, but not the manifest of a cache that can be read"
+class NotACache(DistillError): """The file is intact, but not the manifest of a cache that can be
+                               read.
+                               """
 
 
 def as_python(o):
-    "Convert NumPy's numbers and arrays for JSON"
+    """Convert NumPy's numbers and arrays for JSON."""
     if hasattr(o, 'tolist'): return o.tolist()
     raise DistillError(f"A {type(o).__name__} can't be stored in a manifest: use strings, numbers, and lists of these.")
 
 
 def differences(
-    a:Manifest, # found
-    b:Manifest, # requested
-    changed_files=lambda: '' # fn() -> a text that names the samples' files that changed
+    a:Manifest,
+    b:Manifest,
+    changed_files=lambda: ''
 ) -> list:
-    "Texts: how the requested cache differs from the existing one. More views are no difference, since they are added"
+    """Texts: how the requested cache differs from the existing one. More views are no difference,
+    since they are added.
+
+    Args:
+        a: Found.
+        b: Requested.
+        changed_files: fn() -> a text that names the samples' files that changed.
+    """
     out = []
     def differ(what, x, y):
         if x != y: out.append(f'{what}: {shortened(x)} in the cache, {shortened(y)} now')
@@ -193,7 +221,9 @@ def transform_differences(found, now):
 
 
 def option_differences(a, b):
-    "[(options of `a`, options of `b`)] for each place where the descriptions of two transforms differ"
+    """[(options of `a`, options of `b`)] for each place where the descriptions of two transforms
+    differ.
+    """
     if a == b: return []
     if not all(o.endswith((')', ']')) for o in (a, b)): return [(a, b)]       # it has no options
     x,y = options_in(a),options_in(b)
@@ -202,7 +232,9 @@ def option_differences(a, b):
 
 
 def options_in(text):
-    "The description of a transform as a list of its options, such as 'size=224.0' and 'rotate_mat.p=0.75'"
+    """The description of a transform as a list of its options, such as 'size=224.0' and
+    'rotate_mat.p=0.75'.
+    """
     text = re.sub(r"\['(\w+)', ([^\[\]]*)\]", r'\1=\2', text)     # those of a function are pairs
     out,owners,last = [],[],''
     for part in re.findall(r'[\[\]()]|[^\[\](), ]+', text):
@@ -218,10 +250,16 @@ def options_in(text):
 
 def sample_differences(
     m:Manifest,
-    at, # (N,) position in the cache of each sample of a dataset
-    look # fn(number of a sample, view) -> its digest and so on, as in `Manifest.samples`
+    at,
+    look
 ) -> list:
-    "Make the inputs of a few samples again. A text names the first that differs from when the cache was written"
+    """Make the inputs of a few samples again. A text names the first that differs from when the
+    cache was written.
+
+    Args:
+        at: (N,) position in the cache of each sample of a dataset.
+        look: fn(number of a sample, view) -> its digest and so on, as in `Manifest.samples`
+    """
     for s in m.samples:
         if not len(here := np.flatnonzero(at == s['row'])) or alike(s, {**s, **look(int(here[0]), s['view'])}): continue
         return [f'the input of sample {here[0]}{OTHER_INPUT}{other_libraries(m)}']
@@ -229,8 +267,9 @@ def sample_differences(
 
 
 def alike(a, b):
-    """Is the input of a sample the same? Its bytes before the batch transforms must be equal, its numbers after them
-    must agree as far as devices do"""
+    """Is the input of a sample the same? Its bytes before the batch transforms must be equal, its
+    numbers after them must agree as far as devices do.
+    """
     if any(a.get(k) != b.get(k) for k in ('row', 'view', 'digest')): return False
     x,y = [np.asarray(o.get('after', []), float) for o in (a, b)]
     return x.shape == y.shape and np.allclose(x, y, rtol=1e-3, atol=1e-3, equal_nan=True)

@@ -1,4 +1,6 @@
-"A cache to give away: one file, or a folder, with a card; every file is compared with its checksum before and after."
+"""A cache to give away: one file, or a folder, with a card; every file is compared with its
+checksum before and after.
+"""
 import shutil, stat, zipfile
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ CARD = 'README.md'
 
 
 def cache_facts(where, m):
-    "(name, text) of each fact about a cache"
+    """(name, text) of each fact about a cache."""
     yield 'samples',f'{m.count:,}'
     yield 'views',f'{m.views} of each, augmented' if m.views else 'the clean one of each'
     yield 'a row',f'{m.layout.bytes} bytes: ' + ', '.join(f'{f.name} {f.dtype} {"x".join(map(str, f.shape)) or 1}'
@@ -34,19 +36,31 @@ def cache_facts(where, m):
 
 
 def pack_cache(
-    cache, # `TeacherCache`, or its folder or URL
-    path, # 'targets.zip', one file without compression; any other name: a folder, which can be used as it is
+    cache,
+    path,
     *,
-    title:str|None=None, # of the card; None: by the teacher's name
-    data:str|None=None, # what the samples are, and where to get them
-    note:str='', # more text for the card
-    license:str|None=None, # of the stored outputs, such as 'cc-by-4.0'
-    teacher_license:str|None=None, data_license:str|None=None, # of what they were made from
-    force:bool=False # overwrite a file of this name
+    title:str|None=None,
+    data:str|None=None,
+    note:str='',
+    license:str|None=None,
+    teacher_license:str|None=None, data_license:str|None=None,
+    force:bool=False
 ) -> Path:
     """Copy a finished cache with a card (README.md) for those who get it.
 
-    All its files are compared with their checksums first"""
+    All its files are compared with their checksums first.
+
+    Args:
+        cache: `TeacherCache`, or its folder or URL.
+        path: 'targets.zip', one file without compression; any other name: a folder, which can
+            be used as it is.
+        title: Of the card; None: by the teacher's name.
+        data: What the samples are, and where to get them.
+        note: More text for the card.
+        license: Of the stored outputs, such as 'cc-by-4.0'.
+        teacher_license, data_license: Of what they were made from.
+        force: Overwrite a file of this name.
+    """
     where = cache.folder if isinstance(cache, TeacherCache) else open_folder(cache)
     valid = where.sub('valid')
     parts = {'': where} | ({'valid/': valid} if valid.size('manifest.json') is not None else {})
@@ -65,14 +79,14 @@ def pack_cache(
 
 
 def files_of_cache(where):
-    "Names of the files of a complete cache"
+    """Names of the files of a complete cache."""
     m = Manifest.read(where)
     optional = ['files.bin'] if where.size('files.bin') is not None else []
     return ['manifest.json', *optional, *(name for name,_ in m.all_files())]
 
 
 def manifest_last(files):
-    "Without its manifest, a folder is no cache: an interrupted copy can't be taken for one"
+    """Without its manifest, a folder is no cache: an interrupted copy can't be taken for one."""
     return sorted(files.items(), key=lambda o: (o[0].endswith('manifest.json'), -len(o[0]), o[0]))
 
 
@@ -88,17 +102,23 @@ def write_zip(path, files, card, force):
 
 
 def entry(name):
-    "A file in the zip, with a fixed date: the same cache makes the same file"
+    """A file in the zip, with a fixed date: the same cache makes the same file."""
     return zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
 
 
 def unpack_cache(
-    path, # file that `pack_cache` wrote
-    to # folder of the cache, new or empty
+    path,
+    to
 ) -> TeacherCache:
-    """Write the files of a packed cache into a folder, compare them with their checksums, and open it.
+    """Write the files of a packed cache into a folder, compare them with their checksums, and open
+    it.
 
-    The file must hold what its manifest lists and nothing else"""
+    The file must hold what its manifest lists and nothing else.
+
+    Args:
+        path: File that `pack_cache` wrote.
+        to: Folder of the cache, new or empty.
+    """
     where,path = Folder(to),Path(path).expanduser()
     if where.names(): raise DistillError(f"{where} is not empty: choose another folder.")
     if not path.is_file(): raise DistillError(f"There is no file {str(path)!r}.")
@@ -124,7 +144,9 @@ def copy_out(z, o, file):
 
 
 def packed_files(z, path):
-    "Name -> entry of each file in a packed cache. They are those of its manifests, with the same sizes"
+    """Name -> entry of each file in a packed cache. They are those of its manifests, with the same
+    sizes.
+    """
     def refuse(what): raise DistillError(f"{path} is not a packed cache: {what}. `fastdistill cache pack` writes one.")
     have = {}
     for o in z.infolist():
@@ -148,7 +170,7 @@ def packed_files(z, path):
 
 
 def unusual(o):
-    "What tells an entry of a zip file from those that `pack_cache` writes; empty if nothing does"
+    """What tells an entry of a zip file from those that `pack_cache` writes; empty if nothing does."""
     kind = stat.S_IFMT(o.external_attr >> 16)
     if o.orig_filename != o.filename: return 'has a name with special characters'
     if o.flag_bits & 0x2041: return 'is encrypted: decrypt the archive first'
@@ -160,7 +182,7 @@ def unusual(o):
 
 
 def card_of(where, title, data, note, licenses, license):
-    "README.md: what this is, and how to use it, with the header that model hubs read"
+    """README.md: what this is, and how to use it, with the header that model hubs read."""
     m = Manifest.read(where)
     rows = dict(data=data or 'not stated') | {k: v for k,v in cache_facts(where, m) if k != 'files'}
     rows['size'] = f'{m.bytes/1e6:.1f} MB in {len(list(m.all_shards()))} file(s)'

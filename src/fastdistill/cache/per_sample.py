@@ -11,11 +11,19 @@ __all__ = ['PerSample', 'per_sample']
 
 
 def per_sample(
-    fn, # takes the tensors of a batch, or a slice of them with one sample, and returns one tensor or several
-    seeds, # (B,) one for each sample
-    *tensors # (B, ...) each
+    fn,
+    seeds,
+    *tensors
 ):
-    "Run `fn` on one sample at a time, each with its own random numbers: correct for every `fn`, but slow"
+    """Run `fn` on one sample at a time, each with its own random numbers: correct for every `fn`,
+    but slow.
+
+    Args:
+        fn: Takes the tensors of a batch, or a slice of them with one sample, and returns one
+            tensor or several.
+        seeds: (B,) one for each sample.
+        *tensors: (B, ...) each.
+    """
     if len(seeds) != len(tensors[0]):
         raise DistillError(f"{len(seeds)} seeds for {len(tensors[0])} samples: give one for each.")
     outs,own = [],Generators(fn)
@@ -29,16 +37,17 @@ def per_sample(
 
 
 class PerSample(TorchFunctionMode):
-    """Inside, `uniform_`, `bernoulli_`, `normal_` and `randint` draw each sample's numbers from its own seed, for
-    tensors whose first dimension is the batch.
+    """Inside, `uniform_`, `bernoulli_`, `normal_` and `randint` draw each sample's numbers from its
+    own seed, for tensors whose first dimension is the batch.
 
-    All samples are drawn at once. The numbers depend on nothing else, not even on the device"""
+    All samples are drawn at once. The numbers depend on nothing else, not even on the device.
+    """
     def __init__(self, seeds):
         super().__init__()
         self.seeds,self.calls = np.asarray(seeds, np.uint64),0
 
     def draw(self, shape):
-        "Uniform numbers in (0, 1). Those of a sample are the same in every batch"
+        """Uniform numbers in (0, 1). Those of a sample are the same in every batch."""
         self.calls += 1
         base = seeds_of(self.calls, self.seeds)
         n = int(np.prod(shape[1:]))

@@ -7,16 +7,21 @@ __all__ = ['ProgressBar', 'console_for_bars', 'shown_progress']
 
 
 def console_for_bars(
-    **options # of rich's `Console`
+    **options
 ):
-    "rich's console where it can show a bar that moves: in a terminal, or in a notebook with ipywidgets; else None"
+    """rich's console where it can show a bar that moves: in a terminal, or in a notebook with
+    ipywidgets; else None.
+
+    Args:
+        **options: Of rich's `Console`
+    """
     from rich.console import Console
     console = Console(**options)
     return console if console.is_terminal or console.is_jupyter and find_spec('ipywidgets') else None
 
 
 class ProgressBar:
-    "A bar of samples, speed and megabytes; it appears with the first batch"
+    """A bar of samples, speed and megabytes; it appears with the first batch."""
     def __init__(self, console=None):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         self.task = None
@@ -46,9 +51,14 @@ class ProgressBar:
 
 @contextmanager
 def shown_progress(
-    progress # True: a bar in a terminal or notebook; False or None: nothing; or fn(rows done, rows in all, bytes done)
+    progress
 ):
-    "Yields the function to call after each batch, or None"
+    """Yields the function to call after each batch, or None.
+
+    Args:
+        progress: True: a bar in a terminal or notebook; False or None: nothing; or fn(rows
+            done, rows in all, bytes done).
+    """
     if callable(progress) or not progress or rank():
         yield progress if callable(progress) else None
         return

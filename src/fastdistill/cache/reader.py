@@ -17,21 +17,32 @@ __all__ = ['TeacherCache', 'damages', 'is_cache']
 
 
 def is_cache(
-    path # a path, a URL, or any other object
+    path
 ) -> bool:
-    "Is there a cache at this path or URL?"
+    """Is there a cache at this path or URL?
+
+    Args:
+        path: A path, a URL, or any other object.
+    """
     if not isinstance(path, (str, PurePath)): return False
     if '://' not in str(path) and not os.path.isdir(os.path.expanduser(path)): return False
     return open_folder(path).size('manifest.json') is not None
 
 
 class TeacherCache:
-    """Stored teacher outputs: `cache.decode(cache.rows(positions, views))`. Pickling stores the path, not the data"""
+    """Stored teacher outputs: `cache.decode(cache.rows(positions, views))`. Pickling stores the
+    path, not the data.
+
+    Args:
+        path: Folder or URL that `cache_teacher` or `cache_dataset` wrote.
+        force: Warn instead of raising an error if data, transforms or classes don't fit.
+        keys: The `keys=` that wrote it: a list, or a function of the item.
+    """
     def __init__(
         self,
-        path, # folder or URL that `cache_teacher` or `cache_dataset` wrote
-        force:bool=False, # warn instead of raising an error if data, transforms or classes don't fit
-        keys=None # the `keys=` that wrote it: a list, or a function of the item
+        path,
+        force:bool=False,
+        keys=None
     ):
         self.folder,self.force,self.sample_names = open_folder(path),force,keys
         if self.folder.size('manifest.json') is None:
@@ -55,7 +66,7 @@ class TeacherCache:
 
     @property
     def identity(self):
-        "Equal if the same written cache is opened twice"
+        """Equal if the same written cache is opened twice."""
         return str(self.folder),self._opened
 
     @property
@@ -75,13 +86,13 @@ class TeacherCache:
 
     @property
     def keys(self) -> np.ndarray:
-        "(N,) uint64: the key of the sample at each position"
+        """(N,) uint64: the key of the sample at each position."""
         if self._keys is None: self._keys = self._open('keys.bin', '<u8', (len(self),))
         return self._keys
 
     @property
     def valid(self):
-        "The cache of the validation set beside it, if there is one"
+        """The cache of the validation set beside it, if there is one."""
         sub = self.folder.sub('valid')
         return None if sub.size('manifest.json') is None else TeacherCache(sub, self.force)
 
@@ -106,10 +117,15 @@ class TeacherCache:
 
     def rows(
         self,
-        at, # (B,) positions
-        views=0 # view of each position: (B,), or one number for all
+        at,
+        views=0
     ) -> np.ndarray:
-        "(B, bytes) uint8: rows as they are stored"
+        """(B, bytes) uint8: rows as they are stored.
+
+        Args:
+            at: (B,) positions.
+            views: View of each position: (B,), or one number for all.
+        """
         at = np.asarray(at)
         views = np.broadcast_to(np.asarray(views), at.shape)
         m,out = self.manifest,np.empty((len(at), self.manifest.layout.bytes), np.uint8)
@@ -125,10 +141,14 @@ class TeacherCache:
 
     def row(
         self,
-        at:int, # position
+        at:int,
         view:int=0
     ) -> np.ndarray:
-        "(bytes,) uint8: one row as it is stored, for datasets that return one item at a time"
+        """(bytes,) uint8: one row as it is stored, for datasets that return one item at a time.
+
+        Args:
+            at: Position.
+        """
         self._within(at, view)
         i,row = divmod(at, self.manifest.shard_rows)
         return np.array(self._shard(view, i)[row])
@@ -139,21 +159,25 @@ class TeacherCache:
                                f"{self.manifest.stored} views.")
 
     def decode(self, rows) -> Outputs:
-        "Rows (an array, or a tensor on any device) as the teacher's `Outputs`"
+        """Rows (an array, or a tensor on any device) as the teacher's `Outputs`."""
         out = self.manifest.layout.decode(rows if isinstance(rows, Tensor) else torch.from_numpy(rows))
         out.classes = self.manifest.teacher.get('classes')
         return out
 
     def outputs(self, at, views=0) -> Outputs:
-        "`Outputs` at positions"
+        """`Outputs` at positions."""
         return self.decode(self.rows(at, views))
 
     # which row belongs to which sample
 
     def find(
-        self, keys # (M,) uint64
+        self, keys
     ) -> np.ndarray:
-        "(M,) positions of samples. A sample without a row raises an error"
+        """(M,) positions of samples. A sample without a row raises an error.
+
+        Args:
+            keys: (M,) uint64.
+        """
         keys,mine = np.asarray(keys, np.uint64),self.keys
         if len(keys) == len(mine) and np.array_equal(keys, mine): return np.arange(len(mine))
         order = np.argsort(mine, kind='stable')
@@ -170,32 +194,45 @@ class TeacherCache:
 
     def compare(
         self,
-        at, # (N,) position of each sample of a dataset
-        item # fn(number of a sample, view) -> the dataset's item
+        at,
+        item
     ):
-        "Refuse a dataset if the inputs of a few samples differ from those when the cache was written"
+        """Refuse a dataset if the inputs of a few samples differ from those when the cache was
+        written.
+
+        Args:
+            at: (N,) position of each sample of a dataset.
+            item: fn(number of a sample, view) -> the dataset's item.
+        """
         look = lambda i, view: dict(digest=input_digest(item(i, view)))
         refuse(self.folder, sample_differences(self.manifest, at, look), self.force)
 
     def changed_files(
         self,
-        files, # (M,) path of each sample's file, as `files_of` gives them; None: samples are not files
-        at=None # (M,) positions in the cache, as `find` gives them; None: all, in the cache's order
+        files,
+        at=None
     ) -> list:
         """Names of the files whose content changed since the cache was written.
 
-        Only files with another modification time are read"""
+        Only files with another modification time are read.
+
+        Args:
+            files: (M,) path of each sample's file, as `files_of` gives them; None: samples are
+                not files.
+            at: (M,) positions in the cache, as `find` gives them; None: all, in the cache's
+                order.
+        """
         record = None if files is None else read_record(self.folder, len(self))
         if record is None: return []
         changed,_ = newer_record(record if at is None else record[np.asarray(at)], files)
         return [str(files[i]) for i in changed]
 
     def check_files(self, files, at=None):
-        "Refuse samples whose files changed since the cache was written. With `force`, warn"
+        """Refuse samples whose files changed since the cache was written. With `force`, warn."""
         if names := self.changed_files(files, at): refuse(self.folder, [changed_text(names, len(files))], self.force)
 
     def check(self):
-        "Compare every file with its checksum. The error names the damaged files"
+        """Compare every file with its checksum. The error names the damaged files."""
         self._refuse(damages(self.folder, self.manifest, self.manifest.shards))
         read_record(self.folder, len(self))
         return self
@@ -203,7 +240,8 @@ class TeacherCache:
     def check_once(self):
         """Like `check`, but skips files that this process has checked before.
 
-        Call it before DataLoader workers start, since each worker would check the files again"""
+        Call it before DataLoader workers start, since each worker would check the files again.
+        """
         self._refuse(damages(self.folder, self.manifest, self.manifest.shards, once=True))
         return self
 
@@ -214,10 +252,15 @@ INTACT_FILES = set()
 
 def damages(
     folder, m,
-    files, # entries of `m.shards`
-    once:bool=False # skip files that this process has checked before
+    files,
+    once:bool=False
 ) -> dict:
-    "File name -> a text that says how it is damaged"
+    """File name -> a text that says how it is damaged.
+
+    Args:
+        files: Entries of `m.shards`
+        once: Skip files that this process has checked before.
+    """
     look = lambda o: damage_of(folder, m, o, once)
     if len(files) == 1: found = map(look, files)
     else:

@@ -18,21 +18,39 @@ LONGEST_WAIT = 60   # seconds before a request is repeated, whatever the server 
 
 
 def ask_server(
-    url:str, # of the endpoint, as in 'http://localhost:8000/v1/completions'
-    samples:dict, # name of each sample -> what is sent of it: a prompt, or anything that JSON can hold
-    path, # .jsonl file of the answers. An interrupted run resumes
+    url:str,
+    samples:dict,
+    path,
     *,
-    body=None, # of each request, beside the samples: dict(model='big', max_tokens=1, prompt_logprobs=20)
-    request=None, # fn(list of samples) -> JSON body; None: `body` with the samples as 'prompt'
-    answer=None, # fn(response) -> list with a dict for each sample; None: OpenAI's 'choices'
-    key:str|None=None, # name of the environment variable with the server's key. The key is stored nowhere
-    bs:int=1, # samples of one request
-    at_once:int=8, # requests that run at the same time
-    per_second:float|None=None, # requests that begin in a second; None: no limit
-    retries:int=5, # of a request, after errors that may pass
-    timeout:float=120 # seconds that an answer may take
+    body=None,
+    request=None,
+    answer=None,
+    key:str|None=None,
+    bs:int=1,
+    at_once:int=8,
+    per_second:float|None=None,
+    retries:int=5,
+    timeout:float=120
 ) -> Path:
-    "Ask a server for each sample and write its answers. Then `cache_from(path, 'cache', n=...)` makes a cache of them"
+    """Ask a server for each sample and write its answers. Then `cache_from(path, 'cache', n=...)`
+    makes a cache of them.
+
+    Args:
+        url: Of the endpoint, as in 'http://localhost:8000/v1/completions'.
+        samples: Name of each sample -> what is sent of it: a prompt, or anything that JSON can
+            hold.
+        path: .jsonl file of the answers. An interrupted run resumes.
+        body: Of each request, beside the samples: dict(model='big', max_tokens=1,
+            prompt_logprobs=20).
+        request: fn(list of samples) -> JSON body; None: `body` with the samples as 'prompt'.
+        answer: fn(response) -> list with a dict for each sample; None: OpenAI's 'choices'.
+        key: Name of the environment variable with the server's key. The key is stored nowhere.
+        bs: Samples of one request.
+        at_once: Requests that run at the same time.
+        per_second: Requests that begin in a second; None: no limit.
+        retries: Of a request, after errors that may pass.
+        timeout: Seconds that an answer may take.
+    """
     path = Path(path).expanduser()
     if path.suffix != '.jsonl': raise DistillError(f"path={str(path)!r}: the name of the answers' file ends in .jsonl.")
     check_samples(samples)
@@ -83,7 +101,7 @@ def texts_of(names): return f'sample {names[0]!r}' + (f' and {len(names)-1} more
 
 @contextmanager
 def naming(what, errors=(KeyError, TypeError, ValueError, IndexError, AttributeError)):
-    "Say which sample an error of a user's function is about"
+    """Say which sample an error of a user's function is about."""
     try: yield
     except errors as e:
         text = str(e) if isinstance(e, DistillError) else f'{type(e).__name__}: {e}'
@@ -91,7 +109,7 @@ def naming(what, errors=(KeyError, TypeError, ValueError, IndexError, AttributeE
 
 
 def lines_of(rows, names):
-    "Rows as lines of JSON, with the samples' names"
+    """Rows as lines of JSON, with the samples' names."""
     if not isinstance(rows, (list, tuple)) or not all(isinstance(r, Mapping) for r in rows):
         raise DistillError(f"answer= returned {shortened(repr(rows), 100)}: it must return a list with a dict for each "
                            "sample.")
@@ -114,12 +132,12 @@ def secret(key):
 
 
 class Secret(str):
-    "A text that tracebacks with local variables don't show"
+    """A text that tracebacks with local variables don't show."""
     def __repr__(self): return "'***'"
 
 
 def check_same(path, asked):
-    "Refuse to mix the answers to different requests in one file"
+    """Refuse to mix the answers to different requests in one file."""
     beside = path.with_suffix('.request.json')
     if not path.exists() or not beside.exists():
         beside.write_text(asked)
@@ -133,7 +151,7 @@ def check_same(path, asked):
 
 
 def names_in(path) -> set:
-    "The samples that have an answer. A line that was not written to its end is removed"
+    """The samples that have an answer. A line that was not written to its end is removed."""
     if not path.exists(): return set()
     text = path.read_bytes()
     whole = text[:text.rfind(b'\n')+1]
@@ -149,7 +167,7 @@ def names_in(path) -> set:
 
 
 def choices_of(response):
-    "The log-probabilities in an answer of OpenAI's interface, one row for each prompt"
+    """The log-probabilities in an answer of OpenAI's interface, one row for each prompt."""
     if not isinstance(response, dict) or not isinstance(response.get('choices'), list):
         has = ', '.join(response) if isinstance(response, dict) else type(response).__name__
         raise DistillError(f"there is no list 'choices' (it has: {has}). Give answer=, a function that returns a list "
@@ -167,15 +185,19 @@ def choices_of(response):
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
-    "subtle: urllib would follow as a GET without the request's body, and hand the key to any server"
+    """subtle: urllib would follow as a GET without the request's body, and hand the key to any
+    server.
+    """
     def redirect_request(self, *_): return None
 
 
-class Passing(Exception): "A failure that may pass: a message, and the seconds that the server asks to wait, or None"
+class Passing(Exception): """A failure that may pass: a message, and the seconds that the server
+                          asks to wait, or None.
+                          """
 
 
 class Server:
-    "POST with retries, and a limit of the requests in a second"
+    """POST with retries, and a limit of the requests in a second."""
     def __init__(self, url, key, per_second, retries, timeout):
         check_url(url)
         # without what is behind the question mark, which may be a key
@@ -184,7 +206,7 @@ class Server:
         self.opener,self.stopped = urllib.request.build_opener(NoRedirect),threading.Event()
 
     def post(self, data, of):
-        "The answer to a request about some samples, as JSON"
+        """The answer to a request about some samples, as JSON."""
         failed = None
         for i in range(self.retries + 1):
             self._wait()
@@ -202,7 +224,7 @@ class Server:
         if self.stopped.wait(seconds): raise DistillError("Another request failed.")
 
     def _wait(self):
-        "Until the next request may begin"
+        """Until the next request may begin."""
         while True:
             with self.lock:
                 now = time.monotonic()
@@ -213,7 +235,7 @@ class Server:
             self._sleep(until - now)
 
     def _pause(self, seconds, why):
-        "All requests wait, as the server asks"
+        """All requests wait, as the server asks."""
         wait = min(seconds, LONGEST_WAIT)
         with self.lock:
             until = time.monotonic() + wait
@@ -239,7 +261,7 @@ class Server:
             raise DistillError(why) from None
 
     def _refused(self, e):
-        "The error for a status that is not 200"
+        """The error for a status that is not 200."""
         if e.code in (301, 302, 303, 307, 308):
             to = str(e.headers.get('Location')).partition('?')[0]
             raise DistillError(f"{e.code}: it redirects to {to}. No redirect is followed, since the other server would "
@@ -251,7 +273,9 @@ class Server:
         raise Passing(why, seconds_of(e.headers.get('Retry-After', ''))) from None
 
     def hide(self, text):
-        "The text without the key. Hide first, cut then: a part of the key could be left at the end"
+        """The text without the key. Hide first, cut then: a part of the key could be left at the
+        end.
+        """
         # a short one, such as 'EMPTY', is not a secret, and could be a part of any word or number
         if self.key is None or len(self.key) < 8: return text
         return text.replace(self.key, '***').replace(json.dumps(self.key)[1:-1], '***')
@@ -263,7 +287,7 @@ class Server:
 
 
 def check_url(url):
-    "Refuse what urllib would open in another way, or fail at in an error that shows a password"
+    """Refuse what urllib would open in another way, or fail at in an error that shows a password."""
     try:
         o = urlsplit(url)
         good = o.scheme in ('http', 'https') and o.hostname and o.hostname.encode('idna') and o.port != 0
@@ -277,7 +301,7 @@ def check_url(url):
 
 
 def seconds_of(text) -> float|None:
-    "What `Retry-After` asks for: seconds, or a date. None if it can't be read"
+    """What `Retry-After` asks for: seconds, or a date. None if it can't be read."""
     if text.isascii() and text.isdigit(): return float(text[:9])
     try: return max(parsedate_to_datetime(text).timestamp() - time.time(), 0)
     except (ValueError, TypeError, OverflowError): return None

@@ -16,17 +16,27 @@ def check_batch_size(bs):
 
 @dataclass
 class Source:
-    "A teacher and its data"
-    keys:np.ndarray # (N,) uint64 in the order in which rows are stored
-    run:object # fn(tasks, bs) -> generator of `Outputs`, one for each `bs` tasks; a task is view*N + position
+    """A teacher and its data.
+
+    Attributes:
+        keys: (N,) uint64 in the order in which rows are stored.
+        run: fn(tasks, bs) -> generator of `Outputs`, one for each `bs` tasks; a task is view*N
+            + position.
+        teacher: This and the next four: entries of the manifest, see `Manifest`
+        files: Path of each sample's file, in the order of `keys`; None where samples are not
+            files.
+        doubt: See `Manifest`
+    """
+    keys:np.ndarray
+    run:object
     bs:int
-    teacher:dict # this and the next four: entries of the manifest, see `Manifest`
+    teacher:dict
     transforms:dict
     root:str=''
     vocab:list|None=None
     samples:list|None=None
-    files:list|None=None # path of each sample's file, in the order of `keys`; None where samples are not files
-    doubt:str='' # see `Manifest`
+    files:list|None=None
+    doubt:str=''
 
     def __post_init__(self):
         check_batch_size(self.bs)
@@ -41,7 +51,7 @@ def spread_positions(n, k=4): return np.unique(np.linspace(0, n-1, min(k, n), dt
 
 
 def check_alone(run, n):
-    "Refuse a teacher whose outputs for a sample depend on the other samples in its batch"
+    """Refuse a teacher whose outputs for a sample depend on the other samples in its batch."""
     tasks = spread_positions(n, 4)
     half = tasks[::2]
     a,b = [next(run(t, len(t))).logits for t in (tasks, half)]
@@ -56,11 +66,18 @@ def check_alone(run, n):
 
 
 def distinct_views(
-    views:int, # asked for
-    n:int, # samples
-    look # fn(position, view) -> something to compare: a digest of the teacher's input
+    views:int,
+    n:int,
+    look
 ) -> int:
-    "The number of views to store: as many as asked for, but 1 (with a warning) if all views of a sample are equal"
+    """The number of views to store: as many as asked for, but 1 (with a warning) if all views of a
+    sample are equal.
+
+    Args:
+        views: Asked for.
+        n: Samples.
+        look: fn(position, view) -> something to compare: a digest of the teacher's input.
+    """
     if views < 2: return views
     # subtle: many samples, because a transform may change few of them; the search ends at the first difference
     for i in spread_positions(n, 32).tolist():
@@ -78,7 +95,7 @@ def unrepeatable(what, i):
 
 
 def identity_of(teacher) -> dict:
-    "The manifest's entry for a teacher: its name, its weights' fingerprint, and its options"
+    """The manifest's entry for a teacher: its name, its weights' fingerprint, and its options."""
     options = options_of(teacher)
     name = getattr(teacher, 'name', None) or getattr(teacher, '__name__', type(teacher).__name__)
     shares = str(getattr(teacher, 'weights', None))     # of an ensemble's members
@@ -95,7 +112,7 @@ def identity_of(teacher) -> dict:
 
 
 def options_of(teacher) -> dict:
-    "The options of a teacher, and of its members if it is an ensemble"
+    """The options of a teacher, and of its members if it is an ensemble."""
     if getattr(teacher, 'combine', None) == 'sample':
         raise DistillError("combine='sample' draws a teacher for each batch, but a cache has one output for each "
                            "sample: use combine='probs'.")

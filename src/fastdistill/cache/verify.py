@@ -6,11 +6,17 @@ __all__ = ['Verified']
 
 @dataclass
 class Verified:
-    "Differences between the stored outputs of a teacher and its outputs now"
+    """Differences between the stored outputs of a teacher and its outputs now.
+
+    Attributes:
+        worst: Largest difference of a logit (with top-k: of a log-probability).
+        mean: Of the rows' largest differences.
+        share: The largest difference, divided by the largest number of its row (or by 1).
+    """
     rows:int
-    worst:float # largest difference of a logit (with top-k: of a log-probability)
-    mean:float # of the rows' largest differences
-    share:float # the largest difference, divided by the largest number of its row (or by 1)
+    worst:float
+    mean:float
+    share:float
     dtype:str
 
     def __str__(self):

@@ -22,12 +22,17 @@ SHARD_BYTES = 64*2**20
 
 @dataclass
 class Forecast:
-    "The size of a cache, known before the teacher runs"
+    """The size of a cache, known before the teacher runs.
+
+    Attributes:
+        bytes: Of the rows that are still missing.
+        free: Bytes on the disk; None where that is not known.
+    """
     samples:int
     views:int
     bytes_per_view:int
-    bytes:int # of the rows that are still missing
-    free:int|None # bytes on the disk; None where that is not known
+    bytes:int
+    free:int|None
 
     def __str__(self):
         disk = '' if self.free is None else f', {self.free/1e9:.2f} GB free'
@@ -46,21 +51,30 @@ def check_views(views):
 
 
 def write_cache(
-    path, # folder or URL
+    path,
     source:Source,
     wish:Wish,
     *,
-    views:int=1, # augmented views of each sample; 0: the clean one
-    seed:int=0, # of the random numbers
-    force:bool=False, # overwrite a cache that doesn't fit, instead of raising an error
-    progress=None, # fn(rows done, rows in all, bytes done), called after each batch
-    forecast=None, # fn(Forecast), called before the teacher runs
+    views:int=1,
+    seed:int=0,
+    force:bool=False,
+    progress=None,
+    forecast=None,
     shard_bytes:int=SHARD_BYTES
 ) -> TeacherCache:
     """Write the missing shards, and open the cache.
 
-    If the cache has fewer views, these are kept and the others are added. Under torch.distributed, each rank writes its
-    share"""
+    If the cache has fewer views, these are kept and the others are added. Under torch.distributed,
+    each rank writes its share.
+
+    Args:
+        path: Folder or URL.
+        views: Augmented views of each sample; 0: the clean one.
+        seed: Of the random numbers.
+        force: Overwrite a cache that doesn't fit, instead of raising an error.
+        progress: fn(rows done, rows in all, bytes done), called after each batch.
+        forecast: fn(Forecast), called before the teacher runs.
+    """
     check_views(views)
     if not len(source.keys): raise DistillError("There are no samples: there is nothing to write.")
     where = open_folder(path)
@@ -77,7 +91,7 @@ def write_cache(
 
 
 def _begin(where, source, layout, views, seed, force, shard_bytes):
-    "(manifest of the finished cache, checksums of the shards that it already has)"
+    """(manifest of the finished cache, checksums of the shards that it already has)."""
     rows = max(shard_bytes//layout.bytes//source.bs, 1)*source.bs
     m = Manifest(len(source.keys), views, seed, layout, rows, source.bs, source.teacher,
                  dict(keys=f'{hash_of(source.keys.tobytes()):016x}', root=source.root), source.transforms, source.vocab,
@@ -102,7 +116,7 @@ def _begin(where, source, layout, views, seed, force, shard_bytes):
 
 
 def changed_now(where, paths) -> str:
-    "A text that names the samples' files that changed. If none did, their new times are stored"
+    """A text that names the samples' files that changed. If none did, their new times are stored."""
     try: record = None if paths is None else read_record(where, len(paths))
     except DistillError as e: return str(e)
     if record is None: return ''
@@ -114,7 +128,9 @@ def changed_now(where, paths) -> str:
 
 
 def _reopen(where, old, m, keys):
-    "The same for an existing cache: its manifest with the views that are requested now, checksums of intact shards"
+    """The same for an existing cache: its manifest with the views that are requested now, checksums
+    of intact shards.
+    """
     clear(where, '.tmp')
     new = replace(old, views=m.views, samples=m.samples, shards=[], complete=False, doubt=m.doubt or old.doubt)
     if where.size('keys.bin') != len(keys) or where.read('keys.bin') != keys: where.write('keys.bin', keys)
@@ -134,7 +150,9 @@ def _reopen(where, old, m, keys):
 CACHE_FILES = re.compile(r'(manifest\.json|keys\.bin|files\.bin|view\d{3,}/\d{6,}\.(bin|json))(\.\d+\.tmp)?')
 
 def clear(where, ending='', only=None):
-    "Remove a cache's files, and no others. The manifest goes first: without it, the other files are not a cache"
+    """Remove a cache's files, and no others. The manifest goes first: without it, the other files
+    are not a cache.
+    """
     for n in sorted(where.names(), key=lambda n: n != 'manifest.json'):
         if not CACHE_FILES.fullmatch(n) or not n.endswith(ending) or only is not None and n not in only: continue
         if not (ending and n == 'manifest.json'): where.remove(n)
@@ -144,7 +162,9 @@ def note_of(name): return name.replace('.bin', '.json')
 
 
 def note_checksum(where, shard) -> str|None:
-    "The checksum of a shard, from the file beside it; None if the shard is missing or has another size"
+    """The checksum of a shard, from the file beside it; None if the shard is missing or has another
+    size.
+    """
     *_,name,size = shard
     if where.size(name) != size or not 0 < (where.size(note_of(name)) or 0) < 1000: return None
     try:
@@ -162,7 +182,7 @@ def finished(where, shard):
 
 
 def _write_shards(where, source, m, todo, progress):
-    "Run the teacher over the samples of these shards"
+    """Run the teacher over the samples of these shards."""
     done,total = 0,sum(m.rows_of(i) for _,i,*_ in todo)
     # one pass of the DataLoader writes a limited number of shards, since all its tasks are in one list
     some = max(2**20//m.shard_rows, 1)
@@ -177,7 +197,7 @@ def _write_shards(where, source, m, todo, progress):
 
 
 def _write_shard(where, m, name, n, batches):
-    "Yields the number of rows of each batch"
+    """Yields the number of rows of each batch."""
     bs,buf = m.batch_size,np.empty((n, m.layout.bytes), np.uint8)
     for row in range(0, n, bs):
         rows = m.layout.encode(next(batches))
@@ -192,7 +212,7 @@ def _write_shard(where, m, name, n, batches):
 
 
 def _finish(where, m, done):
-    "Complete the manifest with the checksums of all files"
+    """Complete the manifest with the checksums of all files."""
     if m.complete: return
     shards = list(m.all_shards())
     sums = {**notes(where, [s for s in shards if s[2] not in done]), **done,
@@ -208,5 +228,7 @@ def tasks_of(source, view, first, n): return view*len(source.keys) + np.arange(f
 
 
 def padded(tasks, bs):
-    "Tasks in whole batches: the last one is repeated. The outputs of its repetitions are discarded later"
+    """Tasks in whole batches: the last one is repeated. The outputs of its repetitions are
+    discarded later.
+    """
     return np.concatenate([tasks, np.repeat(tasks[-1:], -len(tasks) % bs)])

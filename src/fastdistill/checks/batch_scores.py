@@ -16,7 +16,9 @@ METRICS = dict(softmax='accuracy', sigmoid='accuracy per label', regression='squ
 
 
 class Tally:
-    "Counts over a few batches, added batch by batch, since all their outputs may be too large to keep"
+    """Counts over a few batches, added batch by batch, since all their outputs may be too large to
+    keep.
+    """
     def __init__(self, task):
         self.task,self.n_labels,self.sums,self.confusion = task,0,0.,None
         self.scores,self.tops = dict(teacher=[], student=[]),dict(train=[], valid=[]) # one number per item
@@ -25,11 +27,17 @@ class Tally:
 
     def add(
         self,
-        t:Tensor, # the teacher's outputs for a validation batch
-        y:Tensor|None=None, # labels, from `fit_labels`
-        s:Tensor|None=None # the student's outputs
+        t:Tensor,
+        y:Tensor|None=None,
+        s:Tensor|None=None
     ):
-        "Count a validation batch"
+        """Count a validation batch.
+
+        Args:
+            t: The teacher's outputs for a validation batch.
+            y: Labels, from `fit_labels`
+            s: The student's outputs.
+        """
         t,s = (None if o is None else o.float() for o in (t, s))
         self.add_probabilities(t, 'valid')
         if y is None: return
@@ -38,7 +46,9 @@ class Tally:
         dict(softmax=self.add_classes, sigmoid=self.add_labels, regression=self.add_numbers)[self.task.kind](t, y)
 
     def add_probabilities(self, t, part):
-        "The largest probability of each item (mean over its positions), in the 'train' or 'valid' part of the data"
+        """The largest probability of each item (mean over its positions), in the 'train' or 'valid'
+        part of the data.
+        """
         kind,axis = self.task.kind,self.task.axis
         self.finite = self.finite and not unusable(t, self.task)
         self.between = self.between and bool((t >= 0).all() and (t <= 1).all())
@@ -48,16 +58,16 @@ class Tally:
         self.tops[part].append(p.reshape(len(p), -1).mean(1).cpu())
 
     def counts(self, y):
-        "(B, positions): which labels count"
+        """(B, positions): which labels count."""
         y = y.reshape(len(y), -1)
         return y != self.task.ignore_index if self.task.kind == 'softmax' else torch.ones_like(y, dtype=torch.bool)
 
     def counted(self, y):
-        "(B,): which items have labels that count"
+        """(B,): which items have labels that count."""
         return self.counts(y).any(1).cpu()
 
     def item_scores(self, o, y):
-        "(B,) share of the right predictions in each item, or minus its squared error"
+        """(B,) share of the right predictions in each item, or minus its squared error."""
         kind,rows = self.task.kind,lambda v: v.reshape(len(v), -1).float()
         if kind == 'regression': return -rows(o-y).pow(2).mean(1).cpu()
         right = o.argmax(self.task.axis) == y if kind == 'softmax' else (o > 0) == (y > .5)
@@ -65,8 +75,9 @@ class Tally:
         return ((rows(right)*counts).sum(1)/counts.sum(1)).cpu()
 
     def add_classes(self, t, y):
-        """For each class: its amount, how much of it is recognized, and how much is predicted to be it. An item counts
-        1, shared by its positions"""
+        """For each class: its amount, how much of it is recognized, and how much is predicted to be
+        it. An item counts 1, shared by its positions.
+        """
         c,counts = t.shape[self.task.axis],self.counts(y).cpu()
         p,y = (o.reshape(len(o), -1).cpu()[counts] for o in (t.argmax(self.task.axis), y))
         w = (counts.double()/counts.sum(1, keepdim=True).clamp_min(1))[counts]
@@ -80,14 +91,15 @@ class Tally:
         self.confusion = table if self.confusion is None else self.confusion + table
 
     def add_labels(self, t, y):
-        """For each label: items with and without it, the sums of the probabilities predicted for these and those, and
-        the sum of their squares"""
+        """For each label: items with and without it, the sums of the probabilities predicted for
+        these and those, and the sum of their squares.
+        """
         p,y = (o.reshape(len(o), -1).cpu().double() for o in (t.sigmoid(), y > .5))
         self.sums = self.sums + torch.stack([y.sum(0), (1-y).sum(0), (p*y).sum(0), (p*(1-y)).sum(0), p.pow(2).sum(0)])
         self.n_labels += len(y)
 
     def add_numbers(self, t, y):
-        "For each output: squared error, sum of the targets, sum of their squares"
+        """For each output: squared error, sum of the targets, sum of their squares."""
         t,y = (o.reshape(len(o), -1).cpu().double() for o in (t, y))
         self.sums = self.sums + torch.stack([(t-y).pow(2).sum(0), y.sum(0), y.pow(2).sum(0)])
         self.n_labels += len(y)
@@ -100,17 +112,23 @@ class Tally:
 
     @property
     def constant(self):
-        "Score of the best constant prediction"
+        """Score of the best constant prediction."""
         if self.task.kind == 'regression': return -self.variance()
         if self.task.kind == 'softmax': return (self.sums[0].max()/self.sums[0].sum()).item()
         return (self.sums[:2].amax(0)/self.sums[:2].sum(0)).mean().item()
 
     def above(
-        self, a, b, # scores of the same items
-        least:float=SLIGHT, # of the way from the constant prediction to a perfect one
-        sure:float=SURE # p-value
+        self, a, b,
+        least:float=SLIGHT,
+        sure:float=SURE
     ):
-        "Are the scores `a` above the scores `b`, by more than chance explains for so few items?"
+        """Are the scores `a` above the scores `b`, by more than chance explains for so few items?
+
+        Args:
+            a, b: Scores of the same items.
+            least: Of the way from the constant prediction to a perfect one.
+            sure: p-value.
+        """
         if len(a) < FEW: return False
         way = (0. if self.task.kind == 'regression' else 1.) - self.constant
         return (a-b).double().mean().item()/max(way, 1e-9) > least and p_above(a, b) < sure
@@ -120,16 +138,20 @@ class Tally:
         return self.above(self.items('teacher'), self.constant, least, sure)
 
     def recall(self):
-        """(mean share of a class's samples that the teacher recognizes, its standard deviation if predictions had
-        nothing to do with labels, number of classes). Without a relation, the mean share is 1 divided by this number"""
+        """(mean share of a class's samples that the teacher recognizes, its standard deviation if
+        predictions had nothing to do with labels, number of classes). Without a relation, the mean
+        share is 1 divided by this number.
+        """
         have,hit,said = self.sums[:, self.sums[0] > 0]
         p = said/self.sums[0].sum()
         # subtle: an item with many positions counts as one, since its positions are alike
         return (hit/have).mean().item(),(p*(1-p)/have).sum().sqrt().item()/len(have),len(have)
 
     def knows_classes(self):
-        """Do the teacher's predictions tell more about the labels than luck explains? By the mean over classes, which
-        is fair to rare ones, or by the mean over items, which is fair to many classes with few items each"""
+        """Do the teacher's predictions tell more about the labels than luck explains? By the mean
+        over classes, which is fair to rare ones, or by the mean over items, which is fair to many
+        classes with few items each.
+        """
         recall,sd,k = self.recall()
         if k < 2: return True
         if (lead := recall - 1/k) <= 0: return False
@@ -140,8 +162,10 @@ class Tally:
         return items.mean().item() - luck > SLIGHT*(1-luck) and p_above(items, luck) < KNOWS
 
     def knows_labels(self):
-        """(mean probability predicted for labels that an item has, for labels that it does not have, is the first one
-        higher by more than luck explains?); None if no label is there in some items and absent in others"""
+        """(mean probability predicted for labels that an item has, for labels that it does not
+        have, is the first one higher by more than luck explains?); None if no label is there in
+        some items and absent in others.
+        """
         have = self.sums[:, (self.sums[:2] > 0).all(0)]
         if not have.shape[1]: return None
         n1,n0,p1,p0,squares = have
@@ -151,7 +175,7 @@ class Tally:
         return (p1/n1).mean().item(),(p0/n0).mean().item(),lead > 0 and enough
 
     def facts(self):
-        "The scores and the probabilities, as numbers"
+        """The scores and the probabilities, as numbers."""
         mean = lambda o: torch.cat(o).mean().item() if o else None
         score = lambda v: None if v is None else -v if self.task.kind == 'regression' else v
         # a softmax over probabilities means nothing
@@ -163,11 +187,16 @@ class Tally:
 
 
 def p_above(
-    a, # (items,) scores
-    b # of the same items; or a number
+    a,
+    b
 ) -> float:
-    """p-value of a mean of `a` above that of `b`, one-sided. Right and wrong predictions are counted exactly, by a
-    binomial test; other scores get a t-test"""
+    """p-value of a mean of `a` above that of `b`, one-sided. Right and wrong predictions are
+    counted exactly, by a binomial test; other scores get a t-test.
+
+    Args:
+        a: (items,) scores.
+        b: Of the same items; or a number.
+    """
     from scipy import stats
     are = lambda o, *values: bool(torch.isin(o, torch.tensor(values, dtype=o.dtype)).all())
     if not isinstance(b, Tensor) and are(a, 0., 1.):

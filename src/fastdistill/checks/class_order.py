@@ -1,4 +1,6 @@
-"Are the teacher's classes in another order than the student's? Their names show it, or a confusion table."
+"""Are the teacher's classes in another order than the student's? Their names show it, or a
+confusion table.
+"""
 from dataclasses import dataclass
 import torch
 from torch import Tensor
@@ -9,19 +11,34 @@ __all__ = ['ClassMap', 'map_classes', 'reordered_classes']
 
 @dataclass
 class ClassMap:
-    "Where the student's classes are among the teacher's"
-    same:bool # the same classes in the same order
-    order:list|None # the teacher's position of each of the student's classes; None if `same`, or if some are missing
-    missing:list # classes that the teacher does not have
-    extra:list # classes that only the teacher has
-    shared:list # classes that both have, in the student's order
+    """Where the student's classes are among the teacher's.
+
+    Attributes:
+        same: The same classes in the same order.
+        order: The teacher's position of each of the student's classes; None if `same`, or if
+            some are missing.
+        missing: Classes that the teacher does not have.
+        extra: Classes that only the teacher has.
+        shared: Classes that both have, in the student's order.
+    """
+    same:bool
+    order:list|None
+    missing:list
+    extra:list
+    shared:list
 
 
 def map_classes(
-    student, # names of the student's classes, in the order of its outputs; None if they have none
-    teacher # names of the teacher's classes
+    student,
+    teacher
 ) -> ClassMap|None:
-    "Compare the classes of two models and their order; None if one of the two has no names"
+    """Compare the classes of two models and their order; None if one of the two has no names.
+
+    Args:
+        student: Names of the student's classes, in the order of its outputs; None if they have
+            none.
+        teacher: Names of the teacher's classes.
+    """
     if student is None or teacher is None: return None
     student,teacher = list(map(str, student)),list(map(str, teacher))
     missing,extra = [c for c in student if c not in teacher],[c for c in teacher if c not in student]
@@ -31,11 +48,17 @@ def map_classes(
 
 
 def reordered_classes(
-    tally, # of the teacher's predictions
+    tally,
     teacher,
-    names=None # of the student's classes
+    names=None
 ):
-    "(accuracy in the new order, finding), if the teacher recognizes far more with its outputs in another order"
+    """(accuracy in the new order, finding), if the teacher recognizes far more with its outputs in
+    another order.
+
+    Args:
+        tally: Of the teacher's predictions.
+        names: Of the student's classes.
+    """
     if tally.confusion is None: return
     table = tally.confusion.sum(0)
     order,n,k = best_order(table),table.sum().item(),len(table)
@@ -54,7 +77,7 @@ def reordered_classes(
 
 
 def best_order(table:Tensor):
-    "The output for each class with which as many items as possible are recognized"
+    """The output for each class with which as many items as possible are recognized."""
     from scipy.optimize import linear_sum_assignment
     # subtle: each class gets one more item in the present order, so that classes without items keep their place
     return linear_sum_assignment((table + torch.eye(len(table))).numpy(), maximize=True)[1].tolist()
@@ -64,7 +87,9 @@ def hits(table, order): return table[torch.arange(len(order)), torch.tensor(orde
 
 
 def holds_elsewhere(halves):
-    "Does the order found in one half of the items recognize far more of the other half than the present order?"
+    """Does the order found in one half of the items recognize far more of the other half than the
+    present order?
+    """
     now = then = 0.
     for suggests,shows in (halves, halves.flip(0)):
         order = best_order(suggests)
@@ -75,7 +100,7 @@ def holds_elsewhere(halves):
 
 
 def moves_in_words(order, moved, names):
-    "Which classes are swapped; in a longer cycle, which output is which class"
+    """Which classes are swapped; in a longer cycle, which output is which class."""
     name = lambda i: repr(str(names[i])) if names is not None and len(names) == len(order) else f'class {i}'
     if all(order[order[i]] == i for i in moved):
         return few_names([f'{name(i)} and {name(order[i])}' for i in moved if i < order[i]], 5) + ' are swapped'

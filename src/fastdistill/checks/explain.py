@@ -1,4 +1,6 @@
-"Why a student that was trained is no better: what it took over from its teacher, and what stood in the way."
+"""Why a student that was trained is no better: what it took over from its teacher, and what stood
+in the way.
+"""
 from dataclasses import dataclass, field
 import torch
 from torch import Tensor
@@ -22,10 +24,12 @@ LITTLE = .1 # of the gradient, for the labels
 
 
 class Follow:
-    """How much of the teacher's predictions a student took over: 1 - d/d0, where d is the distance of their predictions
-    (KL at T=1, or squared error) and d0 that of the teacher's predictions from their own mean. 1: all, 0: no more than
-    the mean, less: it is farther away than the mean, as where it is surer than the teacher and wrong. `same` is the
-    share of predictions with the teacher's class"""
+    """How much of the teacher's predictions a student took over: 1 - d/d0, where d is the distance
+    of their predictions (KL at T=1, or squared error) and d0 that of the teacher's predictions from
+    their own mean. 1: all, 0: no more than the mean, less: it is farther away than the mean, as
+    where it is surer than the teacher and wrong. `same` is the share of predictions with the
+    teacher's class.
+    """
     def __init__(self, task):
         self.task,self.n,self.apart,self.own,self.sums,self.squares = task,0,0.,0.,0.,0.
         self.n_same = self.n_classes = 0
@@ -64,23 +68,34 @@ class Follow:
 
 @dataclass
 class Explanation:
-    "What was measured after training; None where there was nothing to measure"
+    """What was measured after training; None where there was nothing to measure.
+
+    Attributes:
+        n: Validation items that were scored.
+        teacher_score_train: On training items, with their augmentation.
+        follows_train: Share of the teacher's predictions that the student took over, see
+            `Follow`
+        repeats: Share of the teacher's mistakes on validation items that the student makes too.
+        top_prob_train: The teacher's largest probability, mean over training items.
+        shares: Of the gradient, at the first batch.
+        same_train: Share of predictions with the teacher's class; None for numbers.
+    """
     metric:str
-    n:int=0 # validation items that were scored
+    n:int=0
     teacher_score:float|None=None
     student_score:float|None=None
-    teacher_score_train:float|None=None # on training items, with their augmentation
-    follows_train:float|None=None # share of the teacher's predictions that the student took over, see `Follow`
+    teacher_score_train:float|None=None
+    follows_train:float|None=None
     follows_valid:float|None=None
-    repeats:float|None=None # share of the teacher's mistakes on validation items that the student makes too
-    top_prob_train:float|None=None # the teacher's largest probability, mean over training items
+    repeats:float|None=None
+    top_prob_train:float|None=None
     steps:int|None=None
-    shares:dict=field(default_factory=dict) # of the gradient, at the first batch
-    same_train:float|None=None # share of predictions with the teacher's class; None for numbers
+    shares:dict=field(default_factory=dict)
+    same_train:float|None=None
     same_valid:float|None=None
 
     def lines(self):
-        "In words: a line about the scores, a line about what the student took over"
+        """In words: a line about the scores, a line about what the student took over."""
         if self.n and self.student_score is not None:
             yield (f"{self.metric} on {self.n} validation items: "
                    f"{numbers_in_words(dict(teacher=self.teacher_score, student=self.student_score))}")
@@ -93,17 +108,29 @@ class Explanation:
 
 
 def explain_training(
-    teacher, # a `Teacher`
-    task, # what the student predicts
-    student, # its module, trained
-    valid, # (inputs, targets) of validation batches, both tuples
-    train=(), # the same of the training set, with its augmentation
+    teacher,
+    task,
+    student,
+    valid,
+    train=(),
     *,
-    steps:int|None=None, # of the training
-    shares=None, # part -> its share of the gradient, as `Distiller.gradient_shares` has them
-    output=None # which of the student's outputs is distilled
+    steps:int|None=None,
+    shares=None,
+    output=None
 ) -> Findings:
-    "Findings about a training that helped less than hoped, each with its number and what to try; `.facts` has them all"
+    """Findings about a training that helped less than hoped, each with its number and what to try;
+    `.facts` has them all.
+
+    Args:
+        teacher: A `Teacher`
+        task: What the student predicts.
+        student: Its module, trained.
+        valid: (inputs, targets) of validation batches, both tuples.
+        train: The same of the training set, with its augmentation.
+        steps: Of the training.
+        shares: Part -> its share of the gradient, as `Distiller.gradient_shares` has them.
+        output: Which of the student's outputs is distilled.
+    """
     tallies,follows,mistakes = (Tally(task), Tally(task)),(Follow(task), Follow(task)),[0., 0.]
     with guarded_random_state(), teacher:
         for i,batches in enumerate((valid, train)):
@@ -127,7 +154,7 @@ def explain_training(
 
 
 def add_mistakes(counts, s, t, y, task):
-    "Count the teacher's mistakes, and those that the student makes too"
+    """Count the teacher's mistakes, and those that the student makes too."""
     s,t = s.argmax(task.axis),t.argmax(task.axis)
     wrong = (t != y) & (y != task.ignore_index)
     counts[0] += wrong.sum().item()
@@ -139,9 +166,13 @@ def as_percent(v): return f'{max(v, 0.):.0%}' if v > -.005 else 'less than 0%'
 
 def reasons(
     f:Explanation,
-    valid:Tally # of the validation set
+    valid:Tally
 ):
-    "What the numbers say, the likeliest reason first"
+    """What the numbers say, the likeliest reason first.
+
+    Args:
+        valid: Of the validation set.
+    """
     score = f"{f.metric} {f.teacher_score:.3f} and {f.student_score:.3f}, on {f.n} validation items" if f.n else ''
     if f.n: yield from no_better(score, valid.items('teacher'), valid.items('student'), valid)
     yield from does_not_follow(f)
@@ -162,7 +193,7 @@ def reasons(
 
 
 def no_better(score, teacher, student, valid):
-    "The teacher has nothing to teach that shows in this score"
+    """The teacher has nothing to teach that shows in this score."""
     if len(teacher) < FEW:
         yield Finding('note', f"Too few items to compare the models ({score}: teacher and student)",
                       "A larger validation set shows whether the teacher is better")
@@ -175,7 +206,7 @@ def no_better(score, teacher, student, valid):
 
 
 def does_not_follow(f):
-    "The student's predictions are not the teacher's, on training items or on others alone"
+    """The student's predictions are not the teacher's, on training items or on others alone."""
     if f.follows_train is not None and f.follows_train < FOLLOWS:
         steps = f" after {f.steps} steps" if f.steps else ''
         what = 'predictions' if f.same_train is None else 'probabilities'
@@ -190,7 +221,7 @@ def does_not_follow(f):
 
 
 def other_view(f):
-    "The teacher gets inputs that are changed more than it was trained for"
+    """The teacher gets inputs that are changed more than it was trained for."""
     if not f.n or f.teacher_score_train is None or f.metric == METRICS['regression']: return
     if f.teacher_score - f.teacher_score_train > .1:
         yield Finding('warning', "The teacher predicts worse on training items as they are augmented "

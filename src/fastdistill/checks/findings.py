@@ -12,42 +12,59 @@ def few_names(names, n): return ', '.join(map(str, names[:n])) + (' ...' if len(
 
 @dataclass
 class Finding:
-    "One thing that was found, and what to do about it"
-    level:str # 'error': training would be wrong; 'warning': it would probably be wrong; 'note': worth knowing; 'ok': in
-    # order; '': a measurement
+    """One thing that was found, and what to do about it.
+
+    Attributes:
+        level: 'error': training would be wrong; 'warning': it would probably be wrong; 'note':
+            worth knowing; 'ok': in.
+        what: Order; '': a measurement.
+        doubt: Does it speak against learning much from this teacher?
+        about: What was checked, in a word or two.
+    """
+    level:str
     what:str
     do:str
-    doubt:bool=False # does it speak against learning much from this teacher?
-    about:str='' # what was checked, in a word or two
+    doubt:bool=False
+    about:str=''
 
     def __str__(self): return f"{self.level}: {self.what}. {self.do}"
 
 
 @dataclass
 class Facts:
-    "Measurements on a few batches; None where there was nothing to measure"
-    metric:str # of the three scores: 'accuracy', 'accuracy per label' or 'squared error' (less is better)
-    n:int=0 # validation items that were scored
+    """Measurements on a few batches; None where there was nothing to measure.
+
+    Attributes:
+        metric: Of the three scores: 'accuracy', 'accuracy per label' or 'squared error' (less
+            is better).
+        n: Validation items that were scored.
+        student_score: Before training.
+        constant_score: Of the best prediction that is the same for all items.
+        top_prob_train: The teacher's mean top probability on training batches, augmented.
+        top_prob_valid: The same on validation batches.
+    """
+    metric:str
+    n:int=0
     teacher_score:float|None=None
-    student_score:float|None=None # before training
-    constant_score:float|None=None # of the best prediction that is the same for all items
-    top_prob_train:float|None=None # the teacher's mean top probability on training batches, augmented
-    top_prob_valid:float|None=None # the same on validation batches
+    student_score:float|None=None
+    constant_score:float|None=None
+    top_prob_train:float|None=None
+    top_prob_valid:float|None=None
 
     @property
     def scores(self):
-        "The scores as text; empty if there are none"
+        """The scores as text; empty if there are none."""
         scores = dict(teacher=self.teacher_score, student=self.student_score, constant=self.constant_score)
         return f"{self.metric} on {self.n} validation items: {numbers_in_words(scores)}" if self.n else ''
 
     @property
     def probabilities(self):
-        "The mean top probabilities as text; empty if there are none"
+        """The mean top probabilities as text; empty if there are none."""
         words = numbers_in_words(dict(training=self.top_prob_train, validation=self.top_prob_valid))
         return f"teacher's mean top probability: {words}" if words else ''
 
     def lines(self):
-        "A line of text about the scores, and one about the probabilities"
+        """A line of text about the scores, and one about the probabilities."""
         yield from filter(None, (self.scores, self.probabilities))
 
 
@@ -57,8 +74,9 @@ def numbers_in_words(values):
 
 
 class Findings(list):
-    """The doctor's findings: a list, empty if nothing is wrong. `facts` are its measurements, `in_order` are the checks
-    that found nothing"""
+    """The doctor's findings: a list, empty if nothing is wrong. `facts` are its measurements,
+    `in_order` are the checks that found nothing.
+    """
     facts:Facts|None = None # None: an error was found before anything could be measured
     passed:tuple = () # of what was checked and looked right, see `in_order`
     none = 'Nothing found: the teacher fits.' # the text of an empty list
@@ -68,33 +86,45 @@ class Findings(list):
         return '\n'.join([*facts, *(map(str, self) if self else [self.none])])
 
     def add(
-        self, about:str, # what was checked
-        found=(), # what the check found
-        fine:str='' # what is in order if it found nothing; empty: there was nothing to check
+        self, about:str,
+        found=(),
+        fine:str=''
     ) -> list:
-        "Add the findings of a check, which are returned too"
+        """Add the findings of a check, which are returned too.
+
+        Args:
+            about: What was checked.
+            found: What the check found.
+            fine: What is in order if it found nothing; empty: there was nothing to check.
+        """
         new = [f if f.about else replace(f, about=about) for f in found]
         self += new
         if fine and not new: self.passed = *self.passed,Finding('ok', fine, '', about=about)
         return new
 
     def join(
-        self, others # `Findings` of later checks
+        self, others
     ):
-        "Add all that another check found and measured"
+        """Add all that another check found and measured.
+
+        Args:
+            others: `Findings` of later checks.
+        """
         self += others
         self.passed,self.facts = (*self.passed, *others.passed),others.facts
         return self
 
     @property
     def in_order(self):
-        "The checks that found nothing, each as a `Finding` of level 'ok'"
+        """The checks that found nothing, each as a `Finding` of level 'ok'."""
         subjects = {f.about for f in self}
         return [f for f in self.passed if f.about not in subjects]
 
     @property
     def doubt(self) -> str:
-        "The first thing that speaks against learning much from this teacher; empty if nothing does"
+        """The first thing that speaks against learning much from this teacher; empty if nothing
+        does.
+        """
         return next((f.what for f in self if f.doubt or f.level in ('warning', 'error')), '')
 
     @property
@@ -102,9 +132,13 @@ class Findings(list):
 
     def enforce(
         self,
-        facts:bool=True # print them too
+        facts:bool=True
     ):
-        "Print the facts and the notes, warn about the warnings, raise the errors"
+        """Print the facts and the notes, warn about the warnings, raise the errors.
+
+        Args:
+            facts: Print them too.
+        """
         if facts and self.facts is not None and rank() == 0: print('fastdistill:', '; '.join(self.facts.lines()))
         for f in self:
             if f.level == 'note' and rank() == 0: print(f'fastdistill: {f.what}. {f.do}')

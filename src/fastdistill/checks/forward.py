@@ -12,13 +12,13 @@ __all__ = ['guarded_random_state', 'run_student', 'student_logits', 'teacher_log
 
 @contextmanager
 def guarded_random_state():
-    "Restore the global generators of Python, NumPy and PyTorch, also those of GPUs, at the end"
+    """Restore the global generators of Python, NumPy and PyTorch, also those of GPUs, at the end."""
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with RandomGuard(), torch.random.fork_rng(gpus): yield
 
 
 def run_student(student, x):
-    "The student's raw outputs for inputs `x`, as in a training step"
+    """The student's raw outputs for inputs `x`, as in a training step."""
     student = unwrap(student)
     args,kwargs = arguments(student, x)
     return student(*args, **kwargs)
@@ -26,14 +26,19 @@ def run_student(student, x):
 
 def student_logits(
     student,
-    x, # tuple: the batch's inputs
-    output=None # which of its outputs is distilled, as in `Outputs.of`
+    x,
+    output=None
 ):
-    "The student's logits, in evaluation mode. The student does not change"
+    """The student's logits, in evaluation mode. The student does not change.
+
+    Args:
+        x: Tuple: the batch's inputs.
+        output: Which of its outputs is distilled, as in `Outputs.of`
+    """
     return Outputs.of(dry_run(student, *x), output=output).logits
 
 
 def teacher_logits(teacher, x):
-    "The teacher's logits, from a fresh hidden state"
+    """The teacher's logits, from a fresh hidden state."""
     teacher.reset()
     return Outputs.of(teacher(*x)).logits

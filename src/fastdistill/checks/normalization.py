@@ -1,4 +1,6 @@
-"Does the teacher get images in another normalization than in its training? The usual normalizations are tried."
+"""Does the teacher get images in another normalization than in its training? The usual
+normalizations are tried.
+"""
 import torch
 from torch import Tensor
 from ..teachers.images import affine, is_image, stats_of
@@ -17,11 +19,16 @@ ENOUGH = .9 # of the way from a constant prediction to a perfect one: such a tea
 
 
 def renormalized_images(
-    tally, # of the teacher's predictions
+    tally,
     teacher, task,
-    batches # (inputs, labels) of the first validation batches
+    batches
 ):
-    "(score with it, finding), if the teacher is clearly better with another usual normalization"
+    """(score with it, finding), if the teacher is clearly better with another usual normalization.
+
+    Args:
+        tally: Of the teacher's predictions.
+        batches: (inputs, labels) of the first validation batches.
+    """
     now = tally.items('teacher')
     if not can_renormalize(teacher, batches) or tally.above_constant(least=ENOUGH): return
     others = {k: t for k,(stats,_) in USUAL.items() if (t := with_stats(teacher, stats, batches)) is not None}
@@ -43,13 +50,15 @@ def images_in(x): return [o for o in x if isinstance(o, Tensor) and is_image(o)]
 
 
 def can_renormalize(teacher, batches):
-    "One teacher of color or gray images whose normalization is known"
+    """One teacher of color or gray images whose normalization is known."""
     if teacher.members or teacher.input_stats is None: return False
     return all(len(o) == 1 and o[0].shape[1] in (1, 3) for o in [images_in(xb) for xb,_ in batches])
 
 
 def with_stats(teacher, stats, batches):
-    "The teacher with images normalized in this way; None if it gets them so already, or if that is not possible"
+    """The teacher with images normalized in this way; None if it gets them so already, or if that
+    is not possible.
+    """
     now = teacher.input_stats if teacher.stats is None else teacher.stats
     image, = images_in(batches[0][0])
     if len(stats_of(stats)[0]) not in (1, image.shape[1]) or affine(now, stats_of(stats)) is None: return None
@@ -57,7 +66,7 @@ def with_stats(teacher, stats, batches):
 
 
 def scores_with(teacher, tally, task, batches):
-    "(items,) the teacher's score on each item of these batches"
+    """(items,) the teacher's score on each item of these batches."""
     with teacher: outs = [(teacher_logits(teacher, xb).float(), yb[0]) for xb,yb in batches]
     scores = []
     for t,y in outs:

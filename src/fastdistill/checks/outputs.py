@@ -1,4 +1,6 @@
-"Checks of a teacher's outputs for a few batches: do they fit the student's, and does the teacher know the task?"
+"""Checks of a teacher's outputs for a few batches: do they fit the student's, and does the teacher
+know the task?
+"""
 from dataclasses import replace
 from itertools import chain
 import torch
@@ -22,18 +24,32 @@ KEPT = 4 # batches that are stored to run the teacher on them again
 
 
 def check_outputs(
-    teacher, # a `Teacher`
-    task, # what the student predicts
-    batches, # of the validation set: (inputs, targets) of each, both tuples
-    student=None, # its module; None: unknown
+    teacher,
+    task,
+    batches,
+    student=None,
     *,
-    train=(), # batches of the training set, augmented: only probabilities are measured there
-    recipe=None, # recipe or term of the training; None: unknown
-    names=None, # of the student's classes
-    output=None, # which of the student's outputs is distilled, as in `Outputs.of`
-    place=None # fn(inputs, logits, targets) -> the targets, each where it is predicted; None: there they are
+    train=(),
+    recipe=None,
+    names=None,
+    output=None,
+    place=None
 ) -> Findings:
-    "Findings about the teacher's outputs for a few batches. `.facts` are the scores of both models and of a constant"
+    """Findings about the teacher's outputs for a few batches. `.facts` are the scores of both
+    models and of a constant.
+
+    Args:
+        teacher: A `Teacher`
+        task: What the student predicts.
+        batches: Of the validation set: (inputs, targets) of each, both tuples.
+        student: Its module; None: unknown.
+        train: Batches of the training set, augmented: only probabilities are measured there.
+        recipe: Recipe or term of the training; None: unknown.
+        names: Of the student's classes.
+        output: Which of the student's outputs is distilled, as in `Outputs.of`
+        place: fn(inputs, logits, targets) -> the targets, each where it is predicted; None:
+            there they are.
+    """
     found,tally,kept,t = Findings(),Tally(task),[],None
     with guarded_random_state(), teacher:
         for training,xb,yb in chain(((False, *b) for b in batches), ((True, *b) for b in train)):
@@ -77,25 +93,35 @@ def check_outputs(
 
 
 def refused(about, found):
-    "Findings that end the check"
+    """Findings that end the check."""
     out = Findings()
     out.add(about, found)
     return out
 
 
 def any_outputs(recipe):
-    "Does it compare layers, or outputs of which classes may differ? Then the teacher's need not fit the student's"
+    """Does it compare layers, or outputs of which classes may differ? Then the teacher's need not
+    fit the student's.
+    """
     terms = getattr(recipe, 'terms', [recipe])
     return recipe is not None and all(t.layers is not None or t.match != 'shape' for t in terms)
 
 
 def check_batch(
-    s, # the student's outputs; None: unknown
-    t, # the teacher's, for all classes; None: unknown
-    y, # labels; None: there are none
-    task # what the student predicts
+    s,
+    t,
+    y,
+    task
 ) -> Findings:
-    "Outputs that would broadcast, a class axis or labels that do not fit, and probabilities in place of logits"
+    """Outputs that would broadcast, a class axis or labels that do not fit, and probabilities in
+    place of logits.
+
+    Args:
+        s: The student's outputs; None: unknown.
+        t: The teacher's, for all classes; None: unknown.
+        y: Labels; None: there are none.
+        task: What the student predicts.
+    """
     if s is None: return Findings()
     # subtle: outputs that differ and do not broadcast are left to the losses; one of the user's own may compare some of
     # the classes
@@ -108,12 +134,12 @@ def check_batch(
 
 
 def single_teachers(teacher):
-    "The members of an ensemble, and their members; for a single teacher, itself"
+    """The members of an ensemble, and their members; for a single teacher, itself."""
     return [o for m in teacher.members for o in single_teachers(m)] or [teacher]
 
 
 def unsteady(teacher, xb, t):
-    "Outputs that change from call to call, or with the other samples of the batch"
+    """Outputs that change from call to call, or with the other samples of the batch."""
     if teacher.mode == 'train' or teacher.combine == 'sample': return       # the user asked for it
     def near(a, b):
         largest = b.nan_to_num(0, 0, 0).abs().max().item()      # logits of excluded classes may be -inf
@@ -140,7 +166,7 @@ def untrained(teacher):
 
 
 def probabilities(tally, task):
-    "Values that no student can learn from, and probabilities in place of logits"
+    """Values that no student can learn from, and probabilities in place of logits."""
     if not tally.finite:
         yield Finding('error', "The teacher's outputs are nan or infinite, and so would be the student's weights",
                       "Are its inputs finite? Does it overflow in half precision?")

@@ -8,7 +8,7 @@ __all__ = ['norms_in_words', 'norms_of', 'order_in_words', 'outputs_in_words', '
 
 
 def shapes_in_words(s, t, y):
-    "Shapes of the student's outputs, the teacher's, and the labels; None: unknown"
+    """Shapes of the student's outputs, the teacher's, and the labels; None: unknown."""
     labels = None if y is None else tuple(y.shape)
     shapes = dict(student=s and tuple(s), teacher=tuple(t), labels=labels)
     return ', '.join(f'{k} {v}' for k,v in shapes.items() if v is not None)
@@ -20,7 +20,7 @@ def steady_in_words(teacher):
 
 
 def norms_of(teacher):
-    "The batch-norms of a teacher that have statistics"
+    """The batch-norms of a teacher that have statistics."""
     return [m for mod in teacher.modules for m in mod.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
 
@@ -40,7 +40,7 @@ def outputs_in_words(tally):
 
 
 def order_in_words(tally):
-    "The accuracy in the best order of the teacher's outputs beside that in their own"
+    """The accuracy in the best order of the teacher's outputs beside that in their own."""
     if tally.confusion is None: return ''
     table = tally.confusion.sum(0)
     n,best = table.sum().item(),hits(table, best_order(table)).sum().item()
@@ -48,6 +48,6 @@ def order_in_words(tally):
 
 
 def unknown_normalization(teacher, batches):
-    "Of a teacher that does not tell its own"
+    """Of a teacher that does not tell its own."""
     if teacher.stats is not None or not can_renormalize(teacher, batches): return ''
     return "the teacher's is unknown; no usual one scores clearly better than the student's"

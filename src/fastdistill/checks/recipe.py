@@ -12,13 +12,20 @@ __all__ = ['check_recipe']
 
 
 def check_recipe(
-    recipe, # a recipe or a term; None: there is none
-    student, # module; None: its layers are not checked
+    recipe,
+    student,
     teacher,
-    x, # inputs of a batch
-    n_classes # of a softmax; None if the outputs are no softmax
+    x,
+    n_classes
 ):
-    "Findings about terms that would train nothing, or something meaningless"
+    """Findings about terms that would train nothing, or something meaningless.
+
+    Args:
+        recipe: A recipe or a term; None: there is none.
+        student: Module; None: its layers are not checked.
+        x: Inputs of a batch.
+        n_classes: Of a softmax; None if the outputs are no softmax.
+    """
     for term in getattr(recipe, 'terms', [] if recipe is None else [recipe]):
         if term.layers is None and n_classes == 2: yield from two_classes(term)
         if term.layers is not None and student is not None: yield from frozen_layers(term, student, teacher, x)
@@ -37,7 +44,7 @@ def two_classes(term):
 
 
 def frozen_layers(term, student, teacher, x):
-    "Layers without a trained parameter in them or before them: their features do not change"
+    """Layers without a trained parameter in them or before them: their features do not change."""
     if all(p.requires_grad for p in student.parameters()): return
     pairs = pair(student, teacher, x, layers=term.layers, match=term.match, projector=term.projector)
     with untouched(student), torch.enable_grad(), Taps(student, dict.fromkeys(p.student for p in pairs)) as taps:

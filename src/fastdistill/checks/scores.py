@@ -15,14 +15,22 @@ FEWEST = 64 # items that show this
 
 
 def low_score(
-    tally, # of a few validation batches
+    tally,
     teacher, task,
-    student, # module; None: unknown
-    batches, # (inputs, labels) of some of them
-    names, # of the student's classes; None: unknown
-    trained:bool # does the teacher seem trained at all?
+    student,
+    batches,
+    names,
+    trained:bool
 ):
-    "Why the teacher predicts badly: the first explanation that fits, the more precise ones first"
+    """Why the teacher predicts badly: the first explanation that fits, the more precise ones first.
+
+    Args:
+        tally: Of a few validation batches.
+        student: Module; None: unknown.
+        batches: (inputs, labels) of some of them.
+        names: Of the student's classes; None: unknown.
+        trained: Does the teacher seem trained at all?
+    """
     if not tally.n_labels: return
     cures = []
     # an untrained teacher also prefers some output for some class
@@ -35,13 +43,13 @@ def low_score(
 
 
 def embedding_rows(modules):
-    "Rows of the largest embedding in these modules; None if there is none"
+    """Rows of the largest embedding in these modules; None if there is none."""
     sizes = [m.num_embeddings for o in modules for m in o.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
     return max(sizes, default=None)
 
 
 def other_tokens(tally, teacher, student, batches):
-    "Token ids of another tokenizer are valid, but have another meaning"
+    """Token ids of another tokenizer are valid, but have another meaning."""
     t,s = embedding_rows(teacher.modules),None if student is None else embedding_rows([student])
     ids = [o for o in tensors_in(batches[0][0]) if not o.is_floating_point()]
     if None in (t, s) or t == s or not ids or tally.above_constant(least=0.): return
@@ -82,7 +90,7 @@ def saturated(facts, task):
 
 
 def hesitant(tally):
-    "A teacher whose soft labels may mislead, as after a training that was stopped early"
+    """A teacher whose soft labels may mislead, as after a training that was stopped early."""
     kind,f = tally.task.kind,tally.facts()
     if None in (f.teacher_score, f.top_prob_valid) or f.n < FEWEST: return
     if kind == 'softmax' and f.teacher_score - f.top_prob_valid > HESITANT:
@@ -99,13 +107,13 @@ def hesitant(tally):
 
 
 def label_probs(tally):
-    "Mean probabilities: of the labels that items have, and of the labels that they do not have"
+    """Mean probabilities: of the labels that items have, and of the labels that they do not have."""
     n_with,n_without,p_with,p_without = tally.sums[:4].sum(1).tolist()
     return p_with/max(n_with, 1),p_without/max(n_without, 1)
 
 
 def chance(tally):
-    "A teacher that is no better than a constant prediction"
+    """A teacher that is no better than a constant prediction."""
     # subtle: the measures are fair to a teacher that is badly calibrated, and to rare classes
     if why := dict(softmax=classes_known, sigmoid=labels_known, regression=numbers_known)[tally.task.kind](tally):
         way,text = why

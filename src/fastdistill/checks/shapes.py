@@ -9,14 +9,19 @@ __all__ = ['UnknownId', 'broadcasts', 'checked_ids', 'mismatches', 'unknown_id',
 
 
 class UnknownId(Exception):
-    "A batch has an id for which an embedding has no row. The message names it"
+    """A batch has an id for which an embedding has no row. The message names it."""
 
 
 @contextmanager
 def checked_ids(
-    teacher # a `Teacher`, which runs inside
+    teacher
 ):
-    "Embeddings of the teacher check the ids that they get. On a GPU, an unknown id would end the process"
+    """Embeddings of the teacher check the ids that they get. On a GPU, an unknown id would end the
+    process.
+
+    Args:
+        teacher: A `Teacher`, which runs inside.
+    """
     named = {m: k for k,m in teacher.named_modules().items() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     def check(m, args, kwargs):
         ids,n = args[0] if args else kwargs['input'],m.num_embeddings
@@ -39,12 +44,19 @@ def unknown_id(error):
 
 
 def mismatches(
-    s, # shape of the student's outputs; None: unknown
-    t, # shape of the teacher's
-    y, # the labels; None: there are none
+    s,
+    t,
+    y,
     task
 ):
-    "Outputs and labels that do not fit each other. Only the first mistake, since others follow from it"
+    """Outputs and labels that do not fit each other. Only the first mistake, since others follow
+    from it.
+
+    Args:
+        s: Shape of the student's outputs; None: unknown.
+        t: Shape of the teacher's.
+        y: The labels; None: there are none.
+    """
     for look in (outputs_differ, axis_missing, one_class, labels_fractional, axis_differs, labels_beyond):
         if (f := look(s, t, y, task)) is not None:
             yield f
@@ -106,7 +118,7 @@ def labels_beyond(s, t, y, task):
 
 
 def unscored(t, y, task):
-    "Labels of another shape, which the user's own loss function may accept"
+    """Labels of another shape, which the user's own loss function may accept."""
     if y is not None and fit_labels(y, t, task) is None:
         yield Finding('note', f"The labels have shape {tuple(y.shape)}, the outputs {tuple(t)}, so the teacher's score "
                       "cannot be measured",

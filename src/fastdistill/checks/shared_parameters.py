@@ -5,10 +5,15 @@ __all__ = ['none_shared', 'shared_parameters']
 
 
 def shared_parameters(
-    student, # module; None: unknown
-    teacher # a `Teacher`
+    student,
+    teacher
 ):
-    "Parameters that the student trains must not be the teacher's"
+    """Parameters that the student trains must not be the teacher's.
+
+    Args:
+        student: Module; None: unknown.
+        teacher: A `Teacher`
+    """
     if student is None: return
     ids = teacher.parameters_ids
     if both := [n for n,p in student.named_parameters() if id(p) in ids]:
@@ -18,7 +23,7 @@ def shared_parameters(
 
 
 def none_shared(student, teacher):
-    "What a check that found none shows; empty if there was nothing to compare"
+    """What a check that found none shows; empty if there was nothing to compare."""
     if student is None or not teacher.parameters_ids: return ''
     n = sum({id(p): p.numel() for m in teacher.modules for p in m.parameters()}.values())
     return f'{sum(p.numel() for p in student.parameters()):,} of the student, {n:,} of the teacher, none shared'

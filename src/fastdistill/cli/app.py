@@ -43,7 +43,7 @@ def options(
 
 
 def main():
-    "Run the command. Errors and warnings are one line each. After an error the exit code is 2"
+    """Run the command. Errors and warnings are one line each. After an error the exit code is 2."""
     console,show_other = Console(stderr=True, highlight=False, soft_wrap=True),warnings.showwarning
     def show(message, category, *args, **kwargs):
         if issubclass(category, DistillWarning):
@@ -67,15 +67,21 @@ def number_of_process(): return int(os.environ.get('RANK', 0))
 
 
 def wait_for_launcher(seconds):
-    """Several processes end one after the other, and the error of the first to end is the cause. The launcher, such as
-    torchrun, ends the others while they wait here"""
+    """Several processes end one after the other, and the error of the first to end is the cause.
+    The launcher, such as torchrun, ends the others while they wait here.
+    """
     if int(os.environ.get('WORLD_SIZE', 1)) > 1: time.sleep(seconds)
 
 
 def in_flags(
-    text:str # a message of the library, which names Python's arguments
+    text:str
 ):
-    "The same message with the command line's flags: `views=8` is `--views 8`, `force=True` is `--force`"
+    """The same message with the command line's flags: `views=8` is `--views 8`, `force=True` is
+    `--force`.
+
+    Args:
+        text: A message of the library, which names Python's arguments.
+    """
     have = {o.lstrip('-').replace('-', '_') for c in commands(typer.main.get_command(app)) for p in c.params
             for o in p.opts}
     def flag(m):
@@ -88,6 +94,6 @@ def in_flags(
 
 
 def commands(command):
-    "A command and all commands below it"
+    """A command and all commands below it."""
     yield command
     for c in getattr(command, 'commands', {}).values(): yield from commands(c)

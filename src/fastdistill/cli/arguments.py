@@ -1,4 +1,6 @@
-"What commands have in common: the models, data and recipes that the user names. Nothing here imports PyTorch."
+"""What commands have in common: the models, data and recipes that the user names. Nothing here
+imports PyTorch.
+"""
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -15,7 +17,7 @@ def in_python(name): return '.py:' in name or name.endswith('.py')
 
 
 def in_file(name):
-    "(file, name) of 'file.py:name', if there is such a file"
+    """(file, name) of 'file.py:name', if there is such a file."""
     file,_,attr = name.rpartition(':')
     if not file.endswith('.py') or not attr:
         raise DistillError(f"{name!r}: give a file and a name in it, as in 'train.py:dls'.")
@@ -24,13 +26,13 @@ def in_file(name):
 
 
 def python_name(name):
-    "An argument 'file.py:name'"
+    """An argument 'file.py:name'."""
     if name is not None: in_file(name)
     return name
 
 
 def named_model(name):
-    "An argument that names a model; a run's folder becomes the student in it"
+    """An argument that names a model; a run's folder becomes the student in it."""
     if in_python(name): return python_name(name)
     file = exported_student(name)
     if not Path(file).is_file() and not Path(file).is_dir():
@@ -39,19 +41,19 @@ def named_model(name):
 
 
 def named_models(texts):
-    "Arguments 'teacher=teacher.pkl'"
+    """Arguments 'teacher=teacher.pkl'."""
     return [f'{name}={named_model(what)}' for name,what in map(split_name, texts)]
 
 
 def split_name(text):
-    "('teacher', 'teacher.pkl') of 'teacher=teacher.pkl'"
+    """('teacher', 'teacher.pkl') of 'teacher=teacher.pkl'."""
     name,_,what = text.partition('=')
     if not name or not what: raise DistillError(f"{text!r}: give a name and a model, as in big=teacher.pkl")
     return name,what
 
 
 def recipe_names(texts):
-    "Recipes as text, or 'file.py:name'"
+    """Recipes as text, or 'file.py:name'."""
     for o in [texts] if isinstance(texts, str) else texts or []:
         if in_python(o): in_file(o)
     return texts

@@ -11,17 +11,26 @@ __all__ = ['dataloaders', 'load_model_with_data', 'load_named_learner', 'load_ob
 
 
 def load_teacher(
-    name:str # 'file.py:name', or a file that `Teacher` takes
+    name:str
 ):
-    "The object of 'file.py:name'. Any other name is returned, for `Teacher` to load"
+    """The object of 'file.py:name'. Any other name is returned, for `Teacher` to load.
+
+    Args:
+        name: 'file.py:name', or a file that `Teacher` takes.
+    """
     return load_object(name, called) if in_python(name) else name
 
 
 def load_named_learner(
-    name:str, # 'file.py:name', or the file of an exported Learner
-    data:str|None=None # 'file.py:name' of its DataLoaders; None: its own, or those of its run
+    name:str,
+    data:str|None=None
 ):
-    "A Learner with data"
+    """A Learner with data.
+
+    Args:
+        name: 'file.py:name', or the file of an exported Learner.
+        data: 'file.py:name' of its DataLoaders; None: its own, or those of its run.
+    """
     from .training.exported import learner_in_file
     dls = None if data is None else load_object(data, dataloaders)
     if not in_python(name): return learner_in_file(name, dls)
@@ -34,7 +43,7 @@ def of_run(name): return Path(name).suffix == '.pkl' and (Path(name).parent/'con
 
 
 def load_model_with_data(name):
-    "What `load_teacher` returns; of the folder of a run, a Learner with the data of the run"
+    """What `load_teacher` returns; of the folder of a run, a Learner with the data of the run."""
     return load_named_learner(name) if of_run(name) else load_teacher(name)
 
 
@@ -46,10 +55,15 @@ def load_recipe(
 
 
 def load_object(
-    name:str, # 'file.py:name'
-    use # fn(object) -> what to return
+    name:str,
+    use
 ):
-    "Run a file and return an object from it"
+    """Run a file and return an object from it.
+
+    Args:
+        name: 'file.py:name'.
+        use: fn(object) -> what to return.
+    """
     file,attr = in_file(name)
     module = module_of(Path(file).resolve())
     if not hasattr(module, attr):
@@ -58,7 +72,7 @@ def load_object(
 
 
 def names_in_file(file):
-    "Public names that a file defines itself, whatever kind of object they are"
+    """Public names that a file defines itself, whatever kind of object they are."""
     names = []
     for node in ast.parse(Path(file).read_text()).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)): names.append(node.name)
@@ -69,7 +83,7 @@ def names_in_file(file):
 
 @cache
 def module_of(file):
-    "The file as a module, run once, since data and teacher may come from the same file"
+    """The file as a module, run once, since data and teacher may come from the same file."""
     # subtle: the module gets the file's name, if no other module has it, so that pickles of its classes can be loaded
     name = file.stem if file.stem not in sys.modules else f'{file.stem}_'
     spec = importlib.util.spec_from_file_location(name, file)
@@ -85,7 +99,7 @@ def module_of(file):
 
 @contextmanager
 def own_mistakes(file):
-    "An error in the user's file is one line, which names the failing line of the file"
+    """An error in the user's file is one line, which names the failing line of the file."""
     try: yield
     except DistillError: raise
     except Exception as e:
@@ -95,13 +109,13 @@ def own_mistakes(file):
 
 
 def called(o):
-    "The result of a function without required arguments; any other object unchanged"
+    """The result of a function without required arguments; any other object unchanged."""
     needs = lambda p: p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     return o() if inspect.isroutine(o) and not any(map(needs, inspect.signature(o).parameters.values())) else o
 
 
 def dataloaders(o):
-    "fastai DataLoaders: the object itself, the result of a function, or a Learner's"
+    """fastai DataLoaders: the object itself, the result of a function, or a Learner's."""
     o = called(o)
     o = getattr(o, 'dls', o)
     if not hasattr(o, 'loaders'):
@@ -111,7 +125,7 @@ def dataloaders(o):
 
 
 def learner(o):
-    "A fastai Learner: the object itself, or the result of a function"
+    """A fastai Learner: the object itself, or the result of a function."""
     o = called(o)
     if not hasattr(o, 'distill_find'):
         raise DistillError(f"A {type(o).__name__} is neither a fastai Learner nor a function without arguments that "

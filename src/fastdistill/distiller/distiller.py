@@ -36,32 +36,48 @@ LACKS = ("the chosen recipe and the measured gradients, which checkpoints of ear
 
 
 class Distiller(RecipeLoss):
-    """A student, its teacher, and a recipe: `distiller(x, y)` is one batch. Its parameters are the student's and the
-    projectors', never the teacher's. `with distiller.teacher:` around a loop gets the teacher ready once, and not for
-    each batch. `state_dict()` holds all that a training needs to continue, but for the optimizer's state"""
+    """A student, its teacher, and a recipe: `distiller(x, y)` is one batch. Its parameters are the
+    student's and the projectors', never the teacher's. `with distiller.teacher:` around a loop gets
+    the teacher ready once, and not for each batch. `state_dict()` holds all that a training needs
+    to continue, but for the optimizer's state.
+
+    Args:
+        student: What is trained; None if only `compute` is used, without layers.
+        teacher: A `Teacher`, or what it takes: a module, a callable, a file, a list of these.
+        recipe: `kd()`, `kd() + at()`, a `Term`, or a text such as 'kd(T=2) + at()'; None or
+            'auto': `auto` chooses at the first batch, by the outputs.
+        task_loss: fn(student logits, *targets): the labels' own loss; None: cross-entropy,
+            binary cross-entropy or squared error.
+        kind: What the logits are: 'softmax' over classes, 'sigmoid' per label, or 'regression';
+            None: what `task_loss` takes, if that is PyTorch's, else 'softmax'.
+        axis: Class axis; None: `task_loss`'s, else 1.
+        ignore_index: Positions with this label do not count; None: `task_loss`'s, else -100.
+        shift_labels: Labels of a language model stand where their tokens stand (Hugging Face's
+            way), and not where they are predicted: True moves them for the terms and for the
+            loss that None chooses. None: seen in the first batch, or asked for.
+        output: Which of several outputs is distilled, of the student and of a teacher that is
+            not yet a `Teacher`: a name, an index, or a function of what the model returned;
+            None: the one called 'logits' or 'out', or the first of a tuple.
+        check: Look for mistakes: parameters that both models share, and in the first batch what
+            `Distiller.check` finds.
+        example: A batch of inputs, to build projectors before an optimizer asks for their
+            parameters.
+    """
 
     def __init__(
         self,
-        student:nn.Module|None, # what is trained; None if only `compute` is used, without layers
-        teacher, # a `Teacher`, or what it takes: a module, a callable, a file, a list of these
-        recipe=None, # `kd()`, `kd() + at()`, a `Term`, or a text such as 'kd(T=2) + at()'; None or 'auto': `auto`
-        # chooses at the first batch, by the outputs
+        student:nn.Module|None,
+        teacher,
+        recipe=None,
         *,
-        task_loss=None, # fn(student logits, *targets): the labels' own loss; None: cross-entropy, binary cross-entropy
-        # or squared error
-        kind:str|None=None, # what the logits are: 'softmax' over classes, 'sigmoid' per label, or 'regression'; None:
-        # what `task_loss` takes, if that is PyTorch's, else 'softmax'
-        axis:int|None=None, # class axis; None: `task_loss`'s, else 1
-        ignore_index:int|None=None, # positions with this label do not count; None: `task_loss`'s, else -100
-        shift_labels:bool|None=None, # labels of a language model stand where their tokens stand (Hugging Face's way),
-        # and not where they are predicted: True moves them for the terms and for the loss that None chooses. None: seen
-        # in the first batch, or asked for
-        output=None, # which of several outputs is distilled, of the student and of a teacher that is not yet a
-        # `Teacher`: a name, an index, or a function of what the model returned; None: the one called 'logits' or 'out',
-        # or the first of a tuple
-        check:bool=True, # look for mistakes: parameters that both models share, and in the first batch what
-        # `Distiller.check` finds
-        example=None # a batch of inputs, to build projectors before an optimizer asks for their parameters
+        task_loss=None,
+        kind:str|None=None,
+        axis:int|None=None,
+        ignore_index:int|None=None,
+        shift_labels:bool|None=None,
+        output=None,
+        check:bool=True,
+        example=None
     ):
         recipe = as_recipe(recipe)
         super().__init__(Recipe() if recipe is None else recipe, task_for(task_loss, kind, axis, ignore_index))
@@ -85,7 +101,9 @@ class Distiller(RecipeLoss):
         self.chosen = [recipe.text, recipe.why, recipe.kind] if hasattr(recipe, 'text') else None # if `auto` chose it
 
     def choose(self, logits, x:tuple, labels:bool):
-        "Take the recipe that `auto` chooses for such outputs and such a teacher, and batches with or without labels"
+        """Take the recipe that `auto` chooses for such outputs and such a teacher, and batches with
+        or without labels.
+        """
         ask = lambda: all_classes(self.teacher.probe(*x), Outputs(logits)).logits
         doubt = 'the teacher is in doubt, see above' if self.doubt else None
         chosen = of_first(chosen_for(logits.shape, self.task, ask, labels, doubt))
@@ -95,12 +113,16 @@ class Distiller(RecipeLoss):
     # checkpoints
 
     def get_extra_state(self) -> Tensor:
-        "What a checkpoint holds beside weights: as a tensor, so that it can be stored wherever weights can"
+        """What a checkpoint holds beside weights: as a tensor, so that it can be stored wherever
+        weights can.
+        """
         state = dict(recipe=self.chosen, ratios=self.ratios.state_dict(), shift_labels=self.shift_labels)
         return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state:Tensor):
-        "Continue with what was chosen and measured. A recipe with different terms that was chosen already is kept"
+        """Continue with what was chosen and measured. A recipe with different terms that was chosen
+        already is kept.
+        """
         state = json.loads(bytes(state.tolist()))
         if self.automatic and state['recipe'] is not None:
             recipe = chosen_before(*state['recipe'])
@@ -125,21 +147,29 @@ class Distiller(RecipeLoss):
         return super().parameters(recurse)
 
     def check_names(self):
-        "Refuse layers that the models don't have, before any batch"
+        """Refuse layers that the models don't have, before any batch."""
         for t in self.layered: check_names(self.student, self.teacher, t.layers)
 
     def check(
         self,
-        x, # a DataLoader, or a list of batches (inputs, labels), best of a validation set; or the inputs of one batch
-        *targets, # the labels of one batch
-        n:int=BATCHES # number of batches to read of a DataLoader
+        x,
+        *targets,
+        n:int=BATCHES
     ) -> Findings:
         """What would go wrong in silence: a list of findings, empty if nothing is wrong.
 
-        Of a DataLoader, a few batches show the scores of both models and of a constant prediction (`.facts`), a teacher
-        that seems untrained, or whose classes are in another order, and all that `Learner.check_teacher` finds without
-        a Learner. A teacher in doubt gets a small part of the recipe that is chosen for you. One batch shows outputs
-        and labels that do not fit. Both models stay as they are"""
+        Of a DataLoader, a few batches show the scores of both models and of a constant prediction
+        (`.facts`), a teacher that seems untrained, or whose classes are in another order, and all
+        that `Learner.check_teacher` finds without a Learner. A teacher in doubt gets a small part
+        of the recipe that is chosen for you. One batch shows outputs and labels that do not fit.
+        Both models stay as they are.
+
+        Args:
+            x: A DataLoader, or a list of batches (inputs, labels), best of a validation set; or
+                the inputs of one batch.
+            *targets: The labels of one batch.
+            n: Number of batches to read of a DataLoader.
+        """
         if not targets and is_loader(x):
             with own_generators(x): return self.check_batches(map(inputs_and_labels, x), n)
         x = inputs(x)
@@ -148,12 +178,18 @@ class Distiller(RecipeLoss):
 
     def check_batches(
         self,
-        batches, # (inputs, labels) of each, the labels as a tuple
-        n:int=BATCHES, # how many are read
+        batches,
+        n:int=BATCHES,
         *,
-        placed:bool=False # is each label where it is predicted already?
+        placed:bool=False
     ) -> Findings:
-        "As `check`, for batches that are split already"
+        """As `check`, for batches that are split already.
+
+        Args:
+            batches: (inputs, labels) of each, the labels as a tuple.
+            n: How many are read.
+            placed: Is each label where it is predicted already?
+        """
         found,device = Findings(),next((p.device for p in self.student.parameters()), None)
         found.add('parameters', shared_parameters(self.student, self.teacher), none_shared(self.student, self.teacher))
         here = ((inputs(x), y) for x,y in islice(batches, n))
@@ -171,7 +207,9 @@ class Distiller(RecipeLoss):
         return check_batch(s, t, y, self.task)
 
     def check_first(self, student, teacher, targets):
-        "Refuse the mistakes of the first batch, and of the first batch for which the teacher runs"
+        """Refuse the mistakes of the first batch, and of the first batch for which the teacher
+        runs.
+        """
         parts = {'labels'} if teacher is None else {'labels', 'outputs'}
         if not parts & self.unchecked: return
         self.unchecked -= parts
@@ -180,8 +218,9 @@ class Distiller(RecipeLoss):
     def own_parameters(self): return [p for p in self.links.parameters() if p.requires_grad]
 
     def setup(self, *x):
-        """Pair layers and build projectors, from one evaluation-mode probe that changes nothing, the random state
-        included"""
+        """Pair layers and build projectors, from one evaluation-mode probe that changes nothing,
+        the random state included.
+        """
         student = self.student
         cuda = sorted({p.device.index for p in student.parameters() if p.is_cuda})
         with torch.random.fork_rng(cuda):
@@ -197,13 +236,17 @@ class Distiller(RecipeLoss):
         return self
 
     def student_layers(
-        self, terms=None # of these terms, as `active_terms` gives them; None: of all
+        self, terms=None
     ) -> list:
-        "The student's layers that the terms compare"
+        """The student's layers that the terms compare.
+
+        Args:
+            terms: Of these terms, as `active_terms` gives them; None: of all.
+        """
         return self._layers(0, terms)
 
     def teacher_layers(self, terms=None) -> list:
-        "The teacher's layers that the terms compare"
+        """The teacher's layers that the terms compare."""
         return self._layers(1, terms)
 
     def _layers(self, i, terms):
@@ -212,32 +255,51 @@ class Distiller(RecipeLoss):
 
     def teacher_outputs(
         self,
-        x, # the batch's inputs, as `forward` takes them
-        progress:float|None=None # share of the training that is done, for schedules
+        x,
+        progress:float|None=None
     ) -> Outputs|None:
-        "The teacher's outputs for a batch, with the layers that its terms compare; None where no term needs them"
+        """The teacher's outputs for a batch, with the layers that its terms compare; None where no
+        term needs them.
+
+        Args:
+            x: The batch's inputs, as `forward` takes them.
+            progress: Share of the training that is done, for schedules.
+        """
         terms = self.active_terms(progress)
         return self.teacher.outputs(inputs(x), layers=self.teacher_layers(terms)) if terms else None
 
     def student_outputs(
         self,
-        raw, # what the student returned
-        feats:dict, # what taps read
-        x # the batch's inputs, whose padded positions do not count
+        raw,
+        feats:dict,
+        x
     ) -> Outputs:
-        "The student's outputs, of several the one that `output` names, with the padding of the batch masked"
+        """The student's outputs, of several the one that `output` names, with the padding of the
+        batch masked.
+
+        Args:
+            raw: What the student returned.
+            feats: What taps read.
+            x: The batch's inputs, whose padded positions do not count.
+        """
         if self.output is None: warn_of_several(raw, self.student, 'The student', self.found)
         s = Outputs.of(raw, feats, output=self.output)
         return replace(s, mask=both(s.mask, padding_mask(inputs(x), s.logits.shape, self.task.axis)))
 
     def forward(
         self,
-        x, # the inputs: a tensor, a tuple of several, or a dict (passed by name where the model has arguments of these
-        # names)
-        *targets, # labels; none where the recipe gives them no weight
-        progress:float|None=None # share of the training that is done, for schedules
+        x,
+        *targets,
+        progress:float|None=None
     ) -> Distilled:
-        "Run student and teacher on a batch and compare them"
+        """Run student and teacher on a batch and compare them.
+
+        Args:
+            x: The inputs: a tensor, a tuple of several, or a dict (passed by name where the
+                model has arguments of these names).
+            *targets: Labels; none where the recipe gives them no weight.
+            progress: Share of the training that is done, for schedules.
+        """
         x = inputs(x)
         if not self.ready: self.setup(*x)
         terms,(args,kwargs) = self.active_terms(progress),arguments(self.student, x)
@@ -247,7 +309,9 @@ class Distiller(RecipeLoss):
         return self.after_student(raw, feats, x, targets, progress)
 
     def after_student(self, raw, feats, x, targets, progress):
-        "Ask the teacher and compare, for a batch on which the student ran: `raw` is what it returned"
+        """Ask the teacher and compare, for a batch on which the student ran: `raw` is what it
+        returned.
+        """
         s = self.student_outputs(raw, feats, x)
         if self.chooses: self.choose(s.logits, inputs(x), bool(targets))
         t = self.teacher_outputs(x, progress)
@@ -256,14 +320,14 @@ class Distiller(RecipeLoss):
         return self.compute(s, t, task, targets, progress=progress)
 
     def labels(self, x, logits, targets):
-        "The labels' own loss, and the targets each where it is predicted"
+        """The labels' own loss, and the targets each where it is predicted."""
         if not targets: return None,targets
         at = self.targets_at(x, logits, targets)
         if self.task_loss is not None: return self.task_loss(logits, *targets),at
         return labels_loss(logits, *at, task=self.task),at
 
     def targets_at(self, x, logits, targets):
-        "The targets, each where it is predicted: a language model predicts the next token"
+        """The targets, each where it is predicted: a language model predicts the next token."""
         if self.shift_labels is None and targets:
             self.shift_labels = labels_to_shift(x, targets[0], logits.shape, self.task, predicts_next(self.student))
             if self.shift_labels and rank() == 0:
@@ -273,7 +337,7 @@ class Distiller(RecipeLoss):
         return next_tokens(targets[0], self.task.ignore_index),*targets[1:]
 
     def _links(self, term, pairs, s, t):
-        "Of one term: a link for each pair, on the student's device"
+        """Of one term: a link for each pair, on the student's device."""
         modules = self.teacher.named_modules()
         for p in pairs:
             a,b = s[p.student],layer_output(t, p.teacher)
@@ -291,6 +355,6 @@ def is_loader(x):
 
 
 def own_generators(loader):
-    "Random generators of a DataLoader, which are as before at the end"
+    """Random generators of a DataLoader, which are as before at the end."""
     parts = ('dataset', 'sampler', 'batch_sampler', 'generator')
     return Generators(*(getattr(loader, k, None) for k in parts)).seeded(0)

@@ -13,29 +13,39 @@ __all__ = ['Heads', 'HeadsDistilled']
 
 @dataclass
 class HeadsDistilled:
-    "One batch's loss of several heads"
-    heads:dict[str,Distilled] # of each head, by name
-    weights:dict[str,float] # of each head
+    """One batch's loss of several heads.
+
+    Attributes:
+        heads: Of each head, by name.
+        weights: Of each head.
+    """
+    heads:dict[str,Distilled]
+    weights:dict[str,float]
 
     @property
     def total(self) -> Tensor:
-        "What to call `backward` on: the weighted sum of the heads' losses"
+        """What to call `backward` on: the weighted sum of the heads' losses."""
         return sum(self.weights[k]*v.total for k,v in self.heads.items())
 
     @property
     def parts(self) -> dict:
-        "The labels' loss and each term of each head, detached"
+        """The labels' loss and each term of each head, detached."""
         task = lambda v: {} if v.task is None else {'task': v.task.detach()}
         return {f'{k}.{n}': o for k,v in self.heads.items() for n,o in {**task(v), **v.parts}.items()}
 
 
 class Heads(nn.Module):
-    """Several `Distiller`s of one student, which runs once a batch: `Heads(color=Distiller(student, teacher, kd(),
-    output='color'), shape=...)`. `heads(x, y_color, y_shape)` is one batch"""
+    """Several `Distiller`s of one student, which runs once a batch: `Heads(color=Distiller(student,
+    teacher, kd(), output='color'), shape=...)`. `heads(x, y_color, y_shape)` is one batch.
+
+    Args:
+        weights: Name of a head -> weight of its loss; 1 if not given.
+        **heads: Each with the output that it compares, in the order of the labels.
+    """
     def __init__(
         self,
-        weights=None, # name of a head -> weight of its loss; 1 if not given
-        **heads:Distiller # each with the output that it compares, in the order of the labels
+        weights=None,
+        **heads:Distiller
     ):
         super().__init__()
         if len({id(d.student) for d in heads.values()}) != 1:
@@ -47,16 +57,22 @@ class Heads(nn.Module):
         self.heads,self.weights = nn.ModuleDict(heads),{k: 1. for k in heads} | dict(weights or {})
 
     def parameters(self, recurse=True):
-        "The student's and the projectors', each once"
+        """The student's and the projectors', each once."""
         return iter({id(p): p for d in self.heads.values() for p in d.parameters()}.values())
 
     def forward(
         self,
-        x, # the inputs, as `Distiller` takes them
-        *targets, # the labels of each head, in their order; None: this head has none
-        progress:float|None=None # share of the training that is done, for schedules
+        x,
+        *targets,
+        progress:float|None=None
     ) -> HeadsDistilled:
-        "Run the student once, and every teacher, and compare them head by head"
+        """Run the student once, and every teacher, and compare them head by head.
+
+        Args:
+            x: The inputs, as `Distiller` takes them.
+            *targets: The labels of each head, in their order; None: this head has none.
+            progress: Share of the training that is done, for schedules.
+        """
         if targets and len(targets) != len(self.heads):
             raise DistillError(f"{len(targets)} labels for {len(self.heads)} heads ({', '.join(self.heads)}): give one "
                                "for each, or None.")

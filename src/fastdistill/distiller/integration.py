@@ -1,4 +1,6 @@
-"What the faces of other trainers share: a Distiller that is complete before the optimizer, projectors, checkpoints."
+"""What the faces of other trainers share: a Distiller that is complete before the optimizer,
+projectors, checkpoints.
+"""
 from .distiller import Distiller
 from ..features.layer_pairs import inputs
 from ..checks.forward import student_logits
@@ -18,10 +20,15 @@ def needs_example(d:Distiller) -> bool:
 
 def check_first(
     d:Distiller,
-    batches, # (inputs, labels) of each; empty: there are none to look at
-    **options # of `Distiller.check_batches`
+    batches,
+    **options
 ):
-    "Look for mistakes before training, in the first process, so that all continue or all stop"
+    """Look for mistakes before training, in the first process, so that all continue or all stop.
+
+    Args:
+        batches: (inputs, labels) of each; empty: there are none to look at.
+        **options: Of `Distiller.check_batches`
+    """
     found = on_first(lambda: d.check_batches(batches, **options))
     d.doubt = found.doubt
     found.enforce()
@@ -29,10 +36,16 @@ def check_first(
 
 def complete(
     d:Distiller,
-    x, # a batch of the student's inputs
-    labels:bool=True # do the batches have labels?
+    x,
+    labels:bool=True
 ):
-    "Choose the recipe if none was given, pair layers and build projectors: the same ones in all processes"
+    """Choose the recipe if none was given, pair layers and build projectors: the same ones in all
+    processes.
+
+    Args:
+        x: A batch of the student's inputs.
+        labels: Do the batches have labels?
+    """
     x = inputs(x)
     if d.chooses: d.choose(student_logits(d.student, x, d.output), x, labels)
     if d.ready: return
@@ -42,18 +55,27 @@ def complete(
 
 def takes_part(
     d:Distiller,
-    progress:float|None # share of the training that is done
+    progress:float|None
 ) -> bool:
-    "Does distillation change the loss at this point? Else the trainer trains bit for bit as without it"
+    """Does distillation change the loss at this point? Else the trainer trains bit for bit as
+    without it.
+
+    Args:
+        progress: Share of the training that is done.
+    """
     return bool(d.active_terms(progress)) or d.recipe.task_at(progress) != 1
 
 
 def add_parameters(
-    optimizer, # of the student
+    optimizer,
     d:Distiller
 ):
-    """Let the student's optimizer train the projectors too. They join its first group, since a scheduler that exists
-    knows the present groups"""
+    """Let the student's optimizer train the projectors too. They join its first group, since a
+    scheduler that exists knows the present groups.
+
+    Args:
+        optimizer: Of the student.
+    """
     have = {id(p) for g in optimizer.param_groups for p in g['params']}
     optimizer.param_groups[0]['params'] += [p for p in d.own_parameters() if id(p) not in have]
 
@@ -63,15 +85,22 @@ def reset_gradients(d:Distiller):
 
 
 def training_state(d:Distiller) -> dict:
-    "What a checkpoint of the student and its optimizer lacks: projectors, the chosen recipe, and measured gradients"
+    """What a checkpoint of the student and its optimizer lacks: projectors, the chosen recipe, and
+    measured gradients.
+    """
     return dict(links=d.links.state_dict(), distiller=d.get_extra_state())
 
 
 def load_state(
-    d:Distiller, # complete
-    state:dict # as `training_state` gives it
+    d:Distiller,
+    state:dict
 ):
-    "Continue from a checkpoint"
+    """Continue from a checkpoint.
+
+    Args:
+        d: Complete.
+        state: As `training_state` gives it.
+    """
     if 'distiller' in state: d.set_extra_state(state['distiller'])
     elif rank() == 0: print(OLD_STATE)
     d.links.load_state_dict(state['links'])

@@ -6,7 +6,7 @@ __all__ = ['Agreement']
 
 
 class Agreement:
-    "Counts of a student and a teacher on the same positions, added batch by batch"
+    """Counts of a student and a teacher on the same positions, added batch by batch."""
     def __init__(self, kind): self.kind,self.sums = kind,{}
 
     def add(
@@ -19,7 +19,7 @@ class Agreement:
             self.sums[k] = self.sums.get(k, 0.) + v[counts].double().sum().item()
 
     def shares(self) -> dict:
-        "The shares and means; None where there is no such position"
+        """The shares and means; None where there is no such position."""
         n,s = self.sums.get('n', 0.),self.sums
         def per(k, of): return s[k]/of if of else None
         if self.kind == 'regression': return how_far_apart(s, n)
@@ -32,7 +32,7 @@ class Agreement:
 
 
 def split(a, b, y, one):
-    "What both predict, and where the teacher is right and wrong"
+    """What both predict, and where the teacher is right and wrong."""
     same,right = a == b,b == y
     return dict(n=one, same=same, right=right, same_right=same & right, same_wrong=same & ~right,
                 student_alone=(a == y) & ~right)
@@ -60,7 +60,7 @@ def compare_numbers(s, t):
 
 
 def how_far_apart(s, n):
-    "Distances of two predictions, and the correlation of their errors"
+    """Distances of two predictions, and the correlation of their errors."""
     if not n: return {}
     cov,va,vb = (s[i+j] - s[i]*s[j]/n for i,j in ('ab', 'aa', 'bb'))
     return dict(mae=s['abs']/n, rmse=(s['sq']/n)**.5, errors_correlation=cov/(va*vb)**.5 if va*vb > 0 else None)

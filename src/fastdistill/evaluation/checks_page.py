@@ -1,4 +1,6 @@
-"What was checked before a training, as a table: a mark, what was found with its number, and what to do."
+"""What was checked before a training, as a table: a mark, what was found with its number, and what
+to do.
+"""
 import io, shutil
 from .page import rendered
 from .text import escaped
@@ -11,10 +13,15 @@ LEVEL_CLASSES = dict(ok='good', warning='even', error='bad') # of the page's sty
 
 
 def print_checks(
-    check, # has a `title`, `rows()` with `level`, `about`, `what` and `do`, and a `verdict`
-    console=None # rich's; None: standard output
+    check,
+    console=None
 ):
-    "The table in a terminal"
+    """The table in a terminal.
+
+    Args:
+        check: Has a `title`, `rows()` with `level`, `about`, `what` and `do`, and a `verdict`
+        console: Rich's; None: standard output.
+    """
     from rich.console import Console
     from rich.table import Table
     table = Table(title=escaped(check.title), show_header=False, box=None, title_justify='left', title_style='bold',
@@ -30,7 +37,7 @@ def print_checks(
 
 
 def checks_as_text(check) -> str:
-    "The table without colors, as wide as the terminal"
+    """The table without colors, as wide as the terminal."""
     from rich.console import Console
     out = io.StringIO()
     # subtle: in a notebook, rich would display the table instead of writing it
@@ -40,6 +47,6 @@ def checks_as_text(check) -> str:
 
 
 def html_of_checks(check) -> str:
-    "The table for a notebook"
+    """The table for a notebook."""
     return rendered('checks.html', title=check.title, rows=check.rows(), verdict=check.verdict, marks=LEVEL_MARKS,
                     colors=LEVEL_CLASSES)

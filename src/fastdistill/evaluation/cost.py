@@ -17,10 +17,15 @@ SECONDS,LEAST_RUNS,MOST_RUNS = .5,20,1000 # of each measurement of time; runs in
 
 
 def cost_of(
-    teacher, # a started `Teacher`
-    x, # tuple: inputs of a large batch
+    teacher,
+    x,
 ) -> Cost:
-    "All but the times; None where it can't be counted"
+    """All but the times; None where it can't be counted.
+
+    Args:
+        teacher: A started `Teacher`
+        x: Tuple: inputs of a large batch.
+    """
     n_params = sum({id(p): p.numel() for m in teacher.modules for p in m.parameters()}.values())
     weights = weights_of_teacher(teacher)
     out = Cost(n_params or None, bytes=file_size(teacher) or weights or None)
@@ -32,14 +37,16 @@ def cost_of(
 
 
 def weights_of_teacher(teacher) -> int:
-    "Bytes of the parameters and buffers of a teacher's modules, each once"
+    """Bytes of the parameters and buffers of a teacher's modules, each once."""
     own = {id(t): t for m in teacher.modules for t in [*m.parameters(), *m.buffers()]}.values()
     return sum(t.numel()*t.element_size() for t in own)
 
 
 @contextmanager
 def unfused():
-    "Recurrent layers as products of matrices: the counter does not know the one operation that they are otherwise"
+    """Recurrent layers as products of matrices: the counter does not know the one operation that
+    they are otherwise.
+    """
     with warnings.catch_warnings(), cudnn.flags(enabled=False):
         warnings.filterwarnings('ignore', 'TF32 acceleration')      # PyTorch's, about its own default
         with mkldnn.flags(enabled=False): yield
@@ -51,16 +58,21 @@ def fresh_run(teacher, x):
 
 
 def file_size(teacher):
-    "Bytes of the files that the models were loaded from; 0 if one was not"
+    """Bytes of the files that the models were loaded from; 0 if one was not."""
     paths = [o.path for o in (teacher.members or [teacher])]
     return sum(Path(p).stat().st_size for p in paths) if all(paths) else 0
 
 
 def batch_of(
-    x, # tuple of inputs
-    n:int # samples, repeated if there are fewer
+    x,
+    n:int
 ) -> tuple:
-    "The first `n` samples of a batch"
+    """The first `n` samples of a batch.
+
+    Args:
+        x: Tuple of inputs.
+        n: Samples, repeated if there are fewer.
+    """
     items = items_in(x)
     if items is not None: items = items_at(items, [i % len(items) for i in range(n)])
     def fit(t):
@@ -71,7 +83,7 @@ def batch_of(
 
 
 class Peak(TorchDispatchMode):
-    "The most bytes of tensors that are alive at once, of those that are made inside"
+    """The most bytes of tensors that are alive at once, of those that are made inside."""
     def __init__(self):
         super().__init__()
         self.now,self.most,self.alive = 0,0,set()
@@ -99,7 +111,7 @@ class Peak(TorchDispatchMode):
 
 
 def peak_memory(teacher, x):
-    "Peak bytes of a forward pass, without the weights"
+    """Peak bytes of a forward pass, without the weights."""
     device = next((t.device for t in tensors_in(x)), torch.device('cpu'))
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
@@ -111,13 +123,22 @@ def peak_memory(teacher, x):
 
 
 def latencies(
-    teachers:dict, # name -> a started `Teacher`
-    x, # tuple: inputs of a batch
-    sizes, # of batches
-    seconds:float=SECONDS, # for each model and size
-    tick=lambda: None # called after each model and size
+    teachers:dict,
+    x,
+    sizes,
+    seconds:float=SECONDS,
+    tick=lambda: None
 ) -> dict:
-    "Name -> `Latency` for each size. The models take turns, so that whatever else the machine does hits all of them"
+    """Name -> `Latency` for each size. The models take turns, so that whatever else the machine
+    does hits all of them.
+
+    Args:
+        teachers: Name -> a started `Teacher`
+        x: Tuple: inputs of a batch.
+        sizes: Of batches.
+        seconds: For each model and size.
+        tick: Called after each model and size.
+    """
     out = {k: [] for k in teachers}
     for n in sizes:
         xn = batch_of(x, n)
@@ -130,7 +151,7 @@ def latencies(
 
 
 def bare_call(teacher, x):
-    "The model's own forward pass on prepared inputs, without the checks of a `Teacher`"
+    """The model's own forward pass on prepared inputs, without the checks of a `Teacher`."""
     fresh_run(teacher, x)      # the model is where it runs, and in its mode
     if teacher.members: return lambda: teacher(*x)
     device = next((t.device for t in tensors_in(x)), torch.device('cpu'))
@@ -141,14 +162,14 @@ def bare_call(teacher, x):
 
 
 def wait_for(x):
-    "The function that waits until a GPU is done"
+    """The function that waits until a GPU is done."""
     device = next((t.device for t in tensors_in(x)), torch.device('cpu'))
     return (lambda: torch.cuda.synchronize(device)) if device.type == 'cuda' else (lambda: None)
 
 
 @torch.inference_mode()
 def timed_in_turns(calls, seconds, wait, tick):
-    "Name -> seconds of each run"
+    """Name -> seconds of each run."""
     ts = {k: [] for k in calls}
     for call in calls.values():
         for _ in range(5): call()     # warm-up

@@ -12,7 +12,7 @@ REPORT_FORMAT = 1 # of the JSON file
 
 @dataclass
 class Estimate:
-    "A number, and the 95% bootstrap interval around it; None where there is nothing to measure"
+    """A number, and the 95% bootstrap interval around it; None where there is nothing to measure."""
     value:float|None=None
     low:float|None=None
     high:float|None=None
@@ -20,13 +20,18 @@ class Estimate:
 
 @dataclass
 class MeasureInfo:
-    "What a measure is called, and how its numbers are read"
+    """What a measure is called, and how its numbers are read.
+
+    Attributes:
+        higher: Is more better?
+        percent: A share from 0 to 1, shown as percent.
+    """
     label:str
-    higher:bool=True # is more better?
-    percent:bool=False # a share from 0 to 1, shown as percent
+    higher:bool=True
+    percent:bool=False
 
     def text(self, value, sign=False):
-        "A value as text, without its unit"
+        """A value as text, without its unit."""
         if value is None: return '–'
         v = 100*value if self.percent else value
         digits = (2 if 0 < abs(v) < .1 else 1) if self.percent else decimals(v)
@@ -40,15 +45,20 @@ class MeasureInfo:
 
 
 def decimals(v):
-    "Digits behind the point that show about four significant ones"
+    """Digits behind the point that show about four significant ones."""
     return 2 if abs(v) >= 10 else 3 if abs(v) >= 1 else 4
 
 
 @dataclass
 class Difference(Estimate):
-    "A difference of two models on the same samples, with its test"
-    p:float|None=None # probability of a difference at least as large if both were equally good
-    test:str='' # "McNemar's exact test" or 'paired permutation test'
+    """A difference of two models on the same samples, with its test.
+
+    Attributes:
+        p: Probability of a difference at least as large if both were equally good.
+        test: "McNemar's exact test" or 'paired permutation test'.
+    """
+    p:float|None=None
+    test:str=''
 
     @property
     def significant(self): return self.p is not None and self.p < .05
@@ -56,18 +66,28 @@ class Difference(Estimate):
 
 @dataclass
 class Comparison:
-    "A model against another one, on the same samples"
+    """A model against another one, on the same samples.
+
+    Attributes:
+        differences: Measure -> model minus the other.
+        recovered: Measure -> share of the teacher's lead; absent: no lead.
+    """
     model:str
     against:str
-    differences:dict[str,Difference]=field(default_factory=dict) # measure -> model minus the other
-    recovered:dict[str,Estimate]=field(default_factory=dict) # measure -> share of the teacher's lead; absent: no lead
+    differences:dict[str,Difference]=field(default_factory=dict)
+    recovered:dict[str,Estimate]=field(default_factory=dict)
 
 
 @dataclass
 class Latency:
-    "Times of one forward pass"
-    batch:int # samples in it
-    p50:float # median milliseconds
+    """Times of one forward pass.
+
+    Attributes:
+        batch: Samples in it.
+        p50: Median milliseconds.
+    """
+    batch:int
+    p50:float
     p95:float
     runs:int
 
@@ -77,54 +97,80 @@ class Latency:
 
 @dataclass
 class Cost:
-    "What a model costs; None where it can't be counted, as in an ONNX file"
+    """What a model costs; None where it can't be counted, as in an ONNX file.
+
+    Attributes:
+        macs: Multiply-accumulates of matrix products and convolutions, for one sample.
+        bytes: Of the model's file, or of its weights.
+        memory: Peak bytes during a forward pass of the large batch, weights included.
+        latency: At batch 1, and at a large batch.
+    """
     params:int|None=None
-    macs:int|None=None # multiply-accumulates of matrix products and convolutions, for one sample
-    bytes:int|None=None # of the model's file, or of its weights
-    memory:int|None=None # peak bytes during a forward pass of the large batch, weights included
-    latency:list[Latency]=field(default_factory=list) # at batch 1, and at a large batch
+    macs:int|None=None
+    bytes:int|None=None
+    memory:int|None=None
+    latency:list[Latency]=field(default_factory=list)
 
 
 @dataclass
 class ModelResult:
-    "All that was measured of one model"
-    role:str # 'teacher', 'baseline' or 'student'
-    kind:str='' # such as the name of its class or file
-    loss:float|None=None # the task's own loss
+    """All that was measured of one model.
+
+    Attributes:
+        role: 'teacher', 'baseline' or 'student'.
+        kind: Such as the name of its class or file.
+        loss: The task's own loss.
+        metrics: The Learner's own.
+        agreement: With the teacher.
+        reliability: For each bin of confidence: count, confidence, right.
+        classes: 'recall' and, for masks, 'iou' of each class.
+        history: Column of the training's table -> a number for each epoch.
+    """
+    role:str
+    kind:str=''
+    loss:float|None=None
     measures:dict[str,Estimate]=field(default_factory=dict)
-    metrics:dict[str,float|None]=field(default_factory=dict) # the Learner's own
-    agreement:dict[str,float|None]=field(default_factory=dict) # with the teacher
-    reliability:dict[str,list]=field(default_factory=dict) # for each bin of confidence: count, confidence, right
-    classes:dict[str,list]=field(default_factory=dict) # 'recall' and, for masks, 'iou' of each class
+    metrics:dict[str,float|None]=field(default_factory=dict)
+    agreement:dict[str,float|None]=field(default_factory=dict)
+    reliability:dict[str,list]=field(default_factory=dict)
+    classes:dict[str,list]=field(default_factory=dict)
     cost:Cost=field(default_factory=Cost)
-    history:dict[str,list]=field(default_factory=dict) # column of the training's table -> a number for each epoch
+    history:dict[str,list]=field(default_factory=dict)
 
     @property
     def calibration_error(self):
-        "The mean distance of confidence and accuracy over the bins (ECE); None for numbers"
+        """The mean distance of confidence and accuracy over the bins (ECE); None for numbers."""
         b = self.reliability
         if not b or not sum(b['count']): return None
         return sum(abs(c-r) for c,r in zip(b['confidence'], b['right']))/sum(b['count'])
 
 
 class JsonReport:
-    "A dataclass with a field `format` that is written as JSON, and read again"
+    """A dataclass with a field `format` that is written as JSON, and read again."""
     called = 'report' # in messages
     inside = {} # as `INSIDE`, of this class alone
 
     def to_json(
         self,
-        path=None # where to write it; None: return it as text
+        path=None
     ) -> str|Path:
-        "The report as JSON: the path, if it is written there, else its text"
+        """The report as JSON: the path, if it is written there, else its text.
+
+        Args:
+            path: Where to write it; None: return it as text.
+        """
         return write_text(json.dumps(finite(asdict(self)), indent=1, ensure_ascii=False, allow_nan=False) + '\n', path)
 
     @classmethod
     def from_json(
         cls,
-        source # path of a file, or the text itself
+        source
     ):
-        "The report that `to_json` wrote"
+        """The report that `to_json` wrote.
+
+        Args:
+            source: Path of a file, or the text itself.
+        """
         text = source if isinstance(source, str) and source.lstrip().startswith('{') else read(cls, Path(source))
         try: data = json.loads(text)
         except ValueError as e:
@@ -138,20 +184,33 @@ class JsonReport:
 
 @dataclass
 class ReportData(JsonReport):
-    "Models measured side by side on the same samples: data only, to JSON and back"
-    task:str # 'softmax', 'sigmoid' or 'regression'
-    headline:str # the measure by which the models are compared first
-    n:int # samples
-    unit:str='samples' # what they are: images, texts, rows ...
+    """Models measured side by side on the same samples: data only, to JSON and back.
+
+    Attributes:
+        task: 'softmax', 'sigmoid' or 'regression'.
+        headline: The measure by which the models are compared first.
+        n: Samples.
+        unit: What they are: images, texts, rows ...
+        info: Measure -> its name and direction.
+        teacher: Name of the model that is the teacher.
+        baseline: Name of the model that was trained without it.
+        classes: Names of the classes.
+        counts: Samples, or positions, of each class.
+        machine: Where the times were measured, and with which versions.
+    """
+    task:str
+    headline:str
+    n:int
+    unit:str='samples'
     title:str=''
-    info:dict[str,MeasureInfo]=field(default_factory=dict) # measure -> its name and direction
+    info:dict[str,MeasureInfo]=field(default_factory=dict)
     models:dict[str,ModelResult]=field(default_factory=dict)
     comparisons:list[Comparison]=field(default_factory=list)
-    teacher:str|None=None # name of the model that is the teacher
-    baseline:str|None=None # name of the model that was trained without it
-    classes:list[str]=field(default_factory=list) # names of the classes
-    counts:list[float]=field(default_factory=list) # samples, or positions, of each class
-    machine:dict=field(default_factory=dict) # where the times were measured, and with which versions
+    teacher:str|None=None
+    baseline:str|None=None
+    classes:list[str]=field(default_factory=list)
+    counts:list[float]=field(default_factory=list)
+    machine:dict=field(default_factory=dict)
     notes:list[str]=field(default_factory=list)
     format:int=REPORT_FORMAT
 
@@ -161,20 +220,25 @@ class ReportData(JsonReport):
     def comparison(
         self,
         model:str,
-        against:str|None=None # None: the baseline
+        against:str|None=None
     ) -> Comparison|None:
-        "The comparison of two models; None if they were not compared"
+        """The comparison of two models; None if they were not compared.
+
+        Args:
+            against: None: the baseline.
+        """
         against = against or self.baseline
         return next((c for c in self.comparisons if (c.model, c.against) == (model, against)), None)
 
     @property
     def class_measure(self):
-        "What is measured of each class: 'iou' of masks, else 'recall'"
+        """What is measured of each class: 'iou' of masks, else 'recall'."""
         return 'iou' if any('iou' in m.classes for m in self.models.values()) else 'recall'
 
     def class_changes(self) -> list:
-        """(class, its number, measure of the baseline, of the first student, change), largest gain first. Empty without
-        a baseline"""
+        """(class, its number, measure of the baseline, of the first student, change), largest gain
+        first. Empty without a baseline.
+        """
         model = next((n for n in self.students if n != self.baseline), None)
         if None in (model, self.baseline): return []
         a,b = (self.models[n].classes.get(self.class_measure, []) for n in (self.baseline, model))
@@ -183,7 +247,7 @@ class ReportData(JsonReport):
 
 
 def write_text(text, path):
-    "Write a text and return the path; without a path, return the text"
+    """Write a text and return the path; without a path, return the text."""
     if path is None: return text
     path = Path(path)
     path.write_text(text, encoding='utf-8')
@@ -196,7 +260,7 @@ def read(cls, path):
 
 
 def finite(o):
-    "Plain data without nan and infinity, which JSON does not have"
+    """Plain data without nan and infinity, which JSON does not have."""
     if isinstance(o, float): return o if math.isfinite(o) else None
     if isinstance(o, dict): return {k: finite(v) for k,v in o.items()}
     return [finite(v) for v in o] if isinstance(o, (list, tuple)) else o
@@ -209,7 +273,7 @@ INSIDE = dict(info=(MeasureInfo, dict), models=(ModelResult, dict), comparisons=
 
 
 def built(cls, data):
-    "The dataclass `cls` from plain data"
+    """The dataclass `cls` from plain data."""
     names = {f.name for f in fields(cls)}
     if not isinstance(data, dict) or (wrong := set(data) - names):
         what = f"the field(s) {', '.join(sorted(wrong))}" if isinstance(data, dict) else f'a {type(data).__name__}'

@@ -12,11 +12,17 @@ __all__ = ['attention_map', 'picture_in', 'show_features']
 
 
 def attention_map(
-    f:Tensor, # (B, C, H, W), or (B, L, D) tokens that fill a grid
-    p:float=2, # exponent of the activations
-    aspect:float=1. # height over width of the picture, for tokens
-) -> Tensor: # (B, H, W), each from 0 to 1
-    "Where the activations of a layer are: mean over channels of |f|^p (arXiv:1612.03928)"
+    f:Tensor,
+    p:float=2,
+    aspect:float=1.
+) -> Tensor:
+    """Where the activations of a layer are: mean over channels of |f|^p (arXiv:1612.03928).
+
+    Args:
+        f: (B, C, H, W), or (B, L, D) tokens that fill a grid.
+        p: Exponent of the activations.
+        aspect: Height over width of the picture, for tokens.
+    """
     if f.dim() == 3: f = as_map(f, aspect)
     if f.dim() != 4:
         raise DistillError(f"An output of shape {tuple(f.shape)} is not a map: it must be (B, C, H, W), or tokens "
@@ -27,7 +33,7 @@ def attention_map(
 
 
 def read_maps(model, x, names, p):
-    "Layer name -> attention maps (B, H, W) of a batch; the model is not changed"
+    """Layer name -> attention maps (B, H, W) of a batch; the model is not changed."""
     with Taps(model, names) as taps:
         dry_run(model, *x)
         feats = taps.pop()
@@ -36,9 +42,13 @@ def read_maps(model, x, names, p):
 
 
 def picture_in(
-    x # the inputs of a batch: nested tuples and dicts of tensors
+    x
 ):
-    "The first tensor (B, C, H, W) among them; if there is none, the first tensor"
+    """The first tensor (B, C, H, W) among them; if there is none, the first tensor.
+
+    Args:
+        x: The inputs of a batch: nested tuples and dicts of tensors.
+    """
     found = list(tensors_in(x))
     return next((o for o in found if o.dim() == 4), found[0])
 
@@ -52,7 +62,9 @@ def named_map(name, f, p, aspect):
 
 
 def to_show(x):
-    "Images as (B, H, W, 3) from 0 to 1. If any value is outside of this range, each image is stretched to it"
+    """Images as (B, H, W, 3) from 0 to 1. If any value is outside of this range, each image is
+    stretched to it.
+    """
     if x.dim() != 4 or x.shape[1] not in (1, 3):
         raise DistillError(f"Inputs of shape {tuple(x.shape)} can't be shown: pictures are (B, 3, H, W) or "
                            "(B, 1, H, W). Give images=")
@@ -65,15 +77,28 @@ def to_show(x):
 
 def show_features(
     student:nn.Module,
-    teacher, # a module, or a `Teacher`, which gets the images in its own normalization and size
-    x, # (B, 3, H, W) images as the student gets them; a tuple or a dict if it takes more than images
-    layers='auto', # layers with maps or tokens, named as in `Term`
+    teacher,
+    x,
+    layers='auto',
     *,
-    images:Tensor|None=None, # (B, 3, H, W) from 0 to 1, to show; None: those in `x`, each stretched to that range
-    n:int=4, # number of images
-    p:float=2 # exponent of the activations
+    images:Tensor|None=None,
+    n:int=4,
+    p:float=2
 ):
-    "Attention maps of student and teacher side by side over each image, for each pair of layers. Returns the figure"
+    """Attention maps of student and teacher side by side over each image, for each pair of layers.
+    Returns the figure.
+
+    Args:
+        teacher: A module, or a `Teacher`, which gets the images in its own normalization and
+            size.
+        x: (B, 3, H, W) images as the student gets them; a tuple or a dict if it takes more than
+            images.
+        layers: Layers with maps or tokens, named as in `Term`
+        images: (B, 3, H, W) from 0 to 1, to show; None: those in `x`, each stretched to that
+            range.
+        n: Number of images.
+        p: Exponent of the activations.
+    """
     x = first_samples(inputs(x), n)
     pictures = to_show(picture_in(x) if images is None else images[:n])
     pairs = pair(student, teacher, x, layers=layers, match='none')
@@ -105,7 +130,7 @@ def draw_maps(
 
 
 def overlay(ax, picture, m):
-    "Draw the picture, or if there is a map, the map over the gray picture"
+    """Draw the picture, or if there is a map, the map over the gray picture."""
     ax.axis('off')
     if m is None: return ax.imshow(picture.numpy())
     ax.imshow(picture.mean(-1).numpy(), cmap='gray', vmin=0, vmax=1)

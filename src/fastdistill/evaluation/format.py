@@ -5,7 +5,7 @@ __all__ = ['amount', 'caveat', 'estimate_text', 'p_text', 'percent_text', 'recov
            'three_digits', 'verdict_of', 'verdicts']
 
 def shown_text(o):
-    "A text without characters that move or color what is around it; anything else unchanged"
+    """A text without characters that move or color what is around it; anything else unchanged."""
     if not isinstance(o, str): return o
     return ''.join(c if c.isprintable() else ' ' if c.isspace() else '�' for c in o)
 
@@ -14,10 +14,15 @@ UNITS = (1e12, 'T'),(1e9, 'G'),(1e6, 'M'),(1e3, 'k')
 
 
 def amount(
-    v, # a number of parameters, operations or bytes; None: unknown
-    unit='' # such as 'B'
+    v,
+    unit=''
 ):
-    "A large number in three significant digits"
+    """A large number in three significant digits.
+
+    Args:
+        v: A number of parameters, operations or bytes; None: unknown.
+        unit: Such as 'B'.
+    """
     if v is None: return '–'
     size,letter = next(((s, l) for s,l in UNITS if v >= s), (1, ''))
     return f'{three_digits(v/size)} {letter}{unit}'.strip() if letter or unit else f'{v:g}'
@@ -31,7 +36,7 @@ def p_text(p): return 'p is unknown' if p is None else 'p < 0.001' if p < .001 e
 
 
 def estimate_text(e, info, sign=False):
-    "(value, interval) as two texts"
+    """(value, interval) as two texts."""
     between = '' if e.low is None else f'{info.text(e.low, sign)} to {info.text(e.high, sign)}'
     return info.text(e.value, sign) + ('' if e.value is None or sign else info.unit),between
 
@@ -41,9 +46,13 @@ def recovered_text(e): return f'{100*e.value:.0f}%','' if e.low is None else f'{
 
 def verdict_of(
     c:Comparison, report:ReportData,
-    measure:str|None=None # None: the headline
+    measure:str|None=None
 ) -> str:
-    "'better', 'worse' or 'not significant'"
+    """'better', 'worse' or 'not significant'.
+
+    Args:
+        measure: None: the headline.
+    """
     d = c.differences[measure or report.headline]
     if not d.significant or not d.value: return 'not significant'
     return 'better' if (d.value > 0) == report.info[measure or report.headline].higher else 'worse'
@@ -52,13 +61,13 @@ def verdict_of(
 def verdicts(
     report:ReportData
 ) -> list: # of ('better', 'worse' or 'not significant', sentences)
-    "Each student against the baseline, in words; without a baseline, against the teacher"
+    """Each student against the baseline, in words; without a baseline, against the teacher."""
     against = report.baseline or report.teacher
     return [(verdict_of(c, report), sentences(c, report)) for c in report.comparisons if c.against == against]
 
 
 def sentences(c, report):
-    "What a comparison shows, with the numbers behind it"
+    """What a comparison shows, with the numbers behind it."""
     k,info,d = report.headline,report.info[report.headline],c.differences[report.headline]
     a,b = (info.text(report.models[n].measures[k].value) + info.unit for n in (c.model, c.against))
     between = '' if d.low is None else f'95% interval {info.text(d.low, True)} to {info.text(d.high, True)}; '
@@ -72,7 +81,7 @@ def sentences(c, report):
 
 
 def lead(c, report):
-    "How much of the teacher's lead was recovered"
+    """How much of the teacher's lead was recovered."""
     if report.teacher is None or c.against != report.baseline: return ''
     if (e := c.recovered.get(report.headline)) is None:
         return (f' {report.teacher} has no significant lead over {report.baseline}, so there is no share of it to '
@@ -82,6 +91,6 @@ def lead(c, report):
 
 
 def caveat(report:ReportData) -> str:
-    "What the intervals do not cover"
+    """What the intervals do not cover."""
     return (f'Intervals and tests cover the choice of these {report.n:,} {report.unit}, not the luck of a training: '
             'another seed gives another student. Each comparison is tested by itself.')

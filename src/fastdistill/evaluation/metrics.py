@@ -1,5 +1,6 @@
-"""What each sample contributes to the measures: sums that add up over samples. So any choice of samples can be scored,
-which bootstrap intervals and paired tests need, without storing outputs."""
+"""What each sample contributes to the measures: sums that add up over samples. So any choice of
+samples can be scored, which bootstrap intervals and paired tests need, without storing outputs.
+"""
 from dataclasses import dataclass
 from typing import Callable
 import numpy as np
@@ -17,18 +18,29 @@ MAX_OUTPUTS = 64 # with more outputs, R2 is relative to their common mean
 
 @dataclass
 class Rows:
-    "A batch as rows of positions; a position is a pixel, a token, a label, an output, or the whole sample"
-    out:Tensor # (B, P, C) logits of classes; (B, P) logits of labels; (B, P) numbers
-    y:Tensor # (B, P)
-    counts:Tensor # (B, P): which positions count
+    """A batch as rows of positions; a position is a pixel, a token, a label, an output, or the
+    whole sample.
+
+    Attributes:
+        out: (B, P, C) logits of classes; (B, P) logits of labels; (B, P) numbers.
+        y: (B, P).
+        counts: (B, P): which positions count.
+    """
+    out:Tensor
+    y:Tensor
+    counts:Tensor
 
 
 def rows_of(
     logits:Tensor,
-    y:Tensor, # from `fit_labels`
+    y:Tensor,
     task
 ) -> Rows:
-    "Logits and labels of a batch as rows of positions"
+    """Logits and labels of a batch as rows of positions.
+
+    Args:
+        y: From `fit_labels`
+    """
     o = logits.float() if logits.dtype.itemsize < 4 else logits
     if task.kind == 'softmax':
         o = o.movedim(task.axis, -1)
@@ -42,9 +54,13 @@ def rows_of(
 
 def scores_of(
     r:Rows, kind:str,
-    per_class:bool=False # store intersections and unions of each class
+    per_class:bool=False
 ) -> dict:
-    "The sums of each sample that the measures are made of, and for the bins of confidence"
+    """The sums of each sample that the measures are made of, and for the bins of confidence.
+
+    Args:
+        per_class: Store intersections and unions of each class.
+    """
     return dict(softmax=class_scores, sigmoid=label_scores, regression=number_scores)[kind](r, per_class)
 
 
@@ -62,7 +78,7 @@ def class_scores(r, per_class):
 
 
 def overlaps(best, y, counts, c):
-    "Intersections and unions of each class, for each image"
+    """Intersections and unions of each class, for each image."""
     def per_image(classes, where):
         at = torch.arange(len(classes), device=classes.device)[:, None]*c + classes
         return at[where].bincount(minlength=len(classes)*c).view(len(classes), c).double()
@@ -88,14 +104,14 @@ def number_scores(r, _):
 
 
 def bins(confidence, right, counts):
-    "(3, BINS): positions, sum of their confidence, and how many are right"
+    """(3, BINS): positions, sum of their confidence, and how many are right."""
     at,c = (confidence*BINS).long().clamp(0, BINS-1)[counts],confidence[counts].double()
     of = lambda w: at.bincount(w, minlength=BINS).double()
     return torch.stack([of(None), of(c), of(right[counts].double())])
 
 
 def totals(best, y, counts, c):
-    "(3, C): positions of each class that are recognized, that are there, and that are predicted"
+    """(3, C): positions of each class that are recognized, that are there, and that are predicted."""
     y,best = y[counts],best[counts]
     return torch.stack([o.bincount(minlength=c).double() for o in (y[best == y], y, best)])
 
@@ -104,16 +120,20 @@ def totals(best, y, counts, c):
 
 @dataclass(frozen=True)
 class Measure:
-    "A number that is made of sums over samples"
+    """A number that is made of sums over samples.
+
+    Attributes:
+        of: Of the sums, name -> (R,) or (R, k), for R choices of samples -> (R,).
+    """
     name:str
-    of:Callable # of the sums, name -> (R,) or (R, k), for R choices of samples -> (R,)
+    of:Callable
     info:MeasureInfo
 
 
 def share(name): return lambda s: s[name]/s['n']
 
 def miou(s):
-    "The mean over the classes that are there or predicted"
+    """The mean over the classes that are there or predicted."""
     return np.nanmean(np.where(s['union'] > 0, s['both']/np.maximum(s['union'], 1), np.nan), -1)
 
 def r2(s):
@@ -130,11 +150,16 @@ NLL,BRIER = measure('nll', share('nll'), 'NLL', False),measure('brier', share('b
 
 def measures_of(
     kind:str,
-    columns, # names of the sums that there are
+    columns,
     n_classes:int,
-    language:bool # does it predict the next token?
+    language:bool
 ) -> list:
-    "The measures for a kind of outputs, the most telling one first"
+    """The measures for a kind of outputs, the most telling one first.
+
+    Args:
+        columns: Names of the sums that there are.
+        language: Does it predict the next token?
+    """
     if kind == 'sigmoid':
         return [measure('f1', f1, 'F1 (all labels)', percent=True),
                 measure('accuracy', share('right'), 'accuracy per label', percent=True), NLL, BRIER]

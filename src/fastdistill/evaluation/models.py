@@ -1,4 +1,6 @@
-"Models side by side: one pass over the samples, in which every model sees each batch, and a report."
+"""Models side by side: one pass over the samples, in which every model sees each batch, and a
+report.
+"""
 import os, platform
 from contextlib import ExitStack
 import numpy as np
@@ -20,11 +22,17 @@ MAX_NAMED = 1000 # with more classes, the report has no table of classes
 
 
 def roles_of(
-    names, # of the models, in order
-    teacher:str|None=None, # None: the one that is called 'teacher', if there is one
-    baseline:str|None=None # None: the one that is called 'alone', else the first of several students
+    names,
+    teacher:str|None=None,
+    baseline:str|None=None
 ) -> tuple:
-    "(name of the teacher, name of the baseline), each None if there is none"
+    """(name of the teacher, name of the baseline), each None if there is none.
+
+    Args:
+        names: Of the models, in order.
+        teacher: None: the one that is called 'teacher', if there is one.
+        baseline: None: the one that is called 'alone', else the first of several students.
+    """
     names = list(names)
     for option,o in (('teacher', teacher), ('baseline', baseline)):
         if o is not None and o not in names:
@@ -38,7 +46,7 @@ def roles_of(
 
 
 class OfModel:
-    "What is added up for one model, batch by batch"
+    """What is added up for one model, batch by batch."""
     def __init__(self, kind, loss, metrics, own):
         self.kind,self.loss_func,self.metrics = kind,loss,metrics
         self.scores,self.sums = {},dict(bins=0., totals=0.)
@@ -46,13 +54,13 @@ class OfModel:
         self.loss,self.n = 0.,0
 
     def add_batch(self, xb, out, yb):
-        "The task's own loss and metrics of a batch"
+        """The task's own loss and metrics of a batch."""
         if self.loss_func is not None: self.loss += float(self.loss_func(out, *yb))*len(out)
         if self.metrics is not None: self.metrics.add(xb, out, yb)
         self.n += len(out)
 
     def add_rows(self, rows, teacher, per_class):
-        "The sums of each sample, and the agreement with the teacher's rows"
+        """The sums of each sample, and the agreement with the teacher's rows."""
         for k,v in scores_of(rows, self.kind, per_class).items():
             if k in self.sums: self.sums[k] = self.sums[k] + v.cpu()
             else: self.scores.setdefault(k, []).append(v.cpu().numpy())
@@ -60,23 +68,40 @@ class OfModel:
 
 
 def measure_models(
-    models:dict, # name -> `Teacher`
-    batches, # (inputs, targets) of each batch, both tuples
-    task, # what the models predict
+    models:dict,
+    batches,
+    task,
     *,
-    teacher:str|None=None, # name of the teacher; None: none
-    baseline:str|None=None, # name of the model to which the students are compared; None: none
-    loss=None, # fn(logits, *targets): the task's own loss
-    metrics=None, # fn() -> object with `add(inputs, logits, targets)` and `values()`, for each model
-    language:bool=False, # does it predict the next token?
-    headline:str|None=None, # the measure that counts first, such as 'nll'; None: the usual one of the task
-    repeats:int=2000, # bootstrap draws
+    teacher:str|None=None,
+    baseline:str|None=None,
+    loss=None,
+    metrics=None,
+    language:bool=False,
+    headline:str|None=None,
+    repeats:int=2000,
     seed:int=0,
-    large:int=64, # size of the large batch
-    seconds:float=.5, # for each measurement of time; 0: none
-    tick=None # called after each batch, and after each measurement of time
+    large:int=64,
+    seconds:float=.5,
+    tick=None
 ) -> Report:
-    "Measure all models on the same batches, which are read once"
+    """Measure all models on the same batches, which are read once.
+
+    Args:
+        models: Name -> `Teacher`
+        batches: (inputs, targets) of each batch, both tuples.
+        task: What the models predict.
+        teacher: Name of the teacher; None: none.
+        baseline: Name of the model to which the students are compared; None: none.
+        loss: fn(logits, *targets): the task's own loss.
+        metrics: fn() -> object with `add(inputs, logits, targets)` and `values()`, for each
+            model.
+        language: Does it predict the next token?
+        headline: The measure that counts first, such as 'nll'; None: the usual one of the task.
+        repeats: Bootstrap draws.
+        large: Size of the large batch.
+        seconds: For each measurement of time; 0: none.
+        tick: Called after each batch, and after each measurement of time.
+    """
     tick = tick or (lambda: None)
     of = {k: OfModel(task.kind, loss, None if metrics is None else metrics(), teacher not in (None, k)) for k in models}
     with guarded_random_state(), torch.no_grad(), ExitStack() as stack:
@@ -94,7 +119,7 @@ def measure_models(
 
 
 def add_batch(of, models, xb, yb, task, teacher, language):
-    "Run every model on a batch, and add what it predicts"
+    """Run every model on a batch, and add what it predicts."""
     outs = {k: m(*xb).logits for k,m in models.items()}
     shape = next(iter(outs.values())).shape
     for k,o in outs.items():
@@ -117,7 +142,7 @@ def add_batch(of, models, xb, yb, task, teacher, language):
 
 
 def report_of(of, models, costs, task, teacher, baseline, language, headline, repeats, seed, x):
-    "The report of what was added up"
+    """The report of what was added up."""
     scores = {k: {c: np.concatenate(v) for c,v in o.scores.items()} for k,o in of.items()}
     first = next(iter(of.values()))
     n_classes = first.sums['totals'].shape[1] if task.kind != 'regression' else 0
@@ -135,7 +160,7 @@ def report_of(of, models, costs, task, teacher, baseline, language, headline, re
 
 
 def comparisons(paired, names, teacher, baseline) -> list[Comparison]:
-    "Each student against the baseline, and each model against the teacher"
+    """Each student against the baseline, and each model against the teacher."""
     students = [k for k in names if k not in (teacher, baseline)]
     out = [paired.compare(k, baseline, teacher) for k in students] if baseline is not None else []
     return out + [paired.compare(k, teacher) for k in names if teacher not in (None, k)]
@@ -158,7 +183,7 @@ def result(o, estimates, cost, role, kind):
 
 
 def machine_of(x) -> dict:
-    "Where the times were measured, and with which versions"
+    """Where the times were measured, and with which versions."""
     device = next((t.device for t in tensors_in(x)), torch.device('cpu'))
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name()
     return dict(device=name, threads=torch.get_num_threads(), cores=os.cpu_count(), torch=torch.__version__,
@@ -166,7 +191,7 @@ def machine_of(x) -> dict:
 
 
 def cpu_name():
-    "The processor's name, where the system tells it"
+    """The processor's name, where the system tells it."""
     try:
         with open('/proc/cpuinfo', encoding='utf-8') as f: lines = f.read().splitlines()
     except OSError: lines = []

@@ -19,7 +19,7 @@ def finalize(o): return o if hasattr(o, '__html__') else shown_text(o)
 
 
 class Picture(NamedTuple):
-    "A picture inside the page, as a data URI, on light and on dark ground"
+    """A picture inside the page, as a data URI, on light and on dark ground."""
     title:str
     alt:str
     light:str
@@ -30,10 +30,15 @@ class Picture(NamedTuple):
 
 def page(
     r:ReportData,
-    figures=None, # caption -> a matplotlib figure of your own, shown at the end
-    whole:bool=True # False: without head and pictures, for a notebook
+    figures=None,
+    whole:bool=True
 ) -> str:
-    "The page as text"
+    """The page as text.
+
+    Args:
+        figures: Caption -> a matplotlib figure of your own, shown at the end.
+        whole: False: without head and pictures, for a notebook.
+    """
     sheets = sheets_of(r, brief=not whole)
     drawn = {s.name: pictures(r, s.name) if whole else [] for s in sheets}
     drawn[''] = [own_picture(k, f) for k,f in (figures or {}).items()]
@@ -42,7 +47,7 @@ def page(
 
 
 def rendered(name, **values):
-    "A template of this folder, filled in"
+    """A template of this folder, filled in."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
                       finalize=finalize)
@@ -87,7 +92,7 @@ PICTURES = dict(
 
 
 def pictures(r, name):
-    "The pictures beside a table"
+    """The pictures beside a table."""
     out = []
     for draw,title,alt in PICTURES.get(name, ()):
         if (fig := draw(r)) is None: continue
@@ -108,7 +113,7 @@ def svg(fig):
 
 
 def own_picture(title, fig):
-    "A figure of the user's, whose content is unknown: its caption is its text too"
+    """A figure of the user's, whose content is unknown: its caption is its text too."""
     out = io.BytesIO()
     fig.savefig(out, format='png', dpi=110)
     return Picture(title, title, uri('image/png', out.getvalue()), '', *pixels(fig))

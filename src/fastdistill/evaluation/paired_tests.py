@@ -11,22 +11,33 @@ CELLS = 10_000_000 # of one matrix of weights
 
 
 def mcnemar(
-    only_a:int, # samples on which only the first model is right
-    only_b:int # on which only the second one is
+    only_a:int,
+    only_b:int
 ) -> float:
-    "McNemar's exact test: the two-sided p-value of such a split if both models were equally good"
+    """McNemar's exact test: the two-sided p-value of such a split if both models were equally good.
+
+    Args:
+        only_a: Samples on which only the first model is right.
+        only_b: On which only the second one is.
+    """
     from scipy.stats import binomtest
     return 1. if only_a + only_b == 0 else float(binomtest(int(only_a), int(only_a+only_b)).pvalue)
 
 
 class PairedScores:
-    """The sums of each sample for several models. All models get the same draws, so that differences are paired.
+    """The sums of each sample for several models. All models get the same draws, so that
+    differences are paired.
 
-    Intervals are percentiles of `repeats` bootstrap draws of whole samples"""
+    Intervals are percentiles of `repeats` bootstrap draws of whole samples.
+
+    Args:
+        scores: Model -> {name of a sum: (n,) or (n, k)}.
+        measures: Of `Measure`
+    """
     def __init__(
         self,
-        scores:dict, # model -> {name of a sum: (n,) or (n, k)}
-        measures:list, # of `Measure`
+        scores:dict,
+        measures:list,
         repeats:int=2000,
         seed:int=0
     ):
@@ -57,11 +68,11 @@ class PairedScores:
             return {k: m.of(sums) for k,m in self.measures.items()}
 
     def estimates(self, model) -> dict:
-        "Measure -> value and interval of a model"
+        """Measure -> value and interval of a model."""
         return {k: Estimate(number(v), *self._interval(self.drawn[model][k])) for k,v in self.values[model].items()}
 
     def _interval(self, drawn):
-        "(low, high) of 95% of the draws; None, None if there are none"
+        """(low, high) of 95% of the draws; None, None if there are none."""
         drawn = drawn[np.isfinite(drawn)]
         if self.n < 2 or len(drawn) < 2: return None,None
         return tuple(map(float, np.percentile(drawn, (2.5, 97.5))))
@@ -69,9 +80,13 @@ class PairedScores:
     def compare(
         self,
         model:str, against:str,
-        teacher:str|None=None # whose lead over `against` may be recovered
+        teacher:str|None=None
     ) -> Comparison:
-        "A model minus another one, for each measure"
+        """A model minus another one, for each measure.
+
+        Args:
+            teacher: Whose lead over `against` may be recovered.
+        """
         ps,out = self._p_values(model, against),Comparison(model, against)
         for k in self.measures:
             with np.errstate(invalid='ignore'):     # infinity minus infinity
@@ -83,7 +98,7 @@ class PairedScores:
         return out
 
     def _p_values(self, a, b):
-        "Measure -> (p, name of the test)"
+        """Measure -> (p, name of the test)."""
         whole = {c: o.sum(0) for c,o in self.scores[a].items()},{c: o.sum(0) for c,o in self.scores[b].items()}
         apart = {c: self.scores[a][c]-self.scores[b][c] for c in self.scores[a]}
         # a permutation gives some samples of `a` to `b` and theirs to `a`
@@ -102,7 +117,9 @@ class PairedScores:
         return out
 
     def _recovered(self, model, against, teacher):
-        "Share of the teacher's lead that the model has, for each measure in which the lead is significant"
+        """Share of the teacher's lead that the model has, for each measure in which the lead is
+        significant.
+        """
         ps,out = self._p_values(teacher, against),{}
         for k,m in self.measures.items():
             lead = self.values[teacher][k]-self.values[against][k]
@@ -117,7 +134,7 @@ def random_groups(n, rng): return np.sort(rng.integers(MAX_SAMPLES, size=n))[rng
 
 
 def summed_in_groups(o, groups):
-    "(n, ...) as float64; if there are groups, summed in each"
+    """(n, ...) as float64; if there are groups, summed in each."""
     o = np.asarray(o, np.float64)
     if groups is None: return o
     out = np.zeros((MAX_SAMPLES, *o.shape[1:]))
@@ -126,7 +143,7 @@ def summed_in_groups(o, groups):
 
 
 def draws(n, repeats, seed) -> Iterator[np.ndarray]:
-    "How often each of `n` samples is drawn, with replacement: pieces of a (repeats, n) matrix"
+    """How often each of `n` samples is drawn, with replacement: pieces of a (repeats, n) matrix."""
     rng,size = np.random.default_rng(seed+1),max(1, CELLS//n)
     for i in range(0, repeats, size):
         r = min(size, repeats-i)
@@ -135,7 +152,7 @@ def draws(n, repeats, seed) -> Iterator[np.ndarray]:
 
 
 def coins(n, repeats, seed) -> Iterator[np.ndarray]:
-    "0 or 1 for each of `n` samples: pieces of a (repeats, n) matrix"
+    """0 or 1 for each of `n` samples: pieces of a (repeats, n) matrix."""
     rng,size = np.random.default_rng(seed+2),max(1, CELLS//n)
     for i in range(0, repeats, size): yield rng.integers(2, size=(min(size, repeats-i), n)).astype(np.float64)
 

@@ -9,7 +9,7 @@ COLORS = '#8a93a6','#e0752d','#1f7a8c','#8e5bb5','#4f9d4a','#c4496b'
 
 
 class Ground:
-    "Colors of ink, of what is secondary, of lines, and of the ground"
+    """Colors of ink, of what is secondary, of lines, and of the ground."""
     def __init__(self, ink, grey, pale, paper): self.ink,self.grey,self.pale,self.paper = ink,grey,pale,paper
 
     @property
@@ -26,28 +26,32 @@ LIGHT,DARK = Ground('#2b2d33', '#6b7280', '#d9dce3', '#ffffff'),Ground('#e6e7ea'
 
 @contextmanager
 def styled():
-    "Yields the `Ground` on which to draw"
+    """Yields the `Ground` on which to draw."""
     import matplotlib
     with matplotlib.rc_context(LIGHT.rc): yield LIGHT
 
 
 def on_dark(
-    svg:str # a picture in this style
+    svg:str
 ) -> str:
-    "The same picture in the colors for dark ground"
+    """The same picture in the colors for dark ground.
+
+    Args:
+        svg: A picture in this style.
+    """
     for k in ('ink', 'grey', 'pale', 'paper'): svg = svg.replace(getattr(LIGHT, k), getattr(DARK, k))
     return svg
 
 
 def new_figure(width, height):
-    "A figure that is not pyplot's: it does not stay open, and notebooks show it once"
+    """A figure that is not pyplot's: it does not stay open, and notebooks show it once."""
     import matplotlib.pyplot as plt  # noqa: F401 (notebooks show figures only after this import)
     from matplotlib.figure import Figure
     return Figure(figsize=(width, height), layout='constrained')
 
 
 def color_of(report, name, ground):
-    "The color of a model, the same in every picture of a report"
+    """The color of a model, the same in every picture of a report."""
     if name == report.teacher: return ground.ink
     students = sorted(report.students, key=lambda n: n != report.baseline)
     first = 0 if report.baseline is not None else 1
@@ -56,13 +60,15 @@ def color_of(report, name, ground):
 
 @cache
 def characters():
-    "Those that the font can draw"
+    """Those that the font can draw."""
     from matplotlib import font_manager, ft2font
     return frozenset(ft2font.FT2Font(font_manager.findfont('DejaVu Sans')).get_charmap())
 
 
 def safe_label(text, longest=24):
-    "A text as it may stand in a picture: on one line, without formulas, and only characters that the font has"
+    """A text as it may stand in a picture: on one line, without formulas, and only characters that
+    the font has.
+    """
     line = ' '.join(str(text).split())
     line = ''.join(c if ord(c) in characters() else '□' for c in line)
     if len(line) > longest: line = line[:longest-1] + '…'

@@ -1,4 +1,6 @@
-"Pictures of a report. Each function returns a figure, or None where the report has nothing of that kind."
+"""Pictures of a report. Each function returns a figure, or None where the report has nothing of
+that kind.
+"""
 from .plot_style import color_of, new_figure, safe_label, styled
 
 __all__ = ['plot_classes', 'plot_cost', 'plot_history', 'plot_recovered', 'plot_reliability', 'plot_runs']
@@ -14,9 +16,14 @@ def axis_name(info, what=''): return f"{info.label}{what}{', %' if info.percent 
 
 
 def plot_cost(
-    report # a `Report`
+    report
 ):
-    "The headline's score against the time for one sample; a circle's area grows with the number of parameters"
+    """The headline's score against the time for one sample; a circle's area grows with the number
+    of parameters.
+
+    Args:
+        report: A `Report`
+    """
     info,k = report.info[report.headline],report.headline
     shown = {n: m for n,m in report.models.items() if m.cost.latency and m.measures[k].value is not None}
     if not shown: return None
@@ -41,7 +48,7 @@ def plot_cost(
 
 
 def plain_ticks(axis):
-    "Numbers such as 0.5 and 20 on a logarithmic axis"
+    """Numbers such as 0.5 and 20 on a logarithmic axis."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}'))
@@ -49,9 +56,14 @@ def plain_ticks(axis):
 
 
 def plot_recovered(
-    report # a `Report`
+    report
 ):
-    "The share of the teacher's lead over the baseline that each student recovered, with its interval"
+    """The share of the teacher's lead over the baseline that each student recovered, with its
+    interval.
+
+    Args:
+        report: A `Report`
+    """
     k = report.headline
     shares = {c.model: c.recovered.get(k) for c in report.comparisons if c.against == report.baseline}
     shown = {n: e for n,e in shares.items() if e is not None and e.value is not None}
@@ -76,9 +88,14 @@ def plot_recovered(
 
 
 def plot_reliability(
-    report # a `Report`
+    report
 ):
-    "Accuracy against confidence, for each model; on the diagonal, probabilities mean what they say"
+    """Accuracy against confidence, for each model; on the diagonal, probabilities mean what they
+    say.
+
+    Args:
+        report: A `Report`
+    """
     shown = {n: m.reliability for n,m in report.models.items() if m.reliability}
     if not shown: return None
     with styled() as ground:
@@ -101,9 +118,14 @@ def plot_reliability(
 
 
 def plot_history(
-    report # a `Report`
+    report
 ):
-    "The losses of each training over its epochs: the labels' own, and each part of the distillation"
+    """The losses of each training over its epochs: the labels' own, and each part of the
+    distillation.
+
+    Args:
+        report: A `Report`
+    """
     shown = {n: h for n,m in report.models.items() if (h := losses_of(m.history))}
     if not shown: return None
     with styled() as ground:
@@ -129,10 +151,15 @@ def losses_of(history):
 
 
 def plot_classes(
-    report, # a `Report`
-    most:int=20 # classes; with more, those that change most
+    report,
+    most:int=20
 ):
-    "What each class gains or loses from the baseline to the first student"
+    """What each class gains or loses from the baseline to the first student.
+
+    Args:
+        report: A `Report`
+        most: Classes; with more, those that change most.
+    """
     changes = report.class_changes()
     if not changes: return None
     shown = changes if len(changes) <= most else changes[:most//2] + changes[-(most//2):]
@@ -153,9 +180,14 @@ def plot_classes(
 
 
 def plot_runs(
-    reports:dict # name of a run -> its report
+    reports:dict
 ):
-    "The students of several runs: the first run's headline, with intervals, in the order of the runs"
+    """The students of several runs: the first run's headline, with intervals, in the order of the
+    runs.
+
+    Args:
+        reports: Name of a run -> its report.
+    """
     first = next(iter(reports.values()))
     k,info,f = first.headline,first.info[first.headline],factor(first.info[first.headline])
     rows = [(run, n, m, r) for run,r in reports.items() if k in r.info for n,m in r.models.items()

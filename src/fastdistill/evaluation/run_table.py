@@ -7,9 +7,13 @@ __all__ = ['print_runs', 'sheets_of_runs']
 
 
 def sheets_of_runs(
-    reports:dict # name of a run -> its report
+    reports:dict
 ) -> list[Sheet]:
-    "A table for each measure that is a headline; its students, the best first"
+    """A table for each measure that is a headline; its students, the best first.
+
+    Args:
+        reports: Name of a run -> its report.
+    """
     return [sheet_of_runs(k, reports) for k in dict.fromkeys(r.headline for r in reports.values())]
 
 
@@ -31,9 +35,14 @@ def sheet_of_runs(k, reports):
 
 
 def print_runs(
-    reports:dict, # name of a run -> its report
-    console=None # rich's; None: standard output
+    reports:dict,
+    console=None
 ):
-    "The tables in a terminal"
+    """The tables in a terminal.
+
+    Args:
+        reports: Name of a run -> its report.
+        console: Rich's; None: standard output.
+    """
     from rich.console import Console
     for s in sheets_of_runs(reports): print_sheet(s, console or Console())

@@ -10,7 +10,7 @@ SHOWN = 10 # classes with the largest gains, and as many with the largest losses
 
 
 class Cell(NamedTuple):
-    "A text, and a smaller one below it"
+    """A text, and a smaller one below it."""
     text:str
     small:str=''
 
@@ -19,24 +19,32 @@ class Cell(NamedTuple):
 
 @dataclass
 class Sheet:
-    "A table; the first cell of each row is its name"
-    name:str # short, for links
+    """A table; the first cell of each row is its name.
+
+    Attributes:
+        name: Short, for links.
+    """
+    name:str
     title:str
     head:list[str]
     rows:list[list]=field(default_factory=list)
     note:str=''
 
     def add(self, name, *cells):
-        "Add a row, unless there is nothing in it"
+        """Add a row, unless there is nothing in it."""
         cells = [c if isinstance(c, Cell) else Cell(c) for c in cells]
         if any(c.text != '–' for c in cells): self.rows.append([Cell(name), *cells])
 
 
 def sheets_of(
     r:ReportData,
-    brief:bool=False # of the differences only those in the headline
+    brief:bool=False
 ) -> list[Sheet]:
-    "The tables that have rows"
+    """The tables that have rows.
+
+    Args:
+        brief: Of the differences only those in the headline.
+    """
     sheets = (sheet_of_scores(r), sheet_of_differences(r, brief), sheet_of_agreement(r), sheet_of_calibration(r),
               sheet_of_classes(r), sheet_of_costs(r))
     return [s for s in sheets if s.rows]
@@ -50,7 +58,7 @@ def four_digits(v): return '–' if v is None else f'{v:.4g}'
 
 
 def sheet_of_scores(r):
-    "Measures, the task's loss, the Learners' metrics"
+    """Measures, the task's loss, the Learners' metrics."""
     s = per_model(r, 'scores', 'Scores', f'On {r.n:,} {r.unit}. Below a score: its 95% bootstrap interval.')
     for k,info in r.info.items():
         if k in ('nll', 'brier'): continue
@@ -70,7 +78,7 @@ def is_repeated(r, metric):
 
 
 def sheet_of_differences(r, brief):
-    "Each model against the baseline and the teacher, for each measure"
+    """Each model against the baseline and the teacher, for each measure."""
     head = ['', 'measure', 'difference', 'p', 'verdict', "teacher's lead recovered"]
     s = Sheet('differences', 'More than chance?', head,
               note='Differences on the same samples, with 95% bootstrap intervals. A difference counts as significant '
@@ -99,7 +107,7 @@ AGREEMENT = [('same', 'the same prediction', percent_text),
 
 
 def sheet_of_agreement(r):
-    "How far each model predicts what the teacher predicts"
+    """How far each model predicts what the teacher predicts."""
     names = [n for n,m in r.models.items() if m.agreement]
     s = per_model(r, 'agreement', f'Agreement with {r.teacher}', models=names)
     for k,label,text in AGREEMENT: s.add(label, *(text(r.models[n].agreement.get(k)) for n in names))
@@ -120,7 +128,7 @@ def sheet_of_calibration(r):
 
 
 def sheet_of_classes(r):
-    "The classes that gain and lose most"
+    """The classes that gain and lose most."""
     changes,key = r.class_changes(),r.class_measure
     s = Sheet('classes', 'Classes', [''])
     if not changes: return s
@@ -140,7 +148,7 @@ def times(l): return '–' if l is None else Cell(three_digits(l.p50), f'p95 {th
 
 
 def sheet_of_costs(r):
-    "Parameters, operations, bytes and times"
+    """Parameters, operations, bytes and times."""
     ms,m = r.models.values(),r.machine
     sizes = list(dict.fromkeys(l.batch for o in ms for l in o.cost.latency))
     threads = f"{m.get('threads', '?')} of {m.get('cores', '?')} threads"

@@ -10,23 +10,29 @@ COLORS_OF_VERDICTS = {'better': 'green', 'worse': 'red', 'not significant': 'yel
 
 
 def title_of(r:ReportData) -> str:
-    "The report's title, or the names of its models"
+    """The report's title, or the names of its models."""
     *others,last = r.models
     return r.title or (f"{', '.join(others)} and {last}" if others else last)
 
 
 def escaped(text):
-    "A text for rich, without markup and control characters of its own"
+    """A text for rich, without markup and control characters of its own."""
     from rich import markup
     return markup.escape(shown_text(text))
 
 
 def show(
-    o, # has `_repr_html_`
-    print_it, # fn(o, console)
-    console=None # rich's; None: standard output
+    o,
+    print_it,
+    console=None
 ):
-    "In a notebook as HTML, else in the terminal"
+    """In a notebook as HTML, else in the terminal.
+
+    Args:
+        o: Has `_repr_html_`
+        print_it: fn(o, console).
+        console: Rich's; None: standard output.
+    """
     try: from IPython import get_ipython
     except ImportError: get_ipython = lambda: None
     if console is None and type(get_ipython()).__name__ == 'ZMQInteractiveShell':
@@ -36,7 +42,7 @@ def show(
 
 
 def in_brief(r:ReportData) -> str:
-    "The verdicts and the headline's scores in a few lines of text, for `print`"
+    """The verdicts and the headline's scores in a few lines of text, for `print`."""
     info = r.info[r.headline]
     width = max(map(len, r.models))
     rows = []
@@ -50,9 +56,13 @@ def in_brief(r:ReportData) -> str:
 
 def print_report(
     r:ReportData,
-    console=None # rich's; None: standard output
+    console=None
 ):
-    "Verdicts and tables in a terminal"
+    """Verdicts and tables in a terminal.
+
+    Args:
+        console: Rich's; None: standard output.
+    """
     from rich.console import Console
     console = console or Console()
     console.print(f'[bold]{escaped(title_of(r))}[/]', highlight=False)
@@ -63,7 +73,7 @@ def print_report(
 
 
 def print_sheet(s, console):
-    "A table in a terminal"
+    """A table in a terminal."""
     from rich import box
     from rich.table import Table
     t = Table(title=escaped(s.title), box=box.SIMPLE_HEAD, title_justify='left', title_style='bold',
@@ -75,15 +85,19 @@ def print_sheet(s, console):
 
 
 def cell(text):
-    "A text on one line, in which Markdown and HTML find nothing of theirs"
+    """A text on one line, in which Markdown and HTML find nothing of theirs."""
     return re.sub(r'([\\`*_\[\]<>|&~$#])', r'\\\1', ' '.join(shown_text(str(text)).split()))
 
 
 def markdown(
     r:ReportData,
-    level:int=2 # of the headings
+    level:int=2
 ) -> str:
-    "Verdicts and tables as Markdown, for a model card"
+    """Verdicts and tables as Markdown, for a model card.
+
+    Args:
+        level: Of the headings.
+    """
     mark = '#'*level
     out = [f'{mark} {cell(title_of(r))}', '', *(f'- **{v}**: {cell(text)}' for v,text in verdicts(r))]
     for s in sheets_of(r):

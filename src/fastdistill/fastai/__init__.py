@@ -1,4 +1,6 @@
-"Distillation for fastai: `from fastdistill.fastai import *` after `from fastai.vision.all import *`."
+"""Distillation for fastai: `from fastdistill.fastai import *` after `from fastai.vision.all import
+*`.
+"""
 import sys
 from ..base import parameter_docs as docments
 from .. import losses, recipes

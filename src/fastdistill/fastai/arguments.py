@@ -11,7 +11,7 @@ __all__ = ['check_options', 'feed_of', 'make_recipe']
 
 
 def check_options(teacher, **options):
-    "Refuse option values that do not exist, and a recipe in place of the teacher"
+    """Refuse option values that do not exist, and a recipe in place of the teacher."""
     have = dict(kind=(None, 'softmax', 'sigmoid', 'regression'), span=('fine_tune', 'fit'))
     for k,v in options.items():
         if v not in have[k]: raise DistillError(f"{k}={v!r}: it must be {' or '.join(map(repr, have[k]))}.")
@@ -21,7 +21,7 @@ def check_options(teacher, **options):
 
 
 def feed_of(source):
-    "The feed that adds stored outputs to the batches; None for a teacher that runs"
+    """The feed that adds stored outputs to the batches; None for a teacher that runs."""
     if source is None: return TargetFeed()
     # an URL is a cache's: models are files on this machine
     if is_cache(source) or isinstance(source, str) and '://' in source: source = TeacherCache(source)
@@ -30,7 +30,7 @@ def feed_of(source):
 
 
 def make_recipe(recipe, T, alpha, loss):
-    "One recipe from the ways to ask for it; None: `auto` is to choose"
+    """One recipe from the ways to ask for it; None: `auto` is to choose."""
     given = [k for k,v in dict(T=T, alpha=alpha, loss=loss).items() if v is not None]
     if recipe is not None and given:
         raise DistillError(f"A recipe and {', '.join(given)}=: give these to the recipe, as in kd(T=2, alpha=.5).")

@@ -1,4 +1,6 @@
-"Batches of a Learner as in a training step, for checks before training, which change nothing; and of more items."
+"""Batches of a Learner as in a training step, for checks before training, which change nothing; and
+of more items.
+"""
 import copy, inspect
 from contextlib import contextmanager
 from itertools import islice
@@ -18,18 +20,18 @@ CANCELED = CancelBatchException,CancelEpochException,CancelFitException,CancelTr
 
 
 class PreparationError(Exception):
-    "A callback that changes batches does not run outside of a fit"
+    """A callback that changes batches does not run outside of a fit."""
 
 
 def valid_batches(dl, n=None):
-    "Some batches from all over the validation set, which is often sorted by class"
+    """Some batches from all over the validation set, which is often sorted by class."""
     # the learner's own DataLoader stays as it is
     if hasattr(dl, 'shuffle_fn'): dl = renewed(dl, shuffle=getattr(dl, 'indexed', True), drop_last=False, num_workers=0)
     yield from some_batches(dl, n)
 
 
 def train_batches(dl, n):
-    "Some batches of the training set, in an order of their own"
+    """Some batches of the training set, in an order of their own."""
     if isinstance(getattr(dl, 'dataset', None), IterableDataset): return      # a stream can't be read twice
     yield from some_batches(renewed(dl, num_workers=0) if hasattr(dl, 'shuffle_fn') else dl, n)
 
@@ -38,13 +40,15 @@ def train_batches(dl, n):
 PARTS = 'dataset','sampler','batch_sampler','generator','after_item','before_batch','after_batch'
 
 def some_batches(dl, n=None):
-    "The first `n` batches. Afterwards the DataLoader and its generators are restored"
+    """The first `n` batches. Afterwards the DataLoader and its generators are restored."""
     with restored(dl), Generators(*(getattr(dl, k, None) for k in PARTS)).seeded(0): yield from islice(dl, n)
 
 
 @contextmanager
 def restored(*objects):
-    "Restore the attributes of these objects at the end, and the content of lists, dicts and sets among them"
+    """Restore the attributes of these objects at the end, and the content of lists, dicts and sets
+    among them.
+    """
     were = [(o.__dict__, dict(o.__dict__)) for o in objects if hasattr(o, '__dict__')]
     boxes = [(v, copy.copy(v)) for _,d in were for v in d.values() if type(v) in (list, dict, set)]
     try: yield
@@ -58,7 +62,7 @@ def restored(*objects):
 
 
 def split_batch(learn, b):
-    "(inputs, targets) of a batch, each a tuple"
+    """(inputs, targets) of a batch, each a tuple."""
     if learn.model is not None: b = learn._set_device(b)
     b = tuple(b) if is_listy(b) else (b,)
     n = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
@@ -69,7 +73,7 @@ def as_plain_batch(*parts): return tuple(tuple(map_tensors(o, as_plain) for o in
 
 
 def prepared_batches(learn, n_valid, n_train):
-    "(inputs, targets) of validation batches, and of training batches, both as generators"
+    """(inputs, targets) of validation batches, and of training batches, both as generators."""
     has_valid = len(learn.dls.loaders) > 1 and getattr(learn.dls.valid, 'n', None) != 0
     valid = valid_batches(learn.dls.valid, n_valid) if has_valid else ()
     return prepared(learn, valid, 1, False),prepared(learn, train_batches(learn.dls.train, n_train), 0, True)
@@ -77,9 +81,13 @@ def prepared_batches(learn, n_valid, n_train):
 
 def prepared(
     learn, batches, ds_idx, training,
-    dl=None # where the batches come from; None: the learner's DataLoader
+    dl=None
 ):
-    "(inputs, targets) of batches after the learner's callbacks have changed them"
+    """(inputs, targets) of batches after the learner's callbacks have changed them.
+
+    Args:
+        dl: Where the batches come from; None: the learner's DataLoader.
+    """
     for i,b in enumerate(batches):
         b,items = without_places(b, learn.dls[ds_idx] if dl is None else dl)
         try: x,y = split_batch(learn, b) if learn.model is None else with_callbacks(learn, b, i, ds_idx, training)
@@ -93,9 +101,12 @@ def number_of_batches(dl):
 
 
 def changing_callbacks(learn, training):
-    """Callbacks that may change a batch: those that are not fastai's, and in training MixUp and similar ones.
+    """Callbacks that may change a batch: those that are not fastai's, and in training MixUp and
+    similar ones.
 
-    fastai's other callbacks don't change inputs: they change the optimizer, enter autocast, or count"""
+    fastai's other callbacks don't change inputs: they change the optimizer, enter autocast, or
+    count.
+    """
     def is_users(cb):
         if (fn := getattr(cb, 'before_batch', None)) is None: return False
         module = getattr(inspect.unwrap(getattr(fn, '__func__', fn)), '__module__', None) or ''
@@ -104,7 +115,9 @@ def changing_callbacks(learn, training):
 
 
 def with_callbacks(learn, b, i, ds_idx, training):
-    "(inputs, targets) after the callbacks' `before_batch`. Learner and callbacks are restored afterwards"
+    """(inputs, targets) after the callbacks' `before_batch`. Learner and callbacks are restored
+    afterwards.
+    """
     with restored(learn, *learn.cbs):
         now,dl = vars(learn),learn.dls[ds_idx]
         now.update(training=training, iter=i, dl=dl, n_iter=number_of_batches(dl))
@@ -119,10 +132,15 @@ def with_callbacks(learn, b, i, ds_idx, training):
 
 
 def loader_of(
-    items, # like those of the training set, without labels; or a DataLoader
-    dls # the DataLoaders whose training set it is
+    items,
+    dls
 ):
-    "A DataLoader of these items, prepared and augmented as the training set is"
+    """A DataLoader of these items, prepared and augmented as the training set is.
+
+    Args:
+        items: Like those of the training set, without labels; or a DataLoader.
+        dls: The DataLoaders whose training set it is.
+    """
     if hasattr(items, '__iter__') and hasattr(items, 'batch_size') or hasattr(items, 'after_batch'): loader = items
     else:
         if isinstance(items, (str, PurePath)) or not hasattr(items, '__len__'):

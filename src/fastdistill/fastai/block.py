@@ -13,20 +13,24 @@ GIVEN = ('logits', 'probabilities', 'label_probabilities')
 
 
 def before_first_target():
-    "Call the functions in `FIRST_TARGET`, once"
+    """Call the functions in `FIRST_TARGET`, once."""
     while FIRST_TARGET: FIRST_TARGET.pop()()
 
 
 class TeacherTarget(TensorBase):
-    "A teacher's output for an item. It has its own type, so that transforms of images, masks and categories skip it"
+    """A teacher's output for an item. It has its own type, so that transforms of images, masks and
+    categories skip it.
+    """
     def show(self, ctx=None, **kwargs): return ctx
 
 
-class TeacherRow(TeacherTarget): "The bytes of a teacher's output, as a cache stores it"
+class TeacherRow(TeacherTarget): """The bytes of a teacher's output, as a cache stores it."""
 
 
 class ToTeacherTarget(ItemTransform):
-    "Turn anything that holds numbers (array, list, tuple, tensor, a row of a table) into a `TeacherTarget`"
+    """Turn anything that holds numbers (array, list, tuple, tensor, a row of a table) into a
+    `TeacherTarget`.
+    """
     _retain,order = False,1
 
     def __new__(cls, *args, **kwargs): # called for unpickled and copied ones, too
@@ -49,7 +53,7 @@ class ToTeacherTarget(ItemTransform):
 
 
 def to_logits(t, given):
-    "Logits whose softmax (or sigmoid) is the probabilities `t`"
+    """Logits whose softmax (or sigmoid) is the probabilities `t`."""
     if given == 'logits': return t
     if t.min() < 0 or t.max() > 1:
         raise DistillError(f"given={given!r}, but a teacher's target goes from {t.min():g} to {t.max():g}: use "
@@ -58,13 +62,21 @@ def to_logits(t, given):
 
 
 class TeacherBlock(TransformBlock):
-    """A block for a teacher's outputs: `DataBlock((ImageBlock, CategoryBlock, TeacherBlock), get_y=[label, row])` has
-    the items (x, (y, y_teacher))"""
+    """A block for a teacher's outputs: `DataBlock((ImageBlock, CategoryBlock, TeacherBlock),
+    get_y=[label, row])` has the items (x, (y, y_teacher)).
+
+    Args:
+        given: Content of the rows: 'logits', 'probabilities' or (multi-label)
+            'label_probabilities'.
+        n_out: Number of values in a row; each row is checked.
+        vocab: Names of the teacher's classes, in the order of a row; they are mapped to the
+            labels' by name.
+    """
     def __init__(
         self,
-        given:str='logits', # content of the rows: 'logits', 'probabilities' or (multi-label) 'label_probabilities'
-        n_out:int|None=None, # number of values in a row; each row is checked
-        vocab=None # names of the teacher's classes, in the order of a row; they are mapped to the labels' by name
+        given:str='logits',
+        n_out:int|None=None,
+        vocab=None
     ):
         if given not in GIVEN:
             raise DistillError(f"TeacherBlock(given={given!r}): it must be {' or '.join(map(repr, GIVEN))}.")

@@ -40,7 +40,9 @@ __all__ = ['cache_teacher', 'verify_cache']
 
 
 def for_each_head(write):
-    "`cache_teacher`, which for a dict of teachers writes a cache for each, in a folder of its name"
+    """`cache_teacher`, which for a dict of teachers writes a cache for each, in a folder of its
+    name.
+    """
     @wraps(write)
     def _write(teacher, dls, path, *args, kind=None, **kwargs):
         if not is_heads(teacher): return write(teacher, dls, path, *args, kind=kind, **kwargs)
@@ -60,30 +62,59 @@ def for_each_head(write):
 
 @for_each_head
 def cache_teacher(
-    teacher, # Learner, exported .pkl, module, `Teacher`, or a list of these. A dict: a teacher for each head
-    # (docs/classes.md), whose caches are written in folders with their names, and returned as a dict
-    dls, # DataLoaders whose training set (with its augmentation) is cached
-    path, # folder or URL
-    views:int=1, # augmented views of each sample; 0: the clean view, while the student's augmentation stays random, as
-    # for a teacher with `items=`, which sees no augmentation
-    topk:int|None=None, # store only the likeliest classes
-    dtype:str='float16', # 'float32', 'float16' or 'int8' (scaled row by row)
-    layers=None, # names of the teacher's layers whose outputs are stored too
+    teacher,
+    dls,
+    path,
+    views:int=1,
+    topk:int|None=None,
+    dtype:str='float16',
+    layers=None,
     *,
-    tail:str='mean', # assumption about classes that are not stored: 'mean', 'uniform', 'zero' or 'bucket', see `TopK`
-    size=None, # height and width to which maps of logits are reduced
-    valid:bool=False, # cache the validation set too, so that each term has a column there
-    unlabelled=None, # cache these in place of the training set: items like its own without labels, or a DataLoader
-    keys=None, # the name of each training sample: a list, or a function of its item; None: the item itself
-    bs:int|None=None, num_workers:int|None=None, # None: as in the DataLoaders
-    seed:int=0, # of the random numbers
-    kind:str|None=None, axis:int|None=None, # kind of logits, and class axis; None: read from the loss function
-    check:bool=True, # look for mistakes first, as `Learner.check_teacher` does
-    force:bool=False, # overwrite a cache that doesn't fit
-    progress=True, # a bar in terminals and notebooks; False: none; or fn(rows done, rows in all, bytes done)
-    forecast=None # fn(Forecast), called before the teacher runs
+    tail:str='mean',
+    size=None,
+    valid:bool=False,
+    unlabelled=None,
+    keys=None,
+    bs:int|None=None, num_workers:int|None=None,
+    seed:int=0,
+    kind:str|None=None, axis:int|None=None,
+    check:bool=True,
+    force:bool=False,
+    progress=True,
+    forecast=None
 ) -> TeacherCache:
-    "Run the teacher on each view of each sample, store its outputs, and open the cache. An interrupted run resumes"
+    """Run the teacher on each view of each sample, store its outputs, and open the cache. An
+    interrupted run resumes.
+
+    Args:
+        teacher: Learner, exported .pkl, module, `Teacher`, or a list of these. A dict: a
+            teacher for each head (docs/classes.md), whose caches are written in folders with
+            their names, and returned as a dict.
+        dls: DataLoaders whose training set (with its augmentation) is cached.
+        path: Folder or URL.
+        views: Augmented views of each sample; 0: the clean view, while the student's
+            augmentation stays random, as for a teacher with `items=`, which sees no
+            augmentation.
+        topk: Store only the likeliest classes.
+        dtype: 'float32', 'float16' or 'int8' (scaled row by row).
+        layers: Names of the teacher's layers whose outputs are stored too.
+        tail: Assumption about classes that are not stored: 'mean', 'uniform', 'zero' or
+            'bucket', see `TopK`
+        size: Height and width to which maps of logits are reduced.
+        valid: Cache the validation set too, so that each term has a column there.
+        unlabelled: Cache these in place of the training set: items like its own without labels,
+            or a DataLoader.
+        keys: The name of each training sample: a list, or a function of its item; None: the
+            item itself.
+        bs, num_workers: None: as in the DataLoaders.
+        seed: Of the random numbers.
+        kind, axis: Kind of logits, and class axis; None: read from the loss function.
+        check: Look for mistakes first, as `Learner.check_teacher` does.
+        force: Overwrite a cache that doesn't fit.
+        progress: A bar in terminals and notebooks; False: none; or fn(rows done, rows in all,
+            bytes done).
+        forecast: fn(Forecast), called before the teacher runs.
+    """
     share_n_inp(dls)
     task = task_of_data(dls, teacher, kind, axis)
     if topk is not None and task.kind != 'softmax':
@@ -126,7 +157,7 @@ def only_items(teacher, views):
 
 
 def views_of(dl, views, seed):
-    "The number of views to store: 1 if no transform is random"
+    """The number of views to store: 1 if no transform is random."""
     check_views(views)
     if views < 2 or is_stream(dl): return views     # views of a language model are orders of its texts
     refuse_unindexed(dl)
@@ -137,14 +168,23 @@ def views_of(dl, views, seed):
 
 
 def verify_cache(
-    cache, # `TeacherCache`, or its path
-    teacher, dls, # with which it was written
-    n:int=64, # rows to compare
-    seed:int=0, # which rows
-    unlabelled=None, # what `cache_teacher` got
-    **kwargs # of `cache_teacher`: keys, kind, axis, layers
+    cache,
+    teacher, dls,
+    n:int=64,
+    seed:int=0,
+    unlabelled=None,
+    **kwargs
 ) -> 'Verified':
-    "Run the teacher again on some views and compare its outputs with the stored ones"
+    """Run the teacher again on some views and compare its outputs with the stored ones.
+
+    Args:
+        cache: `TeacherCache`, or its path.
+        teacher, dls: With which it was written.
+        n: Rows to compare.
+        seed: Which rows.
+        unlabelled: What `cache_teacher` got.
+        **kwargs: Of `cache_teacher`: keys, kind, axis, layers.
+    """
     if isinstance(cache, Mapping):
         raise DistillError("A dict has a cache for each head. Give one, its teacher and its kind: "
                            "verify_cache(caches['color'], teachers['color'], dls, kind='softmax').")
@@ -174,26 +214,32 @@ def verify_cache(
 
 
 def precision_of(
-    teacher:dict # the manifest's entry
+    teacher:dict
 ) -> str:
-    "The precision in which a cache was written"
+    """The precision in which a cache was written.
+
+    Args:
+        teacher: The manifest's entry.
+    """
     found = {teacher.get('precision'), *(m.get('precision') for m in teacher.get('members', []))}
     return 'bf16' if 'bfloat16' in found else 'fp16' if 'float16' in found else 'fp32'
 
 
 def rows_to_verify(dl, n, views, rows, rng):
-    "(tasks, batch size) of some rows: at random positions; for a language model, the first rows of a view"
+    """(tasks, batch size) of some rows: at random positions; for a language model, the first rows
+    of a view.
+    """
     if not is_stream(dl): return np.sort(rng.choice(n*views, min(rows, n*views), replace=False)),1
     return int(rng.integers(views))*n + np.arange(min(-(-rows//dl.bs)*dl.bs, n)),dl.bs
 
 
 def task_of_data(dls, teacher, kind, axis):
-    "Read from the loss function of the DataLoaders, or else of a teacher that is a Learner"
+    """Read from the loss function of the DataLoaders, or else of a teacher that is a Learner."""
     return task_of(getattr(dls, 'loss_func', None) or getattr(teacher, 'loss_func', None), kind, axis)
 
 
 def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num_workers=None, check=True):
-    "The `Source` of a teacher and one of the DataLoaders, for `write_cache`"
+    """The `Source` of a teacher and one of the DataLoaders, for `write_cache`."""
     refuse_unindexed(dl)
     stream = is_stream(dl)
     if stream and bs not in (None, dl.bs):
@@ -234,19 +280,21 @@ def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num
 
 
 def as_it_is(teacher):
-    "The teacher without a faster copy, whose rounding would depend on the other samples in a batch"
+    """The teacher without a faster copy, whose rounding would depend on the other samples in a
+    batch.
+    """
     if not isinstance(teacher, Teacher): return teacher
     return teacher.as_it_is()
 
 
 class FixedOrder:
-    "A DataLoader's `get_idxs` that always gives the same indices"
+    """A DataLoader's `get_idxs` that always gives the same indices."""
     def __init__(self, idxs): self.idxs = idxs
     def __call__(self): return self.idxs
 
 
 def writer_dl(dl, plan, tasks, bs, workers=None):
-    "A DataLoader that goes through tasks in their order"
+    """A DataLoader that goes through tasks in their order."""
     cls = TabDataLoader if isinstance(dl, TabDataLoader) else TfmdDL
     more = {} if workers is None else dict(num_workers=workers)
     d = TfmdDL.new(dl, cls=cls, bs=bs, shuffle=False, drop_last=False, get_idxs=FixedOrder(np.asarray(tasks).tolist()),
@@ -256,7 +304,7 @@ def writer_dl(dl, plan, tasks, bs, workers=None):
 
 @contextmanager
 def validation_transforms(dl, on):
-    "Inside, a DataLoader uses the transforms of validation"
+    """Inside, a DataLoader uses the transforms of validation."""
     ds = dl.dataset
     pipes = [o.tfms for o in getattr(ds, 'tls', [ds]) if isinstance(getattr(o, 'tfms', None), Pipeline)] if on else []
     if on and isinstance(ds, TfmdLists): pipes.append(ds)      # it has a `split_idx` of its own
@@ -268,7 +316,9 @@ def validation_transforms(dl, on):
 
 
 def check_views_repeat(make, n):
-    "Make a few views twice, to find random transforms that can't be repeated before anything is written"
+    """Make a few views twice, to find random transforms that can't be repeated before anything is
+    written.
+    """
     tasks = spread_positions(n, 8)
     d = make(tasks, 1, 0)
     d.before_iter()
@@ -286,7 +336,7 @@ def check_equal(a, b, which, task):
 
 
 def check_padding(run, n):
-    "Warn if the outputs for the shortest text depend on whether the longest one is in its batch"
+    """Warn if the outputs for the shortest text depend on whether the longest one is in its batch."""
     beside,alone = [next(run(np.array(t), len(t))).logits[-1].float() for t in ([0, n-1], [n-1])]
     if beside.shape == alone.shape and (far := (beside-alone).abs().max().item()) > .1*(1 + alone.abs().max().item()):
         warnings.warn(DistillWarning(f"The teacher's outputs for a text depend on its padding (by {far:.3g} for the "
@@ -295,20 +345,24 @@ def check_padding(run, n):
 
 
 def plain_item(o):
-    "An item without fastai's types, and without its index"
+    """An item without fastai's types, and without its index."""
     if isinstance(o, IndexedItem): o = o[0]
     return tuple(map(plain_item, o)) if isinstance(o, (tuple, list)) else as_plain(o)
 
 
 def sample_digests(make, plan, views):
-    "Digests of a few samples' inputs, before and after the batch transforms. A replay must give the same"
+    """Digests of a few samples' inputs, before and after the batch transforms. A replay must give
+    the same.
+    """
     n = len(plan.keys)
     tasks = [i % max(views, 1)*n + int(r) for i,r in enumerate(spread_positions(n, 8))]
     return [dict(row=t % n, view=t//n, **o) for t,o in zip(tasks, inspect_views(make(tasks, 1, 0), tasks))]
 
 
 def inspect_views(d, tasks):
-    "For each task, the digest of its input, and three numbers for each of its tensors after the batch transforms"
+    """For each task, the digest of its input, and three numbers for each of its tensors after the
+    batch transforms.
+    """
     # subtle: without Normalize, since each model may have its own
     d.after_batch.fs = [f for f in d.after_batch.fs if not isinstance(f, Normalize)]
     has_floats = lambda o: isinstance(o, torch.Tensor) and o.is_floating_point() and o.numel()
@@ -318,7 +372,9 @@ def inspect_views(d, tasks):
 
 
 def summary(x):
-    "Mean, spread, and a sum with a different weight for each position: close for close inputs, on any device"
+    """Mean, spread, and a sum with a different weight for each position: close for close inputs, on
+    any device.
+    """
     x = x.detach().double().cpu().flatten()
     weights = torch.arange(len(x)).mul(.7).cos()
     return [x.mean().item(), x.std(correction=0).item(), (x*weights).mean().item()*len(x)**.5]
@@ -330,8 +386,9 @@ def item_digest(pair, n_inp):
 
 
 def classes_of(teacher, dls):
-    """Names of the classes in the order of the teacher's logits. If the labels have another order, it is mapped when a
-    student trains"""
+    """Names of the classes in the order of the teacher's logits. If the labels have another order,
+    it is mapped when a student trains.
+    """
     mine = vocab_of(dls)
     theirs = [n for t in (teacher, *teacher.members) if (n := class_names(t, dls)) is not None]
     if not theirs or mine is None: return mine

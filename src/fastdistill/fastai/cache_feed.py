@@ -22,7 +22,7 @@ __all__ = ['CacheFeed', 'Epochs', 'passed_epochs']
 
 
 class Epochs(Callback):
-    "Gives the DataLoader the number of the epoch, on which views depend"
+    """Gives the DataLoader the number of the epoch, on which views depend."""
     order = -20
     def __init__(self, plan, before, fed):
         super().__init__()
@@ -52,11 +52,17 @@ def passed_epochs(learn) -> dict: return PASSED.setdefault(learn, {})
 
 @dataclass
 class CacheFeed(Feed):
-    "Adds the rows of a cache to the batches"
-    cache:TeacherCache # or its path
-    keys:object=None # the `keys=` of `cache_teacher`
+    """Adds the rows of a cache to the batches.
+
+    Attributes:
+        cache: Or its path.
+        keys: The `keys=` of `cache_teacher`
+        fed: DataLoaders with rows in them.
+    """
+    cache:TeacherCache
+    keys:object=None
     learn:object=field(default=None, repr=False)
-    fed:list=field(default_factory=list, repr=False) # DataLoaders with rows in them
+    fed:list=field(default_factory=list, repr=False)
     missing = ("This batch has no stored teacher's output: the cache holds the training set only "
                "(cache_teacher(..., valid=True) adds the validation set).")
 
@@ -80,7 +86,9 @@ class CacheFeed(Feed):
 
     @property
     def doubt(self):
-        "Why the teacher should not be trusted, as it was found when its outputs were stored; empty: nothing was found"
+        """Why the teacher should not be trusted, as it was found when its outputs were stored;
+        empty: nothing was found.
+        """
         return self.cache.manifest.doubt
 
     @property
@@ -96,7 +104,7 @@ class CacheFeed(Feed):
                 "instead of the cache.")
 
     def _log(self, text):
-        "Not inside `learn.no_logging()`, and on the first rank alone"
+        """Not inside `learn.no_logging()`, and on the first rank alone."""
         if self.learn.logger is not noop and rank() == 0: print(text)
 
     def _attach(self, dls):
@@ -122,7 +130,9 @@ class CacheFeed(Feed):
         return plan
 
     def _plan(self, dls, dl, cache, keys):
-        "Which rows belong to the samples of a DataLoader; an error if the cache is not of these data"
+        """Which rows belong to the samples of a DataLoader; an error if the cache is not of these
+        data.
+        """
         refuse_unindexed(dl)
         if cache.views or is_stream(dl):
             refuse(cache.folder, transform_differences(cache.manifest.transforms, describe_transforms(dl)), cache.force)
@@ -150,7 +160,7 @@ class CacheFeed(Feed):
     def set_aside(self): return set_aside(*self.fed)
 
     def example(self, x):
-        "Outputs of as many samples as there are inputs, for their shapes and stored layers"
+        """Outputs of as many samples as there are inputs, for their shapes and stored layers."""
         t = next(tensors_in(x))
         out = self.cache.decode(torch.from_numpy(self.cache.rows(np.arange(len(t)) % len(self.cache))).to(t.device))
         return of_length(out, t.shape[1]) if self.stream else out
@@ -161,7 +171,7 @@ class CacheFeed(Feed):
         return all_classes(out, Outputs(as_plain(learn.pred)))
 
     def decoded(self, t):
-        "Rows as outputs, with the classes in the order of the labels"
+        """Rows as outputs, with the classes in the order of the labels."""
         out,order = self.cache.decode(t),self.order
         if order is None: return out
         lg = out.logits
@@ -170,7 +180,7 @@ class CacheFeed(Feed):
 
 
 def misfits(dl, plan, cache):
-    "Texts: how these data differ from the data when the cache was written"
+    """Texts: how these data differ from the data when the cache was written."""
     m = cache.manifest
     if m.views:
         n = len(plan.keys)

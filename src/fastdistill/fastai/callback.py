@@ -36,35 +36,58 @@ LOADED_STATES = WeakKeyDictionary()
 
 
 class KnowledgeDistillation(Callback):
-    "Train the learner on what `teacher` predicts: `learn.fit_one_cycle(3, 1e-3, cbs=KnowledgeDistillation(teacher))`"
+    """Train the learner on what `teacher` predicts: `learn.fit_one_cycle(3, 1e-3,
+    cbs=KnowledgeDistillation(teacher))`.
+
+    Args:
+        teacher: Learner, exported .pkl, module, TorchScript, torch.export or ONNX file,
+            callable, estimator with `predict_proba` or `predict`, `Teacher`; a list of these
+            (an ensemble); a `TeacherCache`, or its folder. None: the batches hold the teacher's
+            outputs (see `TeacherBlock`). A dict: a teacher for each head (docs/classes.md).
+        recipe: `kd()`, `kd() + recipes.at()`, a `Term`; None or 'auto': `auto` chooses, or
+            kd(T, alpha) if one of them is given.
+        T: Temperature: number or schedule (fastai's `SchedCos(8, 2)`); 4 if not given.
+        alpha: Weight of the teacher, the labels have 1-alpha: number or schedule; .9 if not
+            given.
+        temperature: The same as T.
+        loss: Your own: fn(student_logits, teacher_logits, *targets). It is the whole loss, or
+            with alpha=, the part beside the labels' own.
+        kind: 'softmax', 'sigmoid' or 'regression'; None: read off the learner's loss function.
+        axis: Class axis; None: read off the learner's loss function.
+        span: Schedules, warmup and stop_at run once through a whole `fine_tune`; 'fit': once
+            through each of its two fits.
+        output: Which of the student's outputs is distilled: a name, an index or a function;
+            None: as in `Distiller`. Of a teacher's outputs: Teacher(model, output=...).
+        unlabelled: More inputs, without labels, on which the teacher alone teaches: items like
+            those of the training set, or a DataLoader. Each training batch gets one of theirs
+            beside it.
+        unlabelled_targets: A cache of the teacher's outputs for them, or its folder; None: the
+            teacher runs.
+        perturbed: For tables: so many perturbed copies of each row, on which the teacher alone
+            teaches.
+        check: Look for mistakes before the first fit (see `check_teacher`).
+    """
     # after the student's loss and its regularizers; before GradientAccumulation (6) and MixedPrecision (10) scale it
     order,remove_on_fetch,_only_train_loop = 5,False,True
     of_heads = None # the class for several heads, which `heads` sets
 
     def __init__(
         self,
-        teacher=None, # Learner, exported .pkl, module, TorchScript, torch.export or ONNX file, callable, estimator with
-        # `predict_proba` or `predict`, `Teacher`; a list of these (an ensemble); a `TeacherCache`, or its folder. None:
-        # the batches hold the teacher's outputs (see `TeacherBlock`). A dict: a teacher for each head (docs/classes.md)
-        recipe=None, # `kd()`, `kd() + recipes.at()`, a `Term`; None or 'auto': `auto` chooses, or
-        # kd(T, alpha) if one of them is given
+        teacher=None,
+        recipe=None,
         *,
-        T=None, # temperature: number or schedule (fastai's `SchedCos(8, 2)`); 4 if not given
-        alpha=None, # weight of the teacher, the labels have 1-alpha: number or schedule; .9 if not given
-        temperature=None, # the same as T
-        loss=None, # your own: fn(student_logits, teacher_logits, *targets). It is the whole loss, or with alpha=, the
-        # part beside the labels' own
-        kind:str|None=None, # 'softmax', 'sigmoid' or 'regression'; None: read off the learner's loss function
-        axis:int|None=None, # class axis; None: read off the learner's loss function
-        span:str='fine_tune', # schedules, warmup and stop_at run once through a whole `fine_tune`; 'fit': once through
-        # each of its two fits
-        output=None, # which of the student's outputs is distilled: a name, an index or a function; None: as in
-        # `Distiller`. Of a teacher's outputs: Teacher(model, output=...)
-        unlabelled=None, # more inputs, without labels, on which the teacher alone teaches: items like those of the
-        # training set, or a DataLoader. Each training batch gets one of theirs beside it
-        unlabelled_targets=None, # a cache of the teacher's outputs for them, or its folder; None: the teacher runs
-        perturbed:int=0, # for tables: so many perturbed copies of each row, on which the teacher alone teaches
-        check:bool=True # look for mistakes before the first fit (see `check_teacher`)
+        T=None,
+        alpha=None,
+        temperature=None,
+        loss=None,
+        kind:str|None=None,
+        axis:int|None=None,
+        span:str='fine_tune',
+        output=None,
+        unlabelled=None,
+        unlabelled_targets=None,
+        perturbed:int=0,
+        check:bool=True
     ):
         super().__init__()
         while FIRST_CALLBACK: FIRST_CALLBACK.pop()()
@@ -116,13 +139,13 @@ class KnowledgeDistillation(Callback):
             self.distiller.teacher.expect(self.n_epoch*sum(len(dl) for dl in self.dls))
 
     def _check(self):
-        "Look for mistakes, on the first rank alone, so that all ranks continue or all stop"
+        """Look for mistakes, on the first rank alone, so that all ranks continue or all stop."""
         find = lambda: find_mistakes(self.learn, self.distiller.teacher, self.task, self.recipe, output=self.output)
         found,self.checked = on_first(find).enforce(facts=self.logs),True
         return found
 
     def _choose(self, found):
-        "Take the recipe that `auto` chooses"
+        """Take the recipe that `auto` chooses."""
         example = example_of(self.learn, self.output)
         chosen = of_first(choose_recipe(example, self.task, self.distiller.teacher, found))
         if self.recipe is not None and str(chosen) == str(self.recipe): return
@@ -138,7 +161,9 @@ class KnowledgeDistillation(Callback):
         self.unlabelled.start(self.learn, self.distiller.teacher, self.distiller.teacher_layers())
 
     def _build(self):
-        "The distiller for this model and task, and the teacher for the normalization and classes of these data"
+        """The distiller for this model and task, and the teacher for the normalization and classes
+        of these data.
+        """
         task,model = task_of(self.learn.loss_func, self.asked_kind, self.asked_axis),unwrap(self.learn.model)
         if self.built != (built := (task, model, weight_shapes(model))):
             self.task,self.built,self.projector_opt,self.known_dls,self.reported_shares = task,built,None,None,None
@@ -152,7 +177,7 @@ class KnowledgeDistillation(Callback):
         d.teacher = teacher_of(self.source, self.learn, task) if self.feed is None else self.feed
 
     def _setup(self, *x):
-        "Pair layers and build projectors, once for a student"
+        """Pair layers and build projectors, once for a student."""
         self.distiller.setup(*map(as_plain, x))
         self.distiller.links.train(self.training)
         broadcast(self.distiller.links.state_dict().values())
@@ -160,13 +185,13 @@ class KnowledgeDistillation(Callback):
         if self.distiller.pairs and not hasattr(self.learn, 'lr_finder'): self._log(self.distiller.pairs)
 
     def _copy_projectors(self):
-        "lr_find trains until it diverges: it gets copies of the projectors"
+        """lr_find trains until it diverges: it gets copies of the projectors."""
         d = self.distiller
         self.state_before_finder = d.links,d.ratios,self.projector_opt
         d.links,d.ratios,self.projector_opt = copy.deepcopy(d.links),copy.deepcopy(d.ratios),None
 
     def _epochs_span(self):
-        "(epochs before this fit, epochs in all) of the `fine_tune` that this fit is a phase of"
+        """(epochs before this fit, epochs in all) of the `fine_tune` that this fit is a phase of."""
         span = getattr(self.learn, 'fine_tune_span', None)
         if span is None: return None
         before,span['done'] = span['done'],span['done'] + self.n_epoch
@@ -175,7 +200,7 @@ class KnowledgeDistillation(Callback):
     def after_fit(self): self.teardown()
 
     def teardown(self):
-        "Put everything back; safe to call at any time, and twice"
+        """Put everything back; safe to call at any time, and twice."""
         self._untap()
         (self.items if self.feed is None else self.feed).detach()
         self.unlabelled.stop()
@@ -201,7 +226,7 @@ class KnowledgeDistillation(Callback):
 
     @property
     def logs(self):
-        "Does this process print? Not inside `learn.no_logging()`, and on the first rank alone"
+        """Does this process print? Not inside `learn.no_logging()`, and on the first rank alone."""
         return self.learn.logger is not noop and rank() == 0
 
     def _log(self, text):
@@ -216,12 +241,12 @@ class KnowledgeDistillation(Callback):
 
     @property
     def active(self):
-        "In a fit, and not in a `get_preds` inside it"
+        """In a fit, and not in a `get_preds` inside it."""
         return self.in_fit and not hasattr(self.learn, 'gather_preds')
 
     @property
     def share_done(self):
-        "Share of the training that is done, for schedules"
+        """Share of the training that is done, for schedules."""
         if self.epochs_span is None: return self.pct_train
         before,epochs = self.epochs_span
         return (before + self.pct_train*self.n_epoch)/epochs
@@ -246,7 +271,7 @@ class KnowledgeDistillation(Callback):
         self._tap()
 
     def _tap(self):
-        "Read the layers that this batch compares"
+        """Read the layers that this batch compares."""
         # subtle: hooks go on the model of this batch, since an averaged model may take its place in validation
         names = self.distiller.student_layers(self.distiller.active_terms(self.share_done))
         if self.taps is not None and self.taps.names == names: return
@@ -298,7 +323,7 @@ class KnowledgeDistillation(Callback):
         if self.unlabelled and not hasattr(self.learn, 'lr_finder'): self._teach_unlabelled()
 
     def _teach_unlabelled(self):
-        "The student learns from the teacher on inputs without labels, beside those of this batch"
+        """The student learns from the teacher on inputs without labels, beside those of this batch."""
         # subtle: where nothing counts, nothing may be drawn, and no batch-norm may see these inputs
         if all(t.n_targets for t in self.distiller.active_terms(self.share_done)): return
         ask = lambda x: self.distiller.teacher_outputs(x, self.share_done)
@@ -312,13 +337,15 @@ class KnowledgeDistillation(Callback):
     def _student_outputs(self, feats): return self.distiller.student_outputs(self.learn.pred, feats, self.xb)
 
     def _ask_teacher(self):
-        "The teacher's outputs for this batch; None where no term needs them"
+        """The teacher's outputs for this batch; None where no term needs them."""
         t = self.distiller.teacher_outputs(self.items.beside(self.xb), self.share_done)
         if t is not None: self.finite_check.add(t, self.learn, self.task)
         return self.items.mixed(t)
 
     def _report_shares(self):
-        "Print what was measured at the first training batch, and where a part counts for the first time"
+        """Print what was measured at the first training batch, and where a part counts for the
+        first time.
+        """
         before,shares = self.reported_shares,self.distiller.gradient_shares
         self.reported_shares = shares
         if not shares or shares is before: return
@@ -332,17 +359,19 @@ class KnowledgeDistillation(Callback):
         else: learn.loss_grad,learn.loss = r.total + self._regularizers(),r.total
 
     def _regularizers(self):
-        "What callbacks before this one added to the labels' loss"
+        """What callbacks before this one added to the labels' loss."""
         a,b = self.learn.loss_grad,self.learn.loss
         # subtle: where they added nothing, the labels' loss and its gradient must not be used at all: they may be nan
         return 0. if origin(a) is origin(b) else (a-b).nan_to_num()
 
     def _has_outputs(self):
-        "Stored outputs may be there for the training set alone"
+        """Stored outputs may be there for the training set alone."""
         return self.training or self.runs or self.feed.ready()
 
     def _mixed(self):
-        "The second labels of a mixed batch, and the share of the first ones, where MixUp or CutMix keep both apart"
+        """The second labels of a mixed batch, and the share of the first ones, where MixUp or
+        CutMix keep both apart.
+        """
         mixes = [c for c in self.learn.cbs if isinstance(c, MixHandler) and getattr(c, 'stack_y', False)]
         mix = mixes[0] if mixes and self.training else None
         return None if mix is None else (mix.yb1, mix.lam)
@@ -364,7 +393,9 @@ class KnowledgeDistillation(Callback):
         return self.projector_opt
 
     def state_dict(self):
-        "What a checkpoint needs beside the student: projectors, their optimizer's state, measured gradients"
+        """What a checkpoint needs beside the student: projectors, their optimizer's state, measured
+        gradients.
+        """
         if self.state_to_load: return {k: v for k,v in self.state_to_load.items() if k != 'file'}
         if self.distiller is None: return {}
         d,opt = self.distiller,None if self.projector_opt is None else self.projector_opt.state_dict()
@@ -378,7 +409,7 @@ class KnowledgeDistillation(Callback):
         if self.in_fit and self.distiller.ready: self._take_state()
 
     def _take_state(self):
-        "Load the state that was given, or that stood beside the student's file"
+        """Load the state that was given, or that stood beside the student's file."""
         state,d = self.state_to_load,self.distiller
         if state is None and self.projector_opt is None: state = LOADED_STATES.get(self.learn)
         if not hasattr(self.learn, 'lr_finder'):
@@ -407,7 +438,7 @@ class KnowledgeDistillation(Callback):
 
 
 def origin(loss):
-    "The operation that computed a loss, without the copies that fastai makes of it"
+    """The operation that computed a loss, without the copies that fastai makes of it."""
     fn = loss.grad_fn
     while fn is not None and fn.name() in ('AliasBackward0', 'CloneBackward0'): fn = fn.next_functions[0][0]
     return fn

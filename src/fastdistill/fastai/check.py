@@ -29,12 +29,16 @@ KIND_IN_WORDS = dict(softmax='one class of several (softmax)', sigmoid='each lab
 
 
 class TeacherCheck(Findings):
-    """What was found about a teacher: a list of findings, empty if nothing is wrong, that shows itself as a table in a
-    terminal and in a notebook. `in_order` are the checks that found nothing, `facts` and `costs` what was measured"""
+    """What was found about a teacher: a list of findings, empty if nothing is wrong, that shows
+    itself as a table in a terminal and in a notebook. `in_order` are the checks that found nothing,
+    `facts` and `costs` what was measured.
+    """
     costs,cost_lines,title = None,(),''
 
     def rows(self) -> list:
-        "The table: a `Finding` for each line, mistakes first, then what is in order, then the costs"
+        """The table: a `Finding` for each line, mistakes first, then what is in order, then the
+        costs.
+        """
         levels = ('error', 'warning', 'note')
         fine = {f.about: f for f in self.in_order}
         first = [fine.pop(k, Finding('', text, '', about=k)) for k,text in self.measured.items()]
@@ -43,13 +47,13 @@ class TeacherCheck(Findings):
 
     @property
     def measured(self):
-        "The facts as text, in order or not"
+        """The facts as text, in order or not."""
         f = self.facts
         return {} if f is None else {k: v for k,v in dict(score=f.scores, certainty=f.probabilities).items() if v}
 
     @property
     def verdict(self):
-        "The last line of the table"
+        """The last line of the table."""
         if not self: return self.none
         n = {k: sum(f.level == k for f in self) for k in ('error', 'warning', 'note')}
         return ', '.join(f"{v} {k}{'s' if v > 1 else ''}" for k,v in n.items() if v) + (
@@ -57,9 +61,13 @@ class TeacherCheck(Findings):
 
     def show(
         self,
-        console=None # rich's; None: standard output
+        console=None
     ):
-        "The table: in a notebook as HTML, else in the terminal"
+        """The table: in a notebook as HTML, else in the terminal.
+
+        Args:
+            console: Rich's; None: standard output.
+        """
         show(self, print_checks, console)
 
     def __repr__(self): return checks_as_text(self)
@@ -68,16 +76,26 @@ class TeacherCheck(Findings):
 
 
 def check_teacher(
-    learn, # the student's Learner, or its DataLoaders alone
-    teacher, # what `KnowledgeDistillation` takes
-    task=None, # what the student predicts; None: read from its loss function
-    recipe=None, # recipe or term of the training; None: unknown
-    n:int=BATCHES, # number of validation batches to read, and a quarter as many training batches
-    output=None, # which of the student's outputs is distilled, as in `Distiller`
-    n_epoch:int|None=10 # of the training whose costs are estimated; None: they are not
+    learn,
+    teacher,
+    task=None,
+    recipe=None,
+    n:int=BATCHES,
+    output=None,
+    n_epoch:int|None=10
 ) -> TeacherCheck:
-    """Compare the inputs that the teacher expects with those that it will get, score it on a few batches, and measure
-    what it costs"""
+    """Compare the inputs that the teacher expects with those that it will get, score it on a few
+    batches, and measure what it costs.
+
+    Args:
+        learn: The student's Learner, or its DataLoaders alone.
+        teacher: What `KnowledgeDistillation` takes.
+        task: What the student predicts; None: read from its loss function.
+        recipe: Recipe or term of the training; None: unknown.
+        n: Number of validation batches to read, and a quarter as many training batches.
+        output: Which of the student's outputs is distilled, as in `Distiller`
+        n_epoch: Of the training whose costs are estimated; None: they are not.
+    """
     if not hasattr(learn, 'dls'):
         learn = SimpleNamespace(dls=learn, model=None, loss_func=getattr(learn, 'loss_func', None))
     task,recipe = task or task_of(learn.loss_func),as_recipe(recipe)
@@ -94,7 +112,7 @@ def check_teacher(
 
 
 def costs_of_check(learn, teacher, task, recipe, output, n_epoch):
-    "(costs, their lines); a line with the reason where they could not be measured"
+    """(costs, their lines); a line with the reason where they could not be measured."""
     # subtle: any error at all, since the student, its loss and its recipe may be the user's own. A fit shows it in full
     try: costs = training_costs(learn, teacher, task, recipe, output)
     except Exception as e: return None,[('step', f'could not be measured: {type(e).__name__}: {e}')]
@@ -102,12 +120,14 @@ def costs_of_check(learn, teacher, task, recipe, output, n_epoch):
 
 
 def weight_shapes(model):
-    "What projectors are built for. Masks do not change it, the removal of channels does"
+    """What projectors are built for. Masks do not change it, the removal of channels does."""
     return sorted(p.shape for p in model.parameters() if not is_lazy(p))
 
 
 def check_optimizer(learn):
-    "Refuse an optimizer that was made before the layers got other weights, as from pruning: it would not train them"
+    """Refuse an optimizer that was made before the layers got other weights, as from pruning: it
+    would not train them.
+    """
     if learn.opt is None: return        # no training, as in `summary` and `tta`
     stepped = {p for ps in learn.opt.param_lists for p in ps}
     weights = {p: n for n,p in learn.model.named_parameters() if p.requires_grad}
@@ -120,15 +140,25 @@ def check_optimizer(learn):
 
 
 def find_mistakes(
-    learn, # as in `check_teacher`
-    teacher, # a `Teacher` that `teacher_of` made for this Learner and task
-    task, # what the student predicts
-    recipe=None, # as in `check_teacher`
-    n:int=BATCHES, # as in `check_teacher`
-    output=None, # as in `check_teacher`
-    head=None # one of several heads of the student, with its own labels; None: there is one
+    learn,
+    teacher,
+    task,
+    recipe=None,
+    n:int=BATCHES,
+    output=None,
+    head=None
 ) -> Findings:
-    "The findings about a teacher that is built already"
+    """The findings about a teacher that is built already.
+
+    Args:
+        learn: As in `check_teacher`
+        teacher: A `Teacher` that `teacher_of` made for this Learner and task.
+        task: What the student predicts.
+        recipe: As in `check_teacher`
+        n: As in `check_teacher`
+        output: As in `check_teacher`
+        head: One of several heads of the student, with its own labels; None: there is one.
+    """
     found = Findings()
     found.add('parameters', shared_parameters(learn.model, teacher), none_shared(learn.model, teacher))
     own = learn if head is None else head.of(learn)
@@ -153,7 +183,7 @@ def find_mistakes(
 def with_learners(teacher): return [o for o in single_teachers(teacher) if o.learner is not None]
 
 def resets(learn, teacher, task):
-    "fastai calls the student's method `reset`, even if it changes weights"
+    """fastai calls the student's method `reset`, even if it changes weights."""
     if has_reset(learn.model) and (why := why_no_reset(learn.model)):
         yield Finding('error', f"The student's method reset() {why}, and fastai calls it whenever it fits, validates "
                                "or predicts",
@@ -164,7 +194,7 @@ def resets_in_words(learn, teacher, task): return 'it changes no weights' if has
 
 
 def kinds(learn, teacher, task):
-    "Student and teacher predict the same kind of thing"
+    """Student and teacher predict the same kind of thing."""
     own = known_kind(learn.loss_func)
     # subtle: without a student, for a cache, kind='regression' stores a teacher's embeddings as they are
     if own not in (None, task.kind) and not (learn.model is None and task.kind == 'regression'):
@@ -187,7 +217,7 @@ def known_kind(loss_func):
 
 
 def labels(learn, teacher, task):
-    "The student's classes, among the teacher's"
+    """The student's classes, among the teacher's."""
     for o in single_teachers(teacher):
         names = class_names(o, learn.dls)
         found = None if task.kind == 'regression' else map_classes(vocab_of(learn.dls), names)
@@ -211,7 +241,7 @@ def labels_in_words(learn, teacher, task):
 
 
 def of_shared(found, student, teacher):
-    "How to distill the classes that both models have"
+    """How to distill the classes that both models have."""
     if len(found.shared) < 2: return ''
     at = lambda names: few_names([names.index(c) for c in found.shared], 20)
     return (f". To distill the {len(found.shared)} that both have, and leave the others to the labels: "
@@ -219,7 +249,7 @@ def of_shared(found, student, teacher):
 
 
 def codings(learn, teacher, task):
-    "Both models must code tokens and categories by the same numbers"
+    """Both models must code tokens and categories by the same numbers."""
     for o in with_learners(teacher):
         if o.inputs is not None: continue       # it translates them
         a,b = learn.dls,o.learner.dls
@@ -232,7 +262,7 @@ def codings(learn, teacher, task):
 
 
 def codings_in_words(learn, teacher, task):
-    "What both models code, with the number of codes"
+    """What both models code, with the number of codes."""
     found = {k: read(learn.dls) for k,read in CODES.items()} if with_learners(teacher) else {}
     same = [f'{len(v)} {k}' for k,v in found.items() if v is not None]
     return f"{', '.join(same)}, the same for both" if same else ''
@@ -250,7 +280,7 @@ def normalization(learn, teacher, task):
 
 
 def normalization_in_words(learn, teacher, task):
-    "The images' mean and standard deviation, where both models have the same"
+    """The images' mean and standard deviation, where both models have the same."""
     tfms = getattr(getattr(learn.dls, 'after_batch', None), 'fs', ())
     if not any(isinstance(t, Normalize) for t in tfms): return ''
     if any(o.stats is None for o in single_teachers(teacher)): return ''
@@ -259,7 +289,7 @@ def normalization_in_words(learn, teacher, task):
 
 
 def image_sizes(learn, teacher, task):
-    "A Learner's images are resized to the size on which it was trained"
+    """A Learner's images are resized to the size on which it was trained."""
     for o in with_learners(teacher):
         if o.size is None or o.size == (mine := size_of_images(learn.dls)): continue
         own = 'have several sizes' if mine is None else f'have {in_pixels(mine)}'

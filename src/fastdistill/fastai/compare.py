@@ -25,29 +25,52 @@ __all__ = ['compare', 'history_of']
 
 
 def compare(
-    models:dict, # name -> Learner, exported Learner (.pkl), module, file or anything else that `Teacher` takes
-    dls=None, # DataLoaders, whose validation set is used; None: those of the last Learner among the models
+    models:dict,
+    dls=None,
     *,
-    dl=None, # another DataLoader with labels, such as dls.test_dl(items, with_labels=True)
-    teacher:str|None=None, # name of the teacher; None: 'teacher', if a model is called so
-    baseline:str|None=None, # name of the model without a teacher; None: 'alone', else the first student of several
-    metrics=None, # fastai metrics; None: those of the Learners
-    loss_func=None, # the task's own loss; None: that of the Learner, or of the DataLoaders
-    kind=None, # 'softmax', 'sigmoid' or 'regression'; None: read from the loss function
-    axis=None, # class axis; None: read from the loss function
-    headline:str|None=None, # the measure that counts first, such as 'nll'; None: the usual one of the task
-    large:int|None=None, # size of the large batch whose time and memory are measured; None: the DataLoader's own
-    seconds:float=.5, # for each measurement of time; 0: no times
-    repeats:int=2000, # bootstrap draws
-    seed:int=0, # of the bootstrap
-    title:str='', # of the report
-    progress:bool=True # a bar in a terminal or notebook
+    dl=None,
+    teacher:str|None=None,
+    baseline:str|None=None,
+    metrics=None,
+    loss_func=None,
+    kind=None,
+    axis=None,
+    headline:str|None=None,
+    large:int|None=None,
+    seconds:float=.5,
+    repeats:int=2000,
+    seed:int=0,
+    title:str='',
+    progress:bool=True
 ) -> Report:
-    """Measure all models on the same validation data, in one pass: the task's scores and loss, the Learners' metrics,
-    agreement with the teacher, calibration, classes, cost and time.
+    """Measure all models on the same validation data, in one pass: the task's scores and loss, the
+    Learners' metrics, agreement with the teacher, calibration, classes, cost and time.
 
-    Differences are paired by sample, with 95% bootstrap intervals and exact tests. They cover the choice of validation
-    samples, not the luck of a training: other seeds need other trainings"""
+    Differences are paired by sample, with 95% bootstrap intervals and exact tests. They cover the
+    choice of validation samples, not the luck of a training: other seeds need other trainings.
+
+    Args:
+        models: Name -> Learner, exported Learner (.pkl), module, file or anything else that
+            `Teacher` takes.
+        dls: DataLoaders, whose validation set is used; None: those of the last Learner among
+            the models.
+        dl: Another DataLoader with labels, such as dls.test_dl(items, with_labels=True).
+        teacher: Name of the teacher; None: 'teacher', if a model is called so.
+        baseline: Name of the model without a teacher; None: 'alone', else the first student of
+            several.
+        metrics: Fastai metrics; None: those of the Learners.
+        loss_func: The task's own loss; None: that of the Learner, or of the DataLoaders.
+        kind: 'softmax', 'sigmoid' or 'regression'; None: read from the loss function.
+        axis: Class axis; None: read from the loss function.
+        headline: The measure that counts first, such as 'nll'; None: the usual one of the task.
+        large: Size of the large batch whose time and memory are measured; None: the
+            DataLoader's own.
+        seconds: For each measurement of time; 0: no times.
+        repeats: Bootstrap draws.
+        seed: Of the bootstrap.
+        title: Of the report.
+        progress: A bar in a terminal or notebook.
+    """
     if not isinstance(models, dict) or not models:
         raise DistillError("compare needs names: compare({'teacher': teacher, 'alone': alone, 'distilled': student}).")
     for o in models.values(): refuse_heads(o, 'to compare, which measures models of one output')
@@ -74,13 +97,13 @@ def compare(
 
 
 def names_of_classes(dls, n):
-    "`n` names, which are numbers where the data have no others"
+    """`n` names, which are numbers where the data have no others."""
     names = vocab_of(dls)
     return names if names is not None and len(names) == n else list(map(str, range(n)))
 
 
 def reference(models, dls, loss_func):
-    "The Learner, or what stands for one, whose data, callbacks and loss are used"
+    """The Learner, or what stands for one, whose data, callbacks and loss are used."""
     learners = [o for o in models.values() if isinstance(o, Learner)]
     if dls is None and not learners:
         raise DistillError("None of the models is a Learner: pass the DataLoaders, compare(models, dls).")
@@ -93,7 +116,7 @@ def reference(models, dls, loss_func):
 
 
 class MetricValues:
-    "Copies of fastai's metrics, for one model"
+    """Copies of fastai's metrics, for one model."""
     def __init__(self, learn, metrics):
         self.learn,self.metrics = learn,[copy.deepcopy(m) for m in metrics]
         for m in self.metrics: m.reset()
@@ -107,7 +130,9 @@ class MetricValues:
 
 
 class Step:
-    "A Learner, as a metric sees it, after the prediction of a batch; the Learner itself is not changed"
+    """A Learner, as a metric sees it, after the prediction of a batch; the Learner itself is not
+    changed.
+    """
     def __init__(self, learn, **now):
         self.__dict__.update(now)
         self._learn = learn
@@ -116,7 +141,7 @@ class Step:
 
 
 def metrics_of(models, learn, metrics):
-    "fn() -> fresh metrics for a model"
+    """fn() -> fresh metrics for a model."""
     if metrics is None: found = [m for o in models.values() if isinstance(o, Learner) for m in o.metrics]
     else: found = [mk_metric(m) for m in L(metrics)]
     named = {m.name: m for m in found}
@@ -129,7 +154,7 @@ def plain_number(v):
 
 
 def unit_of(dl):
-    "What the samples are"
+    """What the samples are."""
     if is_stream(dl): return 'pieces of text'
     if isinstance(dl, TabDataLoader): return 'rows'
     types = getattr(dl, '_types', None) if isinstance(dl, TfmdDL) else None
@@ -139,14 +164,14 @@ def unit_of(dl):
 
 
 def types_in(types):
-    "The types of a batch's tensors, which fastai stores nested, in their order"
+    """The types of a batch's tensors, which fastai stores nested, in their order."""
     for o in (v for vs in types.values() for v in vs) if isinstance(types, dict) else [types]:
         if isinstance(o, type): yield o
         else: yield from types_in(o)
 
 
 def history_of(learn):
-    "Column of the training's table -> its value in each epoch of the last fit"
+    """Column of the training's table -> its value in each epoch of the last fit."""
     recorder = getattr(learn, 'recorder', None)
     if recorder is None: return {}
     return {k: [*map(plain_number, v)] for k,v in columns_of(recorder).items()}
@@ -154,7 +179,7 @@ def history_of(learn):
 
 @contextmanager
 def shown_bar(progress, total, what='compare'):
-    "Yields the function to call after each step; it moves a bar in a terminal or a notebook"
+    """Yields the function to call after each step; it moves a bar in a terminal or a notebook."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     console = console_for_bars() if progress and not rank() else None
     if console is None:

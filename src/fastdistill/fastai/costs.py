@@ -1,4 +1,6 @@
-"What a training with this teacher would cost: time of a step, memory, and what stored outputs would save."
+"""What a training with this teacher would cost: time of a step, memory, and what stored outputs
+would save.
+"""
 import math, time
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -24,21 +26,37 @@ MEASURED_SECONDS = 3 # after this time, no other batch is begun
 
 @dataclass
 class TrainingCosts:
-    "Measured on a few training batches, without loading them and without the optimizer"
-    batch:int # samples in a batch
-    steps:int|None # batches of an epoch; None: unknown
-    alone:float # seconds of a step without a teacher
-    live:float # seconds of a step with the teacher
-    teacher:float # seconds of the teacher alone
-    weights:int # bytes of the teacher
-    copy:int # bytes of the copy that runs faster in its place; 0: there is none
-    view:Forecast|None # of one stored view of the training set; None: its size is unknown
-    mixed:bool=False # does the fit use mixed precision, which was not measured?
+    """Measured on a few training batches, without loading them and without the optimizer.
+
+    Attributes:
+        batch: Samples in a batch.
+        steps: Batches of an epoch; None: unknown.
+        alone: Seconds of a step without a teacher.
+        live: Seconds of a step with the teacher.
+        teacher: Seconds of the teacher alone.
+        weights: Bytes of the teacher.
+        copy: Bytes of the copy that runs faster in its place; 0: there is none.
+        view: Of one stored view of the training set; None: its size is unknown.
+        mixed: Does the fit use mixed precision, which was not measured?
+    """
+    batch:int
+    steps:int|None
+    alone:float
+    live:float
+    teacher:float
+    weights:int
+    copy:int
+    view:Forecast|None
+    mixed:bool=False
 
     def lines(
-        self, n_epoch:int # of the training
+        self, n_epoch:int
     ):
-        "(subject, text) of each cost"
+        """(subject, text) of each cost.
+
+        Args:
+            n_epoch: Of the training.
+        """
         apart = ', and without its mixed precision' if self.mixed else ''
         yield 'step',(f'{duration(self.alone)} alone, {duration(self.live)} with the teacher '
                       f'({self.live/self.alone:.2f} times): batches of {self.batch}, without loading them and without '
@@ -60,13 +78,22 @@ def duration(seconds):
 
 
 def training_costs(
-    learn, # the student's Learner
-    teacher, # a `Teacher`
-    task, # what the student predicts
-    recipe, # of the training
-    output=None # which of the student's outputs is distilled, as in `Distiller`
+    learn,
+    teacher,
+    task,
+    recipe,
+    output=None
 ) -> TrainingCosts|None:
-    "Run a few training batches. Learner, models and random numbers do not change. None: there are none with labels"
+    """Run a few training batches. Learner, models and random numbers do not change. None: there are
+    none with labels.
+
+    Args:
+        learn: The student's Learner.
+        teacher: A `Teacher`
+        task: What the student predicts.
+        recipe: Of the training.
+        output: Which of the student's outputs is distilled, as in `Distiller`
+    """
     with guarded_random_state(), closing(prepared_batches(learn, 1, FEW_BATCHES)[1]) as train:
         batches = [b for b in train if len(b[1])]
     if not batches: return None
@@ -90,7 +117,7 @@ def training_costs(
 
 @contextmanager
 def in_training(model, x):
-    "The model in training mode, with gradients. Afterwards it is as before"
+    """The model in training mode, with gradients. Afterwards it is as before."""
     with untouched(model), torch.enable_grad():
         for m in distinct_modules(unwrap(model)): m.training = True      # subtle: the flag, as in `untouched`
         yield
@@ -99,13 +126,13 @@ def in_training(model, x):
 
 
 def gradients(distiller, x, y):
-    "The gradients of a batch, which are not kept"
+    """The gradients of a batch, which are not kept."""
     total = distiller(x, *y).total
     torch.autograd.grad(total, [p for p in distiller.parameters() if p.requires_grad], allow_unused=True)
 
 
 def seconds_of_batches(runs, batches):
-    "Name -> seconds of a batch: of each batch the best of several runs, in which all take turns"
+    """Name -> seconds of a batch: of each batch the best of several runs, in which all take turns."""
     wait,best = wait_for(batches[0][0]),{k: {} for k in runs}
     for i in range(-1, ROUNDS*len(batches)):
         at = max(i, 0) % len(batches)

@@ -16,18 +16,28 @@ __all__ = ['Example', 'choose_recipe', 'example_of', 'facts_for_choice']
 
 @dataclass
 class Example:
-    "One batch, on which the student ran as in validation"
-    x:tuple # its inputs
-    labels:bool # does it have labels?
-    logits:Tensor # the student's
+    """One batch, on which the student ran as in validation.
+
+    Attributes:
+        x: Its inputs.
+        labels: Does it have labels?
+        logits: The student's.
+    """
+    x:tuple
+    labels:bool
+    logits:Tensor
 
 
 def example_of(
     learn,
-    output=None # which of the student's outputs is distilled, as in `Distiller`
+    output=None
 ) -> Example|None:
-    """A training batch, else a validation batch, that the student runs on; None if it does not run on batches as they
-    are. Nothing is changed by it"""
+    """A training batch, else a validation batch, that the student runs on; None if it does not run
+    on batches as they are. Nothing is changed by it.
+
+    Args:
+        output: Which of the student's outputs is distilled, as in `Distiller`
+    """
     with RandomGuard(), ExitStack() as stack:
         valid,train = (stack.enter_context(closing(o)) for o in prepared_batches(learn, 1, 1))
         try:
@@ -38,17 +48,24 @@ def example_of(
 
 
 def choose_recipe(
-    example:Example|None, # as `example_of` gives it
-    task, # what the student predicts
-    teacher, # what a Distiller takes as its teacher
-    found:Findings|None=None # what the check of the teacher found; None: it was not checked
+    example:Example|None,
+    task,
+    teacher,
+    found:Findings|None=None
 ):
-    "What `auto` chooses for these outputs and this teacher"
+    """What `auto` chooses for these outputs and this teacher.
+
+    Args:
+        example: As `example_of` gives it.
+        task: What the student predicts.
+        teacher: What a Distiller takes as its teacher.
+        found: What the check of the teacher found; None: it was not checked.
+    """
     return auto(**facts_for_choice(example, task, teacher, found))
 
 
 def facts_for_choice(example, task, teacher, found=None) -> dict:
-    "The arguments of `auto`"
+    """The arguments of `auto`."""
     low,stored = found is not None and found.doubt,getattr(teacher, 'doubt', '')
     before = f"when its outputs were stored: {stored}" if stored else None
     doubt = dict(doubt="the teacher is in doubt, see above" if low else before)

@@ -1,4 +1,6 @@
-"A trained student as a file that needs neither fastai nor fastdistill, checked against the Learner."
+"""A trained student as a file that needs neither fastai nor fastdistill, checked against the
+Learner.
+"""
 import copy, json, re, tempfile, warnings
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -30,13 +32,20 @@ CLOSE = .01 # largest difference that rounding explains, as a share of the large
 
 @dataclass
 class Exported:
-    "A student that was exported, and how it was checked"
+    """A student that was exported, and how it was checked.
+
+    Attributes:
+        difference: Largest difference of an output from the Learner's.
+        samples: On which that was measured.
+        facts: The metadata inside the file.
+        report: Of int8: the Learner and the file side by side on the validation set.
+    """
     path:Path
     bytes:int
-    difference:float # largest difference of an output from the Learner's
-    samples:int # on which that was measured
-    facts:dict=field(default_factory=dict) # the metadata inside the file
-    report:Report|None=None # of int8: the Learner and the file side by side on the validation set
+    difference:float
+    samples:int
+    facts:dict=field(default_factory=dict)
+    report:Report|None=None
 
     def __str__(self):
         out = (f'{self.path}: {self.bytes/1e6:.2f} MB; largest difference from the Learner {self.difference:.2g} '
@@ -49,7 +58,7 @@ class Exported:
 
 
 class LogitsOnly(nn.Module):
-    "A model that returns its logits alone, such as a text model without its hidden states"
+    """A model that returns its logits alone, such as a text model without its hidden states."""
     def __init__(self, model):
         super().__init__()
         self.model = model
@@ -61,23 +70,32 @@ class LogitsOnly(nn.Module):
 
 
 def check_learner(learn, name):
-    "Refuse a model, whose inputs, normalization and classes only its Learner knows"
+    """Refuse a model, whose inputs, normalization and classes only its Learner knows."""
     if not isinstance(learn, Learner):
         raise DistillError(f"{name} got a {type(learn).__name__}: give the Learner, learn and not learn.model. Its "
                            "validation set has the inputs on which the result is checked.")
 
 
 def export_student(
-    learn:Learner, # the trained student
-    path, # 'student.onnx' (needs the extra 'onnx') or 'student.pt2' (torch.export)
+    learn:Learner,
+    path,
     *,
-    int8:bool=False, # of an .onnx file: static quantization, calibrated on validation batches. After quantization-aware
-    # training: at the scales that were learned
-    calibration:int=8, # batches to calibrate on
-    n:int=8 # validation batches on which the file is compared with the Learner
+    int8:bool=False,
+    calibration:int=8,
+    n:int=8
 ) -> Exported:
-    """Write the student's network as a file with a free batch size, and compare its outputs with the Learner's on real
-    inputs. Input shape, normalization and class names are inside the file, as metadata"""
+    """Write the student's network as a file with a free batch size, and compare its outputs with
+    the Learner's on real inputs. Input shape, normalization and class names are inside the file, as
+    metadata.
+
+    Args:
+        learn: The trained student.
+        path: 'student.onnx' (needs the extra 'onnx') or 'student.pt2' (torch.export).
+        int8: Of an .onnx file: static quantization, calibrated on validation batches. After
+            quantization-aware training: at the scales that were learned.
+        calibration: Batches to calibrate on.
+        n: Validation batches on which the file is compared with the Learner.
+    """
     check_learner(learn, 'export_student')
     path = Path(path)
     if path.suffix not in WRITERS:
@@ -103,9 +121,14 @@ def export_student(
 
 def weak_score(
     learn:Learner,
-    n:int=8 # validation batches
+    n:int=8
 ) -> str|None:
-    "The score of a model that is not better than a constant prediction, in words; None if it is, or can't be told"
+    """The score of a model that is not better than a constant prediction, in words; None if it is,
+    or can't be told.
+
+    Args:
+        n: Validation batches.
+    """
     task = task_of(learn.loss_func)
     tally,(valid,_) = Tally(task),prepared_batches(learn, n, 1)
     with closing(valid), guarded_random_state(), Teacher(learn.model, **AS_IT_IS) as model, torch.no_grad():
@@ -120,7 +143,7 @@ def weak_score(
 
 
 def validation_inputs(learn, n):
-    "Inputs of validation batches, on the CPU"
+    """Inputs of validation batches, on the CPU."""
     with closing(prepared(learn, some_batches(learn.dls.valid), 1, False)) as batches:
         out = [tuple(o.cpu() for o in x) for x,_ in islice(batches, n)]
     if not out: raise DistillError("The validation set is empty: an exported student is checked on real inputs.")
@@ -128,13 +151,13 @@ def validation_inputs(learn, n):
 
 
 def example(x):
-    "Inputs to trace with. A batch of 1 would be taken for a fixed size"
+    """Inputs to trace with. A batch of 1 would be taken for a fixed size."""
     return tuple(torch.cat([o, o])[:2] if len(o) < 2 else o[:2] for o in x)
 
 
 @contextmanager
 def on_cpu(model):
-    "The model in evaluation mode on the CPU, afterwards as before"
+    """The model in evaluation mode on the CPU, afterwards as before."""
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
     typed = [m for m in model.modules() if isinstance(m, ToTensorBase)]     # the last layer of U-Nets
     classes = [m.tensor_cls for m in typed]
@@ -153,7 +176,9 @@ def is_fake_quantized(model):
 
 
 def in_int8(model):
-    "A copy of a model in quantization-aware training that computes in int8, at the scales that it learned"
+    """A copy of a model in quantization-aware training that computes in int8, at the scales that it
+    learned.
+    """
     if not isinstance(model, torch.fx.GraphModule):
         raise DistillError(f"{type(model).__name__} is not the result of prepare_qat_fx (PyTorch) or prepare_qat_pt2e "
                            "(torchao), so how to convert it is unknown. Convert it yourself, and export a Learner with "
@@ -169,7 +194,7 @@ def in_int8(model):
 
 
 def facts_of(learn, x) -> dict:
-    "What a user of the file must know: plain data"
+    """What a user of the file must know: plain data."""
     task,names = task_of(learn.loss_func),vocab_of(learn.dls)
     stats = [as_plain(torch.as_tensor(o)).flatten().tolist() for o in image_stats(learn.dls)]
     inputs = [dict(name='x' if len(x) == 1 else f'x{i}', shape=['batch', *o.shape[1:]],
@@ -181,7 +206,7 @@ def facts_of(learn, x) -> dict:
 
 
 def program_of(model, x):
-    "The torch.export program, with a free batch size"
+    """The torch.export program, with a free batch size."""
     batch = torch.export.Dim('batch')
     # subtle: one entry for `*x` of `LogitsOnly`
     shapes = (tuple({0: batch} for _ in x),)
@@ -212,7 +237,7 @@ def write_onnx(model, x, path, facts):
 
 
 def with_named_batch(model):
-    "An ONNX model whose free batch size is called 'batch': the exporter calls it s53 or so"
+    """An ONNX model whose free batch size is called 'batch': the exporter calls it s53 or so."""
     g = model.graph
     free = g.input[0].type.tensor_type.shape.dim[0].dim_param
     for d in (d for v in (*g.input, *g.output, *g.value_info) for d in v.type.tensor_type.shape.dim):
@@ -231,7 +256,9 @@ WRITERS = {'.onnx': write_onnx, '.pt2': write_program}
 
 
 def quantize(path, batches, facts, learned=False):
-    "Replace an ONNX file by its int8 form. One with learned scales quantizes its weights at each run until then"
+    """Replace an ONNX file by its int8 form. One with learned scales quantizes its weights at each
+    run until then.
+    """
     import onnx
     from onnxruntime import quantization as ort
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -249,7 +276,9 @@ def quantize(path, batches, facts, learned=False):
 
 
 def compared(learn, path, batches, close):
-    "(largest difference of the file's outputs from the Learner's, samples). The last batch is one sample alone"
+    """(largest difference of the file's outputs from the Learner's, samples). The last batch is one
+    sample alone.
+    """
     batches = [*batches, tuple(o[:1] for o in batches[-1])]
     most = largest = 0.
     with Teacher(str(path)) as there, Teacher(learn.model, **AS_IT_IS) as here, torch.no_grad():

@@ -1,4 +1,6 @@
-"`Learner.distill_find`: look for the recipe and the learning rate that suit a student, its data and its teacher."
+"""`Learner.distill_find`: look for the recipe and the learning rate that suit a student, its data
+and its teacher.
+"""
 import warnings
 from contextlib import contextmanager
 from math import inf
@@ -35,31 +37,55 @@ MOST_VIEWS = 4 # of outputs with positions, which augmentation moves
 
 @patch
 def distill_find(
-    self:Learner, # the student. Each run begins with its present weights; nothing of it is changed
-    teacher, # what `distill` takes. A teacher that runs is asked once, and its answers are used by all runs
-    n_epoch:int, # of the training for which a recipe is needed
-    minutes:float=10, # the search ends after this time, with the best that it knows
+    self:Learner,
+    teacher,
+    n_epoch:int,
+    minutes:float=10,
     *,
-    rates=None, # learning rates to try; None: the learner's own, and two below and two above it, up to 10 times
-    recipes:dict|None=None, # name -> recipe, or its text: these in place of the usual ones for the task
-    live:bool=False, # let the teacher run in each trial, so that recipes between layers are tried too
-    score=None, # fn(logits, targets) -> (B,) score of each item, greater is better; None: as in `check_teacher`
-    trials:int|None=None, # end the search after so many runs, those of labels alone included; None: by the time
-    seeds:int=5, # the best runs and labels alone are repeated with so many seeds, if there is time
-    storage=None, # a file or a database's URL ('sqlite:///find.db') from which a search resumes, and which several
-    # processes may share
-    name:str='fastdistill', # of the search in the storage
-    kind:str|None=None, axis:int|None=None, output=None, # as in `distill`
-    check:bool=True, # look for mistakes first
-    fine_tune:bool=False, # train with `Learner.fine_tune` in place of `fit_one_cycle`
-    show:bool=True, # progress, a table and, in notebooks, a plot
-    **kwargs # more options of the training, as in `distill`
+    rates=None,
+    recipes:dict|None=None,
+    live:bool=False,
+    score=None,
+    trials:int|None=None,
+    seeds:int=5,
+    storage=None,
+    name:str='fastdistill',
+    kind:str|None=None, axis:int|None=None, output=None,
+    check:bool=True,
+    fine_tune:bool=False,
+    show:bool=True,
+    **kwargs
 ):
-    """Try recipes, their options and learning rates; return the best: `student.distill(teacher, 5, found.lr,
-    found.recipe)`.
+    """Try recipes, their options and learning rates; return the best: `student.distill(teacher, 5,
+    found.lr, found.recipe)`.
 
-    Half of the validation items choose. The other half decides whether the lead over labels alone, with a rate of its
-    own, is more than luck"""
+    Half of the validation items choose. The other half decides whether the lead over labels alone,
+    with a rate of its own, is more than luck.
+
+    Args:
+        : The student. Each run begins with its present weights; nothing of it is changed.
+        teacher: What `distill` takes. A teacher that runs is asked once, and its answers are
+            used by all runs.
+        n_epoch: Of the training for which a recipe is needed.
+        minutes: The search ends after this time, with the best that it knows.
+        rates: Learning rates to try; None: the learner's own, and two below and two above it,
+            up to 10 times.
+        recipes: Name -> recipe, or its text: these in place of the usual ones for the task.
+        live: Let the teacher run in each trial, so that recipes between layers are tried too.
+        score: fn(logits, targets) -> (B,) score of each item, greater is better; None: as in
+            `check_teacher`
+        trials: End the search after so many runs, those of labels alone included; None: by the
+            time.
+        seeds: The best runs and labels alone are repeated with so many seeds, if there is time.
+        storage: A file or a database's URL ('sqlite:///find.db') from which a search resumes,
+            and which several processes may share.
+        name: Of the search in the storage.
+        kind, axis, output: As in `distill`
+        check: Look for mistakes first.
+        fine_tune: Train with `Learner.fine_tune` in place of `fit_one_cycle`
+        show: Progress, a table and, in notebooks, a plot.
+        **kwargs: More options of the training, as in `distill`
+    """
     begin = time()
     import_optuna()
     refuse_search(self, score, kwargs)
@@ -90,7 +116,7 @@ OTHERS = {'lr_max': "give rates=[...]", 'cbs': "add callbacks to the Learner"} |
 
 
 def refuse_search(learn, score, options):
-    "Refuse what can't be searched, before anything runs"
+    """Refuse what can't be searched, before anything runs."""
     for k in OTHERS:
         if k in options: raise DistillError(f"distill_find takes no {k}=: {OTHERS[k]}.")
     if given := [k for k in ('unlabelled', 'unlabelled_targets', 'perturbed') if options.get(k)]:
@@ -108,16 +134,20 @@ def refuse_search(learn, score, options):
 
 def refuse_numbers(
     minutes,
-    whole:dict # name -> (value, the least that is possible)
+    whole:dict
 ):
-    "Refuse numbers with which no search can run"
+    """Refuse numbers with which no search can run.
+
+    Args:
+        whole: Name -> (value, the least that is possible).
+    """
     if not (isinstance(minutes, Real) and minutes > 0): raise DistillError(f"minutes={minutes!r}: a number above 0.")
     for k,(v,least) in whole.items():
         if not (is_whole(v) and v >= least): raise DistillError(f"{k}={v!r}: a whole number from {least} up.")
 
 
 def as_rates(rates):
-    "The user's learning rates, as a list"
+    """The user's learning rates, as a list."""
     try: found = [float(o) for o in rates]
     except (TypeError, ValueError): found = []
     if not found or not all(0 < o < inf for o in found):
@@ -136,7 +166,7 @@ def metric_of(task, score):
 
 
 def facts_of_task(learn, teacher, task, output, live, check, show):
-    "The arguments of `candidates_for`"
+    """The arguments of `candidates_for`."""
     feed = feed_of(teacher)
     stored = feed is not None
     if stored and live:
@@ -151,7 +181,9 @@ def facts_of_task(learn, teacher, task, output, live, check, show):
 
 
 def sizes(learn):
-    "What a search that resumes must have in common with the first one: numbers of batches and of parameters"
+    """What a search that resumes must have in common with the first one: numbers of batches and of
+    parameters.
+    """
     def length(dl):
         try: return len(dl)
         except TypeError: return None
@@ -161,7 +193,9 @@ def sizes(learn):
 
 @contextmanager
 def answers(learn, teacher, task, as_it_is, positions, n_epoch, show):
-    "What the runs take as teacher: a cache of its answers, which is deleted at the end, unless they take it as it is"
+    """What the runs take as teacher: a cache of its answers, which is deleted at the end, unless
+    they take it as it is.
+    """
     if as_it_is:
         yield teacher
         return
@@ -179,7 +213,9 @@ def answers(learn, teacher, task, as_it_is, positions, n_epoch, show):
 
 @contextmanager
 def shown(on):
-    "Yields a function that shows the last score and the time that has passed; without a share, a note"
+    """Yields a function that shows the last score and the time that has passed; without a share, a
+    note.
+    """
     from rich.markup import escape
     from rich.progress import BarColumn, Progress, TextColumn
     console = console_for_bars(highlight=False, soft_wrap=True) if on else None

@@ -11,10 +11,14 @@ __all__ = ['FiniteCheck']
 class FiniteCheck:
     """Stops a fit when the teacher's outputs are nan or infinite.
 
-    On the CPU it checks each batch. On a GPU each step would wait for the result, so it checks the first batch and the
-    end of each phase"""
+    On the CPU it checks each batch. On a GPU each step would wait for the result, so it checks the
+    first batch and the end of each phase.
+
+    Args:
+        stored: The outputs come from a cache, or from a `TeacherBlock`
+    """
     def __init__(
-        self, stored:bool # the outputs come from a cache, or from a `TeacherBlock`
+        self, stored:bool
     ):
         self.stored,self.found = stored,None
 
@@ -38,7 +42,7 @@ class FiniteCheck:
 
 
 def not_finite(t, task):
-    "Do outputs hold values that a student can't learn from? A tensor on their device"
+    """Do outputs hold values that a student can't learn from? A tensor on their device."""
     if isinstance(t.logits, TopK): logits,task = t.logits.values,replace(task, axis=-1)
     else: logits = t.logits
     found = [] if logits is None else [unusable(logits, task)]

@@ -10,14 +10,20 @@ __all__ = ['Head', 'HeadData', 'heads_of', 'option_of_heads']
 
 @dataclass
 class Head:
-    "One output of the student, its labels and its teacher"
+    """One output of the student, its labels and its teacher.
+
+    Attributes:
+        at: Its place among the labels, and among the outputs of a tuple.
+        n: Heads.
+        source: What `KnowledgeDistillation` takes as a teacher.
+    """
     name:str
-    at:int # its place among the labels, and among the outputs of a tuple
-    n:int # heads
-    source:object # what `KnowledgeDistillation` takes as a teacher
+    at:int
+    n:int
+    source:object
 
     def __call__(self, raw):
-        "Its output, of what the student returned"
+        """Its output, of what the student returned."""
         if isinstance(raw, Mapping) and self.name in raw: return raw[self.name]
         if isinstance(raw, (tuple, list)) and len(raw) == self.n: return raw[self.at]
         have = ', '.join(map(str, raw)) if isinstance(raw, Mapping) else f'{len(raw)} outputs' if isinstance(
@@ -27,7 +33,7 @@ class Head:
                            "None is a head without a teacher.")
 
     def labels(self, y):
-        "Its labels, as a tuple"
+        """Its labels, as a tuple."""
         if len(y) != self.n:
             raise DistillError(f"{len(y)} column(s) of labels for {self.n} heads: the DataLoaders need one for each "
                                "head, in the same order (a head without a teacher is None).")
@@ -37,12 +43,12 @@ class Head:
         with closing(batches): yield from ((x, self.labels(y)) for x,y in batches)
 
     def of(self, learn):
-        "The Learner as this head sees it: with the classes of its own labels"
+        """The Learner as this head sees it: with the classes of its own labels."""
         return SimpleNamespace(dls=HeadData(learn.dls, self), model=learn.model, loss_func=learn.loss_func)
 
 
 class HeadData:
-    "DataLoaders whose `vocab` is that of one column of labels"
+    """DataLoaders whose `vocab` is that of one column of labels."""
     loss_func = None # theirs is of all columns
     def __init__(self, dls, head):
         tls = getattr(dls.train_ds, 'tls', ())
@@ -54,16 +60,20 @@ class HeadData:
 
 
 def heads_of(
-    teachers # name -> what `KnowledgeDistillation` takes, or None
+    teachers
 ) -> dict:
-    "Name -> `Head`, of those that have a teacher"
+    """Name -> `Head`, of those that have a teacher.
+
+    Args:
+        teachers: Name -> what `KnowledgeDistillation` takes, or None.
+    """
     found = [Head(str(k), i, len(teachers), t) for i,(k,t) in enumerate(teachers.items())]
     if not any(h.source is not None for h in found): raise DistillError("No head has a teacher.")
     return {h.name: h for h in found if h.source is not None}
 
 
 def option_of_heads(o, option, heads):
-    "Name of a head -> its own value of an option that is one for all, or a dict"
+    """Name of a head -> its own value of an option that is one for all, or a dict."""
     if not isinstance(o, Mapping): return dict.fromkeys(heads, o)
     o = {str(k): v for k,v in o.items()}
     if unknown := set(o) - set(heads):

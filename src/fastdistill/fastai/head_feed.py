@@ -11,11 +11,16 @@ __all__ = ['HeadFeed', 'HeadsFeed']
 
 
 class HeadFeed(CacheFeed):
-    "The teacher of one head: reads its part of the rows that a `HeadsFeed` puts into the batches"
+    """The teacher of one head: reads its part of the rows that a `HeadsFeed` puts into the batches.
+
+    Args:
+        source: Of the cache.
+        head: Its `Head`
+    """
     task = None # what the head predicts
     def __init__(
-        self, source:CacheFeed, # of the cache
-        head # its `Head`
+        self, source:CacheFeed,
+        head
     ):
         super().__init__(source.cache, source.keys)
         self.head = head
@@ -32,7 +37,7 @@ class HeadFeed(CacheFeed):
 
 
 class CachesOfHeads:
-    "The caches of several heads as one. A row has those of all caches for a sample, side by side"
+    """The caches of several heads as one. A row has those of all caches for a sample, side by side."""
     def __init__(self, caches, plans=()): self.caches,self.plans = caches,plans
 
     @property
@@ -43,20 +48,24 @@ class CachesOfHeads:
 
     @property
     def valid(self):
-        "Those of the validation set; None if one of them is missing"
+        """Those of the validation set; None if one of them is missing."""
         found = [c.valid for c in self.caches]
         return None if None in found else CachesOfHeads(found)
 
     def rows(self, at, views):
-        "(B, bytes) uint8 for positions in the dataset"
+        """(B, bytes) uint8 for positions in the dataset."""
         # subtle: a cache of the clean view has no other
         return np.concatenate([p.cache.rows(p.at[at], views if p.views else 0) for p in self.plans], 1)
 
 
 class HeadsFeed(CacheFeed):
-    "Adds the rows of the caches of several heads to the batches"
+    """Adds the rows of the caches of several heads to the batches.
+
+    Args:
+        feeds: Name -> `HeadFeed`
+    """
     def __init__(
-        self, feeds:dict # name -> `HeadFeed`
+        self, feeds:dict
     ):
         self.feeds = feeds
         super().__init__(CachesOfHeads([f.cache for f in feeds.values()]))
@@ -64,7 +73,7 @@ class HeadsFeed(CacheFeed):
     def __post_init__(self): self.keys = self.added = self.epochs = None
 
     def _find_order(self, dls):
-        "Each head reads its own part of the rows, in the order of its own classes"
+        """Each head reads its own part of the rows, in the order of its own classes."""
         sizes = np.cumsum([0, *(f.cache.manifest.layout.bytes for f in self.feeds.values())])
         for f,a,b in zip(self.feeds.values(), sizes, sizes[1:]): f.attach(self.learn, slice(a, b))
 

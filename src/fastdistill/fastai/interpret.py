@@ -16,21 +16,31 @@ __all__ = ['DistillInterpretation']
 
 
 class DistillInterpretation(Interpretation):
-    """fastai's `Interpretation` by disagreement: `losses` are the distances of the student's predictions from the
-    teacher's, one per item. `plot_top_losses` and `top_losses` work as usual, and `show_disagreements` shows both
-    models' predictions"""
+    """fastai's `Interpretation` by disagreement: `losses` are the distances of the student's
+    predictions from the teacher's, one per item. `plot_top_losses` and `top_losses` work as usual,
+    and `show_disagreements` shows both models' predictions.
+    """
     teacher = None # a `Teacher`, set by `from_learner`
 
     @classmethod
     def from_learner(
         cls,
-        learn:Learner, # the student
-        teacher, # what `KnowledgeDistillation` takes, but no stored outputs
-        ds_idx:int=1, # which of the student's DataLoaders, if there is no `dl`
-        dl=None, # a DataLoader of the student's data
-        act=None # for the student's predictions; None: that of its loss function
+        learn:Learner,
+        teacher,
+        ds_idx:int=1,
+        dl=None,
+        act=None
     ):
-        "Run both models on all items: KL(teacher || student) at T=1, the mean of a mask's pixels; of numbers the MSE"
+        """Run both models on all items: KL(teacher || student) at T=1, the mean of a mask's pixels;
+        of numbers the MSE.
+
+        Args:
+            learn: The student.
+            teacher: What `KnowledgeDistillation` takes, but no stored outputs.
+            ds_idx: Which of the student's DataLoaders, if there is no `dl`
+            dl: A DataLoader of the student's data.
+            act: For the student's predictions; None: that of its loss function.
+        """
         refuse_heads(teacher)
         dl = learn.dls[ds_idx].new(shuffle=False, drop_last=False) if dl is None else dl
         if is_stream(dl):
@@ -44,11 +54,18 @@ class DistillInterpretation(Interpretation):
 
     def show_disagreements(
         self,
-        k:int=9, # items, those with the largest distances first
-        largest:bool=True, # False: those on which both models agree most
-        **kwargs # of fastai's `show_results`
+        k:int=9,
+        largest:bool=True,
+        **kwargs
     ):
-        "Show the items through fastai's `show_results`, with the teacher's prediction in the place of the label"
+        """Show the items through fastai's `show_results`, with the teacher's prediction in the
+        place of the label.
+
+        Args:
+            k: Items, those with the largest distances first.
+            largest: False: those on which both models agree most.
+            **kwargs: Of fastai's `show_results`
+        """
         _,idxs = self.top_losses(min(k, len(self.losses)), largest)
         inps,_,_,decoded,_ = self[idxs]
         inps = tuplify(inps)
@@ -60,7 +77,7 @@ class DistillInterpretation(Interpretation):
         name_both()
 
     def _decoded(self, inps):
-        "The teacher's predictions for inputs, as the student's are decoded"
+        """The teacher's predictions for inputs, as the student's are decoded."""
         loss = self.learn.loss_func
         with guarded_random_state(), self.teacher as teacher:
             teacher.reset()
@@ -70,7 +87,7 @@ class DistillInterpretation(Interpretation):
 
 
 def disagreements(learn, dl, student, teacher, task):
-    "(n,) distance of the models' predictions for each item, in the order of the items"
+    """(n,) distance of the models' predictions for each item, in the order of the items."""
     idxs = dl.get_idxs() if hasattr(dl, 'get_idxs') else None
     if idxs is not None: dl = dl.new(get_idxs=lambda: idxs)
     ds = []
@@ -85,7 +102,7 @@ def disagreements(learn, dl, student, teacher, task):
 
 
 def distance(s, t, task):
-    "(B,) of each item"
+    """(B,) of each item."""
     if s.numel() != t.numel():
         raise DistillError(f"The student's outputs have shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}.")
     rows = lambda v: v.reshape(len(v), -1)
@@ -95,7 +112,7 @@ def distance(s, t, task):
 
 
 def show_plainly(dl, t, s, n):
-    "Items with the predictions of teacher and student: images in a grid, others in a table"
+    """Items with the predictions of teacher and student: images in a grid, others in a table."""
     import matplotlib.pyplot as plt
     import pandas as pd
     plt.close('all')        # the empty grid that the failed function left
@@ -111,7 +128,7 @@ def in_short(v): return f'{float(v):.4g}' if isinstance(v, torch.Tensor) and v.n
 
 
 def name_both():
-    "Say in the title of the last figure that the first line is the teacher's"
+    """Say in the title of the last figure that the first line is the teacher's."""
     import matplotlib.pyplot as plt
     if not plt.get_fignums(): return
     fig = plt.gcf()

@@ -15,7 +15,7 @@ __all__ = ['in_a_row', 'in_first_order', 'inner_dl', 'inputs_of', 'is_stream', '
 
 
 def inner_dl(dl):
-    "The DataLoader inside fastai's distributed one"
+    """The DataLoader inside fastai's distributed one."""
     return getattr(dl, 'dl', dl) if isinstance(getattr(dl, 'dl', None), TfmdDL) else dl
 
 
@@ -23,25 +23,33 @@ def is_stream(dl): return isinstance(dl, LMDataLoader)
 
 
 class Texts:
-    "Texts in a given order, each made when it is read"
+    """Texts in a given order, each made when it is read."""
     def __init__(self, order, make): self.order,self.make = order,make
     def __len__(self): return len(self.order)
     def __getitem__(self, i): return self.make(self.order[i])
 
 
 def in_a_row(
-    dl, # a language model's DataLoader
-    order:list, # of its texts
-    make # fn(number) -> tokens of a text
+    dl,
+    order:list,
+    make
 ) -> Chunks:
-    "The texts as one sequence, from which pieces can be cut"
+    """The texts as one sequence, from which pieces can be cut.
+
+    Args:
+        dl: A language model's DataLoader.
+        order: Of its texts.
+        make: fn(number) -> tokens of a text.
+    """
     lens = dl.lens.coll
     return Chunks(Texts(order, make), [lens[i] for i in order])
 
 
 @contextmanager
 def in_first_order(dl):
-    "Inside, the texts of a language model begin in their first order, however often they were shuffled before"
+    """Inside, the texts of a language model begin in their first order, however often they were
+    shuffled before.
+    """
     dl = inner_dl(dl)
     if not is_stream(dl):
         yield
@@ -55,7 +63,9 @@ def in_first_order(dl):
 
 
 def share_n_inp(dls):
-    "The number of inputs that a user set on the DataLoaders (dls.n_inp = 1) is that of each of them"
+    """The number of inputs that a user set on the DataLoaders (dls.n_inp = 1) is that of each of
+    them.
+    """
     with RandomGuard():     # fastai reads a batch to count its parts
         for dl in dls.loaders if 'n_inp' in vars(dls) else ():
             if hasattr(dl, 'after_batch') and dl.n_inp != dls.n_inp: dl._n_inp = dls.n_inp
@@ -68,10 +78,16 @@ def model_outputs(teacher, b, n_inp) -> Outputs: return Outputs.of(teacher(*inpu
 
 def stream_outputs(
     teacher, dl,
-    make, # fn(tasks) -> DataLoader of these tasks
-    tasks:np.ndarray, bs:int # whole batches of tasks, one view after another
+    make,
+    tasks:np.ndarray, bs:int
 ):
-    "`Outputs` of each batch. A teacher with a hidden state runs each view from its start, even a stored part"
+    """`Outputs` of each batch. A teacher with a hidden state runs each view from its start, even a
+    stored part.
+
+    Args:
+        make: fn(tasks) -> DataLoader of these tasks.
+        tasks, bs: Whole batches of tasks, one view after another.
+    """
     firsts,n = tasks[::bs].tolist(),dl.n
     runs = list(with_lead_in(firsts, bs, n)) if teacher.remembers else [(t, True) for t in firsts]
     whole = np.concatenate([np.arange(t, t+min(bs, len(tasks))) for t,_ in runs])
@@ -82,7 +98,9 @@ def stream_outputs(
 
 
 def with_lead_in(firsts, bs, n):
-    "(first task of a batch, is it requested?). Before a requested batch come the earlier batches of its view"
+    """(first task of a batch, is it requested?). Before a requested batch come the earlier batches
+    of its view.
+    """
     ready = None
     for t in firsts:
         if t != ready: yield from ((o, False) for o in range(t - t%n, t, bs))
@@ -91,7 +109,9 @@ def with_lead_in(firsts, bs, n):
 
 
 def of_length(out:Outputs, n:int) -> Outputs:
-    "Outputs (B, L, ...) padded or cut to `n` tokens. The last batch of a stream is shorter, but stored rows are not"
+    """Outputs (B, L, ...) padded or cut to `n` tokens. The last batch of a stream is shorter, but
+    stored rows are not.
+    """
     length = (out.logits.ids if isinstance(out.logits, TopK) else out.logits).shape[1]
     def fit(t):
         if t is None: return None

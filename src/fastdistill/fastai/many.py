@@ -22,24 +22,40 @@ __all__ = ['distill_many']
 
 
 def distill_many(
-    students, # Learners on the same data: a list, or a dict with their names
-    teacher, # what `KnowledgeDistillation` takes
-    n_epoch, # number of epochs; or a list, a number for each student
-    lr_max=None, # maximum learning rate; or a list
-    recipes='auto', # a recipe for all students, or a list or dict of them: what `distill` takes, 'auto' for its
-    # default, None for a student that trains alone, from the labels. A dict's keys are the names of the students
+    students,
+    teacher,
+    n_epoch,
+    lr_max=None,
+    recipes='auto',
     *,
-    seed:int|None=None, # of the batches and of what students draw (dropout, MixUp); None: drawn
-    fine_tune:bool=False, # use `Learner.fine_tune` in place of `fit_one_cycle`
-    progress:bool=True, # show a bar, and a table with a row for each student and epoch
-    check:bool=True, # look for mistakes first, as `distill` does
-    **kwargs # of `fit_one_cycle` or `fine_tune`, and `kind`, `axis` and `output` of `KnowledgeDistillation`
+    seed:int|None=None,
+    fine_tune:bool=False,
+    progress:bool=True,
+    check:bool=True,
+    **kwargs
 ) -> list:
-    """`Learner.distill` for several students that train side by side: each batch is loaded, augmented and shown to the
-    teacher once. Returns the callback of each student, None for one that trains alone.
+    """`Learner.distill` for several students that train side by side: each batch is loaded,
+    augmented and shown to the teacher once. Returns the callback of each student, None for one that
+    trains alone.
 
-    Each student gets what it would get if it trained by itself with the same seed: the same batches, and its own
-    random numbers. On a CPU its weights are the same bit for bit"""
+    Each student gets what it would get if it trained by itself with the same seed: the same
+    batches, and its own random numbers. On a CPU its weights are the same bit for bit.
+
+    Args:
+        students: Learners on the same data: a list, or a dict with their names.
+        teacher: What `KnowledgeDistillation` takes.
+        n_epoch: Number of epochs; or a list, a number for each student.
+        lr_max: Maximum learning rate; or a list.
+        recipes: A recipe for all students, or a list or dict of them: what `distill` takes,
+            'auto' for its default, None for a student that trains alone, from the labels. A
+            dict's keys are the names of the students.
+        seed: Of the batches and of what students draw (dropout, MixUp); None: drawn.
+        fine_tune: Use `Learner.fine_tune` in place of `fit_one_cycle`
+        progress: Show a bar, and a table with a row for each student and epoch.
+        check: Look for mistakes first, as `distill` does.
+        **kwargs: Of `fit_one_cycle` or `fine_tune`, and `kind`, `axis` and `output` of
+            `KnowledgeDistillation`
+    """
     if 'cbs' in kwargs:
         raise DistillError("cbs=: a callback belongs to one Learner. Add each student its own, as in "
                            "student.add_cb(SaveModelCallback(fname='a')).")
@@ -57,14 +73,20 @@ def distill_many(
 
 @dataclass
 class Training:
-    "One student's training"
+    """One student's training.
+
+    Attributes:
+        recipe: 'auto', None, or what `KnowledgeDistillation` takes.
+        task: What it predicts, if a teacher teaches it.
+        callback: Its own, after the training.
+    """
     name:str
     learn:Learner
     n_epoch:int
     lr:object
-    recipe:object # 'auto', None, or what `KnowledgeDistillation` takes
-    task:object=None # what it predicts, if a teacher teaches it
-    callback:KnowledgeDistillation|None=None # its own, after the training
+    recipe:object
+    task:object=None
+    callback:KnowledgeDistillation|None=None
     turns:Turns|None=None
     draws:OwnDraws=field(default_factory=OwnDraws)
 
@@ -87,7 +109,7 @@ def make_runs(students, n_epoch, lr, recipes):
 
 
 def one_each(name, value, n):
-    "One value for each student"
+    """One value for each student."""
     if not isinstance(value, (list, tuple, L)): return [value]*n
     if len(value) != n:
         raise DistillError(f"{name} has {len(value)} values for {n} students: give one, or one for each.")
@@ -95,7 +117,7 @@ def one_each(name, value, n):
 
 
 class Shared:
-    "The stream of batches, and the source of the teacher's outputs"
+    """The stream of batches, and the source of the teacher's outputs."""
     def __init__(self, runs, teacher, seed):
         self.runs,self.seed,self.first,self.streams = runs,seed,runs[0].learn,{}
         self.device = one_param(self.first.model).device
@@ -118,12 +140,12 @@ class Shared:
     def cached(self): return isinstance(self.feed, CacheFeed)
 
     def wanted(self):
-        "The teacher's layers that any student compares"
+        """The teacher's layers that any student compares."""
         cbs = [c for r in self.runs for c in r.learn.cbs if isinstance(c, KnowledgeDistillation)]
         return [n for c in cbs if c.distiller is not None and c.distiller.ready for n in c.distiller.teacher_layers()]
 
     def source_for(self, run):
-        "What the student's `KnowledgeDistillation` gets as its teacher"
+        """What the student's `KnowledgeDistillation` gets as its teacher."""
         if self.cached: return SharedRows(self.feed)
         return None if self.feed is not None else self._teachers_of(run.task)[0]
 
@@ -144,7 +166,9 @@ class Shared:
         for r in self.runs: passed_epochs(r.learn).update(passed)
 
     def batch(self, asked, n):
-        "The batch that `n` students asked for, a copy for each of them; None at the end of an epoch"
+        """The batch that `n` students asked for, a copy for each of them; None at the end of an
+        epoch.
+        """
         epoch,index,i = asked
         b = self._stream(epoch, index, i).batch()
         if b is None:
@@ -173,7 +197,7 @@ class Shared:
 
 
 def side_by_side(runs, shared, table, how):
-    "Let the students take turns, a batch each"
+    """Let the students take turns, a batch each."""
     with ExitStack() as stack:
         interrupt = stack.enter_context(held_interrupts())
         for o in (table, seeded(shared.seed, shared.device), shared): stack.enter_context(o)
@@ -197,7 +221,7 @@ def n_batches(dl):
 
 
 def take_turn(run, shared, batch=None):
-    "The student's own random numbers, and its training until it needs the next batch"
+    """The student's own random numbers, and its training until it needs the next batch."""
     with run.draws.own(shared.generators):
         try: run.turns.resume(batch)
         except Exception as e:
@@ -210,7 +234,7 @@ def add_note(e, text):
 
 
 def train_one(run, shared, table, ask, *, fine_tune, check, asked, kwargs):
-    "A student's whole training, which asks for each batch"
+    """A student's whole training, which asks for each batch."""
     learn = run.learn
     with learn.no_bar(), learn.no_logging(), learn.added_cbs([SharedBatches(ask), *table.rows_of(run.name)]):
         if run.is_taught:
@@ -221,7 +245,7 @@ def train_one(run, shared, table, ask, *, fine_tune, check, asked, kwargs):
 
 
 def train_alone(run, shared, fine_tune, kwargs):
-    "From the labels; rows of a cache are removed from the batches"
+    """From the labels; rows of a cache are removed from the batches."""
     with ExitStack() as stack:
         if shared.cached: stack.callback(SharedRows(shared.feed).attach(run.learn).detach)
         lr = {} if run.lr is None else {'base_lr' if fine_tune else 'lr_max': run.lr}

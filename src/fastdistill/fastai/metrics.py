@@ -1,4 +1,6 @@
-"Columns of the progress table: each term's loss on the validation set, and the labels' own loss on the training set."
+"""Columns of the progress table: each term's loss on the validation set, and the labels' own loss
+on the training set.
+"""
 import torch
 from fastai.basics import Metric, ValueMetric, find_bs, noop
 from ..base.distributed import mean_over_ranks
@@ -7,11 +9,16 @@ __all__ = ['PartMetric', 'TaskMetric', 'columns_of', 'row_by_column']
 
 
 def row_by_column(
-    recorder, # fastai's
-    row # the numbers of an epoch, as in `recorder.values`
+    recorder,
+    row
 ) -> dict:
-    """Column of the progress table -> its number in this epoch, None where it has none. A row has no numbers of a phase
-    that did not run or was cancelled"""
+    """Column of the progress table -> its number in this epoch, None where it has none. A row has
+    no numbers of a phase that did not run or was cancelled.
+
+    Args:
+        recorder: Fastai's.
+        row: The numbers of an epoch, as in `recorder.values`
+    """
     names = [n for n in recorder.metric_names if n not in ('epoch', 'time')]
     n_train = 1 if recorder.valid_metrics else len(names)
     if recorder.train_metrics and recorder.valid_metrics: n_train = len(names)//2
@@ -22,17 +29,25 @@ def row_by_column(
 
 
 def columns_of(recorder) -> dict:
-    "Column of the progress table -> its number in each epoch; empty without a training, as after `validate`"
+    """Column of the progress table -> its number in each epoch; empty without a training, as after
+    `validate`.
+    """
     rows = [row_by_column(recorder, row) for row in getattr(recorder, 'values', [])]
     trained = any(v is not None for row in rows for k,v in row.items() if k.startswith('train_'))
     return {k: [row[k] for row in rows] for k in rows[0]} if trained else {}
 
 
 class PartMetric(Metric):
-    "The mean of one part of the loss over the validation set (with the Recorder's `train_metrics`: over both sets)"
+    """The mean of one part of the loss over the validation set (with the Recorder's
+    `train_metrics`: over both sets).
+
+    Args:
+        kd: The callback.
+        key: Of the part in `kd.parts`
+    """
     def __init__(
-        self, kd, # the callback
-        key # of the part in `kd.parts`
+        self, kd,
+        key
     ):
         self.kd,self.key = kd,key
         self.reset()
@@ -56,7 +71,7 @@ class PartMetric(Metric):
 
 
 class TaskMetric(PartMetric):
-    "The mean of the labels' own loss over the training set, to be compared with `valid_loss`"
+    """The mean of the labels' own loss over the training set, to be compared with `valid_loss`."""
     # subtle: the Recorder measures metrics in validation, where this part is `valid_loss`. So the callback measures it
     def __init__(self, kd):
         super().__init__(kd, 'task')

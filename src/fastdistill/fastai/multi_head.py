@@ -33,7 +33,7 @@ __all__ = ['HeadsDistillation', 'check_heads', 'explain_heads']
 
 
 class TeacherGroup:
-    "The teachers of all heads, which begin and end together"
+    """The teachers of all heads, which begin and end together."""
     reads_items = False # one that does says that it does not know the items
     def __init__(self, distillers): self.distillers = distillers
 
@@ -49,7 +49,9 @@ class TeacherGroup:
 
 
 class LearnerHeads(Heads):
-    "`Heads` with what the callback needs of a `Distiller`. It takes the labels' loss of all heads from the Learner"
+    """`Heads` with what the callback needs of a `Distiller`. It takes the labels' loss of all heads
+    from the Learner.
+    """
     chosen = None # each head keeps its own
 
     def __init__(self, heads, **distillers):
@@ -59,7 +61,9 @@ class LearnerHeads(Heads):
         self.join()
 
     def join(self):
-        "The recipe of all heads. How much the labels count must be the same in all of them, since they have one loss"
+        """The recipe of all heads. How much the labels count must be the same in all of them, since
+        they have one loss.
+        """
         self.recipe = Recipe(*(Recipe(*(renamed(t, f'{k}_{t.name}') for t in d.recipe.terms), task=d.recipe.task)
                                for k,d in self.heads.items()))
         for d in self.heads.values(): d.take(Recipe(*d.recipe.terms, task=self.recipe.task))
@@ -117,7 +121,7 @@ class LearnerHeads(Heads):
         return out if any(o is not None for o in out.values()) else None
 
     def compute(self, student, teacher, task, targets, *, progress, mixed=None):
-        "The loss of a batch, with the labels' own loss of all heads as `task`"
+        """The loss of a batch, with the labels' own loss of all heads as `task`."""
         each = {}
         for k,d in self.heads.items():
             if lacks_outputs(d): continue
@@ -132,7 +136,7 @@ class LearnerHeads(Heads):
                          {'task': weights['task'], **named('weights')})
 
     def _take_shares(self):
-        "Of the gradient at each head, as soon as they are measured"
+        """Of the gradient at each head, as soon as they are measured."""
         new = [d.gradient_shares for d in self.heads.values()]
         if all(a is b for a,b in zip(new, self.known_shares)) and self.known_shares: return
         name = lambda k, n: f'{k} labels' if n == 'task' else f'{k}_{n}'
@@ -141,19 +145,21 @@ class LearnerHeads(Heads):
 
 
 def lacks_outputs(distiller):
-    "Is this a batch of validation, and the teacher's outputs are stored for the training set alone?"
+    """Is this a batch of validation, and the teacher's outputs are stored for the training set
+    alone?
+    """
     return isinstance(distiller.teacher, Feed) and not torch.is_grad_enabled() and not distiller.teacher.ready()
 
 
 def stored_head(head, feed):
-    "The stored outputs of a head"
+    """The stored outputs of a head."""
     if isinstance(feed, CacheFeed): return HeadFeed(feed, head)
     raise DistillError(f"The head {head.name!r}: give each head a teacher that runs, or a cache that cache_teacher "
                        "wrote.")
 
 
 def renamed(term, name, **changes):
-    "A copy of a term with another name, and with these attributes"
+    """A copy of a term with another name, and with these attributes."""
     term = copy.copy(term)
     vars(term).update(name=name, **changes)
     return term
@@ -164,7 +170,7 @@ IN_PLACE = dict(loss="give each head a recipe in place of it, as in recipe={'col
 
 
 class HeadsDistillation(KnowledgeDistillation):
-    "`KnowledgeDistillation({'color': teacher1, 'shape': teacher2})`, which makes one of these"
+    """`KnowledgeDistillation({'color': teacher1, 'shape': teacher2})`, which makes one of these."""
     name = 'knowledge_distillation' # in the Learner
     task = Task('softmax') # of no head: each has its own in `tasks`
 
@@ -224,7 +230,9 @@ class HeadsDistillation(KnowledgeDistillation):
         return found.enforce(facts=False)
 
     def _choose(self, found):
-        "A recipe for each head without one. The labels have one loss, so that they count 1 beside all of them"
+        """A recipe for each head without one. The labels have one loss, so that they count 1 beside
+        all of them.
+        """
         for k,d in self.distiller.heads.items():
             if self.recipes[k] is not None: continue
             looked = None if found is None else found.get(k)
@@ -249,7 +257,7 @@ class HeadsDistillation(KnowledgeDistillation):
 
 
 def task_of_head(learn, head, kind, axis=None):
-    "What a head predicts, by its option or by its labels"
+    """What a head predicts, by its option or by its labels."""
     if kind is None and labels_are_floats(learn, head):
         raise DistillError(f"The labels of the head {head.name!r} are not class numbers: pass kind={{'{head.name}': "
                            "'regression'} for numbers, or 'sigmoid' for several labels.")
@@ -264,7 +272,7 @@ def labels_are_floats(learn, head):
 
 
 def running_heads(learn, teachers, kind, axis):
-    "(head, its task, its `Teacher`), of each head"
+    """(head, its task, its `Teacher`), of each head."""
     heads = heads_of(teachers)
     kinds = option_of_heads(kind, 'kind', heads)
     for k,h in heads.items():
@@ -276,7 +284,7 @@ def running_heads(learn, teachers, kind, axis):
 
 
 def check_heads(learn, teachers, kind, axis, recipe, n) -> dict:
-    "Name of a head -> what `check_teacher` finds about its teacher, without costs"
+    """Name of a head -> what `check_teacher` finds about its teacher, without costs."""
     recipes,out = option_of_heads(recipe, 'recipe', heads_of(teachers)),{}
     for h,task,t in running_heads(learn, teachers, kind, axis):
         with items_shown(learn.dls.loaders, t), counted_as_one():
@@ -286,7 +294,7 @@ def check_heads(learn, teachers, kind, axis, recipe, n) -> dict:
 
 
 def explain_heads(learn, teachers, callback, kind, axis, n, steps) -> dict:
-    "Name of a head -> what `explain` finds about it"
+    """Name of a head -> what `explain` finds about it."""
     known,out = {} if callback is None or callback.distiller is None else callback.distiller.heads,{}
     for h,task,t in running_heads(learn, teachers, kind, axis):
         valid,train = map(h.batches, prepared_batches(learn, n, n))
@@ -297,7 +305,7 @@ def explain_heads(learn, teachers, callback, kind, axis, n, steps) -> dict:
 
 
 def beside_labels(recipe):
-    "The same recipe where the labels have the weight 1"
+    """The same recipe where the labels have the weight 1."""
     w = recipe.task_at(0.)
     if w in (0., 1.): return recipe
     return Recipe(*(renamed(t, t.name, weight=t.weight/w) for t in recipe.terms), task=1.)

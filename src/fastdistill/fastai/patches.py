@@ -20,15 +20,16 @@
 | `Learner.explain` | a new method, in `learner.py` | import |
 | `Learner.show_features` | a new method, in `learner.py` | import |
 
-"First target" is when the first `TeacherBlock` is made or unpickled, or the first cache is trained from. "First
-callback" is when the first `KnowledgeDistillation` is made. Methods that are wrapped at import do what they did before
-as long as there is neither. They can't wait:
+"First target" is when the first `TeacherBlock` is made or unpickled, or the first cache is trained
+from. "First callback" is when the first `KnowledgeDistillation` is made. Methods that are wrapped
+at import do what they did before as long as there is neither. They can't wait:
 
 - `DataBlock.__init__`: a `TeacherBlock` may be given as a class. fastai makes an instance of it when it is about to
   count the inputs.
 - `Learner.fine_tune`: in `learn.fine_tune(1, cbs=KnowledgeDistillation(teacher))`, Python looks up the method before it
   makes the callback.
-- `Learner.load`: a student may be loaded before its callback is made."""
+- `Learner.load`: a student may be loaded before its callback is made.
+"""
 import functools, inspect
 from contextlib import nullcontext
 from pathlib import Path
@@ -44,7 +45,9 @@ __all__ = []
 
 
 def _n_inp_without_teacher(init):
-    "Inputs are all blocks but the last one (`n_inp` not given): here, all but the label and the `TeacherBlock`s"
+    """Inputs are all blocks but the last one (`n_inp` not given): here, all but the label and the
+    `TeacherBlock`s.
+    """
     sig = inspect.signature(init)
     @functools.wraps(init)
     def __init__(self, *args, **kwargs):
@@ -60,7 +63,7 @@ def _n_inp_without_teacher(init):
 
 
 def _is_teacher(block):
-    "A `TeacherBlock`, as an instance, as the class, or as a `functools.partial` of the class"
+    """A `TeacherBlock`, as an instance, as the class, or as a `functools.partial` of the class."""
     cls = getattr(block, 'func', block)
     return isinstance(block, TeacherBlock) or isinstance(cls, type) and issubclass(cls, TeacherBlock)
 
@@ -69,7 +72,7 @@ def _without_targets(tls): return [tl for tl in tls if not any(isinstance(f, ToT
 
 
 def _decode_without_teacher(decode):
-    "An input and its prediction are decoded without the teacher's column"
+    """An input and its prediction are decoded without the teacher's column."""
     @functools.wraps(decode)
     def _decode(self, o, full=True):
         tls = _without_targets(self.tls)
@@ -80,7 +83,7 @@ def _decode_without_teacher(decode):
 
 
 def _empty_without_teacher(new_empty):
-    "The empty data of an exported student do not have the teacher's column"
+    """The empty data of an exported student do not have the teacher's column."""
     @functools.wraps(new_empty)
     def _new_empty(self):
         tls = _without_targets(self.tls)
@@ -90,7 +93,9 @@ def _empty_without_teacher(new_empty):
 
 
 def _types_without_teacher(one_pass):
-    "A DataLoader stores the types of a batch: the type of a teacher's target is stored as `TensorBase`"
+    """A DataLoader stores the types of a batch: the type of a teacher's target is stored as
+    `TensorBase`.
+    """
     @functools.wraps(one_pass)
     def _one_pass(self):
         one_pass(self)
@@ -100,7 +105,9 @@ def _types_without_teacher(one_pass):
 
 
 def _show_without_teacher(pre_show_batch):
-    "How a batch is shown depends on the types of input and label, so the teacher's target is removed first"
+    """How a batch is shown depends on the types of input and label, so the teacher's target is
+    removed first.
+    """
     @functools.wraps(pre_show_batch)
     def _pre_show_batch(self, b, max_n=9):
         if isinstance(b, (tuple, list)): b = type(b)(o for o in b if not isinstance(o, TeacherTarget))
@@ -112,7 +119,7 @@ def _callback_on(learn): return next((c for c in learn.cbs if isinstance(c, Know
 
 
 def _put_back_after(fit):
-    "Whatever ends a fit, nothing of distillation stays on the Learner"
+    """Whatever ends a fit, nothing of distillation stays on the Learner."""
     @functools.wraps(fit)
     def _fit(self, *args, **kwargs):
         try: return fit(self, *args, **kwargs)
@@ -122,7 +129,9 @@ def _put_back_after(fit):
 
 
 def _as_one_training(fine_tune):
-    "Meanwhile the Learner has an attribute with the epochs of both phases, and those that are done"
+    """Meanwhile the Learner has an attribute with the epochs of both phases, and those that are
+    done.
+    """
     sig = inspect.signature(fine_tune)
     @functools.wraps(fine_tune)
     def _fine_tune(self, *args, **kwargs):
@@ -138,7 +147,7 @@ def _file_beside(file): return Path(file).with_suffix('.distill.pth') if isinsta
 
 
 def _with_projectors(save):
-    "Projectors are saved in NAME.distill.pth beside the student's NAME.pth"
+    """Projectors are saved in NAME.distill.pth beside the student's NAME.pth."""
     @functools.wraps(save)
     def _save(self, file, with_opt=True, **kwargs):
         saved = save(self, file, with_opt=with_opt, **kwargs)
@@ -152,7 +161,9 @@ def _with_projectors(save):
 
 
 def _with_its_projectors(load):
-    "The callback on the Learner gets what stands beside the student's file; without one, the next fit's callback does"
+    """The callback on the Learner gets what stands beside the student's file; without one, the next
+    fit's callback does.
+    """
     @functools.wraps(load)
     def _load(self, file, device=None, with_opt=True, **kwargs):
         out = load(self, file, device=device, with_opt=with_opt, **kwargs)
@@ -170,7 +181,9 @@ def _with_its_projectors(load):
 
 
 def _export_student_alone(export):
-    "A DataLoader that is fed from a cache holds the cache and the data, and its copies are exported"
+    """A DataLoader that is fed from a cache holds the cache and the data, and its copies are
+    exported.
+    """
     @functools.wraps(export)
     def _export(self, *args, **kwargs):
         cb = _callback_on(self)
@@ -180,7 +193,7 @@ def _export_student_alone(export):
 
 
 def _plot_labels_apart(plot_loss):
-    "The labels' losses, in training and validation, get an axis of their own on the right"
+    """The labels' losses, in training and validation, get an axis of their own on the right."""
     @functools.wraps(plot_loss)
     def _plot_loss(self, skip_start=5, with_valid=True, log=False, show_epochs=False, ax=None):
         name = next((n for n in ('task_loss', 'train_task_loss') if n in self.metric_names), None)
@@ -201,7 +214,7 @@ def _plot_labels_apart(plot_loss):
 
 
 def _once(cls, name, wrap):
-    "Wrap a method, but only once if this module is loaded again"
+    """Wrap a method, but only once if this module is loaded again."""
     if hasattr(getattr(cls, name), '_knows_teacher'): return
     setattr(cls, name, wrap(getattr(cls, name)))
     getattr(cls, name)._knows_teacher = True

@@ -1,4 +1,6 @@
-"The progress of students that train side by side: one bar, and a table with a row for each student and epoch."
+"""The progress of students that train side by side: one bar, and a table with a row for each
+student and epoch.
+"""
 from fastai.basics import Callback, L
 from fastai.callback.progress import master_bar, progress_bar
 from .metrics import row_by_column
@@ -7,7 +9,7 @@ __all__ = ['ProgressTable']
 
 
 class TableRows(Callback):
-    "Adds a row to the table after each epoch of a student"
+    """Adds a row to the table after each epoch of a student."""
     order = 51      # after the Recorder
 
     def __init__(self, table, student):
@@ -24,11 +26,15 @@ class TableRows(Callback):
 
 
 class ProgressTable:
-    "One bar for all students; it has fastai's looks in a terminal and in a notebook"
+    """One bar for all students; it has fastai's looks in a terminal and in a notebook.
+
+    Args:
+        n_epoch: Of the student that trains longest.
+    """
     def __init__(
         self,
         shown:bool,
-        n_epoch:int # of the student that trains longest
+        n_epoch:int
     ):
         self.shown,self.n_epoch,self.callbacks,self.columns,self.bars,self.bar = shown,n_epoch,[],None,None,None
 
@@ -41,19 +47,28 @@ class ProgressTable:
         self.bars = self.bar = None
 
     def rows_of(
-        self, student:str # its name
+        self, student:str
     ) -> list:
-        "The callbacks that a student needs for its rows"
+        """The callbacks that a student needs for its rows.
+
+        Args:
+            student: Its name.
+        """
         if not self.shown: return []
         self.callbacks.append(TableRows(self, student))
         return self.callbacks[-1:]
 
     def step(
         self,
-        asked, # (epoch, index of the DataLoader, number of the batch)
-        n:int|None # batches in this phase
+        asked,
+        n:int|None
     ):
-        "The next batch, or the end of the phase"
+        """The next batch, or the end of the phase.
+
+        Args:
+            asked: (epoch, index of the DataLoader, number of the batch).
+            n: Batches in this phase.
+        """
         if not self.shown: return
         epoch,index,i = asked
         if i == 0:
@@ -64,9 +79,13 @@ class ProgressTable:
 
     def add(
         self, student:str,
-        values # column -> value
+        values
     ):
-        "A row"
+        """A row.
+
+        Args:
+            values: Column -> value.
+        """
         if self.columns is None:
             names = L(c.recorder.metric_names for c in self.callbacks if hasattr(c.learn, 'recorder')).concat().unique()
             self.columns = [*(n for n in names if n != 'time'), 'time']

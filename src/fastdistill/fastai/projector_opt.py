@@ -1,4 +1,6 @@
-"The projectors' optimizer. Another group in the student's optimizer would break its schedules and checkpoints."
+"""The projectors' optimizer. Another group in the student's optimizer would break its schedules and
+checkpoints.
+"""
 import copy
 import numpy as np
 import torch
@@ -10,26 +12,37 @@ __all__ = ['ProjectorOptimizer']
 
 
 class ProjectorOptimizer:
-    "Trains projectors with the student's kind of optimizer, and its current learning rate, momentum and weight decay"
+    """Trains projectors with the student's kind of optimizer, and its current learning rate,
+    momentum and weight decay.
+
+    Args:
+        learn: The student's Learner.
+        params: Of the projectors.
+    """
     def __init__(
         self,
-        learn, # the student's Learner
-        params # of the projectors
+        learn,
+        params
     ):
-        # an `OptimWrapper` that exists already has the student's parameters
         make = Adam if isinstance(learn.opt_func, OptimWrapper) else learn.opt_func
         self.params = list(params)
         self.opt = make([self.params], lr=learn.lr)
 
     def average_gradients(self):
-        "Average the gradients over all processes: the projectors are not in DistributedDataParallel"
+        """Average the gradients over all processes: the projectors are not in
+        DistributedDataParallel.
+        """
         average_gradients(self.params)
 
     def step(
         self, learn,
-        skip:bool=False # the student's own step was skipped
+        skip:bool=False
     ):
-        "One step with the current hyperparameters of the student's last parameter group"
+        """One step with the current hyperparameters of the student's last parameter group.
+
+        Args:
+            skip: The student's own step was skipped.
+        """
         overflow = self._unscale(getattr(learn, 'scaler', None))
         if not (skip or overflow):
             for k in ('lr', 'mom', 'wd'):
@@ -40,7 +53,7 @@ class ProjectorOptimizer:
         self.opt.zero_grad()
 
     def _unscale(self, scaler):
-        "Undo GradScaler's scaling of the loss; true if the gradients overflowed"
+        """Undo GradScaler's scaling of the loss; true if the gradients overflowed."""
         grads = [p.grad for p in self.params if p.grad is not None]
         if scaler is None or not scaler.is_enabled() or not grads: return False
         for g in grads: g.mul_(1/scaler.get_scale())
@@ -56,7 +69,9 @@ class ProjectorOptimizer:
 
 
 def as_builtins(o):
-    "Replace fastai's and NumPy's lists and numbers by Python's, since `torch.load(weights_only=True)` refuses them"
+    """Replace fastai's and NumPy's lists and numbers by Python's, since
+    `torch.load(weights_only=True)` refuses them.
+    """
     if isinstance(o, dict): return {k: as_builtins(v) for k,v in o.items()}
     if isinstance(o, (list, tuple, L)): return [as_builtins(v) for v in o]
     return o.item() if isinstance(o, np.generic) else o

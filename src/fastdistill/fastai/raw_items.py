@@ -1,4 +1,6 @@
-"For teachers that read the raw items, texts or files, in their own way: which items a batch was made of."
+"""For teachers that read the raw items, texts or files, in their own way: which items a batch was
+made of.
+"""
 from contextlib import ExitStack, contextmanager
 import numpy as np
 from fastai.tabular.core import Tabular
@@ -16,13 +18,13 @@ __all__ = ['ItemFeed', 'RawItems', 'items_shown', 'renewed', 'without_places']
 
 
 class RawItems:
-    "The items of a DataLoader as they were given to it: the list of files or texts, or the table"
+    """The items of a DataLoader as they were given to it: the list of files or texts, or the table."""
     def __init__(self, dl):
         refuse_unknown_items(dl)
         self.items = given_items(dl.dataset)
 
     def at(self, positions):
-        "Those at these positions in the dataset: a list, or rows of the table"
+        """Those at these positions in the dataset: a list, or rows of the table."""
         return items_at(self.items, positions.tolist())
 
     # in place of a cache: the row of a sample is its position
@@ -36,7 +38,7 @@ def given_items(dataset):
 
 
 def refuse_unknown_items(dl):
-    "Refuse a DataLoader that does not show which items a batch holds"
+    """Refuse a DataLoader that does not show which items a batch holds."""
     why,ds = None,getattr(dl, 'dataset', None)
     if is_stream(dl): why = "The samples of a language model are pieces of one long text, not items."
     elif isinstance(ds, Tabular): why = "The items of a table are its rows after the transforms."
@@ -51,23 +53,28 @@ def refuse_unknown_items(dl):
 
 
 def known_items(dl):
-    "The `RawItems` of a DataLoader that shows them; None if it does not"
+    """The `RawItems` of a DataLoader that shows them; None if it does not."""
     plan = getattr(vars(dl).get('do_item'), 'plan', None)
     return plan.cache if plan is not None and isinstance(plan.cache, RawItems) else None
 
 
 def show_items(dl):
-    "Let the batches of `dl` end with the positions of their items, if there are any"
+    """Let the batches of `dl` end with the positions of their items, if there are any."""
     raw,n = RawItems(dl),len(dl.dataset)
     return attach(dl, Plan(np.zeros(n, np.uint64), 0, 0, np.arange(n), raw, random=False)) if n else dl
 
 
 @contextmanager
 def items_shown(
-    loaders, # DataLoaders of fastai
-    *teachers # each a `Teacher`; if none reads items, nothing is done
+    loaders,
+    *teachers
 ):
-    "Inside, the batches of these DataLoaders show their items"
+    """Inside, the batches of these DataLoaders show their items.
+
+    Args:
+        loaders: DataLoaders of fastai.
+        *teachers: Each a `Teacher`; if none reads items, nothing is done.
+    """
     reads = any(t.reads_items for t in teachers)
     with ExitStack() as stack:
         for dl in [dl for dl in loaders if known_items(dl) is None] if reads else ():
@@ -76,17 +83,22 @@ def items_shown(
 
 
 def renewed(dl, **options):
-    "`dl.new(...)`, which shows its items if `dl` does"
+    """`dl.new(...)`, which shows its items if `dl` does."""
     if known_items(dl) is None: return dl.new(**options)
     with set_aside(dl): new = dl.new(**options)
     return show_items(new)
 
 
 def without_places(
-    b, # a batch
-    dl # that made it, or of which `renewed` made the one that did
+    b,
+    dl
 ):
-    "(batch as the model and its loss take it, its raw items or None)"
+    """(batch as the model and its loss take it, its raw items or None).
+
+    Args:
+        b: A batch.
+        dl: That made it, or of which `renewed` made the one that did.
+    """
     raw = known_items(dl)
     if raw is None or not isinstance(b[-1], TeacherRow): return b,None
     return b[:-1],raw.at(positions_in(b[-1]))
@@ -96,11 +108,11 @@ def positions_in(row): return as_plain(row).cpu().numpy()[:, 0]
 
 
 class ItemFeed(Feed):
-    "Shows a teacher that reads the raw items those of each batch of a fit"
+    """Shows a teacher that reads the raw items those of each batch of a fit."""
     def __init__(self): self.learn,self.added,self.fed,self.reader = None,None,[],None
 
     def attach(self, learn, teacher, task):
-        "For a teacher that reads no items, nothing is done"
+        """For a teacher that reads no items, nothing is done."""
         self.detach()
         if not teacher.reads_items: return
         super().attach(learn, task.kind, task.axis)
@@ -123,13 +135,13 @@ class ItemFeed(Feed):
     def set_aside(self): return set_aside(*self.fed)
 
     def beside(self, x):
-        "The inputs of the current batch, with its raw items"
+        """The inputs of the current batch, with its raw items."""
         if self.reader is None or not self.ready(): return x
         positions = positions_in(self._callback().target)
         return with_items(tuple(x), known_items(inner_dl(self.learn.dl)).at(positions))
 
     def mixed(self, out):
-        "Outputs for the items, mixed as MixUp or CutMix mixed the batch"
+        """Outputs for the items, mixed as MixUp or CutMix mixed the batch."""
         if self.reader is None or out is None or not self.ready(): return out
         self._check_positions(out)
         if (mix := self._callback().mix()) is None: return out
@@ -139,7 +151,7 @@ class ItemFeed(Feed):
         return self._mixed(out, *mix)
 
     def _check_positions(self, out):
-        "Refuse outputs with positions where augmentation moves the student's input"
+        """Refuse outputs with positions where augmentation moves the student's input."""
         dense = any(t.dim() > 2 for t in tensors_in((out.logits, out.feats)))
         if self.training_moves and dense:
             raise DistillError("The teacher reads the raw items, and its outputs have a value for each pixel or token, "

@@ -24,21 +24,39 @@ LESS = 'loss','error','mae','mse','msle','rmspe','perplexity','hamming','brier'
 
 
 def compare_recipes(
-    make_student, # fn() -> a new Learner. Each recipe gets one that is made with the same random numbers
-    teacher, # what `KnowledgeDistillation` takes
-    recipes:dict|None=None, # name -> recipe, 'auto' for `distill`'s default, None for labels alone; None: these two
+    make_student,
+    teacher,
+    recipes:dict|None=None,
     n_epoch:int=5,
-    lr_max=None, # maximum learning rate; or a list, one for each recipe
+    lr_max=None,
     *,
-    seeds=3, # how many, or a list of them
-    metric:str|None=None, # column by which recipes are compared; None: the Learner's first metric, else 'valid_loss'
-    higher:bool|None=None, # is more of it better? None: read off its name
-    folder=None, # where each finished seed is written; the same call continues from there. None: nothing is written
-    progress:bool=True, # show a bar and a table for each seed
-    **kwargs # of `distill_many`
+    seeds=3,
+    metric:str|None=None,
+    higher:bool|None=None,
+    folder=None,
+    progress:bool=True,
+    **kwargs
 ) -> RecipeReport:
-    """Train a student with each recipe, side by side: the same starts, the same batches, one pass of the teacher. Then
-    again with other seeds. The baseline, which the others are compared with, is the recipe None, or else the first"""
+    """Train a student with each recipe, side by side: the same starts, the same batches, one pass
+    of the teacher. Then again with other seeds. The baseline, which the others are compared with,
+    is the recipe None, or else the first.
+
+    Args:
+        make_student: fn() -> a new Learner. Each recipe gets one that is made with the same
+            random numbers.
+        teacher: What `KnowledgeDistillation` takes.
+        recipes: Name -> recipe, 'auto' for `distill`'s default, None for labels alone; None:
+            these two.
+        lr_max: Maximum learning rate; or a list, one for each recipe.
+        seeds: How many, or a list of them.
+        metric: Column by which recipes are compared; None: the Learner's first metric, else
+            'valid_loss'.
+        higher: Is more of it better? None: read off its name.
+        folder: Where each finished seed is written; the same call continues from there. None:
+            nothing is written.
+        progress: Show a bar and a table for each seed.
+        **kwargs: Of `distill_many`
+    """
     if isinstance(make_student, Learner) or not callable(make_student):
         raise DistillError(f"make_student is a {type(make_student).__name__}: compare_recipes trains a new student "
                            "with each recipe and seed. Give a function without arguments that makes one: "
@@ -69,12 +87,12 @@ def compare_recipes(
 
 
 def comparable_text(o):
-    "For a comparison with another process: without addresses in memory"
+    """For a comparison with another process: without addresses in memory."""
     return re.sub(r' at 0x[0-9a-fA-F]+', '', repr(o))
 
 
 def teacher_text(teacher):
-    "A fingerprint of the teacher's weights, or of the cache"
+    """A fingerprint of the teacher's weights, or of the cache."""
     feed = feed_of(teacher)
     if feed is not None: return feed.cache.identity if isinstance(getattr(feed, 'cache', None), TeacherCache) else ''
     with warnings.catch_warnings():
@@ -87,7 +105,7 @@ def student_of(make_student, seed):
 
 
 def train_seed(make_student, teacher, recipes, n_epoch, lr_max, seed, progress, kwargs):
-    "(runs of all recipes with this seed, names of the Learner's own metrics)"
+    """(runs of all recipes with this seed, names of the Learner's own metrics)."""
     students = {k: student_of(make_student, seed) for k in recipes}
     starts = {fingerprint(s.model.state_dict()) for s in students.values()}
     if len(starts) > 1:
@@ -107,7 +125,9 @@ def find_metric(metric, own, runs):
 
 
 class FinishedSeeds:
-    "A folder with a JSON for each seed that is finished, and one with the settings; without a folder, nothing is kept"
+    """A folder with a JSON for each seed that is finished, and one with the settings; without a
+    folder, nothing is kept.
+    """
     def __init__(self, folder, settings):
         self.folder,self.settings = None if folder is None else Path(folder),settings
         if self.folder is None: return
@@ -120,7 +140,7 @@ class FinishedSeeds:
                                f"{settings[k]!r} now. Give this one another folder.")
 
     def all(self, seeds, make_student, train):
-        "(runs of all seeds, the Learner's own metrics): from the folder, or trained now"
+        """(runs of all seeds, the Learner's own metrics): from the folder, or trained now."""
         runs,own,checked = [],[],False
         for i,seed in enumerate(seeds):
             done = None if self.folder is None else read_json(self.folder/f'seed_{seed}.json')

@@ -20,18 +20,27 @@ __all__ = ['Plan', 'attach', 'detach', 'refuse_unindexed', 'set_aside']
 
 @dataclass
 class Plan:
-    "The sample and the view of each index of a DataLoader"
-    keys:np.ndarray # (N,) uint64 by position in the dataset; while writing: by row
-    views:int # 0: nothing is replayed
+    """The sample and the view of each index of a DataLoader.
+
+    Attributes:
+        keys: (N,) uint64 by position in the dataset; while writing: by row.
+        views: 0: nothing is replayed.
+        at: (N,) row of each position (training); position of each row (writing).
+        cache: Whose rows are fed; None while writing.
+        random: Random transforms are seeded.
+        stream: Samples follow one another in a text, so all have the same view.
+    """
+    keys:np.ndarray
+    views:int
     seed:int
-    at:np.ndarray|None=None # (N,) row of each position (training); position of each row (writing)
-    cache:object=None # whose rows are fed; None while writing
+    at:np.ndarray|None=None
+    cache:object=None
     epoch:int=0
-    random:bool=True # random transforms are seeded
-    stream:bool=False # samples follow one another in a text, so all have the same view
+    random:bool=True
+    stream:bool=False
 
     def of(self, i):
-        "(positions, keys, views, rows) of indices, an array of them or one number"
+        """(positions, keys, views, rows) of indices, an array of them or one number."""
         if self.cache is None:
             view,row = divmod(i, len(self.keys))
             at,keys = self.at[row],self.keys[row]
@@ -40,17 +49,17 @@ class Plan:
         return i,keys,view_of(keys*0 if self.stream else keys, self.epoch, self.views, self.seed),self.at[i]
 
 
-class IndexedItem(tuple): "An item and its index"
+class IndexedItem(tuple): """An item and its index."""
 
 
 class Items:
-    "A DataLoader's `do_item` whose random numbers depend on the sample and the view"
+    """A DataLoader's `do_item` whose random numbers depend on the sample and the view."""
     def __init__(self, dl, plan):
         self.dl,self.plan = dl,plan
         self.look()
 
     def look(self):
-        "Find the generators inside transforms. They may be other objects in another epoch"
+        """Find the generators inside transforms. They may be other objects in another epoch."""
         self.own = Generators(self.dl.after_item, self.dl.dataset)
 
     def __call__(self, s):
@@ -69,7 +78,9 @@ class Items:
 
 
 class Cuts(Items):
-    "The same for a language model, whose samples are cut from the joined texts: each view is an order of the texts"
+    """The same for a language model, whose samples are cut from the joined texts: each view is an
+    order of the texts.
+    """
     view = None
 
     def make(self, at, key, view):
@@ -84,14 +95,14 @@ class Cuts(Items):
         return in_a_row(self.dl, order.tolist(), partial(self.text, seed))
 
     def text(self, seed, i):
-        "Text `i`. Its random numbers differ from those of the samples that are cut from it"
+        """Text `i`. Its random numbers differ from those of the samples that are cut from it."""
         get = lambda: self.dl.items.tfm(self.dl.items.coll[i])
         if not self.plan.random: return get()
         with seeded(s := seeds_of(seed, i)), self.own.seeded(s): return get()
 
 
 class Batches:
-    "A DataLoader's `do_batch` that adds stored rows and indices to the batch"
+    """A DataLoader's `do_batch` that adds stored rows and indices to the batch."""
     def __init__(self, dl, plan, own): self.dl,self.plan,self.own = dl,plan,own
 
     def __call__(self, b):
@@ -103,7 +114,7 @@ class Batches:
 
 
 def create_batches(self, samps):
-    "The DataLoader's own method, with the global generators restored once for each batch"
+    """The DataLoader's own method, with the global generators restored once for each batch."""
     batches = type(self).create_batches(self, samps)
     while True:
         with restored_once(): b = next(batches, None)
@@ -113,9 +124,13 @@ def create_batches(self, samps):
 
 def attach(
     dl, plan,
-    source=None # the DataLoader that makes the items, if not `dl` itself
+    source=None
 ):
-    "Make `dl` replay `plan`. It stays the same object, so a Learner that holds it uses the plan"
+    """Make `dl` replay `plan`. It stays the same object, so a Learner that holds it uses the plan.
+
+    Args:
+        source: The DataLoader that makes the items, if not `dl` itself.
+    """
     detach(dl)
     refuse_unindexed(dl)
     assert dl.n_inp         # subtle: fastai computes it from a first batch, which must not have rows yet
@@ -128,7 +143,7 @@ def attach(
 
 
 def detach(dl):
-    "Undo `attach`; safe to call twice, and on a copy of the DataLoader"
+    """Undo `attach`; safe to call twice, and on a copy of the DataLoader."""
     if not isinstance(dl.__dict__.get('do_item'), Items): return
     del dl.__dict__['do_item']
     dl.__dict__.pop('create_batches', None)
@@ -140,7 +155,7 @@ def detach(dl):
 
 @contextmanager
 def set_aside(*dls):
-    "Inside, these DataLoaders are as they were before `attach`"
+    """Inside, these DataLoaders are as they were before `attach`."""
     parts = 'do_item','do_batch','create_batches','after_batch'
     attached = [{k: dl.__dict__[k] for k in parts if k in dl.__dict__} for dl in dls]
     for dl in dls: detach(dl)
@@ -150,7 +165,7 @@ def set_aside(*dls):
 
 
 def refuse_unindexed(dl):
-    "Refuse a DataLoader whose samples have no indices"
+    """Refuse a DataLoader whose samples have no indices."""
     what = type(dl).__name__
     if not hasattr(dl, 'after_batch') or not hasattr(dl, 'do_item'):
         raise DistillError(f"{what} is not a fastai DataLoader: write with cache_dataset(teacher, dataset, path) and "

@@ -1,5 +1,6 @@
-"""The keys of a DataLoader's samples. They do not depend on labels, on the order of the data, or on the place of the
-folder."""
+"""The keys of a DataLoader's samples. They do not depend on labels, on the order of the data, or on
+the place of the folder.
+"""
 import os
 from pathlib import PurePath
 import numpy as np
@@ -16,11 +17,18 @@ __all__ = ['item_keys', 'items_of', 'key_root', 'matching_root', 'sample_files',
 
 
 def item_keys(
-    dl, # a DataLoader
-    keys, # the `keys=` of `cache_teacher`: a list, a function of an item, or None
-    root:str # paths are taken relative to it
+    dl,
+    keys,
+    root:str
 ) -> np.ndarray:
-    "(N,) uint64 by position in the dataset. For a language model they also depend on all of its texts"
+    """(N,) uint64 by position in the dataset. For a language model they also depend on all of its
+    texts.
+
+    Args:
+        dl: A DataLoader.
+        keys: The `keys=` of `cache_teacher`: a list, a function of an item, or None.
+        root: Paths are taken relative to it.
+    """
     names = keys_of_samples(dl.dataset, keys, root)
     if not is_stream(dl): return names
     return seeds_of(hash_of(names.tobytes(), np.asarray(dl.lens.coll, np.int64).tobytes()), np.arange(dl.n))
@@ -41,19 +49,19 @@ def keys_of_samples(dataset, keys, root):
 
 
 def items_of(dataset):
-    "The list or table from which a dataset makes its samples; None if it is unknown"
+    """The list or table from which a dataset makes its samples; None if it is unknown."""
     return dataset if isinstance(dataset, (list, tuple, L, np.ndarray)) else getattr(dataset, 'items', None)
 
 
 def keys_of_table(table):
-    "The key of a row is a hash of its content"
+    """The key of a row is a hash of its content."""
     import pandas as pd
     try: return pd.util.hash_pandas_object(table, index=False).to_numpy(np.uint64)
     except TypeError: return keys_of(table.to_numpy())      # cells that hold lists
 
 
 def input_columns(dataset, table):
-    "The columns of the model's inputs. A key depends neither on the label nor on unused columns"
+    """The columns of the model's inputs. A key depends neither on the label nor on unused columns."""
     readers = [f for tl in getattr(dataset, 'tls', [])[:getattr(dataset, 'n_inp', 1)] for f in tl.tfms.fs
                if isinstance(f, ColReader)]
     names = [*getattr(dataset, 'cat_names', []), *getattr(dataset, 'cont_names', []),
@@ -65,12 +73,16 @@ def column_name(table, c): return c if c in table.columns else table.columns[c] 
 
 
 def key_root(dls) -> str:
-    "The root of relative paths: the DataLoaders' path, or else the common folder of all their files"
+    """The root of relative paths: the DataLoaders' path, or else the common folder of all their
+    files.
+    """
     return root_of(dls.path) or common_folder(o for dl in dls.loaders for o in paths_in(dl))
 
 
 def paths_in(dl):
-    "The items that are paths, or tuples that begin with one. A text is a path if there is such a file"
+    """The items that are paths, or tuples that begin with one. A text is a path if there is such a
+    file.
+    """
     items = items_of(dl.dataset)
     if not isinstance(items, (list, tuple, L)): return []
     return [o for o in items if isinstance(o, PurePath)] or (items if files_of(items) else [])
@@ -82,8 +94,9 @@ def common_folder(items):
 
 
 def matching_root(cache, dls, dl) -> str:
-    """The root with which the first sample has a row. It differs if the folder was moved, or if these are a part of the
-    data"""
+    """The root with which the first sample has a row. It differs if the folder was moved, or if
+    these are a part of the data.
+    """
     first,root = next(iter(paths_in(dl)), None),key_root(dls)
     if first is None: return root
     common = PurePath(common_folder([first]))
@@ -93,15 +106,21 @@ def matching_root(cache, dls, dl) -> str:
 
 def sample_files(
     dl,
-    order=None # positions in the dataset; None: its own order
+    order=None
 ):
-    "The file of each sample; None where samples are not files"
+    """The file of each sample; None where samples are not files.
+
+    Args:
+        order: Positions in the dataset; None: its own order.
+    """
     files = None if is_stream(dl) else files_of(file_names(dl.dataset))
     return files if files is None or order is None else [files[i] for i in order]
 
 
 def file_names(dataset):
-    "What each sample is read from, as its `get_x` or the reader of a column says; else the items themselves"
+    """What each sample is read from, as its `get_x` or the reader of a column says; else the items
+    themselves.
+    """
     items,getter = items_of(dataset),first_transform(dataset)
     if hasattr(items, 'columns'): return names_in_column(items, getter)
     if not isinstance(items, (list, tuple, L, np.ndarray)) or not len(items): return []
@@ -111,7 +130,7 @@ def file_names(dataset):
 
 
 def first_transform(dataset):
-    "What makes the first input of an item; None if there is none"
+    """What makes the first input of an item; None if there is none."""
     return next((f for tl in getattr(dataset, 'tls', [])[:1] for f in tl.tfms.fs), None)
 
 
@@ -121,6 +140,8 @@ def names_in_column(table, reader):
 
 
 def storage_order(dl):
-    "Positions in the order of the stored rows. Texts are sorted by length, so that padding does not mix long and short"
+    """Positions in the order of the stored rows. Texts are sorted by length, so that padding does
+    not mix long and short.
+    """
     if isinstance(dl, SortedDL): return np.argsort(-np.asarray(dl.res), kind='stable')
     return np.arange(dl.n if is_stream(dl) else len(dl.dataset))

@@ -1,4 +1,6 @@
-"A trained student as a folder: weights, facts, a model card, and the network where it can be exported."
+"""A trained student as a folder: weights, facts, a model card, and the network where it can be
+exported.
+"""
 import json
 from pathlib import Path
 from torch import nn
@@ -31,15 +33,24 @@ model = load_student('FOLDER', model=make_the_same_network())
 
 
 def save_student(
-    learn:Learner, # the trained student
-    folder, # is made
-    report:Report|None=None, # from `compare`: its numbers go into the model card
+    learn:Learner,
+    folder,
+    report:Report|None=None,
     *,
-    onnx:bool|None=None, # write the network too; None: if it can be exported
-    title:str='Student' # of the card
+    onnx:bool|None=None,
+    title:str='Student'
 ) -> Path:
-    """Write a folder: weights (model.safetensors), facts such as class names and normalization (config.json), a model
-    card (README.md) with the report's numbers, and the network (student.onnx). Nothing in it is a pickle"""
+    """Write a folder: weights (model.safetensors), facts such as class names and normalization
+    (config.json), a model card (README.md) with the report's numbers, and the network
+    (student.onnx). Nothing in it is a pickle.
+
+    Args:
+        learn: The trained student.
+        folder: Is made.
+        report: From `compare`: its numbers go into the model card.
+        onnx: Write the network too; None: if it can be exported.
+        title: Of the card.
+    """
     check_learner(learn, 'save_student')
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +70,7 @@ def save_student(
 
 
 def card(title, facts, checked, report):
-    "The model card as Markdown"
+    """The model card as Markdown."""
     n,use = facts['normalization'],USE_WEIGHTS
     if checked is not None:
         normal = '' if n is None else (f"Pixels are from 0 to 1; then the mean {n['mean']} is subtracted, and the "
@@ -77,11 +88,17 @@ def card(title, facts, checked, report):
 
 
 def load_student(
-    folder, # from `save_student`
-    model:nn.Module|None=None # the same network, for the weights; None: the exported network, run by onnxruntime
+    folder,
+    model:nn.Module|None=None
 ):
-    """The student of a folder, in evaluation mode: a function of tensors. `.facts` are those of config.json. Nothing is
-    unpickled"""
+    """The student of a folder, in evaluation mode: a function of tensors. `.facts` are those of
+    config.json. Nothing is unpickled.
+
+    Args:
+        folder: From `save_student`
+        model: The same network, for the weights; None: the exported network, run by
+            onnxruntime.
+    """
     folder = Path(folder)
     if not (folder/'config.json').is_file():
         raise DistillError(f"There is no student in {str(folder)!r} (no config.json). save_student(learn, folder) "

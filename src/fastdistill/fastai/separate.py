@@ -15,10 +15,15 @@ __all__ = ['check_separate']
 
 
 def check_separate(
-    learners:dict, # name -> Learner
-    teacher # what trains them; None if nothing does
+    learners:dict,
+    teacher
 ):
-    "Refuse Learners that share more than their data, and those whose batches differ"
+    """Refuse Learners that share more than their data, and those whose batches differ.
+
+    Args:
+        learners: Name -> Learner.
+        teacher: What trains them; None if nothing does.
+    """
     for (a,la),(b,lb) in combinations(learners.items(), 2):
         check_objects(a, la, b, lb)
         check_files(a, la, b, lb)
@@ -41,14 +46,14 @@ def check_objects(a, la, b, lb):
 
 
 def check_files(a, la, b, lb):
-    "Callbacks that write into the same file"
+    """Callbacks that write into the same file."""
     if both := [*(written_files(la).keys() & written_files(lb).keys())]:
         cb = written_files(lb)[both[0]]
         raise DistillError(f"{a} and {b} would both write {both[0]}. Give each its own name: {cb}(fname='{b}').")
 
 
 def written_files(learn):
-    "File -> name of the callback that writes it"
+    """File -> name of the callback that writes it."""
     return {learn.path/(learn.model_dir if hasattr(c, 'every_epoch') else '')/str(c.fname): type(c).__name__
             for c in learn.cbs if isinstance(getattr(c, 'fname', None), (str, type(learn.path)))}
 
@@ -61,7 +66,7 @@ def check_teacher_apart(name, learn, teacher):
 
 
 def check_data(a, la, b, lb):
-    "Both must get the same batches"
+    """Both must get the same batches."""
     if la.dls is lb.dls: return
     for i,(x,y) in enumerate(zip(la.dls.loaders, lb.dls.loaders)):
         if found := x is not y and batch_differences(x, y, la.dls, lb.dls):
@@ -75,7 +80,7 @@ def check_data(a, la, b, lb):
 
 
 def batch_differences(x, y, dls_x, dls_y):
-    "How the batches of two DataLoaders differ, as text; empty if they do not"
+    """How the batches of two DataLoaders differ, as text; empty if they do not."""
     for k in ('batch_size', 'bs', 'n', 'shuffle', 'drop_last'):
         p,q = getattr(x, k, None),getattr(y, k, None)
         if p != q: return f'{k} {p} and {q}'

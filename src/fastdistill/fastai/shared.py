@@ -1,4 +1,6 @@
-"What several students share while they train side by side: the batches, the teacher's outputs, a cache's rows."
+"""What several students share while they train side by side: the batches, the teacher's outputs, a
+cache's rows.
+"""
 import random
 from dataclasses import dataclass
 import torch
@@ -17,26 +19,36 @@ __all__ = ['SharedBatches', 'SharedRows', 'SharedTeacher', 'Stream', 'seeded_bat
 
 
 def seeded_batches(
-    dl, # a DataLoader of fastai or PyTorch
-    seed:int # of its shuffling and of generators in its transforms
+    dl,
+    seed:int
 ):
-    "The batches of `dl`. At the end its attributes and generators are restored"
+    """The batches of `dl`. At the end its attributes and generators are restored.
+
+    Args:
+        dl: A DataLoader of fastai or PyTorch.
+        seed: Of its shuffling and of generators in its transforms.
+    """
     with restored(dl), in_first_order(dl), Generators(*(getattr(dl, k, None) for k in PARTS)).seeded(seed):
         if hasattr(dl, 'rng'): dl.rng = random.Random(seed)
         yield from dl
 
 
 class Stream:
-    "The batches of one epoch. They depend on the seed alone, whatever else draws random numbers meanwhile"
+    """The batches of one epoch. They depend on the seed alone, whatever else draws random numbers
+    meanwhile.
+
+    Args:
+        of: What `generators` returns.
+    """
     def __init__(
         self, dl, seed:int,
-        of # what `generators` returns
+        of
     ):
         self.batches,self.of,self.next,self.draws = seeded_batches(dl, seed),of,0,OwnDraws()
         with seeded(seed, getattr(dl, 'device', None)), self.draws.own(of): pass
 
     def batch(self):
-        "The next batch; None at the end"
+        """The next batch; None at the end."""
         with self.draws.own(self.of): b = next(self.batches, None)
         self.next += 1
         return b
@@ -49,7 +61,7 @@ def stop_restoring(dl): return dl
 
 
 class StreamOf:
-    "In place of a Learner's DataLoader: its batches come from the shared stream"
+    """In place of a Learner's DataLoader: its batches come from the shared stream."""
     def __init__(self, dl, ask, epoch, index): self.dl,self.ask,self.epoch,self.index = dl,ask,epoch,index
 
     def __getattr__(self, k):
@@ -69,11 +81,15 @@ class StreamOf:
 
 
 class SharedBatches(Callback):
-    "Replaces the Learner's DataLoader in each phase by the shared stream of batches"
+    """Replaces the Learner's DataLoader in each phase by the shared stream of batches.
+
+    Args:
+        ask: fn((epoch, index of the DataLoader, number of the batch)) -> batch.
+    """
     order = 100     # after callbacks that replace the DataLoader, such as DistributedTrainer
 
     def __init__(
-        self, ask # fn((epoch, index of the DataLoader, number of the batch)) -> batch
+        self, ask
     ):
         super().__init__()
         self.ask,self.epochs = ask,{}
@@ -100,22 +116,33 @@ class SharedBatches(Callback):
 
 @dataclass
 class Pass:
-    "One run of the teacher"
-    inputs:object # (args, kwargs)
-    versions:list # of the tensors in them, which count changes in place
-    places:object # the inputs, with each tensor's place in the batch instead of the tensor
+    """One run of the teacher.
+
+    Attributes:
+        inputs: (args, kwargs).
+        versions: Of the tensors in them, which count changes in place.
+        places: The inputs, with each tensor's place in the batch instead of the tensor.
+    """
+    inputs:object
+    versions:list
+    places:object
     autocast:tuple
     layers:set
     outputs:Outputs
 
 
 class SharedTeacher(Teacher):
-    """Runs `teacher` once for each batch, and gives its outputs to all students. A student that changed its inputs, as
-    MixUp does, gets a run of its own, unless another student had the same inputs"""
+    """Runs `teacher` once for each batch, and gives its outputs to all students. A student that
+    changed its inputs, as MixUp does, gets a run of its own, unless another student had the same
+    inputs.
+
+    Args:
+        wanted: The layers that all students compare.
+    """
     def __init__(
         self,
         teacher:Teacher,
-        wanted=lambda: () # the layers that all students compare
+        wanted=lambda: ()
     ):
         super().__init__(teacher)
         self.given = frozenset(o for o in vars(self) if not o.startswith('_'))     # `teacher_of` changes no option
@@ -135,7 +162,7 @@ class SharedTeacher(Teacher):
         super().reset()
 
     def end(self):
-        "Restore the model"
+        """Restore the model."""
         self.forget()
         self.sharing = False
         super().stop()
@@ -186,7 +213,9 @@ def autocast():
 
 
 def same_inputs(p, inputs, places):
-    "Are these the inputs of a run? Tensors that are still as they came in the batch are known by their place in it"
+    """Are these the inputs of a run? Tensors that are still as they came in the batch are known by
+    their place in it.
+    """
     if None not in parts_in(places) and p.places == places: return True
     if [t._version for t in tensors_in(p.inputs)] != p.versions: return False
     return map_tensors(p.inputs, lambda t: None) == map_tensors(inputs, lambda t: None) and all(
@@ -200,7 +229,7 @@ def parts_in(o):
 
 
 class SharedRows(CacheFeed):
-    "Reads the rows that another feed has put into the shared batches"
+    """Reads the rows that another feed has put into the shared batches."""
     def __init__(
         self, source:CacheFeed
     ):

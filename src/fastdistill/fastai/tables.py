@@ -1,4 +1,6 @@
-"Estimators (scikit-learn, LightGBM ...) as teachers of tables: the rows of a batch as they were before the transforms."
+"""Estimators (scikit-learn, LightGBM ...) as teachers of tables: the rows of a batch as they were
+before the transforms.
+"""
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ CHUNK = 2**16 # rows that are predicted at once
 
 
 def table_of(dls) -> Tabular|None:
-    "The training set, if it is a table"
+    """The training set, if it is a table."""
     ds = getattr(getattr(dls, 'train', None), 'dataset', None)
     return ds if isinstance(ds, Tabular) else None
 
@@ -25,12 +27,16 @@ def table_of(dls) -> Tabular|None:
 class TableEstimator(Estimator):
     """An estimator for the batches of fastai's tables.
 
-    The first batch makes it predict every row of the DataLoaders, at once. Rows of later batches are found by their
-    content. Others, such as perturbed ones, are predicted batch by batch"""
+    The first batch makes it predict every row of the DataLoaders, at once. Rows of later batches
+    are found by their content. Others, such as perturbed ones, are predicted batch by batch.
+
+    Args:
+        dls: DataLoaders of a table.
+    """
     def __init__(
         self,
         estimator:Estimator,
-        dls # DataLoaders of a table
+        dls
     ):
         vars(self).update(vars(estimator))
         self.dls,self.raw,self.known_keys = dls,RawRows(table_of(dls), estimator.frame),None
@@ -51,11 +57,15 @@ class TableEstimator(Estimator):
         return out
 
     def anew(self, *x):
-        "Predict the rows of a batch, known or not. With `frame`, a batch may lack columns, and known rows are read"
+        """Predict the rows of a batch, known or not. With `frame`, a batch may lack columns, and
+        known rows are read.
+        """
         return self(*x) if self.frame is not None else self.predict(self.in_order(self.raw(*x)))
 
     def _predict_all(self):
-        "Predict all rows. Rows that are equal for the student, but not for the teacher, get the mean prediction"
+        """Predict all rows. Rows that are equal for the student, but not for the teacher, get the
+        mean prediction.
+        """
         tables = [dl.dataset for dl in self.dls.loaders if len(dl.dataset)]
         keys = np.concatenate([keys_of_rows(table_inputs(o)) for o in tables])
         outputs = torch.cat([self._predict_table(o) for o in tables])
@@ -71,15 +81,19 @@ class TableEstimator(Estimator):
 
 
 def table_inputs(table):
-    "The inputs of a table's rows, as in a batch"
+    """The inputs of a table's rows, as in a batch."""
     cats = tensor(table.cats).long()
     return (cats, tensor(table.conts).float()) if table.with_cont else (cats,)
 
 
 def keys_of_rows(
-    x # (B, columns) tensors
+    x
 ) -> np.ndarray:
-    "(B,) uint64 by the content of each row"
+    """(B,) uint64 by the content of each row.
+
+    Args:
+        x: (B, columns) tensors.
+    """
     keys = np.zeros(len(x[0]), np.uint64)
     for o in x:
         o = o.detach().cpu()
@@ -89,11 +103,17 @@ def keys_of_rows(
 
 
 class RawRows:
-    "Rows of a table as they were before `Categorify`, `Normalize` and `FillMissing`: columns by name"
+    """Rows of a table as they were before `Categorify`, `Normalize` and `FillMissing`: columns by
+    name.
+
+    Args:
+        table: The training set.
+        frame: The DataFrame that the DataLoaders were made from.
+    """
     def __init__(
         self,
-        table:Tabular, # the training set
-        frame=None # the DataFrame that the DataLoaders were made from
+        table:Tabular,
+        frame=None
     ):
         self.frame,self.procs = frame,list(table.procs.fs)
         self.cats,self.conts = list(table.cat_names),list(table.cont_names) if table.with_cont else []
@@ -107,7 +127,7 @@ class RawRows:
 
     @property
     def why_lost(self):
-        "Why the rows can't be restored from a batch; None if they can"
+        """Why the rows can't be restored from a batch; None if they can."""
         if other := [type(p).__name__ for p in self.procs if not isinstance(p, (*KNOWN, *TARGETS))]:
             return f"It is unknown how to undo {few(other)}"
         if len(self.flags) < len(self.filled):
@@ -115,9 +135,14 @@ class RawRows:
 
     def __call__(
         self,
-        *x:Tensor # inputs of a batch
+        *x:Tensor
     ):
-        "The rows of a batch as a DataFrame. A category that is not in the training set is a missing value"
+        """The rows of a batch as a DataFrame. A category that is not in the training set is a
+        missing value.
+
+        Args:
+            *x: Inputs of a batch.
+        """
         import pandas as pd
         if why := self.why_lost: raise DistillError(f"{why}, so the estimator can't predict perturbed rows.")
         categories = {n: self._categories(n, codes) for n,codes in zip(self.cats, x[0].cpu().numpy().T)}
@@ -142,12 +167,14 @@ class RawRows:
         return {n: v*self.normalize.stds[n] + self.normalize.means[n] for n,v in columns.items()}
 
     def _is_whole(self, name, v):
-        "Are all values of a column whole numbers, as precisely as single-precision numbers can show it?"
+        """Are all values of a column whole numbers, as precisely as single-precision numbers can
+        show it?
+        """
         error = 1.3e-7*np.abs(v - (0 if self.normalize is None else self.normalize.means[name])) + 1e-6
         return error.max() < .4 and (np.abs(v-np.round(v)) < error).all()
 
     def _typed(self, rows):
-        "The types of the columns as in `frame`"
+        """The types of the columns as in `frame`."""
         if self.frame is None: return rows
         import pandas as pd
         for n in rows.columns:
@@ -157,9 +184,13 @@ class RawRows:
         return rows
 
     def of_frame(
-        self, table:Tabular # one of the DataLoaders' datasets
+        self, table:Tabular
     ):
-        "Its rows in `frame`, by their index"
+        """Its rows in `frame`, by their index.
+
+        Args:
+            table: One of the DataLoaders' datasets.
+        """
         index = table.items.index
         if not self.frame.index.is_unique: raise DistillError("frame=: its index has duplicates, so rows can't be "
                                                               "found. Make the DataLoaders from df.reset_index().")
@@ -171,7 +202,7 @@ class RawRows:
         return rows
 
     def _compare(self, rows, x):
-        "Refuse a frame whose rows are not those of the DataLoaders"
+        """Refuse a frame whose rows are not those of the DataLoaders."""
         if self.why_lost: return
         own = self(*x)
         for n in own.columns:

@@ -1,4 +1,6 @@
-"Stored teacher outputs in the batches of a fit. They are removed before labels are used, and mixed like the batch."
+"""Stored teacher outputs in the batches of a fit. They are removed before labels are used, and
+mixed like the batch.
+"""
 import copy, inspect, warnings
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,7 +17,9 @@ __all__ = ['Feed', 'TargetFeed', 'TeacherTargets']
 
 
 class TeacherTargets(Callback):
-    "Removes the teacher's target from `yb`, since MixUp and metrics don't expect it. A loss of three arguments gets it"
+    """Removes the teacher's target from `yb`, since MixUp and metrics don't expect it. A loss of
+    three arguments gets it.
+    """
     order,remove_on_fetch = -20,False
 
     def __init__(self):
@@ -23,7 +27,7 @@ class TeacherTargets(Callback):
         self.target = self.permutations = self.n_inp = None
 
     def after_create(self):
-        "Remove the callback from a Learner whose data hold no teacher's target"
+        """Remove the callback from a Learner whose data hold no teacher's target."""
         dls = self.learn.dls
         # subtle: a DataLoader with its own `do_item` holds stored outputs, for a fit of another Learner
         fed = any('do_item' in vars(dl) for dl in getattr(dls, 'loaders', []))
@@ -45,7 +49,9 @@ class TeacherTargets(Callback):
             self.learn.yb = (recording(self.yb[0], self.permutations), *self.yb[1:])
 
     def mix(self):
-        "The permutation, and the share of the unpermuted samples, of MixUp or CutMix; None if this batch is not mixed"
+        """The permutation, and the share of the unpermuted samples, of MixUp or CutMix; None if
+        this batch is not mixed.
+        """
         if not self.permutations: return None
         if len(self.permutations) > 1:
             raise DistillError("The batch was mixed twice (MixUp and CutMix together?). Stored outputs can be mixed "
@@ -72,7 +78,7 @@ class TeacherTargets(Callback):
 
 
 def recording(y, permutations):
-    "`y` as a tensor that appends each permutation that indexes it to `permutations`"
+    """`y` as a tensor that appends each permutation that indexes it to `permutations`."""
     cls = type(y)
     class Recording(cls):
         def __getitem__(self, i):
@@ -95,18 +101,26 @@ def takes_teacher(loss_func):
 
 
 def lerp(t, perm, lam):
-    "The mixture as in fastai: `lam` of each sample, and 1-`lam` of the permuted one"
+    """The mixture as in fastai: `lam` of each sample, and 1-`lam` of the permuted one."""
     lam = as_plain(torch.as_tensor(lam, device=t.device)).to(t.dtype).reshape(-1)
     return torch.lerp(t[perm], t, lam.reshape(-1, *[1]*(t.dim()-1)))
 
 
 def mix_logits(
-    t:Tensor, # (B, C, ...) teacher logits of the samples before they were mixed
-    perm:Tensor, lam:Tensor, # of `TeacherTargets.mix`
-    kind:str, # 'softmax', 'sigmoid' or 'regression': what the logits are
-    axis:int # class axis
+    t:Tensor,
+    perm:Tensor, lam:Tensor,
+    kind:str,
+    axis:int
 ):
-    "Logits of the teacher's probabilities, mixed as the batch was (MixUp, arXiv:1710.09412; CutMix, arXiv:1905.04899)"
+    """Logits of the teacher's probabilities, mixed as the batch was (MixUp, arXiv:1710.09412;
+    CutMix, arXiv:1905.04899).
+
+    Args:
+        t: (B, C, ...) teacher logits of the samples before they were mixed.
+        perm, lam: Of `TeacherTargets.mix`
+        kind: 'softmax', 'sigmoid' or 'regression': what the logits are.
+        axis: Class axis.
+    """
     if kind == 'regression': return lerp(t, perm, lam)
     t = t.float()
     lam = as_plain(torch.as_tensor(lam, device=t.device)).float().reshape(-1, *[1]*(t.dim()-1))
@@ -117,10 +131,12 @@ def mix_logits(
 
 
 class Feed:
-    """Stored teacher outputs for the batches of a fit: `attach` before it, `outputs` in each batch, `detach` after it.
+    """Stored teacher outputs for the batches of a fit: `attach` before it, `outputs` in each batch,
+    `detach` after it.
 
-    A Distiller takes it in place of a Teacher. It has no modules. Its outputs are those of the current batch, for any
-    inputs, with all stored layers"""
+    A Distiller takes it in place of a Teacher. It has no modules. Its outputs are those of the
+    current batch, for any inputs, with all stored layers.
+    """
 
     def attach(
         self,
@@ -138,14 +154,14 @@ class Feed:
         return self
 
     def detach(self):
-        "Undo what `attach` did; safe to call twice"
+        """Undo what `attach` did; safe to call twice."""
         learn = getattr(self, 'learn', None)
         if learn is not None and self.added is not None: learn.remove_cbs([c for c in learn.cbs if c is self.added])
         elif learn is not None and (cb := self._callback()) is not None: cb.n_inp = None
         self.learn = self.added = None
 
     def set_aside(self):
-        "A context inside which the data are as they were before `attach`"
+        """A context inside which the data are as they were before `attach`."""
         return nullcontext()
 
     def _callback(self): return next((c for c in self.learn.cbs if isinstance(c, TeacherTargets)), None)
@@ -156,7 +172,7 @@ class Feed:
         return cb is not None and cb.target is not None
 
     def outputs(self, args=(), kwargs=None, layers=()) -> Outputs:
-        "The teacher's outputs for the current batch, mixed as MixUp or CutMix mixed it"
+        """The teacher's outputs for the current batch, mixed as MixUp or CutMix mixed it."""
         if not self.ready(): raise DistillError(self.missing)
         cb = self._callback()
         out,mix = self.decode(as_plain(cb.target), self.learn),cb.mix()
@@ -190,7 +206,7 @@ class Feed:
 
 
 class TargetFeed(Feed):
-    "Targets that a `TeacherBlock` added to the labels"
+    """Targets that a `TeacherBlock` added to the labels."""
     missing = ("These batches hold no teacher's target. Give KnowledgeDistillation a teacher, or build the data with a "
                "third block: DataBlock((ImageBlock, CategoryBlock, TeacherBlock), get_y=[label, teacher_row]).")
 
@@ -223,13 +239,15 @@ def in_first_batch(dl):
 
 
 def class_order(dls):
-    "Columns of the teacher's rows in the order of the labels' vocab; None if the order is the same"
+    """Columns of the teacher's rows in the order of the labels' vocab; None if the order is the
+    same.
+    """
     names = next((f.teacher_names for f in target_tfms(dls) if f.teacher_names), None)
     return None if names is None else stored_order(names, getattr(dls, 'vocab', None))
 
 
 def target_tfms(dls):
-    "The transforms in these DataLoaders that make teacher's targets of rows"
+    """The transforms in these DataLoaders that make teacher's targets of rows."""
     datasets = [getattr(dl, 'dataset', None) for dl in getattr(dls, 'loaders', [])]
     return [f for ds in datasets if isinstance(ds, Datasets) for tl in ds.tls for f in tl.tfms.fs
             if isinstance(f, ToTeacherTarget)]

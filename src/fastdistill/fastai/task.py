@@ -9,12 +9,14 @@ register_losses('softmax', FocalLoss, LabelSmoothingCrossEntropy, DiceLoss)
 
 @register_wrapper
 def inside_mixup(lf):
-    "In training, MixUp replaces the loss function by its own method, and stores the old one in `old_lf`"
+    """In training, MixUp replaces the loss function by its own method, and stores the old one in
+    `old_lf`.
+    """
     old = getattr(getattr(lf, '__self__', None), 'old_lf', None)
     return None if old is None else (old, None)
 
 
 @register_wrapper
 def inside_flat(lf):
-    "fastai's flat losses hold a loss of PyTorch, and the class axis"
+    """fastai's flat losses hold a loss of PyTorch, and the class axis."""
     return (lf.func, lf.axis) if isinstance(lf, BaseLoss) else None

@@ -30,18 +30,27 @@ PICKLES = {'.pkl': "teacher_learner.export({!r}) writes an exported Learner.",
 
 
 def teacher_of(
-    obj, # Learner, exported Learner (a .pkl) or estimator (a .joblib), whose code runs; anything that `Teacher` takes;
-    # or a list of these
-    learn=None, # the student's Learner, or its DataLoaders: their `Normalize` and class names
-    task=None, # what the student predicts: sets kind and axis, and the order of a Learner's classes
-    **kwargs # of `Teacher`
+    obj,
+    learn=None,
+    task=None,
+    **kwargs
 ) -> Teacher:
-    """`obj` as a `Teacher` for the batches of `learn`. Images are re-normalized from the student's statistics to the
-    teacher's, and resized to the size on which the teacher's Learner was trained.
+    """`obj` as a `Teacher` for the batches of `learn`. Images are re-normalized from the student's
+    statistics to the teacher's, and resized to the size on which the teacher's Learner was trained.
 
-    A Learner's statistics and image size are those of its DataLoaders at the time of this call. A pretrained
-    `vision_learner` adds `Normalize` to its DataLoaders. So a student that is built on the teacher's own DataLoaders
-    changes the teacher's statistics: give each its own. `.learner` is the teacher's Learner"""
+    A Learner's statistics and image size are those of its DataLoaders at the time of this call. A
+    pretrained `vision_learner` adds `Normalize` to its DataLoaders. So a student that is built on
+    the teacher's own DataLoaders changes the teacher's statistics: give each its own. `.learner` is
+    the teacher's Learner.
+
+    Args:
+        obj: Learner, exported Learner (a .pkl) or estimator (a .joblib), whose code runs;
+            anything that `Teacher` takes; or a list of these.
+        learn: The student's Learner, or its DataLoaders: their `Normalize` and class names.
+        task: What the student predicts: sets kind and axis, and the order of a Learner's
+            classes.
+        **kwargs: Of `Teacher`
+    """
     dls = getattr(learn, 'dls', learn)
     if task is not None: kwargs = dict(kind=task.kind, axis=task.axis) | kwargs
     if dls is not None: kwargs.setdefault('input_stats', image_stats(dls))
@@ -67,7 +76,7 @@ def teacher_of(
 
 
 def refuse_stored(teacher):
-    "Refuse a cache, where the teacher has to run"
+    """Refuse a cache, where the teacher has to run."""
     if isinstance(teacher, TeacherCache) or is_cache(teacher):
         folder = teacher.folder if isinstance(teacher, TeacherCache) else teacher
         raise DistillError(f"{folder} holds a teacher's outputs for the training set, but here the teacher has to run: "
@@ -75,7 +84,7 @@ def refuse_stored(teacher):
 
 
 def is_heads(teacher):
-    "Is it a dict of teachers, one for each head? A dict of weights is refused"
+    """Is it a dict of teachers, one for each head? A dict of weights is refused."""
     if not isinstance(teacher, Mapping): return False
     if holds_weights(teacher):
         raise DistillError("This dict holds weights (a state_dict or a checkpoint), not teachers: build the model, "
@@ -87,20 +96,22 @@ def holds_weights(o): return isinstance(o, Tensor) or isinstance(o, Mapping) and
 
 
 def refuse_heads(teacher, where='here'):
-    "Refuse a dict of teachers, where one is needed"
+    """Refuse a dict of teachers, where one is needed."""
     if is_heads(teacher):
         raise DistillError("A dict has a teacher for each head of a student, which KnowledgeDistillation, distill, "
                            f"check_teacher, explain and cache_teacher take. Give one teacher {where}.")
 
 
 def adapted(teacher, kwargs):
-    "The Teacher with these options, except those that it was given itself. The same Teacher if none is left"
+    """The Teacher with these options, except those that it was given itself. The same Teacher if
+    none is left.
+    """
     new = {k: v for k,v in kwargs.items() if k not in teacher.given}
     return Teacher(teacher, **new) if new else teacher
 
 
 def of_learner(learn, kwargs):
-    "The Learner's model, without its callbacks"
+    """The Learner's model, without its callbacks."""
     teacher = Teacher(learn.model, **kwargs)
     teacher.learner = learn
     return teacher
@@ -110,7 +121,7 @@ def has_estimators(teachers): return any(isinstance(t.model, Estimator) or has_e
 
 
 def on_table(teacher, dls):
-    "A Teacher whose estimator gets the rows of a table as they were before the transforms"
+    """A Teacher whose estimator gets the rows of a table as they were before the transforms."""
     e = teacher.model
     if not isinstance(e, Estimator) or table_of(dls) is None or getattr(e, 'dls', None) is dls: return teacher
     teacher = Teacher(teacher)
@@ -119,11 +130,17 @@ def on_table(teacher, dls):
 
 
 def class_names(
-    teacher, # one `Teacher`, no ensemble
-    dls # the student's DataLoaders
+    teacher,
+    dls
 ):
-    """Names of the teacher's classes, in the order of its outputs; None if they have none. An estimator that was fitted
-    on the numbers 0, 1, 2 ... has none, unless the student's classes have these names too"""
+    """Names of the teacher's classes, in the order of its outputs; None if they have none. An
+    estimator that was fitted on the numbers 0, 1, 2 ... has none, unless the student's classes have
+    these names too.
+
+    Args:
+        teacher: One `Teacher`, no ensemble.
+        dls: The student's DataLoaders.
+    """
     if teacher.learner is not None: return vocab_of(teacher.learner.dls)
     own = teacher.model.classes if isinstance(teacher.model, Estimator) and teacher.kind == 'softmax' else None
     if own is None: return None
@@ -133,27 +150,32 @@ def class_names(
 
 
 def with_numbers(teacher, dls):
-    "A Teacher whose `classes` are numbers of the student's classes, if they were names"
+    """A Teacher whose `classes` are numbers of the student's classes, if they were names."""
     if teacher.classes is None or dls is None or (vocab := vocab_of(dls)) is None: return teacher
     return Teacher(teacher, classes=class_groups(teacher.classes, 'classes', vocab))
 
 
 def other_size(dls, theirs):
-    "The option that resizes images to the size on which a teacher was trained; none if the student's have this size"
+    """The option that resizes images to the size on which a teacher was trained; none if the
+    student's have this size.
+    """
     size = None if dls is None else size_of_images(theirs)
     return {} if size is None or size == size_of_images(dls) else dict(size=size)
 
 
 def in_order(dls, names, task):
-    "The option that puts a teacher's classes in the student's order; none if the order is the same or unknown"
+    """The option that puts a teacher's classes in the student's order; none if the order is the
+    same or unknown.
+    """
     if names is None or dls is None or task is None or task.kind == 'regression': return {}
     found = map_classes(vocab_of(dls), names)
     return {} if found is None or found.order is None else dict(select=found.order)
 
 
 def of_module(model, given):
-    """`stats` of a module. timm's modules know the normalization of their images. torchvision's don't, which matters
-    unless the student's normalization is ImageNet's"""
+    """`stats` of a module. timm's modules know the normalization of their images. torchvision's
+    don't, which matters unless the student's normalization is ImageNet's.
+    """
     if timm_cfg(model): return 'auto'
     if not type(model).__module__.startswith('torchvision.models') or given is None: return None
     if affine(stats_of(given), stats_of('imagenet')) is None: return None
@@ -163,7 +185,7 @@ def of_module(model, given):
 
 
 def exported(path):
-    "The Learner or the estimator in a pickle"
+    """The Learner or the estimator in a pickle."""
     if not path.is_file():
         raise DistillError(f"There is no file {str(path)!r}. {PICKLES[path.suffix].format(path.name)}")
     warn_of_code(path)
@@ -181,28 +203,29 @@ def exported(path):
 
 
 def image_stats(dls) -> tuple:
-    "(mean, std) of the batches' `Normalize`; (0, 1) if there is none"
+    """(mean, std) of the batches' `Normalize`; (0, 1) if there is none."""
     tfms = getattr(getattr(dls, 'after_batch', None), 'fs', [])
     n = next((t for t in tfms if isinstance(t, Normalize)), None)
     return (0., 1.) if n is None else (n.mean, n.std)
 
 
 def size_of_images(dls) -> tuple|None:
-    """(height, width) of the images in the batches: the size that the last resizing transform gives them. Without such
-    a transform it is the items' own; None if they are not images, or differ"""
+    """(height, width) of the images in the batches: the size that the last resizing transform gives
+    them. Without such a transform it is the items' own; None if they are not images, or differ.
+    """
     sizes = [size_after(t) for k in ('after_item', 'after_batch') for t in getattr(getattr(dls, k, None), 'fs', ())]
     return next((s for s in reversed(sizes) if s is not None), None) or size_of_items(getattr(dls, 'train', None))
 
 
 def size_after(tfm):
-    "(height, width) that a transform gives to all images; None if it does not resize"
+    """(height, width) that a transform gives to all images; None if it does not resize."""
     if isinstance(tfm, (Resize, RandomResizedCrop, CropPad, RandomCrop)): return tuple(tfm.size[::-1])
     if isinstance(tfm, RandomResizedCropGPU): return tuple(tfm.size)
     return tfm.cp_size if isinstance(tfm, AffineCoordTfm) else None
 
 
 def size_of_items(dl):
-    "(height, width) of a few items of a DataLoader, if they are images of one size"
+    """(height, width) of a few items of a DataLoader, if they are images of one size."""
     ds = getattr(dl, 'dataset', None)
     if not (hasattr(dl, 'do_item') and hasattr(ds, '__getitem__') and hasattr(ds, '__len__') and len(ds)): return None
     with RandomGuard(), Generators(ds, dl.after_item).seeded(0):
@@ -213,7 +236,7 @@ def size_of_items(dl):
 
 
 def size_of_item(x):
-    "(height, width) of an item's first part; None if it is not an image"
+    """(height, width) of an item's first part; None if it is not an image."""
     while isinstance(x, (tuple, list)) and len(x): x = x[0]
     if isinstance(x, Tensor): return tuple(as_plain(x).shape[-2:]) if x.dim() == 3 else None
     return x.size[::-1] if isinstance(x, Image.Image) else None

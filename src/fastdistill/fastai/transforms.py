@@ -23,12 +23,16 @@ FIXED = Normalize,IntToFloatTensor,ToTensor,ReadTabBatch
 
 
 class Shown:
-    "The samples and views in a batch; not a tensor, since reading one from a GPU would wait for it"
+    """The samples and views in a batch; not a tensor, since reading one from a GPU would wait for
+    it.
+    """
     def __init__(self, keys, views): self.keys,self.views = keys,views
 
 
 class Replay(Pipeline):
-    "A DataLoader's `after_batch` that repeats each sample's view, and appends its row to the batch"
+    """A DataLoader's `after_batch` that repeats each sample's view, and appends its row to the
+    batch.
+    """
     def __init__(self, pipe, plan):
         super().__init__(pipe, split_idx=pipe.split_idx)
         self.own,self.plan,self.found = pipe,plan,{}
@@ -53,14 +57,15 @@ class Replay(Pipeline):
 
 
 def draws_alone(f):
-    """Must a transform get one sample at a time? Yes, if it has its own generator, or a list of numbers for the
-    positions in a batch"""
+    """Must a transform get one sample at a time? Yes, if it has its own generator, or a list of
+    numbers for the positions in a batch.
+    """
     listed = lambda place, o: place[2] == 'draw' and isinstance(o, (list, tuple))
     return any(access_of(o) or hands_out_generators(o) or listed(place, o) for place,o,_ in reachable([f]))
 
 
 def replay_one(f, b, seeds, split_idx, alone):
-    "Run one batch transform with separate random numbers for each sample"
+    """Run one batch transform with separate random numbers for each sample."""
     if fixed(f): return f(b, split_idx=split_idx)
     x = first_of(b)
     # subtle: these come before the check of `split_idx`, since theirs is that of the last batch
@@ -74,15 +79,16 @@ def fixed(f): return type(f) in FIXED or f.name == 'noop'
 
 
 def by_sample(f, b, seeds, split_idx):
-    "Run a transform on one sample at a time: correct for every transform, but slow"
+    """Run a transform on one sample at a time: correct for every transform, but slow."""
     return per_sample(lambda *o: f(b_of(o, b), split_idx=split_idx), seeds, *flat(b))
 
 
 def replay_drawn(f, b, x, seeds, split_idx):
     """Run one of fastai's affine, warp, lighting and color transforms.
 
-    The numbers of all samples are drawn at once on the CPU, each from its own seed. Then the transform runs once over
-    the batch"""
+    The numbers of all samples are drawn at once on the CPU, each from its own seed. Then the
+    transform runs once over the batch.
+    """
     # subtle: with at least two samples, a number per batch and a number per sample have different shapes
     n = max(len(x), 2)
     like = TensorImage(torch.empty(1).expand(n, *x.shape[1:]))
@@ -109,7 +115,9 @@ def replay_drawn(f, b, x, seeds, split_idx):
 
 
 def coupled(f, x):
-    "Does a sample's result depend on the others? fastai first shrinks images by the largest zoom in the batch"
+    """Does a sample's result depend on the others? fastai first shrinks images by the largest zoom
+    in the batch.
+    """
     if not isinstance(f, AffineCoordTfm): return False
     size = x.shape[-1] if f.size is None else f.size if isinstance(f.size, int) else f.size[1]
     # subtle: fastai's `_grid_sample` compares the height with the new width, and the width with 2
@@ -133,7 +141,9 @@ def b_of(o, b): return tuple(o) if isinstance(b, tuple) else o[0]
 
 
 def describe_transforms(dl) -> dict:
-    "Name -> description of each transform that is replayed, except `Normalize`, since each model may have its own"
+    """Name -> description of each transform that is replayed, except `Normalize`, since each model
+    may have its own.
+    """
     out = {}
     if is_stream(dl): out['stream'] = f'{dl.bs} rows of {dl.bl} tokens, {dl.seq_len} at a time'
     tls = getattr(dl.dataset, 'tls', [])[:getattr(dl.dataset, 'n_inp', 1)]
@@ -162,7 +172,7 @@ PASSING_STATE = {'self', 'counter', 'lengths'}       # it depends on the data se
 
 
 def in_words(o, depth=6):
-    "A text of an object's options, without the numbers that it drew last"
+    """A text of an object's options, without the numbers that it drew last."""
     say = lambda v: in_words(v, depth-1)
     if isinstance(o, (str, bool, type(None))): return repr(o)
     # the repr of NumPy's numbers and enums differs between versions
@@ -182,19 +192,19 @@ def in_words(o, depth=6):
 
 
 def own_code(o):
-    "A fingerprint of a transform's code, unless it is fastai's"
+    """A fingerprint of a transform's code, unless it is fastai's."""
     if type(o) is Transform:
         return [code_of(m.implementation) for m in o.encodes.methods] if hasattr(o, 'encodes') else []
     return [] if type(o).__module__.split('.')[0] in ('fastai', 'fasttransform', 'fastcore') else [code_of(type(o))]
 
 
 def augmented(dl):
-    "Random transforms of the training set"
+    """Random transforms of the training set."""
     if getattr(dl.dataset, 'split_idx', 1) != 0: return []
     parts = (getattr(dl, k) for k in ('after_item', 'after_batch'))
     return [f for part in parts for f in getattr(part, 'fs', []) if isinstance(f, RandTransform)]
 
 
 def moves(dl):
-    "Names of the random transforms that change positions"
+    """Names of the random transforms that change positions."""
     return [type(f).__name__ for f in augmented(dl) if not isinstance(f, (SpaceTfm, RandomErasing))]

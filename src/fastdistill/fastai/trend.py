@@ -11,8 +11,9 @@ RISE = 1.1 # of the validation loss, above its best
 
 
 class TrendCheck:
-    """Warns once in a fit if the labels' loss on the validation set has risen since its best epoch, while a term's has
-    fallen"""
+    """Warns once in a fit if the labels' loss on the validation set has risen since its best epoch,
+    while a term's has fallen.
+    """
     def __init__(self): self.warned = False
 
     def check(
@@ -36,5 +37,5 @@ class TrendCheck:
             return
 
     def _column(self, recorder, name):
-        "The values of this fit, an epoch each; empty if there is no such column"
+        """The values of this fit, an epoch each; empty if there is no such column."""
         return columns_of(recorder).get(name, [])

@@ -9,15 +9,23 @@ __all__ = ['Clock', 'chosen_half', 'scorer']
 
 
 class Clock(Callback):
-    "Scores the validation items in the fit's own validation. One half of them decides how the search goes on"
+    """Scores the validation items in the fit's own validation. One half of them decides how the
+    search goes on.
+
+    Args:
+        score: fn(logits, targets) -> (B,) scores; see `scorer`
+        output: Which of the student's outputs is scored, as in `Distiller`
+        after_epoch: fn(mean score of the half that chooses) -> is the training over?
+        late: fn() -> is the time over?
+    """
     order = -100 # before callbacks that would do something for a fit that is over
 
     def __init__(
         self,
-        score, # fn(logits, targets) -> (B,) scores; see `scorer`
-        output, # which of the student's outputs is scored, as in `Distiller`
-        after_epoch, # fn(mean score of the half that chooses) -> is the training over?
-        late # fn() -> is the time over?
+        score,
+        output,
+        after_epoch,
+        late
     ):
         super().__init__()
         self.score,self.output,self.after_score,self.late = score,output,after_epoch,late
@@ -47,16 +55,23 @@ class Clock(Callback):
 
 
 def chosen_half(n):
-    "(n,) which validation items choose the recipe: a random half, always the same. The others judge it"
+    """(n,) which validation items choose the recipe: a random half, always the same. The others
+    judge it.
+    """
     chosen = torch.zeros(n, dtype=torch.bool)
     chosen[torch.randperm(n, generator=torch.Generator().manual_seed(0))[:n//2]] = True
     return chosen
 
 
 def scorer(
-    task # what the student predicts
+    task
 ):
-    "The share of right predictions of each item, or minus its squared error; nan where no label counts"
+    """The share of right predictions of each item, or minus its squared error; nan where no label
+    counts.
+
+    Args:
+        task: What the student predicts.
+    """
     tally = Tally(task)
     def score(logits, targets):
         y = fit_labels(targets[0], logits.shape, task)

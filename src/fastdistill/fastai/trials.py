@@ -20,14 +20,22 @@ LEFT_OUT = 'azureml','captum','comet','neptune','progress','tensorboard','tracke
 
 
 class Trials:
-    "A call trains the student with a recipe, a rate and a seed, and returns the scores of the items that judge"
+    """A call trains the student with a recipe, a rate and a seed, and returns the scores of the
+    items that judge.
+
+    Args:
+        learn: The student.
+        teacher: What `distill` takes.
+        score, output: Of `Clock`
+        **options: Of `distill`
+    """
     def __init__(
         self,
-        learn, # the student
-        teacher, # what `distill` takes
+        learn,
+        teacher,
         n_epoch:int,
-        score, output, # of `Clock`
-        **options # of `distill`
+        score, output,
+        **options
     ):
         self.learn,self.teacher,self.n_epoch = learn,teacher,n_epoch
         self.score,self.output,self.options = score,output,options
@@ -42,7 +50,9 @@ class Trials:
 
 
 def copy_of(learn) -> Learner:
-    "A Learner of the same model and data, with copies of the callbacks that matter for the training"
+    """A Learner of the same model and data, with copies of the callbacks that matter for the
+    training.
+    """
     new = copy.copy(learn)
     frozen = getattr(learn.opt, 'frozen_idx', 0)
     new.cbs,new.metrics,new.opt,new.logger = L(),L(),None,noop
@@ -66,9 +76,14 @@ def matters(cb):
 @contextmanager
 def unchanged(
     learn,
-    seed:int # of all random numbers inside
+    seed:int
 ):
-    "Afterwards the student's weights, gradients and modes, its DataLoaders and all random states are as before"
+    """Afterwards the student's weights, gradients and modes, its DataLoaders and all random states
+    are as before.
+
+    Args:
+        seed: Of all random numbers inside.
+    """
     loaders = learn.dls.loaders
     parts = [getattr(dl, k, None) for dl in loaders for k in PARTS]
     with guarded_random_state(), restored(*loaders), Generators(*parts).seeded(seed), same_weights(learn.model):

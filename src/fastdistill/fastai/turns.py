@@ -1,8 +1,10 @@
-"""Functions that take turns. Each one runs in a thread of its own, and only one of them runs at a time.
+"""Functions that take turns. Each one runs in a thread of its own, and only one of them runs at a
+time.
 
-fastai's training loop can't be left in the middle and entered again, except in a thread. Its callbacks, schedules and
-cancel exceptions then work as usual. A thread also has its own gradient mode and autocast, which a generator or a
-greenlet would share with the others."""
+fastai's training loop can't be left in the middle and entered again, except in a thread. Its
+callbacks, schedules and cancel exceptions then work as usual. A thread also has its own gradient
+mode and autocast, which a generator or a greenlet would share with the others.
+"""
 import signal, threading
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -13,10 +15,14 @@ __all__ = ['Turns', 'held_interrupts']
 
 
 class Turns:
-    """Runs `fn(ask)` only inside `resume`. `ask(request)` ends a turn: `resume` returns, `request` is what was asked,
-    and the next `resume` sends the answer"""
+    """Runs `fn(ask)` only inside `resume`. `ask(request)` ends a turn: `resume` returns, `request`
+    is what was asked, and the next `resume` sends the answer.
+
+    Args:
+        fn: fn(ask).
+    """
     def __init__(
-        self, fn # fn(ask)
+        self, fn
     ):
         self.request,self.ended,self.running = None,False,False
         self._error = None
@@ -40,9 +46,13 @@ class Turns:
         return answer
 
     def resume(
-        self, answer=None # what `ask` returns
+        self, answer=None
     ):
-        "One turn. Raises the error that ended the function, if one did"
+        """One turn. Raises the error that ended the function, if one did.
+
+        Args:
+            answer: What `ask` returns.
+        """
         self._send(answer, None)
         self._wait()
         if (error := self._error) is not None:
@@ -60,7 +70,7 @@ class Turns:
         if self.ended: self.thread.join()
 
     def close(self):
-        "End the function by a KeyboardInterrupt where it waits for an answer; safe to call twice"
+        """End the function by a KeyboardInterrupt where it waits for an answer; safe to call twice."""
         if self.thread.ident is None: self.ended = True
         if self.running: self._wait()
         while not self.ended:
@@ -70,8 +80,9 @@ class Turns:
 
 @contextmanager
 def held_interrupts():
-    """Inside, Ctrl-C only sets `.came` of the object that this yields; a second Ctrl-C interrupts as usual. In a thread
-    other than the main one nothing changes, since Python sends it no signals"""
+    """Inside, Ctrl-C only sets `.came` of the object that this yields; a second Ctrl-C interrupts
+    as usual. In a thread other than the main one nothing changes, since Python sends it no signals.
+    """
     state,usual = SimpleNamespace(came=False),signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or usual is None:
         yield state

@@ -15,14 +15,22 @@ SWAPPED = .1 # share of a perturbed row's cells that come from other rows, as in
 
 
 class UnlabelledInputs:
-    "The batches of inputs without labels that a training step gets beside its own"
+    """The batches of inputs without labels that a training step gets beside its own.
+
+    Args:
+        items: Items like those of the training set, or a DataLoader (labels in its batches are
+            not used); None: there are none.
+        perturbed: For tables: rows to make of each row of a batch, by `perturbed_rows`
+        targets: `TeacherCache` with the outputs for these items, or its folder; None: the
+            teacher runs.
+        runs: Is there a teacher that runs?
+    """
     def __init__(
         self,
-        items=None, # items like those of the training set, or a DataLoader (labels in its batches are not used); None:
-        # there are none
-        perturbed:int=0, # for tables: rows to make of each row of a batch, by `perturbed_rows`
-        targets=None, # `TeacherCache` with the outputs for these items, or its folder; None: the teacher runs
-        runs:bool=True # is there a teacher that runs?
+        items=None,
+        perturbed:int=0,
+        targets=None,
+        runs:bool=True
     ):
         if not is_whole(perturbed) or perturbed < 0:
             raise DistillError(f"perturbed={perturbed!r}: it is how many rows are made of each row, a whole number "
@@ -43,10 +51,15 @@ class UnlabelledInputs:
 
     def start(
         self, learn,
-        teacher, # of the labelled batches
-        layers=() # names of the teacher's layers that are compared
+        teacher,
+        layers=()
     ):
-        "Refuse what cannot be used, before the first batch"
+        """Refuse what cannot be used, before the first batch.
+
+        Args:
+            teacher: Of the labelled batches.
+            layers: Names of the teacher's layers that are compared.
+        """
         if isinstance(learn.dls.train, LMDataLoader):
             raise DistillError("A language model needs no labels: add the texts to its training set.")
         with RandomGuard():     # a DataLoader of fastai draws its seed
@@ -54,10 +67,15 @@ class UnlabelledInputs:
         if self.feed is not None: self.feed.attach_to(self.loader, learn, teacher, layers)
 
     def batches(
-        self, learn, # in a training batch
-        ask # fn(inputs) -> outputs of a teacher that runs
+        self, learn,
+        ask
     ):
-        "(inputs, the teacher's outputs): the inputs are a tuple"
+        """(inputs, the teacher's outputs): the inputs are a tuple.
+
+        Args:
+            learn: In a training batch.
+            ask: fn(inputs) -> outputs of a teacher that runs.
+        """
         if self.loader is not None:
             x,y = split_batch(learn, self._next())
             yield x,ask(x) if self.feed is None else self.feed.decoded(y[-1])
@@ -72,14 +90,14 @@ class UnlabelledInputs:
         return b
 
     def stop(self):
-        "Forget the DataLoader's iterator, and its workers"
+        """Forget the DataLoader's iterator, and its workers."""
         if self.iterator is not None and hasattr(self.iterator, 'close'): self.iterator.close()
         if self.feed is not None: self.feed.detach()
         self.iterator = self.loader = None
 
 
 class UnlabelledFeed(CacheFeed):
-    "Adds the rows of a cache to the batches of a DataLoader beside the Learner's own"
+    """Adds the rows of a cache to the batches of a DataLoader beside the Learner's own."""
     def attach_to(self, loader, learn, teacher, layers):
         self.passed = passed_epochs(learn)
         self._refuse_other(teacher, layers)
@@ -89,7 +107,9 @@ class UnlabelledFeed(CacheFeed):
         self.epochs = Epochs(plan, self.passed.get(self.cache.identity, 0), self.fed)
 
     def _refuse_other(self, teacher, layers):
-        "Refuse outputs of another teacher than that of the labelled batches, or without layers that are compared"
+        """Refuse outputs of another teacher than that of the labelled batches, or without layers
+        that are compared.
+        """
         m,found = self.cache.manifest,[]
         if isinstance(teacher, CacheFeed): known = teacher.cache.manifest.teacher
         else: known = {} if isinstance(teacher, TargetFeed) else identity_of(teacher)
@@ -111,11 +131,17 @@ class UnlabelledFeed(CacheFeed):
 
 
 def perturbed_rows(
-    x, # inputs of a batch of a table: (B, columns) tensors
-    n:int # rows to make of each row
+    x,
+    n:int
 ) -> tuple:
-    """`n` x B rows, each cell with the probability .1 that of another row of the batch, so that a column holds what it
-    can hold (Fakoor et al., NeurIPS 2020, arXiv:2006.14284, have several ways; AutoGluon swaps cells)"""
+    """`n` x B rows, each cell with the probability .1 that of another row of the batch, so that a
+    column holds what it can hold (Fakoor et al., NeurIPS 2020, arXiv:2006.14284, have several ways;
+    AutoGluon swaps cells).
+
+    Args:
+        x: Inputs of a batch of a table: (B, columns) tensors.
+        n: Rows to make of each row.
+    """
     if not all(isinstance(o, torch.Tensor) and o.dim() == 2 for o in x):
         shapes = ', '.join(str(tuple(getattr(o, 'shape', ()))) for o in x)
         raise DistillError(f"perturbed= is for tables, with rows of numbers as inputs. Here they have shape {shapes}.")

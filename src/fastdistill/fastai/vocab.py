@@ -10,7 +10,7 @@ __all__ = ['CODES', 'describe_difference', 'stored_order', 'vocab_of']
 
 
 def vocab_of(dls):
-    "Names of the classes, in the order of the outputs; None if there are none"
+    """Names of the classes, in the order of the outputs; None if there are none."""
     v = None if is_stream(dls.train) else getattr(dls, 'vocab', None)
     if v is None: v = nested_attr(dls, 'train.after_item.vocab')        # codes of masks
     if v is None or isinstance(v, dict): return None
@@ -20,10 +20,16 @@ def vocab_of(dls):
 
 
 def stored_order(
-    teacher, # names of the classes in stored outputs, in their order
-    student # vocab of the labels
+    teacher,
+    student
 ) -> Tensor|None:
-    "The stored column of each of the labels' classes; None if the order is the same. Other classes are an error"
+    """The stored column of each of the labels' classes; None if the order is the same. Other
+    classes are an error.
+
+    Args:
+        teacher: Names of the classes in stored outputs, in their order.
+        student: Vocab of the labels.
+    """
     if student is None:
         raise DistillError("The teacher's classes have names, but the labels have no vocab to which they could be "
                            "mapped: remove vocab=.")
@@ -51,7 +57,7 @@ def categories(dls):
 
 
 def scales(dls):
-    "Means and standard deviations of a table's columns"
+    """Means and standard deviations of a table's columns."""
     procs = getattr(getattr(dls, 'procs', None), 'fs', [])
     p = next((p for p in procs if hasattr(p, 'means') and hasattr(p, 'stds')), None)
     return None if p is None else {k: (round(float(p.means[k]), 5), round(float(p.stds[k]), 5)) for k in p.means}

@@ -1,4 +1,6 @@
-"What happens inside a network: layers by name, their outputs, and pairs of a student's and a teacher's layers."
+"""What happens inside a network: layers by name, their outputs, and pairs of a student's and a
+teacher's layers.
+"""
 from .layer_names import LayerInfo, LayerTree, resolve, unwrap
 from .layer_pairs import Pair, PairTable, pair
 from .probe import layers

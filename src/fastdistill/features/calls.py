@@ -17,18 +17,25 @@ def predicts_next(model):
 
 
 def arguments(
-    model, # a module (wrapped or not), a callable, or a `Teacher`
-    x, # tuple: the batch's inputs
-    by_name=None # inputs by name
+    model,
+    x,
+    by_name=None
 ):
-    "(args, kwargs) of the call: a batch that is one dict is passed by name if the model has arguments of these names"
+    """(args, kwargs) of the call: a batch that is one dict is passed by name if the model has
+    arguments of these names.
+
+    Args:
+        model: A module (wrapped or not), a callable, or a `Teacher`
+        x: Tuple: the batch's inputs.
+        by_name: Inputs by name.
+    """
     kwargs = dict(by_name or {})
     if len(x) != 1 or not isinstance(x[0], Mapping) or not takes_names(model, x[0]): return tuple(x),kwargs
     return (),{**x[0], **kwargs}
 
 
 def takes_names(model, batch):
-    "Whether the keys of a dict are names of the model's arguments"
+    """Whether the keys of a dict are names of the model's arguments."""
     model = unwrap(model)
     if is_hf(model): return True
     # a `Teacher` gets the dict itself, and decides for the model inside it

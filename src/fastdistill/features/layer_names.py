@@ -17,7 +17,7 @@ SUFFIXES = {'in': "the input of the layer",
 
 
 def unwrap(model:nn.Module):
-    "The model inside DDP, DataParallel and torch.compile"
+    """The model inside DDP, DataParallel and torch.compile."""
     while True:
         if isinstance(model, WRAPPERS): model = model.module
         elif isinstance(model, nn.Module) and '_orig_mod' in model._modules: model = model._orig_mod
@@ -25,7 +25,9 @@ def unwrap(model:nn.Module):
 
 
 def named(model):
-    "Dotted name -> layer, of the model inside its wrappers. A shared layer has an entry for each of its names"
+    """Dotted name -> layer, of the model inside its wrappers. A shared layer has an entry for each
+    of its names.
+    """
     inner = unwrap(model)
     # a teacher may hold several models, or none
     if not isinstance(inner, nn.Module): return dict(getattr(inner, 'named_modules', dict)())
@@ -36,33 +38,43 @@ def named(model):
 
 
 def model_name(model):
-    "The name of a model in messages: its class, or the name that a `Teacher` has"
+    """The name of a model in messages: its class, or the name that a `Teacher` has."""
     inner = unwrap(model)
     return type(inner).__name__ if isinstance(inner, nn.Module) else getattr(inner, 'name', type(inner).__name__)
 
 
 def how_to_name_layers(model):
-    "What to do where the layers of a teacher can't be found: in messages. A source of stored outputs says it itself"
+    """What to do where the layers of a teacher can't be found: in messages. A source of stored
+    outputs says it itself.
+    """
     return getattr(unwrap(model), 'layers_advice', "Name the layers: layers={'student.layer': 'teacher.layer'}.")
 
 
 def _regex(glob):
-    "A glob over dotted names as a regular expression: `*` and `?` match within one level, `**` across levels"
+    """A glob over dotted names as a regular expression: `*` and `?` match within one level, `**`
+    across levels.
+    """
     wild = {'**': '.*', '*': '[^.]*', '?': '[^.]'}
     parts = re.split(r'(\*\*|\*|\?|\[[^\]]*\])', glob)
     return ''.join(wild.get(p) or (p.replace('[!', '[^') if p[:1] == '[' else re.escape(p)) for p in parts)
 
 
 def resolve(
-    model:nn.Module, # wrapped or not: names are those of the inner model
-    pattern:str # a dotted name or a glob ('layer?', '0.*', 'blocks.**.attn'), with a suffix or without (see `SUFFIXES`)
+    model:nn.Module,
+    pattern:str
 ) -> list:
-    "The names that match `pattern`, in the model's order, each with its suffix"
+    """The names that match `pattern`, in the model's order, each with its suffix.
+
+    Args:
+        model: Wrapped or not: names are those of the inner model.
+        pattern: A dotted name or a glob ('layer?', '0.*', 'blocks.**.attn'), with a suffix or
+            without (see `SUFFIXES`).
+    """
     return resolve_among(model, named(model), pattern)
 
 
 def split_suffixes(pattern):
-    "[name or glob, *suffixes]. A suffix that does not exist is an error"
+    """[name or glob, *suffixes]. A suffix that does not exist is an error."""
     name,*how = pattern.split('@')
     if wrong := [h for h in how if h not in SUFFIXES]:
         raise DistillError(f"{pattern!r} ends in @{wrong[0]}. Possible are "
@@ -86,18 +98,25 @@ def no_such_layer(model, name, have):
 
 @dataclass
 class LayerInfo:
-    "One layer of a model"
-    name:str # dotted
-    kind:str # its class
-    shape:tuple|None # of the output; None if the layer did not run
-    params:int # parameters in it and in the layers inside it
+    """One layer of a model.
+
+    Attributes:
+        name: Dotted.
+        kind: Its class.
+        shape: Of the output; None if the layer did not run.
+        params: Parameters in it and in the layers inside it.
+    """
+    name:str
+    kind:str
+    shape:tuple|None
+    params:int
 
     @property
     def depth(self): return self.name.count('.') + 1
 
 
 def text_table(head, rows):
-    "Rows as lines of text with aligned columns"
+    """Rows as lines of text with aligned columns."""
     rows = [[str(o) for o in r] for r in [head, *rows]]
     wide = [max(map(len, c)) for c in zip(*rows)]
     lines = ['  '.join(o.ljust(w) for o,w in zip(r, wide)).rstrip() for r in rows]
@@ -105,7 +124,7 @@ def text_table(head, rows):
 
 
 class LayerTree(list):
-    "The layers of a model as a list of `LayerInfo`; printed, a table"
+    """The layers of a model as a list of `LayerInfo`; printed, a table."""
     def __str__(self):
         shape = lambda l: '' if l.shape is None else l.shape
         rows = [('  '*(l.depth-1) + l.name, l.kind, shape(l), f'{l.params:,}') for l in self]
@@ -113,7 +132,7 @@ class LayerTree(list):
     __repr__ = __str__
 
     def brief(self, n=40):
-        "The table with as many levels as fit in `n` lines"
+        """The table with as many levels as fit in `n` lines."""
         fits = [d for d in range(1, 10) if sum(l.depth <= d for l in self) <= n]
         shown = [l for l in self if l.depth <= max(fits, default=1)]
         more = len(self) - len(shown[:n])
@@ -122,9 +141,13 @@ class LayerTree(list):
 
 def layer_tree(
     model:nn.Module,
-    shapes=None # module -> shape of its output, for the layers that ran
+    shapes=None
 ) -> LayerTree:
-    "Every layer of the model with its class, output shape and number of parameters"
+    """Every layer of the model with its class, output shape and number of parameters.
+
+    Args:
+        shapes: Module -> shape of its output, for the layers that ran.
+    """
     count = lambda m: sum(p.numel() for p in m.parameters() if not is_lazy(p))
     shape = (shapes or {}).get
     return LayerTree(LayerInfo(n, type(m).__name__, shape(m), count(m)) for n,m in named(model).items() if n)

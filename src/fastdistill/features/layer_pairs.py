@@ -1,4 +1,6 @@
-"Which layer of the student learns from which layer of the teacher: named by the user, or found automatically."
+"""Which layer of the student learns from which layer of the teacher: named by the user, or found
+automatically.
+"""
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,17 +20,22 @@ MAX_BLOCKS = 6 # of one resolution: up to so many are all paired; of more, only 
 
 @dataclass
 class Pair:
-    "A student's layer and the teacher's layer that it learns from"
+    """A student's layer and the teacher's layer that it learns from.
+
+    Attributes:
+        projector: In words.
+        picture: Tokens are places of a picture; False: places of a sequence, such as a text.
+    """
     student:str
     s_shape:tuple
     teacher:str
     t_shape:tuple
-    projector:str='' # in words
-    picture:bool=True # tokens are places of a picture; False: places of a sequence, such as a text
+    projector:str=''
+    picture:bool=True
 
 
 class PairTable(list):
-    "A list of `Pair`, which prints as a table"
+    """A list of `Pair`, which prints as a table."""
     def __str__(self):
         rows = [(p.student, p.s_shape, p.teacher or "'' (its output)", p.t_shape, p.projector) for p in self]
         return text_table(('student', 'shape', 'teacher', 'shape', 'projector'), rows)
@@ -37,17 +44,16 @@ class PairTable(list):
 
 def pair(
     student:nn.Module,
-    teacher, # a module, or a `Teacher`
-    x_student, # a batch of inputs: a tensor, a tuple of several, or a dict of keyword arguments
-    layers='auto', # 'auto', 'last', 'embedding', {'student.layer': 'teacher.layer' or a list}, pairs of names, or names
-    # of both
+    teacher,
+    x_student,
+    layers='auto',
     *,
-    x_teacher=None, # the teacher's inputs, if they differ from the student's
-    match:str='shape', # what the loss needs of the teacher's shape (see `projectors.projector`); only for the table
-    projector='auto' # what changes the shape (see `projectors.projector`); only for the table
+    x_teacher=None,
+    match:str='shape',
+    projector='auto'
 ) -> PairTable:
-    """The pairs of layers with their shapes, in the given order. Each model runs on the batch in evaluation mode, and
-    is not changed.
+    """The pairs of layers with their shapes, in the given order. Each model runs on the batch in
+    evaluation mode, and is not changed.
 
     What 'auto' pairs:
 
@@ -57,11 +63,24 @@ def pair(
     - Transformers, LSTM stacks and MLPs: blocks at equal relative depth. Up to 6 blocks of the shorter model are all
       paired; of more, those at the quarters.
 
-    The layer that makes a model's output is never paired. 'last' is the last pair of 'auto'. Names may be globs. A
-    suffix of 'auto' or 'last' is added to all names: 'last@mean'. In 'last@map', maps stay as they are.
+    The layer that makes a model's output is never paired. 'last' is the last pair of 'auto'. Names
+    may be globs. A suffix of 'auto' or 'last' is added to all names: 'last@mean'. In 'last@map',
+    maps stay as they are.
 
-    'embedding' pairs the vectors that both models give to their heads. If the teacher has no head, its output is the
-    embedding. The name '' is a model's output."""
+    'embedding' pairs the vectors that both models give to their heads. If the teacher has no head,
+    its output is the embedding. The name '' is a model's output.
+
+    Args:
+        teacher: A module, or a `Teacher`
+        x_student: A batch of inputs: a tensor, a tuple of several, or a dict of keyword
+            arguments.
+        layers: 'auto', 'last', 'embedding', {'student.layer': 'teacher.layer' or a list}, pairs
+            of names, or names of both.
+        x_teacher: The teacher's inputs, if they differ from the student's.
+        match: What the loss needs of the teacher's shape (see `projectors.projector`); only for
+            the table.
+        projector: What changes the shape (see `projectors.projector`); only for the table.
+    """
     x_s,x_t = inputs(x_student),inputs(x_student if x_teacher is None else x_teacher)
     word,*how = _word_of(checked_layers(layers))
     if word == 'embedding': word,how,layers = None,[],_embeddings(student, teacher, x_s, x_t, how)
@@ -74,7 +93,7 @@ def pair(
 
 
 def checked_layers(layers):
-    "`layers`, unless it is wrong for every model"
+    """`layers`, unless it is wrong for every model."""
     word,*_ = _word_of(layers)
     names = [layers] if word else [n for names in _name_pairs(layers) for n in names]
     if not names:
@@ -84,7 +103,7 @@ def checked_layers(layers):
 
 
 def check_names(student, teacher, layers):
-    "Refuse layers that these models don't have. It needs no batch"
+    """Refuse layers that these models don't have. It needs no batch."""
     if not _word_of(layers)[0]: return _names_asked(student, teacher, layers)
     of = ('student', student), ('teacher', teacher)
     for who,model in of[:1] if _word_of(layers)[0] == 'embedding' else of:
@@ -92,7 +111,7 @@ def check_names(student, teacher, layers):
 
 
 def _word_of(layers):
-    "['auto', 'last' or 'embedding', *suffixes]; [None] if `layers` holds names"
+    """['auto', 'last' or 'embedding', *suffixes]; [None] if `layers` holds names."""
     word,*how = split_suffixes(layers) if isinstance(layers, str) else [None]
     return [word, *how] if word in ('auto', 'last', 'embedding') else [None]
 
@@ -101,7 +120,7 @@ def inputs(x): return tuple(x) if isinstance(x, (tuple, list)) else (x,)
 
 
 class _InModel:
-    "Errors inside this context name the model that they are about"
+    """Errors inside this context name the model that they are about."""
     def __init__(self, who): self.who = who
     def __enter__(self): return self
     def __exit__(self, kind, e, _):
@@ -117,7 +136,9 @@ def _pairs_asked(student, teacher, x_s, x_t, layers):
 
 
 def _refuse_unknown_layout(pairs):
-    "A function returns features without their layers, so nothing shows which of three axes holds the channels"
+    """A function returns features without their layers, so nothing shows which of three axes holds
+    the channels.
+    """
     for asked,s,_,t,t_shape in pairs:
         if s != asked and len(t_shape) == 3 and '@' not in t:
             raise DistillError(f"The student's layer {asked!r} has its channels first, (B, C, L). The teacher's {t!r} "
@@ -130,7 +151,7 @@ def _names_asked(student, teacher, layers):
 
 
 def _name_pairs(layers):
-    "(student's pattern, teacher's pattern) of each pair, in the given order"
+    """(student's pattern, teacher's pattern) of each pair, in the given order."""
     if isinstance(layers, Tensor):
         raise DistillError("layers= got a tensor. Inputs that only the teacher takes go into x_teacher=.")
     if isinstance(layers, str): layers = [layers]
@@ -145,7 +166,9 @@ def _name_pairs(layers):
 
 
 def _matching_names(student, teacher, s, t):
-    "Pairs of the names that match the student's glob and the teacher's glob, in the order of the models"
+    """Pairs of the names that match the student's glob and the teacher's glob, in the order of the
+    models.
+    """
     with _InModel('student'): a = resolve(student, s)
     with _InModel('teacher'): b = resolve(teacher, t) if _has_layers(teacher) else [t]
     if len(a) != len(b):
@@ -159,7 +182,9 @@ def _has_layers(model): return isinstance(model, nn.Module) or bool(named(model)
 
 
 def _layer_shapes(model, x, names):
-    "Given name -> (name, shape). The name gets the suffix @tokens if the layer's output is (B, C, L)"
+    """Given name -> (name, shape). The name gets the suffix @tokens if the layer's output is (B, C,
+    L).
+    """
     if not _has_layers(model): return _shapes_of_outputs(model, dry_run(model, *x), names)
     with Taps(model, names) as taps:
         ran = probe(model, *x)
@@ -171,16 +196,25 @@ def _layer_shapes(model, x, names):
 
 
 def names_of_tokens(
-    model, # a module or a `Teacher`
-    x, # a batch of inputs, a tuple
-    names # of layers, with suffixes or without
+    model,
+    x,
+    names
 ) -> list:
-    "The names with which `Taps` reads series as tokens (B, L, D): '0@tokens' if '0' is a 1d convolution"
+    """The names with which `Taps` reads series as tokens (B, L, D): '0@tokens' if '0' is a 1d
+    convolution.
+
+    Args:
+        model: A module or a `Teacher`
+        x: A batch of inputs, a tuple.
+        names: Of layers, with suffixes or without.
+    """
     return [name for name,_ in _layer_shapes(model, x, names).values()] if _has_layers(model) else list(names)
 
 
 def _with_tokens(modules, ran, names):
-    "Names with @tokens where a layer's output is (B, C, L), and without it where it is (B, L, D) already"
+    """Names with @tokens where a layer's output is (B, C, L), and without it where it is (B, L, D)
+    already.
+    """
     first,fired = series_layers(ran),{f.module: f for f in ran}
     for name in names:
         base,*how = name.split('@')
@@ -194,7 +228,7 @@ def _with_tokens(modules, ran, names):
 
 
 def _shapes_of_outputs(model, out, names):
-    "The same for a teacher without layers, such as a function, whose outputs hold features"
+    """The same for a teacher without layers, such as a function, whose outputs hold features."""
     feats = out.feats if isinstance(out, Outputs) else {}
     # a cache holds '0' as '0@tokens' if it is a 1d convolution, see `names_of_tokens`
     plain = lambda name: [o for o in name.split('@') if o != 'tokens']
@@ -207,7 +241,7 @@ def _shapes_of_outputs(model, out, names):
 
 
 def _embeddings(student, teacher, x_s, x_t, how):
-    "The names of both models' embeddings, as one pair"
+    """The names of both models' embeddings, as one pair."""
     with _InModel('student'): own,s = embedding(student, x_s),Outputs.of(dry_run(student, *x_s)).logits.shape
     with _InModel('teacher'):
         t,seen = Outputs.of(dry_run(teacher, *x_t)).logits.shape,'' in named(teacher)
@@ -232,7 +266,9 @@ def _pairs_proposed(student, teacher, x_s, x_t):
 
 
 def _name_and_shape(u, other, x):
-    "Name and shape of a stage. Tokens of a square picture become a map if the other model's stage is a map"
+    """Name and shape of a stage. Tokens of a square picture become a map if the other model's stage
+    is a map.
+    """
     square = is_picture(x) and len(set(image_size(x))) == 1
     g = grid(u.shape[1]) if square and u.kind == 'tokens' and other.kind == 'map' else None
     if g: return f'{u.name}@map', (u.shape[0], u.shape[2], *g[1:])
@@ -244,7 +280,7 @@ def _with_suffixes(name, shape, how): return '@'.join([name, *(h for h in how if
 
 
 def _pair_by_depth(a, b):
-    "Stages at equal relative depth; the last pairs with the last"
+    """Stages at equal relative depth; the last pairs with the last."""
     n = min(len(a), len(b))
     if n > MAX_BLOCKS and any(len({u.place for u in us}) == 1 for us in (a, b)): n = 4
     at = lambda us, k: us[int((k+1)*len(us)/n + .5) - 1]
@@ -252,7 +288,9 @@ def _pair_by_depth(a, b):
 
 
 def _pair_by_resolution(a, b, size_a, size_b):
-    "Stages of equal resolution, both on the way down or both on the way up; None if resolutions give no pairs"
+    """Stages of equal resolution, both on the way down or both on the way up; None if resolutions
+    give no pairs.
+    """
     if not size_a or len(size_a) != len(size_b) or any(u.kind != 'map' for u in a+b): return None
     down_a,down_b = _going_down(a),_going_down(b)
     shrinks = lambda i, j: [(p/n)/(q/m) for n,p,m,q in zip(size_a, a[i].place, size_b, b[j].place)]
@@ -267,7 +305,9 @@ def _pair_by_resolution(a, b, size_a, size_b):
 
 
 def _longest_row(a, b, equal):
-    "The longest row of pairs in the order of both models. Of several such rows, the one that ends last"
+    """The longest row of pairs in the order of both models. Of several such rows, the one that ends
+    last.
+    """
     best = {}
     for i in range(len(a)):
         for j in range(len(b)):
@@ -277,7 +317,9 @@ def _longest_row(a, b, equal):
 
 
 def _going_down(us):
-    "For each stage, whether it is on the way down. A stage as large as the one before has that one's direction"
+    """For each stage, whether it is on the way down. A stage as large as the one before has that
+    one's direction.
+    """
     down = [True]
     for u,before in zip(us[1:], us):
         now,was = math.prod(u.place),math.prod(before.place)

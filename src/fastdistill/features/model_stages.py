@@ -15,7 +15,9 @@ PASSIVE = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity, 
 
 
 def image_size(x):
-    "Height and width of the input pictures, or the length of an input series; empty if the input is neither"
+    """Height and width of the input pictures, or the length of an input series; empty if the input
+    is neither.
+    """
     xs = x[0].values() if isinstance(x[0], Mapping) else x[:1]
     return next((tuple(o.shape[2:]) for o in xs if isinstance(o, Tensor) and o.is_floating_point() and o.dim() > 2), ())
 
@@ -28,14 +30,22 @@ def batch_size(x):
 
 @dataclass
 class Stage:
-    "A layer on the main road of a model, in which no other stage ends"
+    """A layer on the main road of a model, in which no other stage ends.
+
+    Attributes:
+        kind: 'map', 'tokens' or 'vector'.
+        shape: With the channels first if it is a map.
+        weights: Number of layers in it that have weights.
+        leaf: It holds no other layers.
+        turn: The suffix that gives its output this shape.
+    """
     name:str
     module:nn.Module
-    kind:str # 'map', 'tokens' or 'vector'
-    shape:tuple # with the channels first if it is a map
-    weights:int # number of layers in it that have weights
-    leaf:bool # it holds no other layers
-    turn:str='' # the suffix that gives its output this shape
+    kind:str
+    shape:tuple
+    weights:int
+    leaf:bool
+    turn:str=''
 
     @property
     def place(self): return self.shape[2:] if self.kind == 'map' else self.shape[1:-1]
@@ -48,7 +58,7 @@ class Stage:
 
 
 def stages(model, x):
-    "The last layers of a model's stages, in the order in which they run"
+    """The last layers of a model's stages, in the order in which they run."""
     road = Road(model, x)
     found = road.stages(road.walk())
     # in a net of one resolution, the blocks are the stages
@@ -60,8 +70,9 @@ def stages(model, x):
 
 
 def embedding(model, x):
-    """Name of the layer whose output is the model's embedding: the first vector after the last map or tokens, or else
-    the mean of these. Of a network of vectors, the last layer before its head"""
+    """Name of the layer whose output is the model's embedding: the first vector after the last map
+    or tokens, or else the mean of these. Of a network of vectors, the last layer before its head.
+    """
     units = Road(model, x).walk()
     if not units: raise DistillError(f"{model_name(model)} has no embedding that could be found. Name the layer.")
     after = next((i for i,u in reversed([*enumerate(units)]) if u.kind != 'vector'), len(units)-2)
@@ -76,14 +87,16 @@ def has_head(model, x):
 
 
 def check_visible(model):
-    "Refuse a teacher without readable layers: a function, a file, several models"
+    """Refuse a teacher without readable layers: a function, a file, several models."""
     if '' not in named(model):
         raise DistillError(f"layers='auto' needs one model whose layers can be read, not {model_name(model)}. "
                            f"{how_to_name_layers(model)}")
 
 
 class Road:
-    "The main road through a model: its layers in order. A container is one layer unless several stages end in it"
+    """The main road through a model: its layers in order. A container is one layer unless several
+    stages end in it.
+    """
     def __init__(self, model, x):
         check_visible(model)
         ran = probe(model, *x)
@@ -102,14 +115,16 @@ class Road:
         self.head = self._head(ran)
 
     def _head(self, ran):
-        "The last layer with weights, which makes the output: it and later layers are no features. '' if there is none"
+        """The last layer with weights, which makes the output: it and later layers are no features.
+        '' if there is none.
+        """
         head = next((f.name for f in reversed(ran) if has_weights(f.module)), '')
         return '' if any(self._blocks(n, maps=True) for n in self.below if n and is_inside(head, n)) else head
 
     # the output of a layer
 
     def look(self, name):
-        "A layer as a stage; None if its output is not a feature whose first axis is the batch"
+        """A layer as a stage; None if its output is not a feature whose first axis is the batch."""
         f = self.ran.get(name)
         if f is None or not f.floats or not 2 <= len(f.shape) <= 5 or f.shape[0] != self.batch: return None
         dims,shape,last = len(f.shape),f.shape,self._channels_last(f)
@@ -120,7 +135,9 @@ class Road:
         return Stage(name, f.module, kind, shape, weights, name not in self.below, turn)
 
     def _channels_last(self, f):
-        "Is the channel axis the last? The picture's height/width decides, else the classes of the layers inside"
+        """Is the channel axis the last? The picture's height/width decides, else the classes of the
+        layers inside.
+        """
         if len(f.shape) == 3: return f.module not in self.first
         if len(f.shape) != 4: return False
         have = {type(m) for m in f.module.modules()}
@@ -134,7 +151,7 @@ class Road:
     # which layers are stages
 
     def walk(self, split_maps=False):
-        "Candidates for stages, and the layers between them"
+        """Candidates for stages, and the layers between them."""
         found,place = [],()
         for n in sorted(self._open('', split_maps), key=self.when.get):
             u = self.look(n)
@@ -146,7 +163,9 @@ class Road:
         return found
 
     def _open(self, name, split_maps, block=False):
-        "Names of the layers on the road at or below `name`. A `block` is one of a row, and is not split"
+        """Names of the layers on the road at or below `name`. A `block` is one of a row, and is not
+        split.
+        """
         at_head = not name or is_inside(self.head, name)
         if not at_head and self.when.get(name, 0) > self.when[self.head]: return []
         u,below = self.look(name),self.below.get(name, [])
@@ -170,7 +189,7 @@ class Road:
         return bool(between) or len(others) > 1
 
     def _ends(self, u):
-        "The resolutions of the input and the output of a layer that gives a map"
+        """The resolutions of the input and the output of a layer that gives a map."""
         if u.kind != 'map': return set()
         entry = self.ran[u.name].shape_in or ()
         if len(entry) != len(u.shape): return {u.place}
@@ -190,7 +209,7 @@ class Road:
     # where stages end
 
     def stages(self, units):
-        "The last layer of each stage"
+        """The last layer of each stage."""
         groups = self._groups([u for u in units if u.kind != 'vector'])
         # in a net with blocks, single layers are stems and necks, not stages
         if any(u.deep for g in groups for u in g): groups = [g for g in groups if any(u.deep for u in g)]
@@ -200,7 +219,7 @@ class Road:
         return [self._end(g) for g in groups]
 
     def _groups(self, units):
-        "Groups of consecutive layers of one resolution and dilation, if any of them has weights"
+        """Groups of consecutive layers of one resolution and dilation, if any of them has weights."""
         groups,place,dilation = [],None,None
         for u in units:
             here = u.kind,self._place(u)
@@ -217,7 +236,7 @@ class Road:
         return (grid(u.shape[1]) or u.shape)[1:] if self.picture else ()
 
     def _layers(self, units):
-        "Each layer with weights, together with the activations after it"
+        """Each layer with weights, together with the activations after it."""
         groups = []
         for u in units:
             if u.weights: groups.append([u])
@@ -231,7 +250,7 @@ class Road:
         return not more and entry is first and entry.kind == 'map' and max(entry.place) < max(self.size, default=0)
 
     def _end(self, group):
-        "The last block; if there are no blocks, the last activation after the single layers"
+        """The last block; if there are no blocks, the last activation after the single layers."""
         blocks = any(u.deep for u in group)
         i = max(i for i,u in enumerate(group) if u.weights and (u.deep or not blocks))
         tail = group[i+1:]
@@ -246,7 +265,9 @@ def is_inside(name, above): return f'{name}.'.startswith(f'{above}.')
 
 
 def has_weights(m):
-    "1 if a layer has weight matrices or kernels itself, 2 if it is an RNN. Embeddings and single tokens don't count"
+    """1 if a layer has weight matrices or kernels itself, 2 if it is an RNN. Embeddings and single
+    tokens don't count.
+    """
     if isinstance(m, nn.RNNBase): return 2
     if isinstance(m, nn.Embedding): return 0
     return int(any(p is not None and p.dim() > 1 and p.shape[0] > 1 for p in m._parameters.values()))

@@ -1,4 +1,6 @@
-"Run a model once without changing it: which layers ran, and the shapes of their inputs and outputs."
+"""Run a model once without changing it: which layers ran, and the shapes of their inputs and
+outputs.
+"""
 import contextlib, copy, random
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -18,27 +20,43 @@ __all__ = ['Fired', 'dry_run', 'layers', 'main_tensor', 'probe', 'restore_tensor
 
 def layers(
     model:nn.Module,
-    *x # a batch of inputs, for the shapes; a dict is passed by name if the model has arguments of these names
+    *x
 ) -> LayerTree:
-    "Every layer of the model with its class, output shape and number of parameters; the model is not changed"
+    """Every layer of the model with its class, output shape and number of parameters; the model is
+    not changed.
+
+    Args:
+        *x: A batch of inputs, for the shapes; a dict is passed by name if the model has
+            arguments of these names.
+    """
     return layer_tree(model, {f.module: f.shape for f in probe(model, *x)} if x else None)
 
 
 @dataclass
 class Fired:
-    "A layer that ran, with the shapes of its input and output"
+    """A layer that ran, with the shapes of its input and output.
+
+    Attributes:
+        floats: The output is floating point.
+    """
     name:str
     module:nn.Module
     shape_in:tuple|None
     shape:tuple|None
-    floats:bool # the output is floating point
+    floats:bool
 
 
 def probe(
     model:nn.Module,
-    *x # a batch of inputs; a dict is passed by name if the model has arguments of these names
+    *x
 ) -> list:
-    "The layers that run, in the order in which they finish. One run in evaluation mode shows them; it changes nothing"
+    """The layers that run, in the order in which they finish. One run in evaluation mode shows
+    them; it changes nothing.
+
+    Args:
+        *x: A batch of inputs; a dict is passed by name if the model has arguments of these
+            names.
+    """
     inner,names,ran = unwrap(model),{},{}
     for n,m in named(model).items(): names.setdefault(m, n)
     def note(m, args, kwargs, out):
@@ -60,13 +78,19 @@ CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RNNBase, nn.Embedding, nn.Multihead
 
 
 def series_layers(
-    ran # the result of `probe`
+    ran
 ) -> set:
-    """The layers whose output is (B, C, L), like that of a 1d convolution, and not (B, L, D), like tokens.
+    """The layers whose output is (B, C, L), like that of a 1d convolution, and not (B, L, D), like
+    tokens.
 
-    Some classes of layers always have their channels first, or always last. Any other layer (an activation, a block)
-    follows the last layer of such a class that finished before it: its channels are on the axis that has that layer's
-    number of channels. If both axes have this number, or none, they are on the same axis as that layer's."""
+    Some classes of layers always have their channels first, or always last. Any other layer (an
+    activation, a block) follows the last layer of such a class that finished before it: its
+    channels are on the axis that has that layer's number of channels. If both axes have this
+    number, or none, they are on the same axis as that layer's.
+
+    Args:
+        ran: The result of `probe`
+    """
     found,axis,n = set(),2,None
     for f in ran:
         shape = next((s for s in (f.shape, f.shape_in) if s is not None and len(s) == 3), None)
@@ -82,7 +106,7 @@ def _shape(y): return None if y is None else tuple(y.shape)
 
 
 def dry_run(model, *x):
-    "One forward pass of the inner model that changes nothing"
+    """One forward pass of the inner model that changes nothing."""
     inner = unwrap(model)
     args,kwargs = arguments(inner, map_tensors(x, as_plain))
     if any(map(is_lazy, weights_and_buffers(distinct_modules(inner)))):
@@ -101,7 +125,9 @@ def dry_run(model, *x):
 
 @contextlib.contextmanager
 def untouched(model:nn.Module):
-    "Evaluation mode, no gradient. Afterwards modes, buffers, hidden states, attributes and random states are as before"
+    """Evaluation mode, no gradient. Afterwards modes, buffers, hidden states, attributes and random
+    states are as before.
+    """
     mods = distinct_modules(unwrap(model))
     modes = [(m, m.training) for m in mods if getattr(m, 'training', False)]
     state = [_Attrs(m) for m in mods if not isinstance(m, torch.jit.ScriptModule)]
@@ -122,7 +148,9 @@ def untouched(model:nn.Module):
 
 
 def restore_tensor(b, was):
-    "Give `b` the shape and values of `was`. Observers of quantization-aware training change both in the first batch"
+    """Give `b` the shape and values of `was`. Observers of quantization-aware training change both
+    in the first batch.
+    """
     if b.shape != was.shape: b.resize_(was.shape)
     if not torch.equal(b, was): b.copy_(was)
 
@@ -132,7 +160,9 @@ def weights_and_buffers(mods):
 
 
 class _Attrs:
-    "The attributes of a module and the content of its lists, dicts and sets: hidden states, buffers, hooks, modes"
+    """The attributes of a module and the content of its lists, dicts and sets: hidden states,
+    buffers, hooks, modes.
+    """
     def __init__(self, m):
         self.vars,self.was = vars(m),dict(vars(m))
         self.boxes = [(v, copy.copy(v)) for v in self.was.values() if type(v) in (list, dict, OrderedDict, set)]
@@ -152,13 +182,15 @@ def is_compiled(model):
     return any('_orig_mod' in m._modules or m._compiled_call_impl is not None for m in distinct_modules(model))
 
 def run_eagerly(model):
-    "Inside this context, compiled parts run without their compiled code"
+    """Inside this context, compiled parts run without their compiled code."""
     if not hasattr(torch.compiler, 'set_stance') or not is_compiled(model): return contextlib.nullcontext()
     return torch.compiler.set_stance('force_eager')
 
 
 def main_tensor(out):
-    "The tensor in a layer's output: itself, `last_hidden_state` or `logits` of a dict, else the first tensor in it"
+    """The tensor in a layer's output: itself, `last_hidden_state` or `logits` of a dict, else the
+    first tensor in it.
+    """
     if isinstance(out, Tensor): return as_plain(out)
     if isinstance(out, Mapping): out = [out.get('last_hidden_state'), out.get('logits'), *out.values()]
     if not isinstance(out, (tuple, list)): return None

@@ -12,12 +12,12 @@ CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 class _BatchNorm(nn.BatchNorm1d):
-    "Batch norm of vectors and tokens, whose channels are on the last axis"
+    """Batch norm of vectors and tokens, whose channels are on the last axis."""
     def forward(self, x): return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
 def _mapper(kind, a, b, dims):
-    "A layer from `a` to `b` channels that maps each position alone"
+    """A layer from `a` to `b` channels that maps each position alone."""
     n = dims-2 if dims > 3 else 0
     one = lambda i, o, **kw: CONV[n](i, o, 1, **kw) if n else nn.Linear(i, o, **kw)
     if kind == 'auto': kind = _default_kind(dims)
@@ -30,7 +30,9 @@ def _default_kind(dims): return 'conv_bn' if dims > 3 else 'linear'
 
 
 class Projector(nn.Module):
-    "`p(s, t)` is the student's features in the teacher's shape; of `t` only the size of its grid is used"
+    """`p(s, t)` is the student's features in the teacher's shape; of `t` only the size of its grid
+    is used.
+    """
     def __init__(self, s_shape, t_shape, kind, match, picture=True):
         super().__init__()
         self.s_shape,self.t_shape,self.match,self.picture = tuple(s_shape),tuple(t_shape),match,picture
@@ -77,33 +79,46 @@ def _channels(shape): return shape[-1] if len(shape) == 3 else shape[1]
 def _places(shape): return (shape[1],) if len(shape) == 3 else tuple(shape[2:])
 
 def _needs_mapping(s_shape, t_shape, kind, match):
-    "Does the projector have weights? One with a named kind always has"
+    """Does the projector have weights? One with a named kind always has."""
     return kind != 'auto' or (match == 'shape' and _channels(s_shape) != _channels(t_shape))
 
 
 def projector(
-    s_shape, # of the student's features: (B, D) vector, (B, L, D) tokens, (B, C, H, W) map; any B
-    t_shape, # of the teacher's features, in any of these forms
-    kind='auto', # 'auto', 'linear' or 'conv' (1x1), 'conv_bn', 'mlp', or your own module or function
-    match:str='shape', # what the loss needs: the teacher's 'shape', only its 'grid' (positions), or 'none'
-    picture:bool=True # tokens are positions of a picture if their number allows it; False: of a sequence
+    s_shape,
+    t_shape,
+    kind='auto',
+    match:str='shape',
+    picture:bool=True
 ) -> Projector:
-    """A module from the student's shape to the teacher's. It has parameters only if channels differ or a kind is named.
+    """A module from the student's shape to the teacher's. It has parameters only if channels differ
+    or a kind is named.
 
-    First the grid: features are average-pooled to a smaller grid and interpolated to a larger one. Tokens become a map
-    without their class and register tokens. A map becomes tokens, with its mean in place of the class and register
-    tokens.
+    First the grid: features are average-pooled to a smaller grid and interpolated to a larger one.
+    Tokens become a map without their class and register tokens. A map becomes tokens, with its mean
+    in place of the class and register tokens.
 
-    Then the channels, each position alone: vectors and tokens get a linear layer, maps a 1x1 convolution and a batch
-    norm, as in OFD (arXiv:1904.01866). arXiv:2303.11098 also recommends a linear layer with a normalized output. No
-    ReLU follows, unlike in CRD's code (arXiv:1910.10699), since the student could not reach negative values of the
-    teacher."""
+    Then the channels, each position alone: vectors and tokens get a linear layer, maps a 1x1
+    convolution and a batch norm, as in OFD (arXiv:1904.01866). arXiv:2303.11098 also recommends a
+    linear layer with a normalized output. No ReLU follows, unlike in CRD's code (arXiv:1910.10699),
+    since the student could not reach negative values of the teacher.
+
+    Args:
+        s_shape: Of the student's features: (B, D) vector, (B, L, D) tokens, (B, C, H, W) map;
+            any B.
+        t_shape: Of the teacher's features, in any of these forms.
+        kind: 'auto', 'linear' or 'conv' (1x1), 'conv_bn', 'mlp', or your own module or
+            function.
+        match: What the loss needs: the teacher's 'shape', only its 'grid' (positions), or
+            'none'.
+        picture: Tokens are positions of a picture if their number allows it; False: of a
+            sequence.
+    """
     check_projector(s_shape, t_shape, kind, match)
     return Projector(s_shape, t_shape, kind, match, picture)
 
 
 def checked_projector(kind):
-    "`kind`, if it is possible for any shape"
+    """`kind`, if it is possible for any shape."""
     if isinstance(kind, type) or not (callable(kind) or kind in PROJECTORS):
         raise DistillError(f"projector={kind!r}: possible are {', '.join(map(repr, PROJECTORS))}, a module (not its "
                            "class) and a function")
@@ -111,7 +126,7 @@ def checked_projector(kind):
 
 
 def check_projector(s_shape, t_shape, kind, match):
-    "Refuse options that are wrong for these shapes"
+    """Refuse options that are wrong for these shapes."""
     checked_projector(kind)
     if match not in MATCHES: raise DistillError(f"match={match!r}: possible are {', '.join(map(repr, MATCHES))}")
     s,t = len(s_shape),len(t_shape)
@@ -125,7 +140,7 @@ def check_projector(s_shape, t_shape, kind, match):
 
 
 def describe_projector(s_shape, t_shape, kind='auto', match='shape') -> str:
-    "What `projector` makes for these shapes, in words"
+    """What `projector` makes for these shapes, in words."""
     if not isinstance(kind, str): return getattr(kind, '__name__', type(kind).__name__)
     parts = []
     if match != 'none' and (len(s_shape) != len(t_shape) or _places(s_shape) != _places(t_shape)):

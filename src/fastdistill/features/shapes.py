@@ -12,10 +12,16 @@ LEAD = 0, 1, 2, 4, 5
 
 
 def grid(
-    n:int, # number of tokens
-    aspect:float=1. # height over width of the picture
+    n:int,
+    aspect:float=1.
 ):
-    "(tokens to skip, height, width) of the map that `n` tokens fill after class and register tokens; None if none fits"
+    """(tokens to skip, height, width) of the map that `n` tokens fill after class and register
+    tokens; None if none fits.
+
+    Args:
+        n: Number of tokens.
+        aspect: Height over width of the picture.
+    """
     for skip in (k for k in LEAD if k < n):
         h = max(1, round(math.sqrt((n-skip)*aspect)))
         w = (n-skip)//h
@@ -23,10 +29,15 @@ def grid(
 
 
 def as_map(
-    y:Tensor, # (B, L, D) tokens, or channels-last (B, H, W, C)
-    aspect:float=1. # height over width of the picture, for tokens
+    y:Tensor,
+    aspect:float=1.
 ) -> Tensor:
-    "(B, C, H, W), without class and register tokens"
+    """(B, C, H, W), without class and register tokens.
+
+    Args:
+        y: (B, L, D) tokens, or channels-last (B, H, W, C).
+        aspect: Height over width of the picture, for tokens.
+    """
     if y.dim() == 4: return y.movedim(-1, 1)
     g = grid(y.shape[1], aspect) if y.dim() == 3 else None
     if g is None:
@@ -39,18 +50,26 @@ def as_map(
 
 
 def as_tokens(
-    y:Tensor # (B, C, H, W) or (B, C, L), channels first
+    y:Tensor
 ) -> Tensor:
-    "(B, L, C): one token per position"
+    """(B, L, C): one token per position.
+
+    Args:
+        y: (B, C, H, W) or (B, C, L), channels first.
+    """
     if y.dim() < 3:
         raise DistillError(f"Features of shape {tuple(y.shape)} have no positions to make tokens of: remove @tokens.")
     return y.flatten(2).transpose(1, 2)
 
 
 def as_vector(
-    y:Tensor # (B, C, H, W), or (B, L, D) tokens
+    y:Tensor
 ) -> Tensor:
-    "(B, C): the mean over positions"
+    """(B, C): the mean over positions.
+
+    Args:
+        y: (B, C, H, W), or (B, L, D) tokens.
+    """
     return y if y.dim() < 3 else y.mean(1) if y.dim() == 3 else y.flatten(2).mean(2)
 
 
@@ -58,10 +77,15 @@ AVERAGE_POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptiv
 SMOOTH = {1: 'linear', 2: 'bilinear', 3: 'trilinear'}
 
 def resize(
-    x:Tensor, # (B, C, *grid)
-    size # the new grid
+    x:Tensor,
+    size
 ) -> Tensor:
-    "Axes that shrink are average-pooled, axes that grow are interpolated"
+    """Axes that shrink are average-pooled, axes that grow are interpolated.
+
+    Args:
+        x: (B, C, *grid).
+        size: The new grid.
+    """
     size,now = tuple(size),tuple(x.shape[2:])
     less = tuple(map(min, zip(now, size)))
     if less != now: x = AVERAGE_POOL[len(size)](x, less)
@@ -69,11 +93,19 @@ def resize(
 
 
 def to_grid(
-    s:Tensor, # student: (B, D), (B, L, D), (B, C, H, W) or (B, C, D, H, W)
-    like, # shape of the teacher's tensor
-    picture:bool=True # tokens are positions of a picture if their number allows it; False: of a sequence
+    s:Tensor,
+    like,
+    picture:bool=True
 ) -> Tensor:
-    "The student's features on the teacher's grid, with the student's channels: maps become tokens and tokens maps"
+    """The student's features on the teacher's grid, with the student's channels: maps become tokens
+    and tokens maps.
+
+    Args:
+        s: Student: (B, D), (B, L, D), (B, C, H, W) or (B, C, D, H, W).
+        like: Shape of the teacher's tensor.
+        picture: Tokens are positions of a picture if their number allows it; False: of a
+            sequence.
+    """
     dims = s.dim(),len(like)
     if dims in ((2, 2), (3, 3)) and s.shape[1] == like[1]: return s
     if dims[1] == 2 and dims[0] > 1: return as_vector(s)
@@ -84,7 +116,7 @@ def to_grid(
 
 
 def _resize_tokens(s, n, picture):
-    "(B, L, D) as (B, n, D): in two dimensions if both are pictures, else along the sequence"
+    """(B, L, D) as (B, n, D): in two dimensions if both are pictures, else along the sequence."""
     a,b = grid(s.shape[1]),grid(n)
     if not picture or a is None or b is None: return resize(s.transpose(1, 2), (n,)).transpose(1, 2)
     return _with_class_tokens(s[:, :a[0]], as_tokens(resize(as_map(s), b[1:])), b[0])
@@ -100,7 +132,9 @@ def _map_as_tokens(s, n):
 
 
 def _with_class_tokens(lead, x, n):
-    "`x` after `n` class and register tokens: the student's own, then the mean over its picture for missing ones"
+    """`x` after `n` class and register tokens: the student's own, then the mean over its picture
+    for missing ones.
+    """
     lead = lead[:, :n]
     mean = x.mean(1, keepdim=True).expand(-1, n - lead.shape[1], -1)
     return torch.cat([lead, mean, x], 1) if lead.shape[1] else torch.cat([mean, x], 1)

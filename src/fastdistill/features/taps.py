@@ -21,10 +21,15 @@ def is_output(name):
 
 
 def layer_output(
-    o:Outputs, # of a batch
-    name # of a layer, or '' for the model itself
+    o:Outputs,
+    name
 ):
-    "What a layer returned; None if the outputs do not hold it"
+    """What a layer returned; None if the outputs do not hold it.
+
+    Args:
+        o: Of a batch.
+        name: Of a layer, or '' for the model itself.
+    """
     if not is_output(name): return o.feats.get(name)
     y = o.logits
     for h in name.split('@')[1:]: y = TURNS.get(h, as_is)(y)
@@ -32,7 +37,9 @@ def layer_output(
 
 
 class _Tap:
-    "A hook on one layer. It holds that layer and the dict to which it writes. A copy of it does nothing"
+    """A hook on one layer. It holds that layer and the dict to which it writes. A copy of it does
+    nothing.
+    """
     def __init__(self, name, module, seen):
         self.name,self.module,self.seen = name,module,seen
         self.how = name.split('@')[1:]
@@ -56,14 +63,21 @@ class _Tap:
 
 
 class Taps:
-    """Read named layers of a model: `attach`, run the model, `pop`, `detach`; or `with Taps(model, names) as taps`.
+    """Read named layers of a model: `attach`, run the model, `pop`, `detach`; or `with Taps(model,
+    names) as taps`.
 
-    Outputs keep their gradient. In a tuple, dict or ModelOutput the main tensor is read. If a layer runs several times
-    in one forward pass, the last run is read. Replicas of DataParallel and copies of the model are not read."""
+    Outputs keep their gradient. In a tuple, dict or ModelOutput the main tensor is read. If a layer
+    runs several times in one forward pass, the last run is read. Replicas of DataParallel and
+    copies of the model are not read.
+
+    Args:
+        model: Wrapped (DDP, torch.compile) or not.
+        names: One name or glob, or a list of them, as `resolve` takes them.
+    """
     def __init__(
         self,
-        model:nn.Module, # wrapped (DDP, torch.compile) or not
-        names # one name or glob, or a list of them, as `resolve` takes them
+        model:nn.Module,
+        names
     ):
         names = [names] if isinstance(names, str) else names
         self.model,self.seen,self.handles = model,{},[]
@@ -72,7 +86,7 @@ class Taps:
         self.names = list(dict.fromkeys(n for p in names for n in resolve_among(model, have, p)))
 
     def attach(self):
-        "Add the hooks; a second call changes nothing"
+        """Add the hooks; a second call changes nothing."""
         self.detach()
         if self.names: _heed_hooks(self.model)
         # layers are looked up now, since SyncBatchNorm may have replaced some after the names were given
@@ -95,7 +109,7 @@ class Taps:
         return m
 
     def detach(self):
-        "Remove the hooks and the tensors that they read"
+        """Remove the hooks and the tensors that they read."""
         self._unhook()
         self.seen.clear()
 
@@ -110,11 +124,13 @@ class Taps:
 
     @property
     def feats(self):
-        "Layer name -> tensor, in the given order, of the layers that ran so far"
+        """Layer name -> tensor, in the given order, of the layers that ran so far."""
         return {n: self.seen[n][0] for n in self.names if isinstance(self.seen.get(n), tuple)}
 
     def pop(self) -> dict:
-        "Layer name -> tensor, in the given order, of the batch that just ran. The tensors are removed from here"
+        """Layer name -> tensor, in the given order, of the batch that just ran. The tensors are
+        removed from here.
+        """
         seen = dict(self.seen)
         self.seen.clear()
         return {n: self._checked(n, seen.get(n)) for n in self.names}
@@ -139,7 +155,9 @@ class Taps:
 
 
 def _heed_hooks(model):
-    "Make torch.compile check for hooks. Code that it compiled before never runs hooks, and is discarded"
+    """Make torch.compile check for hooks. Code that it compiled before never runs hooks, and is
+    discarded.
+    """
     if 'torch._dynamo' not in sys.modules or not is_compiled(model): return
     if not torch._dynamo.config.skip_nnmodule_hook_guards: return       # done already in this process
     torch._dynamo.config.skip_nnmodule_hook_guards = False

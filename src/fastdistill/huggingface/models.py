@@ -13,25 +13,29 @@ PROBLEMS = dict(regression='regression', single_label_classification='softmax', 
 
 
 def names_taken(
-    model # a module, or a `Teacher`
+    model
 ) -> set:
-    "Names of the arguments of its forward, or of all members of an ensemble"
+    """Names of the arguments of its forward, or of all members of an ensemble.
+
+    Args:
+        model: A module, or a `Teacher`
+    """
     modules = model.modules if isinstance(model, Teacher) else [model]
     return {n for m in modules for n in inspect.signature(unwrap(m).forward).parameters}
 
 
 def without_loss(raw):
-    "What the student returned, without the loss that stands first in a tuple"
+    """What the student returned, without the loss that stands first in a tuple."""
     return raw[1:] if isinstance(raw, tuple) and isinstance(raw[0], Tensor) and not raw[0].dim() else raw
 
 
 def question_logits(out):
-    "The logits of where an answer begins and ends: (B, L, 2), classes along axis 1"
+    """The logits of where an answer begins and ends: (B, L, 2), classes along axis 1."""
     return torch.stack([out.start_logits, out.end_logits], -1)
 
 
 def names_by_id(model):
-    "Names of the classes by the model's `id2label`; None if they are only numbered"
+    """Names of the classes by the model's `id2label`; None if they are only numbered."""
     id2label = getattr(getattr(model, 'config', None), 'id2label', None)
     if not id2label or all(re.fullmatch(r'LABEL_\d+', str(v)) for v in id2label.values()): return None
     return [str(id2label[k]) for k in sorted(id2label, key=int)]
@@ -39,9 +43,13 @@ def names_by_id(model):
 
 def predicts(
     model,
-    labels=None # of a batch; None: not known
+    labels=None
 ) -> str|None:
-    "'softmax', 'sigmoid' or 'regression', by the model's config; None if only labels show it"
+    """'softmax', 'sigmoid' or 'regression', by the model's config; None if only labels show it.
+
+    Args:
+        labels: Of a batch; None: not known.
+    """
     config,name = getattr(model, 'config', None),type(model).__name__
     if (problem := getattr(config, 'problem_type', None)) in PROBLEMS: return PROBLEMS[problem]
     if not name.endswith(('SequenceClassification', 'ImageClassification')): return 'softmax'
@@ -52,18 +60,25 @@ def predicts(
 def teacher_for(
     teacher:Teacher,
     student,
-    kind:str, # of the student's outputs
+    kind:str,
     axis:int,
-    output # which output is distilled
+    output
 ) -> Teacher:
-    "The teacher with the student's kind of outputs, and its classes in the student's order"
+    """The teacher with the student's kind of outputs, and its classes in the student's order.
+
+    Args:
+        kind: Of the student's outputs.
+        output: Which output is distilled.
+    """
     new = dict(kind=kind, axis=axis, output=output)
     if kind != 'regression' and output is not question_logits: new |= in_order_of(student, teacher)
     return Teacher(teacher, **{k: v for k,v in new.items() if k not in teacher.given})
 
 
 def in_order_of(student, teacher):
-    "The option `select` that brings the teacher's classes into the student's order; none if this is its order"
+    """The option `select` that brings the teacher's classes into the student's order; none if this
+    is its order.
+    """
     if 'select' in teacher.given: return {}
     for m in teacher.members: refuse_other_order(student, m)
     found = map_classes(names_by_id(student), names_by_id(teacher.module))

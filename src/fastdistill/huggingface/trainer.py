@@ -22,19 +22,33 @@ STATE_FILE = 'distillation.pt' # in a checkpoint's folder
 
 
 class DistillationMixin:
-    """A teacher for your own `Trainer`: `class MyTrainer(DistillationMixin, Trainer)`. It replaces the loss of training
-    batches. All else is the Trainer's: the evaluation loss is the labels' own, and only the student is saved"""
+    """A teacher for your own `Trainer`: `class MyTrainer(DistillationMixin, Trainer)`. It replaces
+    the loss of training batches. All else is the Trainer's: the evaluation loss is the labels' own,
+    and only the student is saved.
+
+    Args:
+        *args: Of the Trainer.
+        teacher: A model, a `Teacher`, or a list of these (an ensemble).
+        recipe: `kd()`, `kd() + at()`, a `Term`; None: `auto` chooses, by what the student
+            predicts.
+        kind: 'softmax', 'sigmoid' or 'regression'; None: by the student's config and the
+            labels.
+        axis: Class axis; None: the last, and 1 for questions and pixels.
+        output: Which output is distilled, of both models: a name or a function; None: 'logits'.
+        check: Look for mistakes before training, on a few batches of the evaluation set, else
+            of the training set, and in the first batch.
+        **kwargs: Of the Trainer.
+    """
     def __init__(
         self,
-        *args, # of the Trainer
-        teacher, # a model, a `Teacher`, or a list of these (an ensemble)
-        recipe=None, # `kd()`, `kd() + at()`, a `Term`; None: `auto` chooses, by what the student predicts
-        kind:str|None=None, # 'softmax', 'sigmoid' or 'regression'; None: by the student's config and the labels
-        axis:int|None=None, # class axis; None: the last, and 1 for questions and pixels
-        output=None, # which output is distilled, of both models: a name or a function; None: 'logits'
-        check:bool=True, # look for mistakes before training, on a few batches of the evaluation set, else of the
-        # training set, and in the first batch
-        **kwargs # of the Trainer
+        *args,
+        teacher,
+        recipe=None,
+        kind:str|None=None,
+        axis:int|None=None,
+        output=None,
+        check:bool=True,
+        **kwargs
     ):
         self.teacher,self.recipe = teacher if isinstance(teacher, Teacher) else Teacher(teacher),recipe
         self.asked,self.part_means = dict(kind=kind, axis=axis, output=output, check=check),PartMeans()
@@ -48,7 +62,7 @@ class DistillationMixin:
     # before the first batch
 
     def create_optimizer(self, *args, **kwargs):
-        "The Trainer's optimizer, which trains the projectors too"
+        """The Trainer's optimizer, which trains the projectors too."""
         if self.distiller is None or self.distiller.student is not self.model: self._build()
         optimizer = super().create_optimizer(*args, **kwargs)
         add_parameters(optimizer, self.distiller)
@@ -57,7 +71,7 @@ class DistillationMixin:
         return optimizer
 
     def _build(self):
-        "The Distiller of this model"
+        """The Distiller of this model."""
         asked = self.asked
         kind = asked['kind'] or predicts(self.model)
         batch = self._example() if kind is None else None
@@ -80,7 +94,7 @@ class DistillationMixin:
     def _axis(self): return 1 if self._answers or type(self.model).__name__.endswith('Segmentation') else -1
 
     def _complete(self, batch):
-        "Choose the recipe and build projectors, by inputs that both models take"
+        """Choose the recipe and build projectors, by inputs that both models take."""
         complete(self.distiller, self._inputs_of_both(batch), any(k in batch for k in self.label_names))
 
     def _inputs_of_both(self, batch):
@@ -88,7 +102,9 @@ class DistillationMixin:
         return {k: v for k,v in student.items() if k in teacher} or teacher
 
     def _batches(self):
-        "(inputs, labels) of batches, to look for mistakes; none of a stream, which can't be read twice"
+        """(inputs, labels) of batches, to look for mistakes; none of a stream, which can't be read
+        twice.
+        """
         data = self.train_dataset if self.eval_dataset is None else self.eval_dataset
         if isinstance(data, dict): data = next(iter(data.values()))
         if not hasattr(data, '__len__') or not len(data): return
@@ -100,7 +116,7 @@ class DistillationMixin:
             yield x,self._targets(y, next(iter(x.values())))     # whose length is that of the logits of an answer
 
     def _example(self):
-        "A training batch. Drawing it changes nothing"
+        """A training batch. Drawing it changes nothing."""
         collate = self._get_collator_with_removed_columns(self.data_collator)
         with RandomGuard():
             loader = (self.get_train_dataloader() if self.train_dataset is None else
@@ -110,13 +126,13 @@ class DistillationMixin:
     # the inputs of both models
 
     def _set_signature_columns_if_needed(self):
-        "Columns that the teacher alone takes, as token_type_ids, stay in the batches"
+        """Columns that the teacher alone takes, as token_type_ids, stay in the batches."""
         new = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if new: self._signature_columns += sorted(names_taken(self.teacher) - set(self._signature_columns))
 
     def _inputs(self, batch):
-        "(the student's inputs with the labels, the teacher's inputs)"
+        """(the student's inputs with the labels, the teacher's inputs)."""
         student,teacher = names_taken(self.model),names_taken(self.teacher)
         plain = {k: v for k,v in batch.items() if k not in self.label_names}
         of_student = {k: v for k,v in plain.items() if k in student or k not in teacher}
@@ -127,7 +143,7 @@ class DistillationMixin:
     # a batch
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        "The loss of a training batch with the teacher's part; in evaluation the labels' own"
+        """The loss of a training batch with the teacher's part; in evaluation the labels' own."""
         x,x_teacher = self._inputs(inputs)
         progress = self.state.global_step/self.state.max_steps if self.state.max_steps else None
         if not model.training or not takes_part(self.distiller, progress):
@@ -144,13 +160,17 @@ class DistillationMixin:
         return (r.total*scale, raw) if return_outputs else r.total*scale
 
     def _run(self, model, x, options):
-        "The labels' own loss, as the Trainer computes it (None without labels), and what the student returned"
+        """The labels' own loss, as the Trainer computes it (None without labels), and what the
+        student returned.
+        """
         if not any(k in x for k in self.label_names): return None,model(**x)
         return super().compute_loss(model, dict(x), return_outputs=True, **options)
 
     def _scale(self, x, num_items_in_batch=None):
-        """By what the Trainer multiplies the mean over this batch's labels. It counts the labels of all batches before
-        the optimizer's step, `num_items_in_batch`, and may average them over processes"""
+        """By what the Trainer multiplies the mean over this batch's labels. It counts the labels of
+        all batches before the optimizer's step, `num_items_in_batch`, and may average them over
+        processes.
+        """
         mine = getattr(self, 'model_accepts_loss_kwargs', False) or getattr(self, 'compute_loss_func', None) is not None
         if num_items_in_batch is None or not mine: return 1
         ranks = self.accelerator.num_processes if getattr(self.args, 'average_tokens_across_devices', False) else 1
@@ -159,7 +179,9 @@ class DistillationMixin:
         return y.ne(-100).sum().clamp_min(1)*ranks/num_items_in_batch
 
     def _counts_items(self, x):
-        "Is the labels' loss divided by `num_items_in_batch`? Some models ignore it, as one trial shows"
+        """Is the labels' loss divided by `num_items_in_batch`? Some models ignore it, as one trial
+        shows.
+        """
         if self.counts_items is None:
             tried = []
             with untouched(self.model):
@@ -169,11 +191,13 @@ class DistillationMixin:
         return self.counts_items
 
     def _tokens(self, x):
-        "The inputs whose padding hides positions of the logits: not those of an encoder beside a decoder"
+        """The inputs whose padding hides positions of the logits: not those of an encoder beside a
+        decoder.
+        """
         return () if getattr(getattr(self.model, 'config', None), 'is_encoder_decoder', False) else x
 
     def _targets(self, x, logits):
-        "The labels, each where it is predicted"
+        """The labels, each where it is predicted."""
         y = tuple(x[k] for k in self.label_names if k in x)
         if self._answers and y:
             y = torch.stack([o.reshape(-1).clamp_min(0) for o in y], -1)
@@ -182,7 +206,7 @@ class DistillationMixin:
         return y
 
     def _hide_padding(self, x, *outputs):
-        "An answer neither begins nor ends at a padded token"
+        """An answer neither begins nor ends at a padded token."""
         if not self._answers or 'attention_mask' not in x: return
         for o in outputs:
             if o is not None: o.logits = o.logits.masked_fill(x['attention_mask'][..., None] == 0, -1e4)
@@ -190,7 +214,7 @@ class DistillationMixin:
     # around the batches
 
     def train(self, *args, **kwargs):
-        "Train the student; see `Trainer.train`"
+        """Train the student; see `Trainer.train`."""
         try: return super().train(*args, **kwargs)
         finally:
             if self.distiller is not None: self.distiller.teacher.stop()
@@ -204,7 +228,7 @@ class DistillationMixin:
         return loss
 
     def log(self, logs, *args, **kwargs):
-        "Add the mean of each part to the logs of the training loss"
+        """Add the mean of each part to the logs of the training loss."""
         super().log({**logs, **self.part_means.pop()} if 'loss' in logs else logs, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir):
@@ -219,11 +243,13 @@ class DistillationMixin:
 
 
 class DistillationTrainer(DistillationMixin, Trainer):
-    "`Trainer` with a teacher: `DistillationTrainer(model, args, train_dataset=..., teacher=..., recipe=kd())`"
+    """`Trainer` with a teacher: `DistillationTrainer(model, args, train_dataset=..., teacher=...,
+    recipe=kd())`.
+    """
 
 
 class PartMeans:
-    "Means of each part of the loss over the training batches since the last log"
+    """Means of each part of the loss over the training batches since the last log."""
     def __init__(self): self.sums = {}
 
     def add(self, r):

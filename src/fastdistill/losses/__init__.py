@@ -1,4 +1,6 @@
-"Losses: pure functions of two tensors, student first. Each has a module form, named in the paper's capitals."
+"""Losses: pure functions of two tensors, student first. Each has a module form, named in the
+paper's capitals.
+"""
 import sys
 from ..base.parameter_docs import explain_all
 from . import decoupled, dense, divergence, feature, relation, response

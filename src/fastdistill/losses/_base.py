@@ -1,4 +1,6 @@
-"What all losses share: precision, shapes, the mask, the reduction, and the module form of a function."
+"""What all losses share: precision, shapes, the mask, the reduction, and the module form of a
+function.
+"""
 import functools, inspect
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ __all__ = ['Loss', 'loss', 'reduce', 'fit_mask', 'same_shape', 'class_axis', 'lo
 
 
 def _full(x, detach=False):
-    "`x` (a tensor, or a list of them) in float32 or better"
+    """`x` (a tensor, or a list of them) in float32 or better."""
     if isinstance(x, (list, tuple)): return [_full(o, detach) for o in x]
     if not isinstance(x, Tensor): return x
     x = as_plain(x)
@@ -22,17 +24,26 @@ KINDS = 'softmax', 'sigmoid', 'regression'
 
 
 def loss(
-    kind:str|None=None, # the logits that the loss is for: 'softmax', 'sigmoid', 'regression'; None: any
-    match:str='shape', # what student and teacher features must share: 'shape', 'grid' (positions only) or 'none'
-    lists:bool=False, # True: the loss takes the features of all layers at once, as two lists
-    samples:bool=False, # True: the loss's `mask` has one value per sample, not per position
-    relates:bool=False # True: the loss compares samples with each other. Of several processes that train together, all
-    # then compare the samples of all
+    kind:str|None=None,
+    match:str='shape',
+    lists:bool=False,
+    samples:bool=False,
+    relates:bool=False
 ):
     """Make a loss of `fn(s, t, ...)`: `@loss(match='grid')`.
 
-    The loss runs in float32 or better, also under autocast. No gradient reaches the teacher. The options become
-    attributes, from which a `Term` reads what the loss needs"""
+    The loss runs in float32 or better, also under autocast. No gradient reaches the teacher. The
+    options become attributes, from which a `Term` reads what the loss needs.
+
+    Args:
+        kind: The logits that the loss is for: 'softmax', 'sigmoid', 'regression'; None: any.
+        match: What student and teacher features must share: 'shape', 'grid' (positions only) or
+            'none'.
+        lists: True: the loss takes the features of all layers at once, as two lists.
+        samples: True: the loss's `mask` has one value per sample, not per position.
+        relates: True: the loss compares samples with each other. Of several processes that
+            train together, all then compare the samples of all.
+    """
     if callable(kind):
         raise DistillError("loss is a decorator with options: write @loss() above your function, or "
                            "@loss(match='grid')")
@@ -50,7 +61,7 @@ def loss(
 
 
 def fit_mask(mask:Tensor, shape):
-    "`mask` as a plain tensor of this shape; refused if it does not fit"
+    """`mask` as a plain tensor of this shape; refused if it does not fit."""
     if mask.dim() > len(shape) or any(m not in (1, n) for m,n in zip(mask.shape[::-1], shape[::-1])):
         raise DistillError(f"A mask of shape {tuple(mask.shape)} does not fit values of shape {tuple(shape)}: a mask "
                            "has one number or bool per value. For logits, it has their shape without the class axis")
@@ -58,11 +69,18 @@ def fit_mask(mask:Tensor, shape):
 
 
 def reduce(
-    v:Tensor, # one value per position
-    reduction:str='mean', # 'mean' over the positions that count, 'sum', or 'none'
-    mask:Tensor|None=None # the shape of `v` (or one that broadcasts to it): True, or a weight, where a position counts
+    v:Tensor,
+    reduction:str='mean',
+    mask:Tensor|None=None
 ):
-    "Reduce `v` where `mask` counts; an empty mask gives 0 with a gradient, never nan"
+    """Reduce `v` where `mask` counts; an empty mask gives 0 with a gradient, never nan.
+
+    Args:
+        v: One value per position.
+        reduction: 'mean' over the positions that count, 'sum', or 'none'.
+        mask: The shape of `v` (or one that broadcasts to it): True, or a weight, where a
+            position counts.
+    """
     if reduction not in ('mean', 'sum', 'none'):
         raise DistillError(f"reduction={reduction!r}: possible are 'mean', 'sum' and 'none'")
     if mask is not None:
@@ -75,7 +93,7 @@ def reduce(
 
 
 def same_shape(s:Tensor, t:Tensor):
-    "Refuse shapes that would broadcast silently"
+    """Refuse shapes that would broadcast silently."""
     if s.shape != t.shape:
         raise DistillError(f"The student's output has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: they "
                            "must be equal. If the teacher has more classes, Teacher(teacher, select=[...]) selects "
@@ -85,7 +103,7 @@ def same_shape(s:Tensor, t:Tensor):
 
 
 def temperature(T):
-    "`T`, if it is a valid temperature"
+    """`T`, if it is a valid temperature."""
     if not T > 0:
         raise DistillError(f"T={T}: a temperature is a number above 0. T=1 does not change the logits, 2 to 8 soften "
                            "them")
@@ -93,25 +111,25 @@ def temperature(T):
 
 
 def class_axis(x:Tensor, axis:int):
-    "`axis` counted from the front, if `x` has it"
+    """`axis` counted from the front, if `x` has it."""
     if not -x.dim() <= axis < x.dim():
         raise DistillError(f"axis={axis}: outputs of shape {tuple(x.shape)} have no such axis")
     return axis % x.dim()
 
 
 def log_probs(x:Tensor, T:float=1., axis:int=1):
-    "log softmax of `x/T` over the class axis"
+    """log softmax of `x/T` over the class axis."""
     return F.log_softmax(x/temperature(T), class_axis(x, axis))
 
 
 def expect(lp:Tensor, v:Tensor):
-    "`exp(lp)*v`, and 0 where the probability is 0 (`v` may be infinite there)"
+    """`exp(lp)*v`, and 0 where the probability is 0 (`v` may be infinite there)."""
     zero = lp == -torch.inf
     return lp.exp()*v.masked_fill(zero, 0.)
 
 
 def channels_first(x:Tensor, axis:int=1):
-    "`x` with its channel axis moved to 1"
+    """`x` with its channel axis moved to 1."""
     if x.dim() < 2 or not -x.dim() <= axis < x.dim() or axis % x.dim() == 0:
         raise DistillError(f"axis={axis}: features of shape {tuple(x.shape)} have no such channel axis. Axis 0 is the "
                            "batch; channels are on axis 1 in vectors and maps, on axis -1 in tokens (B, L, D)")
@@ -119,7 +137,7 @@ def channels_first(x:Tensor, axis:int=1):
 
 
 def cells(x:Tensor, axis:int=1):
-    "`x` as (B, C, P): channels, then all positions in a row; a vector has one position"
+    """`x` as (B, C, P): channels, then all positions in a row; a vector has one position."""
     x = channels_first(x, axis)
     return x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
 
@@ -127,16 +145,20 @@ def cells(x:Tensor, axis:int=1):
 def unit(
     x:Tensor,
     axis:int=1,
-    least:Tensor|float=0. # vectors of at most this length count as zero
+    least:Tensor|float=0.
 ):
-    """`x` scaled to length 1 along `axis`. Zero vectors stay zero and get no gradient; `F.normalize` would multiply
-    their gradient by 1e12"""
+    """`x` scaled to length 1 along `axis`. Zero vectors stay zero and get no gradient;
+    `F.normalize` would multiply their gradient by 1e12.
+
+    Args:
+        least: Vectors of at most this length count as zero.
+    """
     n = torch.linalg.vector_norm(x, dim=axis, keepdim=True)
     return x/n.masked_fill(n <= least, torch.inf)
 
 
 class Loss(nn.Module):
-    "The module form of the loss function `fn`: it only holds options"
+    """The module form of the loss function `fn`: it only holds options."""
     fn = None
 
     def __init_subclass__(cls, **kwargs):
@@ -154,18 +176,21 @@ class Loss(nn.Module):
 
     @property
     def kind(self):
-        "What the logits must be: 'softmax' over classes, 'sigmoid' per label, 'regression'; None: anything"
+        """What the logits must be: 'softmax' over classes, 'sigmoid' per label, 'regression'; None:
+        anything.
+        """
         return getattr(self.fn, 'kind', None)
 
     def forward(self, s, t, *args, **kwargs): return self.fn(s, t, *args, **{**self.options, **kwargs})
 
     def option(self, name):
-        "An option's value: given, or the function's own default"
+        """An option's value: given, or the function's own default."""
         return self.options.get(name, inspect.signature(self.fn).parameters[name].default)
 
     def prepare(self, s, t, layer=None, axis=None):
-        """Create the tensors that a loss owns. Called once, with the projected student features, the teacher features
-        and the teacher's layer"""
+        """Create the tensors that a loss owns. Called once, with the projected student features,
+        the teacher features and the teacher's layer.
+        """
 
     def extra_repr(self):
         own = [] if self.fn is type(self).fn else [repr(self.fn)]

@@ -12,14 +12,24 @@ ON_CPU,ON_GPU = 2**16,2**24
 
 
 def per_position(
-    values, # fn(s, t, axis=) -> one value per position, each from the logits of that position alone
-    s:Tensor, # student logits, any shape
-    t:Tensor, # teacher logits, the same shape
-    axis:int=1, # class axis
-    mask:Tensor|None=None, # `s` without the class axis: where it is 0, logits count as 0
-    slope=None # fn(s, t, axis=): the gradient of `values` with respect to `s`; None: autograd's
+    values,
+    s:Tensor,
+    t:Tensor,
+    axis:int=1,
+    mask:Tensor|None=None,
+    slope=None
 ) -> Tensor:
-    "`values` of all logits, without the class axis"
+    """`values` of all logits, without the class axis.
+
+    Args:
+        values: fn(s, t, axis=) -> one value per position, each from the logits of that position
+            alone.
+        s: Student logits, any shape.
+        t: Teacher logits, the same shape.
+        axis: Class axis.
+        mask: `s` without the class axis: where it is 0, logits count as 0.
+        slope: fn(s, t, axis=): the gradient of `values` with respect to `s`; None: autograd's.
+    """
     axis,size = class_axis(s, axis),chunk_size(s)
     if size is None:
         return blanked(values, s, t, None if mask is None else mask.unsqueeze(axis), axis=axis)
@@ -29,36 +39,40 @@ def per_position(
 
 
 def chunk_size(x):
-    "Numbers in a chunk of these logits; None: they are better taken at once"
+    """Numbers in a chunk of these logits; None: they are better taken at once."""
     size = ON_CPU if x.is_cpu else ON_GPU
     return None if x.numel() < 4*size or torch.compiler.is_compiling() or x.is_meta or in_transform() else size
 
 
 def in_transform():
-    "torch.func's transforms see into the loss"
+    """torch.func's transforms see into the loss."""
     return getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)() is not None
 
 
 def seen_finite(*xs):
-    "Are all numbers finite? Asked where the answer is quick: on a CPU, and where no graph is built"
+    """Are all numbers finite? Asked where the answer is quick: on a CPU, and where no graph is
+    built.
+    """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform(): return False
     return all(x.is_cpu and isfinite(x.sum()) for x in xs)
 
 
 def in_three(x, axis):
-    "`x` as (positions before the classes, classes, positions after them)"
+    """`x` as (positions before the classes, classes, positions after them)."""
     before,after = x.shape[:axis].numel(),x.shape[axis+1:].numel()
     return x.reshape(before, x.shape[axis], after)
 
 
 def blanked(fn, s, t, mask, axis=1, **options):
-    "`fn`, with 0 where the mask drops a position, so that a nan there reaches neither the loss nor the gradient"
+    """`fn`, with 0 where the mask drops a position, so that a nan there reaches neither the loss
+    nor the gradient.
+    """
     if mask is not None: s,t = [x.where(mask > 0, 0.) for x in (s, t)]
     return fn(s, t, axis=axis, **options)
 
 
 def chunks(shape, size):
-    "Slices of (before, classes, after), each of about `size` numbers"
+    """Slices of (before, classes, after), each of about `size` numbers."""
     a,c,p = shape
     rows,cols = max(size//(c*p), 1),max(min(p, size//c), 1)
     for i in range(0, a, rows):
@@ -66,7 +80,7 @@ def chunks(shape, size):
 
 
 class Chunked(torch.autograd.Function):
-    "Values of (before, classes, after), whose backward pass computes each chunk again"
+    """Values of (before, classes, after), whose backward pass computes each chunk again."""
     @staticmethod
     def forward(ctx, s, t, mask, values, slope, size):
         ctx.save_for_backward(s, t, mask)
@@ -88,7 +102,9 @@ class Chunked(torch.autograd.Function):
 
 
 def rows_at(tensors, i):
-    "A chunk of each, without the last axis where that has one element: PyTorch's softmax is faster over the last axis"
+    """A chunk of each, without the last axis where that has one element: PyTorch's softmax is
+    faster over the last axis.
+    """
     rows = [None if x is None else x[i] for x in tensors]
     return rows if rows[0].shape[2] > 1 else [None if x is None else x.squeeze(2) for x in rows]
 
@@ -100,5 +116,5 @@ def by_autograd(values, s, t, mask):
 
 
 def second_order(values, s, t, mask, g):
-    "The gradient, with a graph of its own and without chunks"
+    """The gradient, with a graph of its own and without chunks."""
     return torch.autograd.grad(values(s, t, mask).unsqueeze(1), s, g, create_graph=True)[0]

@@ -1,4 +1,6 @@
-"Correlations of probabilities, over the classes and over the positions. Large logits are taken in chunks."
+"""Correlations of probabilities, over the classes and over the positions. Large logits are taken in
+chunks.
+"""
 import torch
 from torch import Tensor
 from ._base import log_probs
@@ -10,15 +12,25 @@ FEW_POSITIONS = 8 # the fewest in a chunk, so that the mean of the first chunk i
 
 
 def both_correlations(
-    s:Tensor, # student logits, any shape
-    t:Tensor, # teacher logits, the same shape
-    T:float, # temperature
-    axis:int, # class axis, counted from the front
-    mask:Tensor|None, # `s` without the class axis: how much each position counts in a class's correlation
-    eps:float # added to the product of norms
+    s:Tensor,
+    t:Tensor,
+    T:float,
+    axis:int,
+    mask:Tensor|None,
+    eps:float
 ) -> tuple[Tensor, Tensor]:
-    """Pearson of each position's probabilities over the classes, without the class axis; and the mean, over the
-    classes, of Pearson over the positions"""
+    """Pearson of each position's probabilities over the classes, without the class axis; and the
+    mean, over the classes, of Pearson over the positions.
+
+    Args:
+        s: Student logits, any shape.
+        t: Teacher logits, the same shape.
+        T: Temperature.
+        axis: Class axis, counted from the front.
+        mask: `s` without the class axis: how much each position counts in a class's
+            correlation.
+        eps: Added to the product of norms.
+    """
     mask = None if mask is None else mask.to(s.dtype).unsqueeze(axis)
     if (size := chunk_size(s)) is None: return blanked(at_once, s, t, mask, axis=axis, w=mask, T=T, eps=eps)
     three = [None if x is None else in_three(x, axis) for x in (s, t, mask)]
@@ -35,12 +47,18 @@ def others(x, axis=1): return [d for d in range(x.dim()) if d != axis]
 
 
 def pearson(
-    a:Tensor, b:Tensor, # of one shape
-    dim, # dimensions over which it is computed
-    w:Tensor|None, # weights that broadcast to `a`
+    a:Tensor, b:Tensor,
+    dim,
+    w:Tensor|None,
     eps:float
 ):
-    "Correlation, and 0 where one of the two does not vary"
+    """Correlation, and 0 where one of the two does not vary.
+
+    Args:
+        a, b: Of one shape.
+        dim: Dimensions over which it is computed.
+        w: Weights that broadcast to `a`
+    """
     def center(x):
         if w is None: return x - x.mean(dim, keepdim=True)
         return (x - (w*x).sum(dim, keepdim=True)/w.sum(dim, keepdim=True).clamp_min(torch.finfo(x.dtype).eps))*w.sqrt()
@@ -49,7 +67,7 @@ def pearson(
 
 
 class Correlations(torch.autograd.Function):
-    "`both_correlations` of (before, classes, after). Each pass reads the logits once"
+    """`both_correlations` of (before, classes, after). Each pass reads the logits once."""
     @staticmethod
     def forward(ctx, s, t, mask, T, eps, size):
         own,first,sums = s.new_empty(len(s), 1, s.shape[2]),None,0.
@@ -84,20 +102,22 @@ class Correlations(torch.autograd.Function):
 
 
 def probs_at(s, t, mask, i, T):
-    "Both models' probabilities in a chunk, and its mask"
+    """Both models' probabilities in a chunk, and its mask."""
     s,t,w = rows_at((s, t, mask), i)
     if w is not None: s,t = [x.where(w > 0, 0.) for x in (s, t)]
     return (s/T).softmax(1),(t/T).softmax(1),w
 
 
 def moments(a, b, w):
-    "(5, classes): weighted sums over the positions of a, b, their squares and their product, each with its shape kept"
+    """(5, classes): weighted sums over the positions of a, b, their squares and their product, each
+    with its shape kept.
+    """
     wa,wb = (a,b) if w is None else (w*a,w*b)
     return torch.stack([x.sum(others(a), keepdim=True) for x in (wa, wb, wa*a, wb*b, wa*b)])
 
 
 def own_slope(p, q, eps):
-    "The gradient of Pearson over the classes with respect to the student's probabilities"
+    """The gradient of Pearson over the classes with respect to the student's probabilities."""
     a,b = [x - x.mean(1, keepdim=True) for x in (p, q)]
     norm_a,norm_b = [torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (a, b)]
     both = norm_a*norm_b + eps
@@ -108,6 +128,6 @@ def safe_ratio(a, b): return torch.where(b > 0, a/b, 0.)
 
 
 def with_graph(s, t, mask, T, eps, g_own, g_shared):
-    "The gradient, with a graph of its own and without chunks"
+    """The gradient, with a graph of its own and without chunks."""
     own,shared = blanked(at_once, s, t, mask, axis=1, w=mask, T=T, eps=eps)
     return torch.autograd.grad([own.unsqueeze(1), shared], s, [g_own, g_shared], create_graph=True)[0]

@@ -9,7 +9,7 @@ __all__ = ['dkd', 'DKD', 'nkd', 'NKD', 'rld', 'RLD']
 
 
 def checked_labels(y, s, axis, ignore_index, mask):
-    "One class per position, and the mask without the positions whose label is `ignore_index`"
+    """One class per position, and the mask without the positions whose label is `ignore_index`."""
     y,axis = as_plain(y),class_axis(s, axis)
     shape,n = positions(s, axis),s.shape[axis]
     if y.is_floating_point() or y.is_complex():
@@ -32,26 +32,40 @@ def checked_labels(y, s, axis, ignore_index, mask):
 
 
 def without_class(x, y, axis):
-    "`x` with -inf at the class `y`: a softmax or logsumexp of it is exactly that of the other classes"
+    """`x` with -inf at the class `y`: a softmax or logsumexp of it is exactly that of the other
+    classes.
+    """
     axis = class_axis(x, axis)
     return x.masked_fill(torch.zeros_like(x, dtype=torch.bool).scatter(axis, y.unsqueeze(axis), True), -torch.inf)
 
 
 @loss(kind='softmax', match='shape')
 def dkd(
-    s:Tensor, # student logits, any shape
-    t:Tensor, # teacher logits, the same shape
-    y:Tensor, # labels: `s` without the class axis
-    *, alpha:float=1., # weight of the target class against all others
-    beta:float=8., # weight of the other classes among themselves
-    T:float=4., # temperature
-    axis:int=1, # class axis
-    ignore_index:int=-100, # positions with this label do not count
-    mask:Tensor|None=None, # the shape of `y`: which positions count
+    s:Tensor,
+    t:Tensor,
+    y:Tensor,
+    *, alpha:float=1.,
+    beta:float=8.,
+    T:float=4.,
+    axis:int=1,
+    ignore_index:int=-100,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    """T^2 (alpha KL of (p_y, 1-p_y) + beta KL of the softmax without y) (decoupled distillation, CVPR 2022,
-    arXiv:2203.08679)"""
+    """T^2 (alpha KL of (p_y, 1-p_y) + beta KL of the softmax without y) (decoupled distillation,
+    CVPR 2022, arXiv:2203.08679).
+
+    Args:
+        s: Student logits, any shape.
+        t: Teacher logits, the same shape.
+        y: Labels: `s` without the class axis.
+        alpha: Weight of the target class against all others.
+        beta: Weight of the other classes among themselves.
+        T: Temperature.
+        axis: Class axis.
+        ignore_index: Positions with this label do not count.
+        mask: The shape of `y`: which positions count.
+    """
     y,mask = checked_labels(y, s, axis, ignore_index, mask)
     s,t = checked_classes(s, t, axis, mask)
     ls,lt = [_target_or_not(log_probs(x, T, axis), y, axis) for x in (s, t)]
@@ -61,27 +75,38 @@ def dkd(
 class DKD(Loss): fn = dkd
 
 def _target_or_not(lp, y, axis):
-    "log p_y and log(1-p_y), without the cancellation in 1-p_y"
+    """log p_y and log(1-p_y), without the cancellation in 1-p_y."""
     return torch.stack([of_class(lp, y, axis), without_class(lp, y, axis).logsumexp(axis)])
 
 
 @loss(kind='softmax', match='shape')
 def nkd(
-    s:Tensor, # student logits, any shape
-    t:Tensor, # teacher logits, the same shape
-    y:Tensor, # labels: `s` without the class axis
-    *, gamma:float=1.5, # weight of the other classes among themselves
-    T:float=1., # temperature of that part; the target class has none
-    axis:int=1, # class axis
-    ignore_index:int=-100, # positions with this label do not count
-    mask:Tensor|None=None, # the shape of `y`: which positions count
+    s:Tensor,
+    t:Tensor,
+    y:Tensor,
+    *, gamma:float=1.5,
+    T:float=1.,
+    axis:int=1,
+    ignore_index:int=-100,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    """-p_t^y log p_s^y + gamma T^2 cross-entropy of the softmax without y (normalized distillation, ICCV 2023,
-    arXiv:2303.13005).
+    """-p_t^y log p_s^y + gamma T^2 cross-entropy of the softmax without y (normalized distillation,
+    ICCV 2023, arXiv:2303.13005).
 
-    Its minimum is gamma T^2 times the entropy of the teacher's other classes, where the student predicts y with
-    probability 1"""
+    Its minimum is gamma T^2 times the entropy of the teacher's other classes, where the student
+    predicts y with probability 1.
+
+    Args:
+        s: Student logits, any shape.
+        t: Teacher logits, the same shape.
+        y: Labels: `s` without the class axis.
+        gamma: Weight of the other classes among themselves.
+        T: Temperature of that part; the target class has none.
+        axis: Class axis.
+        ignore_index: Positions with this label do not count.
+        mask: The shape of `y`: which positions count.
+    """
     y,mask = checked_labels(y, s, axis, ignore_index, mask)
     s,t = checked_classes(s, t, axis, mask)
     ls,lt = [of_class(log_probs(x, 1., axis), y, axis) for x in (s, t)]
@@ -93,20 +118,36 @@ class NKD(Loss): fn = nkd
 
 @loss(kind='softmax', match='shape')
 def rld(
-    s:Tensor, # student logits, any shape
-    t:Tensor, # teacher logits, the same shape
-    y:Tensor, # labels: `s` without the class axis
-    *, alpha:float=1., # weight of the first part: how certain the student is of the label, the teacher of its own class
-    beta:float=8., # weight of the second part: the classes less likely than the label, among themselves
-    T:float=4., # temperature
-    alpha_T:float|None=None, # temperature of the first part; None: T
-    axis:int=1, # class axis
-    ignore_index:int=-100, # positions with this label do not count
-    mask:Tensor|None=None, # the shape of `y`: which positions count
+    s:Tensor,
+    t:Tensor,
+    y:Tensor,
+    *, alpha:float=1.,
+    beta:float=8.,
+    T:float=4.,
+    alpha_T:float|None=None,
+    axis:int=1,
+    ignore_index:int=-100,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    """alpha_T^2 alpha KL of (max p_t, 1 - max p_t) to (p_s^y, 1-p_s^y) + T^2 beta KL of the softmax over classes that
-    the teacher finds less likely than y: refined logit distillation (ICCV 2025, arXiv:2408.07703)"""
+    """alpha_T^2 alpha KL of (max p_t, 1 - max p_t) to (p_s^y, 1-p_s^y) + T^2 beta KL of the softmax
+    over classes that the teacher finds less likely than y: refined logit distillation (ICCV 2025,
+    arXiv:2408.07703).
+
+    Args:
+        s: Student logits, any shape.
+        t: Teacher logits, the same shape.
+        y: Labels: `s` without the class axis.
+        alpha: Weight of the first part: how certain the student is of the label, the teacher of
+            its own class.
+        beta: Weight of the second part: the classes less likely than the label, among
+            themselves.
+        T: Temperature.
+        alpha_T: Temperature of the first part; None: T.
+        axis: Class axis.
+        ignore_index: Positions with this label do not count.
+        mask: The shape of `y`: which positions count.
+    """
     y,mask = checked_labels(y, s, axis, ignore_index, mask)
     s,t = checked_classes(s, t, axis, mask)
     A = T if alpha_T is None else alpha_T

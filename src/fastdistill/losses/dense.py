@@ -1,6 +1,8 @@
-"""Losses for dense prediction: (B, C, H, W) maps of logits or features; (B, L, D) tokens with axis=-1.
+"""Losses for dense prediction: (B, C, H, W) maps of logits or features; (B, L, D) tokens with
+axis=-1.
 
-`axis` is the channel axis."""
+`axis` is the channel axis.
+"""
 import torch
 from torch import Tensor
 import torch.nn.functional as F
@@ -14,15 +16,25 @@ MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 @loss(kind=None, match='shape')
 def cwd(
-    s:Tensor, # (B, C, H, W) logits or features of the student, projected to the teacher's shape
-    t:Tensor, # (B, C, H, W) of the teacher
-    *, T:float=4., # temperature
-    axis:int=1, # channel axis
-    mask:Tensor|None=None, # (B, H, W): pixels that are part of the softmax; an image without any does not count
-    reduction:str='mean' # 'none': (B, C)
+    s:Tensor,
+    t:Tensor,
+    *, T:float=4.,
+    axis:int=1,
+    mask:Tensor|None=None,
+    reduction:str='mean'
 ):
-    """T^2 KL of each channel's softmax over all positions, mean over channels and samples (channel-wise KD,
-    arXiv:2011.13256)"""
+    """T^2 KL of each channel's softmax over all positions, mean over channels and samples
+    (channel-wise KD, arXiv:2011.13256).
+
+    Args:
+        s: (B, C, H, W) logits or features of the student, projected to the teacher's shape.
+        t: (B, C, H, W) of the teacher.
+        T: Temperature.
+        axis: Channel axis.
+        mask: (B, H, W): pixels that are part of the softmax; an image without any does not
+            count.
+        reduction: 'none': (B, C).
+    """
     if s.shape != t.shape:
         raise DistillError(f"Student {tuple(s.shape)}, teacher {tuple(t.shape)}: cwd compares channel with channel and "
                            "pixel with pixel. Resize one of them, or give the student a projector (1x1 convolution)")
@@ -43,7 +55,7 @@ class CWD(Loss): fn = cwd
 
 
 def affinity(x, pool, axis):
-    "(B, P, P) cosines over channels between the cells that max-pooling leaves"
+    """(B, P, P) cosines over channels between the cells that max-pooling leaves."""
     x = channels_first(x, axis)
     grid = x.shape[2:]
     if len(grid) not in MAX_POOL:
@@ -55,17 +67,27 @@ def affinity(x, pool, axis):
 
 @loss(kind=None, match='grid', samples=True)
 def pairwise(
-    s:Tensor, # (B, C, H, W) student map
-    t:Tensor, # (B, C', H, W) teacher map: channels may differ
-    *, pool:int|float=2, # size of a cell: in pixels, or below 1 as a share of height and width (the authors use .5)
-    axis:int=1, # channel axis
-    mask:Tensor|None=None, # (B,): which samples count
+    s:Tensor,
+    t:Tensor,
+    *, pool:int|float=2,
+    axis:int=1,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    """Squared difference of the cosines between all pairs of cells, mean over pairs (structured KD, arXiv:1903.04197).
+    """Squared difference of the cosines between all pairs of cells, mean over pairs (structured KD,
+    arXiv:1903.04197).
 
-    The gradient is that of the whole cosine. In the authors' code none passes through the lengths of the student's
-    vectors"""
+    The gradient is that of the whole cosine. In the authors' code none passes through the lengths
+    of the student's vectors.
+
+    Args:
+        s: (B, C, H, W) student map.
+        t: (B, C', H, W) teacher map: channels may differ.
+        pool: Size of a cell: in pixels, or below 1 as a share of height and width (the authors
+            use .5).
+        axis: Channel axis.
+        mask: (B,): which samples count.
+    """
     if not (pool >= 1 if isinstance(pool, int) else 0 < pool < 1):
         raise DistillError(f"pool={pool}: a cell is a whole number of pixels from 1, or a share of height and width "
                            "below 1")
@@ -79,11 +101,17 @@ class Pairwise(Loss): fn = pairwise
 
 
 def to_prototypes(
-    x:Tensor, # (B, C, P)
-    y:Tensor, # (B, P) class of each position
-    n:int # number of classes
+    x:Tensor,
+    y:Tensor,
+    n:int
 ):
-    "(B, P) cosine of each position with the mean of its class in the same image"
+    """(B, P) cosine of each position with the mean of its class in the same image.
+
+    Args:
+        x: (B, C, P).
+        y: (B, P) class of each position.
+        n: Number of classes.
+    """
     i = y[:, None].expand_as(x)
     # a sum instead of the mean: the cosine is the same
     proto = x.new_zeros(len(x), x.shape[1], n).scatter_add(2, i, x)
@@ -91,30 +119,46 @@ def to_prototypes(
 
 
 def numbered(
-    y:Tensor # (B, P) class of each position
+    y:Tensor
 ):
     """(B, P): the classes of each image, renumbered as 0, 1, 2 ... in ascending order.
 
-    To count the classes would make the GPU wait; this does not"""
+    To count the classes would make the GPU wait; this does not.
+
+    Args:
+        y: (B, P) class of each position.
+    """
     v,i = y.sort(1)
     return torch.zeros_like(y).scatter(1, i, F.pad((v[:, 1:] != v[:, :-1]).long().cumsum(1), (1, 0)))
 
 
 @loss(kind=None, match='grid')
 def ifvd(
-    s:Tensor, # (B, C, H, W) student map
-    t:Tensor, # (B, C', H, W) teacher map: channels may differ
-    y:Tensor, # (B, H', W') labels; resized to the map, nearest
-    *, classes:int|None=None, # number of classes; None: unknown, which needs twice the memory
-    ignore_index:int=-100, # positions with this label do not count
-    axis:int=1, # channel axis
-    mask:Tensor|None=None, # (B, H, W), the map's grid: which positions count in the mean
-    reduction:str='mean' # 'none': (B, H, W), 0 where ignored
+    s:Tensor,
+    t:Tensor,
+    y:Tensor,
+    *, classes:int|None=None,
+    ignore_index:int=-100,
+    axis:int=1,
+    mask:Tensor|None=None,
+    reduction:str='mean'
 ):
-    """Squared difference of each position's cosine with the mean feature of its class in its image (intra-class feature
-    variation, Wang et al., ECCV 2020).
+    """Squared difference of each position's cosine with the mean feature of its class in its image
+    (intra-class feature variation, Wang et al., ECCV 2020).
 
-    It is the mean over the positions that count. The authors' mean is over all positions, with 0 for ignored ones"""
+    It is the mean over the positions that count. The authors' mean is over all positions, with 0
+    for ignored ones.
+
+    Args:
+        s: (B, C, H, W) student map.
+        t: (B, C', H, W) teacher map: channels may differ.
+        y: (B, H', W') labels; resized to the map, nearest.
+        classes: Number of classes; None: unknown, which needs twice the memory.
+        ignore_index: Positions with this label do not count.
+        axis: Channel axis.
+        mask: (B, H, W), the map's grid: which positions count in the mean.
+        reduction: 'none': (B, H, W), 0 where ignored.
+    """
     s,t = channels_first(s, axis),channels_first(t, axis)
     if s.shape[2:] != t.shape[2:] or len(s) != len(t) or y.dim() != s.dim()-1 or len(y) != len(s):
         raise DistillError("ifvd needs student and teacher maps with one grid, and labels of as many axes: got "

@@ -1,4 +1,6 @@
-"Divergences beside the plain ones: a teacher softened alone, mixtures of both models, a family between both KLs."
+"""Divergences beside the plain ones: a teacher softened alone, mixtures of both models, a family
+between both KLs.
+"""
 import math
 from functools import partial
 import torch
@@ -12,15 +14,24 @@ __all__ = ['ttm', 'TTM', 'wttm', 'WTTM', 'skewed_kl', 'SkewedKL', 'taid', 'TAID'
 
 @loss(kind='softmax', match='shape')
 def ttm(
-    s:Tensor, # student logits, any shape
-    t:Tensor, # teacher logits, the same shape
-    *, T:float=4., # temperature of the teacher; the student has none
-    axis:int=1, # class axis
-    mask:Tensor|None=None, # `s` without the class axis: which positions count
+    s:Tensor,
+    t:Tensor,
+    *, T:float=4.,
+    axis:int=1,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    """KL(softmax(t/T) || softmax(s)): transformed teacher matching (ICLR 2024, arXiv:2402.11148). 0 where the student
-    predicts the softened probabilities themselves. Without T^2, since the student's logits are not divided by T"""
+    """KL(softmax(t/T) || softmax(s)): transformed teacher matching (ICLR 2024, arXiv:2402.11148). 0
+    where the student predicts the softened probabilities themselves. Without T^2, since the
+    student's logits are not divided by T.
+
+    Args:
+        s: Student logits, any shape.
+        t: Teacher logits, the same shape.
+        T: Temperature of the teacher; the student has none.
+        axis: Class axis.
+        mask: `s` without the class axis: which positions count.
+    """
     return of_positions(partial(ttm_values, T=T), s, t, axis, mask, reduction)
 
 def ttm_values(s, t, T, axis): return kl_of(log_probs(within(t, s), T, axis), log_probs(s, 1., axis), axis)
@@ -30,15 +41,23 @@ class TTM(Loss): fn = ttm
 
 @loss(kind='softmax', match='shape')
 def wttm(
-    s:Tensor, # student logits, any shape
-    t:Tensor, # teacher logits, the same shape
-    *, T:float=4., # temperature of the teacher; the student has none
-    axis:int=1, # class axis
-    mask:Tensor|None=None, # `s` without the class axis: which positions count
+    s:Tensor,
+    t:Tensor,
+    *, T:float=4.,
+    axis:int=1,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    """`ttm` of each position times U, the sum of its softmax(t)^(1/T): from 1, where the teacher is certain, to
-    C^(1-1/T), where all C classes are equal to it (ICLR 2024, arXiv:2402.11148)"""
+    """`ttm` of each position times U, the sum of its softmax(t)^(1/T): from 1, where the teacher is
+    certain, to C^(1-1/T), where all C classes are equal to it (ICLR 2024, arXiv:2402.11148).
+
+    Args:
+        s: Student logits, any shape.
+        t: Teacher logits, the same shape.
+        T: Temperature of the teacher; the student has none.
+        axis: Class axis.
+        mask: `s` without the class axis: which positions count.
+    """
     return of_positions(partial(wttm_values, T=T), s, t, axis, mask, reduction)
 
 def wttm_values(s, t, T, axis):
@@ -50,17 +69,28 @@ class WTTM(Loss): fn = wttm
 
 @loss(kind='softmax', match='shape')
 def skewed_kl(
-    s:Tensor, # student logits, any shape
-    t:Tensor, # teacher logits, the same shape
-    *, lam:float=.1, # share of the first distribution in the mixture that it is compared with; 0: the plain KL
-    reverse:bool=False, # from the student's probabilities, not from the teacher's
-    T:float=1., # temperature
-    axis:int=1, # class axis
-    mask:Tensor|None=None, # `s` without the class axis: which positions count
+    s:Tensor,
+    t:Tensor,
+    *, lam:float=.1,
+    reverse:bool=False,
+    T:float=1.,
+    axis:int=1,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    """T^2 KL(p_t || lam p_t + (1-lam) p_s), reversed T^2 KL(p_s || lam p_s + (1-lam) p_t): skewed KL, whose gradient is
-    bounded (DistiLLM, ICML 2024, arXiv:2402.03898)"""
+    """T^2 KL(p_t || lam p_t + (1-lam) p_s), reversed T^2 KL(p_s || lam p_s + (1-lam) p_t): skewed
+    KL, whose gradient is bounded (DistiLLM, ICML 2024, arXiv:2402.03898).
+
+    Args:
+        s: Student logits, any shape.
+        t: Teacher logits, the same shape.
+        lam: Share of the first distribution in the mixture that it is compared with; 0: the
+            plain KL.
+        reverse: From the student's probabilities, not from the teacher's.
+        T: Temperature.
+        axis: Class axis.
+        mask: `s` without the class axis: which positions count.
+    """
     if not 0 <= lam < 1:
         raise DistillError(f"lam={lam}: the first distribution's share of the mixture is a number from 0 to below 1")
     if lam == 0: return (reverse_kl if reverse else kl)(s, t, T=T, axis=axis, mask=mask, reduction=reduction)
@@ -74,23 +104,33 @@ def skewed_values(s, t, lam, reverse, T, axis):
 class SkewedKL(Loss): fn = skewed_kl
 
 def mixture(a, b, lam):
-    "Log of `lam` exp(a) + (1-lam) exp(b)"
+    """Log of `lam` exp(a) + (1-lam) exp(b)."""
     low = torch.finfo(a.dtype).min/4        # the gradient of logaddexp is nan where both are -inf
     return torch.logaddexp(a.clamp_min(low) + math.log(lam), b.clamp_min(low) + math.log(1-lam))
 
 
 @loss(kind='softmax', match='shape')
 def taid(
-    s:Tensor, # student logits, any shape
-    t:Tensor, # teacher logits, the same shape
-    *, lam:float=1., # the teacher's share of the target; a `Term` takes a schedule: ('linear', .4, 1.)
-    T:float=1., # temperature
-    axis:int=1, # class axis
-    mask:Tensor|None=None, # `s` without the class axis: which positions count
+    s:Tensor,
+    t:Tensor,
+    *, lam:float=1.,
+    T:float=1.,
+    axis:int=1,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    """T^2 KL to the student from the softmax of (1-lam) s + lam t, where s has no gradient: a target that moves from
-    the student to the teacher while lam grows (TAID, ICLR 2025, arXiv:2501.16937)"""
+    """T^2 KL to the student from the softmax of (1-lam) s + lam t, where s has no gradient: a
+    target that moves from the student to the teacher while lam grows (TAID, ICLR 2025,
+    arXiv:2501.16937).
+
+    Args:
+        s: Student logits, any shape.
+        t: Teacher logits, the same shape.
+        lam: The teacher's share of the target; a `Term` takes a schedule: ('linear', .4, 1.).
+        T: Temperature.
+        axis: Class axis.
+        mask: `s` without the class axis: which positions count.
+    """
     if not 0 <= lam <= 1: raise DistillError(f"lam={lam}: the teacher's share of the target is a number from 0 to 1")
     return of_positions(partial(taid_values, lam=lam, T=T), s, t, axis, mask, reduction, scale=T**2)
 
@@ -104,17 +144,29 @@ class TAID(Loss): fn = taid
 
 @loss(kind='softmax', match='shape')
 def abkd(
-    s:Tensor, # student logits, any shape
-    t:Tensor, # teacher logits, the same shape
-    *, alpha:float=.8, # exponent of the teacher's probabilities
-    beta:float=.3, # of the student's. (1, 0) is `kl`, (0, 1) `reverse_kl`, (.5, .5) 4 x squared Hellinger distance
-    T:float=4., # temperature
-    axis:int=1, # class axis
-    mask:Tensor|None=None, # `s` without the class axis: which positions count
+    s:Tensor,
+    t:Tensor,
+    *, alpha:float=.8,
+    beta:float=.3,
+    T:float=4.,
+    axis:int=1,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    """T^2 times the alpha-beta divergence, 1/(alpha beta) the sum of a/c p_t^c + b/c p_s^c - p_t^a p_s^b; a = alpha,
-    b = beta, c = a + b; its limit where one of both is 0 (ABKD, ICML 2025, arXiv:2505.04560)"""
+    """T^2 times the alpha-beta divergence, 1/(alpha beta) the sum of a/c p_t^c + b/c p_s^c - p_t^a
+    p_s^b; a = alpha, b = beta, c = a + b; its limit where one of both is 0 (ABKD, ICML 2025,
+    arXiv:2505.04560).
+
+    Args:
+        s: Student logits, any shape.
+        t: Teacher logits, the same shape.
+        alpha: Exponent of the teacher's probabilities.
+        beta: Of the student's. (1, 0) is `kl`, (0, 1) `reverse_kl`, (.5, .5) 4 x squared
+            Hellinger distance.
+        T: Temperature.
+        axis: Class axis.
+        mask: `s` without the class axis: which positions count.
+    """
     if alpha < 0 or beta < 0 or alpha + beta == 0:
         raise DistillError(f"alpha={alpha}, beta={beta}: both are 0 or more, and not both 0")
     return of_positions(partial(abkd_values, alpha=alpha, beta=beta, T=T), s, t, axis, mask, reduction, scale=T**2)
@@ -127,7 +179,7 @@ def abkd_values(s, t, alpha, beta, T, axis):
 class ABKD(Loss): fn = abkd
 
 def ab_divergence(lp, lq, a, b):
-    "The summands of the divergence of two distributions, given as logarithms"
+    """The summands of the divergence of two distributions, given as logarithms."""
     if a == 0: return ab_divergence(lq, lp, b, 0)
     if b == 0: return expect(a*lp, lp-lq)/a - ((a*lp).exp() - (a*lq).exp())/a**2
     c = a + b

@@ -1,6 +1,8 @@
-"""Losses between the features of two layers: (B, D) vectors, (B, C, H, W) maps, (B, L, D) tokens with axis=-1.
+"""Losses between the features of two layers: (B, D) vectors, (B, C, H, W) maps, (B, L, D) tokens
+with axis=-1.
 
-`axis` is the channel axis. Unless a docstring differs, a loss is the mean over all numbers."""
+`axis` is the channel axis. Unless a docstring differs, a loss is the mean over all numbers.
+"""
 import math
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ GRID_POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_a
 
 
 def same_features(s, t):
-    "Refuse shapes that would broadcast silently"
+    """Refuse shapes that would broadcast silently."""
     if s.shape != t.shape:
         raise DistillError(f"The student's features have shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: this "
                            "loss compares them element by element. Give the student a projector (a linear layer or a "
@@ -24,7 +26,7 @@ def same_features(s, t):
 
 
 def pooled(xs, axis:int=1):
-    "Features with channels first, average-pooled to the smallest grid among them"
+    """Features with channels first, average-pooled to the smallest grid among them."""
     xs = [channels_first(o, axis) for o in xs]
     grids = [tuple(o.shape[2:]) for o in xs]
     if len({len(g) for g in grids}) > 1 or len(grids[0]) not in GRID_POOL:
@@ -36,12 +38,14 @@ def pooled(xs, axis:int=1):
 
 
 def tensor_like(v, x:Tensor):
-    "A number or a tensor on the device of `x`. A number is created there, since a copy would make the GPU wait"
+    """A number or a tensor on the device of `x`. A number is created there, since a copy would make
+    the GPU wait.
+    """
     return v.to(x) if isinstance(v, Tensor) else x.new_full((1,), v)
 
 
 def per_channel(v, x:Tensor, axis:int):
-    "One number, or one per channel, in a shape that broadcasts to `x`"
+    """One number, or one per channel, in a shape that broadcasts to `x`."""
     v = tensor_like(v, x).flatten()
     if len(v) not in (1, x.shape[axis]):
         raise DistillError(f"{len(v)} values for features of shape {tuple(x.shape)}: axis {axis} has {x.shape[axis]} "
@@ -51,15 +55,22 @@ def per_channel(v, x:Tensor, axis:int):
 
 @loss(kind=None, match='shape')
 def hint(
-    s:Tensor, # student features, projected to the teacher's shape
-    t:Tensor, # teacher features
-    *, axis:int=1, # channel axis
-    mask:Tensor|None=None, # `s` without the channel axis: which positions count
+    s:Tensor,
+    t:Tensor,
+    *, axis:int=1,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
     """Mean squared difference (FitNets, arXiv:1412.6550).
 
-    The paper's loss, 1/2 ||t-s||^2, is this times channels x positions / 2"""
+    The paper's loss, 1/2 ||t-s||^2, is this times channels x positions / 2.
+
+    Args:
+        s: Student features, projected to the teacher's shape.
+        t: Teacher features.
+        axis: Channel axis.
+        mask: `s` without the channel axis: which positions count.
+    """
     same_features(s, t)
     return reduce((s-t).pow(2).mean(axis), reduction, mask)
 
@@ -68,17 +79,27 @@ class Hint(Loss): fn = hint
 
 @loss(kind=None, match='none', samples=True)
 def at(
-    s:Tensor, # (B, C, H, W) student map
-    t:Tensor, # (B, C', H', W') teacher map: channels may differ; the larger grid is average-pooled to the smaller
-    *, p:float=2., # exponent of the activations
-    axis:int=1, # channel axis; with -1, tokens have a map over L
-    mask:Tensor|None=None, # (B,): which samples count
+    s:Tensor,
+    t:Tensor,
+    *, p:float=2.,
+    axis:int=1,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    """Squared difference of the attention maps q = mean_c |x|^p, scaled to length 1 (arXiv:1612.03928).
+    """Squared difference of the attention maps q = mean_c |x|^p, scaled to length 1
+    (arXiv:1612.03928).
 
     It is the mean over positions, as in the authors' code, where its weight is 1000. Times H x W it is
-    ||q_s - q_t||^2, from 0 to 2 at any resolution. The paper's formula is half the root of that"""
+    ||q_s - q_t||^2, from 0 to 2 at any resolution. The paper's formula is half the root of that.
+
+    Args:
+        s: (B, C, H, W) student map.
+        t: (B, C', H', W') teacher map: channels may differ; the larger grid is average-pooled
+            to the smaller.
+        p: Exponent of the activations.
+        axis: Channel axis; with -1, tokens have a map over L.
+        mask: (B,): which samples count.
+    """
     if p < 1: raise DistillError(f"p={p}: the exponent must be at least 1. Below 1 the gradient at 0 is infinite")
     s,t = [unit(o.abs().pow(p).mean(1).flatten(1)) for o in pooled([s, t], axis)]
     return reduce((s-t).pow(2).mean(1), reduction, mask)
@@ -88,17 +109,25 @@ class AT(Loss): fn = at
 
 @loss(kind=None, match='none', samples=True)
 def nst(
-    s:Tensor, # (B, C, H, W) student map
-    t:Tensor, # (B, C', H', W') teacher map: channels may differ; the larger grid is average-pooled to the smaller
-    *, axis:int=1, # channel axis
-    mask:Tensor|None=None, # (B,): which samples count
+    s:Tensor,
+    t:Tensor,
+    *, axis:int=1,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    """Maximum mean discrepancy between the channels, with the kernel (a.b)^2 (neuron selectivity transfer,
-    arXiv:1707.01219).
+    """Maximum mean discrepancy between the channels, with the kernel (a.b)^2 (neuron selectivity
+    transfer, arXiv:1707.01219).
 
-    A channel is a vector over the positions, scaled to length 1. The loss is the mean over pairs of channels, as in
-    the authors' code"""
+    A channel is a vector over the positions, scaled to length 1. The loss is the mean over pairs of
+    channels, as in the authors' code.
+
+    Args:
+        s: (B, C, H, W) student map.
+        t: (B, C', H', W') teacher map: channels may differ; the larger grid is average-pooled
+            to the smaller.
+        axis: Channel axis.
+        mask: (B,): which samples count.
+    """
     s,t = [unit(o.flatten(2), 2) for o in pooled([s, t], axis)]
     # both ways give the same number; pairs of positions are cheaper where these are fewer than channels (2048 x 7 x 7)
     if s.shape[2] < max(s.shape[1], t.shape[1]):
@@ -112,24 +141,32 @@ class NST(Loss): fn = nst
 
 
 def flows(xs, axis):
-    "For each two consecutive layers: (B, C1, C2) products of their channels, mean over positions"
+    """For each two consecutive layers: (B, C1, C2) products of their channels, mean over positions."""
     xs = [[o.flatten(2) for o in pooled(pair, axis)] for pair in zip(xs, xs[1:])]
     return [a@b.mT/a.shape[2] for a,b in xs]
 
 
 @loss(kind=None, match='shape', lists=True, samples=True)
 def fsp(
-    s:list, # student maps [(B, C1, H, W), (B, C2, H2, W2), ...] in the order of the layers, two or more
-    t:list, # teacher maps, as many, with the same channels; grids may differ
-    *, axis:int=1, # channel axis
-    mask:Tensor|None=None, # (B,): which samples count
+    s:list,
+    t:list,
+    *, axis:int=1,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
     """Squared difference of the flows between consecutive layers (Yim et al., CVPR 2017).
 
-    A flow G holds the products of each channel of one layer with each channel of the next. The loss is the mean over
-    G and the sum over pairs of layers. The paper sums over G, which is C1 x C2 times as much. If the grids of two
-    layers differ, the larger is average-pooled"""
+    A flow G holds the products of each channel of one layer with each channel of the next. The loss
+    is the mean over G and the sum over pairs of layers. The paper sums over G, which is C1 x C2
+    times as much. If the grids of two layers differ, the larger is average-pooled.
+
+    Args:
+        s: Student maps [(B, C1, H, W), (B, C2, H2, W2), ...] in the order of the layers, two or
+            more.
+        t: Teacher maps, as many, with the same channels; grids may differ.
+        axis: Channel axis.
+        mask: (B,): which samples count.
+    """
     if not isinstance(s, list) or not isinstance(t, list) or len(s) != len(t) or len(s) < 2:
         got = [f'a list of {len(o)}' if isinstance(o, list) else f'a {type(o).__name__}' for o in (s, t)]
         raise DistillError("fsp takes two lists of equal length, with two or more maps each; it got "
@@ -145,18 +182,26 @@ class FSP(Loss): fn = fsp
 
 @loss(kind=None, match='shape')
 def ab(
-    s:Tensor, # student features before the ReLU, projected to the teacher's shape
-    t:Tensor, # teacher features before the ReLU
-    *, margin:float=1., # distance from 0, on the teacher's side, beyond which the loss is 0
-    axis:int=1, # channel axis
-    mask:Tensor|None=None, # `s` without the channel axis: which positions count
+    s:Tensor,
+    t:Tensor,
+    *, margin:float=1.,
+    axis:int=1,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    """Squared hinge loss on the sign of `t`: is each neuron active where the teacher's is? (activation boundaries,
-    arXiv:1811.03233).
+    """Squared hinge loss on the sign of `t`: is each neuron active where the teacher's is?
+    (activation boundaries, arXiv:1811.03233).
 
-    It is 0 where `s` has the sign of `t` and is at least `margin` away from 0, so it need not be 0 at s == t. The
-    authors' loss is the sum over a sample's numbers, times .003"""
+    It is 0 where `s` has the sign of `t` and is at least `margin` away from 0, so it need not be 0
+    at s == t. The authors' loss is the sum over a sample's numbers, times .003.
+
+    Args:
+        s: Student features before the ReLU, projected to the teacher's shape.
+        t: Teacher features before the ReLU.
+        margin: Distance from 0, on the teacher's side, beyond which the loss is 0.
+        axis: Channel axis.
+        mask: `s` without the channel axis: which positions count.
+    """
     same_features(s, t)
     return reduce(torch.where(t > 0, margin-s, margin+s).relu().pow(2).mean(axis), reduction, mask)
 
@@ -164,17 +209,21 @@ class AB(Loss): fn = ab
 
 
 def negative_mean(t, axis):
-    "The mean of each channel's negative values; 0 if it has none"
+    """The mean of each channel's negative values; 0 if it has none."""
     t = cells(t, axis)
     return t.clamp_max(0).sum((0, 2))/(t < 0).sum((0, 2)).clamp_min(1)
 
 
 def ofd_margin(
-    bn:nn.Module # the teacher's BatchNorm before the ReLU
+    bn:nn.Module
 ):
     """(C,) expected negative value of each channel: E[x | x < 0] for x ~ N(bias, weight^2).
 
-    Where almost no value is negative it is -3 |weight|, as in the code of OFD's authors"""
+    Where almost no value is negative it is -3 |weight|, as in the code of OFD's authors.
+
+    Args:
+        bn: The teacher's BatchNorm before the ReLU.
+    """
     s = _full(torch.ones(bn.num_features) if bn.weight is None else bn.weight.detach().abs())
     m = _full(torch.zeros_like(s) if bn.bias is None else bn.bias.detach())
     z = m/s.clamp_min(1e-12)
@@ -185,17 +234,26 @@ def ofd_margin(
 
 @loss(kind=None, match='shape')
 def ofd(
-    s:Tensor, # student features before the ReLU, projected to the teacher's shape
-    t:Tensor, # teacher features before the ReLU
-    *, margin:Tensor|float|None=None, # (C,) lower bound of the teacher's values; None: the mean of its negative values
-    axis:int=1, # channel axis
-    mask:Tensor|None=None, # `s` without the channel axis: which positions count
+    s:Tensor,
+    t:Tensor,
+    *, margin:Tensor|float|None=None,
+    axis:int=1,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    """Squared distance to max(t, margin), but 0 where that is not positive and the student is already below it
-    (overhaul of feature distillation, arXiv:1904.01866).
+    """Squared distance to max(t, margin), but 0 where that is not positive and the student is
+    already below it (overhaul of feature distillation, arXiv:1904.01866).
 
-    The authors' loss is the sum over a sample's numbers, divided by 1000 for CIFAR and by 10000 for ImageNet"""
+    The authors' loss is the sum over a sample's numbers, divided by 1000 for CIFAR and by 10000 for
+    ImageNet.
+
+    Args:
+        s: Student features before the ReLU, projected to the teacher's shape.
+        t: Teacher features before the ReLU.
+        margin: (C,) lower bound of the teacher's values; None: the mean of its negative values.
+        axis: Channel axis.
+        mask: `s` without the channel axis: which positions count.
+    """
     same_features(s, t)
     t = torch.maximum(t, per_channel(negative_mean(t, axis) if margin is None else margin, t, axis))
     return reduce(torch.where((s > t) | (t > 0), (s-t).pow(2), 0.).mean(axis), reduction, mask)
@@ -203,26 +261,40 @@ def ofd(
 
 @loss(kind=None, match='shape')
 def vid(
-    s:Tensor, # student features, projected to the teacher's shape: the mean of the Gaussian
-    t:Tensor, # teacher features
-    *, log_scale:Tensor|None=None, # (C,) trained; the variance is softplus(log_scale) + eps. `VID` owns it. None: `var`
-    var:float=5., # variance at the start
-    eps:float=1e-5, # smallest variance
-    axis:int=1, # channel axis
-    mask:Tensor|None=None, # `s` without the channel axis: which positions count
+    s:Tensor,
+    t:Tensor,
+    *, log_scale:Tensor|None=None,
+    var:float=5.,
+    eps:float=1e-5,
+    axis:int=1,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    """Gaussian negative log-likelihood of `t`, 1/2 ((s-t)^2/var + log var) (variational information distillation,
-    arXiv:1904.05835).
+    """Gaussian negative log-likelihood of `t`, 1/2 ((s-t)^2/var + log var) (variational information
+    distillation, arXiv:1904.05835).
 
-    The paper sums over a sample's numbers. The loss can be negative. For a given variance its minimum is at s == t"""
+    The paper sums over a sample's numbers. The loss can be negative. For a given variance its
+    minimum is at s == t.
+
+    Args:
+        s: Student features, projected to the teacher's shape: the mean of the Gaussian.
+        t: Teacher features.
+        log_scale: (C,) trained; the variance is softplus(log_scale) + eps. `VID` owns it. None:
+            `var`
+        var: Variance at the start.
+        eps: Smallest variance.
+        axis: Channel axis.
+        mask: `s` without the channel axis: which positions count.
+    """
     same_features(s, t)
     var = tensor_like(var, s) if log_scale is None else F.softplus(per_channel(log_scale, s, axis)) + eps
     return reduce(((s-t).pow(2)/var + var.log()).mean(axis)/2, reduction, mask)
 
 
 class Owner(Loss):
-    "A loss that owns a tensor whose size depends on the teacher: given as an option, or made by `prepare`"
+    """A loss that owns a tensor whose size depends on the teacher: given as an option, or made by
+    `prepare`.
+    """
     own = None # name of the option, and of the attribute
 
     def __init__(self, **options):
@@ -234,7 +306,7 @@ class Owner(Loss):
     def keep(self, v): setattr(self, self.own, v.detach().clone())
 
     def _load_from_state_dict(self, state, prefix, *args):
-        "A loss that is not prepared yet takes the numbers from the state"
+        """A loss that is not prepared yet takes the numbers from the state."""
         v = state.get(prefix + self.own)
         if v is not None and getattr(self, self.own) is None: self.keep(v)
         super()._load_from_state_dict(state, prefix, *args)
@@ -244,7 +316,9 @@ class OFD(Owner):
     fn,own = ofd,'margin'
 
     def prepare(self, s, t, layer=None, axis=None):
-        "Set the margin: from the teacher's layer if that is a BatchNorm, else from the negative values in this batch"
+        """Set the margin: from the teacher's layer if that is a BatchNorm, else from the negative
+        values in this batch.
+        """
         if self.margin is not None: return
         if isinstance(layer, _BatchNorm): self.keep(ofd_margin(layer).to(t.device))
         else: self.keep(negative_mean(_full(t), self.option('axis') if axis is None else axis))
@@ -260,7 +334,7 @@ class VID(Owner):
         self.log_scale = nn.Parameter(v.detach().clone())
 
     def prepare(self, s, t, layer=None, axis=None):
-        "Create the variance of each channel of the teacher"
+        """Create the variance of each channel of the teacher."""
         if self.log_scale is not None: return
         start = math.log(math.expm1(self.option('var') - self.option('eps')))
         self.keep(_full(t).new_full((t.shape[self.option('axis') if axis is None else axis],), start))
@@ -274,10 +348,15 @@ class VID(Owner):
 
 
 def standardized_rows(
-    x:Tensor, # (C, N)
-    w:Tensor # (N,) weights
+    x:Tensor,
+    w:Tensor
 ):
-    "Each row minus its mean, scaled to length 1. A row that is constant up to rounding becomes 0"
+    """Each row minus its mean, scaled to length 1. A row that is constant up to rounding becomes 0.
+
+    Args:
+        x: (C, N).
+        w: (N,) weights.
+    """
     x = torch.where(w > 0, x, 0.)
     eps = torch.finfo(x.dtype).eps
     mean = (x*w).sum(1, keepdim=True)/w.sum().clamp_min(eps)
@@ -286,15 +365,23 @@ def standardized_rows(
 
 @loss(kind=None, match='shape', relates=True)
 def pkd(
-    s:Tensor, # student features, projected to the teacher's shape
-    t:Tensor, # teacher features
-    *, axis:int=1, # channel axis
-    mask:Tensor|None=None # `s` without the channel axis: which positions count in the correlation
+    s:Tensor,
+    t:Tensor,
+    *, axis:int=1,
+    mask:Tensor|None=None
 ):
-    """1 - Pearson correlation of each channel over batch and positions, mean over channels (PKD, arXiv:2207.02039).
+    """1 - Pearson correlation of each channel over batch and positions, mean over channels (PKD,
+    arXiv:2207.02039).
 
-    The authors' code multiplies it by (M-1)/M, where M = batch x positions. A channel that is constant in one model
-    adds 1/2, a channel that is constant in both adds 0"""
+    The authors' code multiplies it by (M-1)/M, where M = batch x positions. A channel that is
+    constant in one model adds 1/2, a channel that is constant in both adds 0.
+
+    Args:
+        s: Student features, projected to the teacher's shape.
+        t: Teacher features.
+        axis: Channel axis.
+        mask: `s` without the channel axis: which positions count in the correlation.
+    """
     same_features(s, t)
     grid = channels_first(s, axis)[:, 0].shape
     w = t.new_ones(grid) if mask is None else fit_mask(mask, grid).to(t)
@@ -307,15 +394,22 @@ class PKD(Loss): fn = pkd
 
 @loss(kind=None, match='shape')
 def cosine(
-    s:Tensor, # student features, projected to the teacher's shape
-    t:Tensor, # teacher features
-    *, axis:int=1, # channel axis
-    mask:Tensor|None=None, # `s` without the channel axis: which positions count
+    s:Tensor,
+    t:Tensor,
+    *, axis:int=1,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
     """1 - cosine of each position's features (DistilBERT, arXiv:1910.01108). From 0 to 2.
 
-    Twice this is the squared distance of the features that were scaled to length 1"""
+    Twice this is the squared distance of the features that were scaled to length 1.
+
+    Args:
+        s: Student features, projected to the teacher's shape.
+        t: Teacher features.
+        axis: Channel axis.
+        mask: `s` without the channel axis: which positions count.
+    """
     same_features(s, t)
     return reduce(1 - (unit(s, axis)*unit(t, axis)).sum(axis), reduction, mask)
 

@@ -1,7 +1,9 @@
 """Losses between relations: of samples (`rkd`, `sp`, `cc`, `pkt`, `seed`) or of channels (`ickd`).
 
-Each compares a square matrix of the student with one of the teacher, so their features may have different sizes. A
-sample is one vector, flattened behind the batch axis. To compare means, pool maps or tokens first."""
+Each compares a square matrix of the student with one of the teacher, so their features may have
+different sizes. A sample is one vector, flattened behind the batch axis. To compare means, pool
+maps or tokens first.
+"""
 import math
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ __all__ = ['rkd', 'RKD', 'sp', 'SP', 'cc', 'CC', 'pkt', 'PKT', 'seed', 'SEED', '
 
 
 def samples(s:Tensor, t:Tensor):
-    "Both as (B, D)"
+    """Both as (B, D)."""
     if len(s) != len(t) or s.dim() < 2 or t.dim() < 2:
         raise DistillError(f"Student {tuple(s.shape)} and teacher {tuple(t.shape)}: relations between samples need the "
                            "same samples, (B, D) or (B, ...), from both")
@@ -22,9 +24,14 @@ def samples(s:Tensor, t:Tensor):
 
 
 def distances(
-    x:Tensor # (B, D)
+    x:Tensor
 ):
-    "(B, B) distances divided by their mean, and which of them are 0 up to rounding: such pairs have no direction"
+    """(B, B) distances divided by their mean, and which of them are 0 up to rounding: such pairs
+    have no direction.
+
+    Args:
+        x: (B, D).
+    """
     # subtle: cdist's gradient is 0 where rows are equal (a root's is infinite). Its matrix form loses half the digits
     d = torch.cdist(x, x, compute_mode='donot_use_mm_for_euclid_dist')
     d = d/(d.sum()/(d > 0).sum().clamp_min(1)).clamp_min(torch.finfo(d.dtype).tiny)
@@ -32,10 +39,16 @@ def distances(
 
 
 def cosines(
-    d:Tensor, # (B, B) distances
-    none:Tensor # which of them are 0
+    d:Tensor,
+    none:Tensor
 ):
-    "(B, B, B) cosine of the angle at i between j and k, by the law of cosines; 0 where there is no angle"
+    """(B, B, B) cosine of the angle at i between j and k, by the law of cosines; 0 where there is
+    no angle.
+
+    Args:
+        d: (B, B) distances.
+        none: Which of them are 0.
+    """
     sq,d = d.square(),d.masked_fill(none, 1.)
     cos = (sq[:, :, None] + sq[:, None] - sq)/(2*d[:, :, None]*d[:, None])
     return cos.masked_fill(none[:, :, None] | none[:, None], 0.)
@@ -43,18 +56,26 @@ def cosines(
 
 @loss(kind=None, match='none', samples=True, relates=True)
 def rkd(
-    s:Tensor, # (B, D), or (B, ...)
-    t:Tensor, # (B, D'), or (B, ...)
-    *, w_d:float=25., # weight of the distances
-    w_a:float=50., # weight of the angles, which need memory for B^3 numbers
-    mask:Tensor|None=None, # (B,): whose relations count; all remain neighbors of the others
+    s:Tensor,
+    t:Tensor,
+    *, w_d:float=25.,
+    w_a:float=50.,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    """Huber losses of the distances, divided by their mean, and of the cosines of all triples (relational KD,
-    arXiv:1904.05068).
+    """Huber losses of the distances, divided by their mean, and of the cosines of all triples
+    (relational KD, arXiv:1904.05068).
 
-    They are means over all pairs and triples, including i = j, as in the authors' code. Equal rows have no angle and
-    get no gradient"""
+    They are means over all pairs and triples, including i = j, as in the authors' code. Equal rows
+    have no angle and get no gradient.
+
+    Args:
+        s: (B, D), or (B, ...).
+        t: (B, D'), or (B, ...).
+        w_d: Weight of the distances.
+        w_a: Weight of the angles, which need memory for B^3 numbers.
+        mask: (B,): whose relations count; all remain neighbors of the others.
+    """
     (ds,ns),(dt,nt) = map(distances, samples(s, t))
     v = w_d*F.smooth_l1_loss(ds, dt, reduction='none').mean(1)
     if w_a: v = v + w_a*F.smooth_l1_loss(cosines(ds, ns), cosines(dt, nt), reduction='none').mean((1, 2))
@@ -65,13 +86,19 @@ class RKD(Loss): fn = rkd
 
 @loss(kind=None, match='none', samples=True, relates=True)
 def sp(
-    s:Tensor, # (B, D), or (B, ...)
-    t:Tensor, # (B, D'), or (B, ...)
-    *, mask:Tensor|None=None, # (B,): whose relations count; all remain neighbors of the others
+    s:Tensor,
+    t:Tensor,
+    *, mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    """Squared difference of the matrices x x^T, rows scaled to length 1, mean over B^2 (similarity-preserving KD,
-    arXiv:1907.09682)"""
+    """Squared difference of the matrices x x^T, rows scaled to length 1, mean over B^2
+    (similarity-preserving KD, arXiv:1907.09682).
+
+    Args:
+        s: (B, D), or (B, ...).
+        t: (B, D'), or (B, ...).
+        mask: (B,): whose relations count; all remain neighbors of the others.
+    """
     s,t = [unit(x@x.T) for x in samples(s, t)]
     return reduce((s-t).pow(2).mean(1), reduction, mask)
 
@@ -79,27 +106,38 @@ class SP(Loss): fn = sp
 
 
 def gaussian(x, gamma, degree):
-    "exp(-gamma |a-b|^2) for rows of length 1, as a Taylor sum up to `degree`"
+    """exp(-gamma |a-b|^2) for rows of length 1, as a Taylor sum up to `degree`."""
     x = x@x.T
     return math.exp(-2*gamma)*sum((2*gamma)**p/math.factorial(p)*x**p for p in range(degree+1))
 
 
 @loss(kind=None, match='none', samples=True, relates=True)
 def cc(
-    s:Tensor, # (B, D), or (B, ...)
-    t:Tensor, # (B, D'), or (B, ...)
-    *, kernel:str='gaussian', # or 'bilinear', x x^T
-    gamma:float=.4, # of the Gaussian kernel
-    degree:int=2, # of its Taylor sum
-    normalize:bool=True, # scale rows to length 1 first; the Taylor sum is the Gaussian only for such rows
-    mask:Tensor|None=None, # (B,): whose relations count; all remain neighbors of the others
+    s:Tensor,
+    t:Tensor,
+    *, kernel:str='gaussian',
+    gamma:float=.4,
+    degree:int=2,
+    normalize:bool=True,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    """Squared difference of the kernel matrices of the samples, mean over B^2 (correlation congruence,
-    arXiv:1904.01802).
+    """Squared difference of the kernel matrices of the samples, mean over B^2 (correlation
+    congruence, arXiv:1904.01802).
 
-    Other implementations differ from the paper: one takes the root of this, another multiplies neighbors in the
-    batch"""
+    Other implementations differ from the paper: one takes the root of this, another multiplies
+    neighbors in the batch.
+
+    Args:
+        s: (B, D), or (B, ...).
+        t: (B, D'), or (B, ...).
+        kernel: Or 'bilinear', x x^T.
+        gamma: Of the Gaussian kernel.
+        degree: Of its Taylor sum.
+        normalize: Scale rows to length 1 first; the Taylor sum is the Gaussian only for such
+            rows.
+        mask: (B,): whose relations count; all remain neighbors of the others.
+    """
     if kernel not in ('gaussian', 'bilinear'):
         raise DistillError(f"kernel={kernel!r}: possible are 'gaussian' and 'bilinear'")
     s,t = [unit(x) if normalize else x for x in samples(s, t)]
@@ -110,9 +148,13 @@ class CC(Loss): fn = cc
 
 
 def neighbors(
-    x:Tensor # (B, D)
+    x:Tensor
 ):
-    "(B, B) log-probability of each other sample: (1 + cosine)/2, divided by the sum of these"
+    """(B, B) log-probability of each other sample: (1 + cosine)/2, divided by the sum of these.
+
+    Args:
+        x: (B, D).
+    """
     x = unit(x)
     k = ((1 + x@x.T)/2).clamp_min(1e-7).log()
     # subtle: a finite number, far below any log here, since -inf gives nan in a batch of one
@@ -121,16 +163,22 @@ def neighbors(
 
 @loss(kind=None, match='none', samples=True, relates=True)
 def pkt(
-    s:Tensor, # (B, D), or (B, ...)
-    t:Tensor, # (B, D'), or (B, ...)
-    *, mask:Tensor|None=None, # (B,): whose neighbors count
+    s:Tensor,
+    t:Tensor,
+    *, mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    """KL of each sample's distribution over the others, p(j|i) ~ (1 + cos(i, j))/2, mean over samples (probabilistic
-    knowledge transfer, arXiv:1803.10837).
+    """KL of each sample's distribution over the others, p(j|i) ~ (1 + cos(i, j))/2, mean over
+    samples (probabilistic knowledge transfer, arXiv:1803.10837).
 
-    The paper sums over samples. The authors' code includes j = i and takes the mean over B^2, so it is about B times
-    smaller"""
+    The paper sums over samples. The authors' code includes j = i and takes the mean over B^2, so it
+    is about B times smaller.
+
+    Args:
+        s: (B, D), or (B, ...).
+        t: (B, D'), or (B, ...).
+        mask: (B,): whose neighbors count.
+    """
     ls,lt = map(neighbors, samples(s, t))
     return reduce(expect(lt, lt-ls).sum(1), reduction, mask)
 
@@ -139,20 +187,30 @@ class PKT(Loss): fn = pkt
 
 @loss(kind=None, match='shape', samples=True, relates=True)
 def seed(
-    s:Tensor, # (B, D) student embeddings, projected to the teacher's size
-    t:Tensor, # (B, D) teacher embeddings
-    *, queue:Tensor|None=None, # (K, D) teacher embeddings of earlier samples; rows of zeros are empty. `SEED` owns it
-    T_s:float=.2, # temperature of the student's similarities
-    T_t:float=.01, # of the teacher's
-    mask:Tensor|None=None, # (B,): whose similarities count; all remain neighbors of the others
+    s:Tensor,
+    t:Tensor,
+    *, queue:Tensor|None=None,
+    T_s:float=.2,
+    T_t:float=.01,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    """Cross-entropy of each sample's similarities to many teacher embeddings, softmax of cosine/T (self-supervised
-    distillation SEED, arXiv:2101.04731).
+    """Cross-entropy of each sample's similarities to many teacher embeddings, softmax of cosine/T
+    (self-supervised distillation SEED, arXiv:2101.04731).
 
-    The teacher embeddings are those of the batch, so that the sample's own is among them, and those of the queue. The
-    least possible value is the entropy of the teacher's probabilities. Student and teacher have different
-    temperatures, so s == t does not reach it"""
+    The teacher embeddings are those of the batch, so that the sample's own is among them, and those
+    of the queue. The least possible value is the entropy of the teacher's probabilities. Student
+    and teacher have different temperatures, so s == t does not reach it.
+
+    Args:
+        s: (B, D) student embeddings, projected to the teacher's size.
+        t: (B, D) teacher embeddings.
+        queue: (K, D) teacher embeddings of earlier samples; rows of zeros are empty. `SEED`
+            owns it.
+        T_s: Temperature of the student's similarities.
+        T_t: Of the teacher's.
+        mask: (B,): whose similarities count; all remain neighbors of the others.
+    """
     s,t = samples(s, t)
     same_features(s, t)
     anchors = t if queue is None else torch.cat([t, tensor_like(queue, t)])
@@ -176,11 +234,13 @@ class SEED(Owner):
         super().__init__(**options)
 
     def prepare(self, s, t, layer=None, axis=None):
-        "Create an empty queue"
+        """Create an empty queue."""
         if self.queue is None: self.keep(_full(t).new_zeros(self.size, t[0].numel()))
 
     def forward(self, s, t, *args, **kwargs):
-        "The loss. In training, the teacher embeddings then enter the queue, and the oldest leave it"
+        """The loss. In training, the teacher embeddings then enter the queue, and the oldest leave
+        it.
+        """
         v = super().forward(s, t, *args, **{'queue': self.queue, **kwargs})
         if torch.is_grad_enabled() and s.requires_grad:
             self.prepare(s, t)
@@ -192,24 +252,31 @@ class SEED(Owner):
 
 
 def correlations(x, axis):
-    "(B, C, C) products of channels over positions, rows scaled to length 1"
+    """(B, C, C) products of channels over positions, rows scaled to length 1."""
     x = cells(x, axis)
     return unit(x@x.mT, 2)
 
 
 @loss(kind=None, match='shape', samples=True)
 def ickd(
-    s:Tensor, # (B, C, H, W) student map, projected to the teacher's channels
-    t:Tensor, # (B, C, H', W') teacher map; the grids may differ
-    *, axis:int=1, # channel axis
-    mask:Tensor|None=None, # (B,): which samples count
+    s:Tensor,
+    t:Tensor,
+    *, axis:int=1,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    """Squared difference of the channels' products, rows scaled to length 1 (inter-channel correlation, Liu et al.,
-    ICCV 2021).
+    """Squared difference of the channels' products, rows scaled to length 1 (inter-channel
+    correlation, Liu et al., ICCV 2021).
 
-    It is the sum over a row and the mean over channels, as in the authors' CIFAR code. Their ImageNet code divides by
-    the batch size once more"""
+    It is the sum over a row and the mean over channels, as in the authors' CIFAR code. Their
+    ImageNet code divides by the batch size once more.
+
+    Args:
+        s: (B, C, H, W) student map, projected to the teacher's channels.
+        t: (B, C, H', W') teacher map; the grids may differ.
+        axis: Channel axis.
+        mask: (B,): which samples count.
+    """
     s,t = correlations(s, axis),correlations(t, axis)
     if s.shape != t.shape:
         raise DistillError(f"ickd compares {s.shape[1]} channels of {len(s)} samples with {t.shape[1]} of {len(t)}: "

@@ -1,4 +1,6 @@
-"Losses between the outputs of two models: (B, C), (B, C, H, W), (B, L, V) ... with `axis` as the class axis."
+"""Losses between the outputs of two models: (B, C), (B, C, H, W), (B, L, V) ... with `axis` as the
+class axis.
+"""
 import copy, functools, inspect, math
 from functools import partial
 import torch
@@ -17,19 +19,21 @@ __all__ = ['kl', 'KL', 'reverse_kl', 'ReverseKL', 'jsd', 'JSD', 'tvd', 'TVD', 's
 def positions(x, axis): return x.shape[:axis] + x.shape[axis+1:]
 
 def blank(mask, *xs):
-    "`xs` with 0 where the mask drops a value, so that a nan there reaches neither the loss nor the gradient"
+    """`xs` with 0 where the mask drops a value, so that a nan there reaches neither the loss nor
+    the gradient.
+    """
     return [x.where(mask > 0, 0.) for x in xs]
 
 
 def checked_pair(s, t, axis, mask):
-    "Both logits, checked, with 0 where the mask drops a position"
+    """Both logits, checked, with 0 where the mask drops a position."""
     same_shape(s, t)
     axis = class_axis(s, axis)
     return (s,t) if mask is None else blank(fit_mask(mask, positions(s, axis)).unsqueeze(axis), s, t)
 
 
 def check_classes(s, axis):
-    "A softmax needs two classes or more"
+    """A softmax needs two classes or more."""
     if s.shape[class_axis(s, axis)] < 2:
         raise DistillError(f"Outputs of shape {tuple(s.shape)} have 1 class on axis {axis}. Its softmax is always 1, "
                            "so there is nothing to learn. Is it one label, or a number? Use binary_kl or regression. "
@@ -37,13 +41,15 @@ def check_classes(s, axis):
 
 
 def checked_classes(s, t, axis, mask):
-    "`checked_pair` for a softmax"
+    """`checked_pair` for a softmax."""
     check_classes(s, axis)
     return checked_pair(s, t, axis, mask)
 
 
 def of_positions(values, s, t, axis, mask, reduction, slope=None, scale=1.):
-    "The reduced values of a loss whose value at a position needs the logits of that position alone"
+    """The reduced values of a loss whose value at a position needs the logits of that position
+    alone.
+    """
     check_classes(s, axis)
     same_shape(s, t)
     if mask is not None: mask = fit_mask(mask, positions(s, class_axis(s, axis)))
@@ -51,28 +57,39 @@ def of_positions(values, s, t, axis, mask, reduction, slope=None, scale=1.):
 
 
 def within(x, other):
-    "`x` with -inf for the classes that are -inf in `other` (outside its vocabulary), so that the rest sum to 1"
+    """`x` with -inf for the classes that are -inf in `other` (outside its vocabulary), so that the
+    rest sum to 1.
+    """
     return x.masked_fill(other == -torch.inf, -torch.inf)
 
 def kl_of(a, b, axis): return expect(a, a-b).sum(axis)
 
 
 def of_class(x, y, axis):
-    "`x` at the class `y`, without the class axis"
+    """`x` at the class `y`, without the class axis."""
     axis = class_axis(x, axis)
     return x.gather(axis, y.unsqueeze(axis)).squeeze(axis)
 
 
 @loss(kind='softmax', match='shape')
 def kl(
-    s:Tensor, # student logits, any shape
-    t:Tensor, # teacher logits, the same shape
-    *, T:float=4., # temperature
-    axis:int=1, # class axis
-    mask:Tensor|None=None, # `s` without the class axis: which positions count
+    s:Tensor,
+    t:Tensor,
+    *, T:float=4.,
+    axis:int=1,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    "T^2 KL(softmax(t/T) || softmax(s/T)): soft targets (Hinton, Vinyals and Dean 2015, arXiv:1503.02531)"
+    """T^2 KL(softmax(t/T) || softmax(s/T)): soft targets (Hinton, Vinyals and Dean 2015,
+    arXiv:1503.02531).
+
+    Args:
+        s: Student logits, any shape.
+        t: Teacher logits, the same shape.
+        T: Temperature.
+        axis: Class axis.
+        mask: `s` without the class axis: which positions count.
+    """
     return of_positions(partial(kl_values, T=T), s, t, axis, mask, reduction, partial(kl_slope, T=T), T**2)
 
 def kl_values(s, t, T, axis):
@@ -83,7 +100,7 @@ def kl_values(s, t, T, axis):
     return torch.linalg.vecdot(p_t, t.sub_(s), dim=axis) + p_t.amax(axis).log() - p_s.amax(axis).log()
 
 def kl_slope(s, t, T, axis):
-    "The gradient of `kl_values` with respect to `s`"
+    """The gradient of `kl_values` with respect to `s`."""
     if not seen_finite(s): t = within(t, s)
     return (s/T).softmax(axis).sub_((t/T).softmax(axis)).div_(T)
 
@@ -92,16 +109,24 @@ class KL(Loss): fn = kl
 
 @loss(kind='softmax', match='shape')
 def reverse_kl(
-    s:Tensor, # student logits, any shape
-    t:Tensor, # teacher logits, the same shape
-    *, T:float=1., # temperature
-    axis:int=1, # class axis
-    mask:Tensor|None=None, # `s` without the class axis: which positions count
+    s:Tensor,
+    t:Tensor,
+    *, T:float=1.,
+    axis:int=1,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
     """T^2 KL(softmax(s/T) || softmax(t/T)) (MiniLLM, arXiv:2306.08543).
 
-    The student learns to predict only classes that the teacher finds likely"""
+    The student learns to predict only classes that the teacher finds likely.
+
+    Args:
+        s: Student logits, any shape.
+        t: Teacher logits, the same shape.
+        T: Temperature.
+        axis: Class axis.
+        mask: `s` without the class axis: which positions count.
+    """
     return of_positions(partial(reverse_values, T=T), s, t, axis, mask, reduction, scale=T**2)
 
 def reverse_values(s, t, T, axis): return kl_of(log_probs(within(s, t), T, axis), log_probs(t, T, axis), axis)
@@ -111,16 +136,25 @@ class ReverseKL(Loss): fn = reverse_kl
 
 @loss(kind='softmax', match='shape')
 def jsd(
-    s:Tensor, # student logits, any shape
-    t:Tensor, # teacher logits, the same shape
-    *, beta:float=.5, # teacher's share of the mixture; 0 is kl and 1 is reverse_kl
-    T:float=1., # temperature
-    axis:int=1, # class axis
-    mask:Tensor|None=None, # `s` without the class axis: which positions count
+    s:Tensor,
+    t:Tensor,
+    *, beta:float=.5,
+    T:float=1.,
+    axis:int=1,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    """T^2 (beta KL(p_t || m) + (1-beta) KL(p_s || m)), where m = beta p_t + (1-beta) p_s: the generalized
-    Jensen-Shannon divergence (GKD, arXiv:2306.13649)"""
+    """T^2 (beta KL(p_t || m) + (1-beta) KL(p_s || m)), where m = beta p_t + (1-beta) p_s: the
+    generalized Jensen-Shannon divergence (GKD, arXiv:2306.13649).
+
+    Args:
+        s: Student logits, any shape.
+        t: Teacher logits, the same shape.
+        beta: Teacher's share of the mixture; 0 is kl and 1 is reverse_kl.
+        T: Temperature.
+        axis: Class axis.
+        mask: `s` without the class axis: which positions count.
+    """
     if not 0 <= beta <= 1:
         raise DistillError(f"beta={beta}: the teacher's share of the mixture is a number from 0 to 1")
     # subtle: at beta 0 and 1 the formula gives 0 (the KLs are its slopes there), so these give the KLs, as in TRL
@@ -138,14 +172,23 @@ class JSD(Loss): fn = jsd
 
 @loss(kind='softmax', match='shape')
 def tvd(
-    s:Tensor, # student logits, any shape
-    t:Tensor, # teacher logits, the same shape
-    *, T:float=1., # temperature
-    axis:int=1, # class axis
-    mask:Tensor|None=None, # `s` without the class axis: which positions count
+    s:Tensor,
+    t:Tensor,
+    *, T:float=1.,
+    axis:int=1,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    "T^2/2 |softmax(t/T) - softmax(s/T)|: total variation distance, bounded by T^2 (f-distill, arXiv:2307.15190)"
+    """T^2/2 |softmax(t/T) - softmax(s/T)|: total variation distance, bounded by T^2 (f-distill,
+    arXiv:2307.15190).
+
+    Args:
+        s: Student logits, any shape.
+        t: Teacher logits, the same shape.
+        T: Temperature.
+        axis: Class axis.
+        mask: `s` without the class axis: which positions count.
+    """
     return of_positions(partial(tvd_values, T=T), s, t, axis, mask, reduction, scale=T**2)
 
 def tvd_values(s, t, T, axis): return (log_probs(s, T, axis).exp() - log_probs(t, T, axis).exp()).abs().sum(axis)/2
@@ -155,17 +198,25 @@ class TVD(Loss): fn = tvd
 
 @loss(kind='softmax', match='grid')
 def uld(
-    s:Tensor, # student logits, any shape
-    t:Tensor, # teacher logits: as many positions, any number of classes
-    *, T:float=1., # temperature
-    axis:int=1, # class axis
-    mask:Tensor|None=None, # `s` without the class axis: which positions count
+    s:Tensor,
+    t:Tensor,
+    *, T:float=1.,
+    axis:int=1,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    """T^2 |sort(softmax(t/T)) - sort(softmax(s/T))|, with zeros for the classes that the smaller vocabulary lacks
-    (universal logit distillation, TMLR 2025, arXiv:2402.12030).
+    """T^2 |sort(softmax(t/T)) - sort(softmax(s/T))|, with zeros for the classes that the smaller
+    vocabulary lacks (universal logit distillation, TMLR 2025, arXiv:2402.12030).
 
-    It compares how probabilities are spread, not over which classes. From 0 to 2 T^2"""
+    It compares how probabilities are spread, not over which classes. From 0 to 2 T^2.
+
+    Args:
+        s: Student logits, any shape.
+        t: Teacher logits: as many positions, any number of classes.
+        T: Temperature.
+        axis: Class axis.
+        mask: `s` without the class axis: which positions count.
+    """
     check_classes(s, axis)
     shape = positions(s, class_axis(s, axis))
     if s.dim() != t.dim() or shape != positions(t, class_axis(t, axis)):
@@ -187,16 +238,24 @@ class ULD(Loss): fn = uld
 
 @loss(kind='softmax', match='shape')
 def soft_ce(
-    s:Tensor, # student logits, any shape
-    t:Tensor, # teacher logits, the same shape
-    *, T:float=4., # temperature
-    axis:int=1, # class axis
-    mask:Tensor|None=None, # `s` without the class axis: which positions count
+    s:Tensor,
+    t:Tensor,
+    *, T:float=4.,
+    axis:int=1,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
     """T^2 cross-entropy with the soft targets (arXiv:1503.02531).
 
-    It is `kl` plus the teacher's entropy, and has the same gradient"""
+    It is `kl` plus the teacher's entropy, and has the same gradient.
+
+    Args:
+        s: Student logits, any shape.
+        t: Teacher logits, the same shape.
+        T: Temperature.
+        axis: Class axis.
+        mask: `s` without the class axis: which positions count.
+    """
     return of_positions(partial(ce_values, T=T), s, t, axis, mask, reduction, partial(kl_slope, T=T), T**2)
 
 def ce_values(s, t, T, axis): return expect(log_probs(within(t, s), T, axis), -log_probs(s, T, axis)).sum(axis)
@@ -206,15 +265,22 @@ class SoftCE(Loss): fn = soft_ce
 
 @loss(kind=None, match='shape')
 def mse(
-    s:Tensor, # student logits, any shape
-    t:Tensor, # teacher logits, the same shape
-    *, axis:int=1, # class axis
-    mask:Tensor|None=None, # `s` without the class axis: which positions count
+    s:Tensor,
+    t:Tensor,
+    *, axis:int=1,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
     """Squared distance of the logits, summed over classes (Ba and Caruana 2014, arXiv:1312.6184).
 
-    It has no temperature, since T and the factor T^2 would cancel"""
+    It has no temperature, since T and the factor T^2 would cancel.
+
+    Args:
+        s: Student logits, any shape.
+        t: Teacher logits, the same shape.
+        axis: Class axis.
+        mask: `s` without the class axis: which positions count.
+    """
     s,t = checked_pair(s, t, axis, mask)
     return reduce((s-t).pow(2).sum(axis), reduction, mask)
 
@@ -223,15 +289,22 @@ class MSE(Loss): fn = mse
 
 @loss(kind='softmax', match='shape')
 def hard(
-    s:Tensor, # student logits, any shape
-    t:Tensor, # teacher logits, the same shape
-    *, axis:int=1, # class axis
-    mask:Tensor|None=None, # `s` without the class axis: which positions count
+    s:Tensor,
+    t:Tensor,
+    *, axis:int=1,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
     """Cross-entropy with the class that the teacher predicts (DeiT, arXiv:2012.12877).
 
-    It is 0 if the student predicts that class with probability 1"""
+    It is 0 if the student predicts that class with probability 1.
+
+    Args:
+        s: Student logits, any shape.
+        t: Teacher logits, the same shape.
+        axis: Class axis.
+        mask: `s` without the class axis: which positions count.
+    """
     s,t = checked_classes(s, t, axis, mask)
     return reduce(-of_class(log_probs(s, 1., axis), within(t, s).argmax(axis), axis), reduction, mask)
 
@@ -240,13 +313,21 @@ class Hard(Loss): fn = hard
 
 @loss(kind='sigmoid', match='shape')
 def binary_kl(
-    s:Tensor, # student logits, any shape: one per label
-    t:Tensor, # teacher logits, the same shape
-    *, T:float=4., # temperature
-    mask:Tensor|None=None, # the shape of `s`: which labels of which samples count
+    s:Tensor,
+    t:Tensor,
+    *, T:float=4.,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    """T^2 KL from sigmoid(t/T) to sigmoid(s/T), one value per label: soft targets of multi-label models"""
+    """T^2 KL from sigmoid(t/T) to sigmoid(s/T), one value per label: soft targets of multi-label
+    models.
+
+    Args:
+        s: Student logits, any shape: one per label.
+        t: Teacher logits, the same shape.
+        T: Temperature.
+        mask: The shape of `s`: which labels of which samples count.
+    """
     same_shape(s, t)
     if mask is not None: s,t = blank(fit_mask(mask, s.shape), s, t)
     s,t = s/temperature(T),t/T
@@ -260,13 +341,21 @@ DISTANCES = dict(mse=F.mse_loss, l1=F.l1_loss, huber=F.huber_loss)
 
 @loss(kind='regression', match='shape', samples=True)
 def regression(
-    s:Tensor, # (B, ...) student's numbers
-    t:Tensor, # (B, ...) teacher's: as many per sample, in any shape
-    *, distance:str='mse', # or 'l1', or 'huber' (quadratic up to 1)
-    mask:Tensor|None=None, # (B,): which samples count
+    s:Tensor,
+    t:Tensor,
+    *, distance:str='mse',
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    "Mean distance of the predicted numbers, one value per sample: (B,) compares with (B, 1), (B, n, 2) with (B, 2n)"
+    """Mean distance of the predicted numbers, one value per sample: (B,) compares with (B, 1), (B,
+    n, 2) with (B, 2n).
+
+    Args:
+        s: (B, ...) student's numbers.
+        t: (B, ...) teacher's: as many per sample, in any shape.
+        distance: Or 'l1', or 'huber' (quadratic up to 1).
+        mask: (B,): which samples count.
+    """
     if distance not in DISTANCES:
         raise DistillError(f"distance={distance!r}: possible are {', '.join(map(repr, DISTANCES))}")
     if s.shape[:1] != t.shape[:1] or s.numel() != t.numel():
@@ -281,15 +370,24 @@ class Regression(Loss): fn = regression
 
 @loss(kind=None, match='shape')
 def soft_targets(
-    s:Tensor, # student's outputs, before softmax or sigmoid
-    t:Tensor, # teacher's outputs, the same
-    *, kind:str='softmax', # what they are: 'softmax' over classes, 'sigmoid' per label, 'regression'
-    T:float=4., # temperature; not used for regression
-    axis:int=1, # class axis, for softmax
-    mask:Tensor|None=None, # as in `kl`, `binary_kl` or `regression`
+    s:Tensor,
+    t:Tensor,
+    *, kind:str='softmax',
+    T:float=4.,
+    axis:int=1,
+    mask:Tensor|None=None,
     reduction:str='mean'
 ):
-    "Soft targets for each kind of output: `kl`, `binary_kl` or `regression` (mse)"
+    """Soft targets for each kind of output: `kl`, `binary_kl` or `regression` (mse).
+
+    Args:
+        s: Student's outputs, before softmax or sigmoid.
+        t: Teacher's outputs, the same.
+        kind: What they are: 'softmax' over classes, 'sigmoid' per label, 'regression'.
+        T: Temperature; not used for regression.
+        axis: Class axis, for softmax.
+        mask: As in `kl`, `binary_kl` or `regression`
+    """
     if kind == 'softmax':    return kl(s, t, T=T, axis=axis, mask=mask, reduction=reduction)
     if kind == 'sigmoid':    return binary_kl(s, t, T=T, mask=mask, reduction=reduction)
     if kind == 'regression': return regression(s, t, mask=mask, reduction=reduction)
@@ -300,21 +398,34 @@ class SoftTargets(Loss): fn = soft_targets
 
 @loss(kind='softmax', match='shape', relates=True)
 def dist(
-    s:Tensor, # student logits, any shape
-    t:Tensor, # teacher logits, the same shape
-    *, beta:float=1., # weight of the relation between the classes of a position
-    gamma:float=1., # weight of the relation between the positions of a class
-    T:float=1., # temperature
-    axis:int=1, # class axis
-    eps:float=1e-8, # added to the product of norms, so that a class that hardly varies over the batch counts little
-    mask:Tensor|None=None, # `s` without the class axis: which positions count
-    reduction:str='mean' # 'none': a position's own part, plus the part that all share
+    s:Tensor,
+    t:Tensor,
+    *, beta:float=1.,
+    gamma:float=1.,
+    T:float=1.,
+    axis:int=1,
+    eps:float=1e-8,
+    mask:Tensor|None=None,
+    reduction:str='mean'
 ):
-    """T^2 (beta (1 - Pearson of a position's probabilities) + gamma (1 - Pearson of a class's over all positions))
-    (NeurIPS 2022, arXiv:2205.10536).
+    """T^2 (beta (1 - Pearson of a position's probabilities) + gamma (1 - Pearson of a class's over
+    all positions)) (NeurIPS 2022, arXiv:2205.10536).
 
-    At s == t it is 0 up to `eps`. As in the authors' code, a class that does not vary over the positions adds its full
-    share, without a gradient. In a batch of one that is every class"""
+    At s == t it is 0 up to `eps`. As in the authors' code, a class that does not vary over the
+    positions adds its full share, without a gradient. In a batch of one that is every class.
+
+    Args:
+        s: Student logits, any shape.
+        t: Teacher logits, the same shape.
+        beta: Weight of the relation between the classes of a position.
+        gamma: Weight of the relation between the positions of a class.
+        T: Temperature.
+        axis: Class axis.
+        eps: Added to the product of norms, so that a class that hardly varies over the batch
+            counts little.
+        mask: `s` without the class axis: which positions count.
+        reduction: 'none': a position's own part, plus the part that all share.
+    """
     check_classes(s, axis)
     same_shape(s, t)
     axis,T = class_axis(s, axis),temperature(T)
@@ -326,14 +437,21 @@ class DIST(Loss): fn = dist
 
 
 def standardize(
-    x:Tensor, # logits, any shape
-    *, axis:int=1, # class axis
-    eps:float=1e-7, # added to the standard deviation
-    correction:int=1 # 1 divides by C-1, as released; 0 by C, as in the paper
+    x:Tensor,
+    *, axis:int=1,
+    eps:float=1e-7,
+    correction:int=1
 ):
     """Logits minus their mean, divided by their standard deviation (CVPR 2024, arXiv:2403.01427).
 
-    With them the student need not learn the scale of the teacher's logits"""
+    With them the student need not learn the scale of the teacher's logits.
+
+    Args:
+        x: Logits, any shape.
+        axis: Class axis.
+        eps: Added to the standard deviation.
+        correction: 1 divides by C-1, as released; 0 by C, as in the paper.
+    """
     x,axis = _full(x),class_axis(x, axis)
     if x.shape[axis] < 2:
         raise DistillError(f"Logits of shape {tuple(x.shape)} have 1 class on axis {axis}: no spread to standardize")
@@ -341,7 +459,9 @@ def standardize(
 
 
 class Standardized:
-    "The function that `standardized` returns. It has the name and signature of the given one, and can be pickled"
+    """The function that `standardized` returns. It has the name and signature of the given one, and
+    can be pickled.
+    """
     def __init__(self, fn, **options):
         functools.update_wrapper(self, fn, updated=())
         self.options_of_standardize = options
@@ -368,11 +488,18 @@ class Standardized:
 
 
 def standardized(
-    loss, # a loss function of two logits, or a `Loss` module of one
-    *, eps:float=1e-7, # as in `standardize`
-    correction:int=1 # as in `standardize`
+    loss,
+    *, eps:float=1e-7,
+    correction:int=1
 ):
-    "The same loss on standardized logits: standardized(kl), standardized(DKD(beta=2.)) (CVPR 2024, arXiv:2403.01427)"
+    """The same loss on standardized logits: standardized(kl), standardized(DKD(beta=2.)) (CVPR
+    2024, arXiv:2403.01427).
+
+    Args:
+        loss: A loss function of two logits, or a `Loss` module of one.
+        eps: As in `standardize`
+        correction: As in `standardize`
+    """
     if not isinstance(loss, Loss): return Standardized(loss, eps=eps, correction=correction)
     loss = copy.deepcopy(loss)
     loss.fn = Standardized(loss.fn, eps=eps, correction=correction)

@@ -19,12 +19,18 @@ __all__ = ['Batch', 'all_classes', 'blend', 'both', 'inputs_and_labels', 'labels
 
 @dataclass
 class Batch:
-    "The tensors from which a batch's terms are computed. If the teacher has other classes, those that it knows"
+    """The tensors from which a batch's terms are computed. If the teacher has other classes, those
+    that it knows.
+
+    Attributes:
+        others: The second labels of a mixed batch.
+        share: The share of the first labels; None: the batch is not mixed.
+    """
     student:Outputs
     teacher:Outputs
     targets:tuple
-    others:tuple # the second labels of a mixed batch
-    share:Tensor|None # the share of the first labels; None: the batch is not mixed
+    others:tuple
+    share:Tensor|None
     task:Task
     progress:float|None
 
@@ -37,14 +43,18 @@ class Batch:
 
     @cached_property
     def masks(self):
-        "For the first and the second labels: where both models and the label count; None: everywhere"
+        """For the first and the second labels: where both models and the label count; None:
+        everywhere.
+        """
         models = both(self.student.mask, self.teacher.mask)
         return [both(models, label_mask(y[0] if len(y) else None, self.student.logits, self.task))
                 for y in (self.targets, self.others)]
 
     @cached_property
     def mask(self):
-        "Where a term without labels counts; in a mixed batch, by the share of the labels that count"
+        """Where a term without labels counts; in a mixed batch, by the share of the labels that
+        count.
+        """
         first,other = self.masks
         if self.share is None: return first
         if first is None and other is None: return None
@@ -53,19 +63,22 @@ class Batch:
         return blend(first, other, self.share)
 
     def pairs_of(self, name, make):
-        "What a term compares, made once: projectors may have batch-norms, which count each run"
+        """What a term compares, made once: projectors may have batch-norms, which count each run."""
         if name not in self.pairs: self.pairs[name] = make()
         return self.pairs[name]
 
     def shifted(self, name):
-        """The same batch, where a term that was computed compares each sample with what the teacher says of the next
-        one; a single sample with what it says of the next class, or place"""
+        """The same batch, where a term that was computed compares each sample with what the teacher
+        says of the next one; a single sample with what it says of the next class, or place.
+        """
         other = copy.copy(self)
         other.pairs = {name: [(s, t.roll(1, 0 if len(t) > 1 else -1)) for s,t in self.pairs[name]]}
         return other
 
     def options(self, term, mask):
-        "A term's options, with the values that come from this batch: axis and mask are given only to terms of logits"
+        """A term's options, with the values that come from this batch: axis and mask are given only
+        to terms of logits.
+        """
         context = dict(kind=self.task.kind, ignore_index=self.task.ignore_index)
         # a sample counts if any of its positions does
         if mask is not None and term.samples: mask = mask.reshape(len(mask), -1).amax(1)
@@ -74,7 +87,7 @@ class Batch:
 
 
 def inputs_and_labels(batch):
-    "A tuple's first item and all others; a dict without its labels, and these; all else has none"
+    """A tuple's first item and all others; a dict without its labels, and these; all else has none."""
     if isinstance(batch, (tuple, list)): return batch[0],tuple(batch[1:])
     if not isinstance(batch, Mapping): return batch,()
     names = [k for k in ('labels', 'label') if k in batch]
@@ -82,12 +95,18 @@ def inputs_and_labels(batch):
 
 
 def of_all_processes(
-    term, # whose loss compares samples with each other
-    pairs, # (student's tensor, teacher's tensor) of each pair of layers
-    targets, options, # of the loss
+    term,
+    pairs,
+    targets, options,
     task
 ):
-    "The same with the samples of all processes that train together"
+    """The same with the samples of all processes that train together.
+
+    Args:
+        term: Whose loss compares samples with each other.
+        pairs: (student's tensor, teacher's tensor) of each pair of layers.
+        targets, options: Of the loss.
+    """
     # subtle: not in validation, which may run in one process alone
     if world_size() == 1 or not torch.is_grad_enabled(): return pairs,targets,options
     if term.layers is None and 'mask' in term.accepts:
@@ -100,23 +119,29 @@ def of_all_processes(
 
 
 def blend(first, other, share):
-    "share*first + (1-share)*other, with one share for all samples or one for each"
+    """share*first + (1-share)*other, with one share for all samples or one for each."""
     share = share.to(first).reshape(-1, *[1]*(first.dim()-1)) if share.numel() > 1 else share.to(first).squeeze()
     return torch.lerp(other, first, share)
 
 
 def both(*masks):
-    "Where all of these masks count. A mask that is None counts everywhere"
+    """Where all of these masks count. A mask that is None counts everywhere."""
     masks = [m for m in masks if m is not None]
     return reduce(torch.mul, masks) if masks else None
 
 
 def label_mask(
-    y, # labels; None where there are none
-    logits, # of the same batch; None if only layers are compared
-    task # what the logits are, see `task.Task`
+    y,
+    logits,
+    task
 ):
-    "Where a label counts; None: everywhere"
+    """Where a label counts; None: everywhere.
+
+    Args:
+        y: Labels; None where there are none.
+        logits: Of the same batch; None if only layers are compared.
+        task: What the logits are, see `task.Task`
+    """
     if task.kind != 'softmax' or logits is None or not isinstance(y, Tensor) or y.is_floating_point(): return None
     if (y := fit_labels(as_plain(y), logits.shape, task)) is None: return None
     on = y != task.ignore_index
@@ -125,34 +150,53 @@ def label_mask(
 
 
 def padding_mask(
-    x, # the batch's inputs: a tuple, which may hold a dict with a mask
-    shape, # of the logits
-    axis:int # their class axis
+    x,
+    shape,
+    axis:int
 ):
-    "The `attention_mask` among a batch's inputs, if there are logits for each token. Hidden positions do not count"
+    """The `attention_mask` among a batch's inputs, if there are logits for each token. Hidden
+    positions do not count.
+
+    Args:
+        x: The batch's inputs: a tuple, which may hold a dict with a mask.
+        shape: Of the logits.
+        axis: Their class axis.
+    """
     found = [o['attention_mask'] for o in x if isinstance(o, Mapping) and isinstance(o.get('attention_mask'), Tensor)]
     return as_plain(found[0]) > 0 if found and found[0].shape == shape_of_labels(shape, axis) else None
 
 
 def next_tokens(
-    y:Tensor, # (B, L) labels, each where its own token stands
+    y:Tensor,
     ignore_index:int
 ):
-    "The labels of a causal language model, each where it is predicted: one position earlier. The last has none"
+    """The labels of a causal language model, each where it is predicted: one position earlier. The
+    last has none.
+
+    Args:
+        y: (B, L) labels, each where its own token stands.
+    """
     return F.pad(as_plain(y)[:, 1:], (0, 1), value=ignore_index)
 
 
 def labels_to_shift(
-    x, # the batch's inputs
-    y, # labels
-    shape, # of the logits
+    x,
+    y,
+    shape,
     task,
-    causal:bool=False # the student is known to predict the next token
+    causal:bool=False
 ) -> bool|None:
-    """Must the labels of a language model be shifted? Yes, if each is at the position of its own token, and not where
-    that token is predicted. None: this batch has no labels.
+    """Must the labels of a language model be shifted? Yes, if each is at the position of its own
+    token, and not where that token is predicted. None: this batch has no labels.
 
-    A step waits for a GPU's answer, so call this once"""
+    A step waits for a GPU's answer, so call this once.
+
+    Args:
+        x: The batch's inputs.
+        y: Labels.
+        shape: Of the logits.
+        causal: The student is known to predict the next token.
+    """
     tokens = task.kind == 'softmax' and len(shape) == 3 and isinstance(y, Tensor)
     if not tokens or y.shape != shape_of_labels(shape, task.axis): return False
     y,ids = as_plain(y),[as_plain(o) for o in tensors_in(x) if o.shape == y.shape and not o.is_floating_point()]
@@ -166,13 +210,14 @@ def labels_to_shift(
 
 
 def nothing(logits):
-    """0, with the gradient 0 for every parameter behind the logits: DistributedDataParallel wants one for each, also
-    where the labels have the weight 0 and the terms compare inner layers alone"""
+    """0, with the gradient 0 for every parameter behind the logits: DistributedDataParallel wants
+    one for each, also where the labels have the weight 0 and the terms compare inner layers alone.
+    """
     return logits.where(logits.new_zeros((), dtype=torch.bool), 0.).sum()
 
 
 def all_classes(teacher, student):
-    "Stored outputs may hold the likeliest classes alone: losses want them all"
+    """Stored outputs may hold the likeliest classes alone: losses want them all."""
     if teacher is None or not isinstance(teacher.logits, TopK): return teacher
     s = student.logits
     if teacher.classes is not None: s = grouped(s, teacher.classes, teacher.logits.axis)

@@ -1,4 +1,6 @@
-"All losses and recipes as data, read from their signatures, docstrings and `@loss` attributes, and from their cards."
+"""All losses and recipes as data, read from their signatures, docstrings and `@loss` attributes,
+and from their cards.
+"""
 import inspect, re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,31 +19,47 @@ CARDS = dict(kd='kl', soft_labels='kl', hard_labels='hard', logit_std='standardi
 
 @dataclass
 class Parameter:
-    "An option of a loss or of a recipe"
+    """An option of a loss or of a recipe.
+
+    Attributes:
+        default: As in code; empty: it must be given.
+        says: Its comment.
+    """
     name:str
-    default:str # as in code; empty: it must be given
-    says:str # its comment
+    default:str
+    says:str
 
 
 @dataclass
 class Method:
-    "A recipe, a loss, or both under one name"
+    """A recipe, a loss, or both under one name.
+
+    Attributes:
+        line: What it computes.
+        family: What is compared: outputs, features, relations or dense maps.
+        needs: 'logits' or 'features'; 'relations' of the samples in a batch; of logits
+            'classes', 'several labels' or 'numbers', where it is not for any; 'labels' that the
+            loss reads itself.
+        paper: Empty: none is named.
+        card: Name of its card, a page of docs/methods.
+        recipe: Parameters of its recipe; None: it has none.
+        loss: Of its loss.
+    """
     name:str
-    line:str # what it computes
-    family:str # what is compared: outputs, features, relations or dense maps
-    needs:list[str] # 'logits' or 'features'; 'relations' of the samples in a batch; of logits 'classes', 'several
-    # labels' or 'numbers', where it is not for any; 'labels' that the loss reads itself
-    paper:str # empty: none is named
-    card:str # name of its card, a page of docs/methods
-    recipe:list[Parameter]|None=None # parameters of its recipe; None: it has none
-    loss:list[Parameter]|None=None # of its loss
+    line:str
+    family:str
+    needs:list[str]
+    paper:str
+    card:str
+    recipe:list[Parameter]|None=None
+    loss:list[Parameter]|None=None
 
     @property
     def form(self): return ' and '.join(k for k in ('recipe', 'loss') if getattr(self, k) is not None)
 
     @property
     def use(self):
-        "How to write it in a recipe"
+        """How to write it in a recipe."""
         if self.recipe is None: return f'Term(losses.{self.name}, weight=1.)'
         first = 'kd()' if self.recipe and not self.recipe[0].default else ''
         return f'recipes.{self.name}({first})'
@@ -51,9 +69,13 @@ class Method:
 
 
 def method(
-    name:str # of a recipe or of a loss
+    name:str
 ) -> Method:
-    "One method; an unknown name is an error with the nearest ones"
+    """One method; an unknown name is an error with the nearest ones.
+
+    Args:
+        name: Of a recipe or of a loss.
+    """
     have = {m.name: m for m in methods()}
     if name in have: return have[name]
     near = [m.name for m in find_methods(name)] or list(have)
@@ -62,10 +84,15 @@ def method(
 
 
 def find_methods(
-    text:str='', # words that the name, the line, the paper or the family must contain
-    needs=() # what it must need, as in `Method.needs`
+    text:str='',
+    needs=()
 ) -> list[Method]:
-    "The methods that match, by family"
+    """The methods that match, by family.
+
+    Args:
+        text: Words that the name, the line, the paper or the family must contain.
+        needs: What it must need, as in `Method.needs`
+    """
     have = list(dict.fromkeys(n for m in methods() for n in m.needs))
     if unknown := set(needs) - set(have):
         raise DistillError(f"needs={sorted(unknown)[0]!r}: possible are {', '.join(map(repr, have))}")
@@ -75,7 +102,7 @@ def find_methods(
 
 
 def methods() -> list[Method]:
-    "All methods, by family and name"
+    """All methods, by family and name."""
     fns = {n: getattr(losses, n) for n in losses.__all__}
     fns = {n: f for n,f in fns.items() if hasattr(f, 'relates') and not inspect.isclass(f)}
     made = {n: getattr(recipes, n) for n in recipes.__all__}
@@ -100,7 +127,7 @@ def _method(name, recipe, loss):
 
 
 def _terms(recipe):
-    "The terms that a recipe makes with its defaults"
+    """The terms that a recipe makes with its defaults."""
     first = next(iter(inspect.signature(recipe).parameters.values()), None)
     return recipe(recipes.kd()).terms if first is not None and first.default is first.empty else recipe().terms
 
@@ -118,15 +145,20 @@ def _paper(doc): return m[1] if (m := PAPER.search(_text(doc))) else ''
 
 
 def _line(doc):
-    "The first sentence of a docstring, without the paper"
+    """The first sentence of a docstring, without the paper."""
     return re.split(r'(?<=\w)\. (?=[A-Z])', PAPER.sub('', _text(doc)))[0].split('\n')[0].rstrip('.')
 
 
 def card_section(
-    card:str, # name of a card
-    heading:str # the beginning of a heading
+    card:str,
+    heading:str
 ) -> str:
-    "The text under a heading of a card, as Markdown; empty if the cards are not installed"
+    """The text under a heading of a card, as Markdown; empty if the cards are not installed.
+
+    Args:
+        card: Name of a card.
+        heading: The beginning of a heading.
+    """
     here = Path(__file__).parent
     # in the wheel the cards are in the package, in a checkout beside it
     for folder in (here/'cards', here.parent.parent/'docs'/'methods'):

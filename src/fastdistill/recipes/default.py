@@ -1,4 +1,6 @@
-"The recipe that is taken when none is given. The rule was chosen by measurements on many tasks: benchmarks/quality"
+"""The recipe that is taken when none is given. The rule was chosen by measurements on many tasks:
+benchmarks/quality.
+"""
 from math import log, sqrt
 from torch import Tensor, special
 from .. import losses
@@ -18,7 +20,7 @@ ENOUGH_NUMBERS,ENOUGH_ROWS = 2**22,4096 # logits that show how sure a teacher is
 
 
 class Automatic(Recipe):
-    "A recipe that `auto` chose. `text` is how to write it, `why` is the fact that decided"
+    """A recipe that `auto` chose. `text` is how to write it, `why` is the fact that decided."""
     def __init__(self, recipe, text, why, kind='softmax'):
         super().__init__(recipe)
         self.text,self.why,self.kind = text,why,kind
@@ -30,20 +32,33 @@ class Automatic(Recipe):
 
 
 def auto(
-    kind:str='softmax', # what the model predicts: 'softmax' over classes, 'sigmoid' per label, or 'regression'
+    kind:str='softmax',
     *,
-    classes:int|None=None, # number of classes of a softmax; 1 with 'sigmoid': a single label; None: unknown
-    dense:bool=False, # does each sample have many predictions, as pixels or tokens?
-    labels:bool=True, # do the batches have labels?
-    teacher:Tensor|None=None, # (..., C) the teacher's logits for some training samples; None: unknown
-    doubt:str|None=None # why the teacher should not be trusted, in words; None: nothing speaks against it
+    classes:int|None=None,
+    dense:bool=False,
+    labels:bool=True,
+    teacher:Tensor|None=None,
+    doubt:str|None=None
 ) -> Automatic:
-    """The recipe that `KnowledgeDistillation(teacher)` and `Distiller(student, teacher)` take when none is given.
+    """The recipe that `KnowledgeDistillation(teacher)` and `Distiller(student, teacher)` take when
+    none is given.
 
-    Where the term has a share, the labels count in full, and its gradient at the student's logits is 3 times as long
-    as theirs, whatever the scale of the loss. With more than two classes, T is `softening_temperature(teacher)`, so
-    that a teacher that is very sure and one that is less sure are softened alike; without `teacher=` it is 4.
-    benchmarks/quality has the measurements behind the rule, and the tasks where it did not help"""
+    Where the term has a share, the labels count in full, and its gradient at the student's logits
+    is 3 times as long as theirs, whatever the scale of the loss. With more than two classes, T is
+    `softening_temperature(teacher)`, so that a teacher that is very sure and one that is less sure
+    are softened alike; without `teacher=` it is 4. benchmarks/quality has the measurements behind
+    the rule, and the tasks where it did not help.
+
+    Args:
+        kind: What the model predicts: 'softmax' over classes, 'sigmoid' per label, or
+            'regression'.
+        classes: Number of classes of a softmax; 1 with 'sigmoid': a single label; None:
+            unknown.
+        dense: Does each sample have many predictions, as pixels or tokens?
+        labels: Do the batches have labels?
+        teacher: (..., C) the teacher's logits for some training samples; None: unknown.
+        doubt: Why the teacher should not be trusted, in words; None: nothing speaks against it.
+    """
     if kind not in ('softmax', 'sigmoid', 'regression'):
         raise DistillError(f"kind={kind!r}: possible are 'softmax', 'sigmoid' and 'regression'")
     if not isinstance(teacher, Tensor|None):
@@ -74,10 +89,15 @@ def takes_dist(classes):
 
 
 def softening_temperature(
-    logits:Tensor # (..., C) of a teacher, classes last
+    logits:Tensor
 ) -> float:
-    """The temperature, from 1 to 20, at which the entropy of the teacher's probabilities is .9 of the largest possible
-    one, on average over the samples. It does not depend on the scale of the logits"""
+    """The temperature, from 1 to 20, at which the entropy of the teacher's probabilities is .9 of
+    the largest possible one, on average over the samples. It does not depend on the scale of the
+    logits.
+
+    Args:
+        logits: (..., C) of a teacher, classes last.
+    """
     logits = logits.detach().reshape(-1, logits.shape[-1])
     rows = min(ENOUGH_NUMBERS//logits.shape[-1] + 1, ENOUGH_ROWS)
     logits = logits[::max(len(logits)//rows, 1)].float()
@@ -90,18 +110,25 @@ def softening_temperature(
 
 
 def facts_for_auto(
-    shape, # of the student's logits
-    task, # what they are
-    ask # fn() -> the teacher's logits for training samples, with the same axes; None: they are not known
+    shape,
+    task,
+    ask
 ) -> dict:
-    "Arguments of `auto`. The teacher is asked only where that decides something"
+    """Arguments of `auto`. The teacher is asked only where that decides something.
+
+    Args:
+        shape: Of the student's logits.
+        task: What they are.
+        ask: fn() -> the teacher's logits for training samples, with the same axes; None: they
+            are not known.
+    """
     facts = facts_of_outputs(shape, task)
     if not takes_dist(facts['classes']) or (t := ask()) is None or t.dim() != len(shape): return facts
     return facts | dict(teacher=t.movedim(task.axis, -1))
 
 
 def shared(loss, name, why, kind, **options):
-    "The labels, and a term whose gradient is 3 times as long as theirs"
+    """The labels, and a term whose gradient is 3 times as long as theirs."""
     text = ', '.join(['share=3', *(f'{k}={v:g}' for k,v in options.items())])
     return Automatic(Term(loss, share=3, **options), f'labels + Term(losses.{name}, {text})', why, kind)
 

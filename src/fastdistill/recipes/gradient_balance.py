@@ -1,4 +1,6 @@
-"Terms with a share: the weight that makes the norm of a term's gradient a multiple of that of the other gradients."
+"""Terms with a share: the weight that makes the norm of a term's gradient a multiple of that of the
+other gradients.
+"""
 import torch
 from torch import Tensor
 from .gradient_norms import gradient_norm
@@ -9,15 +11,18 @@ __all__ = ['GradientRatio', 'GradientRatios']
 
 
 class GradientRatio:
-    """What a term's loss is multiplied by so that its gradient has the same norm as that of the labels and of all terms
-    with a weight, where the term compares: at the student's logits, or at its layers. Both norms are running means,
-    measured in the first batches, then in ever fewer, and in the end in one of `EVERY`.
+    """What a term's loss is multiplied by so that its gradient has the same norm as that of the
+    labels and of all terms with a weight, where the term compares: at the student's logits, or at
+    its layers. Both norms are running means, measured in the first batches, then in ever fewer, and
+    in the end in one of `EVERY`.
 
-    A student that already agrees with its teacher has hardly any gradient to measure, and a factor computed from that
-    would be huge. Two more numbers are therefore measured. `apart` is the norm of the term's gradient against the
-    teacher's outputs for different samples, the scale that the term has for a student that disagrees: a norm below
-    `FLOOR` times that counts as that much. And the value of the term shows between two measurements that its gradient
-    has grown. All numbers stay on the device, so that no step waits for them."""
+    A student that already agrees with its teacher has hardly any gradient to measure, and a factor
+    computed from that would be huge. Two more numbers are therefore measured. `apart` is the norm
+    of the term's gradient against the teacher's outputs for different samples, the scale that the
+    term has for a student that disagrees: a norm below `FLOOR` times that counts as that much. And
+    the value of the term shows between two measurements that its gradient has grown. All numbers
+    stay on the device, so that no step waits for them.
+    """
     # batches that are all measured; in the end one in so many is; what a new one counts in the mean
     FIRST,EVERY,NEW = 16,32,.2
     FLOOR,JUMP = .3,4. # the smallest norm, beside `apart`; growth beyond this is not averaged over
@@ -25,9 +30,13 @@ class GradientRatio:
     def __init__(self): self.batches,self.measured,self.parts,self.means = 0,0,(),None
 
     def due(
-        self, parts # what the norms depend on: if it changes, the means start over
+        self, parts
     ):
-        "Is this batch measured? Counts it"
+        """Is this batch measured? Counts it.
+
+        Args:
+            parts: What the norms depend on: if it changes, the means start over.
+        """
         if parts != self.parts: self.batches,self.measured,self.parts = 0,0,parts
         self.batches += 1
         every = 2**(max(self.batches//self.FIRST, 1).bit_length() - 1)      # 1 up to 31, 2 up to 63, 4 up to 127 ...
@@ -44,13 +53,17 @@ class GradientRatio:
 
     @property
     def factor(self):
-        "0-dim; 0 as long as the term has no gradient"
+        """0-dim; 0 as long as the term has no gradient."""
         return self.factor_at(None)
 
     def factor_at(
-        self, value:Tensor|None # of the term in this batch; None: as it was when it was measured
+        self, value:Tensor|None
     ) -> Tensor:
-        "The factor for a batch. It is lower where the term's value is much larger than it was"
+        """The factor for a batch. It is lower where the term's value is much larger than it was.
+
+        Args:
+            value: Of the term in this batch; None: as it was when it was measured.
+        """
         if value is not None: self.means = self.means.to(value.device)
         base,norm,apart,mean = self.means
         norm = norm.maximum(self.FLOOR*apart)
@@ -70,17 +83,25 @@ class GradientRatio:
 
 
 class GradientRatios(dict):
-    "Term -> its `GradientRatio`, for the terms with a share"
+    """Term -> its `GradientRatio`, for the terms with a share."""
     def __init__(self, recipe): super().__init__({t.name: GradientRatio() for t in recipe.terms if t.is_share})
 
     def measure(
         self,
-        weights, # part -> its weight, or its share; the labels' is 'task'
-        values, # part -> its value, of the parts that count and have a gradient
-        tensors, # fn(term name): the student's logits or features that this term compares
-        apart # fn(term name): the term's value against the teacher's outputs for different samples
+        weights,
+        values,
+        tensors,
+        apart
     ):
-        "Measure the terms with a share that are due in this batch"
+        """Measure the terms with a share that are due in this batch.
+
+        Args:
+            weights: Part -> its weight, or its share; the labels' is 'task'.
+            values: Part -> its value, of the parts that count and have a gradient.
+            tensors: fn(term name): the student's logits or features that this term compares.
+            apart: fn(term name): the term's value against the teacher's outputs for different
+                samples.
+        """
         fixed = {k: weights[k]*v for k,v in values.items() if k not in self}
         base = sum(fixed.values()) if fixed else None
         for k,ratio in self.items():
@@ -95,7 +116,7 @@ class GradientRatios(dict):
                 self._measure(k, base, values[k], apart, [x for _,x in at])
 
     def weights(self, weights, values):
-        "The weights, those of terms with a share multiplied by what was measured"
+        """The weights, those of terms with a share multiplied by what was measured."""
         return weights | {k: weights[k]*r.factor_at(values.get(k)) for k,r in self.items() if r.means is not None}
 
     def _measure(self, name, base, value, apart, tensors):

@@ -14,10 +14,14 @@ ARRANGES = {f'{n}Backward{i}' for i in (0, 1) for n in ('Alias', 'Clone', 'Mean'
 
 
 def place_of(
-    x:Tensor # logits or features as a term gets them
+    x:Tensor
 ):
-    """Where `x` comes from in the graph, before it was arranged, copied or averaged: the labels' loss may have been
-    computed from there, and not from `x` itself"""
+    """Where `x` comes from in the graph, before it was arranged, copied or averaged: the labels'
+    loss may have been computed from there, and not from `x` itself.
+
+    Args:
+        x: Logits or features as a term gets them.
+    """
     if x.grad_fn is None: return x
     edge = get_gradient_edge(x)
     while edge.node.name() in ARRANGES: edge = GradientEdge(*edge.node.next_functions[0])
@@ -25,10 +29,16 @@ def place_of(
 
 
 def gradient_norm(
-    value:Tensor, # 0-dim
-    at # tensors: logits, or features
+    value:Tensor,
+    at
 ) -> Tensor|None:
-    "Length of the gradient of `value` at all of these together, 0-dim and on its device; None where it reaches none"
+    """Length of the gradient of `value` at all of these together, 0-dim and on its device; None
+    where it reaches none.
+
+    Args:
+        value: 0-dim.
+        at: Tensors: logits, or features.
+    """
     at = [place_of(x) for x in at]
     grads = torch.autograd.grad(value, at, torch.full_like(value, SCALE), retain_graph=True, allow_unused=True)
     norms = [g.float().norm() for g in grads if g is not None]
@@ -36,14 +46,16 @@ def gradient_norm(
 
 
 def norms_at_logits(values, logits):
-    "Part -> the length of its gradient at the student's logits; None if not all reach them"
+    """Part -> the length of its gradient at the student's logits; None if not all reach them."""
     if logits is None or not logits.requires_grad: return None
     norms = {k: gradient_norm(v, [logits]) for k,v in values.items()}
     return norms if all(n is not None and n > 0 for n in norms.values()) else None
 
 
 def norms_at_layer(values, student):
-    "Part -> the length of its gradient at the last parameter of the student that all reach; None if there is none"
+    """Part -> the length of its gradient at the last parameter of the student that all reach; None
+    if there is none.
+    """
     # subtle: of matrices and kernels where there are any; a bias in front of a batch-norm has a gradient of rounding
     # errors
     params = [p for p in student.parameters() if p.requires_grad]
@@ -72,10 +84,16 @@ def shares_in_words(
 
 
 def swamped(
-    shares, # part -> its share of the gradient; the labels' is 'task'
-    weights # part -> its weight, of those that have one and no share
+    shares,
+    weights
 ):
-    "What to say of a part that leaves the labels next to nothing of the gradient; None if there is none"
+    """What to say of a part that leaves the labels next to nothing of the gradient; None if there
+    is none.
+
+    Args:
+        shares: Part -> its share of the gradient; the labels' is 'task'.
+        weights: Part -> its weight, of those that have one and no share.
+    """
     if not weights.get('task') or 'task' not in shares: return None
     part = max(shares, key=lambda k: 0. if k == 'task' else shares[k])
     # subtle: labels with the weight .1, as in kd(), have a small share by intention, some .05 at T=4; a fifth of the

@@ -8,7 +8,9 @@ __all__ = ['Link', 'own_copy']
 
 
 class Link(nn.Module):
-    "One pair of layers of one term: its projector, and its copy of the loss if that has parameters"
+    """One pair of layers of one term: its projector, and its copy of the loss if that has
+    parameters.
+    """
     def __init__(self, loss, layers=None, projector=None):
         super().__init__()
         self.layers,self.projector = layers,projector
@@ -27,5 +29,5 @@ class Link(nn.Module):
 
 
 def own_copy(loss):
-    "A copy of a loss that may have parameters: a recipe can be used again"
+    """A copy of a loss that may have parameters: a recipe can be used again."""
     return copy.deepcopy(loss) if isinstance(loss, nn.Module) else loss

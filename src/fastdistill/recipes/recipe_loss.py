@@ -15,15 +15,23 @@ __all__ = ['Distilled', 'RecipeLoss', 'check_kind']
 
 @dataclass
 class Distilled:
-    "One batch's loss and what it is made of"
-    task:Tensor|None # the labels' own loss, unweighted; None without labels
-    taught:Tensor|None # the weighted sum of all terms; None where none counts
-    parts:dict[str,Tensor] # each term's value, unweighted and detached; in training only of the terms that count
-    weights:dict[str,float|Tensor] # what each was multiplied by; 'task' among them. 0-dim for a term with a share
+    """One batch's loss and what it is made of.
+
+    Attributes:
+        task: The labels' own loss, unweighted; None without labels.
+        taught: The weighted sum of all terms; None where none counts.
+        parts: Each term's value, unweighted and detached; in training only of the terms that
+            count.
+        weights: What each was multiplied by; 'task' among them. 0-dim for a term with a share.
+    """
+    task:Tensor|None
+    taught:Tensor|None
+    parts:dict[str,Tensor]
+    weights:dict[str,float|Tensor]
 
     @property
     def total(self):
-        "What to call `backward` on"
+        """What to call `backward` on."""
         # subtle: labels of weight 0 take no part at all, since 0*nan is nan
         if not self.weights['task']: return self.taught
         own = self.weights['task']*self.task if self.weights['task'] != 1 else self.task
@@ -31,19 +39,24 @@ class Distilled:
 
     @property
     def added(self):
-        """What to add to the labels' own loss to get `total`, for trainers that hold that loss already; None if that
-        is nothing"""
+        """What to add to the labels' own loss to get `total`, for trainers that hold that loss
+        already; None if that is nothing.
+        """
         if self.task is None or self.weights['task'] == 1: return self.taught
         rest = (self.weights['task']-1)*self.task
         return rest if self.taught is None else rest + self.taught
 
 
 class RecipeLoss(nn.Module):
-    """Computes the loss of a recipe from the outputs of both models. It owns what its terms own: projectors, losses
-    with parameters, measured gradients"""
+    """Computes the loss of a recipe from the outputs of both models. It owns what its terms own:
+    projectors, losses with parameters, measured gradients.
+
+    Args:
+        task: What the logits are.
+    """
     def __init__(
         self, recipe,
-        task # what the logits are
+        task
     ):
         super().__init__()
         self.student = None # where gradients are compared if not all parts reach the logits
@@ -54,7 +67,7 @@ class RecipeLoss(nn.Module):
         self.take(recipe)
 
     def take(self, recipe):
-        "Use this recipe from now on, of terms on the logits or before any batch"
+        """Use this recipe from now on, of terms on the logits or before any batch."""
         self.recipe,self.ratios = recipe,GradientRatios(recipe)
         self.links.clear()
         for t in recipe.terms:
@@ -65,29 +78,44 @@ class RecipeLoss(nn.Module):
     def layered(self): return [t for t in self.recipe.terms if t.layers is not None]
 
     def active_terms(
-        self, progress:float|None=None # share of the training that is done, for schedules
+        self, progress:float|None=None
     ) -> list:
-        "The terms that a batch needs: those with a weight; without gradient, as in validation, all of them"
+        """The terms that a batch needs: those with a weight; without gradient, as in validation,
+        all of them.
+
+        Args:
+            progress: Share of the training that is done, for schedules.
+        """
         return [t for t in self.recipe.terms if not torch.is_grad_enabled() or t.weight_at(progress) != 0]
 
     def needs_teacher(self, progress:float|None=None) -> bool:
-        "Whether any term needs the teacher's outputs for this batch"
+        """Whether any term needs the teacher's outputs for this batch."""
         return bool(self.active_terms(progress))
 
     def check_first(self, student, teacher, targets):
-        "Refuse the mistakes that the first batches show"
+        """Refuse the mistakes that the first batches show."""
 
     def compute(
         self,
-        student:Outputs, # of this batch
-        teacher:Outputs|None, # of the same batch; None where no term needs it (see `needs_teacher`)
-        task:Tensor|None=None, # the labels' own loss, already computed; None without labels
-        targets=(), # labels, for the losses that read them
+        student:Outputs,
+        teacher:Outputs|None,
+        task:Tensor|None=None,
+        targets=(),
         *,
-        progress:float|None=None, # share of the training that is done, for schedules
-        mixed=None # (other targets, share of the first ones): MixUp's batches have two labels a sample
+        progress:float|None=None,
+        mixed=None
     ) -> Distilled:
-        "The loss of a batch whose student (and teacher) ran already: what trainers call"
+        """The loss of a batch whose student (and teacher) ran already: what trainers call.
+
+        Args:
+            student: Of this batch.
+            teacher: Of the same batch; None where no term needs it (see `needs_teacher`).
+            task: The labels' own loss, already computed; None without labels.
+            targets: Labels, for the losses that read them.
+            progress: Share of the training that is done, for schedules.
+            mixed: (other targets, share of the first ones): MixUp's batches have two labels a
+                sample.
+        """
         task,terms = None if task is None else as_plain(task),self.active_terms(progress)
         weights = self.recipe.weights_at(progress)
         if task is None and weights['task']:
@@ -108,13 +136,19 @@ class RecipeLoss(nn.Module):
 
     def without_labels(
         self,
-        student:Outputs, # for inputs without labels
-        teacher:Outputs|None, # for the same
+        student:Outputs,
+        teacher:Outputs|None,
         *,
-        progress:float|None=None # share of the training that is done, for schedules
+        progress:float|None=None
     ) -> Tensor:
-        """The weighted sum of the terms that read no labels, for inputs without labels beside the batches with labels.
-        Shares of the gradient are those that were measured there"""
+        """The weighted sum of the terms that read no labels, for inputs without labels beside the
+        batches with labels. Shares of the gradient are those that were measured there.
+
+        Args:
+            student: For inputs without labels.
+            teacher: For the same.
+            progress: Share of the training that is done, for schedules.
+        """
         terms = [t for t in self.active_terms(progress) if not t.n_targets]
         if not terms: return nothing(student.logits)
         b = Batch(student, all_classes(teacher, student), (), (), None, self.task, progress)
@@ -123,7 +157,9 @@ class RecipeLoss(nn.Module):
         return sum(weights[k]*v for k,v in values.items())
 
     def _value(self, term, b):
-        "A term's value; where it reads labels and the batch has two a sample, mixed as the labels' own loss is"
+        """A term's value; where it reads labels and the batch has two a sample, mixed as the
+        labels' own loss is.
+        """
         if b.share is None or term.n_targets == 0: return self._of_labels(term, b, b.targets, b.options(term, b.mask))
         each = b.share.numel() > 1
         if each and ('reduction' not in term.accepts or term.layers is not None):
@@ -138,7 +174,7 @@ class RecipeLoss(nn.Module):
         return v.sum()/(v.numel() if b.mask is None or 'mask' not in options[0] else b.mask.sum().clamp_min(1e-6))
 
     def _of_labels(self, term, b, targets, options):
-        "A term's value by one set of labels: summed over its pairs of layers, as the papers do"
+        """A term's value by one set of labels: summed over its pairs of layers, as the papers do."""
         links,targets = self.links[term.name],targets[:term.n_targets]
         if term.n_targets and len(targets) < term.n_targets:
             raise DistillError(f"{term.name} needs {term.n_targets} target(s) beside student and teacher, this batch "
@@ -149,8 +185,10 @@ class RecipeLoss(nn.Module):
         return sum(k.loss(s, t, *targets, **term.channels(t), **options) for k,(s,t) in zip(links, pairs))
 
     def _measured(self, values, weights, student, b):
-        """The weights as they count: of a term with a share, what makes its gradient that long. Shares of the gradient
-        are reported at the first training batch, and where a part counts for the first time"""
+        """The weights as they count: of a term with a share, what makes its gradient that long.
+        Shares of the gradient are reported at the first training batch, and where a part counts for
+        the first time.
+        """
         learns = {k: v for k,v in values.items() if v.requires_grad}
         fixed = {k: w for k,w in weights.items() if k not in self.ratios}
         if self.ratios:
@@ -163,23 +201,29 @@ class RecipeLoss(nn.Module):
         return weights
 
     def _compared(self, name, student):
-        "What a term compares of the student"
+        """What a term compares of the student."""
         layers = [k.layers[0] for k in self.links[name] if k.layers]
         return [student.feats[n] for n in dict.fromkeys(layers)] if layers else [student.logits]
 
     def _apart(self, name, b):
-        "A term's value if each of the teacher's outputs belonged to the next sample"
+        """A term's value if each of the teacher's outputs belonged to the next sample."""
         return self._value(next(t for t in self.recipe.terms if t.name == name), b.shifted(name))
 
     def shares(
         self,
-        values, # of what counts in a batch: the labels' loss ('task') and the terms, by name
-        weights, # of each
-        logits=None # the student's; None: its parameters are the place to measure at
+        values,
+        weights,
+        logits=None
     ) -> dict:
-        """Each part's share of the gradient, by name: at the logits if all parts reach them, else at the last layer of
-        the student that all reach. Empty if there is no such place. A term with a share of its own at its layers is
-        left out. Training is not changed by it"""
+        """Each part's share of the gradient, by name: at the logits if all parts reach them, else
+        at the last layer of the student that all reach. Empty if there is no such place. A term
+        with a share of its own at its layers is left out. Training is not changed by it.
+
+        Args:
+            values: Of what counts in a batch: the labels' loss ('task') and the terms, by name.
+            weights: Of each.
+            logits: The student's; None: its parameters are the place to measure at.
+        """
         apart = {t.name for t in self.layered if t.is_share}
         values = {k: v for k,v in values.items() if k not in apart}
         try:
@@ -191,7 +235,9 @@ class RecipeLoss(nn.Module):
 
 
 def check_kind(term, kind):
-    "Refuse a loss over classes for a model that has none, and so on; features may be compared by any loss"
+    """Refuse a loss over classes for a model that has none, and so on; features may be compared by
+    any loss.
+    """
     if term.layers is None and term.kind not in (None, kind):
         says = dict(softmax='a softmax over classes', sigmoid='a sigmoid per label', regression='numbers')
         raise DistillError(f"{term.name} compares {says[term.kind]}, but this model predicts {says[kind]}. "

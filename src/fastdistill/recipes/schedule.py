@@ -16,8 +16,12 @@ NAMES = dict(
 
 @dataclass(frozen=True)
 class Schedule:
-    "A number that goes from `start` to `end` while training progress goes from 0 to 1"
-    name:str # 'linear', 'cosine' or 'warmup'
+    """A number that goes from `start` to `end` while training progress goes from 0 to 1.
+
+    Attributes:
+        name: 'linear', 'cosine' or 'warmup'.
+    """
+    name:str
     start:float
     end:float
 
@@ -25,15 +29,20 @@ class Schedule:
 
 
 def schedule(
-    v, # a number, a function of progress from 0 to 1, a name, or a name with its ends
-    what:str='value' # its name in errors
+    v,
+    what:str='value'
 ):
     """`v` as a number or a function of progress. Possible are:
 
     - a number;
     - a function of progress from 0 to 1, such as fastai's `SchedCos(.9, .1)`;
     - a name: 'linear' and 'cosine' go from 1 to 0, 'warmup' goes from 0 to 1;
-    - a name with its ends: ('cosine', start, end), ('warmup', end)."""
+    - a name with its ends: ('cosine', start, end), ('warmup', end).
+
+    Args:
+        v: A number, a function of progress from 0 to 1, a name, or a name with its ends.
+        what: Its name in errors.
+    """
     if isinstance(v, Real):
         try: float(v)
         except OverflowError: raise DistillError(f"{what}= is a number of more than 300 digits: it must fit a float, "
@@ -51,7 +60,7 @@ def schedule(
 
 @dataclass(frozen=True)
 class Rest:
-    "1 - alpha, where alpha follows a schedule"
+    """1 - alpha, where alpha follows a schedule."""
     alpha:Callable
     def __call__(self, progress): return 1 - self.alpha(progress)
     def __repr__(self): return f'1-{self.alpha!r}'
@@ -61,11 +70,16 @@ def rest_of(alpha): return Rest(alpha) if callable(alpha) else 1 - alpha
 
 
 def value_at(
-    v, # what `schedule` gave
-    progress:float|None, # share of the training that is done
+    v,
+    progress:float|None,
     what:str='value'
 ) -> float:
-    "The number that `v` is at `progress`"
+    """The number that `v` is at `progress`.
+
+    Args:
+        v: What `schedule` gave.
+        progress: Share of the training that is done.
+    """
     if not callable(v): return v
     if progress is None:
         raise DistillError(f"{what} follows a schedule: pass the progress of the training, as in distiller(x, y, "

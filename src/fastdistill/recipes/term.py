@@ -16,24 +16,41 @@ SCHEDULED = 'T','lam' # options of losses that may follow a schedule
 
 
 class Term:
-    "One comparison of student and teacher: a loss, how much it counts, and between which layers (else: the logits)"
+    """One comparison of student and teacher: a loss, how much it counts, and between which layers
+    (else: the logits).
+
+    Args:
+        loss: fn(student, teacher, *targets, **options): a function of `fastdistill.losses`, a
+            module of it, or your own.
+        weight: Number or schedule (see `fastdistill.recipes.schedule`); 1 if neither weight nor
+            share is given.
+        share: In place of a weight: the length of the term's gradient, where it compares,
+            beside that of the labels and of all terms with a weight. 1: as long as theirs.
+            Number or schedule; see `GradientRatio`
+        layers: {'student.name': 'teacher.name'}, pairs of names, 'auto', 'last', 'embedding'
+            (see `fastdistill.pairs`); None compares the logits.
+        match: What the loss needs of the teacher's layers: 'shape', 'grid' (places) or 'none';
+            None: what the loss says at its definition (see `losses.loss`), and 'shape' for a
+            function that says nothing.
+        projector: Student's shape -> teacher's, where the loss needs it: 'auto', 'linear',
+            'conv', 'conv_bn', 'mlp', or a module.
+        stop_at: Share of the training after which the term ends.
+        name: Of its column.
+        **options: Of the loss; T and lam may follow a schedule, e.g. T=('linear', 8, 1).
+            `temperature=` is T.
+    """
     def __init__(
         self,
-        loss, # fn(student, teacher, *targets, **options): a function of `fastdistill.losses`, a module of it, or your
-        # own
-        weight=None, # number or schedule (see `fastdistill.recipes.schedule`); 1 if neither weight nor share is given
+        loss,
+        weight=None,
         *,
-        share=None, # in place of a weight: the length of the term's gradient, where it compares, beside that of the
-        # labels and of all terms with a weight. 1: as long as theirs. Number or schedule; see `GradientRatio`
-        layers=None, # {'student.name': 'teacher.name'}, pairs of names, 'auto', 'last', 'embedding' (see
-        # `fastdistill.pairs`); None compares the logits
-        match:str|None=None, # what the loss needs of the teacher's layers: 'shape', 'grid' (places) or 'none'; None:
-        # what the loss says at its definition (see `losses.loss`), and 'shape' for a function that says nothing
-        projector='auto', # student's shape -> teacher's, where the loss needs it: 'auto', 'linear', 'conv', 'conv_bn',
-        # 'mlp', or a module
-        stop_at:float|None=None, # share of the training after which the term ends
-        name:str|None=None, # of its column
-        **options # of the loss; T and lam may follow a schedule, e.g. T=('linear', 8, 1). `temperature=` is T
+        share=None,
+        layers=None,
+        match:str|None=None,
+        projector='auto',
+        stop_at:float|None=None,
+        name:str|None=None,
+        **options
     ):
         if not callable(loss):
             raise DistillError(f"A term needs a loss function, got {loss!r}. See fastdistill.losses for those that "
@@ -78,31 +95,39 @@ class Term:
 
     def weight_at(
         self,
-        progress:float|None # share of the training that is done
+        progress:float|None
     ) -> float:
-        "The weight, or the share, at this point of the training"
+        """The weight, or the share, at this point of the training.
+
+        Args:
+            progress: Share of the training that is done.
+        """
         if self.stop_at is not None:
             if value_at(lambda p: p, progress, f'The end of {self.name}') >= self.stop_at: return 0.
         return value_at(self.weight, progress, f'The weight of {self.name}')
 
     @property
     def held(self):
-        "Options that the loss brings along: a module's, or a partial's"
+        """Options that the loss brings along: a module's, or a partial's."""
         return getattr(self.loss, 'options', getattr(self.loss, 'keywords', {}))
 
     def channels(self, t):
-        "The channel axis of a layer's features, if it is not where maps have it: tokens (B, L, D) have it last"
+        """The channel axis of a layer's features, if it is not where maps have it: tokens (B, L, D)
+        have it last.
+        """
         own = {**self.options, **self.held}
         return {'axis': -1} if self.layers is not None and t.dim() == 3 and 'axis' in self.accepts - own.keys() else {}
 
     def options_at(self, progress, context):
-        "Options of the loss: its own, and of the context (class axis, mask, ...) what it asks for"
+        """Options of the loss: its own, and of the context (class axis, mask, ...) what it asks
+        for.
+        """
         own = {k: value_at(v, progress, k) if k in SCHEDULED else v for k,v in self.options.items()}
         return {**{k: v for k,v in context.items() if k in self.accepts and k not in self.held}, **own}
 
 
 def signature(loss):
-    "The function behind a loss, and its parameters"
+    """The function behind a loss, and its parameters."""
     fn = loss
     while isinstance(fn, partial): fn = fn.func
     fn = getattr(fn, 'fn', fn)
@@ -122,7 +147,7 @@ def one_temperature(
 
 
 def long_name_too(recipe):
-    "Let a recipe with an option `T` take it as `temperature` too, as many other tools call it"
+    """Let a recipe with an option `T` take it as `temperature` too, as many other tools call it."""
     sig = inspect.signature(recipe)
     @functools.wraps(recipe)
     def call(*args, temperature=None, **kwargs):
@@ -133,23 +158,31 @@ def long_name_too(recipe):
 
 
 def with_short_name(
-    options, # of a term
-    named # the options of its loss
+    options,
+    named
 ):
-    "The options with `T` in place of `temperature`, unless the loss itself has an option `temperature`"
+    """The options with `T` in place of `temperature`, unless the loss itself has an option
+    `temperature`.
+
+    Args:
+        options: Of a term.
+        named: The options of its loss.
+    """
     if 'temperature' not in options or 'temperature' in named or 'T' not in named: return options
     rest = {k: v for k,v in options.items() if k != 'temperature'}
     return {**rest, 'T': one_temperature(options.get('T'), options['temperature'])}
 
 
 def option_schedule(name, v):
-    "An option of a loss: some may follow a schedule"
+    """An option of a loss: some may follow a schedule."""
     if name == 'T': return temperature_schedule(v)
     return schedule(v, name) if name in SCHEDULED else v
 
 
 def temperature_schedule(T):
-    "A temperature, number or schedule, which must stay above 0 up to the end, where the last validation is"
+    """A temperature, number or schedule, which must stay above 0 up to the end, where the last
+    validation is.
+    """
     T = schedule(T, 'T')
     for share,when in ((0., 'beginning'), (1., 'end')):
         if (v := value_at(T, share)) > 0: continue
@@ -160,7 +193,7 @@ def temperature_schedule(T):
 
 
 def checked_name(name):
-    "It names a column, and what is kept of the term"
+    """It names a column, and what is kept of the term."""
     if name == 'task' or '.' in name or hasattr(nn.ModuleDict, name):
         raise DistillError(f"A term can't be called {name!r}, which has a meaning already: Term(..., name='...') gives "
                            "it another name.")
@@ -168,16 +201,21 @@ def checked_name(name):
 
 
 def weight_text(v):
-    "A weight, number or schedule, in messages: 0.1 where 1-.9 is 0.09999999999999998"
+    """A weight, number or schedule, in messages: 0.1 where 1-.9 is 0.09999999999999998."""
     return repr(float(f'{v:.12g}')) if isinstance(v, float) else repr(v)
 
 
 class Recipe:
-    "Terms, and how much the labels' own loss counts beside them"
+    """Terms, and how much the labels' own loss counts beside them.
+
+    Args:
+        *terms: Terms or Recipes.
+        task: Weight of the task's loss, number or schedule; None: as it is (1).
+    """
     def __init__(
         self,
-        *terms, # Terms or Recipes
-        task=None # weight of the task's loss, number or schedule; None: as it is (1)
+        *terms,
+        task=None
     ):
         self.terms,said = [],[] if task is None else [schedule(task, 'task')]
         for o in terms:
@@ -203,15 +241,26 @@ class Recipe:
 
     def __call__(
         self,
-        s:Tensor, # student logits
-        t:Tensor, # teacher logits
-        *targets, # labels, if the recipe counts them
-        task_loss=None, # fn(s, *targets); None: by `kind`
-        progress:float|None=None, # share of the training that is done, for schedules
-        mask=None, # positions that count
-        kind:str|None=None, axis:int|None=None, ignore_index:int|None=None # as in `Distiller`
+        s:Tensor,
+        t:Tensor,
+        *targets,
+        task_loss=None,
+        progress:float|None=None,
+        mask=None,
+        kind:str|None=None, axis:int|None=None, ignore_index:int|None=None
     ) -> Tensor:
-        "The whole loss of one batch of logits, for those who ran both models themselves: kd(T=4, alpha=.9)(s, t, y)"
+        """The whole loss of one batch of logits, for those who ran both models themselves: kd(T=4,
+        alpha=.9)(s, t, y).
+
+        Args:
+            s: Student logits.
+            t: Teacher logits.
+            *targets: Labels, if the recipe counts them.
+            task_loss: fn(s, *targets); None: by `kind`
+            progress: Share of the training that is done, for schedules.
+            mask: Positions that count.
+            kind, axis, ignore_index: As in `Distiller`
+        """
         task = task_for(task_loss, kind, axis, ignore_index)
         loss = RecipeLoss(self, task)
         loss.measures = False
@@ -225,5 +274,7 @@ class Recipe:
     def task_at(self, progress): return 1. if self.task is None else value_at(self.task, progress, "The task's weight")
 
     def weights_at(self, progress):
-        "The weight, or the share, of each part at this point of the training, by name; the labels' is 'task'"
+        """The weight, or the share, of each part at this point of the training, by name; the
+        labels' is 'task'.
+        """
         return dict(task=self.task_at(progress), **{t.name: t.weight_at(progress) for t in self.terms})

@@ -13,25 +13,34 @@ EXAMPLE = "'kd(T=4, alpha=.9) + at()'"
 
 
 def as_recipe(
-    recipe # `kd()`, `kd() + at()`, a `Term`, the text of a recipe; None or 'auto': none was given
+    recipe
 ) -> Recipe|None:
-    "The recipe that a user gave in any form; None: `auto` is to choose"
+    """The recipe that a user gave in any form; None: `auto` is to choose.
+
+    Args:
+        recipe: `kd()`, `kd() + at()`, a `Term`, the text of a recipe; None or 'auto': none was
+            given.
+    """
     if isinstance(recipe, str): recipe = recipe_from_text(recipe)
     return None if recipe is None or isinstance(recipe, str) else Recipe(recipe)
 
 
 def recipe_from_text(
-    text:str # 'auto', or calls of recipes joined by `+`, as in 'kd(T=4, alpha=.9) + at()'
+    text:str
 ) -> Recipe|str:
-    """The recipe that `text` describes; 'auto' stays as it is. Possible are the names of `fastdistill.recipes`,
-    `Term(losses.NAME, ...)`, and `labels`, which stands for the labels' own loss. Arguments are numbers, texts, True,
-    False, None, and lists, tuples or dicts of these"""
+    """The recipe that `text` describes; 'auto' stays as it is. Possible are the names of
+    `fastdistill.recipes`, `Term(losses.NAME, ...)`, and `labels`, which stands for the labels' own
+    loss. Arguments are numbers, texts, True, False, None, and lists, tuples or dicts of these.
+
+    Args:
+        text: 'auto', or calls of recipes joined by `+`, as in 'kd(T=4, alpha=.9) + at()'.
+    """
     if text.strip() == 'auto': return 'auto'
     return Reader(text).recipe()
 
 
 class Reader:
-    "Reads one text; its errors quote it"
+    """Reads one text; its errors quote it."""
     def __init__(self, text): self.text = text
 
     def error(self, what, node=None):
@@ -62,13 +71,13 @@ class Reader:
                                  f"An example is {EXAMPLE}") from e
 
     def summands(self, node):
-        "The parts of a sum, in their order"
+        """The parts of a sum, in their order."""
         parts = []
         while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add): parts,node = [node.right, *parts],node.left
         return [node, *parts]
 
     def part(self, node):
-        "A recipe, a term, or None for `labels`"
+        """A recipe, a term, or None for `labels`."""
         if isinstance(node, ast.Name) and node.id == 'labels': return
         if isinstance(node, ast.Name) and node.id in recipes.__all__:
             raise self.error(f"write {node.id}(), with brackets", node)
@@ -86,7 +95,7 @@ class Reader:
         return self.call(node, name, fn, [*first, *map(self.literal, others)], self.keywords(node))
 
     def function(self, node):
-        "(name, function) of a recipe"
+        """(name, function) of a recipe."""
         if isinstance(node, ast.Name): name = node.id
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == 'recipes':
             name = node.attr
@@ -98,7 +107,7 @@ class Reader:
         return name,getattr(recipes, name)
 
     def term(self, node):
-        "A term of the loss that is written `losses.NAME`"
+        """A term of the loss that is written `losses.NAME`."""
         known = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == 'losses'
         have = [n for n in losses.__all__ if inspect.isfunction(getattr(losses, n)) and n != 'loss']
         if not known or node.attr not in have:
@@ -127,7 +136,7 @@ class Reader:
             raise self.error(f"{name} does not take these arguments ({e})", node) from e
 
     def literal(self, node):
-        "The value of a number, a text, True, False, None, or of a list, tuple or dict of these"
+        """The value of a number, a text, True, False, None, or of a list, tuple or dict of these."""
         if isinstance(node, ast.Constant) and isinstance(node.value, int|float|str|None):
             v = node.value
             if isinstance(v, int|float) and not (math.isfinite(v) and abs(v) <= (LARGEST if isinstance(v, int) else v)):

@@ -13,19 +13,28 @@ __all__ = ['ab', 'abkd', 'at', 'cc', 'cwd', 'dist', 'dkd', 'fsp', 'gram', 'hard_
 
 @loss(kind='softmax', match='shape')
 def kl_per_class(s, t, *, T=4., axis=1, mask=None, reduction='mean'):
-    "`kl` divided by the number of classes too, as `nn.KLDivLoss()` and `F.kl_div(..., reduction='mean')` do"
+    """`kl` divided by the number of classes too, as `nn.KLDivLoss()` and `F.kl_div(...,
+    reduction='mean')` do.
+    """
     return losses.kl(s, t, T=T, axis=axis, mask=mask, reduction=reduction)/s.shape[axis]
 
 
 @long_name_too
 def kd(
-    T=4., # temperature, number or schedule; `temperature=` is the same
-    alpha=.9, # weight of the teacher; the labels have 1-alpha. Number or schedule
-    class_mean:bool=False # average over classes too: the scale of older scripts; the same as an alpha that is smaller
+    T=4.,
+    alpha=.9,
+    class_mean:bool=False
 ):
-    """alpha T^2 KL(teacher || student) + (1-alpha) labels (Hinton 2015, arXiv:1503.02531), in the form that fits what
-    the model predicts: softmax over classes, sigmoid per label (multi-label), or numbers (regression, where T has no
-    meaning)"""
+    """alpha T^2 KL(teacher || student) + (1-alpha) labels (Hinton 2015, arXiv:1503.02531), in the
+    form that fits what the model predicts: softmax over classes, sigmoid per label (multi-label),
+    or numbers (regression, where T has no meaning).
+
+    Args:
+        T: Temperature, number or schedule; `temperature=` is the same.
+        alpha: Weight of the teacher; the labels have 1-alpha. Number or schedule.
+        class_mean: Average over classes too: the scale of older scripts; the same as an alpha
+            that is smaller.
+    """
     alpha = schedule(alpha, 'alpha')
     if not callable(alpha) and not 0 <= alpha <= 1:
         raise DistillError(f"alpha={alpha}: it is the teacher's share, from 0 (labels alone) to 1 (teacher alone)")
@@ -35,127 +44,203 @@ def kd(
 
 @long_name_too
 def soft_labels(T=1.):
-    "The teacher alone makes the labels: kd with alpha 1. Batches need no labels"
+    """The teacher alone makes the labels: kd with alpha 1. Batches need no labels."""
     return kd(T, alpha=1.)
 
 
 def hard_labels(
-    alpha=1. # weight of the teacher's labels; the true ones have 1-alpha (DeiT: .5)
+    alpha=1.
 ):
-    "Cross-entropy with the class that the teacher would choose (DeiT, arXiv:2012.12877)"
+    """Cross-entropy with the class that the teacher would choose (DeiT, arXiv:2012.12877).
+
+    Args:
+        alpha: Weight of the teacher's labels; the true ones have 1-alpha (DeiT: .5).
+    """
     alpha = schedule(alpha, 'alpha')
     return Recipe(Term(losses.hard, weight=alpha, name='hard'), task=rest_of(alpha))
 
 
 @long_name_too
 def dkd(
-    alpha:float=1., # weight of the target class's part
-    beta:float=8., # weight of the other classes' part: the authors' for CIFAR-100 2 to 8, by pair; for ImageNet .5
-    T=4., # temperature
-    weight=None, # of both; the authors let it grow over the first 20 of 240 epochs: ('warmup', 1.)
-    share=None # in place of a weight: the length of its gradient beside the labels', see `Term`
+    alpha:float=1.,
+    beta:float=8.,
+    T=4.,
+    weight=None,
+    share=None
 ):
-    "Decoupled distillation beside the labels' own loss (CVPR 2022, arXiv:2203.08679)"
+    """Decoupled distillation beside the labels' own loss (CVPR 2022, arXiv:2203.08679).
+
+    Args:
+        alpha: Weight of the target class's part.
+        beta: Weight of the other classes' part: the authors' for CIFAR-100 2 to 8, by pair; for
+            ImageNet .5.
+        T: Temperature.
+        weight: Of both; the authors let it grow over the first 20 of 240 epochs: ('warmup',
+            1.).
+        share: In place of a weight: the length of its gradient beside the labels', see `Term`
+    """
     return Recipe(Term(losses.dkd, weight=weight, share=share, alpha=alpha, beta=beta, T=T, name='dkd'))
 
 
 @long_name_too
 def nkd(
-    gamma:float=1.5, # weight of the other classes' part: the authors' for ImageNet; for CIFAR-100 3.5, with T=3
-    T=1., # temperature of that part
-    weight=None, # 1 if neither weight nor share is given
-    share=None # in place of a weight: the length of its gradient beside the labels', see `Term`
+    gamma:float=1.5,
+    T=1.,
+    weight=None,
+    share=None
 ):
-    "Normalized distillation beside the labels' own loss (ICCV 2023, arXiv:2303.13005)"
+    """Normalized distillation beside the labels' own loss (ICCV 2023, arXiv:2303.13005).
+
+    Args:
+        gamma: Weight of the other classes' part: the authors' for ImageNet; for CIFAR-100 3.5,
+            with T=3.
+        T: Temperature of that part.
+        weight: 1 if neither weight nor share is given.
+        share: In place of a weight: the length of its gradient beside the labels', see `Term`
+    """
     return Recipe(Term(losses.nkd, weight=weight, share=share, gamma=gamma, T=T, name='nkd'))
 
 
 @long_name_too
 def dist(
-    beta:float=1., # weight of the relation between classes; the authors' CIFAR-100: 2
-    gamma:float=1., # weight of the relation within a class; CIFAR-100: 2
-    T=1., # 4 for CIFAR-100
-    weight=None, # 1 if neither weight nor share is given
-    share=None # in place of a weight: the length of its gradient beside the labels', see `Term`
+    beta:float=1.,
+    gamma:float=1.,
+    T=1.,
+    weight=None,
+    share=None
 ):
-    "Correlation between and within classes, beside the labels' own loss (NeurIPS 2022, arXiv:2205.10536)"
+    """Correlation between and within classes, beside the labels' own loss (NeurIPS 2022,
+    arXiv:2205.10536).
+
+    Args:
+        beta: Weight of the relation between classes; the authors' CIFAR-100: 2.
+        gamma: Weight of the relation within a class; CIFAR-100: 2.
+        T: 4 for CIFAR-100.
+        weight: 1 if neither weight nor share is given.
+        share: In place of a weight: the length of its gradient beside the labels', see `Term`
+    """
     return Recipe(Term(losses.dist, weight=weight, share=share, beta=beta, gamma=gamma, T=T, name='dist'))
 
 
 @long_name_too
 def ttm(
-    T=4., # temperature of the teacher alone
-    weight=None, # ours; the authors' is searched for each pair of models
-    share=None # in place of a weight: the length of its gradient beside the labels', see `Term`
+    T=4.,
+    weight=None,
+    share=None
 ):
-    """The student predicts the teacher's softened probabilities themselves, beside the labels' own loss (ICLR 2024,
-    arXiv:2402.11148)"""
+    """The student predicts the teacher's softened probabilities themselves, beside the labels' own
+    loss (ICLR 2024, arXiv:2402.11148).
+
+    Args:
+        T: Temperature of the teacher alone.
+        weight: Ours; the authors' is searched for each pair of models.
+        share: In place of a weight: the length of its gradient beside the labels', see `Term`
+    """
     return Recipe(Term(losses.ttm, weight=weight, share=share, T=T, name='ttm'))
 
 
 @long_name_too
 def uld(
     T=1.,
-    weight=None, # the authors': 1.5; 1 if neither weight nor share is given
-    share=None # in place of a weight: the length of its gradient beside the labels', see `Term`
+    weight=None,
+    share=None
 ):
-    """Sorted probabilities, of a teacher with another vocabulary, beside the labels' own loss (TMLR 2025,
-    arXiv:2402.12030)"""
+    """Sorted probabilities, of a teacher with another vocabulary, beside the labels' own loss (TMLR
+    2025, arXiv:2402.12030).
+
+    Args:
+        weight: The authors': 1.5; 1 if neither weight nor share is given.
+        share: In place of a weight: the length of its gradient beside the labels', see `Term`
+    """
     return Recipe(Term(losses.uld, weight=weight, share=share, T=T, name='uld'))
 
 
 @long_name_too
 def wttm(
-    T=4., # temperature of the teacher alone
-    weight=None, # ours; the authors' is searched for each pair of models
-    share=None # in place of a weight: the length of its gradient beside the labels', see `Term`
+    T=4.,
+    weight=None,
+    share=None
 ):
-    "`ttm` with more weight where the teacher is unsure, beside the labels' own loss (ICLR 2024, arXiv:2402.11148)"
+    """`ttm` with more weight where the teacher is unsure, beside the labels' own loss (ICLR 2024,
+    arXiv:2402.11148).
+
+    Args:
+        T: Temperature of the teacher alone.
+        weight: Ours; the authors' is searched for each pair of models.
+        share: In place of a weight: the length of its gradient beside the labels', see `Term`
+    """
     return Recipe(Term(losses.wttm, weight=weight, share=share, T=T, name='wttm'))
 
 
 @long_name_too
 def abkd(
-    alpha:float=.8, # the authors' for CIFAR-100, ResNet-56 -> 20; (1, 0) is forward and (0, 1) reverse KL
+    alpha:float=.8,
     beta:float=.3,
     T=4.,
-    weight=None, # 2 if neither weight nor share is given: the authors' 32 for that pair, without our T^2
-    share=None # in place of a weight: the length of its gradient beside the labels', see `Term`
+    weight=None,
+    share=None
 ):
-    "A divergence between forward and reverse KL beside the labels' own loss (ICML 2025, arXiv:2505.04560)"
+    """A divergence between forward and reverse KL beside the labels' own loss (ICML 2025,
+    arXiv:2505.04560).
+
+    Args:
+        alpha: The authors' for CIFAR-100, ResNet-56 -> 20; (1, 0) is forward and (0, 1) reverse
+            KL.
+        weight: 2 if neither weight nor share is given: the authors' 32 for that pair, without
+            our T^2.
+        share: In place of a weight: the length of its gradient beside the labels', see `Term`
+    """
     weight = 2. if weight is None and share is None else weight
     return Recipe(Term(losses.abkd, weight=weight, share=share, alpha=alpha, beta=beta, T=T, name='abkd'))
 
 
 @long_name_too
 def rld(
-    alpha:float=1., # weight of the label's certainty
-    beta:float=8., # weight of the classes that the teacher finds less likely than the label
+    alpha:float=1.,
+    beta:float=8.,
     T=4.,
-    weight=None, # of both
-    share=None # in place of a weight: the length of its gradient beside the labels', see `Term`
+    weight=None,
+    share=None
 ):
-    """Distillation without the classes that the teacher finds more likely than the label, beside the labels' own loss
-    (ICCV 2025, arXiv:2408.07703)"""
+    """Distillation without the classes that the teacher finds more likely than the label, beside
+    the labels' own loss (ICCV 2025, arXiv:2408.07703).
+
+    Args:
+        alpha: Weight of the label's certainty.
+        beta: Weight of the classes that the teacher finds less likely than the label.
+        weight: Of both.
+        share: In place of a weight: the length of its gradient beside the labels', see `Term`
+    """
     return Recipe(Term(losses.rld, weight=weight, share=share, alpha=alpha, beta=beta, T=T, name='rld'))
 
 
 @long_name_too
 def taid(
-    start:float=.4, # the teacher's share of the target at the beginning, the authors'; it grows to 1
+    start:float=.4,
     T=1.,
-    weight=None, # ours; Recipe(taid(), task=0.) trains on this term alone
-    share=None # in place of a weight: the length of its gradient beside the labels', see `Term`
+    weight=None,
+    share=None
 ):
-    "A target that moves from the student to the teacher while training goes on (TAID, ICLR 2025, arXiv:2501.16937)"
+    """A target that moves from the student to the teacher while training goes on (TAID, ICLR 2025,
+    arXiv:2501.16937).
+
+    Args:
+        start: The teacher's share of the target at the beginning, the authors'; it grows to 1.
+        weight: Ours; Recipe(taid(), task=0.) trains on this term alone.
+        share: In place of a weight: the length of its gradient beside the labels', see `Term`
+    """
     return Recipe(Term(losses.taid, weight=weight, share=share, lam=('linear', start, 1.), T=T, name='taid'))
 
 
 def logit_std(
-    recipe # e.g. kd(T=2., alpha=.9): its terms on logits get both logits standardized
+    recipe
 ):
-    """Logit standardization of any recipe (CVPR 2024, arXiv:2403.01427). The authors weigh it with 9 beside labels with
-    .1: Recipe(Term(losses.standardized(losses.kl), weight=9., T=2.), task=.1)"""
+    """Logit standardization of any recipe (CVPR 2024, arXiv:2403.01427). The authors weigh it with
+    9 beside labels with .1: Recipe(Term(losses.standardized(losses.kl), weight=9., T=2.), task=.1).
+
+    Args:
+        recipe: e.g. kd(T=2., alpha=.9): its terms on logits get both logits standardized.
+    """
     def std(t):
         if t.layers is not None: return t
         t = copy.copy(t)
@@ -170,187 +255,306 @@ def logit_std(
 SHARE = .1
 
 def scaled(
-    weight, # number or schedule; 'paper'; None: not given
-    share, # number or schedule; None: not given
-    paper # the weight of the paper or of its authors' code
+    weight,
+    share,
+    paper
 ):
-    "Options of a `Term` between layers"
+    """Options of a `Term` between layers.
+
+    Args:
+        weight: Number or schedule; 'paper'; None: not given.
+        share: Number or schedule; None: not given.
+        paper: The weight of the paper or of its authors' code.
+    """
     if weight is None and share is None: return dict(share=SHARE)
     return dict(weight=paper if isinstance(weight, str) and weight == 'paper' else weight, share=share)
 
 
 def hint(
-    layers='auto', # FitNets took one layer in the middle
-    weight=None, # 'paper': 100, RepDistiller's
-    projector='auto', # the paper's is a convolution
-    stop_at=None, # FitNets' hint was a first phase: a share of the training
-    share=None # in place of a weight; .1 if neither is given
+    layers='auto',
+    weight=None,
+    projector='auto',
+    stop_at=None,
+    share=None
 ):
-    "The teacher's features themselves (FitNets, arXiv:1412.6550)"
+    """The teacher's features themselves (FitNets, arXiv:1412.6550).
+
+    Args:
+        layers: FitNets took one layer in the middle.
+        weight: 'paper': 100, RepDistiller's.
+        projector: The paper's is a convolution.
+        stop_at: FitNets' hint was a first phase: a share of the training.
+        share: In place of a weight; .1 if neither is given.
+    """
     return Recipe(Term(losses.hint, **scaled(weight, share, 100.), layers=layers, projector=projector, stop_at=stop_at))
 
 
 def at(
-    layers='auto', # the end of each stage, as in the paper
-    weight=None, # 'paper': 1000, the authors'
-    p:float=2., # exponent of the activations
+    layers='auto',
+    weight=None,
+    p:float=2.,
     stop_at=None,
-    share=None # in place of a weight; .1 if neither is given
+    share=None
 ):
-    "Where the activations are (attention transfer, arXiv:1612.03928)"
+    """Where the activations are (attention transfer, arXiv:1612.03928).
+
+    Args:
+        layers: The end of each stage, as in the paper.
+        weight: 'paper': 1000, the authors'.
+        p: Exponent of the activations.
+        share: In place of a weight; .1 if neither is given.
+    """
     return Recipe(Term(losses.at, **scaled(weight, share, 1000.), layers=layers, stop_at=stop_at, p=p))
 
 
 def nst(
-    layers='last', # as in the paper
-    weight=None, # 'paper': 50, the authors'
+    layers='last',
+    weight=None,
     stop_at=None,
-    share=None # in place of a weight; .1 if neither is given
+    share=None
 ):
-    "Which patterns the channels select (neuron selectivity transfer, arXiv:1707.01219)"
+    """Which patterns the channels select (neuron selectivity transfer, arXiv:1707.01219).
+
+    Args:
+        layers: As in the paper.
+        weight: 'paper': 50, the authors'.
+        share: In place of a weight; .1 if neither is given.
+    """
     return Recipe(Term(losses.nst, **scaled(weight, share, 50.), layers=layers, stop_at=stop_at))
 
 
 def fsp(
-    layers='auto', # the ends of the stages
-    weight=None, # 'paper': 1
-    projector='auto', # where channels differ
-    stop_at=None, # the paper's was a first phase
-    share=None # in place of a weight; .1 if neither is given
+    layers='auto',
+    weight=None,
+    projector='auto',
+    stop_at=None,
+    share=None
 ):
-    "How one layer's features become the next one's (Yim et al., CVPR 2017)"
+    """How one layer's features become the next one's (Yim et al., CVPR 2017).
+
+    Args:
+        layers: The ends of the stages.
+        weight: 'paper': 1.
+        projector: Where channels differ.
+        stop_at: The paper's was a first phase.
+        share: In place of a weight; .1 if neither is given.
+    """
     return Recipe(Term(losses.fsp, **scaled(weight, share, 1.), layers=layers, projector=projector, stop_at=stop_at))
 
 
 def ab(
-    layers='auto', # better by hand: values before the ReLU, as '0.7.1.relu@in'
-    weight=None, # 'paper': 50, the authors' .003 x channels x positions of a CIFAR net's last stage
+    layers='auto',
+    weight=None,
     margin:float=1.,
     projector='auto',
-    stop_at=None, # the paper's was a first phase
-    share=None # in place of a weight; .1 if neither is given
+    stop_at=None,
+    share=None
 ):
-    "Which neurons are active (activation boundaries, arXiv:1811.03233)"
+    """Which neurons are active (activation boundaries, arXiv:1811.03233).
+
+    Args:
+        layers: Better by hand: values before the ReLU, as '0.7.1.relu@in'.
+        weight: 'paper': 50, the authors' .003 x channels x positions of a CIFAR net's last
+            stage.
+        stop_at: The paper's was a first phase.
+        share: In place of a weight; .1 if neither is given.
+    """
     how = scaled(weight, share, 50.)
     return Recipe(Term(losses.ab, **how, layers=layers, projector=projector, stop_at=stop_at, margin=margin))
 
 
 def ofd(
-    layers='auto', # better by hand: values before the ReLU; of a batch norm ('layer3.1.bn2@pre') for an exact margin
-    weight=None, # 'paper': 10, the authors' for ImageNet with a ResNet-50, in this scale; 16 for CIFAR
-    projector='conv_bn', # the authors'
+    layers='auto',
+    weight=None,
+    projector='conv_bn',
     stop_at=None,
-    share=None # in place of a weight; .1 if neither is given
+    share=None
 ):
-    """The teacher's features before the ReLU, as far as they matter after it (overhaul of feature distillation,
-    arXiv:1904.01866)"""
+    """The teacher's features before the ReLU, as far as they matter after it (overhaul of feature
+    distillation, arXiv:1904.01866).
+
+    Args:
+        layers: Better by hand: values before the ReLU; of a batch norm ('layer3.1.bn2@pre') for
+            an exact margin.
+        weight: 'paper': 10, the authors' for ImageNet with a ResNet-50, in this scale; 16 for
+            CIFAR.
+        projector: The authors'.
+        share: In place of a weight; .1 if neither is given.
+    """
     return Recipe(Term(losses.OFD(), **scaled(weight, share, 10.), layers=layers, projector=projector, stop_at=stop_at))
 
 
 def vid(
     layers='auto',
-    weight=None, # 'paper': 1, RepDistiller's
-    projector='mlp', # RepDistiller's, of 1x1 convolutions
+    weight=None,
+    projector='mlp',
     stop_at=None,
-    share=None # in place of a weight; .1 if neither is given
+    share=None
 ):
-    """The teacher's features, each channel as exactly as it can be foreseen (variational information distillation,
-    arXiv:1904.05835)"""
+    """The teacher's features, each channel as exactly as it can be foreseen (variational
+    information distillation, arXiv:1904.05835).
+
+    Args:
+        weight: 'paper': 1, RepDistiller's.
+        projector: RepDistiller's, of 1x1 convolutions.
+        share: In place of a weight; .1 if neither is given.
+    """
     return Recipe(Term(losses.VID(), **scaled(weight, share, 1.), layers=layers, projector=projector, stop_at=stop_at))
 
 
 def pkd(
-    layers='auto', # the authors took the levels of a detector's feature pyramid
-    weight=None, # 'paper': 6, theirs for two-stage detectors; 10 for RetinaNet
+    layers='auto',
+    weight=None,
     projector='auto',
     stop_at=None,
-    share=None # in place of a weight; .1 if neither is given
+    share=None
 ):
-    "The teacher's features but for their scale: correlation of each channel (PKD, arXiv:2207.02039)"
+    """The teacher's features but for their scale: correlation of each channel (PKD,
+    arXiv:2207.02039).
+
+    Args:
+        layers: The authors took the levels of a detector's feature pyramid.
+        weight: 'paper': 6, theirs for two-stage detectors; 10 for RetinaNet.
+        share: In place of a weight; .1 if neither is given.
+    """
     return Recipe(Term(losses.pkd, **scaled(weight, share, 6.), layers=layers, projector=projector, stop_at=stop_at))
 
 
 def rkd(
-    layers='last@mean', # pooled features, as the authors
-    weight=None, # 'paper': 1
-    w_d:float=25., # weight of the distances
-    w_a:float=50., # and of the angles
+    layers='last@mean',
+    weight=None,
+    w_d:float=25.,
+    w_a:float=50.,
     stop_at=None,
-    share=None # in place of a weight; .1 if neither is given
+    share=None
 ):
-    "How far samples are from each other, and at which angles (relational KD, arXiv:1904.05068)"
+    """How far samples are from each other, and at which angles (relational KD, arXiv:1904.05068).
+
+    Args:
+        layers: Pooled features, as the authors.
+        weight: 'paper': 1.
+        w_d: Weight of the distances.
+        w_a: And of the angles.
+        share: In place of a weight; .1 if neither is given.
+    """
     return Recipe(Term(losses.rkd, **scaled(weight, share, 1.), layers=layers, stop_at=stop_at, w_d=w_d, w_a=w_a))
 
 
 def sp(
-    layers='last', # as the authors
-    weight=None, # 'paper': 3000, theirs, for batches of 64
+    layers='last',
+    weight=None,
     stop_at=None,
-    share=None # in place of a weight; .1 if neither is given
+    share=None
 ):
-    "Which samples of a batch are alike (similarity-preserving KD, arXiv:1907.09682)"
+    """Which samples of a batch are alike (similarity-preserving KD, arXiv:1907.09682).
+
+    Args:
+        layers: As the authors.
+        weight: 'paper': 3000, theirs, for batches of 64.
+        share: In place of a weight; .1 if neither is given.
+    """
     return Recipe(Term(losses.sp, **scaled(weight, share, 3000.), layers=layers, stop_at=stop_at))
 
 
 def cc(
     layers='last@mean',
-    weight=None, # 'paper': 100, ours: none is published for the paper's form
-    kernel:str='gaussian', # or 'bilinear'
-    gamma:float=.4, # of the gaussian
+    weight=None,
+    kernel:str='gaussian',
+    gamma:float=.4,
     stop_at=None,
-    share=None # in place of a weight; .1 if neither is given
+    share=None
 ):
-    "Which samples of a batch are alike, by a kernel (correlation congruence, arXiv:1904.01802)"
+    """Which samples of a batch are alike, by a kernel (correlation congruence, arXiv:1904.01802).
+
+    Args:
+        weight: 'paper': 100, ours: none is published for the paper's form.
+        kernel: Or 'bilinear'.
+        gamma: Of the gaussian.
+        share: In place of a weight; .1 if neither is given.
+    """
     how = scaled(weight, share, 100.)
     return Recipe(Term(losses.cc, **how, layers=layers, stop_at=stop_at, kernel=kernel, gamma=gamma))
 
 
 def pkt(
-    layers='last@mean', # pooled features, as RepDistiller
-    weight=None, # 'paper': 470, its 30000 for batches of 64, in this scale
+    layers='last@mean',
+    weight=None,
     stop_at=None,
-    share=None # in place of a weight; .1 if neither is given
+    share=None
 ):
-    "Who are a sample's neighbors, as probabilities (probabilistic knowledge transfer, arXiv:1803.10837)"
+    """Who are a sample's neighbors, as probabilities (probabilistic knowledge transfer,
+    arXiv:1803.10837).
+
+    Args:
+        layers: Pooled features, as RepDistiller.
+        weight: 'paper': 470, its 30000 for batches of 64, in this scale.
+        share: In place of a weight; .1 if neither is given.
+    """
     return Recipe(Term(losses.pkt, **scaled(weight, share, 470.), layers=layers, stop_at=stop_at))
 
 
 def seed(
-    layers='embedding', # both models' vectors before their heads; of a teacher without a head, its output
-    weight=None, # 'paper': 1
-    size:int=4096, # embeddings in the queue; the authors' for ImageNet: 65536
-    T_s:float=.2, # temperature of the student
-    T_t:float=.01, # of the teacher; .1 was better with one that was trained on labels
-    projector='auto', # linear where sizes differ; the authors' is 'mlp'
+    layers='embedding',
+    weight=None,
+    size:int=4096,
+    T_s:float=.2,
+    T_t:float=.01,
+    projector='auto',
     stop_at=None,
-    share=None # in place of a weight; .1 if neither is given
+    share=None
 ):
-    "Which of many samples are similar, by a queue of teacher embeddings (self-supervised SEED, arXiv:2101.04731)"
+    """Which of many samples are similar, by a queue of teacher embeddings (self-supervised SEED,
+    arXiv:2101.04731).
+
+    Args:
+        layers: Both models' vectors before their heads; of a teacher without a head, its
+            output.
+        weight: 'paper': 1.
+        size: Embeddings in the queue; the authors' for ImageNet: 65536.
+        T_s: Temperature of the student.
+        T_t: Of the teacher; .1 was better with one that was trained on labels.
+        projector: Linear where sizes differ; the authors' is 'mlp'.
+        share: In place of a weight; .1 if neither is given.
+    """
     loss,how = losses.SEED(size=size, T_s=T_s, T_t=T_t),scaled(weight, share, 1.)
     return Recipe(Term(loss, **how, layers=layers, projector=projector, stop_at=stop_at))
 
 
 def ickd(
     layers='last',
-    weight=None, # 'paper': 2.5, the authors' for CIFAR
-    projector='conv_bn', # theirs
+    weight=None,
+    projector='conv_bn',
     stop_at=None,
-    share=None # in place of a weight; .1 if neither is given
+    share=None
 ):
-    "Which channels go together (inter-channel correlation, Liu et al., ICCV 2021)"
+    """Which channels go together (inter-channel correlation, Liu et al., ICCV 2021).
+
+    Args:
+        weight: 'paper': 2.5, the authors' for CIFAR.
+        projector: Theirs.
+        share: In place of a weight; .1 if neither is given.
+    """
     return Recipe(Term(losses.ickd, **scaled(weight, share, 2.5), layers=layers, projector=projector, stop_at=stop_at))
 
 
 @long_name_too
 def cwd(
-    layers=None, # the logits, or layers of maps
-    weight=None, # 'paper': 3 on logits, 50 on features
+    layers=None,
+    weight=None,
     T=4.,
     projector='auto',
     stop_at=None,
-    share=None # in place of a weight. If neither is given, the paper's weight on logits and a share of .1 on features
+    share=None
 ):
-    "Where in the picture each channel is, for dense prediction (channel-wise KD, arXiv:2011.13256)"
+    """Where in the picture each channel is, for dense prediction (channel-wise KD,
+    arXiv:2011.13256).
+
+    Args:
+        layers: The logits, or layers of maps.
+        weight: 'paper': 3 on logits, 50 on features.
+        share: In place of a weight. If neither is given, the paper's weight on logits and a
+            share of .1 on features.
+    """
     if layers is None and weight is None and share is None: weight = 'paper'
     how = scaled(weight, share, 3. if layers is None else 50.)
     return Recipe(Term(losses.cwd, **how, layers=layers, projector=projector, stop_at=stop_at, T=T))
@@ -358,39 +562,64 @@ def cwd(
 
 def pairwise(
     layers='last',
-    weight=None, # 'paper': .5, the authors'
-    pool=.5, # size of a cell: pixels, or a share of the map
+    weight=None,
+    pool=.5,
     stop_at=None,
-    share=None # in place of a weight; .1 if neither is given
+    share=None
 ):
-    "Which places of a picture are alike, for dense prediction (structured KD, arXiv:1903.04197)"
+    """Which places of a picture are alike, for dense prediction (structured KD, arXiv:1903.04197).
+
+    Args:
+        weight: 'paper': .5, the authors'.
+        pool: Size of a cell: pixels, or a share of the map.
+        share: In place of a weight; .1 if neither is given.
+    """
     return Recipe(Term(losses.pairwise, **scaled(weight, share, .5), layers=layers, stop_at=stop_at, pool=pool))
 
 
 def gram(
-    layers='last@map', # maps, and tokens without class and register tokens; for texts 'last'
-    weight=None, # 'paper': 2
+    layers='last@map',
+    weight=None,
     stop_at=None,
-    share=None # in place of a weight; .1 if neither is given
+    share=None
 ):
-    "Which places of a picture are similar: `pairwise` of single positions (DINOv3's Gram loss, arXiv:2508.10104)"
+    """Which places of a picture are similar: `pairwise` of single positions (DINOv3's Gram loss,
+    arXiv:2508.10104).
+
+    Args:
+        layers: Maps, and tokens without class and register tokens; for texts 'last'.
+        weight: 'paper': 2.
+        share: In place of a weight; .1 if neither is given.
+    """
     how = scaled(weight, share, 2.)
     return Recipe(Term(losses.pairwise, **how, layers=layers, stop_at=stop_at, pool=1, name='gram'))
 
 
 def ifvd(
     layers='last',
-    weight=None, # 'paper': 200, the authors'
+    weight=None,
     stop_at=None,
-    share=None # in place of a weight; .1 if neither is given
+    share=None
 ):
-    "How pixels of a class vary around their mean, for dense prediction (Wang et al., ECCV 2020)"
+    """How pixels of a class vary around their mean, for dense prediction (Wang et al., ECCV 2020).
+
+    Args:
+        weight: 'paper': 200, the authors'.
+        share: In place of a weight; .1 if neither is given.
+    """
     return Recipe(Term(losses.ifvd, **scaled(weight, share, 200.), layers=layers, stop_at=stop_at))
 
 
 def pretrain(
-    layers='embedding', # both models' vectors before their heads; of a teacher without a head, its output
-    projector='auto' # 'mlp' keeps more of the student's features its own
+    layers='embedding',
+    projector='auto'
 ):
-    "The teacher's embeddings alone, as directions: no labels, for a backbone that is fine-tuned afterwards"
+    """The teacher's embeddings alone, as directions: no labels, for a backbone that is fine-tuned
+    afterwards.
+
+    Args:
+        layers: Both models' vectors before their heads; of a teacher without a head, its
+            output.
+        projector: 'mlp' keeps more of the student's features its own.
+    """
     return Recipe(Term(losses.cosine, layers=layers, projector=projector), task=0.)

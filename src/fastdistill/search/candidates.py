@@ -17,23 +17,29 @@ SMALL_SHARES = .1,.03,.3,1 # the same between layers
 
 @dataclass
 class Candidate:
-    "A recipe whose options are to be found"
+    """A recipe whose options are to be found.
+
+    Attributes:
+        make: fn(**options) -> Recipe.
+        options: Option -> the values to try, the usual one first.
+        text: How to write the recipe, with '{}' where the options stand.
+    """
     name:str
-    make:Callable # fn(**options) -> Recipe
-    options:dict=field(default_factory=dict) # option -> the values to try, the usual one first
-    text:str='{}' # how to write the recipe, with '{}' where the options stand
+    make:Callable
+    options:dict=field(default_factory=dict)
+    text:str='{}'
 
     def recipe(self, options): return Recipe(self.make(**options))
 
     def written(self, options):
-        "The recipe as code"
+        """The recipe as code."""
         # subtle: a text of the user's own may have braces
         if not self.options: return self.text
         return self.text.format(', '.join(f'{k}={v:g}' for k,v in options.items()))
 
 
 def term(name, loss, options, written=None):
-    "A term beside the labels, by its share of the gradient"
+    """A term beside the labels, by its share of the gradient."""
     return Candidate(name, lambda **o: Term(loss, **o), options,
                      f"Term(losses.{written or name}, {{}})")
 
@@ -43,16 +49,27 @@ LABELS = Candidate('labels alone', lambda: kd(alpha=0.), {}, 'kd(alpha=0)')
 
 
 def candidates_for(
-    kind:str='softmax', # what the model predicts: 'softmax', 'sigmoid' or 'regression'
+    kind:str='softmax',
     *,
-    classes:int|None=None, # of a softmax; None: unknown
-    dense:bool=False, # does each sample have many predictions, as pixels or tokens?
-    maps:bool=False, # do these fill a map (B, C, H, W)?
-    layers:bool=False, # recipes between layers too, which need a teacher that runs
-    teacher:Tensor|None=None, # the teacher's logits, as in `auto`
-    doubt:str|None=None # as in `auto`
+    classes:int|None=None,
+    dense:bool=False,
+    maps:bool=False,
+    layers:bool=False,
+    teacher:Tensor|None=None,
+    doubt:str|None=None
 ) -> list[Candidate]:
-    "The recipes that fit, what `auto` chooses first. Labels alone are not among them: they are what all must beat"
+    """The recipes that fit, what `auto` chooses first. Labels alone are not among them: they are
+    what all must beat.
+
+    Args:
+        kind: What the model predicts: 'softmax', 'sigmoid' or 'regression'.
+        classes: Of a softmax; None: unknown.
+        dense: Does each sample have many predictions, as pixels or tokens?
+        maps: Do these fill a map (B, C, H, W)?
+        layers: Recipes between layers too, which need a teacher that runs.
+        teacher: The teacher's logits, as in `auto`
+        doubt: As in `auto`
+    """
     chosen = auto(kind, classes=classes, dense=dense, teacher=teacher, doubt=doubt)
     text = chosen.text.removeprefix('labels + ')
     found = [Candidate('auto', lambda: chosen, {}, text), *between_outputs(kind, classes, dense)]
@@ -61,7 +78,7 @@ def candidates_for(
 
 
 def between_outputs(kind, classes, dense):
-    "Recipes that compare the models' outputs"
+    """Recipes that compare the models' outputs."""
     alphas = .5,.3,.9
     if kind == 'regression':
         return [Candidate('kd', kd, dict(alpha=alphas), 'kd({})'),
@@ -82,15 +99,20 @@ def between_outputs(kind, classes, dense):
 
 
 def between_layers():
-    "Recipes that compare what goes on inside both models"
+    """Recipes that compare what goes on inside both models."""
     return [Candidate(make.__name__, make, dict(share=SMALL_SHARES), f'recipes.{make.__name__}({{}})')
             for make in (hint, at, rkd, pkt)]
 
 
 def given_candidates(
-    recipes:dict # name -> recipe, term, text of a recipe, or a function without arguments that makes one
+    recipes:dict
 ) -> list[Candidate]:
-    "The user's own recipes, of which the rate alone is to be found"
+    """The user's own recipes, of which the rate alone is to be found.
+
+    Args:
+        recipes: Name -> recipe, term, text of a recipe, or a function without arguments that
+            makes one.
+    """
     if not isinstance(recipes, dict) or not recipes:
         raise DistillError(f"recipes={recipes!r}: give names and recipes, as in dict(mild=kd(T=1, alpha=.3), "
                            "dist=recipes.dist(share=1)).")

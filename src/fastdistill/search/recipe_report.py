@@ -10,24 +10,38 @@ RECIPES_FORMAT = 1 # of the JSON file
 
 @dataclass
 class RecipeRun:
-    "One student: a recipe and a seed"
-    recipe:str # its name
+    """One student: a recipe and a seed.
+
+    Attributes:
+        recipe: Its name.
+        history: Column of the training's table -> a number for each epoch.
+    """
+    recipe:str
     seed:int
-    history:dict[str,list] # column of the training's table -> a number for each epoch
+    history:dict[str,list]
 
     def value(self, column): return self.history[column][-1] if self.history.get(column) else None
 
 
 @dataclass
 class RecipeReport(JsonReport):
-    "What each recipe reached after the last epoch, over several seeds, and its difference to the baseline: data only"
-    metric:str # the column by which recipes are compared
-    higher:bool # is more better?
-    baseline:str # the recipe that the others are compared with
+    """What each recipe reached after the last epoch, over several seeds, and its difference to the
+    baseline: data only.
+
+    Attributes:
+        baseline: The recipe that the others are compared with.
+        metric: The column by which recipes are compared.
+        higher: Is more better?
+        recipes: Name -> the recipe as text.
+        differences: Recipe -> its metric minus the baseline's.
+    """
+    metric:str
+    higher:bool
+    baseline:str
     n_epoch:int
-    recipes:dict[str,str] # name -> the recipe as text
+    recipes:dict[str,str]
     runs:list[RecipeRun]
-    differences:dict[str,Difference]=field(default_factory=dict) # recipe -> its metric minus the baseline's
+    differences:dict[str,Difference]=field(default_factory=dict)
     format:int=RECIPES_FORMAT
     called,inside = 'report of recipes',dict(runs=(RecipeRun, list))
 
@@ -36,21 +50,27 @@ class RecipeReport(JsonReport):
 
     def values(
         self, recipe:str,
-        column:str|None=None # of the training's table; None: the metric
+        column:str|None=None
     ) -> list:
-        "What the recipe reached with each seed, in the order of `seeds`"
+        """What the recipe reached with each seed, in the order of `seeds`.
+
+        Args:
+            column: Of the training's table; None: the metric.
+        """
         runs = {r.seed: r for r in self.runs if r.recipe == recipe}
         return [runs[s].value(column or self.metric) for s in self.seeds]
 
     @property
     def best(self):
-        "The recipe with the best mean; a difference to the baseline may still be chance, see `verdict`"
+        """The recipe with the best mean; a difference to the baseline may still be chance, see
+        `verdict`.
+        """
         return (max if self.higher else min)(self.recipes, key=lambda n: fmean(self.values(n)))
 
     def verdict(
         self, recipe:str
     ) -> str:
-        "'better' or 'worse' than the baseline, 'not significant', or why there is no test"
+        """'better' or 'worse' than the baseline, 'not significant', or why there is no test."""
         d = self.differences.get(recipe)
         if d is None: return ''
         if d.p is None: return 'one seed: no test' if len(self.seeds) < 2 else 'the same in each seed: no test'
@@ -58,7 +78,7 @@ class RecipeReport(JsonReport):
         return 'better' if (d.value > 0) == self.higher else 'worse'
 
     def rows(self) -> list:
-        "The table: a list of dicts"
+        """The table: a list of dicts."""
         return [self._row(n) for n in self.recipes]
 
     def _row(self, name):
@@ -85,7 +105,7 @@ class RecipeReport(JsonReport):
     __repr__ = __str__
 
     def show(self):
-        "The table in a terminal or a notebook"
+        """The table in a terminal or a notebook."""
         from rich.console import Console
         from rich.markup import escape
         from rich.table import Table

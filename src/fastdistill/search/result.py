@@ -1,4 +1,6 @@
-"What a search found: the recipe, its rate, a table and a plot of the runs, and whether its lead is more than luck."
+"""What a search found: the recipe, its rate, a table and a plot of the runs, and whether its lead
+is more than luck.
+"""
 import math
 from dataclasses import dataclass, field
 from statistics import mean, stdev
@@ -10,14 +12,22 @@ __all__ = ['Found', 'Lead', 'RunTable', 'Run', 'lead_of']
 
 @dataclass
 class Run:
-    "One training of the search"
-    name:str # of its candidate
-    options:dict # of the recipe
+    """One training of the search.
+
+    Attributes:
+        name: Of its candidate.
+        options: Of the recipe.
+        scores: After each epoch, on the items that choose.
+        stopped: Before its last epoch.
+        items: (N,) scores of the items that judge, after the last epoch.
+    """
+    name:str
+    options:dict
     lr:float
     seed:int=0
-    scores:list=field(default_factory=list) # after each epoch, on the items that choose
-    stopped:bool=False # before its last epoch
-    items:Tensor|None=None # (N,) scores of the items that judge, after the last epoch
+    scores:list=field(default_factory=list)
+    stopped:bool=False
+    items:Tensor|None=None
     seconds:float=0.
 
     @property
@@ -28,18 +38,25 @@ class Run:
 
     @property
     def rank(self):
-        "Runs that went on longer are better, since others were stopped for their scores; then the score decides"
+        """Runs that went on longer are better, since others were stopped for their scores; then the
+        score decides.
+        """
         return len(self.scores),self.score
 
 
 @dataclass
 class Lead:
-    "Mean difference of two recipes' scores, and its 95% interval over items and seeds"
+    """Mean difference of two recipes' scores, and its 95% interval over items and seeds.
+
+    Attributes:
+        p: How often luck alone gives a difference as large as this, in either direction.
+        n: Items.
+    """
     mean:float
     low:float
     high:float
-    p:float # how often luck alone gives a difference as large as this, in either direction
-    n:int # items
+    p:float
+    n:int
     seeds:int
 
     @property
@@ -51,12 +68,17 @@ class Lead:
 
 
 def lead_of(
-    a, b # (seeds, items) scores of the same items, in row i of runs with the same seed
+    a, b
 ) -> Lead|None:
-    """How much better `a` is than `b`. None with fewer than two seeds or items, where the luck of a run can't be told.
+    """How much better `a` is than `b`. None with fewer than two seeds or items, where the luck of a
+    run can't be told.
 
-    Both items and seeds are drawn: the variance of the mean is at most the sum of their mean's variances. The interval
-    is Student's, with the degrees of freedom of Welch and Satterthwaite"""
+    Both items and seeds are drawn: the variance of the mean is at most the sum of their mean's
+    variances. The interval is Student's, with the degrees of freedom of Welch and Satterthwaite.
+
+    Args:
+        a, b: (seeds, items) scores of the same items, in row i of runs with the same seed.
+    """
     from scipy.stats import t
     d = (torch.as_tensor(a) - torch.as_tensor(b)).double()
     d = d[:, ~d.isnan().any(0)]
@@ -70,7 +92,7 @@ def lead_of(
 
 
 class RunTable(list):
-    "A list of dicts, shown as a table"
+    """A list of dicts, shown as a table."""
     def __repr__(self):
         if not self: return 'no runs'
         names = [*self[0]]
@@ -83,16 +105,26 @@ def as_text(v): return '' if v is None else f'{v:.4g}' if isinstance(v, float) e
 
 
 class Found:
-    "The result of `distill_find`: `student.distill(teacher, 5, found.lr, found.recipe)` trains with it"
+    """The result of `distill_find`: `student.distill(teacher, 5, found.lr, found.recipe)` trains
+    with it.
+
+    Args:
+        candidates: Name -> `Candidate`; the first one is labels alone.
+        runs: Of the search: `Run`s with one seed.
+        finals: Of the best, again, with other seeds.
+        metric: What the scores are; greater is better.
+        n_epoch: Of a whole run.
+        rates: All rates that labels alone should have had.
+    """
     def __init__(
         self,
-        candidates:dict, # name -> `Candidate`; the first one is labels alone
-        runs:list, # of the search: `Run`s with one seed
-        finals:list=(), # of the best, again, with other seeds
+        candidates:dict,
+        runs:list,
+        finals:list=(),
         *,
-        metric:str='score', # what the scores are; greater is better
-        n_epoch:int=1, # of a whole run
-        rates=() # all rates that labels alone should have had
+        metric:str='score',
+        n_epoch:int=1,
+        rates=()
     ):
         self.candidates,self.runs,self.finals = candidates,[r for r in runs if r.scores],list(finals)
         self.metric,self.n_epoch,self.labels = metric,n_epoch,next(iter(candidates))
@@ -102,7 +134,9 @@ class Found:
         self.lead = self._lead()
 
     def _winner(self):
-        "The best mean over seeds, of the items that choose; without repeated runs, the best run of the search"
+        """The best mean over seeds, of the items that choose; without repeated runs, the best run
+        of the search.
+        """
         seeds = self._seeds()
         if not seeds: return max(self.best.values(), key=lambda r: r.rank)
         means = {r.key: (mean(f.score for f in self._repeats(r) if f.seed in seeds), r) for r in self._finalists()}
@@ -111,18 +145,20 @@ class Found:
     def _repeats(self, run): return sorted((f for f in self.finals if f.key == run.key), key=lambda f: f.seed)
 
     def _finalists(self):
-        "The best runs that were repeated; where two of them ran with several seeds, those that did"
+        """The best runs that were repeated; where two of them ran with several seeds, those that
+        did.
+        """
         found = [r for r in self.best.values() if self._repeats(r)]
         often = [r for r in found if len(self._repeats(r)) > 1]
         return often if len(often) > 1 else found
 
     def _seeds(self):
-        "Seeds with which all finalists ran; none if fewer than two did"
+        """Seeds with which all finalists ran; none if fewer than two did."""
         seeds = [{f.seed for f in self._repeats(r)} for r in self._finalists()]
         return set.intersection(*seeds) if len(seeds) > 1 else set()
 
     def _lead(self):
-        "Over labels alone; None where labels alone won, or where too few runs were repeated"
+        """Over labels alone; None where labels alone won, or where too few runs were repeated."""
         alone = self.best.get(self.labels)
         if alone is None or self.winner.name == self.labels: return None
         a,b = ({f.seed: f.items for f in self._repeats(r)} for r in (self.winner, alone))
@@ -139,14 +175,14 @@ class Found:
 
     @property
     def text(self):
-        "The recipe as code"
+        """The recipe as code."""
         return self._written(self.winner)
 
     def _written(self, run): return self.candidates[run.name].written(run.options)
 
     @property
     def verdict(self):
-        "Is the recipe better than labels alone? In words"
+        """Is the recipe better than labels alone? In words."""
         if set(self.best) == {self.labels}: return 'no recipe was tried yet'
         if self.winner.name == self.labels: return 'no recipe was better than labels alone on the items that chose'
         tried = {r.lr for r in self.runs if r.name == self.labels and len(r.scores) >= self.n_epoch}
@@ -160,7 +196,9 @@ class Found:
 
     @property
     def table(self):
-        "A row for each candidate, the best first: its best run, and the mean over the seeds of the repeated runs"
+        """A row for each candidate, the best first: its best run, and the mean over the seeds of
+        the repeated runs.
+        """
         order = lambda r: (r is self.winner, bool(self._repeats(r)), r.rank)
         return RunTable(self._row(r) for r in sorted(self.best.values(), key=order, reverse=True))
 
@@ -176,7 +214,9 @@ class Found:
         return f'{self.winner.name}: {self.text}, lr={self.lr:.3g}; {self.verdict}'
 
     def plot(self):
-        "The score of each run over its learning rate, a color for each candidate. Returns the figure"
+        """The score of each run over its learning rate, a color for each candidate. Returns the
+        figure.
+        """
         import matplotlib.pyplot as plt  # noqa: F401 (notebooks show figures only after this import)
         from matplotlib.figure import Figure
         fig = Figure(figsize=(7, 4), layout='constrained')
@@ -196,7 +236,7 @@ class Found:
 
 
 def best_of(runs):
-    "Name of a candidate -> its best run"
+    """Name of a candidate -> its best run."""
     best = {}
     for r in runs:
         if r.name not in best or r.rank > best[r.name].rank: best[r.name] = r

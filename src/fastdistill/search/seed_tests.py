@@ -1,4 +1,6 @@
-"Differences of recipes that were trained with the same seeds: which of them are more than the luck of a seed."
+"""Differences of recipes that were trained with the same seeds: which of them are more than the
+luck of a seed.
+"""
 import math
 import numpy as np
 from ..evaluation.data import Difference
@@ -9,11 +11,16 @@ TEST = 'paired t test'
 
 
 def difference_by_seed(
-    a, # what one recipe reached, a number for each seed
-    b # the other one, with the same seeds
+    a,
+    b
 ) -> Difference:
-    """The mean of `a` minus `b`, with its 95% interval and p-value (Student's paired t test). There is no p-value if
-    all differences are equal, since then nothing shows how much a seed matters"""
+    """The mean of `a` minus `b`, with its 95% interval and p-value (Student's paired t test). There
+    is no p-value if all differences are equal, since then nothing shows how much a seed matters.
+
+    Args:
+        a: What one recipe reached, a number for each seed.
+        b: The other one, with the same seeds.
+    """
     from scipy.stats import t
     d = np.subtract(a, b, dtype=float)
     n,mean = len(d),d.mean()
@@ -26,10 +33,14 @@ def difference_by_seed(
 
 
 def adjusted(
-    differences:dict # name -> Difference
+    differences:dict
 ) -> dict:
-    """The same with p-values for several tests at once (Holm, 1979): the chance that any of them is called significant
-    by luck alone stays below 5%"""
+    """The same with p-values for several tests at once (Holm, 1979): the chance that any of them is
+    called significant by luck alone stays below 5%
+
+    Args:
+        differences: Name -> Difference.
+    """
     tested = sorted((k for k,d in differences.items() if d.p is not None), key=lambda k: differences[k].p)
     if len(tested) < 2: return differences
     out,least = dict(differences),0.

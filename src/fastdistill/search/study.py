@@ -1,6 +1,8 @@
 """The search: which run comes next and which one ends early, until the time is over.
 
-Optuna proposes the runs, stops the weak ones (successive halving, arXiv:1810.05934) and stores all of them"""
+Optuna proposes the runs, stops the weak ones (successive halving, arXiv:1810.05934) and stores all
+of them.
+"""
 import base64, json, math, zlib
 from contextlib import contextmanager
 from datetime import datetime
@@ -27,7 +29,7 @@ def import_optuna():
 
 @contextmanager
 def quiet():
-    "Optuna reports warnings alone"
+    """Optuna reports warnings alone."""
     log = import_optuna().logging
     was = log.get_verbosity()
     log.set_verbosity(log.WARNING)
@@ -36,24 +38,40 @@ def quiet():
 
 
 class Search:
-    """Runs with recipes, and runs with labels alone, with rates from one list. Of the recipes, the weaker half is
-    stopped after a third of the training, and again after two thirds. Then the best once more, with other seeds"""
+    """Runs with recipes, and runs with labels alone, with rates from one list. Of the recipes, the
+    weaker half is stopped after a third of the training, and again after two thirds. Then the best
+    once more, with other seeds.
+
+    Args:
+        candidates: List of `Candidate`
+        rates: Learning rates to try, the usual one first.
+        train: fn(recipe, lr, seed, after_epoch, late) -> scores of the items that judge; None
+            if it ended early. after_epoch(score) and late() are true where the run has to end.
+        n_epoch: Of a whole run.
+        begin, end: Time when the search began, and when it must be over.
+        trials: So many runs, then the best again; None: as many as there is time for.
+        seeds: With which the best runs are repeated.
+        storage: URL of a database ('sqlite:///find.db'), a file, or Optuna's storage; None:
+            nothing is kept.
+        name: Of the search in the storage.
+        facts: What a stored search must have in common with this one.
+        show: Called after each epoch, with the share of the time that has passed.
+    """
     def __init__(
         self,
-        candidates, # list of `Candidate`
-        rates, # learning rates to try, the usual one first
-        train, # fn(recipe, lr, seed, after_epoch, late) -> scores of the items that judge; None if it ended early.
-        # after_epoch(score) and late() are true where the run has to end
+        candidates,
+        rates,
+        train,
         *,
-        n_epoch:int, # of a whole run
-        begin:float, end:float, # time when the search began, and when it must be over
-        trials:int|None=None, # so many runs, then the best again; None: as many as there is time for
-        seeds:int=5, # with which the best runs are repeated
-        storage=None, # URL of a database ('sqlite:///find.db'), a file, or Optuna's storage; None: nothing is kept
-        name:str='fastdistill', # of the search in the storage
-        facts:dict|None=None, # what a stored search must have in common with this one
+        n_epoch:int,
+        begin:float, end:float,
+        trials:int|None=None,
+        seeds:int=5,
+        storage=None,
+        name:str='fastdistill',
+        facts:dict|None=None,
         metric:str='score',
-        show=lambda text, share: None # called after each epoch, with the share of the time that has passed
+        show=lambda text, share: None
     ):
         self.optuna = import_optuna()
         self.candidates,self.rates,self.train = {c.name: c for c in candidates},[float(o) for o in rates],train
@@ -88,12 +106,16 @@ class Search:
         for lr in self.rates: self._plan(self.alone, dict(recipe=LABELS.name, lr=lr))
 
     def _plan(self, study, params):
-        "A run that comes before those that Optuna proposes, unless there is one with these parameters"
+        """A run that comes before those that Optuna proposes, unless there is one with these
+        parameters.
+        """
         given = (wanted(t) for t in study.get_trials(deepcopy=False) if self._counts(t))
         if not any(params.items() <= o.items() for o in given): study.enqueue_trial(params)
 
     def _plan_recipes(self):
-        "Each recipe begins with its usual options, and with the rate that is best for labels alone so far"
+        """Each recipe begins with its usual options, and with the rate that is best for labels
+        alone so far.
+        """
         alone = best_of(self.runs()).get(LABELS.name)
         lr = self.rates[0] if alone is None else alone.lr
         for c in self.candidates.values():
@@ -108,7 +130,7 @@ class Search:
     # the search
 
     def run(self) -> Found:
-        "Search until the time is over, or until Ctrl-C"
+        """Search until the time is over, or until Ctrl-C."""
         try:
             while time() < self.search_end and (asked := self._next()): self._try(*asked)
             self._repeat()
@@ -126,14 +148,15 @@ class Search:
 
     @property
     def search_end(self):
-        "When the best runs have to be repeated: the time that this takes, at most half of all"
+        """When the best runs have to be repeated: the time that this takes, at most half of all."""
         took = [whole_seconds(s) for s in (self.alone, self.taught)]
         if None in took: return self.end
         return self.end - min((1+FINALISTS)*self.seeds*max(took), (self.end-self.begin)/2)
 
     def _next(self):
-        """(study, trial, run) of the next run; None if all were tried. Labels alone come first. After a third of the
-        time, they take every other turn"""
+        """(study, trial, run) of the next run; None if all were tried. Labels alone come first.
+        After a third of the time, they take every other turn.
+        """
         if self.n_trials is not None and self.n_runs >= self.n_trials: return None
         waiting = self.alone.get_trials(deepcopy=False, states=(self.optuna.trial.TrialState.WAITING,))
         early = time() < self.begin + (self.end-self.begin)/3
@@ -156,7 +179,7 @@ class Search:
         return None
 
     def _left(self, study, candidates):
-        "The parameters of all runs that nobody has begun"
+        """The parameters of all runs that nobody has begun."""
         begun = [t.params for t in study.get_trials(deepcopy=False) if t.state.name != 'WAITING' and self._counts(t)]
         return [o for c in candidates.values() if c.name not in self.errors for o in runs_with(c, self.rates)
                 if o not in begun]
@@ -164,7 +187,7 @@ class Search:
     def _fail(self, study, trial): study.tell(trial, state=self.optuna.trial.TrialState.FAIL, skip_if_finished=True)
 
     def _try(self, study, trial, run):
-        "One run of the search"
+        """One run of the search."""
         def after_epoch(score):
             trial.report(self._score(run, score), len(run.scores))
             run.stopped = len(run.scores) < self.n_epoch and trial.should_prune()
@@ -185,7 +208,7 @@ class Search:
     def all_candidates(self): return {LABELS.name: LABELS, **self.candidates}
 
     def _score(self, run, score):
-        "Keep a score, and show it"
+        """Keep a score, and show it."""
         run.scores.append(score if math.isfinite(score) else -math.inf)
         text = self.all_candidates[run.name].written(run.options)
         again = f', seed {run.seed}' if run.seed else ''
@@ -195,7 +218,9 @@ class Search:
 
     @contextmanager
     def _told(self, study, trial, run):
-        "A run that is cut off is planned again, for whoever resumes. A recipe that can't be used is dropped"
+        """A run that is cut off is planned again, for whoever resumes. A recipe that can't be used
+        is dropped.
+        """
         try: yield
         except DistillError as e:
             self._fail(study, trial)
@@ -237,7 +262,9 @@ class Search:
     # what is stored
 
     def runs(self):
-        "The runs of the search, those of other processes and of earlier searches in the same storage included"
+        """The runs of the search, those of other processes and of earlier searches in the same
+        storage included.
+        """
         found = [run_of(t) for s in (self.alone, self.taught) for t in s.get_trials(deepcopy=False)
                  if t.state.name in ('COMPLETE', 'PRUNED')]
         return found + self.cut
@@ -248,16 +275,16 @@ class Search:
 
 
 def runs_with(c, rates):
-    "The parameters of all runs with a candidate, the usual ones first"
+    """The parameters of all runs with a candidate, the usual ones first."""
     for *values,lr in product(*c.options.values(), rates):
         yield dict(recipe=c.name, lr=lr, **{f'{c.name} {k}': v for k,v in zip(c.options, values)})
 
 
-class OutOfTime(Exception): "A run did not get to its end"
+class OutOfTime(Exception): """A run did not get to its end."""
 
 
 def check_facts(study, facts, name):
-    "Refuse to continue another search"
+    """Refuse to continue another search."""
     if (have := study.user_attrs.get('facts')) is None: return study.set_user_attr('facts', facts)
     if wrong := [f'{k} {have.get(k)} there, {v} here' for k,v in facts.items() if have.get(k) != v]:
         raise DistillError(f"The storage holds another search named {name!r} ({'; '.join(wrong)}). Give this one "
@@ -265,12 +292,12 @@ def check_facts(study, facts, name):
 
 
 def wanted(trial):
-    "The parameters of a trial, also of one that waits"
+    """The parameters of a trial, also of one that waits."""
     return trial.params or trial.system_attrs.get('fixed_params', {})
 
 
 def whole_seconds(study):
-    "The longest whole run of a study; None if there is none"
+    """The longest whole run of a study; None if there is none."""
     return max((t.duration.total_seconds() for t in study.get_trials(deepcopy=False) if t.state.name == 'COMPLETE'),
                default=None)
 

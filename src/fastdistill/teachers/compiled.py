@@ -14,34 +14,47 @@ COMPILED = []
 
 
 def compile_seconds(
-    layers:int, # of the module
-    known=() # (layers, seconds) of earlier compilations on this machine
+    layers:int,
+    known=()
 ) -> float:
-    "Seconds that compiling will probably take"
+    """Seconds that compiling will probably take.
+
+    Args:
+        layers: Of the module.
+        known: (layers, seconds) of earlier compilations on this machine.
+    """
     assumed = lambda n: AT_LEAST + n*PER_LAYER
     # subtle: PyTorch's own cache makes a compilation fast that another model's will not be
     return assumed(layers)*(max(.5, median(s/assumed(n) for n,s in known)) if known else 1)
 
 
 def worth_compiling(
-    left:int, # batches to come
-    eager:float, # seconds of a batch, not compiled
-    layers:int, # of the module
-    known=() # as in `compile_seconds`
+    left:int,
+    eager:float,
+    layers:int,
+    known=()
 ) -> str:
-    "Why not: a text with the numbers; empty if compiling will probably save at least twice the time that it takes"
+    """Why not: a text with the numbers; empty if compiling will probably save at least twice the
+    time that it takes.
+
+    Args:
+        left: Batches to come.
+        eager: Seconds of a batch, not compiled.
+        layers: Of the module.
+        known: As in `compile_seconds`
+    """
     saved,cost = left*eager*GAIN,compile_seconds(layers, known)
     return '' if saved >= 2*cost else (f'in {left} batches of {eager*1e3:.3g} ms that would save about {saved:.0f} s '
                                        f'and take about {cost:.0f} s')
 
 
 def synchronize(tensors):
-    "Wait for the GPU, if one computes these"
+    """Wait for the GPU, if one computes these."""
     for d in {t.device for t in tensors_in(tensors) if t.is_cuda}: torch.cuda.synchronize(d)
 
 
 def missing_compiler(device) -> str|None:
-    "Why torch.compile can't work on this machine; None if it can"
+    """Why torch.compile can't work on this machine; None if it can."""
     if device.type == 'cuda': return None
     names = os.environ.get('CXX'),'g++','clang++','c++','cl'
     if any(n and shutil.which(n) for n in names): return None
@@ -52,14 +65,20 @@ def signature_of(x, kw): return tuple((t.shape, t.dtype) for t in tensors_in((x,
 
 
 class Compilation:
-    """Runs a module, and compiles it where that is worth it, for inputs of the shapes that it was compiled for. Other
-    shapes run as before: to compile for each would take longer than the run"""
+    """Runs a module, and compiles it where that is worth it, for inputs of the shapes that it was
+    compiled for. Other shapes run as before: to compile for each would take longer than the run.
+
+    Args:
+        asked: True: at once; 'auto': if it is worth it; False: never.
+        say: fn(text).
+        close: fn(compiled outputs, outputs) -> are they close enough?
+    """
     def __init__(
         self,
         module,
-        asked, # True: at once; 'auto': if it is worth it; False: never
-        say, # fn(text)
-        close # fn(compiled outputs, outputs) -> are they close enough?
+        asked,
+        say,
+        close
     ):
         self.module,self.asked,self.say,self.close = module,asked,say,close
         self.fast = self.shapes = None # the compiled module, and the shapes that it is for
@@ -88,7 +107,7 @@ class Compilation:
         return out,time.perf_counter() - start
 
     def _consider(self, x, kw, shapes, left):
-        "Compile now, or never, or time one more batch"
+        """Compile now, or never, or time one more batch."""
         if self.asked != True:      # noqa: E712  'auto' is true too
             if left is None: return
             if shapes != self.shapes: self.shapes,self.times = shapes,[]
@@ -104,7 +123,7 @@ class Compilation:
 
     @property
     def eager(self):
-        "Seconds of a batch, not compiled"
+        """Seconds of a batch, not compiled."""
         return median(self.times[1:])
 
     def _compile(self, x, kw, shapes):
@@ -124,7 +143,7 @@ class Compilation:
         if not same or self.asked is True: self.say(f'is {self.state}')
 
     def _judge(self, left):
-        "Keep the compiled module if it is faster"
+        """Keep the compiled module if it is faster."""
         if self.asked is True: return
         fast = median(self.fast_times)
         times = f'{fast*1e3:.3g} ms a batch instead of {self.eager*1e3:.3g}'

@@ -9,7 +9,7 @@ __all__ = ['mix', 'shares']
 
 
 def shares(weights, n):
-    "Weights that add up to 1"
+    """Weights that add up to 1."""
     w = [1.]*n if weights is None else [float(o) for o in weights]
     if len(w) != n or min(w) < 0 or not 0 < sum(w) < float('inf'):
         raise DistillError(f"weights={weights} of {n} teachers: give each one number, none below 0, not all 0")
@@ -17,11 +17,17 @@ def shares(weights, n):
 
 
 def mix(
-    logits, # of each member, equal shapes
-    weights, # of each member, adding up to 1
-    combine, kind, axis # as in `Teacher`
+    logits,
+    weights,
+    combine, kind, axis
 ):
-    "Logits of the mean prediction of several teachers"
+    """Logits of the mean prediction of several teachers.
+
+    Args:
+        logits: Of each member, equal shapes.
+        weights: Of each member, adding up to 1.
+        combine, kind, axis: As in `Teacher`
+    """
     for i,o in enumerate(logits):
         if o.shape != logits[0].shape:
             raise DistillError(f"Logits of member {i} of the ensemble have shape {tuple(o.shape)}, those of member 0 "

@@ -1,4 +1,6 @@
-"A teacher that is no network: a pipeline of scikit-learn, LightGBM, XGBoost or CatBoost, or what has their methods."
+"""A teacher that is no network: a pipeline of scikit-learn, LightGBM, XGBoost or CatBoost, or what
+has their methods.
+"""
 import copy, pickle
 from collections.abc import Mapping
 import numpy as np
@@ -16,9 +18,13 @@ def is_estimator(o):
 
 
 def load_estimator(
-    path # of a file that `joblib.dump` wrote
+    path
 ):
-    "The estimator in it. It is a pickle, whose code runs"
+    """The estimator in it. It is a pickle, whose code runs.
+
+    Args:
+        path: Of a file that `joblib.dump` wrote.
+    """
     try: import joblib
     except ImportError as e: raise ImportError(f"The estimator in {path} needs joblib: pip install joblib") from e
     try: model = joblib.load(path)
@@ -33,39 +39,48 @@ def load_estimator(
 
 
 class Estimator:
-    """A fitted estimator as a function of a batch. It returns probabilities, of classes or labels, or numbers.
+    """A fitted estimator as a function of a batch. It returns probabilities, of classes or labels,
+    or numbers.
 
-    A batch is a table, a tensor (B, columns), or a dict with a tensor for each column"""
+    A batch is a table, a tensor (B, columns), or a dict with a tensor for each column.
+
+    Args:
+        model: With `predict_proba`, or only `predict`
+        kind: What is predicted, as in `Teacher`
+        frame: The rows before any transform, for fastai's tables.
+    """
     def __init__(
         self,
-        model, # with `predict_proba`, or only `predict`
-        kind:str='softmax', # what is predicted, as in `Teacher`
-        frame=None # the rows before any transform, for fastai's tables
+        model,
+        kind:str='softmax',
+        frame=None
     ):
         self.model,self.kind,self.frame,self.__name__ = model,kind,frame,type(last_step(model)).__name__
 
     def of_kind(self, kind):
-        "The same estimator for another kind of outputs"
+        """The same estimator for another kind of outputs."""
         other = copy.copy(self)
         other.kind = kind
         return other
 
     @property
     def classes(self):
-        "Its classes in the order of its outputs; None if it has none, or predicts several outputs"
+        """Its classes in the order of its outputs; None if it has none, or predicts several
+        outputs.
+        """
         own = getattr(self.model, 'classes_', None)
         return None if own is None or isinstance(own, list) or np.ndim(own) != 1 else list(np.asarray(own).tolist())
 
     @property
     def columns(self):
-        "Names of the columns that it was fitted on; None if it does not know them"
+        """Names of the columns that it was fitted on; None if it does not know them."""
         for k in ('feature_names_in_', 'feature_names_', 'feature_name'):
             names = getattr(self.model, k, None)
             if (names := names() if callable(names) else names) is not None: return list(map(str, names))
 
     @property
     def identity(self) -> bytes:
-        "What tells it from another estimator"
+        """What tells it from another estimator."""
         try:
             import joblib
             return joblib.hash(self.model).encode()
@@ -78,9 +93,13 @@ class Estimator:
     anew = __call__
 
     def predict(
-        self, rows # a table, or an array
+        self, rows
     ) -> Tensor:
-        "Probabilities, or numbers: (B, C)"
+        """Probabilities, or numbers: (B, C).
+
+        Args:
+            rows: A table, or an array.
+        """
         given = dict(softmax=self._classes, sigmoid=self._labels, regression=self._numbers)[self.kind](rows)
         return torch.from_numpy(np.array(given, dtype=np.float64)).float()      # a copy
 
@@ -122,9 +141,13 @@ class Estimator:
         return self.in_order(pd.DataFrame(columns))
 
     def in_order(
-        self, table # a DataFrame
+        self, table
     ):
-        "The columns that it was fitted on, in their order. An error names those that are missing"
+        """The columns that it was fitted on, in their order. An error names those that are missing.
+
+        Args:
+            table: A DataFrame.
+        """
         names = self.columns
         if names is None:
             if hasattr(self.model, 'n_features_in_'):
@@ -158,7 +181,9 @@ def columns_of_numbers(v):
 
 
 def positive(p, classes):
-    "The probability of the label, of an estimator for yes and no; it may have seen one of them alone"
+    """The probability of the label, of an estimator for yes and no; it may have seen one of them
+    alone.
+    """
     yes = [i for i,c in enumerate(classes) if c]
     return p[:, yes].sum(1)
 

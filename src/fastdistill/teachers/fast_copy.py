@@ -1,4 +1,6 @@
-"How fast a teacher runs: its precision, memory format, folded batch-norms, compilation. Decided at the first batch."
+"""How fast a teacher runs: its precision, memory format, folded batch-norms, compilation. Decided
+at the first batch.
+"""
 import copy, time
 from types import FunctionType
 import torch
@@ -27,10 +29,15 @@ WORK = 5e9
 
 
 def check_speed(
-    options, # name -> value
-    model # None for an ensemble
+    options,
+    model
 ):
-    "Refuse values that do not exist, and options of a module for a teacher that is none"
+    """Refuse values that do not exist, and options of a module for a teacher that is none.
+
+    Args:
+        options: Name -> value.
+        model: None for an ensemble.
+    """
     for k,have in OPTIONS.items():
         if options[k] not in have: raise DistillError(f"{k}={options[k]!r}: possible are {', '.join(map(repr, have))}")
     batch = options['batch']
@@ -53,7 +60,7 @@ def native_bf16(device) -> bool:
 
 
 def why_no_copy(model) -> str:
-    "Why a module runs as it is; empty if a copy may run in its place"
+    """Why a module runs as it is; empty if a copy may run in its place."""
     tensors = [*model.parameters(), *model.buffers()]
     if is_graph(model): return 'it is a program'
     if is_compiled(model): return 'it is compiled already'
@@ -68,21 +75,26 @@ def why_no_copy(model) -> str:
 
 
 def hooks_of(model):
-    "The functions that modules call before and after they run"
+    """The functions that modules call before and after they run."""
     return [h for m in model.modules() for d in (m._forward_hooks, m._forward_pre_hooks) for h in d.values()]
 
 
 def owner_of(hook):
-    "The object that a hook is, or whose method it is; None for a function"
+    """The object that a hook is, or whose method it is; None for a function."""
     return None if isinstance(hook, FunctionType) else getattr(hook, '__self__', hook)
 
 
 class Speed:
-    "How one model runs: as it is, or as a faster copy. The model itself is never changed"
+    """How one model runs: as it is, or as a faster copy. The model itself is never changed.
+
+    Args:
+        options: Of `OPTIONS`, and 'device'.
+        say: fn(text): what was decided, after 'fastdistill: the teacher NAME '.
+    """
     def __init__(
         self, model, mode,
-        options, # of `OPTIONS`, and 'device'
-        say # fn(text): what was decided, after 'fastdistill: the teacher NAME '
+        options,
+        say
     ):
         self.model,self.mode,self.options,self.say = model,mode,options,say
         floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
@@ -90,7 +102,7 @@ class Speed:
         self.restart()
 
     def restart(self):
-        "Decide anew at the next batch"
+        """Decide anew at the next batch."""
         self.module,self.pairs,self.bytes,self.decided_for = self.model,[],0,None
         self.dtype = self.marks = self.compilation = None
         self.why = ''
@@ -99,7 +111,7 @@ class Speed:
 
     @property
     def by_hand(self):
-        "Options for which a small model is copied too"
+        """Options for which a small model is copied too."""
         given = {k: v for k,v in self.options.items() if v not in ('auto', None, False)}
         return [k for k,v in given.items() if not (k == 'precision' and v == 'fp32')]
 
@@ -107,17 +119,24 @@ class Speed:
     def copied(self): return self.module is not self.model
 
     def undecided_for(self, x, kw):
-        "A batch of one sample decides nothing for larger ones"
+        """A batch of one sample decides nothing for larger ones."""
         return self.decided_for is None or (not self.copied and not self.why and size_of(x, kw) > 2*self.decided_for)
 
     def decide(
         self,
-        x, kw, # the first batch
-        device, # where the model runs
-        layers, # that are read in this batch
-        run # fn(module) -> its logits for this batch. Nothing is changed by it
+        x, kw,
+        device,
+        layers,
+        run
     ):
-        "Choose by a trial on this batch"
+        """Choose by a trial on this batch.
+
+        Args:
+            x, kw: The first batch.
+            device: Where the model runs.
+            layers: That are read in this batch.
+            run: fn(module) -> its logits for this batch. Nothing is changed by it.
+        """
         self.restart()
         self.decided_for = size_of(x, kw)
         device = torch.device(self.options['device'] or device)
@@ -130,14 +149,14 @@ class Speed:
         self.marks = marks_of(self.model)
 
     def _watch(self, run, layers):
-        "(operations, foldable pairs, logits) of the model as it is"
+        """(operations, foldable pairs, logits) of the model as it is."""
         out = []
         with FlopCounterMode(display=False) as counter, counted_cells(self.model) as cells:
             pairs = foldable(self.model, lambda: out.append(run(self.model)))
         return counter.get_total_flops() + sum(cells),without_layers(self.model, pairs, layers),out[0]
 
     def _try(self, plain, pairs, large, device, run):
-        "The first of these copies that is as good as the model itself"
+        """The first of these copies that is as good as the model itself."""
         for wish in self._wishes(pairs, large, device):
             try:
                 module = faster_copy(self.model, **wish, device=device)
@@ -156,7 +175,7 @@ class Speed:
         if self.why: self.say(f'runs as it is: {self.why}')
 
     def _wishes(self, pairs, large, device):
-        "What copies to try, the fastest first. 'auto' changes large models alone"
+        """What copies to try, the fastest first. 'auto' changes large models alone."""
         own,asked = self.own,self.options
         dtypes = [own] if own in FARTHEST else []
         if asked['precision'] in PRECISIONS: dtypes = [PRECISIONS[asked['precision']], *dtypes]
@@ -182,7 +201,7 @@ class Speed:
 
     @property
     def choice(self):
-        "How the copy differs from the model, as text"
+        """How the copy differs from the model, as text."""
         return ', '.join(filter(None, [
             short_name(self.dtype), 'channels_last' if self.wish['layout'] else '',
             f'{len(self.pairs)} batch-norms folded' if self.pairs else '',
@@ -191,7 +210,9 @@ class Speed:
     # later batches
 
     def for_layers(self, layers):
-        "Before a batch in which these layers are read: batch-norms stay apart where a layer shows that they are folded"
+        """Before a batch in which these layers are read: batch-norms stay apart where a layer shows
+        that they are folded.
+        """
         if not layers or not self.pairs: return
         left = without_layers(self.model, self.pairs, layers)
         if len(left) == len(self.pairs): return
@@ -210,10 +231,15 @@ class Speed:
 
     def run(
         self, x, kw,
-        layers, # that are read
-        left # batches to come in this run; None: unknown
+        layers,
+        left
     ):
-        "The outputs of the module that runs"
+        """The outputs of the module that runs.
+
+        Args:
+            layers: That are read.
+            left: Batches to come in this run; None: unknown.
+        """
         if not isinstance(self.model, nn.Module) or self.why: return self.module(*x, **kw)
         if layers or not self.copied and self.options['compile'] is not True: return self._as_copied(x, kw)
         if self.compilation is None:
@@ -225,13 +251,13 @@ class Speed:
         with no_autocast(x, kw): return self.module(*x, **kw)
 
     def _close(self, a, b):
-        "Outputs of compiled code, and of the same module without it"
+        """Outputs of compiled code, and of the same module without it."""
         pairs = zip(tensors_in(as_dict(a)), tensors_in(as_dict(b)))
         return all(difference(x, y) <= FARTHEST.get(self.dtype, 1e-3) for x,y in pairs if x.is_floating_point())
 
     @property
     def cast_back(self):
-        "The dtype of what is returned: the model's own, also where a copy computes in another"
+        """The dtype of what is returned: the model's own, also where a copy computes in another."""
         return self.own if self.copied and self.dtype != self.own else None
 
     @property
@@ -253,7 +279,7 @@ def weights_of(model): return [*model.parameters(), *model.buffers()]
 def as_dict(o): return dict(o) if isinstance(o, dict) else o
 
 def no_autocast(x, kw):
-    "A copy has its own precision, also where the student trains under autocast"
+    """A copy has its own precision, also where the student trains under autocast."""
     return torch.autocast(next((t.device.type for t in tensors_in((x, kw))), 'cpu'), enabled=False)
 
 
@@ -263,13 +289,13 @@ def is_convolutional(model):
 
 
 def at_most(model, x, kw):
-    "Operations of a batch, if each weight were used at each position of the largest input"
+    """Operations of a batch, if each weight were used at each position of the largest input."""
     positions = max((t.numel()/(t.shape[1] if t.dim() == 4 else 1) for t in tensors_in((x, kw)) if t.dim()), default=0)
     return 2*positions*sum(p.numel() for p in model.parameters())
 
 
 class counted_cells:
-    "Inside, operations of recurrent layers are counted, which PyTorch's counter leaves out"
+    """Inside, operations of recurrent layers are counted, which PyTorch's counter leaves out."""
     def __init__(self, model): self.model = model
 
     def __enter__(self):
@@ -285,7 +311,7 @@ class counted_cells:
 
 
 def without_layers(model, pairs, layers):
-    "The pairs that can be folded while these layers are read"
+    """The pairs that can be folded while these layers are read."""
     have = named(model)
     read = {have.get(n.split('@')[0]) for n in layers}
     return [(c, n) for c,n in pairs if not {c, n} & read]
@@ -293,13 +319,21 @@ def without_layers(model, pairs, layers):
 
 def faster_copy(
     model,
-    pairs, # (convolution, batch-norm) to make one
-    dtype, # of the copy's weights
-    layout, # memory format of its convolutions; None: as it is
-    all_floats, # buffers that are not saved with the model get the dtype too
+    pairs,
+    dtype,
+    layout,
+    all_floats,
     device
 ):
-    """A frozen copy of a module. Weights that need no change are shared, and no weight is copied unchanged first"""
+    """A frozen copy of a module. Weights that need no change are shared, and no weight is copied
+    unchanged first.
+
+    Args:
+        pairs: (convolution, batch-norm) to make one.
+        dtype: Of the copy's weights.
+        layout: Memory format of its convolutions; None: as it is.
+        all_floats: Buffers that are not saved with the model get the dtype too.
+    """
     def convert(t, to_dtype=True):
         t = t.detach()
         dt = dtype if to_dtype and t.is_floating_point() else t.dtype
@@ -324,7 +358,7 @@ def faster_copy(
 
 @torch.no_grad()
 def folded(conv, norm, frozen):
-    "A convolution that does what both do"
+    """A convolution that does what both do."""
     bias = torch.zeros_like(norm.running_mean) if conv.bias is None else conv.bias
     weight,bias = fuse_conv_bn_weights(conv.weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight,
                                        norm.bias)
@@ -334,7 +368,7 @@ def folded(conv, norm, frozen):
 
 
 def difference(a, b):
-    "How far outputs are apart, as a share of their spread: root mean square"
+    """How far outputs are apart, as a share of their spread: root mean square."""
     a,b = [as_plain(o).detach().double().cpu() for o in (a, b)]
     if a.shape != b.shape: return float('inf')
     spread = (b-b.mean()).square().mean().sqrt().clamp_min(1e-12)
@@ -342,7 +376,7 @@ def difference(a, b):
 
 
 def is_faster(a, b, run):
-    "Is module `a` faster than `b`? The better of two runs each, which take turns"
+    """Is module `a` faster than `b`? The better of two runs each, which take turns."""
     times = {a: [], b: []}
     for _ in range(2):
         for m,seconds in times.items():
@@ -353,7 +387,9 @@ def is_faster(a, b, run):
 
 
 def marks_of(model):
-    "What shows that weights or hooks changed: the tensors, their versions, some of their values, and the hooks"
+    """What shows that weights or hooks changed: the tensors, their versions, some of their values,
+    and the hooks.
+    """
     tensors = weights_of(model)
     return tensors,places_of(tensors),first_values(tensors),hooks_of(model)
 
@@ -361,12 +397,14 @@ def places_of(tensors): return [(t.data_ptr(), t._version) for t in tensors]
 
 @torch.no_grad()
 def first_values(tensors):
-    "A few values of each tensor"
+    """A few values of each tensor."""
     return [t.detach().reshape(-1)[:4].clone() for t in tensors]
 
 
 def same_marks(marks, model, thorough):
-    "Are the weights those of the marks? If not `thorough`, of a few tensors alone the values are compared"
+    """Are the weights those of the marks? If not `thorough`, of a few tensors alone the values are
+    compared.
+    """
     tensors,state,values,hooks = marks
     if places_of(tensors) != state: return False
     # subtle: a change through .data counts no version. On a GPU, each batch would wait for this comparison

@@ -13,7 +13,7 @@ HARMLESS = {'size', 'dim', 'stride', 'numel', 'is_floating_point', '__len__', '_
 
 
 class _Readers(TorchFunctionMode):
-    "Count the functions that read each watched tensor"
+    """Count the functions that read each watched tensor."""
     def __init__(self):
         super().__init__()
         self.watched = {} # id -> [weak reference, convolution, number of functions that read it]
@@ -21,7 +21,7 @@ class _Readers(TorchFunctionMode):
     def watch(self, y, conv): self.watched[id(y)] = [weakref.ref(y), conv, 0]
 
     def entry(self, y):
-        "The entry of this very tensor; a new tensor may have the id of one that is gone"
+        """The entry of this very tensor; a new tensor may have the id of one that is gone."""
         e = self.watched.get(id(y))
         return e if e is not None and e[0]() is y else None
 
@@ -38,7 +38,9 @@ class _Readers(TorchFunctionMode):
 
 @contextmanager
 def watched_pairs(model):
-    "Inside, runs of the model are watched. Yields a list, which has the pairs (convolution, batch-norm) afterwards"
+    """Inside, runs of the model are watched. Yields a list, which has the pairs (convolution,
+    batch-norm) afterwards.
+    """
     pairs,runs,readers = [],{},_Readers()
     def after_conv(m, args, y):
         runs[m] = runs.get(m, 0) + 1
@@ -60,11 +62,16 @@ def watched_pairs(model):
 
 
 def foldable(
-    model:nn.Module, # in eval mode
-    run # fn(): run it on a batch
+    model:nn.Module,
+    run
 ) -> list:
-    """Pairs (convolution, batch-norm) that can become one convolution: each ran once, and nothing but the batch-norm
-    reads what the convolution returns"""
+    """Pairs (convolution, batch-norm) that can become one convolution: each ran once, and nothing
+    but the batch-norm reads what the convolution returns.
+
+    Args:
+        model: In eval mode.
+        run: fn(): run it on a batch.
+    """
     names = [m for _,m in model.named_modules(remove_duplicate=False)]
     hooked = lambda m: m._forward_hooks or m._forward_pre_hooks or hasattr(m, 'parametrizations')
     plain = {m for m in model.modules() if not hooked(m) and names.count(m) == 1}

@@ -17,7 +17,7 @@ FORMS = ("Possible are an nn.Module (torchvision, timm, Hugging Face, TorchScrip
 
 
 def load_model(o):
-    "(callable, file that it was loaded from or None)"
+    """(callable, file that it was loaded from or None)."""
     if isinstance(o, (str, Path)): return from_file(Path(o))
     if isinstance(o, torch.export.ExportedProgram): return exported_program(o),None
     if isinstance(o, nn.parallel.DistributedDataParallel): o = o.module # its forward waits for the other processes
@@ -27,7 +27,7 @@ def load_model(o):
 
 
 def why_no_teacher(o):
-    "Why `o` can't be a teacher; None if it can"
+    """Why `o` can't be a teacher; None if it can."""
     kind = type(o).__name__
     if o is None: return "None is no teacher."
     if isinstance(o, type): return f"{o.__name__} is a class, not a model."
@@ -67,10 +67,15 @@ def from_file(path):
 
 
 def warn_of_code(
-    path, # of a file that was found, and is loaded next
-    what:str='is a pickle' # 'holds pickles': an archive of PyTorch
+    path,
+    what:str='is a pickle'
 ):
-    "The one warning before any file is loaded whose code may run"
+    """The one warning before any file is loaded whose code may run.
+
+    Args:
+        path: Of a file that was found, and is loaded next.
+        what: 'holds pickles': an archive of PyTorch.
+    """
     warnings.warn(f"{path} {what}, and loading it runs the code in it. Load only files that you trust. ONNX files, and "
                   "weights in a .safetensors file, run nothing.", DistillWarning, stacklevel=4)
 
@@ -83,7 +88,7 @@ def torch_script(path):
 
 
 def exported_program(exported):
-    "The module of a program. Its mode is fixed"
+    """The module of a program. Its mode is fixed."""
     training = {'aten.batch_norm.default': 5, 'aten.dropout.default': 2} # which argument is the mode
     if any(n.args[training[str(n.target)]] for n in exported.graph.nodes if str(n.target) in training):
         warnings.warn("This torch.export program was exported from a model in train mode: dropout and batch-norm act "
@@ -92,17 +97,25 @@ def exported_program(exported):
 
 
 def is_graph(m):
-    "Is it TorchScript or a torch.export program, in which the forward methods of submodules do not run?"
+    """Is it TorchScript or a torch.export program, in which the forward methods of submodules do
+    not run?
+    """
     return isinstance(m, torch.jit.ScriptModule) or (isinstance(m, torch.fx.GraphModule) and 'train' in vars(m))
 
 
 @contextmanager
 def explained(
-    name, # of the teacher
-    inputs, # of a batch, as the model gets them
-    module # that runs; None: unknown
+    name,
+    inputs,
+    module
 ):
-    "An error of a model on inputs that it was not made for says what it got, and what to do"
+    """An error of a model on inputs that it was not made for says what it got, and what to do.
+
+    Args:
+        name: Of the teacher.
+        inputs: Of a batch, as the model gets them.
+        module: That runs; None: unknown.
+    """
     try: yield
     except (DistillError, torch.OutOfMemoryError): raise
     except (RuntimeError, IndexError, AssertionError) as e:
@@ -113,7 +126,7 @@ def explained(
 
 
 def hint_for(tensors, module):
-    "What may be wrong with images and with ids; empty if there are none"
+    """What may be wrong with images and with ids; empty if there are none."""
     rows = [m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)]
     ids = [t for t in tensors if not t.is_floating_point() and t.dtype != torch.bool and t.numel()]
     if rows and ids and (largest := max(t.max().item() for t in ids)) >= max(rows):
@@ -125,7 +138,9 @@ def hint_for(tensors, module):
 
 
 def check_second_argument(model, ids, second):
-    "Refuse a second tensor that is no attention mask, which is the second argument of most Hugging Face models"
+    """Refuse a second tensor that is no attention mask, which is the second argument of most
+    Hugging Face models.
+    """
     if second is None: return
     name = list(inspect.signature(model.forward).parameters)[1]
     hidden = ids[second == 0] if name == 'attention_mask' and getattr(second, 'shape', None) == ids.shape else None
@@ -141,7 +156,9 @@ ONNX_TYPES = {'float': torch.float32, 'float16': torch.float16, 'double': torch.
 
 
 class Onnx:
-    "A network in an ONNX file, run by onnxruntime. It returns the output named 'logits', else the first one"
+    """A network in an ONNX file, run by onnxruntime. It returns the output named 'logits', else the
+    first one.
+    """
     def __init__(self, path):
         try: import onnxruntime as ort
         except ImportError as e:
@@ -159,7 +176,9 @@ class Onnx:
         self.wanted = None # names of the outputs to return as a dict; None: one tensor
 
     def returning(self, output):
-        "The same network, returning a dict: of the named output, or of all outputs for an index or a function"
+        """The same network, returning a dict: of the named output, or of all outputs for an index
+        or a function.
+        """
         if isinstance(output, str) and output not in self.outputs:
             raise DistillError(f"output={output!r}: the outputs of this ONNX network are {', '.join(self.outputs)}")
         other = copy.copy(self)
@@ -167,7 +186,9 @@ class Onnx:
         return other
 
     def alike(self):
-        "Names of the outputs that could be the logits: those with as many axes as the first. Empty if one has the name"
+        """Names of the outputs that could be the logits: those with as many axes as the first.
+        Empty if one has the name.
+        """
         have = self.session.get_outputs()
         if 'logits' in self.outputs: return []
         return [o.name for o in have if 'float' in o.type and len(o.shape) == len(have[0].shape)]

@@ -1,4 +1,6 @@
-"A module is a guest while it teaches: its modes, buffers, device and hidden states are restored afterwards."
+"""A module is a guest while it teaches: its modes, buffers, device and hidden states are restored
+afterwards.
+"""
 import torch
 from torch import nn
 from ..features.probe import restore_tensor
@@ -9,10 +11,14 @@ __all__ = ['Guest', 'cuda_devices']
 
 
 class Guest:
-    "Inside `with Guest(model, mode):` the model is ready to teach; afterwards it is as before"
+    """Inside `with Guest(model, mode):` the model is ready to teach; afterwards it is as before.
+
+    Args:
+        ours: A copy of the teacher's own, whose buffers nobody else reads.
+    """
     def __init__(
         self, model, mode,
-        ours:bool=False # a copy of the teacher's own, whose buffers nobody else reads
+        ours:bool=False
     ):
         self.model,self.mode,self.ours = model,mode,ours
 
@@ -33,13 +39,17 @@ class Guest:
         return self
 
     def settle(self):
-        "Set every submodule to the teacher's mode. Each batch does this, since other code may have changed modes"
+        """Set every submodule to the teacher's mode. Each batch does this, since other code may
+        have changed modes.
+        """
         # subtle: the flag, not .eval(), since some models override .eval() to do more, such as merging adapters
         for m,_ in self.modes:
             if m.training != (self.mode == 'train'): m.training = self.mode == 'train'
 
     def place(self, device):
-        "The device to which a batch on `device` moves. A model on the CPU moves to the batch, another one stays"
+        """The device to which a batch on `device` moves. A model on the CPU moves to the batch,
+        another one stays.
+        """
         if device != self.batch_device: self.batch_device,self.device = device,self._place(device)
         return self.device
 
@@ -68,8 +78,10 @@ class Guest:
 
 
 class Saved:
-    """Values of tensors, to be restored. Those of one dtype and device are copied, and compared, in one piece: a model
-    has hundreds of small buffers, and a teacher that is not started saves them at each batch"""
+    """Values of tensors, to be restored. Those of one dtype and device are copied, and compared, in
+    one piece: a model has hundreds of small buffers, and a teacher that is not started saves them
+    at each batch.
+    """
     def __init__(self, tensors):
         groups = {}
         for t in tensors:
@@ -94,6 +106,8 @@ def cuda_devices(model): return {t.device for t in [*model.parameters(), *model.
 
 
 def state_of(m):
-    "Attributes that may hold a hidden state, as in fastai's recurrent layers, and `_flat_weights` of PyTorch's"
+    """Attributes that may hold a hidden state, as in fastai's recurrent layers, and `_flat_weights`
+    of PyTorch's.
+    """
     kept = lambda k: k == '_flat_weights' or (k[0] != '_' and k != 'training')
     return {k: list(v) if type(v) is list else v for k,v in vars(m).items() if kept(k)}

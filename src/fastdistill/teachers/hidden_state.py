@@ -1,4 +1,6 @@
-"Hidden states. A model's method `reset` is called only if a trial shows that it changes nothing else."
+"""Hidden states. A model's method `reset` is called only if a trial shows that it changes nothing
+else.
+"""
 import torch
 from ..features.probe import untouched
 
@@ -12,7 +14,9 @@ def has_reset(model): return callable(getattr(model, 'reset', None))
 
 
 def why_no_reset(model):
-    "Why `model.reset()` may not be called; None if it changes only hidden states. A trial shows this, and is undone"
+    """Why `model.reset()` may not be called; None if it changes only hidden states. A trial shows
+    this, and is undone.
+    """
     was = {n: (t, t.data, t.detach().clone()) for n,t in saved_tensors(model).items()}
     try:
         with untouched(model):
@@ -27,7 +31,7 @@ def why_no_reset(model):
 
 
 def saved_tensors(model):
-    "Name -> parameter or buffer that is saved with the model and can be compared"
+    """Name -> parameter or buffer that is saved with the model and can be compared."""
     buffers = {f'{n}.{k}'.lstrip('.'): b for n,m in model.named_modules() for k,b in m._buffers.items()
                if b is not None and k not in getattr(m, '_non_persistent_buffers_set', ())}
     comparable = lambda t: t.layout == torch.strided and not t.is_meta and not t.is_quantized

@@ -17,7 +17,7 @@ def full_precision(t): return t.float() if t.dtype.itemsize < 4 else t
 
 
 def stats_of(stats, model=None):
-    "(mean, std), each a tensor (C,) or (1,), from any `stats` that `Teacher` takes"
+    """(mean, std), each a tensor (C,) or (1,), from any `stats` that `Teacher` takes."""
     if stats is None: return None
     if isinstance(stats, str): stats = named_stats(stats, model)
     elif hasattr(stats, 'transforms'): stats = stats.transforms().mean,stats.transforms().std # torchvision's weights
@@ -43,7 +43,9 @@ def timm_cfg(model):
 
 
 def affine(given, wanted):
-    "(factor, shift), each (C, 1, 1), from images normalized with `given` to `wanted`; None if these are equal"
+    """(factor, shift), each (C, 1, 1), from images normalized with `given` to `wanted`; None if
+    these are equal.
+    """
     (gm,gs),(wm,ws) = given,wanted
     if 1 < len(gm) != len(wm) > 1:
         raise DistillError(f"input_stats have {len(gm)} channels, stats {len(wm)}: both must be of the same images")
@@ -53,11 +55,17 @@ def affine(given, wanted):
 
 
 def check_images(
-    images, # of a batch
-    stats, input_stats, # as in `Teacher`
-    scaling # what `affine` makes of them
+    images,
+    stats, input_stats,
+    scaling
 ):
-    "Refuse images that do not fit the statistics"
+    """Refuse images that do not fit the statistics.
+
+    Args:
+        images: Of a batch.
+        stats, input_stats: As in `Teacher`
+        scaling: What `affine` makes of them.
+    """
     if stats is not None and input_stats is None and images:
         raise DistillError("stats= is the normalization of the teacher's images. That of the batch's images is "
                            "missing: give input_stats=(mean, std), or (0, 1) if they are not normalized.")
@@ -72,7 +80,7 @@ def check_images(
 
 
 def fit_images(images, scaling, size):
-    "Images with the teacher's normalization and size; unchanged where these are None"
+    """Images with the teacher's normalization and size; unchanged where these are None."""
     if scaling is None and size is None: return images
     images = full_precision(images)
     if scaling is not None: images = images*scaling[0].to(images) + scaling[1].to(images)
@@ -82,9 +90,15 @@ def fit_images(images, scaling, size):
 
 def maps_of_size(
     logits,
-    size, # (height, width) of the teacher's images
-    wanted # the same of the batch's images; None: there are none
+    size,
+    wanted
 ):
-    "Logits for each pixel, (B, C, H, W), for the pixels of the batch's images; other logits as they are"
+    """Logits for each pixel, (B, C, H, W), for the pixels of the batch's images; other logits as
+    they are.
+
+    Args:
+        size: (height, width) of the teacher's images.
+        wanted: The same of the batch's images; None: there are none.
+    """
     if wanted in (None, size) or logits.dim() != 4 or tuple(logits.shape[2:]) != size: return logits
     return F.interpolate(full_precision(logits), wanted, mode='bilinear', antialias=True)

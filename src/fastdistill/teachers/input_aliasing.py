@@ -11,10 +11,15 @@ def may_be_lent(t):
 
 
 def input_marks(
-    inputs, # of one run
-    values:bool # keep their values too: a change through .data or NumPy counts no version
+    inputs,
+    values:bool
 ) -> list:
-    "(tensor, its version, its values) of each input before a run"
+    """(tensor, its version, its values) of each input before a run.
+
+    Args:
+        inputs: Of one run.
+        values: Keep their values too: a change through .data or NumPy counts no version.
+    """
     return [(t, t._version, t.clone() if values else None) for t in tensors_in(inputs) if may_be_lent(t)]
 
 
@@ -25,10 +30,15 @@ def inputs_kept(
 
 
 def shares_memory(
-    marks, # of `input_marks`
-    outputs # of the same run
+    marks,
+    outputs
 ) -> bool:
-    "Is an output a view of an input? It would change with the student's batch"
+    """Is an output a view of an input? It would change with the student's batch.
+
+    Args:
+        marks: Of `input_marks`
+        outputs: Of the same run.
+    """
     place = lambda t: t.untyped_storage().data_ptr()
     mine = {place(t) for t,*_ in marks}
     return any(may_be_lent(t) and place(t) in mine for t in tensors_in(outputs))

@@ -1,4 +1,6 @@
-"The raw items of a batch, such as texts and files: what a teacher with `items=` reads in place of the batch's inputs."
+"""The raw items of a batch, such as texts and files: what a teacher with `items=` reads in place of
+the batch's inputs.
+"""
 from torch import Tensor
 from ..base.outputs import DistillError, map_tensors, tensors_in
 
@@ -6,11 +8,16 @@ __all__ = ['items_at', 'items_beside', 'items_in', 'with_items']
 
 
 def with_items(
-    x, # inputs of a batch, where the student gets them
-    items # of its samples, in their order: a list, or rows of a table; None: unknown
+    x,
+    items
 ):
-    """The same inputs, as tensors that carry the raw items of their samples, for a teacher with `items=`. In a plain
-    loop: `distiller(with_items(x, paths), y)`"""
+    """The same inputs, as tensors that carry the raw items of their samples, for a teacher with
+    `items=`. In a plain loop: `distiller(with_items(x, paths), y)`.
+
+    Args:
+        x: Inputs of a batch, where the student gets them.
+        items: Of its samples, in their order: a list, or rows of a table; None: unknown.
+    """
     if items is None: return x
     sizes = [len(t) for t in tensors_in(x) if t.dim()]
     if len(items) not in sizes:
@@ -23,10 +30,15 @@ def with_items(
 
 
 def items_beside(
-    x, # inputs of a batch, as `with_items` returned them
-    name:str # of the teacher, in messages
+    x,
+    name:str
 ):
-    "The raw items of these inputs"
+    """The raw items of these inputs.
+
+    Args:
+        x: Inputs of a batch, as `with_items` returned them.
+        name: Of the teacher, in messages.
+    """
     if (items := items_in(x)) is None:
         raise DistillError(f"items= of the teacher {name}: the raw items of these inputs are not known here. They are "
                            "known for the batches of fastai's DataLoaders, in distill, KnowledgeDistillation, "
@@ -38,15 +50,23 @@ def items_beside(
 
 
 def items_in(
-    x # inputs of a batch
+    x
 ):
-    "The raw items that they carry; None if they carry none"
+    """The raw items that they carry; None if they carry none.
+
+    Args:
+        x: Inputs of a batch.
+    """
     return next((t.raw_items for t in tensors_in(x) if hasattr(t, 'raw_items')), None)
 
 
 def items_at(
-    items, # a list, or a table
+    items,
     positions:list
 ):
-    "Those at these positions: a list, or rows of the table"
+    """Those at these positions: a list, or rows of the table.
+
+    Args:
+        items: A list, or a table.
+    """
     return items.iloc[positions] if hasattr(items, 'iloc') else [items[i] for i in positions]

@@ -9,21 +9,33 @@ LEAST = 1e-7 # probabilities below it count as this one: the logarithm of 0 is n
 
 
 def logits_of(
-    p:Tensor, # probabilities
-    kind:str='softmax' # 'softmax': of classes that exclude each other; 'sigmoid': of labels, each by itself
+    p:Tensor,
+    kind:str='softmax'
 ) -> Tensor:
-    "Logits whose softmax, or sigmoid, is `p`"
+    """Logits whose softmax, or sigmoid, is `p`.
+
+    Args:
+        p: Probabilities.
+        kind: 'softmax': of classes that exclude each other; 'sigmoid': of labels, each by
+            itself.
+    """
     p = full_precision(p)
     log = lambda o: o.clamp_min(LEAST).log()
     return log(p) if kind == 'softmax' else log(p) - log(1-p)
 
 
 def check_probabilities(
-    p:Tensor, # what a teacher with outputs='probs' returned
-    kind:str, axis:int, # as in `Teacher`
-    name:str # of the teacher
+    p:Tensor,
+    kind:str, axis:int,
+    name:str
 ):
-    "Refuse values that are no probabilities"
+    """Refuse values that are no probabilities.
+
+    Args:
+        p: What a teacher with outputs='probs' returned.
+        kind, axis: As in `Teacher`
+        name: Of the teacher.
+    """
     if kind == 'regression':
         raise DistillError("outputs='probs' is for classes and labels, but this teacher predicts numbers "
                            "(kind='regression'): use outputs='logits'.")

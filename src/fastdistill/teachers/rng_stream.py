@@ -1,4 +1,6 @@
-"A teacher draws its own random numbers. They do not change the random state of the student's training."
+"""A teacher draws its own random numbers. They do not change the random state of the student's
+training.
+"""
 import copy, random
 from contextlib import contextmanager
 from functools import partial
@@ -9,10 +11,16 @@ __all__ = ['OwnDraws', 'generators']
 
 
 def generators(
-    devices, # CUDA devices on which the teacher may draw
-    python:bool # True: it may draw from Python's and NumPy's generators too; reading Python's state is slow
+    devices,
+    python:bool
 ):
-    "Name -> (function that reads, function that sets) the state of each global generator"
+    """Name -> (function that reads, function that sets) the state of each global generator.
+
+    Args:
+        devices: CUDA devices on which the teacher may draw.
+        python: True: it may draw from Python's and NumPy's generators too; reading Python's
+            state is slow.
+    """
     out = {'cpu': (torch.get_rng_state, torch.set_rng_state)}
     for d in devices: out[str(d)] = partial(torch.cuda.get_rng_state, d),partial(torch.cuda.set_rng_state, device=d)
     if python:
@@ -23,8 +31,10 @@ def generators(
 
 
 class OwnDraws:
-    """Inside `with draws.own(...)`, the global generators continue from the state at the end of the last such block.
-    The first block starts from the state outside. At the end of each, the state outside is restored"""
+    """Inside `with draws.own(...)`, the global generators continue from the state at the end of the
+    last such block. The first block starts from the state outside. At the end of each, the state
+    outside is restored.
+    """
     # subtle: if states were only restored, a teacher with dropout would draw the same numbers in each batch
     def __init__(self): self.states = {}
 

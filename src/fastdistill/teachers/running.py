@@ -14,22 +14,28 @@ __all__ = ['Running']
 
 
 class Running:
-    "The part of `Teacher` that knows how its module runs"
+    """The part of `Teacher` that knows how its module runs."""
     @property
     def _speed_options(self): return {k: getattr(self, k) for k in (*OPTIONS, 'device')}
 
     @property
     def _speed(self):
-        "How the module runs, which variations with the same options share; None for other forms of teachers"
+        """How the module runs, which variations with the same options share; None for other forms
+        of teachers.
+        """
         if not isinstance(self.model, nn.Module) or is_graph(self.model): return None
         all_of_them,key = self._found.setdefault('speed', {}),(self.mode, *map(str, self._speed_options.values()))
         if key not in all_of_them: all_of_them[key] = Speed(self.model, self.mode, self._speed_options, self._say)
         return all_of_them[key]
 
     def say_with(
-        self, fn # fn(text); None: print
+        self, fn
     ):
-        "Where messages about the speed go"
+        """Where messages about the speed go.
+
+        Args:
+            fn: fn(text); None: print.
+        """
         self._found['say'] = fn
         for m in self.members: m.say_with(fn)
 
@@ -38,25 +44,32 @@ class Running:
 
     @property
     def half(self):
-        "Name of the dtype in which a copy computes, where that is not the model's own; else empty"
+        """Name of the dtype in which a copy computes, where that is not the model's own; else
+        empty.
+        """
         return '' if self._speed is None else self._speed.half
 
     @property
     def runs(self):
-        "The nn.Module that runs: `module`, or a faster copy of it"
+        """The nn.Module that runs: `module`, or a faster copy of it."""
         return self.module if self._speed is None else self._speed.module
 
     @property
     def copy_bytes(self):
-        "Bytes of the weights that faster copies have for themselves"
+        """Bytes of the weights that faster copies have for themselves."""
         return (0 if self._speed is None else self._speed.bytes) + sum(m.copy_bytes for m in self.members)
 
     def own_inputs(
         self,
-        x:tuple, # the batch's inputs
-        kw=None # and those by name
+        x:tuple,
+        kw=None
     ) -> tuple:
-        "(inputs, inputs by name) of the model: the batch's, or what `inputs=` or `items=` made"
+        """(inputs, inputs by name) of the model: the batch's, or what `inputs=` or `items=` made.
+
+        Args:
+            x: The batch's inputs.
+            kw: And those by name.
+        """
         kw = kw or {}
         if self.members or self.inputs is None and self.items is None: return x,kw
         own = self.inputs(*x, **kw) if self.items is None else self.items(items_beside((x, kw), self.name))
@@ -82,14 +95,18 @@ class Running:
         return any(m.reads_items for m in self.members) or not self.members and self.items is not None
 
     def expect(
-        self, batches:int # that will come before `stop`
+        self, batches:int
     ):
-        "After `start`: the length of this run. A long run is worth compiling for"
+        """After `start`: the length of this run. A long run is worth compiling for.
+
+        Args:
+            batches: That will come before `stop`
+        """
         self._batches = batches
         for m in self.members: m.expect(batches)
 
     def _choose_speed(self, x, kw, layers, device):
-        "Before a batch: the module that runs"
+        """Before a batch: the module that runs."""
         s = self._speed
         if s.is_stale(thorough=False): s.run_as_it_is('its weights change while it teaches')
         if s.undecided_for(x, kw): s.decide(x, kw, device, layers, lambda m: self._trial(m, x, kw, device))
@@ -97,11 +114,13 @@ class Running:
         if s.module is not self._guest.model: self._guest = self._stack.enter_context(self._new_guest())
 
     def _keeps_inputs(self, layers):
-        "Did the module leave its inputs as they were, in its first batch with these layers? None: not known"
+        """Did the module leave its inputs as they were, in its first batch with these layers? None:
+        not known.
+        """
         return False if self._speed is None else self._found.get(('keeps inputs', *layers))
 
     def _lent(self, x, kw, device, layers):
-        "(inputs, inputs by name) for a run, and what will show whether it changed them"
+        """(inputs, inputs by name) for a run, and what will show whether it changed them."""
         known = self._keeps_inputs(layers)
         own = self._prepare(x, kw, device, lend=known)
         return *own,[] if known is False else input_marks((x, kw), False) if known else input_marks(own, True)
@@ -109,7 +128,7 @@ class Running:
     def _may_lend(self, t): return may_be_lent(t) and not t.requires_grad
 
     def _judge(self, marks, layers, outs):
-        "After a run: a module that changes its inputs, or returns views of them, gets copies"
+        """After a run: a module that changes its inputs, or returns views of them, gets copies."""
         known = self._keeps_inputs(layers)
         if known is False: return
         kept = inputs_kept(marks)
@@ -121,7 +140,7 @@ class Running:
     def _new_guest(self): return Guest(self.runs, self.mode, ours=self.runs is not self.module)
 
     def _trial(self, module, x, kw, device):
-        "The logits of a module for a batch. Nothing is changed by it"
+        """The logits of a module for a batch. Nothing is changed by it."""
         was = self._guest
         with untouched(module), Guest(module, self.mode) as self._guest:
             try:

@@ -7,9 +7,13 @@ __all__ = ['in_slices', 'joined', 'plain_output']
 
 def in_slices(
     x, kw,
-    rows:int|None # of a slice; None: all rows at once
+    rows:int|None
 ):
-    "The inputs in slices of at most so many rows"
+    """The inputs in slices of at most so many rows.
+
+    Args:
+        rows: Of a slice; None: all rows at once.
+    """
     if rows is None: return [(x, kw)]
     n = max((len(t) for t in tensors_in((x, kw)) if t.dim()), default=0)
     if n <= rows: return [(x, kw)]
@@ -18,9 +22,13 @@ def in_slices(
 
 
 def joined(
-    outs # of slices of a batch
+    outs
 ) -> Outputs:
-    "The outputs of the whole batch"
+    """The outputs of the whole batch.
+
+    Args:
+        outs: Of slices of a batch.
+    """
     if len(outs) == 1: return outs[0]
     cat = lambda ts: None if ts[0] is None else torch.cat(ts)
     feats = {k: cat([o.feats[k] for o in outs]) for k in outs[0].feats}
@@ -28,6 +36,6 @@ def joined(
 
 
 def plain_output(t, device, dtype=None):
-    "An output as a plain tensor that losses can save for their backward pass"
+    """An output as a plain tensor that losses can save for their backward pass."""
     t = as_plain(t).detach().to(device, dtype if t.is_floating_point() else None)
     return t.clone() if t.is_inference() else t

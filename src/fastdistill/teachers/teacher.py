@@ -35,7 +35,9 @@ INHERITED = ('mode', 'stats', 'input_stats', 'size', 'combine', 'kind', 'axis', 
 
 
 def records_given(init):
-    "Store the names of the options that were given as `given`, even if a value equals the default"
+    """Store the names of the options that were given as `given`, even if a value equals the
+    default.
+    """
     @wraps(init)
     def call(self, *args, **options):
         self.given = frozenset(options)
@@ -44,50 +46,89 @@ def records_given(init):
 
 
 class Teacher(Running):
-    """Runs a model on batches and returns `Outputs`: without a gradient, in eval mode. The inputs stay as they are.
-    It is not an `nn.Module`, so it never becomes part of a model that is trained.
+    """Runs a model on batches and returns `Outputs`: without a gradient, in eval mode. The inputs
+    stay as they are. It is not an `nn.Module`, so it never becomes part of a model that is trained.
 
-    `with teacher:` (or `start` and `stop`) around a loop prepares the model once. At the end it restores the model's
-    modes, buffers, device and hidden states. A call outside of it does both itself: this is slower, and a hidden state
-    does not last.
+    `with teacher:` (or `start` and `stop`) around a loop prepares the model once. At the end it
+    restores the model's modes, buffers, device and hidden states. A call outside of it does both
+    itself: this is slower, and a hidden state does not last.
 
-    A model on the CPU moves to the batch's device. A model on another device stays there, and the batch moves to it.
-    The outputs are on the batch's device, in the model's precision. The model draws its own random numbers."""
+    A model on the CPU moves to the batch's device. A model on another device stays there, and the
+    batch moves to it. The outputs are on the batch's device, in the model's precision. The model
+    draws its own random numbers.
+
+    Args:
+        model: nn.Module, torch.export program, .pt, .pt2 or .onnx file, callable, estimator
+            with `predict_proba` or `predict` (scikit-learn, LightGBM, XGBoost, CatBoost), or a
+            list of these (an ensemble).
+        layers: Dotted names of the layers to read; in an ensemble '0.NAME' is a layer of its
+            first member.
+        mode: 'train' for papers that need it; torch.export programs and callables keep their
+            mode.
+        stats: The teacher's image normalization: (mean, std), torchvision's weights,
+            'imagenet', 'auto' (timm).
+        input_stats: (mean, std) with which the batch's images are normalized; (0, 1) if they
+            are not.
+        size: Height and width to which images are resized; one number: a square. Logits that
+            are maps of this size are resized to that of the batch's images.
+        combine: An ensemble's outputs: the mean of its members' 'probs', as logits, or of their
+            'logits'; 'sample': those of one member, drawn for each batch.
+        weights: Of an ensemble's members, or their probabilities to be drawn; None: equal.
+        kind: What the logits are: 'softmax' over classes, 'sigmoid' per label, or 'regression'.
+        axis: Class axis.
+        select: The teacher's classes to return, in the student's order: numbers, or lists of
+            numbers, whose probabilities are summed (see docs/classes.md).
+        classes: Of a teacher with other classes: the student's class, or list of classes, that
+            each output is about (see docs/classes.md); None: the same as the student's.
+        output: The output with the logits: a name, index or function; None: 'logits', 'out', or
+            a tuple's first.
+        outputs: What the model returns: 'logits', or 'probs', the probabilities of classes or
+            labels, as estimators do.
+        inputs: fn(*inputs of a batch) -> the teacher's own: a tensor, a tuple or a dict, as of
+            another tokenizer.
+        items: In fastai, the same from the raw items: fn(a list, or rows of a DataFrame) -> the
+            teacher's own.
+        frame: Of an estimator, in fastai: the table that the DataLoaders were made from (see
+            docs/trees.md).
+        name: In messages; None: the name of the file or of the class.
+        precision: 'bf16', 'fp16'; 'fp32': the model's own; 'auto': bf16 if the processor
+            computes in it, the model is large and its outputs stay close.
+        compile: True, False; 'auto': if the run is long enough to earn the time back.
+        memory_format: 'channels_last'; None: as it is; 'auto': channels_last for large
+            convolutional models.
+        fold_bn: True, False; 'auto': batch-norms of a large model become part of the
+            convolution before them.
+        device: Where the teacher runs; None: see above.
+        batch: Rows that run at once, where memory is short; None: all rows of a batch.
+    """
     @records_given
     def __init__(
         self,
-        model, # nn.Module, torch.export program, .pt, .pt2 or .onnx file, callable, estimator with `predict_proba` or
-        # `predict` (scikit-learn, LightGBM, XGBoost, CatBoost), or a list of these (an ensemble)
+        model,
         *,
-        layers=(), # dotted names of the layers to read; in an ensemble '0.NAME' is a layer of its first member
-        mode:str='eval', # 'train' for papers that need it; torch.export programs and callables keep their mode
-        stats=None, # the teacher's image normalization: (mean, std), torchvision's weights, 'imagenet', 'auto' (timm)
-        input_stats=None, # (mean, std) with which the batch's images are normalized; (0, 1) if they are not
-        size:int|tuple|None=None, # height and width to which images are resized; one number: a square. Logits that are
-        # maps of this size are resized to that of the batch's images
-        combine:str='probs', # an ensemble's outputs: the mean of its members' 'probs', as logits, or of their 'logits';
-        # 'sample': those of one member, drawn for each batch
-        weights=None, # of an ensemble's members, or their probabilities to be drawn; None: equal
-        kind:str='softmax', # what the logits are: 'softmax' over classes, 'sigmoid' per label, or 'regression'
-        axis:int=1, # class axis
-        select=None, # the teacher's classes to return, in the student's order: numbers, or lists of numbers, whose
-        # probabilities are summed (see docs/classes.md)
-        classes=None, # of a teacher with other classes: the student's class, or list of classes, that each output is
-        # about (see docs/classes.md); None: the same as the student's
-        output=None, # the output with the logits: a name, index or function; None: 'logits', 'out', or a tuple's first
-        outputs:str='logits', # what the model returns: 'logits', or 'probs', the probabilities of classes or labels, as
-        # estimators do
-        inputs=None, # fn(*inputs of a batch) -> the teacher's own: a tensor, a tuple or a dict, as of another tokenizer
-        items=None, # in fastai, the same from the raw items: fn(a list, or rows of a DataFrame) -> the teacher's own
-        frame=None, # of an estimator, in fastai: the table that the DataLoaders were made from (see docs/trees.md)
-        name:str|None=None, # in messages; None: the name of the file or of the class
-        precision:str='auto', # 'bf16', 'fp16'; 'fp32': the model's own; 'auto': bf16 if the processor computes in it,
-        # the model is large and its outputs stay close
-        compile='auto', # True, False; 'auto': if the run is long enough to earn the time back
-        memory_format='auto', # 'channels_last'; None: as it is; 'auto': channels_last for large convolutional models
-        fold_bn='auto', # True, False; 'auto': batch-norms of a large model become part of the convolution before them
-        device=None, # where the teacher runs; None: see above
-        batch:int|None=None # rows that run at once, where memory is short; None: all rows of a batch
+        layers=(),
+        mode:str='eval',
+        stats=None,
+        input_stats=None,
+        size:int|tuple|None=None,
+        combine:str='probs',
+        weights=None,
+        kind:str='softmax',
+        axis:int=1,
+        select=None,
+        classes=None,
+        output=None,
+        outputs:str='logits',
+        inputs=None,
+        items=None,
+        frame=None,
+        name:str|None=None,
+        precision:str='auto',
+        compile='auto',
+        memory_format='auto',
+        fold_bn='auto',
+        device=None,
+        batch:int|None=None
     ):
         options = dict(layers=layers, mode=mode, stats=stats, input_stats=input_stats, size=size, combine=combine,
                        weights=weights, kind=kind, axis=axis, select=select, classes=classes, output=output,
@@ -113,9 +154,13 @@ class Teacher(Running):
         self._check()
 
     def option(
-        self, name:str # of an option of `Teacher`
+        self, name:str
     ):
-        "The value of an option"
+        """The value of an option.
+
+        Args:
+            name: Of an option of `Teacher`
+        """
         return self.returns if name == 'outputs' else getattr(self, name)
 
     def _check(self):
@@ -168,27 +213,31 @@ class Teacher(Running):
 
     @property
     def module(self):
-        "The nn.Module that runs: the model itself, or that of a bound method; None for an ONNX file and a function"
+        """The nn.Module that runs: the model itself, or that of a bound method; None for an ONNX
+        file and a function.
+        """
         return next((o for o in (self.model, getattr(self.model, '__self__', None)) if isinstance(o, nn.Module)), None)
 
     @property
     def modules(self):
-        "The nn.Modules of the teacher, or of an ensemble's members"
+        """The nn.Modules of the teacher, or of an ensemble's members."""
         return [o for o in (self.module,) if o is not None] + [o for m in self.members for o in m.modules]
 
     @property
     def parameters_ids(self):
-        "Ids of the parameters, to find those that a student shares. TorchScript's parameters have no lasting ids"
+        """Ids of the parameters, to find those that a student shares. TorchScript's parameters have
+        no lasting ids.
+        """
         return {id(p) for m in self.modules if not isinstance(m, torch.jit.ScriptModule) for p in m.parameters()}
 
     def named_modules(self):
-        "Name, as in `layers` -> submodule"
+        """Name, as in `layers` -> submodule."""
         if self.module is not None: return named(self.module)
         return {f'{i}.{k}': v for i,m in enumerate(self.members) for k,v in m.named_modules().items()}
 
     @property
     def adapts(self):
-        "How the normalization of the images is changed, as text; empty if it is not"
+        """How the normalization of the images is changed, as text; empty if it is not."""
         if self.members: return '; '.join(dict.fromkeys(filter(None, (m.adapts for m in self.members))))
         if None in (self.stats, self.input_stats) or affine(self.input_stats, self.stats) is None: return ''
         text = lambda stats: ', std '.join(' '.join(f'{v:.4g}' for v in o.tolist()) for o in stats)
@@ -196,7 +245,9 @@ class Teacher(Running):
 
     @property
     def known_classes(self):
-        "The student's class, or list of classes, that each output is about; None: the same as the student's"
+        """The student's class, or list of classes, that each output is about; None: the same as the
+        student's.
+        """
         return self.classes or next((m.known_classes for m in self.members if m.known_classes is not None), None)
 
     # from start to stop
@@ -205,7 +256,9 @@ class Teacher(Running):
     def started(self): return self._stack is not None
 
     def start(self):
-        "Prepare the model for many batches, and begin a new stream of random numbers; a second call changes nothing"
+        """Prepare the model for many batches, and begin a new stream of random numbers; a second
+        call changes nothing.
+        """
         if not self.started: self._draws = OwnDraws()
         return self._start()
 
@@ -221,7 +274,7 @@ class Teacher(Running):
         return self
 
     def stop(self):
-        "Restore the model; may be called at any time, and twice"
+        """Restore the model; may be called at any time, and twice."""
         stack,self._stack,self._guest,self._scaling,self._batches = self._stack,None,None,None,None
         if stack is not None: stack.close()
 
@@ -236,11 +289,11 @@ class Teacher(Running):
 
     @property
     def remembers(self):
-        "Does `reset` do anything? True if a model has hidden states that it may reset"
+        """Does `reset` do anything? True if a model has hidden states that it may reset."""
         return any(m.remembers for m in self.members) or (has_reset(self.module) and self._resets())
 
     def _resets(self):
-        "Does the module's own `reset` change only hidden states? One trial shows it"
+        """Does the module's own `reset` change only hidden states? One trial shows it."""
         if 'reset' not in self._found:
             why = why_no_reset(self.module)
             self._found['reset'] = why is None
@@ -248,13 +301,15 @@ class Teacher(Running):
         return self._found['reset']
 
     def reset(self):
-        "Reset hidden states by the model's own method `reset`, if it has one and if that changes no weights"
+        """Reset hidden states by the model's own method `reset`, if it has one and if that changes
+        no weights.
+        """
         for m in self.members: m.reset()
         if not has_reset(self.module) or not self._resets(): return
         with torch.no_grad(), self._draws.own(self._generators()): self.runs.reset()
 
     def _generators(self, x=()):
-        "The global random generators from which the teacher may draw"
+        """The global random generators from which the teacher may draw."""
         return generators({t.device for t in tensors_in(x) if t.is_cuda} | self._cuda(), self._draws_anywhere())
 
     def _cuda(self):
@@ -262,7 +317,7 @@ class Teacher(Running):
         return self._guest.cuda if self.started else cuda_devices(self.module)
 
     def _draws_anywhere(self):
-        "May it draw from Python and NumPy too? Functions and models in train mode may"
+        """May it draw from Python and NumPy too? Functions and models in train mode may."""
         if self.members: return any(m._draws_anywhere() for m in self.members)
         return self.mode == 'train' if self.module is not None else self.path is None
 
@@ -281,19 +336,31 @@ class Teacher(Running):
 
     def __call__(
         self,
-        *x, # the batch's inputs; a dict is passed by name if the model has arguments of these names
-        **kw # inputs by name
+        *x,
+        **kw
     ) -> Outputs:
-        "The teacher's outputs for a batch"
+        """The teacher's outputs for a batch.
+
+        Args:
+            *x: The batch's inputs; a dict is passed by name if the model has arguments of these
+                names.
+            **kw: Inputs by name.
+        """
         return self.outputs(x, kw)
 
     def outputs(
         self,
-        args=(), # the batch's inputs
-        kwargs=None, # inputs by name
-        layers=() # names of layers that this call reads, in addition to the teacher's own
+        args=(),
+        kwargs=None,
+        layers=()
     ) -> Outputs:
-        "The teacher's outputs for a batch, including the layers that this call names"
+        """The teacher's outputs for a batch, including the layers that this call names.
+
+        Args:
+            args: The batch's inputs.
+            kwargs: Inputs by name.
+            layers: Names of layers that this call reads, in addition to the teacher's own.
+        """
         kwargs = kwargs or {}
         if not self.started:
             try: return self._start().outputs(args, kwargs, layers)
@@ -302,24 +369,34 @@ class Teacher(Running):
             return self._outputs(args, kwargs, list(dict.fromkeys([*self.layers, *layers])))
 
     def probe(
-        self, *x, layers=None, # instead of the teacher's own
+        self, *x, layers=None,
         **kw
     ) -> Outputs:
-        "The outputs for a batch. Hidden states and random numbers do not change, even in the middle of a run"
+        """The outputs for a batch. Hidden states and random numbers do not change, even in the
+        middle of a run.
+
+        Args:
+            layers, *x: Instead of the teacher's own.
+        """
         return Teacher(self, **({} if layers is None else dict(layers=layers)))(*x, **kw)
 
     def as_it_is(self) -> 'Teacher':
-        """The same teacher, but what runs is the model itself and never a faster copy of it. Whatever hooks the modules
-        of `named_modules` to look at layers runs this one"""
+        """The same teacher, but what runs is the model itself and never a faster copy of it.
+        Whatever hooks the modules of `named_modules` to look at layers runs this one.
+        """
         t = Teacher(self, **AS_IT_IS, device=None)
         t.members = [m.as_it_is() for m in t.members]
         return t
 
     def reading_tokens(
-        self, *x # inputs of a batch
+        self, *x
     ) -> 'Teacher':
-        """The teacher for stored outputs: it reads a series (B, C, L), as a 1d convolution returns it, as tokens
-        (B, L, C), since stored features do not show where their channels are"""
+        """The teacher for stored outputs: it reads a series (B, C, L), as a 1d convolution returns
+        it, as tokens (B, L, C), since stored features do not show where their channels are.
+
+        Args:
+            *x: Inputs of a batch.
+        """
         names = names_of_tokens(self, x, self.layers) if self.layers else []
         return self if names == self.layers else Teacher(self, layers=names)
 
@@ -329,7 +406,7 @@ class Teacher(Running):
         return of_classes(o, self.select, self.classes, self.axis, self.kind)
 
     def _outputs_of_members(self, x, kw, layers):
-        "The outputs of an ensemble; names of layers begin with the member's number"
+        """The outputs of an ensemble; names of layers begin with the member's number."""
         if self.combine == 'sample': return self._outputs_of_one(x, kw, layers)
         names = lambda i: [n.partition('.')[2] for n in layers if n.partition('.')[0] == str(i)]
         outs = [m._outputs(x, kw, list(dict.fromkeys(m.layers + names(i)))) for i,m in enumerate(self.members)]
@@ -340,7 +417,7 @@ class Teacher(Running):
         return Outputs(logits, feats, next((o.mask for o in outs if o.mask is not None), None), outs[0].classes)
 
     def _outputs_of_one(self, x, kw, layers):
-        "The outputs of a member that is drawn"
+        """The outputs of a member that is drawn."""
         if layers: raise DistillError("combine='sample' runs one member, so layers of all can't be compared: use terms "
                                       "on the outputs, or combine='probs'.")
         return self.members[torch.multinomial(torch.tensor(self.weights), 1).item()]._outputs(x, kw, [])
@@ -357,7 +434,7 @@ class Teacher(Running):
         return o if self.size is None else replace(o, logits=maps_of_size(o.logits, self.size, batch_size))
 
     def _slice(self, x, kw, layers, device):
-        "The outputs of rows that run at once"
+        """The outputs of rows that run at once."""
         x,kw,marks = self._lent(x, kw, device, layers)
         with Taps(self.runs, layers) if layers and self.module is not None else nullcontext() as taps:
             with explained(self.name, (x, kw), self.module):
@@ -374,7 +451,7 @@ class Teacher(Running):
                        o.classes)
 
     def _logits(self, v):
-        "The logits of what the model returned"
+        """The logits of what the model returned."""
         if self.returns == 'logits': return v
         if (checked := ('probs', self.kind, self.axis)) not in self._found:
             check_probabilities(v, self.kind, self.axis, self.name)
@@ -397,7 +474,9 @@ class Teacher(Running):
     # its inputs
 
     def _prepare(self, x, kw, device, lend=False):
-        "The inputs by name or position, on the model's device and in its precision. Images get its normalization, size"
+        """The inputs by name or position, on the model's device and in its precision. Images get
+        its normalization, size.
+        """
         x,kw = arguments(self.model, x, kw)
         if len(x) > 1 and is_hf(self.model) and not self._guest.has_run: check_second_argument(self.model, *x[:2])
         check_images([t for t in tensors_in((x, kw)) if is_image(t)], self.stats, self.input_stats, self._scaling)
@@ -415,7 +494,7 @@ class Teacher(Running):
 
 
 def check_device(device):
-    "Refuse a device that is not there, on which the teacher would not run"
+    """Refuse a device that is not there, on which the teacher would not run."""
     if device is None: return
     try:
         if torch.empty(0, device=device).device.type == 'meta': raise RuntimeError("it holds no values")

@@ -102,9 +102,11 @@ def pack_command(
     data_license:Annotated[str|None, typer.Option(help='Of the data.')]=None,
     force:Annotated[bool, typer.Option('--force', help='Overwrite a file of this name.')]=False
 ):
-    """Copy a cache with a card (README.md) for those who get it. All files are compared with their checksums first.
+    """Copy a cache with a card (README.md) for those who get it. All files are compared with their
+    checksums first.
 
-    Example: fastdistill cache pack targets targets.zip --license cc-by-4.0"""
+    Example: fastdistill cache pack targets targets.zip --license cc-by-4.0.
+    """
     from ...cache.pack import pack_cache
     out = pack_cache(path, out, title=title, data=data, note=note, license=license, teacher_license=teacher_license,
                      data_license=data_license, force=force)
@@ -122,7 +124,7 @@ def unpack_command(
 
 
 class WriterBar:
-    "The forecast of each pass, and its progress"
+    """The forecast of each pass, and its progress."""
     def __init__(self, console, ask):
         from ...cache.progress import ProgressBar
         self.console,self.ask,self.bar = console,ask,ProgressBar(console)
@@ -131,7 +133,7 @@ class WriterBar:
     def __exit__(self, *_): self.bar.stop()
 
     def forecast(self, plan):
-        "Before the teacher runs: print the size of the cache, and ask before a large one"
+        """Before the teacher runs: print the size of the cache, and ask before a large one."""
         self.bar.stop()
         self.console.print(str(plan) if plan.bytes else 'Nothing is missing.', highlight=False)
         # the writer refuses a plan that needs more than the free disk

@@ -1,4 +1,6 @@
-"`fastdistill check`: mistakes that training with a teacher would not show, and what it would cost."
+"""`fastdistill check`: mistakes that training with a teacher would not show, and what it would
+cost.
+"""
 from typing import Annotated
 import typer
 from ..arguments import DataOption, RecipeText, StudentArg, TeacherArg, recipe_names
@@ -19,8 +21,9 @@ def check_command(
 ):
     """Check a teacher for a student before training: a table of mistakes, measurements and costs.
 
-    The exit code is 1 if a mistake was found that stops a training, and 2 if the check could not run.
-    Example: fastdistill check train.py:student teacher.pkl"""
+    The exit code is 1 if a mistake was found that stops a training, and 2 if the check could not
+    run. Example: fastdistill check train.py:student teacher.pkl.
+    """
     from ... import fastai  # noqa: F401 (it gives Learner check_teacher)
     found = load_named_learner(student, data).check_teacher(
         load_teacher(teacher), recipe=None if recipe is None else load_recipe(recipe), n=n,

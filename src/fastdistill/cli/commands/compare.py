@@ -20,9 +20,12 @@ def compare_command(
     seconds:Annotated[float, typer.Option(help='For each measurement of time; 0: none.')]=.5,
     title:Annotated[str, typer.Option(help='Of the report.')]=''
 ):
-    """Measure models side by side on the same validation data, and say which differences are more than chance.
+    """Measure models side by side on the same validation data, and say which differences are more
+    than chance.
 
-    Example: fastdistill compare teacher=t.pkl alone=a.pkl distilled=s.pkl --data train.py:dls --out runs/a"""
+    Example: fastdistill compare teacher=t.pkl alone=a.pkl distilled=s.pkl --data train.py:dls --out
+    runs/a.
+    """
     from ...fastai import compare as compare_models
     named = dict(map(split_name, models))
     dls = None if data is None else load_object(data, dataloaders)
@@ -52,7 +55,8 @@ def report_command(
 ):
     """Show reports again: one in full, several as a table of all students, the best first.
 
-    Example: fastdistill report runs/* --plot runs.png"""
+    Example: fastdistill report runs/* --plot runs.png.
+    """
     if html is not None and len(runs) > 1:
         raise DistillError(f"html= is the page of one report, but there are {len(runs)}.")
     from ...evaluation import plot_runs
@@ -72,9 +76,11 @@ def export_command(
     data:DataOption=None,
     int8:Annotated[bool, typer.Option('--int8', help='Of an .onnx file: quantize, and measure what it costs.')]=False
 ):
-    """Write a trained student as a file that needs neither fastai nor fastdistill, and check it against the Learner.
+    """Write a trained student as a file that needs neither fastai nor fastdistill, and check it
+    against the Learner.
 
-    Example: fastdistill export runs/photos-resnet18 student.onnx --int8"""
+    Example: fastdistill export runs/photos-resnet18 student.onnx --int8.
+    """
     if int8 and path.suffix != '.onnx': raise DistillError("int8=True needs an .onnx file.")
     if path.suffix and path.suffix not in ('.onnx', '.pt2'):
         raise DistillError(f"{str(path)!r}: the file must end in .onnx or .pt2; a name without an ending is a folder.")

@@ -13,6 +13,8 @@ def demo(
     data:Annotated[str, typer.Option(help='digits (needs no files), cifar10 or camvid.')]='digits',
     root:Annotated[Path|None, typer.Option(help='Folder of the data, for cifar10 and camvid.')]=None
 ):
-    "Train a big model, and small ones with and without it as teacher, on real data. Make a table and a picture."
+    """Train a big model, and small ones with and without it as teacher, on real data. Make a table
+    and a picture.
+    """
     from ..demo import run
     run(data, root, seeds, out, quick)

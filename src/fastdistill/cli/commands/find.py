@@ -1,4 +1,6 @@
-"`fastdistill find`: the recipe and the learning rate that suit a student, its data and its teacher."
+"""`fastdistill find`: the recipe and the learning rate that suit a student, its data and its
+teacher.
+"""
 import inspect, os, shlex
 from pathlib import Path
 from typing import Annotated
@@ -30,9 +32,10 @@ def find(
 ):
     """Try recipes and learning rates on short runs, repeat the best, and print a table.
 
-    Several processes with the same storage search together. After Ctrl-C the best so far is shown; the same command
-    with a storage resumes. The last line is a command that trains with the best.
-    Example: fastdistill find train.py:student teacher.pkl --n-epoch 5"""
+    Several processes with the same storage search together. After Ctrl-C the best so far is shown;
+    the same command with a storage resumes. The last line is a command that trains with the best.
+    Example: fastdistill find train.py:student teacher.pkl --n-epoch 5.
+    """
     from ... import fastai  # noqa: F401 (it gives Learner distill_find)
     recipes = {text: load_recipe(text) for text in recipe or ()}
     try:
@@ -48,7 +51,7 @@ def find(
 
 
 def training_command(student, teacher, data, n_epoch, fine_tune, found):
-    "A command for the shell that trains with what was found"
+    """A command for the shell that trains with what was found."""
     labels_alone = found.winner.name == found.labels
     if of_run(student) and not (fine_tune or labels_alone or in_python(teacher)) and is_recipe_text(found.text):
         return shlex.join(['fastdistill', 'train', '--config', str(Path(student).parent/'config.toml'), '--teacher',

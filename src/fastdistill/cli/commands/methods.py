@@ -19,7 +19,8 @@ def methods_command(
 ):
     """List the losses and recipes, or show one with its parameters and the numbers of its card.
 
-    Example: fastdistill methods kd"""
+    Example: fastdistill methods kd.
+    """
     from ...recipes.catalog import find_methods, method, methods
     words,console = words or [],Console()
     if len(words) == 1 and not needs and words[0] in {m.name for m in methods()}: show_method(method(words[0]), console)
@@ -35,7 +36,7 @@ def plain_table():
 
 
 def list_methods(found, console):
-    "A list by family"
+    """A list by family."""
     for family in dict.fromkeys(m.family for m in found):
         table = plain_table()
         for m in found:
@@ -48,7 +49,7 @@ def list_methods(found, console):
 
 
 def show_method(m, console):
-    "All about one method"
+    """All about one method."""
     from ...recipes.catalog import card_section
     console.print(f'[bold]{m.name}[/]  {escape(m.line)}\n', highlight=False)
     table = plain_table()

@@ -48,9 +48,10 @@ def train_command(
 ):
     """Train a student with a teacher, from files on disk, and say what was gained.
 
-    What is missing is trained: the teacher, the student alone, the student with the teacher. Then they are compared.
+    What is missing is trained: the teacher, the student alone, the student with the teacher. Then
+    they are compared.
 
-    \b
+    
     Images, a folder for each class (or train/CLASS and valid/CLASS):
       fastdistill train --data photos --teacher resnet34 --student resnet18
     Images with masks (folders images and masks, codes.txt with the classes):
@@ -64,8 +65,10 @@ def train_command(
       fastdistill train --resume --out runs/photos-resnet18
       fastdistill train --config runs/photos-resnet18/config.toml
 
-    The folder of the run gets report.html, report.json, history.csv, config.toml, environment.json, student.pkl (for
-    fastai's load_learner), student/ (weights as safetensors, a card, ONNX if possible) and teacher.safetensors."""
+    The folder of the run gets report.html, report.json, history.csv, config.toml, environment.json,
+    student.pkl (for fastai's load_learner), student/ (weights as safetensors, a card, ONNX if
+    possible) and teacher.safetensors.
+    """
     given = {k: v for k,v in locals().items() if v is not None and k not in ('out', 'config', 'resume')}
     # mistakes are shown before PyTorch is imported; of several processes, the first one shows them later
     if os.environ.get('WORLD_SIZE', '1') == '1': settings_of(given, config, out, resume)

@@ -21,21 +21,30 @@ WAYS = {ALONE: None, 'distilled': 'auto', 'soft labels only': soft_labels(T=4)}
 
 
 class Ticks(Callback):
-    "Call `tick` after each training batch"
+    """Call `tick` after each training batch."""
     def __init__(self, tick): self.tick = tick
     def after_batch(self):
         if self.training: self.tick()
 
 
 def run(
-    data='digits', # a task of `fastdistill.cli.demo.tasks`
-    root=None, # folder of its data; digits need none
-    seeds:int=5, # students of each kind
-    out='out', # folder for the picture and the numbers
-    quick:bool=False, # a few steps and one seed, to check that it runs
+    data='digits',
+    root=None,
+    seeds:int=5,
+    out='out',
+    quick:bool=False,
     console:Console|None=None
 ) -> Results:
-    "Train a teacher, then small students without it and with it; print a table, save a picture and the numbers"
+    """Train a teacher, then small students without it and with it; print a table, save a picture
+    and the numbers.
+
+    Args:
+        data: A task of `fastdistill.cli.demo.tasks`
+        root: Folder of its data; digits need none.
+        seeds: Students of each kind.
+        out: Folder for the picture and the numbers.
+        quick: A few steps and one seed, to check that it runs.
+    """
     if seeds < 1: raise DistillError(f"seeds={seeds}: at least 1 student of each kind is needed, 2 for a spread")
     console,start,out = console or Console(),time.perf_counter(),Path(out)
     task = load_task(data, root)
@@ -53,7 +62,7 @@ def run(
 
 
 def train_all(task, seeds, bar):
-    "The teacher, and the students of each way"
+    """The teacher, and the students of each way."""
     row = lambda name, total: partial(bar.advance, bar.add_task(name, total=total))
     of_teacher,of_student = zip(task.epochs, task.lr, task.augment)
     teacher = train(task, task.teacher, *of_teacher, 0, row('teacher', task.steps[0]))
@@ -66,7 +75,9 @@ def train_all(task, seeds, bar):
 
 
 def train(task:DemoTask, model, n_epoch, lr, augment, seed, tick, teacher=None, recipe=None) -> Trained:
-    "Train a new model, alone or with a teacher; one seed gives the same start and the same batches in every way"
+    """Train a new model, alone or with a teacher; one seed gives the same start and the same
+    batches in every way.
+    """
     set_seed(seed)
     learn = Learner(task.dls(augment), model(), loss_func=task.loss(), cbs=Ticks(tick))
     with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
@@ -79,11 +90,17 @@ def train(task:DemoTask, model, n_epoch, lr, augment, seed, tick, teacher=None, 
 
 def latency(
     task:DemoTask,
-    seconds, # for each measurement
-    batches=(1, 64), # their sizes
+    seconds,
+    batches=(1, 64),
     **models
 ):
-    "Median milliseconds of one forward pass, for each model and batch size, on one device in one process"
+    """Median milliseconds of one forward pass, for each model and batch size, on one device in one
+    process.
+
+    Args:
+        seconds: For each measurement.
+        batches: Their sizes.
+    """
     x, = ToFloat().encodes((task.test[0],))
     def ms(m, n): return time_of(m.eval(), x[:n].to(next(m.parameters()).device), seconds)
     return {name: {n: ms(m, n) for n in batches} for name,m in models.items()}
@@ -105,7 +122,7 @@ def time_of(model, x, seconds):
 
 @contextmanager
 def threads(n):
-    "At most `n` threads inside: on two cores, small models are faster with one"
+    """At most `n` threads inside: on two cores, small models are faster with one."""
     before = torch.get_num_threads()
     torch.set_num_threads(n or before)
     try: yield

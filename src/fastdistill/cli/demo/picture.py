@@ -1,4 +1,6 @@
-"The demo's picture: the score of each student, and test pictures on which distillation helps most."
+"""The demo's picture: the score of each student, and test pictures on which distillation helps
+most.
+"""
 import torch
 import torch.nn.functional as F
 from ...evaluation.plot_style import COLORS, LIGHT
@@ -12,7 +14,7 @@ T = 4. # temperature of the teacher's probabilities in the picture
 
 
 def draw_results(r, task, teacher, students, path):
-    "Save the picture of the results `r`"
+    """Save the picture of the results `r`."""
     import matplotlib
     from matplotlib.figure import Figure
     with matplotlib.rc_context(LIGHT.rc):
@@ -27,7 +29,9 @@ def title(fig, text): fig.suptitle(text, x=.03, ha='left', fontsize=12, fontweig
 
 
 def draw_scores(fig, r):
-    "A dot for each student, a line through the dots of one seed, a bar at each mean, and the teacher's score"
+    """A dot for each student, a line through the dots of one seed, a bar at each mean, and the
+    teacher's score.
+    """
     title(fig, f"{r.data}\n{r.params['student']:,} parameters learn from {r.params['teacher']:,}")
     ax,ways = fig.subplots(),list(r.scores)
     for seed in zip(*r.scores.values()): ax.plot(range(len(ways)), [100*o for o in seed], color=PALE, lw=1, zorder=1)
@@ -48,7 +52,9 @@ def draw_scores(fig, r):
 
 
 def draw_items(fig, task, teacher, students, n=4):
-    "Test pictures that distilled students recognize more often than the others, with the teacher's soft labels"
+    """Test pictures that distilled students recognize more often than the others, with the
+    teacher's soft labels.
+    """
     title(fig, 'Where teaching helps most\n')
     y,x = task.test[1],task.test[0]
     right = {way: torch.stack([s.out.argmax(1) == y for s in ss]).sum(0) for way,ss in students.items()}
@@ -82,12 +88,14 @@ def draw_items(fig, task, teacher, students, n=4):
 
 
 def predicted_class(students, i, task):
-    "The class that most of the `students` predict for item `i`"
+    """The class that most of the `students` predict for item `i`."""
     return task.classes[torch.stack([s.out[i] for s in students]).argmax(1).mode().values]
 
 
 def draw_scenes(fig, task, teacher, students):
-    "The test picture in which distilled students gain most: labels and predictions, pixel by pixel"
+    """The test picture in which distilled students gain most: labels and predictions, pixel by
+    pixel.
+    """
     title(fig, 'Where teaching helps most\n')
     x,y = task.test
     right = lambda out: ((out.argmax(1) == y) & (y != task.ignore_index)).double().mean((1, 2))

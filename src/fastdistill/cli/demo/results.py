@@ -16,11 +16,17 @@ ALONE = 'student alone'
 
 @dataclass
 class Trained:
-    "A model after its training"
+    """A model after its training.
+
+    Attributes:
+        out: Its outputs for the test set, before softmax.
+        score: On the test set, after the last epoch.
+        recipe: What `auto` chose.
+    """
     learn:Learner
-    out:Tensor # its outputs for the test set, before softmax
-    score:float # on the test set, after the last epoch
-    recipe:str='' # what `auto` chose
+    out:Tensor
+    score:float
+    recipe:str=''
 
     @property
     def model(self): return self.learn.model
@@ -28,18 +34,30 @@ class Trained:
 
 @dataclass
 class Results:
-    "All numbers of one run of the demo"
+    """All numbers of one run of the demo.
+
+    Attributes:
+        unit: Of the scores.
+        n: Items for training and for the test.
+        steps: Of the teacher and of each student.
+        teacher: Its score.
+        scores: Way -> a score for each seed.
+        params: 'teacher', 'student' -> how many.
+        ms: 'teacher', 'student' -> {size of batch: median milliseconds of a forward pass}.
+        seconds: For the whole demo.
+        recipes: Way -> the recipe that `auto` chose.
+    """
     data:str
-    unit:str # of the scores
-    n:tuple # items for training and for the test
-    steps:tuple # of the teacher and of each student
-    teacher:float # its score
-    scores:dict # way -> a score for each seed
-    params:dict # 'teacher', 'student' -> how many
-    ms:dict # 'teacher', 'student' -> {size of batch: median milliseconds of a forward pass}
-    seconds:float # for the whole demo
+    unit:str
+    n:tuple
+    steps:tuple
+    teacher:float
+    scores:dict
+    params:dict
+    ms:dict
+    seconds:float
     machine:dict
-    recipes:dict # way -> the recipe that `auto` chose
+    recipes:dict
 
     @classmethod
     def of(cls, task, teacher, students, ms, seconds):
@@ -53,16 +71,18 @@ class Results:
     def seeds(self): return len(self.scores[ALONE])
 
     def gain(self, way):
-        "The mean score minus that of the student alone"
+        """The mean score minus that of the student alone."""
         return mean(self.scores[way]) - mean(self.scores[ALONE])
 
     def recovered(self, way):
-        "The gain as a share of the teacher's lead over the student alone; None if there is no lead"
+        """The gain as a share of the teacher's lead over the student alone; None if there is no
+        lead.
+        """
         lead = self.teacher - mean(self.scores[ALONE])
         return self.gain(way)/lead if lead > 0 else None
 
     def better(self, way):
-        "The number of seeds in which it is better than the student alone"
+        """The number of seeds in which it is better than the student alone."""
         return sum(a > b for a,b in zip(self.scores[way], self.scores[ALONE]))
 
     def save(self, path):
@@ -75,7 +95,7 @@ def n_params(model): return sum(p.numel() for p in model.parameters())
 
 
 def machine():
-    "The machine and the versions that the numbers come from"
+    """The machine and the versions that the numbers come from."""
     return dict(device=str(default_device()), cpu=platform.processor() or platform.machine(), cores=os.cpu_count(),
                 python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__)
 
@@ -92,7 +112,7 @@ def percent(xs): return f'{100*mean(xs):.1f}' + (f' ± {100*stdev(xs):.1f}' if l
 
 
 def results_table(r:Results):
-    "A row for each model"
+    """A row for each model."""
     t = Table('', box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     t.columns[0].no_wrap = True
     columns = f'{r.unit}\n%', 'beats\nalone', 'lead re-\ncovered', 'params', *(f'ms\nfor {n}' for n in r.ms['student'])
@@ -108,7 +128,7 @@ def results_table(r:Results):
 
 
 def closing(r:Results, picture, numbers):
-    "The gains, the files, and what to do next"
+    """The gains, the files, and what to do next."""
     over = f'mean ± standard deviation over {r.seeds} seeds' if r.seeds > 1 else 'one seed'
     chosen = '\n'.join(f'{way}: {recipe}' for way,recipe in r.recipes.items())
     gains = ', '.join(f'{way} {100*r.gain(way):+.1f}' for way in r.scores if way != ALONE)

@@ -17,25 +17,42 @@ __all__ = ['TASKS', 'DemoTask', 'ToFloat', 'load_task', 'to_rgb']
 
 @dataclass
 class DemoTask:
-    "One comparison: the data, both models, and their training"
-    title:str # name of the data
-    classes:list # their names
-    train:tuple # x (N, C, H, W) and y
-    test:tuple # the same, never seen in training
-    teacher:Callable # () -> a new model
-    student:Callable # () -> a new model
-    epochs:tuple # of the teacher and of a student
-    lr:tuple # of the teacher and of a student
+    """One comparison: the data, both models, and their training.
+
+    Attributes:
+        title: Name of the data.
+        classes: Their names.
+        train: x (N, C, H, W) and y.
+        test: The same, never seen in training.
+        teacher: () -> a new model.
+        student: () -> a new model.
+        epochs: Of the teacher and of a student.
+        lr: Of the teacher and of a student.
+        score: (outputs (N, C, ...), y) -> a number from 0 to 1.
+        axis: Of the classes.
+        ignore_index: A label that is no class.
+        augment: For the teacher and for a student: (x, y) of a training batch -> another (x,
+            y).
+        threads: At most; None: as many as PyTorch takes.
+    """
+    title:str
+    classes:list
+    train:tuple
+    test:tuple
+    teacher:Callable
+    student:Callable
+    epochs:tuple
+    lr:tuple
     bs:int
-    score:Callable # (outputs (N, C, ...), y) -> a number from 0 to 1
+    score:Callable
     unit:str='accuracy'
-    axis:int=-1 # of the classes
-    ignore_index:int=-100 # a label that is no class
-    augment:tuple=(None, None) # for the teacher and for a student: (x, y) of a training batch -> another (x, y)
-    threads:int|None=None # at most; None: as many as PyTorch takes
+    axis:int=-1
+    ignore_index:int=-100
+    augment:tuple=(None, None)
+    threads:int|None=None
 
     def dls(self, augment=None):
-        "Its DataLoaders, all in memory"
+        """Its DataLoaders, all in memory."""
         tfms = [ToFloat(), *([Augment(augment)] if augment else [])]
         train,test = TensorDataset(*self.train),TensorDataset(*self.test)
         train.split_idx,test.split_idx = 0,1    # fastai's transforms read it
@@ -45,22 +62,22 @@ class DemoTask:
 
     @property
     def steps(self):
-        "Of the teacher and of a student"
+        """Of the teacher and of a student."""
         return tuple(e*(len(self.train[0])//self.bs) for e in self.epochs)
 
     def quick(self):
-        "A run so short that it only shows that everything works"
+        """A run so short that it only shows that everything works."""
         cut = lambda xy, n: tuple(o[torch.linspace(0, len(o)-1, min(n, len(o))).long()] for o in xy)
         return replace(self, train=cut(self.train, 20*self.bs), test=cut(self.test, 600), epochs=(3, 3))
 
 
 class ToFloat(ItemTransform):
-    "Bytes become numbers around 0; other batches stay as they are"
+    """Bytes become numbers around 0; other batches stay as they are."""
     def encodes(self, b): return (b[0].float()/64 - 2 if b[0].dtype == torch.uint8 else b[0], *b[1:])
 
 
 class Augment(ItemTransform):
-    "A function that changes training batches"
+    """A function that changes training batches."""
     split_idx,order = 0,1
     def __init__(self, fn):
         super().__init__()
@@ -69,18 +86,28 @@ class Augment(ItemTransform):
 
 
 def accuracy(
-    out:Tensor, # (N, C)
-    y:Tensor # (N,)
+    out:Tensor,
+    y:Tensor
 ):
-    "Share of the predictions that are right"
+    """Share of the predictions that are right.
+
+    Args:
+        out: (N, C).
+        y: (N,).
+    """
     return (out.argmax(1) == y).double().mean().item()
 
 
 def mean_iou(
-    out:Tensor, # (N, C, H, W)
-    y:Tensor # (N, H, W); labels from C on are no class and do not count
+    out:Tensor,
+    y:Tensor
 ):
-    "Intersection over union of all pixels, mean over the classes that occur"
+    """Intersection over union of all pixels, mean over the classes that occur.
+
+    Args:
+        out: (N, C, H, W).
+        y: (N, H, W); labels from C on are no class and do not count.
+    """
     c = out.shape[1]
     known = y < c
     both = torch.bincount(y[known]*c + out.argmax(1)[known], minlength=c*c).view(c, c).double()
@@ -89,10 +116,15 @@ def mean_iou(
 
 
 def load_task(
-    name:str, # of a task
-    root=None # folder of the data; digits need none
+    name:str,
+    root=None
 ) -> DemoTask:
-    "The task `name` with its data read from `root`"
+    """The task `name` with its data read from `root`.
+
+    Args:
+        name: Of a task.
+        root: Folder of the data; digits need none.
+    """
     if name not in TASKS: raise DistillError(f"No data set {name!r}. Possible are {', '.join(TASKS)}.")
     if name == 'digits': return digits()
     if root is None:
@@ -109,20 +141,20 @@ LAYOUTS = dict(
 
 
 def existing_folder(*parts):
-    "The path of a folder; an error if there is none"
+    """The path of a folder; an error if there is none."""
     if not (p := Path(*parts)).is_dir():
         raise DistillError(f"No folder {p}. A root holds: {'; '.join(f'{k}: {v}' for k,v in LAYOUTS.items())}.")
     return p
 
 
 def rgb(file, size=None):
-    "A picture as bytes (3, H, W), resized to `size` (width, height)"
+    """A picture as bytes (3, H, W), resized to `size` (width, height)."""
     im = Image.open(file).convert('RGB')
     return torch.from_numpy(np.array(im.resize(size, Image.Resampling.BILINEAR) if size else im)).permute(2, 0, 1)
 
 
 def to_rgb(x):
-    "A picture of a task as an array to show: (H, W) or (H, W, 3)"
+    """A picture of a task as an array to show: (H, W) or (H, W, 3)."""
     return (x[0] if len(x) == 1 else x.permute(1, 2, 0)).numpy()
 
 
@@ -144,7 +176,7 @@ def big_digits():
 
 
 def shift(x, y, by=1):
-    "The pictures of a batch, moved together by up to `by` pixels"
+    """The pictures of a batch, moved together by up to `by` pixels."""
     i,j = torch.randint(0, 2*by+1, (2,)).tolist()
     return nn.functional.pad(x, (by,)*4)[..., i:i+x.shape[2], j:j+x.shape[3]],y
 
@@ -159,27 +191,27 @@ def cifar10(root):
 
 
 def by_class(path, classes, size):
-    "All pictures under `path` as bytes (N, 3, size, size), and the class number of each"
+    """All pictures under `path` as bytes (N, 3, size, size), and the class number of each."""
     xs = [torch.cat([tiles(rgb(f), size) for f in class_files(path, c)]) for c in classes]
     return torch.cat(xs),torch.arange(len(xs)).repeat_interleave(torch.tensor([len(x) for x in xs]))
 
 
 def class_files(path, c):
-    "The files of class `c`"
+    """The files of class `c`."""
     files = sorted((path/c).iterdir()) if (path/c).is_dir() else sorted(path.glob(c + '.*'))
     if not files: raise DistillError(f"No pictures of {c!r} in {path}. Expected are {LAYOUTS['cifar10']}.")
     return files
 
 
 def tiles(x, size):
-    "A picture (3, H, W) cut row by row into (N, 3, size, size)"
+    """A picture (3, H, W) cut row by row into (N, 3, size, size)."""
     _,h,w = x.shape
     rows = x.unfold(1, size, size).unfold(2, size, size)
     return rows.permute(1, 2, 0, 3, 4).reshape((h//size)*(w//size), 3, size, size)
 
 
 def flip_and_shift(x, y):
-    "Half of the pictures of a batch are mirrored, all are moved together by up to 4 pixels"
+    """Half of the pictures of a batch are mirrored, all are moved together by up to 4 pixels."""
     return shift(torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < .5, x, x.flip(3)), y, by=4)
 
 
@@ -201,7 +233,7 @@ def camvid(root):
 
 
 def load_scenes(path, size):
-    "Images (N, 3, H, W) and masks (N, H, W)"
+    """Images (N, 3, H, W) and masks (N, H, W)."""
     masks = {p.stem: p for p in existing_folder(path, 'masks').iterdir()}
     files = sorted(existing_folder(path, 'images').iterdir())
     y = [np.array(Image.open(masks[f.stem]).resize(size, Image.Resampling.NEAREST)) for f in files]
@@ -209,7 +241,7 @@ def load_scenes(path, size):
 
 
 def mirror(x, y):
-    "Half of the batches are mirrored"
+    """Half of the batches are mirrored."""
     return (x.flip(3), y.flip(2)) if torch.rand(()) < .5 else (x, y)
 
 

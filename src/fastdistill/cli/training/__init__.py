@@ -1,4 +1,6 @@
-"A whole training from files: data, teacher, student, comparison. The command `fastdistill train` calls it."
+"""A whole training from files: data, teacher, student, comparison. The command `fastdistill train`
+calls it.
+"""
 import lazy_loader
 
 # subtle: mistakes in the settings are found without PyTorch, whose import takes seconds

@@ -31,10 +31,16 @@ ARCHS_IN_WORDS = dict(
 
 
 def check_arch(
-    arch:str, # its name
-    task:str # one of TRAIN_TASKS
+    arch:str,
+    task:str
 ):
-    "(family, sizes) of an architecture with sizes; its name and None for others. An error if there is no such one"
+    """(family, sizes) of an architecture with sizes; its name and None for others. An error if
+    there is no such one.
+
+    Args:
+        arch: Its name.
+        task: One of TRAIN_TASKS.
+    """
     wrong = lambda why: DistillError(f"No architecture {arch!r} for {task}{why}. Possible: {ARCHS_IN_WORDS[task]}.")
     m = SIZED.fullmatch(arch)
     sizes = [*map(int, m[2].split('-'))] if m and len(arch) < 200 else None
@@ -58,7 +64,7 @@ def is_timm(arch):
 
 
 def vision_names(task):
-    "All that exist"
+    """All that exist."""
     names = list_models(module=models)
     if task == 'masks': return names
     try: import timm
@@ -69,11 +75,16 @@ def vision_names(task):
 def learner_of(
     arch:str,
     dls,
-    s, # the Samples behind `dls`
-    config, # a TrainConfig
+    s,
+    config,
     pretrained:bool=False
 ) -> Learner:
-    "A Learner with a new model. Its numbers are drawn from PyTorch's generator"
+    """A Learner with a new model. Its numbers are drawn from PyTorch's generator.
+
+    Args:
+        s: The Samples behind `dls`
+        config: A TrainConfig.
+    """
     family,sizes = check_arch(arch, s.task)
     make = dict(zip(TRAIN_TASKS, (image_learner, mask_learner, text_learner, table_learner)))[s.task]
     options = dict(metrics=metrics_of_task(s, config))
@@ -95,7 +106,7 @@ def metrics_of_task(s, config):
 
 
 def ignored_class(s, config):
-    "Number of the class of masks that does not count; None if there is none"
+    """Number of the class of masks that does not count; None if there is none."""
     if config.ignore:
         if config.ignore not in s.classes:
             raise DistillError(f"ignore={config.ignore!r}: the classes are {', '.join(s.classes[:30])}")
@@ -113,7 +124,7 @@ def image_learner(family, sizes, dls, s, config, pretrained, **options):
 
 
 def runs(learn, s):
-    "The Learner, if its model takes images of this size; all layers are trained"
+    """The Learner, if its model takes images of this size; all layers are trained."""
     learn.unfreeze()
     with torch.no_grad(): learn.model.eval()(torch.zeros(1, 3, *s.size))
     learn.model.train()
@@ -121,7 +132,7 @@ def runs(learn, s):
 
 
 def vision_arch(name):
-    "A function of torchvision, or a name of timm"
+    """A function of torchvision, or a name of timm."""
     return getattr(models, name) if name in models.list_models(module=models) else name
 
 

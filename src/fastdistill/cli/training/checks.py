@@ -14,10 +14,16 @@ MANY_NUMBERS = 50 # more whole numbers than these are quantities, not classes
 
 
 def checked_samples(
-    s, # as `read_samples` returns them
-    config # a TrainConfig
+    s,
+    config
 ):
-    "The samples with their classes and their validation set; or an error that names what is wrong with them"
+    """The samples with their classes and their validation set; or an error that names what is wrong
+    with them.
+
+    Args:
+        s: As `read_samples` returns them.
+        config: A TrainConfig.
+    """
     if s.task != 'masks': s = with_target(s, config)
     s = replace(s, valid=validation_rows(s, config))
     for rows,name in ((~s.valid, 'training'), (s.valid, 'validation')):
@@ -31,7 +37,7 @@ def checked_samples(
 
 
 def with_target(s, config):
-    "What is predicted: one class, several labels, or a number"
+    """What is predicted: one class, several labels, or a number."""
     y = s.frame[s.y]
     if s.delimiter: y = y.fillna('')
     if y.isna().any():
@@ -56,7 +62,7 @@ def with_target(s, config):
 
 
 def validation_rows(s, config):
-    "Which rows are the validation set: as the data say, or a share of each class"
+    """Which rows are the validation set: as the data say, or a share of each class."""
     if s.valid is not None: return s.valid
     try: share = float(config.valid)
     except ValueError: share = -1
@@ -72,7 +78,7 @@ def validation_rows(s, config):
 
 
 def check_both_sets(s):
-    "Each class is in both sets"
+    """Each class is in both sets."""
     split = (lambda v: v.split(s.delimiter)) if s.delimiter else (lambda v: [v])
     train,valid = ({o for v in s.frame[s.y][rows] for o in split(v) if o} for rows in (~s.valid, s.valid))
     few = lambda names: ', '.join(sorted(names)[:NAMED]) + (' ...' if len(names) > NAMED else '')
@@ -86,13 +92,13 @@ def check_both_sets(s):
 
 
 def with_paths(s):
-    "File names in a CSV are relative to its folder"
+    """File names in a CSV are relative to its folder."""
     if s.task == 'masks' or isinstance(s.frame[s.x[0]].iloc[0], bytes): return s
     return replace(s, frame=s.frame.assign(**{s.x[0]: [os.path.join(s.folder, str(o)) for o in s.frame[s.x[0]]]}))
 
 
 def checked_files(s, config):
-    "Open every image, and read every mask, one after the other"
+    """Open every image, and read every mask, one after the other."""
     sizes,values,bad = set(),set(),[]
     masks = s.frame[s.y] if s.task == 'masks' else [None]*len(s)
     with shown_bar(True, len(s), 'check files') as tick:
@@ -115,7 +121,7 @@ def checked_files(s, config):
 
 
 def size_of_file(x):
-    "(height, width) of an image whose file is complete, and whose checksums are right"
+    """(height, width) of an image whose file is complete, and whose checksums are right."""
     from PIL import Image
     opened = lambda: Image.open(io.BytesIO(x) if isinstance(x, bytes) else x)
     with opened() as im: im.verify()
@@ -127,7 +133,7 @@ def size_of_file(x):
 
 
 def mask_values(path, size, image):
-    "The class numbers in a mask"
+    """The class numbers in a mask."""
     from PIL import Image
     with Image.open(path) as im:
         if len(im.getbands()) > 1:
@@ -154,7 +160,9 @@ def mask_classes(s, values):
 
 
 def natural_size(sizes, task):
-    "The images' own size if all have the same and it is small; else 224, and for masks 256 on the longer side"
+    """The images' own size if all have the same and it is small; else 224, and for masks 256 on the
+    longer side.
+    """
     h,w = next(iter(sizes)) if len(sizes) == 1 else (256, 256)
     if len(sizes) == 1 and max(h, w) <= 256: return h,w
     if task == 'images': return 224,224
@@ -162,7 +170,9 @@ def natural_size(sizes, task):
 
 
 def checked_columns(s):
-    "A table's columns: none is empty, and those that are empty in some rows are so in the training set"
+    """A table's columns: none is empty, and those that are empty in some rows are so in the
+    training set.
+    """
     frame = s.frame[[*s.x, s.y]].copy()
     if empty := [c for c in s.x if frame[c][~s.valid].isna().all()]:
         raise DistillError(f"Column {empty[0]!r} is empty. Name the others: x='COLUMN,COLUMN'.")

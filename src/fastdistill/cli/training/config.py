@@ -15,35 +15,61 @@ LOGGERS = 'csv','tensorboard' # history.csv is always written
 
 @dataclass
 class TrainConfig:
-    "What is trained, on what, and how. The command has a flag for each"
-    data:str # a folder or a CSV file
-    teacher:str # an architecture that is trained first, or a file that `Teacher` takes, such as an exported Learner; or
-    # the folder of a finished run, whose student teaches
-    student:str # an architecture
-    teacher_weights:str='' # safetensors of the teacher's architecture; empty: it is trained
-    task:str='auto' # one of TRAIN_TASKS
-    recipe:str='auto' # as `recipe_from_text` reads it
+    """What is trained, on what, and how. The command has a flag for each.
+
+    Attributes:
+        data: A folder or a CSV file.
+        teacher: An architecture that is trained first, or a file that `Teacher` takes, such as
+            an exported Learner; or the folder of a finished run, whose student teaches.
+        student: An architecture.
+        teacher_weights: Safetensors of the teacher's architecture; empty: it is trained.
+        task: One of TRAIN_TASKS.
+        recipe: As `recipe_from_text` reads it.
+        teacher_epochs: 0: as many as `epochs`
+        lr: Of the students; 'auto': found by `lr_find`
+        x: Column of the input; of a table: columns, with commas.
+        y: Column of the label.
+        delimiter: Between the labels of an item; empty: each item has one label.
+        header: Does the first line of the CSV have the columns' names?
+        valid: Share of the validation set, a column that marks its rows, or a path.
+        ignore: Class of masks that does not count; empty: one called void, ignore or unlabeled.
+        size: Of images: '224', or '72x96' (height and width).
+        augment: One of AUGMENTATIONS.
+        batch_size: 0: by the task.
+        pretrained: Begin with published weights.
+        baseline: Train the student without the teacher too.
+        check: Look for mistakes of the teacher first.
+        onnx: Write the student as ONNX too, if it can be exported.
+        workers: Processes that load data.
+        log: LOGGERS, with commas.
+    """
+    data:str
+    teacher:str
+    student:str
+    teacher_weights:str=''
+    task:str='auto'
+    recipe:str='auto'
     epochs:int=10
-    teacher_epochs:int=0 # 0: as many as `epochs`
-    lr:float|str='auto' # of the students; 'auto': found by `lr_find`
+    teacher_epochs:int=0
+    lr:float|str='auto'
     teacher_lr:float|str='auto'
-    x:str='' # column of the input; of a table: columns, with commas
-    y:str='' # column of the label
-    delimiter:str='' # between the labels of an item; empty: each item has one label
-    header:bool=True # does the first line of the CSV have the columns' names?
-    valid:str='0.2' # share of the validation set, a column that marks its rows, or a path
-    ignore:str='' # class of masks that does not count; empty: one called void, ignore or unlabeled
-    size:str='auto' # of images: '224', or '72x96' (height and width)
-    augment:str='flip' # one of AUGMENTATIONS
-    batch_size:int=0 # 0: by the task
-    pretrained:bool=False # begin with published weights
-    baseline:bool=True # train the student without the teacher too
-    check:bool=True # look for mistakes of the teacher first
-    onnx:bool=True # write the student as ONNX too, if it can be exported
+    x:str=''
+    y:str=''
+    delimiter:str=''
+    header:bool=True
+    valid:str='0.2'
+    ignore:str=''
+    size:str='auto'
+    augment:str='flip'
+    batch_size:int=0
+    pretrained:bool=False
+    baseline:bool=True
+    check:bool=True
+    onnx:bool=True
     seed:int=0
     device:str='auto'
-    workers:int=0 # processes that load data
-    log:str='' # LOGGERS, with commas
+    workers:int=0
+    log:str=''
 
     def __post_init__(self):
         for f in fields(self): setattr(self, f.name, checked_type(f.name, getattr(self, f.name), f.type))
@@ -77,7 +103,7 @@ class TrainConfig:
         return Path(self.teacher).suffix in FILES or os.sep in self.teacher
 
     def check_files(self):
-        "What the settings name exists"
+        """What the settings name exists."""
         check_data_path(self.data)
         if Path(self.student).suffix in FILES or '.py:' in self.student:
             raise DistillError(f"student={self.student!r}: the student of a run is trained from the start, so this is "
@@ -95,14 +121,14 @@ class TrainConfig:
                                f"teacher_weights={self.teacher!r}.")
 
     def absolute(self):
-        "The same settings, which mean the same in every folder"
+        """The same settings, which mean the same in every folder."""
         c = replace(self, teacher=exported_student(self.teacher))
         given = dict(data=True, teacher=c.teacher_file, teacher_weights=c.teacher_weights,
                      valid=Path(c.valid).is_file())
         return replace(c, **{k: os.path.abspath(getattr(c, k)) for k,is_path in given.items() if is_path})
 
     def parts_of_size(self):
-        "(height, width); None: read off the images"
+        """(height, width); None: read off the images."""
         if self.size == 'auto': return None
         h,_,w = self.size.partition('x')
         if not h.isdecimal() or not (w or h).isdecimal() or not all(8 <= int(o) <= 8192 for o in (h, w or h)):
@@ -116,9 +142,13 @@ def check_data_path(path):
 
 
 def exported_student(
-    path:str # of a model
+    path:str
 ) -> str:
-    "The exported student of a run, if this is the folder of one; any other path as it is"
+    """The exported student of a run, if this is the folder of one; any other path as it is.
+
+    Args:
+        path: Of a model.
+    """
     file = Path(path)/'student.pkl'
     if file.is_file(): return str(file)
     if not (Path(path)/'config.toml').is_file(): return path
@@ -127,7 +157,7 @@ def exported_student(
 
 
 def checked_type(name, v, of):
-    "A value of the field's type; whole numbers are taken for floats"
+    """A value of the field's type; whole numbers are taken for floats."""
     if not isinstance(of, type) and isinstance(v, int|float|str) and not isinstance(v, bool): return v
     if isinstance(v, str) and of is str:
         # subtle: a command line may hold bytes that are no UTF-8, and a file null bytes, which no path has
@@ -140,9 +170,13 @@ def checked_type(name, v, of):
 
 
 def read_config(
-    path # of a TOML file
+    path
 ) -> dict:
-    "The settings in it"
+    """The settings in it.
+
+    Args:
+        path: Of a TOML file.
+    """
     try: text = Path(path).read_text(encoding='utf-8')
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
         raise DistillError(f"There is no settings file {str(path)!r}. A run writes its own: config.toml.") from e
@@ -162,7 +196,7 @@ def write_config(
     config:TrainConfig,
     path
 ):
-    "Write settings as TOML"
+    """Write settings as TOML."""
     lines = ['# repeats this run: fastdistill train --config FILE']
     lines += [f'{k} = {toml_value(v)}' for k,v in asdict(config).items()]
     write_atomically(path, '\n'.join(lines) + '\n')

@@ -13,10 +13,15 @@ __all__ = ['learner_in_file']
 
 
 def learner_in_file(
-    path, # of an exported Learner (.pkl)
-    dls=None # fastai's DataLoaders; None: those of the run in whose folder the file stands
+    path,
+    dls=None
 ):
-    "The Learner with data. An exported Learner has none, but commands check it on real samples"
+    """The Learner with data. An exported Learner has none, but commands check it on real samples.
+
+    Args:
+        path: Of an exported Learner (.pkl).
+        dls: Fastai's DataLoaders; None: those of the run in whose folder the file stands.
+    """
     learn = file_teacher(str(path))
     if not hasattr(learn, 'dls'): raise DistillError(f"{path} holds a {type(learn).__name__}, not an exported Learner.")
     learn.dls = data_of_run(Path(path), learn) if dls is None else dls

@@ -1,4 +1,6 @@
-"What is at a path: images in folders, images with masks, a CSV file, a Hugging Face data set. As a table of samples."
+"""What is at a path: images in folders, images with masks, a CSV file, a Hugging Face data set. As
+a table of samples.
+"""
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,25 +21,41 @@ CSV = '.csv','.tsv','.txt'
 
 @dataclass
 class Samples:
-    "A table with a row for each sample"
-    task:str # 'images', 'masks', 'texts' or 'table'
+    """A table with a row for each sample.
+
+    Attributes:
+        task: 'images', 'masks', 'texts' or 'table'.
+        x: Columns of the inputs.
+        y: Column of the label; of masks: their paths.
+        valid: Is the sample in the validation set? None: not decided yet.
+        folder: To which paths of files in the table are relative.
+        delimiter: Between the labels of a sample.
+        target: Or 'labels', 'numbers'.
+        classes: Names, in the order of the outputs.
+        size: (height, width) of the images, if all have the same.
+    """
+    task:str
     frame:pd.DataFrame
-    x:list # columns of the inputs
-    y:str # column of the label; of masks: their paths
-    valid:np.ndarray|None # is the sample in the validation set? None: not decided yet
-    folder:Path # to which paths of files in the table are relative
-    delimiter:str='' # between the labels of a sample
-    target:str='classes' # or 'labels', 'numbers'
-    classes:list|None=None # names, in the order of the outputs
-    size:tuple|None=None # (height, width) of the images, if all have the same
+    x:list
+    y:str
+    valid:np.ndarray|None
+    folder:Path
+    delimiter:str=''
+    target:str='classes'
+    classes:list|None=None
+    size:tuple|None=None
 
     def __len__(self): return len(self.frame)
 
 
 def read_samples(
-    config # a TrainConfig
+    config
 ) -> Samples:
-    "The samples at `config.data`, before anything is checked"
+    """The samples at `config.data`, before anything is checked.
+
+    Args:
+        config: A TrainConfig.
+    """
     check_data_path(config.data)
     path = Path(config.data)
     if path.is_file(): s = from_csv(path, config)
@@ -59,14 +77,14 @@ DATA_FORMS = dict(
 
 
 def split_folders(path):
-    "(folder of the training set, of the validation set), if there are any"
+    """(folder of the training set, of the validation set), if there are any."""
     inside = {p.name.lower(): p for p in path.iterdir() if p.is_dir()}
     train,valid = (next((inside[n] for n in names if n in inside), None) for names in (TRAIN, VALID))
     return (train, valid) if train and valid else None
 
 
 def image_files(folder):
-    "The images below a folder, also behind links to other folders"
+    """The images below a folder, also behind links to other folders."""
     files,above = [],{str(folder): [os.path.realpath(folder)]}
     for parent,folders,names in os.walk(folder, followlinks=True):
         inside = {n: os.path.join(parent, n) for n in folders if not n.startswith('.')}
@@ -84,7 +102,7 @@ def leads_back(path, above):
 
 
 def check_each_once(files):
-    "Refuse images that links show twice, since one of them could be in the validation set"
+    """Refuse images that links show twice, since one of them could be in the validation set."""
     folders,first,again = {},{},[]
     for p in files:
         if p.parent not in folders: folders[p.parent] = os.path.realpath(p.parent)
@@ -98,7 +116,7 @@ def check_each_once(files):
 
 
 def from_folders(path, config):
-    "Classes as folders; in folders train and valid, if these are there"
+    """Classes as folders; in folders train and valid, if these are there."""
     split = split_folders(path)
     files = [(p, i) for i,folder in enumerate(split or [path]) for p in image_files(folder)]
     check_each_once([p for p,_ in files])
@@ -115,7 +133,9 @@ def from_folders(path, config):
 
 
 def mask_folders(path):
-    "[(folder of images, of masks)]: of the training and the validation set, or one pair; None if there are none"
+    """[(folder of images, of masks)]: of the training and the validation set, or one pair; None if
+    there are none.
+    """
     pairs = []
     for folder in split_folders(path) or [path]:
         inside = {p.name.lower(): p for p in folder.iterdir() if p.is_dir()}
@@ -145,7 +165,7 @@ def is_csv(path): return any(s in CSV for s in Path(path).suffixes)
 
 
 def table_in(path, config):
-    "The CSV file of a folder that has one, and no class folders"
+    """The CSV file of a folder that has one, and no class folders."""
     found = sorted(p for p in path.iterdir() if p.is_file() and is_csv(p) and p.name != 'codes.txt')
     if not found or config.task == 'images' and not config.x: return None
     if len(found) > 1 and (named := [p for p in found if p.name.startswith(TRAIN)]): found = named
@@ -157,7 +177,7 @@ def table_in(path, config):
 
 
 def read_csv(path, header):
-    "All columns; separated by tabs in a .tsv"
+    """All columns; separated by tabs in a .tsv."""
     if not is_csv(path):
         raise DistillError(f"{path} is neither a folder nor a CSV file (.csv, .tsv; also .gz). Of other files, make "
                            "one of these.")
@@ -184,7 +204,7 @@ def from_csv(path, config):
 
 
 def marked(column):
-    "Which rows a column marks as validation"
+    """Which rows a column marks as validation."""
     text = column.astype(str).str.lower().str.strip()
     yes,no = ('true', '1', '1.0', *VALID),('false', '0', '0.0', *TRAIN)
     known = dict.fromkeys(yes, True) | dict.fromkeys(no, False)
@@ -195,7 +215,7 @@ def marked(column):
 
 
 def from_frame(frame, valid, folder, config, name):
-    "Which column is what: as the flags say, or by names and content"
+    """Which column is what: as the flags say, or by names and content."""
     columns = [*frame.columns]
     for k in filter(None, [config.y, *(o.strip() for o in config.x.split(','))]):
         if k not in columns:
@@ -218,7 +238,7 @@ def from_frame(frame, valid, folder, config, name):
 
 
 def task_of_columns(frame, x):
-    "(task, its only column, or None for a table)"
+    """(task, its only column, or None for a table)."""
     if paths := [c for c in x if is_path(frame[c])]: return 'images',paths[0]
     texts = [c for c in x if is_text(frame[c])]
     named = [c for c in texts if c.lower() in TEXT_NAMES]
@@ -237,7 +257,7 @@ def is_path(column):
 
 
 def is_text(column):
-    "Several words in most rows"
+    """Several words in most rows."""
     return is_words(column) and column.dropna().iloc[:200].astype(str).str.count(' ').median() >= 2
 
 
@@ -245,7 +265,7 @@ def is_dataset(path): return any((path/n).is_file() for n in ('dataset_dict.json
 
 
 def from_dataset(path, config):
-    "What `save_to_disk` of Hugging Face's datasets wrote"
+    """What `save_to_disk` of Hugging Face's datasets wrote."""
     try: import datasets
     except ImportError as e:
         raise ImportError(f"{path} is a data set of Hugging Face's datasets: pip install datasets") from e
@@ -262,7 +282,7 @@ def from_dataset(path, config):
 
 
 def frame_of(split, datasets):
-    "A split with names of classes in place of numbers, and images as the bytes of their files"
+    """A split with names of classes in place of numbers, and images as the bytes of their files."""
     for k,f in split.features.items():
         if isinstance(f, datasets.Image): split = split.cast_column(k, datasets.Image(decode=False))
     frame = split.to_pandas()

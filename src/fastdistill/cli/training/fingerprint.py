@@ -1,4 +1,6 @@
-"What a run was trained on: a hash of each file or row, so that a run that continues notices what changed since."
+"""What a run was trained on: a hash of each file or row, so that a run that continues notices what
+changed since.
+"""
 import hashlib, os
 from collections import Counter
 from pathlib import Path
@@ -9,11 +11,17 @@ NAMED = 5 # files, rows or classes that a message names
 
 
 def data_fingerprint(
-    s, # Samples that `checked_samples` returned
-    held, # the validation set as the data mark it; None: chosen by chance
-    config # a TrainConfig
+    s,
+    held,
+    config
 ) -> dict:
-    "Plain data: a hash of each file, or of each row"
+    """Plain data: a hash of each file, or of each row.
+
+    Args:
+        s: Samples that `checked_samples` returned.
+        held: The validation set as the data mark it; None: chosen by chance.
+        config: A TrainConfig.
+    """
     frame = s.frame[[*s.x, s.y]] if held is None else s.frame[[*s.x, s.y]].assign(held=held)
     rows = zip(*(frame[c] for c in frame))
     facts = dict(columns=[*map(str, frame)], classes=s.classes,
@@ -42,9 +50,13 @@ def values_hash(values):
 
 
 def data_changes(
-    before:dict, now:dict # of `data_fingerprint`
+    before:dict, now:dict
 ) -> list:
-    "What is different now, in words"
+    """What is different now, in words.
+
+    Args:
+        before, now: Of `data_fingerprint`
+    """
     if before.keys() != now.keys(): return ['the data have another form']
     out = [f"{k} is a different file" for k in before['teacher']
            if before['teacher'][k] != now['teacher'].get(k)]
@@ -66,7 +78,7 @@ def data_changes(
 
 
 def rows_beyond(a, b):
-    "Numbers of the rows of `a` that `b` doesn't have, or not as often"
+    """Numbers of the rows of `a` that `b` doesn't have, or not as often."""
     left,out = Counter(b),[]
     for i,h in enumerate(a):
         if left[h]: left[h] -= 1

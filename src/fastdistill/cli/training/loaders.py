@@ -22,11 +22,18 @@ BATCH = dict(images=64, masks=8, texts=64, table=256)
 
 
 def loaders_of(
-    s, # Samples that `checked_samples` returned
-    config, # a TrainConfig
-    teacher=None # an exported Learner: texts and tables get the numbers that it knows
+    s,
+    config,
+    teacher=None
 ):
-    "fastai's DataLoaders. Their batches depend on the generators of Python, NumPy and PyTorch alone"
+    """fastai's DataLoaders. Their batches depend on the generators of Python, NumPy and PyTorch
+    alone.
+
+    Args:
+        s: Samples that `checked_samples` returned.
+        config: A TrainConfig.
+        teacher: An exported Learner: texts and tables get the numbers that it knows.
+    """
     n = int((~s.valid).sum())
     options = dict(bs=min(config.batch_size or BATCH[s.task], n//world_size()), device=device_of(config))
     make = dict(zip(TRAIN_TASKS, (image_loaders, mask_loaders, text_loaders, table_loaders)))[s.task]
@@ -53,7 +60,7 @@ def label_block(s):
 
 
 def image_transforms(s, config):
-    "(of an item, of a batch)"
+    """(of an item, of a batch)."""
     squish = s.task == 'masks'
     extra = dict(none=[], flip=[Flip()], full=aug_transforms())[config.augment]
     return (Resize(s.size, method=ResizeMethod.Squish if squish else ResizeMethod.Crop),
@@ -117,7 +124,7 @@ def table_loaders(s, config, teacher, **options):
 
 
 def known(teacher, task, read):
-    "What the teacher's own data hold"
+    """What the teacher's own data hold."""
     try: return read(teacher.dls)
     except (AttributeError, TypeError, IndexError, KeyError) as e:
         raise DistillError(f"The exported teacher was not trained on {task}.") from e

@@ -7,7 +7,7 @@ __all__ = ['ProcessesTrainer']
 
 
 class ProcessesDL(DistributedDL):
-    "fastai's, which needs no GPU, and whose order is that of its DataLoader's generator"
+    """fastai's, which needs no GPU, and whose order is that of its DataLoader's generator."""
     def _broadcast(self, t, rank):
         t = torch.tensor(t)
         broadcast([t])
@@ -21,6 +21,6 @@ class ProcessesDL(DistributedDL):
 
 
 class ProcessesTrainer(DistributedTrainer):
-    "fastai's callback, with `ProcessesDL`"
+    """fastai's callback, with `ProcessesDL`."""
     def _wrap_dl(self, dl):
         return dl if isinstance(dl, DistributedDL) else ProcessesDL(dl, device=self.learn.model.device)

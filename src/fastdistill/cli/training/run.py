@@ -1,4 +1,6 @@
-"A whole run: data, teacher, student with and without it, their comparison, and a folder with the results."
+"""A whole run: data, teacher, student with and without it, their comparison, and a folder with the
+results.
+"""
 import csv, io, json, platform, shutil, warnings
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
@@ -37,24 +39,37 @@ PACKAGES = 'fastdistill', 'fastai', 'torch', 'torchvision', 'timm', 'numpy', 'pa
 
 
 def opened_run(
-    given:dict, # settings by name
-    config_file=None, # a TOML file with settings; those that are given come first
-    out=None, # folder of the run; None: a new one in runs/
-    resume:bool=False, # continue the run in `out`, if there is one
-    **kwargs # of TrainRun
+    given:dict,
+    config_file=None,
+    out=None,
+    resume:bool=False,
+    **kwargs
 ):
-    "The run in `out`, or a new one. Nothing is written yet"
+    """The run in `out`, or a new one. Nothing is written yet.
+
+    Args:
+        given: Settings by name.
+        config_file: A TOML file with settings; those that are given come first.
+        out: Folder of the run; None: a new one in runs/.
+        resume: Continue the run in `out`, if there is one.
+        **kwargs: Of TrainRun.
+    """
     return TrainRun(*on_first(lambda: settings_of(given, config_file, out, resume)), **kwargs)
 
 
 class TrainRun:
-    "One run, in its folder. In several processes the first one alone prints, writes and compares"
+    """One run, in its folder. In several processes the first one alone prints, writes and compares.
+
+    Args:
+        say: fn(text).
+        bar: Show fastai's bars.
+    """
     def __init__(
         self,
         config:TrainConfig,
         folder:Path,
-        say=print, # fn(text)
-        bar:bool=False # show fastai's bars
+        say=print,
+        bar:bool=False
     ):
         self.config,self.folder,self.first,self.processes = config,folder,rank() == 0,world_size()
         self.say,self.bar = (say, bar) if self.first else (silent, False)
@@ -63,7 +78,7 @@ class TrainRun:
         self.begun = self.files/'begun.json' # the settings and a fingerprint of the data
 
     def __call__(self):
-        "Do what is missing of the run. Returns the Report, in the first process"
+        """Do what is missing of the run. Returns the Report, in the first process."""
         with warnings.catch_warnings(), ExitStack() as self.locks:
             # fastai's tables with pandas 3, about arrays that it only reads
             warnings.filterwarnings('ignore', message='The given NumPy array is not writable')
@@ -74,7 +89,7 @@ class TrainRun:
         return report
 
     def trained(self):
-        "name -> model"
+        """name -> model."""
         self.config = c = on_first(self.check_start)
         loaded = first_then_others(lambda: file_teacher(c.teacher) if c.teacher_file else None)
         s = on_first(lambda: self.samples(loaded))
@@ -96,7 +111,7 @@ class TrainRun:
         return models
 
     def check_start(self):
-        "What is known before the data are read. Returns the settings"
+        """What is known before the data are read. Returns the settings."""
         config = self.settings_at_begin()
         self.loggers()
         if self.processes == 1: return config
@@ -107,7 +122,7 @@ class TrainRun:
         return config
 
     def read_begun(self):
-        "What the run was begun with; empty if it is new"
+        """What the run was begun with; empty if it is new."""
         if not self.begun.is_file(): return {}
         try: return json.loads(self.begun.read_text(encoding='utf-8'))
         except ValueError as e:
@@ -115,7 +130,9 @@ class TrainRun:
                                "run with another out=.") from e
 
     def settings_at_begin(self):
-        "The settings, with the learning rates that were found; an error if config.toml was changed since"
+        """The settings, with the learning rates that were found; an error if config.toml was
+        changed since.
+        """
         before,now = self.read_begun().get('settings', {}),asdict(self.config)
         found = {k: before[k] for k in ('lr', 'teacher_lr') if now[k] == 'auto' and k in before}
         # of two paths, the contents are compared instead
@@ -136,7 +153,7 @@ class TrainRun:
                            "trained on. Restore the data to resume, or start a new run with config= and another out=.")
 
     def make_models(self, s, loaded):
-        "(student, teacher, fn(architecture) -> Learner)"
+        """(student, teacher, fn(architecture) -> Learner)."""
         c = self.config
         self.dls = loaders_of(s, c, loaded if isinstance(loaded, Learner) and s.task in ('texts', 'table') else None)
         self.say(f'data: {samples_in_words(s)}')
@@ -169,12 +186,14 @@ class TrainRun:
         return self.seeded(FOR_TEACHER, lambda: make(self.config.teacher))
 
     def as_teacher(self, teacher, student):
-        "On a CPU the teacher runs as it is, since a faster copy may round differently after a resume"
+        """On a CPU the teacher runs as it is, since a faster copy may round differently after a
+        resume.
+        """
         on_cpu = torch.device(self.dls.device or 'cpu').type == 'cpu'
         return teacher_of(teacher, student, task_of(student.loss_func), **AS_IT_IS) if on_cpu else teacher
 
     def check(self, student, teacher, trained):
-        "Layers of the recipe that do not exist, and a teacher of another task, before training"
+        """Layers of the recipe that do not exist, and a teacher of another task, before training."""
         task = task_of(student.loss_func)
         if trained and self.config.check:
             if (found := student.check_teacher(teacher, n_epoch=None)).errors: found.enforce(facts=False)
@@ -186,7 +205,7 @@ class TrainRun:
         d.setup(*x)
 
     def find_rates(self, make):
-        "The settings, where learning rates that are 'auto' become numbers, also in config.toml"
+        """The settings, where learning rates that are 'auto' become numbers, also in config.toml."""
         c = self.config
         wanted = [k for k,arch in dict(lr=c.student, teacher_lr=c.teacher).items() if getattr(c, k) == 'auto'
                   and not (k == 'teacher_lr' and (c.teacher_file or c.teacher_weights))]
@@ -208,7 +227,7 @@ class TrainRun:
         fit_stage(learn, epochs, lr, state, [make(name) for make in loggers], self.bar)
 
     def loggers(self):
-        "[fn(name of a stage) -> callback]"
+        """[fn(name of a stage) -> callback]."""
         return [self.tensorboard()] if 'tensorboard' in self.config.loggers else []
 
     def tensorboard(self):
@@ -235,7 +254,7 @@ class TrainRun:
         with enough_space(self.folder): return self.written(models)
 
     def written(self, models):
-        "The report, when it and all other results are in the folder"
+        """The report, when it and all other results are in the folder."""
         self.write_history(models)
         c = self.config
         with warnings.catch_warnings():
@@ -254,7 +273,7 @@ class TrainRun:
         with new_file(self.folder/'teacher.safetensors') as tmp: save_model(teacher.model, str(tmp))
 
     def write_history(self, models):
-        "A row for each epoch of each training"
+        """A row for each epoch of each training."""
         tables = {n: history_of(m) for n,m in models.items() if isinstance(m, Learner)}
         columns = list(dict.fromkeys(k for t in tables.values() for k in t))
         text = io.StringIO(newline='')
@@ -268,7 +287,7 @@ class TrainRun:
 
 
 def samples_in_words(s):
-    "The samples in a line"
+    """The samples in a line."""
     held = int(s.valid.sum())
     what = {'classes': f'{len(s.classes or [])} classes', 'labels': f'{len(s.classes or [])} labels',
             'numbers': f'numbers of column {s.y}'}[s.target]
@@ -278,7 +297,7 @@ def samples_in_words(s):
 
 
 def parameters(model):
-    "Their number in words"
+    """Their number in words."""
     model = getattr(model, 'model', model)
     return f'{sum(p.numel() for p in model.parameters()):,} parameters' if hasattr(model, 'parameters') else 'a file'
 

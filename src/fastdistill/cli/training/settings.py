@@ -1,4 +1,6 @@
-"The settings and the folder of a run. Nothing is written, and PyTorch is imported only to read a recipe."
+"""The settings and the folder of a run. Nothing is written, and PyTorch is imported only to read a
+recipe.
+"""
 from dataclasses import asdict
 from pathlib import Path
 from ...base.errors import DistillError
@@ -8,7 +10,7 @@ __all__ = ['settings_of']
 
 
 def settings_of(given, config_file, out, resume):
-    "(TrainConfig, folder)"
+    """(TrainConfig, folder)."""
     folder = None if out is None else Path(out)
     if resume and folder is None: raise DistillError("resume=True needs the folder of the run: out='runs/NAME'.")
     if resume and (folder/'config.toml').is_file():
@@ -33,7 +35,7 @@ def settings_of(given, config_file, out, resume):
 
 
 def checked(config):
-    "The settings, if the files in them exist and the recipe can be read"
+    """The settings, if the files in them exist and the recipe can be read."""
     config.check_files()
     if config.recipe != 'auto':
         from ...recipes.text import recipe_from_text      # imports PyTorch

@@ -20,7 +20,7 @@ LOWEST,HIGHEST,IF_NONE_IS_FOUND = 1e-4,.03,1e-3 # learning rates
 
 
 def seed_everything(*numbers):
-    "Seed the generators of Python, NumPy and PyTorch from these numbers; return the seed"
+    """Seed the generators of Python, NumPy and PyTorch from these numbers; return the seed."""
     first,*others = map(int, numbers)
     seed = seeds_of(first, 0, *others)
     random.seed(seed)
@@ -30,7 +30,9 @@ def seed_everything(*numbers):
 
 
 def seed_epoch(learn, *numbers):
-    "Seed all that an epoch draws from, the DataLoaders' generators included. The last number is the epoch's"
+    """Seed all that an epoch draws from, the DataLoaders' generators included. The last number is
+    the epoch's.
+    """
     # projectors and choices before the fit are the same in all processes, dropout and augmentation are not
     mine = [rank()] if rank() and numbers[-1] != BEFORE_FIT else []
     seed = seed_everything(*numbers, *mine)
@@ -38,17 +40,24 @@ def seed_epoch(learn, *numbers):
 
 
 class Checkpoints(Callback):
-    """After each epoch, writes all that the next epochs depend on. A new fit with it begins after the last epoch that
-    was written. Each epoch begins with generators that are seeded from the seed and its number, so order and
-    augmentation of the data need not be stored"""
+    """After each epoch, writes all that the next epochs depend on. A new fit with it begins after
+    the last epoch that was written. Each epoch begins with generators that are seeded from the seed
+    and its number, so order and augmentation of the data need not be stored.
+
+    Args:
+        file: Of the state.
+        seed: Numbers.
+        kd: The KnowledgeDistillation callback of the fit.
+        say: fn(text) for a line about each epoch; None: fastai's own bar and table.
+    """
     order = 90 # after all that change the state of the training
 
     def __init__(
         self,
-        file, # of the state
-        seed, # numbers
-        kd=None, # the KnowledgeDistillation callback of the fit
-        say=print # fn(text) for a line about each epoch; None: fastai's own bar and table
+        file,
+        seed,
+        kd=None,
+        say=print
     ):
         super().__init__()
         self.file,self.seed,self.kd,self.say = file,seed,kd,say
@@ -56,7 +65,7 @@ class Checkpoints(Callback):
 
     @property
     def done(self):
-        "Number of epochs that are finished"
+        """Number of epochs that are finished."""
         return 0 if self.state is None else self.state['epochs']
 
     def before_fit(self):
@@ -91,7 +100,7 @@ class Checkpoints(Callback):
         return f"epoch {self.epoch + 1} of {self.n_epoch}: {', '.join(shown)}, {r.log[-1]}"
 
     def restore(self, learn):
-        "The Learner as it was after the last epoch, without a fit"
+        """The Learner as it was after the last epoch, without a fit."""
         learn.model.load_state_dict(self.state['model'])
         r = learn.recorder
         r.metric_names,r.values,r.losses = L(self.state['names']),L(map(L, self.state['values'])),self.state['losses']
@@ -101,7 +110,7 @@ class Checkpoints(Callback):
 
 
 def plain(v):
-    "A number of Python's, which a file without pickled objects can hold"
+    """A number of Python's, which a file without pickled objects can hold."""
     return float(v) if isinstance(v, np.floating) else tuple(map(plain, v)) if isinstance(v, tuple) else v
 
 
@@ -115,12 +124,19 @@ def read_state(file):
 def fit_stage(
     learn,
     n_epoch:int,
-    lr, # maximum learning rate
+    lr,
     checkpoints:Checkpoints,
-    cbs=(), # more callbacks
-    bar:bool=False # show fastai's bar and table
+    cbs=(),
+    bar:bool=False
 ) -> dict:
-    "Fit with the 1cycle policy, from the epoch after the last one that was written. Returns the table of the training"
+    """Fit with the 1cycle policy, from the epoch after the last one that was written. Returns the
+    table of the training.
+
+    Args:
+        lr: Maximum learning rate.
+        cbs: More callbacks.
+        bar: Show fastai's bar and table.
+    """
     if checkpoints.done >= n_epoch:
         checkpoints.restore(learn)
         return history_of(learn)
@@ -143,10 +159,16 @@ def fit_stage(
 
 def find_rate(
     learn,
-    folder, # for the weights, which are restored at the end
-    *seed # numbers
+    folder,
+    *seed
 ) -> float:
-    "The valley that fastai's lr_find suggests, between LOWEST and HIGHEST; IF_NONE_IS_FOUND if it finds none"
+    """The valley that fastai's lr_find suggests, between LOWEST and HIGHEST; IF_NONE_IS_FOUND if it
+    finds none.
+
+    Args:
+        folder: For the weights, which are restored at the end.
+        *seed: Numbers.
+    """
     learn.path,learn.model_dir = folder,'.'
     seed_epoch(learn, *seed, BEFORE_FIT)
     with learn.no_bar(), warnings.catch_warnings():
@@ -159,11 +181,13 @@ def find_rate(
     return float(f'{min(max(lr, LOWEST), HIGHEST):.3g}')
 
 
-def silent(_): "fastai's row of numbers is not printed"
+def silent(_): """fastai's row of numbers is not printed."""
 
 
 class EpochsFrom:
-    "In place of `Learner._do_fit`: begins with a later epoch. fastai's SkipToEpoch runs the events of all epochs"
+    """In place of `Learner._do_fit`: begins with a later epoch. fastai's SkipToEpoch runs the
+    events of all epochs.
+    """
     def __init__(self, learn, first): self.learn,self.first = learn,first
 
     def __call__(self):

@@ -13,16 +13,20 @@ __all__ = ['file_teacher', 'with_weights']
 def file_teacher(
     path:str
 ):
-    "What `Teacher` takes: an exported Learner, an estimator, or the path of another file"
+    """What `Teacher` takes: an exported Learner, an estimator, or the path of another file."""
     file = Path(path)
     return exported(file) if file.suffix in PICKLES else path
 
 
 def with_weights(
-    config, # a TrainConfig
+    config,
     dls, s
 ):
-    "A Learner, or a plain model of torchvision or timm, with the weights of the file"
+    """A Learner, or a plain model of torchvision or timm, with the weights of the file.
+
+    Args:
+        config: A TrainConfig.
+    """
     path = Path(config.teacher_weights)
     try: weights = load_file(path)
     except (SafetensorError, OSError, ValueError) as e:
@@ -48,7 +52,7 @@ def fits(have, need): return not set(have) - set(need) and all(have.get(k, v) ==
 
 
 def plain_model(name, classes) -> nn.Module|None:
-    "The model as torchvision or timm makes it, without fastai's head"
+    """The model as torchvision or timm makes it, without fastai's head."""
     arch = vision_arch(name)
     if callable(arch): return arch(num_classes=classes)
     if not is_timm(name): return None
