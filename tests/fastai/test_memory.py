@@ -5,7 +5,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 from fastdistill import Distiller, Outputs, Teacher, at, kd
-from fastdistill.teachers import speed
+from fastdistill.teachers import fast_copy as speed
 
 
 def net(width):

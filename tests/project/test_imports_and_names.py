@@ -28,7 +28,7 @@ LAW = dict(
 )
 # the same inside a package: a file may import those of its package that stand before it
 ORDER = dict(
-    base='errors atomic_files parameter_docs outputs distributed task class_mapping generators seeds',
+    base='errors atomic_files outputs distributed task class_mapping generators seeds',
     losses='_base chunks correlations response divergence decoupled feature relation dense',
     features='layer_names calls probe shapes taps projectors model_stages layer_pairs',
     teachers='images probabilities estimator forms rng_stream hidden_state frozen input_aliasing slices folding compiled fast_copy items running ensemble teacher',

@@ -55,7 +55,7 @@ def test_its_use_can_be_pasted(m):
 
 def test_parameters_have_their_defaults_and_comments():
     T,alpha,_ = method('kd').recipe
-    assert (T.name, T.default, T.says.split(',')[0]) == ('T', '4.0', 'temperature') and alpha.default == '0.9'
+    assert (T.name, T.default, T.says.split(',')[0]) == ('T', '4.0', 'Temperature') and alpha.default == '0.9'
     assert [p.default for p in method('kl').loss][:2] == ['', '']
 
 

@@ -1,7 +1,7 @@
 "Recipes as text: the same as in Python, without running it."
 import random, sys
 import pytest
-from fastdistill import DistillError, Term, auto, losses, recipes
+from fastdistill import DistillError, Recipe, Term, auto, losses, recipes
 from fastdistill.fastai import KnowledgeDistillation
 from fastdistill.recipes.text import recipe_from_text
 
@@ -35,7 +35,7 @@ BAD = [
 def test_a_text_is_the_recipe_that_python_makes_of_it(text):
     names = {n: getattr(recipes, n) for n in recipes.__all__} | dict(recipes=recipes, losses=losses, Term=Term)
     made = eval(text, names)
-    assert repr(recipe_from_text(text)) == repr(recipes.Recipe(made))
+    assert repr(recipe_from_text(text)) == repr(Recipe(made))
 
 
 def test_what_distill_prints_can_be_given_as_text():

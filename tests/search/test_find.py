@@ -8,7 +8,7 @@ from torch import nn
 import apps # before the rest of fastai: it keeps its warnings quiet
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, OptimWrapper, TfmdDL, accuracy, noop
 from fastai.callback.all import CSVLogger, GradientAccumulation, MixUp, SaveModelCallback
-from fastdistill import DistillError, losses, recipes
+from fastdistill import DistillError, Recipe, Term, losses, recipes
 from fastdistill.recipes.default import auto
 from fastdistill.search.candidates import LABELS, Candidate, candidates_for, given_candidates
 from fastdistill.fastai import kd, soft_labels
@@ -26,13 +26,13 @@ TASKS = dict(classes=dict(classes=5), two=dict(classes=2), unknown={}, pixels=di
 
 @pytest.mark.parametrize('facts', TASKS.values(), ids=TASKS)
 def test_each_candidate_is_a_recipe_that_its_text_writes_too(facts):
-    names = {k: getattr(recipes, k) for k in recipes.__all__} | dict(recipes=recipes, losses=losses, Term=recipes.Term)
+    names = {k: getattr(recipes, k) for k in recipes.__all__} | dict(recipes=recipes, losses=losses, Term=Term)
     first,*others = candidates_for(**facts)
     assert repr(first.recipe({}).terms) == repr(auto(**{k: v for k,v in facts.items() if k != 'maps'}).terms)
     for c in others:
         for i in range(4):
             options = {k: v[i % len(v)] for k,v in c.options.items()}
-            assert repr(c.recipe(options)) == repr(recipes.Recipe(eval(c.written(options), names))), c.name
+            assert repr(c.recipe(options)) == repr(Recipe(eval(c.written(options), names))), c.name
 
 
 def test_candidates_fit_the_task():

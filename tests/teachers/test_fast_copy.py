@@ -5,7 +5,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 from fastdistill import DistillError, Distiller, Outputs, Teacher, hint, kd
-from fastdistill.teachers import compiled, speed
+from fastdistill.teachers import compiled, fast_copy as speed
 from fastdistill.teachers.folding import foldable
 
 

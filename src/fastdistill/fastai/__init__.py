@@ -1,8 +1,4 @@
-"""Distillation for fastai: `from fastdistill.fastai import *` after `from fastai.vision.all import
-*`.
-"""
-import sys
-from ..base import parameter_docs as docments
+"""Distillation for fastai: import `*` from here after fastai's own `*`."""
 from .. import losses, recipes
 from ..cache import TeacherCache
 from ..distiller.distiller import Distiller
@@ -30,5 +26,3 @@ __all__ = ['DistillError', 'DistillInterpretation', 'DistillWarning', 'Distiller
            'Recipe', 'RecipeReport', 'Report', 'Teacher', 'TeacherBlock', 'TeacherCache', 'Term', 'cache_teacher',
            'check_teacher', 'compare', 'compare_recipes', 'distill_many', 'dkd', 'export_student', 'hard_labels',
            'kd', 'load_student', 'logit_std', 'nkd', 'recipes', 'save_student', 'soft_labels', 'verify_cache']
-
-for _face in (recipes, sys.modules[__name__]): docments.explain_all(_face)

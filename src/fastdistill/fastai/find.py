@@ -12,7 +12,6 @@ from fastai.basics import Learner, OptimWrapper, noop, patch
 from ..cache.progress import console_for_bars
 from ..cache.source import is_whole
 from ..search.candidates import candidates_for, given_candidates
-from ..base.parameter_docs import explain as add_docments
 from ..checks.forward import guarded_random_state
 from ..checks.batch_scores import METRICS
 from ..base.outputs import DistillError, DistillWarning
@@ -237,6 +236,3 @@ def report(found, n_epoch):
     if not Console().is_jupyter: return
     from IPython.display import display
     display(found.plot())
-
-
-add_docments(Learner.distill_find)

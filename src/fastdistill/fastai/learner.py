@@ -5,7 +5,6 @@ import fastai.callback.schedule  # noqa: F401 (it gives Learner fit_one_cycle)
 from .. import evaluation as plots
 from ..recipes.term import Recipe, Term
 from ..checks.explain import explain_training
-from ..base.parameter_docs import explain as add_docments
 from ..base.outputs import DistillError
 from ..base.seeds import RandomGuard
 from .task import task_of
@@ -172,6 +171,3 @@ def show_features(
     mean,std = [o.to(images) if hasattr(o, 'to') else o for o in image_stats(self.dls)]
     return plots.show_features(self.model, teacher_of(teacher, self), x, layers, images=(images*std + mean).clamp(0, 1),
                                n=n, p=p)
-
-
-for _method in (Learner.distill, Learner.check_teacher, Learner.explain, Learner.show_features): add_docments(_method)

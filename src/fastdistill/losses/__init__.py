@@ -1,8 +1,4 @@
-"""Losses: pure functions of two tensors, student first. Each has a module form, named in the
-paper's capitals.
-"""
-import sys
-from ..base.parameter_docs import explain_all
+"""Losses: pure functions of two tensors, student first, and a module form of each."""
 from . import decoupled, dense, divergence, feature, relation, response
 from ._base import loss
 from .decoupled import *
@@ -15,5 +11,3 @@ from .response import *
 NOT_LOSSES = {'loss', 'ofd_margin', 'standardize', 'standardized'} # public names that are helpers of losses
 __all__ = ['loss', *decoupled.__all__, *dense.__all__, *divergence.__all__, *feature.__all__, *relation.__all__,
            *response.__all__]
-
-explain_all(sys.modules[__name__])

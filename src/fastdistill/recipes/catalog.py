@@ -5,7 +5,6 @@ import inspect, re
 from dataclasses import dataclass
 from pathlib import Path
 from .. import losses, recipes
-from ..base.parameter_docs import HEAD, parameter_comments
 from ..base.errors import DistillError
 
 __all__ = ['Method', 'Parameter', 'card_section', 'find_methods', 'method', 'methods']
@@ -133,11 +132,18 @@ def _terms(recipe):
 
 
 def _parameters(fn):
-    says,params = parameter_comments(fn),inspect.signature(fn).parameters.values()
+    says,params = parameter_texts(fn),inspect.signature(fn).parameters.values()
     return [Parameter(p.name, '' if p.default is p.empty else repr(p.default), says.get(p.name, '')) for p in params]
 
 
-def _text(doc): return ' '.join(inspect.cleandoc(doc or '').partition('\n\n' + HEAD)[0].split())
+def parameter_texts(fn) -> dict:
+    """Parameter -> its text in the `Args:` section of a Google-style docstring."""
+    _,_,section = (inspect.getdoc(fn) or '').partition('\nArgs:\n')
+    entries = re.findall(r'^    (\S[^:\n]*): (.*(?:\n {5,}.*)*)', section.partition('\n\n')[0], re.M)
+    return {n.lstrip('*'): ' '.join(text.split()) for names,text in entries for n in names.split(', ')}
+
+
+def _text(doc): return ' '.join(inspect.cleandoc(doc or '').partition('\n\nArgs:')[0].split())
 
 PAPER = re.compile(r' \(([^()]*(?:arXiv:\d+\.\d+|(?:19|20)\d\d)[^()]*)\)')
 
@@ -159,7 +165,7 @@ def card_section(
         card: Name of a card.
         heading: The beginning of a heading.
     """
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     # in the wheel the cards are in the package, in a checkout beside it
     for folder in (here/'cards', here.parent.parent/'docs'/'methods'):
         if (folder/f'{card}.md').is_file():
