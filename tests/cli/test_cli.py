@@ -1,23 +1,12 @@
 "The command, as a user types it."
-import json, sys, warnings
+import json, warnings
 import pytest, torch
 from PIL import Image
 import fastdistill
 from fastdistill import DistillError
 from fastdistill.base.outputs import DistillWarning
-from fastdistill.cli import main
 from fastdistill.cli.demo import Results, run, tasks
 from rich.console import Console
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    "Run `fastdistill ARGS`: (exit code, what it printed, what it complained of)"
-    def call(*args):
-        monkeypatch.setattr(sys, 'argv', ['fastdistill', *map(str, args)])
-        with pytest.raises(SystemExit) as e: main()
-        return e.value.code,*capsys.readouterr()
-    return call
 
 
 def test_version(command): assert command('--version') == (0, f'fastdistill {fastdistill.__version__}\n', '')

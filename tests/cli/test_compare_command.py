@@ -2,8 +2,7 @@
 import sys, textwrap
 import pytest
 from fastdistill.fastai import Report
-from test_cli import command  # noqa: F401 (a fixture)
-from test_report import a_report
+from reports import a_report
 
 CODE = """
 import torch

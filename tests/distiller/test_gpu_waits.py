@@ -4,19 +4,9 @@ from contextlib import nullcontext
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from fastdistill import Distiller, Outputs, Recipe, Term, kd, logit_std, losses, recipes
 from fastdistill.features import Taps
-
-
-class NoCopies(TorchDispatchMode):
-    "A copy from one device to another is a wait too"
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        devices = {o.device.type for o in (*args, out) if isinstance(o, torch.Tensor)}
-        if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_) and len(devices) > 1:
-            raise RuntimeError(f'a copy between {devices} makes a GPU wait')
-        return out
+from no_copies import NoCopies
 
 
 @pytest.fixture

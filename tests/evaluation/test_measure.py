@@ -15,22 +15,7 @@ from fastdistill.evaluation.paired_tests import MAX_SAMPLES
 from fastdistill.evaluation.metrics import BINS, measures_of
 from fastdistill.evaluation import Report
 from fastdistill.base.task import Task
-
-
-class Stored(nn.Module):
-    "A model whose outputs are decided before: its input are row numbers"
-    def __init__(self, out):
-        super().__init__()
-        self.out = out
-    def forward(self, i): return self.out[i]
-
-
-def measured(outs, y, task, bs=7, **kwargs):
-    "A report on stored outputs, name -> tensor"
-    at = torch.arange(len(y)).split(bs)
-    kwargs = dict(seconds=0, repeats=200) | kwargs
-    return measure_models({k: Teacher(Stored(o), kind=task.kind, axis=task.axis) for k,o in outs.items()},
-                          [((i,), (y[i],)) for i in at], task, **kwargs)
+from reports import Stored, measured
 
 
 def value(r, name, model='a'): return r.models[model].measures[name].value

@@ -2,29 +2,18 @@
 import base64, io, re, shutil, subprocess
 from html.parser import HTMLParser
 import pytest, torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich.console import Console
-from test_measure import measured
+from reports import measured
 from fastdistill.fastai import Report
 from fastdistill.evaluation import plot_classes, plot_cost, plot_history, plot_recovered, plot_reliability, plot_runs
 from fastdistill.evaluation.data import Difference, MeasureInfo
 from fastdistill.evaluation.format import amount, p_text, shown_text, verdicts
 from fastdistill.base.task import Task
+from reports import a_report
 
 HOSTILE = ['<script>alert(1)</script>', '"><img src=x onerror=console.error(1)>', "' onload='x", '{{ 7*7 }}{% raw %}', '$\\frac{1}{$', '😀 ☃ \u202e',
            'a|b *c* [d](http://e.x) `f`', '&lt;b&gt; &amp; \x00\x1b[31m', 'url(http://e.x/a) @import "b"', '--><script>x</script>' + 'x'*300, '', '[bold]rich[/] [link=http://e.x]l']
-
-
-def a_report(seconds=0, names=('teacher', 'alone', 'distilled'), classes=None, better=True, n=300):
-    "Three models of twelve classes, of which the third one is better than the second"
-    g = torch.Generator().manual_seed(0)
-    y = torch.arange(n) % 12
-    out = lambda k: torch.randn(n, 12, generator=g) + k*F.one_hot(y, 12)
-    r = measured(dict(zip(names, [out(4), out(1.5), out(3 if better else 1.5)])), y, Task('softmax'), teacher=names[0], baseline=names[1], seconds=seconds)
-    r.classes = list(classes or map(str, range(12)))
-    r.models[names[2]].history = dict(train_loss=[2., 1.], valid_loss=[2.1, None], kd_loss=[3., 2.])
-    return r
 
 
 def hostile_report():

@@ -1,6 +1,5 @@
 "The teacher runs once: what is stored is what it would say, live, about the very batch that the student sees."
 import json, random, warnings
-from functools import partial
 import numpy as np
 import pytest, torch
 import apps # before the rest of fastai: it keeps its warnings quiet
@@ -10,8 +9,8 @@ from fastai.callback.mixup import MixUp
 from fastai.tabular.all import Categorify, TabularDataLoaders, tabular_learner
 from fastai.text.all import TextBlock
 from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, IntToFloatTensor, MultiCategoryBlock, TfmdLists, ToTensor
-from fastai.vision.all import (FlipItem, Hue, ImageBlock, MaskBlock, Normalize, PILImage, PILMask, PointBlock, RandomErasing,
-                               RandomResizedCrop, Resize, Rotate, Saturation, TensorImage, Zoom, aug_transforms, imagenet_stats)
+from fastai.vision.all import (FlipItem, ImageBlock, MaskBlock, Normalize, PILImage, PointBlock, RandomErasing,
+                               RandomResizedCrop, Resize, Rotate, TensorImage, Zoom, aug_transforms, imagenet_stats)
 from torch import nn
 from fastdistill.cache import TeacherCache, cache_dataset, write_cache
 from fastdistill.fastai.cache_data import cache_teacher as checked_first, verify_cache
@@ -22,58 +21,14 @@ from fastdistill.fastai.transforms import Replay
 from fastdistill.base.outputs import DistillError, DistillWarning
 from fastdistill.features import Taps
 from fastdistill.teachers import Teacher
+from cached import AUGMENT, CROPS, Convs, IMAGES, N, SIZE, TRAIN, cache_teacher, data, image, label, mask, noise, quiet, state_of, student
 
-cache_teacher = partial(checked_first, check=False)       # teachers that know nothing will do here
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS, 'ignore:__array__ implementation:DeprecationWarning')
 
-N,TRAIN,SIZE = 30,22,24
-RNG = np.random.default_rng(0)
-IMAGES = RNG.integers(0, 255, (N, 34, 30, 3), dtype=np.uint8)
 
-def image(i): return PILImage.create(IMAGES[i])
-def label(i): return 'abc'[i % 3]
 def labels(i): return ['abc'[i % 3], 'de'[i % 2]]
-def mask(i): return PILMask.create(IMAGES[i][..., 0] // 128)
 def points(i): return np.random.default_rng(i).uniform(2, 28, (4, 2)).tolist()
-
-def noise(x:PILImage):
-    "A function from elsewhere, which draws from NumPy"
-    a = np.asarray(x).astype(int)
-    return PILImage.create(np.clip(a + np.random.normal(0, 20, a.shape[:2])[..., None], 0, 255).astype(np.uint8))
-
-class Jitter(Transform):
-    "Draws from PyTorch and Python, in its own way: nothing is known of it"
-    split_idx,order = 0,50
-    def encodes(self, x:TensorImage): return x + torch.randn_like(x)*.05 + random.random()*.1
-
-AUGMENT = dict(
-    light=lambda: [*aug_transforms(max_warp=0., max_rotate=0., max_zoom=1.), Normalize.from_stats(*imagenet_stats)],
-    usual=lambda: [*aug_transforms(max_rotate=30, max_warp=.4, max_lighting=.5, flip_vert=True), Normalize.from_stats(*imagenet_stats)],
-    colours=lambda: [*aug_transforms(xtra_tfms=[Hue(), Saturation()]), RandomErasing(p=.8, max_count=3),
-                     Normalize.from_stats(*imagenet_stats)],
-    smaller=lambda: aug_transforms(size=10, max_zoom=1.6, p_affine=.5),       # fastai reduces a batch by its largest zoom
-    cropped=lambda: aug_transforms(size=20, min_scale=.4),
-    together=lambda: aug_transforms(batch=True),
-    own=lambda: [Jitter(), *aug_transforms(do_flip=False)])
-
-def data(block=CategoryBlock, get_y=label, augment='light', bs=8, num_workers=0, items=range(N), item_tfms=None,
-         valid=range(TRAIN, N), **kwargs):
-    item_tfms = [RandomResizedCrop(SIZE, min_scale=.4), FlipItem(), noise] if item_tfms is None else item_tfms
-    return DataBlock((ImageBlock, block), get_x=image, get_y=get_y, splitter=IndexSplitter(valid), item_tfms=item_tfms,
-                     batch_tfms=AUGMENT[augment](), **kwargs).dataloaders(list(items), bs=bs, num_workers=num_workers)
-
-
-class Convs(nn.Module):
-    "Classes, or a map of them"
-    def __init__(self, c, dense=False, seed=0):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.a,self.bn,self.b = nn.Conv2d(3, 6, 3, padding=1),nn.BatchNorm2d(6),nn.Conv2d(6, c, 3, padding=1)
-        self.dense = dense
-    def forward(self, x):
-        x = self.b(self.bn(self.a(x)).relu())*8
-        return x if self.dense else x.mean((2, 3))
 
 
 def test_a_cache_records_the_image_size_of_its_teacher(tmp_path):
@@ -103,12 +58,6 @@ class Compare(Callback):
     def error(self): return max((a-b).abs().max().item() for _,_,a,b,_ in self.seen)
 
 
-def quiet(learn, n=1, **kwargs):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n, 1e-3, **kwargs)
-    return learn
-
-def student(dls, c=3, dense=False, **kwargs): return Learner(dls, Convs(c, dense, seed=1), **kwargs)
-
 def compare(learn, cache, teacher, n=3, **kwargs):
     c = Compare(CacheFeed(cache), teacher, **kwargs)
     quiet(learn, n, cbs=c)
@@ -127,8 +76,6 @@ def test_stored_logits_are_those_of_the_live_teacher_on_the_replayed_batch(tmp_p
         assert (epochs[0][:-1]-epochs[0][1:]).abs().max(1).values.min() > 1e-3
         assert torch.cdist(epochs[0], epochs[1]).min(1).values.median() > 1e-3
 
-
-def CROPS(): return [RandomResizedCrop(SIZE, min_scale=.4), FlipItem()]
 
 APPS = dict(
     multi_label=(lambda: data(MultiCategoryBlock, labels), lambda: Convs(5), 'sigmoid', 1),
@@ -533,8 +480,6 @@ def refused(cache, dls, match, **kwargs):
     was = state_of(learn)
     with pytest.raises(DistillError, match=match): CacheFeed(cache).attach(learn)
     assert state_of(learn) == was
-
-def state_of(learn): return [dict(dl.__dict__) for dl in learn.dls.loaders if isinstance(dl, TfmdDL)],list(learn.cbs)
 
 
 def test_data_and_transforms_that_do_not_fit_are_refused_in_words(tmp_path, monkeypatch):

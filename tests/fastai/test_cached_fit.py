@@ -7,7 +7,7 @@ from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, 
 from fastai.callback.mixup import MixUp
 from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter
 from fastai.vision.all import ImageBlock, MaskBlock, RandomErasing, Resize, unet_learner
-from test_fastai_cached import CROPS, N, TRAIN, Convs, cache_teacher, data, image, label, mask, quiet, state_of, student
+from cached import CROPS, N, TRAIN, Convs, cache_teacher, data, image, label, mask, quiet, state_of, student
 from fastdistill import Distiller, Term, at, kd, losses, soft_labels
 from fastdistill.cache import TeacherCache, cache_dataset
 from fastdistill.fastai import KnowledgeDistillation, TeacherBlock

@@ -14,7 +14,7 @@ from fastdistill.fastai import cache_teacher, verify_cache
 from fastdistill.fastai.batches import loader_of
 from fastdistill.fastai.cache_feed import passed_epochs
 from fastdistill.fastai.unlabelled import perturbed_rows
-from test_fastai_cached import N, TRAIN, Convs, data, student
+from cached import N, TRAIN, Convs, data, student
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
 

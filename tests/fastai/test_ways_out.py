@@ -3,7 +3,7 @@ import pytest
 import apps # before the rest of fastai: it keeps its warnings quiet
 from fastai.basics import Callback, CancelFitException, event
 from fastai.callback.tracker import SaveModelCallback
-from test_fastai_cached import Convs, cache_teacher, data, student
+from cached import Convs, cache_teacher, data, student
 from fastdistill.fastai import KnowledgeDistillation, at, kd
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS, 'ignore:__array__ implementation:DeprecationWarning')

@@ -3,7 +3,7 @@ import copy, inspect, pickle
 from contextlib import nullcontext
 import pytest, torch
 from cases import logits
-from test_gpu_waits import NoCopies
+from no_copies import NoCopies
 import rows_dense, rows_feature, rows_relation, rows_response
 from fastdistill import losses
 from fastdistill.base.outputs import DistillError

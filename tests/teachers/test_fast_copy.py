@@ -438,7 +438,8 @@ def test_a_student_learns_from_a_half_precision_teacher_in_place_of_the_full_one
 # caches
 
 def test_the_precision_of_a_cache_is_part_of_its_teacher(tmp_path, eager):
-    from test_fastai_cached import Convs, cache_teacher, data, verify_cache
+    from cached import Convs, cache_teacher, data
+    from fastdistill.fastai import verify_cache
     eager.setattr(speed, 'native_bf16', lambda device: True)
     net,dls = Convs(3).eval(),data()
     cache = cache_teacher(net, dls, tmp_path/'a', views=1)
