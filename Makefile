@@ -4,7 +4,7 @@ VENV   := .venv
 OLDEST := .venv-oldest
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal
 
-.PHONY: bench demo test check check-oldest lint api quality wheel clean
+.PHONY: bench demo test check check-oldest lint api quality dist clean
 
 demo: $(VENV)/.ready      ## train a big model and small ones with and without its help; a table and a picture
 	$(VENV)/bin/fastdistill demo
@@ -31,8 +31,8 @@ quality: $(VENV)/.ready-dev ## what each recipe is worth: run what is missing, t
 	$(VENV)/bin/python benchmarks/quality/rule.py
 	$(VENV)/bin/python benchmarks/quality/tables.py
 
-wheel: $(VENV)/.ready-dev
-	$(VENV)/bin/python -m build
+dist: $(VENV)/.ready-dev  ## build the wheel and the sdist, check them, and try the wheel in a new environment
+	$(VENV)/bin/python scripts/check_dist.py
 
 clean:
 	rm -rf $(VENV) $(OLDEST) dist out
