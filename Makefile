@@ -4,7 +4,7 @@ VENV   := .venv
 OLDEST := .venv-oldest
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal
 
-.PHONY: bench demo test check check-oldest lint api quality dist clean
+.PHONY: bench demo test check format check-oldest lint api quality dist clean
 
 demo: $(VENV)/.ready      ## train a big model and small ones with and without its help; a table and a picture
 	$(VENV)/bin/fastdistill demo
@@ -15,13 +15,17 @@ bench: $(VENV)/.ready-bench ## what a step costs, side by side with other ways t
 test: $(VENV)/.ready-dev  ## the tests
 	$(PYTEST)
 
-check: lint test          ## what a change must pass: lint, tests, the pages' code, the import law, the public names
+check: lint test          ## what a change must pass: lint, format, tests, the pages' code, the import law, the public names
+
+format: $(VENV)/.ready-dev ## format all Python files
+	$(VENV)/bin/ruff format -q
 
 check-oldest: $(OLDEST)/.ready ## the tests on the oldest releases that pyproject.toml allows, in an environment of their own
 	$(subst $(VENV),$(OLDEST),$(PYTEST))
 
 lint: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check -q
 
 api: $(VENV)/.ready-dev   ## write the public names anew, after a decision to change them
 	$(VENV)/bin/python tests/project/test_imports_and_names.py > tests/api.txt

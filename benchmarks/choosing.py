@@ -77,8 +77,8 @@ def main(rounds:int=5, steps:int=60):
     for name in FITS:
         a,b = choosing(name, rounds)
         print(f'{name}: five epochs {a:.2f} s of work with the check and the choice, {b:.2f} s without: {100*(a/b-1):+.1f} %', flush=True)
-    given = {'kl': [Recipe(Term(losses.kl, share=3., T=4.)), Recipe(Term(losses.kl, weight=3., T=4.))],
-             'dist': [dist(T=4., beta=2., gamma=2., share=3.), dist(T=4., beta=2., gamma=2.)]}
+    given = {'kl': [Recipe(Term(losses.kl, grad_ratio=3., T=4.)), Recipe(Term(losses.kl, weight=3., T=4.))],
+             'dist': [dist(T=4., beta=2., gamma=2., grad_ratio=3.), dist(T=4., beta=2., gamma=2.)]}
     for net,x in (('ResNet-18, 64 images of 64 px', torch.randn(64, 3, 64, 64)), ('2 layers of 50, 64 rows', torch.randn(64, 40))):
         student = FITS['ResNet-18 taught by ResNet-50, 32 px'][1] if x.dim() == 4 else FITS['a table, 2 layers of 50 by 2 of 400'][1]
         for loss,recipes in given.items():

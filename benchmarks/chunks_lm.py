@@ -84,7 +84,7 @@ def alm(s, t, T, mask):
     return T*v[mask].mean()
 
 
-def fit(model, data, which, steps, lr, way=lambda nll, s, i: nll, share=1.):
+def fit(model, data, which, steps, lr, way=lambda nll, s, i: nll, grad_ratio=1.):
     opt = torch.optim.AdamW(model.parameters(), lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
     for i,_ in zip(data.batches(share), range(steps)):
@@ -123,7 +123,7 @@ def main(root:Path=Path('../shared/data'), out:Path=Path('benchmarks/results/chu
     for (share,steps),seed,(k,way) in product(LENGTHS, range(seeds), ways.items()):
         torch.manual_seed(seed)
         student = fit(Model(300, 48), train, 0, steps, lr, way, share)
-        rows.append(dict(text=f'{share:.0%}', steps=steps, way=k, seed=seed, bits=bits(student, test, 0)))
+        rows.append(dict(text=f'{grad_ratio:.0%}', steps=steps, way=k, seed=seed, bits=bits(student, test, 0)))
         print(rows[-1], f'{time.perf_counter()-begin:.0f} s', flush=True)
     out.write_text(json.dumps(dict(teacher=bits(teacher, test, 1), students=rows), indent=1))
     show(rows)

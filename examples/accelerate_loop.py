@@ -27,7 +27,7 @@ def fit(accelerator, student, loader, epochs, lr, teacher=None, backend='inducto
     "The student's average over the training"
     recipe = kd(T=4, alpha=.9) + Term(losses.hint, layers={'2': '2'}, weight=.01)
     example = next(iter(loader))[0]
-    # with no teacher a Distiller would have nothing to do: the labels' loss is that of the student
+    # with no teacher a Distiller would have nothing to do: the task loss is that of the student
     model = student if teacher is None else Distiller(student, teacher, recipe, example=example)
     average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(.98), use_buffers=True)
     student.compile(backend=backend)    # in place: names in state_dict and layers= stay

@@ -33,7 +33,7 @@ def default(t, rows=2048):
     return auto(classes=t.shape[-1], teacher=t[::max(len(t)//rows, 1)])
 
 
-def share(loss, r, **options): return lambda: Recipe(Term(loss, share=r, **options))
+def share(loss, r, **options): return lambda: Recipe(Term(loss, grad_ratio=r, **options))
 
 
 C = Candidate
@@ -41,7 +41,7 @@ CANDIDATES = [
     C('labels', alone, PLAIN),
     C('kd(1,.9)', lambda: kd(1., .9)), C('soft(1)', lambda: soft_labels(1.), PLAIN),
     C('kl(1)x3', share(losses.kl, 3., T=1.)), C('kl(2)x3', share(losses.kl, 3., T=2.)), C('kl(4)x3', share(losses.kl, 3., T=4.)),
-    C('dist(4)x3', lambda: dist(T=4., beta=2., gamma=2., share=3.)),
+    C('dist(4)x3', lambda: dist(T=4., beta=2., gamma=2., grad_ratio=3.)),
     C('kd(4,.9)', lambda: kd(4., .9)), C('kd(1,.5)', lambda: kd(1., .5)),
     C('binary(1)x1', share(losses.binary_kl, 1., T=1.), 'labels'), C('binary(1)x3', share(losses.binary_kl, 3., T=1.), 'labels'),
     C('kd(.5)', lambda: kd(1., .5), 'labels numbers'), C('kd(.9)', lambda: kd(1., .9), 'labels numbers'),
@@ -57,24 +57,24 @@ CANDIDATES = [
     # where time allows
     C('smoothing', alone, 'classes pixels tokens labels', 'more', smoothing=.1),
     C('kd(4,.9->.2)', lambda: kd(4., ('cosine', .9, .2)), SOFT, 'more'),
-    C('dist(4)x1', lambda: dist(T=4., beta=2., gamma=2., share=1.), SOFT, 'more'), C('dist(4)x.3', lambda: dist(T=4., beta=2., gamma=2., share=.3), SOFT, 'more'),
-    C('dist(4)x10', lambda: dist(T=4., beta=2., gamma=2., share=10.), SOFT, 'more', classes=3),
-    C('dist(1)x3', lambda: dist(share=3.), SOFT, 'more', classes=3),
-    C('dist(10)x3', lambda: dist(T=10., beta=2., gamma=2., share=3.), SOFT, 'more', classes=3),
+    C('dist(4)x1', lambda: dist(T=4., beta=2., gamma=2., grad_ratio=1.), SOFT, 'more'), C('dist(4)x.3', lambda: dist(T=4., beta=2., gamma=2., grad_ratio=.3), SOFT, 'more'),
+    C('dist(4)x10', lambda: dist(T=4., beta=2., gamma=2., grad_ratio=10.), SOFT, 'more', classes=3),
+    C('dist(1)x3', lambda: dist(grad_ratio=3.), SOFT, 'more', classes=3),
+    C('dist(10)x3', lambda: dist(T=10., beta=2., gamma=2., grad_ratio=3.), SOFT, 'more', classes=3),
     C('kd(1,.3)', lambda: kd(1., .3), SOFT, 'more'),
     C('dist(auto)x3', default, SOFT, 'more', classes=3, measures=True),
-    C('dist(20)x3', lambda: dist(T=20., beta=2., gamma=2., share=3.), SOFT, 'more', classes=3),
+    C('dist(20)x3', lambda: dist(T=20., beta=2., gamma=2., grad_ratio=3.), SOFT, 'more', classes=3),
     C('kl(1)x1', share(losses.kl, 1., T=1.), SOFT, 'more'), C('kl(2)x1', share(losses.kl, 1., T=2.), SOFT, 'more'), C('kl(4)x1', share(losses.kl, 1., T=4.), SOFT, 'more'),
-    C('ttm(2)x1', lambda: ttm(2., share=1.), SOFT, 'more'), C('ttm(4)x1', lambda: ttm(4., share=1.), SOFT, 'more'), C('ttm(2)x3', lambda: ttm(2., share=3.), SOFT, 'more'),
-    C('dkdx1', lambda: dkd(share=1.), SOFT, 'more', classes=3), C('dkdx.3', lambda: dkd(share=.3), SOFT, 'more', classes=3),
+    C('ttm(2)x1', lambda: ttm(2., grad_ratio=1.), SOFT, 'more'), C('ttm(4)x1', lambda: ttm(4., grad_ratio=1.), SOFT, 'more'), C('ttm(2)x3', lambda: ttm(2., grad_ratio=3.), SOFT, 'more'),
+    C('dkdx1', lambda: dkd(grad_ratio=1.), SOFT, 'more', classes=3), C('dkdx.3', lambda: dkd(grad_ratio=.3), SOFT, 'more', classes=3),
     C('logit_std(2)x1', share(losses.standardized(losses.kl), 1., T=2., name='logit_std'), 'classes tokens', 'more', classes=3),
     C('logit_std(2)x3', share(losses.standardized(losses.kl), 3., T=2., name='logit_std'), 'classes tokens', 'more', classes=3),
-    C('nkdx1', lambda: nkd(share=1.), SOFT, 'more', classes=3), C('taidx1', lambda: taid(share=1.), SOFT, 'more'),
-    C('rldx1', lambda: rld(share=1.), SOFT, 'more', classes=3), C('abkdx1', lambda: abkd(share=1.), SOFT, 'more'),
-    C('wttmx1', lambda: wttm(share=1.), SOFT, 'more'), C('skewedx1', share(losses.skewed_kl, 1.), SOFT, 'more'),
+    C('nkdx1', lambda: nkd(grad_ratio=1.), SOFT, 'more', classes=3), C('taidx1', lambda: taid(grad_ratio=1.), SOFT, 'more'),
+    C('rldx1', lambda: rld(grad_ratio=1.), SOFT, 'more', classes=3), C('abkdx1', lambda: abkd(grad_ratio=1.), SOFT, 'more'),
+    C('wttmx1', lambda: wttm(grad_ratio=1.), SOFT, 'more'), C('skewedx1', share(losses.skewed_kl, 1.), SOFT, 'more'),
     C('kd(.3)', lambda: kd(1., .3), 'labels', 'more'), C('kd(.1)', lambda: kd(1., .1), 'labels', 'more'),
     C('regressionx.3', share(losses.regression, .3), 'numbers', 'more'), C('binary(1)x.3', share(losses.binary_kl, .3, T=1.), 'labels', 'more'),
     C('binary(2)x3', share(losses.binary_kl, 3., T=2.), 'labels', 'more'), C('kd(4,.9)sigmoid', lambda: kd(4., .9), 'labels', 'more'),
-    *(C(f'{n}x{r:g}', lambda f=f,r=r: f(share=r), 'classes numbers', 'more', tasks='digits100 points cifar5000') for n,f in dict(hint=hint, at=at).items() for r in (.03, .1, .3, 1.)),
+    *(C(f'{n}x{r:g}', lambda f=f,r=r: f(grad_ratio=r), 'classes numbers', 'more', tasks='digits100 points cifar5000') for n,f in dict(hint=hint, at=at).items() for r in (.03, .1, .3, 1.)),
 ]
 CANDIDATES = {c.name: c for c in CANDIDATES}

@@ -9,7 +9,7 @@ KINDS = dict(classes='softmax', pixels='softmax', tokens='softmax', labels='sigm
 
 
 def labels_loss(cell, smoothing=0.):
-    "fn(logits, labels): the labels' own loss"
+    "fn(logits, labels): the task loss"
     if cell.output == 'labels':  return lambda s,y: F.binary_cross_entropy_with_logits(s, y*(1-smoothing) + smoothing/2)
     if cell.output == 'numbers': return F.mse_loss
     return lambda s,y: F.cross_entropy(s.movedim(cell.axis, 1), y, ignore_index=cell.void, label_smoothing=smoothing)

@@ -60,7 +60,7 @@ def default(f):
 
 def parts(recipe):
     "What makes two recipes equal"
-    return [(t.name, t.is_share, t.weight, t.layers, t.options) for t in recipe.terms],recipe.task_at(0.)
+    return [(t.name, t.has_grad_ratio, t.weight, t.layers, t.options) for t in recipe.terms],recipe.task_at(0.)
 
 
 def results(cell):

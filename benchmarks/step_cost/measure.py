@@ -42,10 +42,10 @@ def run_bench(
     "Time each way on each pair; print tables, save the numbers and a plot"
     console,out = console or Console(width=130),Path(out)
     for n in pairs or []:
-        if n not in PAIRS: raise DistillError(f"There is no pair {n!r}: possible are {', '.join(PAIRS)}.")
+        if n not in PAIRS: raise DistillError(f"There is no pair {n!r}: must be one of {', '.join(PAIRS)}.")
     chosen = [w for w in WAYS if w == FLOOR or not ways or w in ways]
     if wrong := [w for w in ways or [] if w not in WAYS]:
-        raise DistillError(f"There is no way {wrong[0]!r}: possible are {', '.join(WAYS)}.")
+        raise DistillError(f"There is no way {wrong[0]!r}: must be one of {', '.join(WAYS)}.")
     found = dict(machine=machine_facts(), pairs={})
     out.mkdir(parents=True, exist_ok=True)
     for n in pairs or PAIRS:

@@ -121,7 +121,7 @@ class DistillCallback(Callback):
         pl_module.training_step = with_teacher
 
     def _step(self, trainer, pl_module, batch, run):
-        d,progress = self.distiller,share_done(trainer)
+        d,progress = self.distiller,training_progress(trainer)
         if not takes_part(d, progress): return run()
         with returned_by(d.student) as seen, Taps(d.student, d.student_layers(d.active_terms(progress))) as taps:
             out = run()
@@ -195,7 +195,7 @@ class DistillModule(LightningModule):
     def test_step(self, batch, batch_idx): self._log('test_loss', batch)
 
     def labels_loss(self, batch):
-        """The labels' own loss."""
+        """The task loss."""
         x,y = self.callback.split(batch)
         d = self.callback.distiller
         logits = Outputs.of(self(x), output=d.output).logits
@@ -212,7 +212,7 @@ def later(loader):
     yield from loader
 
 
-def share_done(trainer):
+def training_progress(trainer):
     """Share of the training that is done, for schedules; None if it has no end."""
     steps = trainer.estimated_stepping_batches
     return trainer.global_step/steps if 0 < steps < math.inf else None

@@ -111,7 +111,7 @@ def test_what_a_row_cannot_hold_is_refused(out, wish, match):
     with pytest.raises(DistillError, match=match): through(out, **wish)
 
 def test_wrong_wishes_are_refused():
-    for kw,match in [(dict(dtype='int4'), "possible are 'float32'"), (dict(tail='x'), "possible are 'mean'"), (dict(topk=0), 'one')]:
+    for kw,match in [(dict(dtype='int4'), "must be one of 'float32'"), (dict(tail='x'), "must be one of 'mean'"), (dict(topk=0), 'one')]:
         with pytest.raises(DistillError, match=match): Wish(**kw)
 
 @pytest.mark.parametrize('answer, n', [(lambda x: x[:1], 1), (lambda x: torch.cat([x, x[:1]]), 5)], ids=['one', 'one more'])
@@ -206,7 +206,7 @@ def test_dense_stays_finite_at_the_edges():
     over = TopK(torch.tensor([[2, 0]]), torch.tensor([[-.0001, -7.]]), 4).dense()      # rounding: more than 1 together
     assert over.isfinite().all()
     with pytest.raises(DistillError, match="needs the student's logits"): TopK(torch.tensor([[2]]), torch.tensor([[-.1]]), 4, 'bucket').dense()
-    with pytest.raises(DistillError, match="possible are 'mean'"): TopK(torch.tensor([[2]]), torch.tensor([[-.1]]), 4, 'even')
+    with pytest.raises(DistillError, match="must be one of 'mean'"): TopK(torch.tensor([[2]]), torch.tensor([[-.1]]), 4, 'even')
 
 
 def test_classes_can_be_put_in_another_order():

@@ -50,17 +50,17 @@ def deep(n): return [deep(n-1)] if n else []
 # path in the manifest, value, what is said of it
 CRAFTED = [
     ('count', -1, 'count is -1: it must be a whole number from 1'), ('count', '12', "count is '12'"), ('count', True, 'count is True'),
-    ('count', 10**13, 'count is 10000000000000'), ('count', 10**9, 'make 250000000 files: possible are'), ('count', 10**6, r'shards has 9 entries: it must have'), ('count', 25., 'count is 25.0'),
+    ('count', 10**13, 'count is 10000000000000'), ('count', 10**9, 'make 250000000 files: must be one of'), ('count', 10**6, r'shards has 9 entries: it must have'), ('count', 25., 'count is 25.0'),
     ('shard_rows', 0, 'shard_rows is 0'), ('shard_rows', 10**9, 'shard_rows is .*: it must be a multiple|shards has'), ('shard_rows', None, 'shard_rows is None'),
     ('shards', None, 'shards is None: it must be a list'), ('shards', [], 'shards has 0 entries'), ('shards.1.bytes', 1, r'shards\[1\].bytes is 1: it must be'),
     ('shards.1.bytes', True, r'shards\[1\].bytes is True'), ('shards.2.checksum', 'x', '32 hexadecimal digits'), ('shards.0', [], r'shards\[0\] is \[\]'),
-    ('shards.1.extra', 1, r"shards\[1\] has an entry 'extra': possible are name, bytes, checksum"),
+    ('shards.1.extra', 1, r"shards\[1\] has an entry 'extra': must be one of name, bytes, checksum"),
     ('layout.fields.0.at', -4, r'layout.fields\[0\].at is -4'), ('layout.fields.1.at', 0, r"layout.fields\[1\] is 'values' .* at byte 0: .* it must be .* at byte 3"),
     ('layout.fields.0.at', False, 'at is False'), ('layout.fields.0.shape', [10**12], r'shape\[0\] is 1000000000000'), ('layout.fields.0.shape', [10**9]*8, 'fields take .* bytes'),
     ('layout.fields.0.shape', [-1], r'shape\[0\] is -1'), ('layout.fields.0.shape', [[1]], r'shape\[0\] is \[1\]'), ('layout.fields.0.shape', [1]*9, 'shape has 9 entries'),
     ('layout.fields.0.shape', [], 'layout.n is 6'), ('layout.fields.0.shape', [7], 'topk=7, but the teacher has 6 classes'),
     ('layout.fields.0.dtype', 'int64', "dtype is 'int64': it must be 'uint8' or"), ('layout.fields.1.dtype', 'object', "dtype is 'object'"),
-    ('layout.fields.1.dtype', 'uint8', "dtype='uint8': possible are 'float32', 'float16', 'int8'"), ('layout.fields.1.dtype', 1, 'dtype is 1: it must be a text'),
+    ('layout.fields.1.dtype', 'uint8', "dtype='uint8': must be one of 'float32', 'float16', 'int8'"), ('layout.fields.1.dtype', 1, 'dtype is 1: it must be a text'),
     ('layout.fields.0.name', 'logits', r"layout.fields\[0\] is 'logits'"), ('layout.fields.2.name', 'scale:x', r"layout.fields\[2\] is 'scale:x'"),
     ('layout.fields.4.name', '../../x', r'layout.fields\[4\] is'), ('layout.fields', [], 'layout.fields has 0 entries'), ('layout.fields', {}, 'it must be a list'),
     ('layout.n', 10**12, 'layout.n is 1000000000000'), ('layout.n', 0, 'layout.n is 0'), ('layout.n', None, "dtype='uint8'"),
@@ -74,7 +74,7 @@ CRAFTED = [
     ('transforms', None, 'transforms is None'), ('versions', 'new', 'versions is'), ('samples', None, 'samples is None'), ('samples.0.row', N, r'samples\[0\].row is 26'),
     ('samples.0.view', 2, r'samples\[0\].view is 2'), ('samples.0.digest', None, 'digest is None'), ('samples.0.after', [[1., 2.], [3.]], 'after has 2 entries: it must have 3'),
     ('samples.0.after', [['a', 'b', 'c']], 'three numbers'), ('samples.0', {}, r'samples\[0\] has no row, view, digest'), ('complete', 1, 'complete is 1: it must be true or false'),
-    ('complete', False, 'shards has 9 entries: it must have 0'), ('extra', 1, "the file has an entry 'extra': possible are count, views"),
+    ('complete', False, 'shards has 9 entries: it must have 0'), ('extra', 1, "the file has an entry 'extra': must be one of count, views"),
 ]
 
 def changed(m, path, value):

@@ -23,7 +23,7 @@ def answers(prompt):
 
 @contextmanager
 def server(fails=lambda i: None):
-    "(url, requests that it got): `fails` says which status the request `i` gets in place of an answer"
+    "(url, requests that it got): `fails` says which status the request `i` gets instead of an answer"
     seen,lock = [],threading.Lock()
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):

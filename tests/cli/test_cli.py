@@ -16,7 +16,7 @@ def test_a_mistake_is_one_line_and_no_traceback(command):
     code,_,err = command('demo', '--data', 'cifar10')
     assert code == 2 and "needs its folder: --root PATH, where PATH holds train/ and test/" in ' '.join(err.split())
     said = ' '.join(command('demo', '--data', 'mnist')[2].split())
-    assert "No data set 'mnist'. Possible are digits, cifar10, camvid." in said
+    assert "No data set 'mnist'. It must be one of digits, cifar10, camvid." in said
 
 
 def test_a_warning_is_one_line_too(command, monkeypatch):

@@ -138,7 +138,7 @@ def child(digits, out, recipe):
     opened_run(settings(digits, recipe=recipe, epochs=4), out=out, resume=True, say=say)()
 
 
-RECIPE = "labels + dist(share=1) + hint(layers={'0': '0'}, share=.2)"
+RECIPE = "labels + dist(grad_ratio=1) + hint(layers={'0': '0'}, grad_ratio=.2)"
 
 
 def test_a_run_that_is_killed_continues_to_the_same_result(digits, tmp_path):
@@ -341,7 +341,7 @@ def spoiled(digits, tmp_path):
     ('missing class', {}, r'1 class\(es\) are missing from the validation set: digit1'), ('loose', {}, 'a.png is in no class folder'),
     ('gaps.csv', {}, "1 of 80 rows have no label in column 'rich' \\(row 3"), ('same.csv', {}, 'All samples have one class .yes.'),
     ('lone.csv', {}, r'1 class\(es\) are missing from the validation set: perhaps'), ('binary', {}, 'is neither a folder nor a CSV file'),
-    ('a.csv', dict(y='ric'), "has no column 'ric' .did you mean 'rich'... It has age, job, gap, rich"), ('a.csv', dict(valid='held'), "--valid 'held': possible are a share such as 0.2, and for a CSV .* It has age"),
+    ('a.csv', dict(y='ric'), "has no column 'ric' .did you mean 'rich'... It has age, job, gap, rich"), ('a.csv', dict(valid='held'), "--valid 'held': must be one of a share such as 0.2, and for a CSV .* It has age"),
     ('a.csv', dict(valid='job'), "this column has 'a'"), ('a.csv', dict(task='images'), 'columns of images'), ('a.csv', dict(student='resnet18'), "No architecture 'resnet18' for table"),
     ('digits', dict(student='resnet19'), "No architecture 'resnet19' for images .did you mean 'resnet1"), ('digits', dict(student='cnn-0'), 'sizes are from 1'),
     ('digits', dict(teacher='gone.pkl'), "There is no file"), ('digits', dict(recipe='kdd()'), "no recipe 'kdd'"), ('digits', dict(size='7'), 'from 8 to 8192'),

@@ -96,7 +96,7 @@ def test_two_processes_end_where_one_with_the_doubled_batch_ends(reviews, tmp_pa
 
 def test_two_processes_that_are_killed_continue_to_the_same_result(digits, tmp_path):
     "Batch-norm, flipped images, a projector and a share, of which each process has its own part"
-    options = dict(data=digits, teacher='cnn-8', student='cnn-4', epochs=2, batch_size=8, recipe="labels + dist(share=1) + hint(layers={'0': '0'}, share=.2)")
+    options = dict(data=digits, teacher='cnn-8', student='cnn-4', epochs=2, batch_size=8, recipe="labels + dist(grad_ratio=1) + hint(layers={'0': '0'}, grad_ratio=.2)")
     whole,killed = tmp_path/'whole',tmp_path/'killed'
     assert ended(start(whole, **options)) == [0, 0], said(whole) + said(whole, 1)
     both,file = start(killed, **options),killed/'checkpoints'/'distilled.pt'

@@ -186,7 +186,7 @@ def test_a_causal_model_whose_labels_show_nothing_asks():
     assert d.shift_labels
 
 
-# the labels' own loss
+# the task loss
 
 @pytest.mark.parametrize('kind,y,by_hand', [
     ('softmax', torch.tensor([0, 1, 2, 3]), F.cross_entropy),

@@ -92,7 +92,7 @@ def test_the_kind_chooses_the_form():
     assert numbers.item() == pytest.approx(F.mse_loss(s, t).item())
     with pytest.raises(DistillError, match='dkd compares a softmax over classes, but this model predicts numbers. Use kd()'):
         dkd()(s, t, t, kind='regression')
-    with pytest.raises(DistillError, match="kind='soft': possible are 'softmax', 'sigmoid', 'regression'"): kd()(s, t, kind='soft')
+    with pytest.raises(DistillError, match="kind='soft': must be one of 'softmax', 'sigmoid', 'regression'"): kd()(s, t, kind='soft')
 
 
 # terms and recipes
@@ -119,8 +119,8 @@ def test_recipes_print_as_they_are_written():
     (lambda: Term(losses.kl, temp=2.), 'kl has no option temp. It has: T, axis, mask, reduction'),
     (lambda: Term(F.mse_loss, name='task'), "can't be called 'task', which has a meaning already"),
     (lambda: Term(F.mse_loss, name='a.b'), "can't be called 'a.b'"),
-    (lambda: Term(F.mse_loss, weight='up'), "weight of mse_loss='up': possible are a number"),
-    (lambda: Term(losses.kl, 2., share=1.), 'weight=2.0 and share=1.0 of kl: give one of them'),
+    (lambda: Term(F.mse_loss, weight='up'), "weight of mse_loss='up': must be one of a number"),
+    (lambda: Term(losses.kl, 2., grad_ratio=1.), 'weight=2.0 and grad_ratio=1.0 of kl: give one of them'),
     (lambda: recipes.dist(share=-1), 'share=-1 of dist: it is a number from 0 up'),
     (lambda: Distiller(mlp(4), mlp(8), dkd(), kind='sigmoid'), 'a softmax over classes, but this model predicts a sigmoid per label')])
 def test_mistakes_are_refused_where_they_are_made(make, says):
@@ -177,9 +177,9 @@ def test_a_loss_of_logits_may_compare_layers_too():
 
 @pytest.mark.parametrize('make,says', [
     (lambda: losses.loss(distance), r'decorator with options: write @loss\(\) above your function'),
-    (lambda: losses.loss(match='places'), "match='places': possible are 'shape', 'grid', 'none'"),
-    (lambda: losses.loss(kind='classes'), "kind='classes': possible are None, 'softmax', 'sigmoid', 'regression'"),
-    (lambda: Term(distance, layers='auto', match='same'), "match='same': possible are 'shape', 'grid' and 'none' .what distance needs")])
+    (lambda: losses.loss(match='places'), "match='places': must be one of 'shape', 'grid', 'none'"),
+    (lambda: losses.loss(kind='classes'), "kind='classes': must be one of None, 'softmax', 'sigmoid', 'regression'"),
+    (lambda: Term(distance, layers='auto', match='same'), "match='same': must be one of 'shape', 'grid' and 'none' .what distance needs")])
 def test_what_a_loss_needs_is_one_of_few_words(make, says):
     with pytest.raises(DistillError, match=says): make()
 
@@ -415,7 +415,7 @@ def length(v, *places):
 def test_a_share_is_the_length_of_the_gradient_at_the_logits_beside_all_that_has_a_weight():
     student,teacher = mlp(6),mlp(16, 1)
     x,y = batch()
-    d = Distiller(student, teacher, Recipe(Term(losses.kl, T=2., share=3.), Term(losses.mse, .5), Term(losses.dist, share=.1), task=.7))
+    d = Distiller(student, teacher, Recipe(Term(losses.kl, T=2., grad_ratio=3.), Term(losses.mse, .5), Term(losses.dist, grad_ratio=.1), task=.7))
     out,s,t = d(x, y),student(x),teacher(x)
     base = length(.7*F.cross_entropy(s, y) + .5*losses.mse(s, t), s)
     kl,dist = out.weights['kl'],out.weights['dist']
@@ -428,7 +428,7 @@ def test_a_share_is_the_length_of_the_gradient_at_the_logits_beside_all_that_has
 def test_a_share_of_a_term_between_layers_is_measured_at_the_layer(layer):
     student,teacher = mlp(6),mlp(16, 1)
     x,y = batch()
-    d = Distiller(student, teacher, kd() + Term(losses.hint, share=('linear', .4, .2), layers={layer: '2', '3': '3'}, projector='linear'), example=x)
+    d = Distiller(student, teacher, kd() + Term(losses.hint, grad_ratio=('linear', .4, .2), layers={layer: '2', '3': '3'}, projector='linear'), example=x)
     out = d(x, y, progress=.5)
     f = student[:3](x)
     h = student[3](f)
@@ -442,7 +442,7 @@ def test_tokens_and_pooled_maps_are_measured_where_they_come_from():
     net = lambda c, seed: (torch.manual_seed(seed), nn.Sequential(nn.Conv2d(3, c, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 4)))[1]
     student,teacher = net(5, 0),net(5, 1)
     x,y = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)),batch(6)[1]
-    d = Distiller(student, teacher, recipes.hint({'1@mean': '1@mean'}, share=.5, projector='linear') + recipes.at({'1': '1'}, share=.25), example=x)
+    d = Distiller(student, teacher, recipes.hint({'1@mean': '1@mean'}, grad_ratio=.5, projector='linear') + recipes.at({'1': '1'}, grad_ratio=.25), example=x)
     out = d(x, y)
     f,g = student[:2](x),teacher[:2](x)
     task = F.cross_entropy(student[2:](f), y)
@@ -452,7 +452,7 @@ def test_tokens_and_pooled_maps_are_measured_where_they_come_from():
 
 def test_the_lengths_are_running_means_over_batches():
     student,teacher = mlp(6),mlp(16, 1)
-    d = Distiller(student, teacher, recipes.ttm(share=2.))
+    d = Distiller(student, teacher, recipes.ttm(grad_ratio=2.))
     norms = []
     for i in range(100):
         x,y = batch(seed=i)
@@ -467,7 +467,7 @@ def test_the_lengths_are_running_means_over_batches():
 
 def test_a_share_of_zero_changes_nothing():
     runs = []
-    for recipe in (Recipe(Term(losses.mse, 0.)), recipes.dist(share=0.), recipes.hint({'2': '2'}, share=0., projector='linear')):
+    for recipe in (Recipe(Term(losses.mse, 0.)), recipes.dist(grad_ratio=0.), recipes.hint({'2': '2'}, grad_ratio=0., projector='linear')):
         student,(x,y) = mlp(6),batch()
         Distiller(student, mlp(16, 1), recipe, example=x)(x, y).total.backward()
         runs.append([p.grad for p in student.parameters()])
@@ -475,31 +475,31 @@ def test_a_share_of_zero_changes_nothing():
 
 def test_a_teacher_that_the_student_equals_makes_no_step_longer_than_asked():
     student,(x,y) = mlp(6),batch()
-    d = Distiller(student, copy.deepcopy(student), recipes.ttm(T=1., share=1.))
+    d = Distiller(student, copy.deepcopy(student), recipes.ttm(T=1., grad_ratio=1.))
     for _ in range(2):      # at first the term's gradient is rounding errors
         s = student(x)
         total = d.compute(Outputs(s), d.teacher_outputs(x), F.cross_entropy(s, y), (y,)).total
         assert length(total, s) < 2.01*length(F.cross_entropy(s, y), s)
 
-def weight_after(values, share=1.):
+def weight_after(values, grad_ratio=1.):
     "The weight of a term with a share, whose loss is (scale of its gradient) x mean squared difference, after such batches"
     scale,y = [1.],torch.zeros(16, dtype=torch.long)
     student,teacher = torch.zeros(16, 4, requires_grad=True),torch.ones(16, 4)
-    d = Distiller(None, None, Term(lambda s, t: scale[0]*losses.mse(s, t), share=share, name='term'), check=False)
+    d = Distiller(None, None, Term(lambda s, t: scale[0]*losses.mse(s, t), grad_ratio=share, name='term'), check=False)
     for scale[0] in values: out = d.compute(Outputs(student), Outputs(teacher), F.cross_entropy(student, y), (y,))
     return out.weights['term'].item()
 
 def test_an_overflow_does_not_spoil_the_means():
     assert weight_after([1., torch.inf, torch.nan, 1.]) == pytest.approx(weight_after([1.]))
 
-def a_copy_that_drifts(share=3., recipe=None, n=60, drift=.02, still=20, size=16):
+def a_copy_that_drifts(grad_ratio=3., recipe=None, n=60, drift=.02, still=20, size=16):
     """The strongest gradient of the term beside the labels' mean one, of a student that stays a copy of its teacher for some batches (no optimizer step) and then moves
     away from it step by step"""
     teacher = mlp(16, 1)
     with torch.no_grad():
         for p in teacher[4].parameters(): p *= 20       # as sure as a trained one
     student = copy.deepcopy(teacher)
-    d = Distiller(student, teacher, recipe or recipes.dist(T=4., beta=2, gamma=2, share=share))
+    d = Distiller(student, teacher, recipe or recipes.dist(T=4., beta=2, gamma=2, grad_ratio=share))
     labels,terms = [],[]
     torch.manual_seed(0)
     away = [torch.randn_like(p) for p in student.parameters()]
@@ -524,13 +524,13 @@ def test_a_student_that_leaves_its_teacher_between_two_measurements_is_not_throw
 
 @pytest.mark.parametrize('loss', [losses.kl, losses.mse, losses.sp, losses.soft_ce], ids=lambda f: f.__name__)
 def test_that_holds_for_other_losses_too(loss):
-    assert a_copy_that_drifts(recipe=Term(loss, share=3.)) < 3*20
+    assert a_copy_that_drifts(recipe=Term(loss, grad_ratio=3.)) < 3*20
 
 def test_a_gradient_of_rounding_errors_decides_nothing():
     "A copy of the teacher: what is left of the gradient has no direction, and the labels must decide where the student goes"
     teacher = mlp(16, 1)
     student,(x,y) = copy.deepcopy(teacher),batch()
-    d,s = Distiller(student, teacher, recipes.dist(T=4., beta=2, gamma=2, share=3.)),student(x)
+    d,s = Distiller(student, teacher, recipes.dist(T=4., beta=2, gamma=2, grad_ratio=3.)),student(x)
     task = F.cross_entropy(s, y)
     out = d.compute(Outputs(s), d.teacher_outputs(x), task, (y,))
     own,total = [torch.autograd.grad(v, s, retain_graph=True)[0] for v in (task, out.total)]
@@ -539,7 +539,7 @@ def test_a_gradient_of_rounding_errors_decides_nothing():
 def test_frozen_layers_that_are_unfrozen_are_measured_at_once():
     student = mlp(6)
     for p in student[:4].parameters(): p.requires_grad_(False)
-    d = Distiller(student, mlp(16, 1), Recipe(Term(losses.hint, share=.5, layers={'2': '2'}, projector='linear')), example=batch()[0])
+    d = Distiller(student, mlp(16, 1), Recipe(Term(losses.hint, grad_ratio=.5, layers={'2': '2'}, projector='linear')), example=batch()[0])
     for i in range(40): d(*batch(seed=i))
     for p in student.parameters(): p.requires_grad_(True)
     x,y = batch()
@@ -552,7 +552,7 @@ def test_layers_of_which_more_are_unfrozen_are_measured_anew():
     "With one of two layers frozen, the gradient at the other alone was measured"
     student = mlp(6)
     for p in student[:2].parameters(): p.requires_grad_(False)
-    recipe = Recipe(Term(losses.hint, share=.5, layers={'1': '1', '3': '3'}, projector='linear'))
+    recipe = Recipe(Term(losses.hint, grad_ratio=.5, layers={'1': '1', '3': '3'}, projector='linear'))
     d = Distiller(student, mlp(16, 1), recipe, example=batch()[0])
     for i in range(40): d(*batch(seed=i))
     for p in student.parameters(): p.requires_grad_(True)
@@ -568,14 +568,14 @@ def test_a_measurement_does_not_run_projectors_again():
     "Their batch-norms would count a batch twice"
     x,y = batch(16)[0].reshape(16, 2, 2, 2),batch(16)[1]
     net = lambda c, seed: (torch.manual_seed(seed), nn.Sequential(nn.Conv2d(2, c, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4*c, 4)))[1]
-    d = Distiller(net(4, 0), net(6, 1), Term(losses.hint, share=.5, layers={'1': '1'}, projector='conv_bn'), example=x)
+    d = Distiller(net(4, 0), net(6, 1), Term(losses.hint, grad_ratio=.5, layers={'1': '1'}, projector='conv_bn'), example=x)
     for _ in range(3): d(x, y)
     counted = [v.item() for k,v in d.links.state_dict().items() if k.endswith('num_batches_tracked')]
     assert counted == [3]
 
 def test_without_labels_a_share_keeps_what_was_measured_before():
     x,y = batch()
-    recipe = Recipe(recipes.dist(share=.5), Term(losses.mse, lambda p: float(p < .5)), task=lambda p: float(p < .5))
+    recipe = Recipe(recipes.dist(grad_ratio=.5), Term(losses.mse, lambda p: float(p < .5)), task=lambda p: float(p < .5))
     d = Distiller(mlp(6), mlp(16, 1), recipe)
     with pytest.raises(DistillError, match='dist has a share of the gradient beside the labels and the terms with a weight, and there are none'):
         d(x, progress=.9)
@@ -585,13 +585,13 @@ def test_without_labels_a_share_keeps_what_was_measured_before():
 
 def test_a_share_where_the_labels_do_not_reach_is_refused():
     x,y = batch()
-    d = Distiller(Heads(6, lambda a, b: (a, b)), mlp(16, 1), recipes.ttm(share=1.), output=0, task_loss=lambda s, y: F.cross_entropy(d.student.b(x), y))
-    with pytest.raises(DistillError, match='does not depend on what ttm compares.*weight= in place of share='): d(x, y)
+    d = Distiller(Heads(6, lambda a, b: (a, b)), mlp(16, 1), recipes.ttm(grad_ratio=1.), output=0, task_loss=lambda s, y: F.cross_entropy(d.student.b(x), y))
+    with pytest.raises(DistillError, match='does not depend on what ttm compares.*weight= instead of grad_ratio='): d(x, y)
 
 def test_a_share_at_frozen_layers_trains_the_projector_alone():
     student = mlp(6)
     for p in student[:4].parameters(): p.requires_grad_(False)
-    d = Distiller(student, mlp(16, 1), kd() + Term(losses.hint, share=.5, layers={'2': '2'}, projector='linear'), example=batch()[0])
+    d = Distiller(student, mlp(16, 1), kd() + Term(losses.hint, grad_ratio=.5, layers={'2': '2'}, projector='linear'), example=batch()[0])
     out = d(*batch())
     out.total.backward()
     assert out.weights['hint'] == .5 and all(p.grad is not None for p in d.own_parameters())
@@ -618,8 +618,8 @@ def run(d, opt, steps):
         opt.step()
     return out
 
-RESUMED = dict(automatic=None, logits=Recipe(recipes.dist(share=3.), kd(T=('linear', 8, 1), alpha=.5)),
-               layers=Term(losses.hint, share=.5, layers={'1': '1'}, projector='mlp'))
+RESUMED = dict(automatic=None, logits=Recipe(recipes.dist(grad_ratio=3.), kd(T=('linear', 8, 1), alpha=.5)),
+               layers=Term(losses.hint, grad_ratio=.5, layers={'1': '1'}, projector='mlp'))
 
 @pytest.mark.parametrize('steps', [3, 20, 45])
 @pytest.mark.parametrize('recipe', RESUMED.values(), ids=RESUMED)
@@ -647,8 +647,8 @@ def test_the_chosen_recipe_continues_and_is_not_chosen_again(capsys):
     assert 'recipe' not in capsys.readouterr().out
 
 def test_a_checkpoint_of_an_earlier_release_says_what_it_lacks():
-    state = {k: v for k,v in parts_of_training(recipes.dist(share=1.))[0].state_dict().items() if k != '_extra_state'}
-    for recipe in (None, recipes.dist(share=1.)):
+    state = {k: v for k,v in parts_of_training(recipes.dist(grad_ratio=1.))[0].state_dict().items() if k != '_extra_state'}
+    for recipe in (None, recipes.dist(grad_ratio=1.)):
         with pytest.raises(RuntimeError, match=r'Missing.*the chosen recipe and the measured gradients, which checkpoints of earlier releases lack.*strict=False\) takes the weights alone'):
             parts_of_training(recipe)[0].load_state_dict(state)
         d = parts_of_training(recipe, seed=5)[0]
@@ -709,7 +709,7 @@ def test_the_students_output_can_be_named_and_that_of_a_bare_teacher_with_it():
         got = Distiller(s, Teacher(t.a), kd() + hint(layers={'b.2': '2'}), output=output, example=x)(x, y)     # its own affair in a Teacher
         assert got.parts['kd'].item() == pytest.approx(losses.kl(s.b(x), t.a(x), T=4.).item()) and got.parts['hint'] > 0
     with pytest.raises(DistillError, match="output='b', but the model returned one tensor"): Distiller(mlp(6), t.a, kd(), output='b')(x, y)
-    with pytest.raises(DistillError, match='output=1.5: possible are the name or the index'): Distiller(s, t, kd(), output=1.5)
+    with pytest.raises(DistillError, match='output=1.5: must be one of the name or the index'): Distiller(s, t, kd(), output=1.5)
 
 def test_a_student_with_several_outputs_says_once_which_is_taken():
     x,y = batch()
@@ -850,7 +850,7 @@ def test_labels_swamped_by_alpha_are_named_so():
     d,t = Distiller(None, None, kd(20., .99)),20*t
     with pytest.warns(DistillWarning, match='kd has 99.*Lower alpha, or T.'): d.compute(Outputs(s), Outputs(t), F.cross_entropy(s, y), (y,))
 
-@pytest.mark.parametrize('recipe', [Recipe(hint(500.), task=0.), kd(), recipes.ttm(share=30.)],
+@pytest.mark.parametrize('recipe', [Recipe(hint(500.), task=0.), kd(), recipes.ttm(grad_ratio=30.)],
                          ids=['labels do not count', 'the classic', 'a share'])
 def test_labels_that_are_not_swamped_give_no_warning(recipe):
     d = Distiller(mlp(6), mlp(16, 1), recipe, example=batch()[0])
@@ -864,15 +864,15 @@ FEATURES = ['hint', 'at', 'nst', 'fsp', 'ab', 'ofd', 'vid', 'pkd', 'rkd', 'sp', 
 def test_a_term_between_layers_begins_with_a_share_and_takes_its_papers_weight_when_asked(name):
     make = getattr(recipes, name)
     term, = make().terms
-    assert term.is_share and term.weight == .1
-    for options,is_share,value in ((dict(share=2.), True, 2.), (dict(weight=3.), False, 3.)):
+    assert term.has_grad_ratio and term.weight == .1
+    for options,has_grad_ratio,value in ((dict(grad_ratio=2.), True, 2.), (dict(weight=3.), False, 3.)):
         term, = make(**options).terms
-        assert (term.is_share, term.weight) == (is_share, value)
+        assert (term.has_grad_ratio, term.weight) == (has_grad_ratio, value)
     term, = make(weight='paper').terms
-    assert not term.is_share and term.weight >= .5
+    assert not term.has_grad_ratio and term.weight >= .5
 
 def test_cwd_on_logits_has_its_papers_weight_and_on_layers_a_share():
-    assert [(t.is_share, t.weight) for r in (recipes.cwd(), recipes.cwd('auto'), recipes.cwd('auto', weight='paper'), recipes.cwd(share=3.)) for t in r.terms] \
+    assert [(t.has_grad_ratio, t.weight) for r in (recipes.cwd(), recipes.cwd('auto'), recipes.cwd('auto', weight='paper'), recipes.cwd(grad_ratio=3.)) for t in r.terms] \
         == [(False, 3.), (True, .1), (False, 50.), (True, 3.)]
 
 
@@ -1043,11 +1043,11 @@ def test_a_teacher_that_a_loader_puts_in_doubt_gets_no_full_share(capsys):
     d.check(loader())
     d(x, y)
     assert 'the teacher is in doubt, see above' in capsys.readouterr().out
-    assert not any(t.is_share for t in d.recipe.terms)
+    assert not any(t.has_grad_ratio for t in d.recipe.terms)
     d = Distiller(mlp(6), knowing())
     d.check(loader())
     d(x, y)
-    assert any(t.is_share for t in d.recipe.terms)
+    assert any(t.has_grad_ratio for t in d.recipe.terms)
 
 def test_a_loader_shows_the_order_of_the_tokens_of_a_language_model():
     "Its labels are the inputs themselves, each to be predicted one position earlier"

@@ -63,7 +63,7 @@ def test_a_step_of_every_recipe_waits_for_nothing(name, no_numbers):
 def test_a_step_of_mixed_labels_waits_for_nothing(recipe, mixed, no_numbers): step_on_meta(recipe, mixed=mixed)
 
 def test_a_step_with_shares_waits_for_nothing_after_the_first(no_numbers):
-    d,_ = step_on_meta(kd() + recipes.dist(share=3.) + recipes.at() + recipes.hint(layers={'3': '3'}))
+    d,_ = step_on_meta(kd() + recipes.dist(grad_ratio=3.) + recipes.at() + recipes.hint(layers={'3': '3'}))
     assert all(r.measured == 2 for r in d.ratios.values())
 
 @pytest.mark.parametrize('recipe', [kd(), kd() + Recipe(Term(losses.cwd, 3.), Term(losses.dist), Term(losses.hard), Term(losses.jsd), Term(losses.mse))])

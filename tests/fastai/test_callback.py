@@ -347,10 +347,10 @@ def test_batches_without_labels_distil(recipe):
     student,teacher = toy(labels=False)
     before = weights(student)
     for b in watched(student, [KD(teacher, recipe)]): assert b.loss == pytest.approx(kl(b.s, teacher(b.x), 2.).item(), rel=1e-5)
-    labelled,_ = toy()
-    labelled.fit(1, .1, cbs=KD(teacher, recipe))
+    labeled,_ = toy()
+    labeled.fit(1, .1, cbs=KD(teacher, recipe))
     assert not torch.equal(before, weights(student))
-    torch.testing.assert_close(weights(student), weights(labelled), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(weights(student), weights(labeled), rtol=1e-6, atol=1e-7)
 
 
 def test_batches_without_labels_accumulate():
@@ -369,7 +369,7 @@ def test_batches_without_labels_are_refused_where_labels_count():
 
 def test_a_share_is_the_same_in_a_fit_as_by_hand():
     student,teacher = toy()
-    cb = KD(teacher, Term(losses.kl, weight=.5, T=T) + Term(losses.dist, share=2.) + hint(None, share=.3))
+    cb = KD(teacher, Term(losses.kl, weight=.5, T=T) + Term(losses.dist, grad_ratio=2.) + hint(None, grad_ratio=.3))
     class First(Callback):
         order = 8
         def after_backward(self):
@@ -856,13 +856,13 @@ def test_a_model_that_ends_in_a_sigmoid_is_explained():
     (dict(loss=F.mse_loss, T=2), 'T= with loss=: your loss gets the logits unchanged'),
     (dict(recipe=dict(T=2)), 'A recipe is made of terms and recipes'),
     (dict(alpha=2), 'from 0 .labels alone. to 1 .teacher alone.'),
-    (dict(T='cosin'), "T='cosin': possible are a number, a function"),
+    (dict(T='cosin'), "T='cosin': must be one of a number, a function"),
     (dict(axis=1.), r'axis=1.0: the class axis is a whole number from 1 to 8, or, counted from the end, from -1 to -8'),
     (dict(axis=0), r'axis=0: .*\(axis 0 is that of the samples\)'),
     (dict(T=0), 'T=0: a temperature is a number above 0'),
     (dict(recipe=dkd(), kind='soft'), "kind='soft': it must be None or 'softmax' or"),
     (dict(T=('linear', 4, 0)), 'T=0 at the end of the training: a temperature is a number above 0'),
-    (dict(output=1.5), "output=1.5: possible are the name or the index"),
+    (dict(output=1.5), "output=1.5: must be one of the name or the index"),
     (dict(span='epoch'), "span='epoch': it must be 'fine_tune' or 'fit'")], ids=lambda o: '' if isinstance(o, str) else '-'.join(o))
 def test_contradictions_are_refused_when_the_callback_is_made(kwargs, says):
     with pytest.raises(DistillError, match=says): KD(apps.mlp(4), **kwargs)
@@ -1069,7 +1069,7 @@ def test_labels_that_give_nan_are_not_reported_where_they_do_not_count(kind, los
     assert weights(student).isfinite().all() and not torch.equal(before, weights(student)) and math.isfinite(student.recorder.values[-1][0])
 
 
-@pytest.mark.parametrize('label', [0, -100])       # with the second the labels' loss is nan, and what was added to it is lost
+@pytest.mark.parametrize('label', [0, -100])       # with the second the task loss is nan, and what was added to it is lost
 def test_a_regularizer_stays_where_labels_do_not_count(label):
     student,teacher = toy()
     class Regularizer(Callback):
@@ -1136,7 +1136,7 @@ def test_layers_that_fine_tune_unfreezes_are_measured_in_their_first_batch():
     student.model = nn.Sequential(nn.Sequential(*student.model[:3]), nn.Sequential(*student.model[3:]))
     student.splitter = lambda m: L(m[0], m[1]).map(lambda o: list(o.parameters()))
     student.create_opt()
-    cb = KD(teacher, Term(losses.hint, share=.5, layers={'0': '2'}, projector='linear'), check=False)
+    cb = KD(teacher, Term(losses.hint, grad_ratio=.5, layers={'0': '2'}, projector='linear'), check=False)
     factors,frozen = [],[]
     class Seen(Callback):
         order = 5.5

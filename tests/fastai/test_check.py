@@ -64,7 +64,7 @@ def test_every_warning_of_the_check_is_a_doubt():
     shaky = nn.Dropout(.1).train()
     with pytest.warns(DistillWarning, match='differ from call to call'): callback = student.distill(lambda x: teacher(shaky(x)), 1, .01)
     assert 'the teacher is in doubt, see above' in str(callback.recipe)
-    assert not any(t.is_share for t in callback.recipe.terms)
+    assert not any(t.has_grad_ratio for t in callback.recipe.terms)
 
 
 # classes

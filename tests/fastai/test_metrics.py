@@ -17,7 +17,7 @@ KD = KnowledgeDistillation
 
 
 class OwnLoss(Callback):
-    "The labels' own loss of each training batch"
+    "The task loss of each training batch"
     order = 4
     def __init__(self): super().__init__(); self.epochs = []
     def before_train(self): self.epochs.append([])
@@ -107,7 +107,7 @@ def test_plot_loss_has_the_labels_losses_on_a_scale_of_their_own(figure, train_m
     student.fit(4, .1, cbs=KD(teacher, T=20.))
     left = student.recorder.plot_loss(skip_start=3)
     right, = [a for a in figure.axes if a is not left]
-    assert left.get_ylabel() == 'loss with the teacher' and right.get_ylabel() == "labels' own loss"
+    assert left.get_ylabel() == 'loss with the teacher' and right.get_ylabel() == "task loss"
     train,valid = right.lines
     name = 'train_task_loss' if train_metrics else 'task_loss'
     for line,n in ((train, name), (valid, 'valid_loss')):

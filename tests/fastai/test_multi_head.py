@@ -191,7 +191,7 @@ def test_mistakes_are_named():
     refused("The head 'color': give each head a teacher that runs, or a cache", dict(color=TargetFeed(), shape=t['shape']), 1, .01)
     numbers = learner(False, COLOR, SIZE)
     refused("labels of the head 'shape' are not class numbers: pass kind={'shape': 'regression'}", t, 1, .01, kd(), of=numbers)
-    for k in ('unlabelled', 'perturbed'): refused(f'{k}= with several heads: they learn from batches with labels alone', t, 1, .01, **{k: 3})
+    for k in ('unlabeled', 'perturbed'): refused(f'{k}= with several heads: they learn from batches with labels alone', t, 1, .01, **{k: 3})
     refused("output= with several heads: each head's output is the one of its name", t, 1, .01, output='color')
     with pytest.raises(DistillError, match='No head has a teacher'): KD(dict(color=None))
 
@@ -370,7 +370,7 @@ def test_mistakes_with_stored_heads_are_named(tmp_path):
     with pytest.raises(DistillError, match=r'shape: Mistakes [\s\S]*The teacher has the classes in another order'):
         cache_teacher(dict(color=t['color'], shape=lambda x: t['shape'](x)[:, [1, 0, 2, 3]]), dls, tmp_path/'bad')
     with pytest.raises(DistillError, match=r'2 column\(s\) of labels for 3 heads'): cache_teacher(t | dict(size=nn.Linear(6, 1)), dls, tmp_path/'bad3')
-    with pytest.raises(DistillError, match='unlabelled= with several heads'): cache_teacher(t, dls, tmp_path/'more', unlabelled=[1, 2])
+    with pytest.raises(DistillError, match='unlabeled= with several heads'): cache_teacher(t, dls, tmp_path/'more', unlabeled=[1, 2])
 
 
 def test_lr_find_save_and_export_with_stored_heads(tmp_path):

@@ -51,7 +51,7 @@ def test_the_embeddings_are_compared_as_directions(student, teacher):
     assert r.total.item() == pytest.approx(want, abs=1e-4) and r.weights['task'] == 0
 
 
-def labelled(model, labels=True, colors=0.):
+def labeled(model, labels=True, colors=0.):
     x,y = images(32),torch.arange(32) % 3
     x = x + colors*torch.randn(32, 3, 1, 1, generator=torch.Generator().manual_seed(1))
     items = list(zip(x, y)) if labels else [(o,) for o in x]
@@ -62,7 +62,7 @@ def labelled(model, labels=True, colors=0.):
 @pytest.mark.parametrize('labels', [True, False], ids=['labels', 'no labels'])
 def test_a_fit_pretrains_the_body_and_leaves_head_and_teacher_alone(labels):
     torch.manual_seed(0)
-    student,teacher = labelled(small(), labels),timm.create_model('resnet10t', num_classes=0)
+    student,teacher = labeled(small(), labels),timm.create_model('resnet10t', num_classes=0)
     was,(conv,head) = snapshot(teacher),[student.model[i].weight.clone() for i in (0, -1)]
     student.distill(teacher, 3, 1e-2, recipes.pretrain(), wd=0.)
     assert same(was, snapshot(teacher)) and torch.equal(student.model[-1].weight, head) and not torch.equal(student.model[0].weight, conv)
@@ -77,7 +77,7 @@ def test_labels_of_weight_0_change_nothing():
     ends = []
     for labels in (True, False):
         torch.manual_seed(0)
-        student = labelled(small(), labels)
+        student = labeled(small(), labels)
         torch.manual_seed(1)
         student.distill(body().eval(), 2, 1e-2, recipes.pretrain())
         ends.append(student.model.state_dict())
@@ -91,7 +91,7 @@ def test_a_cache_of_embeddings_teaches_as_the_teacher_does(tmp_path):
     start,ends = small().state_dict(),[]
     for source in (lambda dls: Teacher(teacher, precision='fp32'),
                    lambda dls: cache_teacher(Teacher(teacher, precision='fp32'), dls, tmp_path/'c', kind='regression', dtype='float32')):
-        student = labelled(small())
+        student = labeled(small())
         student.model.load_state_dict(start)
         torch.manual_seed(1)
         student.distill(source(student.dls), 2, 1e-2, recipes.pretrain())
@@ -144,7 +144,7 @@ def cos(a, b): return F.cosine_similarity(a, b, dim=0).item()
 @pytest.mark.parametrize('name,options', [('seed', dict(size=8)), ('gram', {})]) # a queue that is full at once: its loss grows while it fills
 def test_a_fit_without_labels_by_a_vit_lowers_the_loss(name, options, student):
     torch.manual_seed(0)
-    learn,teacher = labelled(student(), colors=3.),vit(0)
+    learn,teacher = labeled(student(), colors=3.),vit(0)
     was,head = snapshot(teacher),[p.clone() for p in [*learn.model.parameters()][-2:]]
     learn.distill(teacher, 8, 1e-2, alone(getattr(recipes, name)(weight=1., **options)), wd=0.)
     assert same(was, snapshot(teacher)) and all(map(torch.equal, head, [*learn.model.parameters()][-2:]))
@@ -169,7 +169,7 @@ def test_similarities_of_tokens_are_those_of_the_picture_alone():
 def test_a_queue_resumes_with_the_fit(tmp_path):
     def begin():
         torch.manual_seed(0)
-        learn,teacher = labelled(small()),body().eval()
+        learn,teacher = labeled(small()),body().eval()
         learn.path = tmp_path
         return learn,KnowledgeDistillation(teacher, Recipe(recipes.seed(weight=1., size=40), task=0.), check=False)
     straight,cb = begin()
@@ -187,7 +187,7 @@ def test_a_queue_resumes_with_the_fit(tmp_path):
 
 def test_a_learning_rate_search_leaves_the_queue_as_it_was():
     torch.manual_seed(0)
-    learn = labelled(small())
+    learn = labeled(small())
     cb = KnowledgeDistillation(body().eval(), Recipe(recipes.seed(weight=1., size=40), task=0.), check=False)
     learn.fit(1, .01, cbs=cb)
     was = queue_of(cb).clone()

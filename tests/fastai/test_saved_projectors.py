@@ -39,7 +39,7 @@ def test_a_resumed_fit_is_the_one_that_was_not_interrupted(tmp_path, opt_func):
 
 def test_measured_shares_of_the_gradient_continue_too(tmp_path):
     "They are running means over the batches of both fits"
-    shared = lambda teacher: KD(teacher, kd() + Term(losses.hint, share=.3, layers=LAYERS, projector='linear'))
+    shared = lambda teacher: KD(teacher, kd() + Term(losses.hint, grad_ratio=.3, layers=LAYERS, projector='linear'))
     student,teacher = toy(opt_func=SGD, path=tmp_path)
     cb = shared(teacher)
     for _ in range(2): student.fit(1, .1, cbs=cb)
@@ -219,7 +219,7 @@ def test_lr_find_takes_no_loaded_state_away(tmp_path):
 def test_measured_gradients_are_kept_too(tmp_path):
     student,teacher = pair('image')
     student.path = tmp_path
-    make = lambda: KD(teacher, kd(alpha=.5) + Term(losses.at, share=.2, layers={'0.1': '0.1'}))
+    make = lambda: KD(teacher, kd(alpha=.5) + Term(losses.at, grad_ratio=.2, layers={'0.1': '0.1'}))
     cb = make()
     student.fit(1, .01, cbs=[cb, SaveModelCallback(with_opt=True)])
     student.load('model', weights_only=False)

@@ -83,7 +83,7 @@ def test_other_inputs_for_the_teacher_and_several_inputs():
 
 @pytest.mark.parametrize('layers, message', [
     ({'9': '0'}, "In the student: No layer '9' in Sequential"), ({'0': '9'}, "In the teacher: No layer '9' in Sequential"),
-    ([('0', '1', '2')], r"\('0', '1', '2'\) is not a pair of names. Possible are"), ([('0', None)], "is not a pair of names"),
+    ([('0', '1', '2')], r"\('0', '1', '2'\) is not a pair of names. It must be one of"), ([('0', None)], "is not a pair of names"),
     ({'0': 3}, "is not a pair of names"), ([3], "3 is not a pair of names"), (3, "layers=3"), ({}, "names no layers")])
 def test_wrong_layers_are_refused(layers, message):
     with pytest.raises(DistillError, match=message): pair(net(), net(), images(8), layers=layers)
@@ -91,7 +91,7 @@ def test_wrong_layers_are_refused(layers, message):
 
 @pytest.mark.parametrize('layers, message', [
     (3, 'is not a pair of names'), ({'0': 3}, 'is not a pair of names'), ([('0', '1', '2')], 'is not a pair of names'), ({}, 'names no layers'),
-    ('0@mena', '@mena. Possible are @in'), ({'0': '1@maps'}, '@maps. Possible are @in'), ('auto@mena', '@mena. Possible are @in'),
+    ('0@mena', '@mena. It must be one of @in'), ({'0': '1@maps'}, '@maps. It must be one of @in'), ('auto@mena', '@mena. It must be one of @in'),
     (images(8), 'layers= got a tensor')], ids=range(8))
 def test_layers_that_have_no_meaning_are_refused_where_the_term_is_made(layers, message):
     for make in (lambda: Term(losses.hint, layers=layers), lambda: recipes.at(layers=layers)):
@@ -100,7 +100,7 @@ def test_layers_that_have_no_meaning_are_refused_where_the_term_is_made(layers, 
 
 def test_a_projector_that_does_not_exist_is_refused_where_the_term_is_made():
     for wrong in ('conf', nn.Conv2d, None):
-        with pytest.raises(DistillError, match="possible are 'auto', 'linear'"): recipes.hint(projector=wrong)
+        with pytest.raises(DistillError, match="must be one of 'auto', 'linear'"): recipes.hint(projector=wrong)
 
 
 @pytest.mark.parametrize('layers, message', [

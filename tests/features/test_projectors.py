@@ -271,9 +271,9 @@ def test_ones_own_module_with_the_wrong_output_is_told_what_is_needed():
 # refused
 
 @pytest.mark.parametrize('args, message', [
-    (((2, 3), (2, 5), 'linaer'), r"projector='linaer': possible are 'auto', 'linear', 'conv', 'conv_bn', 'mlp', a module"),
+    (((2, 3), (2, 5), 'linaer'), r"projector='linaer': must be one of 'auto', 'linear', 'conv', 'conv_bn', 'mlp', a module"),
     (((2, 3), (2, 5), nn.Linear), "not its class"), (((2, 3), (2, 5), 3), "projector=3"),
-    (((2, 3), (2, 5), 'auto', 'all'), "match='all': possible are 'shape', 'grid', 'none'"),
+    (((2, 3), (2, 5), 'auto', 'all'), "match='all': must be one of 'shape', 'grid', 'none'"),
     (((2, 3), (2, 5, 4, 4)), r"The student's \(2, 3\) has no grid that fits the teacher's \(2, 5, 4, 4\). Pair it"),
     (((2, 3), (2, 7, 5)), "no grid that fits"), (((2, 3, 4, 4, 4), (2, 3, 4, 4)), "no grid that fits"),
     (((2,), (2, 5)), r"No projector from \(2,\)")])

@@ -499,7 +499,7 @@ def test_a_wrong_name_gives_the_nearest_and_the_tree():
     body = nn.Sequential(nn.Sequential(m), nn.Flatten())
     with pytest.raises(DistillError, match=r"Nearest: '0.0.layer3',"): resolve(body, 'layer3')
     with pytest.raises(DistillError, match=r"No layer 'layerx\*'"): resolve(m, 'layerx*')
-    with pytest.raises(DistillError, match=r"'fc@out' ends in @out. Possible are @in \(the input of the layer\); .*@map \(tokens"):
+    with pytest.raises(DistillError, match=r"'fc@out' ends in @out. It must be one of @in \(the input of the layer\); .*@map \(tokens"):
         resolve(m, 'fc@out')
     taps = Taps(net(), '3.1')
     taps.model[3] = nn.Identity()

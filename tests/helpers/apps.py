@@ -148,7 +148,7 @@ class App:
     def name(self): return self.make.__name__
 
     def task(self, s, y):
-        "The labels' own loss in plain PyTorch"
+        "The task loss in plain PyTorch"
         if self.kind == 'softmax':
             s,y = flat(s, self.axis),y.long().flatten()
             return -(s - s.logsumexp(1, keepdim=True))[range(len(y)), y].mean()

@@ -52,7 +52,7 @@ def ifvd_loop(s, t, y, classes=None, ignore_index=-100):
         out += [(x-y)**2 for x,y in zip(*m)]
     return mean(out)
 
-def labelled(s_shape, t_shape, y_shape, classes=3, ignore=None, axis=1):
+def labeled(s_shape, t_shape, y_shape, classes=3, ignore=None, axis=1):
     def make(dtype=torch.float64):
         g = torch.Generator().manual_seed(5)
         y = torch.randint(classes, y_shape, generator=g)
@@ -80,9 +80,9 @@ ROWS = [
         Golden('pairwise_skd', lambda o: dict(pool=o['scale']), value='expected_paper', tol=1e-7)]),
     Case(pairwise, Pairwise, dict(pool=2, axis=-1), maps((2, 5, 3), (2, 5, 4)), pairwise_tokens_loop),
     Case(pairwise, Pairwise, dict(pool=1), maps((2, 4, 3, 2), (2, 6, 3, 2)), pairwise_loop),
-    Case(ifvd, IFVD, dict(classes=3), labelled((2, 4, 3, 3), (2, 5, 3, 3), (2, 6, 9)), ifvd_loop, golden=[
+    Case(ifvd, IFVD, dict(classes=3), labeled((2, 4, 3, 3), (2, 5, 3, 3), (2, 6, 9)), ifvd_loop, golden=[
         Golden('ifvd', lambda o: dict(classes=o['classes'], ignore_index=o['ignore']),
                args=lambda g: (g['student'], g['teacher'], g['target']), scale=counted)]),
     # ignored positions are no part of the mean, so 'none' holds more numbers than count: its mask has a test of its own
-    Case(ifvd, IFVD, dict(classes=3, ignore_index=255), labelled((2, 4, 3, 3), (2, 4, 3, 3), (2, 3, 3), ignore=255), ifvd_loop, mask=False),
+    Case(ifvd, IFVD, dict(classes=3, ignore_index=255), labeled((2, 4, 3, 3), (2, 4, 3, 3), (2, 3, 3), ignore=255), ifvd_loop, mask=False),
 ]

@@ -33,7 +33,7 @@ def cases():
         queue_relations=Recipe(recipes.seed({'2': '2'}, weight=1., size=20), kd()),
         relations_of_logits=recipes.dist() + Term(losses.pkd, weight=1., **HINT),
         standardized_relations=Recipe(Term(losses.standardized(losses.dist))),
-        shares=kd() + Term(losses.hint, share=.3, **HINT) + recipes.rkd({'2': '2'}, share=.2),
+        shares=kd() + Term(losses.hint, grad_ratio=.3, **HINT) + recipes.rkd({'2': '2'}, grad_ratio=.2),
         one_silent=kd() + Term(silent, weight=.5, **HINT),
         cached=kd())
 

@@ -115,7 +115,7 @@ def several_by_hand(s, t, x):
     return (1-ALPHA)*F.binary_cross_entropy_with_logits(s.logits, x['labels']) + ALPHA*T**2*kl.mean()
 
 def pixels(s, t, x):
-    "The labels' loss on the enlarged logits, the teacher's part on those that the model returns"
+    "The task loss on the enlarged logits, the teacher's part on those that the model returns"
     a,b = [F.log_softmax(o.logits/T, 1) for o in (s, t)]
     big = F.interpolate(s.logits, x['labels'].shape[-2:], mode='bilinear', align_corners=False)
     return (1-ALPHA)*F.cross_entropy(big, x['labels'], ignore_index=255) + ALPHA*T**2*(b.exp()*(b-a)).sum(1).mean()
@@ -245,7 +245,7 @@ def test_the_logs_show_each_part(tmp_path):
 
 def test_a_resumed_training_ends_like_one_that_was_not_interrupted(tmp_path):
     data,teacher = list(texts()),loud(bert(width=16))
-    recipe = kd() + Term(losses.hint, layers='last', share=.2)
+    recipe = kd() + Term(losses.hint, layers='last', grad_ratio=.2)
     def trainer(folder):
         torch.manual_seed(0)
         return DistillationTrainer(loud(bert(width=8, hidden_dropout_prob=.1)), args(tmp_path/folder, max_steps=6, save_strategy='steps', save_steps=3,
@@ -405,7 +405,7 @@ def test_layers_pair_by_themselves(name, tmp_path):
     make,blocks,data = AUTO[name]
     student,teacher = make(width=8, layers=2),make(width=16, layers=4)
     if blocks is None: blocks = next(k for k,m in student.named_modules() if isinstance(m, nn.ModuleList) and len(m) == 2)
-    trainer = DistillationTrainer(student, args(tmp_path), train_dataset=list(data()), teacher=teacher, recipe=kd() + Term(losses.hint, layers='auto', share=.1))
+    trainer = DistillationTrainer(student, args(tmp_path), train_dataset=list(data()), teacher=teacher, recipe=kd() + Term(losses.hint, layers='auto', grad_ratio=.1))
     trainer.train()
     assert [(p.student, p.teacher) for p in trainer.distiller.pairs] == [(f'{blocks}.0', f'{blocks}.1'), (f'{blocks}.1', f'{blocks}.3')]
     assert trainer.state.log_history[0]['hint_loss'] > 0
@@ -481,4 +481,4 @@ def test_an_untrained_teacher_is_a_warning_and_gets_no_full_share(tmp_path, caps
         def forward(self, input_ids): return dict(logits=0*super().forward(input_ids)['logits'])
     trainer = DistillationTrainer(bert(), args, train_dataset=rows, teacher=Flat([0, 1, 2]))
     with pytest.warns(UserWarning, match='The teacher is no better than chance'): trainer.train()
-    assert not any(t.is_share for t in trainer.distiller.recipe.terms)
+    assert not any(t.has_grad_ratio for t in trainer.distiller.recipe.terms)

@@ -130,7 +130,7 @@ def test_mask_and_reductions(c):
     alone = v[mask].mean()
     if c.shared: alone = c.fn(*[rows_of(o, c.opts.get('axis', 1))[mask.flatten()] for o in (s, t)], **{**c.opts, 'axis': 1})
     assert c.fn(s, t, *rest, **c.opts, mask=mask).item() == pytest.approx(alone.item())
-    with pytest.raises(DistillError, match="possible are 'mean'"): c.fn(s, t, *rest, **c.opts, reduction='avg')
+    with pytest.raises(DistillError, match="must be one of 'mean'"): c.fn(s, t, *rest, **c.opts, reduction='avg')
     with pytest.raises(DistillError, match='does not fit'): c.fn(s, t, *rest, **c.opts, mask=torch.ones(99))
 
 

@@ -238,7 +238,7 @@ def test_regression_compares_numbers_not_shapes():
         assert regression(s, t, distance=name).item() == pytest.approx(ref(s.flatten(1), t).item())
     with pytest.raises(DistillError, match=r'\(6, 8\), the teacher.s \(6, 1\): both need the same number of samples'): regression(t, b)
     with pytest.raises(DistillError, match='same number of samples'): regression(s.reshape(8, 6), t)
-    with pytest.raises(DistillError, match="distance='l2': possible are 'mse', 'l1', 'huber'"): regression(s, t, distance='l2')
+    with pytest.raises(DistillError, match="distance='l2': must be one of 'mse', 'l1', 'huber'"): regression(s, t, distance='l2')
 
 
 def test_soft_targets_are_those_of_what_the_model_predicts():
@@ -247,7 +247,7 @@ def test_soft_targets_are_those_of_what_the_model_predicts():
     assert soft_targets(s, t, T=2., mask=mask).item() == kl(s, t, T=2., mask=mask).item()
     assert soft_targets(s, t, kind='sigmoid', T=2., mask=mask[:, None]).item() == binary_kl(s, t, T=2., mask=mask[:, None]).item()
     assert soft_targets(s, t, kind='regression', T=2., mask=mask).item() == regression(s, t, mask=mask).item()
-    with pytest.raises(DistillError, match="kind='logits': possible are 'softmax', 'sigmoid' and 'regression'"):
+    with pytest.raises(DistillError, match="kind='logits': must be one of 'softmax', 'sigmoid' and 'regression'"):
         soft_targets(s, t, kind='logits')
 
 

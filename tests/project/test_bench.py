@@ -21,8 +21,8 @@ def test_the_numbers_of_a_pair_are_printed_drawn_and_saved(tmp_path, capsys):
 
 
 def test_a_pair_or_way_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(DistillError, match="no pair 'vgg': possible are resnet, unet"): run_bench(['vgg'], out=tmp_path)
-    with pytest.raises(DistillError, match="no way 'magic': possible are no teacher, fastdistill"): run_bench(['table'], ['magic'], out=tmp_path)
+    with pytest.raises(DistillError, match="no pair 'vgg': must be one of resnet, unet"): run_bench(['vgg'], out=tmp_path)
+    with pytest.raises(DistillError, match="no way 'magic': must be one of no teacher, fastdistill"): run_bench(['table'], ['magic'], out=tmp_path)
 
 
 def test_rounds_have_medians_and_a_clock_counts_steps():

@@ -63,7 +63,7 @@ def test_searching():
     assert {'at', 'ofd'} <= {m.name for m in find_methods(needs=['features'])} and 'kl' not in {m.name for m in find_methods(needs=['features'])}
     assert [m.name for m in find_methods('neighbors')] == ['pkt']
     assert {m.name for m in find_methods(needs=['relations', 'classes'])} == {'dist'}
-    with pytest.raises(DistillError, match="needs='color': possible are 'logits'"): find_methods(needs=['color'])
+    with pytest.raises(DistillError, match="needs='color': must be one of 'logits'"): find_methods(needs=['color'])
     with pytest.raises(DistillError, match="no method 'dk'. Nearest are dkd"): method('dk')
 
 

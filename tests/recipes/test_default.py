@@ -12,7 +12,7 @@ from fastdistill.fastai.default_recipe import example_of
 from fastdistill.recipes.default import softening_temperature
 from fastdistill.base.task import Task, facts_of_outputs
 
-DIST = dist(T=4., beta=2, gamma=2, share=3)
+DIST = dist(T=4., beta=2, gamma=2, grad_ratio=3)
 RULE = [
     (dict(classes=77), Recipe(DIST), '77 classes'),
     (dict(classes=3), Recipe(DIST), '3 classes'),
@@ -22,15 +22,15 @@ RULE = [
     (dict(classes=2, dense=True), kd(T=1, alpha=.5), '2 classes for each of many positions'),
     (dict(classes=60000, dense=True), Recipe(DIST), '60000 classes for each of many positions'),
     (dict(classes=60000), Recipe(DIST), '60000 classes'),
-    (dict(kind='sigmoid'), Recipe(Term(losses.binary_kl, share=3, T=1)), 'several labels'),
+    (dict(kind='sigmoid'), Recipe(Term(losses.binary_kl, grad_ratio=3, T=1)), 'several labels'),
     (dict(kind='sigmoid', classes=1), kd(T=1, alpha=.5), 'one label'),     # the same task as two classes
     (dict(kind='sigmoid', classes=1, dense=True), kd(T=1, alpha=.5), 'one label for each of many positions'),
     (dict(kind='sigmoid', dense=True), kd(T=1, alpha=.5), 'labels for each of many positions'),
-    (dict(kind='regression', dense=True), Recipe(Term(losses.regression, share=3)), 'numbers'),
+    (dict(kind='regression', dense=True), Recipe(Term(losses.regression, grad_ratio=3)), 'numbers'),
     (dict(classes=77, labels=False), soft_labels(T=1), 'no labels'),
-    (dict(classes=77, teacher=torch.arange(77.)/10), Recipe(dist(T=2.1, beta=2, gamma=2, share=3)), 'T=2.1 softens'),
-    (dict(classes=77, teacher=torch.zeros(4, 77)), Recipe(dist(T=1., beta=2, gamma=2, share=3)), 'T=1 softens'),
-    (dict(classes=77, teacher=1000*torch.eye(77)), Recipe(dist(T=20., beta=2, gamma=2, share=3)), 'T=20 softens'),
+    (dict(classes=77, teacher=torch.arange(77.)/10), Recipe(dist(T=2.1, beta=2, gamma=2, grad_ratio=3)), 'T=2.1 softens'),
+    (dict(classes=77, teacher=torch.zeros(4, 77)), Recipe(dist(T=1., beta=2, gamma=2, grad_ratio=3)), 'T=1 softens'),
+    (dict(classes=77, teacher=1000*torch.eye(77)), Recipe(dist(T=20., beta=2, gamma=2, grad_ratio=3)), 'T=20 softens'),
     (dict(classes=77, doubt='a bad teacher'), kd(T=1, alpha=.3), 'a bad teacher'),
     (dict(kind='sigmoid', doubt='a bad teacher'), kd(T=1, alpha=.1), 'a bad teacher'),
 ]
@@ -70,7 +70,7 @@ def test_classes_without_probability_do_not_disturb_the_temperature():
 
 
 def test_auto_refuses_other_kinds():
-    with pytest.raises(DistillError, match="kind='soft': possible are 'softmax', 'sigmoid' and 'regression'"): auto('soft')
+    with pytest.raises(DistillError, match="kind='soft': must be one of 'softmax', 'sigmoid' and 'regression'"): auto('soft')
     with pytest.raises(DistillError, match='teacher=Linear: give its logits'): auto(classes=5, teacher=nn.Linear(2, 5))
 
 

@@ -20,7 +20,7 @@ def test_a_schedule_is_what_it_says(v, want):
 
 @pytest.mark.parametrize('v', ['cosin', ('linear', 'a'), ('linear', 1, 2, 3), (), None, (1, 2), [[]]], ids=repr)
 def test_what_is_none_is_refused_with_what_is_possible(v):
-    with pytest.raises(DistillError, match=r"alpha=.*possible are a number, a function of progress from 0 to 1, a name \(linear, cosine,"):
+    with pytest.raises(DistillError, match=r"alpha=.*must be one of a number, a function of progress from 0 to 1, a name \(linear, cosine,"):
         schedule(v, 'alpha')
 
 

@@ -17,11 +17,11 @@ GOOD = [
     'kd()', 'kd(T=4, alpha=.9)', 'kd(2, .5) + at()', "kd(T=('cosine', 8, 1), alpha=('linear', .9, .1))", 'kd(class_mean=True)',
     "at(layers={'1': 'layer2', '2': 'layer3'})", "hint(layers=[('a', 'b')], projector='conv_bn', stop_at=.5)", 'dkd(weight=None)',
     'kd() + at() + recipes.dist(beta=2)', 'soft_labels(temperature=3)', 'logit_std(kd(T=2) + at(), )', '(kd() + at()) + dkd()',
-    'Term(losses.binary_kl, share=3, T=1)', 'Term(losses.hint, layers="auto", projector="linear") + kd()', 'fsp(weight=+1.5)', "kd(T=1e0)"]
+    'Term(losses.binary_kl, grad_ratio=3, T=1)', 'Term(losses.hint, layers="auto", projector="linear") + kd()', 'fsp(weight=+1.5)', "kd(T=1e0)"]
 BAD = [
-    ('', 'this is not a recipe'), ('kd', r'write kd\(\), with brackets'), ('kdd()', "no recipe 'kdd' \\(did you mean 'kd'\\?\\). Possible are ab, abkd, at"),
+    ('', 'this is not a recipe'), ('kd', r'write kd\(\), with brackets'), ('kdd()', "no recipe 'kdd' \\(did you mean 'kd'\\?\\). It must be one of ab, abkd, at"),
     ('kd(Temp=4)', "kd has no option 'Temp'. It has T, alpha, class_mean, temperature"), ('kd(T=-1)', 'a temperature is a number above 0'),
-    ('kd(T=4, T=5)', 'T is given twice'), ('kd() + at(weight=1, share=1)', r"at 'at\(weight=1, share=1\)'"), ('kd(*[1])', 'an argument is a number'),
+    ('kd(T=4, T=5)', 'T is given twice'), ('kd() + at(weight=1, grad_ratio=1)', r"at 'at\(weight=1, grad_ratio=1\)'"), ('kd(*[1])', 'an argument is a number'),
     ('kd(**{})', r'\*\* is not possible'), ('labels', 'labels alone are no recipe'), ('kd() - at()', 'a recipe is a sum of calls'),
     ("kd(T=open('x'))", "at \"open\\('x'\\)\": an argument is a number"), ("__import__('os').getcwd()", 'only recipes can be called'),
     ('kd.__class__()', 'only recipes can be called'), ('recipes.Term()', 'first argument of a term|needs a loss'), ('Term(losses.__name__)', 'first argument of a term'),
@@ -39,7 +39,7 @@ def test_a_text_is_the_recipe_that_python_makes_of_it(text):
 
 
 def test_what_distill_prints_can_be_given_as_text():
-    parts = lambda recipe: [(t.name, t.weight, t.is_share, t.options) for t in recipe.terms]
+    parts = lambda recipe: [(t.name, t.weight, t.has_grad_ratio, t.options) for t in recipe.terms]
     for chosen in (auto(classes=10), auto(classes=2), auto('sigmoid'), auto('regression'), auto(labels=False), auto(dense=True)):
         assert parts(recipe_from_text(chosen.text)) == parts(chosen)
     assert recipe_from_text(' auto ') == 'auto'

@@ -50,8 +50,8 @@ def test_candidates_fit_the_task():
 def test_ones_own_recipes():
     a,b = given_candidates(dict(mild=kd(T=1, alpha=.3), soft=soft_labels))
     assert a.recipe({}).task == .7 and b.recipe({}).task == 0 and (a.name, b.options) == ('mild', {})
-    c, = given_candidates(dict(maps="kd(T=1, alpha=.3) + at(layers={'0': '1'}, share=.2)"))       # braces are no place for options
-    assert c.recipe({}).task == .7 and c.written({}) == "kd(T=1, alpha=.3) + at(layers={'0': '1'}, share=.2)"
+    c, = given_candidates(dict(maps="kd(T=1, alpha=.3) + at(layers={'0': '1'}, grad_ratio=.2)"))       # braces are no place for options
+    assert c.recipe({}).task == .7 and c.written({}) == "kd(T=1, alpha=.3) + at(layers={'0': '1'}, grad_ratio=.2)"
     for wrong in ([kd()], {}, dict(x=3), dict(x='kd')):
         with pytest.raises(DistillError, match='recipes?='): given_candidates(wrong)
 
@@ -437,7 +437,7 @@ def test_every_kind_of_data(make, monkeypatch):
 def test_what_cannot_be_searched_is_refused():
     learn,teacher = planted()
     refused = lambda match, *args, **kwargs: pytest.raises(DistillError, match=match)
-    with refused('takes no unlabelled=.*Find a recipe without them'): learn.distill_find(teacher, 1, unlabelled=[1])
+    with refused('takes no unlabeled=.*Find a recipe without them'): learn.distill_find(teacher, 1, unlabeled=[1])
     with refused('takes no perturbed='): learn.distill_find(teacher, 1, perturbed=3)
     for n in (0, 1.5, '2', True):
         with refused(f'n_epoch={n!r}: a whole number from 1 up'): learn.distill_find(teacher, n)

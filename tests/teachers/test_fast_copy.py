@@ -326,8 +326,8 @@ def test_slices_of_rows_give_the_same_outputs():
 # mistakes
 
 @pytest.mark.parametrize('options,says', [
-    (dict(precision='half'), "precision='half': possible are 'auto', 'fp32', 'bf16', 'fp16'"), (dict(compile='yes'), "compile='yes': possible are 'auto', True, False"),
-    (dict(memory_format='nhwc'), "possible are 'auto', 'channels_last', None"), (dict(fold_bn=2), 'possible are'), (dict(batch=0), 'give a whole number of rows from 1'),
+    (dict(precision='half'), "precision='half': must be one of 'auto', 'fp32', 'bf16', 'fp16'"), (dict(compile='yes'), "compile='yes': must be one of 'auto', True, False"),
+    (dict(memory_format='nhwc'), "must be one of 'auto', 'channels_last', None"), (dict(fold_bn=2), 'must be one of'), (dict(batch=0), 'give a whole number of rows from 1'),
     (dict(batch=True), 'give a whole number'), (dict(model=torch.sin, precision='bf16'), "precision='bf16' is for an nn.Module, but this teacher is a builtin"),
     (dict(model=torch.sin, device='cpu', compile=True), "compile=True, device='cpu' is for an nn.Module")])
 def test_a_wrong_option_is_refused(options, says):

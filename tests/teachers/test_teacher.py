@@ -570,8 +570,8 @@ def test_other_inputs_are_not_renormalised():
     (dict(stats='imagenet', input_stats=(0, 1)), (1, 5), 'is for images, float tensors'),
     (dict(stats='imagenet', input_stats=((0, 0), (1, 1))), (1, 3, 4, 4), 'input_stats have 2 channels, stats 3'),
     (dict(stats='auto'), None, "Identity does not hold the normalization of its images"),
-    (dict(stats='cifar'), None, "stats='cifar': possible are .mean, std., 'imagenet'"),
-    (dict(stats=3.), None, 'stats=3.0: possible are'),
+    (dict(stats='cifar'), None, "stats='cifar': must be one of .mean, std., 'imagenet'"),
+    (dict(stats=3.), None, 'stats=3.0: must be one of'),
     (dict(stats=([0, 0], [1])), None, 'one mean, and one std above 0'),
     (dict(stats=(0, 0)), None, 'one mean, and one std above 0'),
 ])
@@ -936,9 +936,9 @@ def test_layers_of_an_ensemble_have_their_members_number():
 
 @pytest.mark.parametrize('kw,match', [
     (dict(weights=[1]), r'weights=\[1\] of 2 teachers'), (dict(weights=[1, -1]), 'none below 0'), (dict(weights=[0, 0]), 'not all 0'),
-    (dict(weights=[1, math.nan]), 'give each one number'), (dict(combine='mean'), "combine='mean': possible are 'probs', 'logits'"),
-    (dict(kind='softmin'), "kind='softmin': possible are 'softmax', 'sigmoid', 'regression'"),
-    (dict(mode='test'), "mode='test': possible are 'eval', 'train'")])
+    (dict(weights=[1, math.nan]), 'give each one number'), (dict(combine='mean'), "combine='mean': must be one of 'probs', 'logits'"),
+    (dict(kind='softmin'), "kind='softmin': must be one of 'softmax', 'sigmoid', 'regression'"),
+    (dict(mode='test'), "mode='test': must be one of 'eval', 'train'")])
 def test_wrong_options(kw, match):
     with refuses(match): Teacher([torch.sin, torch.cos], **kw)
 
@@ -1000,14 +1000,14 @@ class Fastai:
     def __call__(self, event): pass
 
 @pytest.mark.parametrize('o,match', [
-    (None, 'None is no teacher. Possible are an nn.Module'),
+    (None, 'None is no teacher. It must be one of an nn.Module'),
     ('resnet50', "There is no file 'resnet50'.*A model's name is not enough"),
     ('missing.onnx', "There is no file 'missing.onnx'"),
     (small().state_dict(), 'holds weights, but no network: build the model'),
     (nn.Linear, 'Linear is a class, not a model'),
-    (3, 'A int is no teacher. Possible are'),
-    (torch.zeros(2), 'A Tensor is no teacher. Possible are'),
-    ([], 'An empty list of teachers. Possible are'),
+    (3, 'A int is no teacher. It must be one of'),
+    (torch.zeros(2), 'A Tensor is no teacher. It must be one of'),
+    ([], 'An empty list of teachers. It must be one of'),
     (['resnet50'], "There is no file 'resnet50'"),
     (Fastai(), 'a fastai Learner: pass it to fastdistill.fastai'),
     (nn.Linear(2, 2, device='meta'), 'has no weights yet'),
@@ -1094,7 +1094,7 @@ def test_an_output_that_is_not_there_is_refused():
         with refuses(says): Teacher(Heads(give), output=output)(x)
     same(Teacher(nn.Identity(), output=0)(x).logits, x)
     with refuses('which holds no logits. .* Name another output with output='): Teacher(Heads(lambda a, b: dict(main=a, aux=b)))(x)
-    with refuses(r'output=1.5: possible are the name or the index of an output, and a function'): Teacher(Heads(), output=1.5)
+    with refuses(r'output=1.5: must be one of the name or the index of an output, and a function'): Teacher(Heads(), output=1.5)
 
 
 def test_onnx_outputs_can_be_named(tmp_path):
@@ -1140,4 +1140,4 @@ def test_values_that_are_no_probabilities_are_refused():
     with pytest.raises(DistillError, match=r"sum to .*1.5 along axis 1, not to 1.*kind='sigmoid'"): ask([[.75, .75]])
     ask([[.75, .75]], kind='sigmoid')
     with pytest.raises(DistillError, match="this teacher predicts numbers"): ask([[.75, .75]], kind='regression')
-    with pytest.raises(DistillError, match="outputs='odds': possible are 'logits', 'probs'"): Teacher(nn.Linear(3, 2), outputs='odds')
+    with pytest.raises(DistillError, match="outputs='odds': must be one of 'logits', 'probs'"): Teacher(nn.Linear(3, 2), outputs='odds')

@@ -86,7 +86,7 @@ def test_alpha_0_trains_bit_for_bit_as_without_it(tmp_path):
 
 def module_of(teacher, width=8, recipe=None, dropout=0.):
     torch.manual_seed(0)
-    return DistillModule(net(width, dropout), teacher, kd() + Term(losses.hint, layers={'1': '1'}, share=.5) if recipe is None else recipe, lr=1e-2)
+    return DistillModule(net(width, dropout), teacher, kd() + Term(losses.hint, layers={'1': '1'}, grad_ratio=.5) if recipe is None else recipe, lr=1e-2)
 
 
 def test_a_ready_module_logs_the_parts_and_validates_by_the_labels(tmp_path):
@@ -110,7 +110,7 @@ def test_a_checkpoint_holds_the_student_and_training_resumes_with_its_projectors
     assert set(state['state_dict']) == {f'student.{k}' for k in whole.student.state_dict()}
     assert len(state['optimizer_states'][0]['state']) == len(list(whole.student.parameters())) + 2
     torch.manual_seed(5)        # another start: all must come from the checkpoint
-    again = DistillModule(net(8, .3), teacher, kd() + Term(losses.hint, layers={'1': '1'}, share=.5), lr=1e-2)
+    again = DistillModule(net(8, .3), teacher, kd() + Term(losses.hint, layers={'1': '1'}, grad_ratio=.5), lr=1e-2)
     # one step further: after it, Lightning 2.6 itself begins the epoch again
     t2 = trainer(tmp_path, Seeds(), steps=4, max_epochs=9)
     t2.fit(again, data(), ckpt_path=tmp_path/'epoch=0.ckpt', weights_only=True)
@@ -159,7 +159,7 @@ class Stops(pl.Callback):
 @pytest.mark.parametrize('stops', [False, True])
 def test_nothing_is_left_behind(stops, tmp_path):
     module,teacher = Mine(),net(16).train()
-    cb = DistillCallback(teacher, kd() + Term(losses.hint, layers={'1': '1'}, share=.1), student='model')
+    cb = DistillCallback(teacher, kd() + Term(losses.hint, layers={'1': '1'}, grad_ratio=.1), student='model')
     t = trainer(tmp_path, cb, *([Stops()] if stops else []))
     if stops:
         with pytest.raises(ValueError, match='stop'): t.fit(module, data())

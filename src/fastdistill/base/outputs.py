@@ -43,7 +43,7 @@ class TopK:
     rest:Tensor|None=None
 
     def __post_init__(self):
-        if self.tail not in TAILS: raise DistillError(f"tail={self.tail!r}: possible are {', '.join(map(repr, TAILS))}")
+        if self.tail not in TAILS: raise DistillError(f"tail={self.tail!r}: must be one of {', '.join(map(repr, TAILS))}")
         if self.tail == 'mean' and self.rest is None and self.ids.shape[-1] < self.n:
             raise DistillError("tail='mean' needs rest=, the mean log-probability of the classes that are not stored.")
 
@@ -144,8 +144,8 @@ def _logits(raw):
     if isinstance(raw, dict) and 'out' in raw: return raw['out'] # torchvision's segmentation models
     if isinstance(raw, (tuple, list)) and len(raw) and isinstance(raw[0], Tensor): return raw[0] # fastai's RNNs
     have = f" with the keys {', '.join(map(str, raw))}" if isinstance(raw, dict) else ''
-    raise DistillError(f"The model returned a {type(raw).__name__}{have}, which holds no logits. Possible are a "
-                       "tensor, a tuple that begins with one, and a dict with 'logits' or 'out'. Name another output "
+    raise DistillError(f"The model returned a {type(raw).__name__}{have}, which holds no logits. It must be a "
+                       "tensor, a tuple that begins with one, or a dict with 'logits' or 'out'. Name another output "
                        "with output=, or wrap the model in a function that returns one of these.")
 
 
@@ -159,7 +159,7 @@ def parts_of(raw):
 
 def check_output(output):
     if output is None or isinstance(output, (str, int)) or callable(output): return
-    raise DistillError(f"output={output!r}: possible are the name or the index of an output, and a function of what "
+    raise DistillError(f"output={output!r}: must be the name or the index of an output, or a function of what "
                        "the model returned")
 
 

@@ -98,13 +98,13 @@ def task_for(
     axis:int|None=None,
     ignore_index:int|None=None
 ) -> Task:
-    """The task as given. Options that are None are read from the labels' loss, or else are a
+    """The task as given. Options that are None are read from the task loss, or else are a
     softmax over axis 1.
 
     Args:
-        loss: The labels' own loss; None: the one that fits the kind.
+        loss: The task loss; None: the one that fits the kind.
     """
-    if kind not in (None, *CLASSES): raise DistillError(f"kind={kind!r}: possible are {', '.join(map(repr, CLASSES))}")
+    if kind not in (None, *CLASSES): raise DistillError(f"kind={kind!r}: must be one of {', '.join(map(repr, CLASSES))}")
     check_axis(axis)
     lf,_ = innermost(loss)
     known = kind_of(lf)
@@ -193,7 +193,7 @@ def labels_loss(
     *more,
     task:Task
 ):
-    """The labels' own loss, by what the model predicts: cross-entropy, binary cross-entropy or
+    """The task loss, by what the model predicts: cross-entropy, binary cross-entropy or
     squared error.
 
     Args:

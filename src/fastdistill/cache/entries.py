@@ -60,5 +60,5 @@ def json_object(name, o, required, optional=None) -> dict:
     unknown = [] if optional is None else [k for k in o if k not in required and k not in optional]
     if unknown:
         possible = ', '.join([*required, *optional])
-        raise DistillError(f"{name} has an entry {shortened(repr(unknown[0]), 100)}: possible are {possible}.")
+        raise DistillError(f"{name} has an entry {shortened(repr(unknown[0]), 100)}: must be one of {possible}.")
     return o

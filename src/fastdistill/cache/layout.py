@@ -34,8 +34,8 @@ class Wish:
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
-            raise DistillError(f"dtype={self.dtype!r}: possible are {', '.join(map(repr, DTYPES))}")
-        if self.tail not in TAILS: raise DistillError(f"tail={self.tail!r}: possible are {', '.join(map(repr, TAILS))}")
+            raise DistillError(f"dtype={self.dtype!r}: must be one of {', '.join(map(repr, DTYPES))}")
+        if self.tail not in TAILS: raise DistillError(f"tail={self.tail!r}: must be one of {', '.join(map(repr, TAILS))}")
         if self.topk is not None and self.topk < 1:
             raise DistillError(f"topk={self.topk}: store at least one class, or None for all")
         if isinstance(self.size, int): self.size = self.size,self.size
@@ -167,7 +167,7 @@ class Layout:
         found = json_list('layout.fields', d['fields'], 1, MAX_FIELDS)
         found = [Field.from_json(f'layout.fields[{i}]', f) for i,f in enumerate(found)]
         if (size := sum(f.bytes for f in found)) > MAX_BYTES:
-            raise DistillError(f"layout.fields take {size} bytes: possible are {MAX_BYTES}.")
+            raise DistillError(f"layout.fields take {size} bytes: at most {MAX_BYTES} are possible.")
         self = cls.of(*outputs_like(found, n, tail, axis, full))
         for i,(a,b) in enumerate(zip_longest(found, self.fields)):
             if a != b:
@@ -294,7 +294,7 @@ def meta_like(t, axis):
 def meta(shape):
     """A batch of one, as a tensor that has a shape and no memory."""
     if prod(shape) > MAX_VALUES:
-        raise DistillError(f"Outputs of shape {tuple(shape)} are too large: possible are {MAX_VALUES} numbers.")
+        raise DistillError(f"Outputs of shape {tuple(shape)} are too large: at most {MAX_VALUES} numbers are possible.")
     return torch.empty(1, *shape, device='meta')
 
 

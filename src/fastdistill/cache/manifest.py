@@ -89,8 +89,8 @@ class Manifest:
     def read(cls, where):
         """The manifest in a folder."""
         if where.size('manifest.json') > MAX_MANIFEST:
-            raise DistillError(f"{where}/manifest.json has {where.size('manifest.json')} bytes: possible are "
-                               f"{MAX_MANIFEST}.")
+            raise DistillError(f"{where}/manifest.json has {where.size('manifest.json')} bytes: at most "
+                               f"{MAX_MANIFEST} are possible.")
         return cls.from_json(where.read('manifest.json'), where)
 
     @classmethod
@@ -129,9 +129,9 @@ class Manifest:
             raise DistillError(f"shard_rows is {self.shard_rows}: it must be a multiple of batch_size, "
                                f"{self.batch_size}.")
         if (n := self.stored*self.per_view) > MAX_FILES:
-            raise DistillError(f"count, views and shard_rows make {n} files: possible are {MAX_FILES}.")
+            raise DistillError(f"count, views and shard_rows make {n} files: at most {MAX_FILES} are possible.")
         if (n := self.rows_of(0)*self.layout.bytes) > MAX_FILE:
-            raise DistillError(f"shard_rows and layout make files of {n} bytes: possible are {MAX_FILE}.")
+            raise DistillError(f"shard_rows and layout make files of {n} bytes: at most {MAX_FILE} are possible.")
 
     def _check_texts(self):
         for k in ('teacher', 'transforms', 'versions'): json_object(k, getattr(self, k), ())

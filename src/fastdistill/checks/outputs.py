@@ -166,7 +166,7 @@ def untrained(teacher):
 
 
 def probabilities(tally, task):
-    """Values that no student can learn from, and probabilities in place of logits."""
+    """Values that no student can learn from, and probabilities instead of logits."""
     if not tally.finite:
         yield Finding('error', "The teacher's outputs are nan or infinite, and so would be the student's weights",
                       "Are its inputs finite? Does it overflow in half precision?")

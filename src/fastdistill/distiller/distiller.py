@@ -46,7 +46,7 @@ class Distiller(RecipeLoss):
         teacher: A `Teacher`, or what it takes: a module, a callable, a file, a list of these.
         recipe: `kd()`, `kd() + at()`, a `Term`, or a text such as 'kd(T=2) + at()'; None or
             'auto': `auto` chooses at the first batch, by the outputs.
-        task_loss: fn(student logits, *targets): the labels' own loss; None: cross-entropy,
+        task_loss: fn(student logits, *targets): the task loss; None: cross-entropy,
             binary cross-entropy or squared error.
         kind: What the logits are: 'softmax' over classes, 'sigmoid' per label, or 'regression';
             None: what `task_loss` takes, if that is PyTorch's, else 'softmax'.
@@ -315,12 +315,12 @@ class Distiller(RecipeLoss):
         s = self.student_outputs(raw, feats, x)
         if self.chooses: self.choose(s.logits, inputs(x), bool(targets))
         t = self.teacher_outputs(x, progress)
-        self.check_first(s, t, targets)      # before the labels' loss, whose error would not say what to do
+        self.check_first(s, t, targets)      # before the task loss, whose error would not say what to do
         task,targets = self.labels(x, s.logits, targets)
         return self.compute(s, t, task, targets, progress=progress)
 
     def labels(self, x, logits, targets):
-        """The labels' own loss, and the targets each where it is predicted."""
+        """The task loss, and the targets each where it is predicted."""
         if not targets: return None,targets
         at = self.targets_at(x, logits, targets)
         if self.task_loss is not None: return self.task_loss(logits, *targets),at

@@ -29,7 +29,7 @@ class HeadsDistilled:
 
     @property
     def parts(self) -> dict:
-        """The labels' loss and each term of each head, detached."""
+        """The task loss and each term of each head, detached."""
         task = lambda v: {} if v.task is None else {'task': v.task.detach()}
         return {f'{k}.{n}': o for k,v in self.heads.items() for n,o in {**task(v), **v.parts}.items()}
 

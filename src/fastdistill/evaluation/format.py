@@ -87,7 +87,7 @@ def lead(c, report):
         return (f' {report.teacher} has no significant lead over {report.baseline}, so there is no share of it to '
                 'recover.')
     share,between = recovered_text(e)
-    return f" It recovers {share} of {report.teacher}'s lead{f' (95% interval {between})' if between else ''}."
+    return f" It recovers {grad_ratio} of {report.teacher}'s lead{f' (95% interval {between})' if between else ''}."
 
 
 def caveat(report:ReportData) -> str:

@@ -133,7 +133,7 @@ def add_batch(of, models, xb, yb, task, teacher, language):
     if y is None:
         given = ', '.join(str(tuple(o.shape)) for o in yb if isinstance(o, torch.Tensor)) or 'none'
         raise DistillError(f"The labels (shape {given}) do not fit the outputs of {next(iter(outs))!r} (shape "
-                           f"{tuple(shape)}): models are compared on labelled samples of the task they predict.")
+                           f"{tuple(shape)}): models are compared on labeled samples of the task they predict.")
     size = max(1, PIECE*len(y)//shape.numel())
     for i in range(0, len(y), size):
         rows = {k: rows_of(o[i:i+size], y[i:i+size], task) for k,o in outs.items()}

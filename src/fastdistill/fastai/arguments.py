@@ -11,7 +11,7 @@ __all__ = ['check_options', 'feed_of', 'make_recipe']
 
 
 def check_options(teacher, **options):
-    """Refuse option values that do not exist, and a recipe in place of the teacher."""
+    """Refuse option values that do not exist, and a recipe instead of the teacher."""
     have = dict(kind=(None, 'softmax', 'sigmoid', 'regression'), span=('fine_tune', 'fit'))
     for k,v in options.items():
         if v not in have[k]: raise DistillError(f"{k}={v!r}: it must be {' or '.join(map(repr, have[k]))}.")

@@ -144,13 +144,13 @@ def loader_of(
     if hasattr(items, '__iter__') and hasattr(items, 'batch_size') or hasattr(items, 'after_batch'): loader = items
     else:
         if isinstance(items, (str, PurePath)) or not hasattr(items, '__len__'):
-            raise DistillError(f"unlabelled={items!r}: give a list of items like those of the training set, such as "
+            raise DistillError(f"unlabeled={items!r}: give a list of items like those of the training set, such as "
                                "get_image_files(folder), or a DataLoader.")
-        if len(items) == 0: raise DistillError("unlabelled=: there are no items in it.")
+        if len(items) == 0: raise DistillError("unlabeled=: there are no items in it.")
         train = dls.train
         try: ds = dls.test_dl(items).dataset
         except Exception as e:
-            raise DistillError("unlabelled=: these items can't be prepared as the training set's are "
+            raise DistillError("unlabeled=: these items can't be prepared as the training set's are "
                                f"({type(e).__name__}: {e}). Give items of the same kind, or a DataLoader.") from e
         for o in getattr(ds, 'tls', [ds]):
             # subtle: `test_dl` makes a validation set, which random transforms skip
@@ -158,5 +158,5 @@ def loader_of(
         loader = train.new(ds, bs=min(train.bs, len(items)), shuffle=True, drop_last=True, n=None)
     try: n = len(loader)
     except TypeError: n = None      # of a stream
-    if n == 0: raise DistillError("unlabelled=: this DataLoader has no batch.")
+    if n == 0: raise DistillError("unlabeled=: this DataLoader has no batch.")
     return loader

@@ -46,8 +46,8 @@ def for_each_head(write):
     @wraps(write)
     def _write(teacher, dls, path, *args, kind=None, **kwargs):
         if not is_heads(teacher): return write(teacher, dls, path, *args, kind=kind, **kwargs)
-        if kwargs.get('unlabelled') is not None:
-            raise DistillError("unlabelled= with several heads: they are told apart by their labels.")
+        if kwargs.get('unlabeled') is not None:
+            raise DistillError("unlabeled= with several heads: they are told apart by their labels.")
         share_n_inp(dls)
         heads = heads_of(teacher)
         kinds = option_of_heads(kind, 'kind', heads)
@@ -73,7 +73,7 @@ def cache_teacher(
     tail:str='mean',
     size=None,
     valid:bool=False,
-    unlabelled=None,
+    unlabeled=None,
     keys=None,
     bs:int|None=None, num_workers:int|None=None,
     seed:int=0,
@@ -102,7 +102,7 @@ def cache_teacher(
             'bucket', see `TopK`
         size: Height and width to which maps of logits are reduced.
         valid: Cache the validation set too, so that each term has a column there.
-        unlabelled: Cache these in place of the training set: items like its own without labels,
+        unlabeled: Cache these instead of the training set: items like its own without labels,
             or a DataLoader.
         keys: The name of each training sample: a list, or a function of its item; None: the
             item itself.
@@ -121,10 +121,10 @@ def cache_teacher(
         raise DistillError(f"topk={topk} stores the likeliest of several classes, but this model predicts {task.kind} "
                            "outputs: use topk=None.")
     asked = {} if layers is None else dict(layers=layers)
-    if valid and unlabelled is not None:
-        raise DistillError("valid=True caches the labelled validation set beside the training set. With unlabelled=, "
+    if valid and unlabeled is not None:
+        raise DistillError("valid=True caches the labeled validation set beside the training set. With unlabeled=, "
                            "omit it.")
-    train = dls.train if unlabelled is None else loader_of(unlabelled, dls)
+    train = dls.train if unlabeled is None else loader_of(unlabeled, dls)
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **asked)
     # numbers in float32 shall be those of the model itself
     if dtype == 'float32' and 'precision' not in teacher.given: teacher = Teacher(teacher, precision='fp32')
@@ -172,7 +172,7 @@ def verify_cache(
     teacher, dls,
     n:int=64,
     seed:int=0,
-    unlabelled=None,
+    unlabeled=None,
     **kwargs
 ) -> 'Verified':
     """Run the teacher again on some views and compare its outputs with the stored ones.
@@ -182,7 +182,7 @@ def verify_cache(
         teacher, dls: With which it was written.
         n: Rows to compare.
         seed: Which rows.
-        unlabelled: What `cache_teacher` got.
+        unlabeled: What `cache_teacher` got.
         **kwargs: Of `cache_teacher`: keys, kind, axis, layers.
     """
     if isinstance(cache, Mapping):
@@ -195,7 +195,7 @@ def verify_cache(
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **kwargs)
     if 'precision' not in teacher.given: teacher = Teacher(teacher, precision=precision_of(m.teacher))
     with RandomGuard():       # DataLoaders draw a seed for their workers
-        train = dls.train if unlabelled is None else loader_of(unlabelled, dls)
+        train = dls.train if unlabeled is None else loader_of(unlabeled, dls)
         source = source_of(teacher, dls, train, m.views, m.seed, keys, check=False)
         at,bs = rows_to_verify(train, len(source.keys), m.stored, n, np.random.default_rng(seed))
         view,row = np.divmod(at, len(source.keys))

@@ -23,7 +23,7 @@ from .raw_items import ItemFeed
 from .task import task_of
 from .teachers import is_heads, teacher_of
 from .trend import TrendCheck
-from .unlabelled import UnlabelledInputs
+from .unlabeled import UnlabeledInputs
 
 __all__ = ['FIRST_CALLBACK', 'LAST_STATES', 'LOADED_STATES', 'KnowledgeDistillation']
 
@@ -58,10 +58,10 @@ class KnowledgeDistillation(Callback):
             through each of its two fits.
         output: Which of the student's outputs is distilled: a name, an index or a function;
             None: as in `Distiller`. Of a teacher's outputs: Teacher(model, output=...).
-        unlabelled: More inputs, without labels, on which the teacher alone teaches: items like
+        unlabeled: More inputs, without labels, on which the teacher alone teaches: items like
             those of the training set, or a DataLoader. Each training batch gets one of theirs
             beside it.
-        unlabelled_targets: A cache of the teacher's outputs for them, or its folder; None: the
+        unlabeled_targets: A cache of the teacher's outputs for them, or its folder; None: the
             teacher runs.
         perturbed: For tables: so many perturbed copies of each row, on which the teacher alone
             teaches.
@@ -84,8 +84,8 @@ class KnowledgeDistillation(Callback):
         axis:int|None=None,
         span:str='fine_tune',
         output=None,
-        unlabelled=None,
-        unlabelled_targets=None,
+        unlabeled=None,
+        unlabeled_targets=None,
         perturbed:int=0,
         check:bool=True
     ):
@@ -103,7 +103,7 @@ class KnowledgeDistillation(Callback):
         self.state_to_load = self.state_before_finder = self.reported_shares = None
         self.runs = self.feed is None       # does a teacher run?
         self.finite_check = FiniteCheck(stored=not self.runs)
-        self.unlabelled = UnlabelledInputs(unlabelled, perturbed, unlabelled_targets, runs=self.runs)
+        self.unlabeled = UnlabeledInputs(unlabeled, perturbed, unlabeled_targets, runs=self.runs)
 
     @wraps(__init__)
     def __new__(cls, teacher=None, *args, **kwargs):
@@ -133,7 +133,7 @@ class KnowledgeDistillation(Callback):
         self.epochs_span = None if finder or self.span == 'fit' else self._epochs_span()
         self.part_metrics = L(TaskMetric(self), *(PartMetric(self, t.name) for t in self.recipe.terms))
         self.learn.metrics = self.learn.metrics + self.part_metrics
-        if self.unlabelled and not finder: self._start_unlabelled()
+        if self.unlabeled and not finder: self._start_unlabeled()
         self.distiller.teacher.start()
         if self.runs and not finder:
             self.distiller.teacher.expect(self.n_epoch*sum(len(dl) for dl in self.dls))
@@ -153,12 +153,12 @@ class KnowledgeDistillation(Callback):
         self.distiller.take(chosen)
         self._log(f'fastdistill: recipe {chosen}')
 
-    def _start_unlabelled(self):
+    def _start_unlabeled(self):
         if not any(not t.n_targets for t in self.recipe.terms):
             names = ', '.join(t.name for t in self.recipe.terms)
-            raise DistillError(f"unlabelled= and perturbed=: all terms read labels ({names}). Add one that reads none, "
+            raise DistillError(f"unlabeled= and perturbed=: all terms read labels ({names}). Add one that reads none, "
                                "as kd() or soft_labels().")
-        self.unlabelled.start(self.learn, self.distiller.teacher, self.distiller.teacher_layers())
+        self.unlabeled.start(self.learn, self.distiller.teacher, self.distiller.teacher_layers())
 
     def _build(self):
         """The distiller for this model and task, and the teacher for the normalization and classes
@@ -203,7 +203,7 @@ class KnowledgeDistillation(Callback):
         """Put everything back; safe to call at any time, and twice."""
         self._untap()
         (self.items if self.feed is None else self.feed).detach()
-        self.unlabelled.stop()
+        self.unlabeled.stop()
         if not self.in_fit: return
         self.in_fit,self.n_steps = False,self.learn.train_iter  # which `validate` sets to 0
         if self.distiller is not None and self.distiller.teacher is not None:
@@ -245,14 +245,14 @@ class KnowledgeDistillation(Callback):
         return self.in_fit and not hasattr(self.learn, 'gather_preds')
 
     @property
-    def share_done(self):
+    def training_progress(self):
         """Share of the training that is done, for schedules."""
         if self.epochs_span is None: return self.pct_train
         before,epochs = self.epochs_span
         return (before + self.pct_train*self.n_epoch)/epochs
 
     def before_epoch(self):
-        if self.active: self.trend.check(self.learn, self.share_done, self.recipe)
+        if self.active: self.trend.check(self.learn, self.training_progress, self.recipe)
 
     def before_train(self): self._start_phase(True)
     def before_validate(self): self._start_phase(False)
@@ -273,7 +273,7 @@ class KnowledgeDistillation(Callback):
     def _tap(self):
         """Read the layers that this batch compares."""
         # subtle: hooks go on the model of this batch, since an averaged model may take its place in validation
-        names = self.distiller.student_layers(self.distiller.active_terms(self.share_done))
+        names = self.distiller.student_layers(self.distiller.active_terms(self.training_progress))
         if self.taps is not None and self.taps.names == names: return
         self._untap()
         if names: self.taps = Taps(self.learn.model, names).attach()
@@ -299,7 +299,7 @@ class KnowledgeDistillation(Callback):
 
     def after_pred(self):
         if not self.active or len(self.yb) or not self.training: return
-        if self.recipe.task_at(self.share_done):
+        if self.recipe.task_at(self.training_progress):
             raise DistillError("These batches have no labels, but the recipe gives their loss a weight: use alpha=1, "
                                "or soft_labels(), to train from the teacher alone.")
         # subtle: without labels fastai computes no loss and takes no step. So it gets the teacher's predictions as
@@ -314,31 +314,31 @@ class KnowledgeDistillation(Callback):
         t = self.teacher_outputs if unlabeled else self._ask_teacher()
         s = self._student_outputs(self.taps.pop() if self.taps else {})
         y = () if unlabeled else self.yb
-        r = self.distiller.compute(s, t, self.learn.loss, y, progress=self.share_done, mixed=self._mixed())
+        r = self.distiller.compute(s, t, self.learn.loss, y, progress=self.training_progress, mixed=self._mixed())
         self.parts = r.parts if unlabeled else {'task': r.task.detach(), **r.parts}
         self._report_shares()
         if not self.training: return
         self.part_metrics[0].add_training_batch(self.learn)
         if r.added is not None: self._add(r)
-        if self.unlabelled and not hasattr(self.learn, 'lr_finder'): self._teach_unlabelled()
+        if self.unlabeled and not hasattr(self.learn, 'lr_finder'): self._teach_unlabeled()
 
-    def _teach_unlabelled(self):
+    def _teach_unlabeled(self):
         """The student learns from the teacher on inputs without labels, beside those of this batch."""
         # subtle: where nothing counts, nothing may be drawn, and no batch-norm may see these inputs
-        if all(t.n_targets for t in self.distiller.active_terms(self.share_done)): return
-        ask = lambda x: self.distiller.teacher_outputs(x, self.share_done)
-        for x,t in self.unlabelled.batches(self.learn, ask):
+        if all(t.n_targets for t in self.distiller.active_terms(self.training_progress)): return
+        ask = lambda x: self.distiller.teacher_outputs(x, self.training_progress)
+        for x,t in self.unlabeled.batches(self.learn, ask):
             self.finite_check.add(t, self.learn, self.task)
             raw = self.learn.model(*x)
             s = self.distiller.student_outputs(raw, self.taps.pop() if self.taps else {}, x)
-            v = self.distiller.without_labels(s, t, progress=self.share_done)
+            v = self.distiller.without_labels(s, t, progress=self.training_progress)
             self.learn.loss_grad,self.learn.loss = self.learn.loss_grad + v,self.learn.loss + v
 
     def _student_outputs(self, feats): return self.distiller.student_outputs(self.learn.pred, feats, self.xb)
 
     def _ask_teacher(self):
         """The teacher's outputs for this batch; None where no term needs them."""
-        t = self.distiller.teacher_outputs(self.items.beside(self.xb), self.share_done)
+        t = self.distiller.teacher_outputs(self.items.beside(self.xb), self.training_progress)
         if t is not None: self.finite_check.add(t, self.learn, self.task)
         return self.items.mixed(t)
 
@@ -350,7 +350,7 @@ class KnowledgeDistillation(Callback):
         self.reported_shares = shares
         if not shares or shares is before: return
         new = f" with {' and '.join(k for k in shares if k not in before)}" if before else ''
-        at_layers = {t.name: t.weight_at(self.share_done) for t in self.distiller.layered if t.is_share}
+        at_layers = {t.name: t.weight_at(self.training_progress) for t in self.distiller.layered if t.has_grad_ratio}
         self._log(f'fastdistill: gradient shares at the first batch{new}: {shares_in_words(shares, at_layers)}')
 
     def _add(self, r):
@@ -359,9 +359,9 @@ class KnowledgeDistillation(Callback):
         else: learn.loss_grad,learn.loss = r.total + self._regularizers(),r.total
 
     def _regularizers(self):
-        """What callbacks before this one added to the labels' loss."""
+        """What callbacks before this one added to the task loss."""
         a,b = self.learn.loss_grad,self.learn.loss
-        # subtle: where they added nothing, the labels' loss and its gradient must not be used at all: they may be nan
+        # subtle: where they added nothing, the task loss and its gradient must not be used at all: they may be nan
         return 0. if origin(a) is origin(b) else (a-b).nan_to_num()
 
     def _has_outputs(self):

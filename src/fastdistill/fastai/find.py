@@ -69,7 +69,7 @@ def distill_find(
         minutes: The search ends after this time, with the best that it knows.
         rates: Learning rates to try; None: the learner's own, and two below and two above it,
             up to 10 times.
-        recipes: Name -> recipe, or its text: these in place of the usual ones for the task.
+        recipes: Name -> recipe, or its text: these instead of the usual ones for the task.
         live: Let the teacher run in each trial, so that recipes between layers are tried too.
         score: fn(logits, targets) -> (B,) score of each item, greater is better; None: as in
             `check_teacher`
@@ -81,7 +81,7 @@ def distill_find(
         name: Of the search in the storage.
         kind, axis, output: As in `distill`
         check: Look for mistakes first.
-        fine_tune: Train with `Learner.fine_tune` in place of `fit_one_cycle`
+        fine_tune: Train with `Learner.fine_tune` instead of `fit_one_cycle`
         show: Progress, a table and, in notebooks, a plot.
         **kwargs: More options of the training, as in `distill`
     """
@@ -118,7 +118,7 @@ def refuse_search(learn, score, options):
     """Refuse what can't be searched, before anything runs."""
     for k in OTHERS:
         if k in options: raise DistillError(f"distill_find takes no {k}=: {OTHERS[k]}.")
-    if given := [k for k in ('unlabelled', 'unlabelled_targets', 'perturbed') if options.get(k)]:
+    if given := [k for k in ('unlabeled', 'unlabeled_targets', 'perturbed') if options.get(k)]:
         raise DistillError(f"distill_find takes no {'= and '.join(given)}=: there are no stored outputs for inputs "
                            "without labels. Find a recipe without them, then distill(teacher, n_epoch, found.lr, "
                            f"found.recipe, {given[0]}=...).")

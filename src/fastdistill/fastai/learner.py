@@ -35,8 +35,8 @@ def distill(
     axis=None,
     span='fine_tune',
     output=None,
-    unlabelled=None,
-    unlabelled_targets=None,
+    unlabeled=None,
+    unlabeled_targets=None,
     perturbed=0,
     check=True,
     fine_tune=False,
@@ -61,12 +61,12 @@ def distill(
         span: Schedules run once through a whole `fine_tune`; 'fit': once through each of its
             two fits.
         output: Which of the student's outputs is distilled: a name, an index or a function.
-        unlabelled: More inputs, without labels: items as in the training set, or a DataLoader.
-        unlabelled_targets: A cache of the teacher's outputs for them, or its folder; None: the
+        unlabeled: More inputs, without labels: items as in the training set, or a DataLoader.
+        unlabeled_targets: A cache of the teacher's outputs for them, or its folder; None: the
             teacher runs.
         perturbed: For tables: so many perturbed copies of each row, without labels.
         check: Look for mistakes first.
-        fine_tune: Use `Learner.fine_tune`, which also gets the other options, in place of
+        fine_tune: Use `Learner.fine_tune`, which also gets the other options, instead of
             `fit_one_cycle`
         cbs: More callbacks.
     """
@@ -74,8 +74,8 @@ def distill(
         raise DistillError(f"lr_max={lr_max!r}: the recipe comes after the learning rate. Write distill(teacher, "
                            f"{n_epoch}, 1e-3, recipe), or distill(teacher, {n_epoch}, recipe=recipe).")
     kd = KnowledgeDistillation(teacher, recipe, T=T, alpha=alpha, temperature=temperature, loss=loss, kind=kind,
-                               axis=axis, span=span, output=output, unlabelled=unlabelled,
-                               unlabelled_targets=unlabelled_targets, perturbed=perturbed, check=check)
+                               axis=axis, span=span, output=output, unlabeled=unlabeled,
+                               unlabeled_targets=unlabeled_targets, perturbed=perturbed, check=check)
     cbs = L(cbs) + kd
     if not fine_tune: self.fit_one_cycle(n_epoch, lr_max, cbs=cbs, **kwargs)
     else: self.fine_tune(n_epoch, **({} if lr_max is None else dict(base_lr=lr_max)), cbs=cbs, **kwargs)

@@ -50,7 +50,7 @@ def distill_many(
             'auto' for its default, None for a student that trains alone, from the labels. A
             dict's keys are the names of the students.
         seed: Of the batches and of what students draw (dropout, MixUp); None: drawn.
-        fine_tune: Use `Learner.fine_tune` in place of `fit_one_cycle`
+        fine_tune: Use `Learner.fine_tune` instead of `fit_one_cycle`
         progress: Show a bar, and a table with a row for each student and epoch.
         check: Look for mistakes first, as `distill` does.
         **kwargs: Of `fit_one_cycle` or `fine_tune`, and `kind`, `axis` and `output` of

@@ -1,4 +1,4 @@
-"""Columns of the progress table: each term's loss on the validation set, and the labels' own loss
+"""Columns of the progress table: each term's loss on the validation set, and the task loss
 on the training set.
 """
 import torch
@@ -71,7 +71,7 @@ class PartMetric(Metric):
 
 
 class TaskMetric(PartMetric):
-    """The mean of the labels' own loss over the training set, to be compared with `valid_loss`."""
+    """The mean of the task loss over the training set, to be compared with `valid_loss`."""
     # subtle: the Recorder measures metrics in validation, where this part is `valid_loss`. So the callback measures it
     def __init__(self, kd):
         super().__init__(kd, 'task')

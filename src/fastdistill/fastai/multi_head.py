@@ -49,7 +49,7 @@ class TeacherGroup:
 
 
 class LearnerHeads(Heads):
-    """`Heads` with what the callback needs of a `Distiller`. It takes the labels' loss of all heads
+    """`Heads` with what the callback needs of a `Distiller`. It takes the task loss of all heads
     from the Learner.
     """
     chosen = None # each head keeps its own
@@ -121,7 +121,7 @@ class LearnerHeads(Heads):
         return out if any(o is not None for o in out.values()) else None
 
     def compute(self, student, teacher, task, targets, *, progress, mixed=None):
-        """The loss of a batch, with the labels' own loss of all heads as `task`."""
+        """The loss of a batch, with the task loss of all heads as `task`."""
         each = {}
         for k,d in self.heads.items():
             if lacks_outputs(d): continue
@@ -165,7 +165,7 @@ def renamed(term, name, **changes):
     return term
 
 
-IN_PLACE = dict(loss="give each head a recipe in place of it, as in recipe={'color': kd(), 'shape': Term(my_loss, "
+IN_PLACE = dict(loss="give each head a recipe instead of it, as in recipe={'color': kd(), 'shape': Term(my_loss, "
                      "weight=1.)}", output="each head's output is the one of its name or place")
 
 
@@ -175,8 +175,8 @@ class HeadsDistillation(KnowledgeDistillation):
     task = Task('softmax') # of no head: each has its own in `tasks`
 
     def __init__(self, teacher, recipe=None, *, T=None, alpha=None, temperature=None, loss=None, kind=None, output=None,
-                 unlabelled=None, unlabelled_targets=None, perturbed=0, **kwargs):
-        refused = dict(loss=loss, output=output, unlabelled=unlabelled, unlabelled_targets=unlabelled_targets,
+                 unlabeled=None, unlabeled_targets=None, perturbed=0, **kwargs):
+        refused = dict(loss=loss, output=output, unlabeled=unlabeled, unlabeled_targets=unlabeled_targets,
                        perturbed=perturbed or None)
         if given := [k for k,v in refused.items() if v is not None]:
             instead = IN_PLACE.get(given[0], "they learn from batches with labels alone. Omit it")
@@ -248,7 +248,7 @@ class HeadsDistillation(KnowledgeDistillation):
             raise DistillError("These batches have no labels, but heads are told apart by their labels.")
 
     def _ask_teacher(self):
-        t = self.distiller.teacher_outputs(self.xb, self.share_done)
+        t = self.distiller.teacher_outputs(self.xb, self.training_progress)
         for k,o in (t or {}).items():
             if o is not None: self.finite_check.add(o, self.learn, self.tasks[k])
         return t

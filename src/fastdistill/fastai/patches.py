@@ -13,7 +13,7 @@
 | `Learner.save` | with the optimizer, projectors are saved too, in a file beside the student's | first callback |
 | `Learner.load` | it loads that file | import |
 | `Learner.export` | in a fit from a cache, it would export the training data and fastdistill too | first callback |
-| `Recorder.plot_loss` | with a teacher, `train_loss` has another scale than the labels' losses | first callback |
+| `Recorder.plot_loss` | with a teacher, `train_loss` has another scale than the task losses | first callback |
 | `Learner.distill` | a new method, in `learner.py` | import |
 | `Learner.check_teacher` | a new method, in `learner.py` | import |
 | `Learner.distill_find` | a new method, in `find.py` | import |
@@ -207,7 +207,7 @@ def _plot_labels_apart(plot_loss):
                                 label=label)
         ax.lines[0].set_label('train, with the teacher')
         ax.set_ylabel('loss with the teacher')
-        right.set_ylabel("labels' own loss")
+        right.set_ylabel("task loss")
         ax.legend(handles=lines)
         return ax
     return _plot_loss

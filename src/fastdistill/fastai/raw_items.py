@@ -27,7 +27,7 @@ class RawItems:
         """Those at these positions in the dataset: a list, or rows of the table."""
         return items_at(self.items, positions.tolist())
 
-    # in place of a cache: the row of a sample is its position
+    # instead of a cache: the row of a sample is its position
     def rows(self, at, views): return at[:, None]
 
 

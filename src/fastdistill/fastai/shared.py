@@ -61,7 +61,7 @@ def stop_restoring(dl): return dl
 
 
 class StreamOf:
-    """In place of a Learner's DataLoader: its batches come from the shared stream."""
+    """Instead of a Learner's DataLoader: its batches come from the shared stream."""
     def __init__(self, dl, ask, epoch, index): self.dl,self.ask,self.epoch,self.index = dl,ask,epoch,index
 
     def __getattr__(self, k):

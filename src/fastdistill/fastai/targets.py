@@ -134,7 +134,7 @@ class Feed:
     """Stored teacher outputs for the batches of a fit: `attach` before it, `outputs` in each batch,
     `detach` after it.
 
-    A Distiller takes it in place of a Teacher. It has no modules. Its outputs are those of the
+    A Distiller takes it instead of a Teacher. It has no modules. Its outputs are those of the
     current batch, for any inputs, with all stored layers.
     """
 

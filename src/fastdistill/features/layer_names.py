@@ -77,7 +77,7 @@ def split_suffixes(pattern):
     """[name or glob, *suffixes]. A suffix that does not exist is an error."""
     name,*how = pattern.split('@')
     if wrong := [h for h in how if h not in SUFFIXES]:
-        raise DistillError(f"{pattern!r} ends in @{wrong[0]}. Possible are "
+        raise DistillError(f"{pattern!r} ends in @{wrong[0]}. It must be one of "
                            f"{'; '.join(f'@{k} ({v})' for k,v in SUFFIXES.items())}.")
     return [name, *how]
 

@@ -159,7 +159,7 @@ def _name_pairs(layers):
         layers = [(s, t) for s,ts in layers.items() for t in (ts if isinstance(ts, (tuple, list)) else [ts])]
     items = [(o, o) if isinstance(o, str) else o for o in (layers if isinstance(layers, (tuple, list)) else [layers])]
     if wrong := [o for o in items if not isinstance(o, (tuple, list)) or [type(n) for n in o] != [str, str]]:
-        raise DistillError(f"layers={layers!r}: {wrong[0]!r} is not a pair of names. Possible are {{'student.layer': "
+        raise DistillError(f"layers={layers!r}: {wrong[0]!r} is not a pair of names. Give {{'student.layer': "
                            "'teacher.layer'}, {'student.layer': ['teacher.layer', ...]}, a list of pairs, a list of "
                            "names that both models have, 'auto', 'last' and 'embedding'.")
     return items

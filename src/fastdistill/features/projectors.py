@@ -95,7 +95,7 @@ def projector(
 
     First the grid: features are average-pooled to a smaller grid and interpolated to a larger one.
     Tokens become a map without their class and register tokens. A map becomes tokens, with its mean
-    in place of the class and register tokens.
+    instead of the class and register tokens.
 
     Then the channels, each position alone: vectors and tokens get a linear layer, maps a 1x1
     convolution and a batch norm, as in OFD (arXiv:1904.01866). arXiv:2303.11098 also recommends a
@@ -120,7 +120,7 @@ def projector(
 def checked_projector(kind):
     """`kind`, if it is possible for any shape."""
     if isinstance(kind, type) or not (callable(kind) or kind in PROJECTORS):
-        raise DistillError(f"projector={kind!r}: possible are {', '.join(map(repr, PROJECTORS))}, a module (not its "
+        raise DistillError(f"projector={kind!r}: must be one of {', '.join(map(repr, PROJECTORS))}, a module (not its "
                            "class) and a function")
     return kind
 
@@ -128,10 +128,10 @@ def checked_projector(kind):
 def check_projector(s_shape, t_shape, kind, match):
     """Refuse options that are wrong for these shapes."""
     checked_projector(kind)
-    if match not in MATCHES: raise DistillError(f"match={match!r}: possible are {', '.join(map(repr, MATCHES))}")
+    if match not in MATCHES: raise DistillError(f"match={match!r}: must be one of {', '.join(map(repr, MATCHES))}")
     s,t = len(s_shape),len(t_shape)
     if not (2 <= s <= 5 and 2 <= t <= 5):
-        raise DistillError(f"No projector from {tuple(s_shape)} to {tuple(t_shape)}: possible are vectors (B, D), "
+        raise DistillError(f"No projector from {tuple(s_shape)} to {tuple(t_shape)}: it takes vectors (B, D), "
                            "tokens (B, L, D) and maps (B, C, H, W)")
     if not callable(kind) and match != 'none' and s != t and (s, t) not in ((3, 4), (4, 3)) and t != 2:
         raise DistillError(f"The student's {tuple(s_shape)} has no grid that fits the teacher's {tuple(t_shape)}. "

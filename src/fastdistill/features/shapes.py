@@ -41,7 +41,7 @@ def as_map(
     if y.dim() == 4: return y.movedim(-1, 1)
     g = grid(y.shape[1], aspect) if y.dim() == 3 else None
     if g is None:
-        raise DistillError(f"Features of shape {tuple(y.shape)} are no map: possible are (B, H, W, C), and (B, L, D) "
+        raise DistillError(f"Features of shape {tuple(y.shape)} are not a map: must be (B, H, W, C), or (B, L, D) "
                            f"with L tokens that fill a grid of height/width {aspect:g} after "
                            f"{', '.join(map(str, LEAD))} class and register tokens. Name the layer without @map, and "
                            "pair it with tokens.")

@@ -160,7 +160,7 @@ class DistillationMixin:
         return (r.total*scale, raw) if return_outputs else r.total*scale
 
     def _run(self, model, x, options):
-        """The labels' own loss, as the Trainer computes it (None without labels), and what the
+        """The task loss, as the Trainer computes it (None without labels), and what the
         student returned.
         """
         if not any(k in x for k in self.label_names): return None,model(**x)
@@ -179,7 +179,7 @@ class DistillationMixin:
         return y.ne(-100).sum().clamp_min(1)*ranks/num_items_in_batch
 
     def _counts_items(self, x):
-        """Is the labels' loss divided by `num_items_in_batch`? Some models ignore it, as one trial
+        """Is the task loss divided by `num_items_in_batch`? Some models ignore it, as one trial
         shows.
         """
         if self.counts_items is None:

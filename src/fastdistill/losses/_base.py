@@ -48,7 +48,7 @@ def loss(
         raise DistillError("loss is a decorator with options: write @loss() above your function, or "
                            "@loss(match='grid')")
     for o,v,have in (('kind', kind, (None, *KINDS)), ('match', match, ('shape', 'grid', 'none'))):
-        if v not in have: raise DistillError(f"{o}={v!r}: possible are {', '.join(map(repr, have))}")
+        if v not in have: raise DistillError(f"{o}={v!r}: must be one of {', '.join(map(repr, have))}")
     def decorate(fn):
         @functools.wraps(fn)
         def call(s, t, *args, **kwargs):
@@ -82,7 +82,7 @@ def reduce(
             position counts.
     """
     if reduction not in ('mean', 'sum', 'none'):
-        raise DistillError(f"reduction={reduction!r}: possible are 'mean', 'sum' and 'none'")
+        raise DistillError(f"reduction={reduction!r}: must be 'mean', 'sum' or 'none'")
     if mask is not None:
         mask = fit_mask(mask, v.shape).to(v.dtype)
         # subtle: where, not a product: 0*inf is nan, and a masked position may hold anything

@@ -139,7 +139,7 @@ def cc(
         mask: (B,): whose relations count; all remain neighbors of the others.
     """
     if kernel not in ('gaussian', 'bilinear'):
-        raise DistillError(f"kernel={kernel!r}: possible are 'gaussian' and 'bilinear'")
+        raise DistillError(f"kernel={kernel!r}: must be 'gaussian' or 'bilinear'")
     s,t = [unit(x) if normalize else x for x in samples(s, t)]
     s,t = [gaussian(x, gamma, degree) if kernel == 'gaussian' else x@x.T for x in (s, t)]
     return reduce((s-t).pow(2).mean(1), reduction, mask)

@@ -357,7 +357,7 @@ def regression(
         mask: (B,): which samples count.
     """
     if distance not in DISTANCES:
-        raise DistillError(f"distance={distance!r}: possible are {', '.join(map(repr, DISTANCES))}")
+        raise DistillError(f"distance={distance!r}: must be one of {', '.join(map(repr, DISTANCES))}")
     if s.shape[:1] != t.shape[:1] or s.numel() != t.numel():
         raise DistillError(f"The student's output has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: both "
                            "need the same number of samples, and of values per sample")
@@ -391,7 +391,7 @@ def soft_targets(
     if kind == 'softmax':    return kl(s, t, T=T, axis=axis, mask=mask, reduction=reduction)
     if kind == 'sigmoid':    return binary_kl(s, t, T=T, mask=mask, reduction=reduction)
     if kind == 'regression': return regression(s, t, mask=mask, reduction=reduction)
-    raise DistillError(f"kind={kind!r}: possible are 'softmax', 'sigmoid' and 'regression'")
+    raise DistillError(f"kind={kind!r}: must be 'softmax', 'sigmoid' or 'regression'")
 
 class SoftTargets(Loss): fn = soft_targets
 

@@ -94,7 +94,7 @@ def find_methods(
     """
     have = list(dict.fromkeys(n for m in methods() for n in m.needs))
     if unknown := set(needs) - set(have):
-        raise DistillError(f"needs={sorted(unknown)[0]!r}: possible are {', '.join(map(repr, have))}")
+        raise DistillError(f"needs={sorted(unknown)[0]!r}: must be one of {', '.join(map(repr, have))}")
     words = text.lower().split()
     said = lambda m: ' '.join((m.name, m.line, m.paper, m.family, *m.needs)).lower()
     return [m for m in methods() if set(needs) <= set(m.needs) and all(w in said(m) for w in words)]

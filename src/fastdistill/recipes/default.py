@@ -60,7 +60,7 @@ def auto(
         doubt: Why the teacher should not be trusted, in words; None: nothing speaks against it.
     """
     if kind not in ('softmax', 'sigmoid', 'regression'):
-        raise DistillError(f"kind={kind!r}: possible are 'softmax', 'sigmoid' and 'regression'")
+        raise DistillError(f"kind={kind!r}: must be 'softmax', 'sigmoid' or 'regression'")
     if not isinstance(teacher, Tensor|None):
         raise DistillError(f"teacher={type(teacher).__name__}: give its logits for some training samples, a tensor "
                            "(..., C). KnowledgeDistillation and Distiller ask a teacher themselves.")
@@ -80,7 +80,7 @@ def auto(
     else:
         T = float(f'{softening_temperature(teacher):.2g}')
         why += f', T={T:g} softens this teacher'
-    return Automatic(dist(T=T, beta=2, gamma=2, share=3), f'labels + dist(T={T:g}, beta=2, gamma=2, share=3)', why)
+    return Automatic(dist(T=T, beta=2, gamma=2, grad_ratio=3), f'labels + dist(T={T:g}, beta=2, gamma=2, grad_ratio=3)', why)
 
 
 def takes_dist(classes):
@@ -129,8 +129,8 @@ def facts_for_auto(
 
 def shared(loss, name, why, kind, **options):
     """The labels, and a term whose gradient is 3 times as long as theirs."""
-    text = ', '.join(['share=3', *(f'{k}={v:g}' for k,v in options.items())])
-    return Automatic(Term(loss, share=3, **options), f'labels + Term(losses.{name}, {text})', why, kind)
+    text = ', '.join(['grad_ratio=3', *(f'{k}={v:g}' for k,v in options.items())])
+    return Automatic(Term(loss, grad_ratio=3, **options), f'labels + Term(losses.{name}, {text})', why, kind)
 
 
 def chosen_for(logits_shape, task, ask, labels, doubt=None):

@@ -84,7 +84,7 @@ class GradientRatio:
 
 class GradientRatios(dict):
     """Term -> its `GradientRatio`, for the terms with a share."""
-    def __init__(self, recipe): super().__init__({t.name: GradientRatio() for t in recipe.terms if t.is_share})
+    def __init__(self, recipe): super().__init__({t.name: GradientRatio() for t in recipe.terms if t.has_grad_ratio})
 
     def measure(
         self,
@@ -109,7 +109,7 @@ class GradientRatios(dict):
             if base is None:        # without labels, what was measured before counts
                 if ratio.means is not None: continue
                 raise DistillError(f"{k} has a share of the gradient beside the labels and the terms with a weight, "
-                                   "and there are none in this batch. Give it weight= in place of share=.")
+                                   "and there are none in this batch. Give it weight= instead of grad_ratio=.")
             # frozen layers: the term trains its projector alone
             at = [(i, x) for i,x in enumerate(tensors(k)) if x.requires_grad]
             if at and ratio.due((*fixed, *(i for i,_ in at))):
@@ -123,11 +123,11 @@ class GradientRatios(dict):
         try: norms = [gradient_norm(v, tensors) for v in (base, value)]
         except RuntimeError as e:
             raise DistillError(f"The gradient of {name} can't be measured inside a part of the student that allows one "
-                               f"backward pass alone, as compiled parts do ({e}). Give it weight= in place of "
-                               "share=.") from e
+                               f"backward pass alone, as compiled parts do ({e}). Give it weight= instead of "
+                               "grad_ratio=.") from e
         if None in norms:
-            raise DistillError(f"The labels' loss does not depend on what {name} compares, so that it can have no "
-                               "share of the gradient there. Give it weight= in place of share=, or compare another "
+            raise DistillError(f"The task loss does not depend on what {name} compares, so that it can have no "
+                               "share of the gradient there. Give it weight= instead of share=, or compare another "
                                "output (output=) or layer.")
         far = gradient_norm(apart(name), tensors)
         norms += [norms[1] if far is None else far, value.detach().float()]

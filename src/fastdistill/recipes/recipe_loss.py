@@ -18,7 +18,7 @@ class Distilled:
     """One batch's loss and what it is made of.
 
     Attributes:
-        task: The labels' own loss, unweighted; None without labels.
+        task: The task loss, unweighted; None without labels.
         taught: The weighted sum of all terms; None where none counts.
         parts: Each term's value, unweighted and detached; in training only of the terms that
             count.
@@ -39,7 +39,7 @@ class Distilled:
 
     @property
     def added(self):
-        """What to add to the labels' own loss to get `total`, for trainers that hold that loss
+        """What to add to the task loss to get `total`, for trainers that hold that loss
         already; None if that is nothing.
         """
         if self.task is None or self.weights['task'] == 1: return self.taught
@@ -110,7 +110,7 @@ class RecipeLoss(nn.Module):
         Args:
             student: Of this batch.
             teacher: Of the same batch; None where no term needs it (see `needs_teacher`).
-            task: The labels' own loss, already computed; None without labels.
+            task: The task loss, already computed; None without labels.
             targets: Labels, for the losses that read them.
             progress: Share of the training that is done, for schedules.
             mixed: (other targets, share of the first ones): MixUp's batches have two labels a
@@ -158,17 +158,17 @@ class RecipeLoss(nn.Module):
 
     def _value(self, term, b):
         """A term's value; where it reads labels and the batch has two a sample, mixed as the
-        labels' own loss is.
+        task loss is.
         """
-        if b.share is None or term.n_targets == 0: return self._of_labels(term, b, b.targets, b.options(term, b.mask))
-        each = b.share.numel() > 1
+        if b.lam is None or term.n_targets == 0: return self._of_labels(term, b, b.targets, b.options(term, b.mask))
+        each = b.lam.numel() > 1
         if each and ('reduction' not in term.accepts or term.layers is not None):
             raise DistillError(f"{term.name} reads labels, and MixUp gives each sample two of them: a loss of your own "
                                "needs the keyword-only option `reduction` ('none': one value per sample) to be mixed. "
                                "Or use CutMix, whose share is one for the whole batch.")
         options = [b.options(term, m) | (dict(reduction='none') if each else {}) for m in b.masks]
         first,other = [self._of_labels(term, b, y, o) for y,o in zip((b.targets, b.others), options)]
-        v = blend(first, other, b.share)
+        v = blend(first, other, b.lam)
         if not v.dim(): return v
         # subtle: per label that counts; a mask that the loss does not take cannot have left out any
         return v.sum()/(v.numel() if b.mask is None or 'mask' not in options[0] else b.mask.sum().clamp_min(1e-6))
@@ -220,11 +220,11 @@ class RecipeLoss(nn.Module):
         with a share of its own at its layers is left out. Training is not changed by it.
 
         Args:
-            values: Of what counts in a batch: the labels' loss ('task') and the terms, by name.
+            values: Of what counts in a batch: the task loss ('task') and the terms, by name.
             weights: Of each.
             logits: The student's; None: its parameters are the place to measure at.
         """
-        apart = {t.name for t in self.layered if t.is_share}
+        apart = {t.name for t in self.layered if t.has_grad_ratio}
         values = {k: v for k,v in values.items() if k not in apart}
         try:
             norms = norms_at_logits(values, logits)

@@ -32,7 +32,7 @@ def schedule(
     v,
     what:str='value'
 ):
-    """`v` as a number or a function of progress. Possible are:
+    """`v` as a number or a function of progress. One of:
 
     - a number;
     - a function of progress from 0 to 1, such as fastai's `SchedCos(.9, .1)`;
@@ -51,7 +51,7 @@ def schedule(
     if callable(v): return v
     name,*ends = (v,) if isinstance(v, str) else v if isinstance(v, (tuple, list)) and v else (None,)
     if not isinstance(name, str) or name not in NAMES or len(ends) > 2 or not all(isinstance(o, Real) for o in ends):
-        raise DistillError(f"{what}={v!r}: possible are a number, a function of progress from 0 to 1, a name "
+        raise DistillError(f"{what}={v!r}: must be a number, a function of progress from 0 to 1, a name "
                            f"({', '.join(NAMES)}), or a name with its ends, as ('cosine', 1., 0.) or ('warmup', 100.)")
     if name == 'warmup': ends = [0., *ends] if len(ends) < 2 else ends
     start,end = (*ends, *((0., 1.) if name == 'warmup' else (1., 0.))[len(ends):])

@@ -23,10 +23,10 @@ class Term:
         loss: fn(student, teacher, *targets, **options): a function of `fastdistill.losses`, a
             module of it, or your own.
         weight: Number or schedule (see `fastdistill.recipes.schedule`); 1 if neither weight nor
-            share is given.
-        share: In place of a weight: the length of the term's gradient, where it compares,
-            beside that of the labels and of all terms with a weight. 1: as long as theirs.
-            Number or schedule; see `GradientRatio`
+            grad_ratio is given.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, measured at the tensors the term compares. 1 means equal. Number or schedule; see
+            `GradientRatio`.
         layers: {'student.name': 'teacher.name'}, pairs of names, 'auto', 'last', 'embedding'
             (see `fastdistill.pairs`); None compares the logits.
         match: What the loss needs of the teacher's layers: 'shape', 'grid' (places) or 'none';
@@ -44,7 +44,7 @@ class Term:
         loss,
         weight=None,
         *,
-        share=None,
+        grad_ratio=None,
         layers=None,
         match:str|None=None,
         projector='auto',
@@ -59,13 +59,13 @@ class Term:
         self.projector = checked_projector(projector)
         fn,ps = signature(loss)
         self.name = checked_name(name or getattr(fn, '__name__', type(fn).__name__))
-        if weight is not None and share is not None:
-            raise DistillError(f"weight={weight!r} and share={share!r} of {self.name}: give one of them. A weight "
-                               "multiplies the loss, a share says how long its gradient is beside the labels'.")
-        self.is_share = share is not None
-        self.weight = schedule(share if self.is_share else 1. if weight is None else weight, f'weight of {self.name}')
-        if self.is_share and not callable(self.weight) and not 0 <= share < math.inf:
-            raise DistillError(f"share={share!r} of {self.name}: it is a number from 0 up; .1 is little beside the "
+        if weight is not None and grad_ratio is not None:
+            raise DistillError(f"weight={weight!r} and grad_ratio={grad_ratio!r} of {self.name}: give one of them. A weight "
+                               "multiplies the loss, a ratio says how large its gradient is beside the labels'.")
+        self.has_grad_ratio = grad_ratio is not None
+        self.weight = schedule(grad_ratio if self.has_grad_ratio else 1. if weight is None else weight, f'weight of {self.name}')
+        if self.has_grad_ratio and not callable(self.weight) and not 0 <= grad_ratio < math.inf:
+            raise DistillError(f"grad_ratio={grad_ratio!r} of {self.name}: it is a number from 0 up; .1 is little beside the "
                                "labels, 1 is as much as they have, 3 is much.")
         args = [p for p in ps if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         self.accepts = {p.name for p in ps if p.kind is p.KEYWORD_ONLY}
@@ -79,7 +79,7 @@ class Term:
                                f"{', '.join(sorted(named)) or 'none'}")
         self.options = {k: option_schedule(k, v) for k,v in options.items()}
         if match not in (None, 'shape', 'grid', 'none'):
-            raise DistillError(f"match={match!r}: possible are 'shape', 'grid' and 'none' (what {self.name} needs of "
+            raise DistillError(f"match={match!r}: must be 'shape', 'grid' or 'none' (what {self.name} needs of "
                                "the teacher's layers)")
         self.kind,self.lists,self.samples = getattr(fn, 'kind', None),getattr(fn, 'lists', False),getattr(fn, 'samples',
                                                                                                           False)
@@ -90,7 +90,7 @@ class Term:
 
     def __repr__(self):
         of = f', layers={self.layers!r}' if self.layers is not None else ''
-        how = 'share' if self.is_share else 'weight'
+        how = 'grad_ratio' if self.has_grad_ratio else 'weight'
         return f"Term({self.name}, {how}={self.weight!r}{of}{''.join(f', {k}={v!r}' for k,v in self.options.items())})"
 
     def weight_at(
@@ -161,7 +161,7 @@ def with_short_name(
     options,
     named
 ):
-    """The options with `T` in place of `temperature`, unless the loss itself has an option
+    """The options with `T` instead of `temperature`, unless the loss itself has an option
     `temperature`.
 
     Args:
@@ -184,8 +184,8 @@ def temperature_schedule(T):
     validation is.
     """
     T = schedule(T, 'T')
-    for share,when in ((0., 'beginning'), (1., 'end')):
-        if (v := value_at(T, share)) > 0: continue
+    for progress,when in ((0., 'beginning'), (1., 'end')):
+        if (v := value_at(T, progress)) > 0: continue
         at = f' at the {when} of the training' if callable(T) else ''
         raise DistillError(f"T={v:g}{at}: a temperature is a number above 0 (1 leaves the logits as they are, 2 to 8 "
                            "soften them)")
@@ -206,7 +206,7 @@ def weight_text(v):
 
 
 class Recipe:
-    """Terms, and how much the labels' own loss counts beside them.
+    """Terms, and how much the task loss counts beside them.
 
     Args:
         *terms: Terms or Recipes.

@@ -28,7 +28,7 @@ def as_recipe(
 def recipe_from_text(
     text:str
 ) -> Recipe|str:
-    """The recipe that `text` describes; 'auto' stays as it is. Possible are the names of
+    """The recipe that `text` describes; 'auto' stays as it is. It must be one of the names of
     `fastdistill.recipes`, `Term(losses.NAME, ...)`, and `labels`, which stands for the labels' own
     loss. Arguments are numbers, texts, True, False, None, and lists, tuples or dicts of these.
 
@@ -102,7 +102,7 @@ class Reader:
         else: raise self.error("only recipes can be called, by their names", node)
         if name == 'Term': return name,Term
         if name not in recipes.__all__:
-            raise self.error(f"there is no recipe {name!r}{close_name(name, recipes.__all__)}. Possible are "
+            raise self.error(f"there is no recipe {name!r}{close_name(name, recipes.__all__)}. It must be one of "
                              f"{', '.join(recipes.__all__)}, Term and 'auto'", node)
         return name,getattr(recipes, name)
 
@@ -111,7 +111,7 @@ class Reader:
         known = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == 'losses'
         have = [n for n in losses.__all__ if inspect.isfunction(getattr(losses, n)) and n != 'loss']
         if not known or node.attr not in have:
-            raise self.error("the first argument of a term is a loss, as in Term(losses.kl). Possible are "
+            raise self.error("the first argument of a term is a loss, as in Term(losses.kl). It must be one of "
                              f"{', '.join(have)}", node)
         return lambda *args, **kwargs: Term(getattr(losses, node.attr), *args, **kwargs)
 

@@ -66,9 +66,9 @@ def dkd(
     beta:float=8.,
     T=4.,
     weight=None,
-    share=None
+    grad_ratio=None
 ):
-    """Decoupled distillation beside the labels' own loss (CVPR 2022, arXiv:2203.08679).
+    """Decoupled distillation beside the task loss (CVPR 2022, arXiv:2203.08679).
 
     Args:
         alpha: Weight of the target class's part.
@@ -77,9 +77,10 @@ def dkd(
         T: Temperature.
         weight: Of both; the authors let it grow over the first 20 of 240 epochs: ('warmup',
             1.).
-        share: In place of a weight: the length of its gradient beside the labels', see `Term`
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, see `Term`.
     """
-    return Recipe(Term(losses.dkd, weight=weight, share=share, alpha=alpha, beta=beta, T=T, name='dkd'))
+    return Recipe(Term(losses.dkd, weight=weight, grad_ratio=grad_ratio, alpha=alpha, beta=beta, T=T, name='dkd'))
 
 
 @long_name_too
@@ -87,18 +88,19 @@ def nkd(
     gamma:float=1.5,
     T=1.,
     weight=None,
-    share=None
+    grad_ratio=None
 ):
-    """Normalized distillation beside the labels' own loss (ICCV 2023, arXiv:2303.13005).
+    """Normalized distillation beside the task loss (ICCV 2023, arXiv:2303.13005).
 
     Args:
         gamma: Weight of the other classes' part: the authors' for ImageNet; for CIFAR-100 3.5,
             with T=3.
         T: Temperature of that part.
-        weight: 1 if neither weight nor share is given.
-        share: In place of a weight: the length of its gradient beside the labels', see `Term`
+        weight: 1 if neither weight nor grad_ratio is given.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, see `Term`.
     """
-    return Recipe(Term(losses.nkd, weight=weight, share=share, gamma=gamma, T=T, name='nkd'))
+    return Recipe(Term(losses.nkd, weight=weight, grad_ratio=grad_ratio, gamma=gamma, T=T, name='nkd'))
 
 
 @long_name_too
@@ -107,26 +109,27 @@ def dist(
     gamma:float=1.,
     T=1.,
     weight=None,
-    share=None
+    grad_ratio=None
 ):
-    """Correlation between and within classes, beside the labels' own loss (NeurIPS 2022,
+    """Correlation between and within classes, beside the task loss (NeurIPS 2022,
     arXiv:2205.10536).
 
     Args:
         beta: Weight of the relation between classes; the authors' CIFAR-100: 2.
         gamma: Weight of the relation within a class; CIFAR-100: 2.
         T: 4 for CIFAR-100.
-        weight: 1 if neither weight nor share is given.
-        share: In place of a weight: the length of its gradient beside the labels', see `Term`
+        weight: 1 if neither weight nor grad_ratio is given.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, see `Term`.
     """
-    return Recipe(Term(losses.dist, weight=weight, share=share, beta=beta, gamma=gamma, T=T, name='dist'))
+    return Recipe(Term(losses.dist, weight=weight, grad_ratio=grad_ratio, beta=beta, gamma=gamma, T=T, name='dist'))
 
 
 @long_name_too
 def ttm(
     T=4.,
     weight=None,
-    share=None
+    grad_ratio=None
 ):
     """The student predicts the teacher's softened probabilities themselves, beside the labels' own
     loss (ICLR 2024, arXiv:2402.11148).
@@ -134,42 +137,45 @@ def ttm(
     Args:
         T: Temperature of the teacher alone.
         weight: Ours; the authors' is searched for each pair of models.
-        share: In place of a weight: the length of its gradient beside the labels', see `Term`
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, see `Term`.
     """
-    return Recipe(Term(losses.ttm, weight=weight, share=share, T=T, name='ttm'))
+    return Recipe(Term(losses.ttm, weight=weight, grad_ratio=grad_ratio, T=T, name='ttm'))
 
 
 @long_name_too
 def uld(
     T=1.,
     weight=None,
-    share=None
+    grad_ratio=None
 ):
-    """Sorted probabilities, of a teacher with another vocabulary, beside the labels' own loss (TMLR
+    """Sorted probabilities, of a teacher with another vocabulary, beside the task loss (TMLR
     2025, arXiv:2402.12030).
 
     Args:
-        weight: The authors': 1.5; 1 if neither weight nor share is given.
-        share: In place of a weight: the length of its gradient beside the labels', see `Term`
+        weight: The authors': 1.5; 1 if neither weight nor grad_ratio is given.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, see `Term`.
     """
-    return Recipe(Term(losses.uld, weight=weight, share=share, T=T, name='uld'))
+    return Recipe(Term(losses.uld, weight=weight, grad_ratio=grad_ratio, T=T, name='uld'))
 
 
 @long_name_too
 def wttm(
     T=4.,
     weight=None,
-    share=None
+    grad_ratio=None
 ):
-    """`ttm` with more weight where the teacher is unsure, beside the labels' own loss (ICLR 2024,
+    """`ttm` with more weight where the teacher is unsure, beside the task loss (ICLR 2024,
     arXiv:2402.11148).
 
     Args:
         T: Temperature of the teacher alone.
         weight: Ours; the authors' is searched for each pair of models.
-        share: In place of a weight: the length of its gradient beside the labels', see `Term`
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, see `Term`.
     """
-    return Recipe(Term(losses.wttm, weight=weight, share=share, T=T, name='wttm'))
+    return Recipe(Term(losses.wttm, weight=weight, grad_ratio=grad_ratio, T=T, name='wttm'))
 
 
 @long_name_too
@@ -178,20 +184,21 @@ def abkd(
     beta:float=.3,
     T=4.,
     weight=None,
-    share=None
+    grad_ratio=None
 ):
-    """A divergence between forward and reverse KL beside the labels' own loss (ICML 2025,
+    """A divergence between forward and reverse KL beside the task loss (ICML 2025,
     arXiv:2505.04560).
 
     Args:
         alpha: The authors' for CIFAR-100, ResNet-56 -> 20; (1, 0) is forward and (0, 1) reverse
             KL.
-        weight: 2 if neither weight nor share is given: the authors' 32 for that pair, without
+        weight: 2 if neither weight nor grad_ratio is given: the authors' 32 for that pair, without
             our T^2.
-        share: In place of a weight: the length of its gradient beside the labels', see `Term`
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, see `Term`.
     """
-    weight = 2. if weight is None and share is None else weight
-    return Recipe(Term(losses.abkd, weight=weight, share=share, alpha=alpha, beta=beta, T=T, name='abkd'))
+    weight = 2. if weight is None and grad_ratio is None else weight
+    return Recipe(Term(losses.abkd, weight=weight, grad_ratio=grad_ratio, alpha=alpha, beta=beta, T=T, name='abkd'))
 
 
 @long_name_too
@@ -200,18 +207,19 @@ def rld(
     beta:float=8.,
     T=4.,
     weight=None,
-    share=None
+    grad_ratio=None
 ):
     """Distillation without the classes that the teacher finds more likely than the label, beside
-    the labels' own loss (ICCV 2025, arXiv:2408.07703).
+    the task loss (ICCV 2025, arXiv:2408.07703).
 
     Args:
         alpha: Weight of the label's certainty.
         beta: Weight of the classes that the teacher finds less likely than the label.
         weight: Of both.
-        share: In place of a weight: the length of its gradient beside the labels', see `Term`
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, see `Term`.
     """
-    return Recipe(Term(losses.rld, weight=weight, share=share, alpha=alpha, beta=beta, T=T, name='rld'))
+    return Recipe(Term(losses.rld, weight=weight, grad_ratio=grad_ratio, alpha=alpha, beta=beta, T=T, name='rld'))
 
 
 @long_name_too
@@ -219,7 +227,7 @@ def taid(
     start:float=.4,
     T=1.,
     weight=None,
-    share=None
+    grad_ratio=None
 ):
     """A target that moves from the student to the teacher while training goes on (TAID, ICLR 2025,
     arXiv:2501.16937).
@@ -227,9 +235,10 @@ def taid(
     Args:
         start: The teacher's share of the target at the beginning, the authors'; it grows to 1.
         weight: Ours; Recipe(taid(), task=0.) trains on this term alone.
-        share: In place of a weight: the length of its gradient beside the labels', see `Term`
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, see `Term`.
     """
-    return Recipe(Term(losses.taid, weight=weight, share=share, lam=('linear', start, 1.), T=T, name='taid'))
+    return Recipe(Term(losses.taid, weight=weight, grad_ratio=grad_ratio, lam=('linear', start, 1.), T=T, name='taid'))
 
 
 def logit_std(
@@ -250,24 +259,24 @@ def logit_std(
     return Recipe(*map(std, recipe.terms), task=recipe.task)
 
 
-# between layers, beside the labels' own loss (or kd()): `layers` as in `Term`. Papers' weights have scales of their
+# between layers, beside the task loss (or kd()): `layers` as in `Term`. Papers' weights have scales of their
 # networks, so that without weight= and share= a term begins with this share of the gradient
-SHARE = .1
+GRAD_RATIO = .1
 
 def scaled(
     weight,
-    share,
+    grad_ratio,
     paper
 ):
     """Options of a `Term` between layers.
 
     Args:
         weight: Number or schedule; 'paper'; None: not given.
-        share: Number or schedule; None: not given.
+        grad_ratio: Number or schedule; None if it was not given.
         paper: The weight of the paper or of its authors' code.
     """
-    if weight is None and share is None: return dict(share=SHARE)
-    return dict(weight=paper if isinstance(weight, str) and weight == 'paper' else weight, share=share)
+    if weight is None and grad_ratio is None: return dict(grad_ratio=GRAD_RATIO)
+    return dict(weight=paper if isinstance(weight, str) and weight == 'paper' else weight, grad_ratio=grad_ratio)
 
 
 def hint(
@@ -275,7 +284,7 @@ def hint(
     weight=None,
     projector='auto',
     stop_at=None,
-    share=None
+    grad_ratio=None
 ):
     """The teacher's features themselves (FitNets, arXiv:1412.6550).
 
@@ -284,9 +293,10 @@ def hint(
         weight: 'paper': 100, RepDistiller's.
         projector: The paper's is a convolution.
         stop_at: FitNets' hint was a first phase: a share of the training.
-        share: In place of a weight; .1 if neither is given.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, measured at its layers; 0.1 if neither is given.
     """
-    return Recipe(Term(losses.hint, **scaled(weight, share, 100.), layers=layers, projector=projector, stop_at=stop_at))
+    return Recipe(Term(losses.hint, **scaled(weight, grad_ratio, 100.), layers=layers, projector=projector, stop_at=stop_at))
 
 
 def at(
@@ -294,7 +304,7 @@ def at(
     weight=None,
     p:float=2.,
     stop_at=None,
-    share=None
+    grad_ratio=None
 ):
     """Where the activations are (attention transfer, arXiv:1612.03928).
 
@@ -302,25 +312,27 @@ def at(
         layers: The end of each stage, as in the paper.
         weight: 'paper': 1000, the authors'.
         p: Exponent of the activations.
-        share: In place of a weight; .1 if neither is given.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, measured at its layers; 0.1 if neither is given.
     """
-    return Recipe(Term(losses.at, **scaled(weight, share, 1000.), layers=layers, stop_at=stop_at, p=p))
+    return Recipe(Term(losses.at, **scaled(weight, grad_ratio, 1000.), layers=layers, stop_at=stop_at, p=p))
 
 
 def nst(
     layers='last',
     weight=None,
     stop_at=None,
-    share=None
+    grad_ratio=None
 ):
     """Which patterns the channels select (neuron selectivity transfer, arXiv:1707.01219).
 
     Args:
         layers: As in the paper.
         weight: 'paper': 50, the authors'.
-        share: In place of a weight; .1 if neither is given.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, measured at its layers; 0.1 if neither is given.
     """
-    return Recipe(Term(losses.nst, **scaled(weight, share, 50.), layers=layers, stop_at=stop_at))
+    return Recipe(Term(losses.nst, **scaled(weight, grad_ratio, 50.), layers=layers, stop_at=stop_at))
 
 
 def fsp(
@@ -328,7 +340,7 @@ def fsp(
     weight=None,
     projector='auto',
     stop_at=None,
-    share=None
+    grad_ratio=None
 ):
     """How one layer's features become the next one's (Yim et al., CVPR 2017).
 
@@ -337,9 +349,10 @@ def fsp(
         weight: 'paper': 1.
         projector: Where channels differ.
         stop_at: The paper's was a first phase.
-        share: In place of a weight; .1 if neither is given.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, measured at its layers; 0.1 if neither is given.
     """
-    return Recipe(Term(losses.fsp, **scaled(weight, share, 1.), layers=layers, projector=projector, stop_at=stop_at))
+    return Recipe(Term(losses.fsp, **scaled(weight, grad_ratio, 1.), layers=layers, projector=projector, stop_at=stop_at))
 
 
 def ab(
@@ -348,7 +361,7 @@ def ab(
     margin:float=1.,
     projector='auto',
     stop_at=None,
-    share=None
+    grad_ratio=None
 ):
     """Which neurons are active (activation boundaries, arXiv:1811.03233).
 
@@ -357,9 +370,10 @@ def ab(
         weight: 'paper': 50, the authors' .003 x channels x positions of a CIFAR net's last
             stage.
         stop_at: The paper's was a first phase.
-        share: In place of a weight; .1 if neither is given.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, measured at its layers; 0.1 if neither is given.
     """
-    how = scaled(weight, share, 50.)
+    how = scaled(weight, grad_ratio, 50.)
     return Recipe(Term(losses.ab, **how, layers=layers, projector=projector, stop_at=stop_at, margin=margin))
 
 
@@ -368,7 +382,7 @@ def ofd(
     weight=None,
     projector='conv_bn',
     stop_at=None,
-    share=None
+    grad_ratio=None
 ):
     """The teacher's features before the ReLU, as far as they matter after it (overhaul of feature
     distillation, arXiv:1904.01866).
@@ -379,9 +393,10 @@ def ofd(
         weight: 'paper': 10, the authors' for ImageNet with a ResNet-50, in this scale; 16 for
             CIFAR.
         projector: The authors'.
-        share: In place of a weight; .1 if neither is given.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, measured at its layers; 0.1 if neither is given.
     """
-    return Recipe(Term(losses.OFD(), **scaled(weight, share, 10.), layers=layers, projector=projector, stop_at=stop_at))
+    return Recipe(Term(losses.OFD(), **scaled(weight, grad_ratio, 10.), layers=layers, projector=projector, stop_at=stop_at))
 
 
 def vid(
@@ -389,7 +404,7 @@ def vid(
     weight=None,
     projector='mlp',
     stop_at=None,
-    share=None
+    grad_ratio=None
 ):
     """The teacher's features, each channel as exactly as it can be foreseen (variational
     information distillation, arXiv:1904.05835).
@@ -397,9 +412,10 @@ def vid(
     Args:
         weight: 'paper': 1, RepDistiller's.
         projector: RepDistiller's, of 1x1 convolutions.
-        share: In place of a weight; .1 if neither is given.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, measured at its layers; 0.1 if neither is given.
     """
-    return Recipe(Term(losses.VID(), **scaled(weight, share, 1.), layers=layers, projector=projector, stop_at=stop_at))
+    return Recipe(Term(losses.VID(), **scaled(weight, grad_ratio, 1.), layers=layers, projector=projector, stop_at=stop_at))
 
 
 def pkd(
@@ -407,7 +423,7 @@ def pkd(
     weight=None,
     projector='auto',
     stop_at=None,
-    share=None
+    grad_ratio=None
 ):
     """The teacher's features but for their scale: correlation of each channel (PKD,
     arXiv:2207.02039).
@@ -415,9 +431,10 @@ def pkd(
     Args:
         layers: The authors took the levels of a detector's feature pyramid.
         weight: 'paper': 6, theirs for two-stage detectors; 10 for RetinaNet.
-        share: In place of a weight; .1 if neither is given.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, measured at its layers; 0.1 if neither is given.
     """
-    return Recipe(Term(losses.pkd, **scaled(weight, share, 6.), layers=layers, projector=projector, stop_at=stop_at))
+    return Recipe(Term(losses.pkd, **scaled(weight, grad_ratio, 6.), layers=layers, projector=projector, stop_at=stop_at))
 
 
 def rkd(
@@ -426,7 +443,7 @@ def rkd(
     w_d:float=25.,
     w_a:float=50.,
     stop_at=None,
-    share=None
+    grad_ratio=None
 ):
     """How far samples are from each other, and at which angles (relational KD, arXiv:1904.05068).
 
@@ -435,25 +452,27 @@ def rkd(
         weight: 'paper': 1.
         w_d: Weight of the distances.
         w_a: And of the angles.
-        share: In place of a weight; .1 if neither is given.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, measured at its layers; 0.1 if neither is given.
     """
-    return Recipe(Term(losses.rkd, **scaled(weight, share, 1.), layers=layers, stop_at=stop_at, w_d=w_d, w_a=w_a))
+    return Recipe(Term(losses.rkd, **scaled(weight, grad_ratio, 1.), layers=layers, stop_at=stop_at, w_d=w_d, w_a=w_a))
 
 
 def sp(
     layers='last',
     weight=None,
     stop_at=None,
-    share=None
+    grad_ratio=None
 ):
     """Which samples of a batch are alike (similarity-preserving KD, arXiv:1907.09682).
 
     Args:
         layers: As the authors.
         weight: 'paper': 3000, theirs, for batches of 64.
-        share: In place of a weight; .1 if neither is given.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, measured at its layers; 0.1 if neither is given.
     """
-    return Recipe(Term(losses.sp, **scaled(weight, share, 3000.), layers=layers, stop_at=stop_at))
+    return Recipe(Term(losses.sp, **scaled(weight, grad_ratio, 3000.), layers=layers, stop_at=stop_at))
 
 
 def cc(
@@ -462,7 +481,7 @@ def cc(
     kernel:str='gaussian',
     gamma:float=.4,
     stop_at=None,
-    share=None
+    grad_ratio=None
 ):
     """Which samples of a batch are alike, by a kernel (correlation congruence, arXiv:1904.01802).
 
@@ -470,9 +489,10 @@ def cc(
         weight: 'paper': 100, ours: none is published for the paper's form.
         kernel: Or 'bilinear'.
         gamma: Of the gaussian.
-        share: In place of a weight; .1 if neither is given.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, measured at its layers; 0.1 if neither is given.
     """
-    how = scaled(weight, share, 100.)
+    how = scaled(weight, grad_ratio, 100.)
     return Recipe(Term(losses.cc, **how, layers=layers, stop_at=stop_at, kernel=kernel, gamma=gamma))
 
 
@@ -480,7 +500,7 @@ def pkt(
     layers='last@mean',
     weight=None,
     stop_at=None,
-    share=None
+    grad_ratio=None
 ):
     """Who are a sample's neighbors, as probabilities (probabilistic knowledge transfer,
     arXiv:1803.10837).
@@ -488,9 +508,10 @@ def pkt(
     Args:
         layers: Pooled features, as RepDistiller.
         weight: 'paper': 470, its 30000 for batches of 64, in this scale.
-        share: In place of a weight; .1 if neither is given.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, measured at its layers; 0.1 if neither is given.
     """
-    return Recipe(Term(losses.pkt, **scaled(weight, share, 470.), layers=layers, stop_at=stop_at))
+    return Recipe(Term(losses.pkt, **scaled(weight, grad_ratio, 470.), layers=layers, stop_at=stop_at))
 
 
 def seed(
@@ -501,7 +522,7 @@ def seed(
     T_t:float=.01,
     projector='auto',
     stop_at=None,
-    share=None
+    grad_ratio=None
 ):
     """Which of many samples are similar, by a queue of teacher embeddings (self-supervised SEED,
     arXiv:2101.04731).
@@ -514,9 +535,10 @@ def seed(
         T_s: Temperature of the student.
         T_t: Of the teacher; .1 was better with one that was trained on labels.
         projector: Linear where sizes differ; the authors' is 'mlp'.
-        share: In place of a weight; .1 if neither is given.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, measured at its layers; 0.1 if neither is given.
     """
-    loss,how = losses.SEED(size=size, T_s=T_s, T_t=T_t),scaled(weight, share, 1.)
+    loss,how = losses.SEED(size=size, T_s=T_s, T_t=T_t),scaled(weight, grad_ratio, 1.)
     return Recipe(Term(loss, **how, layers=layers, projector=projector, stop_at=stop_at))
 
 
@@ -525,16 +547,17 @@ def ickd(
     weight=None,
     projector='conv_bn',
     stop_at=None,
-    share=None
+    grad_ratio=None
 ):
     """Which channels go together (inter-channel correlation, Liu et al., ICCV 2021).
 
     Args:
         weight: 'paper': 2.5, the authors' for CIFAR.
         projector: Theirs.
-        share: In place of a weight; .1 if neither is given.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, measured at its layers; 0.1 if neither is given.
     """
-    return Recipe(Term(losses.ickd, **scaled(weight, share, 2.5), layers=layers, projector=projector, stop_at=stop_at))
+    return Recipe(Term(losses.ickd, **scaled(weight, grad_ratio, 2.5), layers=layers, projector=projector, stop_at=stop_at))
 
 
 @long_name_too
@@ -544,7 +567,7 @@ def cwd(
     T=4.,
     projector='auto',
     stop_at=None,
-    share=None
+    grad_ratio=None
 ):
     """Where in the picture each channel is, for dense prediction (channel-wise KD,
     arXiv:2011.13256).
@@ -552,11 +575,11 @@ def cwd(
     Args:
         layers: The logits, or layers of maps.
         weight: 'paper': 3 on logits, 50 on features.
-        share: In place of a weight. If neither is given, the paper's weight on logits and a
-            share of .1 on features.
+        grad_ratio: Use instead of `weight`. If neither is given: the paper's weight on logits, a ratio
+            of 0.1 on features.
     """
-    if layers is None and weight is None and share is None: weight = 'paper'
-    how = scaled(weight, share, 3. if layers is None else 50.)
+    if layers is None and weight is None and grad_ratio is None: weight = 'paper'
+    how = scaled(weight, grad_ratio, 3. if layers is None else 50.)
     return Recipe(Term(losses.cwd, **how, layers=layers, projector=projector, stop_at=stop_at, T=T))
 
 
@@ -565,23 +588,24 @@ def pairwise(
     weight=None,
     pool=.5,
     stop_at=None,
-    share=None
+    grad_ratio=None
 ):
     """Which places of a picture are alike, for dense prediction (structured KD, arXiv:1903.04197).
 
     Args:
         weight: 'paper': .5, the authors'.
         pool: Size of a cell: pixels, or a share of the map.
-        share: In place of a weight; .1 if neither is given.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, measured at its layers; 0.1 if neither is given.
     """
-    return Recipe(Term(losses.pairwise, **scaled(weight, share, .5), layers=layers, stop_at=stop_at, pool=pool))
+    return Recipe(Term(losses.pairwise, **scaled(weight, grad_ratio, .5), layers=layers, stop_at=stop_at, pool=pool))
 
 
 def gram(
     layers='last@map',
     weight=None,
     stop_at=None,
-    share=None
+    grad_ratio=None
 ):
     """Which places of a picture are similar: `pairwise` of single positions (DINOv3's Gram loss,
     arXiv:2508.10104).
@@ -589,9 +613,10 @@ def gram(
     Args:
         layers: Maps, and tokens without class and register tokens; for texts 'last'.
         weight: 'paper': 2.
-        share: In place of a weight; .1 if neither is given.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, measured at its layers; 0.1 if neither is given.
     """
-    how = scaled(weight, share, 2.)
+    how = scaled(weight, grad_ratio, 2.)
     return Recipe(Term(losses.pairwise, **how, layers=layers, stop_at=stop_at, pool=1, name='gram'))
 
 
@@ -599,15 +624,16 @@ def ifvd(
     layers='last',
     weight=None,
     stop_at=None,
-    share=None
+    grad_ratio=None
 ):
     """How pixels of a class vary around their mean, for dense prediction (Wang et al., ECCV 2020).
 
     Args:
         weight: 'paper': 200, the authors'.
-        share: In place of a weight; .1 if neither is given.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
+            losses, measured at its layers; 0.1 if neither is given.
     """
-    return Recipe(Term(losses.ifvd, **scaled(weight, share, 200.), layers=layers, stop_at=stop_at))
+    return Recipe(Term(losses.ifvd, **scaled(weight, grad_ratio, 200.), layers=layers, stop_at=stop_at))
 
 
 def pretrain(

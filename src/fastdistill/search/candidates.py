@@ -11,8 +11,8 @@ from ..recipes.term import Recipe, Term
 
 __all__ = ['LABELS', 'Candidate', 'candidates_for', 'given_candidates']
 
-SHARES = 1,.3,3,10 # of the gradient, beside the labels'
-SMALL_SHARES = .1,.03,.3,1 # the same between layers
+GRAD_RATIOS = 1,.3,3,10 # of the gradient, beside the labels'
+SMALL_GRAD_RATIOS = .1,.03,.3,1 # the same between layers
 
 
 @dataclass
@@ -73,7 +73,7 @@ def candidates_for(
     chosen = auto(kind, classes=classes, dense=dense, teacher=teacher, doubt=doubt)
     text = chosen.text.removeprefix('labels + ')
     found = [Candidate('auto', lambda: chosen, {}, text), *between_outputs(kind, classes, dense)]
-    if maps and kind == 'softmax': found.append(Candidate('cwd', cwd, dict(T=(4, 1), share=SHARES), 'recipes.cwd({})'))
+    if maps and kind == 'softmax': found.append(Candidate('cwd', cwd, dict(T=(4, 1), grad_ratio=GRAD_RATIOS), 'recipes.cwd({})'))
     return found + (between_layers() if layers else [])
 
 
@@ -82,25 +82,25 @@ def between_outputs(kind, classes, dense):
     alphas = .5,.3,.9
     if kind == 'regression':
         return [Candidate('kd', kd, dict(alpha=alphas), 'kd({})'),
-                term('regression', losses.regression, dict(share=SHARES))]
+                term('regression', losses.regression, dict(grad_ratio=GRAD_RATIOS))]
     classic = Candidate('kd', kd, dict(T=(1, 2, 4), alpha=alphas), 'kd({})')
-    if kind == 'sigmoid': return [classic, term('binary_kl', losses.binary_kl, dict(T=(1, 2, 4), share=SHARES))]
-    found = [classic, term('kl', losses.kl, dict(T=(1, 2, 4, 10), share=SHARES)),
-             Candidate('ttm', ttm, dict(T=(2, 4), share=SHARES), 'recipes.ttm({})')]
+    if kind == 'sigmoid': return [classic, term('binary_kl', losses.binary_kl, dict(T=(1, 2, 4), grad_ratio=GRAD_RATIOS))]
+    found = [classic, term('kl', losses.kl, dict(T=(1, 2, 4, 10), grad_ratio=GRAD_RATIOS)),
+             Candidate('ttm', ttm, dict(T=(2, 4), grad_ratio=GRAD_RATIOS), 'recipes.ttm({})')]
     # with two classes, the correlation of two probabilities is always 1 or -1
     if (classes or 2) > 2:
-        found.append(Candidate('dist', lambda **o: dist(beta=2, gamma=2, **o), dict(T=(4, 1, 10), share=SHARES),
+        found.append(Candidate('dist', lambda **o: dist(beta=2, gamma=2, **o), dict(T=(4, 1, 10), grad_ratio=GRAD_RATIOS),
                                'recipes.dist(beta=2, gamma=2, {})'))
     if (classes or 2) > 2 and not dense:
-        found += [term('logit_std', losses.standardized(losses.kl), dict(T=(2,), share=SHARES),
+        found += [term('logit_std', losses.standardized(losses.kl), dict(T=(2,), grad_ratio=GRAD_RATIOS),
                        'standardized(losses.kl)'),
-                  Candidate('dkd', dkd, dict(T=(4, 1), beta=(8, 2), share=SHARES), 'dkd({})')]
+                  Candidate('dkd', dkd, dict(T=(4, 1), beta=(8, 2), grad_ratio=GRAD_RATIOS), 'dkd({})')]
     return found
 
 
 def between_layers():
     """Recipes that compare what goes on inside both models."""
-    return [Candidate(make.__name__, make, dict(share=SMALL_SHARES), f'recipes.{make.__name__}({{}})')
+    return [Candidate(make.__name__, make, dict(grad_ratio=SMALL_GRAD_RATIOS), f'recipes.{make.__name__}({{}})')
             for make in (hint, at, rkd, pkt)]
 
 
@@ -115,7 +115,7 @@ def given_candidates(
     """
     if not isinstance(recipes, dict) or not recipes:
         raise DistillError(f"recipes={recipes!r}: give names and recipes, as in dict(mild=kd(T=1, alpha=.3), "
-                           "dist=recipes.dist(share=1)).")
+                           "dist=recipes.dist(grad_ratio=1)).")
     def candidate(name, o):
         r = as_recipe(o) if isinstance(o, str | Recipe | Term) else o
         if r is None: raise DistillError(f"recipes={{{name!r}: {o!r}}}: leave recipes= out to try what fits the task.")

@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from ..base.outputs import DistillError
 from .images import full_precision
 
-__all__ = ['mix', 'shares']
+__all__ = ['mix', 'member_weights']
 
 
-def shares(weights, n):
+def member_weights(weights, n):
     """Weights that add up to 1."""
     w = [1.]*n if weights is None else [float(o) for o in weights]
     if len(w) != n or min(w) < 0 or not 0 < sum(w) < float('inf'):

@@ -39,7 +39,7 @@ def check_speed(
         model: None for an ensemble.
     """
     for k,have in OPTIONS.items():
-        if options[k] not in have: raise DistillError(f"{k}={options[k]!r}: possible are {', '.join(map(repr, have))}")
+        if options[k] not in have: raise DistillError(f"{k}={options[k]!r}: must be one of {', '.join(map(repr, have))}")
     batch = options['batch']
     if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
         raise DistillError(f"batch={batch!r}: give a whole number of rows from 1, or None for all rows at once")

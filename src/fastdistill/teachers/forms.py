@@ -10,7 +10,7 @@ from .estimator import Estimator, is_estimator
 
 __all__ = ['Onnx', 'explained', 'load_model', 'warn_of_code']
 
-FORMS = ("Possible are an nn.Module (torchvision, timm, Hugging Face, TorchScript), a torch.export program, a file of "
+FORMS = ("It must be an nn.Module (torchvision, timm, Hugging Face, TorchScript), a torch.export program, a file of "
          "TorchScript (.pt), torch.export (.pt2) or ONNX (.onnx), any callable, what has predict_proba or predict "
          "(scikit-learn, LightGBM, XGBoost, CatBoost), a Teacher, or a list of these (an "
          "ensemble).")

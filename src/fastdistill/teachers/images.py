@@ -6,8 +6,8 @@ from ..base.outputs import DistillError, as_plain
 __all__ = ['fit_images', 'affine', 'check_images', 'is_image', 'maps_of_size', 'stats_of', 'timm_cfg']
 
 IMAGENET = (.485, .456, .406), (.229, .224, .225)
-POSSIBLE_STATS = ("possible are (mean, std), 'imagenet', 'auto', torchvision's weights (as in "
-                  "ResNet18_Weights.DEFAULT), and None")
+POSSIBLE_STATS = ("must be (mean, std), 'imagenet', 'auto', torchvision's weights (as in "
+                  "ResNet18_Weights.DEFAULT), or None")
 
 
 def is_image(t): return t.dim() == 4 and t.is_floating_point()

@@ -1,4 +1,4 @@
-"""The raw items of a batch, such as texts and files: what a teacher with `items=` reads in place of
+"""The raw items of a batch, such as texts and files: what a teacher with `items=` reads instead of
 the batch's inputs.
 """
 from torch import Tensor

@@ -78,7 +78,7 @@ class Running:
         if isinstance(own, (Tensor, tuple)): return own if isinstance(own, tuple) else (own,),{}
         option = 'inputs' if self.items is None else 'items'
         raise DistillError(f"{option}= of the teacher {self.name} returned a {type(own).__name__}"
-                           f"{' of lists' if lists else ''}: possible are a tensor, a tuple of several, and a dict of "
+                           f"{' of lists' if lists else ''}: must be a tensor, a tuple of several, or a dict of "
                            "tensors by name (of a tokenizer of Hugging Face: return_tensors='pt', padding=True).")
 
     def _check_own_inputs(self):
@@ -91,7 +91,7 @@ class Running:
 
     @property
     def reads_items(self):
-        "Does it, or a member of it, read the raw items in place of the batch's inputs?"
+        "Does it, or a member of it, read the raw items instead of the batch's inputs?"
         return any(m.reads_items for m in self.members) or not self.members and self.items is not None
 
     def expect(

@@ -13,7 +13,7 @@ from ..features.taps import Taps
 from ..base.outputs import (DistillError, DistillWarning, Outputs, as_plain, check_axis, check_output, map_tensors,
                        tensors_in, warn_of_first, warn_of_several)
 from .rng_stream import OwnDraws, generators
-from .ensemble import mix, shares
+from .ensemble import mix, member_weights
 from .estimator import Estimator
 from .forms import FORMS, Onnx, check_second_argument, explained, is_graph, load_model
 from .frozen import cuda_devices
@@ -166,11 +166,11 @@ class Teacher(Running):
     def _check(self):
         for o,have in POSSIBLE.items():
             if (v := self.option(o)) not in have:
-                raise DistillError(f"{o}={v!r}: possible are {', '.join(map(repr, have))}")
+                raise DistillError(f"{o}={v!r}: must be one of {', '.join(map(repr, have))}")
         if self.sources:
             mine = {k: self.option(k) for k in INHERITED if k in self.given}
             self.members = [Teacher(m, **{k: v for k,v in mine.items() if k not in m.given}) for m in self.sources]
-            self.weights = shares(self.weights, len(self.members))
+            self.weights = member_weights(self.weights, len(self.members))
         else:
             if self.weights is not None:
                 raise DistillError("weights= is for the members of an ensemble, but this is one teacher: give a list")

@@ -81,7 +81,7 @@ def train(task:DemoTask, model, n_epoch, lr, augment, seed, tick, teacher=None, 
     set_seed(seed)
     learn = Learner(task.dls(augment), model(), loss_func=task.loss(), cbs=Ticks(tick))
     with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
-        # a rise of the labels' loss shows in the table, as the score of a student
+        # a rise of the task loss shows in the table, as the score of a student
         warnings.simplefilter('ignore', DistillWarning)
         cb = learn.distill(teacher, n_epoch, lr, recipe, check=False) if recipe else learn.fit_one_cycle(n_epoch, lr)
         out,y = learn.get_preds(act=noop)

@@ -125,7 +125,7 @@ def load_task(
         name: Of a task.
         root: Folder of the data; digits need none.
     """
-    if name not in TASKS: raise DistillError(f"No data set {name!r}. Possible are {', '.join(TASKS)}.")
+    if name not in TASKS: raise DistillError(f"No data set {name!r}. It must be one of {', '.join(TASKS)}.")
     if name == 'digits': return digits()
     if root is None:
         raise DistillError(f"Data set {name!r} needs its folder: --root PATH, where PATH holds {LAYOUTS[name]}.")

@@ -19,7 +19,7 @@ __all__ = ['check_arch', 'learner_of']
 
 WIDEST = 65536
 SIZED = re.compile(r'(?:(cnn|bag|awd_lstm)-)?(\d+(?:-\d+)*)')
-IGNORED = 'void', 'ignore', 'unlabeled', 'unlabelled'
+IGNORED = 'void', 'ignore', 'unlabeled', 'unlabeled'
 SIZED_FAMILIES = dict(images=['cnn'], masks=[], texts=['bag', 'awd_lstm'], table=['']) # that are followed by sizes
 ARCHS_IN_WORDS = dict(
     images="a name of torchvision (resnet18, mobilenet_v3_small ...) or timm (resnet10t, vit_tiny_patch16_224 ...), or "

@@ -68,7 +68,7 @@ def validation_rows(s, config):
     except ValueError: share = -1
     if not 0 < share < 1:
         columns = ', '.join(map(str, s.frame.columns[:20]))
-        raise DistillError(f"valid={config.valid!r}: possible are a share such as 0.2, and for a CSV file another CSV "
+        raise DistillError(f"valid={config.valid!r}: must be a fraction such as 0.2, or for a CSV file another CSV "
                            f"file, or a column that marks the rows. It has {columns}")
     order,rows = np.random.default_rng(config.seed).permutation(len(s)),np.zeros(len(s), bool)
     groups = s.frame[s.y].to_numpy()[order] if s.task != 'masks' and s.target == 'classes' else np.zeros(len(s))

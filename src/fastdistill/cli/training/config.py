@@ -77,12 +77,12 @@ class TrainConfig:
             if not getattr(self, k): raise DistillError(f"{k}='': the data, a teacher and a student are needed.")
         for k,have in dict(task=('auto', *TRAIN_TASKS), augment=AUGMENTATIONS).items():
             if (v := getattr(self, k)) not in have:
-                raise DistillError(f"{k}={v!r}: possible are {', '.join(have)}{close_name(v, have)}")
+                raise DistillError(f"{k}={v!r}: must be one of {', '.join(have)}{close_name(v, have)}")
         for k,v in dict(epochs=1, teacher_epochs=0, batch_size=0, workers=0, seed=0).items():
             if not v <= getattr(self, k) < 2**31: raise DistillError(f"{k}={getattr(self, k)}: {v} or more is needed")
         for k in ('lr', 'teacher_lr'): self.check_rate(k)
         if wrong := [o for o in self.loggers if o not in LOGGERS]:
-            raise DistillError(f"log={wrong[0]!r}: possible are {', '.join(LOGGERS)}")
+            raise DistillError(f"log={wrong[0]!r}: must be one of {', '.join(LOGGERS)}")
         self.parts_of_size()
 
     def check_rate(self, k):
@@ -132,7 +132,7 @@ class TrainConfig:
         if self.size == 'auto': return None
         h,_,w = self.size.partition('x')
         if not h.isdecimal() or not (w or h).isdecimal() or not all(8 <= int(o) <= 8192 for o in (h, w or h)):
-            raise DistillError(f"size={self.size!r}: possible are 'auto', pixels such as 224, or height and width such "
+            raise DistillError(f"size={self.size!r}: must be 'auto', pixels such as 224, or height and width such "
                                "as 72x96, from 8 to 8192")
         return int(h),int(w or h)
 
@@ -187,7 +187,7 @@ def read_config(
                                    "data = 'photos'.")
     have = [f.name for f in fields(TrainConfig)]
     if wrong := [k for k in got if k not in have]:
-        raise DistillError(f"{path}: there is no setting {wrong[0]!r}{close_name(wrong[0], have)}. Possible are "
+        raise DistillError(f"{path}: there is no setting {wrong[0]!r}{close_name(wrong[0], have)}. It must be one of "
                            f"{', '.join(have)}")
     return got
 

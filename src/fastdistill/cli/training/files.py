@@ -122,7 +122,7 @@ def from_folders(path, config):
     check_each_once([p for p,_ in files])
     if not files:
         layouts = '; '.join(DATA_FORMS.values())
-        raise DistillError(f"{path} holds no images, and no data in another form. Possible are: {layouts}.")
+        raise DistillError(f"{path} holds no images, and no data in a different form. Supported layouts: {layouts}.")
     roots = split or [path]
     if loose := next((p for p,i in files if p.parent == roots[i]), None):
         raise DistillError(f"{loose} is in no class folder. Images stand in a folder of their class: "
@@ -209,8 +209,8 @@ def marked(column):
     yes,no = ('true', '1', '1.0', *VALID),('false', '0', '0.0', *TRAIN)
     known = dict.fromkeys(yes, True) | dict.fromkeys(no, False)
     if wrong := sorted(set(text) - set(known)):
-        raise DistillError(f"valid={column.name!r}: this column has {wrong[0]!r}. Possible are True and False, 1 and "
-                           "0, 'train' and 'valid'.")
+        raise DistillError(f"valid={column.name!r}: this column has {wrong[0]!r}. It must hold True and False, 1 and "
+                           "0, or 'train' and 'valid'.")
     return text.map(known).to_numpy(dtype=bool)
 
 
@@ -282,7 +282,7 @@ def from_dataset(path, config):
 
 
 def frame_of(split, datasets):
-    """A split with names of classes in place of numbers, and images as the bytes of their files."""
+    """A split with names of classes instead of numbers, and images as the bytes of their files."""
     for k,f in split.features.items():
         if isinstance(f, datasets.Image): split = split.cast_column(k, datasets.Image(decode=False))
     frame = split.to_pandas()

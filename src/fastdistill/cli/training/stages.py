@@ -185,7 +185,7 @@ def silent(_): """fastai's row of numbers is not printed."""
 
 
 class EpochsFrom:
-    """In place of `Learner._do_fit`: begins with a later epoch. fastai's SkipToEpoch runs the
+    """Instead of `Learner._do_fit`: begins with a later epoch. fastai's SkipToEpoch runs the
     events of all epochs.
     """
     def __init__(self, learn, first): self.learn,self.first = learn,first

@@ -1,7 +1,7 @@
 """Few labels and many inputs: what the inputs without labels add. scikit-learn's digits: 50 or 200 images with labels, the others of 1,200 without;
 597 by other writers for the test. Three seeds.
 
-    python benchmarks/unlabelled.py --out benchmarks/results/unlabelled.json
+    python benchmarks/unlabeled.py --out benchmarks/results/unlabelled.json
 
 The teacher was trained on the labels of all 1,200 images. Students learn for 300 steps at the same rate: from labels alone, from the default recipe on
 the images with labels, and from the same recipe with the other images beside, from a teacher that runs or from stored outputs.
@@ -25,9 +25,9 @@ def main(out:Path=Path('benchmarks/results/unlabelled.json'), seeds:int=3, label
             few,more = [train[i] for i in order[:n]],[train[i][0] for i in order[n:]]
             with tempfile.TemporaryDirectory() as folder:
                 stored = cache_teacher(teacher, learner(few, valid[:10], teacher.model).dls, folder, dtype='float32', kind='softmax',
-                                       unlabelled=more, check=False, progress=False)
-                ways = {'the default': {}, 'and inputs without labels': dict(unlabelled=more),
-                        'the same, stored': dict(unlabelled=more, unlabelled_targets=stored)}
+                                       unlabeled=more, check=False, progress=False)
+                ways = {'the default': {}, 'and inputs without labels': dict(unlabeled=more),
+                        'the same, stored': dict(unlabeled=more, unlabeled_targets=stored)}
                 for name,options in {'labels alone': None, **ways}.items():
                     set_seed(seed, reproducible=True)
                     learn,epochs = learner(few, valid[:10], net(8, 16, 32)),steps*50//n

@@ -1,4 +1,4 @@
-"Inputs without labels beside the labelled batches: there the teacher alone teaches."
+"Inputs without labels beside the labeled batches: there the teacher alone teaches."
 import torch
 from fastai.text.data import LMDataLoader
 from ..cache.manifest import refuse
@@ -9,12 +9,12 @@ from .batches import loader_of, split_batch
 from .cache_feed import CacheFeed, Epochs, passed_epochs
 from .targets import TargetFeed
 
-__all__ = ['UnlabelledInputs', 'perturbed_rows']
+__all__ = ['UnlabeledInputs', 'perturbed_rows']
 
 SWAPPED = .1 # share of a perturbed row's cells that come from other rows, as in AutoGluon's distillation
 
 
-class UnlabelledInputs:
+class UnlabeledInputs:
     """The batches of inputs without labels that a training step gets beside its own.
 
     Args:
@@ -39,13 +39,13 @@ class UnlabelledInputs:
             raise DistillError("perturbed= needs a teacher that runs: the rows are made anew in each batch, so there "
                                "are no stored outputs for them. Pass the teacher itself.")
         if targets is not None and items is None:
-            raise DistillError("unlabelled_targets= are stored outputs for unlabelled=, which is not given: give both.")
+            raise DistillError("unlabeled_targets= are stored outputs for unlabeled=, which is not given: give both.")
         if items is not None and targets is None and not runs:
-            raise DistillError("unlabelled= needs a teacher that runs, or stored outputs for these inputs too: write "
-                               "them with cache_teacher(teacher, dls, 'more', unlabelled=items), and pass "
-                               "unlabelled_targets='more'.")
+            raise DistillError("unlabeled= needs a teacher that runs, or stored outputs for these inputs too: write "
+                               "them with cache_teacher(teacher, dls, 'more', unlabeled=items), and pass "
+                               "unlabeled_targets='more'.")
         self.items,self.perturbed,self.iterator,self.loader = items,perturbed,None,None
-        self.feed = None if targets is None else UnlabelledFeed(targets)
+        self.feed = None if targets is None else UnlabeledFeed(targets)
 
     def __bool__(self): return self.items is not None or self.perturbed > 0
 
@@ -57,7 +57,7 @@ class UnlabelledInputs:
         """Refuse what cannot be used, before the first batch.
 
         Args:
-            teacher: Of the labelled batches.
+            teacher: Of the labeled batches.
             layers: Names of the teacher's layers that are compared.
         """
         if isinstance(learn.dls.train, LMDataLoader):
@@ -96,7 +96,7 @@ class UnlabelledInputs:
         self.iterator = self.loader = None
 
 
-class UnlabelledFeed(CacheFeed):
+class UnlabeledFeed(CacheFeed):
     """Adds the rows of a cache to the batches of a DataLoader beside the Learner's own."""
     def attach_to(self, loader, learn, teacher, layers):
         self.passed = passed_epochs(learn)
@@ -107,7 +107,7 @@ class UnlabelledFeed(CacheFeed):
         self.epochs = Epochs(plan, self.passed.get(self.cache.identity, 0), self.fed)
 
     def _refuse_other(self, teacher, layers):
-        """Refuse outputs of another teacher than that of the labelled batches, or without layers
+        """Refuse outputs of another teacher than that of the labeled batches, or without layers
         that are compared.
         """
         m,found = self.cache.manifest,[]
@@ -116,11 +116,11 @@ class UnlabelledFeed(CacheFeed):
         weights = [o.get('weights') for o in (m.teacher, known)]
         if all(weights) and weights[0] != weights[1]:
             found.append(f"teacher: {m.teacher.get('name')} in the cache has other weights than {known['name']}, "
-                         "which teaches the labelled batches")
+                         "which teaches the labeled batches")
         refuse(self.cache.folder, found, self.cache.force)
         if lost := [n for n in layers if n not in self.cache.decode(self.cache.rows([0])).feats]:
             raise DistillError(f"{self.cache.folder} has no outputs of the teacher's layers {', '.join(lost)}, which "
-                               f"the recipe compares: cache_teacher(..., unlabelled=items, layers={lost}).")
+                               f"the recipe compares: cache_teacher(..., unlabeled=items, layers={lost}).")
 
     def next_pass(self): self.epochs.begin(self.epochs.passed)
 

@@ -1,4 +1,4 @@
-"Inputs without labels beside the labelled batches: the teacher alone teaches there, in every application."
+"Inputs without labels beside the labeled batches: the teacher alone teaches there, in every application."
 import random
 from pathlib import Path
 import numpy as np
@@ -13,7 +13,7 @@ from fastdistill.fastai import DistillError, KnowledgeDistillation, Term, dkd, k
 from fastdistill.fastai import cache_teacher, verify_cache
 from fastdistill.fastai.batches import loader_of
 from fastdistill.fastai.cache_feed import passed_epochs
-from fastdistill.fastai.unlabelled import perturbed_rows
+from fastdistill.fastai.unlabeled import perturbed_rows
 from cached import N, TRAIN, Convs, data, student
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
@@ -29,11 +29,11 @@ class First(Callback):
         raise CancelFitException
 
 
-def test_a_step_is_the_labelled_batch_and_the_teacher_alone_on_the_other():
+def test_a_step_is_the_labeled_batch_and_the_teacher_alone_on_the_other():
     student,teacher = toy()
     more = torch.randn(24, 8, generator=torch.Generator().manual_seed(5))
     first = First()
-    student.fit(1, .1, cbs=[KD(teacher, kd(2., .7) + recipes.dist(share=.5), unlabelled=[(o,) for o in DataLoader(more, bs=24)]), first])
+    student.fit(1, .1, cbs=[KD(teacher, kd(2., .7) + recipes.dist(grad_ratio=.5), unlabeled=[(o,) for o in DataLoader(more, bs=24)]), first])
     x,y = first.batch
     s,t,su,tu = student.model(x),teacher(x).detach(),student.model(more),teacher(more).detach()
     base = .3*F.cross_entropy(s, y) + .7*losses.kl(s, t, T=2.)
@@ -70,14 +70,14 @@ def test_every_application_takes_items_without_labels(app):
         def __init__(self, model): super().__init__(); self.model = model
         def forward(self, *x): calls.append(len(apps.plain(x)[0])); return self.model(*x)
         def reset(self): getattr(self.model, 'reset', lambda: None)()
-    cb = KD(teacher, soft_labels(2.) if app.kind != 'regression' else kd(alpha=.5), unlabelled=items)
+    cb = KD(teacher, soft_labels(2.) if app.kind != 'regression' else kd(alpha=.5), unlabeled=items)
     steps = []
     class Steps(Callback):
         def after_batch(self):
             if self.training: steps.append(self.loss.item())
     student.fit(1, app.lr, cbs=[cb, Steps()])
     assert len(steps) == len(student.dls.train) and all(s == s for s in steps)
-    assert cb.unlabelled.iterator is None and student.recorder.values
+    assert cb.unlabeled.iterator is None and student.recorder.values
 
 
 def test_items_get_the_training_sets_augmentation_and_are_all_used():
@@ -100,20 +100,20 @@ def test_what_goes_wrong_is_said_before_the_first_batch(tmp_path):
     student,teacher = toy()
     more = DataLoader(torch.randn(24, 8), bs=8)
     with pytest.raises(DistillError, match='all terms read labels .dkd.: *.*Add one that reads none|all terms read labels'):
-        student.fit(1, cbs=KD(teacher, dkd(), unlabelled=more))
-    with pytest.raises(DistillError, match="needs a teacher that runs, or stored outputs .*unlabelled_targets='more'"): KD(None, unlabelled=more)
+        student.fit(1, cbs=KD(teacher, dkd(), unlabeled=more))
+    with pytest.raises(DistillError, match="needs a teacher that runs, or stored outputs .*unlabeled_targets='more'"): KD(None, unlabeled=more)
     with pytest.raises(DistillError, match='perturbed= needs a teacher that runs: the rows are made anew'): KD(None, perturbed=2)
-    with pytest.raises(DistillError, match='unlabelled_targets= are stored outputs for unlabelled='): KD(teacher, unlabelled_targets=tmp_path)
-    with pytest.raises(DistillError, match='there are no items in it'): student.fit(1, cbs=KD(teacher, unlabelled=[]))
+    with pytest.raises(DistillError, match='unlabeled_targets= are stored outputs for unlabeled='): KD(teacher, unlabeled_targets=tmp_path)
+    with pytest.raises(DistillError, match='there are no items in it'): student.fit(1, cbs=KD(teacher, unlabeled=[]))
     for n in (-1, True, 2.5):
         with pytest.raises(DistillError, match=f'perturbed={n}: it is how many rows'): KD(teacher, perturbed=n)
     for o in ('photos', Path('photos'), 5):
         with pytest.raises(DistillError, match=r'give a list of items like those of the training set'): loader_of(o, None)
     lm,big = pair('language_model')
-    with pytest.raises(DistillError, match='A language model needs no labels: add the texts to its training set'): lm.fit(1, cbs=KD(big, unlabelled=['a']))
+    with pytest.raises(DistillError, match='A language model needs no labels: add the texts to its training set'): lm.fit(1, cbs=KD(big, unlabeled=['a']))
     image,big = pair('image')
     with pytest.raises(DistillError, match='perturbed= is for tables, with rows of numbers'): image.fit(1, cbs=KD(big, perturbed=2))
-    with pytest.raises(DistillError, match="these items can't be prepared as the training set's are"): image.fit(1, cbs=KD(big, unlabelled=[object()]))
+    with pytest.raises(DistillError, match="these items can't be prepared as the training set's are"): image.fit(1, cbs=KD(big, unlabeled=[object()]))
 
 
 WEIGHT_0 = [kd(alpha=0.), Recipe(Term(losses.kl, lambda p: 0.)), Recipe(Term(losses.kl, 0.), Term(losses.dkd, 0.))]
@@ -121,7 +121,7 @@ WEIGHT_0 = [kd(alpha=0.), Recipe(Term(losses.kl, lambda p: 0.)), Recipe(Term(los
 @pytest.mark.parametrize('recipe', WEIGHT_0, ids=['number', 'schedule', 'two terms'])
 @pytest.mark.parametrize('how', ['items', 'DataLoader', 'stored', 'perturbed'])
 def test_weight_0_trains_bit_for_bit_as_without_a_teacher(tmp_path, how, recipe):
-    "With dropout, batch-norm, a shuffled training set and random draws of the labelled batches"
+    "With dropout, batch-norm, a shuffled training set and random draws of the labeled batches"
     class Noise(Callback):
         def before_batch(self):
             if self.training: self.learn.xb = (self.x + torch.randn_like(self.x)*random.random()*np.random.rand(),)
@@ -131,9 +131,9 @@ def test_weight_0_trains_bit_for_bit_as_without_a_teacher(tmp_path, how, recipe)
         student.model = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Dropout(.5), nn.Linear(6, 4))
         more,options = torch.randn(24, 8, generator=torch.Generator().manual_seed(5)),{}
         if how == 'perturbed': options = dict(perturbed=2)
-        elif how == 'DataLoader': options = dict(unlabelled=DataLoader(more, bs=8, shuffle=True))
-        else: options = dict(unlabelled=list(more))
-        if how == 'stored': options['unlabelled_targets'] = cache_teacher(teacher, student.dls, tmp_path/f'{teach}', kind='softmax', unlabelled=list(more), check=False)
+        elif how == 'DataLoader': options = dict(unlabeled=DataLoader(more, bs=8, shuffle=True))
+        else: options = dict(unlabeled=list(more))
+        if how == 'stored': options['unlabeled_targets'] = cache_teacher(teacher, student.dls, tmp_path/f'{teach}', kind='softmax', unlabeled=list(more), check=False)
         apps.set_seed(3, reproducible=True)
         for p in student.model.parameters(): nn.init.normal_(p)
         student.fit(2, .1, cbs=[Noise(), *([KD(teacher, recipe, **options)] if teach else [])])
@@ -159,17 +159,17 @@ class Steps(Callback):
 
 def weights_of(learn): return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
 
-@pytest.mark.parametrize('of_labelled', ['live', 'stored'])
-def test_stored_outputs_teach_as_the_live_teacher_does(tmp_path, of_labelled):
+@pytest.mark.parametrize('of_labeled', ['live', 'stored'])
+def test_stored_outputs_teach_as_the_live_teacher_does(tmp_path, of_labeled):
     more,runs = torch.randn(40, 8, generator=torch.Generator().manual_seed(5)),[]
     for stored in (False, True):
         student,teacher = toy(bs=16)
         source,options = teacher,{}
         if stored:
-            options = dict(unlabelled_targets=cache_teacher(teacher, student.dls, tmp_path/'more', dtype='float32', kind='softmax', unlabelled=list(more), check=False))
-            if of_labelled == 'stored': source = cache_teacher(teacher, student.dls, tmp_path/'targets', dtype='float32', kind='softmax', check=False)
+            options = dict(unlabeled_targets=cache_teacher(teacher, student.dls, tmp_path/'more', dtype='float32', kind='softmax', unlabeled=list(more), check=False))
+            if of_labeled == 'stored': source = cache_teacher(teacher, student.dls, tmp_path/'targets', dtype='float32', kind='softmax', check=False)
         seen = Steps()
-        drawn(student).fit(3, .1, cbs=[KD(source, kd(2., .7), unlabelled=list(more), **options), seen])
+        drawn(student).fit(3, .1, cbs=[KD(source, kd(2., .7), unlabeled=list(more), **options), seen])
         assert len(seen.losses) == 12
         runs.append((torch.tensor(seen.losses), weights_of(student)))
     for a,b in zip(*runs): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -178,14 +178,14 @@ def test_stored_outputs_teach_as_the_live_teacher_does(tmp_path, of_labelled):
 def test_each_view_is_replayed_and_a_pass_over_the_items_has_the_next_one(tmp_path):
     learn,teacher = student(data()),Convs(3).eval()
     items = list(range(TRAIN, N))       # 8 items, which makes one batch
-    more = cache_teacher(teacher, learn.dls, tmp_path/'more', views=2, dtype='float32', unlabelled=items, check=False)
+    more = cache_teacher(teacher, learn.dls, tmp_path/'more', views=2, dtype='float32', unlabeled=items, check=False)
     assert more.views == 2 and len(more) == len(items)
     pairs,inputs = [],[]
     def watched(s, t):
         if torch.is_grad_enabled(): pairs.append(t.clone())
         return losses.kl(s, t, T=1.)
     hook = learn.model.register_forward_pre_hook(lambda m, x: inputs.append(torch.Tensor(x[0].clone())) if m.training else None)
-    learn.fit(1, 1e-3, cbs=KD(teacher, Term(watched), unlabelled=items, unlabelled_targets=tmp_path/'more'))
+    learn.fit(1, 1e-3, cbs=KD(teacher, Term(watched), unlabeled=items, unlabeled_targets=tmp_path/'more'))
     hook.remove()
     steps = len(learn.dls.train)
     assert len(pairs) == len(inputs) == 2*steps and steps > 1
@@ -198,28 +198,28 @@ def test_each_view_is_replayed_and_a_pass_over_the_items_has_the_next_one(tmp_pa
 def test_stored_outputs_of_a_table_and_of_other_inputs(tmp_path):
     learn,teacher = pair('tabular')
     rows = apps.table(20, seed=3).drop(columns='kind')
-    cache_teacher(teacher, learn.dls, tmp_path/'more', unlabelled=rows, check=False)
-    fit = lambda rows, **o: learn.fit(1, 1e-3, cbs=KD(teacher, kd(), unlabelled=rows, **{'unlabelled_targets': tmp_path/'more', **o}))
+    cache_teacher(teacher, learn.dls, tmp_path/'more', unlabeled=rows, check=False)
+    fit = lambda rows, **o: learn.fit(1, 1e-3, cbs=KD(teacher, kd(), unlabeled=rows, **{'unlabeled_targets': tmp_path/'more', **o}))
     fit(rows)
     fit(rows.iloc[4:])
-    verified = verify_cache(tmp_path/'more', teacher, learn.dls, unlabelled=rows)
+    verified = verify_cache(tmp_path/'more', teacher, learn.dls, unlabeled=rows)
     assert verified.rows == 20 and verified.worst < 1e-2
     with pytest.raises(DistillError, match='20 of 20 samples have no row in'): fit(apps.table(20, seed=4).drop(columns='kind'))
     other = pair('tabular')[1]
     for p in other.model.parameters(): p.data *= 1.01
-    with pytest.raises(DistillError, match='(?s)other weights than .*, which teaches the labelled batches.*another cache'):
-        learn.fit(1, 1e-3, cbs=KD(other, kd(), unlabelled=rows, unlabelled_targets=tmp_path/'more'))
-    with pytest.raises(DistillError, match='valid=True caches the labelled validation set'):
-        cache_teacher(teacher, learn.dls, tmp_path/'x', valid=True, unlabelled=rows)
+    with pytest.raises(DistillError, match='(?s)other weights than .*, which teaches the labeled batches.*another cache'):
+        learn.fit(1, 1e-3, cbs=KD(other, kd(), unlabeled=rows, unlabeled_targets=tmp_path/'more'))
+    with pytest.raises(DistillError, match='valid=True caches the labeled validation set'):
+        cache_teacher(teacher, learn.dls, tmp_path/'x', valid=True, unlabeled=rows)
 
 
 def test_layers_that_are_not_stored_are_refused_before_the_first_batch(tmp_path):
     learn,teacher = toy()
     more,hint = list(torch.randn(16, 8)),Term(losses.hint, .2, layers={'0': '0'}, projector='linear')
-    for layers in (None, ['0']): cache_teacher(teacher, learn.dls, tmp_path/f'more{layers}', unlabelled=more, layers=layers, kind='softmax', check=False)
+    for layers in (None, ['0']): cache_teacher(teacher, learn.dls, tmp_path/f'more{layers}', unlabeled=more, layers=layers, kind='softmax', check=False)
     with pytest.raises(DistillError, match="has no outputs of the teacher's layers 0, which the recipe compares"):
-        learn.fit(1, cbs=KD(teacher, kd() + hint, unlabelled=more, unlabelled_targets=tmp_path/'moreNone'))
-    learn.fit(1, cbs=KD(teacher, kd() + hint, unlabelled=more, unlabelled_targets=tmp_path/"more['0']"))
+        learn.fit(1, cbs=KD(teacher, kd() + hint, unlabeled=more, unlabeled_targets=tmp_path/'moreNone'))
+    learn.fit(1, cbs=KD(teacher, kd() + hint, unlabeled=more, unlabeled_targets=tmp_path/"more['0']"))
 
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, ValueError])
@@ -228,13 +228,13 @@ def test_nothing_is_left_behind(tmp_path, error):
     ds = learn.dls.test_dl(list(range(8))).dataset
     loader = learn.dls.train.new(ds, bs=4, shuffle=True, n=None)
     before = {k: vars(loader)[k] for k in ('after_batch', 'do_batch', 'do_item') if k in vars(loader)}
-    cache_teacher(teacher, learn.dls, tmp_path/'more', unlabelled=loader, check=False)
+    cache_teacher(teacher, learn.dls, tmp_path/'more', unlabeled=loader, check=False)
     class Stop(Callback):
         def after_backward(self): raise error('now')
-    cb = KD(teacher, kd(), unlabelled=loader, unlabelled_targets=tmp_path/'more')
+    cb = KD(teacher, kd(), unlabeled=loader, unlabeled_targets=tmp_path/'more')
     with pytest.raises(error, match='now'): learn.fit(1, 1e-3, cbs=[cb, Stop()])
     assert {k: vars(loader)[k] for k in ('after_batch', 'do_batch', 'do_item') if k in vars(loader)} == before
-    assert cb.unlabelled.iterator is None and cb.unlabelled.loader is None and cb.unlabelled.feed.fed == []
+    assert cb.unlabeled.iterator is None and cb.unlabeled.loader is None and cb.unlabeled.feed.fed == []
     learn.fit(1, 1e-3, cbs=cb)
 
 
@@ -260,7 +260,7 @@ def test_a_table_is_perturbed_by_one_argument():
 
 def test_without_either_nothing_changes():
     runs = []
-    for options in ({}, dict(unlabelled=None, perturbed=0)):
+    for options in ({}, dict(unlabeled=None, perturbed=0)):
         student,teacher = toy()
         student.fit(1, .1, cbs=KD(teacher, **options))
         runs.append([p.detach().clone() for p in student.model.parameters()])
