@@ -21,7 +21,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DIST = ROOT / 'dist'
 # Names at the top of the sdist, and of the wheel beside the package.
-SDIST = {'src', 'docs', 'README.md', 'LICENSE', 'CHANGELOG.md', 'pyproject.toml', 'PKG-INFO', '.gitignore'}
+SDIST = {
+    'src',
+    'docs',
+    'README.md',
+    'LICENSE',
+    'CHANGELOG.md',
+    'pyproject.toml',
+    'PKG-INFO',
+    '.gitignore',
+}
 
 
 def run(*command, **options):
@@ -73,7 +82,12 @@ def try_wheel(wheel, version):
         env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
         here = dict(cwd=folder, env=env)
         run(python, '-m', 'pip', 'install', '-q', wheel, **here)
-        run(python, '-c', f'import fastdistill; assert fastdistill.__version__ == {version!r}', **here)
+        run(
+            python,
+            '-c',
+            f'import fastdistill; assert fastdistill.__version__ == {version!r}',
+            **here,
+        )
         (place / 'first.py').write_text(first_block())
         run(python, 'first.py', **here)
         run(command, '--version', **here)

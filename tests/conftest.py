@@ -1,9 +1,18 @@
 "Before the first test: one thread, no display, no network, nothing read from or left in the user's home. Before each: the same seed."
+
 import os, random, shutil, sys, tempfile
 
 HOME = tempfile.mkdtemp(prefix='fastdistill-tests-')
-os.environ |= dict(MPLBACKEND='Agg', OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false',
-                   FASTAI_HOME=HOME, TORCH_HOME=HOME, HF_HOME=HOME, MPLCONFIGDIR=HOME)
+os.environ |= dict(
+    MPLBACKEND='Agg',
+    OMP_NUM_THREADS='1',
+    HF_HUB_OFFLINE='1',
+    TOKENIZERS_PARALLELISM='false',
+    FASTAI_HOME=HOME,
+    TORCH_HOME=HOME,
+    HF_HOME=HOME,
+    MPLCONFIGDIR=HOME,
+)
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -15,7 +24,8 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def without_workers():
     "fastai's DataLoaders start a process for each core, unless they are told; that takes longer than most tests"
-    if fastcore := sys.modules.get('fastcore.basics'): fastcore.defaults.cpus = 0
+    if fastcore := sys.modules.get('fastcore.basics'):
+        fastcore.defaults.cpus = 0
 
 
 @pytest.fixture(autouse=True)
@@ -25,4 +35,5 @@ def seeded():
     torch.manual_seed(0)
 
 
-def pytest_unconfigure(config): shutil.rmtree(HOME, ignore_errors=True)
+def pytest_unconfigure(config):
+    shutil.rmtree(HOME, ignore_errors=True)

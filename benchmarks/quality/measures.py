@@ -1,4 +1,5 @@
 "What a student is worth: accuracy, mean IoU, mean average precision, R2 or bits; and whether its probabilities are right."
+
 import math
 import numpy as np
 import torch
@@ -10,53 +11,66 @@ MAIN = dict(classes='accuracy', pixels='miou', tokens='bits', labels='map', numb
 
 def ece(p, hit, bins=15):
     "Expected calibration error: mean distance of confidence and accuracy over equally wide bins of confidence"
-    at = (p*bins).long().clamp_max(bins-1)
+    at = (p * bins).long().clamp_max(bins - 1)
     n = torch.bincount(at, minlength=bins).double()
     gap = torch.bincount(at, p.double(), bins) - torch.bincount(at, hit.double(), bins)
-    return (gap.abs().sum()/n.sum()).item()
+    return (gap.abs().sum() / n.sum()).item()
 
 
 def of_classes(s, y):
     "Accuracy, NLL and ECE of logits (N, C) and class numbers (N,)"
-    p,top = s.softmax(1).max(1)
-    return dict(accuracy=(top == y).double().mean().item(), nll=F.cross_entropy(s, y).item(), ece=ece(p, top == y))
+    p, top = s.softmax(1).max(1)
+    return dict(
+        accuracy=(top == y).double().mean().item(),
+        nll=F.cross_entropy(s, y).item(),
+        ece=ece(p, top == y),
+    )
 
 
 def of_pixels(s, y, void=-100):
     "The same over all pixels, and the mean IoU of the classes that occur; s (N, C, H, W), y (N, H, W)"
     c = s.shape[1]
-    s,y = s.movedim(1, -1).reshape(-1, c),y.reshape(-1)
-    s,y = s[y != void],y[y != void]
-    m = torch.bincount(c*y + s.argmax(1), minlength=c*c).reshape(c, c).double()
+    s, y = s.movedim(1, -1).reshape(-1, c), y.reshape(-1)
+    s, y = s[y != void], y[y != void]
+    m = torch.bincount(c * y + s.argmax(1), minlength=c * c).reshape(c, c).double()
     union = m.sum(0) + m.sum(1) - m.diag()
-    return dict(of_classes(s, y), miou=(m.diag()/union)[union > 0].mean().item())
+    return dict(of_classes(s, y), miou=(m.diag() / union)[union > 0].mean().item())
 
 
 def of_tokens(s, y):
     "The same of logits (N, L, C), and the bits that a token costs"
     r = of_classes(s.reshape(-1, s.shape[-1]), y.reshape(-1))
-    return dict(r, bits=r['nll']/math.log(2), perplexity=math.exp(r['nll']))
+    return dict(r, bits=r['nll'] / math.log(2), perplexity=math.exp(r['nll']))
 
 
 def average_precision(score, y):
     "Mean precision at the ranks of the positive items"
     y = y[np.argsort(-score, kind='stable')]
-    return float((np.cumsum(y)/np.arange(1, len(y)+1))[y > 0].mean())
+    return float((np.cumsum(y) / np.arange(1, len(y) + 1))[y > 0].mean())
 
 
 def of_labels(s, y):
     "Mean average precision over labels, micro F1 at .5, NLL and ECE of logits and 0-or-1 labels (N, C)"
     p = s.sigmoid()
-    on,sure = p > .5,torch.maximum(p, 1-p)
-    ap = [average_precision(s[:, c].numpy(), y[:, c].numpy()) for c in range(y.shape[1]) if y[:, c].any()]
-    f1 = (2*(on*y).sum()/(on.sum() + y.sum())).item()
-    return dict(map=float(np.mean(ap)), f1=f1, nll=F.binary_cross_entropy_with_logits(s, y).item(), ece=ece(sure.flatten(), (on == (y > .5)).flatten()))
+    on, sure = p > 0.5, torch.maximum(p, 1 - p)
+    ap = [
+        average_precision(s[:, c].numpy(), y[:, c].numpy())
+        for c in range(y.shape[1])
+        if y[:, c].any()
+    ]
+    f1 = (2 * (on * y).sum() / (on.sum() + y.sum())).item()
+    return dict(
+        map=float(np.mean(ap)),
+        f1=f1,
+        nll=F.binary_cross_entropy_with_logits(s, y).item(),
+        ece=ece(sure.flatten(), (on == (y > 0.5)).flatten()),
+    )
 
 
 def of_numbers(s, y):
     "R2 (mean over the outputs) and mean absolute error of (N, D)"
-    r2 = 1 - (s-y).pow(2).sum(0)/(y-y.mean(0)).pow(2).sum(0)
-    return dict(r2=r2.mean().item(), mae=(s-y).abs().mean().item())
+    r2 = 1 - (s - y).pow(2).sum(0) / (y - y.mean(0)).pow(2).sum(0)
+    return dict(r2=r2.mean().item(), mae=(s - y).abs().mean().item())
 
 
 def measure(output, s, y, **options):
@@ -65,5 +79,5 @@ def measure(output, s, y, **options):
 
 def score(output, found):
     "The main measure in points; more is better"
-    v = 100*found[MAIN[output]]
+    v = 100 * found[MAIN[output]]
     return -v if output == 'tokens' else v

@@ -1,4 +1,5 @@
 "A cell is a task, a budget and a student. Its data hold the teacher's outputs; teachers are trained once and kept in a folder."
+
 import importlib, os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,65 +8,79 @@ import torch
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
-ROOT = Path(os.environ.get('QUALITY_DATA', HERE.parents[2]/'shared'/'data'))    # real data, see LOG.md
-KEPT = Path(os.environ.get('QUALITY_KEPT', HERE.parents[1]/'out'/'quality'))     # teachers and their outputs
+ROOT = Path(
+    os.environ.get('QUALITY_DATA', HERE.parents[2] / 'shared' / 'data')
+)  # real data, see LOG.md
+KEPT = Path(
+    os.environ.get('QUALITY_KEPT', HERE.parents[1] / 'out' / 'quality')
+)  # teachers and their outputs
 
 
 @dataclass
 class Split:
     "Inputs, labels and the teacher's outputs; of pictures that are seen in several views, (views, items, ...)"
-    x:torch.Tensor
-    y:torch.Tensor
-    t:torch.Tensor
-    views:int = 0 # 0: none but the items themselves
 
-    def __len__(self): return len(self.y)
+    x: torch.Tensor
+    y: torch.Tensor
+    t: torch.Tensor
+    views: int = 0  # 0: none but the items themselves
+
+    def __len__(self):
+        return len(self.y)
 
     def batch(self, epoch, rows):
-        if not self.views: return self.x[rows],self.y[rows],self.t[rows].float()
+        if not self.views:
+            return self.x[rows], self.y[rows], self.t[rows].float()
         v = epoch % self.views
-        return self.x[v, rows],self.y[rows],self.t[v, rows].float()
+        return self.x[v, rows], self.y[rows], self.t[v, rows].float()
 
 
 @dataclass
 class Data:
     "The three splits: trained on, to choose a rate by, to be judged by"
-    train:Split
-    valid:Split
-    test:Split
-    teacher:nn.Module|None = None # for terms between layers
-    extra:dict|None = None # what a student's shape depends on
+
+    train: Split
+    valid: Split
+    test: Split
+    teacher: nn.Module | None = None  # for terms between layers
+    extra: dict | None = None  # what a student's shape depends on
 
 
 @dataclass(frozen=True)
 class Cell:
     "One task, one budget, one student"
-    name:str
-    task:str # cells of one task stand together where a task is left out
-    output:str # 'classes', 'pixels', 'tokens', 'labels' or 'numbers'
-    data:Callable # () -> Data
-    student:Callable # Data -> module
-    steps:int
-    bs:int = 64
-    rates:tuple = (.003, .01, .03)
-    opt:str = 'adamw'
-    axis:int = 1 # of the classes in the logits
-    void:int = -100 # a label that does not count
-    seeds:int = 4
-    choosing:int = 1 # seeds that run at each rate, to choose by
-    cost:int = 1 # 1: a few seconds a run, 2: some ten, 3: more
+
+    name: str
+    task: str  # cells of one task stand together where a task is left out
+    output: str  # 'classes', 'pixels', 'tokens', 'labels' or 'numbers'
+    data: Callable  # () -> Data
+    student: Callable  # Data -> module
+    steps: int
+    bs: int = 64
+    rates: tuple = (0.003, 0.01, 0.03)
+    opt: str = 'adamw'
+    axis: int = 1  # of the classes in the logits
+    void: int = -100  # a label that does not count
+    seeds: int = 4
+    choosing: int = 1  # seeds that run at each rate, to choose by
+    cost: int = 1  # 1: a few seconds a run, 2: some ten, 3: more
 
 
 class Fast(nn.Module):
     "A net of pictures in bfloat16 and channels last, twice as fast on this CPU; its logits are float32"
-    def __init__(self, net): super().__init__(); self.net = net.to(memory_format=torch.channels_last)
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net.to(memory_format=torch.channels_last)
+
     def forward(self, x):
-        with torch.autocast('cpu', dtype=torch.bfloat16): return self.net(x.float().contiguous(memory_format=torch.channels_last)).float()
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            return self.net(x.float().contiguous(memory_format=torch.channels_last)).float()
 
 
 def kept(name, make):
     "What `make()` returns, made once and kept on disk"
-    path = KEPT/f'{name}.pt'
+    path = KEPT / f'{name}.pt'
     if not path.exists():
         made = make()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,15 +90,16 @@ def kept(name, make):
     return torch.load(path, weights_only=False)
 
 
-def fit(model, x, y, steps, lr, *, bs=64, loss=nn.functional.cross_entropy, seed=0, decay=.01):
+def fit(model, x, y, steps, lr, *, bs=64, loss=nn.functional.cross_entropy, seed=0, decay=0.01):
     "Train a teacher: AdamW, one cycle"
     torch.manual_seed(seed)
     opt = torch.optim.AdamW(model.parameters(), lr, weight_decay=decay)
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps)
     left = ()
     for _ in range(steps):
-        if len(left) < bs: left = torch.randperm(len(y))
-        rows,left = left[:bs],left[bs:]
+        if len(left) < bs:
+            left = torch.randperm(len(y))
+        rows, left = left[:bs], left[bs:]
         loss(model.train()(x[rows]), y[rows]).backward()
         opt.step()
         opt.zero_grad()
@@ -93,6 +109,20 @@ def fit(model, x, y, steps, lr, *, bs=64, loss=nn.functional.cross_entropy, seed
 
 def cells():
     "name -> Cell, cheap ones first"
-    found = [c for m in ('text', 'table', 'digits', 'lm', 'dense', 'fashion', 'cifar', 'imagenette', 'unseen') if (HERE/f'task_{m}.py').exists()
-             for c in importlib.import_module(f'task_{m}').CELLS]
+    found = [
+        c
+        for m in (
+            'text',
+            'table',
+            'digits',
+            'lm',
+            'dense',
+            'fashion',
+            'cifar',
+            'imagenette',
+            'unseen',
+        )
+        if (HERE / f'task_{m}.py').exists()
+        for c in importlib.import_module(f'task_{m}').CELLS
+    ]
     return {c.name: c for c in found}

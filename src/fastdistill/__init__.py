@@ -1,4 +1,5 @@
 "Knowledge distillation: train a small model on what a big one knows."
+
 import lazy_loader
 
 __version__ = '0.1.0'

@@ -1,25 +1,39 @@
 """Distillation with Lightning: a callback for your own `LightningModule`, and a module that needs
 nothing else.
 """
-import functools, math
+
+import functools
+import math
 from collections.abc import Mapping
 from contextlib import contextmanager
-try: from lightning.pytorch import Callback, LightningModule
+
+try:
+    from lightning.pytorch import Callback, LightningModule
 except ImportError as e:
-    raise ImportError("fastdistill.lightning needs lightning: pip install 'fastdistill[lightning]'") from e
+    raise ImportError(
+        "fastdistill.lightning needs lightning: pip install 'fastdistill[lightning]'"
+    ) from e
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset
-from .recipes.batch import inputs_and_labels
+
+from .base.distributed import average_gradients
+from .base.outputs import DistillError, Outputs
+from .base.seeds import RandomGuard
 from .distiller.distiller import Distiller
+from .distiller.integration import (
+    add_parameters,
+    check_first,
+    complete,
+    load_state,
+    needs_example,
+    takes_part,
+    training_state,
+)
 from .features.calls import arguments
 from .features.layer_pairs import inputs
 from .features.taps import Taps
-from .base.outputs import DistillError, Outputs
-from .base.distributed import average_gradients
-from .base.seeds import RandomGuard
-from .distiller.integration import (add_parameters, check_first, complete, load_state, needs_example, takes_part,
-                                    training_state)
+from .recipes.batch import inputs_and_labels
 
 __all__ = ['DistillCallback', 'DistillModule']
 
@@ -40,53 +54,61 @@ class DistillCallback(Callback):
         **options: Of the `Distiller`: kind, axis, ignore_index, shift_labels, output, check.
             check=False also leaves out the score of both models on a few batches.
     """
-    def __init__(
-        self,
-        teacher,
-        recipe=None,
-        *,
-        student:str|None=None,
-        split=None,
-        **options
-    ):
-        self.teacher,self.recipe,self.student,self.options = teacher,recipe,student,options
-        self.split,self.distiller,self.state,self.replaced = split or inputs_and_labels,None,None,None
+
+    def __init__(self, teacher, recipe=None, *, student: str | None = None, split=None, **options):
+        self.teacher, self.recipe, self.student, self.options = teacher, recipe, student, options
+        self.split, self.distiller, self.state, self.replaced = (
+            split or inputs_and_labels,
+            None,
+            None,
+            None,
+        )
 
     # around a fit
 
     def on_fit_start(self, trainer, pl_module):
         self._stop(pl_module)
         if not pl_module.automatic_optimization:
-            raise DistillError("DistillCallback changes the loss that training_step returns, which manual optimization "
-                               "does not use. Call a `Distiller` in your training_step instead.")
+            raise DistillError(
+                'DistillCallback changes the loss that training_step returns, which manual optimization '
+                'does not use. Call a `Distiller` in your training_step instead.'
+            )
         self.build(pl_module)
         d = self.distiller
         d.links.to(pl_module.device)
         # subtle: the recipe that was chosen before, and not one that this batch would choose
-        if self.state is not None and 'distiller' in self.state: d.set_extra_state(self.state['distiller'])
-        if self.options.get('check', True): check_first(d, self._batches(trainer))
-        if needs_example(d): self._complete(trainer)
+        if self.state is not None and 'distiller' in self.state:
+            d.set_extra_state(self.state['distiller'])
+        if self.options.get('check', True):
+            check_first(d, self._batches(trainer))
+        if needs_example(d):
+            self._complete(trainer)
         add_parameters(trainer.optimizers[0], d)
-        if self.state is not None: load_state(d, self.state)
+        if self.state is not None:
+            load_state(d, self.state)
         self.state = None
         d.teacher.start()
         self._replace_step(trainer, pl_module)
 
     def build(self, pl_module):
         """The Distiller of this module, unless it is there already."""
-        try: student = pl_module if self.student is None else pl_module.get_submodule(self.student)
+        try:
+            student = pl_module if self.student is None else pl_module.get_submodule(self.student)
         except AttributeError as e:
-            have = ', '.join(n for n,_ in pl_module.named_children()) or 'none'
-            raise DistillError(f"student={self.student!r}: {type(pl_module).__name__} has no such module. It has: "
-                               f"{have}") from e
+            have = ', '.join(n for n, _ in pl_module.named_children()) or 'none'
+            raise DistillError(
+                f'student={self.student!r}: {type(pl_module).__name__} has no such module. It has: '
+                f'{have}'
+            ) from e
         if self.distiller is None or self.distiller.student is not student:
             self.distiller = Distiller(student, self.teacher, self.recipe, **self.options)
 
     def _complete(self, trainer):
         """Choose the recipe and build projectors, by a training batch."""
         trainer.fit_loop.setup_data()
-        with RandomGuard(): batch = trainer.strategy.batch_to_device(next(iter(trainer.train_dataloader)))
-        x,y = self.split(batch)
+        with RandomGuard():
+            batch = trainer.strategy.batch_to_device(next(iter(trainer.train_dataloader)))
+        x, y = self.split(batch)
         complete(self.distiller, x, bool(len(y)))
 
     def _batches(self, trainer):
@@ -94,15 +116,20 @@ class DistillCallback(Callback):
         # subtle: Lightning draws a random number here, and not again when it trains
         trainer.fit_loop.setup_data()
         loader = trainer.train_dataloader
-        if isinstance(getattr(loader, 'dataset', None), IterableDataset): return ()
+        if isinstance(getattr(loader, 'dataset', None), IterableDataset):
+            return ()
         return map(self.split, map(trainer.strategy.batch_to_device, later(loader)))
 
-    def teardown(self, trainer, pl_module, stage): self._stop(pl_module)
-    def on_exception(self, trainer, pl_module, exception): self._stop(pl_module)
+    def teardown(self, trainer, pl_module, stage):
+        self._stop(pl_module)
+
+    def on_exception(self, trainer, pl_module, exception):
+        self._stop(pl_module)
 
     def _stop(self, pl_module):
         """Put everything back; safe to call twice."""
-        if self.replaced is None: return
+        if self.replaced is None:
+            return
         vars(pl_module).pop('training_step')
         vars(pl_module).update(self.replaced)
         self.replaced = None
@@ -113,45 +140,64 @@ class DistillCallback(Callback):
     def _replace_step(self, trainer, pl_module):
         """From now on, the module's training step returns the whole loss."""
         step = pl_module.training_step
+
         # subtle: Lightning reads the names of its arguments, which `wraps` keeps
         @functools.wraps(step)
         def with_teacher(batch, *args, **kwargs):
-            return self._step(trainer, pl_module, batch, functools.partial(step, batch, *args, **kwargs))
-        self.replaced = {k: v for k,v in vars(pl_module).items() if k == 'training_step'}
+            return self._step(
+                trainer, pl_module, batch, functools.partial(step, batch, *args, **kwargs)
+            )
+
+        self.replaced = {k: v for k, v in vars(pl_module).items() if k == 'training_step'}
         pl_module.training_step = with_teacher
 
     def _step(self, trainer, pl_module, batch, run):
-        d,progress = self.distiller,training_progress(trainer)
-        if not takes_part(d, progress): return run()
-        with returned_by(d.student) as seen, Taps(d.student, d.student_layers(d.active_terms(progress))) as taps:
+        d, progress = self.distiller, training_progress(trainer)
+        if not takes_part(d, progress):
+            return run()
+        with (
+            returned_by(d.student) as seen,
+            Taps(d.student, d.student_layers(d.active_terms(progress))) as taps,
+        ):
             out = run()
             feats = taps.pop() if seen else {}
-        if out is None: return
-        x,y = self.split(batch)
+        if out is None:
+            return
+        x, y = self.split(batch)
         s = d.student_outputs(self._last(seen), feats, x)
-        task,y = out['loss'] if isinstance(out, Mapping) else out,d.targets_at(x, s.logits, tuple(y))
+        task, y = (
+            out['loss'] if isinstance(out, Mapping) else out,
+            d.targets_at(x, s.logits, tuple(y)),
+        )
         r = d.compute(s, d.teacher_outputs(x, progress), task, y, progress=progress)
-        parts = {f'{k}_loss': v for k,v in dict(task=task.detach(), **r.parts).items()}
+        parts = {f'{k}_loss': v for k, v in dict(task=task.detach(), **r.parts).items()}
         pl_module.log_dict(parts, batch_size=len(s.logits))
         return {**out, 'loss': r.total} if isinstance(out, Mapping) else r.total
 
     def _last(self, seen):
         """What the student returned last."""
-        if seen: return seen[-1]
-        raise DistillError(f"training_step did not call the student, {type(self.distiller.student).__name__}. Name the "
-                           "module that it calls: DistillCallback(..., student='model')")
+        if seen:
+            return seen[-1]
+        raise DistillError(
+            f'training_step did not call the student, {type(self.distiller.student).__name__}. Name the '
+            "module that it calls: DistillCallback(..., student='model')"
+        )
 
     def on_after_backward(self, trainer, pl_module):
-        if self.replaced is not None: average_gradients(self.distiller.own_parameters())
+        if self.replaced is not None:
+            average_gradients(self.distiller.own_parameters())
 
     # checkpoints
 
-    def state_dict(self): return {} if self.distiller is None else training_state(self.distiller)
+    def state_dict(self):
+        return {} if self.distiller is None else training_state(self.distiller)
 
-    def load_state_dict(self, state): self.state = state
+    def load_state_dict(self, state):
+        self.state = state
 
     # subtle: an averaged copy of a module (`WeightAveraging`) needs no second teacher
-    def __deepcopy__(self, memo): return self
+    def __deepcopy__(self, memo):
+        return self
 
 
 class DistillModule(LightningModule):
@@ -167,36 +213,46 @@ class DistillModule(LightningModule):
         **options: Of the `Distiller`: task_loss, kind, axis, ignore_index, shift_labels,
             output, check.
     """
+
     def __init__(
         self,
-        student:nn.Module,
+        student: nn.Module,
         teacher,
         recipe=None,
         *,
-        lr:float=1e-3,
+        lr: float = 1e-3,
         optimizer=torch.optim.AdamW,
         split=None,
-        **options
+        **options,
     ):
         super().__init__()
-        self.student,self.lr,self.optimizer = student,lr,optimizer
+        self.student, self.lr, self.optimizer = student, lr, optimizer
         self.callback = DistillCallback(teacher, recipe, student='student', split=split, **options)
         self.callback.build(self)
 
     def forward(self, x):
         """What the student returns for a batch of inputs."""
-        args,kwargs = arguments(self.student, inputs(x))
+        args, kwargs = arguments(self.student, inputs(x))
         return self.student(*args, **kwargs)
 
-    def configure_callbacks(self): return [self.callback]
-    def configure_optimizers(self): return self.optimizer(self.student.parameters(), lr=self.lr)
-    def training_step(self, batch, batch_idx): return self.labels_loss(batch)
-    def validation_step(self, batch, batch_idx): self._log('val_loss', batch)
-    def test_step(self, batch, batch_idx): self._log('test_loss', batch)
+    def configure_callbacks(self):
+        return [self.callback]
+
+    def configure_optimizers(self):
+        return self.optimizer(self.student.parameters(), lr=self.lr)
+
+    def training_step(self, batch, batch_idx):
+        return self.labels_loss(batch)
+
+    def validation_step(self, batch, batch_idx):
+        self._log('val_loss', batch)
+
+    def test_step(self, batch, batch_idx):
+        self._log('test_loss', batch)
 
     def labels_loss(self, batch):
         """The task loss."""
-        x,y = self.callback.split(batch)
+        x, y = self.callback.split(batch)
         d = self.callback.distiller
         logits = Outputs.of(self(x), output=d.output).logits
         # without labels, the teacher alone teaches
@@ -215,7 +271,7 @@ def later(loader):
 def training_progress(trainer):
     """Share of the training that is done, for schedules; None if it has no end."""
     steps = trainer.estimated_stepping_batches
-    return trainer.global_step/steps if 0 < steps < math.inf else None
+    return trainer.global_step / steps if 0 < steps < math.inf else None
 
 
 @contextmanager
@@ -223,5 +279,7 @@ def returned_by(module):
     """A list of what the module returns inside this context."""
     seen = []
     handle = module.register_forward_hook(lambda m, args, out: seen.append(out))
-    try: yield seen
-    finally: handle.remove()
+    try:
+        yield seen
+    finally:
+        handle.remove()

@@ -1,4 +1,5 @@
 "Outputs that other programs computed become a cache."
+
 import json
 import numpy as np
 import pytest, torch
@@ -10,7 +11,7 @@ from fastdistill.cache.keys import keys_of
 from fastdistill.base.outputs import TopK
 
 g = torch.Generator().manual_seed(0)
-N,C,L,V = 7,4,5,50
+N, C, L, V = 7, 4, 5, 50
 LOGITS = torch.randn(N, C, generator=g)
 LOGP = LOGITS.log_softmax(1)
 TOKENS = torch.randn(N, L, V, generator=g).mul(2).log_softmax(2)
@@ -21,319 +22,656 @@ def lines(path, rows):
     path.write_text('\n'.join(map(json.dumps, rows)) + '\n')
     return path
 
+
 def opened(*args, **kwargs):
     kwargs = dict(dtype='float32', progress=False) | kwargs
     cache = cache_from(*args, **kwargs)
     assert len(TeacherCache(cache.folder).check()) == len(cache)
     return cache
 
-def outputs(cache, names=NAMES): return cache.outputs(cache.find(keys_of(names)))
+
+def outputs(cache, names=NAMES):
+    return cache.outputs(cache.find(keys_of(names)))
+
 
 def top(t, k):
-    v,i = t.topk(k)
-    return i.tolist(),v.tolist()
+    v, i = t.topk(k)
+    return i.tolist(), v.tolist()
 
 
 # classes
 
+
 def files(tmp_path):
     "The same outputs in every form"
     import pyarrow as pa, pyarrow.parquet as pq
+
     lp = LOGP.tolist()
-    np.save(tmp_path/'a.npy', LOGP.numpy())
-    np.savez(tmp_path/'a.npz', logits=LOGITS.numpy(), key=np.array(NAMES))
-    pq.write_table(pa.table(dict(id=NAMES, probs=LOGP.exp().tolist())), tmp_path/'a.parquet', row_group_size=3)
+    np.save(tmp_path / 'a.npy', LOGP.numpy())
+    np.savez(tmp_path / 'a.npz', logits=LOGITS.numpy(), key=np.array(NAMES))
+    pq.write_table(
+        pa.table(dict(id=NAMES, probs=LOGP.exp().tolist())),
+        tmp_path / 'a.parquet',
+        row_group_size=3,
+    )
     shuffled = [[2, 0, 3, 1] for _ in range(N)]
-    return dict(npy=dict(outputs=tmp_path/'a.npy', keys=NAMES), npz=dict(outputs=tmp_path/'a.npz'), parquet=dict(outputs=tmp_path/'a.parquet'),
-                array=dict(outputs=LOGP.numpy(), keys=NAMES), tensor=dict(outputs=LOGP, keys=NAMES),
-                jsonl=dict(outputs=lines(tmp_path/'a.jsonl', [dict(key=k, logprobs=v) for k,v in zip(NAMES, lp)])),
-                named=dict(outputs=[dict(key=k, logprobs={str(i): x for i,x in enumerate(v)}) for k,v in zip(NAMES, lp)], n=C),
-                ids=dict(outputs=[dict(image=k, ids=i, lp=[v[j] for j in i]) for k,v,i in zip(NAMES, lp, shuffled)], n=C, value='lp', keys='image'))
+    return dict(
+        npy=dict(outputs=tmp_path / 'a.npy', keys=NAMES),
+        npz=dict(outputs=tmp_path / 'a.npz'),
+        parquet=dict(outputs=tmp_path / 'a.parquet'),
+        array=dict(outputs=LOGP.numpy(), keys=NAMES),
+        tensor=dict(outputs=LOGP, keys=NAMES),
+        jsonl=dict(
+            outputs=lines(
+                tmp_path / 'a.jsonl', [dict(key=k, logprobs=v) for k, v in zip(NAMES, lp)]
+            )
+        ),
+        named=dict(
+            outputs=[
+                dict(key=k, logprobs={str(i): x for i, x in enumerate(v)})
+                for k, v in zip(NAMES, lp)
+            ],
+            n=C,
+        ),
+        ids=dict(
+            outputs=[
+                dict(image=k, ids=i, lp=[v[j] for j in i]) for k, v, i in zip(NAMES, lp, shuffled)
+            ],
+            n=C,
+            value='lp',
+            keys='image',
+        ),
+    )
+
 
 def arrow(folder, parts):
     "A folder as `Dataset.save_to_disk` of Hugging Face writes it: files of Arrow's stream format"
     import pyarrow as pa
+
     folder.mkdir()
-    (folder/'state.json').write_text('{}')
-    for i,(names,lp) in enumerate(parts):
+    (folder / 'state.json').write_text('{}')
+    for i, (names, lp) in enumerate(parts):
         table = pa.table(dict(id=names, logprobs=lp.tolist()))
-        with pa.OSFile(str(folder/f'data-{i:05}-of-00002.arrow'), 'wb') as f, pa.ipc.new_stream(f, table.schema) as to: to.write_table(table, max_chunksize=2)
+        with (
+            pa.OSFile(str(folder / f'data-{i:05}-of-00002.arrow'), 'wb') as f,
+            pa.ipc.new_stream(f, table.schema) as to,
+        ):
+            to.write_table(table, max_chunksize=2)
     return folder
+
 
 class Rows(list):
     "What is used of a `datasets.Dataset`"
+
     column_names = ['id', 'logprobs']
 
-def test_a_column_of_a_dataset_of_hugging_face(tmp_path):
-    folder = arrow(tmp_path/'hub', [(NAMES[:3], LOGP[:3]), (NAMES[3:], LOGP[3:])])
-    torch.testing.assert_close(outputs(opened(folder, tmp_path/'a')).logits, LOGP)
-    rows = Rows(dict(id=k, logprobs=v) for k,v in zip(NAMES, LOGP.tolist()))
-    torch.testing.assert_close(outputs(opened(rows, tmp_path/'b')).logits, LOGP)
-    with pytest.raises(DistillError, match='teacher, weights'): opened(Rows(rows[:-1] + [dict(rows[-1], logprobs=rows[0]['logprobs'])]), tmp_path/'b')
-    (tmp_path/'both'/'train').mkdir(parents=True)
-    (tmp_path/'both'/'dataset_dict.json').write_text('{}')
-    with pytest.raises(DistillError, match=r'has several splits \(train\): give one'): opened(tmp_path/'both', tmp_path/'c')
-    class Splits(dict): column_names = {}
-    with pytest.raises(DistillError, match=r'several splits \(train\): give one, as in dataset'): opened(Splits(train=rows), tmp_path/'c')
-    class Stream: column_names = ['id']
-    with pytest.raises(DistillError, match='A stream of rows has no length'): opened(Stream(), tmp_path/'c')
 
-@pytest.mark.parametrize('form', ['npy', 'npz', 'parquet', 'array', 'tensor', 'jsonl', 'named', 'ids'])
+def test_a_column_of_a_dataset_of_hugging_face(tmp_path):
+    folder = arrow(tmp_path / 'hub', [(NAMES[:3], LOGP[:3]), (NAMES[3:], LOGP[3:])])
+    torch.testing.assert_close(outputs(opened(folder, tmp_path / 'a')).logits, LOGP)
+    rows = Rows(dict(id=k, logprobs=v) for k, v in zip(NAMES, LOGP.tolist()))
+    torch.testing.assert_close(outputs(opened(rows, tmp_path / 'b')).logits, LOGP)
+    with pytest.raises(DistillError, match='teacher, weights'):
+        opened(Rows(rows[:-1] + [dict(rows[-1], logprobs=rows[0]['logprobs'])]), tmp_path / 'b')
+    (tmp_path / 'both' / 'train').mkdir(parents=True)
+    (tmp_path / 'both' / 'dataset_dict.json').write_text('{}')
+    with pytest.raises(DistillError, match=r'has several splits \(train\): give one'):
+        opened(tmp_path / 'both', tmp_path / 'c')
+
+    class Splits(dict):
+        column_names = {}
+
+    with pytest.raises(DistillError, match=r'several splits \(train\): give one, as in dataset'):
+        opened(Splits(train=rows), tmp_path / 'c')
+
+    class Stream:
+        column_names = ['id']
+
+    with pytest.raises(DistillError, match='A stream of rows has no length'):
+        opened(Stream(), tmp_path / 'c')
+
+
+@pytest.mark.parametrize(
+    'form', ['npy', 'npz', 'parquet', 'array', 'tensor', 'jsonl', 'named', 'ids']
+)
 def test_all_classes_in_every_form(form, tmp_path):
-    out = outputs(opened(path=tmp_path/'cache', bs=3, **files(tmp_path)[form])).logits
+    out = outputs(opened(path=tmp_path / 'cache', bs=3, **files(tmp_path)[form])).logits
     torch.testing.assert_close(out.log_softmax(1), LOGP, atol=1e-5, rtol=1e-5)
 
+
 def test_a_folder_of_files_is_one_table(tmp_path):
-    rows = [dict(key=k, logprobs=v) for k,v in zip(NAMES, LOGP.tolist())]
-    (tmp_path/'parts').mkdir()
-    lines(tmp_path/'parts'/'0.jsonl', rows[:3])
-    lines(tmp_path/'parts'/'1.jsonl', rows[3:])
-    torch.testing.assert_close(outputs(opened(tmp_path/'parts', tmp_path/'cache')).logits, LOGP)
+    rows = [dict(key=k, logprobs=v) for k, v in zip(NAMES, LOGP.tolist())]
+    (tmp_path / 'parts').mkdir()
+    lines(tmp_path / 'parts' / '0.jsonl', rows[:3])
+    lines(tmp_path / 'parts' / '1.jsonl', rows[3:])
+    torch.testing.assert_close(outputs(opened(tmp_path / 'parts', tmp_path / 'cache')).logits, LOGP)
+
 
 @pytest.mark.parametrize('tail', ['uniform', 'zero', 'bucket'])
 def test_the_likeliest_classes_keep_their_probabilities(tail, tmp_path):
-    rows = [dict(key=k, **dict(zip(('ids', 'logprobs'), top(lp, 2 + i % 2)))) for i,(k,lp) in enumerate(zip(NAMES, LOGP))]
-    out = outputs(opened(lines(tmp_path/'a.jsonl', rows), tmp_path/'cache', C, tail=tail)).logits
-    v,ids = LOGP.topk(2)        # as many as every row has
+    rows = [
+        dict(key=k, **dict(zip(('ids', 'logprobs'), top(lp, 2 + i % 2))))
+        for i, (k, lp) in enumerate(zip(NAMES, LOGP))
+    ]
+    out = outputs(
+        opened(lines(tmp_path / 'a.jsonl', rows), tmp_path / 'cache', C, tail=tail)
+    ).logits
+    v, ids = LOGP.topk(2)  # as many as every row has
     assert isinstance(out, TopK) and torch.equal(out.ids, ids)
     torch.testing.assert_close(out.values, v)
     student = torch.randn(N, C, generator=g)
     torch.testing.assert_close(out.dense(student), TopK(ids, v, C, tail).dense(student))
 
+
 def test_logits_are_normalized_before_the_likeliest_are_taken(tmp_path):
-    out = outputs(opened(LOGITS, tmp_path/'cache', keys=NAMES, given='logits', topk=2)).logits
+    out = outputs(opened(LOGITS, tmp_path / 'cache', keys=NAMES, given='logits', topk=2)).logits
     torch.testing.assert_close(out.values, LOGP.topk(2).values)
 
+
 def test_a_student_trains_from_them(tmp_path):
-    x,y = torch.randn(N, 6, generator=g),torch.randint(C, (N,), generator=g)
-    data,student = TensorDataset(x, y),nn.Linear(6, C)
-    cache = opened(LOGP, tmp_path/'cache', keys=NAMES)
-    (xb,yb,rows), = DataLoader(Replayed(data, cache, keys=NAMES), batch_size=N)
-    d = Distiller(student, None, kd(2., 1.))
-    torch.testing.assert_close(d.compute(Outputs(student(xb)), cache.decode(rows), None, (yb,)).total, losses.kl(student(x), LOGP, T=2.))
+    x, y = torch.randn(N, 6, generator=g), torch.randint(C, (N,), generator=g)
+    data, student = TensorDataset(x, y), nn.Linear(6, C)
+    cache = opened(LOGP, tmp_path / 'cache', keys=NAMES)
+    ((xb, yb, rows),) = DataLoader(Replayed(data, cache, keys=NAMES), batch_size=N)
+    d = Distiller(student, None, kd(2.0, 1.0))
+    torch.testing.assert_close(
+        d.compute(Outputs(student(xb)), cache.decode(rows), None, (yb,)).total,
+        losses.kl(student(x), LOGP, T=2.0),
+    )
+
 
 def test_files_are_found_below_their_folder(tmp_path):
     from pathlib import Path
-    cache = opened([dict(path=f'a/{i}.png', logprobs=v) for i,v in enumerate(LOGP.tolist())], tmp_path/'cache', root='/data/pictures')
+
+    cache = opened(
+        [dict(path=f'a/{i}.png', logprobs=v) for i, v in enumerate(LOGP.tolist())],
+        tmp_path / 'cache',
+        root='/data/pictures',
+    )
     assert cache.find(keys_of([Path('/data/pictures/a/3.png')], '/data/pictures')).tolist() == [3]
 
 
 # tokens
 
-def vllm(t, k): return [None, *({str(i): dict(logprob=v, rank=j, decoded_token='x') for j,(i,v) in enumerate(zip(*top(p, k)))} for p in t)]
-def sglang(t, k): return [None, *([[v, i, None] for i,v in zip(*top(p, k))] for p in t)]
-def openai(t, k): return dict(content=[dict(token=f'token_id:{top(p, 1)[0][0]}', logprob=0., top_logprobs=[
-    dict(token=f'token_id:{i}', logprob=v) for i,v in zip(*top(p, k))]) for p in t])
-def plain(t, k): return [dict(zip(map(str, (o := top(p, k))[0]), o[1])) for p in t]
-TOKEN_FORMS = dict(prompt_logprobs=vllm, input_top_logprobs=sglang, logprobs=openai, top_logprobs=plain)
+
+def vllm(t, k):
+    return [
+        None,
+        *(
+            {
+                str(i): dict(logprob=v, rank=j, decoded_token='x')
+                for j, (i, v) in enumerate(zip(*top(p, k)))
+            }
+            for p in t
+        ),
+    ]
+
+
+def sglang(t, k):
+    return [None, *([[v, i, None] for i, v in zip(*top(p, k))] for p in t)]
+
+
+def openai(t, k):
+    return dict(
+        content=[
+            dict(
+                token=f'token_id:{top(p, 1)[0][0]}',
+                logprob=0.0,
+                top_logprobs=[dict(token=f'token_id:{i}', logprob=v) for i, v in zip(*top(p, k))],
+            )
+            for p in t
+        ]
+    )
+
+
+def plain(t, k):
+    return [dict(zip(map(str, (o := top(p, k))[0]), o[1])) for p in t]
+
+
+TOKEN_FORMS = dict(
+    prompt_logprobs=vllm, input_top_logprobs=sglang, logprobs=openai, top_logprobs=plain
+)
+
 
 @pytest.mark.parametrize('value', TOKEN_FORMS)
 def test_tokens_of_texts_of_any_length(value, tmp_path):
     lengths = [1 + i % L for i in range(N)]
     lengths[-1] = L
-    rows = [dict(id=k, **{value: TOKEN_FORMS[value](t[:n], 3)}) for k,t,n in zip(NAMES, TOKENS, lengths)]
-    out = outputs(opened(lines(tmp_path/'a.jsonl', rows), tmp_path/'cache', V, bs=2))
-    v,ids = TOKENS.topk(3)
-    size = L + (value in ('prompt_logprobs', 'input_top_logprobs'))      # the last position predicts a token that is not there
+    rows = [
+        dict(id=k, **{value: TOKEN_FORMS[value](t[:n], 3)})
+        for k, t, n in zip(NAMES, TOKENS, lengths)
+    ]
+    out = outputs(opened(lines(tmp_path / 'a.jsonl', rows), tmp_path / 'cache', V, bs=2))
+    v, ids = TOKENS.topk(3)
+    size = L + (
+        value in ('prompt_logprobs', 'input_top_logprobs')
+    )  # the last position predicts a token that is not there
     assert out.mask.shape == (N, size)
-    for i,n in enumerate(lengths):
-        assert out.mask[i].tolist() == [1.]*n + [0.]*(size-n)
+    for i, n in enumerate(lengths):
+        assert out.mask[i].tolist() == [1.0] * n + [0.0] * (size - n)
         assert torch.equal(out.logits.ids[i, :n], ids[i, :n])
         torch.testing.assert_close(out.logits.values[i, :n], v[i, :n])
 
+
 def test_a_loss_of_tokens_counts_those_that_are_there(tmp_path):
     lengths = [1 + i % L for i in range(N)]
-    rows = [dict(id=k, logprobs=t[:n].tolist()) for k,t,n in zip(NAMES, TOKENS, lengths)]
-    cache,s = opened(rows, tmp_path/'cache', length=L),torch.randn(N, L, V, generator=g)
-    got = Distiller(None, None, soft_labels(T=1.), axis=-1).compute(Outputs(s), outputs(cache)).total
-    each = [losses.kl(s[i, :n], TOKENS[i, :n], T=1., reduction='none') for i,n in enumerate(lengths)]
+    rows = [dict(id=k, logprobs=t[:n].tolist()) for k, t, n in zip(NAMES, TOKENS, lengths)]
+    cache, s = opened(rows, tmp_path / 'cache', length=L), torch.randn(N, L, V, generator=g)
+    got = (
+        Distiller(None, None, soft_labels(T=1.0), axis=-1).compute(Outputs(s), outputs(cache)).total
+    )
+    each = [
+        losses.kl(s[i, :n], TOKENS[i, :n], T=1.0, reduction='none') for i, n in enumerate(lengths)
+    ]
     torch.testing.assert_close(got, torch.cat(each).mean())
 
 
 # mistakes
 
-@pytest.mark.parametrize('rows,kwargs,says', [
-    ([dict(key='a', out=[0., 1.])], {}, "No column 'logprobs' with outputs; the first row \\(Row 0\\) has key, out. Name it with value="),
-    ([dict(name='a', logprobs=[0., 1.])], {}, "No column 'key' with the samples' names; the first row \\(Row 0\\) has name, logprobs"),
-    ([dict(key='a', logits=[0., 1.])]*2, {}, 'Two of the 2 rows have the same name'),
-    ([dict(key='a', logprobs=[0., 1.])], {}, r"Row 0 \('a'\): the probabilities sum to 3.72 .* say given='logits'"),
-    ([dict(key='a', logprobs={'1': -.1})], {}, 'give n=, the number of all classes'),
-    ([dict(key='a', logprobs={'7': -.1})], dict(n=5), r"Row 0 \('a'\): the classes 7 must differ, and be from 0 to 4"),
-    ([dict(key='a', logprobs={'cat': -.1})], dict(n=5), r"Row 0 \('a'\): the class 'cat' is not a whole number"),
-    ([dict(key='a', logprobs=[-.1, -2.3]), dict(key='b', logprobs=[0.])], {}, r"The positions have 1 to 2 classes, n=None \(Row 1 \('b'\) has 1, Row 0 \('a'\) has 2"),
-    ([dict(key='a', logprobs={'1': -.1, '2': -3})], dict(n=5, topk=3), r"topk=3, but some positions have only 2 classes, such as one of Row 0 \('a'\)"),
-    ([dict(key='a', logprobs={'1': -.1})], dict(n=5, tail='mean'), "tail='mean' needs the log-probabilities of all classes"),
-    ([], {}, 'There are no rows')])
+
+@pytest.mark.parametrize(
+    'rows,kwargs,says',
+    [
+        (
+            [dict(key='a', out=[0.0, 1.0])],
+            {},
+            "No column 'logprobs' with outputs; the first row \\(Row 0\\) has key, out. Name it with value=",
+        ),
+        (
+            [dict(name='a', logprobs=[0.0, 1.0])],
+            {},
+            "No column 'key' with the samples' names; the first row \\(Row 0\\) has name, logprobs",
+        ),
+        ([dict(key='a', logits=[0.0, 1.0])] * 2, {}, 'Two of the 2 rows have the same name'),
+        (
+            [dict(key='a', logprobs=[0.0, 1.0])],
+            {},
+            r"Row 0 \('a'\): the probabilities sum to 3.72 .* say given='logits'",
+        ),
+        ([dict(key='a', logprobs={'1': -0.1})], {}, 'give n=, the number of all classes'),
+        (
+            [dict(key='a', logprobs={'7': -0.1})],
+            dict(n=5),
+            r"Row 0 \('a'\): the classes 7 must differ, and be from 0 to 4",
+        ),
+        (
+            [dict(key='a', logprobs={'cat': -0.1})],
+            dict(n=5),
+            r"Row 0 \('a'\): the class 'cat' is not a whole number",
+        ),
+        (
+            [dict(key='a', logprobs=[-0.1, -2.3]), dict(key='b', logprobs=[0.0])],
+            {},
+            r"The positions have 1 to 2 classes, n=None \(Row 1 \('b'\) has 1, Row 0 \('a'\) has 2",
+        ),
+        (
+            [dict(key='a', logprobs={'1': -0.1, '2': -3})],
+            dict(n=5, topk=3),
+            r"topk=3, but some positions have only 2 classes, such as one of Row 0 \('a'\)",
+        ),
+        (
+            [dict(key='a', logprobs={'1': -0.1})],
+            dict(n=5, tail='mean'),
+            "tail='mean' needs the log-probabilities of all classes",
+        ),
+        ([], {}, 'There are no rows'),
+    ],
+)
 def test_what_is_no_table_of_outputs(rows, kwargs, says, tmp_path):
-    with pytest.raises(DistillError, match=says): opened(rows, tmp_path/'cache', **kwargs)
+    with pytest.raises(DistillError, match=says):
+        opened(rows, tmp_path / 'cache', **kwargs)
+
 
 def test_files_that_can_not_be_read(tmp_path):
-    with pytest.raises(DistillError, match='There is no file'): opened(tmp_path/'no.jsonl', tmp_path/'cache')
-    (tmp_path/'a.txt').write_text('')
-    with pytest.raises(DistillError, match='must be a file that ends in .jsonl, .parquet'): opened(tmp_path/'a.txt', tmp_path/'cache')
-    (tmp_path/'a.jsonl').write_text('{"key": 1, "logprobs": [0.0]}\n{"key"')
-    with pytest.raises(DistillError, match='a.jsonl, line 2 is not JSON'): opened(tmp_path/'a.jsonl', tmp_path/'cache')
+    with pytest.raises(DistillError, match='There is no file'):
+        opened(tmp_path / 'no.jsonl', tmp_path / 'cache')
+    (tmp_path / 'a.txt').write_text('')
+    with pytest.raises(DistillError, match='must be a file that ends in .jsonl, .parquet'):
+        opened(tmp_path / 'a.txt', tmp_path / 'cache')
+    (tmp_path / 'a.jsonl').write_text('{"key": 1, "logprobs": [0.0]}\n{"key"')
+    with pytest.raises(DistillError, match='a.jsonl, line 2 is not JSON'):
+        opened(tmp_path / 'a.jsonl', tmp_path / 'cache')
+
 
 def test_another_teachers_outputs_are_refused(tmp_path):
-    opened(LOGP, tmp_path/'cache', keys=NAMES)
-    opened(LOGP, tmp_path/'cache', keys=NAMES)       # the same ones are there already
-    with pytest.raises(DistillError, match='teacher, weights'): opened(LOGP.flip(1), tmp_path/'cache', keys=NAMES)
+    opened(LOGP, tmp_path / 'cache', keys=NAMES)
+    opened(LOGP, tmp_path / 'cache', keys=NAMES)  # the same ones are there already
+    with pytest.raises(DistillError, match='teacher, weights'):
+        opened(LOGP.flip(1), tmp_path / 'cache', keys=NAMES)
 
 
 # nonsense: every row is checked before anything is written
 
-INF,NAN = float('inf'),float('nan')
+INF, NAN = float('inf'), float('nan')
 
-@pytest.mark.parametrize('row,kwargs,says', [
-    (dict(logprobs=[-INF]*3), {}, "'logprobs' has only -inf: at least one class must have a finite number"),
-    (dict(logits=[-INF]*3), {}, "'logits' has only -inf"),
-    (dict(logprobs=[-9999.]*3), {}, "'logprobs' has -9999, which is not a log-probability but stands for a missing one: they must be at least -1000"),
-    (dict(logprobs={'0': -.1, '1': -9999.}), dict(n=5), 'Leave the class out of a list of the likeliest classes'),
-    (dict(logprobs=[0., NAN, -1.]), {}, "'logprobs' has NaN: each class needs a number"),
-    (dict(logprobs=[-9., -9., -9.]), {}, "sum to 0.00037 if 'logprobs' holds logprobs, but those of all classes must sum to 1.*say given='logits' or given='probs'"),
-    (dict(probs=[0., 0., 0.]), {}, 'the probabilities sum to 0 '),
-    (dict(probs=[1.2, -.2, 0.]), {}, 'the probabilities go from -0.2 to 1.2: they must be from 0 to 1'),
-    (dict(probs=[1., 1., 1.]), {}, 'the probabilities sum to 3 .*If the classes do not exclude each other, give their logits'),
-    (dict(probs=[0., 0.], ids=[1, 2]), dict(n=5), 'those of a few classes must sum to more than 0 and at most 1'),
-    (dict(logits=[0., 1e5, 0.]), {}, "has 100000: float16 holds numbers up to 65504. Use dtype='float32', or -inf"),
-    (dict(logits=[0., -INF, 0.]), dict(dtype='int8'), "has -inf, which int8 can't hold: use dtype='float16'"),
-    (dict(logprobs=[-.1, 'x', -3.]), {}, "'x' is not a number"),
-    (dict(logprobs=[-.1, True, -3.]), {}, 'True is not a number'),
-    (dict(logprobs='abc'), {}, "'logprobs' is 'abc': it must be a list of numbers, a dict"),
-    (dict(logprobs=None), {}, "'logprobs' is None: it must be a list"),
-    (dict(logprobs=[]), {}, 'there are no classes: give null'),
-    (dict(logprobs=[-.1, -3.], ids=[1]), dict(n=5), r'2 numbers and the ids \[1\]: give one class for each'),
-    (dict(logprobs=[-.1, -3.], ids=[1, 1.5]), dict(n=5), 'the class 1.5 is not a whole number from 0'),
-    (dict(logprobs=[-.1, -3.], ids=[1, 1]), dict(n=5), 'the classes 1, 1 must differ'),
-    (dict(logprobs={'²': -.1}), dict(n=5), "the class '²' is not a whole number"),
-    (dict(logprobs=[[-.1, -2.4], [-.1, -9999.]]), {}, "position 1: 'logprobs' has -9999"),
-    (dict(logprobs=[[-.1, -2.4], []]), {}, 'position 1: there are no classes')])
+
+@pytest.mark.parametrize(
+    'row,kwargs,says',
+    [
+        (
+            dict(logprobs=[-INF] * 3),
+            {},
+            "'logprobs' has only -inf: at least one class must have a finite number",
+        ),
+        (dict(logits=[-INF] * 3), {}, "'logits' has only -inf"),
+        (
+            dict(logprobs=[-9999.0] * 3),
+            {},
+            "'logprobs' has -9999, which is not a log-probability but stands for a missing one: they must be at least -1000",
+        ),
+        (
+            dict(logprobs={'0': -0.1, '1': -9999.0}),
+            dict(n=5),
+            'Leave the class out of a list of the likeliest classes',
+        ),
+        (dict(logprobs=[0.0, NAN, -1.0]), {}, "'logprobs' has NaN: each class needs a number"),
+        (
+            dict(logprobs=[-9.0, -9.0, -9.0]),
+            {},
+            "sum to 0.00037 if 'logprobs' holds logprobs, but those of all classes must sum to 1.*say given='logits' or given='probs'",
+        ),
+        (dict(probs=[0.0, 0.0, 0.0]), {}, 'the probabilities sum to 0 '),
+        (
+            dict(probs=[1.2, -0.2, 0.0]),
+            {},
+            'the probabilities go from -0.2 to 1.2: they must be from 0 to 1',
+        ),
+        (
+            dict(probs=[1.0, 1.0, 1.0]),
+            {},
+            'the probabilities sum to 3 .*If the classes do not exclude each other, give their logits',
+        ),
+        (
+            dict(probs=[0.0, 0.0], ids=[1, 2]),
+            dict(n=5),
+            'those of a few classes must sum to more than 0 and at most 1',
+        ),
+        (
+            dict(logits=[0.0, 1e5, 0.0]),
+            {},
+            "has 100000: float16 holds numbers up to 65504. Use dtype='float32', or -inf",
+        ),
+        (
+            dict(logits=[0.0, -INF, 0.0]),
+            dict(dtype='int8'),
+            "has -inf, which int8 can't hold: use dtype='float16'",
+        ),
+        (dict(logprobs=[-0.1, 'x', -3.0]), {}, "'x' is not a number"),
+        (dict(logprobs=[-0.1, True, -3.0]), {}, 'True is not a number'),
+        (dict(logprobs='abc'), {}, "'logprobs' is 'abc': it must be a list of numbers, a dict"),
+        (dict(logprobs=None), {}, "'logprobs' is None: it must be a list"),
+        (dict(logprobs=[]), {}, 'there are no classes: give null'),
+        (
+            dict(logprobs=[-0.1, -3.0], ids=[1]),
+            dict(n=5),
+            r'2 numbers and the ids \[1\]: give one class for each',
+        ),
+        (
+            dict(logprobs=[-0.1, -3.0], ids=[1, 1.5]),
+            dict(n=5),
+            'the class 1.5 is not a whole number from 0',
+        ),
+        (dict(logprobs=[-0.1, -3.0], ids=[1, 1]), dict(n=5), 'the classes 1, 1 must differ'),
+        (dict(logprobs={'²': -0.1}), dict(n=5), "the class '²' is not a whole number"),
+        (dict(logprobs=[[-0.1, -2.4], [-0.1, -9999.0]]), {}, "position 1: 'logprobs' has -9999"),
+        (dict(logprobs=[[-0.1, -2.4], []]), {}, 'position 1: there are no classes'),
+    ],
+)
 def test_a_row_of_nonsense_is_named_before_anything_is_written(row, kwargs, says, tmp_path):
     kwargs = dict(dtype='float16') | kwargs
-    with pytest.raises(DistillError, match=rf"Row 0 \('a'\): .*{says}"): opened([dict(key='a', **row)], tmp_path/'cache', **kwargs)
-    assert not (tmp_path/'cache').exists()
+    with pytest.raises(DistillError, match=rf"Row 0 \('a'\): .*{says}"):
+        opened([dict(key='a', **row)], tmp_path / 'cache', **kwargs)
+    assert not (tmp_path / 'cache').exists()
 
-@pytest.mark.parametrize('rows,kwargs,says', [
-    ([dict(key=None, logprobs=[0.])], {}, 'its name is None: it must be a text or a number'),
-    ([dict(key='\ud800', logprobs=[0.])], {}, r"its name '\\ud800' can't be used"),
-    ([dict(key=3, logprobs=[0.])], dict(root='/data'), "its name 3 can't be used .*the path of a file"),
-    ([dict(key='a', logprobs=[0.]), dict(key='b')], {}, r"Row 1 \('b'\) has no 'logprobs', which the first row has; it has key"),
-    ([dict(key='a', logprobs=[0.]), dict(logprobs=[0.])], {}, "Row 1 has no 'key', which the first row has; it has logprobs"),
-    ([dict(key='a', logprobs=[0.]), [0.]], {}, 'Row 1 is of type list: each row must be a dict'),
-    ([dict(key='a', logprobs=[0.]), dict(key='a', logprobs=[0.])], {}, r"have the same name: Row 0 \('a'\) and Row 1 \('a'\)"),
-    ([dict(key='a', logprobs=[[0.]]), dict(key='b', logprobs=[0.])], {}, 'has outputs of one position, but the first row has outputs of a list of positions'),
-    ([dict(key='a', logprobs=[0.])], dict(topk=0), 'topk=0: it must be a whole number from 1'),
-    ([{'key': 'a', 1: 2, 'logprobs': [0.]}], {}, "Row 0 can't be written as JSON")])
+
+@pytest.mark.parametrize(
+    'rows,kwargs,says',
+    [
+        ([dict(key=None, logprobs=[0.0])], {}, 'its name is None: it must be a text or a number'),
+        ([dict(key='\ud800', logprobs=[0.0])], {}, r"its name '\\ud800' can't be used"),
+        (
+            [dict(key=3, logprobs=[0.0])],
+            dict(root='/data'),
+            "its name 3 can't be used .*the path of a file",
+        ),
+        (
+            [dict(key='a', logprobs=[0.0]), dict(key='b')],
+            {},
+            r"Row 1 \('b'\) has no 'logprobs', which the first row has; it has key",
+        ),
+        (
+            [dict(key='a', logprobs=[0.0]), dict(logprobs=[0.0])],
+            {},
+            "Row 1 has no 'key', which the first row has; it has logprobs",
+        ),
+        (
+            [dict(key='a', logprobs=[0.0]), [0.0]],
+            {},
+            'Row 1 is of type list: each row must be a dict',
+        ),
+        (
+            [dict(key='a', logprobs=[0.0]), dict(key='a', logprobs=[0.0])],
+            {},
+            r"have the same name: Row 0 \('a'\) and Row 1 \('a'\)",
+        ),
+        (
+            [dict(key='a', logprobs=[[0.0]]), dict(key='b', logprobs=[0.0])],
+            {},
+            'has outputs of one position, but the first row has outputs of a list of positions',
+        ),
+        ([dict(key='a', logprobs=[0.0])], dict(topk=0), 'topk=0: it must be a whole number from 1'),
+        ([{'key': 'a', 1: 2, 'logprobs': [0.0]}], {}, "Row 0 can't be written as JSON"),
+    ],
+)
 def test_a_row_that_differs_from_the_others_is_named(rows, kwargs, says, tmp_path):
-    with pytest.raises(DistillError, match=says): opened(rows, tmp_path/'cache', **kwargs)
+    with pytest.raises(DistillError, match=says):
+        opened(rows, tmp_path / 'cache', **kwargs)
+
 
 def test_a_line_is_named_by_its_number_in_the_file(tmp_path):
-    (tmp_path/'a.jsonl').write_text('{"key": 1, "logprobs": [0.0]}\n\n{"key": 2, "logprobs": [-5.0]}\n')
-    with pytest.raises(DistillError, match=r'a.jsonl, line 3 \(2\): the probabilities sum to'): opened(tmp_path/'a.jsonl', tmp_path/'cache')
+    (tmp_path / 'a.jsonl').write_text(
+        '{"key": 1, "logprobs": [0.0]}\n\n{"key": 2, "logprobs": [-5.0]}\n'
+    )
+    with pytest.raises(DistillError, match=r'a.jsonl, line 3 \(2\): the probabilities sum to'):
+        opened(tmp_path / 'a.jsonl', tmp_path / 'cache')
+
 
 def test_a_row_of_a_folder_is_named_by_its_own_file(tmp_path):
-    (tmp_path/'parts').mkdir()
-    np.savez(tmp_path/'parts'/'0.npz', logits=LOGITS.numpy(), key=np.array(NAMES))
-    np.savez(tmp_path/'parts'/'1.npz', logits=np.array([[0, 0, 0, 0], [0, 0, NAN, 0]]), key=np.array(['x', 'y']))
-    with pytest.raises(DistillError, match=r"1.npz, row 1 \('y'\): 'logits' has NaN"): opened(tmp_path/'parts', tmp_path/'cache')
+    (tmp_path / 'parts').mkdir()
+    np.savez(tmp_path / 'parts' / '0.npz', logits=LOGITS.numpy(), key=np.array(NAMES))
+    np.savez(
+        tmp_path / 'parts' / '1.npz',
+        logits=np.array([[0, 0, 0, 0], [0, 0, NAN, 0]]),
+        key=np.array(['x', 'y']),
+    )
+    with pytest.raises(DistillError, match=r"1.npz, row 1 \('y'\): 'logits' has NaN"):
+        opened(tmp_path / 'parts', tmp_path / 'cache')
 
-@pytest.mark.parametrize('bad,says', [(None, 'is None: it must be a list of numbers'), ([-.1, None, -3., -4.], 'None is not a number'), ([-9.]*4, 'the probabilities sum to')])
+
+@pytest.mark.parametrize(
+    'bad,says',
+    [
+        (None, 'is None: it must be a list of numbers'),
+        ([-0.1, None, -3.0, -4.0], 'None is not a number'),
+        ([-9.0] * 4, 'the probabilities sum to'),
+    ],
+)
 @pytest.mark.parametrize('form', ['parquet', 'arrow'])
 def test_a_row_of_a_table_in_groups_is_named_by_its_number_in_the_file(form, bad, says, tmp_path):
     import pyarrow as pa, pyarrow.parquet as pq
-    file,lp = tmp_path/f'a.{form}',LOGP.tolist()
+
+    file, lp = tmp_path / f'a.{form}', LOGP.tolist()
     lp[5] = bad
     table = pa.table(dict(id=NAMES, logprobs=lp))
-    if form == 'parquet': pq.write_table(table, file, row_group_size=3)
+    if form == 'parquet':
+        pq.write_table(table, file, row_group_size=3)
     else:
-        with pa.OSFile(str(file), 'wb') as f, pa.ipc.new_stream(f, table.schema) as to: to.write_table(table, max_chunksize=2)
-    with pytest.raises(DistillError, match=rf"a.{form}, row 5 \('sample 5'\): .*{says}"): opened(file, tmp_path/'cache')
+        with pa.OSFile(str(file), 'wb') as f, pa.ipc.new_stream(f, table.schema) as to:
+            to.write_table(table, max_chunksize=2)
+    with pytest.raises(DistillError, match=rf"a.{form}, row 5 \('sample 5'\): .*{says}"):
+        opened(file, tmp_path / 'cache')
+
 
 def test_columns_of_different_lengths_are_refused(tmp_path):
-    np.savez(tmp_path/'a.npz', logits=LOGITS.numpy(), key=np.array(NAMES[:-1]))
-    with pytest.raises(DistillError, match=r'a.npz has the shapes logits \[7, 4\], key \[6\]: each must have one entry for each sample'): opened(tmp_path/'a.npz', tmp_path/'cache')
+    np.savez(tmp_path / 'a.npz', logits=LOGITS.numpy(), key=np.array(NAMES[:-1]))
+    with pytest.raises(
+        DistillError,
+        match=r'a.npz has the shapes logits \[7, 4\], key \[6\]: each must have one entry for each sample',
+    ):
+        opened(tmp_path / 'a.npz', tmp_path / 'cache')
+
 
 def test_large_arrays_in_rows_tell_teachers_apart(tmp_path):
     p = torch.rand(2, 2000, generator=g).softmax(1).numpy()
     other = p.copy()
     other[:, [900, 901]] = other[:, [901, 900]]
-    rows = lambda p: [dict(key=i, probs=o) for i,o in enumerate(p)]
-    opened(rows(p), tmp_path/'cache')
-    with pytest.raises(DistillError, match='teacher, weights'): opened(rows(other), tmp_path/'cache')
+    rows = lambda p: [dict(key=i, probs=o) for i, o in enumerate(p)]
+    opened(rows(p), tmp_path / 'cache')
+    with pytest.raises(DistillError, match='teacher, weights'):
+        opened(rows(other), tmp_path / 'cache')
+
 
 def test_a_class_that_is_masked_out_keeps_probability_0(tmp_path):
-    cache = opened([dict(key='a', logits=[1., -INF, 1.])], tmp_path/'cache')
-    assert cache.outputs([0]).logits.softmax(1).tolist() == [[.5, 0., .5]]
+    cache = opened([dict(key='a', logits=[1.0, -INF, 1.0])], tmp_path / 'cache')
+    assert cache.outputs([0]).logits.softmax(1).tolist() == [[0.5, 0.0, 0.5]]
 
-ODD = -INF, INF, NAN, -9999., 3., 1e300, 10**400, -1, 0, 7, 2**70, '', 'x', '½', '\ud800', None, True, [], {}, [[]], [None], {'1': None}, {'x': -1.}, [-.1, 'x', None], b'x', object()
+
+ODD = (
+    -INF,
+    INF,
+    NAN,
+    -9999.0,
+    3.0,
+    1e300,
+    10**400,
+    -1,
+    0,
+    7,
+    2**70,
+    '',
+    'x',
+    '½',
+    '\ud800',
+    None,
+    True,
+    [],
+    {},
+    [[]],
+    [None],
+    {'1': None},
+    {'x': -1.0},
+    [-0.1, 'x', None],
+    b'x',
+    object(),
+)
+
 
 def mutated(o, rng):
     "The same with one thing changed, somewhere in it"
-    if isinstance(o, (dict, list)) and len(o) and rng.random() < .8:
+    if isinstance(o, (dict, list)) and len(o) and rng.random() < 0.8:
         o = o.copy()
         k = rng.choice([*(o if isinstance(o, dict) else range(len(o)))])
         change = rng.random()
-        if change < .15: del o[k]
-        elif change < .25 and isinstance(o, list): o.insert(k, o[k])
-        elif change < .35 and isinstance(o, dict): o[rng.choice(['token_id:1', 'x', '50', '2'])] = o.pop(k)
-        else: o[k] = mutated(o[k], rng)
+        if change < 0.15:
+            del o[k]
+        elif change < 0.25 and isinstance(o, list):
+            o.insert(k, o[k])
+        elif change < 0.35 and isinstance(o, dict):
+            o[rng.choice(['token_id:1', 'x', '50', '2'])] = o.pop(k)
+        else:
+            o[k] = mutated(o[k], rng)
         return o
     return rng.choice(ODD)
 
+
 def row_forms():
     lengths = [1 + i % L for i in range(N)]
-    dense = {k: [dict(key=n, **{k: v}) for n,v in zip(NAMES, t.tolist())] for k,t in dict(logprobs=LOGP, logits=LOGITS, probs=LOGP.exp()).items()}
-    few = [dict(key=n, **dict(zip(('ids', 'logprobs'), top(lp, 3)))) for n,lp in zip(NAMES, LOGP)]
-    tokens = {k: [dict(key=n, **{k: f(t[:l], 3)}) for n,t,l in zip(NAMES, TOKENS, lengths)] for k,f in TOKEN_FORMS.items()}
+    dense = {
+        k: [dict(key=n, **{k: v}) for n, v in zip(NAMES, t.tolist())]
+        for k, t in dict(logprobs=LOGP, logits=LOGITS, probs=LOGP.exp()).items()
+    }
+    few = [dict(key=n, **dict(zip(('ids', 'logprobs'), top(lp, 3)))) for n, lp in zip(NAMES, LOGP)]
+    tokens = {
+        k: [dict(key=n, **{k: f(t[:l], 3)}) for n, t, l in zip(NAMES, TOKENS, lengths)]
+        for k, f in TOKEN_FORMS.items()
+    }
     return [*dense.values(), few, *tokens.values()]
+
 
 def are_probabilities(cache):
     out = cache.outputs(np.arange(len(cache)))
-    p = (out.logits.values.exp().sum(-1) if isinstance(out.logits, TopK) else out.logits.softmax(-1).sum(-1))
+    p = (
+        out.logits.values.exp().sum(-1)
+        if isinstance(out.logits, TopK)
+        else out.logits.softmax(-1).sum(-1)
+    )
     return bool((p.isfinite() & (p < 1.03)).all())
+
 
 @pytest.mark.parametrize('form', range(8))
 def test_a_mutated_row_is_refused_by_name_or_harmless(form, tmp_path):
     import random
-    rng,refused = random.Random(form),0
+
+    rng, refused = random.Random(form), 0
     rows = row_forms()[form]
     n = V if form > 3 else C
     for i in range(60):
         at = rng.randrange(1, N)
-        changed = [*rows[:at], mutated(rows[at], rng), *rows[at+1:]]
-        source,name = changed,f'Row {at}'
+        changed = [*rows[:at], mutated(rows[at], rng), *rows[at + 1 :]]
+        source, name = changed, f'Row {at}'
         if i % 2:
-            try: source,name = lines(tmp_path/'a.jsonl', changed),f'a.jsonl, line {at+1}'
-            except TypeError: pass      # what JSON can't hold
-        try: cache = opened(source, tmp_path/str(i), n, dtype=rng.choice(['float16', 'float32', 'int8']))
+            try:
+                source, name = lines(tmp_path / 'a.jsonl', changed), f'a.jsonl, line {at + 1}'
+            except TypeError:
+                pass  # what JSON can't hold
+        try:
+            cache = opened(
+                source, tmp_path / str(i), n, dtype=rng.choice(['float16', 'float32', 'int8'])
+            )
         except DistillError as e:
             assert name in str(e)
             refused += 1
-        else: assert are_probabilities(cache)
+        else:
+            assert are_probabilities(cache)
     assert refused > 20
 
+
 def damaged(data, rng):
-    data,at = bytearray(data),rng.randrange(len(data))
+    data, at = bytearray(data), rng.randrange(len(data))
     change = rng.randrange(5)
-    if change == 0: del data[at:]
-    elif change == 1: del data[at:at+rng.randrange(1, 20)]
-    elif change == 2: data[at:at] = rng.randbytes(rng.randrange(1, 20))
-    elif change == 3: data[at:at+8] = bytes(len(data[at:at+8]))
-    else: data[at] ^= 1 << rng.randrange(8)
+    if change == 0:
+        del data[at:]
+    elif change == 1:
+        del data[at : at + rng.randrange(1, 20)]
+    elif change == 2:
+        data[at:at] = rng.randbytes(rng.randrange(1, 20))
+    elif change == 3:
+        data[at : at + 8] = bytes(len(data[at : at + 8]))
+    else:
+        data[at] ^= 1 << rng.randrange(8)
     return bytes(data)
+
 
 @pytest.mark.parametrize('form', ['jsonl', 'parquet', 'arrow', 'npy', 'npz'])
 def test_a_damaged_file_is_refused_by_name_or_harmless(form, tmp_path):
     import random
-    rng,kwargs,refused = random.Random(form),{},0
-    if form == 'arrow': file = arrow(tmp_path/'hub', [(NAMES, LOGP)])/'data-00000-of-00002.arrow'
-    else: file,kwargs = (o := files(tmp_path)[form])['outputs'],{k: v for k,v in o.items() if k != 'outputs'}
+
+    rng, kwargs, refused = random.Random(form), {}, 0
+    if form == 'arrow':
+        file = arrow(tmp_path / 'hub', [(NAMES, LOGP)]) / 'data-00000-of-00002.arrow'
+    else:
+        file, kwargs = (
+            (o := files(tmp_path)[form])['outputs'],
+            {k: v for k, v in o.items() if k != 'outputs'},
+        )
     whole = file.read_bytes()
     for i in range(100):
         file.write_bytes(damaged(whole, rng))
-        try: cache = opened(file, tmp_path/'out'/str(i), **kwargs)
+        try:
+            cache = opened(file, tmp_path / 'out' / str(i), **kwargs)
         except DistillError as e:
             assert file.name in str(e)
             refused += 1
-        else: assert are_probabilities(cache)
+        else:
+            assert are_probabilities(cache)
     assert refused > 30

@@ -1,4 +1,5 @@
 "A teacher behind HTTP, on a local server: batched, retried, limited, resumed; its key is stored nowhere."
+
 import json, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -9,301 +10,522 @@ from fastdistill.cache import ask_server, cache_from
 from fastdistill.cache.keys import keys_of
 
 g = torch.Generator().manual_seed(0)
-TABLE = torch.randn(20, 30, generator=g).log_softmax(1)     # a bigram model: the log-probabilities after each token
+TABLE = torch.randn(20, 30, generator=g).log_softmax(
+    1
+)  # a bigram model: the log-probabilities after each token
 
 
 def answers(prompt):
     "What vLLM answers: the likeliest tokens before each token of the prompt"
     out = [None]
     for token in prompt[:-1]:
-        v,i = TABLE[token].topk(4)
-        out.append({str(c): dict(logprob=p) for c,p in zip(i.tolist(), v.tolist())})
+        v, i = TABLE[token].topk(4)
+        out.append({str(c): dict(logprob=p) for c, p in zip(i.tolist(), v.tolist())})
     return out
 
 
 @contextmanager
 def server(fails=lambda i: None):
     "(url, requests that it got): `fails` says which status the request `i` gets instead of an answer"
-    seen,lock = [],threading.Lock()
+    seen, lock = [], threading.Lock()
+
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
             with lock:
                 seen.append(dict(body=body, at=time.monotonic(), key=self.headers['Authorization']))
-                status = fails(len(seen)-1)
-            choices = [dict(index=i, prompt_logprobs=answers(p)) for i,p in enumerate(body.get('prompt', []))]
+                status = fails(len(seen) - 1)
+            choices = [
+                dict(index=i, prompt_logprobs=answers(p))
+                for i, p in enumerate(body.get('prompt', []))
+            ]
             self.send_response(status or 200)
-            if status == 429: self.send_header('Retry-After', '0')
+            if status == 429:
+                self.send_header('Retry-After', '0')
             self.end_headers()
-            text = dict(error=f"no, {self.headers['Authorization']}") if status else dict(choices=choices[::-1], rows=body.get('rows'))
+            text = (
+                dict(error=f'no, {self.headers["Authorization"]}')
+                if status
+                else dict(choices=choices[::-1], rows=body.get('rows'))
+            )
             self.wfile.write(json.dumps(text).encode())
-        def log_message(self, *_): pass
+
+        def log_message(self, *_):
+            pass
+
     s = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
     thread = threading.Thread(target=s.serve_forever)
     thread.start()
-    try: yield f'http://127.0.0.1:{s.server_port}/v1/completions',seen
+    try:
+        yield f'http://127.0.0.1:{s.server_port}/v1/completions', seen
     finally:
         s.shutdown()
         s.server_close()
         thread.join()
 
+
 @pytest.fixture(autouse=True)
-def no_proxy(monkeypatch): monkeypatch.setenv('no_proxy', '127.0.0.1')
+def no_proxy(monkeypatch):
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+
 
 SAMPLES = {f'text {i}': torch.randint(20, (3 + i % 3,), generator=g).tolist() for i in range(7)}
 
 
 def test_answers_become_a_cache(tmp_path, monkeypatch):
     monkeypatch.setenv('MY_KEY', 'very-secret')
-    with server() as (url,seen):
-        path = ask_server(url, SAMPLES, tmp_path/'a.jsonl', body=dict(model='big', prompt_logprobs=4), key='MY_KEY', bs=3)
-    assert len(seen) == 3 and {o['key'] for o in seen} == {'Bearer very-secret'} and all(o['body']['model'] == 'big' for o in seen)
-    cache = cache_from(path, tmp_path/'cache', 30, dtype='float32', progress=False)
+    with server() as (url, seen):
+        path = ask_server(
+            url,
+            SAMPLES,
+            tmp_path / 'a.jsonl',
+            body=dict(model='big', prompt_logprobs=4),
+            key='MY_KEY',
+            bs=3,
+        )
+    assert (
+        len(seen) == 3
+        and {o['key'] for o in seen} == {'Bearer very-secret'}
+        and all(o['body']['model'] == 'big' for o in seen)
+    )
+    cache = cache_from(path, tmp_path / 'cache', 30, dtype='float32', progress=False)
     out = cache.outputs(cache.find(keys_of(list(SAMPLES))))
-    for i,tokens in enumerate(SAMPLES.values()):
-        n = len(tokens)-1
-        v,ids = TABLE[tokens[:-1]].topk(4)
-        assert out.mask[i].tolist() == [1.]*n + [0.]*(5-n) and torch.equal(out.logits.ids[i, :n], ids)
+    for i, tokens in enumerate(SAMPLES.values()):
+        n = len(tokens) - 1
+        v, ids = TABLE[tokens[:-1]].topk(4)
+        assert out.mask[i].tolist() == [1.0] * n + [0.0] * (5 - n) and torch.equal(
+            out.logits.ids[i, :n], ids
+        )
         torch.testing.assert_close(out.logits.values[i, :n], v)
     assert not [f for f in tmp_path.rglob('*') if f.is_file() and b'very-secret' in f.read_bytes()]
 
+
 def test_errors_that_pass_are_retried(tmp_path):
-    with server(lambda i: [429, 503, None][i % 3]) as (url,seen):
-        path = ask_server(url, SAMPLES, tmp_path/'a.jsonl', at_once=1, bs=7)
+    with server(lambda i: [429, 503, None][i % 3]) as (url, seen):
+        path = ask_server(url, SAMPLES, tmp_path / 'a.jsonl', at_once=1, bs=7)
     assert len(seen) == 3 and len(path.read_text().splitlines()) == 7
 
+
 def test_an_interrupted_run_resumes(tmp_path):
-    path = tmp_path/'a.jsonl'
-    with server(lambda i: 400 if i >= 3 else None) as (url,seen):
-        with pytest.raises(DistillError, match=r"gave no answer for sample 'text 3' \(400: .*The answers so far are kept"): ask_server(url, SAMPLES, path, at_once=1)
+    path = tmp_path / 'a.jsonl'
+    with server(lambda i: 400 if i >= 3 else None) as (url, seen):
+        with pytest.raises(
+            DistillError,
+            match=r"gave no answer for sample 'text 3' \(400: .*The answers so far are kept",
+        ):
+            ask_server(url, SAMPLES, path, at_once=1)
         done = path.read_text().splitlines()
         assert len(done) == 3
-    path.write_text('\n'.join(done[:2]) + '\n' + done[2][:20])       # killed in the middle of a line
-    (tmp_path/'a.request.json').unlink()
-    with server() as (url,seen): ask_server(url, SAMPLES, path)
+    path.write_text('\n'.join(done[:2]) + '\n' + done[2][:20])  # killed in the middle of a line
+    (tmp_path / 'a.request.json').unlink()
+    with server() as (url, seen):
+        ask_server(url, SAMPLES, path)
     assert len(seen) == 5
     assert sorted(json.loads(o)['key'] for o in path.read_text().splitlines()) == sorted(SAMPLES)
 
+
 def test_answers_to_other_requests_are_not_mixed(tmp_path):
-    with server() as (url,_):
-        ask_server(url, SAMPLES, tmp_path/'a.jsonl', body=dict(model='big'))
-        with pytest.raises(DistillError, match='has answers to other requests'): ask_server(url, SAMPLES, tmp_path/'a.jsonl', body=dict(model='small'))
+    with server() as (url, _):
+        ask_server(url, SAMPLES, tmp_path / 'a.jsonl', body=dict(model='big'))
+        with pytest.raises(DistillError, match='has answers to other requests'):
+            ask_server(url, SAMPLES, tmp_path / 'a.jsonl', body=dict(model='small'))
+
 
 def test_requests_keep_their_distance(tmp_path):
-    with server() as (url,seen): ask_server(url, SAMPLES, tmp_path/'a.jsonl', per_second=20)
+    with server() as (url, seen):
+        ask_server(url, SAMPLES, tmp_path / 'a.jsonl', per_second=20)
     times = sorted(o['at'] for o in seen)
-    assert times[-1] - times[0] > 6*.05*.8
+    assert times[-1] - times[0] > 6 * 0.05 * 0.8
+
 
 def test_any_endpoint_of_json(tmp_path):
-    with server() as (url,_):
-        path = ask_server(url, {k: [.2, .8] for k in SAMPLES}, tmp_path/'a.jsonl', request=lambda parts: dict(rows=parts),
-                          answer=lambda r: [dict(probs=p) for p in r['rows']], bs=4)
-    cache = cache_from(path, tmp_path/'cache', dtype='float32', progress=False)
-    torch.testing.assert_close(cache.outputs([0]).logits.exp(), torch.tensor([[.2, .8]]))
+    with server() as (url, _):
+        path = ask_server(
+            url,
+            {k: [0.2, 0.8] for k in SAMPLES},
+            tmp_path / 'a.jsonl',
+            request=lambda parts: dict(rows=parts),
+            answer=lambda r: [dict(probs=p) for p in r['rows']],
+            bs=4,
+        )
+    cache = cache_from(path, tmp_path / 'cache', dtype='float32', progress=False)
+    torch.testing.assert_close(cache.outputs([0]).logits.exp(), torch.tensor([[0.2, 0.8]]))
+
 
 def test_what_can_not_be_asked(tmp_path, monkeypatch):
     monkeypatch.setenv('MY_KEY', 'very-secret')
-    with pytest.raises(DistillError, match="there is no such variable"): ask_server('http://127.0.0.1:1', SAMPLES, tmp_path/'a.jsonl', key='NO_KEY')
-    with pytest.raises(DistillError, match="ends in .jsonl"): ask_server('http://127.0.0.1:1', SAMPLES, tmp_path/'a.json')
-    with pytest.raises(DistillError, match='gave no answer .* after 1 tries'): ask_server('http://127.0.0.1:1', SAMPLES, tmp_path/'a.jsonl', retries=0)
-    with server(lambda i: 401) as (url,_):
-        with pytest.raises(DistillError, match=r'401: .*no, Bearer \*\*\*'): ask_server(url, SAMPLES, tmp_path/'b.jsonl', key='MY_KEY')
-    with server() as (url,_):
-        with pytest.raises(DistillError, match='gave 1 answers for 7 samples'): ask_server(url, SAMPLES, tmp_path/'c.jsonl', bs=7, answer=lambda r: [{}])
+    with pytest.raises(DistillError, match='there is no such variable'):
+        ask_server('http://127.0.0.1:1', SAMPLES, tmp_path / 'a.jsonl', key='NO_KEY')
+    with pytest.raises(DistillError, match='ends in .jsonl'):
+        ask_server('http://127.0.0.1:1', SAMPLES, tmp_path / 'a.json')
+    with pytest.raises(DistillError, match='gave no answer .* after 1 tries'):
+        ask_server('http://127.0.0.1:1', SAMPLES, tmp_path / 'a.jsonl', retries=0)
+    with server(lambda i: 401) as (url, _):
+        with pytest.raises(DistillError, match=r'401: .*no, Bearer \*\*\*'):
+            ask_server(url, SAMPLES, tmp_path / 'b.jsonl', key='MY_KEY')
+    with server() as (url, _):
+        with pytest.raises(DistillError, match='gave 1 answers for 7 samples'):
+            ask_server(url, SAMPLES, tmp_path / 'c.jsonl', bs=7, answer=lambda r: [{}])
 
 
 # what a server may do wrong
 
+
 @contextmanager
 def raw_server(reply):
     "(host and port, requests): `reply(i)` is what the request `i` gets, byte by byte, status line included"
-    seen,lock = [],threading.Lock()
+    seen, lock = [], threading.Lock()
+
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = self.rfile.read(int(self.headers['Content-Length'] or 0))
             with lock:
-                seen.append(dict(body=body, headers=dict(self.headers), method=self.command, at=time.monotonic()))
-                i = len(seen)-1
+                seen.append(
+                    dict(
+                        body=body,
+                        headers=dict(self.headers),
+                        method=self.command,
+                        at=time.monotonic(),
+                    )
+                )
+                i = len(seen) - 1
             self.wfile.write(reply(i))
             self.close_connection = True
+
         do_GET = do_POST
-        def log_message(self, *_): pass
+
+        def log_message(self, *_):
+            pass
+
     s = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    thread = threading.Thread(target=s.serve_forever, kwargs=dict(poll_interval=.01))
+    thread = threading.Thread(target=s.serve_forever, kwargs=dict(poll_interval=0.01))
     thread.start()
-    try: yield f'127.0.0.1:{s.server_port}',seen
+    try:
+        yield f'127.0.0.1:{s.server_port}', seen
     finally:
         s.shutdown()
         s.server_close()
         thread.join()
 
-GOOD = json.dumps(dict(choices=[dict(index=0, prompt_logprobs=[None, {'1': -.1}])])).encode()
+
+GOOD = json.dumps(dict(choices=[dict(index=0, prompt_logprobs=[None, {'1': -0.1}])])).encode()
+
+
 def whole(body, status='200 OK', **headers):
-    lines = [f'HTTP/1.0 {status}', *(f'{k.replace("_", "-")}: {v}' for k,v in headers.items()), f'Content-Length: {len(body)}', '', '']
+    lines = [
+        f'HTTP/1.0 {status}',
+        *(f'{k.replace("_", "-")}: {v}' for k, v in headers.items()),
+        f'Content-Length: {len(body)}',
+        '',
+        '',
+    ]
     return '\r\n'.join(lines).encode() + body
 
-def everything_in(folder): return b''.join(p.read_bytes() for p in folder.rglob('*') if p.is_file())
+
+def everything_in(folder):
+    return b''.join(p.read_bytes() for p in folder.rglob('*') if p.is_file())
+
 
 @pytest.mark.parametrize('status', [301, 302, 303, 307, 308])
 def test_a_key_is_not_sent_to_the_server_that_a_redirect_names(status, tmp_path, monkeypatch):
     monkeypatch.setenv('MY_KEY', 'very-secret')
-    with raw_server(lambda i: whole(GOOD)) as (other,stolen):
-        with raw_server(lambda i: whole(b'', f'{status} Moved', Location=f'http://{other}/v1?token=x')) as (first,_):
-            with pytest.raises(DistillError, match=rf"for sample 'a' \({status}: it redirects to http://{other}/v1. No redirect is followed"):
-                ask_server(f'http://{first}/v1', dict(a=1), tmp_path/'a.jsonl', key='MY_KEY')
+    with raw_server(lambda i: whole(GOOD)) as (other, stolen):
+        with raw_server(
+            lambda i: whole(b'', f'{status} Moved', Location=f'http://{other}/v1?token=x')
+        ) as (first, _):
+            with pytest.raises(
+                DistillError,
+                match=rf"for sample 'a' \({status}: it redirects to http://{other}/v1. No redirect is followed",
+            ):
+                ask_server(f'http://{first}/v1', dict(a=1), tmp_path / 'a.jsonl', key='MY_KEY')
     assert stolen == []
-    assert (tmp_path/'a.jsonl').read_text() == ''
+    assert (tmp_path / 'a.jsonl').read_text() == ''
     assert b'very-secret' not in everything_in(tmp_path)
 
+
 def test_no_redirect_is_followed_without_a_key_either(tmp_path):
-    with raw_server(lambda i: whole(b'', '307 Moved', Location='/v2') if i == 0 else whole(GOOD)) as (host,seen):
-        with pytest.raises(DistillError, match='307: it redirects to /v2'): ask_server(f'http://{host}/v1', dict(a=1), tmp_path/'a.jsonl')
+    with raw_server(
+        lambda i: whole(b'', '307 Moved', Location='/v2') if i == 0 else whole(GOOD)
+    ) as (host, seen):
+        with pytest.raises(DistillError, match='307: it redirects to /v2'):
+            ask_server(f'http://{host}/v1', dict(a=1), tmp_path / 'a.jsonl')
     assert len(seen) == 1
 
-@pytest.mark.parametrize('cut', [
-    whole(GOOD)[:-20], b'HTTP/1.0 200 OK\r\n\r\n' + GOOD[:-20], b'HTTP/1.0 200 OK\r\n\r\n', b'HTTP/1.0 2', b'',
-    b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n50\r\n{"choi', whole(b'overloaded', '503 Busy')[:-5]],
-    ids=['shorter than it says', 'JSON that ends early', 'empty', 'half a status', 'closed', 'half a chunk', 'half an error'])
+
+@pytest.mark.parametrize(
+    'cut',
+    [
+        whole(GOOD)[:-20],
+        b'HTTP/1.0 200 OK\r\n\r\n' + GOOD[:-20],
+        b'HTTP/1.0 200 OK\r\n\r\n',
+        b'HTTP/1.0 2',
+        b'',
+        b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n50\r\n{"choi',
+        whole(b'overloaded', '503 Busy')[:-5],
+    ],
+    ids=[
+        'shorter than it says',
+        'JSON that ends early',
+        'empty',
+        'half a status',
+        'closed',
+        'half a chunk',
+        'half an error',
+    ],
+)
 def test_an_answer_that_was_cut_off_is_asked_for_again(cut, tmp_path):
-    with raw_server(lambda i: whole(GOOD) if i else cut) as (host,seen):
-        path = ask_server(f'http://{host}/v1', dict(a=1), tmp_path/'a.jsonl')
+    with raw_server(lambda i: whole(GOOD) if i else cut) as (host, seen):
+        path = ask_server(f'http://{host}/v1', dict(a=1), tmp_path / 'a.jsonl')
     assert len(seen) == 2
-    assert json.loads(path.read_text()) == dict(prompt_logprobs=[None, {'1': -.1}], key='a')
+    assert json.loads(path.read_text()) == dict(prompt_logprobs=[None, {'1': -0.1}], key='a')
+
 
 def test_an_answer_of_another_kind_is_not_asked_for_again(tmp_path):
-    with raw_server(lambda i: whole(b'<html>log in</html>')) as (host,seen):
-        with pytest.raises(DistillError, match="gave no answer for sample 'a' .the answer is not JSON"): ask_server(f'http://{host}/v1', dict(a=1), tmp_path/'a.jsonl')
+    with raw_server(lambda i: whole(b'<html>log in</html>')) as (host, seen):
+        with pytest.raises(
+            DistillError, match="gave no answer for sample 'a' .the answer is not JSON"
+        ):
+            ask_server(f'http://{host}/v1', dict(a=1), tmp_path / 'a.jsonl')
     assert len(seen) == 1
 
-@pytest.mark.parametrize('after', ['3600', '9'*400, 'Fri, 31 Dec 2100 23:59:59 GMT'])
+
+@pytest.mark.parametrize('after', ['3600', '9' * 400, 'Fri, 31 Dec 2100 23:59:59 GMT'])
 def test_a_wait_has_a_limit_and_is_shown(after, tmp_path, monkeypatch, capsys):
     import fastdistill.cache.server as module
+
     monkeypatch.setattr(module, 'LONGEST_WAIT', 1)
     begin = time.monotonic()
-    with raw_server(lambda i: whole(GOOD) if i else whole(b'slow down', '429 Too Many', Retry_After=after)) as (host,seen):
-        ask_server(f'http://{host}/v1', dict(a=1), tmp_path/'a.jsonl')
+    with raw_server(
+        lambda i: whole(GOOD) if i else whole(b'slow down', '429 Too Many', Retry_After=after)
+    ) as (host, seen):
+        ask_server(f'http://{host}/v1', dict(a=1), tmp_path / 'a.jsonl')
     assert 1 <= seen[1]['at'] - seen[0]['at'] < 5
     assert time.monotonic() - begin < 6
     shown = capsys.readouterr().err
     assert f'http://{host}/v1: 429: slow down; waiting for 1 s (the server asks for ' in shown
     assert shown.count('waiting') == 1
 
+
 @pytest.mark.parametrize('after', ['soon', '-5', '²', ''])
 def test_a_wait_that_makes_no_sense_is_not_waited_for(after, tmp_path):
     bad = f'HTTP/1.0 429 Too Many\r\nRetry-After: {after}\r\n\r\n'.encode('latin-1')
-    with raw_server(lambda i: whole(GOOD) if i else bad) as (host,seen): ask_server(f'http://{host}/v1', dict(a=1), tmp_path/'a.jsonl')
+    with raw_server(lambda i: whole(GOOD) if i else bad) as (host, seen):
+        ask_server(f'http://{host}/v1', dict(a=1), tmp_path / 'a.jsonl')
     assert len(seen) == 2
 
+
 def test_all_requests_wait_when_the_server_asks_one_to(tmp_path):
-    with raw_server(lambda i: whole(b'', '429 Too Many', Retry_After='1') if i == 0 else whole(GOOD)) as (host,seen):
-        ask_server(f'http://{host}/v1', {str(i): i for i in range(6)}, tmp_path/'a.jsonl', at_once=1)
-    assert seen[1]['at'] - seen[0]['at'] >= .99
+    with raw_server(
+        lambda i: whole(b'', '429 Too Many', Retry_After='1') if i == 0 else whole(GOOD)
+    ) as (host, seen):
+        ask_server(
+            f'http://{host}/v1', {str(i): i for i in range(6)}, tmp_path / 'a.jsonl', at_once=1
+        )
+    assert seen[1]['at'] - seen[0]['at'] >= 0.99
+
 
 def test_a_second_writer_of_the_same_file_is_refused(tmp_path):
-    go,inside = threading.Event(),threading.Event()
+    go, inside = threading.Event(), threading.Event()
+
     def slow(i):
         inside.set()
         assert go.wait(30)
         return whole(GOOD)
-    with raw_server(slow) as (host,_), ThreadPoolExecutor(1) as pool:
-        first = pool.submit(ask_server, f'http://{host}/v1', dict(a=1), tmp_path/'a.jsonl')
+
+    with raw_server(slow) as (host, _), ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ask_server, f'http://{host}/v1', dict(a=1), tmp_path / 'a.jsonl')
         assert inside.wait(30)
         try:
-            with pytest.raises(DistillError, match='Another process is writing to .*a.jsonl: wait for it, or choose another file'):
-                ask_server(f'http://{host}/v1', dict(a=1), tmp_path/'a.jsonl')
-        finally: go.set()
+            with pytest.raises(
+                DistillError,
+                match='Another process is writing to .*a.jsonl: wait for it, or choose another file',
+            ):
+                ask_server(f'http://{host}/v1', dict(a=1), tmp_path / 'a.jsonl')
+        finally:
+            go.set()
         first.result()
-    assert len((tmp_path/'a.jsonl').read_text().splitlines()) == 1
+    assert len((tmp_path / 'a.jsonl').read_text().splitlines()) == 1
+
 
 def test_answers_that_came_before_another_failed_are_kept(tmp_path):
     late = threading.Event()
+
     def reply(i):
         if i == 0:
             late.set()
-            time.sleep(.3)
+            time.sleep(0.3)
             return whole(GOOD)
         assert late.wait(30)
         return whole(b'no', '400 Bad')
-    with raw_server(reply) as (host,_):
-        with pytest.raises(DistillError, match='400: no'): ask_server(f'http://{host}/v1', dict(a=1, b=2), tmp_path/'a.jsonl', at_once=2)
-    assert len((tmp_path/'a.jsonl').read_text().splitlines()) == 1
+
+    with raw_server(reply) as (host, _):
+        with pytest.raises(DistillError, match='400: no'):
+            ask_server(f'http://{host}/v1', dict(a=1, b=2), tmp_path / 'a.jsonl', at_once=2)
+    assert len((tmp_path / 'a.jsonl').read_text().splitlines()) == 1
+
 
 def test_a_key_that_a_server_repeats_is_not_stored_or_shown(tmp_path, monkeypatch):
     monkeypatch.setenv('MY_KEY', 'very-secret')
-    echo = json.dumps(dict(choices=[dict(index=0, logprobs=[-.1], prompt_logprobs=['Bearer very-secret'])])).encode()
-    with raw_server(lambda i: whole(echo)) as (host,_):
-        ask_server(f'http://{host}/v1', dict(a=1), tmp_path/'a.jsonl', key='MY_KEY', body=dict(api_key='very-secret'))
+    echo = json.dumps(
+        dict(choices=[dict(index=0, logprobs=[-0.1], prompt_logprobs=['Bearer very-secret'])])
+    ).encode()
+    with raw_server(lambda i: whole(echo)) as (host, _):
+        ask_server(
+            f'http://{host}/v1',
+            dict(a=1),
+            tmp_path / 'a.jsonl',
+            key='MY_KEY',
+            body=dict(api_key='very-secret'),
+        )
     assert b'very-secret' not in everything_in(tmp_path)
-    assert b'Bearer ***' in (tmp_path/'a.jsonl').read_bytes()
+    assert b'Bearer ***' in (tmp_path / 'a.jsonl').read_bytes()
+
 
 def test_a_key_that_is_not_a_secret_changes_no_answer(tmp_path, monkeypatch):
     monkeypatch.setenv('MY_KEY', '1')
-    with raw_server(lambda i: whole(GOOD)) as (host,_): path = ask_server(f'http://{host}/v1', dict(a=1), tmp_path/'a.jsonl', key='MY_KEY')
-    assert json.loads(path.read_text()) == dict(prompt_logprobs=[None, {'1': -.1}], key='a')
+    with raw_server(lambda i: whole(GOOD)) as (host, _):
+        path = ask_server(f'http://{host}/v1', dict(a=1), tmp_path / 'a.jsonl', key='MY_KEY')
+    assert json.loads(path.read_text()) == dict(prompt_logprobs=[None, {'1': -0.1}], key='a')
+
 
 def test_a_key_is_in_no_frame_of_a_traceback(tmp_path, monkeypatch):
     monkeypatch.setenv('MY_KEY', 'very-secret')
-    long = b'x'*495 + b'very-secret'            # the end of what is shown is in the middle of it
-    with raw_server(lambda i: whole(long, '400 Bad')) as (host,_):
-        with pytest.raises(DistillError) as caught: ask_server(f'http://{host}/v1', dict(a=1), tmp_path/'a.jsonl', key='MY_KEY')
+    long = b'x' * 495 + b'very-secret'  # the end of what is shown is in the middle of it
+    with raw_server(lambda i: whole(long, '400 Bad')) as (host, _):
+        with pytest.raises(DistillError) as caught:
+            ask_server(f'http://{host}/v1', dict(a=1), tmp_path / 'a.jsonl', key='MY_KEY')
     error = caught.value
     assert 'very' not in str(error)
     while error is not None:
         frame = error.__traceback__
         while frame is not None:
-            if frame.tb_frame.f_code.co_filename != __file__: assert 'very-secret' not in repr(frame.tb_frame.f_locals)
+            if frame.tb_frame.f_code.co_filename != __file__:
+                assert 'very-secret' not in repr(frame.tb_frame.f_locals)
             frame = frame.tb_next
         error = error.__context__
 
-@pytest.mark.parametrize('key,says', [('', "'MY_KEY' is empty"), ('very secret', "'MY_KEY' has spaces, line breaks"), ('very-secret\nX: y', 'has spaces, line breaks'), ('sécret', 'characters beyond ASCII')])
-def test_a_key_that_no_header_can_hold_is_refused_without_being_shown(key, says, tmp_path, monkeypatch):
+
+@pytest.mark.parametrize(
+    'key,says',
+    [
+        ('', "'MY_KEY' is empty"),
+        ('very secret', "'MY_KEY' has spaces, line breaks"),
+        ('very-secret\nX: y', 'has spaces, line breaks'),
+        ('sécret', 'characters beyond ASCII'),
+    ],
+)
+def test_a_key_that_no_header_can_hold_is_refused_without_being_shown(
+    key, says, tmp_path, monkeypatch
+):
     monkeypatch.setenv('MY_KEY', key)
-    with pytest.raises(DistillError, match=says) as caught: ask_server('http://127.0.0.1:1', SAMPLES, tmp_path/'a.jsonl', key='MY_KEY')
+    with pytest.raises(DistillError, match=says) as caught:
+        ask_server('http://127.0.0.1:1', SAMPLES, tmp_path / 'a.jsonl', key='MY_KEY')
     assert not key or key not in str(caught.value)
+
 
 def test_a_line_break_behind_a_key_is_not_part_of_it(tmp_path, monkeypatch):
     monkeypatch.setenv('MY_KEY', 'very-secret\n')
-    with raw_server(lambda i: whole(GOOD)) as (host,seen): ask_server(f'http://{host}/v1', dict(a=1), tmp_path/'a.jsonl', key='MY_KEY')
+    with raw_server(lambda i: whole(GOOD)) as (host, seen):
+        ask_server(f'http://{host}/v1', dict(a=1), tmp_path / 'a.jsonl', key='MY_KEY')
     assert seen[0]['headers']['Authorization'] == 'Bearer very-secret'
 
+
 def test_what_is_behind_the_question_mark_of_a_url_is_not_stored_or_shown(tmp_path):
-    with raw_server(lambda i: whole(b'no', '400 Bad') if i else whole(GOOD)) as (host,_):
-        ask_server(f'http://{host}/v1?key=very-secret', dict(a=1), tmp_path/'a.jsonl')
-        with pytest.raises(DistillError) as caught: ask_server(f'http://{host}/v1?key=very-secret', dict(b=1), tmp_path/'b.jsonl')
+    with raw_server(lambda i: whole(b'no', '400 Bad') if i else whole(GOOD)) as (host, _):
+        ask_server(f'http://{host}/v1?key=very-secret', dict(a=1), tmp_path / 'a.jsonl')
+        with pytest.raises(DistillError) as caught:
+            ask_server(f'http://{host}/v1?key=very-secret', dict(b=1), tmp_path / 'b.jsonl')
     assert 'very-secret' not in str(caught.value)
     assert b'very-secret' not in everything_in(tmp_path)
 
-@pytest.mark.parametrize('url', ['file:///etc/passwd', 'ftp://a/b', 'localhost:8000/v1', 'http://', 'http://a b/', 'http://a\n/', 'http://a:99999999/', 'http://a..b/', '', 3])
+
+@pytest.mark.parametrize(
+    'url',
+    [
+        'file:///etc/passwd',
+        'ftp://a/b',
+        'localhost:8000/v1',
+        'http://',
+        'http://a b/',
+        'http://a\n/',
+        'http://a:99999999/',
+        'http://a..b/',
+        '',
+        3,
+    ],
+)
 def test_what_is_not_an_endpoint_is_refused(url, tmp_path):
-    with pytest.raises(DistillError, match='url= must be the http:// or https:// address of an endpoint'): ask_server(url, SAMPLES, tmp_path/'a.jsonl')
+    with pytest.raises(
+        DistillError, match='url= must be the http:// or https:// address of an endpoint'
+    ):
+        ask_server(url, SAMPLES, tmp_path / 'a.jsonl')
+
 
 def test_a_password_in_a_url_is_refused_without_being_shown(tmp_path):
-    with pytest.raises(DistillError, match='url= has a user name or a password') as caught: ask_server('http://me:very-secret@127.0.0.1:1/', SAMPLES, tmp_path/'a.jsonl')
+    with pytest.raises(DistillError, match='url= has a user name or a password') as caught:
+        ask_server('http://me:very-secret@127.0.0.1:1/', SAMPLES, tmp_path / 'a.jsonl')
     assert 'very-secret' not in str(caught.value)
 
-@pytest.mark.parametrize('response,kwargs,says', [
-    (dict(choices=3), {}, "The answer for sample 'a': there is no list 'choices' .it has: choices"),
-    ([], {}, "The answer for sample 'a': there is no list 'choices' .it has: list"),
-    (dict(choices=['x']), {}, "The answer for sample 'a': AttributeError"),
-    (dict(choices=[dict(index=0, text='Paris')]), {}, "The answer for sample 'a': a choice has neither 'prompt_logprobs' nor 'logprobs': ask for them in body="),
-    (dict(choices=[dict(index=3, logprobs=[0])]), {}, r"The answer for sample 'a': the choices have the indices \[3\]"),
-    ({}, dict(answer=lambda r: r['probs']), "The answer for sample 'a': KeyError: 'probs'"),
-    ({}, dict(answer=lambda r: 3), "The answer for sample 'a': answer= returned 3: it must return a list with a dict for each sample"),
-    ({}, dict(answer=lambda r: [3]), "The answer for sample 'a': answer= returned .3.: it must return"),
-    ({}, dict(answer=lambda r: [dict(x=object())]), "The answer for sample 'a': TypeError"),
-    ({}, dict(request=lambda parts: dict(x=object())), "request= for sample 'a': TypeError")])
-def test_an_answer_that_can_not_be_used_names_its_sample(response, kwargs, says, tmp_path):
-    with raw_server(lambda i: whole(json.dumps(response).encode())) as (host,_):
-        with pytest.raises(DistillError, match=says): ask_server(f'http://{host}/v1', dict(a=1), tmp_path/'a.jsonl', **kwargs)
 
-@pytest.mark.parametrize('samples,kwargs,says', [
-    (['a'], {}, 'samples is of type list: it must be a dict'), ({('a', 1): 2}, {}, r"The sample's name \('a', 1\) is of type tuple"),
-    (dict(a=1), dict(bs=0), 'bs=0: it must be a whole number from 1'), (dict(a=1), dict(at_once=0), 'at_once=0: it must be')])
+@pytest.mark.parametrize(
+    'response,kwargs,says',
+    [
+        (
+            dict(choices=3),
+            {},
+            "The answer for sample 'a': there is no list 'choices' .it has: choices",
+        ),
+        ([], {}, "The answer for sample 'a': there is no list 'choices' .it has: list"),
+        (dict(choices=['x']), {}, "The answer for sample 'a': AttributeError"),
+        (
+            dict(choices=[dict(index=0, text='Paris')]),
+            {},
+            "The answer for sample 'a': a choice has neither 'prompt_logprobs' nor 'logprobs': ask for them in body=",
+        ),
+        (
+            dict(choices=[dict(index=3, logprobs=[0])]),
+            {},
+            r"The answer for sample 'a': the choices have the indices \[3\]",
+        ),
+        ({}, dict(answer=lambda r: r['probs']), "The answer for sample 'a': KeyError: 'probs'"),
+        (
+            {},
+            dict(answer=lambda r: 3),
+            "The answer for sample 'a': answer= returned 3: it must return a list with a dict for each sample",
+        ),
+        (
+            {},
+            dict(answer=lambda r: [3]),
+            "The answer for sample 'a': answer= returned .3.: it must return",
+        ),
+        ({}, dict(answer=lambda r: [dict(x=object())]), "The answer for sample 'a': TypeError"),
+        ({}, dict(request=lambda parts: dict(x=object())), "request= for sample 'a': TypeError"),
+    ],
+)
+def test_an_answer_that_can_not_be_used_names_its_sample(response, kwargs, says, tmp_path):
+    with raw_server(lambda i: whole(json.dumps(response).encode())) as (host, _):
+        with pytest.raises(DistillError, match=says):
+            ask_server(f'http://{host}/v1', dict(a=1), tmp_path / 'a.jsonl', **kwargs)
+
+
+@pytest.mark.parametrize(
+    'samples,kwargs,says',
+    [
+        (['a'], {}, 'samples is of type list: it must be a dict'),
+        ({('a', 1): 2}, {}, r"The sample's name \('a', 1\) is of type tuple"),
+        (dict(a=1), dict(bs=0), 'bs=0: it must be a whole number from 1'),
+        (dict(a=1), dict(at_once=0), 'at_once=0: it must be'),
+    ],
+)
 def test_arguments_are_checked_before_anything_is_asked(samples, kwargs, says, tmp_path):
-    with pytest.raises(DistillError, match=says): ask_server('http://127.0.0.1:1', samples, tmp_path/'a.jsonl', **kwargs)
+    with pytest.raises(DistillError, match=says):
+        ask_server('http://127.0.0.1:1', samples, tmp_path / 'a.jsonl', **kwargs)
+
 
 def test_a_line_of_another_kind_in_the_file_is_named(tmp_path):
-    (tmp_path/'a.jsonl').write_text('{"key": "a"}\n{"no": 1}\n')
-    with pytest.raises(DistillError, match="a.jsonl, line 2 is not an answer with a 'key'"): ask_server('http://127.0.0.1:1', dict(a=1), tmp_path/'a.jsonl')
-    (tmp_path/'a.request.json').write_text('{"url')
-    with pytest.raises(DistillError, match='a.request.json is damaged'): ask_server('http://127.0.0.1:1', dict(a=1), tmp_path/'a.jsonl')
+    (tmp_path / 'a.jsonl').write_text('{"key": "a"}\n{"no": 1}\n')
+    with pytest.raises(DistillError, match="a.jsonl, line 2 is not an answer with a 'key'"):
+        ask_server('http://127.0.0.1:1', dict(a=1), tmp_path / 'a.jsonl')
+    (tmp_path / 'a.request.json').write_text('{"url')
+    with pytest.raises(DistillError, match='a.request.json is damaged'):
+        ask_server('http://127.0.0.1:1', dict(a=1), tmp_path / 'a.jsonl')

@@ -1,9 +1,22 @@
 "The doctor without a framework: what it measures and finds in a few batches of tensors, a healthy case beside each."
+
 import math
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from fastdistill import DistillError, Outputs, Teacher, Term, dist, dkd, hint, kd, logit_std, losses, soft_labels
+from fastdistill import (
+    DistillError,
+    Outputs,
+    Teacher,
+    Term,
+    dist,
+    dkd,
+    hint,
+    kd,
+    logit_std,
+    losses,
+    soft_labels,
+)
 from fastdistill.checks import Findings, check_outputs
 from fastdistill.checks.batch_scores import Tally
 from fastdistill.base.task import Task
@@ -11,103 +24,150 @@ from fastdistill.base.task import Task
 SOFTMAX = Task('softmax', 1)
 
 
-def rows(n=512, k=10, noise=.45, seed=0):
+def rows(n=512, k=10, noise=0.45, seed=0):
     "Items whose class is the largest of `k` numbers, most of the time"
     g = torch.Generator().manual_seed(seed)
     y = torch.randint(0, k, (n,), generator=g)
-    return F.one_hot(y, k) + noise*torch.randn(n, k, generator=g),y
+    return F.one_hot(y, k) + noise * torch.randn(n, k, generator=g), y
 
-def batches(x, y, bs=64): return [((a,), (b,)) for a,b in zip(x.split(bs), y.split(bs))]
 
-def linear(w, scale=5.):
+def batches(x, y, bs=64):
+    return [((a,), (b,)) for a, b in zip(x.split(bs), y.split(bs))]
+
+
+def linear(w, scale=5.0):
     m = nn.Linear(w.shape[1], w.shape[0], bias=False)
-    m.weight.data = scale*w.float()
+    m.weight.data = scale * w.float()
     return m
 
-def knowing(k=10, order=None, scale=5.): return linear(torch.eye(k)[range(k) if order is None else order], scale)
+
+def knowing(k=10, order=None, scale=5.0):
+    return linear(torch.eye(k)[range(k) if order is None else order], scale)
+
 
 def check(teacher, x, y, task=SOFTMAX, student=None, **kwargs):
-    teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher, kind=task.kind, axis=task.axis)
+    teacher = (
+        teacher
+        if isinstance(teacher, Teacher)
+        else Teacher(teacher, kind=task.kind, axis=task.axis)
+    )
     return check_outputs(teacher, task, batches(x, y), student, **kwargs)
 
-def whats(found): return [(f.level, f.what) for f in found]
+
+def whats(found):
+    return [(f.level, f.what) for f in found]
+
 
 def one(found, level, *words):
     "The only finding, with these words in it"
-    f, = found
+    (f,) = found
     assert f.level == level
-    for w in words: assert w in str(f), str(f)
+    for w in words:
+        assert w in str(f), str(f)
     return f
 
 
 # facts
 
+
 def test_the_score_of_the_teacher_stands_beside_the_students_and_a_constants():
-    (x,y),student = rows(200),linear(torch.randn(10, 10, generator=torch.Generator().manual_seed(1)))
-    f = check(knowing(), x, y, student=student, train=batches(3*x, y)).facts
-    score = lambda m: sum(m(a).argmax().item() == b.item() for a,b in zip(x, y))/200
+    (x, y), student = (
+        rows(200),
+        linear(torch.randn(10, 10, generator=torch.Generator().manual_seed(1))),
+    )
+    f = check(knowing(), x, y, student=student, train=batches(3 * x, y)).facts
+    score = lambda m: sum(m(a).argmax().item() == b.item() for a, b in zip(x, y)) / 200
     assert f.metric == 'accuracy' and f.n == 200
-    assert f.teacher_score == pytest.approx(score(knowing())) and f.student_score == pytest.approx(score(student))
-    assert f.constant_score == pytest.approx(max((y == c).sum().item() for c in range(10))/200)
-    top = lambda x: sum(knowing()(a).softmax(0).max().item() for a in x)/200
-    assert f.top_prob_valid == pytest.approx(top(x)) and f.top_prob_train == pytest.approx(top(3*x))
+    assert f.teacher_score == pytest.approx(score(knowing())) and f.student_score == pytest.approx(
+        score(student)
+    )
+    assert f.constant_score == pytest.approx(max((y == c).sum().item() for c in range(10)) / 200)
+    top = lambda x: sum(knowing()(a).softmax(0).max().item() for a in x) / 200
+    assert f.top_prob_valid == pytest.approx(top(x)) and f.top_prob_train == pytest.approx(
+        top(3 * x)
+    )
+
 
 def test_the_facts_stand_above_the_findings():
-    x,y = rows(200)
-    found = check(knowing(scale=4.), x, y)
+    x, y = rows(200)
+    found = check(knowing(scale=4.0), x, y)
     assert found == [] and isinstance(found, Findings)
-    score,top = f'{found.facts.teacher_score:.3f}',f'{found.facts.top_prob_valid:.3f}'
+    score, top = f'{found.facts.teacher_score:.3f}', f'{found.facts.top_prob_valid:.3f}'
     assert repr(found).splitlines() == [
         f'accuracy on 200 validation items: teacher {score}, constant {found.facts.constant_score:.3f}',
-        f"teacher's mean top probability: validation {top}", 'Nothing found: the teacher fits.']
+        f"teacher's mean top probability: validation {top}",
+        'Nothing found: the teacher fits.',
+    ]
+
 
 def test_facts_of_labels_and_of_numbers():
     g = torch.Generator().manual_seed(0)
-    x,y = torch.randn(100, 3, generator=g),torch.rand(100, 3, generator=g)
-    f = check(linear(torch.eye(3)), x, (y > .3).float(), Task('sigmoid')).facts
+    x, y = torch.randn(100, 3, generator=g), torch.rand(100, 3, generator=g)
+    f = check(linear(torch.eye(3)), x, (y > 0.3).float(), Task('sigmoid')).facts
     assert f.metric == 'accuracy per label'
-    assert f.teacher_score == pytest.approx(((x > 0) == (y > .3)).double().mean().item())
-    assert f.constant_score == pytest.approx((y > .3).double().mean(0).mean().item())
-    top = torch.stack([(5*x).sigmoid(), (-5*x).sigmoid()]).max(0).values
+    assert f.teacher_score == pytest.approx(((x > 0) == (y > 0.3)).double().mean().item())
+    assert f.constant_score == pytest.approx((y > 0.3).double().mean(0).mean().item())
+    top = torch.stack([(5 * x).sigmoid(), (-5 * x).sigmoid()]).max(0).values
     assert f.top_prob_valid == pytest.approx(top.mean().item())
-    f = check(linear(torch.eye(3), 1.), x, x+y, Task('regression')).facts
+    f = check(linear(torch.eye(3), 1.0), x, x + y, Task('regression')).facts
     assert f.metric == 'squared error' and f.teacher_score == pytest.approx(y.pow(2).mean().item())
-    assert f.constant_score == pytest.approx((x+y).var(0, correction=0).mean().item()) and f.top_prob_valid is None
+    assert (
+        f.constant_score == pytest.approx((x + y).var(0, correction=0).mean().item())
+        and f.top_prob_valid is None
+    )
 
-@pytest.mark.parametrize('scale, apart', [(.2, False), (2., True)])
+
+@pytest.mark.parametrize('scale, apart', [(0.2, False), (2.0, True)])
 def test_a_teacher_that_hardly_tells_labels_apart_is_a_doubt(scale, apart):
     g = torch.Generator().manual_seed(0)
-    y = (torch.rand(200, 4, generator=g) > .8).float()
-    x = 2*y - 1 + .3*torch.randn(200, 4, generator=g)
-    p = [(scale*x).sigmoid()[y == v].mean().item() for v in (1, 0)]
+    y = (torch.rand(200, 4, generator=g) > 0.8).float()
+    x = 2 * y - 1 + 0.3 * torch.randn(200, 4, generator=g)
+    p = [(scale * x).sigmoid()[y == v].mean().item() for v in (1, 0)]
     found = check(linear(torch.eye(4), scale), x, y, Task('sigmoid'))
-    assert (p[0] - p[1] > .25) is apart
-    if apart: assert found == []
-    else: assert one(found, 'note', f'{p[0]:.3f} for labels that an item has', f'{p[1]:.3f} for the others').doubt
+    assert (p[0] - p[1] > 0.25) is apart
+    if apart:
+        assert found == []
+    else:
+        assert one(
+            found, 'note', f'{p[0]:.3f} for labels that an item has', f'{p[1]:.3f} for the others'
+        ).doubt
+
 
 def sure(p, k=10, n=512):
     "Items and labels, and the scale at which a teacher that is always right gives its class the probability `p`"
     y = torch.arange(n) % k
-    return F.one_hot(y, k).float(),y,math.log((k-1)*p/(1-p))
+    return F.one_hot(y, k).float(), y, math.log((k - 1) * p / (1 - p))
 
-@pytest.mark.parametrize('p, doubt', [(.79, True), (.81, False)])
+
+@pytest.mark.parametrize('p, doubt', [(0.79, True), (0.81, False)])
 def test_a_teacher_is_a_doubt_if_it_is_right_more_often_than_it_is_sure_by_over_a_fifth(p, doubt):
-    x,y,scale = sure(p)
+    x, y, scale = sure(p)
     found = check(knowing(scale=scale), x, y)
-    if doubt: assert one(found, 'note', 'is right for 100.0% of 512 validation items', f'probability is {p:.3f}', 'too briefly').doubt
-    else: assert found == []
+    if doubt:
+        assert one(
+            found,
+            'note',
+            'is right for 100.0% of 512 validation items',
+            f'probability is {p:.3f}',
+            'too briefly',
+        ).doubt
+    else:
+        assert found == []
+
 
 @pytest.mark.parametrize('n, doubt', [(63, False), (64, True)])
 def test_fewer_than_64_items_are_no_reason_for_a_doubt(n, doubt):
-    x,y,scale = sure(.5, n=n)
+    x, y, scale = sure(0.5, n=n)
     assert bool(check(knowing(scale=scale), x, y)) is doubt
 
-@pytest.mark.parametrize('apart', [.24, .26])
+
+@pytest.mark.parametrize('apart', [0.24, 0.26])
 def test_labels_are_told_apart_from_a_quarter_on(apart):
     y = (torch.arange(400) % 5 == 0).float().reshape(100, 4)
-    p = (1+apart)/2
-    found = check(linear(torch.eye(4), math.log(p/(1-p))), 2*y-1, y, Task('sigmoid'))
-    assert bool(found) is (apart < .25)
+    p = (1 + apart) / 2
+    found = check(linear(torch.eye(4), math.log(p / (1 - p))), 2 * y - 1, y, Task('sigmoid'))
+    assert bool(found) is (apart < 0.25)
+
 
 def test_dense_facts_count_what_counts():
     "Of the pixels of an item those that are not ignored, and no item that has none"
@@ -118,12 +178,21 @@ def test_dense_facts_count_what_counts():
     x = torch.randn(8, 4, 5, 5, generator=g)
     f = check(lambda x: x, x, y, Task('softmax', 1, 9)).facts
     want = [(x[i].argmax(0) == y[i])[y[i] != 9].double().mean().item() for i in range(1, 8)]
-    assert f.n == 7 and f.teacher_score == pytest.approx(sum(want)/7)
+    assert f.n == 7 and f.teacher_score == pytest.approx(sum(want) / 7)
+
 
 def test_without_labels_there_are_probabilities():
     f = check_outputs(Teacher(knowing()), SOFTMAX, [((rows(40)[0],), ())]).facts
-    assert f.n == 0 and f.teacher_score is None and f.constant_score is None and .5 < f.top_prob_valid < 1
-    assert 'accuracy' not in repr(f.lines()) and check_outputs(Teacher(knowing()), SOFTMAX, []).facts is None
+    assert (
+        f.n == 0
+        and f.teacher_score is None
+        and f.constant_score is None
+        and 0.5 < f.top_prob_valid < 1
+    )
+    assert (
+        'accuracy' not in repr(f.lines())
+        and check_outputs(Teacher(knowing()), SOFTMAX, []).facts is None
+    )
 
 
 # the order of classes
@@ -131,382 +200,616 @@ def test_without_labels_there_are_probabilities():
 SWAPPED = [1, 0, 3, 2, 5, 4, 6, 7, 8, 9]
 NAMES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
 
+
 def test_three_swapped_pairs_of_classes_are_named_with_the_list_to_paste():
-    x,y = rows()
+    x, y = rows()
     score = check(knowing(order=SWAPPED), x, y).facts.teacher_score
-    f = one(check(knowing(order=SWAPPED), x, y, names=NAMES), 'error', f"its accuracy is {score:.3f}",
-            "'airplane' and 'automobile', 'bird' and 'cat', 'deer' and 'dog' are swapped",
-            f'Teacher(model, select={SWAPPED})')
-    assert f"in this one {check(knowing(), x, y).facts.teacher_score:.3f}" in str(f)
+    f = one(
+        check(knowing(order=SWAPPED), x, y, names=NAMES),
+        'error',
+        f'its accuracy is {score:.3f}',
+        "'airplane' and 'automobile', 'bird' and 'cat', 'deer' and 'dog' are swapped",
+        f'Teacher(model, select={SWAPPED})',
+    )
+    assert f'in this one {check(knowing(), x, y).facts.teacher_score:.3f}' in str(f)
     assert check(Teacher(knowing(order=SWAPPED), select=SWAPPED), x, y) == []
     assert 'class 0 and class 1, class 2' in str(check(knowing(order=SWAPPED), x, y))
 
+
 def test_a_circle_of_classes_is_described_output_by_output():
-    x,y = rows()
-    circle = [2, 0, 1, *range(3, 10)]      # output 0 is class 2
-    one(check(knowing(order=circle), x, y, names=NAMES), 'error',
+    x, y = rows()
+    circle = [2, 0, 1, *range(3, 10)]  # output 0 is class 2
+    one(
+        check(knowing(order=circle), x, y, names=NAMES),
+        'error',
         "'airplane' is its output 1, 'automobile' is its output 2, 'bird' is its output 0",
-        'select=[1, 2, 0, 3, 4, 5, 6, 7, 8, 9]')
+        'select=[1, 2, 0, 3, 4, 5, 6, 7, 8, 9]',
+    )
+
 
 def test_a_selection_that_is_wrong_is_replaced_as_a_whole():
-    x,y = rows()
-    big = linear(torch.eye(12)[:, 2:])      # two classes more, in front
+    x, y = rows()
+    big = linear(torch.eye(12)[:, 2:])  # two classes more, in front
     assert check(Teacher(big, select=range(2, 12)), x, y) == []
-    one(check(Teacher(big, select=[3, 2, *range(4, 12)]), x, y), 'error', f'Teacher(model, select={[*range(2, 12)]})')
+    one(
+        check(Teacher(big, select=[3, 2, *range(4, 12)]), x, y),
+        'error',
+        f'Teacher(model, select={[*range(2, 12)]})',
+    )
+
 
 def test_one_swapped_pair_among_fifty_classes_is_found_if_there_are_items_enough():
     order = [1, 0, *range(2, 50)]
-    one(check(knowing(50, order), *rows(3000, 50, .2)), 'error', 'class 0 and class 1 are swapped', f'select={order}')
-    assert check(knowing(50, order, 9.), *rows(128, 50, .2)) == []
+    one(
+        check(knowing(50, order), *rows(3000, 50, 0.2)),
+        'error',
+        'class 0 and class 1 are swapped',
+        f'select={order}',
+    )
+    assert check(knowing(50, order, 9.0), *rows(128, 50, 0.2)) == []
+
 
 def test_swapped_classes_of_a_segmentation_are_found():
     g = torch.Generator().manual_seed(0)
     y = torch.randint(0, 5, (40, 2, 2), generator=g).repeat_interleave(4, 1).repeat_interleave(4, 2)
-    x = F.one_hot(y.clamp(max=3), 4).movedim(-1, 1) + .3*torch.randn(40, 4, 8, 8, generator=g)
+    x = F.one_hot(y.clamp(max=3), 4).movedim(-1, 1) + 0.3 * torch.randn(40, 4, 8, 8, generator=g)
     task = Task('softmax', 1, 4)
-    assert check(lambda x: 5*x, x, y, task) == []
-    one(check(lambda x: 5*x[:, [0, 2, 1, 3]], x, y, task), 'error', 'class 1 and class 2 are swapped')
+    assert check(lambda x: 5 * x, x, y, task) == []
+    one(
+        check(lambda x: 5 * x[:, [0, 2, 1, 3]], x, y, task),
+        'error',
+        'class 1 and class 2 are swapped',
+    )
+
 
 def test_the_place_of_a_class_without_items_is_called_a_guess():
-    x,y = rows(1000)
+    x, y = rows(1000)
     keep = (y != 1) & (y != 0)
-    order = [0, 2, 1, *range(3, 10)]       # of 1 and 2 only 2 is seen
-    one(check(knowing(order=order), x[keep], y[keep]), 'error',
-        '(1 of them have no item here, so their place is a guess: pass a larger n=)')
+    order = [0, 2, 1, *range(3, 10)]  # of 1 and 2 only 2 is seen
+    one(
+        check(knowing(order=order), x[keep], y[keep]),
+        'error',
+        '(1 of them have no item here, so their place is a guess: pass a larger n=)',
+    )
+
 
 @pytest.mark.parametrize('seed', range(8))
 @pytest.mark.parametrize('k', [2, 3, 10, 100])
 def test_no_order_is_proposed_for_teachers_that_are_right_weak_confused_or_random(k, seed):
     g = torch.Generator().manual_seed(seed)
     swaps = lambda teacher, x, y: [f for f in check(teacher, x, y) if 'another order' in f.what]
-    for noise in (.1, .6, 1.5, 4.):        # from nearly perfect to nearly chance
+    for noise in (0.1, 0.6, 1.5, 4.0):  # from nearly perfect to nearly chance
         assert not swaps(knowing(k), *rows(256, k, noise, seed))
-    x,y = rows(256, k, .5, seed)
+    x, y = rows(256, k, 0.5, seed)
     w = torch.eye(k)
-    w[0] = .9*w[1]                         # it takes class 0 for class 1
-    random = linear(torch.randn(k, k, generator=g)) if k > 2 else knowing(k)       # of two classes, one may be right
-    for teacher in (linear(w), random, lambda x: F.one_hot(torch.zeros(len(x)).long(), k).float(),
-                    lambda x: torch.randn(len(x), k, generator=g)): assert not swaps(teacher, x, y)
+    w[0] = 0.9 * w[1]  # it takes class 0 for class 1
+    random = (
+        linear(torch.randn(k, k, generator=g)) if k > 2 else knowing(k)
+    )  # of two classes, one may be right
+    for teacher in (
+        linear(w),
+        random,
+        lambda x: F.one_hot(torch.zeros(len(x)).long(), k).float(),
+        lambda x: torch.randn(len(x), k, generator=g),
+    ):
+        assert not swaps(teacher, x, y)
 
 
 # normalization
 
-CENTERS = torch.linspace(.1, .9, 5)
+CENTERS = torch.linspace(0.1, 0.9, 5)
+
 
 class Brightness(nn.Module):
     "It knows five grades of brightness, in images normalized with (mean, std)"
+
     def __init__(self, mean, std):
         super().__init__()
         self.register_buffer('mean', torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer('std', torch.tensor(std).view(-1, 1, 1))
-    def forward(self, x): return -200*((x*self.std + self.mean).mean((1, 2, 3))[:, None] - CENTERS)**2
 
-IMAGENET = [.485, .456, .406],[.229, .224, .225]
-STATS = {'(0, 1)': ([0.], [1.]), '(.5, .5)': ([.5], [.5]), "'imagenet'": IMAGENET, '(0, 1/255)': ([0.], [1/255])}
+    def forward(self, x):
+        return -200 * ((x * self.std + self.mean).mean((1, 2, 3))[:, None] - CENTERS) ** 2
 
-def photos(n=128, wrong=0., channels=3):
+
+IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+STATS = {
+    '(0, 1)': ([0.0], [1.0]),
+    '(.5, .5)': ([0.5], [0.5]),
+    "'imagenet'": IMAGENET,
+    '(0, 1/255)': ([0.0], [1 / 255]),
+}
+
+
+def photos(n=128, wrong=0.0, channels=3):
     "Raw images from 0 to 1, with grades as labels of which some are `wrong`"
     g = torch.Generator().manual_seed(0)
     y = torch.randint(0, 5, (n,), generator=g)
-    x = (CENTERS[y].view(-1, 1, 1, 1) + .2*torch.randn(n, channels, 8, 8, generator=g)).clamp(0, 1)
-    return x,y.where(torch.rand(n, generator=g) > wrong, torch.randint(0, 5, (n,), generator=g))
+    x = (CENTERS[y].view(-1, 1, 1, 1) + 0.2 * torch.randn(n, channels, 8, 8, generator=g)).clamp(
+        0, 1
+    )
+    return x, y.where(torch.rand(n, generator=g) > wrong, torch.randint(0, 5, (n,), generator=g))
+
 
 @pytest.mark.parametrize('given', STATS)
 @pytest.mark.parametrize('wanted', STATS)
 def test_a_usual_normalization_that_fits_better_is_named(given, wanted):
-    (x,y),(m,s) = photos(),[torch.tensor(o).view(-1, 1, 1) for o in STATS[given]]
-    found = check(Teacher(Brightness(*STATS[wanted]), input_stats=STATS[given]), (x-m)/s, y)
-    if given == wanted: assert found == []
-    else: one(found, 'warning', 'another normalization: accuracy 0.',
-              f'(on 128 validation items). Pass the normalization of its training: Teacher(model, stats={wanted})')
+    (x, y), (m, s) = photos(), [torch.tensor(o).view(-1, 1, 1) for o in STATS[given]]
+    found = check(Teacher(Brightness(*STATS[wanted]), input_stats=STATS[given]), (x - m) / s, y)
+    if given == wanted:
+        assert found == []
+    else:
+        one(
+            found,
+            'warning',
+            'another normalization: accuracy 0.',
+            f'(on 128 validation items). Pass the normalization of its training: Teacher(model, stats={wanted})',
+        )
+
 
 def test_stats_that_are_wrong_are_noticed_too():
-    x,y = photos()
-    teacher = Teacher(Brightness([0.], [1.]), stats='imagenet', input_stats=(0, 1))
+    x, y = photos()
+    teacher = Teacher(Brightness([0.0], [1.0]), stats='imagenet', input_stats=(0, 1))
     one(check(teacher, x, y), 'warning', 'numbers from 0 to 1', 'stats=(0, 1)')
 
+
 def test_a_weak_teacher_with_the_right_normalization_is_not_suspected():
-    x,y = photos(512, wrong=.5)
-    assert check(Teacher(Brightness([0.], [1.]), input_stats=(0, 1)), x, y) == []
-    x,y = photos(512, wrong=.5, channels=1)
-    assert check(Teacher(Brightness([0.], [1.]), input_stats=(0, 1)), x, y) == []
+    x, y = photos(512, wrong=0.5)
+    assert check(Teacher(Brightness([0.0], [1.0]), input_stats=(0, 1)), x, y) == []
+    x, y = photos(512, wrong=0.5, channels=1)
+    assert check(Teacher(Brightness([0.0], [1.0]), input_stats=(0, 1)), x, y) == []
+
 
 def test_the_normalization_of_a_regression_is_found():
-    x,y = photos()
+    x, y = photos()
+
     class Mean(Brightness):
-        def forward(self, x): return (x*self.std + self.mean).mean((1, 2, 3))[:, None]
-    target,task = CENTERS[y][:, None],Task('regression')
+        def forward(self, x):
+            return (x * self.std + self.mean).mean((1, 2, 3))[:, None]
+
+    target, task = CENTERS[y][:, None], Task('regression')
     teacher = Teacher(Mean(*IMAGENET), input_stats=(0, 1), kind='regression')
-    one(check(teacher, x, target, task), 'warning', "squared error 0.", "stats='imagenet'")
+    one(check(teacher, x, target, task), 'warning', 'squared error 0.', "stats='imagenet'")
     assert check(Teacher(teacher, stats='imagenet'), x, target, task) == []
 
 
 # tokens
 
+
 class Reader(nn.Module):
     "The class is the most frequent kind of word"
+
     def __init__(self, vocab, shift=0):
         super().__init__()
         self.emb = nn.EmbeddingBag(vocab, 4)
-        self.emb.weight.data = 30*F.one_hot((torch.arange(vocab)*(1+shift) + shift) % 4, 4).float()
-    def forward(self, input_ids): return self.emb(input_ids)
+        self.emb.weight.data = (
+            30 * F.one_hot((torch.arange(vocab) * (1 + shift) + shift) % 4, 4).float()
+        )
+
+    def forward(self, input_ids):
+        return self.emb(input_ids)
+
 
 def texts(n=256, vocab=40):
     x = torch.randint(0, vocab, (n, 9), generator=torch.Generator().manual_seed(0))
-    return x,F.one_hot(x % 4, 4).sum(1).argmax(1)
+    return x, F.one_hot(x % 4, 4).sum(1).argmax(1)
+
 
 def test_ids_beyond_the_teachers_embedding_are_an_error_before_they_crash():
-    x,y = texts()
-    one(check(Reader(30), x, y), 'error', "ids up to 39, but the teacher's embedding emb has 30 rows, 0 to 29",
-        'another tokenizer')
-    assert check_outputs(Teacher(Reader(30)), SOFTMAX, [((dict(input_ids=x),), (y,))])[0].level == 'error'
-    assert not check(Reader(40), x, y, student=Reader(40)).errors and not check(Reader(64), x, y, student=Reader(40)).errors
+    x, y = texts()
+    one(
+        check(Reader(30), x, y),
+        'error',
+        "ids up to 39, but the teacher's embedding emb has 30 rows, 0 to 29",
+        'another tokenizer',
+    )
+    assert (
+        check_outputs(Teacher(Reader(30)), SOFTMAX, [((dict(input_ids=x),), (y,))])[0].level
+        == 'error'
+    )
+    assert (
+        not check(Reader(40), x, y, student=Reader(40)).errors
+        and not check(Reader(64), x, y, student=Reader(40)).errors
+    )
+
 
 def test_unknown_ids_are_found_in_any_embedding_that_runs():
-    x,y = texts()
+    x, y = texts()
+
     class Positions(Reader):
         "Its second embedding is too small, or is looked up without its module"
+
         def __init__(self, rows, functional=False):
             super().__init__(40)
-            self.pos,self.functional = nn.Embedding(rows, 4),functional
+            self.pos, self.functional = nn.Embedding(rows, 4), functional
+
         def forward(self, x):
             at = torch.arange(x.shape[1]).expand_as(x)
             pos = F.embedding(at, self.pos.weight) if self.functional else self.pos(input=at)
-            return super().forward(x) + 0*pos.sum(1)
-    one(check(Positions(5), x, y), 'error', "ids up to 8, but the teacher's embedding pos has 5 rows")
-    one(check(Positions(5, True), x, y), 'error', 'ids that an embedding of the teacher does not have')
+            return super().forward(x) + 0 * pos.sum(1)
+
+    one(
+        check(Positions(5), x, y),
+        'error',
+        "ids up to 8, but the teacher's embedding pos has 5 rows",
+    )
+    one(
+        check(Positions(5, True), x, y),
+        'error',
+        'ids that an embedding of the teacher does not have',
+    )
     ensemble = Teacher([Reader(40), Reader(30)])
     one(check(ensemble, x, y), 'error', 'embedding 1.emb has 30 rows')
     assert check(Positions(9), x, y) == []
     assert not [m for o in ensemble.modules for m in o.modules() if m._forward_pre_hooks]
+
     class Images(nn.Module):
         "Whole numbers that are no ids"
+
         def __init__(self):
             super().__init__()
             self.emb = nn.Embedding(3, 4)
-        def forward(self, x): return 9*F.one_hot(x.sum(1) % 4, 4) + 0*self.emb(x[:, 0]*0)
+
+        def forward(self, x):
+            return 9 * F.one_hot(x.sum(1) % 4, 4) + 0 * self.emb(x[:, 0] * 0)
+
     assert not check(Images(), x, y).errors
-    def broken(x): raise IndexError('list index out of range')
-    with pytest.raises(IndexError): check(broken, x, y)
+
+    def broken(x):
+        raise IndexError('list index out of range')
+
+    with pytest.raises(IndexError):
+        check(broken, x, y)
+
 
 def test_a_teacher_near_chance_with_another_vocabulary_may_have_another_tokenizer():
-    x,y = texts()
+    x, y = texts()
+
     class Other(Reader):
-        def forward(self, input_ids): return self.emb((input_ids*7 + 3) % 50)
+        def forward(self, input_ids):
+            return self.emb((input_ids * 7 + 3) % 50)
+
     other = Other(50)
     other.emb.weight.data = torch.randn(50, 4, generator=torch.Generator().manual_seed(4))
-    one(check(other, x, y, student=Reader(40)), 'warning', "The teacher's embedding has 50 rows, the student's 40",
-        'another tokenizer')
+    one(
+        check(other, x, y, student=Reader(40)),
+        'warning',
+        "The teacher's embedding has 50 rows, the student's 40",
+        'another tokenizer',
+    )
 
 
 # how certain, how good
 
-def test_a_teacher_that_is_certain_of_its_training_data_is_noted():
-    x,y = rows()
-    one(check(knowing(), x, y, train=batches(40*x, y)), 'note', 'its mean top probability there is 0.99',
-        '(validation: 0.7', 'nearly one-hot', 'higher T, stronger augmentation')
-    assert check(knowing(), x, y, train=batches(x, y)) == []
-    assert check(knowing(), 40*x, y) == []       # of what it has not learned from it may be certain
 
-@pytest.mark.parametrize('p, certain', [(.989, False), (.991, True)])
+def test_a_teacher_that_is_certain_of_its_training_data_is_noted():
+    x, y = rows()
+    one(
+        check(knowing(), x, y, train=batches(40 * x, y)),
+        'note',
+        'its mean top probability there is 0.99',
+        '(validation: 0.7',
+        'nearly one-hot',
+        'higher T, stronger augmentation',
+    )
+    assert check(knowing(), x, y, train=batches(x, y)) == []
+    assert check(knowing(), 40 * x, y) == []  # of what it has not learned from it may be certain
+
+
+@pytest.mark.parametrize('p, certain', [(0.989, False), (0.991, True)])
 def test_certain_is_a_mean_probability_above_99_percent(p, certain):
-    x,y,scale = sure(.9)
-    train = sure(p)[2]/scale*x
+    x, y, scale = sure(0.9)
+    train = sure(p)[2] / scale * x
     found = check(knowing(scale=scale), x, y, train=batches(train, y))
-    if certain: one(found, 'note', f'its mean top probability there is {p:.3f} (validation: 0.900)')
-    else: assert found == []
+    if certain:
+        one(found, 'note', f'its mean top probability there is {p:.3f} (validation: 0.900)')
+    else:
+        assert found == []
+
 
 def test_a_teacher_that_is_worse_than_the_student_is_a_warning_with_both_numbers():
-    x,y = rows(512)
-    good,bad = knowing(),linear(torch.eye(10) + .5*torch.randn(10, 10, generator=torch.Generator().manual_seed(0)))
-    f = one(check(bad, x, y, student=good), 'warning', 'The teacher is worse than the student is now: accuracy')
+    x, y = rows(512)
+    good, bad = (
+        knowing(),
+        linear(
+            torch.eye(10) + 0.5 * torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
+        ),
+    )
+    f = one(
+        check(bad, x, y, student=good),
+        'warning',
+        'The teacher is worse than the student is now: accuracy',
+    )
     facts = check(bad, x, y, student=good).facts
     assert f'{facts.teacher_score:.3f} and {facts.student_score:.3f} on 512' in str(f)
     assert check(good, x, y, student=bad) == []
-    x,y = rows(64)
-    slightly = linear(torch.eye(10) + .12*torch.randn(10, 10, generator=torch.Generator().manual_seed(0)))
-    for teacher,student in ((slightly, good), (good, slightly)):
-        assert one(check(teacher, x, y, student=student), 'note', 'no better than the student is now, but for chance: accuracy').doubt
+    x, y = rows(64)
+    slightly = linear(
+        torch.eye(10) + 0.12 * torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
+    )
+    for teacher, student in ((slightly, good), (good, slightly)):
+        assert one(
+            check(teacher, x, y, student=student),
+            'note',
+            'no better than the student is now, but for chance: accuracy',
+        ).doubt
+
 
 def test_a_teacher_that_is_a_little_better_than_the_student_needs_many_items_to_show_it():
-    noisy = linear(torch.eye(10) + .15*torch.randn(10, 10, generator=torch.Generator().manual_seed(0)))
-    few,many = (check(knowing(), *rows(n), student=noisy) for n in (64, 4096))
+    noisy = linear(
+        torch.eye(10) + 0.15 * torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
+    )
+    few, many = (check(knowing(), *rows(n), student=noisy) for n in (64, 4096))
     assert one(few, 'note', 'no better than the student is now').doubt
     assert many == []
+
 
 def lucky(accuracy, k=10, seed=0):
     "A teacher that is right for so many items, and guesses for the others"
     g = torch.Generator().manual_seed(seed)
+
     def predict(x):
         y = x[:, 0].long()
         guess = torch.randint(0, k, (len(y),), generator=g)
-        return 9*F.one_hot(torch.where(torch.rand(len(y), generator=g) < accuracy, y, guess), k).float()
+        return (
+            9
+            * F.one_hot(
+                torch.where(torch.rand(len(y), generator=g) < accuracy, y, guess), k
+            ).float()
+        )
+
     return predict
+
 
 def numbered(n, k=10):
     y = torch.arange(n) % k
-    return y[:, None].float(),y
+    return y[:, None].float(), y
+
 
 @pytest.mark.parametrize('n', [64, 512])
 def test_a_teacher_that_guesses_is_in_doubt_however_lucky_it_is(n):
     trusted = 0
     for seed in range(100):
         tally = Tally(SOFTMAX)
-        x,y = numbered(n)
-        tally.add(lucky(0., seed=seed)(x), y)
+        x, y = numbered(n)
+        tally.add(lucky(0.0, seed=seed)(x), y)
         trusted += tally.knows_classes()
-    assert trusted <= 3     # 1 of 100 on average
+    assert trusted <= 3  # 1 of 100 on average
 
-@pytest.mark.parametrize('n, accuracy, level', [(5120, .02, 'warning'), (64, .03, 'warning'), (32, .1, 'note')])
+
+@pytest.mark.parametrize(
+    'n, accuracy, level', [(5120, 0.02, 'warning'), (64, 0.03, 'warning'), (32, 0.1, 'note')]
+)
 def test_a_teacher_hardly_better_than_chance_is_in_doubt(n, accuracy, level):
-    x,y = numbered(n)
+    x, y = numbered(n)
     found = check_outputs(Teacher(lambda x: x), SOFTMAX, batches(lucky(accuracy, seed=1)(x), y))
     assert one(found, level, 'better than chance: on average it recognizes').doubt
     assert found.doubt.startswith('The teacher is')
 
-@pytest.mark.parametrize('n, accuracy', [(64, .3), (512, .15)])
+
+@pytest.mark.parametrize('n, accuracy', [(64, 0.3), (512, 0.15)])
 def test_a_teacher_that_knows_a_little_is_trusted_if_there_are_items_enough(n, accuracy):
-    x,y = numbered(n)
+    x, y = numbered(n)
     found = check_outputs(Teacher(lambda x: x), SOFTMAX, batches(lucky(accuracy, seed=1)(x), y))
     assert not [f for f in found if 'chance' in f.what]
 
+
 def test_the_chance_of_labels_and_of_numbers_has_a_margin_too():
     g = torch.Generator().manual_seed(3)
-    y = (torch.rand(64, 3, generator=g) > .5).float()
+    y = (torch.rand(64, 3, generator=g) > 0.5).float()
     noise = torch.randn(64, 3, generator=g)
-    for strength,known in ((.1, False), (4., True)):
-        found = check_outputs(Teacher(lambda x: x, kind='sigmoid'), Task('sigmoid'), batches(strength*(y-.5) + noise, y))
+    for strength, known in ((0.1, False), (4.0, True)):
+        found = check_outputs(
+            Teacher(lambda x: x, kind='sigmoid'),
+            Task('sigmoid'),
+            batches(strength * (y - 0.5) + noise, y),
+        )
         assert ('better than chance' in found.doubt) is not known
     y = torch.randn(64, 1, generator=g)
-    for part,known in ((.2, False), (.7, True)):
-        t = part*y + .1*torch.randn(64, 1, generator=g)*part
-        found = check_outputs(Teacher(lambda x: x, kind='regression'), Task('regression'), batches(t if known else .1*t, y))
+    for part, known in ((0.2, False), (0.7, True)):
+        t = part * y + 0.1 * torch.randn(64, 1, generator=g) * part
+        found = check_outputs(
+            Teacher(lambda x: x, kind='regression'),
+            Task('regression'),
+            batches(t if known else 0.1 * t, y),
+        )
         assert ('better than chance' in found.doubt) is not known
 
-@pytest.mark.parametrize('values', [(0., 1.), (0., .25, .5, 1.)])
+
+@pytest.mark.parametrize('values', [(0.0, 1.0), (0.0, 0.25, 0.5, 1.0)])
 def test_whether_scores_lead_is_decided_by_a_test_of_scipy(values):
     from scipy import stats
     from fastdistill.checks.batch_scores import p_above
+
     g = torch.Generator().manual_seed(0)
-    a,b = (torch.tensor(values)[torch.randint(0, len(values), (40,), generator=g)] for _ in range(2))
+    a, b = (
+        torch.tensor(values)[torch.randint(0, len(values), (40,), generator=g)] for _ in range(2)
+    )
     if len(values) == 2:
-        more,less = int((a > b).sum()),int((a < b).sum())
-        assert p_above(a, b) == pytest.approx(stats.binomtest(more, more + less, alternative='greater').pvalue)
-        assert p_above(a, .3) == pytest.approx(stats.binomtest(int(a.sum()), 40, .3, alternative='greater').pvalue)
+        more, less = int((a > b).sum()), int((a < b).sum())
+        assert p_above(a, b) == pytest.approx(
+            stats.binomtest(more, more + less, alternative='greater').pvalue
+        )
+        assert p_above(a, 0.3) == pytest.approx(
+            stats.binomtest(int(a.sum()), 40, 0.3, alternative='greater').pvalue
+        )
     else:
-        assert p_above(a, b) == pytest.approx(stats.ttest_rel(a.numpy(), b.numpy(), alternative='greater').pvalue, rel=1e-5)
-        assert p_above(a, .3) == pytest.approx(stats.ttest_1samp(a.numpy(), .3, alternative='greater').pvalue, rel=1e-5)
+        assert p_above(a, b) == pytest.approx(
+            stats.ttest_rel(a.numpy(), b.numpy(), alternative='greater').pvalue, rel=1e-5
+        )
+        assert p_above(a, 0.3) == pytest.approx(
+            stats.ttest_1samp(a.numpy(), 0.3, alternative='greater').pvalue, rel=1e-5
+        )
 
 
-@pytest.mark.parametrize('more, worse', [(.03, False), (.06, True)])
+@pytest.mark.parametrize('more, worse', [(0.03, False), (0.06, True)])
 def test_a_teacher_is_worse_from_a_twentieth_of_what_can_be_gained_on(more, worse):
     "A constant is right for a tenth of these items, so that .9 can be gained; chance explains .01 at most of so many"
     y = torch.arange(5000) % 10
-    answers = lambda share: F.one_hot(torch.where(torch.arange(5000) < share*5000, y, torch.randint(10, y.shape)), 10).float()
-    x = torch.cat([answers(.7), answers(.7+more)], 1)
-    eye,none = torch.eye(10),torch.zeros(10, 10)
-    teacher,student = linear(torch.cat([eye, none], 1)),linear(torch.cat([none, eye], 1))
+    answers = lambda share: F.one_hot(
+        torch.where(torch.arange(5000) < share * 5000, y, torch.randint(10, y.shape)), 10
+    ).float()
+    x = torch.cat([answers(0.7), answers(0.7 + more)], 1)
+    eye, none = torch.eye(10), torch.zeros(10, 10)
+    teacher, student = linear(torch.cat([eye, none], 1)), linear(torch.cat([none, eye], 1))
     found = check(teacher, x, y, student=student)
     gained = found.facts.student_score - found.facts.teacher_score
-    assert (gained/.9 > .05) is worse
+    assert (gained / 0.9 > 0.05) is worse
     assert any('worse than the student' in f.what for f in found) is worse
 
 
 # shapes
 
+
 def test_a_class_axis_that_does_not_fit_the_labels_is_an_error():
     "A language model's logits with the default axis trained a softmax over time"
     g = torch.Generator().manual_seed(0)
-    x,y = torch.randn(16, 6, 11, generator=g),torch.randint(0, 11, (16, 6), generator=g)
-    f = one(check(lambda x: x, x, y, Task('softmax', 1)), 'error',
-            'The outputs, of shape (16, 6, 11), have their classes along axis 1, but the '
-            'labels have shape (16, 6): they fit classes along axis -1', 'axis=-1,')
+    x, y = torch.randn(16, 6, 11, generator=g), torch.randint(0, 11, (16, 6), generator=g)
+    f = one(
+        check(lambda x: x, x, y, Task('softmax', 1)),
+        'error',
+        'The outputs, of shape (16, 6, 11), have their classes along axis 1, but the '
+        'labels have shape (16, 6): they fit classes along axis -1',
+        'axis=-1,',
+    )
     assert 'CrossEntropyLossFlat(axis=' in f.do
-    for axis in (-1, 2): assert not check(lambda x: x, x, y, Task('softmax', axis)).errors
-    maps,masks = torch.randn(4, 3, 8, 6, generator=g),torch.randint(0, 3, (4, 8, 6), generator=g)
+    for axis in (-1, 2):
+        assert not check(lambda x: x, x, y, Task('softmax', axis)).errors
+    maps, masks = torch.randn(4, 3, 8, 6, generator=g), torch.randint(0, 3, (4, 8, 6), generator=g)
     assert 'axis=1,' in str(one(check(lambda x: x, maps, masks, Task('softmax', -1)), 'error'))
-    assert not check(lambda x: x, maps, masks).errors and not check(lambda x: x, maps, masks[:, None]).errors
+    assert (
+        not check(lambda x: x, maps, masks).errors
+        and not check(lambda x: x, maps, masks[:, None]).errors
+    )
     one(check(lambda x: x, x[:, 0], y[:, 0], Task('softmax', 3)), 'error', 'have no axis 3')
 
+
 def test_labels_that_only_the_users_loss_function_can_read_are_a_note():
-    x,y = rows(32)
-    f = one(check(knowing(), x, torch.ones(32, 4), Task('sigmoid')), 'note', 'cannot be measured',
-            'The labels have shape (32, 4), the outputs (32, 10)')
-    assert check(knowing(), x, torch.ones(32, 4), Task('sigmoid')).facts.n == 0 and 'loss function' in f.do
+    x, y = rows(32)
+    f = one(
+        check(knowing(), x, torch.ones(32, 4), Task('sigmoid')),
+        'note',
+        'cannot be measured',
+        'The labels have shape (32, 4), the outputs (32, 10)',
+    )
+    assert (
+        check(knowing(), x, torch.ones(32, 4), Task('sigmoid')).facts.n == 0
+        and 'loss function' in f.do
+    )
     one(check(knowing(), x, torch.ones(32, 2, 2).long()), 'note', 'cannot be measured')
-    assert check_outputs(Teacher(knowing()), SOFTMAX, [((x,), (['a']*32,))]) == []
+    assert check_outputs(Teacher(knowing()), SOFTMAX, [((x,), (['a'] * 32,))]) == []
+
 
 def test_labels_beyond_the_classes_are_an_error():
-    x,y = rows(32)
-    one(check(knowing(), x, y+1), 'error', 'There is a label 10, but the outputs have 10 classes, 0 to 9',
-        'ignore_index')
+    x, y = rows(32)
+    one(
+        check(knowing(), x, y + 1),
+        'error',
+        'There is a label 10, but the outputs have 10 classes, 0 to 9',
+        'ignore_index',
+    )
     assert not check(knowing(), x, y.where(y < 8, 255), Task('softmax', 1, 255)).errors
-    for labels in (y[:, None].to(torch.int8), F.one_hot(y, 10).float()): assert not check(knowing(), x, labels).errors
+    for labels in (y[:, None].to(torch.int8), F.one_hot(y, 10).float()):
+        assert not check(knowing(), x, labels).errors
+
 
 def test_a_softmax_over_one_class_is_an_error():
-    x,y = torch.randn(32, 3),torch.zeros(32).long()
-    one(check(nn.Linear(3, 1), x, y), 'error', "kind='sigmoid'",
-        'The outputs, of shape (32, 1), have 1 class along axis 1. Its softmax is always 1')
+    x, y = torch.randn(32, 3), torch.zeros(32).long()
+    one(
+        check(nn.Linear(3, 1), x, y),
+        'error',
+        "kind='sigmoid'",
+        'The outputs, of shape (32, 1), have 1 class along axis 1. Its softmax is always 1',
+    )
 
 
 # the recipe
 
-TWO_CLASSES = {'dist': dist(), 'dist_4': kd() + dist(T=4.), 'std': logit_std(kd(T=2.)), 'module': Term(losses.DIST()),
-               'std_module': Term(losses.standardized(losses.KL(T=2.)))}
+TWO_CLASSES = {
+    'dist': dist(),
+    'dist_4': kd() + dist(T=4.0),
+    'std': logit_std(kd(T=2.0)),
+    'module': Term(losses.DIST()),
+    'std_module': Term(losses.standardized(losses.KL(T=2.0))),
+}
+
 
 @pytest.mark.parametrize('name', TWO_CLASSES)
 def test_correlations_and_standardized_logits_have_no_meaning_for_two_classes(name):
-    x,y = rows(64, 2, .3)
-    f, = [f for f in check(knowing(2), x, y, recipe=TWO_CLASSES[name]) if f.level != 'note']
+    x, y = rows(64, 2, 0.3)
+    (f,) = [f for f in check(knowing(2), x, y, recipe=TWO_CLASSES[name]) if f.level != 'note']
     assert f.level == 'error' and 'has no meaning for 2 classes' in f.what and 'Use kd()' in f.do
-    assert check(knowing(3), *rows(64, 3, .3), recipe=TWO_CLASSES[name]) == []
+    assert check(knowing(3), *rows(64, 3, 0.3), recipe=TWO_CLASSES[name]) == []
+
 
 def test_other_recipes_may_have_two_classes():
-    x,y = rows(64, 2, .3)
-    for recipe in (kd(), dkd(), soft_labels(), Term(losses.kl), dist(beta=0.)):
+    x, y = rows(64, 2, 0.3)
+    for recipe in (kd(), dkd(), soft_labels(), Term(losses.kl), dist(beta=0.0)):
         assert check(knowing(2), x, y, recipe=recipe) == []
 
+
 def test_a_term_whose_student_layers_are_frozen_is_noted():
-    x,y = rows(64)
-    student = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 10))
+    x, y = rows(64)
+    student = nn.Sequential(
+        nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 10)
+    )
     teacher = nn.Sequential(nn.Linear(10, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), knowing())
-    ask = lambda recipe: [f for f in check(teacher, x, y, student=student, recipe=recipe) if f.level == 'note']
+    ask = lambda recipe: [
+        f for f in check(teacher, x, y, student=student, recipe=recipe) if f.level == 'note'
+    ]
     pairs = hint({'0': '0', '2': '2'})
     teacher[4] = nn.Linear(12, 10)
     assert ask(pairs) == []
     student[0].requires_grad_(False)
-    one(ask(pairs), 'note', 'hint compares frozen layers of the student (0)', 'trains only its projector', 'unfreeze()')
+    one(
+        ask(pairs),
+        'note',
+        'hint compares frozen layers of the student (0)',
+        'trains only its projector',
+        'unfreeze()',
+    )
     student[2].requires_grad_(False)
     one(ask(pairs), 'note', '(0, 2)')
     one(ask(hint('auto')), 'note', 'frozen layers')
     student[0].requires_grad_(True)
-    assert ask(pairs) == [] and ask(kd()) == []        # below layer 2 something is trained, and its features change
+    assert (
+        ask(pairs) == [] and ask(kd()) == []
+    )  # below layer 2 something is trained, and its features change
     assert not student.training or all(p.grad is None for p in student.parameters())
 
 
 # batches
 
+
 def test_batches_that_are_dicts_reach_both_models():
-    x,y = texts()
+    x, y = texts()
     right = (Reader(40)(x).argmax(1) == y).double().mean().item()
+
     class Whole(nn.Module):
         "Takes the whole dict, as fastai calls it"
+
         def __init__(self):
             super().__init__()
             self.reader = Reader(40)
-        def forward(self, d): return self.reader(d['input_ids'])
+
+        def forward(self, d):
+            return self.reader(d['input_ids'])
+
     for student in (Reader(40), Whole()):
         for teacher in (Reader(40), Whole(), lambda d: Outputs(Reader(40)(d['input_ids']))):
-            f = check_outputs(Teacher(teacher), SOFTMAX, [((dict(input_ids=x),), (y,))], student).facts
+            f = check_outputs(
+                Teacher(teacher), SOFTMAX, [((dict(input_ids=x),), (y,))], student
+            ).facts
             assert f.teacher_score == f.student_score == pytest.approx(right)
 
+
 def test_errors_stop_a_fit_and_notes_are_printed(capsys):
-    x,y = rows(64)
-    found = check(knowing(), x, y, train=batches(40*x, y))
+    x, y = rows(64)
+    found = check(knowing(), x, y, train=batches(40 * x, y))
     assert found.enforce() is found
     out = capsys.readouterr().out
     assert out.startswith('fastdistill: accuracy on 64 validation items: teacher ')
     assert 'nearly one-hot. A higher T' in out
     with pytest.raises(DistillError, match='Mistakes were found before training'):
-        check(knowing(), x, y+1).enforce(facts=False)
+        check(knowing(), x, y + 1).enforce(facts=False)
     assert capsys.readouterr().out == ''

@@ -1,4 +1,5 @@
 "`fastdistill compare`, `report` and `export`, as a user types them."
+
 import sys, textwrap
 import pytest
 from fastdistill.fastai import Report
@@ -27,7 +28,7 @@ def make_student(): return learner(-9.)
 
 @pytest.fixture
 def there(tmp_path, monkeypatch):
-    (tmp_path/'mine.py').write_text(textwrap.dedent(CODE))
+    (tmp_path / 'mine.py').write_text(textwrap.dedent(CODE))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('COLUMNS', '120')
     monkeypatch.delitem(sys.modules, 'mine', raising=False)
@@ -35,68 +36,115 @@ def there(tmp_path, monkeypatch):
 
 
 def test_compare_prints_and_writes_a_report(command, there):  # noqa: F811
-    code,out,err = command('compare', 'teacher=mine.py:teacher', 'alone=mine.py:alone', 'distilled=mine.py:net', '--data', 'mine.py:dls', '--out', 'runs/a',
-                           '--seconds', 0, '--title', 'Mine')
+    code, out, err = command(
+        'compare',
+        'teacher=mine.py:teacher',
+        'alone=mine.py:alone',
+        'distilled=mine.py:net',
+        '--data',
+        'mine.py:dls',
+        '--out',
+        'runs/a',
+        '--seconds',
+        0,
+        '--title',
+        'Mine',
+    )
     assert code == 0, err
-    assert 'distilled is better than alone' in ' '.join(out.split()) and 'Written: runs/a/report.html' in out
-    r = Report.from_json(there/'runs'/'a'/'report.json')
+    assert (
+        'distilled is better than alone' in ' '.join(out.split())
+        and 'Written: runs/a/report.html' in out
+    )
+    r = Report.from_json(there / 'runs' / 'a' / 'report.json')
     assert r.title == 'Mine' and [*r.models] == ['teacher', 'alone', 'distilled'] and r.n == 64
-    assert '<title>Mine</title>' in (there/'runs/a/report.html').read_text() and (there/'runs/a/report.md').read_text().startswith('# Mine')
+    assert '<title>Mine</title>' in (there / 'runs/a/report.html').read_text() and (
+        there / 'runs/a/report.md'
+    ).read_text().startswith('# Mine')
 
 
-@pytest.mark.parametrize('args,why', [
-    (['mine.py:teacher'], "'mine.py:teacher': give a name and a model, as in big=teacher.pkl"), (['a=none.pkl', 'b=mine.py:student'], "no file 'none.pkl'"), (['a=missing.pkl'], "There is no file 'missing.pkl'"), (['a=gone.py:net'], "There is no file 'gone.py'"),
-    (['a=mine.py:net'], 'None of the models is a Learner'), (['a=mine.py:alone', '--headline', 'x'], '--headline'), (['a=mine.py:nothing'], "mine.py has no 'nothing'")])
+@pytest.mark.parametrize(
+    'args,why',
+    [
+        (['mine.py:teacher'], "'mine.py:teacher': give a name and a model, as in big=teacher.pkl"),
+        (['a=none.pkl', 'b=mine.py:student'], "no file 'none.pkl'"),
+        (['a=missing.pkl'], "There is no file 'missing.pkl'"),
+        (['a=gone.py:net'], "There is no file 'gone.py'"),
+        (['a=mine.py:net'], 'None of the models is a Learner'),
+        (['a=mine.py:alone', '--headline', 'x'], '--headline'),
+        (['a=mine.py:nothing'], "mine.py has no 'nothing'"),
+    ],
+)
 def test_mistakes_of_compare_are_one_line(command, there, args, why):  # noqa: F811
-    code,_,err = command('compare', *args, '--seconds', 0)
+    code, _, err = command('compare', *args, '--seconds', 0)
     assert code == 2 and why in ' '.join(err.split()) and 'Traceback' not in err
 
 
 def test_reports_of_several_runs_are_one_table_the_best_first(command, there):  # noqa: F811
-    for name,better in (('runs/dull', False), ('runs/good', True)):
-        (there/name).mkdir(parents=True)
-        a_report(better=better).to_json(there/name/'report.json')
-    code,out,err = command('report', 'runs/dull', 'runs/good/report.json', '--plot', 'runs.png')
+    for name, better in (('runs/dull', False), ('runs/good', True)):
+        (there / name).mkdir(parents=True)
+        a_report(better=better).to_json(there / name / 'report.json')
+    code, out, err = command('report', 'runs/dull', 'runs/good/report.json', '--plot', 'runs.png')
     assert code == 0, err
     lines = [l for l in out.splitlines() if 'distilled' in l or 'alone' in l]
-    assert len(lines) == 4 and lines[0].split()[:2] == ['runs/good', 'distilled'] and 'better' in lines[0]
-    assert (there/'runs.png').stat().st_size > 5000
-    code,out,_ = command('report', 'runs/good', '--html', 'page.html')
-    assert code == 0 and 'Agreement with teacher' in out and (there/'page.html').is_file()
-    for args,why in ((['runs/none'], 'no file'), (['runs/good', 'runs/dull', '--html', 'x.html'], 'page of one report'), (['mine.py'], 'not JSON')):
-        code,_,err = command('report', *args)
+    assert (
+        len(lines) == 4
+        and lines[0].split()[:2] == ['runs/good', 'distilled']
+        and 'better' in lines[0]
+    )
+    assert (there / 'runs.png').stat().st_size > 5000
+    code, out, _ = command('report', 'runs/good', '--html', 'page.html')
+    assert code == 0 and 'Agreement with teacher' in out and (there / 'page.html').is_file()
+    for args, why in (
+        (['runs/none'], 'no file'),
+        (['runs/good', 'runs/dull', '--html', 'x.html'], 'page of one report'),
+        (['mine.py'], 'not JSON'),
+    ):
+        code, _, err = command('report', *args)
         assert code == 2 and why in ' '.join(err.split())
 
 
 @pytest.mark.filterwarnings('always::fastdistill.DistillWarning')
 def test_export_says_that_a_network_is_untrained(command, there):  # noqa: F811
-    code,_,err = command('export', 'mine.py:make_student', 'x.pt2')
+    code, _, err = command('export', 'mine.py:make_student', 'x.pt2')
     said = ' '.join(err.split())
     assert code == 0
-    assert 'mine.py:make_student is hardly better than a constant prediction: accuracy 0.000 on 64 validation samples, where a constant' in said
+    assert (
+        'mine.py:make_student is hardly better than a constant prediction: accuracy 0.000 on 64 validation samples, where a constant'
+        in said
+    )
     assert 'Is it trained? mine.py:make_student is run anew' in said
 
 
 def test_a_recipe_is_text_or_an_object_of_a_script(command, there):  # noqa: F811
-    with open(there/'mine.py', 'a') as f: f.write('from fastdistill import kd\nmild = kd(T=1, alpha=.5)\n')
+    with open(there / 'mine.py', 'a') as f:
+        f.write('from fastdistill import kd\nmild = kd(T=1, alpha=.5)\n')
     for recipe in ('kd(T=1, alpha=.5)', 'mine.py:mild'):
-        code,out,err = command('check', 'mine.py:student', 'mine.py:teacher', '--recipe', recipe, '--no-cost')
+        code, out, err = command(
+            'check', 'mine.py:student', 'mine.py:teacher', '--recipe', recipe, '--no-cost'
+        )
         assert 'kd: each has a meaning' in ' '.join(out.split()), err
-    code,_,err = command('check', 'mine.py:student', 'mine.py:teacher', '--recipe', 'kdd()')
+    code, _, err = command('check', 'mine.py:student', 'mine.py:teacher', '--recipe', 'kdd()')
     assert code == 2
     assert "there is no recipe 'kdd'" in ' '.join(err.split())
 
 
 def test_export_writes_a_checked_file(command, there):  # noqa: F811
-    code,out,err = command('export', 'mine.py:student', 'out/s.pt2')
-    assert code == 0 and 'largest difference from the Learner' in ' '.join(out.split()) and (there/'out/s.pt2').is_file(), err
-    for args,why in ((['mine.py:student', 'x', '--int8'], '--int8 needs an .onnx file'), (['mine.py:net', 'x.pt2'], 'neither a fastai Learner'),
-                     (['mine.py:student', 'x.pt2', '--int8'], '--int8 needs an .onnx file')):
-        code,_,err = command('export', *args)
+    code, out, err = command('export', 'mine.py:student', 'out/s.pt2')
+    assert (
+        code == 0
+        and 'largest difference from the Learner' in ' '.join(out.split())
+        and (there / 'out/s.pt2').is_file()
+    ), err
+    for args, why in (
+        (['mine.py:student', 'x', '--int8'], '--int8 needs an .onnx file'),
+        (['mine.py:net', 'x.pt2'], 'neither a fastai Learner'),
+        (['mine.py:student', 'x.pt2', '--int8'], '--int8 needs an .onnx file'),
+    ):
+        code, _, err = command('export', *args)
         assert code == 2 and why in ' '.join(err.split())
 
 
 @pytest.mark.parametrize('name', ['compare', 'report', 'export'])
 def test_help_has_an_example(command, name):  # noqa: F811
-    code,out,_ = command(name, '--help')
+    code, out, _ = command(name, '--help')
     assert code == 0 and f'Example: fastdistill {name} ' in ' '.join(out.replace('│', ' ').split())

@@ -1,4 +1,5 @@
 "`fastdistill train`: data in every form, mistakes in one line, and runs that are killed and continue to the same result."
+
 import csv, json, os, random, re, shutil, signal, sys, time, tomllib
 import numpy as np
 import pandas as pd
@@ -24,79 +25,123 @@ from fastdistill.cli.training.files import read_samples
 from fastdistill.cli.training.loaders import loaders_of
 from fastdistill.cli.training.teachers import file_teacher
 
-pytestmark = [pytest.mark.filterwarnings(w) for w in (
-    'ignore::fastdistill.DistillWarning', 'ignore:numpy.core is deprecated', 'ignore:__array__ implementation')]
+pytestmark = [
+    pytest.mark.filterwarnings(w)
+    for w in (
+        'ignore::fastdistill.DistillWarning',
+        'ignore:numpy.core is deprecated',
+        'ignore:__array__ implementation',
+    )
+]
 FEW_CLASSES = 3
 
 
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory):
     "60 handwritten digits of three classes, in a folder for each"
-    root = tmp_path_factory.mktemp('data')/'digits'
+    root = tmp_path_factory.mktemp('data') / 'digits'
     write_digits(root, 60)
     return root
 
 
 def write_digits(root, n, first=0):
-    x,y = load_digits(n_class=FEW_CLASSES, return_X_y=True)
+    x, y = load_digits(n_class=FEW_CLASSES, return_X_y=True)
     for i in range(first, first + n):
-        (root/f'digit{y[i]}').mkdir(parents=True, exist_ok=True)
-        Image.fromarray((x[i].reshape(8, 8)*15).astype(np.uint8)).resize((16, 16)).save(root/f'digit{y[i]}'/f'{i}.png')
+        (root / f'digit{y[i]}').mkdir(parents=True, exist_ok=True)
+        Image.fromarray((x[i].reshape(8, 8) * 15).astype(np.uint8)).resize((16, 16)).save(
+            root / f'digit{y[i]}' / f'{i}.png'
+        )
 
 
 def settings(data, **kwargs):
-    return dict(data=str(data), teacher='cnn-8-16', student='cnn-4', epochs=2, lr=.01, teacher_lr=.01,
-                batch_size=16, augment='flip', device='cpu', onnx=False) | kwargs
+    return (
+        dict(
+            data=str(data),
+            teacher='cnn-8-16',
+            student='cnn-4',
+            epochs=2,
+            lr=0.01,
+            teacher_lr=0.01,
+            batch_size=16,
+            augment='flip',
+            device='cpu',
+            onnx=False,
+        )
+        | kwargs
+    )
 
 
 def run(out, said=None, **kwargs):
     "Train; returns the report"
-    return opened_run(settings(**kwargs), out=out, say=(lambda _: None) if said is None else said.append)()
+    return opened_run(
+        settings(**kwargs), out=out, say=(lambda _: None) if said is None else said.append
+    )()
 
 
 @pytest.fixture
 def command(monkeypatch, capsys):
     "Run `fastdistill train ARGS`: (exit code, what it printed, what it complained of)"
+
     def call(*args):
         monkeypatch.setattr(sys, 'argv', ['fastdistill', 'train', *map(str, args)])
-        with pytest.raises(SystemExit) as e: main()
-        return e.value.code,*capsys.readouterr()
+        with pytest.raises(SystemExit) as e:
+            main()
+        return e.value.code, *capsys.readouterr()
+
     return call
 
 
 @pytest.fixture(scope='module')
 def finished(digits, tmp_path_factory):
     "A finished run"
-    out = tmp_path_factory.mktemp('runs')/'a'
+    out = tmp_path_factory.mktemp('runs') / 'a'
     run(out, data=digits)
     return out
 
 
 def numbers(out):
     "All that must be equal in two runs: weights of the student, and the table of the trainings"
-    return load_file(out/'student'/'model.safetensors'),(out/'history.csv').read_text()
+    return load_file(out / 'student' / 'model.safetensors'), (out / 'history.csv').read_text()
 
 
 def assert_same(a, b):
-    (wa,ha),(wb,hb) = numbers(a),numbers(b)
+    (wa, ha), (wb, hb) = numbers(a), numbers(b)
     assert ha == hb and wa.keys() == wb.keys() and all(torch.equal(wa[k], wb[k]) for k in wa)
 
 
 def test_what_a_run_leaves(finished, digits):
     names = {p.name for p in finished.iterdir()}
-    assert names == {'config.toml', 'environment.json', 'history.csv', 'report.html', 'report.json', 'student', 'student.pkl', 'teacher.safetensors'}
-    report = Report.from_json(finished/'report.json')
-    assert [*report.models] == ['teacher', 'alone', 'distilled'] and report.n == 12 and report.classes == ['digit0', 'digit1', 'digit2']
-    rows = [*csv.DictReader((finished/'history.csv').read_text().splitlines())]
-    assert [(r['model'], r['epoch']) for r in rows] == [(m, e) for m in ('teacher', 'alone', 'distilled') for e in '01']
-    assert float(rows[-1]['accuracy']) == pytest.approx(report.models['distilled'].measures['accuracy'].value)
-    assert json.loads((finished/'environment.json').read_text())['torch'] == torch.__version__
-    learn = load_learner(finished/'student.pkl')
+    assert names == {
+        'config.toml',
+        'environment.json',
+        'history.csv',
+        'report.html',
+        'report.json',
+        'student',
+        'student.pkl',
+        'teacher.safetensors',
+    }
+    report = Report.from_json(finished / 'report.json')
+    assert (
+        [*report.models] == ['teacher', 'alone', 'distilled']
+        and report.n == 12
+        and report.classes == ['digit0', 'digit1', 'digit2']
+    )
+    rows = [*csv.DictReader((finished / 'history.csv').read_text().splitlines())]
+    assert [(r['model'], r['epoch']) for r in rows] == [
+        (m, e) for m in ('teacher', 'alone', 'distilled') for e in '01'
+    ]
+    assert float(rows[-1]['accuracy']) == pytest.approx(
+        report.models['distilled'].measures['accuracy'].value
+    )
+    assert json.loads((finished / 'environment.json').read_text())['torch'] == torch.__version__
+    learn = load_learner(finished / 'student.pkl')
     learn.logger = lambda _: None
-    with learn.no_bar(): name,_,probs = learn.predict(next(digits.rglob('*.png')))
+    with learn.no_bar():
+        name, _, probs = learn.predict(next(digits.rglob('*.png')))
     assert name in report.classes and probs.sum().item() == pytest.approx(1)
-    weights = load_file(finished/'student'/'model.safetensors')
-    assert all(torch.equal(v, weights[k]) for k,v in learn.model.state_dict().items())
+    weights = load_file(finished / 'student' / 'model.safetensors')
+    assert all(torch.equal(v, weights[k]) for k, v in learn.model.state_dict().items())
 
 
 def test_the_validation_set_has_a_share_of_each_class(digits):
@@ -104,37 +149,45 @@ def test_the_validation_set_has_a_share_of_each_class(digits):
     s = checked_samples(read_samples(c), c)
     for name in s.classes:
         rows = s.frame['y'] == name
-        assert s.valid[rows].sum() == round(.25*rows.sum())
+        assert s.valid[rows].sum() == round(0.25 * rows.sum())
     assert s.size == (16, 16)
 
 
 def test_the_settings_file_repeats_the_run(finished, tmp_path):
-    opened_run({}, finished/'config.toml', tmp_path/'b', say=lambda _: None)()
-    assert_same(finished, tmp_path/'b')
+    opened_run({}, finished / 'config.toml', tmp_path / 'b', say=lambda _: None)()
+    assert_same(finished, tmp_path / 'b')
 
 
 def test_another_seed_is_another_run(finished, tmp_path):
-    opened_run(dict(seed=1, baseline=False), finished/'config.toml', tmp_path/'b', say=lambda _: None)()
-    assert not all(map(torch.equal, *[numbers(o)[0].values() for o in (finished, tmp_path/'b')]))
-    assert [*Report.from_json(tmp_path/'b'/'report.json').models] == ['teacher', 'distilled']
+    opened_run(
+        dict(seed=1, baseline=False), finished / 'config.toml', tmp_path / 'b', say=lambda _: None
+    )()
+    assert not all(map(torch.equal, *[numbers(o)[0].values() for o in (finished, tmp_path / 'b')]))
+    assert [*Report.from_json(tmp_path / 'b' / 'report.json').models] == ['teacher', 'distilled']
 
 
 def test_an_interrupted_run_continues_with_the_recipe_that_was_chosen(finished, digits, tmp_path):
     "The default measures the teacher on training images, which depend on random numbers"
+
     def say(text):
-        if text.startswith('distilled: epoch 1'): raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): opened_run(settings(digits), out=tmp_path/'b', say=say)()
+        if text.startswith('distilled: epoch 1'):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        opened_run(settings(digits), out=tmp_path / 'b', say=say)()
     lines = []
-    opened_run({}, out=tmp_path/'b', resume=True, say=lines.append)()
+    opened_run({}, out=tmp_path / 'b', resume=True, say=lines.append)()
     assert 'teacher: is finished' in lines and 'distilled: continues after epoch 1 of 2' in lines
-    assert_same(finished, tmp_path/'b')
+    assert_same(finished, tmp_path / 'b')
 
 
 def child(digits, out, recipe):
     "A process of its own, which may be killed at any moment"
+
     def say(text):
         print(text)
-        time.sleep(.15)     # so that it does not end before it is killed
+        time.sleep(0.15)  # so that it does not end before it is killed
+
     opened_run(settings(digits, recipe=recipe, epochs=4), out=out, resume=True, say=say)()
 
 
@@ -143,156 +196,312 @@ RECIPE = "labels + dist(grad_ratio=1) + hint(layers={'0': '0'}, grad_ratio=.2)"
 
 def test_a_run_that_is_killed_continues_to_the_same_result(digits, tmp_path):
     "SIGKILL at random moments; the recipe has a projector and shares, whose state must be restored too"
-    def start(out): return processes.start(out, child, digits, out, RECIPE)
+
+    def start(out):
+        return processes.start(out, child, digits, out, RECIPE)
+
     luck = random.Random()
-    assert processes.ended(start(tmp_path/'whole')) == [0], processes.said(tmp_path/'whole')
+    assert processes.ended(start(tmp_path / 'whole')) == [0], processes.said(tmp_path / 'whole')
     for name in ('teacher', 'distilled'):
-        p,file = start(tmp_path/'killed'),tmp_path/'killed'/'checkpoints'/f'{name}.pt'
-        while p.is_alive() and not file.exists(): time.sleep(.01)
-        time.sleep(luck.uniform(0, .3))
+        p, file = start(tmp_path / 'killed'), tmp_path / 'killed' / 'checkpoints' / f'{name}.pt'
+        while p.is_alive() and not file.exists():
+            time.sleep(0.01)
+        time.sleep(luck.uniform(0, 0.3))
         os.kill(p.pid, signal.SIGKILL)
         p.join()
-        assert p.exitcode == -signal.SIGKILL and file.exists(), processes.said(tmp_path/'killed')
-    assert processes.ended(start(tmp_path/'killed')) == [0], processes.said(tmp_path/'killed')
-    assert 'distilled: continues after epoch' in processes.said(tmp_path/'killed')
-    assert_same(tmp_path/'whole', tmp_path/'killed')
+        assert p.exitcode == -signal.SIGKILL and file.exists(), processes.said(tmp_path / 'killed')
+    assert processes.ended(start(tmp_path / 'killed')) == [0], processes.said(tmp_path / 'killed')
+    assert 'distilled: continues after epoch' in processes.said(tmp_path / 'killed')
+    assert_same(tmp_path / 'whole', tmp_path / 'killed')
 
 
 def test_resume_of_a_finished_or_another_run(finished, digits, command):
     assert 'is finished' in command('--resume', '--out', finished)[2]
-    code,_,err = command('--resume', '--out', finished, '--data', digits, '--epochs', 3)
+    code, _, err = command('--resume', '--out', finished, '--data', digits, '--epochs', 3)
     assert code == 2 and 'holds a run with --epochs 2, now --epochs 3' in ' '.join(err.split())
-    assert 'holds a run already' in command('--data', digits, '--teacher', 'cnn-4', '--student', 'cnn-4', '--out', finished)[2]
+    assert (
+        'holds a run already'
+        in command('--data', digits, '--teacher', 'cnn-4', '--student', 'cnn-4', '--out', finished)[
+            2
+        ]
+    )
 
 
 def test_teachers_that_exist_already(finished, digits, tmp_path):
     "Exported, or as weights. It is not trained, and both forms score the same"
-    out = tmp_path/'weights'
-    run(out, data=digits, epochs=1, baseline=False, teacher_weights=str(finished/'teacher.safetensors'))
+    out = tmp_path / 'weights'
+    run(
+        out,
+        data=digits,
+        epochs=1,
+        baseline=False,
+        teacher_weights=str(finished / 'teacher.safetensors'),
+    )
     with pytest.warns(DistillWarning, match='is a pickle, and loading it runs the code in it'):
-        run(tmp_path/'pkl', data=digits, epochs=1, baseline=False, teacher=str(finished/'student.pkl'))
-    score = lambda o, name: Report.from_json(o/'report.json').models[name].measures['accuracy'].value
-    assert score(out, 'teacher') == score(finished, 'teacher') and score(tmp_path/'pkl', 'teacher') == score(finished, 'distilled')
-    assert not (out/'teacher.safetensors').exists()
+        run(
+            tmp_path / 'pkl',
+            data=digits,
+            epochs=1,
+            baseline=False,
+            teacher=str(finished / 'student.pkl'),
+        )
+    score = lambda o, name: (
+        Report.from_json(o / 'report.json').models[name].measures['accuracy'].value
+    )
+    assert score(out, 'teacher') == score(finished, 'teacher') and score(
+        tmp_path / 'pkl', 'teacher'
+    ) == score(finished, 'distilled')
+    assert not (out / 'teacher.safetensors').exists()
     with pytest.raises(DistillError, match='The weights in .* are not those of cnn-16-16'):
-        run(tmp_path/'c', data=digits, teacher='cnn-16-16', teacher_weights=str(finished/'teacher.safetensors'))
+        run(
+            tmp_path / 'c',
+            data=digits,
+            teacher='cnn-16-16',
+            teacher_weights=str(finished / 'teacher.safetensors'),
+        )
     with pytest.raises(DistillError, match='holds weights, but no architecture'):
-        run(tmp_path/'c', data=digits, teacher=str(finished/'teacher.safetensors'))
+        run(tmp_path / 'c', data=digits, teacher=str(finished / 'teacher.safetensors'))
 
 
 def loaders(**kwargs):
     c = TrainConfig(**settings(**kwargs))
     s = checked_samples(read_samples(c), c)
-    return s,loaders_of(s, c)
+    return s, loaders_of(s, c)
 
 
 def test_train_and_validation_folders(tmp_path):
-    write_digits(tmp_path/'train', 30)
-    write_digits(tmp_path/'val', 12, 30)
-    s,dls = loaders(data=tmp_path)
-    assert [len(d) for d in (dls.train_ds, dls.valid_ds)] == [30, 12] and list(dls.vocab) == s.classes
-    for p,y in zip(dls.valid_ds.items, dls.valid_ds): assert p.parents[1].name == 'val' and s.classes[y[1]] == p.parent.name
+    write_digits(tmp_path / 'train', 30)
+    write_digits(tmp_path / 'val', 12, 30)
+    s, dls = loaders(data=tmp_path)
+    assert [len(d) for d in (dls.train_ds, dls.valid_ds)] == [30, 12] and list(
+        dls.vocab
+    ) == s.classes
+    for p, y in zip(dls.valid_ds.items, dls.valid_ds):
+        assert p.parents[1].name == 'val' and s.classes[y[1]] == p.parent.name
 
 
 def test_images_of_a_csv_with_several_labels(digits, tmp_path):
     files = sorted(digits.rglob('*.png'))[:40]
-    labels = [['even', 'small'][i % 2:] if i % 3 else [] for i,_ in enumerate(files)]
-    pd.DataFrame(dict(file=[os.path.relpath(f, tmp_path) for f in files], tags=[*map(';'.join, labels)], held=[i % 4 == 0 for i in range(40)])
-                 ).to_csv(tmp_path/'tags.csv', index=False)
-    s,dls = loaders(data=tmp_path/'tags.csv', y='tags', delimiter=';', valid='held', augment='none')
+    labels = [['even', 'small'][i % 2 :] if i % 3 else [] for i, _ in enumerate(files)]
+    pd.DataFrame(
+        dict(
+            file=[os.path.relpath(f, tmp_path) for f in files],
+            tags=[*map(';'.join, labels)],
+            held=[i % 4 == 0 for i in range(40)],
+        )
+    ).to_csv(tmp_path / 'tags.csv', index=False)
+    s, dls = loaders(
+        data=tmp_path / 'tags.csv', y='tags', delimiter=';', valid='held', augment='none'
+    )
     assert s.task == 'images' and s.target == 'labels' and len(dls.valid_ds) == 10
-    for (_,y),i in zip(dls.valid_ds, range(0, 40, 4)): assert {c for c,v in zip(s.classes, y) if v} == set(labels[i])
+    for (_, y), i in zip(dls.valid_ds, range(0, 40, 4)):
+        assert {c for c, v in zip(s.classes, y) if v} == set(labels[i])
     assert tuple(dls.one_batch()[1].shape) == (16, 2)
 
 
 def test_masks(tmp_path):
     luck = np.random.default_rng(0)
-    for kind in ('images', 'masks'): (tmp_path/kind).mkdir()
+    for kind in ('images', 'masks'):
+        (tmp_path / kind).mkdir()
     for i in range(10):
-        Image.fromarray(luck.integers(0, 255, (24, 32, 3), dtype=np.uint8)).save(tmp_path/'images'/f'{i}.jpg')
-        Image.fromarray(luck.integers(0, 3, (24, 32), dtype=np.uint8)).save(tmp_path/'masks'/f'{i}.png')
-    s,dls = loaders(data=tmp_path)
-    x,y = dls.one_batch()
-    assert s.task == 'masks' and x.shape[2:] == y.shape[1:] == (24, 32) and set(y.unique().tolist()) == {0, 1, 2}
-    (tmp_path/'codes.txt').write_text('road\nsky\nVoid\n')
+        Image.fromarray(luck.integers(0, 255, (24, 32, 3), dtype=np.uint8)).save(
+            tmp_path / 'images' / f'{i}.jpg'
+        )
+        Image.fromarray(luck.integers(0, 3, (24, 32), dtype=np.uint8)).save(
+            tmp_path / 'masks' / f'{i}.png'
+        )
+    s, dls = loaders(data=tmp_path)
+    x, y = dls.one_batch()
+    assert (
+        s.task == 'masks'
+        and x.shape[2:] == y.shape[1:] == (24, 32)
+        and set(y.unique().tolist()) == {0, 1, 2}
+    )
+    (tmp_path / 'codes.txt').write_text('road\nsky\nVoid\n')
     c = TrainConfig(**settings(data=tmp_path, student='resnet18'))
     s = checked_samples(read_samples(c), c)
     assert ignored_class(s, c) == 2
-    (tmp_path/'codes.txt').write_text('road\nsky\n')
-    with pytest.raises(DistillError, match='hold the class number 2, but .*codes.txt names 2 classes'): loaders(data=tmp_path)
-    Image.fromarray(np.zeros((24, 32, 3), np.uint8)).save(tmp_path/'masks'/'3.png')
-    with pytest.raises(DistillError, match='3.png has 3 channels. A mask has one'): loaders(data=tmp_path)
-    (tmp_path/'masks'/'3.png').unlink()
-    with pytest.raises(DistillError, match='3.jpg has no mask'): loaders(data=tmp_path)
+    (tmp_path / 'codes.txt').write_text('road\nsky\n')
+    with pytest.raises(
+        DistillError, match='hold the class number 2, but .*codes.txt names 2 classes'
+    ):
+        loaders(data=tmp_path)
+    Image.fromarray(np.zeros((24, 32, 3), np.uint8)).save(tmp_path / 'masks' / '3.png')
+    with pytest.raises(DistillError, match='3.png has 3 channels. A mask has one'):
+        loaders(data=tmp_path)
+    (tmp_path / 'masks' / '3.png').unlink()
+    with pytest.raises(DistillError, match='3.jpg has no mask'):
+        loaders(data=tmp_path)
 
 
 def test_texts(tmp_path, command):
-    words = {'good': ['what a fine film', 'I like this one', 'a great day out'], 'bad': ['what a poor film', 'I hate this one', 'a dull day out']}
-    pd.DataFrame([(t, k) for k,ts in words.items() for t in ts*5], columns=['review', 'label']).to_csv(tmp_path/'a.csv', index=False)
-    code,out,err = command('--data', tmp_path/'a.csv', '--teacher', 'bag-16-8', '--student', 'bag-4', '--epochs', 20, '--lr', .1, '--teacher-lr', .1,
-                           '--batch-size', 8, '--no-onnx', '--out', tmp_path/'run', '--device', 'cpu', '--recipe', 'kd(T=2)')
+    words = {
+        'good': ['what a fine film', 'I like this one', 'a great day out'],
+        'bad': ['what a poor film', 'I hate this one', 'a dull day out'],
+    }
+    pd.DataFrame(
+        [(t, k) for k, ts in words.items() for t in ts * 5], columns=['review', 'label']
+    ).to_csv(tmp_path / 'a.csv', index=False)
+    code, out, err = command(
+        '--data',
+        tmp_path / 'a.csv',
+        '--teacher',
+        'bag-16-8',
+        '--student',
+        'bag-4',
+        '--epochs',
+        20,
+        '--lr',
+        0.1,
+        '--teacher-lr',
+        0.1,
+        '--batch-size',
+        8,
+        '--no-onnx',
+        '--out',
+        tmp_path / 'run',
+        '--device',
+        'cpu',
+        '--recipe',
+        'kd(T=2)',
+    )
     assert code == 0, err
     assert 'texts, column review, 2 classes; 24 samples for training, 6 for validation' in out
-    assert Report.from_json(tmp_path/'run'/'report.json').models['distilled'].measures['accuracy'].value == 1
-    learn = load_learner(tmp_path/'run'/'student.pkl')
-    with learn.no_bar(), learn.no_logging(): assert learn.predict('a fine day')[0] == 'good'
+    assert (
+        Report.from_json(tmp_path / 'run' / 'report.json')
+        .models['distilled']
+        .measures['accuracy']
+        .value
+        == 1
+    )
+    learn = load_learner(tmp_path / 'run' / 'student.pkl')
+    with learn.no_bar(), learn.no_logging():
+        assert learn.predict('a fine day')[0] == 'good'
 
 
 def people(n=80):
     luck = np.random.default_rng(0)
-    frame = pd.DataFrame(dict(age=luck.normal(40, 9, n), job=luck.choice(['a', 'b', 'c'], n), gap=np.where(luck.random(n) < .2, np.nan, luck.normal(size=n))))
-    return frame.assign(rich=np.where(frame.age > 40, 'yes', 'no'), wage=frame.age*3.7 + 1.25)
+    frame = pd.DataFrame(
+        dict(
+            age=luck.normal(40, 9, n),
+            job=luck.choice(['a', 'b', 'c'], n),
+            gap=np.where(luck.random(n) < 0.2, np.nan, luck.normal(size=n)),
+        )
+    )
+    return frame.assign(rich=np.where(frame.age > 40, 'yes', 'no'), wage=frame.age * 3.7 + 1.25)
 
 
 def test_a_table_and_its_exported_teacher(tmp_path):
-    people().drop(columns='wage').to_csv(tmp_path/'a.csv', index=False)
-    options = dict(data=tmp_path/'a.csv', teacher='32', student='8', epochs=2)
-    run(tmp_path/'first', **options)
-    run(tmp_path/'second', **options | dict(teacher=str(tmp_path/'first'/'student.pkl'), student='4', baseline=False))
-    a,b = (Report.from_json(tmp_path/o/'report.json') for o in ('first', 'second'))
-    assert a.models['distilled'].measures['accuracy'] == b.models['teacher'].measures['accuracy'] and a.unit == 'rows'
-    people().rename(columns=dict(job='work')).to_csv(tmp_path/'b.csv', index=False)
-    with pytest.raises(DistillError, match="The teacher's table has the column.s. job, which these data do not have"):
-        run(tmp_path/'third', **options | dict(data=tmp_path/'b.csv', y='rich', teacher=str(tmp_path/'first'/'student.pkl')))
+    people().drop(columns='wage').to_csv(tmp_path / 'a.csv', index=False)
+    options = dict(data=tmp_path / 'a.csv', teacher='32', student='8', epochs=2)
+    run(tmp_path / 'first', **options)
+    run(
+        tmp_path / 'second',
+        **options
+        | dict(teacher=str(tmp_path / 'first' / 'student.pkl'), student='4', baseline=False),
+    )
+    a, b = (Report.from_json(tmp_path / o / 'report.json') for o in ('first', 'second'))
+    assert (
+        a.models['distilled'].measures['accuracy'] == b.models['teacher'].measures['accuracy']
+        and a.unit == 'rows'
+    )
+    people().rename(columns=dict(job='work')).to_csv(tmp_path / 'b.csv', index=False)
+    with pytest.raises(
+        DistillError,
+        match="The teacher's table has the column.s. job, which these data do not have",
+    ):
+        run(
+            tmp_path / 'third',
+            **options
+            | dict(
+                data=tmp_path / 'b.csv', y='rich', teacher=str(tmp_path / 'first' / 'student.pkl')
+            ),
+        )
 
 
 def test_trees_in_a_file_teach_a_table(tmp_path, command):
-    people().drop(columns='wage').to_csv(file := tmp_path/'a.csv', index=False)
-    frame,columns = pd.read_csv(file),['age', 'job', 'gap']
+    people().drop(columns='wage').to_csv(file := tmp_path / 'a.csv', index=False)
+    frame, columns = pd.read_csv(file), ['age', 'job', 'gap']
     encoded = make_column_transformer((OrdinalEncoder(), ['job']), remainder='passthrough')
-    trees = make_pipeline(encoded, HistGradientBoostingClassifier(max_iter=5, min_samples_leaf=5)).fit(frame[columns][:40], frame.rich[:40])
-    joblib.dump(trees, tmp_path/'trees.joblib')
-    options = ('--data', file, '--student', 8, '--epochs', 2, '--lr', .01, '--no-onnx', '--device', 'cpu')
-    code,out,err = command(*options, '--teacher', tmp_path/'trees.joblib', '--out', tmp_path/'run', '--recipe', 'kd(T=1)')
+    trees = make_pipeline(
+        encoded, HistGradientBoostingClassifier(max_iter=5, min_samples_leaf=5)
+    ).fit(frame[columns][:40], frame.rich[:40])
+    joblib.dump(trees, tmp_path / 'trees.joblib')
+    options = (
+        '--data',
+        file,
+        '--student',
+        8,
+        '--epochs',
+        2,
+        '--lr',
+        0.01,
+        '--no-onnx',
+        '--device',
+        'cpu',
+    )
+    code, out, err = command(
+        *options,
+        '--teacher',
+        tmp_path / 'trees.joblib',
+        '--out',
+        tmp_path / 'run',
+        '--recipe',
+        'kd(T=1)',
+    )
     assert code == 0, err
-    with pytest.warns(DistillWarning, match='trees.joblib is a pickle, and loading it runs the code in it'): file_teacher(str(tmp_path/'trees.joblib'))
-    report,c = Report.from_json(tmp_path/'run'/'report.json'),TrainConfig(**settings(data=file, task='table'))
+    with pytest.warns(
+        DistillWarning, match='trees.joblib is a pickle, and loading it runs the code in it'
+    ):
+        file_teacher(str(tmp_path / 'trees.joblib'))
+    report, c = (
+        Report.from_json(tmp_path / 'run' / 'report.json'),
+        TrainConfig(**settings(data=file, task='table')),
+    )
     held = frame[checked_samples(read_samples(c), c).valid]
-    assert report.models['teacher'].measures['accuracy'].value == (trees.predict(held[columns]) == held.rich).mean() < 1
-    assert report.models['distilled'].agreement and not (tmp_path/'run'/'teacher.safetensors').exists()
+    assert (
+        report.models['teacher'].measures['accuracy'].value
+        == (trees.predict(held[columns]) == held.rich).mean()
+        < 1
+    )
+    assert (
+        report.models['distilled'].agreement
+        and not (tmp_path / 'run' / 'teacher.safetensors').exists()
+    )
 
 
 def test_files_that_hold_no_trees_for_these_data(tmp_path, digits):
-    people().drop(columns='wage').to_csv(tmp_path/'a.csv', index=False)
-    dummy = DummyClassifier().fit(people()[['age', 'gap']].rename(columns=dict(gap='height')), people().rich)
-    for name,o in dict(other=dummy, dict={}).items(): joblib.dump(o, tmp_path/f'{name}.joblib')
-    (tmp_path/'damaged.joblib').write_bytes(b'abc')
-    def refused(says, name, data=tmp_path/'a.csv'):
-        with pytest.raises(DistillError, match=says): run(tmp_path/'run', data=data, teacher=str(tmp_path/f'{name}.joblib'), student='4')
+    people().drop(columns='wage').to_csv(tmp_path / 'a.csv', index=False)
+    dummy = DummyClassifier().fit(
+        people()[['age', 'gap']].rename(columns=dict(gap='height')), people().rich
+    )
+    for name, o in dict(other=dummy, dict={}).items():
+        joblib.dump(o, tmp_path / f'{name}.joblib')
+    (tmp_path / 'damaged.joblib').write_bytes(b'abc')
+
+    def refused(says, name, data=tmp_path / 'a.csv'):
+        with pytest.raises(DistillError, match=says):
+            run(tmp_path / 'run', data=data, teacher=str(tmp_path / f'{name}.joblib'), student='4')
+
     refused('was fitted on the columns age, height .2., but the rows have no height', 'other')
     refused('type dict, which has neither predict_proba nor predict', 'dict')
     refused('could not be loaded .*Did joblib.dump write it', 'damaged')
     refused('There is no file', 'gone')
-    with pytest.raises(DistillError, match='holds an estimator .DummyClassifier., which reads the rows of a table, but .*digits holds images'):
-        run(tmp_path/'run', data=digits, teacher=str(tmp_path/'other.joblib'))
-    assert not (tmp_path/'run').exists()
+    with pytest.raises(
+        DistillError,
+        match='holds an estimator .DummyClassifier., which reads the rows of a table, but .*digits holds images',
+    ):
+        run(tmp_path / 'run', data=digits, teacher=str(tmp_path / 'other.joblib'))
+    assert not (tmp_path / 'run').exists()
 
 
 def test_numbers_of_a_table(tmp_path):
-    people().to_csv(tmp_path/'a.csv', index=False)
-    s,dls = loaders(data=tmp_path/'a.csv', student='8', teacher='16')
+    people().to_csv(tmp_path / 'a.csv', index=False)
+    s, dls = loaders(data=tmp_path / 'a.csv', student='8', teacher='16')
     assert s.target == 'numbers' and s.y == 'wage' and dls.one_batch()[2].dtype == torch.float32
-    assert learner_of('8', dls, s, TrainConfig(**settings(tmp_path, student='8'))).model(*dls.one_batch()[:2]).shape == (16, 1)
+    assert learner_of('8', dls, s, TrainConfig(**settings(tmp_path, student='8'))).model(
+        *dls.one_batch()[:2]
+    ).shape == (16, 1)
 
 
 def test_a_data_set_of_hugging_face(tmp_path, digits):
@@ -300,60 +509,129 @@ def test_a_data_set_of_hugging_face(tmp_path, digits):
     files = sorted(digits.rglob('*.png'))
     of = lambda files: datasets.Dataset.from_dict(
         dict(image=[str(f) for f in files], label=[int(f.parent.name[-1]) for f in files]),
-        features=datasets.Features(dict(image=datasets.Image(), label=datasets.ClassLabel(names=['zero', 'one', 'two']))))
-    datasets.DatasetDict(dict(train=of(files[::2]), test=of(files[1::2]))).save_to_disk(tmp_path/'set')
-    s,dls = loaders(data=tmp_path/'set', augment='none')
+        features=datasets.Features(
+            dict(image=datasets.Image(), label=datasets.ClassLabel(names=['zero', 'one', 'two']))
+        ),
+    )
+    datasets.DatasetDict(dict(train=of(files[::2]), test=of(files[1::2]))).save_to_disk(
+        tmp_path / 'set'
+    )
+    s, dls = loaders(data=tmp_path / 'set', augment='none')
     assert s.task == 'images' and s.classes == ['one', 'two', 'zero'] and len(dls.train_ds) == 30
-    x,y = dls.valid_ds[0]
-    assert np.array_equal(np.asarray(x)[..., 0], np.asarray(Image.open(files[1]))) and s.classes[y] == 'zero'
+    x, y = dls.valid_ds[0]
+    assert (
+        np.array_equal(np.asarray(x)[..., 0], np.asarray(Image.open(files[1])))
+        and s.classes[y] == 'zero'
+    )
 
 
 @pytest.fixture
 def spoiled(digits, tmp_path):
     "fn(name) -> data with a mistake"
+
     def make(name):
-        root = tmp_path/name
-        if name == 'empty': root.mkdir()
-        elif name == 'one class': write_digits(root/'x', 30) or (root/'x'/'digit1').rename(root/'digit1') and shutil.rmtree(root/'x')
+        root = tmp_path / name
+        if name == 'empty':
+            root.mkdir()
+        elif name == 'one class':
+            write_digits(root / 'x', 30) or (root / 'x' / 'digit1').rename(
+                root / 'digit1'
+            ) and shutil.rmtree(root / 'x')
         elif name == 'unreadable':
             write_digits(root, 12)
             bad = next(root.rglob('*.png'))
-            bad.write_bytes(bad.read_bytes()[:40] + b'\0'*30)
+            bad.write_bytes(bad.read_bytes()[:40] + b'\0' * 30)
         elif name == 'missing class':
-            write_digits(root/'train', 12)
-            write_digits(root/'valid', 12, 12)
-            for p in (root/'valid'/'digit1').iterdir(): p.unlink()
-        elif name == 'loose': write_digits(root, 12) or (root/'a.png').write_bytes(next(root.rglob('*.png')).read_bytes())
+            write_digits(root / 'train', 12)
+            write_digits(root / 'valid', 12, 12)
+            for p in (root / 'valid' / 'digit1').iterdir():
+                p.unlink()
+        elif name == 'loose':
+            write_digits(root, 12) or (root / 'a.png').write_bytes(
+                next(root.rglob('*.png')).read_bytes()
+            )
         elif name.endswith('.csv'):
             frame = people()
-            if name == 'gaps.csv': frame.loc[3, 'rich'] = None
-            if name == 'same.csv': frame['rich'] = 'yes'
-            if name == 'lone.csv': frame.loc[0, 'rich'] = 'perhaps'
+            if name == 'gaps.csv':
+                frame.loc[3, 'rich'] = None
+            if name == 'same.csv':
+                frame['rich'] = 'yes'
+            if name == 'lone.csv':
+                frame.loc[0, 'rich'] = 'perhaps'
             frame.drop(columns='wage').to_csv(root, index=False)
-        elif name == 'binary': root.write_bytes(bytes(range(256)))
+        elif name == 'binary':
+            root.write_bytes(bytes(range(256)))
         return root
+
     return make
 
 
-@pytest.mark.parametrize('name,flags,says', [
-    ('nowhere', {}, "There is no file or folder '.*nowhere'"), ('empty', {}, 'holds no images, and no data in another form'),
-    ('one class', {}, 'All samples have one class'), ('unreadable', {}, "1 of 12 images can't be read: .*png"),
-    ('missing class', {}, r'1 class\(es\) are missing from the validation set: digit1'), ('loose', {}, 'a.png is in no class folder'),
-    ('gaps.csv', {}, "1 of 80 rows have no label in column 'rich' \\(row 3"), ('same.csv', {}, 'All samples have one class .yes.'),
-    ('lone.csv', {}, r'1 class\(es\) are missing from the validation set: perhaps'), ('binary', {}, 'is neither a folder nor a CSV file'),
-    ('a.csv', dict(y='ric'), "has no column 'ric' .did you mean 'rich'... It has age, job, gap, rich"), ('a.csv', dict(valid='held'), "--valid 'held': must be one of a share such as 0.2, and for a CSV .* It has age"),
-    ('a.csv', dict(valid='job'), "this column has 'a'"), ('a.csv', dict(task='images'), 'columns of images'), ('a.csv', dict(student='resnet18'), "No architecture 'resnet18' for table"),
-    ('digits', dict(student='resnet19'), "No architecture 'resnet19' for images .did you mean 'resnet1"), ('digits', dict(student='cnn-0'), 'sizes are from 1'),
-    ('digits', dict(teacher='gone.pkl'), "There is no file"), ('digits', dict(recipe='kdd()'), "no recipe 'kdd'"), ('digits', dict(size='7'), 'from 8 to 8192'),
-    ('digits', dict(recipe="at(layers={'9': '0'})"), "no layer '9'|'9'"), ('digits', dict(recipe='Term(losses.binary_kl)'), 'binary_kl compares a sigmoid per label'),
-    ('digits', dict(device='cuda:99'), '--device|device='), ('digits', dict(lr='fast'), "--lr 'fast'|--lr fast"), ('digits', dict(task='sound'), '--task'),
-    ('digits', dict(log='paper'), '--log'), ('digits', dict(config='gone.toml'), 'no settings file'), ('digits', dict(ignore='x', task='masks'), 'holds images: folders')])
-def test_a_mistake_in_data_or_flags_is_one_message(name, flags, says, digits, spoiled, command, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    'name,flags,says',
+    [
+        ('nowhere', {}, "There is no file or folder '.*nowhere'"),
+        ('empty', {}, 'holds no images, and no data in another form'),
+        ('one class', {}, 'All samples have one class'),
+        ('unreadable', {}, "1 of 12 images can't be read: .*png"),
+        ('missing class', {}, r'1 class\(es\) are missing from the validation set: digit1'),
+        ('loose', {}, 'a.png is in no class folder'),
+        ('gaps.csv', {}, "1 of 80 rows have no label in column 'rich' \\(row 3"),
+        ('same.csv', {}, 'All samples have one class .yes.'),
+        ('lone.csv', {}, r'1 class\(es\) are missing from the validation set: perhaps'),
+        ('binary', {}, 'is neither a folder nor a CSV file'),
+        (
+            'a.csv',
+            dict(y='ric'),
+            "has no column 'ric' .did you mean 'rich'... It has age, job, gap, rich",
+        ),
+        (
+            'a.csv',
+            dict(valid='held'),
+            "--valid 'held': must be one of a share such as 0.2, and for a CSV .* It has age",
+        ),
+        ('a.csv', dict(valid='job'), "this column has 'a'"),
+        ('a.csv', dict(task='images'), 'columns of images'),
+        ('a.csv', dict(student='resnet18'), "No architecture 'resnet18' for table"),
+        (
+            'digits',
+            dict(student='resnet19'),
+            "No architecture 'resnet19' for images .did you mean 'resnet1",
+        ),
+        ('digits', dict(student='cnn-0'), 'sizes are from 1'),
+        ('digits', dict(teacher='gone.pkl'), 'There is no file'),
+        ('digits', dict(recipe='kdd()'), "no recipe 'kdd'"),
+        ('digits', dict(size='7'), 'from 8 to 8192'),
+        ('digits', dict(recipe="at(layers={'9': '0'})"), "no layer '9'|'9'"),
+        ('digits', dict(recipe='Term(losses.binary_kl)'), 'binary_kl compares a sigmoid per label'),
+        ('digits', dict(device='cuda:99'), '--device|device='),
+        ('digits', dict(lr='fast'), "--lr 'fast'|--lr fast"),
+        ('digits', dict(task='sound'), '--task'),
+        ('digits', dict(log='paper'), '--log'),
+        ('digits', dict(config='gone.toml'), 'no settings file'),
+        ('digits', dict(ignore='x', task='masks'), 'holds images: folders'),
+    ],
+)
+def test_a_mistake_in_data_or_flags_is_one_message(
+    name, flags, says, digits, spoiled, command, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     data = digits if name == 'digits' else spoiled(name)
     small = '8' if name.endswith('csv') else 'cnn-4'
-    flags = dict(data=data, teacher=small, student=small, out=tmp_path/'out', epochs=1, lr=.01, teacher_lr=.01) | flags
-    code,out,err = command(*(o for k,v in flags.items() for o in (f"--{k.replace('_', '-')}", v)))
+    flags = (
+        dict(
+            data=data,
+            teacher=small,
+            student=small,
+            out=tmp_path / 'out',
+            epochs=1,
+            lr=0.01,
+            teacher_lr=0.01,
+        )
+        | flags
+    )
+    code, out, err = command(
+        *(o for k, v in flags.items() for o in (f'--{k.replace("_", "-")}', v))
+    )
     assert code == 2 and 'Traceback' not in out + err
     assert re.search(says, ' '.join(err.split())), err
     assert 'epoch' not in out
@@ -362,90 +640,191 @@ def test_a_mistake_in_data_or_flags_is_one_message(name, flags, says, digits, sp
 def test_a_package_that_is_missing_is_named(digits, command, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'tensorboard', None)
     monkeypatch.delitem(sys.modules, 'fastai.callback.tensorboard', raising=False)
-    code,_,err = command('--data', digits, '--teacher', 'cnn-4', '--student', 'cnn-4', '--out', tmp_path/'out', '--log', 'tensorboard')
+    code, _, err = command(
+        '--data',
+        digits,
+        '--teacher',
+        'cnn-4',
+        '--student',
+        'cnn-4',
+        '--out',
+        tmp_path / 'out',
+        '--log',
+        'tensorboard',
+    )
     assert code == 2 and 'pip install tensorboard' in err
 
 
 def test_settings_survive_the_file(tmp_path):
-    c = TrainConfig('a "b"\\c\t\x7f\n', 'ü𝓀', "it's", recipe="kd(T=('cosine', 8, 1))", lr=1e-3, x='#', baseline=False)
-    write_config(c, tmp_path/'c.toml')
-    assert TrainConfig(**read_config(tmp_path/'c.toml')) == c
-    assert tomllib.loads((tmp_path/'c.toml').read_text())['lr'] == 1e-3
+    c = TrainConfig(
+        'a "b"\\c\t\x7f\n',
+        'ü𝓀',
+        "it's",
+        recipe="kd(T=('cosine', 8, 1))",
+        lr=1e-3,
+        x='#',
+        baseline=False,
+    )
+    write_config(c, tmp_path / 'c.toml')
+    assert TrainConfig(**read_config(tmp_path / 'c.toml')) == c
+    assert tomllib.loads((tmp_path / 'c.toml').read_text())['lr'] == 1e-3
 
 
-HOSTILE = ['', ' ', '.', '..', '/', '/dev/null', '~', '-1', '0', 'nan', 'inf', '1e999', '9'*30, "'; rm -rf x", '$(touch x)', '`touch x`', '../x', 'x\ny', '\u202e', '𝓀', '%s%n', '{}',
-           '__import__("os").system("touch x")', 'a'*5000, '--', '-', '*', '?', 'file:///etc/passwd', 'http://x', '\udcff', '\0', 'None', 'true', '[]', 'cnn-', 'cnn-99999999999', '200-100-']
+HOSTILE = [
+    '',
+    ' ',
+    '.',
+    '..',
+    '/',
+    '/dev/null',
+    '~',
+    '-1',
+    '0',
+    'nan',
+    'inf',
+    '1e999',
+    '9' * 30,
+    "'; rm -rf x",
+    '$(touch x)',
+    '`touch x`',
+    '../x',
+    'x\ny',
+    '\u202e',
+    '𝓀',
+    '%s%n',
+    '{}',
+    '__import__("os").system("touch x")',
+    'a' * 5000,
+    '--',
+    '-',
+    '*',
+    '?',
+    'file:///etc/passwd',
+    'http://x',
+    '\udcff',
+    '\0',
+    'None',
+    'true',
+    '[]',
+    'cnn-',
+    'cnn-99999999999',
+    '200-100-',
+]
 
 
 def test_hostile_flags_are_refused_and_write_nothing(digits, command, tmp_path, monkeypatch):
     "One flag is replaced, of a command that is good but for a device, which is asked for last"
-    home = tmp_path/'home'
+    home = tmp_path / 'home'
     home.mkdir()
     monkeypatch.chdir(home)
-    good = dict(data=digits, teacher='cnn-4', student='cnn-4', epochs=1, lr=.01, teacher_lr=.01, size=16, batch_size=16, seed=0, device='cuda:99', workers=0, recipe='kd()',
-                task='images', augment='none', log='', valid='.5', config=None, teacher_weights=None)
-    luck,n = random.Random(0),0
+    good = dict(
+        data=digits,
+        teacher='cnn-4',
+        student='cnn-4',
+        epochs=1,
+        lr=0.01,
+        teacher_lr=0.01,
+        size=16,
+        batch_size=16,
+        seed=0,
+        device='cuda:99',
+        workers=0,
+        recipe='kd()',
+        task='images',
+        augment='none',
+        log='',
+        valid='.5',
+        config=None,
+        teacher_weights=None,
+    )
+    luck, n = random.Random(0), 0
     for k in good:
-        for v in luck.sample(HOSTILE, 12) + [''.join(map(chr, luck.choices(range(33, 0x250), k=8)))]:
+        for v in luck.sample(HOSTILE, 12) + [
+            ''.join(map(chr, luck.choices(range(33, 0x250), k=8)))
+        ]:
             flags = good | {k: v}
-            code,out,err = command(*(f"--{a.replace('_', '-')}={b}" for a,b in flags.items() if b is not None))
+            code, out, err = command(
+                *(f'--{a.replace("_", "-")}={b}' for a, b in flags.items() if b is not None)
+            )
             assert code == 2 and 'Traceback' not in out + err, (k, v, err)
             n += 'cuda:99' not in err
     assert n > 100 and not [*home.iterdir()]
 
 
 def test_help_teaches(command):
-    code,out,_ = command('--help')
+    code, out, _ = command('--help')
     assert code == 0
-    for line in [l.strip() for l in out.splitlines() if l.strip().startswith('fastdistill train')]: assert '--' in line
+    for line in [l.strip() for l in out.splitlines() if l.strip().startswith('fastdistill train')]:
+        assert '--' in line
 
 
 def test_an_empty_settings_file_is_named(tmp_path):
-    (tmp_path/'config.toml').write_text('')
-    with pytest.raises(DistillError, match=r'config.toml has no settings: at least data, teacher and student are needed'):
-        opened_run({}, tmp_path/'config.toml', tmp_path/'run')
-    with pytest.raises(DistillError, match='config.toml has no settings'): opened_run({}, out=tmp_path, resume=True)
+    (tmp_path / 'config.toml').write_text('')
+    with pytest.raises(
+        DistillError,
+        match=r'config.toml has no settings: at least data, teacher and student are needed',
+    ):
+        opened_run({}, tmp_path / 'config.toml', tmp_path / 'run')
+    with pytest.raises(DistillError, match='config.toml has no settings'):
+        opened_run({}, out=tmp_path, resume=True)
 
 
 def test_nothing_is_trained_on_the_device_meta(digits, tmp_path):
-    with pytest.raises(DistillError, match="device='meta' holds shapes and no values, so nothing can be trained on it"):
-        run(tmp_path/'run', data=digits, device='meta')
+    with pytest.raises(
+        DistillError,
+        match="device='meta' holds shapes and no values, so nothing can be trained on it",
+    ):
+        run(tmp_path / 'run', data=digits, device='meta')
 
 
 def test_a_run_with_lr_auto_repeats_its_rates_and_its_weights(digits, tmp_path):
     "Also where other random numbers were drawn before"
-    for i,name in enumerate('ab'):
-        random.seed(i); np.random.seed(i); torch.manual_seed(i)
-        run(tmp_path/name, data=digits, lr='auto', teacher_lr='auto')
-    rates = [[tomllib.loads((tmp_path/n/'config.toml').read_text())[k] for k in ('lr', 'teacher_lr')] for n in 'ab']
+    for i, name in enumerate('ab'):
+        random.seed(i)
+        np.random.seed(i)
+        torch.manual_seed(i)
+        run(tmp_path / name, data=digits, lr='auto', teacher_lr='auto')
+    rates = [
+        [tomllib.loads((tmp_path / n / 'config.toml').read_text())[k] for k in ('lr', 'teacher_lr')]
+        for n in 'ab'
+    ]
     assert rates[0] == rates[1]
     assert rates[0] != [1e-3, 1e-3], 'no rate was found'
-    assert_same(tmp_path/'a', tmp_path/'b')
+    assert_same(tmp_path / 'a', tmp_path / 'b')
 
 
 @pytest.fixture
 def stopped(tmp_path):
     "fn(data) -> folder of a run that was interrupted while its student was trained"
+
     def make(data, **kwargs):
         def say(text):
-            if text.startswith('distilled: epoch 1'): raise KeyboardInterrupt
-        with pytest.raises(KeyboardInterrupt): opened_run(settings(data, **kwargs), out=tmp_path/'stopped', say=say)()
-        return tmp_path/'stopped'
+            if text.startswith('distilled: epoch 1'):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            opened_run(settings(data, **kwargs), out=tmp_path / 'stopped', say=say)()
+        return tmp_path / 'stopped'
+
     return make
 
 
-def resumed(out): return opened_run({}, out=out, resume=True, say=lambda _: None)()
+def resumed(out):
+    return opened_run({}, out=out, resume=True, say=lambda _: None)()
 
 
 def test_a_run_does_not_continue_with_other_files(stopped, tmp_path):
-    write_digits(tmp_path/'mine', 60)
-    out = stopped(tmp_path/'mine')
+    write_digits(tmp_path / 'mine', 60)
+    out = stopped(tmp_path / 'mine')
+
     def refused(says):
-        with pytest.raises(DistillError) as e: resumed(out)
+        with pytest.raises(DistillError) as e:
+            resumed(out)
         assert f'The data of the run in {out} changed since it began: {says}. ' in str(e.value)
         assert 'Restore the data to resume, or start a new run' in str(e.value)
-    gone = tmp_path/'mine'/'digit0'/'0.png'
-    kept,other = gone.read_bytes(),(tmp_path/'mine'/'digit1'/'1.png').read_bytes()
+
+    gone = tmp_path / 'mine' / 'digit0' / '0.png'
+    kept, other = gone.read_bytes(), (tmp_path / 'mine' / 'digit1' / '1.png').read_bytes()
     gone.with_name('new.png').write_bytes(kept)
     refused('1 file added: digit0/new.png')
     gone.unlink()
@@ -455,180 +834,275 @@ def test_a_run_does_not_continue_with_other_files(stopped, tmp_path):
     refused('1 file changed (content or label): digit0/0.png')
     gone.write_bytes(kept)
     resumed(out)
-    assert (out/'report.json').is_file()
+    assert (out / 'report.json').is_file()
 
 
 def test_a_run_continues_with_data_that_were_moved(finished, stopped, digits, tmp_path):
     "Their content counts, not where they are"
-    shutil.copytree(digits, tmp_path/'here')
-    out = stopped(tmp_path/'here')
-    (tmp_path/'here').rename(tmp_path/'there')
-    with pytest.raises(DistillError, match='There is no file or folder'): resumed(out)
-    text = (out/'config.toml').read_text()
-    (out/'config.toml').write_text(text.replace(str(tmp_path/'here'), str(tmp_path/'there')))
+    shutil.copytree(digits, tmp_path / 'here')
+    out = stopped(tmp_path / 'here')
+    (tmp_path / 'here').rename(tmp_path / 'there')
+    with pytest.raises(DistillError, match='There is no file or folder'):
+        resumed(out)
+    text = (out / 'config.toml').read_text()
+    (out / 'config.toml').write_text(text.replace(str(tmp_path / 'here'), str(tmp_path / 'there')))
     resumed(out)
     assert_same(finished, out)
 
 
 def test_a_run_does_not_continue_with_other_rows(stopped, tmp_path):
     frame = people().drop(columns='wage')
-    frame.to_csv(tmp_path/'a.csv', index=False)
-    out = stopped(tmp_path/'a.csv', teacher='16', student='8')
+    frame.to_csv(tmp_path / 'a.csv', index=False)
+    out = stopped(tmp_path / 'a.csv', teacher='16', student='8')
+
     def refused(frame, says):
-        frame.to_csv(tmp_path/'a.csv', index=False)
-        with pytest.raises(DistillError, match=says): resumed(out)
-    refused(pd.concat([frame[:7], frame[20:21].assign(age=1.5), frame[7:]]), r'began: 1 row added: 7 \(counted from 0\)')
+        frame.to_csv(tmp_path / 'a.csv', index=False)
+        with pytest.raises(DistillError, match=says):
+            resumed(out)
+
+    refused(
+        pd.concat([frame[:7], frame[20:21].assign(age=1.5), frame[7:]]),
+        r'began: 1 row added: 7 \(counted from 0\)',
+    )
     refused(frame.drop(index=[3, 5]), r'began: 2 rows removed: 3, 5 \(counted')
     refused(frame[::-1], 'began: the order of the samples')
-    refused(frame.rename(columns=dict(job='work')), 'began: the columns were age, job, gap, rich, and are age, work, gap, rich')
-    frame.to_csv(tmp_path/'a.csv', index=False)
+    refused(
+        frame.rename(columns=dict(job='work')),
+        'began: the columns were age, job, gap, rich, and are age, work, gap, rich',
+    )
+    frame.to_csv(tmp_path / 'a.csv', index=False)
     assert resumed(out).n == 16
 
 
 def test_a_run_does_not_continue_with_another_teacher(finished, stopped, digits, tmp_path):
-    shutil.copy(finished/'student.pkl', tmp_path/'teacher.pkl')
-    out = stopped(digits, teacher=str(tmp_path/'teacher.pkl'))
-    run(tmp_path/'other', data=digits, epochs=1, seed=3)
-    shutil.copy(tmp_path/'other'/'student.pkl', tmp_path/'teacher.pkl')
-    with pytest.raises(DistillError, match='changed since it began: teacher is a different file'): resumed(out)
+    shutil.copy(finished / 'student.pkl', tmp_path / 'teacher.pkl')
+    out = stopped(digits, teacher=str(tmp_path / 'teacher.pkl'))
+    run(tmp_path / 'other', data=digits, epochs=1, seed=3)
+    shutil.copy(tmp_path / 'other' / 'student.pkl', tmp_path / 'teacher.pkl')
+    with pytest.raises(DistillError, match='changed since it began: teacher is a different file'):
+        resumed(out)
 
 
 def test_a_run_does_not_continue_with_settings_that_were_edited(finished, stopped, digits):
     out = stopped(digits)
-    text = (out/'config.toml').read_text()
-    (out/'config.toml').write_text(text.replace('epochs = 2', 'epochs = 3').replace('lr = 0.01', 'lr = 0.02', 1))
-    with pytest.raises(DistillError, match=r"config.toml has epochs=3, lr=0.02, but the run began with epochs=2, lr=0.01. Restore that"): resumed(out)
-    (out/'config.toml').write_text(text)
+    text = (out / 'config.toml').read_text()
+    (out / 'config.toml').write_text(
+        text.replace('epochs = 2', 'epochs = 3').replace('lr = 0.01', 'lr = 0.02', 1)
+    )
+    with pytest.raises(
+        DistillError,
+        match=r'config.toml has epochs=3, lr=0.02, but the run began with epochs=2, lr=0.01. Restore that',
+    ):
+        resumed(out)
+    (out / 'config.toml').write_text(text)
     resumed(out)
     assert_same(finished, out)
 
 
 def test_a_link_that_leads_back_shows_no_image_again(digits, tmp_path):
-    shutil.copytree(digits, tmp_path/'mine')
-    (tmp_path/'mine'/'digit0'/'loop').symlink_to(tmp_path/'mine')
-    (tmp_path/'mine'/'digit1'/'other').symlink_to(tmp_path/'mine'/'digit1')
-    s,_ = loaders(data=tmp_path/'mine')
+    shutil.copytree(digits, tmp_path / 'mine')
+    (tmp_path / 'mine' / 'digit0' / 'loop').symlink_to(tmp_path / 'mine')
+    (tmp_path / 'mine' / 'digit1' / 'other').symlink_to(tmp_path / 'mine' / 'digit1')
+    s, _ = loaders(data=tmp_path / 'mine')
     assert len(s) == 60
     assert s.classes == ['digit0', 'digit1', 'digit2']
 
 
 def test_class_folders_may_be_links(digits, tmp_path):
-    (tmp_path/'mine').mkdir()
-    for folder in digits.iterdir(): (tmp_path/'mine'/folder.name).symlink_to(folder)
-    s,_ = loaders(data=tmp_path/'mine')
+    (tmp_path / 'mine').mkdir()
+    for folder in digits.iterdir():
+        (tmp_path / 'mine' / folder.name).symlink_to(folder)
+    s, _ = loaders(data=tmp_path / 'mine')
     assert len(s) == 60
 
 
 @pytest.mark.parametrize('linked', ['folder', 'file'])
 def test_an_image_that_links_show_twice_is_refused(linked, tmp_path):
     "One of the two could be in the validation set"
-    write_digits(tmp_path/'train', 12)
-    write_digits(tmp_path/'valid', 12, 12)
-    to = tmp_path/'train'/'digit0'
-    if linked == 'folder': (tmp_path/'valid'/'digit0'/'more').symlink_to(to)
-    else: (tmp_path/'valid'/'digit0'/'again.png').symlink_to(to/'0.png')
-    with pytest.raises(DistillError, match='images are there twice, through links: .*train/digit0/0.png and .*valid/digit0/.* are the same file. .* remove the link'):
+    write_digits(tmp_path / 'train', 12)
+    write_digits(tmp_path / 'valid', 12, 12)
+    to = tmp_path / 'train' / 'digit0'
+    if linked == 'folder':
+        (tmp_path / 'valid' / 'digit0' / 'more').symlink_to(to)
+    else:
+        (tmp_path / 'valid' / 'digit0' / 'again.png').symlink_to(to / '0.png')
+    with pytest.raises(
+        DistillError,
+        match='images are there twice, through links: .*train/digit0/0.png and .*valid/digit0/.* are the same file. .* remove the link',
+    ):
         loaders(data=tmp_path)
 
 
 @pytest.mark.parametrize('kind', ['jpg', 'bmp', 'png'])
 def test_an_image_that_ends_too_early_is_named_before_the_training(kind, digits, tmp_path):
-    shutil.copytree(digits, tmp_path/'mine')
-    bad = tmp_path/'mine'/'digit0'/f'bad.{kind}'
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(bad)
+    shutil.copytree(digits, tmp_path / 'mine')
+    bad = tmp_path / 'mine' / 'digit0' / f'bad.{kind}'
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(
+        bad
+    )
     bad.write_bytes(bad.read_bytes()[:-40])
-    with pytest.raises(DistillError, match=f"1 of 61 images can't be read: .*bad.{kind} \\(.*Repair or remove"): loaders(data=tmp_path/'mine')
+    with pytest.raises(
+        DistillError, match=f"1 of 61 images can't be read: .*bad.{kind} \\(.*Repair or remove"
+    ):
+        loaders(data=tmp_path / 'mine')
 
 
 def test_files_follow_the_umask(finished):
     "Another user of a shared folder can read all of them"
     mask = os.umask(0)
     os.umask(mask)
-    modes = {p.relative_to(finished).as_posix(): p.stat().st_mode & 0o777 for p in finished.rglob('*') if p.is_file()}
+    modes = {
+        p.relative_to(finished).as_posix(): p.stat().st_mode & 0o777
+        for p in finished.rglob('*')
+        if p.is_file()
+    }
     assert set(modes.values()) == {0o666 & ~mask}, modes
 
 
 def limited(out, bytes, data):
     "A run whose process can't write a larger file, as if the disk were full"
     import resource
+
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes, resource.RLIM_INFINITY))
-    sys.argv = ['fastdistill', 'train', '--resume', '--out', str(out), '--data', str(data), '--teacher', 'cnn-8-16', '--student', 'cnn-4', '--epochs', '2', '--lr', '.01',
-                '--teacher-lr', '.01', '--batch-size', '16', '--device', 'cpu', '--no-onnx']
+    sys.argv = [
+        'fastdistill',
+        'train',
+        '--resume',
+        '--out',
+        str(out),
+        '--data',
+        str(data),
+        '--teacher',
+        'cnn-8-16',
+        '--student',
+        'cnn-4',
+        '--epochs',
+        '2',
+        '--lr',
+        '.01',
+        '--teacher-lr',
+        '.01',
+        '--batch-size',
+        '16',
+        '--device',
+        'cpu',
+        '--no-onnx',
+    ]
     main()
 
 
 def test_a_full_disk_is_one_line_and_the_run_continues_later(finished, digits, tmp_path):
-    p = processes.start(tmp_path/'log', limited, tmp_path/'run', 20_000, digits)
+    p = processes.start(tmp_path / 'log', limited, tmp_path / 'run', 20_000, digits)
     assert processes.ended(p) == [2]
-    said = (tmp_path/'log.err').read_text()
+    said = (tmp_path / 'log.err').read_text()
     assert 'Traceback' not in said
-    assert re.search(r'No space for \S*run/checkpoints/teacher.pt \(File too large; [\d,.]+ MB are free there\).*free some space and start again to resume', said), said
-    assert [p.name for p in (tmp_path/'run'/'checkpoints').iterdir() if p.name != '.lock'] == ['begun.json']
-    resumed(tmp_path/'run')
-    assert_same(finished, tmp_path/'run')
+    assert re.search(
+        r'No space for \S*run/checkpoints/teacher.pt \(File too large; [\d,.]+ MB are free there\).*free some space and start again to resume',
+        said,
+    ), said
+    assert [p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir() if p.name != '.lock'] == [
+        'begun.json'
+    ]
+    resumed(tmp_path / 'run')
+    assert_same(finished, tmp_path / 'run')
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(stopped, digits):
     out = stopped(digits)
-    before = (out/'checkpoints'/'distilled.pt').read_bytes()
-    p = processes.start(out.parent/'log', limited, out, len(before) - 1000, digits)
+    before = (out / 'checkpoints' / 'distilled.pt').read_bytes()
+    p = processes.start(out.parent / 'log', limited, out, len(before) - 1000, digits)
     assert processes.ended(p) == [2]
-    assert 'checkpoints/distilled.pt (File too large' in (out.parent/'log.err').read_text()
-    assert (out/'checkpoints'/'distilled.pt').read_bytes() == before
+    assert 'checkpoints/distilled.pt (File too large' in (out.parent / 'log.err').read_text()
+    assert (out / 'checkpoints' / 'distilled.pt').read_bytes() == before
 
 
 def test_two_processes_do_not_continue_one_run(stopped, digits, tmp_path):
     out = stopped(digits)
+
     def say(text):
-        if not text.startswith('distilled: continues'): return
-        with pytest.raises(DistillError, match=f'Another process is writing to {out}: wait for it, or choose another folder'): resumed(out)
-        second = processes.start(tmp_path/'log', child_of, out)
+        if not text.startswith('distilled: continues'):
+            return
+        with pytest.raises(
+            DistillError,
+            match=f'Another process is writing to {out}: wait for it, or choose another folder',
+        ):
+            resumed(out)
+        second = processes.start(tmp_path / 'log', child_of, out)
         assert processes.ended(second) == [1]
-        assert f'DistillError: Another process is writing to {out}' in processes.said(tmp_path/'log')
+        assert f'DistillError: Another process is writing to {out}' in processes.said(
+            tmp_path / 'log'
+        )
+
     opened_run({}, out=out, resume=True, say=say)()
-    assert (out/'report.json').is_file()
+    assert (out / 'report.json').is_file()
 
 
-def child_of(out): resumed(out)
+def child_of(out):
+    resumed(out)
 
 
 def test_commands_take_a_run_or_its_student(finished, tmp_path, monkeypatch, capsys):
     def call(*args):
         monkeypatch.setattr(sys, 'argv', ['fastdistill', *map(str, args)])
-        with pytest.raises(SystemExit) as e: main()
-        return e.value.code,' '.join(capsys.readouterr().out.split())
-    for name,student in dict(folder=finished, file=finished/'student.pkl').items():
-        code,out = call('export', student, tmp_path/f'{name}.pt2')
+        with pytest.raises(SystemExit) as e:
+            main()
+        return e.value.code, ' '.join(capsys.readouterr().out.split())
+
+    for name, student in dict(folder=finished, file=finished / 'student.pkl').items():
+        code, out = call('export', student, tmp_path / f'{name}.pt2')
         assert code == 0
         assert '(12 validation samples)' in out
-    code,_ = call('compare', f'a={finished}', f"b={tmp_path/'file.pt2'}", '--out', tmp_path/'report', '--seconds', 0)
+    code, _ = call(
+        'compare',
+        f'a={finished}',
+        f'b={tmp_path / "file.pt2"}',
+        '--out',
+        tmp_path / 'report',
+        '--seconds',
+        0,
+    )
     assert code == 0
-    scores = [m.measures['accuracy'] for m in Report.from_json(tmp_path/'report'/'report.json').models.values()]
-    assert scores[0] == scores[1] == Report.from_json(finished/'report.json').models['distilled'].measures['accuracy']
-    code,out = call('check', finished, finished, '--no-cost')
+    scores = [
+        m.measures['accuracy']
+        for m in Report.from_json(tmp_path / 'report' / 'report.json').models.values()
+    ]
+    assert (
+        scores[0]
+        == scores[1]
+        == Report.from_json(finished / 'report.json').models['distilled'].measures['accuracy']
+    )
+    code, out = call('check', finished, finished, '--no-cost')
     assert 'none shared' in out
 
 
 def test_the_student_of_a_run_teaches_the_next_run(finished, digits, tmp_path):
-    run(tmp_path/'next', data=digits, teacher=str(finished), epochs=1, baseline=False)
-    score = lambda o, name: Report.from_json(o/'report.json').models[name].measures['accuracy']
-    assert score(tmp_path/'next', 'teacher') == score(finished, 'distilled')
+    run(tmp_path / 'next', data=digits, teacher=str(finished), epochs=1, baseline=False)
+    score = lambda o, name: Report.from_json(o / 'report.json').models[name].measures['accuracy']
+    assert score(tmp_path / 'next', 'teacher') == score(finished, 'distilled')
 
 
-def test_an_exported_learner_gets_its_data_from_a_script(finished, digits, tmp_path, monkeypatch, capsys):
-    shutil.copy(finished/'student.pkl', tmp_path/'s.pkl')
-    (tmp_path/'script_of_data.py').write_text(f"""from fastai.vision.all import ImageDataLoaders
+def test_an_exported_learner_gets_its_data_from_a_script(
+    finished, digits, tmp_path, monkeypatch, capsys
+):
+    shutil.copy(finished / 'student.pkl', tmp_path / 's.pkl')
+    (tmp_path / 'script_of_data.py').write_text(f"""from fastai.vision.all import ImageDataLoaders
 def dls(): return ImageDataLoaders.from_folder({str(digits)!r}, valid_pct=.2, seed=0, bs=16, num_workers=0, device='cpu')
 """)
     monkeypatch.chdir(tmp_path)
+
     def call(*args):
         monkeypatch.setattr(sys, 'argv', ['fastdistill', 'export', 's.pkl', 's.pt2', *args])
-        with pytest.raises(SystemExit) as e: main()
-        return e.value.code,*(' '.join(o.split()) for o in capsys.readouterr())
-    code,_,err = call()
+        with pytest.raises(SystemExit) as e:
+            main()
+        return e.value.code, *(' '.join(o.split()) for o in capsys.readouterr())
+
+    code, _, err = call()
     assert code == 2
-    assert 's.pkl is an exported Learner, which holds no data, and it is not in the folder of a run. Give the data: --data' in err
-    code,out,err = call('--data', 'script_of_data.py:dls')
+    assert (
+        's.pkl is an exported Learner, which holds no data, and it is not in the folder of a run. Give the data: --data'
+        in err
+    )
+    code, out, err = call('--data', 'script_of_data.py:dls')
     assert code == 0, err
     assert '(12 validation samples)' in out

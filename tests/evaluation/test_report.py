@@ -1,4 +1,5 @@
 "The report in a terminal, as Markdown and as a page: the same numbers everywhere, and every name is only a name."
+
 import base64, io, re, shutil, subprocess
 from html.parser import HTMLParser
 import pytest, torch
@@ -6,48 +7,80 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from reports import measured
 from fastdistill.fastai import Report
-from fastdistill.evaluation import plot_classes, plot_cost, plot_history, plot_recovered, plot_reliability, plot_runs
+from fastdistill.evaluation import (
+    plot_classes,
+    plot_cost,
+    plot_history,
+    plot_recovered,
+    plot_reliability,
+    plot_runs,
+)
 from fastdistill.evaluation.data import Difference, MeasureInfo
 from fastdistill.evaluation.format import amount, p_text, shown_text, verdicts
 from fastdistill.base.task import Task
 from reports import a_report
 
-HOSTILE = ['<script>alert(1)</script>', '"><img src=x onerror=console.error(1)>', "' onload='x", '{{ 7*7 }}{% raw %}', '$\\frac{1}{$', '😀 ☃ \u202e',
-           'a|b *c* [d](http://e.x) `f`', '&lt;b&gt; &amp; \x00\x1b[31m', 'url(http://e.x/a) @import "b"', '--><script>x</script>' + 'x'*300, '', '[bold]rich[/] [link=http://e.x]l']
+HOSTILE = [
+    '<script>alert(1)</script>',
+    '"><img src=x onerror=console.error(1)>',
+    "' onload='x",
+    '{{ 7*7 }}{% raw %}',
+    '$\\frac{1}{$',
+    '😀 ☃ \u202e',
+    'a|b *c* [d](http://e.x) `f`',
+    '&lt;b&gt; &amp; \x00\x1b[31m',
+    'url(http://e.x/a) @import "b"',
+    '--><script>x</script>' + 'x' * 300,
+    '',
+    '[bold]rich[/] [link=http://e.x]l',
+]
 
 
 def hostile_report():
-    r = a_report(.001, HOSTILE[:3], HOSTILE)
-    r.title,r.unit,r.notes = HOSTILE[1],HOSTILE[0],[HOSTILE[0]]
-    for m in r.models.values(): m.kind,m.metrics = HOSTILE[1],{HOSTILE[0]: 1.}
-    r.models[HOSTILE[2]].history = {HOSTILE[0] + '_loss': [1., 2.], '$_loss': [1., 1.]}
+    r = a_report(0.001, HOSTILE[:3], HOSTILE)
+    r.title, r.unit, r.notes = HOSTILE[1], HOSTILE[0], [HOSTILE[0]]
+    for m in r.models.values():
+        m.kind, m.metrics = HOSTILE[1], {HOSTILE[0]: 1.0}
+    r.models[HOSTILE[2]].history = {HOSTILE[0] + '_loss': [1.0, 2.0], '$_loss': [1.0, 1.0]}
     r.machine['device'] = HOSTILE[0]
     return r
 
 
 class Page(HTMLParser):
     "What a browser finds: elements with their attributes, and the text"
+
     def __init__(self, text):
         super().__init__()
-        self.elements,self.text = [],''
+        self.elements, self.text = [], ''
         self.feed(text)
-    def handle_starttag(self, tag, attrs): self.elements.append((tag, dict(attrs)))
-    def handle_data(self, data): self.text += data
-    def all(self, tag): return [a for t,a in self.elements if t == tag]
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag):
+        return [a for t, a in self.elements if t == tag]
 
 
 def test_verdicts_name_the_numbers_and_the_test():
-    (verdict,text), = verdicts(a_report())
+    ((verdict, text),) = verdicts(a_report())
     assert verdict == 'better' and text.startswith('distilled is better than alone: accuracy ')
-    assert "McNemar's exact test, p < 0.001; 300 samples)" in text and "of teacher's lead (95% interval" in text
-    (verdict,text), = verdicts(a_report(better=False))
-    assert verdict == 'not significant' and text.startswith('The difference between distilled and alone is not significant: ')
+    assert (
+        "McNemar's exact test, p < 0.001; 300 samples)" in text
+        and "of teacher's lead (95% interval" in text
+    )
+    ((verdict, text),) = verdicts(a_report(better=False))
+    assert verdict == 'not significant' and text.startswith(
+        'The difference between distilled and alone is not significant: '
+    )
 
 
 def test_less_is_better_where_it_is():
     r = a_report()
     r.headline = 'nll'
-    (verdict,text), = verdicts(r)
+    ((verdict, text),) = verdicts(r)
     assert verdict == 'better' and r.comparison('distilled').differences['nll'].value < 0
 
 
@@ -58,28 +91,56 @@ def test_without_a_lead_nothing_is_recovered():
 
 
 def test_numbers_as_text():
-    assert [amount(v) for v in (None, 0, 612, 38_300, 11_689_512, 1.8e9)] == ['–', '0', '612', '38.3 k', '11.7 M', '1.80 G']
+    assert [amount(v) for v in (None, 0, 612, 38_300, 11_689_512, 1.8e9)] == [
+        '–',
+        '0',
+        '612',
+        '38.3 k',
+        '11.7 M',
+        '1.80 G',
+    ]
     assert amount(153_000, 'B') == '153 kB' and amount(12, 'B') == '12.0 B'
-    assert [p_text(p) for p in (None, .0002, .012, .34, 1.)] == ['p is unknown', 'p < 0.001', 'p = 0.012', 'p = 0.34', 'p = 1.00']
-    share,number = MeasureInfo('a', True, True),MeasureInfo('b')
-    assert [share.text(v, s) for v,s in ((.873, False), (.0004, True), (None, False), (-.021, True))] == ['87.3', '+0.04', '–', '-2.1']
-    assert [number.text(v) for v in (.12345, 1.2345, 123.456)] == ['0.1235', '1.234', '123.46']
-    assert Difference(1., p=.049).significant and not Difference(1., p=.05).significant and not Difference(1.).significant
+    assert [p_text(p) for p in (None, 0.0002, 0.012, 0.34, 1.0)] == [
+        'p is unknown',
+        'p < 0.001',
+        'p = 0.012',
+        'p = 0.34',
+        'p = 1.00',
+    ]
+    share, number = MeasureInfo('a', True, True), MeasureInfo('b')
+    assert [
+        share.text(v, s) for v, s in ((0.873, False), (0.0004, True), (None, False), (-0.021, True))
+    ] == ['87.3', '+0.04', '–', '-2.1']
+    assert [number.text(v) for v in (0.12345, 1.2345, 123.456)] == ['0.1235', '1.234', '123.46']
+    assert (
+        Difference(1.0, p=0.049).significant
+        and not Difference(1.0, p=0.05).significant
+        and not Difference(1.0).significant
+    )
 
 
 def test_all_views_show_the_same_numbers():
-    r = a_report(.001)
+    r = a_report(0.001)
     out = Console(file=io.StringIO(), width=200)
     r.show(out)
     page = Page(r.to_html())
-    accuracy = f"{100*r.models['distilled'].measures['accuracy'].value:.1f}%"
+    accuracy = f'{100 * r.models["distilled"].measures["accuracy"].value:.1f}%'
     for text in (out.file.getvalue(), r.to_markdown(), page.text, r._repr_html_()):
-        for part in (accuracy, verdicts(r)[0][1][:40], 'Scores', 'Agreement with teacher', 'Calibration', 'Cost', 'not the luck of a training'): assert part in text, part
+        for part in (
+            accuracy,
+            verdicts(r)[0][1][:40],
+            'Scores',
+            'Agreement with teacher',
+            'Calibration',
+            'Cost',
+            'not the luck of a training',
+        ):
+            assert part in text, part
 
 
 def test_a_terminal_of_80_columns_cuts_no_number():
     out = Console(file=io.StringIO(), width=80)
-    r = a_report(.001)
+    r = a_report(0.001)
     r.show(out)
     assert '…' not in re.sub('signific…', '', out.file.getvalue())
 
@@ -91,27 +152,43 @@ def test_the_page_is_accessible_and_loads_nothing(make):
     assert page.elements[0][0] == 'html' and page.all('html') == [dict(lang='en')]
     assert page.all('title') and page.all('main') and len(page.all('h1')) == 1
     assert page.all('table') and len(page.all('table')) == len(page.all('caption'))
-    assert all(a.get('scope') in ('row', 'col') for a in page.all('th')) and len(page.all('th')) > 20
-    assert page.all('img') and all(a['alt'].strip() and a['src'].startswith('data:image/') for a in page.all('img'))
-    assert not {t for t,_ in page.elements} & {'script', 'iframe', 'object', 'embed', 'form', 'a', 'base'}
-    assert not [k for _,a in page.elements for k in a if k.startswith('on')]
-    found = [v for _,a in page.elements for k,v in a.items() if k in ('src', 'href', 'srcset')]
+    assert (
+        all(a.get('scope') in ('row', 'col') for a in page.all('th')) and len(page.all('th')) > 20
+    )
+    assert page.all('img') and all(
+        a['alt'].strip() and a['src'].startswith('data:image/') for a in page.all('img')
+    )
+    assert not {t for t, _ in page.elements} & {
+        'script',
+        'iframe',
+        'object',
+        'embed',
+        'form',
+        'a',
+        'base',
+    }
+    assert not [k for _, a in page.elements for k in a if k.startswith('on')]
+    found = [v for _, a in page.elements for k, v in a.items() if k in ('src', 'href', 'srcset')]
     assert len(found) > 4 and all(v.startswith('data:') for v in found)
     styles = re.findall(r'<style>(.*?)</style>', text, re.S)
     assert len(styles) == 1 and 'url(' not in styles[0] and '@import' not in styles[0]
     assert 'prefers-color-scheme:dark' in styles[0] and 'width=device-width' in text
-    for a in page.all('img') + page.all('source'):      # nor do the pictures load anything
+    for a in page.all('img') + page.all('source'):  # nor do the pictures load anything
         for uri in (a.get('src'), a.get('srcset')):
-            if uri is None: continue
+            if uri is None:
+                continue
             svg = base64.b64decode(uri.partition('base64,')[2]).decode()
-            assert '<script' not in svg and not re.search(r'(?:href|src)="(?!#)|@import|url\((?!#)', svg)
+            assert '<script' not in svg and not re.search(
+                r'(?:href|src)="(?!#)|@import|url\((?!#)', svg
+            )
 
 
 def test_hostile_names_are_only_names():
     r = hostile_report()
     for text in (r.to_html(), r._repr_html_()):
         page = Page(text)
-        for name in HOSTILE[:7]: assert shown_text(name) in page.text
+        for name in HOSTILE[:7]:
+            assert shown_text(name) in page.text
     lines = r.to_markdown().splitlines()
     assert not [l for l in lines if re.search(r'(?<!\\)<', l)]
     rows = [len(re.findall(r'(?<!\\)\|', l)) for l in lines if l.startswith('|')]
@@ -119,14 +196,21 @@ def test_hostile_names_are_only_names():
     out = Console(file=io.StringIO(), width=500, force_terminal=True)
     r.show(out)
     text = out.file.getvalue()
-    assert '[bold]rich[/]' in text and '\x1b[31m' not in text and '\x00' not in text and '\u202e' not in text and '\x1b]8' not in text
+    assert (
+        '[bold]rich[/]' in text
+        and '\x1b[31m' not in text
+        and '\x00' not in text
+        and '\u202e' not in text
+        and '\x1b]8' not in text
+    )
     assert Report.from_json(r.to_json()) == r
 
 
 def test_a_table_of_markdown_has_as_many_cells_in_each_row():
     table = []
-    for l in [*a_report(.001).to_markdown().splitlines(), '']:
-        if l.startswith('|'): table.append(l.count('|'))
+    for l in [*a_report(0.001).to_markdown().splitlines(), '']:
+        if l.startswith('|'):
+            table.append(l.count('|'))
         elif table:
             assert len(set(table)) == 1 and len(table) > 2
             table = []
@@ -136,7 +220,12 @@ def test_what_was_not_measured_is_left_out():
     y = torch.randn(40)
     r = measured(dict(a=y + torch.randn(40), b=y + torch.randn(40)), y, Task('regression'))
     page = Page(r.to_html())
-    assert 'Calibration' not in page.text and 'Agreement' not in page.text and 'Classes' not in page.text and 'R²' in page.text
+    assert (
+        'Calibration' not in page.text
+        and 'Agreement' not in page.text
+        and 'Classes' not in page.text
+        and 'R²' in page.text
+    )
     lone = measured(dict(a=y), y, Task('regression'))
     assert 'a' in lone.to_markdown() and verdicts(lone) == []
 
@@ -145,15 +234,17 @@ def test_a_figure_of_ones_own_is_in_the_page():
     fig = Figure(figsize=(2, 1))
     fig.subplots().plot([1, 2])
     page = Page(a_report().to_html(figures={'Where <they> differ': fig}))
-    assert page.all('img')[-1]['alt'] == 'Where <they> differ' and page.all('img')[-1]['src'].startswith('data:image/png')
+    assert page.all('img')[-1]['alt'] == 'Where <they> differ' and page.all('img')[-1][
+        'src'
+    ].startswith('data:image/png')
 
 
 def test_the_same_report_gives_the_same_page(tmp_path):
     r = a_report()
-    assert r.to_html(str(tmp_path/'r.html')) == tmp_path/'r.html'
-    assert (tmp_path/'r.html').read_text() == r.to_html()
-    assert r.to_json(tmp_path/'r.json') == tmp_path/'r.json'
-    assert (tmp_path/'r.json').read_text() == r.to_json()
+    assert r.to_html(str(tmp_path / 'r.html')) == tmp_path / 'r.html'
+    assert (tmp_path / 'r.html').read_text() == r.to_html()
+    assert r.to_json(tmp_path / 'r.json') == tmp_path / 'r.json'
+    assert (tmp_path / 'r.json').read_text() == r.to_json()
 
 
 @pytest.mark.parametrize('make', [a_report, hostile_report], ids=['plain', 'hostile'])
@@ -165,28 +256,42 @@ def test_print_shows_a_report_in_a_few_lines(make):
     assert len(text) < 2000
     assert all(c.isprintable() or c == '\n' for c in text)
 
+
 def test_print_names_each_model_with_its_score_and_the_verdict():
     r = a_report()
-    title,*scores,verdict,_ = repr(r).splitlines()
+    title, *scores, verdict, _ = repr(r).splitlines()
     assert title == 'teacher, alone and distilled: accuracy on 300 samples'
-    for line,(n,m) in zip(scores, r.models.items(), strict=True):
+    for line, (n, m) in zip(scores, r.models.items(), strict=True):
         e = m.measures['accuracy']
-        assert line.split() == [n, f'{100*e.value:.1f}%', f'({100*e.low:.1f}', 'to', f'{100*e.high:.1f})']
+        assert line.split() == [
+            n,
+            f'{100 * e.value:.1f}%',
+            f'({100 * e.low:.1f}',
+            'to',
+            f'{100 * e.high:.1f})',
+        ]
     assert verdict == verdicts(r)[0][1]
 
 
 def test_pictures_show_the_numbers_of_the_report():
-    r = a_report(.001)
-    ax, = plot_cost(r).axes
+    r = a_report(0.001)
+    (ax,) = plot_cost(r).axes
     dots = [tuple(c.get_offsets()[0]) for c in ax.collections]
-    assert dots == [pytest.approx((m.cost.latency[0].p50, 100*m.measures['accuracy'].value)) for m in r.models.values()]
-    ax, = plot_recovered(r).axes
+    assert dots == [
+        pytest.approx((m.cost.latency[0].p50, 100 * m.measures['accuracy'].value))
+        for m in r.models.values()
+    ]
+    (ax,) = plot_recovered(r).axes
     e = r.comparison('distilled').recovered['accuracy']
-    assert ax.collections[-1].get_offsets()[0][0] == pytest.approx(100*e.value)
-    assert list(ax.lines[-1].get_xdata()) == pytest.approx([100*e.low, 100*e.high])
-    assert [l.get_label() for l in plot_history(r).axes[0].lines] == ['train_loss', 'valid_loss', 'kd_loss']
+    assert ax.collections[-1].get_offsets()[0][0] == pytest.approx(100 * e.value)
+    assert list(ax.lines[-1].get_xdata()) == pytest.approx([100 * e.low, 100 * e.high])
+    assert [l.get_label() for l in plot_history(r).axes[0].lines] == [
+        'train_loss',
+        'valid_loss',
+        'kd_loss',
+    ]
     names = [t.get_text() for t in plot_classes(r).axes[0].get_yticklabels()]
-    assert names == [c for c,*_ in sorted(r.class_changes(), key=lambda o: -o[-1])]
+    assert names == [c for c, *_ in sorted(r.class_changes(), key=lambda o: -o[-1])]
     labels = [t.get_text() for t in plot_runs({'one': r, 'two': r}).axes[0].get_yticklabels()]
     assert labels == ['one: alone', 'one: distilled', 'two: alone', 'two: distilled']
 
@@ -194,48 +299,79 @@ def test_pictures_show_the_numbers_of_the_report():
 def test_there_is_no_picture_of_what_was_not_measured():
     y = torch.randn(40)
     r = measured(dict(a=y + torch.randn(40), b=y + torch.randn(40)), y, Task('regression'))
-    assert {f(r) for f in (plot_cost, plot_recovered, plot_reliability, plot_history, plot_classes)} == {None}
+    assert {
+        f(r) for f in (plot_cost, plot_recovered, plot_reliability, plot_history, plot_classes)
+    } == {None}
 
 
 def contrast(a, b):
     "Of two colors, as WCAG defines it"
+
     def light(c):
-        c = c*2 if len(c) == 3 else c
-        rgb = [int(c[i:i+2], 16)/255 for i in (0, 2, 4)]
-        r,g,b = [v/12.92 if v <= .04045 else ((v+.055)/1.055)**2.4 for v in rgb]
-        return .2126*r + .7152*g + .0722*b
-    x,y = sorted([light(a), light(b)])
-    return (y+.05)/(x+.05)
+        c = c * 2 if len(c) == 3 else c
+        rgb = [int(c[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        r, g, b = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in rgb]
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+    x, y = sorted([light(a), light(b)])
+    return (y + 0.05) / (x + 0.05)
+
 
 def test_texts_have_contrast():
     themes = re.findall(r'\.fd\{(--ink:.*?)(?:\}|color:)', a_report()._repr_html_(), re.S)
     assert len(themes) == 2
     for t in themes:
         c = dict(re.findall(r'--(\w+):#(\w+)', t))
-        for ground in ('paper', 'band'): assert all(contrast(c[k], c[ground]) >= 4.5 for k in ('ink', 'soft', 'good', 'bad', 'even'))
+        for ground in ('paper', 'band'):
+            assert all(
+                contrast(c[k], c[ground]) >= 4.5 for k in ('ink', 'soft', 'good', 'bad', 'even')
+            )
 
 
 # in a real browser
 
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-FLAGS = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update',
-         '--disable-sync', '--enable-logging=stderr', '--virtual-time-budget=2000']
+CHROMIUM = next(
+    filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None
+)
+FLAGS = [
+    '--headless',
+    '--no-sandbox',
+    '--disable-gpu',
+    '--disable-quic',
+    '--no-first-run',
+    '--disable-background-networking',
+    '--disable-component-update',
+    '--disable-sync',
+    '--enable-logging=stderr',
+    '--virtual-time-budget=2000',
+]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason='needs Chromium: apt-get install chromium')
 @pytest.mark.parametrize('make', [a_report, hostile_report], ids=['plain', 'hostile'])
 def test_chromium_renders_it_without_an_error_or_a_request(make, tmp_path):
-    page,log = tmp_path/'report.html',tmp_path/'net.json'
+    page, log = tmp_path / 'report.html', tmp_path / 'net.json'
     make().to_html(page)
-    def run(*args): return subprocess.run([CHROMIUM, *FLAGS, f'--user-data-dir={tmp_path}/u', *args, page.as_uri()], capture_output=True, timeout=120)
+
+    def run(*args):
+        return subprocess.run(
+            [CHROMIUM, *FLAGS, f'--user-data-dir={tmp_path}/u', *args, page.as_uri()],
+            capture_output=True,
+            timeout=120,
+        )
+
     done = run('--dump-dom', f'--log-net-log={log}')
-    dom,console = done.stdout.decode(),re.findall(r'^.*CONSOLE.*$', done.stderr.decode(errors='replace'), re.M)
+    dom, console = (
+        done.stdout.decode(),
+        re.findall(r'^.*CONSOLE.*$', done.stderr.decode(errors='replace'), re.M),
+    )
     assert done.returncode == 0 and not console
     assert '<main>' in dom and 'Scores</caption>' in dom and '<script' not in dom
     assert not re.findall(r'"url":"(?:http|ws|ftp)[^"]*e\.x[^"]*"', log.read_text())
     assert not re.search(r'http://(?:e\.x|x)\b', log.read_text())
-    shot = tmp_path/'shot.png'
+    shot = tmp_path / 'shot.png'
     assert run(f'--screenshot={shot}', '--window-size=500,900').returncode == 0
     from PIL import Image
+
     colors = Image.open(shot).convert('RGB').getcolors(1 << 20)
-    assert len(colors) > 20      # it is no blank page
+    assert len(colors) > 20  # it is no blank page

@@ -1,4 +1,5 @@
 "`compare` in every application of fastai: the same numbers as fastai's own, in every form of model, and honest about luck."
+
 import functools, random, warnings
 from copy import deepcopy
 import numpy as np
@@ -17,38 +18,67 @@ by_app = pytest.mark.parametrize('app', APPS, ids=lambda a: a.name)
 
 @by_app
 def test_every_application_gets_the_numbers_of_fastai_itself(app):
-    student,teacher = pair(app)
-    alone,_ = pair(app, seed=3)
+    student, teacher = pair(app)
+    alone, _ = pair(app, seed=3)
     were = [snapshot(l.model) for l in (student, alone, teacher)]
     r = compare(dict(teacher=teacher, alone=alone, distilled=student), **QUICK)
-    assert all(same(a, snapshot(l.model)) for a,l in zip(were, (student, alone, teacher)))
-    for name,learn in dict(teacher=teacher, alone=alone, distilled=student).items():
-        loss,*values = learn.validate()
+    assert all(same(a, snapshot(l.model)) for a, l in zip(were, (student, alone, teacher)))
+    for name, learn in dict(teacher=teacher, alone=alone, distilled=student).items():
+        loss, *values = learn.validate()
         assert r.models[name].loss == pytest.approx(loss, rel=1e-4)
         assert list(r.models[name].metrics.values()) == pytest.approx(list(values), rel=1e-4)
     assert r.task == app.kind and (r.teacher, r.baseline) == ('teacher', 'alone')
-    assert r.unit == dict(text_classifier='texts', language_model='pieces of text', tabular='rows', collab='rows', collab_nn='rows').get(app.name, 'images')
-    assert [(c.model, c.against) for c in r.comparisons] == [('distilled', 'alone'), ('alone', 'teacher'), ('distilled', 'teacher')]
-    if app.kind != 'regression': assert len(r.classes) == len(r.counts) == len(r.models['alone'].classes['recall'])
+    assert r.unit == dict(
+        text_classifier='texts',
+        language_model='pieces of text',
+        tabular='rows',
+        collab='rows',
+        collab_nn='rows',
+    ).get(app.name, 'images')
+    assert [(c.model, c.against) for c in r.comparisons] == [
+        ('distilled', 'alone'),
+        ('alone', 'teacher'),
+        ('distilled', 'teacher'),
+    ]
+    if app.kind != 'regression':
+        assert len(r.classes) == len(r.counts) == len(r.models['alone'].classes['recall'])
     assert Report.from_json(r.to_json()) == r
 
 
-def right(o, y): return o.argmax(1) == y
-def iou(o, y, c): return (right(o, y) & (y == c)).sum()/((o.argmax(1) == c) | (y == c)).sum()
+def right(o, y):
+    return o.argmax(1) == y
 
-BY_HAND = dict(accuracy=lambda o, y: right(o, y).double().mean(), perplexity=lambda o, y: F.cross_entropy(o, y.long()).exp(),
-               miou=lambda o, y: torch.stack([iou(o, y, c) for c in range(4)]).mean(),
-               f1=lambda o, y: 2*((o > 0) & (y > 0)).sum()/((o > 0).sum() + (y > 0).sum()),
-               r2=lambda o, y: 1 - (o-y).pow(2).sum()/(y-y.double().mean(0)).pow(2).sum())
+
+def iou(o, y, c):
+    return (right(o, y) & (y == c)).sum() / ((o.argmax(1) == c) | (y == c)).sum()
+
+
+BY_HAND = dict(
+    accuracy=lambda o, y: right(o, y).double().mean(),
+    perplexity=lambda o, y: F.cross_entropy(o, y.long()).exp(),
+    miou=lambda o, y: torch.stack([iou(o, y, c) for c in range(4)]).mean(),
+    f1=lambda o, y: 2 * ((o > 0) & (y > 0)).sum() / ((o > 0).sum() + (y > 0).sum()),
+    r2=lambda o, y: 1 - (o - y).pow(2).sum() / (y - y.double().mean(0)).pow(2).sum(),
+)
+
 
 @by_app
 def test_the_headline_in_a_plain_loop(app):
-    student,teacher = pair(app)
+    student, teacher = pair(app)
     r = compare(dict(teacher=teacher, student=student), **QUICK)
-    for name,learn in dict(teacher=teacher, student=student).items():
+    for name, learn in dict(teacher=teacher, student=student).items():
         batches = answers(learn.model, learn.dls.valid)
-        o = torch.cat([o.movedim(app.axis, -1).reshape(-1, o.shape[app.axis]) if app.kind == 'softmax' else o.reshape(len(o), -1) for o,_ in batches]).double()
-        y = torch.cat([y.flatten() if app.kind == 'softmax' else y.reshape(len(y), -1) for _,y in batches])
+        o = torch.cat(
+            [
+                o.movedim(app.axis, -1).reshape(-1, o.shape[app.axis])
+                if app.kind == 'softmax'
+                else o.reshape(len(o), -1)
+                for o, _ in batches
+            ]
+        ).double()
+        y = torch.cat(
+            [y.flatten() if app.kind == 'softmax' else y.reshape(len(y), -1) for _, y in batches]
+        )
         wanted = BY_HAND[r.headline](o, y)
         assert r.models[name].measures[r.headline].value == pytest.approx(float(wanted), rel=1e-4)
 
@@ -56,62 +86,110 @@ def test_the_headline_in_a_plain_loop(app):
 def test_every_form_of_a_model_has_the_same_numbers(tmp_path, monkeypatch):
     pytest.importorskip('onnxscript')
     monkeypatch.chdir(tmp_path)
-    student,teacher = pair('image')
+    student, teacher = pair('image')
     teacher.export('t.pkl')
     x = student.dls.valid.one_batch()[0]
     model = deepcopy(teacher.model).eval()
-    with warnings.catch_warnings():     # the exporter, about PyTorch
+    with warnings.catch_warnings():  # the exporter, about PyTorch
         warnings.simplefilter('ignore')
-        torch.onnx.export(model, (x.as_subclass(torch.Tensor),), 't.onnx', dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-    forms = dict(learner=teacher, module=teacher.model, file='t.pkl', onnx='t.onnx', function=lambda x: model(x), twice=[teacher, teacher.model], own=Teacher(teacher.model))
+        torch.onnx.export(
+            model,
+            (x.as_subclass(torch.Tensor),),
+            't.onnx',
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+        )
+    forms = dict(
+        learner=teacher,
+        module=teacher.model,
+        file='t.pkl',
+        onnx='t.onnx',
+        function=lambda x: model(x),
+        twice=[teacher, teacher.model],
+        own=Teacher(teacher.model),
+    )
     teacher.dls.path = student.dls.path = tmp_path
-    r = compare({**forms, 'student': student}, seconds=.001, repeats=100, progress=False)
+    r = compare({**forms, 'student': student}, seconds=0.001, repeats=100, progress=False)
     ms = [r.models[k] for k in forms]
-    assert len({round(m.loss, 4) for m in ms}) == 1 and len({m.measures['accuracy'].value for m in ms}) == 1
-    assert [r.models[k].cost.params for k in ('learner', 'file', 'onnx', 'function')] == [ms[0].cost.params]*2 + [None]*2
-    assert r.models['onnx'].cost.bytes == (tmp_path/'t.onnx').stat().st_size
-    assert all([l.batch for l in m.cost.latency] == [1, 16] and l.p50 > 0 for m in ms for l in m.cost.latency)
+    assert (
+        len({round(m.loss, 4) for m in ms}) == 1
+        and len({m.measures['accuracy'].value for m in ms}) == 1
+    )
+    assert [r.models[k].cost.params for k in ('learner', 'file', 'onnx', 'function')] == [
+        ms[0].cost.params
+    ] * 2 + [None] * 2
+    assert r.models['onnx'].cost.bytes == (tmp_path / 't.onnx').stat().st_size
+    assert all(
+        [l.batch for l in m.cost.latency] == [1, 16] and l.p50 > 0
+        for m in ms
+        for l in m.cost.latency
+    )
     assert r.machine['threads'] == torch.get_num_threads()
 
 
 def test_a_teacher_with_classes_in_another_order_is_mapped():
     from apps import image
-    student,teacher = pair('image')
-    other,_ = quiet(*image(vocab=('blue', 'red', 'green')))
-    _,other = quiet(*image(vocab=('blue', 'red', 'green')))
+
+    student, teacher = pair('image')
+    other, _ = quiet(*image(vocab=('blue', 'red', 'green')))
+    _, other = quiet(*image(vocab=('blue', 'red', 'green')))
     other.model.load_state_dict(teacher.model.state_dict())
     with torch.no_grad():
-        for p in list(other.model[1].parameters()): p.copy_(p[[2, 0, 1]])
+        for p in list(other.model[1].parameters()):
+            p.copy_(p[[2, 0, 1]])
     r = compare(dict(teacher=other, same=teacher, student=student), **QUICK)
-    assert r.models['teacher'].measures['accuracy'].value == r.models['same'].measures['accuracy'].value
+    assert (
+        r.models['teacher'].measures['accuracy'].value
+        == r.models['same'].measures['accuracy'].value
+    )
     assert r.models['same'].agreement['same'] == 1
 
 
 def test_metrics_and_data_of_the_users_choice():
-    student,teacher = toy()
-    r = compare(dict(teacher=teacher, student=student), metrics=[accuracy, F1Score(average='macro'), RocAuc()], **QUICK)
-    y = torch.stack([y for _,y in student.dls.valid_ds])
-    o = torch.cat([o for o,_ in answers(teacher, student.dls.valid)])
+    student, teacher = toy()
+    r = compare(
+        dict(teacher=teacher, student=student),
+        metrics=[accuracy, F1Score(average='macro'), RocAuc()],
+        **QUICK,
+    )
+    y = torch.stack([y for _, y in student.dls.valid_ds])
+    o = torch.cat([o for o, _ in answers(teacher, student.dls.valid)])
     from sklearn.metrics import f1_score, roc_auc_score
-    assert r.models['teacher'].metrics == pytest.approx(dict(accuracy=(o.argmax(1) == y).double().mean().item(), f1_score=f1_score(y, o.argmax(1), average='macro'),
-                                                             roc_auc_score=roc_auc_score(y, o.softmax(1), multi_class='ovr')), rel=1e-4)
+
+    assert r.models['teacher'].metrics == pytest.approx(
+        dict(
+            accuracy=(o.argmax(1) == y).double().mean().item(),
+            f1_score=f1_score(y, o.argmax(1), average='macro'),
+            roc_auc_score=roc_auc_score(y, o.softmax(1), multi_class='ovr'),
+        ),
+        rel=1e-4,
+    )
     train = compare(dict(teacher=teacher, student=student), dl=student.dls.train, **QUICK)
     assert (train.n, r.n) == (64, 32)
-    alone = compare(dict(a=teacher, b=student.model), student.dls, loss_func=nn.CrossEntropyLoss(), metrics=accuracy, **QUICK)
+    alone = compare(
+        dict(a=teacher, b=student.model),
+        student.dls,
+        loss_func=nn.CrossEntropyLoss(),
+        metrics=accuracy,
+        **QUICK,
+    )
     assert alone.models['a'].metrics == dict(accuracy=r.models['teacher'].metrics['accuracy'])
     assert r.models['teacher'].loss == pytest.approx(alone.models['a'].loss)
 
 
 def test_the_training_goes_into_the_report():
-    student,teacher = toy()
+    student, teacher = toy()
     student.distill(teacher, 3, 1e-2, check=False)
     h = compare(dict(teacher=teacher, student=student), **QUICK).models['student'].history
-    assert list(h) == ['train_loss', 'valid_loss', 'accuracy', 'task_loss', 'dist_loss'] and {len(v) for v in h.values()} == {3}
+    assert list(h) == ['train_loss', 'valid_loss', 'accuracy', 'task_loss', 'dist_loss'] and {
+        len(v) for v in h.values()
+    } == {3}
     assert h['valid_loss'][-1] == pytest.approx(student.validate()[0], rel=1e-5)
 
 
 def test_each_batch_is_read_once_and_the_dataloader_is_as_before():
-    student,teacher = toy()
+    student, teacher = toy()
     read = []
     dl = student.dls.valid
     dl.after_batch = compose(lambda b: (read.append(len(b[0])), b)[1])
@@ -121,52 +199,76 @@ def test_each_batch_is_read_once_and_the_dataloader_is_as_before():
 
 
 def test_a_random_state_is_not_moved():
-    student,teacher = toy()
-    torch.manual_seed(7); np.random.seed(7); random.seed(7)
+    student, teacher = toy()
+    torch.manual_seed(7)
+    np.random.seed(7)
+    random.seed(7)
     compare(dict(teacher=teacher, student=student), **QUICK)
-    now = torch.rand(1),np.random.rand(),random.random()
-    torch.manual_seed(7); np.random.seed(7); random.seed(7)
+    now = torch.rand(1), np.random.rand(), random.random()
+    torch.manual_seed(7)
+    np.random.seed(7)
+    random.seed(7)
     assert now == (torch.rand(1), np.random.rand(), random.random())
 
 
 def test_the_same_call_gives_the_same_report():
-    student,teacher = toy()
-    a,b = (compare(dict(teacher=teacher, alone=mlp(4), student=student), **QUICK) for _ in range(2))
+    student, teacher = toy()
+    a, b = (
+        compare(dict(teacher=teacher, alone=mlp(4), student=student), **QUICK) for _ in range(2)
+    )
     a.models['alone'] = b.models['alone']
-    b.comparisons = a.comparisons       # `alone` is new each time
+    b.comparisons = a.comparisons  # `alone` is new each time
     assert a == b
 
 
-@pytest.mark.parametrize('call,why', [
-    (lambda s, t: compare([s, t]), 'compare needs names'), (lambda s, t: compare({}), 'compare needs names'),
-    (lambda s, t: compare(dict(a=t, b=t)), 'None of the models is a Learner'),
-    (lambda s, t: compare(dict(teacher=t, s=s), teacher='x'), "teacher='x'"),
-    (lambda s, t: compare(dict(teacher=t, s=s), headline='x', **QUICK), "headline='x': it must be 'accuracy' or"),
-    (lambda s, t: compare(dict(teacher='none.pkl', s=s)), 'no file'),
-    (lambda s, t: compare(dict(teacher=nn.Linear(8, 5), s=s), **QUICK), r"'s' have shape \(16, 4\), those of 'teacher' \(16, 5\)")])
+@pytest.mark.parametrize(
+    'call,why',
+    [
+        (lambda s, t: compare([s, t]), 'compare needs names'),
+        (lambda s, t: compare({}), 'compare needs names'),
+        (lambda s, t: compare(dict(a=t, b=t)), 'None of the models is a Learner'),
+        (lambda s, t: compare(dict(teacher=t, s=s), teacher='x'), "teacher='x'"),
+        (
+            lambda s, t: compare(dict(teacher=t, s=s), headline='x', **QUICK),
+            "headline='x': it must be 'accuracy' or",
+        ),
+        (lambda s, t: compare(dict(teacher='none.pkl', s=s)), 'no file'),
+        (
+            lambda s, t: compare(dict(teacher=nn.Linear(8, 5), s=s), **QUICK),
+            r"'s' have shape \(16, 4\), those of 'teacher' \(16, 5\)",
+        ),
+    ],
+)
 def test_mistakes_are_named(call, why):
-    with pytest.raises(DistillError, match=why): call(*toy())
+    with pytest.raises(DistillError, match=why):
+        call(*toy())
 
 
 # luck
 
+
 @functools.cache
 def data():
     "300 rows to train on, 400 to compare on"
-    x,y = rows(700, seed=5)
+    x, y = rows(700, seed=5)
     items = list(zip(x, y))
-    dls = DataLoaders.from_dsets(items[:300], items[300:], bs=400, shuffle=False, num_workers=0, device='cpu')
-    return dls,x[:300],y[:300]
+    dls = DataLoaders.from_dsets(
+        items[:300], items[300:], bs=400, shuffle=False, num_workers=0, device='cpu'
+    )
+    return dls, x[:300], y[:300]
+
 
 def fitted(seed, hidden=8, steps=60, seen=300):
     torch.manual_seed(seed)
-    _,x,y = data()
+    _, x, y = data()
     m = mlp(hidden)
-    opt = torch.optim.Adam(m.parameters(), .02)
+    opt = torch.optim.Adam(m.parameters(), 0.02)
     for _ in range(steps):
         F.cross_entropy(m(x[:seen]), y[:seen]).backward()
-        opt.step(); opt.zero_grad()
+        opt.step()
+        opt.zero_grad()
     return m
+
 
 def difference(a, b):
     r = compare(dict(alone=a, distilled=b), data()[0], loss_func=nn.CrossEntropyLoss(), **QUICK)
@@ -174,31 +276,39 @@ def difference(a, b):
 
 
 def test_of_20_pairs_of_the_same_recipe_two_are_called_significant_at_most():
-    ds = [difference(fitted(2*i), fitted(2*i+1)) for i in range(20)]
+    ds = [difference(fitted(2 * i), fitted(2 * i + 1)) for i in range(20)]
     assert sum(d.significant for d in ds) <= 2
-    assert sum(d.value != 0 for d in ds) >= 15      # the pairs do differ
+    assert sum(d.value != 0 for d in ds) >= 15  # the pairs do differ
 
 
 def test_a_student_that_is_better_is_called_significant():
     for i in range(3):
-        d = difference(fitted(i, seen=12), fitted(i+10))
+        d = difference(fitted(i, seen=12), fitted(i + 10))
         assert d.significant and d.value > 0 and d.low > 0
 
 
 LOSSES = ['train_loss', 'valid_loss']
 
-def history(learn): return compare(dict(student=learn), **QUICK).models['student'].history
+
+def history(learn):
+    return compare(dict(student=learn), **QUICK).models['student'].history
+
 
 def trained(n_epoch=2, cbs=(), metrics=accuracy):
-    student,_ = toy()
+    student, _ = toy()
     student.metrics = metrics
-    with student.no_bar(), student.no_logging(): student.fit(n_epoch, .1, cbs=cbs)
+    with student.no_bar(), student.no_logging():
+        student.fit(n_epoch, 0.1, cbs=cbs)
     return student
+
 
 class CancelsTraining(Callback):
     "In the second epoch"
+
     def before_batch(self):
-        if self.training and self.epoch == 1: raise CancelTrainException
+        if self.training and self.epoch == 1:
+            raise CancelTrainException
+
 
 @pytest.mark.parametrize('metrics', [accuracy, []], ids=['accuracy', 'no metrics'])
 def test_a_validation_after_the_training_is_not_taken_for_a_training_curve(metrics):
@@ -207,10 +317,11 @@ def test_a_validation_after_the_training_is_not_taken_for_a_training_curve(metri
     student.validate()
     assert history(student) == {}
 
+
 def test_the_training_curves_have_a_gap_where_an_epoch_was_not_trained():
     student = trained(cbs=CancelsTraining())
     h = history(student)
-    first,second = student.recorder.values
+    first, second = student.recorder.values
     assert h['train_loss'] == [first[0], None]
     assert h['valid_loss'] == [first[1], second[0]]
     assert h['accuracy'] == [first[2], second[1]]

@@ -1,170 +1,271 @@
 "A student as a file: the same outputs in a process without fastai, any batch size, and everything a user must know inside."
+
 import json, subprocess, sys, zipfile
 import numpy as np
 import pytest, torch
-from apps import FASTAI_WARNINGS, Normalize, answers, image_dls, pair, plain, quiet, same, snapshot, vision
+from apps import (
+    FASTAI_WARNINGS,
+    Normalize,
+    answers,
+    image_dls,
+    pair,
+    plain,
+    quiet,
+    same,
+    snapshot,
+    vision,
+)
 from fastai.basics import accuracy
 from fastai.vision.all import CategoryBlock, imagenet_stats
-from fastdistill.fastai import DistillError, Report, Teacher, compare, export_student, load_student, save_student
+from fastdistill.fastai import (
+    DistillError,
+    Report,
+    Teacher,
+    compare,
+    export_student,
+    load_student,
+    save_student,
+)
 
 pytest.importorskip('onnxscript')
-pytestmark = [pytest.mark.filterwarnings(w) for w in [*FASTAI_WARNINGS, 'ignore:.*LeafSpec:FutureWarning', 'ignore:.*:DeprecationWarning:torch.*']]
+pytestmark = [
+    pytest.mark.filterwarnings(w)
+    for w in [
+        *FASTAI_WARNINGS,
+        'ignore:.*LeafSpec:FutureWarning',
+        'ignore:.*:DeprecationWarning:torch.*',
+    ]
+]
 
 
 @pytest.fixture(scope='module')
 def normalized():
     "A student on normalized images"
     torch.manual_seed(0)
-    dls = image_dls(CategoryBlock(vocab=['red', '<b>"', 'blue'], sort=False), lambda x, at, k: ['red', '<b>"', 'blue'][k],
-                    batch_tfms=Normalize.from_stats(*imagenet_stats))
-    student,_ = quiet(*vision(dls, 3, metrics=accuracy))
-    student.fit_one_cycle(3, .03)
+    dls = image_dls(
+        CategoryBlock(vocab=['red', '<b>"', 'blue'], sort=False),
+        lambda x, at, k: ['red', '<b>"', 'blue'][k],
+        batch_tfms=Normalize.from_stats(*imagenet_stats),
+    )
+    student, _ = quiet(*vision(dls, 3, metrics=accuracy))
+    student.fit_one_cycle(3, 0.03)
     return student
 
 
 @pytest.fixture(scope='module')
 def onnx_file(normalized, tmp_path_factory):
-    path = tmp_path_factory.mktemp('onnx')/'s.onnx'
+    path = tmp_path_factory.mktemp('onnx') / 's.onnx'
     return export_student(normalized, path)
 
 
-def batch(learn): return [o.numpy() for o in plain(learn.dls.valid.one_batch())[:-1]]
+def batch(learn):
+    return [o.numpy() for o in plain(learn.dls.valid.one_batch())[:-1]]
 
 
 def test_an_onnx_file_runs_in_a_process_that_knows_only_onnxruntime(normalized, onnx_file):
-    x, = batch(normalized)
-    np.save(onnx_file.path.parent/'x.npy', x)
+    (x,) = batch(normalized)
+    np.save(onnx_file.path.parent / 'x.npy', x)
     code = f"""
 import sys, json, numpy as np, onnxruntime as ort
 s = ort.InferenceSession({str(onnx_file.path)!r})
-x = np.load({str(onnx_file.path.parent/'x.npy')!r})
+x = np.load({str(onnx_file.path.parent / 'x.npy')!r})
 outs = [s.run(['logits'], {{'x': x[:n]}})[0] for n in (1, 5, 16)]
 print(json.dumps([o.tolist() for o in outs]))
 print(json.dumps(dict(s.get_modelmeta().custom_metadata_map)))
 print({{'torch', 'fastai', 'fastdistill'}} & set(sys.modules))
 """
-    outs,meta,loaded = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.splitlines()
+    outs, meta, loaded = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     wanted = answers(normalized.model, normalized.dls.valid)[0][0]
-    for o,n in zip(json.loads(outs), (1, 5, 16)): assert torch.allclose(torch.tensor(o), wanted[:n], atol=1e-4)
+    for o, n in zip(json.loads(outs), (1, 5, 16)):
+        assert torch.allclose(torch.tensor(o), wanted[:n], atol=1e-4)
     facts = json.loads(json.loads(meta)['fastdistill'])
     assert loaded == 'set()' and facts == onnx_file.facts
-    assert facts['classes'] == ['red', '<b>"', 'blue'] and facts['inputs'] == [dict(name='x', shape=['batch', 3, 16, 16], dtype='float32')]
-    assert facts['normalization'] == dict(mean=pytest.approx(imagenet_stats[0]), std=pytest.approx(imagenet_stats[1]))
+    assert facts['classes'] == ['red', '<b>"', 'blue'] and facts['inputs'] == [
+        dict(name='x', shape=['batch', 3, 16, 16], dtype='float32')
+    ]
+    assert facts['normalization'] == dict(
+        mean=pytest.approx(imagenet_stats[0]), std=pytest.approx(imagenet_stats[1])
+    )
 
 
 def test_what_is_reported_is_what_was_measured(normalized, onnx_file):
-    with Teacher(onnx_file.path) as t: difference = max((t(*plain(b)[:-1]).logits - o).abs().max().item()
-                                                         for b,(o,_) in zip(normalized.dls.valid, answers(normalized.model, normalized.dls.valid)))
-    assert onnx_file.difference == pytest.approx(difference, abs=1e-6) and onnx_file.difference < 1e-4
+    with Teacher(onnx_file.path) as t:
+        difference = max(
+            (t(*plain(b)[:-1]).logits - o).abs().max().item()
+            for b, (o, _) in zip(
+                normalized.dls.valid, answers(normalized.model, normalized.dls.valid)
+            )
+        )
+    assert (
+        onnx_file.difference == pytest.approx(difference, abs=1e-6) and onnx_file.difference < 1e-4
+    )
     assert onnx_file.samples == 32 and onnx_file.bytes == onnx_file.path.stat().st_size
     assert 'largest difference' in str(onnx_file)
 
 
 def test_a_program_of_torch_export_needs_only_torch(normalized, tmp_path):
     was = snapshot(normalized.model)
-    e = export_student(normalized, tmp_path/'s.pt2')
+    e = export_student(normalized, tmp_path / 's.pt2')
     assert same(was, snapshot(normalized.model))
-    x, = batch(normalized)
+    (x,) = batch(normalized)
     extra = {'fastdistill.json': ''}
     run = torch.export.load(e.path, extra_files=extra).module()
     assert json.loads(extra['fastdistill.json']) == e.facts
     wanted = answers(normalized.model, normalized.dls.valid)[0][0]
-    for n in (1, 3, 16): assert torch.allclose(run(torch.tensor(x[:n])), wanted[:n], atol=1e-6)
+    for n in (1, 3, 16):
+        assert torch.allclose(run(torch.tensor(x[:n])), wanted[:n], atol=1e-6)
 
 
 @pytest.mark.parametrize('name', ['unet', 'tabular'])
 def test_other_applications(name, tmp_path):
-    student,_ = pair(name)
+    student, _ = pair(name)
     was = snapshot(student.model)
-    e = export_student(student, tmp_path/'s.pt2')
+    e = export_student(student, tmp_path / 's.pt2')
     assert same(was, snapshot(student.model)) and e.difference < 1e-5
-    assert type(student.model(*student.dls.valid.one_batch()[:-1])).__name__ == ('TensorBase' if name == 'unet' else 'Tensor')
+    assert type(student.model(*student.dls.valid.one_batch()[:-1])).__name__ == (
+        'TensorBase' if name == 'unet' else 'Tensor'
+    )
 
 
 def test_int8_is_smaller_and_its_cost_is_measured(normalized, onnx_file, tmp_path):
-    e = export_student(normalized, tmp_path/'s.onnx', int8=True)
+    e = export_student(normalized, tmp_path / 's.onnx', int8=True)
     import onnx
+
     types = {n.op_type for n in onnx.load(e.path).graph.node}
     assert {'QuantizeLinear', 'DequantizeLinear'} <= types
-    assert e.facts['int8'] and json.loads({p.key: p.value for p in onnx.load(e.path).metadata_props}['fastdistill']) == e.facts
+    assert (
+        e.facts['int8']
+        and json.loads({p.key: p.value for p in onnx.load(e.path).metadata_props}['fastdistill'])
+        == e.facts
+    )
     assert e.difference > onnx_file.difference
     again = compare({'float32': normalized, 'int8': str(e.path)}, seconds=0, progress=False)
-    assert e.report.models['int8'].measures == again.models['int8'].measures and e.report.comparison('int8', 'float32') is not None
+    assert (
+        e.report.models['int8'].measures == again.models['int8'].measures
+        and e.report.comparison('int8', 'float32') is not None
+    )
     assert 'accuracy' in str(e) and 'significant' in str(e)
 
 
 def test_a_recurrent_student_is_refused_and_as_before(tmp_path):
-    student,_ = pair('text_classifier')
+    student, _ = pair('text_classifier')
     was = snapshot(student.model)
-    with pytest.raises(DistillError, match="can't export SequentialRNN.*learn.export"): export_student(student, tmp_path/'s.pt2')
-    assert same(was, snapshot(student.model)) and not (tmp_path/'s.pt2').exists()
+    with pytest.raises(DistillError, match="can't export SequentialRNN.*learn.export"):
+        export_student(student, tmp_path / 's.pt2')
+    assert same(was, snapshot(student.model)) and not (tmp_path / 's.pt2').exists()
 
 
 def test_mistakes_are_named(normalized, tmp_path):
-    with pytest.raises(DistillError, match='the suffix must be .onnx or .pt2'): export_student(normalized, tmp_path/'s.pth')
-    with pytest.raises(DistillError, match='int8=True needs an .onnx'): export_student(normalized, tmp_path/'s.pt2', int8=True)
+    with pytest.raises(DistillError, match='the suffix must be .onnx or .pt2'):
+        export_student(normalized, tmp_path / 's.pth')
+    with pytest.raises(DistillError, match='int8=True needs an .onnx'):
+        export_student(normalized, tmp_path / 's.pt2', int8=True)
 
 
 def test_a_file_that_predicts_something_else_is_refused(normalized, tmp_path, monkeypatch):
     import fastdistill.fastai.export as export
+
     write = export.WRITERS['.pt2']
-    monkeypatch.setitem(export.WRITERS, '.pt2', lambda m, x, p, f: write(type(m)(torch.nn.Sequential(m.model, torch.nn.ReLU())), x, p, f))
-    with pytest.raises(DistillError, match='predicts other than the Learner'): export_student(normalized, tmp_path/'s.pt2')
+    monkeypatch.setitem(
+        export.WRITERS,
+        '.pt2',
+        lambda m, x, p, f: write(type(m)(torch.nn.Sequential(m.model, torch.nn.ReLU())), x, p, f),
+    )
+    with pytest.raises(DistillError, match='predicts other than the Learner'):
+        export_student(normalized, tmp_path / 's.pt2')
 
 
 @pytest.fixture(scope='module')
 def saved(normalized, tmp_path_factory):
     "(folder, report) of a student"
-    r = compare({'teacher': normalized, 'student': normalized}, seconds=0, repeats=50, progress=False)
-    return save_student(normalized, tmp_path_factory.mktemp('saved')/'out', r, title='A <student>'),r
+    r = compare(
+        {'teacher': normalized, 'student': normalized}, seconds=0, repeats=50, progress=False
+    )
+    return save_student(
+        normalized, tmp_path_factory.mktemp('saved') / 'out', r, title='A <student>'
+    ), r
 
 
 def test_a_folder_holds_no_pickle_and_loads_again(normalized, saved):
-    folder,r = saved
-    assert sorted(p.name for p in folder.iterdir()) == ['README.md', 'config.json', 'model.safetensors', 'report.json', 'student.onnx']
+    folder, r = saved
+    assert sorted(p.name for p in folder.iterdir()) == [
+        'README.md',
+        'config.json',
+        'model.safetensors',
+        'report.json',
+        'student.onnx',
+    ]
     assert not any(zipfile.is_zipfile(p) for p in folder.iterdir())
-    x, = batch(normalized)
+    (x,) = batch(normalized)
     wanted = answers(normalized.model, normalized.dls.valid)[0][0]
     net = load_student(folder)
-    assert torch.allclose(net(torch.tensor(x)), wanted, atol=1e-4) and net.facts['classes'] == ['red', '<b>"', 'blue']
+    assert torch.allclose(net(torch.tensor(x)), wanted, atol=1e-4) and net.facts['classes'] == [
+        'red',
+        '<b>"',
+        'blue',
+    ]
     torch.manual_seed(9)
-    other,_ = vision(normalized.dls, 3)
+    other, _ = vision(normalized.dls, 3)
     loaded = load_student(folder, other.model)
     assert not loaded.training and torch.equal(loaded(torch.tensor(x)), wanted)
-    text = (folder/'README.md').read_text()
-    assert 'Scores' in text and f"{normalized.model.state_dict()['1.1.weight'].numel()}" and 'onnxruntime.InferenceSession' in text
-    assert Report.from_json(folder/'report.json') == r
+    text = (folder / 'README.md').read_text()
+    assert (
+        'Scores' in text
+        and f'{normalized.model.state_dict()["1.1.weight"].numel()}'
+        and 'onnxruntime.InferenceSession' in text
+    )
+    assert Report.from_json(folder / 'report.json') == r
 
 
 def test_the_cards_code_runs(normalized, saved, monkeypatch):
-    folder,_ = saved
-    code = (folder/'README.md').read_text().split('```python\n')[1].split('```')[0]
+    folder, _ = saved
+    code = (folder / 'README.md').read_text().split('```python\n')[1].split('```')[0]
     monkeypatch.chdir(folder)
-    x, = batch(normalized)
+    (x,) = batch(normalized)
     space = dict(x=x)
     exec(code, space)
-    assert np.allclose(space['logits'], answers(normalized.model, normalized.dls.valid)[0][0], atol=1e-4)
+    assert np.allclose(
+        space['logits'], answers(normalized.model, normalized.dls.valid)[0][0], atol=1e-4
+    )
 
 
 def test_a_student_that_can_not_be_exported_is_saved_as_weights(tmp_path):
-    student,_ = pair('text_classifier')
-    folder = save_student(student, tmp_path/'out')
-    assert not (folder/'student.onnx').exists()
-    with pytest.raises(DistillError, match='no network: build it'): load_student(folder)
-    other,_ = pair('text_classifier', seed=4)
+    student, _ = pair('text_classifier')
+    folder = save_student(student, tmp_path / 'out')
+    assert not (folder / 'student.onnx').exists()
+    with pytest.raises(DistillError, match='no network: build it'):
+        load_student(folder)
+    other, _ = pair('text_classifier', seed=4)
     load_student(folder, other.model)
-    assert all(torch.equal(a, b) for a,b in zip(student.model.state_dict().values(), other.model.state_dict().values()))
-    with pytest.raises(DistillError, match='of another network'): load_student(folder, torch.nn.Linear(2, 2))
-    with pytest.raises(DistillError, match='no student in'): load_student(tmp_path)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(student.model.state_dict().values(), other.model.state_dict().values())
+    )
+    with pytest.raises(DistillError, match='of another network'):
+        load_student(folder, torch.nn.Linear(2, 2))
+    with pytest.raises(DistillError, match='no student in'):
+        load_student(tmp_path)
 
 
 def test_the_free_axis_is_called_batch(onnx_file):
     g = pytest.importorskip('onnx').load(onnx_file.path).graph
-    axes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*g.input, *g.output)}
+    axes = {
+        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in (*g.input, *g.output)
+    }
     assert axes == dict(x=['batch', 3, 16, 16], logits=['batch', 3])
-    assert {d.dim_param for v in g.value_info for d in v.type.tensor_type.shape.dim} <= {'', 'batch'}
+    assert {d.dim_param for v in g.value_info for d in v.type.tensor_type.shape.dim} <= {
+        '',
+        'batch',
+    }
 
 
 def test_a_model_in_place_of_its_learner_is_refused(tmp_path):
     model = torch.nn.Linear(2, 2)
-    with pytest.raises(DistillError, match='export_student got a Linear: give the Learner, learn and not learn.model'): export_student(model, tmp_path/'s.onnx')
+    with pytest.raises(
+        DistillError,
+        match='export_student got a Linear: give the Learner, learn and not learn.model',
+    ):
+        export_student(model, tmp_path / 's.onnx')

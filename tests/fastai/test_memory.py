@@ -1,4 +1,5 @@
 "Memory does not grow from step to step: live, from a cache, with features."
+
 import gc
 import pytest
 import torch
@@ -9,42 +10,64 @@ from fastdistill.teachers import fast_copy as speed
 
 
 def net(width):
-    return nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 2*width, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
-                         nn.Flatten(), nn.Linear(2*width, 10))
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, 2, 1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, 2, 1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2 * width, 10),
+    )
 
 
 def tensors():
     "(number of tensors that are alive, bytes of their storages)"
     gc.collect()
     alive = [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter)]
-    return len(alive),sum({o.untyped_storage().data_ptr(): o.untyped_storage().nbytes() for o in alive}.values())
+    return len(alive), sum(
+        {o.untyped_storage().data_ptr(): o.untyped_storage().nbytes() for o in alive}.values()
+    )
 
 
 def step_of(way):
     "A training step"
-    x,y = torch.randn(4, 3, 8, 8),torch.randint(10, (4,))
+    x, y = torch.randn(4, 3, 8, 8), torch.randint(10, (4,))
     recipe = kd() + at(layers={'2': '2'}) if way == 'features' else kd()
     options = dict(precision='bf16', fold_bn=True) if way == 'copy' else {}
-    d = Distiller(net(2), None if way == 'cache' else Teacher(net(4), **options), recipe, example=None if way == 'cache' else x)
+    d = Distiller(
+        net(2),
+        None if way == 'cache' else Teacher(net(4), **options),
+        recipe,
+        example=None if way == 'cache' else x,
+    )
     opt = torch.optim.SGD(d.student.parameters(), lr=1e-2)
     stored = torch.randn(4, 10)
+
     def step():
         if way == 'cache':
             s = Outputs(d.student(x))
             loss = d.compute(s, Outputs(stored), F.cross_entropy(s.logits, y), (y,))
-        else: loss = d(x, y)
+        else:
+            loss = d(x, y)
         loss.total.backward()
-        opt.step(); opt.zero_grad()
-    if way != 'cache': d.teacher.start()
+        opt.step()
+        opt.zero_grad()
+
+    if way != 'cache':
+        d.teacher.start()
     return step
 
 
 @pytest.mark.parametrize('way', ['live', 'cache', 'features', 'copy'])
 def test_no_step_leaves_a_tensor_behind(way):
     step = step_of(way)
-    for _ in range(10): step()
+    for _ in range(10):
+        step()
     before = tensors()
-    for _ in range(100): step()
+    for _ in range(100):
+        step()
     assert tensors() == before
 
 
@@ -52,5 +75,6 @@ def test_a_long_run_keeps_no_marks_of_its_batches():
     t = Teacher(net(4), precision='bf16')
     with t:
         t.expect(10_000)
-        for _ in range(200): t(torch.randn(2, 3, 8, 8))
+        for _ in range(200):
+            t(torch.randn(2, 3, 8, 8))
         assert len(t._speed.compilation.times) <= 4 and isinstance(t._speed, speed.Speed)

@@ -1,51 +1,87 @@
 "Several heads in one Learner, each with its own teacher."
+
 import copy
 import pytest, torch
 import torch.nn.functional as F
 import apps
 from torch import nn
-from fastai.basics import Callback, CategoryBlock, DataBlock, DataLoaders, IndexSplitter, Learner, TransformBlock, load_learner, set_seed
+from fastai.basics import (
+    Callback,
+    CategoryBlock,
+    DataBlock,
+    DataLoaders,
+    IndexSplitter,
+    Learner,
+    TransformBlock,
+    load_learner,
+    set_seed,
+)
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import *
 from fastai.vision.augment import RandTransform
 from fastdistill import losses
-from fastdistill.fastai import (DistillError, DistillInterpretation, KnowledgeDistillation, Teacher, Term, cache_teacher, compare, compare_recipes,
-                                distill_many, kd, verify_cache)
+from fastdistill.fastai import (
+    DistillError,
+    DistillInterpretation,
+    KnowledgeDistillation,
+    Teacher,
+    Term,
+    cache_teacher,
+    compare,
+    compare_recipes,
+    distill_many,
+    kd,
+    verify_cache,
+)
 from fastdistill.fastai.targets import TargetFeed
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
 KD = KnowledgeDistillation
 g = torch.Generator().manual_seed(0)
 X = torch.randn(96, 6, generator=g)
-COLOR,SHAPE,SIZE = (X @ torch.randn(6, 3, generator=g)).argmax(1),(X @ torch.randn(6, 4, generator=g)).argmax(1),X[:, :1].sum(1, keepdim=True)
+COLOR, SHAPE, SIZE = (
+    (X @ torch.randn(6, 3, generator=g)).argmax(1),
+    (X @ torch.randn(6, 4, generator=g)).argmax(1),
+    X[:, :1].sum(1, keepdim=True),
+)
 
 
 class Net(nn.Module):
     def __init__(self, as_tuple=False):
         super().__init__()
-        self.body,self.color,self.shape,self.as_tuple,self.calls = nn.Linear(6, 8),nn.Linear(8, 3),nn.Linear(8, 4),as_tuple,0
+        self.body, self.color, self.shape, self.as_tuple, self.calls = (
+            nn.Linear(6, 8),
+            nn.Linear(8, 3),
+            nn.Linear(8, 4),
+            as_tuple,
+            0,
+        )
+
     def forward(self, x):
         self.calls += 1
         h = self.body(x).relu()
         out = dict(color=self.color(h), shape=self.shape(h))
         return tuple(out.values()) if self.as_tuple else out
 
+
 def both(pred, color, shape):
-    a,b = pred if isinstance(pred, tuple) else pred.values()
-    return F.cross_entropy(a, color) + .5*F.cross_entropy(b, shape)
+    a, b = pred if isinstance(pred, tuple) else pred.values()
+    return F.cross_entropy(a, color) + 0.5 * F.cross_entropy(b, shape)
+
 
 def learner(as_tuple=False, *ys):
-    set_seed(0)     # a DataLoader has its own generator
+    set_seed(0)  # a DataLoader has its own generator
     items = list(zip(X, *(ys or (COLOR, SHAPE))))
     dls = DataLoaders.from_dsets(items[:64], items[64:], bs=16)
     dls.n_inp = 1
     torch.manual_seed(0)
     return Learner(dls, Net(as_tuple), loss_func=both)
 
+
 def teachers():
     torch.manual_seed(1)
-    nets = nn.Linear(6, 3),nn.Linear(6, 4)
-    opt = torch.optim.Adam([p for n in nets for p in n.parameters()], .1)
+    nets = nn.Linear(6, 3), nn.Linear(6, 4)
+    opt = torch.optim.Adam([p for n in nets for p in n.parameters()], 0.1)
     for _ in range(60):
         (F.cross_entropy(nets[0](X), COLOR) + F.cross_entropy(nets[1](X), SHAPE)).backward()
         opt.step(), opt.zero_grad()
@@ -54,84 +90,133 @@ def teachers():
 
 class First(Callback):
     "The first training batch: the loss that is back-propagated, and what it is made of"
+
     order = 8
     seen = None
+
     def after_loss(self):
-        if self.training and self.seen is None: self.seen = self.learn.loss_grad.item(),self.x,self.yb,copy.deepcopy(self.learn.model)
+        if self.training and self.seen is None:
+            self.seen = (
+                self.learn.loss_grad.item(),
+                self.x,
+                self.yb,
+                copy.deepcopy(self.learn.model),
+            )
 
 
 @pytest.mark.parametrize('as_tuple', [False, True])
 def test_the_loss_is_the_learners_own_and_the_terms_of_each_head(as_tuple):
-    learn,t,first = learner(as_tuple),teachers(),First()
-    got = learn.distill(t, 1, .01, dict(color=kd(T=2., alpha=.7), shape=kd(T=1., alpha=.7) ), cbs=first)
-    loss,x,(c,h),net = first.seen
-    a,b = net(x) if as_tuple else net(x).values()
-    want = .3*both((a, b), c, h) + .7*losses.kl(a, t['color'](x), T=2.) + .7*losses.kl(b, t['shape'](x), T=1.)
+    learn, t, first = learner(as_tuple), teachers(), First()
+    got = learn.distill(
+        t, 1, 0.01, dict(color=kd(T=2.0, alpha=0.7), shape=kd(T=1.0, alpha=0.7)), cbs=first
+    )
+    loss, x, (c, h), net = first.seen
+    a, b = net(x) if as_tuple else net(x).values()
+    want = (
+        0.3 * both((a, b), c, h)
+        + 0.7 * losses.kl(a, t['color'](x), T=2.0)
+        + 0.7 * losses.kl(b, t['shape'](x), T=1.0)
+    )
     assert loss == pytest.approx(want.item(), rel=1e-5)
-    assert isinstance(got, KD) and learn.recorder.metric_names[3:6] == ['task_loss', 'color_kd_loss', 'shape_kd_loss']
+    assert isinstance(got, KD) and learn.recorder.metric_names[3:6] == [
+        'task_loss',
+        'color_kd_loss',
+        'shape_kd_loss',
+    ]
     assert learn.metrics == []
 
 
 def test_the_student_runs_once_and_each_teacher_once_a_batch():
-    learn,t,calls = learner(),teachers(),[]
-    learn.fit(1, cbs=KD({k: Teacher(lambda x, k=k: (calls.append(k), t[k](x))[1]) for k in t}, kd(), check=False))
+    learn, t, calls = learner(), teachers(), []
+    learn.fit(
+        1,
+        cbs=KD(
+            {k: Teacher(lambda x, k=k: (calls.append(k), t[k](x))[1]) for k in t}, kd(), check=False
+        ),
+    )
     batches = len(learn.dls.train) + len(learn.dls.valid)
-    assert calls.count('color') == calls.count('shape') and batches <= calls.count('color') <= batches + 2
+    assert (
+        calls.count('color') == calls.count('shape')
+        and batches <= calls.count('color') <= batches + 2
+    )
     # two dry runs look at an example
     assert batches <= learn.model.calls <= batches + 2
 
 
 def test_columns_are_the_terms_on_the_validation_set():
-    learn,t = learner(),teachers()
-    learn.distill(t, 1, .01, kd(T=2., alpha=.5))
-    x,c,h = [torch.stack(o) for o in zip(*learn.dls.valid_ds)]
+    learn, t = learner(), teachers()
+    learn.distill(t, 1, 0.01, kd(T=2.0, alpha=0.5))
+    x, c, h = [torch.stack(o) for o in zip(*learn.dls.valid_ds)]
     with torch.no_grad():
         s = learn.model.eval()(x)
-        want = [both(s, c, h), losses.kl(s['color'], t['color'](x), T=2.), losses.kl(s['shape'], t['shape'](x), T=2.)]
+        want = [
+            both(s, c, h),
+            losses.kl(s['color'], t['color'](x), T=2.0),
+            losses.kl(s['shape'], t['shape'](x), T=2.0),
+        ]
     values = learn.recorder.values[-1]
     assert [values[1], *values[3:]] == pytest.approx([o.item() for o in want], rel=1e-4)
 
 
 def test_a_head_without_a_teacher_keeps_its_place():
-    learn,t,first = learner(),teachers(),First()
-    learn.distill(dict(color=None, shape=t['shape']), 1, .01, kd(T=1., alpha=.5), cbs=first)
-    loss,x,(c,h),net = first.seen
+    learn, t, first = learner(), teachers(), First()
+    learn.distill(dict(color=None, shape=t['shape']), 1, 0.01, kd(T=1.0, alpha=0.5), cbs=first)
+    loss, x, (c, h), net = first.seen
     s = net(x)
-    assert loss == pytest.approx((.5*both(s, c, h) + .5*losses.kl(s['shape'], t['shape'](x), T=1.)).item(), rel=1e-5)
+    assert loss == pytest.approx(
+        (0.5 * both(s, c, h) + 0.5 * losses.kl(s['shape'], t['shape'](x), T=1.0)).item(), rel=1e-5
+    )
 
 
 def test_without_a_recipe_each_head_gets_its_own(capsys):
-    learn,t,first = learner(),teachers(),First()
-    learn.distill(t, 1, .01, cbs=first)
+    learn, t, first = learner(), teachers(), First()
+    learn.distill(t, 1, 0.01, cbs=first)
     out = capsys.readouterr().out
-    assert 'color: recipe labels + dist' in out and 'shape: recipe labels + dist' in out and 'color: accuracy on 32 validation items' in out
-    assert 'color_dist' in out and 'shape_dist' in out and 'gradient shares at the first batch' in out
+    assert (
+        'color: recipe labels + dist' in out
+        and 'shape: recipe labels + dist' in out
+        and 'color: accuracy on 32 validation items' in out
+    )
+    assert (
+        'color_dist' in out and 'shape_dist' in out and 'gradient shares at the first batch' in out
+    )
     assert [t.name for t in learn.cbs] == [t.name for t in learn.cbs if not isinstance(t, KD)]
 
 
 def test_heads_learn_from_their_teachers():
-    learn,t = learner(),teachers()
-    learn.distill(t, 20, .05, kd(T=2., alpha=.9))
+    learn, t = learner(), teachers()
+    learn.distill(t, 20, 0.05, kd(T=2.0, alpha=0.9))
     x = X[64:]
-    for k,o in learn.model.eval()(x).items(): assert (o.argmax(1) == t[k](x).argmax(1)).float().mean() > .75
+    for k, o in learn.model.eval()(x).items():
+        assert (o.argmax(1) == t[k](x).argmax(1)).float().mean() > 0.75
 
 
 def test_teachers_do_not_change_and_nothing_is_left():
-    learn,t = learner(),teachers()
-    was = {k: copy.deepcopy(m.state_dict()) for k,m in t.items()}
-    learn.distill(t, 1, .01, kd())
-    for k,m in t.items(): assert all(torch.equal(a, b) for a,b in zip(was[k].values(), m.state_dict().values())) and m.training
+    learn, t = learner(), teachers()
+    was = {k: copy.deepcopy(m.state_dict()) for k, m in t.items()}
+    learn.distill(t, 1, 0.01, kd())
+    for k, m in t.items():
+        assert (
+            all(torch.equal(a, b) for a, b in zip(was[k].values(), m.state_dict().values()))
+            and m.training
+        )
     assert not learn.model.body._forward_hooks
 
 
 def test_layers_of_each_teacher_are_compared(tmp_path):
-    learn,first = learner(),First()
-    deep = {k: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, n)) for k,n in dict(color=3, shape=4).items()}
-    hint = lambda: kd(T=1., alpha=.5) + Term(losses.hint, layers={'body': '0'}, weight=.1)
-    learn.distill(deep, 1, .01, dict(color=hint(), shape=hint()), cbs=first, check=False)
-    loss,x,(c,h),net = first.seen
-    s,feats = net(x),net.body(x)
-    want = .5*both(s, c, h) + sum(.5*losses.kl(s[k], deep[k](x), T=1.) + .1*losses.hint(feats, deep[k][0](x)) for k in deep)
+    learn, first = learner(), First()
+    deep = {
+        k: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, n))
+        for k, n in dict(color=3, shape=4).items()
+    }
+    hint = lambda: kd(T=1.0, alpha=0.5) + Term(losses.hint, layers={'body': '0'}, weight=0.1)
+    learn.distill(deep, 1, 0.01, dict(color=hint(), shape=hint()), cbs=first, check=False)
+    loss, x, (c, h), net = first.seen
+    s, feats = net(x), net.body(x)
+    want = 0.5 * both(s, c, h) + sum(
+        0.5 * losses.kl(s[k], deep[k](x), T=1.0) + 0.1 * losses.hint(feats, deep[k][0](x))
+        for k in deep
+    )
     assert loss == pytest.approx(want.item(), rel=1e-4)
 
 
@@ -139,197 +224,363 @@ def test_alpha_0_is_no_distillation():
     def train(cbs):
         learn = learner()
         set_seed(3)
-        learn.fit(2, .01, cbs=cbs)
+        learn.fit(2, 0.01, cbs=cbs)
         return torch.cat([p.flatten() for p in learn.model.parameters()])
-    assert torch.equal(train([]), train(KD(teachers(), kd(alpha=0.))))
+
+    assert torch.equal(train([]), train(KD(teachers(), kd(alpha=0.0))))
 
 
-colors,shapes = ['red', 'green', 'blue'],['disc', 'star', 'cross', 'ring']
-def row(i): return X[i]
-def color_of(i): return colors[COLOR[i]]
-def shape_of(i): return shapes[SHAPE[i]]
+colors, shapes = ['red', 'green', 'blue'], ['disc', 'star', 'cross', 'ring']
+
+
+def row(i):
+    return X[i]
+
+
+def color_of(i):
+    return colors[COLOR[i]]
+
+
+def shape_of(i):
+    return shapes[SHAPE[i]]
+
 
 def named_dls():
     "Two columns of classes with names"
-    block = DataBlock((TransformBlock, CategoryBlock(vocab=colors, sort=False), CategoryBlock(vocab=shapes, sort=False)), n_inp=1,
-                      getters=[row, color_of, shape_of], splitter=IndexSplitter(list(range(64, 96))))
+    block = DataBlock(
+        (
+            TransformBlock,
+            CategoryBlock(vocab=colors, sort=False),
+            CategoryBlock(vocab=shapes, sort=False),
+        ),
+        n_inp=1,
+        getters=[row, color_of, shape_of],
+        splitter=IndexSplitter(list(range(64, 96))),
+    )
     return block.dataloaders(list(range(96)), bs=16, num_workers=0)
 
+
 def test_classes_of_each_head_are_mapped_by_name():
-    learn,t,first = learner(),teachers(),First()
+    learn, t, first = learner(), teachers(), First()
     learn.dls = named_dls()
     other = ['star', 'disc', 'ring', 'cross']
     shape = nn.Linear(6, 4)
     order = [['disc', 'star', 'cross', 'ring'].index(c) for c in other]
-    with torch.no_grad(): shape.weight.copy_(t['shape'].weight[order]), shape.bias.copy_(t['shape'].bias[order])
-    theirs = Learner(DataBlock((TransformBlock, CategoryBlock(vocab=other, sort=False)), getters=[lambda i: X[i], lambda i: other[0]]).dataloaders(
-        list(range(96)), bs=16), shape, loss_func=nn.CrossEntropyLoss())
-    learn.distill(dict(color=t['color'], shape=theirs), 1, .01, kd(T=1., alpha=1.), cbs=first)
-    loss,x,_,net = first.seen
+    with torch.no_grad():
+        shape.weight.copy_(t['shape'].weight[order]), shape.bias.copy_(t['shape'].bias[order])
+    theirs = Learner(
+        DataBlock(
+            (TransformBlock, CategoryBlock(vocab=other, sort=False)),
+            getters=[lambda i: X[i], lambda i: other[0]],
+        ).dataloaders(list(range(96)), bs=16),
+        shape,
+        loss_func=nn.CrossEntropyLoss(),
+    )
+    learn.distill(dict(color=t['color'], shape=theirs), 1, 0.01, kd(T=1.0, alpha=1.0), cbs=first)
+    loss, x, _, net = first.seen
     s = net(x)
-    assert loss == pytest.approx((losses.kl(s['color'], t['color'](x), T=1.) + losses.kl(s['shape'], t['shape'](x), T=1.)).item(), rel=1e-4)
+    assert loss == pytest.approx(
+        (
+            losses.kl(s['color'], t['color'](x), T=1.0)
+            + losses.kl(s['shape'], t['shape'](x), T=1.0)
+        ).item(),
+        rel=1e-4,
+    )
 
 
 def test_the_check_is_for_each_head():
-    learn,t = learner(),teachers()
+    learn, t = learner(), teachers()
     swapped = lambda x: t['shape'](x)[:, [1, 0, 2, 3]]
-    with pytest.raises(DistillError, match='shape: The teacher has the classes in another order: class 0 and class 1 are swapped'):
-        learn.distill(dict(color=t['color'], shape=swapped), 1, .01, kd())
-    with pytest.raises(DistillError, match=r"shape: The student's output has shape \(16, 4\), the teacher's \(16, 3\)"):
-        learn.distill(dict(color=t['color'], shape=t['color']), 1, .01, kd())
+    with pytest.raises(
+        DistillError,
+        match='shape: The teacher has the classes in another order: class 0 and class 1 are swapped',
+    ):
+        learn.distill(dict(color=t['color'], shape=swapped), 1, 0.01, kd())
+    with pytest.raises(
+        DistillError,
+        match=r"shape: The student's output has shape \(16, 4\), the teacher's \(16, 3\)",
+    ):
+        learn.distill(dict(color=t['color'], shape=t['color']), 1, 0.01, kd())
 
 
 def test_mistakes_are_named():
-    learn,t = learner(),teachers()
+    learn, t = learner(), teachers()
+
     def refused(says, *args, of=learn, **kwargs):
-        with pytest.raises(DistillError, match=says): of.distill(*args, **kwargs)
-    refused('recipe= has size, the heads with a teacher are color, shape', t, 1, .01, dict(size=kd()))
-    refused('say differently how much the labels count', t, 1, .01, dict(color=kd(alpha=.9), shape=kd(alpha=.5)))
-    refused('the student returns color, shape', dict(hue=t['color'], shape=t['shape']), 1, .01, kd(), check=False)
-    refused(r'2 column\(s\) of labels for 3 heads', t | dict(size=nn.Linear(6, 1)), 1, .01, kd())
-    refused('loss= with several heads', t, 1, .01, loss=lambda s, t, y: 0.)
-    refused("The head 'color': give each head a teacher that runs, or a cache", dict(color=TargetFeed(), shape=t['shape']), 1, .01)
+        with pytest.raises(DistillError, match=says):
+            of.distill(*args, **kwargs)
+
+    refused(
+        'recipe= has size, the heads with a teacher are color, shape', t, 1, 0.01, dict(size=kd())
+    )
+    refused(
+        'say differently how much the labels count',
+        t,
+        1,
+        0.01,
+        dict(color=kd(alpha=0.9), shape=kd(alpha=0.5)),
+    )
+    refused(
+        'the student returns color, shape',
+        dict(hue=t['color'], shape=t['shape']),
+        1,
+        0.01,
+        kd(),
+        check=False,
+    )
+    refused(r'2 column\(s\) of labels for 3 heads', t | dict(size=nn.Linear(6, 1)), 1, 0.01, kd())
+    refused('loss= with several heads', t, 1, 0.01, loss=lambda s, t, y: 0.0)
+    refused(
+        "The head 'color': give each head a teacher that runs, or a cache",
+        dict(color=TargetFeed(), shape=t['shape']),
+        1,
+        0.01,
+    )
     numbers = learner(False, COLOR, SIZE)
-    refused("labels of the head 'shape' are not class numbers: pass kind={'shape': 'regression'}", t, 1, .01, kd(), of=numbers)
-    for k in ('unlabeled', 'perturbed'): refused(f'{k}= with several heads: they learn from batches with labels alone', t, 1, .01, **{k: 3})
-    refused("output= with several heads: each head's output is the one of its name", t, 1, .01, output='color')
-    with pytest.raises(DistillError, match='No head has a teacher'): KD(dict(color=None))
+    refused(
+        "labels of the head 'shape' are not class numbers: pass kind={'shape': 'regression'}",
+        t,
+        1,
+        0.01,
+        kd(),
+        of=numbers,
+    )
+    for k in ('unlabeled', 'perturbed'):
+        refused(
+            f'{k}= with several heads: they learn from batches with labels alone',
+            t,
+            1,
+            0.01,
+            **{k: 3},
+        )
+    refused(
+        "output= with several heads: each head's output is the one of its name",
+        t,
+        1,
+        0.01,
+        output='color',
+    )
+    with pytest.raises(DistillError, match='No head has a teacher'):
+        KD(dict(color=None))
 
 
 def test_where_one_teacher_is_needed_a_dict_of_heads_is_refused():
-    learn,t = learner(),teachers()
-    for where,call in {'to compare': lambda: compare(dict(teacher=t, student=learn)), 'to distill_many': lambda: distill_many([learn], t, 1),
-                       'to distill_find': lambda: learn.distill_find(t, 1), 'here': lambda: learn.show_features(t),
-                       'to compare_recipes': lambda: compare_recipes(learner, t, n_epoch=1), 'here.': lambda: DistillInterpretation.from_learner(learn, t)}.items():
-        with pytest.raises(DistillError, match=f'A dict has a teacher for each head of a student, .* Give one teacher {where}'): call()
-    with pytest.raises(DistillError, match='A dict has a cache for each head'): verify_cache(t, t, learn.dls)
+    learn, t = learner(), teachers()
+    for where, call in {
+        'to compare': lambda: compare(dict(teacher=t, student=learn)),
+        'to distill_many': lambda: distill_many([learn], t, 1),
+        'to distill_find': lambda: learn.distill_find(t, 1),
+        'here': lambda: learn.show_features(t),
+        'to compare_recipes': lambda: compare_recipes(learner, t, n_epoch=1),
+        'here.': lambda: DistillInterpretation.from_learner(learn, t),
+    }.items():
+        with pytest.raises(
+            DistillError,
+            match=f'A dict has a teacher for each head of a student, .* Give one teacher {where}',
+        ):
+            call()
+    with pytest.raises(DistillError, match='A dict has a cache for each head'):
+        verify_cache(t, t, learn.dls)
 
 
 def test_check_teacher_and_explain_look_at_each_head():
-    learn,t = learner(),teachers()
-    found = learn.check_teacher(dict(color=t['color'], shape=lambda x: t['shape'](x)[:, [1, 0, 2, 3]]))
-    assert not found['color'].errors and 'class 0 and class 1 are swapped' in found['shape'].errors[0].what
-    distillation = learn.distill(t, 3, .01, kd(T=2.))
+    learn, t = learner(), teachers()
+    found = learn.check_teacher(
+        dict(color=t['color'], shape=lambda x: t['shape'](x)[:, [1, 0, 2, 3]])
+    )
+    assert (
+        not found['color'].errors
+        and 'class 0 and class 1 are swapped' in found['shape'].errors[0].what
+    )
+    distillation = learn.distill(t, 3, 0.01, kd(T=2.0))
     why = learn.explain(t, distillation)
-    x,c,h = [torch.stack(o) for o in zip(*learn.dls.valid_ds)]
-    with torch.no_grad(): s = learn.model.eval()(x)
-    for k,y in dict(color=c, shape=h).items():
+    x, c, h = [torch.stack(o) for o in zip(*learn.dls.valid_ds)]
+    with torch.no_grad():
+        s = learn.model.eval()(x)
+    for k, y in dict(color=c, shape=h).items():
         right = lambda o, y=y: (o.argmax(1) == y).float().mean().item()
-        assert why[k].facts.teacher_score == pytest.approx(right(t[k](x))) and why[k].facts.student_score == pytest.approx(right(s[k]))
+        assert why[k].facts.teacher_score == pytest.approx(right(t[k](x))) and why[
+            k
+        ].facts.student_score == pytest.approx(right(s[k]))
         assert why[k].facts.shares.keys() == {'task', 'kd'} and why[k].facts.steps == 12
-    with pytest.raises(DistillError, match="The head 'color' has stored outputs"): learn.explain(dict(color=TargetFeed(), shape=t['shape']))
+    with pytest.raises(DistillError, match="The head 'color' has stored outputs"):
+        learn.explain(dict(color=TargetFeed(), shape=t['shape']))
 
 
 def test_a_head_of_numbers():
     torch.manual_seed(0)
+
     class TwoKinds(Net):
-        def __init__(self): super().__init__(); self.shape = nn.Linear(8, 1)
+        def __init__(self):
+            super().__init__()
+            self.shape = nn.Linear(8, 1)
+
     items = list(zip(X, COLOR, SIZE))
     dls = DataLoaders.from_dsets(items[:64], items[64:], bs=16)
     dls.n_inp = 1
     mixed = lambda p, c, z: F.cross_entropy(p['color'], c) + F.mse_loss(p['shape'], z)
-    learn,t,first = Learner(dls, TwoKinds(), loss_func=mixed),teachers()['color'],First()
+    learn, t, first = Learner(dls, TwoKinds(), loss_func=mixed), teachers()['color'], First()
     size = nn.Linear(6, 1)
-    learn.distill(dict(color=t, shape=size), 1, .01, kd(T=1., alpha=.5), kind=dict(shape='regression'), cbs=first, check=False)
-    loss,x,(c,z),net = first.seen
+    learn.distill(
+        dict(color=t, shape=size),
+        1,
+        0.01,
+        kd(T=1.0, alpha=0.5),
+        kind=dict(shape='regression'),
+        cbs=first,
+        check=False,
+    )
+    loss, x, (c, z), net = first.seen
     s = net(x)
-    want = .5*mixed(s, c, z) + .5*losses.kl(s['color'], t(x), T=1.) + .5*F.mse_loss(s['shape'], size(x))
+    want = (
+        0.5 * mixed(s, c, z)
+        + 0.5 * losses.kl(s['color'], t(x), T=1.0)
+        + 0.5 * F.mse_loss(s['shape'], size(x))
+    )
     assert loss == pytest.approx(want.item(), rel=1e-4)
 
 
 def test_lr_find_save_and_export(tmp_path):
-    learn,t = learner(),teachers()
-    learn.path,learn.dls = tmp_path,named_dls()
+    learn, t = learner(), teachers()
+    learn.path, learn.dls = tmp_path, named_dls()
     learn.add_cb(KD(t, kd()))
     learn.lr_find(num_it=10, show_plot=False)
-    learn.fit(1, .01)
+    learn.fit(1, 0.01)
     learn.save('a')
     learn.validate()
     learn.export('e.pkl')
-    assert isinstance(load_learner(tmp_path/'e.pkl').model, Net) and learn.knowledge_distillation is not None
+    assert (
+        isinstance(load_learner(tmp_path / 'e.pkl').model, Net)
+        and learn.knowledge_distillation is not None
+    )
 
 
 # stored outputs
 
+
 class Noise(RandTransform):
     "Another input in each epoch"
-    def __init__(self): super().__init__(p=1.)
-    def encodes(self, x:torch.Tensor): return x + .5*torch.randn(x.shape) if x.dim() == 1 and x.is_floating_point() else x
+
+    def __init__(self):
+        super().__init__(p=1.0)
+
+    def encodes(self, x: torch.Tensor):
+        return x + 0.5 * torch.randn(x.shape) if x.dim() == 1 and x.is_floating_point() else x
+
 
 def noisy_dls():
     set_seed(3)
-    block = DataBlock((TransformBlock(item_tfms=Noise()), CategoryBlock(vocab=colors, sort=False), CategoryBlock(vocab=shapes, sort=False)), n_inp=1,
-                      getters=[row, color_of, shape_of], splitter=IndexSplitter(list(range(64, 96))))
+    block = DataBlock(
+        (
+            TransformBlock(item_tfms=Noise()),
+            CategoryBlock(vocab=colors, sort=False),
+            CategoryBlock(vocab=shapes, sort=False),
+        ),
+        n_inp=1,
+        getters=[row, color_of, shape_of],
+        splitter=IndexSplitter(list(range(64, 96))),
+    )
     return block.dataloaders(list(range(96)), bs=16, num_workers=0)
 
-def seeded_dls(): set_seed(3); return named_dls()
+
+def seeded_dls():
+    set_seed(3)
+    return named_dls()
+
 
 def quiet_learner(dls):
     learn = learner()
     learn.remove_cbs([ProgressCallback])
-    learn.dls,learn.logger = dls,lambda _: None
+    learn.dls, learn.logger = dls, lambda _: None
     return learn
+
 
 def trained(source, dls, n_epoch=3, recipe=None, cbs=None):
     "The Learner after several steps, and its weights"
     learn = quiet_learner(dls)
     set_seed(5)
-    with learn.no_bar(): learn.distill(source, n_epoch, .01, recipe or kd(T=2.), cbs=cbs)
-    return learn,torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+    with learn.no_bar():
+        learn.distill(source, n_epoch, 0.01, recipe or kd(T=2.0), cbs=cbs)
+    return learn, torch.cat([p.detach().flatten() for p in learn.model.parameters()])
 
 
 def test_stored_and_live_heads_end_with_the_same_weights(tmp_path):
     t = teachers()
     stored = cache_teacher(t, named_dls(), tmp_path, views=0, dtype='float32', valid=True)
-    (a,live),(b,old) = trained(t, seeded_dls()),trained(stored, seeded_dls())
+    (a, live), (b, old) = trained(t, seeded_dls()), trained(stored, seeded_dls())
     torch.testing.assert_close(old, live, rtol=1e-5, atol=1e-6)
     assert a.recorder.metric_names == b.recorder.metric_names
-    torch.testing.assert_close(torch.tensor(a.recorder.values[-1]), torch.tensor(b.recorder.values[-1]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.tensor(a.recorder.values[-1]),
+        torch.tensor(b.recorder.values[-1]),
+        rtol=1e-4,
+        atol=1e-5,
+    )
     assert (live - trained(dict(color=t['color'], shape=None), seeded_dls())[1]).abs().max() > 1e-3
 
 
 def test_stored_heads_of_a_plain_list_whose_inputs_were_counted_by_the_user(tmp_path):
     t = teachers()
     stored = cache_teacher(t, learner().dls, tmp_path, dtype='float32', valid=True)
-    torch.testing.assert_close(trained(stored, learner().dls)[1], trained(t, learner().dls)[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        trained(stored, learner().dls)[1], trained(t, learner().dls)[1], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_stored_heads_replay_the_views_that_their_teachers_saw(tmp_path):
-    t,seen = teachers(),[]
+    t, seen = teachers(), []
     stored = cache_teacher(t, noisy_dls(), tmp_path, views=2, dtype='float32')
+
     class Follow(Callback):
         order = 6
+
         def after_loss(self):
-            if not self.training: return
+            if not self.training:
+                return
             heads = self.learn.knowledge_distillation.distiller.heads
-            for k,m in t.items(): torch.testing.assert_close(heads[k].teacher.outputs().logits, m(self.x).detach())
+            for k, m in t.items():
+                torch.testing.assert_close(heads[k].teacher.outputs().logits, m(self.x).detach())
             seen.append(self.x.clone())
+
     both_stored = trained(stored, noisy_dls(), cbs=Follow())
-    assert len(seen) == 12 and not torch.equal(torch.cat(seen[:4]).sort(0).values, torch.cat(seen[4:8]).sort(0).values)
+    assert len(seen) == 12 and not torch.equal(
+        torch.cat(seen[:4]).sort(0).values, torch.cat(seen[4:8]).sort(0).values
+    )
     # a head whose teacher runs, beside a stored one
-    for k in t: torch.testing.assert_close(both_stored[1], trained({**stored, k: t[k]}, noisy_dls())[1], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(both_stored[1], trained({k: tmp_path/k for k in t}, noisy_dls())[1])      # folders
-    assert 'do_item' not in vars(both_stored[0].dls.train) and not [c for c in both_stored[0].cbs if type(c).__name__ in ('Epochs', 'TeacherTargets')]
+    for k in t:
+        torch.testing.assert_close(
+            both_stored[1], trained({**stored, k: t[k]}, noisy_dls())[1], rtol=1e-5, atol=1e-6
+        )
+    torch.testing.assert_close(
+        both_stored[1], trained({k: tmp_path / k for k in t}, noisy_dls())[1]
+    )  # folders
+    assert 'do_item' not in vars(both_stored[0].dls.train) and not [
+        c for c in both_stored[0].cbs if type(c).__name__ in ('Epochs', 'TeacherTargets')
+    ]
 
 
 def test_a_second_fit_continues_with_the_next_view(tmp_path):
-    stored,seen = cache_teacher(teachers(), noisy_dls(), tmp_path, views=2, check=False),[]
+    stored, seen = cache_teacher(teachers(), noisy_dls(), tmp_path, views=2, check=False), []
+
     class See(Callback):
         def after_loss(self):
-            if self.training: seen.append(self.x.clone())
+            if self.training:
+                seen.append(self.x.clone())
+
     learn = quiet_learner(noisy_dls())
     with learn.no_bar():
-        for _ in range(4): learn.distill(stored, 1, .01, kd(T=2.), cbs=See())
-    epochs = [torch.cat(seen[i:i+4]).sum(1) for i in range(0, 16, 4)]
-    both_views = [torch.cat(epochs[i:i+2]).sort().values for i in (0, 2)]
+        for _ in range(4):
+            learn.distill(stored, 1, 0.01, kd(T=2.0), cbs=See())
+    epochs = [torch.cat(seen[i : i + 4]).sum(1) for i in range(0, 16, 4)]
+    both_views = [torch.cat(epochs[i : i + 2]).sort().values for i in (0, 2)]
     torch.testing.assert_close(*both_views)
-    assert both_views[0].diff().min() > 0 # no sample showed a view twice
+    assert both_views[0].diff().min() > 0  # no sample showed a view twice
 
 
 def test_without_a_stored_validation_set_the_live_heads_have_columns(tmp_path):
     t = teachers()
     stored = cache_teacher(t, named_dls(), tmp_path, views=0)
-    learn,_ = trained(dict(color=stored['color'], shape=t['shape']), seeded_dls())
+    learn, _ = trained(dict(color=stored['color'], shape=t['shape']), seeded_dls())
     row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
     assert row['color_kd_loss'] is None and row['shape_kd_loss'] > 0 and row['valid_loss'] > 0
 
@@ -337,50 +588,85 @@ def test_without_a_stored_validation_set_the_live_heads_have_columns(tmp_path):
 def test_a_recipe_is_chosen_for_stored_heads_and_without_a_check(tmp_path, capsys):
     t = teachers()
     stored = cache_teacher(t, named_dls(), tmp_path, views=0)
-    for source,options in ((stored, {}), (t, dict(check=False))):
+    for source, options in ((stored, {}), (t, dict(check=False))):
         learn = quiet_learner(seeded_dls())
         capsys.readouterr()
-        with learn.no_bar(): learn.distill(source, 1, .01, **options)
+        with learn.no_bar():
+            learn.distill(source, 1, 0.01, **options)
         out = capsys.readouterr().out
-        assert 'color: recipe labels + dist' in out and 'shape: recipe labels + dist' in out and 'color_dist 75%' in out
+        assert (
+            'color: recipe labels + dist' in out
+            and 'shape: recipe labels + dist' in out
+            and 'color_dist 75%' in out
+        )
 
 
 def test_stored_heads_of_classes_in_another_order_are_mapped_by_name(tmp_path):
-    t,other = teachers(),['star', 'disc', 'ring', 'cross']
+    t, other = teachers(), ['star', 'disc', 'ring', 'cross']
     order = [shapes.index(c) for c in other]
     shape = nn.Linear(6, 4)
-    with torch.no_grad(): shape.weight.copy_(t['shape'].weight[order]), shape.bias.copy_(t['shape'].bias[order])
-    theirs = Learner(DataBlock((TransformBlock, CategoryBlock(vocab=other, sort=False)), getters=[row, lambda i: other[0]]).dataloaders(
-        list(range(96)), bs=16), shape, loss_func=nn.CrossEntropyLoss())
-    a = cache_teacher(dict(color=t['color'], shape=theirs), named_dls(), tmp_path/'a', views=0, dtype='float32')
+    with torch.no_grad():
+        shape.weight.copy_(t['shape'].weight[order]), shape.bias.copy_(t['shape'].bias[order])
+    theirs = Learner(
+        DataBlock(
+            (TransformBlock, CategoryBlock(vocab=other, sort=False)),
+            getters=[row, lambda i: other[0]],
+        ).dataloaders(list(range(96)), bs=16),
+        shape,
+        loss_func=nn.CrossEntropyLoss(),
+    )
+    a = cache_teacher(
+        dict(color=t['color'], shape=theirs), named_dls(), tmp_path / 'a', views=0, dtype='float32'
+    )
     assert a['shape'].manifest.vocab == other and a['color'].manifest.vocab == colors
-    torch.testing.assert_close(trained(a, seeded_dls())[1], trained(t, seeded_dls())[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        trained(a, seeded_dls())[1], trained(t, seeded_dls())[1], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_mistakes_with_stored_heads_are_named(tmp_path):
-    t,dls = teachers(),noisy_dls()
-    two,three = (cache_teacher(t, dls, tmp_path/str(n), views=n) for n in (2, 3))
+    t, dls = teachers(), noisy_dls()
+    two, three = (cache_teacher(t, dls, tmp_path / str(n), views=n) for n in (2, 3))
+
     def refused(says, source, **kwargs):
-        with pytest.raises(DistillError, match=says): quiet_learner(noisy_dls()).distill(source, 1, .01, kd(), **kwargs)
-    refused(r'other views of the samples \(color: 2 view\(s\), seed 0; shape: 3 view\(s\), seed 0\)', dict(color=two['color'], shape=three['shape']))
-    seed1 = cache_teacher(t, dls, tmp_path/'seed', views=2, seed=1)
+        with pytest.raises(DistillError, match=says):
+            quiet_learner(noisy_dls()).distill(source, 1, 0.01, kd(), **kwargs)
+
+    refused(
+        r'other views of the samples \(color: 2 view\(s\), seed 0; shape: 3 view\(s\), seed 0\)',
+        dict(color=two['color'], shape=three['shape']),
+    )
+    seed1 = cache_teacher(t, dls, tmp_path / 'seed', views=2, seed=1)
     refused('shape: 2 view.s., seed 1', dict(color=two['color'], shape=seed1['shape']))
-    refused('does not have the class.es. red, green, blue: it has disc', dict(color=two['shape'], shape=two['color']))
-    refused('loss= with several heads', two, loss=lambda s, t, y: 0.)
-    with pytest.raises(DistillError, match=r'shape: Mistakes [\s\S]*The teacher has the classes in another order'):
-        cache_teacher(dict(color=t['color'], shape=lambda x: t['shape'](x)[:, [1, 0, 2, 3]]), dls, tmp_path/'bad')
-    with pytest.raises(DistillError, match=r'2 column\(s\) of labels for 3 heads'): cache_teacher(t | dict(size=nn.Linear(6, 1)), dls, tmp_path/'bad3')
-    with pytest.raises(DistillError, match='unlabeled= with several heads'): cache_teacher(t, dls, tmp_path/'more', unlabeled=[1, 2])
+    refused(
+        'does not have the class.es. red, green, blue: it has disc',
+        dict(color=two['shape'], shape=two['color']),
+    )
+    refused('loss= with several heads', two, loss=lambda s, t, y: 0.0)
+    with pytest.raises(
+        DistillError, match=r'shape: Mistakes [\s\S]*The teacher has the classes in another order'
+    ):
+        cache_teacher(
+            dict(color=t['color'], shape=lambda x: t['shape'](x)[:, [1, 0, 2, 3]]),
+            dls,
+            tmp_path / 'bad',
+        )
+    with pytest.raises(DistillError, match=r'2 column\(s\) of labels for 3 heads'):
+        cache_teacher(t | dict(size=nn.Linear(6, 1)), dls, tmp_path / 'bad3')
+    with pytest.raises(DistillError, match='unlabeled= with several heads'):
+        cache_teacher(t, dls, tmp_path / 'more', unlabeled=[1, 2])
 
 
 def test_lr_find_save_and_export_with_stored_heads(tmp_path):
     learn = quiet_learner(named_dls())
     learn.path = tmp_path
-    learn.add_cb(KD(cache_teacher(teachers(), named_dls(), tmp_path/'c', views=0, valid=True), kd()))
+    learn.add_cb(
+        KD(cache_teacher(teachers(), named_dls(), tmp_path / 'c', views=0, valid=True), kd())
+    )
     with learn.no_bar():
         learn.lr_find(num_it=10, show_plot=False)
-        learn.fit(1, .01)
+        learn.fit(1, 0.01)
         learn.save('a')
         learn.validate()
     learn.export('e.pkl')
-    assert isinstance(load_learner(tmp_path/'e.pkl').model, Net)
+    assert isinstance(load_learner(tmp_path / 'e.pkl').model, Net)

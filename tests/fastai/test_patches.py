@@ -1,9 +1,10 @@
 "What importing fastdistill.fastai changes: in fastai what the table in `fastai/patches.py` names, in the user's scope nothing that is in use."
+
 import builtins, copy, pickle, re, subprocess, sys
 from functools import partial
 import numpy as np
 import pytest, torch
-import apps # before the rest of fastai: it keeps its warnings quiet
+import apps  # before the rest of fastai: it keeps its warnings quiet
 from fastai.basics import L, defaults
 from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, TransformBlock
 from fastai.learner import Learner
@@ -16,7 +17,10 @@ from fastdistill.fastai.targets import TeacherTargets
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in apps.FASTAI_WARNINGS]
 
-TABLE = {name: when for name,when in re.findall(r'^\| `([\w.]+)` \|.*\| ([\w ]+) \|$', patches.__doc__, re.M)}
+TABLE = {
+    name: when
+    for name, when in re.findall(r'^\| `([\w.]+)` \|.*\| ([\w ]+) \|$', patches.__doc__, re.M)
+}
 
 # all that fastai, fastcore and fasttransform hold in their modules, classes and defaults, before and after each step
 SNAPSHOT = """
@@ -55,18 +59,25 @@ print(repr((steps, same, callbacks() == cbs)))
 def test_importing_changes_what_the_table_names_and_nothing_else():
     out = subprocess.run([sys.executable, '-c', SNAPSHOT], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
-    steps,same,same_callbacks = eval(out.stdout.splitlines()[-1])
+    steps, same, same_callbacks = eval(out.stdout.splitlines()[-1])
     assert [*map(len, steps)] == [8, 5, 4]
-    for names,step in zip(steps, ('import', 'first target', 'first callback')): assert names == sorted(n for n,when in TABLE.items() if when == step)
-    assert same and same_callbacks, 'random states, warning filters and the callbacks of a new Learner are as before'
+    for names, step in zip(steps, ('import', 'first target', 'first callback')):
+        assert names == sorted(n for n, when in TABLE.items() if when == step)
+    assert same and same_callbacks, (
+        'random states, warning filters and the callbacks of a new Learner are as before'
+    )
 
 
-CUSTOMARY = set("""F T Path ab at cc cfg cwd data device dist fsp hint kl layers logger losses metrics model models nn np nst optim pairwise pd pkt
-    pl plt schedule sp student t teacher torch tqdm transforms tv utils vid""".split()) # aliases and variables of other people's scripts
+CUSTOMARY = set(
+    """F T Path ab at cc cfg cwd data device dist fsp hint kl layers logger losses metrics model models nn np nst optim pairwise pd pkt
+    pl plt schedule sp student t teacher torch tqdm transforms tv utils vid""".split()
+)  # aliases and variables of other people's scripts
+
 
 def test_a_star_import_shadows_nothing_that_people_have_in_scope():
-    space,ours = {},{}
-    for m in ('vision.all', 'text.all', 'tabular.all', 'collab'): exec(f'from fastai.{m} import *', space)
+    space, ours = {}, {}
+    for m in ('vision.all', 'text.all', 'tabular.all', 'collab'):
+        exec(f'from fastai.{m} import *', space)
     exec('from fastdistill.fastai import *', ours)
     ours.pop('__builtins__')
     assert set(ours) == set(fastdistill.fastai.__all__)
@@ -74,8 +85,13 @@ def test_a_star_import_shadows_nothing_that_people_have_in_scope():
 
 
 def test_what_the_star_does_not_bring_is_one_word_away():
-    assert {'at', 'dist', 'sp', 'cc', 'cwd'} <= set(dir(fastdistill.fastai.recipes)) == set(recipes.__all__)
+    assert (
+        {'at', 'dist', 'sp', 'cc', 'cwd'}
+        <= set(dir(fastdistill.fastai.recipes))
+        == set(recipes.__all__)
+    )
     from fastdistill.fastai import at, losses
+
     assert at is recipes.at and losses is fastdistill.losses
     assert all(getattr(fastdistill.fastai, n) is getattr(recipes, n) for n in recipes.__all__)
 
@@ -88,9 +104,12 @@ from fastai.basics import Datasets, defaults
 print(hasattr(Datasets.decode, '_knows_teacher'), [c.__name__ for c in defaults.callbacks].count('TeacherTargets'), target(1.))
 """
 
+
 def test_an_unpickled_target_is_a_first_target_too():
     target = pickle.dumps(TeacherBlock().type_tfms[0])
-    out = subprocess.run([sys.executable, '-c', UNPICKLE, target.hex()], capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, '-c', UNPICKLE, target.hex()], capture_output=True, text=True
+    )
     assert out.stdout.strip() == 'True 1 TeacherTarget(1.)', out.stderr
 
 
@@ -98,16 +117,32 @@ def test_an_unpickled_target_is_a_first_target_too():
 
 ROWS = np.random.default_rng(0).normal(size=(16, 3)).astype('f4')
 
-def number(i): return torch.full((4,), float(i))
-def label(i): return 'abc'[i % 3]
-def row(i): return ROWS[i]
+
+def number(i):
+    return torch.full((4,), float(i))
+
+
+def label(i):
+    return 'abc'[i % 3]
+
+
+def row(i):
+    return ROWS[i]
+
 
 def data(*more):
     get_y = [label, row] if more else label
-    block = DataBlock((TransformBlock, CategoryBlock, *more), get_x=number, get_y=get_y, splitter=IndexSplitter(range(12, 16)))
+    block = DataBlock(
+        (TransformBlock, CategoryBlock, *more),
+        get_x=number,
+        get_y=get_y,
+        splitter=IndexSplitter(range(12, 16)),
+    )
     return block.dataloaders(range(16), bs=4, num_workers=0)
 
-def names(learn): return [c.name for c in learn.cbs]
+
+def names(learn):
+    return [c.name for c in learn.cbs]
 
 
 def test_a_learner_without_teacher_targets_gets_no_callback():
@@ -123,30 +158,48 @@ def test_a_learner_whose_data_get_targets_later_works_with_the_callback():
     learn = Learner(data(), nn.Linear(4, 3))
     learn.dls = data(TeacherBlock)
     before = names(learn)
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=KnowledgeDistillation())
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, cbs=KnowledgeDistillation())
     assert learn.recorder.metric_names[4] == 'dist_loss' and learn.recorder.values[0][3] > 0
     assert names(learn) == before
 
 
 # blocks
 
-class Three(DataBlock): blocks = TransformBlock,CategoryBlock,TeacherBlock
 
-@pytest.mark.parametrize('make', [
-    lambda: DataBlock((TransformBlock, CategoryBlock, TeacherBlock)), lambda: DataBlock([TransformBlock, CategoryBlock, TeacherBlock()]),
-    lambda: DataBlock(L(TransformBlock, CategoryBlock, TeacherBlock)), lambda: DataBlock((TransformBlock, CategoryBlock, TeacherBlock), None, None, None),
-    lambda: DataBlock((TransformBlock, CategoryBlock, partial(TeacherBlock, n_out=3))), Three], ids=range(6))
-def test_a_teacher_block_is_no_input_however_it_is_given(make): assert make().n_inp == 1
+class Three(DataBlock):
+    blocks = TransformBlock, CategoryBlock, TeacherBlock
+
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: DataBlock((TransformBlock, CategoryBlock, TeacherBlock)),
+        lambda: DataBlock([TransformBlock, CategoryBlock, TeacherBlock()]),
+        lambda: DataBlock(L(TransformBlock, CategoryBlock, TeacherBlock)),
+        lambda: DataBlock((TransformBlock, CategoryBlock, TeacherBlock), None, None, None),
+        lambda: DataBlock((TransformBlock, CategoryBlock, partial(TeacherBlock, n_out=3))),
+        Three,
+    ],
+    ids=range(6),
+)
+def test_a_teacher_block_is_no_input_however_it_is_given(make):
+    assert make().n_inp == 1
 
 
 def test_a_data_block_without_a_teacher_is_as_before():
     init = DataBlock.__init__.__wrapped__
-    assert DataBlock((TransformBlock,)*3).n_inp == 2 and DataBlock().n_inp == 1 and DataBlock(TransformBlock).n_inp == 1
+    assert (
+        DataBlock((TransformBlock,) * 3).n_inp == 2
+        and DataBlock().n_inp == 1
+        and DataBlock(TransformBlock).n_inp == 1
+    )
     assert DataBlock(b for b in (TransformBlock, TransformBlock, CategoryBlock)).n_inp == 2
     assert DataBlock((TransformBlock, CategoryBlock, TeacherBlock), n_inp=2).n_inp == 2
     for wrong in (dict(foo=3), dict(blocks=[TransformBlock], get_x=[1, 2])):
         errors = []
         for make in (DataBlock, lambda **kw: init(DataBlock.__new__(DataBlock), **kw)):
-            with pytest.raises((TypeError, ValueError)) as e: make(**wrong)
+            with pytest.raises((TypeError, ValueError)) as e:
+                make(**wrong)
             errors.append(str(e.value))
         assert errors[0] == errors[1]

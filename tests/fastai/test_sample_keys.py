@@ -1,173 +1,271 @@
 "What names a sample of fastai's data: not its label, not unused columns, not where the folder lies."
+
 import random, shutil
 import numpy as np
 import pandas as pd
 import pytest, torch
-import apps # before the rest of fastai: it keeps its warnings quiet
+import apps  # before the rest of fastai: it keeps its warnings quiet
 from fastai.basics import noop
 from fastai.data.block import CategoryBlock, DataBlock
-from fastai.data.transforms import ColReader, IndexSplitter, ItemGetter, get_image_files, parent_label
+from fastai.data.transforms import (
+    ColReader,
+    IndexSplitter,
+    ItemGetter,
+    get_image_files,
+    parent_label,
+)
 from fastai.learner import Learner
-from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
+from fastai.tabular.all import (
+    Categorify,
+    FillMissing,
+    Normalize,
+    TabularDataLoaders,
+    tabular_learner,
+)
 from fastai.vision.all import FlipItem, ImageBlock, Resize
 from PIL import Image
 from torch import nn
 from fastdistill.fastai import DistillError, KnowledgeDistillation, TeacherCache, cache_teacher
 from fastdistill.fastai.sample_keys import item_keys, key_root, paths_in
 
-pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS, 'ignore:__array__ implementation:DeprecationWarning')
+pytestmark = pytest.mark.filterwarnings(
+    *apps.FASTAI_WARNINGS, 'ignore:__array__ implementation:DeprecationWarning'
+)
 
 
 class Flat(nn.Module):
     def __init__(self, seed=0):
         super().__init__()
         torch.manual_seed(seed)
-        self.l = nn.Linear(8*8*3, 2)
-    def forward(self, x): return self.l(x.flatten(1))
+        self.l = nn.Linear(8 * 8 * 3, 2)
+
+    def forward(self, x):
+        return self.l(x.flatten(1))
 
 
 @pytest.fixture
 def folder(tmp_path):
     g = np.random.default_rng(0)
     for i in range(24):
-        p = tmp_path/'data'/'ab'[i % 2]/f'{i:02}.png'
+        p = tmp_path / 'data' / 'ab'[i % 2] / f'{i:02}.png'
         p.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(g.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(p)
-    return tmp_path/'data'
+    return tmp_path / 'data'
 
 
 def images(folder, keep=lambda p: True, **kwargs):
     "As people write it: the folder is the source, and the DataLoaders' own path stays '.'"
-    block = DataBlock((ImageBlock, CategoryBlock(vocab=['a', 'b'])), get_items=lambda f: sorted(get_image_files(f).filter(keep)), get_y=parent_label,
-                      splitter=IndexSplitter(range(4)), item_tfms=[Resize(8), FlipItem()])
+    block = DataBlock(
+        (ImageBlock, CategoryBlock(vocab=['a', 'b'])),
+        get_items=lambda f: sorted(get_image_files(f).filter(keep)),
+        get_y=parent_label,
+        splitter=IndexSplitter(range(4)),
+        item_tfms=[Resize(8), FlipItem()],
+    )
     return block.dataloaders(folder, bs=4, num_workers=0, **kwargs)
 
 
 def quiet(learn, source):
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=KnowledgeDistillation(source))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, cbs=KnowledgeDistillation(source))
 
 
-def write(dls, path, **kwargs): return cache_teacher(Flat().eval(), dls, path, check=False, **kwargs)
+def write(dls, path, **kwargs):
+    return cache_teacher(Flat().eval(), dls, path, check=False, **kwargs)
 
 
 def test_a_cache_fits_after_its_folder_of_images_was_moved(folder, tmp_path):
-    write(images(folder), tmp_path/'c')
+    write(images(folder), tmp_path / 'c')
     assert str(images(folder).path) == '.'
-    shutil.move(folder, tmp_path/'elsewhere'/'pictures')
-    quiet(Learner(images(tmp_path/'elsewhere'/'pictures'), Flat(1)), tmp_path/'c')
+    shutil.move(folder, tmp_path / 'elsewhere' / 'pictures')
+    quiet(Learner(images(tmp_path / 'elsewhere' / 'pictures'), Flat(1)), tmp_path / 'c')
 
 
-def test_a_cache_fits_images_whose_paths_were_relative_when_it_was_written_or_are_now(folder, tmp_path, monkeypatch):
+def test_a_cache_fits_images_whose_paths_were_relative_when_it_was_written_or_are_now(
+    folder, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    write(images('data'), tmp_path/'c')
-    shutil.move(folder, tmp_path/'pictures')
-    for f in ('pictures', tmp_path/'pictures'): quiet(Learner(images(f), Flat(1)), tmp_path/'c')
-    write(images(tmp_path/'pictures'), tmp_path/'d')
-    quiet(Learner(images('pictures'), Flat(1)), tmp_path/'d')
+    write(images('data'), tmp_path / 'c')
+    shutil.move(folder, tmp_path / 'pictures')
+    for f in ('pictures', tmp_path / 'pictures'):
+        quiet(Learner(images(f), Flat(1)), tmp_path / 'c')
+    write(images(tmp_path / 'pictures'), tmp_path / 'd')
+    quiet(Learner(images('pictures'), Flat(1)), tmp_path / 'd')
 
 
 def named_by_texts(folder, form, keep=lambda p: True, **kwargs):
     "Items that are not Path objects, as people read them from a csv"
-    get_x,get_y = (noop, parent_label) if form is str else (ItemGetter(0), ItemGetter(1))
-    block = DataBlock((ImageBlock, CategoryBlock(vocab=['a', 'b'])), get_items=lambda f: [form(p) for p in sorted(get_image_files(f).filter(keep))],
-                      get_x=get_x, get_y=get_y, splitter=IndexSplitter(range(4)), item_tfms=Resize(8))
+    get_x, get_y = (noop, parent_label) if form is str else (ItemGetter(0), ItemGetter(1))
+    block = DataBlock(
+        (ImageBlock, CategoryBlock(vocab=['a', 'b'])),
+        get_items=lambda f: [form(p) for p in sorted(get_image_files(f).filter(keep))],
+        get_x=get_x,
+        get_y=get_y,
+        splitter=IndexSplitter(range(4)),
+        item_tfms=Resize(8),
+    )
     return block.dataloaders(folder, bs=4, num_workers=0, **kwargs)
 
 
 @pytest.mark.parametrize('form', [str, lambda p: (str(p), p.parent.name)], ids=['text', 'tuple'])
-def test_a_cache_of_images_that_texts_name_fits_after_their_folder_was_moved(folder, tmp_path, monkeypatch, form):
-    cache = write(named_by_texts(folder, form), tmp_path/'c')
-    new = shutil.move(folder, tmp_path/'elsewhere'/'pictures')
-    quiet(Learner(named_by_texts(new, form), Flat(1)), tmp_path/'c')
+def test_a_cache_of_images_that_texts_name_fits_after_their_folder_was_moved(
+    folder, tmp_path, monkeypatch, form
+):
+    cache = write(named_by_texts(folder, form), tmp_path / 'c')
+    new = shutil.move(folder, tmp_path / 'elsewhere' / 'pictures')
+    quiet(Learner(named_by_texts(new, form), Flat(1)), tmp_path / 'c')
     quiet(Learner(named_by_texts(new, form, path=new), Flat(1)), cache)
-    quiet(Learner(named_by_texts(new, form, keep=lambda p: p.parent.name == 'b'), Flat(1)), cache)        # a part of them
+    quiet(
+        Learner(named_by_texts(new, form, keep=lambda p: p.parent.name == 'b'), Flat(1)), cache
+    )  # a part of them
     monkeypatch.chdir(new.parent)
     quiet(Learner(named_by_texts('pictures', form), Flat(1)), cache)
-    shutil.move(new/'a', new/'c')
-    with pytest.raises(DistillError, match='samples have no row'): quiet(Learner(named_by_texts(new, form), Flat(1)), cache)
+    shutil.move(new / 'a', new / 'c')
+    with pytest.raises(DistillError, match='samples have no row'):
+        quiet(Learner(named_by_texts(new, form), Flat(1)), cache)
 
 
 def test_a_text_that_is_no_file_stays_a_samples_whole_name():
-    class Loader: dataset = ['a/b', 'a/c']
+    class Loader:
+        dataset = ['a/b', 'a/c']
+
     assert paths_in(Loader) == []
 
 
 def column(folder):
     files = sorted(get_image_files(folder))
-    table = pd.DataFrame(dict(file=[p.relative_to(folder).as_posix() for p in files], kind=[p.parent.name for p in files]))
-    return table,dict(get_x=ColReader('file', pref=folder), get_y=ColReader('kind'))
+    table = pd.DataFrame(
+        dict(
+            file=[p.relative_to(folder).as_posix() for p in files],
+            kind=[p.parent.name for p in files],
+        )
+    )
+    return table, dict(get_x=ColReader('file', pref=folder), get_y=ColReader('kind'))
+
 
 def column_by_number(folder):
-    table,_ = column(folder)
-    return table,dict(get_x=ColReader(0, pref=f'{folder}/'), get_y=ColReader(1))
+    table, _ = column(folder)
+    return table, dict(get_x=ColReader(0, pref=f'{folder}/'), get_y=ColReader(1))
+
 
 def numbers(folder):
     files = sorted(get_image_files(folder))
-    return list(range(len(files))),dict(get_x=lambda i: files[i], get_y=lambda i: files[i].parent.name)
+    return list(range(len(files))), dict(
+        get_x=lambda i: files[i], get_y=lambda i: files[i].parent.name
+    )
 
 
 @pytest.mark.parametrize('source', [column, column_by_number, numbers])
-def test_replaced_images_are_found_also_where_a_column_or_get_x_names_them(folder, tmp_path, source):
+def test_replaced_images_are_found_also_where_a_column_or_get_x_names_them(
+    folder, tmp_path, source
+):
     def dls():
-        items,readers = source(folder)
-        block = DataBlock((ImageBlock, CategoryBlock(vocab=['a', 'b'])), splitter=IndexSplitter(range(4)), item_tfms=Resize(8), **readers)
+        items, readers = source(folder)
+        block = DataBlock(
+            (ImageBlock, CategoryBlock(vocab=['a', 'b'])),
+            splitter=IndexSplitter(range(4)),
+            item_tfms=Resize(8),
+            **readers,
+        )
         return block.dataloaders(items, bs=4, num_workers=0)
-    write(dls(), tmp_path/'c')
-    replaced = sorted(get_image_files(folder))[9]      # not among the samples whose inputs are compared
+
+    write(dls(), tmp_path / 'c')
+    replaced = sorted(get_image_files(folder))[9]  # not among the samples whose inputs are compared
     Image.new('RGB', (8, 8)).save(replaced)
-    for use in (lambda: write(dls(), tmp_path/'c'), lambda: quiet(Learner(dls(), Flat(1)), tmp_path/'c')):
-        with pytest.raises(DistillError, match=f'1 of 20 files changed since the cache was written: .*{replaced.name}'): use()
+    for use in (
+        lambda: write(dls(), tmp_path / 'c'),
+        lambda: quiet(Learner(dls(), Flat(1)), tmp_path / 'c'),
+    ):
+        with pytest.raises(
+            DistillError,
+            match=f'1 of 20 files changed since the cache was written: .*{replaced.name}',
+        ):
+            use()
 
 
 def test_a_file_that_get_x_draws_at_random_is_not_taken_for_a_samples_own(folder, tmp_path):
     files = sorted(get_image_files(folder))
-    block = DataBlock((ImageBlock, CategoryBlock(vocab=['a', 'b'])), get_x=lambda i: random.choice(files), get_y=lambda i: 'ab'[i % 2],
-                      splitter=IndexSplitter(range(4)), item_tfms=Resize(8))
-    for _ in range(2): write(block.dataloaders(list(range(24)), bs=4, num_workers=0), tmp_path/'c')
-    assert not (tmp_path/'c'/'files.bin').exists()
+    block = DataBlock(
+        (ImageBlock, CategoryBlock(vocab=['a', 'b'])),
+        get_x=lambda i: random.choice(files),
+        get_y=lambda i: 'ab'[i % 2],
+        splitter=IndexSplitter(range(4)),
+        item_tfms=Resize(8),
+    )
+    for _ in range(2):
+        write(block.dataloaders(list(range(24)), bs=4, num_workers=0), tmp_path / 'c')
+    assert not (tmp_path / 'c' / 'files.bin').exists()
 
 
 def test_a_part_of_a_moved_folder_finds_its_rows(folder, tmp_path):
-    cache = write(images(folder), tmp_path/'c')
-    shutil.move(folder, tmp_path/'moved')
-    part = images(tmp_path/'moved', keep=lambda p: p.parent.name == 'b')      # its files have another folder in common
+    cache = write(images(folder), tmp_path / 'c')
+    shutil.move(folder, tmp_path / 'moved')
+    part = images(
+        tmp_path / 'moved', keep=lambda p: p.parent.name == 'b'
+    )  # its files have another folder in common
     assert key_root(part).endswith('moved/b')
-    quiet(Learner(part, Flat(1)), tmp_path/'c')
-    quiet(Learner(images(tmp_path/'moved', path=tmp_path/'moved'), Flat(1)), cache)
+    quiet(Learner(part, Flat(1)), tmp_path / 'c')
+    quiet(Learner(images(tmp_path / 'moved', path=tmp_path / 'moved'), Flat(1)), cache)
 
 
 def test_keys_that_were_given_are_remembered_by_the_cache_that_comes_back(folder, tmp_path):
     name = lambda p: p.stem
-    cache = write(images(folder), tmp_path/'c', keys=name)
+    cache = write(images(folder), tmp_path / 'c', keys=name)
     quiet(Learner(images(folder), Flat(1)), cache)
-    with pytest.raises(DistillError, match=r'or the cache was written with keys=: open it with TeacherCache\(path, keys='):
-        quiet(Learner(images(folder), Flat(1)), tmp_path/'c')
+    with pytest.raises(
+        DistillError,
+        match=r'or the cache was written with keys=: open it with TeacherCache\(path, keys=',
+    ):
+        quiet(Learner(images(folder), Flat(1)), tmp_path / 'c')
     learn = Learner(images(folder), Flat(1))
-    with learn.no_bar(), learn.no_logging(): learn.distill(TeacherCache(tmp_path/'c', keys=name), 1)
+    with learn.no_bar(), learn.no_logging():
+        learn.distill(TeacherCache(tmp_path / 'c', keys=name), 1)
 
 
 def table(n=40):
     g = np.random.default_rng(0)
-    return pd.DataFrame(dict(long=g.normal(size=n), kind=g.choice(['x', 'y'], n), note=[f'note {i}' for i in range(n)], y=g.choice(['no', 'yes'], n)))
+    return pd.DataFrame(
+        dict(
+            long=g.normal(size=n),
+            kind=g.choice(['x', 'y'], n),
+            note=[f'note {i}' for i in range(n)],
+            y=g.choice(['no', 'yes'], n),
+        )
+    )
 
 
 def tabular(df):
-    return TabularDataLoaders.from_df(df, procs=[Categorify, FillMissing, Normalize], cat_names=['kind'], cont_names=['long'], y_names='y',
-                                      y_block=CategoryBlock(), valid_idx=list(range(8)), bs=8)
+    return TabularDataLoaders.from_df(
+        df,
+        procs=[Categorify, FillMissing, Normalize],
+        cat_names=['kind'],
+        cont_names=['long'],
+        y_names='y',
+        y_block=CategoryBlock(),
+        valid_idx=list(range(8)),
+        bs=8,
+    )
 
 
 def test_the_key_of_a_tables_row_depends_neither_on_its_label_nor_on_unused_columns(tmp_path):
     df = table()
-    dls,teacher = tabular(df),tabular_learner(tabular(df), layers=[8])
+    dls, teacher = tabular(df), tabular_learner(tabular(df), layers=[8])
     cache_teacher(teacher, dls, tmp_path, check=False)
     other = df.assign(note='corrected', y=df.y.map(dict(no='yes', yes='no')))
     quiet(tabular_learner(tabular(other), layers=[4]), tmp_path)
     with pytest.raises(DistillError, match='32 of 32 samples have no row'):
-        quiet(tabular_learner(tabular(df.assign(long=df.long[::-1].to_numpy())), layers=[4]), tmp_path)
+        quiet(
+            tabular_learner(tabular(df.assign(long=df.long[::-1].to_numpy())), layers=[4]), tmp_path
+        )
 
 
 def test_rows_of_a_dataframe_of_images_are_known_by_the_column_that_is_read(folder):
-    block = DataBlock((ImageBlock, CategoryBlock), get_x=ColReader('file'), get_y=ColReader('y'), splitter=IndexSplitter([0]))
+    block = DataBlock(
+        (ImageBlock, CategoryBlock),
+        get_x=ColReader('file'),
+        get_y=ColReader('y'),
+        splitter=IndexSplitter([0]),
+    )
     files = sorted(map(str, get_image_files(folder)))
     df = pd.DataFrame(dict(file=files[:4], y=['a', 'b', 'a', 'b'], note=''))
     keys = lambda df: item_keys(Loader(block.datasets(df).train), None, '')
@@ -177,53 +275,78 @@ def test_rows_of_a_dataframe_of_images_are_known_by_the_column_that_is_read(fold
 
 class Loader:
     "What `item_keys` reads of a DataLoader"
-    def __init__(self, dataset): self.dataset = dataset
+
+    def __init__(self, dataset):
+        self.dataset = dataset
 
 
 def test_calls_of_distill_with_a_folder_continue_through_the_views(folder, tmp_path):
     from fastdistill.fastai.cache_feed import passed_epochs
-    write(images(folder), tmp_path/'c', views=3)
+
+    write(images(folder), tmp_path / 'c', views=3)
     learn = Learner(images(folder), Flat(1))
     for n in (1, 2, 3):
-        with learn.no_bar(), learn.no_logging(): learn.distill(str(tmp_path/'c'), 1)
+        with learn.no_bar(), learn.no_logging():
+            learn.distill(str(tmp_path / 'c'), 1)
         assert list(passed_epochs(learn).values()) == [n]
-    write(images(folder), tmp_path/'d', views=3)
-    with learn.no_bar(), learn.no_logging(): learn.distill(str(tmp_path/'d'), 1)
+    write(images(folder), tmp_path / 'd', views=3)
+    with learn.no_bar(), learn.no_logging():
+        learn.distill(str(tmp_path / 'd'), 1)
     assert sorted(passed_epochs(learn).values()) == [1, 3]
 
 
 def repaint(files):
     "Other pictures of the same size in bytes or not, under the same names"
     g = np.random.default_rng(1)
-    for p in files: Image.fromarray(g.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(p)
+    for p in files:
+        Image.fromarray(g.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(p)
 
 
 def test_files_that_were_replaced_under_the_same_names_are_found_and_named(folder, tmp_path):
-    write(images(folder), tmp_path/'c', views=2)
-    write(images(folder), tmp_path/'c', views=2)
+    write(images(folder), tmp_path / 'c', views=2)
+    write(images(folder), tmp_path / 'c', views=2)
     repaint(sorted(get_image_files(folder))[6:9])
-    with pytest.raises(DistillError, match=r'3 of 20 files changed since the cache was written: .*12.png'): write(images(folder), tmp_path/'c', views=2)
-    with pytest.raises(DistillError, match='3 of 20 files changed since'): quiet(Learner(images(folder), Flat(1)), tmp_path/'c')
-    with pytest.warns(match='3 of 20 files changed'): write(images(folder), tmp_path/'c', views=2, force=True)
-    quiet(Learner(images(folder), Flat(1)), tmp_path/'c')
+    with pytest.raises(
+        DistillError, match=r'3 of 20 files changed since the cache was written: .*12.png'
+    ):
+        write(images(folder), tmp_path / 'c', views=2)
+    with pytest.raises(DistillError, match='3 of 20 files changed since'):
+        quiet(Learner(images(folder), Flat(1)), tmp_path / 'c')
+    with pytest.warns(match='3 of 20 files changed'):
+        write(images(folder), tmp_path / 'c', views=2, force=True)
+    quiet(Learner(images(folder), Flat(1)), tmp_path / 'c')
 
 
 def test_files_with_a_new_time_and_the_same_content_fit(folder, tmp_path):
-    write(images(folder), tmp_path/'c')
-    for p in get_image_files(folder): p.touch()
-    quiet(Learner(images(folder), Flat(1)), tmp_path/'c')
-    write(images(folder), tmp_path/'c')
+    write(images(folder), tmp_path / 'c')
+    for p in get_image_files(folder):
+        p.touch()
+    quiet(Learner(images(folder), Flat(1)), tmp_path / 'c')
+    write(images(folder), tmp_path / 'c')
 
 
 def test_many_views_without_a_random_transform_are_one(folder, tmp_path):
-    block = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=IndexSplitter(range(4)), item_tfms=Resize(8, method='squish'))
+    block = DataBlock(
+        (ImageBlock, CategoryBlock),
+        get_items=get_image_files,
+        get_y=parent_label,
+        splitter=IndexSplitter(range(4)),
+        item_tfms=Resize(8, method='squish'),
+    )
     dls = block.dataloaders(folder, bs=4, num_workers=0)
-    with pytest.warns(match='views=8, but all views of a sample are the same: there is no random transform. One view is stored.'):
-        cache = write(dls, tmp_path/'c', views=8)
-    assert cache.views == 1 and write(images(folder), tmp_path/'d', views=3).views == 3
+    with pytest.warns(
+        match='views=8, but all views of a sample are the same: there is no random transform. One view is stored.'
+    ):
+        cache = write(dls, tmp_path / 'c', views=8)
+    assert cache.views == 1 and write(images(folder), tmp_path / 'd', views=3).views == 3
 
 
 def test_a_table_has_one_view(tmp_path):
     dls = tabular(table())
     with pytest.warns(match='One view is stored'):
-        assert cache_teacher(tabular_learner(dls, layers=[8]), dls, tmp_path, views=3, check=False).views == 1
+        assert (
+            cache_teacher(
+                tabular_learner(dls, layers=[8]), dls, tmp_path, views=3, check=False
+            ).views
+            == 1
+        )

@@ -1,150 +1,205 @@
 "Projectors and their optimizer are kept beside the student's file, so that a resumed training is the training that was not interrupted."
+
 import io
 from functools import partial
 import pytest, torch
-import apps # before the rest of fastai: it keeps its warnings quiet
+import apps  # before the rest of fastai: it keeps its warnings quiet
 from apps import pair, toy
 from fastai.basics import Adam, Callback, Lamb, OptimWrapper, SGD, ranger, set_seed
 from fastai.callback.tracker import SaveModelCallback
 from fastdistill.fastai import DistillError, KnowledgeDistillation, Term, kd, losses
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
-OPTS = [Adam, Lamb, ranger, partial(OptimWrapper, opt=torch.optim.AdamW), partial(SGD, mom=.9, wd=.1), SGD]
+OPTS = [
+    Adam,
+    Lamb,
+    ranger,
+    partial(OptimWrapper, opt=torch.optim.AdamW),
+    partial(SGD, mom=0.9, wd=0.1),
+    SGD,
+]
 LAYERS = {'0': '0', '2': '2'}
 
 
-def recipe(): return kd() + Term(losses.VID(), .1, layers=LAYERS)
-def KD(teacher, *args, **kwargs): return KnowledgeDistillation(teacher, *(args or [recipe()]), check=False, **kwargs)
-def weights(learn): return [p.detach().clone() for p in learn.model.parameters()]
-def projectors(cb): return [p.detach().clone() for p in cb.distiller.own_parameters()]
-def same(a, b): return len(a) == len(b) and all(map(torch.equal, a, b))
+def recipe():
+    return kd() + Term(losses.VID(), 0.1, layers=LAYERS)
 
 
-@pytest.mark.parametrize('opt_func', OPTS, ids=['Adam', 'Lamb', 'ranger', 'AdamW', 'SGD with momentum', 'SGD'])
+def KD(teacher, *args, **kwargs):
+    return KnowledgeDistillation(teacher, *(args or [recipe()]), check=False, **kwargs)
+
+
+def weights(learn):
+    return [p.detach().clone() for p in learn.model.parameters()]
+
+
+def projectors(cb):
+    return [p.detach().clone() for p in cb.distiller.own_parameters()]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize(
+    'opt_func', OPTS, ids=['Adam', 'Lamb', 'ranger', 'AdamW', 'SGD with momentum', 'SGD']
+)
 def test_a_resumed_fit_is_the_one_that_was_not_interrupted(tmp_path, opt_func):
     def begin():
-        student,teacher = toy(opt_func=opt_func, path=tmp_path)
-        return student,KD(teacher)
-    straight,cb = begin()
-    for _ in range(2): straight.fit(1, .01, cbs=cb)
-    first,cb1 = begin()
-    first.fit(1, .01, cbs=[cb1, SaveModelCallback(every_epoch=True, with_opt=True)])
+        student, teacher = toy(opt_func=opt_func, path=tmp_path)
+        return student, KD(teacher)
+
+    straight, cb = begin()
+    for _ in range(2):
+        straight.fit(1, 0.01, cbs=cb)
+    first, cb1 = begin()
+    first.fit(1, 0.01, cbs=[cb1, SaveModelCallback(every_epoch=True, with_opt=True)])
     set_seed(99)
-    second,cb2 = begin()
+    second, cb2 = begin()
     second.create_opt()
     second.load('model_0', weights_only=False)
-    second.fit(1, .01, cbs=cb2)
+    second.fit(1, 0.01, cbs=cb2)
     assert same(weights(straight), weights(second)) and same(projectors(cb), projectors(cb2))
 
 
 def test_measured_shares_of_the_gradient_continue_too(tmp_path):
     "They are running means over the batches of both fits"
-    shared = lambda teacher: KD(teacher, kd() + Term(losses.hint, grad_ratio=.3, layers=LAYERS, projector='linear'))
-    student,teacher = toy(opt_func=SGD, path=tmp_path)
+    shared = lambda teacher: KD(
+        teacher, kd() + Term(losses.hint, grad_ratio=0.3, layers=LAYERS, projector='linear')
+    )
+    student, teacher = toy(opt_func=SGD, path=tmp_path)
     cb = shared(teacher)
-    for _ in range(2): student.fit(1, .1, cbs=cb)
-    first,teacher = toy(opt_func=SGD, path=tmp_path)
-    first.fit(1, .1, cbs=[shared(teacher), SaveModelCallback(every_epoch=True, with_opt=True)])
+    for _ in range(2):
+        student.fit(1, 0.1, cbs=cb)
+    first, teacher = toy(opt_func=SGD, path=tmp_path)
+    first.fit(1, 0.1, cbs=[shared(teacher), SaveModelCallback(every_epoch=True, with_opt=True)])
     set_seed(99)
-    second,teacher = toy(opt_func=SGD, path=tmp_path)
+    second, teacher = toy(opt_func=SGD, path=tmp_path)
     second.create_opt()
     second.load('model_0', weights_only=False)
     cb2 = shared(teacher)
-    second.fit(1, .1, cbs=cb2)
+    second.fit(1, 0.1, cbs=cb2)
     assert same(weights(student), weights(second))
     assert same(projectors(cb), projectors(cb2))
 
 
 @pytest.mark.parametrize('opt_func', OPTS[:4], ids=['Adam', 'Lamb', 'ranger', 'AdamW'])
 def test_state_dict_is_read_without_running_code(opt_func):
-    student,teacher = toy(opt_func=opt_func)
-    cb,file = KD(teacher),io.BytesIO()
-    student.fit(1, .01, cbs=cb)
+    student, teacher = toy(opt_func=opt_func)
+    cb, file = KD(teacher), io.BytesIO()
+    student.fit(1, 0.01, cbs=cb)
     torch.save(cb.state_dict(), file)
     file.seek(0)
     other = KD(teacher)
     other.load_state_dict(torch.load(file, weights_only=True))
+
     class First(Callback):
-        def before_train(self): assert same(projectors(cb), projectors(other))
-    student.fit(1, .01, cbs=[other, First()])
+        def before_train(self):
+            assert same(projectors(cb), projectors(other))
+
+    student.fit(1, 0.01, cbs=[other, First()])
 
 
 def test_what_continues_is_said(tmp_path, capsys):
-    student,teacher = toy(path=tmp_path)
-    student.fit(1, .01, cbs=[KD(teacher), SaveModelCallback(with_opt=True)])
+    student, teacher = toy(path=tmp_path)
+    student.fit(1, 0.01, cbs=[KD(teacher), SaveModelCallback(with_opt=True)])
     student.load('model', weights_only=False)
     student.logger = print
     capsys.readouterr()
-    student.fit(1, .01, cbs=KD(teacher))
-    assert 'projectors and their optimizer continue from model.distill.pth' in capsys.readouterr().out
-    student.fit(1, .01, cbs=KD(teacher))
-    assert 'continue from' not in capsys.readouterr().out      # once
+    student.fit(1, 0.01, cbs=KD(teacher))
+    assert (
+        'projectors and their optimizer continue from model.distill.pth' in capsys.readouterr().out
+    )
+    student.fit(1, 0.01, cbs=KD(teacher))
+    assert 'continue from' not in capsys.readouterr().out  # once
 
 
 def test_projectors_of_another_recipe_are_not_used(tmp_path, capsys):
-    student,teacher = toy(path=tmp_path)
-    student.fit(1, .01, cbs=[KD(teacher), SaveModelCallback(with_opt=True)])
+    student, teacher = toy(path=tmp_path)
+    student.fit(1, 0.01, cbs=[KD(teacher), SaveModelCallback(with_opt=True)])
     student.load('model', weights_only=False)
     student.logger = print
     cb = KD(teacher, Term(losses.hint, layers={'2': '2'}))
-    student.fit(1, .01, cbs=cb)
+    student.fit(1, 0.01, cbs=cb)
     assert 'model.distill.pth holds projectors of other terms or layers' in capsys.readouterr().out
     state = cb.state_dict()
     other = KD(teacher)
     other.load_state_dict(state)
-    with pytest.raises(DistillError, match='This state holds projectors of other terms or layers .hint.*with the recipe that it was saved from'):
-        student.fit(1, .01, cbs=other)
+    with pytest.raises(
+        DistillError,
+        match='This state holds projectors of other terms or layers .hint.*with the recipe that it was saved from',
+    ):
+        student.fit(1, 0.01, cbs=other)
 
 
 def test_the_students_file_is_the_same_as_without_distillation(tmp_path):
     files = []
     for layers in (False, True):
-        student,teacher = toy(path=tmp_path, opt_func=Adam)
-        student.fit(1, .01, cbs=[*([KD(teacher)] if layers else []), SaveModelCallback(fname=str(layers), with_opt=True)])
-        files.append(torch.load(tmp_path/'models'/f'{layers}.pth', weights_only=False))
-    a,b = files
-    assert a.keys() == b.keys() and a['model'].keys() == b['model'].keys() and len(a['opt']['state']) == len(b['opt']['state'])
-    assert sorted(f.name for f in (tmp_path/'models').iterdir()) == ['False.pth', 'True.distill.pth', 'True.pth']
+        student, teacher = toy(path=tmp_path, opt_func=Adam)
+        student.fit(
+            1,
+            0.01,
+            cbs=[
+                *([KD(teacher)] if layers else []),
+                SaveModelCallback(fname=str(layers), with_opt=True),
+            ],
+        )
+        files.append(torch.load(tmp_path / 'models' / f'{layers}.pth', weights_only=False))
+    a, b = files
+    assert (
+        a.keys() == b.keys()
+        and a['model'].keys() == b['model'].keys()
+        and len(a['opt']['state']) == len(b['opt']['state'])
+    )
+    assert sorted(f.name for f in (tmp_path / 'models').iterdir()) == [
+        'False.pth',
+        'True.distill.pth',
+        'True.pth',
+    ]
 
 
 def test_without_the_optimizer_or_without_projectors_there_is_no_file(tmp_path):
-    student,teacher = toy(path=tmp_path)
-    files = lambda: sorted(f.name for f in (tmp_path/'models').glob('*'))
-    student.fit(1, .01, cbs=[KD(teacher), SaveModelCallback(fname='a')])
-    student.fit(1, .01, cbs=[KD(teacher, kd()), SaveModelCallback(fname='b', with_opt=True)])
+    student, teacher = toy(path=tmp_path)
+    files = lambda: sorted(f.name for f in (tmp_path / 'models').glob('*'))
+    student.fit(1, 0.01, cbs=[KD(teacher), SaveModelCallback(fname='a')])
+    student.fit(1, 0.01, cbs=[KD(teacher, kd()), SaveModelCallback(fname='b', with_opt=True)])
     assert files() == ['a.pth', 'b.pth']
-    student.fit(1, .01, cbs=[KD(teacher), SaveModelCallback(fname='a', with_opt=True)])
+    student.fit(1, 0.01, cbs=[KD(teacher), SaveModelCallback(fname='a', with_opt=True)])
     assert files() == ['a.distill.pth', 'a.pth', 'b.pth']
     student.lr_find(num_it=6, show_plot=False, suggest_funcs=None)
     student.save(io.BytesIO())
     assert files() == ['a.distill.pth', 'a.pth', 'b.pth']
-    other,_ = toy(path=tmp_path)        # another student under the same name: those projectors were not trained with it
+    other, _ = toy(
+        path=tmp_path
+    )  # another student under the same name: those projectors were not trained with it
     other.create_opt()
     other.save('a')
     assert files() == ['a.pth', 'b.pth']
 
 
 def test_a_student_that_is_saved_after_the_fit_keeps_its_projectors(tmp_path):
-    student,teacher = toy(path=tmp_path, opt_func=Adam)
-    cb = student.distill(teacher, 1, .01, recipe(), check=False)
+    student, teacher = toy(path=tmp_path, opt_func=Adam)
+    cb = student.distill(teacher, 1, 0.01, recipe(), check=False)
     want = projectors(cb)
     student.lr_find(num_it=6, show_plot=False, suggest_funcs=None)
     del cb
     student.save('half')
-    again,_ = toy(path=tmp_path, opt_func=Adam, seed=3)
+    again, _ = toy(path=tmp_path, opt_func=Adam, seed=3)
     again.load('half', weights_only=False)
     cb = KD(teacher)
-    again.fit(1, 0., cbs=cb)
-    assert same(projectors(cb), want) and cb.projector_opt.state_dict()['state'][0]['step'] == 8      # 4 steps before, 4 now
+    again.fit(1, 0.0, cbs=cb)
+    assert (
+        same(projectors(cb), want) and cb.projector_opt.state_dict()['state'][0]['step'] == 8
+    )  # 4 steps before, 4 now
 
 
 def test_projectors_that_were_loaded_are_saved_again_and_those_of_other_weights_are_not(tmp_path):
-    student,teacher = toy(path=tmp_path, opt_func=Adam)
+    student, teacher = toy(path=tmp_path, opt_func=Adam)
     student.create_opt()
     student.save('plain')
-    student.distill(teacher, 1, .01, recipe(), check=False)
+    student.distill(teacher, 1, 0.01, recipe(), check=False)
     student.save('half')
-    file = tmp_path/'models'/'half.distill.pth'
+    file = tmp_path / 'models' / 'half.distill.pth'
     before = torch.load(file, weights_only=True)['links']
     student.load('half', weights_only=False)
     student.save('half')
@@ -156,45 +211,59 @@ def test_projectors_that_were_loaded_are_saved_again_and_those_of_other_weights_
 
 @pytest.mark.filterwarnings('ignore:The labels. loss on the validation set rose')
 def test_the_best_students_projectors_are_those_that_are_loaded(tmp_path):
-    student,teacher = toy(path=tmp_path, opt_func=Adam)
-    cb,seen = KD(teacher),[]
+    student, teacher = toy(path=tmp_path, opt_func=Adam)
+    cb, seen = KD(teacher), []
+
     class Keep(Callback):
-        def after_epoch(self): seen.append((weights(self.learn), projectors(cb)))
-    first_is_best = SaveModelCallback(with_opt=True, comp=lambda a, b: b == -float('inf') or a < -1e9)
-    student.fit(3, .05, cbs=[cb, Keep(), first_is_best])
+        def after_epoch(self):
+            seen.append((weights(self.learn), projectors(cb)))
+
+    first_is_best = SaveModelCallback(
+        with_opt=True, comp=lambda a, b: b == -float('inf') or a < -1e9
+    )
+    student.fit(3, 0.05, cbs=[cb, Keep(), first_is_best])
     assert same(weights(student), seen[0][0])
     state = cb.state_dict()
-    student.fit(1, 0., cbs=cb)
-    assert same(projectors(cb), seen[0][1]) and not same(seen[0][1], seen[2][1]) and state['opt'] is not None
+    student.fit(1, 0.0, cbs=cb)
+    assert (
+        same(projectors(cb), seen[0][1])
+        and not same(seen[0][1], seen[2][1])
+        and state['opt'] is not None
+    )
 
 
 def test_the_best_students_projectors_are_saved_again_after_the_fit(tmp_path):
-    student,teacher = toy(path=tmp_path, opt_func=Adam)
+    student, teacher = toy(path=tmp_path, opt_func=Adam)
     cb = KD(teacher)
-    student.fit(2, .05, cbs=[cb, SaveModelCallback(with_opt=True)])
+    student.fit(2, 0.05, cbs=[cb, SaveModelCallback(with_opt=True)])
     student.save('again')
-    links = [[*torch.load(tmp_path/'models'/f'{n}.distill.pth', weights_only=True)['links'].values()] for n in ('model', 'again')]
+    links = [
+        [*torch.load(tmp_path / 'models' / f'{n}.distill.pth', weights_only=True)['links'].values()]
+        for n in ('model', 'again')
+    ]
     assert same(*links)
 
 
 def test_a_callback_on_the_learner_is_saved_and_loaded_with_it(tmp_path):
-    student,teacher = toy(path=tmp_path, opt_func=Adam)
+    student, teacher = toy(path=tmp_path, opt_func=Adam)
     cb = KD(teacher)
     student.add_cb(cb)
-    student.fit(1, .01)
+    student.fit(1, 0.01)
     student.save('half')
     before = projectors(cb)
-    student.fit(1, .01)
+    student.fit(1, 0.01)
     student.load('half', weights_only=False)
-    student.fit(1, 0.)
+    student.fit(1, 0.0)
     assert same(projectors(cb), before)
 
 
 def test_a_state_that_is_loaded_in_mid_fit_counts_at_once(tmp_path):
-    student,teacher = toy(path=tmp_path, opt_func=Adam)
+    student, teacher = toy(path=tmp_path, opt_func=Adam)
     cb = KD(teacher)
+
     class Back(Callback):
         order = 70
+
         def after_epoch(self):
             if self.epoch == 0:
                 self.learn.save('first')
@@ -202,28 +271,32 @@ def test_a_state_that_is_loaded_in_mid_fit_counts_at_once(tmp_path):
             else:
                 self.learn.load('first', weights_only=False)
                 assert same(projectors(cb), self.saved)
-    student.fit(2, .01, cbs=[cb, Back()])
+
+    student.fit(2, 0.01, cbs=[cb, Back()])
 
 
 def test_lr_find_takes_no_loaded_state_away(tmp_path):
-    student,teacher = toy(path=tmp_path)
-    student.fit(1, .01, cbs=[KD(teacher), SaveModelCallback(with_opt=True)])
+    student, teacher = toy(path=tmp_path)
+    student.fit(1, 0.01, cbs=[KD(teacher), SaveModelCallback(with_opt=True)])
     student.load('model', weights_only=False)
-    saved = torch.load(tmp_path/'models'/'model.distill.pth', weights_only=True)['links']
-    with student.added_cbs(KD(teacher)): student.lr_find(num_it=6, show_plot=False, suggest_funcs=None)
+    saved = torch.load(tmp_path / 'models' / 'model.distill.pth', weights_only=True)['links']
+    with student.added_cbs(KD(teacher)):
+        student.lr_find(num_it=6, show_plot=False, suggest_funcs=None)
     cb = KD(teacher)
-    student.fit(1, 0., cbs=cb)
+    student.fit(1, 0.0, cbs=cb)
     assert same([*cb.distiller.links.state_dict().values()], [*saved.values()])
 
 
 def test_measured_gradients_are_kept_too(tmp_path):
-    student,teacher = pair('image')
+    student, teacher = pair('image')
     student.path = tmp_path
-    make = lambda: KD(teacher, kd(alpha=.5) + Term(losses.at, grad_ratio=.2, layers={'0.1': '0.1'}))
+    make = lambda: KD(
+        teacher, kd(alpha=0.5) + Term(losses.at, grad_ratio=0.2, layers={'0.1': '0.1'})
+    )
     cb = make()
-    student.fit(1, .01, cbs=[cb, SaveModelCallback(with_opt=True)])
+    student.fit(1, 0.01, cbs=[cb, SaveModelCallback(with_opt=True)])
     student.load('model', weights_only=False)
     again = make()
-    student.fit(1, .01, cbs=again)
-    a,b = cb.distiller.ratios['at'],again.distiller.ratios['at']
-    assert b.batches == 2*a.batches
+    student.fit(1, 0.01, cbs=again)
+    a, b = cb.distiller.ratios['at'], again.distiller.ratios['at']
+    assert b.batches == 2 * a.batches

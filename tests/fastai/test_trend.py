@@ -1,51 +1,81 @@
 "A student that follows its teacher away from the labels is told so once, during the fit."
+
 import warnings
 import pytest, torch
 import apps
 from apps import toy
 from fastai.learner import Recorder
-from fastdistill.fastai import DistillWarning, KnowledgeDistillation, Recipe, Term, kd, losses, soft_labels
+from fastdistill.fastai import (
+    DistillWarning,
+    KnowledgeDistillation,
+    Recipe,
+    Term,
+    kd,
+    losses,
+    soft_labels,
+)
 from fastdistill.fastai.trend import TrendCheck
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
-SAYS = r"The task loss on the validation set rose from \S+ in epoch 0 to \S+, while kd fell from \S+ to \S+: .*A smaller share=, alpha or T"
+SAYS = r'The task loss on the validation set rose from \S+ in epoch 0 to \S+, while kd fell from \S+ to \S+: .*A smaller share=, alpha or T'
 
 
 def fit(recipe, n_epoch=9, wrong=True):
-    student,teacher = toy()
-    bad = lambda x: 5*torch.roll(x[:, :4], 1, 1)      # another class than the largest of the first four
+    student, teacher = toy()
+    bad = lambda x: (
+        5 * torch.roll(x[:, :4], 1, 1)
+    )  # another class than the largest of the first four
     cb = KnowledgeDistillation(bad if wrong else teacher, recipe, check=False)
-    student.fit(n_epoch, .3, cbs=cb)
+    student.fit(n_epoch, 0.3, cbs=cb)
     return cb
 
+
 def test_a_wrong_teacher_is_warned_about_once():
-    with pytest.warns(DistillWarning, match=SAYS) as seen: cb = fit(soft_labels(1.))
+    with pytest.warns(DistillWarning, match=SAYS) as seen:
+        cb = fit(soft_labels(1.0))
     assert len([w for w in seen if 'rose from' in str(w.message)]) == 1 and cb.trend.warned
+
 
 def test_nothing_is_said_where_the_labels_loss_falls_or_the_training_has_just_begun():
     with warnings.catch_warnings():
         warnings.simplefilter('error', DistillWarning)
-        fit(kd(1., .5), wrong=False)
-        fit(soft_labels(1.), n_epoch=2)
+        fit(kd(1.0, 0.5), wrong=False)
+        fit(soft_labels(1.0), n_epoch=2)
+
 
 def test_nothing_is_said_of_a_head_that_nothing_trains():
     "Without labels, a term between layers trains the body alone"
-    apart,beside = [Recipe(Term(losses.cosine, layers='embedding', name='kd'), task=w) for w in (0., 1.)]
-    falls = Learn([1., .5, .6], [3., 2., 1.])
+    apart, beside = [
+        Recipe(Term(losses.cosine, layers='embedding', name='kd'), task=w) for w in (0.0, 1.0)
+    ]
+    falls = Learn([1.0, 0.5, 0.6], [3.0, 2.0, 1.0])
     with warnings.catch_warnings():
         warnings.simplefilter('error', DistillWarning)
-        TrendCheck().check(falls, .5, apart)
-    with pytest.warns(DistillWarning, match='rose from'): TrendCheck().check(falls, .5, beside)
+        TrendCheck().check(falls, 0.5, apart)
+    with pytest.warns(DistillWarning, match='rose from'):
+        TrendCheck().check(falls, 0.5, beside)
+
 
 class Learn:
     def __init__(self, valid, kd):
         self.recorder = Recorder()
         self.recorder.metric_names = ['epoch', 'train_loss', 'valid_loss', 'kd_loss', 'time']
-        self.recorder.values = [[1., v, k] for v,k in zip(valid, kd)]
+        self.recorder.values = [[1.0, v, k] for v, k in zip(valid, kd)]
 
-@pytest.mark.parametrize('valid,kd,share,warns', [([1., .5, .6], [3., 2., 1.], .5, True), ([1., .5, .54], [3., 2., 1.], .5, False),
-    ([1., .5, .6], [3., 2., 2.5], .5, False), ([1., .5, .6], [3., 2., 1.], .3, False), ([None, None], [3., 2.], .5, False), ([], [], .5, False),
-    ([1., float('nan')], [3., 2.], .5, False)], ids=['rises', 'hardly', 'both', 'early', 'no labels', 'nothing', 'nan'])
+
+@pytest.mark.parametrize(
+    'valid,kd,share,warns',
+    [
+        ([1.0, 0.5, 0.6], [3.0, 2.0, 1.0], 0.5, True),
+        ([1.0, 0.5, 0.54], [3.0, 2.0, 1.0], 0.5, False),
+        ([1.0, 0.5, 0.6], [3.0, 2.0, 2.5], 0.5, False),
+        ([1.0, 0.5, 0.6], [3.0, 2.0, 1.0], 0.3, False),
+        ([None, None], [3.0, 2.0], 0.5, False),
+        ([], [], 0.5, False),
+        ([1.0, float('nan')], [3.0, 2.0], 0.5, False),
+    ],
+    ids=['rises', 'hardly', 'both', 'early', 'no labels', 'nothing', 'nan'],
+)
 def test_it_takes_a_rise_of_a_tenth_and_a_term_that_falls(valid, kd, share, warns):
     t = TrendCheck()
     with warnings.catch_warnings(record=True) as seen:

@@ -1,38 +1,59 @@
 "Every way out of a fit, a good end, an error or an interrupt at any event: what distillation changed is put back at once."
+
 import pytest
-import apps # before the rest of fastai: it keeps its warnings quiet
+import apps  # before the rest of fastai: it keeps its warnings quiet
 from fastai.basics import Callback, CancelFitException, event
 from fastai.callback.tracker import SaveModelCallback
 from cached import Convs, cache_teacher, data, student
 from fastdistill.fastai import KnowledgeDistillation, at, kd
 
-pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS, 'ignore:__array__ implementation:DeprecationWarning')
+pytestmark = pytest.mark.filterwarnings(
+    *apps.FASTAI_WARNINGS, 'ignore:__array__ implementation:DeprecationWarning'
+)
 # all events that an uncancelled fit has; after_create is before it
-EVENTS = [e for e in vars(event) if not e.startswith('_') and 'cancel' not in e and e != 'after_create']
+EVENTS = [
+    e for e in vars(event) if not e.startswith('_') and 'cancel' not in e and e != 'after_create'
+]
 
 
 class StopAt(Callback):
     "Ends the fit at one event"
-    def __init__(self, name, error, order): super().__init__(); self.event_name,self.error,self.order = name,error,order
+
+    def __init__(self, name, error, order):
+        super().__init__()
+        self.event_name, self.error, self.order = name, error, order
+
     def __call__(self, name):
-        if name == self.event_name: raise self.error
+        if name == self.event_name:
+            raise self.error
 
 
 class ExportEachEpoch(Callback):
     order = 70
-    def __init__(self, name): super().__init__(); self.file = name
-    def after_epoch(self): self.learn.export(self.file)
+
+    def __init__(self, name):
+        super().__init__()
+        self.file = name
+
+    def after_epoch(self):
+        self.learn.export(self.file)
 
 
 def quiet(learn, n=1, **kwargs):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n, 1e-3, **kwargs)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(n, 1e-3, **kwargs)
     return learn
 
 
 @pytest.fixture(scope='module')
 def sources(tmp_path_factory):
     teacher = Convs(3).train()
-    return dict(live=teacher, cache=cache_teacher(Convs(3).eval(), data(), tmp_path_factory.mktemp('cache'), views=2, layers=['a']))
+    return dict(
+        live=teacher,
+        cache=cache_teacher(
+            Convs(3).eval(), data(), tmp_path_factory.mktemp('cache'), views=2, layers=['a']
+        ),
+    )
 
 
 RECIPE = lambda: kd() + at(layers={'bn': 'a'})
@@ -45,22 +66,30 @@ def nothing_stays(learn, teacher, metrics):
     assert all(m.training for m in teacher.modules())
 
 
-@pytest.mark.parametrize('error', [KeyboardInterrupt('stop'), ValueError('no'), CancelFitException()], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    'error',
+    [KeyboardInterrupt('stop'), ValueError('no'), CancelFitException()],
+    ids=lambda e: type(e).__name__,
+)
 @pytest.mark.parametrize('source', ['live', 'cache'])
-def test_a_callback_that_stays_on_the_learner_puts_everything_back_whatever_ends_the_fit(sources, source, error, tmp_path):
+def test_a_callback_that_stays_on_the_learner_puts_everything_back_whatever_ends_the_fit(
+    sources, source, error, tmp_path
+):
     learn = student(data(bs=4), metrics=apps.accuracy, path=tmp_path)
     learn.add_cb(KnowledgeDistillation(sources[source], RECIPE(), check=False))
-    metrics,teacher = list(learn.metrics),sources['live']
+    metrics, teacher = list(learn.metrics), sources['live']
     for name in EVENTS:
         for order in (-30, 4, 6, 80):
-            try: quiet(learn, cbs=StopAt(name, error, order))
-            except type(error): pass
+            try:
+                quiet(learn, cbs=StopAt(name, error, order))
+            except type(error):
+                pass
             nothing_stays(learn, teacher, metrics)
             assert [type(c).__name__ for c in learn.cbs].count('KnowledgeDistillation') == 1
     assert learn.get_preds()[0].shape == (8, 3)
     assert len(learn.validate()) == 2
     learn.export('student.pkl')
-    assert b'fastdistill' not in (tmp_path/'student.pkl').read_bytes()
+    assert b'fastdistill' not in (tmp_path / 'student.pkl').read_bytes()
     assert len(learn.dls.train_ds) == 22 and len(learn.dls.one_batch()) == 2
     quiet(learn, 2)
     nothing_stays(learn, teacher, metrics)
@@ -71,16 +100,21 @@ def test_a_fit_that_fails_before_its_first_epoch_puts_everything_back(sources):
     learn = student(data(), metrics=apps.accuracy)
     learn.add_cb(KnowledgeDistillation(sources['live'], check=False))
     metrics = list(learn.metrics)
-    with pytest.raises(IndexError): quiet(learn, cbs=SaveModelCallback(monitor='no_such_column'))
+    with pytest.raises(IndexError):
+        quiet(learn, cbs=SaveModelCallback(monitor='no_such_column'))
     nothing_stays(learn, sources['live'], metrics)
 
 
 @pytest.mark.parametrize('views', [0, 2])
 def test_a_student_exported_while_it_trains_from_a_cache_is_only_a_student(tmp_path, views):
-    cache = cache_teacher(Convs(3).eval(), data(), tmp_path/'cache', views=views)
-    alone,learn = [student(data(), path=tmp_path) for _ in range(2)]
+    cache = cache_teacher(Convs(3).eval(), data(), tmp_path / 'cache', views=views)
+    alone, learn = [student(data(), path=tmp_path) for _ in range(2)]
     quiet(alone, cbs=ExportEachEpoch('alone.pkl'))
     quiet(learn, 2, cbs=[KnowledgeDistillation(cache), ExportEachEpoch('student.pkl')])
-    a,b = [(tmp_path/f).read_bytes() for f in ('alone.pkl', 'student.pkl')]
+    a, b = [(tmp_path / f).read_bytes() for f in ('alone.pkl', 'student.pkl')]
     assert b'fastdistill' not in b and len(b) < len(a) + 2000
-    assert len(learn.recorder.values) == 2 and len(learn.dls.train_ds) == 22 and len(learn.dls.one_batch()) == 2
+    assert (
+        len(learn.recorder.values) == 2
+        and len(learn.dls.train_ds) == 22
+        and len(learn.dls.one_batch()) == 2
+    )

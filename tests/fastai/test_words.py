@@ -1,4 +1,5 @@
 "Words of other tools: `temperature` for `T`, and weights that mean the same numbers."
+
 import inspect
 import pytest, torch
 import apps
@@ -17,58 +18,105 @@ def test_temperature_is_another_name_of_T(name):
     recipe = getattr(recipes, name)
     assert repr(recipe(temperature=2.5)) == repr(recipe(T=2.5)) != repr(recipe())
     assert repr(recipe(temperature=('linear', 8, 1))) == repr(recipe(T=('linear', 8, 1)))
-    with pytest.raises(DistillError, match='T=4 and temperature=2: these are two names of one option, give one of them'):
+    with pytest.raises(
+        DistillError,
+        match='T=4 and temperature=2: these are two names of one option, give one of them',
+    ):
         recipe(T=4, temperature=2)
-    with pytest.raises(DistillError, match='two names of one option'): kd(4, temperature=2)       # by position, too
+    with pytest.raises(DistillError, match='two names of one option'):
+        kd(4, temperature=2)  # by position, too
 
 
 def test_a_term_takes_temperature_too():
-    assert repr(Term(losses.kl, temperature=2.5)) == repr(Term(losses.kl, T=2.5)) != repr(Term(losses.kl))
-    assert repr(Term(losses.kl, temperature=('linear', 8, 1))) == repr(Term(losses.kl, T=('linear', 8, 1)))
-    s,t = torch.randn(2, 6, 5).unbind()
-    kl = 9*F.kl_div((s/3).log_softmax(1), (t/3).softmax(1), reduction='batchmean')
-    torch.testing.assert_close(Recipe(Term(losses.kl, temperature=3.), task=0.)(s, t), kl)
-    with pytest.raises(DistillError, match='T=4 and temperature=2: these are two names of one option'): Term(losses.kl, T=4, temperature=2)
-    with pytest.raises(DistillError, match='T=0: a temperature is a number above 0'): Term(losses.kl, temperature=0)
-    with pytest.raises(DistillError, match='hint has no option temperature'): Term(losses.hint, temperature=2)
+    assert (
+        repr(Term(losses.kl, temperature=2.5))
+        == repr(Term(losses.kl, T=2.5))
+        != repr(Term(losses.kl))
+    )
+    assert repr(Term(losses.kl, temperature=('linear', 8, 1))) == repr(
+        Term(losses.kl, T=('linear', 8, 1))
+    )
+    s, t = torch.randn(2, 6, 5).unbind()
+    kl = 9 * F.kl_div((s / 3).log_softmax(1), (t / 3).softmax(1), reduction='batchmean')
+    torch.testing.assert_close(Recipe(Term(losses.kl, temperature=3.0), task=0.0)(s, t), kl)
+    with pytest.raises(
+        DistillError, match='T=4 and temperature=2: these are two names of one option'
+    ):
+        Term(losses.kl, T=4, temperature=2)
+    with pytest.raises(DistillError, match='T=0: a temperature is a number above 0'):
+        Term(losses.kl, temperature=0)
+    with pytest.raises(DistillError, match='hint has no option temperature'):
+        Term(losses.hint, temperature=2)
 
 
 def test_a_loss_with_an_option_temperature_of_its_own_gets_it():
     "Its name may mean something else there, so it is not translated"
-    def own(s, t, *, T=1., temperature=1.): return (s - t).mean()*T + temperature
-    s,t = torch.ones(2, 3),torch.zeros(2, 3)
-    assert Recipe(Term(own, temperature=5.), task=0.)(s, t).item() == 6
-    def any_options(s, t, **options): return (s - t).mean() + options['temperature']
-    assert Recipe(Term(any_options, temperature=5.), task=0.)(s, t).item() == 6
+
+    def own(s, t, *, T=1.0, temperature=1.0):
+        return (s - t).mean() * T + temperature
+
+    s, t = torch.ones(2, 3), torch.zeros(2, 3)
+    assert Recipe(Term(own, temperature=5.0), task=0.0)(s, t).item() == 6
+
+    def any_options(s, t, **options):
+        return (s - t).mean() + options['temperature']
+
+    assert Recipe(Term(any_options, temperature=5.0), task=0.0)(s, t).item() == 6
 
 
 def test_the_callback_and_distill_take_temperature_too():
-    student,teacher = apps.toy()
+    student, teacher = apps.toy()
     assert repr(KnowledgeDistillation(teacher, temperature=2).recipe) == repr(kd(T=2))
-    with pytest.raises(DistillError, match='two names of one option'): KnowledgeDistillation(teacher, T=2, temperature=2)
-    with pytest.raises(DistillError, match='A recipe and T='): KnowledgeDistillation(teacher, kd(), temperature=2)
-    with pytest.raises(DistillError, match='two names of one option'): student.distill(teacher, 1, T=2, temperature=3)
+    with pytest.raises(DistillError, match='two names of one option'):
+        KnowledgeDistillation(teacher, T=2, temperature=2)
+    with pytest.raises(DistillError, match='A recipe and T='):
+        KnowledgeDistillation(teacher, kd(), temperature=2)
+    with pytest.raises(DistillError, match='two names of one option'):
+        student.distill(teacher, 1, T=2, temperature=3)
     losses = []
     for option in (dict(T=2), dict(temperature=2)):
-        student,teacher = apps.toy()
+        student, teacher = apps.toy()
         apps.set_seed(0)
-        student.distill(teacher, 1, .1, check=False, **option)
+        student.distill(teacher, 1, 0.1, check=False, **option)
         losses.append(student.recorder.values[-1])
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize('weights', [dict(task_loss_weight=.3), dict(distill_loss_weight=5.), dict(distill_loss_weight=5., task_loss_weight=.5)])
+@pytest.mark.parametrize(
+    'weights',
+    [
+        dict(task_loss_weight=0.3),
+        dict(distill_loss_weight=5.0),
+        dict(distill_loss_weight=5.0, task_loss_weight=0.5),
+    ],
+)
 def test_weights_of_timm_are_converted_as_the_page_does(weights):
-    LogitDistillationTask = pytest.importorskip('timm.task', reason='this timm has no tasks').LogitDistillationTask
+    LogitDistillationTask = pytest.importorskip(
+        'timm.task', reason='this timm has no tasks'
+    ).LogitDistillationTask
+
     def net(width):
-        m = nn.Sequential(nn.Conv2d(3, width, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5))
-        m.pretrained_cfg = dict(mean=(.5,)*3, std=(.5,)*3)
-        m.num_classes,m.in_chans = 5,3
+        m = nn.Sequential(
+            nn.Conv2d(3, width, 3, 2),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(width, 5),
+        )
+        m.pretrained_cfg = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
+        m.num_classes, m.in_chans = 5, 3
         return m
-    student,teacher,x,y = net(4),net(8),torch.randn(6, 3, 16, 16),torch.randint(5, (6,))
-    task = LogitDistillationTask(student, teacher, criterion=nn.CrossEntropyLoss(), temperature=4., verbose=False, **weights)
+
+    student, teacher, x, y = net(4), net(8), torch.randn(6, 3, 16, 16), torch.randint(5, (6,))
+    task = LogitDistillationTask(
+        student, teacher, criterion=nn.CrossEntropyLoss(), temperature=4.0, verbose=False, **weights
+    )
     if 'distill_loss_weight' in weights:
-        recipe = Recipe(Term(losses.kl, weight=weights['distill_loss_weight'], T=4.), task=weights.get('task_loss_weight', 1.))
-    else: recipe = kd(T=4., alpha=1-weights['task_loss_weight'])
-    s,t = student(x),teacher.eval()(x).detach()
+        recipe = Recipe(
+            Term(losses.kl, weight=weights['distill_loss_weight'], T=4.0),
+            task=weights.get('task_loss_weight', 1.0),
+        )
+    else:
+        recipe = kd(T=4.0, alpha=1 - weights['task_loss_weight'])
+    s, t = student(x), teacher.eval()(x).detach()
     torch.testing.assert_close(recipe(s, t, y, task_loss=F.cross_entropy), task(x, y)['loss'])

@@ -1,28 +1,41 @@
 """Processes of their own that begin with everything imported: forks of one server, which the first of them starts, and which ends
 with the tests. A test of what an import does, or of a process without fastdistill, starts a Python of its own instead."""
+
 import multiprocessing, os, socket, sys
 from pathlib import Path
 import numpy as np
 import torch
 
 SERVER = multiprocessing.get_context('forkserver')
-SERVER.set_forkserver_preload(['fastdistill.cli', 'fastdistill.cli.training', 'fastai.distributed', 'sklearn.ensemble', 'pytest'])
+SERVER.set_forkserver_preload(
+    [
+        'fastdistill.cli',
+        'fastdistill.cli.training',
+        'fastai.distributed',
+        'sklearn.ensemble',
+        'pytest',
+    ]
+)
 
 
 def begin(log, env, fn, args):
     "What each does first: the environment of whoever started it, one thread, words to LOG.out and LOG.err"
-    multiprocessing.set_start_method(None, force=True)      # subtle: or a DataLoader's workers would start a server of their own
+    multiprocessing.set_start_method(
+        None, force=True
+    )  # subtle: or a DataLoader's workers would start a server of their own
     os.environ.clear()
     os.environ.update(env)
     torch.set_num_threads(1)
-    np.random.seed()        # as in a new Python: not the server's state
-    sys.stdout,sys.stderr = (open(f'{log}.{o}', 'a', buffering=1) for o in ('out', 'err'))
+    np.random.seed()  # as in a new Python: not the server's state
+    sys.stdout, sys.stderr = (open(f'{log}.{o}', 'a', buffering=1) for o in ('out', 'err'))
     fn(*args)
 
 
 def start(log, fn, *args, **env):
     "A process that calls a function of a module"
-    p = SERVER.Process(target=begin, args=(str(log), os.environ | {k: str(v) for k,v in env.items()}, fn, args))
+    p = SERVER.Process(
+        target=begin, args=(str(log), os.environ | {k: str(v) for k, v in env.items()}, fn, args)
+    )
     p.start()
     return p
 
@@ -38,9 +51,12 @@ def start_two(log, fn, *args, **env):
 
 def ended(*processes):
     "Their exit codes"
-    for p in processes: p.join(300)
-    for p in processes: p.kill()            # one that hangs
+    for p in processes:
+        p.join(300)
+    for p in processes:
+        p.kill()  # one that hangs
     return [p.exitcode for p in processes]
 
 
-def said(log): return ''.join(Path(f'{log}.{o}').read_text() for o in ('out', 'err'))
+def said(log):
+    return ''.join(Path(f'{log}.{o}').read_text() for o in ('out', 'err'))

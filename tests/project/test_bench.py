@@ -1,32 +1,58 @@
 "The benchmark of steps: ways that take turns, and their numbers."
+
 import json, sys
 from pathlib import Path
 import pytest
 from rich.console import Console
 from fastdistill import DistillError
 
-sys.path.insert(0, str(Path(__file__).parents[2]/'benchmarks'))
+sys.path.insert(0, str(Path(__file__).parents[2] / 'benchmarks'))
 from step_cost.measure import WAYS, StepClock, numbers, run_bench  # noqa: E402
 
 
-
 def test_the_numbers_of_a_pair_are_printed_drawn_and_saved(tmp_path, capsys):
-    ways = ['no teacher', 'fastdistill', 'fastdistill, the default recipe', 'fastdistill, cached', 'careful plain loop', "the forum's callback", "the teacher's forward pass"]
-    found = run_bench(['table'], ways, rounds=1, batches=2, memory=False, out=tmp_path, console=Console(width=130))
+    ways = [
+        'no teacher',
+        'fastdistill',
+        'fastdistill, the default recipe',
+        'fastdistill, cached',
+        'careful plain loop',
+        "the forum's callback",
+        "the teacher's forward pass",
+    ]
+    found = run_bench(
+        ['table'], ways, rounds=1, batches=2, memory=False, out=tmp_path, console=Console(width=130)
+    )
     mine = found['pairs']['table']['ways']
-    assert set(mine) == set(ways) and mine['no teacher']['ratio'] == mine['no teacher']['cpu_ratio'] == 1
-    assert all(v['ms'] > 0 and v['cpu_ms'] > 0 and v['peak'] is None and v['first_epoch'] > 0 for v in mine.values())
-    assert json.loads((tmp_path/'bench.json').read_text()) == found and (tmp_path/'bench.png').stat().st_size > 1000
+    assert (
+        set(mine) == set(ways)
+        and mine['no teacher']['ratio'] == mine['no teacher']['cpu_ratio'] == 1
+    )
+    assert all(
+        v['ms'] > 0 and v['cpu_ms'] > 0 and v['peak'] is None and v['first_epoch'] > 0
+        for v in mine.values()
+    )
+    assert (
+        json.loads((tmp_path / 'bench.json').read_text()) == found
+        and (tmp_path / 'bench.png').stat().st_size > 1000
+    )
     assert found['machine']['torch'] and 'over no teacher' in capsys.readouterr().out
 
 
 def test_a_pair_or_way_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(DistillError, match="no pair 'vgg': must be one of resnet, unet"): run_bench(['vgg'], out=tmp_path)
-    with pytest.raises(DistillError, match="no way 'magic': must be one of no teacher, fastdistill"): run_bench(['table'], ['magic'], out=tmp_path)
+    with pytest.raises(DistillError, match="no pair 'vgg': must be one of resnet, unet"):
+        run_bench(['vgg'], out=tmp_path)
+    with pytest.raises(
+        DistillError, match="no way 'magic': must be one of no teacher, fastdistill"
+    ):
+        run_bench(['table'], ['magic'], out=tmp_path)
 
 
 def test_rounds_have_medians_and_a_clock_counts_steps():
-    assert numbers([[.001, .01], [.003, .03], [.002, .02], [.002, .02], [.002, .02], [.004, .04]], 3) == {'wall': [2., 2.], 'cpu': [20., 20.]}
+    assert numbers(
+        [[0.001, 0.01], [0.003, 0.03], [0.002, 0.02], [0.002, 0.02], [0.002, 0.02], [0.004, 0.04]],
+        3,
+    ) == {'wall': [2.0, 2.0], 'cpu': [20.0, 20.0]}
     clock = StepClock()
     clock.start()
     clock.mark()

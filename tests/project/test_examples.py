@@ -1,10 +1,11 @@
 "The examples: each script runs in its quick form, prints its comparison, and leaves nothing behind."
+
 import os, re, runpy, sys, tempfile
 from pathlib import Path
 import pytest
 import apps  # noqa: F401 (fastai, which leaves files of its own when it is imported)
 
-EXAMPLES = Path(__file__).parents[2]/'examples'
+EXAMPLES = Path(__file__).parents[2] / 'examples'
 SCRIPTS = sorted(EXAMPLES.glob('*.py'))
 HOMES = [EXAMPLES, Path(os.environ['FASTAI_HOME'])]
 every_script = pytest.mark.parametrize('script', SCRIPTS, ids=lambda p: p.stem)
@@ -17,7 +18,9 @@ def files():
 
 
 # in its quick form, a teacher has learned for an epoch
-@pytest.mark.filterwarnings('ignore:The teacher is no better than chance', 'ignore:The .grad attribute of a Tensor') # the compiler's own
+@pytest.mark.filterwarnings(
+    'ignore:The teacher is no better than chance', 'ignore:The .grad attribute of a Tensor'
+)  # the compiler's own
 @every_script
 def test_an_example_prints_its_comparison_and_leaves_no_file(script, tmp_path, monkeypatch, capsys):
     before = files()
@@ -34,4 +37,4 @@ def test_an_example_prints_its_comparison_and_leaves_no_file(script, tmp_path, m
 def test_an_example_is_short_and_says_what_it_shows(script):
     text = script.read_text()
     assert text.startswith('"""') and len(text.splitlines()) <= 60
-    assert f'({script.name})' in (EXAMPLES/'README.md').read_text()
+    assert f'({script.name})' in (EXAMPLES / 'README.md').read_text()

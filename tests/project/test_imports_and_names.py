@@ -1,12 +1,20 @@
 "The house: who may import whom, and which names are public."
+
 import ast, importlib, itertools, re, subprocess, sys
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SRC = ROOT/'src'/'fastdistill'
+SRC = ROOT / 'src' / 'fastdistill'
 FILES = sorted(SRC.rglob('*.py'))
-FACES = ['fastdistill', 'fastdistill.losses', 'fastdistill.recipes', 'fastdistill.fastai', 'fastdistill.huggingface', 'fastdistill.lightning']
+FACES = [
+    'fastdistill',
+    'fastdistill.losses',
+    'fastdistill.recipes',
+    'fastdistill.fastai',
+    'fastdistill.huggingface',
+    'fastdistill.lightning',
+]
 
 # package: which packages it may import, all of them above it; which other packages at the top of its files, and which only inside functions
 LAW = dict(
@@ -18,13 +26,29 @@ LAW = dict(
     recipes=('base losses features', 'torch', ''),
     checks=('base losses features teachers', 'torch', 'scipy'),
     distiller=('base features teachers recipes checks', 'torch', ''),
-    evaluation=('base losses features teachers checks', 'torch numpy', 'scipy matplotlib rich jinja2 IPython'),
+    evaluation=(
+        'base losses features teachers checks',
+        'torch numpy',
+        'scipy matplotlib rich jinja2 IPython',
+    ),
     search=('base losses recipes evaluation', 'torch numpy', 'optuna scipy matplotlib rich jinja2'),
     __init__=('base', 'lazy_loader', ''),
-    fastai=('base losses features teachers cache recipes checks distiller evaluation search', 'torch numpy fastai safetensors', 'pandas rich IPython matplotlib onnx onnxscript onnxruntime torchao'),
-    huggingface=('base features teachers recipes checks distiller', 'torch transformers accelerate', ''),
+    fastai=(
+        'base losses features teachers cache recipes checks distiller evaluation search',
+        'torch numpy fastai safetensors',
+        'pandas rich IPython matplotlib onnx onnxscript onnxruntime torchao',
+    ),
+    huggingface=(
+        'base features teachers recipes checks distiller',
+        'torch transformers accelerate',
+        '',
+    ),
     lightning=('base features teachers recipes checks distiller', 'torch lightning', ''),
-    cli=('base teachers cache recipes evaluation fastai __init__', 'typer rich torch torchvision numpy pandas fastai safetensors PIL lazy_loader', 'timm datasets matplotlib sklearn'),
+    cli=(
+        'base teachers cache recipes evaluation fastai __init__',
+        'typer rich torch torchvision numpy pandas fastai safetensors PIL lazy_loader',
+        'timm datasets matplotlib sklearn',
+    ),
 )
 # the same inside a package: a file may import those of its package that stand before it
 ORDER = dict(
@@ -42,19 +66,31 @@ ORDER = dict(
     huggingface='students models trainer',
     cli='training arguments objects demo commands app',
 )
-ORDER |= {'cli.demo': 'tasks results picture', 'cli.training': 'config settings files fingerprint checks loaders archs teachers exported processes stages run', 'cli.commands': 'cache demo find check compare methods train'}
+ORDER |= {
+    'cli.demo': 'tasks results picture',
+    'cli.training': 'config settings files fingerprint checks loaders archs teachers exported processes stages run',
+    'cli.commands': 'cache demo find check compare methods train',
+}
 
 
-def package_of(file): return file.relative_to(SRC).parts[0].removesuffix('.py')
+def package_of(file):
+    return file.relative_to(SRC).parts[0].removesuffix('.py')
 
 
 def imports(file):
     "(level, module, names, whether inside a function) of each import"
     tree = ast.parse(file.read_text())
-    inner = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.Lambda)) for n in ast.walk(f)}
+    inner = {
+        id(n)
+        for f in ast.walk(tree)
+        if isinstance(f, (ast.FunctionDef, ast.Lambda))
+        for n in ast.walk(f)
+    }
     for n in ast.walk(tree):
-        if isinstance(n, ast.Import): yield from ((0, a.name, [], id(n) in inner) for a in n.names)
-        if isinstance(n, ast.ImportFrom): yield n.level, n.module or '', [a.name for a in n.names], id(n) in inner
+        if isinstance(n, ast.Import):
+            yield from ((0, a.name, [], id(n) in inner) for a in n.names)
+        if isinstance(n, ast.ImportFrom):
+            yield n.level, n.module or '', [a.name for a in n.names], id(n) in inner
 
 
 def targets(file, level, module, names):
@@ -62,17 +98,28 @@ def targets(file, level, module, names):
     at = [*file.relative_to(SRC).parts][:-level]
     path = [*at, *module.split('.')] if module else at
     here = SRC.joinpath(*path)
-    if here.is_dir(): return [(*path, n) if (here/n).is_dir() or (here/f'{n}.py').exists() else tuple(path) or ('__init__',) for n in names]
+    if here.is_dir():
+        return [
+            (*path, n)
+            if (here / n).is_dir() or (here / f'{n}.py').exists()
+            else tuple(path) or ('__init__',)
+            for n in names
+        ]
     return [tuple(path)]
 
 
 def test_the_law_has_no_circle():
-    for i,(package,(may,*_)) in enumerate(LAW.items()): assert set(may.split()) <= set([*LAW][:i]) | {'__init__'}, package
+    for i, (package, (may, *_)) in enumerate(LAW.items()):
+        assert set(may.split()) <= set([*LAW][:i]) | {'__init__'}, package
     assert {package_of(f) for f in FILES} <= set(LAW), 'a new package needs a line in LAW'
-    for folder,order in ORDER.items():
+    for folder, order in ORDER.items():
         here = SRC.joinpath(*folder.split('.'))
-        have = {f.stem for f in here.iterdir() if f.suffix == '.py' or (f/'__init__.py').exists()} - {'__init__'}
-        assert set(order.split()) == have, f'the files of {folder}, in the order in which they import each other'
+        have = {
+            f.stem for f in here.iterdir() if f.suffix == '.py' or (f / '__init__.py').exists()
+        } - {'__init__'}
+        assert set(order.split()) == have, (
+            f'the files of {folder}, in the order in which they import each other'
+        )
 
 
 def upward(file, entered):
@@ -80,72 +127,148 @@ def upward(file, entered):
     here = (*file.relative_to(SRC).parts[:-1], file.stem)
     for path in entered:
         same = len([*itertools.takewhile(lambda o: o[0] == o[1], zip(here, path))])
-        if same == 0 or same == len(path): continue         # a different package, or its __init__
+        if same == 0 or same == len(path):
+            continue  # a different package, or its __init__
         order = ORDER['.'.join(here[:same])].split()
-        if here[same] != '__init__' and order.index(path[same]) >= order.index(here[same]): yield '.'.join(path)
+        if here[same] != '__init__' and order.index(path[same]) >= order.index(here[same]):
+            yield '.'.join(path)
 
 
 @pytest.mark.parametrize('file', FILES, ids=lambda f: str(f.relative_to(SRC)))
 def test_imports_keep_to_the_law(file):
     package = package_of(file)
-    may,top,inside = (set(o.split()) for o in LAW[package])
-    for level,module,names,inner in imports(file):
+    may, top, inside = (set(o.split()) for o in LAW[package])
+    for level, module, names, inner in imports(file):
         if level:
             entered = targets(file, level, module, names)
             new = {o[0] for o in entered} - {package} - may
             up = [*upward(file, entered)]
-            assert not up, f"{file.relative_to(SRC)} may not import {', '.join(up)}, which stands after it"
-        else: new = {module.split('.')[0]} - set(sys.stdlib_module_names) - top - (inside if inner else set())
-        assert not new, f"{package} may not import {', '.join(new)} {'inside a function' if inner else 'at the top'} (from {module or '.'})"
-        assert '*' not in names or file.name == '__init__.py', f'import * from {module}: name what you import'
+            assert not up, (
+                f'{file.relative_to(SRC)} may not import {", ".join(up)}, which stands after it'
+            )
+        else:
+            new = (
+                {module.split('.')[0]}
+                - set(sys.stdlib_module_names)
+                - top
+                - (inside if inner else set())
+            )
+        assert not new, (
+            f'{package} may not import {", ".join(new)} {"inside a function" if inner else "at the top"} (from {module or "."})'
+        )
+        assert '*' not in names or file.name == '__init__.py', (
+            f'import * from {module}: name what you import'
+        )
 
 
 def test_only_distributed_knows_torch_distributed():
-    for f in FILES: assert f.stem == 'distributed' or 'torch.distributed.' not in f.read_text().replace('`torch.distributed', ''), f
+    for f in FILES:
+        assert f.stem == 'distributed' or 'torch.distributed.' not in f.read_text().replace(
+            '`torch.distributed', ''
+        ), f
 
 
 def defined(file):
     "Names that a file defines at its top level; methods that are patched into another class are not among them"
     for d in ast.parse(file.read_text()).body:
-        if isinstance(d, ast.ClassDef): yield d.name
-        if isinstance(d, ast.FunctionDef) and not any(ast.unparse(o) == 'patch' for o in d.decorator_list): yield d.name
+        if isinstance(d, ast.ClassDef):
+            yield d.name
+        if isinstance(d, ast.FunctionDef) and not any(
+            ast.unparse(o) == 'patch' for o in d.decorator_list
+        ):
+            yield d.name
         if isinstance(d, ast.Assign):
-            yield from (n.id for t in d.targets for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and not n.id.startswith('__'))
+            yield from (
+                n.id
+                for t in d.targets
+                for n in ast.walk(t)
+                if isinstance(n, ast.Name)
+                and isinstance(n.ctx, ast.Store)
+                and not n.id.startswith('__')
+            )
 
 
 def test_a_name_has_one_meaning():
     where = {}
     for f in FILES:
-        for n in defined(f): where.setdefault(n, []).append(f.relative_to(SRC))
+        for n in defined(f):
+            where.setdefault(n, []).append(f.relative_to(SRC))
     # a recipe has the name of the method whose loss it uses
-    twice = {n: fs for n,fs in where.items() if len(fs) > 1 and not (len(fs) == 2 and {f.parts[0] for f in fs} == {'losses', 'recipes'})}
+    twice = {
+        n: fs
+        for n, fs in where.items()
+        if len(fs) > 1 and not (len(fs) == 2 and {f.parts[0] for f in fs} == {'losses', 'recipes'})
+    }
     assert not twice
 
 
 def test_the_names_of_the_package_are_those_of_its_rooms():
     import fastdistill
+
     assert set(fastdistill.recipes.__all__) <= set(fastdistill.__all__)
-    for n in fastdistill.__all__: assert n in dir(fastdistill) and getattr(fastdistill, n) is not None
+    for n in fastdistill.__all__:
+        assert n in dir(fastdistill) and getattr(fastdistill, n) is not None
 
 
 def test_a_recipe_can_be_called_in_a_process_that_imported_nothing_else():
-    code = "from fastdistill import kd; import torch; print(kd(T=1, alpha=1.)(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([0, 1])).item())"
-    assert float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout) == 0
+    code = 'from fastdistill import kd; import torch; print(kd(T=1, alpha=1.)(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([0, 1])).item())'
+    assert (
+        float(
+            subprocess.run(
+                [sys.executable, '-c', code], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        == 0
+    )
 
 
 def test_help_loads_no_torch():
     code = "import fastdistill, fastdistill.cli, sys; print(*{m.split('.')[0] for m in sys.modules} & {'torch', 'numpy', 'fastai', 'matplotlib'})"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == ''
+    assert (
+        subprocess.run(
+            [sys.executable, '-c', code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == ''
+    )
 
 
 def test_help_and_mistakes_in_a_command_load_no_torch(tmp_path):
     "PyTorch and fastai take seconds to import"
-    mistakes = [['train'], ['train', '--data', 'gone', '--teacher', 'a', '--student', 'b'], ['train', '--data', '.', '--teacher', 'gone.pkl', '--student', 'b'],
-                ['train', '--data', '.', '--teacher', 'a', '--student', 'b', '--epochs', '-1'], ['train', '--config', 'gone.toml'], ['train', '--resume', '--out', 'gone'],
-                ['compare', 'a=gone.pkl'], ['compare', 'gone.pkl'], ['export', 'gone.pkl', 'x.onnx'], ['export', '.', 'x.exe'], ['check', 'gone.py:x', 'gone.pkl'],
-                ['find', 'gone.pkl', 'gone.pkl', '--n-epoch', '1'], ['report', 'gone'], ['cache', 'info', 'gone'], ['cache', 'write', 'gone.pkl', 'gone.py:dls', 'x'], ['demo', '--nothing']]
-    helps = [[*c.split(), '--help'] for c in ('', 'train', 'compare', 'export', 'check', 'find', 'report', 'cache', 'cache write', 'methods', 'demo')]
-    code = f'''
+    mistakes = [
+        ['train'],
+        ['train', '--data', 'gone', '--teacher', 'a', '--student', 'b'],
+        ['train', '--data', '.', '--teacher', 'gone.pkl', '--student', 'b'],
+        ['train', '--data', '.', '--teacher', 'a', '--student', 'b', '--epochs', '-1'],
+        ['train', '--config', 'gone.toml'],
+        ['train', '--resume', '--out', 'gone'],
+        ['compare', 'a=gone.pkl'],
+        ['compare', 'gone.pkl'],
+        ['export', 'gone.pkl', 'x.onnx'],
+        ['export', '.', 'x.exe'],
+        ['check', 'gone.py:x', 'gone.pkl'],
+        ['find', 'gone.pkl', 'gone.pkl', '--n-epoch', '1'],
+        ['report', 'gone'],
+        ['cache', 'info', 'gone'],
+        ['cache', 'write', 'gone.pkl', 'gone.py:dls', 'x'],
+        ['demo', '--nothing'],
+    ]
+    helps = [
+        [*c.split(), '--help']
+        for c in (
+            '',
+            'train',
+            'compare',
+            'export',
+            'check',
+            'find',
+            'report',
+            'cache',
+            'cache write',
+            'methods',
+            'demo',
+        )
+    ]
+    code = f"""
 import sys
 from fastdistill.cli import main
 for args in {mistakes + helps}:
@@ -153,20 +276,31 @@ for args in {mistakes + helps}:
     try: main()
     except SystemExit as e: code = e.code
     print('RESULT', *args, code, *sorted({{'torch', 'numpy', 'fastai'}} & set(sys.modules)))
-'''
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+"""
+    out = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=tmp_path
+    ).stdout
     said = [o.removeprefix('RESULT ') for o in out.splitlines() if o.startswith('RESULT ')]
     assert said == [' '.join([*o, '2']) for o in mistakes] + [' '.join([*o, '0']) for o in helps]
 
 
 def test_import_fastdistill_brings_no_framework():
     code = "import fastdistill, sys; fastdistill.Distiller, fastdistill.losses, fastdistill.kd; print(*{m.split('.')[0] for m in sys.modules} & {'fastai', 'matplotlib', 'timm', 'transformers', 'accelerate', 'lightning', 'pandas', 'sklearn', 'PIL', 'rich', 'typer'})"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == ''
+    assert (
+        subprocess.run(
+            [sys.executable, '-c', code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == ''
+    )
 
 
 @pytest.mark.parametrize('file', FILES, ids=lambda f: str(f.relative_to(SRC)))
 def test_a_file_catches_nothing_unnamed(file):
-    assert not [n.lineno for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ExceptHandler) and n.type is None]
+    assert not [
+        n.lineno
+        for n in ast.walk(ast.parse(file.read_text()))
+        if isinstance(n, ast.ExceptHandler) and n.type is None
+    ]
 
 
 def public():
@@ -175,48 +309,67 @@ def public():
 
 
 def test_public_names_are_decided():
-    assert public() == (ROOT/'tests'/'api.txt').read_text().split(), 'decide, then write them anew: make api'
+    assert public() == (ROOT / 'tests' / 'api.txt').read_text().split(), (
+        'decide, then write them anew: make api'
+    )
 
 
 @pytest.mark.parametrize('face', FACES)
 def test_public_names_exist_once_and_are_explained(face):
     m = importlib.import_module(face)
     assert len(set(m.__all__)) == len(m.__all__)
-    for n in m.__all__: assert getattr(m, n).__doc__, f'{face}.{n} has no docstring'
+    for n in m.__all__:
+        assert getattr(m, n).__doc__, f'{face}.{n} has no docstring'
 
 
 def tracked():
     out = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True)
-    if out.returncode: pytest.skip('no repository')
-    return [ROOT/o for o in out.stdout.split('\0') if o and (ROOT/o).is_file()]
+    if out.returncode:
+        pytest.skip('no repository')
+    return [ROOT / o for o in out.stdout.split('\0') if o and (ROOT / o).is_file()]
 
 
 def test_no_path_of_one_machine():
     path = re.compile(r'(?<![\w.$~])/(home|root|work|opt|Users|mnt)/\w|\.\./(?=shared)')
     for f in tracked():
-        if 'benchmarks' in f.parts or f.suffix in ('.png', '.safetensors', '.json'): continue
+        if 'benchmarks' in f.parts or f.suffix in ('.png', '.safetensors', '.json'):
+            continue
         assert not (found := path.search(f.read_text())), f'{f.relative_to(ROOT)}: {found}'
 
 
 def test_the_paths_in_contributing_are_there():
-    paths = re.findall(r'`((?:src|tests|docs|benchmarks|examples)/[^`]*)`', (ROOT/'CONTRIBUTING.md').read_text())
+    paths = re.findall(
+        r'`((?:src|tests|docs|benchmarks|examples)/[^`]*)`', (ROOT / 'CONTRIBUTING.md').read_text()
+    )
     assert len(paths) > 20
-    assert not [p for p in paths if '*' not in p and not (ROOT/p).exists()]
+    assert not [p for p in paths if '*' not in p and not (ROOT / p).exists()]
 
 
 def test_the_oldest_releases_are_the_lower_bounds():
-    bounds = dict(re.findall(r'"([\w-]+)>=([\d.]+)', (ROOT/'pyproject.toml').read_text()))
-    oldest = dict(re.findall(r'^([\w-]+)==([\d.]+)', (ROOT/'tests'/'oldest.txt').read_text(), re.M))
+    bounds = dict(re.findall(r'"([\w-]+)>=([\d.]+)', (ROOT / 'pyproject.toml').read_text()))
+    oldest = dict(
+        re.findall(r'^([\w-]+)==([\d.]+)', (ROOT / 'tests' / 'oldest.txt').read_text(), re.M)
+    )
     parts = lambda v: [*map(int, v.split('.')), 0, 0, 0][:4]
     assert len(bounds) > 15
-    assert not [k for k,v in bounds.items() if parts(v) != parts(oldest.get(k, '0'))], 'tests/oldest.txt has the lower bounds of pyproject.toml'
+    assert not [k for k, v in bounds.items() if parts(v) != parts(oldest.get(k, '0'))], (
+        'tests/oldest.txt has the lower bounds of pyproject.toml'
+    )
 
 
 def test_every_loss_says_at_its_definition_what_it_needs():
-    for f in [*(SRC/'losses').glob('*.py'), SRC/'recipes'/'zoo.py']:
+    for f in [*(SRC / 'losses').glob('*.py'), SRC / 'recipes' / 'zoo.py']:
         for d in ast.walk(ast.parse(f.read_text())):
-            at = [o for o in getattr(d, 'decorator_list', []) if isinstance(o, ast.Call) and ast.unparse(o.func) == 'loss']
-            for o in at: assert {'kind', 'match'} <= {k.arg for k in o.keywords}, f'{f.stem}.{d.name}: @loss(kind=..., match=...)'
+            at = [
+                o
+                for o in getattr(d, 'decorator_list', [])
+                if isinstance(o, ast.Call) and ast.unparse(o.func) == 'loss'
+            ]
+            for o in at:
+                assert {'kind', 'match'} <= {k.arg for k in o.keywords}, (
+                    f'{f.stem}.{d.name}: @loss(kind=..., match=...)'
+                )
 
 
-if __name__ == '__main__': print(*public(), sep='\n')
+if __name__ == '__main__':
+    print(*public(), sep='\n')

@@ -1,111 +1,192 @@
 "The recipe that is taken when none is given."
+
 import copy, json, math
 import pytest
 import scipy.optimize, scipy.stats
 import torch
 from torch import nn
 import torch.nn.functional as F
-from fastai.basics import BCEWithLogitsLossFlat, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, set_seed
-from fastdistill import DistillError, DistillWarning, Distiller, Recipe, Term, auto, dist, kd, losses, soft_labels
+from fastai.basics import (
+    BCEWithLogitsLossFlat,
+    CrossEntropyLossFlat,
+    DataLoader,
+    DataLoaders,
+    Learner,
+    set_seed,
+)
+from fastdistill import (
+    DistillError,
+    DistillWarning,
+    Distiller,
+    Recipe,
+    Term,
+    auto,
+    dist,
+    kd,
+    losses,
+    soft_labels,
+)
 from fastdistill.fastai import KnowledgeDistillation, cache_teacher
 from fastdistill.fastai.default_recipe import example_of
 from fastdistill.recipes.default import softening_temperature
 from fastdistill.base.task import Task, facts_of_outputs
 
-DIST = dist(T=4., beta=2, gamma=2, grad_ratio=3)
+DIST = dist(T=4.0, beta=2, gamma=2, grad_ratio=3)
 RULE = [
     (dict(classes=77), Recipe(DIST), '77 classes'),
     (dict(classes=3), Recipe(DIST), '3 classes'),
-    (dict(classes=2), kd(T=1, alpha=.5), '2 classes'),
-    (dict(), kd(T=1, alpha=.5), 'unknown'),
+    (dict(classes=2), kd(T=1, alpha=0.5), '2 classes'),
+    (dict(), kd(T=1, alpha=0.5), 'unknown'),
     (dict(classes=11, dense=True), Recipe(DIST), '11 classes for each of many positions'),
-    (dict(classes=2, dense=True), kd(T=1, alpha=.5), '2 classes for each of many positions'),
+    (dict(classes=2, dense=True), kd(T=1, alpha=0.5), '2 classes for each of many positions'),
     (dict(classes=60000, dense=True), Recipe(DIST), '60000 classes for each of many positions'),
     (dict(classes=60000), Recipe(DIST), '60000 classes'),
     (dict(kind='sigmoid'), Recipe(Term(losses.binary_kl, grad_ratio=3, T=1)), 'several labels'),
-    (dict(kind='sigmoid', classes=1), kd(T=1, alpha=.5), 'one label'),     # the same task as two classes
-    (dict(kind='sigmoid', classes=1, dense=True), kd(T=1, alpha=.5), 'one label for each of many positions'),
-    (dict(kind='sigmoid', dense=True), kd(T=1, alpha=.5), 'labels for each of many positions'),
+    (
+        dict(kind='sigmoid', classes=1),
+        kd(T=1, alpha=0.5),
+        'one label',
+    ),  # the same task as two classes
+    (
+        dict(kind='sigmoid', classes=1, dense=True),
+        kd(T=1, alpha=0.5),
+        'one label for each of many positions',
+    ),
+    (dict(kind='sigmoid', dense=True), kd(T=1, alpha=0.5), 'labels for each of many positions'),
     (dict(kind='regression', dense=True), Recipe(Term(losses.regression, grad_ratio=3)), 'numbers'),
     (dict(classes=77, labels=False), soft_labels(T=1), 'no labels'),
-    (dict(classes=77, teacher=torch.arange(77.)/10), Recipe(dist(T=2.1, beta=2, gamma=2, grad_ratio=3)), 'T=2.1 softens'),
-    (dict(classes=77, teacher=torch.zeros(4, 77)), Recipe(dist(T=1., beta=2, gamma=2, grad_ratio=3)), 'T=1 softens'),
-    (dict(classes=77, teacher=1000*torch.eye(77)), Recipe(dist(T=20., beta=2, gamma=2, grad_ratio=3)), 'T=20 softens'),
-    (dict(classes=77, doubt='a bad teacher'), kd(T=1, alpha=.3), 'a bad teacher'),
-    (dict(kind='sigmoid', doubt='a bad teacher'), kd(T=1, alpha=.1), 'a bad teacher'),
+    (
+        dict(classes=77, teacher=torch.arange(77.0) / 10),
+        Recipe(dist(T=2.1, beta=2, gamma=2, grad_ratio=3)),
+        'T=2.1 softens',
+    ),
+    (
+        dict(classes=77, teacher=torch.zeros(4, 77)),
+        Recipe(dist(T=1.0, beta=2, gamma=2, grad_ratio=3)),
+        'T=1 softens',
+    ),
+    (
+        dict(classes=77, teacher=1000 * torch.eye(77)),
+        Recipe(dist(T=20.0, beta=2, gamma=2, grad_ratio=3)),
+        'T=20 softens',
+    ),
+    (dict(classes=77, doubt='a bad teacher'), kd(T=1, alpha=0.3), 'a bad teacher'),
+    (dict(kind='sigmoid', doubt='a bad teacher'), kd(T=1, alpha=0.1), 'a bad teacher'),
 ]
+
 
 @pytest.mark.parametrize('facts, recipe, why', RULE, ids=[str(i) for i in range(len(RULE))])
 def test_the_rule(facts, recipe, why):
     chosen = auto(**facts)
     assert repr(chosen) == repr(recipe) and why in chosen.why
-    names = dict(kd=kd, soft_labels=soft_labels, dist=lambda T,**kw: dist(T=float(T), **kw), Term=Term, losses=losses, labels=None)
-    parts = chosen.text.removeprefix('labels + ')       # what it says is what one can type
+    names = dict(
+        kd=kd,
+        soft_labels=soft_labels,
+        dist=lambda T, **kw: dist(T=float(T), **kw),
+        Term=Term,
+        losses=losses,
+        labels=None,
+    )
+    parts = chosen.text.removeprefix('labels + ')  # what it says is what one can type
     assert repr(Recipe(eval(parts, names))) == repr(recipe)
     classic = 'kd(T=4, alpha=.9)' if facts.get('labels', True) else 'soft_labels(T=4)'
     compared = '' if facts.get('kind') == 'regression' else f'; {classic} is the classic'
     assert str(chosen).endswith(f'({chosen.why}{compared})')
 
 
-def entropy(logits, T): return scipy.stats.entropy(torch.softmax(logits.double()/T, -1).numpy(), axis=-1).mean()/math.log(logits.shape[-1])
+def entropy(logits, T):
+    return scipy.stats.entropy(
+        torch.softmax(logits.double() / T, -1).numpy(), axis=-1
+    ).mean() / math.log(logits.shape[-1])
+
 
 @pytest.mark.parametrize('c', [3, 10, 100])
 def test_a_teacher_is_softened_until_its_entropy_is_nine_tenths_of_the_largest(c):
-    logits = 8*torch.randn(5, 20, c, generator=torch.Generator().manual_seed(c))
+    logits = 8 * torch.randn(5, 20, c, generator=torch.Generator().manual_seed(c))
     T = softening_temperature(logits)
-    assert T == pytest.approx(scipy.optimize.brentq(lambda T: entropy(logits.reshape(-1, c), T) - .9, .5, 50), rel=1e-3)
-    assert softening_temperature(logits/2) == pytest.approx(T/2, rel=1e-3)      # how large a teacher's logits are tells nothing
+    assert T == pytest.approx(
+        scipy.optimize.brentq(lambda T: entropy(logits.reshape(-1, c), T) - 0.9, 0.5, 50), rel=1e-3
+    )
+    assert softening_temperature(logits / 2) == pytest.approx(
+        T / 2, rel=1e-3
+    )  # how large a teacher's logits are tells nothing
 
 
 def test_a_large_vocabulary_is_looked_at_in_few_rows(monkeypatch):
-    logits = 8*torch.randn(500, 30_000, generator=torch.Generator().manual_seed(0))
-    T,sizes,softmax = softening_temperature(logits[:100]),[],torch.Tensor.softmax
-    monkeypatch.setattr(torch.Tensor, 'softmax', lambda x,*args: sizes.append(x.numel()) or softmax(x, *args))
-    assert softening_temperature(logits) == pytest.approx(T, rel=.01) and max(sizes) < 2**23
+    logits = 8 * torch.randn(500, 30_000, generator=torch.Generator().manual_seed(0))
+    T, sizes, softmax = softening_temperature(logits[:100]), [], torch.Tensor.softmax
+    monkeypatch.setattr(
+        torch.Tensor, 'softmax', lambda x, *args: sizes.append(x.numel()) or softmax(x, *args)
+    )
+    assert softening_temperature(logits) == pytest.approx(T, rel=0.01) and max(sizes) < 2**23
 
 
 def test_classes_without_probability_do_not_disturb_the_temperature():
-    logits = torch.where(torch.arange(5) == 4, -torch.inf, torch.randn(20, 5, generator=torch.Generator().manual_seed(0)))
+    logits = torch.where(
+        torch.arange(5) == 4,
+        -torch.inf,
+        torch.randn(20, 5, generator=torch.Generator().manual_seed(0)),
+    )
     assert math.isfinite(softening_temperature(logits))
 
 
 def test_auto_refuses_other_kinds():
-    with pytest.raises(DistillError, match="kind='soft': must be one of 'softmax', 'sigmoid' and 'regression'"): auto('soft')
-    with pytest.raises(DistillError, match='teacher=Linear: give its logits'): auto(classes=5, teacher=nn.Linear(2, 5))
+    with pytest.raises(
+        DistillError, match="kind='soft': must be one of 'softmax', 'sigmoid' and 'regression'"
+    ):
+        auto('soft')
+    with pytest.raises(DistillError, match='teacher=Linear: give its logits'):
+        auto(classes=5, teacher=nn.Linear(2, 5))
 
 
-@pytest.mark.parametrize('shape, task, facts', [
-    ((8, 5), Task('softmax'), ('softmax', 5, False)),
-    ((8, 12, 30, 40), Task('softmax'), ('softmax', 12, True)),
-    ((8, 12, 1, 1), Task('softmax'), ('softmax', 12, False)),
-    ((8, 72, 1000), Task('softmax', -1), ('softmax', 1000, True)),
-    ((8, 5), Task('softmax', 7), ('softmax', None, False)),
-    ((8, 20), Task('sigmoid'), ('sigmoid', None, False)),
-    ((8,), Task('sigmoid'), ('sigmoid', 1, False)),
-    ((8, 1), Task('sigmoid'), ('sigmoid', 1, False)),
-    ((8, 1, 30, 40), Task('sigmoid'), ('sigmoid', 1, True)),
-    ((8, 3, 30, 40), Task('sigmoid'), ('sigmoid', None, True)),
-])
-def test_facts_are_read_off_the_outputs(shape, task, facts): assert tuple(facts_of_outputs(shape, task).values()) == facts
+@pytest.mark.parametrize(
+    'shape, task, facts',
+    [
+        ((8, 5), Task('softmax'), ('softmax', 5, False)),
+        ((8, 12, 30, 40), Task('softmax'), ('softmax', 12, True)),
+        ((8, 12, 1, 1), Task('softmax'), ('softmax', 12, False)),
+        ((8, 72, 1000), Task('softmax', -1), ('softmax', 1000, True)),
+        ((8, 5), Task('softmax', 7), ('softmax', None, False)),
+        ((8, 20), Task('sigmoid'), ('sigmoid', None, False)),
+        ((8,), Task('sigmoid'), ('sigmoid', 1, False)),
+        ((8, 1), Task('sigmoid'), ('sigmoid', 1, False)),
+        ((8, 1, 30, 40), Task('sigmoid'), ('sigmoid', 1, True)),
+        ((8, 3, 30, 40), Task('sigmoid'), ('sigmoid', None, True)),
+    ],
+)
+def test_facts_are_read_off_the_outputs(shape, task, facts):
+    assert tuple(facts_of_outputs(shape, task).values()) == facts
 
 
 def nets(c, width=16):
     set_seed(0)
     return [nn.Sequential(nn.Linear(6, w), nn.ReLU(), nn.Linear(w, c)) for w in (4, width)]
 
+
 def data(c, n=64):
     x = torch.randn(n, 6, generator=torch.Generator().manual_seed(1))
     return list(zip(x, (x[:, :c].argmax(1) if c > 2 else (x[:, 0] > 0).long())))
 
+
 def learners(c, labels=True, epochs=30):
     set_seed(2)
     items = data(c)
-    dls = [DataLoader(items if labels else [x for x,_ in items], bs=16, shuffle=i == 0, **({} if labels else dict(create_batch=lambda b: (torch.stack(b),))))
-           for i in range(2)]
-    student,teacher = (Learner(DataLoaders(*dls), m, loss_func=CrossEntropyLossFlat()) for m in nets(c))
+    dls = [
+        DataLoader(
+            items if labels else [x for x, _ in items],
+            bs=16,
+            shuffle=i == 0,
+            **({} if labels else dict(create_batch=lambda b: (torch.stack(b),))),
+        )
+        for i in range(2)
+    ]
+    student, teacher = (
+        Learner(DataLoaders(*dls), m, loss_func=CrossEntropyLossFlat()) for m in nets(c)
+    )
     if labels:
-        with teacher.no_bar(), teacher.no_logging(): teacher.fit(epochs, .01)
-    return student,teacher
+        with teacher.no_bar(), teacher.no_logging():
+            teacher.fit(epochs, 0.01)
+    return student, teacher
 
 
 def first_logits(student, teacher):
@@ -118,81 +199,118 @@ def first_logits(student, teacher):
 
 @pytest.mark.parametrize('c, name', [(5, 'dist'), (2, 'kd')])
 def test_the_callback_chooses_and_says_so(c, name, capsys):
-    student,teacher = learners(c)
+    student, teacher = learners(c)
     student.logger = print
     logits = first_logits(student, teacher)
-    with student.no_bar(): cb = student.distill(teacher, 1, .01)
+    with student.no_bar():
+        cb = student.distill(teacher, 1, 0.01)
     out = capsys.readouterr().out
     assert f'fastdistill: recipe {cb.recipe}' in out and f'{c} classes' in out
-    assert repr(cb.recipe) == repr(auto(classes=c, teacher=logits)) and student.recorder.metric_names[-2] == f'{name}_loss'
+    assert (
+        repr(cb.recipe) == repr(auto(classes=c, teacher=logits))
+        and student.recorder.metric_names[-2] == f'{name}_loss'
+    )
 
 
 @pytest.mark.parametrize('c', [2, 5])
 def test_the_choice_trains_as_the_same_recipe_given_by_hand(c):
     ends = []
     for given in (False, True):
-        student,teacher = learners(c)
+        student, teacher = learners(c)
         logits = first_logits(student, teacher)
         recipe = auto(classes=c, teacher=logits) if given else None
-        with student.no_bar(), student.no_logging(): student.fit(2, .01, cbs=KnowledgeDistillation(teacher, recipe))
+        with student.no_bar(), student.no_logging():
+            student.fit(2, 0.01, cbs=KnowledgeDistillation(teacher, recipe))
         ends.append(torch.cat([p.detach().flatten() for p in student.model.parameters()]))
     assert torch.equal(*ends)
 
 
 def test_T_or_alpha_alone_mean_kd(capsys):
-    _,teacher = learners(5)
-    for given,recipe in ((dict(T=2), kd(T=2)), (dict(alpha=.5), kd(alpha=.5)), (dict(temperature=3), kd(T=3))):
+    _, teacher = learners(5)
+    for given, recipe in (
+        (dict(T=2), kd(T=2)),
+        (dict(alpha=0.5), kd(alpha=0.5)),
+        (dict(temperature=3), kd(T=3)),
+    ):
         assert repr(KnowledgeDistillation(teacher, **given).recipe) == repr(recipe)
-    assert KnowledgeDistillation(teacher).recipe is KnowledgeDistillation(teacher, 'auto').recipe is None
-    with pytest.raises(DistillError, match=r"recipe='kd': write kd\(\), with brackets"): KnowledgeDistillation(teacher, 'kd')
-    with pytest.raises(DistillError, match='A recipe and T=: give these to the recipe'): KnowledgeDistillation(teacher, 'auto', T=2)
+    assert (
+        KnowledgeDistillation(teacher).recipe
+        is KnowledgeDistillation(teacher, 'auto').recipe
+        is None
+    )
+    with pytest.raises(DistillError, match=r"recipe='kd': write kd\(\), with brackets"):
+        KnowledgeDistillation(teacher, 'kd')
+    with pytest.raises(DistillError, match='A recipe and T=: give these to the recipe'):
+        KnowledgeDistillation(teacher, 'auto', T=2)
 
 
 def test_a_teacher_that_scores_low_gets_a_small_part():
-    student,_ = learners(5)
+    student, _ = learners(5)
     bad = nets(5)[1]
-    with torch.no_grad(): bad[2].bias[3] = 100.     # it predicts one class
-    with student.no_bar(), student.no_logging(), pytest.warns(DistillWarning, match='no better than chance'):
-        cb = student.distill(bad, 1, .01)
-    assert repr(cb.recipe) == repr(kd(T=1, alpha=.3)) and 'in doubt' in cb.recipe.why
+    with torch.no_grad():
+        bad[2].bias[3] = 100.0  # it predicts one class
+    with (
+        student.no_bar(),
+        student.no_logging(),
+        pytest.warns(DistillWarning, match='no better than chance'),
+    ):
+        cb = student.distill(bad, 1, 0.01)
+    assert repr(cb.recipe) == repr(kd(T=1, alpha=0.3)) and 'in doubt' in cb.recipe.why
 
 
-@pytest.mark.parametrize('scale, small', [(1., False), (.15, True)])
-def test_a_teacher_that_is_right_far_more_often_than_it_is_sure_gets_a_small_part(scale, small, capsys):
-    student,teacher = learners(5)
+@pytest.mark.parametrize('scale, small', [(1.0, False), (0.15, True)])
+def test_a_teacher_that_is_right_far_more_often_than_it_is_sure_gets_a_small_part(
+    scale, small, capsys
+):
+    student, teacher = learners(5)
     student.logger = print
-    with student.no_bar(): cb = student.distill(lambda x: scale*teacher.model(x), 1, .01)
-    assert (repr(cb.recipe) == repr(kd(T=1, alpha=.3))) is small
+    with student.no_bar():
+        cb = student.distill(lambda x: scale * teacher.model(x), 1, 0.01)
+    assert (repr(cb.recipe) == repr(kd(T=1, alpha=0.3))) is small
     assert ('It seems to be trained too briefly' in capsys.readouterr().out) is small
 
 
-@pytest.mark.filterwarnings('ignore:numpy.core is deprecated')     # fastai's lr_find, as it loads the model again
+@pytest.mark.filterwarnings(
+    'ignore:numpy.core is deprecated'
+)  # fastai's lr_find, as it loads the model again
 def test_a_choice_may_change_between_lr_find_and_a_fit():
-    student,_ = learners(5)
+    student, _ = learners(5)
     bad = nets(5)[1]
-    with torch.no_grad(): bad[2].bias[3] = 100.
+    with torch.no_grad():
+        bad[2].bias[3] = 100.0
     cb = KnowledgeDistillation(bad)
     with student.no_bar(), student.no_logging(), student.added_cbs(cb):
-        student.lr_find(num_it=3, show_plot=False, suggest_funcs=None)      # it does not check the teacher
+        student.lr_find(
+            num_it=3, show_plot=False, suggest_funcs=None
+        )  # it does not check the teacher
         assert [t.name for t in cb.recipe.terms] == ['dist']
-        with pytest.warns(DistillWarning, match='no better than chance'): student.fit(1, .01)
-    assert repr(cb.recipe) == repr(kd(T=1, alpha=.3)) and [*cb.distiller.links] == ['kd']
+        with pytest.warns(DistillWarning, match='no better than chance'):
+            student.fit(1, 0.01)
+    assert repr(cb.recipe) == repr(kd(T=1, alpha=0.3)) and [*cb.distiller.links] == ['kd']
 
 
-@pytest.mark.parametrize('scale, small', [(1., False), (.15, True)])
+@pytest.mark.parametrize('scale, small', [(1.0, False), (0.15, True)])
 def test_a_doubt_is_stored_with_the_outputs(scale, small, tmp_path):
-    student,teacher = learners(5)
+    student, teacher = learners(5)
     with torch.no_grad():
-        for p in teacher.model[2].parameters(): p *= scale
-    with pytest.raises(DistillError, match="DataLoader is none of fastai's loaders whose batches can be repeated"):
-        cache_teacher(teacher.model, student.dls, tmp_path/'c', kind='softmax', check=False)
+        for p in teacher.model[2].parameters():
+            p *= scale
+    with pytest.raises(
+        DistillError, match="DataLoader is none of fastai's loaders whose batches can be repeated"
+    ):
+        cache_teacher(teacher.model, student.dls, tmp_path / 'c', kind='softmax', check=False)
     student.dls = DataLoaders.from_dsets(data(5), data(5), bs=16, num_workers=0)
-    cache = cache_teacher(teacher.model, student.dls, tmp_path/'c', kind='softmax', progress=False)
-    with student.no_bar(), student.no_logging(): cb = student.distill(cache, 1, .01)
-    assert (repr(cb.recipe) == repr(kd(T=1, alpha=.3))) is small
+    cache = cache_teacher(
+        teacher.model, student.dls, tmp_path / 'c', kind='softmax', progress=False
+    )
+    with student.no_bar(), student.no_logging():
+        cb = student.distill(cache, 1, 0.01)
+    assert (repr(cb.recipe) == repr(kd(T=1, alpha=0.3))) is small
     assert ('when its outputs were stored: The teacher is right for' in cb.recipe.why) is small
-    assert ('doubt' in json.loads((tmp_path/'c'/'manifest.json').read_text())) is small
-    again = cache_teacher(teacher.model, student.dls, tmp_path/'c', kind='softmax', check=False, progress=False)
+    assert ('doubt' in json.loads((tmp_path / 'c' / 'manifest.json').read_text())) is small
+    again = cache_teacher(
+        teacher.model, student.dls, tmp_path / 'c', kind='softmax', check=False, progress=False
+    )
     assert ('too briefly' in again.manifest.doubt) is small
 
 
@@ -200,40 +318,49 @@ def test_a_single_label_is_a_task_of_two_classes():
     x = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
     items = list(zip(x, (x[:, :1] > 0).float()))
     dls = DataLoaders.from_dsets(items, items, bs=16, num_workers=0)
-    student,teacher = (Learner(dls, m, loss_func=BCEWithLogitsLossFlat()) for m in nets(1))
-    with student.no_bar(), student.no_logging(): cb = student.distill(teacher, 1, .01, check=False)
-    assert repr(cb.recipe) == repr(kd(T=1, alpha=.5)) and cb.recipe.why == 'one label'
+    student, teacher = (Learner(dls, m, loss_func=BCEWithLogitsLossFlat()) for m in nets(1))
+    with student.no_bar(), student.no_logging():
+        cb = student.distill(teacher, 1, 0.01, check=False)
+    assert repr(cb.recipe) == repr(kd(T=1, alpha=0.5)) and cb.recipe.why == 'one label'
 
 
 def test_a_better_student_doubts_its_teacher():
-    _,student = learners(5)
+    _, student = learners(5)
     worse = copy.deepcopy(student.model)
-    with torch.no_grad(): worse[2].bias[:3] = -100.     # it never predicts three of the five classes
-    with student.no_bar(), student.no_logging(), pytest.warns(DistillWarning, match='worse than the student'):
-        cb = student.distill(worse, 1, .01)
-    assert repr(cb.recipe) == repr(kd(T=1, alpha=.3))
+    with torch.no_grad():
+        worse[2].bias[:3] = -100.0  # it never predicts three of the five classes
+    with (
+        student.no_bar(),
+        student.no_logging(),
+        pytest.warns(DistillWarning, match='worse than the student'),
+    ):
+        cb = student.distill(worse, 1, 0.01)
+    assert repr(cb.recipe) == repr(kd(T=1, alpha=0.3))
 
 
 def test_without_labels_the_teacher_alone_teaches():
-    student,_ = learners(5, labels=False)
-    with student.no_bar(), student.no_logging(): cb = student.distill(nets(5)[1], 1, .01, check=False)
+    student, _ = learners(5, labels=False)
+    with student.no_bar(), student.no_logging():
+        cb = student.distill(nets(5)[1], 1, 0.01, check=False)
     assert repr(cb.recipe) == repr(soft_labels(T=1))
 
 
 def test_another_student_gets_a_choice_of_its_own():
-    many,teacher = learners(5)
-    two,other = learners(2)
+    many, teacher = learners(5)
+    two, other = learners(2)
     cb = KnowledgeDistillation(lambda x: teacher.model(x))
-    with many.no_bar(), many.no_logging(): many.fit(1, .01, cbs=cb)
+    with many.no_bar(), many.no_logging():
+        many.fit(1, 0.01, cbs=cb)
     assert [t.name for t in cb.recipe.terms] == ['dist']
     cb.source = lambda x: other.model(x)
-    with two.no_bar(), two.no_logging(): two.fit(1, .01, cbs=cb)
+    with two.no_bar(), two.no_logging():
+        two.fit(1, 0.01, cbs=cb)
     assert [t.name for t in cb.recipe.terms] == ['kd']
 
 
 def test_a_plain_distiller_chooses_at_its_first_batch(capsys):
-    (student,teacher),items = nets(5),data(5)
-    x,y = torch.stack([a for a,_ in items]),torch.stack([b for _,b in items])
+    (student, teacher), items = nets(5), data(5)
+    x, y = torch.stack([a for a, _ in items]), torch.stack([b for _, b in items])
     d = Distiller(student, teacher)
     loss = d(x, y)
     chosen = auto(classes=5, teacher=teacher(x))
@@ -246,19 +373,24 @@ def test_a_plain_distiller_chooses_at_its_first_batch(capsys):
 
 
 def test_a_plain_distiller_without_labels_takes_the_teacher_alone(capsys):
-    student,teacher = nets(5)
+    student, teacher = nets(5)
     x = torch.randn(8, 6)
     d = Distiller(student, teacher)
-    torch.testing.assert_close(d(x).total, F.kl_div(student(x).log_softmax(1), teacher(x).softmax(1), reduction='batchmean'))
+    torch.testing.assert_close(
+        d(x).total,
+        F.kl_div(student(x).log_softmax(1), teacher(x).softmax(1), reduction='batchmean'),
+    )
     assert 'no labels' in capsys.readouterr().out
 
 
 def test_the_share_is_the_length_of_the_gradient():
-    (student,teacher),items = nets(5),data(5)
-    x,y = torch.stack([a for a,_ in items]),torch.stack([b for _,b in items])
+    (student, teacher), items = nets(5), data(5)
+    x, y = torch.stack([a for a, _ in items]), torch.stack([b for _, b in items])
     s = student(x).detach().requires_grad_()
     of = lambda v: torch.autograd.grad(v, s, retain_graph=True)[0].norm()
     d = Distiller(student, teacher, auto(classes=5))
     r = d(x, y)
     term = losses.dist(s, teacher(x).detach(), T=4, beta=2, gamma=2)
-    torch.testing.assert_close(r.weights['dist']*of(term), 3*of(F.cross_entropy(s, y)), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        r.weights['dist'] * of(term), 3 * of(F.cross_entropy(s, y)), rtol=1e-4, atol=0
+    )

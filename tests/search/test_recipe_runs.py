@@ -1,4 +1,5 @@
 "Recipes side by side over several seeds: numbers, their test, and a folder from which an interrupted experiment continues."
+
 import functools, os, signal
 import numpy as np
 import pytest
@@ -6,7 +7,15 @@ from scipy import stats
 import apps, processes
 from apps import toy
 from fastai.basics import Callback, CrossEntropyLossFlat, Learner, accuracy, noop
-from fastdistill.fastai import DistillError, RecipeReport, Term, compare_recipes, distill_many, kd, losses
+from fastdistill.fastai import (
+    DistillError,
+    RecipeReport,
+    Term,
+    compare_recipes,
+    distill_many,
+    kd,
+    losses,
+)
 from fastdistill.fastai.recipe_runs import comparable_text
 from fastdistill.search.seed_tests import adjusted, difference_by_seed
 from fastdistill.evaluation.data import Difference
@@ -14,102 +23,163 @@ from fastdistill.search.recipe_report import RecipeRun
 from fastdistill.base.seeds import seeded
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
-RECIPES = dict(alone=None, default='auto', features=kd(T=2.) + Term(losses.hint, layers={'2': '2'}, projector='linear', weight=.1))
-DLS,TEACHER = toy()[0].dls,toy()[1]
+RECIPES = dict(
+    alone=None,
+    default='auto',
+    features=kd(T=2.0) + Term(losses.hint, layers={'2': '2'}, projector='linear', weight=0.1),
+)
+DLS, TEACHER = toy()[0].dls, toy()[1]
 
 
 def make_student(cbs=None):
-    learn, = apps.quiet(Learner(DLS, apps.mlp(6), loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=cbs))
+    (learn,) = apps.quiet(
+        Learner(DLS, apps.mlp(6), loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=cbs)
+    )
     return learn
 
 
-def run(recipes=None, n_epoch=2, lr=.1, make=make_student, teacher=TEACHER, **kwargs):
-    return compare_recipes(make, teacher, recipes or RECIPES, n_epoch, lr, progress=False, check=False, **kwargs)
+def run(recipes=None, n_epoch=2, lr=0.1, make=make_student, teacher=TEACHER, **kwargs):
+    return compare_recipes(
+        make, teacher, recipes or RECIPES, n_epoch, lr, progress=False, check=False, **kwargs
+    )
 
 
 @functools.cache
-def whole(): return run(seeds=3)
+def whole():
+    return run(seeds=3)
 
 
 def test_each_number_is_that_of_its_own_training():
     "The same start and batches for each recipe, other ones with another seed"
     report = run(seeds=[4, 9])
-    assert report.seeds == [4, 9] and report.metric == 'accuracy' and report.higher and report.baseline == 'alone'
+    assert (
+        report.seeds == [4, 9]
+        and report.metric == 'accuracy'
+        and report.higher
+        and report.baseline == 'alone'
+    )
     for seed in (4, 9):
-        for name,recipe in RECIPES.items():
-            with seeded(seed): student = make_student()
-            distill_many([student], TEACHER, 2, .1, recipe, seed=seed, progress=False, check=False)
+        for name, recipe in RECIPES.items():
+            with seeded(seed):
+                student = make_student()
+            distill_many([student], TEACHER, 2, 0.1, recipe, seed=seed, progress=False, check=False)
             got = next(r for r in report.runs if (r.recipe, r.seed) == (name, seed)).history
             names = [n for n in student.recorder.metric_names[1:] if n != 'time']
-            assert [[got[n][e] for n in names] for e in range(2)] == [[None if v is None else float(v) for v in row] for row in student.recorder.values]
+            assert [[got[n][e] for n in names] for e in range(2)] == [
+                [None if v is None else float(v) for v in row] for row in student.recorder.values
+            ]
     assert len({tuple(r.history['valid_loss']) for r in report.runs}) == 6
     by_loss = run(seeds=[4], metric='valid_loss')
-    assert not by_loss.higher and by_loss.values('default') == [report.values('default', 'valid_loss')[0]]
+    assert not by_loss.higher and by_loss.values('default') == [
+        report.values('default', 'valid_loss')[0]
+    ]
     assert by_loss.verdict('default') == 'one seed: no test' and by_loss.verdict('alone') == ''
 
 
 def test_the_paired_test_is_scipys():
     g = np.random.default_rng(0)
     for n in (2, 3, 10):
-        a,b = g.normal(size=(2, n)) + [[.5], [0]]
-        d,t = difference_by_seed(a, b),stats.ttest_rel(a, b)
-        low,high = t.confidence_interval(.95)
-        np.testing.assert_allclose([d.value, d.low, d.high, d.p], [np.mean(a-b), low, high, t.pvalue])
-    assert difference_by_seed([1., 2.], [1., 2.]).p == 1
-    same = difference_by_seed([.5, .6, .7], [.4, .5, .6])
-    assert same.p is None and same.value == pytest.approx(.1)
+        a, b = g.normal(size=(2, n)) + [[0.5], [0]]
+        d, t = difference_by_seed(a, b), stats.ttest_rel(a, b)
+        low, high = t.confidence_interval(0.95)
+        np.testing.assert_allclose(
+            [d.value, d.low, d.high, d.p], [np.mean(a - b), low, high, t.pvalue]
+        )
+    assert difference_by_seed([1.0, 2.0], [1.0, 2.0]).p == 1
+    same = difference_by_seed([0.5, 0.6, 0.7], [0.4, 0.5, 0.6])
+    assert same.p is None and same.value == pytest.approx(0.1)
 
 
 def test_several_recipes_are_adjusted_together():
     "Holm's numbers, by hand; and chance alone is called significant in at most 5% of experiments, however many recipes there are"
-    got = adjusted({k: Difference(0., p=p) for k,p in dict(a=.01, b=.04, c=.03, d=.5, e=None).items()})
-    assert {k: d.p for k,d in got.items()} == dict(a=pytest.approx(.04), b=pytest.approx(.09), c=pytest.approx(.09), d=.5, e=None)
-    g,wrong = np.random.default_rng(1),0
+    got = adjusted(
+        {k: Difference(0.0, p=p) for k, p in dict(a=0.01, b=0.04, c=0.03, d=0.5, e=None).items()}
+    )
+    assert {k: d.p for k, d in got.items()} == dict(
+        a=pytest.approx(0.04), b=pytest.approx(0.09), c=pytest.approx(0.09), d=0.5, e=None
+    )
+    g, wrong = np.random.default_rng(1), 0
     for _ in range(400):
-        base,*others = g.normal(size=(5, 5))
-        wrong += any(d.significant for d in adjusted({str(i): difference_by_seed(o, base) for i,o in enumerate(others)}).values())
-    assert wrong/400 < .08
+        base, *others = g.normal(size=(5, 5))
+        wrong += any(
+            d.significant
+            for d in adjusted(
+                {str(i): difference_by_seed(o, base) for i, o in enumerate(others)}
+            ).values()
+        )
+    assert wrong / 400 < 0.08
 
 
 def test_two_students_of_one_recipe_do_not_differ_significantly():
     "Twenty pairs that differ by the luck of their seeds alone: at most two are called significant"
-    values = np.array(run(dict(a=kd(), b=None), n_epoch=1, seeds=30, metric='valid_loss').values('a'))
+    values = np.array(
+        run(dict(a=kd(), b=None), n_epoch=1, seeds=30, metric='valid_loss').values('a')
+    )
     g = np.random.default_rng(0)
     pairs = [values[g.permutation(30)[:6]].reshape(2, 3) for _ in range(20)]
     assert sum(difference_by_seed(*p).significant for p in pairs) <= 2
 
 
 def report_of(values, **kwargs):
-    runs = [RecipeRun(k, s, dict(accuracy=[0., v])) for k,vs in values.items() for s,v in enumerate(vs)]
+    runs = [
+        RecipeRun(k, s, dict(accuracy=[0.0, v]))
+        for k, vs in values.items()
+        for s, v in enumerate(vs)
+    ]
     r = RecipeReport('accuracy', True, [*values][0], 2, {k: k for k in values}, runs, **kwargs)
-    r.differences = {k: difference_by_seed(v, values[r.baseline]) for k,v in values.items() if k != r.baseline}
+    r.differences = {
+        k: difference_by_seed(v, values[r.baseline]) for k, v in values.items() if k != r.baseline
+    }
     return r
 
 
 def test_the_table_says_what_is_chance(capsys, tmp_path):
-    r = report_of(dict(alone=[.50, .52, .49, .51], kd=[.60, .63, .58, .62], noise=[.52, .50, .50, .50], worse=[.40, .43, .40, .40]))
-    assert [r.verdict(k) for k in r.recipes] == ['', 'better', 'not significant', 'worse'] and r.best == 'kd'
+    r = report_of(
+        dict(
+            alone=[0.50, 0.52, 0.49, 0.51],
+            kd=[0.60, 0.63, 0.58, 0.62],
+            noise=[0.52, 0.50, 0.50, 0.50],
+            worse=[0.40, 0.43, 0.40, 0.40],
+        )
+    )
+    assert [r.verdict(k) for k in r.recipes] == [
+        '',
+        'better',
+        'not significant',
+        'worse',
+    ] and r.best == 'kd'
     text = str(r)
     assert 'accuracy after 2 epochs, more is better; 4 seed(s)' in text and 'paired t test' in text
     row = next(l for l in text.splitlines() if l.startswith('noise'))
-    assert '0.5050' in row and '0.0100' in row and 'not significant' in row and '0.5200 0.5000 0.5000 0.5000' in row
+    assert (
+        '0.5050' in row
+        and '0.0100' in row
+        and 'not significant' in row
+        and '0.5200 0.5000 0.5000 0.5000' in row
+    )
     r.show()
     shown = capsys.readouterr().out
     assert 'verdict' in shown and 'recipe' in shown
-    r.to_json(tmp_path/'r.json')
-    assert RecipeReport.from_json(tmp_path/'r.json') == r == RecipeReport.from_json(r.to_json())
-    less = report_of(dict(alone=[1., 1.1], kd=[.5, .63]))
+    r.to_json(tmp_path / 'r.json')
+    assert RecipeReport.from_json(tmp_path / 'r.json') == r == RecipeReport.from_json(r.to_json())
+    less = report_of(dict(alone=[1.0, 1.1], kd=[0.5, 0.63]))
     less.higher = False
     assert less.best == 'kd'
     for bad in ('{}', '{"format": 9}', '{', '{"format": 1, "runs": 3}'):
-        with pytest.raises(DistillError, match='a report of recipes'): RecipeReport.from_json(bad)
+        with pytest.raises(DistillError, match='a report of recipes'):
+            RecipeReport.from_json(bad)
 
 
 class Stops(Callback):
     order = 300
-    def __init__(self, at): self.at = at
+
+    def __init__(self, at):
+        self.at = at
+
     def after_epoch(self):
-        if STOP == self.at: raise KeyboardInterrupt
+        if STOP == self.at:
+            raise KeyboardInterrupt
+
 
 STOP = None
 
@@ -118,69 +188,105 @@ def test_an_interrupted_experiment_continues(tmp_path, capsys):
     "What is finished is not trained again, and the report is the same as without the interrupt"
     global STOP
     made = []
+
     def make():
         made.append(1)
         return make_student(cbs=Stops(len(made)))
-    STOP = 5        # the second recipe of the second seed
-    with pytest.raises(KeyboardInterrupt): run(seeds=3, folder=tmp_path, make=make)
+
+    STOP = 5  # the second recipe of the second seed
+    with pytest.raises(KeyboardInterrupt):
+        run(seeds=3, folder=tmp_path, make=make)
     STOP = None
-    assert 'fastdistill: 1 of 3 seeds are finished. The same call continues from' in capsys.readouterr().out
+    assert (
+        'fastdistill: 1 of 3 seeds are finished. The same call continues from'
+        in capsys.readouterr().out
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ['seed_0.json', 'settings.json']
     made.clear()
     again = run(seeds=3, folder=tmp_path, make=make)
-    assert again == whole() and len(made) == 1 + 2*3
+    assert again == whole() and len(made) == 1 + 2 * 3
     made.clear()
-    assert run(seeds=5, folder=tmp_path, make=make).seeds == [0, 1, 2, 3, 4] and len(made) == 1 + 2*3
+    assert (
+        run(seeds=5, folder=tmp_path, make=make).seeds == [0, 1, 2, 3, 4] and len(made) == 1 + 2 * 3
+    )
 
 
 def killed(folder):
     "An experiment that ends with its fifth student"
     made = []
+
     def make():
         made.append(1)
-        if len(made) == 5: os.kill(os.getpid(), signal.SIGKILL)
+        if len(made) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
         return make_student()
+
     run(seeds=3, folder=folder, make=make)
 
 
 def test_a_killed_experiment_continues(tmp_path):
-    folder = tmp_path/'runs'
-    assert processes.ended(processes.start(tmp_path/'log', killed, folder)) == [-signal.SIGKILL], processes.said(tmp_path/'log')
+    folder = tmp_path / 'runs'
+    assert processes.ended(processes.start(tmp_path / 'log', killed, folder)) == [
+        -signal.SIGKILL
+    ], processes.said(tmp_path / 'log')
     assert run(seeds=3, folder=folder) == whole()
 
 
 def test_a_folder_of_another_experiment_is_refused(tmp_path):
     run(seeds=1, folder=tmp_path)
+
     def refused(match, **kwargs):
-        with pytest.raises(DistillError, match=match): run(seeds=1, folder=tmp_path, **kwargs)
+        with pytest.raises(DistillError, match=match):
+            run(seeds=1, folder=tmp_path, **kwargs)
+
     refused('another n_epoch: 2 there, 3 now', n_epoch=3)
     refused('another recipes', recipes=dict(alone=None, default=kd()))
-    refused('another lr_max', lr=.2)
+    refused('another lr_max', lr=0.2)
     refused('another teacher', teacher=apps.mlp(16))
+
     def larger():
         learn = make_student()
-        learn.model[0].weight.data.add_(1.)
+        learn.model[0].weight.data.add_(1.0)
         return learn
+
     refused('another student: make_student.. now begins with other weights for seed 0', make=larger)
-    (tmp_path/'seed_0.json').write_text('{"runs')
+    (tmp_path / 'seed_0.json').write_text('{"runs')
     refused('seed_0.json is damaged')
     assert comparable_text([noop, object()]) == comparable_text([noop, object()])
 
 
 def test_what_cant_be_compared():
-    with pytest.raises(DistillError, match=r'1 recipe\(s\) and 3 seed'): run(dict(kd=kd()))
-    with pytest.raises(DistillError, match='0 seed'): run(seeds=0)
-    with pytest.raises(DistillError, match='recipes=5: compare_recipes takes a dict of names and recipes'): run(5)
-    with pytest.raises(DistillError, match="metric='f1': not all students have a number for it. They have train_loss, valid_loss, accuracy"): run(seeds=1, metric='f1')
+    with pytest.raises(DistillError, match=r'1 recipe\(s\) and 3 seed'):
+        run(dict(kd=kd()))
+    with pytest.raises(DistillError, match='0 seed'):
+        run(seeds=0)
+    with pytest.raises(
+        DistillError, match='recipes=5: compare_recipes takes a dict of names and recipes'
+    ):
+        run(5)
+    with pytest.raises(
+        DistillError,
+        match="metric='f1': not all students have a number for it. They have train_loss, valid_loss, accuracy",
+    ):
+        run(seeds=1, metric='f1')
     weights = iter(range(9))
+
     def other():
         learn = make_student()
         learn.model[0].weight.data.add_(next(weights))
         return learn
-    with pytest.raises(DistillError, match='students that begin with different weights'): run(make=other)
-    assert not run(seeds=1, metric='valid_loss', n_epoch=1).higher and run(seeds=1, metric='valid_loss', higher=True, n_epoch=1).higher
+
+    with pytest.raises(DistillError, match='students that begin with different weights'):
+        run(make=other)
+    assert (
+        not run(seeds=1, metric='valid_loss', n_epoch=1).higher
+        and run(seeds=1, metric='valid_loss', higher=True, n_epoch=1).higher
+    )
 
 
 def test_a_learner_in_place_of_a_function_that_makes_one_is_refused():
-    with pytest.raises(DistillError, match=r'make_student is a Learner: compare_recipes trains a new student .* Give a function without arguments'):
+    with pytest.raises(
+        DistillError,
+        match=r'make_student is a Learner: compare_recipes trains a new student .* Give a function without arguments',
+    ):
         compare_recipes(make_student(), TEACHER)

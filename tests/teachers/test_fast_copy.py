@@ -1,4 +1,5 @@
 "Faster copies of a teacher: precision, memory format, folded batch-norms, compilation. The model itself is never changed."
+
 import copy, pickle, re, shutil, warnings
 import pytest
 import torch
@@ -10,24 +11,53 @@ from fastdistill.teachers.folding import foldable
 
 
 def conv_net(width=8):
-    net = nn.Sequential(nn.Conv2d(3, width, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3), nn.BatchNorm2d(width),
-                        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5))
+    net = nn.Sequential(
+        nn.Conv2d(3, width, 3, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, 5),
+    )
     for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d): m.running_mean.normal_(); m.running_var.uniform_(.5, 2); m.weight.data.uniform_(.5, 2); m.bias.data.normal_()
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_()
+            m.running_var.uniform_(0.5, 2)
+            m.weight.data.uniform_(0.5, 2)
+            m.bias.data.normal_()
     return net
 
-def images(n=8): return torch.randn(n, 3, 16, 16)
 
-def far(a, b): return ((a-b).square().mean().sqrt()/b.std()).item()
+def images(n=8):
+    return torch.randn(n, 3, 16, 16)
+
+
+def far(a, b):
+    return ((a - b).square().mean().sqrt() / b.std()).item()
+
 
 def facts(model):
     "All of a model that may not change"
-    return ({k: v.clone() for k,v in model.state_dict().items()}, [(id(p), p.data_ptr(), p.dtype, p.stride(), p.requires_grad, p.grad) for p in model.parameters()],
-            [(m, m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()])
+    return (
+        {k: v.clone() for k, v in model.state_dict().items()},
+        [
+            (id(p), p.data_ptr(), p.dtype, p.stride(), p.requires_grad, p.grad)
+            for p in model.parameters()
+        ],
+        [
+            (m, m.training, len(m._forward_hooks), len(m._forward_pre_hooks))
+            for m in model.modules()
+        ],
+    )
+
 
 def unchanged(was, model):
     now = facts(model)
-    assert was[1:] == now[1:] and all(torch.equal(v, now[0][k]) for k,v in was[0].items())
+    assert was[1:] == now[1:] and all(torch.equal(v, now[0][k]) for k, v in was[0].items())
+
 
 @pytest.fixture
 def eager(monkeypatch):
@@ -38,51 +68,89 @@ def eager(monkeypatch):
 
 
 def test_a_small_teacher_runs_as_it_is():
-    net,x = conv_net().eval(),images()
+    net, x = conv_net().eval(), images()
     t = Teacher(net)
-    with torch.no_grad(): assert torch.equal(t(x).logits, net(x))
-    assert t.runs is net and repr(t) == 'Teacher(Sequential: as it is)' and repr(Teacher(net)) == 'Teacher(Sequential)'
+    with torch.no_grad():
+        assert torch.equal(t(x).logits, net(x))
+    assert (
+        t.runs is net
+        and repr(t) == 'Teacher(Sequential: as it is)'
+        and repr(Teacher(net)) == 'Teacher(Sequential)'
+    )
 
 
-@pytest.mark.parametrize('options,tol,says', [
-    (dict(precision='bf16'), .03, 'bfloat16, not'), (dict(precision='fp16', fold_bn=True), .01, 'float16, 2 batch-norms'), (dict(fold_bn=True), 1e-5, 'float32, 2 batch-norms folded'),
-    (dict(memory_format='channels_last'), 1e-5, 'float32, channels_last, not'), (dict(device='cpu'), 1e-6, 'float32, on cpu')])
+@pytest.mark.parametrize(
+    'options,tol,says',
+    [
+        (dict(precision='bf16'), 0.03, 'bfloat16, not'),
+        (dict(precision='fp16', fold_bn=True), 0.01, 'float16, 2 batch-norms'),
+        (dict(fold_bn=True), 1e-5, 'float32, 2 batch-norms folded'),
+        (dict(memory_format='channels_last'), 1e-5, 'float32, channels_last, not'),
+        (dict(device='cpu'), 1e-6, 'float32, on cpu'),
+    ],
+)
 def test_a_choice_by_hand_is_a_private_copy_with_the_same_outputs(options, tol, says, capsys):
-    net,x = conv_net(),images()
+    net, x = conv_net(), images()
     net[3].weight.grad = torch.ones_like(net[3].weight)
-    was,plain = facts(net),copy.deepcopy(net).eval()(x)
+    was, plain = facts(net), copy.deepcopy(net).eval()(x)
     t = Teacher(net, **options)
     with t:
-        a,b = t(x).logits,t(x).logits
-        assert t.runs is not net and not {p.data_ptr() for p in t.runs.parameters() if p.dtype != torch.float32} & {p.data_ptr() for p in net.parameters()}
-    assert a.dtype == torch.float32 and torch.equal(a, b) and 0 <= far(a, plain) < tol and not a.requires_grad
+        a, b = t(x).logits, t(x).logits
+        assert t.runs is not net and not {
+            p.data_ptr() for p in t.runs.parameters() if p.dtype != torch.float32
+        } & {p.data_ptr() for p in net.parameters()}
+    assert (
+        a.dtype == torch.float32
+        and torch.equal(a, b)
+        and 0 <= far(a, plain) < tol
+        and not a.requires_grad
+    )
     assert says in repr(t) and 'MiB' in repr(t)
     unchanged(was, net)
     assert ('differ by' in capsys.readouterr().out) == ('precision' in options)
 
 
 def test_auto_chooses_what_the_processor_does_itself(eager):
-    net,x = conv_net(),images()
-    for native,dtype in ((True, torch.bfloat16), (False, torch.float32)):
+    net, x = conv_net(), images()
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         eager.setattr(speed, 'native_bf16', lambda device, native=native: native)
         t = Teacher(net)
         t(x)
-        assert next(t.runs.parameters()).dtype == dtype and t.half == ('bfloat16' if native else '') and 'channels_last, 2 batch-norms folded' in repr(t)
+        assert (
+            next(t.runs.parameters()).dtype == dtype
+            and t.half == ('bfloat16' if native else '')
+            and 'channels_last, 2 batch-norms folded' in repr(t)
+        )
     t = Teacher(net, precision='fp32', memory_format=None, fold_bn=False)
     assert torch.equal(t(x).logits, net.eval()(x)) and t.runs is net
 
 
 def test_a_processor_without_bfloat16_is_not_asked_for_it():
-    assert isinstance(speed.native_bf16(torch.device('cpu')), bool) and not speed.native_bf16(torch.device('mps'))
+    assert isinstance(speed.native_bf16(torch.device('cpu')), bool) and not speed.native_bf16(
+        torch.device('mps')
+    )
 
 
 def test_a_large_model_is_found_by_its_operations():
-    net = nn.Sequential(nn.Conv2d(3, 256, 3, padding=1, stride=2), nn.ReLU(), nn.Conv2d(256, 256, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 3))
-    assert speed.at_most(net, (torch.randn(2, 3, 8, 8),), {}) < speed.WORK < speed.at_most(net, (torch.randn(64, 3, 16, 16),), {})
-    with speed.counted_cells(nn.LSTM(4, 8)) as cells: pass
+    net = nn.Sequential(
+        nn.Conv2d(3, 256, 3, padding=1, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(256, 256, 3, padding=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(256, 3),
+    )
+    assert (
+        speed.at_most(net, (torch.randn(2, 3, 8, 8),), {})
+        < speed.WORK
+        < speed.at_most(net, (torch.randn(64, 3, 16, 16),), {})
+    )
+    with speed.counted_cells(nn.LSTM(4, 8)) as cells:
+        pass
     lstm = nn.LSTM(4, 8, bias=False)
-    with speed.counted_cells(lstm) as cells: lstm(torch.randn(5, 3, 4))
-    assert cells == [2*15*(4*8*(4+8))]
+    with speed.counted_cells(lstm) as cells:
+        lstm(torch.randn(5, 3, 4))
+    assert cells == [2 * 15 * (4 * 8 * (4 + 8))]
 
 
 def test_one_sample_decides_nothing_for_larger_batches(eager):
@@ -97,39 +165,59 @@ def test_one_sample_decides_nothing_for_larger_batches(eager):
 
 class Cancels(nn.Module):
     "A small difference of large numbers"
-    def __init__(self): super().__init__(); self.lin = nn.Linear(4, 3)
-    def forward(self, x): return (self.lin(x) + 1000.) - 1000.
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return (self.lin(x) + 1000.0) - 1000.0
 
 
 def test_outputs_that_are_too_far_are_refused(eager, capsys):
     eager.setattr(speed, 'native_bf16', lambda device: True)
-    net,x = Cancels(),torch.randn(8, 4)
+    net, x = Cancels(), torch.randn(8, 4)
     t = Teacher(net)
     assert torch.equal(t(x).logits, net(x)) and t.runs is net
-    assert 'runs as it is: in bfloat16 its outputs differ by' in capsys.readouterr().out and 'in bfloat16 its outputs differ by' in repr(t)
+    assert (
+        'runs as it is: in bfloat16 its outputs differ by' in capsys.readouterr().out
+        and 'in bfloat16 its outputs differ by' in repr(t)
+    )
 
 
 class NoHalf(nn.Linear):
     def forward(self, x):
-        if x.dtype == torch.bfloat16: raise TypeError('no half precision here')
+        if x.dtype == torch.bfloat16:
+            raise TypeError('no half precision here')
         return super().forward(x)
 
 
 def test_a_model_that_does_not_run_as_a_copy_runs_as_it_is(capsys):
-    net,x = NoHalf(4, 3),torch.randn(2, 4)
+    net, x = NoHalf(4, 3), torch.randn(2, 4)
     t = Teacher(net, precision='bf16')
-    assert torch.equal(t(x).logits, net(x)) and 'TypeError: no half precision here' in capsys.readouterr().out
+    assert (
+        torch.equal(t(x).logits, net(x))
+        and 'TypeError: no half precision here' in capsys.readouterr().out
+    )
     t = Teacher(torch.compile(nn.Linear(4, 3), backend='eager'), precision='bf16')
     t(x)
-    assert 'it is compiled already' in repr(t) and 'it is compiled already' in capsys.readouterr().out
+    assert (
+        'it is compiled already' in repr(t) and 'it is compiled already' in capsys.readouterr().out
+    )
 
 
 def test_a_hook_of_yours_still_sees_the_model():
     class Sees:
-        def __init__(self): self.seen = []
-        def __call__(self, m, args, out): self.seen.append(out)
-        def hook(self, m, args, out): self.seen.append(out)
-    net,sees = conv_net(),Sees()
+        def __init__(self):
+            self.seen = []
+
+        def __call__(self, m, args, out):
+            self.seen.append(out)
+
+        def hook(self, m, args, out):
+            self.seen.append(out)
+
+    net, sees = conv_net(), Sees()
     net[0].register_forward_hook(sees.hook)
     t = Teacher(net, precision='bf16')
     t(images())
@@ -138,16 +226,20 @@ def test_a_hook_of_yours_still_sees_the_model():
 
 def test_a_hook_that_is_an_object_still_sees_the_model():
     class Sees:
-        def __init__(self): self.seen = []
-        def __call__(self, m, args, out): self.seen.append(out)
-    net,sees = conv_net(),Sees()
+        def __init__(self):
+            self.seen = []
+
+        def __call__(self, m, args, out):
+            self.seen.append(out)
+
+    net, sees = conv_net(), Sees()
     net[0].register_forward_hook(sees)
     Teacher(net, precision='bf16')(images())
     assert len(sees.seen) == 1
 
 
 def test_a_hook_that_comes_after_a_copy_was_made_sees_its_layers():
-    net,seen = conv_net(),[]
+    net, seen = conv_net(), []
     t = Teacher(net, precision='bf16')
     t(images())
     handle = net[0].register_forward_hook(lambda m, args, out: seen.append(out))
@@ -161,7 +253,7 @@ def test_a_hook_that_comes_after_a_copy_was_made_sees_its_layers():
 
 
 def test_the_representation_counts_the_batch_norms_that_are_folded_now():
-    t,x = Teacher(conv_net(), fold_bn=True),images()
+    t, x = Teacher(conv_net(), fold_bn=True), images()
     with t:
         t(x)
         assert '2 batch-norms folded' in repr(t)
@@ -171,14 +263,22 @@ def test_the_representation_counts_the_batch_norms_that_are_folded_now():
 
 @pytest.mark.parametrize('rows', [3, 4])
 def test_layers_are_found_where_a_batch_runs_in_slices(rows):
-    x,net = images(8),conv_net()
-    whole,parts = [Distiller(conv_net(4), Teacher(net, batch=n), hint(layers='auto'), example=x) for n in (None, rows)]
-    assert [(p.student, p.teacher) for p in whole.pairs] == [(p.student, p.teacher) for p in parts.pairs]
+    x, net = images(8), conv_net()
+    whole, parts = [
+        Distiller(conv_net(4), Teacher(net, batch=n), hint(layers='auto'), example=x)
+        for n in (None, rows)
+    ]
+    assert [(p.student, p.teacher) for p in whole.pairs] == [
+        (p.student, p.teacher) for p in parts.pairs
+    ]
 
 
 def test_a_teacher_with_batch_is_never_run_on_more_rows():
     class Counts(nn.Sequential):
-        def forward(self, x): seen.append(len(x)); return super().forward(x)
+        def forward(self, x):
+            seen.append(len(x))
+            return super().forward(x)
+
     seen = []
     t = Teacher(Counts(*conv_net()), batch=3, precision='bf16', fold_bn=True)
     t(images(8))
@@ -188,12 +288,14 @@ def test_a_teacher_with_batch_is_never_run_on_more_rows():
 
 # folding
 
+
 class Block(nn.Module):
     "Convolutions whose batch-norm must stay apart: read twice, used twice, returned, hooked"
+
     def __init__(self):
         super().__init__()
-        self.a,self.b,self.c,self.d = [nn.Conv2d(4, 4, 1) for _ in range(4)]
-        self.na,self.nb,self.nc,self.nd = [nn.BatchNorm2d(4) for _ in range(4)]
+        self.a, self.b, self.c, self.d = [nn.Conv2d(4, 4, 1) for _ in range(4)]
+        self.na, self.nb, self.nc, self.nd = [nn.BatchNorm2d(4) for _ in range(4)]
 
     def forward(self, x):
         y = self.a(x)
@@ -201,17 +303,20 @@ class Block(nn.Module):
         x = self.nb(self.b(self.nb(self.b(x))))
         x = self.nd(self.d(x))
         z = self.c(x)
-        return self.nc(z).mean((2, 3)),z
+        return self.nc(z).mean((2, 3)), z
 
 
 def test_only_what_nothing_else_reads_is_folded():
-    net,x = Block().eval(),torch.randn(2, 4, 3, 3)
-    with torch.no_grad(): pairs = foldable(net, lambda: net(x))
-    assert pairs == [(net.d, net.nd)] and not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    net, x = Block().eval(), torch.randn(2, 4, 3, 3)
+    with torch.no_grad():
+        pairs = foldable(net, lambda: net(x))
+    assert pairs == [(net.d, net.nd)] and not any(
+        m._forward_hooks or m._forward_pre_hooks for m in net.modules()
+    )
 
 
 def test_a_layer_that_is_read_stays_what_it_is():
-    net,x = conv_net().eval(),images()
+    net, x = conv_net().eval(), images()
     t = Teacher(net, fold_bn=True, memory_format=None)
     with t, torch.no_grad():
         assert '2 batch-norms' in repr(t(x) and t)
@@ -227,12 +332,17 @@ def test_a_layer_that_is_read_stays_what_it_is():
 
 
 def test_a_feature_recipe_learns_the_same_from_a_copy():
-    net,x,y = conv_net(),images(),torch.randint(5, (8,))
+    net, x, y = conv_net(), images(), torch.randint(5, (8,))
     grads = []
     for options in (dict(), dict(fold_bn=True, memory_format='channels_last')):
         torch.manual_seed(0)
         student = conv_net(4)
-        d = Distiller(student, Teacher(net, **options), kd() + hint(layers={'5': '5', '3': '3'}, weight=1.), example=x)
+        d = Distiller(
+            student,
+            Teacher(net, **options),
+            kd() + hint(layers={'5': '5', '3': '3'}, weight=1.0),
+            example=x,
+        )
         d(x, y).total.backward()
         grads.append(torch.cat([p.grad.flatten() for p in d.parameters()]))
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5)
@@ -240,49 +350,65 @@ def test_a_feature_recipe_learns_the_same_from_a_copy():
 
 # weights that change
 
-@pytest.mark.parametrize('change', [lambda p: p.mul_(2), lambda p: p.data.mul_(2), lambda p: setattr(p, 'data', p.data*2)])
+
+@pytest.mark.parametrize(
+    'change',
+    [lambda p: p.mul_(2), lambda p: p.data.mul_(2), lambda p: setattr(p, 'data', p.data * 2)],
+)
 def test_a_teacher_whose_weights_change_is_not_an_old_copy(change):
-    net,x = nn.Linear(4, 3),torch.randn(8, 4)
+    net, x = nn.Linear(4, 3), torch.randn(8, 4)
     t = Teacher(net, precision='bf16')
     with t:
         t(x)
         for p in net.parameters():
-            with torch.no_grad(): change(p)
+            with torch.no_grad():
+                change(p)
         assert torch.equal(t(x).logits, net(x)) and 'its weights change' in repr(t)
     t = Teacher(net, precision='bf16')
     t(x)
     for p in net.parameters():
-        with torch.no_grad(): change(p)
+        with torch.no_grad():
+            change(p)
     a = t(x).logits
-    assert far(a, net(x).detach()) < .03 and t.half == 'bfloat16'
+    assert far(a, net(x).detach()) < 0.03 and t.half == 'bfloat16'
 
 
 def test_with_and_without_the_block_the_numbers_are_the_same():
-    net,x = conv_net(),images()
+    net, x = conv_net(), images()
     t = Teacher(net, precision='bf16')
     a = t(x).logits
-    with t: assert torch.equal(t(x).logits, a)
-    assert torch.equal(t.probe(x).logits, a) and torch.equal(Teacher(t, select=[0, 1])(x).logits, a[:, :2])
+    with t:
+        assert torch.equal(t(x).logits, a)
+    assert torch.equal(t.probe(x).logits, a) and torch.equal(
+        Teacher(t, select=[0, 1])(x).logits, a[:, :2]
+    )
 
 
 def test_training_under_autocast_does_not_change_a_copy():
-    t,x = Teacher(conv_net(), precision='bf16'),images()
+    t, x = Teacher(conv_net(), precision='bf16'), images()
     a = t(x).logits
-    with torch.autocast('cpu', torch.bfloat16): assert torch.equal(t(x).logits, a)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(t(x).logits, a)
 
 
 class Memory(nn.Module):
     "A recurrent model with a hidden state"
-    def __init__(self): super().__init__(); self.rnn,self.out,self.h = nn.LSTM(4, 6, batch_first=True),nn.Linear(6, 3),None
-    def reset(self): self.h = None
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.out, self.h = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 3), None
+
+    def reset(self):
+        self.h = None
+
     def forward(self, x):
-        y,h = self.rnn(x, self.h)
+        y, h = self.rnn(x, self.h)
         self.h = tuple(o.detach() for o in h)
         return self.out(y)
 
 
 def test_a_hidden_state_lives_in_the_copy():
-    net,xs = Memory(),torch.randn(3, 2, 5, 4)
+    net, xs = Memory(), torch.randn(3, 2, 5, 4)
     t = Teacher(net, precision='bf16', axis=-1)
     with t:
         first = [t(x).logits for x in xs]
@@ -290,22 +416,29 @@ def test_a_hidden_state_lives_in_the_copy():
         assert not torch.equal(t(xs[0]).logits, first[0])
         t.reset()
         again = [t(x).logits for x in xs]
-    assert net.h is None and all(map(torch.equal, first, again)) and not torch.equal(probed, first[0])
-    with torch.no_grad(): assert far(torch.stack(first), torch.stack([net(x) for x in xs])) < .03
+    assert (
+        net.h is None and all(map(torch.equal, first, again)) and not torch.equal(probed, first[0])
+    )
+    with torch.no_grad():
+        assert far(torch.stack(first), torch.stack([net(x) for x in xs])) < 0.03
 
 
 def test_a_copied_or_pickled_teacher_starts_without_the_copy():
-    t,x = Teacher(conv_net(), precision='bf16'),images()
+    t, x = Teacher(conv_net(), precision='bf16'), images()
     a = t(x).logits
     for o in (copy.deepcopy(t), pickle.loads(pickle.dumps(t))):
         assert o.runs is o.model and torch.equal(o(x).logits, a)
 
 
 def test_members_of_an_ensemble_get_the_options():
-    nets,x = [conv_net(), conv_net()],images()
+    nets, x = [conv_net(), conv_net()], images()
     t = Teacher(nets, precision='bf16', combine='logits')
-    with t: a = t(x).logits
-    assert all(m.half == 'bfloat16' for m in t.members) and far(a, sum(n.eval()(x) for n in nets).detach()/2) < .03
+    with t:
+        a = t(x).logits
+    assert (
+        all(m.half == 'bfloat16' for m in t.members)
+        and far(a, sum(n.eval()(x) for n in nets).detach() / 2) < 0.03
+    )
     t = Teacher([Teacher(nets[0], precision='fp32'), nets[1]], precision='bf16')
     t(x)
     assert [m.half for m in t.members] == ['', 'bfloat16']
@@ -313,28 +446,57 @@ def test_members_of_an_ensemble_get_the_options():
 
 # slices
 
+
 def test_slices_of_rows_give_the_same_outputs():
-    net,x = conv_net(),images(7)
-    whole,parts = [Teacher(net, layers=['5'], batch=n)(x) for n in (None, 3)]
-    for a,b in ((whole.logits, parts.logits), (whole.feats['5'], parts.feats['5'])): torch.testing.assert_close(a, b)
+    net, x = conv_net(), images(7)
+    whole, parts = [Teacher(net, layers=['5'], batch=n)(x) for n in (None, 3)]
+    for a, b in ((whole.logits, parts.logits), (whole.feats['5'], parts.feats['5'])):
+        torch.testing.assert_close(a, b)
     seen = []
-    def f(ids, attention_mask, scale): seen.append(len(ids)); return Outputs(ids.float()*scale, {'a': ids}, attention_mask)
-    o = Teacher(f, batch=2)(torch.arange(5)[:, None], attention_mask=torch.ones(5, 1), scale=torch.tensor(2.))
-    assert seen == [2, 2, 1] and o.logits.flatten().tolist() == [0, 2, 4, 6, 8] and len(o.feats['a']) == len(o.mask) == 5
+
+    def f(ids, attention_mask, scale):
+        seen.append(len(ids))
+        return Outputs(ids.float() * scale, {'a': ids}, attention_mask)
+
+    o = Teacher(f, batch=2)(
+        torch.arange(5)[:, None], attention_mask=torch.ones(5, 1), scale=torch.tensor(2.0)
+    )
+    assert (
+        seen == [2, 2, 1]
+        and o.logits.flatten().tolist() == [0, 2, 4, 6, 8]
+        and len(o.feats['a']) == len(o.mask) == 5
+    )
 
 
 # mistakes
 
-@pytest.mark.parametrize('options,says', [
-    (dict(precision='half'), "precision='half': must be one of 'auto', 'fp32', 'bf16', 'fp16'"), (dict(compile='yes'), "compile='yes': must be one of 'auto', True, False"),
-    (dict(memory_format='nhwc'), "must be one of 'auto', 'channels_last', None"), (dict(fold_bn=2), 'must be one of'), (dict(batch=0), 'give a whole number of rows from 1'),
-    (dict(batch=True), 'give a whole number'), (dict(model=torch.sin, precision='bf16'), "precision='bf16' is for an nn.Module, but this teacher is a builtin"),
-    (dict(model=torch.sin, device='cpu', compile=True), "compile=True, device='cpu' is for an nn.Module")])
+
+@pytest.mark.parametrize(
+    'options,says',
+    [
+        (dict(precision='half'), "precision='half': must be one of 'auto', 'fp32', 'bf16', 'fp16'"),
+        (dict(compile='yes'), "compile='yes': must be one of 'auto', True, False"),
+        (dict(memory_format='nhwc'), "must be one of 'auto', 'channels_last', None"),
+        (dict(fold_bn=2), 'must be one of'),
+        (dict(batch=0), 'give a whole number of rows from 1'),
+        (dict(batch=True), 'give a whole number'),
+        (
+            dict(model=torch.sin, precision='bf16'),
+            "precision='bf16' is for an nn.Module, but this teacher is a builtin",
+        ),
+        (
+            dict(model=torch.sin, device='cpu', compile=True),
+            "compile=True, device='cpu' is for an nn.Module",
+        ),
+    ],
+)
 def test_a_wrong_option_is_refused(options, says):
-    with pytest.raises(DistillError, match=says): Teacher(options.pop('model', nn.Linear(2, 2)), **options)
+    with pytest.raises(DistillError, match=says):
+        Teacher(options.pop('model', nn.Linear(2, 2)), **options)
 
 
 # compilation
+
 
 @pytest.fixture
 def compiles(monkeypatch):
@@ -347,46 +509,84 @@ def compiles(monkeypatch):
 
 
 def runs(n, batches, **options):
-    net,x = nn.Linear(4, 3),torch.randn(8, 4)
+    net, x = nn.Linear(4, 3), torch.randn(8, 4)
     t = Teacher(net, precision='bf16', **options)
     with t:
-        if batches is not None: t.expect(batches)
-        for _ in range(n): out = t(x)
-        assert far(out.logits, net(x).detach()) < .03
+        if batches is not None:
+            t.expect(batches)
+        for _ in range(n):
+            out = t(x)
+        assert far(out.logits, net(x).detach()) < 0.03
         return repr(t)
 
 
 def test_a_short_run_is_not_compiled(compiles, capsys):
-    assert re.search(r'not compiled \(in 6 batches of \S+ ms that would save about 0 s and take about \d+ s\)', runs(8, 10)) and not compiles
+    assert (
+        re.search(
+            r'not compiled \(in 6 batches of \S+ ms that would save about 0 s and take about \d+ s\)',
+            runs(8, 10),
+        )
+        and not compiles
+    )
     assert 'is not compiled (in 6 batches' in capsys.readouterr().out
     assert 'not yet compiled' in runs(8, None) and not compiles
 
 
 def test_a_long_run_is_compiled_once_and_kept_if_it_is_faster(compiles, capsys):
     for faster in (True, False):
-        fast = iter([9, 1, 1, 1, 9, .1, .1, .1] if faster else [9, 1, 1, 1, 9, 2, 2, 2])
+        fast = iter([9, 1, 1, 1, 9, 0.1, 0.1, 0.1] if faster else [9, 1, 1, 1, 9, 2, 2, 2])
         with pytest.MonkeyPatch.context() as m:
-            m.setattr(compiled.Compilation, '_timed', lambda self, f, x, kw, fast=fast: (f(*x, **kw), next(fast)))
+            m.setattr(
+                compiled.Compilation,
+                '_timed',
+                lambda self, f, x, kw, fast=fast: (f(*x, **kw), next(fast)),
+            )
             says = runs(10, 10_000)
-        assert ('100 ms a batch instead of 1e+03' if faster else 'not compiled (tried for 0 s: 2e+03 ms a batch instead of 1e+03)') in says
+        assert (
+            '100 ms a batch instead of 1e+03'
+            if faster
+            else 'not compiled (tried for 0 s: 2e+03 ms a batch instead of 1e+03)'
+        ) in says
     assert len(compiles) == 2 and compiles[0]['options'] == {'freezing': True}
-    assert 'is compiled in 0 s: 100 ms a batch instead of 1e+03, for 9993 more batches' in capsys.readouterr().out
+    assert (
+        'is compiled in 0 s: 100 ms a batch instead of 1e+03, for 9993 more batches'
+        in capsys.readouterr().out
+    )
 
 
 def test_the_decision_follows_from_the_measured_times():
-    cost,enough = compiled.compile_seconds(100),lambda left, eager, known=(): not compiled.worth_compiling(left, eager, 100, known)
-    least = 2*cost/compiled.GAIN        # seconds of batches to come
-    assert enough(1000, least/1000 + 1e-6) and not enough(1000, .99*least/1000) and enough(10, least/10 + 1e-4) and not enough(0, 100.)
+    cost, enough = (
+        compiled.compile_seconds(100),
+        lambda left, eager, known=(): not compiled.worth_compiling(left, eager, 100, known),
+    )
+    least = 2 * cost / compiled.GAIN  # seconds of batches to come
+    assert (
+        enough(1000, least / 1000 + 1e-6)
+        and not enough(1000, 0.99 * least / 1000)
+        and enough(10, least / 10 + 1e-4)
+        and not enough(0, 100.0)
+    )
     assert compiled.compile_seconds(200) > cost > compiled.compile_seconds(1) > 0
-    slow = [(100, 3*cost), (200, 3*compiled.compile_seconds(200)), (1, 9*compiled.compile_seconds(1))]     # another machine: three times as long
-    assert compiled.compile_seconds(100, slow) == pytest.approx(3*cost) and not enough(1000, 2*least/1000, slow) and enough(1000, 3.01*least/1000, slow)
-    assert compiled.compile_seconds(100, [(100, .01)]) == cost/2          # it came from a cache
-    assert compiled.worth_compiling(30, .2, 100, [(100, 40.)]) == 'in 30 batches of 200 ms that would save about 1 s and take about 40 s'
+    slow = [
+        (100, 3 * cost),
+        (200, 3 * compiled.compile_seconds(200)),
+        (1, 9 * compiled.compile_seconds(1)),
+    ]  # another machine: three times as long
+    assert (
+        compiled.compile_seconds(100, slow) == pytest.approx(3 * cost)
+        and not enough(1000, 2 * least / 1000, slow)
+        and enough(1000, 3.01 * least / 1000, slow)
+    )
+    assert compiled.compile_seconds(100, [(100, 0.01)]) == cost / 2  # it came from a cache
+    assert (
+        compiled.worth_compiling(30, 0.2, 100, [(100, 40.0)])
+        == 'in 30 batches of 200 ms that would save about 1 s and take about 40 s'
+    )
 
 
 def test_a_compilation_is_remembered_with_its_time(compiles):
     runs(2, None, compile=True)
-    (layers,seconds), = compiled.COMPILED
+    ((layers, seconds),) = compiled.COMPILED
     assert layers == 1 and 0 <= seconds < 5
 
 
@@ -398,26 +598,34 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch, capsys):
 
 
 def test_an_error_of_the_compiler_is_one_line(compiles, monkeypatch, capsys):
-    def fails(m, **kw): raise RuntimeError('no such luck\nmany lines')
+    def fails(m, **kw):
+        raise RuntimeError('no such luck\nmany lines')
+
     monkeypatch.setattr(torch, 'compile', fails)
-    assert 'not compiled (RuntimeError: no such luck)' in runs(2, None, compile=True) and 'many lines' not in capsys.readouterr().out
+    assert (
+        'not compiled (RuntimeError: no such luck)' in runs(2, None, compile=True)
+        and 'many lines' not in capsys.readouterr().out
+    )
 
 
 def test_compiled_outputs_that_differ_are_not_used(compiles, monkeypatch):
     class Wrong(nn.Module):
-        def forward(self, x): return torch.zeros(len(x), 3, dtype=x.dtype)
+        def forward(self, x):
+            return torch.zeros(len(x), 3, dtype=x.dtype)
+
     monkeypatch.setattr(torch, 'compile', lambda m, **kw: Wrong())
     assert 'its outputs differ too much' in runs(2, None, compile=True)
 
 
 def test_a_compiled_teacher_predicts_the_same():
-    if compiled.missing_compiler(torch.device('cpu')): pytest.skip('no C++ compiler')
-    net,x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)),torch.randn(8, 4)
+    if compiled.missing_compiler(torch.device('cpu')):
+        pytest.skip('no C++ compiler')
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(8, 4)
     t = Teacher(net, compile=True)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')     # of PyTorch about itself, while it compiles
+        warnings.simplefilter('ignore')  # of PyTorch about itself, while it compiles
         with t:
-            a,b = t(x).logits,t(x).logits
+            a, b = t(x).logits, t(x).logits
             torch.testing.assert_close(a, net(x).detach(), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(t(x[:3]).logits, net(x[:3]).detach(), rtol=1e-4, atol=1e-5)
             assert torch.equal(a, b) and 'compiled in' in repr(t)
@@ -425,42 +633,57 @@ def test_a_compiled_teacher_predicts_the_same():
 
 
 def test_a_student_learns_from_a_half_precision_teacher_in_place_of_the_full_one():
-    net,x,y = conv_net(),images(),torch.randint(5, (8,))
+    net, x, y = conv_net(), images(), torch.randint(5, (8,))
     grads = []
     for precision in ('fp32', 'bf16'):
         torch.manual_seed(0)
         student = conv_net(4)
-        Distiller(student, Teacher(net, precision=precision), kd(T=4, alpha=.9))(x, y).total.backward()
+        Distiller(student, Teacher(net, precision=precision), kd(T=4, alpha=0.9))(
+            x, y
+        ).total.backward()
         grads.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
-    assert 0 < F.mse_loss(*grads).sqrt()/grads[0].std() < .02
+    assert 0 < F.mse_loss(*grads).sqrt() / grads[0].std() < 0.02
 
 
 # caches
 
+
 def test_the_precision_of_a_cache_is_part_of_its_teacher(tmp_path, eager):
     from cached import Convs, cache_teacher, data
     from fastdistill.fastai import verify_cache
+
     eager.setattr(speed, 'native_bf16', lambda device: True)
-    net,dls = Convs(3).eval(),data()
-    cache = cache_teacher(net, dls, tmp_path/'a', views=1)
-    assert cache.manifest.teacher['precision'] == 'bfloat16' and verify_cache(cache, net, data(), n=8).worst < .02
-    with pytest.raises(DistillError, match="teacher, precision: bfloat16 in the cache, None now"):
-        cache_teacher(Teacher(net, precision='fp32'), dls, tmp_path/'a', views=1)
-    for options,dtype in ((dict(), 'float32'), (dict(precision='fp32'), 'float16')):
-        exact = cache_teacher(Teacher(net, **options), dls, tmp_path/dtype, views=1, dtype=dtype)
-        assert 'precision' not in exact.manifest.teacher and verify_cache(exact, net, data(), n=8).worst < 1e-2
+    net, dls = Convs(3).eval(), data()
+    cache = cache_teacher(net, dls, tmp_path / 'a', views=1)
+    assert (
+        cache.manifest.teacher['precision'] == 'bfloat16'
+        and verify_cache(cache, net, data(), n=8).worst < 0.02
+    )
+    with pytest.raises(DistillError, match='teacher, precision: bfloat16 in the cache, None now'):
+        cache_teacher(Teacher(net, precision='fp32'), dls, tmp_path / 'a', views=1)
+    for options, dtype in ((dict(), 'float32'), (dict(precision='fp32'), 'float16')):
+        exact = cache_teacher(Teacher(net, **options), dls, tmp_path / dtype, views=1, dtype=dtype)
+        assert (
+            'precision' not in exact.manifest.teacher
+            and verify_cache(exact, net, data(), n=8).worst < 1e-2
+        )
 
 
 def test_a_fit_reports_the_copy_where_the_learner_prints(eager, capsys):
     from apps import image, quiet
     from fastdistill.fastai import KnowledgeDistillation
+
     eager.setattr(speed, 'native_bf16', lambda device: True)
-    student,teacher = quiet(*image())
+    student, teacher = quiet(*image())
     was = facts(teacher.model)
     kd = KnowledgeDistillation(teacher, check=False)
     student.fit(1, 1e-3, cbs=kd)
-    assert 'not compiled (in' in repr(kd.distiller.teacher) and kd.distiller.teacher.half == 'bfloat16'
-    assert 'runs as a copy' not in capsys.readouterr().out     # this learner's logger is fastai's `noop`
+    assert (
+        'not compiled (in' in repr(kd.distiller.teacher) and kd.distiller.teacher.half == 'bfloat16'
+    )
+    assert (
+        'runs as a copy' not in capsys.readouterr().out
+    )  # this learner's logger is fastai's `noop`
     student.logger = print
     student.fit(1, 1e-3, cbs=KnowledgeDistillation(teacher, check=False))
     assert capsys.readouterr().out.count('runs as a copy: bfloat16') == 1

@@ -1,4 +1,5 @@
 "Lightning: a callback that leaves the training step as it is, and a ready module."
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,168 +12,257 @@ from fastdistill import DistillError, Term, kd, losses, soft_labels
 from fastdistill.lightning import DistillCallback, DistillModule
 
 # what Lightning warns of about itself, and about loaders as small as these
-pytestmark = [pytest.mark.filterwarnings(f'ignore:{m}') for m in (
-    ':lightning.fabric.utilities.warnings.PossibleUserWarning', '.*isinstance.treespec, LeafSpec.',
-    'The teacher is (no|hardly) better than chance')]    # these are untrained
+pytestmark = [
+    pytest.mark.filterwarnings(f'ignore:{m}')
+    for m in (
+        ':lightning.fabric.utilities.warnings.PossibleUserWarning',
+        '.*isinstance.treespec, LeafSpec.',
+        'The teacher is (no|hardly) better than chance',
+    )
+]  # these are untrained
 refuses = lambda text: pytest.raises(DistillError, match=text)
-T,ALPHA = 2.,.7
+T, ALPHA = 2.0, 0.7
 
 
-def net(width, dropout=0.):
-    return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3))
+def net(width, dropout=0.0):
+    return nn.Sequential(
+        nn.Linear(6, width),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, 3),
+    )
 
 
 def data(n=24, size=8):
     g = torch.Generator().manual_seed(0)
-    return DataLoader(TensorDataset(torch.randn(n, 6, generator=g), torch.randint(3, (n,), generator=g)), size)
+    return DataLoader(
+        TensorDataset(torch.randn(n, 6, generator=g), torch.randint(3, (n,), generator=g)), size
+    )
 
 
 class Mine(pl.LightningModule):
     "Somebody's module, which knows no teacher"
-    def __init__(self, width=8, dropout=0., lr=.1, named=True):
-        super().__init__()
-        self.model,self.lr,self.named,self.seen = net(width, dropout),lr,named,[]
 
-    def forward(self, x): return self.model(x)
+    def __init__(self, width=8, dropout=0.0, lr=0.1, named=True):
+        super().__init__()
+        self.model, self.lr, self.named, self.seen = net(width, dropout), lr, named, []
+
+    def forward(self, x):
+        return self.model(x)
 
     def training_step(self, batch, batch_idx):
-        x,y = batch
+        x, y = batch
         loss = F.cross_entropy((self.model if self.named else self)(x), y)
         self.log('mine', loss)
         return loss if self.named else dict(loss=loss, extra=batch_idx)
 
-    def validation_step(self, batch, batch_idx): self.log('val_loss', F.cross_entropy(self(batch[0]), batch[1]))
+    def validation_step(self, batch, batch_idx):
+        self.log('val_loss', F.cross_entropy(self(batch[0]), batch[1]))
 
-    def on_train_batch_end(self, outputs, batch, batch_idx): self.seen.append(outputs['loss'].item())
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.seen.append(outputs['loss'].item())
 
-    def configure_optimizers(self): return torch.optim.SGD(self.parameters(), self.lr, momentum=.9)
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), self.lr, momentum=0.9)
 
 
 def trainer(folder, *callbacks, steps=3, **kwargs):
-    return pl.Trainer(**{**dict(max_steps=steps, accelerator='cpu', logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-                                default_root_dir=folder, callbacks=list(callbacks)), **kwargs})
+    return pl.Trainer(
+        **{
+            **dict(
+                max_steps=steps,
+                accelerator='cpu',
+                logger=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                enable_checkpointing=False,
+                default_root_dir=folder,
+                callbacks=list(callbacks),
+            ),
+            **kwargs,
+        }
+    )
 
 
 def by_hand(student, teacher, x, y, alpha=ALPHA):
-    with torch.no_grad(): t = F.log_softmax(teacher.eval()(x)/T, 1)
+    with torch.no_grad():
+        t = F.log_softmax(teacher.eval()(x) / T, 1)
     s = student(x)
-    return (1-alpha)*F.cross_entropy(s, y) + alpha*T**2*(t.exp()*(t - F.log_softmax(s/T, 1))).sum(1).mean()
+    return (1 - alpha) * F.cross_entropy(s, y) + alpha * T**2 * (
+        t.exp() * (t - F.log_softmax(s / T, 1))
+    ).sum(1).mean()
 
 
 @pytest.mark.parametrize('named', [True, False])
 def test_a_callback_adds_the_teacher_to_a_training_step(named, tmp_path):
-    module,teacher = Mine(named=named),net(16)
+    module, teacher = Mine(named=named), net(16)
     copy = net(8)
     copy.load_state_dict(module.model.state_dict())
-    trainer(tmp_path, DistillCallback(teacher, kd(T=T, alpha=ALPHA), student='model' if named else None)).fit(module, data())
-    opt,expected = torch.optim.SGD(copy.parameters(), .1, momentum=.9),[]
-    for x,y in data():
+    trainer(
+        tmp_path, DistillCallback(teacher, kd(T=T, alpha=ALPHA), student='model' if named else None)
+    ).fit(module, data())
+    opt, expected = torch.optim.SGD(copy.parameters(), 0.1, momentum=0.9), []
+    for x, y in data():
         loss = by_hand(copy, teacher, x, y)
-        opt.zero_grad(); loss.backward(); opt.step()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
         expected.append(loss.item())
     assert module.seen == pytest.approx(expected, rel=1e-5)
-    for a,b in zip(copy.parameters(), module.model.parameters()): torch.testing.assert_close(a, b)
+    for a, b in zip(copy.parameters(), module.model.parameters()):
+        torch.testing.assert_close(a, b)
 
 
 def test_alpha_0_trains_bit_for_bit_as_without_it(tmp_path):
     ends = []
     for cbs in ([], [DistillCallback(net(16), kd(alpha=0), student='model')]):
         torch.manual_seed(0)
-        module = Mine(dropout=.3)
-        trainer(tmp_path, *cbs, steps=6, accumulate_grad_batches=2, max_epochs=9).fit(module, data())
+        module = Mine(dropout=0.3)
+        trainer(tmp_path, *cbs, steps=6, accumulate_grad_batches=2, max_epochs=9).fit(
+            module, data()
+        )
         ends.append(module.state_dict())
-    for k,v in ends[0].items(): assert torch.equal(v, ends[1][k]), k
+    for k, v in ends[0].items():
+        assert torch.equal(v, ends[1][k]), k
 
 
-def module_of(teacher, width=8, recipe=None, dropout=0.):
+def module_of(teacher, width=8, recipe=None, dropout=0.0):
     torch.manual_seed(0)
-    return DistillModule(net(width, dropout), teacher, kd() + Term(losses.hint, layers={'1': '1'}, grad_ratio=.5) if recipe is None else recipe, lr=1e-2)
+    return DistillModule(
+        net(width, dropout),
+        teacher,
+        kd() + Term(losses.hint, layers={'1': '1'}, grad_ratio=0.5) if recipe is None else recipe,
+        lr=1e-2,
+    )
 
 
 def test_a_ready_module_logs_the_parts_and_validates_by_the_labels(tmp_path):
     module = module_of(net(16), recipe=kd(T=T, alpha=ALPHA))
-    x,y = next(iter(data(n=8)))
+    x, y = next(iter(data(n=8)))
     t = trainer(tmp_path, steps=1)
     before = F.cross_entropy(module.student(x), y).item()
     t.fit(module, data(n=8), data(n=8))
-    assert t.callback_metrics['task_loss'].item() == pytest.approx(before) and t.callback_metrics['kd_loss'] > 0
-    with torch.no_grad(): assert t.callback_metrics['val_loss'].item() == pytest.approx(F.cross_entropy(module.student(x), y).item())
+    assert (
+        t.callback_metrics['task_loss'].item() == pytest.approx(before)
+        and t.callback_metrics['kd_loss'] > 0
+    )
+    with torch.no_grad():
+        assert t.callback_metrics['val_loss'].item() == pytest.approx(
+            F.cross_entropy(module.student(x), y).item()
+        )
     assert t.test(module, data(n=8), verbose=False)[0].keys() == {'test_loss'}
 
 
 @pytest.mark.filterwarnings('ignore:Be aware that when using .ckpt_path.')
 def test_a_checkpoint_holds_the_student_and_training_resumes_with_its_projectors(tmp_path):
     teacher = net(16)
-    whole = module_of(teacher, dropout=.3)
-    saves = ModelCheckpoint(tmp_path, save_top_k=-1, save_on_train_epoch_end=True, filename='{epoch}')
-    trainer(tmp_path, Seeds(), saves, steps=4, max_epochs=9, enable_checkpointing=True).fit(whole, data())
-    state = torch.load(tmp_path/'epoch=0.ckpt', weights_only=True)
+    whole = module_of(teacher, dropout=0.3)
+    saves = ModelCheckpoint(
+        tmp_path, save_top_k=-1, save_on_train_epoch_end=True, filename='{epoch}'
+    )
+    trainer(tmp_path, Seeds(), saves, steps=4, max_epochs=9, enable_checkpointing=True).fit(
+        whole, data()
+    )
+    state = torch.load(tmp_path / 'epoch=0.ckpt', weights_only=True)
     assert set(state['state_dict']) == {f'student.{k}' for k in whole.student.state_dict()}
     assert len(state['optimizer_states'][0]['state']) == len(list(whole.student.parameters())) + 2
-    torch.manual_seed(5)        # another start: all must come from the checkpoint
-    again = DistillModule(net(8, .3), teacher, kd() + Term(losses.hint, layers={'1': '1'}, grad_ratio=.5), lr=1e-2)
+    torch.manual_seed(5)  # another start: all must come from the checkpoint
+    again = DistillModule(
+        net(8, 0.3), teacher, kd() + Term(losses.hint, layers={'1': '1'}, grad_ratio=0.5), lr=1e-2
+    )
     # one step further: after it, Lightning 2.6 itself begins the epoch again
     t2 = trainer(tmp_path, Seeds(), steps=4, max_epochs=9)
-    t2.fit(again, data(), ckpt_path=tmp_path/'epoch=0.ckpt', weights_only=True)
-    for a,b in ((whole.student, again.student), (whole.callback.distiller.links, again.callback.distiller.links)):
+    t2.fit(again, data(), ckpt_path=tmp_path / 'epoch=0.ckpt', weights_only=True)
+    for a, b in (
+        (whole.student, again.student),
+        (whole.callback.distiller.links, again.callback.distiller.links),
+    ):
         assert a.state_dict()
-        for (k,v),w in zip(a.state_dict().items(), b.state_dict().values()): assert torch.equal(v, w), k
+        for (k, v), w in zip(a.state_dict().items(), b.state_dict().values()):
+            assert torch.equal(v, w), k
 
 
 @pytest.mark.filterwarnings('ignore:Be aware that when using .ckpt_path.')
 def test_the_recipe_that_was_chosen_and_what_was_measured_continue(tmp_path, capsys):
     teacher = net(16)
-    with torch.no_grad(): teacher[5].weight *= 20
-    def module(seed): return (torch.manual_seed(seed), DistillModule(net(8), teacher, lr=1e-2, check=False))[1]
-    whole,again = module(0),module(5)
-    saves = ModelCheckpoint(tmp_path, save_top_k=-1, save_on_train_epoch_end=True, filename='{epoch}')
-    trainer(tmp_path, Seeds(), saves, steps=4, max_epochs=9, enable_checkpointing=True).fit(whole, data())
+    with torch.no_grad():
+        teacher[5].weight *= 20
+
+    def module(seed):
+        return (torch.manual_seed(seed), DistillModule(net(8), teacher, lr=1e-2, check=False))[1]
+
+    whole, again = module(0), module(5)
+    saves = ModelCheckpoint(
+        tmp_path, save_top_k=-1, save_on_train_epoch_end=True, filename='{epoch}'
+    )
+    trainer(tmp_path, Seeds(), saves, steps=4, max_epochs=9, enable_checkpointing=True).fit(
+        whole, data()
+    )
     capsys.readouterr()
-    trainer(tmp_path, Seeds(), steps=4, max_epochs=9).fit(again, data(), ckpt_path=tmp_path/'epoch=0.ckpt', weights_only=True)
+    trainer(tmp_path, Seeds(), steps=4, max_epochs=9).fit(
+        again, data(), ckpt_path=tmp_path / 'epoch=0.ckpt', weights_only=True
+    )
     assert 'fastdistill: recipe' not in capsys.readouterr().out
-    a,b = [m.callback.distiller.state_dict() for m in (whole, again)]
+    a, b = [m.callback.distiller.state_dict() for m in (whole, again)]
     assert a.keys() == b.keys()
-    assert all(torch.equal(v, b[k]) for k,v in a.items())
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
 
 
 class Seeds(pl.Callback):
     "Lightning stores no random state: each batch has its own"
-    def on_train_batch_start(self, trainer, *_): torch.manual_seed(trainer.global_step)
+
+    def on_train_batch_start(self, trainer, *_):
+        torch.manual_seed(trainer.global_step)
 
 
 def test_accumulation_and_half_precision(tmp_path):
-    teacher,ends = net(16),[]
-    for size,steps,precision in ((24, 1, '32-true'), (8, 3, '32-true'), (24, 1, 'bf16-mixed')):
-        module = module_of(teacher, recipe=kd(T=T, alpha=ALPHA) + Term(losses.hint, layers={'1': '1'}, weight=.1))
-        trainer(tmp_path, steps=4, max_epochs=9, accumulate_grad_batches=steps, precision=precision).fit(module, data(size=size))
+    teacher, ends = net(16), []
+    for size, steps, precision in ((24, 1, '32-true'), (8, 3, '32-true'), (24, 1, 'bf16-mixed')):
+        module = module_of(
+            teacher, recipe=kd(T=T, alpha=ALPHA) + Term(losses.hint, layers={'1': '1'}, weight=0.1)
+        )
+        trainer(
+            tmp_path, steps=4, max_epochs=9, accumulate_grad_batches=steps, precision=precision
+        ).fit(module, data(size=size))
         ends.append([p.detach() for p in module.student.parameters()])
-    for a,b,c in zip(*ends):
+    for a, b, c in zip(*ends):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(a, c, rtol=.1, atol=.02)
-    assert any(not torch.equal(a, c) for a,_,c in zip(*ends))
+        torch.testing.assert_close(a, c, rtol=0.1, atol=0.02)
+    assert any(not torch.equal(a, c) for a, _, c in zip(*ends))
 
 
 class Stops(pl.Callback):
-    def on_train_batch_end(self, *_): raise ValueError('stop')
+    def on_train_batch_end(self, *_):
+        raise ValueError('stop')
 
 
 @pytest.mark.parametrize('stops', [False, True])
 def test_nothing_is_left_behind(stops, tmp_path):
-    module,teacher = Mine(),net(16).train()
-    cb = DistillCallback(teacher, kd() + Term(losses.hint, layers={'1': '1'}, grad_ratio=.1), student='model')
+    module, teacher = Mine(), net(16).train()
+    cb = DistillCallback(
+        teacher, kd() + Term(losses.hint, layers={'1': '1'}, grad_ratio=0.1), student='model'
+    )
     t = trainer(tmp_path, cb, *([Stops()] if stops else []))
     if stops:
-        with pytest.raises(ValueError, match='stop'): t.fit(module, data())
-    else: t.fit(module, data())
-    assert 'training_step' not in vars(module) and not any(m._forward_hooks for m in [*module.modules(), *teacher.modules()])
-    assert teacher.training and all(p.requires_grad and p.grad is None for p in teacher.parameters())
+        with pytest.raises(ValueError, match='stop'):
+            t.fit(module, data())
+    else:
+        t.fit(module, data())
+    assert 'training_step' not in vars(module) and not any(
+        m._forward_hooks for m in [*module.modules(), *teacher.modules()]
+    )
+    assert teacher.training and all(
+        p.requires_grad and p.grad is None for p in teacher.parameters()
+    )
     assert not any('teacher' in k for k in module.state_dict())
-    trainer(tmp_path, cb).fit(module, data())       # again, with the same callback
+    trainer(tmp_path, cb).fit(module, data())  # again, with the same callback
 
 
 def test_an_averaged_model_is_one_of_the_student_alone(tmp_path):
     module = module_of(net(16))
-    average = WeightAveraging(avg_fn=lambda a, p, n: .5*a + .5*p)
+    average = WeightAveraging(avg_fn=lambda a, p, n: 0.5 * a + 0.5 * p)
     trainer(tmp_path, average, steps=3).fit(module, data(), data())
     assert average._average_model.module.callback is module.callback
 
@@ -183,19 +273,36 @@ def test_without_a_recipe_or_labels(tmp_path, capsys):
     t.fit(module, data())
     assert 'recipe labels + dist' in capsys.readouterr().out and 'dist_loss' in t.callback_metrics
     x = torch.randn(8, 6)
-    student,teacher = net(8),net(16)
-    with torch.no_grad(): a,b = [F.log_softmax(m(x), 1) for m in (student, teacher)]
+    student, teacher = net(8), net(16)
+    with torch.no_grad():
+        a, b = [F.log_softmax(m(x), 1) for m in (student, teacher)]
     t = trainer(tmp_path, steps=1)
     t.fit(DistillModule(student, teacher, soft_labels()), DataLoader(x, 8))
-    assert t.callback_metrics['kd_loss'].item() == pytest.approx((b.exp()*(b-a)).sum(1).mean().item(), rel=1e-5)
+    assert t.callback_metrics['kd_loss'].item() == pytest.approx(
+        (b.exp() * (b - a)).sum(1).mean().item(), rel=1e-5
+    )
 
 
 def test_labels_of_a_language_model_are_shifted(tmp_path, capsys):
-    def gpt2(width): return GPT2LMHeadModel(GPT2Config(vocab_size=30, n_embd=width, n_layer=1, n_head=2, n_positions=8, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.))
+    def gpt2(width):
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=30,
+                n_embd=width,
+                n_layer=1,
+                n_head=2,
+                n_positions=8,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+            )
+        )
+
     ids = torch.randint(30, (4, 8))
     rows = [dict(input_ids=i, labels=i) for i in ids]
-    student,teacher = gpt2(8),gpt2(16)
-    with torch.no_grad(): own = student.train()(input_ids=ids, labels=ids).loss
+    student, teacher = gpt2(8), gpt2(16)
+    with torch.no_grad():
+        own = student.train()(input_ids=ids, labels=ids).loss
     t = trainer(tmp_path, steps=1)
     t.fit(DistillModule(student, teacher, kd(), axis=-1, shift_labels=True), DataLoader(rows, 4))
     assert t.callback_metrics['task_loss'].item() == pytest.approx(own.item(), rel=1e-5)
@@ -203,29 +310,52 @@ def test_labels_of_a_language_model_are_shifted(tmp_path, capsys):
 
 def test_mistakes_are_named(tmp_path):
     class Other(Mine):
-        def training_step(self, batch, batch_idx): return F.cross_entropy(self.model(batch[0]), batch[1])
-    with refuses("training_step did not call the student, Other.*student='model'"): trainer(tmp_path, DistillCallback(net(16), kd())).fit(Other(), data())
-    with refuses("student='net': Mine has no such module. It has: model"): trainer(tmp_path, DistillCallback(net(16), kd(), student='net')).fit(Mine(), data())
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.model(batch[0]), batch[1])
+
+    with refuses("training_step did not call the student, Other.*student='model'"):
+        trainer(tmp_path, DistillCallback(net(16), kd())).fit(Other(), data())
+    with refuses("student='net': Mine has no such module. It has: model"):
+        trainer(tmp_path, DistillCallback(net(16), kd(), student='net')).fit(Mine(), data())
+
     class Manual(Mine):
-        def __init__(self): super().__init__(); self.automatic_optimization = False
-    with refuses('manual optimization'): trainer(tmp_path, DistillCallback(net(16), kd())).fit(Manual(), data())
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+    with refuses('manual optimization'):
+        trainer(tmp_path, DistillCallback(net(16), kd())).fit(Manual(), data())
 
 
 class Swapped(nn.Module):
     "Knows the class of rows whose first columns show it, in a different order of its outputs"
-    def forward(self, x): return 9*x[:, [1, 0, 2]]
+
+    def forward(self, x):
+        return 9 * x[:, [1, 0, 2]]
+
 
 def shown(n=64):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(n, 6, generator=g)
     return DataLoader(TensorDataset(x, x[:, :3].argmax(1)), 16)
 
+
 def test_a_teacher_with_its_classes_in_a_different_order_is_refused_before_training(tmp_path):
     def fit(**kwargs):
         module = Mine()
-        trainer = pl.Trainer(max_steps=2, accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-                             default_root_dir=tmp_path, callbacks=DistillCallback(Swapped(), kd(), student='model', **kwargs))
+        trainer = pl.Trainer(
+            max_steps=2,
+            accelerator='cpu',
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+            callbacks=DistillCallback(Swapped(), kd(), student='model', **kwargs),
+        )
         trainer.fit(module, shown())
         return trainer.global_step
-    with refuses('class 0 and class 1 are swapped'): fit()
+
+    with refuses('class 0 and class 1 are swapped'):
+        fit()
     assert fit(check=False) == 2

@@ -1,35 +1,48 @@
 "Files that are written completely or not at all, and folders that one process writes at a time."
-import errno, json, os, re, shutil
+
+import errno
+import json
+import os
+import re
+import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
 from .errors import DistillError
 
-__all__ = ['enough_space', 'file_errors', 'locked_folder', 'new_file', 'write_atomically', 'write_json']
+__all__ = [
+    'enough_space',
+    'file_errors',
+    'locked_folder',
+    'new_file',
+    'write_atomically',
+    'write_json',
+]
 
-DISK_FULL = errno.ENOSPC,errno.EFBIG,errno.EDQUOT
+DISK_FULL = errno.ENOSPC, errno.EFBIG, errno.EDQUOT
 
 
 @contextmanager
-def enough_space(
-    path
-):
+def enough_space(path):
     """Say in one line that the disk is full, and which file was written.
 
     Args:
         path: What is written: a file or a folder.
     """
-    try: yield
+    try:
+        yield
     except Exception as e:
-        if isinstance(e, DistillError) or (why := disk_full(e)) is None: raise
+        if isinstance(e, DistillError) or (why := disk_full(e)) is None:
+            raise
         free = shutil.disk_usage(Path(path).absolute().parent).free
-        raise DistillError(f"No space for {path} ({why}; {free/1e6:,.1f} MB are free there). Files that were finished "
-                           "before are kept: free some space and start again to resume.") from e
+        raise DistillError(
+            f'No space for {path} ({why}; {free / 1e6:,.1f} MB are free there). Files that were finished '
+            'before are kept: free some space and start again to resume.'
+        ) from e
 
 
 @contextmanager
-def new_file(
-    path
-):
+def new_file(path):
     """Yield the path of a temporary file in the same folder, and give it its name at the end:
     readers find the whole new file or the old one, even if the process is killed. The file's mode
     follows the umask.
@@ -42,51 +55,53 @@ def new_file(
     with enough_space(path):
         try:
             tmp.unlink(missing_ok=True)
-            with open(tmp, 'xb') as f: mode = os.fstat(f.fileno()).st_mode    # subtle: mode x does not open a link
+            with open(tmp, 'xb') as f:
+                mode = os.fstat(f.fileno()).st_mode  # subtle: mode x does not open a link
             yield tmp
-            os.chmod(tmp, mode & 0o777)     # some writers choose one that only the owner can read
-            with open(tmp, 'rb+') as f: os.fsync(f.fileno())
+            os.chmod(tmp, mode & 0o777)  # some writers choose one that only the owner can read
+            with open(tmp, 'rb+') as f:
+                os.fsync(f.fileno())
             os.replace(tmp, path)
         finally:
-            with suppress(OSError): tmp.unlink(missing_ok=True)
+            with suppress(OSError):
+                tmp.unlink(missing_ok=True)
 
 
 def disk_full(error):
     """What the system said, if there was no space; else None."""
     while error is not None:
         # subtle: PyTorch raises an error of its own on top of the system's, and Rust names the number in the text
-        code = getattr(error, 'errno', None) or int((re.search(r'\(os error (\d+)\)', str(error)) or [0, 0])[1])
-        if code in DISK_FULL: return os.strerror(code)
+        code = getattr(error, 'errno', None) or int(
+            (re.search(r'\(os error (\d+)\)', str(error)) or [0, 0])[1]
+        )
+        if code in DISK_FULL:
+            return os.strerror(code)
         error = error.__cause__ or error.__context__
     return None
 
 
-def write_atomically(
-    path,
-    content
-):
+def write_atomically(path, content):
     """Write a file completely or not at all.
 
     Args:
         content: Bytes, text, or fn(binary file).
     """
     with new_file(path) as tmp, open(tmp, 'wb') as f:
-        if callable(content): content(f)
-        else: f.write(content.encode() if isinstance(content, str) else content)
+        if callable(content):
+            content(f)
+        else:
+            f.write(content.encode() if isinstance(content, str) else content)
 
 
-def write_json(path, data): write_atomically(path, json.dumps(data, indent=1) + '\n')
+def write_json(path, data):
+    write_atomically(path, json.dumps(data, indent=1) + '\n')
 
 
-LOCKED = set()      # within this process; the system's locks work only between processes
+LOCKED = set()  # within this process; the system's locks work only between processes
 
 
 @contextmanager
-def locked_folder(
-    path:Path,
-    name=None,
-    file:str='.lock'
-):
+def locked_folder(path: Path, name=None, file: str = '.lock'):
     """One writer at a time; the system releases the lock when a writer dies.
 
     Args:
@@ -95,31 +110,42 @@ def locked_folder(
         file: That is locked.
     """
     name = name or path
-    with file_errors(f"Can't write to {name}"): path.mkdir(parents=True, exist_ok=True)
-    me = str(path.resolve()/file)
-    busy = DistillError(f"Another process is writing to {name}: wait for it, or choose another "
-                        f"{'folder' if file == '.lock' else 'file'}.")
-    if me in LOCKED: raise busy
+    with file_errors(f"Can't write to {name}"):
+        path.mkdir(parents=True, exist_ok=True)
+    me = str(path.resolve() / file)
+    busy = DistillError(
+        f'Another process is writing to {name}: wait for it, or choose another '
+        f'{"folder" if file == ".lock" else "file"}.'
+    )
+    if me in LOCKED:
+        raise busy
     # subtle: without O_NOFOLLOW, a link would create or lock a file somewhere else
-    try: f = os.open(path/file, os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o666)
+    try:
+        f = os.open(path / file, os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o666)
     except OSError as e:
         if e.errno not in (errno.EACCES, errno.EROFS):
             raise DistillError(f"Can't write to {name}: {e.strerror}.") from e
-        yield       # a read-only folder: writing a file raises an error if there is something to write
+        yield  # a read-only folder: writing a file raises an error if there is something to write
         return
     with os.fdopen(f, 'r+') as f:
-        try: acquire(f)
-        except OSError as e: raise busy from e
+        try:
+            acquire(f)
+        except OSError as e:
+            raise busy from e
         LOCKED.add(me)
-        try: yield
-        finally: LOCKED.discard(me)
+        try:
+            yield
+        finally:
+            LOCKED.discard(me)
 
 
 def acquire(f):
     # subtle: lockf, not flock, whose locks survive in forked DataLoader workers after the writer was killed
-    try: import fcntl
-    except ImportError:     # Windows
+    try:
+        import fcntl
+    except ImportError:  # Windows
         import msvcrt
+
         return msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
     fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -127,6 +153,11 @@ def acquire(f):
 @contextmanager
 def file_errors(what, errors=(OSError, ValueError)):
     """Turn an error of the file system into one clear line."""
-    try: yield
-    except DistillError: raise
-    except errors as e: raise DistillError(f"{what}: {getattr(e, 'strerror', None) or e or type(e).__name__}.") from e
+    try:
+        yield
+    except DistillError:
+        raise
+    except errors as e:
+        raise DistillError(
+            f'{what}: {getattr(e, "strerror", None) or e or type(e).__name__}.'
+        ) from e

@@ -1,20 +1,18 @@
 "Models with other sets of classes: some of the other's classes, or groups of them."
+
 from dataclasses import replace
 from itertools import chain
+
 import torch
 from torch import Tensor
+
 from .outputs import DistillError, Outputs, as_plain
 from .task import fit_labels
 
 __all__ = ['class_groups', 'grouped', 'grouped_labels', 'of_classes', 'taught_part']
 
 
-def class_groups(
-    groups,
-    option:str,
-    vocab=None,
-    disjoint:bool=False
-) -> list|None:
+def class_groups(groups, option: str, vocab=None, disjoint: bool = False) -> list | None:
     """The groups as numbers of classes. Without `vocab`, names stay.
 
     Args:
@@ -24,36 +22,47 @@ def class_groups(
         vocab: Names of the classes, for groups of names.
         disjoint: May no class be in two groups?
     """
-    if groups is None: return None
-    if isinstance(groups, dict): groups = list(groups.values())
-    if isinstance(groups, Tensor): groups = groups.tolist()
+    if groups is None:
+        return None
+    if isinstance(groups, dict):
+        groups = list(groups.values())
+    if isinstance(groups, Tensor):
+        groups = groups.tolist()
     number = lambda c: as_number(c, option, vocab)
     out = [list(map(number, g)) if isinstance(g, (list, tuple)) else number(g) for g in groups]
-    if not out or any(g == [] for g in out): raise DistillError(f"{option}={groups}: an output without a class.")
+    if not out or any(g == [] for g in out):
+        raise DistillError(f'{option}={groups}: an output without a class.')
     flat = list(chain(*members(out)))
     if disjoint and (twice := [c for c in flat if flat.count(c) > 1]):
-        raise DistillError(f"{option}={out}: two outputs are about the class {twice[0]!r}. Sum these outputs "
-                           "first, as in select=[[0, 1], 2].")
+        raise DistillError(
+            f'{option}={out}: two outputs are about the class {twice[0]!r}. Sum these outputs '
+            'first, as in select=[[0, 1], 2].'
+        )
     return out
 
 
 def as_number(c, option, vocab):
     if isinstance(c, str):
-        if vocab is None or c in vocab: return c if vocab is None else vocab.index(c)
-        raise DistillError(f"{option}= has {c!r}, but the classes are {', '.join(map(str, vocab[:10]))}"
-                           f"{' ...' if len(vocab) > 10 else ''}.")
+        if vocab is None or c in vocab:
+            return c if vocab is None else vocab.index(c)
+        raise DistillError(
+            f'{option}= has {c!r}, but the classes are {", ".join(map(str, vocab[:10]))}'
+            f'{" ..." if len(vocab) > 10 else ""}.'
+        )
     return int(c)
 
 
-def members(groups): return [g if isinstance(g, list) else [g] for g in groups]
+def members(groups):
+    return [g if isinstance(g, list) else [g] for g in groups]
 
 
 def grouped(
-    logits:Tensor,
+    logits: Tensor,
     groups,
-    axis:int=1,
-    kind:str='softmax',
-    option:str='classes', who:str='student'
+    axis: int = 1,
+    kind: str = 'softmax',
+    option: str = 'classes',
+    who: str = 'student',
 ) -> Tensor:
     """Logits of the groups. A group of one class has its logit. A group of several has the
     logarithm of the sum of their exponentials, so that its probability is the sum of theirs.
@@ -64,45 +73,52 @@ def grouped(
         axis: Of the classes.
         option, who: In messages.
     """
-    n,sets = logits.shape[axis],members(groups)
+    n, sets = logits.shape[axis], members(groups)
     if names := [c for c in chain(*sets) if isinstance(c, str)]:
-        raise DistillError(f"{option}= has the name {names[0]!r}, but the {who}'s classes have no names here: give "
-                           "their numbers.")
+        raise DistillError(
+            f"{option}= has the name {names[0]!r}, but the {who}'s classes have no names here: give "
+            'their numbers.'
+        )
     if min(map(min, sets)) < 0 or max(map(max, sets)) >= n:
-        raise DistillError(f"{option}={list(groups)}: the {who} has {n} classes along axis {axis}, 0 to {n-1}")
+        raise DistillError(
+            f'{option}={list(groups)}: the {who} has {n} classes along axis {axis}, 0 to {n - 1}'
+        )
     if max(map(len, sets)) == 1:
         return logits.index_select(axis, torch.tensor([g[0] for g in sets], device=logits.device))
     if kind != 'softmax':
-        raise DistillError(f"{option}={list(groups)} sums the probabilities of classes that exclude each other, but "
-                           f"this is kind={kind!r}: give one class for each output.")
-    return torch.stack([logits.index_select(axis, torch.tensor(g, device=logits.device)).logsumexp(axis) for g in sets],
-                       axis)
+        raise DistillError(
+            f'{option}={list(groups)} sums the probabilities of classes that exclude each other, but '
+            f'this is kind={kind!r}: give one class for each output.'
+        )
+    return torch.stack(
+        [
+            logits.index_select(axis, torch.tensor(g, device=logits.device)).logsumexp(axis)
+            for g in sets
+        ],
+        axis,
+    )
 
 
-def of_classes(
-    out:Outputs,
-    select, classes, axis, kind
-) -> Outputs:
+def of_classes(out: Outputs, select, classes, axis, kind) -> Outputs:
     """The selected classes of a teacher, and which of the student's they are.
 
     Args:
         out: Of a teacher.
         select, classes, axis, kind: Options of `Teacher`
     """
-    if select is not None: out = replace(out, logits=grouped(out.logits, select, axis, kind, 'select', 'teacher'))
-    if classes is None: return out
+    if select is not None:
+        out = replace(out, logits=grouped(out.logits, select, axis, kind, 'select', 'teacher'))
+    if classes is None:
+        return out
     if len(classes) != (n := out.logits.shape[axis]):
-        raise DistillError(f"classes={classes} is for {len(classes)} outputs, but the teacher returns {n} along axis "
-                           f"{axis}: give the student's class(es) for each, or select= some.")
+        raise DistillError(
+            f'classes={classes} is for {len(classes)} outputs, but the teacher returns {n} along axis '
+            f"{axis}: give the student's class(es) for each, or select= some."
+        )
     return replace(out, classes=classes)
 
 
-def grouped_labels(
-    y:Tensor,
-    groups,
-    n:int,
-    ignore_index:int
-) -> Tensor:
+def grouped_labels(y: Tensor, groups, n: int, ignore_index: int) -> Tensor:
     """The number of the group of each label.
 
     Args:
@@ -112,17 +128,13 @@ def grouped_labels(
         ignore_index: The label of samples whose class is in no group.
     """
     table = torch.full((n,), ignore_index, dtype=torch.long)
-    for i,g in enumerate(members(groups)): table[g] = i
+    for i, g in enumerate(members(groups)):
+        table[g] = i
     inside = (y >= 0) & (y < n)
-    return torch.where(inside, table.to(y.device)[y.clamp(0, n-1)], ignore_index)
+    return torch.where(inside, table.to(y.device)[y.clamp(0, n - 1)], ignore_index)
 
 
-def taught_part(
-    logits,
-    y,
-    groups,
-    task
-):
+def taught_part(logits, y, groups, task):
     """The student's logits, and its labels, for what the teacher knows.
 
     Args:
@@ -131,13 +143,17 @@ def taught_part(
         groups: The teacher's `classes`; None: all.
         task: `Task` of both.
     """
-    if groups is None: return logits,y
+    if groups is None:
+        return logits, y
     if logits is None:
-        if not isinstance(y, Tensor) or task.kind != 'softmax' or y.is_floating_point(): return None,y
+        if not isinstance(y, Tensor) or task.kind != 'softmax' or y.is_floating_point():
+            return None, y
         n = 1 + max(int(y.max()), *chain(*members(groups)))
-        return None,grouped_labels(as_plain(y).long(), groups, n, task.ignore_index)
+        return None, grouped_labels(as_plain(y).long(), groups, n, task.ignore_index)
     logits = as_plain(logits)
     s = grouped(logits, groups, task.axis, task.kind)
-    if not isinstance(y, Tensor) or (fitted := fit_labels(as_plain(y), logits.shape, task)) is None: return s,y
-    if task.kind == 'softmax': return s,grouped_labels(fitted, groups, logits.shape[task.axis], task.ignore_index)
-    return s,grouped(fitted, groups, task.axis, task.kind)
+    if not isinstance(y, Tensor) or (fitted := fit_labels(as_plain(y), logits.shape, task)) is None:
+        return s, y
+    if task.kind == 'softmax':
+        return s, grouped_labels(fitted, groups, logits.shape[task.axis], task.ignore_index)
+    return s, grouped(fitted, groups, task.axis, task.kind)

@@ -1,73 +1,93 @@
 "The processes that train or write together. The only file that knows `torch.distributed`."
+
 import os
 from contextlib import contextmanager
+
 import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-__all__ = ['average_gradients', 'broadcast', 'counted_as_one', 'first_then_others', 'gather_rows', 'joined_processes',
-           'leave_processes', 'length_over_ranks', 'mean_over_ranks', 'of_first', 'on_first', 'rank', 'world_size']
+__all__ = [
+    'average_gradients',
+    'broadcast',
+    'counted_as_one',
+    'first_then_others',
+    'gather_rows',
+    'joined_processes',
+    'leave_processes',
+    'length_over_ranks',
+    'mean_over_ranks',
+    'of_first',
+    'on_first',
+    'rank',
+    'world_size',
+]
 
 
-APART = [False] # does this process act as if there were no other?
-
-def is_running(): return not APART[0] and distributed.is_available() and distributed.is_initialized()
-
-def rank() -> int: return distributed.get_rank() if is_running() else 0
-
-def world_size() -> int: return distributed.get_world_size() if is_running() else 1
+APART = [False]  # does this process act as if there were no other?
 
 
-def broadcast(
-    tensors
-):
+def is_running():
+    return not APART[0] and distributed.is_available() and distributed.is_initialized()
+
+
+def rank() -> int:
+    return distributed.get_rank() if is_running() else 0
+
+
+def world_size() -> int:
+    return distributed.get_world_size() if is_running() else 1
+
+
+def broadcast(tensors):
     """Give every rank the first rank's tensors.
 
     Args:
         tensors: Overwritten with those of the first rank.
     """
-    if world_size() == 1: return
-    for t in tensors: distributed.broadcast(t, 0)
+    if world_size() == 1:
+        return
+    for t in tensors:
+        distributed.broadcast(t, 0)
 
 
-def mean_over_ranks(
-    tensors
-):
+def mean_over_ranks(tensors):
     """Replace tensors by their mean over all ranks.
 
     Args:
         tensors: Overwritten.
     """
-    if world_size() == 1: return
-    for t in tensors: distributed.all_reduce(t.div_(world_size()))
+    if world_size() == 1:
+        return
+    for t in tensors:
+        distributed.all_reduce(t.div_(world_size()))
 
 
-def average_gradients(
-    params
-):
+def average_gradients(params):
     """Average their gradients over all ranks. A rank whose part of the batch gave a parameter none
     counts as 0.
 
     Args:
         params: The same ones on all ranks, of modules outside of DistributedDataParallel.
     """
-    if world_size() == 1: return
+    if world_size() == 1:
+        return
     for p in (params := list(params)):
         # subtle: every rank must join, or the others would wait for it
-        if p.grad is None: p.grad = torch.zeros_like(p)
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
     mean_over_ranks(p.grad for p in params)
 
 
-def length_over_ranks(
-    norms:Tensor
-) -> Tensor:
+def length_over_ranks(norms: Tensor) -> Tensor:
     """Root mean square over all ranks: proportional to the length of the gradients of all ranks
     together.
 
     Args:
         norms: Of gradients.
     """
-    if world_size() == 1: return norms
+    if world_size() == 1:
+        return norms
     squares = norms.square()
     mean_over_ranks([squares])
     return squares.sqrt()
@@ -77,16 +97,17 @@ class Gathered(torch.autograd.Function):
     """The rows of all ranks; each rank gets back the gradient of its own rows, summed over all
     ranks.
     """
+
     @staticmethod
     def forward(ctx, x):
         sizes = [torch.zeros((), dtype=torch.long, device=x.device) for _ in range(world_size())]
         distributed.all_gather(sizes, torch.tensor(len(x), device=x.device))
         ctx.sizes = torch.stack(sizes).tolist()
         padded = x.new_zeros(max(ctx.sizes), *x.shape[1:])
-        padded[:len(x)] = x
+        padded[: len(x)] = x
         parts = [torch.empty_like(padded) for _ in ctx.sizes]
         distributed.all_gather(parts, padded)
-        return torch.cat([p[:n] for p,n in zip(parts, ctx.sizes)])
+        return torch.cat([p[:n] for p, n in zip(parts, ctx.sizes)])
 
     @staticmethod
     def backward(ctx, grad):
@@ -95,9 +116,7 @@ class Gathered(torch.autograd.Function):
         return grad.split(ctx.sizes)[rank()]
 
 
-def gather_rows(
-    x:Tensor
-) -> Tensor:
+def gather_rows(x: Tensor) -> Tensor:
     """The rows of all ranks, first those of the first rank. Where each rank computes the same loss
     of them, the mean of the ranks' gradients, which DistributedDataParallel takes, is that of this
     loss.
@@ -110,7 +129,8 @@ def gather_rows(
 
 def of_first(o):
     """The first rank's object, on every rank. Each of them must call this."""
-    if world_size() == 1: return o
+    if world_size() == 1:
+        return o
     got = [o]
     distributed.broadcast_object_list(got)
     return got[0]
@@ -118,16 +138,19 @@ def of_first(o):
 
 def on_first(fn):
     """Run `fn` on the first rank once all ranks are here; every rank gets its result, or its error."""
-    if world_size() == 1: return fn()
+    if world_size() == 1:
+        return fn()
     distributed.barrier()
     got = None
     if rank() == 0:
         try:
-            with counted_as_one(): got = fn(),None
-        except Exception as e: got = None,e
-    out,error = of_first(got)
+            with counted_as_one():
+                got = fn(), None
+        except Exception as e:
+            got = None, e
+    out, error = of_first(got)
     if error is not None:
-        error.from_first = rank() > 0       # the first rank shows it
+        error.from_first = rank() > 0  # the first rank shows it
         raise error
     return out
 
@@ -144,19 +167,26 @@ def first_then_others(fn):
 @contextmanager
 def counted_as_one():
     """Inside, this process waits for no other."""
-    was,n = APART[0],os.environ.get('WORLD_SIZE')
-    APART[0],os.environ['WORLD_SIZE'] = True,'1'      # fastai reads the number of processes from the environment
-    try: yield
+    was, n = APART[0], os.environ.get('WORLD_SIZE')
+    APART[0], os.environ['WORLD_SIZE'] = (
+        True,
+        '1',
+    )  # fastai reads the number of processes from the environment
+    try:
+        yield
     finally:
         APART[0] = was
-        if n is None: del os.environ['WORLD_SIZE']
-        else: os.environ['WORLD_SIZE'] = n
+        if n is None:
+            del os.environ['WORLD_SIZE']
+        else:
+            os.environ['WORLD_SIZE'] = n
 
 
 def leave_processes():
     """Each process continues alone."""
-    if not is_running(): return
-    distributed.barrier()     # gloo aborts a process that ends while another one still sends to it
+    if not is_running():
+        return
+    distributed.barrier()  # gloo aborts a process that ends while another one still sends to it
     distributed.destroy_process_group()
     os.environ['WORLD_SIZE'] = '1'
 
@@ -169,10 +199,14 @@ def joined_processes():
     if int(os.environ.get('WORLD_SIZE', 1)) == 1 or is_running():
         yield rank() == 0
         return
-    if on_gpu := torch.cuda.is_available(): torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-    distributed.init_process_group('cpu:gloo,cuda:nccl' if on_gpu else 'gloo')     # Python objects use gloo
+    if on_gpu := torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+    distributed.init_process_group(
+        'cpu:gloo,cuda:nccl' if on_gpu else 'gloo'
+    )  # Python objects use gloo
     try:
         yield rank() == 0
         leave_processes()
     finally:
-        if is_running(): distributed.destroy_process_group()
+        if is_running():
+            distributed.destroy_process_group()

@@ -1,4 +1,5 @@
 "The error for a mistake, and the warning for a probable one."
+
 import warnings
 from difflib import get_close_matches
 

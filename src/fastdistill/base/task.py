@@ -1,29 +1,52 @@
 "What a model predicts, read from its loss function; which labels fit, and their default loss."
+
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+
 import torch
-from torch import Tensor, nn
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from .outputs import DistillError, as_plain, check_axis
 
-__all__ = ['CLASS_NUMBERS', 'Task', 'facts_of_outputs', 'float_labels', 'fit_labels', 'fitting_axes', 'labels_loss',
-           'pseudo_labels', 'register_losses', 'register_wrapper', 'task_for', 'shape_of_labels', 'task_of', 'unusable']
+__all__ = [
+    'CLASS_NUMBERS',
+    'Task',
+    'facts_of_outputs',
+    'float_labels',
+    'fit_labels',
+    'fitting_axes',
+    'labels_loss',
+    'pseudo_labels',
+    'register_losses',
+    'register_wrapper',
+    'task_for',
+    'shape_of_labels',
+    'task_of',
+    'unusable',
+]
 
 # kind of outputs -> loss classes for it; a framework registers its own
-CLASSES = dict(softmax=[nn.CrossEntropyLoss], sigmoid=[nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss],
-               regression=[nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss])
-FUNCTIONS = {F.cross_entropy: 'softmax', F.binary_cross_entropy_with_logits: 'sigmoid', F.mse_loss: 'regression',
-             F.l1_loss: 'regression', F.smooth_l1_loss: 'regression', F.huber_loss: 'regression'}
+CLASSES = dict(
+    softmax=[nn.CrossEntropyLoss],
+    sigmoid=[nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss],
+    regression=[nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss],
+)
+FUNCTIONS = {
+    F.cross_entropy: 'softmax',
+    F.binary_cross_entropy_with_logits: 'sigmoid',
+    F.mse_loss: 'regression',
+    F.l1_loss: 'regression',
+    F.smooth_l1_loss: 'regression',
+    F.huber_loss: 'regression',
+}
 
 
 WRAPPED = [lambda lf: (lf.func, None) if isinstance(lf, partial) else None]
 
 
-def register_losses(
-    kind:str,
-    *classes
-):
+def register_losses(kind: str, *classes):
     """Teach `task_of` the loss classes of a framework.
 
     Args:
@@ -33,9 +56,7 @@ def register_losses(
     CLASSES[kind] += [c for c in classes if c not in CLASSES[kind]]
 
 
-def register_wrapper(
-    look
-):
+def register_wrapper(look):
     """Teach `task_of` to look inside a framework's wrappers of losses.
 
     Args:
@@ -52,16 +73,13 @@ class Task:
     Attributes:
         kind: 'softmax', 'sigmoid' or 'regression'.
     """
-    kind:str
-    axis:int=1
-    ignore_index:int=-100
+
+    kind: str
+    axis: int = 1
+    ignore_index: int = -100
 
 
-def task_of(
-    loss_func,
-    kind:str|None=None,
-    axis:int|None=None
-) -> Task:
+def task_of(loss_func, kind: str | None = None, axis: int | None = None) -> Task:
     """The task of a loss function. If the loss is unknown, `kind` is required.
 
     Args:
@@ -69,34 +87,39 @@ def task_of(
         kind: For a loss function that does not show it.
     """
     check_axis(axis)
-    lf,own_axis = innermost(loss_func)
-    if kind is None and (kind := kind_of(lf)) is None: raise DistillError(unknown_loss(lf))
-    if axis is None: axis = getattr(lf, 'axis', 1) if own_axis is None else own_axis
+    lf, own_axis = innermost(loss_func)
+    if kind is None and (kind := kind_of(lf)) is None:
+        raise DistillError(unknown_loss(lf))
+    if axis is None:
+        axis = getattr(lf, 'axis', 1) if own_axis is None else own_axis
     ignore = getattr(lf, 'ignore_index', None)
-    if ignore is None and isinstance(loss_func, partial): ignore = loss_func.keywords.get('ignore_index')
+    if ignore is None and isinstance(loss_func, partial):
+        ignore = loss_func.keywords.get('ignore_index')
     return Task(kind, axis, -100 if ignore is None else ignore)
 
 
 def innermost(loss):
     """The loss inside its wrappers, and the class axis of the outermost wrapper that has one."""
     axes = []
-    while (inner := next((found for look in WRAPPED if (found := look(loss)) is not None), None)) is not None:
-        loss,axis = inner
-        if axis is not None: axes.append(axis)
-    return loss,(axes[0] if axes else None)
+    while (
+        inner := next((found for look in WRAPPED if (found := look(loss)) is not None), None)
+    ) is not None:
+        loss, axis = inner
+        if axis is not None:
+            axes.append(axis)
+    return loss, (axes[0] if axes else None)
 
 
 def kind_of(loss):
     """The kind of outputs that an unwrapped loss takes; None if it is unknown."""
     known = FUNCTIONS.get(loss) if callable(loss) and getattr(loss, '__hash__', None) else None
-    return known or next((k for k,classes in CLASSES.items() if isinstance(loss, tuple(classes))), None)
+    return known or next(
+        (k for k, classes in CLASSES.items() if isinstance(loss, tuple(classes))), None
+    )
 
 
 def task_for(
-    loss,
-    kind:str|None=None,
-    axis:int|None=None,
-    ignore_index:int|None=None
+    loss, kind: str | None = None, axis: int | None = None, ignore_index: int | None = None
 ) -> Task:
     """The task as given. Options that are None are read from the task loss, or else are a
     softmax over axis 1.
@@ -104,26 +127,29 @@ def task_for(
     Args:
         loss: The task loss; None: the one that fits the kind.
     """
-    if kind not in (None, *CLASSES): raise DistillError(f"kind={kind!r}: must be one of {', '.join(map(repr, CLASSES))}")
+    if kind not in (None, *CLASSES):
+        raise DistillError(f'kind={kind!r}: must be one of {", ".join(map(repr, CLASSES))}')
     check_axis(axis)
-    lf,_ = innermost(loss)
+    lf, _ = innermost(loss)
     known = kind_of(lf)
     if None not in (kind, known) and kind != known:
-        raise DistillError(f"kind={kind!r}, but task_loss={loss!r} is for kind={known!r}: one of the two is wrong")
+        raise DistillError(
+            f'kind={kind!r}, but task_loss={loss!r} is for kind={known!r}: one of the two is wrong'
+        )
     default = None if takes_probabilities(lf) else 'softmax'
     task = Task(kind or 'softmax') if loss is None else task_of(loss, kind or known or default)
-    return Task(task.kind, task.axis if axis is None else axis,
-                task.ignore_index if ignore_index is None else ignore_index)
+    return Task(
+        task.kind,
+        task.axis if axis is None else axis,
+        task.ignore_index if ignore_index is None else ignore_index,
+    )
 
 
 def takes_probabilities(lf):
     return isinstance(lf, (nn.BCELoss, nn.NLLLoss)) or lf in (F.binary_cross_entropy, F.nll_loss)
 
 
-def shape_of_labels(
-    shape,
-    axis:int
-) -> tuple:
+def shape_of_labels(shape, axis: int) -> tuple:
     """Their shape without the class axis.
 
     Args:
@@ -131,13 +157,10 @@ def shape_of_labels(
         axis: Their class axis.
     """
     axis = axis % len(shape)
-    return (*shape[:axis], *shape[axis+1:])
+    return (*shape[:axis], *shape[axis + 1 :])
 
 
-def facts_of_outputs(
-    shape,
-    task:Task
-) -> dict:
+def facts_of_outputs(shape, task: Task) -> dict:
     """`kind`, the number of `classes` (of a softmax; 1: a single label; None: unknown), and
     `dense`: does each sample have many predictions?
 
@@ -147,15 +170,11 @@ def facts_of_outputs(
     has_axis = task.kind == 'softmax' and -len(shape) <= task.axis < len(shape)
     single = task.kind == 'sigmoid' and prod(shape[1:2]) == 1
     classes = shape[task.axis] if has_axis else 1 if single else None
-    positions = prod(shape[1:])/classes if classes else prod(shape[2:])
+    positions = prod(shape[1:]) / classes if classes else prod(shape[2:])
     return dict(kind=task.kind, classes=classes, dense=positions > 1)
 
 
-def fit_labels(
-    y:Tensor,
-    shape,
-    task:Task
-) -> Tensor|None:
+def fit_labels(y: Tensor, shape, task: Task) -> Tensor | None:
     """The labels in the shape of the predictions, as class numbers if there are classes; None if
     they do not fit.
 
@@ -163,21 +182,20 @@ def fit_labels(
         y: Labels of a batch.
         shape: Of the logits.
     """
-    if task.kind != 'softmax': return y.reshape(shape) if y.numel() == prod(shape) else None
-    if not -len(shape) <= task.axis < len(shape): return None
+    if task.kind != 'softmax':
+        return y.reshape(shape) if y.numel() == prod(shape) else None
+    if not -len(shape) <= task.axis < len(shape):
+        return None
     # a probability for each class
-    if y.is_floating_point(): return y.argmax(task.axis) if y.shape == shape else None
+    if y.is_floating_point():
+        return y.argmax(task.axis) if y.shape == shape else None
     wanted = shape_of_labels(shape, task.axis)
     squeezed = lambda s: [n for n in s if n != 1]
     fits = squeezed(y.shape) == squeezed(wanted) or y.shape == (prod(wanted),)
     return y.long().reshape(wanted) if fits else None
 
 
-def fitting_axes(
-    y:Tensor,
-    shape,
-    kind:str='softmax'
-) -> list:
+def fitting_axes(y: Tensor, shape, kind: str = 'softmax') -> list:
     """The class axes along which these labels fit these logits.
 
     Args:
@@ -187,12 +205,7 @@ def fitting_axes(
     return [i for i in range(1, len(shape)) if fit_labels(y, shape, Task(kind, i)) is not None]
 
 
-def labels_loss(
-    s:Tensor,
-    y:Tensor,
-    *more,
-    task:Task
-):
+def labels_loss(s: Tensor, y: Tensor, *more, task: Task):
     """The task loss, by what the model predicts: cross-entropy, binary cross-entropy or
     squared error.
 
@@ -201,54 +214,73 @@ def labels_loss(
         y: Labels.
     """
     if more:
-        raise DistillError(f"These batches have {1+len(more)} targets: give task_loss=, a function of the logits and "
-                           "all targets")
-    s,y = as_plain(s),as_plain(y)
+        raise DistillError(
+            f'These batches have {1 + len(more)} targets: give task_loss=, a function of the logits and '
+            'all targets'
+        )
+    s, y = as_plain(s), as_plain(y)
     if task.kind == 'softmax' and y.is_floating_point() and y.shape == s.shape:
         return F.cross_entropy(s.movedim(task.axis, 1), y.movedim(task.axis, 1))
-    if (fitted := fit_labels(y, s.shape, task)) is None: raise DistillError(unfit_labels(y, s.shape, task))
-    if task.kind == 'sigmoid': return F.binary_cross_entropy_with_logits(s, fitted.to(s.dtype))
-    if task.kind == 'regression': return F.mse_loss(s, fitted.to(s.dtype))
+    if (fitted := fit_labels(y, s.shape, task)) is None:
+        raise DistillError(unfit_labels(y, s.shape, task))
+    if task.kind == 'sigmoid':
+        return F.binary_cross_entropy_with_logits(s, fitted.to(s.dtype))
+    if task.kind == 'regression':
+        return F.mse_loss(s, fitted.to(s.dtype))
     return F.cross_entropy(s.movedim(task.axis, 1), fitted, ignore_index=task.ignore_index)
 
 
 def unfit_labels(y, shape, task):
     """Why labels do not fit, and what would fit."""
     if task.kind != 'softmax':
-        return (f"The labels have shape {tuple(y.shape)}, the student's outputs {tuple(shape)}: "
-                "both need the same number of values")
-    if y.is_floating_point(): return f"{float_labels(y)} {CLASS_NUMBERS}"
+        return (
+            f"The labels have shape {tuple(y.shape)}, the student's outputs {tuple(shape)}: "
+            'both need the same number of values'
+        )
+    if y.is_floating_point():
+        return f'{float_labels(y)} {CLASS_NUMBERS}'
     axes = fitting_axes(y, shape)
-    fits = f" They fit classes along axis {' or '.join(map(str, axes))}: pass axis={axes[0]}." if axes else ''
-    return (f"The logits, of shape {tuple(shape)}, have their classes on axis {task.axis}, "
-            f"but the labels have shape {tuple(y.shape)}.{fits}")
+    fits = (
+        f' They fit classes along axis {" or ".join(map(str, axes))}: pass axis={axes[0]}.'
+        if axes
+        else ''
+    )
+    return (
+        f'The logits, of shape {tuple(shape)}, have their classes on axis {task.axis}, '
+        f'but the labels have shape {tuple(y.shape)}.{fits}'
+    )
 
 
-CLASS_NUMBERS = ("Classes are whole numbers: y.long() converts them. If the model predicts numbers, pass "
-                 "kind='regression'; if each column is a label by itself, kind='sigmoid'.")
+CLASS_NUMBERS = (
+    'Classes are whole numbers: y.long() converts them. If the model predicts numbers, pass '
+    "kind='regression'; if each column is a label by itself, kind='sigmoid'."
+)
 
 
 def float_labels(y):
     dtype = str(y.dtype).removeprefix('torch.')
-    return f"The labels, of shape {tuple(y.shape)}, are fractional numbers ({dtype}), but the model predicts classes."
+    return f'The labels, of shape {tuple(y.shape)}, are fractional numbers ({dtype}), but the model predicts classes.'
 
 
 def unknown_loss(lf):
     name = getattr(lf, '__name__', type(lf).__name__)
     if isinstance(lf, nn.BCELoss) or lf is F.binary_cross_entropy:
-        return (f"The student's loss {name} takes probabilities, so its model ends in a sigmoid. Distillation needs "
-                "the outputs before it: end the model with the last linear layer and use BCEWithLogitsLossFlat.")
+        return (
+            f"The student's loss {name} takes probabilities, so its model ends in a sigmoid. Distillation needs "
+            'the outputs before it: end the model with the last linear layer and use BCEWithLogitsLossFlat.'
+        )
     if isinstance(lf, nn.NLLLoss) or lf is F.nll_loss:
-        return (f"The student's loss {name} takes log-probabilities, which are logits too: pass kind='softmax' and "
-                "axis=...")
-    return (f"The student's loss {name} does not show what the student predicts: pass kind='softmax' (classes, along "
-            "axis=), 'sigmoid' (labels) or 'regression' (numbers) to KnowledgeDistillation.")
+        return (
+            f"The student's loss {name} takes log-probabilities, which are logits too: pass kind='softmax' and "
+            'axis=...'
+        )
+    return (
+        f"The student's loss {name} does not show what the student predicts: pass kind='softmax' (classes, along "
+        "axis=), 'sigmoid' (labels) or 'regression' (numbers) to KnowledgeDistillation."
+    )
 
 
-def unusable(
-    logits:Tensor,
-    task
-) -> Tensor:
+def unusable(logits: Tensor, task) -> Tensor:
     """Do logits hold nan or infinite values, except -inf for excluded classes? A tensor on their
     device.
 
@@ -264,17 +296,15 @@ def unusable(
     return ~total.isfinite() if softmax else total.isnan() | (total == torch.inf)
 
 
-def pseudo_labels(
-    t:Tensor,
-    s:Tensor,
-    task
-) -> Tensor:
+def pseudo_labels(t: Tensor, s: Tensor, task) -> Tensor:
     """The teacher's prediction as a target of the task's own loss.
 
     Args:
         t: The teacher's logits.
         s: The student's.
     """
-    if t.shape != s.shape: t = s.detach()       # subtle: of a teacher without a head
-    if task.kind == 'softmax': return t.argmax(task.axis)
+    if t.shape != s.shape:
+        t = s.detach()  # subtle: of a teacher without a head
+    if task.kind == 'softmax':
+        return t.argmax(task.axis)
     return (t > 0).to(s.dtype) if task.kind == 'sigmoid' else t.to(s.dtype)

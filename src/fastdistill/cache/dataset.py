@@ -1,22 +1,25 @@
 "Plain PyTorch: run a teacher once over a map-style dataset, and train from its stored outputs."
+
 import inspect
 from bisect import bisect_right
 from contextlib import nullcontext
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import default_collate
-from ..base.outputs import DistillError, Outputs, check_axis
+
 from ..base.generators import Generators
-from .per_sample import per_sample
+from ..base.outputs import DistillError, Outputs, check_axis
 from ..base.seeds import RandomGuard, restored_once, seeded, seeds_of, view_of
 from .digests import code_of, fingerprint, first_part, flat_values, input_digest
 from .files import dataset_files
 from .keys import dataset_keys, folder_of, root_of
+from .layout import Wish
+from .per_sample import per_sample
 from .progress import shown_progress
 from .reader import TeacherCache
-from .layout import Wish
 from .source import Source, check_alone, distinct_views, identity_of, spread_positions, unrepeatable
 from .writer import write_cache
 
@@ -27,22 +30,26 @@ def cache_dataset(
     teacher,
     dataset,
     path,
-    views:int=1,
-    topk:int|None=None,
-    dtype:str='float16',
+    views: int = 1,
+    topk: int | None = None,
+    dtype: str = 'float16',
     *,
     keys=None,
     inputs=None,
     batch_tfm=None,
-    tail:str='mean', axis:int=1,
+    tail: str = 'mean',
+    axis: int = 1,
     size=None,
-    bs:int=64, num_workers:int=0, collate_fn=default_collate, device=None,
-    seed:int=0,
+    bs: int = 64,
+    num_workers: int = 0,
+    collate_fn=default_collate,
+    device=None,
+    seed: int = 0,
     vocab=None,
     transforms=None,
-    force:bool=False,
+    force: bool = False,
     progress=True,
-    forecast=None
+    forecast=None,
 ) -> TeacherCache:
     """Run the teacher on each view of each sample, store its outputs, and open the cache. An
     interrupted run resumes.
@@ -73,28 +80,43 @@ def cache_dataset(
         forecast: fn(Forecast), called before the teacher runs.
     """
     if isinstance(teacher, nn.Module):
-        raise DistillError("A bare module may be in training mode, with gradients: pass Teacher(model).")
+        raise DistillError(
+            'A bare module may be in training mode, with gradients: pass Teacher(model).'
+        )
     check_axis(axis)
     check_indexed(dataset)
-    if not len(dataset): raise DistillError("The dataset is empty: there is nothing to write.")
+    if not len(dataset):
+        raise DistillError('The dataset is empty: there is nothing to write.')
     names = dataset_keys(dataset, keys)
-    items,get = Views(dataset, names, views, seed),first_part if inputs is None else inputs
+    items, get = Views(dataset, names, views, seed), first_part if inputs is None else inputs
     shake = batch_tfm if views else None
+
     def asked(tasks, bs):
         """The teacher's inputs."""
-        workers = num_workers if len(tasks) > bs else 0     # starting workers takes longer than one batch
-        dl = DataLoader(items, bs, sampler=tasks.tolist(), num_workers=workers, collate_fn=CollatePairs(collate_fn))
-        for batch,seeds in dl:
+        workers = (
+            num_workers if len(tasks) > bs else 0
+        )  # starting workers takes longer than one batch
+        dl = DataLoader(
+            items,
+            bs,
+            sampler=tasks.tolist(),
+            num_workers=workers,
+            collate_fn=CollatePairs(collate_fn),
+        )
+        for batch, seeds in dl:
             x = to_device(get(batch), device)
             yield x if shake is None else shaken(shake, seeds, x)
+
     def run(tasks, bs):
         with teacher if hasattr(teacher, '__enter__') else nullcontext():
             for x in asked(tasks, bs):
-                with torch.no_grad(): out = Outputs.of(teacher(*x) if isinstance(x, tuple) else teacher(x))
+                with torch.no_grad():
+                    out = Outputs.of(teacher(*x) if isinstance(x, tuple) else teacher(x))
                 yield out
+
     with RandomGuard():
         n = len(dataset)
-        look = lambda i, view: fingerprint(*flat_values(next(asked(np.array([view*n + i]), 1))))
+        look = lambda i, view: fingerprint(*flat_values(next(asked(np.array([view * n + i]), 1))))
         items.views = views = distinct_views(views, n, look)
         check_items_repeat(items, asked if shake is not None else None)
         if hasattr(teacher, 'reading_tokens'):
@@ -102,77 +124,118 @@ def cache_dataset(
             teacher = teacher.reading_tokens(*(x if isinstance(x, tuple) else (x,)))
         check_alone(run, len(dataset))
         described = dict(transforms or {})
-        if shake is not None: described['batch_tfm'] = code_of(shake if inspect.isroutine(shake) else type(shake))
-        source = Source(names, run, bs, identity_of(teacher), described, root_of(folder_of(dataset)), vocab,
-                        items.digests(), dataset_files(dataset))
+        if shake is not None:
+            described['batch_tfm'] = code_of(shake if inspect.isroutine(shake) else type(shake))
+        source = Source(
+            names,
+            run,
+            bs,
+            identity_of(teacher),
+            described,
+            root_of(folder_of(dataset)),
+            vocab,
+            items.digests(),
+            dataset_files(dataset),
+        )
         with shown_progress(progress) as show:
-            return write_cache(path, source, Wish(dtype, topk, tail, axis, size), views=views, seed=seed, force=force,
-                               progress=show, forecast=forecast)
+            return write_cache(
+                path,
+                source,
+                Wish(dtype, topk, tail, axis, size),
+                views=views,
+                seed=seed,
+                force=force,
+                progress=show,
+                forecast=forecast,
+            )
 
 
 def shaken(fn, seeds, x):
     """Run a batch transform with separate random numbers for each sample."""
     xs = x if isinstance(x, tuple) else (x,)
     if not all(isinstance(o, Tensor) for o in xs):
-        raise DistillError("batch_tfm= takes tensors, and the teacher's inputs are "
-                           f"{', '.join(type(o).__name__ for o in xs)}: use a transform of the dataset.")
+        raise DistillError(
+            "batch_tfm= takes tensors, and the teacher's inputs are "
+            f'{", ".join(type(o).__name__ for o in xs)}: use a transform of the dataset.'
+        )
     return per_sample(fn, seeds, *xs)
 
 
 class Views(Dataset):
     """Item number view*N + position."""
-    def __init__(self, dataset, keys, views, seed):
-        self.dataset,self.keys,self.views,self.seed,self.own = dataset,keys,views,seed,OwnGenerators(dataset)
 
-    def __len__(self): return len(self.dataset)*max(self.views, 1)
+    def __init__(self, dataset, keys, views, seed):
+        self.dataset, self.keys, self.views, self.seed, self.own = (
+            dataset,
+            keys,
+            views,
+            seed,
+            OwnGenerators(dataset),
+        )
+
+    def __len__(self):
+        return len(self.dataset) * max(self.views, 1)
 
     def __getitems__(self, tasks):
-        with restored_once(): return [self[t] for t in tasks]
+        with restored_once():
+            return [self[t] for t in tasks]
 
     def __getitem__(self, task):
-        view,i = divmod(task, len(self.dataset))
+        view, i = divmod(task, len(self.dataset))
         key = int(self.keys[i])
-        return view_item(self.dataset, i, key, view, self.seed, self.own),batch_seed(key, view, self.seed)
+        return view_item(self.dataset, i, key, view, self.seed, self.own), batch_seed(
+            key, view, self.seed
+        )
 
     def digests(self):
         """Digests of a few samples' inputs. A replay must give the same bytes."""
-        if not self.views: return []
+        if not self.views:
+            return []
         n = len(self.dataset)
-        tasks = [(i % self.views, int(r)) for i,r in enumerate(spread_positions(n, 8))]
-        return [dict(row=r, view=v, digest=input_digest(self[v*n + r][0])) for v,r in tasks]
+        tasks = [(i % self.views, int(r)) for i, r in enumerate(spread_positions(n, 8))]
+        return [dict(row=r, view=v, digest=input_digest(self[v * n + r][0])) for v, r in tasks]
 
 
 class CollatePairs:
-    def __init__(self, collate): self.collate = collate
-    def __call__(self, pairs): return self.collate([o for o,_ in pairs]),torch.stack([s for _,s in pairs])
+    def __init__(self, collate):
+        self.collate = collate
+
+    def __call__(self, pairs):
+        return self.collate([o for o, _ in pairs]), torch.stack([s for _, s in pairs])
 
 
 def to_device(x, device):
-    if isinstance(x, Tensor): return x.to(device)
-    if isinstance(x, (tuple, list)): return tuple(to_device(o, device) for o in x)
-    return {k: to_device(v, device) for k,v in x.items()} if isinstance(x, dict) else x
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if isinstance(x, (tuple, list)):
+        return tuple(to_device(o, device) for o in x)
+    return {k: to_device(v, device) for k, v in x.items()} if isinstance(x, dict) else x
 
 
 def check_items_repeat(items, asked):
     """Make a few items twice, to find random transforms that can't be repeated before anything is
     written.
     """
-    tasks,n = spread_positions(len(items), 8),len(items.dataset)
+    tasks, n = spread_positions(len(items), 8), len(items.dataset)
     draw = lambda items, i: fingerprint(*flat_values(items[i][0]))
     # the clean view is the same for any seed
-    other = items if items.views else Views(items.dataset, items.keys, 0, items.seed+1)
+    other = items if items.views else Views(items.dataset, items.keys, 0, items.seed + 1)
     for i in tasks.tolist():
-        if draw(items, i) == draw(other, i): continue
+        if draw(items, i) == draw(other, i):
+            continue
         raise DistillError(unrepeatable('The item transforms', i % n) if items.views else NOT_CLEAN)
-    if asked is None: return
-    for i,a,b in zip(tasks, asked(tasks, 1), asked(tasks, 1)):
+    if asked is None:
+        return
+    for i, a, b in zip(tasks, asked(tasks, 1), asked(tasks, 1)):
         if fingerprint(*flat_values(a)) != fingerprint(*flat_values(b)):
             raise DistillError(unrepeatable('batch_tfm', i % n))
 
 
-NOT_CLEAN = ("views=0 stores one output for each item of the dataset, but this dataset's items differ each time: pass "
-             "the dataset without its random transforms here, and the one with them to Replayed; or use views=1 or "
-             "more.")
+NOT_CLEAN = (
+    "views=0 stores one output for each item of the dataset, but this dataset's items differ each time: pass "
+    'the dataset without its random transforms here, and the one with them to Replayed; or use views=1 or '
+    'more.'
+)
 
 
 class Replayed(Dataset):
@@ -190,42 +253,47 @@ class Replayed(Dataset):
             the dataset.
         seeds: Items are `(*item, row, seed)`, for `per_sample(fn, seeds, x)` on a whole batch.
     """
-    def __init__(
-        self,
-        dataset,
-        cache,
-        keys=None,
-        seeds:bool=False
-    ):
+
+    def __init__(self, dataset, cache, keys=None, seeds: bool = False):
         check_indexed(dataset)
-        self.dataset,self.cache,self.seeds = dataset,cache,seeds
-        self.keys,self.own = cache.keys_of(dataset, keys),OwnGenerators(dataset)
+        self.dataset, self.cache, self.seeds = dataset, cache, seeds
+        self.keys, self.own = cache.keys_of(dataset, keys), OwnGenerators(dataset)
         self.at = cache.find(self.keys)
         # the transforms of clean views may differ from those of training
         cache.check_files(dataset_files(dataset), self.at)
         cache.check_once()
         if cache.views:
-            cache.compare(self.at, lambda i, view: view_item(dataset, i, int(self.keys[i]), view, cache.seed, self.own))
+            cache.compare(
+                self.at,
+                lambda i, view: view_item(
+                    dataset, i, int(self.keys[i]), view, cache.seed, self.own
+                ),
+            )
         # subtle: shared memory, so that workers which outlive an epoch see the next one
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self.epoch.share_memory_()      # a copy's own
+        self.epoch.share_memory_()  # a copy's own
 
-    def set_epoch(self, epoch:int): self.epoch.fill_(epoch)
+    def set_epoch(self, epoch: int):
+        self.epoch.fill_(epoch)
 
-    def __len__(self): return len(self.dataset)
+    def __len__(self):
+        return len(self.dataset)
 
     def __getitems__(self, idxs):
         """The items of a batch. PyTorch's DataLoader calls this method if it exists."""
-        with restored_once(): return [self[i] for i in idxs]
+        with restored_once():
+            return [self[i] for i in idxs]
 
     def __getitem__(self, i):
         i = range(len(self))[i]
-        c,key = self.cache,int(self.keys[i])
+        c, key = self.cache, int(self.keys[i])
         view = view_of(key, int(self.epoch), c.views, c.seed)
-        item = view_item(self.dataset, i, key, view, c.seed, self.own) if c.views else self.dataset[i]
+        item = (
+            view_item(self.dataset, i, key, view, c.seed, self.own) if c.views else self.dataset[i]
+        )
         row = torch.from_numpy(c.row(int(self.at[i]), view))
         rest = (row, batch_seed(key, view, c.seed)) if self.seeds else (row,)
         return (*item, *rest) if isinstance(item, (tuple, list)) else (item, *rest)
@@ -234,25 +302,31 @@ class Replayed(Dataset):
 def view_item(dataset, i, key, view, seed, own):
     """Item `i` in one view."""
     s = seeds_of(seed, key, view)
-    with seeded(s), own.of(i).seeded(s): return dataset[i]
+    with seeded(s), own.of(i).seeded(s):
+        return dataset[i]
 
 
 class OwnGenerators:
     """The generators of the dataset that an item comes from. Its random numbers are the same if
     that dataset is used in part, or joined with others.
     """
-    def __init__(self, dataset): self.dataset,self.found = dataset,{}
+
+    def __init__(self, dataset):
+        self.dataset, self.found = dataset, {}
 
     def of(self, i) -> Generators:
-        d,way = self.dataset,()
+        d, way = self.dataset, ()
         while True:
             # a `Subset`
-            if hasattr(d, 'dataset') and hasattr(d, 'indices'): d,i,way = d.dataset,d.indices[i],(*way, 0)
-            elif hasattr(d, 'datasets') and hasattr(d, 'cumulative_sizes'): # a `ConcatDataset`
+            if hasattr(d, 'dataset') and hasattr(d, 'indices'):
+                d, i, way = d.dataset, d.indices[i], (*way, 0)
+            elif hasattr(d, 'datasets') and hasattr(d, 'cumulative_sizes'):  # a `ConcatDataset`
                 k = bisect_right(d.cumulative_sizes, i)
-                d,i,way = d.datasets[k],i - (d.cumulative_sizes[k-1] if k else 0),(*way, k)
-            else: break
-        if way not in self.found: self.found[way] = Generators(d)
+                d, i, way = d.datasets[k], i - (d.cumulative_sizes[k - 1] if k else 0), (*way, k)
+            else:
+                break
+        if way not in self.found:
+            self.found[way] = Generators(d)
         return self.found[way]
 
 
@@ -265,5 +339,7 @@ def batch_seed(key, view, seed):
 
 def check_indexed(dataset):
     if not hasattr(dataset, '__getitem__') or not hasattr(dataset, '__len__'):
-        raise DistillError(f"{type(dataset).__name__} can only be iterated: a stored output belongs to a sample, and "
-                           "these samples have no indices. Use a map-style dataset (__getitem__ and __len__).")
+        raise DistillError(
+            f'{type(dataset).__name__} can only be iterated: a stored output belongs to a sample, and '
+            'these samples have no indices. Use a map-style dataset (__getitem__ and __len__).'
+        )

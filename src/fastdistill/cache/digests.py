@@ -1,65 +1,83 @@
 "Fingerprints of weights, inputs and code."
-import hashlib, importlib.metadata, inspect, platform
+
+import hashlib
+import importlib.metadata
+import inspect
+import platform
+
 import numpy as np
 import torch
 from torch import Tensor
+
 from .keys import hash_of
 
-__all__ = ['checksum', 'code_of', 'file_checksum', 'fingerprint', 'flat_values', 'input_digest', 'versions']
+__all__ = [
+    'checksum',
+    'code_of',
+    'file_checksum',
+    'fingerprint',
+    'flat_values',
+    'input_digest',
+    'versions',
+]
 
 
-def checksum(data) -> str: return hashlib.blake2b(data, digest_size=16).hexdigest()
+def checksum(data) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def file_checksum(
-    path,
-    step:int=2**20,
-    look=None
-) -> str:
+def file_checksum(path, step: int = 2**20, look=None) -> str:
     """The `checksum` of a file that may be larger than the memory.
 
     Args:
         step: Bytes that are read at once.
         look: fn(bytes), called with each part.
     """
-    h,part = hashlib.blake2b(digest_size=16),memoryview(bytearray(step))
+    h, part = hashlib.blake2b(digest_size=16), memoryview(bytearray(step))
     with open(path, 'rb') as f:
         while n := f.readinto(part):
             h.update(part[:n])
-            if look is not None: look(part[:n])
+            if look is not None:
+                look(part[:n])
     return h.hexdigest()
 
 
-def fingerprint(
-    *states
-) -> str:
+def fingerprint(*states) -> str:
     """A hash of names, shapes, types and every byte.
 
     Args:
         *states: State_dicts, arrays, texts.
     """
     h = hashlib.blake2b(digest_size=16)
-    for o in states: _feed(h, o)
+    for o in states:
+        _feed(h, o)
     return h.hexdigest()
 
 
 def _feed(h, o):
     if isinstance(o, dict):
-        for k,v in o.items(): h.update(f'{k}='.encode()); _feed(h, v)
+        for k, v in o.items():
+            h.update(f'{k}='.encode())
+            _feed(h, v)
     elif isinstance(o, Tensor):
         t = o.detach().cpu().contiguous()
         h.update(f'{t.dtype} {tuple(t.shape)} '.encode())
         h.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()) if t.numel() else b'')
-    elif isinstance(o, np.ndarray): h.update(f'{o.dtype} {o.shape} '.encode() + np.ascontiguousarray(o).tobytes())
+    elif isinstance(o, np.ndarray):
+        h.update(f'{o.dtype} {o.shape} '.encode() + np.ascontiguousarray(o).tobytes())
     # a repr with a memory address differs in each process
-    else: h.update((r if ' at 0x' not in (r := repr(o)) else type(o).__qualname__).encode())
+    else:
+        h.update((r if ' at 0x' not in (r := repr(o)) else type(o).__qualname__).encode())
 
 
 def flat_values(o):
     """The tensors, arrays and numbers in a nested item."""
-    if isinstance(o, dict): return [v for k in o for v in flat_values(o[k])]
-    if isinstance(o, (tuple, list)): return [v for p in o for v in flat_values(p)]
-    if hasattr(o, 'tobytes') and hasattr(o, 'mode'): return [np.asarray(o)]
+    if isinstance(o, dict):
+        return [v for k in o for v in flat_values(o[k])]
+    if isinstance(o, (tuple, list)):
+        return [v for p in o for v in flat_values(p)]
+    if hasattr(o, 'tobytes') and hasattr(o, 'mode'):
+        return [np.asarray(o)]
     return [o]
 
 
@@ -67,14 +85,18 @@ def input_digest(item):
     """Fingerprint of the input in an item: the first part of a tuple, else the whole item."""
     return fingerprint(*flat_values(first_part(item)))
 
-def first_part(o): return o[0] if isinstance(o, (tuple, list)) else o
+
+def first_part(o):
+    return o[0] if isinstance(o, (tuple, list)) else o
 
 
 def code_of(f):
     """A function's or class's name, and a fingerprint of its code."""
     name = getattr(f, '__qualname__', repr(type(f)))
-    try: return f'{name} {hash_of(inspect.getsource(f).encode()):x}'
-    except (TypeError, OSError): return name
+    try:
+        return f'{name} {hash_of(inspect.getsource(f).encode()):x}'
+    except (TypeError, OSError):
+        return name
 
 
 def versions() -> dict:
@@ -83,6 +105,8 @@ def versions() -> dict:
     """
     out = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
     for name in ('pillow', 'torchvision', 'fastai'):
-        try: out[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError: pass
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
     return out

@@ -1,53 +1,76 @@
 """Checks of entries in a JSON file, by type and range. An error names the entry, its value and what
 is possible.
 """
+
 import json
+
 from ..base.outputs import DistillError
 
-__all__ = ['json_list', 'json_object', 'json_text', 'parse_json', 'refuse_entry', 'shortened', 'whole_number']
+__all__ = [
+    'json_list',
+    'json_object',
+    'json_text',
+    'parse_json',
+    'refuse_entry',
+    'shortened',
+    'whole_number',
+]
 
-DEPTH = 20      # of nested lists and objects; a real manifest has fewer levels
+DEPTH = 20  # of nested lists and objects; a real manifest has fewer levels
 
 
-def shortened(o, n=200): return (s if len(s := str(o)) <= n else s[:n] + ' ...')
+def shortened(o, n=200):
+    return s if len(s := str(o)) <= n else s[:n] + ' ...'
 
 
-def parse_json(text:bytes):
+def parse_json(text: bytes):
     """The content of a JSON file. Its depth is limited, and its strings must be printable."""
     try:
         o = json.loads(text)
         check_depth(o)
-    except (ValueError, RecursionError) as e: raise DistillError(f"{shortened(e)}.") from e
+    except (ValueError, RecursionError) as e:
+        raise DistillError(f'{shortened(e)}.') from e
     return o
 
 
 def check_depth(o, depth=DEPTH):
-    if isinstance(o, str): o.encode()       # fails for half of a surrogate pair, which can't be printed
-    if not isinstance(o, (dict, list)): return
-    if not depth: raise DistillError(f"Lists and objects are nested more than {DEPTH} levels deep")
-    for v in ([*o, *o.values()] if isinstance(o, dict) else o): check_depth(v, depth-1)
+    if isinstance(o, str):
+        o.encode()  # fails for half of a surrogate pair, which can't be printed
+    if not isinstance(o, (dict, list)):
+        return
+    if not depth:
+        raise DistillError(f'Lists and objects are nested more than {DEPTH} levels deep')
+    for v in [*o, *o.values()] if isinstance(o, dict) else o:
+        check_depth(v, depth - 1)
 
 
-def refuse_entry(name, o, allowed): raise DistillError(f"{name} is {shortened(repr(o), 100)}: it must be {allowed}.")
+def refuse_entry(name, o, allowed):
+    raise DistillError(f'{name} is {shortened(repr(o), 100)}: it must be {allowed}.')
 
 
 def whole_number(name, o, low, high) -> int:
     # subtle: type(), because True is an instance of int
-    if type(o) is not int or not low <= o <= high: refuse_entry(name, o, f'a whole number from {low} to {high}')
+    if type(o) is not int or not low <= o <= high:
+        refuse_entry(name, o, f'a whole number from {low} to {high}')
     return o
 
 
 def json_text(name, o, options=None) -> str:
-    if not isinstance(o, str): refuse_entry(name, o, 'a text')
-    if options is not None and o not in options: refuse_entry(name, o, ' or '.join(map(repr, options)))
+    if not isinstance(o, str):
+        refuse_entry(name, o, 'a text')
+    if options is not None and o not in options:
+        refuse_entry(name, o, ' or '.join(map(repr, options)))
     return o
 
 
 def json_list(name, o, low, high) -> list:
-    if not isinstance(o, list): refuse_entry(name, o, 'a list')
+    if not isinstance(o, list):
+        refuse_entry(name, o, 'a list')
     if not low <= len(o) <= high:
-        raise DistillError(f"{name} has {len(o)} entries: " + (f'{low} to {high} are possible.' if low < high
-                                                               else f'it must have {low}.'))
+        raise DistillError(
+            f'{name} has {len(o)} entries: '
+            + (f'{low} to {high} are possible.' if low < high else f'it must have {low}.')
+        )
     return o
 
 
@@ -55,10 +78,14 @@ def json_object(name, o, required, optional=None) -> dict:
     """A dict with all required keys; its other keys must be among the optional ones (None: they may
     be any).
     """
-    if not isinstance(o, dict): refuse_entry(name, o, 'an object')
-    if missing := [k for k in required if k not in o]: raise DistillError(f"{name} has no {', '.join(missing)}.")
+    if not isinstance(o, dict):
+        refuse_entry(name, o, 'an object')
+    if missing := [k for k in required if k not in o]:
+        raise DistillError(f'{name} has no {", ".join(missing)}.')
     unknown = [] if optional is None else [k for k in o if k not in required and k not in optional]
     if unknown:
         possible = ', '.join([*required, *optional])
-        raise DistillError(f"{name} has an entry {shortened(repr(unknown[0]), 100)}: must be one of {possible}.")
+        raise DistillError(
+            f'{name} has an entry {shortened(repr(unknown[0]), 100)}: must be one of {possible}.'
+        )
     return o

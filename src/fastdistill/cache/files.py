@@ -1,43 +1,54 @@
 """`files.bin`: size, modification time and content hash of each sample's file.
 
 With them, changed files are found without reading the others."""
-import hashlib, os
+
+import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
+
 import numpy as np
+
 from ..base.outputs import DistillError
 from .digests import checksum
 from .keys import name_of, names_of_samples
 
-__all__ = ['changed_text', 'dataset_files', 'files_of', 'newer_record', 'read_record', 'record_files',
-           'record_size', 'write_record']
+__all__ = [
+    'changed_text',
+    'dataset_files',
+    'files_of',
+    'newer_record',
+    'read_record',
+    'record_files',
+    'record_size',
+    'write_record',
+]
 
-NO_FILE = -1    # the size of a file that does not exist
+NO_FILE = -1  # the size of a file that does not exist
 
 
-def files_of(
-    items
-) -> list|None:
+def files_of(items) -> list | None:
     """The path of each sample's file; None where samples are not files.
 
     Args:
         items: Paths, or tuples that begin with one.
     """
     paths = [name_of(o) for o in items]
-    if not paths or not all(isinstance(o, (str, PurePath)) for o in paths): return None
+    if not paths or not all(isinstance(o, (str, PurePath)) for o in paths):
+        return None
     return paths if os.path.isfile(paths[0]) else None
 
 
-def dataset_files(
-    dataset
-) -> list|None:
+def dataset_files(dataset) -> list | None:
     """The path of each sample's file in a plain dataset; None where samples are not files.
 
     Args:
         dataset: Map-style.
     """
-    try: names = names_of_samples(dataset)
-    except DistillError: return None        # such a dataset needs keys=
+    try:
+        names = names_of_samples(dataset)
+    except DistillError:
+        return None  # such a dataset needs keys=
     return files_of(names)
 
 
@@ -46,10 +57,7 @@ def record_files(paths) -> np.ndarray:
     return np.concatenate([in_parallel(stat_of, paths, 2), in_parallel(content_of, paths, 1)], 1)
 
 
-def newer_record(
-    record,
-    paths
-):
+def newer_record(record, paths):
     """(positions of files whose content changed, the record with new times).
 
     A file is read only if its time changed and its size did not.
@@ -58,33 +66,40 @@ def newer_record(
         record: (N, 3), made by `record_files` when the cache was written.
         paths: (N,) the same samples' files now.
     """
-    now,new = in_parallel(stat_of, paths, 2),record.copy()
+    now, new = in_parallel(stat_of, paths, 2), record.copy()
     changed = now[:, 0] != record[:, 0]
     new[:, 1] = now[:, 1]
     touched = np.flatnonzero(~changed & (now[:, 1] != record[:, 1]))
-    changed[touched] = in_parallel(content_of, [paths[i] for i in touched], 1)[:, 0] != record[touched, 2]
-    return np.flatnonzero(changed),new
+    changed[touched] = (
+        in_parallel(content_of, [paths[i] for i in touched], 1)[:, 0] != record[touched, 2]
+    )
+    return np.flatnonzero(changed), new
 
 
 def stat_of(path):
-    try: s = os.stat(path)
-    except OSError: return NO_FILE,0
-    return s.st_size,s.st_mtime_ns
+    try:
+        s = os.stat(path)
+    except OSError:
+        return NO_FILE, 0
+    return s.st_size, s.st_mtime_ns
 
 
 def content_of(path):
     h = hashlib.blake2b(digest_size=8)
     try:
         with open(path, 'rb') as f:
-            while part := f.read(2**20): h.update(part)
-    except OSError: return (0,)
+            while part := f.read(2**20):
+                h.update(part)
+    except OSError:
+        return (0,)
     return (int.from_bytes(h.digest(), 'little', signed=True),)
 
 
 def in_parallel(fn, paths, n, size=256):
     """(N, n) int64: `fn` of each path, in threads."""
-    parts = [paths[i:i+size] for i in range(0, len(paths), size)]
-    with ThreadPoolExecutor(8) as pool: rows = [r for rs in pool.map(lambda ps: [fn(p) for p in ps], parts) for r in rs]
+    parts = [paths[i : i + size] for i in range(0, len(paths), size)]
+    with ThreadPoolExecutor(8) as pool:
+        rows = [r for rs in pool.map(lambda ps: [fn(p) for p in ps], parts) for r in rs]
     return np.array(rows, np.int64).reshape(-1, n)
 
 
@@ -94,28 +109,29 @@ def write_record(folder, record):
     folder.write('files.bin', data + bytes.fromhex(checksum(data)))
 
 
-def record_size(n): return 24*n + 16
+def record_size(n):
+    return 24 * n + 16
 
 
-def read_record(
-    folder,
-    n:int
-):
+def read_record(folder, n: int):
     """The (N, 3) record; None where there is none: the samples are not files, or an older version
     wrote the cache.
 
     Args:
         n: Samples.
     """
-    if (size := folder.size('files.bin')) is None: return None
+    if (size := folder.size('files.bin')) is None:
+        return None
     data = folder.read('files.bin') if size == record_size(n) else b''
     if not data or bytes.fromhex(checksum(data[:-16])) != data[-16:]:
-        raise DistillError(f"files.bin of {folder} is damaged, so changed files can't be found. Write the cache again "
-                           "(force=True), or remove files.bin to use the cache without this check.")
+        raise DistillError(
+            f"files.bin of {folder} is damaged, so changed files can't be found. Write the cache again "
+            '(force=True), or remove files.bin to use the cache without this check.'
+        )
     return np.frombuffer(data[:-16], '<i8').reshape(n, 3).astype(np.int64)
 
 
 def changed_text(names, n) -> str:
     """A text that names the changed files of `n`."""
-    more = f' and {len(names)-5} more' if len(names) > 5 else ''
-    return f"{len(names)} of {n} files changed since the cache was written: {', '.join(names[:5])}{more}"
+    more = f' and {len(names) - 5} more' if len(names) > 5 else ''
+    return f'{len(names)} of {n} files changed since the cache was written: {", ".join(names[:5])}{more}'

@@ -1,7 +1,14 @@
 "A folder of files, local or behind fsspec. A file is written completely or not at all."
-import contextlib, os, shutil, tempfile, weakref
+
+import contextlib
+import os
+import shutil
+import tempfile
+import weakref
 from pathlib import Path
+
 import numpy as np
+
 from ..base.atomic_files import file_errors, locked_folder, write_atomically
 from ..base.outputs import DistillError
 from .digests import checksum, file_checksum
@@ -15,27 +22,32 @@ class Folder:
     Args:
         top: The folder that the user named; None: this one.
     """
-    fetches = False     # True where `local` downloads files
 
-    def __init__(
-        self, path,
-        top:Path|None=None
-    ):
-        try: self.path = Path(path).expanduser().absolute()
-        except RuntimeError as e: raise DistillError(f"{path}: {e}") from e     # ~nobody
+    fetches = False  # True where `local` downloads files
+
+    def __init__(self, path, top: Path | None = None):
+        try:
+            self.path = Path(path).expanduser().absolute()
+        except RuntimeError as e:
+            raise DistillError(f'{path}: {e}') from e  # ~nobody
         self.top = self.path if top is None else top
         with file_errors(f"Can't open {path}"):
-            if self.path.is_file(): raise DistillError(f"{path} is a file: a cache is a folder.")
+            if self.path.is_file():
+                raise DistillError(f'{path} is a file: a cache is a folder.')
 
-    def __repr__(self): return str(self.path)
+    def __repr__(self):
+        return str(self.path)
 
-    def sub(self, name): return Folder(self.path/name, self.top)
+    def sub(self, name):
+        return Folder(self.path / name, self.top)
 
     def size(self, name):
         """In bytes; None if there is no such file."""
         with file_errors(f"Can't read {name} in {self}"):
-            try: return (self.path/name).stat().st_size
-            except (FileNotFoundError, NotADirectoryError): return None
+            try:
+                return (self.path / name).stat().st_size
+            except (FileNotFoundError, NotADirectoryError):
+                return None
 
     def sizes(self, names):
         """The sizes of many files."""
@@ -43,30 +55,38 @@ class Folder:
 
     def names(self):
         with file_errors(f"Can't read {self}"):
-            if not self.path.exists(): return []
-            return sorted(p.relative_to(self.path).as_posix() for p in self.path.rglob('*') if p.is_file())
+            if not self.path.exists():
+                return []
+            return sorted(
+                p.relative_to(self.path).as_posix() for p in self.path.rglob('*') if p.is_file()
+            )
 
     def read(self, name):
-        with file_errors(f"Can't read {name} in {self}"): return (self.path/name).read_bytes()
+        with file_errors(f"Can't read {name} in {self}"):
+            return (self.path / name).read_bytes()
 
     def local(self, name):
         """The path of a file on this machine."""
-        return self.path/name
+        return self.path / name
 
     def checksum(self, name):
-        with file_errors(f"Can't read {name} in {self}"): return file_checksum(self.path/name)
+        with file_errors(f"Can't read {name} in {self}"):
+            return file_checksum(self.path / name)
 
     def own(self, name):
         """The path of a file to write or remove.
 
         No folder on the way may be a link, since it could lead out of the cache.
         """
-        p = self.path/name
+        p = self.path / name
         for d in p.parents:
-            if d == self.top: return p
+            if d == self.top:
+                return p
             if d.is_symlink():
-                raise DistillError(f"{d} is a link: parts of a cache are written only to real folders. Remove the "
-                                   "link, or name the folder that it leads to.")
+                raise DistillError(
+                    f'{d} is a link: parts of a cache are written only to real folders. Remove the '
+                    'link, or name the folder that it leads to.'
+                )
 
     def write(self, name, data):
         """Readers find the whole file or none, even if the writer is killed."""
@@ -76,21 +96,21 @@ class Folder:
             write_atomically(p, data)
 
     def remove(self, name):
-        with file_errors(f"Can't remove {name} from {self}"): self.own(name).unlink(missing_ok=True)
+        with file_errors(f"Can't remove {name} from {self}"):
+            self.own(name).unlink(missing_ok=True)
 
     def map(self, name, dtype, shape):
-        with file_errors(f"Can't read {name} in {self}"): return np.memmap(self.local(name), dtype, 'r', shape=shape)
+        with file_errors(f"Can't read {name} in {self}"):
+            return np.memmap(self.local(name), dtype, 'r', shape=shape)
 
     def free(self):
         """Bytes left on the disk."""
         p = self.path.absolute()
-        while not p.exists(): p = p.parent
+        while not p.exists():
+            p = p.parent
         return shutil.disk_usage(p).free
 
-    def lock(
-        self, name='.lock',
-        what=None
-    ):
+    def lock(self, name='.lock', what=None):
         """One writer at a time.
 
         Args:
@@ -102,50 +122,66 @@ class Folder:
 
 class Remote(Folder):
     """A folder behind fsspec: files are downloaded when they are first read."""
+
     fetches = True
 
     def __init__(self, url, downloads=None):
-        self.url,self.downloads = url.rstrip('/'),downloads
+        self.url, self.downloads = url.rstrip('/'), downloads
         if downloads is None:
             self.downloads = tempfile.mkdtemp(prefix='fastdistill-')
             weakref.finalize(self, remove_download, self.downloads, os.getpid())
 
     @property
-    def fs(self): return fsspec_of(self.url)[0]
+    def fs(self):
+        return fsspec_of(self.url)[0]
 
-    def at(self, name): return f'{fsspec_of(self.url)[1]}/{name}'
+    def at(self, name):
+        return f'{fsspec_of(self.url)[1]}/{name}'
 
-    def __repr__(self): return self.url
+    def __repr__(self):
+        return self.url
 
-    def sub(self, name): return Remote(f'{self.url}/{name}')
+    def sub(self, name):
+        return Remote(f'{self.url}/{name}')
 
     # subtle: file systems of fsspec raise their own errors, which are not OSErrors
 
     def size(self, name):
         with file_errors(f"Can't reach {self}", Exception):
-            try: return self.fs.size(self.at(name))
-            except FileNotFoundError: return None
+            try:
+                return self.fs.size(self.at(name))
+            except FileNotFoundError:
+                return None
 
     def listing(self):
         """Name -> size of each file, with one request."""
         base = self.at('').lstrip('/')
         with file_errors(f"Can't reach {self}", Exception):
-            try: return {n.lstrip('/')[len(base):]: o['size'] for n,o in self.fs.find(self.at(''), detail=True).items()}
-            except FileNotFoundError: return {}
+            try:
+                return {
+                    n.lstrip('/')[len(base) :]: o['size']
+                    for n, o in self.fs.find(self.at(''), detail=True).items()
+                }
+            except FileNotFoundError:
+                return {}
 
     def sizes(self, names):
         have = self.listing()
         return [have.get(n) for n in names]
 
-    def names(self): return sorted(self.listing())
+    def names(self):
+        return sorted(self.listing())
 
     def read(self, name):
-        with file_errors(f"Can't read {name} in {self}", Exception): return self.fs.cat_file(self.at(name))
+        with file_errors(f"Can't read {name} in {self}", Exception):
+            return self.fs.cat_file(self.at(name))
 
-    def checksum(self, name): return checksum(self.read(name))      # of the remote file, not of its download
+    def checksum(self, name):
+        return checksum(self.read(name))  # of the remote file, not of its download
 
     def local(self, name):
-        if not (p := Path(self.downloads)/name).exists(): Folder(self.downloads).write(name, self.read(name))
+        if not (p := Path(self.downloads) / name).exists():
+            Folder(self.downloads).write(name, self.read(name))
         return p
 
     def write(self, name, data):
@@ -157,27 +193,35 @@ class Remote(Folder):
 
     def remove(self, name):
         with file_errors(f"Can't remove {name} from {self}", Exception):
-            if self.size(name) is not None: self.fs.rm_file(self.at(name))
+            if self.size(name) is not None:
+                self.fs.rm_file(self.at(name))
 
-    def free(self): return None
+    def free(self):
+        return None
 
     @contextlib.contextmanager
-    def lock(self): yield       # object stores have no locks, so two writers at once are not detected
+    def lock(self):
+        yield  # object stores have no locks, so two writers at once are not detected
 
 
 def remove_download(path, pid):
-    if os.getpid() == pid: shutil.rmtree(path, ignore_errors=True)      # not in a forked worker
+    if os.getpid() == pid:
+        shutil.rmtree(path, ignore_errors=True)  # not in a forked worker
 
 
 def fsspec_of(url):
     """(file system, path in it)."""
-    try: from fsspec.core import url_to_fs
-    except ImportError as e: raise DistillError(f"{url} is not on this machine: pip install fsspec") from e
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError as e:
+        raise DistillError(f'{url} is not on this machine: pip install fsspec') from e
     # an unknown protocol, or one whose package (s3fs, gcsfs ...) is not installed
-    with file_errors(f"Can't reach {url}", Exception): return url_to_fs(url)
+    with file_errors(f"Can't reach {url}", Exception):
+        return url_to_fs(url)
 
 
 def open_folder(path) -> Folder:
     """The folder at a path, or at a URL (`s3://`, `memory://` ...)."""
-    if isinstance(path, Folder): return path
+    if isinstance(path, Folder):
+        return path
     return Remote(str(path)) if '://' in str(path) else Folder(path)

@@ -1,51 +1,63 @@
 """A cache of outputs that another program computed: JSON lines, Parquet, Arrow, NumPy, or Python
 objects.
 """
-import importlib, json, os
+
+import importlib
+import json
+import os
 from collections.abc import Mapping
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path, PurePath
+
 import numpy as np
 import torch
+
 from ..base.outputs import DistillError, Outputs, TopK
 from .digests import file_checksum, fingerprint
 from .entries import shortened
 from .keys import keys_of
+from .layout import Wish
 from .progress import shown_progress
 from .reader import TeacherCache
-from .layout import Wish
 from .source import Source, is_whole
 from .writer import write_cache
 
 __all__ = ['cache_from']
 
 # name of the value -> does each entry stand at its own token, so that it is predicted one position earlier?
-VALUES = dict(logprobs=False, log_probs=False, logits=False, probs=False, top_logprobs=False, prompt_logprobs=True,
-              input_top_logprobs=True)
-KEYS = 'key','id','custom_id','index','path'
-LEAST_LOGPROB = -1000       # vLLM and OpenAI write -9999 for what they do not know
+VALUES = dict(
+    logprobs=False,
+    log_probs=False,
+    logits=False,
+    probs=False,
+    top_logprobs=False,
+    prompt_logprobs=True,
+    input_top_logprobs=True,
+)
+KEYS = 'key', 'id', 'custom_id', 'index', 'path'
+LEAST_LOGPROB = -1000  # vLLM and OpenAI write -9999 for what they do not know
 
 
 def cache_from(
     outputs,
     path,
-    n:int|None=None,
+    n: int | None = None,
     *,
     keys=None,
     root=None,
-    value:str|None=None,
-    given:str|None=None,
-    topk:int|None=None,
-    tail:str='uniform',
-    shift:bool|None=None,
-    length:int|None=None,
-    dtype:str='float16',
-    teacher:str|None=None,
+    value: str | None = None,
+    given: str | None = None,
+    topk: int | None = None,
+    tail: str = 'uniform',
+    shift: bool | None = None,
+    length: int | None = None,
+    dtype: str = 'float16',
+    teacher: str | None = None,
     vocab=None,
-    bs:int=64,
-    force:bool=False,
-    progress=True
+    bs: int = 64,
+    force: bool = False,
+    progress=True,
 ) -> TeacherCache:
     """Write a cache of outputs that another program computed, and open it. An interrupted run
     resumes.
@@ -80,31 +92,44 @@ def cache_from(
         progress: A bar in terminals and notebooks; False: none; or fn(rows done, rows in all,
             bytes done).
     """
-    rows,identity = read_rows(outputs)
-    if not len(rows): raise DistillError(f"There are no rows in {identity[0]}: there is nothing to write.")
+    rows, identity = read_rows(outputs)
+    if not len(rows):
+        raise DistillError(f'There are no rows in {identity[0]}: there is nothing to write.')
     r = Reading(rows, n, value, given, shift, tail, dtype)
     found = r.hashed(r.names(keys), root)
     r.measure(topk, length)
+
     def run(tasks, bs):
-        for i in range(0, len(tasks), bs): yield r.batch(tasks[i:i+bs])
+        for i in range(0, len(tasks), bs):
+            yield r.batch(tasks[i : i + bs])
+
     who = dict(name=teacher or identity[0], weights=identity[1], outputs=f'{r.value}, {r.given}')
-    source = Source(found, run, min(bs, len(rows)), who, {}, '' if root is None else str(root), vocab)
+    source = Source(
+        found, run, min(bs, len(rows)), who, {}, '' if root is None else str(root), vocab
+    )
     with shown_progress(progress) as show:
-        return write_cache(path, source, Wish(dtype, r.k, tail, -1), views=0, force=force, progress=show)
+        return write_cache(
+            path, source, Wish(dtype, r.k, tail, -1), views=0, force=force, progress=show
+        )
 
 
 class Reading:
     """Rows of dicts as `Outputs`. All rows are checked before anything is written."""
+
     def __init__(self, rows, n, value, given, shift, tail, dtype):
-        self.rows,self.n,self.tail,self.dtype,self.keys = rows,n,tail,dtype,None
+        self.rows, self.n, self.tail, self.dtype, self.keys = rows, n, tail, dtype, None
         if tail == 'mean':
-            raise DistillError("tail='mean' needs the log-probabilities of all classes: it must be 'uniform', 'zero' "
-                               "or 'bucket'.")
+            raise DistillError(
+                "tail='mean' needs the log-probabilities of all classes: it must be 'uniform', 'zero' "
+                "or 'bucket'."
+            )
         first = self.columns(0)
         self.value = value or next((k for k in VALUES if k in first), None)
         if self.value not in first:
-            raise DistillError(f"No column {value or 'logprobs'!r} with outputs; the first row "
-                               f"({self.place(0)}) has {', '.join(map(str, first))}. Name it with value=.")
+            raise DistillError(
+                f'No column {value or "logprobs"!r} with outputs; the first row '
+                f'({self.place(0)}) has {", ".join(map(str, first))}. Name it with value=.'
+            )
         self.given = given or dict(logits='logits', probs='probs').get(self.value, 'logprobs')
         if self.given not in ('logits', 'probs', 'logprobs'):
             raise DistillError(f"given={given!r}: it must be 'logprobs', 'logits' or 'probs'.")
@@ -119,79 +144,105 @@ class Reading:
     @contextmanager
     def naming(self, i):
         """An error says which row it is about."""
-        try: yield
-        except DistillError as e: raise DistillError(f'{self.place(i)}: {e}') from None
+        try:
+            yield
+        except DistillError as e:
+            raise DistillError(f'{self.place(i)}: {e}') from None
 
     def columns(self, i):
         row = self.rows[i]
-        if isinstance(row, Mapping): return row
-        raise DistillError(f"{self.place(i)} is of type {type(row).__name__}: each row must be a dict with the name "
-                           "and the outputs of a sample.")
+        if isinstance(row, Mapping):
+            return row
+        raise DistillError(
+            f'{self.place(i)} is of type {type(row).__name__}: each row must be a dict with the name '
+            'and the outputs of a sample.'
+        )
 
     def names(self, keys):
         if keys is not None and not isinstance(keys, str):
             if len(keys) != len(self.rows):
-                raise DistillError(f"{len(keys)} keys for {len(self.rows)} rows (the first is {self.place(0)}): "
-                                   "give one for each.")
+                raise DistillError(
+                    f'{len(keys)} keys for {len(self.rows)} rows (the first is {self.place(0)}): '
+                    'give one for each.'
+                )
             return list(keys)
         column = keys or next((k for k in KEYS if k in self.columns(0)), None)
         if column not in self.columns(0):
-            raise DistillError(f"No column {keys or 'key'!r} with the samples' names; the first row "
-                               f"({self.place(0)}) has {', '.join(map(str, self.columns(0)))}. Give keys=, a column or "
-                               "a list.")
+            raise DistillError(
+                f"No column {keys or 'key'!r} with the samples' names; the first row "
+                f'({self.place(0)}) has {", ".join(map(str, self.columns(0)))}. Give keys=, a column or '
+                'a list.'
+            )
         return [self.column(i, column) for i in range(len(self.rows))]
 
     def column(self, i, name):
-        if name in (row := self.columns(i)): return row[name]
-        raise DistillError(f"{self.place(i)} has no {name!r}, which the first row has; it has "
-                           f"{', '.join(map(str, row)) or 'nothing'}.")
+        if name in (row := self.columns(i)):
+            return row[name]
+        raise DistillError(
+            f'{self.place(i)} has no {name!r}, which the first row has; it has '
+            f'{", ".join(map(str, row)) or "nothing"}.'
+        )
 
     def hashed(self, names, root):
         """(N,) uint64: the keys of the samples. All must differ."""
-        self.keys,seen = names,{}
-        for i,name in enumerate(names):
-            with self.naming(i): key = key_of_name(name, root)
+        self.keys, seen = names, {}
+        for i, name in enumerate(names):
+            with self.naming(i):
+                key = key_of_name(name, root)
             if seen.setdefault(key, i) != i:
-                raise DistillError(f"Two of the {len(names)} rows have the same name: {self.place(seen[key])} and "
-                                   f"{self.place(i)}. keys= must tell the samples apart.")
+                raise DistillError(
+                    f'Two of the {len(names)} rows have the same name: {self.place(seen[key])} and '
+                    f'{self.place(i)}. keys= must tell the samples apart.'
+                )
         return np.fromiter(seen, np.uint64, len(seen))
 
     def measure(self, topk, length):
         """The number of classes and of positions that every row has, in one pass that checks every
         row.
         """
-        for name,o in dict(n=self.n, topk=topk, length=length).items():
+        for name, o in dict(n=self.n, topk=topk, length=length).items():
             if o is not None and (not is_whole(o) or o < 1):
-                raise DistillError(f"{name}={o!r}: it must be a whole number from 1, or None.")
-        counts,longest,whole,self.tokens = {},0,True,None
+                raise DistillError(f'{name}={o!r}: it must be a whole number from 1, or None.')
+        counts, longest, whole, self.tokens = {}, 0, True, None
         for i in range(len(self.rows)):
             positions = self.positions(i)
-            if self.tokens is None: self.tokens = self.in_rows
+            if self.tokens is None:
+                self.tokens = self.in_rows
             if self.tokens != self.in_rows:
-                kinds = 'of one position','of a list of positions'
-                raise DistillError(f"{self.place(i)} has outputs {kinds[self.in_rows]}, but the first row has outputs "
-                                   f"{kinds[self.tokens]}: all rows must be alike.")
+                kinds = 'of one position', 'of a list of positions'
+                raise DistillError(
+                    f'{self.place(i)} has outputs {kinds[self.in_rows]}, but the first row has outputs '
+                    f'{kinds[self.tokens]}: all rows must be alike.'
+                )
             with self.naming(i):
-                own = {len(v) for _,v in filter(None, positions)}
-                if not own: raise DistillError(f"there are no outputs in {self.value!r}.")
-                for j,p in enumerate(positions):
-                    if p is not None: self.check(*p, f'position {j}: ' if self.in_rows else '')
-            whole = whole and all(c is None for c,_ in filter(None, positions))
-            for k in own: counts.setdefault(k, i)
+                own = {len(v) for _, v in filter(None, positions)}
+                if not own:
+                    raise DistillError(f'there are no outputs in {self.value!r}.')
+                for j, p in enumerate(positions):
+                    if p is not None:
+                        self.check(*p, f'position {j}: ' if self.in_rows else '')
+            whole = whole and all(c is None for c, _ in filter(None, positions))
+            for k in own:
+                counts.setdefault(k, i)
             longest = max(longest, len(positions))
-        k,self.length = min(counts),length or longest
+        k, self.length = min(counts), length or longest
         self._check_classes(k, counts, whole, topk)
-        self.n,self.k = self.n or k,topk or k
-        if self.k == self.n and not topk: self.k = None     # all of them: no class numbers are stored
+        self.n, self.k = self.n or k, topk or k
+        if self.k == self.n and not topk:
+            self.k = None  # all of them: no class numbers are stored
 
     def _check_classes(self, k, counts, whole, topk):
         if whole and (len(counts) > 1 or self.n not in (None, k)):
-            raise DistillError(f"The positions have {k} to {max(counts)} classes, n={self.n} ({self.place(counts[k])} "
-                               f"has {k}, {self.place(counts[max(counts)])} has {max(counts)}): give class numbers "
-                               "too, in a column 'ids'.")
+            raise DistillError(
+                f'The positions have {k} to {max(counts)} classes, n={self.n} ({self.place(counts[k])} '
+                f'has {k}, {self.place(counts[max(counts)])} has {max(counts)}): give class numbers '
+                "too, in a column 'ids'."
+            )
         if topk and topk > k:
-            raise DistillError(f"topk={topk}, but some positions have only {k} classes, such as one of "
-                               f"{self.place(counts[k])}.")
+            raise DistillError(
+                f'topk={topk}, but some positions have only {k} classes, such as one of '
+                f'{self.place(counts[k])}.'
+            )
 
     def positions(self, i):
         """The entries of each position of a row: (classes, numbers), where classes are None if all
@@ -201,136 +252,211 @@ class Reading:
         with self.naming(i):
             ids = self.rows[i].get('ids', self.rows[i].get('token_ids'))
             if not isinstance(o := listed(o), (Mapping, list, np.ndarray)):
-                raise DistillError(f"{self.value!r} is {shortened(repr(o), 100)}: it must be a list of numbers, a dict "
-                                   "of classes and their numbers, or of tokens a list of these.")
+                raise DistillError(
+                    f'{self.value!r} is {shortened(repr(o), 100)}: it must be a list of numbers, a dict '
+                    'of classes and their numbers, or of tokens a list of these.'
+                )
             # pairs are those of one position, not a list of positions
-            self.in_rows = not isinstance(o, Mapping) and is_nested(o) and not (ids is None and is_pairs(o))
-            if not self.in_rows: return [entries(o, ids)]
-            if ids is None: ids = [None]*len(o)
+            self.in_rows = (
+                not isinstance(o, Mapping) and is_nested(o) and not (ids is None and is_pairs(o))
+            )
+            if not self.in_rows:
+                return [entries(o, ids)]
+            if ids is None:
+                ids = [None] * len(o)
             if not isinstance(ids := listed(ids), (list, np.ndarray)) or len(ids) != len(o):
-                raise DistillError(f"{len(o)} positions in {self.value!r}, and ids {shortened(repr(ids), 100)}: ids "
-                                   "must be a list with one list of classes for each position.")
-            out = [None if p is None else entries(p, c) for p,c in zip(o, ids)]
+                raise DistillError(
+                    f'{len(o)} positions in {self.value!r}, and ids {shortened(repr(ids), 100)}: ids '
+                    'must be a list with one list of classes for each position.'
+                )
+            out = [None if p is None else entries(p, c) for p, c in zip(o, ids)]
         return out[1:] + [None] if self.shift else out
 
     def check(self, c, v, where):
         """Refuse numbers that are not the logits or (log-)probabilities of classes."""
-        def refuse(found): raise DistillError(f"{where}{found}")
-        if not len(v): refuse("there are no classes: give null (None) for a position without outputs.")
+
+        def refuse(found):
+            raise DistillError(f'{where}{found}')
+
+        if not len(v):
+            refuse('there are no classes: give null (None) for a position without outputs.')
         if c is not None:
             if self.n is None:
-                raise DistillError("The rows have a few of the classes: give n=, the number of all classes (of tokens: "
-                                   "the size of the vocabulary).")
+                raise DistillError(
+                    'The rows have a few of the classes: give n=, the number of all classes (of tokens: '
+                    'the size of the vocabulary).'
+                )
             if self.given == 'logits':
-                raise DistillError("Logits of a few classes have no probabilities: give log-probabilities.")
+                raise DistillError(
+                    'Logits of a few classes have no probabilities: give log-probabilities.'
+                )
             if min(c) < 0 or max(c) >= self.n or len(set(c)) < len(c):
-                refuse(f"the classes {few_of(c)} must differ, and be from 0 to {self.n-1}.")
-        if np.isnan(v).any(): refuse(f"{self.value!r} has NaN: each class needs a number.")
-        if self.given == 'probs': self._check_probabilities(v, refuse)
-        else: self._check_logarithms(v, refuse)
-        if self.given == 'logits': return
-        with np.errstate(over='ignore'): total = (v if self.given == 'probs' else np.exp(v)).sum()
-        every = len(v) == self.n or c is None       # all classes, not only the likeliest
-        if total <= 1.02 and total >= (.98 if every else 1e-6): return
-        other = ' or '.join(f'given={o!r}' for o in ('logits', 'logprobs', 'probs') if o != self.given)
-        refuse(f"the probabilities sum to {total:.3g} if {self.value!r} holds {self.given}, but those of "
-               f"{'all classes must sum to 1' if every else 'a few classes must sum to more than 0 and at most 1'}. "
-               f"If it holds something else, say {other}. If the classes do not exclude each other, give their logits.")
+                refuse(f'the classes {few_of(c)} must differ, and be from 0 to {self.n - 1}.')
+        if np.isnan(v).any():
+            refuse(f'{self.value!r} has NaN: each class needs a number.')
+        if self.given == 'probs':
+            self._check_probabilities(v, refuse)
+        else:
+            self._check_logarithms(v, refuse)
+        if self.given == 'logits':
+            return
+        with np.errstate(over='ignore'):
+            total = (v if self.given == 'probs' else np.exp(v)).sum()
+        every = len(v) == self.n or c is None  # all classes, not only the likeliest
+        if total <= 1.02 and total >= (0.98 if every else 1e-6):
+            return
+        other = ' or '.join(
+            f'given={o!r}' for o in ('logits', 'logprobs', 'probs') if o != self.given
+        )
+        refuse(
+            f'the probabilities sum to {total:.3g} if {self.value!r} holds {self.given}, but those of '
+            f'{"all classes must sum to 1" if every else "a few classes must sum to more than 0 and at most 1"}. '
+            f'If it holds something else, say {other}. If the classes do not exclude each other, give their logits.'
+        )
 
     def _check_probabilities(self, v, refuse):
-        if v.min() < -1e-5 or v.max() > 1.02:        # rounded numbers may be a little outside
-            refuse(f"the probabilities go from {v.min():.3g} to {v.max():.3g}: they must be from 0 to 1. If "
-                   f"{self.value!r} holds something else, say given='logits' or given='logprobs'.")
+        if v.min() < -1e-5 or v.max() > 1.02:  # rounded numbers may be a little outside
+            refuse(
+                f'the probabilities go from {v.min():.3g} to {v.max():.3g}: they must be from 0 to 1. If '
+                f"{self.value!r} holds something else, say given='logits' or given='logprobs'."
+            )
 
     def _check_logarithms(self, v, refuse):
         """Of logits and log-probabilities. A class that is masked out has -inf."""
         known = v[v != -np.inf]
-        if not len(known): refuse(f"{self.value!r} has only -inf: at least one class must have a finite number.")
+        if not len(known):
+            refuse(f'{self.value!r} has only -inf: at least one class must have a finite number.')
         most = 65504 if self.dtype == 'float16' else 3e38
         if np.abs(known).max() > most:
-            refuse(f"{self.value!r} has {known[np.abs(known).argmax()]:g}: {self.dtype} holds numbers up to {most:g}. "
-                   "Use dtype='float32', or -inf for a class that is masked out.")
+            refuse(
+                f'{self.value!r} has {known[np.abs(known).argmax()]:g}: {self.dtype} holds numbers up to {most:g}. '
+                "Use dtype='float32', or -inf for a class that is masked out."
+            )
         if self.given == 'logprobs' and known.min() < LEAST_LOGPROB:
-            refuse(f"{self.value!r} has {known.min():g}, which is not a log-probability but stands for a missing one: "
-                   f"they must be at least {LEAST_LOGPROB}. Leave the class out of a list of the likeliest classes, or "
-                   "give -inf for probability 0.")
+            refuse(
+                f'{self.value!r} has {known.min():g}, which is not a log-probability but stands for a missing one: '
+                f'they must be at least {LEAST_LOGPROB}. Leave the class out of a list of the likeliest classes, or '
+                'give -inf for probability 0.'
+            )
         if len(known) < len(v) and self.dtype == 'int8':
             refuse(f"{self.value!r} has -inf, which int8 can't hold: use dtype='float16'.")
 
     def batch(self, tasks) -> Outputs:
         """The outputs of some rows."""
-        ids,values,mask = zip(*(self.row(int(i)) for i in tasks))
-        ids,values,mask = (torch.from_numpy(np.stack(o)) for o in (ids, values, mask))
-        if not self.tokens: ids,values = ids[:, 0],values[:, 0]
+        ids, values, mask = zip(*(self.row(int(i)) for i in tasks))
+        ids, values, mask = (torch.from_numpy(np.stack(o)) for o in (ids, values, mask))
+        if not self.tokens:
+            ids, values = ids[:, 0], values[:, 0]
         logits = values if self.k is None else TopK(ids, values, self.n, self.tail)
         return Outputs(logits, {}, mask if self.tokens else None)
 
     def row(self, i):
-        k,positions = self.k or self.n,self.positions(i)[:self.length]
-        ids,values = np.zeros((self.length, k), np.int64),np.full((self.length, k), -np.log(self.n), np.float32)
+        k, positions = self.k or self.n, self.positions(i)[: self.length]
+        ids, values = (
+            np.zeros((self.length, k), np.int64),
+            np.full((self.length, k), -np.log(self.n), np.float32),
+        )
         ids[:] = np.arange(k)
         mask = np.zeros(self.length, np.float32)
-        for j,p in enumerate(positions):
-            if p is not None: ids[j],values[j],mask[j] = *self.best(*p, k),1
-        return ids,values,mask
+        for j, p in enumerate(positions):
+            if p is not None:
+                ids[j], values[j], mask[j] = *self.best(*p, k), 1
+        return ids, values, mask
 
     def best(self, c, v, k):
         """(numbers, log-probabilities) of the `k` likeliest classes; of all classes in their order."""
         c = np.arange(len(v)) if c is None else np.asarray(c)
-        if self.given == 'probs': v = np.log(np.clip(v, 1e-7, None))
+        if self.given == 'probs':
+            v = np.log(np.clip(v, 1e-7, None))
         order = np.argsort(c) if self.k is None else np.argsort(-v, kind='stable')[:k]
-        if self.k is not None and self.given == 'logits': v = v - np.logaddexp.reduce(v)
-        return c[order],v[order]
+        if self.k is not None and self.given == 'logits':
+            v = v - np.logaddexp.reduce(v)
+        return c[order], v[order]
 
 
 def key_of_name(name, root):
     """The key of a sample that is named by a row. The name must tell it from others."""
-    odd = name is None or isinstance(name, (bool, Mapping)) or isinstance(name, float) and not isfinite(name)
+    odd = (
+        name is None
+        or isinstance(name, (bool, Mapping))
+        or isinstance(name, float)
+        and not isfinite(name)
+    )
     if odd or isinstance(name, str) and not name:
-        raise DistillError(f"its name is {shortened(repr(name), 100)}: it must be a text or a number.")
-    try: return keys_of([name if root is None else PurePath(name)], '' if root is None else str(root)).item()
+        raise DistillError(
+            f'its name is {shortened(repr(name), 100)}: it must be a text or a number.'
+        )
+    try:
+        return keys_of(
+            [name if root is None else PurePath(name)], '' if root is None else str(root)
+        ).item()
     # half of a surrogate pair, a number as a path, a list of itself
     except (UnicodeError, TypeError, RecursionError) as e:
-        raise DistillError(f"its name {shortened(ascii(name), 100)} can't be used ({e}): it must be a text"
-                           f"{', the path of a file' if root is not None else ' or a number'}.") from e
+        raise DistillError(
+            f"its name {shortened(ascii(name), 100)} can't be used ({e}): it must be a text"
+            f'{", the path of a file" if root is not None else " or a number"}.'
+        ) from e
 
 
-def few_of(c): return ', '.join(map(str, c[:8])) + (' ...' if len(c) > 8 else '')
+def few_of(c):
+    return ', '.join(map(str, c[:8])) + (' ...' if len(c) > 8 else '')
 
 
 def unwrapped(o):
     """The list inside OpenAI's answers."""
-    while isinstance(o, Mapping) and (k := next((k for k in ('content', 'top_logprobs') if k in o), None)): o = o[k]
+    while isinstance(o, Mapping) and (
+        k := next((k for k in ('content', 'top_logprobs') if k in o), None)
+    ):
+        o = o[k]
     return o
 
 
 def listed(o):
     """Tuples and tensors as lists and arrays. A lone number in an array is not a list."""
-    if torch.is_tensor(o): o = as_array(o)
-    return list(o) if isinstance(o, tuple) else o.item() if isinstance(o, np.ndarray) and not o.ndim else o
+    if torch.is_tensor(o):
+        o = as_array(o)
+    return (
+        list(o)
+        if isinstance(o, tuple)
+        else o.item()
+        if isinstance(o, np.ndarray) and not o.ndim
+        else o
+    )
 
 
 def as_array(t):
     """A tensor of any device as an array."""
     t = t.detach().cpu()
-    return (t.float() if t.dtype == torch.bfloat16 else t).numpy()      # NumPy has no bfloat16
+    return (t.float() if t.dtype == torch.bfloat16 else t).numpy()  # NumPy has no bfloat16
 
 
-def is_real(o): return isinstance(o, (int, float, np.integer, np.floating)) and not isinstance(o, bool)
+def is_real(o):
+    return isinstance(o, (int, float, np.integer, np.floating)) and not isinstance(o, bool)
+
 
 def is_nested(o):
     "Is it a list of lists or dicts?"
-    if isinstance(o, np.ndarray) and o.dtype != object: return o.ndim > 1
-    if any(isinstance(listed(v), (Mapping, list, np.ndarray)) for v in o): return True
-    return len(o) > 0 and all(v is None for v in o)     # positions without entries
+    if isinstance(o, np.ndarray) and o.dtype != object:
+        return o.ndim > 1
+    if any(isinstance(listed(v), (Mapping, list, np.ndarray)) for v in o):
+        return True
+    return len(o) > 0 and all(v is None for v in o)  # positions without entries
+
 
 def is_pairs(o):
     "Are these the (number, class) pairs or dicts of one position?"
     return all(is_entry(e) for e in o)
 
+
 def is_entry(e):
-    if isinstance(e, Mapping): return 'logprob' in e and 'top_logprobs' not in e
-    pair = isinstance(e, (list, tuple)) and 2 <= len(e) <= 3 and isinstance(e[0], float) and isinstance(e[1], int)
+    if isinstance(e, Mapping):
+        return 'logprob' in e and 'top_logprobs' not in e
+    pair = (
+        isinstance(e, (list, tuple))
+        and 2 <= len(e) <= 3
+        and isinstance(e[0], float)
+        and isinstance(e[1], int)
+    )
     return pair and (len(e) == 2 or e[2] is None or isinstance(e[2], str))
 
 
@@ -340,219 +466,310 @@ def entries(p, ids):
     """
     p = listed(unwrapped(p))
     if isinstance(p, Mapping) and ids is None:
-        return [class_of(k) for k in p],as_numbers([number_of(v) for v in p.values()])
+        return [class_of(k) for k in p], as_numbers([number_of(v) for v in p.values()])
     if not isinstance(p, (list, np.ndarray)):
-        raise DistillError(f"{shortened(repr(p), 100)} is not a list of numbers, nor a dict of classes and numbers.")
+        raise DistillError(
+            f'{shortened(repr(p), 100)} is not a list of numbers, nor a dict of classes and numbers.'
+        )
     if ids is not None:
         if not isinstance(ids := listed(ids), (list, np.ndarray)) or len(ids) != len(p):
-            raise DistillError(f"{len(p)} numbers and the ids {shortened(repr(ids), 100)}: give one class for each.")
-        return [class_of(k) for k in ids],as_numbers(p)
-    if isinstance(p, np.ndarray) or not any(isinstance(e, (Mapping, list, tuple)) for e in p): return None,as_numbers(p)
+            raise DistillError(
+                f'{len(p)} numbers and the ids {shortened(repr(ids), 100)}: give one class for each.'
+            )
+        return [class_of(k) for k in ids], as_numbers(p)
+    if isinstance(p, np.ndarray) or not any(isinstance(e, (Mapping, list, tuple)) for e in p):
+        return None, as_numbers(p)
     for e in p:
         if not is_entry(e) and not (isinstance(e, (list, tuple)) and len(e) >= 2):
-            raise DistillError(f"the entry {shortened(repr(e), 100)} must be {{'token': class, 'logprob': number}} or "
-                               "[number, class, text].")
+            raise DistillError(
+                f"the entry {shortened(repr(e), 100)} must be {{'token': class, 'logprob': number}} or "
+                '[number, class, text].'
+            )
     # of SGLang: [log-probability, token, text]
     pairs = [(named_class(e), e['logprob']) if isinstance(e, Mapping) else (e[1], e[0]) for e in p]
-    return [class_of(k) for k,_ in pairs],as_numbers([v for _,v in pairs])
+    return [class_of(k) for k, _ in pairs], as_numbers([v for _, v in pairs])
 
 
 def as_numbers(p):
     """(n,) float64."""
     if isinstance(p, np.ndarray) and p.dtype.kind in 'fiu' and p.ndim == 1:
-        with np.errstate(invalid='ignore'): return p.astype(np.float64)     # NumPy warns of some kinds of NaN
+        with np.errstate(invalid='ignore'):
+            return p.astype(np.float64)  # NumPy warns of some kinds of NaN
     if (odd := next((v for v in p if not is_real(v)), p)) is not p:
-        raise DistillError(f"{shortened(repr(odd), 100)} is not a number.")
-    try: return np.array([float(v) for v in p])
-    except OverflowError as e: raise DistillError("a whole number with hundreds of digits is too large.") from e
+        raise DistillError(f'{shortened(repr(odd), 100)} is not a number.')
+    try:
+        return np.array([float(v) for v in p])
+    except OverflowError as e:
+        raise DistillError('a whole number with hundreds of digits is too large.') from e
 
 
-def named_class(e): return next((e[k] for k in ('token_id', 'id', 'token') if k in e), None)
+def named_class(e):
+    return next((e[k] for k in ('token_id', 'id', 'token') if k in e), None)
 
-def number_of(v): return v.get('logprob') if isinstance(v, Mapping) else getattr(v, 'logprob', v)
+
+def number_of(v):
+    return v.get('logprob') if isinstance(v, Mapping) else getattr(v, 'logprob', v)
 
 
 def class_of(k):
     text = str(k).removeprefix('token_id:')
-    if text.isascii() and text.isdigit() and len(text) < 20: return int(text)
-    raise DistillError(f"the class {shortened(repr(k), 100)} is not a whole number from 0: ask the server for token "
-                       "ids (vLLM: return_tokens_as_token_ids=True), or translate names first.")
+    if text.isascii() and text.isdigit() and len(text) < 20:
+        return int(text)
+    raise DistillError(
+        f'the class {shortened(repr(k), 100)} is not a whole number from 0: ask the server for token '
+        'ids (vLLM: return_tokens_as_token_ids=True), or translate names first.'
+    )
 
 
 # files
 
+
 def read_rows(o):
     """(sequence of dicts, (name, fingerprint))."""
-    if isinstance(o, (str, Path)): return read_path(Path(o))
-    if hasattr(o, 'column_names'): return of_hub(o)
-    if torch.is_tensor(o): o = as_array(o)
-    if isinstance(o, np.ndarray): return Arrays(dict(logprobs=o)),('array', fingerprint(o))
+    if isinstance(o, (str, Path)):
+        return read_path(Path(o))
+    if hasattr(o, 'column_names'):
+        return of_hub(o)
+    if torch.is_tensor(o):
+        o = as_array(o)
+    if isinstance(o, np.ndarray):
+        return Arrays(dict(logprobs=o)), ('array', fingerprint(o))
     rows = list(o)
-    return rows,('rows', fingerprint(f"[{', '.join(row_texts(rows))}]"))
+    return rows, ('rows', fingerprint(f'[{", ".join(row_texts(rows))}]'))
 
 
 def row_texts(rows):
     """Each row as a text, for fingerprints."""
-    plain = lambda o: as_array(o).tolist() if torch.is_tensor(o) else o.tolist() if hasattr(o, 'tolist') else str(o)
+    plain = lambda o: (
+        as_array(o).tolist()
+        if torch.is_tensor(o)
+        else o.tolist()
+        if hasattr(o, 'tolist')
+        else str(o)
+    )
     for i in range(len(rows)):
-        try: yield json.dumps(rows[i], sort_keys=True, default=plain)
+        try:
+            yield json.dumps(rows[i], sort_keys=True, default=plain)
         # names of different types, an object that contains itself
         except (TypeError, ValueError, RecursionError) as e:
-            raise DistillError(f"Row {i} can't be written as JSON ({e}): its columns must be texts, and hold numbers, "
-                               "texts, and lists and dicts of these.") from e
+            raise DistillError(
+                f"Row {i} can't be written as JSON ({e}): its columns must be texts, and hold numbers, "
+                'texts, and lists and dicts of these.'
+            ) from e
 
 
 def of_hub(o):
     """A `datasets.Dataset` of Hugging Face, in memory or mapped."""
     if isinstance(o, Mapping):
-        raise DistillError(f"These are several splits ({', '.join(map(str, o))}): give one, as in dataset['train'].")
+        raise DistillError(
+            f"These are several splits ({', '.join(map(str, o))}): give one, as in dataset['train']."
+        )
     if not hasattr(o, '__len__'):
-        raise DistillError("A stream of rows has no length: give a Dataset, or list(dataset).")
-    rows = o.with_format(None) if hasattr(o, 'with_format') else o      # Python's objects, not tensors
-    return rows,('dataset', fingerprint(' '.join(map(fingerprint, row_texts(rows)))))
+        raise DistillError('A stream of rows has no length: give a Dataset, or list(dataset).')
+    rows = o.with_format(None) if hasattr(o, 'with_format') else o  # Python's objects, not tensors
+    return rows, ('dataset', fingerprint(' '.join(map(fingerprint, row_texts(rows)))))
 
 
 def read_path(path):
-    if not path.exists(): raise DistillError(f"There is no file {str(path)!r}.")
-    if (path/'dataset_dict.json').is_file():
+    if not path.exists():
+        raise DistillError(f'There is no file {str(path)!r}.')
+    if (path / 'dataset_dict.json').is_file():
         splits = sorted(p.name for p in path.iterdir() if p.is_dir())
-        raise DistillError(f"{path} has several splits ({', '.join(splits)}): give one, as {path/splits[0]}.")
+        raise DistillError(
+            f'{path} has several splits ({", ".join(splits)}): give one, as {path / splits[0]}.'
+        )
     files = sorted(f for f in path.iterdir() if f.suffix in READERS) if path.is_dir() else [path]
     if not files or files[0].suffix not in READERS:
-        raise DistillError(f"{path}: it must be a file that ends in {', '.join(READERS)}, or a folder of them.")
-    return Joined(files),(path.name, fingerprint(' '.join(map(file_checksum, files))))
+        raise DistillError(
+            f'{path}: it must be a file that ends in {", ".join(READERS)}, or a folder of them.'
+        )
+    return Joined(files), (path.name, fingerprint(' '.join(map(file_checksum, files))))
 
 
 @contextmanager
 def reading(path, what=''):
     """An error of a file's library is one line that names the file."""
-    try: yield
-    except (DistillError, ImportError): raise
+    try:
+        yield
+    except (DistillError, ImportError):
+        raise
     # subtle: the libraries raise errors of many kinds for damaged bytes, also KeyError and MemoryError
     except Exception as e:
         reason = shortened(' '.join(f'{type(e).__name__}: {e}'.split()))
-        raise DistillError(f"{path}{what} can't be read as {path.suffix} ({reason}). The file is damaged, or is of a "
-                           "different kind than its name says: write or copy it again.") from e
+        raise DistillError(
+            f"{path}{what} can't be read as {path.suffix} ({reason}). The file is damaged, or is of a "
+            'different kind than its name says: write or copy it again.'
+        ) from e
 
 
 class Joined:
     """The rows of several files."""
+
     def __init__(self, files):
-        self.files,self.parts = files,[]
+        self.files, self.parts = files, []
         for f in files:
-            with reading(f): self.parts.append(READERS[f.suffix](f))
+            with reading(f):
+                self.parts.append(READERS[f.suffix](f))
         self.ends = np.cumsum([len(p) for p in self.parts])
 
-    def __len__(self): return int(self.ends[-1])
+    def __len__(self):
+        return int(self.ends[-1])
 
     def find(self, i):
         """(number of the file, number of the row in it)."""
         k = int(np.searchsorted(self.ends, i, 'right'))
-        if k == len(self.parts): raise IndexError(i)
-        return k,i - (int(self.ends[k-1]) if k else 0)
+        if k == len(self.parts):
+            raise IndexError(i)
+        return k, i - (int(self.ends[k - 1]) if k else 0)
 
     def place(self, i):
-        k,row = self.find(i)
+        k, row = self.find(i)
         part = self.parts[k]
-        return f"{self.files[k]}, {part.place(row) if hasattr(part, 'place') else f'row {row}'}"
+        return f'{self.files[k]}, {part.place(row) if hasattr(part, "place") else f"row {row}"}'
 
     def __getitem__(self, i):
-        k,row = self.find(i)
-        with reading(self.files[k], f', row {row}'): return self.parts[k][row]
+        k, row = self.find(i)
+        with reading(self.files[k], f', row {row}'):
+            return self.parts[k][row]
 
 
 class Lines:
     """A file of JSON lines. It keeps where each begins, and reads a line when it is asked for."""
+
     def __init__(self, path):
-        self.path,self.at,self.lines = path,[],[]
+        self.path, self.at, self.lines = path, [], []
         with open(path, 'rb') as f:
             at = 0
-            for n,line in enumerate(f, 1):
+            for n, line in enumerate(f, 1):
                 if line.strip():
                     self.at.append(at)
                     self.lines.append(n)
                 at += len(line)
 
-    def __len__(self): return len(self.at)
+    def __len__(self):
+        return len(self.at)
 
-    def place(self, i): return f'line {self.lines[i]}'
+    def place(self, i):
+        return f'line {self.lines[i]}'
 
     def __getitem__(self, i):
         with open(self.path, 'rb') as f:
             f.seek(self.at[i])
             line = f.readline()
-        try: row = json.loads(line)
+        try:
+            row = json.loads(line)
         except (ValueError, RecursionError) as e:
-            raise DistillError(f"{self.path}, {self.place(i)} is not JSON: {shortened(e)}. Each line must be an "
-                               "object: remove or repair this one.") from e
-        if isinstance(row, dict): return row
-        raise DistillError(f"{self.path}, {self.place(i)} is a {type(row).__name__}: each line must be an object.")
+            raise DistillError(
+                f'{self.path}, {self.place(i)} is not JSON: {shortened(e)}. Each line must be an '
+                'object: remove or repair this one.'
+            ) from e
+        if isinstance(row, dict):
+            return row
+        raise DistillError(
+            f'{self.path}, {self.place(i)} is a {type(row).__name__}: each line must be an object.'
+        )
 
 
 class Groups:
     """A file of groups of rows, of which one is in memory."""
-    def __init__(self, sizes): self.ends,self.group,self.rows = np.cumsum(sizes),None,[]
 
-    def __len__(self): return int(self.ends[-1]) if len(self.ends) else 0
+    def __init__(self, sizes):
+        self.ends, self.group, self.rows = np.cumsum(sizes), None, []
+
+    def __len__(self):
+        return int(self.ends[-1]) if len(self.ends) else 0
 
     def __getitem__(self, i):
         g = int(np.searchsorted(self.ends, i, 'right'))
-        if g == len(self.ends): raise IndexError(i)
+        if g == len(self.ends):
+            raise IndexError(i)
         if g != self.group:
             group = self.read(g)
-            group.validate(full=True)       # subtle: damaged offsets would read memory of others, or end the process
-            self.group,self.rows = g,group.to_pylist()
-        return self.rows[i - (int(self.ends[g-1]) if g else 0)]
+            group.validate(
+                full=True
+            )  # subtle: damaged offsets would read memory of others, or end the process
+            self.group, self.rows = g, group.to_pylist()
+        return self.rows[i - (int(self.ends[g - 1]) if g else 0)]
 
 
 def pyarrow_module(name):
-    try: return importlib.import_module(f'pyarrow.{name}')
+    try:
+        return importlib.import_module(f'pyarrow.{name}')
     except ImportError as e:
-        raise ImportError("Parquet and Arrow files need pyarrow: pip install 'fastdistill[parquet]'") from e
+        raise ImportError(
+            "Parquet and Arrow files need pyarrow: pip install 'fastdistill[parquet]'"
+        ) from e
 
 
 class Parquet(Groups):
     """A Parquet file."""
+
     def __init__(self, path):
         self.file = pyarrow_module('parquet').ParquetFile(path)
-        super().__init__([self.file.metadata.row_group(g).num_rows for g in range(self.file.num_row_groups)])
+        super().__init__(
+            [self.file.metadata.row_group(g).num_rows for g in range(self.file.num_row_groups)]
+        )
 
-    def read(self, g): return self.file.read_row_group(g)
+    def read(self, g):
+        return self.file.read_row_group(g)
 
 
 class Arrow(Groups):
     """A file of Arrow, as `Dataset.save_to_disk` of Hugging Face writes it, mapped into memory."""
+
     def __init__(self, path):
-        pa,ipc = pyarrow_module('lib'),pyarrow_module('ipc')
+        pa, ipc = pyarrow_module('lib'), pyarrow_module('ipc')
         file = pa.memory_map(str(path))
-        try: self.batches = ipc.open_stream(file).read_all().to_batches()
-        except pa.ArrowInvalid: self.batches = ipc.open_file(path).read_all().to_batches()       # with an index
+        try:
+            self.batches = ipc.open_stream(file).read_all().to_batches()
+        except pa.ArrowInvalid:
+            self.batches = ipc.open_file(path).read_all().to_batches()  # with an index
         super().__init__([b.num_rows for b in self.batches])
 
-    def read(self, g): return self.batches[g]
+    def read(self, g):
+        return self.batches[g]
 
 
 class Arrays:
     """NumPy arrays of equal length, by name."""
+
     def __init__(self, arrays, name='The array'):
         self.arrays = arrays
-        if not arrays or any(not v.ndim for v in arrays.values()) or len({*map(len, arrays.values())}) > 1:
-            shapes = ', '.join(f'{k} {list(v.shape)}' for k,v in arrays.items())
-            raise DistillError(f"{name} has the shapes {shapes or 'of no array'}: each must have one entry for each "
-                               "sample.")
+        if (
+            not arrays
+            or any(not v.ndim for v in arrays.values())
+            or len({*map(len, arrays.values())}) > 1
+        ):
+            shapes = ', '.join(f'{k} {list(v.shape)}' for k, v in arrays.items())
+            raise DistillError(
+                f'{name} has the shapes {shapes or "of no array"}: each must have one entry for each '
+                'sample.'
+            )
 
-    def __len__(self): return len(next(iter(self.arrays.values())))
-    def __getitem__(self, i): return {k: v[i] if v[i].ndim else v[i].item() for k,v in self.arrays.items()}
+    def __len__(self):
+        return len(next(iter(self.arrays.values())))
+
+    def __getitem__(self, i):
+        return {k: v[i] if v[i].ndim else v[i].item() for k, v in self.arrays.items()}
 
 
 def arrays_of(path):
     if path.suffix == '.npz':
         # subtle: NumPy leaves a damaged file open that it opened itself
-        with open(path, 'rb') as f, np.load(f, allow_pickle=False) as o: return Arrays(dict(o), path)
+        with open(path, 'rb') as f, np.load(f, allow_pickle=False) as o:
+            return Arrays(dict(o), path)
     o = np.load(path, mmap_mode='r', allow_pickle=False)
     if (size := os.stat(path).st_size) != (need := o.offset + o.nbytes):
-        raise DistillError(f"{path} has {size} bytes, but its header describes an array of {need} bytes.")
+        raise DistillError(
+            f'{path} has {size} bytes, but its header describes an array of {need} bytes.'
+        )
     return Arrays(dict(logprobs=o), path)
 
 
-READERS = {'.jsonl': Lines, '.parquet': Parquet, '.arrow': Arrow, '.npy': arrays_of, '.npz': arrays_of}
+READERS = {
+    '.jsonl': Lines,
+    '.parquet': Parquet,
+    '.arrow': Arrow,
+    '.npy': arrays_of,
+    '.npz': arrays_of,
+}

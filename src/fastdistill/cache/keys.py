@@ -1,28 +1,31 @@
 """The key of a sample: 64 bits of a hash of its path, number, text or content, the same on every
 machine.
 """
-import hashlib, warnings
+
+import hashlib
+import warnings
 from numbers import Integral
 from pathlib import PurePath
+
 import numpy as np
 import torch
 from torch import Tensor
+
 from ..base.outputs import DistillError, DistillWarning
 
 __all__ = ['dataset_keys', 'hash_of', 'key_of', 'keys_of', 'name_of', 'root_of']
 
 
-def hash_of(*parts:bytes) -> int:
+def hash_of(*parts: bytes) -> int:
     """64 bits of blake2b."""
     h = hashlib.blake2b(digest_size=8)
-    for p in parts: h.update(len(p).to_bytes(8, 'little')); h.update(p)
+    for p in parts:
+        h.update(len(p).to_bytes(8, 'little'))
+        h.update(p)
     return int.from_bytes(h.digest(), 'little')
 
 
-def key_of(
-    o,
-    root:str=''
-) -> int:
+def key_of(o, root: str = '') -> int:
     """A sample's key. An object of a type whose content can't be read raises an error.
 
     Args:
@@ -33,44 +36,57 @@ def key_of(
 
 
 def _parts(o, root):
-    if isinstance(o, PurePath): return b'path',relative(o.as_posix(), root).encode()
-    if isinstance(o, str): return b'str',relative(o, root).encode()
-    if isinstance(o, bytes): return b'bytes',o
-    if o is None or isinstance(o, (bool, np.bool_)): return b'bool',str(o).encode()
-    if isinstance(o, (Integral, np.integer)): return b'int',str(int(o)).encode()
-    if isinstance(o, (float, np.floating)): return b'float',repr(float(o)).encode()
-    if isinstance(o, Tensor): o = o.detach().cpu()
-    if isinstance(o, Tensor): o = (o.float() if o.dtype == torch.bfloat16 else o).numpy()   # NumPy has no bfloat16
-    if isinstance(o, np.ndarray) and o.dtype != object: return b'array',f'{o.dtype.str} {o.shape}'.encode(),o.tobytes()
-    if isinstance(o, dict): return b'dict',*(p for k in sorted(o, key=str) for v in (k, o[k]) for p in _parts(v, root))
+    if isinstance(o, PurePath):
+        return b'path', relative(o.as_posix(), root).encode()
+    if isinstance(o, str):
+        return b'str', relative(o, root).encode()
+    if isinstance(o, bytes):
+        return b'bytes', o
+    if o is None or isinstance(o, (bool, np.bool_)):
+        return b'bool', str(o).encode()
+    if isinstance(o, (Integral, np.integer)):
+        return b'int', str(int(o)).encode()
+    if isinstance(o, (float, np.floating)):
+        return b'float', repr(float(o)).encode()
+    if isinstance(o, Tensor):
+        o = o.detach().cpu()
+    if isinstance(o, Tensor):
+        o = (o.float() if o.dtype == torch.bfloat16 else o).numpy()  # NumPy has no bfloat16
+    if isinstance(o, np.ndarray) and o.dtype != object:
+        return b'array', f'{o.dtype.str} {o.shape}'.encode(), o.tobytes()
+    if isinstance(o, dict):
+        return b'dict', *(p for k in sorted(o, key=str) for v in (k, o[k]) for p in _parts(v, root))
     # an image of PIL
-    if hasattr(o, 'tobytes') and hasattr(o, 'mode'): return b'image',f'{o.mode} {o.size}'.encode(),o.tobytes()
+    if hasattr(o, 'tobytes') and hasattr(o, 'mode'):
+        return b'image', f'{o.mode} {o.size}'.encode(), o.tobytes()
     if hasattr(o, '__iter__') and hasattr(o, '__len__'):
-        return b'list',str(len(o)).encode(),*(p for v in o for p in _parts(v, root))
-    raise DistillError(f"A {type(o).__name__} does not identify a sample: pass keys=, a list with one name for each "
-                       "sample (file names, ids), or a function that names the sample at a position.")
+        return b'list', str(len(o)).encode(), *(p for v in o for p in _parts(v, root))
+    raise DistillError(
+        f'A {type(o).__name__} does not identify a sample: pass keys=, a list with one name for each '
+        'sample (file names, ids), or a function that names the sample at a position.'
+    )
 
 
 def relative(path, root):
     path = path.removeprefix('./')
-    return path[len(root):].lstrip('/') if root and path.startswith(root.rstrip('/') + '/') else path
+    return (
+        path[len(root) :].lstrip('/') if root and path.startswith(root.rstrip('/') + '/') else path
+    )
 
 
-def root_of(path): return '' if path is None else PurePath(path).as_posix() if str(path) not in ('.', '') else ''
+def root_of(path):
+    return '' if path is None else PurePath(path).as_posix() if str(path) not in ('.', '') else ''
 
 
 def keys_of(items, root='') -> np.ndarray:
     """(N,) uint64: the keys of the samples in `items`."""
     # keys already
-    if isinstance(items, np.ndarray) and items.dtype == np.uint64 and items.ndim == 1: return items
+    if isinstance(items, np.ndarray) and items.dtype == np.uint64 and items.ndim == 1:
+        return items
     return np.fromiter((key_of(o, root) for o in items), np.uint64, len(items))
 
 
-def dataset_keys(
-    dataset,
-    keys=None,
-    root=None
-) -> np.ndarray:
+def dataset_keys(dataset, keys=None, root=None) -> np.ndarray:
     """The keys of a plain dataset: given, or made from the content of datasets of torchvision and
     PyTorch.
 
@@ -79,38 +95,54 @@ def dataset_keys(
         keys: A list, or a function of the position.
         root: Paths are taken relative to it; None: to the dataset's own `root`
     """
-    if callable(keys): keys = [keys(i) for i in range(len(dataset))]
-    root,given = root_of(folder_of(dataset) if root is None else root),keys is not None
-    if not given: keys = names_of_samples(dataset)
-    if len(keys) != len(dataset): raise DistillError(f"{len(keys)} keys for {len(dataset)} samples: give one for each.")
+    if callable(keys):
+        keys = [keys(i) for i in range(len(dataset))]
+    root, given = root_of(folder_of(dataset) if root is None else root), keys is not None
+    if not given:
+        keys = names_of_samples(dataset)
+    if len(keys) != len(dataset):
+        raise DistillError(f'{len(keys)} keys for {len(dataset)} samples: give one for each.')
     out = keys_of(keys, root)
     if given and (lost := len(out) - len(np.unique(out))):
-        warnings.warn(DistillWarning(f"{lost} of {len(out)} samples have the key of another sample, and share its "
-                                     "random numbers and stored outputs: correct only if a sample occurs twice."))
+        warnings.warn(
+            DistillWarning(
+                f'{lost} of {len(out)} samples have the key of another sample, and share its '
+                'random numbers and stored outputs: correct only if a sample occurs twice.'
+            )
+        )
     return out
 
 
 def folder_of(dataset):
     """Root folder of a dataset of files, or of a subset of one."""
-    while not hasattr(dataset, 'root') and hasattr(dataset, 'dataset'): dataset = dataset.dataset
+    while not hasattr(dataset, 'root') and hasattr(dataset, 'dataset'):
+        dataset = dataset.dataset
     return getattr(dataset, 'root', None)
 
 
 def name_of(sample):
     """The part of a sample that identifies it: the path of (path, label), else the whole."""
-    pair = isinstance(sample, (tuple, list)) and len(sample) and isinstance(sample[0], (str, PurePath))
+    pair = (
+        isinstance(sample, (tuple, list)) and len(sample) and isinstance(sample[0], (str, PurePath))
+    )
     return sample[0] if pair else sample
 
 
 def names_of_samples(dataset):
     """The objects that identify the samples of a dataset."""
-    if type(dataset).__name__ == 'Subset': return [names_of_samples(dataset.dataset)[i] for i in dataset.indices]
+    if type(dataset).__name__ == 'Subset':
+        return [names_of_samples(dataset.dataset)[i] for i in dataset.indices]
     # torchvision's folders of images
-    if hasattr(dataset, 'samples'): return [name_of(s) for s in dataset.samples]
+    if hasattr(dataset, 'samples'):
+        return [name_of(s) for s in dataset.samples]
     # the content of a TensorDataset
-    if hasattr(dataset, 'tensors'): return list(zip(*dataset.tensors))
+    if hasattr(dataset, 'tensors'):
+        return list(zip(*dataset.tensors))
     # the content of torchvision's CIFAR, MNIST ...
-    if hasattr(dataset, 'data') and hasattr(dataset, 'targets'): return dataset.data
-    raise DistillError(f"A {type(dataset).__name__} does not show which samples it holds: pass keys=, a list with one "
-                       "name for each sample (file names, ids), or a function that names the sample at a position. "
-                       "keys=range(len(dataset)) is correct only if the dataset never changes.")
+    if hasattr(dataset, 'data') and hasattr(dataset, 'targets'):
+        return dataset.data
+    raise DistillError(
+        f'A {type(dataset).__name__} does not show which samples it holds: pass keys=, a list with one '
+        'name for each sample (file names, ids), or a function that names the sample at a position. '
+        'keys=range(len(dataset)) is correct only if the dataset never changes.'
+    )

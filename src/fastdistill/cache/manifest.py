@@ -1,18 +1,46 @@
 "The manifest of a cache: teacher, samples, transforms, layout, and the checksum of each file."
-import json, re, warnings
+
+import json
+import re
+import warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from difflib import SequenceMatcher
+
 import numpy as np
+
 from ..base.outputs import DistillError, DistillWarning
 from .digests import versions
-from .entries import json_list, json_object, json_text, parse_json, refuse_entry, shortened, whole_number
+from .entries import (
+    json_list,
+    json_object,
+    json_text,
+    parse_json,
+    refuse_entry,
+    shortened,
+    whole_number,
+)
 from .layout import Layout
 
-__all__ = ['CHECKSUM', 'MAX_VIEWS', 'Manifest', 'differences', 'refuse', 'sample_differences', 'transform_differences']
+__all__ = [
+    'CHECKSUM',
+    'MAX_VIEWS',
+    'Manifest',
+    'differences',
+    'refuse',
+    'sample_differences',
+    'transform_differences',
+]
 
-FORMAT,VERSION = 'fastdistill-cache',1
+FORMAT, VERSION = 'fastdistill-cache', 1
 # limits for a manifest: a damaged one must not fill memory or disk, nor start an endless loop
-MAX_MANIFEST,MAX_COUNT,MAX_VIEWS,MAX_BATCH,MAX_FILES,MAX_FILE = 2**28,2**40,2**16,2**20,2**22,2**33
+MAX_MANIFEST, MAX_COUNT, MAX_VIEWS, MAX_BATCH, MAX_FILES, MAX_FILE = (
+    2**28,
+    2**40,
+    2**16,
+    2**20,
+    2**22,
+    2**33,
+)
 
 
 @dataclass
@@ -35,48 +63,57 @@ class Manifest:
         doubt: Why the teacher should not be trusted, as it was found when the cache was
             written.
     """
-    count:int
-    views:int
-    seed:int
-    layout:Layout
-    shard_rows:int
-    batch_size:int
-    teacher:dict=field(default_factory=dict)
-    data:dict=field(default_factory=dict)
-    transforms:dict=field(default_factory=dict)
-    vocab:list|None=None
-    samples:list=field(default_factory=list)
-    versions:dict=field(default_factory=dict)
-    shards:list=field(default_factory=list)
-    complete:bool=False
-    doubt:str=''
+
+    count: int
+    views: int
+    seed: int
+    layout: Layout
+    shard_rows: int
+    batch_size: int
+    teacher: dict = field(default_factory=dict)
+    data: dict = field(default_factory=dict)
+    transforms: dict = field(default_factory=dict)
+    vocab: list | None = None
+    samples: list = field(default_factory=list)
+    versions: dict = field(default_factory=dict)
+    shards: list = field(default_factory=list)
+    complete: bool = False
+    doubt: str = ''
 
     @property
-    def stored(self): return max(self.views, 1)
+    def stored(self):
+        return max(self.views, 1)
 
     @property
-    def per_view(self): return -(-self.count//self.shard_rows)
+    def per_view(self):
+        return -(-self.count // self.shard_rows)
 
-    def shard(self, view, i): return f'view{view:03}/{i:06}.bin'
+    def shard(self, view, i):
+        return f'view{view:03}/{i:06}.bin'
 
-    def rows_of(self, i): return min(self.shard_rows, self.count - i*self.shard_rows)
+    def rows_of(self, i):
+        return min(self.shard_rows, self.count - i * self.shard_rows)
 
     def all_shards(self):
         """(view, number, name, bytes) of each."""
         for v in range(self.stored):
-            for i in range(self.per_view): yield v,i,self.shard(v, i),self.rows_of(i)*self.layout.bytes
+            for i in range(self.per_view):
+                yield v, i, self.shard(v, i), self.rows_of(i) * self.layout.bytes
 
     def all_files(self):
         """(name, bytes) of each file that has a checksum."""
-        yield 'keys.bin',8*self.count
-        for *_,name,size in self.all_shards(): yield name,size
+        yield 'keys.bin', 8 * self.count
+        for *_, name, size in self.all_shards():
+            yield name, size
 
     @property
-    def bytes(self): return self.count*self.stored*self.layout.bytes
+    def bytes(self):
+        return self.count * self.stored * self.layout.bytes
 
     def to_json(self):
         d = dict(format=FORMAT, version=VERSION, **asdict(self))
-        if not self.doubt: del d['doubt']
+        if not self.doubt:
+            del d['doubt']
         return json.dumps(d, indent=1, default=as_python).encode()
 
     def as_read(self):
@@ -89,29 +126,38 @@ class Manifest:
     def read(cls, where):
         """The manifest in a folder."""
         if where.size('manifest.json') > MAX_MANIFEST:
-            raise DistillError(f"{where}/manifest.json has {where.size('manifest.json')} bytes: at most "
-                               f"{MAX_MANIFEST} are possible.")
+            raise DistillError(
+                f'{where}/manifest.json has {where.size("manifest.json")} bytes: at most '
+                f'{MAX_MANIFEST} are possible.'
+            )
         return cls.from_json(where.read('manifest.json'), where)
 
     @classmethod
     def from_json(cls, text, where):
         try:
             if not isinstance(d := parse_json(text), dict) or d.pop('format', None) != FORMAT:
-                raise NotACache(f"{where}/manifest.json does not belong to a fastdistill cache.")
+                raise NotACache(f'{where}/manifest.json does not belong to a fastdistill cache.')
             if type(v := d.pop('version', None)) is not int or v != VERSION:
-                raise NotACache(f"{where} is a cache of version {shortened(v)}, but this fastdistill reads version "
-                                f"{VERSION}: install the version that wrote it, or write the cache again (force=True).")
+                raise NotACache(
+                    f'{where} is a cache of version {shortened(v)}, but this fastdistill reads version '
+                    f'{VERSION}: install the version that wrote it, or write the cache again (force=True).'
+                )
             return cls.of_entries(d)
-        except NotACache as e: raise DistillError(str(e)) from None
+        except NotACache as e:
+            raise DistillError(str(e)) from None
         except DistillError as e:
-            raise DistillError(f"{where}/manifest.json is damaged: {e} Restore the file, or write the cache again "
-                               "(force=True).") from None
+            raise DistillError(
+                f'{where}/manifest.json is damaged: {e} Restore the file, or write the cache again '
+                '(force=True).'
+            ) from None
 
     @classmethod
     def of_entries(cls, d):
         """The manifest with these entries. All of them are checked before any is used."""
         required = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
-        json_object('the file', d, required, [f.name for f in fields(cls) if f.name not in required])
+        json_object(
+            'the file', d, required, [f.name for f in fields(cls) if f.name not in required]
+        )
         self = cls(**{**d, 'layout': Layout.from_json(d['layout'])})
         self._check_numbers()
         self._check_texts()
@@ -122,46 +168,60 @@ class Manifest:
     def _check_numbers(self):
         whole_number('count', self.count, 1, MAX_COUNT)
         whole_number('views', self.views, 0, MAX_VIEWS)
-        whole_number('seed', self.seed, -2**63, 2**64-1)
+        whole_number('seed', self.seed, -(2**63), 2**64 - 1)
         whole_number('batch_size', self.batch_size, 1, MAX_BATCH)
         whole_number('shard_rows', self.shard_rows, 1, MAX_COUNT)
         if self.shard_rows % self.batch_size:
-            raise DistillError(f"shard_rows is {self.shard_rows}: it must be a multiple of batch_size, "
-                               f"{self.batch_size}.")
-        if (n := self.stored*self.per_view) > MAX_FILES:
-            raise DistillError(f"count, views and shard_rows make {n} files: at most {MAX_FILES} are possible.")
-        if (n := self.rows_of(0)*self.layout.bytes) > MAX_FILE:
-            raise DistillError(f"shard_rows and layout make files of {n} bytes: at most {MAX_FILE} are possible.")
+            raise DistillError(
+                f'shard_rows is {self.shard_rows}: it must be a multiple of batch_size, '
+                f'{self.batch_size}.'
+            )
+        if (n := self.stored * self.per_view) > MAX_FILES:
+            raise DistillError(
+                f'count, views and shard_rows make {n} files: at most {MAX_FILES} are possible.'
+            )
+        if (n := self.rows_of(0) * self.layout.bytes) > MAX_FILE:
+            raise DistillError(
+                f'shard_rows and layout make files of {n} bytes: at most {MAX_FILE} are possible.'
+            )
 
     def _check_texts(self):
-        for k in ('teacher', 'transforms', 'versions'): json_object(k, getattr(self, k), ())
+        for k in ('teacher', 'transforms', 'versions'):
+            json_object(k, getattr(self, k), ())
         json_object('data', self.data, (), ('keys', 'root'))
-        for k,v in self.data.items(): json_text(f'data.{k}', v)
-        if self.vocab is not None: json_list('vocab', self.vocab, 0, MAX_MANIFEST)
+        for k, v in self.data.items():
+            json_text(f'data.{k}', v)
+        if self.vocab is not None:
+            json_list('vocab', self.vocab, 0, MAX_MANIFEST)
         json_text('doubt', self.doubt)
         for g in json_list('teacher.classes', self.teacher.get('classes', [0]), 1, MAX_COUNT):
-            for c in g if isinstance(g, list) else [g]: whole_number('teacher.classes', c, 0, MAX_COUNT)
+            for c in g if isinstance(g, list) else [g]:
+                whole_number('teacher.classes', c, 0, MAX_COUNT)
 
     def _check_samples(self):
-        for i,s in enumerate(json_list('samples', self.samples, 0, 1000)):
+        for i, s in enumerate(json_list('samples', self.samples, 0, 1000)):
             name = f'samples[{i}]'
             json_object(name, s, ('row', 'view', 'digest'), ('after',))
-            whole_number(f'{name}.row', s['row'], 0, self.count-1)
-            whole_number(f'{name}.view', s['view'], 0, self.stored-1)
+            whole_number(f'{name}.row', s['row'], 0, self.count - 1)
+            whole_number(f'{name}.view', s['view'], 0, self.stored - 1)
             json_text(f'{name}.digest', s['digest'])
             for o in json_list(f'{name}.after', s.get('after', []), 0, 1000):
                 if not all(type(v) is float for v in json_list(f'{name}.after', o, 3, 3)):
-                    raise DistillError(f"{name}.after has {shortened(o)}: three numbers are possible.")
+                    raise DistillError(
+                        f'{name}.after has {shortened(o)}: three numbers are possible.'
+                    )
 
     def _check_shards(self):
         """Check names and sizes, which follow from the other entries."""
-        if type(self.complete) is not bool: refuse_entry('complete', self.complete, 'true or false')
-        n = (1 + self.stored*self.per_view)*self.complete
+        if type(self.complete) is not bool:
+            refuse_entry('complete', self.complete, 'true or false')
+        n = (1 + self.stored * self.per_view) * self.complete
         json_list('shards', self.shards, n, n)
-        for i,(s,(name,size)) in enumerate(zip(self.shards, self.all_files())):
+        for i, (s, (name, size)) in enumerate(zip(self.shards, self.all_files())):
             json_object(f'shards[{i}]', s, ('name', 'bytes', 'checksum'), ())
             json_text(f'shards[{i}].name', s['name'], [name])
-            if type(s['bytes']) is not int or s['bytes'] != size: refuse_entry(f'shards[{i}].bytes', s['bytes'], size)
+            if type(s['bytes']) is not int or s['bytes'] != size:
+                refuse_entry(f'shards[{i}].bytes', s['bytes'], size)
             if not CHECKSUM.fullmatch(json_text(f'shards[{i}].checksum', s['checksum'])):
                 refuse_entry(f'shards[{i}].checksum', s['checksum'], '32 hexadecimal digits')
 
@@ -174,22 +234,22 @@ class Manifest:
 CHECKSUM = re.compile('[0-9a-f]{32}')
 
 
-class NotACache(DistillError): """The file is intact, but not the manifest of a cache that can be
-                               read.
-                               """
+class NotACache(DistillError):
+    """The file is intact, but not the manifest of a cache that can be
+    read.
+    """
 
 
 def as_python(o):
     """Convert NumPy's numbers and arrays for JSON."""
-    if hasattr(o, 'tolist'): return o.tolist()
-    raise DistillError(f"A {type(o).__name__} can't be stored in a manifest: use strings, numbers, and lists of these.")
+    if hasattr(o, 'tolist'):
+        return o.tolist()
+    raise DistillError(
+        f"A {type(o).__name__} can't be stored in a manifest: use strings, numbers, and lists of these."
+    )
 
 
-def differences(
-    a:Manifest,
-    b:Manifest,
-    changed_files=lambda: ''
-) -> list:
+def differences(a: Manifest, b: Manifest, changed_files=lambda: '') -> list:
     """Texts: how the requested cache differs from the existing one. More views are no difference,
     since they are added.
 
@@ -199,16 +259,27 @@ def differences(
         changed_files: fn() -> a text that names the samples' files that changed.
     """
     out = []
+
     def differ(what, x, y):
-        if x != y: out.append(f'{what}: {shortened(x)} in the cache, {shortened(y)} now')
+        if x != y:
+            out.append(f'{what}: {shortened(x)} in the cache, {shortened(y)} now')
+
     for k in dict.fromkeys([*a.teacher, *b.teacher]):
-        if k != 'name': differ(f'teacher, {k}', a.teacher.get(k), b.teacher.get(k))
+        if k != 'name':
+            differ(f'teacher, {k}', a.teacher.get(k), b.teacher.get(k))
     if (a.count, a.data.get('keys')) != (b.count, b.data.get('keys')):
-        differ("data (count and fingerprint of the samples' keys)", (a.count, a.data), (b.count, b.data))
-    elif text := changed_files(): out.append(text)
+        differ(
+            "data (count and fingerprint of the samples' keys)",
+            (a.count, a.data),
+            (b.count, b.data),
+        )
+    elif text := changed_files():
+        out.append(text)
     out += transform_differences(a.transforms, b.transforms)
-    if not 0 < a.views < b.views: differ('views', a.views, b.views)
-    for k in ('seed', 'vocab', 'layout'): differ(k, getattr(a, k), getattr(b, k))
+    if not 0 < a.views < b.views:
+        differ('views', a.views, b.views)
+    for k in ('seed', 'vocab', 'layout'):
+        differ(k, getattr(a, k), getattr(b, k))
     known = {(s['row'], s['view']): s for s in a.samples}
     if not out and not all(alike(known.get((s['row'], s['view']), s), s) for s in b.samples):
         out.append(f'the inputs of some samples{OTHER_INPUT}{other_libraries(a)}')
@@ -216,43 +287,52 @@ def differences(
 
 
 def transform_differences(found, now):
-    return [f'transform {k}: {shortened(a)} in the cache, {shortened(b)} now' for k in dict.fromkeys([*found, *now])
-            for a,b in option_differences(found.get(k, 'none'), now.get(k, 'none'))]
+    return [
+        f'transform {k}: {shortened(a)} in the cache, {shortened(b)} now'
+        for k in dict.fromkeys([*found, *now])
+        for a, b in option_differences(found.get(k, 'none'), now.get(k, 'none'))
+    ]
 
 
 def option_differences(a, b):
     """[(options of `a`, options of `b`)] for each place where the descriptions of two transforms
     differ.
     """
-    if a == b: return []
-    if not all(o.endswith((')', ']')) for o in (a, b)): return [(a, b)]       # it has no options
-    x,y = options_in(a),options_in(b)
-    places = [o for o in SequenceMatcher(None, x, y, autojunk=False).get_opcodes() if o[0] != 'equal']
-    return [(', '.join(x[i:j]) or 'none', ', '.join(y[k:l]) or 'none') for _,i,j,k,l in places] or [(a, b)]
+    if a == b:
+        return []
+    if not all(o.endswith((')', ']')) for o in (a, b)):
+        return [(a, b)]  # it has no options
+    x, y = options_in(a), options_in(b)
+    places = [
+        o for o in SequenceMatcher(None, x, y, autojunk=False).get_opcodes() if o[0] != 'equal'
+    ]
+    return [
+        (', '.join(x[i:j]) or 'none', ', '.join(y[k:l]) or 'none') for _, i, j, k, l in places
+    ] or [(a, b)]
 
 
 def options_in(text):
     """The description of a transform as a list of its options, such as 'size=224.0' and
     'rotate_mat.p=0.75'.
     """
-    text = re.sub(r"\['(\w+)', ([^\[\]]*)\]", r'\1=\2', text)     # those of a function are pairs
-    out,owners,last = [],[],''
+    text = re.sub(r"\['(\w+)', ([^\[\]]*)\]", r'\1=\2', text)  # those of a function are pairs
+    out, owners, last = [], [], ''
     for part in re.findall(r'[\[\]()]|[^\[\](), ]+', text):
-        if part in '[(': owners.append(last)
-        elif part in '])': last = owners.pop() if owners else ''
-        elif re.fullmatch('[0-9a-f]{16}', part): out.append(f'{last}: code {part}')
+        if part in '[(':
+            owners.append(last)
+        elif part in '])':
+            last = owners.pop() if owners else ''
+        elif re.fullmatch('[0-9a-f]{16}', part):
+            out.append(f'{last}: code {part}')
         else:
             owner = owners[-1] if len(owners) > 1 or owners and owners[0].endswith('=') else ''
-            if not part.endswith('='): out.append(owner + ('.' if owner and not owner.endswith('=') else '') + part)
+            if not part.endswith('='):
+                out.append(owner + ('.' if owner and not owner.endswith('=') else '') + part)
             last = part if part.endswith('=') else part.rpartition('=')[2]
     return out
 
 
-def sample_differences(
-    m:Manifest,
-    at,
-    look
-) -> list:
+def sample_differences(m: Manifest, at, look) -> list:
     """Make the inputs of a few samples again. A text names the first that differs from when the
     cache was written.
 
@@ -261,7 +341,10 @@ def sample_differences(
         look: fn(number of a sample, view) -> its digest and so on, as in `Manifest.samples`
     """
     for s in m.samples:
-        if not len(here := np.flatnonzero(at == s['row'])) or alike(s, {**s, **look(int(here[0]), s['view'])}): continue
+        if not len(here := np.flatnonzero(at == s['row'])) or alike(
+            s, {**s, **look(int(here[0]), s['view'])}
+        ):
+            continue
         return [f'the input of sample {here[0]}{OTHER_INPUT}{other_libraries(m)}']
     return []
 
@@ -270,29 +353,38 @@ def alike(a, b):
     """Is the input of a sample the same? Its bytes before the batch transforms must be equal, its
     numbers after them must agree as far as devices do.
     """
-    if any(a.get(k) != b.get(k) for k in ('row', 'view', 'digest')): return False
-    x,y = [np.asarray(o.get('after', []), float) for o in (a, b)]
+    if any(a.get(k) != b.get(k) for k in ('row', 'view', 'digest')):
+        return False
+    x, y = [np.asarray(o.get('after', []), float) for o in (a, b)]
     return x.shape == y.shape and np.allclose(x, y, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
-OTHER_INPUT = (': the transforms give another result than when the cache was written; a file, a function among the '
-               'transforms or a library changed')
+OTHER_INPUT = (
+    ': the transforms give another result than when the cache was written; a file, a function among the '
+    'transforms or a library changed'
+)
+
 
 def other_libraries(m):
     now = versions()
-    other = '; '.join(f'{k} {v} then, {now.get(k)} now' for k,v in m.versions.items() if now.get(k) != v)
+    other = '; '.join(
+        f'{k} {v} then, {now.get(k)} now' for k, v in m.versions.items() if now.get(k) != v
+    )
     return other and f' ({other})'
 
 
 def refuse(
-    where, # the cache
-    found:list, # texts: the differences
-    force:bool, # warn instead of raising an error
-    then:str='It is used anyway' # what happens with force
+    where,  # the cache
+    found: list,  # texts: the differences
+    force: bool,  # warn instead of raising an error
+    then: str = 'It is used anyway',  # what happens with force
 ):
-    if not found: return
+    if not found:
+        return
     text = f"{where} doesn't fit:\n" + '\n'.join(f'- {o}' for o in found)
     if not force:
-        raise DistillError(f"{text}\nUse the data, transforms and teacher of the time when it was written, write "
-                           "another cache, or pass force=True.")
+        raise DistillError(
+            f'{text}\nUse the data, transforms and teacher of the time when it was written, write '
+            'another cache, or pass force=True.'
+        )
     warnings.warn(DistillWarning(f'{text}\n{then} (force=True).'))

@@ -1,9 +1,13 @@
 """A cache to give away: one file, or a folder, with a card; every file is compared with its
 checksum before and after.
 """
-import shutil, stat, zipfile
+
+import shutil
+import stat
+import zipfile
 from functools import partial
 from pathlib import Path
+
 from ..base.atomic_files import file_errors, new_file
 from ..base.outputs import DistillError
 from .files import record_size
@@ -19,32 +23,48 @@ CARD = 'README.md'
 
 def cache_facts(where, m):
     """(name, text) of each fact about a cache."""
-    yield 'samples',f'{m.count:,}'
-    yield 'views',f'{m.views} of each, augmented' if m.views else 'the clean one of each'
-    yield 'a row',f'{m.layout.bytes} bytes: ' + ', '.join(f'{f.name} {f.dtype} {"x".join(map(str, f.shape)) or 1}'
-                                                          for f in m.layout.fields)
-    if m.layout.n: yield 'classes stored',f'{m.layout.fields[0].shape[-1]} of {m.layout.n}, tail {m.layout.tail!r}'
+    yield 'samples', f'{m.count:,}'
+    yield 'views', f'{m.views} of each, augmented' if m.views else 'the clean one of each'
+    yield (
+        'a row',
+        f'{m.layout.bytes} bytes: '
+        + ', '.join(
+            f'{f.name} {f.dtype} {"x".join(map(str, f.shape)) or 1}' for f in m.layout.fields
+        ),
+    )
+    if m.layout.n:
+        yield (
+            'classes stored',
+            f'{m.layout.fields[0].shape[-1]} of {m.layout.n}, tail {m.layout.tail!r}',
+        )
     shards = list(m.all_shards())
     done = len(shards) if m.complete else sum(finished(where, s) for s in shards)
     resume = '' if m.complete else ' in all: `fastdistill cache write` resumes'
-    yield 'files',f'{done} of {len(shards)} written, {m.bytes/1e6:.1f} MB{resume}'
-    yield 'teacher',', '.join(f'{k} {v}' for k,v in m.teacher.items() if v not in (None, [], ''))
-    if m.vocab: yield 'classes',', '.join(m.vocab[:10]) + (f' ... ({len(m.vocab)})' if len(m.vocab) > 10 else '')
-    for k,v in m.transforms.items(): yield k,v
-    yield 'written with',', '.join(f'{k} {v}' for k,v in m.versions.items())
-    if where.sub('valid').size('manifest.json') is not None: yield 'validation set','is there too'
+    yield 'files', f'{done} of {len(shards)} written, {m.bytes / 1e6:.1f} MB{resume}'
+    yield 'teacher', ', '.join(f'{k} {v}' for k, v in m.teacher.items() if v not in (None, [], ''))
+    if m.vocab:
+        yield (
+            'classes',
+            ', '.join(m.vocab[:10]) + (f' ... ({len(m.vocab)})' if len(m.vocab) > 10 else ''),
+        )
+    for k, v in m.transforms.items():
+        yield k, v
+    yield 'written with', ', '.join(f'{k} {v}' for k, v in m.versions.items())
+    if where.sub('valid').size('manifest.json') is not None:
+        yield 'validation set', 'is there too'
 
 
 def pack_cache(
     cache,
     path,
     *,
-    title:str|None=None,
-    data:str|None=None,
-    note:str='',
-    license:str|None=None,
-    teacher_license:str|None=None, data_license:str|None=None,
-    force:bool=False
+    title: str | None = None,
+    data: str | None = None,
+    note: str = '',
+    license: str | None = None,
+    teacher_license: str | None = None,
+    data_license: str | None = None,
+    force: bool = False,
 ) -> Path:
     """Copy a finished cache with a card (README.md) for those who get it.
 
@@ -64,17 +84,24 @@ def pack_cache(
     where = cache.folder if isinstance(cache, TeacherCache) else open_folder(cache)
     valid = where.sub('valid')
     parts = {'': where} | ({'valid/': valid} if valid.size('manifest.json') is not None else {})
-    for p in parts.values(): TeacherCache(p).check()
-    licenses = {'license of the outputs': license, 'license of the teacher': teacher_license,
-                'license of the data': data_license}
+    for p in parts.values():
+        TeacherCache(p).check()
+    licenses = {
+        'license of the outputs': license,
+        'license of the teacher': teacher_license,
+        'license of the data': data_license,
+    }
     card = card_of(where, title, data, note, licenses, license)
-    files = {at + n: (p, n) for at,p in parts.items() for n in files_of_cache(p)}
+    files = {at + n: (p, n) for at, p in parts.items() for n in files_of_cache(p)}
     path = Path(path).expanduser()
-    if path.suffix == '.zip': return write_zip(path, files, card, force)
-    if path.exists() and any(path.iterdir()): raise DistillError(f"{path} is not empty: choose another folder.")
+    if path.suffix == '.zip':
+        return write_zip(path, files, card, force)
+    if path.exists() and any(path.iterdir()):
+        raise DistillError(f'{path} is not empty: choose another folder.')
     to = Folder(path)
     to.write(CARD, card.encode())
-    for name,(p,n) in manifest_last(files): to.write(name, p.read(n))
+    for name, (p, n) in manifest_last(files):
+        to.write(name, p.read(n))
     return path
 
 
@@ -82,7 +109,7 @@ def files_of_cache(where):
     """Names of the files of a complete cache."""
     m = Manifest.read(where)
     optional = ['files.bin'] if where.size('files.bin') is not None else []
-    return ['manifest.json', *optional, *(name for name,_ in m.all_files())]
+    return ['manifest.json', *optional, *(name for name, _ in m.all_files())]
 
 
 def manifest_last(files):
@@ -91,13 +118,16 @@ def manifest_last(files):
 
 
 def write_zip(path, files, card, force):
-    if path.exists() and not force: raise DistillError(f"There is a file {path} already: choose another name, or pass "
-                                                       "force=True.")
+    if path.exists() and not force:
+        raise DistillError(
+            f'There is a file {path} already: choose another name, or pass force=True.'
+        )
     with file_errors(f"Can't write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(path) as tmp, zipfile.ZipFile(tmp, 'w', zipfile.ZIP_STORED) as z:
             z.writestr(entry(CARD), card)
-            for name,(p,n) in manifest_last(files): z.writestr(entry(name), p.read(n))
+            for name, (p, n) in manifest_last(files):
+                z.writestr(entry(name), p.read(n))
     return path
 
 
@@ -106,10 +136,7 @@ def entry(name):
     return zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
 
 
-def unpack_cache(
-    path,
-    to
-) -> TeacherCache:
+def unpack_cache(path, to) -> TeacherCache:
     """Write the files of a packed cache into a folder, compare them with their checksums, and open
     it.
 
@@ -119,64 +146,96 @@ def unpack_cache(
         path: File that `pack_cache` wrote.
         to: Folder of the cache, new or empty.
     """
-    where,path = Folder(to),Path(path).expanduser()
-    if where.names(): raise DistillError(f"{where} is not empty: choose another folder.")
-    if not path.is_file(): raise DistillError(f"There is no file {str(path)!r}.")
+    where, path = Folder(to), Path(path).expanduser()
+    if where.names():
+        raise DistillError(f'{where} is not empty: choose another folder.')
+    if not path.is_file():
+        raise DistillError(f'There is no file {str(path)!r}.')
     # subtle: for damaged bytes, zipfile raises errors of many kinds
-    with file_errors(f"{path} can't be read as a packed cache", Exception), zipfile.ZipFile(path) as z:
+    with (
+        file_errors(f"{path} can't be read as a packed cache", Exception),
+        zipfile.ZipFile(path) as z,
+    ):
         files = packed_files(z, path)
         if (size := sum(o.file_size for o in files.values())) > where.free():
-            raise DistillError(f"{path} needs {size/1e9:.2f} GB, and {where.free()/1e9:.2f} GB are free.")
+            raise DistillError(
+                f'{path} needs {size / 1e9:.2f} GB, and {where.free() / 1e9:.2f} GB are free.'
+            )
         written = []
         try:
-            for name,o in manifest_last(files):
+            for name, o in manifest_last(files):
                 where.write(name, partial(copy_out, z, o))
                 written.append(name)
-            if 'valid/manifest.json' in files: TeacherCache(where.sub('valid')).check()
+            if 'valid/manifest.json' in files:
+                TeacherCache(where.sub('valid')).check()
             return TeacherCache(where).check()
         except BaseException:
-            for name in reversed(written): where.remove(name)
+            for name in reversed(written):
+                where.remove(name)
             raise
 
 
 def copy_out(z, o, file):
-    with z.open(o) as source: shutil.copyfileobj(source, file, 2**20)
+    with z.open(o) as source:
+        shutil.copyfileobj(source, file, 2**20)
 
 
 def packed_files(z, path):
     """Name -> entry of each file in a packed cache. They are those of its manifests, with the same
     sizes.
     """
-    def refuse(what): raise DistillError(f"{path} is not a packed cache: {what}. `fastdistill cache pack` writes one.")
+
+    def refuse(what):
+        raise DistillError(
+            f'{path} is not a packed cache: {what}. `fastdistill cache pack` writes one.'
+        )
+
     have = {}
     for o in z.infolist():
-        if why := unusual(o): refuse(f'{o.orig_filename!r} {why}')
-        if have.setdefault(o.filename, o) is not o: refuse(f'it holds {o.filename!r} twice')
-    if 'manifest.json' not in have: refuse('it has no manifest.json')
-    needed,optional = {},{CARD: None}       # name -> bytes; None: any number
+        if why := unusual(o):
+            refuse(f'{o.orig_filename!r} {why}')
+        if have.setdefault(o.filename, o) is not o:
+            refuse(f'it holds {o.filename!r} twice')
+    if 'manifest.json' not in have:
+        refuse('it has no manifest.json')
+    needed, optional = {}, {CARD: None}  # name -> bytes; None: any number
     for at in ('', 'valid/'):
-        if (file := have.get(at + 'manifest.json')) is None: continue
-        if file.file_size > MAX_MANIFEST: refuse(f'{file.filename} has {file.file_size} bytes')
-        m = Manifest.from_json(z.read(file), path/at)
-        if not m.complete: refuse(f'{file.filename} is that of a cache that is not finished')
-        needed |= {at + n: size for n,size in m.all_files()} | {file.filename: file.file_size}
+        if (file := have.get(at + 'manifest.json')) is None:
+            continue
+        if file.file_size > MAX_MANIFEST:
+            refuse(f'{file.filename} has {file.file_size} bytes')
+        m = Manifest.from_json(z.read(file), path / at)
+        if not m.complete:
+            refuse(f'{file.filename} is that of a cache that is not finished')
+        needed |= {at + n: size for n, size in m.all_files()} | {file.filename: file.file_size}
         optional[at + 'files.bin'] = record_size(m.count)
-    for name,o in have.items():
-        if name not in needed and name not in optional: refuse(f'it holds {name!r}, which its manifest does not list')
+    for name, o in have.items():
+        if name not in needed and name not in optional:
+            refuse(f'it holds {name!r}, which its manifest does not list')
         size = needed.get(name, optional.get(name))
-        if size not in (None, o.file_size): refuse(f'{name} has {o.file_size} bytes, and by the manifest {size}')
-    if missing := [n for n in needed if n not in have]: refuse(f'it has no {missing[0]}, which its manifest lists')
+        if size not in (None, o.file_size):
+            refuse(f'{name} has {o.file_size} bytes, and by the manifest {size}')
+    if missing := [n for n in needed if n not in have]:
+        refuse(f'it has no {missing[0]}, which its manifest lists')
     return have
 
 
 def unusual(o):
     """What tells an entry of a zip file from those that `pack_cache` writes; empty if nothing does."""
     kind = stat.S_IFMT(o.external_attr >> 16)
-    if o.orig_filename != o.filename: return 'has a name with special characters'
-    if o.flag_bits & 0x2041: return 'is encrypted: decrypt the archive first'
-    if o.is_dir() or kind not in (0, stat.S_IFREG): return 'is a link, a folder or a device'
-    if o.volume: return 'is in a different part of a multi-part archive: join the parts first'
-    if o.compress_type != zipfile.ZIP_STORED or o.flag_bits & 0x20 or o.compress_size != o.file_size:
+    if o.orig_filename != o.filename:
+        return 'has a name with special characters'
+    if o.flag_bits & 0x2041:
+        return 'is encrypted: decrypt the archive first'
+    if o.is_dir() or kind not in (0, stat.S_IFREG):
+        return 'is a link, a folder or a device'
+    if o.volume:
+        return 'is in a different part of a multi-part archive: join the parts first'
+    if (
+        o.compress_type != zipfile.ZIP_STORED
+        or o.flag_bits & 0x20
+        or o.compress_size != o.file_size
+    ):
         return f'is compressed (method {o.compress_type}): files of a packed cache are stored as they are'
     return ''
 
@@ -184,14 +243,22 @@ def unusual(o):
 def card_of(where, title, data, note, licenses, license):
     """README.md: what this is, and how to use it, with the header that model hubs read."""
     m = Manifest.read(where)
-    rows = dict(data=data or 'not stated') | {k: v for k,v in cache_facts(where, m) if k != 'files'}
-    rows['size'] = f'{m.bytes/1e6:.1f} MB in {len(list(m.all_shards()))} file(s)'
-    rows |= {k: v or 'not stated' for k,v in licenses.items()}
-    head = ['---', *([f'license: {license}'] if license else []), 'tags:', '- knowledge-distillation', '- fastdistill',
-            '---']
+    rows = dict(data=data or 'not stated') | {
+        k: v for k, v in cache_facts(where, m) if k != 'files'
+    }
+    rows['size'] = f'{m.bytes / 1e6:.1f} MB in {len(list(m.all_shards()))} file(s)'
+    rows |= {k: v or 'not stated' for k, v in licenses.items()}
+    head = [
+        '---',
+        *([f'license: {license}'] if license else []),
+        'tags:',
+        '- knowledge-distillation',
+        '- fastdistill',
+        '---',
+    ]
     cell = lambda v: ' '.join(str(v).split()).replace('|', '\\|')
-    table = ['| | |', '|---|---|', *(f'| {cell(k)} | {cell(v)} |' for k,v in rows.items())]
-    title = title or f"Outputs of {m.teacher.get('name', 'a teacher')}"
+    table = ['| | |', '|---|---|', *(f'| {cell(k)} | {cell(v)} |' for k, v in rows.items())]
+    title = title or f'Outputs of {m.teacher.get("name", "a teacher")}'
     text = [f'# {cell(title)}', '', *([note, ''] if note else []), INTRO]
     return '\n'.join([*head, '', *text, '', *table, '', HOW_TO_USE])
 

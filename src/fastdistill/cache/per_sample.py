@@ -1,20 +1,18 @@
 "Batch transforms with separate random numbers for each sample."
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from ..base.outputs import DistillError
+
 from ..base.generators import Generators
+from ..base.outputs import DistillError
 from ..base.seeds import MIX, restored_generators, scramble, seeds_of
 
 __all__ = ['PerSample', 'per_sample']
 
 
-def per_sample(
-    fn,
-    seeds,
-    *tensors
-):
+def per_sample(fn, seeds, *tensors):
     """Run `fn` on one sample at a time, each with its own random numbers: correct for every `fn`,
     but slow.
 
@@ -25,14 +23,16 @@ def per_sample(
         *tensors: (B, ...) each.
     """
     if len(seeds) != len(tensors[0]):
-        raise DistillError(f"{len(seeds)} seeds for {len(tensors[0])} samples: give one for each.")
-    outs,own = [],Generators(fn)
+        raise DistillError(f'{len(seeds)} seeds for {len(tensors[0])} samples: give one for each.')
+    outs, own = [], Generators(fn)
     with restored_generators(tensors[0].device) as start:
-        for i,s in enumerate(seeds.tolist() if isinstance(seeds, Tensor) else seeds):
+        for i, s in enumerate(seeds.tolist() if isinstance(seeds, Tensor) else seeds):
             start(s)
-            with own.seeded(s): outs.append(fn(*(o[i:i+1] for o in tensors)))
-    if not isinstance(outs[0], (tuple, list)): return torch.cat(outs)
-    made,kind = [torch.cat(o) for o in zip(*outs)],type(outs[0])
+            with own.seeded(s):
+                outs.append(fn(*(o[i : i + 1] for o in tensors)))
+    if not isinstance(outs[0], (tuple, list)):
+        return torch.cat(outs)
+    made, kind = [torch.cat(o) for o in zip(*outs)], type(outs[0])
     return kind(*made) if hasattr(kind, '_fields') else kind(made)
 
 
@@ -42,17 +42,20 @@ class PerSample(TorchFunctionMode):
 
     All samples are drawn at once. The numbers depend on nothing else, not even on the device.
     """
+
     def __init__(self, seeds):
         super().__init__()
-        self.seeds,self.calls = np.asarray(seeds, np.uint64),0
+        self.seeds, self.calls = np.asarray(seeds, np.uint64), 0
 
     def draw(self, shape):
         """Uniform numbers in (0, 1). Those of a sample are the same in every batch."""
         self.calls += 1
         base = seeds_of(self.calls, self.seeds)
         n = int(np.prod(shape[1:]))
-        bits = scramble(base[:, None] + np.arange(n, dtype=np.uint64)*np.uint64(MIX[1]))
-        return torch.from_numpy(((bits >> np.uint64(11)).astype(np.float64) + .5)*2.**-53).reshape(shape)
+        bits = scramble(base[:, None] + np.arange(n, dtype=np.uint64) * np.uint64(MIX[1]))
+        return torch.from_numpy(
+            ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        ).reshape(shape)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -60,24 +63,36 @@ class PerSample(TorchFunctionMode):
         return func(*args, **kwargs) if make is None else make(func, *args, **kwargs)
 
     def fill(self, func, x, of, *args, **kwargs):
-        if x.dim() == 0 or len(x) != len(self.seeds): return func(x, *args, **kwargs)
+        if x.dim() == 0 or len(x) != len(self.seeds):
+            return func(x, *args, **kwargs)
         return x.copy_(of(self.draw(x.shape)))
 
     # the arguments have PyTorch's names. `from` is a keyword of Python, so it comes in kwargs
     def new_uniform_(self, func, x, *args, **kwargs):
-        ends = [*args, kwargs.get('from', 0.), kwargs.get('to', 1.)]
-        lo,hi = ends[:2] if len(args) != 1 else (args[0], kwargs.get('to', 1.))
-        return self.fill(func, x, lambda u: u*(hi-lo) + lo, *args, **kwargs)
+        ends = [*args, kwargs.get('from', 0.0), kwargs.get('to', 1.0)]
+        lo, hi = ends[:2] if len(args) != 1 else (args[0], kwargs.get('to', 1.0))
+        return self.fill(func, x, lambda u: u * (hi - lo) + lo, *args, **kwargs)
 
-    def new_bernoulli_(self, func, x, p=.5, **kwargs):
-        return self.fill(func, x, lambda u: u < (p.cpu() if isinstance(p, Tensor) else p), p, **kwargs)
+    def new_bernoulli_(self, func, x, p=0.5, **kwargs):
+        return self.fill(
+            func, x, lambda u: u < (p.cpu() if isinstance(p, Tensor) else p), p, **kwargs
+        )
 
-    def new_normal_(self, func, x, mean=0., std=1., **kwargs):
-        return self.fill(func, x, lambda u: torch.erfinv(2*u-1)*2**.5*std + mean, mean, std, **kwargs)
+    def new_normal_(self, func, x, mean=0.0, std=1.0, **kwargs):
+        return self.fill(
+            func, x, lambda u: torch.erfinv(2 * u - 1) * 2**0.5 * std + mean, mean, std, **kwargs
+        )
 
     def new_randint(self, func, *args, **kwargs):
         sizes = [kwargs['size']] if 'size' in kwargs else []
-        *given,size = [o for o in args if isinstance(o, (int, tuple, list))] + sizes
-        if not size or size[0] != len(self.seeds): return func(*args, **kwargs)
-        lo,hi = given if len(given) == 2 else (kwargs.get('low', 0), given[0] if given else kwargs['high'])
-        return ((self.draw(size)*(hi-lo)).floor() + lo).to(kwargs.get('device'), kwargs.get('dtype') or torch.int64)
+        *given, size = [o for o in args if isinstance(o, (int, tuple, list))] + sizes
+        if not size or size[0] != len(self.seeds):
+            return func(*args, **kwargs)
+        lo, hi = (
+            given
+            if len(given) == 2
+            else (kwargs.get('low', 0), given[0] if given else kwargs['high'])
+        )
+        return ((self.draw(size) * (hi - lo)).floor() + lo).to(
+            kwargs.get('device'), kwargs.get('dtype') or torch.int64
+        )

@@ -1,14 +1,14 @@
 "Progress of writing a cache: a bar in a terminal or a notebook, nothing in a file or a pipe."
+
 from contextlib import contextmanager
 from importlib.util import find_spec
+
 from ..base.distributed import rank
 
 __all__ = ['ProgressBar', 'console_for_bars', 'shown_progress']
 
 
-def console_for_bars(
-    **options
-):
+def console_for_bars(**options):
     """rich's console where it can show a bar that moves: in a terminal, or in a notebook with
     ipywidgets; else None.
 
@@ -16,21 +16,41 @@ def console_for_bars(
         **options: Of rich's `Console`
     """
     from rich.console import Console
+
     console = Console(**options)
-    return console if console.is_terminal or console.is_jupyter and find_spec('ipywidgets') else None
+    return (
+        console if console.is_terminal or console.is_jupyter and find_spec('ipywidgets') else None
+    )
 
 
 class ProgressBar:
     """A bar of samples, speed and megabytes; it appears with the first batch."""
-    def __init__(self, console=None):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-        self.task = None
-        self.bar = Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
-                            TextColumn('{task.fields[speed]}'),
-                            TextColumn('{task.fields[mb]:.1f} MB'), TimeRemainingColumn(), console=console)
 
-    def __enter__(self): return self
-    def __exit__(self, *_): self.stop()
+    def __init__(self, console=None):
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        self.task = None
+        self.bar = Progress(
+            TextColumn('{task.description}'),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn('{task.fields[speed]}'),
+            TextColumn('{task.fields[mb]:.1f} MB'),
+            TimeRemainingColumn(),
+            console=console,
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
 
     def stop(self):
         self.bar.stop()
@@ -38,21 +58,24 @@ class ProgressBar:
 
     def progress(
         self,
-        done:int, total:int, # rows
-        n_bytes:int # of the rows that are done
+        done: int,
+        total: int,  # rows
+        n_bytes: int,  # of the rows that are done
     ):
         if self.task is None:
-            self.task = self.bar.add_task('teacher', total=total, mb=0., speed='')
+            self.task = self.bar.add_task('teacher', total=total, mb=0.0, speed='')
             self.bar.start()
         speed = self.bar.tasks[self.task].speed
-        self.bar.update(self.task, completed=done, mb=n_bytes/1e6,
-                        speed='' if speed is None else f'{speed:,.0f} samples/s')
+        self.bar.update(
+            self.task,
+            completed=done,
+            mb=n_bytes / 1e6,
+            speed='' if speed is None else f'{speed:,.0f} samples/s',
+        )
 
 
 @contextmanager
-def shown_progress(
-    progress
-):
+def shown_progress(progress):
     """Yields the function to call after each batch, or None.
 
     Args:
@@ -62,6 +85,8 @@ def shown_progress(
     if callable(progress) or not progress or rank():
         yield progress if callable(progress) else None
         return
-    if (console := console_for_bars()) is None: yield None
+    if (console := console_for_bars()) is None:
+        yield None
     else:
-        with ProgressBar(console) as bar: yield bar.progress
+        with ProgressBar(console) as bar:
+            yield bar.progress

@@ -1,10 +1,13 @@
 "Reading a cache: rows by (sample, view), through memory maps, in any number of workers."
+
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
+
 import numpy as np
 import torch
 from torch import Tensor
+
 from ..base.atomic_files import file_errors
 from ..base.outputs import DistillError, Outputs
 from .digests import checksum, file_checksum, input_digest
@@ -16,16 +19,16 @@ from .manifest import Manifest, refuse, sample_differences
 __all__ = ['TeacherCache', 'damages', 'is_cache']
 
 
-def is_cache(
-    path
-) -> bool:
+def is_cache(path) -> bool:
     """Is there a cache at this path or URL?
 
     Args:
         path: A path, a URL, or any other object.
     """
-    if not isinstance(path, (str, PurePath)): return False
-    if '://' not in str(path) and not os.path.isdir(os.path.expanduser(path)): return False
+    if not isinstance(path, (str, PurePath)):
+        return False
+    if '://' not in str(path) and not os.path.isdir(os.path.expanduser(path)):
+        return False
     return open_folder(path).size('manifest.json') is not None
 
 
@@ -38,56 +41,68 @@ class TeacherCache:
         force: Warn instead of raising an error if data, transforms or classes don't fit.
         keys: The `keys=` that wrote it: a list, or a function of the item.
     """
-    def __init__(
-        self,
-        path,
-        force:bool=False,
-        keys=None
-    ):
-        self.folder,self.force,self.sample_names = open_folder(path),force,keys
+
+    def __init__(self, path, force: bool = False, keys=None):
+        self.folder, self.force, self.sample_names = open_folder(path), force, keys
         if self.folder.size('manifest.json') is None:
-            raise DistillError(f"There is no cache at {self.folder} (no manifest.json): write one with "
-                               "cache_teacher(teacher, dls, path).")
+            raise DistillError(
+                f'There is no cache at {self.folder} (no manifest.json): write one with '
+                'cache_teacher(teacher, dls, path).'
+            )
         self.manifest = m = Manifest.read(self.folder)
         if not m.complete:
-            raise DistillError(f"{self.folder} is not finished: write it again with the same arguments to resume.")
-        self._maps,self._keys,self._opened = {},None,checksum(m.to_json())
+            raise DistillError(
+                f'{self.folder} is not finished: write it again with the same arguments to resume.'
+            )
+        self._maps, self._keys, self._opened = {}, None, checksum(m.to_json())
         self._files = {o['name']: o for o in m.shards}
         sizes = zip(m.shards, self.folder.sizes(self._files))
-        self._refuse({o['name']: text for o,size in sizes if (text := wrong_size(o, size))})
+        self._refuse({o['name']: text for o, size in sizes if (text := wrong_size(o, size))})
 
     def __repr__(self):
         m = self.manifest
         views = f'{m.views} views' if m.views else 'the clean view'
-        size = f'{m.layout.bytes} bytes each, {m.bytes/1e6:.1f} MB'
+        size = f'{m.layout.bytes} bytes each, {m.bytes / 1e6:.1f} MB'
         return f'TeacherCache({self.folder}: {m.count} samples, {views}, {size})'
 
-    def __len__(self): return self.manifest.count
+    def __len__(self):
+        return self.manifest.count
 
     @property
     def identity(self):
         """Equal if the same written cache is opened twice."""
-        return str(self.folder),self._opened
+        return str(self.folder), self._opened
 
     @property
-    def views(self): return self.manifest.views
+    def views(self):
+        return self.manifest.views
 
     @property
-    def seed(self): return self.manifest.seed
+    def seed(self):
+        return self.manifest.seed
 
     def __getstate__(self):
         # without memory maps, which would pickle as a copy of all their data
         checked = [o for o in INTACT_FILES if o[0] == str(self.folder)]
-        return {**self.__dict__, '_maps': {}, '_keys': None, 'sample_names': None, '_checked': checked}
+        return {
+            **self.__dict__,
+            '_maps': {},
+            '_keys': None,
+            'sample_names': None,
+            '_checked': checked,
+        }
 
     def __setstate__(self, state):
-        INTACT_FILES.update(state.pop('_checked'))       # a worker in a new process need not check the files again
+        INTACT_FILES.update(
+            state.pop('_checked')
+        )  # a worker in a new process need not check the files again
         self.__dict__.update(state)
 
     @property
     def keys(self) -> np.ndarray:
         """(N,) uint64: the key of the sample at each position."""
-        if self._keys is None: self._keys = self._open('keys.bin', '<u8', (len(self),))
+        if self._keys is None:
+            self._keys = self._open('keys.bin', '<u8', (len(self),))
         return self._keys
 
     @property
@@ -103,23 +118,29 @@ class TeacherCache:
     def _shard(self, view, i):
         if (view, i) not in self._maps:
             m = self.manifest
-            self._maps[view, i] = self._open(m.shard(view, i), np.uint8, (m.rows_of(i), m.layout.bytes))
+            self._maps[view, i] = self._open(
+                m.shard(view, i), np.uint8, (m.rows_of(i), m.layout.bytes)
+            )
         return self._maps[view, i]
 
     def _refuse(self, found):
-        if not found: return
-        if self.folder.size('manifest.json') is None or checksum(Manifest.read(self.folder).to_json()) != self._opened:
-            raise DistillError(f"{self.folder} was overwritten or removed after it was opened: open it again.")
-        names = [f'{k} {v}' for k,v in found.items()]
-        more = f' and {len(names)-5} more' if len(names) > 5 else ''
-        raise DistillError(f"Damaged files in {self.folder}: {', '.join(names[:5])}{more}. Write the cache again "
-                           "with the same arguments: only damaged files are rewritten.")
+        if not found:
+            return
+        if (
+            self.folder.size('manifest.json') is None
+            or checksum(Manifest.read(self.folder).to_json()) != self._opened
+        ):
+            raise DistillError(
+                f'{self.folder} was overwritten or removed after it was opened: open it again.'
+            )
+        names = [f'{k} {v}' for k, v in found.items()]
+        more = f' and {len(names) - 5} more' if len(names) > 5 else ''
+        raise DistillError(
+            f'Damaged files in {self.folder}: {", ".join(names[:5])}{more}. Write the cache again '
+            'with the same arguments: only damaged files are rewritten.'
+        )
 
-    def rows(
-        self,
-        at,
-        views=0
-    ) -> np.ndarray:
+    def rows(self, at, views=0) -> np.ndarray:
         """(B, bytes) uint8: rows as they are stored.
 
         Args:
@@ -128,39 +149,39 @@ class TeacherCache:
         """
         at = np.asarray(at)
         views = np.broadcast_to(np.asarray(views), at.shape)
-        m,out = self.manifest,np.empty((len(at), self.manifest.layout.bytes), np.uint8)
+        m, out = self.manifest, np.empty((len(at), self.manifest.layout.bytes), np.uint8)
         if len(at):
             self._within(at.min(), views.min())
             self._within(at.max(), views.max())
-        shard,row = np.divmod(at, m.shard_rows)
-        where = views*m.per_view + shard
+        shard, row = np.divmod(at, m.shard_rows)
+        where = views * m.per_view + shard
         for w in np.unique(where):
             sel = np.flatnonzero(where == w)
             out[sel] = self._shard(*divmod(int(w), m.per_view))[row[sel]]
         return out
 
-    def row(
-        self,
-        at:int,
-        view:int=0
-    ) -> np.ndarray:
+    def row(self, at: int, view: int = 0) -> np.ndarray:
         """(bytes,) uint8: one row as it is stored, for datasets that return one item at a time.
 
         Args:
             at: Position.
         """
         self._within(at, view)
-        i,row = divmod(at, self.manifest.shard_rows)
+        i, row = divmod(at, self.manifest.shard_rows)
         return np.array(self._shard(view, i)[row])
 
     def _within(self, at, view):
         if not (0 <= at < len(self) and 0 <= view < self.manifest.stored):
-            raise DistillError(f"There is no position {at} with view {view}: the cache has {len(self)} samples and "
-                               f"{self.manifest.stored} views.")
+            raise DistillError(
+                f'There is no position {at} with view {view}: the cache has {len(self)} samples and '
+                f'{self.manifest.stored} views.'
+            )
 
     def decode(self, rows) -> Outputs:
         """Rows (an array, or a tensor on any device) as the teacher's `Outputs`."""
-        out = self.manifest.layout.decode(rows if isinstance(rows, Tensor) else torch.from_numpy(rows))
+        out = self.manifest.layout.decode(
+            rows if isinstance(rows, Tensor) else torch.from_numpy(rows)
+        )
         out.classes = self.manifest.teacher.get('classes')
         return out
 
@@ -170,33 +191,31 @@ class TeacherCache:
 
     # which row belongs to which sample
 
-    def find(
-        self, keys
-    ) -> np.ndarray:
+    def find(self, keys) -> np.ndarray:
         """(M,) positions of samples. A sample without a row raises an error.
 
         Args:
             keys: (M,) uint64.
         """
-        keys,mine = np.asarray(keys, np.uint64),self.keys
-        if len(keys) == len(mine) and np.array_equal(keys, mine): return np.arange(len(mine))
+        keys, mine = np.asarray(keys, np.uint64), self.keys
+        if len(keys) == len(mine) and np.array_equal(keys, mine):
+            return np.arange(len(mine))
         order = np.argsort(mine, kind='stable')
-        at = order[np.searchsorted(mine, keys, sorter=order).clip(max=len(mine)-1)]
+        at = order[np.searchsorted(mine, keys, sorter=order).clip(max=len(mine) - 1)]
         lost = np.flatnonzero(mine[at] != keys)
         if len(lost):
-            raise DistillError(f"{len(lost)} of {len(keys)} samples have no row in {self.folder} (the first is number "
-                               f"{lost[0]}). Either these are other data, or their paths are relative to another root "
-                               f"({self.manifest.data.get('root', '')!r} when the cache was written), or the cache was "
-                               "written with keys=: open it with TeacherCache(path, keys=...).")
+            raise DistillError(
+                f'{len(lost)} of {len(keys)} samples have no row in {self.folder} (the first is number '
+                f'{lost[0]}). Either these are other data, or their paths are relative to another root '
+                f'({self.manifest.data.get("root", "")!r} when the cache was written), or the cache was '
+                'written with keys=: open it with TeacherCache(path, keys=...).'
+            )
         return at
 
-    def keys_of(self, dataset, keys=None): return dataset_keys(dataset, keys)
+    def keys_of(self, dataset, keys=None):
+        return dataset_keys(dataset, keys)
 
-    def compare(
-        self,
-        at,
-        item
-    ):
+    def compare(self, at, item):
         """Refuse a dataset if the inputs of a few samples differ from those when the cache was
         written.
 
@@ -207,11 +226,7 @@ class TeacherCache:
         look = lambda i, view: dict(digest=input_digest(item(i, view)))
         refuse(self.folder, sample_differences(self.manifest, at, look), self.force)
 
-    def changed_files(
-        self,
-        files,
-        at=None
-    ) -> list:
+    def changed_files(self, files, at=None) -> list:
         """Names of the files whose content changed since the cache was written.
 
         Only files with another modification time are read.
@@ -223,13 +238,15 @@ class TeacherCache:
                 order.
         """
         record = None if files is None else read_record(self.folder, len(self))
-        if record is None: return []
-        changed,_ = newer_record(record if at is None else record[np.asarray(at)], files)
+        if record is None:
+            return []
+        changed, _ = newer_record(record if at is None else record[np.asarray(at)], files)
         return [str(files[i]) for i in changed]
 
     def check_files(self, files, at=None):
         """Refuse samples whose files changed since the cache was written. With `force`, warn."""
-        if names := self.changed_files(files, at): refuse(self.folder, [changed_text(names, len(files))], self.force)
+        if names := self.changed_files(files, at):
+            refuse(self.folder, [changed_text(names, len(files))], self.force)
 
     def check(self):
         """Compare every file with its checksum. The error names the damaged files."""
@@ -250,11 +267,7 @@ class TeacherCache:
 INTACT_FILES = set()
 
 
-def damages(
-    folder, m,
-    files,
-    once:bool=False
-) -> dict:
+def damages(folder, m, files, once: bool = False) -> dict:
     """File name -> a text that says how it is damaged.
 
     Args:
@@ -262,35 +275,54 @@ def damages(
         once: Skip files that this process has checked before.
     """
     look = lambda o: damage_of(folder, m, o, once)
-    if len(files) == 1: found = map(look, files)
+    if len(files) == 1:
+        found = map(look, files)
     else:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool: found = list(pool.map(look, files))
-    return {o['name']: text for o,text in zip(files, found) if text}
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            found = list(pool.map(look, files))
+    return {o['name']: text for o, text in zip(files, found) if text}
 
 
 def damage_of(folder, m, o, once):
     name = o['name']
-    if text := wrong_size(o, folder.size(name)): return text
+    if text := wrong_size(o, folder.size(name)):
+        return text
     # subtle: a downloaded copy may be intact while the remote file is damaged
-    if folder.fetches and not once: return '' if folder.checksum(name) == o['checksum'] else OTHER_BYTES
+    if folder.fetches and not once:
+        return '' if folder.checksum(name) == o['checksum'] else OTHER_BYTES
     with file_errors(f"Can't read {name} in {folder}"):
         path = folder.local(name)
         stat = path.stat()
-        seen = str(folder),name,o['checksum'],m.layout.n,stat.st_size,stat.st_mtime_ns,stat.st_ino
+        seen = (
+            str(folder),
+            name,
+            o['checksum'],
+            m.layout.n,
+            stat.st_size,
+            stat.st_mtime_ns,
+            stat.st_ino,
+        )
         text = '' if once and seen in INTACT_FILES else damage_inside(path, m, o)
-    if not text: INTACT_FILES.add(seen)
+    if not text:
+        INTACT_FILES.add(seen)
     return text
 
 
 def damage_inside(path, m, o):
-    size,known = 1 if o['name'] == 'keys.bin' else m.layout.bytes,[]
+    size, known = 1 if o['name'] == 'keys.bin' else m.layout.bytes, []
+
     def look(part):
-        if size > 1: known.append(m.layout.knows_ids(np.frombuffer(part, np.uint8).reshape(-1, size)))
-    if file_checksum(path, max(2**20//size, 1)*size, look) != o['checksum']: return OTHER_BYTES
+        if size > 1:
+            known.append(m.layout.knows_ids(np.frombuffer(part, np.uint8).reshape(-1, size)))
+
+    if file_checksum(path, max(2**20 // size, 1) * size, look) != o['checksum']:
+        return OTHER_BYTES
     return '' if all(known) else f'has numbers of classes beyond layout.n={m.layout.n}'
 
 
 OTHER_BYTES = 'has other bytes than when it was written'
 
+
 def wrong_size(o, size):
-    if size != o['bytes']: return 'is missing' if size is None else f"has {size} bytes instead of {o['bytes']}"
+    if size != o['bytes']:
+        return 'is missing' if size is None else f'has {size} bytes instead of {o["bytes"]}'

@@ -1,11 +1,20 @@
 "A teacher behind HTTP: its answers in a file of JSON lines, of which `cache_from` makes a cache."
-import http.client, json, os, sys, threading, time, urllib.error, urllib.request
+
+import http.client
+import json
+import os
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.parse import urlsplit
+
 from ..base.atomic_files import file_errors
 from ..base.outputs import DistillError
 from .entries import shortened
@@ -14,23 +23,23 @@ from .source import is_whole
 
 __all__ = ['ask_server']
 
-LONGEST_WAIT = 60   # seconds before a request is repeated, whatever the server asks for
+LONGEST_WAIT = 60  # seconds before a request is repeated, whatever the server asks for
 
 
 def ask_server(
-    url:str,
-    samples:dict,
+    url: str,
+    samples: dict,
     path,
     *,
     body=None,
     request=None,
     answer=None,
-    key:str|None=None,
-    bs:int=1,
-    at_once:int=8,
-    per_second:float|None=None,
-    retries:int=5,
-    timeout:float=120
+    key: str | None = None,
+    bs: int = 1,
+    at_once: int = 8,
+    per_second: float | None = None,
+    retries: int = 5,
+    timeout: float = 120,
 ) -> Path:
     """Ask a server for each sample and write its answers. Then `cache_from(path, 'cache', n=...)`
     makes a cache of them.
@@ -52,88 +61,116 @@ def ask_server(
         timeout: Seconds that an answer may take.
     """
     path = Path(path).expanduser()
-    if path.suffix != '.jsonl': raise DistillError(f"path={str(path)!r}: the name of the answers' file ends in .jsonl.")
+    if path.suffix != '.jsonl':
+        raise DistillError(f"path={str(path)!r}: the name of the answers' file ends in .jsonl.")
     check_samples(samples)
-    for k,v,least in ('bs', bs, 1), ('at_once', at_once, 1), ('retries', retries, 0):
-        if not is_whole(v) or v < least: raise DistillError(f"{k}={v!r}: it must be a whole number from {least}.")
+    for k, v, least in ('bs', bs, 1), ('at_once', at_once, 1), ('retries', retries, 0):
+        if not is_whole(v) or v < least:
+            raise DistillError(f'{k}={v!r}: it must be a whole number from {least}.')
     server = Server(url, secret(key), per_second, retries, timeout)
     request = request or (lambda parts: {**(body or {}), 'prompt': parts})
     answer = answer or choices_of
+
     def ask(names):
         of = texts_of(names)
-        with naming(f'request= for {of}', Exception): asked = json.dumps(request([samples[k] for k in names])).encode()
+        with naming(f'request= for {of}', Exception):
+            asked = json.dumps(request([samples[k] for k in names])).encode()
         got = server.post(asked, of)
-        with naming(f'The answer for {of}'): lines = lines_of(answer(got), names)
+        with naming(f'The answer for {of}'):
+            lines = lines_of(answer(got), names)
         return server.hide(lines)
+
     with Folder(path.parent).lock(f'.{path.name}.lock', path), file_errors(f"Can't write {path}"):
         check_same(path, server.hide(json.dumps(dict(url=server.shown, body=body), default=str)))
         done = names_in(path)
         todo = [k for k in samples if k not in done]
         with ThreadPoolExecutor(at_once) as pool, open(path, 'a') as f:
-            jobs = {pool.submit(ask, todo[i:i+bs]) for i in range(0, len(todo), bs)}
+            jobs = {pool.submit(ask, todo[i : i + bs]) for i in range(0, len(todo), bs)}
+
             def write(job):
                 jobs.discard(job)
                 f.write(job.result())
                 f.flush()
+
             try:
-                for job in as_completed([*jobs]): write(job)
+                for job in as_completed([*jobs]):
+                    write(job)
             except BaseException:
                 server.stopped.set()
                 pool.shutdown(cancel_futures=True)
                 # the answers that came meanwhile
                 for job in [*jobs]:
-                    if not job.cancelled() and job.exception() is None: write(job)
+                    if not job.cancelled() and job.exception() is None:
+                        write(job)
                 raise
     return path
 
 
 def check_samples(samples):
     if not isinstance(samples, Mapping):
-        raise DistillError(f"samples is of type {type(samples).__name__}: it must be a dict of names and what is sent.")
+        raise DistillError(
+            f'samples is of type {type(samples).__name__}: it must be a dict of names and what is sent.'
+        )
     for k in samples:
         if not isinstance(k, str) and not is_whole(k):
-            raise DistillError(f"The sample's name {k!r} is of type {type(k).__name__}: it must be a text or a whole "
-                               "number, as a file of JSON lines keeps it.")
+            raise DistillError(
+                f"The sample's name {k!r} is of type {type(k).__name__}: it must be a text or a whole "
+                'number, as a file of JSON lines keeps it.'
+            )
 
 
-def texts_of(names): return f'sample {names[0]!r}' + (f' and {len(names)-1} more' if len(names) > 1 else '')
+def texts_of(names):
+    return f'sample {names[0]!r}' + (f' and {len(names) - 1} more' if len(names) > 1 else '')
 
 
 @contextmanager
 def naming(what, errors=(KeyError, TypeError, ValueError, IndexError, AttributeError)):
     """Say which sample an error of a user's function is about."""
-    try: yield
+    try:
+        yield
     except errors as e:
         text = str(e) if isinstance(e, DistillError) else f'{type(e).__name__}: {e}'
-        raise DistillError(f"{what}: {shortened(text, 500)}") from (None if isinstance(e, DistillError) else e)
+        raise DistillError(f'{what}: {shortened(text, 500)}') from (
+            None if isinstance(e, DistillError) else e
+        )
 
 
 def lines_of(rows, names):
     """Rows as lines of JSON, with the samples' names."""
     if not isinstance(rows, (list, tuple)) or not all(isinstance(r, Mapping) for r in rows):
-        raise DistillError(f"answer= returned {shortened(repr(rows), 100)}: it must return a list with a dict for each "
-                           "sample.")
+        raise DistillError(
+            f'answer= returned {shortened(repr(rows), 100)}: it must return a list with a dict for each '
+            'sample.'
+        )
     if len(rows) != len(names):
-        raise DistillError(f"the server gave {len(rows)} answers for {len(names)} samples: answer= must return one for "
-                           "each, in their order.")
-    return ''.join(json.dumps({**r, 'key': k}) + '\n' for k,r in zip(names, rows))
+        raise DistillError(
+            f'the server gave {len(rows)} answers for {len(names)} samples: answer= must return one for '
+            'each, in their order.'
+        )
+    return ''.join(json.dumps({**r, 'key': k}) + '\n' for k, r in zip(names, rows))
 
 
 def secret(key):
-    if key is None: return None
+    if key is None:
+        return None
     if key not in os.environ:
-        raise DistillError(f"key={key!r} is the name of an environment variable with the server's key, but there is no "
-                           "such variable.")
+        raise DistillError(
+            f"key={key!r} is the name of an environment variable with the server's key, but there is no "
+            'such variable.'
+        )
     value = Secret(os.environ[key].strip())
     # subtle: http.client would show the whole key in its own error
-    if value and value.isascii() and value.isprintable() and ' ' not in value: return value
+    if value and value.isascii() and value.isprintable() and ' ' not in value:
+        return value
     what = 'has spaces, line breaks or characters beyond ASCII' if value else 'is empty'
     raise DistillError(f"The environment variable {key!r} {what}: set it to the server's key.")
 
 
 class Secret(str):
     """A text that tracebacks with local variables don't show."""
-    def __repr__(self): return "'***'"
+
+    def __repr__(self):
+        return "'***'"
 
 
 def check_same(path, asked):
@@ -142,27 +179,38 @@ def check_same(path, asked):
     if not path.exists() or not beside.exists():
         beside.write_text(asked)
         return
-    try: was = json.loads(beside.read_text())
+    try:
+        was = json.loads(beside.read_text())
     except ValueError as e:
-        raise DistillError(f"{beside} is damaged ({e}), so the requests can't be compared: remove it if the answers in "
-                           f"{path} are to the same requests.") from e
+        raise DistillError(
+            f"{beside} is damaged ({e}), so the requests can't be compared: remove it if the answers in "
+            f'{path} are to the same requests.'
+        ) from e
     if was != (now := json.loads(asked)):
-        raise DistillError(f"{path} has answers to other requests ({was}, now {now}): use another file.")
+        raise DistillError(
+            f'{path} has answers to other requests ({was}, now {now}): use another file.'
+        )
 
 
 def names_in(path) -> set:
     """The samples that have an answer. A line that was not written to its end is removed."""
-    if not path.exists(): return set()
+    if not path.exists():
+        return set()
     text = path.read_bytes()
-    whole = text[:text.rfind(b'\n')+1]
-    if whole != text: os.truncate(path, len(whole))
+    whole = text[: text.rfind(b'\n') + 1]
+    if whole != text:
+        os.truncate(path, len(whole))
     names = set()
-    for i,line in enumerate(whole.splitlines(), 1):
-        if not line.strip(): continue
-        try: names.add(json.loads(line)['key'])
+    for i, line in enumerate(whole.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            names.add(json.loads(line)['key'])
         except (ValueError, KeyError, TypeError) as e:
-            raise DistillError(f"{path}, line {i} is not an answer with a 'key' ({type(e).__name__}: {e}): remove the "
-                               "line to ask again, or use another file.") from e
+            raise DistillError(
+                f"{path}, line {i} is not an answer with a 'key' ({type(e).__name__}: {e}): remove the "
+                'line to ask again, or use another file.'
+            ) from e
     return names
 
 
@@ -170,17 +218,23 @@ def choices_of(response):
     """The log-probabilities in an answer of OpenAI's interface, one row for each prompt."""
     if not isinstance(response, dict) or not isinstance(response.get('choices'), list):
         has = ', '.join(response) if isinstance(response, dict) else type(response).__name__
-        raise DistillError(f"there is no list 'choices' (it has: {has}). Give answer=, a function that returns a list "
-                           "with a dict for each sample.")
+        raise DistillError(
+            f"there is no list 'choices' (it has: {has}). Give answer=, a function that returns a list "
+            'with a dict for each sample.'
+        )
     choices = sorted(response['choices'], key=lambda c: c.get('index', 0))
     numbers = [c['index'] for c in choices if 'index' in c]
     if numbers and numbers != [*range(len(choices))]:
-        raise DistillError(f"the choices have the indices {numbers}: they must be 0 to {len(choices)-1}.")
-    names = 'prompt_logprobs','logprobs'
+        raise DistillError(
+            f'the choices have the indices {numbers}: they must be 0 to {len(choices) - 1}.'
+        )
+    names = 'prompt_logprobs', 'logprobs'
     rows = [{n: c[n] for n in names if c.get(n) is not None} for c in choices]
     if not all(rows):
-        raise DistillError("a choice has neither 'prompt_logprobs' nor 'logprobs': ask for them in body=, as in "
-                           "body=dict(max_tokens=1, prompt_logprobs=20).")
+        raise DistillError(
+            "a choice has neither 'prompt_logprobs' nor 'logprobs': ask for them in body=, as in "
+            'body=dict(max_tokens=1, prompt_logprobs=20).'
+        )
     return rows
 
 
@@ -188,40 +242,62 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
     """subtle: urllib would follow as a GET without the request's body, and hand the key to any
     server.
     """
-    def redirect_request(self, *_): return None
+
+    def redirect_request(self, *_):
+        return None
 
 
-class Passing(Exception): """A failure that may pass: a message, and the seconds that the server
-                          asks to wait, or None.
-                          """
+class Passing(Exception):
+    """A failure that may pass: a message, and the seconds that the server
+    asks to wait, or None.
+    """
 
 
 class Server:
     """POST with retries, and a limit of the requests in a second."""
+
     def __init__(self, url, key, per_second, retries, timeout):
         check_url(url)
         # without what is behind the question mark, which may be a key
-        self.url,self.shown,self.key,self.retries,self.timeout = url,url.partition('?')[0],key,retries,timeout
-        self.gap,self.next,self.lock = 1/per_second if per_second else 0.,0.,threading.Lock()
-        self.opener,self.stopped = urllib.request.build_opener(NoRedirect),threading.Event()
+        self.url, self.shown, self.key, self.retries, self.timeout = (
+            url,
+            url.partition('?')[0],
+            key,
+            retries,
+            timeout,
+        )
+        self.gap, self.next, self.lock = (
+            1 / per_second if per_second else 0.0,
+            0.0,
+            threading.Lock(),
+        )
+        self.opener, self.stopped = urllib.request.build_opener(NoRedirect), threading.Event()
 
     def post(self, data, of):
         """The answer to a request about some samples, as JSON."""
         failed = None
         for i in range(self.retries + 1):
             self._wait()
-            try: return self._post(data)
-            except Passing as e: why,wait = self.hide(e.args[0]),e.args[1]
-            except DistillError as e: failed = self.hide(str(e))
+            try:
+                return self._post(data)
+            except Passing as e:
+                why, wait = self.hide(e.args[0]), e.args[1]
+            except DistillError as e:
+                failed = self.hide(str(e))
             # subtle: raised out of the except block, or the error would keep the frames that hold the key
-            if failed is not None: raise self._failed(failed, of)
-            if i == self.retries: break
-            if wait is not None: self._pause(wait, why)
-            else: self._sleep(min(.5*2**i, LONGEST_WAIT))
+            if failed is not None:
+                raise self._failed(failed, of)
+            if i == self.retries:
+                break
+            if wait is not None:
+                self._pause(wait, why)
+            else:
+                self._sleep(min(0.5 * 2**i, LONGEST_WAIT))
         raise self._failed(f'{why}, after {self.retries + 1} tries', of)
 
     def _sleep(self, seconds):
-        if self.stopped.wait(seconds): raise DistillError("Another request failed.")
+        if self.stopped.wait(seconds):
+            raise DistillError('Another request failed.')
 
     def _wait(self):
         """Until the next request may begin."""
@@ -239,37 +315,51 @@ class Server:
         wait = min(seconds, LONGEST_WAIT)
         with self.lock:
             until = time.monotonic() + wait
-            shown,self.next = wait >= 1 and until > self.next + 1,max(self.next, until)
+            shown, self.next = wait >= 1 and until > self.next + 1, max(self.next, until)
         if shown:
             less = f' (the server asks for {seconds:,.0f} s)' if wait < seconds else ''
-            print(f'{self.shown}: {shortened(why, 100)}; waiting for {wait:.0f} s{less}.', file=sys.stderr)
+            print(
+                f'{self.shown}: {shortened(why, 100)}; waiting for {wait:.0f} s{less}.',
+                file=sys.stderr,
+            )
 
     def _post(self, data):
         asked = urllib.request.Request(self.url, data, {'Content-Type': 'application/json'})
-        if self.key is not None: asked.add_unredirected_header('Authorization', f'Bearer {self.key}')
+        if self.key is not None:
+            asked.add_unredirected_header('Authorization', f'Bearer {self.key}')
         try:
-            with self.opener.open(asked, timeout=self.timeout) as r: text = r.read()
+            with self.opener.open(asked, timeout=self.timeout) as r:
+                text = r.read()
         except urllib.error.HTTPError as e:
-            with e: self._refused(e)
+            with e:
+                self._refused(e)
         # no connection, or an answer that ends too early
-        except (OSError, http.client.HTTPException) as e: raise Passing(f'{type(e).__name__}: {e}', None) from None
-        try: return json.loads(text)
+        except (OSError, http.client.HTTPException) as e:
+            raise Passing(f'{type(e).__name__}: {e}', None) from None
+        try:
+            return json.loads(text)
         except (ValueError, RecursionError) as e:
             why = f'the answer is not JSON ({e})'
             # the beginning of JSON, or nothing: it was cut off
-            if text.lstrip()[:1] in (b'', b'{', b'['): raise Passing(why, None) from None
+            if text.lstrip()[:1] in (b'', b'{', b'['):
+                raise Passing(why, None) from None
             raise DistillError(why) from None
 
     def _refused(self, e):
         """The error for a status that is not 200."""
         if e.code in (301, 302, 303, 307, 308):
             to = str(e.headers.get('Location')).partition('?')[0]
-            raise DistillError(f"{e.code}: it redirects to {to}. No redirect is followed, since the other server would "
-                               "get the key and the samples: give that URL if you trust it") from None
-        try: text = e.read(10_000).decode(errors='replace')
-        except (OSError, http.client.HTTPException) as cut: text = type(cut).__name__
+            raise DistillError(
+                f'{e.code}: it redirects to {to}. No redirect is followed, since the other server would '
+                'get the key and the samples: give that URL if you trust it'
+            ) from None
+        try:
+            text = e.read(10_000).decode(errors='replace')
+        except (OSError, http.client.HTTPException) as cut:
+            text = type(cut).__name__
         why = f'{e.code}: {text}'
-        if e.code not in (408, 409, 425, 429) and e.code < 500: raise DistillError(why) from None
+        if e.code not in (408, 409, 425, 429) and e.code < 500:
+            raise DistillError(why) from None
         raise Passing(why, seconds_of(e.headers.get('Retry-After', ''))) from None
 
     def hide(self, text):
@@ -277,31 +367,47 @@ class Server:
         end.
         """
         # a short one, such as 'EMPTY', is not a secret, and could be a part of any word or number
-        if self.key is None or len(self.key) < 8: return text
+        if self.key is None or len(self.key) < 8:
+            return text
         return text.replace(self.key, '***').replace(json.dumps(self.key)[1:-1], '***')
 
     def _failed(self, why, of):
         why = shortened(''.join(c if c.isprintable() else ' ' for c in why), 500)
-        return DistillError(f"{self.shown} gave no answer for {of} ({why}). The answers so far are kept: run it again "
-                            "to resume.")
+        return DistillError(
+            f'{self.shown} gave no answer for {of} ({why}). The answers so far are kept: run it again '
+            'to resume.'
+        )
 
 
 def check_url(url):
     """Refuse what urllib would open in another way, or fail at in an error that shows a password."""
     try:
         o = urlsplit(url)
-        good = o.scheme in ('http', 'https') and o.hostname and o.hostname.encode('idna') and o.port != 0
-    except (ValueError, TypeError, AttributeError): good = False
+        good = (
+            o.scheme in ('http', 'https')
+            and o.hostname
+            and o.hostname.encode('idna')
+            and o.port != 0
+        )
+    except (ValueError, TypeError, AttributeError):
+        good = False
     if not good or any(c.isspace() or not c.isprintable() for c in url):
-        raise DistillError("url= must be the http:// or https:// address of an endpoint, as in "
-                           "'http://localhost:8000/v1/completions'.")
+        raise DistillError(
+            'url= must be the http:// or https:// address of an endpoint, as in '
+            "'http://localhost:8000/v1/completions'."
+        )
     if '@' in o.netloc:
-        raise DistillError("url= has a user name or a password, which would be stored with the answers: give key=, the "
-                           "name of an environment variable.")
+        raise DistillError(
+            'url= has a user name or a password, which would be stored with the answers: give key=, the '
+            'name of an environment variable.'
+        )
 
 
-def seconds_of(text) -> float|None:
+def seconds_of(text) -> float | None:
     """What `Retry-After` asks for: seconds, or a date. None if it can't be read."""
-    if text.isascii() and text.isdigit(): return float(text[:9])
-    try: return max(parsedate_to_datetime(text).timestamp() - time.time(), 0)
-    except (ValueError, TypeError, OverflowError): return None
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    try:
+        return max(parsedate_to_datetime(text).timestamp() - time.time(), 0)
+    except (ValueError, TypeError, OverflowError):
+        return None

@@ -1,17 +1,30 @@
 "The writer's description of a teacher and its data, and checks that outputs can be stored."
-import inspect, warnings
+
+import inspect
+import warnings
 from dataclasses import dataclass
 from numbers import Integral
+
 import numpy as np
+
 from ..base.outputs import DistillError, DistillWarning
 from .digests import fingerprint
 
-__all__ = ['Source', 'check_alone', 'check_batch_size', 'distinct_views', 'identity_of', 'is_whole', 'spread_positions',
-           'unrepeatable']
+__all__ = [
+    'Source',
+    'check_alone',
+    'check_batch_size',
+    'distinct_views',
+    'identity_of',
+    'is_whole',
+    'spread_positions',
+    'unrepeatable',
+]
 
 
 def check_batch_size(bs):
-    if not is_whole(bs) or bs < 1: raise DistillError(f"bs={bs!r}: give a whole number from 1.")
+    if not is_whole(bs) or bs < 1:
+        raise DistillError(f'bs={bs!r}: give a whole number from 1.')
 
 
 @dataclass
@@ -27,49 +40,55 @@ class Source:
             files.
         doubt: See `Manifest`
     """
-    keys:np.ndarray
-    run:object
-    bs:int
-    teacher:dict
-    transforms:dict
-    root:str=''
-    vocab:list|None=None
-    samples:list|None=None
-    files:list|None=None
-    doubt:str=''
+
+    keys: np.ndarray
+    run: object
+    bs: int
+    teacher: dict
+    transforms: dict
+    root: str = ''
+    vocab: list | None = None
+    samples: list | None = None
+    files: list | None = None
+    doubt: str = ''
 
     def __post_init__(self):
         check_batch_size(self.bs)
         if self.files is not None and len(self.files) != len(self.keys):
-            raise DistillError(f"{len(self.files)} files for {len(self.keys)} samples: give one for each.")
+            raise DistillError(
+                f'{len(self.files)} files for {len(self.keys)} samples: give one for each.'
+            )
 
 
-def is_whole(o): return isinstance(o, Integral) and not isinstance(o, bool)
+def is_whole(o):
+    return isinstance(o, Integral) and not isinstance(o, bool)
 
 
-def spread_positions(n, k=4): return np.unique(np.linspace(0, n-1, min(k, n), dtype=int))
+def spread_positions(n, k=4):
+    return np.unique(np.linspace(0, n - 1, min(k, n), dtype=int))
 
 
 def check_alone(run, n):
     """Refuse a teacher whose outputs for a sample depend on the other samples in its batch."""
     tasks = spread_positions(n, 4)
     half = tasks[::2]
-    a,b = [next(run(t, len(t))).logits for t in (tasks, half)]
-    tol = 1e-3 if a.dtype.itemsize > 2 else .03
-    a,b = a[::2].float(),b.float()
+    a, b = [next(run(t, len(t))).logits for t in (tasks, half)]
+    tol = 1e-3 if a.dtype.itemsize > 2 else 0.03
+    a, b = a[::2].float(), b.float()
     # `Layout` reports other shapes (texts padded to another length) and nan
-    if a.shape != b.shape or not a.isfinite().any(): return
-    if (far := (a-b).abs().nan_to_num().max().item()) > tol*(1 + a[a.isfinite()].abs().max().item()):
-        raise DistillError(f"The teacher's outputs for a sample differ by {far:.3g} with other samples in its batch: "
-                           "the teacher is in training mode or has a hidden state, or a batch transform uses the whole "
-                           "batch. Such outputs belong to no sample and can't be stored: use a live teacher.")
+    if a.shape != b.shape or not a.isfinite().any():
+        return
+    if (far := (a - b).abs().nan_to_num().max().item()) > tol * (
+        1 + a[a.isfinite()].abs().max().item()
+    ):
+        raise DistillError(
+            f"The teacher's outputs for a sample differ by {far:.3g} with other samples in its batch: "
+            'the teacher is in training mode or has a hidden state, or a batch transform uses the whole '
+            "batch. Such outputs belong to no sample and can't be stored: use a live teacher."
+        )
 
 
-def distinct_views(
-    views:int,
-    n:int,
-    look
-) -> int:
+def distinct_views(views: int, n: int, look) -> int:
     """The number of views to store: as many as asked for, but 1 (with a warning) if all views of a
     sample are equal.
 
@@ -78,53 +97,81 @@ def distinct_views(
         n: Samples.
         look: fn(position, view) -> something to compare: a digest of the teacher's input.
     """
-    if views < 2: return views
+    if views < 2:
+        return views
     # subtle: many samples, because a transform may change few of them; the search ends at the first difference
     for i in spread_positions(n, 32).tolist():
         first = look(i, 0)
-        if any(look(i, v) != first for v in range(1, min(views, 4))): return views
-    warnings.warn(DistillWarning(f"views={views}, but all views of a sample are the same: there is no random "
-                                 "transform. One view is stored."))
+        if any(look(i, v) != first for v in range(1, min(views, 4))):
+            return views
+    warnings.warn(
+        DistillWarning(
+            f'views={views}, but all views of a sample are the same: there is no random '
+            'transform. One view is stored.'
+        )
+    )
     return 1
 
 
 def unrepeatable(what, i):
-    return (f"{what} gave two different results for sample {i} from the same random seed: something in them draws from "
-            "a generator that can't be found (a new one for each sample, or inside a library), reads the clock or "
-            "os.urandom, or counts its calls. Make it draw from random, numpy.random or torch, or use views=0.")
+    return (
+        f'{what} gave two different results for sample {i} from the same random seed: something in them draws from '
+        "a generator that can't be found (a new one for each sample, or inside a library), reads the clock or "
+        'os.urandom, or counts its calls. Make it draw from random, numpy.random or torch, or use views=0.'
+    )
 
 
 def identity_of(teacher) -> dict:
     """The manifest's entry for a teacher: its name, its weights' fingerprint, and its options."""
     options = options_of(teacher)
     name = getattr(teacher, 'name', None) or getattr(teacher, '__name__', type(teacher).__name__)
-    shares = str(getattr(teacher, 'weights', None))     # of an ensemble's members
+    shares = str(getattr(teacher, 'weights', None))  # of an ensemble's members
     if modules := getattr(teacher, 'modules', None):
-        return dict(name=name, weights=fingerprint(*(m.state_dict() for m in modules), shares), **options)
-    if path := getattr(teacher, 'path', None): return dict(name=name, weights=fingerprint(path.read_bytes()), **options)
+        return dict(
+            name=name, weights=fingerprint(*(m.state_dict() for m in modules), shares), **options
+        )
+    if path := getattr(teacher, 'path', None):
+        return dict(name=name, weights=fingerprint(path.read_bytes()), **options)
     fn = getattr(teacher, 'model', teacher)
-    if own := getattr(fn, 'identity', None): return dict(name=name, weights=fingerprint(own), **options)
-    try: text = inspect.getsource(fn if inspect.isroutine(fn) else type(fn))
-    except (TypeError, OSError): text = ''
-    warnings.warn(DistillWarning(f"The weights of {name} can't be read. A cache counts as written by the same teacher "
-                                 "if the code is the same. Pass Teacher(model) if there is a model."))
+    if own := getattr(fn, 'identity', None):
+        return dict(name=name, weights=fingerprint(own), **options)
+    try:
+        text = inspect.getsource(fn if inspect.isroutine(fn) else type(fn))
+    except (TypeError, OSError):
+        text = ''
+    warnings.warn(
+        DistillWarning(
+            f"The weights of {name} can't be read. A cache counts as written by the same teacher "
+            'if the code is the same. Pass Teacher(model) if there is a model.'
+        )
+    )
     return dict(name=name, weights=fingerprint(text), **options)
 
 
 def options_of(teacher) -> dict:
     """The options of a teacher, and of its members if it is an ensemble."""
     if getattr(teacher, 'combine', None) == 'sample':
-        raise DistillError("combine='sample' draws a teacher for each batch, but a cache has one output for each "
-                           "sample: use combine='probs'.")
-    out = {k: str(getattr(teacher, k)) for k in ('layers', 'mode', 'size', 'combine', 'kind', 'axis', 'select')
-           if hasattr(teacher, k)}
+        raise DistillError(
+            "combine='sample' draws a teacher for each batch, but a cache has one output for each "
+            "sample: use combine='probs'."
+        )
+    out = {
+        k: str(getattr(teacher, k))
+        for k in ('layers', 'mode', 'size', 'combine', 'kind', 'axis', 'select')
+        if hasattr(teacher, k)
+    }
     if (output := getattr(teacher, 'output', None)) is not None:
         out['output'] = str(getattr(output, '__qualname__', output))
     for k in ('inputs', 'items'):
-        if (fn := getattr(teacher, k, None)) is not None: out[k] = str(getattr(fn, '__qualname__', type(fn)))
-    if (known := getattr(teacher, 'known_classes', None)) is not None: out['classes'] = known
+        if (fn := getattr(teacher, k, None)) is not None:
+            out[k] = str(getattr(fn, '__qualname__', type(fn)))
+    if (known := getattr(teacher, 'known_classes', None)) is not None:
+        out['classes'] = known
     # numbers of another precision are other numbers
-    if half := getattr(teacher, 'half', ''): out['precision'] = half
-    if getattr(teacher, 'returns', 'logits') != 'logits': out['outputs'] = teacher.returns
-    if members := getattr(teacher, 'members', None): return {**out, 'members': [options_of(m) for m in members]}
+    if half := getattr(teacher, 'half', ''):
+        out['precision'] = half
+    if getattr(teacher, 'returns', 'logits') != 'logits':
+        out['outputs'] = teacher.returns
+    if members := getattr(teacher, 'members', None):
+        return {**out, 'members': [options_of(m) for m in members]}
     return {**out, 'images': teacher.adapts} if getattr(teacher, 'adapts', '') else out

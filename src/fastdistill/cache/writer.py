@@ -1,23 +1,28 @@
 "Writing a cache, shard by shard. An interrupted run resumes."
-import json, re, warnings
+
+import json
+import re
+import warnings
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
+
 import numpy as np
-from ..base.outputs import DistillError, DistillWarning
+
 from ..base.distributed import on_first, rank, world_size
+from ..base.outputs import DistillError, DistillWarning
 from .digests import checksum, versions
-from .files import changed_text, newer_record, read_record, record_files, write_record
 from .entries import json_object, json_text, parse_json
+from .files import changed_text, newer_record, read_record, record_files, write_record
 from .folder import open_folder
 from .keys import hash_of
+from .layout import Layout, Wish
 from .manifest import CHECKSUM, MAX_VIEWS, Manifest, differences, refuse
 from .reader import TeacherCache, damages
-from .layout import Layout, Wish
 from .source import Source, is_whole
 
 __all__ = ['Forecast', 'check_views', 'finished', 'write_cache']
 
-SHARD_BYTES = 64*2**20
+SHARD_BYTES = 64 * 2**20
 
 
 @dataclass
@@ -28,39 +33,46 @@ class Forecast:
         bytes: Of the rows that are still missing.
         free: Bytes on the disk; None where that is not known.
     """
-    samples:int
-    views:int
-    bytes_per_view:int
-    bytes:int
-    free:int|None
+
+    samples: int
+    views: int
+    bytes_per_view: int
+    bytes: int
+    free: int | None
 
     def __str__(self):
-        disk = '' if self.free is None else f', {self.free/1e9:.2f} GB free'
-        total = f'{self.bytes/1e6:.1f} MB{disk}'
-        return f'{self.samples} samples x {self.views} view(s) x {self.bytes_per_view} bytes = {total}'
+        disk = '' if self.free is None else f', {self.free / 1e9:.2f} GB free'
+        total = f'{self.bytes / 1e6:.1f} MB{disk}'
+        return (
+            f'{self.samples} samples x {self.views} view(s) x {self.bytes_per_view} bytes = {total}'
+        )
 
     def check(self, where):
         if self.free is not None and self.bytes > self.free:
-            raise DistillError(f"{where}: {self}. The disk is too small: use fewer views, topk=, dtype='int8' or "
-                               "'float16', size= for maps, or another disk.")
+            raise DistillError(
+                f"{where}: {self}. The disk is too small: use fewer views, topk=, dtype='int8' or "
+                "'float16', size= for maps, or another disk."
+            )
 
 
 def check_views(views):
     if not is_whole(views) or not 0 <= views <= MAX_VIEWS:
-        raise DistillError(f"views={views!r}: a whole number from 0 (the clean view) to {MAX_VIEWS}.")
+        raise DistillError(
+            f'views={views!r}: a whole number from 0 (the clean view) to {MAX_VIEWS}.'
+        )
 
 
 def write_cache(
     path,
-    source:Source,
-    wish:Wish,
+    source: Source,
+    wish: Wish,
     *,
-    views:int=1,
-    seed:int=0,
-    force:bool=False,
+    views: int = 1,
+    seed: int = 0,
+    force: bool = False,
     progress=None,
     forecast=None,
-    shard_bytes:int=SHARD_BYTES
+    shard_bytes: int = SHARD_BYTES,
 ) -> TeacherCache:
     """Write the missing shards, and open the cache.
 
@@ -76,54 +88,77 @@ def write_cache(
         forecast: fn(Forecast), called before the teacher runs.
     """
     check_views(views)
-    if not len(source.keys): raise DistillError("There are no samples: there is nothing to write.")
+    if not len(source.keys):
+        raise DistillError('There are no samples: there is nothing to write.')
     where = open_folder(path)
-    with closing(source.run(tasks_of(source, 0, 0, 1), 1)) as first: layout = Layout.of(next(first), wish)
+    with closing(source.run(tasks_of(source, 0, 0, 1), 1)) as first:
+        layout = Layout.of(next(first), wish)
     with where.lock() if rank() == 0 else nullcontext():
-        m,done = on_first(lambda: _begin(where, source, layout, views, seed, force, shard_bytes))
+        m, done = on_first(lambda: _begin(where, source, layout, views, seed, force, shard_bytes))
         todo = [s for s in m.all_shards() if s[2] not in done]
         plan = Forecast(m.count, m.stored, layout.bytes, sum(s[3] for s in todo), where.free())
-        if forecast is not None: forecast(plan)
+        if forecast is not None:
+            forecast(plan)
         plan.check(where)
-        _write_shards(where, source, m, todo[rank()::world_size()], progress)
+        _write_shards(where, source, m, todo[rank() :: world_size()], progress)
         on_first(lambda: _finish(where, m, done))
     return TeacherCache(where)
 
 
 def _begin(where, source, layout, views, seed, force, shard_bytes):
     """(manifest of the finished cache, checksums of the shards that it already has)."""
-    rows = max(shard_bytes//layout.bytes//source.bs, 1)*source.bs
-    m = Manifest(len(source.keys), views, seed, layout, rows, source.bs, source.teacher,
-                 dict(keys=f'{hash_of(source.keys.tobytes()):016x}', root=source.root), source.transforms, source.vocab,
-                 source.samples or [], versions(), doubt=source.doubt)
-    m = m.as_read()         # subtle: before anything is removed, since wrong values raise an error here
+    rows = max(shard_bytes // layout.bytes // source.bs, 1) * source.bs
+    m = Manifest(
+        len(source.keys),
+        views,
+        seed,
+        layout,
+        rows,
+        source.bs,
+        source.teacher,
+        dict(keys=f'{hash_of(source.keys.tobytes()):016x}', root=source.root),
+        source.transforms,
+        source.vocab,
+        source.samples or [],
+        versions(),
+        doubt=source.doubt,
+    )
+    m = m.as_read()  # subtle: before anything is removed, since wrong values raise an error here
     keys = source.keys.astype('<u8').tobytes()
     if where.size('manifest.json') is not None:
-        try: old = Manifest.read(where)
+        try:
+            old = Manifest.read(where)
         except DistillError as e:
-            if not force: raise
+            if not force:
+                raise
             warnings.warn(DistillWarning(f'{e} It is overwritten (force=True).'))
         else:
             if not (found := differences(old, m, lambda: changed_now(where, source.files))):
                 return _reopen(where, old, m, keys)
             refuse(where, found, force, 'It is overwritten')
     clear(where)
-    clear(where.sub('valid'))       # it holds another teacher's outputs
+    clear(where.sub('valid'))  # it holds another teacher's outputs
     where.write('keys.bin', keys)
-    if source.files is not None: write_record(where, record_files(source.files))
+    if source.files is not None:
+        write_record(where, record_files(source.files))
     where.write('manifest.json', m.to_json())
-    return m,{}
+    return m, {}
 
 
 def changed_now(where, paths) -> str:
     """A text that names the samples' files that changed. If none did, their new times are stored."""
-    try: record = None if paths is None else read_record(where, len(paths))
-    except DistillError as e: return str(e)
-    if record is None: return ''
-    changed,new = newer_record(record, paths)
-    if len(changed): return changed_text([str(paths[i]) for i in changed], len(record))
+    try:
+        record = None if paths is None else read_record(where, len(paths))
+    except DistillError as e:
+        return str(e)
+    if record is None:
+        return ''
+    changed, new = newer_record(record, paths)
+    if len(changed):
+        return changed_text([str(paths[i]) for i in changed], len(record))
     if not np.array_equal(new, record):
-        with suppress(DistillError): write_record(where, new)      # fails in a read-only folder
+        with suppress(DistillError):
+            write_record(where, new)  # fails in a read-only folder
     return ''
 
 
@@ -132,48 +167,72 @@ def _reopen(where, old, m, keys):
     of intact shards.
     """
     clear(where, '.tmp')
-    new = replace(old, views=m.views, samples=m.samples, shards=[], complete=False, doubt=m.doubt or old.doubt)
-    if where.size('keys.bin') != len(keys) or where.read('keys.bin') != keys: where.write('keys.bin', keys)
+    new = replace(
+        old, views=m.views, samples=m.samples, shards=[], complete=False, doubt=m.doubt or old.doubt
+    )
+    if where.size('keys.bin') != len(keys) or where.read('keys.bin') != keys:
+        where.write('keys.bin', keys)
     if not old.complete:
-        if new != old: where.write('manifest.json', new.to_json())
-        return new,notes(where, new.all_shards())
-    bad,own = damages(where, old, old.shards),old.checksums
-    clear(where, '.json', {note_of(n) for n in own})        # left by a writer that was killed at its end
-    if new.views == old.views and not bad: return old,own
+        if new != old:
+            where.write('manifest.json', new.to_json())
+        return new, notes(where, new.all_shards())
+    bad, own = damages(where, old, old.shards), old.checksums
+    clear(where, '.json', {note_of(n) for n in own})  # left by a writer that was killed at its end
+    if new.views == old.views and not bad:
+        return old, own
     for n in bad:
-        if n != 'keys.bin': where.remove(n)
+        if n != 'keys.bin':
+            where.remove(n)
     # subtle: the old manifest stays until all shards are written, so that the old views can be read meanwhile
     added = [s for s in new.all_shards() if s[2] not in own]
-    return new,{k: v for k,v in own.items() if k not in bad} | notes(where, added)
+    return new, {k: v for k, v in own.items() if k not in bad} | notes(where, added)
 
 
-CACHE_FILES = re.compile(r'(manifest\.json|keys\.bin|files\.bin|view\d{3,}/\d{6,}\.(bin|json))(\.\d+\.tmp)?')
+CACHE_FILES = re.compile(
+    r'(manifest\.json|keys\.bin|files\.bin|view\d{3,}/\d{6,}\.(bin|json))(\.\d+\.tmp)?'
+)
+
 
 def clear(where, ending='', only=None):
     """Remove a cache's files, and no others. The manifest goes first: without it, the other files
     are not a cache.
     """
     for n in sorted(where.names(), key=lambda n: n != 'manifest.json'):
-        if not CACHE_FILES.fullmatch(n) or not n.endswith(ending) or only is not None and n not in only: continue
-        if not (ending and n == 'manifest.json'): where.remove(n)
+        if (
+            not CACHE_FILES.fullmatch(n)
+            or not n.endswith(ending)
+            or only is not None
+            and n not in only
+        ):
+            continue
+        if not (ending and n == 'manifest.json'):
+            where.remove(n)
 
 
-def note_of(name): return name.replace('.bin', '.json')
+def note_of(name):
+    return name.replace('.bin', '.json')
 
 
-def note_checksum(where, shard) -> str|None:
+def note_checksum(where, shard) -> str | None:
     """The checksum of a shard, from the file beside it; None if the shard is missing or has another
     size.
     """
-    *_,name,size = shard
-    if where.size(name) != size or not 0 < (where.size(note_of(name)) or 0) < 1000: return None
+    *_, name, size = shard
+    if where.size(name) != size or not 0 < (where.size(note_of(name)) or 0) < 1000:
+        return None
     try:
         o = json_object(note_of(name), parse_json(where.read(note_of(name))), ('name', 'checksum'))
-        return o['checksum'] if o['name'] == name and CHECKSUM.fullmatch(json_text('checksum', o['checksum'])) else None
-    except DistillError: return None
+        return (
+            o['checksum']
+            if o['name'] == name and CHECKSUM.fullmatch(json_text('checksum', o['checksum']))
+            else None
+        )
+    except DistillError:
+        return None
 
 
-def notes(where, shards): return {s[2]: o for s in shards if (o := note_checksum(where, s)) is not None}
+def notes(where, shards):
+    return {s[2]: o for s in shards if (o := note_checksum(where, s)) is not None}
 
 
 def finished(where, shard):
@@ -183,48 +242,67 @@ def finished(where, shard):
 
 def _write_shards(where, source, m, todo, progress):
     """Run the teacher over the samples of these shards."""
-    done,total = 0,sum(m.rows_of(i) for _,i,*_ in todo)
+    done, total = 0, sum(m.rows_of(i) for _, i, *_ in todo)
     # one pass of the DataLoader writes a limited number of shards, since all its tasks are in one list
-    some = max(2**20//m.shard_rows, 1)
+    some = max(2**20 // m.shard_rows, 1)
     for at in range(0, len(todo), some):
-        tasks = [padded(tasks_of(source, v, i*m.shard_rows, m.rows_of(i)), m.batch_size) for v,i,*_ in todo[at:at+some]]
+        tasks = [
+            padded(tasks_of(source, v, i * m.shard_rows, m.rows_of(i)), m.batch_size)
+            for v, i, *_ in todo[at : at + some]
+        ]
         # subtle: closed at once, since a traceback would keep the generator alive, and with it the changes that it made
         with closing(source.run(np.concatenate(tasks), m.batch_size)) as batches:
-            for _,i,name,_ in todo[at:at+some]:
+            for _, i, name, _ in todo[at : at + some]:
                 for rows in _write_shard(where, m, name, m.rows_of(i), batches):
                     done += rows
-                    if progress is not None: progress(done, total, done*m.layout.bytes)
+                    if progress is not None:
+                        progress(done, total, done * m.layout.bytes)
 
 
 def _write_shard(where, m, name, n, batches):
     """Yields the number of rows of each batch."""
-    bs,buf = m.batch_size,np.empty((n, m.layout.bytes), np.uint8)
+    bs, buf = m.batch_size, np.empty((n, m.layout.bytes), np.uint8)
     for row in range(0, n, bs):
         rows = m.layout.encode(next(batches))
         if len(rows) != bs:
-            raise DistillError(f"The teacher returned {len(rows)} outputs for {bs} samples: it must return one for "
-                               "each.")
-        buf[row:row+bs] = rows[:n-row]
-        yield min(bs, n-row)
+            raise DistillError(
+                f'The teacher returned {len(rows)} outputs for {bs} samples: it must return one for '
+                'each.'
+            )
+        buf[row : row + bs] = rows[: n - row]
+        yield min(bs, n - row)
     data = memoryview(buf).cast('B')
     where.write(name, data)
-    where.write(note_of(name), json.dumps(dict(name=name, bytes=len(data), checksum=checksum(data))).encode())
+    where.write(
+        note_of(name),
+        json.dumps(dict(name=name, bytes=len(data), checksum=checksum(data))).encode(),
+    )
 
 
 def _finish(where, m, done):
     """Complete the manifest with the checksums of all files."""
-    if m.complete: return
+    if m.complete:
+        return
     shards = list(m.all_shards())
-    sums = {**notes(where, [s for s in shards if s[2] not in done]), **done,
-            'keys.bin': checksum(where.read('keys.bin'))}
-    if lost := [name for name,_ in m.all_files() if name not in sums]:
-        raise DistillError(f"{lost[0]} of {where} disappeared while the cache was written: write the cache again.")
-    m.shards,m.complete = [dict(name=name, bytes=size, checksum=sums[name]) for name,size in m.all_files()],True
+    sums = {
+        **notes(where, [s for s in shards if s[2] not in done]),
+        **done,
+        'keys.bin': checksum(where.read('keys.bin')),
+    }
+    if lost := [name for name, _ in m.all_files() if name not in sums]:
+        raise DistillError(
+            f'{lost[0]} of {where} disappeared while the cache was written: write the cache again.'
+        )
+    m.shards, m.complete = (
+        [dict(name=name, bytes=size, checksum=sums[name]) for name, size in m.all_files()],
+        True,
+    )
     where.write('manifest.json', m.to_json())
     clear(where, '.json')
 
 
-def tasks_of(source, view, first, n): return view*len(source.keys) + np.arange(first, first+n)
+def tasks_of(source, view, first, n):
+    return view * len(source.keys) + np.arange(first, first + n)
 
 
 def padded(tasks, bs):

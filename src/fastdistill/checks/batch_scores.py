@@ -1,17 +1,22 @@
 "The scores of a few batches: of teacher and student, item by item, and of a constant prediction."
+
 import torch
 from torch import Tensor
+
 from ..base.task import unusable
 from .findings import Facts
 
 __all__ = ['FEW', 'METRICS', 'Tally']
 
-MOST_CLASSES = 1000 # with more, a confusion table is too large
-FEW = 16 # fewer items prove nothing
-SURE = .001 # p-value, one-sided, at which a difference is called one
-KNOWS,LUCK = .005,2.576 # the same for a teacher that knows more than chance, and in standard deviations of luck
-LEADS = .05 # p-value of a teacher that is better than the student is now
-SLIGHT = .05 # of the way from chance to a perfect prediction
+MOST_CLASSES = 1000  # with more, a confusion table is too large
+FEW = 16  # fewer items prove nothing
+SURE = 0.001  # p-value, one-sided, at which a difference is called one
+KNOWS, LUCK = (
+    0.005,
+    2.576,
+)  # the same for a teacher that knows more than chance, and in standard deviations of luck
+LEADS = 0.05  # p-value of a teacher that is better than the student is now
+SLIGHT = 0.05  # of the way from chance to a perfect prediction
 METRICS = dict(softmax='accuracy', sigmoid='accuracy per label', regression='squared error')
 
 
@@ -19,18 +24,17 @@ class Tally:
     """Counts over a few batches, added batch by batch, since all their outputs may be too large to
     keep.
     """
+
     def __init__(self, task):
-        self.task,self.n_labels,self.sums,self.confusion = task,0,0.,None
-        self.scores,self.tops = dict(teacher=[], student=[]),dict(train=[], valid=[]) # one number per item
-        self.between,self.normed = True,True # are all outputs from 0 to 1? does each sum to 1?
+        self.task, self.n_labels, self.sums, self.confusion = task, 0, 0.0, None
+        self.scores, self.tops = (
+            dict(teacher=[], student=[]),
+            dict(train=[], valid=[]),
+        )  # one number per item
+        self.between, self.normed = True, True  # are all outputs from 0 to 1? does each sum to 1?
         self.finite = True
 
-    def add(
-        self,
-        t:Tensor,
-        y:Tensor|None=None,
-        s:Tensor|None=None
-    ):
+    def add(self, t: Tensor, y: Tensor | None = None, s: Tensor | None = None):
         """Count a validation batch.
 
         Args:
@@ -38,29 +42,39 @@ class Tally:
             y: Labels, from `fit_labels`
             s: The student's outputs.
         """
-        t,s = (None if o is None else o.float() for o in (t, s))
+        t, s = (None if o is None else o.float() for o in (t, s))
         self.add_probabilities(t, 'valid')
-        if y is None: return
-        for who,o in dict(teacher=t, student=s).items():
-            if o is not None: self.scores[who].append(self.item_scores(o, y)[self.counted(y)])
-        dict(softmax=self.add_classes, sigmoid=self.add_labels, regression=self.add_numbers)[self.task.kind](t, y)
+        if y is None:
+            return
+        for who, o in dict(teacher=t, student=s).items():
+            if o is not None:
+                self.scores[who].append(self.item_scores(o, y)[self.counted(y)])
+        dict(softmax=self.add_classes, sigmoid=self.add_labels, regression=self.add_numbers)[
+            self.task.kind
+        ](t, y)
 
     def add_probabilities(self, t, part):
         """The largest probability of each item (mean over its positions), in the 'train' or 'valid'
         part of the data.
         """
-        kind,axis = self.task.kind,self.task.axis
+        kind, axis = self.task.kind, self.task.axis
         self.finite = self.finite and not unusable(t, self.task)
         self.between = self.between and bool((t >= 0).all() and (t <= 1).all())
-        if kind == 'softmax': self.normed = self.normed and bool(((t.sum(axis)-1).abs() < 1e-3).all())
-        if kind == 'regression': return
+        if kind == 'softmax':
+            self.normed = self.normed and bool(((t.sum(axis) - 1).abs() < 1e-3).all())
+        if kind == 'regression':
+            return
         p = t.softmax(axis).amax(axis) if kind == 'softmax' else t.abs().sigmoid()
         self.tops[part].append(p.reshape(len(p), -1).mean(1).cpu())
 
     def counts(self, y):
         """(B, positions): which labels count."""
         y = y.reshape(len(y), -1)
-        return y != self.task.ignore_index if self.task.kind == 'softmax' else torch.ones_like(y, dtype=torch.bool)
+        return (
+            y != self.task.ignore_index
+            if self.task.kind == 'softmax'
+            else torch.ones_like(y, dtype=torch.bool)
+        )
 
     def counted(self, y):
         """(B,): which items have labels that count."""
@@ -68,60 +82,64 @@ class Tally:
 
     def item_scores(self, o, y):
         """(B,) share of the right predictions in each item, or minus its squared error."""
-        kind,rows = self.task.kind,lambda v: v.reshape(len(v), -1).float()
-        if kind == 'regression': return -rows(o-y).pow(2).mean(1).cpu()
-        right = o.argmax(self.task.axis) == y if kind == 'softmax' else (o > 0) == (y > .5)
+        kind, rows = self.task.kind, lambda v: v.reshape(len(v), -1).float()
+        if kind == 'regression':
+            return -rows(o - y).pow(2).mean(1).cpu()
+        right = o.argmax(self.task.axis) == y if kind == 'softmax' else (o > 0) == (y > 0.5)
         counts = rows(self.counts(y))
-        return ((rows(right)*counts).sum(1)/counts.sum(1)).cpu()
+        return ((rows(right) * counts).sum(1) / counts.sum(1)).cpu()
 
     def add_classes(self, t, y):
         """For each class: its amount, how much of it is recognized, and how much is predicted to be
         it. An item counts 1, shared by its positions.
         """
-        c,counts = t.shape[self.task.axis],self.counts(y).cpu()
-        p,y = (o.reshape(len(o), -1).cpu()[counts] for o in (t.argmax(self.task.axis), y))
-        w = (counts.double()/counts.sum(1, keepdim=True).clamp_min(1))[counts]
-        there,recognized = y.bincount(w, minlength=c),y[p == y].bincount(w[p == y], minlength=c)
+        c, counts = t.shape[self.task.axis], self.counts(y).cpu()
+        p, y = (o.reshape(len(o), -1).cpu()[counts] for o in (t.argmax(self.task.axis), y))
+        w = (counts.double() / counts.sum(1, keepdim=True).clamp_min(1))[counts]
+        there, recognized = y.bincount(w, minlength=c), y[p == y].bincount(w[p == y], minlength=c)
         self.sums = self.sums + torch.stack([there, recognized, p.bincount(w, minlength=c)])
         self.n_labels += len(y)
-        if c > MOST_CLASSES: return
+        if c > MOST_CLASSES:
+            return
         # subtle: two tables, each of every other item: an effect of chance is in one of them, but not in the other
         half = torch.arange(len(counts))[:, None].expand_as(counts)[counts] % 2
-        table = ((half*c + y)*c + p).bincount(w, minlength=2*c*c).view(2, c, c)
+        table = ((half * c + y) * c + p).bincount(w, minlength=2 * c * c).view(2, c, c)
         self.confusion = table if self.confusion is None else self.confusion + table
 
     def add_labels(self, t, y):
         """For each label: items with and without it, the sums of the probabilities predicted for
         these and those, and the sum of their squares.
         """
-        p,y = (o.reshape(len(o), -1).cpu().double() for o in (t.sigmoid(), y > .5))
-        self.sums = self.sums + torch.stack([y.sum(0), (1-y).sum(0), (p*y).sum(0), (p*(1-y)).sum(0), p.pow(2).sum(0)])
+        p, y = (o.reshape(len(o), -1).cpu().double() for o in (t.sigmoid(), y > 0.5))
+        self.sums = self.sums + torch.stack(
+            [y.sum(0), (1 - y).sum(0), (p * y).sum(0), (p * (1 - y)).sum(0), p.pow(2).sum(0)]
+        )
         self.n_labels += len(y)
 
     def add_numbers(self, t, y):
         """For each output: squared error, sum of the targets, sum of their squares."""
-        t,y = (o.reshape(len(o), -1).cpu().double() for o in (t, y))
-        self.sums = self.sums + torch.stack([(t-y).pow(2).sum(0), y.sum(0), y.pow(2).sum(0)])
+        t, y = (o.reshape(len(o), -1).cpu().double() for o in (t, y))
+        self.sums = self.sums + torch.stack([(t - y).pow(2).sum(0), y.sum(0), y.pow(2).sum(0)])
         self.n_labels += len(y)
 
     # results
 
-    def items(self, who): return torch.cat(self.scores[who]) if self.scores[who] else torch.zeros(0)
+    def items(self, who):
+        return torch.cat(self.scores[who]) if self.scores[who] else torch.zeros(0)
 
-    def variance(self): return (self.sums[2]/self.n_labels - (self.sums[1]/self.n_labels)**2).mean().item()
+    def variance(self):
+        return (self.sums[2] / self.n_labels - (self.sums[1] / self.n_labels) ** 2).mean().item()
 
     @property
     def constant(self):
         """Score of the best constant prediction."""
-        if self.task.kind == 'regression': return -self.variance()
-        if self.task.kind == 'softmax': return (self.sums[0].max()/self.sums[0].sum()).item()
-        return (self.sums[:2].amax(0)/self.sums[:2].sum(0)).mean().item()
+        if self.task.kind == 'regression':
+            return -self.variance()
+        if self.task.kind == 'softmax':
+            return (self.sums[0].max() / self.sums[0].sum()).item()
+        return (self.sums[:2].amax(0) / self.sums[:2].sum(0)).mean().item()
 
-    def above(
-        self, a, b,
-        least:float=SLIGHT,
-        sure:float=SURE
-    ):
+    def above(self, a, b, least: float = SLIGHT, sure: float = SURE):
         """Are the scores `a` above the scores `b`, by more than chance explains for so few items?
 
         Args:
@@ -129,9 +147,10 @@ class Tally:
             least: Of the way from the constant prediction to a perfect one.
             sure: p-value.
         """
-        if len(a) < FEW: return False
-        way = (0. if self.task.kind == 'regression' else 1.) - self.constant
-        return (a-b).double().mean().item()/max(way, 1e-9) > least and p_above(a, b) < sure
+        if len(a) < FEW:
+            return False
+        way = (0.0 if self.task.kind == 'regression' else 1.0) - self.constant
+        return (a - b).double().mean().item() / max(way, 1e-9) > least and p_above(a, b) < sure
 
     def above_constant(self, least, sure=SURE):
         "Are the teacher's scores above those of the constant prediction?"
@@ -142,24 +161,34 @@ class Tally:
         predictions had nothing to do with labels, number of classes). Without a relation, the mean
         share is 1 divided by this number.
         """
-        have,hit,said = self.sums[:, self.sums[0] > 0]
-        p = said/self.sums[0].sum()
+        have, hit, said = self.sums[:, self.sums[0] > 0]
+        p = said / self.sums[0].sum()
         # subtle: an item with many positions counts as one, since its positions are alike
-        return (hit/have).mean().item(),(p*(1-p)/have).sum().sqrt().item()/len(have),len(have)
+        return (
+            (hit / have).mean().item(),
+            (p * (1 - p) / have).sum().sqrt().item() / len(have),
+            len(have),
+        )
 
     def knows_classes(self):
         """Do the teacher's predictions tell more about the labels than luck explains? By the mean
         over classes, which is fair to rare ones, or by the mean over items, which is fair to many
         classes with few items each.
         """
-        recall,sd,k = self.recall()
-        if k < 2: return True
-        if (lead := recall - 1/k) <= 0: return False
-        items,there = self.items('teacher'),self.sums[0]
-        if len(items) < FEW: return True
-        if lead > max(SLIGHT*(1 - 1/k), LUCK*sd): return True
-        luck = (there*self.sums[2]).sum().item()/there.sum().item()**2     # of predictions that know no labels
-        return items.mean().item() - luck > SLIGHT*(1-luck) and p_above(items, luck) < KNOWS
+        recall, sd, k = self.recall()
+        if k < 2:
+            return True
+        if (lead := recall - 1 / k) <= 0:
+            return False
+        items, there = self.items('teacher'), self.sums[0]
+        if len(items) < FEW:
+            return True
+        if lead > max(SLIGHT * (1 - 1 / k), LUCK * sd):
+            return True
+        luck = (
+            there * self.sums[2]
+        ).sum().item() / there.sum().item() ** 2  # of predictions that know no labels
+        return items.mean().item() - luck > SLIGHT * (1 - luck) and p_above(items, luck) < KNOWS
 
     def knows_labels(self):
         """(mean probability predicted for labels that an item has, for labels that it does not
@@ -167,12 +196,16 @@ class Tally:
         some items and absent in others.
         """
         have = self.sums[:, (self.sums[:2] > 0).all(0)]
-        if not have.shape[1]: return None
-        n1,n0,p1,p0,squares = have
-        variance = (squares/(n1+n0) - ((p1+p0)/(n1+n0))**2).clamp_min(0)
-        lead,sd = (p1/n1 - p0/n0).mean().item(),(variance*(1/n1 + 1/n0)).sqrt().mean().item()
-        enough = len(self.items('teacher')) < FEW or lead > LUCK*sd
-        return (p1/n1).mean().item(),(p0/n0).mean().item(),lead > 0 and enough
+        if not have.shape[1]:
+            return None
+        n1, n0, p1, p0, squares = have
+        variance = (squares / (n1 + n0) - ((p1 + p0) / (n1 + n0)) ** 2).clamp_min(0)
+        lead, sd = (
+            (p1 / n1 - p0 / n0).mean().item(),
+            (variance * (1 / n1 + 1 / n0)).sqrt().mean().item(),
+        )
+        enough = len(self.items('teacher')) < FEW or lead > LUCK * sd
+        return (p1 / n1).mean().item(), (p0 / n0).mean().item(), lead > 0 and enough
 
     def facts(self):
         """The scores and the probabilities, as numbers."""
@@ -180,16 +213,19 @@ class Tally:
         score = lambda v: None if v is None else -v if self.task.kind == 'regression' else v
         # a softmax over probabilities means nothing
         logits = not (self.between and (self.normed or self.task.kind == 'sigmoid'))
-        train,valid = (mean(self.tops[part]) if logits else None for part in ('train', 'valid'))
+        train, valid = (mean(self.tops[part]) if logits else None for part in ('train', 'valid'))
         n = len(self.items('teacher'))
-        return Facts(METRICS[self.task.kind], n, *(score(mean(self.scores[who])) for who in ('teacher', 'student')),
-                     score(self.constant) if n else None, train, valid)
+        return Facts(
+            METRICS[self.task.kind],
+            n,
+            *(score(mean(self.scores[who])) for who in ('teacher', 'student')),
+            score(self.constant) if n else None,
+            train,
+            valid,
+        )
 
 
-def p_above(
-    a,
-    b
-) -> float:
+def p_above(a, b) -> float:
     """p-value of a mean of `a` above that of `b`, one-sided. Right and wrong predictions are
     counted exactly, by a binomial test; other scores get a t-test.
 
@@ -198,12 +234,21 @@ def p_above(
         b: Of the same items; or a number.
     """
     from scipy import stats
+
     are = lambda o, *values: bool(torch.isin(o, torch.tensor(values, dtype=o.dtype)).all())
-    if not isinstance(b, Tensor) and are(a, 0., 1.):
-        return float(stats.binomtest(int(a.sum()), len(a), min(max(b, 0.), 1.), alternative='greater').pvalue)
+    if not isinstance(b, Tensor) and are(a, 0.0, 1.0):
+        return float(
+            stats.binomtest(
+                int(a.sum()), len(a), min(max(b, 0.0), 1.0), alternative='greater'
+            ).pvalue
+        )
     d = a.double() - b
-    if isinstance(b, Tensor) and are(d, -1., 0., 1.):
-        more,less = int((d > 0).sum()),int((d < 0).sum())
-        return float(stats.binomtest(more, more + less, alternative='greater').pvalue) if more + less else 1.
-    mean,sd = d.mean().item(),d.std().item()
-    return float(stats.t.sf(mean/sd*len(d)**.5, len(d)-1)) if sd else float(mean <= 0)
+    if isinstance(b, Tensor) and are(d, -1.0, 0.0, 1.0):
+        more, less = int((d > 0).sum()), int((d < 0).sum())
+        return (
+            float(stats.binomtest(more, more + less, alternative='greater').pvalue)
+            if more + less
+            else 1.0
+        )
+    mean, sd = d.mean().item(), d.std().item()
+    return float(stats.t.sf(mean / sd * len(d) ** 0.5, len(d) - 1)) if sd else float(mean <= 0)

@@ -1,9 +1,12 @@
 """Are the teacher's classes in another order than the student's? Their names show it, or a
 confusion table.
 """
+
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
 from .findings import Finding, few_names
 
 __all__ = ['ClassMap', 'map_classes', 'reordered_classes']
@@ -21,17 +24,15 @@ class ClassMap:
         extra: Classes that only the teacher has.
         shared: Classes that both have, in the student's order.
     """
-    same:bool
-    order:list|None
-    missing:list
-    extra:list
-    shared:list
+
+    same: bool
+    order: list | None
+    missing: list
+    extra: list
+    shared: list
 
 
-def map_classes(
-    student,
-    teacher
-) -> ClassMap|None:
+def map_classes(student, teacher) -> ClassMap | None:
     """Compare the classes of two models and their order; None if one of the two has no names.
 
     Args:
@@ -39,19 +40,24 @@ def map_classes(
             none.
         teacher: Names of the teacher's classes.
     """
-    if student is None or teacher is None: return None
-    student,teacher = list(map(str, student)),list(map(str, teacher))
-    missing,extra = [c for c in student if c not in teacher],[c for c in teacher if c not in student]
+    if student is None or teacher is None:
+        return None
+    student, teacher = list(map(str, student)), list(map(str, teacher))
+    missing, extra = (
+        [c for c in student if c not in teacher],
+        [c for c in teacher if c not in student],
+    )
     same = student == teacher
-    return ClassMap(same, None if same or missing else [teacher.index(c) for c in student], missing, extra,
-                    [c for c in student if c in teacher])
+    return ClassMap(
+        same,
+        None if same or missing else [teacher.index(c) for c in student],
+        missing,
+        extra,
+        [c for c in student if c in teacher],
+    )
 
 
-def reordered_classes(
-    tally,
-    teacher,
-    names=None
-):
+def reordered_classes(tally, teacher, names=None):
     """(accuracy in the new order, finding), if the teacher recognizes far more with its outputs in
     another order.
 
@@ -59,49 +65,68 @@ def reordered_classes(
         tally: Of the teacher's predictions.
         names: Of the student's classes.
     """
-    if tally.confusion is None: return
+    if tally.confusion is None:
+        return
     table = tally.confusion.sum(0)
-    order,n,k = best_order(table),table.sum().item(),len(table)
-    moved = [i for i,o in enumerate(order) if i != o]
-    before,after = table.trace().item()/n,hits(table, order).sum().item()/n
+    order, n, k = best_order(table), table.sum().item(), len(table)
+    moved = [i for i, o in enumerate(order) if i != o]
+    before, after = table.trace().item() / n, hits(table, order).sum().item() / n
     # the new accuracy must be at least halfway from chance to a perfect prediction
-    if not moved or after < (1+1/k)/2 or not holds_elsewhere(tally.confusion): return
+    if not moved or after < (1 + 1 / k) / 2 or not holds_elsewhere(tally.confusion):
+        return
     select = order if teacher.select is None else [teacher.select[o] for o in order]
     unseen = sum(not table[i].any() for i in moved)
-    guess = f" ({unseen} of them have no item here, so their place is a guess: pass a larger n=)" if unseen else ''
+    guess = (
+        f' ({unseen} of them have no item here, so their place is a guess: pass a larger n=)'
+        if unseen
+        else ''
+    )
     words = moves_in_words(order, moved, names)
-    yield after,Finding('error', f"The teacher has the classes in another order: {words}{guess}. In the student's "
-                        f"order its accuracy is {before:.3f}, in this one {after:.3f}",
-                        f"Put its classes in the student's order: Teacher(model, select={select})",
-                        about='order of classes')
+    yield (
+        after,
+        Finding(
+            'error',
+            f"The teacher has the classes in another order: {words}{guess}. In the student's "
+            f'order its accuracy is {before:.3f}, in this one {after:.3f}',
+            f"Put its classes in the student's order: Teacher(model, select={select})",
+            about='order of classes',
+        ),
+    )
 
 
-def best_order(table:Tensor):
+def best_order(table: Tensor):
     """The output for each class with which as many items as possible are recognized."""
     from scipy.optimize import linear_sum_assignment
+
     # subtle: each class gets one more item in the present order, so that classes without items keep their place
     return linear_sum_assignment((table + torch.eye(len(table))).numpy(), maximize=True)[1].tolist()
 
 
-def hits(table, order): return table[torch.arange(len(order)), torch.tensor(order)]
+def hits(table, order):
+    return table[torch.arange(len(order)), torch.tensor(order)]
 
 
 def holds_elsewhere(halves):
     """Does the order found in one half of the items recognize far more of the other half than the
     present order?
     """
-    now = then = 0.
-    for suggests,shows in (halves, halves.flip(0)):
+    now = then = 0.0
+    for suggests, shows in (halves, halves.flip(0)):
         order = best_order(suggests)
         moved = torch.tensor(order) != torch.arange(len(order))
         now += shows.diagonal()[moved].sum().item()
         then += hits(shows, order)[moved].sum().item()
-    return then > 2*now and then - now > 3*(then + now)**.5
+    return then > 2 * now and then - now > 3 * (then + now) ** 0.5
 
 
 def moves_in_words(order, moved, names):
     """Which classes are swapped; in a longer cycle, which output is which class."""
-    name = lambda i: repr(str(names[i])) if names is not None and len(names) == len(order) else f'class {i}'
+    name = lambda i: (
+        repr(str(names[i])) if names is not None and len(names) == len(order) else f'class {i}'
+    )
     if all(order[order[i]] == i for i in moved):
-        return few_names([f'{name(i)} and {name(order[i])}' for i in moved if i < order[i]], 5) + ' are swapped'
+        return (
+            few_names([f'{name(i)} and {name(order[i])}' for i in moved if i < order[i]], 5)
+            + ' are swapped'
+        )
     return few_names([f'{name(i)} is its output {order[i]}' for i in moved], 5)

@@ -1,26 +1,31 @@
 """Why a student that was trained is no better: what it took over from its teacher, and what stood
 in the way.
 """
+
 from dataclasses import dataclass, field
+
 import torch
-from torch import Tensor
 import torch.nn.functional as F
+from torch import Tensor
+
 from ..base.class_mapping import taught_part
 from ..base.outputs import DistillError
 from ..base.task import fit_labels
+from .batch_scores import FEW, METRICS, Tally
 from .findings import Finding, Findings, numbers_in_words
 from .forward import guarded_random_state, student_logits, teacher_logits
 from .scores import CERTAIN
 from .shapes import mismatches
-from .batch_scores import FEW, METRICS, Tally
 
 __all__ = ['Explanation', 'explain_training']
 
-FOLLOWS = .5 # a student that took over less than this of its teacher's predictions did not follow it
-GAP = .2 # more of it taken over on training items than on others: it learned its training items by heart
-REPEATS = .7 # of the teacher's mistakes that the student makes too
-FEW_STEPS = 1000 # of a training
-LITTLE = .1 # of the gradient, for the labels
+FOLLOWS = (
+    0.5  # a student that took over less than this of its teacher's predictions did not follow it
+)
+GAP = 0.2  # more of it taken over on training items than on others: it learned its training items by heart
+REPEATS = 0.7  # of the teacher's mistakes that the student makes too
+FEW_STEPS = 1000  # of a training
+LITTLE = 0.1  # of the gradient, for the labels
 
 
 class Follow:
@@ -30,40 +35,56 @@ class Follow:
     where it is surer than the teacher and wrong. `same` is the share of predictions with the
     teacher's class.
     """
+
     def __init__(self, task):
-        self.task,self.n,self.apart,self.own,self.sums,self.squares = task,0,0.,0.,0.,0.
+        self.task, self.n, self.apart, self.own, self.sums, self.squares = (
+            task,
+            0,
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+        )
         self.n_same = self.n_classes = 0
 
     def add(self, s, t):
-        s,t = (o.double() for o in (s, t))
+        s, t = (o.double() for o in (s, t))
         if self.task.kind == 'softmax':
             axis = self.task.axis % s.dim()
-            s,t = (o.movedim(axis, -1).flatten(0, -2).log_softmax(-1) for o in (s, t))
+            s, t = (o.movedim(axis, -1).flatten(0, -2).log_softmax(-1) for o in (s, t))
         elif self.task.kind == 'sigmoid':
-            s,t = (torch.stack([o, -o], -1).flatten(1, -2) for o in (s, t))
-            s,t = (F.logsigmoid(o) for o in (s, t))
-        else: s,t = (o.reshape(len(o), -1) for o in (s, t))
+            s, t = (torch.stack([o, -o], -1).flatten(1, -2) for o in (s, t))
+            s, t = (F.logsigmoid(o) for o in (s, t))
+        else:
+            s, t = (o.reshape(len(o), -1) for o in (s, t))
         self.n += len(t)
         if self.task.kind == 'regression':
-            self.apart += (s-t).pow(2).sum().item()
-            self.sums,self.squares = self.sums + t.sum(0),self.squares + t.pow(2).sum(0)
+            self.apart += (s - t).pow(2).sum().item()
+            self.sums, self.squares = self.sums + t.sum(0), self.squares + t.pow(2).sum(0)
         else:
-            p,equal = t.exp(),s.argmax(-1) == t.argmax(-1)
-            self.n_same,self.n_classes = self.n_same + equal.sum().item(),self.n_classes + equal.numel()
-            self.apart += torch.where(p > 0, p*(t-s), 0.).sum().item()
-            self.own += torch.where(p > 0, p*t, 0.).sum().item()
+            p, equal = t.exp(), s.argmax(-1) == t.argmax(-1)
+            self.n_same, self.n_classes = (
+                self.n_same + equal.sum().item(),
+                self.n_classes + equal.numel(),
+            )
+            self.apart += torch.where(p > 0, p * (t - s), 0.0).sum().item()
+            self.own += torch.where(p > 0, p * t, 0.0).sum().item()
             self.sums = self.sums + p.sum(0)
 
     @property
-    def same(self): return self.n_same/self.n_classes if self.n_classes else None
+    def same(self):
+        return self.n_same / self.n_classes if self.n_classes else None
 
     @property
     def value(self):
-        if not self.n: return None
-        mean = self.sums/self.n
-        if self.task.kind == 'regression': most = (self.squares/self.n - mean**2).sum().item()
-        else: most = self.own/self.n - torch.where(mean > 0, mean*mean.log(), 0.).sum().item()
-        return 1 - self.apart/self.n/most if most > 1e-9 else None
+        if not self.n:
+            return None
+        mean = self.sums / self.n
+        if self.task.kind == 'regression':
+            most = (self.squares / self.n - mean**2).sum().item()
+        else:
+            most = self.own / self.n - torch.where(mean > 0, mean * mean.log(), 0.0).sum().item()
+        return 1 - self.apart / self.n / most if most > 1e-9 else None
 
 
 @dataclass
@@ -80,43 +101,44 @@ class Explanation:
         shares: Of the gradient, at the first batch.
         same_train: Share of predictions with the teacher's class; None for numbers.
     """
-    metric:str
-    n:int=0
-    teacher_score:float|None=None
-    student_score:float|None=None
-    teacher_score_train:float|None=None
-    follows_train:float|None=None
-    follows_valid:float|None=None
-    repeats:float|None=None
-    top_prob_train:float|None=None
-    steps:int|None=None
-    shares:dict=field(default_factory=dict)
-    same_train:float|None=None
-    same_valid:float|None=None
+
+    metric: str
+    n: int = 0
+    teacher_score: float | None = None
+    student_score: float | None = None
+    teacher_score_train: float | None = None
+    follows_train: float | None = None
+    follows_valid: float | None = None
+    repeats: float | None = None
+    top_prob_train: float | None = None
+    steps: int | None = None
+    shares: dict = field(default_factory=dict)
+    same_train: float | None = None
+    same_valid: float | None = None
 
     def lines(self):
         """In words: a line about the scores, a line about what the student took over."""
         if self.n and self.student_score is not None:
-            yield (f"{self.metric} on {self.n} validation items: "
-                   f"{numbers_in_words(dict(teacher=self.teacher_score, student=self.student_score))}")
+            yield (
+                f'{self.metric} on {self.n} validation items: '
+                f'{numbers_in_words(dict(teacher=self.teacher_score, student=self.student_score))}'
+            )
         what = 'predictions' if self.metric == METRICS['regression'] else 'probabilities'
-        for text,train,valid in ((f"of the teacher's {what}, the student took over", self.follows_train,
-                                  self.follows_valid),
-                                 ("it predicts the teacher's class for", self.same_train, self.same_valid)):
+        for text, train, valid in (
+            (
+                f"of the teacher's {what}, the student took over",
+                self.follows_train,
+                self.follows_valid,
+            ),
+            ("it predicts the teacher's class for", self.same_train, self.same_valid),
+        ):
             found = dict(training=train, validation=valid).items()
-            if found := ', '.join(f'{k} {as_percent(v)}' for k,v in found if v is not None): yield f'{text}: {found}'
+            if found := ', '.join(f'{k} {as_percent(v)}' for k, v in found if v is not None):
+                yield f'{text}: {found}'
 
 
 def explain_training(
-    teacher,
-    task,
-    student,
-    valid,
-    train=(),
-    *,
-    steps:int|None=None,
-    shares=None,
-    output=None
+    teacher, task, student, valid, train=(), *, steps: int | None = None, shares=None, output=None
 ) -> Findings:
     """Findings about a training that helped less than hoped, each with its number and what to try;
     `.facts` has them all.
@@ -131,99 +153,162 @@ def explain_training(
         shares: Part -> its share of the gradient, as `Distiller.gradient_shares` has them.
         output: Which of the student's outputs is distilled.
     """
-    tallies,follows,mistakes = (Tally(task), Tally(task)),(Follow(task), Follow(task)),[0., 0.]
+    tallies, follows, mistakes = (
+        (Tally(task), Tally(task)),
+        (Follow(task), Follow(task)),
+        [0.0, 0.0],
+    )
     with guarded_random_state(), teacher:
-        for i,batches in enumerate((valid, train)):
-            for xb,yb in batches:
+        for i, batches in enumerate((valid, train)):
+            for xb, yb in batches:
                 y = yb[0] if len(yb) and isinstance(yb[0], Tensor) else None
-                t,s = teacher_logits(teacher, xb),student_logits(student, xb, output)
-                s,y = taught_part(s, y, teacher.known_classes, task)
-                if wrong := Findings(mismatches(s.shape, t.shape, y, task)): return wrong
+                t, s = teacher_logits(teacher, xb), student_logits(student, xb, output)
+                s, y = taught_part(s, y, teacher.known_classes, task)
+                if wrong := Findings(mismatches(s.shape, t.shape, y, task)):
+                    return wrong
                 y = None if y is None else fit_labels(y, t.shape, task)
                 tallies[i].add(t, y, s)
                 follows[i].add(s, t)
-                if i == 0 and y is not None and task.kind == 'softmax': add_mistakes(mistakes, s, t, y, task)
-    if not follows[0].n: raise DistillError("There are no validation items to compare student and teacher on.")
-    f,other = tallies[0].facts(),tallies[1].facts()
-    facts = Explanation(METRICS[task.kind], f.n, f.teacher_score, f.student_score, other.teacher_score,
-                        follows[1].value, follows[0].value, mistakes[1]/mistakes[0] if mistakes[0] >= FEW else None,
-                        other.top_prob_valid, steps, dict(shares or {}), follows[1].same, follows[0].same)
+                if i == 0 and y is not None and task.kind == 'softmax':
+                    add_mistakes(mistakes, s, t, y, task)
+    if not follows[0].n:
+        raise DistillError('There are no validation items to compare student and teacher on.')
+    f, other = tallies[0].facts(), tallies[1].facts()
+    facts = Explanation(
+        METRICS[task.kind],
+        f.n,
+        f.teacher_score,
+        f.student_score,
+        other.teacher_score,
+        follows[1].value,
+        follows[0].value,
+        mistakes[1] / mistakes[0] if mistakes[0] >= FEW else None,
+        other.top_prob_valid,
+        steps,
+        dict(shares or {}),
+        follows[1].same,
+        follows[0].same,
+    )
     found = Findings(reasons(facts, tallies[0]))
-    found.facts,found.none = facts,"Nothing found that stood in the teacher's way."
+    found.facts, found.none = facts, "Nothing found that stood in the teacher's way."
     return found
 
 
 def add_mistakes(counts, s, t, y, task):
     """Count the teacher's mistakes, and those that the student makes too."""
-    s,t = s.argmax(task.axis),t.argmax(task.axis)
+    s, t = s.argmax(task.axis), t.argmax(task.axis)
     wrong = (t != y) & (y != task.ignore_index)
     counts[0] += wrong.sum().item()
     counts[1] += (wrong & (s == t)).sum().item()
 
 
-def as_percent(v): return f'{max(v, 0.):.0%}' if v > -.005 else 'less than 0%'
+def as_percent(v):
+    return f'{max(v, 0.0):.0%}' if v > -0.005 else 'less than 0%'
 
 
-def reasons(
-    f:Explanation,
-    valid:Tally
-):
+def reasons(f: Explanation, valid: Tally):
     """What the numbers say, the likeliest reason first.
 
     Args:
         valid: Of the validation set.
     """
-    score = f"{f.metric} {f.teacher_score:.3f} and {f.student_score:.3f}, on {f.n} validation items" if f.n else ''
-    if f.n: yield from no_better(score, valid.items('teacher'), valid.items('student'), valid)
+    score = (
+        f'{f.metric} {f.teacher_score:.3f} and {f.student_score:.3f}, on {f.n} validation items'
+        if f.n
+        else ''
+    )
+    if f.n:
+        yield from no_better(score, valid.items('teacher'), valid.items('student'), valid)
     yield from does_not_follow(f)
     yield from other_view(f)
-    if f.top_prob_train is not None and f.top_prob_train > CERTAIN and f.metric == METRICS['softmax']:
-        yield Finding('note', "The teacher is nearly certain of the training items: its mean top probability is "
-                      f"{f.top_prob_train:.3f}, so that it adds little to the labels",
-                      "A higher T, stronger augmentation, or items that it did not learn from make it softer")
+    if (
+        f.top_prob_train is not None
+        and f.top_prob_train > CERTAIN
+        and f.metric == METRICS['softmax']
+    ):
+        yield Finding(
+            'note',
+            'The teacher is nearly certain of the training items: its mean top probability is '
+            f'{f.top_prob_train:.3f}, so that it adds little to the labels',
+            'A higher T, stronger augmentation, or items that it did not learn from make it softer',
+        )
     if f.repeats is not None and f.repeats > REPEATS:
-        yield Finding('note', f"The student repeats {as_percent(f.repeats)} of the teacher's mistakes",
-                      "Give the labels more weight, or the teacher a smaller share")
+        yield Finding(
+            'note',
+            f"The student repeats {as_percent(f.repeats)} of the teacher's mistakes",
+            'Give the labels more weight, or the teacher a smaller share',
+        )
     if 'task' in f.shares and f.shares['task'] < LITTLE:
-        yield Finding('note', f"The labels had {as_percent(f.shares['task'])} of the gradient at the first batch",
-                      "A smaller share, alpha or T leaves them more")
+        yield Finding(
+            'note',
+            f'The labels had {as_percent(f.shares["task"])} of the gradient at the first batch',
+            'A smaller share, alpha or T leaves them more',
+        )
     if f.steps is not None and f.steps < FEW_STEPS:
-        yield Finding('note', f"The training had {f.steps} steps: many recipes show their gain after some thousands",
-                      "Train longer")
+        yield Finding(
+            'note',
+            f'The training had {f.steps} steps: many recipes show their gain after some thousands',
+            'Train longer',
+        )
 
 
 def no_better(score, teacher, student, valid):
     """The teacher has nothing to teach that shows in this score."""
     if len(teacher) < FEW:
-        yield Finding('note', f"Too few items to compare the models ({score}: teacher and student)",
-                      "A larger validation set shows whether the teacher is better")
-    elif valid.above(student, teacher, least=0.):
-        yield Finding('warning', f"The student is better than the teacher ({score}: teacher and student): the labels "
-                      "teach more than it does", "Take a better teacher, or train on the labels alone")
-    elif not valid.above(teacher, student, least=0.):
-        yield Finding('warning', f"The teacher is no better than the student, but for chance ({score}: teacher and "
-                      "student)", "Take a better teacher, or a smaller student, which may become as good")
+        yield Finding(
+            'note',
+            f'Too few items to compare the models ({score}: teacher and student)',
+            'A larger validation set shows whether the teacher is better',
+        )
+    elif valid.above(student, teacher, least=0.0):
+        yield Finding(
+            'warning',
+            f'The student is better than the teacher ({score}: teacher and student): the labels '
+            'teach more than it does',
+            'Take a better teacher, or train on the labels alone',
+        )
+    elif not valid.above(teacher, student, least=0.0):
+        yield Finding(
+            'warning',
+            f'The teacher is no better than the student, but for chance ({score}: teacher and '
+            'student)',
+            'Take a better teacher, or a smaller student, which may become as good',
+        )
 
 
 def does_not_follow(f):
     """The student's predictions are not the teacher's, on training items or on others alone."""
     if f.follows_train is not None and f.follows_train < FOLLOWS:
-        steps = f" after {f.steps} steps" if f.steps else ''
+        steps = f' after {f.steps} steps' if f.steps else ''
         what = 'predictions' if f.same_train is None else 'probabilities'
-        same = '' if f.same_train is None else f", and predicts its class for {as_percent(f.same_train)} of them"
-        yield Finding('warning', f"The student does not follow the teacher even on training items: it took over "
-                      f"{as_percent(f.follows_train)} of the teacher's {what}{same}{steps}",
-                      "Train longer first; then take a larger student, or give the teacher a larger share")
+        same = (
+            ''
+            if f.same_train is None
+            else f', and predicts its class for {as_percent(f.same_train)} of them'
+        )
+        yield Finding(
+            'warning',
+            f'The student does not follow the teacher even on training items: it took over '
+            f"{as_percent(f.follows_train)} of the teacher's {what}{same}{steps}",
+            'Train longer first; then take a larger student, or give the teacher a larger share',
+        )
     elif None not in (f.follows_train, f.follows_valid) and f.follows_train - f.follows_valid > GAP:
-        yield Finding('warning', "The student follows the teacher on training items "
-                      f"({as_percent(f.follows_train)}), and less on others ({as_percent(f.follows_valid)})",
-                      "More inputs help: items without labels, stronger augmentation, MixUp")
+        yield Finding(
+            'warning',
+            'The student follows the teacher on training items '
+            f'({as_percent(f.follows_train)}), and less on others ({as_percent(f.follows_valid)})',
+            'More inputs help: items without labels, stronger augmentation, MixUp',
+        )
 
 
 def other_view(f):
     """The teacher gets inputs that are changed more than it was trained for."""
-    if not f.n or f.teacher_score_train is None or f.metric == METRICS['regression']: return
-    if f.teacher_score - f.teacher_score_train > .1:
-        yield Finding('warning', "The teacher predicts worse on training items as they are augmented "
-                      f"({f.metric} {f.teacher_score_train:.3f}) than on validation items ({f.teacher_score:.3f})",
-                      "Augment less, or as the teacher was trained. Does it get its own image size?")
+    if not f.n or f.teacher_score_train is None or f.metric == METRICS['regression']:
+        return
+    if f.teacher_score - f.teacher_score_train > 0.1:
+        yield Finding(
+            'warning',
+            'The teacher predicts worse on training items as they are augmented '
+            f'({f.metric} {f.teacher_score_train:.3f}) than on validation items ({f.teacher_score:.3f})',
+            'Augment less, or as the teacher was trained. Does it get its own image size?',
+        )

@@ -1,13 +1,16 @@
 "The doctor's report: findings, and the facts that it measured."
+
 import warnings
 from dataclasses import dataclass, replace
-from ..base.outputs import DistillError, DistillWarning
+
 from ..base.distributed import rank
+from ..base.outputs import DistillError, DistillWarning
 
 __all__ = ['Facts', 'Finding', 'Findings', 'few_names', 'numbers_in_words']
 
 
-def few_names(names, n): return ', '.join(map(str, names[:n])) + (' ...' if len(names) > n else '')
+def few_names(names, n):
+    return ', '.join(map(str, names[:n])) + (' ...' if len(names) > n else '')
 
 
 @dataclass
@@ -21,13 +24,15 @@ class Finding:
         doubt: Does it speak against learning much from this teacher?
         about: What was checked, in a word or two.
     """
-    level:str
-    what:str
-    do:str
-    doubt:bool=False
-    about:str=''
 
-    def __str__(self): return f"{self.level}: {self.what}. {self.do}"
+    level: str
+    what: str
+    do: str
+    doubt: bool = False
+    about: str = ''
+
+    def __str__(self):
+        return f'{self.level}: {self.what}. {self.do}'
 
 
 @dataclass
@@ -43,19 +48,26 @@ class Facts:
         top_prob_train: The teacher's mean top probability on training batches, augmented.
         top_prob_valid: The same on validation batches.
     """
-    metric:str
-    n:int=0
-    teacher_score:float|None=None
-    student_score:float|None=None
-    constant_score:float|None=None
-    top_prob_train:float|None=None
-    top_prob_valid:float|None=None
+
+    metric: str
+    n: int = 0
+    teacher_score: float | None = None
+    student_score: float | None = None
+    constant_score: float | None = None
+    top_prob_train: float | None = None
+    top_prob_valid: float | None = None
 
     @property
     def scores(self):
         """The scores as text; empty if there are none."""
-        scores = dict(teacher=self.teacher_score, student=self.student_score, constant=self.constant_score)
-        return f"{self.metric} on {self.n} validation items: {numbers_in_words(scores)}" if self.n else ''
+        scores = dict(
+            teacher=self.teacher_score, student=self.student_score, constant=self.constant_score
+        )
+        return (
+            f'{self.metric} on {self.n} validation items: {numbers_in_words(scores)}'
+            if self.n
+            else ''
+        )
 
     @property
     def probabilities(self):
@@ -70,26 +82,23 @@ class Facts:
 
 def numbers_in_words(values):
     number = lambda v: f'{v:.3f}' if v < 10 else f'{v:.4g}'
-    return ', '.join(f'{k} {number(v)}' for k,v in values.items() if v is not None)
+    return ', '.join(f'{k} {number(v)}' for k, v in values.items() if v is not None)
 
 
 class Findings(list):
     """The doctor's findings: a list, empty if nothing is wrong. `facts` are its measurements,
     `in_order` are the checks that found nothing.
     """
-    facts:Facts|None = None # None: an error was found before anything could be measured
-    passed:tuple = () # of what was checked and looked right, see `in_order`
-    none = 'Nothing found: the teacher fits.' # the text of an empty list
+
+    facts: Facts | None = None  # None: an error was found before anything could be measured
+    passed: tuple = ()  # of what was checked and looked right, see `in_order`
+    none = 'Nothing found: the teacher fits.'  # the text of an empty list
 
     def __repr__(self):
         facts = [] if self.facts is None else self.facts.lines()
         return '\n'.join([*facts, *(map(str, self) if self else [self.none])])
 
-    def add(
-        self, about:str,
-        found=(),
-        fine:str=''
-    ) -> list:
+    def add(self, about: str, found=(), fine: str = '') -> list:
         """Add the findings of a check, which are returned too.
 
         Args:
@@ -99,19 +108,18 @@ class Findings(list):
         """
         new = [f if f.about else replace(f, about=about) for f in found]
         self += new
-        if fine and not new: self.passed = *self.passed,Finding('ok', fine, '', about=about)
+        if fine and not new:
+            self.passed = *self.passed, Finding('ok', fine, '', about=about)
         return new
 
-    def join(
-        self, others
-    ):
+    def join(self, others):
         """Add all that another check found and measured.
 
         Args:
             others: `Findings` of later checks.
         """
         self += others
-        self.passed,self.facts = (*self.passed, *others.passed),others.facts
+        self.passed, self.facts = (*self.passed, *others.passed), others.facts
         return self
 
     @property
@@ -128,21 +136,22 @@ class Findings(list):
         return next((f.what for f in self if f.doubt or f.level in ('warning', 'error')), '')
 
     @property
-    def errors(self): return [f for f in self if f.level == 'error']
+    def errors(self):
+        return [f for f in self if f.level == 'error']
 
-    def enforce(
-        self,
-        facts:bool=True
-    ):
+    def enforce(self, facts: bool = True):
         """Print the facts and the notes, warn about the warnings, raise the errors.
 
         Args:
             facts: Print them too.
         """
-        if facts and self.facts is not None and rank() == 0: print('fastdistill:', '; '.join(self.facts.lines()))
+        if facts and self.facts is not None and rank() == 0:
+            print('fastdistill:', '; '.join(self.facts.lines()))
         for f in self:
-            if f.level == 'note' and rank() == 0: print(f'fastdistill: {f.what}. {f.do}')
-            if f.level == 'warning': warnings.warn(f'{f.what}. {f.do}', DistillWarning, stacklevel=2)
+            if f.level == 'note' and rank() == 0:
+                print(f'fastdistill: {f.what}. {f.do}')
+            if f.level == 'warning':
+                warnings.warn(f'{f.what}. {f.do}', DistillWarning, stacklevel=2)
         if self.errors:
             head = 'Mistakes were found before training (check=False trains anyway):'
             raise DistillError('\n'.join([head, *[f'- {f.what}. {f.do}' for f in self.errors]]))

@@ -1,11 +1,14 @@
 "Run student and teacher on one batch without changing them."
+
 from contextlib import contextmanager
+
 import torch
+
+from ..base.outputs import Outputs
+from ..base.seeds import RandomGuard
 from ..features.calls import arguments
 from ..features.layer_names import unwrap
 from ..features.probe import dry_run
-from ..base.outputs import Outputs
-from ..base.seeds import RandomGuard
 
 __all__ = ['guarded_random_state', 'run_student', 'student_logits', 'teacher_logits']
 
@@ -14,21 +17,18 @@ __all__ = ['guarded_random_state', 'run_student', 'student_logits', 'teacher_log
 def guarded_random_state():
     """Restore the global generators of Python, NumPy and PyTorch, also those of GPUs, at the end."""
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with RandomGuard(), torch.random.fork_rng(gpus): yield
+    with RandomGuard(), torch.random.fork_rng(gpus):
+        yield
 
 
 def run_student(student, x):
     """The student's raw outputs for inputs `x`, as in a training step."""
     student = unwrap(student)
-    args,kwargs = arguments(student, x)
+    args, kwargs = arguments(student, x)
     return student(*args, **kwargs)
 
 
-def student_logits(
-    student,
-    x,
-    output=None
-):
+def student_logits(student, x, output=None):
     """The student's logits, in evaluation mode. The student does not change.
 
     Args:

@@ -1,28 +1,30 @@
 """Does the teacher get images in another normalization than in its training? The usual
 normalizations are tried.
 """
+
 import torch
 from torch import Tensor
+
+from ..base.task import fit_labels
 from ..teachers.images import affine, is_image, stats_of
 from ..teachers.teacher import Teacher
-from ..base.task import fit_labels
+from .batch_scores import METRICS
 from .findings import Finding
 from .forward import teacher_logits
-from .batch_scores import METRICS
 
 __all__ = ['renormalized_images']
 
 # in words -> as `Teacher` takes them, as a user writes them
-USUAL = {'numbers from 0 to 1': ((0., 1.), '(0, 1)'), 'mean 0.5 and std 0.5': ((.5, .5), '(.5, .5)'),
-         "ImageNet's mean and std": ('imagenet', "'imagenet'"), 'numbers from 0 to 255': ((0., 1/255), '(0, 1/255)')}
-ENOUGH = .9 # of the way from a constant prediction to a perfect one: such a teacher gets the right images
+USUAL = {
+    'numbers from 0 to 1': ((0.0, 1.0), '(0, 1)'),
+    'mean 0.5 and std 0.5': ((0.5, 0.5), '(.5, .5)'),
+    "ImageNet's mean and std": ('imagenet', "'imagenet'"),
+    'numbers from 0 to 255': ((0.0, 1 / 255), '(0, 1/255)'),
+}
+ENOUGH = 0.9  # of the way from a constant prediction to a perfect one: such a teacher gets the right images
 
 
-def renormalized_images(
-    tally,
-    teacher, task,
-    batches
-):
+def renormalized_images(tally, teacher, task, batches):
     """(score with it, finding), if the teacher is clearly better with another usual normalization.
 
     Args:
@@ -30,29 +32,46 @@ def renormalized_images(
         batches: (inputs, labels) of the first validation batches.
     """
     now = tally.items('teacher')
-    if not can_renormalize(teacher, batches) or tally.above_constant(least=ENOUGH): return
-    others = {k: t for k,(stats,_) in USUAL.items() if (t := with_stats(teacher, stats, batches)) is not None}
-    few = {k: scores_with(t, tally, task, batches[:2]) for k,t in others.items()}
+    if not can_renormalize(teacher, batches) or tally.above_constant(least=ENOUGH):
+        return
+    others = {
+        k: t
+        for k, (stats, _) in USUAL.items()
+        if (t := with_stats(teacher, stats, batches)) is not None
+    }
+    few = {k: scores_with(t, tally, task, batches[:2]) for k, t in others.items()}
     best = max(few, key=lambda k: few[k].mean())
-    if few[best].mean() <= now[:len(few[best])].mean(): return
+    if few[best].mean() <= now[: len(few[best])].mean():
+        return
     then = scores_with(others[best], tally, task, batches)
-    now = now[:len(then)]
-    if not tally.above(then, now): return
-    a,b = (abs(o.mean().item()) for o in (now, then))
-    yield then.mean().item(),Finding(
-        'warning', "The teacher seems to have been trained on images in another normalization: "
-        f"{METRICS[task.kind]} {a:.3f} with the images that it gets, {b:.3f} with {best} "
-        f"(on {len(now)} validation items)",
-        f"Pass the normalization of its training: Teacher(model, stats={USUAL[best][1]})", about='normalization')
+    now = now[: len(then)]
+    if not tally.above(then, now):
+        return
+    a, b = (abs(o.mean().item()) for o in (now, then))
+    yield (
+        then.mean().item(),
+        Finding(
+            'warning',
+            'The teacher seems to have been trained on images in another normalization: '
+            f'{METRICS[task.kind]} {a:.3f} with the images that it gets, {b:.3f} with {best} '
+            f'(on {len(now)} validation items)',
+            f'Pass the normalization of its training: Teacher(model, stats={USUAL[best][1]})',
+            about='normalization',
+        ),
+    )
 
 
-def images_in(x): return [o for o in x if isinstance(o, Tensor) and is_image(o)]
+def images_in(x):
+    return [o for o in x if isinstance(o, Tensor) and is_image(o)]
 
 
 def can_renormalize(teacher, batches):
     """One teacher of color or gray images whose normalization is known."""
-    if teacher.members or teacher.input_stats is None: return False
-    return all(len(o) == 1 and o[0].shape[1] in (1, 3) for o in [images_in(xb) for xb,_ in batches])
+    if teacher.members or teacher.input_stats is None:
+        return False
+    return all(
+        len(o) == 1 and o[0].shape[1] in (1, 3) for o in [images_in(xb) for xb, _ in batches]
+    )
 
 
 def with_stats(teacher, stats, batches):
@@ -60,16 +79,18 @@ def with_stats(teacher, stats, batches):
     is not possible.
     """
     now = teacher.input_stats if teacher.stats is None else teacher.stats
-    image, = images_in(batches[0][0])
-    if len(stats_of(stats)[0]) not in (1, image.shape[1]) or affine(now, stats_of(stats)) is None: return None
+    (image,) = images_in(batches[0][0])
+    if len(stats_of(stats)[0]) not in (1, image.shape[1]) or affine(now, stats_of(stats)) is None:
+        return None
     return Teacher(teacher, stats=stats)
 
 
 def scores_with(teacher, tally, task, batches):
     """(items,) the teacher's score on each item of these batches."""
-    with teacher: outs = [(teacher_logits(teacher, xb).float(), yb[0]) for xb,yb in batches]
+    with teacher:
+        outs = [(teacher_logits(teacher, xb).float(), yb[0]) for xb, yb in batches]
     scores = []
-    for t,y in outs:
+    for t, y in outs:
         y = fit_labels(y, t.shape, task)
         scores.append(tally.item_scores(t, y)[tally.counted(y)])
     return torch.cat(scores)

@@ -1,26 +1,45 @@
 """Checks of a teacher's outputs for a few batches: do they fit the student's, and does the teacher
 know the task?
 """
+
 from dataclasses import replace
 from itertools import chain
+
 import torch
 from torch import Tensor
-from ..base.outputs import map_tensors, tensors_in
+
 from ..base.class_mapping import taught_part
+from ..base.outputs import map_tensors, tensors_in
 from ..base.task import fit_labels
-from .findings import Finding, Findings
-from .recipe import check_recipe
-from .forward import guarded_random_state, student_logits, teacher_logits
-from .scores import hesitant, low_score, saturated
-from .shapes import UnknownId, broadcasts, checked_ids, mismatches, outputs_differ, unknown_id, unscored
 from .batch_scores import Tally
-from .passed_checks import (norms_in_words, norms_of, order_in_words, outputs_in_words, recipe_in_words,
-                            shapes_in_words, steady_in_words, unknown_normalization)
+from .findings import Finding, Findings
+from .forward import guarded_random_state, student_logits, teacher_logits
+from .passed_checks import (
+    norms_in_words,
+    norms_of,
+    order_in_words,
+    outputs_in_words,
+    recipe_in_words,
+    shapes_in_words,
+    steady_in_words,
+    unknown_normalization,
+)
+from .recipe import check_recipe
+from .scores import hesitant, low_score, saturated
+from .shapes import (
+    UnknownId,
+    broadcasts,
+    checked_ids,
+    mismatches,
+    outputs_differ,
+    unknown_id,
+    unscored,
+)
 
 __all__ = ['BATCHES', 'any_outputs', 'check_batch', 'check_outputs', 'single_teachers']
 
-BATCHES = 8 # of the validation set, on which the teacher is scored; a quarter as many of the training set are read
-KEPT = 4 # batches that are stored to run the teacher on them again
+BATCHES = 8  # of the validation set, on which the teacher is scored; a quarter as many of the training set are read
+KEPT = 4  # batches that are stored to run the teacher on them again
 
 
 def check_outputs(
@@ -33,7 +52,7 @@ def check_outputs(
     recipe=None,
     names=None,
     output=None,
-    place=None
+    place=None,
 ) -> Findings:
     """Findings about the teacher's outputs for a few batches. `.facts` are the scores of both
     models and of a constant.
@@ -50,32 +69,49 @@ def check_outputs(
         place: fn(inputs, logits, targets) -> the targets, each where it is predicted; None:
             there they are.
     """
-    found,tally,kept,t = Findings(),Tally(task),[],None
+    found, tally, kept, t = Findings(), Tally(task), [], None
     with guarded_random_state(), teacher:
-        for training,xb,yb in chain(((False, *b) for b in batches), ((True, *b) for b in train)):
+        for training, xb, yb in chain(((False, *b) for b in batches), ((True, *b) for b in train)):
             first = t is None
             try:
-                with checked_ids(teacher): t = teacher_logits(teacher, xb)
-            except UnknownId as e: return refused('inputs', [unknown_id(e)])
-            s = student_logits(student, xb, output) if student is not None and (first or not training) else None
-            if place is not None and not training: yb = place(xb, t if s is None else s, yb)
+                with checked_ids(teacher):
+                    t = teacher_logits(teacher, xb)
+            except UnknownId as e:
+                return refused('inputs', [unknown_id(e)])
+            s = (
+                student_logits(student, xb, output)
+                if student is not None and (first or not training)
+                else None
+            )
+            if place is not None and not training:
+                yb = place(xb, t if s is None else s, yb)
             y = yb[0] if len(yb) and isinstance(yb[0], Tensor) else None
             # a teacher without a head, or with other classes
             if first and any_outputs(recipe) and s is not None and s.shape != t.shape:
-                return Findings([*unsteady(teacher, xb, t), *check_recipe(recipe, student, teacher, xb, None)])
-            s,y = taught_part(s, y, teacher.known_classes, task)
-            if mistakes := refused('shapes', mismatches(None if s is None else s.shape, t.shape, y, task)):
+                return Findings(
+                    [*unsteady(teacher, xb, t), *check_recipe(recipe, student, teacher, xb, None)]
+                )
+            s, y = taught_part(s, y, teacher.known_classes, task)
+            if mistakes := refused(
+                'shapes', mismatches(None if s is None else s.shape, t.shape, y, task)
+            ):
                 return mistakes
             if first:
                 shapes = shapes_in_words(None if s is None else s.shape, t.shape, y)
                 found.add('shapes', unscored(t.shape, y, task), shapes)
                 found.add('steadiness', unsteady(teacher, xb, t), steady_in_words(teacher))
-            if training: tally.add_probabilities(t.float(), 'train')
-            else: tally.add(t, None if y is None else fit_labels(y, t.shape, task), s)
-            if not training and len(kept) < KEPT: kept.append((xb, yb))
-        if t is None: return found
+            if training:
+                tally.add_probabilities(t.float(), 'train')
+            else:
+                tally.add(t, None if y is None else fit_labels(y, t.shape, task), s)
+            if not training and len(kept) < KEPT:
+                kept.append((xb, yb))
+        if t is None:
+            return found
         n_classes = t.shape[task.axis] if task.kind == 'softmax' else None
-        found.add('recipe', check_recipe(recipe, student, teacher, xb, n_classes), recipe_in_words(recipe))
+        found.add(
+            'recipe', check_recipe(recipe, student, teacher, xb, n_classes), recipe_in_words(recipe)
+        )
         new = found.add('statistics', untrained(teacher), norms_in_words(teacher))
         found.add('outputs', probabilities(tally, task), outputs_in_words(tally))
         if not found.errors:
@@ -85,7 +121,8 @@ def check_outputs(
                 found.add('order of classes', (), order_in_words(tally))
                 found.add('normalization', (), unknown_normalization(teacher, kept))
     found.facts = facts = tally.facts()
-    if not any(f.doubt for f in found): found.add('score', (), facts.scores)
+    if not any(f.doubt for f in found):
+        found.add('score', (), facts.scores)
     notes_only = all(f.level == 'note' for f in found)
     certain = [*saturated(facts, task), *hesitant(tally)] if notes_only else ()
     found.add('certainty', certain, facts.probabilities)
@@ -107,12 +144,7 @@ def any_outputs(recipe):
     return recipe is not None and all(t.layers is not None or t.match != 'shape' for t in terms)
 
 
-def check_batch(
-    s,
-    t,
-    y,
-    task
-) -> Findings:
+def check_batch(s, t, y, task) -> Findings:
     """Outputs that would broadcast, a class axis or labels that do not fit, and probabilities in
     place of logits.
 
@@ -122,12 +154,18 @@ def check_batch(
         y: Labels; None: there are none.
         task: What the student predicts.
     """
-    if s is None: return Findings()
+    if s is None:
+        return Findings()
     # subtle: outputs that differ and do not broadcast are left to the losses; one of the user's own may compare some of
     # the classes
-    mistakes = [] if t is None or not broadcasts(s.shape, t.shape) else [outputs_differ(s.shape, t.shape, y, task)]
+    mistakes = (
+        []
+        if t is None or not broadcasts(s.shape, t.shape)
+        else [outputs_differ(s.shape, t.shape, y, task)]
+    )
     mistakes = Findings(filter(None, [*mistakes, *mismatches(None, s.shape, y, task)]))
-    if mistakes or t is None: return mistakes
+    if mistakes or t is None:
+        return mistakes
     tally = Tally(task)
     tally.add_probabilities(t.float(), 'train')
     return Findings(probabilities(tally, task))
@@ -140,41 +178,69 @@ def single_teachers(teacher):
 
 def unsteady(teacher, xb, t):
     """Outputs that change from call to call, or with the other samples of the batch."""
-    if teacher.mode == 'train' or teacher.combine == 'sample': return       # the user asked for it
+    if teacher.mode == 'train' or teacher.combine == 'sample':
+        return  # the user asked for it
+
     def near(a, b):
-        largest = b.nan_to_num(0, 0, 0).abs().max().item()      # logits of excluded classes may be -inf
-        return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=.05*largest, equal_nan=True)
+        largest = b.nan_to_num(0, 0, 0).abs().max().item()  # logits of excluded classes may be -inf
+        return a.shape == b.shape and torch.allclose(
+            a, b, rtol=0, atol=0.05 * largest, equal_nan=True
+        )
+
     # modules inside a function can't be set to evaluation mode from here
     function = any(o.module is None and o.path is None for o in single_teachers(teacher))
     parts = list(tensors_in(xb))
-    can_cut = function and not teacher.reads_items and len(t) > 1 and parts and all(
-        o.dim() and len(o) == len(t) for o in parts)
-    if not near(teacher_logits(teacher, xb), t): why = "differ from call to call for the same batch (is dropout on?)"
+    can_cut = (
+        function
+        and not teacher.reads_items
+        and len(t) > 1
+        and parts
+        and all(o.dim() and len(o) == len(t) for o in parts)
+    )
+    if not near(teacher_logits(teacher, xb), t):
+        why = 'differ from call to call for the same batch (is dropout on?)'
     elif can_cut and not near(teacher_logits(teacher, map_tensors(xb, lambda o: o[:-1])), t[:-1]):
-        why = "for a sample depend on the other samples of its batch (is batch-norm in training mode?)"
-    else: return
-    yield Finding('warning', f"The teacher's outputs {why}",
-                  "Modules are set to evaluation mode for you. Call eval() on modules inside a function of your own")
+        why = 'for a sample depend on the other samples of its batch (is batch-norm in training mode?)'
+    else:
+        return
+    yield Finding(
+        'warning',
+        f"The teacher's outputs {why}",
+        'Modules are set to evaluation mode for you. Call eval() on modules inside a function of your own',
+    )
 
 
 def untrained(teacher):
     norms = norms_of(teacher)
     if norms and all((m.running_mean == 0).all() and (m.running_var == 1).all() for m in norms):
-        yield Finding('warning', "The teacher's batch-norm statistics are those of a new model: it seems to be "
-                      "untrained",
-                      "Load its weights before distilling")
+        yield Finding(
+            'warning',
+            "The teacher's batch-norm statistics are those of a new model: it seems to be "
+            'untrained',
+            'Load its weights before distilling',
+        )
 
 
 def probabilities(tally, task):
     """Values that no student can learn from, and probabilities instead of logits."""
     if not tally.finite:
-        yield Finding('error', "The teacher's outputs are nan or infinite, and so would be the student's weights",
-                      "Are its inputs finite? Does it overflow in half precision?")
-    if not tally.between: return
+        yield Finding(
+            'error',
+            "The teacher's outputs are nan or infinite, and so would be the student's weights",
+            'Are its inputs finite? Does it overflow in half precision?',
+        )
+    if not tally.between:
+        return
     if task.kind == 'softmax' and tally.normed:
-        yield Finding('error', "The teacher's outputs are probabilities (each row sums to 1). A softmax over them "
-                      "would be nearly flat",
-                      "Say so: Teacher(model, outputs='probs'). Or give the outputs before softmax")
+        yield Finding(
+            'error',
+            "The teacher's outputs are probabilities (each row sums to 1). A softmax over them "
+            'would be nearly flat',
+            "Say so: Teacher(model, outputs='probs'). Or give the outputs before softmax",
+        )
     if task.kind == 'sigmoid':
-        yield Finding('warning', "All of the teacher's outputs are between 0 and 1: they seem to be probabilities",
-                      "Say so: Teacher(model, outputs='probs', kind='sigmoid'). Or give the outputs before the sigmoid")
+        yield Finding(
+            'warning',
+            "All of the teacher's outputs are between 0 and 1: they seem to be probabilities",
+            "Say so: Teacher(model, outputs='probs', kind='sigmoid'). Or give the outputs before the sigmoid",
+        )

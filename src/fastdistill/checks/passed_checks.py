@@ -1,17 +1,27 @@
 "What the checks that found nothing looked at, in words, with their numbers."
+
 from torch.nn.modules.batchnorm import _BatchNorm
+
 from .class_order import best_order, hits
 from .normalization import can_renormalize
 
-__all__ = ['norms_in_words', 'norms_of', 'order_in_words', 'outputs_in_words', 'recipe_in_words', 'shapes_in_words',
-           'steady_in_words', 'unknown_normalization']
+__all__ = [
+    'norms_in_words',
+    'norms_of',
+    'order_in_words',
+    'outputs_in_words',
+    'recipe_in_words',
+    'shapes_in_words',
+    'steady_in_words',
+    'unknown_normalization',
+]
 
 
 def shapes_in_words(s, t, y):
     """Shapes of the student's outputs, the teacher's, and the labels; None: unknown."""
     labels = None if y is None else tuple(y.shape)
     shapes = dict(student=s and tuple(s), teacher=tuple(t), labels=labels)
-    return ', '.join(f'{k} {v}' for k,v in shapes.items() if v is not None)
+    return ', '.join(f'{k} {v}' for k, v in shapes.items() if v is not None)
 
 
 def steady_in_words(teacher):
@@ -21,7 +31,12 @@ def steady_in_words(teacher):
 
 def norms_of(teacher):
     """The batch-norms of a teacher that have statistics."""
-    return [m for mod in teacher.modules for m in mod.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    return [
+        m
+        for mod in teacher.modules
+        for m in mod.modules()
+        if isinstance(m, _BatchNorm) and m.track_running_stats
+    ]
 
 
 def norms_in_words(teacher):
@@ -31,23 +46,33 @@ def norms_in_words(teacher):
 
 def recipe_in_words(recipe):
     names = [t.name for t in getattr(recipe, 'terms', [] if recipe is None else [recipe])]
-    return f"{', '.join(names)}: each has a meaning for these outputs and trains something" if names else ''
+    return (
+        f'{", ".join(names)}: each has a meaning for these outputs and trains something'
+        if names
+        else ''
+    )
 
 
 def outputs_in_words(tally):
-    if tally.task.kind == 'regression': return 'finite numbers'
+    if tally.task.kind == 'regression':
+        return 'finite numbers'
     return 'finite, and logits, not probabilities'
 
 
 def order_in_words(tally):
     """The accuracy in the best order of the teacher's outputs beside that in their own."""
-    if tally.confusion is None: return ''
+    if tally.confusion is None:
+        return ''
     table = tally.confusion.sum(0)
-    n,best = table.sum().item(),hits(table, best_order(table)).sum().item()
-    return f'accuracy {table.trace().item()/n:.3f} in this order of {len(table)} classes, {best/n:.3f} in the best one'
+    n, best = table.sum().item(), hits(table, best_order(table)).sum().item()
+    here = table.trace().item() / n
+    return (
+        f'accuracy {here:.3f} in this order of {len(table)} classes, {best / n:.3f} in the best one'
+    )
 
 
 def unknown_normalization(teacher, batches):
     """Of a teacher that does not tell its own."""
-    if teacher.stats is not None or not can_renormalize(teacher, batches): return ''
+    if teacher.stats is not None or not can_renormalize(teacher, batches):
+        return ''
     return "the teacher's is unknown; no usual one scores clearly better than the student's"

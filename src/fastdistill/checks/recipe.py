@@ -1,6 +1,9 @@
 "Mistakes in a recipe for two models: losses that need more classes, layers that are not trained."
+
 from functools import partial
+
 import torch
+
 from ..features.layer_pairs import pair
 from ..features.probe import untouched
 from ..features.taps import Taps
@@ -11,13 +14,7 @@ from .forward import run_student
 __all__ = ['check_recipe']
 
 
-def check_recipe(
-    recipe,
-    student,
-    teacher,
-    x,
-    n_classes
-):
+def check_recipe(recipe, student, teacher, x, n_classes):
     """Findings about terms that would train nothing, or something meaningless.
 
     Args:
@@ -27,30 +24,44 @@ def check_recipe(
         n_classes: Of a softmax; None if the outputs are no softmax.
     """
     for term in getattr(recipe, 'terms', [] if recipe is None else [recipe]):
-        if term.layers is None and n_classes == 2: yield from two_classes(term)
-        if term.layers is not None and student is not None: yield from frozen_layers(term, student, teacher, x)
+        if term.layers is None and n_classes == 2:
+            yield from two_classes(term)
+        if term.layers is not None and student is not None:
+            yield from frozen_layers(term, student, teacher, x)
 
 
 def two_classes(term):
     fn = term.loss
-    while isinstance(fn, partial): fn = fn.func
-    fn = getattr(fn, 'fn', fn)      # of a loss in module form
-    if fn is response.dist and term.options.get('beta', 1.):
-        why = "the correlation of two probabilities is always 1 or -1, so only their order is compared"
+    while isinstance(fn, partial):
+        fn = fn.func
+    fn = getattr(fn, 'fn', fn)  # of a loss in module form
+    if fn is response.dist and term.options.get('beta', 1.0):
+        why = 'the correlation of two probabilities is always 1 or -1, so only their order is compared'
     elif isinstance(fn, response.Standardized):
-        why = "two standardized logits are always the same two numbers, so only their order is compared"
-    else: return
-    yield Finding('error', f"{term.name} has no meaning for 2 classes: {why}", "Use kd(), or dkd()")
+        why = 'two standardized logits are always the same two numbers, so only their order is compared'
+    else:
+        return
+    yield Finding('error', f'{term.name} has no meaning for 2 classes: {why}', 'Use kd(), or dkd()')
 
 
 def frozen_layers(term, student, teacher, x):
     """Layers without a trained parameter in them or before them: their features do not change."""
-    if all(p.requires_grad for p in student.parameters()): return
-    pairs = pair(student, teacher, x, layers=term.layers, match=term.match, projector=term.projector)
-    with untouched(student), torch.enable_grad(), Taps(student, dict.fromkeys(p.student for p in pairs)) as taps:
+    if all(p.requires_grad for p in student.parameters()):
+        return
+    pairs = pair(
+        student, teacher, x, layers=term.layers, match=term.match, projector=term.projector
+    )
+    with (
+        untouched(student),
+        torch.enable_grad(),
+        Taps(student, dict.fromkeys(p.student for p in pairs)) as taps,
+    ):
         run_student(student, x)
-        frozen = [n for n,o in taps.pop().items() if not o.requires_grad]
+        frozen = [n for n, o in taps.pop().items() if not o.requires_grad]
     if frozen:
-        yield Finding('note', f"{term.name} compares frozen layers of the student ({few_names(frozen, 4)}): no "
-                      "parameter in them or before them is trained, so it trains only its projector, if it has one",
-                      "unfreeze() the student, or give the term later layers")
+        yield Finding(
+            'note',
+            f'{term.name} compares frozen layers of the student ({few_names(frozen, 4)}): no '
+            'parameter in them or before them is trained, so it trains only its projector, if it has one',
+            'unfreeze() the student, or give the term later layers',
+        )

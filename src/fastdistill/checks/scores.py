@@ -1,27 +1,22 @@
 "Why a teacher's score is low, and how certain it is of its own training data."
+
 from torch import nn
+
 from ..base.outputs import tensors_in
+from .batch_scores import FEW, KNOWS, LEADS, SLIGHT
 from .class_order import reordered_classes
 from .findings import Finding
 from .normalization import renormalized_images
-from .batch_scores import FEW, KNOWS, LEADS, SLIGHT
 
 __all__ = ['hesitant', 'low_score', 'saturated']
 
-CERTAIN = .99 # above this mean top probability, soft labels are nearly one-hot
-HESITANT = .2 # of accuracy above the mean top probability
-NOT_APART = .25 # between the mean probabilities of labels that items have, and of the others
-FEWEST = 64 # items that show this
+CERTAIN = 0.99  # above this mean top probability, soft labels are nearly one-hot
+HESITANT = 0.2  # of accuracy above the mean top probability
+NOT_APART = 0.25  # between the mean probabilities of labels that items have, and of the others
+FEWEST = 64  # items that show this
 
 
-def low_score(
-    tally,
-    teacher, task,
-    student,
-    batches,
-    names,
-    trained:bool
-):
+def low_score(tally, teacher, task, student, batches, names, trained: bool):
     """Why the teacher predicts badly: the first explanation that fits, the more precise ones first.
 
     Args:
@@ -31,35 +26,54 @@ def low_score(
         names: Of the student's classes; None: unknown.
         trained: Does the teacher seem trained at all?
     """
-    if not tally.n_labels: return
+    if not tally.n_labels:
+        return
     cures = []
     # an untrained teacher also prefers some output for some class
-    if trained: cures = [*reordered_classes(tally, teacher, names), *renormalized_images(tally, teacher, task, batches)]
+    if trained:
+        cures = [
+            *reordered_classes(tally, teacher, names),
+            *renormalized_images(tally, teacher, task, batches),
+        ]
     # another normalization may look like another order of classes, and vice versa: the better cure counts
-    if cures: yield max(cures, key=lambda o: o[0])[1]
+    if cures:
+        yield max(cures, key=lambda o: o[0])[1]
     else:
-        why = [*other_tokens(tally, teacher, student, batches), *chance(tally), *no_better_than_student(tally)]
+        why = [
+            *other_tokens(tally, teacher, student, batches),
+            *chance(tally),
+            *no_better_than_student(tally),
+        ]
         yield from why[:1]
 
 
 def embedding_rows(modules):
     """Rows of the largest embedding in these modules; None if there is none."""
-    sizes = [m.num_embeddings for o in modules for m in o.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    sizes = [
+        m.num_embeddings
+        for o in modules
+        for m in o.modules()
+        if isinstance(m, (nn.Embedding, nn.EmbeddingBag))
+    ]
     return max(sizes, default=None)
 
 
 def other_tokens(tally, teacher, student, batches):
     """Token ids of another tokenizer are valid, but have another meaning."""
-    t,s = embedding_rows(teacher.modules),None if student is None else embedding_rows([student])
+    t, s = embedding_rows(teacher.modules), None if student is None else embedding_rows([student])
     ids = [o for o in tensors_in(batches[0][0]) if not o.is_floating_point()]
-    if None in (t, s) or t == s or not ids or tally.above_constant(least=0.): return
+    if None in (t, s) or t == s or not ids or tally.above_constant(least=0.0):
+        return
     f = tally.facts()
-    yield Finding('warning', f"The teacher's embedding has {t} rows, the student's {s}. The teacher predicts no better "
-                  f"than a constant ({f.metric} {f.teacher_score:.3f} and {f.constant_score:.3f}, {f.n} items)",
-                  "Are the inputs token ids of another tokenizer? Make the student's data with the teacher's tokenizer")
+    yield Finding(
+        'warning',
+        f"The teacher's embedding has {t} rows, the student's {s}. The teacher predicts no better "
+        f'than a constant ({f.metric} {f.teacher_score:.3f} and {f.constant_score:.3f}, {f.n} items)',
+        "Are the inputs token ids of another tokenizer? Make the student's data with the teacher's tokenizer",
+    )
 
 
-IF_SWAPPED = "Are student and teacher swapped? student.distill(teacher) trains the student. If they are not: "
+IF_SWAPPED = 'Are student and teacher swapped? student.distill(teacher) trains the student. If they are not: '
 
 
 def student_is_better(tally):
@@ -69,83 +83,116 @@ def student_is_better(tally):
 
 
 def no_better_than_student(tally):
-    teacher,student,f = tally.items('teacher'),tally.items('student'),tally.facts()
-    if not len(student) or f.n < FEW: return
-    scores = f"{f.metric} {f.teacher_score:.3f} and {f.student_score:.3f} on {f.n} validation items"
+    teacher, student, f = tally.items('teacher'), tally.items('student'), tally.facts()
+    if not len(student) or f.n < FEW:
+        return
+    scores = f'{f.metric} {f.teacher_score:.3f} and {f.student_score:.3f} on {f.n} validation items'
     if student_is_better(tally):
-        yield Finding('warning', f"The teacher is worse than the student is now: {scores}",
-                      f"{IF_SWAPPED}is it the right teacher, with all its weights, and does it get its own "
-                      "preprocessing?")
-    elif not tally.above(teacher, student, least=0., sure=LEADS):
-        yield Finding('note', f"The teacher is no better than the student is now, but for chance: {scores}",
-                      "Such a teacher has little to teach. More validation items may show a lead")
+        yield Finding(
+            'warning',
+            f'The teacher is worse than the student is now: {scores}',
+            f'{IF_SWAPPED}is it the right teacher, with all its weights, and does it get its own '
+            'preprocessing?',
+        )
+    elif not tally.above(teacher, student, least=0.0, sure=LEADS):
+        yield Finding(
+            'note',
+            f'The teacher is no better than the student is now, but for chance: {scores}',
+            'Such a teacher has little to teach. More validation items may show a lead',
+        )
 
 
 def saturated(facts, task):
-    if facts.top_prob_train is None or facts.top_prob_train <= CERTAIN or task.kind != 'softmax': return
-    beside = '' if facts.top_prob_valid is None else f" (validation: {facts.top_prob_valid:.3f})"
-    yield Finding('note', "The teacher is nearly certain of its training data: its mean top probability there is "
-                  f"{facts.top_prob_train:.3f}{beside}, so its soft labels are nearly one-hot",
-                  "A higher T, stronger augmentation, or data that it was not trained on make them softer")
+    if facts.top_prob_train is None or facts.top_prob_train <= CERTAIN or task.kind != 'softmax':
+        return
+    beside = '' if facts.top_prob_valid is None else f' (validation: {facts.top_prob_valid:.3f})'
+    yield Finding(
+        'note',
+        'The teacher is nearly certain of its training data: its mean top probability there is '
+        f'{facts.top_prob_train:.3f}{beside}, so its soft labels are nearly one-hot',
+        'A higher T, stronger augmentation, or data that it was not trained on make them softer',
+    )
 
 
 def hesitant(tally):
     """A teacher whose soft labels may mislead, as after a training that was stopped early."""
-    kind,f = tally.task.kind,tally.facts()
-    if None in (f.teacher_score, f.top_prob_valid) or f.n < FEWEST: return
+    kind, f = tally.task.kind, tally.facts()
+    if None in (f.teacher_score, f.top_prob_valid) or f.n < FEWEST:
+        return
     if kind == 'softmax' and f.teacher_score - f.top_prob_valid > HESITANT:
-        why = (f"is right for {f.teacher_score:.1%} of {f.n} validation items, but its mean top probability is "
-               f"{f.top_prob_valid:.3f}. It seems to be trained too briefly")
-        do = "Train it longer, or without label smoothing"
+        why = (
+            f'is right for {f.teacher_score:.1%} of {f.n} validation items, but its mean top probability is '
+            f'{f.top_prob_valid:.3f}. It seems to be trained too briefly'
+        )
+        do = 'Train it longer, or without label smoothing'
     elif kind == 'sigmoid' and (p := label_probs(tally))[0] - p[1] < NOT_APART:
-        why = (f"hardly tells labels apart: on {f.n} validation items its mean probability is {p[0]:.3f} for labels "
-               f"that an item has, and {p[1]:.3f} for the others. It was trained too briefly, or these labels are hard "
-               "to predict")
-        do = "Train it longer. If it is as good as these labels allow, pass a recipe"
-    else: return
-    yield Finding('note', f"The teacher {why}. Its soft labels may mislead", do, doubt=True)
+        why = (
+            f'hardly tells labels apart: on {f.n} validation items its mean probability is {p[0]:.3f} for labels '
+            f'that an item has, and {p[1]:.3f} for the others. It was trained too briefly, or these labels are hard '
+            'to predict'
+        )
+        do = 'Train it longer. If it is as good as these labels allow, pass a recipe'
+    else:
+        return
+    yield Finding('note', f'The teacher {why}. Its soft labels may mislead', do, doubt=True)
 
 
 def label_probs(tally):
     """Mean probabilities: of the labels that items have, and of the labels that they do not have."""
-    n_with,n_without,p_with,p_without = tally.sums[:4].sum(1).tolist()
-    return p_with/max(n_with, 1),p_without/max(n_without, 1)
+    n_with, n_without, p_with, p_without = tally.sums[:4].sum(1).tolist()
+    return p_with / max(n_with, 1), p_without / max(n_without, 1)
 
 
 def chance(tally):
     """A teacher that is no better than a constant prediction."""
     # subtle: the measures are fair to a teacher that is badly calibrated, and to rare classes
-    if why := dict(softmax=classes_known, sigmoid=labels_known, regression=numbers_known)[tally.task.kind](tally):
-        way,text = why
-        f,do = tally.facts(),"is it trained, for these labels in this order, and does it get its own preprocessing?"
+    if why := dict(softmax=classes_known, sigmoid=labels_known, regression=numbers_known)[
+        tally.task.kind
+    ](tally):
+        way, text = why
+        f, do = (
+            tally.facts(),
+            'is it trained, for these labels in this order, and does it get its own preprocessing?',
+        )
         if student_is_better(tally):
-            text,do = f"{text}. The student has {f.metric} {f.student_score:.3f} before training",IF_SWAPPED + do
+            text, do = (
+                f'{text}. The student has {f.metric} {f.student_score:.3f} before training',
+                IF_SWAPPED + do,
+            )
         # subtle: a lead that few items do not prove is worth a note, a lead that is too small is worth a warning
-        yield Finding('warning' if way <= SLIGHT else 'note',
-                      f"The teacher is {'no' if way <= 1e-9 else 'hardly'} better than chance: {text}",
-                      f"{do[0].upper()}{do[1:]} teacher.validate() shows")
+        yield Finding(
+            'warning' if way <= SLIGHT else 'note',
+            f'The teacher is {"no" if way <= 1e-9 else "hardly"} better than chance: {text}',
+            f'{do[0].upper()}{do[1:]} teacher.validate() shows',
+        )
 
 
 def classes_known(tally):
-    if tally.knows_classes(): return
-    recall,_,k = tally.recall()
-    return (recall - 1/k)/(1 - 1/k),(
+    if tally.knows_classes():
+        return
+    recall, _, k = tally.recall()
+    return (recall - 1 / k) / (1 - 1 / k), (
         f"on average it recognizes {recall:.1%} of a class's samples ({tally.n_labels} validation labels, {k} "
-        f"classes), a constant prediction {1/k:.1%}")
+        f'classes), a constant prediction {1 / k:.1%}'
+    )
 
 
 def labels_known(tally):
-    with_it,without,known = tally.knows_labels() or (1., 0., True)
-    if known: return
-    return with_it - without,(
-        f"on {tally.n_labels} validation items, the mean probability that it predicts is {with_it:.3f} for labels that "
-        f"an item has, and {without:.3f} for labels that it does not have")
+    with_it, without, known = tally.knows_labels() or (1.0, 0.0, True)
+    if known:
+        return
+    return with_it - without, (
+        f'on {tally.n_labels} validation items, the mean probability that it predicts is {with_it:.3f} for labels that '
+        f'an item has, and {without:.3f} for labels that it does not have'
+    )
 
 
 def numbers_known(tally):
-    error,var = tally.sums[0].mean().item()/tally.n_labels,tally.variance()
+    error, var = tally.sums[0].mean().item() / tally.n_labels, tally.variance()
     few = len(tally.items('teacher')) < FEW and error < var
-    if not var or few or tally.above_constant(SLIGHT, KNOWS): return
-    return 1 - error/var,(
-        f"its squared error on {tally.n_labels} validation items is {error:.4g}, the best constant prediction has "
-        f"{var:.4g}")
+    if not var or few or tally.above_constant(SLIGHT, KNOWS):
+        return
+    return 1 - error / var, (
+        f'its squared error on {tally.n_labels} validation items is {error:.4g}, the best constant prediction has '
+        f'{var:.4g}'
+    )

@@ -1,7 +1,10 @@
 "Mistakes that one batch shows: shapes, a class axis, labels and ids that do not fit."
+
 from contextlib import contextmanager
 from math import prod
+
 from torch import nn
+
 from ..base.task import CLASS_NUMBERS, fit_labels, fitting_axes, float_labels, shape_of_labels
 from .findings import Finding
 
@@ -13,42 +16,50 @@ class UnknownId(Exception):
 
 
 @contextmanager
-def checked_ids(
-    teacher
-):
+def checked_ids(teacher):
     """Embeddings of the teacher check the ids that they get. On a GPU, an unknown id would end the
     process.
 
     Args:
         teacher: A `Teacher`, which runs inside.
     """
-    named = {m: k for k,m in teacher.named_modules().items() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    named = {
+        m: k
+        for k, m in teacher.named_modules().items()
+        if isinstance(m, (nn.Embedding, nn.EmbeddingBag))
+    }
+
     def check(m, args, kwargs):
-        ids,n = args[0] if args else kwargs['input'],m.num_embeddings
+        ids, n = args[0] if args else kwargs['input'], m.num_embeddings
         if ids.numel() and not 0 <= (largest := ids.max().item()) < n:
-            raise UnknownId(f"The inputs have ids up to {largest}, but the teacher's embedding {named[m]} has {n} "
-                            f"rows, 0 to {n-1}")
+            raise UnknownId(
+                f"The inputs have ids up to {largest}, but the teacher's embedding {named[m]} has {n} "
+                f'rows, 0 to {n - 1}'
+            )
+
     handles = [m.register_forward_pre_hook(check, with_kwargs=True) for m in named]
-    try: yield
+    try:
+        yield
     except IndexError as e:
-        if 'index out of range in self' not in str(e): raise     # PyTorch's own lookup, outside of an embedding module
-        raise UnknownId("The inputs have ids that an embedding of the teacher does not have") from e
+        if 'index out of range in self' not in str(e):
+            raise  # PyTorch's own lookup, outside of an embedding module
+        raise UnknownId('The inputs have ids that an embedding of the teacher does not have') from e
     finally:
-        for h in handles: h.remove()
+        for h in handles:
+            h.remove()
 
 
 def unknown_id(error):
-    return Finding('error', f'{error}', "Are these token ids of another tokenizer, or codes of other categories? "
-                   "Make the student's data with the teacher's tokenizer or categories, or give a function that "
-                   "translates: KnowledgeDistillation(lambda x: ...)")
+    return Finding(
+        'error',
+        f'{error}',
+        'Are these token ids of another tokenizer, or codes of other categories? '
+        "Make the student's data with the teacher's tokenizer or categories, or give a function that "
+        'translates: KnowledgeDistillation(lambda x: ...)',
+    )
 
 
-def mismatches(
-    s,
-    t,
-    y,
-    task
-):
+def mismatches(s, t, y, task):
     """Outputs and labels that do not fit each other. Only the first mistake, since others follow
     from it.
 
@@ -57,69 +68,104 @@ def mismatches(
         t: Shape of the teacher's.
         y: The labels; None: there are none.
     """
-    for look in (outputs_differ, axis_missing, one_class, labels_fractional, axis_differs, labels_beyond):
+    for look in (
+        outputs_differ,
+        axis_missing,
+        one_class,
+        labels_fractional,
+        axis_differs,
+        labels_beyond,
+    ):
         if (f := look(s, t, y, task)) is not None:
             yield f
             return
 
 
-def broadcasts(s, t): return len(s) == len(t) and all(a == b or 1 in (a, b) for a,b in zip(s, t))
+def broadcasts(s, t):
+    return len(s) == len(t) and all(a == b or 1 in (a, b) for a, b in zip(s, t))
 
 
 def outputs_differ(s, t, y, task):
-    if s is None or (prod(s) == prod(t) if task.kind == 'regression' else s == t): return
-    return Finding('error', f"The student's output has shape {tuple(s)}, the teacher's {tuple(t)}",
-                   "Both need the same outputs: the same classes (or number of targets), and in dense tasks the same "
-                   "resolution. Teacher(model, select=[...]) selects some of the teacher's classes. A function around "
-                   "the teacher can select or resize: KnowledgeDistillation(lambda x: ...)")
+    if s is None or (prod(s) == prod(t) if task.kind == 'regression' else s == t):
+        return
+    return Finding(
+        'error',
+        f"The student's output has shape {tuple(s)}, the teacher's {tuple(t)}",
+        'Both need the same outputs: the same classes (or number of targets), and in dense tasks the same '
+        "resolution. Teacher(model, select=[...]) selects some of the teacher's classes. A function around "
+        'the teacher can select or resize: KnowledgeDistillation(lambda x: ...)',
+    )
 
 
 def axis_missing(s, t, y, task):
-    if task.kind != 'softmax' or task.axis and -len(t) < task.axis < len(t): return    # axis 0 has the samples
-    return Finding('error', f"Outputs of shape {tuple(t)} have no axis {task.axis} for the classes", axis_to_pass())
+    if task.kind != 'softmax' or task.axis and -len(t) < task.axis < len(t):
+        return  # axis 0 has the samples
+    return Finding(
+        'error',
+        f'Outputs of shape {tuple(t)} have no axis {task.axis} for the classes',
+        axis_to_pass(),
+    )
 
 
 def one_class(s, t, y, task):
-    if task.kind != 'softmax' or t[task.axis] > 1: return
-    return Finding('error', f"The outputs, of shape {tuple(t)}, have 1 class along axis {task.axis}. Its softmax is "
-                   "always 1",
-                   "Is it one label, yes or no? Use BCEWithLogitsLossFlat, or kind='sigmoid'. Is it a number? "
-                   "kind='regression'. Do the classes lie along another axis? Pass axis=")
+    if task.kind != 'softmax' or t[task.axis] > 1:
+        return
+    return Finding(
+        'error',
+        f'The outputs, of shape {tuple(t)}, have 1 class along axis {task.axis}. Its softmax is '
+        'always 1',
+        "Is it one label, yes or no? Use BCEWithLogitsLossFlat, or kind='sigmoid'. Is it a number? "
+        "kind='regression'. Do the classes lie along another axis? Pass axis=",
+    )
 
 
 def labels_fractional(s, t, y, task):
-    if y is None or task.kind != 'softmax' or not y.is_floating_point(): return
+    if y is None or task.kind != 'softmax' or not y.is_floating_point():
+        return
     if y.shape == shape_of_labels(t, task.axis):
         return Finding('error', float_labels(y).removesuffix('.'), CLASS_NUMBERS.removesuffix('.'))
 
 
 def axis_differs(s, t, y, task):
-    if y is None or task.kind != 'softmax' or fit_labels(y, t, task) is not None: return
-    fits = [-1 if i == len(t)-1 else i for i in fitting_axes(y, t)]
+    if y is None or task.kind != 'softmax' or fit_labels(y, t, task) is not None:
+        return
+    fits = [-1 if i == len(t) - 1 else i for i in fitting_axes(y, t)]
     if fits:
-        return Finding('error', f"The outputs, of shape {tuple(t)}, have their classes along axis {task.axis}, but the "
-                       f"labels have shape {tuple(y.shape)}: they fit classes along axis {' or '.join(map(str, fits))}",
-                       axis_to_pass(*fits))
+        return Finding(
+            'error',
+            f'The outputs, of shape {tuple(t)}, have their classes along axis {task.axis}, but the '
+            f'labels have shape {tuple(y.shape)}: they fit classes along axis {" or ".join(map(str, fits))}',
+            axis_to_pass(*fits),
+        )
 
 
 def axis_to_pass(*fits):
     axis = f', axis={fits[0]},' if len(fits) == 1 else ''
-    return (f"Pass the class axis to KnowledgeDistillation, distill, check_teacher or Distiller{axis} or use a loss "
-            "function that has it, as CrossEntropyLossFlat(axis=...)")
+    return (
+        f'Pass the class axis to KnowledgeDistillation, distill, check_teacher or Distiller{axis} or use a loss '
+        'function that has it, as CrossEntropyLossFlat(axis=...)'
+    )
 
 
 def labels_beyond(s, t, y, task):
-    if y is None or task.kind != 'softmax' or y.is_floating_point(): return
-    n,wrong = t[task.axis],y[(y != task.ignore_index) & ((y < 0) | (y >= t[task.axis]))]
+    if y is None or task.kind != 'softmax' or y.is_floating_point():
+        return
+    n, wrong = t[task.axis], y[(y != task.ignore_index) & ((y < 0) | (y >= t[task.axis]))]
     if len(wrong):
-        return Finding('error', f"There is a label {wrong[0].item()}, but the outputs have {n} classes, 0 to {n-1}",
-                       "Give the model as many outputs as there are classes. A label that does not count is the "
-                       "ignore_index of the loss function")
+        return Finding(
+            'error',
+            f'There is a label {wrong[0].item()}, but the outputs have {n} classes, 0 to {n - 1}',
+            'Give the model as many outputs as there are classes. A label that does not count is the '
+            'ignore_index of the loss function',
+        )
 
 
 def unscored(t, y, task):
     """Labels of another shape, which the user's own loss function may accept."""
     if y is not None and fit_labels(y, t, task) is None:
-        yield Finding('note', f"The labels have shape {tuple(y.shape)}, the outputs {tuple(t)}, so the teacher's score "
-                      "cannot be measured",
-                      "If that is a mistake, training will stop with an error of the loss function")
+        yield Finding(
+            'note',
+            f"The labels have shape {tuple(y.shape)}, the outputs {tuple(t)}, so the teacher's score "
+            'cannot be measured',
+            'If that is a mistake, training will stop with an error of the loss function',
+        )

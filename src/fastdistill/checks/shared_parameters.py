@@ -1,29 +1,32 @@
 "Parameters that student and teacher share."
+
 from .findings import Finding, few_names
 
 __all__ = ['none_shared', 'shared_parameters']
 
 
-def shared_parameters(
-    student,
-    teacher
-):
+def shared_parameters(student, teacher):
     """Parameters that the student trains must not be the teacher's.
 
     Args:
         student: Module; None: unknown.
         teacher: A `Teacher`
     """
-    if student is None: return
+    if student is None:
+        return
     ids = teacher.parameters_ids
-    if both := [n for n,p in student.named_parameters() if id(p) in ids]:
-        yield Finding('error', f"Student and teacher share {len(both)} parameters ({few_names(both, 3)}), so the "
-                      "teacher would change with the student",
-                      "Build the student from a copy: copy.deepcopy(teacher)")
+    if both := [n for n, p in student.named_parameters() if id(p) in ids]:
+        yield Finding(
+            'error',
+            f'Student and teacher share {len(both)} parameters ({few_names(both, 3)}), so the '
+            'teacher would change with the student',
+            'Build the student from a copy: copy.deepcopy(teacher)',
+        )
 
 
 def none_shared(student, teacher):
     """What a check that found none shows; empty if there was nothing to compare."""
-    if student is None or not teacher.parameters_ids: return ''
+    if student is None or not teacher.parameters_ids:
+        return ''
     n = sum({id(p): p.numel() for m in teacher.modules for p in m.parameters()}.values())
     return f'{sum(p.numel() for p in student.parameters()):,} of the student, {n:,} of the teacher, none shared'

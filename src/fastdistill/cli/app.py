@@ -1,9 +1,16 @@
 "The `fastdistill` command: its options, and errors in one line instead of a traceback."
-import os, re, sys, time, warnings
+
+import os
+import re
+import sys
+import time
+import warnings
 from typing import Annotated
+
 import typer
 from rich.console import Console
 from rich.markup import escape
+
 from .. import __version__
 from ..base.errors import DistillError, DistillWarning
 from .commands.cache import cache_app
@@ -16,8 +23,12 @@ from .commands.train import train_command
 
 __all__ = ['app', 'main']
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help='Knowledge distillation for fastai and PyTorch: train a small model on what a big one knows.')
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help='Knowledge distillation for fastai and PyTorch: train a small model on what a big one knows.',
+)
 app.add_typer(cache_app, name='cache')
 app.command('train')(train_command)
 app.command()(demo)
@@ -30,70 +41,97 @@ app.command('export')(export_command)
 
 
 def version(asked):
-    if not asked: return
+    if not asked:
+        return
     typer.echo(f'fastdistill {__version__}')
     raise typer.Exit()
 
 
 @app.callback()
 def options(
-    _:Annotated[bool, typer.Option('--version', callback=version, is_eager=True, help='Show the version.')]=False,
-    debug:Annotated[bool, typer.Option('--debug', help='Show the traceback of an error.')]=False # read by `main`
-): pass
+    _: Annotated[
+        bool, typer.Option('--version', callback=version, is_eager=True, help='Show the version.')
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option('--debug', help='Show the traceback of an error.')
+    ] = False,  # read by `main`
+):
+    pass
 
 
 def main():
     """Run the command. Errors and warnings are one line each. After an error the exit code is 2."""
-    console,show_other = Console(stderr=True, highlight=False, soft_wrap=True),warnings.showwarning
+    console, show_other = (
+        Console(stderr=True, highlight=False, soft_wrap=True),
+        warnings.showwarning,
+    )
+
     def show(message, category, *args, **kwargs):
         if issubclass(category, DistillWarning):
-            if number_of_process() == 0: console.print('[yellow]fastdistill:[/]', escape(in_flags(str(message))))
-        else: show_other(message, category, *args, **kwargs)
+            if number_of_process() == 0:
+                console.print('[yellow]fastdistill:[/]', escape(in_flags(str(message))))
+        else:
+            show_other(message, category, *args, **kwargs)
+
     with warnings.catch_warnings():
         warnings.showwarning = show
-        try: app()
+        try:
+            app()
         # a package that is not installed, a path that cannot be read or written
         except (DistillError, ImportError, OSError) as e:
             wait_for_launcher(5 if number_of_process() else 0)
-            if '--debug' in sys.argv: raise
-            if not getattr(e, 'from_first', False): console.print('[red]fastdistill:[/]', escape(in_flags(str(e))))
+            if '--debug' in sys.argv:
+                raise
+            if not getattr(e, 'from_first', False):
+                console.print('[red]fastdistill:[/]', escape(in_flags(str(e))))
             sys.exit(2)
         except Exception:
             wait_for_launcher(10)
             raise
 
 
-def number_of_process(): return int(os.environ.get('RANK', 0))
+def number_of_process():
+    return int(os.environ.get('RANK', 0))
 
 
 def wait_for_launcher(seconds):
     """Several processes end one after the other, and the error of the first to end is the cause.
     The launcher, such as torchrun, ends the others while they wait here.
     """
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1: time.sleep(seconds)
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        time.sleep(seconds)
 
 
-def in_flags(
-    text:str
-):
+def in_flags(text: str):
     """The same message with the command line's flags: `views=8` is `--views 8`, `force=True` is
     `--force`.
 
     Args:
         text: A message of the library, which names Python's arguments.
     """
-    have = {o.lstrip('-').replace('-', '_') for c in commands(typer.main.get_command(app)) for p in c.params
-            for o in p.opts}
+    have = {
+        o.lstrip('-').replace('-', '_')
+        for c in commands(typer.main.get_command(app))
+        for p in c.params
+        for o in p.opts
+    }
+
     def flag(m):
-        name,value = m['name'],m['value'] or ''
-        if name not in have: return m[0]
+        name, value = m['name'], m['value'] or ''
+        if name not in have:
+            return m[0]
         name = name.replace('_', '-')
-        if value == 'True': return f'--{name}'
+        if value == 'True':
+            return f'--{name}'
         return f'--no-{name}' if value == 'False' else f'--{name} {value}'.rstrip()
-    return re.sub(r"(?<![\w.])(?P<name>[a-z_][a-z0-9_]*)=(?P<value>True|False|'[^']*'|[\w.\-]+)?", flag, text)
+
+    return re.sub(
+        r"(?<![\w.])(?P<name>[a-z_][a-z0-9_]*)=(?P<value>True|False|'[^']*'|[\w.\-]+)?", flag, text
+    )
 
 
 def commands(command):
     """A command and all commands below it."""
     yield command
-    for c in getattr(command, 'commands', {}).values(): yield from commands(c)
+    for c in getattr(command, 'commands', {}).values():
+        yield from commands(c)

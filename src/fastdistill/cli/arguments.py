@@ -1,82 +1,125 @@
 """What commands have in common: the models, data and recipes that the user names. Nothing here
 imports PyTorch.
 """
+
 from pathlib import Path
 from typing import Annotated
+
 import typer
+
 from ..base.errors import DistillError
 from .training.config import exported_student
 
-__all__ = ['CacheArg', 'DataArg', 'DataOption', 'ModelsArg', 'NoCheck', 'RecipeText', 'StudentArg', 'TeacherArg',
-           'in_file', 'in_python', 'recipe_names', 'split_name']
+__all__ = [
+    'CacheArg',
+    'DataArg',
+    'DataOption',
+    'ModelsArg',
+    'NoCheck',
+    'RecipeText',
+    'StudentArg',
+    'TeacherArg',
+    'in_file',
+    'in_python',
+    'recipe_names',
+    'split_name',
+]
 
 MODEL = "an exported Learner (.pkl), the folder of a run, or 'file.py:name'"
 
 
-def in_python(name): return '.py:' in name or name.endswith('.py')
+def in_python(name):
+    return '.py:' in name or name.endswith('.py')
 
 
 def in_file(name):
     """(file, name) of 'file.py:name', if there is such a file."""
-    file,_,attr = name.rpartition(':')
+    file, _, attr = name.rpartition(':')
     if not file.endswith('.py') or not attr:
         raise DistillError(f"{name!r}: give a file and a name in it, as in 'train.py:dls'.")
-    if not Path(file).is_file(): raise DistillError(f"There is no file {file!r}.")
-    return file,attr
+    if not Path(file).is_file():
+        raise DistillError(f'There is no file {file!r}.')
+    return file, attr
 
 
 def python_name(name):
     """An argument 'file.py:name'."""
-    if name is not None: in_file(name)
+    if name is not None:
+        in_file(name)
     return name
 
 
 def named_model(name):
     """An argument that names a model; a run's folder becomes the student in it."""
-    if in_python(name): return python_name(name)
+    if in_python(name):
+        return python_name(name)
     file = exported_student(name)
     if not Path(file).is_file() and not Path(file).is_dir():
-        raise DistillError(f"There is no file {file!r}. A model is {MODEL}.")
+        raise DistillError(f'There is no file {file!r}. A model is {MODEL}.')
     return file
 
 
 def named_models(texts):
     """Arguments 'teacher=teacher.pkl'."""
-    return [f'{name}={named_model(what)}' for name,what in map(split_name, texts)]
+    return [f'{name}={named_model(what)}' for name, what in map(split_name, texts)]
 
 
 def split_name(text):
     """('teacher', 'teacher.pkl') of 'teacher=teacher.pkl'."""
-    name,_,what = text.partition('=')
-    if not name or not what: raise DistillError(f"{text!r}: give a name and a model, as in big=teacher.pkl")
-    return name,what
+    name, _, what = text.partition('=')
+    if not name or not what:
+        raise DistillError(f'{text!r}: give a name and a model, as in big=teacher.pkl')
+    return name, what
 
 
 def recipe_names(texts):
     """Recipes as text, or 'file.py:name'."""
     for o in [texts] if isinstance(texts, str) else texts or []:
-        if in_python(o): in_file(o)
+        if in_python(o):
+            in_file(o)
     return texts
 
 
 def existing_cache(path):
-    if '://' not in path and not (Path(path).expanduser()/'manifest.json').is_file():
-        raise DistillError(f"There is no cache at {path} (no manifest.json).")
+    if '://' not in path and not (Path(path).expanduser() / 'manifest.json').is_file():
+        raise DistillError(f'There is no cache at {path} (no manifest.json).')
     return path
 
 
 StudentArg = Annotated[str, typer.Argument(callback=named_model, help=f'A Learner: {MODEL}.')]
-TeacherArg = Annotated[str, typer.Argument(
-    callback=named_model, help=f'{MODEL.capitalize()}; or another file that Teacher takes, such as .onnx or .joblib.')]
-ModelsArg = Annotated[list[str], typer.Argument(
-    callback=named_models, metavar='NAME=MODEL ...',
-    help=f'teacher=teacher.pkl alone=train.py:alone distilled=runs/a ... A model is {MODEL}, or another file that '
-         'Teacher takes.')]
-DataArg = Annotated[str, typer.Argument(callback=python_name,
-                                     help="'file.py:name' of DataLoaders, or of a function that makes them.")]
-DataOption = Annotated[str|None, typer.Option(
-    '--data', callback=python_name,
-    help="'file.py:name' of DataLoaders; default: those of the Learner, or of the run that wrote the model.")]
+TeacherArg = Annotated[
+    str,
+    typer.Argument(
+        callback=named_model,
+        help=f'{MODEL.capitalize()}; or another file that Teacher takes, such as .onnx or .joblib.',
+    ),
+]
+ModelsArg = Annotated[
+    list[str],
+    typer.Argument(
+        callback=named_models,
+        metavar='NAME=MODEL ...',
+        help=f'teacher=teacher.pkl alone=train.py:alone distilled=runs/a ... A model is {MODEL}, or another file that '
+        'Teacher takes.',
+    ),
+]
+DataArg = Annotated[
+    str,
+    typer.Argument(
+        callback=python_name,
+        help="'file.py:name' of DataLoaders, or of a function that makes them.",
+    ),
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        '--data',
+        callback=python_name,
+        help="'file.py:name' of DataLoaders; default: those of the Learner, or of the run that wrote the model.",
+    ),
+]
 RecipeText = "Such as 'kd(T=4, alpha=.9) + at()', or 'file.py:name'"
-CacheArg = Annotated[str, typer.Argument(callback=existing_cache, help='Folder of the cache, or its URL.')]
+CacheArg = Annotated[
+    str, typer.Argument(callback=existing_cache, help='Folder of the cache, or its URL.')
+]
 NoCheck = Annotated[bool, typer.Option('--check/--no-check', help='Look for mistakes first.')]

@@ -1,18 +1,29 @@
 "Objects that the user names on the command line: 'file.py:name'."
-import ast, importlib.util, inspect, sys, traceback
+
+import ast
+import importlib.util
+import inspect
+import sys
+import traceback
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+
 from ..base.errors import DistillError
 from .arguments import in_file, in_python
 
-__all__ = ['dataloaders', 'load_model_with_data', 'load_named_learner', 'load_object', 'load_recipe', 'load_teacher',
-           'of_run']
+__all__ = [
+    'dataloaders',
+    'load_model_with_data',
+    'load_named_learner',
+    'load_object',
+    'load_recipe',
+    'load_teacher',
+    'of_run',
+]
 
 
-def load_teacher(
-    name:str
-):
+def load_teacher(name: str):
     """The object of 'file.py:name'. Any other name is returned, for `Teacher` to load.
 
     Args:
@@ -21,10 +32,7 @@ def load_teacher(
     return load_object(name, called) if in_python(name) else name
 
 
-def load_named_learner(
-    name:str,
-    data:str|None=None
-):
+def load_named_learner(name: str, data: str | None = None):
     """A Learner with data.
 
     Args:
@@ -32,14 +40,18 @@ def load_named_learner(
         data: 'file.py:name' of its DataLoaders; None: its own, or those of its run.
     """
     from .training.exported import learner_in_file
+
     dls = None if data is None else load_object(data, dataloaders)
-    if not in_python(name): return learner_in_file(name, dls)
+    if not in_python(name):
+        return learner_in_file(name, dls)
     learn = load_object(name, learner)
-    if dls is not None: learn.dls = dls
+    if dls is not None:
+        learn.dls = dls
     return learn
 
 
-def of_run(name): return Path(name).suffix == '.pkl' and (Path(name).parent/'config.toml').is_file()
+def of_run(name):
+    return Path(name).suffix == '.pkl' and (Path(name).parent / 'config.toml').is_file()
 
 
 def load_model_with_data(name):
@@ -48,36 +60,42 @@ def load_model_with_data(name):
 
 
 def load_recipe(
-    text:str # as `recipe_from_text` reads it, or 'file.py:name'
+    text: str,  # as `recipe_from_text` reads it, or 'file.py:name'
 ):
     from ..recipes.text import recipe_from_text
+
     return load_object(text, lambda o: o) if in_python(text) else recipe_from_text(text)
 
 
-def load_object(
-    name:str,
-    use
-):
+def load_object(name: str, use):
     """Run a file and return an object from it.
 
     Args:
         name: 'file.py:name'.
         use: fn(object) -> what to return.
     """
-    file,attr = in_file(name)
+    file, attr = in_file(name)
     module = module_of(Path(file).resolve())
     if not hasattr(module, attr):
-        raise DistillError(f"{file} has no {attr!r}. It has: {', '.join(names_in_file(file)) or 'no names'}")
-    with own_mistakes(Path(file).resolve()): return use(getattr(module, attr))
+        raise DistillError(
+            f'{file} has no {attr!r}. It has: {", ".join(names_in_file(file)) or "no names"}'
+        )
+    with own_mistakes(Path(file).resolve()):
+        return use(getattr(module, attr))
 
 
 def names_in_file(file):
     """Public names that a file defines itself, whatever kind of object they are."""
     names = []
     for node in ast.parse(Path(file).read_text()).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): names.append(node.name)
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.append(node.name)
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            names += [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+            names += [
+                n.id
+                for n in ast.walk(node)
+                if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+            ]
     return [n for n in dict.fromkeys(names) if not n.startswith('_')]
 
 
@@ -90,7 +108,8 @@ def module_of(file):
     sys.path.insert(0, str(file.parent))
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     try:
-        with own_mistakes(file): spec.loader.exec_module(module)
+        with own_mistakes(file):
+            spec.loader.exec_module(module)
     except DistillError:
         del sys.modules[name]
         raise
@@ -100,18 +119,24 @@ def module_of(file):
 @contextmanager
 def own_mistakes(file):
     """An error in the user's file is one line, which names the failing line of the file."""
-    try: yield
-    except DistillError: raise
+    try:
+        yield
+    except DistillError:
+        raise
     except Exception as e:
         lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(file)]
         line = getattr(e, 'lineno', None) or (lines[-1] if lines else '?')
-        raise DistillError(f"{file.name} stopped in line {line}: {type(e).__name__}: {e}") from e
+        raise DistillError(f'{file.name} stopped in line {line}: {type(e).__name__}: {e}') from e
 
 
 def called(o):
     """The result of a function without required arguments; any other object unchanged."""
     needs = lambda p: p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    return o() if inspect.isroutine(o) and not any(map(needs, inspect.signature(o).parameters.values())) else o
+    return (
+        o()
+        if inspect.isroutine(o) and not any(map(needs, inspect.signature(o).parameters.values()))
+        else o
+    )
 
 
 def dataloaders(o):
@@ -119,8 +144,10 @@ def dataloaders(o):
     o = called(o)
     o = getattr(o, 'dls', o)
     if not hasattr(o, 'loaders'):
-        raise DistillError(f"A {type(o).__name__} is neither fastai's DataLoaders nor a function without arguments "
-                           "that returns them.")
+        raise DistillError(
+            f"A {type(o).__name__} is neither fastai's DataLoaders nor a function without arguments "
+            'that returns them.'
+        )
     return o
 
 
@@ -128,6 +155,8 @@ def learner(o):
     """A fastai Learner: the object itself, or the result of a function."""
     o = called(o)
     if not hasattr(o, 'distill_find'):
-        raise DistillError(f"A {type(o).__name__} is neither a fastai Learner nor a function without arguments that "
-                           "returns one.")
+        raise DistillError(
+            f'A {type(o).__name__} is neither a fastai Learner nor a function without arguments that '
+            'returns one.'
+        )
     return o

@@ -1,4 +1,5 @@
 "The loss of one batch of student, teacher and recipe."
+
 from ..recipes.recipe_loss import Distilled
 from .distiller import Distiller
 from .heads import Heads

@@ -1,28 +1,35 @@
 """What the faces of other trainers share: a Distiller that is complete before the optimizer,
 projectors, checkpoints.
 """
-from .distiller import Distiller
-from ..features.layer_pairs import inputs
-from ..checks.forward import student_logits
+
 from ..base.distributed import broadcast, on_first, rank
+from ..checks.forward import student_logits
+from ..features.layer_pairs import inputs
+from .distiller import Distiller
 
-__all__ = ['add_parameters', 'check_first', 'complete', 'load_state', 'needs_example', 'reset_gradients', 'takes_part',
-           'training_state']
+__all__ = [
+    'add_parameters',
+    'check_first',
+    'complete',
+    'load_state',
+    'needs_example',
+    'reset_gradients',
+    'takes_part',
+    'training_state',
+]
 
-OLD_STATE = ("fastdistill: this checkpoint is one of an earlier release, without measured gradients, which are "
-             "measured anew")
+OLD_STATE = (
+    'fastdistill: this checkpoint is one of an earlier release, without measured gradients, which are '
+    'measured anew'
+)
 
 
-def needs_example(d:Distiller) -> bool:
+def needs_example(d: Distiller) -> bool:
     "Does it need a batch to choose its recipe, or to build its projectors?"
     return d.chooses or not d.ready
 
 
-def check_first(
-    d:Distiller,
-    batches,
-    **options
-):
+def check_first(d: Distiller, batches, **options):
     """Look for mistakes before training, in the first process, so that all continue or all stop.
 
     Args:
@@ -34,11 +41,7 @@ def check_first(
     found.enforce()
 
 
-def complete(
-    d:Distiller,
-    x,
-    labels:bool=True
-):
+def complete(d: Distiller, x, labels: bool = True):
     """Choose the recipe if none was given, pair layers and build projectors: the same ones in all
     processes.
 
@@ -47,16 +50,15 @@ def complete(
         labels: Do the batches have labels?
     """
     x = inputs(x)
-    if d.chooses: d.choose(student_logits(d.student, x, d.output), x, labels)
-    if d.ready: return
+    if d.chooses:
+        d.choose(student_logits(d.student, x, d.output), x, labels)
+    if d.ready:
+        return
     d.setup(*x)
     broadcast(d.links.state_dict().values())
 
 
-def takes_part(
-    d:Distiller,
-    progress:float|None
-) -> bool:
+def takes_part(d: Distiller, progress: float | None) -> bool:
     """Does distillation change the loss at this point? Else the trainer trains bit for bit as
     without it.
 
@@ -66,10 +68,7 @@ def takes_part(
     return bool(d.active_terms(progress)) or d.recipe.task_at(progress) != 1
 
 
-def add_parameters(
-    optimizer,
-    d:Distiller
-):
+def add_parameters(optimizer, d: Distiller):
     """Let the student's optimizer train the projectors too. They join its first group, since a
     scheduler that exists knows the present groups.
 
@@ -80,27 +79,27 @@ def add_parameters(
     optimizer.param_groups[0]['params'] += [p for p in d.own_parameters() if id(p) not in have]
 
 
-def reset_gradients(d:Distiller):
-    for p in d.own_parameters(): p.grad = None
+def reset_gradients(d: Distiller):
+    for p in d.own_parameters():
+        p.grad = None
 
 
-def training_state(d:Distiller) -> dict:
+def training_state(d: Distiller) -> dict:
     """What a checkpoint of the student and its optimizer lacks: projectors, the chosen recipe, and
     measured gradients.
     """
     return dict(links=d.links.state_dict(), distiller=d.get_extra_state())
 
 
-def load_state(
-    d:Distiller,
-    state:dict
-):
+def load_state(d: Distiller, state: dict):
     """Continue from a checkpoint.
 
     Args:
         d: Complete.
         state: As `training_state` gives it.
     """
-    if 'distiller' in state: d.set_extra_state(state['distiller'])
-    elif rank() == 0: print(OLD_STATE)
+    if 'distiller' in state:
+        d.set_extra_state(state['distiller'])
+    elif rank() == 0:
+        print(OLD_STATE)
     d.links.load_state_dict(state['links'])

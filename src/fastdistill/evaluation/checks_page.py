@@ -1,21 +1,23 @@
 """What was checked before a training, as a table: a mark, what was found with its number, and what
 to do.
 """
-import io, shutil
+
+import io
+import shutil
+
 from .page import rendered
 from .text import escaped
 
 __all__ = ['checks_as_text', 'html_of_checks', 'print_checks']
 
-LEVEL_MARKS = dict(ok='✓', note='i', warning='!', error='✗') # level -> mark; other rows are measurements, and have none
+LEVEL_MARKS = dict(
+    ok='✓', note='i', warning='!', error='✗'
+)  # level -> mark; other rows are measurements, and have none
 LEVEL_STYLES = dict(ok='green', note='cyan', warning='yellow', error='red')
-LEVEL_CLASSES = dict(ok='good', warning='even', error='bad') # of the page's style
+LEVEL_CLASSES = dict(ok='good', warning='even', error='bad')  # of the page's style
 
 
-def print_checks(
-    check,
-    console=None
-):
+def print_checks(check, console=None):
     """The table in a terminal.
 
     Args:
@@ -24,13 +26,25 @@ def print_checks(
     """
     from rich.console import Console
     from rich.table import Table
-    table = Table(title=escaped(check.title), show_header=False, box=None, title_justify='left', title_style='bold',
-                  padding=(0, 2, 0, 0))
-    for options in (dict(no_wrap=True), dict(no_wrap=True), {}): table.add_column(**options)
+
+    table = Table(
+        title=escaped(check.title),
+        show_header=False,
+        box=None,
+        title_justify='left',
+        title_style='bold',
+        padding=(0, 2, 0, 0),
+    )
+    for options in (dict(no_wrap=True), dict(no_wrap=True), {}):
+        table.add_column(**options)
     for r in check.rows():
         color = LEVEL_STYLES.get(r.level, '')
         do = f'\n[dim]→ {escaped(r.do)}[/]' if r.do else ''
-        table.add_row(f'[{color}]{LEVEL_MARKS[r.level]}[/]' if color else '', escaped(r.about), escaped(r.what) + do)
+        table.add_row(
+            f'[{color}]{LEVEL_MARKS[r.level]}[/]' if color else '',
+            escaped(r.about),
+            escaped(r.what) + do,
+        )
     console = console or Console()
     console.print(table, highlight=False)
     console.print(escaped(check.verdict), style='bold', highlight=False)
@@ -39,14 +53,28 @@ def print_checks(
 def checks_as_text(check) -> str:
     """The table without colors, as wide as the terminal."""
     from rich.console import Console
+
     out = io.StringIO()
     # subtle: in a notebook, rich would display the table instead of writing it
-    print_checks(check, Console(file=out, width=shutil.get_terminal_size().columns, color_system=None,
-                                force_jupyter=False))
+    print_checks(
+        check,
+        Console(
+            file=out,
+            width=shutil.get_terminal_size().columns,
+            color_system=None,
+            force_jupyter=False,
+        ),
+    )
     return '\n'.join(line.rstrip() for line in out.getvalue().splitlines())
 
 
 def html_of_checks(check) -> str:
     """The table for a notebook."""
-    return rendered('checks.html', title=check.title, rows=check.rows(), verdict=check.verdict, marks=LEVEL_MARKS,
-                    colors=LEVEL_CLASSES)
+    return rendered(
+        'checks.html',
+        title=check.title,
+        rows=check.rows(),
+        verdict=check.verdict,
+        marks=LEVEL_MARKS,
+        colors=LEVEL_CLASSES,
+    )

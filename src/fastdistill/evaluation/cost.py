@@ -1,19 +1,24 @@
 "What a model costs: parameters, multiply-accumulates, bytes, peak memory and time."
-import time, warnings, weakref
+
+import time
+import warnings
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
+
 import numpy as np
 import torch
 from torch.backends import cudnn, mkldnn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+
 from ..base.outputs import tensors_in
-from .data import Cost, Latency
 from ..teachers.items import items_at, items_in, with_items
+from .data import Cost, Latency
 
 __all__ = ['batch_of', 'cost_of', 'latencies', 'wait_for', 'weights_of_teacher']
 
-SECONDS,LEAST_RUNS,MOST_RUNS = .5,20,1000 # of each measurement of time; runs in it
+SECONDS, LEAST_RUNS, MOST_RUNS = 0.5, 20, 1000  # of each measurement of time; runs in it
 
 
 def cost_of(
@@ -29,9 +34,11 @@ def cost_of(
     n_params = sum({id(p): p.numel() for m in teacher.modules for p in m.parameters()}.values())
     weights = weights_of_teacher(teacher)
     out = Cost(n_params or None, bytes=file_size(teacher) or weights or None)
-    if not teacher.modules: return out
-    with FlopCounterMode(display=False) as counter, unfused(): fresh_run(teacher, batch_of(x, 1))
-    out.macs = counter.get_total_flops()//2 or None
+    if not teacher.modules:
+        return out
+    with FlopCounterMode(display=False) as counter, unfused():
+        fresh_run(teacher, batch_of(x, 1))
+    out.macs = counter.get_total_flops() // 2 or None
     out.memory = weights + peak_memory(teacher, x)
     return out
 
@@ -39,7 +46,7 @@ def cost_of(
 def weights_of_teacher(teacher) -> int:
     """Bytes of the parameters and buffers of a teacher's modules, each once."""
     own = {id(t): t for m in teacher.modules for t in [*m.parameters(), *m.buffers()]}.values()
-    return sum(t.numel()*t.element_size() for t in own)
+    return sum(t.numel() * t.element_size() for t in own)
 
 
 @contextmanager
@@ -48,8 +55,9 @@ def unfused():
     they are otherwise.
     """
     with warnings.catch_warnings(), cudnn.flags(enabled=False):
-        warnings.filterwarnings('ignore', 'TF32 acceleration')      # PyTorch's, about its own default
-        with mkldnn.flags(enabled=False): yield
+        warnings.filterwarnings('ignore', 'TF32 acceleration')  # PyTorch's, about its own default
+        with mkldnn.flags(enabled=False):
+            yield
 
 
 def fresh_run(teacher, x):
@@ -63,10 +71,7 @@ def file_size(teacher):
     return sum(Path(p).stat().st_size for p in paths) if all(paths) else 0
 
 
-def batch_of(
-    x,
-    n:int
-) -> tuple:
+def batch_of(x, n: int) -> tuple:
     """The first `n` samples of a batch.
 
     Args:
@@ -74,32 +79,42 @@ def batch_of(
         n: Samples, repeated if there are fewer.
     """
     items = items_in(x)
-    if items is not None: items = items_at(items, [i % len(items) for i in range(n)])
+    if items is not None:
+        items = items_at(items, [i % len(items) for i in range(n)])
+
     def fit(t):
-        if isinstance(t, torch.Tensor): return t.repeat(-(-n//len(t)), *[1]*(t.dim()-1))[:n]
-        if isinstance(t, dict): return {k: fit(v) for k,v in t.items()}
+        if isinstance(t, torch.Tensor):
+            return t.repeat(-(-n // len(t)), *[1] * (t.dim() - 1))[:n]
+        if isinstance(t, dict):
+            return {k: fit(v) for k, v in t.items()}
         return type(t)(map(fit, t)) if isinstance(t, (tuple, list)) else t
+
     return with_items(tuple(map(fit, x)), items)
 
 
 class Peak(TorchDispatchMode):
     """The most bytes of tensors that are alive at once, of those that are made inside."""
+
     def __init__(self):
         super().__init__()
-        self.now,self.most,self.alive = 0,0,set()
+        self.now, self.most, self.alive = 0, 0, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         # an argument that is new was there before, as the weights
-        for t in tensors_in((args, kwargs)): self._count(t, False)
+        for t in tensors_in((args, kwargs)):
+            self._count(t, False)
         out = func(*args, **(kwargs or {}))
-        for t in tensors_in(out): self._count(t, True)
+        for t in tensors_in(out):
+            self._count(t, True)
         return out
 
     def _count(self, t, made_here):
-        if t.layout != torch.strided or t.is_meta: return
+        if t.layout != torch.strided or t.is_meta:
+            return
         storage = t.untyped_storage()
-        key,size = storage._cdata,storage.nbytes()*made_here
-        if key in self.alive: return
+        key, size = storage._cdata, storage.nbytes() * made_here
+        if key in self.alive:
+            return
         self.alive.add(key)
         self.now += size
         self.most = max(self.most, self.now)
@@ -118,17 +133,12 @@ def peak_memory(teacher, x):
         before = torch.cuda.memory_allocated(device)
         fresh_run(teacher, x)
         return torch.cuda.max_memory_allocated(device) - before
-    with Peak() as peak: fresh_run(teacher, x)
+    with Peak() as peak:
+        fresh_run(teacher, x)
     return peak.most
 
 
-def latencies(
-    teachers:dict,
-    x,
-    sizes,
-    seconds:float=SECONDS,
-    tick=lambda: None
-) -> dict:
+def latencies(teachers: dict, x, sizes, seconds: float = SECONDS, tick=lambda: None) -> dict:
     """Name -> `Latency` for each size. The models take turns, so that whatever else the machine
     does hits all of them.
 
@@ -142,21 +152,23 @@ def latencies(
     out = {k: [] for k in teachers}
     for n in sizes:
         xn = batch_of(x, n)
-        calls = {k: bare_call(t, xn) for k,t in teachers.items()}
+        calls = {k: bare_call(t, xn) for k, t in teachers.items()}
         times = timed_in_turns(calls, seconds, wait_for(xn), tick)
-        for k,ts in times.items():
-            p50,p95 = np.percentile(ts, (50, 95))*1000
+        for k, ts in times.items():
+            p50, p95 = np.percentile(ts, (50, 95)) * 1000
             out[k].append(Latency(n, float(p50), float(p95), len(ts)))
     return out
 
 
 def bare_call(teacher, x):
     """The model's own forward pass on prepared inputs, without the checks of a `Teacher`."""
-    fresh_run(teacher, x)      # the model is where it runs, and in its mode
-    if teacher.members: return lambda: teacher(*x)
+    fresh_run(teacher, x)  # the model is where it runs, and in its mode
+    if teacher.members:
+        return lambda: teacher(*x)
     device = next((t.device for t in tensors_in(x)), torch.device('cpu'))
-    args,kwargs = teacher._prepare(x, {}, device)
-    if teacher._speed is not None: return lambda: teacher._speed.run(args, kwargs, (), None)
+    args, kwargs = teacher._prepare(x, {}, device)
+    if teacher._speed is not None:
+        return lambda: teacher._speed.run(args, kwargs, (), None)
     run = getattr(teacher.model, 'anew', teacher.model)
     return lambda: run(*args, **kwargs)
 
@@ -172,16 +184,22 @@ def timed_in_turns(calls, seconds, wait, tick):
     """Name -> seconds of each run."""
     ts = {k: [] for k in calls}
     for call in calls.values():
-        for _ in range(5): call()     # warm-up
+        for _ in range(5):
+            call()  # warm-up
+
     def once(call):
         wait()
         start = time.perf_counter()
         call()
         wait()
-        return time.perf_counter()-start
-    def done(k): return len(ts[k]) >= MOST_RUNS or (len(ts[k]) >= LEAST_RUNS and sum(ts[k]) >= seconds)
+        return time.perf_counter() - start
+
+    def done(k):
+        return len(ts[k]) >= MOST_RUNS or (len(ts[k]) >= LEAST_RUNS and sum(ts[k]) >= seconds)
+
     while left := [k for k in calls if not done(k)]:
         for k in left:
             ts[k].append(once(calls[k]))
-            if done(k): tick()
+            if done(k):
+                tick()
     return ts

@@ -1,21 +1,19 @@
 "Plots of features."
+
 import torch
-from torch import Tensor, nn
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..base.outputs import DistillError, as_plain, map_tensors, tensors_in
 from ..features.layer_pairs import inputs, pair
 from ..features.probe import dry_run
 from ..features.shapes import as_map
 from ..features.taps import Taps
-from ..base.outputs import DistillError, as_plain, map_tensors, tensors_in
 
 __all__ = ['attention_map', 'picture_in', 'show_features']
 
 
-def attention_map(
-    f:Tensor,
-    p:float=2,
-    aspect:float=1.
-) -> Tensor:
+def attention_map(f: Tensor, p: float = 2, aspect: float = 1.0) -> Tensor:
     """Where the activations of a layer are: mean over channels of |f|^p (arXiv:1612.03928).
 
     Args:
@@ -23,13 +21,16 @@ def attention_map(
         p: Exponent of the activations.
         aspect: Height over width of the picture, for tokens.
     """
-    if f.dim() == 3: f = as_map(f, aspect)
+    if f.dim() == 3:
+        f = as_map(f, aspect)
     if f.dim() != 4:
-        raise DistillError(f"An output of shape {tuple(f.shape)} is not a map: it must be (B, C, H, W), or tokens "
-                           "(B, L, D).")
+        raise DistillError(
+            f'An output of shape {tuple(f.shape)} is not a map: it must be (B, C, H, W), or tokens '
+            '(B, L, D).'
+        )
     a = f.float().abs().pow(p).mean(1)
-    low,high = a.amin((1, 2), keepdim=True),a.amax((1, 2), keepdim=True)
-    return (a-low)/(high-low).clamp_min(torch.finfo(a.dtype).tiny)
+    low, high = a.amin((1, 2), keepdim=True), a.amax((1, 2), keepdim=True)
+    return (a - low) / (high - low).clamp_min(torch.finfo(a.dtype).tiny)
 
 
 def read_maps(model, x, names, p):
@@ -37,13 +38,11 @@ def read_maps(model, x, names, p):
     with Taps(model, names) as taps:
         dry_run(model, *x)
         feats = taps.pop()
-    height,width = picture_in(x).shape[-2:]
-    return {n: named_map(n, f, p, height/width) for n,f in feats.items()}
+    height, width = picture_in(x).shape[-2:]
+    return {n: named_map(n, f, p, height / width) for n, f in feats.items()}
 
 
-def picture_in(
-    x
-):
+def picture_in(x):
     """The first tensor (B, C, H, W) among them; if there is none, the first tensor.
 
     Args:
@@ -53,12 +52,15 @@ def picture_in(
     return next((o for o in found if o.dim() == 4), found[0])
 
 
-def first_samples(x, n): return map_tensors(x, lambda o: o[:n] if o.dim() else o)
+def first_samples(x, n):
+    return map_tensors(x, lambda o: o[:n] if o.dim() else o)
 
 
 def named_map(name, f, p, aspect):
-    try: return attention_map(f, p, aspect).cpu()
-    except DistillError as e: raise DistillError(f"Layer {name!r} can't be drawn. {e}") from e
+    try:
+        return attention_map(f, p, aspect).cpu()
+    except DistillError as e:
+        raise DistillError(f"Layer {name!r} can't be drawn. {e}") from e
 
 
 def to_show(x):
@@ -66,24 +68,26 @@ def to_show(x):
     stretched to it.
     """
     if x.dim() != 4 or x.shape[1] not in (1, 3):
-        raise DistillError(f"Inputs of shape {tuple(x.shape)} can't be shown: pictures are (B, 3, H, W) or "
-                           "(B, 1, H, W). Give images=")
+        raise DistillError(
+            f"Inputs of shape {tuple(x.shape)} can't be shown: pictures are (B, 3, H, W) or "
+            '(B, 1, H, W). Give images='
+        )
     x = as_plain(x).float().cpu()
     if x.min() < 0 or x.max() > 1:
-        low,high = x.amin((1, 2, 3), keepdim=True),x.amax((1, 2, 3), keepdim=True)
-        x = (x-low)/(high-low).clamp_min(torch.finfo(x.dtype).tiny)
+        low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
+        x = (x - low) / (high - low).clamp_min(torch.finfo(x.dtype).tiny)
     return x.expand(-1, 3, -1, -1).movedim(1, -1)
 
 
 def show_features(
-    student:nn.Module,
+    student: nn.Module,
     teacher,
     x,
     layers='auto',
     *,
-    images:Tensor|None=None,
-    n:int=4,
-    p:float=2
+    images: Tensor | None = None,
+    n: int = 4,
+    p: float = 2,
 ):
     """Attention maps of student and teacher side by side over each image, for each pair of layers.
     Returns the figure.
@@ -102,37 +106,50 @@ def show_features(
     x = first_samples(inputs(x), n)
     pictures = to_show(picture_in(x) if images is None else images[:n])
     pairs = pair(student, teacher, x, layers=layers, match='none')
-    s,t = read_maps(student, x, [o.student for o in pairs], p),read_maps(teacher, x, [o.teacher for o in pairs], p)
+    s, t = (
+        read_maps(student, x, [o.student for o in pairs], p),
+        read_maps(teacher, x, [o.teacher for o in pairs], p),
+    )
     columns = []
-    for o in pairs: columns += [(f'student {o.student}', s[o.student]), (f'teacher {o.teacher}', t[o.teacher])]
+    for o in pairs:
+        columns += [(f'student {o.student}', s[o.student]), (f'teacher {o.teacher}', t[o.teacher])]
     return draw_maps(pictures, columns)
 
 
 def draw_maps(
-    pictures:Tensor, # (B, H, W, 3) from 0 to 1
-    columns # (title, (B, h, w) maps), two for each pair
+    pictures: Tensor,  # (B, H, W, 3) from 0 to 1
+    columns,  # (title, (B, h, w) maps), two for each pair
 ):
     import matplotlib.pyplot as plt  # noqa: F401 (notebooks show figures only after this import)
     from matplotlib.figure import Figure
-    b,h,w = pictures.shape[:3]
+
+    b, h, w = pictures.shape[:3]
     # subtle: not pyplot's figure, which would stay open, and which a notebook would show twice
-    fig = Figure(figsize=(2*(len(columns)+1), 1.93*h/w*b+.5), layout='constrained')
-    fig.get_layout_engine().set(h_pad=.02, w_pad=.02)
+    fig = Figure(figsize=(2 * (len(columns) + 1), 1.93 * h / w * b + 0.5), layout='constrained')
+    fig.get_layout_engine().set(h_pad=0.02, w_pad=0.02)
     groups = [('image', None)], *zip(columns[::2], columns[1::2])
-    parts = fig.subfigures(1, len(groups), width_ratios=[len(g) for g in groups], wspace=.02, squeeze=False)[0]
-    for part,group in zip(parts, groups):
+    parts = fig.subfigures(
+        1, len(groups), width_ratios=[len(g) for g in groups], wspace=0.02, squeeze=False
+    )[0]
+    for part, group in zip(parts, groups):
         axs = part.subplots(b, len(group), squeeze=False)
-        for ax,(title,m) in zip(axs[0], group):
-            ax.set_title(f"{title}\n{'' if m is None else f'{m.shape[1]} x {m.shape[2]}'}", fontsize=9)
-        for row,picture,i in zip(axs, pictures, range(b)):
-            for ax,(_,m) in zip(row, group): overlay(ax, picture, None if m is None else m[i])
+        for ax, (title, m) in zip(axs[0], group):
+            ax.set_title(
+                f'{title}\n{"" if m is None else f"{m.shape[1]} x {m.shape[2]}"}', fontsize=9
+            )
+        for row, picture, i in zip(axs, pictures, range(b)):
+            for ax, (_, m) in zip(row, group):
+                overlay(ax, picture, None if m is None else m[i])
     return fig
 
 
 def overlay(ax, picture, m):
     """Draw the picture, or if there is a map, the map over the gray picture."""
     ax.axis('off')
-    if m is None: return ax.imshow(picture.numpy())
+    if m is None:
+        return ax.imshow(picture.numpy())
     ax.imshow(picture.mean(-1).numpy(), cmap='gray', vmin=0, vmax=1)
-    big = F.interpolate(m[None, None], picture.shape[:2], mode='bilinear', align_corners=False)[0, 0]
-    return ax.imshow(big.numpy(), cmap='inferno', alpha=.7, vmin=0, vmax=1)
+    big = F.interpolate(m[None, None], picture.shape[:2], mode='bilinear', align_corners=False)[
+        0, 0
+    ]
+    return ax.imshow(big.numpy(), cmap='inferno', alpha=0.7, vmin=0, vmax=1)

@@ -1,96 +1,134 @@
 "Numbers and verdicts as text."
+
 from .data import Comparison, ReportData
 
-__all__ = ['amount', 'caveat', 'estimate_text', 'p_text', 'percent_text', 'recovered_text', 'shown_text',
-           'three_digits', 'verdict_of', 'verdicts']
+__all__ = [
+    'amount',
+    'caveat',
+    'estimate_text',
+    'p_text',
+    'percent_text',
+    'recovered_text',
+    'shown_text',
+    'three_digits',
+    'verdict_of',
+    'verdicts',
+]
+
 
 def shown_text(o):
     """A text without characters that move or color what is around it; anything else unchanged."""
-    if not isinstance(o, str): return o
+    if not isinstance(o, str):
+        return o
     return ''.join(c if c.isprintable() else ' ' if c.isspace() else '�' for c in o)
 
 
-UNITS = (1e12, 'T'),(1e9, 'G'),(1e6, 'M'),(1e3, 'k')
+UNITS = (1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')
 
 
-def amount(
-    v,
-    unit=''
-):
+def amount(v, unit=''):
     """A large number in three significant digits.
 
     Args:
         v: A number of parameters, operations or bytes; None: unknown.
         unit: Such as 'B'.
     """
-    if v is None: return '–'
-    size,letter = next(((s, l) for s,l in UNITS if v >= s), (1, ''))
-    return f'{three_digits(v/size)} {letter}{unit}'.strip() if letter or unit else f'{v:g}'
+    if v is None:
+        return '–'
+    size, letter = next(((s, l) for s, l in UNITS if v >= s), (1, ''))
+    return f'{three_digits(v / size)} {letter}{unit}'.strip() if letter or unit else f'{v:g}'
 
 
-def three_digits(v): return f'{v:.0f}' if v >= 100 else f'{v:.1f}' if v >= 10 else f'{v:.2f}' if v >= 1 else f'{v:.3g}'
+def three_digits(v):
+    return (
+        f'{v:.0f}' if v >= 100 else f'{v:.1f}' if v >= 10 else f'{v:.2f}' if v >= 1 else f'{v:.3g}'
+    )
 
-def percent_text(v, digits=1): return '–' if v is None else f'{100*v:.{digits}f}%'
 
-def p_text(p): return 'p is unknown' if p is None else 'p < 0.001' if p < .001 else f'p = {p:.{3 if p < .1 else 2}f}'
+def percent_text(v, digits=1):
+    return '–' if v is None else f'{100 * v:.{digits}f}%'
+
+
+def p_text(p):
+    return (
+        'p is unknown'
+        if p is None
+        else 'p < 0.001'
+        if p < 0.001
+        else f'p = {p:.{3 if p < 0.1 else 2}f}'
+    )
 
 
 def estimate_text(e, info, sign=False):
     """(value, interval) as two texts."""
     between = '' if e.low is None else f'{info.text(e.low, sign)} to {info.text(e.high, sign)}'
-    return info.text(e.value, sign) + ('' if e.value is None or sign else info.unit),between
+    return info.text(e.value, sign) + ('' if e.value is None or sign else info.unit), between
 
 
-def recovered_text(e): return f'{100*e.value:.0f}%','' if e.low is None else f'{100*e.low:.0f} to {100*e.high:.0f}%'
+def recovered_text(e):
+    return (
+        f'{100 * e.value:.0f}%',
+        '' if e.low is None else f'{100 * e.low:.0f} to {100 * e.high:.0f}%',
+    )
 
 
-def verdict_of(
-    c:Comparison, report:ReportData,
-    measure:str|None=None
-) -> str:
+def verdict_of(c: Comparison, report: ReportData, measure: str | None = None) -> str:
     """'better', 'worse' or 'not significant'.
 
     Args:
         measure: None: the headline.
     """
     d = c.differences[measure or report.headline]
-    if not d.significant or not d.value: return 'not significant'
+    if not d.significant or not d.value:
+        return 'not significant'
     return 'better' if (d.value > 0) == report.info[measure or report.headline].higher else 'worse'
 
 
-def verdicts(
-    report:ReportData
-) -> list: # of ('better', 'worse' or 'not significant', sentences)
+def verdicts(report: ReportData) -> list:  # of ('better', 'worse' or 'not significant', sentences)
     """Each student against the baseline, in words; without a baseline, against the teacher."""
     against = report.baseline or report.teacher
-    return [(verdict_of(c, report), sentences(c, report)) for c in report.comparisons if c.against == against]
+    return [
+        (verdict_of(c, report), sentences(c, report))
+        for c in report.comparisons
+        if c.against == against
+    ]
 
 
 def sentences(c, report):
     """What a comparison shows, with the numbers behind it."""
-    k,info,d = report.headline,report.info[report.headline],c.differences[report.headline]
-    a,b = (info.text(report.models[n].measures[k].value) + info.unit for n in (c.model, c.against))
-    between = '' if d.low is None else f'95% interval {info.text(d.low, True)} to {info.text(d.high, True)}; '
+    k, info, d = report.headline, report.info[report.headline], c.differences[report.headline]
+    a, b = (info.text(report.models[n].measures[k].value) + info.unit for n in (c.model, c.against))
+    between = (
+        ''
+        if d.low is None
+        else f'95% interval {info.text(d.low, True)} to {info.text(d.high, True)}; '
+    )
     numbers = f'{info.label} {a} and {b}, a difference of {info.text(d.value, True)}{info.points}'
     tested = f'({between}{d.test}, {p_text(d.p)}; {report.n:,} {report.unit})'
     verdict = verdict_of(c, report)
     if verdict == 'not significant':
         first = f'The difference between {c.model} and {c.against} is not significant: {numbers} {tested}.'
-    else: first = f'{c.model} is {verdict} than {c.against}: {numbers} {tested}.'
+    else:
+        first = f'{c.model} is {verdict} than {c.against}: {numbers} {tested}.'
     return first + lead(c, report)
 
 
 def lead(c, report):
     """How much of the teacher's lead was recovered."""
-    if report.teacher is None or c.against != report.baseline: return ''
+    if report.teacher is None or c.against != report.baseline:
+        return ''
     if (e := c.recovered.get(report.headline)) is None:
-        return (f' {report.teacher} has no significant lead over {report.baseline}, so there is no share of it to '
-                'recover.')
-    share,between = recovered_text(e)
-    return f" It recovers {grad_ratio} of {report.teacher}'s lead{f' (95% interval {between})' if between else ''}."
+        return (
+            f' {report.teacher} has no significant lead over {report.baseline}, so there is no share of it to '
+            'recover.'
+        )
+    share, between = recovered_text(e)
+    return f" It recovers {share} of {report.teacher}'s lead{f' (95% interval {between})' if between else ''}."
 
 
-def caveat(report:ReportData) -> str:
+def caveat(report: ReportData) -> str:
     """What the intervals do not cover."""
-    return (f'Intervals and tests cover the choice of these {report.n:,} {report.unit}, not the luck of a training: '
-            'another seed gives another student. Each comparison is tested by itself.')
+    return (
+        f'Intervals and tests cover the choice of these {report.n:,} {report.unit}, not the luck of a training: '
+        'another seed gives another student. Each comparison is tested by itself.'
+    )

@@ -1,19 +1,24 @@
 """What each sample contributes to the measures: sums that add up over samples. So any choice of
 samples can be scored, which bootstrap intervals and paired tests need, without storing outputs.
 """
+
 from dataclasses import dataclass
 from typing import Callable
+
 import numpy as np
 import torch
-from torch import Tensor
 import torch.nn.functional as F
+from torch import Tensor
+
 from .data import MeasureInfo
 
 __all__ = ['BINS', 'Measure', 'Rows', 'measures_of', 'rows_of', 'scores_of']
 
-BINS = 15 # of confidence, for the calibration error
-MAX_PER_CLASS = 256 # for more classes, a mask's intersections and unions are not stored for each image
-MAX_OUTPUTS = 64 # with more outputs, R2 is relative to their common mean
+BINS = 15  # of confidence, for the calibration error
+MAX_PER_CLASS = (
+    256  # for more classes, a mask's intersections and unions are not stored for each image
+)
+MAX_OUTPUTS = 64  # with more outputs, R2 is relative to their common mean
 
 
 @dataclass
@@ -26,16 +31,13 @@ class Rows:
         y: (B, P).
         counts: (B, P): which positions count.
     """
-    out:Tensor
-    y:Tensor
-    counts:Tensor
+
+    out: Tensor
+    y: Tensor
+    counts: Tensor
 
 
-def rows_of(
-    logits:Tensor,
-    y:Tensor,
-    task
-) -> Rows:
+def rows_of(logits: Tensor, y: Tensor, task) -> Rows:
     """Logits and labels of a batch as rows of positions.
 
     Args:
@@ -44,79 +46,103 @@ def rows_of(
     o = logits.float() if logits.dtype.itemsize < 4 else logits
     if task.kind == 'softmax':
         o = o.movedim(task.axis, -1)
-        o,y = o.reshape(len(o), -1, o.shape[-1]),y.reshape(len(o), -1)
+        o, y = o.reshape(len(o), -1, o.shape[-1]), y.reshape(len(o), -1)
         return Rows(o, y, y != task.ignore_index)
-    o,y = o.reshape(len(o), -1),y.reshape(len(o), -1).to(o.dtype)
+    o, y = o.reshape(len(o), -1), y.reshape(len(o), -1).to(o.dtype)
     return Rows(o, y, torch.ones_like(y, dtype=torch.bool))
 
 
 # the sums of each sample: name -> (B,) or (B, k)
 
-def scores_of(
-    r:Rows, kind:str,
-    per_class:bool=False
-) -> dict:
+
+def scores_of(r: Rows, kind: str, per_class: bool = False) -> dict:
     """The sums of each sample that the measures are made of, and for the bins of confidence.
 
     Args:
         per_class: Store intersections and unions of each class.
     """
-    return dict(softmax=class_scores, sigmoid=label_scores, regression=number_scores)[kind](r, per_class)
+    return dict(softmax=class_scores, sigmoid=label_scores, regression=number_scores)[kind](
+        r, per_class
+    )
 
 
 def class_scores(r, per_class):
-    lp,y = r.out.log_softmax(-1),r.y.where(r.counts, 0)
-    own,p = lp.gather(-1, y[..., None]),lp.exp()
-    top,best = p.max(-1)
+    lp, y = r.out.log_softmax(-1), r.y.where(r.counts, 0)
+    own, p = lp.gather(-1, y[..., None]), lp.exp()
+    top, best = p.max(-1)
     right = best == y
-    sums = dict(right=right, nll=-own[..., 0], brier=p.pow(2).sum(-1) - 2*own[..., 0].exp() + 1,
-                five=(lp > own).sum(-1) < 5)
-    out = {k: (v.double()*r.counts).sum(1) for k,v in sums.items()} | dict(n=r.counts.sum(1).double())
-    out['nll'] = torch.where(r.counts, -own[..., 0].double(), 0.).sum(1)     # a masked position may be infinite
-    if per_class: out |= overlaps(best, y, r.counts, r.out.shape[-1])
-    return out | dict(bins=bins(top, right, r.counts), totals=totals(best, y, r.counts, r.out.shape[-1]))
+    sums = dict(
+        right=right,
+        nll=-own[..., 0],
+        brier=p.pow(2).sum(-1) - 2 * own[..., 0].exp() + 1,
+        five=(lp > own).sum(-1) < 5,
+    )
+    out = {k: (v.double() * r.counts).sum(1) for k, v in sums.items()} | dict(
+        n=r.counts.sum(1).double()
+    )
+    out['nll'] = torch.where(r.counts, -own[..., 0].double(), 0.0).sum(
+        1
+    )  # a masked position may be infinite
+    if per_class:
+        out |= overlaps(best, y, r.counts, r.out.shape[-1])
+    return out | dict(
+        bins=bins(top, right, r.counts), totals=totals(best, y, r.counts, r.out.shape[-1])
+    )
 
 
 def overlaps(best, y, counts, c):
     """Intersections and unions of each class, for each image."""
+
     def per_image(classes, where):
-        at = torch.arange(len(classes), device=classes.device)[:, None]*c + classes
-        return at[where].bincount(minlength=len(classes)*c).view(len(classes), c).double()
-    both,there,found = per_image(y, counts & (best == y)),per_image(y, counts),per_image(best, counts)
-    return dict(both=both, union=there+found-both)
+        at = torch.arange(len(classes), device=classes.device)[:, None] * c + classes
+        return at[where].bincount(minlength=len(classes) * c).view(len(classes), c).double()
+
+    both, there, found = (
+        per_image(y, counts & (best == y)),
+        per_image(y, counts),
+        per_image(best, counts),
+    )
+    return dict(both=both, union=there + found - both)
 
 
 def label_scores(r, per_class):
-    p,yes = r.out.sigmoid(),r.y > .5
+    p, yes = r.out.sigmoid(), r.y > 0.5
     found = r.out > 0
-    sums = dict(right=found == yes, nll=F.binary_cross_entropy_with_logits(r.out, r.y, reduction='none'),
-                brier=(p-r.y).pow(2), tp=found & yes, fp=found & ~yes, fn=~found & yes)
-    out = {k: v.double().sum(1) for k,v in sums.items()} | dict(n=r.counts.sum(1).double())
+    sums = dict(
+        right=found == yes,
+        nll=F.binary_cross_entropy_with_logits(r.out, r.y, reduction='none'),
+        brier=(p - r.y).pow(2),
+        tp=found & yes,
+        fp=found & ~yes,
+        fn=~found & yes,
+    )
+    out = {k: v.double().sum(1) for k, v in sums.items()} | dict(n=r.counts.sum(1).double())
     of_labels = torch.stack([(found & yes).sum(0), yes.sum(0), found.sum(0)]).double()
     return out | dict(bins=bins(p, yes, r.counts), totals=of_labels)
 
 
 def number_scores(r, _):
-    o,y = r.out.double(),r.y.double()
-    sums = dict(abs=(o-y).abs(), sq=(o-y).pow(2), y2=y.pow(2))
+    o, y = r.out.double(), r.y.double()
+    sums = dict(abs=(o - y).abs(), sq=(o - y).pow(2), y2=y.pow(2))
     means = y if y.shape[1] <= MAX_OUTPUTS else y.sum(1, keepdim=True)
-    return {k: v.sum(1) for k,v in sums.items()} | dict(n=r.counts.sum(1).double(), y=means)
+    return {k: v.sum(1) for k, v in sums.items()} | dict(n=r.counts.sum(1).double(), y=means)
 
 
 def bins(confidence, right, counts):
     """(3, BINS): positions, sum of their confidence, and how many are right."""
-    at,c = (confidence*BINS).long().clamp(0, BINS-1)[counts],confidence[counts].double()
+    at, c = (confidence * BINS).long().clamp(0, BINS - 1)[counts], confidence[counts].double()
     of = lambda w: at.bincount(w, minlength=BINS).double()
     return torch.stack([of(None), of(c), of(right[counts].double())])
 
 
 def totals(best, y, counts, c):
     """(3, C): positions of each class that are recognized, that are there, and that are predicted."""
-    y,best = y[counts],best[counts]
+    y, best = y[counts], best[counts]
     return torch.stack([o.bincount(minlength=c).double() for o in (y[best == y], y, best)])
 
 
 # the measures
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -125,35 +151,41 @@ class Measure:
     Attributes:
         of: Of the sums, name -> (R,) or (R, k), for R choices of samples -> (R,).
     """
-    name:str
-    of:Callable
-    info:MeasureInfo
+
+    name: str
+    of: Callable
+    info: MeasureInfo
 
 
-def share(name): return lambda s: s[name]/s['n']
+def share(name):
+    return lambda s: s[name] / s['n']
+
 
 def miou(s):
     """The mean over the classes that are there or predicted."""
-    return np.nanmean(np.where(s['union'] > 0, s['both']/np.maximum(s['union'], 1), np.nan), -1)
+    return np.nanmean(np.where(s['union'] > 0, s['both'] / np.maximum(s['union'], 1), np.nan), -1)
+
 
 def r2(s):
-    per = s['n'][..., None]/s['y'].shape[-1] # values that each mean is of
-    return 1 - s['sq']/(s['y2'] - (s['y']**2/per).sum(-1))
-
-def f1(s): return 2*s['tp']/(2*s['tp'] + s['fp'] + s['fn'])
+    per = s['n'][..., None] / s['y'].shape[-1]  # values that each mean is of
+    return 1 - s['sq'] / (s['y2'] - (s['y'] ** 2 / per).sum(-1))
 
 
-def measure(name, of, label, higher=True, percent=False): return Measure(name, of, MeasureInfo(label, higher, percent))
+def f1(s):
+    return 2 * s['tp'] / (2 * s['tp'] + s['fp'] + s['fn'])
 
-NLL,BRIER = measure('nll', share('nll'), 'NLL', False),measure('brier', share('brier'), 'Brier score', False)
+
+def measure(name, of, label, higher=True, percent=False):
+    return Measure(name, of, MeasureInfo(label, higher, percent))
 
 
-def measures_of(
-    kind:str,
-    columns,
-    n_classes:int,
-    language:bool
-) -> list:
+NLL, BRIER = (
+    measure('nll', share('nll'), 'NLL', False),
+    measure('brier', share('brier'), 'Brier score', False),
+)
+
+
+def measures_of(kind: str, columns, n_classes: int, language: bool) -> list:
     """The measures for a kind of outputs, the most telling one first.
 
     Args:
@@ -161,13 +193,23 @@ def measures_of(
         language: Does it predict the next token?
     """
     if kind == 'sigmoid':
-        return [measure('f1', f1, 'F1 (all labels)', percent=True),
-                measure('accuracy', share('right'), 'accuracy per label', percent=True), NLL, BRIER]
+        return [
+            measure('f1', f1, 'F1 (all labels)', percent=True),
+            measure('accuracy', share('right'), 'accuracy per label', percent=True),
+            NLL,
+            BRIER,
+        ]
     if kind == 'regression':
-        return [measure('r2', r2, 'R²'), measure('mae', share('abs'), 'mean absolute error', False),
-                measure('rmse', lambda s: np.sqrt(share('sq')(s)), 'root of the squared error', False)]
+        return [
+            measure('r2', r2, 'R²'),
+            measure('mae', share('abs'), 'mean absolute error', False),
+            measure('rmse', lambda s: np.sqrt(share('sq')(s)), 'root of the squared error', False),
+        ]
     out = [measure('accuracy', share('right'), 'accuracy', percent=True)]
-    if 'union' in columns: out.insert(0, measure('miou', miou, 'mean IoU', percent=True))
-    if language: out.insert(0, measure('perplexity', lambda s: np.exp(share('nll')(s)), 'perplexity', False))
-    if n_classes > 5: out.append(measure('top5', share('five'), 'top-5 accuracy', percent=True))
+    if 'union' in columns:
+        out.insert(0, measure('miou', miou, 'mean IoU', percent=True))
+    if language:
+        out.insert(0, measure('perplexity', lambda s: np.exp(share('nll')(s)), 'perplexity', False))
+    if n_classes > 5:
+        out.append(measure('top5', share('five'), 'top-5 accuracy', percent=True))
     return [*out, NLL, BRIER]

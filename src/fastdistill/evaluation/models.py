@@ -1,31 +1,31 @@
 """Models side by side: one pass over the samples, in which every model sees each batch, and a
 report.
 """
-import os, platform
+
+import os
+import platform
 from contextlib import ExitStack
+
 import numpy as np
 import torch
-from ..checks.forward import guarded_random_state
+
 from ..base.outputs import DistillError, tensors_in
-from .report import Report
-from .data import Comparison, ModelResult
 from ..base.task import fit_labels, unusable
+from ..checks.forward import guarded_random_state
 from .agreement import Agreement
 from .cost import batch_of, cost_of, latencies
-from .paired_tests import PairedScores
+from .data import Comparison, ModelResult
 from .metrics import MAX_PER_CLASS, measures_of, rows_of, scores_of
+from .paired_tests import PairedScores
+from .report import Report
 
 __all__ = ['cpu_name', 'measure_models', 'roles_of']
 
-PIECE = 2**25 # numbers of a model's outputs that are scored at once
-MAX_NAMED = 1000 # with more classes, the report has no table of classes
+PIECE = 2**25  # numbers of a model's outputs that are scored at once
+MAX_NAMED = 1000  # with more classes, the report has no table of classes
 
 
-def roles_of(
-    names,
-    teacher:str|None=None,
-    baseline:str|None=None
-) -> tuple:
+def roles_of(names, teacher: str | None = None, baseline: str | None = None) -> tuple:
     """(name of the teacher, name of the baseline), each None if there is none.
 
     Args:
@@ -34,55 +34,64 @@ def roles_of(
         baseline: None: the one that is called 'alone', else the first of several students.
     """
     names = list(names)
-    for option,o in (('teacher', teacher), ('baseline', baseline)):
+    for option, o in (('teacher', teacher), ('baseline', baseline)):
         if o is not None and o not in names:
-            raise DistillError(f"{option}={o!r}: the models are called {', '.join(map(repr, names))}")
+            raise DistillError(
+                f'{option}={o!r}: the models are called {", ".join(map(repr, names))}'
+            )
     teacher = teacher or ('teacher' if 'teacher' in names else None)
     students = [n for n in names if n != teacher]
-    if baseline is None and len(students) > 1: baseline = 'alone' if 'alone' in students else students[0]
+    if baseline is None and len(students) > 1:
+        baseline = 'alone' if 'alone' in students else students[0]
     if teacher is not None and teacher == baseline:
-        raise DistillError(f"{teacher!r} is both teacher= and baseline=: these are two models")
-    return teacher,baseline
+        raise DistillError(f'{teacher!r} is both teacher= and baseline=: these are two models')
+    return teacher, baseline
 
 
 class OfModel:
     """What is added up for one model, batch by batch."""
+
     def __init__(self, kind, loss, metrics, own):
-        self.kind,self.loss_func,self.metrics = kind,loss,metrics
-        self.scores,self.sums = {},dict(bins=0., totals=0.)
+        self.kind, self.loss_func, self.metrics = kind, loss, metrics
+        self.scores, self.sums = {}, dict(bins=0.0, totals=0.0)
         self.agreement = Agreement(kind) if own else None
-        self.loss,self.n = 0.,0
+        self.loss, self.n = 0.0, 0
 
     def add_batch(self, xb, out, yb):
         """The task's own loss and metrics of a batch."""
-        if self.loss_func is not None: self.loss += float(self.loss_func(out, *yb))*len(out)
-        if self.metrics is not None: self.metrics.add(xb, out, yb)
+        if self.loss_func is not None:
+            self.loss += float(self.loss_func(out, *yb)) * len(out)
+        if self.metrics is not None:
+            self.metrics.add(xb, out, yb)
         self.n += len(out)
 
     def add_rows(self, rows, teacher, per_class):
         """The sums of each sample, and the agreement with the teacher's rows."""
-        for k,v in scores_of(rows, self.kind, per_class).items():
-            if k in self.sums: self.sums[k] = self.sums[k] + v.cpu()
-            else: self.scores.setdefault(k, []).append(v.cpu().numpy())
-        if self.agreement is not None and teacher is not None: self.agreement.add(rows, teacher)
+        for k, v in scores_of(rows, self.kind, per_class).items():
+            if k in self.sums:
+                self.sums[k] = self.sums[k] + v.cpu()
+            else:
+                self.scores.setdefault(k, []).append(v.cpu().numpy())
+        if self.agreement is not None and teacher is not None:
+            self.agreement.add(rows, teacher)
 
 
 def measure_models(
-    models:dict,
+    models: dict,
     batches,
     task,
     *,
-    teacher:str|None=None,
-    baseline:str|None=None,
+    teacher: str | None = None,
+    baseline: str | None = None,
     loss=None,
     metrics=None,
-    language:bool=False,
-    headline:str|None=None,
-    repeats:int=2000,
-    seed:int=0,
-    large:int=64,
-    seconds:float=.5,
-    tick=None
+    language: bool = False,
+    headline: str | None = None,
+    repeats: int = 2000,
+    seed: int = 0,
+    large: int = 64,
+    seconds: float = 0.5,
+    tick=None,
 ) -> Report:
     """Measure all models on the same batches, which are read once.
 
@@ -103,60 +112,97 @@ def measure_models(
         tick: Called after each batch, and after each measurement of time.
     """
     tick = tick or (lambda: None)
-    of = {k: OfModel(task.kind, loss, None if metrics is None else metrics(), teacher not in (None, k)) for k in models}
+    of = {
+        k: OfModel(
+            task.kind, loss, None if metrics is None else metrics(), teacher not in (None, k)
+        )
+        for k in models
+    }
     with guarded_random_state(), torch.no_grad(), ExitStack() as stack:
-        for m in models.values(): stack.enter_context(m).reset()
+        for m in models.values():
+            stack.enter_context(m).reset()
         first = None
-        for xb,yb in batches:
+        for xb, yb in batches:
             add_batch(of, models, xb, yb, task, teacher, language)
-            if first is None: first = xb
+            if first is None:
+                first = xb
             tick()
-        if first is None: raise DistillError("There is no batch to measure the models on: is the validation set empty?")
-        costs = {k: cost_of(m, batch_of(first, large)) for k,m in models.items()}
+        if first is None:
+            raise DistillError(
+                'There is no batch to measure the models on: is the validation set empty?'
+            )
+        costs = {k: cost_of(m, batch_of(first, large)) for k, m in models.items()}
         if seconds:
-            for k,v in latencies(models, first, dict.fromkeys((1, large)), seconds, tick).items(): costs[k].latency = v
-    return report_of(of, models, costs, task, teacher, baseline, language, headline, repeats, seed, first)
+            for k, v in latencies(models, first, dict.fromkeys((1, large)), seconds, tick).items():
+                costs[k].latency = v
+    return report_of(
+        of, models, costs, task, teacher, baseline, language, headline, repeats, seed, first
+    )
 
 
 def add_batch(of, models, xb, yb, task, teacher, language):
     """Run every model on a batch, and add what it predicts."""
-    outs = {k: m(*xb).logits for k,m in models.items()}
+    outs = {k: m(*xb).logits for k, m in models.items()}
     shape = next(iter(outs.values())).shape
-    for k,o in outs.items():
+    for k, o in outs.items():
         if o.numel() != shape.numel() or task.kind == 'softmax' and o.shape != shape:
-            raise DistillError(f"The outputs of {k!r} have shape {tuple(o.shape)}, those of {next(iter(outs))!r} "
-                               f"{tuple(shape)}: models that are compared predict the same. "
-                               "Teacher(model, select=[...]) selects classes.")
-        if unusable(o, task): raise DistillError(f"The outputs of {k!r} are nan or infinite: did its training diverge?")
+            raise DistillError(
+                f'The outputs of {k!r} have shape {tuple(o.shape)}, those of {next(iter(outs))!r} '
+                f'{tuple(shape)}: models that are compared predict the same. '
+                'Teacher(model, select=[...]) selects classes.'
+            )
+        if unusable(o, task):
+            raise DistillError(
+                f'The outputs of {k!r} are nan or infinite: did its training diverge?'
+            )
         of[k].add_batch(xb, o, yb)
     y = fit_labels(yb[0], shape, task) if len(yb) and isinstance(yb[0], torch.Tensor) else None
     if y is None:
         given = ', '.join(str(tuple(o.shape)) for o in yb if isinstance(o, torch.Tensor)) or 'none'
-        raise DistillError(f"The labels (shape {given}) do not fit the outputs of {next(iter(outs))!r} (shape "
-                           f"{tuple(shape)}): models are compared on labeled samples of the task they predict.")
-    size = max(1, PIECE*len(y)//shape.numel())
+        raise DistillError(
+            f'The labels (shape {given}) do not fit the outputs of {next(iter(outs))!r} (shape '
+            f'{tuple(shape)}): models are compared on labeled samples of the task they predict.'
+        )
+    size = max(1, PIECE * len(y) // shape.numel())
     for i in range(0, len(y), size):
-        rows = {k: rows_of(o[i:i+size], y[i:i+size], task) for k,o in outs.items()}
-        dense = task.kind == 'softmax' and len(shape) > 2 and not language and shape[task.axis] <= MAX_PER_CLASS
-        for k,r in rows.items(): of[k].add_rows(r, rows.get(teacher), dense)
+        rows = {k: rows_of(o[i : i + size], y[i : i + size], task) for k, o in outs.items()}
+        dense = (
+            task.kind == 'softmax'
+            and len(shape) > 2
+            and not language
+            and shape[task.axis] <= MAX_PER_CLASS
+        )
+        for k, r in rows.items():
+            of[k].add_rows(r, rows.get(teacher), dense)
 
 
 def report_of(of, models, costs, task, teacher, baseline, language, headline, repeats, seed, x):
     """The report of what was added up."""
-    scores = {k: {c: np.concatenate(v) for c,v in o.scores.items()} for k,o in of.items()}
+    scores = {k: {c: np.concatenate(v) for c, v in o.scores.items()} for k, o in of.items()}
     first = next(iter(of.values()))
     n_classes = first.sums['totals'].shape[1] if task.kind != 'regression' else 0
     measures = measures_of(task.kind, next(iter(scores.values())), n_classes, language)
     names = [m.name for m in measures]
     if headline is not None and headline not in names:
-        raise DistillError(f"headline={headline!r}: it must be {' or '.join(map(repr, names))}.")
+        raise DistillError(f'headline={headline!r}: it must be {" or ".join(map(repr, names))}.')
     paired = PairedScores(scores, measures, repeats, seed)
     role = lambda k: 'teacher' if k == teacher else 'baseline' if k == baseline else 'student'
-    results = {k: result(o, paired.estimates(k), costs[k], role(k), models[k].name) for k,o in of.items()}
+    results = {
+        k: result(o, paired.estimates(k), costs[k], role(k), models[k].name) for k, o in of.items()
+    }
     counts = [] if task.kind == 'regression' else first.sums['totals'][1].tolist()
-    return Report(task.kind, headline or names[0], first.n, info={m.name: m.info for m in measures}, models=results,
-                  comparisons=comparisons(paired, of, teacher, baseline), teacher=teacher, baseline=baseline,
-                  counts=counts if len(counts) <= MAX_NAMED else [], machine=machine_of(x))
+    return Report(
+        task.kind,
+        headline or names[0],
+        first.n,
+        info={m.name: m.info for m in measures},
+        models=results,
+        comparisons=comparisons(paired, of, teacher, baseline),
+        teacher=teacher,
+        baseline=baseline,
+        counts=counts if len(counts) <= MAX_NAMED else [],
+        machine=machine_of(x),
+    )
 
 
 def comparisons(paired, names, teacher, baseline) -> list[Comparison]:
@@ -169,16 +215,28 @@ def comparisons(paired, names, teacher, baseline) -> list[Comparison]:
 def result(o, estimates, cost, role, kind):
     values = {} if o.metrics is None else o.metrics.values()
     agreement = {} if o.agreement is None else o.agreement.shares()
-    out = ModelResult(role, kind, o.loss/o.n if o.loss_func is not None else None, estimates, values, agreement,
-                      cost=cost)
-    if o.kind == 'regression': return out
-    count,confidence,right = o.sums['bins']
-    out.reliability = dict(count=count.tolist(), confidence=confidence.tolist(), right=right.tolist())
-    hit,there,found = o.sums['totals']
-    if len(hit) > MAX_NAMED: return out
-    ratio = lambda a, b: [x/y if y else None for x,y in zip(a.tolist(), b.tolist())]
+    out = ModelResult(
+        role,
+        kind,
+        o.loss / o.n if o.loss_func is not None else None,
+        estimates,
+        values,
+        agreement,
+        cost=cost,
+    )
+    if o.kind == 'regression':
+        return out
+    count, confidence, right = o.sums['bins']
+    out.reliability = dict(
+        count=count.tolist(), confidence=confidence.tolist(), right=right.tolist()
+    )
+    hit, there, found = o.sums['totals']
+    if len(hit) > MAX_NAMED:
+        return out
+    ratio = lambda a, b: [x / y if y else None for x, y in zip(a.tolist(), b.tolist())]
     out.classes = dict(recall=ratio(hit, there), precision=ratio(hit, found))
-    if 'union' in o.scores: out.classes['iou'] = ratio(hit, there+found-hit)
+    if 'union' in o.scores:
+        out.classes['iou'] = ratio(hit, there + found - hit)
     return out
 
 
@@ -186,14 +244,21 @@ def machine_of(x) -> dict:
     """Where the times were measured, and with which versions."""
     device = next((t.device for t in tensors_in(x)), torch.device('cpu'))
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name()
-    return dict(device=name, threads=torch.get_num_threads(), cores=os.cpu_count(), torch=torch.__version__,
-                python=platform.python_version())
+    return dict(
+        device=name,
+        threads=torch.get_num_threads(),
+        cores=os.cpu_count(),
+        torch=torch.__version__,
+        python=platform.python_version(),
+    )
 
 
 def cpu_name():
     """The processor's name, where the system tells it."""
     try:
-        with open('/proc/cpuinfo', encoding='utf-8') as f: lines = f.read().splitlines()
-    except OSError: lines = []
+        with open('/proc/cpuinfo', encoding='utf-8') as f:
+            lines = f.read().splitlines()
+    except OSError:
+        lines = []
     named = next((l.partition(':')[2].strip() for l in lines if l.startswith('model name')), '')
     return named or platform.processor() or platform.machine()

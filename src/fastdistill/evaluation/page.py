@@ -1,38 +1,40 @@
 "A report as one HTML page: nothing outside of the file, no script, every name escaped."
-import base64, io, re
+
+import base64
+import io
+import re
 from pathlib import Path
 from typing import NamedTuple
+
 from . import report_plots as plots
-from .plot_style import on_dark
 from .data import ReportData
+from .format import caveat, recovered_text, shown_text, verdicts
+from .plot_style import on_dark
 from .tables import sheets_of
 from .text import title_of
-from .format import caveat, recovered_text, shown_text, verdicts
 
 __all__ = ['page', 'rendered']
 
 MARKS = {'better': 'good', 'worse': 'bad', 'not significant': 'even'}
-DPI = 72 # of an SVG's units
+DPI = 72  # of an SVG's units
 
 
-def finalize(o): return o if hasattr(o, '__html__') else shown_text(o)
+def finalize(o):
+    return o if hasattr(o, '__html__') else shown_text(o)
 
 
 class Picture(NamedTuple):
     """A picture inside the page, as a data URI, on light and on dark ground."""
-    title:str
-    alt:str
-    light:str
-    dark:str
-    width:int
-    height:int
+
+    title: str
+    alt: str
+    light: str
+    dark: str
+    width: int
+    height: int
 
 
-def page(
-    r:ReportData,
-    figures=None,
-    whole:bool=True
-) -> str:
+def page(r: ReportData, figures=None, whole: bool = True) -> str:
     """The page as text.
 
     Args:
@@ -41,16 +43,30 @@ def page(
     """
     sheets = sheets_of(r, brief=not whole)
     drawn = {s.name: pictures(r, s.name) if whole else [] for s in sheets}
-    drawn[''] = [own_picture(k, f) for k,f in (figures or {}).items()]
-    return rendered('page.html', r=r, title=title_of(r), verdicts=verdicts(r), sheets=sheets, figures=drawn,
-                    caveat=caveat(r), marks=MARKS, whole=whole)
+    drawn[''] = [own_picture(k, f) for k, f in (figures or {}).items()]
+    return rendered(
+        'page.html',
+        r=r,
+        title=title_of(r),
+        verdicts=verdicts(r),
+        sheets=sheets,
+        figures=drawn,
+        caveat=caveat(r),
+        marks=MARKS,
+        whole=whole,
+    )
 
 
 def rendered(name, **values):
     """A template of this folder, filled in."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-                      finalize=finalize)
+
+    env = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=finalize,
+    )
     return env.get_template(name).render(**values)
 
 
@@ -58,58 +74,81 @@ def words_of_cost(r):
     info = r.info[r.headline]
     return f'{info.label} against milliseconds for one batch: ' + '; '.join(
         f'{n} {info.text(m.measures[r.headline].value)}{info.unit} at {m.cost.latency[0].p50:.3g} ms'
-        for n,m in r.models.items() if m.cost.latency)
+        for n, m in r.models.items()
+        if m.cost.latency
+    )
 
 
 def words_of_history(r):
-    last = {n: {k: v[-1] for k,v in m.history.items() if k.endswith('_loss') and v[-1] is not None}
-            for n,m in r.models.items() if m.history}
+    last = {
+        n: {k: v[-1] for k, v in m.history.items() if k.endswith('_loss') and v[-1] is not None}
+        for n, m in r.models.items()
+        if m.history
+    }
     return 'Losses of each training over its epochs. The last ones: ' + '; '.join(
-        f"{n}, {', '.join(f'{k} {v:.3g}' for k,v in o.items())}" for n,o in last.items())
+        f'{n}, {", ".join(f"{k} {v:.3g}" for k, v in o.items())}' for n, o in last.items()
+    )
 
 
 def words_of_lead(r):
     found = {c.model: c.recovered[r.headline] for c in r.comparisons if r.headline in c.recovered}
-    return '; '.join('{} recovers {}, interval {}'.format(n, *recovered_text(e))
-                     for n,e in found.items() if e.value is not None)
+    return '; '.join(
+        '{} recovers {}, interval {}'.format(n, *recovered_text(e))
+        for n, e in found.items()
+        if e.value is not None
+    )
 
 
 def words_of_reliability(r):
     return 'Accuracy against confidence. Calibration errors: ' + ', '.join(
-        f'{n} {100*(m.calibration_error or 0):.1f}%' for n,m in r.models.items())
+        f'{n} {100 * (m.calibration_error or 0):.1f}%' for n, m in r.models.items()
+    )
 
 
-def words_of_classes(r): return 'The numbers of the table above as a picture'
+def words_of_classes(r):
+    return 'The numbers of the table above as a picture'
 
 
 # table of the page -> (picture, caption, text for those who don't see it)
 PICTURES = dict(
-    scores=[(plots.plot_cost, 'Score against time, size as area', words_of_cost),
-            (plots.plot_history, 'Losses during training', words_of_history)],
-    differences=[(plots.plot_recovered, "Share of the teacher's lead that was recovered", words_of_lead)],
-    calibration=[(plots.plot_reliability, 'Reliability: accuracy against confidence', words_of_reliability)],
-    classes=[(plots.plot_classes, 'Gains and losses of classes', words_of_classes)])
+    scores=[
+        (plots.plot_cost, 'Score against time, size as area', words_of_cost),
+        (plots.plot_history, 'Losses during training', words_of_history),
+    ],
+    differences=[
+        (plots.plot_recovered, "Share of the teacher's lead that was recovered", words_of_lead)
+    ],
+    calibration=[
+        (plots.plot_reliability, 'Reliability: accuracy against confidence', words_of_reliability)
+    ],
+    classes=[(plots.plot_classes, 'Gains and losses of classes', words_of_classes)],
+)
 
 
 def pictures(r, name):
     """The pictures beside a table."""
     out = []
-    for draw,title,alt in PICTURES.get(name, ()):
-        if (fig := draw(r)) is None: continue
+    for draw, title, alt in PICTURES.get(name, ()):
+        if (fig := draw(r)) is None:
+            continue
         text = svg(fig)
-        out.append(Picture(title, alt(r), *(svg_uri(o) for o in (text, on_dark(text))), *pixels(fig)))
+        out.append(
+            Picture(title, alt(r), *(svg_uri(o) for o in (text, on_dark(text))), *pixels(fig))
+        )
     return out
 
 
-def pixels(fig): return [round(DPI*o*1.4) for o in fig.get_size_inches()]
+def pixels(fig):
+    return [round(DPI * o * 1.4) for o in fig.get_size_inches()]
 
 
 def svg(fig):
     import matplotlib
+
     out = io.StringIO()
     with matplotlib.rc_context({'svg.fonttype': 'path', 'svg.hashsalt': 'fastdistill'}):
         fig.savefig(out, format='svg', metadata={'Date': None, 'Creator': None}, transparent=True)
-    return re.sub(r'<!--.*?-->', '', out.getvalue(), flags=re.S)      # each label's text again
+    return re.sub(r'<!--.*?-->', '', out.getvalue(), flags=re.S)  # each label's text again
 
 
 def own_picture(title, fig):
@@ -119,6 +158,9 @@ def own_picture(title, fig):
     return Picture(title, title, uri('image/png', out.getvalue()), '', *pixels(fig))
 
 
-def svg_uri(text): return uri('image/svg+xml', text.encode())
+def svg_uri(text):
+    return uri('image/svg+xml', text.encode())
 
-def uri(kind, data): return f'data:{kind};base64,{base64.b64encode(data).decode()}'
+
+def uri(kind, data):
+    return f'data:{kind};base64,{base64.b64encode(data).decode()}'

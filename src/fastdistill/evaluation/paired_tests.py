@@ -1,19 +1,19 @@
 "Paired statistics: which differences of models on the same samples are more than chance."
+
 import warnings
 from collections.abc import Iterator
+
 import numpy as np
+
 from .data import Comparison, Difference, Estimate
 
 __all__ = ['PairedScores', 'mcnemar']
 
-MAX_SAMPLES = 20_000 # more are put into that many groups at random, which are drawn as wholes
-CELLS = 10_000_000 # of one matrix of weights
+MAX_SAMPLES = 20_000  # more are put into that many groups at random, which are drawn as wholes
+CELLS = 10_000_000  # of one matrix of weights
 
 
-def mcnemar(
-    only_a:int,
-    only_b:int
-) -> float:
+def mcnemar(only_a: int, only_b: int) -> float:
     """McNemar's exact test: the two-sided p-value of such a split if both models were equally good.
 
     Args:
@@ -21,7 +21,10 @@ def mcnemar(
         only_b: On which only the second one is.
     """
     from scipy.stats import binomtest
-    return 1. if only_a + only_b == 0 else float(binomtest(int(only_a), int(only_a+only_b)).pvalue)
+
+    return (
+        1.0 if only_a + only_b == 0 else float(binomtest(int(only_a), int(only_a + only_b)).pvalue)
+    )
 
 
 class PairedScores:
@@ -34,64 +37,66 @@ class PairedScores:
         scores: Model -> {name of a sum: (n,) or (n, k)}.
         measures: Of `Measure`
     """
-    def __init__(
-        self,
-        scores:dict,
-        measures:list,
-        repeats:int=2000,
-        seed:int=0
-    ):
+
+    def __init__(self, scores: dict, measures: list, repeats: int = 2000, seed: int = 0):
         self.measures = {m.name: m for m in measures}
-        self.repeats,self.seed = repeats,seed
+        self.repeats, self.seed = repeats, seed
         # subtle: before they are grouped, as this test is about single samples
-        self.right = {k: v['right'] for k,v in scores.items() if 'right' in v and (v['n'] == 1).all()}
+        self.right = {
+            k: v['right'] for k, v in scores.items() if 'right' in v and (v['n'] == 1).all()
+        }
         n = len(next(iter(next(iter(scores.values())).values())))
         groups = random_groups(n, np.random.default_rng(seed)) if n > MAX_SAMPLES else None
-        self.scores = {k: {c: summed_in_groups(o, groups) for c,o in v.items()} for k,v in scores.items()}
+        self.scores = {
+            k: {c: summed_in_groups(o, groups) for c, o in v.items()} for k, v in scores.items()
+        }
         self.n = min(n, MAX_SAMPLES)
-        self.whole = {k: {c: o.sum(0)[None] for c,o in v.items()} for k,v in self.scores.items()}
+        self.whole = {k: {c: o.sum(0)[None] for c, o in v.items()} for k, v in self.scores.items()}
         drawn = self._weighted(draws(self.n, repeats, seed), self.scores)
-        self.drawn = {k: self._values(v) for k,v in drawn.items()}
-        self.values = {k: {m: v[0] for m,v in self._values(s).items()} for k,s in self.whole.items()}
+        self.drawn = {k: self._values(v) for k, v in drawn.items()}
+        self.values = {
+            k: {m: v[0] for m, v in self._values(s).items()} for k, s in self.whole.items()
+        }
 
     def _weighted(self, weights, scores):
         "Sums over samples with each row of `weights`: model -> {name of a sum: (repeats, ...)}"
-        out = {k: {c: [] for c in v} for k,v in scores.items()}
+        out = {k: {c: [] for c in v} for k, v in scores.items()}
         for w in weights:
-            for k,v in scores.items():
-                for c,o in v.items(): out[k][c].append(w@o)
-        return {k: {c: np.concatenate(o) for c,o in v.items()} for k,v in out.items()}
+            for k, v in scores.items():
+                for c, o in v.items():
+                    out[k][c].append(w @ o)
+        return {k: {c: np.concatenate(o) for c, o in v.items()} for k, v in out.items()}
 
     def _values(self, sums):
         with np.errstate(divide='ignore', invalid='ignore'), warnings.catch_warnings():
-            warnings.simplefilter('ignore', RuntimeWarning)     # a mean of no class
-            return {k: m.of(sums) for k,m in self.measures.items()}
+            warnings.simplefilter('ignore', RuntimeWarning)  # a mean of no class
+            return {k: m.of(sums) for k, m in self.measures.items()}
 
     def estimates(self, model) -> dict:
         """Measure -> value and interval of a model."""
-        return {k: Estimate(number(v), *self._interval(self.drawn[model][k])) for k,v in self.values[model].items()}
+        return {
+            k: Estimate(number(v), *self._interval(self.drawn[model][k]))
+            for k, v in self.values[model].items()
+        }
 
     def _interval(self, drawn):
         """(low, high) of 95% of the draws; None, None if there are none."""
         drawn = drawn[np.isfinite(drawn)]
-        if self.n < 2 or len(drawn) < 2: return None,None
+        if self.n < 2 or len(drawn) < 2:
+            return None, None
         return tuple(map(float, np.percentile(drawn, (2.5, 97.5))))
 
-    def compare(
-        self,
-        model:str, against:str,
-        teacher:str|None=None
-    ) -> Comparison:
+    def compare(self, model: str, against: str, teacher: str | None = None) -> Comparison:
         """A model minus another one, for each measure.
 
         Args:
             teacher: Whose lead over `against` may be recovered.
         """
-        ps,out = self._p_values(model, against),Comparison(model, against)
+        ps, out = self._p_values(model, against), Comparison(model, against)
         for k in self.measures:
-            with np.errstate(invalid='ignore'):     # infinity minus infinity
-                d,drawn = (v[model][k]-v[against][k] for v in (self.values, self.drawn))
-            p,test = ps[k]
+            with np.errstate(invalid='ignore'):  # infinity minus infinity
+                d, drawn = (v[model][k] - v[against][k] for v in (self.values, self.drawn))
+            p, test = ps[k]
             out.differences[k] = Difference(number(d), *self._interval(drawn), p, test)
         if teacher is not None and teacher not in (model, against):
             out.recovered = self._recovered(model, against, teacher)
@@ -99,44 +104,50 @@ class PairedScores:
 
     def _p_values(self, a, b):
         """Measure -> (p, name of the test)."""
-        whole = {c: o.sum(0) for c,o in self.scores[a].items()},{c: o.sum(0) for c,o in self.scores[b].items()}
-        apart = {c: self.scores[a][c]-self.scores[b][c] for c in self.scores[a]}
+        whole = (
+            {c: o.sum(0) for c, o in self.scores[a].items()},
+            {c: o.sum(0) for c, o in self.scores[b].items()},
+        )
+        apart = {c: self.scores[a][c] - self.scores[b][c] for c in self.scores[a]}
         # a permutation gives some samples of `a` to `b` and theirs to `a`
         moved = self._weighted(coins(self.n, self.repeats, self.seed), dict(moved=apart))['moved']
-        swapped = [{c: w[c] + sign*moved[c] for c in moved} for w,sign in zip(whole, (-1, 1))]
-        va,vb = map(self._values, swapped)
+        swapped = [{c: w[c] + sign * moved[c] for c in moved} for w, sign in zip(whole, (-1, 1))]
+        va, vb = map(self._values, swapped)
         out = {}
         for k in self.measures:
             with np.errstate(invalid='ignore'):
-                d,by_chance = abs(self.values[a][k]-self.values[b][k]),np.abs(va[k]-vb[k])
-                p = (1 + np.sum(by_chance >= d - 1e-12))/(1 + self.repeats)
-            out[k] = (float(p) if np.isfinite(d) else None),'paired permutation test'
+                d, by_chance = abs(self.values[a][k] - self.values[b][k]), np.abs(va[k] - vb[k])
+                p = (1 + np.sum(by_chance >= d - 1e-12)) / (1 + self.repeats)
+            out[k] = (float(p) if np.isfinite(d) else None), 'paired permutation test'
         if a in self.right and 'accuracy' in out:
-            ra,rb = self.right[a] > .5,self.right[b] > .5
-            out['accuracy'] = mcnemar((ra & ~rb).sum(), (rb & ~ra).sum()),"McNemar's exact test"
+            ra, rb = self.right[a] > 0.5, self.right[b] > 0.5
+            out['accuracy'] = mcnemar((ra & ~rb).sum(), (rb & ~ra).sum()), "McNemar's exact test"
         return out
 
     def _recovered(self, model, against, teacher):
         """Share of the teacher's lead that the model has, for each measure in which the lead is
         significant.
         """
-        ps,out = self._p_values(teacher, against),{}
-        for k,m in self.measures.items():
-            lead = self.values[teacher][k]-self.values[against][k]
-            if not (ps[k][0] is not None and ps[k][0] < .05 and (lead > 0) == m.info.higher): continue
-            part = lambda v, k=k: (v[model][k]-v[against][k])/(v[teacher][k]-v[against][k])
+        ps, out = self._p_values(teacher, against), {}
+        for k, m in self.measures.items():
+            lead = self.values[teacher][k] - self.values[against][k]
+            if not (ps[k][0] is not None and ps[k][0] < 0.05 and (lead > 0) == m.info.higher):
+                continue
+            part = lambda v, k=k: (v[model][k] - v[against][k]) / (v[teacher][k] - v[against][k])
             with np.errstate(divide='ignore', invalid='ignore'):
                 out[k] = Estimate(number(part(self.values)), *self._interval(part(self.drawn)))
         return out
 
 
-def random_groups(n, rng): return np.sort(rng.integers(MAX_SAMPLES, size=n))[rng.permutation(n)]
+def random_groups(n, rng):
+    return np.sort(rng.integers(MAX_SAMPLES, size=n))[rng.permutation(n)]
 
 
 def summed_in_groups(o, groups):
     """(n, ...) as float64; if there are groups, summed in each."""
     o = np.asarray(o, np.float64)
-    if groups is None: return o
+    if groups is None:
+        return o
     out = np.zeros((MAX_SAMPLES, *o.shape[1:]))
     np.add.at(out, groups, o)
     return out
@@ -144,17 +155,19 @@ def summed_in_groups(o, groups):
 
 def draws(n, repeats, seed) -> Iterator[np.ndarray]:
     """How often each of `n` samples is drawn, with replacement: pieces of a (repeats, n) matrix."""
-    rng,size = np.random.default_rng(seed+1),max(1, CELLS//n)
+    rng, size = np.random.default_rng(seed + 1), max(1, CELLS // n)
     for i in range(0, repeats, size):
-        r = min(size, repeats-i)
-        at = rng.integers(n, size=(r, n)) + n*np.arange(r)[:, None]
-        yield np.bincount(at.ravel(), minlength=r*n).reshape(r, n).astype(np.float64)
+        r = min(size, repeats - i)
+        at = rng.integers(n, size=(r, n)) + n * np.arange(r)[:, None]
+        yield np.bincount(at.ravel(), minlength=r * n).reshape(r, n).astype(np.float64)
 
 
 def coins(n, repeats, seed) -> Iterator[np.ndarray]:
     """0 or 1 for each of `n` samples: pieces of a (repeats, n) matrix."""
-    rng,size = np.random.default_rng(seed+2),max(1, CELLS//n)
-    for i in range(0, repeats, size): yield rng.integers(2, size=(min(size, repeats-i), n)).astype(np.float64)
+    rng, size = np.random.default_rng(seed + 2), max(1, CELLS // n)
+    for i in range(0, repeats, size):
+        yield rng.integers(2, size=(min(size, repeats - i), n)).astype(np.float64)
 
 
-def number(v): return float(v) if np.isfinite(v) else None
+def number(v):
+    return float(v) if np.isfinite(v) else None

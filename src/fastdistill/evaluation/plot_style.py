@@ -1,45 +1,66 @@
 "One style for all pictures: colors, on light and on dark ground, and labels that hold any text."
+
 from contextlib import contextmanager
 from functools import cache
 
 __all__ = ['COLORS', 'LIGHT', 'Ground', 'color_of', 'new_figure', 'on_dark', 'safe_label', 'styled']
 
 # baseline, distilled, and further students; the teacher has the color of the ink
-COLORS = '#8a93a6','#e0752d','#1f7a8c','#8e5bb5','#4f9d4a','#c4496b'
+COLORS = '#8a93a6', '#e0752d', '#1f7a8c', '#8e5bb5', '#4f9d4a', '#c4496b'
 
 
 class Ground:
     """Colors of ink, of what is secondary, of lines, and of the ground."""
-    def __init__(self, ink, grey, pale, paper): self.ink,self.grey,self.pale,self.paper = ink,grey,pale,paper
+
+    def __init__(self, ink, grey, pale, paper):
+        self.ink, self.grey, self.pale, self.paper = ink, grey, pale, paper
 
     @property
     def rc(self):
-        return {'font.size': 10, 'text.color': self.ink, 'axes.labelcolor': self.ink, 'xtick.color': self.ink,
-                'ytick.color': self.ink, 'axes.edgecolor': self.pale, 'axes.titlesize': 9,
-                'axes.titlecolor': self.grey, 'axes.facecolor': 'none', 'figure.facecolor': self.paper,
-                'legend.frameon': False, 'axes.spines.top': False, 'axes.spines.right': False, 'xtick.major.size': 0,
-                'ytick.major.size': 0, 'svg.fonttype': 'path', 'svg.hashsalt': 'fastdistill'}
+        return {
+            'font.size': 10,
+            'text.color': self.ink,
+            'axes.labelcolor': self.ink,
+            'xtick.color': self.ink,
+            'ytick.color': self.ink,
+            'axes.edgecolor': self.pale,
+            'axes.titlesize': 9,
+            'axes.titlecolor': self.grey,
+            'axes.facecolor': 'none',
+            'figure.facecolor': self.paper,
+            'legend.frameon': False,
+            'axes.spines.top': False,
+            'axes.spines.right': False,
+            'xtick.major.size': 0,
+            'ytick.major.size': 0,
+            'svg.fonttype': 'path',
+            'svg.hashsalt': 'fastdistill',
+        }
 
 
-LIGHT,DARK = Ground('#2b2d33', '#6b7280', '#d9dce3', '#ffffff'),Ground('#e6e7ea', '#9aa1ad', '#454954', '#17181c')
+LIGHT, DARK = (
+    Ground('#2b2d33', '#6b7280', '#d9dce3', '#ffffff'),
+    Ground('#e6e7ea', '#9aa1ad', '#454954', '#17181c'),
+)
 
 
 @contextmanager
 def styled():
     """Yields the `Ground` on which to draw."""
     import matplotlib
-    with matplotlib.rc_context(LIGHT.rc): yield LIGHT
+
+    with matplotlib.rc_context(LIGHT.rc):
+        yield LIGHT
 
 
-def on_dark(
-    svg:str
-) -> str:
+def on_dark(svg: str) -> str:
     """The same picture in the colors for dark ground.
 
     Args:
         svg: A picture in this style.
     """
-    for k in ('ink', 'grey', 'pale', 'paper'): svg = svg.replace(getattr(LIGHT, k), getattr(DARK, k))
+    for k in ('ink', 'grey', 'pale', 'paper'):
+        svg = svg.replace(getattr(LIGHT, k), getattr(DARK, k))
     return svg
 
 
@@ -47,21 +68,24 @@ def new_figure(width, height):
     """A figure that is not pyplot's: it does not stay open, and notebooks show it once."""
     import matplotlib.pyplot as plt  # noqa: F401 (notebooks show figures only after this import)
     from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout='constrained')
 
 
 def color_of(report, name, ground):
     """The color of a model, the same in every picture of a report."""
-    if name == report.teacher: return ground.ink
+    if name == report.teacher:
+        return ground.ink
     students = sorted(report.students, key=lambda n: n != report.baseline)
     first = 0 if report.baseline is not None else 1
-    return COLORS[(students.index(name)+first) % len(COLORS)]
+    return COLORS[(students.index(name) + first) % len(COLORS)]
 
 
 @cache
 def characters():
     """Those that the font can draw."""
     from matplotlib import font_manager, ft2font
+
     return frozenset(ft2font.FT2Font(font_manager.findfont('DejaVu Sans')).get_charmap())
 
 
@@ -71,5 +95,6 @@ def safe_label(text, longest=24):
     """
     line = ' '.join(str(text).split())
     line = ''.join(c if ord(c) in characters() else '□' for c in line)
-    if len(line) > longest: line = line[:longest-1] + '…'
+    if len(line) > longest:
+        line = line[: longest - 1] + '…'
     return line.replace('\\', '\\\\').replace('$', r'\$') if '$' in line else line

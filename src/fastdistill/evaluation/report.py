@@ -1,6 +1,8 @@
 "`Report`: the data of a comparison, and every way to show them."
+
 from dataclasses import dataclass
 from pathlib import Path
+
 from .data import ReportData, write_text
 from .page import page
 from .text import in_brief, markdown, print_report, show
@@ -14,10 +16,7 @@ class Report(ReportData):
     `to_json` and `from_json` store it, `show`, `to_markdown` and `to_html` show it.
     """
 
-    def show(
-        self,
-        console=None
-    ):
+    def show(self, console=None):
         """Verdicts and tables: in a notebook as HTML, else in the terminal.
 
         Args:
@@ -25,10 +24,7 @@ class Report(ReportData):
         """
         show(self, print_report, console)
 
-    def to_markdown(
-        self,
-        level:int=2
-    ) -> str:
+    def to_markdown(self, level: int = 2) -> str:
         """Verdicts and tables as Markdown, for a model card.
 
         Args:
@@ -36,11 +32,7 @@ class Report(ReportData):
         """
         return markdown(self, level)
 
-    def to_html(
-        self,
-        path=None,
-        figures=None
-    ) -> str|Path:
+    def to_html(self, path=None, figures=None) -> str | Path:
         """One page with tables and pictures: the path, if it is written there, else its text. It
         loads nothing, needs no network, and fits phones and dark screens.
 
@@ -51,6 +43,8 @@ class Report(ReportData):
         """
         return write_text(page(self, figures), path)
 
-    def __repr__(self): return in_brief(self)
+    def __repr__(self):
+        return in_brief(self)
 
-    def _repr_html_(self): return page(self, whole=False)
+    def _repr_html_(self):
+        return page(self, whole=False)

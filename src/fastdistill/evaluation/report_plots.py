@@ -1,47 +1,70 @@
 """Pictures of a report. Each function returns a figure, or None where the report has nothing of
 that kind.
 """
+
 from .plot_style import color_of, new_figure, safe_label, styled
 
-__all__ = ['plot_classes', 'plot_cost', 'plot_history', 'plot_recovered', 'plot_reliability', 'plot_runs']
+__all__ = [
+    'plot_classes',
+    'plot_cost',
+    'plot_history',
+    'plot_recovered',
+    'plot_reliability',
+    'plot_runs',
+]
 
 
-WIDTH = 5.2 # inches: labels can be read on a phone
-LEAST_IN_BIN = 10 # predictions of a bin: the share of the right ones says nothing
+WIDTH = 5.2  # inches: labels can be read on a phone
+LEAST_IN_BIN = 10  # predictions of a bin: the share of the right ones says nothing
 
 
-def factor(info): return 100 if info.percent else 1
+def factor(info):
+    return 100 if info.percent else 1
 
-def axis_name(info, what=''): return f"{info.label}{what}{', %' if info.percent else ''}"
+
+def axis_name(info, what=''):
+    return f'{info.label}{what}{", %" if info.percent else ""}'
 
 
-def plot_cost(
-    report
-):
+def plot_cost(report):
     """The headline's score against the time for one sample; a circle's area grows with the number
     of parameters.
 
     Args:
         report: A `Report`
     """
-    info,k = report.info[report.headline],report.headline
-    shown = {n: m for n,m in report.models.items() if m.cost.latency and m.measures[k].value is not None}
-    if not shown: return None
+    info, k = report.info[report.headline], report.headline
+    shown = {
+        n: m for n, m in report.models.items() if m.cost.latency and m.measures[k].value is not None
+    }
+    if not shown:
+        return None
     with styled() as ground:
         fig = new_figure(WIDTH, 3.6)
-        ax,most = fig.subplots(),max(m.cost.params or 1 for m in shown.values())
-        for n,m in shown.items():
-            e,f,x = m.measures[k],factor(info),m.cost.latency[0].p50
+        ax, most = fig.subplots(), max(m.cost.params or 1 for m in shown.values())
+        for n, m in shown.items():
+            e, f, x = m.measures[k], factor(info), m.cost.latency[0].p50
             color = color_of(report, n, ground)
-            if e.low is not None: ax.plot([x, x], [f*e.low, f*e.high], color=color, lw=1.5)
-            area = 40 + 1500*(m.cost.params or 0)/most
-            ax.scatter([x], [f*e.value], s=area, color=color, alpha=.85, lw=0)
-            ax.annotate(safe_label(n), (x, f*e.value), xytext=(area**.5/2 + 3, 3), textcoords='offset points',
-                        color=color, fontweight='bold')
+            if e.low is not None:
+                ax.plot([x, x], [f * e.low, f * e.high], color=color, lw=1.5)
+            area = 40 + 1500 * (m.cost.params or 0) / most
+            ax.scatter([x], [f * e.value], s=area, color=color, alpha=0.85, lw=0)
+            ax.annotate(
+                safe_label(n),
+                (x, f * e.value),
+                xytext=(area**0.5 / 2 + 3, 3),
+                textcoords='offset points',
+                color=color,
+                fontweight='bold',
+            )
         xs = [m.cost.latency[0].p50 for m in shown.values()]
-        ax.set(xscale='log', xlim=(min(xs)/1.8, max(xs)*2.6), ylabel=axis_name(info),
-               xlabel=f"milliseconds for a batch of {next(iter(shown.values())).cost.latency[0].batch} (median)")
-        ax.margins(y=.25)
+        ax.set(
+            xscale='log',
+            xlim=(min(xs) / 1.8, max(xs) * 2.6),
+            ylabel=axis_name(info),
+            xlabel=f'milliseconds for a batch of {next(iter(shown.values())).cost.latency[0].batch} (median)',
+        )
+        ax.margins(y=0.25)
         plain_ticks(ax.xaxis)
         ax.set_title('area: number of parameters; bars: 95% intervals', loc='left')
     return fig
@@ -50,14 +73,13 @@ def plot_cost(
 def plain_ticks(axis):
     """Numbers such as 0.5 and 20 on a logarithmic axis."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}'))
     axis.set_minor_formatter(NullFormatter())
 
 
-def plot_recovered(
-    report
-):
+def plot_recovered(report):
     """The share of the teacher's lead over the baseline that each student recovered, with its
     interval.
 
@@ -65,77 +87,134 @@ def plot_recovered(
         report: A `Report`
     """
     k = report.headline
-    shares = {c.model: c.recovered.get(k) for c in report.comparisons if c.against == report.baseline}
-    shown = {n: e for n,e in shares.items() if e is not None and e.value is not None}
-    if not shown: return None
+    shares = {
+        c.model: c.recovered.get(k) for c in report.comparisons if c.against == report.baseline
+    }
+    shown = {n: e for n, e in shares.items() if e is not None and e.value is not None}
+    if not shown:
+        return None
     with styled() as ground:
-        fig = new_figure(WIDTH, 1.1 + .5*len(shown))
+        fig = new_figure(WIDTH, 1.1 + 0.5 * len(shown))
         ax = fig.subplots()
-        for x,name in ((0, report.baseline), (100, report.teacher)):
+        for x, name in ((0, report.baseline), (100, report.teacher)):
             ax.axvline(x, color=ground.grey, lw=1, ls=(0, (4, 3)), zorder=0)
-            ax.annotate(safe_label(name), (x, 1), xycoords=('data', 'axes fraction'), xytext=(0, 3), ha='center',
-                        textcoords='offset points', color=ground.grey)
-        for i,(n,e) in enumerate(shown.items()):
+            ax.annotate(
+                safe_label(name),
+                (x, 1),
+                xycoords=('data', 'axes fraction'),
+                xytext=(0, 3),
+                ha='center',
+                textcoords='offset points',
+                color=ground.grey,
+            )
+        for i, (n, e) in enumerate(shown.items()):
             color = color_of(report, n, ground)
-            if e.low is not None: ax.plot([100*e.low, 100*e.high], [i, i], color=color, lw=3, solid_capstyle='round')
-            ax.scatter([100*e.value], [i], s=70, color=color, zorder=3)
-            ax.annotate(f'{100*e.value:.0f}%', (100*e.value, i), xytext=(0, 7), ha='center', color=color,
-                        textcoords='offset points', fontweight='bold')
-        ax.set(ylim=(len(shown)-.4, -.7), xlabel=f"share of the teacher's lead in {report.info[k].label}, %")
+            if e.low is not None:
+                ax.plot(
+                    [100 * e.low, 100 * e.high], [i, i], color=color, lw=3, solid_capstyle='round'
+                )
+            ax.scatter([100 * e.value], [i], s=70, color=color, zorder=3)
+            ax.annotate(
+                f'{100 * e.value:.0f}%',
+                (100 * e.value, i),
+                xytext=(0, 7),
+                ha='center',
+                color=color,
+                textcoords='offset points',
+                fontweight='bold',
+            )
+        ax.set(
+            ylim=(len(shown) - 0.4, -0.7),
+            xlabel=f"share of the teacher's lead in {report.info[k].label}, %",
+        )
         ax.set_yticks(range(len(shown)), [safe_label(n) for n in shown])
         ax.spines['left'].set_visible(False)
     return fig
 
 
-def plot_reliability(
-    report
-):
+def plot_reliability(report):
     """Accuracy against confidence, for each model; on the diagonal, probabilities mean what they
     say.
 
     Args:
         report: A `Report`
     """
-    shown = {n: m.reliability for n,m in report.models.items() if m.reliability}
-    if not shown: return None
+    shown = {n: m.reliability for n, m in report.models.items() if m.reliability}
+    if not shown:
+        return None
     with styled() as ground:
         fig = new_figure(WIDTH, 3.8)
-        top,low = fig.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        top, low = fig.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         top.plot([0, 100], [0, 100], color=ground.pale, lw=1.2, zorder=0)
-        for n,b in shown.items():
-            color,total = color_of(report, n, ground),sum(b['count'])
-            filled = [(100*c/k, 100*r/k, k) for k,c,r in zip(b['count'], b['confidence'], b['right']) if k]
-            low.plot([x for x,*_ in filled], [100*k/total for *_,k in filled], color=color, lw=1.6, marker='o', ms=3)
-            enough = [(x, y) for x,y,k in filled if k >= LEAST_IN_BIN]
-            top.plot([x for x,_ in enough], [y for _,y in enough], color=color, lw=1.6, marker='o', ms=4,
-                     label=safe_label(n))
+        for n, b in shown.items():
+            color, total = color_of(report, n, ground), sum(b['count'])
+            filled = [
+                (100 * c / k, 100 * r / k, k)
+                for k, c, r in zip(b['count'], b['confidence'], b['right'])
+                if k
+            ]
+            low.plot(
+                [x for x, *_ in filled],
+                [100 * k / total for *_, k in filled],
+                color=color,
+                lw=1.6,
+                marker='o',
+                ms=3,
+            )
+            enough = [(x, y) for x, y, k in filled if k >= LEAST_IN_BIN]
+            top.plot(
+                [x for x, _ in enough],
+                [y for _, y in enough],
+                color=color,
+                lw=1.6,
+                marker='o',
+                ms=4,
+                label=safe_label(n),
+            )
         words = 'frequency' if report.task == 'sigmoid' else 'accuracy'
         top.set(ylabel=f'{words}, %', ylim=(-2, 102))
-        top.set_title(f'below the diagonal: too sure; bins of less than {LEAST_IN_BIN} are left out', loc='left')
+        top.set_title(
+            f'below the diagonal: too sure; bins of less than {LEAST_IN_BIN} are left out',
+            loc='left',
+        )
         top.legend()
-        low.set(xlabel='predicted probability, %', ylabel='share, %', xlim=(-2, 102), ylim=(0, None))
+        low.set(
+            xlabel='predicted probability, %', ylabel='share, %', xlim=(-2, 102), ylim=(0, None)
+        )
     return fig
 
 
-def plot_history(
-    report
-):
+def plot_history(report):
     """The losses of each training over its epochs: the labels' own, and each part of the
     distillation.
 
     Args:
         report: A `Report`
     """
-    shown = {n: h for n,m in report.models.items() if (h := losses_of(m.history))}
-    if not shown: return None
+    shown = {n: h for n, m in report.models.items() if (h := losses_of(m.history))}
+    if not shown:
+        return None
     with styled() as ground:
-        fig = new_figure(WIDTH, .4 + 1.9*len(shown))
+        fig = new_figure(WIDTH, 0.4 + 1.9 * len(shown))
         axs = fig.subplots(len(shown), 1, squeeze=False)[:, 0]
-        for ax,(n,h) in zip(axs, shown.items()):
-            for k,style in zip(h, LINES):
-                ax.plot(range(1, len(h[k])+1), [float('nan') if v is None else v for v in h[k]], label=safe_label(k),
-                        color=color_of(report, n, ground), ls=style, lw=1.6, marker='o' if len(h[k]) == 1 else None)
-            ax.set_title(safe_label(n), loc='left', color=color_of(report, n, ground), fontweight='bold', fontsize=10)
+        for ax, (n, h) in zip(axs, shown.items()):
+            for k, style in zip(h, LINES):
+                ax.plot(
+                    range(1, len(h[k]) + 1),
+                    [float('nan') if v is None else v for v in h[k]],
+                    label=safe_label(k),
+                    color=color_of(report, n, ground),
+                    ls=style,
+                    lw=1.6,
+                    marker='o' if len(h[k]) == 1 else None,
+                )
+            ax.set_title(
+                safe_label(n),
+                loc='left',
+                color=color_of(report, n, ground),
+                fontweight='bold',
+                fontsize=10,
+            )
             ax.set(ylabel='loss', ylim=(0, None))
             ax.xaxis.get_major_locator().set_params(integer=True)
             ax.legend(fontsize=8, ncols=2)
@@ -143,17 +222,16 @@ def plot_history(
     return fig
 
 
-LINES = '-','--',':','-.',(0, (1, 4)),(0, (6, 1, 1, 1, 1, 1))
+LINES = '-', '--', ':', '-.', (0, (1, 4)), (0, (6, 1, 1, 1, 1, 1))
 
 
 def losses_of(history):
-    return {k: v for k,v in history.items() if k.endswith('_loss') and any(o is not None for o in v)}
+    return {
+        k: v for k, v in history.items() if k.endswith('_loss') and any(o is not None for o in v)
+    }
 
 
-def plot_classes(
-    report,
-    most:int=20
-):
+def plot_classes(report, most: int = 20):
     """What each class gains or loses from the baseline to the first student.
 
     Args:
@@ -161,27 +239,31 @@ def plot_classes(
         most: Classes; with more, those that change most.
     """
     changes = report.class_changes()
-    if not changes: return None
-    shown = changes if len(changes) <= most else changes[:most//2] + changes[-(most//2):]
+    if not changes:
+        return None
+    shown = changes if len(changes) <= most else changes[: most // 2] + changes[-(most // 2) :]
     with styled() as ground:
-        fig = new_figure(WIDTH, .9 + .24*len(shown))
-        ax,model = fig.subplots(),next(n for n in report.students if n != report.baseline)
-        for i,(_,_,a,b,change) in enumerate(shown):
+        fig = new_figure(WIDTH, 0.9 + 0.24 * len(shown))
+        ax, model = fig.subplots(), next(n for n in report.students if n != report.baseline)
+        for i, (_, _, a, b, change) in enumerate(shown):
             color = color_of(report, model if change >= 0 else report.baseline, ground)
-            ax.plot([100*a, 100*b], [i, i], color=color, lw=2)
-            ax.scatter([100*a], [i], s=26, color=color_of(report, report.baseline, ground), zorder=3)
-            ax.scatter([100*b], [i], s=26, color=color_of(report, model, ground), zorder=3)
-        ax.set_yticks(range(len(shown)), [safe_label(c) for c,*_ in shown])
-        ax.set(ylim=(len(shown)-.5, -.5), xlabel=f"{'IoU' if report.class_measure == 'iou' else 'recall'}, %")
+            ax.plot([100 * a, 100 * b], [i, i], color=color, lw=2)
+            ax.scatter(
+                [100 * a], [i], s=26, color=color_of(report, report.baseline, ground), zorder=3
+            )
+            ax.scatter([100 * b], [i], s=26, color=color_of(report, model, ground), zorder=3)
+        ax.set_yticks(range(len(shown)), [safe_label(c) for c, *_ in shown])
+        ax.set(
+            ylim=(len(shown) - 0.5, -0.5),
+            xlabel=f'{"IoU" if report.class_measure == "iou" else "recall"}, %',
+        )
         ax.set_title(f'from {safe_label(report.baseline)} to {safe_label(model)}', loc='left')
-        ax.grid(axis='y', color=ground.pale, lw=.5)
+        ax.grid(axis='y', color=ground.pale, lw=0.5)
         ax.set_axisbelow(True)
     return fig
 
 
-def plot_runs(
-    reports:dict
-):
+def plot_runs(reports: dict):
     """The students of several runs: the first run's headline, with intervals, in the order of the
     runs.
 
@@ -189,18 +271,28 @@ def plot_runs(
         reports: Name of a run -> its report.
     """
     first = next(iter(reports.values()))
-    k,info,f = first.headline,first.info[first.headline],factor(first.info[first.headline])
-    rows = [(run, n, m, r) for run,r in reports.items() if k in r.info for n,m in r.models.items()
-            if m.role != 'teacher' and m.measures[k].value is not None]
+    k, info, f = first.headline, first.info[first.headline], factor(first.info[first.headline])
+    rows = [
+        (run, n, m, r)
+        for run, r in reports.items()
+        if k in r.info
+        for n, m in r.models.items()
+        if m.role != 'teacher' and m.measures[k].value is not None
+    ]
     with styled() as ground:
-        fig = new_figure(WIDTH, .9 + .34*len(rows))
+        fig = new_figure(WIDTH, 0.9 + 0.34 * len(rows))
         ax = fig.subplots()
-        for i,(_,n,m,r) in enumerate(rows):
-            e,color = m.measures[k],color_of(r, n, ground)
-            if e.low is not None: ax.plot([f*e.low, f*e.high], [i, i], color=color, lw=2.5, solid_capstyle='round')
-            ax.scatter([f*e.value], [i], s=50, color=color, zorder=3)
-        ax.set_yticks(range(len(rows)), [f'{safe_label(run)}: {safe_label(n)}' for run,n,*_ in rows])
-        ax.set(ylim=(len(rows)-.5, -.5), xlabel=axis_name(info))
-        ax.grid(axis='y', color=ground.pale, lw=.5)
+        for i, (_, n, m, r) in enumerate(rows):
+            e, color = m.measures[k], color_of(r, n, ground)
+            if e.low is not None:
+                ax.plot(
+                    [f * e.low, f * e.high], [i, i], color=color, lw=2.5, solid_capstyle='round'
+                )
+            ax.scatter([f * e.value], [i], s=50, color=color, zorder=3)
+        ax.set_yticks(
+            range(len(rows)), [f'{safe_label(run)}: {safe_label(n)}' for run, n, *_ in rows]
+        )
+        ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel=axis_name(info))
+        ax.grid(axis='y', color=ground.pale, lw=0.5)
         ax.set_axisbelow(True)
     return fig

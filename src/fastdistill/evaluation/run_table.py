@@ -1,14 +1,13 @@
 "Several reports as one table: the students of all runs, the best first."
+
+from .format import amount, estimate_text, recovered_text, verdict_of
 from .tables import Cell, Sheet
 from .text import print_sheet
-from .format import amount, estimate_text, recovered_text, verdict_of
 
 __all__ = ['print_runs', 'sheets_of_runs']
 
 
-def sheets_of_runs(
-    reports:dict
-) -> list[Sheet]:
+def sheets_of_runs(reports: dict) -> list[Sheet]:
     """A table for each measure that is a headline; its students, the best first.
 
     Args:
@@ -19,25 +18,45 @@ def sheets_of_runs(
 
 def sheet_of_runs(k, reports):
     info = next(r.info[k] for r in reports.values() if r.headline == k)
-    rows = [(m.measures[k].value, run, r, n, m) for run,r in reports.items() if r.headline == k
-            for n,m in r.models.items() if m.role != 'teacher' and m.measures[k].value is not None]
-    s = Sheet('runs', f'{info.label} of all students',
-              ['', 'student', info.label, 'to the baseline', 'verdict', "teacher's lead recovered", 'parameters'],
-              note='Verdicts are about the models of one run, on the same samples. Runs on other samples are not '
-                   'comparable.')
-    for _,run,r,n,m in sorted(rows, key=lambda o: -o[0] if info.higher else o[0]):
+    rows = [
+        (m.measures[k].value, run, r, n, m)
+        for run, r in reports.items()
+        if r.headline == k
+        for n, m in r.models.items()
+        if m.role != 'teacher' and m.measures[k].value is not None
+    ]
+    s = Sheet(
+        'runs',
+        f'{info.label} of all students',
+        [
+            '',
+            'student',
+            info.label,
+            'to the baseline',
+            'verdict',
+            "teacher's lead recovered",
+            'parameters',
+        ],
+        note='Verdicts are about the models of one run, on the same samples. Runs on other samples are not '
+        'comparable.',
+    )
+    for _, run, r, n, m in sorted(rows, key=lambda o: -o[0] if info.higher else o[0]):
         c = r.comparison(n)
         share = None if c is None else c.recovered.get(k)
-        s.add(run, n, Cell(*estimate_text(m.measures[k], info)),
-              *('–', '–') if c is None else (Cell(*estimate_text(c.differences[k], info, True)), verdict_of(c, r)),
-              '–' if share is None or share.value is None else Cell(*recovered_text(share)), amount(m.cost.params))
+        s.add(
+            run,
+            n,
+            Cell(*estimate_text(m.measures[k], info)),
+            *('–', '–')
+            if c is None
+            else (Cell(*estimate_text(c.differences[k], info, True)), verdict_of(c, r)),
+            '–' if share is None or share.value is None else Cell(*recovered_text(share)),
+            amount(m.cost.params),
+        )
     return s
 
 
-def print_runs(
-    reports:dict,
-    console=None
-):
+def print_runs(reports: dict, console=None):
     """The tables in a terminal.
 
     Args:
@@ -45,4 +64,6 @@ def print_runs(
         console: Rich's; None: standard output.
     """
     from rich.console import Console
-    for s in sheets_of_runs(reports): print_sheet(s, console or Console())
+
+    for s in sheets_of_runs(reports):
+        print_sheet(s, console or Console())

@@ -1,31 +1,30 @@
 "A report in a terminal and as Markdown."
+
 import re
+
 from .data import ReportData
-from .tables import sheets_of
 from .format import caveat, estimate_text, shown_text, verdicts
+from .tables import sheets_of
 
 __all__ = ['escaped', 'in_brief', 'markdown', 'print_report', 'print_sheet', 'show', 'title_of']
 
 COLORS_OF_VERDICTS = {'better': 'green', 'worse': 'red', 'not significant': 'yellow'}
 
 
-def title_of(r:ReportData) -> str:
+def title_of(r: ReportData) -> str:
     """The report's title, or the names of its models."""
-    *others,last = r.models
-    return r.title or (f"{', '.join(others)} and {last}" if others else last)
+    *others, last = r.models
+    return r.title or (f'{", ".join(others)} and {last}' if others else last)
 
 
 def escaped(text):
     """A text for rich, without markup and control characters of its own."""
     from rich import markup
+
     return markup.escape(shown_text(text))
 
 
-def show(
-    o,
-    print_it,
-    console=None
-):
+def show(o, print_it, console=None):
     """In a notebook as HTML, else in the terminal.
 
     Args:
@@ -33,42 +32,52 @@ def show(
         print_it: fn(o, console).
         console: Rich's; None: standard output.
     """
-    try: from IPython import get_ipython
-    except ImportError: get_ipython = lambda: None
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        get_ipython = lambda: None
     if console is None and type(get_ipython()).__name__ == 'ZMQInteractiveShell':
         from IPython.display import HTML, display
+
         display(HTML(o._repr_html_()))
-    else: print_it(o, console)
+    else:
+        print_it(o, console)
 
 
-def in_brief(r:ReportData) -> str:
+def in_brief(r: ReportData) -> str:
     """The verdicts and the headline's scores in a few lines of text, for `print`."""
     info = r.info[r.headline]
     width = max(map(len, r.models))
     rows = []
-    for n,m in r.models.items():
-        value,between = estimate_text(m.measures[r.headline], info)
-        rows.append(f"  {shown_text(n).ljust(width)}  {value}{f' ({between})' if between else ''}")
-    return '\n'.join([f'{shown_text(title_of(r))}: {info.label} on {r.n:,} {shown_text(r.unit)}', *rows,
-                      *(shown_text(text) for _,text in verdicts(r)),
-                      'report.show() shows all tables, report.to_html(path) writes a page.'])
+    for n, m in r.models.items():
+        value, between = estimate_text(m.measures[r.headline], info)
+        rows.append(f'  {shown_text(n).ljust(width)}  {value}{f" ({between})" if between else ""}')
+    return '\n'.join(
+        [
+            f'{shown_text(title_of(r))}: {info.label} on {r.n:,} {shown_text(r.unit)}',
+            *rows,
+            *(shown_text(text) for _, text in verdicts(r)),
+            'report.show() shows all tables, report.to_html(path) writes a page.',
+        ]
+    )
 
 
-def print_report(
-    r:ReportData,
-    console=None
-):
+def print_report(r: ReportData, console=None):
     """Verdicts and tables in a terminal.
 
     Args:
         console: Rich's; None: standard output.
     """
     from rich.console import Console
+
     console = console or Console()
     console.print(f'[bold]{escaped(title_of(r))}[/]', highlight=False)
-    for verdict,text in verdicts(r):
-        console.print(f'[{COLORS_OF_VERDICTS[verdict]}]{verdict}[/] {escaped(text)}', highlight=False)
-    for s in sheets_of(r, brief=True): print_sheet(s, console)
+    for verdict, text in verdicts(r):
+        console.print(
+            f'[{COLORS_OF_VERDICTS[verdict]}]{verdict}[/] {escaped(text)}', highlight=False
+        )
+    for s in sheets_of(r, brief=True):
+        print_sheet(s, console)
     console.print(escaped(caveat(r)), style='dim', highlight=False)
 
 
@@ -76,11 +85,21 @@ def print_sheet(s, console):
     """A table in a terminal."""
     from rich import box
     from rich.table import Table
-    t = Table(title=escaped(s.title), box=box.SIMPLE_HEAD, title_justify='left', title_style='bold',
-              caption=escaped(s.note), caption_justify='left')
-    for i,h in enumerate(s.head): t.add_column(escaped(h), justify='right' if i else 'left')
+
+    t = Table(
+        title=escaped(s.title),
+        box=box.SIMPLE_HEAD,
+        title_justify='left',
+        title_style='bold',
+        caption=escaped(s.note),
+        caption_justify='left',
+    )
+    for i, h in enumerate(s.head):
+        t.add_column(escaped(h), justify='right' if i else 'left')
     for row in s.rows:
-        t.add_row(*(escaped(c.text) + (f'\n[dim]{escaped(c.small)}[/]' if c.small else '') for c in row))
+        t.add_row(
+            *(escaped(c.text) + (f'\n[dim]{escaped(c.small)}[/]' if c.small else '') for c in row)
+        )
     console.print(t)
 
 
@@ -89,20 +108,22 @@ def cell(text):
     return re.sub(r'([\\`*_\[\]<>|&~$#])', r'\\\1', ' '.join(shown_text(str(text)).split()))
 
 
-def markdown(
-    r:ReportData,
-    level:int=2
-) -> str:
+def markdown(r: ReportData, level: int = 2) -> str:
     """Verdicts and tables as Markdown, for a model card.
 
     Args:
         level: Of the headings.
     """
-    mark = '#'*level
-    out = [f'{mark} {cell(title_of(r))}', '', *(f'- **{v}**: {cell(text)}' for v,text in verdicts(r))]
+    mark = '#' * level
+    out = [
+        f'{mark} {cell(title_of(r))}',
+        '',
+        *(f'- **{v}**: {cell(text)}' for v, text in verdicts(r)),
+    ]
     for s in sheets_of(r):
-        line = f"|---|{'---:|'*(len(s.head)-1)}"
-        rows = [f"| {' | '.join(map(cell, row))} |" for row in [s.head, *s.rows]]
+        line = f'|---|{"---:|" * (len(s.head) - 1)}'
+        rows = [f'| {" | ".join(map(cell, row))} |' for row in [s.head, *s.rows]]
         out += ['', f'{mark}# {cell(s.title)}', '', rows[0], line, *rows[1:]]
-        if s.note: out += ['', cell(s.note)]
+        if s.note:
+            out += ['', cell(s.note)]
     return '\n'.join([*out, '', cell(caveat(r)), ''])

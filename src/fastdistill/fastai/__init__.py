@@ -1,28 +1,59 @@
 """Distillation for fastai: import `*` from here after fastai's own `*`."""
+
 from .. import losses, recipes
+from ..base.outputs import DistillError, DistillWarning, Outputs
 from ..cache import TeacherCache
 from ..distiller.distiller import Distiller
-from ..base.outputs import DistillError, DistillWarning, Outputs
-from ..recipes.zoo import *
 from ..evaluation import Report
+from ..recipes.term import Recipe, Term
+from ..recipes.zoo import *
 from ..search.recipe_report import RecipeReport
 from ..teachers import Teacher
-from ..recipes.term import Recipe, Term
-from . import find as _find, multi_head as _heads, learner as _learner, patches as _patches
+from . import find as _find
+from . import learner as _learner
+from . import multi_head as _heads
+from . import patches as _patches
 from .block import TeacherBlock
 from .cache_data import cache_teacher, verify_cache
 from .callback import KnowledgeDistillation
-from .save import load_student, save_student
 from .check import check_teacher
 from .compare import compare
 from .export import export_student
 from .interpret import DistillInterpretation
 from .many import distill_many
 from .recipe_runs import compare_recipes
+from .save import load_student, save_student
 
 # A star import must not shadow common names, such as `dist`, `at`, `sp`, `cwd` or `losses`. So it has only the recipes
 # with unmistakable names. All recipes are in `recipes`, and can be imported by name
-__all__ = ['DistillError', 'DistillInterpretation', 'DistillWarning', 'Distiller', 'KnowledgeDistillation', 'Outputs',
-           'Recipe', 'RecipeReport', 'Report', 'Teacher', 'TeacherBlock', 'TeacherCache', 'Term', 'cache_teacher',
-           'check_teacher', 'compare', 'compare_recipes', 'distill_many', 'dkd', 'export_student', 'hard_labels',
-           'kd', 'load_student', 'logit_std', 'nkd', 'recipes', 'save_student', 'soft_labels', 'verify_cache']
+__all__ = [
+    'DistillError',
+    'DistillInterpretation',
+    'DistillWarning',
+    'Distiller',
+    'KnowledgeDistillation',
+    'Outputs',
+    'Recipe',
+    'RecipeReport',
+    'Report',
+    'Teacher',
+    'TeacherBlock',
+    'TeacherCache',
+    'Term',
+    'cache_teacher',
+    'check_teacher',
+    'compare',
+    'compare_recipes',
+    'distill_many',
+    'dkd',
+    'export_student',
+    'hard_labels',
+    'kd',
+    'load_student',
+    'logit_std',
+    'nkd',
+    'recipes',
+    'save_student',
+    'soft_labels',
+    'verify_cache',
+]

@@ -1,9 +1,10 @@
 "The callback's arguments: the source of the teacher's outputs, and the recipe."
-from ..cache.reader import TeacherCache, is_cache
+
 from ..base.outputs import DistillError
+from ..cache.reader import TeacherCache, is_cache
+from ..recipes.term import Recipe, Term
 from ..recipes.text import as_recipe
 from ..recipes.zoo import kd
-from ..recipes.term import Recipe, Term
 from .cache_feed import CacheFeed
 from .targets import Feed, TargetFeed
 
@@ -13,31 +14,43 @@ __all__ = ['check_options', 'feed_of', 'make_recipe']
 def check_options(teacher, **options):
     """Refuse option values that do not exist, and a recipe instead of the teacher."""
     have = dict(kind=(None, 'softmax', 'sigmoid', 'regression'), span=('fine_tune', 'fit'))
-    for k,v in options.items():
-        if v not in have[k]: raise DistillError(f"{k}={v!r}: it must be {' or '.join(map(repr, have[k]))}.")
+    for k, v in options.items():
+        if v not in have[k]:
+            raise DistillError(f'{k}={v!r}: it must be {" or ".join(map(repr, have[k]))}.')
     if isinstance(teacher, (Recipe, Term)):
-        raise DistillError(f"{teacher!r} is not a teacher: the teacher comes first, then the recipe, as in "
-                           "KnowledgeDistillation(teacher, kd()).")
+        raise DistillError(
+            f'{teacher!r} is not a teacher: the teacher comes first, then the recipe, as in '
+            'KnowledgeDistillation(teacher, kd()).'
+        )
 
 
 def feed_of(source):
     """The feed that adds stored outputs to the batches; None for a teacher that runs."""
-    if source is None: return TargetFeed()
+    if source is None:
+        return TargetFeed()
     # an URL is a cache's: models are files on this machine
-    if is_cache(source) or isinstance(source, str) and '://' in source: source = TeacherCache(source)
-    if isinstance(source, TeacherCache): return CacheFeed(source)
+    if is_cache(source) or isinstance(source, str) and '://' in source:
+        source = TeacherCache(source)
+    if isinstance(source, TeacherCache):
+        return CacheFeed(source)
     return source if isinstance(source, Feed) else None
 
 
 def make_recipe(recipe, T, alpha, loss):
     """One recipe from the ways to ask for it; None: `auto` is to choose."""
-    given = [k for k,v in dict(T=T, alpha=alpha, loss=loss).items() if v is not None]
+    given = [k for k, v in dict(T=T, alpha=alpha, loss=loss).items() if v is not None]
     if recipe is not None and given:
-        raise DistillError(f"A recipe and {', '.join(given)}=: give these to the recipe, as in kd(T=2, alpha=.5).")
-    if recipe is not None or not given: return as_recipe(recipe)
-    if loss is None: return kd(4. if T is None else T, .9 if alpha is None else alpha)
+        raise DistillError(
+            f'A recipe and {", ".join(given)}=: give these to the recipe, as in kd(T=2, alpha=.5).'
+        )
+    if recipe is not None or not given:
+        return as_recipe(recipe)
+    if loss is None:
+        return kd(4.0 if T is None else T, 0.9 if alpha is None else alpha)
     if T is not None:
-        raise DistillError("T= with loss=: your loss gets the logits unchanged and must soften them itself, or write "
-                           "Term(fn, T=...).")
-    alpha = 1. if alpha is None else alpha
+        raise DistillError(
+            'T= with loss=: your loss gets the logits unchanged and must soften them itself, or write '
+            'Term(fn, T=...).'
+        )
+    alpha = 1.0 if alpha is None else alpha
     return Recipe(Term(loss, weight=alpha, name='kd'), task=kd(alpha=alpha).task)

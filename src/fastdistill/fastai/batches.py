@@ -1,22 +1,39 @@
 """Batches of a Learner as in a training step, for checks before training, which change nothing; and
 of more items.
 """
-import copy, inspect
+
+import copy
+import inspect
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import PurePath
-from torch.utils.data import IterableDataset
-from fastai.basics import (CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException,
-                           CancelValidException, TfmdLists, is_listy)
+
+from fastai.basics import (
+    CancelBatchException,
+    CancelEpochException,
+    CancelFitException,
+    CancelTrainException,
+    CancelValidException,
+    TfmdLists,
+    is_listy,
+)
 from fastai.callback.mixup import MixHandler
-from ..base.outputs import DistillError, as_plain, map_tensors
+from torch.utils.data import IterableDataset
+
 from ..base.generators import Generators
+from ..base.outputs import DistillError, as_plain, map_tensors
 from ..teachers.items import with_items
 from .raw_items import renewed, without_places
 
 __all__ = ['PreparationError', 'loader_of', 'prepared_batches', 'split_batch', 'valid_batches']
 
-CANCELED = CancelBatchException,CancelEpochException,CancelFitException,CancelTrainException,CancelValidException
+CANCELED = (
+    CancelBatchException,
+    CancelEpochException,
+    CancelFitException,
+    CancelTrainException,
+    CancelValidException,
+)
 
 
 class PreparationError(Exception):
@@ -26,22 +43,34 @@ class PreparationError(Exception):
 def valid_batches(dl, n=None):
     """Some batches from all over the validation set, which is often sorted by class."""
     # the learner's own DataLoader stays as it is
-    if hasattr(dl, 'shuffle_fn'): dl = renewed(dl, shuffle=getattr(dl, 'indexed', True), drop_last=False, num_workers=0)
+    if hasattr(dl, 'shuffle_fn'):
+        dl = renewed(dl, shuffle=getattr(dl, 'indexed', True), drop_last=False, num_workers=0)
     yield from some_batches(dl, n)
 
 
 def train_batches(dl, n):
     """Some batches of the training set, in an order of their own."""
-    if isinstance(getattr(dl, 'dataset', None), IterableDataset): return      # a stream can't be read twice
+    if isinstance(getattr(dl, 'dataset', None), IterableDataset):
+        return  # a stream can't be read twice
     yield from some_batches(renewed(dl, num_workers=0) if hasattr(dl, 'shuffle_fn') else dl, n)
 
 
 # parts of a DataLoader that may have their own generators
-PARTS = 'dataset','sampler','batch_sampler','generator','after_item','before_batch','after_batch'
+PARTS = (
+    'dataset',
+    'sampler',
+    'batch_sampler',
+    'generator',
+    'after_item',
+    'before_batch',
+    'after_batch',
+)
+
 
 def some_batches(dl, n=None):
     """The first `n` batches. Afterwards the DataLoader and its generators are restored."""
-    with restored(dl), Generators(*(getattr(dl, k, None) for k in PARTS)).seeded(0): yield from islice(dl, n)
+    with restored(dl), Generators(*(getattr(dl, k, None) for k in PARTS)).seeded(0):
+        yield from islice(dl, n)
 
 
 @contextmanager
@@ -50,54 +79,64 @@ def restored(*objects):
     among them.
     """
     were = [(o.__dict__, dict(o.__dict__)) for o in objects if hasattr(o, '__dict__')]
-    boxes = [(v, copy.copy(v)) for _,d in were for v in d.values() if type(v) in (list, dict, set)]
-    try: yield
+    boxes = [(v, copy.copy(v)) for _, d in were for v in d.values() if type(v) in (list, dict, set)]
+    try:
+        yield
     finally:
-        for now,was in were:
+        for now, was in were:
             now.clear()
             now.update(was)
-        for box,was in boxes:
+        for box, was in boxes:
             box.clear()
             box.extend(was) if isinstance(box, list) else box.update(was)
 
 
 def split_batch(learn, b):
     """(inputs, targets) of a batch, each a tuple."""
-    if learn.model is not None: b = learn._set_device(b)
+    if learn.model is not None:
+        b = learn._set_device(b)
     b = tuple(b) if is_listy(b) else (b,)
-    n = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
+    n = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b) - 1)
     return as_plain_batch(b[:n], b[n:])
 
 
-def as_plain_batch(*parts): return tuple(tuple(map_tensors(o, as_plain) for o in part) for part in parts)
+def as_plain_batch(*parts):
+    return tuple(tuple(map_tensors(o, as_plain) for o in part) for part in parts)
 
 
 def prepared_batches(learn, n_valid, n_train):
     """(inputs, targets) of validation batches, and of training batches, both as generators."""
     has_valid = len(learn.dls.loaders) > 1 and getattr(learn.dls.valid, 'n', None) != 0
     valid = valid_batches(learn.dls.valid, n_valid) if has_valid else ()
-    return prepared(learn, valid, 1, False),prepared(learn, train_batches(learn.dls.train, n_train), 0, True)
+    return prepared(learn, valid, 1, False), prepared(
+        learn, train_batches(learn.dls.train, n_train), 0, True
+    )
 
 
-def prepared(
-    learn, batches, ds_idx, training,
-    dl=None
-):
+def prepared(learn, batches, ds_idx, training, dl=None):
     """(inputs, targets) of batches after the learner's callbacks have changed them.
 
     Args:
         dl: Where the batches come from; None: the learner's DataLoader.
     """
-    for i,b in enumerate(batches):
-        b,items = without_places(b, learn.dls[ds_idx] if dl is None else dl)
-        try: x,y = split_batch(learn, b) if learn.model is None else with_callbacks(learn, b, i, ds_idx, training)
-        except CANCELED: continue      # a fit skips such a batch too
-        yield with_items(x, items),y
+    for i, b in enumerate(batches):
+        b, items = without_places(b, learn.dls[ds_idx] if dl is None else dl)
+        try:
+            x, y = (
+                split_batch(learn, b)
+                if learn.model is None
+                else with_callbacks(learn, b, i, ds_idx, training)
+            )
+        except CANCELED:
+            continue  # a fit skips such a batch too
+        yield with_items(x, items), y
 
 
 def number_of_batches(dl):
-    try: return len(dl)
-    except TypeError: return None      # of a stream
+    try:
+        return len(dl)
+    except TypeError:
+        return None  # of a stream
 
 
 def changing_callbacks(learn, training):
@@ -107,11 +146,18 @@ def changing_callbacks(learn, training):
     fastai's other callbacks don't change inputs: they change the optimizer, enter autocast, or
     count.
     """
+
     def is_users(cb):
-        if (fn := getattr(cb, 'before_batch', None)) is None: return False
+        if (fn := getattr(cb, 'before_batch', None)) is None:
+            return False
         module = getattr(inspect.unwrap(getattr(fn, '__func__', fn)), '__module__', None) or ''
         return module.partition('.')[0] not in ('fastai', 'fastdistill')
-    return [cb for cb in learn.cbs.sorted('order') if is_users(cb) or (training and isinstance(cb, MixHandler))]
+
+    return [
+        cb
+        for cb in learn.cbs.sorted('order')
+        if is_users(cb) or (training and isinstance(cb, MixHandler))
+    ]
 
 
 def with_callbacks(learn, b, i, ds_idx, training):
@@ -119,44 +165,57 @@ def with_callbacks(learn, b, i, ds_idx, training):
     afterwards.
     """
     with restored(learn, *learn.cbs):
-        now,dl = vars(learn),learn.dls[ds_idx]
+        now, dl = vars(learn), learn.dls[ds_idx]
         now.update(training=training, iter=i, dl=dl, n_iter=number_of_batches(dl))
-        for k,v in dict(epoch=0, n_epoch=1, pct_train=0., train_iter=0).items(): now.setdefault(k, v)
+        for k, v in dict(epoch=0, n_epoch=1, pct_train=0.0, train_iter=0).items():
+            now.setdefault(k, v)
         learn._split(learn._set_device(b))
         for cb in changing_callbacks(learn, training):
-            if isinstance(cb, MixHandler): vars(cb)['stack_y'] = True     # it does not change the labels then
-            try: cb('before_batch')
-            except CANCELED: raise
-            except Exception as e: raise PreparationError(f"{type(cb).__name__} ({e})") from e
+            if isinstance(cb, MixHandler):
+                vars(cb)['stack_y'] = True  # it does not change the labels then
+            try:
+                cb('before_batch')
+            except CANCELED:
+                raise
+            except Exception as e:
+                raise PreparationError(f'{type(cb).__name__} ({e})') from e
         return as_plain_batch(learn.xb, learn.yb)
 
 
-def loader_of(
-    items,
-    dls
-):
+def loader_of(items, dls):
     """A DataLoader of these items, prepared and augmented as the training set is.
 
     Args:
         items: Like those of the training set, without labels; or a DataLoader.
         dls: The DataLoaders whose training set it is.
     """
-    if hasattr(items, '__iter__') and hasattr(items, 'batch_size') or hasattr(items, 'after_batch'): loader = items
+    if hasattr(items, '__iter__') and hasattr(items, 'batch_size') or hasattr(items, 'after_batch'):
+        loader = items
     else:
         if isinstance(items, (str, PurePath)) or not hasattr(items, '__len__'):
-            raise DistillError(f"unlabeled={items!r}: give a list of items like those of the training set, such as "
-                               "get_image_files(folder), or a DataLoader.")
-        if len(items) == 0: raise DistillError("unlabeled=: there are no items in it.")
+            raise DistillError(
+                f'unlabeled={items!r}: give a list of items like those of the training set, such as '
+                'get_image_files(folder), or a DataLoader.'
+            )
+        if len(items) == 0:
+            raise DistillError('unlabeled=: there are no items in it.')
         train = dls.train
-        try: ds = dls.test_dl(items).dataset
+        try:
+            ds = dls.test_dl(items).dataset
         except Exception as e:
-            raise DistillError("unlabeled=: these items can't be prepared as the training set's are "
-                               f"({type(e).__name__}: {e}). Give items of the same kind, or a DataLoader.") from e
+            raise DistillError(
+                "unlabeled=: these items can't be prepared as the training set's are "
+                f'({type(e).__name__}: {e}). Give items of the same kind, or a DataLoader.'
+            ) from e
         for o in getattr(ds, 'tls', [ds]):
             # subtle: `test_dl` makes a validation set, which random transforms skip
-            if isinstance(o, TfmdLists): o.split_idx = o.tfms.split_idx = 0
+            if isinstance(o, TfmdLists):
+                o.split_idx = o.tfms.split_idx = 0
         loader = train.new(ds, bs=min(train.bs, len(items)), shuffle=True, drop_last=True, n=None)
-    try: n = len(loader)
-    except TypeError: n = None      # of a stream
-    if n == 0: raise DistillError("unlabeled=: this DataLoader has no batch.")
+    try:
+        n = len(loader)
+    except TypeError:
+        n = None  # of a stream
+    if n == 0:
+        raise DistillError('unlabeled=: this DataLoader has no batch.')
     return loader

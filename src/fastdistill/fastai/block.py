@@ -1,63 +1,88 @@
 "`TeacherBlock`: a teacher's outputs in a DataBlock, beside the labels."
+
 import numpy as np
 import torch
-from torch import Tensor
 from fastai.basics import ItemTransform, TensorBase, TransformBlock
+from torch import Tensor
+
 from ..base.outputs import DistillError, as_plain
 from ..teachers.probabilities import logits_of
 
-__all__ = ['FIRST_TARGET', 'TeacherBlock', 'TeacherRow', 'TeacherTarget', 'ToTeacherTarget', 'before_first_target']
+__all__ = [
+    'FIRST_TARGET',
+    'TeacherBlock',
+    'TeacherRow',
+    'TeacherTarget',
+    'ToTeacherTarget',
+    'before_first_target',
+]
 
-FIRST_TARGET = [] # functions to call before the first teacher's target is made; `patches` then wraps fastai's methods
+FIRST_TARGET = []  # functions to call before the first teacher's target is made; `patches` then wraps fastai's methods
 GIVEN = ('logits', 'probabilities', 'label_probabilities')
 
 
 def before_first_target():
     """Call the functions in `FIRST_TARGET`, once."""
-    while FIRST_TARGET: FIRST_TARGET.pop()()
+    while FIRST_TARGET:
+        FIRST_TARGET.pop()()
 
 
 class TeacherTarget(TensorBase):
     """A teacher's output for an item. It has its own type, so that transforms of images, masks and
     categories skip it.
     """
-    def show(self, ctx=None, **kwargs): return ctx
+
+    def show(self, ctx=None, **kwargs):
+        return ctx
 
 
-class TeacherRow(TeacherTarget): """The bytes of a teacher's output, as a cache stores it."""
+class TeacherRow(TeacherTarget):
+    """The bytes of a teacher's output, as a cache stores it."""
 
 
 class ToTeacherTarget(ItemTransform):
     """Turn anything that holds numbers (array, list, tuple, tensor, a row of a table) into a
     `TeacherTarget`.
     """
-    _retain,order = False,1
 
-    def __new__(cls, *args, **kwargs): # called for unpickled and copied ones, too
+    _retain, order = False, 1
+
+    def __new__(cls, *args, **kwargs):  # called for unpickled and copied ones, too
         before_first_target()
         return super().__new__(cls)
 
     def __init__(self, given, n_out, names):
         super().__init__()
-        self.teacher_given,self.n_out,self.teacher_names = given,n_out,names
+        self.teacher_given, self.n_out, self.teacher_names = given, n_out, names
 
     def encodes(self, o):
-        t = torch.as_tensor(np.asarray(o), dtype=torch.float32) if not isinstance(o, Tensor) else as_plain(o).float()
+        t = (
+            torch.as_tensor(np.asarray(o), dtype=torch.float32)
+            if not isinstance(o, Tensor)
+            else as_plain(o).float()
+        )
         want = len(self.teacher_names) if self.teacher_names else self.n_out
         if want is not None and (t.dim() == 0 or t.shape[0] != want):
-            raise DistillError(f"A teacher's target has shape {tuple(t.shape)}, TeacherBlock expects {want} values. "
-                               "Does the getter return one row for each item?")
+            raise DistillError(
+                f"A teacher's target has shape {tuple(t.shape)}, TeacherBlock expects {want} values. "
+                'Does the getter return one row for each item?'
+            )
         if not t.isfinite().all():
-            raise DistillError("A teacher's target holds nan or infinite values: correct it, or remove its item.")
+            raise DistillError(
+                "A teacher's target holds nan or infinite values: correct it, or remove its item."
+            )
         return TeacherTarget(to_logits(t, self.teacher_given))
 
 
 def to_logits(t, given):
     """Logits whose softmax (or sigmoid) is the probabilities `t`."""
-    if given == 'logits': return t
+    if given == 'logits':
+        return t
     if t.min() < 0 or t.max() > 1:
-        raise DistillError(f"given={given!r}, but a teacher's target goes from {t.min():g} to {t.max():g}: use "
-                           "given='logits'.")
+        raise DistillError(
+            f"given={given!r}, but a teacher's target goes from {t.min():g} to {t.max():g}: use "
+            "given='logits'."
+        )
     return logits_of(t, 'softmax' if given == 'probabilities' else 'sigmoid')
 
 
@@ -72,12 +97,14 @@ class TeacherBlock(TransformBlock):
         vocab: Names of the teacher's classes, in the order of a row; they are mapped to the
             labels' by name.
     """
-    def __init__(
-        self,
-        given:str='logits',
-        n_out:int|None=None,
-        vocab=None
-    ):
+
+    def __init__(self, given: str = 'logits', n_out: int | None = None, vocab=None):
         if given not in GIVEN:
-            raise DistillError(f"TeacherBlock(given={given!r}): it must be {' or '.join(map(repr, GIVEN))}.")
-        super().__init__(type_tfms=ToTeacherTarget(given, n_out, None if vocab is None else list(map(str, vocab))))
+            raise DistillError(
+                f'TeacherBlock(given={given!r}): it must be {" or ".join(map(repr, GIVEN))}.'
+            )
+        super().__init__(
+            type_tfms=ToTeacherTarget(
+                given, n_out, None if vocab is None else list(map(str, vocab))
+            )
+        )

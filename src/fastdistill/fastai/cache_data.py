@@ -1,37 +1,48 @@
 "Run the teacher once over a Learner's data."
-import copy, warnings
-from contextlib import closing, contextmanager, nullcontext
+
+import copy
+import warnings
 from collections.abc import Mapping
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial, wraps
+
 import numpy as np
 import torch
 from fastai.basics import Pipeline, TfmdDL, TfmdLists
 from fastai.data.transforms import Normalize
 from fastai.tabular.core import TabDataLoader
 from fastai.text.data import SortedDL
+
+from ..base.outputs import DistillError, DistillWarning, Outputs, TopK, as_plain
+from ..base.seeds import RandomGuard
 from ..cache.digests import fingerprint, flat_values
 from ..cache.folder import open_folder
+from ..cache.layout import Wish
 from ..cache.progress import shown_progress
 from ..cache.reader import TeacherCache
-from ..cache.layout import Wish
-from ..cache.source import (Source, check_alone, check_batch_size, distinct_views, identity_of, spread_positions,
-                            unrepeatable)
+from ..cache.source import (
+    Source,
+    check_alone,
+    check_batch_size,
+    distinct_views,
+    identity_of,
+    spread_positions,
+    unrepeatable,
+)
 from ..cache.verify import Verified
 from ..cache.writer import check_views, write_cache
 from ..checks.outputs import single_teachers
-from ..base.outputs import DistillError, DistillWarning, Outputs, TopK, as_plain
-from ..base.seeds import RandomGuard
 from ..teachers.items import with_items
 from ..teachers.teacher import Teacher
 from .batches import loader_of
-from .task import task_of
 from .check import check_teacher
 from .head import HeadData, heads_of, option_of_heads
-from .sample_keys import item_keys, key_root, sample_files, storage_order
-from .replay_dl import IndexedItem, Plan, attach, refuse_unindexed
-from .raw_items import RawItems
 from .language_model import inputs_of, is_stream, share_n_inp, stream_outputs
+from .raw_items import RawItems
+from .replay_dl import IndexedItem, Plan, attach, refuse_unindexed
+from .sample_keys import item_keys, key_root, sample_files, storage_order
+from .task import task_of
 from .teachers import class_names, image_stats, is_heads, teacher_of
 from .transforms import describe_transforms
 from .vocab import stored_order, vocab_of
@@ -43,20 +54,31 @@ def for_each_head(write):
     """`cache_teacher`, which for a dict of teachers writes a cache for each, in a folder of its
     name.
     """
+
     @wraps(write)
     def _write(teacher, dls, path, *args, kind=None, **kwargs):
-        if not is_heads(teacher): return write(teacher, dls, path, *args, kind=kind, **kwargs)
+        if not is_heads(teacher):
+            return write(teacher, dls, path, *args, kind=kind, **kwargs)
         if kwargs.get('unlabeled') is not None:
-            raise DistillError("unlabeled= with several heads: they are told apart by their labels.")
+            raise DistillError(
+                'unlabeled= with several heads: they are told apart by their labels.'
+            )
         share_n_inp(dls)
         heads = heads_of(teacher)
         kinds = option_of_heads(kind, 'kind', heads)
+
         def of_head(k, h):
             folder = open_folder(path).sub(k)
-            try: return write(h.source, HeadData(dls, h), folder, *args, kind=kinds[k] or 'softmax', **kwargs)
-            except DistillError as e: raise DistillError(f'{k}: {e}') from e
-        caches = {k: of_head(k, h) for k,h in heads.items()}
+            try:
+                return write(
+                    h.source, HeadData(dls, h), folder, *args, kind=kinds[k] or 'softmax', **kwargs
+                )
+            except DistillError as e:
+                raise DistillError(f'{k}: {e}') from e
+
+        caches = {k: of_head(k, h) for k, h in heads.items()}
         return {k: caches.get(str(k)) for k in teacher}
+
     return _write
 
 
@@ -65,23 +87,25 @@ def cache_teacher(
     teacher,
     dls,
     path,
-    views:int=1,
-    topk:int|None=None,
-    dtype:str='float16',
+    views: int = 1,
+    topk: int | None = None,
+    dtype: str = 'float16',
     layers=None,
     *,
-    tail:str='mean',
+    tail: str = 'mean',
     size=None,
-    valid:bool=False,
+    valid: bool = False,
     unlabeled=None,
     keys=None,
-    bs:int|None=None, num_workers:int|None=None,
-    seed:int=0,
-    kind:str|None=None, axis:int|None=None,
-    check:bool=True,
-    force:bool=False,
+    bs: int | None = None,
+    num_workers: int | None = None,
+    seed: int = 0,
+    kind: str | None = None,
+    axis: int | None = None,
+    check: bool = True,
+    force: bool = False,
     progress=True,
-    forecast=None
+    forecast=None,
 ) -> TeacherCache:
     """Run the teacher on each view of each sample, store its outputs, and open the cache. An
     interrupted run resumes.
@@ -118,22 +142,29 @@ def cache_teacher(
     share_n_inp(dls)
     task = task_of_data(dls, teacher, kind, axis)
     if topk is not None and task.kind != 'softmax':
-        raise DistillError(f"topk={topk} stores the likeliest of several classes, but this model predicts {task.kind} "
-                           "outputs: use topk=None.")
+        raise DistillError(
+            f'topk={topk} stores the likeliest of several classes, but this model predicts {task.kind} '
+            'outputs: use topk=None.'
+        )
     asked = {} if layers is None else dict(layers=layers)
     if valid and unlabeled is not None:
-        raise DistillError("valid=True caches the labeled validation set beside the training set. With unlabeled=, "
-                           "omit it.")
+        raise DistillError(
+            'valid=True caches the labeled validation set beside the training set. With unlabeled=, '
+            'omit it.'
+        )
     train = dls.train if unlabeled is None else loader_of(unlabeled, dls)
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **asked)
     # numbers in float32 shall be those of the model itself
-    if dtype == 'float32' and 'precision' not in teacher.given: teacher = Teacher(teacher, precision='fp32')
+    if dtype == 'float32' and 'precision' not in teacher.given:
+        teacher = Teacher(teacher, precision='fp32')
     found = check_teacher(dls, teacher, task, n_epoch=None).enforce() if check else None
     wish = Wish(dtype, topk, tail, task.axis, size)
     given = dict(seed=seed, force=force, forecast=forecast)
     names = None if task.kind == 'regression' else classes_of(teacher, dls)
-    source = lambda dl, views, keys: source_of(teacher, dls, dl, views, seed, keys, names, bs, num_workers)
-    with RandomGuard():       # DataLoaders draw a seed for their workers
+    source = lambda dl, views, keys: source_of(
+        teacher, dls, dl, views, seed, keys, names, bs, num_workers
+    )
+    with RandomGuard():  # DataLoaders draw a seed for their workers
         views = 0 if only_items(teacher, views) else views_of(train, views, seed)
         with shown_progress(progress) as show:
             of_train = replace(source(train, views, keys), doubt=found.doubt if check else '')
@@ -141,39 +172,47 @@ def cache_teacher(
         if valid:
             names_too = keys if callable(keys) else None
             with shown_progress(progress) as show:
-                write_cache(cache.folder.sub('valid'), source(dls.valid, 0, names_too), wish, views=0, progress=show,
-                            **given)
+                write_cache(
+                    cache.folder.sub('valid'),
+                    source(dls.valid, 0, names_too),
+                    wish,
+                    views=0,
+                    progress=show,
+                    **given,
+                )
     cache.sample_names = keys
     return cache
 
 
 def only_items(teacher, views):
     "Does it read the raw items alone, whose outputs are the same in each view?"
-    if not all(m.reads_items for m in single_teachers(teacher)): return False
+    if not all(m.reads_items for m in single_teachers(teacher)):
+        return False
     if views > 1:
-        raise DistillError(f"views={views}, but a teacher with items= does not see the student's augmentation: its "
-                           "outputs are the same for each view. Use views=0: the augmentation stays random.")
+        raise DistillError(
+            f"views={views}, but a teacher with items= does not see the student's augmentation: its "
+            'outputs are the same for each view. Use views=0: the augmentation stays random.'
+        )
     return True
 
 
 def views_of(dl, views, seed):
     """The number of views to store: 1 if no transform is random."""
     check_views(views)
-    if views < 2 or is_stream(dl): return views     # views of a language model are orders of its texts
+    if views < 2 or is_stream(dl):
+        return views  # views of a language model are orders of its texts
     refuse_unindexed(dl)
     n = len(dl.dataset)
     plan = Plan(np.arange(n, dtype=np.uint64), views, seed, np.arange(n))
-    def look(i, view): return inspect_views(writer_dl(dl, plan, [view*n + i], 1, 0), [view*n + i])
+
+    def look(i, view):
+        return inspect_views(writer_dl(dl, plan, [view * n + i], 1, 0), [view * n + i])
+
     return distinct_views(views, n, look)
 
 
 def verify_cache(
-    cache,
-    teacher, dls,
-    n:int=64,
-    seed:int=0,
-    unlabeled=None,
-    **kwargs
+    cache, teacher, dls, n: int = 64, seed: int = 0, unlabeled=None, **kwargs
 ) -> 'Verified':
     """Run the teacher again on some views and compare its outputs with the stored ones.
 
@@ -186,36 +225,50 @@ def verify_cache(
         **kwargs: Of `cache_teacher`: keys, kind, axis, layers.
     """
     if isinstance(cache, Mapping):
-        raise DistillError("A dict has a cache for each head. Give one, its teacher and its kind: "
-                           "verify_cache(caches['color'], teachers['color'], dls, kind='softmax').")
+        raise DistillError(
+            'A dict has a cache for each head. Give one, its teacher and its kind: '
+            "verify_cache(caches['color'], teachers['color'], dls, kind='softmax')."
+        )
     cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
     m = cache.manifest
     task = task_of_data(dls, teacher, kwargs.pop('kind', None), kwargs.pop('axis', None))
     keys = kwargs.pop('keys', cache.sample_names)
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **kwargs)
-    if 'precision' not in teacher.given: teacher = Teacher(teacher, precision=precision_of(m.teacher))
-    with RandomGuard():       # DataLoaders draw a seed for their workers
+    if 'precision' not in teacher.given:
+        teacher = Teacher(teacher, precision=precision_of(m.teacher))
+    with RandomGuard():  # DataLoaders draw a seed for their workers
         train = dls.train if unlabeled is None else loader_of(unlabeled, dls)
         source = source_of(teacher, dls, train, m.views, m.seed, keys, check=False)
-        at,bs = rows_to_verify(train, len(source.keys), m.stored, n, np.random.default_rng(seed))
-        view,row = np.divmod(at, len(source.keys))
+        at, bs = rows_to_verify(train, len(source.keys), m.stored, n, np.random.default_rng(seed))
+        view, row = np.divmod(at, len(source.keys))
         stored = cache.find(source.keys[row])
-        errors,sizes = [],[]
-        for i,live in enumerate(source.run(at, bs)):
-            part = slice(i*bs, i*bs+bs)
-            old,t = cache.outputs(stored[part], view[part]).logits,live.logits.detach().float().cpu()
-            if isinstance(old, TopK): old,t = old.values,t.movedim(old.axis, -1).log_softmax(-1).gather(-1, old.ids)
+        errors, sizes = [], []
+        for i, live in enumerate(source.run(at, bs)):
+            part = slice(i * bs, i * bs + bs)
+            old, t = (
+                cache.outputs(stored[part], view[part]).logits,
+                live.logits.detach().float().cpu(),
+            )
+            if isinstance(old, TopK):
+                old, t = old.values, t.movedim(old.axis, -1).log_softmax(-1).gather(-1, old.ids)
             largest = lambda o: o.abs().reshape(len(o), -1).amax(1)
             sizes += largest(t.where(t.isfinite(), 0)).clamp_min(1).tolist()
             # subtle: equal infinities are equal
-            errors += largest((old-t).where(old != t, 0)).tolist() if old.shape == t.shape else [float('inf')]*len(t)
-    return Verified(len(at), max(errors), float(np.mean(errors)), max(e/n for e,n in zip(errors, sizes)),
-                    next(f.dtype for f in m.layout.fields if f.name in ('logits', 'values')))
+            errors += (
+                largest((old - t).where(old != t, 0)).tolist()
+                if old.shape == t.shape
+                else [float('inf')] * len(t)
+            )
+    return Verified(
+        len(at),
+        max(errors),
+        float(np.mean(errors)),
+        max(e / n for e, n in zip(errors, sizes)),
+        next(f.dtype for f in m.layout.fields if f.name in ('logits', 'values')),
+    )
 
 
-def precision_of(
-    teacher:dict
-) -> str:
+def precision_of(teacher: dict) -> str:
     """The precision in which a cache was written.
 
     Args:
@@ -229,76 +282,118 @@ def rows_to_verify(dl, n, views, rows, rng):
     """(tasks, batch size) of some rows: at random positions; for a language model, the first rows
     of a view.
     """
-    if not is_stream(dl): return np.sort(rng.choice(n*views, min(rows, n*views), replace=False)),1
-    return int(rng.integers(views))*n + np.arange(min(-(-rows//dl.bs)*dl.bs, n)),dl.bs
+    if not is_stream(dl):
+        return np.sort(rng.choice(n * views, min(rows, n * views), replace=False)), 1
+    return int(rng.integers(views)) * n + np.arange(min(-(-rows // dl.bs) * dl.bs, n)), dl.bs
 
 
 def task_of_data(dls, teacher, kind, axis):
     """Read from the loss function of the DataLoaders, or else of a teacher that is a Learner."""
-    return task_of(getattr(dls, 'loss_func', None) or getattr(teacher, 'loss_func', None), kind, axis)
+    return task_of(
+        getattr(dls, 'loss_func', None) or getattr(teacher, 'loss_func', None), kind, axis
+    )
 
 
-def source_of(teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num_workers=None, check=True):
+def source_of(
+    teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num_workers=None, check=True
+):
     """The `Source` of a teacher and one of the DataLoaders, for `write_cache`."""
     refuse_unindexed(dl)
     stream = is_stream(dl)
     if stream and bs not in (None, dl.bs):
-        raise DistillError(f"bs={bs}, but the text of a language model is cut into as many rows as its batches have "
-                           f"samples, {dl.bs}: omit bs.")
+        raise DistillError(
+            f'bs={bs}, but the text of a language model is cut into as many rows as its batches have '
+            f'samples, {dl.bs}: omit bs.'
+        )
     check_batch_size(rows := dl.bs if bs is None else bs)
     root = key_root(dls)
-    names,order = item_keys(dl, keys, root),storage_order(dl)
+    names, order = item_keys(dl, keys, root), storage_order(dl)
     plan = Plan(names[order], views, seed, order, stream=stream)
     make = lambda tasks, bs, workers=None: writer_dl(dl, plan, tasks, bs, workers)
     raw = RawItems(dl) if teacher.reads_items else None
+
     def inputs(b, tasks):
         x = inputs_of(b, dl.n_inp)
         return x if raw is None else with_items(x, raw.at(plan.of(np.asarray(tasks))[0]))
-    if teacher.layers: teacher = teacher.reading_tokens(*inputs(next(iter(make([0], 1, 0))), [0]))
+
+    if teacher.layers:
+        teacher = teacher.reading_tokens(*inputs(next(iter(make([0], 1, 0))), [0]))
+
     def run(tasks, bs, teacher=teacher):
-        with validation_transforms(dl, not views), teacher if hasattr(teacher, '__enter__') else nullcontext():
-            if isinstance(teacher, Teacher): teacher.expect(-(-len(tasks)//bs))
-            workers = num_workers if len(tasks) > bs else 0     # starting workers takes longer than one batch
-            if stream: yield from stream_outputs(teacher, dl, lambda t: make(t, bs, workers), tasks, bs)
-            else: yield from (Outputs.of(teacher(*inputs(b, tasks[i*bs:i*bs+bs])))
-                              for i,b in enumerate(make(tasks, bs, workers)))
+        with (
+            validation_transforms(dl, not views),
+            teacher if hasattr(teacher, '__enter__') else nullcontext(),
+        ):
+            if isinstance(teacher, Teacher):
+                teacher.expect(-(-len(tasks) // bs))
+            workers = (
+                num_workers if len(tasks) > bs else 0
+            )  # starting workers takes longer than one batch
+            if stream:
+                yield from stream_outputs(teacher, dl, lambda t: make(t, bs, workers), tasks, bs)
+            else:
+                yield from (
+                    Outputs.of(teacher(*inputs(b, tasks[i * bs : i * bs + bs])))
+                    for i, b in enumerate(make(tasks, bs, workers))
+                )
+
     if check:
-        with validation_transforms(dl, not views): check_views_repeat(make, len(names)*max(views, 1))
+        with validation_transforms(dl, not views):
+            check_views_repeat(make, len(names) * max(views, 1))
         exact = partial(run, teacher=as_it_is(teacher))
-        if not stream: check_alone(exact, len(names))     # subtle: in one view, where texts are ordered by length
-        if isinstance(dl, SortedDL): check_padding(exact, len(names))
+        if not stream:
+            check_alone(exact, len(names))  # subtle: in one view, where texts are ordered by length
+        if isinstance(dl, SortedDL):
+            check_padding(exact, len(names))
         # subtle: the precision is chosen at the first whole batch, and is part of the teacher's identity
-        with closing(run(np.arange(len(names))[:rows], rows)) as first: next(first)
-    with validation_transforms(dl, not views): samples = sample_digests(make, plan, views)
+        with closing(run(np.arange(len(names))[:rows], rows)) as first:
+            next(first)
+    with validation_transforms(dl, not views):
+        samples = sample_digests(make, plan, views)
     who = identity_of(teacher)
     # without `stats`, the student's normalization is part of the teacher's identity
     if any(t.stats is None and not t.reads_items for t in teacher.members or [teacher]):
-        who['input'] = 'mean {}, std {}'.format(*(torch.as_tensor(o).flatten().tolist() for o in image_stats(dls)))
+        who['input'] = 'mean {}, std {}'.format(
+            *(torch.as_tensor(o).flatten().tolist() for o in image_stats(dls))
+        )
     transforms = describe_transforms(dl) if views or stream else {}
-    return Source(plan.keys, run, rows, who, transforms, root, vocab, samples,
-                  sample_files(dl, order))
+    return Source(
+        plan.keys, run, rows, who, transforms, root, vocab, samples, sample_files(dl, order)
+    )
 
 
 def as_it_is(teacher):
     """The teacher without a faster copy, whose rounding would depend on the other samples in a
     batch.
     """
-    if not isinstance(teacher, Teacher): return teacher
+    if not isinstance(teacher, Teacher):
+        return teacher
     return teacher.as_it_is()
 
 
 class FixedOrder:
     """A DataLoader's `get_idxs` that always gives the same indices."""
-    def __init__(self, idxs): self.idxs = idxs
-    def __call__(self): return self.idxs
+
+    def __init__(self, idxs):
+        self.idxs = idxs
+
+    def __call__(self):
+        return self.idxs
 
 
 def writer_dl(dl, plan, tasks, bs, workers=None):
     """A DataLoader that goes through tasks in their order."""
     cls = TabDataLoader if isinstance(dl, TabDataLoader) else TfmdDL
     more = {} if workers is None else dict(num_workers=workers)
-    d = TfmdDL.new(dl, cls=cls, bs=bs, shuffle=False, drop_last=False, get_idxs=FixedOrder(np.asarray(tasks).tolist()),
-                   **more)
+    d = TfmdDL.new(
+        dl,
+        cls=cls,
+        bs=bs,
+        shuffle=False,
+        drop_last=False,
+        get_idxs=FixedOrder(np.asarray(tasks).tolist()),
+        **more,
+    )
     return attach(d, copy.copy(plan), dl if is_stream(dl) else None)
 
 
@@ -306,13 +401,21 @@ def writer_dl(dl, plan, tasks, bs, workers=None):
 def validation_transforms(dl, on):
     """Inside, a DataLoader uses the transforms of validation."""
     ds = dl.dataset
-    pipes = [o.tfms for o in getattr(ds, 'tls', [ds]) if isinstance(getattr(o, 'tfms', None), Pipeline)] if on else []
-    if on and isinstance(ds, TfmdLists): pipes.append(ds)      # it has a `split_idx` of its own
+    pipes = (
+        [o.tfms for o in getattr(ds, 'tls', [ds]) if isinstance(getattr(o, 'tfms', None), Pipeline)]
+        if on
+        else []
+    )
+    if on and isinstance(ds, TfmdLists):
+        pipes.append(ds)  # it has a `split_idx` of its own
     old = [o.split_idx for o in pipes]
-    for o in pipes: o.split_idx = 1
-    try: yield
+    for o in pipes:
+        o.split_idx = 1
+    try:
+        yield
     finally:
-        for o,i in zip(pipes, old): o.split_idx = i
+        for o, i in zip(pipes, old):
+            o.split_idx = i
 
 
 def check_views_repeat(make, n):
@@ -322,31 +425,46 @@ def check_views_repeat(make, n):
     tasks = spread_positions(n, 8)
     d = make(tasks, 1, 0)
     d.before_iter()
-    for t in tasks: check_equal(d.do_item(t), d.do_item(t), 'The item transforms', t)
-    for t,a,b in zip(tasks, make(tasks, 1, 0), make(tasks, 1, 0)): check_equal(a, b, 'The batch transforms', t)
-    with RandomGuard() as guard: d.before_batch([d.do_item(t)[0] for t in tasks])
+    for t in tasks:
+        check_equal(d.do_item(t), d.do_item(t), 'The item transforms', t)
+    for t, a, b in zip(tasks, make(tasks, 1, 0), make(tasks, 1, 0)):
+        check_equal(a, b, 'The batch transforms', t)
+    with RandomGuard() as guard:
+        d.before_batch([d.do_item(t)[0] for t in tasks])
     if guard.moved:
-        raise DistillError("A transform of before_batch draws random numbers for a whole batch, but batches are not "
-                           "repeated: make it a transform of the items or of after_batch.")
+        raise DistillError(
+            'A transform of before_batch draws random numbers for a whole batch, but batches are not '
+            'repeated: make it a transform of the items or of after_batch.'
+        )
 
 
 def check_equal(a, b, which, task):
     prints = [fingerprint(*flat_values(plain_item(o))) for o in (a, b)]
-    if prints[0] != prints[1]: raise DistillError(unrepeatable(which, task))
+    if prints[0] != prints[1]:
+        raise DistillError(unrepeatable(which, task))
 
 
 def check_padding(run, n):
     """Warn if the outputs for the shortest text depend on whether the longest one is in its batch."""
-    beside,alone = [next(run(np.array(t), len(t))).logits[-1].float() for t in ([0, n-1], [n-1])]
-    if beside.shape == alone.shape and (far := (beside-alone).abs().max().item()) > .1*(1 + alone.abs().max().item()):
-        warnings.warn(DistillWarning(f"The teacher's outputs for a text depend on its padding (by {far:.3g} for the "
-                                     "shortest one). The cache stores its outputs among texts of the same length. Does "
-                                     "it mask padding tokens?"))
+    beside, alone = [
+        next(run(np.array(t), len(t))).logits[-1].float() for t in ([0, n - 1], [n - 1])
+    ]
+    if beside.shape == alone.shape and (far := (beside - alone).abs().max().item()) > 0.1 * (
+        1 + alone.abs().max().item()
+    ):
+        warnings.warn(
+            DistillWarning(
+                f"The teacher's outputs for a text depend on its padding (by {far:.3g} for the "
+                'shortest one). The cache stores its outputs among texts of the same length. Does '
+                'it mask padding tokens?'
+            )
+        )
 
 
 def plain_item(o):
     """An item without fastai's types, and without its index."""
-    if isinstance(o, IndexedItem): o = o[0]
+    if isinstance(o, IndexedItem):
+        o = o[0]
     return tuple(map(plain_item, o)) if isinstance(o, (tuple, list)) else as_plain(o)
 
 
@@ -355,8 +473,11 @@ def sample_digests(make, plan, views):
     the same.
     """
     n = len(plan.keys)
-    tasks = [i % max(views, 1)*n + int(r) for i,r in enumerate(spread_positions(n, 8))]
-    return [dict(row=t % n, view=t//n, **o) for t,o in zip(tasks, inspect_views(make(tasks, 1, 0), tasks))]
+    tasks = [i % max(views, 1) * n + int(r) for i, r in enumerate(spread_positions(n, 8))]
+    return [
+        dict(row=t % n, view=t // n, **o)
+        for t, o in zip(tasks, inspect_views(make(tasks, 1, 0), tasks))
+    ]
 
 
 def inspect_views(d, tasks):
@@ -366,9 +487,11 @@ def inspect_views(d, tasks):
     # subtle: without Normalize, since each model may have its own
     d.after_batch.fs = [f for f in d.after_batch.fs if not isinstance(f, Normalize)]
     has_floats = lambda o: isinstance(o, torch.Tensor) and o.is_floating_point() and o.numel()
-    after = [[summary(o) for o in flat_values(plain_item(b[:d.n_inp])) if has_floats(o)] for b in d]
+    after = [
+        [summary(o) for o in flat_values(plain_item(b[: d.n_inp])) if has_floats(o)] for b in d
+    ]
     d.before_iter()
-    return [dict(digest=item_digest(d.do_item(t), d.n_inp), after=a) for t,a in zip(tasks, after)]
+    return [dict(digest=item_digest(d.do_item(t), d.n_inp), after=a) for t, a in zip(tasks, after)]
 
 
 def summary(x):
@@ -376,8 +499,12 @@ def summary(x):
     any device.
     """
     x = x.detach().double().cpu().flatten()
-    weights = torch.arange(len(x)).mul(.7).cos()
-    return [x.mean().item(), x.std(correction=0).item(), (x*weights).mean().item()*len(x)**.5]
+    weights = torch.arange(len(x)).mul(0.7).cos()
+    return [
+        x.mean().item(),
+        x.std(correction=0).item(),
+        (x * weights).mean().item() * len(x) ** 0.5,
+    ]
 
 
 def item_digest(pair, n_inp):
@@ -391,11 +518,15 @@ def classes_of(teacher, dls):
     """
     mine = vocab_of(dls)
     theirs = [n for t in (teacher, *teacher.members) if (n := class_names(t, dls)) is not None]
-    if not theirs or mine is None: return mine
+    if not theirs or mine is None:
+        return mine
     if any(v != theirs[0] for v in theirs) or (teacher.members and theirs[0] != mine):
-        raise DistillError("The members of the ensemble have their classes in different orders: give each, as "
-                           f"Teacher(model, select=...), the labels' order: {', '.join(mine[:10])}.")
-    if teacher.known_classes or any(isinstance(o, list) for o in teacher.select or ()): return mine
+        raise DistillError(
+            'The members of the ensemble have their classes in different orders: give each, as '
+            f"Teacher(model, select=...), the labels' order: {', '.join(mine[:10])}."
+        )
+    if teacher.known_classes or any(isinstance(o, list) for o in teacher.select or ()):
+        return mine
     names = theirs[0] if teacher.select is None else [theirs[0][i] for i in teacher.select]
-    stored_order(names, mine)        # names that can't be mapped are refused now
+    stored_order(names, mine)  # names that can't be mapped are refused now
     return names

@@ -1,23 +1,26 @@
 "The callback: distillation inside a fit, and nothing of it outside."
+
 import copy
 from functools import wraps
 from weakref import WeakKeyDictionary
+
 from fastai.basics import Callback, L, noop, one_param
 from fastai.callback.mixup import MixHandler
+
+from ..base.distributed import broadcast, of_first, on_first, rank
+from ..base.outputs import DistillError, as_plain, check_axis, check_output
+from ..base.task import pseudo_labels
 from ..distiller.distiller import Distiller
+from ..distiller.integration import OLD_STATE
 from ..features.layer_names import unwrap
 from ..features.taps import Taps
 from ..recipes.gradient_norms import shares_in_words
-from ..base.outputs import DistillError, as_plain, check_axis, check_output
-from ..base.distributed import broadcast, of_first, on_first, rank
-from ..base.task import pseudo_labels
 from ..recipes.term import one_temperature
-from ..distiller.integration import OLD_STATE
 from .arguments import check_options, feed_of, make_recipe
 from .check import check_optimizer, find_mistakes, weight_shapes
 from .default_recipe import choose_recipe, example_of
-from .metrics import PartMetric, TaskMetric
 from .finite import FiniteCheck
+from .metrics import PartMetric, TaskMetric
 from .projector_opt import ProjectorOptimizer
 from .raw_items import ItemFeed
 from .task import task_of
@@ -67,9 +70,10 @@ class KnowledgeDistillation(Callback):
             teaches.
         check: Look for mistakes before the first fit (see `check_teacher`).
     """
+
     # after the student's loss and its regularizers; before GradientAccumulation (6) and MixedPrecision (10) scale it
-    order,remove_on_fetch,_only_train_loop = 5,False,True
-    of_heads = None # the class for several heads, which `heads` sets
+    order, remove_on_fetch, _only_train_loop = 5, False, True
+    of_heads = None  # the class for several heads, which `heads` sets
 
     def __init__(
         self,
@@ -80,28 +84,46 @@ class KnowledgeDistillation(Callback):
         alpha=None,
         temperature=None,
         loss=None,
-        kind:str|None=None,
-        axis:int|None=None,
-        span:str='fine_tune',
+        kind: str | None = None,
+        axis: int | None = None,
+        span: str = 'fine_tune',
         output=None,
         unlabeled=None,
         unlabeled_targets=None,
-        perturbed:int=0,
-        check:bool=True
+        perturbed: int = 0,
+        check: bool = True,
     ):
         super().__init__()
-        while FIRST_CALLBACK: FIRST_CALLBACK.pop()()
+        while FIRST_CALLBACK:
+            FIRST_CALLBACK.pop()()
         check_options(teacher, kind=kind, span=span)
         check_output(output)
         check_axis(axis)
-        self.source,self.asked_kind,self.asked_axis,self.span,self.check = teacher,kind,axis,span,check
-        self.recipe,self.output = make_recipe(recipe, one_temperature(T, temperature), alpha, loss),output
+        self.source, self.asked_kind, self.asked_axis, self.span, self.check = (
+            teacher,
+            kind,
+            axis,
+            span,
+            check,
+        )
+        self.recipe, self.output = (
+            make_recipe(recipe, one_temperature(T, temperature), alpha, loss),
+            output,
+        )
         self.chooses = self.recipe is None
-        self.feed,self.items,self.in_fit,self.part_metrics,self.parts = feed_of(teacher),ItemFeed(),False,L(),{}
-        self.distiller = self.known_dls = self.projector_opt = self.taps = self.built = self.trend = None
+        self.feed, self.items, self.in_fit, self.part_metrics, self.parts = (
+            feed_of(teacher),
+            ItemFeed(),
+            False,
+            L(),
+            {},
+        )
+        self.distiller = self.known_dls = self.projector_opt = self.taps = self.built = (
+            self.trend
+        ) = None
         self.teacher_outputs = self.epochs_span = None
         self.state_to_load = self.state_before_finder = self.reported_shares = None
-        self.runs = self.feed is None       # does a teacher run?
+        self.runs = self.feed is None  # does a teacher run?
         self.finite_check = FiniteCheck(stored=not self.runs)
         self.unlabeled = UnlabeledInputs(unlabeled, perturbed, unlabeled_targets, runs=self.runs)
 
@@ -114,41 +136,58 @@ class KnowledgeDistillation(Callback):
     def before_fit(self):
         self.teardown()
         # validate, get_preds, show_results ...
-        if self.learn.lock.locked() or hasattr(self.learn, 'gather_preds'): return
+        if self.learn.lock.locked() or hasattr(self.learn, 'gather_preds'):
+            return
         if any(isinstance(c, KnowledgeDistillation) and c is not self for c in self.learn.cbs):
-            raise DistillError("Two KnowledgeDistillation callbacks in one Learner. Give one of them a list of "
-                               "teachers (an ensemble), or a sum of recipes, kd() + recipes.at().")
+            raise DistillError(
+                'Two KnowledgeDistillation callbacks in one Learner. Give one of them a list of '
+                'teachers (an ensemble), or a sum of recipes, kd() + recipes.at().'
+            )
         check_optimizer(self.learn)
-        self.in_fit,self.trend,finder = True,TrendCheck(),hasattr(self.learn, 'lr_finder')
+        self.in_fit, self.trend, finder = True, TrendCheck(), hasattr(self.learn, 'lr_finder')
         self._build()
         self.distiller.teacher.say_with(self._log)
-        if self.feed is not None: self.feed.attach(self.learn, self.task.kind, self.task.axis)
-        else: self.items.attach(self.learn, self.distiller.teacher, self.task)
-        found = self._check() if self.check and not self.checked and not finder and self.runs else None
-        if self.chooses and (self.recipe is None or found is not None): self._choose(found)
-        if self.distiller.ready: self._take_state()
-        if finder: self._copy_projectors()
+        if self.feed is not None:
+            self.feed.attach(self.learn, self.task.kind, self.task.axis)
+        else:
+            self.items.attach(self.learn, self.distiller.teacher, self.task)
+        found = (
+            self._check() if self.check and not self.checked and not finder and self.runs else None
+        )
+        if self.chooses and (self.recipe is None or found is not None):
+            self._choose(found)
+        if self.distiller.ready:
+            self._take_state()
+        if finder:
+            self._copy_projectors()
         self.distiller.measures = not finder
-        if not self.distiller.ready and (example := example_of(self.learn, self.output)): self._setup(*example.x)
+        if not self.distiller.ready and (example := example_of(self.learn, self.output)):
+            self._setup(*example.x)
         self.epochs_span = None if finder or self.span == 'fit' else self._epochs_span()
-        self.part_metrics = L(TaskMetric(self), *(PartMetric(self, t.name) for t in self.recipe.terms))
+        self.part_metrics = L(
+            TaskMetric(self), *(PartMetric(self, t.name) for t in self.recipe.terms)
+        )
         self.learn.metrics = self.learn.metrics + self.part_metrics
-        if self.unlabeled and not finder: self._start_unlabeled()
+        if self.unlabeled and not finder:
+            self._start_unlabeled()
         self.distiller.teacher.start()
         if self.runs and not finder:
-            self.distiller.teacher.expect(self.n_epoch*sum(len(dl) for dl in self.dls))
+            self.distiller.teacher.expect(self.n_epoch * sum(len(dl) for dl in self.dls))
 
     def _check(self):
         """Look for mistakes, on the first rank alone, so that all ranks continue or all stop."""
-        find = lambda: find_mistakes(self.learn, self.distiller.teacher, self.task, self.recipe, output=self.output)
-        found,self.checked = on_first(find).enforce(facts=self.logs),True
+        find = lambda: find_mistakes(
+            self.learn, self.distiller.teacher, self.task, self.recipe, output=self.output
+        )
+        found, self.checked = on_first(find).enforce(facts=self.logs), True
         return found
 
     def _choose(self, found):
         """Take the recipe that `auto` chooses."""
         example = example_of(self.learn, self.output)
         chosen = of_first(choose_recipe(example, self.task, self.distiller.teacher, found))
-        if self.recipe is not None and str(chosen) == str(self.recipe): return
+        if self.recipe is not None and str(chosen) == str(self.recipe):
+            return
         self.recipe = chosen
         self.distiller.take(chosen)
         self._log(f'fastdistill: recipe {chosen}')
@@ -156,24 +195,44 @@ class KnowledgeDistillation(Callback):
     def _start_unlabeled(self):
         if not any(not t.n_targets for t in self.recipe.terms):
             names = ', '.join(t.name for t in self.recipe.terms)
-            raise DistillError(f"unlabeled= and perturbed=: all terms read labels ({names}). Add one that reads none, "
-                               "as kd() or soft_labels().")
+            raise DistillError(
+                f'unlabeled= and perturbed=: all terms read labels ({names}). Add one that reads none, '
+                'as kd() or soft_labels().'
+            )
         self.unlabeled.start(self.learn, self.distiller.teacher, self.distiller.teacher_layers())
 
     def _build(self):
         """The distiller for this model and task, and the teacher for the normalization and classes
         of these data.
         """
-        task,model = task_of(self.learn.loss_func, self.asked_kind, self.asked_axis),unwrap(self.learn.model)
+        task, model = (
+            task_of(self.learn.loss_func, self.asked_kind, self.asked_axis),
+            unwrap(self.learn.model),
+        )
         if self.built != (built := (task, model, weight_shapes(model))):
-            self.task,self.built,self.projector_opt,self.known_dls,self.reported_shares = task,built,None,None,None
-            if self.chooses: self.recipe = None
-            self.distiller = Distiller(model, None, self.recipe, kind=task.kind, axis=task.axis,
-                                       ignore_index=task.ignore_index, output=self.output,
-                                       check=self.check and self.feed is not None)
+            self.task, self.built, self.projector_opt, self.known_dls, self.reported_shares = (
+                task,
+                built,
+                None,
+                None,
+                None,
+            )
+            if self.chooses:
+                self.recipe = None
+            self.distiller = Distiller(
+                model,
+                None,
+                self.recipe,
+                kind=task.kind,
+                axis=task.axis,
+                ignore_index=task.ignore_index,
+                output=self.output,
+                check=self.check and self.feed is not None,
+            )
             self.distiller.links.to(one_param(model).device)
-        if self.known_dls is self.learn.dls: return
-        d,self.known_dls,self.checked = self.distiller,self.learn.dls,False
+        if self.known_dls is self.learn.dls:
+            return
+        d, self.known_dls, self.checked = self.distiller, self.learn.dls, False
         d.teacher = teacher_of(self.source, self.learn, task) if self.feed is None else self.feed
 
     def _setup(self, *x):
@@ -182,47 +241,60 @@ class KnowledgeDistillation(Callback):
         self.distiller.links.train(self.training)
         broadcast(self.distiller.links.state_dict().values())
         self._take_state()
-        if self.distiller.pairs and not hasattr(self.learn, 'lr_finder'): self._log(self.distiller.pairs)
+        if self.distiller.pairs and not hasattr(self.learn, 'lr_finder'):
+            self._log(self.distiller.pairs)
 
     def _copy_projectors(self):
         """lr_find trains until it diverges: it gets copies of the projectors."""
         d = self.distiller
-        self.state_before_finder = d.links,d.ratios,self.projector_opt
-        d.links,d.ratios,self.projector_opt = copy.deepcopy(d.links),copy.deepcopy(d.ratios),None
+        self.state_before_finder = d.links, d.ratios, self.projector_opt
+        d.links, d.ratios, self.projector_opt = (
+            copy.deepcopy(d.links),
+            copy.deepcopy(d.ratios),
+            None,
+        )
 
     def _epochs_span(self):
         """(epochs before this fit, epochs in all) of the `fine_tune` that this fit is a phase of."""
         span = getattr(self.learn, 'fine_tune_span', None)
-        if span is None: return None
-        before,span['done'] = span['done'],span['done'] + self.n_epoch
-        return before,span['epochs']
+        if span is None:
+            return None
+        before, span['done'] = span['done'], span['done'] + self.n_epoch
+        return before, span['epochs']
 
-    def after_fit(self): self.teardown()
+    def after_fit(self):
+        self.teardown()
 
     def teardown(self):
         """Put everything back; safe to call at any time, and twice."""
         self._untap()
         (self.items if self.feed is None else self.feed).detach()
         self.unlabeled.stop()
-        if not self.in_fit: return
-        self.in_fit,self.n_steps = False,self.learn.train_iter  # which `validate` sets to 0
+        if not self.in_fit:
+            return
+        self.in_fit, self.n_steps = False, self.learn.train_iter  # which `validate` sets to 0
         if self.distiller is not None and self.distiller.teacher is not None:
             self.distiller.teacher.stop()
             self.distiller.teacher.say_with(None)
         self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self.part_metrics)
         if self.state_before_finder is not None:
-            self.distiller.links,self.distiller.ratios,self.projector_opt = self.state_before_finder
+            self.distiller.links, self.distiller.ratios, self.projector_opt = (
+                self.state_before_finder
+            )
             self.state_before_finder = None
-        elif self.distiller is not None: LAST_STATES[self.learn] = self.state_dict()
+        elif self.distiller is not None:
+            LAST_STATES[self.learn] = self.state_dict()
 
     def __setattr__(self, k, v):
         # subtle: no event follows an error or an interrupt. But `Learner.fit` removes the callbacks that it got, which
         # ends here. For a callback that stays on the Learner, see `Learner.fit` in `patches`
-        if k == 'learn' and v is None and self.learn is not None: self.teardown()
+        if k == 'learn' and v is None and self.learn is not None:
+            self.teardown()
         super().__setattr__(k, v)
 
     # an exported Learner gets a callback that does nothing, and needs no fastdistill
-    def __reduce__(self): return Callback, ()
+    def __reduce__(self):
+        return Callback, ()
 
     @property
     def logs(self):
@@ -230,12 +302,13 @@ class KnowledgeDistillation(Callback):
         return self.learn.logger is not noop and rank() == 0
 
     def _log(self, text):
-        if not self.logs: return
+        if not self.logs:
+            return
         # fastai's bar in a terminal stands in the current line: it is wiped, and draws itself again below the text
         progress = getattr(self.learn, 'progress', None)
         bar = getattr(progress, 'pbar', None) if hasattr(progress, 'mbar') else None
         width = getattr(bar, 'max_len', 0)
-        print((f"\r{' '*width}\r" if width else '') + str(text))
+        print((f'\r{" " * width}\r' if width else '') + str(text))
 
     # a batch
 
@@ -247,122 +320,162 @@ class KnowledgeDistillation(Callback):
     @property
     def training_progress(self):
         """Share of the training that is done, for schedules."""
-        if self.epochs_span is None: return self.pct_train
-        before,epochs = self.epochs_span
-        return (before + self.pct_train*self.n_epoch)/epochs
+        if self.epochs_span is None:
+            return self.pct_train
+        before, epochs = self.epochs_span
+        return (before + self.pct_train * self.n_epoch) / epochs
 
     def before_epoch(self):
-        if self.active: self.trend.check(self.learn, self.training_progress, self.recipe)
+        if self.active:
+            self.trend.check(self.learn, self.training_progress, self.recipe)
 
-    def before_train(self): self._start_phase(True)
-    def before_validate(self): self._start_phase(False)
+    def before_train(self):
+        self._start_phase(True)
+
+    def before_validate(self):
+        self._start_phase(False)
 
     def _start_phase(self, training):
-        if not self.active: return
+        if not self.active:
+            return
         self.distiller.links.train(training)
         self.distiller.teacher.reset()
         self.finite_check.start_phase()
-        if training: self.part_metrics[0].start_training()
+        if training:
+            self.part_metrics[0].start_training()
 
     def before_batch(self):
-        if not self.active: return
-        self.parts,self.teacher_outputs = {},None
-        if not self.distiller.ready: self._setup(*self.items.beside(self.xb))      # it did not run on an example
+        if not self.active:
+            return
+        self.parts, self.teacher_outputs = {}, None
+        if not self.distiller.ready:
+            self._setup(*self.items.beside(self.xb))  # it did not run on an example
         self._tap()
 
     def _tap(self):
         """Read the layers that this batch compares."""
         # subtle: hooks go on the model of this batch, since an averaged model may take its place in validation
         names = self.distiller.student_layers(self.distiller.active_terms(self.training_progress))
-        if self.taps is not None and self.taps.names == names: return
+        if self.taps is not None and self.taps.names == names:
+            return
         self._untap()
-        if names: self.taps = Taps(self.learn.model, names).attach()
+        if names:
+            self.taps = Taps(self.learn.model, names).attach()
 
     def _untap(self):
-        if self.taps is not None: self.taps.detach()
+        if self.taps is not None:
+            self.taps.detach()
         self.taps = None
 
     def after_batch(self):
         # subtle: hooks that come and go would make torch.compile compile again
-        if self.taps is not None and not self.taps.compiled: self._untap()
+        if self.taps is not None and not self.taps.compiled:
+            self._untap()
 
     def after_train(self):
         self._untap()
-        if not self.active: return
+        if not self.active:
+            return
         self.finite_check.enforce(self.learn)
         self.part_metrics[0].end_training()
 
     def after_validate(self):
-        if not self.active: return
+        if not self.active:
+            return
         self._untap()
         self.finite_check.enforce(self.learn)
 
     def after_pred(self):
-        if not self.active or len(self.yb) or not self.training: return
+        if not self.active or len(self.yb) or not self.training:
+            return
         if self.recipe.task_at(self.training_progress):
-            raise DistillError("These batches have no labels, but the recipe gives their loss a weight: use alpha=1, "
-                               "or soft_labels(), to train from the teacher alone.")
+            raise DistillError(
+                'These batches have no labels, but the recipe gives their loss a weight: use alpha=1, '
+                'or soft_labels(), to train from the teacher alone.'
+            )
         # subtle: without labels fastai computes no loss and takes no step. So it gets the teacher's predictions as
         # labels; their loss has weight 0
         self.teacher_outputs = self._ask_teacher()
         if self.teacher_outputs is not None:
-            self.learn.yb = pseudo_labels(self.teacher_outputs.logits, self._student_outputs({}).logits, self.task),
+            self.learn.yb = (
+                pseudo_labels(
+                    self.teacher_outputs.logits, self._student_outputs({}).logits, self.task
+                ),
+            )
 
     def after_loss(self):
-        if not self.active or not len(self.yb) or not self._has_outputs(): return
+        if not self.active or not len(self.yb) or not self._has_outputs():
+            return
         unlabeled = self.teacher_outputs is not None
         t = self.teacher_outputs if unlabeled else self._ask_teacher()
         s = self._student_outputs(self.taps.pop() if self.taps else {})
         y = () if unlabeled else self.yb
-        r = self.distiller.compute(s, t, self.learn.loss, y, progress=self.training_progress, mixed=self._mixed())
+        r = self.distiller.compute(
+            s, t, self.learn.loss, y, progress=self.training_progress, mixed=self._mixed()
+        )
         self.parts = r.parts if unlabeled else {'task': r.task.detach(), **r.parts}
         self._report_shares()
-        if not self.training: return
+        if not self.training:
+            return
         self.part_metrics[0].add_training_batch(self.learn)
-        if r.added is not None: self._add(r)
-        if self.unlabeled and not hasattr(self.learn, 'lr_finder'): self._teach_unlabeled()
+        if r.added is not None:
+            self._add(r)
+        if self.unlabeled and not hasattr(self.learn, 'lr_finder'):
+            self._teach_unlabeled()
 
     def _teach_unlabeled(self):
         """The student learns from the teacher on inputs without labels, beside those of this batch."""
         # subtle: where nothing counts, nothing may be drawn, and no batch-norm may see these inputs
-        if all(t.n_targets for t in self.distiller.active_terms(self.training_progress)): return
+        if all(t.n_targets for t in self.distiller.active_terms(self.training_progress)):
+            return
         ask = lambda x: self.distiller.teacher_outputs(x, self.training_progress)
-        for x,t in self.unlabeled.batches(self.learn, ask):
+        for x, t in self.unlabeled.batches(self.learn, ask):
             self.finite_check.add(t, self.learn, self.task)
             raw = self.learn.model(*x)
             s = self.distiller.student_outputs(raw, self.taps.pop() if self.taps else {}, x)
             v = self.distiller.without_labels(s, t, progress=self.training_progress)
-            self.learn.loss_grad,self.learn.loss = self.learn.loss_grad + v,self.learn.loss + v
+            self.learn.loss_grad, self.learn.loss = self.learn.loss_grad + v, self.learn.loss + v
 
-    def _student_outputs(self, feats): return self.distiller.student_outputs(self.learn.pred, feats, self.xb)
+    def _student_outputs(self, feats):
+        return self.distiller.student_outputs(self.learn.pred, feats, self.xb)
 
     def _ask_teacher(self):
         """The teacher's outputs for this batch; None where no term needs them."""
         t = self.distiller.teacher_outputs(self.items.beside(self.xb), self.training_progress)
-        if t is not None: self.finite_check.add(t, self.learn, self.task)
+        if t is not None:
+            self.finite_check.add(t, self.learn, self.task)
         return self.items.mixed(t)
 
     def _report_shares(self):
         """Print what was measured at the first training batch, and where a part counts for the
         first time.
         """
-        before,shares = self.reported_shares,self.distiller.gradient_shares
+        before, shares = self.reported_shares, self.distiller.gradient_shares
         self.reported_shares = shares
-        if not shares or shares is before: return
-        new = f" with {' and '.join(k for k in shares if k not in before)}" if before else ''
-        at_layers = {t.name: t.weight_at(self.training_progress) for t in self.distiller.layered if t.has_grad_ratio}
-        self._log(f'fastdistill: gradient shares at the first batch{new}: {shares_in_words(shares, at_layers)}')
+        if not shares or shares is before:
+            return
+        new = f' with {" and ".join(k for k in shares if k not in before)}' if before else ''
+        at_layers = {
+            t.name: t.weight_at(self.training_progress)
+            for t in self.distiller.layered
+            if t.has_grad_ratio
+        }
+        self._log(
+            f'fastdistill: gradient shares at the first batch{new}: {shares_in_words(shares, at_layers)}'
+        )
 
     def _add(self, r):
         learn = self.learn
-        if r.weights['task']: learn.loss_grad,learn.loss = learn.loss_grad + r.added,learn.loss + r.added
-        else: learn.loss_grad,learn.loss = r.total + self._regularizers(),r.total
+        if r.weights['task']:
+            learn.loss_grad, learn.loss = learn.loss_grad + r.added, learn.loss + r.added
+        else:
+            learn.loss_grad, learn.loss = r.total + self._regularizers(), r.total
 
     def _regularizers(self):
         """What callbacks before this one added to the task loss."""
-        a,b = self.learn.loss_grad,self.learn.loss
+        a, b = self.learn.loss_grad, self.learn.loss
         # subtle: where they added nothing, the task loss and its gradient must not be used at all: they may be nan
-        return 0. if origin(a) is origin(b) else (a-b).nan_to_num()
+        return 0.0 if origin(a) is origin(b) else (a - b).nan_to_num()
 
     def _has_outputs(self):
         """Stored outputs may be there for the training set alone."""
@@ -372,20 +485,27 @@ class KnowledgeDistillation(Callback):
         """The second labels of a mixed batch, and the share of the first ones, where MixUp or
         CutMix keep both apart.
         """
-        mixes = [c for c in self.learn.cbs if isinstance(c, MixHandler) and getattr(c, 'stack_y', False)]
+        mixes = [
+            c for c in self.learn.cbs if isinstance(c, MixHandler) and getattr(c, 'stack_y', False)
+        ]
         mix = mixes[0] if mixes and self.training else None
         return None if mix is None else (mix.yb1, mix.lam)
 
     # projectors
 
     def after_backward(self):
-        if self.active and self.distiller.own_parameters(): self._optimizer().average_gradients()
+        if self.active and self.distiller.own_parameters():
+            self._optimizer().average_gradients()
 
-    def before_step(self): self.skip_step = False
-    def after_cancel_step(self): self.skip_step = True
+    def before_step(self):
+        self.skip_step = False
+
+    def after_cancel_step(self):
+        self.skip_step = True
 
     def after_step(self):
-        if self.active and self.distiller.own_parameters(): self._optimizer().step(self.learn, self.skip_step)
+        if self.active and self.distiller.own_parameters():
+            self._optimizer().step(self.learn, self.skip_step)
 
     def _optimizer(self):
         if self.projector_opt is None:
@@ -396,49 +516,65 @@ class KnowledgeDistillation(Callback):
         """What a checkpoint needs beside the student: projectors, their optimizer's state, measured
         gradients.
         """
-        if self.state_to_load: return {k: v for k,v in self.state_to_load.items() if k != 'file'}
-        if self.distiller is None: return {}
-        d,opt = self.distiller,None if self.projector_opt is None else self.projector_opt.state_dict()
-        return dict(links=d.links.state_dict(), distiller=d.get_extra_state() if d.ratios else None, opt=opt)
+        if self.state_to_load:
+            return {k: v for k, v in self.state_to_load.items() if k != 'file'}
+        if self.distiller is None:
+            return {}
+        d, opt = (
+            self.distiller,
+            None if self.projector_opt is None else self.projector_opt.state_dict(),
+        )
+        return dict(
+            links=d.links.state_dict(), distiller=d.get_extra_state() if d.ratios else None, opt=opt
+        )
 
     def load_state_dict(
         self,
-        state # what `state_dict` returned. Outside of a fit, it is loaded when the next fit begins
+        state,  # what `state_dict` returned. Outside of a fit, it is loaded when the next fit begins
     ):
         self.state_to_load = state
-        if self.in_fit and self.distiller.ready: self._take_state()
+        if self.in_fit and self.distiller.ready:
+            self._take_state()
 
     def _take_state(self):
         """Load the state that was given, or that stood beside the student's file."""
-        state,d = self.state_to_load,self.distiller
-        if state is None and self.projector_opt is None: state = LOADED_STATES.get(self.learn)
+        state, d = self.state_to_load, self.distiller
+        if state is None and self.projector_opt is None:
+            state = LOADED_STATES.get(self.learn)
         if not hasattr(self.learn, 'lr_finder'):
             self.state_to_load = None
             LOADED_STATES.pop(self.learn, None)
-        if not state: return
-        shapes = lambda tensors: {k: tuple(v.shape) for k,v in tensors.items()}
+        if not state:
+            return
+        shapes = lambda tensors: {k: tuple(v.shape) for k, v in tensors.items()}
         if shapes(state['links']) != shapes(d.links.state_dict()):
             names = lambda links: ', '.join(links) or 'none'
-            what = f"projectors of other terms or layers ({names(state['links'])}, now {names(d.links.state_dict())})"
+            what = f'projectors of other terms or layers ({names(state["links"])}, now {names(d.links.state_dict())})'
             if 'file' not in state:
-                raise DistillError(f"This state holds {what}: load it into a callback with the recipe that it was "
-                                   "saved from.")
-            return self._log(f"fastdistill: {state['file']} holds {what}, and is not used.")
+                raise DistillError(
+                    f'This state holds {what}: load it into a callback with the recipe that it was '
+                    'saved from.'
+                )
+            return self._log(f'fastdistill: {state["file"]} holds {what}, and is not used.')
         if 'file' in state:
-            self._log(f"fastdistill: projectors and their optimizer continue from {state['file']}.")
+            self._log(f'fastdistill: projectors and their optimizer continue from {state["file"]}.')
         d.links.load_state_dict(state['links'])
         chosen = d.chosen
-        if state.get('distiller') is not None: d.set_extra_state(state['distiller'])
-        elif state.get('ratios'): self._log(OLD_STATE)
+        if state.get('distiller') is not None:
+            d.set_extra_state(state['distiller'])
+        elif state.get('ratios'):
+            self._log(OLD_STATE)
         if d.chosen != chosen:
             self.recipe = d.recipe
             self._log(f'fastdistill: recipe {d.chosen[0]}, as before')
         self.projector_opt = None
-        if state['opt'] is not None: self._optimizer().load_state_dict(state['opt'])
+        if state['opt'] is not None:
+            self._optimizer().load_state_dict(state['opt'])
 
 
 def origin(loss):
     """The operation that computed a loss, without the copies that fastai makes of it."""
     fn = loss.grad_fn
-    while fn is not None and fn.name() in ('AliasBackward0', 'CloneBackward0'): fn = fn.next_functions[0][0]
+    while fn is not None and fn.name() in ('AliasBackward0', 'CloneBackward0'):
+        fn = fn.next_functions[0][0]
     return fn

@@ -1,31 +1,37 @@
 "Check a teacher and a Learner before training, for mistakes that training would not show."
+
 from contextlib import closing
 from types import SimpleNamespace
-from torch.nn.parameter import is_lazy
+
 from fastai.data.transforms import Normalize
+from torch.nn.parameter import is_lazy
+
+from ..base.distributed import counted_as_one
+from ..base.outputs import DistillError
 from ..checks.class_order import map_classes
 from ..checks.findings import Finding, Findings, few_names
 from ..checks.outputs import BATCHES, any_outputs, check_outputs, single_teachers
 from ..checks.shared_parameters import none_shared, shared_parameters
-from ..base.outputs import DistillError
-from ..base.distributed import counted_as_one
-from ..recipes.text import as_recipe
 from ..evaluation.checks_page import checks_as_text, html_of_checks, print_checks
 from ..evaluation.text import show
+from ..recipes.text import as_recipe
+from ..teachers.hidden_state import has_reset, why_no_reset
 from .batches import PreparationError, prepared_batches
+from .costs import training_costs
 from .default_recipe import choose_recipe, example_of
 from .head import HeadData
 from .raw_items import items_shown
-from .costs import training_costs
 from .task import task_of
-from ..teachers.hidden_state import has_reset, why_no_reset
 from .teachers import class_names, image_stats, size_of_images, teacher_of
 from .vocab import CODES, describe_difference, vocab_of
 
 __all__ = ['TeacherCheck', 'check_optimizer', 'check_teacher', 'find_mistakes', 'weight_shapes']
 
-KIND_IN_WORDS = dict(softmax='one class of several (softmax)', sigmoid='each label by itself (sigmoid)',
-                     regression='numbers (regression)')
+KIND_IN_WORDS = dict(
+    softmax='one class of several (softmax)',
+    sigmoid='each label by itself (sigmoid)',
+    regression='numbers (regression)',
+)
 
 
 class TeacherCheck(Findings):
@@ -33,7 +39,8 @@ class TeacherCheck(Findings):
     itself as a table in a terminal and in a notebook. `in_order` are the checks that found nothing,
     `facts` and `costs` what was measured.
     """
-    costs,cost_lines,title = None,(),''
+
+    costs, cost_lines, title = None, (), ''
 
     def rows(self) -> list:
         """The table: a `Finding` for each line, mistakes first, then what is in order, then the
@@ -41,28 +48,33 @@ class TeacherCheck(Findings):
         """
         levels = ('error', 'warning', 'note')
         fine = {f.about: f for f in self.in_order}
-        first = [fine.pop(k, Finding('', text, '', about=k)) for k,text in self.measured.items()]
-        cost = [Finding('', text, '', about=k) for k,text in self.cost_lines]
+        first = [fine.pop(k, Finding('', text, '', about=k)) for k, text in self.measured.items()]
+        cost = [Finding('', text, '', about=k) for k, text in self.cost_lines]
         return [*sorted(self, key=lambda f: levels.index(f.level)), *first, *fine.values(), *cost]
 
     @property
     def measured(self):
         """The facts as text, in order or not."""
         f = self.facts
-        return {} if f is None else {k: v for k,v in dict(score=f.scores, certainty=f.probabilities).items() if v}
+        return (
+            {}
+            if f is None
+            else {k: v for k, v in dict(score=f.scores, certainty=f.probabilities).items() if v}
+        )
 
     @property
     def verdict(self):
         """The last line of the table."""
-        if not self: return self.none
+        if not self:
+            return self.none
         n = {k: sum(f.level == k for f in self) for k in ('error', 'warning', 'note')}
-        return ', '.join(f"{v} {k}{'s' if v > 1 else ''}" for k,v in n.items() if v) + (
-            '. Training would stop before it begins; check=False trains anyway' if n['error'] else '')
+        return ', '.join(f'{v} {k}{"s" if v > 1 else ""}' for k, v in n.items() if v) + (
+            '. Training would stop before it begins; check=False trains anyway'
+            if n['error']
+            else ''
+        )
 
-    def show(
-        self,
-        console=None
-    ):
+    def show(self, console=None):
         """The table: in a notebook as HTML, else in the terminal.
 
         Args:
@@ -70,19 +82,15 @@ class TeacherCheck(Findings):
         """
         show(self, print_checks, console)
 
-    def __repr__(self): return checks_as_text(self)
+    def __repr__(self):
+        return checks_as_text(self)
 
-    def _repr_html_(self): return html_of_checks(self)
+    def _repr_html_(self):
+        return html_of_checks(self)
 
 
 def check_teacher(
-    learn,
-    teacher,
-    task=None,
-    recipe=None,
-    n:int=BATCHES,
-    output=None,
-    n_epoch:int|None=10
+    learn, teacher, task=None, recipe=None, n: int = BATCHES, output=None, n_epoch: int | None = 10
 ) -> TeacherCheck:
     """Compare the inputs that the teacher expects with those that it will get, score it on a few
     batches, and measure what it costs.
@@ -98,7 +106,7 @@ def check_teacher(
     """
     if not hasattr(learn, 'dls'):
         learn = SimpleNamespace(dls=learn, model=None, loss_func=getattr(learn, 'loss_func', None))
-    task,recipe = task or task_of(learn.loss_func),as_recipe(recipe)
+    task, recipe = task or task_of(learn.loss_func), as_recipe(recipe)
     teacher = teacher_of(teacher, learn, task)
     # one process may check alone, while the others train or wait
     with items_shown(learn.dls.loaders, teacher), counted_as_one():
@@ -106,17 +114,23 @@ def check_teacher(
         out = TeacherCheck().join(find_mistakes(learn, teacher, task, recipe, n, output, head))
         if n_epoch is not None and learn.model is not None and not out.errors:
             recipe = recipe or choose_recipe(example_of(learn, output), task, teacher, out)
-            out.costs,out.cost_lines = costs_of_check(learn, teacher, task, recipe, output, n_epoch)
-    out.title = f'{teacher.name} as a teacher' + ('' if learn.model is None else f' of {type(learn.model).__name__}')
+            out.costs, out.cost_lines = costs_of_check(
+                learn, teacher, task, recipe, output, n_epoch
+            )
+    out.title = f'{teacher.name} as a teacher' + (
+        '' if learn.model is None else f' of {type(learn.model).__name__}'
+    )
     return out
 
 
 def costs_of_check(learn, teacher, task, recipe, output, n_epoch):
     """(costs, their lines); a line with the reason where they could not be measured."""
     # subtle: any error at all, since the student, its loss and its recipe may be the user's own. A fit shows it in full
-    try: costs = training_costs(learn, teacher, task, recipe, output)
-    except Exception as e: return None,[('step', f'could not be measured: {type(e).__name__}: {e}')]
-    return costs,[] if costs is None else [*costs.lines(n_epoch)]
+    try:
+        costs = training_costs(learn, teacher, task, recipe, output)
+    except Exception as e:
+        return None, [('step', f'could not be measured: {type(e).__name__}: {e}')]
+    return costs, [] if costs is None else [*costs.lines(n_epoch)]
 
 
 def weight_shapes(model):
@@ -128,25 +142,22 @@ def check_optimizer(learn):
     """Refuse an optimizer that was made before the layers got other weights, as from pruning: it
     would not train them.
     """
-    if learn.opt is None: return        # no training, as in `summary` and `tta`
+    if learn.opt is None:
+        return  # no training, as in `summary` and `tta`
     stepped = {p for ps in learn.opt.param_lists for p in ps}
-    weights = {p: n for n,p in learn.model.named_parameters() if p.requires_grad}
+    weights = {p: n for n, p in learn.model.named_parameters() if p.requires_grad}
     # a loss function may have weights of its own
     gone = stepped - {*learn.model.parameters(), *getattr(learn.loss_func, 'parameters', list)()}
-    if gone and (new := [n for p,n in weights.items() if p not in stepped]):
-        raise DistillError("The Learner's optimizer was made before the model got other weights "
-                           f"({few_names(new, 3)}), as from pruning its layers, and would not train them. Call "
-                           "learn.create_opt() first, or make a new Learner with this model.")
+    if gone and (new := [n for p, n in weights.items() if p not in stepped]):
+        raise DistillError(
+            "The Learner's optimizer was made before the model got other weights "
+            f'({few_names(new, 3)}), as from pruning its layers, and would not train them. Call '
+            'learn.create_opt() first, or make a new Learner with this model.'
+        )
 
 
 def find_mistakes(
-    learn,
-    teacher,
-    task,
-    recipe=None,
-    n:int=BATCHES,
-    output=None,
-    head=None
+    learn, teacher, task, recipe=None, n: int = BATCHES, output=None, head=None
 ) -> Findings:
     """The findings about a teacher that is built already.
 
@@ -160,37 +171,60 @@ def find_mistakes(
         head: One of several heads of the student, with its own labels; None: there is one.
     """
     found = Findings()
-    found.add('parameters', shared_parameters(learn.model, teacher), none_shared(learn.model, teacher))
+    found.add(
+        'parameters', shared_parameters(learn.model, teacher), none_shared(learn.model, teacher)
+    )
     own = learn if head is None else head.of(learn)
-    for about,(look,in_words) in CHECKS.items():
-        if about == 'classes' and any_outputs(recipe): continue       # they may differ
+    for about, (look, in_words) in CHECKS.items():
+        if about == 'classes' and any_outputs(recipe):
+            continue  # they may differ
         found.add(about, look(own, teacher, task), in_words(own, teacher, task))
-    if found.errors: return found
-    valid,train = prepared_batches(learn, n, max(1, n//4))
-    if head is not None: valid,train = head.batches(valid),head.batches(train)
+    if found.errors:
+        return found
+    valid, train = prepared_batches(learn, n, max(1, n // 4))
+    if head is not None:
+        valid, train = head.batches(valid), head.batches(train)
     try:
         with closing(valid), closing(train):
-            seen = check_outputs(teacher, task, valid, learn.model, train=train, recipe=recipe,
-                                 names=vocab_of(own.dls), output=output)
+            seen = check_outputs(
+                teacher,
+                task,
+                valid,
+                learn.model,
+                train=train,
+                recipe=recipe,
+                names=vocab_of(own.dls),
+                output=output,
+            )
     except PreparationError as e:
-        note = Finding('note', f"The teacher was not run, since this callback does not run outside of a fit: {e}",
-                       "The teacher's score is unknown; teacher.validate() shows it")
+        note = Finding(
+            'note',
+            f'The teacher was not run, since this callback does not run outside of a fit: {e}',
+            "The teacher's score is unknown; teacher.validate() shows it",
+        )
         found.add('score', [note])
-    else: found.join(seen)
+    else:
+        found.join(seen)
     return found
 
 
-def with_learners(teacher): return [o for o in single_teachers(teacher) if o.learner is not None]
+def with_learners(teacher):
+    return [o for o in single_teachers(teacher) if o.learner is not None]
+
 
 def resets(learn, teacher, task):
     """fastai calls the student's method `reset`, even if it changes weights."""
     if has_reset(learn.model) and (why := why_no_reset(learn.model)):
-        yield Finding('error', f"The student's method reset() {why}, and fastai calls it whenever it fits, validates "
-                               "or predicts",
-                      "Give the method another name")
+        yield Finding(
+            'error',
+            f"The student's method reset() {why}, and fastai calls it whenever it fits, validates "
+            'or predicts',
+            'Give the method another name',
+        )
 
 
-def resets_in_words(learn, teacher, task): return 'it changes no weights' if has_reset(learn.model) else ''
+def resets_in_words(learn, teacher, task):
+    return 'it changes no weights' if has_reset(learn.model) else ''
 
 
 def kinds(learn, teacher, task):
@@ -198,13 +232,19 @@ def kinds(learn, teacher, task):
     own = known_kind(learn.loss_func)
     # subtle: without a student, for a cache, kind='regression' stores a teacher's embeddings as they are
     if own not in (None, task.kind) and not (learn.model is None and task.kind == 'regression'):
-        yield Finding('error', f"You asked for kind={task.kind!r}, but the student's loss is for {KIND_IN_WORDS[own]}",
-                      f"Do not pass kind, or pass kind={own!r}")
+        yield Finding(
+            'error',
+            f"You asked for kind={task.kind!r}, but the student's loss is for {KIND_IN_WORDS[own]}",
+            f'Do not pass kind, or pass kind={own!r}',
+        )
     for t in with_learners(teacher):
         if (theirs := known_kind(t.learner.loss_func)) not in (None, task.kind):
-            yield Finding('error', f"The teacher was trained to predict {KIND_IN_WORDS[theirs]}, the student predicts "
-                          f"{KIND_IN_WORDS[task.kind]}",
-                          "Use a teacher of the student's task, or give both the same kind of loss function")
+            yield Finding(
+                'error',
+                f'The teacher was trained to predict {KIND_IN_WORDS[theirs]}, the student predicts '
+                f'{KIND_IN_WORDS[task.kind]}',
+                "Use a teacher of the student's task, or give both the same kind of loss function",
+            )
 
 
 def kinds_in_words(learn, teacher, task):
@@ -212,8 +252,10 @@ def kinds_in_words(learn, teacher, task):
 
 
 def known_kind(loss_func):
-    try: return task_of(loss_func).kind
-    except DistillError: return None
+    try:
+        return task_of(loss_func).kind
+    except DistillError:
+        return None
 
 
 def labels(learn, teacher, task):
@@ -221,91 +263,133 @@ def labels(learn, teacher, task):
     for o in single_teachers(teacher):
         names = class_names(o, learn.dls)
         found = None if task.kind == 'regression' else map_classes(vocab_of(learn.dls), names)
-        if found is None or found.same: continue
+        if found is None or found.same:
+            continue
         if found.missing and o.known_classes is None:
-            yield Finding('error', f"The teacher does not have {len(found.missing)} of the student's classes "
-                          f"({few_names(found.missing, 5)}); it has {few_names(names, 8)}",
-                          "Use a teacher trained on the student's classes, or train the student on the teacher's"
-                          + of_shared(found, vocab_of(learn.dls), names))
-        elif o.known_classes is not None: continue      # the user chose them
+            yield Finding(
+                'error',
+                f"The teacher does not have {len(found.missing)} of the student's classes "
+                f'({few_names(found.missing, 5)}); it has {few_names(names, 8)}',
+                "Use a teacher trained on the student's classes, or train the student on the teacher's"
+                + of_shared(found, vocab_of(learn.dls), names),
+            )
+        elif o.known_classes is not None:
+            continue  # the user chose them
         else:
-            extra = f", and {len(found.extra)} more, which are not used" if found.extra else ''
-            yield Finding('note', f"The teacher has the student's classes in another order{extra}",
-                          "Its outputs are mapped by name")
+            extra = f', and {len(found.extra)} more, which are not used' if found.extra else ''
+            yield Finding(
+                'note',
+                f"The teacher has the student's classes in another order{extra}",
+                'Its outputs are mapped by name',
+            )
 
 
 def labels_in_words(learn, teacher, task):
-    mine,each = vocab_of(learn.dls),[class_names(o, learn.dls) for o in single_teachers(teacher)]
-    if mine is None or task.kind == 'regression' or any(names != mine for names in each): return ''
+    mine, each = vocab_of(learn.dls), [class_names(o, learn.dls) for o in single_teachers(teacher)]
+    if mine is None or task.kind == 'regression' or any(names != mine for names in each):
+        return ''
     return f'{len(mine)} classes, with the same names in the same order'
 
 
 def of_shared(found, student, teacher):
     """How to distill the classes that both models have."""
-    if len(found.shared) < 2: return ''
+    if len(found.shared) < 2:
+        return ''
     at = lambda names: few_names([names.index(c) for c in found.shared], 20)
-    return (f". To distill the {len(found.shared)} that both have, and leave the others to the labels: "
-            f"Teacher(model, select=[{at(teacher)}], classes=[{at(student)}])")
+    return (
+        f'. To distill the {len(found.shared)} that both have, and leave the others to the labels: '
+        f'Teacher(model, select=[{at(teacher)}], classes=[{at(student)}])'
+    )
 
 
 def codings(learn, teacher, task):
     """Both models must code tokens and categories by the same numbers."""
     for o in with_learners(teacher):
-        if o.inputs is not None: continue       # it translates them
-        a,b = learn.dls,o.learner.dls
-        for name,read in CODES.items():
-            s,t = read(a),read(b)
-            if s is None or t is None or s == t: continue
-            yield Finding('error', f"Student and teacher code their {name} differently ({describe_difference(s, t)}), "
-                          "so the same numbers have another meaning for the teacher",
-                          f"Make the student's DataLoaders with the teacher's coding: {CODING_FIXES[name]}")
+        if o.inputs is not None:
+            continue  # it translates them
+        a, b = learn.dls, o.learner.dls
+        for name, read in CODES.items():
+            s, t = read(a), read(b)
+            if s is None or t is None or s == t:
+                continue
+            yield Finding(
+                'error',
+                f'Student and teacher code their {name} differently ({describe_difference(s, t)}), '
+                'so the same numbers have another meaning for the teacher',
+                f"Make the student's DataLoaders with the teacher's coding: {CODING_FIXES[name]}",
+            )
 
 
 def codings_in_words(learn, teacher, task):
     """What both models code, with the number of codes."""
-    found = {k: read(learn.dls) for k,read in CODES.items()} if with_learners(teacher) else {}
-    same = [f'{len(v)} {k}' for k,v in found.items() if v is not None]
-    return f"{', '.join(same)}, the same for both" if same else ''
+    found = {k: read(learn.dls) for k, read in CODES.items()} if with_learners(teacher) else {}
+    same = [f'{len(v)} {k}' for k, v in found.items() if v is not None]
+    return f'{", ".join(same)}, the same for both' if same else ''
 
 
 SAME_TABLE = "the teacher's own dls, or teacher.dls.train_ds.new(df) for another table"
-CODING_FIXES = {'tokens': "TextDataLoaders(..., text_vocab=...) or TextBlock(vocab=...) with its token vocab",
-                'categories': SAME_TABLE, 'columns of numbers': SAME_TABLE}
+CODING_FIXES = {
+    'tokens': 'TextDataLoaders(..., text_vocab=...) or TextBlock(vocab=...) with its token vocab',
+    'categories': SAME_TABLE,
+    'columns of numbers': SAME_TABLE,
+}
 
 
 def normalization(learn, teacher, task):
     if teacher.adapts:
-        yield Finding('note', f"The teacher was trained with another normalization ({teacher.adapts})",
-                      "Its images are normalized accordingly")
+        yield Finding(
+            'note',
+            f'The teacher was trained with another normalization ({teacher.adapts})',
+            'Its images are normalized accordingly',
+        )
 
 
 def normalization_in_words(learn, teacher, task):
     """The images' mean and standard deviation, where both models have the same."""
     tfms = getattr(getattr(learn.dls, 'after_batch', None), 'fs', ())
-    if not any(isinstance(t, Normalize) for t in tfms): return ''
-    if any(o.stats is None for o in single_teachers(teacher)): return ''
-    mean,std = (' '.join(f'{v:.4g}' for v in o.flatten().tolist()) for o in image_stats(learn.dls))
+    if not any(isinstance(t, Normalize) for t in tfms):
+        return ''
+    if any(o.stats is None for o in single_teachers(teacher)):
+        return ''
+    mean, std = (' '.join(f'{v:.4g}' for v in o.flatten().tolist()) for o in image_stats(learn.dls))
     return f'mean {mean}, std {std}, for both'
 
 
 def image_sizes(learn, teacher, task):
     """A Learner's images are resized to the size on which it was trained."""
     for o in with_learners(teacher):
-        if o.size is None or o.size == (mine := size_of_images(learn.dls)): continue
+        if o.size is None or o.size == (mine := size_of_images(learn.dls)):
+            continue
         own = 'have several sizes' if mine is None else f'have {in_pixels(mine)}'
-        yield Finding('note', f"The teacher was trained on images of {in_pixels(o.size)} pixels, the student's {own}",
-                      "Its images are resized accordingly. Teacher(learner.model) gives them to it as they are")
+        yield Finding(
+            'note',
+            f"The teacher was trained on images of {in_pixels(o.size)} pixels, the student's {own}",
+            'Its images are resized accordingly. Teacher(learner.model) gives them to it as they are',
+        )
 
 
 def image_sizes_in_words(learn, teacher, task):
-    mine,each = size_of_images(learn.dls),[size_of_images(o.learner.dls) for o in with_learners(teacher)]
-    return '' if mine is None or not each or any(s != mine for s in each) else f'{in_pixels(mine)} pixels, for both'
+    mine, each = (
+        size_of_images(learn.dls),
+        [size_of_images(o.learner.dls) for o in with_learners(teacher)],
+    )
+    return (
+        ''
+        if mine is None or not each or any(s != mine for s in each)
+        else f'{in_pixels(mine)} pixels, for both'
+    )
 
 
-def in_pixels(size): return f'{size[0]} x {size[1]}'
+def in_pixels(size):
+    return f'{size[0]} x {size[1]}'
 
 
 # what is checked -> (its findings, what is in order where it found nothing)
-CHECKS = {'reset()': (resets, resets_in_words), 'task': (kinds, kinds_in_words), 'classes': (labels, labels_in_words),
-          'codes': (codings, codings_in_words), 'normalization': (normalization, normalization_in_words),
-          'image size': (image_sizes, image_sizes_in_words)}
+CHECKS = {
+    'reset()': (resets, resets_in_words),
+    'task': (kinds, kinds_in_words),
+    'classes': (labels, labels_in_words),
+    'codes': (codings, codings_in_words),
+    'normalization': (normalization, normalization_in_words),
+    'image size': (image_sizes, image_sizes_in_words),
+}

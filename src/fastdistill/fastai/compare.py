@@ -1,20 +1,22 @@
 "Models side by side on the same validation data: a report with intervals and tests."
+
 import copy
 from contextlib import closing, contextmanager
 from types import SimpleNamespace
+
 from fastai.basics import L, Learner, TensorImageBase, TfmdDL, detuplify, mk_metric, to_detach
 from fastai.tabular.core import TabDataLoader
 from fastai.text.data import TensorText
-from ..cache.progress import console_for_bars
-from ..evaluation import measure_models, roles_of
-from ..base.outputs import DistillError
+
 from ..base.distributed import rank
-from ..evaluation import Report
+from ..base.outputs import DistillError
+from ..cache.progress import console_for_bars
+from ..evaluation import Report, measure_models, roles_of
 from ..teachers.fast_copy import AS_IT_IS
 from .batches import number_of_batches, prepared, some_batches
+from .language_model import is_stream
 from .metrics import columns_of
 from .raw_items import items_shown
-from .language_model import is_stream
 from .task import task_of
 from .teachers import refuse_heads, teacher_of
 from .vocab import vocab_of
@@ -25,23 +27,23 @@ __all__ = ['compare', 'history_of']
 
 
 def compare(
-    models:dict,
+    models: dict,
     dls=None,
     *,
     dl=None,
-    teacher:str|None=None,
-    baseline:str|None=None,
+    teacher: str | None = None,
+    baseline: str | None = None,
     metrics=None,
     loss_func=None,
     kind=None,
     axis=None,
-    headline:str|None=None,
-    large:int|None=None,
-    seconds:float=.5,
-    repeats:int=2000,
-    seed:int=0,
-    title:str='',
-    progress:bool=True
+    headline: str | None = None,
+    large: int | None = None,
+    seconds: float = 0.5,
+    repeats: int = 2000,
+    seed: int = 0,
+    title: str = '',
+    progress: bool = True,
 ) -> Report:
     """Measure all models on the same validation data, in one pass: the task's scores and loss, the
     Learners' metrics, agreement with the teacher, calibration, classes, cost and time.
@@ -72,25 +74,46 @@ def compare(
         progress: A bar in a terminal or notebook.
     """
     if not isinstance(models, dict) or not models:
-        raise DistillError("compare needs names: compare({'teacher': teacher, 'alone': alone, 'distilled': student}).")
-    for o in models.values(): refuse_heads(o, 'to compare, which measures models of one output')
-    teacher,baseline = roles_of(models, teacher, baseline)
+        raise DistillError(
+            "compare needs names: compare({'teacher': teacher, 'alone': alone, 'distilled': student})."
+        )
+    for o in models.values():
+        refuse_heads(o, 'to compare, which measures models of one output')
+    teacher, baseline = roles_of(models, teacher, baseline)
     learn = reference(models, dls, loss_func)
     task = task_of(learn.loss_func, kind, axis)
     data = learn.dls.valid if dl is None else dl
     large = large or getattr(data, 'bs', None) or 64
     steps = number_of_batches(data)
-    steps = None if steps is None else steps + 2*len(models)*bool(seconds)
-    teachers = {k: teacher_of(o, learn, task, **AS_IT_IS) for k,o in models.items()}
+    steps = None if steps is None else steps + 2 * len(models) * bool(seconds)
+    teachers = {k: teacher_of(o, learn, task, **AS_IT_IS) for k, o in models.items()}
     batches = prepared(learn, some_batches(data), 1, False, data)
-    with shown_bar(progress, steps) as tick, items_shown([data], *teachers.values()), closing(batches):
-        report = measure_models(teachers, batches, task, teacher=teacher, baseline=baseline, loss=learn.loss_func,
-                                metrics=metrics_of(models, learn, metrics), language=is_stream(data),
-                                headline=headline, repeats=repeats, seed=seed, large=large, seconds=seconds, tick=tick)
-    report.title,report.unit = title,unit_of(data)
+    with (
+        shown_bar(progress, steps) as tick,
+        items_shown([data], *teachers.values()),
+        closing(batches),
+    ):
+        report = measure_models(
+            teachers,
+            batches,
+            task,
+            teacher=teacher,
+            baseline=baseline,
+            loss=learn.loss_func,
+            metrics=metrics_of(models, learn, metrics),
+            language=is_stream(data),
+            headline=headline,
+            repeats=repeats,
+            seed=seed,
+            large=large,
+            seconds=seconds,
+            tick=tick,
+        )
+    report.title, report.unit = title, unit_of(data)
     report.classes = names_of_classes(learn.dls, len(report.counts))
-    for k,o in models.items():
-        if not isinstance(o, Learner): continue
+    for k, o in models.items():
+        if not isinstance(o, Learner):
+            continue
         report.models[k].kind = getattr(getattr(o, 'arch', None), '__name__', report.models[k].kind)
         report.models[k].history = history_of(o)
     return report
@@ -106,86 +129,128 @@ def reference(models, dls, loss_func):
     """The Learner, or what stands for one, whose data, callbacks and loss are used."""
     learners = [o for o in models.values() if isinstance(o, Learner)]
     if dls is None and not learners:
-        raise DistillError("None of the models is a Learner: pass the DataLoaders, compare(models, dls).")
+        raise DistillError(
+            'None of the models is a Learner: pass the DataLoaders, compare(models, dls).'
+        )
     own = next((o for o in learners[::-1] if dls is None or o.dls is dls), None)
     loss = loss_func or getattr(own or next(iter(learners[::-1]), dls), 'loss_func', None)
     if loss is None:
-        raise DistillError("Neither a Learner nor the DataLoaders show the task's loss: pass loss_func=.")
-    if own is not None and loss_func is None: return own
+        raise DistillError(
+            "Neither a Learner nor the DataLoaders show the task's loss: pass loss_func=."
+        )
+    if own is not None and loss_func is None:
+        return own
     return SimpleNamespace(dls=dls if own is None else own.dls, model=None, loss_func=loss)
 
 
 class MetricValues:
     """Copies of fastai's metrics, for one model."""
+
     def __init__(self, learn, metrics):
-        self.learn,self.metrics = learn,[copy.deepcopy(m) for m in metrics]
-        for m in self.metrics: m.reset()
+        self.learn, self.metrics = learn, [copy.deepcopy(m) for m in metrics]
+        for m in self.metrics:
+            m.reset()
 
     def add(self, xb, out, yb):
-        now = Step(self.learn, xb=xb, yb=yb, x=detuplify(xb), y=detuplify(yb), pred=out, training=False,
-                   to_detach=to_detach)
-        for m in self.metrics: m.accumulate(now)
+        now = Step(
+            self.learn,
+            xb=xb,
+            yb=yb,
+            x=detuplify(xb),
+            y=detuplify(yb),
+            pred=out,
+            training=False,
+            to_detach=to_detach,
+        )
+        for m in self.metrics:
+            m.accumulate(now)
 
-    def values(self): return {m.name: plain_number(m.value) for m in self.metrics}
+    def values(self):
+        return {m.name: plain_number(m.value) for m in self.metrics}
 
 
 class Step:
     """A Learner, as a metric sees it, after the prediction of a batch; the Learner itself is not
     changed.
     """
+
     def __init__(self, learn, **now):
         self.__dict__.update(now)
         self._learn = learn
 
-    def __getattr__(self, name): return getattr(self._learn, name)
+    def __getattr__(self, name):
+        return getattr(self._learn, name)
 
 
 def metrics_of(models, learn, metrics):
     """fn() -> fresh metrics for a model."""
-    if metrics is None: found = [m for o in models.values() if isinstance(o, Learner) for m in o.metrics]
-    else: found = [mk_metric(m) for m in L(metrics)]
+    if metrics is None:
+        found = [m for o in models.values() if isinstance(o, Learner) for m in o.metrics]
+    else:
+        found = [mk_metric(m) for m in L(metrics)]
     named = {m.name: m for m in found}
     return lambda: MetricValues(learn, named.values())
 
 
 def plain_number(v):
-    try: return None if v is None else float(v)
-    except (TypeError, ValueError): return None      # a metric of several numbers
+    try:
+        return None if v is None else float(v)
+    except (TypeError, ValueError):
+        return None  # a metric of several numbers
 
 
 def unit_of(dl):
     """What the samples are."""
-    if is_stream(dl): return 'pieces of text'
-    if isinstance(dl, TabDataLoader): return 'rows'
+    if is_stream(dl):
+        return 'pieces of text'
+    if isinstance(dl, TabDataLoader):
+        return 'rows'
     types = getattr(dl, '_types', None) if isinstance(dl, TfmdDL) else None
     found = list(types_in(types)) if types else []
-    if TensorText in found[:1]: return 'texts'
+    if TensorText in found[:1]:
+        return 'texts'
     return 'images' if found and issubclass(found[0], TensorImageBase) else 'samples'
 
 
 def types_in(types):
     """The types of a batch's tensors, which fastai stores nested, in their order."""
     for o in (v for vs in types.values() for v in vs) if isinstance(types, dict) else [types]:
-        if isinstance(o, type): yield o
-        else: yield from types_in(o)
+        if isinstance(o, type):
+            yield o
+        else:
+            yield from types_in(o)
 
 
 def history_of(learn):
     """Column of the training's table -> its value in each epoch of the last fit."""
     recorder = getattr(learn, 'recorder', None)
-    if recorder is None: return {}
-    return {k: [*map(plain_number, v)] for k,v in columns_of(recorder).items()}
+    if recorder is None:
+        return {}
+    return {k: [*map(plain_number, v)] for k, v in columns_of(recorder).items()}
 
 
 @contextmanager
 def shown_bar(progress, total, what='compare'):
     """Yields the function to call after each step; it moves a bar in a terminal or a notebook."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     console = console_for_bars() if progress and not rank() else None
     if console is None:
         yield lambda: None
         return
-    with Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                  console=console, transient=True) as bar:
+    with Progress(
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    ) as bar:
         task = bar.add_task(what, total=total)
         yield lambda: bar.advance(task)

@@ -1,27 +1,31 @@
 """What a training with this teacher would cost: time of a step, memory, and what stored outputs
 would save.
 """
-import math, time
+
+import math
+import time
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from statistics import fmean
+
 import torch
 from fastai.callback.fp16 import MixedPrecision
+
 from ..cache.layout import Layout, Wish
 from ..cache.writer import Forecast
-from ..distiller.distiller import Distiller
-from ..recipes.term import Recipe
 from ..checks.forward import guarded_random_state
-from ..features.layer_names import unwrap
-from ..features.probe import distinct_modules, dry_run, untouched
+from ..distiller.distiller import Distiller
 from ..evaluation.cost import wait_for, weights_of_teacher
 from ..evaluation.format import amount, three_digits
+from ..features.layer_names import unwrap
+from ..features.probe import distinct_modules, dry_run, untouched
+from ..recipes.term import Recipe
 from .batches import number_of_batches, prepared_batches
 
 __all__ = ['TrainingCosts', 'training_costs']
 
-FEW_BATCHES,ROUNDS = 3,5 # batches that are run, and how often each
-MEASURED_SECONDS = 3 # after this time, no other batch is begun
+FEW_BATCHES, ROUNDS = 3, 5  # batches that are run, and how often each
+MEASURED_SECONDS = 3  # after this time, no other batch is begun
 
 
 @dataclass
@@ -39,51 +43,56 @@ class TrainingCosts:
         view: Of one stored view of the training set; None: its size is unknown.
         mixed: Does the fit use mixed precision, which was not measured?
     """
-    batch:int
-    steps:int|None
-    alone:float
-    live:float
-    teacher:float
-    weights:int
-    copy:int
-    view:Forecast|None
-    mixed:bool=False
 
-    def lines(
-        self, n_epoch:int
-    ):
+    batch: int
+    steps: int | None
+    alone: float
+    live: float
+    teacher: float
+    weights: int
+    copy: int
+    view: Forecast | None
+    mixed: bool = False
+
+    def lines(self, n_epoch: int):
         """(subject, text) of each cost.
 
         Args:
             n_epoch: Of the training.
         """
         apart = ', and without its mixed precision' if self.mixed else ''
-        yield 'step',(f'{duration(self.alone)} alone, {duration(self.live)} with the teacher '
-                      f'({self.live/self.alone:.2f} times): batches of {self.batch}, without loading them and without '
-                      f'the optimizer{apart}')
+        yield (
+            'step',
+            (
+                f'{duration(self.alone)} alone, {duration(self.live)} with the teacher '
+                f'({self.live / self.alone:.2f} times): batches of {self.batch}, without loading them and without '
+                f'the optimizer{apart}'
+            ),
+        )
         copy = f', its faster copy {amount(self.copy, "B")} more' if self.copy else ''
-        yield 'memory',f"the teacher's weights take {amount(self.weights, 'B')}{copy}"
-        if None in (self.steps, self.view): return
-        epoch = self.steps*self.teacher
-        yield 'cache',f'{self.view}; to write a view takes {duration(epoch)}'
-        saved = (n_epoch-1)*epoch
-        yield f'{n_epoch} epochs',(f'{duration(n_epoch*self.steps*self.live)} with the teacher. One stored view saves '
-                                   f'{duration(saved)}, and {duration(n_epoch*epoch)} for each further student')
+        yield 'memory', f"the teacher's weights take {amount(self.weights, 'B')}{copy}"
+        if None in (self.steps, self.view):
+            return
+        epoch = self.steps * self.teacher
+        yield 'cache', f'{self.view}; to write a view takes {duration(epoch)}'
+        saved = (n_epoch - 1) * epoch
+        yield (
+            f'{n_epoch} epochs',
+            (
+                f'{duration(n_epoch * self.steps * self.live)} with the teacher. One stored view saves '
+                f'{duration(saved)}, and {duration(n_epoch * epoch)} for each further student'
+            ),
+        )
 
 
 def duration(seconds):
-    for size,unit in ((3600, 'h'), (60, 'min'), (1, 's')):
-        if seconds >= 2*size: return f'{three_digits(seconds/size)} {unit}'
-    return f'{three_digits(1000*seconds)} ms'
+    for size, unit in ((3600, 'h'), (60, 'min'), (1, 's')):
+        if seconds >= 2 * size:
+            return f'{three_digits(seconds / size)} {unit}'
+    return f'{three_digits(1000 * seconds)} ms'
 
 
-def training_costs(
-    learn,
-    teacher,
-    task,
-    recipe,
-    output=None
-) -> TrainingCosts|None:
+def training_costs(learn, teacher, task, recipe, output=None) -> TrainingCosts | None:
     """Run a few training batches. Learner, models and random numbers do not change. None: there are
     none with labels.
 
@@ -96,30 +105,45 @@ def training_costs(
     """
     with guarded_random_state(), closing(prepared_batches(learn, 1, FEW_BATCHES)[1]) as train:
         batches = [b for b in train if len(b[1])]
-    if not batches: return None
-    options = dict(kind=task.kind, axis=task.axis, ignore_index=task.ignore_index, output=output, check=False)
+    if not batches:
+        return None
+    options = dict(
+        kind=task.kind, axis=task.axis, ignore_index=task.ignore_index, output=output, check=False
+    )
     alone = Distiller(learn.model, None, Recipe(), task_loss=learn.loss_func, **options)
     live = Distiller(learn.model, teacher, recipe, task_loss=learn.loss_func, **options)
-    x,last = batches[0][0],[]
+    x, last = batches[0][0], []
     with guarded_random_state(), in_training(learn.model, x), teacher:
-        if not live.ready: live.setup(*x)
-        for d in (alone, live): d.measures = False
-        runs = dict(alone=lambda x, y: gradients(alone, x, y), live=lambda x, y: gradients(live, x, y),
-                    teacher=lambda x, y: last.__setitem__(slice(None), [live.teacher_outputs(x)]))
+        if not live.ready:
+            live.setup(*x)
+        for d in (alone, live):
+            d.measures = False
+        runs = dict(
+            alone=lambda x, y: gradients(alone, x, y),
+            live=lambda x, y: gradients(live, x, y),
+            teacher=lambda x, y: last.__setitem__(slice(None), [live.teacher_outputs(x)]),
+        )
         seconds = seconds_of_batches(runs, batches)
     layout = Layout.of(last[0], Wish(axis=task.axis))
-    n,steps = getattr(learn.dls.train, 'n', None),number_of_batches(learn.dls.train)
-    view = None if n is None else Forecast(n, 1, layout.bytes, n*layout.bytes, None)
-    return TrainingCosts(len(last[0].logits), steps, **seconds, weights=weights_of_teacher(teacher),
-                         copy=teacher.copy_bytes, view=view,
-                         mixed=any(isinstance(c, MixedPrecision) for c in learn.cbs))
+    n, steps = getattr(learn.dls.train, 'n', None), number_of_batches(learn.dls.train)
+    view = None if n is None else Forecast(n, 1, layout.bytes, n * layout.bytes, None)
+    return TrainingCosts(
+        len(last[0].logits),
+        steps,
+        **seconds,
+        weights=weights_of_teacher(teacher),
+        copy=teacher.copy_bytes,
+        view=view,
+        mixed=any(isinstance(c, MixedPrecision) for c in learn.cbs),
+    )
 
 
 @contextmanager
 def in_training(model, x):
     """The model in training mode, with gradients. Afterwards it is as before."""
     with untouched(model), torch.enable_grad():
-        for m in distinct_modules(unwrap(model)): m.training = True      # subtle: the flag, as in `untouched`
+        for m in distinct_modules(unwrap(model)):
+            m.training = True  # subtle: the flag, as in `untouched`
         yield
     # subtle: hooks, as those of a dynamic U-Net, hold the last activations. Those with a gradient can't be copied
     dry_run(model, *x)
@@ -128,20 +152,25 @@ def in_training(model, x):
 def gradients(distiller, x, y):
     """The gradients of a batch, which are not kept."""
     total = distiller(x, *y).total
-    torch.autograd.grad(total, [p for p in distiller.parameters() if p.requires_grad], allow_unused=True)
+    torch.autograd.grad(
+        total, [p for p in distiller.parameters() if p.requires_grad], allow_unused=True
+    )
 
 
 def seconds_of_batches(runs, batches):
     """Name -> seconds of a batch: of each batch the best of several runs, in which all take turns."""
-    wait,best = wait_for(batches[0][0]),{k: {} for k in runs}
-    for i in range(-1, ROUNDS*len(batches)):
+    wait, best = wait_for(batches[0][0]), {k: {} for k in runs}
+    for i in range(-1, ROUNDS * len(batches)):
         at = max(i, 0) % len(batches)
-        for k,run in runs.items():
+        for k, run in runs.items():
             wait()
             start = time.perf_counter()
             run(*batches[at])
             wait()
-            if i >= 0: best[k][at] = min(time.perf_counter()-start, best[k].get(at, math.inf))
-        if i < 0: end = time.perf_counter()+MEASURED_SECONDS      # the first batch is a warm-up
-        elif time.perf_counter() > end: break
-    return {k: fmean(v.values()) for k,v in best.items()}
+            if i >= 0:
+                best[k][at] = min(time.perf_counter() - start, best[k].get(at, math.inf))
+        if i < 0:
+            end = time.perf_counter() + MEASURED_SECONDS  # the first batch is a warm-up
+        elif time.perf_counter() > end:
+            break
+    return {k: fmean(v.values()) for k, v in best.items()}

@@ -1,21 +1,28 @@
 """A trained student as a file that needs neither fastai nor fastdistill, checked against the
 Learner.
 """
-import copy, json, re, tempfile, warnings
+
+import copy
+import json
+import re
+import tempfile
+import warnings
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-import torch
-from torch import nn
+
 import fastai
+import torch
 from fastai.basics import Learner
 from fastai.layers import ToTensorBase
-from ..checks.forward import guarded_random_state
-from ..checks.batch_scores import FEW, Tally
+from torch import nn
+
 from ..base.outputs import DistillError, Outputs, as_plain
-from ..evaluation import Report
 from ..base.task import fit_labels
+from ..checks.batch_scores import FEW, Tally
+from ..checks.forward import guarded_random_state
+from ..evaluation import Report
 from ..teachers import Teacher
 from ..teachers.fast_copy import AS_IT_IS
 from .batches import prepared, prepared_batches, some_batches
@@ -24,10 +31,17 @@ from .task import task_of
 from .teachers import image_stats
 from .vocab import vocab_of
 
-__all__ = ['Exported', 'check_learner', 'export_student', 'facts_of', 'validation_inputs', 'weak_score']
+__all__ = [
+    'Exported',
+    'check_learner',
+    'export_student',
+    'facts_of',
+    'validation_inputs',
+    'weak_score',
+]
 
-KEY = 'fastdistill' # name of the metadata inside a file
-CLOSE = .01 # largest difference that rounding explains, as a share of the largest output
+KEY = 'fastdistill'  # name of the metadata inside a file
+CLOSE = 0.01  # largest difference that rounding explains, as a share of the largest output
 
 
 @dataclass
@@ -40,25 +54,30 @@ class Exported:
         facts: The metadata inside the file.
         report: Of int8: the Learner and the file side by side on the validation set.
     """
-    path:Path
-    bytes:int
-    difference:float
-    samples:int
-    facts:dict=field(default_factory=dict)
-    report:Report|None=None
+
+    path: Path
+    bytes: int
+    difference: float
+    samples: int
+    facts: dict = field(default_factory=dict)
+    report: Report | None = None
 
     def __str__(self):
-        out = (f'{self.path}: {self.bytes/1e6:.2f} MB; largest difference from the Learner {self.difference:.2g} '
-               f'({self.samples} validation samples)')
-        if self.report is None: return out
-        k,(a,b) = self.report.headline,self.report.models.values()
-        info,d = self.report.info[k],self.report.comparisons[0].differences[k]
+        out = (
+            f'{self.path}: {self.bytes / 1e6:.2f} MB; largest difference from the Learner {self.difference:.2g} '
+            f'({self.samples} validation samples)'
+        )
+        if self.report is None:
+            return out
+        k, (a, b) = self.report.headline, self.report.models.values()
+        info, d = self.report.info[k], self.report.comparisons[0].differences[k]
         cost = f'{info.label} {info.text(a.measures[k].value)} -> {info.text(b.measures[k].value)}{info.unit}'
-        return f"{out}; {cost} ({'significant' if d.significant else 'not significant'})"
+        return f'{out}; {cost} ({"significant" if d.significant else "not significant"})'
 
 
 class LogitsOnly(nn.Module):
     """A model that returns its logits alone, such as a text model without its hidden states."""
+
     def __init__(self, model):
         super().__init__()
         self.model = model
@@ -66,23 +85,26 @@ class LogitsOnly(nn.Module):
     def forward(self, *x):
         raw = self.model(*x)
         # subtle: a tensor is returned as it is, since the tensors of a trace have a class of their own
-        return raw if isinstance(raw, torch.Tensor) else raw[0] if isinstance(raw, tuple) else Outputs.of(raw).logits
+        return (
+            raw
+            if isinstance(raw, torch.Tensor)
+            else raw[0]
+            if isinstance(raw, tuple)
+            else Outputs.of(raw).logits
+        )
 
 
 def check_learner(learn, name):
     """Refuse a model, whose inputs, normalization and classes only its Learner knows."""
     if not isinstance(learn, Learner):
-        raise DistillError(f"{name} got a {type(learn).__name__}: give the Learner, learn and not learn.model. Its "
-                           "validation set has the inputs on which the result is checked.")
+        raise DistillError(
+            f'{name} got a {type(learn).__name__}: give the Learner, learn and not learn.model. Its '
+            'validation set has the inputs on which the result is checked.'
+        )
 
 
 def export_student(
-    learn:Learner,
-    path,
-    *,
-    int8:bool=False,
-    calibration:int=8,
-    n:int=8
+    learn: Learner, path, *, int8: bool = False, calibration: int = 8, n: int = 8
 ) -> Exported:
     """Write the student's network as a file with a free batch size, and compare its outputs with
     the Learner's on real inputs. Input shape, normalization and class names are inside the file, as
@@ -99,30 +121,35 @@ def export_student(
     check_learner(learn, 'export_student')
     path = Path(path)
     if path.suffix not in WRITERS:
-        raise DistillError(f"{str(path)!r}: the suffix must be {' or '.join(WRITERS)}.")
+        raise DistillError(f'{str(path)!r}: the suffix must be {" or ".join(WRITERS)}.')
     if int8 and path.suffix != '.onnx':
-        raise DistillError("int8=True needs an .onnx file: export_student(learn, 'student.onnx', int8=True)")
+        raise DistillError(
+            "int8=True needs an .onnx file: export_student(learn, 'student.onnx', int8=True)"
+        )
     quantized = is_fake_quantized(learn.model)
     if quantized and path.suffix == '.onnx' and not int8:
-        raise DistillError("This model is in quantization-aware training, and ONNX has no fake quantization: "
-                           f"export_student(learn, {path.name!r}, int8=True) writes it in int8, at the scales that it "
-                           "learned.")
+        raise DistillError(
+            'This model is in quantization-aware training, and ONNX has no fake quantization: '
+            f'export_student(learn, {path.name!r}, int8=True) writes it in int8, at the scales that it '
+            'learned.'
+        )
     batches = validation_inputs(learn, max(n, calibration if int8 else 0))
     facts = facts_of(learn, batches[0]) | dict(int8=int8)
     path.parent.mkdir(parents=True, exist_ok=True)
     with on_cpu(learn.model) as model:
-        if quantized and int8: model = in_int8(model)
+        if quantized and int8:
+            model = in_int8(model)
         WRITERS[path.suffix](LogitsOnly(model), example(batches[0]), path, facts)
-    if int8: quantize(path, batches[:calibration], facts, learned=quantized)
-    difference,count = compared(learn, path, batches[:n], None if int8 else CLOSE)
-    report = compare({'float32': learn, 'int8': str(path)}, seconds=0, progress=False) if int8 else None
+    if int8:
+        quantize(path, batches[:calibration], facts, learned=quantized)
+    difference, count = compared(learn, path, batches[:n], None if int8 else CLOSE)
+    report = (
+        compare({'float32': learn, 'int8': str(path)}, seconds=0, progress=False) if int8 else None
+    )
     return Exported(path, path.stat().st_size, difference, count, facts, report)
 
 
-def weak_score(
-    learn:Learner,
-    n:int=8
-) -> str|None:
+def weak_score(learn: Learner, n: int = 8) -> str | None:
     """The score of a model that is not better than a constant prediction, in words; None if it is,
     or can't be told.
 
@@ -130,23 +157,39 @@ def weak_score(
         n: Validation batches.
     """
     task = task_of(learn.loss_func)
-    tally,(valid,_) = Tally(task),prepared_batches(learn, n, 1)
-    with closing(valid), guarded_random_state(), Teacher(learn.model, **AS_IT_IS) as model, torch.no_grad():
-        for x,y in valid:
+    tally, (valid, _) = Tally(task), prepared_batches(learn, n, 1)
+    with (
+        closing(valid),
+        guarded_random_state(),
+        Teacher(learn.model, **AS_IT_IS) as model,
+        torch.no_grad(),
+    ):
+        for x, y in valid:
             logits = model(*x).logits
-            y = fit_labels(as_plain(y[0]), logits.shape, task) if y and isinstance(y[0], torch.Tensor) else None
-            if y is not None: tally.add(as_plain(logits), y)
-    if len(tally.items('teacher')) < FEW or tally.above_constant(0.): return None
+            y = (
+                fit_labels(as_plain(y[0]), logits.shape, task)
+                if y and isinstance(y[0], torch.Tensor)
+                else None
+            )
+            if y is not None:
+                tally.add(as_plain(logits), y)
+    if len(tally.items('teacher')) < FEW or tally.above_constant(0.0):
+        return None
     f = tally.facts()
-    return (f'{f.metric} {f.teacher_score:.3f} on {f.n} validation samples, where a constant prediction has '
-            f'{f.constant_score:.3f}')
+    return (
+        f'{f.metric} {f.teacher_score:.3f} on {f.n} validation samples, where a constant prediction has '
+        f'{f.constant_score:.3f}'
+    )
 
 
 def validation_inputs(learn, n):
     """Inputs of validation batches, on the CPU."""
     with closing(prepared(learn, some_batches(learn.dls.valid), 1, False)) as batches:
-        out = [tuple(o.cpu() for o in x) for x,_ in islice(batches, n)]
-    if not out: raise DistillError("The validation set is empty: an exported student is checked on real inputs.")
+        out = [tuple(o.cpu() for o in x) for x, _ in islice(batches, n)]
+    if not out:
+        raise DistillError(
+            'The validation set is empty: an exported student is checked on real inputs.'
+        )
     return out
 
 
@@ -159,14 +202,16 @@ def example(x):
 def on_cpu(model):
     """The model in evaluation mode on the CPU, afterwards as before."""
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
-    typed = [m for m in model.modules() if isinstance(m, ToTensorBase)]     # the last layer of U-Nets
+    typed = [m for m in model.modules() if isinstance(m, ToTensorBase)]  # the last layer of U-Nets
     classes = [m.tensor_cls for m in typed]
     try:
         with guarded_random_state(), Teacher(model, **AS_IT_IS):
-            for m in typed: m.tensor_cls = torch.Tensor
+            for m in typed:
+                m.tensor_cls = torch.Tensor
             yield model.cpu()
     finally:
-        for m,c in zip(typed, classes): m.tensor_cls = c
+        for m, c in zip(typed, classes):
+            m.tensor_cls = c
         model.to(device)
 
 
@@ -180,29 +225,44 @@ def in_int8(model):
     learned.
     """
     if not isinstance(model, torch.fx.GraphModule):
-        raise DistillError(f"{type(model).__name__} is not the result of prepare_qat_fx (PyTorch) or prepare_qat_pt2e "
-                           "(torchao), so how to convert it is unknown. Convert it yourself, and export a Learner with "
-                           "the result.")
+        raise DistillError(
+            f'{type(model).__name__} is not the result of prepare_qat_fx (PyTorch) or prepare_qat_pt2e '
+            '(torchao), so how to convert it is unknown. Convert it yourself, and export a Learner with '
+            'the result.'
+        )
     model = copy.deepcopy(model)
     if any(type(m).__module__.startswith('torchao.') for m in model.modules()):
         from torchao.quantization.pt2e import move_exported_model_to_eval
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
         return convert_pt2e(move_exported_model_to_eval(model))
     # subtle: the public converters make operations that torch.export can't trace
     from torch.ao.quantization.quantize_fx import _convert_to_reference_decomposed_fx
+
     return _convert_to_reference_decomposed_fx(model)
 
 
 def facts_of(learn, x) -> dict:
     """What a user of the file must know: plain data."""
-    task,names = task_of(learn.loss_func),vocab_of(learn.dls)
+    task, names = task_of(learn.loss_func), vocab_of(learn.dls)
     stats = [as_plain(torch.as_tensor(o)).flatten().tolist() for o in image_stats(learn.dls)]
-    inputs = [dict(name='x' if len(x) == 1 else f'x{i}', shape=['batch', *o.shape[1:]],
-                   dtype=str(o.dtype).removeprefix('torch.')) for i,o in enumerate(x)]
+    inputs = [
+        dict(
+            name='x' if len(x) == 1 else f'x{i}',
+            shape=['batch', *o.shape[1:]],
+            dtype=str(o.dtype).removeprefix('torch.'),
+        )
+        for i, o in enumerate(x)
+    ]
     image = len(x) == 1 and x[0].dim() == 4
-    return dict(task=task.kind, axis=task.axis, classes=names, inputs=inputs,
-                normalization=dict(mean=stats[0], std=stats[1]) if image else None,
-                versions=dict(torch=torch.__version__, fastai=fastai.__version__))
+    return dict(
+        task=task.kind,
+        axis=task.axis,
+        classes=names,
+        inputs=inputs,
+        normalization=dict(mean=stats[0], std=stats[1]) if image else None,
+        versions=dict(torch=torch.__version__, fastai=fastai.__version__),
+    )
 
 
 def program_of(model, x):
@@ -211,12 +271,15 @@ def program_of(model, x):
     # subtle: one entry for `*x` of `LogitsOnly`
     shapes = (tuple({0: batch} for _ in x),)
     try:
-        with torch.no_grad(): return torch.export.export(model, x, dynamic_shapes=shapes)
-    except Exception as e:      # its errors have no common class
+        with torch.no_grad():
+            return torch.export.export(model, x, dynamic_shapes=shapes)
+    except Exception as e:  # its errors have no common class
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise DistillError(f"torch.export can't export {type(model.model).__name__}: {reason}. Recurrent text models "
-                           "of fastai, among others, can't be exported; learn.export('student.pkl') stores any "
-                           "Learner.") from e
+        raise DistillError(
+            f"torch.export can't export {type(model.model).__name__}: {reason}. Recurrent text models "
+            "of fastai, among others, can't be exported; learn.export('student.pkl') stores any "
+            'Learner.'
+        ) from e
 
 
 def write_program(model, x, path, facts):
@@ -224,15 +287,27 @@ def write_program(model, x, path, facts):
 
 
 def write_onnx(model, x, path, facts):
-    try: import onnx, onnxscript  # noqa: F401 (the exporter needs it)
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401 (the exporter needs it)
     except ImportError as e:
-        raise ImportError("An ONNX file needs onnx, onnxscript and onnxruntime: pip install 'fastdistill[onnx]'") from e
+        raise ImportError(
+            "An ONNX file needs onnx, onnxscript and onnxruntime: pip install 'fastdistill[onnx]'"
+        ) from e
     program = program_of(model, x)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')     # of the exporter, about PyTorch
+        warnings.simplefilter('ignore')  # of the exporter, about PyTorch
         names = [o['name'] for o in facts['inputs']]
-        torch.onnx.export(program, x, str(path), input_names=names, output_names=['logits'], dynamo=True,
-                          verbose=False, external_data=False)
+        torch.onnx.export(
+            program,
+            x,
+            str(path),
+            input_names=names,
+            output_names=['logits'],
+            dynamo=True,
+            verbose=False,
+            external_data=False,
+        )
     add_facts(with_named_batch(onnx.load(path)), facts, path)
 
 
@@ -240,14 +315,18 @@ def with_named_batch(model):
     """An ONNX model whose free batch size is called 'batch': the exporter calls it s53 or so."""
     g = model.graph
     free = g.input[0].type.tensor_type.shape.dim[0].dim_param
-    for d in (d for v in (*g.input, *g.output, *g.value_info) for d in v.type.tensor_type.shape.dim):
-        if d.dim_param: d.dim_param = re.sub(rf'\b{free}\b', 'batch', d.dim_param)
+    for d in (
+        d for v in (*g.input, *g.output, *g.value_info) for d in v.type.tensor_type.shape.dim
+    ):
+        if d.dim_param:
+            d.dim_param = re.sub(rf'\b{free}\b', 'batch', d.dim_param)
     return model
 
 
 def add_facts(model, facts, path):
     import onnx
-    del model.metadata_props[:]     # the exporter's own
+
+    del model.metadata_props[:]  # the exporter's own
     onnx.helper.set_model_props(model, {KEY: json.dumps(facts)})
     onnx.save(model, path)
 
@@ -262,16 +341,25 @@ def quantize(path, batches, facts, learned=False):
     import onnx
     from onnxruntime import quantization as ort
     from onnxruntime.quantization.shape_inference import quant_pre_process
+
     class Reader(ort.CalibrationDataReader):
-        def __init__(self, names): self.feeds = iter([{k: v.numpy() for k,v in zip(names, x)} for x in batches])
-        def get_next(self): return next(self.feeds, None)
+        def __init__(self, names):
+            self.feeds = iter([{k: v.numpy() for k, v in zip(names, x)} for x in batches])
+
+        def get_next(self):
+            return next(self.feeds, None)
+
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        ready,done = [str(Path(folder)/f'{n}.onnx') for n in ('ready', 'done')]
+        ready, done = [str(Path(folder) / f'{n}.onnx') for n in ('ready', 'done')]
         quant_pre_process(str(path), ready, skip_symbolic_shape=True)
         names = [i.name for i in onnx.load(ready).graph.input]
-        if learned: done = ready
-        else: ort.quantize_static(ready, done, Reader(names), quant_format=ort.QuantFormat.QDQ, per_channel=True)
+        if learned:
+            done = ready
+        else:
+            ort.quantize_static(
+                ready, done, Reader(names), quant_format=ort.QuantFormat.QDQ, per_channel=True
+            )
         add_facts(onnx.load(done), facts, path)
 
 
@@ -280,13 +368,18 @@ def compared(learn, path, batches, close):
     sample alone.
     """
     batches = [*batches, tuple(o[:1] for o in batches[-1])]
-    most = largest = 0.
+    most = largest = 0.0
     with Teacher(str(path)) as there, Teacher(learn.model, **AS_IT_IS) as here, torch.no_grad():
         for x in batches:
             here.reset()
-            a,b = here(*x).logits.float(),there(*x).logits.float()
-            most,largest = max(most, (a-b).abs().max().item()),max(largest, a.abs().max().item())
-    if close is not None and not most <= close*max(largest, 1e-6):
-        raise DistillError(f"{path} was written, but it predicts other than the Learner: outputs up to {largest:.3g} "
-                           f"differ by {most:.3g}. Please do not use it.")
-    return most,sum(len(x[0]) for x in batches[:-1])
+            a, b = here(*x).logits.float(), there(*x).logits.float()
+            most, largest = (
+                max(most, (a - b).abs().max().item()),
+                max(largest, a.abs().max().item()),
+            )
+    if close is not None and not most <= close * max(largest, 1e-6):
+        raise DistillError(
+            f'{path} was written, but it predicts other than the Learner: outputs up to {largest:.3g} '
+            f'differ by {most:.3g}. Please do not use it.'
+        )
+    return most, sum(len(x[0]) for x in batches[:-1])

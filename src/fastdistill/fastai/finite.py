@@ -1,7 +1,10 @@
 "A teacher that predicts nan stops the fit."
+
 import math
 from dataclasses import replace
+
 import torch
+
 from ..base.outputs import DistillError, TopK
 from ..base.task import unusable
 
@@ -17,34 +20,44 @@ class FiniteCheck:
     Args:
         stored: The outputs come from a cache, or from a `TeacherBlock`
     """
-    def __init__(
-        self, stored:bool
-    ):
-        self.stored,self.found = stored,None
 
-    def start_phase(self): self.found = None
+    def __init__(self, stored: bool):
+        self.stored, self.found = stored, None
+
+    def start_phase(self):
+        self.found = None
 
     def add(self, outputs, learn, task):
-        found,first = not_finite(outputs, task),self.found is None
+        found, first = not_finite(outputs, task), self.found is None
         self.found = found if first else self.found | found
         # this needs no wait: the Recorder has the loss on the CPU already
-        diverged = not math.isfinite(getattr(learn, 'smooth_loss', 0.))
-        if first or diverged or found.device.type == 'cpu': self.enforce(learn)
+        diverged = not math.isfinite(getattr(learn, 'smooth_loss', 0.0))
+        if first or diverged or found.device.type == 'cpu':
+            self.enforce(learn)
 
     def enforce(self, learn):
-        if self.found is None or not self.found: return
-        where = f"{'training' if learn.training else 'validation'}, epoch {learn.epoch}, up to batch {learn.iter}"
+        if self.found is None or not self.found:
+            return
+        where = f'{"training" if learn.training else "validation"}, epoch {learn.epoch}, up to batch {learn.iter}'
         if self.stored:
-            raise DistillError(f"Stored teacher outputs are nan or infinite ({where}). Is a file damaged? "
-                               "cache.check() names it.")
-        raise DistillError(f"The teacher's outputs are nan or infinite ({where}). The student's weights would become "
-                           "nan too. Are the teacher's inputs finite? Does it overflow in half precision?")
+            raise DistillError(
+                f'Stored teacher outputs are nan or infinite ({where}). Is a file damaged? '
+                'cache.check() names it.'
+            )
+        raise DistillError(
+            f"The teacher's outputs are nan or infinite ({where}). The student's weights would become "
+            "nan too. Are the teacher's inputs finite? Does it overflow in half precision?"
+        )
 
 
 def not_finite(t, task):
     """Do outputs hold values that a student can't learn from? A tensor on their device."""
-    if isinstance(t.logits, TopK): logits,task = t.logits.values,replace(task, axis=-1)
-    else: logits = t.logits
+    if isinstance(t.logits, TopK):
+        logits, task = t.logits.values, replace(task, axis=-1)
+    else:
+        logits = t.logits
     found = [] if logits is None else [unusable(logits, task)]
-    features = replace(task, kind='regression')     # they have no classes
-    return torch.stack([*found, *(unusable(v, features) for v in t.feats.values() if v.is_floating_point())]).any()
+    features = replace(task, kind='regression')  # they have no classes
+    return torch.stack(
+        [*found, *(unusable(v, features) for v in t.feats.values() if v.is_floating_point())]
+    ).any()

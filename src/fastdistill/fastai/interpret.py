@@ -1,11 +1,14 @@
 "The inputs on which a student departs from its teacher."
+
 from contextlib import ExitStack
+
 import torch
 from fastai.basics import Interpretation, L, Learner, TensorImageBase, display_df, noop, tuplify
 from fastai.vision.data import get_grid
+
+from ..base.outputs import DistillError
 from ..checks.forward import guarded_random_state
 from ..losses import binary_kl, kl
-from ..base.outputs import DistillError
 from ..teachers.fast_copy import AS_IT_IS
 from .batches import restored, split_batch
 from .language_model import is_stream
@@ -20,17 +23,11 @@ class DistillInterpretation(Interpretation):
     predictions from the teacher's, one per item. `plot_top_losses` and `top_losses` work as usual,
     and `show_disagreements` shows both models' predictions.
     """
-    teacher = None # a `Teacher`, set by `from_learner`
+
+    teacher = None  # a `Teacher`, set by `from_learner`
 
     @classmethod
-    def from_learner(
-        cls,
-        learn:Learner,
-        teacher,
-        ds_idx:int=1,
-        dl=None,
-        act=None
-    ):
+    def from_learner(cls, learn: Learner, teacher, ds_idx: int = 1, dl=None, act=None):
         """Run both models on all items: KL(teacher || student) at T=1, the mean of a mask's pixels;
         of numbers the MSE.
 
@@ -44,20 +41,17 @@ class DistillInterpretation(Interpretation):
         refuse_heads(teacher)
         dl = learn.dls[ds_idx].new(shuffle=False, drop_last=False) if dl is None else dl
         if is_stream(dl):
-            raise DistillError("The samples of a language model are pieces of one long text, not items that can be "
-                               "shown. compare(...) measures its agreement with the teacher.")
+            raise DistillError(
+                'The samples of a language model are pieces of one long text, not items that can be '
+                'shown. compare(...) measures its agreement with the teacher.'
+            )
         task = task_of(learn.loss_func)
-        student,teacher = (teacher_of(o, learn, task, **AS_IT_IS) for o in (learn, teacher))
+        student, teacher = (teacher_of(o, learn, task, **AS_IT_IS) for o in (learn, teacher))
         out = cls(learn, dl, disagreements(learn, dl, student, teacher, task), act)
         out.teacher = teacher
         return out
 
-    def show_disagreements(
-        self,
-        k:int=9,
-        largest:bool=True,
-        **kwargs
-    ):
+    def show_disagreements(self, k: int = 9, largest: bool = True, **kwargs):
         """Show the items through fastai's `show_results`, with the teacher's prediction in the
         place of the label.
 
@@ -66,14 +60,16 @@ class DistillInterpretation(Interpretation):
             largest: False: those on which both models agree most.
             **kwargs: Of fastai's `show_results`
         """
-        _,idxs = self.top_losses(min(k, len(self.losses)), largest)
-        inps,_,_,decoded,_ = self[idxs]
+        _, idxs = self.top_losses(min(k, len(self.losses)), largest)
+        inps, _, _, decoded, _ = self[idxs]
         inps = tuplify(inps)
         taught = self._decoded(inps)
-        t,s = inps + tuplify(taught),inps + tuplify(decoded)
-        try: self.dl.show_results(t, tuplify(decoded), max_n=len(idxs), **kwargs)
+        t, s = inps + tuplify(taught), inps + tuplify(decoded)
+        try:
+            self.dl.show_results(t, tuplify(decoded), max_n=len(idxs), **kwargs)
         # subtle: fastai 2.8's own function fails for texts, and for images with numbers
-        except (TypeError, AttributeError): show_plainly(self.dl, t, s, len(idxs))
+        except (TypeError, AttributeError):
+            show_plainly(self.dl, t, s, len(idxs))
         name_both()
 
     def _decoded(self, inps):
@@ -81,7 +77,9 @@ class DistillInterpretation(Interpretation):
         loss = self.learn.loss_func
         with guarded_random_state(), self.teacher as teacher:
             teacher.reset()
-            logits = teacher(*(t.to(self.dl.device) if isinstance(t, torch.Tensor) else t for t in inps)).logits.cpu()
+            logits = teacher(
+                *(t.to(self.dl.device) if isinstance(t, torch.Tensor) else t for t in inps)
+            ).logits.cpu()
         act = getattr(loss, 'activation', noop) if self.act is None else self.act
         return getattr(loss, 'decodes', noop)(act(logits))
 
@@ -89,13 +87,16 @@ class DistillInterpretation(Interpretation):
 def disagreements(learn, dl, student, teacher, task):
     """(n,) distance of the models' predictions for each item, in the order of the items."""
     idxs = dl.get_idxs() if hasattr(dl, 'get_idxs') else None
-    if idxs is not None: dl = dl.new(get_idxs=lambda: idxs)
+    if idxs is not None:
+        dl = dl.new(get_idxs=lambda: idxs)
     ds = []
     with restored(dl), guarded_random_state(), ExitStack() as stack:
-        for m in (student, teacher): stack.enter_context(m)
+        for m in (student, teacher):
+            stack.enter_context(m)
         for b in dl:
-            x,_ = split_batch(learn, b)
-            for m in (student, teacher): m.reset()
+            x, _ = split_batch(learn, b)
+            for m in (student, teacher):
+                m.reset()
             ds.append(distance(student(*x).logits, teacher(*x).logits, task).cpu())
     ds = torch.cat(ds)
     return ds if idxs is None else ds[torch.tensor(L(idxs)).argsort()]
@@ -104,32 +105,46 @@ def disagreements(learn, dl, student, teacher, task):
 def distance(s, t, task):
     """(B,) of each item."""
     if s.numel() != t.numel():
-        raise DistillError(f"The student's outputs have shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}.")
+        raise DistillError(
+            f"The student's outputs have shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}."
+        )
     rows = lambda v: v.reshape(len(v), -1)
-    if task.kind == 'regression': return rows(s.float()-t.float().reshape(s.shape)).pow(2).mean(1)
-    if task.kind == 'sigmoid': return rows(binary_kl(s, t, T=1., reduction='none')).mean(1)
-    return rows(kl(s, t, T=1., axis=task.axis, reduction='none')).mean(1)
+    if task.kind == 'regression':
+        return rows(s.float() - t.float().reshape(s.shape)).pow(2).mean(1)
+    if task.kind == 'sigmoid':
+        return rows(binary_kl(s, t, T=1.0, reduction='none')).mean(1)
+    return rows(kl(s, t, T=1.0, axis=task.axis, reduction='none')).mean(1)
 
 
 def show_plainly(dl, t, s, n):
     """Items with the predictions of teacher and student: images in a grid, others in a table."""
     import matplotlib.pyplot as plt
     import pandas as pd
-    plt.close('all')        # the empty grid that the failed function left
-    (_,_,taught),(_,_,own) = (dl._pre_show_batch(b, max_n=n) for b in (t, s))
-    rows = [(x, a, b) for (x,a),(_,b) in zip(taught, own)]
+
+    plt.close('all')  # the empty grid that the failed function left
+    (_, _, taught), (_, _, own) = (dl._pre_show_batch(b, max_n=n) for b in (t, s))
+    rows = [(x, a, b) for (x, a), (_, b) in zip(taught, own)]
     if not isinstance(rows[0][0], TensorImageBase):
-        display_df(pd.DataFrame([tuple(map(str, r)) for r in rows], columns=['input', 'teacher', 'student']))
+        display_df(
+            pd.DataFrame(
+                [tuple(map(str, r)) for r in rows], columns=['input', 'teacher', 'student']
+            )
+        )
         return
-    for ax,(x,a,b) in zip(get_grid(n), rows): x.show(ctx=ax, title='\n'.join(map(in_short, (a, b))))
+    for ax, (x, a, b) in zip(get_grid(n), rows):
+        x.show(ctx=ax, title='\n'.join(map(in_short, (a, b))))
 
 
-def in_short(v): return f'{float(v):.4g}' if isinstance(v, torch.Tensor) and v.numel() == 1 else str(v)
+def in_short(v):
+    return f'{float(v):.4g}' if isinstance(v, torch.Tensor) and v.numel() == 1 else str(v)
 
 
 def name_both():
     """Say in the title of the last figure that the first line is the teacher's."""
     import matplotlib.pyplot as plt
-    if not plt.get_fignums(): return
+
+    if not plt.get_fignums():
+        return
     fig = plt.gcf()
-    if fig.get_suptitle() in ('', 'Target/Prediction'): fig.suptitle('Teacher/Student')
+    if fig.get_suptitle() in ('', 'Target/Prediction'):
+        fig.suptitle('Teacher/Student')

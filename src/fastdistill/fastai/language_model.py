@@ -1,17 +1,29 @@
 """Language models: their samples are cut from all texts in a row.
 
 So samples follow one another, and a teacher may have a hidden state."""
+
 from contextlib import contextmanager
 from dataclasses import replace
+
 import numpy as np
 import torch.nn.functional as F
 from fastai.basics import Chunks, L, TfmdDL
 from fastai.text.data import LMDataLoader
+
 from ..base.outputs import Outputs, TopK, as_plain
 from ..base.seeds import RandomGuard
 
-__all__ = ['in_a_row', 'in_first_order', 'inner_dl', 'inputs_of', 'is_stream', 'model_outputs', 'of_length',
-           'share_n_inp', 'stream_outputs']
+__all__ = [
+    'in_a_row',
+    'in_first_order',
+    'inner_dl',
+    'inputs_of',
+    'is_stream',
+    'model_outputs',
+    'of_length',
+    'share_n_inp',
+    'stream_outputs',
+]
 
 
 def inner_dl(dl):
@@ -19,21 +31,24 @@ def inner_dl(dl):
     return getattr(dl, 'dl', dl) if isinstance(getattr(dl, 'dl', None), TfmdDL) else dl
 
 
-def is_stream(dl): return isinstance(dl, LMDataLoader)
+def is_stream(dl):
+    return isinstance(dl, LMDataLoader)
 
 
 class Texts:
     """Texts in a given order, each made when it is read."""
-    def __init__(self, order, make): self.order,self.make = order,make
-    def __len__(self): return len(self.order)
-    def __getitem__(self, i): return self.make(self.order[i])
+
+    def __init__(self, order, make):
+        self.order, self.make = order, make
+
+    def __len__(self):
+        return len(self.order)
+
+    def __getitem__(self, i):
+        return self.make(self.order[i])
 
 
-def in_a_row(
-    dl,
-    order:list,
-    make
-) -> Chunks:
+def in_a_row(dl, order: list, make) -> Chunks:
     """The texts as one sequence, from which pieces can be cut.
 
     Args:
@@ -54,33 +69,35 @@ def in_first_order(dl):
     if not is_stream(dl):
         yield
         return
-    were = dl.items.idxs,dl.lens.idxs,dl.chunks
+    were = dl.items.idxs, dl.lens.idxs, dl.chunks
     # subtle: they are shuffled in place, and the items and their lengths share one list
     dl.items.idxs = dl.lens.idxs = L(sorted(were[0]))
     dl.make_chunks()
-    try: yield
-    finally: dl.items.idxs,dl.lens.idxs,dl.chunks = were
+    try:
+        yield
+    finally:
+        dl.items.idxs, dl.lens.idxs, dl.chunks = were
 
 
 def share_n_inp(dls):
     """The number of inputs that a user set on the DataLoaders (dls.n_inp = 1) is that of each of
     them.
     """
-    with RandomGuard():     # fastai reads a batch to count its parts
+    with RandomGuard():  # fastai reads a batch to count its parts
         for dl in dls.loaders if 'n_inp' in vars(dls) else ():
-            if hasattr(dl, 'after_batch') and dl.n_inp != dls.n_inp: dl._n_inp = dls.n_inp
+            if hasattr(dl, 'after_batch') and dl.n_inp != dls.n_inp:
+                dl._n_inp = dls.n_inp
 
 
-def inputs_of(b, n_inp) -> tuple: return tuple(map(as_plain, b[:n_inp]))
+def inputs_of(b, n_inp) -> tuple:
+    return tuple(map(as_plain, b[:n_inp]))
 
-def model_outputs(teacher, b, n_inp) -> Outputs: return Outputs.of(teacher(*inputs_of(b, n_inp)))
+
+def model_outputs(teacher, b, n_inp) -> Outputs:
+    return Outputs.of(teacher(*inputs_of(b, n_inp)))
 
 
-def stream_outputs(
-    teacher, dl,
-    make,
-    tasks:np.ndarray, bs:int
-):
+def stream_outputs(teacher, dl, make, tasks: np.ndarray, bs: int):
     """`Outputs` of each batch. A teacher with a hidden state runs each view from its start, even a
     stored part.
 
@@ -88,13 +105,15 @@ def stream_outputs(
         make: fn(tasks) -> DataLoader of these tasks.
         tasks, bs: Whole batches of tasks, one view after another.
     """
-    firsts,n = tasks[::bs].tolist(),dl.n
+    firsts, n = tasks[::bs].tolist(), dl.n
     runs = list(with_lead_in(firsts, bs, n)) if teacher.remembers else [(t, True) for t in firsts]
-    whole = np.concatenate([np.arange(t, t+min(bs, len(tasks))) for t,_ in runs])
-    for (t,wanted),b in zip(runs, make(whole)):
-        if t % n == 0: teacher.reset()
+    whole = np.concatenate([np.arange(t, t + min(bs, len(tasks))) for t, _ in runs])
+    for (t, wanted), b in zip(runs, make(whole)):
+        if t % n == 0:
+            teacher.reset()
         out = model_outputs(teacher, b, dl.n_inp)
-        if wanted: yield of_length(out, dl.seq_len)
+        if wanted:
+            yield of_length(out, dl.seq_len)
 
 
 def with_lead_in(firsts, bs, n):
@@ -103,19 +122,30 @@ def with_lead_in(firsts, bs, n):
     """
     ready = None
     for t in firsts:
-        if t != ready: yield from ((o, False) for o in range(t - t%n, t, bs))
-        yield t,True
-        ready = t+bs if (t+bs)%n else None
+        if t != ready:
+            yield from ((o, False) for o in range(t - t % n, t, bs))
+        yield t, True
+        ready = t + bs if (t + bs) % n else None
 
 
-def of_length(out:Outputs, n:int) -> Outputs:
+def of_length(out: Outputs, n: int) -> Outputs:
     """Outputs (B, L, ...) padded or cut to `n` tokens. The last batch of a stream is shorter, but
     stored rows are not.
     """
     length = (out.logits.ids if isinstance(out.logits, TopK) else out.logits).shape[1]
+
     def fit(t):
-        if t is None: return None
-        if isinstance(t, TopK): return replace(t, ids=fit(t.ids), values=fit(t.values), rest=fit(t.rest))
-        if t.shape[1:2] != (length,): return t      # it has no value for each token
-        return t[:, :n] if n <= t.shape[1] else F.pad(t, [0]*(2*t.dim()-3) + [n-t.shape[1]])
-    return replace(out, logits=fit(out.logits), feats={k: fit(v) for k,v in out.feats.items()}, mask=fit(out.mask))
+        if t is None:
+            return None
+        if isinstance(t, TopK):
+            return replace(t, ids=fit(t.ids), values=fit(t.values), rest=fit(t.rest))
+        if t.shape[1:2] != (length,):
+            return t  # it has no value for each token
+        return t[:, :n] if n <= t.shape[1] else F.pad(t, [0] * (2 * t.dim() - 3) + [n - t.shape[1]])
+
+    return replace(
+        out,
+        logits=fit(out.logits),
+        feats={k: fit(v) for k, v in out.feats.items()},
+        mask=fit(out.mask),
+    )

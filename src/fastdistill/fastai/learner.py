@@ -1,18 +1,21 @@
 "`Learner.distill`, `check_teacher`, `explain` and `show_features`."
+
 from contextlib import closing
-from fastai.basics import L, Learner, delegates, patch
+
 import fastai.callback.schedule  # noqa: F401 (it gives Learner fit_one_cycle)
+from fastai.basics import L, Learner, delegates, patch
+
 from .. import evaluation as plots
-from ..recipes.term import Recipe, Term
-from ..checks.explain import explain_training
 from ..base.outputs import DistillError
 from ..base.seeds import RandomGuard
-from .task import task_of
+from ..checks.explain import explain_training
+from ..recipes.term import Recipe, Term
 from . import check
 from .batches import prepared_batches
 from .callback import KnowledgeDistillation
 from .multi_head import check_heads, explain_heads
 from .raw_items import items_shown
+from .task import task_of
 from .teachers import image_stats, is_heads, teacher_of
 
 __all__ = []
@@ -21,7 +24,7 @@ __all__ = []
 @patch
 @delegates(Learner.fit_one_cycle, keep=True, but=['cbs'])
 def distill(
-    self:Learner,
+    self: Learner,
     teacher,
     n_epoch,
     lr_max=None,
@@ -41,7 +44,7 @@ def distill(
     check=True,
     fine_tune=False,
     cbs=None,
-    **kwargs
+    **kwargs,
 ):
     """Fit with the 1cycle policy, or `fine_tune`, and `KnowledgeDistillation(teacher, ...)`, which
     is returned.
@@ -71,26 +74,45 @@ def distill(
         cbs: More callbacks.
     """
     if isinstance(lr_max, (Recipe, Term)):
-        raise DistillError(f"lr_max={lr_max!r}: the recipe comes after the learning rate. Write distill(teacher, "
-                           f"{n_epoch}, 1e-3, recipe), or distill(teacher, {n_epoch}, recipe=recipe).")
-    kd = KnowledgeDistillation(teacher, recipe, T=T, alpha=alpha, temperature=temperature, loss=loss, kind=kind,
-                               axis=axis, span=span, output=output, unlabeled=unlabeled,
-                               unlabeled_targets=unlabeled_targets, perturbed=perturbed, check=check)
+        raise DistillError(
+            f'lr_max={lr_max!r}: the recipe comes after the learning rate. Write distill(teacher, '
+            f'{n_epoch}, 1e-3, recipe), or distill(teacher, {n_epoch}, recipe=recipe).'
+        )
+    kd = KnowledgeDistillation(
+        teacher,
+        recipe,
+        T=T,
+        alpha=alpha,
+        temperature=temperature,
+        loss=loss,
+        kind=kind,
+        axis=axis,
+        span=span,
+        output=output,
+        unlabeled=unlabeled,
+        unlabeled_targets=unlabeled_targets,
+        perturbed=perturbed,
+        check=check,
+    )
     cbs = L(cbs) + kd
-    if not fine_tune: self.fit_one_cycle(n_epoch, lr_max, cbs=cbs, **kwargs)
-    else: self.fine_tune(n_epoch, **({} if lr_max is None else dict(base_lr=lr_max)), cbs=cbs, **kwargs)
+    if not fine_tune:
+        self.fit_one_cycle(n_epoch, lr_max, cbs=cbs, **kwargs)
+    else:
+        self.fine_tune(
+            n_epoch, **({} if lr_max is None else dict(base_lr=lr_max)), cbs=cbs, **kwargs
+        )
     return kd
 
 
 @patch
 def check_teacher(
-    self:Learner,
+    self: Learner,
     teacher,
     kind=None,
     axis=None,
     recipe=None,
-    n:int=check.BATCHES,
-    n_epoch:int|None=10
+    n: int = check.BATCHES,
+    n_epoch: int | None = 10,
 ):
     """Mistakes that training with `teacher` would not show, and what it would cost: a list of
     findings, empty if nothing is wrong, shown as a table.
@@ -107,18 +129,21 @@ def check_teacher(
         n: Number of validation batches to read, and a quarter as many training batches.
         n_epoch: Of the training whose costs are estimated; None: they are not.
     """
-    if is_heads(teacher): return check_heads(self, teacher, kind, axis, recipe, n)
-    return check.check_teacher(self, teacher, task_of(self.loss_func, kind, axis), recipe, n, n_epoch=n_epoch)
+    if is_heads(teacher):
+        return check_heads(self, teacher, kind, axis, recipe, n)
+    return check.check_teacher(
+        self, teacher, task_of(self.loss_func, kind, axis), recipe, n, n_epoch=n_epoch
+    )
 
 
 @patch
 def explain(
-    self:Learner,
+    self: Learner,
     teacher,
-    callback:KnowledgeDistillation|None=None,
+    callback: KnowledgeDistillation | None = None,
     kind=None,
     axis=None,
-    n:int=32
+    n: int = 32,
 ):
     """Why did the teacher not help more? A list of reasons, each with the number behind it and what
     to try; `.facts` are what was measured. For a dict of teachers of several heads it is a dict of
@@ -133,26 +158,35 @@ def explain(
         n: Batches of the validation set to look at, and as many of the training set.
     """
     steps = getattr(callback, 'n_steps', None) or getattr(self, 'train_iter', None) or None
-    if is_heads(teacher): return explain_heads(self, teacher, callback, kind, axis, n, steps)
-    if not isinstance(callback, KnowledgeDistillation|None):
-        raise DistillError(f"callback is a {type(callback).__name__}: give what distill() returned, or nothing.")
+    if is_heads(teacher):
+        return explain_heads(self, teacher, callback, kind, axis, n, steps)
+    if not isinstance(callback, KnowledgeDistillation | None):
+        raise DistillError(
+            f'callback is a {type(callback).__name__}: give what distill() returned, or nothing.'
+        )
     task = task_of(self.loss_func, kind, axis)
     teacher = teacher_of(teacher, self, task)
-    valid,train = prepared_batches(self, n, n)
-    shares = None if callback is None or callback.distiller is None else callback.distiller.gradient_shares
+    valid, train = prepared_batches(self, n, n)
+    shares = (
+        None
+        if callback is None or callback.distiller is None
+        else callback.distiller.gradient_shares
+    )
     with items_shown(self.dls.loaders, teacher), closing(valid), closing(train):
-        return explain_training(teacher, task, self.model, valid, train, steps=steps,
-                                shares=shares, output=None if callback is None else callback.output)
+        return explain_training(
+            teacher,
+            task,
+            self.model,
+            valid,
+            train,
+            steps=steps,
+            shares=shares,
+            output=None if callback is None else callback.output,
+        )
 
 
 @patch
-def show_features(
-    self:Learner,
-    teacher,
-    layers='auto',
-    n:int=4,
-    p:float=2
-):
+def show_features(self: Learner, teacher, layers='auto', n: int = 4, p: float = 2):
     """Attention maps of student and teacher, side by side, for `n` pictures of the validation set.
 
     Returns the figure, which notebooks show.
@@ -164,10 +198,19 @@ def show_features(
         n: Pictures of the validation set.
         p: Exponent of the activations.
     """
-    valid,_ = prepared_batches(self, 1, 1)
-    with RandomGuard(), closing(valid): x,_ = next(valid, (None, None))
-    if x is None: raise DistillError("These DataLoaders have no validation set, whose pictures are shown.")
+    valid, _ = prepared_batches(self, 1, 1)
+    with RandomGuard(), closing(valid):
+        x, _ = next(valid, (None, None))
+    if x is None:
+        raise DistillError('These DataLoaders have no validation set, whose pictures are shown.')
     images = plots.picture_in(x)[:n]
-    mean,std = [o.to(images) if hasattr(o, 'to') else o for o in image_stats(self.dls)]
-    return plots.show_features(self.model, teacher_of(teacher, self), x, layers, images=(images*std + mean).clamp(0, 1),
-                               n=n, p=p)
+    mean, std = [o.to(images) if hasattr(o, 'to') else o for o in image_stats(self.dls)]
+    return plots.show_features(
+        self.model,
+        teacher_of(teacher, self),
+        x,
+        layers,
+        images=(images * std + mean).clamp(0, 1),
+        n=n,
+        p=p,
+    )

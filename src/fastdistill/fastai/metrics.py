@@ -1,17 +1,16 @@
 """Columns of the progress table: each term's loss on the validation set, and the task loss
 on the training set.
 """
+
 import torch
 from fastai.basics import Metric, ValueMetric, find_bs, noop
+
 from ..base.distributed import mean_over_ranks
 
 __all__ = ['PartMetric', 'TaskMetric', 'columns_of', 'row_by_column']
 
 
-def row_by_column(
-    recorder,
-    row
-) -> dict:
+def row_by_column(recorder, row) -> dict:
     """Column of the progress table -> its number in this epoch, None where it has none. A row has
     no numbers of a phase that did not run or was cancelled.
 
@@ -21,10 +20,11 @@ def row_by_column(
     """
     names = [n for n in recorder.metric_names if n not in ('epoch', 'time')]
     n_train = 1 if recorder.valid_metrics else len(names)
-    if recorder.train_metrics and recorder.valid_metrics: n_train = len(names)//2
+    if recorder.train_metrics and recorder.valid_metrics:
+        n_train = len(names) // 2
     # subtle: without metrics, both phases have a row of the same length
     only_valid = len(row) == len(names) - n_train and (len(row) != n_train or not recorder.losses)
-    row = [*[None]*n_train, *row] if only_valid else [*row, *[None]*(len(names) - len(row))]
+    row = [*[None] * n_train, *row] if only_valid else [*row, *[None] * (len(names) - len(row))]
     return dict(zip(names, row))
 
 
@@ -33,7 +33,7 @@ def columns_of(recorder) -> dict:
     `validate`.
     """
     rows = [row_by_column(recorder, row) for row in getattr(recorder, 'values', [])]
-    trained = any(v is not None for row in rows for k,v in row.items() if k.startswith('train_'))
+    trained = any(v is not None for row in rows for k, v in row.items() if k.startswith('train_'))
     return {k: [row[k] for row in rows] for k in rows[0]} if trained else {}
 
 
@@ -45,55 +45,64 @@ class PartMetric(Metric):
         kd: The callback.
         key: Of the part in `kd.parts`
     """
-    def __init__(
-        self, kd,
-        key
-    ):
-        self.kd,self.key = kd,key
+
+    def __init__(self, kd, key):
+        self.kd, self.key = kd, key
         self.reset()
 
-    def reset(self): self.total,self.count = 0.,0
+    def reset(self):
+        self.total, self.count = 0.0, 0
 
     def accumulate(self, learn):
-        if (v := self.kd.parts.get(self.key)) is None: return
+        if (v := self.kd.parts.get(self.key)) is None:
+            return
         n = find_bs(learn.yb)
-        self.total += learn.to_detach(v)*n
+        self.total += learn.to_detach(v) * n
         self.count += n
 
     @property
-    def value(self): return self.total/self.count if self.count else None
+    def value(self):
+        return self.total / self.count if self.count else None
 
     @property
-    def name(self): return f'{self.key}_loss'
+    def name(self):
+        return f'{self.key}_loss'
 
     # a Learner that is exported during a fit must load without fastdistill
-    def __reduce__(self): return ValueMetric, (noop, self.name)
+    def __reduce__(self):
+        return ValueMetric, (noop, self.name)
 
 
 class TaskMetric(PartMetric):
     """The mean of the task loss over the training set, to be compared with `valid_loss`."""
+
     # subtle: the Recorder measures metrics in validation, where this part is `valid_loss`. So the callback measures it
     def __init__(self, kd):
         super().__init__(kd, 'task')
         self.start_training()
 
     def accumulate(self, learn):
-        if learn.recorder.train_metrics: super().accumulate(learn)
+        if learn.recorder.train_metrics:
+            super().accumulate(learn)
 
-    def start_training(self): self.training_sums = self.training_mean = None
+    def start_training(self):
+        self.training_sums = self.training_mean = None
 
     def add_training_batch(self, learn):
-        if (v := self.kd.parts.get('task')) is None: return
+        if (v := self.kd.parts.get('task')) is None:
+            return
         n = find_bs(learn.yb)
         # subtle: on the loss's device, so that no step waits for a GPU
-        sums = torch.stack([v.float()*n, torch.full_like(v, n, dtype=torch.float)])
+        sums = torch.stack([v.float() * n, torch.full_like(v, n, dtype=torch.float)])
         self.training_sums = sums if self.training_sums is None else self.training_sums + sums
 
     def end_training(self):
-        if self.training_sums is None: return
+        if self.training_sums is None:
+            return
         mean_over_ranks([self.training_sums])
-        total,count = self.training_sums.tolist()
-        self.training_mean = total/count
+        total, count = self.training_sums.tolist()
+        self.training_mean = total / count
 
     @property
-    def value(self): return super().value if self.count else self.training_mean
+    def value(self):
+        return super().value if self.count else self.training_mean

@@ -30,12 +30,26 @@ at import do what they did before as long as there is neither. They can't wait:
   makes the callback.
 - `Learner.load`: a student may be loaded before its callback is made.
 """
-import functools, inspect
+
+import functools
+import inspect
 from contextlib import nullcontext
 from pathlib import Path
-import torch
-from fastai.basics import DataBlock, Datasets, L, Learner, Recorder, TensorBase, TfmdDL, defaults, join_path_file
+
 import fastai.callback.schedule  # noqa: F401 (it gives Learner fine_tune)
+import torch
+from fastai.basics import (
+    DataBlock,
+    Datasets,
+    L,
+    Learner,
+    Recorder,
+    TensorBase,
+    TfmdDL,
+    defaults,
+    join_path_file,
+)
+
 from ..base.distributed import rank
 from .block import FIRST_TARGET, TeacherBlock, TeacherTarget, ToTeacherTarget
 from .callback import FIRST_CALLBACK, LAST_STATES, LOADED_STATES, KnowledgeDistillation
@@ -49,46 +63,59 @@ def _n_inp_without_teacher(init):
     `TeacherBlock`s.
     """
     sig = inspect.signature(init)
+
     @functools.wraps(init)
     def __init__(self, *args, **kwargs):
-        try: given = sig.bind(self, *args, **kwargs)
-        except TypeError: return init(self, *args, **kwargs)        # which raises fastai's own error
+        try:
+            given = sig.bind(self, *args, **kwargs)
+        except TypeError:
+            return init(self, *args, **kwargs)  # which raises fastai's own error
         blocks = given.arguments.get('blocks')
-        if blocks is None: blocks = self.blocks
+        if blocks is None:
+            blocks = self.blocks
         n_teachers = sum(map(_is_teacher, blocks)) if isinstance(blocks, (list, tuple, L)) else 0
         if n_teachers and given.arguments.get('n_inp') is None:
-            given.arguments['n_inp'] = max(1, len(blocks)-n_teachers-1)
+            given.arguments['n_inp'] = max(1, len(blocks) - n_teachers - 1)
         init(*given.args, **given.kwargs)
+
     return __init__
 
 
 def _is_teacher(block):
     """A `TeacherBlock`, as an instance, as the class, or as a `functools.partial` of the class."""
     cls = getattr(block, 'func', block)
-    return isinstance(block, TeacherBlock) or isinstance(cls, type) and issubclass(cls, TeacherBlock)
+    return (
+        isinstance(block, TeacherBlock) or isinstance(cls, type) and issubclass(cls, TeacherBlock)
+    )
 
 
-def _without_targets(tls): return [tl for tl in tls if not any(isinstance(f, ToTeacherTarget) for f in tl.tfms.fs)]
+def _without_targets(tls):
+    return [tl for tl in tls if not any(isinstance(f, ToTeacherTarget) for f in tl.tfms.fs)]
 
 
 def _decode_without_teacher(decode):
     """An input and its prediction are decoded without the teacher's column."""
+
     @functools.wraps(decode)
     def _decode(self, o, full=True):
         tls = _without_targets(self.tls)
         if len(tls) < len(self.tls) and len(o) == len(tls):
-            return tuple(tl.decode(v, full=full) for v,tl in zip(o, tls))
+            return tuple(tl.decode(v, full=full) for v, tl in zip(o, tls))
         return decode(self, o, full=full)
+
     return _decode
 
 
 def _empty_without_teacher(new_empty):
     """The empty data of an exported student do not have the teacher's column."""
+
     @functools.wraps(new_empty)
     def _new_empty(self):
         tls = _without_targets(self.tls)
-        if len(tls) == len(self.tls): return new_empty(self)
+        if len(tls) == len(self.tls):
+            return new_empty(self)
         return type(self)(tls=[tl.new_empty() for tl in tls], n_inp=self.n_inp)
+
     return _new_empty
 
 
@@ -96,11 +123,14 @@ def _types_without_teacher(one_pass):
     """A DataLoader stores the types of a batch: the type of a teacher's target is stored as
     `TensorBase`.
     """
+
     @functools.wraps(one_pass)
     def _one_pass(self):
         one_pass(self)
         plain = lambda o: TensorBase if isinstance(o, type) and issubclass(o, TeacherTarget) else o
-        if isinstance(self._types, dict): self._types = {k: [plain(o) for o in v] for k,v in self._types.items()}
+        if isinstance(self._types, dict):
+            self._types = {k: [plain(o) for o in v] for k, v in self._types.items()}
+
     return _one_pass
 
 
@@ -108,23 +138,31 @@ def _show_without_teacher(pre_show_batch):
     """How a batch is shown depends on the types of input and label, so the teacher's target is
     removed first.
     """
+
     @functools.wraps(pre_show_batch)
     def _pre_show_batch(self, b, max_n=9):
-        if isinstance(b, (tuple, list)): b = type(b)(o for o in b if not isinstance(o, TeacherTarget))
+        if isinstance(b, (tuple, list)):
+            b = type(b)(o for o in b if not isinstance(o, TeacherTarget))
         return pre_show_batch(self, b, max_n=max_n)
+
     return _pre_show_batch
 
 
-def _callback_on(learn): return next((c for c in learn.cbs if isinstance(c, KnowledgeDistillation)), None)
+def _callback_on(learn):
+    return next((c for c in learn.cbs if isinstance(c, KnowledgeDistillation)), None)
 
 
 def _put_back_after(fit):
     """Whatever ends a fit, nothing of distillation stays on the Learner."""
+
     @functools.wraps(fit)
     def _fit(self, *args, **kwargs):
-        try: return fit(self, *args, **kwargs)
+        try:
+            return fit(self, *args, **kwargs)
         finally:
-            if (cb := _callback_on(self)) is not None: cb.teardown()
+            if (cb := _callback_on(self)) is not None:
+                cb.teardown()
+
     return _fit
 
 
@@ -133,30 +171,42 @@ def _as_one_training(fine_tune):
     done.
     """
     sig = inspect.signature(fine_tune)
+
     @functools.wraps(fine_tune)
     def _fine_tune(self, *args, **kwargs):
         given = sig.bind(self, *args, **kwargs)
         given.apply_defaults()
-        self.fine_tune_span = dict(done=0, epochs=given.arguments['freeze_epochs'] + given.arguments['epochs'])
-        try: return fine_tune(self, *args, **kwargs)
-        finally: del self.fine_tune_span
+        self.fine_tune_span = dict(
+            done=0, epochs=given.arguments['freeze_epochs'] + given.arguments['epochs']
+        )
+        try:
+            return fine_tune(self, *args, **kwargs)
+        finally:
+            del self.fine_tune_span
+
     return _fine_tune
 
 
-def _file_beside(file): return Path(file).with_suffix('.distill.pth') if isinstance(file, (str, Path)) else None
+def _file_beside(file):
+    return Path(file).with_suffix('.distill.pth') if isinstance(file, (str, Path)) else None
 
 
 def _with_projectors(save):
     """Projectors are saved in NAME.distill.pth beside the student's NAME.pth."""
+
     @functools.wraps(save)
     def _save(self, file, with_opt=True, **kwargs):
         saved = save(self, file, with_opt=with_opt, **kwargs)
-        beside,cb = _file_beside(saved),_callback_on(self)
-        if beside is None or rank() or hasattr(self, 'lr_finder'): return saved
+        beside, cb = _file_beside(saved), _callback_on(self)
+        if beside is None or rank() or hasattr(self, 'lr_finder'):
+            return saved
         state = {} if not with_opt else LAST_STATES.get(self, {}) if cb is None else cb.state_dict()
-        if state.get('links') or state.get('distiller') is not None: torch.save(state, beside)
-        else: beside.unlink(missing_ok=True)        # it belonged to the student that this one replaces
+        if state.get('links') or state.get('distiller') is not None:
+            torch.save(state, beside)
+        else:
+            beside.unlink(missing_ok=True)  # it belonged to the student that this one replaces
         return saved
+
     return _save
 
 
@@ -164,19 +214,29 @@ def _with_its_projectors(load):
     """The callback on the Learner gets what stands beside the student's file; without one, the next
     fit's callback does.
     """
+
     @functools.wraps(load)
     def _load(self, file, device=None, with_opt=True, **kwargs):
         out = load(self, file, device=device, with_opt=with_opt, **kwargs)
-        beside,cb = _file_beside(join_path_file(file, self.path/self.model_dir, ext='.pth')),_callback_on(self)
-        if beside is None or not with_opt or hasattr(self, 'lr_finder'): return out
-        for states in (LAST_STATES, LOADED_STATES): states.pop(self, None)
-        if not beside.is_file(): return out
+        beside, cb = (
+            _file_beside(join_path_file(file, self.path / self.model_dir, ext='.pth')),
+            _callback_on(self),
+        )
+        if beside is None or not with_opt or hasattr(self, 'lr_finder'):
+            return out
+        for states in (LAST_STATES, LOADED_STATES):
+            states.pop(self, None)
+        if not beside.is_file():
+            return out
         state = torch.load(beside, map_location='cpu', weights_only=True)
         # subtle: also with a callback, which may leave the Learner before the next `save`, as after a fit
         LAST_STATES[self] = state
-        if cb is not None: cb.load_state_dict(state)
-        else: LOADED_STATES[self] = {**state, 'file': beside.name}
+        if cb is not None:
+            cb.load_state_dict(state)
+        else:
+            LOADED_STATES[self] = {**state, 'file': beside.name}
         return out
+
     return _load
 
 
@@ -184,38 +244,51 @@ def _export_student_alone(export):
     """A DataLoader that is fed from a cache holds the cache and the data, and its copies are
     exported.
     """
+
     @functools.wraps(export)
     def _export(self, *args, **kwargs):
         cb = _callback_on(self)
         with nullcontext() if cb is None else (cb.feed or cb.items).set_aside():
             return export(self, *args, **kwargs)
+
     return _export
 
 
 def _plot_labels_apart(plot_loss):
     """The labels' losses, in training and validation, get an axis of their own on the right."""
+
     @functools.wraps(plot_loss)
     def _plot_loss(self, skip_start=5, with_valid=True, log=False, show_epochs=False, ax=None):
         name = next((n for n in ('task_loss', 'train_task_loss') if n in self.metric_names), None)
-        if name is None or not with_valid: return plot_loss(self, skip_start, with_valid, log, show_epochs, ax)
+        if name is None or not with_valid:
+            return plot_loss(self, skip_start, with_valid, log, show_epochs, ax)
         ax = plot_loss(self, skip_start, False, log, show_epochs, ax)
         first = sum(i < skip_start for i in self.iters)
-        right,lines = ax.twinx(),[*ax.lines[:1]]
-        for n,label,color in ((name, 'train, labels', 'C1'), ('valid_loss', 'valid, labels', 'C2')):
+        right, lines = ax.twinx(), [*ax.lines[:1]]
+        for n, label, color in (
+            (name, 'train, labels', 'C1'),
+            ('valid_loss', 'valid, labels', 'C2'),
+        ):
             values = [v[self.metric_names.index(n) - 1] for v in self.values[first:]]
-            lines += right.plot(self.iters[first:], [float('nan') if v is None else v for v in values], color=color,
-                                label=label)
+            lines += right.plot(
+                self.iters[first:],
+                [float('nan') if v is None else v for v in values],
+                color=color,
+                label=label,
+            )
         ax.lines[0].set_label('train, with the teacher')
         ax.set_ylabel('loss with the teacher')
-        right.set_ylabel("task loss")
+        right.set_ylabel('task loss')
         ax.legend(handles=lines)
         return ax
+
     return _plot_loss
 
 
 def _once(cls, name, wrap):
     """Wrap a method, but only once if this module is loaded again."""
-    if hasattr(getattr(cls, name), '_knows_teacher'): return
+    if hasattr(getattr(cls, name), '_knows_teacher'):
+        return
     setattr(cls, name, wrap(getattr(cls, name)))
     getattr(cls, name)._knows_teacher = True
 
@@ -225,7 +298,8 @@ def _at_first_target():
     _once(Datasets, 'new_empty', _empty_without_teacher)
     _once(TfmdDL, '_one_pass', _types_without_teacher)
     _once(TfmdDL, '_pre_show_batch', _show_without_teacher)
-    if TeacherTargets not in defaults.callbacks: defaults.callbacks = [*defaults.callbacks, TeacherTargets]
+    if TeacherTargets not in defaults.callbacks:
+        defaults.callbacks = [*defaults.callbacks, TeacherTargets]
 
 
 def _at_first_callback():

@@ -1,12 +1,15 @@
 """The projectors' optimizer. Another group in the student's optimizer would break its schedules and
 checkpoints.
 """
+
 import copy
+
 import numpy as np
 import torch
 from fastai.basics import Adam, L, OptimWrapper
-from ..base.outputs import map_tensors
+
 from ..base.distributed import average_gradients
+from ..base.outputs import map_tensors
 
 __all__ = ['ProjectorOptimizer']
 
@@ -19,11 +22,8 @@ class ProjectorOptimizer:
         learn: The student's Learner.
         params: Of the projectors.
     """
-    def __init__(
-        self,
-        learn,
-        params
-    ):
+
+    def __init__(self, learn, params):
         make = Adam if isinstance(learn.opt_func, OptimWrapper) else learn.opt_func
         self.params = list(params)
         self.opt = make([self.params], lr=learn.lr)
@@ -34,10 +34,7 @@ class ProjectorOptimizer:
         """
         average_gradients(self.params)
 
-    def step(
-        self, learn,
-        skip:bool=False
-    ):
+    def step(self, learn, skip: bool = False):
         """One step with the current hyperparameters of the student's last parameter group.
 
         Args:
@@ -55,16 +52,20 @@ class ProjectorOptimizer:
     def _unscale(self, scaler):
         """Undo GradScaler's scaling of the loss; true if the gradients overflowed."""
         grads = [p.grad for p in self.params if p.grad is not None]
-        if scaler is None or not scaler.is_enabled() or not grads: return False
-        for g in grads: g.mul_(1/scaler.get_scale())
+        if scaler is None or not scaler.is_enabled() or not grads:
+            return False
+        for g in grads:
+            g.mul_(1 / scaler.get_scale())
         return not torch.stack([g.isfinite().all() for g in grads]).all()
 
-    def state_dict(self): return as_builtins(self.opt.state_dict())
+    def state_dict(self):
+        return as_builtins(self.opt.state_dict())
 
     def load_state_dict(self, state):
         state = copy.deepcopy(state)
         # PyTorch's optimizers move their state to the parameters' device themselves
-        if not isinstance(self.opt, OptimWrapper): state = map_tensors(state, lambda t: t.to(self.params[0].device))
+        if not isinstance(self.opt, OptimWrapper):
+            state = map_tensors(state, lambda t: t.to(self.params[0].device))
         self.opt.load_state_dict(state)
 
 
@@ -72,6 +73,8 @@ def as_builtins(o):
     """Replace fastai's and NumPy's lists and numbers by Python's, since
     `torch.load(weights_only=True)` refuses them.
     """
-    if isinstance(o, dict): return {k: as_builtins(v) for k,v in o.items()}
-    if isinstance(o, (list, tuple, L)): return [as_builtins(v) for v in o]
+    if isinstance(o, dict):
+        return {k: as_builtins(v) for k, v in o.items()}
+    if isinstance(o, (list, tuple, L)):
+        return [as_builtins(v) for v in o]
     return o.item() if isinstance(o, np.generic) else o

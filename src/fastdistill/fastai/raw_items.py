@@ -1,16 +1,19 @@
 """For teachers that read the raw items, texts or files, in their own way: which items a batch was
 made of.
 """
+
 from contextlib import ExitStack, contextmanager
+
 import numpy as np
 from fastai.tabular.core import Tabular
-from ..checks.outputs import single_teachers
+
 from ..base.outputs import DistillError, as_plain, tensors_in
+from ..checks.outputs import single_teachers
 from ..teachers.items import items_at, with_items
 from .block import TeacherRow
+from .language_model import inner_dl, is_stream
 from .replay_dl import Plan, attach, detach, refuse_unindexed, set_aside
 from .sample_keys import items_of
-from .language_model import inner_dl, is_stream
 from .targets import Feed
 from .transforms import moves
 
@@ -19,6 +22,7 @@ __all__ = ['ItemFeed', 'RawItems', 'items_shown', 'renewed', 'without_places']
 
 class RawItems:
     """The items of a DataLoader as they were given to it: the list of files or texts, or the table."""
+
     def __init__(self, dl):
         refuse_unknown_items(dl)
         self.items = given_items(dl.dataset)
@@ -28,7 +32,8 @@ class RawItems:
         return items_at(self.items, positions.tolist())
 
     # instead of a cache: the row of a sample is its position
-    def rows(self, at, views): return at[:, None]
+    def rows(self, at, views):
+        return at[:, None]
 
 
 def given_items(dataset):
@@ -39,17 +44,24 @@ def given_items(dataset):
 
 def refuse_unknown_items(dl):
     """Refuse a DataLoader that does not show which items a batch holds."""
-    why,ds = None,getattr(dl, 'dataset', None)
-    if is_stream(dl): why = "The samples of a language model are pieces of one long text, not items."
-    elif isinstance(ds, Tabular): why = "The items of a table are its rows after the transforms."
+    why, ds = None, getattr(dl, 'dataset', None)
+    if is_stream(dl):
+        why = 'The samples of a language model are pieces of one long text, not items.'
+    elif isinstance(ds, Tabular):
+        why = 'The items of a table are its rows after the transforms.'
     elif getattr(dl, 'indexed', True) and given_items(ds) is None:
-        why = f"A {type(ds).__name__} does not show its items. Use a DataBlock, Datasets, or a list of samples."
-    try: refuse_unindexed(dl)
-    except DistillError as e: why = e
-    if why is None: return
-    raise DistillError("items= of the teacher needs to know of which items a batch was made, and here it is unknown: "
-                       f"{why} Teacher(model, inputs=fn) makes the teacher's inputs from the batch; for tables, an "
-                       "estimator takes frame=.")
+        why = f'A {type(ds).__name__} does not show its items. Use a DataBlock, Datasets, or a list of samples.'
+    try:
+        refuse_unindexed(dl)
+    except DistillError as e:
+        why = e
+    if why is None:
+        return
+    raise DistillError(
+        'items= of the teacher needs to know of which items a batch was made, and here it is unknown: '
+        f"{why} Teacher(model, inputs=fn) makes the teacher's inputs from the batch; for tables, an "
+        'estimator takes frame=.'
+    )
 
 
 def known_items(dl):
@@ -60,15 +72,14 @@ def known_items(dl):
 
 def show_items(dl):
     """Let the batches of `dl` end with the positions of their items, if there are any."""
-    raw,n = RawItems(dl),len(dl.dataset)
-    return attach(dl, Plan(np.zeros(n, np.uint64), 0, 0, np.arange(n), raw, random=False)) if n else dl
+    raw, n = RawItems(dl), len(dl.dataset)
+    return (
+        attach(dl, Plan(np.zeros(n, np.uint64), 0, 0, np.arange(n), raw, random=False)) if n else dl
+    )
 
 
 @contextmanager
-def items_shown(
-    loaders,
-    *teachers
-):
+def items_shown(loaders, *teachers):
     """Inside, the batches of these DataLoaders show their items.
 
     Args:
@@ -84,15 +95,14 @@ def items_shown(
 
 def renewed(dl, **options):
     """`dl.new(...)`, which shows its items if `dl` does."""
-    if known_items(dl) is None: return dl.new(**options)
-    with set_aside(dl): new = dl.new(**options)
+    if known_items(dl) is None:
+        return dl.new(**options)
+    with set_aside(dl):
+        new = dl.new(**options)
     return show_items(new)
 
 
-def without_places(
-    b,
-    dl
-):
+def without_places(b, dl):
     """(batch as the model and its loss take it, its raw items or None).
 
     Args:
@@ -100,26 +110,32 @@ def without_places(
         dl: That made it, or of which `renewed` made the one that did.
     """
     raw = known_items(dl)
-    if raw is None or not isinstance(b[-1], TeacherRow): return b,None
-    return b[:-1],raw.at(positions_in(b[-1]))
+    if raw is None or not isinstance(b[-1], TeacherRow):
+        return b, None
+    return b[:-1], raw.at(positions_in(b[-1]))
 
 
-def positions_in(row): return as_plain(row).cpu().numpy()[:, 0]
+def positions_in(row):
+    return as_plain(row).cpu().numpy()[:, 0]
 
 
 class ItemFeed(Feed):
     """Shows a teacher that reads the raw items those of each batch of a fit."""
-    def __init__(self): self.learn,self.added,self.fed,self.reader = None,None,[],None
+
+    def __init__(self):
+        self.learn, self.added, self.fed, self.reader = None, None, [], None
 
     def attach(self, learn, teacher, task):
         """For a teacher that reads no items, nothing is done."""
         self.detach()
-        if not teacher.reads_items: return
+        if not teacher.reads_items:
+            return
         super().attach(learn, task.kind, task.axis)
-        self.reader,self.training_moves = teacher,moves(learn.dls.train)
+        self.reader, self.training_moves = teacher, moves(learn.dls.train)
         try:
             for dl in learn.dls.loaders:
-                if known_items(show_items(dl)) is None: continue
+                if known_items(show_items(dl)) is None:
+                    continue
                 self.fed.append(dl)
                 self._callback().n_inp = dl.n_inp
         except BaseException:
@@ -128,32 +144,41 @@ class ItemFeed(Feed):
 
     def detach(self):
         # subtle: some tools replace the DataLoaders by a copy temporarily
-        for dl in [*self.fed, *(map(inner_dl, self.learn.dls.loaders) if self.fed else ())]: detach(dl)
-        self.fed,self.reader = [],None
+        for dl in [*self.fed, *(map(inner_dl, self.learn.dls.loaders) if self.fed else ())]:
+            detach(dl)
+        self.fed, self.reader = [], None
         super().detach()
 
-    def set_aside(self): return set_aside(*self.fed)
+    def set_aside(self):
+        return set_aside(*self.fed)
 
     def beside(self, x):
         """The inputs of the current batch, with its raw items."""
-        if self.reader is None or not self.ready(): return x
+        if self.reader is None or not self.ready():
+            return x
         positions = positions_in(self._callback().target)
         return with_items(tuple(x), known_items(inner_dl(self.learn.dl)).at(positions))
 
     def mixed(self, out):
         """Outputs for the items, mixed as MixUp or CutMix mixed the batch."""
-        if self.reader is None or out is None or not self.ready(): return out
+        if self.reader is None or out is None or not self.ready():
+            return out
         self._check_positions(out)
-        if (mix := self._callback().mix()) is None: return out
+        if (mix := self._callback().mix()) is None:
+            return out
         if not all(m.reads_items for m in single_teachers(self.reader)):
-            raise DistillError("MixUp and CutMix mix the batch, which some members of the ensemble read, while others "
-                               "read the raw items: give all members items=, or train without mixing.")
+            raise DistillError(
+                'MixUp and CutMix mix the batch, which some members of the ensemble read, while others '
+                'read the raw items: give all members items=, or train without mixing.'
+            )
         return self._mixed(out, *mix)
 
     def _check_positions(self, out):
         """Refuse outputs with positions where augmentation moves the student's input."""
         dense = any(t.dim() > 2 for t in tensors_in((out.logits, out.feats)))
         if self.training_moves and dense:
-            raise DistillError("The teacher reads the raw items, and its outputs have a value for each pixel or token, "
-                               f"but {', '.join(self.training_moves)} would move the student's input. Remove these "
-                               "transforms, or use a teacher of the batch: Teacher(model, inputs=fn).")
+            raise DistillError(
+                'The teacher reads the raw items, and its outputs have a value for each pixel or token, '
+                f"but {', '.join(self.training_moves)} would move the student's input. Remove these "
+                'transforms, or use a teacher of the batch: Teacher(model, inputs=fn).'
+            )

@@ -1,26 +1,25 @@
 """The keys of a DataLoader's samples. They do not depend on labels, on the order of the data, or on
 the place of the folder.
 """
+
 import os
 from pathlib import PurePath
+
 import numpy as np
 from fastai.basics import L
 from fastai.data.transforms import ColReader
 from fastai.text.data import SortedDL
-from ..cache.files import files_of
-from ..cache.keys import hash_of, key_of, keys_of, name_of, root_of
+
 from ..base.outputs import DistillError
 from ..base.seeds import RandomGuard, seeds_of
+from ..cache.files import files_of
+from ..cache.keys import hash_of, key_of, keys_of, name_of, root_of
 from .language_model import is_stream
 
 __all__ = ['item_keys', 'items_of', 'key_root', 'matching_root', 'sample_files', 'storage_order']
 
 
-def item_keys(
-    dl,
-    keys,
-    root:str
-) -> np.ndarray:
+def item_keys(dl, keys, root: str) -> np.ndarray:
     """(N,) uint64 by position in the dataset. For a language model they also depend on all of its
     texts.
 
@@ -30,8 +29,11 @@ def item_keys(
         root: Paths are taken relative to it.
     """
     names = keys_of_samples(dl.dataset, keys, root)
-    if not is_stream(dl): return names
-    return seeds_of(hash_of(names.tobytes(), np.asarray(dl.lens.coll, np.int64).tobytes()), np.arange(dl.n))
+    if not is_stream(dl):
+        return names
+    return seeds_of(
+        hash_of(names.tobytes(), np.asarray(dl.lens.coll, np.int64).tobytes()), np.arange(dl.n)
+    )
 
 
 def keys_of_samples(dataset, keys, root):
@@ -40,36 +42,57 @@ def keys_of_samples(dataset, keys, root):
         rows = (items.iloc[i] for i in range(len(items))) if hasattr(items, 'iloc') else items
         names = [keys(o) for o in rows] if callable(keys) else keys
         if len(names) != len(dataset):
-            raise DistillError(f"{len(names)} keys for {len(dataset)} samples: give one for each.")
+            raise DistillError(f'{len(names)} keys for {len(dataset)} samples: give one for each.')
         return keys_of(names, root)
     if items is None:
-        raise DistillError(f"A {type(dataset).__name__} does not show which samples it holds: pass keys=, one for each "
-                           "sample.")
-    return keys_of_table(input_columns(dataset, items)) if hasattr(items, 'columns') else keys_of(items, root)
+        raise DistillError(
+            f'A {type(dataset).__name__} does not show which samples it holds: pass keys=, one for each '
+            'sample.'
+        )
+    return (
+        keys_of_table(input_columns(dataset, items))
+        if hasattr(items, 'columns')
+        else keys_of(items, root)
+    )
 
 
 def items_of(dataset):
     """The list or table from which a dataset makes its samples; None if it is unknown."""
-    return dataset if isinstance(dataset, (list, tuple, L, np.ndarray)) else getattr(dataset, 'items', None)
+    return (
+        dataset
+        if isinstance(dataset, (list, tuple, L, np.ndarray))
+        else getattr(dataset, 'items', None)
+    )
 
 
 def keys_of_table(table):
     """The key of a row is a hash of its content."""
     import pandas as pd
-    try: return pd.util.hash_pandas_object(table, index=False).to_numpy(np.uint64)
-    except TypeError: return keys_of(table.to_numpy())      # cells that hold lists
+
+    try:
+        return pd.util.hash_pandas_object(table, index=False).to_numpy(np.uint64)
+    except TypeError:
+        return keys_of(table.to_numpy())  # cells that hold lists
 
 
 def input_columns(dataset, table):
     """The columns of the model's inputs. A key depends neither on the label nor on unused columns."""
-    readers = [f for tl in getattr(dataset, 'tls', [])[:getattr(dataset, 'n_inp', 1)] for f in tl.tfms.fs
-               if isinstance(f, ColReader)]
-    names = [*getattr(dataset, 'cat_names', []), *getattr(dataset, 'cont_names', []),
-             *(c for r in readers for c in L(r.cols))]
+    readers = [
+        f
+        for tl in getattr(dataset, 'tls', [])[: getattr(dataset, 'n_inp', 1)]
+        for f in tl.tfms.fs
+        if isinstance(f, ColReader)
+    ]
+    names = [
+        *getattr(dataset, 'cat_names', []),
+        *getattr(dataset, 'cont_names', []),
+        *(c for r in readers for c in L(r.cols)),
+    ]
     return table[list(dict.fromkeys(column_name(table, c) for c in names))] if names else table
 
 
-def column_name(table, c): return c if c in table.columns else table.columns[c]     # readers take numbers, too
+def column_name(table, c):
+    return c if c in table.columns else table.columns[c]  # readers take numbers, too
 
 
 def key_root(dls) -> str:
@@ -84,30 +107,31 @@ def paths_in(dl):
     file.
     """
     items = items_of(dl.dataset)
-    if not isinstance(items, (list, tuple, L)): return []
+    if not isinstance(items, (list, tuple, L)):
+        return []
     return [o for o in items if isinstance(o, PurePath)] or (items if files_of(items) else [])
 
 
 def common_folder(items):
     folders = {PurePath(name_of(o)).parent.as_posix() for o in items}
-    return root_of(os.path.commonpath(folders)) if len(set(map(os.path.isabs, folders))) == 1 else ''
+    return (
+        root_of(os.path.commonpath(folders)) if len(set(map(os.path.isabs, folders))) == 1 else ''
+    )
 
 
 def matching_root(cache, dls, dl) -> str:
     """The root with which the first sample has a row. It differs if the folder was moved, or if
     these are a part of the data.
     """
-    first,root = next(iter(paths_in(dl)), None),key_root(dls)
-    if first is None: return root
+    first, root = next(iter(paths_in(dl)), None), key_root(dls)
+    if first is None:
+        return root
     common = PurePath(common_folder([first]))
     roots = [root, *map(root_of, (common, *common.parents)), '']
     return next((r for r in roots if (cache.keys == np.uint64(key_of(first, r))).any()), root)
 
 
-def sample_files(
-    dl,
-    order=None
-):
+def sample_files(dl, order=None):
     """The file of each sample; None where samples are not files.
 
     Args:
@@ -121,12 +145,20 @@ def file_names(dataset):
     """What each sample is read from, as its `get_x` or the reader of a column says; else the items
     themselves.
     """
-    items,getter = items_of(dataset),first_transform(dataset)
-    if hasattr(items, 'columns'): return names_in_column(items, getter)
-    if not isinstance(items, (list, tuple, L, np.ndarray)) or not len(items): return []
-    if getter is None or not isinstance(first := getter(items[0]), (str, PurePath)) or first == items[0]: return items
-    with RandomGuard() as guard: names = [getter(o) for o in items]
-    return items if guard.moved else names      # a file that is drawn at random is no sample's own
+    items, getter = items_of(dataset), first_transform(dataset)
+    if hasattr(items, 'columns'):
+        return names_in_column(items, getter)
+    if not isinstance(items, (list, tuple, L, np.ndarray)) or not len(items):
+        return []
+    if (
+        getter is None
+        or not isinstance(first := getter(items[0]), (str, PurePath))
+        or first == items[0]
+    ):
+        return items
+    with RandomGuard() as guard:
+        names = [getter(o) for o in items]
+    return items if guard.moved else names  # a file that is drawn at random is no sample's own
 
 
 def first_transform(dataset):
@@ -135,7 +167,8 @@ def first_transform(dataset):
 
 
 def names_in_column(table, reader):
-    if not isinstance(reader, ColReader) or len(reader.cols) != 1: return []
+    if not isinstance(reader, ColReader) or len(reader.cols) != 1:
+        return []
     return [reader({reader.cols[0]: v}) for v in table[column_name(table, reader.cols[0])]]
 
 
@@ -143,5 +176,6 @@ def storage_order(dl):
     """Positions in the order of the stored rows. Texts are sorted by length, so that padding does
     not mix long and short.
     """
-    if isinstance(dl, SortedDL): return np.argsort(-np.asarray(dl.res), kind='stable')
+    if isinstance(dl, SortedDL):
+        return np.argsort(-np.asarray(dl.res), kind='stable')
     return np.arange(dl.n if is_stream(dl) else len(dl.dataset))

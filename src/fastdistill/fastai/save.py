@@ -1,11 +1,14 @@
 """A trained student as a folder: weights, facts, a model card, and the network where it can be
 exported.
 """
+
 import json
 from pathlib import Path
-from torch import nn
-from safetensors.torch import load_model, save_model
+
 from fastai.basics import Learner
+from safetensors.torch import load_model, save_model
+from torch import nn
+
 from ..base.atomic_files import new_file, write_atomically
 from ..base.outputs import DistillError
 from ..evaluation import Report
@@ -33,12 +36,12 @@ model = load_student('FOLDER', model=make_the_same_network())
 
 
 def save_student(
-    learn:Learner,
+    learn: Learner,
     folder,
-    report:Report|None=None,
+    report: Report | None = None,
     *,
-    onnx:bool|None=None,
-    title:str='Student'
+    onnx: bool | None = None,
+    title: str = 'Student',
 ) -> Path:
     """Write a folder: weights (model.safetensors), facts such as class names and normalization
     (config.json), a model card (README.md) with the report's numbers, and the network
@@ -54,43 +57,68 @@ def save_student(
     check_learner(learn, 'save_student')
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    facts = facts_of(learn, validation_inputs(learn, 1)[0]) | dict(network=type(learn.model).__name__,
-                                                           parameters=sum(p.numel() for p in learn.model.parameters()))
-    with new_file(folder/'model.safetensors') as tmp: save_model(learn.model, str(tmp))
+    facts = facts_of(learn, validation_inputs(learn, 1)[0]) | dict(
+        network=type(learn.model).__name__,
+        parameters=sum(p.numel() for p in learn.model.parameters()),
+    )
+    with new_file(folder / 'model.safetensors') as tmp:
+        save_model(learn.model, str(tmp))
     checked = None
     if onnx is not False:
-        try: checked = export_student(learn, folder/'student.onnx')
+        try:
+            checked = export_student(learn, folder / 'student.onnx')
         except (DistillError, ImportError):
-            if onnx: raise
-            (folder/'student.onnx').unlink(missing_ok=True)
-    write_atomically(folder/'config.json', json.dumps(facts, indent=1, ensure_ascii=False) + '\n')
-    write_atomically(folder/'README.md', card(title, facts, checked, report))
-    if report is not None: report.to_json(folder/'report.json')
+            if onnx:
+                raise
+            (folder / 'student.onnx').unlink(missing_ok=True)
+    write_atomically(folder / 'config.json', json.dumps(facts, indent=1, ensure_ascii=False) + '\n')
+    write_atomically(folder / 'README.md', card(title, facts, checked, report))
+    if report is not None:
+        report.to_json(folder / 'report.json')
     return folder
 
 
 def card(title, facts, checked, report):
     """The model card as Markdown."""
-    n,use = facts['normalization'],USE_WEIGHTS
+    n, use = facts['normalization'], USE_WEIGHTS
     if checked is not None:
-        normal = '' if n is None else (f"Pixels are from 0 to 1; then the mean {n['mean']} is subtracted, and the "
-                                       f"result is divided by {n['std']}.")
-        use = USE.format(feed=', '.join(f"'{o['name']}': {o['name']}" for o in facts['inputs']), normalization=normal,
-                         inputs=', '.join(f"`{o['name']}`, {o['dtype']} of shape ({', '.join(map(str, o['shape']))})"
-                                          for o in facts['inputs']))
-    lines = [f'# {title}', '', f"{facts['network']} with {facts['parameters']:,} parameters. Outputs: "
-             f"{dict(softmax='logits of classes', sigmoid='logits of labels', regression='numbers')[facts['task']]}. "
-             'Class names, input shapes and normalization are in `config.json`.', '', '## How to use', '', use]
+        normal = (
+            ''
+            if n is None
+            else (
+                f'Pixels are from 0 to 1; then the mean {n["mean"]} is subtracted, and the '
+                f'result is divided by {n["std"]}.'
+            )
+        )
+        use = USE.format(
+            feed=', '.join(f"'{o['name']}': {o['name']}" for o in facts['inputs']),
+            normalization=normal,
+            inputs=', '.join(
+                f'`{o["name"]}`, {o["dtype"]} of shape ({", ".join(map(str, o["shape"]))})'
+                for o in facts['inputs']
+            ),
+        )
+    lines = [
+        f'# {title}',
+        '',
+        f'{facts["network"]} with {facts["parameters"]:,} parameters. Outputs: '
+        f'{dict(softmax="logits of classes", sigmoid="logits of labels", regression="numbers")[facts["task"]]}. '
+        'Class names, input shapes and normalization are in `config.json`.',
+        '',
+        '## How to use',
+        '',
+        use,
+    ]
     if checked is not None:
-        lines += [f'`student.onnx` was compared with the trained model on {checked.samples} validation samples: the '
-                  f'largest difference of an output is {checked.difference:.2g}.', '']
+        lines += [
+            f'`student.onnx` was compared with the trained model on {checked.samples} validation samples: the '
+            f'largest difference of an output is {checked.difference:.2g}.',
+            '',
+        ]
     return '\n'.join(lines if report is None else [*lines, report.to_markdown()])
 
 
-def load_student(
-    folder,
-    model:nn.Module|None=None
-):
+def load_student(folder, model: nn.Module | None = None):
     """The student of a folder, in evaluation mode: a function of tensors. `.facts` are those of
     config.json. Nothing is unpickled.
 
@@ -100,18 +128,23 @@ def load_student(
             onnxruntime.
     """
     folder = Path(folder)
-    if not (folder/'config.json').is_file():
-        raise DistillError(f"There is no student in {str(folder)!r} (no config.json). save_student(learn, folder) "
-                           "writes one.")
-    facts = json.loads((folder/'config.json').read_text(encoding='utf-8'))
+    if not (folder / 'config.json').is_file():
+        raise DistillError(
+            f'There is no student in {str(folder)!r} (no config.json). save_student(learn, folder) '
+            'writes one.'
+        )
+    facts = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     if model is None:
-        if not (folder/'student.onnx').is_file():
-            raise DistillError(f"{str(folder)!r} holds weights, but no network: build it, and pass it as model=.")
-        model = Onnx(folder/'student.onnx')
+        if not (folder / 'student.onnx').is_file():
+            raise DistillError(
+                f'{str(folder)!r} holds weights, but no network: build it, and pass it as model=.'
+            )
+        model = Onnx(folder / 'student.onnx')
     else:
-        try: load_model(model, str(folder/'model.safetensors'))
+        try:
+            load_model(model, str(folder / 'model.safetensors'))
         except RuntimeError as e:
-            raise DistillError(f"The weights in {str(folder)!r} are of another network: {e}") from e
+            raise DistillError(f'The weights in {str(folder)!r} are of another network: {e}') from e
         model.eval()
     model.facts = facts
     return model

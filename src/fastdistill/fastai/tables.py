@@ -1,12 +1,14 @@
 """Estimators (scikit-learn, LightGBM ...) as teachers of tables: the rows of a batch as they were
 before the transforms.
 """
+
 import numpy as np
 import torch
-from torch import Tensor
 from fastai.basics import tensor
 from fastai.data.transforms import Categorize, EncodedMultiCategorize, Normalize, RegressionSetup
 from fastai.tabular.core import Categorify, FillMissing, Tabular
+from torch import Tensor
+
 from ..base.outputs import DistillError
 from ..base.seeds import seeds_of
 from ..teachers.estimator import Estimator, few
@@ -15,10 +17,10 @@ __all__ = ['RawRows', 'TableEstimator', 'table_of']
 
 KNOWN = Categorify, FillMissing, Normalize
 TARGETS = Categorize, EncodedMultiCategorize, RegressionSetup
-CHUNK = 2**16 # rows that are predicted at once
+CHUNK = 2**16  # rows that are predicted at once
 
 
-def table_of(dls) -> Tabular|None:
+def table_of(dls) -> Tabular | None:
     """The training set, if it is a table."""
     ds = getattr(getattr(dls, 'train', None), 'dataset', None)
     return ds if isinstance(ds, Tabular) else None
@@ -33,24 +35,23 @@ class TableEstimator(Estimator):
     Args:
         dls: DataLoaders of a table.
     """
-    def __init__(
-        self,
-        estimator:Estimator,
-        dls
-    ):
+
+    def __init__(self, estimator: Estimator, dls):
         vars(self).update(vars(estimator))
-        self.dls,self.raw,self.known_keys = dls,RawRows(table_of(dls), estimator.frame),None
+        self.dls, self.raw, self.known_keys = dls, RawRows(table_of(dls), estimator.frame), None
 
     def of_kind(self, kind):
         other = super().of_kind(kind)
-        if kind != self.kind: other.known_keys = None
+        if kind != self.kind:
+            other.known_keys = None
         return other
 
     def __call__(self, *x):
-        if self.known_keys is None: self._predict_all()
+        if self.known_keys is None:
+            self._predict_all()
         keys = keys_of_rows(x)
-        at = np.searchsorted(self.known_keys, keys).clip(max=len(self.known_keys)-1)
-        new,out = self.known_keys[at] != keys,self.known_outputs[torch.from_numpy(at)]
+        at = np.searchsorted(self.known_keys, keys).clip(max=len(self.known_keys) - 1)
+        new, out = self.known_keys[at] != keys, self.known_outputs[torch.from_numpy(at)]
         if new.any():
             rows = [o.detach().cpu()[torch.from_numpy(new)] for o in x]
             out[torch.from_numpy(new)] = self.predict(self.in_order(self.raw(*rows)))
@@ -69,15 +70,19 @@ class TableEstimator(Estimator):
         tables = [dl.dataset for dl in self.dls.loaders if len(dl.dataset)]
         keys = np.concatenate([keys_of_rows(table_inputs(o)) for o in tables])
         outputs = torch.cat([self._predict_table(o) for o in tables])
-        self.known_keys,place,n = np.unique(keys, return_inverse=True, return_counts=True)
+        self.known_keys, place, n = np.unique(keys, return_inverse=True, return_counts=True)
         sums = torch.zeros(len(n), outputs.shape[1], dtype=torch.float64)
         sums.index_add_(0, torch.from_numpy(place), outputs.double())
-        self.known_outputs = (sums/torch.from_numpy(n)[:, None]).float()
+        self.known_outputs = (sums / torch.from_numpy(n)[:, None]).float()
 
     def _predict_table(self, table):
-        rows = self.raw.of_frame(table) if self.frame is not None else self.raw(*table_inputs(table))
+        rows = (
+            self.raw.of_frame(table) if self.frame is not None else self.raw(*table_inputs(table))
+        )
         rows = self.in_order(rows)
-        return torch.cat([self.predict(rows.iloc[i:i+CHUNK]) for i in range(0, len(rows), CHUNK)])
+        return torch.cat(
+            [self.predict(rows.iloc[i : i + CHUNK]) for i in range(0, len(rows), CHUNK)]
+        )
 
 
 def table_inputs(table):
@@ -86,9 +91,7 @@ def table_inputs(table):
     return (cats, tensor(table.conts).float()) if table.with_cont else (cats,)
 
 
-def keys_of_rows(
-    x
-) -> np.ndarray:
+def keys_of_rows(x) -> np.ndarray:
     """(B,) uint64 by the content of each row.
 
     Args:
@@ -98,7 +101,8 @@ def keys_of_rows(
     for o in x:
         o = o.detach().cpu()
         words = o.float().contiguous().view(torch.int32) if o.is_floating_point() else o
-        for column in words.long().numpy().T: keys = seeds_of(0, keys, column)
+        for column in words.long().numpy().T:
+            keys = seeds_of(0, keys, column)
     return keys
 
 
@@ -110,33 +114,34 @@ class RawRows:
         table: The training set.
         frame: The DataFrame that the DataLoaders were made from.
     """
-    def __init__(
-        self,
-        table:Tabular,
-        frame=None
-    ):
-        self.frame,self.procs = frame,list(table.procs.fs)
-        self.cats,self.conts = list(table.cat_names),list(table.cont_names) if table.with_cont else []
+
+    def __init__(self, table: Tabular, frame=None):
+        self.frame, self.procs = frame, list(table.procs.fs)
+        self.cats, self.conts = (
+            list(table.cat_names),
+            list(table.cont_names) if table.with_cont else [],
+        )
         of = lambda cls: next((p for p in self.procs if isinstance(p, cls)), None)
-        self.categorify,self.normalize,self.fill = of(Categorify),of(Normalize),of(FillMissing)
+        self.categorify, self.normalize, self.fill = of(Categorify), of(Normalize), of(FillMissing)
         self.filled = list(getattr(self.fill, 'na_dict', {}))
         self.flags = [f'{n}_na' for n in self.filled if f'{n}_na' in self.cats]
-        if frame is None and (why := self.why_lost): raise DistillError(f"{why}. {GIVE_FRAME}")
+        if frame is None and (why := self.why_lost):
+            raise DistillError(f'{why}. {GIVE_FRAME}')
         self.whole = set()
-        if frame is None: self.whole = {n for n,v in self._numbers(table_inputs(table)).items() if self._is_whole(n, v)}
+        if frame is None:
+            self.whole = {
+                n for n, v in self._numbers(table_inputs(table)).items() if self._is_whole(n, v)
+            }
 
     @property
     def why_lost(self):
         """Why the rows can't be restored from a batch; None if they can."""
         if other := [type(p).__name__ for p in self.procs if not isinstance(p, (*KNOWN, *TARGETS))]:
-            return f"It is unknown how to undo {few(other)}"
+            return f'It is unknown how to undo {few(other)}'
         if len(self.flags) < len(self.filled):
-            return f"FillMissing(add_col=False) does not show which cells of {few(self.filled)} were missing"
+            return f'FillMissing(add_col=False) does not show which cells of {few(self.filled)} were missing'
 
-    def __call__(
-        self,
-        *x:Tensor
-    ):
+    def __call__(self, *x: Tensor):
         """The rows of a batch as a DataFrame. A category that is not in the training set is a
         missing value.
 
@@ -144,79 +149,108 @@ class RawRows:
             *x: Inputs of a batch.
         """
         import pandas as pd
-        if why := self.why_lost: raise DistillError(f"{why}, so the estimator can't predict perturbed rows.")
-        categories = {n: self._categories(n, codes) for n,codes in zip(self.cats, x[0].cpu().numpy().T)}
-        flags = {n: np.asarray(categories.pop(n) == True) for n in self.flags}      # noqa: E712 (it may be missing)
+
+        if why := self.why_lost:
+            raise DistillError(f"{why}, so the estimator can't predict perturbed rows.")
+        categories = {
+            n: self._categories(n, codes) for n, codes in zip(self.cats, x[0].cpu().numpy().T)
+        }
+        flags = {n: np.asarray(categories.pop(n) == True) for n in self.flags}  # noqa: E712 (it may be missing)
         numbers = self._numbers(x)
-        for n in self.filled: numbers[n] = np.where(flags[f'{n}_na'], np.nan, numbers[n])
-        for n in self.whole: numbers[n] = np.round(numbers[n])
+        for n in self.filled:
+            numbers[n] = np.where(flags[f'{n}_na'], np.nan, numbers[n])
+        for n in self.whole:
+            numbers[n] = np.round(numbers[n])
         return self._typed(pd.DataFrame({**categories, **numbers}))
 
     def _categories(self, name, codes):
         import pandas as pd
-        if self.categorify is None: return codes
-        values = list(self.categorify.classes[name])[1:]       # the first is the missing value
-        if all(isinstance(v, str) for v in values): return pd.Categorical.from_codes(codes-1, values)
+
+        if self.categorify is None:
+            return codes
+        values = list(self.categorify.classes[name])[1:]  # the first is the missing value
+        if all(isinstance(v, str) for v in values):
+            return pd.Categorical.from_codes(codes - 1, values)
         dtype = None if all(map(is_number, values)) else object
         return pd.Series([np.nan, *values], dtype=dtype).iloc[codes].to_numpy()
 
     def _numbers(self, x):
-        if len(x) < 2: return {}
+        if len(x) < 2:
+            return {}
         columns = dict(zip(self.conts, x[1].detach().cpu().double().numpy().T))
-        if self.normalize is None: return columns
-        return {n: v*self.normalize.stds[n] + self.normalize.means[n] for n,v in columns.items()}
+        if self.normalize is None:
+            return columns
+        return {n: v * self.normalize.stds[n] + self.normalize.means[n] for n, v in columns.items()}
 
     def _is_whole(self, name, v):
         """Are all values of a column whole numbers, as precisely as single-precision numbers can
         show it?
         """
-        error = 1.3e-7*np.abs(v - (0 if self.normalize is None else self.normalize.means[name])) + 1e-6
-        return error.max() < .4 and (np.abs(v-np.round(v)) < error).all()
+        error = (
+            1.3e-7 * np.abs(v - (0 if self.normalize is None else self.normalize.means[name]))
+            + 1e-6
+        )
+        return error.max() < 0.4 and (np.abs(v - np.round(v)) < error).all()
 
     def _typed(self, rows):
         """The types of the columns as in `frame`."""
-        if self.frame is None: return rows
+        if self.frame is None:
+            return rows
         import pandas as pd
+
         for n in rows.columns:
             dtype = self.frame[n].dtype
-            v = rows[n].round() if pd.api.types.is_integer_dtype(dtype) and n in self.conts else rows[n]
+            v = (
+                rows[n].round()
+                if pd.api.types.is_integer_dtype(dtype) and n in self.conts
+                else rows[n]
+            )
             rows[n] = v.astype(dtype)
         return rows
 
-    def of_frame(
-        self, table:Tabular
-    ):
+    def of_frame(self, table: Tabular):
         """Its rows in `frame`, by their index.
 
         Args:
             table: One of the DataLoaders' datasets.
         """
         index = table.items.index
-        if not self.frame.index.is_unique: raise DistillError("frame=: its index has duplicates, so rows can't be "
-                                                              "found. Make the DataLoaders from df.reset_index().")
+        if not self.frame.index.is_unique:
+            raise DistillError(
+                "frame=: its index has duplicates, so rows can't be "
+                'found. Make the DataLoaders from df.reset_index().'
+            )
         if len(lost := index.difference(self.frame.index)):
-            raise DistillError(f"frame= has no rows {few(list(lost))}, which the DataLoaders have. Give the table that "
-                               "they were made from.")
+            raise DistillError(
+                f'frame= has no rows {few(list(lost))}, which the DataLoaders have. Give the table that '
+                'they were made from.'
+            )
         rows = self.frame.loc[index]
         self._compare(rows, table_inputs(table))
         return rows
 
     def _compare(self, rows, x):
         """Refuse a frame whose rows are not those of the DataLoaders."""
-        if self.why_lost: return
+        if self.why_lost:
+            return
         own = self(*x)
         for n in own.columns:
-            a,b = own[n].to_numpy(),rows[n].to_numpy()
-            if n in self.conts: same = np.isclose(a.astype(float), b.astype(float), 1e-4, 1e-6, equal_nan=True)
-            else: same = (a == b) | own[n].isna().to_numpy()
+            a, b = own[n].to_numpy(), rows[n].to_numpy()
+            if n in self.conts:
+                same = np.isclose(a.astype(float), b.astype(float), 1e-4, 1e-6, equal_nan=True)
+            else:
+                same = (a == b) | own[n].isna().to_numpy()
             if not same.all():
                 i = int(np.argmin(same))
-                raise DistillError(f"frame= has other rows than the DataLoaders: {n} of the row {rows.index[i]} is "
-                                   f"{b[i]!r} in frame, {a[i]!r} in the DataLoaders. Give the table that they were "
-                                   "made from.")
+                raise DistillError(
+                    f'frame= has other rows than the DataLoaders: {n} of the row {rows.index[i]} is '
+                    f'{b[i]!r} in frame, {a[i]!r} in the DataLoaders. Give the table that they were '
+                    'made from.'
+                )
 
 
-GIVE_FRAME = "Give the table that the DataLoaders were made from: Teacher(pipeline, frame=df)."
+GIVE_FRAME = 'Give the table that the DataLoaders were made from: Teacher(pipeline, frame=df).'
 
 
-def is_number(v): return isinstance(v, (int, float, np.number)) and not isinstance(v, (bool, np.bool_))
+def is_number(v):
+    return isinstance(v, (int, float, np.number)) and not isinstance(v, (bool, np.bool_))

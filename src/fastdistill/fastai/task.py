@@ -1,5 +1,7 @@
 "fastai's loss functions, registered by the kind of outputs that they take."
+
 from fastai.basics import BaseLoss, DiceLoss, FocalLoss, LabelSmoothingCrossEntropy
+
 from ..base.task import Task, register_losses, register_wrapper, task_of
 
 __all__ = ['Task', 'task_of']

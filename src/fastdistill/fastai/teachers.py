@@ -1,19 +1,28 @@
 "Teachers for fastai: Learners, exported Learners, and everything that `Teacher` takes."
+
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from torch import Tensor, nn
+
 from fastai.basics import L, Learner, load_learner
 from fastai.data.transforms import Normalize
-from fastai.vision.augment import (AffineCoordTfm, CropPad, RandomCrop, RandomResizedCrop, RandomResizedCropGPU,
-                                   Resize)
+from fastai.vision.augment import (
+    AffineCoordTfm,
+    CropPad,
+    RandomCrop,
+    RandomResizedCrop,
+    RandomResizedCropGPU,
+    Resize,
+)
 from fastai.vision.core import Image
-from ..cache.reader import TeacherCache, is_cache
+from torch import Tensor, nn
+
 from ..base.class_mapping import class_groups
-from ..checks.class_order import map_classes
-from ..base.outputs import DistillError, DistillWarning, as_plain
 from ..base.generators import Generators
+from ..base.outputs import DistillError, DistillWarning, as_plain
 from ..base.seeds import RandomGuard
+from ..cache.reader import TeacherCache, is_cache
+from ..checks.class_order import map_classes
 from ..teachers.estimator import Estimator, is_estimator, load_estimator
 from ..teachers.forms import warn_of_code
 from ..teachers.images import affine, stats_of, timm_cfg
@@ -21,20 +30,25 @@ from ..teachers.teacher import Teacher
 from .tables import TableEstimator, table_of
 from .vocab import vocab_of
 
-__all__ = ['PICKLES', 'class_names', 'exported', 'image_stats', 'is_heads', 'refuse_heads', 'size_of_images',
-           'teacher_of']
+__all__ = [
+    'PICKLES',
+    'class_names',
+    'exported',
+    'image_stats',
+    'is_heads',
+    'refuse_heads',
+    'size_of_images',
+    'teacher_of',
+]
 
 # suffix -> what writes such a file
-PICKLES = {'.pkl': "teacher_learner.export({!r}) writes an exported Learner.",
-           '.joblib': "joblib.dump(estimator, {!r}) writes an estimator."}
+PICKLES = {
+    '.pkl': 'teacher_learner.export({!r}) writes an exported Learner.',
+    '.joblib': 'joblib.dump(estimator, {!r}) writes an estimator.',
+}
 
 
-def teacher_of(
-    obj,
-    learn=None,
-    task=None,
-    **kwargs
-) -> Teacher:
+def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
     """`obj` as a `Teacher` for the batches of `learn`. Images are re-normalized from the student's
     statistics to the teacher's, and resized to the size on which the teacher's Learner was trained.
 
@@ -52,23 +66,36 @@ def teacher_of(
         **kwargs: Of `Teacher`
     """
     dls = getattr(learn, 'dls', learn)
-    if task is not None: kwargs = dict(kind=task.kind, axis=task.axis) | kwargs
-    if dls is not None: kwargs.setdefault('input_stats', image_stats(dls))
-    if isinstance(obj, (str, Path)) and Path(obj).suffix in PICKLES: obj = exported(Path(obj))
+    if task is not None:
+        kwargs = dict(kind=task.kind, axis=task.axis) | kwargs
+    if dls is not None:
+        kwargs.setdefault('input_stats', image_stats(dls))
+    if isinstance(obj, (str, Path)) and Path(obj).suffix in PICKLES:
+        obj = exported(Path(obj))
     refuse_heads(obj)
     refuse_stored(obj)
     if isinstance(obj, (list, tuple, L)):
-        of_members = {k: v for k,v in kwargs.items() if k == 'stats'}
+        of_members = {k: v for k, v in kwargs.items() if k == 'stats'}
         return Teacher([teacher_of(o, learn, task, **of_members) for o in obj], **kwargs)
-    if is_estimator(obj): obj = Teacher(obj)
+    if is_estimator(obj):
+        obj = Teacher(obj)
     if isinstance(obj, Teacher) and has_estimators(obj.sources):
-        return teacher_of(obj.sources, learn, task, **kwargs | {k: obj.option(k) for k in obj.given})
+        return teacher_of(
+            obj.sources, learn, task, **kwargs | {k: obj.option(k) for k in obj.given}
+        )
     if isinstance(obj, Learner):
-        own = {'stats': image_stats(obj.dls)} | other_size(dls, obj.dls) | in_order(dls, vocab_of(obj.dls), task)
+        own = (
+            {'stats': image_stats(obj.dls)}
+            | other_size(dls, obj.dls)
+            | in_order(dls, vocab_of(obj.dls), task)
+        )
         return of_learner(obj, own | kwargs)
     if isinstance(obj, Teacher):
-        if obj.reads_items: kwargs.pop('input_stats', None)     # they are those of the student's batch
-        own = {} if obj.given & {'select', 'classes'} else in_order(dls, class_names(obj, dls), task)
+        if obj.reads_items:
+            kwargs.pop('input_stats', None)  # they are those of the student's batch
+        own = (
+            {} if obj.given & {'select', 'classes'} else in_order(dls, class_names(obj, dls), task)
+        )
         return on_table(adapted(with_numbers(obj, dls), own | kwargs), dls)
     if isinstance(obj, nn.Module) and 'stats' not in kwargs and dls is not None:
         kwargs['stats'] = of_module(obj, kwargs['input_stats'])
@@ -79,34 +106,42 @@ def refuse_stored(teacher):
     """Refuse a cache, where the teacher has to run."""
     if isinstance(teacher, TeacherCache) or is_cache(teacher):
         folder = teacher.folder if isinstance(teacher, TeacherCache) else teacher
-        raise DistillError(f"{folder} holds a teacher's outputs for the training set, but here the teacher has to run: "
-                           "pass the model itself.")
+        raise DistillError(
+            f"{folder} holds a teacher's outputs for the training set, but here the teacher has to run: "
+            'pass the model itself.'
+        )
 
 
 def is_heads(teacher):
     """Is it a dict of teachers, one for each head? A dict of weights is refused."""
-    if not isinstance(teacher, Mapping): return False
+    if not isinstance(teacher, Mapping):
+        return False
     if holds_weights(teacher):
-        raise DistillError("This dict holds weights (a state_dict or a checkpoint), not teachers: build the model, "
-                           "load them into it with model.load_state_dict(...), and pass the model as the teacher.")
+        raise DistillError(
+            'This dict holds weights (a state_dict or a checkpoint), not teachers: build the model, '
+            'load them into it with model.load_state_dict(...), and pass the model as the teacher.'
+        )
     return True
 
 
-def holds_weights(o): return isinstance(o, Tensor) or isinstance(o, Mapping) and any(map(holds_weights, o.values()))
+def holds_weights(o):
+    return isinstance(o, Tensor) or isinstance(o, Mapping) and any(map(holds_weights, o.values()))
 
 
 def refuse_heads(teacher, where='here'):
     """Refuse a dict of teachers, where one is needed."""
     if is_heads(teacher):
-        raise DistillError("A dict has a teacher for each head of a student, which KnowledgeDistillation, distill, "
-                           f"check_teacher, explain and cache_teacher take. Give one teacher {where}.")
+        raise DistillError(
+            'A dict has a teacher for each head of a student, which KnowledgeDistillation, distill, '
+            f'check_teacher, explain and cache_teacher take. Give one teacher {where}.'
+        )
 
 
 def adapted(teacher, kwargs):
     """The Teacher with these options, except those that it was given itself. The same Teacher if
     none is left.
     """
-    new = {k: v for k,v in kwargs.items() if k not in teacher.given}
+    new = {k: v for k, v in kwargs.items() if k not in teacher.given}
     return Teacher(teacher, **new) if new else teacher
 
 
@@ -117,22 +152,21 @@ def of_learner(learn, kwargs):
     return teacher
 
 
-def has_estimators(teachers): return any(isinstance(t.model, Estimator) or has_estimators(t.sources) for t in teachers)
+def has_estimators(teachers):
+    return any(isinstance(t.model, Estimator) or has_estimators(t.sources) for t in teachers)
 
 
 def on_table(teacher, dls):
     """A Teacher whose estimator gets the rows of a table as they were before the transforms."""
     e = teacher.model
-    if not isinstance(e, Estimator) or table_of(dls) is None or getattr(e, 'dls', None) is dls: return teacher
+    if not isinstance(e, Estimator) or table_of(dls) is None or getattr(e, 'dls', None) is dls:
+        return teacher
     teacher = Teacher(teacher)
     teacher.model = TableEstimator(e, dls)
     return teacher
 
 
-def class_names(
-    teacher,
-    dls
-):
+def class_names(teacher, dls):
     """Names of the teacher's classes, in the order of its outputs; None if they have none. An
     estimator that was fitted on the numbers 0, 1, 2 ... has none, unless the student's classes have
     these names too.
@@ -141,17 +175,24 @@ def class_names(
         teacher: One `Teacher`, no ensemble.
         dls: The student's DataLoaders.
     """
-    if teacher.learner is not None: return vocab_of(teacher.learner.dls)
-    own = teacher.model.classes if isinstance(teacher.model, Estimator) and teacher.kind == 'softmax' else None
-    if own is None: return None
-    own,mine = list(map(str, own)),vocab_of(dls)
+    if teacher.learner is not None:
+        return vocab_of(teacher.learner.dls)
+    own = (
+        teacher.model.classes
+        if isinstance(teacher.model, Estimator) and teacher.kind == 'softmax'
+        else None
+    )
+    if own is None:
+        return None
+    own, mine = list(map(str, own)), vocab_of(dls)
     are_numbers = own == [str(i) for i in range(len(own))] and not set(own) & set(mine or own)
     return None if are_numbers else own
 
 
 def with_numbers(teacher, dls):
     """A Teacher whose `classes` are numbers of the student's classes, if they were names."""
-    if teacher.classes is None or dls is None or (vocab := vocab_of(dls)) is None: return teacher
+    if teacher.classes is None or dls is None or (vocab := vocab_of(dls)) is None:
+        return teacher
     return Teacher(teacher, classes=class_groups(teacher.classes, 'classes', vocab))
 
 
@@ -167,7 +208,8 @@ def in_order(dls, names, task):
     """The option that puts a teacher's classes in the student's order; none if the order is the
     same or unknown.
     """
-    if names is None or dls is None or task is None or task.kind == 'regression': return {}
+    if names is None or dls is None or task is None or task.kind == 'regression':
+        return {}
     found = map_classes(vocab_of(dls), names)
     return {} if found is None or found.order is None else dict(select=found.order)
 
@@ -176,67 +218,96 @@ def of_module(model, given):
     """`stats` of a module. timm's modules know the normalization of their images. torchvision's
     don't, which matters unless the student's normalization is ImageNet's.
     """
-    if timm_cfg(model): return 'auto'
-    if not type(model).__module__.startswith('torchvision.models') or given is None: return None
-    if affine(stats_of(given), stats_of('imagenet')) is None: return None
-    warnings.warn(f"torchvision's {type(model).__name__} does not show how its images were normalized: it gets the "
-                  "student's images unchanged. If it has published weights, use Teacher(model, stats='imagenet'). If "
-                  "it was trained on batches like these, use Teacher(model).", DistillWarning, stacklevel=3)
+    if timm_cfg(model):
+        return 'auto'
+    if not type(model).__module__.startswith('torchvision.models') or given is None:
+        return None
+    if affine(stats_of(given), stats_of('imagenet')) is None:
+        return None
+    warnings.warn(
+        f"torchvision's {type(model).__name__} does not show how its images were normalized: it gets the "
+        "student's images unchanged. If it has published weights, use Teacher(model, stats='imagenet'). If "
+        'it was trained on batches like these, use Teacher(model).',
+        DistillWarning,
+        stacklevel=3,
+    )
 
 
 def exported(path):
     """The Learner or the estimator in a pickle."""
     if not path.is_file():
-        raise DistillError(f"There is no file {str(path)!r}. {PICKLES[path.suffix].format(path.name)}")
+        raise DistillError(
+            f'There is no file {str(path)!r}. {PICKLES[path.suffix].format(path.name)}'
+        )
     warn_of_code(path)
-    if path.suffix == '.joblib': return load_estimator(path)
+    if path.suffix == '.joblib':
+        return load_estimator(path)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', message='load_learner. uses Python')      # the same in other words
+            warnings.filterwarnings(
+                'ignore', message='load_learner. uses Python'
+            )  # the same in other words
             return load_learner(path)
     # subtle: any error at all, since the bytes of another file are instructions to pickle
     except Exception as e:
         reason = ' '.join(f'{type(e).__name__}: {e}'.split())
-        raise DistillError(f"{path} could not be loaded as an exported Learner ({reason}). Did learn.export write it? "
-                           "Can everything in it be imported here: packages, your own functions and classes? An "
-                           "estimator that joblib.dump wrote has a name that ends in .joblib.") from e
+        raise DistillError(
+            f'{path} could not be loaded as an exported Learner ({reason}). Did learn.export write it? '
+            'Can everything in it be imported here: packages, your own functions and classes? An '
+            'estimator that joblib.dump wrote has a name that ends in .joblib.'
+        ) from e
 
 
 def image_stats(dls) -> tuple:
     """(mean, std) of the batches' `Normalize`; (0, 1) if there is none."""
     tfms = getattr(getattr(dls, 'after_batch', None), 'fs', [])
     n = next((t for t in tfms if isinstance(t, Normalize)), None)
-    return (0., 1.) if n is None else (n.mean, n.std)
+    return (0.0, 1.0) if n is None else (n.mean, n.std)
 
 
-def size_of_images(dls) -> tuple|None:
+def size_of_images(dls) -> tuple | None:
     """(height, width) of the images in the batches: the size that the last resizing transform gives
     them. Without such a transform it is the items' own; None if they are not images, or differ.
     """
-    sizes = [size_after(t) for k in ('after_item', 'after_batch') for t in getattr(getattr(dls, k, None), 'fs', ())]
-    return next((s for s in reversed(sizes) if s is not None), None) or size_of_items(getattr(dls, 'train', None))
+    sizes = [
+        size_after(t)
+        for k in ('after_item', 'after_batch')
+        for t in getattr(getattr(dls, k, None), 'fs', ())
+    ]
+    return next((s for s in reversed(sizes) if s is not None), None) or size_of_items(
+        getattr(dls, 'train', None)
+    )
 
 
 def size_after(tfm):
     """(height, width) that a transform gives to all images; None if it does not resize."""
-    if isinstance(tfm, (Resize, RandomResizedCrop, CropPad, RandomCrop)): return tuple(tfm.size[::-1])
-    if isinstance(tfm, RandomResizedCropGPU): return tuple(tfm.size)
+    if isinstance(tfm, (Resize, RandomResizedCrop, CropPad, RandomCrop)):
+        return tuple(tfm.size[::-1])
+    if isinstance(tfm, RandomResizedCropGPU):
+        return tuple(tfm.size)
     return tfm.cp_size if isinstance(tfm, AffineCoordTfm) else None
 
 
 def size_of_items(dl):
     """(height, width) of a few items of a DataLoader, if they are images of one size."""
     ds = getattr(dl, 'dataset', None)
-    if not (hasattr(dl, 'do_item') and hasattr(ds, '__getitem__') and hasattr(ds, '__len__') and len(ds)): return None
+    if not (
+        hasattr(dl, 'do_item') and hasattr(ds, '__getitem__') and hasattr(ds, '__len__') and len(ds)
+    ):
+        return None
     with RandomGuard(), Generators(ds, dl.after_item).seeded(0):
         # subtle: any error at all, since datasets may be the user's own. A fit shows it in full
-        try: sizes = {size_of_item(dl.do_item(i)) for i in (0, len(ds)//2, len(ds)-1)}
-        except Exception: return None
+        try:
+            sizes = {size_of_item(dl.do_item(i)) for i in (0, len(ds) // 2, len(ds) - 1)}
+        except Exception:
+            return None
     return sizes.pop() if len(sizes) == 1 else None
 
 
 def size_of_item(x):
     """(height, width) of an item's first part; None if it is not an image."""
-    while isinstance(x, (tuple, list)) and len(x): x = x[0]
-    if isinstance(x, Tensor): return tuple(as_plain(x).shape[-2:]) if x.dim() == 3 else None
+    while isinstance(x, (tuple, list)) and len(x):
+        x = x[0]
+    if isinstance(x, Tensor):
+        return tuple(as_plain(x).shape[-2:]) if x.dim() == 3 else None
     return x.size[::-1] if isinstance(x, Image.Image) else None

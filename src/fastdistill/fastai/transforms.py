@@ -1,46 +1,60 @@
 "Replay batch transforms sample by sample, and describe them."
+
 import inspect
 from functools import partial
+
 import numpy as np
 import torch
-from torch import Tensor
 from fastai.basics import ItemTransform, Pipeline, Transform
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
 from fastai.tabular.core import ReadTabBatch
-from fastai.vision.augment import AffineCoordTfm, RandTransform, RandomErasing, SpaceTfm, TensorImage
+from fastai.vision.augment import (
+    AffineCoordTfm,
+    RandomErasing,
+    RandTransform,
+    SpaceTfm,
+    TensorImage,
+)
+from torch import Tensor
+
+from ..base.generators import access_of, hands_out_generators, reachable
+from ..base.outputs import DistillError
+from ..base.seeds import RandomGuard, seeds_of
 from ..cache.digests import code_of, fingerprint
 from ..cache.keys import hash_of
-from ..base.outputs import DistillError
-from ..base.generators import access_of, hands_out_generators, reachable
 from ..cache.per_sample import PerSample, per_sample
-from ..base.seeds import RandomGuard, seeds_of
 from .language_model import is_stream
 
 __all__ = ['Replay', 'augmented', 'describe_transforms', 'moves']
 
 # these draw no random numbers and transform each sample alone
-FIXED = Normalize,IntToFloatTensor,ToTensor,ReadTabBatch
+FIXED = Normalize, IntToFloatTensor, ToTensor, ReadTabBatch
 
 
 class Shown:
     """The samples and views in a batch; not a tensor, since reading one from a GPU would wait for
     it.
     """
-    def __init__(self, keys, views): self.keys,self.views = keys,views
+
+    def __init__(self, keys, views):
+        self.keys, self.views = keys, views
 
 
 class Replay(Pipeline):
     """A DataLoader's `after_batch` that repeats each sample's view, and appends its row to the
     batch.
     """
+
     def __init__(self, pipe, plan):
         super().__init__(pipe, split_idx=pipe.split_idx)
-        self.own,self.plan,self.found = pipe,plan,{}
+        self.own, self.plan, self.found = pipe, plan, {}
 
     def __call__(self, o):
-        if not (isinstance(o, (tuple, list)) and len(o) == 3 and isinstance(o[2], Shown)): return super().__call__(o)
-        b,rows,shown = o
-        if isinstance(b, list): b = tuple(b)        # pinning memory makes lists of tuples
+        if not (isinstance(o, (tuple, list)) and len(o) == 3 and isinstance(o[2], Shown)):
+            return super().__call__(o)
+        b, rows, shown = o
+        if isinstance(b, list):
+            b = tuple(b)  # pinning memory makes lists of tuples
         b = self.replay(b, shown.keys, shown.views) if self.plan.random else super().__call__(b)
         b = b if isinstance(b, tuple) else (b,)
         return (*b, rows) if self.plan.cache is not None else b
@@ -50,7 +64,8 @@ class Replay(Pipeline):
         for f in self.fs:
             # subtle: a seed depends on the transform's name, not its position, since a model may add a Normalize
             n = seen[type(f)] = seen.get(type(f), 0) + 1
-            if id(f) not in self.found: self.found[id(f)] = draws_alone(f)
+            if id(f) not in self.found:
+                self.found[id(f)] = draws_alone(f)
             seeds = seeds_of(self.plan.seed, keys, views, hash_of(type(f).__name__.encode()), n)
             b = replay_one(f, b, seeds, self.split_idx, self.found[id(f)])
         return b
@@ -61,21 +76,29 @@ def draws_alone(f):
     numbers for the positions in a batch.
     """
     listed = lambda place, o: place[2] == 'draw' and isinstance(o, (list, tuple))
-    return any(access_of(o) or hands_out_generators(o) or listed(place, o) for place,o,_ in reachable([f]))
+    return any(
+        access_of(o) or hands_out_generators(o) or listed(place, o)
+        for place, o, _ in reachable([f])
+    )
 
 
 def replay_one(f, b, seeds, split_idx, alone):
     """Run one batch transform with separate random numbers for each sample."""
-    if fixed(f): return f(b, split_idx=split_idx)
+    if fixed(f):
+        return f(b, split_idx=split_idx)
     x = first_of(b)
     # subtle: these come before the check of `split_idx`, since theirs is that of the last batch
     if isinstance(f, (AffineCoordTfm, SpaceTfm)) and isinstance(x, TensorImage):
-        return by_sample(f, b, seeds, split_idx) if alone else replay_drawn(f, b, x, seeds, split_idx)
-    if f.split_idx is not None and f.split_idx != split_idx: return b
+        return (
+            by_sample(f, b, seeds, split_idx) if alone else replay_drawn(f, b, x, seeds, split_idx)
+        )
+    if f.split_idx is not None and f.split_idx != split_idx:
+        return b
     return by_sample(f, b, seeds, split_idx)
 
 
-def fixed(f): return type(f) in FIXED or f.name == 'noop'
+def fixed(f):
+    return type(f) in FIXED or f.name == 'noop'
 
 
 def by_sample(f, b, seeds, split_idx):
@@ -92,25 +115,36 @@ def replay_drawn(f, b, x, seeds, split_idx):
     # subtle: with at least two samples, a number per batch and a number per sample have different shapes
     n = max(len(x), 2)
     like = TensorImage(torch.empty(1).expand(n, *x.shape[1:]))
-    like.__dict__.update(x.__dict__)        # img_size, if it has one
+    like.__dict__.update(x.__dict__)  # img_size, if it has one
     # subtle: with fastai's tensor types, each small operation would take many times longer
-    with RandomGuard() as guard, PerSample(np.resize(seeds, n)), torch._C.DisableTorchFunctionSubclass():
+    with (
+        RandomGuard() as guard,
+        PerSample(np.resize(seeds, n)),
+        torch._C.DisableTorchFunctionSubclass(),
+    ):
         f.before_call((like,), split_idx)
     # it draws in a way that PerSample does not replace (batch=True)
-    if guard.moved: return by_sample(f, b, seeds, split_idx)
-    if not f.do: return b
+    if guard.moved:
+        return by_sample(f, b, seeds, split_idx)
+    if not f.do:
+        return b
     parts = [f, *getattr(f, 'coord_fs', []), *getattr(f, 'fs', [])]
-    drawn = [{k: v.to(x.device) for k,v in vars(o).items() if isinstance(v, Tensor)} for o in parts]
+    drawn = [
+        {k: v.to(x.device) for k, v in vars(o).items() if isinstance(v, Tensor)} for o in parts
+    ]
     run = lambda o: Transform.__call__(f, o, split_idx=split_idx)
+
     def use(sl):
-        for o,d in zip(parts, drawn): vars(o).update({k: v[sl] if v.dim() and len(v) == n else v for k,v in d.items()})
+        for o, d in zip(parts, drawn):
+            vars(o).update({k: v[sl] if v.dim() and len(v) == n else v for k, v in d.items()})
+
     if not any(coupled(f, o) for o in flat(b) if isinstance(o, TensorImage)):
         use(slice(len(x)))
         return run(b)
     outs = []
     for i in range(len(x)):
-        use(slice(i, i+1))
-        outs.append(run(b_of([o[i:i+1] for o in flat(b)], b)))
+        use(slice(i, i + 1))
+        outs.append(run(b_of([o[i : i + 1] for o in flat(b)], b)))
     return tuple(torch.cat(o) for o in zip(*outs))
 
 
@@ -118,26 +152,31 @@ def coupled(f, x):
     """Does a sample's result depend on the others? fastai first shrinks images by the largest zoom
     in the batch.
     """
-    if not isinstance(f, AffineCoordTfm): return False
+    if not isinstance(f, AffineCoordTfm):
+        return False
     size = x.shape[-1] if f.size is None else f.size if isinstance(f.size, int) else f.size[1]
     # subtle: fastai's `_grid_sample` compares the height with the new width, and the width with 2
-    return min(x.shape[-2]/size, x.shape[-1]/2) > 2
+    return min(x.shape[-2] / size, x.shape[-1] / 2) > 2
 
 
 def first_of(b):
-    while isinstance(b, tuple): b = b[0]
+    while isinstance(b, tuple):
+        b = b[0]
     return b
 
 
 def flat(b):
     b = b if isinstance(b, tuple) else (b,)
     if not all(isinstance(o, Tensor) for o in b):
-        raise DistillError(f"Can't replay transforms of a batch of {', '.join(type(o).__name__ for o in b)}: only "
-                           "tensors can be split into samples. Use views=0.")
+        raise DistillError(
+            f"Can't replay transforms of a batch of {', '.join(type(o).__name__ for o in b)}: only "
+            'tensors can be split into samples. Use views=0.'
+        )
     return b
 
 
-def b_of(o, b): return tuple(o) if isinstance(b, tuple) else o[0]
+def b_of(o, b):
+    return tuple(o) if isinstance(b, tuple) else o[0]
 
 
 def describe_transforms(dl) -> dict:
@@ -145,62 +184,88 @@ def describe_transforms(dl) -> dict:
     may have its own.
     """
     out = {}
-    if is_stream(dl): out['stream'] = f'{dl.bs} rows of {dl.bl} tokens, {dl.seq_len} at a time'
-    tls = getattr(dl.dataset, 'tls', [])[:getattr(dl.dataset, 'n_inp', 1)]
+    if is_stream(dl):
+        out['stream'] = f'{dl.bs} rows of {dl.bl} tokens, {dl.seq_len} at a time'
+    tls = getattr(dl.dataset, 'tls', [])[: getattr(dl.dataset, 'n_inp', 1)]
     # functions that read an item are not described: the items themselves are compared
-    for i,tl in enumerate(tls):
-        name_each(out, f'input {i}', [f for f in tl.tfms.fs if type(f) not in (Transform, ItemTransform)])
+    for i, tl in enumerate(tls):
+        name_each(
+            out, f'input {i}', [f for f in tl.tfms.fs if type(f) not in (Transform, ItemTransform)]
+        )
     for k in ('after_item', 'before_batch', 'after_batch'):
-        if isinstance(getattr(dl, k, None), Pipeline): name_each(out, k, getattr(dl, k).fs)
-    own = [type(f).__name__ for f in dl.after_batch.fs if not (fixed(f) or isinstance(f, (AffineCoordTfm, SpaceTfm)))]
+        if isinstance(getattr(dl, k, None), Pipeline):
+            name_each(out, k, getattr(dl, k).fs)
+    own = [
+        type(f).__name__
+        for f in dl.after_batch.fs
+        if not (fixed(f) or isinstance(f, (AffineCoordTfm, SpaceTfm)))
+    ]
     # the same seed gives different numbers on different kinds of device
-    if own: out[f'device of {", ".join(own)}'] = getattr(dl.device, 'type', 'cpu')
+    if own:
+        out[f'device of {", ".join(own)}'] = getattr(dl.device, 'type', 'cpu')
     return out
 
 
 def name_each(out, where, fs):
-    for i,f in enumerate(fs):
-        if f.name == 'noop' or isinstance(f, ReadTabBatch): continue
+    for i, f in enumerate(fs):
+        if f.name == 'noop' or isinstance(f, ReadTabBatch):
+            continue
         # except before a random transform, which then draws for normalized images (RandomErasing's noise)
-        if isinstance(f, Normalize) and all(map(fixed, fs[i+1:])): continue
+        if isinstance(f, Normalize) and all(map(fixed, fs[i + 1 :])):
+            continue
         name = f'{where}: {f.name.split(" -- ")[0]}'
         n = sum(k == name or k.startswith(f'{name} #') for k in out)
-        out[name if not n else f'{name} #{n+1}'] = in_words(f)
+        out[name if not n else f'{name} #{n + 1}'] = in_words(f)
 
 
-PASSING_STATE = {'self', 'counter', 'lengths'}       # it depends on the data seen so far
+PASSING_STATE = {'self', 'counter', 'lengths'}  # it depends on the data seen so far
 
 
 def in_words(o, depth=6):
     """A text of an object's options, without the numbers that it drew last."""
-    say = lambda v: in_words(v, depth-1)
-    if isinstance(o, (str, bool, type(None))): return repr(o)
+    say = lambda v: in_words(v, depth - 1)
+    if isinstance(o, (str, bool, type(None))):
+        return repr(o)
     # the repr of NumPy's numbers and enums differs between versions
-    if isinstance(o, (int, float, np.number)): return repr(float(o))
-    if depth == 0: return type(o).__name__
-    if isinstance(o, (Tensor, np.ndarray)): return f'{type(o).__name__} {fingerprint(o)[:12]}'
-    if isinstance(o, partial): return f'{say(o.func)}{say([*o.args, *sorted(o.keywords.items())])}'
-    if inspect.isroutine(o) or isinstance(o, type): return code_of(o)
-    if isinstance(o, dict): o = list(o.items())
+    if isinstance(o, (int, float, np.number)):
+        return repr(float(o))
+    if depth == 0:
+        return type(o).__name__
+    if isinstance(o, (Tensor, np.ndarray)):
+        return f'{type(o).__name__} {fingerprint(o)[:12]}'
+    if isinstance(o, partial):
+        return f'{say(o.func)}{say([*o.args, *sorted(o.keywords.items())])}'
+    if inspect.isroutine(o) or isinstance(o, type):
+        return code_of(o)
+    if isinstance(o, dict):
+        o = list(o.items())
     if hasattr(o, '__iter__') and hasattr(o, '__len__') and not isinstance(o, Transform):
-        if len(o) > 50: return f'{type(o).__name__} of {len(o)}, {hash_of(repr(list(o)).encode()):x}'
+        if len(o) > 50:
+            return f'{type(o).__name__} of {len(o)}, {hash_of(repr(list(o)).encode()):x}'
         return f'[{", ".join(map(say, o))}]'
     named = set(inspect.signature(type(o).__init__).parameters) | {'aff_fs', 'coord_fs', 'fs'}
     attrs = sorted(getattr(o, '__dict__', {}).items())
-    options = {k: v for k,v in attrs if k in named-PASSING_STATE and not inspect.ismethod(v)}
-    return f'{type(o).__name__}({", ".join([*own_code(o), *(f"{k}={say(v)}" for k,v in options.items())])})'
+    options = {k: v for k, v in attrs if k in named - PASSING_STATE and not inspect.ismethod(v)}
+    return f'{type(o).__name__}({", ".join([*own_code(o), *(f"{k}={say(v)}" for k, v in options.items())])})'
 
 
 def own_code(o):
     """A fingerprint of a transform's code, unless it is fastai's."""
     if type(o) is Transform:
-        return [code_of(m.implementation) for m in o.encodes.methods] if hasattr(o, 'encodes') else []
-    return [] if type(o).__module__.split('.')[0] in ('fastai', 'fasttransform', 'fastcore') else [code_of(type(o))]
+        return (
+            [code_of(m.implementation) for m in o.encodes.methods] if hasattr(o, 'encodes') else []
+        )
+    return (
+        []
+        if type(o).__module__.split('.')[0] in ('fastai', 'fasttransform', 'fastcore')
+        else [code_of(type(o))]
+    )
 
 
 def augmented(dl):
     """Random transforms of the training set."""
-    if getattr(dl.dataset, 'split_idx', 1) != 0: return []
+    if getattr(dl.dataset, 'split_idx', 1) != 0:
+        return []
     parts = (getattr(dl, k) for k in ('after_item', 'after_batch'))
     return [f for part in parts for f in getattr(part, 'fs', []) if isinstance(f, RandTransform)]
 

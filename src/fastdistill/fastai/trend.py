@@ -1,39 +1,51 @@
 "A warning during a fit: the student follows its teacher away from the labels."
+
 import warnings
-from ..base.outputs import DistillWarning
+
 from ..base.distributed import rank
+from ..base.outputs import DistillWarning
 from .metrics import columns_of
 
 __all__ = ['TrendCheck']
 
-BEGIN = 1/3 # of the training; before, losses may do anything
-RISE = 1.1 # of the validation loss, above its best
+BEGIN = 1 / 3  # of the training; before, losses may do anything
+RISE = 1.1  # of the validation loss, above its best
 
 
 class TrendCheck:
     """Warns once in a fit if the task loss on the validation set has risen since its best epoch,
     while a term's has fallen.
     """
-    def __init__(self): self.warned = False
+
+    def __init__(self):
+        self.warned = False
 
     def check(
-        self, learn, # at the beginning of an epoch
-        training_progress:float, # of the training
-        recipe
+        self,
+        learn,  # at the beginning of an epoch
+        training_progress: float,  # of the training
+        recipe,
     ):
-        if self.warned or training_progress < BEGIN or rank() or not hasattr(learn, 'recorder'): return
+        if self.warned or training_progress < BEGIN or rank() or not hasattr(learn, 'recorder'):
+            return
         valid = self._column(learn.recorder, 'valid_loss')
-        if len(valid) < 2 or None in valid or not 0 < min(valid) < valid[-1]/RISE: return
+        if len(valid) < 2 or None in valid or not 0 < min(valid) < valid[-1] / RISE:
+            return
         best = valid.index(min(valid))
         # subtle: without labels, terms between layers do not train the student's head, whose loss then says nothing
         for n in [t.name for t in recipe.terms if t.layers is None or recipe.task != 0]:
             term = self._column(learn.recorder, f'{n}_loss')
-            if not term or None in term or term[-1] >= term[best]: continue
+            if not term or None in term or term[-1] >= term[best]:
+                continue
             self.warned = True
-            warnings.warn(f"The task loss on the validation set rose from {valid[best]:.4g} in epoch {best} to "
-                          f"{valid[-1]:.4g}, while {n} fell from {term[best]:.4g} to {term[-1]:.4g}: the student "
-                          "follows the teacher away from the labels. A smaller share=, alpha or T gives the labels "
-                          "more weight; explain(teacher) looks for the reason.", DistillWarning, stacklevel=2)
+            warnings.warn(
+                f'The task loss on the validation set rose from {valid[best]:.4g} in epoch {best} to '
+                f'{valid[-1]:.4g}, while {n} fell from {term[best]:.4g} to {term[-1]:.4g}: the student '
+                'follows the teacher away from the labels. A smaller share=, alpha or T gives the labels '
+                'more weight; explain(teacher) looks for the reason.',
+                DistillWarning,
+                stacklevel=2,
+            )
             return
 
     def _column(self, recorder, name):

@@ -1,9 +1,11 @@
 "A callback that reports a score after each epoch, and ends the training when it is told to."
+
 import torch
 from fastai.basics import Callback, CancelFitException
-from ..checks.batch_scores import Tally
+
 from ..base.outputs import DistillError, Outputs, as_plain
 from ..base.task import fit_labels
+from ..checks.batch_scores import Tally
 
 __all__ = ['Clock', 'chosen_half', 'scorer']
 
@@ -18,36 +20,37 @@ class Clock(Callback):
         after_epoch: fn(mean score of the half that chooses) -> is the training over?
         late: fn() -> is the time over?
     """
-    order = -100 # before callbacks that would do something for a fit that is over
 
-    def __init__(
-        self,
-        score,
-        output,
-        after_epoch,
-        late
-    ):
+    order = -100  # before callbacks that would do something for a fit that is over
+
+    def __init__(self, score, output, after_epoch, late):
         super().__init__()
-        self.score,self.output,self.after_score,self.late = score,output,after_epoch,late
-        self.over,self.items = False,None
+        self.score, self.output, self.after_score, self.late = score, output, after_epoch, late
+        self.over, self.items = False, None
 
     def before_fit(self):
-        if self.over: raise CancelFitException      # `fine_tune` fits twice
+        if self.over:
+            raise CancelFitException  # `fine_tune` fits twice
 
-    def before_validate(self): self.batches = []
+    def before_validate(self):
+        self.batches = []
 
     def after_pred(self):
-        if self.training or not len(self.yb): return
+        if self.training or not len(self.yb):
+            return
         logits = as_plain(Outputs.of(self.learn.pred, output=self.output).logits).detach().float()
         self.batches.append(self.score(logits, tuple(map(as_plain, self.yb))).float().cpu())
 
     def after_batch(self):
-        if self.training and self.late(): self._end()
+        if self.training and self.late():
+            self._end()
 
     def after_epoch(self):
-        if not self.batches: raise DistillError("The validation set has no labels, so nothing can be compared.")
+        if not self.batches:
+            raise DistillError('The validation set has no labels, so nothing can be compared.')
         self.items = torch.cat(self.batches)
-        if self.after_score(self.items[chosen_half(len(self.items))].nanmean().item()): self._end()
+        if self.after_score(self.items[chosen_half(len(self.items))].nanmean().item()):
+            self._end()
 
     def _end(self):
         self.over = True
@@ -59,13 +62,11 @@ def chosen_half(n):
     judge it.
     """
     chosen = torch.zeros(n, dtype=torch.bool)
-    chosen[torch.randperm(n, generator=torch.Generator().manual_seed(0))[:n//2]] = True
+    chosen[torch.randperm(n, generator=torch.Generator().manual_seed(0))[: n // 2]] = True
     return chosen
 
 
-def scorer(
-    task
-):
+def scorer(task):
     """The share of right predictions of each item, or minus its squared error; nan where no label
     counts.
 
@@ -73,10 +74,14 @@ def scorer(
         task: What the student predicts.
     """
     tally = Tally(task)
+
     def score(logits, targets):
         y = fit_labels(targets[0], logits.shape, task)
         if y is None:
-            raise DistillError(f"Labels of shape {tuple(targets[0].shape)} do not fit outputs of shape "
-                               f"{tuple(logits.shape)}: pass score=, a function of both.")
+            raise DistillError(
+                f'Labels of shape {tuple(targets[0].shape)} do not fit outputs of shape '
+                f'{tuple(logits.shape)}: pass score=, a function of both.'
+            )
         return tally.item_scores(logits, y)
+
     return score

@@ -1,14 +1,19 @@
 "Trainings of a student from where it stands, after which it stands there again."
-import copy, random, warnings
+
+import copy
+import random
+import warnings
 from contextlib import contextmanager
+
 import numpy as np
 import torch
 from fastai.basics import L, Learner, Recorder, noop
+
+from ..base.generators import Generators
+from ..base.outputs import DistillError, DistillWarning
 from ..checks.forward import guarded_random_state
 from ..features.layer_names import unwrap
 from ..features.probe import untouched
-from ..base.outputs import DistillError, DistillWarning
-from ..base.generators import Generators
 from .batches import PARTS, restored
 from .callback import KnowledgeDistillation
 from .trial_callback import Clock, chosen_half
@@ -16,7 +21,7 @@ from .trial_callback import Clock, chosen_half
 __all__ = ['Trials']
 
 # modules of fastai whose callbacks write files or show something, or end a fit by themselves
-LEFT_OUT = 'azureml','captum','comet','neptune','progress','tensorboard','tracker','wandb'
+LEFT_OUT = 'azureml', 'captum', 'comet', 'neptune', 'progress', 'tensorboard', 'tracker', 'wandb'
 
 
 class Trials:
@@ -29,23 +34,25 @@ class Trials:
         score, output: Of `Clock`
         **options: Of `distill`
     """
-    def __init__(
-        self,
-        learn,
-        teacher,
-        n_epoch:int,
-        score, output,
-        **options
-    ):
-        self.learn,self.teacher,self.n_epoch = learn,teacher,n_epoch
-        self.score,self.output,self.options = score,output,options
+
+    def __init__(self, learn, teacher, n_epoch: int, score, output, **options):
+        self.learn, self.teacher, self.n_epoch = learn, teacher, n_epoch
+        self.score, self.output, self.options = score, output, options
 
     def __call__(self, recipe, lr, seed, after_epoch, late):
         clock = Clock(self.score, self.output, after_epoch, late)
         with unchanged(self.learn, seed), warnings.catch_warnings():
-            warnings.simplefilter('ignore', DistillWarning)     # of recipes that are only tried
-            copy_of(self.learn).distill(self.teacher, self.n_epoch, lr, recipe, output=self.output, check=False,
-                                        cbs=clock, **self.options)
+            warnings.simplefilter('ignore', DistillWarning)  # of recipes that are only tried
+            copy_of(self.learn).distill(
+                self.teacher,
+                self.n_epoch,
+                lr,
+                recipe,
+                output=self.output,
+                check=False,
+                cbs=clock,
+                **self.options,
+            )
         return None if clock.over else clock.items[~chosen_half(len(clock.items))]
 
 
@@ -55,29 +62,36 @@ def copy_of(learn) -> Learner:
     """
     new = copy.copy(learn)
     frozen = getattr(learn.opt, 'frozen_idx', 0)
-    new.cbs,new.metrics,new.opt,new.logger = L(),L(),None,noop
-    for cb in learn.cbs: vars(new).pop(cb.name, None)
-    memo = {id(o): o for o in (learn.model, learn.dls, learn.loss_func, *learn.dls.loaders)} | {id(learn): new}
+    new.cbs, new.metrics, new.opt, new.logger = L(), L(), None, noop
     for cb in learn.cbs:
-        if not matters(cb): continue
-        try: new.add_cb(Recorder() if type(cb) is Recorder else copy.deepcopy(cb, memo))
+        vars(new).pop(cb.name, None)
+    memo = {id(o): o for o in (learn.model, learn.dls, learn.loss_func, *learn.dls.loaders)} | {
+        id(learn): new
+    }
+    for cb in learn.cbs:
+        if not matters(cb):
+            continue
+        try:
+            new.add_cb(Recorder() if type(cb) is Recorder else copy.deepcopy(cb, memo))
         except Exception as e:
-            raise DistillError(f"The callback {type(cb).__name__} can't be copied ({e}). Search without it: "
-                               f"with student.removed_cbs(student.{cb.name}): student.distill_find(...)") from e
-    if frozen: new.freeze_to(frozen)
+            raise DistillError(
+                f"The callback {type(cb).__name__} can't be copied ({e}). Search without it: "
+                f'with student.removed_cbs(student.{cb.name}): student.distill_find(...)'
+            ) from e
+    if frozen:
+        new.freeze_to(frozen)
     return new
 
 
 def matters(cb):
-    package,_,module = type(cb).__module__.rpartition('.')
-    return not (package == 'fastai.callback' and module in LEFT_OUT or isinstance(cb, KnowledgeDistillation))
+    package, _, module = type(cb).__module__.rpartition('.')
+    return not (
+        package == 'fastai.callback' and module in LEFT_OUT or isinstance(cb, KnowledgeDistillation)
+    )
 
 
 @contextmanager
-def unchanged(
-    learn,
-    seed:int
-):
+def unchanged(learn, seed: int):
     """Afterwards the student's weights, gradients and modes, its DataLoaders and all random states
     are as before.
 
@@ -86,14 +100,21 @@ def unchanged(
     """
     loaders = learn.dls.loaders
     parts = [getattr(dl, k, None) for dl in loaders for k in PARTS]
-    with guarded_random_state(), restored(*loaders), Generators(*parts).seeded(seed), same_weights(learn.model):
+    with (
+        guarded_random_state(),
+        restored(*loaders),
+        Generators(*parts).seeded(seed),
+        same_weights(learn.model),
+    ):
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
         for dl in loaders:
-            if hasattr(dl, 'rng'): dl.rng = random.Random(seed)
+            if hasattr(dl, 'rng'):
+                dl.rng = random.Random(seed)
         # subtle: scores belong to items by their order
-        if hasattr(learn.dls.valid, 'shuffle'): learn.dls.valid.shuffle = False
+        if hasattr(learn.dls.valid, 'shuffle'):
+            learn.dls.valid.shuffle = False
         yield
 
 
@@ -101,12 +122,14 @@ def unchanged(
 def same_weights(model):
     ps = list(unwrap(model).parameters())
     were = [(p.detach().clone(), p.grad, p.requires_grad) for p in ps]
-    for p in ps: p.grad = None
+    for p in ps:
+        p.grad = None
     try:
-        with untouched(model), torch.enable_grad(): yield
+        with untouched(model), torch.enable_grad():
+            yield
     finally:
         with torch.no_grad():
-            for p,(v,grad,needs) in zip(ps, were):
+            for p, (v, grad, needs) in zip(ps, were):
                 p.requires_grad_(needs)
                 p.copy_(v)
                 p.grad = grad

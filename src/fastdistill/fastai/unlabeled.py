@@ -1,17 +1,19 @@
 "Inputs without labels beside the labeled batches: there the teacher alone teaches."
+
 import torch
 from fastai.text.data import LMDataLoader
-from ..cache.manifest import refuse
-from ..cache.source import identity_of, is_whole
+
 from ..base.outputs import DistillError
 from ..base.seeds import RandomGuard
+from ..cache.manifest import refuse
+from ..cache.source import identity_of, is_whole
 from .batches import loader_of, split_batch
 from .cache_feed import CacheFeed, Epochs, passed_epochs
 from .targets import TargetFeed
 
 __all__ = ['UnlabeledInputs', 'perturbed_rows']
 
-SWAPPED = .1 # share of a perturbed row's cells that come from other rows, as in AutoGluon's distillation
+SWAPPED = 0.1  # share of a perturbed row's cells that come from other rows, as in AutoGluon's distillation
 
 
 class UnlabeledInputs:
@@ -25,35 +27,35 @@ class UnlabeledInputs:
             teacher runs.
         runs: Is there a teacher that runs?
     """
-    def __init__(
-        self,
-        items=None,
-        perturbed:int=0,
-        targets=None,
-        runs:bool=True
-    ):
+
+    def __init__(self, items=None, perturbed: int = 0, targets=None, runs: bool = True):
         if not is_whole(perturbed) or perturbed < 0:
-            raise DistillError(f"perturbed={perturbed!r}: it is how many rows are made of each row, a whole number "
-                               "from 0 up, such as 5.")
+            raise DistillError(
+                f'perturbed={perturbed!r}: it is how many rows are made of each row, a whole number '
+                'from 0 up, such as 5.'
+            )
         if perturbed and not runs:
-            raise DistillError("perturbed= needs a teacher that runs: the rows are made anew in each batch, so there "
-                               "are no stored outputs for them. Pass the teacher itself.")
+            raise DistillError(
+                'perturbed= needs a teacher that runs: the rows are made anew in each batch, so there '
+                'are no stored outputs for them. Pass the teacher itself.'
+            )
         if targets is not None and items is None:
-            raise DistillError("unlabeled_targets= are stored outputs for unlabeled=, which is not given: give both.")
+            raise DistillError(
+                'unlabeled_targets= are stored outputs for unlabeled=, which is not given: give both.'
+            )
         if items is not None and targets is None and not runs:
-            raise DistillError("unlabeled= needs a teacher that runs, or stored outputs for these inputs too: write "
-                               "them with cache_teacher(teacher, dls, 'more', unlabeled=items), and pass "
-                               "unlabeled_targets='more'.")
-        self.items,self.perturbed,self.iterator,self.loader = items,perturbed,None,None
+            raise DistillError(
+                'unlabeled= needs a teacher that runs, or stored outputs for these inputs too: write '
+                "them with cache_teacher(teacher, dls, 'more', unlabeled=items), and pass "
+                "unlabeled_targets='more'."
+            )
+        self.items, self.perturbed, self.iterator, self.loader = items, perturbed, None, None
         self.feed = None if targets is None else UnlabeledFeed(targets)
 
-    def __bool__(self): return self.items is not None or self.perturbed > 0
+    def __bool__(self):
+        return self.items is not None or self.perturbed > 0
 
-    def start(
-        self, learn,
-        teacher,
-        layers=()
-    ):
+    def start(self, learn, teacher, layers=()):
         """Refuse what cannot be used, before the first batch.
 
         Args:
@@ -61,15 +63,15 @@ class UnlabeledInputs:
             layers: Names of the teacher's layers that are compared.
         """
         if isinstance(learn.dls.train, LMDataLoader):
-            raise DistillError("A language model needs no labels: add the texts to its training set.")
-        with RandomGuard():     # a DataLoader of fastai draws its seed
+            raise DistillError(
+                'A language model needs no labels: add the texts to its training set.'
+            )
+        with RandomGuard():  # a DataLoader of fastai draws its seed
             self.loader = None if self.items is None else loader_of(self.items, learn.dls)
-        if self.feed is not None: self.feed.attach_to(self.loader, learn, teacher, layers)
+        if self.feed is not None:
+            self.feed.attach_to(self.loader, learn, teacher, layers)
 
-    def batches(
-        self, learn,
-        ask
-    ):
+    def batches(self, learn, ask):
         """(inputs, the teacher's outputs): the inputs are a tuple.
 
         Args:
@@ -77,27 +79,32 @@ class UnlabeledInputs:
             ask: fn(inputs) -> outputs of a teacher that runs.
         """
         if self.loader is not None:
-            x,y = split_batch(learn, self._next())
-            yield x,ask(x) if self.feed is None else self.feed.decoded(y[-1])
-        if self.perturbed: yield (x := perturbed_rows(learn.xb, self.perturbed)),ask(x)
+            x, y = split_batch(learn, self._next())
+            yield x, ask(x) if self.feed is None else self.feed.decoded(y[-1])
+        if self.perturbed:
+            yield (x := perturbed_rows(learn.xb, self.perturbed)), ask(x)
 
     def _next(self):
         b = None if self.iterator is None else next(self.iterator, None)
         if b is None:
-            if self.feed is not None: self.feed.next_pass()
+            if self.feed is not None:
+                self.feed.next_pass()
             self.iterator = iter(self.loader)
             b = next(self.iterator)
         return b
 
     def stop(self):
         """Forget the DataLoader's iterator, and its workers."""
-        if self.iterator is not None and hasattr(self.iterator, 'close'): self.iterator.close()
-        if self.feed is not None: self.feed.detach()
+        if self.iterator is not None and hasattr(self.iterator, 'close'):
+            self.iterator.close()
+        if self.feed is not None:
+            self.feed.detach()
         self.iterator = self.loader = None
 
 
 class UnlabeledFeed(CacheFeed):
     """Adds the rows of a cache to the batches of a DataLoader beside the Learner's own."""
+
     def attach_to(self, loader, learn, teacher, layers):
         self.passed = passed_epochs(learn)
         self._refuse_other(teacher, layers)
@@ -110,30 +117,35 @@ class UnlabeledFeed(CacheFeed):
         """Refuse outputs of another teacher than that of the labeled batches, or without layers
         that are compared.
         """
-        m,found = self.cache.manifest,[]
-        if isinstance(teacher, CacheFeed): known = teacher.cache.manifest.teacher
-        else: known = {} if isinstance(teacher, TargetFeed) else identity_of(teacher)
+        m, found = self.cache.manifest, []
+        if isinstance(teacher, CacheFeed):
+            known = teacher.cache.manifest.teacher
+        else:
+            known = {} if isinstance(teacher, TargetFeed) else identity_of(teacher)
         weights = [o.get('weights') for o in (m.teacher, known)]
         if all(weights) and weights[0] != weights[1]:
-            found.append(f"teacher: {m.teacher.get('name')} in the cache has other weights than {known['name']}, "
-                         "which teaches the labeled batches")
+            found.append(
+                f'teacher: {m.teacher.get("name")} in the cache has other weights than {known["name"]}, '
+                'which teaches the labeled batches'
+            )
         refuse(self.cache.folder, found, self.cache.force)
         if lost := [n for n in layers if n not in self.cache.decode(self.cache.rows([0])).feats]:
-            raise DistillError(f"{self.cache.folder} has no outputs of the teacher's layers {', '.join(lost)}, which "
-                               f"the recipe compares: cache_teacher(..., unlabeled=items, layers={lost}).")
+            raise DistillError(
+                f"{self.cache.folder} has no outputs of the teacher's layers {', '.join(lost)}, which "
+                f'the recipe compares: cache_teacher(..., unlabeled=items, layers={lost}).'
+            )
 
-    def next_pass(self): self.epochs.begin(self.epochs.passed)
+    def next_pass(self):
+        self.epochs.begin(self.epochs.passed)
 
     def detach(self):
-        if self.epochs is not None: self.passed[self.cache.identity] = self.epochs.before + self.epochs.passed
+        if self.epochs is not None:
+            self.passed[self.cache.identity] = self.epochs.before + self.epochs.passed
         self.epochs = None
         super().detach()
 
 
-def perturbed_rows(
-    x,
-    n:int
-) -> tuple:
+def perturbed_rows(x, n: int) -> tuple:
     """`n` x B rows, each cell with the probability .1 that of another row of the batch, so that a
     column holds what it can hold (Fakoor et al., NeurIPS 2020, arXiv:2006.14284, have several ways;
     AutoGluon swaps cells).
@@ -144,9 +156,13 @@ def perturbed_rows(
     """
     if not all(isinstance(o, torch.Tensor) and o.dim() == 2 for o in x):
         shapes = ', '.join(str(tuple(getattr(o, 'shape', ()))) for o in x)
-        raise DistillError(f"perturbed= is for tables, with rows of numbers as inputs. Here they have shape {shapes}.")
+        raise DistillError(
+            f'perturbed= is for tables, with rows of numbers as inputs. Here they have shape {shapes}.'
+        )
+
     def swap(o):
         rows = o.repeat(n, 1)
         other = o.gather(0, torch.randint(len(o), rows.shape, device=o.device))
         return other.where(torch.rand(rows.shape, device=o.device) < SWAPPED, rows)
+
     return tuple(map(swap, x))

@@ -1,9 +1,11 @@
 "Names of classes, tokens and categories, and their order."
+
 import torch
-from torch import Tensor
 from fastai.basics import is_listy, nested_attr
-from ..checks.class_order import map_classes
+from torch import Tensor
+
 from ..base.outputs import DistillError
+from ..checks.class_order import map_classes
 from .language_model import is_stream
 
 __all__ = ['CODES', 'describe_difference', 'stored_order', 'vocab_of']
@@ -12,17 +14,17 @@ __all__ = ['CODES', 'describe_difference', 'stored_order', 'vocab_of']
 def vocab_of(dls):
     """Names of the classes, in the order of the outputs; None if there are none."""
     v = None if is_stream(dls.train) else getattr(dls, 'vocab', None)
-    if v is None: v = nested_attr(dls, 'train.after_item.vocab')        # codes of masks
-    if v is None or isinstance(v, dict): return None
+    if v is None:
+        v = nested_attr(dls, 'train.after_item.vocab')  # codes of masks
+    if v is None or isinstance(v, dict):
+        return None
     # one vocab for each block, as (tokens, classes)
-    if len(v) and all(hasattr(o, '__len__') and not isinstance(o, str) for o in v): v = v[-1]
+    if len(v) and all(hasattr(o, '__len__') and not isinstance(o, str) for o in v):
+        v = v[-1]
     return list(map(str, v))
 
 
-def stored_order(
-    teacher,
-    student
-) -> Tensor|None:
+def stored_order(teacher, student) -> Tensor | None:
     """The stored column of each of the labels' classes; None if the order is the same. Other
     classes are an error.
 
@@ -31,42 +33,58 @@ def stored_order(
         student: Vocab of the labels.
     """
     if student is None:
-        raise DistillError("The teacher's classes have names, but the labels have no vocab to which they could be "
-                           "mapped: remove vocab=.")
-    found = map_classes(student[-1] if len(student) and isinstance(student[-1], (list, tuple)) else student, teacher)
+        raise DistillError(
+            "The teacher's classes have names, but the labels have no vocab to which they could be "
+            'mapped: remove vocab=.'
+        )
+    found = map_classes(
+        student[-1] if len(student) and isinstance(student[-1], (list, tuple)) else student, teacher
+    )
     if found.missing:
-        raise DistillError(f"The teacher does not have the class(es) {', '.join(found.missing[:5])}: "
-                           f"it has {', '.join(teacher[:10])}{' ...' if len(teacher) > 10 else ''}.")
+        raise DistillError(
+            f'The teacher does not have the class(es) {", ".join(found.missing[:5])}: '
+            f'it has {", ".join(teacher[:10])}{" ..." if len(teacher) > 10 else ""}.'
+        )
     if found.extra:
-        raise DistillError(f"The teacher has {len(teacher)} classes, the labels {len(teacher)-len(found.extra)}: their "
-                           f"probabilities would not sum to 1. Remove {', '.join(found.extra[:5])} from the teacher's "
-                           "outputs with Teacher(model, select=...).")
+        raise DistillError(
+            f'The teacher has {len(teacher)} classes, the labels {len(teacher) - len(found.extra)}: their '
+            f"probabilities would not sum to 1. Remove {', '.join(found.extra[:5])} from the teacher's "
+            'outputs with Teacher(model, select=...).'
+        )
     return None if found.order is None else torch.tensor(found.order)
 
 
 def tokens(dls):
     v = getattr(dls, 'vocab', None)
-    if v is None: return None
-    if is_stream(dls.train): return list(v)
+    if v is None:
+        return None
+    if is_stream(dls.train):
+        return list(v)
     return list(v[0]) if is_listy(v) and len(v) > 1 and is_listy(v[0]) else None
 
 
 def categories(dls):
     c = getattr(dls, 'classes', None)
-    return {k: list(v) for k,v in c.items()} if isinstance(c, dict) and c else None
+    return {k: list(v) for k, v in c.items()} if isinstance(c, dict) and c else None
 
 
 def scales(dls):
     """Means and standard deviations of a table's columns."""
     procs = getattr(getattr(dls, 'procs', None), 'fs', [])
     p = next((p for p in procs if hasattr(p, 'means') and hasattr(p, 'stds')), None)
-    return None if p is None else {k: (round(float(p.means[k]), 5), round(float(p.stds[k]), 5)) for k in p.means}
+    return (
+        None
+        if p is None
+        else {k: (round(float(p.means[k]), 5), round(float(p.stds[k]), 5)) for k in p.means}
+    )
 
 
 CODES = {'tokens': tokens, 'categories': categories, 'columns of numbers': scales}
 
 
 def describe_difference(s, t):
-    if isinstance(s, dict): return 'in ' + ', '.join([k for k in s if s.get(k) != t.get(k)][:3] or ['names'])
-    if len(s) != len(t): return f'{len(s)} and {len(t)} of them'
-    return 'first {!r} and {!r}'.format(*next((x, y) for x,y in zip(s, t) if x != y))
+    if isinstance(s, dict):
+        return 'in ' + ', '.join([k for k in s if s.get(k) != t.get(k)][:3] or ['names'])
+    if len(s) != len(t):
+        return f'{len(s)} and {len(t)} of them'
+    return 'first {!r} and {!r}'.format(*next((x, y) for x, y in zip(s, t) if x != y))

@@ -1,10 +1,22 @@
 """What happens inside a network: layers by name, their outputs, and pairs of a student's and a
 teacher's layers.
 """
+
 from .layer_names import LayerInfo, LayerTree, resolve, unwrap
 from .layer_pairs import Pair, PairTable, pair
 from .probe import layers
 from .projectors import projector
 from .taps import Taps
 
-__all__ = ['LayerInfo', 'LayerTree', 'Pair', 'PairTable', 'Taps', 'layers', 'pair', 'projector', 'resolve', 'unwrap']
+__all__ = [
+    'LayerInfo',
+    'LayerTree',
+    'Pair',
+    'PairTable',
+    'Taps',
+    'layers',
+    'pair',
+    'projector',
+    'resolve',
+    'unwrap',
+]

@@ -1,13 +1,17 @@
 "How a model is called on a batch: which inputs go in by position, and which by name."
+
 import inspect
 from collections.abc import Mapping
+
 from torch import nn
+
 from .layer_names import unwrap
 
 __all__ = ['arguments', 'is_hf', 'predicts_next']
 
 
-def is_hf(model): return hasattr(model, 'config') and hasattr(model, 'main_input_name')
+def is_hf(model):
+    return hasattr(model, 'config') and hasattr(model, 'main_input_name')
 
 
 def predicts_next(model):
@@ -16,11 +20,7 @@ def predicts_next(model):
     return is_hf(model) and type(model).__name__.endswith(('ForCausalLM', 'LMHeadModel'))
 
 
-def arguments(
-    model,
-    x,
-    by_name=None
-):
+def arguments(model, x, by_name=None):
     """(args, kwargs) of the call: a batch that is one dict is passed by name if the model has
     arguments of these names.
 
@@ -30,19 +30,27 @@ def arguments(
         by_name: Inputs by name.
     """
     kwargs = dict(by_name or {})
-    if len(x) != 1 or not isinstance(x[0], Mapping) or not takes_names(model, x[0]): return tuple(x),kwargs
-    return (),{**x[0], **kwargs}
+    if len(x) != 1 or not isinstance(x[0], Mapping) or not takes_names(model, x[0]):
+        return tuple(x), kwargs
+    return (), {**x[0], **kwargs}
 
 
 def takes_names(model, batch):
     """Whether the keys of a dict are names of the model's arguments."""
     model = unwrap(model)
-    if is_hf(model): return True
+    if is_hf(model):
+        return True
     # a `Teacher` gets the dict itself, and decides for the model inside it
-    if not isinstance(model, nn.Module) and hasattr(model, 'named_modules'): return False
-    try: params = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters.values()
-    except (TypeError, ValueError): return False    # builtins and traced modules have no signature
+    if not isinstance(model, nn.Module) and hasattr(model, 'named_modules'):
+        return False
+    try:
+        params = inspect.signature(
+            model.forward if isinstance(model, nn.Module) else model
+        ).parameters.values()
+    except (TypeError, ValueError):
+        return False  # builtins and traced modules have no signature
     named = {p.name: p for p in params if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    if set(batch) <= set(named): return True
+    if set(batch) <= set(named):
+        return True
     any_name = any(p.kind is p.VAR_KEYWORD for p in params)
-    return any_name and all(n in batch or p.default is not p.empty for n,p in named.items())
+    return any_name and all(n in batch or p.default is not p.empty for n, p in named.items())

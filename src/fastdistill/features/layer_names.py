@@ -1,27 +1,46 @@
 "Layers of a model by name: the model inside its wrappers, names and globs, lists of layers."
-import difflib, re
+
+import difflib
+import re
 from dataclasses import dataclass
+
 from torch import nn
 from torch.nn.parameter import is_lazy
+
 from ..base.outputs import DistillError
 
-__all__ = ['LayerInfo', 'LayerTree', 'how_to_name_layers', 'layer_tree', 'model_name', 'named', 'resolve',
-           'split_suffixes', 'text_table', 'unwrap']
+__all__ = [
+    'LayerInfo',
+    'LayerTree',
+    'how_to_name_layers',
+    'layer_tree',
+    'model_name',
+    'named',
+    'resolve',
+    'split_suffixes',
+    'text_table',
+    'unwrap',
+]
 
 WRAPPERS = nn.parallel.DistributedDataParallel, nn.DataParallel
-SUFFIXES = {'in': "the input of the layer",
-            'pre': "the output, copied before the next layer can overwrite it in place",
-            'map': "tokens, or an output with its channels last, as (B, C, H, W)",
-            'tokens': "an output with its channels first as (B, L, D)",
-            'mean': "the mean over positions, a vector"}
+SUFFIXES = {
+    'in': 'the input of the layer',
+    'pre': 'the output, copied before the next layer can overwrite it in place',
+    'map': 'tokens, or an output with its channels last, as (B, C, H, W)',
+    'tokens': 'an output with its channels first as (B, L, D)',
+    'mean': 'the mean over positions, a vector',
+}
 
 
-def unwrap(model:nn.Module):
+def unwrap(model: nn.Module):
     """The model inside DDP, DataParallel and torch.compile."""
     while True:
-        if isinstance(model, WRAPPERS): model = model.module
-        elif isinstance(model, nn.Module) and '_orig_mod' in model._modules: model = model._orig_mod
-        else: return model
+        if isinstance(model, WRAPPERS):
+            model = model.module
+        elif isinstance(model, nn.Module) and '_orig_mod' in model._modules:
+            model = model._orig_mod
+        else:
+            return model
 
 
 def named(model):
@@ -30,24 +49,35 @@ def named(model):
     """
     inner = unwrap(model)
     # a teacher may hold several models, or none
-    if not isinstance(inner, nn.Module): return dict(getattr(inner, 'named_modules', dict)())
+    if not isinstance(inner, nn.Module):
+        return dict(getattr(inner, 'named_modules', dict)())
     have = dict(inner.named_modules(remove_duplicate=False))
-    if any('_orig_mod' in n for n in have):      # a compiled part has the name of the module that was compiled
-        have = {re.sub(r'(^|\.)_orig_mod(?=\.|$)', '', n): m for n,m in have.items()}
+    if any(
+        '_orig_mod' in n for n in have
+    ):  # a compiled part has the name of the module that was compiled
+        have = {re.sub(r'(^|\.)_orig_mod(?=\.|$)', '', n): m for n, m in have.items()}
     return have
 
 
 def model_name(model):
     """The name of a model in messages: its class, or the name that a `Teacher` has."""
     inner = unwrap(model)
-    return type(inner).__name__ if isinstance(inner, nn.Module) else getattr(inner, 'name', type(inner).__name__)
+    return (
+        type(inner).__name__
+        if isinstance(inner, nn.Module)
+        else getattr(inner, 'name', type(inner).__name__)
+    )
 
 
 def how_to_name_layers(model):
     """What to do where the layers of a teacher can't be found: in messages. A source of stored
     outputs says it itself.
     """
-    return getattr(unwrap(model), 'layers_advice', "Name the layers: layers={'student.layer': 'teacher.layer'}.")
+    return getattr(
+        unwrap(model),
+        'layers_advice',
+        "Name the layers: layers={'student.layer': 'teacher.layer'}.",
+    )
 
 
 def _regex(glob):
@@ -56,13 +86,12 @@ def _regex(glob):
     """
     wild = {'**': '.*', '*': '[^.]*', '?': '[^.]'}
     parts = re.split(r'(\*\*|\*|\?|\[[^\]]*\])', glob)
-    return ''.join(wild.get(p) or (p.replace('[!', '[^') if p[:1] == '[' else re.escape(p)) for p in parts)
+    return ''.join(
+        wild.get(p) or (p.replace('[!', '[^') if p[:1] == '[' else re.escape(p)) for p in parts
+    )
 
 
-def resolve(
-    model:nn.Module,
-    pattern:str
-) -> list:
+def resolve(model: nn.Module, pattern: str) -> list:
     """The names that match `pattern`, in the model's order, each with its suffix.
 
     Args:
@@ -75,25 +104,28 @@ def resolve(
 
 def split_suffixes(pattern):
     """[name or glob, *suffixes]. A suffix that does not exist is an error."""
-    name,*how = pattern.split('@')
+    name, *how = pattern.split('@')
     if wrong := [h for h in how if h not in SUFFIXES]:
-        raise DistillError(f"{pattern!r} ends in @{wrong[0]}. It must be one of "
-                           f"{'; '.join(f'@{k} ({v})' for k,v in SUFFIXES.items())}.")
+        raise DistillError(
+            f'{pattern!r} ends in @{wrong[0]}. It must be one of '
+            f'{"; ".join(f"@{k} ({v})" for k, v in SUFFIXES.items())}.'
+        )
     return [name, *how]
 
 
 def resolve_among(model, have, pattern):
-    glob,*how = split_suffixes(pattern)
+    glob, *how = split_suffixes(pattern)
     found = [glob] if glob in have else [n for n in have if n and re.fullmatch(_regex(glob), n)]
-    if not found: raise DistillError(no_such_layer(model, glob, list(have)))
+    if not found:
+        raise DistillError(no_such_layer(model, glob, list(have)))
     return ['@'.join([n, *how]) for n in found]
 
 
 def no_such_layer(model, name, have):
-    near = [n for n in have if n.endswith('.'+name)]
+    near = [n for n in have if n.endswith('.' + name)]
     near = list(dict.fromkeys(near + difflib.get_close_matches(name, have, 5)))[:5]
-    hint = f" Nearest: {', '.join(map(repr, near))}." if near else ''
-    return f"No layer {name!r} in {model_name(model)}.{hint} It has:\n{layer_tree(model).brief()}"
+    hint = f' Nearest: {", ".join(map(repr, near))}.' if near else ''
+    return f'No layer {name!r} in {model_name(model)}.{hint} It has:\n{layer_tree(model).brief()}'
 
 
 @dataclass
@@ -106,29 +138,33 @@ class LayerInfo:
         shape: Of the output; None if the layer did not run.
         params: Parameters in it and in the layers inside it.
     """
-    name:str
-    kind:str
-    shape:tuple|None
-    params:int
+
+    name: str
+    kind: str
+    shape: tuple | None
+    params: int
 
     @property
-    def depth(self): return self.name.count('.') + 1
+    def depth(self):
+        return self.name.count('.') + 1
 
 
 def text_table(head, rows):
     """Rows as lines of text with aligned columns."""
     rows = [[str(o) for o in r] for r in [head, *rows]]
     wide = [max(map(len, c)) for c in zip(*rows)]
-    lines = ['  '.join(o.ljust(w) for o,w in zip(r, wide)).rstrip() for r in rows]
-    return '\n'.join([lines[0], '-'*max(map(len, lines)), *lines[1:]])
+    lines = ['  '.join(o.ljust(w) for o, w in zip(r, wide)).rstrip() for r in rows]
+    return '\n'.join([lines[0], '-' * max(map(len, lines)), *lines[1:]])
 
 
 class LayerTree(list):
     """The layers of a model as a list of `LayerInfo`; printed, a table."""
+
     def __str__(self):
         shape = lambda l: '' if l.shape is None else l.shape
-        rows = [('  '*(l.depth-1) + l.name, l.kind, shape(l), f'{l.params:,}') for l in self]
+        rows = [('  ' * (l.depth - 1) + l.name, l.kind, shape(l), f'{l.params:,}') for l in self]
         return text_table(('layer', 'kind', 'output', 'parameters'), rows)
+
     __repr__ = __str__
 
     def brief(self, n=40):
@@ -136,13 +172,12 @@ class LayerTree(list):
         fits = [d for d in range(1, 10) if sum(l.depth <= d for l in self) <= n]
         shown = [l for l in self if l.depth <= max(fits, default=1)]
         more = len(self) - len(shown[:n])
-        return str(LayerTree(shown[:n])) + (f'\n... and {more} more: layers(model) lists them' if more else '')
+        return str(LayerTree(shown[:n])) + (
+            f'\n... and {more} more: layers(model) lists them' if more else ''
+        )
 
 
-def layer_tree(
-    model:nn.Module,
-    shapes=None
-) -> LayerTree:
+def layer_tree(model: nn.Module, shapes=None) -> LayerTree:
     """Every layer of the model with its class, output shape and number of parameters.
 
     Args:
@@ -150,4 +185,6 @@ def layer_tree(
     """
     count = lambda m: sum(p.numel() for p in m.parameters() if not is_lazy(p))
     shape = (shapes or {}).get
-    return LayerTree(LayerInfo(n, type(m).__name__, shape(m), count(m)) for n,m in named(model).items() if n)
+    return LayerTree(
+        LayerInfo(n, type(m).__name__, shape(m), count(m)) for n, m in named(model).items() if n
+    )

@@ -1,21 +1,34 @@
 """Which layer of the student learns from which layer of the teacher: named by the user, or found
 automatically.
 """
+
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+
 from torch import Tensor, nn
+
 from ..base.outputs import DistillError, Outputs
 from .layer_names import how_to_name_layers, model_name, named, resolve, split_suffixes, text_table
+from .model_stages import check_visible, embedding, has_head, image_size, is_picture, stages
 from .probe import dry_run, probe, series_layers
 from .projectors import describe_projector
 from .shapes import grid
-from .model_stages import check_visible, embedding, has_head, image_size, is_picture, stages
 from .taps import Taps, is_output, layer_output
 
-__all__ = ['Pair', 'PairTable', 'check_names', 'checked_layers', 'inputs', 'names_of_tokens', 'pair']
+__all__ = [
+    'Pair',
+    'PairTable',
+    'check_names',
+    'checked_layers',
+    'inputs',
+    'names_of_tokens',
+    'pair',
+]
 
-MAX_BLOCKS = 6 # of one resolution: up to so many are all paired; of more, only those at the quarters
+MAX_BLOCKS = (
+    6  # of one resolution: up to so many are all paired; of more, only those at the quarters
+)
 
 
 @dataclass
@@ -26,31 +39,37 @@ class Pair:
         projector: In words.
         picture: Tokens are places of a picture; False: places of a sequence, such as a text.
     """
-    student:str
-    s_shape:tuple
-    teacher:str
-    t_shape:tuple
-    projector:str=''
-    picture:bool=True
+
+    student: str
+    s_shape: tuple
+    teacher: str
+    t_shape: tuple
+    projector: str = ''
+    picture: bool = True
 
 
 class PairTable(list):
     """A list of `Pair`, which prints as a table."""
+
     def __str__(self):
-        rows = [(p.student, p.s_shape, p.teacher or "'' (its output)", p.t_shape, p.projector) for p in self]
+        rows = [
+            (p.student, p.s_shape, p.teacher or "'' (its output)", p.t_shape, p.projector)
+            for p in self
+        ]
         return text_table(('student', 'shape', 'teacher', 'shape', 'projector'), rows)
+
     __repr__ = __str__
 
 
 def pair(
-    student:nn.Module,
+    student: nn.Module,
     teacher,
     x_student,
     layers='auto',
     *,
     x_teacher=None,
-    match:str='shape',
-    projector='auto'
+    match: str = 'shape',
+    projector='auto',
 ) -> PairTable:
     """The pairs of layers with their shapes, in the given order. Each model runs on the batch in
     evaluation mode, and is not changed.
@@ -81,87 +100,123 @@ def pair(
             the table.
         projector: What changes the shape (see `projectors.projector`); only for the table.
     """
-    x_s,x_t = inputs(x_student),inputs(x_student if x_teacher is None else x_teacher)
-    word,*how = _word_of(checked_layers(layers))
-    if word == 'embedding': word,how,layers = None,[],_embeddings(student, teacher, x_s, x_t, how)
+    x_s, x_t = inputs(x_student), inputs(x_student if x_teacher is None else x_teacher)
+    word, *how = _word_of(checked_layers(layers))
+    if word == 'embedding':
+        word, how, layers = None, [], _embeddings(student, teacher, x_s, x_t, how)
     if word:
-        found = _pairs_proposed(student, teacher, x_s, x_t)[-1 if word == 'last' else 0:]
-        layers = [(_with_suffixes(s, a, how), _with_suffixes(t, b, how)) for s,a,t,b in found]
-    if not word or how: found = _pairs_asked(student, teacher, x_s, x_t, layers)
+        found = _pairs_proposed(student, teacher, x_s, x_t)[-1 if word == 'last' else 0 :]
+        layers = [(_with_suffixes(s, a, how), _with_suffixes(t, b, how)) for s, a, t, b in found]
+    if not word or how:
+        found = _pairs_asked(student, teacher, x_s, x_t, layers)
     picture = is_picture(x_s) and is_picture(x_t)
-    return PairTable(Pair(s, a, t, b, describe_projector(a, b, projector, match), picture) for s,a,t,b in found)
+    return PairTable(
+        Pair(s, a, t, b, describe_projector(a, b, projector, match), picture)
+        for s, a, t, b in found
+    )
 
 
 def checked_layers(layers):
     """`layers`, unless it is wrong for every model."""
-    word,*_ = _word_of(layers)
+    word, *_ = _word_of(layers)
     names = [layers] if word else [n for names in _name_pairs(layers) for n in names]
     if not names:
-        raise DistillError(f"layers={layers!r} names no layers: give {{'student.layer': 'teacher.layer'}}, or 'auto'")
-    for n in names: split_suffixes(n)
+        raise DistillError(
+            f"layers={layers!r} names no layers: give {{'student.layer': 'teacher.layer'}}, or 'auto'"
+        )
+    for n in names:
+        split_suffixes(n)
     return layers
 
 
 def check_names(student, teacher, layers):
     """Refuse layers that these models don't have. It needs no batch."""
-    if not _word_of(layers)[0]: return _names_asked(student, teacher, layers)
+    if not _word_of(layers)[0]:
+        return _names_asked(student, teacher, layers)
     of = ('student', student), ('teacher', teacher)
-    for who,model in of[:1] if _word_of(layers)[0] == 'embedding' else of:
-        with _InModel(who): check_visible(model)
+    for who, model in of[:1] if _word_of(layers)[0] == 'embedding' else of:
+        with _InModel(who):
+            check_visible(model)
 
 
 def _word_of(layers):
     """['auto', 'last' or 'embedding', *suffixes]; [None] if `layers` holds names."""
-    word,*how = split_suffixes(layers) if isinstance(layers, str) else [None]
+    word, *how = split_suffixes(layers) if isinstance(layers, str) else [None]
     return [word, *how] if word in ('auto', 'last', 'embedding') else [None]
 
 
-def inputs(x): return tuple(x) if isinstance(x, (tuple, list)) else (x,)
+def inputs(x):
+    return tuple(x) if isinstance(x, (tuple, list)) else (x,)
 
 
 class _InModel:
     """Errors inside this context name the model that they are about."""
-    def __init__(self, who): self.who = who
-    def __enter__(self): return self
+
+    def __init__(self, who):
+        self.who = who
+
+    def __enter__(self):
+        return self
+
     def __exit__(self, kind, e, _):
-        if isinstance(e, DistillError): raise DistillError(f"In the {self.who}: {e}") from e.__cause__
+        if isinstance(e, DistillError):
+            raise DistillError(f'In the {self.who}: {e}') from e.__cause__
 
 
 def _pairs_asked(student, teacher, x_s, x_t, layers):
     names = _names_asked(student, teacher, layers)
-    with _InModel('student'): a = _layer_shapes(student, x_s, [s for s,_ in names])
-    with _InModel('teacher'): b = _layer_shapes(teacher, x_t, [t for _,t in names])
-    if not _has_layers(teacher): _refuse_unknown_layout([(s, *a[s], *b[t]) for s,t in names])
-    return [(*a[s], *b[t]) for s,t in names]
+    with _InModel('student'):
+        a = _layer_shapes(student, x_s, [s for s, _ in names])
+    with _InModel('teacher'):
+        b = _layer_shapes(teacher, x_t, [t for _, t in names])
+    if not _has_layers(teacher):
+        _refuse_unknown_layout([(s, *a[s], *b[t]) for s, t in names])
+    return [(*a[s], *b[t]) for s, t in names]
 
 
 def _refuse_unknown_layout(pairs):
     """A function returns features without their layers, so nothing shows which of three axes holds
     the channels.
     """
-    for asked,s,_,t,t_shape in pairs:
+    for asked, s, _, t, t_shape in pairs:
         if s != asked and len(t_shape) == 3 and '@' not in t:
-            raise DistillError(f"The student's layer {asked!r} has its channels first, (B, C, L). The teacher's {t!r} "
-                               f"of shape {t_shape} comes without its layer, so nothing shows whether it has them "
-                               f"first too. Return it as tokens (B, L, C), under the name '{t}@tokens'.")
+            raise DistillError(
+                f"The student's layer {asked!r} has its channels first, (B, C, L). The teacher's {t!r} "
+                f'of shape {t_shape} comes without its layer, so nothing shows whether it has them '
+                f"first too. Return it as tokens (B, L, C), under the name '{t}@tokens'."
+            )
 
 
 def _names_asked(student, teacher, layers):
-    return [n for s,t in _name_pairs(layers) for n in _matching_names(student, teacher, s, t)]
+    return [n for s, t in _name_pairs(layers) for n in _matching_names(student, teacher, s, t)]
 
 
 def _name_pairs(layers):
     """(student's pattern, teacher's pattern) of each pair, in the given order."""
     if isinstance(layers, Tensor):
-        raise DistillError("layers= got a tensor. Inputs that only the teacher takes go into x_teacher=.")
-    if isinstance(layers, str): layers = [layers]
+        raise DistillError(
+            'layers= got a tensor. Inputs that only the teacher takes go into x_teacher=.'
+        )
+    if isinstance(layers, str):
+        layers = [layers]
     if isinstance(layers, Mapping):
-        layers = [(s, t) for s,ts in layers.items() for t in (ts if isinstance(ts, (tuple, list)) else [ts])]
-    items = [(o, o) if isinstance(o, str) else o for o in (layers if isinstance(layers, (tuple, list)) else [layers])]
-    if wrong := [o for o in items if not isinstance(o, (tuple, list)) or [type(n) for n in o] != [str, str]]:
-        raise DistillError(f"layers={layers!r}: {wrong[0]!r} is not a pair of names. Give {{'student.layer': "
-                           "'teacher.layer'}, {'student.layer': ['teacher.layer', ...]}, a list of pairs, a list of "
-                           "names that both models have, 'auto', 'last' and 'embedding'.")
+        layers = [
+            (s, t)
+            for s, ts in layers.items()
+            for t in (ts if isinstance(ts, (tuple, list)) else [ts])
+        ]
+    items = [
+        (o, o) if isinstance(o, str) else o
+        for o in (layers if isinstance(layers, (tuple, list)) else [layers])
+    ]
+    if wrong := [
+        o for o in items if not isinstance(o, (tuple, list)) or [type(n) for n in o] != [str, str]
+    ]:
+        raise DistillError(
+            f"layers={layers!r}: {wrong[0]!r} is not a pair of names. Give {{'student.layer': "
+            "'teacher.layer'}, {'student.layer': ['teacher.layer', ...]}, a list of pairs, a list of "
+            "names that both models have, 'auto', 'last' and 'embedding'."
+        )
     return items
 
 
@@ -169,37 +224,40 @@ def _matching_names(student, teacher, s, t):
     """Pairs of the names that match the student's glob and the teacher's glob, in the order of the
     models.
     """
-    with _InModel('student'): a = resolve(student, s)
-    with _InModel('teacher'): b = resolve(teacher, t) if _has_layers(teacher) else [t]
+    with _InModel('student'):
+        a = resolve(student, s)
+    with _InModel('teacher'):
+        b = resolve(teacher, t) if _has_layers(teacher) else [t]
     if len(a) != len(b):
-        raise DistillError(f"{s!r} names {len(a)} layers of the student ({', '.join(a)}), {t!r} names {len(b)} of the "
-                           f"teacher ({', '.join(b)}). They pair in order, so the numbers must be equal. Name the "
-                           "layers one by one.")
+        raise DistillError(
+            f'{s!r} names {len(a)} layers of the student ({", ".join(a)}), {t!r} names {len(b)} of the '
+            f'teacher ({", ".join(b)}). They pair in order, so the numbers must be equal. Name the '
+            'layers one by one.'
+        )
     return zip(a, b)
 
 
-def _has_layers(model): return isinstance(model, nn.Module) or bool(named(model))
+def _has_layers(model):
+    return isinstance(model, nn.Module) or bool(named(model))
 
 
 def _layer_shapes(model, x, names):
     """Given name -> (name, shape). The name gets the suffix @tokens if the layer's output is (B, C,
     L).
     """
-    if not _has_layers(model): return _shapes_of_outputs(model, dry_run(model, *x), names)
+    if not _has_layers(model):
+        return _shapes_of_outputs(model, dry_run(model, *x), names)
     with Taps(model, names) as taps:
         ran = probe(model, *x)
-        shapes = {n: tuple(y.shape) for n,y in taps.pop().items()}
+        shapes = {n: tuple(y.shape) for n, y in taps.pop().items()}
     final = dict(zip(shapes, _with_tokens(named(model), ran, shapes)))
-    if [*final] == [*final.values()]: return {n: (n, shape) for n,shape in shapes.items()}
+    if [*final] == [*final.values()]:
+        return {n: (n, shape) for n, shape in shapes.items()}
     again = _layer_shapes(model, x, list(final.values()))
-    return {n: again[f] for n,f in final.items()}
+    return {n: again[f] for n, f in final.items()}
 
 
-def names_of_tokens(
-    model,
-    x,
-    names
-) -> list:
+def names_of_tokens(model, x, names) -> list:
     """The names with which `Taps` reads series as tokens (B, L, D): '0@tokens' if '0' is a 1d
     convolution.
 
@@ -208,21 +266,28 @@ def names_of_tokens(
         x: A batch of inputs, a tuple.
         names: Of layers, with suffixes or without.
     """
-    return [name for name,_ in _layer_shapes(model, x, names).values()] if _has_layers(model) else list(names)
+    return (
+        [name for name, _ in _layer_shapes(model, x, names).values()]
+        if _has_layers(model)
+        else list(names)
+    )
 
 
 def _with_tokens(modules, ran, names):
     """Names with @tokens where a layer's output is (B, C, L), and without it where it is (B, L, D)
     already.
     """
-    first,fired = series_layers(ran),{f.module: f for f in ran}
+    first, fired = series_layers(ran), {f.module: f for f in ran}
     for name in names:
-        base,*how = name.split('@')
+        base, *how = name.split('@')
         f = fired[modules[base]]
         shape = f.shape_in if 'in' in how else f.shape
         if shape is not None and len(shape) == 3:
             # @tokens comes before the other changes of shape, which expect tokens
-            where,turns = [h for h in how if h in ('in', 'pre')],[h for h in how if h in ('map', 'mean')]
+            where, turns = (
+                [h for h in how if h in ('in', 'pre')],
+                [h for h in how if h in ('map', 'mean')],
+            )
             how = [*where, *(['tokens'] if f.module in first else []), *turns]
         yield '@'.join([base, *how])
 
@@ -234,35 +299,46 @@ def _shapes_of_outputs(model, out, names):
     plain = lambda name: [o for o in name.split('@') if o != 'tokens']
     alike = lambda n: next((k for k in feats if plain(k) == plain(n)), None)
     found = {n: n if n in feats or is_output(n) else alike(n) for n in names}
-    if wrong := [n for n,k in found.items() if k is None]:
-        raise DistillError(f"Its outputs hold no layer {wrong[0]!r}. They hold: {', '.join(feats) or 'no layers'}. "
-                           f"{getattr(model, 'layers_advice', '')}".strip())
-    return {n: (k, tuple(layer_output(Outputs.of(out), k).shape)) for n,k in found.items()}
+    if wrong := [n for n, k in found.items() if k is None]:
+        raise DistillError(
+            f'Its outputs hold no layer {wrong[0]!r}. They hold: {", ".join(feats) or "no layers"}. '
+            f'{getattr(model, "layers_advice", "")}'.strip()
+        )
+    return {n: (k, tuple(layer_output(Outputs.of(out), k).shape)) for n, k in found.items()}
 
 
 def _embeddings(student, teacher, x_s, x_t, how):
     """The names of both models' embeddings, as one pair."""
-    with _InModel('student'): own,s = embedding(student, x_s),Outputs.of(dry_run(student, *x_s)).logits.shape
+    with _InModel('student'):
+        own, s = embedding(student, x_s), Outputs.of(dry_run(student, *x_s)).logits.shape
     with _InModel('teacher'):
-        t,seen = Outputs.of(dry_run(teacher, *x_t)).logits.shape,'' in named(teacher)
-        if seen and (t == s or has_head(teacher, x_t)): other = embedding(teacher, x_t)
+        t, seen = Outputs.of(dry_run(teacher, *x_t)).logits.shape, '' in named(teacher)
+        if seen and (t == s or has_head(teacher, x_t)):
+            other = embedding(teacher, x_t)
         elif t == s:
-            raise DistillError(f"layers='embedding': the output of {model_name(teacher)} has shape {tuple(t)}, like "
-                               "the student's, so it seems to be a prediction, and its layers can't be read. "
-                               f"{how_to_name_layers(teacher)} '' is the teacher's output.")
-        else: other = '' if len(t) == 2 else '@mean'
+            raise DistillError(
+                f"layers='embedding': the output of {model_name(teacher)} has shape {tuple(t)}, like "
+                "the student's, so it seems to be a prediction, and its layers can't be read. "
+                f"{how_to_name_layers(teacher)} '' is the teacher's output."
+            )
+        else:
+            other = '' if len(t) == 2 else '@mean'
     return [('@'.join([own, *how]), '@'.join([other, *how]))]
 
 
 def _pairs_proposed(student, teacher, x_s, x_t):
-    with _InModel('student'): a = stages(student, x_s)
-    with _InModel('teacher'): b = stages(teacher, x_t)
+    with _InModel('student'):
+        a = stages(student, x_s)
+    with _InModel('teacher'):
+        b = stages(teacher, x_t)
     if a[0].kind == 'vector' and b[0].kind != 'vector':
         what = 'maps' if b[0].kind == 'map' else b[0].kind
-        raise DistillError(f"layers='auto' finds vectors in the student and {what} in the teacher. A vector can't be "
-                           "projected to these. Name the layers: layers={'student.layer': 'teacher.layer'}.")
+        raise DistillError(
+            f"layers='auto' finds vectors in the student and {what} in the teacher. A vector can't be "
+            "projected to these. Name the layers: layers={'student.layer': 'teacher.layer'}."
+        )
     pairs = _pair_by_resolution(a, b, image_size(x_s), image_size(x_t)) or _pair_by_depth(a, b)
-    return [(*_name_and_shape(s, t, x_s), *_name_and_shape(t, s, x_t)) for s,t in pairs]
+    return [(*_name_and_shape(s, t, x_s), *_name_and_shape(t, s, x_t)) for s, t in pairs]
 
 
 def _name_and_shape(u, other, x):
@@ -271,19 +347,23 @@ def _name_and_shape(u, other, x):
     """
     square = is_picture(x) and len(set(image_size(x))) == 1
     g = grid(u.shape[1]) if square and u.kind == 'tokens' and other.kind == 'map' else None
-    if g: return f'{u.name}@map', (u.shape[0], u.shape[2], *g[1:])
-    if u.turn == '@tokens': return f'{u.name}@tokens', (u.shape[0], u.shape[2], u.shape[1])
+    if g:
+        return f'{u.name}@map', (u.shape[0], u.shape[2], *g[1:])
+    if u.turn == '@tokens':
+        return f'{u.name}@tokens', (u.shape[0], u.shape[2], u.shape[1])
     return u.name + u.turn, u.shape
 
 
-def _with_suffixes(name, shape, how): return '@'.join([name, *(h for h in how if h != 'map' or len(shape) == 3)])
+def _with_suffixes(name, shape, how):
+    return '@'.join([name, *(h for h in how if h != 'map' or len(shape) == 3)])
 
 
 def _pair_by_depth(a, b):
     """Stages at equal relative depth; the last pairs with the last."""
     n = min(len(a), len(b))
-    if n > MAX_BLOCKS and any(len({u.place for u in us}) == 1 for us in (a, b)): n = 4
-    at = lambda us, k: us[int((k+1)*len(us)/n + .5) - 1]
+    if n > MAX_BLOCKS and any(len({u.place for u in us}) == 1 for us in (a, b)):
+        n = 4
+    at = lambda us, k: us[int((k + 1) * len(us) / n + 0.5) - 1]
     return [(at(a, k), at(b, k)) for k in range(n)]
 
 
@@ -291,13 +371,20 @@ def _pair_by_resolution(a, b, size_a, size_b):
     """Stages of equal resolution, both on the way down or both on the way up; None if resolutions
     give no pairs.
     """
-    if not size_a or len(size_a) != len(size_b) or any(u.kind != 'map' for u in a+b): return None
-    down_a,down_b = _going_down(a),_going_down(b)
-    shrinks = lambda i, j: [(p/n)/(q/m) for n,p,m,q in zip(size_a, a[i].place, size_b, b[j].place)]
-    equal = lambda i, j: all(.8 < r < 1.25 for r in shrinks(i, j))
-    def ends(row): return row and row[-1] == (a[-1], b[-1]) and 2*len(row) >= min(len(a), len(b))
+    if not size_a or len(size_a) != len(size_b) or any(u.kind != 'map' for u in a + b):
+        return None
+    down_a, down_b = _going_down(a), _going_down(b)
+    shrinks = lambda i, j: [
+        (p / n) / (q / m) for n, p, m, q in zip(size_a, a[i].place, size_b, b[j].place)
+    ]
+    equal = lambda i, j: all(0.8 < r < 1.25 for r in shrinks(i, j))
+
+    def ends(row):
+        return row and row[-1] == (a[-1], b[-1]) and 2 * len(row) >= min(len(a), len(b))
+
     row = _longest_row(a, b, lambda i, j: equal(i, j) and down_a[i] == down_b[j])
-    if ends(row) or all(down_a + down_b): return row if ends(row) else None
+    if ends(row) or all(down_a + down_b):
+        return row if ends(row) else None
     # one of the two is a U-Net: a net that ends at its full resolution pairs with its last stages. Other nets pair on
     # its way down, or on its way up if no resolution on the way down is equal
     anywhere = _longest_row(a, b, equal)
@@ -311,9 +398,15 @@ def _longest_row(a, b, equal):
     best = {}
     for i in range(len(a)):
         for j in range(len(b)):
-            if equal(i, j): best[i, j] = [*best.get((i-1, j-1), []), (i, j)]
-            else: best[i, j] = max(best.get((i-1, j), []), best.get((i, j-1), []), key=lambda r: (len(r), r[-1:]))
-    return [(a[i], b[j]) for i,j in best[len(a)-1, len(b)-1]]
+            if equal(i, j):
+                best[i, j] = [*best.get((i - 1, j - 1), []), (i, j)]
+            else:
+                best[i, j] = max(
+                    best.get((i - 1, j), []),
+                    best.get((i, j - 1), []),
+                    key=lambda r: (len(r), r[-1:]),
+                )
+    return [(a[i], b[j]) for i, j in best[len(a) - 1, len(b) - 1]]
 
 
 def _going_down(us):
@@ -321,7 +414,7 @@ def _going_down(us):
     one's direction.
     """
     down = [True]
-    for u,before in zip(us[1:], us):
-        now,was = math.prod(u.place),math.prod(before.place)
+    for u, before in zip(us[1:], us):
+        now, was = math.prod(u.place), math.prod(before.place)
         down.append(now < was or now == was and down[-1])
     return down

@@ -1,8 +1,11 @@
 "Where the stages of a network end."
+
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+
 from torch import Tensor, nn
+
 from ..base.outputs import DistillError
 from .layer_names import how_to_name_layers, layer_tree, model_name, named
 from .probe import probe, series_layers
@@ -19,9 +22,19 @@ def image_size(x):
     is neither.
     """
     xs = x[0].values() if isinstance(x[0], Mapping) else x[:1]
-    return next((tuple(o.shape[2:]) for o in xs if isinstance(o, Tensor) and o.is_floating_point() and o.dim() > 2), ())
+    return next(
+        (
+            tuple(o.shape[2:])
+            for o in xs
+            if isinstance(o, Tensor) and o.is_floating_point() and o.dim() > 2
+        ),
+        (),
+    )
 
-def is_picture(x): return len(image_size(x)) > 1
+
+def is_picture(x):
+    return len(image_size(x)) > 1
+
 
 def batch_size(x):
     xs = x[0].values() if isinstance(x[0], Mapping) else x
@@ -39,22 +52,28 @@ class Stage:
         leaf: It holds no other layers.
         turn: The suffix that gives its output this shape.
     """
-    name:str
-    module:nn.Module
-    kind:str
-    shape:tuple
-    weights:int
-    leaf:bool
-    turn:str=''
+
+    name: str
+    module: nn.Module
+    kind: str
+    shape: tuple
+    weights: int
+    leaf: bool
+    turn: str = ''
 
     @property
-    def place(self): return self.shape[2:] if self.kind == 'map' else self.shape[1:-1]
+    def place(self):
+        return self.shape[2:] if self.kind == 'map' else self.shape[1:-1]
 
     @property
-    def deep(self): return self.weights > 1
+    def deep(self):
+        return self.weights > 1
 
     @property
-    def dilation(self): return max((max(m.dilation) for m in self.module.modules() if isinstance(m, CONVS)), default=1)
+    def dilation(self):
+        return max(
+            (max(m.dilation) for m in self.module.modules() if isinstance(m, CONVS)), default=1
+        )
 
 
 def stages(model, x):
@@ -62,10 +81,13 @@ def stages(model, x):
     road = Road(model, x)
     found = road.stages(road.walk())
     # in a net of one resolution, the blocks are the stages
-    if len(found) == 1 and found[0].kind == 'map': found = road.stages(road.walk(split_maps=True))
+    if len(found) == 1 and found[0].kind == 'map':
+        found = road.stages(road.walk(split_maps=True))
     if not found:
-        raise DistillError(f"layers='auto' finds no stages in {model_name(model)}. Name the layers: "
-                           f"layers={{'student.layer': 'teacher.layer'}}. It has:\n{layer_tree(model).brief()}")
+        raise DistillError(
+            f"layers='auto' finds no stages in {model_name(model)}. Name the layers: "
+            f"layers={{'student.layer': 'teacher.layer'}}. It has:\n{layer_tree(model).brief()}"
+        )
     return found
 
 
@@ -74,9 +96,15 @@ def embedding(model, x):
     or tokens, or else the mean of these. Of a network of vectors, the last layer before its head.
     """
     units = Road(model, x).walk()
-    if not units: raise DistillError(f"{model_name(model)} has no embedding that could be found. Name the layer.")
-    after = next((i for i,u in reversed([*enumerate(units)]) if u.kind != 'vector'), len(units)-2)
-    if after+1 < len(units): return units[after+1].name
+    if not units:
+        raise DistillError(
+            f'{model_name(model)} has no embedding that could be found. Name the layer.'
+        )
+    after = next(
+        (i for i, u in reversed([*enumerate(units)]) if u.kind != 'vector'), len(units) - 2
+    )
+    if after + 1 < len(units):
+        return units[after + 1].name
     return f'{units[after].name}{units[after].turn}@mean'
 
 
@@ -89,28 +117,32 @@ def has_head(model, x):
 def check_visible(model):
     """Refuse a teacher without readable layers: a function, a file, several models."""
     if '' not in named(model):
-        raise DistillError(f"layers='auto' needs one model whose layers can be read, not {model_name(model)}. "
-                           f"{how_to_name_layers(model)}")
+        raise DistillError(
+            f"layers='auto' needs one model whose layers can be read, not {model_name(model)}. "
+            f'{how_to_name_layers(model)}'
+        )
 
 
 class Road:
     """The main road through a model: its layers in order. A container is one layer unless several
     stages end in it.
     """
+
     def __init__(self, model, x):
         check_visible(model)
         ran = probe(model, *x)
-        self.ran,self.when = {f.name: f for f in ran},{f.name: i for i,f in enumerate(ran)}
+        self.ran, self.when = {f.name: f for f in ran}, {f.name: i for i, f in enumerate(ran)}
         self.first = series_layers(ran)
-        self.size,self.picture = image_size(x),is_picture(x)
+        self.size, self.picture = image_size(x), is_picture(x)
         # a teacher may run slices of the batch
         ran_on = self.ran[''].shape_in if '' in self.ran else None
         self.batch = ran_on[0] if ran_on else batch_size(x)
         self.below = {}
         for n in self.ran:
             while n:
-                n,child = n.rpartition('.')[0],n
-                if child in self.below.setdefault(n, []): break
+                n, child = n.rpartition('.')[0], n
+                if child in self.below.setdefault(n, []):
+                    break
                 self.below[n].append(child)
         self.head = self._head(ran)
 
@@ -119,18 +151,30 @@ class Road:
         '' if there is none.
         """
         head = next((f.name for f in reversed(ran) if has_weights(f.module)), '')
-        return '' if any(self._blocks(n, maps=True) for n in self.below if n and is_inside(head, n)) else head
+        return (
+            ''
+            if any(self._blocks(n, maps=True) for n in self.below if n and is_inside(head, n))
+            else head
+        )
 
     # the output of a layer
 
     def look(self, name):
         """A layer as a stage; None if its output is not a feature whose first axis is the batch."""
         f = self.ran.get(name)
-        if f is None or not f.floats or not 2 <= len(f.shape) <= 5 or f.shape[0] != self.batch: return None
-        dims,shape,last = len(f.shape),f.shape,self._channels_last(f)
-        kind = 'vector' if dims == 2 or shape[1:-1] == (1,) else 'tokens' if dims == 3 and last else 'map'
+        if f is None or not f.floats or not 2 <= len(f.shape) <= 5 or f.shape[0] != self.batch:
+            return None
+        dims, shape, last = len(f.shape), f.shape, self._channels_last(f)
+        kind = (
+            'vector'
+            if dims == 2 or shape[1:-1] == (1,)
+            else 'tokens'
+            if dims == 3 and last
+            else 'map'
+        )
         turn = '@map' if dims == 4 and last else '@tokens' if dims == 3 and not last else ''
-        if turn == '@map': shape = (shape[0], shape[3], *shape[1:3])
+        if turn == '@map':
+            shape = (shape[0], shape[3], *shape[1:3])
         weights = sum(map(has_weights, f.module.modules()))
         return Stage(name, f.module, kind, shape, weights, name not in self.below, turn)
 
@@ -138,27 +182,33 @@ class Road:
         """Is the channel axis the last? The picture's height/width decides, else the classes of the
         layers inside.
         """
-        if len(f.shape) == 3: return f.module not in self.first
-        if len(f.shape) != 4: return False
+        if len(f.shape) == 3:
+            return f.module not in self.first
+        if len(f.shape) != 4:
+            return False
         have = {type(m) for m in f.module.modules()}
         of = lambda *kinds: any(issubclass(h, kinds) for h in have)
         if self.picture:
-            like = lambda h, w: abs(h - w*self.size[0]/self.size[1]) <= 1
-            first,behind = like(*f.shape[2:]),like(*f.shape[1:3])
-            if first != behind: return behind
+            like = lambda h, w: abs(h - w * self.size[0] / self.size[1]) <= 1
+            first, behind = like(*f.shape[2:]), like(*f.shape[1:3])
+            if first != behind:
+                return behind
         return of(nn.Linear) and not of(*CONVS)
 
     # which layers are stages
 
     def walk(self, split_maps=False):
         """Candidates for stages, and the layers between them."""
-        found,place = [],()
+        found, place = [], ()
         for n in sorted(self._open('', split_maps), key=self.when.get):
             u = self.look(n)
-            if u is None: continue
+            if u is None:
+                continue
             # a map that was pooled to 1 x 1 is in effect a vector
-            if u.kind == 'map' and set(u.place) == {1} and max(place, default=0) > 4: continue
-            if u.kind == 'map': place = u.place
+            if u.kind == 'map' and set(u.place) == {1} and max(place, default=0) > 4:
+                continue
+            if u.kind == 'map':
+                place = u.place
             found.append(u)
         return found
 
@@ -167,21 +217,27 @@ class Road:
         split.
         """
         at_head = not name or is_inside(self.head, name)
-        if not at_head and self.when.get(name, 0) > self.when[self.head]: return []
-        u,below = self.look(name),self.below.get(name, [])
-        if below and (u is None or at_head or (not block and self._row(u, split_maps)) or self._several(u)):
+        if not at_head and self.when.get(name, 0) > self.when[self.head]:
+            return []
+        u, below = self.look(name), self.below.get(name, [])
+        if below and (
+            u is None or at_head or (not block and self._row(u, split_maps)) or self._several(u)
+        ):
             block = self._blocks(name, split_maps)
             return [o for n in below for o in self._open(n, split_maps, block)]
         return [] if u is None or name == self.head else [name]
 
     def _row(self, u, split_maps):
         "Does it hold a row of blocks, each of which is a stage?"
-        if u.kind == 'map' and not split_maps: return False
+        if u.kind == 'map' and not split_maps:
+            return False
         return any(self._blocks(n, split_maps) for n in [u.name, *self._inside(u.name)])
 
     def _several(self, u):
         "Does more than one stage end in it?"
-        inside = [o for n in self._inside(u.name) if (o := self.look(n)) and o.weights and o.kind == 'map']
+        inside = [
+            o for n in self._inside(u.name) if (o := self.look(n)) and o.weights and o.kind == 'map'
+        ]
         others = {o.place for o in inside if set(o.place) != {1}} - self._ends(u)
         areas = sorted(map(math.prod, self._ends(u)))
         between = [p for p in others if areas and areas[0] < math.prod(p) < areas[-1]]
@@ -190,9 +246,11 @@ class Road:
 
     def _ends(self, u):
         """The resolutions of the input and the output of a layer that gives a map."""
-        if u.kind != 'map': return set()
+        if u.kind != 'map':
+            return set()
         entry = self.ran[u.name].shape_in or ()
-        if len(entry) != len(u.shape): return {u.place}
+        if len(entry) != len(u.shape):
+            return {u.place}
         return {u.place, entry[1:3] if u.turn == '@map' else entry[2:]}
 
     def _blocks(self, name, maps):
@@ -212,26 +270,32 @@ class Road:
         """The last layer of each stage."""
         groups = self._groups([u for u in units if u.kind != 'vector'])
         # in a net with blocks, single layers are stems and necks, not stages
-        if any(u.deep for g in groups for u in g): groups = [g for g in groups if any(u.deep for u in g)]
-        if not groups: groups = self._layers([u for u in units if u.kind == 'vector'])
-        elif len(groups) == 1 and sum(u.deep for u in groups[0]) > 1: return [u for u in groups[0] if u.deep]
-        if len(groups) > 3 and self._stem(groups[0], units): groups = groups[1:]
+        if any(u.deep for g in groups for u in g):
+            groups = [g for g in groups if any(u.deep for u in g)]
+        if not groups:
+            groups = self._layers([u for u in units if u.kind == 'vector'])
+        elif len(groups) == 1 and sum(u.deep for u in groups[0]) > 1:
+            return [u for u in groups[0] if u.deep]
+        if len(groups) > 3 and self._stem(groups[0], units):
+            groups = groups[1:]
         return [self._end(g) for g in groups]
 
     def _groups(self, units):
         """Groups of consecutive layers of one resolution and dilation, if any of them has weights."""
-        groups,place,dilation = [],None,None
+        groups, place, dilation = [], None, None
         for u in units:
-            here = u.kind,self._place(u)
+            here = u.kind, self._place(u)
             if here != place or (u.weights and dilation not in (None, u.dilation)):
                 groups.append([])
-                place,dilation = here,None
-            if u.weights: dilation = u.dilation
+                place, dilation = here, None
+            if u.weights:
+                dilation = u.dilation
             groups[-1].append(u)
         return [g for g in groups if any(u.weights for u in g)]
 
     def _place(self, u):
-        if u.kind == 'map': return u.place
+        if u.kind == 'map':
+            return u.place
         # class tokens are not part of the resolution
         return (grid(u.shape[1]) or u.shape)[1:] if self.picture else ()
 
@@ -239,35 +303,51 @@ class Road:
         """Each layer with weights, together with the activations after it."""
         groups = []
         for u in units:
-            if u.weights: groups.append([u])
-            elif groups: groups[-1].append(u)
+            if u.weights:
+                groups.append([u])
+            elif groups:
+                groups[-1].append(u)
         return groups
 
     def _stem(self, group, units):
         "Is this group just the one layer at the entry that shrinks the picture?"
-        entry,*more = [u for u in group if u.weights]
+        entry, *more = [u for u in group if u.weights]
         first = next(u for u in units if u.weights)
-        return not more and entry is first and entry.kind == 'map' and max(entry.place) < max(self.size, default=0)
+        return (
+            not more
+            and entry is first
+            and entry.kind == 'map'
+            and max(entry.place) < max(self.size, default=0)
+        )
 
     def _end(self, group):
         """The last block; if there are no blocks, the last activation after the single layers."""
         blocks = any(u.deep for u in group)
-        i = max(i for i,u in enumerate(group) if u.weights and (u.deep or not blocks))
-        tail = group[i+1:]
-        if group[i].leaf: tail = [u for u in tail if not isinstance(u.module, PASSIVE)]
-        else: # after a block, take only an activation that would overwrite its output in place
-            n = next((k for k,u in enumerate(tail) if not getattr(u.module, 'inplace', False)), len(tail))
+        i = max(i for i, u in enumerate(group) if u.weights and (u.deep or not blocks))
+        tail = group[i + 1 :]
+        if group[i].leaf:
+            tail = [u for u in tail if not isinstance(u.module, PASSIVE)]
+        else:  # after a block, take only an activation that would overwrite its output in place
+            n = next(
+                (k for k, u in enumerate(tail) if not getattr(u.module, 'inplace', False)),
+                len(tail),
+            )
             tail = tail[:n]
         return tail[-1] if tail else group[i]
 
 
-def is_inside(name, above): return f'{name}.'.startswith(f'{above}.')
+def is_inside(name, above):
+    return f'{name}.'.startswith(f'{above}.')
 
 
 def has_weights(m):
     """1 if a layer has weight matrices or kernels itself, 2 if it is an RNN. Embeddings and single
     tokens don't count.
     """
-    if isinstance(m, nn.RNNBase): return 2
-    if isinstance(m, nn.Embedding): return 0
-    return int(any(p is not None and p.dim() > 1 and p.shape[0] > 1 for p in m._parameters.values()))
+    if isinstance(m, nn.RNNBase):
+        return 2
+    if isinstance(m, nn.Embedding):
+        return 0
+    return int(
+        any(p is not None and p.dim() > 1 and p.shape[0] > 1 for p in m._parameters.values())
+    )

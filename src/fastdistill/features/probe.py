@@ -1,27 +1,38 @@
 """Run a model once without changing it: which layers ran, and the shapes of their inputs and
 outputs.
 """
-import contextlib, copy, random
+
+import contextlib
+import copy
+import random
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
+
 from ..base.outputs import DistillError, as_plain, map_tensors
 from .calls import arguments
 from .layer_names import LayerTree, layer_tree, model_name, named, unwrap
 
-__all__ = ['Fired', 'dry_run', 'layers', 'main_tensor', 'probe', 'restore_tensor', 'series_layers', 'untouched']
+__all__ = [
+    'Fired',
+    'dry_run',
+    'layers',
+    'main_tensor',
+    'probe',
+    'restore_tensor',
+    'series_layers',
+    'untouched',
+]
 
 
-def layers(
-    model:nn.Module,
-    *x
-) -> LayerTree:
+def layers(model: nn.Module, *x) -> LayerTree:
     """Every layer of the model with its class, output shape and number of parameters; the model is
     not changed.
 
@@ -39,17 +50,15 @@ class Fired:
     Attributes:
         floats: The output is floating point.
     """
-    name:str
-    module:nn.Module
-    shape_in:tuple|None
-    shape:tuple|None
-    floats:bool
+
+    name: str
+    module: nn.Module
+    shape_in: tuple | None
+    shape: tuple | None
+    floats: bool
 
 
-def probe(
-    model:nn.Module,
-    *x
-) -> list:
+def probe(model: nn.Module, *x) -> list:
     """The layers that run, in the order in which they finish. One run in evaluation mode shows
     them; it changes nothing.
 
@@ -57,29 +66,49 @@ def probe(
         *x: A batch of inputs; a dict is passed by name if the model has arguments of these
             names.
     """
-    inner,names,ran = unwrap(model),{},{}
-    for n,m in named(model).items(): names.setdefault(m, n)
+    inner, names, ran = unwrap(model), {}, {}
+    for n, m in named(model).items():
+        names.setdefault(m, n)
+
     def note(m, args, kwargs, out):
-        i,y = main_tensor((args, kwargs)),main_tensor(out)
-        ran.pop(m, None)                     # subtle: a layer that runs twice has the place of its last run
+        i, y = main_tensor((args, kwargs)), main_tensor(out)
+        ran.pop(m, None)  # subtle: a layer that runs twice has the place of its last run
         ran[m] = Fired(names[m], m, _shape(i), _shape(y), y is not None and y.is_floating_point())
+
     hookable = [m for m in names if not isinstance(m, torch.jit.ScriptModule)]
     handles = [m.register_forward_hook(note, with_kwargs=True) for m in hookable]
-    try: dry_run(inner, *x)
+    try:
+        dry_run(inner, *x)
     finally:
-        for h in handles: h.remove()
+        for h in handles:
+            h.remove()
     return list(ran.values())
 
 
-CHANNELS_FIRST = (nn.Conv1d, nn.ConvTranspose1d, _BatchNorm, _InstanceNorm, nn.GroupNorm, nn.AvgPool1d, nn.MaxPool1d,
-                  nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d, nn.Upsample)
-CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RNNBase, nn.Embedding, nn.MultiheadAttention, nn.TransformerEncoderLayer,
-                 nn.TransformerDecoderLayer)
+CHANNELS_FIRST = (
+    nn.Conv1d,
+    nn.ConvTranspose1d,
+    _BatchNorm,
+    _InstanceNorm,
+    nn.GroupNorm,
+    nn.AvgPool1d,
+    nn.MaxPool1d,
+    nn.AdaptiveAvgPool1d,
+    nn.AdaptiveMaxPool1d,
+    nn.Upsample,
+)
+CHANNELS_LAST = (
+    nn.Linear,
+    nn.LayerNorm,
+    nn.RNNBase,
+    nn.Embedding,
+    nn.MultiheadAttention,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
 
 
-def series_layers(
-    ran
-) -> set:
+def series_layers(ran) -> set:
     """The layers whose output is (B, C, L), like that of a 1d convolution, and not (B, L, D), like
     tokens.
 
@@ -91,40 +120,58 @@ def series_layers(
     Args:
         ran: The result of `probe`
     """
-    found,axis,n = set(),2,None
+    found, axis, n = set(), 2, None
     for f in ran:
         shape = next((s for s in (f.shape, f.shape_in) if s is not None and len(s) == 3), None)
-        if shape is None: continue
-        by_class = 1 if isinstance(f.module, CHANNELS_FIRST) else 2 if isinstance(f.module, CHANNELS_LAST) else None
-        here = by_class or (axis if (shape[1] == n) == (shape[2] == n) else 1 if shape[1] == n else 2)
-        if here == 1: found.add(f.module)
-        if by_class: axis,n = here,shape[here]
+        if shape is None:
+            continue
+        by_class = (
+            1
+            if isinstance(f.module, CHANNELS_FIRST)
+            else 2
+            if isinstance(f.module, CHANNELS_LAST)
+            else None
+        )
+        here = by_class or (
+            axis if (shape[1] == n) == (shape[2] == n) else 1 if shape[1] == n else 2
+        )
+        if here == 1:
+            found.add(f.module)
+        if by_class:
+            axis, n = here, shape[here]
     return found
 
 
-def _shape(y): return None if y is None else tuple(y.shape)
+def _shape(y):
+    return None if y is None else tuple(y.shape)
 
 
 def dry_run(model, *x):
     """One forward pass of the inner model that changes nothing."""
     inner = unwrap(model)
-    args,kwargs = arguments(inner, map_tensors(x, as_plain))
+    args, kwargs = arguments(inner, map_tensors(x, as_plain))
     if any(map(is_lazy, weights_and_buffers(distinct_modules(inner)))):
-        raise DistillError(f"{model_name(inner)} has lazy layers, which have no weights before the first batch. Run "
-                           "the model on a batch first.")
+        raise DistillError(
+            f'{model_name(inner)} has lazy layers, which have no weights before the first batch. Run '
+            'the model on a batch first.'
+        )
     # a faster copy of a teacher's model consists of different modules than those that are named, hooked and restored
     run = inner if isinstance(inner, nn.Module) else getattr(inner, 'as_it_is', lambda: inner)()
     with untouched(model):
-        try: return run(*args, **kwargs)
-        except DistillError: raise
+        try:
+            return run(*args, **kwargs)
+        except DistillError:
+            raise
         except Exception as e:
             sizes = [tuple(o.shape) if isinstance(o, Tensor) else type(o).__name__ for o in x]
-            raise DistillError(f"{model_name(inner)} does not run on the inputs given, "
-                               f"{', '.join(map(str, sizes))}: {e}") from e
+            raise DistillError(
+                f'{model_name(inner)} does not run on the inputs given, '
+                f'{", ".join(map(str, sizes))}: {e}'
+            ) from e
 
 
 @contextlib.contextmanager
-def untouched(model:nn.Module):
+def untouched(model: nn.Module):
     """Evaluation mode, no gradient. Afterwards modes, buffers, hidden states, attributes and random
     states are as before.
     """
@@ -132,58 +179,82 @@ def untouched(model:nn.Module):
     modes = [(m, m.training) for m in mods if getattr(m, 'training', False)]
     state = [_Attrs(m) for m in mods if not isinstance(m, torch.jit.ScriptModule)]
     strided = [b for m in mods for b in m.buffers(recurse=False) if b.layout == torch.strided]
-    buffers = [(b, b.clone()) for b in strided]     # sparse ones can't be compared
+    buffers = [(b, b.clone()) for b in strided]  # sparse ones can't be compared
     cuda = sorted({t.device.index for t in weights_and_buffers(mods) if t.is_cuda})
-    python,numpy = random.getstate(),np.random.get_state()
+    python, numpy = random.getstate(), np.random.get_state()
     # subtle: the flag, not .eval(), since some layers override .eval() to do more, such as merging adapters
-    for m,_ in modes: m.training = False
+    for m, _ in modes:
+        m.training = False
     try:
-        with torch.random.fork_rng(cuda), torch.no_grad(), run_eagerly(model): yield
+        with torch.random.fork_rng(cuda), torch.no_grad(), run_eagerly(model):
+            yield
     finally:
-        random.setstate(python); np.random.set_state(numpy)
-        for a in state: a.restore()
-        for m,mode in modes: m.training = mode
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for a in state:
+            a.restore()
+        for m, mode in modes:
+            m.training = mode
         with torch.no_grad():
-            for b,was in buffers: restore_tensor(b, was)
+            for b, was in buffers:
+                restore_tensor(b, was)
 
 
 def restore_tensor(b, was):
     """Give `b` the shape and values of `was`. Observers of quantization-aware training change both
     in the first batch.
     """
-    if b.shape != was.shape: b.resize_(was.shape)
-    if not torch.equal(b, was): b.copy_(was)
+    if b.shape != was.shape:
+        b.resize_(was.shape)
+    if not torch.equal(b, was):
+        b.copy_(was)
 
 
 def weights_and_buffers(mods):
-    return [t for m in mods for t in [*m._parameters.values(), *m._buffers.values()] if t is not None]
+    return [
+        t for m in mods for t in [*m._parameters.values(), *m._buffers.values()] if t is not None
+    ]
 
 
 class _Attrs:
     """The attributes of a module and the content of its lists, dicts and sets: hidden states,
     buffers, hooks, modes.
     """
+
     def __init__(self, m):
-        self.vars,self.was = vars(m),dict(vars(m))
-        self.boxes = [(v, copy.copy(v)) for v in self.was.values() if type(v) in (list, dict, OrderedDict, set)]
+        self.vars, self.was = vars(m), dict(vars(m))
+        self.boxes = [
+            (v, copy.copy(v))
+            for v in self.was.values()
+            if type(v) in (list, dict, OrderedDict, set)
+        ]
 
     def restore(self):
-        for k in set(self.vars) - set(self.was): del self.vars[k]
+        for k in set(self.vars) - set(self.was):
+            del self.vars[k]
         self.vars.update(self.was)
-        for box,was in self.boxes:
+        for box, was in self.boxes:
             box.clear()
             box.extend(was) if isinstance(box, list) else box.update(was)
 
 
 def distinct_modules(model):
-    return list(dict.fromkeys(model.modules() if isinstance(model, nn.Module) else named(model).values()))
+    return list(
+        dict.fromkeys(model.modules() if isinstance(model, nn.Module) else named(model).values())
+    )
+
 
 def is_compiled(model):
-    return any('_orig_mod' in m._modules or m._compiled_call_impl is not None for m in distinct_modules(model))
+    return any(
+        '_orig_mod' in m._modules or m._compiled_call_impl is not None
+        for m in distinct_modules(model)
+    )
+
 
 def run_eagerly(model):
     """Inside this context, compiled parts run without their compiled code."""
-    if not hasattr(torch.compiler, 'set_stance') or not is_compiled(model): return contextlib.nullcontext()
+    if not hasattr(torch.compiler, 'set_stance') or not is_compiled(model):
+        return contextlib.nullcontext()
     return torch.compiler.set_stance('force_eager')
 
 
@@ -191,8 +262,12 @@ def main_tensor(out):
     """The tensor in a layer's output: itself, `last_hidden_state` or `logits` of a dict, else the
     first tensor in it.
     """
-    if isinstance(out, Tensor): return as_plain(out)
-    if isinstance(out, Mapping): out = [out.get('last_hidden_state'), out.get('logits'), *out.values()]
-    if not isinstance(out, (tuple, list)): return None
+    if isinstance(out, Tensor):
+        return as_plain(out)
+    if isinstance(out, Mapping):
+        out = [out.get('last_hidden_state'), out.get('logits'), *out.values()]
+    if not isinstance(out, (tuple, list)):
+        return None
     for o in out:
-        if (y := main_tensor(o)) is not None: return y
+        if (y := main_tensor(o)) is not None:
+            return y

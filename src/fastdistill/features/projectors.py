@@ -1,6 +1,8 @@
 "Project the student's features to the teacher's shape: first to its grid, then to its channels."
+
 import torch
 from torch import Tensor, nn
+
 from ..base.outputs import DistillError
 from .shapes import to_grid
 
@@ -11,32 +13,45 @@ MATCHES = 'shape', 'grid', 'none'
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
+
 class _BatchNorm(nn.BatchNorm1d):
     """Batch norm of vectors and tokens, whose channels are on the last axis."""
-    def forward(self, x): return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+    def forward(self, x):
+        return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
 def _mapper(kind, a, b, dims):
     """A layer from `a` to `b` channels that maps each position alone."""
-    n = dims-2 if dims > 3 else 0
+    n = dims - 2 if dims > 3 else 0
     one = lambda i, o, **kw: CONV[n](i, o, 1, **kw) if n else nn.Linear(i, o, **kw)
-    if kind == 'auto': kind = _default_kind(dims)
-    if kind == 'mlp': return nn.Sequential(one(a, b), nn.GELU(), one(b, b))
-    if kind == 'conv_bn': return nn.Sequential(one(a, b, bias=False), NORM[n](b) if n else _BatchNorm(b))
+    if kind == 'auto':
+        kind = _default_kind(dims)
+    if kind == 'mlp':
+        return nn.Sequential(one(a, b), nn.GELU(), one(b, b))
+    if kind == 'conv_bn':
+        return nn.Sequential(one(a, b, bias=False), NORM[n](b) if n else _BatchNorm(b))
     return one(a, b)
 
 
-def _default_kind(dims): return 'conv_bn' if dims > 3 else 'linear'
+def _default_kind(dims):
+    return 'conv_bn' if dims > 3 else 'linear'
 
 
 class Projector(nn.Module):
     """`p(s, t)` is the student's features in the teacher's shape; of `t` only the size of its grid
     is used.
     """
+
     def __init__(self, s_shape, t_shape, kind, match, picture=True):
         super().__init__()
-        self.s_shape,self.t_shape,self.match,self.picture = tuple(s_shape),tuple(t_shape),match,picture
-        self.own = not isinstance(kind, str)        # the user's own module or function
+        self.s_shape, self.t_shape, self.match, self.picture = (
+            tuple(s_shape),
+            tuple(t_shape),
+            match,
+            picture,
+        )
+        self.own = not isinstance(kind, str)  # the user's own module or function
         self.text = describe_projector(s_shape, t_shape, kind, match)
         self.map = kind if self.own else None
         if not self.own and _needs_mapping(s_shape, t_shape, kind, match):
@@ -45,38 +60,55 @@ class Projector(nn.Module):
 
     def forward(
         self,
-        s:Tensor, # student's features
-        t:Tensor|None=None # teacher's features, whose grid may differ from batch to batch; None: that of `t_shape`
+        s: Tensor,  # student's features
+        t: Tensor
+        | None = None,  # teacher's features, whose grid may differ from batch to batch; None: that of `t_shape`
     ) -> Tensor:
         like = (len(s), *self.t_shape[1:]) if t is None else tuple(t.shape)
-        if not self.own and self.match != 'none': s = to_grid(s, like, self.picture)
-        if self.map is None: return s
-        p = [*self.parameters(), None][0]       # subtle: PyTorch 2.6 does not compile `next` with a default
+        if not self.own and self.match != 'none':
+            s = to_grid(s, like, self.picture)
+        if self.map is None:
+            return s
+        p = [*self.parameters(), None][
+            0
+        ]  # subtle: PyTorch 2.6 does not compile `next` with a default
         # subtle: features of a pass under autocast have half precision, and autocast may have ended by now
-        if p is not None and p.dtype != s.dtype and not torch.is_autocast_enabled(s.device.type): s = s.to(p.dtype)
+        if p is not None and p.dtype != s.dtype and not torch.is_autocast_enabled(s.device.type):
+            s = s.to(p.dtype)
         y = self.map(s)
-        if self.own: self._check(s, y, like)
+        if self.own:
+            self._check(s, y, like)
         return y
 
     def _check(self, s, y, like):
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-        same_grid = isinstance(y, Tensor) and len(got) == len(like) and _places(got) == _places(like)
+        same_grid = (
+            isinstance(y, Tensor) and len(got) == len(like) and _places(got) == _places(like)
+        )
         fits = isinstance(y, Tensor) and (self.match == 'none' or same_grid)
         if not fits or (self.match == 'shape' and got != like):
             need = 'shape' if self.match == 'shape' else 'grid'
-            raise DistillError(f"The projector {self.text} returned {got} for student features of shape "
-                               f"{tuple(s.shape)}. This loss needs the teacher's {need}, "
-                               f"{like if need == 'shape' else _places(like)}. Change the output of the module, or use "
-                               "projector='auto'.")
+            raise DistillError(
+                f'The projector {self.text} returned {got} for student features of shape '
+                f"{tuple(s.shape)}. This loss needs the teacher's {need}, "
+                f'{like if need == "shape" else _places(like)}. Change the output of the module, or use '
+                "projector='auto'."
+            )
 
-    def extra_repr(self): return self.text
+    def extra_repr(self):
+        return self.text
 
-    def __str__(self): return self.text
+    def __str__(self):
+        return self.text
 
 
-def _channels(shape): return shape[-1] if len(shape) == 3 else shape[1]
+def _channels(shape):
+    return shape[-1] if len(shape) == 3 else shape[1]
 
-def _places(shape): return (shape[1],) if len(shape) == 3 else tuple(shape[2:])
+
+def _places(shape):
+    return (shape[1],) if len(shape) == 3 else tuple(shape[2:])
+
 
 def _needs_mapping(s_shape, t_shape, kind, match):
     """Does the projector have weights? One with a named kind always has."""
@@ -84,11 +116,7 @@ def _needs_mapping(s_shape, t_shape, kind, match):
 
 
 def projector(
-    s_shape,
-    t_shape,
-    kind='auto',
-    match:str='shape',
-    picture:bool=True
+    s_shape, t_shape, kind='auto', match: str = 'shape', picture: bool = True
 ) -> Projector:
     """A module from the student's shape to the teacher's. It has parameters only if channels differ
     or a kind is named.
@@ -120,37 +148,59 @@ def projector(
 def checked_projector(kind):
     """`kind`, if it is possible for any shape."""
     if isinstance(kind, type) or not (callable(kind) or kind in PROJECTORS):
-        raise DistillError(f"projector={kind!r}: must be one of {', '.join(map(repr, PROJECTORS))}, a module (not its "
-                           "class) and a function")
+        raise DistillError(
+            f'projector={kind!r}: must be one of {", ".join(map(repr, PROJECTORS))}, a module (not its '
+            'class) and a function'
+        )
     return kind
 
 
 def check_projector(s_shape, t_shape, kind, match):
     """Refuse options that are wrong for these shapes."""
     checked_projector(kind)
-    if match not in MATCHES: raise DistillError(f"match={match!r}: must be one of {', '.join(map(repr, MATCHES))}")
-    s,t = len(s_shape),len(t_shape)
+    if match not in MATCHES:
+        raise DistillError(f'match={match!r}: must be one of {", ".join(map(repr, MATCHES))}')
+    s, t = len(s_shape), len(t_shape)
     if not (2 <= s <= 5 and 2 <= t <= 5):
-        raise DistillError(f"No projector from {tuple(s_shape)} to {tuple(t_shape)}: it takes vectors (B, D), "
-                           "tokens (B, L, D) and maps (B, C, H, W)")
-    if not callable(kind) and match != 'none' and s != t and (s, t) not in ((3, 4), (4, 3)) and t != 2:
-        raise DistillError(f"The student's {tuple(s_shape)} has no grid that fits the teacher's {tuple(t_shape)}. "
-                           "Pair it with a layer of the same kind (before or after the pooling), or give a module as "
-                           "projector.")
+        raise DistillError(
+            f'No projector from {tuple(s_shape)} to {tuple(t_shape)}: it takes vectors (B, D), '
+            'tokens (B, L, D) and maps (B, C, H, W)'
+        )
+    if (
+        not callable(kind)
+        and match != 'none'
+        and s != t
+        and (s, t) not in ((3, 4), (4, 3))
+        and t != 2
+    ):
+        raise DistillError(
+            f"The student's {tuple(s_shape)} has no grid that fits the teacher's {tuple(t_shape)}. "
+            'Pair it with a layer of the same kind (before or after the pooling), or give a module as '
+            'projector.'
+        )
 
 
 def describe_projector(s_shape, t_shape, kind='auto', match='shape') -> str:
     """What `projector` makes for these shapes, in words."""
-    if not isinstance(kind, str): return getattr(kind, '__name__', type(kind).__name__)
+    if not isinstance(kind, str):
+        return getattr(kind, '__name__', type(kind).__name__)
     parts = []
     if match != 'none' and (len(s_shape) != len(t_shape) or _places(s_shape) != _places(t_shape)):
         parts.append(f'{_size_in_words(s_shape)} -> {_size_in_words(t_shape)}')
     if _needs_mapping(s_shape, t_shape, kind, match):
-        named = _default_kind(len(s_shape if match == 'none' else t_shape)) if kind == 'auto' else kind
+        named = (
+            _default_kind(len(s_shape if match == 'none' else t_shape)) if kind == 'auto' else kind
+        )
         parts.append(f'{named} {_channels(s_shape)} -> {_channels(t_shape)}')
     return ', '.join(parts) or 'none'
 
 
 def _size_in_words(shape):
     n = _places(shape)
-    return 'vector' if len(shape) == 2 else f'{n[0]} tokens' if len(shape) == 3 else 'x'.join(map(str, n))
+    return (
+        'vector'
+        if len(shape) == 2
+        else f'{n[0]} tokens'
+        if len(shape) == 3
+        else 'x'.join(map(str, n))
+    )

@@ -1,8 +1,11 @@
 "Convert between maps, tokens and vectors."
+
 import math
+
 import torch
-from torch import Tensor
 import torch.nn.functional as F
+from torch import Tensor
+
 from ..base.outputs import DistillError
 
 __all__ = ['as_map', 'as_tokens', 'as_vector', 'grid', 'resize', 'to_grid']
@@ -11,10 +14,7 @@ __all__ = ['as_map', 'as_tokens', 'as_vector', 'grid', 'resize', 'to_grid']
 LEAD = 0, 1, 2, 4, 5
 
 
-def grid(
-    n:int,
-    aspect:float=1.
-):
+def grid(n: int, aspect: float = 1.0):
     """(tokens to skip, height, width) of the map that `n` tokens fill after class and register
     tokens; None if none fits.
 
@@ -23,48 +23,47 @@ def grid(
         aspect: Height over width of the picture.
     """
     for skip in (k for k in LEAD if k < n):
-        h = max(1, round(math.sqrt((n-skip)*aspect)))
-        w = (n-skip)//h
-        if h*w == n-skip and abs(h - w*aspect) < 1: return skip, h, w
+        h = max(1, round(math.sqrt((n - skip) * aspect)))
+        w = (n - skip) // h
+        if h * w == n - skip and abs(h - w * aspect) < 1:
+            return skip, h, w
 
 
-def as_map(
-    y:Tensor,
-    aspect:float=1.
-) -> Tensor:
+def as_map(y: Tensor, aspect: float = 1.0) -> Tensor:
     """(B, C, H, W), without class and register tokens.
 
     Args:
         y: (B, L, D) tokens, or channels-last (B, H, W, C).
         aspect: Height over width of the picture, for tokens.
     """
-    if y.dim() == 4: return y.movedim(-1, 1)
+    if y.dim() == 4:
+        return y.movedim(-1, 1)
     g = grid(y.shape[1], aspect) if y.dim() == 3 else None
     if g is None:
-        raise DistillError(f"Features of shape {tuple(y.shape)} are not a map: must be (B, H, W, C), or (B, L, D) "
-                           f"with L tokens that fill a grid of height/width {aspect:g} after "
-                           f"{', '.join(map(str, LEAD))} class and register tokens. Name the layer without @map, and "
-                           "pair it with tokens.")
-    skip,h,w = g
+        raise DistillError(
+            f'Features of shape {tuple(y.shape)} are not a map: must be (B, H, W, C), or (B, L, D) '
+            f'with L tokens that fill a grid of height/width {aspect:g} after '
+            f'{", ".join(map(str, LEAD))} class and register tokens. Name the layer without @map, and '
+            'pair it with tokens.'
+        )
+    skip, h, w = g
     return y[:, skip:].transpose(1, 2).unflatten(2, (h, w))
 
 
-def as_tokens(
-    y:Tensor
-) -> Tensor:
+def as_tokens(y: Tensor) -> Tensor:
     """(B, L, C): one token per position.
 
     Args:
         y: (B, C, H, W) or (B, C, L), channels first.
     """
     if y.dim() < 3:
-        raise DistillError(f"Features of shape {tuple(y.shape)} have no positions to make tokens of: remove @tokens.")
+        raise DistillError(
+            f'Features of shape {tuple(y.shape)} have no positions to make tokens of: remove @tokens.'
+        )
     return y.flatten(2).transpose(1, 2)
 
 
-def as_vector(
-    y:Tensor
-) -> Tensor:
+def as_vector(y: Tensor) -> Tensor:
     """(B, C): the mean over positions.
 
     Args:
@@ -76,27 +75,22 @@ def as_vector(
 AVERAGE_POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 SMOOTH = {1: 'linear', 2: 'bilinear', 3: 'trilinear'}
 
-def resize(
-    x:Tensor,
-    size
-) -> Tensor:
+
+def resize(x: Tensor, size) -> Tensor:
     """Axes that shrink are average-pooled, axes that grow are interpolated.
 
     Args:
         x: (B, C, *grid).
         size: The new grid.
     """
-    size,now = tuple(size),tuple(x.shape[2:])
+    size, now = tuple(size), tuple(x.shape[2:])
     less = tuple(map(min, zip(now, size)))
-    if less != now: x = AVERAGE_POOL[len(size)](x, less)
+    if less != now:
+        x = AVERAGE_POOL[len(size)](x, less)
     return x if less == size else F.interpolate(x, size, mode=SMOOTH[len(size)])
 
 
-def to_grid(
-    s:Tensor,
-    like,
-    picture:bool=True
-) -> Tensor:
+def to_grid(s: Tensor, like, picture: bool = True) -> Tensor:
     """The student's features on the teacher's grid, with the student's channels: maps become tokens
     and tokens maps.
 
@@ -106,28 +100,36 @@ def to_grid(
         picture: Tokens are positions of a picture if their number allows it; False: of a
             sequence.
     """
-    dims = s.dim(),len(like)
-    if dims in ((2, 2), (3, 3)) and s.shape[1] == like[1]: return s
-    if dims[1] == 2 and dims[0] > 1: return as_vector(s)
-    if dims == (3, 3): return _resize_tokens(s, like[1], picture)
-    if dims == (4, 3): return _map_as_tokens(s, like[1])
-    if dims == (3, 4): s = as_map(s, like[2]/like[3])
+    dims = s.dim(), len(like)
+    if dims in ((2, 2), (3, 3)) and s.shape[1] == like[1]:
+        return s
+    if dims[1] == 2 and dims[0] > 1:
+        return as_vector(s)
+    if dims == (3, 3):
+        return _resize_tokens(s, like[1], picture)
+    if dims == (4, 3):
+        return _map_as_tokens(s, like[1])
+    if dims == (3, 4):
+        s = as_map(s, like[2] / like[3])
     return resize(s, like[2:])
 
 
 def _resize_tokens(s, n, picture):
     """(B, L, D) as (B, n, D): in two dimensions if both are pictures, else along the sequence."""
-    a,b = grid(s.shape[1]),grid(n)
-    if not picture or a is None or b is None: return resize(s.transpose(1, 2), (n,)).transpose(1, 2)
-    return _with_class_tokens(s[:, :a[0]], as_tokens(resize(as_map(s), b[1:])), b[0])
+    a, b = grid(s.shape[1]), grid(n)
+    if not picture or a is None or b is None:
+        return resize(s.transpose(1, 2), (n,)).transpose(1, 2)
+    return _with_class_tokens(s[:, : a[0]], as_tokens(resize(as_map(s), b[1:])), b[0])
 
 
 def _map_as_tokens(s, n):
-    g = grid(n, s.shape[2]/s.shape[3])
+    g = grid(n, s.shape[2] / s.shape[3])
     if g is None:
-        raise DistillError(f"The student's map of shape {tuple(s.shape)} can't become the teacher's {n} tokens: after "
-                           "class and register tokens, these fill no grid of that height/width. Pair maps with maps "
-                           "and sequences with sequences, or give a module as projector.")
+        raise DistillError(
+            f"The student's map of shape {tuple(s.shape)} can't become the teacher's {n} tokens: after "
+            'class and register tokens, these fill no grid of that height/width. Pair maps with maps '
+            'and sequences with sequences, or give a module as projector.'
+        )
     return _with_class_tokens(s[:, :0, :0, 0], as_tokens(resize(s, g[1:])), g[0])
 
 

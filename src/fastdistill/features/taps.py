@@ -1,7 +1,11 @@
 "Read named layers of a model while it runs."
-import contextlib, sys
+
+import contextlib
+import sys
+
 import torch
 from torch import nn
+
 from ..base.outputs import DistillError, Outputs
 from .layer_names import model_name, named, no_such_layer, resolve_among, unwrap
 from .probe import is_compiled, main_tensor
@@ -10,7 +14,9 @@ from .shapes import as_map, as_tokens, as_vector
 __all__ = ['Taps', 'is_output', 'layer_output']
 
 
-def as_is(y): return y
+def as_is(y):
+    return y
+
 
 TURNS = dict(map=as_map, tokens=as_tokens, mean=as_vector)
 
@@ -20,19 +26,18 @@ def is_output(name):
     return name.split('@')[0] == ''
 
 
-def layer_output(
-    o:Outputs,
-    name
-):
+def layer_output(o: Outputs, name):
     """What a layer returned; None if the outputs do not hold it.
 
     Args:
         o: Of a batch.
         name: Of a layer, or '' for the model itself.
     """
-    if not is_output(name): return o.feats.get(name)
+    if not is_output(name):
+        return o.feats.get(name)
     y = o.logits
-    for h in name.split('@')[1:]: y = TURNS.get(h, as_is)(y)
+    for h in name.split('@')[1:]:
+        y = TURNS.get(h, as_is)(y)
     return y
 
 
@@ -40,26 +45,35 @@ class _Tap:
     """A hook on one layer. It holds that layer and the dict to which it writes. A copy of it does
     nothing.
     """
+
     def __init__(self, name, module, seen):
-        self.name,self.module,self.seen = name,module,seen
+        self.name, self.module, self.seen = name, module, seen
         self.how = name.split('@')[1:]
 
-    def __call__(self, module, *what): # `what` is (args, kwargs) before the layer runs, (args, output) after it
-        if module is not self.module: return
+    def __call__(
+        self, module, *what
+    ):  # `what` is (args, kwargs) before the layer runs, (args, output) after it
+        if module is not self.module:
+            return
         y = main_tensor(what if 'in' in self.how else what[-1])
-        if y is None: self.seen[self.name] = type(what[-1]).__name__
-        else: self.seen[self.name] = self.read(y)
+        if y is None:
+            self.seen[self.name] = type(what[-1]).__name__
+        else:
+            self.seen[self.name] = self.read(y)
 
     def read(self, y):
         # subtle: compiled code does not count the versions of tensors, so only a copy is safe there
         compiling = torch.compiler.is_compiling()
-        if 'in' in self.how or 'pre' in self.how or compiling: y = y.clone()
-        for h in self.how: y = TURNS.get(h, as_is)(y)
-        return y,None if compiling or y.is_inference() else y._version
+        if 'in' in self.how or 'pre' in self.how or compiling:
+            y = y.clone()
+        for h in self.how:
+            y = TURNS.get(h, as_is)(y)
+        return y, None if compiling or y.is_inference() else y._version
 
     # subtle: a model may be copied (EMA) or pickled (export) while it has hooks. A copied hook is a function that does
     # nothing, takes any arguments, and loads where fastdistill is not installed
-    def __reduce__(self): return getattr, (contextlib.nullcontext(), '__exit__')
+    def __reduce__(self):
+        return getattr, (contextlib.nullcontext(), '__exit__')
 
 
 class Taps:
@@ -74,38 +88,48 @@ class Taps:
         model: Wrapped (DDP, torch.compile) or not.
         names: One name or glob, or a list of them, as `resolve` takes them.
     """
-    def __init__(
-        self,
-        model:nn.Module,
-        names
-    ):
+
+    def __init__(self, model: nn.Module, names):
         names = [names] if isinstance(names, str) else names
-        self.model,self.seen,self.handles = model,{},[]
-        self.compiled = is_compiled(model)    # does it have parts that were compiled by torch.compile?
+        self.model, self.seen, self.handles = model, {}, []
+        self.compiled = is_compiled(
+            model
+        )  # does it have parts that were compiled by torch.compile?
         have = named(model)
         self.names = list(dict.fromkeys(n for p in names for n in resolve_among(model, have, p)))
 
     def attach(self):
         """Add the hooks; a second call changes nothing."""
         self.detach()
-        if self.names: _heed_hooks(self.model)
+        if self.names:
+            _heed_hooks(self.model)
         # layers are looked up now, since SyncBatchNorm may have replaced some after the names were given
-        for n,m in [(n, self._layer(n)) for n in self.names]:
+        for n, m in [(n, self._layer(n)) for n in self.names]:
             tap = _Tap(n, m, self.seen)
             before = 'in' in tap.how
-            handle = m.register_forward_pre_hook(tap, with_kwargs=True) if before else m.register_forward_hook(tap)
+            handle = (
+                m.register_forward_pre_hook(tap, with_kwargs=True)
+                if before
+                else m.register_forward_hook(tap)
+            )
             self.handles.append(handle)
         return self
 
     def _layer(self, name):
         name = name.split('@')[0]
-        try: m = unwrap(self.model).get_submodule(name)
-        except (AttributeError, RuntimeError): m = None      # a teacher, a compiled part, TorchScript
-        if m is None: m = named(self.model).get(name)
-        if m is None: raise DistillError(no_such_layer(self.model, name, list(named(self.model))))
+        try:
+            m = unwrap(self.model).get_submodule(name)
+        except (AttributeError, RuntimeError):
+            m = None  # a teacher, a compiled part, TorchScript
+        if m is None:
+            m = named(self.model).get(name)
+        if m is None:
+            raise DistillError(no_such_layer(self.model, name, list(named(self.model))))
         if isinstance(m, torch.jit.ScriptModule):
-            raise DistillError(f"Layer {name!r} is TorchScript, whose parts can't be read. Use the nn.Module that it "
-                               "was made from.")
+            raise DistillError(
+                f"Layer {name!r} is TorchScript, whose parts can't be read. Use the nn.Module that it "
+                'was made from.'
+            )
         return m
 
     def detach(self):
@@ -114,12 +138,16 @@ class Taps:
         self.seen.clear()
 
     def _unhook(self):
-        for h in self.handles: h.remove()
+        for h in self.handles:
+            h.remove()
         self.handles = []
 
-    def __enter__(self): return self.attach()
+    def __enter__(self):
+        return self.attach()
 
-    def __exit__(self, error, *_): # after a `with` without an error, the tensors can still be popped
+    def __exit__(
+        self, error, *_
+    ):  # after a `with` without an error, the tensors can still be popped
         self._unhook() if error is None else self.detach()
 
     @property
@@ -136,21 +164,27 @@ class Taps:
         return {n: self._checked(n, seen.get(n)) for n in self.names}
 
     def _checked(self, name, seen):
-        model,(base,*how) = model_name(self.model),name.split('@')
+        model, (base, *how) = model_name(self.model), name.split('@')
         if seen is None:
-            raise DistillError(f"Layer {name!r} of {model} did not run in this batch, or ran where it can't be read: "
-                               "in replicas of DataParallel, or in a function that was compiled around the model. Pop "
-                               "taps after the model ran and before you detach them. layers(model, x) shows a shape "
-                               "for the layers that run.")
+            raise DistillError(
+                f"Layer {name!r} of {model} did not run in this batch, or ran where it can't be read: "
+                'in replicas of DataParallel, or in a function that was compiled around the model. Pop '
+                'taps after the model ran and before you detach them. layers(model, x) shows a shape '
+                'for the layers that run.'
+            )
         if isinstance(seen, str):
-            raise DistillError(f"Layer {name!r} of {model} returned a {seen} with no tensor in it. layers(model, x) "
-                               "shows a shape for the layers that return a tensor.")
-        y,version = seen
+            raise DistillError(
+                f'Layer {name!r} of {model} returned a {seen} with no tensor in it. layers(model, x) '
+                'shows a shape for the layers that return a tensor.'
+            )
+        y, version = seen
         if version is not None and y._version != version:
             copied = '@'.join([base, 'pre', *how])
-            raise DistillError(f"The output of {name!r} of {model} was overwritten by a later in-place activation or "
-                               f"addition. Name '{copied}' to get a copy from before that, or name the layer that "
-                               "overwrote it.")
+            raise DistillError(
+                f'The output of {name!r} of {model} was overwritten by a later in-place activation or '
+                f"addition. Name '{copied}' to get a copy from before that, or name the layer that "
+                'overwrote it.'
+            )
         return y
 
 
@@ -158,7 +192,9 @@ def _heed_hooks(model):
     """Make torch.compile check for hooks. Code that it compiled before never runs hooks, and is
     discarded.
     """
-    if 'torch._dynamo' not in sys.modules or not is_compiled(model): return
-    if not torch._dynamo.config.skip_nnmodule_hook_guards: return       # done already in this process
+    if 'torch._dynamo' not in sys.modules or not is_compiled(model):
+        return
+    if not torch._dynamo.config.skip_nnmodule_hook_guards:
+        return  # done already in this process
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     torch._dynamo.reset()

@@ -1,9 +1,12 @@
 "Distillation with Hugging Face's `Trainer`, and students made of their teacher's own layers."
+
 try:
     import accelerate  # noqa: F401 (the Trainer needs it)
     import transformers  # noqa: F401
 except ImportError as e:
-    raise ImportError("fastdistill.huggingface needs transformers and accelerate: pip install 'fastdistill[hf]'") from e
+    raise ImportError(
+        "fastdistill.huggingface needs transformers and accelerate: pip install 'fastdistill[hf]'"
+    ) from e
 from .students import student_from
 from .trainer import DistillationMixin, DistillationTrainer
 

@@ -1,16 +1,16 @@
 "Students made of their teacher's own layers."
+
 import copy
+
 from torch import nn
-from ..features.calls import is_hf
+
 from ..base.outputs import DistillError
+from ..features.calls import is_hf
 
 __all__ = ['student_from']
 
 
-def student_from(
-    teacher:nn.Module,
-    layers
-):
+def student_from(teacher: nn.Module, layers):
     """A model like the teacher, with some of its blocks: embeddings, head and these blocks are
     copies of the teacher's (DistilBERT, arXiv:1910.01108).
 
@@ -20,12 +20,16 @@ def student_from(
             last.
     """
     if not is_hf(teacher):
-        raise DistillError(f"student_from needs a model of transformers, not {type(teacher).__name__}. Other models: "
-                           "copy.deepcopy(teacher), and shorten its list of blocks.")
-    name,n = blocks_of(teacher)
+        raise DistillError(
+            f'student_from needs a model of transformers, not {type(teacher).__name__}. Other models: '
+            'copy.deepcopy(teacher), and shorten its list of blocks.'
+        )
+    name, n = blocks_of(teacher)
     if wrong := [i for i in layers if not -n <= i < n]:
-        raise DistillError(f"layers={list(layers)}: {type(teacher).__name__} has {n} blocks in {name}, 0 to {n-1}, "
-                           f"and no {wrong[0]}")
+        raise DistillError(
+            f'layers={list(layers)}: {type(teacher).__name__} has {n} blocks in {name}, 0 to {n - 1}, '
+            f'and no {wrong[0]}'
+        )
     layers = [i % n for i in layers]
     student = type(teacher)(shorter(teacher.config, layers, n)).to(teacher.device, teacher.dtype)
     student.load_state_dict(kept(teacher.state_dict(), name, layers))
@@ -37,27 +41,33 @@ def student_from(
 def blocks_of(model):
     """Name and length of the one list of blocks."""
     n = getattr(model.config, 'num_hidden_layers', None)
-    lists = [k for k,m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n]
+    lists = [k for k, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n]
     outer = [k for k in lists if not any(k.startswith(f'{o}.') for o in lists)]
-    if len(outer) == 1: return outer[0],n
-    raise DistillError(f"{type(model).__name__} has {len(outer)} lists of num_hidden_layers={n} blocks "
-                       f"({', '.join(outer) or 'none'}); student_from needs exactly one. Make the student from a "
-                       "config.")
+    if len(outer) == 1:
+        return outer[0], n
+    raise DistillError(
+        f'{type(model).__name__} has {len(outer)} lists of num_hidden_layers={n} blocks '
+        f'({", ".join(outer) or "none"}); student_from needs exactly one. Make the student from a '
+        'config.'
+    )
 
 
 def shorter(config, layers, n):
     """The config of a model with these blocks."""
     config = copy.deepcopy(config)
-    for k,v in vars(config).items():
-        if isinstance(v, list) and len(v) == n and n > 1: setattr(config, k, [v[i] for i in layers])
+    for k, v in vars(config).items():
+        if isinstance(v, list) and len(v) == n and n > 1:
+            setattr(config, k, [v[i] for i in layers])
     config.num_hidden_layers = len(layers)
     return config
 
 
 def kept(state, name, layers):
     """The weights of these blocks, with their new numbers, and of all that is outside the blocks."""
-    out = {k: v for k,v in state.items() if not k.startswith(f'{name}.')}
-    for new,old in enumerate(layers):
+    out = {k: v for k, v in state.items() if not k.startswith(f'{name}.')}
+    for new, old in enumerate(layers):
         old = f'{name}.{old}.'
-        out |= {f'{name}.{new}.{k.removeprefix(old)}': v for k,v in state.items() if k.startswith(old)}
+        out |= {
+            f'{name}.{new}.{k.removeprefix(old)}': v for k, v in state.items() if k.startswith(old)
+        }
     return out

@@ -1,24 +1,35 @@
 "A `Trainer` with a teacher."
+
 import os
+
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
+
+from ..base.distributed import average_gradients, mean_over_ranks
+from ..base.outputs import DistillError
+from ..base.seeds import RandomGuard
 from ..distiller.distiller import Distiller
-from ..recipes.batch import next_tokens
+from ..distiller.integration import (
+    add_parameters,
+    check_first,
+    complete,
+    load_state,
+    needs_example,
+    reset_gradients,
+    takes_part,
+    training_state,
+)
 from ..features.calls import predicts_next
 from ..features.probe import untouched
 from ..features.taps import Taps
-from ..base.outputs import DistillError
-from ..base.distributed import average_gradients, mean_over_ranks
-from ..base.seeds import RandomGuard
+from ..recipes.batch import next_tokens
 from ..teachers.teacher import Teacher
-from ..distiller.integration import (add_parameters, check_first, complete, load_state, needs_example, reset_gradients,
-                        takes_part, training_state)
 from .models import names_taken, predicts, question_logits, teacher_for, without_loss
 
 __all__ = ['DistillationMixin', 'DistillationTrainer']
 
-STATE_FILE = 'distillation.pt' # in a checkpoint's folder
+STATE_FILE = 'distillation.pt'  # in a checkpoint's folder
 
 
 class DistillationMixin:
@@ -39,31 +50,41 @@ class DistillationMixin:
             of the training set, and in the first batch.
         **kwargs: Of the Trainer.
     """
+
     def __init__(
         self,
         *args,
         teacher,
         recipe=None,
-        kind:str|None=None,
-        axis:int|None=None,
+        kind: str | None = None,
+        axis: int | None = None,
         output=None,
-        check:bool=True,
-        **kwargs
+        check: bool = True,
+        **kwargs,
     ):
-        self.teacher,self.recipe = teacher if isinstance(teacher, Teacher) else Teacher(teacher),recipe
-        self.asked,self.part_means = dict(kind=kind, axis=axis, output=output, check=check),PartMeans()
+        self.teacher, self.recipe = (
+            teacher if isinstance(teacher, Teacher) else Teacher(teacher),
+            recipe,
+        )
+        self.asked, self.part_means = (
+            dict(kind=kind, axis=axis, output=output, check=check),
+            PartMeans(),
+        )
         self.distiller = self.counts_items = self.last_step = None
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
-            raise DistillError(f"This process has {self.args.n_gpu} GPUs, which the Trainer would use by DataParallel, "
-                               "where layers can't be read. Start one process for each with torchrun or accelerate "
-                               "launch, or choose one with CUDA_VISIBLE_DEVICES=0.")
+            raise DistillError(
+                f'This process has {self.args.n_gpu} GPUs, which the Trainer would use by DataParallel, '
+                "where layers can't be read. Start one process for each with torchrun or accelerate "
+                'launch, or choose one with CUDA_VISIBLE_DEVICES=0.'
+            )
 
     # before the first batch
 
     def create_optimizer(self, *args, **kwargs):
         """The Trainer's optimizer, which trains the projectors too."""
-        if self.distiller is None or self.distiller.student is not self.model: self._build()
+        if self.distiller is None or self.distiller.student is not self.model:
+            self._build()
         optimizer = super().create_optimizer(*args, **kwargs)
         add_parameters(optimizer, self.distiller)
         self.distiller.teacher.start()
@@ -75,52 +96,82 @@ class DistillationMixin:
         asked = self.asked
         kind = asked['kind'] or predicts(self.model)
         batch = self._example() if kind is None else None
-        if kind is None: kind = predicts(self.model, next((batch[k] for k in self.label_names if k in batch), None))
+        if kind is None:
+            kind = predicts(
+                self.model, next((batch[k] for k in self.label_names if k in batch), None)
+            )
         output = question_logits if self._answers and asked['output'] is None else asked['output']
-        task = dict(kind=kind or 'softmax', axis=self._axis() if asked['axis'] is None else asked['axis'])
+        task = dict(
+            kind=kind or 'softmax', axis=self._axis() if asked['axis'] is None else asked['axis']
+        )
         teacher = teacher_for(self.teacher, self.model, **task, output=output)
         ignore = getattr(getattr(self.model, 'config', None), 'semantic_loss_ignore_index', None)
-        self.distiller = Distiller(self.model, teacher, self.recipe, **task, ignore_index=ignore, output=output,
-                                   check=asked['check'])
+        self.distiller = Distiller(
+            self.model,
+            teacher,
+            self.recipe,
+            **task,
+            ignore_index=ignore,
+            output=output,
+            check=asked['check'],
+        )
         self.distiller.links.to(self.args.device)
         # subtle: models whose weights are spread over processes do not run in one of them
         if asked['check'] and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             check_first(self.distiller, self._batches(), placed=True)
-        if needs_example(self.distiller): self._complete(self._example() if batch is None else batch)
+        if needs_example(self.distiller):
+            self._complete(self._example() if batch is None else batch)
 
     @property
-    def _answers(self): return list(self.label_names) == ['start_positions', 'end_positions']
+    def _answers(self):
+        return list(self.label_names) == ['start_positions', 'end_positions']
 
-    def _axis(self): return 1 if self._answers or type(self.model).__name__.endswith('Segmentation') else -1
+    def _axis(self):
+        return 1 if self._answers or type(self.model).__name__.endswith('Segmentation') else -1
 
     def _complete(self, batch):
         """Choose the recipe and build projectors, by inputs that both models take."""
-        complete(self.distiller, self._inputs_of_both(batch), any(k in batch for k in self.label_names))
+        complete(
+            self.distiller, self._inputs_of_both(batch), any(k in batch for k in self.label_names)
+        )
 
     def _inputs_of_both(self, batch):
-        student,teacher = self._inputs(batch)
-        return {k: v for k,v in student.items() if k in teacher} or teacher
+        student, teacher = self._inputs(batch)
+        return {k: v for k, v in student.items() if k in teacher} or teacher
 
     def _batches(self):
         """(inputs, labels) of batches, to look for mistakes; none of a stream, which can't be read
         twice.
         """
         data = self.train_dataset if self.eval_dataset is None else self.eval_dataset
-        if isinstance(data, dict): data = next(iter(data.values()))
-        if not hasattr(data, '__len__') or not len(data): return
+        if isinstance(data, dict):
+            data = next(iter(data.values()))
+        if not hasattr(data, '__len__') or not len(data):
+            return
         collate = self._get_collator_with_removed_columns(self.data_collator)
         order = torch.Generator().manual_seed(0)
-        for batch in DataLoader(data, self.args.eval_batch_size, shuffle=True, generator=order, collate_fn=collate):
+        for batch in DataLoader(
+            data, self.args.eval_batch_size, shuffle=True, generator=order, collate_fn=collate
+        ):
             batch = self._prepare_inputs(batch)
-            x,y = self._inputs_of_both(batch),{k: batch[k] for k in self.label_names if k in batch}
-            yield x,self._targets(y, next(iter(x.values())))     # whose length is that of the logits of an answer
+            x, y = (
+                self._inputs_of_both(batch),
+                {k: batch[k] for k in self.label_names if k in batch},
+            )
+            yield (
+                x,
+                self._targets(y, next(iter(x.values()))),
+            )  # whose length is that of the logits of an answer
 
     def _example(self):
         """A training batch. Drawing it changes nothing."""
         collate = self._get_collator_with_removed_columns(self.data_collator)
         with RandomGuard():
-            loader = (self.get_train_dataloader() if self.train_dataset is None else
-                      DataLoader(self.train_dataset, self.args.train_batch_size, collate_fn=collate))
+            loader = (
+                self.get_train_dataloader()
+                if self.train_dataset is None
+                else DataLoader(self.train_dataset, self.args.train_batch_size, collate_fn=collate)
+            )
             return self._prepare_inputs(next(iter(loader)))
 
     # the inputs of both models
@@ -129,41 +180,50 @@ class DistillationMixin:
         """Columns that the teacher alone takes, as token_type_ids, stay in the batches."""
         new = self._signature_columns is None
         super()._set_signature_columns_if_needed()
-        if new: self._signature_columns += sorted(names_taken(self.teacher) - set(self._signature_columns))
+        if new:
+            self._signature_columns += sorted(
+                names_taken(self.teacher) - set(self._signature_columns)
+            )
 
     def _inputs(self, batch):
         """(the student's inputs with the labels, the teacher's inputs)."""
-        student,teacher = names_taken(self.model),names_taken(self.teacher)
-        plain = {k: v for k,v in batch.items() if k not in self.label_names}
-        of_student = {k: v for k,v in plain.items() if k in student or k not in teacher}
-        if not any(k in student for k in plain): of_student = plain
-        of_teacher = {k: v for k,v in plain.items() if k in teacher} or plain
-        return {**of_student, **{k: v for k,v in batch.items() if k in self.label_names}},of_teacher
+        student, teacher = names_taken(self.model), names_taken(self.teacher)
+        plain = {k: v for k, v in batch.items() if k not in self.label_names}
+        of_student = {k: v for k, v in plain.items() if k in student or k not in teacher}
+        if not any(k in student for k in plain):
+            of_student = plain
+        of_teacher = {k: v for k, v in plain.items() if k in teacher} or plain
+        return {
+            **of_student,
+            **{k: v for k, v in batch.items() if k in self.label_names},
+        }, of_teacher
 
     # a batch
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         """The loss of a training batch with the teacher's part; in evaluation the labels' own."""
-        x,x_teacher = self._inputs(inputs)
-        progress = self.state.global_step/self.state.max_steps if self.state.max_steps else None
+        x, x_teacher = self._inputs(inputs)
+        progress = self.state.global_step / self.state.max_steps if self.state.max_steps else None
         if not model.training or not takes_part(self.distiller, progress):
             return super().compute_loss(model, x, return_outputs=return_outputs, **kwargs)
-        d,scale = self.distiller,self._scale(x, **kwargs)
+        d, scale = self.distiller, self._scale(x, **kwargs)
         with Taps(model, d.student_layers(d.active_terms(progress))) as taps:
-            task,raw = self._run(model, x, kwargs)
+            task, raw = self._run(model, x, kwargs)
             s = d.student_outputs(without_loss(raw), taps.pop(), self._tokens(x))
-        with self.accelerator.autocast(): t = d.teacher_outputs(x_teacher, progress)
+        with self.accelerator.autocast():
+            t = d.teacher_outputs(x_teacher, progress)
         targets = self._targets(x, s.logits)
         self._hide_padding(x, s, t)
-        r = d.compute(s, t, None if task is None else task/scale, targets, progress=progress)
+        r = d.compute(s, t, None if task is None else task / scale, targets, progress=progress)
         self.part_means.add(r)
-        return (r.total*scale, raw) if return_outputs else r.total*scale
+        return (r.total * scale, raw) if return_outputs else r.total * scale
 
     def _run(self, model, x, options):
         """The task loss, as the Trainer computes it (None without labels), and what the
         student returned.
         """
-        if not any(k in x for k in self.label_names): return None,model(**x)
+        if not any(k in x for k in self.label_names):
+            return None, model(**x)
         return super().compute_loss(model, dict(x), return_outputs=True, **options)
 
     def _scale(self, x, num_items_in_batch=None):
@@ -171,12 +231,21 @@ class DistillationMixin:
         all batches before the optimizer's step, `num_items_in_batch`, and may average them over
         processes.
         """
-        mine = getattr(self, 'model_accepts_loss_kwargs', False) or getattr(self, 'compute_loss_func', None) is not None
-        if num_items_in_batch is None or not mine: return 1
-        ranks = self.accelerator.num_processes if getattr(self.args, 'average_tokens_across_devices', False) else 1
-        if not self._counts_items(x): return ranks
+        mine = (
+            getattr(self, 'model_accepts_loss_kwargs', False)
+            or getattr(self, 'compute_loss_func', None) is not None
+        )
+        if num_items_in_batch is None or not mine:
+            return 1
+        ranks = (
+            self.accelerator.num_processes
+            if getattr(self.args, 'average_tokens_across_devices', False)
+            else 1
+        )
+        if not self._counts_items(x):
+            return ranks
         y = x['labels'][..., 1:] if predicts_next(self.model) else x['labels']
-        return y.ne(-100).sum().clamp_min(1)*ranks/num_items_in_batch
+        return y.ne(-100).sum().clamp_min(1) * ranks / num_items_in_batch
 
     def _counts_items(self, x):
         """Is the task loss divided by `num_items_in_batch`? Some models ignore it, as one trial
@@ -194,34 +263,42 @@ class DistillationMixin:
         """The inputs whose padding hides positions of the logits: not those of an encoder beside a
         decoder.
         """
-        return () if getattr(getattr(self.model, 'config', None), 'is_encoder_decoder', False) else x
+        return (
+            () if getattr(getattr(self.model, 'config', None), 'is_encoder_decoder', False) else x
+        )
 
     def _targets(self, x, logits):
         """The labels, each where it is predicted."""
         y = tuple(x[k] for k in self.label_names if k in x)
         if self._answers and y:
             y = torch.stack([o.reshape(-1).clamp_min(0) for o in y], -1)
-            return y.where(y < logits.shape[1], -100),
-        if y and predicts_next(self.model): return next_tokens(y[0], -100),*y[1:]
+            return (y.where(y < logits.shape[1], -100),)
+        if y and predicts_next(self.model):
+            return next_tokens(y[0], -100), *y[1:]
         return y
 
     def _hide_padding(self, x, *outputs):
         """An answer neither begins nor ends at a padded token."""
-        if not self._answers or 'attention_mask' not in x: return
+        if not self._answers or 'attention_mask' not in x:
+            return
         for o in outputs:
-            if o is not None: o.logits = o.logits.masked_fill(x['attention_mask'][..., None] == 0, -1e4)
+            if o is not None:
+                o.logits = o.logits.masked_fill(x['attention_mask'][..., None] == 0, -1e4)
 
     # around the batches
 
     def train(self, *args, **kwargs):
         """Train the student; see `Trainer.train`."""
-        try: return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
         finally:
-            if self.distiller is not None: self.distiller.teacher.stop()
+            if self.distiller is not None:
+                self.distiller.teacher.stop()
 
     def training_step(self, *args, **kwargs):
         # subtle: after a step, the Trainer resets the gradients of the model, and not those of its optimizer
-        if self.last_step != self.state.global_step: reset_gradients(self.distiller)
+        if self.last_step != self.state.global_step:
+            reset_gradients(self.distiller)
         self.last_step = self.state.global_step
         loss = super().training_step(*args, **kwargs)
         average_gradients(self.distiller.own_parameters())
@@ -233,7 +310,8 @@ class DistillationMixin:
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save: torch.save(training_state(self.distiller), os.path.join(output_dir, STATE_FILE))
+        if self.args.should_save:
+            torch.save(training_state(self.distiller), os.path.join(output_dir, STATE_FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -250,16 +328,18 @@ class DistillationTrainer(DistillationMixin, Trainer):
 
 class PartMeans:
     """Means of each part of the loss over the training batches since the last log."""
-    def __init__(self): self.sums = {}
+
+    def __init__(self):
+        self.sums = {}
 
     def add(self, r):
         parts = r.parts if r.task is None else dict(task=r.task.detach(), **r.parts)
-        for k,v in parts.items():
-            total,n = self.sums.get(k, (0., 0))
-            self.sums[k] = total + v,n + 1
+        for k, v in parts.items():
+            total, n = self.sums.get(k, (0.0, 0))
+            self.sums[k] = total + v, n + 1
 
     def pop(self):
-        means = {f'{k}_loss': (v/n).float() for k,(v,n) in self.sums.items()}
+        means = {f'{k}_loss': (v / n).float() for k, (v, n) in self.sums.items()}
         self.sums = {}
         mean_over_ranks(means.values())
-        return {k: v.item() for k,v in means.items()}
+        return {k: v.item() for k, v in means.items()}

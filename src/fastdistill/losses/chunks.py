@@ -1,23 +1,21 @@
 "One value per position, computed in chunks: large logits need no more memory than their gradient."
+
 from functools import partial
 from math import isfinite
+
 import torch
 from torch import Tensor
+
 from ._base import class_axis
 
 __all__ = ['blanked', 'chunk_size', 'chunks', 'in_three', 'per_position', 'rows_at', 'seen_finite']
 
 # numbers in a chunk: on a CPU it should stay in the cache, on a GPU it should fill the device
-ON_CPU,ON_GPU = 2**16,2**24
+ON_CPU, ON_GPU = 2**16, 2**24
 
 
 def per_position(
-    values,
-    s:Tensor,
-    t:Tensor,
-    axis:int=1,
-    mask:Tensor|None=None,
-    slope=None
+    values, s: Tensor, t: Tensor, axis: int = 1, mask: Tensor | None = None, slope=None
 ) -> Tensor:
     """`values` of all logits, without the class axis.
 
@@ -30,18 +28,25 @@ def per_position(
         mask: `s` without the class axis: where it is 0, logits count as 0.
         slope: fn(s, t, axis=): the gradient of `values` with respect to `s`; None: autograd's.
     """
-    axis,size = class_axis(s, axis),chunk_size(s)
+    axis, size = class_axis(s, axis), chunk_size(s)
     if size is None:
         return blanked(values, s, t, None if mask is None else mask.unsqueeze(axis), axis=axis)
-    three = [None if x is None else in_three(x, axis) for x in (s, t, None if mask is None else mask.unsqueeze(axis))]
-    fns = partial(blanked, values),None if slope is None else partial(blanked, slope)
-    return Chunked.apply(*three, *fns, size).reshape(s.shape[:axis] + s.shape[axis+1:])
+    three = [
+        None if x is None else in_three(x, axis)
+        for x in (s, t, None if mask is None else mask.unsqueeze(axis))
+    ]
+    fns = partial(blanked, values), None if slope is None else partial(blanked, slope)
+    return Chunked.apply(*three, *fns, size).reshape(s.shape[:axis] + s.shape[axis + 1 :])
 
 
 def chunk_size(x):
     """Numbers in a chunk of these logits; None: they are better taken at once."""
     size = ON_CPU if x.is_cpu else ON_GPU
-    return None if x.numel() < 4*size or torch.compiler.is_compiling() or x.is_meta or in_transform() else size
+    return (
+        None
+        if x.numel() < 4 * size or torch.compiler.is_compiling() or x.is_meta or in_transform()
+        else size
+    )
 
 
 def in_transform():
@@ -53,13 +58,14 @@ def seen_finite(*xs):
     """Are all numbers finite? Asked where the answer is quick: on a CPU, and where no graph is
     built.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform(): return False
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform():
+        return False
     return all(x.is_cpu and isfinite(x.sum()) for x in xs)
 
 
 def in_three(x, axis):
     """`x` as (positions before the classes, classes, positions after them)."""
-    before,after = x.shape[:axis].numel(),x.shape[axis+1:].numel()
+    before, after = x.shape[:axis].numel(), x.shape[axis + 1 :].numel()
     return x.reshape(before, x.shape[axis], after)
 
 
@@ -67,38 +73,43 @@ def blanked(fn, s, t, mask, axis=1, **options):
     """`fn`, with 0 where the mask drops a position, so that a nan there reaches neither the loss
     nor the gradient.
     """
-    if mask is not None: s,t = [x.where(mask > 0, 0.) for x in (s, t)]
+    if mask is not None:
+        s, t = [x.where(mask > 0, 0.0) for x in (s, t)]
     return fn(s, t, axis=axis, **options)
 
 
 def chunks(shape, size):
     """Slices of (before, classes, after), each of about `size` numbers."""
-    a,c,p = shape
-    rows,cols = max(size//(c*p), 1),max(min(p, size//c), 1)
+    a, c, p = shape
+    rows, cols = max(size // (c * p), 1), max(min(p, size // c), 1)
     for i in range(0, a, rows):
-        for j in range(0, p, cols): yield slice(i, i+rows),slice(None),slice(j, j+cols)
+        for j in range(0, p, cols):
+            yield slice(i, i + rows), slice(None), slice(j, j + cols)
 
 
 class Chunked(torch.autograd.Function):
     """Values of (before, classes, after), whose backward pass computes each chunk again."""
+
     @staticmethod
     def forward(ctx, s, t, mask, values, slope, size):
         ctx.save_for_backward(s, t, mask)
-        ctx.fns = values,slope,size
+        ctx.fns = values, slope, size
         out = s.new_empty(len(s), 1, s.shape[2])
-        for i in chunks(s.shape, size): out[i] = values(*rows_at((s, t, mask), i)).reshape(out[i].shape)
+        for i in chunks(s.shape, size):
+            out[i] = values(*rows_at((s, t, mask), i)).reshape(out[i].shape)
         return out
 
     @staticmethod
     def backward(ctx, g):
-        (s,t,mask),(values,slope,size) = ctx.saved_tensors,ctx.fns
-        if torch.is_grad_enabled(): return second_order(values, s, t, mask, g),*[None]*5
+        (s, t, mask), (values, slope, size) = ctx.saved_tensors, ctx.fns
+        if torch.is_grad_enabled():
+            return second_order(values, s, t, mask, g), *[None] * 5
         out = torch.empty_like(s)
         for i in chunks(s.shape, size):
             rows = rows_at((s, t, mask), i)
             d = slope(*rows) if slope is not None else by_autograd(values, *rows)
             torch.mul(d.reshape(out[i].shape), g[i], out=out[i])
-        return out,*[None]*5
+        return out, *[None] * 5
 
 
 def rows_at(tensors, i):

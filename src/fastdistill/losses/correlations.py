@@ -1,23 +1,22 @@
 """Correlations of probabilities, over the classes and over the positions. Large logits are taken in
 chunks.
 """
+
 import torch
 from torch import Tensor
+
 from ._base import log_probs
 from .chunks import blanked, chunk_size, chunks, in_three, rows_at
 
 __all__ = ['both_correlations']
 
-FEW_POSITIONS = 8 # the fewest in a chunk, so that the mean of the first chunk is near that of all positions
+FEW_POSITIONS = (
+    8  # the fewest in a chunk, so that the mean of the first chunk is near that of all positions
+)
 
 
 def both_correlations(
-    s:Tensor,
-    t:Tensor,
-    T:float,
-    axis:int,
-    mask:Tensor|None,
-    eps:float
+    s: Tensor, t: Tensor, T: float, axis: int, mask: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Pearson of each position's probabilities over the classes, without the class axis; and the
     mean, over the classes, of Pearson over the positions.
@@ -32,26 +31,23 @@ def both_correlations(
         eps: Added to the product of norms.
     """
     mask = None if mask is None else mask.to(s.dtype).unsqueeze(axis)
-    if (size := chunk_size(s)) is None: return blanked(at_once, s, t, mask, axis=axis, w=mask, T=T, eps=eps)
+    if (size := chunk_size(s)) is None:
+        return blanked(at_once, s, t, mask, axis=axis, w=mask, T=T, eps=eps)
     three = [None if x is None else in_three(x, axis) for x in (s, t, mask)]
-    own,shared = Correlations.apply(*three, T, eps, max(size, FEW_POSITIONS*s.shape[axis]))
-    return own.reshape(s.shape[:axis] + s.shape[axis+1:]),shared
+    own, shared = Correlations.apply(*three, T, eps, max(size, FEW_POSITIONS * s.shape[axis]))
+    return own.reshape(s.shape[:axis] + s.shape[axis + 1 :]), shared
 
 
 def at_once(s, t, axis, w, T, eps):
-    p,q = log_probs(s, T, axis).exp(),log_probs(t, T, axis).exp()
-    return pearson(p, q, axis, None, eps),pearson(p, q, others(p, axis), w, eps).mean()
+    p, q = log_probs(s, T, axis).exp(), log_probs(t, T, axis).exp()
+    return pearson(p, q, axis, None, eps), pearson(p, q, others(p, axis), w, eps).mean()
 
 
-def others(x, axis=1): return [d for d in range(x.dim()) if d != axis]
+def others(x, axis=1):
+    return [d for d in range(x.dim()) if d != axis]
 
 
-def pearson(
-    a:Tensor, b:Tensor,
-    dim,
-    w:Tensor|None,
-    eps:float
-):
+def pearson(a: Tensor, b: Tensor, dim, w: Tensor | None, eps: float):
     """Correlation, and 0 where one of the two does not vary.
 
     Args:
@@ -59,75 +55,92 @@ def pearson(
         dim: Dimensions over which it is computed.
         w: Weights that broadcast to `a`
     """
+
     def center(x):
-        if w is None: return x - x.mean(dim, keepdim=True)
-        return (x - (w*x).sum(dim, keepdim=True)/w.sum(dim, keepdim=True).clamp_min(torch.finfo(x.dtype).eps))*w.sqrt()
-    a,b = center(a),center(b)
-    return (a*b).sum(dim)/(torch.linalg.vector_norm(a, dim=dim)*torch.linalg.vector_norm(b, dim=dim) + eps)
+        if w is None:
+            return x - x.mean(dim, keepdim=True)
+        return (
+            x
+            - (w * x).sum(dim, keepdim=True)
+            / w.sum(dim, keepdim=True).clamp_min(torch.finfo(x.dtype).eps)
+        ) * w.sqrt()
+
+    a, b = center(a), center(b)
+    return (a * b).sum(dim) / (
+        torch.linalg.vector_norm(a, dim=dim) * torch.linalg.vector_norm(b, dim=dim) + eps
+    )
 
 
 class Correlations(torch.autograd.Function):
     """`both_correlations` of (before, classes, after). Each pass reads the logits once."""
+
     @staticmethod
     def forward(ctx, s, t, mask, T, eps, size):
-        own,first,sums = s.new_empty(len(s), 1, s.shape[2]),None,0.
+        own, first, sums = s.new_empty(len(s), 1, s.shape[2]), None, 0.0
         for i in chunks(s.shape, size):
-            p,q,w = probs_at(s, t, mask, i, T)
+            p, q, w = probs_at(s, t, mask, i, T)
             own[i] = pearson(p, q, 1, None, eps).reshape(own[i].shape)
             # subtle: sums of squares lose no precision if numbers near the mean are taken off first
-            if first is None: first = [x.mean(others(x), keepdim=True) for x in (p, q)]
-            sums = sums + moments(p-first[0], q-first[1], w)
+            if first is None:
+                first = [x.mean(others(x), keepdim=True) for x in (p, q)]
+            sums = sums + moments(p - first[0], q - first[1], w)
         n = own.numel() if mask is None else mask.sum().clamp_min(torch.finfo(s.dtype).eps)
-        means = sums[:2]/n
-        norms = (sums[2:4] - n*means**2).clamp_min(0).sqrt()
-        cov,both = sums[4] - n*means[0]*means[1],norms[0]*norms[1] + eps
+        means = sums[:2] / n
+        norms = (sums[2:4] - n * means**2).clamp_min(0).sqrt()
+        cov, both = sums[4] - n * means[0] * means[1], norms[0] * norms[1] + eps
         # a class's correlation has this gradient: factors of the teacher's and of the student's distances from the mean
-        of_t,of_s = 1/both,safe_ratio(cov*norms[1], both**2*norms[0])
-        ctx.save_for_backward(s, t, mask, *(f + m for f,m in zip(first, means)), of_t, of_s)
-        ctx.options = T,eps,size
-        return own,(cov/both).mean()
+        of_t, of_s = 1 / both, safe_ratio(cov * norms[1], both**2 * norms[0])
+        ctx.save_for_backward(s, t, mask, *(f + m for f, m in zip(first, means)), of_t, of_s)
+        ctx.options = T, eps, size
+        return own, (cov / both).mean()
 
     @staticmethod
     def backward(ctx, g_own, g_shared):
-        (s,t,mask,mean_s,mean_t,of_t,of_s),(T,eps,size) = ctx.saved_tensors,ctx.options
-        if torch.is_grad_enabled(): return with_graph(s, t, mask, T, eps, g_own, g_shared),*[None]*5
-        out,each = torch.empty_like(s),g_shared/s.shape[1]
+        (s, t, mask, mean_s, mean_t, of_t, of_s), (T, eps, size) = ctx.saved_tensors, ctx.options
+        if torch.is_grad_enabled():
+            return with_graph(s, t, mask, T, eps, g_own, g_shared), *[None] * 5
+        out, each = torch.empty_like(s), g_shared / s.shape[1]
         for i in chunks(s.shape, size):
-            p,q,w = probs_at(s, t, mask, i, T)
-            d = (of_t*each)*(q-mean_t) - (of_s*each)*(p-mean_s)
-            if w is not None: d *= w
-            d += own_slope(p, q, eps)*g_own[i].reshape(len(p), 1, *p.shape[2:])
-            out[i] = (p*(d - (p*d).sum(1, keepdim=True))/T).reshape(out[i].shape)
-        return out,*[None]*5
+            p, q, w = probs_at(s, t, mask, i, T)
+            d = (of_t * each) * (q - mean_t) - (of_s * each) * (p - mean_s)
+            if w is not None:
+                d *= w
+            d += own_slope(p, q, eps) * g_own[i].reshape(len(p), 1, *p.shape[2:])
+            out[i] = (p * (d - (p * d).sum(1, keepdim=True)) / T).reshape(out[i].shape)
+        return out, *[None] * 5
 
 
 def probs_at(s, t, mask, i, T):
     """Both models' probabilities in a chunk, and its mask."""
-    s,t,w = rows_at((s, t, mask), i)
-    if w is not None: s,t = [x.where(w > 0, 0.) for x in (s, t)]
-    return (s/T).softmax(1),(t/T).softmax(1),w
+    s, t, w = rows_at((s, t, mask), i)
+    if w is not None:
+        s, t = [x.where(w > 0, 0.0) for x in (s, t)]
+    return (s / T).softmax(1), (t / T).softmax(1), w
 
 
 def moments(a, b, w):
     """(5, classes): weighted sums over the positions of a, b, their squares and their product, each
     with its shape kept.
     """
-    wa,wb = (a,b) if w is None else (w*a,w*b)
-    return torch.stack([x.sum(others(a), keepdim=True) for x in (wa, wb, wa*a, wb*b, wa*b)])
+    wa, wb = (a, b) if w is None else (w * a, w * b)
+    return torch.stack([x.sum(others(a), keepdim=True) for x in (wa, wb, wa * a, wb * b, wa * b)])
 
 
 def own_slope(p, q, eps):
     """The gradient of Pearson over the classes with respect to the student's probabilities."""
-    a,b = [x - x.mean(1, keepdim=True) for x in (p, q)]
-    norm_a,norm_b = [torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (a, b)]
-    both = norm_a*norm_b + eps
-    return b/both - safe_ratio((a*b).sum(1, keepdim=True)*norm_b, both**2*norm_a)*a
+    a, b = [x - x.mean(1, keepdim=True) for x in (p, q)]
+    norm_a, norm_b = [torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (a, b)]
+    both = norm_a * norm_b + eps
+    return b / both - safe_ratio((a * b).sum(1, keepdim=True) * norm_b, both**2 * norm_a) * a
 
 
-def safe_ratio(a, b): return torch.where(b > 0, a/b, 0.)
+def safe_ratio(a, b):
+    return torch.where(b > 0, a / b, 0.0)
 
 
 def with_graph(s, t, mask, T, eps, g_own, g_shared):
     """The gradient, with a graph of its own and without chunks."""
-    own,shared = blanked(at_once, s, t, mask, axis=1, w=mask, T=T, eps=eps)
-    return torch.autograd.grad([own.unsqueeze(1), shared], s, [g_own, g_shared], create_graph=True)[0]
+    own, shared = blanked(at_once, s, t, mask, axis=1, w=mask, T=T, eps=eps)
+    return torch.autograd.grad([own.unsqueeze(1), shared], s, [g_own, g_shared], create_graph=True)[
+        0
+    ]

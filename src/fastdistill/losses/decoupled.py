@@ -1,6 +1,8 @@
 "Losses that treat the label's class and the other classes separately."
+
 import torch
 from torch import Tensor
+
 from ..base.outputs import DistillError, as_plain
 from ._base import Loss, class_axis, expect, fit_mask, log_probs, loss, reduce
 from .response import checked_classes, kl_of, of_class, positions
@@ -10,25 +12,38 @@ __all__ = ['dkd', 'DKD', 'nkd', 'NKD', 'rld', 'RLD']
 
 def checked_labels(y, s, axis, ignore_index, mask):
     """One class per position, and the mask without the positions whose label is `ignore_index`."""
-    y,axis = as_plain(y),class_axis(s, axis)
-    shape,n = positions(s, axis),s.shape[axis]
+    y, axis = as_plain(y), class_axis(s, axis)
+    shape, n = positions(s, axis), s.shape[axis]
     if y.is_floating_point() or y.is_complex():
-        raise DistillError(f"Labels of {y.dtype}: this loss treats the label's class separately, so it needs one class "
-                           "(an integer) per position. Mixed or smoothed labels have none: use kl, jsd or dist, or "
-                           "pass the plain labels.")
-    if y.shape == (*shape, 1): y = y[..., 0]        # tabular targets are (B, 1)
+        raise DistillError(
+            f"Labels of {y.dtype}: this loss treats the label's class separately, so it needs one class "
+            '(an integer) per position. Mixed or smoothed labels have none: use kl, jsd or dist, or '
+            'pass the plain labels.'
+        )
+    if y.shape == (*shape, 1):
+        y = y[..., 0]  # tabular targets are (B, 1)
     if y.shape != shape:
-        raise DistillError(f"Labels of shape {tuple(y.shape)} do not fit logits of shape {tuple(s.shape)}: with the "
-                           f"classes on axis {axis} they have shape {tuple(shape)}")
+        raise DistillError(
+            f'Labels of shape {tuple(y.shape)} do not fit logits of shape {tuple(s.shape)}: with the '
+            f'classes on axis {axis} they have shape {tuple(shape)}'
+        )
     y = y.long()
     keep = y != ignore_index
-    if mask is not None: keep = keep*fit_mask(mask, shape)
+    if mask is not None:
+        keep = keep * fit_mask(mask, shape)
     y = y.where(keep > 0, 0)
     # subtle: checked only where it is free. On a GPU each step would wait for the values; a traced graph would break
-    if y.is_cpu and not torch.compiler.is_compiling() and y.numel() and not 0 <= y.min() <= y.max() < n:
-        raise DistillError(f"Labels from {y.min()} to {y.max()} for {n} classes. Exclude labels that do not count with "
-                           f"ignore_index (now {ignore_index}) or mask")
-    return y,keep
+    if (
+        y.is_cpu
+        and not torch.compiler.is_compiling()
+        and y.numel()
+        and not 0 <= y.min() <= y.max() < n
+    ):
+        raise DistillError(
+            f'Labels from {y.min()} to {y.max()} for {n} classes. Exclude labels that do not count with '
+            f'ignore_index (now {ignore_index}) or mask'
+        )
+    return y, keep
 
 
 def without_class(x, y, axis):
@@ -36,21 +51,24 @@ def without_class(x, y, axis):
     classes.
     """
     axis = class_axis(x, axis)
-    return x.masked_fill(torch.zeros_like(x, dtype=torch.bool).scatter(axis, y.unsqueeze(axis), True), -torch.inf)
+    return x.masked_fill(
+        torch.zeros_like(x, dtype=torch.bool).scatter(axis, y.unsqueeze(axis), True), -torch.inf
+    )
 
 
 @loss(kind='softmax', match='shape')
 def dkd(
-    s:Tensor,
-    t:Tensor,
-    y:Tensor,
-    *, alpha:float=1.,
-    beta:float=8.,
-    T:float=4.,
-    axis:int=1,
-    ignore_index:int=-100,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    y: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    T: float = 4.0,
+    axis: int = 1,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """T^2 (alpha KL of (p_y, 1-p_y) + beta KL of the softmax without y) (decoupled distillation,
     CVPR 2022, arXiv:2203.08679).
@@ -66,13 +84,16 @@ def dkd(
         ignore_index: Positions with this label do not count.
         mask: The shape of `y`: which positions count.
     """
-    y,mask = checked_labels(y, s, axis, ignore_index, mask)
-    s,t = checked_classes(s, t, axis, mask)
-    ls,lt = [_target_or_not(log_probs(x, T, axis), y, axis) for x in (s, t)]
-    os,ot = [log_probs(without_class(x, y, axis), T, axis) for x in (s, t)]
-    return reduce((alpha*kl_of(lt, ls, 0) + beta*kl_of(ot, os, axis))*T**2, reduction, mask)
+    y, mask = checked_labels(y, s, axis, ignore_index, mask)
+    s, t = checked_classes(s, t, axis, mask)
+    ls, lt = [_target_or_not(log_probs(x, T, axis), y, axis) for x in (s, t)]
+    os, ot = [log_probs(without_class(x, y, axis), T, axis) for x in (s, t)]
+    return reduce((alpha * kl_of(lt, ls, 0) + beta * kl_of(ot, os, axis)) * T**2, reduction, mask)
 
-class DKD(Loss): fn = dkd
+
+class DKD(Loss):
+    fn = dkd
+
 
 def _target_or_not(lp, y, axis):
     """log p_y and log(1-p_y), without the cancellation in 1-p_y."""
@@ -81,15 +102,16 @@ def _target_or_not(lp, y, axis):
 
 @loss(kind='softmax', match='shape')
 def nkd(
-    s:Tensor,
-    t:Tensor,
-    y:Tensor,
-    *, gamma:float=1.5,
-    T:float=1.,
-    axis:int=1,
-    ignore_index:int=-100,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    y: Tensor,
+    *,
+    gamma: float = 1.5,
+    T: float = 1.0,
+    axis: int = 1,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """-p_t^y log p_s^y + gamma T^2 cross-entropy of the softmax without y (normalized distillation,
     ICCV 2023, arXiv:2303.13005).
@@ -107,28 +129,31 @@ def nkd(
         ignore_index: Positions with this label do not count.
         mask: The shape of `y`: which positions count.
     """
-    y,mask = checked_labels(y, s, axis, ignore_index, mask)
-    s,t = checked_classes(s, t, axis, mask)
-    ls,lt = [of_class(log_probs(x, 1., axis), y, axis) for x in (s, t)]
-    os,ot = [log_probs(without_class(x, y, axis), T, axis) for x in (s, t)]
-    return reduce(expect(lt, -ls) + gamma*T**2*expect(ot, -os).sum(axis), reduction, mask)
+    y, mask = checked_labels(y, s, axis, ignore_index, mask)
+    s, t = checked_classes(s, t, axis, mask)
+    ls, lt = [of_class(log_probs(x, 1.0, axis), y, axis) for x in (s, t)]
+    os, ot = [log_probs(without_class(x, y, axis), T, axis) for x in (s, t)]
+    return reduce(expect(lt, -ls) + gamma * T**2 * expect(ot, -os).sum(axis), reduction, mask)
 
-class NKD(Loss): fn = nkd
+
+class NKD(Loss):
+    fn = nkd
 
 
 @loss(kind='softmax', match='shape')
 def rld(
-    s:Tensor,
-    t:Tensor,
-    y:Tensor,
-    *, alpha:float=1.,
-    beta:float=8.,
-    T:float=4.,
-    alpha_T:float|None=None,
-    axis:int=1,
-    ignore_index:int=-100,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    y: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    T: float = 4.0,
+    alpha_T: float | None = None,
+    axis: int = 1,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """alpha_T^2 alpha KL of (max p_t, 1 - max p_t) to (p_s^y, 1-p_s^y) + T^2 beta KL of the softmax
     over classes that the teacher finds less likely than y: refined logit distillation (ICCV 2025,
@@ -148,15 +173,23 @@ def rld(
         ignore_index: Positions with this label do not count.
         mask: The shape of `y`: which positions count.
     """
-    y,mask = checked_labels(y, s, axis, ignore_index, mask)
-    s,t = checked_classes(s, t, axis, mask)
+    y, mask = checked_labels(y, s, axis, ignore_index, mask)
+    s, t = checked_classes(s, t, axis, mask)
     A = T if alpha_T is None else alpha_T
-    best,label = [_target_or_not(log_probs(x, A, axis), k, axis) for x,k in ((t, t.argmax(axis)), (s, y))]
+    best, label = [
+        _target_or_not(log_probs(x, A, axis), k, axis) for x, k in ((t, t.argmax(axis)), (s, y))
+    ]
     ruled_out = (t == -torch.inf) | (s == -torch.inf)
     out = ruled_out | (t >= of_class(t, y, axis).unsqueeze(axis))
-    none = out.all(axis, keepdim=True)        # positions without any class below the label: their second part is 0
-    os,ot = [log_probs(x.masked_fill(out, -torch.inf).masked_fill(none, 0.), T, axis) for x in (s, t)]
-    below = kl_of(ot, os, axis).masked_fill(none.squeeze(axis), 0.)
-    return reduce(alpha*A**2*kl_of(best, label, 0) + beta*T**2*below, reduction, mask)
+    none = out.all(
+        axis, keepdim=True
+    )  # positions without any class below the label: their second part is 0
+    os, ot = [
+        log_probs(x.masked_fill(out, -torch.inf).masked_fill(none, 0.0), T, axis) for x in (s, t)
+    ]
+    below = kl_of(ot, os, axis).masked_fill(none.squeeze(axis), 0.0)
+    return reduce(alpha * A**2 * kl_of(best, label, 0) + beta * T**2 * below, reduction, mask)
 
-class RLD(Loss): fn = rld
+
+class RLD(Loss):
+    fn = rld

@@ -3,9 +3,11 @@ axis=-1.
 
 `axis` is the channel axis.
 """
+
 import torch
-from torch import Tensor
 import torch.nn.functional as F
+from torch import Tensor
+
 from ..base.outputs import DistillError, as_plain
 from ._base import Loss, cells, channels_first, expect, fit_mask, log_probs, loss, reduce, unit
 
@@ -16,12 +18,13 @@ MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 @loss(kind=None, match='shape')
 def cwd(
-    s:Tensor,
-    t:Tensor,
-    *, T:float=4.,
-    axis:int=1,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    *,
+    T: float = 4.0,
+    axis: int = 1,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """T^2 KL of each channel's softmax over all positions, mean over channels and samples
     (channel-wise KD, arXiv:2011.13256).
@@ -36,22 +39,28 @@ def cwd(
         reduction: 'none': (B, C).
     """
     if s.shape != t.shape:
-        raise DistillError(f"Student {tuple(s.shape)}, teacher {tuple(t.shape)}: cwd compares channel with channel and "
-                           "pixel with pixel. Resize one of them, or give the student a projector (1x1 convolution)")
+        raise DistillError(
+            f'Student {tuple(s.shape)}, teacher {tuple(t.shape)}: cwd compares channel with channel and '
+            'pixel with pixel. Resize one of them, or give the student a projector (1x1 convolution)'
+        )
     grid = channels_first(s, axis)[:, 0].shape
     if len(grid) < 2:
-        raise DistillError("cwd compares where in the picture a channel is active, and outputs of shape "
-                           f"{tuple(s.shape)} have no positions: use kl, as kd() does")
-    s,t = cells(s, axis),cells(t, axis)
+        raise DistillError(
+            'cwd compares where in the picture a channel is active, and outputs of shape '
+            f'{tuple(s.shape)} have no positions: use kl, as kd() does'
+        )
+    s, t = cells(s, axis), cells(t, axis)
     if mask is not None:
         mask = (fit_mask(mask, grid) > 0).reshape(len(s), 1, -1)
         # subtle: a finite number, since -inf gives nan in an image that is masked everywhere
-        s,t = [o.masked_fill(~mask, -1e30) for o in (s, t)]
+        s, t = [o.masked_fill(~mask, -1e30) for o in (s, t)]
         mask = mask.any(2)
-    ls,lt = log_probs(s, T, 2), log_probs(t, T, 2)
-    return reduce(expect(lt, lt-ls).sum(2)*T**2, reduction, mask)
+    ls, lt = log_probs(s, T, 2), log_probs(t, T, 2)
+    return reduce(expect(lt, lt - ls).sum(2) * T**2, reduction, mask)
 
-class CWD(Loss): fn = cwd
+
+class CWD(Loss):
+    fn = cwd
 
 
 def affinity(x, pool, axis):
@@ -59,20 +68,23 @@ def affinity(x, pool, axis):
     x = channels_first(x, axis)
     grid = x.shape[2:]
     if len(grid) not in MAX_POOL:
-        raise DistillError(f"pairwise compares positions, and features of shape {tuple(x.shape)} have no grid of them")
-    size = [min(pool, n) if isinstance(pool, int) else max(int(n*pool), 1) for n in grid]
+        raise DistillError(
+            f'pairwise compares positions, and features of shape {tuple(x.shape)} have no grid of them'
+        )
+    size = [min(pool, n) if isinstance(pool, int) else max(int(n * pool), 1) for n in grid]
     x = unit(MAX_POOL[len(grid)](x, size, size, ceil_mode=True).flatten(2))
-    return x.mT@x
+    return x.mT @ x
 
 
 @loss(kind=None, match='grid', samples=True)
 def pairwise(
-    s:Tensor,
-    t:Tensor,
-    *, pool:int|float=2,
-    axis:int=1,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    *,
+    pool: int | float = 2,
+    axis: int = 1,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """Squared difference of the cosines between all pairs of cells, mean over pairs (structured KD,
     arXiv:1903.04197).
@@ -89,22 +101,24 @@ def pairwise(
         mask: (B,): which samples count.
     """
     if not (pool >= 1 if isinstance(pool, int) else 0 < pool < 1):
-        raise DistillError(f"pool={pool}: a cell is a whole number of pixels from 1, or a share of height and width "
-                           "below 1")
-    s,t = affinity(s, pool, axis),affinity(t, pool, axis)
+        raise DistillError(
+            f'pool={pool}: a cell is a whole number of pixels from 1, or a share of height and width '
+            'below 1'
+        )
+    s, t = affinity(s, pool, axis), affinity(t, pool, axis)
     if s.shape != t.shape:
-        raise DistillError(f"pool={pool} leaves {s.shape[1]} cells of {len(s)} student maps and {t.shape[1]} of "
-                           f"{len(t)} teacher maps: choose layers with the same grid, or resize one")
-    return reduce((s-t).pow(2).mean((1, 2)), reduction, mask)
+        raise DistillError(
+            f'pool={pool} leaves {s.shape[1]} cells of {len(s)} student maps and {t.shape[1]} of '
+            f'{len(t)} teacher maps: choose layers with the same grid, or resize one'
+        )
+    return reduce((s - t).pow(2).mean((1, 2)), reduction, mask)
 
-class Pairwise(Loss): fn = pairwise
+
+class Pairwise(Loss):
+    fn = pairwise
 
 
-def to_prototypes(
-    x:Tensor,
-    y:Tensor,
-    n:int
-):
+def to_prototypes(x: Tensor, y: Tensor, n: int):
     """(B, P) cosine of each position with the mean of its class in the same image.
 
     Args:
@@ -115,12 +129,10 @@ def to_prototypes(
     i = y[:, None].expand_as(x)
     # a sum instead of the mean: the cosine is the same
     proto = x.new_zeros(len(x), x.shape[1], n).scatter_add(2, i, x)
-    return (unit(x)*unit(proto).gather(2, i)).sum(1)
+    return (unit(x) * unit(proto).gather(2, i)).sum(1)
 
 
-def numbered(
-    y:Tensor
-):
+def numbered(y: Tensor):
     """(B, P): the classes of each image, renumbered as 0, 1, 2 ... in ascending order.
 
     To count the classes would make the GPU wait; this does not.
@@ -128,20 +140,23 @@ def numbered(
     Args:
         y: (B, P) class of each position.
     """
-    v,i = y.sort(1)
-    return torch.zeros_like(y).scatter(1, i, F.pad((v[:, 1:] != v[:, :-1]).long().cumsum(1), (1, 0)))
+    v, i = y.sort(1)
+    return torch.zeros_like(y).scatter(
+        1, i, F.pad((v[:, 1:] != v[:, :-1]).long().cumsum(1), (1, 0))
+    )
 
 
 @loss(kind=None, match='grid')
 def ifvd(
-    s:Tensor,
-    t:Tensor,
-    y:Tensor,
-    *, classes:int|None=None,
-    ignore_index:int=-100,
-    axis:int=1,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    y: Tensor,
+    *,
+    classes: int | None = None,
+    ignore_index: int = -100,
+    axis: int = 1,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """Squared difference of each position's cosine with the mean feature of its class in its image
     (intra-class feature variation, Wang et al., ECCV 2020).
@@ -159,17 +174,26 @@ def ifvd(
         mask: (B, H, W), the map's grid: which positions count in the mean.
         reduction: 'none': (B, H, W), 0 where ignored.
     """
-    s,t = channels_first(s, axis),channels_first(t, axis)
-    if s.shape[2:] != t.shape[2:] or len(s) != len(t) or y.dim() != s.dim()-1 or len(y) != len(s):
-        raise DistillError("ifvd needs student and teacher maps with one grid, and labels of as many axes: got "
-                           f"{tuple(s.shape)}, {tuple(t.shape)} and labels {tuple(y.shape)}")
+    s, t = channels_first(s, axis), channels_first(t, axis)
+    if s.shape[2:] != t.shape[2:] or len(s) != len(t) or y.dim() != s.dim() - 1 or len(y) != len(s):
+        raise DistillError(
+            'ifvd needs student and teacher maps with one grid, and labels of as many axes: got '
+            f'{tuple(s.shape)}, {tuple(t.shape)} and labels {tuple(y.shape)}'
+        )
     y = F.interpolate(as_plain(y)[:, None].float(), s.shape[2:], mode='nearest')[:, 0].long()
     on = y != ignore_index
     y = torch.where(on, y, 0).flatten(1)
     n = classes or y.shape[1]
-    if not classes: y = numbered(y)
+    if not classes:
+        y = numbered(y)
     # positions that do not count are 0, so they change no mean
-    s,t = [to_prototypes(torch.where(on[:, None], x, 0.).flatten(2), y, n) for x in (s, t)]
-    return reduce((s-t).pow(2).reshape(on.shape), reduction, on if mask is None else on*fit_mask(mask, on.shape))
+    s, t = [to_prototypes(torch.where(on[:, None], x, 0.0).flatten(2), y, n) for x in (s, t)]
+    return reduce(
+        (s - t).pow(2).reshape(on.shape),
+        reduction,
+        on if mask is None else on * fit_mask(mask, on.shape),
+    )
 
-class IFVD(Loss): fn = ifvd
+
+class IFVD(Loss):
+    fn = ifvd

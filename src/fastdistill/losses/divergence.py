@@ -1,10 +1,13 @@
 """Divergences beside the plain ones: a teacher softened alone, mixtures of both models, a family
 between both KLs.
 """
+
 import math
 from functools import partial
+
 import torch
 from torch import Tensor
+
 from ..base.outputs import DistillError
 from ._base import Loss, expect, log_probs, loss
 from .response import kl, kl_of, kl_values, of_positions, reverse_kl, within
@@ -14,12 +17,13 @@ __all__ = ['ttm', 'TTM', 'wttm', 'WTTM', 'skewed_kl', 'SkewedKL', 'taid', 'TAID'
 
 @loss(kind='softmax', match='shape')
 def ttm(
-    s:Tensor,
-    t:Tensor,
-    *, T:float=4.,
-    axis:int=1,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    *,
+    T: float = 4.0,
+    axis: int = 1,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """KL(softmax(t/T) || softmax(s)): transformed teacher matching (ICLR 2024, arXiv:2402.11148). 0
     where the student predicts the softened probabilities themselves. Without T^2, since the
@@ -34,19 +38,24 @@ def ttm(
     """
     return of_positions(partial(ttm_values, T=T), s, t, axis, mask, reduction)
 
-def ttm_values(s, t, T, axis): return kl_of(log_probs(within(t, s), T, axis), log_probs(s, 1., axis), axis)
 
-class TTM(Loss): fn = ttm
+def ttm_values(s, t, T, axis):
+    return kl_of(log_probs(within(t, s), T, axis), log_probs(s, 1.0, axis), axis)
+
+
+class TTM(Loss):
+    fn = ttm
 
 
 @loss(kind='softmax', match='shape')
 def wttm(
-    s:Tensor,
-    t:Tensor,
-    *, T:float=4.,
-    axis:int=1,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    *,
+    T: float = 4.0,
+    axis: int = 1,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """`ttm` of each position times U, the sum of its softmax(t)^(1/T): from 1, where the teacher is
     certain, to C^(1-1/T), where all C classes are equal to it (ICLR 2024, arXiv:2402.11148).
@@ -60,23 +69,27 @@ def wttm(
     """
     return of_positions(partial(wttm_values, T=T), s, t, axis, mask, reduction)
 
-def wttm_values(s, t, T, axis):
-    u = (log_probs(within(t, s), 1., axis)/T).logsumexp(axis).exp()
-    return u*ttm_values(s, t, T, axis)
 
-class WTTM(Loss): fn = wttm
+def wttm_values(s, t, T, axis):
+    u = (log_probs(within(t, s), 1.0, axis) / T).logsumexp(axis).exp()
+    return u * ttm_values(s, t, T, axis)
+
+
+class WTTM(Loss):
+    fn = wttm
 
 
 @loss(kind='softmax', match='shape')
 def skewed_kl(
-    s:Tensor,
-    t:Tensor,
-    *, lam:float=.1,
-    reverse:bool=False,
-    T:float=1.,
-    axis:int=1,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    *,
+    lam: float = 0.1,
+    reverse: bool = False,
+    T: float = 1.0,
+    axis: int = 1,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """T^2 KL(p_t || lam p_t + (1-lam) p_s), reversed T^2 KL(p_s || lam p_s + (1-lam) p_t): skewed
     KL, whose gradient is bounded (DistiLLM, ICML 2024, arXiv:2402.03898).
@@ -92,32 +105,48 @@ def skewed_kl(
         mask: `s` without the class axis: which positions count.
     """
     if not 0 <= lam < 1:
-        raise DistillError(f"lam={lam}: the first distribution's share of the mixture is a number from 0 to below 1")
-    if lam == 0: return (reverse_kl if reverse else kl)(s, t, T=T, axis=axis, mask=mask, reduction=reduction)
-    return of_positions(partial(skewed_values, lam=lam, reverse=reverse, T=T), s, t, axis, mask, reduction, scale=T**2)
+        raise DistillError(
+            f"lam={lam}: the first distribution's share of the mixture is a number from 0 to below 1"
+        )
+    if lam == 0:
+        return (reverse_kl if reverse else kl)(s, t, T=T, axis=axis, mask=mask, reduction=reduction)
+    return of_positions(
+        partial(skewed_values, lam=lam, reverse=reverse, T=T),
+        s,
+        t,
+        axis,
+        mask,
+        reduction,
+        scale=T**2,
+    )
+
 
 def skewed_values(s, t, lam, reverse, T, axis):
-    ls,lt = log_probs(s, T, axis),log_probs(t, T, axis)
-    a,b = (ls, lt) if reverse else (lt, ls)
+    ls, lt = log_probs(s, T, axis), log_probs(t, T, axis)
+    a, b = (ls, lt) if reverse else (lt, ls)
     return kl_of(a, mixture(a, b, lam), axis)
 
-class SkewedKL(Loss): fn = skewed_kl
+
+class SkewedKL(Loss):
+    fn = skewed_kl
+
 
 def mixture(a, b, lam):
     """Log of `lam` exp(a) + (1-lam) exp(b)."""
-    low = torch.finfo(a.dtype).min/4        # the gradient of logaddexp is nan where both are -inf
-    return torch.logaddexp(a.clamp_min(low) + math.log(lam), b.clamp_min(low) + math.log(1-lam))
+    low = torch.finfo(a.dtype).min / 4  # the gradient of logaddexp is nan where both are -inf
+    return torch.logaddexp(a.clamp_min(low) + math.log(lam), b.clamp_min(low) + math.log(1 - lam))
 
 
 @loss(kind='softmax', match='shape')
 def taid(
-    s:Tensor,
-    t:Tensor,
-    *, lam:float=1.,
-    T:float=1.,
-    axis:int=1,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    *,
+    lam: float = 1.0,
+    T: float = 1.0,
+    axis: int = 1,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """T^2 KL to the student from the softmax of (1-lam) s + lam t, where s has no gradient: a
     target that moves from the student to the teacher while lam grows (TAID, ICLR 2025,
@@ -131,27 +160,32 @@ def taid(
         axis: Class axis.
         mask: `s` without the class axis: which positions count.
     """
-    if not 0 <= lam <= 1: raise DistillError(f"lam={lam}: the teacher's share of the target is a number from 0 to 1")
+    if not 0 <= lam <= 1:
+        raise DistillError(f"lam={lam}: the teacher's share of the target is a number from 0 to 1")
     return of_positions(partial(taid_values, lam=lam, T=T), s, t, axis, mask, reduction, scale=T**2)
+
 
 def taid_values(s, t, lam, T, axis):
     # subtle: at the ends one of both is taken as it is, since 0*inf is nan
-    target = t if lam == 1 else s.detach() if lam == 0 else (1-lam)*s.detach() + lam*t
+    target = t if lam == 1 else s.detach() if lam == 0 else (1 - lam) * s.detach() + lam * t
     return kl_values(s, target, T, axis)
 
-class TAID(Loss): fn = taid
+
+class TAID(Loss):
+    fn = taid
 
 
 @loss(kind='softmax', match='shape')
 def abkd(
-    s:Tensor,
-    t:Tensor,
-    *, alpha:float=.8,
-    beta:float=.3,
-    T:float=4.,
-    axis:int=1,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    *,
+    alpha: float = 0.8,
+    beta: float = 0.3,
+    T: float = 4.0,
+    axis: int = 1,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """T^2 times the alpha-beta divergence, 1/(alpha beta) the sum of a/c p_t^c + b/c p_s^c - p_t^a
     p_s^b; a = alpha, b = beta, c = a + b; its limit where one of both is 0 (ABKD, ICML 2025,
@@ -168,19 +202,27 @@ def abkd(
         mask: `s` without the class axis: which positions count.
     """
     if alpha < 0 or beta < 0 or alpha + beta == 0:
-        raise DistillError(f"alpha={alpha}, beta={beta}: both are 0 or more, and not both 0")
-    return of_positions(partial(abkd_values, alpha=alpha, beta=beta, T=T), s, t, axis, mask, reduction, scale=T**2)
+        raise DistillError(f'alpha={alpha}, beta={beta}: both are 0 or more, and not both 0')
+    return of_positions(
+        partial(abkd_values, alpha=alpha, beta=beta, T=T), s, t, axis, mask, reduction, scale=T**2
+    )
+
 
 def abkd_values(s, t, alpha, beta, T, axis):
     # subtle: as in `kl` and `reverse_kl`, where a class that one model rules out would make the limit infinite
-    a,b = within(t, s) if beta == 0 else t,within(s, t) if alpha == 0 else s
+    a, b = within(t, s) if beta == 0 else t, within(s, t) if alpha == 0 else s
     return ab_divergence(log_probs(a, T, axis), log_probs(b, T, axis), alpha, beta).sum(axis)
 
-class ABKD(Loss): fn = abkd
+
+class ABKD(Loss):
+    fn = abkd
+
 
 def ab_divergence(lp, lq, a, b):
     """The summands of the divergence of two distributions, given as logarithms."""
-    if a == 0: return ab_divergence(lq, lp, b, 0)
-    if b == 0: return expect(a*lp, lp-lq)/a - ((a*lp).exp() - (a*lq).exp())/a**2
+    if a == 0:
+        return ab_divergence(lq, lp, b, 0)
+    if b == 0:
+        return expect(a * lp, lp - lq) / a - ((a * lp).exp() - (a * lq).exp()) / a**2
     c = a + b
-    return (a/c*(c*lp).exp() + b/c*(c*lq).exp() - (a*lp + b*lq).exp())/(a*b)
+    return (a / c * (c * lp).exp() + b / c * (c * lq).exp() - (a * lp + b * lq).exp()) / (a * b)

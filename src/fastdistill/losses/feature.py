@@ -3,16 +3,38 @@ with axis=-1.
 
 `axis` is the channel axis. Unless a docstring differs, a loss is the mean over all numbers.
 """
+
 import math
+
 import torch
-from torch import Tensor, nn
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
 from ..base.outputs import DistillError
 from ._base import Loss, _full, cells, channels_first, fit_mask, loss, reduce, unit
 
-__all__ = ['hint', 'Hint', 'at', 'AT', 'nst', 'NST', 'fsp', 'FSP', 'ab', 'AB', 'ofd', 'OFD', 'ofd_margin', 'vid', 'VID',
-           'pkd', 'PKD', 'cosine', 'Cosine']
+__all__ = [
+    'hint',
+    'Hint',
+    'at',
+    'AT',
+    'nst',
+    'NST',
+    'fsp',
+    'FSP',
+    'ab',
+    'AB',
+    'ofd',
+    'OFD',
+    'ofd_margin',
+    'vid',
+    'VID',
+    'pkd',
+    'PKD',
+    'cosine',
+    'Cosine',
+]
 
 GRID_POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
@@ -20,46 +42,48 @@ GRID_POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_a
 def same_features(s, t):
     """Refuse shapes that would broadcast silently."""
     if s.shape != t.shape:
-        raise DistillError(f"The student's features have shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: this "
-                           "loss compares them element by element. Give the student a projector (a linear layer or a "
-                           "1x1 convolution). A Distiller builds one from the shapes")
+        raise DistillError(
+            f"The student's features have shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: this "
+            'loss compares them element by element. Give the student a projector (a linear layer or a '
+            '1x1 convolution). A Distiller builds one from the shapes'
+        )
 
 
-def pooled(xs, axis:int=1):
+def pooled(xs, axis: int = 1):
     """Features with channels first, average-pooled to the smallest grid among them."""
     xs = [channels_first(o, axis) for o in xs]
     grids = [tuple(o.shape[2:]) for o in xs]
     if len({len(g) for g in grids}) > 1 or len(grids[0]) not in GRID_POOL:
-        raise DistillError(f"Features with the grids {', '.join(map(str, grids))} have no grid in common: this loss "
-                           "compares maps with maps (B, C, H, W), or tokens with tokens (B, L, D). Turn tokens into a "
-                           "map first, or choose layers before the pooling")
+        raise DistillError(
+            f'Features with the grids {", ".join(map(str, grids))} have no grid in common: this loss '
+            'compares maps with maps (B, C, H, W), or tokens with tokens (B, L, D). Turn tokens into a '
+            'map first, or choose layers before the pooling'
+        )
     grid = tuple(map(min, zip(*grids)))
-    return [o if g == grid else GRID_POOL[len(grid)](o, grid) for o,g in zip(xs, grids)]
+    return [o if g == grid else GRID_POOL[len(grid)](o, grid) for o, g in zip(xs, grids)]
 
 
-def tensor_like(v, x:Tensor):
+def tensor_like(v, x: Tensor):
     """A number or a tensor on the device of `x`. A number is created there, since a copy would make
     the GPU wait.
     """
     return v.to(x) if isinstance(v, Tensor) else x.new_full((1,), v)
 
 
-def per_channel(v, x:Tensor, axis:int):
+def per_channel(v, x: Tensor, axis: int):
     """One number, or one per channel, in a shape that broadcasts to `x`."""
     v = tensor_like(v, x).flatten()
     if len(v) not in (1, x.shape[axis]):
-        raise DistillError(f"{len(v)} values for features of shape {tuple(x.shape)}: axis {axis} has {x.shape[axis]} "
-                           "channels")
+        raise DistillError(
+            f'{len(v)} values for features of shape {tuple(x.shape)}: axis {axis} has {x.shape[axis]} '
+            'channels'
+        )
     return v.reshape([-1 if i == axis % x.dim() else 1 for i in range(x.dim())])
 
 
 @loss(kind=None, match='shape')
 def hint(
-    s:Tensor,
-    t:Tensor,
-    *, axis:int=1,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
 ):
     """Mean squared difference (FitNets, arXiv:1412.6550).
 
@@ -72,19 +96,22 @@ def hint(
         mask: `s` without the channel axis: which positions count.
     """
     same_features(s, t)
-    return reduce((s-t).pow(2).mean(axis), reduction, mask)
+    return reduce((s - t).pow(2).mean(axis), reduction, mask)
 
-class Hint(Loss): fn = hint
+
+class Hint(Loss):
+    fn = hint
 
 
 @loss(kind=None, match='none', samples=True)
 def at(
-    s:Tensor,
-    t:Tensor,
-    *, p:float=2.,
-    axis:int=1,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    *,
+    p: float = 2.0,
+    axis: int = 1,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """Squared difference of the attention maps q = mean_c |x|^p, scaled to length 1
     (arXiv:1612.03928).
@@ -100,20 +127,21 @@ def at(
         axis: Channel axis; with -1, tokens have a map over L.
         mask: (B,): which samples count.
     """
-    if p < 1: raise DistillError(f"p={p}: the exponent must be at least 1. Below 1 the gradient at 0 is infinite")
-    s,t = [unit(o.abs().pow(p).mean(1).flatten(1)) for o in pooled([s, t], axis)]
-    return reduce((s-t).pow(2).mean(1), reduction, mask)
+    if p < 1:
+        raise DistillError(
+            f'p={p}: the exponent must be at least 1. Below 1 the gradient at 0 is infinite'
+        )
+    s, t = [unit(o.abs().pow(p).mean(1).flatten(1)) for o in pooled([s, t], axis)]
+    return reduce((s - t).pow(2).mean(1), reduction, mask)
 
-class AT(Loss): fn = at
+
+class AT(Loss):
+    fn = at
 
 
 @loss(kind=None, match='none', samples=True)
 def nst(
-    s:Tensor,
-    t:Tensor,
-    *, axis:int=1,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
 ):
     """Maximum mean discrepancy between the channels, with the kernel (a.b)^2 (neuron selectivity
     transfer, arXiv:1707.01219).
@@ -128,32 +156,28 @@ def nst(
         axis: Channel axis.
         mask: (B,): which samples count.
     """
-    s,t = [unit(o.flatten(2), 2) for o in pooled([s, t], axis)]
+    s, t = [unit(o.flatten(2), 2) for o in pooled([s, t], axis)]
     # both ways give the same number; pairs of positions are cheaper where these are fewer than channels (2048 x 7 x 7)
     if s.shape[2] < max(s.shape[1], t.shape[1]):
-        v = (s.mT@s/s.shape[1] - t.mT@t/t.shape[1]).pow(2).sum((1, 2))
+        v = (s.mT @ s / s.shape[1] - t.mT @ t / t.shape[1]).pow(2).sum((1, 2))
     else:
-        ss,st,tt = [(a@b.mT).pow(2).mean((1, 2)) for a,b in ((s, s), (s, t), (t, t))]
-        v = ss + tt - 2*st
+        ss, st, tt = [(a @ b.mT).pow(2).mean((1, 2)) for a, b in ((s, s), (s, t), (t, t))]
+        v = ss + tt - 2 * st
     return reduce(v, reduction, mask)
 
-class NST(Loss): fn = nst
+
+class NST(Loss):
+    fn = nst
 
 
 def flows(xs, axis):
     """For each two consecutive layers: (B, C1, C2) products of their channels, mean over positions."""
     xs = [[o.flatten(2) for o in pooled(pair, axis)] for pair in zip(xs, xs[1:])]
-    return [a@b.mT/a.shape[2] for a,b in xs]
+    return [a @ b.mT / a.shape[2] for a, b in xs]
 
 
 @loss(kind=None, match='shape', lists=True, samples=True)
-def fsp(
-    s:list,
-    t:list,
-    *, axis:int=1,
-    mask:Tensor|None=None,
-    reduction:str='mean'
-):
+def fsp(s: list, t: list, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'):
     """Squared difference of the flows between consecutive layers (Yim et al., CVPR 2017).
 
     A flow G holds the products of each channel of one layer with each channel of the next. The loss
@@ -168,26 +192,34 @@ def fsp(
         mask: (B,): which samples count.
     """
     if not isinstance(s, list) or not isinstance(t, list) or len(s) != len(t) or len(s) < 2:
-        got = [f'a list of {len(o)}' if isinstance(o, list) else f'a {type(o).__name__}' for o in (s, t)]
-        raise DistillError("fsp takes two lists of equal length, with two or more maps each; it got "
-                           f"{got[0]} and {got[1]}")
-    v = 0.
-    for a,b in zip(flows(s, axis), flows(t, axis)):
+        got = [
+            f'a list of {len(o)}' if isinstance(o, list) else f'a {type(o).__name__}'
+            for o in (s, t)
+        ]
+        raise DistillError(
+            'fsp takes two lists of equal length, with two or more maps each; it got '
+            f'{got[0]} and {got[1]}'
+        )
+    v = 0.0
+    for a, b in zip(flows(s, axis), flows(t, axis)):
         same_features(a, b)
-        v = v + (a-b).pow(2).mean((1, 2))
+        v = v + (a - b).pow(2).mean((1, 2))
     return reduce(v, reduction, mask)
 
-class FSP(Loss): fn = fsp
+
+class FSP(Loss):
+    fn = fsp
 
 
 @loss(kind=None, match='shape')
 def ab(
-    s:Tensor,
-    t:Tensor,
-    *, margin:float=1.,
-    axis:int=1,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    *,
+    margin: float = 1.0,
+    axis: int = 1,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """Squared hinge loss on the sign of `t`: is each neuron active where the teacher's is?
     (activation boundaries, arXiv:1811.03233).
@@ -203,20 +235,22 @@ def ab(
         mask: `s` without the channel axis: which positions count.
     """
     same_features(s, t)
-    return reduce(torch.where(t > 0, margin-s, margin+s).relu().pow(2).mean(axis), reduction, mask)
+    return reduce(
+        torch.where(t > 0, margin - s, margin + s).relu().pow(2).mean(axis), reduction, mask
+    )
 
-class AB(Loss): fn = ab
+
+class AB(Loss):
+    fn = ab
 
 
 def negative_mean(t, axis):
     """The mean of each channel's negative values; 0 if it has none."""
     t = cells(t, axis)
-    return t.clamp_max(0).sum((0, 2))/(t < 0).sum((0, 2)).clamp_min(1)
+    return t.clamp_max(0).sum((0, 2)) / (t < 0).sum((0, 2)).clamp_min(1)
 
 
-def ofd_margin(
-    bn:nn.Module
-):
+def ofd_margin(bn: nn.Module):
     """(C,) expected negative value of each channel: E[x | x < 0] for x ~ N(bias, weight^2).
 
     Where almost no value is negative it is -3 |weight|, as in the code of OFD's authors.
@@ -226,20 +260,21 @@ def ofd_margin(
     """
     s = _full(torch.ones(bn.num_features) if bn.weight is None else bn.weight.detach().abs())
     m = _full(torch.zeros_like(s) if bn.bias is None else bn.bias.detach())
-    z = m/s.clamp_min(1e-12)
+    z = m / s.clamp_min(1e-12)
     below = torch.special.ndtr(-z)
-    mean = m - s*(-z.square()/2).exp()/math.sqrt(2*math.pi)/below
-    return torch.where(below > .001, mean, -3*s)
+    mean = m - s * (-z.square() / 2).exp() / math.sqrt(2 * math.pi) / below
+    return torch.where(below > 0.001, mean, -3 * s)
 
 
 @loss(kind=None, match='shape')
 def ofd(
-    s:Tensor,
-    t:Tensor,
-    *, margin:Tensor|float|None=None,
-    axis:int=1,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    *,
+    margin: Tensor | float | None = None,
+    axis: int = 1,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """Squared distance to max(t, margin), but 0 where that is not positive and the student is
     already below it (overhaul of feature distillation, arXiv:1904.01866).
@@ -256,19 +291,20 @@ def ofd(
     """
     same_features(s, t)
     t = torch.maximum(t, per_channel(negative_mean(t, axis) if margin is None else margin, t, axis))
-    return reduce(torch.where((s > t) | (t > 0), (s-t).pow(2), 0.).mean(axis), reduction, mask)
+    return reduce(torch.where((s > t) | (t > 0), (s - t).pow(2), 0.0).mean(axis), reduction, mask)
 
 
 @loss(kind=None, match='shape')
 def vid(
-    s:Tensor,
-    t:Tensor,
-    *, log_scale:Tensor|None=None,
-    var:float=5.,
-    eps:float=1e-5,
-    axis:int=1,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    *,
+    log_scale: Tensor | None = None,
+    var: float = 5.0,
+    eps: float = 1e-5,
+    axis: int = 1,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """Gaussian negative log-likelihood of `t`, 1/2 ((s-t)^2/var + log var) (variational information
     distillation, arXiv:1904.05835).
@@ -287,47 +323,59 @@ def vid(
         mask: `s` without the channel axis: which positions count.
     """
     same_features(s, t)
-    var = tensor_like(var, s) if log_scale is None else F.softplus(per_channel(log_scale, s, axis)) + eps
-    return reduce(((s-t).pow(2)/var + var.log()).mean(axis)/2, reduction, mask)
+    var = (
+        tensor_like(var, s)
+        if log_scale is None
+        else F.softplus(per_channel(log_scale, s, axis)) + eps
+    )
+    return reduce(((s - t).pow(2) / var + var.log()).mean(axis) / 2, reduction, mask)
 
 
 class Owner(Loss):
     """A loss that owns a tensor whose size depends on the teacher: given as an option, or made by
     `prepare`.
     """
-    own = None # name of the option, and of the attribute
+
+    own = None  # name of the option, and of the attribute
 
     def __init__(self, **options):
         super().__init__(**options)
         v = self.options.pop(self.own, None)
         self.register_buffer(self.own, None)
-        if v is not None: self.keep(torch.as_tensor(v, dtype=None if isinstance(v, Tensor) else torch.float32))
+        if v is not None:
+            self.keep(torch.as_tensor(v, dtype=None if isinstance(v, Tensor) else torch.float32))
 
-    def keep(self, v): setattr(self, self.own, v.detach().clone())
+    def keep(self, v):
+        setattr(self, self.own, v.detach().clone())
 
     def _load_from_state_dict(self, state, prefix, *args):
         """A loss that is not prepared yet takes the numbers from the state."""
         v = state.get(prefix + self.own)
-        if v is not None and getattr(self, self.own) is None: self.keep(v)
+        if v is not None and getattr(self, self.own) is None:
+            self.keep(v)
         super()._load_from_state_dict(state, prefix, *args)
 
 
 class OFD(Owner):
-    fn,own = ofd,'margin'
+    fn, own = ofd, 'margin'
 
     def prepare(self, s, t, layer=None, axis=None):
         """Set the margin: from the teacher's layer if that is a BatchNorm, else from the negative
         values in this batch.
         """
-        if self.margin is not None: return
-        if isinstance(layer, _BatchNorm): self.keep(ofd_margin(layer).to(t.device))
-        else: self.keep(negative_mean(_full(t), self.option('axis') if axis is None else axis))
+        if self.margin is not None:
+            return
+        if isinstance(layer, _BatchNorm):
+            self.keep(ofd_margin(layer).to(t.device))
+        else:
+            self.keep(negative_mean(_full(t), self.option('axis') if axis is None else axis))
 
-    def forward(self, s, t, *args, **kwargs): return super().forward(s, t, *args, **{'margin': self.margin, **kwargs})
+    def forward(self, s, t, *args, **kwargs):
+        return super().forward(s, t, *args, **{'margin': self.margin, **kwargs})
 
 
 class VID(Owner):
-    fn,own = vid,'log_scale'
+    fn, own = vid, 'log_scale'
 
     def keep(self, v):
         del self.log_scale
@@ -335,41 +383,41 @@ class VID(Owner):
 
     def prepare(self, s, t, layer=None, axis=None):
         """Create the variance of each channel of the teacher."""
-        if self.log_scale is not None: return
+        if self.log_scale is not None:
+            return
         start = math.log(math.expm1(self.option('var') - self.option('eps')))
-        self.keep(_full(t).new_full((t.shape[self.option('axis') if axis is None else axis],), start))
+        self.keep(
+            _full(t).new_full((t.shape[self.option('axis') if axis is None else axis],), start)
+        )
 
     def forward(self, s, t, *args, **kwargs):
         if self.log_scale is None:
-            raise DistillError("VID trains a variance, which does not exist yet: call prepare(s, t) with the features "
-                               "of one batch before you create the optimizer, or give log_scale=. A Distiller calls "
-                               "prepare itself")
+            raise DistillError(
+                'VID trains a variance, which does not exist yet: call prepare(s, t) with the features '
+                'of one batch before you create the optimizer, or give log_scale=. A Distiller calls '
+                'prepare itself'
+            )
         return super().forward(s, t, *args, **{'log_scale': self.log_scale, **kwargs})
 
 
-def standardized_rows(
-    x:Tensor,
-    w:Tensor
-):
+def standardized_rows(x: Tensor, w: Tensor):
     """Each row minus its mean, scaled to length 1. A row that is constant up to rounding becomes 0.
 
     Args:
         x: (C, N).
         w: (N,) weights.
     """
-    x = torch.where(w > 0, x, 0.)
+    x = torch.where(w > 0, x, 0.0)
     eps = torch.finfo(x.dtype).eps
-    mean = (x*w).sum(1, keepdim=True)/w.sum().clamp_min(eps)
-    return unit((x-mean)*w.sqrt(), least=16*eps*torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True))
+    mean = (x * w).sum(1, keepdim=True) / w.sum().clamp_min(eps)
+    return unit(
+        (x - mean) * w.sqrt(),
+        least=16 * eps * torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True),
+    )
 
 
 @loss(kind=None, match='shape', relates=True)
-def pkd(
-    s:Tensor,
-    t:Tensor,
-    *, axis:int=1,
-    mask:Tensor|None=None
-):
+def pkd(s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None):
     """1 - Pearson correlation of each channel over batch and positions, mean over channels (PKD,
     arXiv:2207.02039).
 
@@ -385,20 +433,20 @@ def pkd(
     same_features(s, t)
     grid = channels_first(s, axis)[:, 0].shape
     w = t.new_ones(grid) if mask is None else fit_mask(mask, grid).to(t)
-    s,t = [standardized_rows(cells(o, axis).transpose(0, 1).flatten(1), w.flatten()) for o in (s, t)]
+    s, t = [
+        standardized_rows(cells(o, axis).transpose(0, 1).flatten(1), w.flatten()) for o in (s, t)
+    ]
     # subtle: half the squared distance of unit vectors equals 1-r, and rounding can't make it negative at s == t
-    return (s-t).pow(2).sum(1).mean()/2
+    return (s - t).pow(2).sum(1).mean() / 2
 
-class PKD(Loss): fn = pkd
+
+class PKD(Loss):
+    fn = pkd
 
 
 @loss(kind=None, match='shape')
 def cosine(
-    s:Tensor,
-    t:Tensor,
-    *, axis:int=1,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
 ):
     """1 - cosine of each position's features (DistilBERT, arXiv:1910.01108). From 0 to 2.
 
@@ -411,6 +459,8 @@ def cosine(
         mask: `s` without the channel axis: which positions count.
     """
     same_features(s, t)
-    return reduce(1 - (unit(s, axis)*unit(t, axis)).sum(axis), reduction, mask)
+    return reduce(1 - (unit(s, axis) * unit(t, axis)).sum(axis), reduction, mask)
 
-class Cosine(Loss): fn = cosine
+
+class Cosine(Loss):
+    fn = cosine

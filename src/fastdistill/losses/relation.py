@@ -4,10 +4,13 @@ Each compares a square matrix of the student with one of the teacher, so their f
 different sizes. A sample is one vector, flattened behind the batch axis. To compare means, pool
 maps or tokens first.
 """
+
 import math
+
 import torch
-from torch import Tensor
 import torch.nn.functional as F
+from torch import Tensor
+
 from ..base.outputs import DistillError
 from ._base import Loss, _full, cells, expect, log_probs, loss, reduce, unit
 from .feature import Owner, same_features, tensor_like
@@ -15,17 +18,17 @@ from .feature import Owner, same_features, tensor_like
 __all__ = ['rkd', 'RKD', 'sp', 'SP', 'cc', 'CC', 'pkt', 'PKT', 'seed', 'SEED', 'ickd', 'ICKD']
 
 
-def samples(s:Tensor, t:Tensor):
+def samples(s: Tensor, t: Tensor):
     """Both as (B, D)."""
     if len(s) != len(t) or s.dim() < 2 or t.dim() < 2:
-        raise DistillError(f"Student {tuple(s.shape)} and teacher {tuple(t.shape)}: relations between samples need the "
-                           "same samples, (B, D) or (B, ...), from both")
-    return s.flatten(1),t.flatten(1)
+        raise DistillError(
+            f'Student {tuple(s.shape)} and teacher {tuple(t.shape)}: relations between samples need the '
+            'same samples, (B, D) or (B, ...), from both'
+        )
+    return s.flatten(1), t.flatten(1)
 
 
-def distances(
-    x:Tensor
-):
+def distances(x: Tensor):
     """(B, B) distances divided by their mean, and which of them are 0 up to rounding: such pairs
     have no direction.
 
@@ -34,14 +37,11 @@ def distances(
     """
     # subtle: cdist's gradient is 0 where rows are equal (a root's is infinite). Its matrix form loses half the digits
     d = torch.cdist(x, x, compute_mode='donot_use_mm_for_euclid_dist')
-    d = d/(d.sum()/(d > 0).sum().clamp_min(1)).clamp_min(torch.finfo(d.dtype).tiny)
-    return d,d <= torch.finfo(d.dtype).eps**.5
+    d = d / (d.sum() / (d > 0).sum().clamp_min(1)).clamp_min(torch.finfo(d.dtype).tiny)
+    return d, d <= torch.finfo(d.dtype).eps ** 0.5
 
 
-def cosines(
-    d:Tensor,
-    none:Tensor
-):
+def cosines(d: Tensor, none: Tensor):
     """(B, B, B) cosine of the angle at i between j and k, by the law of cosines; 0 where there is
     no angle.
 
@@ -49,19 +49,20 @@ def cosines(
         d: (B, B) distances.
         none: Which of them are 0.
     """
-    sq,d = d.square(),d.masked_fill(none, 1.)
-    cos = (sq[:, :, None] + sq[:, None] - sq)/(2*d[:, :, None]*d[:, None])
-    return cos.masked_fill(none[:, :, None] | none[:, None], 0.)
+    sq, d = d.square(), d.masked_fill(none, 1.0)
+    cos = (sq[:, :, None] + sq[:, None] - sq) / (2 * d[:, :, None] * d[:, None])
+    return cos.masked_fill(none[:, :, None] | none[:, None], 0.0)
 
 
 @loss(kind=None, match='none', samples=True, relates=True)
 def rkd(
-    s:Tensor,
-    t:Tensor,
-    *, w_d:float=25.,
-    w_a:float=50.,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    *,
+    w_d: float = 25.0,
+    w_a: float = 50.0,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """Huber losses of the distances, divided by their mean, and of the cosines of all triples
     (relational KD, arXiv:1904.05068).
@@ -76,21 +77,21 @@ def rkd(
         w_a: Weight of the angles, which need memory for B^3 numbers.
         mask: (B,): whose relations count; all remain neighbors of the others.
     """
-    (ds,ns),(dt,nt) = map(distances, samples(s, t))
-    v = w_d*F.smooth_l1_loss(ds, dt, reduction='none').mean(1)
-    if w_a: v = v + w_a*F.smooth_l1_loss(cosines(ds, ns), cosines(dt, nt), reduction='none').mean((1, 2))
+    (ds, ns), (dt, nt) = map(distances, samples(s, t))
+    v = w_d * F.smooth_l1_loss(ds, dt, reduction='none').mean(1)
+    if w_a:
+        v = v + w_a * F.smooth_l1_loss(cosines(ds, ns), cosines(dt, nt), reduction='none').mean(
+            (1, 2)
+        )
     return reduce(v, reduction, mask)
 
-class RKD(Loss): fn = rkd
+
+class RKD(Loss):
+    fn = rkd
 
 
 @loss(kind=None, match='none', samples=True, relates=True)
-def sp(
-    s:Tensor,
-    t:Tensor,
-    *, mask:Tensor|None=None,
-    reduction:str='mean'
-):
+def sp(s: Tensor, t: Tensor, *, mask: Tensor | None = None, reduction: str = 'mean'):
     """Squared difference of the matrices x x^T, rows scaled to length 1, mean over B^2
     (similarity-preserving KD, arXiv:1907.09682).
 
@@ -99,28 +100,33 @@ def sp(
         t: (B, D'), or (B, ...).
         mask: (B,): whose relations count; all remain neighbors of the others.
     """
-    s,t = [unit(x@x.T) for x in samples(s, t)]
-    return reduce((s-t).pow(2).mean(1), reduction, mask)
+    s, t = [unit(x @ x.T) for x in samples(s, t)]
+    return reduce((s - t).pow(2).mean(1), reduction, mask)
 
-class SP(Loss): fn = sp
+
+class SP(Loss):
+    fn = sp
 
 
 def gaussian(x, gamma, degree):
     """exp(-gamma |a-b|^2) for rows of length 1, as a Taylor sum up to `degree`."""
-    x = x@x.T
-    return math.exp(-2*gamma)*sum((2*gamma)**p/math.factorial(p)*x**p for p in range(degree+1))
+    x = x @ x.T
+    return math.exp(-2 * gamma) * sum(
+        (2 * gamma) ** p / math.factorial(p) * x**p for p in range(degree + 1)
+    )
 
 
 @loss(kind=None, match='none', samples=True, relates=True)
 def cc(
-    s:Tensor,
-    t:Tensor,
-    *, kernel:str='gaussian',
-    gamma:float=.4,
-    degree:int=2,
-    normalize:bool=True,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    *,
+    kernel: str = 'gaussian',
+    gamma: float = 0.4,
+    degree: int = 2,
+    normalize: bool = True,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """Squared difference of the kernel matrices of the samples, mean over B^2 (correlation
     congruence, arXiv:1904.01802).
@@ -140,34 +146,29 @@ def cc(
     """
     if kernel not in ('gaussian', 'bilinear'):
         raise DistillError(f"kernel={kernel!r}: must be 'gaussian' or 'bilinear'")
-    s,t = [unit(x) if normalize else x for x in samples(s, t)]
-    s,t = [gaussian(x, gamma, degree) if kernel == 'gaussian' else x@x.T for x in (s, t)]
-    return reduce((s-t).pow(2).mean(1), reduction, mask)
-
-class CC(Loss): fn = cc
+    s, t = [unit(x) if normalize else x for x in samples(s, t)]
+    s, t = [gaussian(x, gamma, degree) if kernel == 'gaussian' else x @ x.T for x in (s, t)]
+    return reduce((s - t).pow(2).mean(1), reduction, mask)
 
 
-def neighbors(
-    x:Tensor
-):
+class CC(Loss):
+    fn = cc
+
+
+def neighbors(x: Tensor):
     """(B, B) log-probability of each other sample: (1 + cosine)/2, divided by the sum of these.
 
     Args:
         x: (B, D).
     """
     x = unit(x)
-    k = ((1 + x@x.T)/2).clamp_min(1e-7).log()
+    k = ((1 + x @ x.T) / 2).clamp_min(1e-7).log()
     # subtle: a finite number, far below any log here, since -inf gives nan in a batch of one
     return log_probs(k.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), -1e4))
 
 
 @loss(kind=None, match='none', samples=True, relates=True)
-def pkt(
-    s:Tensor,
-    t:Tensor,
-    *, mask:Tensor|None=None,
-    reduction:str='mean'
-):
+def pkt(s: Tensor, t: Tensor, *, mask: Tensor | None = None, reduction: str = 'mean'):
     """KL of each sample's distribution over the others, p(j|i) ~ (1 + cos(i, j))/2, mean over
     samples (probabilistic knowledge transfer, arXiv:1803.10837).
 
@@ -179,21 +180,24 @@ def pkt(
         t: (B, D'), or (B, ...).
         mask: (B,): whose neighbors count.
     """
-    ls,lt = map(neighbors, samples(s, t))
-    return reduce(expect(lt, lt-ls).sum(1), reduction, mask)
+    ls, lt = map(neighbors, samples(s, t))
+    return reduce(expect(lt, lt - ls).sum(1), reduction, mask)
 
-class PKT(Loss): fn = pkt
+
+class PKT(Loss):
+    fn = pkt
 
 
 @loss(kind=None, match='shape', samples=True, relates=True)
 def seed(
-    s:Tensor,
-    t:Tensor,
-    *, queue:Tensor|None=None,
-    T_s:float=.2,
-    T_t:float=.01,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    *,
+    queue: Tensor | None = None,
+    T_s: float = 0.2,
+    T_t: float = 0.01,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """Cross-entropy of each sample's similarities to many teacher embeddings, softmax of cosine/T
     (self-supervised distillation SEED, arXiv:2101.04731).
@@ -211,31 +215,35 @@ def seed(
         T_t: Of the teacher's.
         mask: (B,): whose similarities count; all remain neighbors of the others.
     """
-    s,t = samples(s, t)
+    s, t = samples(s, t)
     same_features(s, t)
     anchors = t if queue is None else torch.cat([t, tensor_like(queue, t)])
-    ls,lt = [unit(x)@unit(anchors).to(x).T for x in (s, t)]
+    ls, lt = [unit(x) @ unit(anchors).to(x).T for x in (s, t)]
     if queue is not None:
-        empty = torch.cat([t.new_zeros(len(t), dtype=torch.bool), (anchors[len(t):] == 0).all(1)])
-        ls,lt = [x.masked_fill(empty, -1e4) for x in (ls, lt)]
-    ls,lt = log_probs(ls, T_s),log_probs(lt, T_t)
+        empty = torch.cat([t.new_zeros(len(t), dtype=torch.bool), (anchors[len(t) :] == 0).all(1)])
+        ls, lt = [x.masked_fill(empty, -1e4) for x in (ls, lt)]
+    ls, lt = log_probs(ls, T_s), log_probs(lt, T_t)
     return reduce(expect(lt, -ls).sum(1), reduction, mask)
 
+
 class SEED(Owner):
-    fn,own = seed,'queue'
+    fn, own = seed, 'queue'
 
     def __init__(
-        self, *,
-        size:int=4096, # embeddings in the queue; the authors': 65536, for ImageNet
-        **options # of `seed`
+        self,
+        *,
+        size: int = 4096,  # embeddings in the queue; the authors': 65536, for ImageNet
+        **options,  # of `seed`
     ):
-        if size < 1: raise DistillError(f"size={size}: the queue holds at least 1 embedding")
+        if size < 1:
+            raise DistillError(f'size={size}: the queue holds at least 1 embedding')
         self.size = size
         super().__init__(**options)
 
     def prepare(self, s, t, layer=None, axis=None):
         """Create an empty queue."""
-        if self.queue is None: self.keep(_full(t).new_zeros(self.size, t[0].numel()))
+        if self.queue is None:
+            self.keep(_full(t).new_zeros(self.size, t[0].numel()))
 
     def forward(self, s, t, *args, **kwargs):
         """The loss. In training, the teacher embeddings then enter the queue, and the oldest leave
@@ -245,25 +253,22 @@ class SEED(Owner):
         if torch.is_grad_enabled() and s.requires_grad:
             self.prepare(s, t)
             new = tensor_like(_full(t, detach=True).flatten(1), self.queue)
-            self.queue.copy_(torch.cat([new, self.queue])[:len(self.queue)])
+            self.queue.copy_(torch.cat([new, self.queue])[: len(self.queue)])
         return v
 
-    def extra_repr(self): return ', '.join(filter(None, [f'size={self.size}', super().extra_repr()]))
+    def extra_repr(self):
+        return ', '.join(filter(None, [f'size={self.size}', super().extra_repr()]))
 
 
 def correlations(x, axis):
     """(B, C, C) products of channels over positions, rows scaled to length 1."""
     x = cells(x, axis)
-    return unit(x@x.mT, 2)
+    return unit(x @ x.mT, 2)
 
 
 @loss(kind=None, match='shape', samples=True)
 def ickd(
-    s:Tensor,
-    t:Tensor,
-    *, axis:int=1,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
 ):
     """Squared difference of the channels' products, rows scaled to length 1 (inter-channel
     correlation, Liu et al., ICCV 2021).
@@ -277,11 +282,15 @@ def ickd(
         axis: Channel axis.
         mask: (B,): which samples count.
     """
-    s,t = correlations(s, axis),correlations(t, axis)
+    s, t = correlations(s, axis), correlations(t, axis)
     if s.shape != t.shape:
-        raise DistillError(f"ickd compares {s.shape[1]} channels of {len(s)} samples with {t.shape[1]} of {len(t)}: "
-                           "give the student a projector (1x1 convolution) to the teacher's channels. A Distiller "
-                           "builds one from the shapes")
-    return reduce((s-t).pow(2).sum(2).mean(1), reduction, mask)
+        raise DistillError(
+            f'ickd compares {s.shape[1]} channels of {len(s)} samples with {t.shape[1]} of {len(t)}: '
+            "give the student a projector (1x1 convolution) to the teacher's channels. A Distiller "
+            'builds one from the shapes'
+        )
+    return reduce((s - t).pow(2).sum(2).mean(1), reduction, mask)
 
-class ICKD(Loss): fn = ickd
+
+class ICKD(Loss):
+    fn = ickd

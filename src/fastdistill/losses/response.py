@@ -1,43 +1,91 @@
 """Losses between the outputs of two models: (B, C), (B, C, H, W), (B, L, V) ... with `axis` as the
 class axis.
 """
-import copy, functools, inspect, math
+
+import copy
+import functools
+import inspect
+import math
 from functools import partial
+
 import torch
-from torch import Tensor
 import torch.nn.functional as F
+from torch import Tensor
+
 from ..base.outputs import DistillError
-from ._base import Loss, _full, class_axis, expect, fit_mask, log_probs, loss, reduce, same_shape, temperature
+from ._base import (
+    Loss,
+    _full,
+    class_axis,
+    expect,
+    fit_mask,
+    log_probs,
+    loss,
+    reduce,
+    same_shape,
+    temperature,
+)
 from .chunks import per_position, seen_finite
 from .correlations import both_correlations
 
-__all__ = ['kl', 'KL', 'reverse_kl', 'ReverseKL', 'jsd', 'JSD', 'tvd', 'TVD', 'soft_ce', 'SoftCE', 'mse', 'MSE',
-           'hard', 'Hard', 'binary_kl', 'BinaryKL', 'regression', 'Regression', 'soft_targets', 'SoftTargets',
-           'uld', 'ULD', 'dist', 'DIST', 'standardize', 'standardized']
+__all__ = [
+    'kl',
+    'KL',
+    'reverse_kl',
+    'ReverseKL',
+    'jsd',
+    'JSD',
+    'tvd',
+    'TVD',
+    'soft_ce',
+    'SoftCE',
+    'mse',
+    'MSE',
+    'hard',
+    'Hard',
+    'binary_kl',
+    'BinaryKL',
+    'regression',
+    'Regression',
+    'soft_targets',
+    'SoftTargets',
+    'uld',
+    'ULD',
+    'dist',
+    'DIST',
+    'standardize',
+    'standardized',
+]
 
 
-def positions(x, axis): return x.shape[:axis] + x.shape[axis+1:]
+def positions(x, axis):
+    return x.shape[:axis] + x.shape[axis + 1 :]
+
 
 def blank(mask, *xs):
     """`xs` with 0 where the mask drops a value, so that a nan there reaches neither the loss nor
     the gradient.
     """
-    return [x.where(mask > 0, 0.) for x in xs]
+    return [x.where(mask > 0, 0.0) for x in xs]
 
 
 def checked_pair(s, t, axis, mask):
     """Both logits, checked, with 0 where the mask drops a position."""
     same_shape(s, t)
     axis = class_axis(s, axis)
-    return (s,t) if mask is None else blank(fit_mask(mask, positions(s, axis)).unsqueeze(axis), s, t)
+    return (
+        (s, t) if mask is None else blank(fit_mask(mask, positions(s, axis)).unsqueeze(axis), s, t)
+    )
 
 
 def check_classes(s, axis):
     """A softmax needs two classes or more."""
     if s.shape[class_axis(s, axis)] < 2:
-        raise DistillError(f"Outputs of shape {tuple(s.shape)} have 1 class on axis {axis}. Its softmax is always 1, "
-                           "so there is nothing to learn. Is it one label, or a number? Use binary_kl or regression. "
-                           "Does another axis hold the classes? Pass axis.")
+        raise DistillError(
+            f'Outputs of shape {tuple(s.shape)} have 1 class on axis {axis}. Its softmax is always 1, '
+            'so there is nothing to learn. Is it one label, or a number? Use binary_kl or regression. '
+            'Does another axis hold the classes? Pass axis.'
+        )
 
 
 def checked_classes(s, t, axis, mask):
@@ -46,14 +94,15 @@ def checked_classes(s, t, axis, mask):
     return checked_pair(s, t, axis, mask)
 
 
-def of_positions(values, s, t, axis, mask, reduction, slope=None, scale=1.):
+def of_positions(values, s, t, axis, mask, reduction, slope=None, scale=1.0):
     """The reduced values of a loss whose value at a position needs the logits of that position
     alone.
     """
     check_classes(s, axis)
     same_shape(s, t)
-    if mask is not None: mask = fit_mask(mask, positions(s, class_axis(s, axis)))
-    return reduce(per_position(values, s, t, axis, mask, slope)*scale, reduction, mask)
+    if mask is not None:
+        mask = fit_mask(mask, positions(s, class_axis(s, axis)))
+    return reduce(per_position(values, s, t, axis, mask, slope) * scale, reduction, mask)
 
 
 def within(x, other):
@@ -62,7 +111,9 @@ def within(x, other):
     """
     return x.masked_fill(other == -torch.inf, -torch.inf)
 
-def kl_of(a, b, axis): return expect(a, a-b).sum(axis)
+
+def kl_of(a, b, axis):
+    return expect(a, a - b).sum(axis)
 
 
 def of_class(x, y, axis):
@@ -73,12 +124,13 @@ def of_class(x, y, axis):
 
 @loss(kind='softmax', match='shape')
 def kl(
-    s:Tensor,
-    t:Tensor,
-    *, T:float=4.,
-    axis:int=1,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    *,
+    T: float = 4.0,
+    axis: int = 1,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """T^2 KL(softmax(t/T) || softmax(s/T)): soft targets (Hinton, Vinyals and Dean 2015,
     arXiv:1503.02531).
@@ -90,31 +142,42 @@ def kl(
         axis: Class axis.
         mask: `s` without the class axis: which positions count.
     """
-    return of_positions(partial(kl_values, T=T), s, t, axis, mask, reduction, partial(kl_slope, T=T), T**2)
+    return of_positions(
+        partial(kl_values, T=T), s, t, axis, mask, reduction, partial(kl_slope, T=T), T**2
+    )
+
 
 def kl_values(s, t, T, axis):
-    if not seen_finite(s, t): return kl_of(log_probs(within(t, s), T, axis), log_probs(s, T, axis), axis)
+    if not seen_finite(s, t):
+        return kl_of(log_probs(within(t, s), T, axis), log_probs(s, T, axis), axis)
     # with half as many exponentials. The largest logit becomes 0, so the log of its probability is -logsumexp
-    s,t = [(x - x.amax(axis, keepdim=True)).div_(temperature(T)) for x in (s, t)]
-    p_s,p_t = s.softmax(axis),t.softmax(axis)
-    return torch.linalg.vecdot(p_t, t.sub_(s), dim=axis) + p_t.amax(axis).log() - p_s.amax(axis).log()
+    s, t = [(x - x.amax(axis, keepdim=True)).div_(temperature(T)) for x in (s, t)]
+    p_s, p_t = s.softmax(axis), t.softmax(axis)
+    return (
+        torch.linalg.vecdot(p_t, t.sub_(s), dim=axis) + p_t.amax(axis).log() - p_s.amax(axis).log()
+    )
+
 
 def kl_slope(s, t, T, axis):
     """The gradient of `kl_values` with respect to `s`."""
-    if not seen_finite(s): t = within(t, s)
-    return (s/T).softmax(axis).sub_((t/T).softmax(axis)).div_(T)
+    if not seen_finite(s):
+        t = within(t, s)
+    return (s / T).softmax(axis).sub_((t / T).softmax(axis)).div_(T)
 
-class KL(Loss): fn = kl
+
+class KL(Loss):
+    fn = kl
 
 
 @loss(kind='softmax', match='shape')
 def reverse_kl(
-    s:Tensor,
-    t:Tensor,
-    *, T:float=1.,
-    axis:int=1,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    *,
+    T: float = 1.0,
+    axis: int = 1,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """T^2 KL(softmax(s/T) || softmax(t/T)) (MiniLLM, arXiv:2306.08543).
 
@@ -129,20 +192,25 @@ def reverse_kl(
     """
     return of_positions(partial(reverse_values, T=T), s, t, axis, mask, reduction, scale=T**2)
 
-def reverse_values(s, t, T, axis): return kl_of(log_probs(within(s, t), T, axis), log_probs(t, T, axis), axis)
 
-class ReverseKL(Loss): fn = reverse_kl
+def reverse_values(s, t, T, axis):
+    return kl_of(log_probs(within(s, t), T, axis), log_probs(t, T, axis), axis)
+
+
+class ReverseKL(Loss):
+    fn = reverse_kl
 
 
 @loss(kind='softmax', match='shape')
 def jsd(
-    s:Tensor,
-    t:Tensor,
-    *, beta:float=.5,
-    T:float=1.,
-    axis:int=1,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    *,
+    beta: float = 0.5,
+    T: float = 1.0,
+    axis: int = 1,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """T^2 (beta KL(p_t || m) + (1-beta) KL(p_s || m)), where m = beta p_t + (1-beta) p_s: the
     generalized Jensen-Shannon divergence (GKD, arXiv:2306.13649).
@@ -156,28 +224,39 @@ def jsd(
         mask: `s` without the class axis: which positions count.
     """
     if not 0 <= beta <= 1:
-        raise DistillError(f"beta={beta}: the teacher's share of the mixture is a number from 0 to 1")
+        raise DistillError(
+            f"beta={beta}: the teacher's share of the mixture is a number from 0 to 1"
+        )
     # subtle: at beta 0 and 1 the formula gives 0 (the KLs are its slopes there), so these give the KLs, as in TRL
-    if beta in (0, 1): return (reverse_kl if beta else kl)(s, t, T=T, axis=axis, mask=mask, reduction=reduction)
-    return of_positions(partial(jsd_values, beta=beta, T=T), s, t, axis, mask, reduction, scale=T**2)
+    if beta in (0, 1):
+        return (reverse_kl if beta else kl)(s, t, T=T, axis=axis, mask=mask, reduction=reduction)
+    return of_positions(
+        partial(jsd_values, beta=beta, T=T), s, t, axis, mask, reduction, scale=T**2
+    )
+
 
 def jsd_values(s, t, beta, T, axis):
-    ls,lt = log_probs(s, T, axis),log_probs(t, T, axis)
+    ls, lt = log_probs(s, T, axis), log_probs(t, T, axis)
     # subtle: without the clamp, the gradient of logaddexp is nan where both are -inf
-    lm = torch.logaddexp(lt + math.log(beta), ls.clamp_min(torch.finfo(ls.dtype).min/4) + math.log(1-beta))
-    return beta*kl_of(lt, lm, axis) + (1-beta)*kl_of(ls, lm, axis)
+    lm = torch.logaddexp(
+        lt + math.log(beta), ls.clamp_min(torch.finfo(ls.dtype).min / 4) + math.log(1 - beta)
+    )
+    return beta * kl_of(lt, lm, axis) + (1 - beta) * kl_of(ls, lm, axis)
 
-class JSD(Loss): fn = jsd
+
+class JSD(Loss):
+    fn = jsd
 
 
 @loss(kind='softmax', match='shape')
 def tvd(
-    s:Tensor,
-    t:Tensor,
-    *, T:float=1.,
-    axis:int=1,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    *,
+    T: float = 1.0,
+    axis: int = 1,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """T^2/2 |softmax(t/T) - softmax(s/T)|: total variation distance, bounded by T^2 (f-distill,
     arXiv:2307.15190).
@@ -191,19 +270,24 @@ def tvd(
     """
     return of_positions(partial(tvd_values, T=T), s, t, axis, mask, reduction, scale=T**2)
 
-def tvd_values(s, t, T, axis): return (log_probs(s, T, axis).exp() - log_probs(t, T, axis).exp()).abs().sum(axis)/2
 
-class TVD(Loss): fn = tvd
+def tvd_values(s, t, T, axis):
+    return (log_probs(s, T, axis).exp() - log_probs(t, T, axis).exp()).abs().sum(axis) / 2
+
+
+class TVD(Loss):
+    fn = tvd
 
 
 @loss(kind='softmax', match='grid')
 def uld(
-    s:Tensor,
-    t:Tensor,
-    *, T:float=1.,
-    axis:int=1,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    *,
+    T: float = 1.0,
+    axis: int = 1,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """T^2 |sort(softmax(t/T)) - sort(softmax(s/T))|, with zeros for the classes that the smaller
     vocabulary lacks (universal logit distillation, TMLR 2025, arXiv:2402.12030).
@@ -220,30 +304,40 @@ def uld(
     check_classes(s, axis)
     shape = positions(s, class_axis(s, axis))
     if s.dim() != t.dim() or shape != positions(t, class_axis(t, axis)):
-        raise DistillError(f"The student's output has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: the "
-                           f"numbers of classes (axis {axis}) may differ, but the positions must be the same. Texts "
-                           "that two tokenizers cut into different numbers of tokens can't be compared token by token.")
-    if mask is not None: mask = fit_mask(mask, shape)
-    return reduce(per_position(partial(uld_values, T=T), s, t, axis, mask)*T**2, reduction, mask)
+        raise DistillError(
+            f"The student's output has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: the "
+            f'numbers of classes (axis {axis}) may differ, but the positions must be the same. Texts '
+            "that two tokenizers cut into different numbers of tokens can't be compared token by token."
+        )
+    if mask is not None:
+        mask = fit_mask(mask, shape)
+    return reduce(per_position(partial(uld_values, T=T), s, t, axis, mask) * T**2, reduction, mask)
+
 
 def uld_values(s, t, T, axis):
     axis = class_axis(s, axis)
-    p,q = [log_probs(x, T, axis).exp().sort(axis, descending=True).values.movedim(axis, -1) for x in (s, t)]
+    p, q = [
+        log_probs(x, T, axis).exp().sort(axis, descending=True).values.movedim(axis, -1)
+        for x in (s, t)
+    ]
     n = max(p.shape[-1], q.shape[-1])
-    p,q = [F.pad(x, (0, n - x.shape[-1])) for x in (p, q)]
-    return (p-q).abs().sum(-1)
+    p, q = [F.pad(x, (0, n - x.shape[-1])) for x in (p, q)]
+    return (p - q).abs().sum(-1)
 
-class ULD(Loss): fn = uld
+
+class ULD(Loss):
+    fn = uld
 
 
 @loss(kind='softmax', match='shape')
 def soft_ce(
-    s:Tensor,
-    t:Tensor,
-    *, T:float=4.,
-    axis:int=1,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    *,
+    T: float = 4.0,
+    axis: int = 1,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """T^2 cross-entropy with the soft targets (arXiv:1503.02531).
 
@@ -256,20 +350,22 @@ def soft_ce(
         axis: Class axis.
         mask: `s` without the class axis: which positions count.
     """
-    return of_positions(partial(ce_values, T=T), s, t, axis, mask, reduction, partial(kl_slope, T=T), T**2)
+    return of_positions(
+        partial(ce_values, T=T), s, t, axis, mask, reduction, partial(kl_slope, T=T), T**2
+    )
 
-def ce_values(s, t, T, axis): return expect(log_probs(within(t, s), T, axis), -log_probs(s, T, axis)).sum(axis)
 
-class SoftCE(Loss): fn = soft_ce
+def ce_values(s, t, T, axis):
+    return expect(log_probs(within(t, s), T, axis), -log_probs(s, T, axis)).sum(axis)
+
+
+class SoftCE(Loss):
+    fn = soft_ce
 
 
 @loss(kind=None, match='shape')
 def mse(
-    s:Tensor,
-    t:Tensor,
-    *, axis:int=1,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
 ):
     """Squared distance of the logits, summed over classes (Ba and Caruana 2014, arXiv:1312.6184).
 
@@ -281,19 +377,17 @@ def mse(
         axis: Class axis.
         mask: `s` without the class axis: which positions count.
     """
-    s,t = checked_pair(s, t, axis, mask)
-    return reduce((s-t).pow(2).sum(axis), reduction, mask)
+    s, t = checked_pair(s, t, axis, mask)
+    return reduce((s - t).pow(2).sum(axis), reduction, mask)
 
-class MSE(Loss): fn = mse
+
+class MSE(Loss):
+    fn = mse
 
 
 @loss(kind='softmax', match='shape')
 def hard(
-    s:Tensor,
-    t:Tensor,
-    *, axis:int=1,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
 ):
     """Cross-entropy with the class that the teacher predicts (DeiT, arXiv:2012.12877).
 
@@ -305,19 +399,19 @@ def hard(
         axis: Class axis.
         mask: `s` without the class axis: which positions count.
     """
-    s,t = checked_classes(s, t, axis, mask)
-    return reduce(-of_class(log_probs(s, 1., axis), within(t, s).argmax(axis), axis), reduction, mask)
+    s, t = checked_classes(s, t, axis, mask)
+    return reduce(
+        -of_class(log_probs(s, 1.0, axis), within(t, s).argmax(axis), axis), reduction, mask
+    )
 
-class Hard(Loss): fn = hard
+
+class Hard(Loss):
+    fn = hard
 
 
 @loss(kind='sigmoid', match='shape')
 def binary_kl(
-    s:Tensor,
-    t:Tensor,
-    *, T:float=4.,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor, t: Tensor, *, T: float = 4.0, mask: Tensor | None = None, reduction: str = 'mean'
 ):
     """T^2 KL from sigmoid(t/T) to sigmoid(s/T), one value per label: soft targets of multi-label
     models.
@@ -329,23 +423,30 @@ def binary_kl(
         mask: The shape of `s`: which labels of which samples count.
     """
     same_shape(s, t)
-    if mask is not None: s,t = blank(fit_mask(mask, s.shape), s, t)
-    s,t = s/temperature(T),t/T
-    yes,no = [expect(F.logsigmoid(b), F.logsigmoid(b)-F.logsigmoid(a)) for a,b in ((s, t), (-s, -t))]
-    return reduce((yes+no)*T**2, reduction, mask)
+    if mask is not None:
+        s, t = blank(fit_mask(mask, s.shape), s, t)
+    s, t = s / temperature(T), t / T
+    yes, no = [
+        expect(F.logsigmoid(b), F.logsigmoid(b) - F.logsigmoid(a)) for a, b in ((s, t), (-s, -t))
+    ]
+    return reduce((yes + no) * T**2, reduction, mask)
 
-class BinaryKL(Loss): fn = binary_kl
+
+class BinaryKL(Loss):
+    fn = binary_kl
 
 
 DISTANCES = dict(mse=F.mse_loss, l1=F.l1_loss, huber=F.huber_loss)
 
+
 @loss(kind='regression', match='shape', samples=True)
 def regression(
-    s:Tensor,
-    t:Tensor,
-    *, distance:str='mse',
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    *,
+    distance: str = 'mse',
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """Mean distance of the predicted numbers, one value per sample: (B,) compares with (B, 1), (B,
     n, 2) with (B, 2n).
@@ -357,26 +458,34 @@ def regression(
         mask: (B,): which samples count.
     """
     if distance not in DISTANCES:
-        raise DistillError(f"distance={distance!r}: must be one of {', '.join(map(repr, DISTANCES))}")
+        raise DistillError(
+            f'distance={distance!r}: must be one of {", ".join(map(repr, DISTANCES))}'
+        )
     if s.shape[:1] != t.shape[:1] or s.numel() != t.numel():
-        raise DistillError(f"The student's output has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: both "
-                           "need the same number of samples, and of values per sample")
-    s,t = s.reshape(len(s), -1),t.reshape(len(t), -1)
-    if mask is not None: s,t = blank(fit_mask(mask, s.shape[:1])[:, None], s, t)
+        raise DistillError(
+            f"The student's output has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: both "
+            'need the same number of samples, and of values per sample'
+        )
+    s, t = s.reshape(len(s), -1), t.reshape(len(t), -1)
+    if mask is not None:
+        s, t = blank(fit_mask(mask, s.shape[:1])[:, None], s, t)
     return reduce(DISTANCES[distance](s, t, reduction='none').mean(1), reduction, mask)
 
-class Regression(Loss): fn = regression
+
+class Regression(Loss):
+    fn = regression
 
 
 @loss(kind=None, match='shape')
 def soft_targets(
-    s:Tensor,
-    t:Tensor,
-    *, kind:str='softmax',
-    T:float=4.,
-    axis:int=1,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    *,
+    kind: str = 'softmax',
+    T: float = 4.0,
+    axis: int = 1,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """Soft targets for each kind of output: `kl`, `binary_kl` or `regression` (mse).
 
@@ -388,25 +497,31 @@ def soft_targets(
         axis: Class axis, for softmax.
         mask: As in `kl`, `binary_kl` or `regression`
     """
-    if kind == 'softmax':    return kl(s, t, T=T, axis=axis, mask=mask, reduction=reduction)
-    if kind == 'sigmoid':    return binary_kl(s, t, T=T, mask=mask, reduction=reduction)
-    if kind == 'regression': return regression(s, t, mask=mask, reduction=reduction)
+    if kind == 'softmax':
+        return kl(s, t, T=T, axis=axis, mask=mask, reduction=reduction)
+    if kind == 'sigmoid':
+        return binary_kl(s, t, T=T, mask=mask, reduction=reduction)
+    if kind == 'regression':
+        return regression(s, t, mask=mask, reduction=reduction)
     raise DistillError(f"kind={kind!r}: must be 'softmax', 'sigmoid' or 'regression'")
 
-class SoftTargets(Loss): fn = soft_targets
+
+class SoftTargets(Loss):
+    fn = soft_targets
 
 
 @loss(kind='softmax', match='shape', relates=True)
 def dist(
-    s:Tensor,
-    t:Tensor,
-    *, beta:float=1.,
-    gamma:float=1.,
-    T:float=1.,
-    axis:int=1,
-    eps:float=1e-8,
-    mask:Tensor|None=None,
-    reduction:str='mean'
+    s: Tensor,
+    t: Tensor,
+    *,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    T: float = 1.0,
+    axis: int = 1,
+    eps: float = 1e-8,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
 ):
     """T^2 (beta (1 - Pearson of a position's probabilities) + gamma (1 - Pearson of a class's over
     all positions)) (NeurIPS 2022, arXiv:2205.10536).
@@ -428,20 +543,18 @@ def dist(
     """
     check_classes(s, axis)
     same_shape(s, t)
-    axis,T = class_axis(s, axis),temperature(T)
-    if mask is not None: mask = fit_mask(mask, positions(s, axis))
-    own,shared = both_correlations(s, t, T, axis, mask, eps)
-    return reduce((beta*(1-own) + gamma*(1-shared))*T**2, reduction, mask)
+    axis, T = class_axis(s, axis), temperature(T)
+    if mask is not None:
+        mask = fit_mask(mask, positions(s, axis))
+    own, shared = both_correlations(s, t, T, axis, mask, eps)
+    return reduce((beta * (1 - own) + gamma * (1 - shared)) * T**2, reduction, mask)
 
-class DIST(Loss): fn = dist
+
+class DIST(Loss):
+    fn = dist
 
 
-def standardize(
-    x:Tensor,
-    *, axis:int=1,
-    eps:float=1e-7,
-    correction:int=1
-):
+def standardize(x: Tensor, *, axis: int = 1, eps: float = 1e-7, correction: int = 1):
     """Logits minus their mean, divided by their standard deviation (CVPR 2024, arXiv:2403.01427).
 
     With them the student need not learn the scale of the teacher's logits.
@@ -452,46 +565,51 @@ def standardize(
         eps: Added to the standard deviation.
         correction: 1 divides by C-1, as released; 0 by C, as in the paper.
     """
-    x,axis = _full(x),class_axis(x, axis)
+    x, axis = _full(x), class_axis(x, axis)
     if x.shape[axis] < 2:
-        raise DistillError(f"Logits of shape {tuple(x.shape)} have 1 class on axis {axis}: no spread to standardize")
-    return (x - x.mean(axis, keepdim=True))/(eps + x.std(axis, correction=correction, keepdim=True))
+        raise DistillError(
+            f'Logits of shape {tuple(x.shape)} have 1 class on axis {axis}: no spread to standardize'
+        )
+    return (x - x.mean(axis, keepdim=True)) / (
+        eps + x.std(axis, correction=correction, keepdim=True)
+    )
 
 
 class Standardized:
     """The function that `standardized` returns. It has the name and signature of the given one, and
     can be pickled.
     """
+
     def __init__(self, fn, **options):
         functools.update_wrapper(self, fn, updated=())
         self.options_of_standardize = options
         self.__name__ = getattr(fn, '__name__', type(fn).__name__)
         for k in ('kind', 'match', 'lists', 'samples', 'relates'):
-            if hasattr(fn, k): setattr(self, k, getattr(fn, k))
+            if hasattr(fn, k):
+                setattr(self, k, getattr(fn, k))
         axis = inspect.signature(fn).parameters.get('axis')
         self.axis = 1 if axis is None or axis.default is axis.empty else axis.default
         self._check(getattr(fn, 'kind', None))
 
     def _check(self, kind):
         if kind in ('sigmoid', 'regression'):
-            raise DistillError(f"standardized {self.__name__} for {kind}: standardizing compares the classes of a "
-                               "position, so it needs a loss of softmax logits, such as kl, dkd or dist")
+            raise DistillError(
+                f'standardized {self.__name__} for {kind}: standardizing compares the classes of a '
+                'position, so it needs a loss of softmax logits, such as kl, dkd or dist'
+            )
 
     def __call__(self, s, t, *args, **kwargs):
         self._check(kwargs.get('kind'))
         axis = kwargs.get('axis', self.axis)
-        s,t = checked_pair(_full(s), _full(t, detach=True), axis, kwargs.get('mask'))
-        s,t = [standardize(x, axis=axis, **self.options_of_standardize) for x in (s, t)]
+        s, t = checked_pair(_full(s), _full(t, detach=True), axis, kwargs.get('mask'))
+        s, t = [standardize(x, axis=axis, **self.options_of_standardize) for x in (s, t)]
         return self.__wrapped__(s, t, *args, **kwargs)
 
-    def __repr__(self): return f'standardized({self.__name__})'
+    def __repr__(self):
+        return f'standardized({self.__name__})'
 
 
-def standardized(
-    loss,
-    *, eps:float=1e-7,
-    correction:int=1
-):
+def standardized(loss, *, eps: float = 1e-7, correction: int = 1):
     """The same loss on standardized logits: standardized(kl), standardized(DKD(beta=2.)) (CVPR
     2024, arXiv:2403.01427).
 
@@ -500,7 +618,8 @@ def standardized(
         eps: As in `standardize`
         correction: As in `standardize`
     """
-    if not isinstance(loss, Loss): return Standardized(loss, eps=eps, correction=correction)
+    if not isinstance(loss, Loss):
+        return Standardized(loss, eps=eps, correction=correction)
     loss = copy.deepcopy(loss)
     loss.fn = Standardized(loss.fn, eps=eps, correction=correction)
     return loss

@@ -1,8 +1,10 @@
 "Recipes: functions that return terms with their paper's defaults. `+` joins them."
+
 from . import zoo
 from .zoo import *
 
 __all__ = zoo.__all__
 
 
-def __dir__(): return __all__ # `recipes.` and the tab key list the recipes alone
+def __dir__():
+    return __all__  # `recipes.` and the tab key list the recipes alone

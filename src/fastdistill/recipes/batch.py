@@ -1,20 +1,33 @@
 """The tensors from which terms are computed in one batch, and the positions that count.
 
 A mask has the logits' shape without the class axis."""
+
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
+
 import torch
-from torch import Tensor
 import torch.nn.functional as F
+from torch import Tensor
+
 from ..base.class_mapping import grouped, taught_part
-from ..base.outputs import DistillError, Outputs, TopK, as_plain, map_tensors, tensors_in
 from ..base.distributed import gather_rows, world_size
+from ..base.outputs import DistillError, Outputs, TopK, as_plain, map_tensors, tensors_in
 from ..base.task import Task, fit_labels, shape_of_labels
 
-__all__ = ['Batch', 'all_classes', 'blend', 'both', 'inputs_and_labels', 'labels_to_shift', 'next_tokens', 'nothing',
-           'of_all_processes', 'padding_mask']
+__all__ = [
+    'Batch',
+    'all_classes',
+    'blend',
+    'both',
+    'inputs_and_labels',
+    'labels_to_shift',
+    'next_tokens',
+    'nothing',
+    'of_all_processes',
+    'padding_mask',
+]
 
 
 @dataclass
@@ -26,19 +39,23 @@ class Batch:
         others: The second labels of a mixed batch.
         share: The share of the first labels; None: the batch is not mixed.
     """
-    student:Outputs
-    teacher:Outputs
-    targets:tuple
-    others:tuple
-    share:Tensor|None
-    task:Task
-    progress:float|None
+
+    student: Outputs
+    teacher: Outputs
+    targets: tuple
+    others: tuple
+    share: Tensor | None
+    task: Task
+    progress: float | None
 
     def __post_init__(self):
-        self.pairs = {} # term -> (student's tensor, teacher's tensor) of each of its pairs of layers
-        if self.teacher is None or (known := self.teacher.classes) is None: return
+        self.pairs = {}  # term -> (student's tensor, teacher's tensor) of each of its pairs of layers
+        if self.teacher is None or (known := self.teacher.classes) is None:
+            return
         part = lambda y: taught_part(self.student.logits, y, known, self.task)
-        self.targets,self.others = [(part(y[0])[1], *y[1:]) if len(y) else y for y in (self.targets, self.others)]
+        self.targets, self.others = [
+            (part(y[0])[1], *y[1:]) if len(y) else y for y in (self.targets, self.others)
+        ]
         self.student = replace(self.student, logits=part(None)[0])
 
     @cached_property
@@ -47,24 +64,29 @@ class Batch:
         everywhere.
         """
         models = both(self.student.mask, self.teacher.mask)
-        return [both(models, label_mask(y[0] if len(y) else None, self.student.logits, self.task))
-                for y in (self.targets, self.others)]
+        return [
+            both(models, label_mask(y[0] if len(y) else None, self.student.logits, self.task))
+            for y in (self.targets, self.others)
+        ]
 
     @cached_property
     def mask(self):
         """Where a term without labels counts; in a mixed batch, by the share of the labels that
         count.
         """
-        first,other = self.masks
-        if self.share is None: return first
-        if first is None and other is None: return None
-        pairs = (first, other),(other, first)
-        first,other = [(torch.ones_like(n) if m is None else m).to(self.share) for m,n in pairs]
+        first, other = self.masks
+        if self.share is None:
+            return first
+        if first is None and other is None:
+            return None
+        pairs = (first, other), (other, first)
+        first, other = [(torch.ones_like(n) if m is None else m).to(self.share) for m, n in pairs]
         return blend(first, other, self.share)
 
     def pairs_of(self, name, make):
         """What a term compares, made once: projectors may have batch-norms, which count each run."""
-        if name not in self.pairs: self.pairs[name] = make()
+        if name not in self.pairs:
+            self.pairs[name] = make()
         return self.pairs[name]
 
     def shifted(self, name):
@@ -72,7 +94,7 @@ class Batch:
         says of the next one; a single sample with what it says of the next class, or place.
         """
         other = copy.copy(self)
-        other.pairs = {name: [(s, t.roll(1, 0 if len(t) > 1 else -1)) for s,t in self.pairs[name]]}
+        other.pairs = {name: [(s, t.roll(1, 0 if len(t) > 1 else -1)) for s, t in self.pairs[name]]}
         return other
 
     def options(self, term, mask):
@@ -81,25 +103,24 @@ class Batch:
         """
         context = dict(kind=self.task.kind, ignore_index=self.task.ignore_index)
         # a sample counts if any of its positions does
-        if mask is not None and term.samples: mask = mask.reshape(len(mask), -1).amax(1)
-        if term.layers is None: context |= dict(axis=self.task.axis, **({} if mask is None else dict(mask=mask)))
+        if mask is not None and term.samples:
+            mask = mask.reshape(len(mask), -1).amax(1)
+        if term.layers is None:
+            context |= dict(axis=self.task.axis, **({} if mask is None else dict(mask=mask)))
         return term.options_at(self.progress, context)
 
 
 def inputs_and_labels(batch):
     """A tuple's first item and all others; a dict without its labels, and these; all else has none."""
-    if isinstance(batch, (tuple, list)): return batch[0],tuple(batch[1:])
-    if not isinstance(batch, Mapping): return batch,()
+    if isinstance(batch, (tuple, list)):
+        return batch[0], tuple(batch[1:])
+    if not isinstance(batch, Mapping):
+        return batch, ()
     names = [k for k in ('labels', 'label') if k in batch]
-    return {k: v for k,v in batch.items() if k not in names},tuple(batch[k] for k in names)
+    return {k: v for k, v in batch.items() if k not in names}, tuple(batch[k] for k in names)
 
 
-def of_all_processes(
-    term,
-    pairs,
-    targets, options,
-    task
-):
+def of_all_processes(term, pairs, targets, options, task):
     """The same with the samples of all processes that train together.
 
     Args:
@@ -108,19 +129,24 @@ def of_all_processes(
         targets, options: Of the loss.
     """
     # subtle: not in validation, which may run in one process alone
-    if world_size() == 1 or not torch.is_grad_enabled(): return pairs,targets,options
+    if world_size() == 1 or not torch.is_grad_enabled():
+        return pairs, targets, options
     if term.layers is None and 'mask' in term.accepts:
-        s,mask = pairs[0][0],options.get('mask')
+        s, mask = pairs[0][0], options.get('mask')
         shape = s.shape[:1] if term.samples else shape_of_labels(s.shape, task.axis)
         # subtle: also if all positions count here, since in another process some may not
         mask = s.new_ones(shape) if mask is None else mask.to(s).expand(shape)
         options = {**options, 'mask': gather_rows(mask)}
-    return *map_tensors((pairs, targets), gather_rows),options
+    return *map_tensors((pairs, targets), gather_rows), options
 
 
 def blend(first, other, share):
     """share*first + (1-share)*other, with one share for all samples or one for each."""
-    share = share.to(first).reshape(-1, *[1]*(first.dim()-1)) if share.numel() > 1 else share.to(first).squeeze()
+    share = (
+        share.to(first).reshape(-1, *[1] * (first.dim() - 1))
+        if share.numel() > 1
+        else share.to(first).squeeze()
+    )
     return torch.lerp(other, first, share)
 
 
@@ -130,11 +156,7 @@ def both(*masks):
     return reduce(torch.mul, masks) if masks else None
 
 
-def label_mask(
-    y,
-    logits,
-    task
-):
+def label_mask(y, logits, task):
     """Where a label counts; None: everywhere.
 
     Args:
@@ -142,18 +164,21 @@ def label_mask(
         logits: Of the same batch; None if only layers are compared.
         task: What the logits are, see `task.Task`
     """
-    if task.kind != 'softmax' or logits is None or not isinstance(y, Tensor) or y.is_floating_point(): return None
-    if (y := fit_labels(as_plain(y), logits.shape, task)) is None: return None
+    if (
+        task.kind != 'softmax'
+        or logits is None
+        or not isinstance(y, Tensor)
+        or y.is_floating_point()
+    ):
+        return None
+    if (y := fit_labels(as_plain(y), logits.shape, task)) is None:
+        return None
     on = y != task.ignore_index
     # subtle: the values are checked only on the CPU, since the step would wait for a GPU
     return None if on.is_cpu and not torch.compiler.is_compiling() and on.all() else on
 
 
-def padding_mask(
-    x,
-    shape,
-    axis:int
-):
+def padding_mask(x, shape, axis: int):
     """The `attention_mask` among a batch's inputs, if there are logits for each token. Hidden
     positions do not count.
 
@@ -162,14 +187,17 @@ def padding_mask(
         shape: Of the logits.
         axis: Their class axis.
     """
-    found = [o['attention_mask'] for o in x if isinstance(o, Mapping) and isinstance(o.get('attention_mask'), Tensor)]
-    return as_plain(found[0]) > 0 if found and found[0].shape == shape_of_labels(shape, axis) else None
+    found = [
+        o['attention_mask']
+        for o in x
+        if isinstance(o, Mapping) and isinstance(o.get('attention_mask'), Tensor)
+    ]
+    return (
+        as_plain(found[0]) > 0 if found and found[0].shape == shape_of_labels(shape, axis) else None
+    )
 
 
-def next_tokens(
-    y:Tensor,
-    ignore_index:int
-):
+def next_tokens(y: Tensor, ignore_index: int):
     """The labels of a causal language model, each where it is predicted: one position earlier. The
     last has none.
 
@@ -179,13 +207,7 @@ def next_tokens(
     return F.pad(as_plain(y)[:, 1:], (0, 1), value=ignore_index)
 
 
-def labels_to_shift(
-    x,
-    y,
-    shape,
-    task,
-    causal:bool=False
-) -> bool|None:
+def labels_to_shift(x, y, shape, task, causal: bool = False) -> bool | None:
     """Must the labels of a language model be shifted? Yes, if each is at the position of its own
     token, and not where that token is predicted. None: this batch has no labels.
 
@@ -198,27 +220,40 @@ def labels_to_shift(
         causal: The student is known to predict the next token.
     """
     tokens = task.kind == 'softmax' and len(shape) == 3 and isinstance(y, Tensor)
-    if not tokens or y.shape != shape_of_labels(shape, task.axis): return False
-    y,ids = as_plain(y),[as_plain(o) for o in tensors_in(x) if o.shape == y.shape and not o.is_floating_point()]
+    if not tokens or y.shape != shape_of_labels(shape, task.axis):
+        return False
+    y, ids = (
+        as_plain(y),
+        [as_plain(o) for o in tensors_in(x) if o.shape == y.shape and not o.is_floating_point()],
+    )
     on = y != task.ignore_index
-    if not on.any(): return None
-    here,ahead = any((o == y)[on].all() for o in ids),any((o[:, 1:] == y[:, :-1])[on[:, :-1]].all() for o in ids)
-    if here != ahead or not causal: return here and not ahead
-    raise DistillError("The student predicts the next token, and these labels do not show at which position they are: "
-                       "that of their own token, as Hugging Face's models take them (pass shift_labels=True to the "
-                       "Distiller), or one position earlier, where the token is predicted (shift_labels=False)")
+    if not on.any():
+        return None
+    here, ahead = (
+        any((o == y)[on].all() for o in ids),
+        any((o[:, 1:] == y[:, :-1])[on[:, :-1]].all() for o in ids),
+    )
+    if here != ahead or not causal:
+        return here and not ahead
+    raise DistillError(
+        'The student predicts the next token, and these labels do not show at which position they are: '
+        "that of their own token, as Hugging Face's models take them (pass shift_labels=True to the "
+        'Distiller), or one position earlier, where the token is predicted (shift_labels=False)'
+    )
 
 
 def nothing(logits):
     """0, with the gradient 0 for every parameter behind the logits: DistributedDataParallel wants
     one for each, also where the labels have the weight 0 and the terms compare inner layers alone.
     """
-    return logits.where(logits.new_zeros((), dtype=torch.bool), 0.).sum()
+    return logits.where(logits.new_zeros((), dtype=torch.bool), 0.0).sum()
 
 
 def all_classes(teacher, student):
     """Stored outputs may hold the likeliest classes alone: losses want them all."""
-    if teacher is None or not isinstance(teacher.logits, TopK): return teacher
+    if teacher is None or not isinstance(teacher.logits, TopK):
+        return teacher
     s = student.logits
-    if teacher.classes is not None: s = grouped(s, teacher.classes, teacher.logits.axis)
+    if teacher.classes is not None:
+        s = grouped(s, teacher.classes, teacher.logits.axis)
     return replace(teacher, logits=teacher.logits.dense(s))

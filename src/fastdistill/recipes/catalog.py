@@ -1,19 +1,32 @@
 """All losses and recipes as data, read from their signatures, docstrings and `@loss` attributes,
 and from their cards.
 """
-import inspect, re
+
+import inspect
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
 from .. import losses, recipes
 from ..base.errors import DistillError
 
 __all__ = ['Method', 'Parameter', 'card_section', 'find_methods', 'method', 'methods']
 
-FAMILIES = dict(response='outputs', divergence='outputs', decoupled='outputs', feature='features', relation='relations',
-                dense='dense maps') # file of a loss -> what the methods in it compare
-KINDS_IN_WORDS = dict(softmax='classes', sigmoid='several labels', regression='numbers') # of logits
+FAMILIES = dict(
+    response='outputs',
+    divergence='outputs',
+    decoupled='outputs',
+    feature='features',
+    relation='relations',
+    dense='dense maps',
+)  # file of a loss -> what the methods in it compare
+KINDS_IN_WORDS = dict(
+    softmax='classes', sigmoid='several labels', regression='numbers'
+)  # of logits
 # recipes whose loss has another name -> their card; the card of any other method has its name
-CARDS = dict(kd='kl', soft_labels='kl', hard_labels='hard', logit_std='standardize', pretrain='cosine')
+CARDS = dict(
+    kd='kl', soft_labels='kl', hard_labels='hard', logit_std='standardize', pretrain='cosine'
+)
 
 
 @dataclass
@@ -24,9 +37,10 @@ class Parameter:
         default: As in code; empty: it must be given.
         says: Its comment.
     """
-    name:str
-    default:str
-    says:str
+
+    name: str
+    default: str
+    says: str
 
 
 @dataclass
@@ -44,48 +58,50 @@ class Method:
         recipe: Parameters of its recipe; None: it has none.
         loss: Of its loss.
     """
-    name:str
-    line:str
-    family:str
-    needs:list[str]
-    paper:str
-    card:str
-    recipe:list[Parameter]|None=None
-    loss:list[Parameter]|None=None
+
+    name: str
+    line: str
+    family: str
+    needs: list[str]
+    paper: str
+    card: str
+    recipe: list[Parameter] | None = None
+    loss: list[Parameter] | None = None
 
     @property
-    def form(self): return ' and '.join(k for k in ('recipe', 'loss') if getattr(self, k) is not None)
+    def form(self):
+        return ' and '.join(k for k in ('recipe', 'loss') if getattr(self, k) is not None)
 
     @property
     def use(self):
         """How to write it in a recipe."""
-        if self.recipe is None: return f'Term(losses.{self.name}, weight=1.)'
+        if self.recipe is None:
+            return f'Term(losses.{self.name}, weight=1.)'
         first = 'kd()' if self.recipe and not self.recipe[0].default else ''
         return f'recipes.{self.name}({first})'
 
     @property
-    def page(self): return f'docs/methods/{self.card}.md'
+    def page(self):
+        return f'docs/methods/{self.card}.md'
 
 
-def method(
-    name:str
-) -> Method:
+def method(name: str) -> Method:
     """One method; an unknown name is an error with the nearest ones.
 
     Args:
         name: Of a recipe or of a loss.
     """
     have = {m.name: m for m in methods()}
-    if name in have: return have[name]
+    if name in have:
+        return have[name]
     near = [m.name for m in find_methods(name)] or list(have)
-    raise DistillError(f"There is no method {name!r}. {'Nearest' if len(near) < len(have) else 'Possible'} are "
-                       f"{', '.join(near)}.")
+    raise DistillError(
+        f'There is no method {name!r}. {"Nearest" if len(near) < len(have) else "Possible"} are '
+        f'{", ".join(near)}.'
+    )
 
 
-def find_methods(
-    text:str='',
-    needs=()
-) -> list[Method]:
+def find_methods(text: str = '', needs=()) -> list[Method]:
     """The methods that match, by family.
 
     Args:
@@ -94,7 +110,9 @@ def find_methods(
     """
     have = list(dict.fromkeys(n for m in methods() for n in m.needs))
     if unknown := set(needs) - set(have):
-        raise DistillError(f"needs={sorted(unknown)[0]!r}: must be one of {', '.join(map(repr, have))}")
+        raise DistillError(
+            f'needs={sorted(unknown)[0]!r}: must be one of {", ".join(map(repr, have))}'
+        )
     words = text.lower().split()
     said = lambda m: ' '.join((m.name, m.line, m.paper, m.family, *m.needs)).lower()
     return [m for m in methods() if set(needs) <= set(m.needs) and all(w in said(m) for w in words)]
@@ -103,7 +121,7 @@ def find_methods(
 def methods() -> list[Method]:
     """All methods, by family and name."""
     fns = {n: getattr(losses, n) for n in losses.__all__}
-    fns = {n: f for n,f in fns.items() if hasattr(f, 'relates') and not inspect.isclass(f)}
+    fns = {n: f for n, f in fns.items() if hasattr(f, 'relates') and not inspect.isclass(f)}
     made = {n: getattr(recipes, n) for n in recipes.__all__}
     found = [_method(n, made.get(n), fns.get(n)) for n in dict.fromkeys([*made, *fns])]
     order = list(dict.fromkeys(FAMILIES.values()))
@@ -116,38 +134,66 @@ def _method(name, recipe, loss):
     papers = [p for d in docs if (p := _paper(d))]
     where = FAMILIES[inspect.unwrap(fn).__module__.rpartition('.')[2]]
     asks = [p.name for p in inspect.signature(fn).parameters.values() if p.default is p.empty]
-    on_outputs = where == 'outputs' or recipe is not None and any(t.layers is None for t in _terms(recipe))
+    on_outputs = (
+        where == 'outputs' or recipe is not None and any(t.layers is None for t in _terms(recipe))
+    )
     needs = ['logits'] if on_outputs else ['features']
-    if where == 'relations' or getattr(fn, 'relates', False): needs.append('relations')
-    if fn.kind in KINDS_IN_WORDS: needs.append(KINDS_IN_WORDS[fn.kind])
-    if 'y' in asks: needs.append('labels')
-    return Method(name, _line(docs[0]), where, needs, papers[0] if papers else '', CARDS.get(name, name),
-                  None if recipe is None else _parameters(recipe), None if loss is None else _parameters(loss))
+    if where == 'relations' or getattr(fn, 'relates', False):
+        needs.append('relations')
+    if fn.kind in KINDS_IN_WORDS:
+        needs.append(KINDS_IN_WORDS[fn.kind])
+    if 'y' in asks:
+        needs.append('labels')
+    return Method(
+        name,
+        _line(docs[0]),
+        where,
+        needs,
+        papers[0] if papers else '',
+        CARDS.get(name, name),
+        None if recipe is None else _parameters(recipe),
+        None if loss is None else _parameters(loss),
+    )
 
 
 def _terms(recipe):
     """The terms that a recipe makes with its defaults."""
     first = next(iter(inspect.signature(recipe).parameters.values()), None)
-    return recipe(recipes.kd()).terms if first is not None and first.default is first.empty else recipe().terms
+    return (
+        recipe(recipes.kd()).terms
+        if first is not None and first.default is first.empty
+        else recipe().terms
+    )
 
 
 def _parameters(fn):
-    says,params = parameter_texts(fn),inspect.signature(fn).parameters.values()
-    return [Parameter(p.name, '' if p.default is p.empty else repr(p.default), says.get(p.name, '')) for p in params]
+    says, params = parameter_texts(fn), inspect.signature(fn).parameters.values()
+    return [
+        Parameter(p.name, '' if p.default is p.empty else repr(p.default), says.get(p.name, ''))
+        for p in params
+    ]
 
 
 def parameter_texts(fn) -> dict:
     """Parameter -> its text in the `Args:` section of a Google-style docstring."""
-    _,_,section = (inspect.getdoc(fn) or '').partition('\nArgs:\n')
-    entries = re.findall(r'^    (\S[^:\n]*): (.*(?:\n {5,}.*)*)', section.partition('\n\n')[0], re.M)
-    return {n.lstrip('*'): ' '.join(text.split()) for names,text in entries for n in names.split(', ')}
+    _, _, section = (inspect.getdoc(fn) or '').partition('\nArgs:\n')
+    entries = re.findall(
+        r'^    (\S[^:\n]*): (.*(?:\n {5,}.*)*)', section.partition('\n\n')[0], re.M
+    )
+    return {
+        n.lstrip('*'): ' '.join(text.split()) for names, text in entries for n in names.split(', ')
+    }
 
 
-def _text(doc): return ' '.join(inspect.cleandoc(doc or '').partition('\n\nArgs:')[0].split())
+def _text(doc):
+    return ' '.join(inspect.cleandoc(doc or '').partition('\n\nArgs:')[0].split())
+
 
 PAPER = re.compile(r' \(([^()]*(?:arXiv:\d+\.\d+|(?:19|20)\d\d)[^()]*)\)')
 
-def _paper(doc): return m[1] if (m := PAPER.search(_text(doc))) else ''
+
+def _paper(doc):
+    return m[1] if (m := PAPER.search(_text(doc))) else ''
 
 
 def _line(doc):
@@ -155,10 +201,7 @@ def _line(doc):
     return re.split(r'(?<=\w)\. (?=[A-Z])', PAPER.sub('', _text(doc)))[0].split('\n')[0].rstrip('.')
 
 
-def card_section(
-    card:str,
-    heading:str
-) -> str:
+def card_section(card: str, heading: str) -> str:
     """The text under a heading of a card, as Markdown; empty if the cards are not installed.
 
     Args:
@@ -167,9 +210,13 @@ def card_section(
     """
     here = Path(__file__).parents[1]
     # in the wheel the cards are in the package, in a checkout beside it
-    for folder in (here/'cards', here.parent.parent/'docs'/'methods'):
-        if (folder/f'{card}.md').is_file():
-            text = (folder/f'{card}.md').read_text(encoding='utf-8')
-            found = re.search(rf'^## {re.escape(heading)}[^\n]*\n(.*?)(?=^## |\Z)', text, re.M | re.S)
-            return re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', found[1]).strip() if found else ''     # without links
+    for folder in (here / 'cards', here.parent.parent / 'docs' / 'methods'):
+        if (folder / f'{card}.md').is_file():
+            text = (folder / f'{card}.md').read_text(encoding='utf-8')
+            found = re.search(
+                rf'^## {re.escape(heading)}[^\n]*\n(.*?)(?=^## |\Z)', text, re.M | re.S
+            )
+            return (
+                re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', found[1]).strip() if found else ''
+            )  # without links
     return ''

@@ -1,44 +1,56 @@
 """The recipe that is taken when none is given. The rule was chosen by measurements on many tasks:
 benchmarks/quality.
 """
+
 from math import log, sqrt
+
 from torch import Tensor, special
+
 from .. import losses
 from ..base.outputs import DistillError
+from ..base.task import facts_of_outputs
 from .term import Recipe, Term
 from .text import recipe_from_text
 from .zoo import dist, kd, soft_labels
-from ..base.task import facts_of_outputs
 
-__all__ = ['Automatic', 'auto', 'chosen_before', 'chosen_for', 'facts_for_auto', 'softening_temperature']
+__all__ = [
+    'Automatic',
+    'auto',
+    'chosen_before',
+    'chosen_for',
+    'facts_for_auto',
+    'softening_temperature',
+]
 
 CLASSIC = 'kd(T=4, alpha=.9)'
-CLASSIC_ALONE = 'soft_labels(T=4)' # without labels
-EVEN = .9 # entropy of the softened teacher, as a share of the entropy of equal probabilities
-COLDEST,HOTTEST = 1.,20. # temperatures that are chosen
-ENOUGH_NUMBERS,ENOUGH_ROWS = 2**22,4096 # logits that show how sure a teacher is, and their rows
+CLASSIC_ALONE = 'soft_labels(T=4)'  # without labels
+EVEN = 0.9  # entropy of the softened teacher, as a share of the entropy of equal probabilities
+COLDEST, HOTTEST = 1.0, 20.0  # temperatures that are chosen
+ENOUGH_NUMBERS, ENOUGH_ROWS = 2**22, 4096  # logits that show how sure a teacher is, and their rows
 
 
 class Automatic(Recipe):
     """A recipe that `auto` chose. `text` is how to write it, `why` is the fact that decided."""
+
     def __init__(self, recipe, text, why, kind='softmax'):
         super().__init__(recipe)
-        self.text,self.why,self.kind = text,why,kind
+        self.text, self.why, self.kind = text, why, kind
 
     def __str__(self):
-        if self.kind == 'regression': return f'{self.text} ({self.why})'        # T has no meaning for numbers
+        if self.kind == 'regression':
+            return f'{self.text} ({self.why})'  # T has no meaning for numbers
         classic = CLASSIC if self.task != 0 else CLASSIC_ALONE
         return f'{self.text} ({self.why}; {classic} is the classic)'
 
 
 def auto(
-    kind:str='softmax',
+    kind: str = 'softmax',
     *,
-    classes:int|None=None,
-    dense:bool=False,
-    labels:bool=True,
-    teacher:Tensor|None=None,
-    doubt:str|None=None
+    classes: int | None = None,
+    dense: bool = False,
+    labels: bool = True,
+    teacher: Tensor | None = None,
+    doubt: str | None = None,
 ) -> Automatic:
     """The recipe that `KnowledgeDistillation(teacher)` and `Distiller(student, teacher)` take when
     none is given.
@@ -61,26 +73,39 @@ def auto(
     """
     if kind not in ('softmax', 'sigmoid', 'regression'):
         raise DistillError(f"kind={kind!r}: must be 'softmax', 'sigmoid' or 'regression'")
-    if not isinstance(teacher, Tensor|None):
-        raise DistillError(f"teacher={type(teacher).__name__}: give its logits for some training samples, a tensor "
-                           "(..., C). KnowledgeDistillation and Distiller ask a teacher themselves.")
-    if not labels: return Automatic(soft_labels(T=1), 'soft_labels(T=1)', 'the batches have no labels', kind)
+    if not isinstance(teacher, Tensor | None):
+        raise DistillError(
+            f'teacher={type(teacher).__name__}: give its logits for some training samples, a tensor '
+            '(..., C). KnowledgeDistillation and Distiller ask a teacher themselves.'
+        )
+    if not labels:
+        return Automatic(soft_labels(T=1), 'soft_labels(T=1)', 'the batches have no labels', kind)
     if doubt is not None:
-        alpha = .1 if kind == 'sigmoid' else .3
-        return Automatic(kd(T=1, alpha=alpha), f'kd(T=1, alpha={alpha:g})'.replace('0.', '.'), doubt, kind)
-    if kind == 'regression': return shared(losses.regression, 'regression', 'numbers', kind)
-    one = kind == 'sigmoid' and classes == 1 # the same as a softmax of two classes
+        alpha = 0.1 if kind == 'sigmoid' else 0.3
+        return Automatic(
+            kd(T=1, alpha=alpha), f'kd(T=1, alpha={alpha:g})'.replace('0.', '.'), doubt, kind
+        )
+    if kind == 'regression':
+        return shared(losses.regression, 'regression', 'numbers', kind)
+    one = kind == 'sigmoid' and classes == 1  # the same as a softmax of two classes
     if kind == 'sigmoid' and not (dense or one):
         return shared(losses.binary_kl, 'binary_kl', 'several labels', kind, T=1)
     unknown = 'labels' if kind == 'sigmoid' else 'an unknown number of classes'
     why = 'one label' if one else unknown if classes is None else f'{classes} classes'
-    if dense: why += ' for each of many positions'
-    if not takes_dist(classes): return Automatic(kd(T=1, alpha=.5), 'kd(T=1, alpha=.5)', why)
-    if teacher is None: T = 4.
+    if dense:
+        why += ' for each of many positions'
+    if not takes_dist(classes):
+        return Automatic(kd(T=1, alpha=0.5), 'kd(T=1, alpha=.5)', why)
+    if teacher is None:
+        T = 4.0
     else:
         T = float(f'{softening_temperature(teacher):.2g}')
         why += f', T={T:g} softens this teacher'
-    return Automatic(dist(T=T, beta=2, gamma=2, grad_ratio=3), f'labels + dist(T={T:g}, beta=2, gamma=2, grad_ratio=3)', why)
+    return Automatic(
+        dist(T=T, beta=2, gamma=2, grad_ratio=3),
+        f'labels + dist(T={T:g}, beta=2, gamma=2, grad_ratio=3)',
+        why,
+    )
 
 
 def takes_dist(classes):
@@ -88,9 +113,7 @@ def takes_dist(classes):
     return classes is not None and classes > 2
 
 
-def softening_temperature(
-    logits:Tensor
-) -> float:
+def softening_temperature(logits: Tensor) -> float:
     """The temperature, from 1 to 20, at which the entropy of the teacher's probabilities is .9 of
     the largest possible one, on average over the samples. It does not depend on the scale of the
     logits.
@@ -99,21 +122,17 @@ def softening_temperature(
         logits: (..., C) of a teacher, classes last.
     """
     logits = logits.detach().reshape(-1, logits.shape[-1])
-    rows = min(ENOUGH_NUMBERS//logits.shape[-1] + 1, ENOUGH_ROWS)
-    logits = logits[::max(len(logits)//rows, 1)].float()
-    low,high = COLDEST,HOTTEST
+    rows = min(ENOUGH_NUMBERS // logits.shape[-1] + 1, ENOUGH_ROWS)
+    logits = logits[:: max(len(logits) // rows, 1)].float()
+    low, high = COLDEST, HOTTEST
     for _ in range(20):
-        T = sqrt(low*high)
-        even = special.entr((logits/T).softmax(-1)).sum(-1).mean()/log(logits.shape[-1])
-        low,high = (T, high) if even < EVEN else (low, T)
+        T = sqrt(low * high)
+        even = special.entr((logits / T).softmax(-1)).sum(-1).mean() / log(logits.shape[-1])
+        low, high = (T, high) if even < EVEN else (low, T)
     return T
 
 
-def facts_for_auto(
-    shape,
-    task,
-    ask
-) -> dict:
+def facts_for_auto(shape, task, ask) -> dict:
     """Arguments of `auto`. The teacher is asked only where that decides something.
 
     Args:
@@ -123,18 +142,22 @@ def facts_for_auto(
             are not known.
     """
     facts = facts_of_outputs(shape, task)
-    if not takes_dist(facts['classes']) or (t := ask()) is None or t.dim() != len(shape): return facts
+    if not takes_dist(facts['classes']) or (t := ask()) is None or t.dim() != len(shape):
+        return facts
     return facts | dict(teacher=t.movedim(task.axis, -1))
 
 
 def shared(loss, name, why, kind, **options):
     """The labels, and a term whose gradient is 3 times as long as theirs."""
-    text = ', '.join(['grad_ratio=3', *(f'{k}={v:g}' for k,v in options.items())])
-    return Automatic(Term(loss, grad_ratio=3, **options), f'labels + Term(losses.{name}, {text})', why, kind)
+    text = ', '.join(['grad_ratio=3', *(f'{k}={v:g}' for k, v in options.items())])
+    return Automatic(
+        Term(loss, grad_ratio=3, **options), f'labels + Term(losses.{name}, {text})', why, kind
+    )
 
 
 def chosen_for(logits_shape, task, ask, labels, doubt=None):
     return auto(**facts_for_auto(logits_shape, task, ask), labels=labels, doubt=doubt)
 
 
-def chosen_before(text, why, kind): return Automatic(recipe_from_text(text), text, why, kind)
+def chosen_before(text, why, kind):
+    return Automatic(recipe_from_text(text), text, why, kind)

@@ -1,6 +1,9 @@
 "One pair of layers of one term, or the logits."
+
 import copy
+
 from torch import nn
+
 from ..base.outputs import DistillError, Outputs
 from ..features.taps import layer_output
 
@@ -11,21 +14,25 @@ class Link(nn.Module):
     """One pair of layers of one term: its projector, and its copy of the loss if that has
     parameters.
     """
+
     def __init__(self, loss, layers=None, projector=None):
         super().__init__()
-        self.layers,self.projector = layers,projector
+        self.layers, self.projector = layers, projector
         self.loss = loss
 
-    def tensors(self, s:Outputs, t:Outputs):
-        if self.layers is None: return s.logits,t.logits
-        found = [layer_output(o, n) for o,n in zip((s, t), self.layers)]
-        for o,n,who,y in zip((s, t), self.layers, ('student', 'teacher'), found):
+    def tensors(self, s: Outputs, t: Outputs):
+        if self.layers is None:
+            return s.logits, t.logits
+        found = [layer_output(o, n) for o, n in zip((s, t), self.layers)]
+        for o, n, who, y in zip((s, t), self.layers, ('student', 'teacher'), found):
             if y is None:
-                raise DistillError(f"The {who}'s outputs have no layer {n!r} (they have: "
-                                   f"{', '.join(o.feats) or 'none'}). distiller.teacher_outputs(x) reads the teacher's "
-                                   "layers, Taps(student, distiller.student_layers()) the student's.")
-        a,b = found
-        return (a if self.projector is None else self.projector(a, b)),b
+                raise DistillError(
+                    f"The {who}'s outputs have no layer {n!r} (they have: "
+                    f"{', '.join(o.feats) or 'none'}). distiller.teacher_outputs(x) reads the teacher's "
+                    "layers, Taps(student, distiller.student_layers()) the student's."
+                )
+        a, b = found
+        return (a if self.projector is None else self.projector(a, b)), b
 
 
 def own_copy(loss):

@@ -1,8 +1,11 @@
 "The loss of a recipe for one batch whose outputs are known."
+
 import warnings
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
+
 from ..base.distributed import rank
 from ..base.outputs import DistillError, DistillWarning, Outputs, as_plain
 from .batch import Batch, all_classes, blend, nothing, of_all_processes
@@ -24,17 +27,19 @@ class Distilled:
             count.
         weights: What each was multiplied by; 'task' among them. 0-dim for a term with a share.
     """
-    task:Tensor|None
-    taught:Tensor|None
-    parts:dict[str,Tensor]
-    weights:dict[str,float|Tensor]
+
+    task: Tensor | None
+    taught: Tensor | None
+    parts: dict[str, Tensor]
+    weights: dict[str, float | Tensor]
 
     @property
     def total(self):
         """What to call `backward` on."""
         # subtle: labels of weight 0 take no part at all, since 0*nan is nan
-        if not self.weights['task']: return self.taught
-        own = self.weights['task']*self.task if self.weights['task'] != 1 else self.task
+        if not self.weights['task']:
+            return self.taught
+        own = self.weights['task'] * self.task if self.weights['task'] != 1 else self.task
         return own if self.taught is None else own + self.taught
 
     @property
@@ -42,8 +47,9 @@ class Distilled:
         """What to add to the task loss to get `total`, for trainers that hold that loss
         already; None if that is nothing.
         """
-        if self.task is None or self.weights['task'] == 1: return self.taught
-        rest = (self.weights['task']-1)*self.task
+        if self.task is None or self.weights['task'] == 1:
+            return self.taught
+        rest = (self.weights['task'] - 1) * self.task
         return rest if self.taught is None else rest + self.taught
 
 
@@ -54,41 +60,46 @@ class RecipeLoss(nn.Module):
     Args:
         task: What the logits are.
     """
-    def __init__(
-        self, recipe,
-        task
-    ):
+
+    def __init__(self, recipe, task):
         super().__init__()
-        self.student = None # where gradients are compared if not all parts reach the logits
-        self.task,self.links = task,nn.ModuleDict()
-        self.measures,self.seen = True,set() # are gradient shares measured? of which parts they were
+        self.student = None  # where gradients are compared if not all parts reach the logits
+        self.task, self.links = task, nn.ModuleDict()
+        self.measures, self.seen = (
+            True,
+            set(),
+        )  # are gradient shares measured? of which parts they were
         # part -> share, the labels' is 'task'; None until the first training batch
-        self.gradient_shares:dict|None = None
+        self.gradient_shares: dict | None = None
         self.take(recipe)
 
     def take(self, recipe):
         """Use this recipe from now on, of terms on the logits or before any batch."""
-        self.recipe,self.ratios = recipe,GradientRatios(recipe)
+        self.recipe, self.ratios = recipe, GradientRatios(recipe)
         self.links.clear()
         for t in recipe.terms:
             check_kind(t, self.task.kind)
-            if t.layers is None: self.links[t.name] = nn.ModuleList([Link(own_copy(t.loss))])
+            if t.layers is None:
+                self.links[t.name] = nn.ModuleList([Link(own_copy(t.loss))])
 
     @property
-    def layered(self): return [t for t in self.recipe.terms if t.layers is not None]
+    def layered(self):
+        return [t for t in self.recipe.terms if t.layers is not None]
 
-    def active_terms(
-        self, progress:float|None=None
-    ) -> list:
+    def active_terms(self, progress: float | None = None) -> list:
         """The terms that a batch needs: those with a weight; without gradient, as in validation,
         all of them.
 
         Args:
             progress: Share of the training that is done, for schedules.
         """
-        return [t for t in self.recipe.terms if not torch.is_grad_enabled() or t.weight_at(progress) != 0]
+        return [
+            t
+            for t in self.recipe.terms
+            if not torch.is_grad_enabled() or t.weight_at(progress) != 0
+        ]
 
-    def needs_teacher(self, progress:float|None=None) -> bool:
+    def needs_teacher(self, progress: float | None = None) -> bool:
         """Whether any term needs the teacher's outputs for this batch."""
         return bool(self.active_terms(progress))
 
@@ -97,13 +108,13 @@ class RecipeLoss(nn.Module):
 
     def compute(
         self,
-        student:Outputs,
-        teacher:Outputs|None,
-        task:Tensor|None=None,
+        student: Outputs,
+        teacher: Outputs | None,
+        task: Tensor | None = None,
         targets=(),
         *,
-        progress:float|None=None,
-        mixed=None
+        progress: float | None = None,
+        mixed=None,
     ) -> Distilled:
         """The loss of a batch whose student (and teacher) ran already: what trainers call.
 
@@ -116,30 +127,44 @@ class RecipeLoss(nn.Module):
             mixed: (other targets, share of the first ones): MixUp's batches have two labels a
                 sample.
         """
-        task,terms = None if task is None else as_plain(task),self.active_terms(progress)
+        task, terms = None if task is None else as_plain(task), self.active_terms(progress)
         weights = self.recipe.weights_at(progress)
         if task is None and weights['task']:
-            raise DistillError("This batch has no labels, but the recipe gives their loss the weight "
-                               f"{weights['task']:g}: use alpha=1, or soft_labels(), to train from the teacher alone")
+            raise DistillError(
+                'This batch has no labels, but the recipe gives their loss the weight '
+                f'{weights["task"]:g}: use alpha=1, or soft_labels(), to train from the teacher alone'
+            )
         if terms and teacher is None:
-            raise DistillError(f"{terms[0].name} needs the teacher's outputs for this batch, and got None: "
-                               "needs_teacher(progress) says when")
+            raise DistillError(
+                f"{terms[0].name} needs the teacher's outputs for this batch, and got None: "
+                'needs_teacher(progress) says when'
+            )
         self.check_first(student, teacher, targets)
-        b = Batch(student, all_classes(teacher, student), targets, *(mixed or ((), None)), self.task, progress)
+        b = Batch(
+            student,
+            all_classes(teacher, student),
+            targets,
+            *(mixed or ((), None)),
+            self.task,
+            progress,
+        )
         values = {t.name: self._value(t, b) for t in terms}
-        counted = {k: v for k,v in dict(task=task, **values).items() if v is not None and weights[k] != 0}
+        counted = {
+            k: v for k, v in dict(task=task, **values).items() if v is not None and weights[k] != 0
+        }
         weights = self._measured(counted, weights, student, b)
-        taught = [weights[k]*v for k,v in counted.items() if k in values]
-        if not weights['task'] and student.logits is not None: taught.append(nothing(student.logits))
-        return Distilled(task, sum(taught[1:], taught[0]) if taught else None,
-                         {k: v.detach() for k,v in values.items()}, weights)
+        taught = [weights[k] * v for k, v in counted.items() if k in values]
+        if not weights['task'] and student.logits is not None:
+            taught.append(nothing(student.logits))
+        return Distilled(
+            task,
+            sum(taught[1:], taught[0]) if taught else None,
+            {k: v.detach() for k, v in values.items()},
+            weights,
+        )
 
     def without_labels(
-        self,
-        student:Outputs,
-        teacher:Outputs|None,
-        *,
-        progress:float|None=None
+        self, student: Outputs, teacher: Outputs | None, *, progress: float | None = None
     ) -> Tensor:
         """The weighted sum of the terms that read no labels, for inputs without labels beside the
         batches with labels. Shares of the gradient are those that were measured there.
@@ -150,52 +175,76 @@ class RecipeLoss(nn.Module):
             progress: Share of the training that is done, for schedules.
         """
         terms = [t for t in self.active_terms(progress) if not t.n_targets]
-        if not terms: return nothing(student.logits)
+        if not terms:
+            return nothing(student.logits)
         b = Batch(student, all_classes(teacher, student), (), (), None, self.task, progress)
         values = {t.name: self._value(t, b) for t in terms}
         weights = self.ratios.weights(self.recipe.weights_at(progress), values)
-        return sum(weights[k]*v for k,v in values.items())
+        return sum(weights[k] * v for k, v in values.items())
 
     def _value(self, term, b):
         """A term's value; where it reads labels and the batch has two a sample, mixed as the
         task loss is.
         """
-        if b.lam is None or term.n_targets == 0: return self._of_labels(term, b, b.targets, b.options(term, b.mask))
+        if b.lam is None or term.n_targets == 0:
+            return self._of_labels(term, b, b.targets, b.options(term, b.mask))
         each = b.lam.numel() > 1
         if each and ('reduction' not in term.accepts or term.layers is not None):
-            raise DistillError(f"{term.name} reads labels, and MixUp gives each sample two of them: a loss of your own "
-                               "needs the keyword-only option `reduction` ('none': one value per sample) to be mixed. "
-                               "Or use CutMix, whose share is one for the whole batch.")
+            raise DistillError(
+                f'{term.name} reads labels, and MixUp gives each sample two of them: a loss of your own '
+                "needs the keyword-only option `reduction` ('none': one value per sample) to be mixed. "
+                'Or use CutMix, whose share is one for the whole batch.'
+            )
         options = [b.options(term, m) | (dict(reduction='none') if each else {}) for m in b.masks]
-        first,other = [self._of_labels(term, b, y, o) for y,o in zip((b.targets, b.others), options)]
+        first, other = [
+            self._of_labels(term, b, y, o) for y, o in zip((b.targets, b.others), options)
+        ]
         v = blend(first, other, b.lam)
-        if not v.dim(): return v
+        if not v.dim():
+            return v
         # subtle: per label that counts; a mask that the loss does not take cannot have left out any
-        return v.sum()/(v.numel() if b.mask is None or 'mask' not in options[0] else b.mask.sum().clamp_min(1e-6))
+        return v.sum() / (
+            v.numel()
+            if b.mask is None or 'mask' not in options[0]
+            else b.mask.sum().clamp_min(1e-6)
+        )
 
     def _of_labels(self, term, b, targets, options):
         """A term's value by one set of labels: summed over its pairs of layers, as the papers do."""
-        links,targets = self.links[term.name],targets[:term.n_targets]
+        links, targets = self.links[term.name], targets[: term.n_targets]
         if term.n_targets and len(targets) < term.n_targets:
-            raise DistillError(f"{term.name} needs {term.n_targets} target(s) beside student and teacher, this batch "
-                               f"has {len(targets)}")
+            raise DistillError(
+                f'{term.name} needs {term.n_targets} target(s) beside student and teacher, this batch '
+                f'has {len(targets)}'
+            )
         pairs = b.pairs_of(term.name, lambda: [k.tensors(b.student, b.teacher) for k in links])
-        if term.relates: pairs,targets,options = of_all_processes(term, pairs, targets, options, b.task)
-        if term.lists: return links[0].loss(*map(list, zip(*pairs)), *targets, **term.channels(pairs[0][1]), **options)
-        return sum(k.loss(s, t, *targets, **term.channels(t), **options) for k,(s,t) in zip(links, pairs))
+        if term.relates:
+            pairs, targets, options = of_all_processes(term, pairs, targets, options, b.task)
+        if term.lists:
+            return links[0].loss(
+                *map(list, zip(*pairs)), *targets, **term.channels(pairs[0][1]), **options
+            )
+        return sum(
+            k.loss(s, t, *targets, **term.channels(t), **options) for k, (s, t) in zip(links, pairs)
+        )
 
     def _measured(self, values, weights, student, b):
         """The weights as they count: of a term with a share, what makes its gradient that long.
         Shares of the gradient are reported at the first training batch, and where a part counts for
         the first time.
         """
-        learns = {k: v for k,v in values.items() if v.requires_grad}
-        fixed = {k: w for k,w in weights.items() if k not in self.ratios}
+        learns = {k: v for k, v in values.items() if v.requires_grad}
+        fixed = {k: w for k, w in weights.items() if k not in self.ratios}
         if self.ratios:
-            self.ratios.measure(weights, learns, lambda k: self._compared(k, student), lambda k: self._apart(k, b))
+            self.ratios.measure(
+                weights, learns, lambda k: self._compared(k, student), lambda k: self._apart(k, b)
+            )
             weights = self.ratios.weights(weights, learns)
         if self.measures and torch.is_grad_enabled() and not learns.keys() <= self.seen:
-            self.seen,self.gradient_shares = learns.keys(),self.shares(learns, weights, student.logits)
+            self.seen, self.gradient_shares = (
+                learns.keys(),
+                self.shares(learns, weights, student.logits),
+            )
             if (says := swamped(self.gradient_shares, fixed)) and rank() == 0:
                 warnings.warn(says, DistillWarning, stacklevel=4)
         return weights
@@ -209,12 +258,7 @@ class RecipeLoss(nn.Module):
         """A term's value if each of the teacher's outputs belonged to the next sample."""
         return self._value(next(t for t in self.recipe.terms if t.name == name), b.shifted(name))
 
-    def shares(
-        self,
-        values,
-        weights,
-        logits=None
-    ) -> dict:
+    def shares(self, values, weights, logits=None) -> dict:
         """Each part's share of the gradient, by name: at the logits if all parts reach them, else
         at the last layer of the student that all reach. Empty if there is no such place. A term
         with a share of its own at its layers is left out. Training is not changed by it.
@@ -225,13 +269,15 @@ class RecipeLoss(nn.Module):
             logits: The student's; None: its parameters are the place to measure at.
         """
         apart = {t.name for t in self.layered if t.has_grad_ratio}
-        values = {k: v for k,v in values.items() if k not in apart}
+        values = {k: v for k, v in values.items() if k not in apart}
         try:
             norms = norms_at_logits(values, logits)
-            if norms is None and self.student is not None: norms = norms_at_layer(values, self.student)
-        except RuntimeError: return {}      # compiled or checkpointed parts may allow one backward pass alone
-        norms = {k: float(weights[k]*n) for k,n in (norms or {}).items()}
-        return {k: n/sum(norms.values()) for k,n in norms.items()}
+            if norms is None and self.student is not None:
+                norms = norms_at_layer(values, self.student)
+        except RuntimeError:
+            return {}  # compiled or checkpointed parts may allow one backward pass alone
+        norms = {k: float(weights[k] * n) for k, n in (norms or {}).items()}
+        return {k: n / sum(norms.values()) for k, n in norms.items()}
 
 
 def check_kind(term, kind):
@@ -239,7 +285,11 @@ def check_kind(term, kind):
     any loss.
     """
     if term.layers is None and term.kind not in (None, kind):
-        says = dict(softmax='a softmax over classes', sigmoid='a sigmoid per label', regression='numbers')
-        raise DistillError(f"{term.name} compares {says[term.kind]}, but this model predicts {says[kind]}. "
-                           "Use kd(), which takes the loss that fits (binary_kl for labels, regression for numbers), "
-                           "or your own loss.")
+        says = dict(
+            softmax='a softmax over classes', sigmoid='a sigmoid per label', regression='numbers'
+        )
+        raise DistillError(
+            f'{term.name} compares {says[term.kind]}, but this model predicts {says[kind]}. '
+            'Use kd(), which takes the loss that fits (binary_kl for labels, regression for numbers), '
+            'or your own loss.'
+        )

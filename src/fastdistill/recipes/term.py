@@ -1,18 +1,24 @@
 "What is compared, and how much it counts: terms, and recipes of them. No particular loss."
-import copy, functools, inspect, math
+
+import copy
+import functools
+import inspect
+import math
 from functools import partial
+
 from torch import Tensor, nn
-from ..features.layer_pairs import checked_layers
-from ..features.projectors import checked_projector
+
 from ..base.outputs import DistillError, Outputs
 from ..base.task import labels_loss, task_for
+from ..features.layer_pairs import checked_layers
+from ..features.projectors import checked_projector
 from .recipe_loss import RecipeLoss
 from .schedule import schedule, value_at
 
 __all__ = ['Recipe', 'Term', 'long_name_too', 'one_temperature']
 
 
-SCHEDULED = 'T','lam' # options of losses that may follow a schedule
+SCHEDULED = 'T', 'lam'  # options of losses that may follow a schedule
 
 
 class Term:
@@ -39,6 +45,7 @@ class Term:
         **options: Of the loss; T and lam may follow a schedule, e.g. T=('linear', 8, 1).
             `temperature=` is T.
     """
+
     def __init__(
         self,
         loss,
@@ -46,64 +53,86 @@ class Term:
         *,
         grad_ratio=None,
         layers=None,
-        match:str|None=None,
+        match: str | None = None,
         projector='auto',
-        stop_at:float|None=None,
-        name:str|None=None,
-        **options
+        stop_at: float | None = None,
+        name: str | None = None,
+        **options,
     ):
         if not callable(loss):
-            raise DistillError(f"A term needs a loss function, got {loss!r}. See fastdistill.losses for those that "
-                               "exist.")
-        self.loss,self.layers,self.stop_at = loss,None if layers is None else checked_layers(layers),stop_at
+            raise DistillError(
+                f'A term needs a loss function, got {loss!r}. See fastdistill.losses for those that '
+                'exist.'
+            )
+        self.loss, self.layers, self.stop_at = (
+            loss,
+            None if layers is None else checked_layers(layers),
+            stop_at,
+        )
         self.projector = checked_projector(projector)
-        fn,ps = signature(loss)
+        fn, ps = signature(loss)
         self.name = checked_name(name or getattr(fn, '__name__', type(fn).__name__))
         if weight is not None and grad_ratio is not None:
-            raise DistillError(f"weight={weight!r} and grad_ratio={grad_ratio!r} of {self.name}: give one of them. A weight "
-                               "multiplies the loss, a ratio says how large its gradient is beside the labels'.")
+            raise DistillError(
+                f'weight={weight!r} and grad_ratio={grad_ratio!r} of {self.name}: give one of them. A weight '
+                "multiplies the loss, a ratio says how large its gradient is beside the labels'."
+            )
         self.has_grad_ratio = grad_ratio is not None
-        self.weight = schedule(grad_ratio if self.has_grad_ratio else 1. if weight is None else weight, f'weight of {self.name}')
+        self.weight = schedule(
+            grad_ratio if self.has_grad_ratio else 1.0 if weight is None else weight,
+            f'weight of {self.name}',
+        )
         if self.has_grad_ratio and not callable(self.weight) and not 0 <= grad_ratio < math.inf:
-            raise DistillError(f"grad_ratio={grad_ratio!r} of {self.name}: it is a number from 0 up; .1 is little beside the "
-                               "labels, 1 is as much as they have, 3 is much.")
+            raise DistillError(
+                f'grad_ratio={grad_ratio!r} of {self.name}: it is a number from 0 up; .1 is little beside the '
+                'labels, 1 is as much as they have, 3 is much.'
+            )
         args = [p for p in ps if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         self.accepts = {p.name for p in ps if p.kind is p.KEYWORD_ONLY}
         # how many of the targets the loss takes: those it must have, or all
-        self.n_targets = None if any(p.kind is p.VAR_POSITIONAL for p in ps) else sum(p.default is p.empty
-                                                                                      for p in args[2:])
+        self.n_targets = (
+            None
+            if any(p.kind is p.VAR_POSITIONAL for p in ps)
+            else sum(p.default is p.empty for p in args[2:])
+        )
         named = self.accepts | {p.name for p in args[2:]}
         options = with_short_name(options, named)
         if (wrong := set(options) - named) and not any(p.kind is p.VAR_KEYWORD for p in ps):
-            raise DistillError(f"{self.name} has no option {', '.join(sorted(wrong))}. It has: "
-                               f"{', '.join(sorted(named)) or 'none'}")
-        self.options = {k: option_schedule(k, v) for k,v in options.items()}
+            raise DistillError(
+                f'{self.name} has no option {", ".join(sorted(wrong))}. It has: '
+                f'{", ".join(sorted(named)) or "none"}'
+            )
+        self.options = {k: option_schedule(k, v) for k, v in options.items()}
         if match not in (None, 'shape', 'grid', 'none'):
-            raise DistillError(f"match={match!r}: must be 'shape', 'grid' or 'none' (what {self.name} needs of "
-                               "the teacher's layers)")
-        self.kind,self.lists,self.samples = getattr(fn, 'kind', None),getattr(fn, 'lists', False),getattr(fn, 'samples',
-                                                                                                          False)
+            raise DistillError(
+                f"match={match!r}: must be 'shape', 'grid' or 'none' (what {self.name} needs of "
+                "the teacher's layers)"
+            )
+        self.kind, self.lists, self.samples = (
+            getattr(fn, 'kind', None),
+            getattr(fn, 'lists', False),
+            getattr(fn, 'samples', False),
+        )
         self.relates = getattr(fn, 'relates', False)
         self.match = match or getattr(fn, 'match', 'shape')
 
-    def __add__(self, other): return Recipe(self) + other
+    def __add__(self, other):
+        return Recipe(self) + other
 
     def __repr__(self):
         of = f', layers={self.layers!r}' if self.layers is not None else ''
         how = 'grad_ratio' if self.has_grad_ratio else 'weight'
-        return f"Term({self.name}, {how}={self.weight!r}{of}{''.join(f', {k}={v!r}' for k,v in self.options.items())})"
+        return f'Term({self.name}, {how}={self.weight!r}{of}{"".join(f", {k}={v!r}" for k, v in self.options.items())})'
 
-    def weight_at(
-        self,
-        progress:float|None
-    ) -> float:
+    def weight_at(self, progress: float | None) -> float:
         """The weight, or the share, at this point of the training.
 
         Args:
             progress: Share of the training that is done.
         """
         if self.stop_at is not None:
-            if value_at(lambda p: p, progress, f'The end of {self.name}') >= self.stop_at: return 0.
+            if value_at(lambda p: p, progress, f'The end of {self.name}') >= self.stop_at:
+                return 0.0
         return value_at(self.weight, progress, f'The weight of {self.name}')
 
     @property
@@ -116,51 +145,71 @@ class Term:
         have it last.
         """
         own = {**self.options, **self.held}
-        return {'axis': -1} if self.layers is not None and t.dim() == 3 and 'axis' in self.accepts - own.keys() else {}
+        return (
+            {'axis': -1}
+            if self.layers is not None and t.dim() == 3 and 'axis' in self.accepts - own.keys()
+            else {}
+        )
 
     def options_at(self, progress, context):
         """Options of the loss: its own, and of the context (class axis, mask, ...) what it asks
         for.
         """
-        own = {k: value_at(v, progress, k) if k in SCHEDULED else v for k,v in self.options.items()}
-        return {**{k: v for k,v in context.items() if k in self.accepts and k not in self.held}, **own}
+        own = {
+            k: value_at(v, progress, k) if k in SCHEDULED else v for k, v in self.options.items()
+        }
+        return {
+            **{k: v for k, v in context.items() if k in self.accepts and k not in self.held},
+            **own,
+        }
 
 
 def signature(loss):
     """The function behind a loss, and its parameters."""
     fn = loss
-    while isinstance(fn, partial): fn = fn.func
+    while isinstance(fn, partial):
+        fn = fn.func
     fn = getattr(fn, 'fn', fn)
     inner = inspect.unwrap(fn)
-    given = loss if isinstance(loss, partial) else inner.forward if isinstance(inner, nn.Module) else inner
-    try: return fn,inspect.signature(given).parameters.values()
-    except ValueError: return fn,()     # builtins have none: they are called with the two tensors
+    given = (
+        loss
+        if isinstance(loss, partial)
+        else inner.forward
+        if isinstance(inner, nn.Module)
+        else inner
+    )
+    try:
+        return fn, inspect.signature(given).parameters.values()
+    except ValueError:
+        return fn, ()  # builtins have none: they are called with the two tensors
 
 
 def one_temperature(
-    T, # None if it was not given
-    temperature # the same option under its long name; None if it was not given
+    T,  # None if it was not given
+    temperature,  # the same option under its long name; None if it was not given
 ):
     if T is not None and temperature is not None:
-        raise DistillError(f"T={T} and temperature={temperature}: these are two names of one option, give one of them")
+        raise DistillError(
+            f'T={T} and temperature={temperature}: these are two names of one option, give one of them'
+        )
     return T if temperature is None else temperature
 
 
 def long_name_too(recipe):
     """Let a recipe with an option `T` take it as `temperature` too, as many other tools call it."""
     sig = inspect.signature(recipe)
+
     @functools.wraps(recipe)
     def call(*args, temperature=None, **kwargs):
-        if temperature is None: return recipe(*args, **kwargs)
+        if temperature is None:
+            return recipe(*args, **kwargs)
         T = one_temperature(sig.bind_partial(*args, **kwargs).arguments.get('T'), temperature)
         return recipe(*args, **kwargs, T=T)
+
     return call
 
 
-def with_short_name(
-    options,
-    named
-):
+def with_short_name(options, named):
     """The options with `T` instead of `temperature`, unless the loss itself has an option
     `temperature`.
 
@@ -168,14 +217,16 @@ def with_short_name(
         options: Of a term.
         named: The options of its loss.
     """
-    if 'temperature' not in options or 'temperature' in named or 'T' not in named: return options
-    rest = {k: v for k,v in options.items() if k != 'temperature'}
+    if 'temperature' not in options or 'temperature' in named or 'T' not in named:
+        return options
+    rest = {k: v for k, v in options.items() if k != 'temperature'}
     return {**rest, 'T': one_temperature(options.get('T'), options['temperature'])}
 
 
 def option_schedule(name, v):
     """An option of a loss: some may follow a schedule."""
-    if name == 'T': return temperature_schedule(v)
+    if name == 'T':
+        return temperature_schedule(v)
     return schedule(v, name) if name in SCHEDULED else v
 
 
@@ -184,19 +235,24 @@ def temperature_schedule(T):
     validation is.
     """
     T = schedule(T, 'T')
-    for progress,when in ((0., 'beginning'), (1., 'end')):
-        if (v := value_at(T, progress)) > 0: continue
+    for progress, when in ((0.0, 'beginning'), (1.0, 'end')):
+        if (v := value_at(T, progress)) > 0:
+            continue
         at = f' at the {when} of the training' if callable(T) else ''
-        raise DistillError(f"T={v:g}{at}: a temperature is a number above 0 (1 leaves the logits as they are, 2 to 8 "
-                           "soften them)")
+        raise DistillError(
+            f'T={v:g}{at}: a temperature is a number above 0 (1 leaves the logits as they are, 2 to 8 '
+            'soften them)'
+        )
     return T
 
 
 def checked_name(name):
     """It names a column, and what is kept of the term."""
     if name == 'task' or '.' in name or hasattr(nn.ModuleDict, name):
-        raise DistillError(f"A term can't be called {name!r}, which has a meaning already: Term(..., name='...') gives "
-                           "it another name.")
+        raise DistillError(
+            f"A term can't be called {name!r}, which has a meaning already: Term(..., name='...') gives "
+            'it another name.'
+        )
     return name
 
 
@@ -212,22 +268,25 @@ class Recipe:
         *terms: Terms or Recipes.
         task: Weight of the task's loss, number or schedule; None: as it is (1).
     """
-    def __init__(
-        self,
-        *terms,
-        task=None
-    ):
-        self.terms,said = [],[] if task is None else [schedule(task, 'task')]
+
+    def __init__(self, *terms, task=None):
+        self.terms, said = [], [] if task is None else [schedule(task, 'task')]
         for o in terms:
             if not isinstance(o, (Term, Recipe)):
-                raise DistillError(f"A recipe is made of terms and recipes, got {o!r}. Try kd(), or Term(losses.kl, "
-                                   "weight=.5).")
-            if task is None and isinstance(o, Recipe) and o.task is not None: said.append(o.task)
-            for t in [o] if isinstance(o, Term) else o.terms: self._add(t)
+                raise DistillError(
+                    f'A recipe is made of terms and recipes, got {o!r}. Try kd(), or Term(losses.kl, '
+                    'weight=.5).'
+                )
+            if task is None and isinstance(o, Recipe) and o.task is not None:
+                said.append(o.task)
+            for t in [o] if isinstance(o, Term) else o.terms:
+                self._add(t)
         if any(o != said[0] for o in said):
-            raise DistillError("These recipes say differently how much the labels count "
-                               f"({' and '.join(map(weight_text, said))}): give them the same alpha, or say it once "
-                               "for all, as in Recipe(kd(), hard_labels(), task=.1).")
+            raise DistillError(
+                'These recipes say differently how much the labels count '
+                f'({" and ".join(map(weight_text, said))}): give them the same alpha, or say it once '
+                'for all, as in Recipe(kd(), hard_labels(), task=.1).'
+            )
         self.task = said[0] if said else None
 
     def _add(self, t):
@@ -237,17 +296,20 @@ class Recipe:
             t.name = next(n for i in range(2, 99) if (n := f'{t.name}_{i}') not in names)
         self.terms.append(t)
 
-    def __add__(self, other): return Recipe(self, other)
+    def __add__(self, other):
+        return Recipe(self, other)
 
     def __call__(
         self,
-        s:Tensor,
-        t:Tensor,
+        s: Tensor,
+        t: Tensor,
         *targets,
         task_loss=None,
-        progress:float|None=None,
+        progress: float | None = None,
         mask=None,
-        kind:str|None=None, axis:int|None=None, ignore_index:int|None=None
+        kind: str | None = None,
+        axis: int | None = None,
+        ignore_index: int | None = None,
     ) -> Tensor:
         """The whole loss of one batch of logits, for those who ran both models themselves: kd(T=4,
         alpha=.9)(s, t, y).
@@ -266,15 +328,21 @@ class Recipe:
         loss.measures = False
         own = partial(labels_loss, task=task) if task_loss is None else task_loss
         own = own(s, *targets) if targets else None
-        return loss.compute(Outputs(s, mask=mask), Outputs(t), own, targets, progress=progress).total
+        return loss.compute(
+            Outputs(s, mask=mask), Outputs(t), own, targets, progress=progress
+        ).total
 
     def __repr__(self):
-        return f"Recipe({', '.join(map(repr, self.terms))}, task={weight_text(1. if self.task is None else self.task)})"
+        task = weight_text(1.0 if self.task is None else self.task)
+        return f'Recipe({", ".join(map(repr, self.terms))}, task={task})'
 
-    def task_at(self, progress): return 1. if self.task is None else value_at(self.task, progress, "The task's weight")
+    def task_at(self, progress):
+        return 1.0 if self.task is None else value_at(self.task, progress, "The task's weight")
 
     def weights_at(self, progress):
         """The weight, or the share, of each part at this point of the training, by name; the
         labels' is 'task'.
         """
-        return dict(task=self.task_at(progress), **{t.name: t.weight_at(progress) for t in self.terms})
+        return dict(
+            task=self.task_at(progress), **{t.name: t.weight_at(progress) for t in self.terms}
+        )

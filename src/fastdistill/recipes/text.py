@@ -1,5 +1,10 @@
 "A recipe as text, as on a command line. It is read node by node and never run as Python."
-import ast, inspect, math, warnings
+
+import ast
+import inspect
+import math
+import warnings
+
 from .. import losses, recipes
 from ..base.errors import close_name
 from ..base.outputs import DistillError
@@ -7,27 +12,24 @@ from .term import Recipe, Term
 
 __all__ = ['as_recipe', 'recipe_from_text']
 
-LONGEST,MOST = 2000,20 # characters, parts
-LARGEST = 2**53 # of a whole number
+LONGEST, MOST = 2000, 20  # characters, parts
+LARGEST = 2**53  # of a whole number
 EXAMPLE = "'kd(T=4, alpha=.9) + at()'"
 
 
-def as_recipe(
-    recipe
-) -> Recipe|None:
+def as_recipe(recipe) -> Recipe | None:
     """The recipe that a user gave in any form; None: `auto` is to choose.
 
     Args:
         recipe: `kd()`, `kd() + at()`, a `Term`, the text of a recipe; None or 'auto': none was
             given.
     """
-    if isinstance(recipe, str): recipe = recipe_from_text(recipe)
+    if isinstance(recipe, str):
+        recipe = recipe_from_text(recipe)
     return None if recipe is None or isinstance(recipe, str) else Recipe(recipe)
 
 
-def recipe_from_text(
-    text:str
-) -> Recipe|str:
+def recipe_from_text(text: str) -> Recipe | str:
     """The recipe that `text` describes; 'auto' stays as it is. It must be one of the names of
     `fastdistill.recipes`, `Term(losses.NAME, ...)`, and `labels`, which stands for the labels' own
     loss. Arguments are numbers, texts, True, False, None, and lists, tuples or dicts of these.
@@ -35,91 +37,125 @@ def recipe_from_text(
     Args:
         text: 'auto', or calls of recipes joined by `+`, as in 'kd(T=4, alpha=.9) + at()'.
     """
-    if text.strip() == 'auto': return 'auto'
+    if text.strip() == 'auto':
+        return 'auto'
     return Reader(text).recipe()
 
 
 class Reader:
     """Reads one text; its errors quote it."""
-    def __init__(self, text): self.text = text
+
+    def __init__(self, text):
+        self.text = text
 
     def error(self, what, node=None):
         part = None if node is None else ast.get_source_segment(self.text, node)
         at = f', at {part!r}' if part and part != self.text else ''
         text = self.text if len(self.text) <= 200 else f'{self.text[:200]} ...'
-        return DistillError(f"recipe={text!r}{at}: {what}")
+        return DistillError(f'recipe={text!r}{at}: {what}')
 
     def recipe(self):
-        if len(self.text) > LONGEST: raise self.error(f'a recipe has at most {LONGEST} characters')
+        if len(self.text) > LONGEST:
+            raise self.error(f'a recipe has at most {LONGEST} characters')
         return self.sum(self.parsed())
 
     def sum(self, node):
         nodes = self.summands(node)
-        if len(nodes) > MOST: raise self.error(f'a recipe has at most {MOST} parts')
+        if len(nodes) > MOST:
+            raise self.error(f'a recipe has at most {MOST} parts')
         if not (parts := [p for p in map(self.part, nodes) if p is not None]):
-            raise self.error(f"labels alone are no recipe; an example is {EXAMPLE}")
-        try: return Recipe(*parts)
-        except DistillError as e: raise self.error(str(e)) from e
+            raise self.error(f'labels alone are no recipe; an example is {EXAMPLE}')
+        try:
+            return Recipe(*parts)
+        except DistillError as e:
+            raise self.error(str(e)) from e
 
     def parsed(self):
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')     # Python's, about escapes in texts
-            try: return ast.parse(self.text.strip(), mode='eval').body
+            warnings.simplefilter('ignore')  # Python's, about escapes in texts
+            try:
+                return ast.parse(self.text.strip(), mode='eval').body
             # subtle: deep nesting is a MemoryError or a RecursionError, a null byte or a long number a ValueError
             except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
-                raise self.error(f"this is not a recipe ({getattr(e, 'msg', None) or e or type(e).__name__}). "
-                                 f"An example is {EXAMPLE}") from e
+                raise self.error(
+                    f'this is not a recipe ({getattr(e, "msg", None) or e or type(e).__name__}). '
+                    f'An example is {EXAMPLE}'
+                ) from e
 
     def summands(self, node):
         """The parts of a sum, in their order."""
         parts = []
-        while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add): parts,node = [node.right, *parts],node.left
+        while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            parts, node = [node.right, *parts], node.left
         return [node, *parts]
 
     def part(self, node):
         """A recipe, a term, or None for `labels`."""
-        if isinstance(node, ast.Name) and node.id == 'labels': return
+        if isinstance(node, ast.Name) and node.id == 'labels':
+            return
         if isinstance(node, ast.Name) and node.id in recipes.__all__:
-            raise self.error(f"write {node.id}(), with brackets", node)
+            raise self.error(f'write {node.id}(), with brackets', node)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            raise self.error("a sum needs no brackets", node)
+            raise self.error('a sum needs no brackets', node)
         if not isinstance(node, ast.Call):
             raise self.error(f"a recipe is a sum of calls, such as {EXAMPLE}, or 'auto'", node)
-        name,fn = self.function(node.func)
-        first,others = node.args[:1],node.args[1:]
+        name, fn = self.function(node.func)
+        first, others = node.args[:1], node.args[1:]
         if fn is Term:
-            if not first: raise self.error("a term needs a loss, as in Term(losses.kl, weight=.5)", node)
-            fn,first = self.term(*first),[]
-        elif name == 'logit_std': first = [self.sum(*first)] if first else []
-        else: first = [*map(self.literal, first)]
+            if not first:
+                raise self.error('a term needs a loss, as in Term(losses.kl, weight=.5)', node)
+            fn, first = self.term(*first), []
+        elif name == 'logit_std':
+            first = [self.sum(*first)] if first else []
+        else:
+            first = [*map(self.literal, first)]
         return self.call(node, name, fn, [*first, *map(self.literal, others)], self.keywords(node))
 
     def function(self, node):
         """(name, function) of a recipe."""
-        if isinstance(node, ast.Name): name = node.id
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == 'recipes':
+        if isinstance(node, ast.Name):
+            name = node.id
+        elif (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == 'recipes'
+        ):
             name = node.attr
-        else: raise self.error("only recipes can be called, by their names", node)
-        if name == 'Term': return name,Term
+        else:
+            raise self.error('only recipes can be called, by their names', node)
+        if name == 'Term':
+            return name, Term
         if name not in recipes.__all__:
-            raise self.error(f"there is no recipe {name!r}{close_name(name, recipes.__all__)}. It must be one of "
-                             f"{', '.join(recipes.__all__)}, Term and 'auto'", node)
-        return name,getattr(recipes, name)
+            raise self.error(
+                f'there is no recipe {name!r}{close_name(name, recipes.__all__)}. It must be one of '
+                f"{', '.join(recipes.__all__)}, Term and 'auto'",
+                node,
+            )
+        return name, getattr(recipes, name)
 
     def term(self, node):
         """A term of the loss that is written `losses.NAME`."""
-        known = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == 'losses'
+        known = (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == 'losses'
+        )
         have = [n for n in losses.__all__ if inspect.isfunction(getattr(losses, n)) and n != 'loss']
         if not known or node.attr not in have:
-            raise self.error("the first argument of a term is a loss, as in Term(losses.kl). It must be one of "
-                             f"{', '.join(have)}", node)
+            raise self.error(
+                'the first argument of a term is a loss, as in Term(losses.kl). It must be one of '
+                f'{", ".join(have)}',
+                node,
+            )
         return lambda *args, **kwargs: Term(getattr(losses, node.attr), *args, **kwargs)
 
     def keywords(self, node):
         out = {}
         for k in node.keywords:
-            if k.arg is None: raise self.error("** is not possible: write the options themselves", k.value)
-            if k.arg in out: raise self.error(f"{k.arg} is given twice", node)
+            if k.arg is None:
+                raise self.error('** is not possible: write the options themselves', k.value)
+            if k.arg in out:
+                raise self.error(f'{k.arg} is given twice', node)
             out[k.arg] = self.literal(k.value)
         return out
 
@@ -128,27 +164,40 @@ class Reader:
             have = [*inspect.signature(fn).parameters]
             have += ['temperature'] if 'T' in have else []
             if wrong := [k for k in kwargs if k not in have]:
-                raise self.error(f"{name} has no option {wrong[0]!r}{close_name(wrong[0], have)}. It has "
-                                 f"{', '.join(have) or 'none'}", node)
-        try: return fn(*args, **kwargs)
-        except DistillError as e: raise self.error(str(e), node) from e
+                raise self.error(
+                    f'{name} has no option {wrong[0]!r}{close_name(wrong[0], have)}. It has '
+                    f'{", ".join(have) or "none"}',
+                    node,
+                )
+        try:
+            return fn(*args, **kwargs)
+        except DistillError as e:
+            raise self.error(str(e), node) from e
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
-            raise self.error(f"{name} does not take these arguments ({e})", node) from e
+            raise self.error(f'{name} does not take these arguments ({e})', node) from e
 
     def literal(self, node):
         """The value of a number, a text, True, False, None, or of a list, tuple or dict of these."""
-        if isinstance(node, ast.Constant) and isinstance(node.value, int|float|str|None):
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float | str | None):
             v = node.value
-            if isinstance(v, int|float) and not (math.isfinite(v) and abs(v) <= (LARGEST if isinstance(v, int) else v)):
-                raise self.error("this number is too large", node)
+            if isinstance(v, int | float) and not (
+                math.isfinite(v) and abs(v) <= (LARGEST if isinstance(v, int) else v)
+            ):
+                raise self.error('this number is too large', node)
             return v
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub|ast.UAdd):
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
             v = self.literal(node.operand)
-            if type(v) in (int, float): return -v if isinstance(node.op, ast.USub) else v
-        if isinstance(node, ast.Tuple): return tuple(map(self.literal, node.elts))
-        if isinstance(node, ast.List): return [*map(self.literal, node.elts)]
+            if type(v) in (int, float):
+                return -v if isinstance(node.op, ast.USub) else v
+        if isinstance(node, ast.Tuple):
+            return tuple(map(self.literal, node.elts))
+        if isinstance(node, ast.List):
+            return [*map(self.literal, node.elts)]
         if isinstance(node, ast.Dict) and None not in node.keys:
             keys = [self.literal(k) for k in node.keys]
-            if all(isinstance(k, str|int|float|None) for k in keys):
+            if all(isinstance(k, str | int | float | None) for k in keys):
                 return dict(zip(keys, map(self.literal, node.values)))
-        raise self.error("an argument is a number, a text, True, False, None, or a list, tuple or dict of these", node)
+        raise self.error(
+            'an argument is a number, a text, True, False, None, or a list, tuple or dict of these',
+            node,
+        )

@@ -1,30 +1,59 @@
 "Recipes: functions that return terms with their paper's defaults. `+` joins them."
+
 import copy
+
 from .. import losses
-from ..losses._base import loss
 from ..base.outputs import DistillError
+from ..losses._base import loss
 from .schedule import rest_of, schedule
 from .term import Recipe, Term, long_name_too
 
-__all__ = ['ab', 'abkd', 'at', 'cc', 'cwd', 'dist', 'dkd', 'fsp', 'gram', 'hard_labels', 'hint', 'ickd', 'ifvd', 'kd',
-           'logit_std', 'nkd', 'nst', 'ofd', 'pairwise', 'pkd', 'pkt', 'pretrain', 'rkd', 'rld', 'seed',
-           'soft_labels', 'sp', 'taid', 'ttm', 'uld', 'vid', 'wttm']
+__all__ = [
+    'ab',
+    'abkd',
+    'at',
+    'cc',
+    'cwd',
+    'dist',
+    'dkd',
+    'fsp',
+    'gram',
+    'hard_labels',
+    'hint',
+    'ickd',
+    'ifvd',
+    'kd',
+    'logit_std',
+    'nkd',
+    'nst',
+    'ofd',
+    'pairwise',
+    'pkd',
+    'pkt',
+    'pretrain',
+    'rkd',
+    'rld',
+    'seed',
+    'soft_labels',
+    'sp',
+    'taid',
+    'ttm',
+    'uld',
+    'vid',
+    'wttm',
+]
 
 
 @loss(kind='softmax', match='shape')
-def kl_per_class(s, t, *, T=4., axis=1, mask=None, reduction='mean'):
+def kl_per_class(s, t, *, T=4.0, axis=1, mask=None, reduction='mean'):
     """`kl` divided by the number of classes too, as `nn.KLDivLoss()` and `F.kl_div(...,
     reduction='mean')` do.
     """
-    return losses.kl(s, t, T=T, axis=axis, mask=mask, reduction=reduction)/s.shape[axis]
+    return losses.kl(s, t, T=T, axis=axis, mask=mask, reduction=reduction) / s.shape[axis]
 
 
 @long_name_too
-def kd(
-    T=4.,
-    alpha=.9,
-    class_mean:bool=False
-):
+def kd(T=4.0, alpha=0.9, class_mean: bool = False):
     """alpha T^2 KL(teacher || student) + (1-alpha) labels (Hinton 2015, arXiv:1503.02531), in the
     form that fits what the model predicts: softmax over classes, sigmoid per label (multi-label),
     or numbers (regression, where T has no meaning).
@@ -37,20 +66,22 @@ def kd(
     """
     alpha = schedule(alpha, 'alpha')
     if not callable(alpha) and not 0 <= alpha <= 1:
-        raise DistillError(f"alpha={alpha}: it is the teacher's share, from 0 (labels alone) to 1 (teacher alone)")
-    return Recipe(Term(kl_per_class if class_mean else losses.soft_targets, weight=alpha, T=T, name='kd'),
-                  task=rest_of(alpha))
+        raise DistillError(
+            f"alpha={alpha}: it is the teacher's share, from 0 (labels alone) to 1 (teacher alone)"
+        )
+    return Recipe(
+        Term(kl_per_class if class_mean else losses.soft_targets, weight=alpha, T=T, name='kd'),
+        task=rest_of(alpha),
+    )
 
 
 @long_name_too
-def soft_labels(T=1.):
+def soft_labels(T=1.0):
     """The teacher alone makes the labels: kd with alpha 1. Batches need no labels."""
-    return kd(T, alpha=1.)
+    return kd(T, alpha=1.0)
 
 
-def hard_labels(
-    alpha=1.
-):
+def hard_labels(alpha=1.0):
     """Cross-entropy with the class that the teacher would choose (DeiT, arXiv:2012.12877).
 
     Args:
@@ -61,13 +92,7 @@ def hard_labels(
 
 
 @long_name_too
-def dkd(
-    alpha:float=1.,
-    beta:float=8.,
-    T=4.,
-    weight=None,
-    grad_ratio=None
-):
+def dkd(alpha: float = 1.0, beta: float = 8.0, T=4.0, weight=None, grad_ratio=None):
     """Decoupled distillation beside the task loss (CVPR 2022, arXiv:2203.08679).
 
     Args:
@@ -80,16 +105,21 @@ def dkd(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, see `Term`.
     """
-    return Recipe(Term(losses.dkd, weight=weight, grad_ratio=grad_ratio, alpha=alpha, beta=beta, T=T, name='dkd'))
+    return Recipe(
+        Term(
+            losses.dkd,
+            weight=weight,
+            grad_ratio=grad_ratio,
+            alpha=alpha,
+            beta=beta,
+            T=T,
+            name='dkd',
+        )
+    )
 
 
 @long_name_too
-def nkd(
-    gamma:float=1.5,
-    T=1.,
-    weight=None,
-    grad_ratio=None
-):
+def nkd(gamma: float = 1.5, T=1.0, weight=None, grad_ratio=None):
     """Normalized distillation beside the task loss (ICCV 2023, arXiv:2303.13005).
 
     Args:
@@ -100,17 +130,13 @@ def nkd(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, see `Term`.
     """
-    return Recipe(Term(losses.nkd, weight=weight, grad_ratio=grad_ratio, gamma=gamma, T=T, name='nkd'))
+    return Recipe(
+        Term(losses.nkd, weight=weight, grad_ratio=grad_ratio, gamma=gamma, T=T, name='nkd')
+    )
 
 
 @long_name_too
-def dist(
-    beta:float=1.,
-    gamma:float=1.,
-    T=1.,
-    weight=None,
-    grad_ratio=None
-):
+def dist(beta: float = 1.0, gamma: float = 1.0, T=1.0, weight=None, grad_ratio=None):
     """Correlation between and within classes, beside the task loss (NeurIPS 2022,
     arXiv:2205.10536).
 
@@ -122,15 +148,21 @@ def dist(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, see `Term`.
     """
-    return Recipe(Term(losses.dist, weight=weight, grad_ratio=grad_ratio, beta=beta, gamma=gamma, T=T, name='dist'))
+    return Recipe(
+        Term(
+            losses.dist,
+            weight=weight,
+            grad_ratio=grad_ratio,
+            beta=beta,
+            gamma=gamma,
+            T=T,
+            name='dist',
+        )
+    )
 
 
 @long_name_too
-def ttm(
-    T=4.,
-    weight=None,
-    grad_ratio=None
-):
+def ttm(T=4.0, weight=None, grad_ratio=None):
     """The student predicts the teacher's softened probabilities themselves, beside the labels' own
     loss (ICLR 2024, arXiv:2402.11148).
 
@@ -144,11 +176,7 @@ def ttm(
 
 
 @long_name_too
-def uld(
-    T=1.,
-    weight=None,
-    grad_ratio=None
-):
+def uld(T=1.0, weight=None, grad_ratio=None):
     """Sorted probabilities, of a teacher with another vocabulary, beside the task loss (TMLR
     2025, arXiv:2402.12030).
 
@@ -161,11 +189,7 @@ def uld(
 
 
 @long_name_too
-def wttm(
-    T=4.,
-    weight=None,
-    grad_ratio=None
-):
+def wttm(T=4.0, weight=None, grad_ratio=None):
     """`ttm` with more weight where the teacher is unsure, beside the task loss (ICLR 2024,
     arXiv:2402.11148).
 
@@ -179,13 +203,7 @@ def wttm(
 
 
 @long_name_too
-def abkd(
-    alpha:float=.8,
-    beta:float=.3,
-    T=4.,
-    weight=None,
-    grad_ratio=None
-):
+def abkd(alpha: float = 0.8, beta: float = 0.3, T=4.0, weight=None, grad_ratio=None):
     """A divergence between forward and reverse KL beside the task loss (ICML 2025,
     arXiv:2505.04560).
 
@@ -197,18 +215,22 @@ def abkd(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, see `Term`.
     """
-    weight = 2. if weight is None and grad_ratio is None else weight
-    return Recipe(Term(losses.abkd, weight=weight, grad_ratio=grad_ratio, alpha=alpha, beta=beta, T=T, name='abkd'))
+    weight = 2.0 if weight is None and grad_ratio is None else weight
+    return Recipe(
+        Term(
+            losses.abkd,
+            weight=weight,
+            grad_ratio=grad_ratio,
+            alpha=alpha,
+            beta=beta,
+            T=T,
+            name='abkd',
+        )
+    )
 
 
 @long_name_too
-def rld(
-    alpha:float=1.,
-    beta:float=8.,
-    T=4.,
-    weight=None,
-    grad_ratio=None
-):
+def rld(alpha: float = 1.0, beta: float = 8.0, T=4.0, weight=None, grad_ratio=None):
     """Distillation without the classes that the teacher finds more likely than the label, beside
     the task loss (ICCV 2025, arXiv:2408.07703).
 
@@ -219,16 +241,21 @@ def rld(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, see `Term`.
     """
-    return Recipe(Term(losses.rld, weight=weight, grad_ratio=grad_ratio, alpha=alpha, beta=beta, T=T, name='rld'))
+    return Recipe(
+        Term(
+            losses.rld,
+            weight=weight,
+            grad_ratio=grad_ratio,
+            alpha=alpha,
+            beta=beta,
+            T=T,
+            name='rld',
+        )
+    )
 
 
 @long_name_too
-def taid(
-    start:float=.4,
-    T=1.,
-    weight=None,
-    grad_ratio=None
-):
+def taid(start: float = 0.4, T=1.0, weight=None, grad_ratio=None):
     """A target that moves from the student to the teacher while training goes on (TAID, ICLR 2025,
     arXiv:2501.16937).
 
@@ -238,36 +265,43 @@ def taid(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, see `Term`.
     """
-    return Recipe(Term(losses.taid, weight=weight, grad_ratio=grad_ratio, lam=('linear', start, 1.), T=T, name='taid'))
+    return Recipe(
+        Term(
+            losses.taid,
+            weight=weight,
+            grad_ratio=grad_ratio,
+            lam=('linear', start, 1.0),
+            T=T,
+            name='taid',
+        )
+    )
 
 
-def logit_std(
-    recipe
-):
+def logit_std(recipe):
     """Logit standardization of any recipe (CVPR 2024, arXiv:2403.01427). The authors weigh it with
     9 beside labels with .1: Recipe(Term(losses.standardized(losses.kl), weight=9., T=2.), task=.1).
 
     Args:
         recipe: e.g. kd(T=2., alpha=.9): its terms on logits get both logits standardized.
     """
+
     def std(t):
-        if t.layers is not None: return t
+        if t.layers is not None:
+            return t
         t = copy.copy(t)
         t.loss = losses.standardized(t.loss)
         return t
+
     recipe = Recipe(recipe)
     return Recipe(*map(std, recipe.terms), task=recipe.task)
 
 
 # between layers, beside the task loss (or kd()): `layers` as in `Term`. Papers' weights have scales of their
 # networks, so that without weight= and share= a term begins with this share of the gradient
-GRAD_RATIO = .1
+GRAD_RATIO = 0.1
 
-def scaled(
-    weight,
-    grad_ratio,
-    paper
-):
+
+def scaled(weight, grad_ratio, paper):
     """Options of a `Term` between layers.
 
     Args:
@@ -275,17 +309,15 @@ def scaled(
         grad_ratio: Number or schedule; None if it was not given.
         paper: The weight of the paper or of its authors' code.
     """
-    if weight is None and grad_ratio is None: return dict(grad_ratio=GRAD_RATIO)
-    return dict(weight=paper if isinstance(weight, str) and weight == 'paper' else weight, grad_ratio=grad_ratio)
+    if weight is None and grad_ratio is None:
+        return dict(grad_ratio=GRAD_RATIO)
+    return dict(
+        weight=paper if isinstance(weight, str) and weight == 'paper' else weight,
+        grad_ratio=grad_ratio,
+    )
 
 
-def hint(
-    layers='auto',
-    weight=None,
-    projector='auto',
-    stop_at=None,
-    grad_ratio=None
-):
+def hint(layers='auto', weight=None, projector='auto', stop_at=None, grad_ratio=None):
     """The teacher's features themselves (FitNets, arXiv:1412.6550).
 
     Args:
@@ -296,16 +328,18 @@ def hint(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, measured at its layers; 0.1 if neither is given.
     """
-    return Recipe(Term(losses.hint, **scaled(weight, grad_ratio, 100.), layers=layers, projector=projector, stop_at=stop_at))
+    return Recipe(
+        Term(
+            losses.hint,
+            **scaled(weight, grad_ratio, 100.0),
+            layers=layers,
+            projector=projector,
+            stop_at=stop_at,
+        )
+    )
 
 
-def at(
-    layers='auto',
-    weight=None,
-    p:float=2.,
-    stop_at=None,
-    grad_ratio=None
-):
+def at(layers='auto', weight=None, p: float = 2.0, stop_at=None, grad_ratio=None):
     """Where the activations are (attention transfer, arXiv:1612.03928).
 
     Args:
@@ -315,15 +349,12 @@ def at(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, measured at its layers; 0.1 if neither is given.
     """
-    return Recipe(Term(losses.at, **scaled(weight, grad_ratio, 1000.), layers=layers, stop_at=stop_at, p=p))
+    return Recipe(
+        Term(losses.at, **scaled(weight, grad_ratio, 1000.0), layers=layers, stop_at=stop_at, p=p)
+    )
 
 
-def nst(
-    layers='last',
-    weight=None,
-    stop_at=None,
-    grad_ratio=None
-):
+def nst(layers='last', weight=None, stop_at=None, grad_ratio=None):
     """Which patterns the channels select (neuron selectivity transfer, arXiv:1707.01219).
 
     Args:
@@ -332,16 +363,12 @@ def nst(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, measured at its layers; 0.1 if neither is given.
     """
-    return Recipe(Term(losses.nst, **scaled(weight, grad_ratio, 50.), layers=layers, stop_at=stop_at))
+    return Recipe(
+        Term(losses.nst, **scaled(weight, grad_ratio, 50.0), layers=layers, stop_at=stop_at)
+    )
 
 
-def fsp(
-    layers='auto',
-    weight=None,
-    projector='auto',
-    stop_at=None,
-    grad_ratio=None
-):
+def fsp(layers='auto', weight=None, projector='auto', stop_at=None, grad_ratio=None):
     """How one layer's features become the next one's (Yim et al., CVPR 2017).
 
     Args:
@@ -352,16 +379,19 @@ def fsp(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, measured at its layers; 0.1 if neither is given.
     """
-    return Recipe(Term(losses.fsp, **scaled(weight, grad_ratio, 1.), layers=layers, projector=projector, stop_at=stop_at))
+    return Recipe(
+        Term(
+            losses.fsp,
+            **scaled(weight, grad_ratio, 1.0),
+            layers=layers,
+            projector=projector,
+            stop_at=stop_at,
+        )
+    )
 
 
 def ab(
-    layers='auto',
-    weight=None,
-    margin:float=1.,
-    projector='auto',
-    stop_at=None,
-    grad_ratio=None
+    layers='auto', weight=None, margin: float = 1.0, projector='auto', stop_at=None, grad_ratio=None
 ):
     """Which neurons are active (activation boundaries, arXiv:1811.03233).
 
@@ -373,17 +403,13 @@ def ab(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, measured at its layers; 0.1 if neither is given.
     """
-    how = scaled(weight, grad_ratio, 50.)
-    return Recipe(Term(losses.ab, **how, layers=layers, projector=projector, stop_at=stop_at, margin=margin))
+    how = scaled(weight, grad_ratio, 50.0)
+    return Recipe(
+        Term(losses.ab, **how, layers=layers, projector=projector, stop_at=stop_at, margin=margin)
+    )
 
 
-def ofd(
-    layers='auto',
-    weight=None,
-    projector='conv_bn',
-    stop_at=None,
-    grad_ratio=None
-):
+def ofd(layers='auto', weight=None, projector='conv_bn', stop_at=None, grad_ratio=None):
     """The teacher's features before the ReLU, as far as they matter after it (overhaul of feature
     distillation, arXiv:1904.01866).
 
@@ -396,16 +422,18 @@ def ofd(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, measured at its layers; 0.1 if neither is given.
     """
-    return Recipe(Term(losses.OFD(), **scaled(weight, grad_ratio, 10.), layers=layers, projector=projector, stop_at=stop_at))
+    return Recipe(
+        Term(
+            losses.OFD(),
+            **scaled(weight, grad_ratio, 10.0),
+            layers=layers,
+            projector=projector,
+            stop_at=stop_at,
+        )
+    )
 
 
-def vid(
-    layers='auto',
-    weight=None,
-    projector='mlp',
-    stop_at=None,
-    grad_ratio=None
-):
+def vid(layers='auto', weight=None, projector='mlp', stop_at=None, grad_ratio=None):
     """The teacher's features, each channel as exactly as it can be foreseen (variational
     information distillation, arXiv:1904.05835).
 
@@ -415,16 +443,18 @@ def vid(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, measured at its layers; 0.1 if neither is given.
     """
-    return Recipe(Term(losses.VID(), **scaled(weight, grad_ratio, 1.), layers=layers, projector=projector, stop_at=stop_at))
+    return Recipe(
+        Term(
+            losses.VID(),
+            **scaled(weight, grad_ratio, 1.0),
+            layers=layers,
+            projector=projector,
+            stop_at=stop_at,
+        )
+    )
 
 
-def pkd(
-    layers='auto',
-    weight=None,
-    projector='auto',
-    stop_at=None,
-    grad_ratio=None
-):
+def pkd(layers='auto', weight=None, projector='auto', stop_at=None, grad_ratio=None):
     """The teacher's features but for their scale: correlation of each channel (PKD,
     arXiv:2207.02039).
 
@@ -434,16 +464,24 @@ def pkd(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, measured at its layers; 0.1 if neither is given.
     """
-    return Recipe(Term(losses.pkd, **scaled(weight, grad_ratio, 6.), layers=layers, projector=projector, stop_at=stop_at))
+    return Recipe(
+        Term(
+            losses.pkd,
+            **scaled(weight, grad_ratio, 6.0),
+            layers=layers,
+            projector=projector,
+            stop_at=stop_at,
+        )
+    )
 
 
 def rkd(
     layers='last@mean',
     weight=None,
-    w_d:float=25.,
-    w_a:float=50.,
+    w_d: float = 25.0,
+    w_a: float = 50.0,
     stop_at=None,
-    grad_ratio=None
+    grad_ratio=None,
 ):
     """How far samples are from each other, and at which angles (relational KD, arXiv:1904.05068).
 
@@ -455,15 +493,19 @@ def rkd(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, measured at its layers; 0.1 if neither is given.
     """
-    return Recipe(Term(losses.rkd, **scaled(weight, grad_ratio, 1.), layers=layers, stop_at=stop_at, w_d=w_d, w_a=w_a))
+    return Recipe(
+        Term(
+            losses.rkd,
+            **scaled(weight, grad_ratio, 1.0),
+            layers=layers,
+            stop_at=stop_at,
+            w_d=w_d,
+            w_a=w_a,
+        )
+    )
 
 
-def sp(
-    layers='last',
-    weight=None,
-    stop_at=None,
-    grad_ratio=None
-):
+def sp(layers='last', weight=None, stop_at=None, grad_ratio=None):
     """Which samples of a batch are alike (similarity-preserving KD, arXiv:1907.09682).
 
     Args:
@@ -472,16 +514,18 @@ def sp(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, measured at its layers; 0.1 if neither is given.
     """
-    return Recipe(Term(losses.sp, **scaled(weight, grad_ratio, 3000.), layers=layers, stop_at=stop_at))
+    return Recipe(
+        Term(losses.sp, **scaled(weight, grad_ratio, 3000.0), layers=layers, stop_at=stop_at)
+    )
 
 
 def cc(
     layers='last@mean',
     weight=None,
-    kernel:str='gaussian',
-    gamma:float=.4,
+    kernel: str = 'gaussian',
+    gamma: float = 0.4,
     stop_at=None,
-    grad_ratio=None
+    grad_ratio=None,
 ):
     """Which samples of a batch are alike, by a kernel (correlation congruence, arXiv:1904.01802).
 
@@ -492,16 +536,13 @@ def cc(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, measured at its layers; 0.1 if neither is given.
     """
-    how = scaled(weight, grad_ratio, 100.)
-    return Recipe(Term(losses.cc, **how, layers=layers, stop_at=stop_at, kernel=kernel, gamma=gamma))
+    how = scaled(weight, grad_ratio, 100.0)
+    return Recipe(
+        Term(losses.cc, **how, layers=layers, stop_at=stop_at, kernel=kernel, gamma=gamma)
+    )
 
 
-def pkt(
-    layers='last@mean',
-    weight=None,
-    stop_at=None,
-    grad_ratio=None
-):
+def pkt(layers='last@mean', weight=None, stop_at=None, grad_ratio=None):
     """Who are a sample's neighbors, as probabilities (probabilistic knowledge transfer,
     arXiv:1803.10837).
 
@@ -511,18 +552,20 @@ def pkt(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, measured at its layers; 0.1 if neither is given.
     """
-    return Recipe(Term(losses.pkt, **scaled(weight, grad_ratio, 470.), layers=layers, stop_at=stop_at))
+    return Recipe(
+        Term(losses.pkt, **scaled(weight, grad_ratio, 470.0), layers=layers, stop_at=stop_at)
+    )
 
 
 def seed(
     layers='embedding',
     weight=None,
-    size:int=4096,
-    T_s:float=.2,
-    T_t:float=.01,
+    size: int = 4096,
+    T_s: float = 0.2,
+    T_t: float = 0.01,
     projector='auto',
     stop_at=None,
-    grad_ratio=None
+    grad_ratio=None,
 ):
     """Which of many samples are similar, by a queue of teacher embeddings (self-supervised SEED,
     arXiv:2101.04731).
@@ -538,17 +581,11 @@ def seed(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, measured at its layers; 0.1 if neither is given.
     """
-    loss,how = losses.SEED(size=size, T_s=T_s, T_t=T_t),scaled(weight, grad_ratio, 1.)
+    loss, how = losses.SEED(size=size, T_s=T_s, T_t=T_t), scaled(weight, grad_ratio, 1.0)
     return Recipe(Term(loss, **how, layers=layers, projector=projector, stop_at=stop_at))
 
 
-def ickd(
-    layers='last',
-    weight=None,
-    projector='conv_bn',
-    stop_at=None,
-    grad_ratio=None
-):
+def ickd(layers='last', weight=None, projector='conv_bn', stop_at=None, grad_ratio=None):
     """Which channels go together (inter-channel correlation, Liu et al., ICCV 2021).
 
     Args:
@@ -557,18 +594,19 @@ def ickd(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, measured at its layers; 0.1 if neither is given.
     """
-    return Recipe(Term(losses.ickd, **scaled(weight, grad_ratio, 2.5), layers=layers, projector=projector, stop_at=stop_at))
+    return Recipe(
+        Term(
+            losses.ickd,
+            **scaled(weight, grad_ratio, 2.5),
+            layers=layers,
+            projector=projector,
+            stop_at=stop_at,
+        )
+    )
 
 
 @long_name_too
-def cwd(
-    layers=None,
-    weight=None,
-    T=4.,
-    projector='auto',
-    stop_at=None,
-    grad_ratio=None
-):
+def cwd(layers=None, weight=None, T=4.0, projector='auto', stop_at=None, grad_ratio=None):
     """Where in the picture each channel is, for dense prediction (channel-wise KD,
     arXiv:2011.13256).
 
@@ -578,18 +616,13 @@ def cwd(
         grad_ratio: Use instead of `weight`. If neither is given: the paper's weight on logits, a ratio
             of 0.1 on features.
     """
-    if layers is None and weight is None and grad_ratio is None: weight = 'paper'
-    how = scaled(weight, grad_ratio, 3. if layers is None else 50.)
+    if layers is None and weight is None and grad_ratio is None:
+        weight = 'paper'
+    how = scaled(weight, grad_ratio, 3.0 if layers is None else 50.0)
     return Recipe(Term(losses.cwd, **how, layers=layers, projector=projector, stop_at=stop_at, T=T))
 
 
-def pairwise(
-    layers='last',
-    weight=None,
-    pool=.5,
-    stop_at=None,
-    grad_ratio=None
-):
+def pairwise(layers='last', weight=None, pool=0.5, stop_at=None, grad_ratio=None):
     """Which places of a picture are alike, for dense prediction (structured KD, arXiv:1903.04197).
 
     Args:
@@ -598,15 +631,18 @@ def pairwise(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, measured at its layers; 0.1 if neither is given.
     """
-    return Recipe(Term(losses.pairwise, **scaled(weight, grad_ratio, .5), layers=layers, stop_at=stop_at, pool=pool))
+    return Recipe(
+        Term(
+            losses.pairwise,
+            **scaled(weight, grad_ratio, 0.5),
+            layers=layers,
+            stop_at=stop_at,
+            pool=pool,
+        )
+    )
 
 
-def gram(
-    layers='last@map',
-    weight=None,
-    stop_at=None,
-    grad_ratio=None
-):
+def gram(layers='last@map', weight=None, stop_at=None, grad_ratio=None):
     """Which places of a picture are similar: `pairwise` of single positions (DINOv3's Gram loss,
     arXiv:2508.10104).
 
@@ -616,16 +652,11 @@ def gram(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, measured at its layers; 0.1 if neither is given.
     """
-    how = scaled(weight, grad_ratio, 2.)
+    how = scaled(weight, grad_ratio, 2.0)
     return Recipe(Term(losses.pairwise, **how, layers=layers, stop_at=stop_at, pool=1, name='gram'))
 
 
-def ifvd(
-    layers='last',
-    weight=None,
-    stop_at=None,
-    grad_ratio=None
-):
+def ifvd(layers='last', weight=None, stop_at=None, grad_ratio=None):
     """How pixels of a class vary around their mean, for dense prediction (Wang et al., ECCV 2020).
 
     Args:
@@ -633,13 +664,12 @@ def ifvd(
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, measured at its layers; 0.1 if neither is given.
     """
-    return Recipe(Term(losses.ifvd, **scaled(weight, grad_ratio, 200.), layers=layers, stop_at=stop_at))
+    return Recipe(
+        Term(losses.ifvd, **scaled(weight, grad_ratio, 200.0), layers=layers, stop_at=stop_at)
+    )
 
 
-def pretrain(
-    layers='embedding',
-    projector='auto'
-):
+def pretrain(layers='embedding', projector='auto'):
     """The teacher's embeddings alone, as directions: no labels, for a backbone that is fine-tuned
     afterwards.
 
@@ -648,4 +678,4 @@ def pretrain(
             output.
         projector: 'mlp' keeps more of the student's features its own.
     """
-    return Recipe(Term(losses.cosine, layers=layers, projector=projector), task=0.)
+    return Recipe(Term(losses.cosine, layers=layers, projector=projector), task=0.0)

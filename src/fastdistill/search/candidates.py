@@ -1,18 +1,21 @@
 "Which recipes are worth a try for a kind of task, and which values of their options."
+
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
 from torch import Tensor
+
 from .. import losses
-from ..recipes.default import auto
 from ..base.outputs import DistillError
+from ..recipes.default import auto
+from ..recipes.term import Recipe, Term
 from ..recipes.text import as_recipe
 from ..recipes.zoo import at, cwd, dist, dkd, hint, kd, pkt, rkd, ttm
-from ..recipes.term import Recipe, Term
 
 __all__ = ['LABELS', 'Candidate', 'candidates_for', 'given_candidates']
 
-GRAD_RATIOS = 1,.3,3,10 # of the gradient, beside the labels'
-SMALL_GRAD_RATIOS = .1,.03,.3,1 # the same between layers
+GRAD_RATIOS = 1, 0.3, 3, 10  # of the gradient, beside the labels'
+SMALL_GRAD_RATIOS = 0.1, 0.03, 0.3, 1  # the same between layers
 
 
 @dataclass
@@ -24,39 +27,43 @@ class Candidate:
         options: Option -> the values to try, the usual one first.
         text: How to write the recipe, with '{}' where the options stand.
     """
-    name:str
-    make:Callable
-    options:dict=field(default_factory=dict)
-    text:str='{}'
 
-    def recipe(self, options): return Recipe(self.make(**options))
+    name: str
+    make: Callable
+    options: dict = field(default_factory=dict)
+    text: str = '{}'
+
+    def recipe(self, options):
+        return Recipe(self.make(**options))
 
     def written(self, options):
         """The recipe as code."""
         # subtle: a text of the user's own may have braces
-        if not self.options: return self.text
-        return self.text.format(', '.join(f'{k}={v:g}' for k,v in options.items()))
+        if not self.options:
+            return self.text
+        return self.text.format(', '.join(f'{k}={v:g}' for k, v in options.items()))
 
 
 def term(name, loss, options, written=None):
     """A term beside the labels, by its share of the gradient."""
-    return Candidate(name, lambda **o: Term(loss, **o), options,
-                     f"Term(losses.{written or name}, {{}})")
+    return Candidate(
+        name, lambda **o: Term(loss, **o), options, f'Term(losses.{written or name}, {{}})'
+    )
 
 
 # nothing of the teacher. The weight 0 is no distillation at all, on the same batches
-LABELS = Candidate('labels alone', lambda: kd(alpha=0.), {}, 'kd(alpha=0)')
+LABELS = Candidate('labels alone', lambda: kd(alpha=0.0), {}, 'kd(alpha=0)')
 
 
 def candidates_for(
-    kind:str='softmax',
+    kind: str = 'softmax',
     *,
-    classes:int|None=None,
-    dense:bool=False,
-    maps:bool=False,
-    layers:bool=False,
-    teacher:Tensor|None=None,
-    doubt:str|None=None
+    classes: int | None = None,
+    dense: bool = False,
+    maps: bool = False,
+    layers: bool = False,
+    teacher: Tensor | None = None,
+    doubt: str | None = None,
 ) -> list[Candidate]:
     """The recipes that fit, what `auto` chooses first. Labels alone are not among them: they are
     what all must beat.
@@ -73,40 +80,69 @@ def candidates_for(
     chosen = auto(kind, classes=classes, dense=dense, teacher=teacher, doubt=doubt)
     text = chosen.text.removeprefix('labels + ')
     found = [Candidate('auto', lambda: chosen, {}, text), *between_outputs(kind, classes, dense)]
-    if maps and kind == 'softmax': found.append(Candidate('cwd', cwd, dict(T=(4, 1), grad_ratio=GRAD_RATIOS), 'recipes.cwd({})'))
+    if maps and kind == 'softmax':
+        found.append(
+            Candidate('cwd', cwd, dict(T=(4, 1), grad_ratio=GRAD_RATIOS), 'recipes.cwd({})')
+        )
     return found + (between_layers() if layers else [])
 
 
 def between_outputs(kind, classes, dense):
     """Recipes that compare the models' outputs."""
-    alphas = .5,.3,.9
+    alphas = 0.5, 0.3, 0.9
     if kind == 'regression':
-        return [Candidate('kd', kd, dict(alpha=alphas), 'kd({})'),
-                term('regression', losses.regression, dict(grad_ratio=GRAD_RATIOS))]
+        return [
+            Candidate('kd', kd, dict(alpha=alphas), 'kd({})'),
+            term('regression', losses.regression, dict(grad_ratio=GRAD_RATIOS)),
+        ]
     classic = Candidate('kd', kd, dict(T=(1, 2, 4), alpha=alphas), 'kd({})')
-    if kind == 'sigmoid': return [classic, term('binary_kl', losses.binary_kl, dict(T=(1, 2, 4), grad_ratio=GRAD_RATIOS))]
-    found = [classic, term('kl', losses.kl, dict(T=(1, 2, 4, 10), grad_ratio=GRAD_RATIOS)),
-             Candidate('ttm', ttm, dict(T=(2, 4), grad_ratio=GRAD_RATIOS), 'recipes.ttm({})')]
+    if kind == 'sigmoid':
+        return [
+            classic,
+            term('binary_kl', losses.binary_kl, dict(T=(1, 2, 4), grad_ratio=GRAD_RATIOS)),
+        ]
+    found = [
+        classic,
+        term('kl', losses.kl, dict(T=(1, 2, 4, 10), grad_ratio=GRAD_RATIOS)),
+        Candidate('ttm', ttm, dict(T=(2, 4), grad_ratio=GRAD_RATIOS), 'recipes.ttm({})'),
+    ]
     # with two classes, the correlation of two probabilities is always 1 or -1
     if (classes or 2) > 2:
-        found.append(Candidate('dist', lambda **o: dist(beta=2, gamma=2, **o), dict(T=(4, 1, 10), grad_ratio=GRAD_RATIOS),
-                               'recipes.dist(beta=2, gamma=2, {})'))
+        found.append(
+            Candidate(
+                'dist',
+                lambda **o: dist(beta=2, gamma=2, **o),
+                dict(T=(4, 1, 10), grad_ratio=GRAD_RATIOS),
+                'recipes.dist(beta=2, gamma=2, {})',
+            )
+        )
     if (classes or 2) > 2 and not dense:
-        found += [term('logit_std', losses.standardized(losses.kl), dict(T=(2,), grad_ratio=GRAD_RATIOS),
-                       'standardized(losses.kl)'),
-                  Candidate('dkd', dkd, dict(T=(4, 1), beta=(8, 2), grad_ratio=GRAD_RATIOS), 'dkd({})')]
+        found += [
+            term(
+                'logit_std',
+                losses.standardized(losses.kl),
+                dict(T=(2,), grad_ratio=GRAD_RATIOS),
+                'standardized(losses.kl)',
+            ),
+            Candidate('dkd', dkd, dict(T=(4, 1), beta=(8, 2), grad_ratio=GRAD_RATIOS), 'dkd({})'),
+        ]
     return found
 
 
 def between_layers():
     """Recipes that compare what goes on inside both models."""
-    return [Candidate(make.__name__, make, dict(grad_ratio=SMALL_GRAD_RATIOS), f'recipes.{make.__name__}({{}})')
-            for make in (hint, at, rkd, pkt)]
+    return [
+        Candidate(
+            make.__name__,
+            make,
+            dict(grad_ratio=SMALL_GRAD_RATIOS),
+            f'recipes.{make.__name__}({{}})',
+        )
+        for make in (hint, at, rkd, pkt)
+    ]
 
 
-def given_candidates(
-    recipes:dict
-) -> list[Candidate]:
+def given_candidates(recipes: dict) -> list[Candidate]:
     """The user's own recipes, of which the rate alone is to be found.
 
     Args:
@@ -114,12 +150,20 @@ def given_candidates(
             makes one.
     """
     if not isinstance(recipes, dict) or not recipes:
-        raise DistillError(f"recipes={recipes!r}: give names and recipes, as in dict(mild=kd(T=1, alpha=.3), "
-                           "dist=recipes.dist(grad_ratio=1)).")
+        raise DistillError(
+            f'recipes={recipes!r}: give names and recipes, as in dict(mild=kd(T=1, alpha=.3), '
+            'dist=recipes.dist(grad_ratio=1)).'
+        )
+
     def candidate(name, o):
         r = as_recipe(o) if isinstance(o, str | Recipe | Term) else o
-        if r is None: raise DistillError(f"recipes={{{name!r}: {o!r}}}: leave recipes= out to try what fits the task.")
+        if r is None:
+            raise DistillError(
+                f'recipes={{{name!r}: {o!r}}}: leave recipes= out to try what fits the task.'
+            )
         make = (lambda: r) if isinstance(r, Recipe) else r
-        if not callable(make): raise DistillError(f"recipes={{{name!r}: {o!r}}}: this is no recipe. Try kd().")
+        if not callable(make):
+            raise DistillError(f'recipes={{{name!r}: {o!r}}}: this is no recipe. Try kd().')
         return Candidate(str(name), make, {}, o if isinstance(o, str) else str(name))
-    return [candidate(k, v) for k,v in recipes.items()]
+
+    return [candidate(k, v) for k, v in recipes.items()]

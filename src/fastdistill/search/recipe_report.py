@@ -1,11 +1,13 @@
 "Recipes that were trained with the same seeds: plain data, and how it is shown."
+
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
+
 from ..evaluation.data import Difference, JsonReport
 
 __all__ = ['RecipeReport', 'RecipeRun']
 
-RECIPES_FORMAT = 1 # of the JSON file
+RECIPES_FORMAT = 1  # of the JSON file
 
 
 @dataclass
@@ -16,11 +18,13 @@ class RecipeRun:
         recipe: Its name.
         history: Column of the training's table -> a number for each epoch.
     """
-    recipe:str
-    seed:int
-    history:dict[str,list]
 
-    def value(self, column): return self.history[column][-1] if self.history.get(column) else None
+    recipe: str
+    seed: int
+    history: dict[str, list]
+
+    def value(self, column):
+        return self.history[column][-1] if self.history.get(column) else None
 
 
 @dataclass
@@ -35,23 +39,22 @@ class RecipeReport(JsonReport):
         recipes: Name -> the recipe as text.
         differences: Recipe -> its metric minus the baseline's.
     """
-    metric:str
-    higher:bool
-    baseline:str
-    n_epoch:int
-    recipes:dict[str,str]
-    runs:list[RecipeRun]
-    differences:dict[str,Difference]=field(default_factory=dict)
-    format:int=RECIPES_FORMAT
-    called,inside = 'report of recipes',dict(runs=(RecipeRun, list))
+
+    metric: str
+    higher: bool
+    baseline: str
+    n_epoch: int
+    recipes: dict[str, str]
+    runs: list[RecipeRun]
+    differences: dict[str, Difference] = field(default_factory=dict)
+    format: int = RECIPES_FORMAT
+    called, inside = 'report of recipes', dict(runs=(RecipeRun, list))
 
     @property
-    def seeds(self): return sorted({r.seed for r in self.runs})
+    def seeds(self):
+        return sorted({r.seed for r in self.runs})
 
-    def values(
-        self, recipe:str,
-        column:str|None=None
-    ) -> list:
+    def values(self, recipe: str, column: str | None = None) -> list:
         """What the recipe reached with each seed, in the order of `seeds`.
 
         Args:
@@ -67,14 +70,15 @@ class RecipeReport(JsonReport):
         """
         return (max if self.higher else min)(self.recipes, key=lambda n: fmean(self.values(n)))
 
-    def verdict(
-        self, recipe:str
-    ) -> str:
+    def verdict(self, recipe: str) -> str:
         """'better' or 'worse' than the baseline, 'not significant', or why there is no test."""
         d = self.differences.get(recipe)
-        if d is None: return ''
-        if d.p is None: return 'one seed: no test' if len(self.seeds) < 2 else 'the same in each seed: no test'
-        if not d.significant: return 'not significant'
+        if d is None:
+            return ''
+        if d.p is None:
+            return 'one seed: no test' if len(self.seeds) < 2 else 'the same in each seed: no test'
+        if not d.significant:
+            return 'not significant'
         return 'better' if (d.value > 0) == self.higher else 'worse'
 
     def rows(self) -> list:
@@ -82,24 +86,33 @@ class RecipeReport(JsonReport):
         return [self._row(n) for n in self.recipes]
 
     def _row(self, name):
-        v,d = self.values(name),self.differences.get(name)
-        out = {'recipe': name, 'mean': f'{fmean(v):.4f}', 'spread': f'{stdev(v):.4f}' if len(v) > 1 else '',
-               'each seed': ' '.join(f'{o:.4f}' for o in v)}
+        v, d = self.values(name), self.differences.get(name)
+        out = {
+            'recipe': name,
+            'mean': f'{fmean(v):.4f}',
+            'spread': f'{stdev(v):.4f}' if len(v) > 1 else '',
+            'each seed': ' '.join(f'{o:.4f}' for o in v),
+        }
         between = '' if d is None or d.low is None else f' ({d.low:+.4f} to {d.high:+.4f})'
-        return out | {f'minus {self.baseline}': '' if d is None else f'{d.value:+.4f}{between}',
-                      'p': '' if d is None or d.p is None else f'{d.p:.2g}', 'verdict': self.verdict(name)}
+        return out | {
+            f'minus {self.baseline}': '' if d is None else f'{d.value:+.4f}{between}',
+            'p': '' if d is None or d.p is None else f'{d.p:.2g}',
+            'verdict': self.verdict(name),
+        }
 
     @property
     def caption(self):
         test = next((f'; {d.test}' for d in self.differences.values() if d.test), '')
-        return (f"{self.metric} after {self.n_epoch} epochs, {'more' if self.higher else 'less'} is better; "
-                f"{len(self.seeds)} seed(s), the same starts and batches for all recipes{test}")
+        return (
+            f'{self.metric} after {self.n_epoch} epochs, {"more" if self.higher else "less"} is better; '
+            f'{len(self.seeds)} seed(s), the same starts and batches for all recipes{test}'
+        )
 
     def __str__(self):
         rows = self.rows()
         cells = [[*rows[0]], *([*r.values()] for r in rows)]
         wide = [max(map(len, c)) for c in zip(*cells)]
-        lines = ['  '.join(o.ljust(w) for o,w in zip(r, wide)).rstrip() for r in cells]
+        lines = ['  '.join(o.ljust(w) for o, w in zip(r, wide)).rstrip() for r in cells]
         return '\n'.join([self.caption, *lines])
 
     __repr__ = __str__
@@ -109,7 +122,9 @@ class RecipeReport(JsonReport):
         from rich.console import Console
         from rich.markup import escape
         from rich.table import Table
+
         rows = self.rows()
         table = Table(*map(escape, rows[0]), caption=escape(self.caption))
-        for r in rows: table.add_row(*map(escape, r.values()))
+        for r in rows:
+            table.add_row(*map(escape, r.values()))
         Console().print(table)

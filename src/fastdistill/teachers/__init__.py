@@ -1,4 +1,5 @@
 "A teacher in any common form."
+
 from .items import with_items
 from .teacher import Teacher
 

@@ -1,11 +1,15 @@
 """A teacher that is no network: a pipeline of scikit-learn, LightGBM, XGBoost or CatBoost, or what
 has their methods.
 """
-import copy, pickle
+
+import copy
+import pickle
 from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor, nn
+
 from ..base.outputs import DistillError, as_plain
 
 __all__ = ['Estimator', 'is_estimator', 'load_estimator']
@@ -13,29 +17,36 @@ __all__ = ['Estimator', 'is_estimator', 'load_estimator']
 
 def is_estimator(o):
     "Has it `predict_proba` or `predict`, and is it no function of tensors?"
-    if isinstance(o, (type, nn.Module)) or callable(o): return False
+    if isinstance(o, (type, nn.Module)) or callable(o):
+        return False
     return any(callable(getattr(o, k, None)) for k in ('predict_proba', 'predict'))
 
 
-def load_estimator(
-    path
-):
+def load_estimator(path):
     """The estimator in it. It is a pickle, whose code runs.
 
     Args:
         path: Of a file that `joblib.dump` wrote.
     """
-    try: import joblib
-    except ImportError as e: raise ImportError(f"The estimator in {path} needs joblib: pip install joblib") from e
-    try: model = joblib.load(path)
+    try:
+        import joblib
+    except ImportError as e:
+        raise ImportError(f'The estimator in {path} needs joblib: pip install joblib') from e
+    try:
+        model = joblib.load(path)
     # subtle: any error at all, since the bytes of another file are instructions to pickle
     except Exception as e:
         reason = ' '.join(f'{type(e).__name__}: {e}'.split())
-        raise DistillError(f"{path} could not be loaded ({reason}). Did joblib.dump write it? Can everything in it be "
-                           "imported here: packages, your own functions and classes?") from e
-    if is_estimator(model): return model
-    raise DistillError(f"{path} holds an object of type {type(model).__name__}, which has neither predict_proba nor "
-                       "predict: joblib.dump(pipeline, 'trees.joblib') writes a fitted estimator.")
+        raise DistillError(
+            f'{path} could not be loaded ({reason}). Did joblib.dump write it? Can everything in it be '
+            'imported here: packages, your own functions and classes?'
+        ) from e
+    if is_estimator(model):
+        return model
+    raise DistillError(
+        f'{path} holds an object of type {type(model).__name__}, which has neither predict_proba nor '
+        "predict: joblib.dump(pipeline, 'trees.joblib') writes a fitted estimator."
+    )
 
 
 class Estimator:
@@ -49,13 +60,14 @@ class Estimator:
         kind: What is predicted, as in `Teacher`
         frame: The rows before any transform, for fastai's tables.
     """
-    def __init__(
-        self,
-        model,
-        kind:str='softmax',
-        frame=None
-    ):
-        self.model,self.kind,self.frame,self.__name__ = model,kind,frame,type(last_step(model)).__name__
+
+    def __init__(self, model, kind: str = 'softmax', frame=None):
+        self.model, self.kind, self.frame, self.__name__ = (
+            model,
+            kind,
+            frame,
+            type(last_step(model)).__name__,
+        )
 
     def of_kind(self, kind):
         """The same estimator for another kind of outputs."""
@@ -69,22 +81,29 @@ class Estimator:
         outputs.
         """
         own = getattr(self.model, 'classes_', None)
-        return None if own is None or isinstance(own, list) or np.ndim(own) != 1 else list(np.asarray(own).tolist())
+        return (
+            None
+            if own is None or isinstance(own, list) or np.ndim(own) != 1
+            else list(np.asarray(own).tolist())
+        )
 
     @property
     def columns(self):
         """Names of the columns that it was fitted on; None if it does not know them."""
         for k in ('feature_names_in_', 'feature_names_', 'feature_name'):
             names = getattr(self.model, k, None)
-            if (names := names() if callable(names) else names) is not None: return list(map(str, names))
+            if (names := names() if callable(names) else names) is not None:
+                return list(map(str, names))
 
     @property
     def identity(self) -> bytes:
         """What tells it from another estimator."""
         try:
             import joblib
+
             return joblib.hash(self.model).encode()
-        except ImportError: return pickle.dumps(self.model)
+        except ImportError:
+            return pickle.dumps(self.model)
 
     def __call__(self, *x, **named):
         return self.predict(self._table(x, named))
@@ -92,57 +111,76 @@ class Estimator:
     # what is timed; fastai's tables remember rows that were predicted before
     anew = __call__
 
-    def predict(
-        self, rows
-    ) -> Tensor:
+    def predict(self, rows) -> Tensor:
         """Probabilities, or numbers: (B, C).
 
         Args:
             rows: A table, or an array.
         """
-        given = dict(softmax=self._classes, sigmoid=self._labels, regression=self._numbers)[self.kind](rows)
-        return torch.from_numpy(np.array(given, dtype=np.float64)).float()      # a copy
+        given = dict(softmax=self._classes, sigmoid=self._labels, regression=self._numbers)[
+            self.kind
+        ](rows)
+        return torch.from_numpy(np.array(given, dtype=np.float64)).float()  # a copy
 
     def _classes(self, rows):
         if hasattr(self.model, 'predict_proba'):
-            if isinstance(p := self.model.predict_proba(rows), list): raise DistillError(several(self.__name__, len(p)))
+            if isinstance(p := self.model.predict_proba(rows), list):
+                raise DistillError(several(self.__name__, len(p)))
             return p
-        v,classes = np.asarray(self.model.predict(rows)),self.classes
-        if classes is not None and v.ndim == 1: return v[:, None] == np.asarray(classes)[None]
-        if v.ndim == 2: return v
-        if v.dtype.kind == 'f' and v.min() >= 0 and v.max() <= 1: return np.stack([1-v, v], 1)
-        raise DistillError(f"{self.__name__} has no predict_proba and no classes_, and its predict returns "
-                           f"{v.dtype} from {v.min()} to {v.max()}, so its classes are unknown. Give a function that "
-                           "returns a probability for each class: Teacher(fn, outputs='probs').")
+        v, classes = np.asarray(self.model.predict(rows)), self.classes
+        if classes is not None and v.ndim == 1:
+            return v[:, None] == np.asarray(classes)[None]
+        if v.ndim == 2:
+            return v
+        if v.dtype.kind == 'f' and v.min() >= 0 and v.max() <= 1:
+            return np.stack([1 - v, v], 1)
+        raise DistillError(
+            f'{self.__name__} has no predict_proba and no classes_, and its predict returns '
+            f'{v.dtype} from {v.min()} to {v.max()}, so its classes are unknown. Give a function that '
+            "returns a probability for each class: Teacher(fn, outputs='probs')."
+        )
 
     def _labels(self, rows):
-        if not hasattr(self.model, 'predict_proba'): return columns_of_numbers(self.model.predict(rows))
+        if not hasattr(self.model, 'predict_proba'):
+            return columns_of_numbers(self.model.predict(rows))
         p = self.model.predict_proba(rows)
-        if isinstance(p, list): return np.stack([positive(*o) for o in zip(p, self.model.classes_)], 1)
-        yes_or_no = p.shape[1] == 2 and len(self.classes or ()) == 2 and not getattr(self.model, 'multilabel_', False)
+        if isinstance(p, list):
+            return np.stack([positive(*o) for o in zip(p, self.model.classes_)], 1)
+        yes_or_no = (
+            p.shape[1] == 2
+            and len(self.classes or ()) == 2
+            and not getattr(self.model, 'multilabel_', False)
+        )
         return p[:, 1:] if yes_or_no else p
 
-    def _numbers(self, rows): return columns_of_numbers(self.model.predict(rows))
+    def _numbers(self, rows):
+        return columns_of_numbers(self.model.predict(rows))
 
     def _table(self, x, named):
         if self.frame is not None:
-            raise DistillError("frame= is for fastai's tables. In a loop of your own, the batch has the rows that "
-                               f"{self.__name__} takes: Teacher(model).")
-        if len(x) == 1 and not named and not isinstance(x[0], (Tensor, Mapping)): return x[0]
-        if len(x) == 1 and isinstance(x[0], Mapping): x,named = (),{**x[0], **named}
-        if named and not x: return self._of_columns({k: as_plain(v).cpu().numpy() for k,v in named.items()})
-        if len(x) != 1 or x[0].dim() != 2: raise DistillError(self._unfit(x))
-        rows,names = as_plain(x[0]).detach().cpu().numpy(),self.columns
-        if names is None or rows.shape[1] != len(names): return rows
+            raise DistillError(
+                "frame= is for fastai's tables. In a loop of your own, the batch has the rows that "
+                f'{self.__name__} takes: Teacher(model).'
+            )
+        if len(x) == 1 and not named and not isinstance(x[0], (Tensor, Mapping)):
+            return x[0]
+        if len(x) == 1 and isinstance(x[0], Mapping):
+            x, named = (), {**x[0], **named}
+        if named and not x:
+            return self._of_columns({k: as_plain(v).cpu().numpy() for k, v in named.items()})
+        if len(x) != 1 or x[0].dim() != 2:
+            raise DistillError(self._unfit(x))
+        rows, names = as_plain(x[0]).detach().cpu().numpy(), self.columns
+        if names is None or rows.shape[1] != len(names):
+            return rows
         return self._of_columns(dict(zip(names, rows.T)))
 
     def _of_columns(self, columns):
         import pandas as pd
+
         return self.in_order(pd.DataFrame(columns))
 
-    def in_order(
-        self, table
-    ):
+    def in_order(self, table):
         """The columns that it was fitted on, in their order. An error names those that are missing.
 
         Args:
@@ -151,28 +189,37 @@ class Estimator:
         names = self.columns
         if names is None:
             if hasattr(self.model, 'n_features_in_'):
-                raise DistillError(f"{self.__name__} was fitted on an array, so the names of its columns are unknown. "
-                                   "Fit it on a DataFrame.")
+                raise DistillError(
+                    f'{self.__name__} was fitted on an array, so the names of its columns are unknown. '
+                    'Fit it on a DataFrame.'
+                )
             return table
-        if missing := [n for n in names if n not in table.columns]: raise DistillError(self._missing(missing, table))
+        if missing := [n for n in names if n not in table.columns]:
+            raise DistillError(self._missing(missing, table))
         return table[names]
 
     def _missing(self, missing, table):
-        return (f"{self.__name__} was fitted on the columns {few(names := self.columns)} ({len(names)}), but the rows "
-                f"have no {few(missing)}. They have {few(list(table.columns), 20)}. In fastai, "
-                "Teacher(pipeline, frame=df) takes them from the table that the DataLoaders were made from.")
+        return (
+            f'{self.__name__} was fitted on the columns {few(names := self.columns)} ({len(names)}), but the rows '
+            f'have no {few(missing)}. They have {few(list(table.columns), 20)}. In fastai, '
+            'Teacher(pipeline, frame=df) takes them from the table that the DataLoaders were made from.'
+        )
 
     def _unfit(self, x):
         shapes = ', '.join(str(tuple(getattr(o, 'shape', ()))) for o in x)
-        return (f"{self.__name__} takes a table: one tensor (B, columns), or a dict with a tensor for each column. "
-                f"This batch has inputs of shape {shapes}. Give a function that makes the table: "
-                "Teacher(lambda *x: pipeline.predict_proba(table(x)), outputs='probs'), and return a tensor.")
+        return (
+            f'{self.__name__} takes a table: one tensor (B, columns), or a dict with a tensor for each column. '
+            f'This batch has inputs of shape {shapes}. Give a function that makes the table: '
+            "Teacher(lambda *x: pipeline.predict_proba(table(x)), outputs='probs'), and return a tensor."
+        )
 
 
-def last_step(model): return model.steps[-1][1] if isinstance(getattr(model, 'steps', None), list) else model
+def last_step(model):
+    return model.steps[-1][1] if isinstance(getattr(model, 'steps', None), list) else model
 
 
-def few(names, n=5): return ', '.join(map(str, names[:n])) + (' ...' if len(names) > n else '')
+def few(names, n=5):
+    return ', '.join(map(str, names[:n])) + (' ...' if len(names) > n else '')
 
 
 def columns_of_numbers(v):
@@ -184,10 +231,12 @@ def positive(p, classes):
     """The probability of the label, of an estimator for yes and no; it may have seen one of them
     alone.
     """
-    yes = [i for i,c in enumerate(classes) if c]
+    yes = [i for i, c in enumerate(classes) if c]
     return p[:, yes].sum(1)
 
 
 def several(name, n):
-    return (f"{name} predicts {n} outputs, the student one class of several. Give a function that returns the "
-            "probabilities of one of them: Teacher(fn, outputs='probs').")
+    return (
+        f'{name} predicts {n} outputs, the student one class of several. Give a function that returns the '
+        "probabilities of one of them: Teacher(fn, outputs='probs')."
+    )

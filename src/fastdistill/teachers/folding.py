@@ -1,24 +1,42 @@
 "Batch-norms that can become part of the convolution before them, found by watching one run."
+
 import weakref
 from contextlib import ExitStack, contextmanager
+
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
 from ..base.outputs import tensors_in
 
 __all__ = ['foldable']
 
-FOLDABLE,NORMS = (nn.Conv1d, nn.Conv2d, nn.Conv3d),(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+FOLDABLE, NORMS = (
+    (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+)
 # functions of a tensor that do not read its values
-HARMLESS = {'size', 'dim', 'stride', 'numel', 'is_floating_point', '__len__', '__hash__', 'get_device', 'is_contiguous'}
+HARMLESS = {
+    'size',
+    'dim',
+    'stride',
+    'numel',
+    'is_floating_point',
+    '__len__',
+    '__hash__',
+    'get_device',
+    'is_contiguous',
+}
 
 
 class _Readers(TorchFunctionMode):
     """Count the functions that read each watched tensor."""
+
     def __init__(self):
         super().__init__()
-        self.watched = {} # id -> [weak reference, convolution, number of functions that read it]
+        self.watched = {}  # id -> [weak reference, convolution, number of functions that read it]
 
-    def watch(self, y, conv): self.watched[id(y)] = [weakref.ref(y), conv, 0]
+    def watch(self, y, conv):
+        self.watched[id(y)] = [weakref.ref(y), conv, 0]
 
     def entry(self, y):
         """The entry of this very tensor; a new tensor may have the id of one that is gone."""
@@ -28,12 +46,14 @@ class _Readers(TorchFunctionMode):
     def __torch_function__(self, fn, types, args=(), kwargs=None):
         out = fn(*args, **(kwargs or {}))
         name = getattr(fn, '__name__', '')
-        if name not in HARMLESS and (name != '__get__' or isinstance(out, Tensor)): self.count((args, kwargs or {}))
+        if name not in HARMLESS and (name != '__get__' or isinstance(out, Tensor)):
+            self.count((args, kwargs or {}))
         return out
 
     def count(self, read):
         for t in tensors_in(read):
-            if (e := self.entry(t)) is not None: e[2] += 1
+            if (e := self.entry(t)) is not None:
+                e[2] += 1
 
 
 @contextmanager
@@ -41,30 +61,34 @@ def watched_pairs(model):
     """Inside, runs of the model are watched. Yields a list, which has the pairs (convolution,
     batch-norm) afterwards.
     """
-    pairs,runs,readers = [],{},_Readers()
+    pairs, runs, readers = [], {}, _Readers()
+
     def after_conv(m, args, y):
         runs[m] = runs.get(m, 0) + 1
         readers.watch(y, m)
+
     def before_norm(m, args):
         runs[m] = runs.get(m, 0) + 1
-        if (e := readers.entry(args[0])) is not None: pairs.append((e, m))
+        if (e := readers.entry(args[0])) is not None:
+            pairs.append((e, m))
+
     with ExitStack() as stack:
         for m in model.modules():
-            if type(m) in FOLDABLE: handle = m.register_forward_hook(after_conv)
-            elif type(m) in NORMS: handle = m.register_forward_pre_hook(before_norm)
-            else: continue
+            if type(m) in FOLDABLE:
+                handle = m.register_forward_hook(after_conv)
+            elif type(m) in NORMS:
+                handle = m.register_forward_pre_hook(before_norm)
+            else:
+                continue
             stack.callback(handle.remove)
         # what the model returns is read by others
         stack.callback(model.register_forward_hook(lambda m, args, out: readers.count(out)).remove)
         stack.enter_context(readers)
         yield pairs
-    pairs[:] = [(e[1], m) for e,m in pairs if e[2] == 1 and runs[m] == runs[e[1]] == 1]
+    pairs[:] = [(e[1], m) for e, m in pairs if e[2] == 1 and runs[m] == runs[e[1]] == 1]
 
 
-def foldable(
-    model:nn.Module,
-    run
-) -> list:
+def foldable(model: nn.Module, run) -> list:
     """Pairs (convolution, batch-norm) that can become one convolution: each ran once, and nothing
     but the batch-norm reads what the convolution returns.
 
@@ -72,8 +96,9 @@ def foldable(
         model: In eval mode.
         run: fn(): run it on a batch.
     """
-    names = [m for _,m in model.named_modules(remove_duplicate=False)]
+    names = [m for _, m in model.named_modules(remove_duplicate=False)]
     hooked = lambda m: m._forward_hooks or m._forward_pre_hooks or hasattr(m, 'parametrizations')
     plain = {m for m in model.modules() if not hooked(m) and names.count(m) == 1}
-    with watched_pairs(model) as pairs: run()
-    return [(c, n) for c,n in pairs if {c, n} <= plain and n.running_var is not None]
+    with watched_pairs(model) as pairs:
+        run()
+    return [(c, n) for c, n in pairs if {c, n} <= plain and n.running_var is not None]

@@ -1,51 +1,67 @@
 """Hidden states. A model's method `reset` is called only if a trial shows that it changes nothing
 else.
 """
+
 import torch
+
 from ..features.probe import untouched
 
 __all__ = ['NO_RESET', 'has_reset', 'why_no_reset']
 
-NO_RESET = ("{name} has a method reset() that {why}. That was undone, and the method is not called again, so hidden "
-            "states are not reset. If the model has hidden states, its reset() should change nothing else.")
+NO_RESET = (
+    '{name} has a method reset() that {why}. That was undone, and the method is not called again, so hidden '
+    'states are not reset. If the model has hidden states, its reset() should change nothing else.'
+)
 
 
-def has_reset(model): return callable(getattr(model, 'reset', None))
+def has_reset(model):
+    return callable(getattr(model, 'reset', None))
 
 
 def why_no_reset(model):
     """Why `model.reset()` may not be called; None if it changes only hidden states. A trial shows
     this, and is undone.
     """
-    was = {n: (t, t.data, t.detach().clone()) for n,t in saved_tensors(model).items()}
+    was = {n: (t, t.data, t.detach().clone()) for n, t in saved_tensors(model).items()}
     try:
         with untouched(model):
             model.reset()
             now = saved_tensors(model)
             both = was.keys() & now.keys()
-            changed = [n for n in dict.fromkeys([*was, *now]) if n not in both or is_changed(now[n], *was[n][1:])]
-    except Exception as e: # a user's method may raise anything
-        return f"fails without arguments ({type(e).__name__}: {e})"
-    finally: restore_tensors(was.values())
-    if changed: return f"changes weights ({', '.join(changed[:3])}{' ...' if len(changed) > 3 else ''})"
+            changed = [
+                n
+                for n in dict.fromkeys([*was, *now])
+                if n not in both or is_changed(now[n], *was[n][1:])
+            ]
+    except Exception as e:  # a user's method may raise anything
+        return f'fails without arguments ({type(e).__name__}: {e})'
+    finally:
+        restore_tensors(was.values())
+    if changed:
+        return f'changes weights ({", ".join(changed[:3])}{" ..." if len(changed) > 3 else ""})'
 
 
 def saved_tensors(model):
     """Name -> parameter or buffer that is saved with the model and can be compared."""
-    buffers = {f'{n}.{k}'.lstrip('.'): b for n,m in model.named_modules() for k,b in m._buffers.items()
-               if b is not None and k not in getattr(m, '_non_persistent_buffers_set', ())}
+    buffers = {
+        f'{n}.{k}'.lstrip('.'): b
+        for n, m in model.named_modules()
+        for k, b in m._buffers.items()
+        if b is not None and k not in getattr(m, '_non_persistent_buffers_set', ())
+    }
     comparable = lambda t: t.layout == torch.strided and not t.is_meta and not t.is_quantized
-    return {n: t for n,t in {**dict(model.named_parameters()), **buffers}.items() if comparable(t)}
+    return {n: t for n, t in {**dict(model.named_parameters()), **buffers}.items() if comparable(t)}
 
 
 def is_changed(t, data, values):
     # subtle: bit by bit, so that nan equals nan
-    a,b = [o.detach().contiguous().reshape(-1).view(torch.uint8) for o in (t, values)]
+    a, b = [o.detach().contiguous().reshape(-1).view(torch.uint8) for o in (t, values)]
     return t.data_ptr() != data.data_ptr() or not torch.equal(a, b)
 
 
 @torch.no_grad()
 def restore_tensors(saved):
-    for t,data,values in saved:
+    for t, data, values in saved:
         t.data = data
-        if is_changed(t, data, values): t.copy_(values)
+        if is_changed(t, data, values):
+            t.copy_(values)

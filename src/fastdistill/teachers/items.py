@@ -1,16 +1,15 @@
 """The raw items of a batch, such as texts and files: what a teacher with `items=` reads instead of
 the batch's inputs.
 """
+
 from torch import Tensor
+
 from ..base.outputs import DistillError, map_tensors, tensors_in
 
 __all__ = ['items_at', 'items_beside', 'items_in', 'with_items']
 
 
-def with_items(
-    x,
-    items
-):
+def with_items(x, items):
     """The same inputs, as tensors that carry the raw items of their samples, for a teacher with
     `items=`. In a plain loop: `distiller(with_items(x, paths), y)`.
 
@@ -18,21 +17,22 @@ def with_items(
         x: Inputs of a batch, where the student gets them.
         items: Of its samples, in their order: a list, or rows of a table; None: unknown.
     """
-    if items is None: return x
+    if items is None:
+        return x
     sizes = [len(t) for t in tensors_in(x) if t.dim()]
     if len(items) not in sizes:
-        raise DistillError(f"{len(items)} items for a batch of {sizes[0] if sizes else 'no'} samples: give one for "
-                           "each, in the batch's order, and the inputs as tensors.")
+        raise DistillError(
+            f'{len(items)} items for a batch of {sizes[0] if sizes else "no"} samples: give one for '
+            "each, in the batch's order, and the inputs as tensors."
+        )
     # subtle: views, which are new objects, since the batch's own must not change. `as_subclass` may return `t` itself
     x = map_tensors(x, lambda t: t.as_subclass(Tensor)[...])
-    for t in tensors_in(x): t.raw_items = items
+    for t in tensors_in(x):
+        t.raw_items = items
     return x
 
 
-def items_beside(
-    x,
-    name:str
-):
+def items_beside(x, name: str):
     """The raw items of these inputs.
 
     Args:
@@ -40,18 +40,18 @@ def items_beside(
         name: Of the teacher, in messages.
     """
     if (items := items_in(x)) is None:
-        raise DistillError(f"items= of the teacher {name}: the raw items of these inputs are not known here. They are "
-                           "known for the batches of fastai's DataLoaders, in distill, KnowledgeDistillation, "
-                           "check_teacher, compare and cache_teacher. In a loop of your own, hand them beside the "
-                           "batch: distiller(with_items(x, items), y). Elsewhere, store the teacher's outputs with "
-                           "cache_teacher or cache_dataset and train from these, or make its inputs from the batch: "
-                           "Teacher(model, inputs=fn).")
+        raise DistillError(
+            f'items= of the teacher {name}: the raw items of these inputs are not known here. They are '
+            "known for the batches of fastai's DataLoaders, in distill, KnowledgeDistillation, "
+            'check_teacher, compare and cache_teacher. In a loop of your own, hand them beside the '
+            "batch: distiller(with_items(x, items), y). Elsewhere, store the teacher's outputs with "
+            'cache_teacher or cache_dataset and train from these, or make its inputs from the batch: '
+            'Teacher(model, inputs=fn).'
+        )
     return items
 
 
-def items_in(
-    x
-):
+def items_in(x):
     """The raw items that they carry; None if they carry none.
 
     Args:
@@ -60,10 +60,7 @@ def items_in(
     return next((t.raw_items for t in tensors_in(x) if hasattr(t, 'raw_items')), None)
 
 
-def items_at(
-    items,
-    positions:list
-):
+def items_at(items, positions: list):
     """Those at these positions: a list, or rows of the table.
 
     Args:

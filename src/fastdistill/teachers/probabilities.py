@@ -1,17 +1,18 @@
 "Probabilities as logits."
+
 from torch import Tensor
+
 from ..base.outputs import DistillError
 from .images import full_precision
 
 __all__ = ['check_probabilities', 'logits_of']
 
-LEAST = 1e-7 # probabilities below it count as this one: the logarithm of 0 is no number to learn from
+LEAST = (
+    1e-7  # probabilities below it count as this one: the logarithm of 0 is no number to learn from
+)
 
 
-def logits_of(
-    p:Tensor,
-    kind:str='softmax'
-) -> Tensor:
+def logits_of(p: Tensor, kind: str = 'softmax') -> Tensor:
     """Logits whose softmax, or sigmoid, is `p`.
 
     Args:
@@ -21,14 +22,10 @@ def logits_of(
     """
     p = full_precision(p)
     log = lambda o: o.clamp_min(LEAST).log()
-    return log(p) if kind == 'softmax' else log(p) - log(1-p)
+    return log(p) if kind == 'softmax' else log(p) - log(1 - p)
 
 
-def check_probabilities(
-    p:Tensor,
-    kind:str, axis:int,
-    name:str
-):
+def check_probabilities(p: Tensor, kind: str, axis: int, name: str):
     """Refuse values that are no probabilities.
 
     Args:
@@ -37,14 +34,25 @@ def check_probabilities(
         name: Of the teacher.
     """
     if kind == 'regression':
-        raise DistillError("outputs='probs' is for classes and labels, but this teacher predicts numbers "
-                           "(kind='regression'): use outputs='logits'.")
+        raise DistillError(
+            "outputs='probs' is for classes and labels, but this teacher predicts numbers "
+            "(kind='regression'): use outputs='logits'."
+        )
     v = full_precision(p)
-    if not v.isfinite().all(): return       # other checks report it
+    if not v.isfinite().all():
+        return  # other checks report it
     if v.min() < -1e-3 or v.max() > 1.001:
-        raise DistillError(f"outputs='probs', but the outputs of {name} go from {v.min():g} to {v.max():g}: "
-                           "use outputs='logits', or name the output with the probabilities, output=.")
-    if kind == 'softmax' and -v.dim() <= axis < v.dim() and (far := (v.sum(axis)-1).abs().max()) > .02:
-        raise DistillError(f"outputs='probs', but the probabilities of {name} sum to {1-far:g} or {1+far:g} along axis "
-                           f"{axis}, not to 1. Is axis= the class axis? Probabilities of labels, each by itself, need "
-                           "kind='sigmoid'.")
+        raise DistillError(
+            f"outputs='probs', but the outputs of {name} go from {v.min():g} to {v.max():g}: "
+            "use outputs='logits', or name the output with the probabilities, output=."
+        )
+    if (
+        kind == 'softmax'
+        and -v.dim() <= axis < v.dim()
+        and (far := (v.sum(axis) - 1).abs().max()) > 0.02
+    ):
+        raise DistillError(
+            f"outputs='probs', but the probabilities of {name} sum to {1 - far:g} or {1 + far:g} along axis "
+            f'{axis}, not to 1. Is axis= the class axis? Probabilities of labels, each by itself, need '
+            "kind='sigmoid'."
+        )

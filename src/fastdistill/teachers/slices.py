@@ -1,38 +1,42 @@
 "A batch in slices of rows, for teachers whose whole batch does not fit into memory."
+
 import torch
+
 from ..base.outputs import Outputs, as_plain, map_tensors, tensors_in
 
 __all__ = ['in_slices', 'joined', 'plain_output']
 
 
-def in_slices(
-    x, kw,
-    rows:int|None
-):
+def in_slices(x, kw, rows: int | None):
     """The inputs in slices of at most so many rows.
 
     Args:
         rows: Of a slice; None: all rows at once.
     """
-    if rows is None: return [(x, kw)]
+    if rows is None:
+        return [(x, kw)]
     n = max((len(t) for t in tensors_in((x, kw)) if t.dim()), default=0)
-    if n <= rows: return [(x, kw)]
-    cut = lambda i: map_tensors((x, kw), lambda t: t[i:i+rows] if t.dim() and len(t) == n else t)
+    if n <= rows:
+        return [(x, kw)]
+    cut = lambda i: map_tensors(
+        (x, kw), lambda t: t[i : i + rows] if t.dim() and len(t) == n else t
+    )
     return [cut(i) for i in range(0, n, rows)]
 
 
-def joined(
-    outs
-) -> Outputs:
+def joined(outs) -> Outputs:
     """The outputs of the whole batch.
 
     Args:
         outs: Of slices of a batch.
     """
-    if len(outs) == 1: return outs[0]
+    if len(outs) == 1:
+        return outs[0]
     cat = lambda ts: None if ts[0] is None else torch.cat(ts)
     feats = {k: cat([o.feats[k] for o in outs]) for k in outs[0].feats}
-    return Outputs(cat([o.logits for o in outs]), feats, cat([o.mask for o in outs]), outs[0].classes)
+    return Outputs(
+        cat([o.logits for o in outs]), feats, cat([o.mask for o in outs]), outs[0].classes
+    )
 
 
 def plain_output(t, device, dtype=None):

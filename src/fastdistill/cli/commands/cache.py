@@ -1,106 +1,168 @@
 "`fastdistill cache`: write a teacher's outputs, inspect them, verify them, give them away."
+
 from pathlib import Path
 from typing import Annotated
+
 import typer
 from rich.console import Console
 from rich.table import Table
+
 from ...base.errors import DistillError
 from ..arguments import CacheArg, DataArg, NoCheck, TeacherArg
 from ..objects import dataloaders, load_object, load_teacher
 
 __all__ = ['cache_app']
 
-cache_app = typer.Typer(no_args_is_help=True,
-                        help="A teacher's outputs on disk: run it once, train as many students as you like.")
+cache_app = typer.Typer(
+    no_args_is_help=True,
+    help="A teacher's outputs on disk: run it once, train as many students as you like.",
+)
 
 # largest difference of stored numbers, rounding included, relative to the largest number of their row
-TOLERANCE = dict(float32=1e-3, float16=.01, int8=.03)
+TOLERANCE = dict(float32=1e-3, float16=0.01, int8=0.03)
 
 
 @cache_app.command()
 def write(
-    teacher:TeacherArg,
-    data:DataArg,
-    path:Annotated[str, typer.Argument(help='Folder of the cache, or its URL.')],
-    views:Annotated[int, typer.Option(help='Augmented views of each sample; 0: the clean one.')]=1,
-    topk:Annotated[int|None, typer.Option(help='Store only the likeliest classes.')]=None,
-    dtype:Annotated[str, typer.Option(help='float32, float16 or int8.')]='float16',
-    layers:Annotated[list[str]|None, typer.Option(help='A layer to store too; may be given several times.')]=None,
-    tail:Annotated[str, typer.Option(help='Assumption about other classes: mean, uniform, zero or bucket.')]='mean',
-    size:Annotated[tuple[int, int]|None, typer.Option(help='Height and width to which maps are reduced.')]=None,
-    valid:Annotated[bool, typer.Option('--valid', help='Store the validation set too.')]=False,
-    bs:Annotated[int|None, typer.Option(help="Batch size; default: the DataLoaders' own.")]=None,
-    workers:Annotated[int|None, typer.Option(help="Workers; default: the DataLoaders' own.")]=None,
-    seed:Annotated[int, typer.Option(help='Seed of all random numbers.')]=0,
-    check:NoCheck=True,
-    force:Annotated[bool, typer.Option('--force', help="Overwrite a cache that doesn't fit.")]=False,
-    yes:Annotated[bool, typer.Option('--yes', '-y', help='Ask no questions.')]=False
+    teacher: TeacherArg,
+    data: DataArg,
+    path: Annotated[str, typer.Argument(help='Folder of the cache, or its URL.')],
+    views: Annotated[
+        int, typer.Option(help='Augmented views of each sample; 0: the clean one.')
+    ] = 1,
+    topk: Annotated[int | None, typer.Option(help='Store only the likeliest classes.')] = None,
+    dtype: Annotated[str, typer.Option(help='float32, float16 or int8.')] = 'float16',
+    layers: Annotated[
+        list[str] | None, typer.Option(help='A layer to store too; may be given several times.')
+    ] = None,
+    tail: Annotated[
+        str, typer.Option(help='Assumption about other classes: mean, uniform, zero or bucket.')
+    ] = 'mean',
+    size: Annotated[
+        tuple[int, int] | None, typer.Option(help='Height and width to which maps are reduced.')
+    ] = None,
+    valid: Annotated[bool, typer.Option('--valid', help='Store the validation set too.')] = False,
+    bs: Annotated[
+        int | None, typer.Option(help="Batch size; default: the DataLoaders' own.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Workers; default: the DataLoaders' own.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help='Seed of all random numbers.')] = 0,
+    check: NoCheck = True,
+    force: Annotated[
+        bool, typer.Option('--force', help="Overwrite a cache that doesn't fit.")
+    ] = False,
+    yes: Annotated[bool, typer.Option('--yes', '-y', help='Ask no questions.')] = False,
 ):
     """Run the teacher over the data and store its outputs. An interrupted run resumes.
 
     Under torchrun or accelerate launch, each process writes its share."""
-    from ...fastai.cache_data import cache_teacher
     from ...base.distributed import joined_processes
-    dls,model = load_object(data, dataloaders),load_teacher(teacher)
-    with joined_processes() as first, WriterBar(console := Console(quiet=not first), first and not yes) as bar:
+    from ...fastai.cache_data import cache_teacher
+
+    dls, model = load_object(data, dataloaders), load_teacher(teacher)
+    with (
+        joined_processes() as first,
+        WriterBar(console := Console(quiet=not first), first and not yes) as bar,
+    ):
         try:
-            cache = cache_teacher(model, dls, path, views, topk, dtype, layers or None, tail=tail, size=size,
-                                  valid=valid, bs=bs, num_workers=workers, seed=seed, check=check and first,
-                                  force=force, progress=bar.bar.progress, forecast=bar.forecast)
+            cache = cache_teacher(
+                model,
+                dls,
+                path,
+                views,
+                topk,
+                dtype,
+                layers or None,
+                tail=tail,
+                size=size,
+                valid=valid,
+                bs=bs,
+                num_workers=workers,
+                seed=seed,
+                check=check and first,
+                force=force,
+                progress=bar.bar.progress,
+                forecast=bar.forecast,
+            )
         except KeyboardInterrupt:
             bar.bar.stop()
-            console.print(f'\nInterrupted. Finished files are kept in {path}: the same command resumes.',
-                          highlight=False)
+            console.print(
+                f'\nInterrupted. Finished files are kept in {path}: the same command resumes.',
+                highlight=False,
+            )
             raise typer.Exit(130) from None
     console.print(str(cache), highlight=False, markup=False)
 
 
 @cache_app.command()
 def verify(
-    path:CacheArg,
-    teacher:TeacherArg,
-    data:DataArg,
-    n:Annotated[int, typer.Option(help='Number of rows.', min=1)]=64,
-    tol:Annotated[float|None, typer.Option(help='Largest difference of a logit, relative to its row.')]=None
+    path: CacheArg,
+    teacher: TeacherArg,
+    data: DataArg,
+    n: Annotated[int, typer.Option(help='Number of rows.', min=1)] = 64,
+    tol: Annotated[
+        float | None, typer.Option(help='Largest difference of a logit, relative to its row.')
+    ] = None,
 ):
     "Run the teacher again on some of the rows. The exit code is 1 if its outputs differ."
     from ...fastai.cache_data import verify_cache
+
     v = verify_cache(path, load_teacher(teacher), load_object(data, dataloaders), n)
     typer.echo(str(v))
-    if not v.share <= (TOLERANCE[v.dtype] if tol is None else tol): raise typer.Exit(1)
+    if not v.share <= (TOLERANCE[v.dtype] if tol is None else tol):
+        raise typer.Exit(1)
 
 
 @cache_app.command()
 def info(
-    path:CacheArg,
-    check:Annotated[bool, typer.Option('--check', help='Compare every file with its checksum.')]=False
+    path: CacheArg,
+    check: Annotated[
+        bool, typer.Option('--check', help='Compare every file with its checksum.')
+    ] = False,
 ):
     "Show the content of a cache and its teacher."
     from ...cache.folder import open_folder
     from ...cache.manifest import Manifest
     from ...cache.pack import cache_facts
     from ...cache.reader import TeacherCache
+
     where = open_folder(path)
-    if where.size('manifest.json') is None: raise DistillError(f"There is no cache at {path} (no manifest.json).")
+    if where.size('manifest.json') is None:
+        raise DistillError(f'There is no cache at {path} (no manifest.json).')
     m = Manifest.read(where)
-    table = Table(show_header=False, box=None, title=f'Teacher outputs in {path}', title_justify='left')
-    for k,v in cache_facts(where, m): table.add_row(k, v)
+    table = Table(
+        show_header=False, box=None, title=f'Teacher outputs in {path}', title_justify='left'
+    )
+    for k, v in cache_facts(where, m):
+        table.add_row(k, v)
     Console().print(table)
-    if check: TeacherCache(path).check()
-    if check: typer.echo('Every file is as its checksum says.')
+    if check:
+        TeacherCache(path).check()
+    if check:
+        typer.echo('Every file is as its checksum says.')
 
 
 @cache_app.command('pack')
 def pack_command(
-    path:CacheArg,
-    out:Annotated[Path, typer.Argument(help="'targets.zip' (one file, not compressed), or a new folder.")],
-    title:Annotated[str|None, typer.Option(help="Of the card; default: by the teacher's name.")]=None,
-    data:Annotated[str|None, typer.Option(help='What the samples are, and where to get them.')]=None,
-    note:Annotated[str, typer.Option(help='More text for the card.')]='',
-    license:Annotated[str|None, typer.Option(help="Of the stored outputs, such as 'cc-by-4.0'.")]=None,
-    teacher_license:Annotated[str|None, typer.Option(help='Of the teacher.')]=None,
-    data_license:Annotated[str|None, typer.Option(help='Of the data.')]=None,
-    force:Annotated[bool, typer.Option('--force', help='Overwrite a file of this name.')]=False
+    path: CacheArg,
+    out: Annotated[
+        Path, typer.Argument(help="'targets.zip' (one file, not compressed), or a new folder.")
+    ],
+    title: Annotated[
+        str | None, typer.Option(help="Of the card; default: by the teacher's name.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help='What the samples are, and where to get them.')
+    ] = None,
+    note: Annotated[str, typer.Option(help='More text for the card.')] = '',
+    license: Annotated[
+        str | None, typer.Option(help="Of the stored outputs, such as 'cc-by-4.0'.")
+    ] = None,
+    teacher_license: Annotated[str | None, typer.Option(help='Of the teacher.')] = None,
+    data_license: Annotated[str | None, typer.Option(help='Of the data.')] = None,
+    force: Annotated[bool, typer.Option('--force', help='Overwrite a file of this name.')] = False,
 ):
     """Copy a cache with a card (README.md) for those who get it. All files are compared with their
     checksums first.
@@ -108,34 +170,50 @@ def pack_command(
     Example: fastdistill cache pack targets targets.zip --license cc-by-4.0.
     """
     from ...cache.pack import pack_cache
-    out = pack_cache(path, out, title=title, data=data, note=note, license=license, teacher_license=teacher_license,
-                     data_license=data_license, force=force)
+
+    out = pack_cache(
+        path,
+        out,
+        title=title,
+        data=data,
+        note=note,
+        license=license,
+        teacher_license=teacher_license,
+        data_license=data_license,
+        force=force,
+    )
     typer.echo(f'Written: {out}')
 
 
 @cache_app.command('unpack')
 def unpack_command(
-    packed:Annotated[Path, typer.Argument(help='File that `fastdistill cache pack` wrote.')],
-    path:Annotated[Path, typer.Argument(help='Folder of the cache, new or empty.')]
+    packed: Annotated[Path, typer.Argument(help='File that `fastdistill cache pack` wrote.')],
+    path: Annotated[Path, typer.Argument(help='Folder of the cache, new or empty.')],
 ):
     "Write the files of a packed cache into a folder, and compare them with their checksums."
     from ...cache.pack import unpack_cache
+
     typer.echo(str(unpack_cache(packed, path)))
 
 
 class WriterBar:
     """The forecast of each pass, and its progress."""
+
     def __init__(self, console, ask):
         from ...cache.progress import ProgressBar
-        self.console,self.ask,self.bar = console,ask,ProgressBar(console)
 
-    def __enter__(self): return self
-    def __exit__(self, *_): self.bar.stop()
+        self.console, self.ask, self.bar = console, ask, ProgressBar(console)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.stop()
 
     def forecast(self, plan):
         """Before the teacher runs: print the size of the cache, and ask before a large one."""
         self.bar.stop()
         self.console.print(str(plan) if plan.bytes else 'Nothing is missing.', highlight=False)
         # the writer refuses a plan that needs more than the free disk
-        if plan.free is not None and plan.free/2 < plan.bytes <= plan.free and self.ask:
+        if plan.free is not None and plan.free / 2 < plan.bytes <= plan.free and self.ask:
             typer.confirm('That is more than half of the free disk. Continue?', abort=True)

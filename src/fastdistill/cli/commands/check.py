@@ -1,8 +1,11 @@
 """`fastdistill check`: mistakes that training with a teacher would not show, and what it would
 cost.
 """
+
 from typing import Annotated
+
 import typer
+
 from ..arguments import DataOption, RecipeText, StudentArg, TeacherArg, recipe_names
 from ..objects import load_named_learner, load_recipe, load_teacher
 
@@ -10,14 +13,21 @@ __all__ = ['check_command']
 
 
 def check_command(
-    student:StudentArg,
-    teacher:TeacherArg,
-    data:DataOption=None,
-    recipe:Annotated[str|None, typer.Option(callback=recipe_names,
-                                            help=f'{RecipeText}; default: chosen by the outputs.')]=None,
-    n_epoch:Annotated[int, typer.Option(help='Epochs of the training whose costs are estimated.', min=1)]=10,
-    n:Annotated[int, typer.Option(help='Validation batches to read, and a quarter as many for training.', min=1)]=8,
-    cost:Annotated[bool, typer.Option(help='Measure times and memory.')]=True
+    student: StudentArg,
+    teacher: TeacherArg,
+    data: DataOption = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(callback=recipe_names, help=f'{RecipeText}; default: chosen by the outputs.'),
+    ] = None,
+    n_epoch: Annotated[
+        int, typer.Option(help='Epochs of the training whose costs are estimated.', min=1)
+    ] = 10,
+    n: Annotated[
+        int,
+        typer.Option(help='Validation batches to read, and a quarter as many for training.', min=1),
+    ] = 8,
+    cost: Annotated[bool, typer.Option(help='Measure times and memory.')] = True,
 ):
     """Check a teacher for a student before training: a table of mistakes, measurements and costs.
 
@@ -25,8 +35,13 @@ def check_command(
     run. Example: fastdistill check train.py:student teacher.pkl.
     """
     from ... import fastai  # noqa: F401 (it gives Learner check_teacher)
+
     found = load_named_learner(student, data).check_teacher(
-        load_teacher(teacher), recipe=None if recipe is None else load_recipe(recipe), n=n,
-        n_epoch=n_epoch if cost else None)
+        load_teacher(teacher),
+        recipe=None if recipe is None else load_recipe(recipe),
+        n=n,
+        n_epoch=n_epoch if cost else None,
+    )
     found.show()
-    if found.errors: raise typer.Exit(1)
+    if found.errors:
+        raise typer.Exit(1)

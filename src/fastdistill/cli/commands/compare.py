@@ -1,24 +1,41 @@
 "`fastdistill compare`, `report` and `export`: what was gained, and the student as a file."
+
 import warnings
 from pathlib import Path
 from typing import Annotated
+
 import typer
+
 from ...base.errors import DistillError, DistillWarning
 from ..arguments import DataOption, ModelsArg, StudentArg, in_python, split_name
-from ..objects import dataloaders, load_model_with_data, load_named_learner, load_object, load_teacher
+from ..objects import (
+    dataloaders,
+    load_model_with_data,
+    load_named_learner,
+    load_object,
+    load_teacher,
+)
 
 __all__ = ['compare_command', 'export_command', 'report_command']
 
 
 def compare_command(
-    models:ModelsArg,
-    data:DataOption=None,
-    out:Annotated[Path|None, typer.Option(help='Folder for report.html, report.json and report.md.')]=None,
-    teacher:Annotated[str|None, typer.Option(help="Name of the teacher; default: 'teacher'.")]=None,
-    baseline:Annotated[str|None, typer.Option(help="Name of the model without a teacher; default: 'alone'.")]=None,
-    headline:Annotated[str|None, typer.Option(help="The measure that counts first, such as 'nll'.")]=None,
-    seconds:Annotated[float, typer.Option(help='For each measurement of time; 0: none.')]=.5,
-    title:Annotated[str, typer.Option(help='Of the report.')]=''
+    models: ModelsArg,
+    data: DataOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help='Folder for report.html, report.json and report.md.')
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Name of the teacher; default: 'teacher'.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Name of the model without a teacher; default: 'alone'.")
+    ] = None,
+    headline: Annotated[
+        str | None, typer.Option(help="The measure that counts first, such as 'nll'.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help='For each measurement of time; 0: none.')] = 0.5,
+    title: Annotated[str, typer.Option(help='Of the report.')] = '',
 ):
     """Measure models side by side on the same validation data, and say which differences are more
     than chance.
@@ -27,70 +44,107 @@ def compare_command(
     runs/a.
     """
     from ...fastai import compare as compare_models
+
     named = dict(map(split_name, models))
     dls = None if data is None else load_object(data, dataloaders)
     load = load_model_with_data if dls is None else load_teacher
-    r = compare_models({k: load(v) for k,v in named.items()}, dls, teacher=teacher, baseline=baseline,
-                       headline=headline, seconds=seconds, title=title)
+    r = compare_models(
+        {k: load(v) for k, v in named.items()},
+        dls,
+        teacher=teacher,
+        baseline=baseline,
+        headline=headline,
+        seconds=seconds,
+        title=title,
+    )
     r.show()
-    if out is None: return
+    if out is None:
+        return
     out.mkdir(parents=True, exist_ok=True)
-    r.to_json(out/'report.json')
-    r.to_html(out/'report.html')
-    (out/'report.md').write_text(r.to_markdown(level=1), encoding='utf-8')
+    r.to_json(out / 'report.json')
+    r.to_html(out / 'report.html')
+    (out / 'report.md').write_text(r.to_markdown(level=1), encoding='utf-8')
     typer.echo(f'Written: {out}/report.html, report.json, report.md')
 
 
 def report_files(paths):
     for p in paths:
-        if not (p/'report.json' if p.is_dir() else p).is_file():
-            raise DistillError(f"There is no file {str(p/'report.json' if p.is_dir() else p)!r}.")
+        if not (p / 'report.json' if p.is_dir() else p).is_file():
+            raise DistillError(f'There is no file {str(p / "report.json" if p.is_dir() else p)!r}.')
     return paths
 
 
 def report_command(
-    runs:Annotated[list[Path], typer.Argument(callback=report_files, help='report.json files, or folders with one.')],
-    html:Annotated[Path|None, typer.Option(help='Write the page of a single report.')]=None,
-    plot:Annotated[Path|None, typer.Option(help='Write a picture of all runs.')]=None
+    runs: Annotated[
+        list[Path],
+        typer.Argument(callback=report_files, help='report.json files, or folders with one.'),
+    ],
+    html: Annotated[Path | None, typer.Option(help='Write the page of a single report.')] = None,
+    plot: Annotated[Path | None, typer.Option(help='Write a picture of all runs.')] = None,
 ):
     """Show reports again: one in full, several as a table of all students, the best first.
 
     Example: fastdistill report runs/* --plot runs.png.
     """
     if html is not None and len(runs) > 1:
-        raise DistillError(f"html= is the page of one report, but there are {len(runs)}.")
-    from ...evaluation import plot_runs
-    from ...evaluation import Report, print_runs
-    found = {str(p.parent if p.is_file() else p): Report.from_json(p if p.is_file() else p/'report.json') for p in runs}
+        raise DistillError(f'html= is the page of one report, but there are {len(runs)}.')
+    from ...evaluation import Report, plot_runs, print_runs
+
+    found = {
+        str(p.parent if p.is_file() else p): Report.from_json(
+            p if p.is_file() else p / 'report.json'
+        )
+        for p in runs
+    }
     if len(found) == 1:
-        r, = found.values()
+        (r,) = found.values()
         r.show()
-        if html is not None: r.to_html(html)
-    else: print_runs(found)
-    if plot is not None: plot_runs(found).savefig(plot, dpi=110)
+        if html is not None:
+            r.to_html(html)
+    else:
+        print_runs(found)
+    if plot is not None:
+        plot_runs(found).savefig(plot, dpi=110)
 
 
 def export_command(
-    student:StudentArg,
-    path:Annotated[Path, typer.Argument(help="'student.onnx', 'student.pt2', or a folder for weights and a card.")],
-    data:DataOption=None,
-    int8:Annotated[bool, typer.Option('--int8', help='Of an .onnx file: quantize, and measure what it costs.')]=False
+    student: StudentArg,
+    path: Annotated[
+        Path,
+        typer.Argument(help="'student.onnx', 'student.pt2', or a folder for weights and a card."),
+    ],
+    data: DataOption = None,
+    int8: Annotated[
+        bool, typer.Option('--int8', help='Of an .onnx file: quantize, and measure what it costs.')
+    ] = False,
 ):
     """Write a trained student as a file that needs neither fastai nor fastdistill, and check it
     against the Learner.
 
     Example: fastdistill export runs/photos-resnet18 student.onnx --int8.
     """
-    if int8 and path.suffix != '.onnx': raise DistillError("int8=True needs an .onnx file.")
+    if int8 and path.suffix != '.onnx':
+        raise DistillError('int8=True needs an .onnx file.')
     if path.suffix and path.suffix not in ('.onnx', '.pt2'):
-        raise DistillError(f"{str(path)!r}: the file must end in .onnx or .pt2; a name without an ending is a folder.")
+        raise DistillError(
+            f'{str(path)!r}: the file must end in .onnx or .pt2; a name without an ending is a folder.'
+        )
     from ...fastai import export_student, save_student
     from ...fastai.export import weak_score
+
     learn = load_named_learner(student, data)
     if why := weak_score(learn):
-        hint = (f" {student} is run anew, so its Learner has new weights unless it loads some: export a trained one "
-                "with learn.export('student.pkl'), and give that file." if in_python(student) else '')
-        warnings.warn(f"{student} is hardly better than a constant prediction: {why}. Is it trained?{hint}",
-                      DistillWarning)
-    if path.suffix: typer.echo(str(export_student(learn, path, int8=int8)))
-    else: typer.echo(f'Written: {save_student(learn, path)}')
+        hint = (
+            f' {student} is run anew, so its Learner has new weights unless it loads some: export a trained one '
+            "with learn.export('student.pkl'), and give that file."
+            if in_python(student)
+            else ''
+        )
+        warnings.warn(
+            f'{student} is hardly better than a constant prediction: {why}. Is it trained?{hint}',
+            DistillWarning,
+        )
+    if path.suffix:
+        typer.echo(str(export_student(learn, path, int8=int8)))
+    else:
+        typer.echo(f'Written: {save_student(learn, path)}')

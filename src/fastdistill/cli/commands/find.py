@@ -1,34 +1,62 @@
 """`fastdistill find`: the recipe and the learning rate that suit a student, its data and its
 teacher.
 """
-import inspect, os, shlex
+
+import inspect
+import os
+import shlex
 from pathlib import Path
 from typing import Annotated
+
 import typer
+
 from ...base.errors import DistillError
-from ..arguments import DataOption, NoCheck, RecipeText, StudentArg, TeacherArg, in_file, in_python, recipe_names
+from ..arguments import (
+    DataOption,
+    NoCheck,
+    RecipeText,
+    StudentArg,
+    TeacherArg,
+    in_file,
+    in_python,
+    recipe_names,
+)
 from ..objects import load_named_learner, load_object, load_recipe, load_teacher, of_run
 
 __all__ = ['find']
 
 
 def find(
-    student:StudentArg,
-    teacher:TeacherArg,
-    n_epoch:Annotated[int, typer.Option(help='Epochs of the training for which a recipe is needed.', min=1)],
-    data:DataOption=None,
-    minutes:Annotated[float, typer.Option(help='The search ends after this time.')]=10,
-    rates:Annotated[list[float]|None, typer.Option(help='A learning rate to try; may be given several times.')]=None,
-    seeds:Annotated[int, typer.Option(help='Seeds with which the best runs are repeated.')]=5,
-    trials:Annotated[int|None, typer.Option(help='End the search after so many runs.')]=None,
-    storage:Annotated[str|None, typer.Option(help='File or URL of a database, to resume from.')]=None,
-    name:Annotated[str, typer.Option(help='Name of the search in the storage.')]='fastdistill',
-    live:Annotated[bool, typer.Option('--live', help='The teacher runs in each trial; layers are compared too.')]=False,
-    fine_tune:Annotated[bool, typer.Option('--fine-tune', help='Train with fine_tune.')]=False,
-    check:NoCheck=True,
-    recipe:Annotated[list[str]|None, typer.Option(
-        callback=recipe_names, help=f'{RecipeText}; instead of the usual ones. May be given several times.')]=None,
-    plot:Annotated[Path|None, typer.Option(help='File for the plot.')]=None
+    student: StudentArg,
+    teacher: TeacherArg,
+    n_epoch: Annotated[
+        int, typer.Option(help='Epochs of the training for which a recipe is needed.', min=1)
+    ],
+    data: DataOption = None,
+    minutes: Annotated[float, typer.Option(help='The search ends after this time.')] = 10,
+    rates: Annotated[
+        list[float] | None, typer.Option(help='A learning rate to try; may be given several times.')
+    ] = None,
+    seeds: Annotated[int, typer.Option(help='Seeds with which the best runs are repeated.')] = 5,
+    trials: Annotated[int | None, typer.Option(help='End the search after so many runs.')] = None,
+    storage: Annotated[
+        str | None, typer.Option(help='File or URL of a database, to resume from.')
+    ] = None,
+    name: Annotated[str, typer.Option(help='Name of the search in the storage.')] = 'fastdistill',
+    live: Annotated[
+        bool,
+        typer.Option('--live', help='The teacher runs in each trial; layers are compared too.'),
+    ] = False,
+    fine_tune: Annotated[bool, typer.Option('--fine-tune', help='Train with fine_tune.')] = False,
+    check: NoCheck = True,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            callback=recipe_names,
+            help=f'{RecipeText}; instead of the usual ones. May be given several times.',
+        ),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help='File for the plot.')] = None,
 ):
     """Try recipes and learning rates on short runs, repeat the best, and print a table.
 
@@ -37,12 +65,25 @@ def find(
     Example: fastdistill find train.py:student teacher.pkl --n-epoch 5.
     """
     from ... import fastai  # noqa: F401 (it gives Learner distill_find)
+
     recipes = {text: load_recipe(text) for text in recipe or ()}
     try:
         found = load_named_learner(student, data).distill_find(
-            load_teacher(teacher), n_epoch, minutes, rates=rates or None, seeds=seeds, trials=trials, storage=storage,
-            name=name, recipes=recipes or None, live=live, fine_tune=fine_tune, check=check)
-    except KeyboardInterrupt: raise typer.Exit(130) from None
+            load_teacher(teacher),
+            n_epoch,
+            minutes,
+            rates=rates or None,
+            seeds=seeds,
+            trials=trials,
+            storage=storage,
+            name=name,
+            recipes=recipes or None,
+            live=live,
+            fine_tune=fine_tune,
+            check=check,
+        )
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
     if plot is not None:
         found.plot().savefig(plot)
         typer.echo(f'Plot: {plot}')
@@ -53,37 +94,72 @@ def find(
 def training_command(student, teacher, data, n_epoch, fine_tune, found):
     """A command for the shell that trains with what was found."""
     labels_alone = found.winner.name == found.labels
-    if of_run(student) and not (fine_tune or labels_alone or in_python(teacher)) and is_recipe_text(found.text):
-        return shlex.join(['fastdistill', 'train', '--config', str(Path(student).parent/'config.toml'), '--teacher',
-                           teacher, '--epochs', str(n_epoch), '--lr', f'{found.lr:.3g}', '--recipe', found.text])
-    folders,lines = [],['from fastdistill import *', 'from fastdistill.fastai import *']
+    if (
+        of_run(student)
+        and not (fine_tune or labels_alone or in_python(teacher))
+        and is_recipe_text(found.text)
+    ):
+        return shlex.join(
+            [
+                'fastdistill',
+                'train',
+                '--config',
+                str(Path(student).parent / 'config.toml'),
+                '--teacher',
+                teacher,
+                '--epochs',
+                str(n_epoch),
+                '--lr',
+                f'{found.lr:.3g}',
+                '--recipe',
+                found.text,
+            ]
+        )
+    folders, lines = [], ['from fastdistill import *', 'from fastdistill.fastai import *']
+
     def imported(name, as_name):
-        file,attr = in_file(name)
+        file, attr = in_file(name)
         folders.append(str(Path(file).parent))
         lines.append(f'from {Path(file).stem} import {attr} as {as_name}')
-        if load_object(name, inspect.isroutine): lines.append(f'{as_name} = {as_name}()')
-    if data is not None: imported(data, 'dls')
+        if load_object(name, inspect.isroutine):
+            lines.append(f'{as_name} = {as_name}()')
+
+    if data is not None:
+        imported(data, 'dls')
     if in_python(student):
         imported(student, 'student')
-        if data is not None: lines.append('student.dls = dls')
+        if data is not None:
+            lines.append('student.dls = dls')
     else:
-        lines += ['from fastdistill.cli.training.exported import learner_in_file',
-                  f"student = learner_in_file({student!r}{'' if data is None else ', dls'})"]
+        lines += [
+            'from fastdistill.cli.training.exported import learner_in_file',
+            f'student = learner_in_file({student!r}{"" if data is None else ", dls"})',
+        ]
     fit = 'fine_tune' if fine_tune else 'fit_one_cycle'
-    if labels_alone: lines.append(f'student.{fit}({n_epoch}, {found.lr:.3g})')
+    if labels_alone:
+        lines.append(f'student.{fit}({n_epoch}, {found.lr:.3g})')
     else:
-        if in_python(teacher): imported(teacher, 'teacher')
-        else: lines.append(f'teacher = {teacher!r}')
-        if in_python(found.text): imported(found.text, 'recipe')
+        if in_python(teacher):
+            imported(teacher, 'teacher')
+        else:
+            lines.append(f'teacher = {teacher!r}')
+        if in_python(found.text):
+            imported(found.text, 'recipe')
         recipe = 'recipe' if in_python(found.text) else found.text
         how = ', fine_tune=True' if fine_tune else ''
         lines.append(f'student.distill(teacher, {n_epoch}, {found.lr:.3g}, {recipe}{how})')
     lines.append("student.save('student')")
-    path = '' if {*folders} <= {'.'} else f'PYTHONPATH={shlex.quote(os.pathsep.join(dict.fromkeys(folders)))} '
+    path = (
+        ''
+        if {*folders} <= {'.'}
+        else f'PYTHONPATH={shlex.quote(os.pathsep.join(dict.fromkeys(folders)))} '
+    )
     return path + shlex.join(['python', '-c', '; '.join(lines)])
 
 
 def is_recipe_text(text):
-    try: load_recipe(text)
-    except DistillError: return False
+    try:
+        load_recipe(text)
+    except DistillError:
+        return False
     return not in_python(text)

@@ -1,32 +1,49 @@
 "`fastdistill methods`: the losses and recipes, and what is known of each."
+
 from typing import Annotated
+
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.markup import escape
 from rich.table import Table
+
 from ...base.errors import DistillError
 
 __all__ = ['methods_command']
 
-SECTIONS = 'Suggested values','When it helps' # of a card: its numbers are there
+SECTIONS = 'Suggested values', 'When it helps'  # of a card: its numbers are there
 
 
 def methods_command(
-    words:Annotated[list[str]|None, typer.Argument(help='Name of a method, or words to search; default: all.')]=None,
-    needs:Annotated[list[str]|None, typer.Option(help="Only methods that need this: logits, features, relations, "
-                                                      "classes, labels ...; may be given several times.")]=None
+    words: Annotated[
+        list[str] | None, typer.Argument(help='Name of a method, or words to search; default: all.')
+    ] = None,
+    needs: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Only methods that need this: logits, features, relations, '
+            'classes, labels ...; may be given several times.'
+        ),
+    ] = None,
 ):
     """List the losses and recipes, or show one with its parameters and the numbers of its card.
 
     Example: fastdistill methods kd.
     """
     from ...recipes.catalog import find_methods, method, methods
-    words,console = words or [],Console()
-    if len(words) == 1 and not needs and words[0] in {m.name for m in methods()}: show_method(method(words[0]), console)
-    elif found := find_methods(' '.join(words), needs or []): list_methods(found, console)
-    elif not needs: method(' '.join(words))      # its error says what there is
-    else: raise DistillError(f"No method needs {' and '.join(needs)} and has the words {' '.join(words)!r}.")
+
+    words, console = words or [], Console()
+    if len(words) == 1 and not needs and words[0] in {m.name for m in methods()}:
+        show_method(method(words[0]), console)
+    elif found := find_methods(' '.join(words), needs or []):
+        list_methods(found, console)
+    elif not needs:
+        method(' '.join(words))  # its error says what there is
+    else:
+        raise DistillError(
+            f'No method needs {" and ".join(needs)} and has the words {" ".join(words)!r}.'
+        )
 
 
 def plain_table():
@@ -40,7 +57,8 @@ def list_methods(found, console):
     for family in dict.fromkeys(m.family for m in found):
         table = plain_table()
         for m in found:
-            if m.family != family: continue
+            if m.family != family:
+                continue
             more = ' · '.join(filter(None, [m.form, ', '.join(m.needs), m.paper, m.page]))
             table.add_row(f'[bold]{m.name}[/]', f'{escape(m.line)}\n[dim]{escape(more)}[/]')
         console.print(f'\n[bold]{family}[/]', highlight=False)
@@ -51,18 +69,22 @@ def list_methods(found, console):
 def show_method(m, console):
     """All about one method."""
     from ...recipes.catalog import card_section
+
     console.print(f'[bold]{m.name}[/]  {escape(m.line)}\n', highlight=False)
     table = plain_table()
     facts = dict(use=m.use, compares=m.family, needs=', '.join(m.needs), paper=m.paper, page=m.page)
-    for k,v in facts.items():
-        if v: table.add_row(k, escape(v))
+    for k, v in facts.items():
+        if v:
+            table.add_row(k, escape(v))
     console.print(table, highlight=False)
-    for form,params in dict(recipe=m.recipe, loss=m.loss).items():
-        if params is None: continue
+    for form, params in dict(recipe=m.recipe, loss=m.loss).items():
+        if params is None:
+            continue
         console.print(f'\n[bold]Parameters of the {form}[/]', highlight=False)
         table = plain_table()
         table.add_column(no_wrap=True)
-        for p in params: table.add_row(p.name, escape(p.default), escape(p.says))
+        for p in params:
+            table.add_row(p.name, escape(p.default), escape(p.says))
         console.print(table, highlight=False)
     for heading in SECTIONS:
         if text := card_section(m.card, heading):

@@ -1,50 +1,87 @@
 "`fastdistill train`: from data to a distilled student and a report, in one command."
-import os, sys
+
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
+
 import typer
+
 from ..training.settings import settings_of
 
 __all__ = ['train_command']
 
-Text,Number,Flag = str|None,int|None,bool|None
+Text, Number, Flag = str | None, int | None, bool | None
 
 
-def option(text, *names): return typer.Option(*names, help=text, show_default=False)
+def option(text, *names):
+    return typer.Option(*names, help=text, show_default=False)
 
 
 def train_command(
-    data:Annotated[Text, option('Folder or CSV file.')]=None,
-    teacher:Annotated[Text, option('Architecture to train first, a file (Learner .pkl, trees .joblib ...), or a run.'
-                                   )]=None,
-    student:Annotated[Text, option('Architecture: resnet18, cnn-16-32-64, bag-64, 50-20 ...')]=None,
-    teacher_weights:Annotated[Text, option("A .safetensors file with the teacher's weights.")]=None,
-    task:Annotated[Text, option('images, masks, texts or table. (default: auto, read off the data)')]=None,
-    recipe:Annotated[Text, option("Such as 'kd(T=4, alpha=.9) + at()'. (default: auto)")]=None,
-    epochs:Annotated[Number, option('Epochs of each training. (default: 10)')]=None,
-    teacher_epochs:Annotated[Number, option("Epochs of the teacher. (default: as many)")]=None,
-    lr:Annotated[Text, option("Learning rate of the students. (default: auto, by lr_find)")]=None,
-    teacher_lr:Annotated[Text, option('Learning rate of the teacher. (default: auto)')]=None,
-    x:Annotated[Text, option('Column of the input; columns of a table, with commas.', '--x')]=None,
-    y:Annotated[Text, option('Column of the label.', '--y')]=None,
-    delimiter:Annotated[Text, option('Between the labels of a sample, if it has several.')]=None,
-    header:Annotated[Flag, option('Does the CSV begin with the names of its columns? (default: yes)')]=None,
-    valid:Annotated[Text, option('Validation set: a share, a column that marks it, or a CSV. (default: 0.2)')]=None,
-    ignore:Annotated[Text, option('Class of masks that does not count. (default: one called void)')]=None,
-    size:Annotated[Text, option('Of images: 224, or 72x96 (height, width). (default: auto)')]=None,
-    augment:Annotated[Text, option('Of images: flip, full (also turn, zoom, light) or none. (default: flip)')]=None,
-    batch_size:Annotated[Number, option('Samples of a step. (default: images and texts 64, masks 8, table 256)')]=None,
-    pretrained:Annotated[Flag, option('Begin with published weights, which are downloaded. (default: no)')]=None,
-    baseline:Annotated[Flag, option('Train the student without the teacher too. (default: yes)')]=None,
-    check:Annotated[Flag, option('Look for mistakes of the teacher first. (default: yes)')]=None,
-    onnx:Annotated[Flag, option('Write the student as ONNX too, if it can be exported. (default: yes)')]=None,
-    seed:Annotated[Number, option('Of all random numbers. (default: 0)')]=None,
-    device:Annotated[Text, option('cpu, cuda, cuda:1, mps ... (default: auto)')]=None,
-    workers:Annotated[Number, option('Processes that load data. (default: 0)')]=None,
-    log:Annotated[Text, option('tensorboard; history.csv is always written.')]=None,
-    out:Annotated[Text, option('Folder of the run. (default: a new one in runs/)')]=None,
-    config:Annotated[Text, option('Settings of another run: runs/NAME/config.toml.')]=None,
-    resume:Annotated[bool, option('Continue the run in the folder, to the same result.', '--resume')]=False
+    data: Annotated[Text, option('Folder or CSV file.')] = None,
+    teacher: Annotated[
+        Text,
+        option('Architecture to train first, a file (Learner .pkl, trees .joblib ...), or a run.'),
+    ] = None,
+    student: Annotated[
+        Text, option('Architecture: resnet18, cnn-16-32-64, bag-64, 50-20 ...')
+    ] = None,
+    teacher_weights: Annotated[
+        Text, option("A .safetensors file with the teacher's weights.")
+    ] = None,
+    task: Annotated[
+        Text, option('images, masks, texts or table. (default: auto, read off the data)')
+    ] = None,
+    recipe: Annotated[Text, option("Such as 'kd(T=4, alpha=.9) + at()'. (default: auto)")] = None,
+    epochs: Annotated[Number, option('Epochs of each training. (default: 10)')] = None,
+    teacher_epochs: Annotated[Number, option('Epochs of the teacher. (default: as many)')] = None,
+    lr: Annotated[
+        Text, option('Learning rate of the students. (default: auto, by lr_find)')
+    ] = None,
+    teacher_lr: Annotated[Text, option('Learning rate of the teacher. (default: auto)')] = None,
+    x: Annotated[
+        Text, option('Column of the input; columns of a table, with commas.', '--x')
+    ] = None,
+    y: Annotated[Text, option('Column of the label.', '--y')] = None,
+    delimiter: Annotated[Text, option('Between the labels of a sample, if it has several.')] = None,
+    header: Annotated[
+        Flag, option('Does the CSV begin with the names of its columns? (default: yes)')
+    ] = None,
+    valid: Annotated[
+        Text, option('Validation set: a share, a column that marks it, or a CSV. (default: 0.2)')
+    ] = None,
+    ignore: Annotated[
+        Text, option('Class of masks that does not count. (default: one called void)')
+    ] = None,
+    size: Annotated[
+        Text, option('Of images: 224, or 72x96 (height, width). (default: auto)')
+    ] = None,
+    augment: Annotated[
+        Text, option('Of images: flip, full (also turn, zoom, light) or none. (default: flip)')
+    ] = None,
+    batch_size: Annotated[
+        Number, option('Samples of a step. (default: images and texts 64, masks 8, table 256)')
+    ] = None,
+    pretrained: Annotated[
+        Flag, option('Begin with published weights, which are downloaded. (default: no)')
+    ] = None,
+    baseline: Annotated[
+        Flag, option('Train the student without the teacher too. (default: yes)')
+    ] = None,
+    check: Annotated[Flag, option('Look for mistakes of the teacher first. (default: yes)')] = None,
+    onnx: Annotated[
+        Flag, option('Write the student as ONNX too, if it can be exported. (default: yes)')
+    ] = None,
+    seed: Annotated[Number, option('Of all random numbers. (default: 0)')] = None,
+    device: Annotated[Text, option('cpu, cuda, cuda:1, mps ... (default: auto)')] = None,
+    workers: Annotated[Number, option('Processes that load data. (default: 0)')] = None,
+    log: Annotated[Text, option('tensorboard; history.csv is always written.')] = None,
+    out: Annotated[Text, option('Folder of the run. (default: a new one in runs/)')] = None,
+    config: Annotated[Text, option('Settings of another run: runs/NAME/config.toml.')] = None,
+    resume: Annotated[
+        bool, option('Continue the run in the folder, to the same result.', '--resume')
+    ] = False,
 ):
     """Train a student with a teacher, from files on disk, and say what was gained.
 
@@ -69,18 +106,25 @@ def train_command(
     student.pkl (for fastai's load_learner), student/ (weights as safetensors, a card, ONNX if
     possible) and teacher.safetensors.
     """
-    given = {k: v for k,v in locals().items() if v is not None and k not in ('out', 'config', 'resume')}
+    given = {
+        k: v for k, v in locals().items() if v is not None and k not in ('out', 'config', 'resume')
+    }
     # mistakes are shown before PyTorch is imported; of several processes, the first one shows them later
-    if os.environ.get('WORLD_SIZE', '1') == '1': settings_of(given, config, out, resume)
+    if os.environ.get('WORLD_SIZE', '1') == '1':
+        settings_of(given, config, out, resume)
     from ...base.distributed import joined_processes
     from ..training import opened_run
+
     with joined_processes() as first:
         run = opened_run(given, config, out, resume, say=typer.echo, bar=sys.stdout.isatty())
-        try: report = run()
+        try:
+            report = run()
         except KeyboardInterrupt:
             again = f'fastdistill train --resume --out {run.folder}'
-            if first: typer.echo(f'\nInterrupted. Finished epochs are kept: {again}')
+            if first:
+                typer.echo(f'\nInterrupted. Finished epochs are kept: {again}')
             raise typer.Exit(130) from None
-    if not first: return
+    if not first:
+        return
     report.show()
-    typer.echo(f'Written: {Path(run.folder)/"report.html"}, and the student beside it')
+    typer.echo(f'Written: {Path(run.folder) / "report.html"}, and the student beside it')

@@ -1,15 +1,19 @@
 "`fastdistill demo`: a big model teaches a small one on real data, and the gain is measured."
-import time, warnings
+
+import time
+import warnings
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
+
 import torch
+from fastai.basics import Callback, Learner, noop, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from fastai.basics import Callback, Learner, noop, set_seed
-from ...fastai import soft_labels
+
 from ...base.outputs import DistillError, DistillWarning
+from ...fastai import soft_labels
 from .picture import draw_results
 from .results import ALONE, Results, Trained, closing, opening, results_table
 from .tasks import DemoTask, ToFloat, load_task
@@ -22,18 +26,22 @@ WAYS = {ALONE: None, 'distilled': 'auto', 'soft labels only': soft_labels(T=4)}
 
 class Ticks(Callback):
     """Call `tick` after each training batch."""
-    def __init__(self, tick): self.tick = tick
+
+    def __init__(self, tick):
+        self.tick = tick
+
     def after_batch(self):
-        if self.training: self.tick()
+        if self.training:
+            self.tick()
 
 
 def run(
     data='digits',
     root=None,
-    seeds:int=5,
+    seeds: int = 5,
     out='out',
-    quick:bool=False,
-    console:Console|None=None
+    quick: bool = False,
+    console: Console | None = None,
 ) -> Results:
     """Train a teacher, then small students without it and with it; print a table, save a picture
     and the numbers.
@@ -45,36 +53,48 @@ def run(
         out: Folder for the picture and the numbers.
         quick: A few steps and one seed, to check that it runs.
     """
-    if seeds < 1: raise DistillError(f"seeds={seeds}: at least 1 student of each kind is needed, 2 for a spread")
-    console,start,out = console or Console(),time.perf_counter(),Path(out)
+    if seeds < 1:
+        raise DistillError(
+            f'seeds={seeds}: at least 1 student of each kind is needed, 2 for a spread'
+        )
+    console, start, out = console or Console(), time.perf_counter(), Path(out)
     task = load_task(data, root)
-    if quick: task,seeds = task.quick(),1
+    if quick:
+        task, seeds = task.quick(), 1
     console.print(opening(task, seeds))
     with threads(task.threads), progress(console) as bar:
-        teacher,students = train_all(task, seeds, bar)
-        ms = latency(task, .05 if quick else 1., teacher=teacher.model, student=students[ALONE][0].model)
-    r = Results.of(task, teacher, students, ms, time.perf_counter()-start)
+        teacher, students = train_all(task, seeds, bar)
+        ms = latency(
+            task, 0.05 if quick else 1.0, teacher=teacher.model, student=students[ALONE][0].model
+        )
+    r = Results.of(task, teacher, students, ms, time.perf_counter() - start)
     out.mkdir(parents=True, exist_ok=True)
-    draw_results(r, task, teacher, students, out/f'demo-{data}.png')
-    r.save(out/f'demo-{data}.json')
-    console.print(results_table(r), closing(r, out/f'demo-{data}.png', out/f'demo-{data}.json'), sep='\n')
+    draw_results(r, task, teacher, students, out / f'demo-{data}.png')
+    r.save(out / f'demo-{data}.json')
+    console.print(
+        results_table(r), closing(r, out / f'demo-{data}.png', out / f'demo-{data}.json'), sep='\n'
+    )
     return r
 
 
 def train_all(task, seeds, bar):
     """The teacher, and the students of each way."""
     row = lambda name, total: partial(bar.advance, bar.add_task(name, total=total))
-    of_teacher,of_student = zip(task.epochs, task.lr, task.augment)
+    of_teacher, of_student = zip(task.epochs, task.lr, task.augment)
     teacher = train(task, task.teacher, *of_teacher, 0, row('teacher', task.steps[0]))
-    ticks = {way: row(way, seeds*task.steps[1]) for way in WAYS}
+    ticks = {way: row(way, seeds * task.steps[1]) for way in WAYS}
     students = {way: [] for way in WAYS}
     for seed in range(seeds):
-        for way,recipe in WAYS.items():
-            students[way].append(train(task, task.student, *of_student, seed, ticks[way], teacher.learn, recipe))
-    return teacher,students
+        for way, recipe in WAYS.items():
+            students[way].append(
+                train(task, task.student, *of_student, seed, ticks[way], teacher.learn, recipe)
+            )
+    return teacher, students
 
 
-def train(task:DemoTask, model, n_epoch, lr, augment, seed, tick, teacher=None, recipe=None) -> Trained:
+def train(
+    task: DemoTask, model, n_epoch, lr, augment, seed, tick, teacher=None, recipe=None
+) -> Trained:
     """Train a new model, alone or with a teacher; one seed gives the same start and the same
     batches in every way.
     """
@@ -83,17 +103,16 @@ def train(task:DemoTask, model, n_epoch, lr, augment, seed, tick, teacher=None, 
     with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
         # a rise of the task loss shows in the table, as the score of a student
         warnings.simplefilter('ignore', DistillWarning)
-        cb = learn.distill(teacher, n_epoch, lr, recipe, check=False) if recipe else learn.fit_one_cycle(n_epoch, lr)
-        out,y = learn.get_preds(act=noop)
+        cb = (
+            learn.distill(teacher, n_epoch, lr, recipe, check=False)
+            if recipe
+            else learn.fit_one_cycle(n_epoch, lr)
+        )
+        out, y = learn.get_preds(act=noop)
     return Trained(learn, out, task.score(out, y), str(cb.recipe) if recipe == 'auto' else '')
 
 
-def latency(
-    task:DemoTask,
-    seconds,
-    batches=(1, 64),
-    **models
-):
+def latency(task: DemoTask, seconds, batches=(1, 64), **models):
     """Median milliseconds of one forward pass, for each model and batch size, on one device in one
     process.
 
@@ -101,23 +120,27 @@ def latency(
         seconds: For each measurement.
         batches: Their sizes.
     """
-    x, = ToFloat().encodes((task.test[0],))
-    def ms(m, n): return time_of(m.eval(), x[:n].to(next(m.parameters()).device), seconds)
-    return {name: {n: ms(m, n) for n in batches} for name,m in models.items()}
+    (x,) = ToFloat().encodes((task.test[0],))
+
+    def ms(m, n):
+        return time_of(m.eval(), x[:n].to(next(m.parameters()).device), seconds)
+
+    return {name: {n: ms(m, n) for n in batches} for name, m in models.items()}
 
 
 @torch.inference_mode()
 def time_of(model, x, seconds):
     wait = torch.cuda.synchronize if x.is_cuda else noop
-    for _ in range(5): model(x)         # warm-up
-    ts,end = [],time.perf_counter()+seconds
+    for _ in range(5):
+        model(x)  # warm-up
+    ts, end = [], time.perf_counter() + seconds
     while len(ts) < 10 or time.perf_counter() < end and len(ts) < 1000:
         wait()
         t = time.perf_counter()
         model(x)
         wait()
-        ts.append(time.perf_counter()-t)
-    return 1000*median(ts)
+        ts.append(time.perf_counter() - t)
+    return 1000 * median(ts)
 
 
 @contextmanager
@@ -125,10 +148,18 @@ def threads(n):
     """At most `n` threads inside: on two cores, small models are faster with one."""
     before = torch.get_num_threads()
     torch.set_num_threads(n or before)
-    try: yield
-    finally: torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def progress(console):
-    return Progress(TextColumn('{task.description:16}'), BarColumn(), MofNCompleteColumn(), TextColumn('steps'),
-                    TimeElapsedColumn(), console=console)
+    return Progress(
+        TextColumn('{task.description:16}'),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn('steps'),
+        TimeElapsedColumn(),
+        console=console,
+    )

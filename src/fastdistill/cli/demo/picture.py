@@ -1,52 +1,68 @@
 """The demo's picture: the score of each student, and test pictures on which distillation helps
 most.
 """
+
 import torch
 import torch.nn.functional as F
+
 from ...evaluation.plot_style import COLORS, LIGHT
 from .results import ALONE
 from .tasks import to_rgb
 
 __all__ = ['draw_results']
 
-INK,GREY,PALE = LIGHT.ink,LIGHT.grey,LIGHT.pale
-T = 4. # temperature of the teacher's probabilities in the picture
+INK, GREY, PALE = LIGHT.ink, LIGHT.grey, LIGHT.pale
+T = 4.0  # temperature of the teacher's probabilities in the picture
 
 
 def draw_results(r, task, teacher, students, path):
     """Save the picture of the results `r`."""
     import matplotlib
     from matplotlib.figure import Figure
+
     with matplotlib.rc_context(LIGHT.rc):
         fig = Figure(figsize=(11, 5), dpi=150, layout='constrained', facecolor='white')
-        left,right = fig.subfigures(1, 2, width_ratios=(1.1, 1), wspace=.04)
+        left, right = fig.subfigures(1, 2, width_ratios=(1.1, 1), wspace=0.04)
         draw_scores(left, r)
         (draw_scenes if task.axis == 1 else draw_items)(right, task, teacher, students)
         fig.savefig(path)
 
 
-def title(fig, text): fig.suptitle(text, x=.03, ha='left', fontsize=12, fontweight='bold')
+def title(fig, text):
+    fig.suptitle(text, x=0.03, ha='left', fontsize=12, fontweight='bold')
 
 
 def draw_scores(fig, r):
     """A dot for each student, a line through the dots of one seed, a bar at each mean, and the
     teacher's score.
     """
-    title(fig, f"{r.data}\n{r.params['student']:,} parameters learn from {r.params['teacher']:,}")
-    ax,ways = fig.subplots(),list(r.scores)
-    for seed in zip(*r.scores.values()): ax.plot(range(len(ways)), [100*o for o in seed], color=PALE, lw=1, zorder=1)
-    for i,(way,color) in enumerate(zip(ways, COLORS)):
-        xs = [100*o for o in r.scores[way]]
-        m = sum(xs)/len(xs)
-        ax.scatter([i]*len(xs), xs, s=36, color=color, edgecolor='white', lw=.8, zorder=3)
-        ax.hlines(m, i-.2, i+.2, color=color, lw=3, zorder=2)
-        ax.annotate(f'{m:.1f}', (i+.23, m), color=color, va='center', fontsize=14, fontweight='bold')
-    t = 100*r.teacher
+    title(fig, f'{r.data}\n{r.params["student"]:,} parameters learn from {r.params["teacher"]:,}')
+    ax, ways = fig.subplots(), list(r.scores)
+    for seed in zip(*r.scores.values()):
+        ax.plot(range(len(ways)), [100 * o for o in seed], color=PALE, lw=1, zorder=1)
+    for i, (way, color) in enumerate(zip(ways, COLORS)):
+        xs = [100 * o for o in r.scores[way]]
+        m = sum(xs) / len(xs)
+        ax.scatter([i] * len(xs), xs, s=36, color=color, edgecolor='white', lw=0.8, zorder=3)
+        ax.hlines(m, i - 0.2, i + 0.2, color=color, lw=3, zorder=2)
+        ax.annotate(
+            f'{m:.1f}', (i + 0.23, m), color=color, va='center', fontsize=14, fontweight='bold'
+        )
+    t = 100 * r.teacher
     ax.axhline(t, color=INK, lw=1.2, ls=(0, (4, 3)), zorder=0)
-    ax.annotate(f'teacher {t:.1f}', (-.42, t), xytext=(0, -5), textcoords='offset points', va='top', fontweight='bold')
+    ax.annotate(
+        f'teacher {t:.1f}',
+        (-0.42, t),
+        xytext=(0, -5),
+        textcoords='offset points',
+        va='top',
+        fontweight='bold',
+    )
     ax.set_xticks(range(len(ways)), ways, fontsize=11)
-    ax.set(xlim=(-.5, len(ways)-.3), ylabel=f'{r.unit} on the test set, %')
-    ax.set_title('a dot is one student; students of one seed are joined; the bar is the mean', loc='left')
+    ax.set(xlim=(-0.5, len(ways) - 0.3), ylabel=f'{r.unit} on the test set, %')
+    ax.set_title(
+        'a dot is one student; students of one seed are joined; the bar is the mean', loc='left'
+    )
     ax.spines[['top', 'right']].set_visible(False)
     ax.tick_params(length=0)
 
@@ -56,10 +72,12 @@ def draw_items(fig, task, teacher, students, n=4):
     teacher's soft labels.
     """
     title(fig, 'Where teaching helps most\n')
-    y,x = task.test[1],task.test[0]
-    right = {way: torch.stack([s.out.argmax(1) == y for s in ss]).sum(0) for way,ss in students.items()}
-    gain = sum(v for k,v in right.items() if k != ALONE) - (len(right)-1)*right[ALONE]
-    soft = F.softmax(teacher.out/T, 1)
+    y, x = task.test[1], task.test[0]
+    right = {
+        way: torch.stack([s.out.argmax(1) == y for s in ss]).sum(0) for way, ss in students.items()
+    }
+    gain = sum(v for k, v in right.items() if k != ALONE) - (len(right) - 1) * right[ALONE]
+    soft = F.softmax(teacher.out / T, 1)
     # if gains are equal, the pictures for which the teacher's second class is most probable come first
     order = (gain + soft.topk(2).values[:, 1]).where(teacher.out.argmax(1) == y, -torch.inf)
     # one of each class
@@ -67,22 +85,41 @@ def draw_items(fig, task, teacher, students, n=4):
     best = best[order[best].topk(min(n, len(best))).indices]
     axs = fig.subplots(n, 3, width_ratios=(1, 1.9, 1.5))
     heads = '', f'right, of {len(students[ALONE])} students', f'teacher, T={T:g}'
-    for ax,head in zip(axs[0], heads): ax.set_title(head, loc='left')
-    for (im,text,bars),i in zip(axs, best.tolist()):
+    for ax, head in zip(axs[0], heads):
+        ax.set_title(head, loc='left')
+    for (im, text, bars), i in zip(axs, best.tolist()):
         im.imshow(to_rgb(x[i]), interpolation='nearest', cmap='gray_r')
-        for k,((way,v),color) in enumerate(zip(right.items(), COLORS)):
-            wrong = f' (predicts {predicted_class(students[ALONE], i, task)})' if way == ALONE else ''
-            text.text(0, .78-.28*k, f'{v[i]}', color=color, va='center', fontsize=12, fontweight='bold')
-            text.text(.1, .78-.28*k, way + wrong, color=color, va='center')
+        for k, ((way, v), color) in enumerate(zip(right.items(), COLORS)):
+            wrong = (
+                f' (predicts {predicted_class(students[ALONE], i, task)})' if way == ALONE else ''
+            )
+            text.text(
+                0,
+                0.78 - 0.28 * k,
+                f'{v[i]}',
+                color=color,
+                va='center',
+                fontsize=12,
+                fontweight='bold',
+            )
+            text.text(0.1, 0.78 - 0.28 * k, way + wrong, color=color, va='center')
         top = soft[i].topk(3)
-        bars.barh(range(3), top.values.tolist(), color=[INK, GREY, GREY], height=.62)
-        for k,v in enumerate(top.values.tolist()):
-            bars.annotate(f'{100*v:.0f}%', (v, k), xytext=(4, 0), textcoords='offset points', va='center', color=GREY,
-                          fontsize=9)
+        bars.barh(range(3), top.values.tolist(), color=[INK, GREY, GREY], height=0.62)
+        for k, v in enumerate(top.values.tolist()):
+            bars.annotate(
+                f'{100 * v:.0f}%',
+                (v, k),
+                xytext=(4, 0),
+                textcoords='offset points',
+                va='center',
+                color=GREY,
+                fontsize=9,
+            )
         bars.set_yticks(range(3), [task.classes[c] for c in top.indices])
         bars.set(xlim=(0, 1.25), xticks=[])
         bars.invert_yaxis()
-        for ax in (im, text): ax.axis('off')
+        for ax in (im, text):
+            ax.axis('off')
         bars.spines[:].set_visible(False)
         bars.tick_params(length=0)
 
@@ -97,17 +134,22 @@ def draw_scenes(fig, task, teacher, students):
     pixel.
     """
     title(fig, 'Where teaching helps most\n')
-    x,y = task.test
+    x, y = task.test
     right = lambda out: ((out.argmax(1) == y) & (y != task.ignore_index)).double().mean((1, 2))
-    share = {way: right(ss[0].out) for way,ss in students.items()}
-    i = (sum(v for k,v in share.items() if k != ALONE) - (len(share)-1)*share[ALONE]).argmax().item()
+    share = {way: right(ss[0].out) for way, ss in students.items()}
+    i = (
+        (sum(v for k, v in share.items() if k != ALONE) - (len(share) - 1) * share[ALONE])
+        .argmax()
+        .item()
+    )
     maps = {'labels': y[i], 'teacher': teacher.out[i].argmax(0)}
-    maps |= {way: ss[0].out[i].argmax(0) for way,ss in students.items()}
+    maps |= {way: ss[0].out[i].argmax(0) for way, ss in students.items()}
     axs = fig.subplots(3, 2).flat
     axs[0].imshow(to_rgb(x[i]))
     axs[0].set_title('picture', loc='left')
-    for ax,(name,m) in zip(axs[1:], maps.items()):
+    for ax, (name, m) in zip(axs[1:], maps.items()):
         m = m.masked_fill(y[i] == task.ignore_index, 19)
         ax.imshow(m.numpy(), cmap='tab20', vmin=0, vmax=19, interpolation='nearest')
         ax.set_title(name, loc='left')
-    for ax in axs: ax.axis('off')
+    for ax in axs:
+        ax.axis('off')

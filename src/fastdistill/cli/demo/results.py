@@ -1,13 +1,17 @@
 "The measurements of the demo, as text and numbers."
-import json, os, platform
+
+import json
+import os
+import platform
 from dataclasses import asdict, dataclass
 from statistics import mean, stdev
+
+import fastai
 import torch
-from torch import Tensor
+from fastai.basics import Learner, default_device
 from rich import box
 from rich.table import Table
-import fastai
-from fastai.basics import Learner, default_device
+from torch import Tensor
 
 __all__ = ['ALONE', 'Results', 'Trained', 'closing', 'opening', 'results_table']
 
@@ -23,13 +27,15 @@ class Trained:
         score: On the test set, after the last epoch.
         recipe: What `auto` chose.
     """
-    learn:Learner
-    out:Tensor
-    score:float
-    recipe:str=''
+
+    learn: Learner
+    out: Tensor
+    score: float
+    recipe: str = ''
 
     @property
-    def model(self): return self.learn.model
+    def model(self):
+        return self.learn.model
 
 
 @dataclass
@@ -47,28 +53,42 @@ class Results:
         seconds: For the whole demo.
         recipes: Way -> the recipe that `auto` chose.
     """
-    data:str
-    unit:str
-    n:tuple
-    steps:tuple
-    teacher:float
-    scores:dict
-    params:dict
-    ms:dict
-    seconds:float
-    machine:dict
-    recipes:dict
+
+    data: str
+    unit: str
+    n: tuple
+    steps: tuple
+    teacher: float
+    scores: dict
+    params: dict
+    ms: dict
+    seconds: float
+    machine: dict
+    recipes: dict
 
     @classmethod
     def of(cls, task, teacher, students, ms, seconds):
-        scores = {way: [s.score for s in ss] for way,ss in students.items()}
+        scores = {way: [s.score for s in ss] for way, ss in students.items()}
         params = {'teacher': n_params(teacher.model), 'student': n_params(students[ALONE][0].model)}
-        n = len(task.train[0]),len(task.test[0])
-        recipes = {way: ss[0].recipe for way,ss in students.items() if ss[0].recipe}
-        return cls(task.title, task.unit, n, task.steps, teacher.score, scores, params, ms, seconds, machine(), recipes)
+        n = len(task.train[0]), len(task.test[0])
+        recipes = {way: ss[0].recipe for way, ss in students.items() if ss[0].recipe}
+        return cls(
+            task.title,
+            task.unit,
+            n,
+            task.steps,
+            teacher.score,
+            scores,
+            params,
+            ms,
+            seconds,
+            machine(),
+            recipes,
+        )
 
     @property
-    def seeds(self): return len(self.scores[ALONE])
+    def seeds(self):
+        return len(self.scores[ALONE])
 
     def gain(self, way):
         """The mean score minus that of the student alone."""
@@ -79,60 +99,82 @@ class Results:
         lead.
         """
         lead = self.teacher - mean(self.scores[ALONE])
-        return self.gain(way)/lead if lead > 0 else None
+        return self.gain(way) / lead if lead > 0 else None
 
     def better(self, way):
         """The number of seeds in which it is better than the student alone."""
-        return sum(a > b for a,b in zip(self.scores[way], self.scores[ALONE]))
+        return sum(a > b for a, b in zip(self.scores[way], self.scores[ALONE]))
 
     def save(self, path):
-        taught = {way: dict(gain=self.gain(way), recovered=self.recovered(way), better=self.better(way))
-                  for way in self.scores if way != ALONE}
+        taught = {
+            way: dict(gain=self.gain(way), recovered=self.recovered(way), better=self.better(way))
+            for way in self.scores
+            if way != ALONE
+        }
         path.write_text(json.dumps(asdict(self) | dict(taught=taught), indent=1) + '\n')
 
 
-def n_params(model): return sum(p.numel() for p in model.parameters())
+def n_params(model):
+    return sum(p.numel() for p in model.parameters())
 
 
 def machine():
     """The machine and the versions that the numbers come from."""
-    return dict(device=str(default_device()), cpu=platform.processor() or platform.machine(), cores=os.cpu_count(),
-                python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__)
+    return dict(
+        device=str(default_device()),
+        cpu=platform.processor() or platform.machine(),
+        cores=os.cpu_count(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        fastai=fastai.__version__,
+    )
 
 
 def opening(task, seeds):
-    return (f"[bold]{task.title}[/]: {len(task.train[0]):,} for training, {len(task.test[0]):,} for the test\n\n"
-            f"A teacher of {n_params(task.teacher()):,} parameters is trained, then students of "
-            f"{n_params(task.student()):,}: alone, distilled by the default recipe, and from the teacher's soft labels "
-            "only. All have the same starts, batches and learning rate. "
-            f"Students of each kind: {seeds}; steps: {task.steps[1]:,}.\n")
+    return (
+        f'[bold]{task.title}[/]: {len(task.train[0]):,} for training, {len(task.test[0]):,} for the test\n\n'
+        f'A teacher of {n_params(task.teacher()):,} parameters is trained, then students of '
+        f"{n_params(task.student()):,}: alone, distilled by the default recipe, and from the teacher's soft labels "
+        'only. All have the same starts, batches and learning rate. '
+        f'Students of each kind: {seeds}; steps: {task.steps[1]:,}.\n'
+    )
 
 
-def percent(xs): return f'{100*mean(xs):.1f}' + (f' ± {100*stdev(xs):.1f}' if len(xs) > 1 else '')
+def percent(xs):
+    return f'{100 * mean(xs):.1f}' + (f' ± {100 * stdev(xs):.1f}' if len(xs) > 1 else '')
 
 
-def results_table(r:Results):
+def results_table(r: Results):
     """A row for each model."""
     t = Table('', box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     t.columns[0].no_wrap = True
-    columns = f'{r.unit}\n%', 'beats\nalone', 'lead re-\ncovered', 'params', *(f'ms\nfor {n}' for n in r.ms['student'])
-    for c in columns: t.add_column(c, justify='right', no_wrap=True)
-    ms = {who: [f'{v:.2f}' for v in o.values()] for who,o in r.ms.items()}
-    t.add_row('teacher', percent([r.teacher]), '', '', f"{r.params['teacher']:,}", *ms['teacher'])
-    for way,xs in r.scores.items():
+    columns = (
+        f'{r.unit}\n%',
+        'beats\nalone',
+        'lead re-\ncovered',
+        'params',
+        *(f'ms\nfor {n}' for n in r.ms['student']),
+    )
+    for c in columns:
+        t.add_column(c, justify='right', no_wrap=True)
+    ms = {who: [f'{v:.2f}' for v in o.values()] for who, o in r.ms.items()}
+    t.add_row('teacher', percent([r.teacher]), '', '', f'{r.params["teacher"]:,}', *ms['teacher'])
+    for way, xs in r.scores.items():
         share = r.recovered(way)
-        gained = '-' if share is None else f'{100*share:.0f}%'
+        gained = '-' if share is None else f'{100 * share:.0f}%'
         taught = ('', '') if way == ALONE else (f'{r.better(way)} of {r.seeds}', gained)
-        t.add_row(way, percent(xs), *taught, f"{r.params['student']:,}", *ms['student'])
+        t.add_row(way, percent(xs), *taught, f'{r.params["student"]:,}', *ms['student'])
     return t
 
 
-def closing(r:Results, picture, numbers):
+def closing(r: Results, picture, numbers):
     """The gains, the files, and what to do next."""
     over = f'mean ± standard deviation over {r.seeds} seeds' if r.seeds > 1 else 'one seed'
-    chosen = '\n'.join(f'{way}: {recipe}' for way,recipe in r.recipes.items())
-    gains = ', '.join(f'{way} {100*r.gain(way):+.1f}' for way in r.scores if way != ALONE)
-    return (f"{chosen}\n\nTest set after the last epoch; students: {over}.\nPoints more than alone: {gains}.\n"
-            f"{r.seconds:.0f} s on {r.machine['cores']} cores. Picture: {picture}\nNumbers: {numbers}\n\n"
-            "[bold]Next, with your own data[/]: two Learners with the same classes, one trained, and\n"
-            "    from fastdistill.fastai import *; student.distill(teacher, 5, 1e-3)")
+    chosen = '\n'.join(f'{way}: {recipe}' for way, recipe in r.recipes.items())
+    gains = ', '.join(f'{way} {100 * r.gain(way):+.1f}' for way in r.scores if way != ALONE)
+    return (
+        f'{chosen}\n\nTest set after the last epoch; students: {over}.\nPoints more than alone: {gains}.\n'
+        f'{r.seconds:.0f} s on {r.machine["cores"]} cores. Picture: {picture}\nNumbers: {numbers}\n\n'
+        '[bold]Next, with your own data[/]: two Learners with the same classes, one trained, and\n'
+        '    from fastdistill.fastai import *; student.distill(teacher, 5, 1e-3)'
+    )

@@ -1,15 +1,18 @@
 "The tasks of the demo: data, a big model, a small model, and the length of their training."
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.data import TensorDataset
-from PIL import Image
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, ItemTransform
 from fastai.layers import ConvLayer, ResBlock
 from fastai.vision.models.unet import DynamicUnet
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
 from ...base.outputs import DistillError
 
 __all__ = ['TASKS', 'DemoTask', 'ToFloat', 'load_task', 'to_rgb']
@@ -35,60 +38,69 @@ class DemoTask:
             y).
         threads: At most; None: as many as PyTorch takes.
     """
-    title:str
-    classes:list
-    train:tuple
-    test:tuple
-    teacher:Callable
-    student:Callable
-    epochs:tuple
-    lr:tuple
-    bs:int
-    score:Callable
-    unit:str='accuracy'
-    axis:int=-1
-    ignore_index:int=-100
-    augment:tuple=(None, None)
-    threads:int|None=None
+
+    title: str
+    classes: list
+    train: tuple
+    test: tuple
+    teacher: Callable
+    student: Callable
+    epochs: tuple
+    lr: tuple
+    bs: int
+    score: Callable
+    unit: str = 'accuracy'
+    axis: int = -1
+    ignore_index: int = -100
+    augment: tuple = (None, None)
+    threads: int | None = None
 
     def dls(self, augment=None):
         """Its DataLoaders, all in memory."""
         tfms = [ToFloat(), *([Augment(augment)] if augment else [])]
-        train,test = TensorDataset(*self.train),TensorDataset(*self.test)
-        train.split_idx,test.split_idx = 0,1    # fastai's transforms read it
+        train, test = TensorDataset(*self.train), TensorDataset(*self.test)
+        train.split_idx, test.split_idx = 0, 1  # fastai's transforms read it
         return DataLoaders.from_dsets(train, test, bs=self.bs, num_workers=0, after_batch=tfms)
 
-    def loss(self): return CrossEntropyLossFlat(axis=self.axis, ignore_index=self.ignore_index)
+    def loss(self):
+        return CrossEntropyLossFlat(axis=self.axis, ignore_index=self.ignore_index)
 
     @property
     def steps(self):
         """Of the teacher and of a student."""
-        return tuple(e*(len(self.train[0])//self.bs) for e in self.epochs)
+        return tuple(e * (len(self.train[0]) // self.bs) for e in self.epochs)
 
     def quick(self):
         """A run so short that it only shows that everything works."""
-        cut = lambda xy, n: tuple(o[torch.linspace(0, len(o)-1, min(n, len(o))).long()] for o in xy)
-        return replace(self, train=cut(self.train, 20*self.bs), test=cut(self.test, 600), epochs=(3, 3))
+        cut = lambda xy, n: tuple(
+            o[torch.linspace(0, len(o) - 1, min(n, len(o))).long()] for o in xy
+        )
+        return replace(
+            self, train=cut(self.train, 20 * self.bs), test=cut(self.test, 600), epochs=(3, 3)
+        )
 
 
 class ToFloat(ItemTransform):
     """Bytes become numbers around 0; other batches stay as they are."""
-    def encodes(self, b): return (b[0].float()/64 - 2 if b[0].dtype == torch.uint8 else b[0], *b[1:])
+
+    def encodes(self, b):
+        return (b[0].float() / 64 - 2 if b[0].dtype == torch.uint8 else b[0], *b[1:])
 
 
 class Augment(ItemTransform):
     """A function that changes training batches."""
-    split_idx,order = 0,1
+
+    split_idx, order = 0, 1
+
     def __init__(self, fn):
         super().__init__()
         self.fn = fn
-    def encodes(self, b): return self.fn(*b)
+
+    def encodes(self, b):
+        return self.fn(*b)
 
 
-def accuracy(
-    out:Tensor,
-    y:Tensor
-):
+def accuracy(out: Tensor, y: Tensor):
     """Share of the predictions that are right.
 
     Args:
@@ -98,10 +110,7 @@ def accuracy(
     return (out.argmax(1) == y).double().mean().item()
 
 
-def mean_iou(
-    out:Tensor,
-    y:Tensor
-):
+def mean_iou(out: Tensor, y: Tensor):
     """Intersection over union of all pixels, mean over the classes that occur.
 
     Args:
@@ -110,47 +119,52 @@ def mean_iou(
     """
     c = out.shape[1]
     known = y < c
-    both = torch.bincount(y[known]*c + out.argmax(1)[known], minlength=c*c).view(c, c).double()
-    hit,true = both.diag(),both.sum(1)
-    return (hit/(true + both.sum(0) - hit))[true > 0].mean().item()
+    both = torch.bincount(y[known] * c + out.argmax(1)[known], minlength=c * c).view(c, c).double()
+    hit, true = both.diag(), both.sum(1)
+    return (hit / (true + both.sum(0) - hit))[true > 0].mean().item()
 
 
-def load_task(
-    name:str,
-    root=None
-) -> DemoTask:
+def load_task(name: str, root=None) -> DemoTask:
     """The task `name` with its data read from `root`.
 
     Args:
         name: Of a task.
         root: Folder of the data; digits need none.
     """
-    if name not in TASKS: raise DistillError(f"No data set {name!r}. It must be one of {', '.join(TASKS)}.")
-    if name == 'digits': return digits()
+    if name not in TASKS:
+        raise DistillError(f'No data set {name!r}. It must be one of {", ".join(TASKS)}.')
+    if name == 'digits':
+        return digits()
     if root is None:
-        raise DistillError(f"Data set {name!r} needs its folder: --root PATH, where PATH holds {LAYOUTS[name]}.")
+        raise DistillError(
+            f'Data set {name!r} needs its folder: --root PATH, where PATH holds {LAYOUTS[name]}.'
+        )
     return TASKS[name](Path(root))
 
 
 LAYOUTS = dict(
     cifar10='train/ and test/, in each a folder of pictures for each class, or for each class one picture with '
-            'all of them as tiles of 32 x 32',
+    'all of them as tiles of 32 x 32',
     camvid='codes.txt (names of the classes, Void last), train/ and test/, in each images/ and masks/ with files '
-           'of the same names',
+    'of the same names',
 )
 
 
 def existing_folder(*parts):
     """The path of a folder; an error if there is none."""
     if not (p := Path(*parts)).is_dir():
-        raise DistillError(f"No folder {p}. A root holds: {'; '.join(f'{k}: {v}' for k,v in LAYOUTS.items())}.")
+        raise DistillError(
+            f'No folder {p}. A root holds: {"; ".join(f"{k}: {v}" for k, v in LAYOUTS.items())}.'
+        )
     return p
 
 
 def rgb(file, size=None):
     """A picture as bytes (3, H, W), resized to `size` (width, height)."""
     im = Image.open(file).convert('RGB')
-    return torch.from_numpy(np.array(im.resize(size, Image.Resampling.BILINEAR) if size else im)).permute(2, 0, 1)
+    return torch.from_numpy(
+        np.array(im.resize(size, Image.Resampling.BILINEAR) if size else im)
+    ).permute(2, 0, 1)
 
 
 def to_rgb(x):
@@ -158,78 +172,139 @@ def to_rgb(x):
     return (x[0] if len(x) == 1 else x.permute(1, 2, 0)).numpy()
 
 
-def head(n, c, p=0.): return nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(p), nn.Linear(n, c)
+def head(n, c, p=0.0):
+    return nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(p), nn.Linear(n, c)
+
 
 def digits():
     from sklearn.datasets import load_digits
+
     d = load_digits()
-    x,y = torch.tensor(d.images, dtype=torch.float32)[:,None]/16,torch.tensor(d.target)
+    x, y = torch.tensor(d.images, dtype=torch.float32)[:, None] / 16, torch.tensor(d.target)
     # the file is sorted by writer, so the writers of the test set are not in the training set
-    return DemoTask("scikit-learn's handwritten digits", [str(i) for i in range(10)], (x[:1200], y[:1200]),
-                    (x[1200:], y[1200:]), big_digits, small_digits, epochs=(30, 30), lr=(1e-2, .3), bs=60,
-                    score=accuracy, augment=(shift, None), threads=1)
+    return DemoTask(
+        "scikit-learn's handwritten digits",
+        [str(i) for i in range(10)],
+        (x[:1200], y[:1200]),
+        (x[1200:], y[1200:]),
+        big_digits,
+        small_digits,
+        epochs=(30, 30),
+        lr=(1e-2, 0.3),
+        bs=60,
+        score=accuracy,
+        augment=(shift, None),
+        threads=1,
+    )
 
 
 def big_digits():
-    return nn.Sequential(ConvLayer(1, 32), ConvLayer(32, 32), nn.MaxPool2d(2), ConvLayer(32, 64), ConvLayer(64, 64),
-                         *head(64, 10, p=.25))
+    return nn.Sequential(
+        ConvLayer(1, 32),
+        ConvLayer(32, 32),
+        nn.MaxPool2d(2),
+        ConvLayer(32, 64),
+        ConvLayer(64, 64),
+        *head(64, 10, p=0.25),
+    )
 
 
 def shift(x, y, by=1):
     """The pictures of a batch, moved together by up to `by` pixels."""
-    i,j = torch.randint(0, 2*by+1, (2,)).tolist()
-    return nn.functional.pad(x, (by,)*4)[..., i:i+x.shape[2], j:j+x.shape[3]],y
+    i, j = torch.randint(0, 2 * by + 1, (2,)).tolist()
+    return nn.functional.pad(x, (by,) * 4)[..., i : i + x.shape[2], j : j + x.shape[3]], y
 
 
-def small_digits(): return nn.Sequential(ConvLayer(1, 5), ConvLayer(5, 11, stride=2), *head(11, 10))
+def small_digits():
+    return nn.Sequential(ConvLayer(1, 5), ConvLayer(5, 11, stride=2), *head(11, 10))
+
 
 def cifar10(root):
-    classes = sorted(p.stem for p in existing_folder(root, 'train').iterdir() if not p.name.startswith('.'))
-    train,test = (by_class(existing_folder(root, o), classes, 32) for o in ('train', 'test'))
-    return DemoTask('CIFAR-10', classes, train, test, big_cifar, small_cifar, epochs=(12, 6), lr=(3e-3, 1e-2), bs=125,
-                    score=accuracy, augment=(flip_and_shift,)*2)
+    classes = sorted(
+        p.stem for p in existing_folder(root, 'train').iterdir() if not p.name.startswith('.')
+    )
+    train, test = (by_class(existing_folder(root, o), classes, 32) for o in ('train', 'test'))
+    return DemoTask(
+        'CIFAR-10',
+        classes,
+        train,
+        test,
+        big_cifar,
+        small_cifar,
+        epochs=(12, 6),
+        lr=(3e-3, 1e-2),
+        bs=125,
+        score=accuracy,
+        augment=(flip_and_shift,) * 2,
+    )
 
 
 def by_class(path, classes, size):
     """All pictures under `path` as bytes (N, 3, size, size), and the class number of each."""
     xs = [torch.cat([tiles(rgb(f), size) for f in class_files(path, c)]) for c in classes]
-    return torch.cat(xs),torch.arange(len(xs)).repeat_interleave(torch.tensor([len(x) for x in xs]))
+    return torch.cat(xs), torch.arange(len(xs)).repeat_interleave(
+        torch.tensor([len(x) for x in xs])
+    )
 
 
 def class_files(path, c):
     """The files of class `c`."""
-    files = sorted((path/c).iterdir()) if (path/c).is_dir() else sorted(path.glob(c + '.*'))
-    if not files: raise DistillError(f"No pictures of {c!r} in {path}. Expected are {LAYOUTS['cifar10']}.")
+    files = sorted((path / c).iterdir()) if (path / c).is_dir() else sorted(path.glob(c + '.*'))
+    if not files:
+        raise DistillError(f'No pictures of {c!r} in {path}. Expected are {LAYOUTS["cifar10"]}.')
     return files
 
 
 def tiles(x, size):
     """A picture (3, H, W) cut row by row into (N, 3, size, size)."""
-    _,h,w = x.shape
+    _, h, w = x.shape
     rows = x.unfold(1, size, size).unfold(2, size, size)
-    return rows.permute(1, 2, 0, 3, 4).reshape((h//size)*(w//size), 3, size, size)
+    return rows.permute(1, 2, 0, 3, 4).reshape((h // size) * (w // size), 3, size, size)
 
 
 def flip_and_shift(x, y):
     """Half of the pictures of a batch are mirrored, all are moved together by up to 4 pixels."""
-    return shift(torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < .5, x, x.flip(3)), y, by=4)
+    return shift(
+        torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x, x.flip(3)), y, by=4
+    )
 
 
 def big_cifar():
-    return nn.Sequential(ConvLayer(3, 32, stride=2), ResBlock(1, 32, 64, stride=2), ResBlock(1, 64, 64),
-                         ResBlock(1, 64, 128, stride=2), *head(128, 10))
+    return nn.Sequential(
+        ConvLayer(3, 32, stride=2),
+        ResBlock(1, 32, 64, stride=2),
+        ResBlock(1, 64, 64),
+        ResBlock(1, 64, 128, stride=2),
+        *head(128, 10),
+    )
 
 
 def small_cifar():
-    return nn.Sequential(ConvLayer(3, 8, stride=2), ConvLayer(8, 16, stride=2), ConvLayer(16, 24), *head(24, 10))
+    return nn.Sequential(
+        ConvLayer(3, 8, stride=2), ConvLayer(8, 16, stride=2), ConvLayer(16, 24), *head(24, 10)
+    )
+
 
 def camvid(root):
-    codes = [c for c in (existing_folder(root)/'codes.txt').read_text().split() if c != 'Void']
-    train,test = (load_scenes(existing_folder(root, o), (128, 96)) for o in ('train', 'test'))
+    codes = [c for c in (existing_folder(root) / 'codes.txt').read_text().split() if c != 'Void']
+    train, test = (load_scenes(existing_folder(root, o), (128, 96)) for o in ('train', 'test'))
     unet = lambda *widths: lambda: small_unet(widths, len(codes), (96, 128))
-    return DemoTask('CamVid', codes, train, test, unet(24, 48, 96, 128), unet(4, 8, 12), epochs=(40, 20),
-                    lr=(3e-3, 1e-2), bs=8, score=mean_iou, unit='mean IoU', axis=1, ignore_index=len(codes),
-                    augment=(mirror,)*2)
+    return DemoTask(
+        'CamVid',
+        codes,
+        train,
+        test,
+        unet(24, 48, 96, 128),
+        unet(4, 8, 12),
+        epochs=(40, 20),
+        lr=(3e-3, 1e-2),
+        bs=8,
+        score=mean_iou,
+        unit='mean IoU',
+        axis=1,
+        ignore_index=len(codes),
+        augment=(mirror,) * 2,
+    )
 
 
 def load_scenes(path, size):
@@ -237,16 +312,16 @@ def load_scenes(path, size):
     masks = {p.stem: p for p in existing_folder(path, 'masks').iterdir()}
     files = sorted(existing_folder(path, 'images').iterdir())
     y = [np.array(Image.open(masks[f.stem]).resize(size, Image.Resampling.NEAREST)) for f in files]
-    return torch.stack([rgb(f, size) for f in files]),torch.from_numpy(np.stack(y)).long()
+    return torch.stack([rgb(f, size) for f in files]), torch.from_numpy(np.stack(y)).long()
 
 
 def mirror(x, y):
     """Half of the batches are mirrored."""
-    return (x.flip(3), y.flip(2)) if torch.rand(()) < .5 else (x, y)
+    return (x.flip(3), y.flip(2)) if torch.rand(()) < 0.5 else (x, y)
 
 
 def small_unet(widths, n_out, size):
-    layers = [ConvLayer(a, b, stride=2) for a,b in zip((3, *widths), widths)]
+    layers = [ConvLayer(a, b, stride=2) for a, b in zip((3, *widths), widths)]
     return DynamicUnet(nn.Sequential(*layers), n_out, size)
 
 

@@ -1,16 +1,28 @@
 "The settings of a run: what the flags say, as a TOML file that repeats the run."
-import json, math, os, tomllib
+
+import json
+import math
+import os
+import tomllib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+
 from ...base.atomic_files import write_atomically
 from ...base.errors import DistillError, close_name
 
-__all__ = ['TRAIN_TASKS', 'TrainConfig', 'check_data_path', 'exported_student', 'read_config', 'write_config']
+__all__ = [
+    'TRAIN_TASKS',
+    'TrainConfig',
+    'check_data_path',
+    'exported_student',
+    'read_config',
+    'write_config',
+]
 
-TRAIN_TASKS = 'images','masks','texts','table'
-AUGMENTATIONS = 'flip','full','none'
+TRAIN_TASKS = 'images', 'masks', 'texts', 'table'
+AUGMENTATIONS = 'flip', 'full', 'none'
 FILES = '.pkl', '.joblib', '.pt', '.pth', '.pt2', '.onnx', '.safetensors'
-LOGGERS = 'csv','tensorboard' # history.csv is always written
+LOGGERS = 'csv', 'tensorboard'  # history.csv is always written
 
 
 @dataclass
@@ -43,59 +55,72 @@ class TrainConfig:
         workers: Processes that load data.
         log: LOGGERS, with commas.
     """
-    data:str
-    teacher:str
-    student:str
-    teacher_weights:str=''
-    task:str='auto'
-    recipe:str='auto'
-    epochs:int=10
-    teacher_epochs:int=0
-    lr:float|str='auto'
-    teacher_lr:float|str='auto'
-    x:str=''
-    y:str=''
-    delimiter:str=''
-    header:bool=True
-    valid:str='0.2'
-    ignore:str=''
-    size:str='auto'
-    augment:str='flip'
-    batch_size:int=0
-    pretrained:bool=False
-    baseline:bool=True
-    check:bool=True
-    onnx:bool=True
-    seed:int=0
-    device:str='auto'
-    workers:int=0
-    log:str=''
+
+    data: str
+    teacher: str
+    student: str
+    teacher_weights: str = ''
+    task: str = 'auto'
+    recipe: str = 'auto'
+    epochs: int = 10
+    teacher_epochs: int = 0
+    lr: float | str = 'auto'
+    teacher_lr: float | str = 'auto'
+    x: str = ''
+    y: str = ''
+    delimiter: str = ''
+    header: bool = True
+    valid: str = '0.2'
+    ignore: str = ''
+    size: str = 'auto'
+    augment: str = 'flip'
+    batch_size: int = 0
+    pretrained: bool = False
+    baseline: bool = True
+    check: bool = True
+    onnx: bool = True
+    seed: int = 0
+    device: str = 'auto'
+    workers: int = 0
+    log: str = ''
 
     def __post_init__(self):
-        for f in fields(self): setattr(self, f.name, checked_type(f.name, getattr(self, f.name), f.type))
+        for f in fields(self):
+            setattr(self, f.name, checked_type(f.name, getattr(self, f.name), f.type))
         for k in ('data', 'teacher', 'student'):
-            if not getattr(self, k): raise DistillError(f"{k}='': the data, a teacher and a student are needed.")
-        for k,have in dict(task=('auto', *TRAIN_TASKS), augment=AUGMENTATIONS).items():
+            if not getattr(self, k):
+                raise DistillError(f"{k}='': the data, a teacher and a student are needed.")
+        for k, have in dict(task=('auto', *TRAIN_TASKS), augment=AUGMENTATIONS).items():
             if (v := getattr(self, k)) not in have:
-                raise DistillError(f"{k}={v!r}: must be one of {', '.join(have)}{close_name(v, have)}")
-        for k,v in dict(epochs=1, teacher_epochs=0, batch_size=0, workers=0, seed=0).items():
-            if not v <= getattr(self, k) < 2**31: raise DistillError(f"{k}={getattr(self, k)}: {v} or more is needed")
-        for k in ('lr', 'teacher_lr'): self.check_rate(k)
+                raise DistillError(
+                    f'{k}={v!r}: must be one of {", ".join(have)}{close_name(v, have)}'
+                )
+        for k, v in dict(epochs=1, teacher_epochs=0, batch_size=0, workers=0, seed=0).items():
+            if not v <= getattr(self, k) < 2**31:
+                raise DistillError(f'{k}={getattr(self, k)}: {v} or more is needed')
+        for k in ('lr', 'teacher_lr'):
+            self.check_rate(k)
         if wrong := [o for o in self.loggers if o not in LOGGERS]:
-            raise DistillError(f"log={wrong[0]!r}: must be one of {', '.join(LOGGERS)}")
+            raise DistillError(f'log={wrong[0]!r}: must be one of {", ".join(LOGGERS)}')
         self.parts_of_size()
 
     def check_rate(self, k):
         v = getattr(self, k)
-        if v == 'auto': return
-        try: v = float(v)
-        except ValueError: v = math.nan
+        if v == 'auto':
+            return
+        try:
+            v = float(v)
+        except ValueError:
+            v = math.nan
         if not 0 < v < 1e6:
-            raise DistillError(f"{k}={getattr(self, k)!r}: a learning rate is a number above 0, or 'auto'")
+            raise DistillError(
+                f"{k}={getattr(self, k)!r}: a learning rate is a number above 0, or 'auto'"
+            )
         setattr(self, k, v)
 
     @property
-    def loggers(self): return [o.strip() for o in self.log.split(',') if o.strip()]
+    def loggers(self):
+        return [o.strip() for o in self.log.split(',') if o.strip()]
 
     @property
     def teacher_file(self):
@@ -106,99 +131,137 @@ class TrainConfig:
         """What the settings name exists."""
         check_data_path(self.data)
         if Path(self.student).suffix in FILES or '.py:' in self.student:
-            raise DistillError(f"student={self.student!r}: the student of a run is trained from the start, so this is "
-                               "an architecture, such as 'resnet18'.")
+            raise DistillError(
+                f'student={self.student!r}: the student of a run is trained from the start, so this is '
+                "an architecture, such as 'resnet18'."
+            )
         if '.py:' in self.teacher:
-            raise DistillError(f"teacher={self.teacher!r}: a run needs a file that can be read again when it resumes. "
-                               "Write one with learn.export('teacher.pkl').")
+            raise DistillError(
+                f'teacher={self.teacher!r}: a run needs a file that can be read again when it resumes. '
+                "Write one with learn.export('teacher.pkl')."
+            )
         if self.teacher_weights and not Path(self.teacher_weights).is_file():
-            raise DistillError(f"There is no file {self.teacher_weights!r}.")
-        if not self.teacher_file: return
+            raise DistillError(f'There is no file {self.teacher_weights!r}.')
+        if not self.teacher_file:
+            return
         if not Path(self.teacher).is_file():
-            raise DistillError(f"There is no file {self.teacher!r}. teacher= is a file or an architecture.")
+            raise DistillError(
+                f'There is no file {self.teacher!r}. teacher= is a file or an architecture.'
+            )
         if Path(self.teacher).suffix == '.safetensors':
-            raise DistillError(f"{self.teacher} holds weights, but no architecture: teacher='resnet34', "
-                               f"teacher_weights={self.teacher!r}.")
+            raise DistillError(
+                f"{self.teacher} holds weights, but no architecture: teacher='resnet34', "
+                f'teacher_weights={self.teacher!r}.'
+            )
 
     def absolute(self):
         """The same settings, which mean the same in every folder."""
         c = replace(self, teacher=exported_student(self.teacher))
-        given = dict(data=True, teacher=c.teacher_file, teacher_weights=c.teacher_weights,
-                     valid=Path(c.valid).is_file())
-        return replace(c, **{k: os.path.abspath(getattr(c, k)) for k,is_path in given.items() if is_path})
+        given = dict(
+            data=True,
+            teacher=c.teacher_file,
+            teacher_weights=c.teacher_weights,
+            valid=Path(c.valid).is_file(),
+        )
+        return replace(
+            c, **{k: os.path.abspath(getattr(c, k)) for k, is_path in given.items() if is_path}
+        )
 
     def parts_of_size(self):
         """(height, width); None: read off the images."""
-        if self.size == 'auto': return None
-        h,_,w = self.size.partition('x')
-        if not h.isdecimal() or not (w or h).isdecimal() or not all(8 <= int(o) <= 8192 for o in (h, w or h)):
-            raise DistillError(f"size={self.size!r}: must be 'auto', pixels such as 224, or height and width such "
-                               "as 72x96, from 8 to 8192")
-        return int(h),int(w or h)
+        if self.size == 'auto':
+            return None
+        h, _, w = self.size.partition('x')
+        if (
+            not h.isdecimal()
+            or not (w or h).isdecimal()
+            or not all(8 <= int(o) <= 8192 for o in (h, w or h))
+        ):
+            raise DistillError(
+                f"size={self.size!r}: must be 'auto', pixels such as 224, or height and width such "
+                'as 72x96, from 8 to 8192'
+            )
+        return int(h), int(w or h)
 
 
 def check_data_path(path):
-    if not Path(path).exists(): raise DistillError(f"There is no file or folder {str(path)!r}.")
+    if not Path(path).exists():
+        raise DistillError(f'There is no file or folder {str(path)!r}.')
 
 
-def exported_student(
-    path:str
-) -> str:
+def exported_student(path: str) -> str:
     """The exported student of a run, if this is the folder of one; any other path as it is.
 
     Args:
         path: Of a model.
     """
-    file = Path(path)/'student.pkl'
-    if file.is_file(): return str(file)
-    if not (Path(path)/'config.toml').is_file(): return path
-    raise DistillError(f"The run in {path} is not finished: it has no student.pkl. Continue it with fastdistill train "
-                       f"--resume --out {path}")
+    file = Path(path) / 'student.pkl'
+    if file.is_file():
+        return str(file)
+    if not (Path(path) / 'config.toml').is_file():
+        return path
+    raise DistillError(
+        f'The run in {path} is not finished: it has no student.pkl. Continue it with fastdistill train '
+        f'--resume --out {path}'
+    )
 
 
 def checked_type(name, v, of):
     """A value of the field's type; whole numbers are taken for floats."""
-    if not isinstance(of, type) and isinstance(v, int|float|str) and not isinstance(v, bool): return v
+    if not isinstance(of, type) and isinstance(v, int | float | str) and not isinstance(v, bool):
+        return v
     if isinstance(v, str) and of is str:
         # subtle: a command line may hold bytes that are no UTF-8, and a file null bytes, which no path has
-        try: v.encode()
-        except UnicodeEncodeError: raise DistillError(f"{name}={v!r}: this text is not UTF-8") from None
-        if '\0' not in v: return v
-        raise DistillError(f"{name}={v!r}: this text has a null byte")
-    if isinstance(of, type) and type(v) is of: return v
-    raise DistillError(f"{name}={v!r}: a value of type {getattr(of, '__name__', 'number or text')} is needed")
+        try:
+            v.encode()
+        except UnicodeEncodeError:
+            raise DistillError(f'{name}={v!r}: this text is not UTF-8') from None
+        if '\0' not in v:
+            return v
+        raise DistillError(f'{name}={v!r}: this text has a null byte')
+    if isinstance(of, type) and type(v) is of:
+        return v
+    raise DistillError(
+        f'{name}={v!r}: a value of type {getattr(of, "__name__", "number or text")} is needed'
+    )
 
 
-def read_config(
-    path
-) -> dict:
+def read_config(path) -> dict:
     """The settings in it.
 
     Args:
         path: Of a TOML file.
     """
-    try: text = Path(path).read_text(encoding='utf-8')
+    try:
+        text = Path(path).read_text(encoding='utf-8')
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
-        raise DistillError(f"There is no settings file {str(path)!r}. A run writes its own: config.toml.") from e
-    except UnicodeDecodeError as e: raise DistillError(f"{path} is no text file: {e}") from e
-    try: got = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e: raise DistillError(f"{path} is no TOML file: {e}") from e
-    if not got: raise DistillError(f"{path} has no settings: at least data, teacher and student are needed, as in "
-                                   "data = 'photos'.")
+        raise DistillError(
+            f'There is no settings file {str(path)!r}. A run writes its own: config.toml.'
+        ) from e
+    except UnicodeDecodeError as e:
+        raise DistillError(f'{path} is no text file: {e}') from e
+    try:
+        got = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise DistillError(f'{path} is no TOML file: {e}') from e
+    if not got:
+        raise DistillError(
+            f'{path} has no settings: at least data, teacher and student are needed, as in '
+            "data = 'photos'."
+        )
     have = [f.name for f in fields(TrainConfig)]
     if wrong := [k for k in got if k not in have]:
-        raise DistillError(f"{path}: there is no setting {wrong[0]!r}{close_name(wrong[0], have)}. It must be one of "
-                           f"{', '.join(have)}")
+        raise DistillError(
+            f'{path}: there is no setting {wrong[0]!r}{close_name(wrong[0], have)}. It must be one of '
+            f'{", ".join(have)}'
+        )
     return got
 
 
-def write_config(
-    config:TrainConfig,
-    path
-):
+def write_config(config: TrainConfig, path):
     """Write settings as TOML."""
     lines = ['# repeats this run: fastdistill train --config FILE']
-    lines += [f'{k} = {toml_value(v)}' for k,v in asdict(config).items()]
+    lines += [f'{k} = {toml_value(v)}' for k, v in asdict(config).items()]
     write_atomically(path, '\n'.join(lines) + '\n')
 
 

@@ -1,6 +1,8 @@
 "The exported student of a run, with the data of the run."
+
 from dataclasses import replace
 from pathlib import Path
+
 from ...base.errors import DistillError
 from ...fastai.vocab import vocab_of
 from .checks import checked_samples
@@ -12,10 +14,7 @@ from .teachers import file_teacher
 __all__ = ['learner_in_file']
 
 
-def learner_in_file(
-    path,
-    dls=None
-):
+def learner_in_file(path, dls=None):
     """The Learner with data. An exported Learner has none, but commands check it on real samples.
 
     Args:
@@ -23,24 +22,30 @@ def learner_in_file(
         dls: Fastai's DataLoaders; None: those of the run in whose folder the file stands.
     """
     learn = file_teacher(str(path))
-    if not hasattr(learn, 'dls'): raise DistillError(f"{path} holds a {type(learn).__name__}, not an exported Learner.")
+    if not hasattr(learn, 'dls'):
+        raise DistillError(f'{path} holds a {type(learn).__name__}, not an exported Learner.')
     learn.dls = data_of_run(Path(path), learn) if dls is None else dls
     learn.model.to(learn.dls.device)
     return learn
 
 
 def data_of_run(path, learn):
-    settings = path.parent/'config.toml'
+    settings = path.parent / 'config.toml'
     if not settings.is_file():
-        raise DistillError(f"{path} is an exported Learner, which holds no data, and it is not in the folder of a run. "
-                           "Give the data: data='train.py:dls'.")
+        raise DistillError(
+            f'{path} is an exported Learner, which holds no data, and it is not in the folder of a run. '
+            "Give the data: data='train.py:dls'."
+        )
     config = replace(TrainConfig(**read_config(settings)), device='auto')
     s = checked_samples(read_samples(config), config)
     dls = loaders_of(s, config, learn if s.task in ('texts', 'table') else None)
     if (now := vocab_of(dls)) != (own := vocab_of(learn.dls)):
-        raise DistillError(f"{config.data} changed since {path} was trained: its classes are {first_classes(now)}, but "
-                           f"the model predicts {first_classes(own)}.")
+        raise DistillError(
+            f'{config.data} changed since {path} was trained: its classes are {first_classes(now)}, but '
+            f'the model predicts {first_classes(own)}.'
+        )
     return dls
 
 
-def first_classes(classes): return ', '.join(map(str, (classes or ['none'])[:10]))
+def first_classes(classes):
+    return ', '.join(map(str, (classes or ['none'])[:10]))

@@ -1,22 +1,28 @@
 """What is at a path: images in folders, images with masks, a CSV file, a Hugging Face data set. As
 a table of samples.
 """
+
 import os
 from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
 from fastai.data.transforms import image_extensions
+
 from ...base.errors import DistillError, close_name
 from .config import check_data_path
 
 __all__ = ['Samples', 'read_samples']
 
-TRAIN,VALID = ('train', 'training'),('valid', 'val', 'validation', 'test')
-IMAGE_FOLDERS,MASK_FOLDERS = ('images', 'image', 'imgs'),('masks', 'mask', 'labels', 'annotations')
-LABEL_NAMES = 'label','labels','class','category','target','y','intent','species'
-TEXT_NAMES = 'text','sentence','review','comment','question','title','content','message'
-CSV = '.csv','.tsv','.txt'
+TRAIN, VALID = ('train', 'training'), ('valid', 'val', 'validation', 'test')
+IMAGE_FOLDERS, MASK_FOLDERS = (
+    ('images', 'image', 'imgs'),
+    ('masks', 'mask', 'labels', 'annotations'),
+)
+LABEL_NAMES = 'label', 'labels', 'class', 'category', 'target', 'y', 'intent', 'species'
+TEXT_NAMES = 'text', 'sentence', 'review', 'comment', 'question', 'title', 'content', 'message'
+CSV = '.csv', '.tsv', '.txt'
 
 
 @dataclass
@@ -34,23 +40,23 @@ class Samples:
         classes: Names, in the order of the outputs.
         size: (height, width) of the images, if all have the same.
     """
-    task:str
-    frame:pd.DataFrame
-    x:list
-    y:str
-    valid:np.ndarray|None
-    folder:Path
-    delimiter:str=''
-    target:str='classes'
-    classes:list|None=None
-    size:tuple|None=None
 
-    def __len__(self): return len(self.frame)
+    task: str
+    frame: pd.DataFrame
+    x: list
+    y: str
+    valid: np.ndarray | None
+    folder: Path
+    delimiter: str = ''
+    target: str = 'classes'
+    classes: list | None = None
+    size: tuple | None = None
+
+    def __len__(self):
+        return len(self.frame)
 
 
-def read_samples(
-    config
-) -> Samples:
+def read_samples(config) -> Samples:
     """The samples at `config.data`, before anything is checked.
 
     Args:
@@ -58,14 +64,22 @@ def read_samples(
     """
     check_data_path(config.data)
     path = Path(config.data)
-    if path.is_file(): s = from_csv(path, config)
-    elif is_dataset(path): s = from_dataset(path, config)
-    elif mask_folders(path) and config.task in ('auto', 'masks'): s = from_masks(path)
-    elif csv := table_in(path, config): s = from_csv(csv, config)
-    else: s = from_folders(path, config)
+    if path.is_file():
+        s = from_csv(path, config)
+    elif is_dataset(path):
+        s = from_dataset(path, config)
+    elif mask_folders(path) and config.task in ('auto', 'masks'):
+        s = from_masks(path)
+    elif csv := table_in(path, config):
+        s = from_csv(csv, config)
+    else:
+        s = from_folders(path, config)
     if config.task not in ('auto', s.task):
-        raise DistillError(f"task={config.task!r}, but {config.data} holds {s.task}: {DATA_FORMS[config.task]}")
-    if not len(s): raise DistillError(f"{config.data} holds no samples.")
+        raise DistillError(
+            f'task={config.task!r}, but {config.data} holds {s.task}: {DATA_FORMS[config.task]}'
+        )
+    if not len(s):
+        raise DistillError(f'{config.data} holds no samples.')
     return s
 
 
@@ -73,26 +87,32 @@ DATA_FORMS = dict(
     images='classes as folders of images, or a CSV file with a column of image paths (x=) and one of labels (y=)',
     masks="folders 'images' and 'masks' with files of the same names",
     texts='a CSV file with a column of texts (x=) and one of labels (y=)',
-    table='a CSV file with a column to predict (y=)')
+    table='a CSV file with a column to predict (y=)',
+)
 
 
 def split_folders(path):
     """(folder of the training set, of the validation set), if there are any."""
     inside = {p.name.lower(): p for p in path.iterdir() if p.is_dir()}
-    train,valid = (next((inside[n] for n in names if n in inside), None) for names in (TRAIN, VALID))
+    train, valid = (
+        next((inside[n] for n in names if n in inside), None) for names in (TRAIN, VALID)
+    )
     return (train, valid) if train and valid else None
 
 
 def image_files(folder):
     """The images below a folder, also behind links to other folders."""
-    files,above = [],{str(folder): [os.path.realpath(folder)]}
-    for parent,folders,names in os.walk(folder, followlinks=True):
+    files, above = [], {str(folder): [os.path.realpath(folder)]}
+    for parent, folders, names in os.walk(folder, followlinks=True):
         inside = {n: os.path.join(parent, n) for n in folders if not n.startswith('.')}
         # subtle: a link to a folder that leads back here would be followed again and again
-        folders[:] = [n for n,p in inside.items() if not leads_back(p, above[parent])]
+        folders[:] = [n for n, p in inside.items() if not leads_back(p, above[parent])]
         above |= {inside[n]: [*above[parent], os.path.realpath(inside[n])] for n in folders}
-        files += [Path(parent, n) for n in names
-                  if not n.startswith('.') and Path(n).suffix.lower() in image_extensions]
+        files += [
+            Path(parent, n)
+            for n in names
+            if not n.startswith('.') and Path(n).suffix.lower() in image_extensions
+        ]
     return sorted(files)
 
 
@@ -103,32 +123,41 @@ def leads_back(path, above):
 
 def check_each_once(files):
     """Refuse images that links show twice, since one of them could be in the validation set."""
-    folders,first,again = {},{},[]
+    folders, first, again = {}, {}, []
     for p in files:
-        if p.parent not in folders: folders[p.parent] = os.path.realpath(p.parent)
+        if p.parent not in folders:
+            folders[p.parent] = os.path.realpath(p.parent)
         real = os.path.realpath(p) if p.is_symlink() else os.path.join(folders[p.parent], p.name)
-        if real in first: again.append((first[real], p))
-        else: first[real] = p
+        if real in first:
+            again.append((first[real], p))
+        else:
+            first[real] = p
     if again:
-        a,b = again[0]
-        raise DistillError(f"{len(again)} of {len(files)} images are there twice, through links: {a} and {b} are the "
-                           "same file. One of them could be trained on and the other validated on: remove the link.")
+        a, b = again[0]
+        raise DistillError(
+            f'{len(again)} of {len(files)} images are there twice, through links: {a} and {b} are the '
+            'same file. One of them could be trained on and the other validated on: remove the link.'
+        )
 
 
 def from_folders(path, config):
     """Classes as folders; in folders train and valid, if these are there."""
     split = split_folders(path)
-    files = [(p, i) for i,folder in enumerate(split or [path]) for p in image_files(folder)]
-    check_each_once([p for p,_ in files])
+    files = [(p, i) for i, folder in enumerate(split or [path]) for p in image_files(folder)]
+    check_each_once([p for p, _ in files])
     if not files:
         layouts = '; '.join(DATA_FORMS.values())
-        raise DistillError(f"{path} holds no images, and no data in a different form. Supported layouts: {layouts}.")
+        raise DistillError(
+            f'{path} holds no images, and no data in a different form. Supported layouts: {layouts}.'
+        )
     roots = split or [path]
-    if loose := next((p for p,i in files if p.parent == roots[i]), None):
-        raise DistillError(f"{loose} is in no class folder. Images stand in a folder of their class: "
-                           f"{roots[0]/'CLASS'/loose.name}.")
-    frame = pd.DataFrame(dict(x=[str(p) for p,_ in files], y=[p.parent.name for p,_ in files]))
-    valid = np.array([i == 1 for _,i in files]) if split else None
+    if loose := next((p for p, i in files if p.parent == roots[i]), None):
+        raise DistillError(
+            f'{loose} is in no class folder. Images stand in a folder of their class: '
+            f'{roots[0] / "CLASS" / loose.name}.'
+        )
+    frame = pd.DataFrame(dict(x=[str(p) for p, _ in files], y=[p.parent.name for p, _ in files]))
+    valid = np.array([i == 1 for _, i in files]) if split else None
     return Samples('images', frame, ['x'], 'y', valid, path)
 
 
@@ -139,78 +168,101 @@ def mask_folders(path):
     pairs = []
     for folder in split_folders(path) or [path]:
         inside = {p.name.lower(): p for p in folder.iterdir() if p.is_dir()}
-        pair = [next((inside[n] for n in names if n in inside), None) for names in (IMAGE_FOLDERS, MASK_FOLDERS)]
-        if None in pair: return None
+        pair = [
+            next((inside[n] for n in names if n in inside), None)
+            for names in (IMAGE_FOLDERS, MASK_FOLDERS)
+        ]
+        if None in pair:
+            return None
         pairs.append(pair)
     return pairs
 
 
 def from_masks(path):
     rows = []
-    for i,(images,masks) in enumerate(mask_folders(path)):
+    for i, (images, masks) in enumerate(mask_folders(path)):
         of = {p.relative_to(masks).with_suffix(''): p for p in image_files(masks)}
         for p in image_files(images):
             if (stem := p.relative_to(images).with_suffix('')) not in of:
-                raise DistillError(f"{p} has no mask: {masks/stem}.png is missing.")
+                raise DistillError(f'{p} has no mask: {masks / stem}.png is missing.')
             rows.append((str(p), str(of[stem]), i == 1))
-    check_each_once([Path(x) for x,*_ in rows])
+    check_each_once([Path(x) for x, *_ in rows])
     frame = pd.DataFrame(rows, columns=['x', 'y', 'valid'])
     valid = frame.pop('valid').to_numpy() if split_folders(path) else None
-    codes = path/'codes.txt'
+    codes = path / 'codes.txt'
     classes = codes.read_text(encoding='utf-8').split() if codes.is_file() else None
     return Samples('masks', frame, ['x'], 'y', valid, path, classes=classes)
 
 
-def is_csv(path): return any(s in CSV for s in Path(path).suffixes)
+def is_csv(path):
+    return any(s in CSV for s in Path(path).suffixes)
 
 
 def table_in(path, config):
     """The CSV file of a folder that has one, and no class folders."""
     found = sorted(p for p in path.iterdir() if p.is_file() and is_csv(p) and p.name != 'codes.txt')
-    if not found or config.task == 'images' and not config.x: return None
-    if len(found) > 1 and (named := [p for p in found if p.name.startswith(TRAIN)]): found = named
+    if not found or config.task == 'images' and not config.x:
+        return None
+    if len(found) > 1 and (named := [p for p in found if p.name.startswith(TRAIN)]):
+        found = named
     if len(found) > 1:
-        raise DistillError(f"{path} holds {len(found)} CSV files ({', '.join(p.name for p in found[:5])}). Give one of "
-                           "them: data='...'.")
-    if split_folders(path) and image_files(path)[:1] and not config.x: return None
+        raise DistillError(
+            f'{path} holds {len(found)} CSV files ({", ".join(p.name for p in found[:5])}). Give one of '
+            "them: data='...'."
+        )
+    if split_folders(path) and image_files(path)[:1] and not config.x:
+        return None
     return found[0]
 
 
 def read_csv(path, header):
     """All columns; separated by tabs in a .tsv."""
     if not is_csv(path):
-        raise DistillError(f"{path} is neither a folder nor a CSV file (.csv, .tsv; also .gz). Of other files, make "
-                           "one of these.")
+        raise DistillError(
+            f'{path} is neither a folder nor a CSV file (.csv, .tsv; also .gz). Of other files, make '
+            'one of these.'
+        )
     try:
-        frame = pd.read_csv(path, sep='\t' if '.tsv' in path.suffixes else ',', header=0 if header else None,
-                            skipinitialspace=True)
-    except (ValueError, OSError, EOFError) as e: raise DistillError(f"{path} can't be read as CSV: {e}") from e
+        frame = pd.read_csv(
+            path,
+            sep='\t' if '.tsv' in path.suffixes else ',',
+            header=0 if header else None,
+            skipinitialspace=True,
+        )
+    except (ValueError, OSError, EOFError) as e:
+        raise DistillError(f"{path} can't be read as CSV: {e}") from e
     frame.columns = [str(c).strip() for c in frame.columns]
-    if frame.columns.has_duplicates: raise DistillError(f"{path} has two columns of the same name.")
+    if frame.columns.has_duplicates:
+        raise DistillError(f'{path} has two columns of the same name.')
     return frame
 
 
 def from_csv(path, config):
-    frame,valid = read_csv(path, config.header),None
+    frame, valid = read_csv(path, config.header), None
     if Path(config.valid).is_file():
         other = read_csv(Path(config.valid), config.header)
         if [*other.columns] != [*frame.columns]:
-            raise DistillError(f"{path} and {config.valid} have different columns: {', '.join(frame.columns)} and "
-                               f"{', '.join(other.columns)}.")
+            raise DistillError(
+                f'{path} and {config.valid} have different columns: {", ".join(frame.columns)} and '
+                f'{", ".join(other.columns)}.'
+            )
         valid = np.arange(len(frame) + len(other)) >= len(frame)
         frame = pd.concat([frame, other], ignore_index=True)
-    elif config.valid in frame.columns: valid = marked(frame.pop(config.valid))
+    elif config.valid in frame.columns:
+        valid = marked(frame.pop(config.valid))
     return from_frame(frame, valid, path.parent, config, path)
 
 
 def marked(column):
     """Which rows a column marks as validation."""
     text = column.astype(str).str.lower().str.strip()
-    yes,no = ('true', '1', '1.0', *VALID),('false', '0', '0.0', *TRAIN)
+    yes, no = ('true', '1', '1.0', *VALID), ('false', '0', '0.0', *TRAIN)
     known = dict.fromkeys(yes, True) | dict.fromkeys(no, False)
     if wrong := sorted(set(text) - set(known)):
-        raise DistillError(f"valid={column.name!r}: this column has {wrong[0]!r}. It must hold True and False, 1 and "
-                           "0, or 'train' and 'valid'.")
+        raise DistillError(
+            f'valid={column.name!r}: this column has {wrong[0]!r}. It must hold True and False, 1 and '
+            "0, or 'train' and 'valid'."
+        )
     return text.map(known).to_numpy(dtype=bool)
 
 
@@ -219,40 +271,52 @@ def from_frame(frame, valid, folder, config, name):
     columns = [*frame.columns]
     for k in filter(None, [config.y, *(o.strip() for o in config.x.split(','))]):
         if k not in columns:
-            raise DistillError(f"{name} has no column {k!r}{close_name(k, columns)}. It has {', '.join(columns[:30])}")
-    if len(columns) < 2: raise DistillError(f"{name} has one column ({columns[0]}): inputs and a label are needed.")
+            raise DistillError(
+                f'{name} has no column {k!r}{close_name(k, columns)}. It has {", ".join(columns[:30])}'
+            )
+    if len(columns) < 2:
+        raise DistillError(f'{name} has one column ({columns[0]}): inputs and a label are needed.')
     y = config.y or next((c for c in columns if c.lower() in LABEL_NAMES), columns[-1])
     x = [o.strip() for o in config.x.split(',') if o.strip()] or [c for c in columns if c != y]
     task = config.task
     if task == 'auto':
-        task,single = task_of_columns(frame, x)
-        if single is not None: x = [single]
+        task, single = task_of_columns(frame, x)
+        if single is not None:
+            x = [single]
     elif task != 'table' and len(x) > 1:
         test = is_text if task == 'texts' else is_path
         found = [c for c in x if test(frame[c])]
         if len(found) != 1:
-            raise DistillError(f"{name} has {len(found)} columns of {task}: x='...' names one of {', '.join(x[:20])}.")
+            raise DistillError(
+                f"{name} has {len(found)} columns of {task}: x='...' names one of {', '.join(x[:20])}."
+            )
         x = found
-    if y in x: raise DistillError(f"{y!r} is both the input and the label: name them with x= and y=.")
+    if y in x:
+        raise DistillError(f'{y!r} is both the input and the label: name them with x= and y=.')
     return Samples(task, frame, x, y, valid, folder, config.delimiter)
 
 
 def task_of_columns(frame, x):
     """(task, its only column, or None for a table)."""
-    if paths := [c for c in x if is_path(frame[c])]: return 'images',paths[0]
+    if paths := [c for c in x if is_path(frame[c])]:
+        return 'images', paths[0]
     texts = [c for c in x if is_text(frame[c])]
     named = [c for c in texts if c.lower() in TEXT_NAMES]
-    if named or len(texts) == len(x) == 1: return 'texts',(named or texts)[0]
-    return 'table',None
+    if named or len(texts) == len(x) == 1:
+        return 'texts', (named or texts)[0]
+    return 'table', None
 
 
-def is_words(column): return not pd.api.types.is_numeric_dtype(column) and len(column.dropna()) > 0
+def is_words(column):
+    return not pd.api.types.is_numeric_dtype(column) and len(column.dropna()) > 0
 
 
 def is_path(column):
-    if not is_words(column): return False
+    if not is_words(column):
+        return False
     first = column.dropna().iloc[:50]
-    if all(isinstance(o, bytes) for o in first): return True        # images themselves
+    if all(isinstance(o, bytes) for o in first):
+        return True  # images themselves
     return all(Path(str(o)).suffix.lower() in image_extensions for o in first)
 
 
@@ -261,32 +325,46 @@ def is_text(column):
     return is_words(column) and column.dropna().iloc[:200].astype(str).str.count(' ').median() >= 2
 
 
-def is_dataset(path): return any((path/n).is_file() for n in ('dataset_dict.json', 'dataset_info.json', 'state.json'))
+def is_dataset(path):
+    return any(
+        (path / n).is_file() for n in ('dataset_dict.json', 'dataset_info.json', 'state.json')
+    )
 
 
 def from_dataset(path, config):
     """What `save_to_disk` of Hugging Face's datasets wrote."""
-    try: import datasets
+    try:
+        import datasets
     except ImportError as e:
-        raise ImportError(f"{path} is a data set of Hugging Face's datasets: pip install datasets") from e
-    try: found = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, TypeError) as e: raise DistillError(f"{path} can't be read: {e}") from e
+        raise ImportError(
+            f"{path} is a data set of Hugging Face's datasets: pip install datasets"
+        ) from e
+    try:
+        found = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise DistillError(f"{path} can't be read: {e}") from e
     splits = found if isinstance(found, dict) else {'train': found}
-    train,held = (next((splits[n] for n in names if n in splits), None) for names in (TRAIN, VALID))
+    train, held = (
+        next((splits[n] for n in names if n in splits), None) for names in (TRAIN, VALID)
+    )
     if train is None:
         raise DistillError(f"{path} has no split 'train'. It has {', '.join(splits)}.")
     frames = [frame_of(o, datasets) for o in (train, held) if o is not None]
     valid = None if held is None else np.arange(sum(map(len, frames))) >= len(frames[0])
-    if valid is None and config.valid in frames[0]: valid = marked(frames[0].pop(config.valid))
+    if valid is None and config.valid in frames[0]:
+        valid = marked(frames[0].pop(config.valid))
     return from_frame(pd.concat(frames, ignore_index=True), valid, path, config, path)
 
 
 def frame_of(split, datasets):
     """A split with names of classes instead of numbers, and images as the bytes of their files."""
-    for k,f in split.features.items():
-        if isinstance(f, datasets.Image): split = split.cast_column(k, datasets.Image(decode=False))
+    for k, f in split.features.items():
+        if isinstance(f, datasets.Image):
+            split = split.cast_column(k, datasets.Image(decode=False))
     frame = split.to_pandas()
-    for k,f in split.features.items():
-        if isinstance(f, datasets.ClassLabel): frame[k] = [f.int2str(int(v)) for v in frame[k]]
-        if isinstance(f, datasets.Image): frame[k] = [o['path'] if o['bytes'] is None else o['bytes'] for o in frame[k]]
+    for k, f in split.features.items():
+        if isinstance(f, datasets.ClassLabel):
+            frame[k] = [f.int2str(int(v)) for v in frame[k]]
+        if isinstance(f, datasets.Image):
+            frame[k] = [o['path'] if o['bytes'] is None else o['bytes'] for o in frame[k]]
     return frame

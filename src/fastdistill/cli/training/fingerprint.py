@@ -1,20 +1,18 @@
 """What a run was trained on: a hash of each file or row, so that a run that continues notices what
 changed since.
 """
-import hashlib, os
+
+import hashlib
+import os
 from collections import Counter
 from pathlib import Path
 
 __all__ = ['NAMED', 'data_changes', 'data_fingerprint']
 
-NAMED = 5 # files, rows or classes that a message names
+NAMED = 5  # files, rows or classes that a message names
 
 
-def data_fingerprint(
-    s,
-    held,
-    config
-) -> dict:
+def data_fingerprint(s, held, config) -> dict:
     """Plain data: a hash of each file, or of each row.
 
     Args:
@@ -24,69 +22,98 @@ def data_fingerprint(
     """
     frame = s.frame[[*s.x, s.y]] if held is None else s.frame[[*s.x, s.y]].assign(held=held)
     rows = zip(*(frame[c] for c in frame))
-    facts = dict(columns=[*map(str, frame)], classes=s.classes,
-                 teacher={k: file_hash(p) for k in ('teacher', 'teacher_weights') if (p := path_in(config, k))})
+    facts = dict(
+        columns=[*map(str, frame)],
+        classes=s.classes,
+        teacher={
+            k: file_hash(p) for k in ('teacher', 'teacher_weights') if (p := path_in(config, k))
+        },
+    )
     if s.task in ('texts', 'table') or isinstance(s.frame[s.x[0]].iloc[0], bytes):
         return facts | dict(rows=[values_hash(row) for row in rows])
     files = {}
-    for x,*label in rows:
+    for x, *label in rows:
         name = Path(os.path.relpath(x, s.folder)).as_posix()
         label = [file_hash(label[0]), *label[1:]] if s.task == 'masks' else label
-        files[name] = values_hash([files.get(name), file_hash(x), *label])      # a file may be in several rows
+        files[name] = values_hash(
+            [files.get(name), file_hash(x), *label]
+        )  # a file may be in several rows
     return facts | dict(files=files)
 
 
-def path_in(config, k): return getattr(config, k) if k != 'teacher' or config.teacher_file else ''
+def path_in(config, k):
+    return getattr(config, k) if k != 'teacher' or config.teacher_file else ''
 
 
 def file_hash(path):
-    with open(path, 'rb') as f: return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
 
 def values_hash(values):
     h = hashlib.blake2b(digest_size=8)
-    for v in values: h.update(v if isinstance(v, bytes) else repr(v).encode('utf-8', 'surrogatepass') + b'\0')
+    for v in values:
+        h.update(v if isinstance(v, bytes) else repr(v).encode('utf-8', 'surrogatepass') + b'\0')
     return h.hexdigest()
 
 
-def data_changes(
-    before:dict, now:dict
-) -> list:
+def data_changes(before: dict, now: dict) -> list:
     """What is different now, in words.
 
     Args:
         before, now: Of `data_fingerprint`
     """
-    if before.keys() != now.keys(): return ['the data have another form']
-    out = [f"{k} is a different file" for k in before['teacher']
-           if before['teacher'][k] != now['teacher'].get(k)]
+    if before.keys() != now.keys():
+        return ['the data have another form']
+    out = [
+        f'{k} is a different file'
+        for k in before['teacher']
+        if before['teacher'][k] != now['teacher'].get(k)
+    ]
     if before['columns'] != now['columns']:
-        out.append(f"the columns were {', '.join(before['columns'])}, and are {', '.join(now['columns'])}")
-    a,b = before.get('files'),now.get('files')
+        out.append(
+            f'the columns were {", ".join(before["columns"])}, and are {", ".join(now["columns"])}'
+        )
+    a, b = before.get('files'), now.get('files')
     if a is not None:
         changed = [n for n in b if n in a and a[n] != b[n]]
-        found = {'added': [n for n in b if n not in a], 'removed': [n for n in a if n not in b],
-                 'changed (content or label)': changed}
-        out += [f"{noun_with_number(len(v), 'file')} {k}: {first_few(v)}" for k,v in found.items() if v]
+        found = {
+            'added': [n for n in b if n not in a],
+            'removed': [n for n in a if n not in b],
+            'changed (content or label)': changed,
+        }
+        out += [
+            f'{noun_with_number(len(v), "file")} {k}: {first_few(v)}' for k, v in found.items() if v
+        ]
     else:
-        a,b = before['rows'],now['rows']
+        a, b = before['rows'], now['rows']
         found = {'added': rows_beyond(b, a), 'removed': rows_beyond(a, b)}
-        out += [f"{noun_with_number(len(v), 'row')} {k}: {first_few(v)} (counted from 0)" for k,v in found.items() if v]
-    if not out and before['classes'] != now['classes']: out.append('the names of the classes')
-    if not out and [*a] != [*b]: out.append('the order of the samples')
+        out += [
+            f'{noun_with_number(len(v), "row")} {k}: {first_few(v)} (counted from 0)'
+            for k, v in found.items()
+            if v
+        ]
+    if not out and before['classes'] != now['classes']:
+        out.append('the names of the classes')
+    if not out and [*a] != [*b]:
+        out.append('the order of the samples')
     return out
 
 
 def rows_beyond(a, b):
     """Numbers of the rows of `a` that `b` doesn't have, or not as often."""
-    left,out = Counter(b),[]
-    for i,h in enumerate(a):
-        if left[h]: left[h] -= 1
-        else: out.append(i)
+    left, out = Counter(b), []
+    for i, h in enumerate(a):
+        if left[h]:
+            left[h] -= 1
+        else:
+            out.append(i)
     return out
 
 
-def noun_with_number(n, noun): return f"{n:,} {noun}{'' if n == 1 else 's'}"
+def noun_with_number(n, noun):
+    return f'{n:,} {noun}{"" if n == 1 else "s"}'
 
 
-def first_few(names): return ', '.join(map(str, names[:NAMED])) + (' ...' if len(names) > NAMED else '')
+def first_few(names):
+    return ', '.join(map(str, names[:NAMED])) + (' ...' if len(names) > NAMED else '')

@@ -1,10 +1,20 @@
 "Samples as fastai's DataLoaders."
+
 import warnings
 from pathlib import Path
+
 import numpy as np
 import torch
-from fastai.basics import CategoryBlock, ColReader, ColSplitter, DataBlock, IndexSplitter, RegressionBlock
-from fastai.basics import default_device, parent_label
+from fastai.basics import (
+    CategoryBlock,
+    ColReader,
+    ColSplitter,
+    DataBlock,
+    IndexSplitter,
+    RegressionBlock,
+    default_device,
+    parent_label,
+)
 from fastai.data.block import MultiCategoryBlock
 from fastai.data.transforms import Normalize
 from fastai.tabular.core import Categorify, FillMissing, TabularPandas, cont_cat_split
@@ -12,8 +22,9 @@ from fastai.text.data import TextDataLoaders
 from fastai.vision.augment import Flip, Resize, ResizeMethod, aug_transforms
 from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageBlock, MaskBlock
-from ...base.errors import DistillError
+
 from ...base.distributed import world_size
+from ...base.errors import DistillError
 from .config import TRAIN_TASKS
 
 __all__ = ['device_of', 'loaders_of']
@@ -21,11 +32,7 @@ __all__ = ['device_of', 'loaders_of']
 BATCH = dict(images=64, masks=8, texts=64, table=256)
 
 
-def loaders_of(
-    s,
-    config,
-    teacher=None
-):
+def loaders_of(s, config, teacher=None):
     """fastai's DataLoaders. Their batches depend on the generators of Python, NumPy and PyTorch
     alone.
 
@@ -35,89 +42,138 @@ def loaders_of(
         teacher: An exported Learner: texts and tables get the numbers that it knows.
     """
     n = int((~s.valid).sum())
-    options = dict(bs=min(config.batch_size or BATCH[s.task], n//world_size()), device=device_of(config))
-    make = dict(zip(TRAIN_TASKS, (image_loaders, mask_loaders, text_loaders, table_loaders)))[s.task]
+    options = dict(
+        bs=min(config.batch_size or BATCH[s.task], n // world_size()), device=device_of(config)
+    )
+    make = dict(zip(TRAIN_TASKS, (image_loaders, mask_loaders, text_loaders, table_loaders)))[
+        s.task
+    ]
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', category=FutureWarning)
         return make(s, config, teacher, **options)
 
 
 def device_of(config):
-    if config.device == 'auto': return default_device()
-    try: device = torch.empty(0, device=config.device).device
+    if config.device == 'auto':
+        return default_device()
+    try:
+        device = torch.empty(0, device=config.device).device
     # subtle: PyTorch has no common error for an unknown device and one that is not there
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise DistillError(f"device={config.device!r}: {str(e).splitlines()[0]}") from e
+        raise DistillError(f'device={config.device!r}: {str(e).splitlines()[0]}') from e
     if device.type == 'meta':
-        raise DistillError("device='meta' holds shapes and no values, so nothing can be trained on it: use cpu, cuda "
-                           "or mps.")
+        raise DistillError(
+            "device='meta' holds shapes and no values, so nothing can be trained on it: use cpu, cuda "
+            'or mps.'
+        )
     return device
 
 
 def label_block(s):
-    if s.target == 'numbers': return RegressionBlock()
-    return MultiCategoryBlock(vocab=s.classes) if s.target == 'labels' else CategoryBlock(vocab=s.classes)
+    if s.target == 'numbers':
+        return RegressionBlock()
+    return (
+        MultiCategoryBlock(vocab=s.classes)
+        if s.target == 'labels'
+        else CategoryBlock(vocab=s.classes)
+    )
 
 
 def image_transforms(s, config):
     """(of an item, of a batch)."""
     squish = s.task == 'masks'
     extra = dict(none=[], flip=[Flip()], full=aug_transforms())[config.augment]
-    return (Resize(s.size, method=ResizeMethod.Squish if squish else ResizeMethod.Crop),
-            [*extra, Normalize.from_stats(*imagenet_stats)])
+    return (
+        Resize(s.size, method=ResizeMethod.Squish if squish else ResizeMethod.Crop),
+        [*extra, Normalize.from_stats(*imagenet_stats)],
+    )
 
 
 def image_loaders(s, config, teacher, **options):
-    item,batch = image_transforms(s, config)
+    item, batch = image_transforms(s, config)
     how = dict(item_tfms=item, batch_tfms=batch)
-    x,y = s.x[0],s.y
+    x, y = s.x[0], s.y
     if s.y == 'y' and not isinstance(s.frame[x].iloc[0], bytes) and folder_names(s):
         # items are paths, so that the exported Learner predicts for a path
-        block = DataBlock((ImageBlock, label_block(s)), get_y=parent_label,
-                          splitter=IndexSplitter(np.flatnonzero(s.valid).tolist()), **how)
+        block = DataBlock(
+            (ImageBlock, label_block(s)),
+            get_y=parent_label,
+            splitter=IndexSplitter(np.flatnonzero(s.valid).tolist()),
+            **how,
+        )
         return block.dataloaders([*map(Path, s.frame[x])], num_workers=config.workers, **options)
-    block = DataBlock((ImageBlock, label_block(s)), get_x=ColReader(x), splitter=ColSplitter('is_valid'),
-                      get_y=ColReader(y, label_delim=s.delimiter or None), **how)
+    block = DataBlock(
+        (ImageBlock, label_block(s)),
+        get_x=ColReader(x),
+        splitter=ColSplitter('is_valid'),
+        get_y=ColReader(y, label_delim=s.delimiter or None),
+        **how,
+    )
     return block.dataloaders(marked_frame(s), num_workers=config.workers, **options)
 
 
 def folder_names(s):
     "Is each image's class the name of its folder?"
-    return not s.delimiter and all(Path(p).parent.name == y for p,y in zip(s.frame[s.x[0]], s.frame[s.y]))
+    return not s.delimiter and all(
+        Path(p).parent.name == y for p, y in zip(s.frame[s.x[0]], s.frame[s.y])
+    )
 
 
-def marked_frame(s): return s.frame[[*s.x, s.y]].assign(is_valid=s.valid)
+def marked_frame(s):
+    return s.frame[[*s.x, s.y]].assign(is_valid=s.valid)
 
 
 def mask_loaders(s, config, teacher, **options):
-    item,batch = image_transforms(s, config)
-    block = DataBlock((ImageBlock, MaskBlock(codes=s.classes)), get_x=ColReader('x'), get_y=ColReader('y'),
-                      splitter=ColSplitter('is_valid'), item_tfms=item, batch_tfms=batch)
+    item, batch = image_transforms(s, config)
+    block = DataBlock(
+        (ImageBlock, MaskBlock(codes=s.classes)),
+        get_x=ColReader('x'),
+        get_y=ColReader('y'),
+        splitter=ColSplitter('is_valid'),
+        item_tfms=item,
+        batch_tfms=batch,
+    )
     return block.dataloaders(marked_frame(s), num_workers=config.workers, **options)
 
 
 def text_loaders(s, config, teacher, **options):
     frame = marked_frame(s).rename(columns={s.x[0]: 'input', s.y: 'label'})
     vocab = None if teacher is None else known(teacher, 'texts', lambda dls: dls.vocab[0])
-    dls = TextDataLoaders.from_df(frame, Path(), text_col='input', label_col='label', label_delim=s.delimiter or None,
-                                  y_block=label_block(s), valid_col='is_valid', text_vocab=vocab,
-                                  num_workers=config.workers, **options)
+    dls = TextDataLoaders.from_df(
+        frame,
+        Path(),
+        text_col='input',
+        label_col='label',
+        label_delim=s.delimiter or None,
+        y_block=label_block(s),
+        valid_col='is_valid',
+        text_vocab=vocab,
+        num_workers=config.workers,
+        **options,
+    )
     return dls
 
 
 def table_loaders(s, config, teacher, **options):
-    frame,n = s.frame.iloc[np.argsort(s.valid, kind='stable')].reset_index(drop=True),int((~s.valid).sum())
+    frame, n = (
+        s.frame.iloc[np.argsort(s.valid, kind='stable')].reset_index(drop=True),
+        int((~s.valid).sum()),
+    )
     if teacher is not None:
         to = known(teacher, 'table', lambda dls: dls.train_ds)
-        if missing := [c for c in (*to.x_names, *to.y_names) if c not in frame and not str(c).endswith('_na')]:
-            raise DistillError(f"The teacher's table has the column(s) {', '.join(map(str, missing[:5]))}, which these "
-                               "data do not have.")
+        if missing := [
+            c for c in (*to.x_names, *to.y_names) if c not in frame and not str(c).endswith('_na')
+        ]:
+            raise DistillError(
+                f"The teacher's table has the column(s) {', '.join(map(str, missing[:5]))}, which these "
+                'data do not have.'
+            )
         to = to.new(frame)
         to.process()
         to.split = n
     else:
-        numbers,categories = cont_cat_split(frame[s.x])
-        splits = [*range(n)],[*range(n, len(frame))]
+        numbers, categories = cont_cat_split(frame[s.x])
+        splits = [*range(n)], [*range(n, len(frame))]
         procs = [Categorify, FillMissing, Normalize]
         to = TabularPandas(frame, procs, categories, numbers, s.y, label_block(s), splits)
     return to.dataloaders(num_workers=config.workers, **options)
@@ -125,6 +181,7 @@ def table_loaders(s, config, teacher, **options):
 
 def known(teacher, task, read):
     """What the teacher's own data hold."""
-    try: return read(teacher.dls)
+    try:
+        return read(teacher.dls)
     except (AttributeError, TypeError, IndexError, KeyError) as e:
-        raise DistillError(f"The exported teacher was not trained on {task}.") from e
+        raise DistillError(f'The exported teacher was not trained on {task}.') from e

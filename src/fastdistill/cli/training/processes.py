@@ -1,6 +1,8 @@
 "One fit in several processes."
+
 import torch
 from fastai.distributed import DistributedDL, DistributedTrainer
+
 from ...base.distributed import broadcast
 
 __all__ = ['ProcessesTrainer']
@@ -8,19 +10,25 @@ __all__ = ['ProcessesTrainer']
 
 class ProcessesDL(DistributedDL):
     """fastai's, which needs no GPU, and whose order is that of its DataLoader's generator."""
+
     def _broadcast(self, t, rank):
         t = torch.tensor(t)
         broadcast([t])
         return t.tolist()
 
     @property
-    def rng(self): return self.dl.rng
+    def rng(self):
+        return self.dl.rng
 
     @rng.setter
-    def rng(self, rng): self.dl.rng = rng
+    def rng(self, rng):
+        self.dl.rng = rng
 
 
 class ProcessesTrainer(DistributedTrainer):
     """fastai's callback, with `ProcessesDL`."""
+
     def _wrap_dl(self, dl):
-        return dl if isinstance(dl, DistributedDL) else ProcessesDL(dl, device=self.learn.model.device)
+        return (
+            dl if isinstance(dl, DistributedDL) else ProcessesDL(dl, device=self.learn.model.device)
+        )

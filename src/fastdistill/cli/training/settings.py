@@ -1,8 +1,10 @@
 """The settings and the folder of a run. Nothing is written, and PyTorch is imported only to read a
 recipe.
 """
+
 from dataclasses import asdict
 from pathlib import Path
+
 from ...base.errors import DistillError
 from .config import TrainConfig, read_config
 
@@ -12,49 +14,61 @@ __all__ = ['settings_of']
 def settings_of(given, config_file, out, resume):
     """(TrainConfig, folder)."""
     folder = None if out is None else Path(out)
-    if resume and folder is None: raise DistillError("resume=True needs the folder of the run: out='runs/NAME'.")
-    if resume and (folder/'config.toml').is_file():
-        if config_file is not None: raise DistillError(f"{folder} has its own settings: leave config= out.")
-        stored = TrainConfig(**read_config(folder/'config.toml'))
+    if resume and folder is None:
+        raise DistillError("resume=True needs the folder of the run: out='runs/NAME'.")
+    if resume and (folder / 'config.toml').is_file():
+        if config_file is not None:
+            raise DistillError(f'{folder} has its own settings: leave config= out.')
+        stored = TrainConfig(**read_config(folder / 'config.toml'))
         check_unchanged(given, stored, folder)
-        if (folder/'report.json').is_file(): raise DistillError(f"The run in {folder} is finished.")
-        return checked(stored),folder
+        if (folder / 'report.json').is_file():
+            raise DistillError(f'The run in {folder} is finished.')
+        return checked(stored), folder
     if resume and not given and config_file is None:
-        raise DistillError(f"There is no run in {folder} (no config.toml).")
+        raise DistillError(f'There is no run in {folder} (no config.toml).')
     settings = ({} if config_file is None else read_config(config_file)) | given
     if missing := [k for k in ('data', 'teacher', 'student') if k not in settings]:
-        raise DistillError(f"{'=, '.join(missing)}= is missing. An example: fastdistill train --data photos --teacher "
-                           "resnet34 --student resnet18")
+        raise DistillError(
+            f'{"=, ".join(missing)}= is missing. An example: fastdistill train --data photos --teacher '
+            'resnet34 --student resnet18'
+        )
     config = checked(TrainConfig(**settings).absolute())
-    if folder is None: folder = free_folder(config)
+    if folder is None:
+        folder = free_folder(config)
     # subtle: a run that was killed at its very beginning has no settings yet
     if folder.exists() and not (folder.is_dir() and all(map(is_beginning, folder.iterdir()))):
-        what = 'a run' if (folder/'config.toml').is_file() else 'something else'
-        raise DistillError(f"{folder} holds {what} already. Give another out=, or resume=True to continue a run.")
-    return config,folder
+        what = 'a run' if (folder / 'config.toml').is_file() else 'something else'
+        raise DistillError(
+            f'{folder} holds {what} already. Give another out=, or resume=True to continue a run.'
+        )
+    return config, folder
 
 
 def checked(config):
     """The settings, if the files in them exist and the recipe can be read."""
     config.check_files()
     if config.recipe != 'auto':
-        from ...recipes.text import recipe_from_text      # imports PyTorch
+        from ...recipes.text import recipe_from_text  # imports PyTorch
+
         recipe_from_text(config.recipe)
     return config
 
 
-def is_beginning(path): return path.name == 'checkpoints' or path.suffix == '.tmp'
+def is_beginning(path):
+    return path.name == 'checkpoints' or path.suffix == '.tmp'
 
 
 def check_unchanged(given, stored, folder):
     asked = asdict(TrainConfig(**asdict(stored) | given).absolute())
     for k in given:
         if asked[k] != getattr(stored, k) and asked[k] != 'auto':
-            raise DistillError(f"{folder} holds a run with {k}={getattr(stored, k)!r}, now {k}={asked[k]!r}. Give the "
-                               "new one another out=.")
+            raise DistillError(
+                f'{folder} holds a run with {k}={getattr(stored, k)!r}, now {k}={asked[k]!r}. Give the '
+                'new one another out=.'
+            )
 
 
 def free_folder(config):
-    stem = f"{Path(config.data).name.split('.')[0]}-{config.student}"
+    stem = f'{Path(config.data).name.split(".")[0]}-{config.student}'
     names = (f'{stem}-{i}' if i > 1 else stem for i in range(1, 10000))
-    return next(p for p in (Path('runs')/n for n in names) if not p.exists())
+    return next(p for p in (Path('runs') / n for n in names) if not p.exists())

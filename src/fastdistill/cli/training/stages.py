@@ -1,31 +1,35 @@
 "One fit that can be interrupted after any epoch, and continues to the same result."
-import random, warnings
+
+import random
+import warnings
 from contextlib import nullcontext
+
 import numpy as np
 import torch
 from fastai.basics import Callback, CancelEpochException, L, get_model, one_param, to_device
 from fastai.callback.schedule import valley
+
 from ...base.atomic_files import enough_space, write_atomically
-from ...base.errors import DistillError
-from ...fastai.metrics import row_by_column
-from ...fastai.compare import history_of
-from ...base.outputs import as_plain, map_tensors
 from ...base.distributed import broadcast, on_first, rank, world_size
+from ...base.errors import DistillError
+from ...base.outputs import as_plain, map_tensors
 from ...base.seeds import seeds_of
+from ...fastai.compare import history_of
+from ...fastai.metrics import row_by_column
 
 __all__ = ['Checkpoints', 'find_rate', 'fit_stage', 'seed_everything']
 
-BEFORE_FIT = 2**32 # instead of the number of an epoch
-LOWEST,HIGHEST,IF_NONE_IS_FOUND = 1e-4,.03,1e-3 # learning rates
+BEFORE_FIT = 2**32  # instead of the number of an epoch
+LOWEST, HIGHEST, IF_NONE_IS_FOUND = 1e-4, 0.03, 1e-3  # learning rates
 
 
 def seed_everything(*numbers):
     """Seed the generators of Python, NumPy and PyTorch from these numbers; return the seed."""
-    first,*others = map(int, numbers)
+    first, *others = map(int, numbers)
     seed = seeds_of(first, 0, *others)
     random.seed(seed)
-    np.random.seed(seed & 0xffffffff)
-    torch.manual_seed(seed & 0x7fffffffffffffff)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
     return seed
 
 
@@ -36,7 +40,8 @@ def seed_epoch(learn, *numbers):
     # projectors and choices before the fit are the same in all processes, dropout and augmentation are not
     mine = [rank()] if rank() and numbers[-1] != BEFORE_FIT else []
     seed = seed_everything(*numbers, *mine)
-    for i,dl in enumerate(learn.dls.loaders): dl.rng = random.Random(seed + i)
+    for i, dl in enumerate(learn.dls.loaders):
+        dl.rng = random.Random(seed + i)
 
 
 class Checkpoints(Callback):
@@ -50,17 +55,12 @@ class Checkpoints(Callback):
         kd: The KnowledgeDistillation callback of the fit.
         say: fn(text) for a line about each epoch; None: fastai's own bar and table.
     """
-    order = 90 # after all that change the state of the training
 
-    def __init__(
-        self,
-        file,
-        seed,
-        kd=None,
-        say=print
-    ):
+    order = 90  # after all that change the state of the training
+
+    def __init__(self, file, seed, kd=None, say=print):
         super().__init__()
-        self.file,self.seed,self.kd,self.say = file,seed,kd,say
+        self.file, self.seed, self.kd, self.say = file, seed, kd, say
         self.state = on_first(lambda: read_state(file) if file.is_file() else None)
 
     @property
@@ -69,66 +69,97 @@ class Checkpoints(Callback):
         return 0 if self.state is None else self.state['epochs']
 
     def before_fit(self):
-        if self.state is None: return
-        s,r = self.state,self.learn.recorder
+        if self.state is None:
+            return
+        s, r = self.state, self.learn.recorder
         get_model(self.learn.model).load_state_dict(s['model'])
         self.learn.opt.load_state_dict(to_device(s['opt'], one_param(self.learn.model).device))
-        if self.kd is not None: self.kd.load_state_dict(s['kd'])
-        r.values,r.iters,r.losses,r.lrs = L(map(L, s['values'])),s['iters'],s['losses'],s['lrs']
-        r.smooth_loss.count,r.smooth_loss.val = s['smooth']
+        if self.kd is not None:
+            self.kd.load_state_dict(s['kd'])
+        r.values, r.iters, r.losses, r.lrs = (
+            L(map(L, s['values'])),
+            s['iters'],
+            s['losses'],
+            s['lrs'],
+        )
+        r.smooth_loss.count, r.smooth_loss.val = s['smooth']
         self.learn.train_iter = len(r.losses)
 
-    def before_epoch(self): seed_epoch(self.learn, *self.seed, self.epoch)
+    def before_epoch(self):
+        seed_epoch(self.learn, *self.seed, self.epoch)
 
     def after_epoch(self):
         # the averages of batch-norm in projectors, which DistributedDataParallel does not know
-        if self.kd is not None: broadcast(self.kd.distiller.links.buffers())
-        if rank(): return
-        r,opt = self.learn.recorder,self.opt.state_dict()
-        opt['hypers'] = [{k: plain(v) for k,v in h.items()} for h in opt['hypers']]
-        state = dict(epochs=self.epoch + 1, model=get_model(self.learn.model).state_dict(), opt=opt,
-                     kd=None if self.kd is None else self.kd.state_dict(), names=[*r.metric_names],
-                     values=[[*map(plain, v)] for v in r.values], iters=[*r.iters],
-                     losses=[torch.as_tensor(o) for o in r.losses], lrs=[*map(plain, r.lrs)],
-                     smooth=(r.smooth_loss.count, r.smooth_loss.val))
-        state = map_tensors(state, as_plain)        # a class of fastai's is none of those that a safe file may hold
+        if self.kd is not None:
+            broadcast(self.kd.distiller.links.buffers())
+        if rank():
+            return
+        r, opt = self.learn.recorder, self.opt.state_dict()
+        opt['hypers'] = [{k: plain(v) for k, v in h.items()} for h in opt['hypers']]
+        state = dict(
+            epochs=self.epoch + 1,
+            model=get_model(self.learn.model).state_dict(),
+            opt=opt,
+            kd=None if self.kd is None else self.kd.state_dict(),
+            names=[*r.metric_names],
+            values=[[*map(plain, v)] for v in r.values],
+            iters=[*r.iters],
+            losses=[torch.as_tensor(o) for o in r.losses],
+            lrs=[*map(plain, r.lrs)],
+            smooth=(r.smooth_loss.count, r.smooth_loss.val),
+        )
+        state = map_tensors(
+            state, as_plain
+        )  # a class of fastai's is none of those that a safe file may hold
         write_atomically(self.file, lambda f: torch.save(state, f))
-        if self.say is not None: self.say(self.line(r))
+        if self.say is not None:
+            self.say(self.line(r))
 
     def line(self, r):
-        shown = [f'{k} {v:.4f}' for k,v in row_by_column(r, r.values[-1]).items() if isinstance(v, float)]
-        return f"epoch {self.epoch + 1} of {self.n_epoch}: {', '.join(shown)}, {r.log[-1]}"
+        shown = [
+            f'{k} {v:.4f}'
+            for k, v in row_by_column(r, r.values[-1]).items()
+            if isinstance(v, float)
+        ]
+        return f'epoch {self.epoch + 1} of {self.n_epoch}: {", ".join(shown)}, {r.log[-1]}'
 
     def restore(self, learn):
         """The Learner as it was after the last epoch, without a fit."""
         learn.model.load_state_dict(self.state['model'])
         r = learn.recorder
-        r.metric_names,r.values,r.losses = L(self.state['names']),L(map(L, self.state['values'])),self.state['losses']
+        r.metric_names, r.values, r.losses = (
+            L(self.state['names']),
+            L(map(L, self.state['values'])),
+            self.state['losses'],
+        )
 
     # an exported Learner gets a callback that does nothing, and needs no fastdistill
-    def __reduce__(self): return Callback, ()
+    def __reduce__(self):
+        return Callback, ()
 
 
 def plain(v):
     """A number of Python's, which a file without pickled objects can hold."""
-    return float(v) if isinstance(v, np.floating) else tuple(map(plain, v)) if isinstance(v, tuple) else v
+    return (
+        float(v)
+        if isinstance(v, np.floating)
+        else tuple(map(plain, v))
+        if isinstance(v, tuple)
+        else v
+    )
 
 
 def read_state(file):
-    try: return torch.load(file, map_location='cpu', weights_only=True)
+    try:
+        return torch.load(file, map_location='cpu', weights_only=True)
     # subtle: a damaged file is an error of zip, of pickle or of PyTorch
     except Exception as e:
-        raise DistillError(f"{file} is damaged ({type(e).__name__}). Delete it: this training begins again.") from e
+        raise DistillError(
+            f'{file} is damaged ({type(e).__name__}). Delete it: this training begins again.'
+        ) from e
 
 
-def fit_stage(
-    learn,
-    n_epoch:int,
-    lr,
-    checkpoints:Checkpoints,
-    cbs=(),
-    bar:bool=False
-) -> dict:
+def fit_stage(learn, n_epoch: int, lr, checkpoints: Checkpoints, cbs=(), bar: bool = False) -> dict:
     """Fit with the 1cycle policy, from the epoch after the last one that was written. Returns the
     table of the training.
 
@@ -142,12 +173,14 @@ def fit_stage(
         return history_of(learn)
     # subtle: what a fit measures before its first epoch, such as the teacher's temperature, is the same after a resume
     seed_epoch(learn, *checkpoints.seed, BEFORE_FIT)
-    logger,learn._do_fit = learn.logger,EpochsFrom(learn, checkpoints.done)
+    logger, learn._do_fit = learn.logger, EpochsFrom(learn, checkpoints.done)
     cbs = [*cbs, *filter(None, [checkpoints.kd]), checkpoints]
     if world_size() > 1:
-        from .processes import ProcessesTrainer     # needs accelerate
+        from .processes import ProcessesTrainer  # needs accelerate
+
         cbs.append(ProcessesTrainer(sync_bn=False, cpu=one_param(learn.model).device.type == 'cpu'))
-    if not bar: learn.logger = silent
+    if not bar:
+        learn.logger = silent
     try:
         with nullcontext() if bar else learn.no_bar():
             learn.fit_one_cycle(n_epoch, lr, cbs=cbs)
@@ -157,11 +190,7 @@ def fit_stage(
     return history_of(learn)
 
 
-def find_rate(
-    learn,
-    folder,
-    *seed
-) -> float:
+def find_rate(learn, folder, *seed) -> float:
     """The valley that fastai's lr_find suggests, between LOWEST and HIGHEST; IF_NONE_IS_FOUND if it
     finds none.
 
@@ -169,26 +198,32 @@ def find_rate(
         folder: For the weights, which are restored at the end.
         *seed: Numbers.
     """
-    learn.path,learn.model_dir = folder,'.'
+    learn.path, learn.model_dir = folder, '.'
     seed_epoch(learn, *seed, BEFORE_FIT)
     with learn.no_bar(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try:
-            with enough_space(folder): lr = float(learn.lr_find(show_plot=False, suggest_funcs=valley).valley)
-        except DistillError: raise
+            with enough_space(folder):
+                lr = float(learn.lr_find(show_plot=False, suggest_funcs=valley).valley)
+        except DistillError:
+            raise
         # subtle: a loss that is not finite from the first steps leaves fastai's rule without numbers
-        except (RuntimeError, ValueError, IndexError, ZeroDivisionError, TypeError): return IF_NONE_IS_FOUND
+        except (RuntimeError, ValueError, IndexError, ZeroDivisionError, TypeError):
+            return IF_NONE_IS_FOUND
     return float(f'{min(max(lr, LOWEST), HIGHEST):.3g}')
 
 
-def silent(_): """fastai's row of numbers is not printed."""
+def silent(_):
+    """fastai's row of numbers is not printed."""
 
 
 class EpochsFrom:
     """Instead of `Learner._do_fit`: begins with a later epoch. fastai's SkipToEpoch runs the
     events of all epochs.
     """
-    def __init__(self, learn, first): self.learn,self.first = learn,first
+
+    def __init__(self, learn, first):
+        self.learn, self.first = learn, first
 
     def __call__(self):
         for epoch in range(self.first, self.learn.n_epoch):

@@ -1,8 +1,11 @@
 "The teacher of a run: trained first, read from weights, or a file."
+
 from pathlib import Path
-from torch import nn
+
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
+
 from ...base.errors import DistillError
 from ...fastai.teachers import PICKLES, exported
 from .archs import is_timm, learner_of, vision_arch
@@ -10,30 +13,26 @@ from .archs import is_timm, learner_of, vision_arch
 __all__ = ['file_teacher', 'with_weights']
 
 
-def file_teacher(
-    path:str
-):
+def file_teacher(path: str):
     """What `Teacher` takes: an exported Learner, an estimator, or the path of another file."""
     file = Path(path)
     return exported(file) if file.suffix in PICKLES else path
 
 
-def with_weights(
-    config,
-    dls, s
-):
+def with_weights(config, dls, s):
     """A Learner, or a plain model of torchvision or timm, with the weights of the file.
 
     Args:
         config: A TrainConfig.
     """
     path = Path(config.teacher_weights)
-    try: weights = load_file(path)
+    try:
+        weights = load_file(path)
     except (SafetensorError, OSError, ValueError) as e:
-        raise DistillError(f"{path} is no safetensors file: {e}") from e
+        raise DistillError(f'{path} is no safetensors file: {e}') from e
     learn = learner_of(config.teacher, dls, s, config)
-    have = {k: tuple(v.shape) for k,v in weights.items()}
-    wants = lambda model: {k: tuple(v.shape) for k,v in model.state_dict().items()}
+    have = {k: tuple(v.shape) for k, v in weights.items()}
+    wants = lambda model: {k: tuple(v.shape) for k, v in model.state_dict().items()}
     if fits(have, wants(learn.model)):
         learn.model.load_state_dict(weights, strict=False)
         return learn
@@ -43,18 +42,27 @@ def with_weights(
             return model.to(dls.device)
     need = wants(learn.model)
     odd = next((k for k in need if need[k] != have.get(k)), None)
-    raise DistillError(f"The weights in {path} are not those of {config.teacher} for these {len(s.classes or [0])} "
-                       f"class(es): {odd} has {need.get(odd)} numbers, in the file {have.get(odd, 'none')}.")
+    raise DistillError(
+        f'The weights in {path} are not those of {config.teacher} for these {len(s.classes or [0])} '
+        f'class(es): {odd} has {need.get(odd)} numbers, in the file {have.get(odd, "none")}.'
+    )
 
 
-def fits(have, need): return not set(have) - set(need) and all(have.get(k, v) == v for k,v in need.items()) and (
-    {k for k in need if 'num_batches_tracked' not in k} <= set(have))
+def fits(have, need):
+    return (
+        not set(have) - set(need)
+        and all(have.get(k, v) == v for k, v in need.items())
+        and ({k for k in need if 'num_batches_tracked' not in k} <= set(have))
+    )
 
 
-def plain_model(name, classes) -> nn.Module|None:
+def plain_model(name, classes) -> nn.Module | None:
     """The model as torchvision or timm makes it, without fastai's head."""
     arch = vision_arch(name)
-    if callable(arch): return arch(num_classes=classes)
-    if not is_timm(name): return None
+    if callable(arch):
+        return arch(num_classes=classes)
+    if not is_timm(name):
+        return None
     import timm
+
     return timm.create_model(name, num_classes=classes)
