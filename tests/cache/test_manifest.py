@@ -93,7 +93,7 @@ CRAFTED = [
     ('count', '12', "count is '12'"),
     ('count', True, 'count is True'),
     ('count', 10**13, 'count is 10000000000000'),
-    ('count', 10**9, 'make 250000000 files: must be one of'),
+    ('count', 10**9, 'make 250000000 files: at most'),
     ('count', 10**6, r'shards has 9 entries: it must have'),
     ('count', 25.0, 'count is 25.0'),
     ('shard_rows', 0, 'shard_rows is 0'),

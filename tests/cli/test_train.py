@@ -587,7 +587,7 @@ def spoiled(digits, tmp_path):
         (
             'a.csv',
             dict(valid='held'),
-            "--valid 'held': must be one of a share such as 0.2, and for a CSV .* It has age",
+            "--valid 'held': must be a fraction such as 0.2, and for a CSV .* It has age",
         ),
         ('a.csv', dict(valid='job'), "this column has 'a'"),
         ('a.csv', dict(task='images'), 'columns of images'),

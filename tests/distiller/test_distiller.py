@@ -240,7 +240,7 @@ def test_recipes_print_as_they_are_written():
             "can't be called 'task', which has a meaning already",
         ),
         (lambda: Term(F.mse_loss, name='a.b'), "can't be called 'a.b'"),
-        (lambda: Term(F.mse_loss, weight='up'), "weight of mse_loss='up': must be one of a number"),
+        (lambda: Term(F.mse_loss, weight='up'), "weight of mse_loss='up': must be a number"),
         (
             lambda: Term(losses.kl, 2.0, grad_ratio=1.0),
             'weight=2.0 and grad_ratio=1.0 of kl: give one of them',
@@ -374,7 +374,7 @@ def test_a_loss_of_logits_may_compare_layers_too():
         ),
         (
             lambda: Term(distance, layers='auto', match='same'),
-            "match='same': must be one of 'shape', 'grid' and 'none' .what distance needs",
+            "match='same': must be 'shape', 'grid' or 'none' .what distance needs",
         ),
     ],
 )
@@ -1245,7 +1245,7 @@ def test_the_students_output_can_be_named_and_that_of_a_bare_teacher_with_it():
         )
     with pytest.raises(DistillError, match="output='b', but the model returned one tensor"):
         Distiller(mlp(6), t.a, kd(), output='b')(x, y)
-    with pytest.raises(DistillError, match='output=1.5: must be one of the name or the index'):
+    with pytest.raises(DistillError, match='output=1.5: must be the name or the index'):
         Distiller(s, t, kd(), output=1.5)
 
 

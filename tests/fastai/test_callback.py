@@ -1223,7 +1223,7 @@ def test_a_model_that_ends_in_a_sigmoid_is_explained():
         (dict(loss=F.mse_loss, T=2), 'T= with loss=: your loss gets the logits unchanged'),
         (dict(recipe=dict(T=2)), 'A recipe is made of terms and recipes'),
         (dict(alpha=2), 'from 0 .labels alone. to 1 .teacher alone.'),
-        (dict(T='cosin'), "T='cosin': must be one of a number, a function"),
+        (dict(T='cosin'), "T='cosin': must be a number, a function"),
         (
             dict(axis=1.0),
             r'axis=1.0: the class axis is a whole number from 1 to 8, or, counted from the end, from -1 to -8',
@@ -1235,7 +1235,7 @@ def test_a_model_that_ends_in_a_sigmoid_is_explained():
             dict(T=('linear', 4, 0)),
             'T=0 at the end of the training: a temperature is a number above 0',
         ),
-        (dict(output=1.5), 'output=1.5: must be one of the name or the index'),
+        (dict(output=1.5), 'output=1.5: must be the name or the index'),
         (dict(span='epoch'), "span='epoch': it must be 'fine_tune' or 'fit'"),
     ],
     ids=lambda o: '' if isinstance(o, str) else '-'.join(o),

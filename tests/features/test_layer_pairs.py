@@ -128,7 +128,7 @@ def test_other_inputs_for_the_teacher_and_several_inputs():
     [
         ({'9': '0'}, "In the student: No layer '9' in Sequential"),
         ({'0': '9'}, "In the teacher: No layer '9' in Sequential"),
-        ([('0', '1', '2')], r"\('0', '1', '2'\) is not a pair of names. It must be one of"),
+        ([('0', '1', '2')], r"\('0', '1', '2'\) is not a pair of names. Give"),
         ([('0', None)], 'is not a pair of names'),
         ({'0': 3}, 'is not a pair of names'),
         ([3], '3 is not a pair of names'),

@@ -396,7 +396,7 @@ def test_what_has_no_meaning_is_refused_when_it_is_built(args, message):
 
 
 def test_tokens_that_are_no_picture_are_refused():
-    with pytest.raises(DistillError, match=r'\(2, 15, 3\) are no map'):
+    with pytest.raises(DistillError, match=r'\(2, 15, 3\) are not a map'):
         projector((2, 15, 3), (2, 5, 4, 4))(rand(2, 15, 3))
     with pytest.raises(DistillError, match="can't become the teacher's 15 tokens"):
         projector((2, 3, 4, 4), (2, 15, 5))(rand(2, 3, 4, 4))

@@ -396,7 +396,7 @@ def test_names_ending_in_map_and_tokens():
     with Taps(
         vit, ['blocks.0', 'blocks.0@map', 'blocks.0@in@map', 'patch_embed.proj@tokens', 'head@map']
     ) as taps:
-        with pytest.raises(DistillError, match=r'shape \(2, 1000\) are no map.*without @map'):
+        with pytest.raises(DistillError, match=r'shape \(2, 1000\) are not a map.*without @map'):
             vit(x)
     with Taps(
         vit,

@@ -847,8 +847,8 @@ def test_other_inputs_are_not_renormalised():
             'input_stats have 2 channels, stats 3',
         ),
         (dict(stats='auto'), None, 'Identity does not hold the normalization of its images'),
-        (dict(stats='cifar'), None, "stats='cifar': must be one of .mean, std., 'imagenet'"),
-        (dict(stats=3.0), None, 'stats=3.0: must be one of'),
+        (dict(stats='cifar'), None, "stats='cifar': must be .mean, std., 'imagenet'"),
+        (dict(stats=3.0), None, 'stats=3.0: must be'),
         (dict(stats=([0, 0], [1])), None, 'one mean, and one std above 0'),
         (dict(stats=(0, 0)), None, 'one mean, and one std above 0'),
     ],
@@ -1491,14 +1491,14 @@ class Fastai:
 @pytest.mark.parametrize(
     'o,match',
     [
-        (None, 'None is no teacher. It must be one of an nn.Module'),
+        (None, 'None is no teacher. It must be an nn.Module'),
         ('resnet50', "There is no file 'resnet50'.*A model's name is not enough"),
         ('missing.onnx', "There is no file 'missing.onnx'"),
         (small().state_dict(), 'holds weights, but no network: build the model'),
         (nn.Linear, 'Linear is a class, not a model'),
-        (3, 'A int is no teacher. It must be one of'),
-        (torch.zeros(2), 'A Tensor is no teacher. It must be one of'),
-        ([], 'An empty list of teachers. It must be one of'),
+        (3, 'A int is no teacher. It must be'),
+        (torch.zeros(2), 'A Tensor is no teacher. It must be'),
+        ([], 'An empty list of teachers. It must be an nn.Module'),
         (['resnet50'], "There is no file 'resnet50'"),
         (Fastai(), 'a fastai Learner: pass it to fastdistill.fastai'),
         (nn.Linear(2, 2, device='meta'), 'has no weights yet'),
@@ -1639,7 +1639,7 @@ def test_an_output_that_is_not_there_is_refused():
     same(Teacher(nn.Identity(), output=0)(x).logits, x)
     with refuses('which holds no logits. .* Name another output with output='):
         Teacher(Heads(lambda a, b: dict(main=a, aux=b)))(x)
-    with refuses(r'output=1.5: must be one of the name or the index of an output, and a function'):
+    with refuses(r'output=1.5: must be the name or the index of an output, or a function'):
         Teacher(Heads(), output=1.5)
 
 

@@ -37,14 +37,14 @@ class Batch:
 
     Attributes:
         others: The second labels of a mixed batch.
-        share: The share of the first labels; None: the batch is not mixed.
+        lam: Weight of the first labels; None: the batch is not mixed.
     """
 
     student: Outputs
     teacher: Outputs
     targets: tuple
     others: tuple
-    share: Tensor | None
+    lam: Tensor | None
     task: Task
     progress: float | None
 
@@ -71,17 +71,17 @@ class Batch:
 
     @cached_property
     def mask(self):
-        """Where a term without labels counts; in a mixed batch, by the share of the labels that
+        """Where a term without labels counts; in a mixed batch, by the weight of the labels that
         count.
         """
         first, other = self.masks
-        if self.share is None:
+        if self.lam is None:
             return first
         if first is None and other is None:
             return None
         pairs = (first, other), (other, first)
-        first, other = [(torch.ones_like(n) if m is None else m).to(self.share) for m, n in pairs]
-        return blend(first, other, self.share)
+        first, other = [(torch.ones_like(n) if m is None else m).to(self.lam) for m, n in pairs]
+        return blend(first, other, self.lam)
 
     def pairs_of(self, name, make):
         """What a term compares, made once: projectors may have batch-norms, which count each run."""
@@ -140,14 +140,14 @@ def of_all_processes(term, pairs, targets, options, task):
     return *map_tensors((pairs, targets), gather_rows), options
 
 
-def blend(first, other, share):
-    """share*first + (1-share)*other, with one share for all samples or one for each."""
-    share = (
-        share.to(first).reshape(-1, *[1] * (first.dim() - 1))
-        if share.numel() > 1
-        else share.to(first).squeeze()
+def blend(first, other, lam):
+    """lam*first + (1-lam)*other, with one lam for all samples or one for each."""
+    lam = (
+        lam.to(first).reshape(-1, *[1] * (first.dim() - 1))
+        if lam.numel() > 1
+        else lam.to(first).squeeze()
     )
-    return torch.lerp(other, first, share)
+    return torch.lerp(other, first, lam)
 
 
 def both(*masks):
