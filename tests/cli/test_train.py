@@ -570,7 +570,7 @@ def spoiled(digits, tmp_path):
     'name,flags,says',
     [
         ('nowhere', {}, "There is no file or folder '.*nowhere'"),
-        ('empty', {}, 'holds no images, and no data in another form'),
+        ('empty', {}, 'holds no images, and no data in a different form'),
         ('one class', {}, 'All samples have one class'),
         ('unreadable', {}, "1 of 12 images can't be read: .*png"),
         ('missing class', {}, r'1 class\(es\) are missing from the validation set: digit1'),
@@ -587,7 +587,7 @@ def spoiled(digits, tmp_path):
         (
             'a.csv',
             dict(valid='held'),
-            "--valid 'held': must be a fraction such as 0.2, and for a CSV .* It has age",
+            "--valid 'held': must be a fraction such as 0.2, or for a CSV .* It has age",
         ),
         ('a.csv', dict(valid='job'), "this column has 'a'"),
         ('a.csv', dict(task='images'), 'columns of images'),

@@ -245,7 +245,7 @@ def test_recipes_print_as_they_are_written():
             lambda: Term(losses.kl, 2.0, grad_ratio=1.0),
             'weight=2.0 and grad_ratio=1.0 of kl: give one of them',
         ),
-        (lambda: recipes.dist(share=-1), 'share=-1 of dist: it is a number from 0 up'),
+        (lambda: recipes.dist(grad_ratio=-1), 'grad_ratio=-1 of dist: it is a number from 0 up'),
         (
             lambda: Distiller(mlp(4), mlp(8), dkd(), kind='sigmoid'),
             'a softmax over classes, but this model predicts a sigmoid per label',

@@ -44,6 +44,7 @@ from fastdistill.fastai.transforms import Replay
 from fastdistill.base.outputs import DistillError, DistillWarning
 from fastdistill.features import Taps
 from fastdistill.teachers import Teacher
+import cached
 from cached import (
     AUGMENT,
     CROPS,
@@ -798,7 +799,7 @@ def test_data_and_transforms_that_do_not_fit_are_refused_in_words(tmp_path, monk
         r'after_item: RandomResizedCrop: .*min_scale=0.4.* in the cache, .*min_scale=0.9.* now',
     )
     refused(cache, data(augment='colours'), 'after_batch: RandomErasing: none in the cache')
-    monkeypatch.setitem(globals(), 'IMAGES', IMAGES[::-1].copy())
+    monkeypatch.setattr(cached, 'IMAGES', IMAGES[::-1].copy())
     refused(cache, data(), 'the input of sample 0: the transforms give another result')
     feed = CacheFeed(TeacherCache(tmp_path, force=True))
     with pytest.warns(DistillWarning, match='used anyway'):

@@ -784,7 +784,7 @@ def test_save_model_follows_kd_loss_and_keeps_the_optimizer(tmp_path):
     student, teacher = toy(path=tmp_path, opt_func=Adam)
     cb = KD(teacher, kd() + hint())
     student.fit(3, 0.01, cbs=[cb, SaveModelCallback(monitor='kd_loss', with_opt=True)])
-    saved = torch.load(tmp_path / 'models' / 'model.pth', factorsonly=False)
+    saved = torch.load(tmp_path / 'models' / 'model.pth', weights_only=False)
     assert saved['model'].keys() == student.model.state_dict().keys()
     student.load('model', with_opt=True)  # a warning would be an error here
     student.fit(1, 0.01, cbs=cb)
@@ -1470,7 +1470,7 @@ def test_two_processes_train_one_student_and_one_projector(tmp_path):
         tmp_path / 'two.1'
     )
     (a, logged_a), (b, logged_b) = [
-        torch.load(tmp_path / f'{i}.pt', factorsonly=True) for i in (0, 1)
+        torch.load(tmp_path / f'{i}.pt', weights_only=True) for i in (0, 1)
     ]
     assert len(a) == 8 and all(torch.equal(x, y) for x, y in zip(a, b)) and logged_a == logged_b
 

@@ -71,6 +71,7 @@ def test_an_epoch_that_is_cut_short_counts_as_far_as_it_went():
     )
 
 
+@pytest.mark.filterwarnings('ignore:.*The task loss on the validation set rose')
 @pytest.mark.filterwarnings('ignore:The labels. loss on the validation set rose')
 def test_an_overfitting_student_is_seen():
     "It learns 16 labels that are drawn at random: valid_loss rises, task_loss falls"
@@ -128,6 +129,7 @@ def figure():
     plt.close('all')
 
 
+@pytest.mark.filterwarnings('ignore:.*The task loss on the validation set rose')
 @pytest.mark.filterwarnings('ignore:The labels. loss on the validation set rose')
 @pytest.mark.parametrize('train_metrics', [False, True])
 def test_plot_loss_has_the_labels_losses_on_a_scale_of_their_own(figure, train_metrics):

@@ -209,6 +209,7 @@ def test_projectors_that_were_loaded_are_saved_again_and_those_of_other_weights_
     assert not file.exists()
 
 
+@pytest.mark.filterwarnings('ignore:.*The task loss on the validation set rose')
 @pytest.mark.filterwarnings('ignore:The labels. loss on the validation set rose')
 def test_the_best_students_projectors_are_those_that_are_loaded(tmp_path):
     student, teacher = toy(path=tmp_path, opt_func=Adam)

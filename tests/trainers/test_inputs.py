@@ -155,6 +155,8 @@ def test_a_cache_of_other_inputs_is_another_teacher(tmp_path):
         cache_teacher(Teacher(t, inputs=second), learn.dls, tmp_path / 'c', kind='softmax', axis=1)
 
 
+@no_better_than_chance
+@pytest.mark.filterwarnings("ignore:The teacher's embedding has 512 rows")
 def test_in_hugging_faces_trainer(tmp_path):
     t, s = bert(100), bert(9)
     data = [dict(input_ids=r, attention_mask=(r > 0).long(), labels=y) for r, y in zip(ROWS, Y)]
@@ -180,6 +182,8 @@ def test_in_hugging_faces_trainer(tmp_path):
 @pytest.mark.filterwarnings(
     'ignore::lightning.fabric.utilities.warnings.PossibleUserWarning',
     'ignore:.*isinstance.treespec, LeafSpec.',
+    "ignore:The teacher's embedding has 512 rows",
+    'ignore:The teacher is no better than chance',
 )
 def test_in_lightning(tmp_path):
     t, s = bert(100), Bag()

@@ -76,10 +76,10 @@ def other_tokens(tally, teacher, student, batches):
 IF_SWAPPED = 'Are student and teacher swapped? student.distill(teacher) trains the student. If they are not: '
 
 
-def student_is_better(tally):
-    "Does the student predict better before its training, by more than chance?"
+def student_is_better(tally, **margin):
+    """Return whether the student predicts better than the teacher now, by more than chance."""
     student = tally.items('student')
-    return len(student) and tally.facts().n >= FEW and tally.above(student, tally.items('teacher'))
+    return len(student) >= FEW and tally.above(student, tally.items('teacher'), **margin)
 
 
 def no_better_than_student(tally):
@@ -154,7 +154,7 @@ def chance(tally):
             tally.facts(),
             'is it trained, for these labels in this order, and does it get its own preprocessing?',
         )
-        if student_is_better(tally):
+        if student_is_better(tally, least=0.0, sure=LEADS):
             text, do = (
                 f'{text}. The student has {f.metric} {f.student_score:.3f} before training',
                 IF_SWAPPED + do,

@@ -5,6 +5,7 @@ from math import prod
 
 from torch import nn
 
+from ..base.errors import DistillError
 from ..base.task import CLASS_NUMBERS, fit_labels, fitting_axes, float_labels, shape_of_labels
 from .findings import Finding
 
@@ -40,8 +41,9 @@ def checked_ids(teacher):
     handles = [m.register_forward_pre_hook(check, with_kwargs=True) for m in named]
     try:
         yield
-    except IndexError as e:
-        if 'index out of range in self' not in str(e):
+    except (IndexError, DistillError) as e:
+        cause = e.__cause__ if isinstance(e, DistillError) else e
+        if not isinstance(cause, IndexError) or 'index out of range in self' not in str(cause):
             raise  # PyTorch's own lookup, outside of an embedding module
         raise UnknownId('The inputs have ids that an embedding of the teacher does not have') from e
     finally:

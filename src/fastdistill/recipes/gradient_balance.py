@@ -149,7 +149,7 @@ class GradientRatios(dict):
         if None in norms:
             raise DistillError(
                 f'The task loss does not depend on what {name} compares, so that it can have no '
-                'share of the gradient there. Give it weight= instead of share=, or compare another '
+                'share of the gradient there. Give it weight= instead of grad_ratio=, or compare another '
                 'output (output=) or layer.'
             )
         far = gradient_norm(apart(name), tensors)

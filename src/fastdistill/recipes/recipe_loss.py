@@ -63,7 +63,8 @@ class RecipeLoss(nn.Module):
 
     def __init__(self, recipe, task):
         super().__init__()
-        self.student = None  # where gradients are compared if not all parts reach the logits
+        # subtle: the first child, so that the student's parameters are the first ones of a Distiller
+        self.register_module('student', None)
         self.task, self.links = task, nn.ModuleDict()
         self.measures, self.seen = (
             True,

@@ -79,12 +79,12 @@ class TrainRun:
         )
         self.say, self.bar = (say, bar) if self.first else (silent, False)
         self.recipe = recipe_from_text(config.recipe)
-        self.files = folder / 'checkpoints'
+        self.files, self.locks = folder / 'checkpoints', ExitStack()
         self.begun = self.files / 'begun.json'  # the settings and a fingerprint of the data
 
     def __call__(self):
         """Do what is missing of the run. Returns the Report, in the first process."""
-        with warnings.catch_warnings(), ExitStack() as self.locks:
+        with warnings.catch_warnings(), self.locks:
             # fastai's tables with pandas 3, about arrays that it only reads
             warnings.filterwarnings('ignore', message='The given NumPy array is not writable')
             models = self.trained()
