@@ -28,10 +28,8 @@ class GradientRatio:
 
     # batches that are all measured; in the end one in so many is; what a new one counts in the mean
     FIRST, EVERY, NEW = 16, 32, 0.2
-    FLOOR, JUMP = (
-        0.3,
-        4.0,
-    )  # the smallest norm, beside `apart`; growth beyond this is not averaged over
+    FLOOR = 1.0  # the smallest norm that counts, relative to `apart`
+    JUMP = 4.0  # growth beyond this is not averaged over
 
     def __init__(self):
         self.batches, self.measured, self.parts, self.means = 0, 0, (), None
