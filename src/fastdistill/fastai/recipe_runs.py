@@ -1,4 +1,4 @@
-"Recipes side by side, over several seeds: the experiment behind a choice of recipe."
+"Recipes with several seeds: the experiment behind a choice of recipe."
 
 import json
 import re
@@ -15,12 +15,13 @@ from ..base.seeds import seeded
 from ..cache.digests import fingerprint
 from ..cache.reader import TeacherCache
 from ..cache.source import identity_of
+from ..search.candidates import LABELS
 from ..search.recipe_report import RecipeReport, RecipeRun
 from ..search.seed_tests import adjusted, difference_by_seed
 from .arguments import feed_of
 from .compare import history_of
-from .many import distill_many
 from .teachers import refuse_heads, teacher_of
+from .trials import repeatable
 
 __all__ = ['compare_recipes']
 
@@ -42,9 +43,12 @@ def compare_recipes(
     progress: bool = True,
     **kwargs,
 ) -> RecipeReport:
-    """Train a student with each recipe, side by side: the same starts, the same batches, one pass
-    of the teacher. Then again with other seeds. The baseline, which the others are compared with,
-    is the recipe None, or else the first.
+    """Train a student with each recipe and seed, one after another. With the same seed, all recipes
+    have the same start and the same batches. The baseline, which the others are compared with, is
+    the recipe None, or else the first.
+
+    Each student ends as after its own `distill` with the same random state. A teacher that runs is
+    run for each of them; with stored outputs (`cache_teacher`) it does not run at all.
 
     Args:
         make_student: fn() -> a new Learner. Each recipe gets one that is made with the same
@@ -59,8 +63,8 @@ def compare_recipes(
         higher: Is more of it better? None: read off its name.
         folder: Where each finished seed is written; the same call continues from there. None:
             nothing is written.
-        progress: Show a bar and a table for each seed.
-        **kwargs: Of `distill_many`
+        progress: Show a bar.
+        **kwargs: More options of the training, as in `distill`
     """
     if isinstance(make_student, Learner) or not callable(make_student):
         raise DistillError(
@@ -83,6 +87,12 @@ def compare_recipes(
             f'{len(recipes)} recipe(s) and {len(seeds)} seed(s): give two recipes or more, and one seed '
             'or more.'
         )
+    if 'cbs' in kwargs:
+        raise DistillError(
+            'cbs=: a callback belongs to one Learner. Add callbacks in make_student, which makes new ones '
+            'for each student.'
+        )
+    lrs = dict(zip(recipes, one_each('lr_max', lr_max, recipes)))
     texts = {k: comparable_text(r) for k, r in recipes.items()}
     finished = FinishedSeeds(
         folder,
@@ -94,9 +104,7 @@ def compare_recipes(
             options=comparable_text(kwargs),
         ),
     )
-    train = lambda seed: train_seed(
-        make_student, teacher, recipes, n_epoch, lr_max, seed, progress, kwargs
-    )
+    train = lambda seed: train_seed(make_student, teacher, recipes, n_epoch, lrs, seed, kwargs)
     runs, columns = finished.all(seeds, make_student, train)
     metric = find_metric(metric, columns, runs)
     if higher is None:
@@ -113,6 +121,17 @@ def compare_recipes(
     base = report.values(report.baseline)
     report.differences = adjusted({k: difference_by_seed(report.values(k), base) for k in others})
     return report
+
+
+def one_each(name, value, recipes):
+    """One value for each recipe."""
+    if not isinstance(value, list | tuple):
+        return [value] * len(recipes)
+    if len(value) != len(recipes):
+        raise DistillError(
+            f'{name} has {len(value)} values for {len(recipes)} recipes: give one, or one for each.'
+        )
+    return value
 
 
 def comparable_text(o):
@@ -135,27 +154,36 @@ def student_of(make_student, seed):
         return make_student()
 
 
-def train_seed(make_student, teacher, recipes, n_epoch, lr_max, seed, progress, kwargs):
+def train_seed(make_student, teacher, recipes, n_epoch, lrs, seed, kwargs):
     """(runs of all recipes with this seed, names of the Learner's own metrics)."""
-    students = {k: student_of(make_student, seed) for k in recipes}
-    starts = {fingerprint(s.model.state_dict()) for s in students.values()}
-    if len(starts) > 1:
-        raise DistillError(
-            'make_student() returned students that begin with different weights, with the same random '
-            'state of Python, NumPy and PyTorch. Make a new model in each call, from these generators.'
+    runs = []
+    for i, (name, recipe) in enumerate(recipes.items()):
+        learn = student_of(make_student, seed)
+        start = fingerprint(learn.model.state_dict())
+        if i == 0:
+            own, first = [m.name for m in learn.metrics], start
+        elif start != first:
+            raise DistillError(
+                'make_student() returned students that begin with different weights, with the same random '
+                'state of Python, NumPy and PyTorch. Make a new model in each call, from these generators.'
+            )
+        train_student(learn, teacher, recipe, n_epoch, lrs[name], seed, **kwargs)
+        runs.append(RecipeRun(name, seed, history_of(learn)))
+    return runs, own, first
+
+
+def train_student(learn, teacher, recipe, n_epoch, lr_max, seed, *, check=True, **kwargs):
+    # subtle: labels alone go through `distill` too, so that a cache gives them the same views of the samples
+    alone = recipe is None
+    with repeatable(learn.dls, seed), learn.no_bar(), learn.no_logging():
+        learn.distill(
+            teacher,
+            n_epoch,
+            lr_max,
+            LABELS.recipe({}) if alone else recipe,
+            check=check and not alone,
+            **kwargs,
         )
-    own = [m.name for m in next(iter(students.values())).metrics]
-    distill_many(
-        students,
-        teacher,
-        n_epoch,
-        lr_max,
-        list(recipes.values()),
-        seed=seed,
-        progress=progress,
-        **kwargs,
-    )
-    return [RecipeRun(k, seed, history_of(s)) for k, s in students.items()], own, starts.pop()
 
 
 def find_metric(metric, own, runs):
