@@ -1,6 +1,6 @@
 "Recipes side by side over several seeds: numbers, their test, and a folder from which an interrupted experiment continues."
 
-import functools, os, random, signal
+import functools, json, os, random, signal
 import numpy as np
 import pytest, torch
 from scipy import stats
@@ -20,7 +20,7 @@ from fastdistill.fastai import (
     losses,
 )
 from fastdistill.fastai.recipe_runs import comparable_text
-from fastdistill.search.seed_tests import adjusted, difference_by_seed
+from fastdistill.search.significance import adjusted, difference_by_seed
 from fastdistill.evaluation.data import Difference
 from fastdistill.search.recipe_report import RecipeRun
 from fastdistill.base.seeds import seeded
@@ -343,13 +343,13 @@ def test_an_interrupted_experiment_continues(tmp_path, capsys):
         run(seeds=3, folder=tmp_path, make=make)
     STOP = None
     assert (
-        'fastdistill: 1 of 3 seeds are finished. The same call continues from'
+        'fastdistill: 4 of 9 trainings are finished. The same call continues from'
         in capsys.readouterr().out
     )
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['seed_0.json', 'settings.json']
+    assert [p.name[:4] for p in sorted(tmp_path.iterdir())] == ['run_'] * 4 + ['sett']
     made.clear()
     again = run(seeds=3, folder=tmp_path, make=make)
-    assert again == whole() and len(made) == 1 + 2 * 3
+    assert again == whole() and len(made) == 1 + 5
     made.clear()
     assert (
         run(seeds=5, folder=tmp_path, make=make).seeds == [0, 1, 2, 3, 4] and len(made) == 1 + 2 * 3
@@ -377,6 +377,31 @@ def test_a_killed_experiment_continues(tmp_path):
     assert run(seeds=3, folder=folder) == whole()
 
 
+def experiment(folder, report):
+    "Leaves the report, and how many students were made"
+    made = []
+
+    def make():
+        made.append(1)
+        return make_student()
+
+    got = compare_recipes(
+        make, TEACHER, RECIPES, 2, 0.1, seeds=3, folder=folder, progress=False, check=False
+    )
+    report.write_text(json.dumps([len(made), str(got)]))
+
+
+def test_two_processes_share_an_experiment(tmp_path):
+    reports = [tmp_path / 'a', tmp_path / 'b']
+    both = [processes.start(tmp_path / 'log', experiment, tmp_path / 'runs', o) for o in reports]
+    assert processes.ended(*both) == [0, 0], processes.said(tmp_path / 'log')
+    (made_a, a), (made_b, b) = (json.loads(o.read_text()) for o in reports)
+    assert a == b == str(whole())
+    # each may make one more to compare the start of its students with what is in the folder
+    assert 9 <= made_a + made_b <= 11
+    assert run(seeds=3, folder=tmp_path / 'runs') == whole()
+
+
 def test_a_folder_of_another_experiment_is_refused(tmp_path):
     run(seeds=1, folder=tmp_path)
 
@@ -395,8 +420,8 @@ def test_a_folder_of_another_experiment_is_refused(tmp_path):
         return learn
 
     refused('another student: make_student.. now begins with other weights for seed 0', make=larger)
-    (tmp_path / 'seed_0.json').write_text('{"runs')
-    refused('seed_0.json is damaged')
+    next(tmp_path.glob('run_*.json')).write_text('{"runs')
+    refused(r'run_\w+.json is damaged .* Delete it: its run is trained again')
     assert comparable_text([noop, object()]) == comparable_text([noop, object()])
 
 

@@ -1,24 +1,18 @@
 """The search: which run comes next and which one ends early, until the time is over.
 
-Optuna proposes the runs, stops the weak ones (successive halving, arXiv:1810.05934) and stores all
-of them.
+Optuna proposes the runs. The weak ones are stopped (successive halving, arXiv:1810.05934).
 """
 
-import base64
-import json
-import math
-import zlib
 from contextlib import contextmanager
-from datetime import datetime
 from itertools import product
 from time import time
 
 import numpy as np
-import torch
 
-from ..base.outputs import DistillError
+from ..base.errors import DistillError
 from .candidates import LABELS
-from .result import Found, Run, best_of
+from .result import Found, best_of
+from .runs import Run, Runs
 
 __all__ = ['Search', 'import_optuna']
 
@@ -37,15 +31,14 @@ def import_optuna():
 
 
 @contextmanager
-def quiet():
-    """Optuna reports warnings alone."""
-    log = import_optuna().logging
-    was = log.get_verbosity()
-    log.set_verbosity(log.WARNING)
+def only_warnings_of(optuna):
+    """Inside, Optuna reports only warnings."""
+    was = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         yield
     finally:
-        log.set_verbosity(was)
+        optuna.logging.set_verbosity(was)
 
 
 class Search:
@@ -62,10 +55,8 @@ class Search:
         begin, end: Time when the search began, and when it must be over.
         trials: So many runs, then the best again; None: as many as there is time for.
         seeds: With which the best runs are repeated.
-        storage: URL of a database ('sqlite:///find.db'), a file, or Optuna's storage; None:
-            nothing is kept.
-        name: Of the search in the storage.
-        facts: What a stored search must have in common with this one.
+        folder: Of `Runs`
+        facts: What a folder's search must have in common with this one.
         show: Called after each epoch, with the share of the time that has passed.
     """
 
@@ -80,116 +71,67 @@ class Search:
         end: float,
         trials: int | None = None,
         seeds: int = 5,
-        storage=None,
-        name: str = 'fastdistill',
+        folder=None,
         facts: dict | None = None,
         metric: str = 'score',
-        show=lambda text, share: None,
+        show=lambda text, done: None,
     ):
         self.optuna = import_optuna()
-        self.candidates, self.rates, self.train = (
-            {c.name: c for c in candidates},
-            [float(o) for o in rates],
-            train,
-        )
-        self.n_epoch, self.metric, self.n_trials, self.seeds, self.show = (
-            n_epoch,
-            metric,
-            trials,
-            seeds,
-            show,
-        )
+        self.candidates = {c.name: c for c in candidates}
+        self.all_candidates = {LABELS.name: LABELS, **self.candidates}
+        self.rates = [float(o) for o in rates]
+        self.train = train
+        self.n_epoch = n_epoch
         self.begin, self.end = begin, end
-        self.cut, self.errors, self.n_runs = [], {}, 0
-        facts = dict(
+        self.n_trials = trials
+        self.seeds = seeds
+        self.metric = metric
+        self.show = show
+        self.n_runs = 0
+        self.cut = []  # runs that the end of the time, or an interrupt, ended
+        self.busy = set()  # files of runs that other processes train now
+        self.errors = {}  # candidate -> why it can't be used
+        settings = dict(
             facts or {},
             n_epoch=n_epoch,
             rates=self.rates,
             candidates={c.name: {k: list(v) for k, v in c.options.items()} for c in candidates},
         )
-        self._open(storage, name, facts, n_epoch)
+        self.runs = Runs(self._train, folder, settings)
 
-    def _open(self, storage, name, facts, n_epoch):
-        samplers, pruners = self.optuna.samplers, self.optuna.pruners
-        if isinstance(storage, str) and '://' not in storage:
-            from optuna.storages import JournalStorage
-            from optuna.storages.journal import JournalFileBackend
-
-            storage = JournalStorage(JournalFileBackend(storage))
-
-        def study(part, pruner):
-            with quiet():
-                return self.optuna.create_study(
-                    storage=storage,
-                    study_name=f'{name}, {part}',
-                    direction='maximize',
-                    pruner=pruner,
-                    load_if_exists=True,
-                )
-
-        # subtle: of labels alone every rate gets a whole run: while a rate warms up, its scores say little of its end,
-        # and a comparison with a rate that was stopped too early would not be fair
-        self.alone = study('labels alone', pruners.NopPruner())
-        check_facts(self.alone, json.loads(json.dumps(facts)), name)
-        n = max(10, 2 * len(self.candidates))
-        halving = pruners.SuccessiveHalvingPruner(min_resource=-(-n_epoch // 3), reduction_factor=2)
-        self.taught = study('recipes', halving)
-        seed = len(self.taught.get_trials(deepcopy=False))
-        self.taught.sampler = samplers.TPESampler(seed=seed, n_startup_trials=n)
-        self.rng = np.random.default_rng(seed)
-        self.again = study('seeds', pruners.NopPruner())
-        for lr in self.rates:
-            self._plan(self.alone, dict(recipe=LABELS.name, lr=lr))
-
-    def _plan(self, study, params):
-        """A run that comes before those that Optuna proposes, unless there is one with these
-        parameters.
-        """
-        given = (wanted(t) for t in study.get_trials(deepcopy=False) if self._counts(t))
-        if not any(params.items() <= o.items() for o in given):
-            study.enqueue_trial(params)
-
-    def _plan_recipes(self):
-        """Each recipe begins with its usual options, and with the rate that is best for labels
-        alone so far.
-        """
-        alone = best_of(self.runs()).get(LABELS.name)
-        lr = self.rates[0] if alone is None else alone.lr
-        for c in self.candidates.values():
-            if any(
-                wanted(t).get('recipe') == c.name for t in self.taught.get_trials(deepcopy=False)
-            ):
-                continue
-            self._plan(self.taught, next(runs_with(c, [lr])))
-
-    def _counts(self, trial):
-        "Has it run, does it wait, or does another process run it now?"
-        if trial.state.name != 'RUNNING':
-            return trial.state.name != 'FAIL'
-        return (datetime.now() - trial.datetime_start).total_seconds() < self.end - self.begin
-
-    # the search
+    def _train(self, run, after_epoch, late):
+        recipe = self.all_candidates[run.name].recipe(run.options)
+        items = self.train(recipe, run.lr, run.seed, after_epoch, late)
+        if items is None:
+            return None
+        return items.tolist() if run.seed else []  # only repeated runs are judged
 
     def run(self) -> Found:
         """Search until the time is over, or until Ctrl-C."""
         try:
-            while time() < self.search_end and (asked := self._next()):
-                self._try(*asked)
+            while time() < self.search_end and (run := self._next()):
+                self._try(run)
             self._repeat()
         except KeyboardInterrupt:
-            if not any(r.scores for r in self.runs()):
+            if not self.tried():
                 raise
             self.show('interrupted: this is the best so far', None)
-        if not any(r.scores for r in self.runs()):
+        if not self.tried():
             raise DistillError(self._nothing())
         return Found(
-            {LABELS.name: LABELS, **self.candidates},
-            self.runs(),
-            self.finals(),
+            self.all_candidates,
+            self.tried(),
+            [r for r in self.runs.finished() if r.seed],
             metric=self.metric,
             n_epoch=self.n_epoch,
             rates=self.rates,
         )
+
+    def tried(self):
+        """The runs of the search, also those of earlier searches and other processes in the same
+        folder.
+        """
+        return [r for r in self.runs.finished() if not r.seed] + self.cut
 
     def _nothing(self):
         if self.errors:
@@ -204,130 +146,143 @@ class Search:
     @property
     def search_end(self):
         """When the best runs have to be repeated: the time that this takes, at most half of all."""
-        took = [whole_seconds(s) for s in (self.alone, self.taught)]
-        if None in took:
+        whole = [r for r in self.runs.finished() if not r.seed and not r.stopped]
+        alone = [r.seconds for r in whole if r.name == LABELS.name]
+        if not 0 < len(alone) < len(whole):
             return self.end
-        return self.end - min((1 + FINALISTS) * self.seeds * max(took), (self.end - self.begin) / 2)
+        took = (1 + FINALISTS) * self.seeds * max(r.seconds for r in whole)
+        return self.end - min(took, (self.end - self.begin) / 2)
+
+    # which run comes next
 
     def _next(self):
-        """(study, trial, run) of the next run; None if all were tried. Labels alone come first.
-        After a third of the time, they take every other turn.
+        """The next run; None if all were tried. Labels alone come first. After a third of the time,
+        they take every other turn.
+
+        Of labels alone every rate gets a whole run: while a rate warms up, its scores say little of
+        its end, and a comparison with a rate that was stopped too early would not be fair.
         """
         if self.n_trials is not None and self.n_runs >= self.n_trials:
             return None
-        waiting = self.alone.get_trials(
-            deepcopy=False, states=(self.optuna.trial.TrialState.WAITING,)
-        )
+        alone = next(iter(self._left({LABELS.name: LABELS})), None)
         early = time() < self.begin + (self.end - self.begin) / 3
-        asked = (
-            self._ask(self.alone, {LABELS.name: LABELS})
-            if waiting and (early or self.n_runs % 2)
-            else None
-        )
-        if asked is None:
-            self._plan_recipes()
-            asked = self._ask(self.taught, self.candidates)
-        return asked or (self._ask(self.alone, {LABELS.name: LABELS}) if waiting else None)
+        if alone is not None and (early or self.n_runs % 2):
+            return alone
+        return self._next_recipe() or alone
 
-    def _ask(self, study, candidates):
-        for i in range(PROPOSALS + 1):
-            if not (left := self._left(study, candidates)):
-                return None
-            if i == PROPOSALS:
-                study.enqueue_trial(left[self.rng.integers(len(left))])
+    def _left(self, candidates):
+        """The runs that nobody has begun, for each candidate the usual ones first."""
+        begun = {r.file for r in self.runs.finished()} | self.busy
+        return [
+            run
+            for c in candidates.values()
+            if c.name not in self.errors
+            for run in runs_with(c, self.rates)
+            if run.file not in begun
+        ]
+
+    def _next_recipe(self):
+        """Each recipe begins with its usual options, and with the rate that is best for labels
+        alone so far. Then Optuna proposes the runs.
+        """
+        best = best_of(self.tried())
+        lr = best[LABELS.name].lr if LABELS.name in best else self.rates[0]
+        left = self._left(self.candidates)
+        for run in left:
+            if run.name not in best and run.lr == lr:
+                return run
+        return self._proposed(left) if left else None
+
+    def _proposed(self, left):
+        runs = [r for r in self.runs.finished() if not r.seed and r.name != LABELS.name]
+        startup = max(10, 2 * len(self.candidates))
+        sampler = self.optuna.samplers.TPESampler(seed=len(runs), n_startup_trials=startup)
+        with only_warnings_of(self.optuna):
+            study = self.optuna.create_study(direction='maximize', sampler=sampler)
+        study.add_trials([self._trial_of(r) for r in runs])
+        files = {r.file: r for r in left}
+        for _ in range(PROPOSALS):
             trial = study.ask()
-            c = candidates[trial.suggest_categorical('recipe', list(candidates))]
+            c = self.candidates[trial.suggest_categorical('recipe', list(self.candidates))]
             options = {
                 k: trial.suggest_categorical(f'{c.name} {k}', v) for k, v in c.options.items()
             }
             run = Run(c.name, options, trial.suggest_categorical('lr', self.rates))
-            if trial.params in left:
-                return study, trial, run
-            self._fail(study, trial)
-        return None
+            if run.file in files:
+                return run
+        return left[np.random.default_rng(len(runs)).integers(len(left))]
 
-    def _left(self, study, candidates):
-        """The parameters of all runs that nobody has begun."""
-        begun = [
-            t.params
-            for t in study.get_trials(deepcopy=False)
-            if t.state.name != 'WAITING' and self._counts(t)
-        ]
-        return [
-            o
-            for c in candidates.values()
-            if c.name not in self.errors
-            for o in runs_with(c, self.rates)
-            if o not in begun
-        ]
+    def _trial_of(self, run):
+        """A run as Optuna's trial."""
+        choices = {f'{run.name} {k}': v for k, v in self.candidates[run.name].options.items()}
+        choices |= dict(recipe=list(self.candidates), lr=self.rates)
+        states = self.optuna.trial.TrialState
+        return self.optuna.trial.create_trial(
+            params={f'{run.name} {k}': v for k, v in run.options.items()}
+            | dict(recipe=run.name, lr=run.lr),
+            distributions={
+                k: self.optuna.distributions.CategoricalDistribution(v) for k, v in choices.items()
+            },
+            state=states.PRUNED if run.stopped else states.COMPLETE,
+            value=run.score,
+            intermediate_values=dict(enumerate(run.scores, 1)),
+        )
 
-    def _fail(self, study, trial):
-        study.tell(trial, state=self.optuna.trial.TrialState.FAIL, skip_if_finished=True)
+    # one run
 
-    def _try(self, study, trial, run):
-        """One run of the search."""
-
-        def after_epoch(score):
-            trial.report(self._score(run, score), len(run.scores))
-            run.stopped = len(run.scores) < self.n_epoch and trial.should_prune()
-            return run.stopped
-
+    def _try(self, run):
         self.n_runs += 1
         end = self.search_end
-        with self._told(study, trial, run):
-            self._train(run, after_epoch, lambda: time() > end)
-            if not run.stopped and len(run.scores) < self.n_epoch:
-                raise OutOfTime
-            if run.stopped:
-                study.tell(trial, state=self.optuna.trial.TrialState.PRUNED)
-            else:
-                study.tell(trial, run.score)
-
-    def _train(self, run, after_epoch, late):
-        recipe = self.all_candidates[run.name].recipe(run.options)
-        return self.train(recipe, run.lr, run.seed, after_epoch, late)
-
-    @property
-    def all_candidates(self):
-        return {LABELS.name: LABELS, **self.candidates}
-
-    def _score(self, run, score):
-        """Keep a score, and show it."""
-        run.scores.append(score if math.isfinite(score) else -math.inf)
-        text = self.all_candidates[run.name].written(run.options)
-        again = f', seed {run.seed}' if run.seed else ''
-        self.show(
-            f'{run.name}: {text}, lr={run.lr:.3g}{again}: {self.metric} {score:.4g} after {len(run.scores)} of '
-            f'{self.n_epoch} epochs',
-            min((time() - self.begin) / (self.end - self.begin), 1.0),
-        )
-        return run.scores[-1]
-
-    @contextmanager
-    def _told(self, study, trial, run):
-        """A run that is cut off is planned again, for whoever resumes. A recipe that can't be used
-        is dropped.
-        """
         try:
-            yield
+            done = self.runs.once(run, self._is_over, lambda: time() > end)
         except DistillError as e:
-            self._fail(study, trial)
-            if run.name == LABELS.name or run.seed:
+            if run.name == LABELS.name:
                 raise
             self.errors[run.name] = str(e)
             self.show(f'{run.name} is left out: {e}', None)
-        except BaseException as e:
-            self._fail(study, trial)
-            if not run.seed:
-                self.cut.append(run)
-                study.enqueue_trial(trial.params)
-            if not isinstance(e, OutOfTime):
-                raise
+            return
+        except BaseException:
+            self._cut_off(run)
+            raise
+        if done is None:
+            self.busy.add(run.file)
+            self.n_runs -= 1
+            return
+        self.busy.clear()  # a process may have ended without its run
+        if done.result is None and not done.stopped:
+            self._cut_off(run)
+
+    def _cut_off(self, run):
+        """Whoever continues from the folder trains it again; here its scores count."""
+        if run.scores:
+            self.cut.append(run)
+
+    def _is_over(self, run):
+        """Show a run's new score; is the run to be stopped?"""
+        text = self.all_candidates[run.name].written(run.options)
+        again = f', seed {run.seed}' if run.seed else ''
+        self.show(
+            f'{run.name}: {text}, lr={run.lr:.3g}{again}: {self.metric} {run.score:.4g} after '
+            f'{len(run.scores)} of {self.n_epoch} epochs',
+            min((time() - self.begin) / (self.end - self.begin), 1.0),
+        )
+        return run.name != LABELS.name and not run.seed and self._is_weak(run)
+
+    def _is_weak(self, run):
+        """After a third and after two thirds of the epochs: is it not in the better half of the
+        recipes' runs that came so far?
+        """
+        n, third = len(run.scores), -(-self.n_epoch // 3)
+        if n not in (third, 2 * third) or n >= self.n_epoch:
+            return False
+        recipes = (r for r in self.tried() if r.name != LABELS.name)
+        scores = [run.score, *(r.scores[n - 1] for r in recipes if len(r.scores) >= n)]
+        return run.score < sorted(scores, reverse=True)[max(len(scores) // 2 - 1, 0)]
 
     # the best runs again
 
     def _repeat(self):
-        best = best_of(self.runs())
+        best = best_of(self.tried())
         others = sorted(
             (r for n, r in best.items() if n != LABELS.name), key=lambda r: r.rank, reverse=True
         )
@@ -338,109 +293,11 @@ class Search:
             for r in finalists:
                 if time() >= self.end:
                     return
-                self._run_again(Run(r.name, r.options, r.lr, seed))
-
-    def _run_again(self, run):
-        key = json.dumps([run.name, run.options, run.lr, run.seed], sort_keys=True)
-        trials = self.again.get_trials(deepcopy=False)
-        if any(t.user_attrs.get('run') == key and self._counts(t) for t in trials):
-            return
-        trial = self.again.ask()
-        trial.set_user_attr('run', key)
-
-        def after_epoch(score):
-            trial.report(self._score(run, score), len(run.scores))
-
-        with self._told(self.again, trial, run):
-            items = self._train(run, after_epoch, lambda: time() > self.end)
-            if items is None:
-                raise OutOfTime
-            trial.set_user_attr('items', pack(items))
-            self.again.tell(trial, run.score)
-
-    # what is stored
-
-    def runs(self):
-        """The runs of the search, those of other processes and of earlier searches in the same
-        storage included.
-        """
-        found = [
-            run_of(t)
-            for s in (self.alone, self.taught)
-            for t in s.get_trials(deepcopy=False)
-            if t.state.name in ('COMPLETE', 'PRUNED')
-        ]
-        return found + self.cut
-
-    def finals(self):
-        trials = [t for t in self.again.get_trials(deepcopy=False) if t.state.name == 'COMPLETE']
-        return [repeated_run(t) for t in trials]
+                again = Run(r.name, r.options, r.lr, seed)
+                self.runs.once(again, self._is_over, lambda: time() > self.end)
 
 
 def runs_with(c, rates):
-    """The parameters of all runs with a candidate, the usual ones first."""
+    """All runs with a candidate, the usual ones first."""
     for *values, lr in product(*c.options.values(), rates):
-        yield dict(recipe=c.name, lr=lr, **{f'{c.name} {k}': v for k, v in zip(c.options, values)})
-
-
-class OutOfTime(Exception):
-    """A run did not get to its end."""
-
-
-def check_facts(study, facts, name):
-    """Refuse to continue another search."""
-    if (have := study.user_attrs.get('facts')) is None:
-        return study.set_user_attr('facts', facts)
-    if wrong := [
-        f'{k} {have.get(k)} there, {v} here' for k, v in facts.items() if have.get(k) != v
-    ]:
-        raise DistillError(
-            f'The storage holds another search named {name!r} ({"; ".join(wrong)}). Give this one '
-            'another name=, or another storage=.'
-        )
-
-
-def wanted(trial):
-    """The parameters of a trial, also of one that waits."""
-    return trial.params or trial.system_attrs.get('fixed_params', {})
-
-
-def whole_seconds(study):
-    """The longest whole run of a study; None if there is none."""
-    return max(
-        (
-            t.duration.total_seconds()
-            for t in study.get_trials(deepcopy=False)
-            if t.state.name == 'COMPLETE'
-        ),
-        default=None,
-    )
-
-
-def reported_scores(trial):
-    return [v for _, v in sorted(trial.intermediate_values.items())]
-
-
-def run_of(trial):
-    name = trial.params['recipe']
-    options = {
-        k.removeprefix(f'{name} '): v for k, v in trial.params.items() if k.startswith(f'{name} ')
-    }
-    return Run(
-        name, options, trial.params['lr'], 0, reported_scores(trial), trial.state.name == 'PRUNED'
-    )
-
-
-def repeated_run(trial):
-    name, options, lr, seed = json.loads(trial.user_attrs['run'])
-    return Run(
-        name, options, lr, seed, reported_scores(trial), items=unpack(trial.user_attrs['items'])
-    )
-
-
-def pack(items):
-    return base64.b64encode(zlib.compress(items.float().numpy().astype('<f4').tobytes())).decode()
-
-
-def unpack(text):
-    return torch.from_numpy(np.frombuffer(zlib.decompress(base64.b64decode(text)), '<f4').copy())
+        yield Run(c.name, dict(zip(c.options, values)), lr)
