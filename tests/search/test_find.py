@@ -26,7 +26,7 @@ from fastdistill.fastai.trial_callback import chosen_half
 from fastdistill.search.result import Found
 from fastdistill.search.runs import Run
 from fastdistill.search.significance import lead_of
-from fastdistill.search.study import Search
+from fastdistill.search.search import Search
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
 
@@ -749,6 +749,8 @@ def test_what_cannot_be_searched_is_refused():
                 learn.distill_find(teacher, 1, **{k: o})
     with refused('takes no lr_max=: give rates='):
         learn.distill_find(teacher, 1, lr_max=0.1)
+    with refused("takes no storage=: give folder='find'"):
+        learn.distill_find(teacher, 1, storage='sqlite:///find.db')
     with refused('takes no alpha=: give recipes='):
         learn.distill_find(teacher, 1, alpha=0.5)
     with refused('live=True needs a teacher that runs'):

@@ -210,6 +210,17 @@ def test_students_of_a_language_model_get_their_texts_in_the_same_order():
     assert list(learn.dls.train.items.idxs) == order
 
 
+def test_a_bar_shows_the_training_and_its_score(capsys, monkeypatch):
+    monkeypatch.setenv('FORCE_COLOR', '1')
+    monkeypatch.setenv('TERM', 'xterm')
+    report = compare_recipes(
+        make_student, TEACHER, dict(alone=None, kd=kd()), 2, 0.1, seeds=[7], check=False
+    )
+    out = capsys.readouterr().out
+    assert f'kd, seed 7: {report.values("kd")[0]:.4g} after epoch 2' in out
+    assert '100%' in out
+
+
 def test_a_rate_for_each_recipe():
     same = run(dict(a=kd(), b=kd()), seeds=1, lr=[0.1, 0.2])
     alone = run(dict(a=kd(), b=kd()), seeds=1, lr=0.2)

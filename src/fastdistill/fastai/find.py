@@ -19,7 +19,8 @@ from ..cache.source import is_whole
 from ..checks.batch_scores import METRICS
 from ..checks.forward import guarded_random_state
 from ..search.candidates import candidates_for, given_candidates
-from ..search.study import Search, import_optuna
+from ..search.proposals import import_optuna
+from ..search.search import Search
 from .arguments import feed_of
 from .batches import restored
 from .cache_data import cache_teacher

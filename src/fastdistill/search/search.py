@@ -3,42 +3,18 @@
 Optuna proposes the runs. The weak ones are stopped (successive halving, arXiv:1810.05934).
 """
 
-from contextlib import contextmanager
 from itertools import product
 from time import time
 
-import numpy as np
-
 from ..base.errors import DistillError
 from .candidates import LABELS
+from .proposals import import_optuna, proposed_run
 from .result import Found, best_of
 from .runs import Run, Runs
 
-__all__ = ['Search', 'import_optuna']
+__all__ = ['Search']
 
 FINALISTS = 2  # beside labels alone
-PROPOSALS = 5  # of Optuna, which may have run before; then one that did not is drawn at random
-
-
-def import_optuna():
-    try:
-        import optuna
-    except ImportError as e:
-        raise ImportError(
-            "Looking for a recipe needs Optuna: pip install 'fastdistill[find]'"
-        ) from e
-    return optuna
-
-
-@contextmanager
-def only_warnings_of(optuna):
-    """Inside, Optuna reports only warnings."""
-    was = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(was)
 
 
 class Search:
@@ -76,7 +52,7 @@ class Search:
         metric: str = 'score',
         show=lambda text, done: None,
     ):
-        self.optuna = import_optuna()
+        import_optuna()  # before time is spent
         self.candidates = {c.name: c for c in candidates}
         self.all_candidates = {LABELS.name: LABELS, **self.candidates}
         self.rates = [float(o) for o in rates]
@@ -131,7 +107,7 @@ class Search:
         """The runs of the search, also those of earlier searches and other processes in the same
         folder.
         """
-        return [r for r in self.runs.finished() if not r.seed] + self.cut
+        return [r for r in self.runs.finished() if not r.seed and r.scores] + self.cut
 
     def _nothing(self):
         if self.errors:
@@ -191,42 +167,8 @@ class Search:
         for run in left:
             if run.name not in best and run.lr == lr:
                 return run
-        return self._proposed(left) if left else None
-
-    def _proposed(self, left):
-        runs = [r for r in self.runs.finished() if not r.seed and r.name != LABELS.name]
-        startup = max(10, 2 * len(self.candidates))
-        sampler = self.optuna.samplers.TPESampler(seed=len(runs), n_startup_trials=startup)
-        with only_warnings_of(self.optuna):
-            study = self.optuna.create_study(direction='maximize', sampler=sampler)
-        study.add_trials([self._trial_of(r) for r in runs])
-        files = {r.file: r for r in left}
-        for _ in range(PROPOSALS):
-            trial = study.ask()
-            c = self.candidates[trial.suggest_categorical('recipe', list(self.candidates))]
-            options = {
-                k: trial.suggest_categorical(f'{c.name} {k}', v) for k, v in c.options.items()
-            }
-            run = Run(c.name, options, trial.suggest_categorical('lr', self.rates))
-            if run.file in files:
-                return run
-        return left[np.random.default_rng(len(runs)).integers(len(left))]
-
-    def _trial_of(self, run):
-        """A run as Optuna's trial."""
-        choices = {f'{run.name} {k}': v for k, v in self.candidates[run.name].options.items()}
-        choices |= dict(recipe=list(self.candidates), lr=self.rates)
-        states = self.optuna.trial.TrialState
-        return self.optuna.trial.create_trial(
-            params={f'{run.name} {k}': v for k, v in run.options.items()}
-            | dict(recipe=run.name, lr=run.lr),
-            distributions={
-                k: self.optuna.distributions.CategoricalDistribution(v) for k, v in choices.items()
-            },
-            state=states.PRUNED if run.stopped else states.COMPLETE,
-            value=run.score,
-            intermediate_values=dict(enumerate(run.scores, 1)),
-        )
+        recipes = [r for r in self.runs.finished() if not r.seed and r.name != LABELS.name]
+        return proposed_run(self.candidates, self.rates, recipes, left) if left else None
 
     # one run
 
