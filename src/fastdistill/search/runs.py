@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import sleep, time
@@ -183,11 +183,14 @@ class Runs:
         with ExitStack() as stack:
             try:
                 stack.enter_context(locked_folder(self.folder, file=lock))
-                stack.callback((self.folder / lock).unlink, missing_ok=True)
-                mine = True
             except BusyError:
-                mine = False
-            yield mine
+                yield False
+                return
+            try:
+                yield True
+            finally:
+                with suppress(OSError):  # Windows keeps an open file
+                    (self.folder / lock).unlink()
 
 
 def read_json(path, made):
