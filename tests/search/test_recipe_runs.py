@@ -110,7 +110,7 @@ AUGMENTED = dict(
 
 @pytest.fixture(scope='module')
 def images():
-    "A Learner of augmented pictures in a new order each epoch, and a trained teacher"
+    "A Learner of augmented pictures in a new order each epoch, and a teacher"
     learn, teacher = apps.quiet(*apps.image(batch_tfms=[Flip(), Brightness()]))
     return learn, teacher.model.eval()
 
@@ -182,6 +182,21 @@ def test_all_recipes_get_the_same_batches(images, tmp_path):
         for other in others:
             assert all(map(torch.equal, first, other))
         assert not all(map(torch.equal, first[: len(first) // 2], first[len(first) // 2 :]))
+
+
+@pytest.mark.filterwarnings('ignore::fastdistill.DistillWarning')
+def test_looking_for_mistakes_does_not_move_the_batches(images):
+    "Labels alone are not checked, the others are"
+    made = []
+
+    def make():
+        made.append(image_student(images))
+        return made[-1]
+
+    compare_recipes(make, images[1], n_epoch=1, lr_max=0.01, seeds=1, progress=False)
+    alone, default = (o.keep_batches.kept[-6:] for o in made)
+    assert len(alone) == 6
+    assert all(map(torch.equal, alone, default))
 
 
 def test_students_of_a_language_model_get_their_texts_in_the_same_order():
