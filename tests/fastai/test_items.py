@@ -33,7 +33,6 @@ from fastdistill.fastai import (
     cache_teacher,
     check_teacher,
     compare,
-    distill_many,
     verify_cache,
 )
 
@@ -454,8 +453,6 @@ def test_where_it_cannot_work_an_error_says_so(folder, tmp_path):
     learn = image_student(folder)
     with refuses("does not see the student's augmentation"):
         cache_teacher(t, learn.dls, tmp_path / 'c', 4, kind='softmax', axis=1)
-    with refuses('distill_many can.t run a teacher with items='):
-        distill_many([learn, image_student(folder)], t, 1)
     with refuses('several heads do not take'):
         learn.fit(1, cbs=KnowledgeDistillation({'a': t}))
     with refuses('Flip would move the student'):

@@ -29,7 +29,6 @@ from fastdistill.fastai import (
     cache_teacher,
     compare,
     compare_recipes,
-    distill_many,
     kd,
     verify_cache,
 )
@@ -368,7 +367,6 @@ def test_where_one_teacher_is_needed_a_dict_of_heads_is_refused():
     learn, t = learner(), teachers()
     for where, call in {
         'to compare': lambda: compare(dict(teacher=t, student=learn)),
-        'to distill_many': lambda: distill_many([learn], t, 1),
         'to distill_find': lambda: learn.distill_find(t, 1),
         'here': lambda: learn.show_features(t),
         'to compare_recipes': lambda: compare_recipes(learner, t, n_epoch=1),

@@ -18,7 +18,7 @@ FACES = [
 
 # package: which packages it may import, all of them above it; which other packages at the top of its files, and which only inside functions
 LAW = dict(
-    base=('', 'torch numpy', 'fcntl msvcrt'),
+    base=('', 'torch numpy', 'fcntl msvcrt rich'),
     losses=('base', 'torch', ''),
     features=('base', 'torch numpy', ''),
     teachers=('base features', 'torch numpy', 'onnxruntime pandas joblib'),
@@ -52,7 +52,7 @@ LAW = dict(
 )
 # the same inside a package: a file may import those of its package that stand before it
 ORDER = dict(
-    base='errors atomic_files outputs distributed task class_mapping generators seeds',
+    base='errors atomic_files outputs distributed progress_bar task class_mapping generators seeds',
     losses='_base chunks correlations response divergence decoupled feature relation dense',
     features='layer_names calls probe shapes taps projectors model_stages layer_pairs',
     teachers='images probabilities estimator forms rng_stream hidden_state frozen input_aliasing slices folding compiled fast_copy items running ensemble teacher',
@@ -61,8 +61,8 @@ ORDER = dict(
     checks='findings shared_parameters batch_scores class_order shapes forward normalization recipe scores passed_checks outputs explain',
     distiller='distiller heads integration',
     evaluation='data format tables text plot_style feature_plots report_plots page checks_page report run_table metrics agreement paired_tests cost models',
-    search='candidates result study seed_tests recipe_report',
-    fastai='task language_model block vocab head targets transforms replay_dl sample_keys raw_items tables teachers batches metrics compare interpret export save default_recipe costs check cache_data cache_feed head_feed finite trend unlabeled projector_opt arguments callback multi_head patches learner trial_callback trials find turns shared separate progress many recipe_runs',
+    search='candidates text_table significance runs proposals result search recipe_report',
+    fastai='task language_model block vocab head targets transforms replay_dl sample_keys raw_items tables teachers batches metrics compare interpret export save default_recipe costs check cache_data cache_feed head_feed finite trend unlabeled projector_opt arguments callback multi_head patches learner trial_callback trials find recipe_runs',
     huggingface='students models trainer',
     cli='training arguments objects demo commands app',
 )

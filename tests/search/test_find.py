@@ -4,7 +4,7 @@ import copy, math, random, shlex, subprocess, sys
 from statistics import variance
 from time import time
 import numpy as np
-import pytest, torch
+import optuna, pytest, torch
 from torch import nn
 import apps  # before the rest of fastai: it keeps its warnings quiet
 from fastai.basics import (
@@ -23,8 +23,10 @@ from fastdistill.recipes.default import auto
 from fastdistill.search.candidates import LABELS, Candidate, candidates_for, given_candidates
 from fastdistill.fastai import kd, soft_labels
 from fastdistill.fastai.trial_callback import chosen_half
-from fastdistill.search.result import Found, Run, lead_of
-from fastdistill.search.study import Search
+from fastdistill.search.result import Found
+from fastdistill.search.runs import Run
+from fastdistill.search.significance import lead_of
+from fastdistill.search.search import Search
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
 
@@ -147,7 +149,14 @@ def test_without_repeated_runs_or_items_there_is_no_judgement():
 def runs_of(scores, n=20):
     "Finals: name -> scores of the half that chooses, one a seed; the other half has the same"
     return [
-        Run(k, {}, 0.1, i + 1, [v], items=torch.full((n,), v) + 0.01 * torch.arange(n) * (i + 1))
+        Run(
+            k,
+            {},
+            0.1,
+            i + 1,
+            [v],
+            result=(torch.full((n,), v) + 0.01 * torch.arange(n) * (i + 1)).tolist(),
+        )
         for k, o in scores.items()
         for i, v in enumerate(o)
     ]
@@ -298,35 +307,69 @@ def test_weak_recipes_are_stopped_after_a_third():
     assert all(r.stopped == (len(r.scores) < 6) for r in f.runs)
 
 
-def test_a_search_resumes_from_its_file(tmp_path):
-    path = str(tmp_path / 'find.log')
+def test_weak_runs_are_those_that_optunas_pruner_stops():
+    "Its successive halving, with the same scores in the same order"
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    for n_epoch in (2, 5, 6, 9):
+        pruner = optuna.pruners.SuccessiveHalvingPruner(
+            min_resource=-(-n_epoch // 3), reduction_factor=2
+        )
+        study = optuna.create_study(direction='maximize', pruner=pruner)
+        g = np.random.default_rng(n_epoch)
+        differences, stopped = [], []
+
+        def train(recipe, lr, seed, after_epoch, late):
+            alone = recipe.terms[0].weight == 0
+            trial = study.ask()
+            for epoch in range(1, n_epoch + 1):
+                score = g.normal()
+                over = after_epoch(score)
+                if not alone:
+                    trial.report(score, epoch)
+                    differences.append(over != (epoch < n_epoch and trial.should_prune()))
+                if over:
+                    stopped.append(epoch)
+                    return None
+            return torch.zeros(20)
+
+        now = time()
+        Search(
+            CANDIDATES, RATES + [0.2], train, n_epoch=n_epoch, begin=now, end=now + 60, seeds=0
+        ).run()
+        assert len(differences) > 16
+        assert not any(differences)
+        assert stopped
+
+
+def test_a_search_resumes_from_its_folder(tmp_path):
+    path = tmp_path / 'find'
     a, b = Formula(2), Formula(2)
-    search(a, seeds=1, storage=path, trials=4).run()
-    f = search(b, storage=path).run()
+    search(a, seeds=1, folder=path, trials=4).run()
+    f = search(b, folder=path).run()
     once = [c for c in a.calls + b.calls if not c[2]]
     assert len(a.calls) == 4 + 2 and len(once) == len(set(once)) == 15
     again = [c for c in a.calls + b.calls if c[2]]
     assert len(again) == len(set(again)) and f.winner.options == dict(x=2) and f.lead.seeds == 2
     c = Formula(2)
-    assert repr(search(c, storage=path).run()) == repr(f) and not c.calls
+    assert repr(search(c, folder=path).run()) == repr(f) and not c.calls
     with pytest.raises(
-        DistillError, match="another search named 'fastdistill' .n_epoch 2 there, 3 here"
+        DistillError, match='find holds an experiment with another n_epoch: 2 there, 3 now'
     ):
-        search(Formula(3), storage=path)
-    search(Formula(3), storage=path, name='other')
+        search(Formula(3), folder=path)
+    search(Formula(3), folder=tmp_path / 'other')
 
 
-def test_two_searches_share_a_storage(tmp_path):
-    path = str(tmp_path / 'find.log')
+def test_two_searches_share_a_folder(tmp_path):
+    path = tmp_path / 'find'
     a, b = Formula(2), Formula(2)
-    first = search(a, storage=path)
+    first = search(a, folder=path)
 
     class Between(Formula):
         "While a run goes on, another process makes two of its own"
 
         def __call__(self, *args):
             if len(self.calls) == 1:
-                search(b, seeds=0, storage=path, trials=2).run()
+                search(b, seeds=0, folder=path, trials=2).run()
             return super().__call__(*args)
 
     first.train = both = Between(2)
@@ -336,12 +379,12 @@ def test_two_searches_share_a_storage(tmp_path):
 
 
 def test_an_interrupt_gives_the_best_so_far_and_the_run_is_made_later(tmp_path):
-    path, notes = str(tmp_path / 'find.log'), []
+    path, notes = tmp_path / 'find', []
     a = Formula(2, stop_at=5)
-    f = search(a, storage=path, show=lambda text, share: notes.append(text)).run()
+    f = search(a, folder=path, show=lambda text, share: notes.append(text)).run()
     assert len(f.runs) == 4 and f.winner.name == 'good' and 'interrupted' in notes[-1]
     b = Formula(2)
-    search(b, storage=path).run()
+    search(b, folder=path).run()
     assert a.calls[-1] in b.calls
     with pytest.raises(KeyboardInterrupt):
         search(Formula(2, stop_at=1)).run()
@@ -706,6 +749,8 @@ def test_what_cannot_be_searched_is_refused():
                 learn.distill_find(teacher, 1, **{k: o})
     with refused('takes no lr_max=: give rates='):
         learn.distill_find(teacher, 1, lr_max=0.1)
+    with refused("takes no storage=: give folder='find'"):
+        learn.distill_find(teacher, 1, storage='sqlite:///find.db')
     with refused('takes no alpha=: give recipes='):
         learn.distill_find(teacher, 1, alpha=0.5)
     with refused('live=True needs a teacher that runs'):
@@ -789,8 +834,8 @@ def test_the_command(tmp_path, monkeypatch):
         3,
         '--seeds',
         1,
-        '--storage',
-        'find.log',
+        '--folder',
+        'find',
     )
     r = call(*args, '--plot', 'plot.png')
     assert r.exit_code == 0, f'{r.output}\n{r.exception!r}'
@@ -798,7 +843,9 @@ def test_the_command(tmp_path, monkeypatch):
         'labels alone' in r.output
         and 'student.distill(teacher, 2, found.lr, found.recipe)' in r.output
     )
-    assert (tmp_path / 'plot.png').stat().st_size > 1000 and (tmp_path / 'find.log').exists()
+    assert (tmp_path / 'plot.png').stat().st_size > 1000 and (
+        tmp_path / 'find' / 'settings.json'
+    ).exists()
     python, option, code = shlex.split(r.output.splitlines()[-1])
     assert (python, option) == ('python', '-c')
     exec(code, {})

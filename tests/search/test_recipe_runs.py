@@ -1,23 +1,26 @@
 "Recipes side by side over several seeds: numbers, their test, and a folder from which an interrupted experiment continues."
 
-import functools, os, signal
+import functools, json, os, random, signal
 import numpy as np
-import pytest
+import pytest, torch
 from scipy import stats
 import apps, processes
 from apps import toy
+from torch import nn
 from fastai.basics import Callback, CrossEntropyLossFlat, Learner, accuracy, noop
+from fastai.vision.augment import Brightness, Flip
 from fastdistill.fastai import (
     DistillError,
     RecipeReport,
     Term,
     compare_recipes,
-    distill_many,
+    cache_teacher,
+    dkd,
     kd,
     losses,
 )
 from fastdistill.fastai.recipe_runs import comparable_text
-from fastdistill.search.seed_tests import adjusted, difference_by_seed
+from fastdistill.search.significance import adjusted, difference_by_seed
 from fastdistill.evaluation.data import Difference
 from fastdistill.search.recipe_report import RecipeRun
 from fastdistill.base.seeds import seeded
@@ -49,31 +52,199 @@ def whole():
     return run(seeds=3)
 
 
+def by_hand(learn, recipe, seed, teacher, n_epoch=2, lr=0.1):
+    "A training with `seed`, in plain lines"
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    for dl in learn.dls.loaders:
+        dl.rng = random.Random(seed)
+    if recipe is None:
+        learn.fit_one_cycle(n_epoch, lr)
+    else:
+        learn.distill(teacher, n_epoch, lr, recipe, check=False)
+    return learn
+
+
+def weights(learn):
+    return [v.clone() for v in learn.model.state_dict().values()]
+
+
 def test_each_number_is_that_of_its_own_training():
-    "The same start and batches for each recipe, other ones with another seed"
-    report = run(seeds=[4, 9])
-    assert (
-        report.seeds == [4, 9]
-        and report.metric == 'accuracy'
-        and report.higher
-        and report.baseline == 'alone'
-    )
+    "The same start and batches for each recipe, different ones with a different seed"
+    made = []
+
+    def make():
+        made.append(make_student())
+        return made[-1]
+
+    report = run(seeds=[4, 9], make=make)
+    assert report.seeds == [4, 9]
+    assert (report.metric, report.higher, report.baseline) == ('accuracy', True, 'alone')
     for seed in (4, 9):
         for name, recipe in RECIPES.items():
             with seeded(seed):
                 student = make_student()
-            distill_many([student], TEACHER, 2, 0.1, recipe, seed=seed, progress=False, check=False)
+            by_hand(student, recipe, seed, TEACHER)
             got = next(r for r in report.runs if (r.recipe, r.seed) == (name, seed)).history
             names = [n for n in student.recorder.metric_names[1:] if n != 'time']
             assert [[got[n][e] for n in names] for e in range(2)] == [
                 [None if v is None else float(v) for v in row] for row in student.recorder.values
             ]
+            assert all(map(torch.equal, weights(student), weights(made.pop(0))))
+    assert not made
     assert len({tuple(r.history['valid_loss']) for r in report.runs}) == 6
     by_loss = run(seeds=[4], metric='valid_loss')
     assert not by_loss.higher and by_loss.values('default') == [
         report.values('default', 'valid_loss')[0]
     ]
     assert by_loss.verdict('default') == 'one seed: no test' and by_loss.verdict('alone') == ''
+
+
+AUGMENTED = dict(
+    alone=None,
+    kd=kd(),
+    layers=kd() + Term(losses.hint, layers={'0.0': '0.0'}, projector='conv', weight=0.1),
+)
+
+
+@pytest.fixture(scope='module')
+def images():
+    "A Learner of augmented pictures in a new order each epoch, and a teacher"
+    learn, teacher = apps.quiet(*apps.image(batch_tfms=[Flip(), Brightness()]))
+    return learn, teacher.model.eval()
+
+
+class KeepBatches(Callback):
+    def before_fit(self):
+        self.kept = []
+
+    def before_batch(self):
+        self.kept.append(self.x.clone())
+
+
+def compared_images(images, teacher, recipes):
+    "The students that compare_recipes trained with seed 3, in the order of the recipes"
+    made = []
+
+    def make():
+        made.append(image_student(images))
+        return made[-1]
+
+    run(recipes, make=make, teacher=teacher, seeds=[3], lr=0.01)
+    return made
+
+
+def image_student(images):
+    (learn,) = apps.quiet(
+        Learner(
+            images[0].dls,
+            nn.Sequential(
+                apps.small(),
+                nn.AdaptiveAvgPool2d(1),
+                nn.Flatten(),
+                nn.Dropout(0.2),
+                nn.LazyLinear(3),
+            ),
+            loss_func=CrossEntropyLossFlat(),
+            metrics=accuracy,
+            cbs=KeepBatches(),
+        )
+    )
+    learn.model(torch.zeros(1, 3, 16, 16))
+    return learn
+
+
+@pytest.mark.parametrize('stored', [False, True], ids=['live', 'cache'])
+def test_a_student_on_augmented_batches_ends_as_by_hand(images, stored, tmp_path):
+    teacher = (
+        cache_teacher(images[1], images[0].dls, tmp_path, 2, progress=False, check=False)
+        if stored
+        else images[1]
+    )
+    recipes = dict(alone=kd(alpha=0.0) if stored else None, kd=kd(), dkd=dkd())
+    for learn, recipe in zip(compared_images(images, teacher, recipes), recipes.values()):
+        with seeded(3):
+            hand = image_student(images)
+        by_hand(hand, recipe, 3, teacher, lr=0.01)
+        assert all(map(torch.equal, weights(hand), weights(learn)))
+
+
+def test_all_recipes_get_the_same_batches(images, tmp_path):
+    "Also where one of them draws the weights of a projector; and labels alone get the stored views"
+    for teacher in (
+        images[1],
+        cache_teacher(images[1], images[0].dls, tmp_path, 2, progress=False, check=False),
+    ):
+        recipes = AUGMENTED if teacher is images[1] else dict(alone=None, kd=kd())
+        first, *others = [o.keep_batches.kept for o in compared_images(images, teacher, recipes)]
+        assert len(first) > 8
+        for other in others:
+            assert all(map(torch.equal, first, other))
+        assert not all(map(torch.equal, first[: len(first) // 2], first[len(first) // 2 :]))
+
+
+@pytest.mark.filterwarnings('ignore::fastdistill.DistillWarning')
+def test_looking_for_mistakes_does_not_move_the_batches(images):
+    "Labels alone are not checked, the others are"
+    made = []
+
+    def make():
+        made.append(image_student(images))
+        return made[-1]
+
+    compare_recipes(make, images[1], n_epoch=1, lr_max=0.01, seeds=1, progress=False)
+    alone, default = (o.keep_batches.kept[-6:] for o in made)
+    assert len(alone) == 6
+    assert all(map(torch.equal, alone, default))
+
+
+def test_students_of_a_language_model_get_their_texts_in_the_same_order():
+    "fastai shuffles the texts of a language model in place"
+    (learn, teacher) = apps.quiet(*apps.language_model())
+    made = []
+
+    def make():
+        l = apps.quiet(*apps.language_model())[0]
+        l.dls = learn.dls
+        l.add_cb(KeepBatches())
+        made.append(l)
+        return l
+
+    order = list(learn.dls.train.items.idxs)
+    run(
+        dict(alone=None, kd=kd()),
+        make=make,
+        teacher=teacher,
+        seeds=[3],
+        metric='valid_loss',
+        lr=0.01,
+    )
+    a, b = (o.keep_batches.kept for o in made)
+    assert all(map(torch.equal, a, b))
+    assert list(learn.dls.train.items.idxs) == order
+
+
+def test_a_bar_shows_the_training_and_its_score(capsys, monkeypatch):
+    monkeypatch.setenv('FORCE_COLOR', '1')
+    monkeypatch.setenv('TERM', 'xterm')
+    report = compare_recipes(
+        make_student, TEACHER, dict(alone=None, kd=kd()), 2, 0.1, seeds=[7], check=False
+    )
+    out = capsys.readouterr().out
+    assert f'kd, seed 7: {report.values("kd")[0]:.4g} after epoch 2' in out
+    assert '100%' in out
+
+
+def test_a_rate_for_each_recipe():
+    same = run(dict(a=kd(), b=kd()), seeds=1, lr=[0.1, 0.2])
+    alone = run(dict(a=kd(), b=kd()), seeds=1, lr=0.2)
+    assert same.runs[1] == alone.runs[1]
+    assert same.values('a', 'valid_loss') != same.values('b', 'valid_loss')
+    with pytest.raises(DistillError, match='lr_max has 3 values for 2 recipes: give one, or one'):
+        run(dict(a=kd(), b=kd()), lr=[0.1, 0.2, 0.3])
+    with pytest.raises(DistillError, match='cbs=: a callback belongs to one Learner'):
+        run(cbs=Callback())
 
 
 def test_the_paired_test_is_scipys():
@@ -198,13 +369,13 @@ def test_an_interrupted_experiment_continues(tmp_path, capsys):
         run(seeds=3, folder=tmp_path, make=make)
     STOP = None
     assert (
-        'fastdistill: 1 of 3 seeds are finished. The same call continues from'
+        'fastdistill: 4 of 9 trainings are finished. The same call continues from'
         in capsys.readouterr().out
     )
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['seed_0.json', 'settings.json']
+    assert [p.name[:4] for p in sorted(tmp_path.iterdir())] == ['run_'] * 4 + ['sett']
     made.clear()
     again = run(seeds=3, folder=tmp_path, make=make)
-    assert again == whole() and len(made) == 1 + 2 * 3
+    assert again == whole() and len(made) == 1 + 5
     made.clear()
     assert (
         run(seeds=5, folder=tmp_path, make=make).seeds == [0, 1, 2, 3, 4] and len(made) == 1 + 2 * 3
@@ -232,6 +403,31 @@ def test_a_killed_experiment_continues(tmp_path):
     assert run(seeds=3, folder=folder) == whole()
 
 
+def experiment(folder, report):
+    "Leaves the report, and how many students were made"
+    made = []
+
+    def make():
+        made.append(1)
+        return make_student()
+
+    got = compare_recipes(
+        make, TEACHER, RECIPES, 2, 0.1, seeds=3, folder=folder, progress=False, check=False
+    )
+    report.write_text(json.dumps([len(made), str(got)]))
+
+
+def test_two_processes_share_an_experiment(tmp_path):
+    reports = [tmp_path / 'a', tmp_path / 'b']
+    both = [processes.start(tmp_path / 'log', experiment, tmp_path / 'runs', o) for o in reports]
+    assert processes.ended(*both) == [0, 0], processes.said(tmp_path / 'log')
+    (made_a, a), (made_b, b) = (json.loads(o.read_text()) for o in reports)
+    assert a == b == str(whole())
+    # each may make one more to compare the start of its students with what is in the folder
+    assert 9 <= made_a + made_b <= 11
+    assert run(seeds=3, folder=tmp_path / 'runs') == whole()
+
+
 def test_a_folder_of_another_experiment_is_refused(tmp_path):
     run(seeds=1, folder=tmp_path)
 
@@ -250,8 +446,8 @@ def test_a_folder_of_another_experiment_is_refused(tmp_path):
         return learn
 
     refused('another student: make_student.. now begins with other weights for seed 0', make=larger)
-    (tmp_path / 'seed_0.json').write_text('{"runs')
-    refused('seed_0.json is damaged')
+    next(tmp_path.glob('run_*.json')).write_text('{"runs')
+    refused(r'run_\w+.json is damaged .* Delete it: its run is trained again')
     assert comparable_text([noop, object()]) == comparable_text([noop, object()])
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from .errors import DistillError
 
 __all__ = [
+    'BusyError',
     'enough_space',
     'file_errors',
     'locked_folder',
@@ -20,6 +21,10 @@ __all__ = [
 ]
 
 DISK_FULL = errno.ENOSPC, errno.EFBIG, errno.EDQUOT
+
+
+class BusyError(DistillError):
+    """Another process writes there."""
 
 
 @contextmanager
@@ -113,7 +118,7 @@ def locked_folder(path: Path, name=None, file: str = '.lock'):
     with file_errors(f"Can't write to {name}"):
         path.mkdir(parents=True, exist_ok=True)
     me = str(path.resolve() / file)
-    busy = DistillError(
+    busy = BusyError(
         f'Another process is writing to {name}: wait for it, or choose another '
         f'{"folder" if file == ".lock" else "file"}.'
     )

@@ -1,26 +1,11 @@
 "Progress of writing a cache: a bar in a terminal or a notebook, nothing in a file or a pipe."
 
 from contextlib import contextmanager
-from importlib.util import find_spec
 
 from ..base.distributed import rank
+from ..base.progress_bar import console_for_bars
 
-__all__ = ['ProgressBar', 'console_for_bars', 'shown_progress']
-
-
-def console_for_bars(**options):
-    """rich's console where it can show a bar that moves: in a terminal, or in a notebook with
-    ipywidgets; else None.
-
-    Args:
-        **options: Of rich's `Console`
-    """
-    from rich.console import Console
-
-    console = Console(**options)
-    return (
-        console if console.is_terminal or console.is_jupyter and find_spec('ipywidgets') else None
-    )
+__all__ = ['ProgressBar', 'shown_progress']
 
 
 class ProgressBar:

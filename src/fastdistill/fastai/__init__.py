@@ -20,7 +20,6 @@ from .check import check_teacher
 from .compare import compare
 from .export import export_student
 from .interpret import DistillInterpretation
-from .many import distill_many
 from .recipe_runs import compare_recipes
 from .save import load_student, save_student
 
@@ -44,7 +43,6 @@ __all__ = [
     'check_teacher',
     'compare',
     'compare_recipes',
-    'distill_many',
     'dkd',
     'export_student',
     'hard_labels',

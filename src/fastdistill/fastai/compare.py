@@ -10,7 +10,7 @@ from fastai.text.data import TensorText
 
 from ..base.distributed import rank
 from ..base.outputs import DistillError
-from ..cache.progress import console_for_bars
+from ..base.progress_bar import console_for_bars
 from ..evaluation import Report, measure_models, roles_of
 from ..teachers.fast_copy import AS_IT_IS
 from .batches import number_of_batches, prepared, some_batches

@@ -14,12 +14,13 @@ from fastai.basics import Learner, OptimWrapper, noop, patch
 
 from ..base.distributed import rank
 from ..base.outputs import DistillError, DistillWarning
-from ..cache.progress import console_for_bars
+from ..base.progress_bar import progress_bar
 from ..cache.source import is_whole
 from ..checks.batch_scores import METRICS
 from ..checks.forward import guarded_random_state
 from ..search.candidates import candidates_for, given_candidates
-from ..search.study import Search, import_optuna
+from ..search.proposals import import_optuna
+from ..search.search import Search
 from .arguments import feed_of
 from .batches import restored
 from .cache_data import cache_teacher
@@ -50,8 +51,7 @@ def distill_find(
     score=None,
     trials: int | None = None,
     seeds: int = 5,
-    storage=None,
-    name: str = 'fastdistill',
+    folder=None,
     kind: str | None = None,
     axis: int | None = None,
     output=None,
@@ -81,9 +81,8 @@ def distill_find(
         trials: End the search after so many runs, those of labels alone included; None: by the
             time.
         seeds: The best runs and labels alone are repeated with so many seeds, if there is time.
-        storage: A file or a database's URL ('sqlite:///find.db') from which a search resumes,
-            and which several processes may share.
-        name: Of the search in the storage.
+        folder: Where each finished run is written: the same call continues from there, and
+            several processes may share it. None: nothing is written.
         kind, axis, output: As in `distill`
         check: Look for mistakes first.
         fine_tune: Train with `Learner.fine_tune` instead of `fit_one_cycle`
@@ -112,7 +111,7 @@ def distill_find(
         positions = facts.get('dense') or task.kind == 'regression'
         with (
             answers(self, teacher, task, as_it_is, positions, n_epoch, show) as source,
-            shown(show) as progress,
+            progress_bar(show, 'of the time') as progress,
         ):
             train = Trials(
                 self,
@@ -138,8 +137,7 @@ def distill_find(
                 end=begin + 60 * minutes,
                 trials=trials,
                 seeds=seeds,
-                storage=storage,
-                name=name,
+                folder=folder,
                 facts=stored,
                 metric=metric_of(task, score),
                 show=progress,
@@ -150,7 +148,11 @@ def distill_find(
 
 
 # options of `distill` that a search has no use for -> what to do
-OTHERS = {'lr_max': 'give rates=[...]', 'cbs': 'add callbacks to the Learner'} | dict.fromkeys(
+OTHERS = {
+    'lr_max': 'give rates=[...]',
+    'cbs': 'add callbacks to the Learner',
+    'storage': "give folder='find', to which each finished run is written",
+} | dict.fromkeys(
     ('recipe', 'T', 'alpha', 'temperature', 'loss'),
     'give recipes=dict(mine=kd(T=2, alpha=.5), ...)',
 )
@@ -284,34 +286,6 @@ def answers(learn, teacher, task, as_it_is, positions, n_epoch, show):
         except DistillError as e:
             raise DistillError(f'{e} Or let the teacher run in each trial: live=True.') from e
         yield cache
-
-
-@contextmanager
-def shown(on):
-    """Yields a function that shows the last score and the time that has passed; without a share, a
-    note.
-    """
-    from rich.markup import escape
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    console = console_for_bars(highlight=False, soft_wrap=True) if on else None
-    if console is None:
-        yield lambda text, share: print(f'fastdistill: {text}') if on and share is None else None
-        return
-    with Progress(
-        BarColumn(20),
-        TextColumn('{task.percentage:>3.0f}% of the time  {task.description}'),
-        console=console,
-    ) as bar:
-        task = bar.add_task('', total=1.0)
-
-        def update(text, share):
-            if share is None:
-                console.print(f'fastdistill: {text}', markup=False)
-            else:
-                bar.update(task, completed=share, description=escape(text))
-
-        yield update
 
 
 def report(found, n_epoch):

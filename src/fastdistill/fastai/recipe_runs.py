@@ -1,26 +1,27 @@
-"Recipes side by side, over several seeds: the experiment behind a choice of recipe."
+"Recipes with several seeds: the experiment behind a choice of recipe."
 
-import json
+import math
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
-from pathlib import Path
 
-from fastai.basics import Learner
+from fastai.basics import Callback, Learner
 
-from ..base.atomic_files import write_json
 from ..base.outputs import DistillError, DistillWarning
+from ..base.progress_bar import progress_bar
 from ..base.seeds import seeded
 from ..cache.digests import fingerprint
 from ..cache.reader import TeacherCache
 from ..cache.source import identity_of
+from ..search.candidates import LABELS
 from ..search.recipe_report import RecipeReport, RecipeRun
-from ..search.seed_tests import adjusted, difference_by_seed
+from ..search.runs import Run, Runs
+from ..search.significance import adjusted, difference_by_seed
 from .arguments import feed_of
 from .compare import history_of
-from .many import distill_many
+from .metrics import row_by_column
 from .teachers import refuse_heads, teacher_of
+from .trials import repeatable
 
 __all__ = ['compare_recipes']
 
@@ -42,9 +43,12 @@ def compare_recipes(
     progress: bool = True,
     **kwargs,
 ) -> RecipeReport:
-    """Train a student with each recipe, side by side: the same starts, the same batches, one pass
-    of the teacher. Then again with other seeds. The baseline, which the others are compared with,
-    is the recipe None, or else the first.
+    """Train a student with each recipe and seed, one after another. With the same seed, all recipes
+    have the same start and the same batches. The baseline, which the others are compared with, is
+    the recipe None, or else the first.
+
+    Each student ends as after its own `distill` with the same random state. A teacher that runs is
+    run for each of them; with stored outputs (`cache_teacher`) it does not run at all.
 
     Args:
         make_student: fn() -> a new Learner. Each recipe gets one that is made with the same
@@ -57,10 +61,10 @@ def compare_recipes(
         metric: Column by which recipes are compared; None: the Learner's first metric, else
             'valid_loss'.
         higher: Is more of it better? None: read off its name.
-        folder: Where each finished seed is written; the same call continues from there. None:
-            nothing is written.
-        progress: Show a bar and a table for each seed.
-        **kwargs: Of `distill_many`
+        folder: Where each finished training is written: the same call continues from there, and
+            several processes may share it. None: nothing is written.
+        progress: Show a bar.
+        **kwargs: More options of the training, as in `distill`
     """
     if isinstance(make_student, Learner) or not callable(make_student):
         raise DistillError(
@@ -83,8 +87,16 @@ def compare_recipes(
             f'{len(recipes)} recipe(s) and {len(seeds)} seed(s): give two recipes or more, and one seed '
             'or more.'
         )
+    if 'cbs' in kwargs:
+        raise DistillError(
+            'cbs=: a callback belongs to one Learner. Add callbacks in make_student, which makes new ones '
+            'for each student.'
+        )
+    lrs = dict(zip(recipes, one_each('lr_max', lr_max, recipes)))
     texts = {k: comparable_text(r) for k, r in recipes.items()}
-    finished = FinishedSeeds(
+    students = Students(make_student, teacher, recipes, n_epoch, lrs, metric, kwargs)
+    runs = Runs(
+        students.train,
         folder,
         dict(
             recipes=texts,
@@ -94,11 +106,13 @@ def compare_recipes(
             options=comparable_text(kwargs),
         ),
     )
-    train = lambda seed: train_seed(
-        make_student, teacher, recipes, n_epoch, lr_max, seed, progress, kwargs
-    )
-    runs, columns = finished.all(seeds, make_student, train)
-    metric = find_metric(metric, columns, runs)
+    students.check_start(runs)
+    wanted = [Run(k, seed=s) for s in seeds for k in recipes]
+    with progress_bar(progress) as show:
+        done = runs.all(wanted, lambda run: show(*progress_of(run, wanted, n_epoch)))
+    own = done[0].result['metrics']
+    runs = [RecipeRun(r.name, r.seed, r.result['history']) for r in done]
+    metric = find_metric(metric, own, runs)
     if higher is None:
         higher = not any(o in metric for o in LESS)
     report = RecipeReport(
@@ -113,6 +127,17 @@ def compare_recipes(
     base = report.values(report.baseline)
     report.differences = adjusted({k: difference_by_seed(report.values(k), base) for k in others})
     return report
+
+
+def one_each(name, value, recipes):
+    """One value for each recipe."""
+    if not isinstance(value, list | tuple):
+        return [value] * len(recipes)
+    if len(value) != len(recipes):
+        raise DistillError(
+            f'{name} has {len(value)} values for {len(recipes)} recipes: give one, or one for each.'
+        )
+    return value
 
 
 def comparable_text(o):
@@ -135,97 +160,92 @@ def student_of(make_student, seed):
         return make_student()
 
 
-def train_seed(make_student, teacher, recipes, n_epoch, lr_max, seed, progress, kwargs):
-    """(runs of all recipes with this seed, names of the Learner's own metrics)."""
-    students = {k: student_of(make_student, seed) for k in recipes}
-    starts = {fingerprint(s.model.state_dict()) for s in students.values()}
-    if len(starts) > 1:
-        raise DistillError(
-            'make_student() returned students that begin with different weights, with the same random '
-            'state of Python, NumPy and PyTorch. Make a new model in each call, from these generators.'
-        )
-    own = [m.name for m in next(iter(students.values())).metrics]
-    distill_many(
-        students,
-        teacher,
-        n_epoch,
-        lr_max,
-        list(recipes.values()),
-        seed=seed,
-        progress=progress,
-        **kwargs,
-    )
-    return [RecipeRun(k, seed, history_of(s)) for k, s in students.items()], own, starts.pop()
+class Students:
+    """Trains the student of a run.
+
+    Args:
+        lrs: Recipe -> maximum learning rate.
+        **options: Of `distill`
+    """
+
+    def __init__(self, make_student, teacher, recipes, n_epoch, lrs, metric, options):
+        self.make_student, self.teacher, self.recipes = make_student, teacher, recipes
+        self.n_epoch, self.lrs, self.metric, self.options = n_epoch, lrs, metric, options
+        self.starts = {}  # seed -> fingerprint of the weights with which its students begin
+
+    def train(self, run, after_epoch, late):
+        """The numbers of a training, as plain data."""
+        learn = student_of(self.make_student, run.seed)
+        start = fingerprint(learn.model.state_dict())
+        if self.starts.setdefault(run.seed, start) != start:
+            raise DistillError(
+                'make_student() returned students that begin with different weights, with the same random '
+                'state of Python, NumPy and PyTorch. Make a new model in each call, from these generators.'
+            )
+        own = [m.name for m in learn.metrics]
+        # subtle: labels alone go through `distill` too, so that a cache gives them the same views of the samples
+        recipe = self.recipes[run.name]
+        options = dict(self.options)
+        if recipe is None:
+            recipe = LABELS.recipe({})
+            options['check'] = False
+        watch = WatchEpochs(after_epoch, possible_columns(self.metric, own))
+        with repeatable(learn.dls, run.seed), learn.no_bar(), learn.no_logging():
+            learn.distill(
+                self.teacher, self.n_epoch, self.lrs[run.name], recipe, cbs=watch, **options
+            )
+        return dict(start=start, metrics=own, history=history_of(learn))
+
+    def check_start(self, runs):
+        """Refuse a folder with students that began with other weights."""
+        self.starts = {r.seed: r.result['start'] for r in runs.finished()}
+        for seed, start in [*self.starts.items()][:1]:
+            if fingerprint(student_of(self.make_student, seed).model.state_dict()) != start:
+                raise DistillError(
+                    f'{runs.folder} holds an experiment with another student: make_student() now '
+                    f'begins with other weights for seed {seed}. Give this one another folder.'
+                )
+
+
+class WatchEpochs(Callback):
+    """Reports the first of some columns after each epoch.
+
+    Args:
+        after_epoch: fn(value).
+    """
+
+    order = 51  # after the Recorder
+
+    def __init__(self, after_epoch, columns):
+        super().__init__()
+        self.report, self.columns = after_epoch, columns
+
+    def after_epoch(self):
+        row = row_by_column(self.recorder, self.recorder.values[-1])
+        found = (row[n] for n in self.columns if row.get(n) is not None)
+        self.report(next(found, math.nan))
+
+
+def progress_of(run, wanted, n_epoch):
+    """(text, share of all trainings that is done)."""
+    done = [(r.name, r.seed) for r in wanted].index((run.name, run.seed))
+    epochs = len(run.scores)
+    share = (done + min(epochs / n_epoch, 1)) / len(wanted)
+    return f'{run.name}, seed {run.seed}: {run.score:.4g} after epoch {epochs}', share
+
+
+def possible_columns(metric, own):
+    """Names of the columns that may be compared: the first one with numbers is."""
+    return [
+        o for n in ([*own, 'valid_loss'] if metric is None else [metric]) for o in (n, f'valid_{n}')
+    ]
 
 
 def find_metric(metric, own, runs):
-    columns = [*runs[0].history]
-    for n in [metric] if metric is not None else [*own, 'valid_loss']:
-        for name in (n, f'valid_{n}'):
-            if all(r.value(name) is not None for r in runs):
-                return name
+    for name in possible_columns(metric, own):
+        if all(r.value(name) is not None for r in runs):
+            return name
     raise DistillError(
-        f'metric={metric!r}: not all students have a number for it. They have {", ".join(columns)}.'
+        f'metric={metric!r}: not all students have a number for it. They have '
+        f'{", ".join(runs[0].history)}.'
     )
-
-
-class FinishedSeeds:
-    """A folder with a JSON for each seed that is finished, and one with the settings; without a
-    folder, nothing is kept.
-    """
-
-    def __init__(self, folder, settings):
-        self.folder, self.settings = None if folder is None else Path(folder), settings
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        before = read_json(self.folder / 'settings.json')
-        if before is None:
-            return write_json(self.folder / 'settings.json', settings)
-        if changed := [k for k in settings if before.get(k) != settings[k]]:
-            k = changed[0]
-            raise DistillError(
-                f'{self.folder} holds an experiment with another {k}: {before.get(k)!r} there, '
-                f'{settings[k]!r} now. Give this one another folder.'
-            )
-
-    def all(self, seeds, make_student, train):
-        """(runs of all seeds, the Learner's own metrics): from the folder, or trained now."""
-        runs, own, checked = [], [], False
-        for i, seed in enumerate(seeds):
-            done = None if self.folder is None else read_json(self.folder / f'seed_{seed}.json')
-            if done is not None and not checked:
-                checked = True
-                if fingerprint(student_of(make_student, seed).model.state_dict()) != done['start']:
-                    raise DistillError(
-                        f'{self.folder} holds an experiment with another student: make_student() now '
-                        f'begins with other weights for seed {seed}. Give this one another folder.'
-                    )
-            if done is None:
-                done = self._train(seed, train, f'{i} of {len(seeds)} seeds')
-            runs += [RecipeRun(**r) for r in done['runs']]
-            own = done['metrics']
-        return runs, own
-
-    def _train(self, seed, train, so_far):
-        try:
-            runs, own, start = train(seed)
-        except KeyboardInterrupt:
-            if self.folder is not None:
-                print(
-                    f'fastdistill: {so_far} are finished. The same call continues from {self.folder}'
-                )
-            raise
-        done = dict(runs=[asdict(r) for r in runs], metrics=own, start=start)
-        if self.folder is not None:
-            write_json(self.folder / f'seed_{seed}.json', done)
-        return done
-
-
-def read_json(path):
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as e:
-        raise DistillError(f'{path} is damaged ({e}). Delete it: its seed is trained again.') from e

@@ -3,7 +3,7 @@
 import copy
 import random
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ from ..features.layer_names import unwrap
 from ..features.probe import untouched
 from .batches import PARTS, restored
 from .callback import KnowledgeDistillation
+from .language_model import in_first_order
 from .trial_callback import Clock, chosen_half
 
-__all__ = ['Trials']
+__all__ = ['Trials', 'repeatable']
 
 # modules of fastai whose callbacks write files or show something, or end a fit by themselves
 LEFT_OUT = 'azureml', 'captum', 'comet', 'neptune', 'progress', 'tensorboard', 'tracker', 'wandb'
@@ -91,27 +92,35 @@ def matters(cb):
 
 
 @contextmanager
-def unchanged(learn, seed: int):
-    """Afterwards the student's weights, gradients and modes, its DataLoaders and all random states
-    are as before.
+def repeatable(dls, seed: int):
+    """Make a training depend on its seed only. Restore the DataLoaders and all random states at the
+    end.
 
     Args:
+        dls: Of the Learner that is trained.
         seed: Of all random numbers inside.
     """
-    loaders = learn.dls.loaders
-    parts = [getattr(dl, k, None) for dl in loaders for k in PARTS]
-    with (
-        guarded_random_state(),
-        restored(*loaders),
-        Generators(*parts).seeded(seed),
-        same_weights(learn.model),
-    ):
+    parts = [getattr(dl, k, None) for dl in dls.loaders for k in PARTS]
+    with ExitStack() as stack:
+        stack.enter_context(guarded_random_state())
+        stack.enter_context(restored(*dls.loaders))
+        stack.enter_context(Generators(*parts).seeded(seed))
         random.seed(seed)
-        np.random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
         torch.manual_seed(seed)
-        for dl in loaders:
+        for dl in dls.loaders:
+            stack.enter_context(in_first_order(dl))
             if hasattr(dl, 'rng'):
                 dl.rng = random.Random(seed)
+        yield
+
+
+@contextmanager
+def unchanged(learn, seed: int):
+    """Train with `seed` inside. Afterwards the student's weights, gradients and modes, its
+    DataLoaders and all random states are as before.
+    """
+    with repeatable(learn.dls, seed), same_weights(learn.model):
         # subtle: scores belong to items by their order
         if hasattr(learn.dls.valid, 'shuffle'):
             learn.dls.valid.shuffle = False

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
 from ..evaluation.data import Difference, JsonReport
+from .text_table import TextTable
 
 __all__ = ['RecipeReport', 'RecipeRun']
 
@@ -83,7 +84,7 @@ class RecipeReport(JsonReport):
 
     def rows(self) -> list:
         """The table: a list of dicts."""
-        return [self._row(n) for n in self.recipes]
+        return TextTable(self._row(n) for n in self.recipes)
 
     def _row(self, name):
         v, d = self.values(name), self.differences.get(name)
@@ -109,22 +110,10 @@ class RecipeReport(JsonReport):
         )
 
     def __str__(self):
-        rows = self.rows()
-        cells = [[*rows[0]], *([*r.values()] for r in rows)]
-        wide = [max(map(len, c)) for c in zip(*cells)]
-        lines = ['  '.join(o.ljust(w) for o, w in zip(r, wide)).rstrip() for r in cells]
-        return '\n'.join([self.caption, *lines])
+        return f'{self.caption}\n{self.rows()}'
 
     __repr__ = __str__
 
     def show(self):
-        """The table in a terminal or a notebook."""
-        from rich.console import Console
-        from rich.markup import escape
-        from rich.table import Table
-
-        rows = self.rows()
-        table = Table(*map(escape, rows[0]), caption=escape(self.caption))
-        for r in rows:
-            table.add_row(*map(escape, r.values()))
-        Console().print(table)
+        """Print the table in a terminal or a notebook."""
+        self.rows().show(self.caption)

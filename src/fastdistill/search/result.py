@@ -3,120 +3,14 @@ is more than luck.
 """
 
 import math
-from dataclasses import dataclass, field
 from statistics import mean, stdev
 
 import torch
-from torch import Tensor
 
-__all__ = ['Found', 'Lead', 'RunTable', 'Run', 'lead_of']
+from .significance import lead_of
+from .text_table import TextTable
 
-
-@dataclass
-class Run:
-    """One training of the search.
-
-    Attributes:
-        name: Of its candidate.
-        options: Of the recipe.
-        scores: After each epoch, on the items that choose.
-        stopped: Before its last epoch.
-        items: (N,) scores of the items that judge, after the last epoch.
-    """
-
-    name: str
-    options: dict
-    lr: float
-    seed: int = 0
-    scores: list = field(default_factory=list)
-    stopped: bool = False
-    items: Tensor | None = None
-    seconds: float = 0.0
-
-    @property
-    def key(self):
-        return self.name, tuple(sorted(self.options.items())), self.lr
-
-    @property
-    def score(self):
-        return self.scores[-1] if self.scores else -math.inf
-
-    @property
-    def rank(self):
-        """Runs that went on longer are better, since others were stopped for their scores; then the
-        score decides.
-        """
-        return len(self.scores), self.score
-
-
-@dataclass
-class Lead:
-    """Mean difference of two recipes' scores, and its 95% interval over items and seeds.
-
-    Attributes:
-        p: How often luck alone gives a difference as large as this, in either direction.
-        n: Items.
-    """
-
-    mean: float
-    low: float
-    high: float
-    p: float
-    n: int
-    seeds: int
-
-    @property
-    def beyond_luck(self):
-        return self.low > 0
-
-    def __str__(self):
-        return (
-            f'{self.mean:+.4g} ({self.n} validation items that took no part in the choice, {self.seeds} seeds; '
-            f'95% interval {self.low:+.4g} to {self.high:+.4g}, p = {self.p:.2g})'
-        )
-
-
-def lead_of(a, b) -> Lead | None:
-    """How much better `a` is than `b`. None with fewer than two seeds or items, where the luck of a
-    run can't be told.
-
-    Both items and seeds are drawn: the variance of the mean is at most the sum of their mean's
-    variances. The interval is Student's, with the degrees of freedom of Welch and Satterthwaite.
-
-    Args:
-        a, b: (seeds, items) scores of the same items, in row i of runs with the same seed.
-    """
-    from scipy.stats import t
-
-    d = (torch.as_tensor(a) - torch.as_tensor(b)).double()
-    d = d[:, ~d.isnan().any(0)]
-    if d.dim() != 2 or min(d.shape) < 2:
-        return None
-    parts = [(o.var().item() / len(o), len(o) - 1) for o in (d.mean(0), d.mean(1))]
-    var, m = sum(v for v, _ in parts), d.mean().item()
-    if not var > 0:
-        return Lead(m, m, m, 0.0 if m else 1.0, d.shape[1], d.shape[0])
-    df = var**2 / sum(v**2 / n for v, n in parts)
-    half = t.ppf(0.975, df) * var**0.5
-    return Lead(m, m - half, m + half, 2 * t.sf(abs(m) / var**0.5, df), d.shape[1], d.shape[0])
-
-
-class RunTable(list):
-    """A list of dicts, shown as a table."""
-
-    def __repr__(self):
-        if not self:
-            return 'no runs'
-        names = [*self[0]]
-        cells = [names, *([as_text(r[n]) for n in names] for r in self)]
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        return '\n'.join(
-            '  '.join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in cells
-        )
-
-
-def as_text(v):
-    return '' if v is None else f'{v:.4g}' if isinstance(v, float) else str(v)
+__all__ = ['Found', 'best_of']
 
 
 class Found:
@@ -235,7 +129,7 @@ class Found:
         the repeated runs.
         """
         order = lambda r: (r is self.winner, bool(self._repeats(r)), r.rank)
-        return RunTable(self._row(r) for r in sorted(self.best.values(), key=order, reverse=True))
+        return TextTable(self._row(r) for r in sorted(self.best.values(), key=order, reverse=True))
 
     def _row(self, run):
         again = [f.items[~f.items.isnan()].mean().item() for f in self._repeats(run)]

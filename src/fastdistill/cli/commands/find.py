@@ -39,10 +39,9 @@ def find(
     ] = None,
     seeds: Annotated[int, typer.Option(help='Seeds with which the best runs are repeated.')] = 5,
     trials: Annotated[int | None, typer.Option(help='End the search after so many runs.')] = None,
-    storage: Annotated[
-        str | None, typer.Option(help='File or URL of a database, to resume from.')
+    folder: Annotated[
+        Path | None, typer.Option(help='Where each finished run is written, to resume from.')
     ] = None,
-    name: Annotated[str, typer.Option(help='Name of the search in the storage.')] = 'fastdistill',
     live: Annotated[
         bool,
         typer.Option('--live', help='The teacher runs in each trial; layers are compared too.'),
@@ -60,8 +59,8 @@ def find(
 ):
     """Try recipes and learning rates on short runs, repeat the best, and print a table.
 
-    Several processes with the same storage search together. After Ctrl-C the best so far is shown;
-    the same command with a storage resumes. The last line is a command that trains with the best.
+    Several processes with the same folder search together. After Ctrl-C the best so far is shown;
+    the same command with a folder resumes. The last line is a command that trains with the best.
     Example: fastdistill find train.py:student teacher.pkl --n-epoch 5.
     """
     from ... import fastai  # noqa: F401 (it gives Learner distill_find)
@@ -75,8 +74,7 @@ def find(
             rates=rates or None,
             seeds=seeds,
             trials=trials,
-            storage=storage,
-            name=name,
+            folder=folder,
             recipes=recipes or None,
             live=live,
             fine_tune=fine_tune,

@@ -1,0 +1,56 @@
+"Progress in a terminal or a notebook: a bar that moves there, and nothing in a file or a pipe."
+
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+from .distributed import rank
+
+__all__ = ['console_for_bars', 'progress_bar']
+
+
+def console_for_bars(**options):
+    """rich's console where it can show a bar that moves: in a terminal, or in a notebook with
+    ipywidgets; else None.
+
+    Args:
+        **options: Of rich's `Console`
+    """
+    from rich.console import Console
+
+    console = Console(**options)
+    return (
+        console if console.is_terminal or console.is_jupyter and find_spec('ipywidgets') else None
+    )
+
+
+@contextmanager
+def progress_bar(shown: bool, unit: str = ''):
+    """Yield fn(text, done), which moves the bar (`done` goes from 0 to 1) and shows the text beside
+    it. With `done=None` the text is a note that stays, also where no bar can be shown.
+
+    Args:
+        shown: False: nothing is printed at all. Other processes than the first print nothing.
+        unit: What follows the percentage, such as 'of the time'.
+    """
+    shown = shown and rank() == 0
+    console = console_for_bars(highlight=False, soft_wrap=True) if shown else None
+    if console is None:
+        yield lambda text, done: print(f'fastdistill: {text}') if shown and done is None else None
+        return
+    from rich.markup import escape
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    with Progress(
+        BarColumn(20),
+        TextColumn(f'{{task.percentage:>3.0f}}% {unit}  {{task.description}}'),
+        console=console,
+    ) as bar:
+        task = bar.add_task('', total=1.0)
+
+        def update(text, done):
+            if done is None:
+                console.print(f'fastdistill: {text}', markup=False)
+            else:
+                bar.update(task, completed=done, description=escape(text))
+
+        yield update

@@ -1,0 +1,74 @@
+"Which run of a search comes next: Optuna proposes it, from the scores of the runs before."
+
+from contextlib import contextmanager
+
+import numpy as np
+
+from .runs import Run
+
+__all__ = ['import_optuna', 'proposed_run']
+
+PROPOSALS = 5  # of Optuna, which may have run before; then one that did not is drawn at random
+
+
+def import_optuna():
+    try:
+        import optuna
+    except ImportError as e:
+        raise ImportError(
+            "Looking for a recipe needs Optuna: pip install 'fastdistill[find]'"
+        ) from e
+    return optuna
+
+
+@contextmanager
+def only_warnings_of(optuna):
+    """Inside, Optuna reports only warnings."""
+    was = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(was)
+
+
+def proposed_run(candidates: dict, rates: list, runs: list[Run], left: list[Run]) -> Run:
+    """Return one of the runs that are left.
+
+    Args:
+        candidates: Name -> `Candidate`
+        runs: With these candidates, finished.
+    """
+    optuna = import_optuna()
+    startup = max(10, 2 * len(candidates))
+    sampler = optuna.samplers.TPESampler(seed=len(runs), n_startup_trials=startup)
+    with only_warnings_of(optuna):
+        study = optuna.create_study(direction='maximize', sampler=sampler)
+    study.add_trials([as_trial(r, candidates, rates) for r in runs])
+    files = {r.file for r in left}
+    for _ in range(PROPOSALS):
+        trial = study.ask()
+        c = candidates[trial.suggest_categorical('recipe', list(candidates))]
+        options = {k: trial.suggest_categorical(f'{c.name} {k}', v) for k, v in c.options.items()}
+        run = Run(c.name, options, trial.suggest_categorical('lr', rates))
+        if run.file in files:
+            return run
+    return left[np.random.default_rng(len(runs)).integers(len(left))]
+
+
+def as_trial(run, candidates, rates):
+    """A finished run as Optuna's trial."""
+    from optuna.distributions import CategoricalDistribution
+    from optuna.trial import TrialState, create_trial
+
+    params = {f'{run.name} {k}': v for k, v in run.options.items()}
+    choices = {f'{run.name} {k}': v for k, v in candidates[run.name].options.items()}
+    params |= dict(recipe=run.name, lr=run.lr)
+    choices |= dict(recipe=list(candidates), lr=rates)
+    return create_trial(
+        params=params,
+        distributions={k: CategoricalDistribution(v) for k, v in choices.items()},
+        state=TrialState.PRUNED if run.stopped else TrialState.COMPLETE,
+        value=run.score,
+        intermediate_values=dict(enumerate(run.scores, 1)),
+    )

@@ -1,0 +1,114 @@
+"""Differences of recipes that were trained with the same seeds: which of them are more than luck.
+scipy computes the tests.
+"""
+
+import warnings
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from ..evaluation.data import Difference
+
+__all__ = ['Lead', 'adjusted', 'difference_by_seed', 'lead_of']
+
+TEST = 'paired t test'
+
+
+def difference_by_seed(a, b) -> Difference:
+    """Return the mean of `a` minus `b`, with its 95% interval and p-value (Student's paired t test).
+    There is no p-value if all differences are equal, since then nothing shows how much a seed
+    matters.
+
+    Args:
+        a: What one recipe reached, a number for each seed.
+        b: The other one, with the same seeds.
+    """
+    from scipy.stats import ttest_rel
+
+    d = np.subtract(a, b, dtype=float)
+    mean = float(d.mean())
+    if len(d) < 2:
+        return Difference(mean)
+    if np.ptp(d) <= 1e-12 * max(1.0, np.abs(d).max()):
+        return Difference(mean, p=1.0 if np.abs(d).max() < 1e-12 else None, test=TEST)
+    test = ttest_rel(a, b)
+    low, high = map(float, test.confidence_interval(0.95))
+    return Difference(mean, low, high, float(test.pvalue), TEST)
+
+
+def adjusted(differences: dict) -> dict:
+    """Return the same with p-values for several tests at once (Holm, 1979): the chance that any of
+    them is called significant by luck alone stays below 5%.
+
+    Args:
+        differences: Name -> Difference.
+    """
+    tested = sorted(
+        (k for k, d in differences.items() if d.p is not None), key=lambda k: differences[k].p
+    )
+    if len(tested) < 2:
+        return differences
+    out, least = dict(differences), 0.0
+    for i, k in enumerate(tested):
+        d = differences[k]
+        least = max(least, min(1.0, (len(tested) - i) * d.p))
+        out[k] = replace(d, p=least, test=f'{d.test}, adjusted for {len(tested)} recipes (Holm)')
+    return out
+
+
+@dataclass
+class Lead:
+    """Mean difference of two recipes' scores, and its 95% interval over items and seeds.
+
+    Attributes:
+        p: How often luck alone gives a difference as large as this, in either direction.
+        n: Items.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    n: int
+    seeds: int
+
+    @property
+    def beyond_luck(self):
+        return self.low > 0
+
+    def __str__(self):
+        return (
+            f'{self.mean:+.4g} ({self.n} validation items that took no part in the choice, {self.seeds} seeds; '
+            f'95% interval {self.low:+.4g} to {self.high:+.4g}, p = {self.p:.2g})'
+        )
+
+
+def lead_of(a, b) -> Lead | None:
+    """Return how much better `a` is than `b`. None with fewer than two seeds or items, where the
+    luck of a run can't be told.
+
+    Both items and seeds are drawn: the variance of the mean is at most the sum of their means'
+    variances, as for the difference of two independent samples (Welch's t test).
+
+    Args:
+        a, b: (seeds, items) scores of the same items, in row i of runs with the same seed.
+    """
+    from scipy.stats import ttest_ind
+
+    d = (torch.as_tensor(a) - torch.as_tensor(b)).double()
+    d = d[:, ~d.isnan().any(0)]
+    if d.dim() != 2 or min(d.shape) < 2:
+        return None
+    seeds, n = d.shape
+    mean = d.mean().item()
+    of_items = d.mean(0)
+    of_seeds = d.mean(1) - mean  # a mean of 0, so that the difference of both is the lead
+    if not of_items.var() + of_seeds.var() > 0:
+        return Lead(mean, mean, mean, 0.0 if mean else 1.0, n, seeds)
+    with warnings.catch_warnings():
+        # of values that are all nearly equal: the variance of the others counts then
+        warnings.filterwarnings('ignore', 'Precision loss', RuntimeWarning)
+        test = ttest_ind(of_items.numpy(), of_seeds.numpy(), equal_var=False)
+    low, high = map(float, test.confidence_interval(0.95))
+    return Lead(mean, low, high, float(test.pvalue), n, seeds)
