@@ -1,6 +1,6 @@
-"""A loop with accelerate: the Distiller is prepared, so that student and projectors are trained in every process, and
-the teacher is not. The student alone is compiled and averaged. `accelerate launch accelerate_loop.py` starts several
-processes. The last line compares the accuracies of the averaged students on digits of other writers."""
+"""A loop with accelerate. The Distiller is prepared, so every process trains the student and the projectors, but not
+the teacher. Only the student is compiled and averaged. `accelerate launch accelerate_loop.py` starts several
+processes. The last line compares the accuracies of the averaged students on digits by different writers."""
 
 import sys
 import torch
@@ -35,11 +35,11 @@ def fit(accelerator, student, loader, epochs, lr, teacher=None, backend='inducto
     "The student's average over the training"
     recipe = kd(T=4, alpha=0.9) + Term(losses.hint, layers={'2': '2'}, weight=0.01)
     example = next(iter(loader))[0]
-    # with no teacher a Distiller would have nothing to do: the task loss is that of the student
+    # without a teacher there is nothing to distill: only the task loss
     model = student if teacher is None else Distiller(student, teacher, recipe, example=example)
     average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.98), use_buffers=True)
-    student.compile(backend=backend)  # in place: names in state_dict and layers= stay
-    opt = torch.optim.AdamW(model.parameters(), lr)  # the Distiller's, for the projectors
+    student.compile(backend=backend)  # in place, which keeps the names in state_dict and layers=
+    opt = torch.optim.AdamW(model.parameters(), lr)  # includes projectors
     prepared, opt, batches = accelerator.prepare(model, opt, loader)
     for _ in range(epochs):
         for x, y in batches:

@@ -1,5 +1,5 @@
-"""The teacher runs once over four augmented views of each picture; two students learn from the stored outputs, without
-it. The last lines compare the accuracies of the teacher and of both students, alone and distilled, on digits of other
+"""The teacher runs once over four augmented views of each picture. Two students learn from its stored outputs. The
+last lines compare the accuracies of the teacher and of both students, alone and distilled, on digits by different
 writers."""
 
 import sys, tempfile
@@ -43,15 +43,14 @@ def main(quick=False):
     epochs = 1 if quick else 20
 
     def learner(*widths):
-        set_seed(42)  # students of one size start from the same weights
+        set_seed(42)  # students of the same size start from the same weights
         return Learner(dls, net(*widths), metrics=accuracy)
 
     teacher = learner(64, 128, 256)
     teacher.fit_one_cycle(epochs, 5e-3)
     lines = [f'accuracy: teacher {teacher.validate()[1]:.3f}']
-    with (
-        tempfile.TemporaryDirectory() as targets
-    ):  # a folder that you keep serves for later students too
+    # keep the folder to train more students later
+    with tempfile.TemporaryDirectory() as targets:
         cache_teacher(teacher, dls, targets, views=4)
         for widths in ((4, 8, 16), (8, 16, 32)):
             alone, student = learner(*widths), learner(*widths)

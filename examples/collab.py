@@ -1,5 +1,5 @@
-"""A model of four factors learns how many stars people give to films, alone and with a model of twenty factors as its
-teacher. The last line compares how many stars each model is off on ratings that it has not seen: less is better."""
+"""A model with four factors learns how many stars people give to films, alone and with a teacher that has twenty
+factors. The last line compares how many stars each model is off on unseen ratings (lower is better)."""
 
 import sys, warnings
 from fastai.collab import *
@@ -8,7 +8,7 @@ from fastdistill.fastai import *
 
 warnings.filterwarnings(
     'ignore', 'The given NumPy array is not writable'
-)  # fastai's tables with pandas 3
+)  # from fastai's tables with pandas 3
 
 
 def ratings(n, users=200, films=150, tastes=6):

@@ -1,6 +1,6 @@
-"""A chain of compression, with labels alone and with the unpruned teacher in each step: a small network, half of its
-channels pruned, quantization-aware training, an int8 file. The last line compares the accuracies of both files on
-digits of other writers."""
+"""Compression in several steps, with labels alone and with the unpruned teacher in each step: a small network, half of
+its channels pruned, quantization-aware training, an int8 file. The last line compares the accuracies of both files on
+digits by different writers."""
 
 import sys, tempfile, warnings
 from copy import deepcopy
@@ -13,7 +13,7 @@ from fastdistill.fastai import *
 
 warnings.filterwarnings(
     'ignore', category=DeprecationWarning
-)  # torch.ao is to become a package of its own
+)  # torch.ao will become a separate package
 digits = load_digits()  # 1,797 handwritten digits of 8 x 8 pixels
 
 
@@ -57,7 +57,7 @@ def quantized(model, x):
 def main(quick=False):
     set_seed(42)
     dls = data(200, 100) if quick else data(600, 500)
-    # torch-pruning follows plain tensors
+    # torch-pruning needs plain tensors
     x, epochs = dls.one_batch()[0][:2].as_subclass(torch.Tensor), 1 if quick else 20
     teacher = Learner(dls, net(64, 128, 256), metrics=accuracy)
     teacher.fit_one_cycle(epochs, 5e-3)

@@ -1,5 +1,5 @@
-"""A small network learns to read two-digit numbers from 600 pictures, alone and with a bigger network as its teacher.
-The last line compares the accuracies on digits of other writers. The teacher knows which of the 100 classes look
+"""A small network learns to read two-digit numbers from 600 pictures, alone and with a larger network as its teacher.
+The last line compares the accuracies on digits by different writers. The teacher knows which of the 100 classes look
 alike."""
 
 import sys

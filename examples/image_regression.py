@@ -1,6 +1,6 @@
-"""A small network learns by how many degrees a 4 is turned, from 300 angles that are 20 degrees off by chance, alone
-and with a bigger network that has learned from 2,000. The last line compares how far each model is off on exact
-angles: less is better."""
+"""A small network learns by how many degrees a 4 is rotated, from 300 angles with random errors of 20 degrees, alone
+and with a larger network that has learned from 2,000. The last line compares how far each model is off on exact
+angles (lower is better)."""
 
 import sys
 from sklearn.datasets import load_digits
@@ -9,7 +9,7 @@ from fastdistill.fastai import *
 
 digits = load_digits()  # 1,797 handwritten digits of 8 x 8 pixels
 fours = [d * 15 for d, y in zip(digits.images.astype(np.uint8), digits.target) if y == 4]
-VALID = 10_000  # pictures from here on are for validation: fours of other writers, exact angles
+VALID = 10_000  # pictures from here on are for validation: fours by different writers, exact angles
 
 
 def turned(n):

@@ -1,5 +1,5 @@
-"""A small AWD-LSTM learns to write like Python's reference manual, alone and with a bigger one as its teacher. The
-last line compares perplexities on chapters that no model has seen: less is better."""
+"""A small AWD-LSTM learns to write like Python's reference manual, alone and with a larger one as its teacher. The
+last line compares perplexities on unseen chapters (lower is better)."""
 
 import sys
 from pydoc_data.topics import topics  # the manual's text, which comes with Python

@@ -1,5 +1,5 @@
-"""A small network learns which digits occur in a strip of four, alone and with a bigger network as its teacher. The
-last line compares the share of labels that each model gets right on digits of other writers."""
+"""A small network learns which digits occur in a strip of four, alone and with a larger network as its teacher. The
+last line compares the fraction of correct labels on digits by different writers."""
 
 import sys
 from sklearn.datasets import load_digits

@@ -1,5 +1,5 @@
-"""A plain PyTorch loop, without fastai: a small network learns two-digit numbers, alone and with a bigger one as its
-teacher. The last line compares the accuracies on digits of other writers."""
+"""A plain PyTorch loop, without fastai: a small network learns two-digit numbers, alone and with a larger one as its
+teacher. The last line compares the accuracies on digits by different writers."""
 
 import sys
 import torch
@@ -55,7 +55,7 @@ def main(quick=False):
     fit(lambda x, y: F.cross_entropy(teacher(x), y), teacher.parameters(), loader, epochs, 5e-3)
     fit(lambda x, y: F.cross_entropy(alone(x), y), alone.parameters(), loader, epochs, 1e-2)
     distiller = Distiller(student, teacher, kd(T=4, alpha=0.9))
-    with distiller.teacher:  # in evaluation mode and frozen; afterwards as it was
+    with distiller.teacher:  # frozen and in evaluation mode; restored afterwards
         fit(lambda x, y: distiller(x, y).total, distiller.parameters(), loader, epochs, 1e-2)
 
     t, a, s = [accuracy(m, *numbers(1000, 1200, 1797)) for m in (teacher, alone, student)]

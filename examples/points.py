@@ -1,6 +1,6 @@
-"""A small network learns to find the middle of a digit from 400 points that are 5 pixels off by chance, alone and with
-a bigger network that has learned from 2,000. The last line compares how many pixels each model is off on exact points:
-less is better."""
+"""A small network learns to find the middle of a digit from 400 points with random errors of 5 pixels, alone and with
+a larger network that has learned from 2,000. The last line compares how many pixels each model is off on exact points
+(lower is better)."""
 
 import sys
 from sklearn.datasets import load_digits
@@ -8,7 +8,7 @@ from fastai.vision.all import *
 from fastdistill.fastai import *
 
 digits = load_digits()  # 1,797 handwritten digits of 8 x 8 pixels
-VALID = 10_000  # scenes from here on are for validation: digits of other writers, exact points
+VALID = 10_000  # scenes from here on are for validation: digits by different writers, exact points
 
 
 def scene(n):

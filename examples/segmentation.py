@@ -1,5 +1,5 @@
-"""A small U-Net finds and reads a handwritten digit, pixel by pixel, alone and with a bigger U-Net as its teacher, by
-`recipes.cwd()`. The last line compares the mean Dice coefficients of the eleven classes on digits of other writers."""
+"""A small U-Net finds and reads a handwritten digit, pixel by pixel, alone and with a larger U-Net as its teacher, with
+`recipes.cwd()`. The last line compares the mean Dice coefficients of the eleven classes on digits by different writers."""
 
 import sys
 from sklearn.datasets import load_digits

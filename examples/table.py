@@ -1,5 +1,5 @@
-"""A small network learns a table of 50 kinds from 1,500 rows, a fifth of them with a wrong label, alone and with a
-bigger network as its teacher. The last line compares the accuracies on new rows with true labels."""
+"""A small network learns a table of 50 classes from 1,500 rows, a fifth of them with a wrong label, alone and with a
+larger network as its teacher. The last line compares the accuracies on new rows with correct labels."""
 
 import sys, warnings
 from fastai.tabular.all import *
@@ -7,7 +7,7 @@ from fastdistill.fastai import *
 
 warnings.filterwarnings(
     'ignore', 'The given NumPy array is not writable'
-)  # fastai's tables with pandas 3
+)  # from fastai's tables with pandas 3
 
 MEASURES = [f'measure{i}' for i in range(8)]
 

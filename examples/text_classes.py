@@ -1,6 +1,6 @@
-"""Is this paragraph from the documentation of NumPy, pandas or PyTorch? A small AWD-LSTM learns it from 400
-paragraphs, alone and with a bigger one that has learned from 1,300. The last line compares the accuracies on
-paragraphs that no model has seen."""
+"""Is this paragraph from the documentation of NumPy, pandas or PyTorch? A small AWD-LSTM learns this from 400
+paragraphs, alone and with a larger one that has learned from 1,300. The last line compares the accuracies on unseen
+paragraphs."""
 
 import inspect, sys
 from fastai.text.all import *
@@ -38,7 +38,7 @@ def main(quick=False):
     df = df.sample(n_valid + n_many, random_state=0)
     df['is_valid'] = np.arange(len(df)) < n_valid
     many = data(df)
-    few = data(df[: n_valid + n_few], many.vocab[0])  # student and teacher number the words alike
+    few = data(df[: n_valid + n_few], many.vocab[0])  # the same word numbers
 
     def learner(dls, size):
         set_seed(42)  # the students start from the same weights

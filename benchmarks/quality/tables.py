@@ -353,11 +353,11 @@ def claims(r):
             good,
             f' (without {", ".join(rest)})' if rest else '',
         ),
-        f'The {len(new)} cells of tasks that were added after the rule was fixed, of data sets that no earlier task has': (
+        f'The {len(new)} cells of tasks that were added after the rule was fixed, on datasets that no earlier task uses': (
             new,
             names(new),
         ),
-        f'The {len(again)} cells of tasks that were added after the rule was fixed, of data that earlier tasks have too': (
+        f'The {len(again)} cells of tasks that were added after the rule was fixed, on data that earlier tasks use too': (
             again,
             names(again),
         ),
@@ -380,7 +380,7 @@ def claims_in(r, inside):
     bold = [n for n in own if n in r.bold_default and own[n].mean > 0]
     lines = [
         f'- The default against labels alone: better on average in {sum(g.mean > 0 for g in own.values())} of {len(own)} cells. Significantly worse in {sum(g.mean < 0 and g.p < LEVEL for g in own.values())}, even without a correction. '
-        f'Significantly better in {len(better[0])} without a correction, in {len(better[1])} with it, in {len(better[2])} by the planned seeds alone, and in {len(bold)} if the gain must not depend on the learning rate{names(bold)}.'
+        f'Significantly better in {len(better[0])} without a correction, in {len(better[1])} with it, in {len(better[2])} with only the planned seeds, and in {len(bold)} if the gain must not depend on the learning rate{names(bold)}.'
     ]
     for k in OTHERS:
         family = {
@@ -389,12 +389,12 @@ def claims_in(r, inside):
         won, both = earned(family), [n for n in family if n in inside]
         if both:
             lines.append(
-                f'- The default against `{shown(k)}`, where it is something else: {len(both)} cells, better in {sum(n in won and family[n].mean > 0 for n in both)}, worse in {sum(n in won and family[n].mean < 0 for n in both)}.'
+                f'- The default against `{shown(k)}`, where they differ: {len(both)} cells, better in {sum(n in won and family[n].mean > 0 for n in both)}, worse in {sum(n in won and family[n].mean < 0 for n in both)}.'
             )
     chosen = {n: r.gains[n][k] for n, k in r.left_out.items()}
     won, both = earned(chosen), [n for n in chosen if n in inside]
     lines.append(
-        f'- The recipe that is best on the other tasks of the kind, against labels alone: {len(both)} cells, better in {sum(n in won and chosen[n].mean > 0 for n in both)}, '
+        f'- The recipe that is best on the other tasks of the same kind, against labels alone: {len(both)} cells, better in {sum(n in won and chosen[n].mean > 0 for n in both)}, '
         f'worse in {sum(n in won and chosen[n].mean < 0 for n in both)}.'
     )
     return '\n'.join(lines) + '\n'
@@ -497,13 +497,13 @@ PARTS = [
     ),
     (
         'The default in each cell',
-        'Gain over labels alone in points of the test split, each at its own best rate. Bold: p, corrected for the 48 cells, is below 5% by the planned seeds alone, and where the rates differ, '
-        'at least half of the gain is left if both train at either rate (one seed). The p in the table is that of all seeds.',
+        'Gain over labels alone in points of the test split, each at its own best rate. Bold: p, corrected for the 48 cells, is below 5% with only the planned seeds, and if the rates differ, '
+        'at least half of the gain is left when both train at either rate (one seed). The p in the table uses all seeds.',
         of_default,
     ),
     (
         'The default and the best recipe',
-        'The best of all is chosen by the test scores, so that its gain is too large, the more so the more recipes ran. The last column: the recipe that is best on average on the *other tasks* of its kind.',
+        'The best of all is chosen by its test score, so its gain is too large, and more so the more recipes ran. The last column is the recipe that is best on average on the *other tasks* of the same kind.',
         of_best,
     ),
     (
@@ -513,12 +513,12 @@ PARTS = [
     ),
     (
         'Each recipe over the cells of a kind',
-        'Better, worse: in how many cells it is bold above. Recipes that ran in most of these cells.',
+        'Better, worse: the number of cells in which it is bold above. Only recipes that ran in most of these cells.',
         of_groups,
     ),
     (
         'Probabilities',
-        'NLL / expected calibration error on the test split, at the same runs.',
+        'NLL / expected calibration error on the test split, of the same runs.',
         of_calibration,
     ),
     (
@@ -527,8 +527,8 @@ PARTS = [
         of_cells,
     ),
     (
-        'Runs that are in no table above',
-        'Besides the runs by which the rates were chosen.',
+        'Runs that are not in the tables above',
+        'Not counting the runs that chose the rates.',
         of_dropped,
     ),
 ]

@@ -512,6 +512,7 @@ def test_the_gains_in_the_readme_are_those_of_the_stored_runs(stored):
 
 def test_the_sentences_of_the_readme_below_its_gains_are_true(quality, stored):
     page = (HERE.parent.parent / 'README.md').read_text()
+    details = (HERE.parent.parent / 'docs' / 'fastai.md').read_text()
     own = stored.of_default()
     has = lambda text: text in page
     assert has(
@@ -524,17 +525,21 @@ def test_the_sentences_of_the_readme_below_its_gains_are_true(quality, stored):
         )
     )
     new = [n for n, f in stored.facts.items() if f['task'] in quality.tables.NEW]
-    assert has(
-        f'{len([n for n in new if n in stored.bold_default])} of their {len(new)} cells are bold'
-    )
+    significant = len([n for n in new if n in stored.bold_default])
+    assert f'{significant} of their {len(new)} cells are significantly better' in details
     assert has('(p = {:.2f})'.format(own['camvid'].p))
-    for n, k, text in (
-        ('digits100_short', 'kd(4,.9)', 'gains **{:.1f}** points on two-digit numbers (short)'),
-        ('banking77_long', 'kd(4,.9)', 'loses **{:.1f}** on banking77 (long)'),
-        ('banking77weak_long', 'dist(auto)x3', '`dist` lost **{:.1f}** points on banking77'),
-        ('goemotionsweak_short', 'binary(1)x3', '`binary_kl` **{:.1f}** on GoEmotions'),
+    for n, k, where, text in (
+        (
+            'digits100_short',
+            'kd(4,.9)',
+            details,
+            'gains **{:.1f}** points on two-digit numbers (short)',
+        ),
+        ('banking77_long', 'kd(4,.9)', details, 'loses **{:.1f}** on banking77 (long)'),
+        ('banking77weak_long', 'dist(auto)x3', page, '`dist` lost **{:.1f}** points on banking77'),
+        ('goemotionsweak_short', 'binary(1)x3', page, '`binary_kl` **{:.1f}** on GoEmotions'),
     ):
-        assert has(text.format(abs(stored.gains[n][k].mean))), text
+        assert text.format(abs(stored.gains[n][k].mean)) in where, text
         assert n in stored.bold[k], text
     nll, count, ours, alone = re.search(
         r'in (\d+) of (\d+) cells. Its median expected calibration error is (\S+), that of labels alone (\S+)\.\n',
@@ -545,8 +550,11 @@ def test_the_sentences_of_the_readme_below_its_gains_are_true(quality, stored):
     )
 
 
-def test_what_the_readme_measured_elsewhere_is_what_the_result_files_say():
-    page, results = (HERE.parent.parent / 'README.md').read_text(), HERE.parent / 'results'
+def test_what_the_pages_measured_elsewhere_is_what_the_result_files_say():
+    root, results = HERE.parent.parent, HERE.parent / 'results'
+    pages = {
+        n: (root / n).read_text() for n in ('README.md', 'docs/cache.md', 'docs/methods/cwd.md')
+    }
 
     def each(folder, way, key):
         return np.array(
@@ -559,31 +567,29 @@ def test_what_the_readme_measured_elsewhere_is_what_the_result_files_say():
             for o in (each(folder, way, key).mean(), each(folder, way, key).std(ddof=1))
         )
 
-    accuracy = [
-        spread('cache_cifar', way, 'accuracy', '.1f', 100) for way in ('alone', 'live', '8')
-    ]
-    assert (
-        'a ResNet-8 reaches {}% alone, and {} with a live ResNet-56 as teacher. With eight stored views it reaches {}'.format(
-            *accuracy
+    for way, row in (
+        ('alone', '| alone | {} |'),
+        ('live', '| live ResNet-56 as teacher | {} |'),
+        ('8', '| eight stored views | {} |'),
+    ):
+        assert (
+            row.format(spread('cache_cifar', way, 'accuracy', '.1f', 100)) in pages['docs/cache.md']
         )
-        in page
-    )
     writing = json.loads((results / 'cache_cifar' / 'teacher.json').read_text())['seconds']['8']
     share = (each('cache_cifar', '8', 'seconds').mean() + writing) / each(
         'cache_cifar', 'live', 'seconds'
     ).mean()
-    assert re.search(rf'in {share:.2f} of\nthe time, including the time to write the cache', page)
+    assert f'| {share:.2f}, including the time to write the cache |' in pages['docs/cache.md']
     miou = [
         spread('camvid_unet', way, 'miou', '.3f').replace('0.', '.')
         for way in ('alone', 'kd', 'cwd', 'both')
     ]
-    assert (
-        'mean IoU is {} alone, {} with `kd`, {} with `cwd`, and {} with both'.format(*miou) in page
-    )
+    assert '| student alone | `kd` | `cwd` | both |' in pages['docs/methods/cwd.md']
+    assert '| {} | {} | {} | {} |'.format(*miou) in pages['docs/methods/cwd.md']
     ways = json.loads((results / 'bench' / 'resnet.json').read_text())['pairs']['resnet']['ways']
     assert (
         f"costs {ways['fastdistill']['ratio']:.2f} times a step without a teacher, fasterai's {ways['fasterai']['ratio']:.1f}"
-        in page
+        in pages['README.md']
     )
 
 
