@@ -314,7 +314,7 @@ def test_mistakes_are_named():
         'recipe= has size, the heads with a teacher are color, shape', t, 1, 0.01, dict(size=kd())
     )
     refused(
-        'say differently how much the labels count',
+        'give the task loss different weights',
         t,
         1,
         0.01,

@@ -135,7 +135,7 @@ def test_auto_refuses_other_kinds():
         DistillError, match="kind='soft': must be 'softmax', 'sigmoid' or 'regression'"
     ):
         auto('soft')
-    with pytest.raises(DistillError, match='teacher=Linear: give its logits'):
+    with pytest.raises(DistillError, match='teacher=Linear: must be its logits'):
         auto(classes=5, teacher=nn.Linear(2, 5))
 
 
@@ -238,7 +238,7 @@ def test_T_or_alpha_alone_mean_kd(capsys):
         is KnowledgeDistillation(teacher, 'auto').recipe
         is None
     )
-    with pytest.raises(DistillError, match=r"recipe='kd': write kd\(\), with brackets"):
+    with pytest.raises(DistillError, match=r"recipe='kd': write kd\(\), with parentheses"):
         KnowledgeDistillation(teacher, 'kd')
     with pytest.raises(DistillError, match='A recipe and T=: give these to the recipe'):
         KnowledgeDistillation(teacher, 'auto', T=2)

@@ -79,13 +79,11 @@ def loss(
             with torch.autocast(first.device.type, enabled=False):
                 return fn(_full(s), _full(t, detach=True), *args, **kwargs)
 
-        call.kind, call.match, call.lists, call.samples, call.relates = (
-            kind,
-            match,
-            lists,
-            samples,
-            relates,
-        )
+        call.kind = kind
+        call.match = match
+        call.lists = lists
+        call.samples = samples
+        call.relates = relates
         return call
 
     return decorate

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..base.outputs import DistillError, as_plain
 from ._base import Loss, class_axis, expect, fit_mask, log_probs, loss, reduce
-from .response import checked_classes, kl_of, of_class, positions
+from .response import checked_classes, kl_from_logs, positions, select_class
 
 __all__ = ['dkd', 'DKD', 'nkd', 'NKD', 'rld', 'RLD']
 
@@ -88,7 +88,11 @@ def dkd(
     s, t = checked_classes(s, t, axis, mask)
     ls, lt = [_target_or_not(log_probs(x, T, axis), y, axis) for x in (s, t)]
     os, ot = [log_probs(without_class(x, y, axis), T, axis) for x in (s, t)]
-    return reduce((alpha * kl_of(lt, ls, 0) + beta * kl_of(ot, os, axis)) * T**2, reduction, mask)
+    return reduce(
+        (alpha * kl_from_logs(lt, ls, 0) + beta * kl_from_logs(ot, os, axis)) * T**2,
+        reduction,
+        mask,
+    )
 
 
 class DKD(Loss):
@@ -97,7 +101,7 @@ class DKD(Loss):
 
 def _target_or_not(lp, y, axis):
     """Compute log p_y and log(1-p_y), without the cancellation in 1-p_y."""
-    return torch.stack([of_class(lp, y, axis), without_class(lp, y, axis).logsumexp(axis)])
+    return torch.stack([select_class(lp, y, axis), without_class(lp, y, axis).logsumexp(axis)])
 
 
 @loss(kind='softmax', match='shape')
@@ -131,7 +135,7 @@ def nkd(
     """
     y, mask = checked_labels(y, s, axis, ignore_index, mask)
     s, t = checked_classes(s, t, axis, mask)
-    ls, lt = [of_class(log_probs(x, 1.0, axis), y, axis) for x in (s, t)]
+    ls, lt = [select_class(log_probs(x, 1.0, axis), y, axis) for x in (s, t)]
     os, ot = [log_probs(without_class(x, y, axis), T, axis) for x in (s, t)]
     return reduce(expect(lt, -ls) + gamma * T**2 * expect(ot, -os).sum(axis), reduction, mask)
 
@@ -181,15 +185,17 @@ def rld(
         _target_or_not(log_probs(x, A, axis), k, axis) for x, k in ((t, t.argmax(axis)), (s, y))
     ]
     ruled_out = (t == -torch.inf) | (s == -torch.inf)
-    out = ruled_out | (t >= of_class(t, y, axis).unsqueeze(axis))
+    out = ruled_out | (t >= select_class(t, y, axis).unsqueeze(axis))
     none = out.all(
         axis, keepdim=True
     )  # positions without any class below the label, whose second part is 0
     os, ot = [
         log_probs(x.masked_fill(out, -torch.inf).masked_fill(none, 0.0), T, axis) for x in (s, t)
     ]
-    below = kl_of(ot, os, axis).masked_fill(none.squeeze(axis), 0.0)
-    return reduce(alpha * A**2 * kl_of(best, label, 0) + beta * T**2 * below, reduction, mask)
+    below = kl_from_logs(ot, os, axis).masked_fill(none.squeeze(axis), 0.0)
+    return reduce(
+        alpha * A**2 * kl_from_logs(best, label, 0) + beta * T**2 * below, reduction, mask
+    )
 
 
 class RLD(Loss):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..base.outputs import DistillError
 from ._base import Loss, expect, log_probs, loss
-from .response import kl, kl_of, kl_values, of_positions, reverse_kl, within
+from .response import kl, kl_from_logs, kl_values, reduce_positions, reverse_kl, within
 
 __all__ = ['ttm', 'TTM', 'wttm', 'WTTM', 'skewed_kl', 'SkewedKL', 'taid', 'TAID', 'abkd', 'ABKD']
 
@@ -38,11 +38,11 @@ def ttm(
         axis: Class axis.
         mask: Which positions count. Shape of `s` without the class axis.
     """
-    return of_positions(partial(ttm_values, T=T), s, t, axis, mask, reduction)
+    return reduce_positions(partial(ttm_values, T=T), s, t, axis, mask, reduction)
 
 
 def ttm_values(s, t, T, axis):
-    return kl_of(log_probs(within(t, s), T, axis), log_probs(s, 1.0, axis), axis)
+    return kl_from_logs(log_probs(within(t, s), T, axis), log_probs(s, 1.0, axis), axis)
 
 
 class TTM(Loss):
@@ -72,7 +72,7 @@ def wttm(
         axis: Class axis.
         mask: Which positions count. Shape of `s` without the class axis.
     """
-    return of_positions(partial(wttm_values, T=T), s, t, axis, mask, reduction)
+    return reduce_positions(partial(wttm_values, T=T), s, t, axis, mask, reduction)
 
 
 def wttm_values(s, t, T, axis):
@@ -116,7 +116,7 @@ def skewed_kl(
         )
     if lam == 0:
         return (reverse_kl if reverse else kl)(s, t, T=T, axis=axis, mask=mask, reduction=reduction)
-    return of_positions(
+    return reduce_positions(
         partial(skewed_values, lam=lam, reverse=reverse, T=T),
         s,
         t,
@@ -130,7 +130,7 @@ def skewed_kl(
 def skewed_values(s, t, lam, reverse, T, axis):
     ls, lt = log_probs(s, T, axis), log_probs(t, T, axis)
     a, b = (ls, lt) if reverse else (lt, ls)
-    return kl_of(a, mixture(a, b, lam), axis)
+    return kl_from_logs(a, mixture(a, b, lam), axis)
 
 
 class SkewedKL(Loss):
@@ -172,7 +172,9 @@ def taid(
         raise DistillError(
             f'lam={lam}: the weight of the teacher in the target must be between 0 and 1'
         )
-    return of_positions(partial(taid_values, lam=lam, T=T), s, t, axis, mask, reduction, scale=T**2)
+    return reduce_positions(
+        partial(taid_values, lam=lam, T=T), s, t, axis, mask, reduction, scale=T**2
+    )
 
 
 def taid_values(s, t, lam, T, axis):
@@ -217,7 +219,7 @@ def abkd(
         raise DistillError(
             f'alpha={alpha}, beta={beta}: both must be at least 0, and at least one of them above 0'
         )
-    return of_positions(
+    return reduce_positions(
         partial(abkd_values, alpha=alpha, beta=beta, T=T), s, t, axis, mask, reduction, scale=T**2
     )
 

@@ -94,7 +94,7 @@ def checked_classes(s, t, axis, mask):
     return checked_pair(s, t, axis, mask)
 
 
-def of_positions(values, s, t, axis, mask, reduction, slope=None, scale=1.0):
+def reduce_positions(values, s, t, axis, mask, reduction, slope=None, scale=1.0):
     """Compute and reduce a loss whose value at a position depends only on the logits at that
     position.
     """
@@ -112,11 +112,11 @@ def within(x, other):
     return x.masked_fill(other == -torch.inf, -torch.inf)
 
 
-def kl_of(a, b, axis):
+def kl_from_logs(a, b, axis):
     return expect(a, a - b).sum(axis)
 
 
-def of_class(x, y, axis):
+def select_class(x, y, axis):
     """Select `x` at class `y`. The result has no class axis."""
     axis = class_axis(x, axis)
     return x.gather(axis, y.unsqueeze(axis)).squeeze(axis)
@@ -142,14 +142,14 @@ def kl(
         axis: Class axis.
         mask: Which positions count. Shape of `s` without the class axis.
     """
-    return of_positions(
+    return reduce_positions(
         partial(kl_values, T=T), s, t, axis, mask, reduction, partial(kl_slope, T=T), T**2
     )
 
 
 def kl_values(s, t, T, axis):
     if not seen_finite(s, t):
-        return kl_of(log_probs(within(t, s), T, axis), log_probs(s, T, axis), axis)
+        return kl_from_logs(log_probs(within(t, s), T, axis), log_probs(s, T, axis), axis)
     # this needs half as many exponentials. The largest logit becomes 0, so the log of its probability is -logsumexp
     s, t = [(x - x.amax(axis, keepdim=True)).div_(temperature(T)) for x in (s, t)]
     p_s, p_t = s.softmax(axis), t.softmax(axis)
@@ -190,11 +190,11 @@ def reverse_kl(
         axis: Class axis.
         mask: Which positions count. Shape of `s` without the class axis.
     """
-    return of_positions(partial(reverse_values, T=T), s, t, axis, mask, reduction, scale=T**2)
+    return reduce_positions(partial(reverse_values, T=T), s, t, axis, mask, reduction, scale=T**2)
 
 
 def reverse_values(s, t, T, axis):
-    return kl_of(log_probs(within(s, t), T, axis), log_probs(t, T, axis), axis)
+    return kl_from_logs(log_probs(within(s, t), T, axis), log_probs(t, T, axis), axis)
 
 
 class ReverseKL(Loss):
@@ -230,7 +230,7 @@ def jsd(
     # subtle: at beta 0 and 1 the formula gives 0 (the KLs are its slopes there), so these give the KLs, as in TRL
     if beta in (0, 1):
         return (reverse_kl if beta else kl)(s, t, T=T, axis=axis, mask=mask, reduction=reduction)
-    return of_positions(
+    return reduce_positions(
         partial(jsd_values, beta=beta, T=T), s, t, axis, mask, reduction, scale=T**2
     )
 
@@ -241,7 +241,7 @@ def jsd_values(s, t, beta, T, axis):
     lm = torch.logaddexp(
         lt + math.log(beta), ls.clamp_min(torch.finfo(ls.dtype).min / 4) + math.log(1 - beta)
     )
-    return beta * kl_of(lt, lm, axis) + (1 - beta) * kl_of(ls, lm, axis)
+    return beta * kl_from_logs(lt, lm, axis) + (1 - beta) * kl_from_logs(ls, lm, axis)
 
 
 class JSD(Loss):
@@ -268,7 +268,7 @@ def tvd(
         axis: Class axis.
         mask: Which positions count. Shape of `s` without the class axis.
     """
-    return of_positions(partial(tvd_values, T=T), s, t, axis, mask, reduction, scale=T**2)
+    return reduce_positions(partial(tvd_values, T=T), s, t, axis, mask, reduction, scale=T**2)
 
 
 def tvd_values(s, t, T, axis):
@@ -351,7 +351,7 @@ def soft_ce(
         axis: Class axis.
         mask: Which positions count. Shape of `s` without the class axis.
     """
-    return of_positions(
+    return reduce_positions(
         partial(ce_values, T=T), s, t, axis, mask, reduction, partial(kl_slope, T=T), T**2
     )
 
@@ -403,7 +403,7 @@ def hard(
     """
     s, t = checked_classes(s, t, axis, mask)
     return reduce(
-        -of_class(log_probs(s, 1.0, axis), within(t, s).argmax(axis), axis), reduction, mask
+        -select_class(log_probs(s, 1.0, axis), within(t, s).argmax(axis), axis), reduction, mask
     )
 
 
