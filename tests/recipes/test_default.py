@@ -267,7 +267,7 @@ def test_a_teacher_that_is_right_far_more_often_than_it_is_sure_gets_a_small_par
     with student.no_bar():
         cb = student.distill(lambda x: scale * teacher.model(x), 1, 0.01)
     assert (repr(cb.recipe) == repr(kd(T=1, alpha=0.3))) is small
-    assert ('It seems to be trained too briefly' in capsys.readouterr().out) is small
+    assert ('It seems to be undertrained' in capsys.readouterr().out) is small
 
 
 @pytest.mark.filterwarnings(
@@ -311,7 +311,7 @@ def test_a_doubt_is_stored_with_the_outputs(scale, small, tmp_path):
     again = cache_teacher(
         teacher.model, student.dls, tmp_path / 'c', kind='softmax', check=False, progress=False
     )
-    assert ('too briefly' in again.manifest.doubt) is small
+    assert ('undertrained' in again.manifest.doubt) is small
 
 
 def test_a_single_label_is_a_task_of_two_classes():
