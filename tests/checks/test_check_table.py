@@ -64,7 +64,7 @@ def test_a_mistake_stands_first_and_has_no_tick():
     assert (first.level, first.about) == ('error', 'outputs') and check.costs is None
     assert 'outputs' not in {r.about for r in check.in_order}
     text = repr(check)
-    assert '✗  outputs' in text and '→ Say so: Teacher(model' in ' '.join(text.split())
+    assert '✗  outputs' in text and '→ Declare it with Teacher(model' in ' '.join(text.split())
     assert text.endswith('1 error. Training would stop before it begins; check=False trains anyway')
 
 

@@ -149,7 +149,7 @@ def test_a_teacher_is_a_doubt_if_it_is_right_more_often_than_it_is_sure_by_over_
             'note',
             'is right for 100.0% of 512 validation items',
             f'probability is {p:.3f}',
-            'too briefly',
+            'undertrained',
         ).doubt
     else:
         assert found == []
@@ -207,11 +207,11 @@ def test_three_swapped_pairs_of_classes_are_named_with_the_list_to_paste():
     f = one(
         check(knowing(order=SWAPPED), x, y, names=NAMES),
         'error',
-        f'its accuracy is {score:.3f}',
+        f'Its accuracy is {score:.3f} in the student',
         "'airplane' and 'automobile', 'bird' and 'cat', 'deer' and 'dog' are swapped",
         f'Teacher(model, select={SWAPPED})',
     )
-    assert f'in this one {check(knowing(), x, y).facts.teacher_score:.3f}' in str(f)
+    assert f'and {check(knowing(), x, y).facts.teacher_score:.3f} in this one' in str(f)
     assert check(Teacher(knowing(order=SWAPPED), select=SWAPPED), x, y) == []
     assert 'class 0 and class 1, class 2' in str(check(knowing(order=SWAPPED), x, y))
 
@@ -269,7 +269,7 @@ def test_the_place_of_a_class_without_items_is_called_a_guess():
     one(
         check(knowing(order=order), x[keep], y[keep]),
         'error',
-        '(1 of them have no item here, so their place is a guess: pass a larger n=)',
+        '(1 of them have no samples here, so their position is a guess: pass a larger n=)',
     )
 
 
@@ -277,7 +277,7 @@ def test_the_place_of_a_class_without_items_is_called_a_guess():
 @pytest.mark.parametrize('k', [2, 3, 10, 100])
 def test_no_order_is_proposed_for_teachers_that_are_right_weak_confused_or_random(k, seed):
     g = torch.Generator().manual_seed(seed)
-    swaps = lambda teacher, x, y: [f for f in check(teacher, x, y) if 'another order' in f.what]
+    swaps = lambda teacher, x, y: [f for f in check(teacher, x, y) if 'different order' in f.what]
     for noise in (0.1, 0.6, 1.5, 4.0):  # from nearly perfect to nearly chance
         assert not swaps(knowing(k), *rows(256, k, noise, seed))
     x, y = rows(256, k, 0.5, seed)
@@ -342,7 +342,7 @@ def test_a_usual_normalization_that_fits_better_is_named(given, wanted):
         one(
             found,
             'warning',
-            'another normalization: accuracy 0.',
+            'different normalization: accuracy 0.',
             f'(on 128 validation items). Pass the normalization of its training: Teacher(model, stats={wanted})',
         )
 
@@ -401,7 +401,7 @@ def test_ids_beyond_the_teachers_embedding_are_an_error_before_they_crash():
         check(Reader(30), x, y),
         'error',
         "ids up to 39, but the teacher's embedding emb has 30 rows, 0 to 29",
-        'another tokenizer',
+        'different tokenizer',
     )
     assert (
         check_outputs(Teacher(Reader(30)), SOFTMAX, [((dict(input_ids=x),), (y,))])[0].level
@@ -475,7 +475,7 @@ def test_a_teacher_near_chance_with_another_vocabulary_may_have_another_tokenize
         check(other, x, y, student=Reader(40)),
         'warning',
         "The teacher's embedding has 50 rows, the student's 40",
-        'another tokenizer',
+        'different tokenizer',
     )
 
 
@@ -531,7 +531,7 @@ def test_a_teacher_that_is_worse_than_the_student_is_a_warning_with_both_numbers
         assert one(
             check(teacher, x, y, student=student),
             'note',
-            'no better than the student is now, but for chance: accuracy',
+            'not significantly better than the student is now: accuracy',
         ).doubt
 
 
@@ -540,7 +540,7 @@ def test_a_teacher_that_is_a_little_better_than_the_student_needs_many_items_to_
         torch.eye(10) + 0.15 * torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
     )
     few, many = (check(knowing(), *rows(n), student=noisy) for n in (64, 4096))
-    assert one(few, 'note', 'no better than the student is now').doubt
+    assert one(few, 'note', 'not significantly better than the student is now').doubt
     assert many == []
 
 
@@ -738,7 +738,7 @@ TWO_CLASSES = {
 def test_correlations_and_standardized_logits_have_no_meaning_for_two_classes(name):
     x, y = rows(64, 2, 0.3)
     (f,) = [f for f in check(knowing(2), x, y, recipe=TWO_CLASSES[name]) if f.level != 'note']
-    assert f.level == 'error' and 'has no meaning for 2 classes' in f.what and 'Use kd()' in f.do
+    assert f.level == 'error' and 'is meaningless for 2 classes' in f.what and 'Use kd()' in f.do
     assert check(knowing(3), *rows(64, 3, 0.3), recipe=TWO_CLASSES[name]) == []
 
 
@@ -765,7 +765,7 @@ def test_a_term_whose_student_layers_are_frozen_is_noted():
         ask(pairs),
         'note',
         'hint compares frozen layers of the student (0)',
-        'trains only its projector',
+        'trains at most its projector',
         'unfreeze()',
     )
     student[2].requires_grad_(False)
@@ -809,7 +809,7 @@ def test_errors_stop_a_fit_and_notes_are_printed(capsys):
     assert found.enforce() is found
     out = capsys.readouterr().out
     assert out.startswith('fastdistill: accuracy on 64 validation items: teacher ')
-    assert 'nearly one-hot. A higher T' in out
+    assert 'nearly one-hot. Use a higher T' in out
     with pytest.raises(DistillError, match='Mistakes were found before training'):
         check(knowing(), x, y + 1).enforce(facts=False)
     assert capsys.readouterr().out == ''

@@ -122,7 +122,7 @@ def test_a_recipe_is_text_or_an_object_of_a_script(command, there):  # noqa: F81
         code, out, err = command(
             'check', 'mine.py:student', 'mine.py:teacher', '--recipe', recipe, '--no-cost'
         )
-        assert 'kd: each has a meaning' in ' '.join(out.split()), err
+        assert 'kd: each is meaningful' in ' '.join(out.split()), err
     code, _, err = command('check', 'mine.py:student', 'mine.py:teacher', '--recipe', 'kdd()')
     assert code == 2
     assert "there is no recipe 'kdd'" in ' '.join(err.split())

@@ -226,10 +226,10 @@ def test_recipes_print_as_they_are_written():
     [
         (
             lambda: kd(alpha=0.9) + kd(alpha=0.5),
-            'say differently how much the labels count .0.1 and 0.5.: give them the same alpha',
+            'give the task loss different weights .0.1 and 0.5.: give them the same alpha',
         ),
         (lambda: kd() + 3, r'made of terms and recipes, got 3. Try kd\(\), or Term'),
-        (lambda: kd(alpha=1.5), 'alpha=1.5: it is the teacher.s share, from 0'),
+        (lambda: kd(alpha=1.5), 'alpha=1.5: the weight of the teacher must be between 0'),
         (lambda: Term('kl'), "needs a loss function, got 'kl'. See fastdistill.losses"),
         (
             lambda: Term(losses.kl, temp=2.0),
@@ -237,15 +237,18 @@ def test_recipes_print_as_they_are_written():
         ),
         (
             lambda: Term(F.mse_loss, name='task'),
-            "can't be called 'task', which has a meaning already",
+            "can't be named 'task', which already has a meaning",
         ),
-        (lambda: Term(F.mse_loss, name='a.b'), "can't be called 'a.b'"),
+        (lambda: Term(F.mse_loss, name='a.b'), "can't be named 'a.b'"),
         (lambda: Term(F.mse_loss, weight='up'), "weight of mse_loss='up': must be a number"),
         (
             lambda: Term(losses.kl, 2.0, grad_ratio=1.0),
-            'weight=2.0 and grad_ratio=1.0 of kl: give one of them',
+            'weight=2.0 and grad_ratio=1.0 of kl: give only one of them',
         ),
-        (lambda: recipes.dist(grad_ratio=-1), 'grad_ratio=-1 of dist: it is a number from 0 up'),
+        (
+            lambda: recipes.dist(grad_ratio=-1),
+            'grad_ratio=-1 of dist: must be a number of at least 0',
+        ),
         (
             lambda: Distiller(mlp(4), mlp(8), dkd(), kind='sigmoid'),
             'a softmax over classes, but this model predicts a sigmoid per label',
@@ -1035,7 +1038,7 @@ def test_without_labels_a_share_keeps_what_was_measured_before():
     d = Distiller(mlp(6), mlp(16, 1), recipe)
     with pytest.raises(
         DistillError,
-        match='dist has a share of the gradient beside the labels and the terms with a weight, and there are none',
+        match='grad_ratio= of dist is relative to the task loss and the terms with a weight, and this batch has neither',
     ):
         d(x, progress=0.9)
     w = d(x, y, progress=0.0).weights['dist'].item()
@@ -1893,7 +1896,7 @@ def test_labels_that_are_fractional_numbers_are_named():
 
 
 def test_a_temperature_that_no_float_holds_is_refused():
-    with pytest.raises(DistillError, match='T= is a number of more than 300 digits'):
+    with pytest.raises(DistillError, match='T= has more than 300 digits'):
         kd(T=10**600)
     with pytest.raises(DistillError, match='more than 300 digits'):
         Term(losses.kl, weight=10**600)

@@ -400,7 +400,7 @@ def test_roles_are_found_by_name():
     assert roles_of(['teacher', 'student']) == ('teacher', None)
     assert roles_of(['a', 'b']) == (None, 'a')
     assert roles_of(['big', 'small', 'new'], teacher='big') == ('big', 'small')
-    with pytest.raises(DistillError, match="teacher='x': the models are called 'a', 'b'"):
+    with pytest.raises(DistillError, match="teacher='x': the models are named 'a', 'b'"):
         roles_of(['a', 'b'], teacher='x')
     with pytest.raises(DistillError, match='both teacher= and baseline='):
         roles_of(['a', 'b'], 'a', 'a')
@@ -418,7 +418,7 @@ def test_models_of_other_classes_nan_and_labels_that_do_not_fit_are_named():
         measured(dict(a=o), torch.zeros(101, 2).long(), Task('softmax'))
     with pytest.raises(DistillError, match='no batch'):
         measure_models(dict(a=Teacher(Stored(o))), [], Task('softmax'))
-    with pytest.raises(DistillError, match="headline='f1': it must be 'accuracy' or"):
+    with pytest.raises(DistillError, match="headline='f1': must be 'accuracy' or"):
         measured(dict(a=o), y, Task('softmax'), headline='f1')
 
 

@@ -156,7 +156,7 @@ def test_what_cant_be_drawn_is_said():
         show_features(s, s, x, ['4'])
     flat = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
     with pytest.raises(
-        DistillError, match=r'shape \(2, 8\) can.t be shown: pictures are \(B, 3, H, W\)'
+        DistillError, match=r'shape \(2, 8\) can.t be shown: images must be \(B, 3, H, W\)'
     ):
         show_features(flat, flat, torch.rand(2, 8), ['0'])
     with pytest.raises(DistillError, match='In the teacher: No layer .9.'):

@@ -133,7 +133,7 @@ def test_all_views_show_the_same_numbers():
             'Agreement with teacher',
             'Calibration',
             'Cost',
-            'not the luck of a training',
+            'but not the variation between trainings',
         ):
             assert part in text, part
 

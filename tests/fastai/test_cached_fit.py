@@ -235,7 +235,7 @@ def test_layers_come_from_the_cache_too(tmp_path):
         learn, 2, cbs=[KnowledgeDistillation(cache, at(layers={'bn': 'a'}, weight='paper')), watch]
     )
     assert watch.worst < 1e-3
-    with pytest.raises(DistillError, match='outputs hold no layer .b.. They hold: a'):
+    with pytest.raises(DistillError, match='outputs have no layer .b.. They have: a'):
         quiet(learn, 1, cbs=KnowledgeDistillation(cache, at(layers={'b': 'b'})))
     with pytest.raises(DistillError, match='stored layers are of unmixed images'):
         quiet(

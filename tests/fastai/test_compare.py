@@ -230,7 +230,7 @@ def test_the_same_call_gives_the_same_report():
         (lambda s, t: compare(dict(teacher=t, s=s), teacher='x'), "teacher='x'"),
         (
             lambda s, t: compare(dict(teacher=t, s=s), headline='x', **QUICK),
-            "headline='x': it must be 'accuracy' or",
+            "headline='x': must be 'accuracy' or",
         ),
         (lambda s, t: compare(dict(teacher='none.pkl', s=s)), 'no file'),
         (

@@ -292,7 +292,7 @@ def test_the_check_is_for_each_head():
     swapped = lambda x: t['shape'](x)[:, [1, 0, 2, 3]]
     with pytest.raises(
         DistillError,
-        match='shape: The teacher has the classes in another order: class 0 and class 1 are swapped',
+        match='shape: The teacher has the classes in a different order: class 0 and class 1 are swapped',
     ):
         learn.distill(dict(color=t['color'], shape=swapped), 1, 0.01, kd())
     with pytest.raises(
@@ -313,7 +313,7 @@ def test_mistakes_are_named():
         'recipe= has size, the heads with a teacher are color, shape', t, 1, 0.01, dict(size=kd())
     )
     refused(
-        'say differently how much the labels count',
+        'give the task loss different weights',
         t,
         1,
         0.01,
@@ -642,7 +642,8 @@ def test_mistakes_with_stored_heads_are_named(tmp_path):
     )
     refused('loss= with several heads', two, loss=lambda s, t, y: 0.0)
     with pytest.raises(
-        DistillError, match=r'shape: Mistakes [\s\S]*The teacher has the classes in another order'
+        DistillError,
+        match=r'shape: Mistakes [\s\S]*The teacher has the classes in a different order',
     ):
         cache_teacher(
             dict(color=t['color'], shape=lambda x: t['shape'](x)[:, [1, 0, 2, 3]]),

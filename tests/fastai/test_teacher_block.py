@@ -406,7 +406,7 @@ def test_stored_outputs_that_are_nan_stop_the_fit():
 
 def test_terms_of_layers_are_refused_where_targets_have_none():
     learn = Learner(data(), Flat())
-    with pytest.raises(DistillError, match="hold no layer 'l'. They hold: no layers"):
+    with pytest.raises(DistillError, match="have no layer 'l'. They have: no layers"):
         quiet(learn, cbs=KnowledgeDistillation(recipe=hint(layers={'l': 'l'})))
     assert not any('loss' in m.name for m in learn.metrics)
 

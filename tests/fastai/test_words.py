@@ -20,10 +20,10 @@ def test_temperature_is_another_name_of_T(name):
     assert repr(recipe(temperature=('linear', 8, 1))) == repr(recipe(T=('linear', 8, 1)))
     with pytest.raises(
         DistillError,
-        match='T=4 and temperature=2: these are two names of one option, give one of them',
+        match='T=4 and temperature=2: these are two names for the same option; give only one of them',
     ):
         recipe(T=4, temperature=2)
-    with pytest.raises(DistillError, match='two names of one option'):
+    with pytest.raises(DistillError, match='two names for the same option'):
         kd(4, temperature=2)  # by position, too
 
 
@@ -40,7 +40,7 @@ def test_a_term_takes_temperature_too():
     kl = 9 * F.kl_div((s / 3).log_softmax(1), (t / 3).softmax(1), reduction='batchmean')
     torch.testing.assert_close(Recipe(Term(losses.kl, temperature=3.0), task=0.0)(s, t), kl)
     with pytest.raises(
-        DistillError, match='T=4 and temperature=2: these are two names of one option'
+        DistillError, match='T=4 and temperature=2: these are two names for the same option'
     ):
         Term(losses.kl, T=4, temperature=2)
     with pytest.raises(DistillError, match='T=0: a temperature is a number above 0'):
@@ -67,11 +67,11 @@ def test_a_loss_with_an_option_temperature_of_its_own_gets_it():
 def test_the_callback_and_distill_take_temperature_too():
     student, teacher = apps.toy()
     assert repr(KnowledgeDistillation(teacher, temperature=2).recipe) == repr(kd(T=2))
-    with pytest.raises(DistillError, match='two names of one option'):
+    with pytest.raises(DistillError, match='two names for the same option'):
         KnowledgeDistillation(teacher, T=2, temperature=2)
     with pytest.raises(DistillError, match='A recipe and T='):
         KnowledgeDistillation(teacher, kd(), temperature=2)
-    with pytest.raises(DistillError, match='two names of one option'):
+    with pytest.raises(DistillError, match='two names for the same option'):
         student.distill(teacher, 1, T=2, temperature=3)
     losses = []
     for option in (dict(T=2), dict(temperature=2)):

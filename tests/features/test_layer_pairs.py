@@ -104,7 +104,7 @@ def test_globs_pair_in_order_if_they_are_as_many():
     ]
     with pytest.raises(
         DistillError,
-        match=r"'layer1.\*' names 2 layers of the student \(layer1.0, layer1.1\), 'layer1.\*' names 3 of the",
+        match=r"'layer1.\*' matches 2 layers of the student \(layer1.0, layer1.1\), 'layer1.\*' matches 3 of the",
     ):
         pair(s, t, x, layers={'layer1.*': 'layer1.*'})
 
@@ -133,7 +133,7 @@ def test_other_inputs_for_the_teacher_and_several_inputs():
         ({'0': 3}, 'is not a pair of names'),
         ([3], '3 is not a pair of names'),
         (3, 'layers=3'),
-        ({}, 'names no layers'),
+        ({}, 'does not name any layers'),
     ],
 )
 def test_wrong_layers_are_refused(layers, message):
@@ -147,7 +147,7 @@ def test_wrong_layers_are_refused(layers, message):
         (3, 'is not a pair of names'),
         ({'0': 3}, 'is not a pair of names'),
         ([('0', '1', '2')], 'is not a pair of names'),
-        ({}, 'names no layers'),
+        ({}, 'does not name any layers'),
         ('0@mena', '@mena. It must be one of @in'),
         ({'0': '1@maps'}, '@maps. It must be one of @in'),
         ('auto@mena', '@mena. It must be one of @in'),
@@ -174,7 +174,7 @@ def test_a_projector_that_does_not_exist_is_refused_where_the_term_is_made():
         ({'0': 'layer9'}, "In the teacher: No layer 'layer9' in ResNet. Nearest: 'layer4'"),
         (
             {'?': 'layer?'},
-            r"'\?' names 7 layers of the student .* 'layer\?' names 4 of the teacher",
+            r"'\?' matches 7 layers of the student .* 'layer\?' matches 4 of the teacher",
         ),
     ],
     ids=range(3),
@@ -401,7 +401,7 @@ def test_a_teacher_an_ensemble_and_a_function_that_brings_features():
     assert pair(s, f, x, layers={'2': 'deep'})[0] == Pair(
         '2', (2, 8, 4, 4), 'deep', (2, 9), '4x4 -> vector, linear 8 -> 9'
     )
-    with pytest.raises(DistillError, match="outputs hold no layer 'low'. They hold: deep"):
+    with pytest.raises(DistillError, match="outputs have no layer 'low'. They have: deep"):
         pair(s, f, x, layers={'2': 'low'})
 
 
@@ -844,7 +844,7 @@ def test_recurrent_nets_and_mlps_pair_by_depth():
     )
     # a student without maps can't become one; the other way it is pooled
     flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 9), nn.ReLU(), nn.Linear(9, 2))
-    with pytest.raises(DistillError, match='finds vectors in the student and maps in the teacher'):
+    with pytest.raises(DistillError, match='finds vectors in the student but maps in the teacher'):
         pair(flat, net(), images(8))
     assert pair(net(), flat, images(8)) == [
         Pair('3', (2, 8, 4, 4), '2', (2, 9), '4x4 -> vector, linear 8 -> 9')

@@ -387,7 +387,7 @@ def test_ones_own_module_with_the_wrong_output_is_told_what_is_needed():
         ),
         (((2, 3), (2, 7, 5)), 'no grid that fits'),
         (((2, 3, 4, 4, 4), (2, 3, 4, 4)), 'no grid that fits'),
-        (((2,), (2, 5)), r'No projector from \(2,\)'),
+        (((2,), (2, 5)), r"Can't project \(2,\)"),
     ],
 )
 def test_what_has_no_meaning_is_refused_when_it_is_built(args, message):
@@ -398,7 +398,7 @@ def test_what_has_no_meaning_is_refused_when_it_is_built(args, message):
 def test_tokens_that_are_no_picture_are_refused():
     with pytest.raises(DistillError, match=r'\(2, 15, 3\) are not a map'):
         projector((2, 15, 3), (2, 5, 4, 4))(rand(2, 15, 3))
-    with pytest.raises(DistillError, match="can't become the teacher's 15 tokens"):
+    with pytest.raises(DistillError, match="can't be converted to the teacher's 15 tokens"):
         projector((2, 3, 4, 4), (2, 15, 5))(rand(2, 3, 4, 4))
 
 

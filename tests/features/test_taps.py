@@ -259,7 +259,7 @@ def test_an_output_without_a_tensor_says_so():
     with Taps(m, 'inner') as taps:
         m(torch.randn(2, 3))
         with pytest.raises(
-            DistillError, match="Layer 'inner' of Around returned a str with no tensor in it"
+            DistillError, match="Layer 'inner' of Around returned a str without a tensor"
         ):
             taps.pop()
 
@@ -321,7 +321,7 @@ def test_a_turned_output_that_had_to_be_copied_is_no_overwritten_one():
     with Taps(m, ['0@mean']) as taps:  # a vector already, and overwritten
         m(torch.randn(2, 3))
         with pytest.raises(
-            DistillError, match="'0@mean' of Sequential was overwritten.*Name '0@pre@mean'"
+            DistillError, match="'0@mean' of Sequential was overwritten.*Use the name '0@pre@mean'"
         ):
             taps.pop()
 

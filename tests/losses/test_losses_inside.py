@@ -555,11 +555,11 @@ WRONG = [
     (lambda: pairwise(A, A[..., :2]), 'leaves 4 cells of 2 student maps and 2 of 2'),
     (
         lambda: pairwise(A, A, pool=2.0),
-        'pool=2.0: a cell is a whole number of pixels from 1, or a share',
+        'pool=2.0: the size of a cell must be a whole number of pixels, or a fraction',
     ),
     (lambda: ifvd(A, A, torch.ones(2, 4)), r'labels of as many axes.*labels \(2, 4\)'),
     (lambda: ifvd(A, A[..., :2], torch.ones(2, 4, 4)), 'one grid'),
-    (lambda: fsp(A, A), 'it got a Tensor and a Tensor'),
+    (lambda: fsp(A, A), 'but got a Tensor and a Tensor'),
     (lambda: fsp([A, B], [A]), 'a list of 2 and a list of 1'),
     (
         lambda: fsp([A, B], [A, A]),
@@ -569,7 +569,7 @@ WRONG = [
     (lambda: sp(C[0], C[0]), 'the same samples'),
     (lambda: seed(C, C[:, :2]), 'compares them element by element. Give the student a projector'),
     (lambda: seed(C, C, T_s=0.0), 'above 0'),
-    (lambda: SEED(size=0), 'size=0: the queue holds at least 1 embedding'),
+    (lambda: SEED(size=0), 'size=0: the queue must hold at least 1 embedding'),
     (lambda: cc(C, C, kernel='rbf'), "must be 'gaussian' or 'bilinear'"),
     (lambda: CC(kernel='rbf')(C, C), "must be 'gaussian' or 'bilinear'"),
     (lambda: at(A, A, axis=0), 'Axis 0 is the batch'),

@@ -283,7 +283,7 @@ def test_jsd_has_the_two_kls_at_its_ends():
         assert jsd(s, t, beta=1 - 1e-7, T=T).item() / 1e-7 == pytest.approx(
             reverse_kl(s, t, T=T).item(), rel=1e-4
         )
-    with pytest.raises(DistillError, match='beta=1.5: .* from 0 to 1'):
+    with pytest.raises(DistillError, match='beta=1.5: .* must be between 0 and 1'):
         jsd(s, t, beta=1.5)
 
 
@@ -477,10 +477,10 @@ def test_rld_leaves_out_what_the_teacher_likes_better_than_the_label():
 @pytest.mark.parametrize(
     'fn,options,says',
     [
-        (skewed_kl, dict(lam=1.0), 'lam=1.0: .* from 0 to below 1'),
-        (taid, dict(lam=1.5), 'lam=1.5: .* from 0 to 1'),
-        (abkd, dict(alpha=-1.0), 'alpha=-1.0, beta=0.3: both are 0 or more'),
-        (abkd, dict(alpha=0.0, beta=0.0), 'not both 0'),
+        (skewed_kl, dict(lam=1.0), 'lam=1.0: .* must be at least 0 and below 1'),
+        (taid, dict(lam=1.5), 'lam=1.5: .* must be between 0 and 1'),
+        (abkd, dict(alpha=-1.0), 'alpha=-1.0, beta=0.3: both must be at least 0'),
+        (abkd, dict(alpha=0.0, beta=0.0), 'at least one of them above 0'),
     ],
 )
 def test_options_of_newer_losses_are_checked(fn, options, says):

@@ -135,7 +135,7 @@ def test_auto_refuses_other_kinds():
         DistillError, match="kind='soft': must be 'softmax', 'sigmoid' or 'regression'"
     ):
         auto('soft')
-    with pytest.raises(DistillError, match='teacher=Linear: give its logits'):
+    with pytest.raises(DistillError, match='teacher=Linear: must be its logits'):
         auto(classes=5, teacher=nn.Linear(2, 5))
 
 
@@ -238,7 +238,7 @@ def test_T_or_alpha_alone_mean_kd(capsys):
         is KnowledgeDistillation(teacher, 'auto').recipe
         is None
     )
-    with pytest.raises(DistillError, match=r"recipe='kd': write kd\(\), with brackets"):
+    with pytest.raises(DistillError, match=r"recipe='kd': write kd\(\), with parentheses"):
         KnowledgeDistillation(teacher, 'kd')
     with pytest.raises(DistillError, match='A recipe and T=: give these to the recipe'):
         KnowledgeDistillation(teacher, 'auto', T=2)
@@ -267,7 +267,7 @@ def test_a_teacher_that_is_right_far_more_often_than_it_is_sure_gets_a_small_par
     with student.no_bar():
         cb = student.distill(lambda x: scale * teacher.model(x), 1, 0.01)
     assert (repr(cb.recipe) == repr(kd(T=1, alpha=0.3))) is small
-    assert ('It seems to be trained too briefly' in capsys.readouterr().out) is small
+    assert ('It seems to be undertrained' in capsys.readouterr().out) is small
 
 
 @pytest.mark.filterwarnings(
@@ -311,7 +311,7 @@ def test_a_doubt_is_stored_with_the_outputs(scale, small, tmp_path):
     again = cache_teacher(
         teacher.model, student.dls, tmp_path / 'c', kind='softmax', check=False, progress=False
     )
-    assert ('too briefly' in again.manifest.doubt) is small
+    assert ('undertrained' in again.manifest.doubt) is small
 
 
 def test_a_single_label_is_a_task_of_two_classes():

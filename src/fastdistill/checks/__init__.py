@@ -1,4 +1,4 @@
-"Findings about a teacher and a student, and measurements, without any framework."
+"Checks of a teacher and a student, with findings and measurements, independent of any framework."
 
 from .findings import Facts, Finding, Findings
 from .outputs import check_outputs

@@ -1,4 +1,4 @@
-"The scores of a few batches: of teacher and student, item by item, and of a constant prediction."
+"Scores on a few batches: of teacher and student, item by item, and of a constant prediction."
 
 import torch
 from torch import Tensor
@@ -10,19 +10,19 @@ __all__ = ['FEW', 'METRICS', 'Tally']
 
 MOST_CLASSES = 1000  # with more, a confusion table is too large
 FEW = 16  # fewer items prove nothing
-SURE = 0.001  # p-value, one-sided, at which a difference is called one
+SURE = 0.001  # one-sided p-value below which a difference counts
 KNOWS, LUCK = (
     0.005,
     2.576,
-)  # the same for a teacher that knows more than chance, and in standard deviations of luck
-LEADS = 0.05  # p-value of a teacher that is better than the student is now
+)  # the same for a teacher that is better than chance, and in standard deviations of chance
+LEADS = 0.05  # p-value for a teacher that is better than the student is now
 SLIGHT = 0.05  # of the way from chance to a perfect prediction
 METRICS = dict(softmax='accuracy', sigmoid='accuracy per label', regression='squared error')
 
 
 class Tally:
-    """Counts over a few batches, added batch by batch, since all their outputs may be too large to
-    keep.
+    """Counts over a few batches. They are added batch by batch, since all outputs together may be
+    too large to keep.
     """
 
     def __init__(self, task):
@@ -31,7 +31,10 @@ class Tally:
             dict(teacher=[], student=[]),
             dict(train=[], valid=[]),
         )  # one number per item
-        self.between, self.normed = True, True  # are all outputs from 0 to 1? does each sum to 1?
+        self.between, self.normed = (
+            True,
+            True,
+        )  # True if all outputs are from 0 to 1; True if each row sums to 1
         self.finite = True
 
     def add(self, t: Tensor, y: Tensor | None = None, s: Tensor | None = None):
@@ -39,7 +42,7 @@ class Tally:
 
         Args:
             t: The teacher's outputs for a validation batch.
-            y: Labels, from `fit_labels`
+            y: Labels, from `fit_labels`.
             s: The student's outputs.
         """
         t, s = (None if o is None else o.float() for o in (t, s))
@@ -54,8 +57,8 @@ class Tally:
         ](t, y)
 
     def add_probabilities(self, t, part):
-        """The largest probability of each item (mean over its positions), in the 'train' or 'valid'
-        part of the data.
+        """Add the largest probability of each item (mean over its positions), for 'train' or
+        'valid'.
         """
         kind, axis = self.task.kind, self.task.axis
         self.finite = self.finite and not unusable(t, self.task)
@@ -68,7 +71,7 @@ class Tally:
         self.tops[part].append(p.reshape(len(p), -1).mean(1).cpu())
 
     def counts(self, y):
-        """(B, positions): which labels count."""
+        """Return which labels count, (B, positions)."""
         y = y.reshape(len(y), -1)
         return (
             y != self.task.ignore_index
@@ -77,11 +80,13 @@ class Tally:
         )
 
     def counted(self, y):
-        """(B,): which items have labels that count."""
+        """Return which items have labels that count, (B,)."""
         return self.counts(y).any(1).cpu()
 
     def item_scores(self, o, y):
-        """(B,) share of the right predictions in each item, or minus its squared error."""
+        """Compute the fraction of correct predictions of each item, or its negative squared error,
+        (B,).
+        """
         kind, rows = self.task.kind, lambda v: v.reshape(len(v), -1).float()
         if kind == 'regression':
             return -rows(o - y).pow(2).mean(1).cpu()
@@ -90,8 +95,8 @@ class Tally:
         return ((rows(right) * counts).sum(1) / counts.sum(1)).cpu()
 
     def add_classes(self, t, y):
-        """For each class: its amount, how much of it is recognized, and how much is predicted to be
-        it. An item counts 1, shared by its positions.
+        """Count for each class how much of it there is, is recognized, and is predicted. An item
+        counts 1, divided among its positions.
         """
         c, counts = t.shape[self.task.axis], self.counts(y).cpu()
         p, y = (o.reshape(len(o), -1).cpu()[counts] for o in (t.argmax(self.task.axis), y))
@@ -101,14 +106,14 @@ class Tally:
         self.n_labels += len(y)
         if c > MOST_CLASSES:
             return
-        # subtle: two tables, each of every other item: an effect of chance is in one of them, but not in the other
+        # subtle: two tables with every other item each: a chance effect shows in one of them, but not in the other
         half = torch.arange(len(counts))[:, None].expand_as(counts)[counts] % 2
         table = ((half * c + y) * c + p).bincount(w, minlength=2 * c * c).view(2, c, c)
         self.confusion = table if self.confusion is None else self.confusion + table
 
     def add_labels(self, t, y):
-        """For each label: items with and without it, the sums of the probabilities predicted for
-        these and those, and the sum of their squares.
+        """Add for each label the number of items with and without it, the sums of the probabilities
+        predicted for both, and the sum of their squares.
         """
         p, y = (o.reshape(len(o), -1).cpu().double() for o in (t.sigmoid(), y > 0.5))
         self.sums = self.sums + torch.stack(
@@ -117,7 +122,9 @@ class Tally:
         self.n_labels += len(y)
 
     def add_numbers(self, t, y):
-        """For each output: squared error, sum of the targets, sum of their squares."""
+        """Add for each output the squared error, the sum of the targets and the sum of their
+        squares.
+        """
         t, y = (o.reshape(len(o), -1).cpu().double() for o in (t, y))
         self.sums = self.sums + torch.stack([(t - y).pow(2).sum(0), y.sum(0), y.pow(2).sum(0)])
         self.n_labels += len(y)
@@ -132,7 +139,7 @@ class Tally:
 
     @property
     def constant(self):
-        """Score of the best constant prediction."""
+        """Compute the score of the best constant prediction."""
         if self.task.kind == 'regression':
             return -self.variance()
         if self.task.kind == 'softmax':
@@ -140,12 +147,14 @@ class Tally:
         return (self.sums[:2].amax(0) / self.sums[:2].sum(0)).mean().item()
 
     def above(self, a, b, least: float = SLIGHT, sure: float = SURE):
-        """Are the scores `a` above the scores `b`, by more than chance explains for so few items?
+        """Return True if the scores `a` are above the scores `b` by more than chance explains for
+        so few items.
 
         Args:
             a, b: Scores of the same items.
-            least: Of the way from the constant prediction to a perfect one.
-            sure: p-value.
+            least: Minimum difference, as a fraction of the way from the constant prediction to a
+            perfect one.
+            sure: Maximum p-value.
         """
         if len(a) < FEW:
             return False
@@ -153,17 +162,17 @@ class Tally:
         return (a - b).double().mean().item() / max(way, 1e-9) > least and p_above(a, b) < sure
 
     def above_constant(self, least, sure=SURE):
-        "Are the teacher's scores above those of the constant prediction?"
+        "Return True if the teacher's scores are above those of the constant prediction."
         return self.above(self.items('teacher'), self.constant, least, sure)
 
     def recall(self):
-        """(mean share of a class's samples that the teacher recognizes, its standard deviation if
-        predictions had nothing to do with labels, number of classes). Without a relation, the mean
-        share is 1 divided by this number.
+        """Return (mean recall over classes, its standard deviation if predictions were unrelated to
+        labels, number of classes). Unrelated predictions have a mean recall of 1 divided by this
+        number.
         """
         have, hit, said = self.sums[:, self.sums[0] > 0]
         p = said / self.sums[0].sum()
-        # subtle: an item with many positions counts as one, since its positions are alike
+        # subtle: an item with many positions counts as one, since its positions are similar
         return (
             (hit / have).mean().item(),
             (p * (1 - p) / have).sum().sqrt().item() / len(have),
@@ -171,9 +180,9 @@ class Tally:
         )
 
     def knows_classes(self):
-        """Do the teacher's predictions tell more about the labels than luck explains? By the mean
-        over classes, which is fair to rare ones, or by the mean over items, which is fair to many
-        classes with few items each.
+        """Return True if the teacher's predictions tell more about the labels than chance explains,
+        by the mean over classes (fair to rare classes) or by the mean over items (fair to many
+        classes with few items each).
         """
         recall, sd, k = self.recall()
         if k < 2:
@@ -187,13 +196,13 @@ class Tally:
             return True
         luck = (
             there * self.sums[2]
-        ).sum().item() / there.sum().item() ** 2  # of predictions that know no labels
+        ).sum().item() / there.sum().item() ** 2  # of predictions that are unrelated to the labels
         return items.mean().item() - luck > SLIGHT * (1 - luck) and p_above(items, luck) < KNOWS
 
     def knows_labels(self):
-        """(mean probability predicted for labels that an item has, for labels that it does not
-        have, is the first one higher by more than luck explains?); None if no label is there in
-        some items and absent in others.
+        """Return (mean probability for labels that an item has, mean for labels that it does not
+        have, whether the first is higher by more than chance explains). None if no label is present
+        in some items and absent in others.
         """
         have = self.sums[:, (self.sums[:2] > 0).all(0)]
         if not have.shape[1]:
@@ -208,10 +217,10 @@ class Tally:
         return (p1 / n1).mean().item(), (p0 / n0).mean().item(), lead > 0 and enough
 
     def facts(self):
-        """The scores and the probabilities, as numbers."""
+        """Return the scores and the probabilities."""
         mean = lambda o: torch.cat(o).mean().item() if o else None
         score = lambda v: None if v is None else -v if self.task.kind == 'regression' else v
-        # a softmax over probabilities means nothing
+        # a softmax over probabilities is meaningless
         logits = not (self.between and (self.normed or self.task.kind == 'sigmoid'))
         train, valid = (mean(self.tops[part]) if logits else None for part in ('train', 'valid'))
         n = len(self.items('teacher'))
@@ -226,12 +235,12 @@ class Tally:
 
 
 def p_above(a, b) -> float:
-    """p-value of a mean of `a` above that of `b`, one-sided. Right and wrong predictions are
-    counted exactly, by a binomial test; other scores get a t-test.
+    """Compute the one-sided p-value for a mean of `a` above that of `b`. Correct and wrong
+    predictions get an exact binomial test, other scores a t-test.
 
     Args:
-        a: (items,) scores.
-        b: Of the same items; or a number.
+        a: Scores, (items,).
+        b: Scores of the same items, or a number.
     """
     from scipy import stats
 

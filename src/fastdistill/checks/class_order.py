@@ -1,5 +1,5 @@
-"""Are the teacher's classes in another order than the student's? Their names show it, or a
-confusion table.
+"""Find out whether the teacher's classes are in a different order, by their names or by a confusion
+table.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ __all__ = ['ClassMap', 'map_classes', 'reordered_classes']
 
 @dataclass
 class ClassMap:
-    """Where the student's classes are among the teacher's.
+    """How the student's classes map to the teacher's.
 
     Attributes:
-        same: The same classes in the same order.
-        order: The teacher's position of each of the student's classes; None if `same`, or if
-            some are missing.
+        same: True if both have the same classes in the same order.
+        order: Position of each student class among the teacher's. None if `same`, or if some are
+            missing.
         missing: Classes that the teacher does not have.
         extra: Classes that only the teacher has.
         shared: Classes that both have, in the student's order.
@@ -33,12 +33,11 @@ class ClassMap:
 
 
 def map_classes(student, teacher) -> ClassMap | None:
-    """Compare the classes of two models and their order; None if one of the two has no names.
+    """Compare the classes of two models and their order. Return None if either has no class names.
 
     Args:
-        student: Names of the student's classes, in the order of its outputs; None if they have
-            none.
-        teacher: Names of the teacher's classes.
+        student: Names of the student's classes, in the order of its outputs. None if unknown.
+        teacher: Names of the teacher's classes. None if unknown.
     """
     if student is None or teacher is None:
         return None
@@ -58,12 +57,12 @@ def map_classes(student, teacher) -> ClassMap | None:
 
 
 def reordered_classes(tally, teacher, names=None):
-    """(accuracy in the new order, finding), if the teacher recognizes far more with its outputs in
-    another order.
+    """Return (accuracy in the new order, finding) if the teacher is right far more often with its
+    outputs in a different order.
 
     Args:
-        tally: Of the teacher's predictions.
-        names: Of the student's classes.
+        tally: `Tally` of the teacher's predictions.
+        names: Names of the student's classes.
     """
     if tally.confusion is None:
         return
@@ -77,7 +76,7 @@ def reordered_classes(tally, teacher, names=None):
     select = order if teacher.select is None else [teacher.select[o] for o in order]
     unseen = sum(not table[i].any() for i in moved)
     guess = (
-        f' ({unseen} of them have no item here, so their place is a guess: pass a larger n=)'
+        f' ({unseen} of them have no samples here, so their position is a guess: pass a larger n=)'
         if unseen
         else ''
     )
@@ -86,19 +85,19 @@ def reordered_classes(tally, teacher, names=None):
         after,
         Finding(
             'error',
-            f"The teacher has the classes in another order: {words}{guess}. In the student's "
-            f'order its accuracy is {before:.3f}, in this one {after:.3f}',
-            f"Put its classes in the student's order: Teacher(model, select={select})",
+            f'The teacher has the classes in a different order: {words}{guess}. Its accuracy is '
+            f"{before:.3f} in the student's order and {after:.3f} in this one",
+            f"Put its classes into the student's order: Teacher(model, select={select})",
             about='order of classes',
         ),
     )
 
 
 def best_order(table: Tensor):
-    """The output for each class with which as many items as possible are recognized."""
+    """Find the output for each class that makes as many predictions as possible correct."""
     from scipy.optimize import linear_sum_assignment
 
-    # subtle: each class gets one more item in the present order, so that classes without items keep their place
+    # subtle: each class gets one more item in the current order, so that classes without items keep their position
     return linear_sum_assignment((table + torch.eye(len(table))).numpy(), maximize=True)[1].tolist()
 
 
@@ -107,8 +106,8 @@ def hits(table, order):
 
 
 def holds_elsewhere(halves):
-    """Does the order found in one half of the items recognize far more of the other half than the
-    present order?
+    """Return True if the order found on one half of the items is far better than the current order
+    on the other half.
     """
     now = then = 0.0
     for suggests, shows in (halves, halves.flip(0)):
@@ -120,7 +119,7 @@ def holds_elsewhere(halves):
 
 
 def moves_in_words(order, moved, names):
-    """Which classes are swapped; in a longer cycle, which output is which class."""
+    """Describe which classes are swapped, or, in a longer cycle, which output is which class."""
     name = lambda i: (
         repr(str(names[i])) if names is not None and len(names) == len(order) else f'class {i}'
     )

@@ -1,5 +1,5 @@
-"""Why a student that was trained is no better: what it took over from its teacher, and what stood
-in the way.
+"""Explain why a trained student is not better: how much it learned from its teacher, and what
+prevented more.
 """
 
 from dataclasses import dataclass, field
@@ -20,20 +20,22 @@ from .shapes import mismatches
 __all__ = ['Explanation', 'explain_training']
 
 FOLLOWS = (
-    0.5  # a student that took over less than this of its teacher's predictions did not follow it
+    0.5  # a student that reproduces less than this of its teacher's predictions did not follow it
 )
-GAP = 0.2  # more of it taken over on training items than on others: it learned its training items by heart
-REPEATS = 0.7  # of the teacher's mistakes that the student makes too
+GAP = (
+    0.2  # this much more reproduced on training items than on others means that they were memorized
+)
+REPEATS = 0.7  # fraction of the teacher's mistakes that the student repeats
 FEW_STEPS = 1000  # of a training
-LITTLE = 0.1  # of the gradient, for the labels
+LITTLE = 0.1  # fraction of the gradient that the task loss has
 
 
 class Follow:
-    """How much of the teacher's predictions a student took over: 1 - d/d0, where d is the distance
-    of their predictions (KL at T=1, or squared error) and d0 that of the teacher's predictions from
-    their own mean. 1: all, 0: no more than the mean, less: it is farther away than the mean, as
-    where it is surer than the teacher and wrong. `same` is the share of predictions with the
-    teacher's class.
+    """How much of the teacher's predictions a student reproduces: 1 - d/d0, where d is the distance
+    between their predictions (KL at T=1, or squared error) and d0 that of the teacher's predictions
+    from their mean. It is 1 for equal predictions, 0 for a student as far away as the mean, and
+    negative for one even farther away, e.g. one that is wrong and more confident than the teacher.
+    `same` is the fraction of predictions with the teacher's class.
     """
 
     def __init__(self, task):
@@ -89,17 +91,17 @@ class Follow:
 
 @dataclass
 class Explanation:
-    """What was measured after training; None where there was nothing to measure.
+    """Measurements after training. None where there was nothing to measure.
 
     Attributes:
-        n: Validation items that were scored.
-        teacher_score_train: On training items, with their augmentation.
-        follows_train: Share of the teacher's predictions that the student took over, see
-            `Follow`
-        repeats: Share of the teacher's mistakes on validation items that the student makes too.
-        top_prob_train: The teacher's largest probability, mean over training items.
-        shares: Of the gradient, at the first batch.
-        same_train: Share of predictions with the teacher's class; None for numbers.
+        n: Number of scored validation items.
+        teacher_score_train: Score of the teacher on training items, with their augmentation.
+        follows_train: Fraction of the teacher's predictions that the student reproduces on training
+            items, see `Follow`.
+        repeats: Fraction of the teacher's mistakes on validation items that the student repeats.
+        top_prob_train: The teacher's largest probability, averaged over training items.
+        shares: {loss: fraction of the gradient at the first batch}.
+        same_train: Fraction of training predictions with the teacher's class. None for numbers.
     """
 
     metric: str
@@ -117,7 +119,7 @@ class Explanation:
     same_valid: float | None = None
 
     def lines(self):
-        """In words: a line about the scores, a line about what the student took over."""
+        """Format one line about the scores and one about what the student learned from the teacher."""
         if self.n and self.student_score is not None:
             yield (
                 f'{self.metric} on {self.n} validation items: '
@@ -126,7 +128,7 @@ class Explanation:
         what = 'predictions' if self.metric == METRICS['regression'] else 'probabilities'
         for text, train, valid in (
             (
-                f"of the teacher's {what}, the student took over",
+                f"of the teacher's {what}, the student reproduces",
                 self.follows_train,
                 self.follows_valid,
             ),
@@ -140,17 +142,17 @@ class Explanation:
 def explain_training(
     teacher, task, student, valid, train=(), *, steps: int | None = None, shares=None, output=None
 ) -> Findings:
-    """Findings about a training that helped less than hoped, each with its number and what to try;
-    `.facts` has them all.
+    """Find reasons why a training helped less than hoped, each with its number and what to try.
+    `.facts` of the result has all numbers.
 
     Args:
-        teacher: A `Teacher`
+        teacher: A `Teacher`.
         task: What the student predicts.
-        student: Its module, trained.
-        valid: (inputs, targets) of validation batches, both tuples.
-        train: The same of the training set, with its augmentation.
-        steps: Of the training.
-        shares: Part -> its share of the gradient, as `Distiller.gradient_shares` has them.
+        student: The trained student's module.
+        valid: Validation batches, (inputs, targets), both tuples.
+        train: Training batches in the same form, with their augmentation.
+        steps: Number of steps of the training.
+        shares: {loss: fraction of the gradient}, as in `Distiller.gradient_shares`.
         output: Which of the student's outputs is distilled.
     """
     tallies, follows, mistakes = (
@@ -172,7 +174,7 @@ def explain_training(
                 if i == 0 and y is not None and task.kind == 'softmax':
                     add_mistakes(mistakes, s, t, y, task)
     if not follows[0].n:
-        raise DistillError('There are no validation items to compare student and teacher on.')
+        raise DistillError('There are no validation items on which to compare student and teacher.')
     f, other = tallies[0].facts(), tallies[1].facts()
     facts = Explanation(
         METRICS[task.kind],
@@ -190,12 +192,12 @@ def explain_training(
         follows[0].same,
     )
     found = Findings(reasons(facts, tallies[0]))
-    found.facts, found.none = facts, "Nothing found that stood in the teacher's way."
+    found.facts, found.none = facts, 'No obstacle to distillation was found.'
     return found
 
 
 def add_mistakes(counts, s, t, y, task):
-    """Count the teacher's mistakes, and those that the student makes too."""
+    """Count the teacher's mistakes, and those that the student repeats."""
     s, t = s.argmax(task.axis), t.argmax(task.axis)
     wrong = (t != y) & (y != task.ignore_index)
     counts[0] += wrong.sum().item()
@@ -207,10 +209,11 @@ def as_percent(v):
 
 
 def reasons(f: Explanation, valid: Tally):
-    """What the numbers say, the likeliest reason first.
+    """Yield the reasons that the numbers suggest, the most likely first.
 
     Args:
-        valid: Of the validation set.
+        f: The measurements.
+        valid: `Tally` of the validation set.
     """
     score = (
         f'{f.metric} {f.teacher_score:.3f} and {f.student_score:.3f}, on {f.n} validation items'
@@ -228,56 +231,59 @@ def reasons(f: Explanation, valid: Tally):
     ):
         yield Finding(
             'note',
-            'The teacher is nearly certain of the training items: its mean top probability is '
-            f'{f.top_prob_train:.3f}, so that it adds little to the labels',
-            'A higher T, stronger augmentation, or items that it did not learn from make it softer',
+            'The teacher is nearly certain on the training items: its mean top probability is '
+            f'{f.top_prob_train:.3f}, so it adds little to the labels',
+            'Use a higher T, stronger augmentation, or items that it was not trained on',
         )
     if f.repeats is not None and f.repeats > REPEATS:
         yield Finding(
             'note',
             f"The student repeats {as_percent(f.repeats)} of the teacher's mistakes",
-            'Give the labels more weight, or the teacher a smaller share',
+            'Give the labels more weight, or the teacher a smaller gradient ratio',
         )
     if 'task' in f.shares and f.shares['task'] < LITTLE:
         yield Finding(
             'note',
-            f'The labels had {as_percent(f.shares["task"])} of the gradient at the first batch',
-            'A smaller share, alpha or T leaves them more',
+            f'The task loss had {as_percent(f.shares["task"])} of the gradient at the first batch',
+            'Use a smaller grad_ratio, alpha or T',
         )
     if f.steps is not None and f.steps < FEW_STEPS:
         yield Finding(
             'note',
-            f'The training had {f.steps} steps: many recipes show their gain after some thousands',
+            f'The training had {f.steps} steps, but many recipes need a few thousand to show a '
+            'gain',
             'Train longer',
         )
 
 
 def no_better(score, teacher, student, valid):
-    """The teacher has nothing to teach that shows in this score."""
+    """Find a teacher that is not better than the student in this score."""
     if len(teacher) < FEW:
         yield Finding(
             'note',
             f'Too few items to compare the models ({score}: teacher and student)',
-            'A larger validation set shows whether the teacher is better',
+            'Use a larger validation set to see whether the teacher is better',
         )
     elif valid.above(student, teacher, least=0.0):
         yield Finding(
             'warning',
-            f'The student is better than the teacher ({score}: teacher and student): the labels '
-            'teach more than it does',
-            'Take a better teacher, or train on the labels alone',
+            f'The student is better than the teacher ({score}: teacher and student): the student '
+            'learns more from the labels than from it',
+            'Use a better teacher, or train on the labels only',
         )
     elif not valid.above(teacher, student, least=0.0):
         yield Finding(
             'warning',
-            f'The teacher is no better than the student, but for chance ({score}: teacher and '
+            f'The teacher is not significantly better than the student ({score}: teacher and '
             'student)',
-            'Take a better teacher, or a smaller student, which may become as good',
+            'Use a better teacher, or a smaller student, which may become just as good',
         )
 
 
 def does_not_follow(f):
-    """The student's predictions are not the teacher's, on training items or on others alone."""
+    """Find a student that does not reproduce the teacher's predictions, on training items or only
+    on others.
+    """
     if f.follows_train is not None and f.follows_train < FOLLOWS:
         steps = f' after {f.steps} steps' if f.steps else ''
         what = 'predictions' if f.same_train is None else 'probabilities'
@@ -288,27 +294,29 @@ def does_not_follow(f):
         )
         yield Finding(
             'warning',
-            f'The student does not follow the teacher even on training items: it took over '
+            'The student does not follow the teacher even on training items: it reproduces '
             f"{as_percent(f.follows_train)} of the teacher's {what}{same}{steps}",
-            'Train longer first; then take a larger student, or give the teacher a larger share',
+            'Train longer first. If that is not enough, use a larger student or a larger '
+            'gradient ratio for the teacher',
         )
     elif None not in (f.follows_train, f.follows_valid) and f.follows_train - f.follows_valid > GAP:
         yield Finding(
             'warning',
-            'The student follows the teacher on training items '
-            f'({as_percent(f.follows_train)}), and less on others ({as_percent(f.follows_valid)})',
-            'More inputs help: items without labels, stronger augmentation, MixUp',
+            f'The student follows the teacher on training items ({as_percent(f.follows_train)}), '
+            f'but less on others ({as_percent(f.follows_valid)})',
+            'Use more inputs: items without labels, stronger augmentation, MixUp',
         )
 
 
 def other_view(f):
-    """The teacher gets inputs that are changed more than it was trained for."""
+    """Find inputs that are augmented more than the teacher was trained for."""
     if not f.n or f.teacher_score_train is None or f.metric == METRICS['regression']:
         return
     if f.teacher_score - f.teacher_score_train > 0.1:
         yield Finding(
             'warning',
-            'The teacher predicts worse on training items as they are augmented '
-            f'({f.metric} {f.teacher_score_train:.3f}) than on validation items ({f.teacher_score:.3f})',
-            'Augment less, or as the teacher was trained. Does it get its own image size?',
+            f'The teacher predicts worse on augmented training items ({f.metric} '
+            f'{f.teacher_score_train:.3f}) than on validation items ({f.teacher_score:.3f})',
+            "Augment less, or as in the teacher's training. Does the teacher get its own image "
+            'size?',
         )

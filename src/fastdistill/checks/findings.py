@@ -1,4 +1,4 @@
-"The doctor's report: findings, and the facts that it measured."
+"The result of the checks: findings and measured facts."
 
 import warnings
 from dataclasses import dataclass, replace
@@ -15,13 +15,14 @@ def few_names(names, n):
 
 @dataclass
 class Finding:
-    """One thing that was found, and what to do about it.
+    """One finding, and what to do about it.
 
     Attributes:
-        level: 'error': training would be wrong; 'warning': it would probably be wrong; 'note':
-            worth knowing; 'ok': in.
-        what: Order; '': a measurement.
-        doubt: Does it speak against learning much from this teacher?
+        level: 'error' if training would be wrong, 'warning' if it probably would be, 'note' if it
+            is worth knowing, 'ok' if all is fine, '' for a measurement.
+        what: What was found.
+        do: What to do about it.
+        doubt: True if it is a reason not to learn much from this teacher.
         about: What was checked, in a word or two.
     """
 
@@ -37,14 +38,14 @@ class Finding:
 
 @dataclass
 class Facts:
-    """Measurements on a few batches; None where there was nothing to measure.
+    """Measurements on a few batches. None where there was nothing to measure.
 
     Attributes:
-        metric: Of the three scores: 'accuracy', 'accuracy per label' or 'squared error' (less
-            is better).
-        n: Validation items that were scored.
-        student_score: Before training.
-        constant_score: Of the best prediction that is the same for all items.
+        metric: Metric of the three scores: 'accuracy', 'accuracy per label' or 'squared error'
+            (lower is better).
+        n: Number of scored validation items.
+        student_score: Score of the student before training.
+        constant_score: Score of the best constant prediction.
         top_prob_train: The teacher's mean top probability on training batches, augmented.
         top_prob_valid: The same on validation batches.
     """
@@ -59,7 +60,7 @@ class Facts:
 
     @property
     def scores(self):
-        """The scores as text; empty if there are none."""
+        """Format the scores. Empty if there are none."""
         scores = dict(
             teacher=self.teacher_score, student=self.student_score, constant=self.constant_score
         )
@@ -71,12 +72,12 @@ class Facts:
 
     @property
     def probabilities(self):
-        """The mean top probabilities as text; empty if there are none."""
+        """Format the mean top probabilities. Empty if there are none."""
         words = numbers_in_words(dict(training=self.top_prob_train, validation=self.top_prob_valid))
         return f"teacher's mean top probability: {words}" if words else ''
 
     def lines(self):
-        """A line of text about the scores, and one about the probabilities."""
+        """Format one line about the scores and one about the probabilities."""
         yield from filter(None, (self.scores, self.probabilities))
 
 
@@ -86,12 +87,12 @@ def numbers_in_words(values):
 
 
 class Findings(list):
-    """The doctor's findings: a list, empty if nothing is wrong. `facts` are its measurements,
-    `in_order` are the checks that found nothing.
+    """List of findings, empty if nothing is wrong. `facts` are the measurements, `in_order` the
+    checks that found nothing.
     """
 
-    facts: Facts | None = None  # None: an error was found before anything could be measured
-    passed: tuple = ()  # of what was checked and looked right, see `in_order`
+    facts: Facts | None = None  # None if an error was found before anything could be measured
+    passed: tuple = ()  # checks that found nothing, see `in_order`
     none = 'Nothing found: the teacher fits.'  # the text of an empty list
 
     def __repr__(self):
@@ -99,12 +100,12 @@ class Findings(list):
         return '\n'.join([*facts, *(map(str, self) if self else [self.none])])
 
     def add(self, about: str, found=(), fine: str = '') -> list:
-        """Add the findings of a check, which are returned too.
+        """Add the findings of a check and return them.
 
         Args:
             about: What was checked.
             found: What the check found.
-            fine: What is in order if it found nothing; empty: there was nothing to check.
+            fine: What is in order if it found nothing. Empty if there was nothing to check.
         """
         new = [f if f.about else replace(f, about=about) for f in found]
         self += new
@@ -113,10 +114,10 @@ class Findings(list):
         return new
 
     def join(self, others):
-        """Add all that another check found and measured.
+        """Add everything that a later check found and measured.
 
         Args:
-            others: `Findings` of later checks.
+            others: `Findings` of a later check.
         """
         self += others
         self.passed, self.facts = (*self.passed, *others.passed), others.facts
@@ -124,15 +125,13 @@ class Findings(list):
 
     @property
     def in_order(self):
-        """The checks that found nothing, each as a `Finding` of level 'ok'."""
+        """Return the checks that found nothing, each as a `Finding` of level 'ok'."""
         subjects = {f.about for f in self}
         return [f for f in self.passed if f.about not in subjects]
 
     @property
     def doubt(self) -> str:
-        """The first thing that speaks against learning much from this teacher; empty if nothing
-        does.
-        """
+        """First reason not to learn much from this teacher. Empty if there is none."""
         return next((f.what for f in self if f.doubt or f.level in ('warning', 'error')), '')
 
     @property
@@ -140,10 +139,10 @@ class Findings(list):
         return [f for f in self if f.level == 'error']
 
     def enforce(self, facts: bool = True):
-        """Print the facts and the notes, warn about the warnings, raise the errors.
+        """Print the facts and notes, issue the warnings, raise the errors.
 
         Args:
-            facts: Print them too.
+            facts: Whether to print the facts.
         """
         if facts and self.facts is not None and rank() == 0:
             print('fastdistill:', '; '.join(self.facts.lines()))
@@ -153,6 +152,6 @@ class Findings(list):
             if f.level == 'warning':
                 warnings.warn(f'{f.what}. {f.do}', DistillWarning, stacklevel=2)
         if self.errors:
-            head = 'Mistakes were found before training (check=False trains anyway):'
+            head = 'Mistakes were found before training (pass check=False to train anyway):'
             raise DistillError('\n'.join([head, *[f'- {f.what}. {f.do}' for f in self.errors]]))
         return self

@@ -1,5 +1,5 @@
-"""Does the teacher get images in another normalization than in its training? The usual
-normalizations are tried.
+"""Find out whether the teacher gets images in a different normalization than in its training, by
+trying the usual ones.
 """
 
 import torch
@@ -14,21 +14,22 @@ from .forward import teacher_logits
 
 __all__ = ['renormalized_images']
 
-# in words -> as `Teacher` takes them, as a user writes them
+# description -> (value for `Teacher`, code for the user)
 USUAL = {
     'numbers from 0 to 1': ((0.0, 1.0), '(0, 1)'),
     'mean 0.5 and std 0.5': ((0.5, 0.5), '(.5, .5)'),
     "ImageNet's mean and std": ('imagenet', "'imagenet'"),
     'numbers from 0 to 255': ((0.0, 1 / 255), '(0, 1/255)'),
 }
-ENOUGH = 0.9  # of the way from a constant prediction to a perfect one: such a teacher gets the right images
+ENOUGH = 0.9  # a teacher this close to perfect, from a constant prediction, gets the right images
 
 
 def renormalized_images(tally, teacher, task, batches):
-    """(score with it, finding), if the teacher is clearly better with another usual normalization.
+    """Return (score with it, finding) if the teacher is clearly better with a different common
+    normalization.
 
     Args:
-        tally: Of the teacher's predictions.
+        tally: `Tally` of the teacher's predictions.
         batches: (inputs, labels) of the first validation batches.
     """
     now = tally.items('teacher')
@@ -52,9 +53,9 @@ def renormalized_images(tally, teacher, task, batches):
         then.mean().item(),
         Finding(
             'warning',
-            'The teacher seems to have been trained on images in another normalization: '
-            f'{METRICS[task.kind]} {a:.3f} with the images that it gets, {b:.3f} with {best} '
-            f'(on {len(now)} validation items)',
+            'The teacher seems to have been trained on images with a different normalization: '
+            f'{METRICS[task.kind]} {a:.3f} with the images that it gets, {b:.3f} with {best} (on '
+            f'{len(now)} validation items)',
             f'Pass the normalization of its training: Teacher(model, stats={USUAL[best][1]})',
             about='normalization',
         ),
@@ -66,7 +67,7 @@ def images_in(x):
 
 
 def can_renormalize(teacher, batches):
-    """One teacher of color or gray images whose normalization is known."""
+    """Return True for a single teacher of color or gray images whose normalization is known."""
     if teacher.members or teacher.input_stats is None:
         return False
     return all(
@@ -75,7 +76,7 @@ def can_renormalize(teacher, batches):
 
 
 def with_stats(teacher, stats, batches):
-    """The teacher with images normalized in this way; None if it gets them so already, or if that
+    """Return the teacher with images normalized in this way. None if they already are, or if that
     is not possible.
     """
     now = teacher.input_stats if teacher.stats is None else teacher.stats
@@ -86,7 +87,7 @@ def with_stats(teacher, stats, batches):
 
 
 def scores_with(teacher, tally, task, batches):
-    """(items,) the teacher's score on each item of these batches."""
+    """Compute the teacher's score on each item of these batches, (items,)."""
     with teacher:
         outs = [(teacher_logits(teacher, xb).float(), yb[0]) for xb, yb in batches]
     scores = []

@@ -1,5 +1,5 @@
-"""Checks of a teacher's outputs for a few batches: do they fit the student's, and does the teacher
-know the task?
+"""Check a teacher's outputs for a few batches: whether they fit the student's, and whether the
+teacher knows the task.
 """
 
 from dataclasses import replace
@@ -38,8 +38,8 @@ from .shapes import (
 
 __all__ = ['BATCHES', 'any_outputs', 'check_batch', 'check_outputs', 'single_teachers']
 
-BATCHES = 8  # of the validation set, on which the teacher is scored; a quarter as many of the training set are read
-KEPT = 4  # batches that are stored to run the teacher on them again
+BATCHES = 8  # validation batches on which the teacher is scored; a quarter as many training batches are read
+KEPT = 4  # batches that are kept, to run the teacher on them again
 
 
 def check_outputs(
@@ -54,20 +54,20 @@ def check_outputs(
     output=None,
     place=None,
 ) -> Findings:
-    """Findings about the teacher's outputs for a few batches. `.facts` are the scores of both
+    """Check the teacher's outputs for a few batches. `.facts` of the result are the scores of both
     models and of a constant.
 
     Args:
-        teacher: A `Teacher`
+        teacher: A `Teacher`.
         task: What the student predicts.
-        batches: Of the validation set: (inputs, targets) of each, both tuples.
-        student: Its module; None: unknown.
-        train: Batches of the training set, augmented: only probabilities are measured there.
-        recipe: Recipe or term of the training; None: unknown.
-        names: Of the student's classes.
-        output: Which of the student's outputs is distilled, as in `Outputs.of`
-        place: fn(inputs, logits, targets) -> the targets, each where it is predicted; None:
-            there they are.
+        batches: Validation batches, (inputs, targets), both tuples.
+        student: The student's module. None if unknown.
+        train: Training batches, augmented. Only probabilities are measured on them.
+        recipe: Recipe or term of the training. None if unknown.
+        names: Names of the student's classes.
+        output: Which of the student's outputs is distilled, as in `Outputs.of`.
+        place: fn(inputs, logits, targets) -> the targets, each at the position where it is
+            predicted. None if they already are.
     """
     found, tally, kept, t = Findings(), Tally(task), [], None
     with guarded_random_state(), teacher:
@@ -86,7 +86,7 @@ def check_outputs(
             if place is not None and not training:
                 yb = place(xb, t if s is None else s, yb)
             y = yb[0] if len(yb) and isinstance(yb[0], Tensor) else None
-            # a teacher without a head, or with other classes
+            # a teacher without a head, or with different classes
             if first and any_outputs(recipe) and s is not None and s.shape != t.shape:
                 return Findings(
                     [*unsteady(teacher, xb, t), *check_recipe(recipe, student, teacher, xb, None)]
@@ -130,34 +130,33 @@ def check_outputs(
 
 
 def refused(about, found):
-    """Findings that end the check."""
+    """Return findings that end the check."""
     out = Findings()
     out.add(about, found)
     return out
 
 
 def any_outputs(recipe):
-    """Does it compare layers, or outputs of which classes may differ? Then the teacher's need not
-    fit the student's.
+    """Return True if the recipe compares layers, or outputs whose classes may differ. The teacher's
+    outputs then need not fit the student's.
     """
     terms = getattr(recipe, 'terms', [recipe])
     return recipe is not None and all(t.layers is not None or t.match != 'shape' for t in terms)
 
 
 def check_batch(s, t, y, task) -> Findings:
-    """Outputs that would broadcast, a class axis or labels that do not fit, and probabilities in
-    place of logits.
+    """Find outputs that would broadcast, a class axis or labels that do not fit, and probabilities
+    instead of logits.
 
     Args:
-        s: The student's outputs; None: unknown.
-        t: The teacher's, for all classes; None: unknown.
-        y: Labels; None: there are none.
+        s: The student's outputs. None if unknown.
+        t: The teacher's outputs for all classes. None if unknown.
+        y: Labels, or None.
         task: What the student predicts.
     """
     if s is None:
         return Findings()
-    # subtle: outputs that differ and do not broadcast are left to the losses; one of the user's own may compare some of
-    # the classes
+    # subtle: outputs that differ and do not broadcast are left to the losses: a loss may compare only some classes
     mistakes = (
         []
         if t is None or not broadcasts(s.shape, t.shape)
@@ -172,14 +171,16 @@ def check_batch(s, t, y, task) -> Findings:
 
 
 def single_teachers(teacher):
-    """The members of an ensemble, and their members; for a single teacher, itself."""
+    """Return the members of an ensemble, recursively. For a single teacher, return the teacher
+    itself.
+    """
     return [o for m in teacher.members for o in single_teachers(m)] or [teacher]
 
 
 def unsteady(teacher, xb, t):
-    """Outputs that change from call to call, or with the other samples of the batch."""
+    """Find outputs that change from call to call, or with the other samples of the batch."""
     if teacher.mode == 'train' or teacher.combine == 'sample':
-        return  # the user asked for it
+        return  # as requested by the user
 
     def near(a, b):
         largest = b.nan_to_num(0, 0, 0).abs().max().item()  # logits of excluded classes may be -inf
@@ -200,13 +201,17 @@ def unsteady(teacher, xb, t):
     if not near(teacher_logits(teacher, xb), t):
         why = 'differ from call to call for the same batch (is dropout on?)'
     elif can_cut and not near(teacher_logits(teacher, map_tensors(xb, lambda o: o[:-1])), t[:-1]):
-        why = 'for a sample depend on the other samples of its batch (is batch-norm in training mode?)'
+        why = (
+            'for a sample depend on the other samples in its batch (is batch norm in training '
+            'mode?)'
+        )
     else:
         return
     yield Finding(
         'warning',
         f"The teacher's outputs {why}",
-        'Modules are set to evaluation mode for you. Call eval() on modules inside a function of your own',
+        'Modules are set to evaluation mode automatically. If your teacher is a function, call '
+        'eval() on the modules inside it',
     )
 
 
@@ -222,11 +227,12 @@ def untrained(teacher):
 
 
 def probabilities(tally, task):
-    """Values that no student can learn from, and probabilities instead of logits."""
+    """Find values that no student can learn from, and probabilities instead of logits."""
     if not tally.finite:
         yield Finding(
             'error',
-            "The teacher's outputs are nan or infinite, and so would be the student's weights",
+            "The teacher's outputs are nan or infinite, and the student's weights would become "
+            'so too',
             'Are its inputs finite? Does it overflow in half precision?',
         )
     if not tally.between:
@@ -236,11 +242,13 @@ def probabilities(tally, task):
             'error',
             "The teacher's outputs are probabilities (each row sums to 1). A softmax over them "
             'would be nearly flat',
-            "Say so: Teacher(model, outputs='probs'). Or give the outputs before softmax",
+            "Declare it with Teacher(model, outputs='probs'), or return the outputs before the "
+            'softmax',
         )
     if task.kind == 'sigmoid':
         yield Finding(
             'warning',
             "All of the teacher's outputs are between 0 and 1: they seem to be probabilities",
-            "Say so: Teacher(model, outputs='probs', kind='sigmoid'). Or give the outputs before the sigmoid",
+            "Declare it with Teacher(model, outputs='probs', kind='sigmoid'), or return the "
+            'outputs before the sigmoid',
         )

@@ -1,4 +1,4 @@
-"What the checks that found nothing looked at, in words, with their numbers."
+"Texts about the checks that found nothing: what they looked at, with numbers."
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -18,7 +18,9 @@ __all__ = [
 
 
 def shapes_in_words(s, t, y):
-    """Shapes of the student's outputs, the teacher's, and the labels; None: unknown."""
+    """Describe the shapes of the student's outputs, the teacher's outputs and the labels. None if
+    unknown.
+    """
     labels = None if y is None else tuple(y.shape)
     shapes = dict(student=s and tuple(s), teacher=tuple(t), labels=labels)
     return ', '.join(f'{k} {v}' for k, v in shapes.items() if v is not None)
@@ -26,11 +28,11 @@ def shapes_in_words(s, t, y):
 
 def steady_in_words(teacher):
     drawn = teacher.mode == 'train' or teacher.combine == 'sample'
-    return '' if drawn else 'the same for the same batch, from call to call'
+    return '' if drawn else 'the same each time for the same batch'
 
 
 def norms_of(teacher):
-    """The batch-norms of a teacher that have statistics."""
+    """Return the batch norms of a teacher that have statistics."""
     return [
         m
         for mod in teacher.modules
@@ -41,13 +43,13 @@ def norms_of(teacher):
 
 def norms_in_words(teacher):
     n = len(norms_of(teacher))
-    return f'those of {n} batch-norm layer(s) are not those of a new model' if n else ''
+    return f'those of {n} batch norm layer(s) are not those of a new model' if n else ''
 
 
 def recipe_in_words(recipe):
     names = [t.name for t in getattr(recipe, 'terms', [] if recipe is None else [recipe])]
     return (
-        f'{", ".join(names)}: each has a meaning for these outputs and trains something'
+        f'{", ".join(names)}: each is meaningful for these outputs and trains something'
         if names
         else ''
     )
@@ -60,7 +62,9 @@ def outputs_in_words(tally):
 
 
 def order_in_words(tally):
-    """The accuracy in the best order of the teacher's outputs beside that in their own."""
+    """Compare the accuracy in the best order of the teacher's outputs with that in their current
+    order.
+    """
     if tally.confusion is None:
         return ''
     table = tally.confusion.sum(0)
@@ -72,7 +76,7 @@ def order_in_words(tally):
 
 
 def unknown_normalization(teacher, batches):
-    """Of a teacher that does not tell its own."""
+    """Describe the check for a teacher whose normalization is unknown."""
     if teacher.stats is not None or not can_renormalize(teacher, batches):
         return ''
     return "the teacher's is unknown; no usual one scores clearly better than the student's"

@@ -1,4 +1,4 @@
-"Mistakes in a recipe for two models: losses that need more classes, layers that are not trained."
+"Check a recipe for two models: losses that need more classes, layers that are not trained."
 
 from functools import partial
 
@@ -15,13 +15,13 @@ __all__ = ['check_recipe']
 
 
 def check_recipe(recipe, student, teacher, x, n_classes):
-    """Findings about terms that would train nothing, or something meaningless.
+    """Find terms that would train nothing, or something meaningless.
 
     Args:
-        recipe: A recipe or a term; None: there is none.
-        student: Module; None: its layers are not checked.
+        recipe: A recipe or a term, or None.
+        student: A module. None to skip the checks of its layers.
         x: Inputs of a batch.
-        n_classes: Of a softmax; None if the outputs are no softmax.
+        n_classes: Number of classes of a softmax. None if the outputs are not a softmax.
     """
     for term in getattr(recipe, 'terms', [] if recipe is None else [recipe]):
         if term.layers is None and n_classes == 2:
@@ -34,18 +34,18 @@ def two_classes(term):
     fn = term.loss
     while isinstance(fn, partial):
         fn = fn.func
-    fn = getattr(fn, 'fn', fn)  # of a loss in module form
+    fn = getattr(fn, 'fn', fn)  # the function of a loss in module form
     if fn is response.dist and term.options.get('beta', 1.0):
         why = 'the correlation of two probabilities is always 1 or -1, so only their order is compared'
     elif isinstance(fn, response.Standardized):
         why = 'two standardized logits are always the same two numbers, so only their order is compared'
     else:
         return
-    yield Finding('error', f'{term.name} has no meaning for 2 classes: {why}', 'Use kd(), or dkd()')
+    yield Finding('error', f'{term.name} is meaningless for 2 classes: {why}', 'Use kd(), or dkd()')
 
 
 def frozen_layers(term, student, teacher, x):
-    """Layers without a trained parameter in them or before them: their features do not change."""
+    """Find layers without a trained parameter in or before them, whose features do not change."""
     if all(p.requires_grad for p in student.parameters()):
         return
     pairs = pair(
@@ -62,6 +62,6 @@ def frozen_layers(term, student, teacher, x):
         yield Finding(
             'note',
             f'{term.name} compares frozen layers of the student ({few_names(frozen, 4)}): no '
-            'parameter in them or before them is trained, so it trains only its projector, if it has one',
-            'unfreeze() the student, or give the term later layers',
+            'parameter in or before them is trained, so the term trains at most its projector',
+            'unfreeze() the student, or use later layers for the term',
         )

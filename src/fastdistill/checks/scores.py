@@ -1,4 +1,4 @@
-"Why a teacher's score is low, and how certain it is of its own training data."
+"Find out why a teacher's score is low, and how certain it is of its training data."
 
 from torch import nn
 
@@ -11,31 +11,32 @@ from .normalization import renormalized_images
 __all__ = ['hesitant', 'low_score', 'saturated']
 
 CERTAIN = 0.99  # above this mean top probability, soft labels are nearly one-hot
-HESITANT = 0.2  # of accuracy above the mean top probability
-NOT_APART = 0.25  # between the mean probabilities of labels that items have, and of the others
-FEWEST = 64  # items that show this
+HESITANT = 0.2  # this much higher accuracy than mean top probability
+NOT_APART = 0.25  # smaller difference between the mean probabilities of labels that items have and of others
+FEWEST = 64  # minimum number of items for these checks
 
 
 def low_score(tally, teacher, task, student, batches, names, trained: bool):
-    """Why the teacher predicts badly: the first explanation that fits, the more precise ones first.
+    """Yield why the teacher predicts badly: the first explanation that fits, the more precise ones
+    first.
 
     Args:
-        tally: Of a few validation batches.
-        student: Module; None: unknown.
+        tally: `Tally` of a few validation batches.
+        student: A module. None if unknown.
         batches: (inputs, labels) of some of them.
-        names: Of the student's classes; None: unknown.
-        trained: Does the teacher seem trained at all?
+        names: Names of the student's classes. None if unknown.
+        trained: False if the teacher seems to be untrained.
     """
     if not tally.n_labels:
         return
     cures = []
-    # an untrained teacher also prefers some output for some class
+    # even an untrained teacher prefers some output for some class
     if trained:
         cures = [
             *reordered_classes(tally, teacher, names),
             *renormalized_images(tally, teacher, task, batches),
         ]
-    # another normalization may look like another order of classes, and vice versa: the better cure counts
+    # a different normalization may look like a different class order, and vice versa: the better fix counts
     if cures:
         yield max(cures, key=lambda o: o[0])[1]
     else:
@@ -48,7 +49,7 @@ def low_score(tally, teacher, task, student, batches, names, trained: bool):
 
 
 def embedding_rows(modules):
-    """Rows of the largest embedding in these modules; None if there is none."""
+    """Return the number of rows of the largest embedding in these modules. None if there is none."""
     sizes = [
         m.num_embeddings
         for o in modules
@@ -59,7 +60,7 @@ def embedding_rows(modules):
 
 
 def other_tokens(tally, teacher, student, batches):
-    """Token ids of another tokenizer are valid, but have another meaning."""
+    """Find token ids of a different tokenizer, which are valid but mean something else."""
     t, s = embedding_rows(teacher.modules), None if student is None else embedding_rows([student])
     ids = [o for o in tensors_in(batches[0][0]) if not o.is_floating_point()]
     if None in (t, s) or t == s or not ids or tally.above_constant(least=0.0):
@@ -67,13 +68,17 @@ def other_tokens(tally, teacher, student, batches):
     f = tally.facts()
     yield Finding(
         'warning',
-        f"The teacher's embedding has {t} rows, the student's {s}. The teacher predicts no better "
-        f'than a constant ({f.metric} {f.teacher_score:.3f} and {f.constant_score:.3f}, {f.n} items)',
-        "Are the inputs token ids of another tokenizer? Make the student's data with the teacher's tokenizer",
+        f"The teacher's embedding has {t} rows, the student's {s}. The teacher's predictions are "
+        f'not better than a constant ({f.metric} {f.teacher_score:.3f} and '
+        f'{f.constant_score:.3f}, {f.n} items)',
+        "Are the inputs token ids of a different tokenizer? Prepare the student's data with the "
+        "teacher's tokenizer",
     )
 
 
-IF_SWAPPED = 'Are student and teacher swapped? student.distill(teacher) trains the student. If they are not: '
+IF_SWAPPED = (
+    'Are student and teacher swapped? student.distill(teacher) trains the student. If not: '
+)
 
 
 def student_is_better(tally, **margin):
@@ -97,8 +102,9 @@ def no_better_than_student(tally):
     elif not tally.above(teacher, student, least=0.0, sure=LEADS):
         yield Finding(
             'note',
-            f'The teacher is no better than the student is now, but for chance: {scores}',
-            'Such a teacher has little to teach. More validation items may show a lead',
+            f'The teacher is not significantly better than the student is now: {scores}',
+            'Such a teacher has little to teach. With more validation items, it may turn out '
+            'better',
         )
 
 
@@ -108,62 +114,64 @@ def saturated(facts, task):
     beside = '' if facts.top_prob_valid is None else f' (validation: {facts.top_prob_valid:.3f})'
     yield Finding(
         'note',
-        'The teacher is nearly certain of its training data: its mean top probability there is '
+        'The teacher is nearly certain on its training data: its mean top probability there is '
         f'{facts.top_prob_train:.3f}{beside}, so its soft labels are nearly one-hot',
-        'A higher T, stronger augmentation, or data that it was not trained on make them softer',
+        'Use a higher T, stronger augmentation, or data that it was not trained on',
     )
 
 
 def hesitant(tally):
-    """A teacher whose soft labels may mislead, as after a training that was stopped early."""
+    """Find a teacher whose soft labels may mislead, e.g. after a training that was stopped early."""
     kind, f = tally.task.kind, tally.facts()
     if None in (f.teacher_score, f.top_prob_valid) or f.n < FEWEST:
         return
     if kind == 'softmax' and f.teacher_score - f.top_prob_valid > HESITANT:
         why = (
-            f'is right for {f.teacher_score:.1%} of {f.n} validation items, but its mean top probability is '
-            f'{f.top_prob_valid:.3f}. It seems to be trained too briefly'
+            f'is right for {f.teacher_score:.1%} of {f.n} validation items, but its mean top '
+            f'probability is {f.top_prob_valid:.3f}. It seems to be undertrained'
         )
         do = 'Train it longer, or without label smoothing'
     elif kind == 'sigmoid' and (p := label_probs(tally))[0] - p[1] < NOT_APART:
         why = (
-            f'hardly tells labels apart: on {f.n} validation items its mean probability is {p[0]:.3f} for labels '
-            f'that an item has, and {p[1]:.3f} for the others. It was trained too briefly, or these labels are hard '
-            'to predict'
+            f'barely separates the labels: on {f.n} validation items its mean probability is '
+            f'{p[0]:.3f} for labels that an item has, and {p[1]:.3f} for the others. It is '
+            'undertrained, or these labels are hard to predict'
         )
-        do = 'Train it longer. If it is as good as these labels allow, pass a recipe'
+        do = 'Train it longer. If it is already as good as possible for these labels, pass a recipe'
     else:
         return
     yield Finding('note', f'The teacher {why}. Its soft labels may mislead', do, doubt=True)
 
 
 def label_probs(tally):
-    """Mean probabilities: of the labels that items have, and of the labels that they do not have."""
+    """Return the mean probabilities of the labels that items have, and of those that they do not
+    have.
+    """
     n_with, n_without, p_with, p_without = tally.sums[:4].sum(1).tolist()
     return p_with / max(n_with, 1), p_without / max(n_without, 1)
 
 
 def chance(tally):
-    """A teacher that is no better than a constant prediction."""
-    # subtle: the measures are fair to a teacher that is badly calibrated, and to rare classes
+    """Find a teacher that is not better than a constant prediction."""
+    # subtle: the measures are fair to a badly calibrated teacher and to rare classes
     if why := dict(softmax=classes_known, sigmoid=labels_known, regression=numbers_known)[
         tally.task.kind
     ](tally):
         way, text = why
         f, do = (
             tally.facts(),
-            'is it trained, for these labels in this order, and does it get its own preprocessing?',
+            'is it trained for these labels, in this order, and does it get its own preprocessing?',
         )
         if student_is_better(tally, least=0.0, sure=LEADS):
             text, do = (
                 f'{text}. The student has {f.metric} {f.student_score:.3f} before training',
                 IF_SWAPPED + do,
             )
-        # subtle: a lead that few items do not prove is worth a note, a lead that is too small is worth a warning
+        # subtle: a lead that is not significant on few items gets a note, a lead that is too small gets a warning
         yield Finding(
             'warning' if way <= SLIGHT else 'note',
             f'The teacher is {"no" if way <= 1e-9 else "hardly"} better than chance: {text}',
-            f'{do[0].upper()}{do[1:]} teacher.validate() shows',
+            f'{do[0].upper()}{do[1:]} Check with teacher.validate()',
         )
 
 
@@ -172,8 +180,8 @@ def classes_known(tally):
         return
     recall, _, k = tally.recall()
     return (recall - 1 / k) / (1 - 1 / k), (
-        f"on average it recognizes {recall:.1%} of a class's samples ({tally.n_labels} validation labels, {k} "
-        f'classes), a constant prediction {1 / k:.1%}'
+        f'on average it recognizes {recall:.1%} of the samples of a class ({tally.n_labels} '
+        f'validation labels, {k} classes), a constant prediction {1 / k:.1%}'
     )
 
 

@@ -1,4 +1,4 @@
-"Mistakes that one batch shows: shapes, a class axis, labels and ids that do not fit."
+"Find mistakes that show in one batch: shapes, class axis, labels and ids that do not fit."
 
 from contextlib import contextmanager
 from math import prod
@@ -13,16 +13,16 @@ __all__ = ['UnknownId', 'broadcasts', 'checked_ids', 'mismatches', 'unknown_id',
 
 
 class UnknownId(Exception):
-    """A batch has an id for which an embedding has no row. The message names it."""
+    """Raised for an id in a batch for which an embedding has no row. The message names it."""
 
 
 @contextmanager
 def checked_ids(teacher):
-    """Embeddings of the teacher check the ids that they get. On a GPU, an unknown id would end the
-    process.
+    """Context in which embeddings of the teacher check their ids. On a GPU, an unknown id would end
+    the process.
 
     Args:
-        teacher: A `Teacher`, which runs inside.
+        teacher: A `Teacher` that runs inside the context.
     """
     named = {
         m: k
@@ -55,20 +55,20 @@ def unknown_id(error):
     return Finding(
         'error',
         f'{error}',
-        'Are these token ids of another tokenizer, or codes of other categories? '
-        "Make the student's data with the teacher's tokenizer or categories, or give a function that "
-        'translates: KnowledgeDistillation(lambda x: ...)',
+        'Are these token ids of a different tokenizer, or codes of different categories? Prepare '
+        "the student's data with the teacher's tokenizer or categories, or pass a function that "
+        'converts: KnowledgeDistillation(lambda x: ...)',
     )
 
 
 def mismatches(s, t, y, task):
-    """Outputs and labels that do not fit each other. Only the first mistake, since others follow
-    from it.
+    """Find outputs and labels that do not fit each other. Only the first mistake is reported, since
+    others follow from it.
 
     Args:
-        s: Shape of the student's outputs; None: unknown.
-        t: Shape of the teacher's.
-        y: The labels; None: there are none.
+        s: Shape of the student's outputs. None if unknown.
+        t: Shape of the teacher's outputs.
+        y: The labels, or None.
     """
     for look in (
         outputs_differ,
@@ -93,9 +93,10 @@ def outputs_differ(s, t, y, task):
     return Finding(
         'error',
         f"The student's output has shape {tuple(s)}, the teacher's {tuple(t)}",
-        'Both need the same outputs: the same classes (or number of targets), and in dense tasks the same '
-        "resolution. Teacher(model, select=[...]) selects some of the teacher's classes. A function around "
-        'the teacher can select or resize: KnowledgeDistillation(lambda x: ...)',
+        'Both need the same outputs: the same classes (or number of targets) and, in dense '
+        "tasks, the same resolution. Teacher(model, select=[...]) selects some of the teacher's "
+        'classes. A function around the teacher can select or resize: '
+        'KnowledgeDistillation(lambda x: ...)',
     )
 
 
@@ -116,8 +117,8 @@ def one_class(s, t, y, task):
         'error',
         f'The outputs, of shape {tuple(t)}, have 1 class along axis {task.axis}. Its softmax is '
         'always 1',
-        "Is it one label, yes or no? Use BCEWithLogitsLossFlat, or kind='sigmoid'. Is it a number? "
-        "kind='regression'. Do the classes lie along another axis? Pass axis=",
+        "For one yes/no label, use BCEWithLogitsLossFlat or kind='sigmoid'. For a number, use "
+        "kind='regression'. If the classes are on a different axis, pass axis=",
     )
 
 
@@ -144,8 +145,8 @@ def axis_differs(s, t, y, task):
 def axis_to_pass(*fits):
     axis = f', axis={fits[0]},' if len(fits) == 1 else ''
     return (
-        f'Pass the class axis to KnowledgeDistillation, distill, check_teacher or Distiller{axis} or use a loss '
-        'function that has it, as CrossEntropyLossFlat(axis=...)'
+        f'Pass the class axis to KnowledgeDistillation, distill, check_teacher or Distiller{axis} '
+        'or use a loss function that has it, such as CrossEntropyLossFlat(axis=...)'
     )
 
 
@@ -157,17 +158,17 @@ def labels_beyond(s, t, y, task):
         return Finding(
             'error',
             f'There is a label {wrong[0].item()}, but the outputs have {n} classes, 0 to {n - 1}',
-            'Give the model as many outputs as there are classes. A label that does not count is the '
-            'ignore_index of the loss function',
+            'Give the model as many outputs as there are classes. Set ignore_index of the loss '
+            'function to the label that does not count',
         )
 
 
 def unscored(t, y, task):
-    """Labels of another shape, which the user's own loss function may accept."""
+    """Find labels of a different shape, which the user's loss function may accept."""
     if y is not None and fit_labels(y, t, task) is None:
         yield Finding(
             'note',
             f"The labels have shape {tuple(y.shape)}, the outputs {tuple(t)}, so the teacher's score "
             'cannot be measured',
-            'If that is a mistake, training will stop with an error of the loss function',
+            'If that is a mistake, training will stop with an error from the loss function',
         )

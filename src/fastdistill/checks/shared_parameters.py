@@ -1,4 +1,4 @@
-"Parameters that student and teacher share."
+"Check that student and teacher do not share parameters."
 
 from .findings import Finding, few_names
 
@@ -6,11 +6,11 @@ __all__ = ['none_shared', 'shared_parameters']
 
 
 def shared_parameters(student, teacher):
-    """Parameters that the student trains must not be the teacher's.
+    """Find parameters of the student that also belong to the teacher.
 
     Args:
-        student: Module; None: unknown.
-        teacher: A `Teacher`
+        student: A module. None if unknown.
+        teacher: A `Teacher`.
     """
     if student is None:
         return
@@ -25,7 +25,7 @@ def shared_parameters(student, teacher):
 
 
 def none_shared(student, teacher):
-    """What a check that found none shows; empty if there was nothing to compare."""
+    """Describe a check that found none. Empty if there was nothing to compare."""
     if student is None or not teacher.parameters_ids:
         return ''
     n = sum({id(p): p.numel() for m in teacher.modules for p in m.parameters()}.values())

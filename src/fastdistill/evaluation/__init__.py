@@ -1,4 +1,4 @@
-"Models side by side: scores, agreement, calibration, cost, paired tests, and reports of all that."
+"Compare models: scores, agreement, calibration, cost, paired tests, and reports."
 
 from .feature_plots import attention_map, picture_in, show_features
 from .models import measure_models, roles_of

@@ -1,4 +1,4 @@
-"How far a student predicts what its teacher predicts, and where."
+"How often, and where, a student predicts the same as its teacher."
 
 import torch
 
@@ -26,7 +26,7 @@ class Agreement:
             self.sums[k] = self.sums.get(k, 0.0) + v[counts].double().sum().item()
 
     def shares(self) -> dict:
-        """The shares and means; None where there is no such position."""
+        """Compute the fractions and means. None where there is no such position."""
         n, s = self.sums.get('n', 0.0), self.sums
 
         def per(k, of):
@@ -50,7 +50,7 @@ class Agreement:
 
 
 def split(a, b, y, one):
-    """What both predict, and where the teacher is right and wrong."""
+    """Compare predictions, also separately where the teacher is right and where it is wrong."""
     same, right = a == b, b == y
     return dict(
         n=one,
@@ -97,7 +97,7 @@ def compare_numbers(s, t):
 
 
 def how_far_apart(s, n):
-    """Distances of two predictions, and the correlation of their errors."""
+    """Compute the distances between two predictions and the correlation of their errors."""
     if not n:
         return {}
     cov, va, vb = (s[i + j] - s[i] * s[j] / n for i, j in ('ab', 'aa', 'bb'))

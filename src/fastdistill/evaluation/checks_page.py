@@ -1,6 +1,4 @@
-"""What was checked before a training, as a table: a mark, what was found with its number, and what
-to do.
-"""
+"""Table of the checks before a training: a mark, what was found (with its number), and what to do."""
 
 import io
 import shutil
@@ -12,17 +10,18 @@ __all__ = ['checks_as_text', 'html_of_checks', 'print_checks']
 
 LEVEL_MARKS = dict(
     ok='✓', note='i', warning='!', error='✗'
-)  # level -> mark; other rows are measurements, and have none
+)  # level -> mark; other rows are measurements, which have no mark
 LEVEL_STYLES = dict(ok='green', note='cyan', warning='yellow', error='red')
 LEVEL_CLASSES = dict(ok='good', warning='even', error='bad')  # of the page's style
 
 
 def print_checks(check, console=None):
-    """The table in a terminal.
+    """Print the table in a terminal.
 
     Args:
-        check: Has a `title`, `rows()` with `level`, `about`, `what` and `do`, and a `verdict`
-        console: Rich's; None: standard output.
+        check: Object with a `title`, `rows()` with `level`, `about`, `what` and `do`, and a
+            `verdict`.
+        console: Console of Rich. None for standard output.
     """
     from rich.console import Console
     from rich.table import Table
@@ -51,7 +50,7 @@ def print_checks(check, console=None):
 
 
 def checks_as_text(check) -> str:
-    """The table without colors, as wide as the terminal."""
+    """Format the table without colors, as wide as the terminal."""
     from rich.console import Console
 
     out = io.StringIO()
@@ -69,7 +68,7 @@ def checks_as_text(check) -> str:
 
 
 def html_of_checks(check) -> str:
-    """The table for a notebook."""
+    """Format the table as HTML for a notebook."""
     return rendered(
         'checks.html',
         title=check.title,

@@ -18,18 +18,22 @@ from .data import Cost, Latency
 
 __all__ = ['batch_of', 'cost_of', 'latencies', 'wait_for', 'weights_of_teacher']
 
-SECONDS, LEAST_RUNS, MOST_RUNS = 0.5, 20, 1000  # of each measurement of time; runs in it
+SECONDS, LEAST_RUNS, MOST_RUNS = (
+    0.5,
+    20,
+    1000,
+)  # per time measurement; limits for its number of runs
 
 
 def cost_of(
     teacher,
     x,
 ) -> Cost:
-    """All but the times; None where it can't be counted.
+    """Compute the cost of a model without the times. None where it can't be counted.
 
     Args:
-        teacher: A started `Teacher`
-        x: Tuple: inputs of a large batch.
+        teacher: A started `Teacher`.
+        x: Inputs of a large batch, a tuple.
     """
     n_params = sum({id(p): p.numel() for m in teacher.modules for p in m.parameters()}.values())
     weights = weights_of_teacher(teacher)
@@ -44,15 +48,15 @@ def cost_of(
 
 
 def weights_of_teacher(teacher) -> int:
-    """Bytes of the parameters and buffers of a teacher's modules, each once."""
+    """Count the bytes of the parameters and buffers of a teacher's modules, each once."""
     own = {id(t): t for m in teacher.modules for t in [*m.parameters(), *m.buffers()]}.values()
     return sum(t.numel() * t.element_size() for t in own)
 
 
 @contextmanager
 def unfused():
-    """Recurrent layers as products of matrices: the counter does not know the one operation that
-    they are otherwise.
+    """Context in which recurrent layers run as matrix products, since the counter does not know
+    their fused operation.
     """
     with warnings.catch_warnings(), cudnn.flags(enabled=False):
         warnings.filterwarnings('ignore', 'TF32 acceleration')  # PyTorch's, about its own default
@@ -66,17 +70,19 @@ def fresh_run(teacher, x):
 
 
 def file_size(teacher):
-    """Bytes of the files that the models were loaded from; 0 if one was not."""
+    """Return the bytes of the files that the models were loaded from. 0 if any model was not loaded
+    from a file.
+    """
     paths = [o.path for o in (teacher.members or [teacher])]
     return sum(Path(p).stat().st_size for p in paths) if all(paths) else 0
 
 
 def batch_of(x, n: int) -> tuple:
-    """The first `n` samples of a batch.
+    """Return the first `n` samples of a batch.
 
     Args:
         x: Tuple of inputs.
-        n: Samples, repeated if there are fewer.
+        n: Number of samples. If there are fewer, they are repeated.
     """
     items = items_in(x)
     if items is not None:
@@ -93,14 +99,16 @@ def batch_of(x, n: int) -> tuple:
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes of tensors that are alive at once, of those that are made inside."""
+    """Peak number of bytes of tensors that are created inside the context and alive at the same
+    time.
+    """
 
     def __init__(self):
         super().__init__()
         self.now, self.most, self.alive = 0, 0, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # an argument that is new was there before, as the weights
+        # an unknown argument existed before, such as a weight
         for t in tensors_in((args, kwargs)):
             self._count(t, False)
         out = func(*args, **(kwargs or {}))
@@ -126,7 +134,7 @@ class Peak(TorchDispatchMode):
 
 
 def peak_memory(teacher, x):
-    """Peak bytes of a forward pass, without the weights."""
+    """Measure the peak bytes of a forward pass, without the weights."""
     device = next((t.device for t in tensors_in(x)), torch.device('cpu'))
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
@@ -139,14 +147,14 @@ def peak_memory(teacher, x):
 
 
 def latencies(teachers: dict, x, sizes, seconds: float = SECONDS, tick=lambda: None) -> dict:
-    """Name -> `Latency` for each size. The models take turns, so that whatever else the machine
-    does hits all of them.
+    """Measure {name: [`Latency` for each size]}. The models take turns, so that other load on the
+    machine affects all of them equally.
 
     Args:
-        teachers: Name -> a started `Teacher`
-        x: Tuple: inputs of a batch.
-        sizes: Of batches.
-        seconds: For each model and size.
+        teachers: {name: started `Teacher`}.
+        x: Inputs of a batch, a tuple.
+        sizes: Batch sizes.
+        seconds: Time for each model and size.
         tick: Called after each model and size.
     """
     out = {k: [] for k in teachers}
@@ -161,8 +169,8 @@ def latencies(teachers: dict, x, sizes, seconds: float = SECONDS, tick=lambda: N
 
 
 def bare_call(teacher, x):
-    """The model's own forward pass on prepared inputs, without the checks of a `Teacher`."""
-    fresh_run(teacher, x)  # the model is where it runs, and in its mode
+    """Return the model's forward pass on prepared inputs, without the checks of a `Teacher`."""
+    fresh_run(teacher, x)  # moves the model to its device and mode
     if teacher.members:
         return lambda: teacher(*x)
     device = next((t.device for t in tensors_in(x)), torch.device('cpu'))
@@ -174,14 +182,14 @@ def bare_call(teacher, x):
 
 
 def wait_for(x):
-    """The function that waits until a GPU is done."""
+    """Return a function that waits until a GPU is done."""
     device = next((t.device for t in tensors_in(x)), torch.device('cpu'))
     return (lambda: torch.cuda.synchronize(device)) if device.type == 'cuda' else (lambda: None)
 
 
 @torch.inference_mode()
 def timed_in_turns(calls, seconds, wait, tick):
-    """Name -> seconds of each run."""
+    """Time the calls in turns and return {name: seconds of each run}."""
     ts = {k: [] for k in calls}
     for call in calls.values():
         for _ in range(5):

@@ -1,4 +1,4 @@
-"The report of a comparison as plain data: dataclasses of numbers and texts, to JSON and back."
+"The report of a comparison as dataclasses of numbers and texts, which convert to JSON and back."
 
 import json
 import math
@@ -20,12 +20,12 @@ __all__ = [
     'write_text',
 ]
 
-REPORT_FORMAT = 1  # of the JSON file
+REPORT_FORMAT = 1  # version of the JSON format
 
 
 @dataclass
 class Estimate:
-    """A number, and the 95% bootstrap interval around it; None where there is nothing to measure."""
+    """A number and its 95% bootstrap interval. None where there is nothing to measure."""
 
     value: float | None = None
     low: float | None = None
@@ -34,11 +34,11 @@ class Estimate:
 
 @dataclass
 class MeasureInfo:
-    """What a measure is called, and how its numbers are read.
+    """The name of a measure, and how to read its numbers.
 
     Attributes:
-        higher: Is more better?
-        percent: A share from 0 to 1, shown as percent.
+        higher: True if higher is better.
+        percent: True for a fraction from 0 to 1, shown as a percentage.
     """
 
     label: str
@@ -46,7 +46,7 @@ class MeasureInfo:
     percent: bool = False
 
     def text(self, value, sign=False):
-        """A value as text, without its unit."""
+        """Format a value without its unit."""
         if value is None:
             return '–'
         v = 100 * value if self.percent else value
@@ -63,13 +63,13 @@ class MeasureInfo:
 
 
 def decimals(v):
-    """Digits behind the point that show about four significant ones."""
+    """Return the number of decimals that shows about four significant digits."""
     return 2 if abs(v) >= 10 else 3 if abs(v) >= 1 else 4
 
 
 @dataclass
 class Difference(Estimate):
-    """A difference of two models on the same samples, with its test.
+    """The difference between two models on the same samples, with its test.
 
     Attributes:
         p: Probability of a difference at least as large if both were equally good.
@@ -86,11 +86,11 @@ class Difference(Estimate):
 
 @dataclass
 class Comparison:
-    """A model against another one, on the same samples.
+    """Comparison of two models on the same samples.
 
     Attributes:
-        differences: Measure -> model minus the other.
-        recovered: Measure -> share of the teacher's lead; absent: no lead.
+        differences: {measure: model minus the other model}.
+        recovered: {measure: fraction of the teacher's lead}, only for measures with a lead.
     """
 
     model: str
@@ -104,8 +104,8 @@ class Latency:
     """Times of one forward pass.
 
     Attributes:
-        batch: Samples in it.
-        p50: Median milliseconds.
+        batch: Batch size.
+        p50: Median, in milliseconds.
     """
 
     batch: int
@@ -120,13 +120,13 @@ class Latency:
 
 @dataclass
 class Cost:
-    """What a model costs; None where it can't be counted, as in an ONNX file.
+    """The cost of a model. None where it can't be counted, e.g. in an ONNX file.
 
     Attributes:
         macs: Multiply-accumulates of matrix products and convolutions, for one sample.
-        bytes: Of the model's file, or of its weights.
+        bytes: Size of the model's file, or of its weights.
         memory: Peak bytes during a forward pass of the large batch, weights included.
-        latency: At batch 1, and at a large batch.
+        latency: Latencies of batch size 1 and of a large batch.
     """
 
     params: int | None = None
@@ -138,17 +138,17 @@ class Cost:
 
 @dataclass
 class ModelResult:
-    """All that was measured of one model.
+    """All measurements of one model.
 
     Attributes:
         role: 'teacher', 'baseline' or 'student'.
-        kind: Such as the name of its class or file.
-        loss: The task's own loss.
-        metrics: The Learner's own.
-        agreement: With the teacher.
-        reliability: For each bin of confidence: count, confidence, right.
+        kind: What it is, e.g. the name of its class or file.
+        loss: The task loss.
+        metrics: Metrics of the Learner.
+        agreement: Agreement with the teacher.
+        reliability: (count, confidence, correct) for each bin of confidence.
         classes: 'recall' and, for masks, 'iou' of each class.
-        history: Column of the training's table -> a number for each epoch.
+        history: {column of the training table: number for each epoch}.
     """
 
     role: str
@@ -164,7 +164,7 @@ class ModelResult:
 
     @property
     def calibration_error(self):
-        """The mean distance of confidence and accuracy over the bins (ECE); None for numbers."""
+        """Mean distance between confidence and accuracy over the bins (ECE). None for regression."""
         b = self.reliability
         if not b or not sum(b['count']):
             return None
@@ -172,16 +172,16 @@ class ModelResult:
 
 
 class JsonReport:
-    """A dataclass with a field `format` that is written as JSON, and read again."""
+    """A dataclass with a field `format` that can be written as JSON and read back."""
 
     called = 'report'  # in messages
-    inside = {}  # as `INSIDE`, of this class alone
+    inside = {}  # like `INSIDE`, for this class only
 
     def to_json(self, path=None) -> str | Path:
-        """The report as JSON: the path, if it is written there, else its text.
+        """Convert the report to JSON. Return the path if it is written to a file, else the text.
 
         Args:
-            path: Where to write it; None: return it as text.
+            path: File to write. None to return the text.
         """
         return write_text(
             json.dumps(finite(asdict(self)), indent=1, ensure_ascii=False, allow_nan=False) + '\n',
@@ -190,7 +190,7 @@ class JsonReport:
 
     @classmethod
     def from_json(cls, source):
-        """The report that `to_json` wrote.
+        """Read a report written by `to_json`.
 
         Args:
             source: Path of a file, or the text itself.
@@ -219,19 +219,19 @@ class JsonReport:
 
 @dataclass
 class ReportData(JsonReport):
-    """Models measured side by side on the same samples: data only, to JSON and back.
+    """Data of models measured on the same samples, convertible to JSON and back.
 
     Attributes:
         task: 'softmax', 'sigmoid' or 'regression'.
-        headline: The measure by which the models are compared first.
-        n: Samples.
-        unit: What they are: images, texts, rows ...
-        info: Measure -> its name and direction.
-        teacher: Name of the model that is the teacher.
-        baseline: Name of the model that was trained without it.
+        headline: Main measure, by which the models are compared first.
+        n: Number of samples.
+        unit: What the samples are: images, texts, rows ...
+        info: {measure: `MeasureInfo`}.
+        teacher: Name of the teacher.
+        baseline: Name of the model that was trained without the teacher.
         classes: Names of the classes.
-        counts: Samples, or positions, of each class.
-        machine: Where the times were measured, and with which versions.
+        counts: Number of samples, or positions, of each class.
+        machine: Machine and versions with which the times were measured.
     """
 
     task: str
@@ -255,22 +255,23 @@ class ReportData(JsonReport):
         return [n for n, m in self.models.items() if m.role != 'teacher']
 
     def comparison(self, model: str, against: str | None = None) -> Comparison | None:
-        """The comparison of two models; None if they were not compared.
+        """Return the comparison of two models. None if they were not compared.
 
         Args:
-            against: None: the baseline.
+            model: Name of a model.
+            against: Name of the model to compare with. None for the baseline.
         """
         against = against or self.baseline
         return next((c for c in self.comparisons if (c.model, c.against) == (model, against)), None)
 
     @property
     def class_measure(self):
-        """What is measured of each class: 'iou' of masks, else 'recall'."""
+        """Measure of each class: 'iou' for masks, else 'recall'."""
         return 'iou' if any('iou' in m.classes for m in self.models.values()) else 'recall'
 
     def class_changes(self) -> list:
-        """(class, its number, measure of the baseline, of the first student, change), largest gain
-        first. Empty without a baseline.
+        """List (class, index, measure of the baseline, measure of the first student, change),
+        largest gain first. Empty without a baseline.
         """
         model = next((n for n in self.students if n != self.baseline), None)
         if None in (model, self.baseline):
@@ -285,7 +286,7 @@ class ReportData(JsonReport):
 
 
 def write_text(text, path):
-    """Write a text and return the path; without a path, return the text."""
+    """Write a text and return the path. Without a path, return the text."""
     if path is None:
         return text
     path = Path(path)
@@ -300,7 +301,7 @@ def read(cls, path):
 
 
 def finite(o):
-    """Plain data without nan and infinity, which JSON does not have."""
+    """Replace nan and infinity, which JSON does not have, by None."""
     if isinstance(o, float):
         return o if math.isfinite(o) else None
     if isinstance(o, dict):
@@ -308,7 +309,7 @@ def finite(o):
     return [finite(v) for v in o] if isinstance(o, (list, tuple)) else o
 
 
-# the dataclasses inside a report: field -> (class, is it a dict, a list or the object itself?)
+# dataclasses inside a report: field -> (class, whether it is a dict, a list or the object itself)
 INSIDE = dict(
     info=(MeasureInfo, dict),
     models=(ModelResult, dict),
@@ -322,7 +323,7 @@ INSIDE = dict(
 
 
 def built(cls, data):
-    """The dataclass `cls` from plain data."""
+    """Build the dataclass `cls` from plain data."""
     names = {f.name for f in fields(cls)}
     if not isinstance(data, dict) or (wrong := set(data) - names):
         what = (

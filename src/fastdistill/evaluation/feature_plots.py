@@ -14,19 +14,19 @@ __all__ = ['attention_map', 'picture_in', 'show_features']
 
 
 def attention_map(f: Tensor, p: float = 2, aspect: float = 1.0) -> Tensor:
-    """Where the activations of a layer are: mean over channels of |f|^p (arXiv:1612.03928).
+    """Compute where the activations of a layer are: mean over channels of |f|^p (arXiv:1612.03928).
 
     Args:
-        f: (B, C, H, W), or (B, L, D) tokens that fill a grid.
+        f: Maps (B, C, H, W), or tokens (B, L, D) that fill a grid.
         p: Exponent of the activations.
-        aspect: Height over width of the picture, for tokens.
+        aspect: Height over width of the image, for tokens.
     """
     if f.dim() == 3:
         f = as_map(f, aspect)
     if f.dim() != 4:
         raise DistillError(
-            f'An output of shape {tuple(f.shape)} is not a map: it must be (B, C, H, W), or tokens '
-            '(B, L, D).'
+            f'An output of shape {tuple(f.shape)} is not a map: it must be (B, C, H, W), or '
+            'tokens (B, L, D).'
         )
     a = f.float().abs().pow(p).mean(1)
     low, high = a.amin((1, 2), keepdim=True), a.amax((1, 2), keepdim=True)
@@ -34,7 +34,7 @@ def attention_map(f: Tensor, p: float = 2, aspect: float = 1.0) -> Tensor:
 
 
 def read_maps(model, x, names, p):
-    """Layer name -> attention maps (B, H, W) of a batch; the model is not changed."""
+    """Compute {layer name: attention maps (B, H, W)} for a batch. The model is not changed."""
     with Taps(model, names) as taps:
         dry_run(model, *x)
         feats = taps.pop()
@@ -43,7 +43,7 @@ def read_maps(model, x, names, p):
 
 
 def picture_in(x):
-    """The first tensor (B, C, H, W) among them; if there is none, the first tensor.
+    """Find the first tensor (B, C, H, W) in the inputs, or, if there is none, the first tensor.
 
     Args:
         x: The inputs of a batch: nested tuples and dicts of tensors.
@@ -64,13 +64,13 @@ def named_map(name, f, p, aspect):
 
 
 def to_show(x):
-    """Images as (B, H, W, 3) from 0 to 1. If any value is outside of this range, each image is
-    stretched to it.
+    """Convert images to (B, H, W, 3) from 0 to 1. If any value is outside this range, each image is
+    rescaled to it.
     """
     if x.dim() != 4 or x.shape[1] not in (1, 3):
         raise DistillError(
-            f"Inputs of shape {tuple(x.shape)} can't be shown: pictures are (B, 3, H, W) or "
-            '(B, 1, H, W). Give images='
+            f"Inputs of shape {tuple(x.shape)} can't be shown: images must be (B, 3, H, W) or (B, "
+            '1, H, W). Pass images='
         )
     x = as_plain(x).float().cpu()
     if x.min() < 0 or x.max() > 1:
@@ -89,17 +89,17 @@ def show_features(
     n: int = 4,
     p: float = 2,
 ):
-    """Attention maps of student and teacher side by side over each image, for each pair of layers.
-    Returns the figure.
+    """Show attention maps of student and teacher side by side over each image, for each pair of
+    layers.
 
     Args:
-        teacher: A module, or a `Teacher`, which gets the images in its own normalization and
+        teacher: A module, or a `Teacher`, which gets the images with its own normalization and
             size.
-        x: (B, 3, H, W) images as the student gets them; a tuple or a dict if it takes more than
+        x: Images as the student gets them, (B, 3, H, W), or a tuple or dict if it takes more than
             images.
-        layers: Layers with maps or tokens, named as in `Term`
-        images: (B, 3, H, W) from 0 to 1, to show; None: those in `x`, each stretched to that
-            range.
+        layers: Layers with maps or tokens, named as in `Term`.
+        images: Images to show, (B, 3, H, W) from 0 to 1. None for those in `x`, each rescaled to
+            that range.
         n: Number of images.
         p: Exponent of the activations.
     """
@@ -124,7 +124,7 @@ def draw_maps(
     from matplotlib.figure import Figure
 
     b, h, w = pictures.shape[:3]
-    # subtle: not pyplot's figure, which would stay open, and which a notebook would show twice
+    # subtle: not a pyplot figure, which would stay open and be shown twice in a notebook
     fig = Figure(figsize=(2 * (len(columns) + 1), 1.93 * h / w * b + 0.5), layout='constrained')
     fig.get_layout_engine().set(h_pad=0.02, w_pad=0.02)
     groups = [('image', None)], *zip(columns[::2], columns[1::2])
@@ -144,7 +144,7 @@ def draw_maps(
 
 
 def overlay(ax, picture, m):
-    """Draw the picture, or if there is a map, the map over the gray picture."""
+    """Draw the image, or, if there is a map, the map over the gray image."""
     ax.axis('off')
     if m is None:
         return ax.imshow(picture.numpy())

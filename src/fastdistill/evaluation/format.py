@@ -1,4 +1,4 @@
-"Numbers and verdicts as text."
+"Format numbers and verdicts as text."
 
 from .data import Comparison, ReportData
 
@@ -17,7 +17,9 @@ __all__ = [
 
 
 def shown_text(o):
-    """A text without characters that move or color what is around it; anything else unchanged."""
+    """Remove characters from a text that move or color what is around it. Other objects are
+    unchanged.
+    """
     if not isinstance(o, str):
         return o
     return ''.join(c if c.isprintable() else ' ' if c.isspace() else '�' for c in o)
@@ -27,11 +29,11 @@ UNITS = (1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')
 
 
 def amount(v, unit=''):
-    """A large number in three significant digits.
+    """Format a large number with three significant digits.
 
     Args:
-        v: A number of parameters, operations or bytes; None: unknown.
-        unit: Such as 'B'.
+        v: Number of parameters, operations or bytes. None if unknown.
+        unit: Unit, such as 'B'.
     """
     if v is None:
         return '–'
@@ -60,7 +62,7 @@ def p_text(p):
 
 
 def estimate_text(e, info, sign=False):
-    """(value, interval) as two texts."""
+    """Format (value, interval) as two texts."""
     between = '' if e.low is None else f'{info.text(e.low, sign)} to {info.text(e.high, sign)}'
     return info.text(e.value, sign) + ('' if e.value is None or sign else info.unit), between
 
@@ -73,10 +75,8 @@ def recovered_text(e):
 
 
 def verdict_of(c: Comparison, report: ReportData, measure: str | None = None) -> str:
-    """'better', 'worse' or 'not significant'.
-
-    Args:
-        measure: None: the headline.
+    """Return 'better', 'worse' or 'not significant'. Args:
+    measure: A measure. None for the headline.
     """
     d = c.differences[measure or report.headline]
     if not d.significant or not d.value:
@@ -85,7 +85,9 @@ def verdict_of(c: Comparison, report: ReportData, measure: str | None = None) ->
 
 
 def verdicts(report: ReportData) -> list:  # of ('better', 'worse' or 'not significant', sentences)
-    """Each student against the baseline, in words; without a baseline, against the teacher."""
+    """Describe each student compared with the baseline, or with the teacher if there is no
+    baseline.
+    """
     against = report.baseline or report.teacher
     return [
         (verdict_of(c, report), sentences(c, report))
@@ -95,7 +97,7 @@ def verdicts(report: ReportData) -> list:  # of ('better', 'worse' or 'not signi
 
 
 def sentences(c, report):
-    """What a comparison shows, with the numbers behind it."""
+    """Describe a comparison, with its numbers."""
     k, info, d = report.headline, report.info[report.headline], c.differences[report.headline]
     a, b = (info.text(report.models[n].measures[k].value) + info.unit for n in (c.model, c.against))
     between = (
@@ -114,21 +116,22 @@ def sentences(c, report):
 
 
 def lead(c, report):
-    """How much of the teacher's lead was recovered."""
+    """Describe how much of the teacher's lead was recovered."""
     if report.teacher is None or c.against != report.baseline:
         return ''
     if (e := c.recovered.get(report.headline)) is None:
         return (
-            f' {report.teacher} has no significant lead over {report.baseline}, so there is no share of it to '
-            'recover.'
+            f' {report.teacher} has no significant lead over {report.baseline}, so there is '
+            'nothing to recover.'
         )
     share, between = recovered_text(e)
     return f" It recovers {share} of {report.teacher}'s lead{f' (95% interval {between})' if between else ''}."
 
 
 def caveat(report: ReportData) -> str:
-    """What the intervals do not cover."""
+    """Describe what the intervals do not cover."""
     return (
-        f'Intervals and tests cover the choice of these {report.n:,} {report.unit}, not the luck of a training: '
-        'another seed gives another student. Each comparison is tested by itself.'
+        f'Intervals and tests cover the choice of these {report.n:,} {report.unit}, but not the '
+        'variation between trainings: a different seed gives a different student. Each '
+        'comparison is tested separately.'
     )

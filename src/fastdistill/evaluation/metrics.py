@@ -1,5 +1,5 @@
-"""What each sample contributes to the measures: sums that add up over samples. So any choice of
-samples can be scored, which bootstrap intervals and paired tests need, without storing outputs.
+"""What each sample contributes to the measures, as sums over samples. Any subset of samples can
+then be scored, as needed for bootstrap intervals and paired tests, without storing outputs.
 """
 
 from dataclasses import dataclass
@@ -15,21 +15,19 @@ from .data import MeasureInfo
 __all__ = ['BINS', 'Measure', 'Rows', 'measures_of', 'rows_of', 'scores_of']
 
 BINS = 15  # of confidence, for the calibration error
-MAX_PER_CLASS = (
-    256  # for more classes, a mask's intersections and unions are not stored for each image
-)
+MAX_PER_CLASS = 256  # with more classes, intersections and unions of masks are not stored per image
 MAX_OUTPUTS = 64  # with more outputs, R2 is relative to their common mean
 
 
 @dataclass
 class Rows:
-    """A batch as rows of positions; a position is a pixel, a token, a label, an output, or the
+    """A batch as rows of positions. A position is a pixel, a token, a label, an output, or the
     whole sample.
 
     Attributes:
-        out: (B, P, C) logits of classes; (B, P) logits of labels; (B, P) numbers.
-        y: (B, P).
-        counts: (B, P): which positions count.
+        out: Logits of classes (B, P, C), logits of labels (B, P), or numbers (B, P).
+        y: Targets, (B, P).
+        counts: Which positions count, (B, P).
     """
 
     out: Tensor
@@ -38,10 +36,10 @@ class Rows:
 
 
 def rows_of(logits: Tensor, y: Tensor, task) -> Rows:
-    """Logits and labels of a batch as rows of positions.
+    """Convert logits and labels of a batch to rows of positions.
 
     Args:
-        y: From `fit_labels`
+        y: Labels, from `fit_labels`.
     """
     o = logits.float() if logits.dtype.itemsize < 4 else logits
     if task.kind == 'softmax':
@@ -56,10 +54,10 @@ def rows_of(logits: Tensor, y: Tensor, task) -> Rows:
 
 
 def scores_of(r: Rows, kind: str, per_class: bool = False) -> dict:
-    """The sums of each sample that the measures are made of, and for the bins of confidence.
+    """Compute the sums of each sample for the measures and for the bins of confidence.
 
     Args:
-        per_class: Store intersections and unions of each class.
+        per_class: Whether to store intersections and unions of each class.
     """
     return dict(softmax=class_scores, sigmoid=label_scores, regression=number_scores)[kind](
         r, per_class
@@ -91,7 +89,7 @@ def class_scores(r, per_class):
 
 
 def overlaps(best, y, counts, c):
-    """Intersections and unions of each class, for each image."""
+    """Compute the intersections and unions of each class for each image."""
 
     def per_image(classes, where):
         at = torch.arange(len(classes), device=classes.device)[:, None] * c + classes
@@ -129,14 +127,16 @@ def number_scores(r, _):
 
 
 def bins(confidence, right, counts):
-    """(3, BINS): positions, sum of their confidence, and how many are right."""
+    """Compute for each bin the number of positions, their sum of confidence and the number correct,
+    (3, BINS).
+    """
     at, c = (confidence * BINS).long().clamp(0, BINS - 1)[counts], confidence[counts].double()
     of = lambda w: at.bincount(w, minlength=BINS).double()
     return torch.stack([of(None), of(c), of(right[counts].double())])
 
 
 def totals(best, y, counts, c):
-    """(3, C): positions of each class that are recognized, that are there, and that are predicted."""
+    """Count for each class the positions that are recognized, present and predicted, (3, C)."""
     y, best = y[counts], best[counts]
     return torch.stack([o.bincount(minlength=c).double() for o in (y[best == y], y, best)])
 
@@ -146,10 +146,11 @@ def totals(best, y, counts, c):
 
 @dataclass(frozen=True)
 class Measure:
-    """A number that is made of sums over samples.
+    """A number computed from sums over samples.
 
     Attributes:
-        of: Of the sums, name -> (R,) or (R, k), for R choices of samples -> (R,).
+        of: Function of the sums {name: (R,) or (R, k)} for R subsets of samples, which returns
+            (R,).
     """
 
     name: str
@@ -162,12 +163,12 @@ def share(name):
 
 
 def miou(s):
-    """The mean over the classes that are there or predicted."""
+    """Compute the mean over the classes that are present or predicted."""
     return np.nanmean(np.where(s['union'] > 0, s['both'] / np.maximum(s['union'], 1), np.nan), -1)
 
 
 def r2(s):
-    per = s['n'][..., None] / s['y'].shape[-1]  # values that each mean is of
+    per = s['n'][..., None] / s['y'].shape[-1]  # number of values in each mean
     return 1 - s['sq'] / (s['y2'] - (s['y'] ** 2 / per).sum(-1))
 
 
@@ -186,11 +187,11 @@ NLL, BRIER = (
 
 
 def measures_of(kind: str, columns, n_classes: int, language: bool) -> list:
-    """The measures for a kind of outputs, the most telling one first.
+    """Return the measures for a kind of outputs, the most informative one first.
 
     Args:
-        columns: Names of the sums that there are.
-        language: Does it predict the next token?
+        columns: Names of the available sums.
+        language: True for models that predict the next token.
     """
     if kind == 'sigmoid':
         return [

@@ -1,6 +1,4 @@
-"""Models side by side: one pass over the samples, in which every model sees each batch, and a
-report.
-"""
+"""Compare models in one pass over the samples, in which every model gets each batch, and report."""
 
 import os
 import platform
@@ -21,35 +19,38 @@ from .report import Report
 
 __all__ = ['cpu_name', 'measure_models', 'roles_of']
 
-PIECE = 2**25  # numbers of a model's outputs that are scored at once
+PIECE = 2**25  # maximum number of output elements that are scored at once
 MAX_NAMED = 1000  # with more classes, the report has no table of classes
 
 
 def roles_of(names, teacher: str | None = None, baseline: str | None = None) -> tuple:
-    """(name of the teacher, name of the baseline), each None if there is none.
+    """Return the names of the teacher and of the baseline. None if there is none.
 
     Args:
-        names: Of the models, in order.
-        teacher: None: the one that is called 'teacher', if there is one.
-        baseline: None: the one that is called 'alone', else the first of several students.
+        names: Names of the models, in order.
+        teacher: Name of the teacher. None for the model named 'teacher', if there is one.
+        baseline: Name of the baseline. None for the model named 'alone', else the first of several
+            students.
     """
     names = list(names)
     for option, o in (('teacher', teacher), ('baseline', baseline)):
         if o is not None and o not in names:
             raise DistillError(
-                f'{option}={o!r}: the models are called {", ".join(map(repr, names))}'
+                f'{option}={o!r}: the models are named {", ".join(map(repr, names))}'
             )
     teacher = teacher or ('teacher' if 'teacher' in names else None)
     students = [n for n in names if n != teacher]
     if baseline is None and len(students) > 1:
         baseline = 'alone' if 'alone' in students else students[0]
     if teacher is not None and teacher == baseline:
-        raise DistillError(f'{teacher!r} is both teacher= and baseline=: these are two models')
+        raise DistillError(
+            f'{teacher!r} is both teacher= and baseline=: they must be different models'
+        )
     return teacher, baseline
 
 
 class OfModel:
-    """What is added up for one model, batch by batch."""
+    """Sums for one model, added up batch by batch."""
 
     def __init__(self, kind, loss, metrics, own):
         self.kind, self.loss_func, self.metrics = kind, loss, metrics
@@ -58,7 +59,7 @@ class OfModel:
         self.loss, self.n = 0.0, 0
 
     def add_batch(self, xb, out, yb):
-        """The task's own loss and metrics of a batch."""
+        """Add the task loss and the metrics of a batch."""
         if self.loss_func is not None:
             self.loss += float(self.loss_func(out, *yb)) * len(out)
         if self.metrics is not None:
@@ -66,7 +67,7 @@ class OfModel:
         self.n += len(out)
 
     def add_rows(self, rows, teacher, per_class):
-        """The sums of each sample, and the agreement with the teacher's rows."""
+        """Add the sums of each sample and the agreement with the teacher's rows."""
         for k, v in scores_of(rows, self.kind, per_class).items():
             if k in self.sums:
                 self.sums[k] = self.sums[k] + v.cpu()
@@ -96,19 +97,19 @@ def measure_models(
     """Measure all models on the same batches, which are read once.
 
     Args:
-        models: Name -> `Teacher`
+        models: {name: `Teacher`}.
         batches: (inputs, targets) of each batch, both tuples.
         task: What the models predict.
-        teacher: Name of the teacher; None: none.
-        baseline: Name of the model to which the students are compared; None: none.
-        loss: fn(logits, *targets): the task's own loss.
-        metrics: fn() -> object with `add(inputs, logits, targets)` and `values()`, for each
+        teacher: Name of the teacher. None if there is none.
+        baseline: Name of the model with which the students are compared. None if there is none.
+        loss: fn(logits, *targets) -> task loss.
+        metrics: fn() -> object with `add(inputs, logits, targets)` and `values()`, called for each
             model.
-        language: Does it predict the next token?
-        headline: The measure that counts first, such as 'nll'; None: the usual one of the task.
-        repeats: Bootstrap draws.
+        language: True for models that predict the next token.
+        headline: Main measure, such as 'nll'. None for the usual one of the task.
+        repeats: Number of bootstrap draws.
         large: Size of the large batch.
-        seconds: For each measurement of time; 0: none.
+        seconds: Duration of each time measurement. 0 for none.
         tick: Called after each batch, and after each measurement of time.
     """
     tick = tick or (lambda: None)
@@ -141,15 +142,15 @@ def measure_models(
 
 
 def add_batch(of, models, xb, yb, task, teacher, language):
-    """Run every model on a batch, and add what it predicts."""
+    """Run every model on a batch and add its predictions."""
     outs = {k: m(*xb).logits for k, m in models.items()}
     shape = next(iter(outs.values())).shape
     for k, o in outs.items():
         if o.numel() != shape.numel() or task.kind == 'softmax' and o.shape != shape:
             raise DistillError(
                 f'The outputs of {k!r} have shape {tuple(o.shape)}, those of {next(iter(outs))!r} '
-                f'{tuple(shape)}: models that are compared predict the same. '
-                'Teacher(model, select=[...]) selects classes.'
+                f'{tuple(shape)}: compared models must predict the same. Teacher(model, '
+                'select=[...]) selects classes.'
             )
         if unusable(o, task):
             raise DistillError(
@@ -161,7 +162,7 @@ def add_batch(of, models, xb, yb, task, teacher, language):
         given = ', '.join(str(tuple(o.shape)) for o in yb if isinstance(o, torch.Tensor)) or 'none'
         raise DistillError(
             f'The labels (shape {given}) do not fit the outputs of {next(iter(outs))!r} (shape '
-            f'{tuple(shape)}): models are compared on labeled samples of the task they predict.'
+            f'{tuple(shape)}): models must be compared on labeled samples of their task.'
         )
     size = max(1, PIECE * len(y) // shape.numel())
     for i in range(0, len(y), size):
@@ -177,14 +178,14 @@ def add_batch(of, models, xb, yb, task, teacher, language):
 
 
 def report_of(of, models, costs, task, teacher, baseline, language, headline, repeats, seed, x):
-    """The report of what was added up."""
+    """Build the report from the sums."""
     scores = {k: {c: np.concatenate(v) for c, v in o.scores.items()} for k, o in of.items()}
     first = next(iter(of.values()))
     n_classes = first.sums['totals'].shape[1] if task.kind != 'regression' else 0
     measures = measures_of(task.kind, next(iter(scores.values())), n_classes, language)
     names = [m.name for m in measures]
     if headline is not None and headline not in names:
-        raise DistillError(f'headline={headline!r}: it must be {" or ".join(map(repr, names))}.')
+        raise DistillError(f'headline={headline!r}: must be {" or ".join(map(repr, names))}.')
     paired = PairedScores(scores, measures, repeats, seed)
     role = lambda k: 'teacher' if k == teacher else 'baseline' if k == baseline else 'student'
     results = {
@@ -206,7 +207,7 @@ def report_of(of, models, costs, task, teacher, baseline, language, headline, re
 
 
 def comparisons(paired, names, teacher, baseline) -> list[Comparison]:
-    """Each student against the baseline, and each model against the teacher."""
+    """Compare each student with the baseline, and each model with the teacher."""
     students = [k for k in names if k not in (teacher, baseline)]
     out = [paired.compare(k, baseline, teacher) for k in students] if baseline is not None else []
     return out + [paired.compare(k, teacher) for k in names if teacher not in (None, k)]
@@ -241,7 +242,7 @@ def result(o, estimates, cost, role, kind):
 
 
 def machine_of(x) -> dict:
-    """Where the times were measured, and with which versions."""
+    """Describe the machine and the versions with which the times were measured."""
     device = next((t.device for t in tensors_in(x)), torch.device('cpu'))
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name()
     return dict(
@@ -254,7 +255,7 @@ def machine_of(x) -> dict:
 
 
 def cpu_name():
-    """The processor's name, where the system tells it."""
+    """Return the name of the processor, if the system provides it."""
     try:
         with open('/proc/cpuinfo', encoding='utf-8') as f:
             lines = f.read().splitlines()

@@ -1,4 +1,4 @@
-"A report as one HTML page: nothing outside of the file, no script, every name escaped."
+"A report as one HTML page: self-contained, without scripts, with every name escaped."
 
 import base64
 import io
@@ -24,7 +24,7 @@ def finalize(o):
 
 
 class Picture(NamedTuple):
-    """A picture inside the page, as a data URI, on light and on dark ground."""
+    """A picture inside the page as data URIs, for light and dark backgrounds."""
 
     title: str
     alt: str
@@ -35,11 +35,11 @@ class Picture(NamedTuple):
 
 
 def page(r: ReportData, figures=None, whole: bool = True) -> str:
-    """The page as text.
+    """Format the page.
 
     Args:
-        figures: Caption -> a matplotlib figure of your own, shown at the end.
-        whole: False: without head and pictures, for a notebook.
+        figures: {caption: your own matplotlib figure}, shown at the end.
+        whole: False to leave out the head and the pictures, for a notebook.
     """
     sheets = sheets_of(r, brief=not whole)
     drawn = {s.name: pictures(r, s.name) if whole else [] for s in sheets}
@@ -58,7 +58,7 @@ def page(r: ReportData, figures=None, whole: bool = True) -> str:
 
 
 def rendered(name, **values):
-    """A template of this folder, filled in."""
+    """Render a template of this folder."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     env = Environment(

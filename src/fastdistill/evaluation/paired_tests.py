@@ -1,4 +1,4 @@
-"Paired statistics: which differences of models on the same samples are more than chance."
+"Paired statistics: which differences between models on the same samples are more than chance."
 
 import warnings
 from collections.abc import Iterator
@@ -9,16 +9,18 @@ from .data import Comparison, Difference, Estimate
 
 __all__ = ['PairedScores', 'mcnemar']
 
-MAX_SAMPLES = 20_000  # more are put into that many groups at random, which are drawn as wholes
-CELLS = 10_000_000  # of one matrix of weights
+MAX_SAMPLES = (
+    20_000  # more samples are put into this many random groups, which are drawn as a whole
+)
+CELLS = 10_000_000  # maximum size of one matrix of weights
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """McNemar's exact test: the two-sided p-value of such a split if both models were equally good.
+    """Compute the two-sided p-value of McNemar's exact test.
 
     Args:
-        only_a: Samples on which only the first model is right.
-        only_b: On which only the second one is.
+        only_a: Number of samples on which only the first model is right.
+        only_b: Number of samples on which only the second model is right.
     """
     from scipy.stats import binomtest
 
@@ -28,20 +30,20 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 class PairedScores:
-    """The sums of each sample for several models. All models get the same draws, so that
-    differences are paired.
+    """Sums of each sample for several models. All models get the same draws, so that differences
+    are paired.
 
     Intervals are percentiles of `repeats` bootstrap draws of whole samples.
 
     Args:
         scores: Model -> {name of a sum: (n,) or (n, k)}.
-        measures: Of `Measure`
+        measures: A list of `Measure`.
     """
 
     def __init__(self, scores: dict, measures: list, repeats: int = 2000, seed: int = 0):
         self.measures = {m.name: m for m in measures}
         self.repeats, self.seed = repeats, seed
-        # subtle: before they are grouped, as this test is about single samples
+        # subtle: before they are grouped, since this test is about single samples
         self.right = {
             k: v['right'] for k, v in scores.items() if 'right' in v and (v['n'] == 1).all()
         }
@@ -73,24 +75,24 @@ class PairedScores:
             return {k: m.of(sums) for k, m in self.measures.items()}
 
     def estimates(self, model) -> dict:
-        """Measure -> value and interval of a model."""
+        """Return {measure: value and interval} of a model."""
         return {
             k: Estimate(number(v), *self._interval(self.drawn[model][k]))
             for k, v in self.values[model].items()
         }
 
     def _interval(self, drawn):
-        """(low, high) of 95% of the draws; None, None if there are none."""
+        """Return (low, high) of 95% of the draws, or (None, None) if there are none."""
         drawn = drawn[np.isfinite(drawn)]
         if self.n < 2 or len(drawn) < 2:
             return None, None
         return tuple(map(float, np.percentile(drawn, (2.5, 97.5))))
 
     def compare(self, model: str, against: str, teacher: str | None = None) -> Comparison:
-        """A model minus another one, for each measure.
+        """Compare two models by each measure.
 
         Args:
-            teacher: Whose lead over `against` may be recovered.
+            teacher: Model whose lead over `against` may be recovered.
         """
         ps, out = self._p_values(model, against), Comparison(model, against)
         for k in self.measures:
@@ -103,13 +105,13 @@ class PairedScores:
         return out
 
     def _p_values(self, a, b):
-        """Measure -> (p, name of the test)."""
+        """Return {measure: (p, name of the test)}."""
         whole = (
             {c: o.sum(0) for c, o in self.scores[a].items()},
             {c: o.sum(0) for c, o in self.scores[b].items()},
         )
         apart = {c: self.scores[a][c] - self.scores[b][c] for c in self.scores[a]}
-        # a permutation gives some samples of `a` to `b` and theirs to `a`
+        # a permutation swaps some samples of `a` and `b`
         moved = self._weighted(coins(self.n, self.repeats, self.seed), dict(moved=apart))['moved']
         swapped = [{c: w[c] + sign * moved[c] for c in moved} for w, sign in zip(whole, (-1, 1))]
         va, vb = map(self._values, swapped)
@@ -125,8 +127,8 @@ class PairedScores:
         return out
 
     def _recovered(self, model, against, teacher):
-        """Share of the teacher's lead that the model has, for each measure in which the lead is
-        significant.
+        """Compute the fraction of the teacher's lead that the model recovers, for each measure with
+        a significant lead.
         """
         ps, out = self._p_values(teacher, against), {}
         for k, m in self.measures.items():
@@ -144,7 +146,7 @@ def random_groups(n, rng):
 
 
 def summed_in_groups(o, groups):
-    """(n, ...) as float64; if there are groups, summed in each."""
+    """Convert (n, ...) to float64 and, if there are groups, sum within each."""
     o = np.asarray(o, np.float64)
     if groups is None:
         return o
@@ -154,7 +156,9 @@ def summed_in_groups(o, groups):
 
 
 def draws(n, repeats, seed) -> Iterator[np.ndarray]:
-    """How often each of `n` samples is drawn, with replacement: pieces of a (repeats, n) matrix."""
+    """Yield how often each of `n` samples is drawn with replacement, as pieces of a (repeats, n)
+    matrix.
+    """
     rng, size = np.random.default_rng(seed + 1), max(1, CELLS // n)
     for i in range(0, repeats, size):
         r = min(size, repeats - i)
@@ -163,7 +167,7 @@ def draws(n, repeats, seed) -> Iterator[np.ndarray]:
 
 
 def coins(n, repeats, seed) -> Iterator[np.ndarray]:
-    """0 or 1 for each of `n` samples: pieces of a (repeats, n) matrix."""
+    """Yield 0 or 1 for each of `n` samples, as pieces of a (repeats, n) matrix."""
     rng, size = np.random.default_rng(seed + 2), max(1, CELLS // n)
     for i in range(0, repeats, size):
         yield rng.integers(2, size=(min(size, repeats - i), n)).astype(np.float64)

@@ -1,16 +1,16 @@
-"One style for all pictures: colors, on light and on dark ground, and labels that hold any text."
+"One style for all pictures: colors for light and dark backgrounds, and safe labels."
 
 from contextlib import contextmanager
 from functools import cache
 
 __all__ = ['COLORS', 'LIGHT', 'Ground', 'color_of', 'new_figure', 'on_dark', 'safe_label', 'styled']
 
-# baseline, distilled, and further students; the teacher has the color of the ink
+# baseline, distilled and further students; the teacher has the color of the text
 COLORS = '#8a93a6', '#e0752d', '#1f7a8c', '#8e5bb5', '#4f9d4a', '#c4496b'
 
 
 class Ground:
-    """Colors of ink, of what is secondary, of lines, and of the ground."""
+    """Colors of text, secondary text, lines and background."""
 
     def __init__(self, ink, grey, pale, paper):
         self.ink, self.grey, self.pale, self.paper = ink, grey, pale, paper
@@ -46,7 +46,7 @@ LIGHT, DARK = (
 
 @contextmanager
 def styled():
-    """Yields the `Ground` on which to draw."""
+    """Context that yields the `Ground` to draw on."""
     import matplotlib
 
     with matplotlib.rc_context(LIGHT.rc):
@@ -54,7 +54,7 @@ def styled():
 
 
 def on_dark(svg: str) -> str:
-    """The same picture in the colors for dark ground.
+    """Convert a picture to the colors for a dark background.
 
     Args:
         svg: A picture in this style.
@@ -65,7 +65,9 @@ def on_dark(svg: str) -> str:
 
 
 def new_figure(width, height):
-    """A figure that is not pyplot's: it does not stay open, and notebooks show it once."""
+    """Create a figure outside pyplot, so that it does not stay open and notebooks show it only
+    once.
+    """
     import matplotlib.pyplot as plt  # noqa: F401 (notebooks show figures only after this import)
     from matplotlib.figure import Figure
 
@@ -73,7 +75,7 @@ def new_figure(width, height):
 
 
 def color_of(report, name, ground):
-    """The color of a model, the same in every picture of a report."""
+    """Return the color of a model, the same in every picture of a report."""
     if name == report.teacher:
         return ground.ink
     students = sorted(report.students, key=lambda n: n != report.baseline)
@@ -83,15 +85,15 @@ def color_of(report, name, ground):
 
 @cache
 def characters():
-    """Those that the font can draw."""
+    """Return the characters that the font can draw."""
     from matplotlib import font_manager, ft2font
 
     return frozenset(ft2font.FT2Font(font_manager.findfont('DejaVu Sans')).get_charmap())
 
 
 def safe_label(text, longest=24):
-    """A text as it may stand in a picture: on one line, without formulas, and only characters that
-    the font has.
+    """Make a text safe for a picture: on one line, without formulas, and only with characters of
+    the font.
     """
     line = ' '.join(str(text).split())
     line = ''.join(c if ord(c) in characters() else '□' for c in line)

@@ -1,4 +1,4 @@
-"`Report`: the data of a comparison, and every way to show them."
+"`Report`: the data of a comparison, and ways to show it."
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,34 +12,34 @@ __all__ = ['Report']
 
 @dataclass(repr=False)
 class Report(ReportData):
-    """Models measured side by side on the same samples, as plain data: `compare` makes it,
-    `to_json` and `from_json` store it, `show`, `to_markdown` and `to_html` show it.
+    """Results of models measured on the same samples, as returned by `compare`. Store it with
+    `to_json` and `from_json`; show it with `show`, `to_markdown` and `to_html`.
     """
 
     def show(self, console=None):
-        """Verdicts and tables: in a notebook as HTML, else in the terminal.
+        """Show verdicts and tables, as HTML in a notebook or else in the terminal.
 
         Args:
-            console: Rich's; None: standard output.
+            console: Console of Rich. None for standard output.
         """
         show(self, print_report, console)
 
     def to_markdown(self, level: int = 2) -> str:
-        """Verdicts and tables as Markdown, for a model card.
+        """Format verdicts and tables as Markdown, e.g. for a model card.
 
         Args:
-            level: Of the headings.
+            level: Level of the headings.
         """
         return markdown(self, level)
 
     def to_html(self, path=None, figures=None) -> str | Path:
-        """One page with tables and pictures: the path, if it is written there, else its text. It
-        loads nothing, needs no network, and fits phones and dark screens.
+        """Format one HTML page with tables and pictures. Return the path if it is written to a
+        file, else the text. The page is self-contained, needs no network, and suits phones and dark
+        mode.
 
         Args:
-            path: Where to write the page; None: return it as text.
-            figures: Caption -> a matplotlib figure of your own, such as a gallery, shown at the
-                end.
+            path: File to write. None to return the text.
+            figures: {caption: your own matplotlib figure}, such as a gallery, shown at the end.
         """
         return write_text(page(self, figures), path)
 

@@ -1,6 +1,4 @@
-"""Pictures of a report. Each function returns a figure, or None where the report has nothing of
-that kind.
-"""
+"""Pictures of a report. Each function returns a figure, or None if the report has no such data."""
 
 from .plot_style import color_of, new_figure, safe_label, styled
 
@@ -15,7 +13,7 @@ __all__ = [
 
 
 WIDTH = 5.2  # inches: labels can be read on a phone
-LEAST_IN_BIN = 10  # predictions of a bin: the share of the right ones says nothing
+LEAST_IN_BIN = 10  # with fewer predictions in a bin, the fraction of correct ones is meaningless
 
 
 def factor(info):
@@ -27,11 +25,11 @@ def axis_name(info, what=''):
 
 
 def plot_cost(report):
-    """The headline's score against the time for one sample; a circle's area grows with the number
-    of parameters.
+    """Plot the headline score against the time for one sample. The area of a circle grows with the
+    number of parameters.
 
     Args:
-        report: A `Report`
+        report: A `Report`.
     """
     info, k = report.info[report.headline], report.headline
     shown = {
@@ -71,7 +69,7 @@ def plot_cost(report):
 
 
 def plain_ticks(axis):
-    """Numbers such as 0.5 and 20 on a logarithmic axis."""
+    """Use plain numbers such as 0.5 and 20 on a logarithmic axis."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -80,11 +78,11 @@ def plain_ticks(axis):
 
 
 def plot_recovered(report):
-    """The share of the teacher's lead over the baseline that each student recovered, with its
-    interval.
+    """Plot the fraction of the teacher's lead over the baseline that each student recovered, with
+    its interval.
 
     Args:
-        report: A `Report`
+        report: A `Report`.
     """
     k = report.headline
     shares = {
@@ -133,11 +131,11 @@ def plot_recovered(report):
 
 
 def plot_reliability(report):
-    """Accuracy against confidence, for each model; on the diagonal, probabilities mean what they
-    say.
+    """Plot accuracy against confidence for each model. Well-calibrated probabilities are on the
+    diagonal.
 
     Args:
-        report: A `Report`
+        report: A `Report`.
     """
     shown = {n: m.reliability for n, m in report.models.items() if m.reliability}
     if not shown:
@@ -174,7 +172,7 @@ def plot_reliability(report):
         words = 'frequency' if report.task == 'sigmoid' else 'accuracy'
         top.set(ylabel=f'{words}, %', ylim=(-2, 102))
         top.set_title(
-            f'below the diagonal: too sure; bins of less than {LEAST_IN_BIN} are left out',
+            f'below the diagonal: overconfident; bins with fewer than {LEAST_IN_BIN} are left out',
             loc='left',
         )
         top.legend()
@@ -185,11 +183,11 @@ def plot_reliability(report):
 
 
 def plot_history(report):
-    """The losses of each training over its epochs: the labels' own, and each part of the
+    """Plot the losses of each training over its epochs: the task loss and each term of the
     distillation.
 
     Args:
-        report: A `Report`
+        report: A `Report`.
     """
     shown = {n: h for n, m in report.models.items() if (h := losses_of(m.history))}
     if not shown:
@@ -232,11 +230,11 @@ def losses_of(history):
 
 
 def plot_classes(report, most: int = 20):
-    """What each class gains or loses from the baseline to the first student.
+    """Plot what each class gains or loses from the baseline to the first student.
 
     Args:
-        report: A `Report`
-        most: Classes; with more, those that change most.
+        report: A `Report`.
+        most: Maximum number of classes. If there are more, those that change most are shown.
     """
     changes = report.class_changes()
     if not changes:
@@ -264,11 +262,11 @@ def plot_classes(report, most: int = 20):
 
 
 def plot_runs(reports: dict):
-    """The students of several runs: the first run's headline, with intervals, in the order of the
-    runs.
+    """Plot the headline of the first run for the students of all runs, with intervals, in the order
+    of the runs.
 
     Args:
-        reports: Name of a run -> its report.
+        reports: {name of a run: its report}.
     """
     first = next(iter(reports.values()))
     k, info, f = first.headline, first.info[first.headline], factor(first.info[first.headline])

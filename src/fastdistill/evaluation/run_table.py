@@ -1,4 +1,4 @@
-"Several reports as one table: the students of all runs, the best first."
+"Several reports in one table: the students of all runs, best first."
 
 from .format import amount, estimate_text, recovered_text, verdict_of
 from .tables import Cell, Sheet
@@ -8,10 +8,10 @@ __all__ = ['print_runs', 'sheets_of_runs']
 
 
 def sheets_of_runs(reports: dict) -> list[Sheet]:
-    """A table for each measure that is a headline; its students, the best first.
+    """Build a table of students, best first, for each measure that is a headline.
 
     Args:
-        reports: Name of a run -> its report.
+        reports: {name of a run: its report}.
     """
     return [sheet_of_runs(k, reports) for k in dict.fromkeys(r.headline for r in reports.values())]
 
@@ -37,8 +37,8 @@ def sheet_of_runs(k, reports):
             "teacher's lead recovered",
             'parameters',
         ],
-        note='Verdicts are about the models of one run, on the same samples. Runs on other samples are not '
-        'comparable.',
+        note='Verdicts compare models of one run, on the same samples. Runs on different samples '
+        'are not comparable.',
     )
     for _, run, r, n, m in sorted(rows, key=lambda o: -o[0] if info.higher else o[0]):
         c = r.comparison(n)
@@ -57,11 +57,11 @@ def sheet_of_runs(k, reports):
 
 
 def print_runs(reports: dict, console=None):
-    """The tables in a terminal.
+    """Print the tables in a terminal.
 
     Args:
-        reports: Name of a run -> its report.
-        console: Rich's; None: standard output.
+        reports: {name of a run: its report}.
+        console: Console of Rich. None for standard output.
     """
     from rich.console import Console
 

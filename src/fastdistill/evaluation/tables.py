@@ -1,4 +1,4 @@
-"The tables of a report, as texts: the terminal, Markdown and the page show the same ones."
+"The tables of a report as texts, shared by the terminal, Markdown and the HTML page."
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -20,7 +20,7 @@ SHOWN = 10  # classes with the largest gains, and as many with the largest losse
 
 
 class Cell(NamedTuple):
-    """A text, and a smaller one below it."""
+    """A text with a smaller one below it."""
 
     text: str
     small: str = ''
@@ -31,10 +31,10 @@ class Cell(NamedTuple):
 
 @dataclass
 class Sheet:
-    """A table; the first cell of each row is its name.
+    """A table. The first cell of each row is its name.
 
     Attributes:
-        name: Short, for links.
+        name: Short name, for links.
     """
 
     name: str
@@ -44,17 +44,17 @@ class Sheet:
     note: str = ''
 
     def add(self, name, *cells):
-        """Add a row, unless there is nothing in it."""
+        """Add a row, unless all its cells are empty."""
         cells = [c if isinstance(c, Cell) else Cell(c) for c in cells]
         if any(c.text != '–' for c in cells):
             self.rows.append([Cell(name), *cells])
 
 
 def sheets_of(r: ReportData, brief: bool = False) -> list[Sheet]:
-    """The tables that have rows.
+    """Return the tables that have rows.
 
     Args:
-        brief: Of the differences only those in the headline.
+        brief: True to show only the differences in the headline.
     """
     sheets = (
         sheet_of_scores(r),
@@ -76,7 +76,7 @@ def four_digits(v):
 
 
 def sheet_of_scores(r):
-    """Measures, the task's loss, the Learners' metrics."""
+    """Build the table of measures, task loss and metrics of the Learners."""
     s = per_model(
         r, 'scores', 'Scores', f'On {r.n:,} {r.unit}. Below a score: its 95% bootstrap interval.'
     )
@@ -93,7 +93,7 @@ def sheet_of_scores(r):
 
 
 def is_repeated(r, metric):
-    "Is this metric of the Learner one of the measures too?"
+    "Return True if this metric of the Learner is also one of the measures."
     if metric not in r.info:
         return False
     pairs = [(m.metrics.get(metric), m.measures[metric].value) for m in r.models.values()]
@@ -101,7 +101,7 @@ def is_repeated(r, metric):
 
 
 def sheet_of_differences(r, brief):
-    """Each model against the baseline and the teacher, for each measure."""
+    """Build the table that compares each model with the baseline and the teacher, for each measure."""
     head = ['', 'measure', 'difference', 'p', 'verdict', "teacher's lead recovered"]
     s = Sheet(
         'differences',
@@ -146,7 +146,7 @@ AGREEMENT = [
 
 
 def sheet_of_agreement(r):
-    """How far each model predicts what the teacher predicts."""
+    """Build the table of agreement with the teacher."""
     names = [n for n, m in r.models.items() if m.agreement]
     s = per_model(r, 'agreement', f'Agreement with {r.teacher}', models=names)
     for k, label, text in AGREEMENT:
@@ -158,13 +158,13 @@ def sheet_of_agreement(r):
 
 
 def sheet_of_calibration(r):
-    "Do probabilities mean what they say?"
+    "Build the table of calibration."
     s = per_model(
         r,
         'calibration',
         'Calibration',
-        'Less is better. ECE: the mean distance of confidence and accuracy, '
-        'over 15 bins of confidence.',
+        'Lower is better. ECE: mean distance between confidence and accuracy over 15 bins of '
+        'confidence.',
     )
     if r.task == 'regression':
         return s
@@ -181,7 +181,7 @@ def sheet_of_calibration(r):
 
 
 def sheet_of_classes(r):
-    """The classes that gain and lose most."""
+    """Build the table of the classes that gain and lose most."""
     changes, key = r.class_changes(), r.class_measure
     s = Sheet('classes', 'Classes', [''])
     if not changes:
@@ -192,7 +192,7 @@ def sheet_of_classes(r):
     s.note = f'{"IoU" if key == "iou" else "Recall"} of each class, largest gain first.' + (
         ''
         if len(shown) == len(changes)
-        else f' {len(changes) - len(shown)} classes between these are left out.'
+        else f' {len(changes) - len(shown)} classes in between are left out.'
     )
     total = sum(r.counts) or 1
     for c, i, _, _, change in shown:
@@ -210,7 +210,7 @@ def times(l):
 
 
 def sheet_of_costs(r):
-    """Parameters, operations, bytes and times."""
+    """Build the table of parameters, operations, bytes and times."""
     ms, m = r.models.values(), r.machine
     sizes = list(dict.fromkeys(l.batch for o in ms for l in o.cost.latency))
     threads = f'{m.get("threads", "?")} of {m.get("cores", "?")} threads'
@@ -219,9 +219,8 @@ def sheet_of_costs(r):
         r,
         'cost',
         'Cost',
-        f'Measured on {where}. MACs: multiply-accumulates of matrix products and '
-        'convolutions, for one sample. Times: the median; the models took turns, after a '
-        'warm-up.',
+        f'Measured on {where}. MACs: multiply-accumulates of matrix products and convolutions for '
+        'one sample. Times: median after a warm-up; the models took turns.',
     )
     s.add('parameters', *(amount(o.cost.params) for o in ms))
     s.add('MACs', *(amount(o.cost.macs) for o in ms))

@@ -1,4 +1,4 @@
-"A report in a terminal and as Markdown."
+"Show a report in a terminal and as Markdown."
 
 import re
 
@@ -12,25 +12,25 @@ COLORS_OF_VERDICTS = {'better': 'green', 'worse': 'red', 'not significant': 'yel
 
 
 def title_of(r: ReportData) -> str:
-    """The report's title, or the names of its models."""
+    """Return the report's title, or the names of its models."""
     *others, last = r.models
     return r.title or (f'{", ".join(others)} and {last}' if others else last)
 
 
 def escaped(text):
-    """A text for rich, without markup and control characters of its own."""
+    """Escape markup and control characters of a text for rich."""
     from rich import markup
 
     return markup.escape(shown_text(text))
 
 
 def show(o, print_it, console=None):
-    """In a notebook as HTML, else in the terminal.
+    """Show an object as HTML in a notebook, else in the terminal.
 
     Args:
-        o: Has `_repr_html_`
+        o: Object with `_repr_html_`.
         print_it: fn(o, console).
-        console: Rich's; None: standard output.
+        console: Console of Rich. None for standard output.
     """
     try:
         from IPython import get_ipython
@@ -45,7 +45,7 @@ def show(o, print_it, console=None):
 
 
 def in_brief(r: ReportData) -> str:
-    """The verdicts and the headline's scores in a few lines of text, for `print`."""
+    """Format the verdicts and the headline scores in a few lines, for `print`."""
     info = r.info[r.headline]
     width = max(map(len, r.models))
     rows = []
@@ -63,10 +63,10 @@ def in_brief(r: ReportData) -> str:
 
 
 def print_report(r: ReportData, console=None):
-    """Verdicts and tables in a terminal.
+    """Print verdicts and tables in a terminal.
 
     Args:
-        console: Rich's; None: standard output.
+        console: Console of Rich. None for standard output.
     """
     from rich.console import Console
 
@@ -82,7 +82,7 @@ def print_report(r: ReportData, console=None):
 
 
 def print_sheet(s, console):
-    """A table in a terminal."""
+    """Print a table in a terminal."""
     from rich import box
     from rich.table import Table
 
@@ -104,15 +104,15 @@ def print_sheet(s, console):
 
 
 def cell(text):
-    """A text on one line, in which Markdown and HTML find nothing of theirs."""
+    """Escape a text for one Markdown cell: on one line, without Markdown or HTML syntax."""
     return re.sub(r'([\\`*_\[\]<>|&~$#])', r'\\\1', ' '.join(shown_text(str(text)).split()))
 
 
 def markdown(r: ReportData, level: int = 2) -> str:
-    """Verdicts and tables as Markdown, for a model card.
+    """Format verdicts and tables as Markdown, e.g. for a model card.
 
     Args:
-        level: Of the headings.
+        level: Level of the headings.
     """
     mark = '#' * level
     out = [

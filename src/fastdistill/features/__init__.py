@@ -1,6 +1,4 @@
-"""What happens inside a network: layers by name, their outputs, and pairs of a student's and a
-teacher's layers.
-"""
+"""The inside of a network: layers by name, their outputs, and pairs of student and teacher layers."""
 
 from .layer_names import LayerInfo, LayerTree, resolve, unwrap
 from .layer_pairs import Pair, PairTable, pair

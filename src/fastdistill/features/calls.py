@@ -1,4 +1,4 @@
-"How a model is called on a batch: which inputs go in by position, and which by name."
+"How a model is called on a batch: which inputs are passed by position and which by name."
 
 import inspect
 from collections.abc import Mapping
@@ -15,19 +15,19 @@ def is_hf(model):
 
 
 def predicts_next(model):
-    "Is it one of Hugging Face's causal language models?"
+    "Return True if it is a causal language model of Hugging Face."
     model = unwrap(model)
     return is_hf(model) and type(model).__name__.endswith(('ForCausalLM', 'LMHeadModel'))
 
 
 def arguments(model, x, by_name=None):
-    """(args, kwargs) of the call: a batch that is one dict is passed by name if the model has
-    arguments of these names.
+    """Return (args, kwargs) of the call. A batch that is one dict is passed by name if the model
+    has arguments with these names.
 
     Args:
-        model: A module (wrapped or not), a callable, or a `Teacher`
-        x: Tuple: the batch's inputs.
-        by_name: Inputs by name.
+        model: A module (wrapped or not), a callable, or a `Teacher`.
+        x: The batch's inputs, a tuple.
+        by_name: Inputs passed by name.
     """
     kwargs = dict(by_name or {})
     if len(x) != 1 or not isinstance(x[0], Mapping) or not takes_names(model, x[0]):
@@ -36,11 +36,11 @@ def arguments(model, x, by_name=None):
 
 
 def takes_names(model, batch):
-    """Whether the keys of a dict are names of the model's arguments."""
+    """Return True if the keys of a dict are names of the model's arguments."""
     model = unwrap(model)
     if is_hf(model):
         return True
-    # a `Teacher` gets the dict itself, and decides for the model inside it
+    # a `Teacher` gets the dict itself and decides for the model inside it
     if not isinstance(model, nn.Module) and hasattr(model, 'named_modules'):
         return False
     try:

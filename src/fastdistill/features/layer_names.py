@@ -1,4 +1,4 @@
-"Layers of a model by name: the model inside its wrappers, names and globs, lists of layers."
+"Look up layers of a model by name or glob, inside its wrappers, and list them."
 
 import difflib
 import re
@@ -26,14 +26,14 @@ WRAPPERS = nn.parallel.DistributedDataParallel, nn.DataParallel
 SUFFIXES = {
     'in': 'the input of the layer',
     'pre': 'the output, copied before the next layer can overwrite it in place',
-    'map': 'tokens, or an output with its channels last, as (B, C, H, W)',
-    'tokens': 'an output with its channels first as (B, L, D)',
+    'map': 'tokens, or an output with channels last, as (B, C, H, W)',
+    'tokens': 'an output with channels first, as (B, L, D)',
     'mean': 'the mean over positions, a vector',
 }
 
 
 def unwrap(model: nn.Module):
-    """The model inside DDP, DataParallel and torch.compile."""
+    """Return the model inside DDP, DataParallel and torch.compile."""
     while True:
         if isinstance(model, WRAPPERS):
             model = model.module
@@ -44,8 +44,8 @@ def unwrap(model: nn.Module):
 
 
 def named(model):
-    """Dotted name -> layer, of the model inside its wrappers. A shared layer has an entry for each
-    of its names.
+    """Return {dotted name: layer} for the model inside its wrappers. A shared layer has an entry
+    for each of its names.
     """
     inner = unwrap(model)
     # a teacher may hold several models, or none
@@ -60,7 +60,7 @@ def named(model):
 
 
 def model_name(model):
-    """The name of a model in messages: its class, or the name that a `Teacher` has."""
+    """Return the name of a model for messages: its class, or the name of a `Teacher`."""
     inner = unwrap(model)
     return (
         type(inner).__name__
@@ -70,8 +70,8 @@ def model_name(model):
 
 
 def how_to_name_layers(model):
-    """What to do where the layers of a teacher can't be found: in messages. A source of stored
-    outputs says it itself.
+    """Return advice for messages if the layers of a teacher can't be found. A source of stored
+    outputs has its own advice.
     """
     return getattr(
         unwrap(model),
@@ -81,8 +81,8 @@ def how_to_name_layers(model):
 
 
 def _regex(glob):
-    """A glob over dotted names as a regular expression: `*` and `?` match within one level, `**`
-    across levels.
+    """Convert a glob over dotted names to a regular expression: `*` and `?` match within one level,
+    `**` across levels.
     """
     wild = {'**': '.*', '*': '[^.]*', '?': '[^.]'}
     parts = re.split(r'(\*\*|\*|\?|\[[^\]]*\])', glob)
@@ -92,18 +92,18 @@ def _regex(glob):
 
 
 def resolve(model: nn.Module, pattern: str) -> list:
-    """The names that match `pattern`, in the model's order, each with its suffix.
+    """Return the names that match `pattern`, in the model's order, each with its suffix.
 
     Args:
-        model: Wrapped or not: names are those of the inner model.
-        pattern: A dotted name or a glob ('layer?', '0.*', 'blocks.**.attn'), with a suffix or
-            without (see `SUFFIXES`).
+        model: A model, wrapped or not. Names are those of the inner model.
+        pattern: A dotted name or a glob ('layer?', '0.*', 'blocks.**.attn'), with or without a
+            suffix (see `SUFFIXES`).
     """
     return resolve_among(model, named(model), pattern)
 
 
 def split_suffixes(pattern):
-    """[name or glob, *suffixes]. A suffix that does not exist is an error."""
+    """Split a pattern into [name or glob, *suffixes]. Raise a DistillError for an unknown suffix."""
     name, *how = pattern.split('@')
     if wrong := [h for h in how if h not in SUFFIXES]:
         raise DistillError(
@@ -133,10 +133,10 @@ class LayerInfo:
     """One layer of a model.
 
     Attributes:
-        name: Dotted.
-        kind: Its class.
-        shape: Of the output; None if the layer did not run.
-        params: Parameters in it and in the layers inside it.
+        name: Dotted name.
+        kind: Name of its class.
+        shape: Shape of the output. None if the layer did not run.
+        params: Number of parameters, including the layers inside it.
     """
 
     name: str
@@ -150,7 +150,7 @@ class LayerInfo:
 
 
 def text_table(head, rows):
-    """Rows as lines of text with aligned columns."""
+    """Format rows as lines of text with aligned columns."""
     rows = [[str(o) for o in r] for r in [head, *rows]]
     wide = [max(map(len, c)) for c in zip(*rows)]
     lines = ['  '.join(o.ljust(w) for o, w in zip(r, wide)).rstrip() for r in rows]
@@ -158,7 +158,7 @@ def text_table(head, rows):
 
 
 class LayerTree(list):
-    """The layers of a model as a list of `LayerInfo`; printed, a table."""
+    """The layers of a model, as a list of `LayerInfo` that prints as a table."""
 
     def __str__(self):
         shape = lambda l: '' if l.shape is None else l.shape
@@ -168,7 +168,7 @@ class LayerTree(list):
     __repr__ = __str__
 
     def brief(self, n=40):
-        """The table with as many levels as fit in `n` lines."""
+        """Format the table with as many levels as fit into `n` lines."""
         fits = [d for d in range(1, 10) if sum(l.depth <= d for l in self) <= n]
         shown = [l for l in self if l.depth <= max(fits, default=1)]
         more = len(self) - len(shown[:n])
@@ -178,10 +178,10 @@ class LayerTree(list):
 
 
 def layer_tree(model: nn.Module, shapes=None) -> LayerTree:
-    """Every layer of the model with its class, output shape and number of parameters.
+    """List every layer of the model with its class, output shape and number of parameters.
 
     Args:
-        shapes: Module -> shape of its output, for the layers that ran.
+        shapes: {module: shape of its output} for the layers that ran.
     """
     count = lambda m: sum(p.numel() for p in m.parameters() if not is_lazy(p))
     shape = (shapes or {}).get

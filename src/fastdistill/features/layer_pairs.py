@@ -1,6 +1,4 @@
-"""Which layer of the student learns from which layer of the teacher: named by the user, or found
-automatically.
-"""
+"""Pair layers of the student with layers of the teacher, by name or automatically."""
 
 import math
 from collections.abc import Mapping
@@ -26,18 +24,17 @@ __all__ = [
     'pair',
 ]
 
-MAX_BLOCKS = (
-    6  # of one resolution: up to so many are all paired; of more, only those at the quarters
-)
+MAX_BLOCKS = 6  # up to this many stages of one resolution are all paired; of more, only those at the quarters
 
 
 @dataclass
 class Pair:
-    """A student's layer and the teacher's layer that it learns from.
+    """A layer of the student and the layer of the teacher that it learns from.
 
     Attributes:
-        projector: In words.
-        picture: Tokens are places of a picture; False: places of a sequence, such as a text.
+        projector: Description of the projector.
+        picture: True if tokens are positions in an image, False if they are positions in a sequence
+            such as a text.
     """
 
     student: str
@@ -49,7 +46,7 @@ class Pair:
 
 
 class PairTable(list):
-    """A list of `Pair`, which prints as a table."""
+    """A list of `Pair` that prints as a table."""
 
     def __str__(self):
         rows = [
@@ -71,37 +68,37 @@ def pair(
     match: str = 'shape',
     projector='auto',
 ) -> PairTable:
-    """The pairs of layers with their shapes, in the given order. Each model runs on the batch in
-    evaluation mode, and is not changed.
+    """Find pairs of layers and their shapes, in the given order. Both models run on the batch in
+    evaluation mode and are not changed.
 
     What 'auto' pairs:
 
-    - Convolutional nets and U-Nets: the last layers of their stages (resolutions). They pair by resolution if this
-      includes the last stages of both, else by relative depth.
-    - A U-Net and another net: stages of equal resolution on the U-Net's way down.
-    - Transformers, LSTM stacks and MLPs: blocks at equal relative depth. Up to 6 blocks of the shorter model are all
-      paired; of more, those at the quarters.
+    - Convolutional networks and U-Nets: the last layers of their stages (resolutions). They pair by
+      resolution if that includes the last stages of both, otherwise by relative depth.
+    - A U-Net and a different network: stages of equal resolution on the U-Net's way down.
+    - Transformers, LSTM stacks and MLPs: blocks at equal relative depth. If the shorter model has
+      up to 6 blocks, all are paired; otherwise those at the quarters.
 
-    The layer that makes a model's output is never paired. 'last' is the last pair of 'auto'. Names
-    may be globs. A suffix of 'auto' or 'last' is added to all names: 'last@mean'. In 'last@map',
-    maps stay as they are.
+    The layer that produces a model's output is never paired. 'last' is the last pair of 'auto'.
+    Names may be globs. A suffix of 'auto' or 'last' is added to all names, e.g. 'last@mean'. With
+    'last@map', maps stay as they are.
 
-    'embedding' pairs the vectors that both models give to their heads. If the teacher has no head,
-    its output is the embedding. The name '' is a model's output.
+    'embedding' pairs the input vectors of both models' heads. If the teacher has no head, its
+    output is the embedding. The name '' is a model's output.
 
     Args:
-        teacher: A module, or a `Teacher`
+        teacher: A module or a `Teacher`.
         x_student: A batch of inputs: a tensor, a tuple of several, or a dict of keyword
             arguments.
         layers: 'auto', 'last', 'embedding', {'student.layer': 'teacher.layer' or a list}, pairs
             of names, or names of both.
-        x_teacher: The teacher's inputs, if they differ from the student's.
-        match: What the loss needs of the teacher's shape (see `projectors.projector`); only for
-            the table.
-        projector: What changes the shape (see `projectors.projector`); only for the table.
+        x_teacher: The teacher's inputs, if different from the student's.
+        match: What the loss needs of the teacher's shape (see `projectors.projector`). Used only
+            for the table.
+        projector: How the shape is changed (see `projectors.projector`). Used only for the table.
     """
     x_s, x_t = inputs(x_student), inputs(x_student if x_teacher is None else x_teacher)
-    word, *how = _word_of(checked_layers(layers))
+    word, *how = _parse_word(checked_layers(layers))
     if word == 'embedding':
         word, how, layers = None, [], _embeddings(student, teacher, x_s, x_t, how)
     if word:
@@ -117,12 +114,13 @@ def pair(
 
 
 def checked_layers(layers):
-    """`layers`, unless it is wrong for every model."""
-    word, *_ = _word_of(layers)
+    """Return `layers`. Raise a DistillError if it is wrong for any model."""
+    word, *_ = _parse_word(layers)
     names = [layers] if word else [n for names in _name_pairs(layers) for n in names]
     if not names:
         raise DistillError(
-            f"layers={layers!r} names no layers: give {{'student.layer': 'teacher.layer'}}, or 'auto'"
+            f'layers={layers!r} does not name any layers: use '
+            f"{{'student.layer': 'teacher.layer'}} or 'auto'"
         )
     for n in names:
         split_suffixes(n)
@@ -130,17 +128,17 @@ def checked_layers(layers):
 
 
 def check_names(student, teacher, layers):
-    """Refuse layers that these models don't have. It needs no batch."""
-    if not _word_of(layers)[0]:
+    """Raise a DistillError for layers that these models don't have. Needs no batch."""
+    if not _parse_word(layers)[0]:
         return _names_asked(student, teacher, layers)
     of = ('student', student), ('teacher', teacher)
-    for who, model in of[:1] if _word_of(layers)[0] == 'embedding' else of:
+    for who, model in of[:1] if _parse_word(layers)[0] == 'embedding' else of:
         with _InModel(who):
             check_visible(model)
 
 
-def _word_of(layers):
-    """['auto', 'last' or 'embedding', *suffixes]; [None] if `layers` holds names."""
+def _parse_word(layers):
+    """Return ['auto', 'last' or 'embedding', *suffixes], or [None] if `layers` holds names."""
     word, *how = split_suffixes(layers) if isinstance(layers, str) else [None]
     return [word, *how] if word in ('auto', 'last', 'embedding') else [None]
 
@@ -150,7 +148,7 @@ def inputs(x):
 
 
 class _InModel:
-    """Errors inside this context name the model that they are about."""
+    """Context in which errors name the model that they are about."""
 
     def __init__(self, who):
         self.who = who
@@ -175,15 +173,15 @@ def _pairs_asked(student, teacher, x_s, x_t, layers):
 
 
 def _refuse_unknown_layout(pairs):
-    """A function returns features without their layers, so nothing shows which of three axes holds
-    the channels.
+    """Raise a DistillError for features with three axes that come without a layer, so that the
+    channel axis is unknown.
     """
     for asked, s, _, t, t_shape in pairs:
         if s != asked and len(t_shape) == 3 and '@' not in t:
             raise DistillError(
-                f"The student's layer {asked!r} has its channels first, (B, C, L). The teacher's {t!r} "
-                f'of shape {t_shape} comes without its layer, so nothing shows whether it has them '
-                f"first too. Return it as tokens (B, L, C), under the name '{t}@tokens'."
+                f"The student's layer {asked!r} has its channels first, (B, C, L). The teacher's "
+                f'{t!r} of shape {t_shape} comes without its layer, so its channel axis is '
+                f"unknown. Return it as tokens (B, L, C), under the name '{t}@tokens'."
             )
 
 
@@ -192,11 +190,9 @@ def _names_asked(student, teacher, layers):
 
 
 def _name_pairs(layers):
-    """(student's pattern, teacher's pattern) of each pair, in the given order."""
+    """Return (student pattern, teacher pattern) for each pair, in the given order."""
     if isinstance(layers, Tensor):
-        raise DistillError(
-            'layers= got a tensor. Inputs that only the teacher takes go into x_teacher=.'
-        )
+        raise DistillError('layers= got a tensor. Pass inputs for only the teacher as x_teacher=.')
     if isinstance(layers, str):
         layers = [layers]
     if isinstance(layers, Mapping):
@@ -221,8 +217,8 @@ def _name_pairs(layers):
 
 
 def _matching_names(student, teacher, s, t):
-    """Pairs of the names that match the student's glob and the teacher's glob, in the order of the
-    models.
+    """Pair the names that match the student's glob with those that match the teacher's, in the
+    order of the models.
     """
     with _InModel('student'):
         a = resolve(student, s)
@@ -230,9 +226,9 @@ def _matching_names(student, teacher, s, t):
         b = resolve(teacher, t) if _has_layers(teacher) else [t]
     if len(a) != len(b):
         raise DistillError(
-            f'{s!r} names {len(a)} layers of the student ({", ".join(a)}), {t!r} names {len(b)} of the '
-            f'teacher ({", ".join(b)}). They pair in order, so the numbers must be equal. Name the '
-            'layers one by one.'
+            f'{s!r} matches {len(a)} layers of the student ({", ".join(a)}), {t!r} matches '
+            f'{len(b)} of the teacher ({", ".join(b)}). They are paired in order, so the numbers '
+            'must be equal. Name the layers one by one.'
         )
     return zip(a, b)
 
@@ -242,8 +238,8 @@ def _has_layers(model):
 
 
 def _layer_shapes(model, x, names):
-    """Given name -> (name, shape). The name gets the suffix @tokens if the layer's output is (B, C,
-    L).
+    """Return {given name: (name, shape)}. The name gets the suffix @tokens if the layer's output is
+    (B, C, L).
     """
     if not _has_layers(model):
         return _shapes_of_outputs(model, dry_run(model, *x), names)
@@ -258,13 +254,13 @@ def _layer_shapes(model, x, names):
 
 
 def names_of_tokens(model, x, names) -> list:
-    """The names with which `Taps` reads series as tokens (B, L, D): '0@tokens' if '0' is a 1d
-    convolution.
+    """Return the names with which `Taps` reads series as tokens (B, L, D), e.g. '0@tokens' if '0'
+    is a 1d convolution.
 
     Args:
-        model: A module or a `Teacher`
+        model: A module or a `Teacher`.
         x: A batch of inputs, a tuple.
-        names: Of layers, with suffixes or without.
+        names: Names of layers, with or without suffixes.
     """
     return (
         [name for name, _ in _layer_shapes(model, x, names).values()]
@@ -274,8 +270,8 @@ def names_of_tokens(model, x, names) -> list:
 
 
 def _with_tokens(modules, ran, names):
-    """Names with @tokens where a layer's output is (B, C, L), and without it where it is (B, L, D)
-    already.
+    """Add @tokens to the names of layers with output (B, C, L), and remove it if the output is
+    already (B, L, D).
     """
     first, fired = series_layers(ran), {f.module: f for f in ran}
     for name in names:
@@ -283,7 +279,7 @@ def _with_tokens(modules, ran, names):
         f = fired[modules[base]]
         shape = f.shape_in if 'in' in how else f.shape
         if shape is not None and len(shape) == 3:
-            # @tokens comes before the other changes of shape, which expect tokens
+            # @tokens comes before other changes of shape, which expect tokens
             where, turns = (
                 [h for h in how if h in ('in', 'pre')],
                 [h for h in how if h in ('map', 'mean')],
@@ -293,7 +289,9 @@ def _with_tokens(modules, ran, names):
 
 
 def _shapes_of_outputs(model, out, names):
-    """The same for a teacher without layers, such as a function, whose outputs hold features."""
+    """Like `_layer_shapes`, for a teacher without layers (such as a function) whose outputs hold
+    features.
+    """
     feats = out.feats if isinstance(out, Outputs) else {}
     # a cache holds '0' as '0@tokens' if it is a 1d convolution, see `names_of_tokens`
     plain = lambda name: [o for o in name.split('@') if o != 'tokens']
@@ -301,14 +299,14 @@ def _shapes_of_outputs(model, out, names):
     found = {n: n if n in feats or is_output(n) else alike(n) for n in names}
     if wrong := [n for n, k in found.items() if k is None]:
         raise DistillError(
-            f'Its outputs hold no layer {wrong[0]!r}. They hold: {", ".join(feats) or "no layers"}. '
-            f'{getattr(model, "layers_advice", "")}'.strip()
+            f'Its outputs have no layer {wrong[0]!r}. They have: '
+            f'{", ".join(feats) or "no layers"}. {getattr(model, "layers_advice", "")}'.strip()
         )
     return {n: (k, tuple(layer_output(Outputs.of(out), k).shape)) for n, k in found.items()}
 
 
 def _embeddings(student, teacher, x_s, x_t, how):
-    """The names of both models' embeddings, as one pair."""
+    """Return the names of both models' embeddings, as one pair."""
     with _InModel('student'):
         own, s = embedding(student, x_s), Outputs.of(dry_run(student, *x_s)).logits.shape
     with _InModel('teacher'):
@@ -317,9 +315,9 @@ def _embeddings(student, teacher, x_s, x_t, how):
             other = embedding(teacher, x_t)
         elif t == s:
             raise DistillError(
-                f"layers='embedding': the output of {model_name(teacher)} has shape {tuple(t)}, like "
-                "the student's, so it seems to be a prediction, and its layers can't be read. "
-                f"{how_to_name_layers(teacher)} '' is the teacher's output."
+                f"layers='embedding': the output of {model_name(teacher)} has shape {tuple(t)}, "
+                "like the student's, so it seems to be a prediction, and its layers can't be "
+                f"read. {how_to_name_layers(teacher)} '' is the teacher's output."
             )
         else:
             other = '' if len(t) == 2 else '@mean'
@@ -334,16 +332,17 @@ def _pairs_proposed(student, teacher, x_s, x_t):
     if a[0].kind == 'vector' and b[0].kind != 'vector':
         what = 'maps' if b[0].kind == 'map' else b[0].kind
         raise DistillError(
-            f"layers='auto' finds vectors in the student and {what} in the teacher. A vector can't be "
-            "projected to these. Name the layers: layers={'student.layer': 'teacher.layer'}."
+            f"layers='auto' finds vectors in the student but {what} in the teacher, to which "
+            "vectors can't be projected. Name the layers: "
+            f"layers={{'student.layer': 'teacher.layer'}}."
         )
     pairs = _pair_by_resolution(a, b, image_size(x_s), image_size(x_t)) or _pair_by_depth(a, b)
     return [(*_name_and_shape(s, t, x_s), *_name_and_shape(t, s, x_t)) for s, t in pairs]
 
 
 def _name_and_shape(u, other, x):
-    """Name and shape of a stage. Tokens of a square picture become a map if the other model's stage
-    is a map.
+    """Return name and shape of a stage. Tokens of a square image become a map if the other model's
+    stage is a map.
     """
     square = is_picture(x) and len(set(image_size(x))) == 1
     g = grid(u.shape[1]) if square and u.kind == 'tokens' and other.kind == 'map' else None
@@ -359,7 +358,7 @@ def _with_suffixes(name, shape, how):
 
 
 def _pair_by_depth(a, b):
-    """Stages at equal relative depth; the last pairs with the last."""
+    """Pair stages at equal relative depth. The last stages are paired."""
     n = min(len(a), len(b))
     if n > MAX_BLOCKS and any(len({u.place for u in us}) == 1 for us in (a, b)):
         n = 4
@@ -368,8 +367,8 @@ def _pair_by_depth(a, b):
 
 
 def _pair_by_resolution(a, b, size_a, size_b):
-    """Stages of equal resolution, both on the way down or both on the way up; None if resolutions
-    give no pairs.
+    """Pair stages of equal resolution, both on the way down or both on the way up. None if there
+    are no such pairs.
     """
     if not size_a or len(size_a) != len(size_b) or any(u.kind != 'map' for u in a + b):
         return None
@@ -385,15 +384,15 @@ def _pair_by_resolution(a, b, size_a, size_b):
     row = _longest_row(a, b, lambda i, j: equal(i, j) and down_a[i] == down_b[j])
     if ends(row) or all(down_a + down_b):
         return row if ends(row) else None
-    # one of the two is a U-Net: a net that ends at its full resolution pairs with its last stages. Other nets pair on
-    # its way down, or on its way up if no resolution on the way down is equal
+    # one of the two is a U-Net: a network that ends at full resolution pairs with its last stages. Others pair on its
+    # way down, or on its way up if no resolution on the way down is equal
     anywhere = _longest_row(a, b, equal)
     return anywhere if ends(anywhere) else row or anywhere or None
 
 
 def _longest_row(a, b, equal):
-    """The longest row of pairs in the order of both models. Of several such rows, the one that ends
-    last.
+    """Find the longest sequence of pairs in the order of both models. Of several, take the one that
+    ends last.
     """
     best = {}
     for i in range(len(a)):
@@ -410,8 +409,8 @@ def _longest_row(a, b, equal):
 
 
 def _going_down(us):
-    """For each stage, whether it is on the way down. A stage as large as the one before has that
-    one's direction.
+    """Return for each stage whether it is on the way down. A stage of the same size as the previous
+    one has its direction.
     """
     down = [True]
     for u, before in zip(us[1:], us):

@@ -1,4 +1,4 @@
-"Where the stages of a network end."
+"Find the layers at which the stages of a network end."
 
 import math
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ PASSIVE = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity, 
 
 
 def image_size(x):
-    """Height and width of the input pictures, or the length of an input series; empty if the input
+    """Return height and width of input images, or the length of an input series. Empty if the input
     is neither.
     """
     xs = x[0].values() if isinstance(x[0], Mapping) else x[:1]
@@ -43,14 +43,14 @@ def batch_size(x):
 
 @dataclass
 class Stage:
-    """A layer on the main road of a model, in which no other stage ends.
+    """A layer on the main path of a model in which no other stage ends.
 
     Attributes:
         kind: 'map', 'tokens' or 'vector'.
-        shape: With the channels first if it is a map.
-        weights: Number of layers in it that have weights.
-        leaf: It holds no other layers.
-        turn: The suffix that gives its output this shape.
+        shape: Output shape, with the channels first if it is a map.
+        weights: Number of layers inside it that have weights.
+        leaf: True if it contains no other layers.
+        turn: Suffix that gives its output this shape.
     """
 
     name: str
@@ -77,12 +77,12 @@ class Stage:
 
 
 def stages(model, x):
-    """The last layers of a model's stages, in the order in which they run."""
-    road = Road(model, x)
-    found = road.stages(road.walk())
-    # in a net of one resolution, the blocks are the stages
+    """Return the last layers of a model's stages, in the order in which they run."""
+    path = MainPath(model, x)
+    found = path.stages(path.walk())
+    # in a network with one resolution, the blocks are the stages
     if len(found) == 1 and found[0].kind == 'map':
-        found = road.stages(road.walk(split_maps=True))
+        found = path.stages(path.walk(split_maps=True))
     if not found:
         raise DistillError(
             f"layers='auto' finds no stages in {model_name(model)}. Name the layers: "
@@ -92,14 +92,13 @@ def stages(model, x):
 
 
 def embedding(model, x):
-    """Name of the layer whose output is the model's embedding: the first vector after the last map
-    or tokens, or else the mean of these. Of a network of vectors, the last layer before its head.
+    """Return the name of the layer whose output is the model's embedding: the first vector after
+    the last map or tokens, or otherwise their mean. For a network of vectors, it is the last layer
+    before the head.
     """
-    units = Road(model, x).walk()
+    units = MainPath(model, x).walk()
     if not units:
-        raise DistillError(
-            f'{model_name(model)} has no embedding that could be found. Name the layer.'
-        )
+        raise DistillError(f'No embedding was found in {model_name(model)}. Name the layer.')
     after = next(
         (i for i, u in reversed([*enumerate(units)]) if u.kind != 'vector'), len(units) - 2
     )
@@ -109,13 +108,15 @@ def embedding(model, x):
 
 
 def has_head(model, x):
-    "Does it end in a linear layer that is no part of a block, as a classifier does?"
-    road = Road(model, x)
-    return road.head != '' and isinstance(road.ran[road.head].module, nn.Linear)
+    """Return True if the model ends in a linear layer that is not part of a block, like a classifier."""
+    path = MainPath(model, x)
+    return path.head != '' and isinstance(path.ran[path.head].module, nn.Linear)
 
 
 def check_visible(model):
-    """Refuse a teacher without readable layers: a function, a file, several models."""
+    """Raise a DistillError for a teacher whose layers can't be read: a function, a file, several
+    models.
+    """
     if '' not in named(model):
         raise DistillError(
             f"layers='auto' needs one model whose layers can be read, not {model_name(model)}. "
@@ -123,9 +124,9 @@ def check_visible(model):
         )
 
 
-class Road:
-    """The main road through a model: its layers in order. A container is one layer unless several
-    stages end in it.
+class MainPath:
+    """The main path through a model: its layers in order. A container counts as one layer unless
+    several stages end in it.
     """
 
     def __init__(self, model, x):
@@ -134,7 +135,7 @@ class Road:
         self.ran, self.when = {f.name: f for f in ran}, {f.name: i for i, f in enumerate(ran)}
         self.first = series_layers(ran)
         self.size, self.picture = image_size(x), is_picture(x)
-        # a teacher may run slices of the batch
+        # a teacher may process the batch in slices
         ran_on = self.ran[''].shape_in if '' in self.ran else None
         self.batch = ran_on[0] if ran_on else batch_size(x)
         self.below = {}
@@ -147,8 +148,8 @@ class Road:
         self.head = self._head(ran)
 
     def _head(self, ran):
-        """The last layer with weights, which makes the output: it and later layers are no features.
-        '' if there is none.
+        """Return the last layer with weights, which produces the output. This layer and later ones
+        are not features. '' if there is none.
         """
         head = next((f.name for f in reversed(ran) if has_weights(f.module)), '')
         return (
@@ -160,7 +161,9 @@ class Road:
     # the output of a layer
 
     def look(self, name):
-        """A layer as a stage; None if its output is not a feature whose first axis is the batch."""
+        """Return a layer as a stage. None if its output is not a feature whose first axis is the
+        batch.
+        """
         f = self.ran.get(name)
         if f is None or not f.floats or not 2 <= len(f.shape) <= 5 or f.shape[0] != self.batch:
             return None
@@ -179,8 +182,8 @@ class Road:
         return Stage(name, f.module, kind, shape, weights, name not in self.below, turn)
 
     def _channels_last(self, f):
-        """Is the channel axis the last? The picture's height/width decides, else the classes of the
-        layers inside.
+        """Return True if the last axis holds the channels, judging by the image's height/width, or
+        else by the layers inside.
         """
         if len(f.shape) == 3:
             return f.module not in self.first
@@ -198,13 +201,13 @@ class Road:
     # which layers are stages
 
     def walk(self, split_maps=False):
-        """Candidates for stages, and the layers between them."""
+        """Return the candidates for stages, and the layers between them."""
         found, place = [], ()
         for n in sorted(self._open('', split_maps), key=self.when.get):
             u = self.look(n)
             if u is None:
                 continue
-            # a map that was pooled to 1 x 1 is in effect a vector
+            # a map pooled to 1 x 1 is effectively a vector
             if u.kind == 'map' and set(u.place) == {1} and max(place, default=0) > 4:
                 continue
             if u.kind == 'map':
@@ -213,8 +216,8 @@ class Road:
         return found
 
     def _open(self, name, split_maps, block=False):
-        """Names of the layers on the road at or below `name`. A `block` is one of a row, and is not
-        split.
+        """Return the names of layers on the path at or below `name`. A `block` is one of a row of
+        blocks and is not split.
         """
         at_head = not name or is_inside(self.head, name)
         if not at_head and self.when.get(name, 0) > self.when[self.head]:
@@ -228,13 +231,13 @@ class Road:
         return [] if u is None or name == self.head else [name]
 
     def _row(self, u, split_maps):
-        "Does it hold a row of blocks, each of which is a stage?"
+        "Return True if the layer contains a row of blocks that are stages."
         if u.kind == 'map' and not split_maps:
             return False
         return any(self._blocks(n, split_maps) for n in [u.name, *self._inside(u.name)])
 
     def _several(self, u):
-        "Does more than one stage end in it?"
+        "Return True if more than one stage ends in the layer."
         inside = [
             o for n in self._inside(u.name) if (o := self.look(n)) and o.weights and o.kind == 'map'
         ]
@@ -245,7 +248,7 @@ class Road:
         return bool(between) or len(others) > 1
 
     def _ends(self, u):
-        """The resolutions of the input and the output of a layer that gives a map."""
+        """Return the resolutions of the input and the output of a layer that returns a map."""
         if u.kind != 'map':
             return set()
         entry = self.ran[u.name].shape_in or ()
@@ -254,7 +257,7 @@ class Road:
         return {u.place, entry[1:3] if u.turn == '@map' else entry[2:]}
 
     def _blocks(self, name, maps):
-        "Is it a row of blocks of one class?"
+        "Return True if the layer is a row of blocks of one class."
         below = [o for n in self.below.get(name, []) if (o := self.look(n)) and o.deep]
         found = {(type(o.module), o.kind, o.place if o.kind == 'tokens' else None) for o in below}
         return len(below) > 1 and len(found) == 1 and (maps or below[0].kind != 'map')
@@ -267,9 +270,9 @@ class Road:
     # where stages end
 
     def stages(self, units):
-        """The last layer of each stage."""
+        """Return the last layer of each stage."""
         groups = self._groups([u for u in units if u.kind != 'vector'])
-        # in a net with blocks, single layers are stems and necks, not stages
+        # in a network with blocks, single layers are stems and necks, not stages
         if any(u.deep for g in groups for u in g):
             groups = [g for g in groups if any(u.deep for u in g)]
         if not groups:
@@ -281,7 +284,7 @@ class Road:
         return [self._end(g) for g in groups]
 
     def _groups(self, units):
-        """Groups of consecutive layers of one resolution and dilation, if any of them has weights."""
+        """Group consecutive layers of one resolution and dilation, if any of them has weights."""
         groups, place, dilation = [], None, None
         for u in units:
             here = u.kind, self._place(u)
@@ -300,7 +303,7 @@ class Road:
         return (grid(u.shape[1]) or u.shape)[1:] if self.picture else ()
 
     def _layers(self, units):
-        """Each layer with weights, together with the activations after it."""
+        """Group each layer with weights with the activations after it."""
         groups = []
         for u in units:
             if u.weights:
@@ -310,7 +313,7 @@ class Road:
         return groups
 
     def _stem(self, group, units):
-        "Is this group just the one layer at the entry that shrinks the picture?"
+        "Return True if this group is just the first layer, which shrinks the image."
         entry, *more = [u for u in group if u.weights]
         first = next(u for u in units if u.weights)
         return (
@@ -321,7 +324,7 @@ class Road:
         )
 
     def _end(self, group):
-        """The last block; if there are no blocks, the last activation after the single layers."""
+        """Return the last block, or, without blocks, the last activation after the single layers."""
         blocks = any(u.deep for u in group)
         i = max(i for i, u in enumerate(group) if u.weights and (u.deep or not blocks))
         tail = group[i + 1 :]
@@ -341,8 +344,8 @@ def is_inside(name, above):
 
 
 def has_weights(m):
-    """1 if a layer has weight matrices or kernels itself, 2 if it is an RNN. Embeddings and single
-    tokens don't count.
+    """Return 1 if a layer itself has weight matrices or kernels, 2 if it is an RNN. Embeddings and
+    single tokens don't count.
     """
     if isinstance(m, nn.RNNBase):
         return 2

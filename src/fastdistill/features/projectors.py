@@ -1,4 +1,4 @@
-"Project the student's features to the teacher's shape: first to its grid, then to its channels."
+"Project the student's features to the teacher's shape: first the grid, then the channels."
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ class _BatchNorm(nn.BatchNorm1d):
 
 
 def _mapper(kind, a, b, dims):
-    """A layer from `a` to `b` channels that maps each position alone."""
+    """Build a layer that maps each position from `a` to `b` channels."""
     n = dims - 2 if dims > 3 else 0
     one = lambda i, o, **kw: CONV[n](i, o, 1, **kw) if n else nn.Linear(i, o, **kw)
     if kind == 'auto':
@@ -39,19 +39,17 @@ def _default_kind(dims):
 
 
 class Projector(nn.Module):
-    """`p(s, t)` is the student's features in the teacher's shape; of `t` only the size of its grid
-    is used.
+    """Module that maps student features to the teacher's shape, as `p(s, t)`. Only the grid size of
+    `t` is used.
     """
 
     def __init__(self, s_shape, t_shape, kind, match, picture=True):
         super().__init__()
-        self.s_shape, self.t_shape, self.match, self.picture = (
-            tuple(s_shape),
-            tuple(t_shape),
-            match,
-            picture,
-        )
-        self.own = not isinstance(kind, str)  # the user's own module or function
+        self.s_shape = tuple(s_shape)
+        self.t_shape = tuple(t_shape)
+        self.match = match
+        self.picture = picture
+        self.own = not isinstance(kind, str)  # the user's module or function
         self.text = describe_projector(s_shape, t_shape, kind, match)
         self.map = kind if self.own else None
         if not self.own and _needs_mapping(s_shape, t_shape, kind, match):
@@ -62,7 +60,7 @@ class Projector(nn.Module):
         self,
         s: Tensor,  # student's features
         t: Tensor
-        | None = None,  # teacher's features, whose grid may differ from batch to batch; None: that of `t_shape`
+        | None = None,  # teacher's features, whose grid may change between batches. None: grid of `t_shape`
     ) -> Tensor:
         like = (len(s), *self.t_shape[1:]) if t is None else tuple(t.shape)
         if not self.own and self.match != 'none':
@@ -72,7 +70,7 @@ class Projector(nn.Module):
         p = [*self.parameters(), None][
             0
         ]  # subtle: PyTorch 2.6 does not compile `next` with a default
-        # subtle: features of a pass under autocast have half precision, and autocast may have ended by now
+        # subtle: features computed under autocast have half precision, and autocast may have ended by now
         if p is not None and p.dtype != s.dtype and not torch.is_autocast_enabled(s.device.type):
             s = s.to(p.dtype)
         y = self.map(s)
@@ -90,9 +88,9 @@ class Projector(nn.Module):
             need = 'shape' if self.match == 'shape' else 'grid'
             raise DistillError(
                 f'The projector {self.text} returned {got} for student features of shape '
-                f"{tuple(s.shape)}. This loss needs the teacher's {need}, "
-                f'{like if need == "shape" else _places(like)}. Change the output of the module, or use '
-                "projector='auto'."
+                f"{tuple(s.shape)}, but this loss needs the teacher's {need}, "
+                f'{like if need == "shape" else _places(like)}. Change the output of the module, '
+                "or use projector='auto'."
             )
 
     def extra_repr(self):
@@ -111,60 +109,58 @@ def _places(shape):
 
 
 def _needs_mapping(s_shape, t_shape, kind, match):
-    """Does the projector have weights? One with a named kind always has."""
+    """Return True if the projector needs weights. One with a named kind always does."""
     return kind != 'auto' or (match == 'shape' and _channels(s_shape) != _channels(t_shape))
 
 
 def projector(
     s_shape, t_shape, kind='auto', match: str = 'shape', picture: bool = True
 ) -> Projector:
-    """A module from the student's shape to the teacher's. It has parameters only if channels differ
-    or a kind is named.
+    """Build a module that maps the student's shape to the teacher's. It has parameters only if the
+    channels differ or a kind is named.
 
-    First the grid: features are average-pooled to a smaller grid and interpolated to a larger one.
+    First the grid: features are average-pooled to a smaller grid or interpolated to a larger one.
     Tokens become a map without their class and register tokens. A map becomes tokens, with its mean
-    instead of the class and register tokens.
+    in place of the class and register tokens.
 
-    Then the channels, each position alone: vectors and tokens get a linear layer, maps a 1x1
+    Then the channels, at each position: vectors and tokens get a linear layer, maps a 1x1
     convolution and a batch norm, as in OFD (arXiv:1904.01866). arXiv:2303.11098 also recommends a
-    linear layer with a normalized output. No ReLU follows, unlike in CRD's code (arXiv:1910.10699),
-    since the student could not reach negative values of the teacher.
+    linear layer with a normalized output. Unlike in CRD's code (arXiv:1910.10699), no ReLU follows,
+    because the student could not match negative values of the teacher.
 
     Args:
-        s_shape: Of the student's features: (B, D) vector, (B, L, D) tokens, (B, C, H, W) map;
-            any B.
-        t_shape: Of the teacher's features, in any of these forms.
-        kind: 'auto', 'linear' or 'conv' (1x1), 'conv_bn', 'mlp', or your own module or
-            function.
-        match: What the loss needs: the teacher's 'shape', only its 'grid' (positions), or
-            'none'.
-        picture: Tokens are positions of a picture if their number allows it; False: of a
-            sequence.
+        s_shape: Shape of the student's features: (B, D) vector, (B, L, D) tokens or (B, C, H, W)
+            map, with any B.
+        t_shape: Shape of the teacher's features, in any of these forms.
+        kind: 'auto', 'linear' or 'conv' (1x1), 'conv_bn', 'mlp', or your own module or function.
+        match: What the loss needs: the teacher's 'shape', only its 'grid' (positions), or 'none'.
+        picture: True if tokens are positions in an image (if their number allows it), False if they
+            are positions in a sequence.
     """
     check_projector(s_shape, t_shape, kind, match)
     return Projector(s_shape, t_shape, kind, match, picture)
 
 
 def checked_projector(kind):
-    """`kind`, if it is possible for any shape."""
+    """Return `kind`. Raise a DistillError if it is not valid for any shape."""
     if isinstance(kind, type) or not (callable(kind) or kind in PROJECTORS):
         raise DistillError(
-            f'projector={kind!r}: must be one of {", ".join(map(repr, PROJECTORS))}, a module (not its '
-            'class) and a function'
+            f'projector={kind!r}: must be one of {", ".join(map(repr, PROJECTORS))}, a module '
+            '(not its class) or a function'
         )
     return kind
 
 
 def check_projector(s_shape, t_shape, kind, match):
-    """Refuse options that are wrong for these shapes."""
+    """Raise a DistillError for options that are wrong for these shapes."""
     checked_projector(kind)
     if match not in MATCHES:
         raise DistillError(f'match={match!r}: must be one of {", ".join(map(repr, MATCHES))}')
     s, t = len(s_shape), len(t_shape)
     if not (2 <= s <= 5 and 2 <= t <= 5):
         raise DistillError(
-            f'No projector from {tuple(s_shape)} to {tuple(t_shape)}: it takes vectors (B, D), '
-            'tokens (B, L, D) and maps (B, C, H, W)'
+            f"Can't project {tuple(s_shape)} to {tuple(t_shape)}: shapes must be vectors (B, D), "
+            'tokens (B, L, D) or maps (B, C, H, W)'
         )
     if (
         not callable(kind)
@@ -175,13 +171,12 @@ def check_projector(s_shape, t_shape, kind, match):
     ):
         raise DistillError(
             f"The student's {tuple(s_shape)} has no grid that fits the teacher's {tuple(t_shape)}. "
-            'Pair it with a layer of the same kind (before or after the pooling), or give a module as '
-            'projector.'
+            'Pair it with a layer of the same kind (before or after the pooling), or pass a module as projector.'
         )
 
 
 def describe_projector(s_shape, t_shape, kind='auto', match='shape') -> str:
-    """What `projector` makes for these shapes, in words."""
+    """Describe the module that `projector` builds for these shapes."""
     if not isinstance(kind, str):
         return getattr(kind, '__name__', type(kind).__name__)
     parts = []

@@ -10,17 +10,17 @@ from ..base.outputs import DistillError
 
 __all__ = ['as_map', 'as_tokens', 'as_vector', 'grid', 'resize', 'to_grid']
 
-# number of tokens before those of the picture: none; class; class and distillation; 4 registers; class and 4 registers
+# numbers of tokens before those of the image: none; class; class and distillation; 4 registers; class and 4 registers
 LEAD = 0, 1, 2, 4, 5
 
 
 def grid(n: int, aspect: float = 1.0):
-    """(tokens to skip, height, width) of the map that `n` tokens fill after class and register
-    tokens; None if none fits.
+    """Return (tokens to skip, height, width) of the map that `n` tokens fill after class and
+    register tokens. None if none fits.
 
     Args:
         n: Number of tokens.
-        aspect: Height over width of the picture.
+        aspect: Height over width of the image.
     """
     for skip in (k for k in LEAD if k < n):
         h = max(1, round(math.sqrt((n - skip) * aspect)))
@@ -30,11 +30,12 @@ def grid(n: int, aspect: float = 1.0):
 
 
 def as_map(y: Tensor, aspect: float = 1.0) -> Tensor:
-    """(B, C, H, W), without class and register tokens.
+    """Convert tokens, or a map with channels last, to (B, C, H, W), without class and register
+    tokens.
 
     Args:
-        y: (B, L, D) tokens, or channels-last (B, H, W, C).
-        aspect: Height over width of the picture, for tokens.
+        y: Tokens (B, L, D), or a map (B, H, W, C).
+        aspect: Height over width of the image, for tokens.
     """
     if y.dim() == 4:
         return y.movedim(-1, 1)
@@ -51,23 +52,24 @@ def as_map(y: Tensor, aspect: float = 1.0) -> Tensor:
 
 
 def as_tokens(y: Tensor) -> Tensor:
-    """(B, L, C): one token per position.
+    """Convert features to one token per position, (B, L, C).
 
     Args:
-        y: (B, C, H, W) or (B, C, L), channels first.
+        y: Features with channels first, (B, C, H, W) or (B, C, L).
     """
     if y.dim() < 3:
         raise DistillError(
-            f'Features of shape {tuple(y.shape)} have no positions to make tokens of: remove @tokens.'
+            f'Features of shape {tuple(y.shape)} have no positions to turn into tokens: remove '
+            '@tokens.'
         )
     return y.flatten(2).transpose(1, 2)
 
 
 def as_vector(y: Tensor) -> Tensor:
-    """(B, C): the mean over positions.
+    """Average over positions, (B, C).
 
     Args:
-        y: (B, C, H, W), or (B, L, D) tokens.
+        y: A map (B, C, H, W) or tokens (B, L, D).
     """
     return y if y.dim() < 3 else y.mean(1) if y.dim() == 3 else y.flatten(2).mean(2)
 
@@ -77,10 +79,10 @@ SMOOTH = {1: 'linear', 2: 'bilinear', 3: 'trilinear'}
 
 
 def resize(x: Tensor, size) -> Tensor:
-    """Axes that shrink are average-pooled, axes that grow are interpolated.
+    """Resize a grid. Axes that shrink are average-pooled, axes that grow are interpolated.
 
     Args:
-        x: (B, C, *grid).
+        x: Features, (B, C, *grid).
         size: The new grid.
     """
     size, now = tuple(size), tuple(x.shape[2:])
@@ -91,14 +93,14 @@ def resize(x: Tensor, size) -> Tensor:
 
 
 def to_grid(s: Tensor, like, picture: bool = True) -> Tensor:
-    """The student's features on the teacher's grid, with the student's channels: maps become tokens
-    and tokens maps.
+    """Convert the student's features to the teacher's grid, with the student's channels. Maps
+    become tokens, or tokens a map, if needed.
 
     Args:
-        s: Student: (B, D), (B, L, D), (B, C, H, W) or (B, C, D, H, W).
+        s: Student features, (B, D), (B, L, D), (B, C, H, W) or (B, C, D, H, W).
         like: Shape of the teacher's tensor.
-        picture: Tokens are positions of a picture if their number allows it; False: of a
-            sequence.
+        picture: True if tokens are positions in an image (if their number allows it), False if they
+            are positions in a sequence.
     """
     dims = s.dim(), len(like)
     if dims in ((2, 2), (3, 3)) and s.shape[1] == like[1]:
@@ -115,7 +117,7 @@ def to_grid(s: Tensor, like, picture: bool = True) -> Tensor:
 
 
 def _resize_tokens(s, n, picture):
-    """(B, L, D) as (B, n, D): in two dimensions if both are pictures, else along the sequence."""
+    """Resize (B, L, D) to (B, n, D): in two dimensions if both are images, else along the sequence."""
     a, b = grid(s.shape[1]), grid(n)
     if not picture or a is None or b is None:
         return resize(s.transpose(1, 2), (n,)).transpose(1, 2)
@@ -126,15 +128,16 @@ def _map_as_tokens(s, n):
     g = grid(n, s.shape[2] / s.shape[3])
     if g is None:
         raise DistillError(
-            f"The student's map of shape {tuple(s.shape)} can't become the teacher's {n} tokens: after "
-            'class and register tokens, these fill no grid of that height/width. Pair maps with maps '
-            'and sequences with sequences, or give a module as projector.'
+            f"The student's map of shape {tuple(s.shape)} can't be converted to the teacher's {n} "
+            'tokens: without class and register tokens, they do not fill a grid of that '
+            'height/width. Pair maps with maps and sequences with sequences, or pass a module as '
+            'projector.'
         )
     return _with_class_tokens(s[:, :0, :0, 0], as_tokens(resize(s, g[1:])), g[0])
 
 
 def _with_class_tokens(lead, x, n):
-    """`x` after `n` class and register tokens: the student's own, then the mean over its picture
+    """Prepend `n` class and register tokens to `x`: the student's own, then the mean over its image
     for missing ones.
     """
     lead = lead[:, :n]

@@ -22,16 +22,16 @@ TURNS = dict(map=as_map, tokens=as_tokens, mean=as_vector)
 
 
 def is_output(name):
-    "Is it the model itself, whose output is read?"
+    "Return True if `name` stands for the model's output."
     return name.split('@')[0] == ''
 
 
 def layer_output(o: Outputs, name):
-    """What a layer returned; None if the outputs do not hold it.
+    """Return the output of a layer, or None if `o` does not contain it.
 
     Args:
-        o: Of a batch.
-        name: Of a layer, or '' for the model itself.
+        o: Outputs of a batch.
+        name: Name of a layer, or '' for the model itself.
     """
     if not is_output(name):
         return o.feats.get(name)
@@ -42,7 +42,7 @@ def layer_output(o: Outputs, name):
 
 
 class _Tap:
-    """A hook on one layer. It holds that layer and the dict to which it writes. A copy of it does
+    """Hook on one layer. It holds the layer and the dict to which it writes. A copy of it does
     nothing.
     """
 
@@ -62,7 +62,7 @@ class _Tap:
             self.seen[self.name] = self.read(y)
 
     def read(self, y):
-        # subtle: compiled code does not count the versions of tensors, so only a copy is safe there
+        # subtle: compiled code does not track the versions of tensors, so only a copy is safe there
         compiling = torch.compiler.is_compiling()
         if 'in' in self.how or 'pre' in self.how or compiling:
             y = y.clone()
@@ -71,30 +71,28 @@ class _Tap:
         return y, None if compiling or y.is_inference() else y._version
 
     # subtle: a model may be copied (EMA) or pickled (export) while it has hooks. A copied hook is a function that does
-    # nothing, takes any arguments, and loads where fastdistill is not installed
+    # nothing, takes any arguments, and can be loaded where fastdistill is not installed
     def __reduce__(self):
         return getattr, (contextlib.nullcontext(), '__exit__')
 
 
 class Taps:
-    """Read named layers of a model: `attach`, run the model, `pop`, `detach`; or `with Taps(model,
-    names) as taps`.
+    """Reader of named layers of a model: `attach`, run the model, `pop`, `detach`, or `with
+    Taps(model, names) as taps`.
 
-    Outputs keep their gradient. In a tuple, dict or ModelOutput the main tensor is read. If a layer
-    runs several times in one forward pass, the last run is read. Replicas of DataParallel and
+    Outputs keep their gradient. From a tuple, dict or ModelOutput, the main tensor is read. If a
+    layer runs several times in one forward pass, the last run counts. Replicas of DataParallel and
     copies of the model are not read.
 
     Args:
-        model: Wrapped (DDP, torch.compile) or not.
-        names: One name or glob, or a list of them, as `resolve` takes them.
+        model: A model, possibly wrapped by DDP or torch.compile.
+        names: One name or glob, or a list of them, as in `resolve`.
     """
 
     def __init__(self, model: nn.Module, names):
         names = [names] if isinstance(names, str) else names
         self.model, self.seen, self.handles = model, {}, []
-        self.compiled = is_compiled(
-            model
-        )  # does it have parts that were compiled by torch.compile?
+        self.compiled = is_compiled(model)  # True if parts of it were compiled by torch.compile
         have = named(model)
         self.names = list(dict.fromkeys(n for p in names for n in resolve_among(model, have, p)))
 
@@ -103,7 +101,7 @@ class Taps:
         self.detach()
         if self.names:
             _heed_hooks(self.model)
-        # layers are looked up now, since SyncBatchNorm may have replaced some after the names were given
+        # layers are looked up only now, since SyncBatchNorm may have replaced some after the names were given
         for n, m in [(n, self._layer(n)) for n in self.names]:
             tap = _Tap(n, m, self.seen)
             before = 'in' in tap.how
@@ -120,15 +118,15 @@ class Taps:
         try:
             m = unwrap(self.model).get_submodule(name)
         except (AttributeError, RuntimeError):
-            m = None  # a teacher, a compiled part, TorchScript
+            m = None  # a teacher, a compiled part or TorchScript
         if m is None:
             m = named(self.model).get(name)
         if m is None:
             raise DistillError(no_such_layer(self.model, name, list(named(self.model))))
         if isinstance(m, torch.jit.ScriptModule):
             raise DistillError(
-                f"Layer {name!r} is TorchScript, whose parts can't be read. Use the nn.Module that it "
-                'was made from.'
+                f"Layer {name!r} is TorchScript, whose parts can't be read. Use the nn.Module "
+                'that it was made from.'
             )
         return m
 
@@ -147,17 +145,17 @@ class Taps:
 
     def __exit__(
         self, error, *_
-    ):  # after a `with` without an error, the tensors can still be popped
+    ):  # after a `with` block without an error, the tensors can still be popped
         self._unhook() if error is None else self.detach()
 
     @property
     def feats(self):
-        """Layer name -> tensor, in the given order, of the layers that ran so far."""
+        """{layer name: tensor} of the layers that ran so far, in the given order."""
         return {n: self.seen[n][0] for n in self.names if isinstance(self.seen.get(n), tuple)}
 
     def pop(self) -> dict:
-        """Layer name -> tensor, in the given order, of the batch that just ran. The tensors are
-        removed from here.
+        """Return {layer name: tensor} of the last batch, in the given order, and forget the
+        tensors.
         """
         seen = dict(self.seen)
         self.seen.clear()
@@ -167,34 +165,34 @@ class Taps:
         model, (base, *how) = model_name(self.model), name.split('@')
         if seen is None:
             raise DistillError(
-                f"Layer {name!r} of {model} did not run in this batch, or ran where it can't be read: "
-                'in replicas of DataParallel, or in a function that was compiled around the model. Pop '
-                'taps after the model ran and before you detach them. layers(model, x) shows a shape '
-                'for the layers that run.'
+                f"Layer {name!r} of {model} did not run in this batch, or ran where it can't be "
+                'read: in replicas of DataParallel, or in a function compiled around the model. '
+                'Call pop() after the model runs and before detach(). layers(model, x) shows a '
+                'shape for each layer that runs.'
             )
         if isinstance(seen, str):
             raise DistillError(
-                f'Layer {name!r} of {model} returned a {seen} with no tensor in it. layers(model, x) '
-                'shows a shape for the layers that return a tensor.'
+                f'Layer {name!r} of {model} returned a {seen} without a tensor. layers(model, x) '
+                'shows a shape for each layer that returns a tensor.'
             )
         y, version = seen
         if version is not None and y._version != version:
             copied = '@'.join([base, 'pre', *how])
             raise DistillError(
-                f'The output of {name!r} of {model} was overwritten by a later in-place activation or '
-                f"addition. Name '{copied}' to get a copy from before that, or name the layer that "
-                'overwrote it.'
+                f'The output of {name!r} of {model} was overwritten by a later in-place '
+                f"activation or addition. Use the name '{copied}' for a copy of the original "
+                'output, or name the layer that overwrote it.'
             )
         return y
 
 
 def _heed_hooks(model):
-    """Make torch.compile check for hooks. Code that it compiled before never runs hooks, and is
+    """Make torch.compile check for hooks. Code compiled before never runs hooks, so it is
     discarded.
     """
     if 'torch._dynamo' not in sys.modules or not is_compiled(model):
         return
     if not torch._dynamo.config.skip_nnmodule_hook_guards:
-        return  # done already in this process
+        return  # already done in this process
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Losses: pure functions of two tensors, student first, and a module form of each."""
+"""Losses: pure functions of two tensors, student first, and their module forms."""
 
 from . import decoupled, dense, divergence, feature, relation, response
 from ._base import loss

@@ -1,5 +1,5 @@
-"""What all losses share: precision, shapes, the mask, the reduction, and the module form of a
-function.
+"""What all losses have in common: precision, shape checks, mask, reduction, and the module form of
+a function.
 """
 
 import functools
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def _full(x, detach=False):
-    """`x` (a tensor, or a list of them) in float32 or better."""
+    """Convert `x` (a tensor, or a list of them) to float32, or float64 if it is that already."""
     if isinstance(x, (list, tuple)):
         return [_full(o, detach) for o in x]
     if not isinstance(x, Tensor):
@@ -49,19 +49,19 @@ def loss(
     samples: bool = False,
     relates: bool = False,
 ):
-    """Make a loss of `fn(s, t, ...)`: `@loss(match='grid')`.
+    """Decorate `fn(s, t, ...)` as a loss, e.g. `@loss(match='grid')`.
 
-    The loss runs in float32 or better, also under autocast. No gradient reaches the teacher. The
-    options become attributes, from which a `Term` reads what the loss needs.
+    The loss runs in float32 or float64, even under autocast. No gradient reaches the teacher. The
+    options become attributes, which tell a `Term` what the loss needs.
 
     Args:
-        kind: The logits that the loss is for: 'softmax', 'sigmoid', 'regression'; None: any.
-        match: What student and teacher features must share: 'shape', 'grid' (positions only) or
-            'none'.
-        lists: True: the loss takes the features of all layers at once, as two lists.
-        samples: True: the loss's `mask` has one value per sample, not per position.
-        relates: True: the loss compares samples with each other. Of several processes that
-            train together, all then compare the samples of all.
+        kind: Outputs that the loss is for: 'softmax', 'sigmoid' or 'regression'. None for any.
+        match: What must be equal in student and teacher features: 'shape', 'grid' (positions only)
+            or 'none'.
+        lists: True if the loss takes the features of all layers at once, as two lists.
+        samples: True if the loss's `mask` has one value per sample, not per position.
+        relates: True if the loss compares samples with each other. In distributed training, each
+            process then sees the samples of all processes.
     """
     if callable(kind):
         raise DistillError(
@@ -79,20 +79,18 @@ def loss(
             with torch.autocast(first.device.type, enabled=False):
                 return fn(_full(s), _full(t, detach=True), *args, **kwargs)
 
-        call.kind, call.match, call.lists, call.samples, call.relates = (
-            kind,
-            match,
-            lists,
-            samples,
-            relates,
-        )
+        call.kind = kind
+        call.match = match
+        call.lists = lists
+        call.samples = samples
+        call.relates = relates
         return call
 
     return decorate
 
 
 def fit_mask(mask: Tensor, shape):
-    """`mask` as a plain tensor of this shape; refused if it does not fit."""
+    """Expand `mask` to this shape, as a plain tensor. Raise a DistillError if it does not fit."""
     if mask.dim() > len(shape) or any(
         m not in (1, n) for m, n in zip(mask.shape[::-1], shape[::-1])
     ):
@@ -104,13 +102,12 @@ def fit_mask(mask: Tensor, shape):
 
 
 def reduce(v: Tensor, reduction: str = 'mean', mask: Tensor | None = None):
-    """Reduce `v` where `mask` counts; an empty mask gives 0 with a gradient, never nan.
+    """Reduce `v` over the positions that count. An empty mask gives 0 with a gradient, never nan.
 
     Args:
         v: One value per position.
         reduction: 'mean' over the positions that count, 'sum', or 'none'.
-        mask: The shape of `v` (or one that broadcasts to it): True, or a weight, where a
-            position counts.
+        mask: True, or a weight, where a position counts. Has the shape of `v`, or broadcasts to it.
     """
     if reduction not in ('mean', 'sum', 'none'):
         raise DistillError(f"reduction={reduction!r}: must be 'mean', 'sum' or 'none'")
@@ -126,7 +123,7 @@ def reduce(v: Tensor, reduction: str = 'mean', mask: Tensor | None = None):
 
 
 def same_shape(s: Tensor, t: Tensor):
-    """Refuse shapes that would broadcast silently."""
+    """Raise a DistillError for shapes that would broadcast silently."""
     if s.shape != t.shape:
         raise DistillError(
             f"The student's output has shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: they "
@@ -138,7 +135,7 @@ def same_shape(s: Tensor, t: Tensor):
 
 
 def temperature(T):
-    """`T`, if it is a valid temperature."""
+    """Return `T` if it is a valid temperature."""
     if not T > 0:
         raise DistillError(
             f'T={T}: a temperature is a number above 0. T=1 does not change the logits, 2 to 8 soften '
@@ -148,25 +145,25 @@ def temperature(T):
 
 
 def class_axis(x: Tensor, axis: int):
-    """`axis` counted from the front, if `x` has it."""
+    """Return `axis` as a non-negative index. Raise a DistillError if `x` has no such axis."""
     if not -x.dim() <= axis < x.dim():
         raise DistillError(f'axis={axis}: outputs of shape {tuple(x.shape)} have no such axis')
     return axis % x.dim()
 
 
 def log_probs(x: Tensor, T: float = 1.0, axis: int = 1):
-    """log softmax of `x/T` over the class axis."""
+    """Compute the log-softmax of `x/T` over the class axis."""
     return F.log_softmax(x / temperature(T), class_axis(x, axis))
 
 
 def expect(lp: Tensor, v: Tensor):
-    """`exp(lp)*v`, and 0 where the probability is 0 (`v` may be infinite there)."""
+    """Compute `exp(lp)*v`, with 0 where the probability is 0 (`v` may be infinite there)."""
     zero = lp == -torch.inf
     return lp.exp() * v.masked_fill(zero, 0.0)
 
 
 def channels_first(x: Tensor, axis: int = 1):
-    """`x` with its channel axis moved to 1."""
+    """Move the channel axis of `x` to 1."""
     if x.dim() < 2 or not -x.dim() <= axis < x.dim() or axis % x.dim() == 0:
         raise DistillError(
             f'axis={axis}: features of shape {tuple(x.shape)} have no such channel axis. Axis 0 is the '
@@ -176,14 +173,14 @@ def channels_first(x: Tensor, axis: int = 1):
 
 
 def cells(x: Tensor, axis: int = 1):
-    """`x` as (B, C, P): channels, then all positions in a row; a vector has one position."""
+    """Reshape `x` to (B, C, P): channels, then all positions. A vector has one position."""
     x = channels_first(x, axis)
     return x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
 
 
 def unit(x: Tensor, axis: int = 1, least: Tensor | float = 0.0):
-    """`x` scaled to length 1 along `axis`. Zero vectors stay zero and get no gradient;
-    `F.normalize` would multiply their gradient by 1e12.
+    """Scale `x` to length 1 along `axis`. Zero vectors stay zero and get no gradient (`F.normalize`
+    would multiply their gradient by 1e12).
 
     Args:
         least: Vectors of at most this length count as zero.
@@ -193,7 +190,7 @@ def unit(x: Tensor, axis: int = 1, least: Tensor | float = 0.0):
 
 
 class Loss(nn.Module):
-    """The module form of the loss function `fn`: it only holds options."""
+    """Module form of the loss function `fn`. It only holds options."""
 
     fn = None
 
@@ -218,8 +215,8 @@ class Loss(nn.Module):
 
     @property
     def kind(self):
-        """What the logits must be: 'softmax' over classes, 'sigmoid' per label, 'regression'; None:
-        anything.
+        """Outputs that the loss is for: 'softmax' over classes, 'sigmoid' per label or
+        'regression'. None for any.
         """
         return getattr(self.fn, 'kind', None)
 
@@ -227,11 +224,11 @@ class Loss(nn.Module):
         return self.fn(s, t, *args, **{**self.options, **kwargs})
 
     def option(self, name):
-        """An option's value: given, or the function's own default."""
+        """Return the value of an option: the given one, or the function's default."""
         return self.options.get(name, inspect.signature(self.fn).parameters[name].default)
 
     def prepare(self, s, t, layer=None, axis=None):
-        """Create the tensors that a loss owns. Called once, with the projected student features,
+        """Create the tensors that the loss owns. Called once, with the projected student features,
         the teacher features and the teacher's layer.
         """
 

@@ -1,4 +1,6 @@
-"One value per position, computed in chunks: large logits need no more memory than their gradient."
+"""Compute one value per position in chunks, so that large logits need no more memory than their
+gradient.
+"""
 
 from functools import partial
 from math import isfinite
@@ -10,23 +12,23 @@ from ._base import class_axis
 
 __all__ = ['blanked', 'chunk_size', 'chunks', 'in_three', 'per_position', 'rows_at', 'seen_finite']
 
-# numbers in a chunk: on a CPU it should stay in the cache, on a GPU it should fill the device
+# elements per chunk: small enough for the cache of a CPU, large enough to fill a GPU
 ON_CPU, ON_GPU = 2**16, 2**24
 
 
 def per_position(
     values, s: Tensor, t: Tensor, axis: int = 1, mask: Tensor | None = None, slope=None
 ) -> Tensor:
-    """`values` of all logits, without the class axis.
+    """Compute `values` for all logits. The result has no class axis.
 
     Args:
-        values: fn(s, t, axis=) -> one value per position, each from the logits of that position
-            alone.
+        values: fn(s, t, axis=) -> one value per position, each computed only from the logits at
+            that position.
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
         axis: Class axis.
-        mask: `s` without the class axis: where it is 0, logits count as 0.
-        slope: fn(s, t, axis=): the gradient of `values` with respect to `s`; None: autograd's.
+        mask: Shape of `s` without the class axis. Logits are replaced by 0 where it is 0.
+        slope: fn(s, t, axis=) -> gradient of `values` with respect to `s`. None to use autograd.
     """
     axis, size = class_axis(s, axis), chunk_size(s)
     if size is None:
@@ -40,7 +42,7 @@ def per_position(
 
 
 def chunk_size(x):
-    """Numbers in a chunk of these logits; None: they are better taken at once."""
+    """Return the number of elements per chunk of these logits, or None if they need no chunks."""
     size = ON_CPU if x.is_cpu else ON_GPU
     return (
         None
@@ -50,13 +52,13 @@ def chunk_size(x):
 
 
 def in_transform():
-    """torch.func's transforms see into the loss."""
+    """Return True inside a torch.func transform, which needs to see every operation of the loss."""
     return getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)() is not None
 
 
 def seen_finite(*xs):
-    """Are all numbers finite? Asked where the answer is quick: on a CPU, and where no graph is
-    built.
+    """Return True if all numbers are known to be finite. Checked only where that is fast: on a CPU,
+    without a graph.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform():
         return False
@@ -64,14 +66,14 @@ def seen_finite(*xs):
 
 
 def in_three(x, axis):
-    """`x` as (positions before the classes, classes, positions after them)."""
+    """Reshape `x` to (positions before the class axis, classes, positions after it)."""
     before, after = x.shape[:axis].numel(), x.shape[axis + 1 :].numel()
     return x.reshape(before, x.shape[axis], after)
 
 
 def blanked(fn, s, t, mask, axis=1, **options):
-    """`fn`, with 0 where the mask drops a position, so that a nan there reaches neither the loss
-    nor the gradient.
+    """Call `fn` with 0 at masked positions, so that a nan there reaches neither the loss nor the
+    gradient.
     """
     if mask is not None:
         s, t = [x.where(mask > 0, 0.0) for x in (s, t)]
@@ -79,7 +81,7 @@ def blanked(fn, s, t, mask, axis=1, **options):
 
 
 def chunks(shape, size):
-    """Slices of (before, classes, after), each of about `size` numbers."""
+    """Yield slices of (before, classes, after) with about `size` elements each."""
     a, c, p = shape
     rows, cols = max(size // (c * p), 1), max(min(p, size // c), 1)
     for i in range(0, a, rows):
@@ -88,7 +90,7 @@ def chunks(shape, size):
 
 
 class Chunked(torch.autograd.Function):
-    """Values of (before, classes, after), whose backward pass computes each chunk again."""
+    """Values of logits (before, classes, after). The backward pass recomputes each chunk."""
 
     @staticmethod
     def forward(ctx, s, t, mask, values, slope, size):
@@ -113,8 +115,8 @@ class Chunked(torch.autograd.Function):
 
 
 def rows_at(tensors, i):
-    """A chunk of each, without the last axis where that has one element: PyTorch's softmax is
-    faster over the last axis.
+    """Return chunk `i` of each tensor, without a last axis of size 1: PyTorch's softmax is faster
+    over the last axis.
     """
     rows = [None if x is None else x[i] for x in tensors]
     return rows if rows[0].shape[2] > 1 else [None if x is None else x.squeeze(2) for x in rows]
@@ -127,5 +129,5 @@ def by_autograd(values, s, t, mask):
 
 
 def second_order(values, s, t, mask, g):
-    """The gradient, with a graph of its own and without chunks."""
+    """Compute the gradient with its own graph and without chunks."""
     return torch.autograd.grad(values(s, t, mask).unsqueeze(1), s, g, create_graph=True)[0]

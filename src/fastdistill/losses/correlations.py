@@ -1,5 +1,5 @@
-"""Correlations of probabilities, over the classes and over the positions. Large logits are taken in
-chunks.
+"""Correlations of probabilities, over the classes and over the positions. Large logits are
+processed in chunks.
 """
 
 import torch
@@ -10,24 +10,21 @@ from .chunks import blanked, chunk_size, chunks, in_three, rows_at
 
 __all__ = ['both_correlations']
 
-FEW_POSITIONS = (
-    8  # the fewest in a chunk, so that the mean of the first chunk is near that of all positions
-)
+FEW_POSITIONS = 8  # minimum per chunk, so that the mean of the first chunk is close to the mean of all positions
 
 
 def both_correlations(
     s: Tensor, t: Tensor, T: float, axis: int, mask: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Pearson of each position's probabilities over the classes, without the class axis; and the
-    mean, over the classes, of Pearson over the positions.
+    """Compute Pearson correlations of the probabilities over the classes and over the positions.
 
     Args:
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
         T: Temperature.
         axis: Class axis, counted from the front.
-        mask: `s` without the class axis: how much each position counts in a class's
-            correlation.
+        mask: How much each position counts in the correlation of a class. Shape of `s` without the
+            class axis.
         eps: Added to the product of norms.
     """
     mask = None if mask is None else mask.to(s.dtype).unsqueeze(axis)
@@ -52,7 +49,7 @@ def pearson(a: Tensor, b: Tensor, dim, w: Tensor | None, eps: float):
 
     Args:
         a, b: Of one shape.
-        dim: Dimensions over which it is computed.
+        dim: Dimensions to correlate over.
         w: Weights that broadcast to `a`
     """
 
@@ -80,7 +77,7 @@ class Correlations(torch.autograd.Function):
         for i in chunks(s.shape, size):
             p, q, w = probs_at(s, t, mask, i, T)
             own[i] = pearson(p, q, 1, None, eps).reshape(own[i].shape)
-            # subtle: sums of squares lose no precision if numbers near the mean are taken off first
+            # subtle: sums of squares keep their precision if a number close to the mean is subtracted first
             if first is None:
                 first = [x.mean(others(x), keepdim=True) for x in (p, q)]
             sums = sums + moments(p - first[0], q - first[1], w)
@@ -88,7 +85,7 @@ class Correlations(torch.autograd.Function):
         means = sums[:2] / n
         norms = (sums[2:4] - n * means**2).clamp_min(0).sqrt()
         cov, both = sums[4] - n * means[0] * means[1], norms[0] * norms[1] + eps
-        # a class's correlation has this gradient: factors of the teacher's and of the student's distances from the mean
+        # gradient of a class's correlation: factors of the teacher's and the student's deviations from the mean
         of_t, of_s = 1 / both, safe_ratio(cov * norms[1], both**2 * norms[0])
         ctx.save_for_backward(s, t, mask, *(f + m for f, m in zip(first, means)), of_t, of_s)
         ctx.options = T, eps, size
@@ -111,7 +108,7 @@ class Correlations(torch.autograd.Function):
 
 
 def probs_at(s, t, mask, i, T):
-    """Both models' probabilities in a chunk, and its mask."""
+    """Return both models' probabilities in a chunk, and its mask."""
     s, t, w = rows_at((s, t, mask), i)
     if w is not None:
         s, t = [x.where(w > 0, 0.0) for x in (s, t)]
@@ -119,15 +116,17 @@ def probs_at(s, t, mask, i, T):
 
 
 def moments(a, b, w):
-    """(5, classes): weighted sums over the positions of a, b, their squares and their product, each
-    with its shape kept.
+    """Compute weighted sums over the positions of a, b, their squares and their product. Their
+    shape is kept.
     """
     wa, wb = (a, b) if w is None else (w * a, w * b)
     return torch.stack([x.sum(others(a), keepdim=True) for x in (wa, wb, wa * a, wb * b, wa * b)])
 
 
 def own_slope(p, q, eps):
-    """The gradient of Pearson over the classes with respect to the student's probabilities."""
+    """Compute the gradient of the correlation over the classes with respect to the student's
+    probabilities.
+    """
     a, b = [x - x.mean(1, keepdim=True) for x in (p, q)]
     norm_a, norm_b = [torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (a, b)]
     both = norm_a * norm_b + eps
@@ -139,7 +138,7 @@ def safe_ratio(a, b):
 
 
 def with_graph(s, t, mask, T, eps, g_own, g_shared):
-    """The gradient, with a graph of its own and without chunks."""
+    """Compute the gradient with its own graph and without chunks."""
     own, shared = blanked(at_once, s, t, mask, axis=1, w=mask, T=T, eps=eps)
     return torch.autograd.grad([own.unsqueeze(1), shared], s, [g_own, g_shared], create_graph=True)[
         0

@@ -5,13 +5,13 @@ from torch import Tensor
 
 from ..base.outputs import DistillError, as_plain
 from ._base import Loss, class_axis, expect, fit_mask, log_probs, loss, reduce
-from .response import checked_classes, kl_of, of_class, positions
+from .response import checked_classes, kl_from_logs, positions, select_class
 
 __all__ = ['dkd', 'DKD', 'nkd', 'NKD', 'rld', 'RLD']
 
 
 def checked_labels(y, s, axis, ignore_index, mask):
-    """One class per position, and the mask without the positions whose label is `ignore_index`."""
+    """Return one class per position, and the mask without positions whose label is `ignore_index`."""
     y, axis = as_plain(y), class_axis(s, axis)
     shape, n = positions(s, axis), s.shape[axis]
     if y.is_floating_point() or y.is_complex():
@@ -40,14 +40,14 @@ def checked_labels(y, s, axis, ignore_index, mask):
         and not 0 <= y.min() <= y.max() < n
     ):
         raise DistillError(
-            f'Labels from {y.min()} to {y.max()} for {n} classes. Exclude labels that do not count with '
-            f'ignore_index (now {ignore_index}) or mask'
+            f'Labels from {y.min()} to {y.max()} for {n} classes. Use ignore_index (now '
+            f'{ignore_index}) or mask to exclude labels that do not count'
         )
     return y, keep
 
 
 def without_class(x, y, axis):
-    """`x` with -inf at the class `y`: a softmax or logsumexp of it is exactly that of the other
+    """Set `x` to -inf at class `y`, so that a softmax or logsumexp covers exactly the other
     classes.
     """
     axis = class_axis(x, axis)
@@ -70,25 +70,29 @@ def dkd(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """T^2 (alpha KL of (p_y, 1-p_y) + beta KL of the softmax without y) (decoupled distillation,
-    CVPR 2022, arXiv:2203.08679).
+    """Compute T^2 (alpha KL of (p_y, 1-p_y) + beta KL of the softmax without y) (decoupled
+    distillation, CVPR 2022, arXiv:2203.08679).
 
     Args:
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
-        y: Labels: `s` without the class axis.
-        alpha: Weight of the target class against all others.
+        y: Labels. Shape of `s` without the class axis.
+        alpha: Weight of the target class versus all other classes.
         beta: Weight of the other classes among themselves.
         T: Temperature.
         axis: Class axis.
         ignore_index: Positions with this label do not count.
-        mask: The shape of `y`: which positions count.
+        mask: Which positions count. Shape of `y`.
     """
     y, mask = checked_labels(y, s, axis, ignore_index, mask)
     s, t = checked_classes(s, t, axis, mask)
     ls, lt = [_target_or_not(log_probs(x, T, axis), y, axis) for x in (s, t)]
     os, ot = [log_probs(without_class(x, y, axis), T, axis) for x in (s, t)]
-    return reduce((alpha * kl_of(lt, ls, 0) + beta * kl_of(ot, os, axis)) * T**2, reduction, mask)
+    return reduce(
+        (alpha * kl_from_logs(lt, ls, 0) + beta * kl_from_logs(ot, os, axis)) * T**2,
+        reduction,
+        mask,
+    )
 
 
 class DKD(Loss):
@@ -96,8 +100,8 @@ class DKD(Loss):
 
 
 def _target_or_not(lp, y, axis):
-    """log p_y and log(1-p_y), without the cancellation in 1-p_y."""
-    return torch.stack([of_class(lp, y, axis), without_class(lp, y, axis).logsumexp(axis)])
+    """Compute log p_y and log(1-p_y), without the cancellation in 1-p_y."""
+    return torch.stack([select_class(lp, y, axis), without_class(lp, y, axis).logsumexp(axis)])
 
 
 @loss(kind='softmax', match='shape')
@@ -113,25 +117,25 @@ def nkd(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """-p_t^y log p_s^y + gamma T^2 cross-entropy of the softmax without y (normalized distillation,
-    ICCV 2023, arXiv:2303.13005).
+    """Compute -p_t^y log p_s^y + gamma T^2 cross-entropy of the softmax without y (normalized
+    distillation, ICCV 2023, arXiv:2303.13005).
 
-    Its minimum is gamma T^2 times the entropy of the teacher's other classes, where the student
-    predicts y with probability 1.
+    Its minimum is gamma T^2 times the entropy of the teacher's other classes. The student reaches
+    it if it predicts y with probability 1.
 
     Args:
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
-        y: Labels: `s` without the class axis.
+        y: Labels. Shape of `s` without the class axis.
         gamma: Weight of the other classes among themselves.
-        T: Temperature of that part; the target class has none.
+        T: Temperature of the other classes. The target class has none.
         axis: Class axis.
         ignore_index: Positions with this label do not count.
-        mask: The shape of `y`: which positions count.
+        mask: Which positions count. Shape of `y`.
     """
     y, mask = checked_labels(y, s, axis, ignore_index, mask)
     s, t = checked_classes(s, t, axis, mask)
-    ls, lt = [of_class(log_probs(x, 1.0, axis), y, axis) for x in (s, t)]
+    ls, lt = [select_class(log_probs(x, 1.0, axis), y, axis) for x in (s, t)]
     os, ot = [log_probs(without_class(x, y, axis), T, axis) for x in (s, t)]
     return reduce(expect(lt, -ls) + gamma * T**2 * expect(ot, -os).sum(axis), reduction, mask)
 
@@ -155,23 +159,24 @@ def rld(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """alpha_T^2 alpha KL of (max p_t, 1 - max p_t) to (p_s^y, 1-p_s^y) + T^2 beta KL of the softmax
-    over classes that the teacher finds less likely than y: refined logit distillation (ICCV 2025,
-    arXiv:2408.07703).
+    """Compute the two-part loss of refined logit distillation (ICCV 2025, arXiv:2408.07703).
+
+    The first part is alpha_T^2 alpha KL between the teacher's (max p_t, 1 - max p_t) and the
+    student's (p_s^y, 1-p_s^y). The second part is T^2 beta KL of the softmax over classes that the
+    teacher considers less likely than y.
 
     Args:
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
-        y: Labels: `s` without the class axis.
-        alpha: Weight of the first part: how certain the student is of the label, the teacher of
-            its own class.
-        beta: Weight of the second part: the classes less likely than the label, among
-            themselves.
+        y: Labels. Shape of `s` without the class axis.
+        alpha: Weight of the first part, which compares the student's certainty of the label with
+            the teacher's certainty of its top class.
+        beta: Weight of the second part, which compares the classes less likely than the label.
         T: Temperature.
-        alpha_T: Temperature of the first part; None: T.
+        alpha_T: Temperature of the first part. None for `T`.
         axis: Class axis.
         ignore_index: Positions with this label do not count.
-        mask: The shape of `y`: which positions count.
+        mask: Which positions count. Shape of `y`.
     """
     y, mask = checked_labels(y, s, axis, ignore_index, mask)
     s, t = checked_classes(s, t, axis, mask)
@@ -180,15 +185,17 @@ def rld(
         _target_or_not(log_probs(x, A, axis), k, axis) for x, k in ((t, t.argmax(axis)), (s, y))
     ]
     ruled_out = (t == -torch.inf) | (s == -torch.inf)
-    out = ruled_out | (t >= of_class(t, y, axis).unsqueeze(axis))
+    out = ruled_out | (t >= select_class(t, y, axis).unsqueeze(axis))
     none = out.all(
         axis, keepdim=True
-    )  # positions without any class below the label: their second part is 0
+    )  # positions without any class below the label, whose second part is 0
     os, ot = [
         log_probs(x.masked_fill(out, -torch.inf).masked_fill(none, 0.0), T, axis) for x in (s, t)
     ]
-    below = kl_of(ot, os, axis).masked_fill(none.squeeze(axis), 0.0)
-    return reduce(alpha * A**2 * kl_of(best, label, 0) + beta * T**2 * below, reduction, mask)
+    below = kl_from_logs(ot, os, axis).masked_fill(none.squeeze(axis), 0.0)
+    return reduce(
+        alpha * A**2 * kl_from_logs(best, label, 0) + beta * T**2 * below, reduction, mask
+    )
 
 
 class RLD(Loss):

@@ -1,4 +1,4 @@
-"""Losses for dense prediction: (B, C, H, W) maps of logits or features; (B, L, D) tokens with
+"""Losses for dense prediction: (B, C, H, W) maps of logits or features, or (B, L, D) tokens with
 axis=-1.
 
 `axis` is the channel axis.
@@ -26,17 +26,16 @@ def cwd(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """T^2 KL of each channel's softmax over all positions, mean over channels and samples
-    (channel-wise KD, arXiv:2011.13256).
+    """Compute T^2 KL between each channel's softmax over all positions, averaged over channels and
+    samples (channel-wise KD, arXiv:2011.13256).
 
     Args:
-        s: (B, C, H, W) logits or features of the student, projected to the teacher's shape.
-        t: (B, C, H, W) of the teacher.
+        s: Student logits, or features projected to the teacher's shape, (B, C, H, W).
+        t: Teacher logits or features, (B, C, H, W).
         T: Temperature.
         axis: Channel axis.
-        mask: (B, H, W): pixels that are part of the softmax; an image without any does not
-            count.
-        reduction: 'none': (B, C).
+        mask: Pixels that are part of the softmax, (B, H, W). An image without any does not count.
+        reduction: 'mean', 'sum' or 'none' (one value per sample and channel, (B, C)).
     """
     if s.shape != t.shape:
         raise DistillError(
@@ -46,7 +45,7 @@ def cwd(
     grid = channels_first(s, axis)[:, 0].shape
     if len(grid) < 2:
         raise DistillError(
-            'cwd compares where in the picture a channel is active, and outputs of shape '
+            'cwd compares where in the image a channel is active, and outputs of shape '
             f'{tuple(s.shape)} have no positions: use kl, as kd() does'
         )
     s, t = cells(s, axis), cells(t, axis)
@@ -64,7 +63,7 @@ class CWD(Loss):
 
 
 def affinity(x, pool, axis):
-    """(B, P, P) cosines over channels between the cells that max-pooling leaves."""
+    """Max-pool to cells and compute the cosines over channels between them, (B, P, P)."""
     x = channels_first(x, axis)
     grid = x.shape[2:]
     if len(grid) not in MAX_POOL:
@@ -86,24 +85,24 @@ def pairwise(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """Squared difference of the cosines between all pairs of cells, mean over pairs (structured KD,
-    arXiv:1903.04197).
+    """Compute the squared difference of the cosines between all pairs of cells, averaged over pairs
+    (structured KD, arXiv:1903.04197).
 
-    The gradient is that of the whole cosine. In the authors' code none passes through the lengths
-    of the student's vectors.
+    The gradient is that of the whole cosine. In the authors' code, no gradient passes through the
+    lengths of the student's vectors.
 
     Args:
-        s: (B, C, H, W) student map.
-        t: (B, C', H, W) teacher map: channels may differ.
-        pool: Size of a cell: in pixels, or below 1 as a share of height and width (the authors
-            use .5).
+        s: Student map, (B, C, H, W).
+        t: Teacher map, (B, C', H, W). Channels may differ.
+        pool: Size of a cell in pixels, or, if below 1, as a fraction of height and width (the
+            authors use 0.5).
         axis: Channel axis.
-        mask: (B,): which samples count.
+        mask: Which samples count, (B,).
     """
     if not (pool >= 1 if isinstance(pool, int) else 0 < pool < 1):
         raise DistillError(
-            f'pool={pool}: a cell is a whole number of pixels from 1, or a share of height and width '
-            'below 1'
+            f'pool={pool}: the size of a cell must be a whole number of pixels, or a fraction of '
+            'height and width below 1'
         )
     s, t = affinity(s, pool, axis), affinity(t, pool, axis)
     if s.shape != t.shape:
@@ -119,11 +118,11 @@ class Pairwise(Loss):
 
 
 def to_prototypes(x: Tensor, y: Tensor, n: int):
-    """(B, P) cosine of each position with the mean of its class in the same image.
+    """Compute the cosine of each position with the mean of its class in the same image, (B, P).
 
     Args:
-        x: (B, C, P).
-        y: (B, P) class of each position.
+        x: Features, (B, C, P).
+        y: Class of each position, (B, P).
         n: Number of classes.
     """
     i = y[:, None].expand_as(x)
@@ -133,12 +132,12 @@ def to_prototypes(x: Tensor, y: Tensor, n: int):
 
 
 def numbered(y: Tensor):
-    """(B, P): the classes of each image, renumbered as 0, 1, 2 ... in ascending order.
+    """Renumber the classes of each image as 0, 1, 2 ... in ascending order.
 
-    To count the classes would make the GPU wait; this does not.
+    Unlike counting the classes, this does not make the GPU wait.
 
     Args:
-        y: (B, P) class of each position.
+        y: Class of each position, (B, P).
     """
     v, i = y.sort(1)
     return torch.zeros_like(y).scatter(
@@ -158,21 +157,21 @@ def ifvd(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """Squared difference of each position's cosine with the mean feature of its class in its image
-    (intra-class feature variation, Wang et al., ECCV 2020).
+    """Compute the squared difference of each position's cosine with the mean feature of its class
+    in the image (intra-class feature variation, Wang et al., ECCV 2020).
 
-    It is the mean over the positions that count. The authors' mean is over all positions, with 0
-    for ignored ones.
+    It is averaged over the positions that count. The authors average over all positions, with 0 for
+    ignored ones.
 
     Args:
-        s: (B, C, H, W) student map.
-        t: (B, C', H, W) teacher map: channels may differ.
-        y: (B, H', W') labels; resized to the map, nearest.
-        classes: Number of classes; None: unknown, which needs twice the memory.
+        s: Student map, (B, C, H, W).
+        t: Teacher map, (B, C', H, W). Channels may differ.
+        y: Labels, (B, H', W'), resized to the map by nearest neighbor.
+        classes: Number of classes. None if unknown, which needs twice the memory.
         ignore_index: Positions with this label do not count.
         axis: Channel axis.
-        mask: (B, H, W), the map's grid: which positions count in the mean.
-        reduction: 'none': (B, H, W), 0 where ignored.
+        mask: Which positions of the map count, (B, H, W).
+        reduction: 'mean', 'sum' or 'none' (one value per position, (B, H, W), 0 where ignored).
     """
     s, t = channels_first(s, axis), channels_first(t, axis)
     if s.shape[2:] != t.shape[2:] or len(s) != len(t) or y.dim() != s.dim() - 1 or len(y) != len(s):
@@ -186,7 +185,7 @@ def ifvd(
     n = classes or y.shape[1]
     if not classes:
         y = numbered(y)
-    # positions that do not count are 0, so they change no mean
+    # positions that do not count are 0, so they do not change any mean
     s, t = [to_prototypes(torch.where(on[:, None], x, 0.0).flatten(2), y, n) for x in (s, t)]
     return reduce(
         (s - t).pow(2).reshape(on.shape),

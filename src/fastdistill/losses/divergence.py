@@ -1,5 +1,5 @@
-"""Divergences beside the plain ones: a teacher softened alone, mixtures of both models, a family
-between both KLs.
+"""Further divergences: with only the teacher softened, of mixtures of both models, and a family
+between forward and reverse KL.
 """
 
 import math
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..base.outputs import DistillError
 from ._base import Loss, expect, log_probs, loss
-from .response import kl, kl_of, kl_values, of_positions, reverse_kl, within
+from .response import kl, kl_from_logs, kl_values, reduce_positions, reverse_kl, within
 
 __all__ = ['ttm', 'TTM', 'wttm', 'WTTM', 'skewed_kl', 'SkewedKL', 'taid', 'TAID', 'abkd', 'ABKD']
 
@@ -25,22 +25,24 @@ def ttm(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """KL(softmax(t/T) || softmax(s)): transformed teacher matching (ICLR 2024, arXiv:2402.11148). 0
-    where the student predicts the softened probabilities themselves. Without T^2, since the
-    student's logits are not divided by T.
+    """Compute KL(softmax(t/T) || softmax(s)): transformed teacher matching (ICLR 2024,
+    arXiv:2402.11148).
+
+    It is 0 where the student predicts the softened probabilities themselves. There is no factor
+    T^2, since the student's logits are not divided by T.
 
     Args:
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
-        T: Temperature of the teacher; the student has none.
+        T: Temperature of the teacher's logits only.
         axis: Class axis.
-        mask: `s` without the class axis: which positions count.
+        mask: Which positions count. Shape of `s` without the class axis.
     """
-    return of_positions(partial(ttm_values, T=T), s, t, axis, mask, reduction)
+    return reduce_positions(partial(ttm_values, T=T), s, t, axis, mask, reduction)
 
 
 def ttm_values(s, t, T, axis):
-    return kl_of(log_probs(within(t, s), T, axis), log_probs(s, 1.0, axis), axis)
+    return kl_from_logs(log_probs(within(t, s), T, axis), log_probs(s, 1.0, axis), axis)
 
 
 class TTM(Loss):
@@ -57,17 +59,20 @@ def wttm(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """`ttm` of each position times U, the sum of its softmax(t)^(1/T): from 1, where the teacher is
-    certain, to C^(1-1/T), where all C classes are equal to it (ICLR 2024, arXiv:2402.11148).
+    """Compute `ttm` with each position weighted by the sum of its softmax(t)^(1/T) (ICLR 2024,
+    arXiv:2402.11148).
+
+    The weight goes from 1, where the teacher is certain, to C^(1-1/T), where all C classes are
+    equally likely.
 
     Args:
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
-        T: Temperature of the teacher; the student has none.
+        T: Temperature of the teacher's logits only.
         axis: Class axis.
-        mask: `s` without the class axis: which positions count.
+        mask: Which positions count. Shape of `s` without the class axis.
     """
-    return of_positions(partial(wttm_values, T=T), s, t, axis, mask, reduction)
+    return reduce_positions(partial(wttm_values, T=T), s, t, axis, mask, reduction)
 
 
 def wttm_values(s, t, T, axis):
@@ -91,26 +96,27 @@ def skewed_kl(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """T^2 KL(p_t || lam p_t + (1-lam) p_s), reversed T^2 KL(p_s || lam p_s + (1-lam) p_t): skewed
-    KL, whose gradient is bounded (DistiLLM, ICML 2024, arXiv:2402.03898).
+    """Compute the skewed KL, T^2 KL(p_t || lam p_t + (1-lam) p_s), whose gradient is bounded
+    (DistiLLM, ICML 2024, arXiv:2402.03898).
+
+    With `reverse=True` it is T^2 KL(p_s || lam p_s + (1-lam) p_t).
 
     Args:
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
-        lam: Share of the first distribution in the mixture that it is compared with; 0: the
-            plain KL.
-        reverse: From the student's probabilities, not from the teacher's.
+        lam: Weight of the first distribution in the mixture, from 0 (plain KL) to below 1.
+        reverse: Start from the student's probabilities instead of the teacher's.
         T: Temperature.
         axis: Class axis.
-        mask: `s` without the class axis: which positions count.
+        mask: Which positions count. Shape of `s` without the class axis.
     """
     if not 0 <= lam < 1:
         raise DistillError(
-            f"lam={lam}: the first distribution's share of the mixture is a number from 0 to below 1"
+            f'lam={lam}: the weight of the first distribution must be at least 0 and below 1'
         )
     if lam == 0:
         return (reverse_kl if reverse else kl)(s, t, T=T, axis=axis, mask=mask, reduction=reduction)
-    return of_positions(
+    return reduce_positions(
         partial(skewed_values, lam=lam, reverse=reverse, T=T),
         s,
         t,
@@ -124,7 +130,7 @@ def skewed_kl(
 def skewed_values(s, t, lam, reverse, T, axis):
     ls, lt = log_probs(s, T, axis), log_probs(t, T, axis)
     a, b = (ls, lt) if reverse else (lt, ls)
-    return kl_of(a, mixture(a, b, lam), axis)
+    return kl_from_logs(a, mixture(a, b, lam), axis)
 
 
 class SkewedKL(Loss):
@@ -132,7 +138,7 @@ class SkewedKL(Loss):
 
 
 def mixture(a, b, lam):
-    """Log of `lam` exp(a) + (1-lam) exp(b)."""
+    """Compute log(lam exp(a) + (1-lam) exp(b))."""
     low = torch.finfo(a.dtype).min / 4  # the gradient of logaddexp is nan where both are -inf
     return torch.logaddexp(a.clamp_min(low) + math.log(lam), b.clamp_min(low) + math.log(1 - lam))
 
@@ -148,25 +154,31 @@ def taid(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """T^2 KL to the student from the softmax of (1-lam) s + lam t, where s has no gradient: a
-    target that moves from the student to the teacher while lam grows (TAID, ICLR 2025,
-    arXiv:2501.16937).
+    """Compute T^2 KL(softmax(m/T) || softmax(s/T)), where m = (1-lam) s + lam t without a gradient
+    (TAID, ICLR 2025, arXiv:2501.16937).
+
+    The target moves from the student to the teacher while `lam` grows.
 
     Args:
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
-        lam: The teacher's share of the target; a `Term` takes a schedule: ('linear', .4, 1.).
+        lam: Weight of the teacher in the target, from 0 to 1. A `Term` takes a schedule, e.g.
+            ('linear', .4, 1.).
         T: Temperature.
         axis: Class axis.
-        mask: `s` without the class axis: which positions count.
+        mask: Which positions count. Shape of `s` without the class axis.
     """
     if not 0 <= lam <= 1:
-        raise DistillError(f"lam={lam}: the teacher's share of the target is a number from 0 to 1")
-    return of_positions(partial(taid_values, lam=lam, T=T), s, t, axis, mask, reduction, scale=T**2)
+        raise DistillError(
+            f'lam={lam}: the weight of the teacher in the target must be between 0 and 1'
+        )
+    return reduce_positions(
+        partial(taid_values, lam=lam, T=T), s, t, axis, mask, reduction, scale=T**2
+    )
 
 
 def taid_values(s, t, lam, T, axis):
-    # subtle: at the ends one of both is taken as it is, since 0*inf is nan
+    # subtle: at 0 and 1 one of the two is used unchanged, since 0*inf is nan
     target = t if lam == 1 else s.detach() if lam == 0 else (1 - lam) * s.detach() + lam * t
     return kl_values(s, target, T, axis)
 
@@ -187,23 +199,27 @@ def abkd(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """T^2 times the alpha-beta divergence, 1/(alpha beta) the sum of a/c p_t^c + b/c p_s^c - p_t^a
-    p_s^b; a = alpha, b = beta, c = a + b; its limit where one of both is 0 (ABKD, ICML 2025,
+    """Compute T^2 times the alpha-beta divergence of the probabilities (ABKD, ICML 2025,
     arXiv:2505.04560).
+
+    With a = alpha, b = beta and c = a + b, the divergence is 1/(ab) times the sum over classes of
+    a/c p_t^c + b/c p_s^c - p_t^a p_s^b. If a or b is 0, it is the limit of that.
 
     Args:
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
         alpha: Exponent of the teacher's probabilities.
-        beta: Of the student's. (1, 0) is `kl`, (0, 1) `reverse_kl`, (.5, .5) 4 x squared
-            Hellinger distance.
+        beta: Exponent of the student's probabilities. As (alpha, beta), (1, 0) is `kl`, (0, 1) is
+            `reverse_kl`, and (0.5, 0.5) is 4 times the squared Hellinger distance.
         T: Temperature.
         axis: Class axis.
-        mask: `s` without the class axis: which positions count.
+        mask: Which positions count. Shape of `s` without the class axis.
     """
     if alpha < 0 or beta < 0 or alpha + beta == 0:
-        raise DistillError(f'alpha={alpha}, beta={beta}: both are 0 or more, and not both 0')
-    return of_positions(
+        raise DistillError(
+            f'alpha={alpha}, beta={beta}: both must be at least 0, and at least one of them above 0'
+        )
+    return reduce_positions(
         partial(abkd_values, alpha=alpha, beta=beta, T=T), s, t, axis, mask, reduction, scale=T**2
     )
 
@@ -219,7 +235,7 @@ class ABKD(Loss):
 
 
 def ab_divergence(lp, lq, a, b):
-    """The summands of the divergence of two distributions, given as logarithms."""
+    """Compute the summands of the alpha-beta divergence of two distributions, given as logarithms."""
     if a == 0:
         return ab_divergence(lq, lp, b, 0)
     if b == 0:

@@ -1,7 +1,7 @@
 """Losses between the features of two layers: (B, D) vectors, (B, C, H, W) maps, (B, L, D) tokens
 with axis=-1.
 
-`axis` is the channel axis. Unless a docstring differs, a loss is the mean over all numbers.
+`axis` is the channel axis. Unless a docstring says otherwise, a loss is the mean over all elements.
 """
 
 import math
@@ -40,7 +40,7 @@ GRID_POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_a
 
 
 def same_features(s, t):
-    """Refuse shapes that would broadcast silently."""
+    """Raise a DistillError for shapes that would broadcast silently."""
     if s.shape != t.shape:
         raise DistillError(
             f"The student's features have shape {tuple(s.shape)}, the teacher's {tuple(t.shape)}: this "
@@ -50,7 +50,7 @@ def same_features(s, t):
 
 
 def pooled(xs, axis: int = 1):
-    """Features with channels first, average-pooled to the smallest grid among them."""
+    """Move channels to axis 1 and average-pool all features to the smallest grid among them."""
     xs = [channels_first(o, axis) for o in xs]
     grids = [tuple(o.shape[2:]) for o in xs]
     if len({len(g) for g in grids}) > 1 or len(grids[0]) not in GRID_POOL:
@@ -64,14 +64,14 @@ def pooled(xs, axis: int = 1):
 
 
 def tensor_like(v, x: Tensor):
-    """A number or a tensor on the device of `x`. A number is created there, since a copy would make
-    the GPU wait.
+    """Return `v` as a tensor on the device of `x`. A number is created there, since a copy would
+    make the GPU wait.
     """
     return v.to(x) if isinstance(v, Tensor) else x.new_full((1,), v)
 
 
 def per_channel(v, x: Tensor, axis: int):
-    """One number, or one per channel, in a shape that broadcasts to `x`."""
+    """Reshape one number, or one per channel, so that it broadcasts to `x`."""
     v = tensor_like(v, x).flatten()
     if len(v) not in (1, x.shape[axis]):
         raise DistillError(
@@ -85,15 +85,15 @@ def per_channel(v, x: Tensor, axis: int):
 def hint(
     s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
 ):
-    """Mean squared difference (FitNets, arXiv:1412.6550).
+    """Compute the mean squared difference (FitNets, arXiv:1412.6550).
 
-    The paper's loss, 1/2 ||t-s||^2, is this times channels x positions / 2.
+    The paper's loss, 1/2 ||t-s||^2, equals this one times channels x positions / 2.
 
     Args:
         s: Student features, projected to the teacher's shape.
         t: Teacher features.
         axis: Channel axis.
-        mask: `s` without the channel axis: which positions count.
+        mask: Which positions count. Shape of `s` without the channel axis.
     """
     same_features(s, t)
     return reduce((s - t).pow(2).mean(axis), reduction, mask)
@@ -113,19 +113,20 @@ def at(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """Squared difference of the attention maps q = mean_c |x|^p, scaled to length 1
+    """Compute the squared difference of the attention maps q = mean_c |x|^p, scaled to length 1
     (arXiv:1612.03928).
 
-    It is the mean over positions, as in the authors' code, where its weight is 1000. Times H x W it is
-    ||q_s - q_t||^2, from 0 to 2 at any resolution. The paper's formula is half the root of that.
+    It is averaged over positions, as in the authors' code, where its weight is 1000. Multiplied by
+    H x W it is ||q_s - q_t||^2, from 0 to 2 at any resolution. The paper's formula is half the
+    square root of that.
 
     Args:
-        s: (B, C, H, W) student map.
-        t: (B, C', H', W') teacher map: channels may differ; the larger grid is average-pooled
-            to the smaller.
-        p: Exponent of the activations.
-        axis: Channel axis; with -1, tokens have a map over L.
-        mask: (B,): which samples count.
+        s: Student map, (B, C, H, W).
+        t: Teacher map, (B, C', H', W'). Channels may differ; the larger grid is average-pooled to
+            the smaller one.
+        p: Exponent of the activations, at least 1.
+        axis: Channel axis. With -1, tokens (B, L, D) have a map over L.
+        mask: Which samples count, (B,).
     """
     if p < 1:
         raise DistillError(
@@ -143,21 +144,21 @@ class AT(Loss):
 def nst(
     s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
 ):
-    """Maximum mean discrepancy between the channels, with the kernel (a.b)^2 (neuron selectivity
-    transfer, arXiv:1707.01219).
+    """Compute the maximum mean discrepancy between the channels, with the kernel (a.b)^2 (neuron
+    selectivity transfer, arXiv:1707.01219).
 
     A channel is a vector over the positions, scaled to length 1. The loss is the mean over pairs of
     channels, as in the authors' code.
 
     Args:
-        s: (B, C, H, W) student map.
-        t: (B, C', H', W') teacher map: channels may differ; the larger grid is average-pooled
-            to the smaller.
+        s: Student map, (B, C, H, W).
+        t: Teacher map, (B, C', H', W'). Channels may differ; the larger grid is average-pooled to
+            the smaller one.
         axis: Channel axis.
-        mask: (B,): which samples count.
+        mask: Which samples count, (B,).
     """
     s, t = [unit(o.flatten(2), 2) for o in pooled([s, t], axis)]
-    # both ways give the same number; pairs of positions are cheaper where these are fewer than channels (2048 x 7 x 7)
+    # both branches give the same number. Pairs of positions are cheaper if there are fewer positions than channels
     if s.shape[2] < max(s.shape[1], t.shape[1]):
         v = (s.mT @ s / s.shape[1] - t.mT @ t / t.shape[1]).pow(2).sum((1, 2))
     else:
@@ -171,25 +172,28 @@ class NST(Loss):
 
 
 def flows(xs, axis):
-    """For each two consecutive layers: (B, C1, C2) products of their channels, mean over positions."""
+    """Compute the products of the channels of consecutive layers, averaged over positions: (B, C1,
+    C2) each.
+    """
     xs = [[o.flatten(2) for o in pooled(pair, axis)] for pair in zip(xs, xs[1:])]
     return [a @ b.mT / a.shape[2] for a, b in xs]
 
 
 @loss(kind=None, match='shape', lists=True, samples=True)
 def fsp(s: list, t: list, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'):
-    """Squared difference of the flows between consecutive layers (Yim et al., CVPR 2017).
+    """Compute the squared difference of the flows between consecutive layers (Yim et al., CVPR
+    2017).
 
     A flow G holds the products of each channel of one layer with each channel of the next. The loss
-    is the mean over G and the sum over pairs of layers. The paper sums over G, which is C1 x C2
-    times as much. If the grids of two layers differ, the larger is average-pooled.
+    is the mean over G, summed over pairs of layers. The paper sums over G, which gives C1 x C2
+    times as much. If the grids of two layers differ, the larger one is average-pooled.
 
     Args:
-        s: Student maps [(B, C1, H, W), (B, C2, H2, W2), ...] in the order of the layers, two or
-            more.
-        t: Teacher maps, as many, with the same channels; grids may differ.
+        s: Two or more student maps [(B, C1, H, W), (B, C2, H2, W2), ...] in the order of the
+            layers.
+        t: The same number of teacher maps, with the same channels. Grids may differ.
         axis: Channel axis.
-        mask: (B,): which samples count.
+        mask: Which samples count, (B,).
     """
     if not isinstance(s, list) or not isinstance(t, list) or len(s) != len(t) or len(s) < 2:
         got = [
@@ -197,7 +201,7 @@ def fsp(s: list, t: list, *, axis: int = 1, mask: Tensor | None = None, reductio
             for o in (s, t)
         ]
         raise DistillError(
-            'fsp takes two lists of equal length, with two or more maps each; it got '
+            'fsp takes two lists of equal length, with two or more maps each, but got '
             f'{got[0]} and {got[1]}'
         )
     v = 0.0
@@ -221,18 +225,18 @@ def ab(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """Squared hinge loss on the sign of `t`: is each neuron active where the teacher's is?
-    (activation boundaries, arXiv:1811.03233).
+    """Compute a squared hinge loss that makes each neuron active where the teacher's is (activation
+    boundaries, arXiv:1811.03233).
 
-    It is 0 where `s` has the sign of `t` and is at least `margin` away from 0, so it need not be 0
-    at s == t. The authors' loss is the sum over a sample's numbers, times .003.
+    It is 0 where `s` has the sign of `t` and is at least `margin` away from 0, so it may be
+    positive at s == t. The authors' loss is the sum over a sample's elements, times 0.003.
 
     Args:
         s: Student features before the ReLU, projected to the teacher's shape.
         t: Teacher features before the ReLU.
-        margin: Distance from 0, on the teacher's side, beyond which the loss is 0.
+        margin: Distance from 0 beyond which the loss is 0, on the teacher's side.
         axis: Channel axis.
-        mask: `s` without the channel axis: which positions count.
+        mask: Which positions count. Shape of `s` without the channel axis.
     """
     same_features(s, t)
     return reduce(
@@ -245,18 +249,19 @@ class AB(Loss):
 
 
 def negative_mean(t, axis):
-    """The mean of each channel's negative values; 0 if it has none."""
+    """Compute the mean of each channel's negative values, or 0 if it has none."""
     t = cells(t, axis)
     return t.clamp_max(0).sum((0, 2)) / (t < 0).sum((0, 2)).clamp_min(1)
 
 
 def ofd_margin(bn: nn.Module):
-    """(C,) expected negative value of each channel: E[x | x < 0] for x ~ N(bias, weight^2).
+    """Compute the expected negative value of each channel, E[x | x < 0] for x ~ N(bias, weight^2),
+    as (C,).
 
-    Where almost no value is negative it is -3 |weight|, as in the code of OFD's authors.
+    Where almost no value is negative, it is -3 |weight|, as in the OFD authors' code.
 
     Args:
-        bn: The teacher's BatchNorm before the ReLU.
+        bn: The teacher's batch norm before the ReLU.
     """
     s = _full(torch.ones(bn.num_features) if bn.weight is None else bn.weight.detach().abs())
     m = _full(torch.zeros_like(s) if bn.bias is None else bn.bias.detach())
@@ -276,18 +281,18 @@ def ofd(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """Squared distance to max(t, margin), but 0 where that is not positive and the student is
-    already below it (overhaul of feature distillation, arXiv:1904.01866).
+    """Compute the squared distance to max(t, margin), but 0 where that is not positive and the
+    student is already below it (overhaul of feature distillation, arXiv:1904.01866).
 
-    The authors' loss is the sum over a sample's numbers, divided by 1000 for CIFAR and by 10000 for
-    ImageNet.
+    The authors' loss is the sum over a sample's elements, divided by 1,000 for CIFAR and by 10,000
+    for ImageNet.
 
     Args:
         s: Student features before the ReLU, projected to the teacher's shape.
         t: Teacher features before the ReLU.
-        margin: (C,) lower bound of the teacher's values; None: the mean of its negative values.
+        margin: Lower bound of the teacher's values, (C,). None for the mean of its negative values.
         axis: Channel axis.
-        mask: `s` without the channel axis: which positions count.
+        mask: Which positions count. Shape of `s` without the channel axis.
     """
     same_features(s, t)
     t = torch.maximum(t, per_channel(negative_mean(t, axis) if margin is None else margin, t, axis))
@@ -306,21 +311,21 @@ def vid(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """Gaussian negative log-likelihood of `t`, 1/2 ((s-t)^2/var + log var) (variational information
-    distillation, arXiv:1904.05835).
+    """Compute the Gaussian negative log-likelihood of `t`, 1/2 ((s-t)^2/var + log var) (variational
+    information distillation, arXiv:1904.05835).
 
-    The paper sums over a sample's numbers. The loss can be negative. For a given variance its
+    The paper sums over a sample's elements. The loss can be negative. For a given variance, its
     minimum is at s == t.
 
     Args:
-        s: Student features, projected to the teacher's shape: the mean of the Gaussian.
+        s: Student features, projected to the teacher's shape. They are the mean of the Gaussian.
         t: Teacher features.
-        log_scale: (C,) trained; the variance is softplus(log_scale) + eps. `VID` owns it. None:
-            `var`
-        var: Variance at the start.
+        log_scale: Trained parameter, (C,), owned by `VID`. The variance is softplus(log_scale) +
+            eps. None to use `var`.
+        var: Initial variance.
         eps: Smallest variance.
         axis: Channel axis.
-        mask: `s` without the channel axis: which positions count.
+        mask: Which positions count. Shape of `s` without the channel axis.
     """
     same_features(s, t)
     var = (
@@ -332,8 +337,8 @@ def vid(
 
 
 class Owner(Loss):
-    """A loss that owns a tensor whose size depends on the teacher: given as an option, or made by
-    `prepare`.
+    """Loss that owns a tensor whose size depends on the teacher. It is given as an option or made
+    by `prepare`.
     """
 
     own = None  # name of the option, and of the attribute
@@ -349,7 +354,7 @@ class Owner(Loss):
         setattr(self, self.own, v.detach().clone())
 
     def _load_from_state_dict(self, state, prefix, *args):
-        """A loss that is not prepared yet takes the numbers from the state."""
+        """Take the tensor from the state if the loss is not prepared yet."""
         v = state.get(prefix + self.own)
         if v is not None and getattr(self, self.own) is None:
             self.keep(v)
@@ -360,8 +365,8 @@ class OFD(Owner):
     fn, own = ofd, 'margin'
 
     def prepare(self, s, t, layer=None, axis=None):
-        """Set the margin: from the teacher's layer if that is a BatchNorm, else from the negative
-        values in this batch.
+        """Set the margin: from the teacher's layer if it is a batch norm, otherwise from the
+        negative values in this batch.
         """
         if self.margin is not None:
             return
@@ -382,7 +387,7 @@ class VID(Owner):
         self.log_scale = nn.Parameter(v.detach().clone())
 
     def prepare(self, s, t, layer=None, axis=None):
-        """Create the variance of each channel of the teacher."""
+        """Create the trained variance of each teacher channel."""
         if self.log_scale is not None:
             return
         start = math.log(math.expm1(self.option('var') - self.option('eps')))
@@ -401,11 +406,12 @@ class VID(Owner):
 
 
 def standardized_rows(x: Tensor, w: Tensor):
-    """Each row minus its mean, scaled to length 1. A row that is constant up to rounding becomes 0.
+    """Subtract each row's mean and scale the row to length 1. A row that is constant up to rounding
+    becomes 0.
 
     Args:
-        x: (C, N).
-        w: (N,) weights.
+        x: Rows, (C, N).
+        w: Weights, (N,).
     """
     x = torch.where(w > 0, x, 0.0)
     eps = torch.finfo(x.dtype).eps
@@ -418,17 +424,17 @@ def standardized_rows(x: Tensor, w: Tensor):
 
 @loss(kind=None, match='shape', relates=True)
 def pkd(s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None):
-    """1 - Pearson correlation of each channel over batch and positions, mean over channels (PKD,
-    arXiv:2207.02039).
+    """Compute 1 - Pearson correlation of each channel over batch and positions, averaged over
+    channels (PKD, arXiv:2207.02039).
 
     The authors' code multiplies it by (M-1)/M, where M = batch x positions. A channel that is
-    constant in one model adds 1/2, a channel that is constant in both adds 0.
+    constant in one model contributes 1/2, a channel that is constant in both contributes 0.
 
     Args:
         s: Student features, projected to the teacher's shape.
         t: Teacher features.
         axis: Channel axis.
-        mask: `s` without the channel axis: which positions count in the correlation.
+        mask: Which positions count in the correlation. Shape of `s` without the channel axis.
     """
     same_features(s, t)
     grid = channels_first(s, axis)[:, 0].shape
@@ -448,15 +454,16 @@ class PKD(Loss):
 def cosine(
     s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
 ):
-    """1 - cosine of each position's features (DistilBERT, arXiv:1910.01108). From 0 to 2.
+    """Compute 1 - cosine similarity of the features at each position, from 0 to 2 (DistilBERT,
+    arXiv:1910.01108).
 
-    Twice this is the squared distance of the features that were scaled to length 1.
+    Twice this is the squared distance between the features scaled to length 1.
 
     Args:
         s: Student features, projected to the teacher's shape.
         t: Teacher features.
         axis: Channel axis.
-        mask: `s` without the channel axis: which positions count.
+        mask: Which positions count. Shape of `s` without the channel axis.
     """
     same_features(s, t)
     return reduce(1 - (unit(s, axis) * unit(t, axis)).sum(axis), reduction, mask)

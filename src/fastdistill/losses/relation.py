@@ -19,7 +19,7 @@ __all__ = ['rkd', 'RKD', 'sp', 'SP', 'cc', 'CC', 'pkt', 'PKT', 'seed', 'SEED', '
 
 
 def samples(s: Tensor, t: Tensor):
-    """Both as (B, D)."""
+    """Flatten both to (B, D)."""
     if len(s) != len(t) or s.dim() < 2 or t.dim() < 2:
         raise DistillError(
             f'Student {tuple(s.shape)} and teacher {tuple(t.shape)}: relations between samples need the '
@@ -29,24 +29,24 @@ def samples(s: Tensor, t: Tensor):
 
 
 def distances(x: Tensor):
-    """(B, B) distances divided by their mean, and which of them are 0 up to rounding: such pairs
-    have no direction.
+    """Compute the (B, B) distances divided by their mean, and which of them are 0 up to rounding
+    (such pairs have no direction).
 
     Args:
         x: (B, D).
     """
-    # subtle: cdist's gradient is 0 where rows are equal (a root's is infinite). Its matrix form loses half the digits
+    # subtle: the gradient of cdist is 0 at equal rows (a root's is infinite). The matrix form loses half the digits
     d = torch.cdist(x, x, compute_mode='donot_use_mm_for_euclid_dist')
     d = d / (d.sum() / (d > 0).sum().clamp_min(1)).clamp_min(torch.finfo(d.dtype).tiny)
     return d, d <= torch.finfo(d.dtype).eps ** 0.5
 
 
 def cosines(d: Tensor, none: Tensor):
-    """(B, B, B) cosine of the angle at i between j and k, by the law of cosines; 0 where there is
-    no angle.
+    """Compute the cosine of the angle at i between j and k by the law of cosines, (B, B, B). It is
+    0 where there is no angle.
 
     Args:
-        d: (B, B) distances.
+        d: Distances, (B, B).
         none: Which of them are 0.
     """
     sq, d = d.square(), d.masked_fill(none, 1.0)
@@ -64,18 +64,18 @@ def rkd(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """Huber losses of the distances, divided by their mean, and of the cosines of all triples
-    (relational KD, arXiv:1904.05068).
+    """Compute Huber losses of the distances, divided by their mean, and of the cosines of all
+    triples (relational KD, arXiv:1904.05068).
 
     They are means over all pairs and triples, including i = j, as in the authors' code. Equal rows
     have no angle and get no gradient.
 
     Args:
-        s: (B, D), or (B, ...).
-        t: (B, D'), or (B, ...).
+        s: Student features, (B, D) or (B, ...).
+        t: Teacher features, (B, D') or (B, ...).
         w_d: Weight of the distances.
-        w_a: Weight of the angles, which need memory for B^3 numbers.
-        mask: (B,): whose relations count; all remain neighbors of the others.
+        w_a: Weight of the angles, which take memory for B^3 numbers.
+        mask: Whose relations count, (B,). All samples remain neighbors of the others.
     """
     (ds, ns), (dt, nt) = map(distances, samples(s, t))
     v = w_d * F.smooth_l1_loss(ds, dt, reduction='none').mean(1)
@@ -92,13 +92,13 @@ class RKD(Loss):
 
 @loss(kind=None, match='none', samples=True, relates=True)
 def sp(s: Tensor, t: Tensor, *, mask: Tensor | None = None, reduction: str = 'mean'):
-    """Squared difference of the matrices x x^T, rows scaled to length 1, mean over B^2
-    (similarity-preserving KD, arXiv:1907.09682).
+    """Compute the squared difference of the matrices x x^T with rows scaled to length 1, averaged
+    over B^2 (similarity-preserving KD, arXiv:1907.09682).
 
     Args:
-        s: (B, D), or (B, ...).
-        t: (B, D'), or (B, ...).
-        mask: (B,): whose relations count; all remain neighbors of the others.
+        s: Student features, (B, D) or (B, ...).
+        t: Teacher features, (B, D') or (B, ...).
+        mask: Whose relations count, (B,). All samples remain neighbors of the others.
     """
     s, t = [unit(x @ x.T) for x in samples(s, t)]
     return reduce((s - t).pow(2).mean(1), reduction, mask)
@@ -109,7 +109,7 @@ class SP(Loss):
 
 
 def gaussian(x, gamma, degree):
-    """exp(-gamma |a-b|^2) for rows of length 1, as a Taylor sum up to `degree`."""
+    """Compute exp(-gamma |a-b|^2) for rows of length 1, as a Taylor sum up to `degree`."""
     x = x @ x.T
     return math.exp(-2 * gamma) * sum(
         (2 * gamma) ** p / math.factorial(p) * x**p for p in range(degree + 1)
@@ -128,21 +128,21 @@ def cc(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """Squared difference of the kernel matrices of the samples, mean over B^2 (correlation
-    congruence, arXiv:1904.01802).
+    """Compute the squared difference of the kernel matrices of the samples, averaged over B^2
+    (correlation congruence, arXiv:1904.01802).
 
     Other implementations differ from the paper: one takes the root of this, another multiplies
     neighbors in the batch.
 
     Args:
-        s: (B, D), or (B, ...).
-        t: (B, D'), or (B, ...).
-        kernel: Or 'bilinear', x x^T.
-        gamma: Of the Gaussian kernel.
-        degree: Of its Taylor sum.
-        normalize: Scale rows to length 1 first; the Taylor sum is the Gaussian only for such
-            rows.
-        mask: (B,): whose relations count; all remain neighbors of the others.
+        s: Student features, (B, D) or (B, ...).
+        t: Teacher features, (B, D') or (B, ...).
+        kernel: 'gaussian', or 'bilinear' for x x^T.
+        gamma: Coefficient of the Gaussian kernel.
+        degree: Degree of its Taylor sum.
+        normalize: Scale rows to length 1 first. The Taylor sum approximates the Gaussian only for
+            such rows.
+        mask: Whose relations count, (B,). All samples remain neighbors of the others.
     """
     if kernel not in ('gaussian', 'bilinear'):
         raise DistillError(f"kernel={kernel!r}: must be 'gaussian' or 'bilinear'")
@@ -156,7 +156,8 @@ class CC(Loss):
 
 
 def neighbors(x: Tensor):
-    """(B, B) log-probability of each other sample: (1 + cosine)/2, divided by the sum of these.
+    """Compute the (B, B) log-probabilities of the other samples: (1 + cosine)/2, divided by their
+    sum.
 
     Args:
         x: (B, D).
@@ -169,16 +170,16 @@ def neighbors(x: Tensor):
 
 @loss(kind=None, match='none', samples=True, relates=True)
 def pkt(s: Tensor, t: Tensor, *, mask: Tensor | None = None, reduction: str = 'mean'):
-    """KL of each sample's distribution over the others, p(j|i) ~ (1 + cos(i, j))/2, mean over
-    samples (probabilistic knowledge transfer, arXiv:1803.10837).
+    """Compute the KL of each sample's distribution over the others, p(j|i) ~ (1 + cos(i, j))/2,
+    averaged over samples (probabilistic knowledge transfer, arXiv:1803.10837).
 
-    The paper sums over samples. The authors' code includes j = i and takes the mean over B^2, so it
-    is about B times smaller.
+    The paper sums over samples. The authors' code includes j = i and averages over B^2, so its
+    values are about B times smaller.
 
     Args:
-        s: (B, D), or (B, ...).
-        t: (B, D'), or (B, ...).
-        mask: (B,): whose neighbors count.
+        s: Student features, (B, D) or (B, ...).
+        t: Teacher features, (B, D') or (B, ...).
+        mask: Whose neighbors count, (B,).
     """
     ls, lt = map(neighbors, samples(s, t))
     return reduce(expect(lt, lt - ls).sum(1), reduction, mask)
@@ -199,21 +200,21 @@ def seed(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """Cross-entropy of each sample's similarities to many teacher embeddings, softmax of cosine/T
-    (self-supervised distillation SEED, arXiv:2101.04731).
+    """Compute the cross-entropy of each sample's similarities to many teacher embeddings, softmax
+    of cosine/T (self-supervised distillation SEED, arXiv:2101.04731).
 
-    The teacher embeddings are those of the batch, so that the sample's own is among them, and those
-    of the queue. The least possible value is the entropy of the teacher's probabilities. Student
-    and teacher have different temperatures, so s == t does not reach it.
+    The teacher embeddings are those of the batch, which include the sample's own, and those of the
+    queue. The minimum is the entropy of the teacher's probabilities. Student and teacher have
+    different temperatures, so s == t does not reach it.
 
     Args:
-        s: (B, D) student embeddings, projected to the teacher's size.
-        t: (B, D) teacher embeddings.
-        queue: (K, D) teacher embeddings of earlier samples; rows of zeros are empty. `SEED`
-            owns it.
+        s: Student embeddings, projected to the teacher's size, (B, D).
+        t: Teacher embeddings, (B, D).
+        queue: Teacher embeddings of earlier samples, (K, D), owned by `SEED`. Rows of zeros are
+            empty.
         T_s: Temperature of the student's similarities.
-        T_t: Of the teacher's.
-        mask: (B,): whose similarities count; all remain neighbors of the others.
+        T_t: Temperature of the teacher's similarities.
+        mask: Whose similarities count, (B,). All samples remain neighbors of the others.
     """
     s, t = samples(s, t)
     same_features(s, t)
@@ -232,11 +233,11 @@ class SEED(Owner):
     def __init__(
         self,
         *,
-        size: int = 4096,  # embeddings in the queue; the authors': 65536, for ImageNet
+        size: int = 4096,  # embeddings in the queue; the authors use 65,536 for ImageNet
         **options,  # of `seed`
     ):
         if size < 1:
-            raise DistillError(f'size={size}: the queue holds at least 1 embedding')
+            raise DistillError(f'size={size}: the queue must hold at least 1 embedding')
         self.size = size
         super().__init__(**options)
 
@@ -246,8 +247,8 @@ class SEED(Owner):
             self.keep(_full(t).new_zeros(self.size, t[0].numel()))
 
     def forward(self, s, t, *args, **kwargs):
-        """The loss. In training, the teacher embeddings then enter the queue, and the oldest leave
-        it.
+        """Compute the loss. In training, the teacher embeddings then enter the queue and the oldest
+        ones leave it.
         """
         v = super().forward(s, t, *args, **{'queue': self.queue, **kwargs})
         if torch.is_grad_enabled() and s.requires_grad:
@@ -261,7 +262,7 @@ class SEED(Owner):
 
 
 def correlations(x, axis):
-    """(B, C, C) products of channels over positions, rows scaled to length 1."""
+    """Compute the products of channels over positions with rows scaled to length 1, (B, C, C)."""
     x = cells(x, axis)
     return unit(x @ x.mT, 2)
 
@@ -270,17 +271,17 @@ def correlations(x, axis):
 def ickd(
     s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
 ):
-    """Squared difference of the channels' products, rows scaled to length 1 (inter-channel
-    correlation, Liu et al., ICCV 2021).
+    """Compute the squared difference of the products of channels, with rows scaled to length 1
+    (inter-channel correlation, Liu et al., ICCV 2021).
 
-    It is the sum over a row and the mean over channels, as in the authors' CIFAR code. Their
+    It is summed over a row and averaged over channels, as in the authors' CIFAR code. Their
     ImageNet code divides by the batch size once more.
 
     Args:
-        s: (B, C, H, W) student map, projected to the teacher's channels.
-        t: (B, C, H', W') teacher map; the grids may differ.
+        s: Student map, projected to the teacher's channels, (B, C, H, W).
+        t: Teacher map, (B, C, H', W'). The grids may differ.
         axis: Channel axis.
-        mask: (B,): which samples count.
+        mask: Which samples count, (B,).
     """
     s, t = correlations(s, axis), correlations(t, axis)
     if s.shape != t.shape:

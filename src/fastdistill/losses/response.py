@@ -63,14 +63,14 @@ def positions(x, axis):
 
 
 def blank(mask, *xs):
-    """`xs` with 0 where the mask drops a value, so that a nan there reaches neither the loss nor
-    the gradient.
+    """Replace masked values of `xs` by 0, so that a nan there reaches neither the loss nor the
+    gradient.
     """
     return [x.where(mask > 0, 0.0) for x in xs]
 
 
 def checked_pair(s, t, axis, mask):
-    """Both logits, checked, with 0 where the mask drops a position."""
+    """Check the logits of both models and replace masked positions by 0."""
     same_shape(s, t)
     axis = class_axis(s, axis)
     return (
@@ -79,7 +79,7 @@ def checked_pair(s, t, axis, mask):
 
 
 def check_classes(s, axis):
-    """A softmax needs two classes or more."""
+    """Raise a DistillError if there are fewer than two classes."""
     if s.shape[class_axis(s, axis)] < 2:
         raise DistillError(
             f'Outputs of shape {tuple(s.shape)} have 1 class on axis {axis}. Its softmax is always 1, '
@@ -89,14 +89,14 @@ def check_classes(s, axis):
 
 
 def checked_classes(s, t, axis, mask):
-    """`checked_pair` for a softmax."""
+    """Do the same as `checked_pair`, for a softmax."""
     check_classes(s, axis)
     return checked_pair(s, t, axis, mask)
 
 
-def of_positions(values, s, t, axis, mask, reduction, slope=None, scale=1.0):
-    """The reduced values of a loss whose value at a position needs the logits of that position
-    alone.
+def reduce_positions(values, s, t, axis, mask, reduction, slope=None, scale=1.0):
+    """Compute and reduce a loss whose value at a position depends only on the logits at that
+    position.
     """
     check_classes(s, axis)
     same_shape(s, t)
@@ -106,18 +106,18 @@ def of_positions(values, s, t, axis, mask, reduction, slope=None, scale=1.0):
 
 
 def within(x, other):
-    """`x` with -inf for the classes that are -inf in `other` (outside its vocabulary), so that the
-    rest sum to 1.
+    """Set `x` to -inf for classes that are -inf in `other` (outside its vocabulary), so that the
+    others sum to 1.
     """
     return x.masked_fill(other == -torch.inf, -torch.inf)
 
 
-def kl_of(a, b, axis):
+def kl_from_logs(a, b, axis):
     return expect(a, a - b).sum(axis)
 
 
-def of_class(x, y, axis):
-    """`x` at the class `y`, without the class axis."""
+def select_class(x, y, axis):
+    """Select `x` at class `y`. The result has no class axis."""
     axis = class_axis(x, axis)
     return x.gather(axis, y.unsqueeze(axis)).squeeze(axis)
 
@@ -132,7 +132,7 @@ def kl(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """T^2 KL(softmax(t/T) || softmax(s/T)): soft targets (Hinton, Vinyals and Dean 2015,
+    """Compute T^2 KL(softmax(t/T) || softmax(s/T)): soft targets (Hinton, Vinyals and Dean 2015,
     arXiv:1503.02531).
 
     Args:
@@ -140,17 +140,17 @@ def kl(
         t: Teacher logits, the same shape.
         T: Temperature.
         axis: Class axis.
-        mask: `s` without the class axis: which positions count.
+        mask: Which positions count. Shape of `s` without the class axis.
     """
-    return of_positions(
+    return reduce_positions(
         partial(kl_values, T=T), s, t, axis, mask, reduction, partial(kl_slope, T=T), T**2
     )
 
 
 def kl_values(s, t, T, axis):
     if not seen_finite(s, t):
-        return kl_of(log_probs(within(t, s), T, axis), log_probs(s, T, axis), axis)
-    # with half as many exponentials. The largest logit becomes 0, so the log of its probability is -logsumexp
+        return kl_from_logs(log_probs(within(t, s), T, axis), log_probs(s, T, axis), axis)
+    # this needs half as many exponentials. The largest logit becomes 0, so the log of its probability is -logsumexp
     s, t = [(x - x.amax(axis, keepdim=True)).div_(temperature(T)) for x in (s, t)]
     p_s, p_t = s.softmax(axis), t.softmax(axis)
     return (
@@ -159,7 +159,7 @@ def kl_values(s, t, T, axis):
 
 
 def kl_slope(s, t, T, axis):
-    """The gradient of `kl_values` with respect to `s`."""
+    """Compute the gradient of `kl_values` with respect to `s`."""
     if not seen_finite(s):
         t = within(t, s)
     return (s / T).softmax(axis).sub_((t / T).softmax(axis)).div_(T)
@@ -179,22 +179,22 @@ def reverse_kl(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """T^2 KL(softmax(s/T) || softmax(t/T)) (MiniLLM, arXiv:2306.08543).
+    """Compute T^2 KL(softmax(s/T) || softmax(t/T)) (MiniLLM, arXiv:2306.08543).
 
-    The student learns to predict only classes that the teacher finds likely.
+    The student learns to predict only classes that the teacher considers likely.
 
     Args:
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
         T: Temperature.
         axis: Class axis.
-        mask: `s` without the class axis: which positions count.
+        mask: Which positions count. Shape of `s` without the class axis.
     """
-    return of_positions(partial(reverse_values, T=T), s, t, axis, mask, reduction, scale=T**2)
+    return reduce_positions(partial(reverse_values, T=T), s, t, axis, mask, reduction, scale=T**2)
 
 
 def reverse_values(s, t, T, axis):
-    return kl_of(log_probs(within(s, t), T, axis), log_probs(t, T, axis), axis)
+    return kl_from_logs(log_probs(within(s, t), T, axis), log_probs(t, T, axis), axis)
 
 
 class ReverseKL(Loss):
@@ -212,25 +212,25 @@ def jsd(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """T^2 (beta KL(p_t || m) + (1-beta) KL(p_s || m)), where m = beta p_t + (1-beta) p_s: the
-    generalized Jensen-Shannon divergence (GKD, arXiv:2306.13649).
+    """Compute the generalized Jensen-Shannon divergence, T^2 (beta KL(p_t || m) + (1-beta) KL(p_s
+    || m)), where m = beta p_t + (1-beta) p_s (GKD, arXiv:2306.13649).
 
     Args:
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
-        beta: Teacher's share of the mixture; 0 is kl and 1 is reverse_kl.
+        beta: Weight of the teacher in the mixture. 0 gives `kl` and 1 gives `reverse_kl`.
         T: Temperature.
         axis: Class axis.
-        mask: `s` without the class axis: which positions count.
+        mask: Which positions count. Shape of `s` without the class axis.
     """
     if not 0 <= beta <= 1:
         raise DistillError(
-            f"beta={beta}: the teacher's share of the mixture is a number from 0 to 1"
+            f'beta={beta}: the weight of the teacher in the mixture must be between 0 and 1'
         )
     # subtle: at beta 0 and 1 the formula gives 0 (the KLs are its slopes there), so these give the KLs, as in TRL
     if beta in (0, 1):
         return (reverse_kl if beta else kl)(s, t, T=T, axis=axis, mask=mask, reduction=reduction)
-    return of_positions(
+    return reduce_positions(
         partial(jsd_values, beta=beta, T=T), s, t, axis, mask, reduction, scale=T**2
     )
 
@@ -241,7 +241,7 @@ def jsd_values(s, t, beta, T, axis):
     lm = torch.logaddexp(
         lt + math.log(beta), ls.clamp_min(torch.finfo(ls.dtype).min / 4) + math.log(1 - beta)
     )
-    return beta * kl_of(lt, lm, axis) + (1 - beta) * kl_of(ls, lm, axis)
+    return beta * kl_from_logs(lt, lm, axis) + (1 - beta) * kl_from_logs(ls, lm, axis)
 
 
 class JSD(Loss):
@@ -258,17 +258,17 @@ def tvd(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """T^2/2 |softmax(t/T) - softmax(s/T)|: total variation distance, bounded by T^2 (f-distill,
-    arXiv:2307.15190).
+    """Compute the total variation distance T^2/2 |softmax(t/T) - softmax(s/T)|, at most T^2
+    (f-distill, arXiv:2307.15190).
 
     Args:
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
         T: Temperature.
         axis: Class axis.
-        mask: `s` without the class axis: which positions count.
+        mask: Which positions count. Shape of `s` without the class axis.
     """
-    return of_positions(partial(tvd_values, T=T), s, t, axis, mask, reduction, scale=T**2)
+    return reduce_positions(partial(tvd_values, T=T), s, t, axis, mask, reduction, scale=T**2)
 
 
 def tvd_values(s, t, T, axis):
@@ -289,17 +289,18 @@ def uld(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """T^2 |sort(softmax(t/T)) - sort(softmax(s/T))|, with zeros for the classes that the smaller
-    vocabulary lacks (universal logit distillation, TMLR 2025, arXiv:2402.12030).
+    """Compute T^2 |sort(softmax(t/T)) - sort(softmax(s/T))|, with zeros for classes missing in the
+    smaller vocabulary (universal logit distillation, TMLR 2025, arXiv:2402.12030).
 
-    It compares how probabilities are spread, not over which classes. From 0 to 2 T^2.
+    It compares how the probabilities are spread, but not over which classes. Values range from 0 to
+    2 T^2.
 
     Args:
         s: Student logits, any shape.
-        t: Teacher logits: as many positions, any number of classes.
+        t: Teacher logits: the same positions, any number of classes.
         T: Temperature.
         axis: Class axis.
-        mask: `s` without the class axis: which positions count.
+        mask: Which positions count. Shape of `s` without the class axis.
     """
     check_classes(s, axis)
     shape = positions(s, class_axis(s, axis))
@@ -339,18 +340,18 @@ def soft_ce(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """T^2 cross-entropy with the soft targets (arXiv:1503.02531).
+    """Compute T^2 times the cross-entropy with the soft targets (arXiv:1503.02531).
 
-    It is `kl` plus the teacher's entropy, and has the same gradient.
+    It equals `kl` plus the teacher's entropy and has the same gradient.
 
     Args:
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
         T: Temperature.
         axis: Class axis.
-        mask: `s` without the class axis: which positions count.
+        mask: Which positions count. Shape of `s` without the class axis.
     """
-    return of_positions(
+    return reduce_positions(
         partial(ce_values, T=T), s, t, axis, mask, reduction, partial(kl_slope, T=T), T**2
     )
 
@@ -367,7 +368,8 @@ class SoftCE(Loss):
 def mse(
     s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
 ):
-    """Squared distance of the logits, summed over classes (Ba and Caruana 2014, arXiv:1312.6184).
+    """Compute the squared distance of the logits, summed over classes (Ba and Caruana 2014,
+    arXiv:1312.6184).
 
     It has no temperature, since T and the factor T^2 would cancel.
 
@@ -375,7 +377,7 @@ def mse(
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
         axis: Class axis.
-        mask: `s` without the class axis: which positions count.
+        mask: Which positions count. Shape of `s` without the class axis.
     """
     s, t = checked_pair(s, t, axis, mask)
     return reduce((s - t).pow(2).sum(axis), reduction, mask)
@@ -389,7 +391,7 @@ class MSE(Loss):
 def hard(
     s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
 ):
-    """Cross-entropy with the class that the teacher predicts (DeiT, arXiv:2012.12877).
+    """Compute the cross-entropy with the class that the teacher predicts (DeiT, arXiv:2012.12877).
 
     It is 0 if the student predicts that class with probability 1.
 
@@ -397,11 +399,11 @@ def hard(
         s: Student logits, any shape.
         t: Teacher logits, the same shape.
         axis: Class axis.
-        mask: `s` without the class axis: which positions count.
+        mask: Which positions count. Shape of `s` without the class axis.
     """
     s, t = checked_classes(s, t, axis, mask)
     return reduce(
-        -of_class(log_probs(s, 1.0, axis), within(t, s).argmax(axis), axis), reduction, mask
+        -select_class(log_probs(s, 1.0, axis), within(t, s).argmax(axis), axis), reduction, mask
     )
 
 
@@ -413,14 +415,14 @@ class Hard(Loss):
 def binary_kl(
     s: Tensor, t: Tensor, *, T: float = 4.0, mask: Tensor | None = None, reduction: str = 'mean'
 ):
-    """T^2 KL from sigmoid(t/T) to sigmoid(s/T), one value per label: soft targets of multi-label
+    """Compute T^2 KL from sigmoid(t/T) to sigmoid(s/T) per label: soft targets of multi-label
     models.
 
     Args:
-        s: Student logits, any shape: one per label.
+        s: Student logits, any shape, one per label.
         t: Teacher logits, the same shape.
         T: Temperature.
-        mask: The shape of `s`: which labels of which samples count.
+        mask: Which labels of which samples count. Shape of `s`.
     """
     same_shape(s, t)
     if mask is not None:
@@ -448,14 +450,16 @@ def regression(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """Mean distance of the predicted numbers, one value per sample: (B,) compares with (B, 1), (B,
-    n, 2) with (B, 2n).
+    """Compute the mean distance of the predicted numbers, one value per sample.
+
+    Shapes may differ as long as each sample has the same number of values: (B,) compares with (B,
+    1), and (B, n, 2) with (B, 2n).
 
     Args:
-        s: (B, ...) student's numbers.
-        t: (B, ...) teacher's: as many per sample, in any shape.
-        distance: Or 'l1', or 'huber' (quadratic up to 1).
-        mask: (B,): which samples count.
+        s: Student's numbers, (B, ...).
+        t: Teacher's numbers, (B, ...), with the same number of values per sample.
+        distance: 'mse', 'l1' or 'huber' (quadratic up to 1).
+        mask: Which samples count, (B,).
     """
     if distance not in DISTANCES:
         raise DistillError(
@@ -487,15 +491,15 @@ def soft_targets(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """Soft targets for each kind of output: `kl`, `binary_kl` or `regression` (mse).
+    """Compute the soft-target loss for a kind of output: `kl`, `binary_kl` or `regression` (mse).
 
     Args:
-        s: Student's outputs, before softmax or sigmoid.
-        t: Teacher's outputs, the same.
-        kind: What they are: 'softmax' over classes, 'sigmoid' per label, 'regression'.
+        s: Student outputs before softmax or sigmoid.
+        t: Teacher outputs before softmax or sigmoid.
+        kind: 'softmax' over classes, 'sigmoid' per label, or 'regression'.
         T: Temperature; not used for regression.
         axis: Class axis, for softmax.
-        mask: As in `kl`, `binary_kl` or `regression`
+        mask: As in `kl`, `binary_kl` or `regression`.
     """
     if kind == 'softmax':
         return kl(s, t, T=T, axis=axis, mask=mask, reduction=reduction)
@@ -523,11 +527,11 @@ def dist(
     mask: Tensor | None = None,
     reduction: str = 'mean',
 ):
-    """T^2 (beta (1 - Pearson of a position's probabilities) + gamma (1 - Pearson of a class's over
-    all positions)) (NeurIPS 2022, arXiv:2205.10536).
+    """Compute T^2 (beta (1 - r_p) + gamma (1 - r_c)) with Pearson correlations r_p over the classes
+    of a position and r_c over the positions of a class (DIST, NeurIPS 2022, arXiv:2205.10536).
 
     At s == t it is 0 up to `eps`. As in the authors' code, a class that does not vary over the
-    positions adds its full share, without a gradient. In a batch of one that is every class.
+    positions has r_c = 0 and no gradient. In a batch of one, that is every class.
 
     Args:
         s: Student logits, any shape.
@@ -536,10 +540,10 @@ def dist(
         gamma: Weight of the relation between the positions of a class.
         T: Temperature.
         axis: Class axis.
-        eps: Added to the product of norms, so that a class that hardly varies over the batch
-            counts little.
-        mask: `s` without the class axis: which positions count.
-        reduction: 'none': a position's own part, plus the part that all share.
+        eps: Added to the product of norms, so that a class that hardly varies over the batch has
+            little effect.
+        mask: Which positions count. Shape of `s` without the class axis.
+        reduction: 'mean', 'sum' or 'none' (r_c is the same for all positions).
     """
     check_classes(s, axis)
     same_shape(s, t)
@@ -555,15 +559,16 @@ class DIST(Loss):
 
 
 def standardize(x: Tensor, *, axis: int = 1, eps: float = 1e-7, correction: int = 1):
-    """Logits minus their mean, divided by their standard deviation (CVPR 2024, arXiv:2403.01427).
+    """Subtract the mean of the logits and divide by their standard deviation (CVPR 2024,
+    arXiv:2403.01427).
 
-    With them the student need not learn the scale of the teacher's logits.
+    With standardized logits, the student does not have to learn the scale of the teacher's logits.
 
     Args:
         x: Logits, any shape.
         axis: Class axis.
         eps: Added to the standard deviation.
-        correction: 1 divides by C-1, as released; 0 by C, as in the paper.
+        correction: 1 divides by C-1, as in the released code. 0 divides by C, as in the paper.
     """
     x, axis = _full(x), class_axis(x, axis)
     if x.shape[axis] < 2:
@@ -576,8 +581,8 @@ def standardize(x: Tensor, *, axis: int = 1, eps: float = 1e-7, correction: int 
 
 
 class Standardized:
-    """The function that `standardized` returns. It has the name and signature of the given one, and
-    can be pickled.
+    """Function returned by `standardized`. It has the name and signature of the given one and can
+    be pickled.
     """
 
     def __init__(self, fn, **options):
@@ -610,13 +615,13 @@ class Standardized:
 
 
 def standardized(loss, *, eps: float = 1e-7, correction: int = 1):
-    """The same loss on standardized logits: standardized(kl), standardized(DKD(beta=2.)) (CVPR
-    2024, arXiv:2403.01427).
+    """Return a loss that standardizes both logits first, e.g. standardized(kl) or
+    standardized(DKD(beta=2.)) (CVPR 2024, arXiv:2403.01427).
 
     Args:
-        loss: A loss function of two logits, or a `Loss` module of one.
-        eps: As in `standardize`
-        correction: As in `standardize`
+        loss: A loss function of two logits, or its `Loss` module.
+        eps: As in `standardize`.
+        correction: As in `standardize`.
     """
     if not isinstance(loss, Loss):
         return Standardized(loss, eps=eps, correction=correction)

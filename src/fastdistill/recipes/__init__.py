@@ -7,4 +7,4 @@ __all__ = zoo.__all__
 
 
 def __dir__():
-    return __all__  # `recipes.` and the tab key list the recipes alone
+    return __all__  # tab completion of `recipes.` lists only the recipes

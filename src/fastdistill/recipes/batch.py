@@ -1,4 +1,4 @@
-"""The tensors from which terms are computed in one batch, and the positions that count.
+"""The tensors that the terms of one batch need, and which positions count.
 
 A mask has the logits' shape without the class axis."""
 
@@ -32,12 +32,12 @@ __all__ = [
 
 @dataclass
 class Batch:
-    """The tensors from which a batch's terms are computed. If the teacher has other classes, those
-    that it knows.
+    """Everything the terms of one batch need. If the teacher has different classes, only those that
+    it knows.
 
     Attributes:
-        others: The second labels of a mixed batch.
-        lam: Weight of the first labels; None: the batch is not mixed.
+        others: Second labels of a mixed batch.
+        lam: Weight of the first labels. None if the batch is not mixed.
     """
 
     student: Outputs
@@ -60,8 +60,8 @@ class Batch:
 
     @cached_property
     def masks(self):
-        """For the first and the second labels: where both models and the label count; None:
-        everywhere.
+        """One mask each for the first and the second labels: where both models and the label count.
+        None for everywhere.
         """
         models = both(self.student.mask, self.teacher.mask)
         return [
@@ -71,9 +71,7 @@ class Batch:
 
     @cached_property
     def mask(self):
-        """Where a term without labels counts; in a mixed batch, by the weight of the labels that
-        count.
-        """
+        """Where a term without labels counts. In a mixed batch, weighted by the labels that count."""
         first, other = self.masks
         if self.lam is None:
             return first
@@ -84,22 +82,25 @@ class Batch:
         return blend(first, other, self.lam)
 
     def pairs_of(self, name, make):
-        """What a term compares, made once: projectors may have batch-norms, which count each run."""
+        """Return what a term compares. It is computed only once, since each run of a projector with
+        a batch norm changes its statistics.
+        """
         if name not in self.pairs:
             self.pairs[name] = make()
         return self.pairs[name]
 
     def shifted(self, name):
-        """The same batch, where a term that was computed compares each sample with what the teacher
-        says of the next one; a single sample with what it says of the next class, or place.
+        """Return this batch with the teacher's outputs shifted for one term: each sample is
+        compared with the teacher's output for the next sample. A single sample is compared with the
+        output for the next class or position.
         """
         other = copy.copy(self)
         other.pairs = {name: [(s, t.roll(1, 0 if len(t) > 1 else -1)) for s, t in self.pairs[name]]}
         return other
 
     def options(self, term, mask):
-        """A term's options, with the values that come from this batch: axis and mask are given only
-        to terms of logits.
+        """Return a term's options, including those that come from this batch. Only terms on logits
+        get an axis and a mask.
         """
         context = dict(kind=self.task.kind, ignore_index=self.task.ignore_index)
         # a sample counts if any of its positions does
@@ -111,7 +112,9 @@ class Batch:
 
 
 def inputs_and_labels(batch):
-    """A tuple's first item and all others; a dict without its labels, and these; all else has none."""
+    """Split a batch into inputs and labels: the first item of a tuple and the others, or a dict and
+    its labels. Other batches have no labels.
+    """
     if isinstance(batch, (tuple, list)):
         return batch[0], tuple(batch[1:])
     if not isinstance(batch, Mapping):
@@ -121,27 +124,27 @@ def inputs_and_labels(batch):
 
 
 def of_all_processes(term, pairs, targets, options, task):
-    """The same with the samples of all processes that train together.
+    """Gather pairs, targets and options over all processes of a distributed run.
 
     Args:
-        term: Whose loss compares samples with each other.
-        pairs: (student's tensor, teacher's tensor) of each pair of layers.
-        targets, options: Of the loss.
+        term: A term whose loss compares samples with each other.
+        pairs: (student tensor, teacher tensor) for each pair of layers.
+        targets, options: Targets and options of the loss.
     """
-    # subtle: not in validation, which may run in one process alone
+    # subtle: not in validation, which may run in only one process
     if world_size() == 1 or not torch.is_grad_enabled():
         return pairs, targets, options
     if term.layers is None and 'mask' in term.accepts:
         s, mask = pairs[0][0], options.get('mask')
         shape = s.shape[:1] if term.samples else shape_of_labels(s.shape, task.axis)
-        # subtle: also if all positions count here, since in another process some may not
+        # subtle: even if all positions count here, since in a different process some may not
         mask = s.new_ones(shape) if mask is None else mask.to(s).expand(shape)
         options = {**options, 'mask': gather_rows(mask)}
     return *map_tensors((pairs, targets), gather_rows), options
 
 
 def blend(first, other, lam):
-    """lam*first + (1-lam)*other, with one lam for all samples or one for each."""
+    """Compute lam*first + (1-lam)*other, with one lam for all samples or one for each."""
     lam = (
         lam.to(first).reshape(-1, *[1] * (first.dim() - 1))
         if lam.numel() > 1
@@ -151,18 +154,18 @@ def blend(first, other, lam):
 
 
 def both(*masks):
-    """Where all of these masks count. A mask that is None counts everywhere."""
+    """Combine masks: True where all of them count. None counts everywhere."""
     masks = [m for m in masks if m is not None]
     return reduce(torch.mul, masks) if masks else None
 
 
 def label_mask(y, logits, task):
-    """Where a label counts; None: everywhere.
+    """Return where a label counts, or None for everywhere.
 
     Args:
-        y: Labels; None where there are none.
-        logits: Of the same batch; None if only layers are compared.
-        task: What the logits are, see `task.Task`
+        y: Labels, or None.
+        logits: Logits of the same batch. None if only layers are compared.
+        task: The `Task` that describes the logits.
     """
     if (
         task.kind != 'softmax'
@@ -174,17 +177,17 @@ def label_mask(y, logits, task):
     if (y := fit_labels(as_plain(y), logits.shape, task)) is None:
         return None
     on = y != task.ignore_index
-    # subtle: the values are checked only on the CPU, since the step would wait for a GPU
+    # subtle: the values are checked only on a CPU, since a step would have to wait for a GPU
     return None if on.is_cpu and not torch.compiler.is_compiling() and on.all() else on
 
 
 def padding_mask(x, shape, axis: int):
-    """The `attention_mask` among a batch's inputs, if there are logits for each token. Hidden
+    """Find the `attention_mask` in a batch's inputs, if there are logits for each token. Hidden
     positions do not count.
 
     Args:
         x: The batch's inputs: a tuple, which may hold a dict with a mask.
-        shape: Of the logits.
+        shape: Shape of the logits.
         axis: Their class axis.
     """
     found = [
@@ -198,26 +201,27 @@ def padding_mask(x, shape, axis: int):
 
 
 def next_tokens(y: Tensor, ignore_index: int):
-    """The labels of a causal language model, each where it is predicted: one position earlier. The
-    last has none.
+    """Shift the labels of a causal language model by one position, to where each is predicted. The
+    last position has no label.
 
     Args:
-        y: (B, L) labels, each where its own token stands.
+        y: Labels, (B, L), each at the position of its own token.
     """
     return F.pad(as_plain(y)[:, 1:], (0, 1), value=ignore_index)
 
 
 def labels_to_shift(x, y, shape, task, causal: bool = False) -> bool | None:
-    """Must the labels of a language model be shifted? Yes, if each is at the position of its own
-    token, and not where that token is predicted. None: this batch has no labels.
+    """Return True if the labels of a language model must be shifted, because each is at the
+    position of its own token instead of one position earlier. Return None if this batch has no
+    labels.
 
-    A step waits for a GPU's answer, so call this once.
+    The answer makes a step wait for the GPU, so call this once.
 
     Args:
         x: The batch's inputs.
         y: Labels.
-        shape: Of the logits.
-        causal: The student is known to predict the next token.
+        shape: Shape of the logits.
+        causal: True if the student is known to predict the next token.
     """
     tokens = task.kind == 'softmax' and len(shape) == 3 and isinstance(y, Tensor)
     if not tokens or y.shape != shape_of_labels(shape, task.axis):
@@ -236,21 +240,23 @@ def labels_to_shift(x, y, shape, task, causal: bool = False) -> bool | None:
     if here != ahead or not causal:
         return here and not ahead
     raise DistillError(
-        'The student predicts the next token, and these labels do not show at which position they are: '
-        "that of their own token, as Hugging Face's models take them (pass shift_labels=True to the "
-        'Distiller), or one position earlier, where the token is predicted (shift_labels=False)'
+        'The student predicts the next token, but these labels do not show at which position '
+        'they are. If each label is at the position of its own token, as Hugging Face models '
+        'expect, pass shift_labels=True to the Distiller. If it is one position earlier, where '
+        'the token is predicted, pass shift_labels=False'
     )
 
 
 def nothing(logits):
-    """0, with the gradient 0 for every parameter behind the logits: DistributedDataParallel wants
-    one for each, also where the labels have the weight 0 and the terms compare inner layers alone.
+    """Return 0 with a gradient of 0 for every parameter behind the logits. DistributedDataParallel
+    expects a gradient for each parameter, even if the task loss has weight 0 and the terms compare
+    only inner layers.
     """
     return logits.where(logits.new_zeros((), dtype=torch.bool), 0.0).sum()
 
 
 def all_classes(teacher, student):
-    """Stored outputs may hold the likeliest classes alone: losses want them all."""
+    """Expand stored outputs that hold only the most likely classes, since losses need all classes."""
     if teacher is None or not isinstance(teacher.logits, TopK):
         return teacher
     s = student.logits

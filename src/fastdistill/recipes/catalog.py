@@ -19,11 +19,11 @@ FAMILIES = dict(
     feature='features',
     relation='relations',
     dense='dense maps',
-)  # file of a loss -> what the methods in it compare
+)  # module of a loss -> what its methods compare
 KINDS_IN_WORDS = dict(
     softmax='classes', sigmoid='several labels', regression='numbers'
 )  # of logits
-# recipes whose loss has another name -> their card; the card of any other method has its name
+# cards of recipes that are named differently from their loss; any other method has a card of its own name
 CARDS = dict(
     kd='kl', soft_labels='kl', hard_labels='hard', logit_std='standardize', pretrain='cosine'
 )
@@ -34,8 +34,8 @@ class Parameter:
     """An option of a loss or of a recipe.
 
     Attributes:
-        default: As in code; empty: it must be given.
-        says: Its comment.
+        default: The default as code. Empty if a value must be given.
+        says: Description from the docstring.
     """
 
     name: str
@@ -50,13 +50,13 @@ class Method:
     Attributes:
         line: What it computes.
         family: What is compared: outputs, features, relations or dense maps.
-        needs: 'logits' or 'features'; 'relations' of the samples in a batch; of logits
-            'classes', 'several labels' or 'numbers', where it is not for any; 'labels' that the
-            loss reads itself.
-        paper: Empty: none is named.
-        card: Name of its card, a page of docs/methods.
-        recipe: Parameters of its recipe; None: it has none.
-        loss: Of its loss.
+        needs: 'logits' or 'features'; 'relations' between the samples of a batch; 'classes',
+            'several labels' or 'numbers' if it needs a certain kind of logits; 'labels' if the loss
+            reads them itself.
+        paper: The paper. Empty if the docstring names none.
+        card: Name of its card, a page in docs/methods.
+        recipe: Parameters of its recipe. None if it has no recipe.
+        loss: Parameters of its loss. None if it has no loss.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Method:
 
     @property
     def use(self):
-        """How to write it in a recipe."""
+        """Code for it in a recipe."""
         if self.recipe is None:
             return f'Term(losses.{self.name}, weight=1.)'
         first = 'kd()' if self.recipe and not self.recipe[0].default else ''
@@ -86,10 +86,10 @@ class Method:
 
 
 def method(name: str) -> Method:
-    """One method; an unknown name is an error with the nearest ones.
+    """Return one method. An unknown name raises a DistillError that lists the closest names.
 
     Args:
-        name: Of a recipe or of a loss.
+        name: Name of a recipe or a loss.
     """
     have = {m.name: m for m in methods()}
     if name in have:
@@ -102,11 +102,11 @@ def method(name: str) -> Method:
 
 
 def find_methods(text: str = '', needs=()) -> list[Method]:
-    """The methods that match, by family.
+    """Return the methods that match, sorted by family.
 
     Args:
-        text: Words that the name, the line, the paper or the family must contain.
-        needs: What it must need, as in `Method.needs`
+        text: Words that must occur in the name, line, paper or family.
+        needs: What the method must need, as in `Method.needs`.
     """
     have = list(dict.fromkeys(n for m in methods() for n in m.needs))
     if unknown := set(needs) - set(have):
@@ -119,7 +119,7 @@ def find_methods(text: str = '', needs=()) -> list[Method]:
 
 
 def methods() -> list[Method]:
-    """All methods, by family and name."""
+    """Return all methods, sorted by family and name."""
     fns = {n: getattr(losses, n) for n in losses.__all__}
     fns = {n: f for n, f in fns.items() if hasattr(f, 'relates') and not inspect.isclass(f)}
     made = {n: getattr(recipes, n) for n in recipes.__all__}
@@ -157,7 +157,7 @@ def _method(name, recipe, loss):
 
 
 def _terms(recipe):
-    """The terms that a recipe makes with its defaults."""
+    """Return the terms that a recipe makes with its defaults."""
     first = next(iter(inspect.signature(recipe).parameters.values()), None)
     return (
         recipe(recipes.kd()).terms
@@ -175,7 +175,7 @@ def _parameters(fn):
 
 
 def parameter_texts(fn) -> dict:
-    """Parameter -> its text in the `Args:` section of a Google-style docstring."""
+    """Read the `Args:` section of a Google-style docstring, as {parameter: text}."""
     _, _, section = (inspect.getdoc(fn) or '').partition('\nArgs:\n')
     entries = re.findall(
         r'^    (\S[^:\n]*): (.*(?:\n {5,}.*)*)', section.partition('\n\n')[0], re.M
@@ -197,19 +197,19 @@ def _paper(doc):
 
 
 def _line(doc):
-    """The first sentence of a docstring, without the paper."""
+    """Return the first sentence of a docstring, without the paper."""
     return re.split(r'(?<=\w)\. (?=[A-Z])', PAPER.sub('', _text(doc)))[0].split('\n')[0].rstrip('.')
 
 
 def card_section(card: str, heading: str) -> str:
-    """The text under a heading of a card, as Markdown; empty if the cards are not installed.
+    """Return the text under a heading of a card, as Markdown. Empty if the cards are not installed.
 
     Args:
         card: Name of a card.
-        heading: The beginning of a heading.
+        heading: Start of the heading.
     """
     here = Path(__file__).parents[1]
-    # in the wheel the cards are in the package, in a checkout beside it
+    # in the wheel the cards are inside the package, in a checkout next to it
     for folder in (here / 'cards', here.parent.parent / 'docs' / 'methods'):
         if (folder / f'{card}.md').is_file():
             text = (folder / f'{card}.md').read_text(encoding='utf-8')

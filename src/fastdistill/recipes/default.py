@@ -1,5 +1,5 @@
-"""The recipe that is taken when none is given. The rule was chosen by measurements on many tasks:
-benchmarks/quality.
+"""The default recipe, used if none is given. The rule is based on measurements on many tasks
+(benchmarks/quality).
 """
 
 from math import log, sqrt
@@ -24,13 +24,16 @@ __all__ = [
 
 CLASSIC = 'kd(T=4, alpha=.9)'
 CLASSIC_ALONE = 'soft_labels(T=4)'  # without labels
-EVEN = 0.9  # entropy of the softened teacher, as a share of the entropy of equal probabilities
-COLDEST, HOTTEST = 1.0, 20.0  # temperatures that are chosen
-ENOUGH_NUMBERS, ENOUGH_ROWS = 2**22, 4096  # logits that show how sure a teacher is, and their rows
+EVEN = 0.9  # entropy of the softened teacher, as a fraction of the entropy of equal probabilities
+COLDEST, HOTTEST = 1.0, 20.0  # range of temperatures that may be chosen
+ENOUGH_NUMBERS, ENOUGH_ROWS = (
+    2**22,
+    4096,
+)  # at most this many logits, and rows, are used to estimate the temperature
 
 
 class Automatic(Recipe):
-    """A recipe that `auto` chose. `text` is how to write it, `why` is the fact that decided."""
+    """A recipe chosen by `auto`. `text` is the code for it, `why` the reason it was chosen."""
 
     def __init__(self, recipe, text, why, kind='softmax'):
         super().__init__(recipe)
@@ -38,7 +41,7 @@ class Automatic(Recipe):
 
     def __str__(self):
         if self.kind == 'regression':
-            return f'{self.text} ({self.why})'  # T has no meaning for numbers
+            return f'{self.text} ({self.why})'  # T has no meaning in regression
         classic = CLASSIC if self.task != 0 else CLASSIC_ALONE
         return f'{self.text} ({self.why}; {classic} is the classic)'
 
@@ -52,31 +55,30 @@ def auto(
     teacher: Tensor | None = None,
     doubt: str | None = None,
 ) -> Automatic:
-    """The recipe that `KnowledgeDistillation(teacher)` and `Distiller(student, teacher)` take when
-    none is given.
+    """Return the recipe that `KnowledgeDistillation(teacher)` and `Distiller(student, teacher)` use
+    by default.
 
-    Where the term has a share, the labels count in full, and its gradient at the student's logits
-    is 3 times as long as theirs, whatever the scale of the loss. With more than two classes, T is
-    `softening_temperature(teacher)`, so that a teacher that is very sure and one that is less sure
-    are softened alike; without `teacher=` it is 4. benchmarks/quality has the measurements behind
-    the rule, and the tasks where it did not help.
+    If the term has a gradient ratio, the task loss has full weight and the term's gradient norm at
+    the student's logits is 3 times that of the task loss, whatever the scale of the term. With more
+    than two classes, T is `softening_temperature(teacher)`, so that confident and less confident
+    teachers are softened to the same degree. Without `teacher=` it is 4. benchmarks/quality has the
+    measurements behind the rule, and the tasks where it did not help.
 
     Args:
         kind: What the model predicts: 'softmax' over classes, 'sigmoid' per label, or
             'regression'.
-        classes: Number of classes of a softmax; 1 with 'sigmoid': a single label; None:
-            unknown.
-        dense: Does each sample have many predictions, as pixels or tokens?
-        labels: Do the batches have labels?
-        teacher: (..., C) the teacher's logits for some training samples; None: unknown.
-        doubt: Why the teacher should not be trusted, in words; None: nothing speaks against it.
+        classes: Number of classes of a softmax, or 1 for a single 'sigmoid' label. None if unknown.
+        dense: True if each sample has many predictions, such as pixels or tokens.
+        labels: True if the batches have labels.
+        teacher: The teacher's logits for some training samples, (..., C). None if unknown.
+        doubt: Reason not to trust the teacher, as text. None if there is none.
     """
     if kind not in ('softmax', 'sigmoid', 'regression'):
         raise DistillError(f"kind={kind!r}: must be 'softmax', 'sigmoid' or 'regression'")
     if not isinstance(teacher, Tensor | None):
         raise DistillError(
-            f'teacher={type(teacher).__name__}: give its logits for some training samples, a tensor '
-            '(..., C). KnowledgeDistillation and Distiller ask a teacher themselves.'
+            f'teacher={type(teacher).__name__}: must be its logits for some training samples, a '
+            'tensor (..., C). KnowledgeDistillation and Distiller query the teacher themselves.'
         )
     if not labels:
         return Automatic(soft_labels(T=1), 'soft_labels(T=1)', 'the batches have no labels', kind)
@@ -86,10 +88,10 @@ def auto(
             kd(T=1, alpha=alpha), f'kd(T=1, alpha={alpha:g})'.replace('0.', '.'), doubt, kind
         )
     if kind == 'regression':
-        return shared(losses.regression, 'regression', 'numbers', kind)
-    one = kind == 'sigmoid' and classes == 1  # the same as a softmax of two classes
+        return with_grad_ratio(losses.regression, 'regression', 'numbers', kind)
+    one = kind == 'sigmoid' and classes == 1  # equivalent to a softmax over two classes
     if kind == 'sigmoid' and not (dense or one):
-        return shared(losses.binary_kl, 'binary_kl', 'several labels', kind, T=1)
+        return with_grad_ratio(losses.binary_kl, 'binary_kl', 'several labels', kind, T=1)
     unknown = 'labels' if kind == 'sigmoid' else 'an unknown number of classes'
     why = 'one label' if one else unknown if classes is None else f'{classes} classes'
     if dense:
@@ -109,17 +111,17 @@ def auto(
 
 
 def takes_dist(classes):
-    "Are there classes to correlate?"
+    "Return True if there are enough classes to correlate."
     return classes is not None and classes > 2
 
 
 def softening_temperature(logits: Tensor) -> float:
-    """The temperature, from 1 to 20, at which the entropy of the teacher's probabilities is .9 of
-    the largest possible one, on average over the samples. It does not depend on the scale of the
-    logits.
+    """Find the temperature, from 1 to 20, at which the entropy of the teacher's probabilities is
+    90% of its maximum, averaged over the samples. The softened probabilities do not depend on the
+    scale of the logits.
 
     Args:
-        logits: (..., C) of a teacher, classes last.
+        logits: Logits of a teacher, (..., C).
     """
     logits = logits.detach().reshape(-1, logits.shape[-1])
     rows = min(ENOUGH_NUMBERS // logits.shape[-1] + 1, ENOUGH_ROWS)
@@ -133,13 +135,14 @@ def softening_temperature(logits: Tensor) -> float:
 
 
 def facts_for_auto(shape, task, ask) -> dict:
-    """Arguments of `auto`. The teacher is asked only where that decides something.
+    """Build the arguments of `auto`. The teacher is queried only if its outputs matter for the
+    choice.
 
     Args:
-        shape: Of the student's logits.
-        task: What they are.
-        ask: fn() -> the teacher's logits for training samples, with the same axes; None: they
-            are not known.
+        shape: Shape of the student's logits.
+        task: The `Task` that describes them.
+        ask: fn() -> the teacher's logits for training samples, with the same axes, or None if they
+            are unknown.
     """
     facts = facts_of_outputs(shape, task)
     if not takes_dist(facts['classes']) or (t := ask()) is None or t.dim() != len(shape):
@@ -147,8 +150,8 @@ def facts_for_auto(shape, task, ask) -> dict:
     return facts | dict(teacher=t.movedim(task.axis, -1))
 
 
-def shared(loss, name, why, kind, **options):
-    """The labels, and a term whose gradient is 3 times as long as theirs."""
+def with_grad_ratio(loss, name, why, kind, **options):
+    """Combine the task loss with a term whose gradient norm is 3 times as large."""
     text = ', '.join(['grad_ratio=3', *(f'{k}={v:g}' for k, v in options.items())])
     return Automatic(
         Term(loss, grad_ratio=3, **options), f'labels + Term(losses.{name}, {text})', why, kind

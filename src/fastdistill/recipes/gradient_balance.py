@@ -1,5 +1,5 @@
-"""Terms with a share: the weight that makes the norm of a term's gradient a multiple of that of the
-other gradients.
+"""Terms with a gradient ratio: the weight at which a term's gradient norm is a given multiple of
+that of the other losses.
 """
 
 import torch
@@ -13,32 +13,35 @@ __all__ = ['GradientRatio', 'GradientRatios']
 
 
 class GradientRatio:
-    """What a term's loss is multiplied by so that its gradient has the same norm as that of the
-    labels and of all terms with a weight, where the term compares: at the student's logits, or at
-    its layers. Both norms are running means, measured in the first batches, then in ever fewer, and
-    in the end in one of `EVERY`.
+    """The weight at which a term's gradient norm equals that of all weighted losses, including the
+    task loss, measured at the tensors the term compares (the student's logits or layers). Both
+    norms are running means. They are measured in each of the first batches, then less and less
+    often, and finally once in `EVERY` batches.
 
-    A student that already agrees with its teacher has hardly any gradient to measure, and a factor
-    computed from that would be huge. Two more numbers are therefore measured. `apart` is the norm
-    of the term's gradient against the teacher's outputs for different samples, the scale that the
-    term has for a student that disagrees: a norm below `FLOOR` times that counts as that much. And
-    the value of the term shows between two measurements that its gradient has grown. All numbers
-    stay on the device, so that no step waits for them.
+    If the student already agrees with its teacher, there is hardly any gradient to measure, and the
+    weight would become huge. Two more numbers are therefore measured. `apart` is the norm of the
+    term's gradient against the teacher's outputs for different samples, i.e. its scale for a
+    student that disagrees. The norm is clamped to at least `FLOOR` times `apart`. The value of the
+    term shows whether its gradient has grown since the last measurement. All numbers stay on the
+    device, so that no step waits for them.
     """
 
-    # batches that are all measured; in the end one in so many is; what a new one counts in the mean
+    # first batches, all measured; final interval; minimum weight of a new measurement in the mean
     FIRST, EVERY, NEW = 16, 32, 0.2
-    FLOOR = 1.0  # the smallest norm that counts, relative to `apart`
-    JUMP = 4.0  # growth beyond this is not averaged over
+    FLOOR = 1.0  # minimum norm relative to `apart`
+    JUMP = 4.0  # larger growth replaces the mean
 
     def __init__(self):
-        self.batches, self.measured, self.parts, self.means = 0, 0, (), None
+        self.batches = 0
+        self.measured = 0
+        self.parts = ()
+        self.means = None
 
     def due(self, parts):
-        """Is this batch measured? Counts it.
+        """Count this batch and return True if it should be measured.
 
         Args:
-            parts: What the norms depend on: if it changes, the means start over.
+            parts: What the norms depend on. If it changes, the means start over.
         """
         if parts != self.parts:
             self.batches, self.measured, self.parts = 0, 0, parts
@@ -50,31 +53,32 @@ class GradientRatio:
 
     def add(
         self,
-        new: Tensor,  # (4,) norm of what has a weight, of the term, of the term `apart`; the term's value
+        new: Tensor,  # (4,): norms of the weighted losses, of the term and of the term `apart`; value of the term
     ):
         self.measured += 1
         before = torch.zeros_like(new) if self.means is None else self.means.to(new)
-        new = new.where(new.isfinite().all(), before)  # an overflow in half precision says nothing
+        new = new.where(new.isfinite().all(), before)  # ignore an overflow in half precision
         rate = new.new_full((), max(1 / self.measured, self.NEW))
         self.means = before.lerp(new, rate.where(new[1] <= self.JUMP * before[1], 1.0))
 
     @property
     def factor(self):
-        """0-dim; 0 as long as the term has no gradient."""
+        """The weight, 0-dim. It is 0 as long as the term has no gradient."""
         return self.factor_at(None)
 
     def factor_at(self, value: Tensor | None) -> Tensor:
-        """The factor for a batch. It is lower where the term's value is much larger than it was.
+        """Compute the weight for a batch. It is lower if the term's value is much larger than
+        before.
 
         Args:
-            value: Of the term in this batch; None: as it was when it was measured.
+            value: Value of the term in this batch. None for its value at the last measurement.
         """
         if value is not None:
             self.means = self.means.to(value.device)
         base, norm, apart, mean = self.means
         norm = norm.maximum(self.FLOOR * apart)
         if value is not None:
-            # subtle: for a loss that is 0 at best, the norm grows no faster than the value
+            # subtle: for a loss whose minimum is 0, the norm does not grow faster than the value
             growth = value.detach().float().abs() / mean.abs().clamp_min(1e-12)
             norm = norm * (growth / self.JUMP).clamp(1.0, 1e6)
         return (base / norm).where(norm > 0, 0.0)
@@ -86,28 +90,26 @@ class GradientRatio:
         )
 
     def load_state_dict(self, state):
-        self.batches, self.measured, self.parts = (
-            state['batches'],
-            state['measured'],
-            tuple(state['parts']),
-        )
+        self.batches = state['batches']
+        self.measured = state['measured']
+        self.parts = tuple(state['parts'])
         self.means = None if state['means'] is None else torch.tensor(state['means'])
 
 
 class GradientRatios(dict):
-    """Term -> its `GradientRatio`, for the terms with a share."""
+    """The `GradientRatio` of each term with a gradient ratio, by name."""
 
     def __init__(self, recipe):
         super().__init__({t.name: GradientRatio() for t in recipe.terms if t.has_grad_ratio})
 
     def measure(self, weights, values, tensors, apart):
-        """Measure the terms with a share that are due in this batch.
+        """Measure the terms with a gradient ratio that are due in this batch.
 
         Args:
-            weights: Part -> its weight, or its share; the labels' is 'task'.
-            values: Part -> its value, of the parts that count and have a gradient.
-            tensors: fn(term name): the student's logits or features that this term compares.
-            apart: fn(term name): the term's value against the teacher's outputs for different
+            weights: {name: weight or gradient ratio}. The task loss is 'task'.
+            values: {name: value} of the losses that count and have a gradient.
+            tensors: fn(term name) -> the student's logits or features that this term compares.
+            apart: fn(term name) -> the term's value against the teacher's outputs for different
                 samples.
         """
         fixed = {k: weights[k] * v for k, v in values.items() if k not in self}
@@ -115,20 +117,20 @@ class GradientRatios(dict):
         for k, ratio in self.items():
             if k not in values:
                 continue
-            if base is None:  # without labels, what was measured before counts
+            if base is None:  # without a task loss, earlier measurements count
                 if ratio.means is not None:
                     continue
                 raise DistillError(
-                    f'{k} has a share of the gradient beside the labels and the terms with a weight, '
-                    'and there are none in this batch. Give it weight= instead of grad_ratio=.'
+                    f'grad_ratio= of {k} is relative to the task loss and the terms with a '
+                    f'weight, and this batch has neither. Give {k} a weight= instead.'
                 )
-            # frozen layers: the term trains its projector alone
+            # with frozen layers, the term only trains its projector
             at = [(i, x) for i, x in enumerate(tensors(k)) if x.requires_grad]
             if at and ratio.due((*fixed, *(i for i, _ in at))):
                 self._measure(k, base, values[k], apart, [x for _, x in at])
 
     def weights(self, weights, values):
-        """The weights, those of terms with a share multiplied by what was measured."""
+        """Return the weights. Gradient ratios are multiplied by the measured weight of their term."""
         return weights | {
             k: weights[k] * r.factor_at(values.get(k))
             for k, r in self.items()
@@ -140,14 +142,14 @@ class GradientRatios(dict):
             norms = [gradient_norm(v, tensors) for v in (base, value)]
         except RuntimeError as e:
             raise DistillError(
-                f"The gradient of {name} can't be measured inside a part of the student that allows one "
-                f'backward pass alone, as compiled parts do ({e}). Give it weight= instead of '
-                'grad_ratio=.'
+                f"The gradient of {name} can't be measured inside a part of the student that "
+                f'allows only one backward pass, such as a compiled part ({e}). Give it weight= '
+                'instead of grad_ratio=.'
             ) from e
         if None in norms:
             raise DistillError(
-                f'The task loss does not depend on what {name} compares, so that it can have no '
-                'share of the gradient there. Give it weight= instead of grad_ratio=, or compare another '
+                f'The task loss does not depend on what {name} compares, so there is no gradient '
+                'to compare with. Give it weight= instead of grad_ratio=, or compare a different '
                 'output (output=) or layer.'
             )
         far = gradient_norm(apart(name), tensors)

@@ -1,4 +1,4 @@
-"How long the gradients of a batch's parts are, measured at a place that all of them reach."
+"Gradient norms of the losses of a batch, measured at tensors or parameters that all losses reach."
 
 import torch
 from torch import Tensor
@@ -7,9 +7,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 __all__ = ['gradient_norm', 'norms_at_layer', 'norms_at_logits', 'shares_in_words', 'swamped']
 
 
-# gradients are measured this many times larger, so that they do not vanish in half precision
+# gradients are scaled by this while they are measured, so that they do not vanish in half precision
 SCALE = 2.0**10
-# operations that only arrange, copy or average what a layer returned
+# operations that only rearrange, copy or average the output of a layer
 ARRANGES = {
     f'{n}Backward{i}'
     for i in (0, 1)
@@ -28,12 +28,12 @@ ARRANGES = {
 }
 
 
-def place_of(x: Tensor):
-    """Where `x` comes from in the graph, before it was arranged, copied or averaged: the labels'
-    loss may have been computed from there, and not from `x` itself.
+def find_origin(x: Tensor):
+    """Return the place in the graph that `x` comes from, before it was rearranged, copied or
+    averaged. The task loss may have been computed from there instead of from `x` itself.
 
     Args:
-        x: Logits or features as a term gets them.
+        x: Logits or features, as a term gets them.
     """
     if x.grad_fn is None:
         return x
@@ -44,14 +44,16 @@ def place_of(x: Tensor):
 
 
 def gradient_norm(value: Tensor, at) -> Tensor | None:
-    """Length of the gradient of `value` at all of these together, 0-dim and on its device; None
-    where it reaches none.
+    """Compute the norm of the gradient of `value` with respect to these tensors together.
 
     Args:
-        value: 0-dim.
-        at: Tensors: logits, or features.
+        value: A loss, 0-dim.
+        at: Tensors, logits or features.
+
+    Returns:
+        0-dim, on the device of `value`. None if `value` depends on none of the tensors.
     """
-    at = [place_of(x) for x in at]
+    at = [find_origin(x) for x in at]
     grads = torch.autograd.grad(
         value, at, torch.full_like(value, SCALE), retain_graph=True, allow_unused=True
     )
@@ -60,7 +62,9 @@ def gradient_norm(value: Tensor, at) -> Tensor | None:
 
 
 def norms_at_logits(values, logits):
-    """Part -> the length of its gradient at the student's logits; None if not all reach them."""
+    """Compute the gradient norm of each loss at the student's logits. None if not all losses reach
+    them.
+    """
     if logits is None or not logits.requires_grad:
         return None
     norms = {k: gradient_norm(v, [logits]) for k, v in values.items()}
@@ -68,17 +72,16 @@ def norms_at_logits(values, logits):
 
 
 def norms_at_layer(values, student):
-    """Part -> the length of its gradient at the last parameter of the student that all reach; None
-    if there is none.
+    """Compute the gradient norm of each loss at the last student parameter that all losses reach.
+    None if there is none.
     """
-    # subtle: of matrices and kernels where there are any; a bias in front of a batch-norm has a gradient of rounding
-    # errors
+    # subtle: preferably matrices and kernels; the gradient of a bias before a batch norm is only rounding errors
     params = [p for p in student.parameters() if p.requires_grad]
     params = [p for p in params if p.dim() > 1] or params
     buffers = [(b, b.clone()) for b in student.buffers()]
     norms = {k: norms_at_each(v, params) for k, v in values.items()}
     with torch.no_grad():
-        # a checkpointed part runs again in its backward pass, and its batch-norm counts that batch again
+        # a checkpointed module runs again in its backward pass, and its batch norm would count this batch twice
         for b, before in buffers:
             if not torch.equal(b, before):
                 b.copy_(before)
@@ -93,27 +96,31 @@ def norms_at_each(value, params):
     return [0.0 if g is None else g.float().norm() / SCALE for g in grads]
 
 
-def shares_in_words(
-    shares,  # part -> its share of the gradient
-    at_layers,  # term -> its gradient beside that of all these, at its layers
-):
-    text = ', '.join(f'{"labels" if k == "task" else k} {v:.0%}' for k, v in shares.items())
-    return ''.join([text, *(f'; {k} {v:.0%} of these at its layers' for k, v in at_layers.items())])
+def shares_in_words(shares, at_layers):
+    """Format gradient norms for the line that is printed at the first batch.
+
+    Args:
+        shares: {name: fraction of the gradient}. The task loss is 'task'.
+        at_layers: {term name: ratio of its gradient norm to that of all these, at its layers}.
+    """
+    text = ', '.join(f'{k} {v:.0%}' for k, v in shares.items())
+    terms = (f". Term '{k}': {v:.0%} of that, measured at its layers" for k, v in at_layers.items())
+    return ''.join([text, *terms])
 
 
 def swamped(shares, weights):
-    """What to say of a part that leaves the labels next to nothing of the gradient; None if there
-    is none.
+    """Return a warning if one loss dominates the gradient so that the task loss has almost no
+    effect, else None.
 
     Args:
-        shares: Part -> its share of the gradient; the labels' is 'task'.
-        weights: Part -> its weight, of those that have one and no share.
+        shares: {name: fraction of the gradient}. The task loss is 'task'.
+        weights: {name: weight} of the losses that have a weight, not a gradient ratio.
     """
     if not weights.get('task') or 'task' not in shares:
         return None
     part = max(shares, key=lambda k: 0.0 if k == 'task' else shares[k])
-    # subtle: labels with the weight .1, as in kd(), have a small share by intention, some .05 at T=4; a fifth of the
-    # weight is too little
+    # subtle: with the weight 0.1, as in kd(), the task loss has a small fraction by design, about 0.05 at T=4. Only
+    # less than a fifth of its weight is too little
     if (
         part == 'task'
         or part not in weights

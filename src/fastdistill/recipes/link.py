@@ -1,4 +1,4 @@
-"One pair of layers of one term, or the logits."
+"One pair of layers that a term compares, or the logits."
 
 import copy
 
@@ -11,8 +11,8 @@ __all__ = ['Link', 'own_copy']
 
 
 class Link(nn.Module):
-    """One pair of layers of one term: its projector, and its copy of the loss if that has
-    parameters.
+    """One pair of layers that a term compares, with its projector and, if the loss has parameters,
+    its own copy of the loss.
     """
 
     def __init__(self, loss, layers=None, projector=None):
@@ -36,5 +36,7 @@ class Link(nn.Module):
 
 
 def own_copy(loss):
-    """A copy of a loss that may have parameters: a recipe can be used again."""
+    """Return a copy of a loss that may have parameters, so that a recipe can be used more than
+    once.
+    """
     return copy.deepcopy(loss) if isinstance(loss, nn.Module) else loss

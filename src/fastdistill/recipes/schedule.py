@@ -1,4 +1,4 @@
-"A number that may change during training: a weight, a temperature."
+"A number that may change during training, such as a weight or a temperature."
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ from numbers import Real
 
 from ..base.outputs import DistillError
 
-__all__ = ['Schedule', 'rest_of', 'schedule', 'value_at']
+__all__ = ['Schedule', 'one_minus', 'schedule', 'value_at']
 
 NAMES = dict(
-    linear=lambda p: 1 - p,  # from `start` to `end` along a line
+    linear=lambda p: 1 - p,  # linearly from `start` to `end`
     cosine=lambda p: (1 + cos(pi * p)) / 2,  # from `start` to `end` along half a cosine
     warmup=lambda p: 1 - min(p / 0.1, 1),  # from `start` to `end` in the first tenth, then flat
 )
@@ -33,7 +33,7 @@ class Schedule:
 
 
 def schedule(v, what: str = 'value'):
-    """`v` as a number or a function of progress. One of:
+    """Convert `v` to a number or a function of progress. It may be:
 
     - a number;
     - a function of progress from 0 to 1, such as fastai's `SchedCos(.9, .1)`;
@@ -41,16 +41,15 @@ def schedule(v, what: str = 'value'):
     - a name with its ends: ('cosine', start, end), ('warmup', end).
 
     Args:
-        v: A number, a function of progress from 0 to 1, a name, or a name with its ends.
-        what: Its name in errors.
+        v: A number, function, name, or name with its ends, as above.
+        what: Name of the value in error messages.
     """
     if isinstance(v, Real):
         try:
             float(v)
         except OverflowError:
             raise DistillError(
-                f'{what}= is a number of more than 300 digits: it must fit a float, '
-                'as 4.0 or 1e3 do.'
+                f'{what}= has more than 300 digits: it must fit into a float, like 4.0 or 1e3.'
             ) from None
         return v
     if callable(v):
@@ -66,7 +65,8 @@ def schedule(v, what: str = 'value'):
     ):
         raise DistillError(
             f'{what}={v!r}: must be a number, a function of progress from 0 to 1, a name '
-            f"({', '.join(NAMES)}), or a name with its ends, as ('cosine', 1., 0.) or ('warmup', 100.)"
+            f"({', '.join(NAMES)}), or a name with its ends, such as ('cosine', 1., 0.) or "
+            "('warmup', 100.)"
         )
     if name == 'warmup':
         ends = [0.0, *ends] if len(ends) < 2 else ends
@@ -87,16 +87,16 @@ class Rest:
         return f'1-{self.alpha!r}'
 
 
-def rest_of(alpha):
+def one_minus(alpha):
     return Rest(alpha) if callable(alpha) else 1 - alpha
 
 
 def value_at(v, progress: float | None, what: str = 'value') -> float:
-    """The number that `v` is at `progress`.
+    """Evaluate `v` at `progress`.
 
     Args:
-        v: What `schedule` gave.
-        progress: Share of the training that is done.
+        v: A number or function, as returned by `schedule`.
+        progress: Progress of the training, from 0 to 1.
     """
     if not callable(v):
         return v

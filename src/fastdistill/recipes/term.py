@@ -1,4 +1,4 @@
-"What is compared, and how much it counts: terms, and recipes of them. No particular loss."
+"Terms, which say what is compared and how much it counts, and recipes made of terms."
 
 import copy
 import functools
@@ -22,28 +22,27 @@ SCHEDULED = 'T', 'lam'  # options of losses that may follow a schedule
 
 
 class Term:
-    """One comparison of student and teacher: a loss, how much it counts, and between which layers
-    (else: the logits).
+    """One comparison of student and teacher: a loss, its weight, and the layers it compares (by
+    default, the logits).
 
     Args:
-        loss: fn(student, teacher, *targets, **options): a function of `fastdistill.losses`, a
-            module of it, or your own.
-        weight: Number or schedule (see `fastdistill.recipes.schedule`); 1 if neither weight nor
-            grad_ratio is given.
+        loss: fn(student, teacher, *targets, **options): a function or module of
+            `fastdistill.losses`, or your own.
+        weight: Number or schedule (see `fastdistill.recipes.schedule`). 1 if neither `weight` nor
+            `grad_ratio` is given.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, measured at the tensors the term compares. 1 means equal. Number or schedule; see
             `GradientRatio`.
-        layers: {'student.name': 'teacher.name'}, pairs of names, 'auto', 'last', 'embedding'
-            (see `fastdistill.pairs`); None compares the logits.
-        match: What the loss needs of the teacher's layers: 'shape', 'grid' (places) or 'none';
-            None: what the loss says at its definition (see `losses.loss`), and 'shape' for a
-            function that says nothing.
-        projector: Student's shape -> teacher's, where the loss needs it: 'auto', 'linear',
-            'conv', 'conv_bn', 'mlp', or a module.
-        stop_at: Share of the training after which the term ends.
-        name: Of its column.
-        **options: Of the loss; T and lam may follow a schedule, e.g. T=('linear', 8, 1).
-            `temperature=` is T.
+        layers: {'student.name': 'teacher.name'}, pairs of names, 'auto', 'last' or 'embedding' (see
+            `fastdistill.pairs`). None to compare the logits.
+        match: What must be equal in both models' layers: 'shape', 'grid' (positions) or 'none'.
+            None for what the loss declares (see `losses.loss`), or 'shape' if it declares nothing.
+        projector: Maps the student's features to the teacher's shape if the loss needs it: 'auto',
+            'linear', 'conv', 'conv_bn', 'mlp', or a module.
+        stop_at: Progress (0 to 1) at which the term ends.
+        name: Name of the term and of its column. None for the name of the loss.
+        **options: Options of the loss. T and lam may follow a schedule, e.g. T=('linear', 8, 1).
+            `temperature=` is an alias of T.
     """
 
     def __init__(
@@ -61,21 +60,20 @@ class Term:
     ):
         if not callable(loss):
             raise DistillError(
-                f'A term needs a loss function, got {loss!r}. See fastdistill.losses for those that '
-                'exist.'
+                f'A term needs a loss function, got {loss!r}. See fastdistill.losses for the '
+                'available ones.'
             )
-        self.loss, self.layers, self.stop_at = (
-            loss,
-            None if layers is None else checked_layers(layers),
-            stop_at,
-        )
+        self.loss = loss
+        self.layers = None if layers is None else checked_layers(layers)
+        self.stop_at = stop_at
         self.projector = checked_projector(projector)
         fn, ps = signature(loss)
         self.name = checked_name(name or getattr(fn, '__name__', type(fn).__name__))
         if weight is not None and grad_ratio is not None:
             raise DistillError(
-                f'weight={weight!r} and grad_ratio={grad_ratio!r} of {self.name}: give one of them. A weight '
-                "multiplies the loss, a ratio says how large its gradient is beside the labels'."
+                f'weight={weight!r} and grad_ratio={grad_ratio!r} of {self.name}: give only one '
+                'of them. A weight multiplies the loss; a gradient ratio sets how large its '
+                'gradient norm is relative to that of the task loss.'
             )
         self.has_grad_ratio = grad_ratio is not None
         self.weight = schedule(
@@ -84,12 +82,12 @@ class Term:
         )
         if self.has_grad_ratio and not callable(self.weight) and not 0 <= grad_ratio < math.inf:
             raise DistillError(
-                f'grad_ratio={grad_ratio!r} of {self.name}: it is a number from 0 up; .1 is little beside the '
-                'labels, 1 is as much as they have, 3 is much.'
+                f'grad_ratio={grad_ratio!r} of {self.name}: must be a number of at least 0. 0.1 '
+                'is a small gradient compared with the task loss, 1 is equal to it, 3 is large.'
             )
         args = [p for p in ps if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         self.accepts = {p.name for p in ps if p.kind is p.KEYWORD_ONLY}
-        # how many of the targets the loss takes: those it must have, or all
+        # number of targets that the loss takes: those without a default, or all
         self.n_targets = (
             None
             if any(p.kind is p.VAR_POSITIONAL for p in ps)
@@ -108,11 +106,9 @@ class Term:
                 f"match={match!r}: must be 'shape', 'grid' or 'none' (what {self.name} needs of "
                 "the teacher's layers)"
             )
-        self.kind, self.lists, self.samples = (
-            getattr(fn, 'kind', None),
-            getattr(fn, 'lists', False),
-            getattr(fn, 'samples', False),
-        )
+        self.kind = getattr(fn, 'kind', None)
+        self.lists = getattr(fn, 'lists', False)
+        self.samples = getattr(fn, 'samples', False)
         self.relates = getattr(fn, 'relates', False)
         self.match = match or getattr(fn, 'match', 'shape')
 
@@ -125,10 +121,10 @@ class Term:
         return f'Term({self.name}, {how}={self.weight!r}{of}{"".join(f", {k}={v!r}" for k, v in self.options.items())})'
 
     def weight_at(self, progress: float | None) -> float:
-        """The weight, or the share, at this point of the training.
+        """Return the weight, or the gradient ratio, at this point of the training.
 
         Args:
-            progress: Share of the training that is done.
+            progress: Progress of the training, from 0 to 1.
         """
         if self.stop_at is not None:
             if value_at(lambda p: p, progress, f'The end of {self.name}') >= self.stop_at:
@@ -137,13 +133,11 @@ class Term:
 
     @property
     def held(self):
-        """Options that the loss brings along: a module's, or a partial's."""
+        """Options that the loss already has, as a module or a partial."""
         return getattr(self.loss, 'options', getattr(self.loss, 'keywords', {}))
 
     def channels(self, t):
-        """The channel axis of a layer's features, if it is not where maps have it: tokens (B, L, D)
-        have it last.
-        """
+        """Return {'axis': -1} for tokens (B, L, D), whose channels come last; otherwise no option."""
         own = {**self.options, **self.held}
         return (
             {'axis': -1}
@@ -152,8 +146,8 @@ class Term:
         )
 
     def options_at(self, progress, context):
-        """Options of the loss: its own, and of the context (class axis, mask, ...) what it asks
-        for.
+        """Return the options of the loss: its own, and those it accepts from the context (class
+        axis, mask, ...).
         """
         own = {
             k: value_at(v, progress, k) if k in SCHEDULED else v for k, v in self.options.items()
@@ -165,7 +159,7 @@ class Term:
 
 
 def signature(loss):
-    """The function behind a loss, and its parameters."""
+    """Return the function behind a loss, and its parameters."""
     fn = loss
     while isinstance(fn, partial):
         fn = fn.func
@@ -181,22 +175,23 @@ def signature(loss):
     try:
         return fn, inspect.signature(given).parameters.values()
     except ValueError:
-        return fn, ()  # builtins have none: they are called with the two tensors
+        return fn, ()  # builtins have no signature: they are called with the two tensors
 
 
 def one_temperature(
     T,  # None if it was not given
-    temperature,  # the same option under its long name; None if it was not given
+    temperature,  # the long name of the same option; None if it was not given
 ):
     if T is not None and temperature is not None:
         raise DistillError(
-            f'T={T} and temperature={temperature}: these are two names of one option, give one of them'
+            f'T={T} and temperature={temperature}: these are two names for the same option; give '
+            'only one of them'
         )
     return T if temperature is None else temperature
 
 
 def long_name_too(recipe):
-    """Let a recipe with an option `T` take it as `temperature` too, as many other tools call it."""
+    """Let a recipe with an option `T` also accept `temperature`, the name in many other libraries."""
     sig = inspect.signature(recipe)
 
     @functools.wraps(recipe)
@@ -210,12 +205,11 @@ def long_name_too(recipe):
 
 
 def with_short_name(options, named):
-    """The options with `T` instead of `temperature`, unless the loss itself has an option
-    `temperature`.
+    """Rename the option `temperature` to `T`, unless the loss itself has an option `temperature`.
 
     Args:
-        options: Of a term.
-        named: The options of its loss.
+        options: Options of a term.
+        named: Names of the options of its loss.
     """
     if 'temperature' not in options or 'temperature' in named or 'T' not in named:
         return options
@@ -224,15 +218,15 @@ def with_short_name(options, named):
 
 
 def option_schedule(name, v):
-    """An option of a loss: some may follow a schedule."""
+    """Convert an option that may follow a schedule. Other options stay as they are."""
     if name == 'T':
         return temperature_schedule(v)
     return schedule(v, name) if name in SCHEDULED else v
 
 
 def temperature_schedule(T):
-    """A temperature, number or schedule, which must stay above 0 up to the end, where the last
-    validation is.
+    """Convert a temperature to a number or schedule. It must stay above 0 until the end, when the
+    last validation runs.
     """
     T = schedule(T, 'T')
     for progress, when in ((0.0, 'beginning'), (1.0, 'end')):
@@ -247,26 +241,26 @@ def temperature_schedule(T):
 
 
 def checked_name(name):
-    """It names a column, and what is kept of the term."""
+    """Return the name of a term, which also names its column and its saved state."""
     if name == 'task' or '.' in name or hasattr(nn.ModuleDict, name):
         raise DistillError(
-            f"A term can't be called {name!r}, which has a meaning already: Term(..., name='...') gives "
-            'it another name.'
+            f"A term can't be named {name!r}, which already has a meaning. Give it a different "
+            "name: Term(..., name='...')"
         )
     return name
 
 
 def weight_text(v):
-    """A weight, number or schedule, in messages: 0.1 where 1-.9 is 0.09999999999999998."""
+    """Format a weight or schedule for messages: 0.1 instead of 0.09999999999999998."""
     return repr(float(f'{v:.12g}')) if isinstance(v, float) else repr(v)
 
 
 class Recipe:
-    """Terms, and how much the task loss counts beside them.
+    """Terms, and the weight of the task loss added to them.
 
     Args:
         *terms: Terms or Recipes.
-        task: Weight of the task's loss, number or schedule; None: as it is (1).
+        task: Weight of the task loss, number or schedule. None for 1.
     """
 
     def __init__(self, *terms, task=None):
@@ -283,9 +277,9 @@ class Recipe:
                 self._add(t)
         if any(o != said[0] for o in said):
             raise DistillError(
-                'These recipes say differently how much the labels count '
-                f'({" and ".join(map(weight_text, said))}): give them the same alpha, or say it once '
-                'for all, as in Recipe(kd(), hard_labels(), task=.1).'
+                'These recipes give the task loss different weights '
+                f'({" and ".join(map(weight_text, said))}): give them the same alpha, or set the '
+                'weight once, as in Recipe(kd(), hard_labels(), task=.1).'
             )
         self.task = said[0] if said else None
 
@@ -311,17 +305,17 @@ class Recipe:
         axis: int | None = None,
         ignore_index: int | None = None,
     ) -> Tensor:
-        """The whole loss of one batch of logits, for those who ran both models themselves: kd(T=4,
+        """Compute the whole loss of one batch of logits, if you run both models yourself: kd(T=4,
         alpha=.9)(s, t, y).
 
         Args:
             s: Student logits.
             t: Teacher logits.
-            *targets: Labels, if the recipe counts them.
-            task_loss: fn(s, *targets); None: by `kind`
+            *targets: Labels, if the recipe uses them.
+            task_loss: fn(s, *targets). None to choose it by `kind`.
             progress: Share of the training that is done, for schedules.
-            mask: Positions that count.
-            kind, axis, ignore_index: As in `Distiller`
+            mask: Which positions count.
+            kind, axis, ignore_index: As in `Distiller`.
         """
         task = task_for(task_loss, kind, axis, ignore_index)
         loss = RecipeLoss(self, task)
@@ -340,8 +334,8 @@ class Recipe:
         return 1.0 if self.task is None else value_at(self.task, progress, "The task's weight")
 
     def weights_at(self, progress):
-        """The weight, or the share, of each part at this point of the training, by name; the
-        labels' is 'task'.
+        """Return the weight, or gradient ratio, of each loss at this point of the training, by
+        name. The task loss is 'task'.
         """
         return dict(
             task=self.task_at(progress), **{t.name: t.weight_at(progress) for t in self.terms}

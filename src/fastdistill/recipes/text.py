@@ -1,4 +1,6 @@
-"A recipe as text, as on a command line. It is read node by node and never run as Python."
+"""Recipes written as text, e.g. on a command line. They are parsed node by node and never run as
+Python.
+"""
 
 import ast
 import inspect
@@ -18,11 +20,11 @@ EXAMPLE = "'kd(T=4, alpha=.9) + at()'"
 
 
 def as_recipe(recipe) -> Recipe | None:
-    """The recipe that a user gave in any form; None: `auto` is to choose.
+    """Convert a recipe in any form to a `Recipe`, or to None if `auto` should choose one.
 
     Args:
-        recipe: `kd()`, `kd() + at()`, a `Term`, the text of a recipe; None or 'auto': none was
-            given.
+        recipe: A recipe such as `kd() + at()`, a `Term`, or the text of a recipe. None or 'auto' to
+            let `auto` choose.
     """
     if isinstance(recipe, str):
         recipe = recipe_from_text(recipe)
@@ -30,9 +32,11 @@ def as_recipe(recipe) -> Recipe | None:
 
 
 def recipe_from_text(text: str) -> Recipe | str:
-    """The recipe that `text` describes; 'auto' stays as it is. It must be one of the names of
-    `fastdistill.recipes`, `Term(losses.NAME, ...)`, and `labels`, which stands for the labels' own
-    loss. Arguments are numbers, texts, True, False, None, and lists, tuples or dicts of these.
+    """Build the recipe that `text` describes. 'auto' is returned unchanged.
+
+    The parts of a recipe must be names of `fastdistill.recipes`, `Term(losses.NAME, ...)`, or
+    `labels`, which stands for the task loss. Arguments must be numbers, strings, True, False, None,
+    or lists, tuples or dicts of these.
 
     Args:
         text: 'auto', or calls of recipes joined by `+`, as in 'kd(T=4, alpha=.9) + at()'.
@@ -43,7 +47,7 @@ def recipe_from_text(text: str) -> Recipe | str:
 
 
 class Reader:
-    """Reads one text; its errors quote it."""
+    """Reader of one text. Its errors quote the text."""
 
     def __init__(self, text):
         self.text = text
@@ -56,15 +60,15 @@ class Reader:
 
     def recipe(self):
         if len(self.text) > LONGEST:
-            raise self.error(f'a recipe has at most {LONGEST} characters')
+            raise self.error(f'a recipe can have at most {LONGEST} characters')
         return self.sum(self.parsed())
 
     def sum(self, node):
         nodes = self.summands(node)
         if len(nodes) > MOST:
-            raise self.error(f'a recipe has at most {MOST} parts')
+            raise self.error(f'a recipe can have at most {MOST} parts')
         if not (parts := [p for p in map(self.part, nodes) if p is not None]):
-            raise self.error(f'labels alone are no recipe; an example is {EXAMPLE}')
+            raise self.error(f'labels only is not a recipe; an example is {EXAMPLE}')
         try:
             return Recipe(*parts)
         except DistillError as e:
@@ -72,10 +76,10 @@ class Reader:
 
     def parsed(self):
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # Python's, about escapes in texts
+            warnings.simplefilter('ignore')  # of Python, about escapes in strings
             try:
                 return ast.parse(self.text.strip(), mode='eval').body
-            # subtle: deep nesting is a MemoryError or a RecursionError, a null byte or a long number a ValueError
+            # subtle: deep nesting raises MemoryError or RecursionError; a null byte or a long number raises ValueError
             except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
                 raise self.error(
                     f'this is not a recipe ({getattr(e, "msg", None) or e or type(e).__name__}). '
@@ -83,27 +87,27 @@ class Reader:
                 ) from e
 
     def summands(self, node):
-        """The parts of a sum, in their order."""
+        """Return the parts of a sum, in order."""
         parts = []
         while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             parts, node = [node.right, *parts], node.left
         return [node, *parts]
 
     def part(self, node):
-        """A recipe, a term, or None for `labels`."""
+        """Build a recipe or a term; return None for `labels`."""
         if isinstance(node, ast.Name) and node.id == 'labels':
             return
         if isinstance(node, ast.Name) and node.id in recipes.__all__:
-            raise self.error(f'write {node.id}(), with brackets', node)
+            raise self.error(f'write {node.id}(), with parentheses', node)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            raise self.error('a sum needs no brackets', node)
+            raise self.error('a sum does not need parentheses', node)
         if not isinstance(node, ast.Call):
-            raise self.error(f"a recipe is a sum of calls, such as {EXAMPLE}, or 'auto'", node)
+            raise self.error(f"a recipe must be a sum of calls, such as {EXAMPLE}, or 'auto'", node)
         name, fn = self.function(node.func)
         first, others = node.args[:1], node.args[1:]
         if fn is Term:
             if not first:
-                raise self.error('a term needs a loss, as in Term(losses.kl, weight=.5)', node)
+                raise self.error('a term needs a loss, e.g. Term(losses.kl, weight=.5)', node)
             fn, first = self.term(*first), []
         elif name == 'logit_std':
             first = [self.sum(*first)] if first else []
@@ -112,7 +116,7 @@ class Reader:
         return self.call(node, name, fn, [*first, *map(self.literal, others)], self.keywords(node))
 
     def function(self, node):
-        """(name, function) of a recipe."""
+        """Return the name and the function of a recipe."""
         if isinstance(node, ast.Name):
             name = node.id
         elif (
@@ -122,7 +126,7 @@ class Reader:
         ):
             name = node.attr
         else:
-            raise self.error('only recipes can be called, by their names', node)
+            raise self.error('only recipes can be called, by name', node)
         if name == 'Term':
             return name, Term
         if name not in recipes.__all__:
@@ -134,7 +138,7 @@ class Reader:
         return name, getattr(recipes, name)
 
     def term(self, node):
-        """A term of the loss that is written `losses.NAME`."""
+        """Build a term whose loss is written as `losses.NAME`."""
         known = (
             isinstance(node, ast.Attribute)
             and isinstance(node.value, ast.Name)
@@ -143,8 +147,8 @@ class Reader:
         have = [n for n in losses.__all__ if inspect.isfunction(getattr(losses, n)) and n != 'loss']
         if not known or node.attr not in have:
             raise self.error(
-                'the first argument of a term is a loss, as in Term(losses.kl). It must be one of '
-                f'{", ".join(have)}',
+                'the first argument of a term must be a loss, e.g. Term(losses.kl). The losses '
+                f'are {", ".join(have)}',
                 node,
             )
         return lambda *args, **kwargs: Term(getattr(losses, node.attr), *args, **kwargs)
@@ -153,7 +157,7 @@ class Reader:
         out = {}
         for k in node.keywords:
             if k.arg is None:
-                raise self.error('** is not possible: write the options themselves', k.value)
+                raise self.error('** is not supported: write out the options', k.value)
             if k.arg in out:
                 raise self.error(f'{k.arg} is given twice', node)
             out[k.arg] = self.literal(k.value)
@@ -177,7 +181,7 @@ class Reader:
             raise self.error(f'{name} does not take these arguments ({e})', node) from e
 
     def literal(self, node):
-        """The value of a number, a text, True, False, None, or of a list, tuple or dict of these."""
+        """Evaluate a number, a string, True, False, None, or a list, tuple or dict of these."""
         if isinstance(node, ast.Constant) and isinstance(node.value, int | float | str | None):
             v = node.value
             if isinstance(v, int | float) and not (
@@ -198,6 +202,7 @@ class Reader:
             if all(isinstance(k, str | int | float | None) for k in keys):
                 return dict(zip(keys, map(self.literal, node.values)))
         raise self.error(
-            'an argument is a number, a text, True, False, None, or a list, tuple or dict of these',
+            'an argument must be a number, a string, True, False, None, or a list, tuple or dict '
+            'of these',
             node,
         )

@@ -1,11 +1,11 @@
-"Recipes: functions that return terms with their paper's defaults. `+` joins them."
+"Recipes: functions that return terms with the defaults of their papers. `+` combines them."
 
 import copy
 
 from .. import losses
 from ..base.outputs import DistillError
 from ..losses._base import loss
-from .schedule import rest_of, schedule
+from .schedule import one_minus, schedule
 from .term import Recipe, Term, long_name_too
 
 __all__ = [
@@ -46,62 +46,65 @@ __all__ = [
 
 @loss(kind='softmax', match='shape')
 def kl_per_class(s, t, *, T=4.0, axis=1, mask=None, reduction='mean'):
-    """`kl` divided by the number of classes too, as `nn.KLDivLoss()` and `F.kl_div(...,
-    reduction='mean')` do.
+    """Compute `kl` divided by the number of classes, as in `nn.KLDivLoss()` and `F.kl_div(...,
+    reduction='mean')`.
     """
     return losses.kl(s, t, T=T, axis=axis, mask=mask, reduction=reduction) / s.shape[axis]
 
 
 @long_name_too
 def kd(T=4.0, alpha=0.9, class_mean: bool = False):
-    """alpha T^2 KL(teacher || student) + (1-alpha) labels (Hinton 2015, arXiv:1503.02531), in the
-    form that fits what the model predicts: softmax over classes, sigmoid per label (multi-label),
-    or numbers (regression, where T has no meaning).
+    """Combine soft targets and labels: alpha T^2 KL(teacher || student) + (1-alpha) task loss
+    (Hinton 2015, arXiv:1503.02531).
+
+    The form depends on what the model predicts: softmax over classes, sigmoid per label
+    (multi-label), or numbers (regression, where T has no meaning).
 
     Args:
-        T: Temperature, number or schedule; `temperature=` is the same.
-        alpha: Weight of the teacher; the labels have 1-alpha. Number or schedule.
-        class_mean: Average over classes too: the scale of older scripts; the same as an alpha
-            that is smaller.
+        T: Temperature, number or schedule. `temperature=` is an alias.
+        alpha: Weight of the teacher, number or schedule. The task loss has weight 1-alpha.
+        class_mean: Also average over classes, the scale of older scripts. Has the same effect as a
+            smaller alpha.
     """
     alpha = schedule(alpha, 'alpha')
     if not callable(alpha) and not 0 <= alpha <= 1:
         raise DistillError(
-            f"alpha={alpha}: it is the teacher's share, from 0 (labels alone) to 1 (teacher alone)"
+            f'alpha={alpha}: the weight of the teacher must be between 0 (labels only) and 1 '
+            '(teacher only)'
         )
     return Recipe(
         Term(kl_per_class if class_mean else losses.soft_targets, weight=alpha, T=T, name='kd'),
-        task=rest_of(alpha),
+        task=one_minus(alpha),
     )
 
 
 @long_name_too
 def soft_labels(T=1.0):
-    """The teacher alone makes the labels: kd with alpha 1. Batches need no labels."""
+    """Learn only from the teacher: kd with alpha 1. Batches need no labels."""
     return kd(T, alpha=1.0)
 
 
 def hard_labels(alpha=1.0):
-    """Cross-entropy with the class that the teacher would choose (DeiT, arXiv:2012.12877).
+    """Use the teacher's predicted class as label (DeiT, arXiv:2012.12877).
 
     Args:
-        alpha: Weight of the teacher's labels; the true ones have 1-alpha (DeiT: .5).
+        alpha: Weight of the teacher's labels. The true labels have weight 1-alpha (0.5 in DeiT).
     """
     alpha = schedule(alpha, 'alpha')
-    return Recipe(Term(losses.hard, weight=alpha, name='hard'), task=rest_of(alpha))
+    return Recipe(Term(losses.hard, weight=alpha, name='hard'), task=one_minus(alpha))
 
 
 @long_name_too
 def dkd(alpha: float = 1.0, beta: float = 8.0, T=4.0, weight=None, grad_ratio=None):
-    """Decoupled distillation beside the task loss (CVPR 2022, arXiv:2203.08679).
+    """Add decoupled distillation to the task loss (CVPR 2022, arXiv:2203.08679).
 
     Args:
         alpha: Weight of the target class's part.
-        beta: Weight of the other classes' part: the authors' for CIFAR-100 2 to 8, by pair; for
-            ImageNet .5.
+        beta: Weight of the other classes' part. The authors use 2 to 8 for CIFAR-100, depending on
+            the models, and 0.5 for ImageNet.
         T: Temperature.
-        weight: Of both; the authors let it grow over the first 20 of 240 epochs: ('warmup',
-            1.).
+        weight: Weight of both parts. The authors let it grow over the first 20 of 240 epochs:
+            ('warmup', 1.).
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, see `Term`.
     """
@@ -120,13 +123,13 @@ def dkd(alpha: float = 1.0, beta: float = 8.0, T=4.0, weight=None, grad_ratio=No
 
 @long_name_too
 def nkd(gamma: float = 1.5, T=1.0, weight=None, grad_ratio=None):
-    """Normalized distillation beside the task loss (ICCV 2023, arXiv:2303.13005).
+    """Add normalized distillation to the task loss (ICCV 2023, arXiv:2303.13005).
 
     Args:
-        gamma: Weight of the other classes' part: the authors' for ImageNet; for CIFAR-100 3.5,
-            with T=3.
-        T: Temperature of that part.
-        weight: 1 if neither weight nor grad_ratio is given.
+        gamma: Weight of the other classes' part. The authors use 1.5 for ImageNet, and 3.5 with T=3
+            for CIFAR-100.
+        T: Temperature of the other classes' part.
+        weight: 1 if neither `weight` nor `grad_ratio` is given.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, see `Term`.
     """
@@ -137,14 +140,14 @@ def nkd(gamma: float = 1.5, T=1.0, weight=None, grad_ratio=None):
 
 @long_name_too
 def dist(beta: float = 1.0, gamma: float = 1.0, T=1.0, weight=None, grad_ratio=None):
-    """Correlation between and within classes, beside the task loss (NeurIPS 2022,
+    """Add the correlation between and within classes to the task loss (NeurIPS 2022,
     arXiv:2205.10536).
 
     Args:
-        beta: Weight of the relation between classes; the authors' CIFAR-100: 2.
-        gamma: Weight of the relation within a class; CIFAR-100: 2.
-        T: 4 for CIFAR-100.
-        weight: 1 if neither weight nor grad_ratio is given.
+        beta: Weight of the relation between classes. The authors use 2 for CIFAR-100.
+        gamma: Weight of the relation within a class. The authors use 2 for CIFAR-100.
+        T: Temperature. The authors use 4 for CIFAR-100.
+        weight: 1 if neither `weight` nor `grad_ratio` is given.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, see `Term`.
     """
@@ -163,12 +166,13 @@ def dist(beta: float = 1.0, gamma: float = 1.0, T=1.0, weight=None, grad_ratio=N
 
 @long_name_too
 def ttm(T=4.0, weight=None, grad_ratio=None):
-    """The student predicts the teacher's softened probabilities themselves, beside the labels' own
-    loss (ICLR 2024, arXiv:2402.11148).
+    """Add transformed teacher matching to the task loss: the student, without a temperature,
+    predicts the teacher's softened probabilities (ICLR 2024, arXiv:2402.11148).
 
     Args:
-        T: Temperature of the teacher alone.
-        weight: Ours; the authors' is searched for each pair of models.
+        T: Temperature of the teacher only.
+        weight: 1 if neither `weight` nor `grad_ratio` is given. The authors tune it for each pair
+            of models.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, see `Term`.
     """
@@ -177,11 +181,11 @@ def ttm(T=4.0, weight=None, grad_ratio=None):
 
 @long_name_too
 def uld(T=1.0, weight=None, grad_ratio=None):
-    """Sorted probabilities, of a teacher with another vocabulary, beside the task loss (TMLR
-    2025, arXiv:2402.12030).
+    """Add the distance of sorted probabilities to the task loss, for a teacher with a different
+    vocabulary (TMLR 2025, arXiv:2402.12030).
 
     Args:
-        weight: The authors': 1.5; 1 if neither weight nor grad_ratio is given.
+        weight: 1 if neither `weight` nor `grad_ratio` is given. The authors use 1.5.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, see `Term`.
     """
@@ -190,12 +194,13 @@ def uld(T=1.0, weight=None, grad_ratio=None):
 
 @long_name_too
 def wttm(T=4.0, weight=None, grad_ratio=None):
-    """`ttm` with more weight where the teacher is unsure, beside the task loss (ICLR 2024,
+    """Add `ttm`, with more weight where the teacher is unsure, to the task loss (ICLR 2024,
     arXiv:2402.11148).
 
     Args:
-        T: Temperature of the teacher alone.
-        weight: Ours; the authors' is searched for each pair of models.
+        T: Temperature of the teacher only.
+        weight: 1 if neither `weight` nor `grad_ratio` is given. The authors tune it for each pair
+            of models.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, see `Term`.
     """
@@ -204,14 +209,14 @@ def wttm(T=4.0, weight=None, grad_ratio=None):
 
 @long_name_too
 def abkd(alpha: float = 0.8, beta: float = 0.3, T=4.0, weight=None, grad_ratio=None):
-    """A divergence between forward and reverse KL beside the task loss (ICML 2025,
+    """Add a divergence between forward and reverse KL to the task loss (ICML 2025,
     arXiv:2505.04560).
 
     Args:
-        alpha: The authors' for CIFAR-100, ResNet-56 -> 20; (1, 0) is forward and (0, 1) reverse
-            KL.
-        weight: 2 if neither weight nor grad_ratio is given: the authors' 32 for that pair, without
-            our T^2.
+        alpha: Exponent of the teacher's probabilities. The default is the authors' for CIFAR-100,
+            ResNet-56 -> 20. As (alpha, beta), (1, 0) is forward and (0, 1) is reverse KL.
+        weight: 2 if neither `weight` nor `grad_ratio` is given. This is the authors' 32 for that
+            pair, divided by the T^2 that is part of our loss.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, see `Term`.
     """
@@ -231,13 +236,14 @@ def abkd(alpha: float = 0.8, beta: float = 0.3, T=4.0, weight=None, grad_ratio=N
 
 @long_name_too
 def rld(alpha: float = 1.0, beta: float = 8.0, T=4.0, weight=None, grad_ratio=None):
-    """Distillation without the classes that the teacher finds more likely than the label, beside
+    """Add distillation without the classes that the teacher considers more likely than the label to
     the task loss (ICCV 2025, arXiv:2408.07703).
 
     Args:
-        alpha: Weight of the label's certainty.
-        beta: Weight of the classes that the teacher finds less likely than the label.
-        weight: Of both.
+        alpha: Weight of the part for the certainty of the label.
+        beta: Weight of the part for the classes that the teacher considers less likely than the
+            label.
+        weight: Weight of both parts. 1 if neither `weight` nor `grad_ratio` is given.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, see `Term`.
     """
@@ -256,12 +262,14 @@ def rld(alpha: float = 1.0, beta: float = 8.0, T=4.0, weight=None, grad_ratio=No
 
 @long_name_too
 def taid(start: float = 0.4, T=1.0, weight=None, grad_ratio=None):
-    """A target that moves from the student to the teacher while training goes on (TAID, ICLR 2025,
+    """Add a target that moves from the student to the teacher during training (TAID, ICLR 2025,
     arXiv:2501.16937).
 
     Args:
-        start: The teacher's share of the target at the beginning, the authors'; it grows to 1.
-        weight: Ours; Recipe(taid(), task=0.) trains on this term alone.
+        start: Weight of the teacher in the target at the beginning. It grows to 1. The default is
+            the authors'.
+        weight: 1 if neither `weight` nor `grad_ratio` is given. Recipe(taid(), task=0.) trains only
+            on this term.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
             losses, see `Term`.
     """
@@ -278,11 +286,14 @@ def taid(start: float = 0.4, T=1.0, weight=None, grad_ratio=None):
 
 
 def logit_std(recipe):
-    """Logit standardization of any recipe (CVPR 2024, arXiv:2403.01427). The authors weigh it with
-    9 beside labels with .1: Recipe(Term(losses.standardized(losses.kl), weight=9., T=2.), task=.1).
+    """Standardize the logits of any recipe (CVPR 2024, arXiv:2403.01427).
+
+    The authors use a weight of 9, and 0.1 for the labels:
+    Recipe(Term(losses.standardized(losses.kl), weight=9., T=2.), task=.1).
 
     Args:
-        recipe: e.g. kd(T=2., alpha=.9): its terms on logits get both logits standardized.
+        recipe: A recipe such as kd(T=2., alpha=.9). Its terms on logits get standardized logits of
+            both models.
     """
 
     def std(t):
@@ -296,18 +307,18 @@ def logit_std(recipe):
     return Recipe(*map(std, recipe.terms), task=recipe.task)
 
 
-# between layers, beside the task loss (or kd()): `layers` as in `Term`. Papers' weights have scales of their
-# networks, so that without weight= and share= a term begins with this share of the gradient
+# Recipes between layers, added to the task loss (or kd()): `layers` as in `Term`. The papers' weights depend on
+# the size of the network, so a term starts with this gradient ratio unless a weight is given.
 GRAD_RATIO = 0.1
 
 
 def scaled(weight, grad_ratio, paper):
-    """Options of a `Term` between layers.
+    """Build the options of a `Term` between layers.
 
     Args:
-        weight: Number or schedule; 'paper'; None: not given.
-        grad_ratio: Number or schedule; None if it was not given.
-        paper: The weight of the paper or of its authors' code.
+        weight: Number, schedule or 'paper'. None if it was not given.
+        grad_ratio: Number or schedule. None if it was not given.
+        paper: Weight from the paper or the authors' code.
     """
     if weight is None and grad_ratio is None:
         return dict(grad_ratio=GRAD_RATIO)
@@ -318,15 +329,15 @@ def scaled(weight, grad_ratio, paper):
 
 
 def hint(layers='auto', weight=None, projector='auto', stop_at=None, grad_ratio=None):
-    """The teacher's features themselves (FitNets, arXiv:1412.6550).
+    """Match the teacher's features directly (FitNets, arXiv:1412.6550).
 
     Args:
-        layers: FitNets took one layer in the middle.
-        weight: 'paper': 100, RepDistiller's.
-        projector: The paper's is a convolution.
-        stop_at: FitNets' hint was a first phase: a share of the training.
+        layers: As in `Term`. FitNets used one layer in the middle.
+        weight: 'paper' is 100, from RepDistiller.
+        projector: As in `Term`. The paper uses a convolution.
+        stop_at: As in `Term`. FitNets used the hint only in a first phase of the training.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers; 0.1 if neither is given.
+            losses, measured at its layers. 0.1 if neither is given.
     """
     return Recipe(
         Term(
@@ -340,14 +351,14 @@ def hint(layers='auto', weight=None, projector='auto', stop_at=None, grad_ratio=
 
 
 def at(layers='auto', weight=None, p: float = 2.0, stop_at=None, grad_ratio=None):
-    """Where the activations are (attention transfer, arXiv:1612.03928).
+    """Match where the activations are (attention transfer, arXiv:1612.03928).
 
     Args:
-        layers: The end of each stage, as in the paper.
-        weight: 'paper': 1000, the authors'.
+        layers: As in `Term`. 'auto' is the end of each stage, as in the paper.
+        weight: 'paper' is 1000, from the authors.
         p: Exponent of the activations.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers; 0.1 if neither is given.
+            losses, measured at its layers. 0.1 if neither is given.
     """
     return Recipe(
         Term(losses.at, **scaled(weight, grad_ratio, 1000.0), layers=layers, stop_at=stop_at, p=p)
@@ -355,13 +366,13 @@ def at(layers='auto', weight=None, p: float = 2.0, stop_at=None, grad_ratio=None
 
 
 def nst(layers='last', weight=None, stop_at=None, grad_ratio=None):
-    """Which patterns the channels select (neuron selectivity transfer, arXiv:1707.01219).
+    """Match which patterns the channels select (neuron selectivity transfer, arXiv:1707.01219).
 
     Args:
-        layers: As in the paper.
-        weight: 'paper': 50, the authors'.
-        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers; 0.1 if neither is given.
+        layers: As in `Term`. The default is the paper's.
+        weight: 'paper' is 50, from the authors.
+        grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all
+            weighted losses, measured at its layers. 0.1 if neither is given.
     """
     return Recipe(
         Term(losses.nst, **scaled(weight, grad_ratio, 50.0), layers=layers, stop_at=stop_at)
@@ -369,15 +380,15 @@ def nst(layers='last', weight=None, stop_at=None, grad_ratio=None):
 
 
 def fsp(layers='auto', weight=None, projector='auto', stop_at=None, grad_ratio=None):
-    """How one layer's features become the next one's (Yim et al., CVPR 2017).
+    """Match how the features of one layer turn into those of the next (Yim et al., CVPR 2017).
 
     Args:
-        layers: The ends of the stages.
-        weight: 'paper': 1.
-        projector: Where channels differ.
-        stop_at: The paper's was a first phase.
+        layers: As in `Term`. 'auto' is the end of each stage.
+        weight: 'paper' is 1.
+        projector: As in `Term`, used where the numbers of channels differ.
+        stop_at: As in `Term`. The paper used the term only in a first phase.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers; 0.1 if neither is given.
+            losses, measured at its layers. 0.1 if neither is given.
     """
     return Recipe(
         Term(
@@ -393,15 +404,16 @@ def fsp(layers='auto', weight=None, projector='auto', stop_at=None, grad_ratio=N
 def ab(
     layers='auto', weight=None, margin: float = 1.0, projector='auto', stop_at=None, grad_ratio=None
 ):
-    """Which neurons are active (activation boundaries, arXiv:1811.03233).
+    """Match which neurons are active (activation boundaries, arXiv:1811.03233).
 
     Args:
-        layers: Better by hand: values before the ReLU, as '0.7.1.relu@in'.
-        weight: 'paper': 50, the authors' .003 x channels x positions of a CIFAR net's last
-            stage.
-        stop_at: The paper's was a first phase.
+        layers: As in `Term`. It is better to name layers whose values are before the ReLU, e.g.
+            '0.7.1.relu@in'.
+        weight: 'paper' is 50: the authors' 0.003 times channels and positions of the last stage of
+            a CIFAR network.
+        stop_at: As in `Term`. The paper used the term only in a first phase.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers; 0.1 if neither is given.
+            losses, measured at its layers. 0.1 if neither is given.
     """
     how = scaled(weight, grad_ratio, 50.0)
     return Recipe(
@@ -410,17 +422,17 @@ def ab(
 
 
 def ofd(layers='auto', weight=None, projector='conv_bn', stop_at=None, grad_ratio=None):
-    """The teacher's features before the ReLU, as far as they matter after it (overhaul of feature
-    distillation, arXiv:1904.01866).
+    """Match the teacher's features before the ReLU, as far as they matter after it (overhaul of
+    feature distillation, arXiv:1904.01866).
 
     Args:
-        layers: Better by hand: values before the ReLU; of a batch norm ('layer3.1.bn2@pre') for
-            an exact margin.
-        weight: 'paper': 10, the authors' for ImageNet with a ResNet-50, in this scale; 16 for
-            CIFAR.
-        projector: The authors'.
+        layers: As in `Term`. It is better to name layers whose values are before the ReLU, or
+            outputs of a batch norm ('layer3.1.bn2@pre') for an exact margin.
+        weight: 'paper' is 10, from the authors for ImageNet with a ResNet-50, converted to this
+            scale. For CIFAR it would be 16.
+        projector: As in `Term`. The default is the authors'.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers; 0.1 if neither is given.
+            losses, measured at its layers. 0.1 if neither is given.
     """
     return Recipe(
         Term(
@@ -434,14 +446,14 @@ def ofd(layers='auto', weight=None, projector='conv_bn', stop_at=None, grad_rati
 
 
 def vid(layers='auto', weight=None, projector='mlp', stop_at=None, grad_ratio=None):
-    """The teacher's features, each channel as exactly as it can be foreseen (variational
+    """Match the teacher's features, each channel as accurately as it can be predicted (variational
     information distillation, arXiv:1904.05835).
 
     Args:
-        weight: 'paper': 1, RepDistiller's.
-        projector: RepDistiller's, of 1x1 convolutions.
+        weight: 'paper' is 1, from RepDistiller.
+        projector: As in `Term`. The default is that of RepDistiller, made of 1x1 convolutions.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers; 0.1 if neither is given.
+            losses, measured at its layers. 0.1 if neither is given.
     """
     return Recipe(
         Term(
@@ -455,14 +467,14 @@ def vid(layers='auto', weight=None, projector='mlp', stop_at=None, grad_ratio=No
 
 
 def pkd(layers='auto', weight=None, projector='auto', stop_at=None, grad_ratio=None):
-    """The teacher's features but for their scale: correlation of each channel (PKD,
+    """Match the teacher's features up to their scale, as the correlation of each channel (PKD,
     arXiv:2207.02039).
 
     Args:
-        layers: The authors took the levels of a detector's feature pyramid.
-        weight: 'paper': 6, theirs for two-stage detectors; 10 for RetinaNet.
+        layers: As in `Term`. The authors used the levels of a detector's feature pyramid.
+        weight: 'paper' is 6, from the authors for two-stage detectors. For RetinaNet they use 10.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers; 0.1 if neither is given.
+            losses, measured at its layers. 0.1 if neither is given.
     """
     return Recipe(
         Term(
@@ -483,15 +495,15 @@ def rkd(
     stop_at=None,
     grad_ratio=None,
 ):
-    """How far samples are from each other, and at which angles (relational KD, arXiv:1904.05068).
+    """Match the distances and angles between samples (relational KD, arXiv:1904.05068).
 
     Args:
-        layers: Pooled features, as the authors.
-        weight: 'paper': 1.
+        layers: As in `Term`. The default is pooled features, as in the paper.
+        weight: 'paper' is 1.
         w_d: Weight of the distances.
-        w_a: And of the angles.
+        w_a: Weight of the angles.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers; 0.1 if neither is given.
+            losses, measured at its layers. 0.1 if neither is given.
     """
     return Recipe(
         Term(
@@ -506,13 +518,13 @@ def rkd(
 
 
 def sp(layers='last', weight=None, stop_at=None, grad_ratio=None):
-    """Which samples of a batch are alike (similarity-preserving KD, arXiv:1907.09682).
+    """Match which samples of a batch are similar (similarity-preserving KD, arXiv:1907.09682).
 
     Args:
-        layers: As the authors.
-        weight: 'paper': 3000, theirs, for batches of 64.
+        layers: As in `Term`. The default is the authors'.
+        weight: 'paper' is 3000, from the authors, for batches of 64.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers; 0.1 if neither is given.
+            losses, measured at its layers. 0.1 if neither is given.
     """
     return Recipe(
         Term(losses.sp, **scaled(weight, grad_ratio, 3000.0), layers=layers, stop_at=stop_at)
@@ -527,14 +539,15 @@ def cc(
     stop_at=None,
     grad_ratio=None,
 ):
-    """Which samples of a batch are alike, by a kernel (correlation congruence, arXiv:1904.01802).
+    """Match which samples of a batch are similar, measured by a kernel (correlation congruence,
+    arXiv:1904.01802).
 
     Args:
-        weight: 'paper': 100, ours: none is published for the paper's form.
-        kernel: Or 'bilinear'.
-        gamma: Of the gaussian.
+        weight: 'paper' is 100, our choice: none is published for the paper's form.
+        kernel: 'gaussian' or 'bilinear'.
+        gamma: Coefficient of the Gaussian kernel.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers; 0.1 if neither is given.
+            losses, measured at its layers. 0.1 if neither is given.
     """
     how = scaled(weight, grad_ratio, 100.0)
     return Recipe(
@@ -543,14 +556,15 @@ def cc(
 
 
 def pkt(layers='last@mean', weight=None, stop_at=None, grad_ratio=None):
-    """Who are a sample's neighbors, as probabilities (probabilistic knowledge transfer,
-    arXiv:1803.10837).
+    """Match each sample's neighbors in the batch, as probabilities (probabilistic knowledge
+    transfer, arXiv:1803.10837).
 
     Args:
-        layers: Pooled features, as RepDistiller.
-        weight: 'paper': 470, its 30000 for batches of 64, in this scale.
+        layers: As in `Term`. The default is pooled features, as in RepDistiller.
+        weight: 'paper' is 470: the 30000 of RepDistiller for batches of 64, converted to this
+            scale.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers; 0.1 if neither is given.
+            losses, measured at its layers. 0.1 if neither is given.
     """
     return Recipe(
         Term(losses.pkt, **scaled(weight, grad_ratio, 470.0), layers=layers, stop_at=stop_at)
@@ -567,32 +581,32 @@ def seed(
     stop_at=None,
     grad_ratio=None,
 ):
-    """Which of many samples are similar, by a queue of teacher embeddings (self-supervised SEED,
-    arXiv:2101.04731).
+    """Match the similarities to many samples, using a queue of teacher embeddings (self-supervised
+    SEED, arXiv:2101.04731).
 
     Args:
-        layers: Both models' vectors before their heads; of a teacher without a head, its
-            output.
-        weight: 'paper': 1.
-        size: Embeddings in the queue; the authors' for ImageNet: 65536.
+        layers: As in `Term`. The default is both models' vectors before their heads. For a teacher
+            without a head, it is its output.
+        weight: 'paper' is 1.
+        size: Embeddings in the queue. The authors use 65,536 for ImageNet.
         T_s: Temperature of the student.
-        T_t: Of the teacher; .1 was better with one that was trained on labels.
-        projector: Linear where sizes differ; the authors' is 'mlp'.
+        T_t: Temperature of the teacher. 0.1 was better with a teacher trained on labels.
+        projector: As in `Term`. 'auto' is a linear layer where sizes differ. The authors use 'mlp'.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers; 0.1 if neither is given.
+            losses, measured at its layers. 0.1 if neither is given.
     """
     loss, how = losses.SEED(size=size, T_s=T_s, T_t=T_t), scaled(weight, grad_ratio, 1.0)
     return Recipe(Term(loss, **how, layers=layers, projector=projector, stop_at=stop_at))
 
 
 def ickd(layers='last', weight=None, projector='conv_bn', stop_at=None, grad_ratio=None):
-    """Which channels go together (inter-channel correlation, Liu et al., ICCV 2021).
+    """Match which channels are correlated (inter-channel correlation, Liu et al., ICCV 2021).
 
     Args:
-        weight: 'paper': 2.5, the authors' for CIFAR.
-        projector: Theirs.
+        weight: 'paper' is 2.5, from the authors for CIFAR.
+        projector: As in `Term`. The default is the authors'.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers; 0.1 if neither is given.
+            losses, measured at its layers. 0.1 if neither is given.
     """
     return Recipe(
         Term(
@@ -607,12 +621,12 @@ def ickd(layers='last', weight=None, projector='conv_bn', stop_at=None, grad_rat
 
 @long_name_too
 def cwd(layers=None, weight=None, T=4.0, projector='auto', stop_at=None, grad_ratio=None):
-    """Where in the picture each channel is, for dense prediction (channel-wise KD,
+    """Match where in the image each channel is active, for dense prediction (channel-wise KD,
     arXiv:2011.13256).
 
     Args:
-        layers: The logits, or layers of maps.
-        weight: 'paper': 3 on logits, 50 on features.
+        layers: As in `Term`. None for the logits, or layers with maps.
+        weight: 'paper' is 3 on logits and 50 on features.
         grad_ratio: Use instead of `weight`. If neither is given: the paper's weight on logits, a ratio
             of 0.1 on features.
     """
@@ -623,13 +637,14 @@ def cwd(layers=None, weight=None, T=4.0, projector='auto', stop_at=None, grad_ra
 
 
 def pairwise(layers='last', weight=None, pool=0.5, stop_at=None, grad_ratio=None):
-    """Which places of a picture are alike, for dense prediction (structured KD, arXiv:1903.04197).
+    """Match which positions of an image are similar, for dense prediction (structured KD,
+    arXiv:1903.04197).
 
     Args:
-        weight: 'paper': .5, the authors'.
-        pool: Size of a cell: pixels, or a share of the map.
+        weight: 'paper' is 0.5, from the authors.
+        pool: Size of a cell in pixels, or as a fraction of the map if below 1.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers; 0.1 if neither is given.
+            losses, measured at its layers. 0.1 if neither is given.
     """
     return Recipe(
         Term(
@@ -643,26 +658,28 @@ def pairwise(layers='last', weight=None, pool=0.5, stop_at=None, grad_ratio=None
 
 
 def gram(layers='last@map', weight=None, stop_at=None, grad_ratio=None):
-    """Which places of a picture are similar: `pairwise` of single positions (DINOv3's Gram loss,
-    arXiv:2508.10104).
+    """Match which positions of an image are similar, with `pairwise` of single positions (DINOv3's
+    Gram loss, arXiv:2508.10104).
 
     Args:
-        layers: Maps, and tokens without class and register tokens; for texts 'last'.
-        weight: 'paper': 2.
+        layers: As in `Term`. The default is maps, or tokens without class and register tokens. Use
+            'last' for texts.
+        weight: 'paper' is 2.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers; 0.1 if neither is given.
+            losses, measured at its layers. 0.1 if neither is given.
     """
     how = scaled(weight, grad_ratio, 2.0)
     return Recipe(Term(losses.pairwise, **how, layers=layers, stop_at=stop_at, pool=1, name='gram'))
 
 
 def ifvd(layers='last', weight=None, stop_at=None, grad_ratio=None):
-    """How pixels of a class vary around their mean, for dense prediction (Wang et al., ECCV 2020).
+    """Match how pixels of a class vary around their mean, for dense prediction (Wang et al., ECCV
+    2020).
 
     Args:
-        weight: 'paper': 200, the authors'.
+        weight: 'paper' is 200, from the authors.
         grad_ratio: Use instead of `weight`: ratio of this term's gradient norm to that of all weighted
-            losses, measured at its layers; 0.1 if neither is given.
+            losses, measured at its layers. 0.1 if neither is given.
     """
     return Recipe(
         Term(losses.ifvd, **scaled(weight, grad_ratio, 200.0), layers=layers, stop_at=stop_at)
@@ -670,12 +687,13 @@ def ifvd(layers='last', weight=None, stop_at=None, grad_ratio=None):
 
 
 def pretrain(layers='embedding', projector='auto'):
-    """The teacher's embeddings alone, as directions: no labels, for a backbone that is fine-tuned
-    afterwards.
+    """Match only the direction of the teacher's embeddings, without labels, for a backbone that is
+    fine-tuned afterwards.
 
     Args:
-        layers: Both models' vectors before their heads; of a teacher without a head, its
-            output.
-        projector: 'mlp' keeps more of the student's features its own.
+        layers: As in `Term`. The default is both models' vectors before their heads. For a teacher
+            without a head, it is its output.
+        projector: As in `Term`. 'mlp' keeps the student's features more independent of the
+            teacher's.
     """
     return Recipe(Term(losses.cosine, layers=layers, projector=projector), task=0.0)
