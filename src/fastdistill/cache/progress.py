@@ -1,4 +1,4 @@
-"Progress of writing a cache: a bar in a terminal or a notebook, nothing in a file or a pipe."
+"Progress bar for writing a cache, in a terminal or notebook. Nothing is shown in a file or pipe."
 
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -9,11 +9,11 @@ __all__ = ['ProgressBar', 'console_for_bars', 'shown_progress']
 
 
 def console_for_bars(**options):
-    """rich's console where it can show a bar that moves: in a terminal, or in a notebook with
+    """Return a console of rich if it can show a moving bar, in a terminal or in a notebook with
     ipywidgets; else None.
 
     Args:
-        **options: Of rich's `Console`
+        **options: Options of rich's `Console`.
     """
     from rich.console import Console
 
@@ -24,7 +24,7 @@ def console_for_bars(**options):
 
 
 class ProgressBar:
-    """A bar of samples, speed and megabytes; it appears with the first batch."""
+    """Progress bar with samples, speed and megabytes. It appears with the first batch."""
 
     def __init__(self, console=None):
         from rich.progress import (
@@ -76,11 +76,11 @@ class ProgressBar:
 
 @contextmanager
 def shown_progress(progress):
-    """Yields the function to call after each batch, or None.
+    """Context that yields the function to call after each batch, or None.
 
     Args:
-        progress: True: a bar in a terminal or notebook; False or None: nothing; or fn(rows
-            done, rows in all, bytes done).
+        progress: True for a bar in a terminal or notebook, False or None for nothing, or fn(rows
+            done, total rows, bytes done).
     """
     if callable(progress) or not progress or rank():
         yield progress if callable(progress) else None
