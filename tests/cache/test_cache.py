@@ -376,7 +376,9 @@ def test_samples_are_known_by_what_tells_them_apart():
         len(set(keys([('cat', 'cat/1'), ('cat', 'cat/2')]).tolist())) == 1
     )  # (path, label), as torchvision has them
     assert len(set(keys([(0, 'cat/1'), (0, 'cat/2')]).tolist())) == 2
-    with pytest.warns(DistillWarning, match='1 of 3 samples have the same key as a different sample'):
+    with pytest.warns(
+        DistillWarning, match='1 of 3 samples have the same key as a different sample'
+    ):
         dataset_keys([1, 2, 3], keys=['a', 'b', 'a'])
     assert len(dataset_keys(TensorDataset(torch.randn(4, 2).bfloat16()))) == 4
 
@@ -594,7 +596,9 @@ def test_damaged_keys_are_rewritten(tmp_path):
     cache, _ = make(tmp_path)
     keys = cache.keys.tolist()
     flip(tmp_path / 'keys.bin')
-    with pytest.raises(DistillError, match='Damaged files in .*: keys.bin differs from what was written'):
+    with pytest.raises(
+        DistillError, match='Damaged files in .*: keys.bin differs from what was written'
+    ):
         TeacherCache(tmp_path).check()
     assert make(tmp_path)[0].check().keys.tolist() == keys
 
@@ -733,7 +737,7 @@ def test_numbers_that_a_type_cannot_hold_are_refused_or_cut_to_what_it_can():
         through(Outputs(far), topk=3, dtype='int8')
     top = through(Outputs(far), topk=2, dtype='float32')[0].logits
     assert top.rest.isfinite().all() and not top.dense().softmax(1).isnan().any()
-    with pytest.raises(DistillError, match='size= and topk= can't be combined'):
+    with pytest.raises(DistillError, match="size= and topk= can't be combined"):
         Layout.of(Outputs(logits(2, 5, 4, 4)), Wish(topk=2, size=2))
     with pytest.raises(DistillError, match='topk=2 along axis 1'):
         Layout.of(Outputs(logits(6)), Wish(topk=2))
