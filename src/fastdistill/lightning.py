@@ -1,6 +1,4 @@
-"""Distillation with Lightning: a callback for your own `LightningModule`, and a module that needs
-nothing else.
-"""
+"""Distillation with Lightning: a callback for your own `LightningModule`, and a complete module."""
 
 import functools
 import math
@@ -39,30 +37,29 @@ __all__ = ['DistillCallback', 'DistillModule']
 
 
 class DistillCallback(Callback):
-    """Gives a `LightningModule` a teacher: `Trainer(callbacks=DistillCallback(teacher, kd(),
-    student='model'))`. The module's `training_step` stays: the loss that it returns is the labels'
-    own, to which the teacher's part is added.
+    """Adds a teacher to a `LightningModule`: `Trainer(callbacks=DistillCallback(teacher, kd(),
+    student='model'))`.
+
+    The module's `training_step` is unchanged: it returns the task loss, to which the teacher's part
+    is added.
 
     Args:
         teacher: A model, a `Teacher`, or what `Teacher` takes.
-        recipe: `kd()`, `kd() + at()`, a `Term`; None: `auto` chooses, by what the student
-            predicts.
-        student: The attribute of the module that is trained, as 'model'; None: the module
-            itself.
-        split: fn(batch) -> (inputs, labels) of the student; None: a tuple's first item and all
-            others, or a dict without its 'labels'.
-        **options: Of the `Distiller`: kind, axis, ignore_index, shift_labels, output, check.
-            check=False also leaves out the score of both models on a few batches.
+        recipe: A recipe such as `kd() + at()`, or a `Term`. None to let `auto` choose, by what the
+            student predicts.
+        student: Attribute of the module that is trained, e.g. 'model'. None for the module itself.
+        split: fn(batch) -> (inputs, labels) of the student. None to split a tuple into the first
+            item and the others, or a dict into inputs and 'labels'.
+        **options: Options of the `Distiller`: kind, axis, ignore_index, shift_labels, output,
+            check. check=False also leaves out the score of both models on a few batches.
     """
 
     def __init__(self, teacher, recipe=None, *, student: str | None = None, split=None, **options):
         self.teacher, self.recipe, self.student, self.options = teacher, recipe, student, options
-        self.split, self.distiller, self.state, self.replaced = (
-            split or inputs_and_labels,
-            None,
-            None,
-            None,
-        )
+        self.split = split or inputs_and_labels
+        self.distiller = None
+        self.state = None
+        self.replaced = None
 
     # around a fit
 
@@ -76,7 +73,7 @@ class DistillCallback(Callback):
         self.build(pl_module)
         d = self.distiller
         d.links.to(pl_module.device)
-        # subtle: the recipe that was chosen before, and not one that this batch would choose
+        # subtle: the recipe that was chosen before, not the one for this batch
         if self.state is not None and 'distiller' in self.state:
             d.set_extra_state(self.state['distiller'])
         if self.options.get('check', True):
@@ -91,7 +88,7 @@ class DistillCallback(Callback):
         self._replace_step(trainer, pl_module)
 
     def build(self, pl_module):
-        """The Distiller of this module, unless it is there already."""
+        """Build the Distiller of this module, unless it exists already."""
         try:
             student = pl_module if self.student is None else pl_module.get_submodule(self.student)
         except AttributeError as e:
@@ -104,7 +101,7 @@ class DistillCallback(Callback):
             self.distiller = Distiller(student, self.teacher, self.recipe, **self.options)
 
     def _complete(self, trainer):
-        """Choose the recipe and build projectors, by a training batch."""
+        """Choose the recipe and build projectors, from a training batch."""
         trainer.fit_loop.setup_data()
         with RandomGuard():
             batch = trainer.strategy.batch_to_device(next(iter(trainer.train_dataloader)))
@@ -112,8 +109,10 @@ class DistillCallback(Callback):
         complete(self.distiller, x, bool(len(y)))
 
     def _batches(self, trainer):
-        """Training batches as (inputs, labels); none of a stream, which can't be read twice."""
-        # subtle: Lightning draws a random number here, and not again when it trains
+        """Yield training batches as (inputs, labels). None from a stream, which can't be read
+        twice.
+        """
+        # subtle: Lightning draws a random number here, but not again when it trains
         trainer.fit_loop.setup_data()
         loader = trainer.train_dataloader
         if isinstance(getattr(loader, 'dataset', None), IterableDataset):
@@ -127,7 +126,7 @@ class DistillCallback(Callback):
         self._stop(pl_module)
 
     def _stop(self, pl_module):
-        """Put everything back; safe to call twice."""
+        """Restore everything. It is safe to call this twice."""
         if self.replaced is None:
             return
         vars(pl_module).pop('training_step')
@@ -138,7 +137,7 @@ class DistillCallback(Callback):
     # a batch
 
     def _replace_step(self, trainer, pl_module):
-        """From now on, the module's training step returns the whole loss."""
+        """Make the module's training step return the whole loss."""
         step = pl_module.training_step
 
         # subtle: Lightning reads the names of its arguments, which `wraps` keeps
@@ -175,7 +174,7 @@ class DistillCallback(Callback):
         return {**out, 'loss': r.total} if isinstance(out, Mapping) else r.total
 
     def _last(self, seen):
-        """What the student returned last."""
+        """Return the student's last outputs."""
         if seen:
             return seen[-1]
         raise DistillError(
@@ -202,15 +201,14 @@ class DistillCallback(Callback):
 
 class DistillModule(LightningModule):
     """A student that learns from a teacher: `Trainer().fit(DistillModule(student, teacher, kd()),
-    loader)`. Its checkpoints hold the student alone, and beside it the state of its
-    `DistillCallback`.
+    loader)`. Its checkpoints hold only the student and the state of its `DistillCallback`.
 
     Args:
-        teacher: As in `DistillCallback`
-        recipe: As in `DistillCallback`
-        optimizer: fn(parameters, lr=...).
-        split: As in `DistillCallback`
-        **options: Of the `Distiller`: task_loss, kind, axis, ignore_index, shift_labels,
+        teacher: As in `DistillCallback`.
+        recipe: As in `DistillCallback`.
+        optimizer: fn(parameters, lr=...) -> optimizer.
+        split: As in `DistillCallback`.
+        **options: Options of the `Distiller`: task_loss, kind, axis, ignore_index, shift_labels,
             output, check.
     """
 
@@ -231,7 +229,7 @@ class DistillModule(LightningModule):
         self.callback.build(self)
 
     def forward(self, x):
-        """What the student returns for a batch of inputs."""
+        """Run the student on a batch of inputs."""
         args, kwargs = arguments(self.student, inputs(x))
         return self.student(*args, **kwargs)
 
@@ -255,7 +253,7 @@ class DistillModule(LightningModule):
         x, y = self.callback.split(batch)
         d = self.callback.distiller
         logits = Outputs.of(self(x), output=d.output).logits
-        # without labels, the teacher alone teaches
+        # without labels, the student learns only from the teacher
         return d.labels(x, logits, tuple(y))[0] if len(y) else logits.new_zeros(())
 
     def _log(self, name, batch):
@@ -264,19 +262,19 @@ class DistillModule(LightningModule):
 
 
 def later(loader):
-    """The batches of a DataLoader, which is asked for the first one only when that is needed."""
+    """Yield the batches of a DataLoader, loading the first one only when it is needed."""
     yield from loader
 
 
 def training_progress(trainer):
-    """Share of the training that is done, for schedules; None if it has no end."""
+    """Return the progress of the training, from 0 to 1, for schedules. None if it has no end."""
     steps = trainer.estimated_stepping_batches
     return trainer.global_step / steps if 0 < steps < math.inf else None
 
 
 @contextmanager
 def returned_by(module):
-    """A list of what the module returns inside this context."""
+    """Context that yields a list of what the module returns inside it."""
     seen = []
     handle = module.register_forward_hook(lambda m, args, out: seen.append(out))
     try:

@@ -52,8 +52,8 @@ def test_labels_get_the_number_of_their_group():
 @pytest.mark.parametrize(
     'groups,says',
     [
-        ([[0, 1], 1], r'two outputs are about the class 1. Sum these outputs first'),
-        ([[0], []], 'an output without a class'),
+        ([[0, 1], 1], r'two outputs have the class 1. Sum these outputs first'),
+        ([[0], []], 'each output needs at least one class'),
         (['cat', 0], "has 'cat', but the classes are dog"),
     ],
 )
@@ -170,7 +170,7 @@ def test_labels_each_by_itself():
     )
     with pytest.raises(
         DistillError,
-        match=r'classes=\[3, \[1, 2\]\] sums the probabilities of classes that exclude each other',
+        match=r'classes=\[3, \[1, 2\]\] sums the probabilities of mutually exclusive classes',
     ):
         distilled(
             Teacher(TWO, classes=[3, [1, 2]], kind='sigmoid'), kd(1.0, 0.5), y=y, kind='sigmoid'
@@ -227,7 +227,7 @@ def test_what_does_not_fit_is_refused():
         DistillError, match="has the name 'cat', but the student's classes have no names here"
     ):
         distilled(Teacher(TWO, classes=['cat', 'dog']), kd())
-    with pytest.raises(DistillError, match='two outputs are about the class 0'):
+    with pytest.raises(DistillError, match='two outputs have the class 0'):
         Teacher(TWO, classes=[0, [0, 1]])
     with pytest.raises(DistillError, match='members of the ensemble are about different classes'):
         distilled(Teacher([Teacher(TWO, classes=[0, 1]), Teacher(TWO, classes=[0, 2])]), kd())

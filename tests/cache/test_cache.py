@@ -142,9 +142,9 @@ def test_maps_can_be_stored_smaller():
         ),
         (Outputs(torch.tensor([[1.0, 1e5]])), {}, 'exceed 65504, the largest number of float16'),
         (Outputs(logits(2, 5)), dict(topk=6), 'topk=6, but the teacher has 5 classes'),
-        (Outputs(logits(2, 5)), dict(size=4), r'size=\(4, 4\) is for maps'),
+        (Outputs(logits(2, 5)), dict(size=4), r'size=\(4, 4\) needs maps'),
         (Outputs(None), {}, 'no logits'),
-        (Outputs(logits(2, 5), {'a': 'text'}), {}, 'Layer a gives a str'),
+        (Outputs(logits(2, 5), {'a': 'text'}), {}, 'Layer a returns a str'),
     ],
 )
 def test_what_a_row_cannot_hold_is_refused(out, wish, match):
@@ -155,7 +155,7 @@ def test_what_a_row_cannot_hold_is_refused(out, wish, match):
 def test_wrong_wishes_are_refused():
     for kw, match in [
         (dict(dtype='int4'), "must be one of 'float32'"),
-        (dict(tail='x'), "must be 'mean'"),
+        (dict(tail='x'), "must be one of 'mean'"),
         (dict(topk=0), 'one'),
     ]:
         with pytest.raises(DistillError, match=match):
@@ -296,7 +296,7 @@ def test_dense_stays_finite_at_the_edges():
     assert over.isfinite().all()
     with pytest.raises(DistillError, match="needs the student's logits"):
         TopK(torch.tensor([[2]]), torch.tensor([[-0.1]]), 4, 'bucket').dense()
-    with pytest.raises(DistillError, match="must be 'mean'"):
+    with pytest.raises(DistillError, match="must be one of 'mean'"):
         TopK(torch.tensor([[2]]), torch.tensor([[-0.1]]), 4, 'even')
 
 
@@ -376,7 +376,9 @@ def test_samples_are_known_by_what_tells_them_apart():
         len(set(keys([('cat', 'cat/1'), ('cat', 'cat/2')]).tolist())) == 1
     )  # (path, label), as torchvision has them
     assert len(set(keys([(0, 'cat/1'), (0, 'cat/2')]).tolist())) == 2
-    with pytest.warns(DistillWarning, match='1 of 3 samples have the key of another sample'):
+    with pytest.warns(
+        DistillWarning, match='1 of 3 samples have the same key as a different sample'
+    ):
         dataset_keys([1, 2, 3], keys=['a', 'b', 'a'])
     assert len(dataset_keys(TensorDataset(torch.randn(4, 2).bfloat16()))) == 4
 
@@ -562,7 +564,7 @@ def shorten(p):
 @pytest.mark.parametrize(
     'harm,what',
     [
-        (flip, 'has other bytes'),
+        (flip, 'differs from what was written'),
         (shorten, 'has 45 bytes instead of 48'),
         (Path.unlink, 'is missing'),
     ],
@@ -594,7 +596,9 @@ def test_damaged_keys_are_rewritten(tmp_path):
     cache, _ = make(tmp_path)
     keys = cache.keys.tolist()
     flip(tmp_path / 'keys.bin')
-    with pytest.raises(DistillError, match='Damaged files in .*: keys.bin has other bytes'):
+    with pytest.raises(
+        DistillError, match='Damaged files in .*: keys.bin differs from what was written'
+    ):
         TeacherCache(tmp_path).check()
     assert make(tmp_path)[0].check().keys.tolist() == keys
 
@@ -723,7 +727,7 @@ def test_paths_are_where_they_were_when_they_were_named(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     assert len(TeacherCache('~/c')) == 8
     (tmp_path / 'file').write_text('')
-    with pytest.raises(DistillError, match='is a file: a cache is a folder'):
+    with pytest.raises(DistillError, match='is a file, but a cache is a folder'):
         TeacherCache(tmp_path / 'file')
 
 
@@ -733,12 +737,12 @@ def test_numbers_that_a_type_cannot_hold_are_refused_or_cut_to_what_it_can():
         through(Outputs(far), topk=3, dtype='int8')
     top = through(Outputs(far), topk=2, dtype='float32')[0].logits
     assert top.rest.isfinite().all() and not top.dense().softmax(1).isnan().any()
-    with pytest.raises(DistillError, match='size= and topk= together'):
+    with pytest.raises(DistillError, match="size= and topk= can't be combined"):
         Layout.of(Outputs(logits(2, 5, 4, 4)), Wish(topk=2, size=2))
     with pytest.raises(DistillError, match='topk=2 along axis 1'):
         Layout.of(Outputs(logits(6)), Wish(topk=2))
     lay = Layout.of(Outputs(logits(2, 5)), Wish())
-    with pytest.raises(DistillError, match='have mask in this batch, but they had none'):
+    with pytest.raises(DistillError, match='have mask in this batch, unlike in the first batch'):
         lay.encode(Outputs(logits(2, 5), mask=torch.ones(2)))
 
 
@@ -767,7 +771,7 @@ def test_a_shard_of_the_right_size_with_wrong_bytes_is_named_before_it_is_used(t
         ):
             with pytest.raises(
                 DistillError,
-                match='Damaged files in .*: view001/000002.bin has other bytes .* only damaged files are rewritten',
+                match='Damaged files in .*: view001/000002.bin differs from what was written.* only damaged files are rewritten',
             ):
                 look(opened)
     make(tmp_path)
@@ -780,7 +784,7 @@ def test_a_dataset_with_a_damaged_cache_is_refused_before_its_workers_start(tmp_
     assert len(Replayed(data, TeacherCache(tmp_path))) == 23
     flip(tmp_path / 'view000' / '000004.bin')
     with pytest.raises(
-        DistillError, match='Damaged files in .*: view000/000004.bin has other bytes'
+        DistillError, match='Damaged files in .*: view000/000004.bin differs from what was written'
     ):
         Replayed(data, TeacherCache(tmp_path))
 
@@ -791,7 +795,7 @@ def test_all_damaged_files_are_named_at_once(tmp_path):
         flip(p)
     with pytest.raises(
         DistillError,
-        match='view000/000002.bin has other bytes .*, view000/000006.bin .* and 2 more',
+        match='view000/000002.bin differs from what was written.*, view000/000006.bin .* and 2 more',
     ):
         TeacherCache(tmp_path).check_once()
 
@@ -1136,7 +1140,7 @@ def test_views_without_anything_random_are_stored_once(tmp_path):
 
 @pytest.mark.parametrize('bs', [0, -3, 2.5, True, '4'])
 def test_a_batch_size_below_one_is_refused(bs, tmp_path):
-    with pytest.raises(DistillError, match=f'bs={bs!r}: give a whole number from 1'):
+    with pytest.raises(DistillError, match=f'bs={bs!r}: must be a whole number of at least 1'):
         Source(np.arange(3, dtype=np.uint64), None, bs, {}, {})
 
 

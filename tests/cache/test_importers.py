@@ -115,13 +115,13 @@ def test_a_column_of_a_dataset_of_hugging_face(tmp_path):
         opened(Rows(rows[:-1] + [dict(rows[-1], logprobs=rows[0]['logprobs'])]), tmp_path / 'b')
     (tmp_path / 'both' / 'train').mkdir(parents=True)
     (tmp_path / 'both' / 'dataset_dict.json').write_text('{}')
-    with pytest.raises(DistillError, match=r'has several splits \(train\): give one'):
+    with pytest.raises(DistillError, match=r'has several splits \(train\): pass one'):
         opened(tmp_path / 'both', tmp_path / 'c')
 
     class Splits(dict):
         column_names = {}
 
-    with pytest.raises(DistillError, match=r'several splits \(train\): give one, as in dataset'):
+    with pytest.raises(DistillError, match=r'several splits \(train\): pass one, e.g. dataset'):
         opened(Splits(train=rows), tmp_path / 'c')
 
     class Stream:
@@ -286,9 +286,9 @@ def test_a_loss_of_tokens_counts_those_that_are_there(tmp_path):
         (
             [dict(key='a', logprobs=[0.0, 1.0])],
             {},
-            r"Row 0 \('a'\): the probabilities sum to 3.72 .* say given='logits'",
+            r"Row 0 \('a'\): the probabilities sum to 3.72 .* pass given='logits'",
         ),
-        ([dict(key='a', logprobs={'1': -0.1})], {}, 'give n=, the number of all classes'),
+        ([dict(key='a', logprobs={'1': -0.1})], {}, 'pass n=, the number of all classes'),
         (
             [dict(key='a', logprobs={'7': -0.1})],
             dict(n=5),
@@ -357,18 +357,18 @@ INF, NAN = float('inf'), float('nan')
         (
             dict(logprobs=[-9999.0] * 3),
             {},
-            "'logprobs' has -9999, which is not a log-probability but stands for a missing one: they must be at least -1000",
+            "'logprobs' has -9999, which stands for a missing log-probability: they must be at least -1000",
         ),
         (
             dict(logprobs={'0': -0.1, '1': -9999.0}),
             dict(n=5),
-            'Leave the class out of a list of the likeliest classes',
+            'Leave the class out of a list of the most likely classes',
         ),
         (dict(logprobs=[0.0, NAN, -1.0]), {}, "'logprobs' has NaN: each class needs a number"),
         (
             dict(logprobs=[-9.0, -9.0, -9.0]),
             {},
-            "sum to 0.00037 if 'logprobs' holds logprobs, but those of all classes must sum to 1.*say given='logits' or given='probs'",
+            "sum to 0.00037 if 'logprobs' holds logprobs, but those of all classes must sum to 1.*pass given='logits' or given='probs'",
         ),
         (dict(probs=[0.0, 0.0, 0.0]), {}, 'the probabilities sum to 0 '),
         (
@@ -379,7 +379,7 @@ INF, NAN = float('inf'), float('nan')
         (
             dict(probs=[1.0, 1.0, 1.0]),
             {},
-            'the probabilities sum to 3 .*If the classes do not exclude each other, give their logits',
+            'the probabilities sum to 3 .*If the classes are not mutually exclusive, use their logits',
         ),
         (
             dict(probs=[0.0, 0.0], ids=[1, 2]),
@@ -400,7 +400,7 @@ INF, NAN = float('inf'), float('nan')
         (dict(logprobs=[-0.1, True, -3.0]), {}, 'True is not a number'),
         (dict(logprobs='abc'), {}, "'logprobs' is 'abc': it must be a list of numbers, a dict"),
         (dict(logprobs=None), {}, "'logprobs' is None: it must be a list"),
-        (dict(logprobs=[]), {}, 'there are no classes: give null'),
+        (dict(logprobs=[]), {}, 'there are no classes: use null'),
         (
             dict(logprobs=[-0.1, -3.0], ids=[1]),
             dict(n=5),

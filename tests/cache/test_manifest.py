@@ -455,7 +455,7 @@ def test_the_writer_follows_no_link_out_of_its_folder(tmp_path):
     damage(other / '000000.bin', random.Random(0))
     before = tree(other)
     with pytest.raises(
-        DistillError, match='view001 is a link: parts of a cache are written only to real folders'
+        DistillError, match='view001 is a link, but a cache is written only to real folders'
     ):
         write(tmp_path / 'c')
     with (

@@ -346,7 +346,7 @@ def test_other_transforms_are_refused_by_whoever_replays_or_writes(tmp_path):
 
     cache = cache_dataset(Net(), Noisy(), tmp_path / 'a', views=2, keys=range(23))
     with pytest.raises(
-        DistillError, match='the input of sample 0: the transforms give another result'
+        DistillError, match='the input of sample 0: the transforms give a different result'
     ):
         Replayed(Louder(), cache, keys=range(23))
     with pytest.raises(DistillError, match='the inputs of some samples'):
@@ -356,7 +356,7 @@ def test_other_transforms_are_refused_by_whoever_replays_or_writes(tmp_path):
     seen = Lazy()
     seen[0]
     lazy = cache_dataset(Net(), seen, tmp_path / 'b', views=2, keys=range(23))
-    with pytest.raises(DistillError, match='give another result'):
+    with pytest.raises(DistillError, match='give a different result'):
         Replayed(Lazy(), lazy, keys=range(23))
     with pytest.warns(UserWarning, match='It is used anyway'):
         Replayed(Louder(), TeacherCache(tmp_path / 'a', force=True), keys=range(23))

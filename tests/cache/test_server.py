@@ -338,7 +338,7 @@ def test_a_second_writer_of_the_same_file_is_refused(tmp_path):
         try:
             with pytest.raises(
                 DistillError,
-                match='Another process is writing to .*a.jsonl: wait for it, or choose another file',
+                match='Another process is writing to .*a.jsonl: wait for it, or choose a different file',
             ):
                 ask_server(f'http://{host}/v1', dict(a=1), tmp_path / 'a.jsonl')
         finally:

@@ -1025,7 +1025,7 @@ def test_two_processes_do_not_continue_one_run(stopped, digits, tmp_path):
             return
         with pytest.raises(
             DistillError,
-            match=f'Another process is writing to {out}: wait for it, or choose another folder',
+            match=f'Another process is writing to {out}: wait for it, or choose a different folder',
         ):
             resumed(out)
         second = processes.start(tmp_path / 'log', child_of, out)

@@ -340,7 +340,7 @@ def test_a_loss_function_that_is_known_says_the_kind(task_loss, kind):
         ),
         (
             lambda s, t: Distiller(None, None, kd(), task_loss=nn.BCELoss()),
-            'takes probabilities, so its model ends in a sigmoid',
+            'takes probabilities, so the model ends in a sigmoid',
         ),
         (
             lambda s, t: kd()(s, t, torch.zeros(2, 3, dtype=torch.long)),
@@ -356,7 +356,7 @@ def test_a_loss_function_that_is_known_says_the_kind(task_loss, kind):
         ),
         (
             lambda s, t: kd()(s, t, torch.zeros(3, 2), torch.zeros(3)),
-            'These batches have 2 targets: give task_loss=',
+            'These batches have 2 targets: pass task_loss=',
         ),
     ],
 )

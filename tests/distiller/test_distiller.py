@@ -1683,7 +1683,7 @@ def test_an_ignored_label_is_no_mistake():
 def test_an_axis_that_no_outputs_have_is_refused_at_once(make, axis):
     with pytest.raises(
         DistillError,
-        match=re.escape(f'axis={axis!r}: the class axis is a whole number from 1 to 8'),
+        match=re.escape(f'axis={axis!r}: the class axis must be a whole number from 1 to 8'),
     ):
         make(axis)
 

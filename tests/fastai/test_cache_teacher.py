@@ -327,7 +327,7 @@ def test_batch_transforms_are_compared_by_what_they_give(tmp_path):
 
     normalize = Normalize.from_stats(*imagenet_stats)
     cache = cache_teacher(Convs(3).eval(), make([Strength(0.1)]), tmp_path / 'a')
-    with pytest.raises(DistillError, match='sample 0: the transforms give another result'):
+    with pytest.raises(DistillError, match='sample 0: the transforms give a different result'):
         CacheFeed(cache).attach(student(make([Strength(0.9)])))
     with pytest.raises(DistillError, match='some samples: the transforms give'):
         cache_teacher(Convs(3).eval(), make([Strength(0.9)]), tmp_path / 'a')
@@ -800,7 +800,7 @@ def test_data_and_transforms_that_do_not_fit_are_refused_in_words(tmp_path, monk
     )
     refused(cache, data(augment='colours'), 'after_batch: RandomErasing: none in the cache')
     monkeypatch.setattr(cached, 'IMAGES', IMAGES[::-1].copy())
-    refused(cache, data(), 'the input of sample 0: the transforms give another result')
+    refused(cache, data(), 'the input of sample 0: the transforms give a different result')
     feed = CacheFeed(TeacherCache(tmp_path, force=True))
     with pytest.warns(DistillWarning, match='used anyway'):
         feed.attach(student(data())).detach()

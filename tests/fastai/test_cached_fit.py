@@ -379,7 +379,7 @@ def test_a_place_without_a_cache_is_named_as_it_was_given(tmp_path, of, match):
 
 @pytest.mark.parametrize('views', [-1, 1.5, '2', True, None])
 def test_views_that_are_no_whole_number_are_refused(tmp_path, views):
-    with pytest.raises(DistillError, match=f'views={views!r}: a whole number from 0'):
+    with pytest.raises(DistillError, match=f'views={views!r}: must be a whole number from 0'):
         cache_teacher(Convs(3).eval(), data(), tmp_path, views)
 
 
@@ -658,7 +658,7 @@ def test_a_fit_from_a_damaged_cache_stops_before_its_first_batch(tmp_path):
     learn = learner()
     before = {k: v.clone() for k, v in learn.model.state_dict().items()}
     with pytest.raises(
-        DistillError, match='Damaged files in .*: view001/000000.bin has other bytes'
+        DistillError, match='Damaged files in .*: view001/000000.bin differs from what was written'
     ):
         learn.distill(tmp_path, 1)
     assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
@@ -669,5 +669,5 @@ def test_a_fit_from_a_damaged_cache_stops_before_its_first_batch(tmp_path):
 def test_a_batch_size_of_nothing_is_refused(tmp_path):
     learner, teacher, _ = images()
     for bs in (0, -3):
-        with pytest.raises(DistillError, match=f'bs={bs}: give a whole number from 1'):
+        with pytest.raises(DistillError, match=f'bs={bs}: must be a whole number of at least 1'):
             cache_teacher(teacher, learner().dls, tmp_path, bs=bs)

@@ -1140,7 +1140,7 @@ def test_hugging_face_second_argument_must_be_what_it_says():
 
 def test_hugging_face_without_a_head_says_what_is_missing():
     model = BertModel(bert().config)
-    with refuses('keys last_hidden_state, pooler_output, which holds no logits'):
+    with refuses('keys last_hidden_state, pooler_output, without logits'):
         Teacher(model)(IDS)
     o = Teacher(lambda ids: Outputs(model(ids).pooler_output))(IDS)
     assert o.logits.shape == (2, 8)
@@ -1170,7 +1170,7 @@ def test_any_callable():
     o = Teacher(lambda x: Outputs(x, {'deep': x * 2}, x[:, 0] > 0))(x)
     same(o.feats['deep'], x * 2)
     same(o.mask, x[:, 0] > 0)
-    with refuses('returned a Sequential, which holds no logits'):
+    with refuses('returned a Sequential, without logits'):
         Teacher(lambda x: small())(x)
 
 
@@ -1624,7 +1624,7 @@ def test_an_output_that_is_not_there_is_refused():
         (
             lambda a, b: (a, b),
             2,
-            r'output=2, but the model returned a tuple with 0 \(2, 4\), 1 \(2, 4\)\. Give the name',
+            r'output=2, but the model returned a tuple with 0 \(2, 4\), 1 \(2, 4\)\. Pass the name',
         ),
         (lambda a, b: (a, b), -3, 'output=-3, but'),
         (
@@ -1637,7 +1637,7 @@ def test_an_output_that_is_not_there_is_refused():
         with refuses(says):
             Teacher(Heads(give), output=output)(x)
     same(Teacher(nn.Identity(), output=0)(x).logits, x)
-    with refuses('which holds no logits. .* Name another output with output='):
+    with refuses('without logits. .* Name a different output with output='):
         Teacher(Heads(lambda a, b: dict(main=a, aux=b)))(x)
     with refuses(r'output=1.5: must be the name or the index of an output, or a function'):
         Teacher(Heads(), output=1.5)

@@ -29,10 +29,10 @@ class BusyError(DistillError):
 
 @contextmanager
 def enough_space(path):
-    """Say in one line that the disk is full, and which file was written.
+    """Context that turns the error of a full disk into one line that names the file.
 
     Args:
-        path: What is written: a file or a folder.
+        path: File or folder that is written.
     """
     try:
         yield
@@ -41,19 +41,19 @@ def enough_space(path):
             raise
         free = shutil.disk_usage(Path(path).absolute().parent).free
         raise DistillError(
-            f'No space for {path} ({why}; {free / 1e6:,.1f} MB are free there). Files that were finished '
-            'before are kept: free some space and start again to resume.'
+            f'No space for {path} ({why}; {free / 1e6:,.1f} MB are free there). Finished files '
+            'are kept: free some space and start again to resume.'
         ) from e
 
 
 @contextmanager
 def new_file(path):
-    """Yield the path of a temporary file in the same folder, and give it its name at the end:
-    readers find the whole new file or the old one, even if the process is killed. The file's mode
-    follows the umask.
+    """Context that yields the path of a temporary file in the same folder and renames it at the
+    end. Readers find the whole new file or the old one, even if the process is killed. The file's
+    mode follows the umask.
 
     Args:
-        path: Of the file that is written.
+        path: Path of the file to write.
     """
     path = Path(path)
     tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
@@ -63,7 +63,7 @@ def new_file(path):
             with open(tmp, 'xb') as f:
                 mode = os.fstat(f.fileno()).st_mode  # subtle: mode x does not open a link
             yield tmp
-            os.chmod(tmp, mode & 0o777)  # some writers choose one that only the owner can read
+            os.chmod(tmp, mode & 0o777)  # some writers choose a mode that only the owner can read
             with open(tmp, 'rb+') as f:
                 os.fsync(f.fileno())
             os.replace(tmp, path)
@@ -73,9 +73,9 @@ def new_file(path):
 
 
 def disk_full(error):
-    """What the system said, if there was no space; else None."""
+    """Return the system's message if there was no space, else None."""
     while error is not None:
-        # subtle: PyTorch raises an error of its own on top of the system's, and Rust names the number in the text
+        # subtle: PyTorch raises its own error on top of the system's, and Rust has the error number in the text
         code = getattr(error, 'errno', None) or int(
             (re.search(r'\(os error (\d+)\)', str(error)) or [0, 0])[1]
         )
@@ -89,6 +89,7 @@ def write_atomically(path, content):
     """Write a file completely or not at all.
 
     Args:
+        path: Path of the file.
         content: Bytes, text, or fn(binary file).
     """
     with new_file(path) as tmp, open(tmp, 'wb') as f:
@@ -102,24 +103,24 @@ def write_json(path, data):
     write_atomically(path, json.dumps(data, indent=1) + '\n')
 
 
-LOCKED = set()  # within this process; the system's locks work only between processes
+LOCKED = set()  # for this process; the system's locks work only between processes
 
 
 @contextmanager
 def locked_folder(path: Path, name=None, file: str = '.lock'):
-    """One writer at a time; the system releases the lock when a writer dies.
+    """Context that allows one writer at a time. The system releases the lock when a writer dies.
 
     Args:
-        path: Is made.
-        name: Of what is written, in messages; None: the path of the folder.
-        file: That is locked.
+        path: Folder, which is created.
+        name: Name of what is written, for messages. None for the path of the folder.
+        file: Name of the lock file.
     """
     name = name or path
     with file_errors(f"Can't write to {name}"):
         path.mkdir(parents=True, exist_ok=True)
     me = str(path.resolve() / file)
     busy = BusyError(
-        f'Another process is writing to {name}: wait for it, or choose another '
+        f'Another process is writing to {name}: wait for it, or choose a different '
         f'{"folder" if file == ".lock" else "file"}.'
     )
     if me in LOCKED:
@@ -130,7 +131,7 @@ def locked_folder(path: Path, name=None, file: str = '.lock'):
     except OSError as e:
         if e.errno not in (errno.EACCES, errno.EROFS):
             raise DistillError(f"Can't write to {name}: {e.strerror}.") from e
-        yield  # a read-only folder: writing a file raises an error if there is something to write
+        yield  # a read-only folder: an error is raised if there is something to write
         return
     with os.fdopen(f, 'r+') as f:
         try:
@@ -145,7 +146,7 @@ def locked_folder(path: Path, name=None, file: str = '.lock'):
 
 
 def acquire(f):
-    # subtle: lockf, not flock, whose locks survive in forked DataLoader workers after the writer was killed
+    # subtle: lockf, because locks of flock survive in forked DataLoader workers after the writer is killed
     try:
         import fcntl
     except ImportError:  # Windows
@@ -157,7 +158,7 @@ def acquire(f):
 
 @contextmanager
 def file_errors(what, errors=(OSError, ValueError)):
-    """Turn an error of the file system into one clear line."""
+    """Context that turns an error of the file system into one clear line."""
     try:
         yield
     except DistillError:

@@ -1,4 +1,4 @@
-"Models with other sets of classes: some of the other's classes, or groups of them."
+"Models with different sets of classes: some classes of the other model, or groups of them."
 
 from dataclasses import replace
 from itertools import chain
@@ -13,14 +13,13 @@ __all__ = ['class_groups', 'grouped', 'grouped_labels', 'of_classes', 'taught_pa
 
 
 def class_groups(groups, option: str, vocab=None, disjoint: bool = False) -> list | None:
-    """The groups as numbers of classes. Without `vocab`, names stay.
+    """Convert groups to class numbers. Without `vocab`, names are kept.
 
     Args:
-        groups: For each output a class or a list of classes: {name of the output: ...}, or a
-            list.
-        option: Its name, in messages.
+        groups: A class or a list of classes for each output: {name of the output: ...}, or a list.
+        option: Name of the option in messages.
         vocab: Names of the classes, for groups of names.
-        disjoint: May no class be in two groups?
+        disjoint: True if no class may be in two groups.
     """
     if groups is None:
         return None
@@ -31,12 +30,12 @@ def class_groups(groups, option: str, vocab=None, disjoint: bool = False) -> lis
     number = lambda c: as_number(c, option, vocab)
     out = [list(map(number, g)) if isinstance(g, (list, tuple)) else number(g) for g in groups]
     if not out or any(g == [] for g in out):
-        raise DistillError(f'{option}={groups}: an output without a class.')
+        raise DistillError(f'{option}={groups}: each output needs at least one class.')
     flat = list(chain(*members(out)))
     if disjoint and (twice := [c for c in flat if flat.count(c) > 1]):
         raise DistillError(
-            f'{option}={out}: two outputs are about the class {twice[0]!r}. Sum these outputs '
-            'first, as in select=[[0, 1], 2].'
+            f'{option}={out}: two outputs have the class {twice[0]!r}. Sum these outputs first, '
+            'as in select=[[0, 1], 2].'
         )
     return out
 
@@ -64,20 +63,20 @@ def grouped(
     option: str = 'classes',
     who: str = 'student',
 ) -> Tensor:
-    """Logits of the groups. A group of one class has its logit. A group of several has the
-    logarithm of the sum of their exponentials, so that its probability is the sum of theirs.
+    """Compute the logits of groups. A group of one class has its logit. A group of several has the
+    logsumexp of their logits, so that its probability is the sum of theirs.
 
     Args:
-        logits: (B, C, ...).
-        groups: As `class_groups` returns them.
-        axis: Of the classes.
-        option, who: In messages.
+        logits: Logits, (B, C, ...).
+        groups: Groups, from `class_groups`.
+        axis: Class axis.
+        option, who: Names in messages.
     """
     n, sets = logits.shape[axis], members(groups)
     if names := [c for c in chain(*sets) if isinstance(c, str)]:
         raise DistillError(
-            f"{option}= has the name {names[0]!r}, but the {who}'s classes have no names here: give "
-            'their numbers.'
+            f"{option}= has the name {names[0]!r}, but the {who}'s classes have no names here: "
+            'use their numbers.'
         )
     if min(map(min, sets)) < 0 or max(map(max, sets)) >= n:
         raise DistillError(
@@ -87,8 +86,8 @@ def grouped(
         return logits.index_select(axis, torch.tensor([g[0] for g in sets], device=logits.device))
     if kind != 'softmax':
         raise DistillError(
-            f'{option}={list(groups)} sums the probabilities of classes that exclude each other, but '
-            f'this is kind={kind!r}: give one class for each output.'
+            f'{option}={list(groups)} sums the probabilities of mutually exclusive classes, but '
+            f'this is kind={kind!r}: use one class for each output.'
         )
     return torch.stack(
         [
@@ -100,11 +99,11 @@ def grouped(
 
 
 def of_classes(out: Outputs, select, classes, axis, kind) -> Outputs:
-    """The selected classes of a teacher, and which of the student's they are.
+    """Select classes of a teacher, and map them to the student's classes.
 
     Args:
-        out: Of a teacher.
-        select, classes, axis, kind: Options of `Teacher`
+        out: Outputs of a teacher.
+        select, classes, axis, kind: Options of `Teacher`.
     """
     if select is not None:
         out = replace(out, logits=grouped(out.logits, select, axis, kind, 'select', 'teacher'))
@@ -112,18 +111,18 @@ def of_classes(out: Outputs, select, classes, axis, kind) -> Outputs:
         return out
     if len(classes) != (n := out.logits.shape[axis]):
         raise DistillError(
-            f'classes={classes} is for {len(classes)} outputs, but the teacher returns {n} along axis '
-            f"{axis}: give the student's class(es) for each, or select= some."
+            f'classes={classes} is for {len(classes)} outputs, but the teacher returns {n} along '
+            f"axis {axis}: pass the student's class(es) for each, or select= some."
         )
     return replace(out, classes=classes)
 
 
 def grouped_labels(y: Tensor, groups, n: int, ignore_index: int) -> Tensor:
-    """The number of the group of each label.
+    """Return the group number of each label.
 
     Args:
         y: Class numbers.
-        groups: Disjoint.
+        groups: Disjoint groups.
         n: Number of classes.
         ignore_index: The label of samples whose class is in no group.
     """
@@ -135,13 +134,13 @@ def grouped_labels(y: Tensor, groups, n: int, ignore_index: int) -> Tensor:
 
 
 def taught_part(logits, y, groups, task):
-    """The student's logits, and its labels, for what the teacher knows.
+    """Restrict the student's logits and labels to the classes that the teacher knows.
 
     Args:
-        logits: The student's; None: unknown.
+        logits: The student's logits. None if unknown.
         y: The labels, or None.
-        groups: The teacher's `classes`; None: all.
-        task: `Task` of both.
+        groups: The teacher's `classes`. None for all.
+        task: The `Task` of both.
     """
     if groups is None:
         return logits, y

@@ -1,4 +1,4 @@
-"The processes that train or write together. The only file that knows `torch.distributed`."
+"Processes that train or write together. The only file that uses `torch.distributed`."
 
 import os
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 
-APART = [False]  # does this process act as if there were no other?
+APART = [False]  # True while this process acts as if it were the only one
 
 
 def is_running():
@@ -40,10 +40,10 @@ def world_size() -> int:
 
 
 def broadcast(tensors):
-    """Give every rank the first rank's tensors.
+    """Copy the tensors of the first rank to all ranks.
 
     Args:
-        tensors: Overwritten with those of the first rank.
+        tensors: Tensors that are overwritten with those of the first rank.
     """
     if world_size() == 1:
         return
@@ -55,7 +55,7 @@ def mean_over_ranks(tensors):
     """Replace tensors by their mean over all ranks.
 
     Args:
-        tensors: Overwritten.
+        tensors: Tensors that are overwritten.
     """
     if world_size() == 1:
         return
@@ -64,27 +64,26 @@ def mean_over_ranks(tensors):
 
 
 def average_gradients(params):
-    """Average their gradients over all ranks. A rank whose part of the batch gave a parameter none
-    counts as 0.
+    """Average the gradients of parameters over all ranks. A missing gradient counts as 0.
 
     Args:
-        params: The same ones on all ranks, of modules outside of DistributedDataParallel.
+        params: Parameters of modules outside DistributedDataParallel, the same on all ranks.
     """
     if world_size() == 1:
         return
     for p in (params := list(params)):
-        # subtle: every rank must join, or the others would wait for it
+        # subtle: every rank must take part, or the others would wait for it
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     mean_over_ranks(p.grad for p in params)
 
 
 def length_over_ranks(norms: Tensor) -> Tensor:
-    """Root mean square over all ranks: proportional to the length of the gradients of all ranks
-    together.
+    """Compute the root mean square over all ranks, which is proportional to the norm of the
+    gradients of all ranks together.
 
     Args:
-        norms: Of gradients.
+        norms: Gradient norms.
     """
     if world_size() == 1:
         return norms
@@ -94,8 +93,8 @@ def length_over_ranks(norms: Tensor) -> Tensor:
 
 
 class Gathered(torch.autograd.Function):
-    """The rows of all ranks; each rank gets back the gradient of its own rows, summed over all
-    ranks.
+    """Gathers the rows of all ranks. Each rank gets back the gradient of its own rows, summed over
+    all ranks.
     """
 
     @staticmethod
@@ -117,18 +116,18 @@ class Gathered(torch.autograd.Function):
 
 
 def gather_rows(x: Tensor) -> Tensor:
-    """The rows of all ranks, first those of the first rank. Where each rank computes the same loss
-    of them, the mean of the ranks' gradients, which DistributedDataParallel takes, is that of this
-    loss.
+    """Gather the rows of all ranks, in the order of the ranks. If all ranks compute the same loss
+    of them, the mean of their gradients, as taken by DistributedDataParallel, is the gradient of
+    this loss.
 
     Args:
-        x: (B, ...), where B may differ between the ranks.
+        x: Rows, (B, ...), where B may differ between ranks.
     """
     return x if world_size() == 1 else Gathered.apply(x.contiguous())
 
 
 def of_first(o):
-    """The first rank's object, on every rank. Each of them must call this."""
+    """Return the first rank's object on every rank. All ranks must call this."""
     if world_size() == 1:
         return o
     got = [o]
@@ -137,7 +136,9 @@ def of_first(o):
 
 
 def on_first(fn):
-    """Run `fn` on the first rank once all ranks are here; every rank gets its result, or its error."""
+    """Run `fn` on the first rank once all ranks have arrived. Every rank gets its result or its
+    error.
+    """
     if world_size() == 1:
         return fn()
     distributed.barrier()
@@ -156,8 +157,8 @@ def on_first(fn):
 
 
 def first_then_others(fn):
-    """Run `fn` on the first rank, and then on the others, which find what it downloaded; its error
-    is every rank's.
+    """Run `fn` on the first rank, then on the others, which find what it downloaded. An error is
+    raised on every rank.
     """
     out = []
     on_first(lambda: out.append(fn()))
@@ -166,7 +167,7 @@ def first_then_others(fn):
 
 @contextmanager
 def counted_as_one():
-    """Inside, this process waits for no other."""
+    """Context in which this process does not wait for others."""
     was, n = APART[0], os.environ.get('WORLD_SIZE')
     APART[0], os.environ['WORLD_SIZE'] = (
         True,
@@ -183,18 +184,18 @@ def counted_as_one():
 
 
 def leave_processes():
-    """Each process continues alone."""
+    """Leave the process group, so that each process continues alone."""
     if not is_running():
         return
-    distributed.barrier()  # gloo aborts a process that ends while another one still sends to it
+    distributed.barrier()  # gloo aborts a process that ends while a different process is still sending to it
     distributed.destroy_process_group()
     os.environ['WORLD_SIZE'] = '1'
 
 
 @contextmanager
 def joined_processes():
-    """Join the other processes that torchrun or accelerate launch started, if any. Yields: is this
-    the first process?
+    """Context that joins the other processes started by torchrun or accelerate launch, if any. It
+    yields True in the first process.
     """
     if int(os.environ.get('WORLD_SIZE', 1)) == 1 or is_running():
         yield rank() == 0

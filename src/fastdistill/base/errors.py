@@ -7,8 +7,8 @@ __all__ = ['DistillError', 'DistillWarning', 'close_name']
 
 
 class DistillError(ValueError):
-    """A mistake that training might not show. The message names what was given, what is possible
-    and what to do.
+    """A mistake that might go unnoticed in training. The message says what was given, what is
+    allowed and what to do.
     """
 
 
@@ -17,11 +17,11 @@ class DistillWarning(UserWarning):
 
 
 def close_name(name, have):
-    """A question about the most similar name; empty if none is similar."""
+    """Ask whether the most similar name was meant. Empty if none is similar."""
     close = get_close_matches(name, have, 1)
     return f' (did you mean {close[0]!r}?)' if close else ''
 
 
-# each training says what is wrong with it, and Python would show an equal warning only once in a process. The user's
-# filters stand before this one
+# each training must show its warnings, but Python would show equal warnings only once per process. The user's filters
+# come before this one
 warnings.filterwarnings('always', category=DistillWarning, append=True)

@@ -1,4 +1,4 @@
-"What a model returns for a batch: logits, features, and which positions count."
+"The outputs of a model for a batch: logits, features, and which positions count."
 
 import warnings
 from collections.abc import Mapping
@@ -27,27 +27,29 @@ __all__ = [
 
 
 def as_plain(x):
-    """A tensor without its subclass: fastai's `TensorImage` and others refuse many losses."""
+    """Return a tensor without its subclass, since fastai's `TensorImage` and others do not support
+    many losses.
+    """
     return x.as_subclass(Tensor) if isinstance(x, Tensor) and type(x) is not Tensor else x
 
 
 @dataclass
 class TopK:
-    """The logits of a teacher's `k` likeliest of `n` classes, and an assumption about the other
-    classes, `tail`:
+    """Logits of the `k` most likely of `n` classes, with an assumption about the other classes,
+    `tail`:
 
-    - 'uniform': they share the remaining probability equally;
-    - 'bucket': they share it as the student's prediction does;
+    - 'uniform': the remaining probability is divided equally among them;
+    - 'bucket': it is divided as in the student's prediction;
     - 'zero': they have probability 0;
-    - 'mean': each has the mean of their log-probabilities, which stays close to the truth at high temperatures.
+    - 'mean': each has the mean of their log-probabilities, which is accurate at high temperatures.
 
     Attributes:
-        ids: (B, ..., k) class numbers.
-        values: (B, ..., k) their log-probabilities.
+        ids: Class numbers, (B, ..., k).
+        values: Their log-probabilities, (B, ..., k).
         n: Number of classes.
         tail: The assumption about the other classes.
-        axis: Where `dense` puts the class axis.
-        rest: (B, ..., 1) mean of the others' log-probabilities, for 'mean'.
+        axis: Class axis of the result of `dense`.
+        rest: Mean of the log-probabilities of the other classes, (B, ..., 1), for 'mean'.
     """
 
     ids: Tensor
@@ -66,14 +68,14 @@ class TopK:
             )
 
     def dense(self, student: Tensor | None = None) -> Tensor:
-        """Logits of all `n` classes. They are log-probabilities, except with 'mean', where the
-        probabilities add up to less than 1.
+        """Compute logits of all `n` classes. They are log-probabilities, except with 'mean', where
+        the probabilities sum to less than 1.
 
         With 'bucket', the KL to the student at T=1 and its gradient are those over k+1 outcomes:
-        the k classes, and all other classes as one.
+        the k classes and one for all others.
 
         Args:
-            student: The student's logits, which 'bucket' needs.
+            student: The student's logits, needed for 'bucket'.
         """
         v, k = self.values.float(), self.ids.shape[-1]
         kept = v.logsumexp(-1, keepdim=True)
@@ -81,14 +83,14 @@ class TopK:
             v, rest = v - kept, v.new_full((), -torch.inf)
         elif self.tail == 'mean':
             rest = self.rest.float()
-        # subtle: by rounding the k classes may sum to more than 1, but the others must have more than 0
+        # subtle: due to rounding, the k classes may sum to more than 1, but the others must have more than 0
         else:
             rest = torch.log(-torch.expm1(kept.clamp(max=-1e-7)))
         out = self._rest(rest, student, v).scatter(-1, self.ids, v)
         return out.movedim(-1, self.axis)
 
     def _rest(self, rest, student, v):
-        """Log-probabilities of the other classes, for all `n` classes."""
+        """Compute the log-probabilities of the other classes, for all `n` classes."""
         shape = *v.shape[:-1], self.n
         if self.tail == 'mean':
             return rest.expand(shape)
@@ -96,8 +98,8 @@ class TopK:
             return (rest - log(max(self.n - self.ids.shape[-1], 1))).expand(shape)
         if student is None:
             raise DistillError(
-                "tail='bucket' needs the student's logits, as in dense(student): the other classes "
-                "share their probability as the student's prediction does."
+                "tail='bucket' needs the student's logits, as in dense(student): the probability "
+                "of the other classes is divided as in the student's prediction."
             )
         s = as_plain(student.detach()).float().movedim(self.axis, -1)
         if s.shape != shape:
@@ -108,10 +110,10 @@ class TopK:
         return rest + s.scatter(-1, self.ids, -torch.inf).log_softmax(-1)
 
     def reorder(self, order: Tensor) -> 'TopK':
-        """The same logits with the classes in another order.
+        """Return the same logits with the classes in a different order.
 
         Args:
-            order: (n,) the stored class at each place of the new order.
+            order: Stored class at each position of the new order, (n,).
         """
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
@@ -123,15 +125,14 @@ TAILS = 'mean', 'uniform', 'zero', 'bucket'
 
 @dataclass
 class Outputs:
-    """The outputs of a model for one batch: logits, features of named layers, and which positions
-    count.
-
-    Attributes:
-        logits: (B, C), (B, C, H, W), (B, L, V), or any shape for regression.
-        feats: Dotted layer name -> that layer's output.
-        mask: Logits' shape without the class axis: True, or a weight, where a position counts.
-        classes: Of a teacher: the student's class, or list of classes, of each logit; None: the
-            same ones.
+    """Outputs of a model for one batch: logits, features of named layers, and which positions
+    count. Attributes:
+        logits: Logits (B, C), (B, C, H, W) or (B, L, V), or any shape for regression.
+        feats: {dotted layer name: output of the layer}.
+        mask: True, or a weight, where a position counts. Shape of the logits without the class
+        axis.
+        classes: For a teacher, the student's class, or list of classes, of each logit. None if the
+        classes are the same.
     """
 
     logits: Tensor | TopK | None = None
@@ -143,13 +144,13 @@ class Outputs:
     def of(
         cls, raw, feats: dict | None = None, mask: Tensor | None = None, output=None
     ) -> 'Outputs':
-        """`raw`, as a model returned it, as `Outputs`.
+        """Convert what a model returned to `Outputs`.
 
         Args:
-            raw: What a model returned: a tensor, a tuple whose first item is one, a dict or
-                ModelOutput with `logits`
-            output: The output with the logits: a name, an index, or a function of `raw`; None:
-                as above.
+            raw: What a model returned: a tensor, a tuple whose first item is one, or a dict or
+                ModelOutput with `logits`.
+            output: Output with the logits, as a name, an index, or a function of `raw`. None for
+                the defaults above.
         """
         if output is not None:
             raw = named_output(raw, output)
@@ -171,14 +172,14 @@ def _logits(raw):
         return raw[0]  # fastai's RNNs
     have = f' with the keys {", ".join(map(str, raw))}' if isinstance(raw, dict) else ''
     raise DistillError(
-        f'The model returned a {type(raw).__name__}{have}, which holds no logits. It must be a '
-        "tensor, a tuple that begins with one, or a dict with 'logits' or 'out'. Name another output "
+        f'The model returned a {type(raw).__name__}{have}, without logits. It must be a tensor, a '
+        "tuple that begins with one, or a dict with 'logits' or 'out'. Name a different output "
         'with output=, or wrap the model in a function that returns one of these.'
     )
 
 
 def parts_of(raw):
-    """Name and index of each output that the model returned -> the output."""
+    """Return {name and index: output} for each output of a model."""
     if isinstance(raw, Tensor):
         return dict.fromkeys((0, 'logits', 'out'), raw)
     if isinstance(raw, (tuple, list)):
@@ -201,21 +202,21 @@ MAX_AXIS = 8
 
 
 def check_axis(axis):
-    """Refuse a class axis that no outputs have. Whether these outputs have it, the first batch
-    shows.
+    """Raise a DistillError for a class axis that no outputs can have. The first batch shows whether
+    these outputs have it.
     """
     whole = isinstance(axis, Integral) and not isinstance(axis, bool)
     if axis is None or whole and 1 <= abs(axis) <= MAX_AXIS:
         return
     batch = ' (axis 0 is that of the samples)' if whole and axis == 0 else ''
     raise DistillError(
-        f'axis={axis!r}: the class axis is a whole number from 1 to {MAX_AXIS}, or, counted from the '
-        f'end, from -1 to -{MAX_AXIS}{batch}'
+        f'axis={axis!r}: the class axis must be a whole number from 1 to {MAX_AXIS}, or, counted '
+        f'from the end, from -1 to -{MAX_AXIS}{batch}'
     )
 
 
 def named_output(raw, output):
-    """The output that a name, an index or a function picks from several."""
+    """Return the output selected by a name, an index or a function."""
     if callable(output):
         return output(raw)
     parts = parts_of(raw)
@@ -232,8 +233,8 @@ def named_output(raw, output):
         else f'a {type(raw).__name__} with {described(parts)}'
     )
     raise DistillError(
-        f'output={output!r}, but the model returned {have}. Give the name or the index of one of these, '
-        'or a function that computes the logits from what the model returned.'
+        f'output={output!r}, but the model returned {have}. Pass the name or the index of one of '
+        'these, or a function that computes the logits from what the model returned.'
     )
 
 
@@ -248,8 +249,8 @@ def warn_of_several(raw, model, who: str, found: dict):
 
     Args:
         raw: What the model returned.
-        who: The model, in the message.
-        found: Remembers that this was checked.
+        who: Name of the model in the message.
+        found: Dict that stores that this was checked.
     """
     if not isinstance(raw, (tuple, list)) or not len(raw) or 'several' in found:
         return
@@ -272,8 +273,8 @@ def warn_of_first(who, several):
 
 
 def is_fastai_text(model):
-    """Is it a recurrent model of fastai, which returns (logits, raw outputs, outputs after
-    dropout)?
+    """Return True for a recurrent model of fastai, which returns (logits, raw outputs, outputs
+    after dropout).
     """
     return any(
         type(m).__module__.startswith('fastai.text.') for m in getattr(model, 'modules', list)()
@@ -281,7 +282,7 @@ def is_fastai_text(model):
 
 
 def tensors_in(o):
-    """All tensors in nested tuples, lists and dicts."""
+    """Yield all tensors in nested tuples, lists and dicts."""
     if isinstance(o, Tensor):
         yield o
     elif isinstance(o, (tuple, list, Mapping)):
@@ -290,7 +291,7 @@ def tensors_in(o):
 
 
 def map_tensors(o, fn):
-    """Nested tuples, lists and dicts with `fn` applied to each tensor; other values stay."""
+    """Apply `fn` to each tensor in nested tuples, lists and dicts. Other values are unchanged."""
     if isinstance(o, Tensor):
         return fn(o)
     if isinstance(o, Mapping):

@@ -1,4 +1,4 @@
-"What a model predicts, read from its loss function; which labels fit, and their default loss."
+"What a model predicts, judging by its loss function, which labels fit, and the default task loss."
 
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ __all__ = [
     'unusable',
 ]
 
-# kind of outputs -> loss classes for it; a framework registers its own
+# kind of outputs -> loss classes; frameworks register their own
 CLASSES = dict(
     softmax=[nn.CrossEntropyLoss],
     sigmoid=[nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss],
@@ -60,7 +60,7 @@ def register_wrapper(look):
     """Teach `task_of` to look inside a framework's wrappers of losses.
 
     Args:
-        look: fn(loss) -> (the loss inside it, its class axis or None), or None if it is no such
+        look: fn(loss) -> (the loss inside it, its class axis or None), or None if it is not such a
             wrapper.
     """
     WRAPPED.append(look)
@@ -68,7 +68,7 @@ def register_wrapper(look):
 
 @dataclass
 class Task:
-    """What the logits are, along which axis the classes lie, and which label does not count.
+    """The kind of logits, the class axis, and the label that does not count.
 
     Attributes:
         kind: 'softmax', 'sigmoid' or 'regression'.
@@ -80,11 +80,12 @@ class Task:
 
 
 def task_of(loss_func, kind: str | None = None, axis: int | None = None) -> Task:
-    """The task of a loss function. If the loss is unknown, `kind` is required.
+    """Return the task of a loss function. If the loss is unknown, `kind` is required.
 
     Args:
-        loss_func: PyTorch's, one that a framework registered, a partial or a subclass of them.
-        kind: For a loss function that does not show it.
+        loss_func: A loss of PyTorch or one registered by a framework, or a partial or subclass of
+            these.
+        kind: Kind of outputs, for a loss function that does not show it.
     """
     check_axis(axis)
     lf, own_axis = innermost(loss_func)
@@ -99,7 +100,9 @@ def task_of(loss_func, kind: str | None = None, axis: int | None = None) -> Task
 
 
 def innermost(loss):
-    """The loss inside its wrappers, and the class axis of the outermost wrapper that has one."""
+    """Return the loss inside its wrappers, and the class axis of the outermost wrapper that has
+    one.
+    """
     axes = []
     while (
         inner := next((found for look in WRAPPED if (found := look(loss)) is not None), None)
@@ -111,7 +114,7 @@ def innermost(loss):
 
 
 def kind_of(loss):
-    """The kind of outputs that an unwrapped loss takes; None if it is unknown."""
+    """Return the kind of outputs that an unwrapped loss takes. None if unknown."""
     known = FUNCTIONS.get(loss) if callable(loss) and getattr(loss, '__hash__', None) else None
     return known or next(
         (k for k, classes in CLASSES.items() if isinstance(loss, tuple(classes))), None
@@ -121,11 +124,11 @@ def kind_of(loss):
 def task_for(
     loss, kind: str | None = None, axis: int | None = None, ignore_index: int | None = None
 ) -> Task:
-    """The task as given. Options that are None are read from the task loss, or else are a
-    softmax over axis 1.
+    """Build the task from options. Those that are None are read from the task loss; the default is
+    a softmax over axis 1.
 
     Args:
-        loss: The task loss; None: the one that fits the kind.
+        loss: The task loss. None for the default loss of the kind.
     """
     if kind not in (None, *CLASSES):
         raise DistillError(f'kind={kind!r}: must be one of {", ".join(map(repr, CLASSES))}')
@@ -150,10 +153,10 @@ def takes_probabilities(lf):
 
 
 def shape_of_labels(shape, axis: int) -> tuple:
-    """Their shape without the class axis.
+    """Return the shape of labels, which is that of the logits without the class axis.
 
     Args:
-        shape: Of logits.
+        shape: Shape of the logits.
         axis: Their class axis.
     """
     axis = axis % len(shape)
@@ -161,11 +164,11 @@ def shape_of_labels(shape, axis: int) -> tuple:
 
 
 def facts_of_outputs(shape, task: Task) -> dict:
-    """`kind`, the number of `classes` (of a softmax; 1: a single label; None: unknown), and
-    `dense`: does each sample have many predictions?
+    """Return `kind`, the number of `classes` (of a softmax, or 1 for a single label, or None if
+    unknown), and `dense`: whether each sample has many predictions.
 
     Args:
-        shape: Of the logits.
+        shape: Shape of the logits.
     """
     has_axis = task.kind == 'softmax' and -len(shape) <= task.axis < len(shape)
     single = task.kind == 'sigmoid' and prod(shape[1:2]) == 1
@@ -175,12 +178,12 @@ def facts_of_outputs(shape, task: Task) -> dict:
 
 
 def fit_labels(y: Tensor, shape, task: Task) -> Tensor | None:
-    """The labels in the shape of the predictions, as class numbers if there are classes; None if
-    they do not fit.
+    """Convert labels to the shape of the predictions, as class numbers if there are classes. None
+    if they do not fit.
 
     Args:
         y: Labels of a batch.
-        shape: Of the logits.
+        shape: Shape of the logits.
     """
     if task.kind != 'softmax':
         return y.reshape(shape) if y.numel() == prod(shape) else None
@@ -196,18 +199,17 @@ def fit_labels(y: Tensor, shape, task: Task) -> Tensor | None:
 
 
 def fitting_axes(y: Tensor, shape, kind: str = 'softmax') -> list:
-    """The class axes along which these labels fit these logits.
+    """Return the class axes along which these labels fit these logits.
 
     Args:
         y: Labels of a batch.
-        shape: Of the logits.
+        shape: Shape of the logits.
     """
     return [i for i in range(1, len(shape)) if fit_labels(y, shape, Task(kind, i)) is not None]
 
 
 def labels_loss(s: Tensor, y: Tensor, *more, task: Task):
-    """The task loss, by what the model predicts: cross-entropy, binary cross-entropy or
-    squared error.
+    """Compute the default task loss: cross-entropy, binary cross-entropy or squared error.
 
     Args:
         s: Student logits.
@@ -215,8 +217,8 @@ def labels_loss(s: Tensor, y: Tensor, *more, task: Task):
     """
     if more:
         raise DistillError(
-            f'These batches have {1 + len(more)} targets: give task_loss=, a function of the logits and '
-            'all targets'
+            f'These batches have {1 + len(more)} targets: pass task_loss=, a function of the '
+            'logits and all targets'
         )
     s, y = as_plain(s), as_plain(y)
     if task.kind == 'softmax' and y.is_floating_point() and y.shape == s.shape:
@@ -231,7 +233,7 @@ def labels_loss(s: Tensor, y: Tensor, *more, task: Task):
 
 
 def unfit_labels(y, shape, task):
-    """Why labels do not fit, and what would fit."""
+    """Describe why labels do not fit, and what would fit."""
     if task.kind != 'softmax':
         return (
             f"The labels have shape {tuple(y.shape)}, the student's outputs {tuple(shape)}: "
@@ -253,7 +255,7 @@ def unfit_labels(y, shape, task):
 
 CLASS_NUMBERS = (
     'Classes are whole numbers: y.long() converts them. If the model predicts numbers, pass '
-    "kind='regression'; if each column is a label by itself, kind='sigmoid'."
+    "kind='regression'; if each column is a separate label, pass kind='sigmoid'."
 )
 
 
@@ -266,13 +268,14 @@ def unknown_loss(lf):
     name = getattr(lf, '__name__', type(lf).__name__)
     if isinstance(lf, nn.BCELoss) or lf is F.binary_cross_entropy:
         return (
-            f"The student's loss {name} takes probabilities, so its model ends in a sigmoid. Distillation needs "
-            'the outputs before it: end the model with the last linear layer and use BCEWithLogitsLossFlat.'
+            f"The student's loss {name} takes probabilities, so the model ends in a sigmoid. "
+            'Distillation needs the outputs before it: end the model with the last linear layer '
+            'and use BCEWithLogitsLossFlat.'
         )
     if isinstance(lf, nn.NLLLoss) or lf is F.nll_loss:
         return (
-            f"The student's loss {name} takes log-probabilities, which are logits too: pass kind='softmax' and "
-            'axis=...'
+            f"The student's loss {name} takes log-probabilities, which are also logits: pass "
+            "kind='softmax' and axis=..."
         )
     return (
         f"The student's loss {name} does not show what the student predicts: pass kind='softmax' (classes, along "
@@ -281,27 +284,27 @@ def unknown_loss(lf):
 
 
 def unusable(logits: Tensor, task) -> Tensor:
-    """Do logits hold nan or infinite values, except -inf for excluded classes? A tensor on their
-    device.
+    """Return a bool tensor: True if logits hold nan or infinite values, except -inf for excluded
+    classes.
 
     Args:
-        logits: Classes along `task.axis`
-        task: Whose logits they are.
+        logits: Logits with classes along `task.axis`.
+        task: The `Task` of the logits.
     """
     v = logits.detach()
     # the largest logit is nan if one of them is, and -inf if all classes are excluded
     softmax = task.kind == 'softmax' and -v.dim() <= task.axis < v.dim()
-    # a sum is nan or infinite if one of the summands is; it takes one pass
+    # a sum, computed in one pass, is nan or infinite if one of the summands is
     total = (v.amax(task.axis) if softmax else v).sum(dtype=torch.float)
     return ~total.isfinite() if softmax else total.isnan() | (total == torch.inf)
 
 
 def pseudo_labels(t: Tensor, s: Tensor, task) -> Tensor:
-    """The teacher's prediction as a target of the task's own loss.
+    """Convert the teacher's prediction to a target of the task loss.
 
     Args:
         t: The teacher's logits.
-        s: The student's.
+        s: The student's logits.
     """
     if t.shape != s.shape:
         t = s.detach()  # subtle: of a teacher without a head

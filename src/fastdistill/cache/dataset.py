@@ -52,31 +52,32 @@ def cache_dataset(
     forecast=None,
 ) -> TeacherCache:
     """Run the teacher on each view of each sample, store its outputs, and open the cache. An
-    interrupted run resumes.
+    interrupted run is resumed.
 
     Args:
-        teacher: A `Teacher`, or a callable of the same kind: fn(*inputs) -> Outputs or logits.
-        dataset: Map-style; pass the same one to `Replayed` when a student trains.
+        teacher: A `Teacher`, or a callable fn(*inputs) -> Outputs or logits.
+        dataset: Map-style dataset. Pass the same one to `Replayed` to train a student.
         path: Folder or URL.
-        views: Augmented views of each sample; 0: the items as the dataset returns them, no
-            replay.
-        topk: Store only the likeliest classes.
+        views: Number of augmented views of each sample. 0 to store the items as the dataset returns
+            them, without replay.
+        topk: Number of most likely classes to store. None for all.
         dtype: 'float32', 'float16' or 'int8' (scaled row by row).
-        keys: The name of each sample: a list, or a function of the position; None: read from
-            the dataset.
-        inputs: fn(batch) -> the teacher's inputs; None: the batch, or its first element if it
-            is a tuple.
-        batch_tfm: Random transform fn(x) -> x: run on one sample at a time, see `per_sample`
-        tail, axis: See `TopK`
+        keys: Names of the samples, a list or a function of the position. None to read them from the
+            dataset.
+        inputs: fn(batch) -> the teacher's inputs. None for the batch, or its first element if it is
+            a tuple.
+        batch_tfm: Random transform fn(x) -> x, which runs on one sample at a time, see
+            `per_sample`.
+        tail, axis: See `TopK`.
         size: Height and width to which maps of logits are reduced.
-        bs, num_workers, collate_fn, device: Of the DataLoader.
-        seed: Of the random numbers.
+        bs, num_workers, collate_fn, device: As in DataLoader.
+        seed: Seed of the random numbers.
         vocab: Class names, in the order of the logits.
-        transforms: Name -> description of each transform: compared when an interrupted run
-            resumes.
-        force: Overwrite a cache that doesn't fit.
-        progress: A bar in terminals and notebooks; False: none; or fn(rows done, rows in all,
-            bytes done).
+        transforms: {name: description} of the transforms, compared when an interrupted run is
+            resumed.
+        force: Whether to overwrite a cache that does not fit.
+        progress: True for a bar in terminals and notebooks, False for none, or fn(rows done, total
+            rows, bytes done).
         forecast: fn(Forecast), called before the teacher runs.
     """
     if isinstance(teacher, nn.Module):
@@ -162,7 +163,7 @@ def shaken(fn, seeds, x):
 
 
 class Views(Dataset):
-    """Item number view*N + position."""
+    """Dataset of all views of all samples. Item view*N + position is one view of one sample."""
 
     def __init__(self, dataset, keys, views, seed):
         self.dataset, self.keys, self.views, self.seed, self.own = (
@@ -188,7 +189,7 @@ class Views(Dataset):
         )
 
     def digests(self):
-        """Digests of a few samples' inputs. A replay must give the same bytes."""
+        """Return digests of the inputs of a few samples. A replay must give the same bytes."""
         if not self.views:
             return []
         n = len(self.dataset)
@@ -213,7 +214,7 @@ def to_device(x, device):
 
 
 def check_items_repeat(items, asked):
-    """Make a few items twice, to find random transforms that can't be repeated before anything is
+    """Load a few items twice, to detect random transforms that can't be repeated before anything is
     written.
     """
     tasks, n = spread_positions(len(items), 8), len(items.dataset)
@@ -232,26 +233,27 @@ def check_items_repeat(items, asked):
 
 
 NOT_CLEAN = (
-    "views=0 stores one output for each item of the dataset, but this dataset's items differ each time: pass "
-    'the dataset without its random transforms here, and the one with them to Replayed; or use views=1 or '
-    'more.'
+    "views=0 stores one output for each item of the dataset, but this dataset's items differ "
+    'each time: pass the dataset without its random transforms here and the one with them to '
+    'Replayed, or use views=1 or more.'
 )
 
 
 class Replayed(Dataset):
-    """A plain PyTorch dataset whose random transforms repeat the views of a cache. Its items are
-    `(*item, row)`.
+    """A PyTorch dataset whose random transforms repeat the views of a cache. Its items are `(*item,
+    row)`.
 
     `cache.decode(rows)` turns a batch of rows into the teacher's `Outputs`. Call `set_epoch` before
     each epoch.
 
     Args:
-        dataset: Map-style; its transforms draw from global or own generators of Python, NumPy
-            or PyTorch.
-        cache: A `TeacherCache`; with views=0 transforms are not replayed and stay random.
-        keys: The name of each sample: a list, or a function of the position; None: read from
-            the dataset.
-        seeds: Items are `(*item, row, seed)`, for `per_sample(fn, seeds, x)` on a whole batch.
+        dataset: Map-style dataset. Its transforms may draw from global generators, or their own
+            generators, of Python, NumPy or PyTorch.
+        cache: A `TeacherCache`. With views=0, transforms are not replayed and stay random.
+        keys: Names of the samples, a list or a function of the position. None to read them from the
+            dataset.
+        seeds: If True, items are `(*item, row, seed)`, for `per_sample(fn, seeds, x)` on a whole
+            batch.
     """
 
     def __init__(self, dataset, cache, keys=None, seeds: bool = False):
@@ -269,7 +271,7 @@ class Replayed(Dataset):
                     dataset, i, int(self.keys[i]), view, cache.seed, self.own
                 ),
             )
-        # subtle: shared memory, so that workers which outlive an epoch see the next one
+        # subtle: shared memory, so that workers that outlive an epoch see the next one
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def __setstate__(self, state):
@@ -283,7 +285,7 @@ class Replayed(Dataset):
         return len(self.dataset)
 
     def __getitems__(self, idxs):
-        """The items of a batch. PyTorch's DataLoader calls this method if it exists."""
+        """Return the items of a batch. PyTorch's DataLoader calls this method if it exists."""
         with restored_once():
             return [self[i] for i in idxs]
 
@@ -300,15 +302,15 @@ class Replayed(Dataset):
 
 
 def view_item(dataset, i, key, view, seed, own):
-    """Item `i` in one view."""
+    """Return item `i` in one view."""
     s = seeds_of(seed, key, view)
     with seeded(s), own.of(i).seeded(s):
         return dataset[i]
 
 
 class OwnGenerators:
-    """The generators of the dataset that an item comes from. Its random numbers are the same if
-    that dataset is used in part, or joined with others.
+    """Generators of the dataset that an item comes from. Its random numbers do not change if only a
+    part of that dataset is used, or if it is joined with others.
     """
 
     def __init__(self, dataset):
@@ -331,8 +333,8 @@ class OwnGenerators:
 
 
 def batch_seed(key, view, seed):
-    """The seed of a sample for transforms of its batch. It is below 2**63, since tensors hold no
-    larger numbers.
+    """Compute the seed of a sample for transforms of its batch. It is below 2**63, the limit of
+    tensors.
     """
     return torch.tensor(seeds_of(seed, key, view, 1) >> 1)
 
@@ -340,6 +342,6 @@ def batch_seed(key, view, seed):
 def check_indexed(dataset):
     if not hasattr(dataset, '__getitem__') or not hasattr(dataset, '__len__'):
         raise DistillError(
-            f'{type(dataset).__name__} can only be iterated: a stored output belongs to a sample, and '
-            'these samples have no indices. Use a map-style dataset (__getitem__ and __len__).'
+            f'{type(dataset).__name__} can only be iterated. Stored outputs belong to samples '
+            'with an index, so use a map-style dataset (__getitem__ and __len__).'
         )

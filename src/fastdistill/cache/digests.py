@@ -27,10 +27,10 @@ def checksum(data) -> str:
 
 
 def file_checksum(path, step: int = 2**20, look=None) -> str:
-    """The `checksum` of a file that may be larger than the memory.
+    """Compute the `checksum` of a file that may be larger than the memory.
 
     Args:
-        step: Bytes that are read at once.
+        step: Number of bytes read at once.
         look: fn(bytes), called with each part.
     """
     h, part = hashlib.blake2b(digest_size=16), memoryview(bytearray(step))
@@ -43,10 +43,10 @@ def file_checksum(path, step: int = 2**20, look=None) -> str:
 
 
 def fingerprint(*states) -> str:
-    """A hash of names, shapes, types and every byte.
+    """Hash names, shapes, types and every byte.
 
     Args:
-        *states: State_dicts, arrays, texts.
+        *states: State dicts, arrays or texts.
     """
     h = hashlib.blake2b(digest_size=16)
     for o in states:
@@ -65,13 +65,13 @@ def _feed(h, o):
         h.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()) if t.numel() else b'')
     elif isinstance(o, np.ndarray):
         h.update(f'{o.dtype} {o.shape} '.encode() + np.ascontiguousarray(o).tobytes())
-    # a repr with a memory address differs in each process
+    # a repr with a memory address is different in each process
     else:
         h.update((r if ' at 0x' not in (r := repr(o)) else type(o).__qualname__).encode())
 
 
 def flat_values(o):
-    """The tensors, arrays and numbers in a nested item."""
+    """Yield the tensors, arrays and numbers in a nested item."""
     if isinstance(o, dict):
         return [v for k in o for v in flat_values(o[k])]
     if isinstance(o, (tuple, list)):
@@ -82,7 +82,9 @@ def flat_values(o):
 
 
 def input_digest(item):
-    """Fingerprint of the input in an item: the first part of a tuple, else the whole item."""
+    """Compute the fingerprint of the input in an item: the first element of a tuple, else the whole
+    item.
+    """
     return fingerprint(*flat_values(first_part(item)))
 
 
@@ -91,7 +93,7 @@ def first_part(o):
 
 
 def code_of(f):
-    """A function's or class's name, and a fingerprint of its code."""
+    """Return the name of a function or class and a fingerprint of its code."""
     name = getattr(f, '__qualname__', repr(type(f)))
     try:
         return f'{name} {hash_of(inspect.getsource(f).encode()):x}'
@@ -100,8 +102,8 @@ def code_of(f):
 
 
 def versions() -> dict:
-    """Versions of the libraries on which the numbers depend: PyTorch, and the libraries of the
-    transforms.
+    """Return the versions of the libraries on which the numbers depend: PyTorch and the libraries
+    of the transforms.
     """
     out = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
     for name in ('pillow', 'torchvision', 'fastai'):

@@ -1,5 +1,5 @@
-"""Checks of entries in a JSON file, by type and range. An error names the entry, its value and what
-is possible.
+"""Check entries of a JSON file by type and range. An error names the entry, its value and the
+allowed values.
 """
 
 import json
@@ -16,7 +16,7 @@ __all__ = [
     'whole_number',
 ]
 
-DEPTH = 20  # of nested lists and objects; a real manifest has fewer levels
+DEPTH = 20  # maximum nesting of lists and objects; a real manifest has fewer levels
 
 
 def shortened(o, n=200):
@@ -24,7 +24,7 @@ def shortened(o, n=200):
 
 
 def parse_json(text: bytes):
-    """The content of a JSON file. Its depth is limited, and its strings must be printable."""
+    """Parse a JSON file. Its depth is limited, and its strings must be printable."""
     try:
         o = json.loads(text)
         check_depth(o)
@@ -69,14 +69,14 @@ def json_list(name, o, low, high) -> list:
     if not low <= len(o) <= high:
         raise DistillError(
             f'{name} has {len(o)} entries: '
-            + (f'{low} to {high} are possible.' if low < high else f'it must have {low}.')
+            + (f'it must have {low} to {high}.' if low < high else f'it must have {low}.')
         )
     return o
 
 
 def json_object(name, o, required, optional=None) -> dict:
-    """A dict with all required keys; its other keys must be among the optional ones (None: they may
-    be any).
+    """Return a dict that has all required keys. Other keys must be among the optional ones (None
+    allows any).
     """
     if not isinstance(o, dict):
         refuse_entry(name, o, 'an object')

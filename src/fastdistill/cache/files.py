@@ -1,6 +1,7 @@
 """`files.bin`: size, modification time and content hash of each sample's file.
 
-With them, changed files are found without reading the others."""
+With them, changed files are found without reading the others.
+"""
 
 import hashlib
 import os
@@ -28,7 +29,7 @@ NO_FILE = -1  # the size of a file that does not exist
 
 
 def files_of(items) -> list | None:
-    """The path of each sample's file; None where samples are not files.
+    """Return the path of each sample's file. None if samples are not files.
 
     Args:
         items: Paths, or tuples that begin with one.
@@ -40,10 +41,10 @@ def files_of(items) -> list | None:
 
 
 def dataset_files(dataset) -> list | None:
-    """The path of each sample's file in a plain dataset; None where samples are not files.
+    """Return the path of each sample's file in a plain dataset. None if samples are not files.
 
     Args:
-        dataset: Map-style.
+        dataset: Map-style dataset.
     """
     try:
         names = names_of_samples(dataset)
@@ -53,18 +54,20 @@ def dataset_files(dataset) -> list | None:
 
 
 def record_files(paths) -> np.ndarray:
-    """(N, 3) int64: size, modification time in nanoseconds, 64 bits of the content's hash."""
+    """Return an int64 array (N, 3): size, modification time in nanoseconds, 64 bits of the
+    content's hash.
+    """
     return np.concatenate([in_parallel(stat_of, paths, 2), in_parallel(content_of, paths, 1)], 1)
 
 
 def newer_record(record, paths):
-    """(positions of files whose content changed, the record with new times).
+    """Return (positions of files whose content changed, the record with new times).
 
     A file is read only if its time changed and its size did not.
 
     Args:
-        record: (N, 3), made by `record_files` when the cache was written.
-        paths: (N,) the same samples' files now.
+        record: Result of `record_files` when the cache was written, (N, 3).
+        paths: The current files of the same samples, (N,).
     """
     now, new = in_parallel(stat_of, paths, 2), record.copy()
     changed = now[:, 0] != record[:, 0]
@@ -96,7 +99,7 @@ def content_of(path):
 
 
 def in_parallel(fn, paths, n, size=256):
-    """(N, n) int64: `fn` of each path, in threads."""
+    """Call `fn` for each path in threads and return an int64 array (N, n)."""
     parts = [paths[i : i + size] for i in range(0, len(paths), size)]
     with ThreadPoolExecutor(8) as pool:
         rows = [r for rs in pool.map(lambda ps: [fn(p) for p in ps], parts) for r in rs]
@@ -104,7 +107,7 @@ def in_parallel(fn, paths, n, size=256):
 
 
 def write_record(folder, record):
-    """The record as little-endian numbers, then their checksum."""
+    """Write the record as little-endian numbers, followed by their checksum."""
     data = record.astype('<i8').tobytes()
     folder.write('files.bin', data + bytes.fromhex(checksum(data)))
 
@@ -114,8 +117,8 @@ def record_size(n):
 
 
 def read_record(folder, n: int):
-    """The (N, 3) record; None where there is none: the samples are not files, or an older version
-    wrote the cache.
+    """Read the record, (N, 3). None if there is none, because the samples are not files or an older
+    version wrote the cache.
 
     Args:
         n: Samples.
@@ -132,6 +135,6 @@ def read_record(folder, n: int):
 
 
 def changed_text(names, n) -> str:
-    """A text that names the changed files of `n`."""
+    """Describe which of `n` files changed."""
     more = f' and {len(names) - 5} more' if len(names) > 5 else ''
     return f'{len(names)} of {n} files changed since the cache was written: {", ".join(names[:5])}{more}'

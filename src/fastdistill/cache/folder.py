@@ -1,4 +1,4 @@
-"A folder of files, local or behind fsspec. A file is written completely or not at all."
+"A folder of files, local or on fsspec. A file is written completely or not at all."
 
 import contextlib
 import os
@@ -20,7 +20,8 @@ class Folder:
     """A local folder.
 
     Args:
-        top: The folder that the user named; None: this one.
+        path: Path of the folder.
+        top: The folder that the user named. None for this one.
     """
 
     fetches = False  # True where `local` downloads files
@@ -33,7 +34,7 @@ class Folder:
         self.top = self.path if top is None else top
         with file_errors(f"Can't open {path}"):
             if self.path.is_file():
-                raise DistillError(f'{path} is a file: a cache is a folder.')
+                raise DistillError(f'{path} is a file, but a cache is a folder.')
 
     def __repr__(self):
         return str(self.path)
@@ -42,7 +43,7 @@ class Folder:
         return Folder(self.path / name, self.top)
 
     def size(self, name):
-        """In bytes; None if there is no such file."""
+        """Return the size in bytes. None if there is no such file."""
         with file_errors(f"Can't read {name} in {self}"):
             try:
                 return (self.path / name).stat().st_size
@@ -50,7 +51,7 @@ class Folder:
                 return None
 
     def sizes(self, names):
-        """The sizes of many files."""
+        """Return the sizes of many files."""
         return [self.size(n) for n in names]
 
     def names(self):
@@ -66,7 +67,7 @@ class Folder:
             return (self.path / name).read_bytes()
 
     def local(self, name):
-        """The path of a file on this machine."""
+        """Return the path of a file on this machine."""
         return self.path / name
 
     def checksum(self, name):
@@ -74,9 +75,9 @@ class Folder:
             return file_checksum(self.path / name)
 
     def own(self, name):
-        """The path of a file to write or remove.
+        """Return the path of a file to write or remove.
 
-        No folder on the way may be a link, since it could lead out of the cache.
+        No folder on the path may be a link, since it could lead out of the cache.
         """
         p = self.path / name
         for d in p.parents:
@@ -84,12 +85,12 @@ class Folder:
                 return p
             if d.is_symlink():
                 raise DistillError(
-                    f'{d} is a link: parts of a cache are written only to real folders. Remove the '
-                    'link, or name the folder that it leads to.'
+                    f'{d} is a link, but a cache is written only to real folders. Remove the '
+                    'link, or use the folder that it points to.'
                 )
 
     def write(self, name, data):
-        """Readers find the whole file or none, even if the writer is killed."""
+        """Write a file so that readers find the whole file or none, even if the writer is killed."""
         p = self.own(name)
         with file_errors(f"Can't write {name} in {self}"):
             p.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +105,7 @@ class Folder:
             return np.memmap(self.local(name), dtype, 'r', shape=shape)
 
     def free(self):
-        """Bytes left on the disk."""
+        """Return the number of free bytes on the disk."""
         p = self.path.absolute()
         while not p.exists():
             p = p.parent
@@ -114,14 +115,14 @@ class Folder:
         """One writer at a time.
 
         Args:
-            name: Of the file that is locked.
-            what: What is written, for the error; None: this folder.
+            name: Name of the lock file.
+            what: What is written, for the error message. None for this folder.
         """
         return locked_folder(self.path, what or self, name)
 
 
 class Remote(Folder):
-    """A folder behind fsspec: files are downloaded when they are first read."""
+    """A folder on fsspec. Files are downloaded when they are first read."""
 
     fetches = True
 
@@ -154,7 +155,7 @@ class Remote(Folder):
                 return None
 
     def listing(self):
-        """Name -> size of each file, with one request."""
+        """Return {name: size} of all files, with one request."""
         base = self.at('').lstrip('/')
         with file_errors(f"Can't reach {self}", Exception):
             try:
@@ -177,7 +178,7 @@ class Remote(Folder):
             return self.fs.cat_file(self.at(name))
 
     def checksum(self, name):
-        return checksum(self.read(name))  # of the remote file, not of its download
+        return checksum(self.read(name))  # of the remote file, not of the download
 
     def local(self, name):
         if not (p := Path(self.downloads) / name).exists():
@@ -210,7 +211,7 @@ def remove_download(path, pid):
 
 
 def fsspec_of(url):
-    """(file system, path in it)."""
+    """Return (file system, path in it)."""
     try:
         from fsspec.core import url_to_fs
     except ImportError as e:
@@ -221,7 +222,7 @@ def fsspec_of(url):
 
 
 def open_folder(path) -> Folder:
-    """The folder at a path, or at a URL (`s3://`, `memory://` ...)."""
+    """Open the folder at a path or a URL (`s3://`, `memory://` ...)."""
     if isinstance(path, Folder):
         return path
     return Remote(str(path)) if '://' in str(path) else Folder(path)

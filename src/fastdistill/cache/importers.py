@@ -1,5 +1,5 @@
-"""A cache of outputs that another program computed: JSON lines, Parquet, Arrow, NumPy, or Python
-objects.
+"""Write caches of outputs computed by a different program: JSON lines, Parquet, Arrow, NumPy, or
+Python objects.
 """
 
 import importlib
@@ -25,7 +25,7 @@ from .writer import write_cache
 
 __all__ = ['cache_from']
 
-# name of the value -> does each entry stand at its own token, so that it is predicted one position earlier?
+# name of the value -> True if each entry is at its own token, so that it is predicted one position earlier
 VALUES = dict(
     logprobs=False,
     log_probs=False,
@@ -36,7 +36,7 @@ VALUES = dict(
     input_top_logprobs=True,
 )
 KEYS = 'key', 'id', 'custom_id', 'index', 'path'
-LEAST_LOGPROB = -1000  # vLLM and OpenAI write -9999 for what they do not know
+LEAST_LOGPROB = -1000  # vLLM and OpenAI write -9999 for missing values
 
 
 def cache_from(
@@ -59,38 +59,38 @@ def cache_from(
     force: bool = False,
     progress=True,
 ) -> TeacherCache:
-    """Write a cache of outputs that another program computed, and open it. An interrupted run
-    resumes.
+    """Write a cache of outputs computed by a different program, and open it. An interrupted run is
+    resumed.
 
-    Each row has a name, and one value for each class, or pairs of class and log-probability; of
-    tokens, such a list for each position. The answers of vLLM, SGLang and OpenAI's completions are
-    understood.
+    Each row has a name and one value for each class, or pairs of class and log-probability. For
+    tokens, it has such a list for each position. Responses of vLLM, SGLang and OpenAI's completions
+    are supported.
 
     Args:
-        outputs: .jsonl, .parquet, .arrow, .npy or .npz file, a folder of them (such as
-            `Dataset.save_to_disk` of Hugging Face writes), an array (N, ...), a
-            `datasets.Dataset`, or a list of dicts.
+        outputs: A .jsonl, .parquet, .arrow, .npy or .npz file, a folder of them (e.g. written by
+            `Dataset.save_to_disk` of Hugging Face), an array (N, ...), a `datasets.Dataset`, or a
+            list of dicts.
         path: Folder or URL of the cache.
-        n: Number of classes, or of tokens in the vocabulary; None: as many as each row has.
-        keys: The name of each sample, as the student's data names it: a list, or the column;
-            None: a known column.
-        root: Names are paths of files below this folder.
-        value: The column with the outputs; None: a known column, such as 'logprobs'.
-        given: What the numbers are: 'logprobs', 'logits' or 'probs'; None: by the column's
-            name.
-        topk: Likeliest classes to store; None: as many as every position has.
-        tail: Assumption about the others: 'uniform', 'zero' or 'bucket', see `TopK`
-        shift: Of tokens: entries stand at their own tokens; None: by the column's name (vLLM,
-            SGLang).
-        length: Of tokens: positions to store; None: those of the longest row. Others do not
-            count.
+        n: Number of classes, or of tokens in the vocabulary. None for the number in each row.
+        keys: Names of the samples as in the student's data, a list or a column. None for a known
+            column.
+        root: Folder to which names are relative, if they are paths of files.
+        value: Column with the outputs. None for a known column, such as 'logprobs'.
+        given: What the numbers are: 'logprobs', 'logits' or 'probs'. None to tell by the name of
+            the column.
+        topk: Number of most likely classes to store. None for as many as every position has.
+        tail: Assumption about the other classes: 'uniform', 'zero' or 'bucket', see `TopK`.
+        shift: For tokens, True if entries are at their own tokens. None to tell by the name of the
+            column (vLLM, SGLang).
+        length: For tokens, the number of positions to store. None for the length of the longest
+            row. Missing positions do not count.
         dtype: 'float32', 'float16' or 'int8'.
-        teacher: Name of the teacher; None: of the file.
+        teacher: Name of the teacher. None for the name of the file.
         vocab: Class names, in the order of the numbers.
-        bs: Rows that are written at once.
-        force: Overwrite a cache that doesn't fit.
-        progress: A bar in terminals and notebooks; False: none; or fn(rows done, rows in all,
-            bytes done).
+        bs: Number of rows written at once.
+        force: Whether to overwrite a cache that does not fit.
+        progress: True for a bar in terminals and notebooks, False for none, or fn(rows done, total
+            rows, bytes done).
     """
     rows, identity = read_rows(outputs)
     if not len(rows):
@@ -114,7 +114,7 @@ def cache_from(
 
 
 class Reading:
-    """Rows of dicts as `Outputs`. All rows are checked before anything is written."""
+    """Reader of rows (dicts) as `Outputs`. All rows are checked before anything is written."""
 
     def __init__(self, rows, n, value, given, shift, tail, dtype):
         self.rows, self.n, self.tail, self.dtype, self.keys = rows, n, tail, dtype, None
@@ -137,13 +137,13 @@ class Reading:
         self.k = self.length = None
 
     def place(self, i):
-        """Where a row stands: its file, its number and its name."""
+        """Describe a row by its file, number and name."""
         where = self.rows.place(i) if hasattr(self.rows, 'place') else f'Row {i}'
         return where if self.keys is None else f'{where} ({shortened(repr(self.keys[i]), 100)})'
 
     @contextmanager
     def naming(self, i):
-        """An error says which row it is about."""
+        """Context in which errors name the row that they are about."""
         try:
             yield
         except DistillError as e:
@@ -184,21 +184,21 @@ class Reading:
         )
 
     def hashed(self, names, root):
-        """(N,) uint64: the keys of the samples. All must differ."""
+        """Return the keys of the samples, (N,) uint64. All must be different."""
         self.keys, seen = names, {}
         for i, name in enumerate(names):
             with self.naming(i):
                 key = key_of_name(name, root)
             if seen.setdefault(key, i) != i:
                 raise DistillError(
-                    f'Two of the {len(names)} rows have the same name: {self.place(seen[key])} and '
-                    f'{self.place(i)}. keys= must tell the samples apart.'
+                    f'Two of the {len(names)} rows have the same name: {self.place(seen[key])} '
+                    f'and {self.place(i)}. keys= must give each sample a unique name.'
                 )
         return np.fromiter(seen, np.uint64, len(seen))
 
     def measure(self, topk, length):
-        """The number of classes and of positions that every row has, in one pass that checks every
-        row.
+        """Find the number of classes and positions that every row has, in one pass that checks all
+        rows.
         """
         for name, o in dict(n=self.n, topk=topk, length=length).items():
             if o is not None and (not is_whole(o) or o < 1):
@@ -211,8 +211,8 @@ class Reading:
             if self.tokens != self.in_rows:
                 kinds = 'of one position', 'of a list of positions'
                 raise DistillError(
-                    f'{self.place(i)} has outputs {kinds[self.in_rows]}, but the first row has outputs '
-                    f'{kinds[self.tokens]}: all rows must be alike.'
+                    f'{self.place(i)} has outputs {kinds[self.in_rows]}, but the first row has '
+                    f'outputs {kinds[self.tokens]}: all rows must have the same form.'
                 )
             with self.naming(i):
                 own = {len(v) for _, v in filter(None, positions)}
@@ -245,18 +245,18 @@ class Reading:
             )
 
     def positions(self, i):
-        """The entries of each position of a row: (classes, numbers), where classes are None if all
-        of them are given in their order. None: a position without entries.
+        """Return (classes, numbers) for each position of a row, or None for a position without
+        entries. Classes are None if all are given in order.
         """
         o = unwrapped(self.column(i, self.value))
         with self.naming(i):
             ids = self.rows[i].get('ids', self.rows[i].get('token_ids'))
             if not isinstance(o := listed(o), (Mapping, list, np.ndarray)):
                 raise DistillError(
-                    f'{self.value!r} is {shortened(repr(o), 100)}: it must be a list of numbers, a dict '
-                    'of classes and their numbers, or of tokens a list of these.'
+                    f'{self.value!r} is {shortened(repr(o), 100)}: it must be a list of numbers, '
+                    'a dict of classes and their numbers, or, for tokens, a list of these.'
                 )
-            # pairs are those of one position, not a list of positions
+            # pairs belong to one position; they are not a list of positions
             self.in_rows = (
                 not isinstance(o, Mapping) and is_nested(o) and not (ids is None and is_pairs(o))
             )
@@ -273,22 +273,22 @@ class Reading:
         return out[1:] + [None] if self.shift else out
 
     def check(self, c, v, where):
-        """Refuse numbers that are not the logits or (log-)probabilities of classes."""
+        """Raise a DistillError for numbers that are not logits or (log-)probabilities of classes."""
 
         def refuse(found):
             raise DistillError(f'{where}{found}')
 
         if not len(v):
-            refuse('there are no classes: give null (None) for a position without outputs.')
+            refuse('there are no classes: use null (None) for a position without outputs.')
         if c is not None:
             if self.n is None:
                 raise DistillError(
-                    'The rows have a few of the classes: give n=, the number of all classes (of tokens: '
-                    'the size of the vocabulary).'
+                    'The rows have only some of the classes: pass n=, the number of all classes '
+                    '(for tokens, the size of the vocabulary).'
                 )
             if self.given == 'logits':
                 raise DistillError(
-                    'Logits of a few classes have no probabilities: give log-probabilities.'
+                    'Logits of only some classes have no probabilities: use log-probabilities.'
                 )
             if min(c) < 0 or max(c) >= self.n or len(set(c)) < len(c):
                 refuse(f'the classes {few_of(c)} must differ, and be from 0 to {self.n - 1}.')
@@ -309,20 +309,23 @@ class Reading:
             f'given={o!r}' for o in ('logits', 'logprobs', 'probs') if o != self.given
         )
         refuse(
-            f'the probabilities sum to {total:.3g} if {self.value!r} holds {self.given}, but those of '
+            f'the probabilities sum to {total:.3g} if {self.value!r} holds {self.given}, but '
+            'those of '
             f'{"all classes must sum to 1" if every else "a few classes must sum to more than 0 and at most 1"}. '
-            f'If it holds something else, say {other}. If the classes do not exclude each other, give their logits.'
+            f'If it holds something else, pass {other}. If the classes are not mutually '
+            'exclusive, use their logits.'
         )
 
     def _check_probabilities(self, v, refuse):
         if v.min() < -1e-5 or v.max() > 1.02:  # rounded numbers may be a little outside
             refuse(
-                f'the probabilities go from {v.min():.3g} to {v.max():.3g}: they must be from 0 to 1. If '
-                f"{self.value!r} holds something else, say given='logits' or given='logprobs'."
+                f'the probabilities go from {v.min():.3g} to {v.max():.3g}: they must be from 0 '
+                f"to 1. If {self.value!r} holds something else, pass given='logits' or "
+                "given='logprobs'."
             )
 
     def _check_logarithms(self, v, refuse):
-        """Of logits and log-probabilities. A class that is masked out has -inf."""
+        """Check logits and log-probabilities. Classes that are masked out have -inf."""
         known = v[v != -np.inf]
         if not len(known):
             refuse(f'{self.value!r} has only -inf: at least one class must have a finite number.')
@@ -334,15 +337,15 @@ class Reading:
             )
         if self.given == 'logprobs' and known.min() < LEAST_LOGPROB:
             refuse(
-                f'{self.value!r} has {known.min():g}, which is not a log-probability but stands for a missing one: '
-                f'they must be at least {LEAST_LOGPROB}. Leave the class out of a list of the likeliest classes, or '
-                'give -inf for probability 0.'
+                f'{self.value!r} has {known.min():g}, which stands for a missing log-probability: '
+                f'they must be at least {LEAST_LOGPROB}. Leave the class out of a list of the '
+                'most likely classes, or use -inf for probability 0.'
             )
         if len(known) < len(v) and self.dtype == 'int8':
             refuse(f"{self.value!r} has -inf, which int8 can't hold: use dtype='float16'.")
 
     def batch(self, tasks) -> Outputs:
-        """The outputs of some rows."""
+        """Return the outputs of some rows."""
         ids, values, mask = zip(*(self.row(int(i)) for i in tasks))
         ids, values, mask = (torch.from_numpy(np.stack(o)) for o in (ids, values, mask))
         if not self.tokens:
@@ -364,7 +367,9 @@ class Reading:
         return ids, values, mask
 
     def best(self, c, v, k):
-        """(numbers, log-probabilities) of the `k` likeliest classes; of all classes in their order."""
+        """Return (class numbers, log-probabilities) of the `k` most likely classes, or of all
+        classes in order.
+        """
         c = np.arange(len(v)) if c is None else np.asarray(c)
         if self.given == 'probs':
             v = np.log(np.clip(v, 1e-7, None))
@@ -375,7 +380,7 @@ class Reading:
 
 
 def key_of_name(name, root):
-    """The key of a sample that is named by a row. The name must tell it from others."""
+    """Return the key of the sample named by a row. The name must be unique."""
     odd = (
         name is None
         or isinstance(name, (bool, Mapping))
@@ -403,7 +408,7 @@ def few_of(c):
 
 
 def unwrapped(o):
-    """The list inside OpenAI's answers."""
+    """Return the list inside OpenAI's responses."""
     while isinstance(o, Mapping) and (
         k := next((k for k in ('content', 'top_logprobs') if k in o), None)
     ):
@@ -412,7 +417,7 @@ def unwrapped(o):
 
 
 def listed(o):
-    """Tuples and tensors as lists and arrays. A lone number in an array is not a list."""
+    """Convert tuples and tensors to lists and arrays. A single number in an array is not a list."""
     if torch.is_tensor(o):
         o = as_array(o)
     return (
@@ -425,7 +430,7 @@ def listed(o):
 
 
 def as_array(t):
-    """A tensor of any device as an array."""
+    """Convert a tensor on any device to an array."""
     t = t.detach().cpu()
     return (t.float() if t.dtype == torch.bfloat16 else t).numpy()  # NumPy has no bfloat16
 
@@ -435,7 +440,7 @@ def is_real(o):
 
 
 def is_nested(o):
-    "Is it a list of lists or dicts?"
+    "Return True for a list of lists or dicts."
     if isinstance(o, np.ndarray) and o.dtype != object:
         return o.ndim > 1
     if any(isinstance(listed(v), (Mapping, list, np.ndarray)) for v in o):
@@ -444,7 +449,7 @@ def is_nested(o):
 
 
 def is_pairs(o):
-    "Are these the (number, class) pairs or dicts of one position?"
+    "Return True for (number, class) pairs or dicts of one position."
     return all(is_entry(e) for e in o)
 
 
@@ -461,15 +466,14 @@ def is_entry(e):
 
 
 def entries(p, ids):
-    """The entries of one position: (classes, numbers); classes are None if the numbers are those of
-    all classes.
-    """
+    """Return (classes, numbers) of one position. Classes are None if the numbers cover all classes."""
     p = listed(unwrapped(p))
     if isinstance(p, Mapping) and ids is None:
         return [class_of(k) for k in p], as_numbers([number_of(v) for v in p.values()])
     if not isinstance(p, (list, np.ndarray)):
         raise DistillError(
-            f'{shortened(repr(p), 100)} is not a list of numbers, nor a dict of classes and numbers.'
+            f'{shortened(repr(p), 100)} is neither a list of numbers nor a dict of classes and '
+            'numbers.'
         )
     if ids is not None:
         if not isinstance(ids := listed(ids), (list, np.ndarray)) or len(ids) != len(p):
@@ -539,7 +543,7 @@ def read_rows(o):
 
 
 def row_texts(rows):
-    """Each row as a text, for fingerprints."""
+    """Yield each row as text, for fingerprints."""
     plain = lambda o: (
         as_array(o).tolist()
         if torch.is_tensor(o)
@@ -553,19 +557,19 @@ def row_texts(rows):
         # names of different types, an object that contains itself
         except (TypeError, ValueError, RecursionError) as e:
             raise DistillError(
-                f"Row {i} can't be written as JSON ({e}): its columns must be texts, and hold numbers, "
-                'texts, and lists and dicts of these.'
+                f"Row {i} can't be written as JSON ({e}): its columns must have text names and "
+                'hold numbers, texts, or lists and dicts of these.'
             ) from e
 
 
 def of_hub(o):
-    """A `datasets.Dataset` of Hugging Face, in memory or mapped."""
+    """Read a `datasets.Dataset` of Hugging Face, in memory or memory-mapped."""
     if isinstance(o, Mapping):
         raise DistillError(
-            f"These are several splits ({', '.join(map(str, o))}): give one, as in dataset['train']."
+            f"There are several splits ({', '.join(map(str, o))}): pass one, e.g. dataset['train']."
         )
     if not hasattr(o, '__len__'):
-        raise DistillError('A stream of rows has no length: give a Dataset, or list(dataset).')
+        raise DistillError('A stream of rows has no length: pass a Dataset, or list(dataset).')
     rows = o.with_format(None) if hasattr(o, 'with_format') else o  # Python's objects, not tensors
     return rows, ('dataset', fingerprint(' '.join(map(fingerprint, row_texts(rows)))))
 
@@ -576,7 +580,7 @@ def read_path(path):
     if (path / 'dataset_dict.json').is_file():
         splits = sorted(p.name for p in path.iterdir() if p.is_dir())
         raise DistillError(
-            f'{path} has several splits ({", ".join(splits)}): give one, as {path / splits[0]}.'
+            f'{path} has several splits ({", ".join(splits)}): pass one, e.g. {path / splits[0]}.'
         )
     files = sorted(f for f in path.iterdir() if f.suffix in READERS) if path.is_dir() else [path]
     if not files or files[0].suffix not in READERS:
@@ -588,17 +592,17 @@ def read_path(path):
 
 @contextmanager
 def reading(path, what=''):
-    """An error of a file's library is one line that names the file."""
+    """Context in which errors of a library become one line that names the file."""
     try:
         yield
     except (DistillError, ImportError):
         raise
-    # subtle: the libraries raise errors of many kinds for damaged bytes, also KeyError and MemoryError
+    # subtle: for damaged bytes, the libraries raise errors of many kinds, even KeyError and MemoryError
     except Exception as e:
         reason = shortened(' '.join(f'{type(e).__name__}: {e}'.split()))
         raise DistillError(
-            f"{path}{what} can't be read as {path.suffix} ({reason}). The file is damaged, or is of a "
-            'different kind than its name says: write or copy it again.'
+            f"{path}{what} can't be read as {path.suffix} ({reason}). The file is damaged, or its "
+            'name has the wrong ending: write or copy it again.'
         ) from e
 
 
@@ -616,7 +620,7 @@ class Joined:
         return int(self.ends[-1])
 
     def find(self, i):
-        """(number of the file, number of the row in it)."""
+        """Return (number of the file, number of the row in it)."""
         k = int(np.searchsorted(self.ends, i, 'right'))
         if k == len(self.parts):
             raise IndexError(i)
@@ -634,7 +638,7 @@ class Joined:
 
 
 class Lines:
-    """A file of JSON lines. It keeps where each begins, and reads a line when it is asked for."""
+    """A file of JSON lines. It stores where each line begins and reads lines on demand."""
 
     def __init__(self, path):
         self.path, self.at, self.lines = path, [], []
@@ -671,7 +675,7 @@ class Lines:
 
 
 class Groups:
-    """A file of groups of rows, of which one is in memory."""
+    """A file of groups of rows, of which one at a time is in memory."""
 
     def __init__(self, sizes):
         self.ends, self.group, self.rows = np.cumsum(sizes), None, []
@@ -687,7 +691,7 @@ class Groups:
             group = self.read(g)
             group.validate(
                 full=True
-            )  # subtle: damaged offsets would read memory of others, or end the process
+            )  # subtle: damaged offsets would read foreign memory or crash the process
             self.group, self.rows = g, group.to_pylist()
         return self.rows[i - (int(self.ends[g - 1]) if g else 0)]
 
@@ -715,7 +719,7 @@ class Parquet(Groups):
 
 
 class Arrow(Groups):
-    """A file of Arrow, as `Dataset.save_to_disk` of Hugging Face writes it, mapped into memory."""
+    """A memory-mapped Arrow file, as written by `Dataset.save_to_disk` of Hugging Face."""
 
     def __init__(self, path):
         pa, ipc = pyarrow_module('lib'), pyarrow_module('ipc')
@@ -755,7 +759,7 @@ class Arrays:
 
 def arrays_of(path):
     if path.suffix == '.npz':
-        # subtle: NumPy leaves a damaged file open that it opened itself
+        # subtle: NumPy does not close a damaged file that it opened itself
         with open(path, 'rb') as f, np.load(f, allow_pickle=False) as o:
             return Arrays(dict(o), path)
     o = np.load(path, mmap_mode='r', allow_pickle=False)

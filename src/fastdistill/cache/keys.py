@@ -1,6 +1,4 @@
-"""The key of a sample: 64 bits of a hash of its path, number, text or content, the same on every
-machine.
-"""
+"""Keys of samples: 64 bits of a hash of the path, number, text or content, equal on every machine."""
 
 import hashlib
 import warnings
@@ -17,7 +15,7 @@ __all__ = ['dataset_keys', 'hash_of', 'key_of', 'keys_of', 'name_of', 'root_of']
 
 
 def hash_of(*parts: bytes) -> int:
-    """64 bits of blake2b."""
+    """Compute 64 bits of blake2b."""
     h = hashlib.blake2b(digest_size=8)
     for p in parts:
         h.update(len(p).to_bytes(8, 'little'))
@@ -26,11 +24,11 @@ def hash_of(*parts: bytes) -> int:
 
 
 def key_of(o, root: str = '') -> int:
-    """A sample's key. An object of a type whose content can't be read raises an error.
+    """Compute a sample's key. Raise a DistillError for a type whose content can't be read.
 
     Args:
         o: What a dataset holds for one sample.
-        root: Paths are taken relative to it.
+        root: Folder to which paths are relative.
     """
     return hash_of(*_parts(o, root))
 
@@ -79,21 +77,21 @@ def root_of(path):
 
 
 def keys_of(items, root='') -> np.ndarray:
-    """(N,) uint64: the keys of the samples in `items`."""
-    # keys already
+    """Compute the keys of the samples in `items`, (N,) uint64."""
+    # already keys
     if isinstance(items, np.ndarray) and items.dtype == np.uint64 and items.ndim == 1:
         return items
     return np.fromiter((key_of(o, root) for o in items), np.uint64, len(items))
 
 
 def dataset_keys(dataset, keys=None, root=None) -> np.ndarray:
-    """The keys of a plain dataset: given, or made from the content of datasets of torchvision and
-    PyTorch.
+    """Return the keys of a plain dataset: from `keys`, or from the content of datasets of
+    torchvision and PyTorch.
 
     Args:
         dataset: A map-style dataset.
         keys: A list, or a function of the position.
-        root: Paths are taken relative to it; None: to the dataset's own `root`
+        root: Folder to which paths are relative. None for the dataset's `root`.
     """
     if callable(keys):
         keys = [keys(i) for i in range(len(dataset))]
@@ -106,22 +104,25 @@ def dataset_keys(dataset, keys=None, root=None) -> np.ndarray:
     if given and (lost := len(out) - len(np.unique(out))):
         warnings.warn(
             DistillWarning(
-                f'{lost} of {len(out)} samples have the key of another sample, and share its '
-                'random numbers and stored outputs: correct only if a sample occurs twice.'
+                f'{lost} of {len(out)} samples have the same key as a different sample and share '
+                'its random numbers and stored outputs. This is correct only if samples occur '
+                'more than once.'
             )
         )
     return out
 
 
 def folder_of(dataset):
-    """Root folder of a dataset of files, or of a subset of one."""
+    """Return the root folder of a dataset of files, or of a subset of one."""
     while not hasattr(dataset, 'root') and hasattr(dataset, 'dataset'):
         dataset = dataset.dataset
     return getattr(dataset, 'root', None)
 
 
 def name_of(sample):
-    """The part of a sample that identifies it: the path of (path, label), else the whole."""
+    """Return the part of a sample that identifies it: the path of (path, label), else the whole
+    sample.
+    """
     pair = (
         isinstance(sample, (tuple, list)) and len(sample) and isinstance(sample[0], (str, PurePath))
     )
@@ -129,7 +130,7 @@ def name_of(sample):
 
 
 def names_of_samples(dataset):
-    """The objects that identify the samples of a dataset."""
+    """Return the objects that identify the samples of a dataset."""
     if type(dataset).__name__ == 'Subset':
         return [names_of_samples(dataset.dataset)[i] for i in dataset.indices]
     # torchvision's folders of images

@@ -15,19 +15,19 @@ from .entries import json_list, json_object, json_text, whole_number
 __all__ = ['Field', 'Layout', 'Wish']
 
 DTYPES = 'float32', 'float16', 'int8'
-# limits for a manifest: a damaged one must not fill the memory
+# limits for a manifest, so that a damaged one can't fill the memory
 MAX_BYTES, MAX_VALUES, MAX_FIELDS, MAX_DIMS, MAX_CLASSES = 2**31, 2**33, 1000, 8, 2**24
 
 
 @dataclass
 class Wish:
-    """How outputs are to be stored.
+    """Options for storing outputs.
 
     Attributes:
-        topk: Number of classes to store; None: all.
+        topk: Number of classes to store. None for all.
         tail: What `TopK` assumes of the classes that are not stored.
         axis: Class axis.
-        size: Height and width to which maps of logits are reduced; None: no reduction.
+        size: Height and width to which maps of logits are reduced. None for no reduction.
     """
 
     dtype: str = 'float16'
@@ -44,7 +44,7 @@ class Wish:
         if self.tail not in TAILS:
             raise DistillError(f'tail={self.tail!r}: must be one of {", ".join(map(repr, TAILS))}')
         if self.topk is not None and self.topk < 1:
-            raise DistillError(f'topk={self.topk}: store at least one class, or None for all')
+            raise DistillError(f'topk={self.topk}: must be at least 1, or None for all classes')
         if isinstance(self.size, int):
             self.size = self.size, self.size
         self.size = None if self.size is None else tuple(self.size)
@@ -52,11 +52,11 @@ class Wish:
 
 @dataclass
 class Field:
-    """A tensor in a row: `name`, its `shape` without the batch, its `dtype`, the byte at which it
+    """A tensor in a row: its `name`, `shape` without the batch, `dtype`, and the byte at which it
     begins.
 
     Attributes:
-        dtype: NumPy's name of it, little-endian.
+        dtype: NumPy's name of the type, little-endian.
     """
 
     name: str
@@ -82,9 +82,9 @@ class Field:
         return prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def read(self, rows: Tensor):
-        # subtle: always a copy, because a view as larger numbers can't begin at an odd byte
+        # subtle: always a copy, because a view with a larger type can't begin at an odd byte
         part = rows[:, self.at : self.at + self.bytes].clone(memory_format=torch.contiguous_format)
-        # PyTorch has few operations on unsigned 16-bit numbers, so they are read as signed ones and corrected
+        # PyTorch has few operations for unsigned 16-bit numbers, so they are read as signed and corrected
         t = part.view(TORCH_DTYPES[self.dtype]).reshape(len(rows), *self.shape)
         return t.long() & 0xFFFF if self.dtype == 'uint16' else t
 
@@ -101,11 +101,11 @@ TORCH_DTYPES = dict(
 
 @dataclass
 class Layout:
-    """The fields of a row; encodes `Outputs` as rows and decodes rows as `Outputs`.
+    """The fields of a row. Encodes `Outputs` to rows and decodes rows to `Outputs`.
 
     Attributes:
-        n: Number of classes, with top-k.
-        full: Height and width of maps of logits that are stored smaller.
+        n: Number of all classes, with top-k.
+        full: Original height and width of maps of logits that are stored smaller.
     """
 
     fields: list = field(default_factory=list)
@@ -116,10 +116,11 @@ class Layout:
 
     @classmethod
     def of(cls, out: Outputs, wish: Wish) -> 'Layout':
-        """The layout that stores outputs like these.
+        """Build the layout for outputs like these.
 
         Args:
-            out: Of any batch.
+            out: Outputs of any batch.
+            wish: How to store them.
         """
         if out.logits is None:
             raise DistillError("The teacher's Outputs have no logits: there is nothing to store.")
@@ -138,15 +139,15 @@ class Layout:
         if wish.size is not None:
             if wish.topk is not None:
                 raise DistillError(
-                    'size= and topk= together: use only one of them. Maps are stored either smaller or '
-                    'with few classes.'
+                    "size= and topk= can't be combined: maps are stored either smaller or with "
+                    'few classes.'
                 )
             if min(wish.size) < 1:
-                raise DistillError(f'size={wish.size}: give at least one pixel.')
+                raise DistillError(f'size={wish.size}: must be at least one pixel.')
             if t.dim() != 4:
                 raise DistillError(
-                    f"size={wish.size} is for maps (B, C, H, W), the teacher's output has shape "
-                    f'{tuple(t.shape)}'
+                    f"size={wish.size} needs maps (B, C, H, W), but the teacher's output has "
+                    f'shape {tuple(t.shape)}'
                 )
             self.full, t = tuple(t.shape[-2:]), t[..., : wish.size[0], : wish.size[1]]
         if wish.topk is None:
@@ -156,7 +157,8 @@ class Layout:
         for k, v in out.feats.items():
             if not isinstance(v, Tensor):
                 raise DistillError(
-                    f"Layer {k} gives a {type(v).__name__}, not a tensor: it can't be stored."
+                    f"Layer {k} returns a {type(v).__name__} instead of a tensor, which can't be "
+                    'stored.'
                 )
             self._add(f'feats:{k}', wish.dtype, v.shape[1:])
         if out.mask is not None:
@@ -179,7 +181,7 @@ class Layout:
 
     def _add(self, name, dtype, shape):
         self._field(name, dtype, tuple(shape))
-        # log-probabilities fit in float16, other numbers may be larger
+        # log-probabilities fit into float16, other numbers may be larger
         if dtype == 'int8':
             self._field(f'scale:{name}', 'float16' if name == 'values' else 'float32', (2,))
 
@@ -195,8 +197,8 @@ class Layout:
 
     @classmethod
     def from_json(cls, d):
-        """The layout in a manifest. It must be the one that `of` makes for such outputs, with all
-        its offsets.
+        """Read the layout of a manifest. It must equal the one that `of` builds for such outputs,
+        including all offsets.
         """
         json_object('layout', d, ('fields', 'n', 'tail', 'axis', 'full'), ())
         n = None if d['n'] is None else whole_number('layout.n', d['n'], 1, MAX_CLASSES)
@@ -208,9 +210,7 @@ class Layout:
         found = json_list('layout.fields', d['fields'], 1, MAX_FIELDS)
         found = [Field.from_json(f'layout.fields[{i}]', f) for i, f in enumerate(found)]
         if (size := sum(f.bytes for f in found)) > MAX_BYTES:
-            raise DistillError(
-                f'layout.fields take {size} bytes: at most {MAX_BYTES} are possible.'
-            )
+            raise DistillError(f'layout.fields take {size} bytes: at most {MAX_BYTES} are allowed.')
         self = cls.of(*outputs_like(found, n, tail, axis, full))
         for i, (a, b) in enumerate(zip_longest(found, self.fields)):
             if a != b:
@@ -222,7 +222,7 @@ class Layout:
 
     @property
     def dense(self):
-        "Do rows hold a map or a sequence, with values for each position of the input?"
+        "True if rows hold a map or a sequence, with values for each position of the input."
         f = self.fields[0]
         return len(f.shape) > 1
 
@@ -232,11 +232,11 @@ class Layout:
         return [f.name.removeprefix('feats:') for f in self.fields if f.name.startswith('feats:')]
 
     def knows_ids(self, rows) -> bool:
-        """Are all class numbers below the number of classes? On a GPU, a larger one would end the
-        process.
+        """Return True if all class numbers are below the number of classes. On a GPU, a larger one
+        would end the process.
 
         Args:
-            rows: (M, bytes) uint8.
+            rows: Rows, (M, bytes) uint8.
         """
         if self.n is None or not len(rows):
             return True
@@ -256,19 +256,19 @@ class Layout:
         """(B, bytes) uint8.
 
         Args:
-            out: (B, ...).
+            out: Outputs of a batch of B samples.
         """
         parts = self._tensors(out)
         want = {f.name: f.shape for f in self.fields}
         if missing := sorted(set(want) - set(parts)):
             raise DistillError(
-                f"The teacher's outputs have no {', '.join(missing)} in this batch, but they had in the "
+                f"The teacher's outputs have no {', '.join(missing)} in this batch, unlike in the "
                 'first batch: all rows of a cache need the same parts.'
             )
         if more := sorted(set(parts) - set(want)):
             raise DistillError(
-                f"The teacher's outputs have {', '.join(more)} in this batch, but they had none in the "
-                'first batch: all rows of a cache need the same parts.'
+                f"The teacher's outputs have {', '.join(more)} in this batch, unlike in the first "
+                'batch: all rows of a cache need the same parts.'
             )
         for k, s in want.items():
             if tuple(parts[k].shape[1:]) != s:
@@ -303,7 +303,7 @@ class Layout:
         return d
 
     def _tensors_of_likeliest(self, out, dtypes):
-        """Of outputs that are the likeliest classes already."""
+        """Return the tensors of outputs that already hold only the most likely classes."""
         d = dict(ids=out.logits.ids)
         put_tensor(d, 'values', out.logits.values.float(), dtypes)
         if out.mask is not None:
@@ -313,10 +313,10 @@ class Layout:
     # reading
 
     def decode(self, rows: Tensor) -> Outputs:
-        """`Outputs` in float32; with top-k, `logits` are a `TopK`.
+        """Decode rows to `Outputs` in float32. With top-k, `logits` are a `TopK`.
 
         Args:
-            rows: (B, bytes) uint8.
+            rows: Rows, (B, bytes) uint8.
         """
         got = {f.name: f.read(rows) for f in self.fields}
         full = lambda k: from_int8(got[k], got.get(f'scale:{k}'))
@@ -333,7 +333,7 @@ class Layout:
 
 
 def outputs_like(fields, n, tail, axis, full):
-    """Empty `Outputs`, and the `Wish` that stores them in such fields."""
+    """Build empty `Outputs`, and the `Wish` that stores them in such fields."""
     shape, named = fields[0].shape, {f.name: f for f in fields}
     if n is None:
         t, wish = meta(shape), Wish(fields[0].dtype, None, tail, axis)
@@ -355,21 +355,24 @@ def outputs_like(fields, n, tail, axis, full):
 
 
 def meta_like(t, axis):
-    """A tensor of the shape that the logits of all classes have, without memory."""
+    """Create a meta tensor with the shape of the logits of all classes."""
     return torch.empty(*t.ids.shape[:-1], t.n, device='meta').movedim(-1, axis)
 
 
 def meta(shape):
-    """A batch of one, as a tensor that has a shape and no memory."""
+    """Create a meta tensor for a batch of one."""
     if prod(shape) > MAX_VALUES:
         raise DistillError(
-            f'Outputs of shape {tuple(shape)} are too large: at most {MAX_VALUES} numbers are possible.'
+            f'Outputs of shape {tuple(shape)} are too large: at most {MAX_VALUES} elements are '
+            'allowed.'
         )
     return torch.empty(1, *shape, device='meta')
 
 
 def mean_without(t, ids):
-    """(..., 1) mean of the finite values that are not at `ids`, within the range of half precision."""
+    """Compute the mean of the finite values that are not at `ids`, (..., 1), within the range of
+    half precision.
+    """
     rest = t.scatter(-1, ids, -torch.inf)
     have = rest.isfinite()
     n = have.sum(-1, keepdim=True)
@@ -382,7 +385,7 @@ def put_tensor(d, name, t, dtypes):
     dtype = dtypes.get(name)
     if t.isnan().any() or (t == torch.inf).any():
         raise DistillError(
-            f"The teacher's {name} contain nan or inf: find the samples that cause it."
+            f"The teacher's {name} contain nan or inf. Find the samples that cause it."
         )
     if dtype == 'float16' and (t.isfinite() & (t.abs() > 65504)).any():
         raise DistillError(
@@ -395,7 +398,9 @@ def put_tensor(d, name, t, dtypes):
 
 
 def to_int8(t, dtype):
-    """(int8 in 254 steps between a row's smallest and largest value, the row's step and middle)."""
+    """Convert to int8 in 254 steps between a row's smallest and largest value. Return (int8 tensor,
+    the row's step and middle).
+    """
     if not t.isfinite().all():
         raise DistillError(
             "int8 can't hold infinite logits (classes that are masked out): use float16 or float32."

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 FORMAT, VERSION = 'fastdistill-cache', 1
-# limits for a manifest: a damaged one must not fill memory or disk, nor start an endless loop
+# limits for a manifest, so that a damaged one can't fill memory or disk or start an endless loop
 MAX_MANIFEST, MAX_COUNT, MAX_VIEWS, MAX_BATCH, MAX_FILES, MAX_FILE = (
     2**28,
     2**40,
@@ -48,20 +48,19 @@ class Manifest:
     """`manifest.json`; see docs/cache.md for each entry.
 
     Attributes:
-        count: Samples.
-        views: Augmented views of each; 0: the one clean view.
-        seed: Of all random numbers.
-        layout: Of a row.
-        shard_rows: Rows of a full shard.
-        batch_size: Of the teacher; shards are whole batches.
-        teacher: Name, fingerprint of its weights.
+        count: Number of samples.
+        views: Number of augmented views of each sample. 0 for only the clean view.
+        seed: Seed of all random numbers.
+        layout: Layout of a row.
+        shard_rows: Number of rows of a full shard.
+        batch_size: Batch size of the teacher. Shards are whole batches.
+        teacher: Name of the teacher, fingerprint of its weights.
         data: Fingerprint of the keys, root of paths.
-        transforms: Name -> description, of the transforms that replay repeats.
+        transforms: {name: description} of the transforms that replay repeats.
         vocab: Class names, in the order of the logits.
-        samples: Of a few inputs: row, view, digest, numbers `after` the batch transforms.
-        shards: Name, bytes, checksum of each file, once all are written.
-        doubt: Why the teacher should not be trusted, as it was found when the cache was
-            written.
+        samples: Row, view, digest and numbers `after` the batch transforms for a few inputs.
+        shards: Name, bytes and checksum of each file, once all are written.
+        doubt: Reason not to trust the teacher, found when the cache was written.
     """
 
     count: int
@@ -95,13 +94,13 @@ class Manifest:
         return min(self.shard_rows, self.count - i * self.shard_rows)
 
     def all_shards(self):
-        """(view, number, name, bytes) of each."""
+        """Yield (view, number, name, bytes) of each shard."""
         for v in range(self.stored):
             for i in range(self.per_view):
                 yield v, i, self.shard(v, i), self.rows_of(i) * self.layout.bytes
 
     def all_files(self):
-        """(name, bytes) of each file that has a checksum."""
+        """Yield (name, bytes) of each file with a checksum."""
         yield 'keys.bin', 8 * self.count
         for *_, name, size in self.all_shards():
             yield name, size
@@ -117,14 +116,14 @@ class Manifest:
         return json.dumps(d, indent=1, default=as_python).encode()
 
     def as_read(self):
-        """The manifest as it will be read from the file: checked, and without tuples and NumPy's
-        numbers.
+        """Return the manifest as it will be read from the file: checked, and without tuples and
+        NumPy numbers.
         """
         return self.of_entries(json.loads(json.dumps(asdict(self), default=as_python)))
 
     @classmethod
     def read(cls, where):
-        """The manifest in a folder."""
+        """Read the manifest in a folder."""
         if where.size('manifest.json') > MAX_MANIFEST:
             raise DistillError(
                 f'{where}/manifest.json has {where.size("manifest.json")} bytes: at most '
@@ -153,7 +152,7 @@ class Manifest:
 
     @classmethod
     def of_entries(cls, d):
-        """The manifest with these entries. All of them are checked before any is used."""
+        """Build the manifest from these entries. All of them are checked before any is used."""
         required = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
         json_object(
             'the file', d, required, [f.name for f in fields(cls) if f.name not in required]
@@ -227,7 +226,7 @@ class Manifest:
 
     @property
     def checksums(self):
-        """Of each file of a complete cache."""
+        """Checksums of all files of a complete cache."""
         return {s['name']: s['checksum'] for s in self.shards}
 
 
@@ -235,13 +234,11 @@ CHECKSUM = re.compile('[0-9a-f]{32}')
 
 
 class NotACache(DistillError):
-    """The file is intact, but not the manifest of a cache that can be
-    read.
-    """
+    """Raised if the file is intact, but is not the manifest of a readable cache."""
 
 
 def as_python(o):
-    """Convert NumPy's numbers and arrays for JSON."""
+    """Convert NumPy numbers and arrays for JSON."""
     if hasattr(o, 'tolist'):
         return o.tolist()
     raise DistillError(
@@ -250,13 +247,13 @@ def as_python(o):
 
 
 def differences(a: Manifest, b: Manifest, changed_files=lambda: '') -> list:
-    """Texts: how the requested cache differs from the existing one. More views are no difference,
-    since they are added.
+    """List how the requested cache differs from the existing one, as texts. More views do not
+    count, since they are added.
 
     Args:
-        a: Found.
-        b: Requested.
-        changed_files: fn() -> a text that names the samples' files that changed.
+        a: The existing manifest.
+        b: The requested manifest.
+        changed_files: fn() -> text that names the changed files of samples.
     """
     out = []
 
@@ -295,8 +292,8 @@ def transform_differences(found, now):
 
 
 def option_differences(a, b):
-    """[(options of `a`, options of `b`)] for each place where the descriptions of two transforms
-    differ.
+    """Return [(options of `a`, options of `b`)] for each difference between the descriptions of two
+    transforms.
     """
     if a == b:
         return []
@@ -312,7 +309,7 @@ def option_differences(a, b):
 
 
 def options_in(text):
-    """The description of a transform as a list of its options, such as 'size=224.0' and
+    """Split the description of a transform into its options, such as 'size=224.0' and
     'rotate_mat.p=0.75'.
     """
     text = re.sub(r"\['(\w+)', ([^\[\]]*)\]", r'\1=\2', text)  # those of a function are pairs
@@ -333,12 +330,12 @@ def options_in(text):
 
 
 def sample_differences(m: Manifest, at, look) -> list:
-    """Make the inputs of a few samples again. A text names the first that differs from when the
-    cache was written.
+    """Recompute the inputs of a few samples. Return a text that names the first one that differs
+    from when the cache was written.
 
     Args:
-        at: (N,) position in the cache of each sample of a dataset.
-        look: fn(number of a sample, view) -> its digest and so on, as in `Manifest.samples`
+        at: Position in the cache of each sample of a dataset, (N,).
+        look: fn(number of a sample, view) -> its digest and so on, as in `Manifest.samples`.
     """
     for s in m.samples:
         if not len(here := np.flatnonzero(at == s['row'])) or alike(
@@ -350,8 +347,8 @@ def sample_differences(m: Manifest, at, look) -> list:
 
 
 def alike(a, b):
-    """Is the input of a sample the same? Its bytes before the batch transforms must be equal, its
-    numbers after them must agree as far as devices do.
+    """Return True if the input of a sample is the same: its bytes before the batch transforms must
+    be equal, its numbers after them must agree up to differences between devices.
     """
     if any(a.get(k) != b.get(k) for k in ('row', 'view', 'digest')):
         return False
@@ -360,8 +357,8 @@ def alike(a, b):
 
 
 OTHER_INPUT = (
-    ': the transforms give another result than when the cache was written; a file, a function among the '
-    'transforms or a library changed'
+    ': the transforms give a different result than when the cache was written, because a file, '
+    'a function among the transforms or a library changed'
 )
 
 
@@ -384,7 +381,7 @@ def refuse(
     text = f"{where} doesn't fit:\n" + '\n'.join(f'- {o}' for o in found)
     if not force:
         raise DistillError(
-            f'{text}\nUse the data, transforms and teacher of the time when it was written, write '
-            'another cache, or pass force=True.'
+            f'{text}\nUse the data, transforms and teacher with which it was written, write a new '
+            'cache, or pass force=True.'
         )
     warnings.warn(DistillWarning(f'{text}\n{then} (force=True).'))

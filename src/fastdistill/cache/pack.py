@@ -1,4 +1,4 @@
-"""A cache to give away: one file, or a folder, with a card; every file is compared with its
+"""Pack a cache to share it, as one file or a folder with a card. Every file is compared with its
 checksum before and after.
 """
 
@@ -22,7 +22,7 @@ CARD = 'README.md'
 
 
 def cache_facts(where, m):
-    """(name, text) of each fact about a cache."""
+    """Yield (name, text) for each fact about a cache."""
     yield 'samples', f'{m.count:,}'
     yield 'views', f'{m.views} of each, augmented' if m.views else 'the clean one of each'
     yield (
@@ -66,20 +66,20 @@ def pack_cache(
     data_license: str | None = None,
     force: bool = False,
 ) -> Path:
-    """Copy a finished cache with a card (README.md) for those who get it.
+    """Copy a finished cache, with a card (README.md) for its recipients.
 
     All its files are compared with their checksums first.
 
     Args:
-        cache: `TeacherCache`, or its folder or URL.
-        path: 'targets.zip', one file without compression; any other name: a folder, which can
-            be used as it is.
-        title: Of the card; None: by the teacher's name.
-        data: What the samples are, and where to get them.
-        note: More text for the card.
-        license: Of the stored outputs, such as 'cc-by-4.0'.
-        teacher_license, data_license: Of what they were made from.
-        force: Overwrite a file of this name.
+        cache: A `TeacherCache`, or its folder or URL.
+        path: A name such as 'targets.zip' for one uncompressed file, or any other name for a folder
+            that can be used directly.
+        title: Title of the card. None to derive it from the teacher's name.
+        data: What the samples are and where to get them.
+        note: Additional text for the card.
+        license: License of the stored outputs, such as 'cc-by-4.0'.
+        teacher_license, data_license: Licenses of the teacher and the data.
+        force: Whether to overwrite an existing file.
     """
     where = cache.folder if isinstance(cache, TeacherCache) else open_folder(cache)
     valid = where.sub('valid')
@@ -106,14 +106,16 @@ def pack_cache(
 
 
 def files_of_cache(where):
-    """Names of the files of a complete cache."""
+    """Return the names of the files of a complete cache."""
     m = Manifest.read(where)
     optional = ['files.bin'] if where.size('files.bin') is not None else []
     return ['manifest.json', *optional, *(name for name, _ in m.all_files())]
 
 
 def manifest_last(files):
-    """Without its manifest, a folder is no cache: an interrupted copy can't be taken for one."""
+    """Sort the manifest last. A folder without a manifest is not a cache, so an interrupted copy
+    can't be mistaken for one.
+    """
     return sorted(files.items(), key=lambda o: (o[0].endswith('manifest.json'), -len(o[0]), o[0]))
 
 
@@ -132,18 +134,17 @@ def write_zip(path, files, card, force):
 
 
 def entry(name):
-    """A file in the zip, with a fixed date: the same cache makes the same file."""
+    """Create a zip entry with a fixed date, so that the same cache gives the same file."""
     return zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
 
 
 def unpack_cache(path, to) -> TeacherCache:
-    """Write the files of a packed cache into a folder, compare them with their checksums, and open
-    it.
+    """Unpack a cache into a folder, compare its files with their checksums, and open it.
 
-    The file must hold what its manifest lists and nothing else.
+    The file must contain exactly what its manifest lists.
 
     Args:
-        path: File that `pack_cache` wrote.
+        path: File written by `pack_cache`.
         to: Folder of the cache, new or empty.
     """
     where, path = Folder(to), Path(path).expanduser()
@@ -159,7 +160,7 @@ def unpack_cache(path, to) -> TeacherCache:
         files = packed_files(z, path)
         if (size := sum(o.file_size for o in files.values())) > where.free():
             raise DistillError(
-                f'{path} needs {size / 1e9:.2f} GB, and {where.free() / 1e9:.2f} GB are free.'
+                f'{path} needs {size / 1e9:.2f} GB, but only {where.free() / 1e9:.2f} GB are free.'
             )
         written = []
         try:
@@ -181,8 +182,8 @@ def copy_out(z, o, file):
 
 
 def packed_files(z, path):
-    """Name -> entry of each file in a packed cache. They are those of its manifests, with the same
-    sizes.
+    """Return {name: entry} of the files in a packed cache, which must be those of its manifests,
+    with the same sizes.
     """
 
     def refuse(what):
@@ -198,7 +199,7 @@ def packed_files(z, path):
             refuse(f'it holds {o.filename!r} twice')
     if 'manifest.json' not in have:
         refuse('it has no manifest.json')
-    needed, optional = {}, {CARD: None}  # name -> bytes; None: any number
+    needed, optional = {}, {CARD: None}  # {name: bytes}; None for any number
     for at in ('', 'valid/'):
         if (file := have.get(at + 'manifest.json')) is None:
             continue
@@ -206,7 +207,7 @@ def packed_files(z, path):
             refuse(f'{file.filename} has {file.file_size} bytes')
         m = Manifest.from_json(z.read(file), path / at)
         if not m.complete:
-            refuse(f'{file.filename} is that of a cache that is not finished')
+            refuse(f'{file.filename} belongs to an unfinished cache')
         needed |= {at + n: size for n, size in m.all_files()} | {file.filename: file.file_size}
         optional[at + 'files.bin'] = record_size(m.count)
     for name, o in have.items():
@@ -214,14 +215,14 @@ def packed_files(z, path):
             refuse(f'it holds {name!r}, which its manifest does not list')
         size = needed.get(name, optional.get(name))
         if size not in (None, o.file_size):
-            refuse(f'{name} has {o.file_size} bytes, and by the manifest {size}')
+            refuse(f'{name} has {o.file_size} bytes, but {size} in the manifest')
     if missing := [n for n in needed if n not in have]:
         refuse(f'it has no {missing[0]}, which its manifest lists')
     return have
 
 
 def unusual(o):
-    """What tells an entry of a zip file from those that `pack_cache` writes; empty if nothing does."""
+    """Describe how a zip entry differs from those that `pack_cache` writes. Empty if it does not."""
     kind = stat.S_IFMT(o.external_attr >> 16)
     if o.orig_filename != o.filename:
         return 'has a name with special characters'
@@ -236,12 +237,14 @@ def unusual(o):
         or o.flag_bits & 0x20
         or o.compress_size != o.file_size
     ):
-        return f'is compressed (method {o.compress_type}): files of a packed cache are stored as they are'
+        return (
+            f'is compressed (method {o.compress_type}): files of a packed cache are not compressed'
+        )
     return ''
 
 
 def card_of(where, title, data, note, licenses, license):
-    """README.md: what this is, and how to use it, with the header that model hubs read."""
+    """Write README.md: what this is and how to use it, with the header that model hubs read."""
     m = Manifest.read(where)
     rows = dict(data=data or 'not stated') | {
         k: v for k, v in cache_facts(where, m) if k != 'files'

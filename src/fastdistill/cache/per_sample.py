@@ -13,14 +13,14 @@ __all__ = ['PerSample', 'per_sample']
 
 
 def per_sample(fn, seeds, *tensors):
-    """Run `fn` on one sample at a time, each with its own random numbers: correct for every `fn`,
+    """Run `fn` on one sample at a time, each with its own random numbers. Correct for every `fn`,
     but slow.
 
     Args:
         fn: Takes the tensors of a batch, or a slice of them with one sample, and returns one
             tensor or several.
-        seeds: (B,) one for each sample.
-        *tensors: (B, ...) each.
+        seeds: One seed for each sample, (B,).
+        *tensors: Tensors, (B, ...) each.
     """
     if len(seeds) != len(tensors[0]):
         raise DistillError(f'{len(seeds)} seeds for {len(tensors[0])} samples: give one for each.')
@@ -37,10 +37,10 @@ def per_sample(fn, seeds, *tensors):
 
 
 class PerSample(TorchFunctionMode):
-    """Inside, `uniform_`, `bernoulli_`, `normal_` and `randint` draw each sample's numbers from its
-    own seed, for tensors whose first dimension is the batch.
+    """Context in which `uniform_`, `bernoulli_`, `normal_` and `randint` draw each sample's numbers
+    from its own seed, for tensors whose first dimension is the batch.
 
-    All samples are drawn at once. The numbers depend on nothing else, not even on the device.
+    All samples are drawn at once. The numbers depend only on the seeds, not even on the device.
     """
 
     def __init__(self, seeds):
@@ -48,7 +48,7 @@ class PerSample(TorchFunctionMode):
         self.seeds, self.calls = np.asarray(seeds, np.uint64), 0
 
     def draw(self, shape):
-        """Uniform numbers in (0, 1). Those of a sample are the same in every batch."""
+        """Draw uniform numbers in (0, 1). Those of a sample are the same in every batch."""
         self.calls += 1
         base = seeds_of(self.calls, self.seeds)
         n = int(np.prod(shape[1:]))

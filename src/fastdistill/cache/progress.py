@@ -1,4 +1,4 @@
-"Progress of writing a cache: a bar in a terminal or a notebook, nothing in a file or a pipe."
+"Progress bar for writing a cache, in a terminal or notebook. Nothing is shown in a file or pipe."
 
 from contextlib import contextmanager
 
@@ -9,7 +9,7 @@ __all__ = ['ProgressBar', 'shown_progress']
 
 
 class ProgressBar:
-    """A bar of samples, speed and megabytes; it appears with the first batch."""
+    """Progress bar with samples, speed and megabytes. It appears with the first batch."""
 
     def __init__(self, console=None):
         from rich.progress import (
@@ -61,11 +61,11 @@ class ProgressBar:
 
 @contextmanager
 def shown_progress(progress):
-    """Yields the function to call after each batch, or None.
+    """Context that yields the function to call after each batch, or None.
 
     Args:
-        progress: True: a bar in a terminal or notebook; False or None: nothing; or fn(rows
-            done, rows in all, bytes done).
+        progress: True for a bar in a terminal or notebook, False or None for nothing, or fn(rows
+            done, total rows, bytes done).
     """
     if callable(progress) or not progress or rank():
         yield progress if callable(progress) else None

@@ -1,4 +1,4 @@
-"Reading a cache: rows by (sample, view), through memory maps, in any number of workers."
+"Read a cache: rows by (sample, view), through memory maps, in any number of workers."
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,7 @@ __all__ = ['TeacherCache', 'damages', 'is_cache']
 
 
 def is_cache(path) -> bool:
-    """Is there a cache at this path or URL?
+    """Return True if there is a cache at this path or URL.
 
     Args:
         path: A path, a URL, or any other object.
@@ -37,9 +37,10 @@ class TeacherCache:
     path, not the data.
 
     Args:
-        path: Folder or URL that `cache_teacher` or `cache_dataset` wrote.
-        force: Warn instead of raising an error if data, transforms or classes don't fit.
-        keys: The `keys=` that wrote it: a list, or a function of the item.
+        path: Folder or URL written by `cache_teacher` or `cache_dataset`.
+        force: Whether to warn, instead of raising an error, if data, transforms or classes do not
+            fit.
+        keys: The `keys=` with which it was written, a list or a function of the item.
     """
 
     def __init__(self, path, force: bool = False, keys=None):
@@ -70,7 +71,7 @@ class TeacherCache:
 
     @property
     def identity(self):
-        """Equal if the same written cache is opened twice."""
+        """Identity of the written cache, equal if the same cache is opened twice."""
         return str(self.folder), self._opened
 
     @property
@@ -82,7 +83,7 @@ class TeacherCache:
         return self.manifest.seed
 
     def __getstate__(self):
-        # without memory maps, which would pickle as a copy of all their data
+        # without memory maps, which would be pickled as a copy of all data
         checked = [o for o in INTACT_FILES if o[0] == str(self.folder)]
         return {
             **self.__dict__,
@@ -100,14 +101,14 @@ class TeacherCache:
 
     @property
     def keys(self) -> np.ndarray:
-        """(N,) uint64: the key of the sample at each position."""
+        """Key of the sample at each position, (N,) uint64."""
         if self._keys is None:
             self._keys = self._open('keys.bin', '<u8', (len(self),))
         return self._keys
 
     @property
     def valid(self):
-        """The cache of the validation set beside it, if there is one."""
+        """The cache of the validation set in the same folder, if there is one."""
         sub = self.folder.sub('valid')
         return None if sub.size('manifest.json') is None else TeacherCache(sub, self.force)
 
@@ -141,11 +142,11 @@ class TeacherCache:
         )
 
     def rows(self, at, views=0) -> np.ndarray:
-        """(B, bytes) uint8: rows as they are stored.
+        """Return rows as stored, (B, bytes) uint8.
 
         Args:
-            at: (B,) positions.
-            views: View of each position: (B,), or one number for all.
+            at: Positions, (B,).
+            views: View of each position, (B,), or one number for all.
         """
         at = np.asarray(at)
         views = np.broadcast_to(np.asarray(views), at.shape)
@@ -161,7 +162,7 @@ class TeacherCache:
         return out
 
     def row(self, at: int, view: int = 0) -> np.ndarray:
-        """(bytes,) uint8: one row as it is stored, for datasets that return one item at a time.
+        """Return one row as stored, (bytes,) uint8, for datasets that return one item at a time.
 
         Args:
             at: Position.
@@ -178,7 +179,7 @@ class TeacherCache:
             )
 
     def decode(self, rows) -> Outputs:
-        """Rows (an array, or a tensor on any device) as the teacher's `Outputs`."""
+        """Decode rows (an array, or a tensor on any device) to the teacher's `Outputs`."""
         out = self.manifest.layout.decode(
             rows if isinstance(rows, Tensor) else torch.from_numpy(rows)
         )
@@ -186,16 +187,16 @@ class TeacherCache:
         return out
 
     def outputs(self, at, views=0) -> Outputs:
-        """`Outputs` at positions."""
+        """Read the `Outputs` at positions."""
         return self.decode(self.rows(at, views))
 
     # which row belongs to which sample
 
     def find(self, keys) -> np.ndarray:
-        """(M,) positions of samples. A sample without a row raises an error.
+        """Find the positions of samples, (M,). Raise a DistillError for a sample without a row.
 
         Args:
-            keys: (M,) uint64.
+            keys: Keys of the samples, (M,) uint64.
         """
         keys, mine = np.asarray(keys, np.uint64), self.keys
         if len(keys) == len(mine) and np.array_equal(keys, mine):
@@ -205,10 +206,11 @@ class TeacherCache:
         lost = np.flatnonzero(mine[at] != keys)
         if len(lost):
             raise DistillError(
-                f'{len(lost)} of {len(keys)} samples have no row in {self.folder} (the first is number '
-                f'{lost[0]}). Either these are other data, or their paths are relative to another root '
-                f'({self.manifest.data.get("root", "")!r} when the cache was written), or the cache was '
-                'written with keys=: open it with TeacherCache(path, keys=...).'
+                f'{len(lost)} of {len(keys)} samples have no row in {self.folder} (the first is '
+                f'number {lost[0]}). This is a different dataset, or its paths are relative to a '
+                f'different root ({self.manifest.data.get("root", "")!r} when the cache was '
+                'written), or the cache was written with keys= and must be opened with '
+                'TeacherCache(path, keys=...).'
             )
         return at
 
@@ -216,26 +218,24 @@ class TeacherCache:
         return dataset_keys(dataset, keys)
 
     def compare(self, at, item):
-        """Refuse a dataset if the inputs of a few samples differ from those when the cache was
+        """Raise a DistillError if the inputs of a few samples differ from those when the cache was
         written.
 
         Args:
-            at: (N,) position of each sample of a dataset.
+            at: Position of each sample of a dataset, (N,).
             item: fn(number of a sample, view) -> the dataset's item.
         """
         look = lambda i, view: dict(digest=input_digest(item(i, view)))
         refuse(self.folder, sample_differences(self.manifest, at, look), self.force)
 
     def changed_files(self, files, at=None) -> list:
-        """Names of the files whose content changed since the cache was written.
+        """Return the names of the files whose content changed since the cache was written.
 
-        Only files with another modification time are read.
+        Only files with a different modification time are read.
 
         Args:
-            files: (M,) path of each sample's file, as `files_of` gives them; None: samples are
-                not files.
-            at: (M,) positions in the cache, as `find` gives them; None: all, in the cache's
-                order.
+            files: Path of each sample's file, (M,), from `files_of`. None if samples are not files.
+            at: Positions in the cache, (M,), from `find`. None for all, in the order of the cache.
         """
         record = None if files is None else read_record(self.folder, len(self))
         if record is None:
@@ -244,7 +244,9 @@ class TeacherCache:
         return [str(files[i]) for i in changed]
 
     def check_files(self, files, at=None):
-        """Refuse samples whose files changed since the cache was written. With `force`, warn."""
+        """Raise a DistillError, or warn with `force`, if files of samples changed since the cache
+        was written.
+        """
         if names := self.changed_files(files, at):
             refuse(self.folder, [changed_text(names, len(files))], self.force)
 
@@ -268,11 +270,11 @@ INTACT_FILES = set()
 
 
 def damages(folder, m, files, once: bool = False) -> dict:
-    """File name -> a text that says how it is damaged.
+    """Return {file name: how it is damaged}.
 
     Args:
-        files: Entries of `m.shards`
-        once: Skip files that this process has checked before.
+        files: Entries of `m.shards`.
+        once: Whether to skip files that this process has already checked.
     """
     look = lambda o: damage_of(folder, m, o, once)
     if len(files) == 1:
@@ -320,7 +322,7 @@ def damage_inside(path, m, o):
     return '' if all(known) else f'has numbers of classes beyond layout.n={m.layout.n}'
 
 
-OTHER_BYTES = 'has other bytes than when it was written'
+OTHER_BYTES = 'differs from what was written'
 
 
 def wrong_size(o, size):

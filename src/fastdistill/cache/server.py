@@ -1,4 +1,4 @@
-"A teacher behind HTTP: its answers in a file of JSON lines, of which `cache_from` makes a cache."
+"A teacher behind HTTP: store its responses as JSON lines, from which `cache_from` makes a cache."
 
 import http.client
 import json
@@ -41,24 +41,23 @@ def ask_server(
     retries: int = 5,
     timeout: float = 120,
 ) -> Path:
-    """Ask a server for each sample and write its answers. Then `cache_from(path, 'cache', n=...)`
-    makes a cache of them.
+    """Query a server for each sample and write its responses. Then `cache_from(path, 'cache',
+    n=...)` makes a cache of them.
 
     Args:
-        url: Of the endpoint, as in 'http://localhost:8000/v1/completions'.
-        samples: Name of each sample -> what is sent of it: a prompt, or anything that JSON can
-            hold.
-        path: .jsonl file of the answers. An interrupted run resumes.
-        body: Of each request, beside the samples: dict(model='big', max_tokens=1,
+        url: URL of the endpoint, e.g. 'http://localhost:8000/v1/completions'.
+        samples: {name of a sample: what to send}, a prompt or any JSON value.
+        path: .jsonl file for the responses. An interrupted run is resumed.
+        body: Rest of the body of each request, e.g. dict(model='big', max_tokens=1,
             prompt_logprobs=20).
-        request: fn(list of samples) -> JSON body; None: `body` with the samples as 'prompt'.
-        answer: fn(response) -> list with a dict for each sample; None: OpenAI's 'choices'.
-        key: Name of the environment variable with the server's key. The key is stored nowhere.
-        bs: Samples of one request.
-        at_once: Requests that run at the same time.
-        per_second: Requests that begin in a second; None: no limit.
-        retries: Of a request, after errors that may pass.
-        timeout: Seconds that an answer may take.
+        request: fn(list of samples) -> JSON body. None for `body` with the samples as 'prompt'.
+        answer: fn(response) -> list with a dict for each sample. None to read OpenAI's 'choices'.
+        key: Name of the environment variable with the server's key. The key is never stored.
+        bs: Number of samples per request.
+        at_once: Number of simultaneous requests.
+        per_second: Maximum number of requests started per second. None for no limit.
+        retries: Number of retries of a request after temporary errors.
+        timeout: Timeout of a response, in seconds.
     """
     path = Path(path).expanduser()
     if path.suffix != '.jsonl':
@@ -98,7 +97,7 @@ def ask_server(
             except BaseException:
                 server.stopped.set()
                 pool.shutdown(cancel_futures=True)
-                # the answers that came meanwhile
+                # the responses received in the meantime
                 for job in [*jobs]:
                     if not job.cancelled() and job.exception() is None:
                         write(job)
@@ -125,7 +124,7 @@ def texts_of(names):
 
 @contextmanager
 def naming(what, errors=(KeyError, TypeError, ValueError, IndexError, AttributeError)):
-    """Say which sample an error of a user's function is about."""
+    """Context in which errors of a user's function name the sample that they are about."""
     try:
         yield
     except errors as e:
@@ -136,7 +135,7 @@ def naming(what, errors=(KeyError, TypeError, ValueError, IndexError, AttributeE
 
 
 def lines_of(rows, names):
-    """Rows as lines of JSON, with the samples' names."""
+    """Format rows as JSON lines, with the samples' names."""
     if not isinstance(rows, (list, tuple)) or not all(isinstance(r, Mapping) for r in rows):
         raise DistillError(
             f'answer= returned {shortened(repr(rows), 100)}: it must return a list with a dict for each '
@@ -167,14 +166,14 @@ def secret(key):
 
 
 class Secret(str):
-    """A text that tracebacks with local variables don't show."""
+    """A text that is hidden in tracebacks with local variables."""
 
     def __repr__(self):
         return "'***'"
 
 
 def check_same(path, asked):
-    """Refuse to mix the answers to different requests in one file."""
+    """Raise a DistillError instead of mixing the responses to different requests in one file."""
     beside = path.with_suffix('.request.json')
     if not path.exists() or not beside.exists():
         beside.write_text(asked)
@@ -193,7 +192,7 @@ def check_same(path, asked):
 
 
 def names_in(path) -> set:
-    """The samples that have an answer. A line that was not written to its end is removed."""
+    """Return the samples that have a response. An incomplete last line is removed."""
     if not path.exists():
         return set()
     text = path.read_bytes()
@@ -215,7 +214,7 @@ def names_in(path) -> set:
 
 
 def choices_of(response):
-    """The log-probabilities in an answer of OpenAI's interface, one row for each prompt."""
+    """Read the log-probabilities of a response of OpenAI's interface, one row for each prompt."""
     if not isinstance(response, dict) or not isinstance(response.get('choices'), list):
         has = ', '.join(response) if isinstance(response, dict) else type(response).__name__
         raise DistillError(
@@ -248,13 +247,13 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class Passing(Exception):
-    """A failure that may pass: a message, and the seconds that the server
-    asks to wait, or None.
+    """A temporary failure: a message, and the number of seconds that the server asks to wait, or
+    None.
     """
 
 
 class Server:
-    """POST with retries, and a limit of the requests in a second."""
+    """Sends POST requests with retries and a limit on the requests per second."""
 
     def __init__(self, url, key, per_second, retries, timeout):
         check_url(url)
@@ -274,7 +273,7 @@ class Server:
         self.opener, self.stopped = urllib.request.build_opener(NoRedirect), threading.Event()
 
     def post(self, data, of):
-        """The answer to a request about some samples, as JSON."""
+        """Return the response to a request about some samples, parsed from JSON."""
         failed = None
         for i in range(self.retries + 1):
             self._wait()
@@ -284,7 +283,7 @@ class Server:
                 why, wait = self.hide(e.args[0]), e.args[1]
             except DistillError as e:
                 failed = self.hide(str(e))
-            # subtle: raised out of the except block, or the error would keep the frames that hold the key
+            # subtle: raised outside the except block, otherwise the error would keep the frames that hold the key
             if failed is not None:
                 raise self._failed(failed, of)
             if i == self.retries:
@@ -297,10 +296,10 @@ class Server:
 
     def _sleep(self, seconds):
         if self.stopped.wait(seconds):
-            raise DistillError('Another request failed.')
+            raise DistillError('A different request failed.')
 
     def _wait(self):
-        """Until the next request may begin."""
+        """Wait until the next request may start."""
         while True:
             with self.lock:
                 now = time.monotonic()
@@ -311,7 +310,7 @@ class Server:
             self._sleep(until - now)
 
     def _pause(self, seconds, why):
-        """All requests wait, as the server asks."""
+        """Pause all requests for as long as the server asks."""
         wait = min(seconds, LONGEST_WAIT)
         with self.lock:
             until = time.monotonic() + wait
@@ -346,7 +345,7 @@ class Server:
             raise DistillError(why) from None
 
     def _refused(self, e):
-        """The error for a status that is not 200."""
+        """Return the error for a status other than 200."""
         if e.code in (301, 302, 303, 307, 308):
             to = str(e.headers.get('Location')).partition('?')[0]
             raise DistillError(
@@ -363,8 +362,8 @@ class Server:
         raise Passing(why, seconds_of(e.headers.get('Retry-After', ''))) from None
 
     def hide(self, text):
-        """The text without the key. Hide first, cut then: a part of the key could be left at the
-        end.
+        """Remove the key from a text. Do this before cutting the text, or a part of the key could
+        remain at the end.
         """
         # a short one, such as 'EMPTY', is not a secret, and could be a part of any word or number
         if self.key is None or len(self.key) < 8:
@@ -380,7 +379,9 @@ class Server:
 
 
 def check_url(url):
-    """Refuse what urllib would open in another way, or fail at in an error that shows a password."""
+    """Raise a DistillError for URLs that urllib would open differently, or whose error would show a
+    password.
+    """
     try:
         o = urlsplit(url)
         good = (
@@ -404,7 +405,9 @@ def check_url(url):
 
 
 def seconds_of(text) -> float | None:
-    """What `Retry-After` asks for: seconds, or a date. None if it can't be read."""
+    """Return the seconds that `Retry-After` asks for, as a number or a date. None if it can't be
+    read.
+    """
     if text.isascii() and text.isdigit():
         return float(text[:9])
     try:

@@ -1,4 +1,4 @@
-"The writer's description of a teacher and its data, and checks that outputs can be stored."
+"Description of a teacher and its data for the writer, and checks that outputs can be stored."
 
 import inspect
 import warnings
@@ -24,7 +24,7 @@ __all__ = [
 
 def check_batch_size(bs):
     if not is_whole(bs) or bs < 1:
-        raise DistillError(f'bs={bs!r}: give a whole number from 1.')
+        raise DistillError(f'bs={bs!r}: must be a whole number of at least 1.')
 
 
 @dataclass
@@ -32,13 +32,12 @@ class Source:
     """A teacher and its data.
 
     Attributes:
-        keys: (N,) uint64 in the order in which rows are stored.
-        run: fn(tasks, bs) -> generator of `Outputs`, one for each `bs` tasks; a task is view*N
-            + position.
-        teacher: This and the next four: entries of the manifest, see `Manifest`
-        files: Path of each sample's file, in the order of `keys`; None where samples are not
-            files.
-        doubt: See `Manifest`
+        keys: Keys in the order in which rows are stored, (N,) uint64.
+        run: fn(tasks, bs) -> generator of `Outputs`, one for each `bs` tasks. A task is view*N +
+            position.
+        teacher: This and the next four are entries of the manifest, see `Manifest`.
+        files: Path of each sample's file, in the order of `keys`. None if samples are not files.
+        doubt: See `Manifest`.
     """
 
     keys: np.ndarray
@@ -69,7 +68,7 @@ def spread_positions(n, k=4):
 
 
 def check_alone(run, n):
-    """Refuse a teacher whose outputs for a sample depend on the other samples in its batch."""
+    """Raise a DistillError if the outputs for a sample depend on the other samples in its batch."""
     tasks = spread_positions(n, 4)
     half = tasks[::2]
     a, b = [next(run(t, len(t))).logits for t in (tasks, half)]
@@ -82,24 +81,25 @@ def check_alone(run, n):
         1 + a[a.isfinite()].abs().max().item()
     ):
         raise DistillError(
-            f"The teacher's outputs for a sample differ by {far:.3g} with other samples in its batch: "
-            'the teacher is in training mode or has a hidden state, or a batch transform uses the whole '
-            "batch. Such outputs belong to no sample and can't be stored: use a live teacher."
+            f"The teacher's outputs for a sample differ by {far:.3g} with other samples in its "
+            'batch: the teacher is in training mode or has a hidden state, or a batch transform '
+            "uses the whole batch. Such outputs do not belong to a single sample and can't be "
+            'stored. Use a live teacher.'
         )
 
 
 def distinct_views(views: int, n: int, look) -> int:
-    """The number of views to store: as many as asked for, but 1 (with a warning) if all views of a
+    """Return the number of views to store: as requested, but 1 (with a warning) if all views of a
     sample are equal.
 
     Args:
-        views: Asked for.
-        n: Samples.
-        look: fn(position, view) -> something to compare: a digest of the teacher's input.
+        views: Requested number of views.
+        n: Number of samples.
+        look: fn(position, view) -> something to compare, e.g. a digest of the teacher's input.
     """
     if views < 2:
         return views
-    # subtle: many samples, because a transform may change few of them; the search ends at the first difference
+    # subtle: many samples, because a transform may change only a few; the search ends at the first difference
     for i in spread_positions(n, 32).tolist():
         first = look(i, 0)
         if any(look(i, v) != first for v in range(1, min(views, 4))):
@@ -122,7 +122,9 @@ def unrepeatable(what, i):
 
 
 def identity_of(teacher) -> dict:
-    """The manifest's entry for a teacher: its name, its weights' fingerprint, and its options."""
+    """Build the manifest's entry for a teacher: its name, the fingerprint of its weights, and its
+    options.
+    """
     options = options_of(teacher)
     name = getattr(teacher, 'name', None) or getattr(teacher, '__name__', type(teacher).__name__)
     shares = str(getattr(teacher, 'weights', None))  # of an ensemble's members
@@ -141,15 +143,15 @@ def identity_of(teacher) -> dict:
         text = ''
     warnings.warn(
         DistillWarning(
-            f"The weights of {name} can't be read. A cache counts as written by the same teacher "
-            'if the code is the same. Pass Teacher(model) if there is a model.'
+            f"The weights of {name} can't be read. The teacher is identified only by its code. If "
+            'there is a model, pass Teacher(model).'
         )
     )
     return dict(name=name, weights=fingerprint(text), **options)
 
 
 def options_of(teacher) -> dict:
-    """The options of a teacher, and of its members if it is an ensemble."""
+    """Return the options of a teacher, and of its members if it is an ensemble."""
     if getattr(teacher, 'combine', None) == 'sample':
         raise DistillError(
             "combine='sample' draws a teacher for each batch, but a cache has one output for each "
@@ -167,7 +169,7 @@ def options_of(teacher) -> dict:
             out[k] = str(getattr(fn, '__qualname__', type(fn)))
     if (known := getattr(teacher, 'known_classes', None)) is not None:
         out['classes'] = known
-    # numbers of another precision are other numbers
+    # a different precision gives different numbers
     if half := getattr(teacher, 'half', ''):
         out['precision'] = half
     if getattr(teacher, 'returns', 'logits') != 'logits':

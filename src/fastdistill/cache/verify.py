@@ -1,4 +1,4 @@
-"How far stored outputs differ from those that the teacher predicts now."
+"Compare stored outputs with the current outputs of the teacher."
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ __all__ = ['Verified']
 
 @dataclass
 class Verified:
-    """Differences between the stored outputs of a teacher and its outputs now.
+    """Differences between stored and current outputs of a teacher.
 
     Attributes:
-        worst: Largest difference of a logit (with top-k: of a log-probability).
-        mean: Of the rows' largest differences.
-        share: The largest difference, divided by the largest number of its row (or by 1).
+        worst: Largest difference of a logit, or, with top-k, of a log-probability.
+        mean: Mean of the largest differences of the rows.
+        share: Largest difference, relative to the largest number of its row (or to 1).
     """
 
     rows: int

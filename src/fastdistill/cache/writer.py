@@ -1,4 +1,4 @@
-"Writing a cache, shard by shard. An interrupted run resumes."
+"Write a cache shard by shard. An interrupted run is resumed."
 
 import json
 import re
@@ -30,8 +30,8 @@ class Forecast:
     """The size of a cache, known before the teacher runs.
 
     Attributes:
-        bytes: Of the rows that are still missing.
-        free: Bytes on the disk; None where that is not known.
+        bytes: Bytes of the rows that are still missing.
+        free: Free bytes on the disk. None if unknown.
     """
 
     samples: int
@@ -51,14 +51,14 @@ class Forecast:
         if self.free is not None and self.bytes > self.free:
             raise DistillError(
                 f"{where}: {self}. The disk is too small: use fewer views, topk=, dtype='int8' or "
-                "'float16', size= for maps, or another disk."
+                "'float16', size= for maps, or a different disk."
             )
 
 
 def check_views(views):
     if not is_whole(views) or not 0 <= views <= MAX_VIEWS:
         raise DistillError(
-            f'views={views!r}: a whole number from 0 (the clean view) to {MAX_VIEWS}.'
+            f'views={views!r}: must be a whole number from 0 (the clean view) to {MAX_VIEWS}.'
         )
 
 
@@ -74,17 +74,17 @@ def write_cache(
     forecast=None,
     shard_bytes: int = SHARD_BYTES,
 ) -> TeacherCache:
-    """Write the missing shards, and open the cache.
+    """Write the missing shards and open the cache.
 
-    If the cache has fewer views, these are kept and the others are added. Under torch.distributed,
-    each rank writes its share.
+    If the cache has fewer views, they are kept and the others are added. Under torch.distributed,
+    each rank writes its part.
 
     Args:
         path: Folder or URL.
-        views: Augmented views of each sample; 0: the clean one.
-        seed: Of the random numbers.
-        force: Overwrite a cache that doesn't fit, instead of raising an error.
-        progress: fn(rows done, rows in all, bytes done), called after each batch.
+        views: Number of augmented views of each sample. 0 for the clean view.
+        seed: Seed of the random numbers.
+        force: Whether to overwrite a cache that does not fit instead of raising an error.
+        progress: fn(rows done, total rows, bytes done), called after each batch.
         forecast: fn(Forecast), called before the teacher runs.
     """
     check_views(views)
@@ -106,7 +106,7 @@ def write_cache(
 
 
 def _begin(where, source, layout, views, seed, force, shard_bytes):
-    """(manifest of the finished cache, checksums of the shards that it already has)."""
+    """Return (manifest of the finished cache, checksums of the shards that already exist)."""
     rows = max(shard_bytes // layout.bytes // source.bs, 1) * source.bs
     m = Manifest(
         len(source.keys),
@@ -137,7 +137,7 @@ def _begin(where, source, layout, views, seed, force, shard_bytes):
                 return _reopen(where, old, m, keys)
             refuse(where, found, force, 'It is overwritten')
     clear(where)
-    clear(where.sub('valid'))  # it holds another teacher's outputs
+    clear(where.sub('valid'))  # it holds outputs of a different teacher
     where.write('keys.bin', keys)
     if source.files is not None:
         write_record(where, record_files(source.files))
@@ -146,7 +146,7 @@ def _begin(where, source, layout, views, seed, force, shard_bytes):
 
 
 def changed_now(where, paths) -> str:
-    """A text that names the samples' files that changed. If none did, their new times are stored."""
+    """Describe which files of samples changed. If none did, store their new times."""
     try:
         record = None if paths is None else read_record(where, len(paths))
     except DistillError as e:
@@ -163,8 +163,8 @@ def changed_now(where, paths) -> str:
 
 
 def _reopen(where, old, m, keys):
-    """The same for an existing cache: its manifest with the views that are requested now, checksums
-    of intact shards.
+    """Reopen an existing cache. Return its manifest with the requested number of views, and
+    checksums of intact shards.
     """
     clear(where, '.tmp')
     new = replace(
@@ -177,7 +177,9 @@ def _reopen(where, old, m, keys):
             where.write('manifest.json', new.to_json())
         return new, notes(where, new.all_shards())
     bad, own = damages(where, old, old.shards), old.checksums
-    clear(where, '.json', {note_of(n) for n in own})  # left by a writer that was killed at its end
+    clear(
+        where, '.json', {note_of(n) for n in own}
+    )  # left by a writer that was killed just before it finished
     if new.views == old.views and not bad:
         return old, own
     for n in bad:
@@ -194,8 +196,8 @@ CACHE_FILES = re.compile(
 
 
 def clear(where, ending='', only=None):
-    """Remove a cache's files, and no others. The manifest goes first: without it, the other files
-    are not a cache.
+    """Remove only the files of a cache. The manifest goes first, since the other files are not a
+    cache without it.
     """
     for n in sorted(where.names(), key=lambda n: n != 'manifest.json'):
         if (
@@ -214,8 +216,8 @@ def note_of(name):
 
 
 def note_checksum(where, shard) -> str | None:
-    """The checksum of a shard, from the file beside it; None if the shard is missing or has another
-    size.
+    """Read the checksum of a shard from the file next to it. None if the shard is missing or has a
+    different size.
     """
     *_, name, size = shard
     if where.size(name) != size or not 0 < (where.size(note_of(name)) or 0) < 1000:
@@ -250,7 +252,7 @@ def _write_shards(where, source, m, todo, progress):
             padded(tasks_of(source, v, i * m.shard_rows, m.rows_of(i)), m.batch_size)
             for v, i, *_ in todo[at : at + some]
         ]
-        # subtle: closed at once, since a traceback would keep the generator alive, and with it the changes that it made
+        # subtle: closed immediately, since a traceback would keep the generator, and the changes it made, alive
         with closing(source.run(np.concatenate(tasks), m.batch_size)) as batches:
             for _, i, name, _ in todo[at : at + some]:
                 for rows in _write_shard(where, m, name, m.rows_of(i), batches):
@@ -260,7 +262,7 @@ def _write_shards(where, source, m, todo, progress):
 
 
 def _write_shard(where, m, name, n, batches):
-    """Yields the number of rows of each batch."""
+    """Write one shard and yield the number of rows of each batch."""
     bs, buf = m.batch_size, np.empty((n, m.layout.bytes), np.uint8)
     for row in range(0, n, bs):
         rows = m.layout.encode(next(batches))
@@ -306,7 +308,7 @@ def tasks_of(source, view, first, n):
 
 
 def padded(tasks, bs):
-    """Tasks in whole batches: the last one is repeated. The outputs of its repetitions are
+    """Fill up the last batch by repeating the last task. The outputs of the repetitions are
     discarded later.
     """
     return np.concatenate([tasks, np.repeat(tasks[-1:], -len(tasks) % bs)])

@@ -1,4 +1,4 @@
-"Distillation with Hugging Face's `Trainer`, and students made of their teacher's own layers."
+"Distillation with Hugging Face's `Trainer`, and students made of their teacher's layers."
 
 try:
     import accelerate  # noqa: F401 (the Trainer needs it)

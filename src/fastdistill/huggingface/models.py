@@ -1,4 +1,4 @@
-"What models of transformers take and predict, and the order of their classes."
+"Inputs, outputs and class order of models of transformers."
 
 import inspect
 import re
@@ -21,17 +21,17 @@ PROBLEMS = dict(
 
 
 def names_taken(model) -> set:
-    """Names of the arguments of its forward, or of all members of an ensemble.
+    """Return the names of the arguments of a model's forward, or of all members of an ensemble.
 
     Args:
-        model: A module, or a `Teacher`
+        model: A module or a `Teacher`.
     """
     modules = model.modules if isinstance(model, Teacher) else [model]
     return {n for m in modules for n in inspect.signature(unwrap(m).forward).parameters}
 
 
 def without_loss(raw):
-    """What the student returned, without the loss that stands first in a tuple."""
+    """Return the student's outputs without the loss, which is first in a tuple."""
     return (
         raw[1:]
         if isinstance(raw, tuple) and isinstance(raw[0], Tensor) and not raw[0].dim()
@@ -40,12 +40,12 @@ def without_loss(raw):
 
 
 def question_logits(out):
-    """The logits of where an answer begins and ends: (B, L, 2), classes along axis 1."""
+    """Return the logits of where an answer begins and ends, (B, L, 2), with classes along axis 1."""
     return torch.stack([out.start_logits, out.end_logits], -1)
 
 
 def names_by_id(model):
-    """Names of the classes by the model's `id2label`; None if they are only numbered."""
+    """Return the class names of the model's `id2label`. None if they are only numbered."""
     id2label = getattr(getattr(model, 'config', None), 'id2label', None)
     if not id2label or all(re.fullmatch(r'LABEL_\d+', str(v)) for v in id2label.values()):
         return None
@@ -53,10 +53,11 @@ def names_by_id(model):
 
 
 def predicts(model, labels=None) -> str | None:
-    """'softmax', 'sigmoid' or 'regression', by the model's config; None if only labels show it.
+    """Return 'softmax', 'sigmoid' or 'regression', by the model's config. None if only labels show
+    it.
 
     Args:
-        labels: Of a batch; None: not known.
+        labels: Labels of a batch. None if unknown.
     """
     config, name = getattr(model, 'config', None), type(model).__name__
     if (problem := getattr(config, 'problem_type', None)) in PROBLEMS:
@@ -69,10 +70,10 @@ def predicts(model, labels=None) -> str | None:
 
 
 def teacher_for(teacher: Teacher, student, kind: str, axis: int, output) -> Teacher:
-    """The teacher with the student's kind of outputs, and its classes in the student's order.
+    """Return the teacher with the student's kind of outputs and its classes in the student's order.
 
     Args:
-        kind: Of the student's outputs.
+        kind: Kind of the student's outputs.
         output: Which output is distilled.
     """
     new = dict(kind=kind, axis=axis, output=output)
@@ -82,8 +83,8 @@ def teacher_for(teacher: Teacher, student, kind: str, axis: int, output) -> Teac
 
 
 def in_order_of(student, teacher):
-    """The option `select` that brings the teacher's classes into the student's order; none if this
-    is its order.
+    """Return the option `select` that puts the teacher's classes into the student's order. Empty if
+    they already are.
     """
     if 'select' in teacher.given:
         return {}
@@ -96,8 +97,8 @@ def in_order_of(student, teacher):
         theirs = ', '.join(found.extra[:5]) or 'none'
         raise DistillError(
             "By id2label, the teacher does not have the student's classes "
-            f'{", ".join(found.missing[:5])}. Classes that only the teacher has: {theirs}. Give both '
-            "models the same names, or name the teacher's class of each of the student's: "
+            f'{", ".join(found.missing[:5])}. Classes that only the teacher has: {theirs}. Give '
+            "both models the same names, or list the teacher's class for each student class: "
             'Teacher(model, select=[...]).'
         )
     return dict(select=found.order)
@@ -106,6 +107,6 @@ def in_order_of(student, teacher):
 def refuse_other_order(student, member):
     if option := in_order_of(student, member):
         raise DistillError(
-            f'By id2label, {member.name} of the ensemble has its classes in another order: '
-            f"Teacher(model, select={option['select']}) brings them into the student's."
+            f'By id2label, {member.name} of the ensemble has its classes in a different order: '
+            f"Teacher(model, select={option['select']}) puts them into the student's order."
         )

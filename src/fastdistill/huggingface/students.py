@@ -1,4 +1,4 @@
-"Students made of their teacher's own layers."
+"Students made of their teacher's layers."
 
 import copy
 
@@ -11,18 +11,17 @@ __all__ = ['student_from']
 
 
 def student_from(teacher: nn.Module, layers):
-    """A model like the teacher, with some of its blocks: embeddings, head and these blocks are
-    copies of the teacher's (DistilBERT, arXiv:1910.01108).
+    """Build a smaller copy of the teacher with some of its blocks. Embeddings, head and these
+    blocks are copied (DistilBERT, arXiv:1910.01108).
 
     Args:
         teacher: A model of transformers.
-        layers: Numbers of the teacher's blocks that the student gets, as [0, 2, 4]; -1 is the
-            last.
+        layers: Indices of the teacher's blocks to keep, e.g. [0, 2, 4]. -1 is the last.
     """
     if not is_hf(teacher):
         raise DistillError(
-            f'student_from needs a model of transformers, not {type(teacher).__name__}. Other models: '
-            'copy.deepcopy(teacher), and shorten its list of blocks.'
+            f'student_from needs a model of transformers, not {type(teacher).__name__}. For other '
+            'models, use copy.deepcopy(teacher) and shorten the list of blocks.'
         )
     name, n = blocks_of(teacher)
     if wrong := [i for i in layers if not -n <= i < n]:
@@ -39,7 +38,7 @@ def student_from(teacher: nn.Module, layers):
 
 
 def blocks_of(model):
-    """Name and length of the one list of blocks."""
+    """Return the name and length of the only list of blocks."""
     n = getattr(model.config, 'num_hidden_layers', None)
     lists = [k for k, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n]
     outer = [k for k in lists if not any(k.startswith(f'{o}.') for o in lists)]
@@ -53,7 +52,7 @@ def blocks_of(model):
 
 
 def shorter(config, layers, n):
-    """The config of a model with these blocks."""
+    """Return the config of a model with these blocks."""
     config = copy.deepcopy(config)
     for k, v in vars(config).items():
         if isinstance(v, list) and len(v) == n and n > 1:
@@ -63,7 +62,7 @@ def shorter(config, layers, n):
 
 
 def kept(state, name, layers):
-    """The weights of these blocks, with their new numbers, and of all that is outside the blocks."""
+    """Return the weights of these blocks, renumbered, and all weights outside the blocks."""
     out = {k: v for k, v in state.items() if not k.startswith(f'{name}.')}
     for new, old in enumerate(layers):
         old = f'{name}.{old}.'

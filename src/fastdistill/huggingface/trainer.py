@@ -33,22 +33,23 @@ STATE_FILE = 'distillation.pt'  # in a checkpoint's folder
 
 
 class DistillationMixin:
-    """A teacher for your own `Trainer`: `class MyTrainer(DistillationMixin, Trainer)`. It replaces
-    the loss of training batches. All else is the Trainer's: the evaluation loss is the labels' own,
-    and only the student is saved.
+    """Adds a teacher to your own `Trainer`: `class MyTrainer(DistillationMixin, Trainer)`.
+
+    It replaces the loss of training batches. Everything else is unchanged: the evaluation loss is
+    the task loss, and only the student is saved.
 
     Args:
-        *args: Of the Trainer.
+        *args: Arguments of the Trainer.
         teacher: A model, a `Teacher`, or a list of these (an ensemble).
-        recipe: `kd()`, `kd() + at()`, a `Term`; None: `auto` chooses, by what the student
-            predicts.
-        kind: 'softmax', 'sigmoid' or 'regression'; None: by the student's config and the
+        recipe: A recipe such as `kd() + at()`, or a `Term`. None to let `auto` choose, by what the
+            student predicts.
+        kind: 'softmax', 'sigmoid' or 'regression'. None to tell by the student's config and the
             labels.
-        axis: Class axis; None: the last, and 1 for questions and pixels.
-        output: Which output is distilled, of both models: a name or a function; None: 'logits'.
-        check: Look for mistakes before training, on a few batches of the evaluation set, else
-            of the training set, and in the first batch.
-        **kwargs: Of the Trainer.
+        axis: Class axis. None for the last, or 1 for questions and pixels.
+        output: Output of both models that is distilled, a name or a function. None for 'logits'.
+        check: Whether to look for mistakes before training, on a few batches of the evaluation set
+            (or else of the training set), and in the first batch.
+        **kwargs: Keyword arguments of the Trainer.
     """
 
     def __init__(
@@ -74,15 +75,15 @@ class DistillationMixin:
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise DistillError(
-                f'This process has {self.args.n_gpu} GPUs, which the Trainer would use by DataParallel, '
-                "where layers can't be read. Start one process for each with torchrun or accelerate "
-                'launch, or choose one with CUDA_VISIBLE_DEVICES=0.'
+                f'This process has {self.args.n_gpu} GPUs, which the Trainer would use through '
+                "DataParallel, in which layers can't be read. Start one process for each with "
+                'torchrun or accelerate launch, or choose one with CUDA_VISIBLE_DEVICES=0.'
             )
 
     # before the first batch
 
     def create_optimizer(self, *args, **kwargs):
-        """The Trainer's optimizer, which trains the projectors too."""
+        """Create the Trainer's optimizer, which also trains the projectors."""
         if self.distiller is None or self.distiller.student is not self.model:
             self._build()
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -92,7 +93,7 @@ class DistillationMixin:
         return optimizer
 
     def _build(self):
-        """The Distiller of this model."""
+        """Build the Distiller of this model."""
         asked = self.asked
         kind = asked['kind'] or predicts(self.model)
         batch = self._example() if kind is None else None
@@ -116,7 +117,7 @@ class DistillationMixin:
             check=asked['check'],
         )
         self.distiller.links.to(self.args.device)
-        # subtle: models whose weights are spread over processes do not run in one of them
+        # subtle: models whose weights are sharded over processes can't run in only one of them
         if asked['check'] and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             check_first(self.distiller, self._batches(), placed=True)
         if needs_example(self.distiller):
@@ -130,7 +131,7 @@ class DistillationMixin:
         return 1 if self._answers or type(self.model).__name__.endswith('Segmentation') else -1
 
     def _complete(self, batch):
-        """Choose the recipe and build projectors, by inputs that both models take."""
+        """Choose the recipe and build projectors, from inputs of both models."""
         complete(
             self.distiller, self._inputs_of_both(batch), any(k in batch for k in self.label_names)
         )
@@ -140,8 +141,8 @@ class DistillationMixin:
         return {k: v for k, v in student.items() if k in teacher} or teacher
 
     def _batches(self):
-        """(inputs, labels) of batches, to look for mistakes; none of a stream, which can't be read
-        twice.
+        """Yield (inputs, labels) of batches to look for mistakes. None from a stream, which can't
+        be read twice.
         """
         data = self.train_dataset if self.eval_dataset is None else self.eval_dataset
         if isinstance(data, dict):
@@ -164,7 +165,7 @@ class DistillationMixin:
             )  # whose length is that of the logits of an answer
 
     def _example(self):
-        """A training batch. Drawing it changes nothing."""
+        """Return a training batch, without changing any state."""
         collate = self._get_collator_with_removed_columns(self.data_collator)
         with RandomGuard():
             loader = (
@@ -177,7 +178,7 @@ class DistillationMixin:
     # the inputs of both models
 
     def _set_signature_columns_if_needed(self):
-        """Columns that the teacher alone takes, as token_type_ids, stay in the batches."""
+        """Keep columns that only the teacher takes, such as token_type_ids, in the batches."""
         new = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if new:
@@ -186,7 +187,7 @@ class DistillationMixin:
             )
 
     def _inputs(self, batch):
-        """(the student's inputs with the labels, the teacher's inputs)."""
+        """Split a batch into (the student's inputs with the labels, the teacher's inputs)."""
         student, teacher = names_taken(self.model), names_taken(self.teacher)
         plain = {k: v for k, v in batch.items() if k not in self.label_names}
         of_student = {k: v for k, v in plain.items() if k in student or k not in teacher}
@@ -201,7 +202,9 @@ class DistillationMixin:
     # a batch
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        """The loss of a training batch with the teacher's part; in evaluation the labels' own."""
+        """Compute the loss of a batch: in training with the teacher's part, in evaluation only the
+        task loss.
+        """
         x, x_teacher = self._inputs(inputs)
         progress = self.state.global_step / self.state.max_steps if self.state.max_steps else None
         if not model.training or not takes_part(self.distiller, progress):
@@ -219,17 +222,17 @@ class DistillationMixin:
         return (r.total * scale, raw) if return_outputs else r.total * scale
 
     def _run(self, model, x, options):
-        """The task loss, as the Trainer computes it (None without labels), and what the
-        student returned.
+        """Return the task loss as computed by the Trainer (None without labels) and the student's
+        outputs.
         """
         if not any(k in x for k in self.label_names):
             return None, model(**x)
         return super().compute_loss(model, dict(x), return_outputs=True, **options)
 
     def _scale(self, x, num_items_in_batch=None):
-        """By what the Trainer multiplies the mean over this batch's labels. It counts the labels of
-        all batches before the optimizer's step, `num_items_in_batch`, and may average them over
-        processes.
+        """Return the factor that the Trainer applies to the mean over this batch's labels. It
+        counts the labels of all batches of an optimizer step, `num_items_in_batch`, and may average
+        them over processes.
         """
         mine = (
             getattr(self, 'model_accepts_loss_kwargs', False)
@@ -248,8 +251,8 @@ class DistillationMixin:
         return y.ne(-100).sum().clamp_min(1) * ranks / num_items_in_batch
 
     def _counts_items(self, x):
-        """Is the task loss divided by `num_items_in_batch`? Some models ignore it, as one trial
-        shows.
+        """Return True if the task loss is divided by `num_items_in_batch`. Some models ignore it,
+        which is tested once.
         """
         if self.counts_items is None:
             tried = []
@@ -260,15 +263,15 @@ class DistillationMixin:
         return self.counts_items
 
     def _tokens(self, x):
-        """The inputs whose padding hides positions of the logits: not those of an encoder beside a
-        decoder.
+        """Return the inputs whose padding hides positions of the logits, which are not those of the
+        encoder if there is a decoder.
         """
         return (
             () if getattr(getattr(self.model, 'config', None), 'is_encoder_decoder', False) else x
         )
 
     def _targets(self, x, logits):
-        """The labels, each where it is predicted."""
+        """Return the labels, each at the position where it is predicted."""
         y = tuple(x[k] for k in self.label_names if k in x)
         if self._answers and y:
             y = torch.stack([o.reshape(-1).clamp_min(0) for o in y], -1)
@@ -278,7 +281,7 @@ class DistillationMixin:
         return y
 
     def _hide_padding(self, x, *outputs):
-        """An answer neither begins nor ends at a padded token."""
+        """Mask padded tokens, at which no answer begins or ends."""
         if not self._answers or 'attention_mask' not in x:
             return
         for o in outputs:
@@ -296,7 +299,7 @@ class DistillationMixin:
                 self.distiller.teacher.stop()
 
     def training_step(self, *args, **kwargs):
-        # subtle: after a step, the Trainer resets the gradients of the model, and not those of its optimizer
+        # subtle: after a step, the Trainer resets the gradients of the model, but not those of its optimizer
         if self.last_step != self.state.global_step:
             reset_gradients(self.distiller)
         self.last_step = self.state.global_step
@@ -305,7 +308,7 @@ class DistillationMixin:
         return loss
 
     def log(self, logs, *args, **kwargs):
-        """Add the mean of each part to the logs of the training loss."""
+        """Add the mean of each loss to the logs of the training loss."""
         super().log({**logs, **self.part_means.pop()} if 'loss' in logs else logs, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir):
@@ -327,7 +330,7 @@ class DistillationTrainer(DistillationMixin, Trainer):
 
 
 class PartMeans:
-    """Means of each part of the loss over the training batches since the last log."""
+    """Mean of each loss over the training batches since the last log."""
 
     def __init__(self):
         self.sums = {}
