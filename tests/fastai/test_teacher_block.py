@@ -32,8 +32,9 @@ from fastai.vision.all import (
 from torch import nn
 import torch.nn.functional as F
 from fastdistill.fastai import KnowledgeDistillation, hint
-from fastdistill.fastai.block import TeacherBlock, TeacherTarget
-from fastdistill.fastai.targets import Feed, TargetFeed, TeacherTargets
+from fastdistill.fastai.block import TeacherBlock
+from fastdistill.fastai.targets import Feed, TargetFeed
+from fastdistill.fastai.teacher_targets import TeacherTarget, TeacherTargets
 from fastdistill.base.outputs import DistillError, DistillWarning
 
 pytestmark = pytest.mark.filterwarnings(

@@ -1,7 +1,6 @@
 "Train from a cache: add its rows to the batches."
 
 from dataclasses import dataclass, field, replace
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -15,13 +14,14 @@ from ..cache.reader import TeacherCache
 from ..recipes.batch import all_classes
 from .cache_data import inspect_views, writer_dl
 from .language_model import inner_dl, is_stream, of_length, share_n_inp
+from .learner_notes import passed_epochs
 from .replay_dl import Plan, attach, detach, refuse_unindexed, set_aside
 from .sample_keys import item_keys, matching_root, sample_files
 from .targets import Feed
 from .transforms import augmented, describe_transforms, moves
 from .vocab import stored_order, vocab_of
 
-__all__ = ['CacheFeed', 'Epochs', 'passed_epochs']
+__all__ = ['CacheFeed', 'Epochs']
 
 
 class Epochs(Callback):
@@ -52,13 +52,6 @@ ONE_VIEW = (
     'overfit. Write more views (views=8). If outputs have no positions (classes, labels, numbers), views=0 '
     'is possible too: augmentation stays random.'
 )
-
-# learner -> cache -> number of epochs trained from it; the next fit continues with the next view
-PASSED = WeakKeyDictionary()
-
-
-def passed_epochs(learn) -> dict:
-    return PASSED.setdefault(learn, {})
 
 
 @dataclass

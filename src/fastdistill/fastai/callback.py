@@ -2,7 +2,6 @@
 
 import copy
 from functools import wraps
-from weakref import WeakKeyDictionary
 
 from fastai.basics import Callback, L, noop, one_param
 from fastai.callback.mixup import MixHandler
@@ -20,7 +19,9 @@ from .arguments import check_options, feed_of, make_recipe
 from .check import check_optimizer, find_mistakes, weight_shapes
 from .default_recipe import choose_recipe, example_of
 from .finite import FiniteCheck
+from .learner_notes import notes_of
 from .metrics import PartMetric, TaskMetric
+from .patches import DistillationCallback
 from .projector_opt import ProjectorOptimizer
 from .raw_items import ItemFeed
 from .task import task_of
@@ -28,17 +29,10 @@ from .teachers import is_heads, teacher_of
 from .trend import TrendCheck
 from .unlabeled import UnlabeledInputs
 
-__all__ = ['FIRST_CALLBACK', 'LAST_STATES', 'LOADED_STATES', 'KnowledgeDistillation']
-
-# functions to call before there is a callback; `patches` wraps methods of fastai then
-FIRST_CALLBACK = []
-# Learner -> `KnowledgeDistillation.state_dict` after its last fit or load, for `Learner.save`
-LAST_STATES = WeakKeyDictionary()
-# Learner -> the same as `Learner.load` found it beside the student's file, for the next fit
-LOADED_STATES = WeakKeyDictionary()
+__all__ = ['KnowledgeDistillation']
 
 
-class KnowledgeDistillation(Callback):
+class KnowledgeDistillation(DistillationCallback):
     """Train the learner on what `teacher` predicts: `learn.fit_one_cycle(3, 1e-3,
     cbs=KnowledgeDistillation(teacher))`.
 
@@ -94,8 +88,6 @@ class KnowledgeDistillation(Callback):
         check: bool = True,
     ):
         super().__init__()
-        while FIRST_CALLBACK:
-            FIRST_CALLBACK.pop()()
         check_options(teacher, kind=kind, span=span)
         check_output(output)
         check_axis(axis)
@@ -265,6 +257,9 @@ class KnowledgeDistillation(Callback):
     def after_fit(self):
         self.teardown()
 
+    def set_aside(self):
+        return (self.feed or self.items).set_aside()
+
     def teardown(self):
         """Put everything back; safe to call at any time, and twice."""
         self._untap()
@@ -283,7 +278,7 @@ class KnowledgeDistillation(Callback):
             )
             self.state_before_finder = None
         elif self.distiller is not None:
-            LAST_STATES[self.learn] = self.state_dict()
+            notes_of(self.learn).last_state = self.state_dict()
 
     def __setattr__(self, k, v):
         # subtle: no event follows an error or an interrupt. But `Learner.fit` removes the callbacks that it got, which
@@ -540,10 +535,10 @@ class KnowledgeDistillation(Callback):
         """Load the state that was given, or that stood beside the student's file."""
         state, d = self.state_to_load, self.distiller
         if state is None and self.projector_opt is None:
-            state = LOADED_STATES.get(self.learn)
+            state = notes_of(self.learn).loaded_state
         if not hasattr(self.learn, 'lr_finder'):
             self.state_to_load = None
-            LOADED_STATES.pop(self.learn, None)
+            notes_of(self.learn).loaded_state = None
         if not state:
             return
         shapes = lambda tensors: {k: tuple(v.shape) for k, v in tensors.items()}

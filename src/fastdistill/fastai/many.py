@@ -12,8 +12,9 @@ from ..base.outputs import DistillError, map_tensors
 from ..base.seeds import seeded, seeds_of
 from ..teachers.rng_stream import OwnDraws, generators
 from .arguments import feed_of
-from .cache_feed import CacheFeed, passed_epochs
+from .cache_feed import CacheFeed
 from .callback import KnowledgeDistillation
+from .learner_notes import passed_epochs
 from .progress import ProgressTable
 from .separate import check_separate
 from .shared import SharedBatches, SharedRows, SharedTeacher, Stream

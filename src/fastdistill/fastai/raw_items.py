@@ -10,11 +10,11 @@ from fastai.tabular.core import Tabular
 from ..base.outputs import DistillError, as_plain, tensors_in
 from ..checks.outputs import single_teachers
 from ..teachers.items import items_at, with_items
-from .block import TeacherRow
 from .language_model import inner_dl, is_stream
 from .replay_dl import Plan, attach, detach, refuse_unindexed, set_aside
 from .sample_keys import items_of
 from .targets import Feed
+from .teacher_targets import TeacherRow
 from .transforms import moves
 
 __all__ = ['ItemFeed', 'RawItems', 'items_shown', 'renewed', 'without_places']

@@ -8,7 +8,8 @@ from ..base.seeds import RandomGuard
 from ..cache.manifest import refuse
 from ..cache.source import identity_of, is_whole
 from .batches import loader_of, split_batch
-from .cache_feed import CacheFeed, Epochs, passed_epochs
+from .cache_feed import CacheFeed, Epochs
+from .learner_notes import passed_epochs
 from .targets import TargetFeed
 
 __all__ = ['UnlabeledInputs', 'perturbed_rows']
