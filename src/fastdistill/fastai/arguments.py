@@ -6,9 +6,17 @@ from ..recipes.term import Recipe, Term
 from ..recipes.text import as_recipe
 from ..recipes.zoo import kd
 from .cache_feed import CacheFeed
+from .head_feed import HeadFeed
 from .targets import Feed, TargetFeed
 
-__all__ = ['check_options', 'feed_of', 'make_recipe']
+__all__ = ['check_options', 'feed_of', 'make_recipe', 'refuse_options', 'stored_head']
+
+INSTEAD = dict(
+    loss="give each head a recipe instead of it, as in recipe={'color': kd(), 'shape': Term(my_loss, "
+    'weight=1.)}',
+    output="each head's output is the one of its name or place",
+    unlabeled_targets='the teachers run on unlabeled inputs. Omit it',
+)
 
 
 def check_options(teacher, **options):
@@ -24,6 +32,13 @@ def check_options(teacher, **options):
         )
 
 
+def refuse_options(several, **options):
+    """Refuse options of one output where there are several heads."""
+    for k, v in options.items():
+        if several and v is not None:
+            raise DistillError(f'{k}= with several heads: {INSTEAD[k]}.')
+
+
 def feed_of(source):
     """The feed that adds stored outputs to the batches; None for a teacher that runs."""
     if source is None:
@@ -34,6 +49,16 @@ def feed_of(source):
     if isinstance(source, TeacherCache):
         return CacheFeed(source)
     return source if isinstance(source, Feed) else None
+
+
+def stored_head(head, feed):
+    """The stored outputs of a head."""
+    if isinstance(feed, CacheFeed):
+        return HeadFeed(feed, head)
+    raise DistillError(
+        f'The head {head.name!r}: give each head a teacher that runs, or a cache that cache_teacher '
+        'wrote.'
+    )
 
 
 def make_recipe(recipe, T, alpha, loss):

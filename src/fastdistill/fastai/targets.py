@@ -12,7 +12,7 @@ from .patches import patch_for_targets
 from .teacher_targets import TeacherTarget, TeacherTargets, mix_logits, target_tfms
 from .vocab import stored_order
 
-__all__ = ['Feed', 'TargetFeed']
+__all__ = ['Feed', 'TargetFeed', 'mixed']
 
 
 class Feed:
@@ -65,15 +65,7 @@ class Feed:
             raise DistillError(self.missing)
         cb = self._callback()
         out, mix = self.decode(as_plain(cb.target), self.learn), cb.mix()
-        return out if mix is None else self._mixed(out, *mix)
-
-    def _mixed(self, out, perm, lam):
-        if out.feats:
-            raise DistillError(
-                'MixUp and CutMix mix images, but the stored layers are of unmixed images. '
-                'Remove the terms with layers, or use a live teacher.'
-            )
-        return replace(out, logits=mix_logits(out.logits, perm, lam, self.kind, self.axis))
+        return out if mix is None else mixed(out, *mix, self.kind, self.axis)
 
     # what else of a teacher Distiller and `pair` use
 
@@ -103,6 +95,16 @@ class Feed:
 
     def say_with(self, fn):
         pass
+
+
+def mixed(out: Outputs, perm, lam, kind: str, axis: int) -> Outputs:
+    """Outputs for unmixed samples, mixed as `mix_logits` does."""
+    if out.feats:
+        raise DistillError(
+            'MixUp and CutMix mix images, but the stored layers are of unmixed images. '
+            'Remove the terms with layers, or use a live teacher.'
+        )
+    return replace(out, logits=mix_logits(out.logits, perm, lam, kind, axis))
 
 
 class TargetFeed(Feed):
