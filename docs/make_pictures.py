@@ -536,7 +536,7 @@ def views():
             learn
         )
         for epoch, axs in enumerate(fig.subplots(2, 4).T):
-            plan = feed.epochs.plan
+            plan = feed.rows.epochs.plan
             plan.epoch = epoch
             images, _, rows = learn.dls.train.one_batch()
             t = feed.cache.decode(torch.Tensor(rows).to(torch.uint8)).logits

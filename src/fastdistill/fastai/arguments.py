@@ -6,7 +6,6 @@ from ..recipes.term import Recipe, Term
 from ..recipes.text import as_recipe
 from ..recipes.zoo import kd
 from .cache_feed import CacheFeed
-from .head_feed import HeadFeed
 from .targets import Feed, TargetFeed
 
 __all__ = ['check_options', 'feed_of', 'make_recipe', 'refuse_options', 'stored_head']
@@ -54,7 +53,7 @@ def feed_of(source):
 def stored_head(head, feed):
     """The stored outputs of a head."""
     if isinstance(feed, CacheFeed):
-        return HeadFeed(feed, head)
+        return CacheFeed(feed.cache, feed.keys, head)
     raise DistillError(
         f'The head {head.name!r}: give each head a teacher that runs, or a cache that cache_teacher '
         'wrote.'

@@ -17,11 +17,11 @@ from ..features.taps import Taps
 from ..recipes.gradient_norms import shares_in_words
 from ..recipes.term import Recipe, one_temperature
 from .arguments import check_options, feed_of, make_recipe, refuse_options, stored_head
+from .cache_feed import CacheRows
 from .check import check_optimizer, find_mistakes, weight_shapes
 from .default_recipe import choose_recipe, example_of
 from .finite import FiniteCheck
 from .head import WholeModel, beside_labels, heads_of, option_of_heads, task_of_head
-from .head_feed import HeadsFeed
 from .learner_notes import notes_of
 from .metrics import PartMetric, TaskMetric
 from .patches import DistillationCallback
@@ -118,7 +118,7 @@ class KnowledgeDistillation(DistillationCallback):
             self.stored = {k: stored_head(self.heads[k], o) for k, o in self.stored.items()}
         self.feed = None
         if self.stored:
-            self.feed = HeadsFeed(self.stored) if self.several else self.stored['']
+            self.feed = CacheRows(self.stored) if self.several else self.stored['']
         self.items = ItemFeed()
         self.in_fit, self.part_metrics, self.parts = False, L(), {}
         self.distillers, self.chosen = {}, {}
@@ -154,8 +154,8 @@ class KnowledgeDistillation(DistillationCallback):
         for t in self._teachers():
             t.say_with(self._log)
         if self.feed is not None:
-            task = next(iter(self.tasks.values()))
-            self.feed.attach(self.learn, task.kind, task.axis)
+            tasks = {k: (t.kind, t.axis) for k, t in self.tasks.items()}
+            self.feed.attach(self.learn, *([tasks] if self.several else tasks['']))
         else:
             self.items.attach(self.learn, self._teachers())
         found = (
@@ -303,7 +303,6 @@ class KnowledgeDistillation(DistillationCallback):
     def _source_of(self, k):
         task, head = self.tasks[k], self.heads[k]
         if k in self.stored:
-            self.stored[k].task = task
             return self.stored[k]
         teacher = teacher_of(head.source, head.of(self.learn), task)
         if teacher.reads_items and self.stored:

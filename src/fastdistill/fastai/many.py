@@ -238,7 +238,7 @@ class Shared:
             if self.feed.learn is None:
                 self.feed.attach(self.first)
             if index == 0:
-                self.feed.epochs.begin(epoch)
+                self.feed.rows.epochs.begin(epoch)
         for _, t in self.teachers:
             t.begin_epoch()
         return Stream(

@@ -138,7 +138,7 @@ class ItemFeed(Feed):
                 if known_items(show_items(dl)) is None:
                     continue
                 self.fed.append(dl)
-                self._callback().n_inp = dl.n_inp
+                self.targets.n_inp = dl.n_inp
         except BaseException:
             self.detach()
             raise
@@ -157,7 +157,7 @@ class ItemFeed(Feed):
         """The inputs of the current batch, with its raw items."""
         if not self.attached or not self.ready():
             return x
-        positions = positions_in(self._callback().target)
+        positions = positions_in(self.targets.target)
         return with_items(tuple(x), known_items(inner_dl(self.learn.dl)).at(positions))
 
     def mixed(self, out, teacher, task):
@@ -165,7 +165,7 @@ class ItemFeed(Feed):
         if not self.attached or not teacher.reads_items or not self.ready():
             return out
         self._check_positions(out)
-        if (mix := self._callback().mix()) is None:
+        if (mix := self.targets.mix()) is None:
             return out
         if not all(m.reads_items for m in single_teachers(teacher)):
             raise DistillError(

@@ -274,7 +274,7 @@ class SharedRows(CacheFeed):
 
     def attach(self, learn, kind='softmax', axis=1):
         Feed.attach(self, learn, kind, axis)
-        self._find_order(learn.dls)
+        self.find_order(learn.dls)
         return self
 
     def detach(self):

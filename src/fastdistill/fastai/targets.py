@@ -33,7 +33,7 @@ class Feed:
         patch_for_targets()
         self.learn, self.kind, self.axis = learn, kind, axis
         self.added = None
-        if self._callback() is None:
+        if self.targets is None:
             self.added = TeacherTargets()
             learn.add_cb(self.added)
         return self
@@ -43,7 +43,7 @@ class Feed:
         learn = getattr(self, 'learn', None)
         if learn is not None and self.added is not None:
             learn.remove_cbs([c for c in learn.cbs if c is self.added])
-        elif learn is not None and (cb := self._callback()) is not None:
+        elif learn is not None and (cb := self.targets) is not None:
             cb.n_inp = None
         self.learn = self.added = None
 
@@ -51,19 +51,21 @@ class Feed:
         """A context inside which the data are as they were before `attach`."""
         return nullcontext()
 
-    def _callback(self):
+    @property
+    def targets(self):
+        """The callback that removes the targets from the batches of the Learner."""
         return next((c for c in self.learn.cbs if isinstance(c, TeacherTargets)), None)
 
     def ready(self):
         "Does the current batch have a teacher's target?"
-        cb = self._callback()
+        cb = self.targets
         return cb is not None and cb.target is not None
 
     def outputs(self, args=(), kwargs=None, layers=()) -> Outputs:
         """The teacher's outputs for the current batch, mixed as MixUp or CutMix mixed it."""
         if not self.ready():
             raise DistillError(self.missing)
-        cb = self._callback()
+        cb = self.targets
         out, mix = self.decode(as_plain(cb.target), self.learn), cb.mix()
         return out if mix is None else mixed(out, *mix, self.kind, self.axis)
 
