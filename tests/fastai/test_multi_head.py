@@ -35,7 +35,7 @@ from fastdistill.fastai import (
     kd,
     verify_cache,
 )
-from fastdistill.fastai.targets import TargetFeed
+from fastdistill.fastai.targets import GivenOutputs
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
 KD = KnowledgeDistillation
@@ -377,7 +377,7 @@ def test_mistakes_are_named():
     refused('loss= with several heads', t, 1, 0.01, loss=lambda s, t, y: 0.0)
     refused(
         "The head 'color': give each head a teacher that runs, or a cache",
-        dict(color=TargetFeed(), shape=t['shape']),
+        dict(color=GivenOutputs(), shape=t['shape']),
         1,
         0.01,
     )
@@ -449,7 +449,7 @@ def test_check_teacher_and_explain_look_at_each_head():
         ].facts.student_score == pytest.approx(right(s[k]))
         assert why[k].facts.shares.keys() == {'task', 'kd'} and why[k].facts.steps == 12
     with pytest.raises(DistillError, match="The head 'color' has stored outputs"):
-        learn.explain(dict(color=TargetFeed(), shape=t['shape']))
+        learn.explain(dict(color=GivenOutputs(), shape=t['shape']))
 
 
 def test_a_head_of_numbers():

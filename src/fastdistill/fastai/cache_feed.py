@@ -22,7 +22,7 @@ from .targets import Feed
 from .transforms import augmented, describe_transforms, moves
 from .vocab import stored_order, vocab_of
 
-__all__ = ['CacheFeed', 'CacheRows']
+__all__ = ['StoredOutputs', 'CacheRows']
 
 
 class Epochs(Callback):
@@ -56,7 +56,7 @@ ONE_VIEW = (
 
 
 @dataclass
-class CacheFeed(Feed):
+class StoredOutputs(Feed):
     """The outputs that a cache stores, for the batches that hold its rows.
 
     Attributes:
@@ -197,7 +197,7 @@ class CacheRows:
     sample, side by side.
 
     Args:
-        feeds: Name -> `CacheFeed`
+        feeds: Name -> `StoredOutputs`
     """
 
     def __init__(self, feeds: dict):

@@ -12,7 +12,7 @@ from ..base.outputs import DistillError, map_tensors
 from ..base.seeds import seeded, seeds_of
 from ..teachers.rng_stream import OwnDraws, generators
 from .arguments import feed_of
-from .cache_feed import CacheFeed
+from .cache_feed import StoredOutputs
 from .callback import KnowledgeDistillation
 from .learner_notes import passed_epochs
 from .progress import ProgressTable
@@ -168,7 +168,7 @@ class Shared:
 
     @property
     def cached(self):
-        return isinstance(self.feed, CacheFeed)
+        return isinstance(self.feed, StoredOutputs)
 
     def wanted(self):
         """The teacher's layers that any student compares."""

@@ -14,7 +14,7 @@ from ..base.seeds import seeded
 from ..teachers.rng_stream import OwnDraws
 from ..teachers.teacher import Teacher
 from .batches import PARTS, restored
-from .cache_feed import CacheFeed
+from .cache_feed import StoredOutputs
 from .language_model import in_first_order
 from .targets import Feed
 
@@ -265,10 +265,10 @@ def parts_in(o):
     return parts_in(list(o.values())) if isinstance(o, dict) else [o]
 
 
-class SharedRows(CacheFeed):
+class SharedRows(StoredOutputs):
     """Reads the rows that another feed has put into the shared batches."""
 
-    def __init__(self, source: CacheFeed):
+    def __init__(self, source: StoredOutputs):
         super().__init__(source.cache, source.keys)
         self.source = source
 

@@ -12,7 +12,7 @@ from .patches import patch_for_targets
 from .teacher_targets import TeacherTarget, TeacherTargets, mix_logits, target_tfms
 from .vocab import stored_order
 
-__all__ = ['Feed', 'TargetFeed', 'mixed']
+__all__ = ['Feed', 'GivenOutputs', 'mixed']
 
 
 class Feed:
@@ -109,7 +109,7 @@ def mixed(out: Outputs, perm, lam, kind: str, axis: int) -> Outputs:
     return replace(out, logits=mix_logits(out.logits, perm, lam, kind, axis))
 
 
-class TargetFeed(Feed):
+class GivenOutputs(Feed):
     """Targets that a `TeacherBlock` added to the labels."""
 
     missing = (

@@ -8,9 +8,9 @@ from ..base.seeds import RandomGuard
 from ..cache.manifest import refuse
 from ..cache.source import identity_of, is_whole
 from .batches import loader_of, split_batch
-from .cache_feed import CacheFeed, CacheRows
+from .cache_feed import CacheRows, StoredOutputs
 from .learner_notes import passed_epochs
-from .targets import TargetFeed
+from .targets import GivenOutputs
 
 __all__ = ['UnlabeledInputs', 'perturbed_rows']
 
@@ -51,7 +51,7 @@ class UnlabeledInputs:
                 "unlabeled_targets='more'."
             )
         self.items, self.perturbed, self.iterator, self.loader = items, perturbed, None, None
-        self.stored = None if targets is None else CacheFeed(targets)
+        self.stored = None if targets is None else StoredOutputs(targets)
         self.rows = None
 
     def __bool__(self):
@@ -114,10 +114,10 @@ def refuse_other(cache, teacher, layers):
     are compared.
     """
     m, found = cache.manifest, []
-    if isinstance(teacher, CacheFeed):
+    if isinstance(teacher, StoredOutputs):
         known = teacher.cache.manifest.teacher
     else:
-        known = {} if isinstance(teacher, TargetFeed) else identity_of(teacher)
+        known = {} if isinstance(teacher, GivenOutputs) else identity_of(teacher)
     weights = [o.get('weights') for o in (m.teacher, known)]
     if all(weights) and weights[0] != weights[1]:
         found.append(
