@@ -514,7 +514,7 @@ def views():
         aug_transforms,
     )
     from fastdistill.fastai.cache_data import cache_teacher
-    from fastdistill.fastai.cache_feed import CacheFeed
+    from fastdistill.fastai.cache_feed import StoredOutputs
 
     photos, names = load_sample_images().images, ImageNetInfo()
     data = DataBlock(
@@ -532,11 +532,11 @@ def views():
     fig = Figure(figsize=(9.5, 6.2), layout='constrained')
     with tempfile.TemporaryDirectory() as tmp:
         learn = Learner(make(), torch.nn.Linear(1, 2), loss_func=CrossEntropyLossFlat())
-        feed = CacheFeed(cache_teacher(teacher, make(), tmp, views=4, topk=3, check=False)).attach(
-            learn
-        )
+        feed = StoredOutputs(
+            cache_teacher(teacher, make(), tmp, views=4, topk=3, check=False)
+        ).attach(learn)
         for epoch, axs in enumerate(fig.subplots(2, 4).T):
-            plan = feed.epochs.plan
+            plan = feed.rows.epochs.plan
             plan.epoch = epoch
             images, _, rows = learn.dls.train.one_batch()
             t = feed.cache.decode(torch.Tensor(rows).to(torch.uint8)).logits

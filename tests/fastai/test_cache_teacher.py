@@ -38,7 +38,7 @@ from torch import nn
 from fastdistill.cache import TeacherCache, cache_dataset, write_cache
 from fastdistill.fastai.cache_data import cache_teacher as checked_first, verify_cache
 from fastdistill.fastai import KnowledgeDistillation
-from fastdistill.fastai.cache_feed import CacheFeed, passed_epochs
+from fastdistill.fastai.cache_feed import StoredOutputs, passed_epochs
 from fastdistill.fastai.replay_dl import Items
 from fastdistill.fastai.transforms import Replay
 from fastdistill.base.outputs import DistillError, DistillWarning
@@ -131,7 +131,7 @@ class Compare(Callback):
 
 
 def compare(learn, cache, teacher, n=3, **kwargs):
-    c = Compare(CacheFeed(cache), teacher, **kwargs)
+    c = Compare(StoredOutputs(cache), teacher, **kwargs)
     quiet(learn, n, cbs=c)
     return c
 
@@ -328,17 +328,17 @@ def test_batch_transforms_are_compared_by_what_they_give(tmp_path):
     normalize = Normalize.from_stats(*imagenet_stats)
     cache = cache_teacher(Convs(3).eval(), make([Strength(0.1)]), tmp_path / 'a')
     with pytest.raises(DistillError, match='sample 0: the transforms give a different result'):
-        CacheFeed(cache).attach(student(make([Strength(0.9)])))
+        StoredOutputs(cache).attach(student(make([Strength(0.9)])))
     with pytest.raises(DistillError, match='some samples: the transforms give'):
         cache_teacher(Convs(3).eval(), make([Strength(0.9)]), tmp_path / 'a')
-    feed = CacheFeed(cache).attach(
+    feed = StoredOutputs(cache).attach(
         student(make([Strength(0.1), normalize]))
     )  # each model may have its own
     feed.detach()
     # but not where something that comes after it draws in normalised numbers
     cache = cache_teacher(Convs(3).eval(), make([RandomErasing(p=1.0)]), tmp_path / 'b')
     with pytest.raises(DistillError, match='after_batch: Normalize: none in the cache'):
-        CacheFeed(cache).attach(student(make([normalize, RandomErasing(p=1.0)])))
+        StoredOutputs(cache).attach(student(make([normalize, RandomErasing(p=1.0)])))
     # a bare module sees what the DataLoaders give it
     with pytest.raises(DistillError, match='teacher, input: mean'):
         cache_teacher(Convs(3).eval(), make([Strength(0.1), normalize]), tmp_path / 'a')
@@ -397,7 +397,7 @@ def test_generators_are_looked_for_in_each_epoch(tmp_path):
             held.state = dict(rng=random.Random())
 
     c = Compare(
-        CacheFeed(cache_teacher(teacher, make(), tmp_path, views=2, dtype='float32')), teacher
+        StoredOutputs(cache_teacher(teacher, make(), tmp_path, views=2, dtype='float32')), teacher
     )
     quiet(student(make()), 3, cbs=[c, Replace()])
     assert c.error < 1e-5
@@ -525,7 +525,7 @@ def test_the_same_for_language_models(tmp_path, workers):
     cache = cache_teacher(
         teacher, dls, tmp_path, views=2, dtype='float32', valid=True, layers=['0.rnns.1']
     )
-    c = Follow(CacheFeed(cache), Teacher(teacher.model), axis=-1)
+    c = Follow(StoredOutputs(cache), Teacher(teacher.model), axis=-1)
     quiet(learn, 3, cbs=c)
     assert c.error < 1e-5 and {t for t, *_ in c.seen} == {True, False}
     lengths = {
@@ -578,11 +578,11 @@ def test_a_stream_that_is_cut_otherwise_is_refused(tmp_path):
             DistillError,
             match=r'transform stream: 8 rows of 71 tokens, 8 at a time in the cache, \d rows of',
         ):
-            CacheFeed(cache).attach(learn)
+            StoredOutputs(cache).attach(learn)
         learn, _ = apps.pair('language_model')
     # without shuffling: the texts as they lie there
     cache = cache_teacher(teacher, learn.dls, tmp_path / 'c', views=0, dtype='float32')
-    c = Follow(CacheFeed(cache), Teacher(teacher.model), axis=-1)
+    c = Follow(StoredOutputs(cache), Teacher(teacher.model), axis=-1)
     quiet(learn, 2, cbs=c)
     assert c.error < 1e-5
     x = [torch.cat([x for t, e, *_, x in c.seen if t and e == k], 1) for k in range(2)]
@@ -597,7 +597,7 @@ def test_each_view_comes_once_in_as_many_epochs_as_there_are_views_and_each_samp
     stored = torch.stack(
         [cache.outputs(np.arange(TRAIN), v).logits for v in range(3)]
     )  # (view, sample, class)
-    feed, learn = CacheFeed(cache), student(data(bs=TRAIN))
+    feed, learn = StoredOutputs(cache), student(data(bs=TRAIN))
     shown = []
     for n in (2, 4):  # views go on from one fit to the next, as in fine_tune
         c = Compare(feed, teacher)
@@ -619,7 +619,7 @@ def test_lr_find_takes_no_view_away(tmp_path):
     from fastai.callback.schedule import LRFinder
 
     teacher = Teacher(Convs(3))
-    feed = CacheFeed(cache_teacher(teacher, data(), tmp_path, views=2))
+    feed = StoredOutputs(cache_teacher(teacher, data(), tmp_path, views=2))
     learn = student(data(), model_dir=tmp_path)
     quiet(learn, 2, cbs=[Compare(feed, teacher), LRFinder(num_it=4)])
     assert not passed_epochs(learn)
@@ -684,7 +684,7 @@ def test_mixup_mixes_the_stored_probabilities(tmp_path):
                 )
             )
 
-    c = Mixed(CacheFeed(cache), teacher)
+    c = Mixed(StoredOutputs(cache), teacher)
     quiet(student(data(), cbs=[MixUp(0.8), before]), 2, cbs=c)
     assert c.error < 1e-4 and any((s.max(1).values < 0.95).any() for *_, s in c.seen)
 
@@ -702,7 +702,7 @@ def test_layers_are_stored_too(tmp_path):
             if self.training:
                 seen.append((self.feed.outputs().feats, self.learn.x))
 
-    quiet(student(data()), 1, cbs=Look(CacheFeed(cache), None))
+    quiet(student(data()), 1, cbs=Look(StoredOutputs(cache), None))
     for feats, x in seen:
         with Taps(net, ['a', 'bn']) as taps, torch.no_grad():
             net(torch.Tensor(x))
@@ -728,7 +728,7 @@ def test_few_classes_of_many(tmp_path, tail):
             if self.training:
                 seen.append((t, live, self.learn.pred.detach()))
 
-    quiet(student(make(), 12), 2, cbs=Look(CacheFeed(cache), teacher))
+    quiet(student(make(), 12), 2, cbs=Look(StoredOutputs(cache), teacher))
     for t, live, s in seen:
         p, top = live.softmax(1), live.topk(3).indices
         got = t.softmax(1)
@@ -769,7 +769,7 @@ def test_classes_in_another_order_are_mapped_by_name(tmp_path):
                 live = torch.where(live >= live.topk(2, 1).values[:, -1:], live, -torch.inf)
             torch.testing.assert_close(got.softmax(1), live.softmax(1), rtol=1e-4, atol=1e-5)
     with pytest.raises(DistillError, match=r'does not have the class\(es\) d'):
-        CacheFeed(cache).attach(student(data(get_y=lambda i: 'abcd'[i % 4])))
+        StoredOutputs(cache).attach(student(data(get_y=lambda i: 'abcd'[i % 4])))
 
 
 def test_a_part_of_the_data_in_another_order_finds_its_rows(tmp_path):
@@ -787,7 +787,7 @@ def refused(cache, dls, match, **kwargs):
     learn = student(dls, **kwargs)
     was = state_of(learn)
     with pytest.raises(DistillError, match=match):
-        CacheFeed(cache).attach(learn)
+        StoredOutputs(cache).attach(learn)
     assert state_of(learn) == was
 
 
@@ -801,7 +801,7 @@ def test_data_and_transforms_that_do_not_fit_are_refused_in_words(tmp_path, monk
     refused(cache, data(augment='colours'), 'after_batch: RandomErasing: none in the cache')
     monkeypatch.setattr(cached, 'IMAGES', IMAGES[::-1].copy())
     refused(cache, data(), 'the input of sample 0: the transforms give a different result')
-    feed = CacheFeed(TeacherCache(tmp_path, force=True))
+    feed = StoredOutputs(TeacherCache(tmp_path, force=True))
     with pytest.warns(DistillWarning, match='used anyway'):
         feed.attach(student(data())).detach()
 
@@ -821,7 +821,7 @@ def test_maps_of_clean_images_are_not_given_to_augmented_ones(tmp_path):
         DistillError,
         match="a value for each pixel or token of the clean input, but Resize, Flip would move the student's input: cache views=1",
     ):
-        CacheFeed(cache).attach(learn)
+        StoredOutputs(cache).attach(learn)
 
 
 RNG_OF_ITS_OWN = np.random.default_rng()
@@ -948,7 +948,7 @@ def test_a_dataset_of_unnameable_things_asks_for_names(tmp_path):
     dls = make()
     cache = cache_teacher(Convs(3).eval(), dls, tmp_path, keys=items.index)
     assert len(cache) == 7
-    c = Compare(CacheFeed(cache, keys=items.index), Teacher(Convs(3)))
+    c = Compare(StoredOutputs(cache, keys=items.index), Teacher(Convs(3)))
     quiet(student(dls), 1, cbs=c)
     assert c.error < 2e-2
 
@@ -1034,7 +1034,7 @@ def test_a_fit_from_a_cache_leaves_nothing_behind(tmp_path):
         state_of(learn),
         [(dl.after_batch, list(dl.after_batch.fs)) for dl in learn.dls.loaders],
     )
-    quiet(learn, cbs=Compare(CacheFeed(cache), teacher))
+    quiet(learn, cbs=Compare(StoredOutputs(cache), teacher))
 
     class Fails(Callback):
         order = 7
@@ -1045,7 +1045,7 @@ def test_a_fit_from_a_cache_leaves_nothing_behind(tmp_path):
             )
             raise KeyboardInterrupt('stop')
 
-    feed = CacheFeed(cache)
+    feed = StoredOutputs(cache)
     with pytest.raises(KeyboardInterrupt):
         quiet(learn, cbs=[Compare(feed, teacher), Fails()])
     feed.detach()
@@ -1064,7 +1064,7 @@ def test_others_on_the_same_data_see_nothing_of_it(tmp_path):
     teacher = Teacher(Convs(3))
     cache = cache_teacher(teacher, data(), tmp_path, views=2, valid=True)
     learn = student(data(), metrics=apps.accuracy)
-    feed = CacheFeed(cache).attach(learn)
+    feed = StoredOutputs(cache).attach(learn)
     with learn.no_bar():
         assert len(learn.validate()) == 2
         assert len(learn.get_preds(ds_idx=0)[0]) == TRAIN
@@ -1081,7 +1081,7 @@ def test_others_on_the_same_data_see_nothing_of_it(tmp_path):
 def test_replaying_moves_no_global_random_state(tmp_path):
     dls = data(augment='colours')
     learn = student(dls)
-    feed = CacheFeed(
+    feed = StoredOutputs(
         cache_teacher(Convs(3).eval(), data(augment='colours'), tmp_path, views=2)
     ).attach(learn)
 
@@ -1119,7 +1119,7 @@ def test_ranks_of_a_distributed_fit_get_their_own_rows(tmp_path, monkeypatch):
     learn = student(data(bs=4))
     own = list(learn.dls.loaders)
     feed, order = (
-        CacheFeed(cache).attach(learn),
+        StoredOutputs(cache).attach(learn),
         np.random.default_rng(0).permutation(TRAIN).tolist(),
     )
     for rank in range(2):  # fastai wraps the DataLoaders when the fit has begun
@@ -1142,7 +1142,7 @@ def one_of_two(folder):
     cache = cache_teacher(teacher, data(), folder / 'c', views=2, dtype='float32')
     learn = student(data(bs=3, num_workers=1))
     learn.logger = print
-    c = Compare(CacheFeed(cache), teacher)
+    c = Compare(StoredOutputs(cache), teacher)
     with learn.no_bar(), learn.distrib_ctx(sync_bn=False, cpu=True):
         learn.fit(2, 1e-3, cbs=c)
     seen = [
@@ -1177,7 +1177,7 @@ def test_a_copy_of_the_dataloaders_is_found_and_freed(tmp_path):
     cache = cache_teacher(Convs(3).eval(), data(), tmp_path, views=2)
     learn = student(data())
     own = learn.dls
-    feed = CacheFeed(cache).attach(learn)
+    feed = StoredOutputs(cache).attach(learn)
     learn.dls = copy.deepcopy(own)
     assert len(learn.dls.one_batch()) == 3
     feed.detach()
@@ -1281,5 +1281,5 @@ def test_rows_that_nobody_reads_change_nothing(tmp_path):
         def after_loss(self):
             assert self.feed.ready()
 
-    a, b = run(), run(Attached(CacheFeed(cache), None))
+    a, b = run(), run(Attached(StoredOutputs(cache), None))
     assert all(torch.equal(a[k], b[k]) for k in a)

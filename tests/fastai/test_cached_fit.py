@@ -25,7 +25,7 @@ from cached import (
 from fastdistill import Distiller, Term, at, kd, losses, soft_labels
 from fastdistill.cache import TeacherCache, cache_dataset
 from fastdistill.fastai import KnowledgeDistillation, TeacherBlock
-from fastdistill.fastai.cache_feed import CacheFeed, passed_epochs
+from fastdistill.fastai.cache_feed import StoredOutputs, passed_epochs
 from fastdistill.fastai.replay_dl import Items
 from fastdistill.fastai.transforms import Replay
 from fastdistill.base.outputs import DistillError, Outputs, TopK
@@ -172,7 +172,7 @@ def test_distill_takes_a_cache_and_a_feed_and_without_validation_the_column_is_e
         and column(learn, 'kd_loss') is None
     )
     with learn.no_bar(), learn.no_logging():
-        learn.distill(CacheFeed(tmp_path), 1, 1e-3, soft_labels())
+        learn.distill(StoredOutputs(tmp_path), 1, 1e-3, soft_labels())
     assert len(learn.metrics) == 1
 
 
@@ -497,7 +497,7 @@ def test_alpha_0_trains_as_if_there_were_no_teacher(tmp_path, views):
         ]
 
     a, b = (
-        run(*([Attached(CacheFeed(cache))] if views else [])),
+        run(*([Attached(StoredOutputs(cache))] if views else [])),
         run(KnowledgeDistillation(cache, alpha=0.0)),
     )
     assert all(torch.equal(x, y) for x, y in zip(a, b))

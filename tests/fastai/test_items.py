@@ -440,6 +440,37 @@ def test_the_samples_of_a_list_are_its_items():
     assert close(live, trained(make, lambda dls: net))
 
 
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.two, self.three = nn.Linear(4, 2), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return dict(two=self.two(x), three=self.three(x))
+
+
+def test_the_teacher_of_one_of_several_heads_reads_the_items():
+    samples = [(x, i % 2, i % 3) for i, x in enumerate(torch.randn(16, 4))]
+    two, three = nn.Linear(4, 2), nn.Linear(4, 3)
+
+    def make():
+        torch.manual_seed(0)
+        dls = DataLoaders.from_dsets(
+            samples, samples, bs=4, shuffle=True, num_workers=0, device='cpu'
+        )
+        dls.n_inp = 1
+        loss = lambda p, a, b: (
+            nn.functional.cross_entropy(p['two'], a) + nn.functional.cross_entropy(p['three'], b)
+        )
+        return quiet(Learner(dls, TwoHeads(), loss_func=loss))[0]
+
+    reads = Teacher(two, items=lambda samples: torch.stack([o[0] for o in samples]))
+    live = trained(make, lambda dls: dict(two=two, three=three))
+    assert close(live, trained(make, lambda dls: dict(two=reads, three=three)))
+    other = Teacher(two, items=lambda samples: torch.stack([-o[0] for o in samples]))
+    assert not close(live, trained(make, lambda dls: dict(two=other, three=three)))
+
+
 def test_where_it_cannot_work_an_error_says_so(folder, tmp_path):
     t = Teacher(convs(6), items=own_pixels)
     with refuses('raw items of these inputs are not known here'):
@@ -453,8 +484,6 @@ def test_where_it_cannot_work_an_error_says_so(folder, tmp_path):
     learn = image_student(folder)
     with refuses("does not see the student's augmentation"):
         cache_teacher(t, learn.dls, tmp_path / 'c', 4, kind='softmax', axis=1)
-    with refuses('several heads do not take'):
-        learn.fit(1, cbs=KnowledgeDistillation({'a': t}))
     with refuses('Flip would move the student'):
         learn.fit(1, cbs=KnowledgeDistillation(t, hint(layers={'1': '1'}, weight=1.0), check=False))
     lm = quiet(*language_model())[0]

@@ -7,8 +7,10 @@ import apps
 from torch import nn
 from fastai.basics import (
     Callback,
+    CancelFitException,
     CategoryBlock,
     DataBlock,
+    DataLoader,
     DataLoaders,
     IndexSplitter,
     Learner,
@@ -32,7 +34,7 @@ from fastdistill.fastai import (
     kd,
     verify_cache,
 )
-from fastdistill.fastai.targets import TargetFeed
+from fastdistill.fastai.targets import GivenOutputs
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
 KD = KnowledgeDistillation
@@ -202,6 +204,49 @@ def test_teachers_do_not_change_and_nothing_is_left():
     assert not learn.model.body._forward_hooks
 
 
+class FirstStep(Callback):
+    "The gradients of the first step, and its batch"
+
+    order = 8
+    seen = None
+
+    def before_batch(self):
+        self.net = copy.deepcopy(self.learn.model)
+
+    def after_backward(self):
+        self.seen = [p.grad.clone() for p in self.model.parameters()], self.x, self.yb
+        raise CancelFitException
+
+
+def test_a_dict_of_teachers_makes_the_class_that_was_named():
+    class Mine(KD):
+        pass
+
+    assert type(KD(teachers())) is KD
+    assert type(Mine(teachers())) is Mine
+
+
+def test_heads_learn_from_their_teachers_on_inputs_without_labels():
+    learn, t, first = learner(), teachers(), FirstStep()
+    more = torch.randn(16, 6, generator=torch.Generator().manual_seed(5))
+    unlabeled = DataLoader([(o,) for o in more], bs=16)
+    learn.distill(t, 1, 0.01, kd(T=2.0, alpha=0.4), unlabeled=unlabeled, cbs=first, check=False)
+    grads, x, (c, h) = first.seen
+    net = first.net
+    s, u = net(x), net(more)
+    term = lambda o, k, x: losses.kl(o[k], t[k](x), T=2.0)
+    want = 0.6 * both(s, c, h) + 0.4 * sum(term(s, k, x) + term(u, k, more) for k in t)
+    for got, p in zip(grads, torch.autograd.grad(want, [*net.parameters()])):
+        torch.testing.assert_close(got, p)
+
+
+def test_perturbed_rows_are_for_heads_too():
+    learn, t, calls = learner(), teachers(), []
+    count = {k: Teacher(lambda x, k=k: (calls.append((k, len(x))), t[k](x))[1]) for k in t}
+    learn.distill(count, 1, 0.01, kd(), perturbed=2, check=False)
+    assert calls.count(('color', 32)) == calls.count(('shape', 32)) == 4
+
+
 def test_layers_of_each_teacher_are_compared(tmp_path):
     learn, first = learner(), First()
     deep = {
@@ -331,7 +376,7 @@ def test_mistakes_are_named():
     refused('loss= with several heads', t, 1, 0.01, loss=lambda s, t, y: 0.0)
     refused(
         "The head 'color': give each head a teacher that runs, or a cache",
-        dict(color=TargetFeed(), shape=t['shape']),
+        dict(color=GivenOutputs(), shape=t['shape']),
         1,
         0.01,
     )
@@ -344,14 +389,14 @@ def test_mistakes_are_named():
         kd(),
         of=numbers,
     )
-    for k in ('unlabeled', 'perturbed'):
-        refused(
-            f'{k}= with several heads: they learn from batches with labels alone',
-            t,
-            1,
-            0.01,
-            **{k: 3},
-        )
+    refused(
+        'unlabeled_targets= with several heads: the teachers run on unlabeled inputs',
+        t,
+        1,
+        0.01,
+        unlabeled=[(x,) for x in X],
+        unlabeled_targets='more',
+    )
     refused(
         "output= with several heads: each head's output is the one of its name",
         t,
@@ -402,7 +447,7 @@ def test_check_teacher_and_explain_look_at_each_head():
         ].facts.student_score == pytest.approx(right(s[k]))
         assert why[k].facts.shares.keys() == {'task', 'kd'} and why[k].facts.steps == 12
     with pytest.raises(DistillError, match="The head 'color' has stored outputs"):
-        learn.explain(dict(color=TargetFeed(), shape=t['shape']))
+        learn.explain(dict(color=GivenOutputs(), shape=t['shape']))
 
 
 def test_a_head_of_numbers():

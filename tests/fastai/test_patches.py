@@ -13,7 +13,7 @@ import fastdistill.fastai
 from fastdistill import recipes
 from fastdistill.fastai import KnowledgeDistillation, patches
 from fastdistill.fastai.block import TeacherBlock
-from fastdistill.fastai.targets import TeacherTargets
+from fastdistill.fastai.teacher_targets import TeacherTargets
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in apps.FASTAI_WARNINGS]
 

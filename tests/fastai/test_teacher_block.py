@@ -32,8 +32,9 @@ from fastai.vision.all import (
 from torch import nn
 import torch.nn.functional as F
 from fastdistill.fastai import KnowledgeDistillation, hint
-from fastdistill.fastai.block import TeacherBlock, TeacherTarget
-from fastdistill.fastai.targets import Feed, TargetFeed, TeacherTargets
+from fastdistill.fastai.block import TeacherBlock
+from fastdistill.fastai.targets import Feed, GivenOutputs
+from fastdistill.fastai.teacher_targets import TeacherTarget, TeacherTargets
 from fastdistill.base.outputs import DistillError, DistillWarning
 
 pytestmark = pytest.mark.filterwarnings(
@@ -242,7 +243,7 @@ def test_mixed_batches_get_the_mixture_of_the_teachers_probabilities(mix, kind):
         get_y=[get_y, row],
         splitter=IndexSplitter([0, 1]),
     ).dataloaders(range(16), bs=7, num_workers=0)
-    spy = Spy(TargetFeed(), kind)
+    spy = Spy(GivenOutputs(), kind)
     quiet(Learner(dls, Flat(16 * 64), cbs=[mix]), cbs=spy)
     act, rows = (
         dict(softmax=lambda z: z.softmax(1), sigmoid=torch.sigmoid, regression=lambda z: z)[kind],
@@ -273,7 +274,7 @@ def test_probabilities_become_logits_again():
 
 def test_class_names_are_mapped():
     dls = data(target=TeacherBlock(vocab=['c', 'a', 'b']))
-    spy = Spy(TargetFeed())
+    spy = Spy(GivenOutputs())
     quiet(Learner(dls, Flat()), cbs=spy)
     known = torch.from_numpy(ROWS[:, [1, 2, 0]])
     assert all((known == o).all(1).any() for *_, t, _ in spy.got for o in t)
@@ -285,7 +286,7 @@ def test_class_names_are_mapped():
             data(target=TeacherBlock(vocab=names), row=lambda i: np.zeros(len(names), 'f4')), Flat()
         )  # noqa: B023
         with pytest.raises(DistillError, match=say):
-            TargetFeed().attach(learn)
+            GivenOutputs().attach(learn)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +312,7 @@ def test_probabilities_taken_for_logits_are_noticed():
     p = torch.tensor(ROWS).softmax(1).numpy()
     learn = Learner(data(row=lambda i: p[i]), Flat())
     with pytest.warns(DistillWarning, match='seem to be probabilities'):
-        quiet(learn, cbs=Spy(TargetFeed()))
+        quiet(learn, cbs=Spy(GivenOutputs()))
 
 
 def test_a_target_among_the_inputs_is_refused():
@@ -328,7 +329,7 @@ def test_two_mixtures_are_refused():
         data(label=MultiCategoryBlock, get=lambda i: [label(i)]), Flat(), cbs=[MixUp(), CutMix()]
     )
     with pytest.raises(DistillError, match='mixed twice'):
-        quiet(learn, cbs=Spy(TargetFeed()))
+        quiet(learn, cbs=Spy(GivenOutputs()))
 
 
 def test_data_without_targets_are_refused_before_the_first_batch():
@@ -339,7 +340,7 @@ def test_data_without_targets_are_refused_before_the_first_batch():
     with pytest.raises(
         DistillError, match='no teacher.s target. Give KnowledgeDistillation a teacher'
     ):
-        TargetFeed().attach(learn)
+        GivenOutputs().attach(learn)
     assert not learn.cbs
 
     class Never(Callback):
@@ -360,15 +361,15 @@ def test_data_without_targets_are_refused_before_the_first_batch():
 
 def test_a_feed_leaves_nothing_behind():
     learn = Learner(data(), Flat(), default_cbs=False)
-    feed = TargetFeed().attach(learn)
+    feed = GivenOutputs().attach(learn)
     assert sum(isinstance(c, TeacherTargets) for c in learn.cbs) == 1 and not feed.ready()
     feed.detach()
     feed.detach()
     assert not learn.cbs
     learn = Learner(data(), Flat())
     have = list(learn.cbs)
-    TargetFeed().attach(learn).detach()
-    assert list(learn.cbs) == have and issubclass(TargetFeed, Feed)
+    GivenOutputs().attach(learn).detach()
+    assert list(learn.cbs) == have and issubclass(GivenOutputs, Feed)
 
 
 def test_a_dataset_of_your_own_may_bring_targets():

@@ -449,7 +449,7 @@ def test_nothing_is_left_behind(tmp_path, error):
     assert (
         cb.unlabeled.iterator is None
         and cb.unlabeled.loader is None
-        and cb.unlabeled.feed.fed == []
+        and cb.unlabeled.rows.fed == []
     )
     learn.fit(1, 1e-3, cbs=cb)
 

@@ -62,7 +62,7 @@ ORDER = dict(
     distiller='distiller heads integration',
     evaluation='data format tables text plot_style feature_plots report_plots page checks_page report run_table metrics agreement paired_tests cost models',
     search='candidates text_table significance runs proposals result search recipe_report',
-    fastai='task language_model block vocab head targets transforms replay_dl sample_keys raw_items tables teachers batches metrics compare interpret export save default_recipe costs check cache_data cache_feed head_feed finite trend unlabeled projector_opt arguments callback multi_head patches learner trial_callback trials find recipe_runs',
+    fastai='task language_model learner_notes teacher_targets patches block vocab targets transforms replay_dl sample_keys raw_items tables teachers batches head metrics compare interpret export save default_recipe costs check cache_data cache_feed finite trend unlabeled projector_opt arguments multi_head callback learner trial_callback trials find recipe_runs',
     huggingface='students models trainer',
     cli='training arguments objects demo commands app',
 )
@@ -159,6 +159,59 @@ def test_imports_keep_to_the_law(file):
         assert '*' not in names or file.name == '__init__.py', (
             f'import * from {module}: name what you import'
         )
+
+
+CHANGES = {'append', 'extend', 'insert', 'add', 'update', 'setdefault', 'pop', 'clear', 'remove'}
+
+
+def changes_of_imports(tree):
+    """Places that change what another file of the package defines: an attribute of it, or the
+    content of a list or dict
+    """
+    names = {
+        a.asname or a.name
+        for n in ast.walk(tree)
+        if isinstance(n, ast.ImportFrom) and n.level
+        for a in n.names
+    }
+    own = {}  # node -> names that a function around it binds itself
+    for f in ast.walk(tree):
+        if isinstance(f, (ast.FunctionDef, ast.Lambda)):
+            inside = [*ast.walk(f)]
+            bound = {o.arg for o in inside if isinstance(o, ast.arg)}
+            bound |= {
+                o.id for o in inside if isinstance(o, ast.Name) and isinstance(o.ctx, ast.Store)
+            }
+            for n in inside:
+                own.setdefault(id(n), set()).update(bound)
+    imported = lambda o: isinstance(o, ast.Name) and o.id in names - own.get(id(o), set())
+    for n in ast.walk(tree):
+        if isinstance(n, (ast.Attribute, ast.Subscript)) and not isinstance(n.ctx, ast.Load):
+            if imported(n.value):
+                yield n
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute):
+            if n.func.attr in CHANGES and imported(n.func.value):
+                yield n
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name):
+            if n.func.id in ('setattr', 'delattr') and imported(n.args[0]):
+                yield n
+
+
+@pytest.mark.parametrize(
+    'code',
+    ['Thing.made = 1', 'thing.Thing, x = 1, 2', 'del Thing.x', 'Thing[0] = 1', 'Thing.append(1)']
+    + ["setattr(Thing, 'made', 1)"],
+)
+def test_changes_of_imports_are_found(code):
+    tree = ast.parse(f'from .a import Thing\nfrom . import thing\ndef f():\n    {code}')
+    assert len([*changes_of_imports(tree)]) == 1
+
+
+@pytest.mark.parametrize('file', FILES, ids=lambda f: str(f.relative_to(SRC)))
+def test_no_file_changes_what_another_one_defines(file):
+    "Such a change is an import in disguise, in the opposite direction"
+    found = changes_of_imports(ast.parse(file.read_text()))
+    assert not [f'{n.lineno}: {ast.unparse(n)}' for n in found]
 
 
 def test_only_distributed_knows_torch_distributed():

@@ -11,8 +11,6 @@ from ..search.recipe_report import RecipeReport
 from ..teachers import Teacher
 from . import find as _find
 from . import learner as _learner
-from . import multi_head as _heads
-from . import patches as _patches
 from .block import TeacherBlock
 from .cache_data import cache_teacher, verify_cache
 from .callback import KnowledgeDistillation

@@ -5,10 +5,17 @@ from ..cache.reader import TeacherCache, is_cache
 from ..recipes.term import Recipe, Term
 from ..recipes.text import as_recipe
 from ..recipes.zoo import kd
-from .cache_feed import CacheFeed
-from .targets import Feed, TargetFeed
+from .cache_feed import StoredOutputs
+from .targets import Feed, GivenOutputs
 
-__all__ = ['check_options', 'feed_of', 'make_recipe']
+__all__ = ['check_options', 'feed_of', 'make_recipe', 'refuse_options', 'stored_head']
+
+INSTEAD = dict(
+    loss="give each head a recipe instead of it, as in recipe={'color': kd(), 'shape': Term(my_loss, "
+    'weight=1.)}',
+    output="each head's output is the one of its name or place",
+    unlabeled_targets='the teachers run on unlabeled inputs. Omit it',
+)
 
 
 def check_options(teacher, **options):
@@ -24,16 +31,33 @@ def check_options(teacher, **options):
         )
 
 
+def refuse_options(several, **options):
+    """Refuse options of one output where there are several heads."""
+    for k, v in options.items():
+        if several and v is not None:
+            raise DistillError(f'{k}= with several heads: {INSTEAD[k]}.')
+
+
 def feed_of(source):
     """The feed that adds stored outputs to the batches; None for a teacher that runs."""
     if source is None:
-        return TargetFeed()
+        return GivenOutputs()
     # an URL is a cache's: models are files on this machine
     if is_cache(source) or isinstance(source, str) and '://' in source:
         source = TeacherCache(source)
     if isinstance(source, TeacherCache):
-        return CacheFeed(source)
+        return StoredOutputs(source)
     return source if isinstance(source, Feed) else None
+
+
+def stored_head(head, feed):
+    """The stored outputs of a head."""
+    if isinstance(feed, StoredOutputs):
+        return StoredOutputs(feed.cache, feed.keys, head)
+    raise DistillError(
+        f'The head {head.name!r}: give each head a teacher that runs, or a cache that cache_teacher '
+        'wrote.'
+    )
 
 
 def make_recipe(recipe, T, alpha, loss):

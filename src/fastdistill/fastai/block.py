@@ -2,42 +2,17 @@
 
 import numpy as np
 import torch
-from fastai.basics import ItemTransform, TensorBase, TransformBlock
+from fastai.basics import ItemTransform, TransformBlock
 from torch import Tensor
 
 from ..base.outputs import DistillError, as_plain
 from ..teachers.probabilities import logits_of
+from .patches import patch_for_targets
+from .teacher_targets import TeacherTarget
 
-__all__ = [
-    'FIRST_TARGET',
-    'TeacherBlock',
-    'TeacherRow',
-    'TeacherTarget',
-    'ToTeacherTarget',
-    'before_first_target',
-]
+__all__ = ['TeacherBlock', 'ToTeacherTarget']
 
-FIRST_TARGET = []  # functions to call before the first teacher's target is made; `patches` then wraps fastai's methods
 GIVEN = ('logits', 'probabilities', 'label_probabilities')
-
-
-def before_first_target():
-    """Call the functions in `FIRST_TARGET`, once."""
-    while FIRST_TARGET:
-        FIRST_TARGET.pop()()
-
-
-class TeacherTarget(TensorBase):
-    """A teacher's output for an item. It has its own type, so that transforms of images, masks and
-    categories skip it.
-    """
-
-    def show(self, ctx=None, **kwargs):
-        return ctx
-
-
-class TeacherRow(TeacherTarget):
-    """The bytes of a teacher's output, as a cache stores it."""
 
 
 class ToTeacherTarget(ItemTransform):
@@ -46,9 +21,10 @@ class ToTeacherTarget(ItemTransform):
     """
 
     _retain, order = False, 1
+    makes_teacher_target = True
 
     def __new__(cls, *args, **kwargs):  # called for unpickled and copied ones, too
-        before_first_target()
+        patch_for_targets()
         return super().__new__(cls)
 
     def __init__(self, given, n_out, names):
@@ -97,6 +73,8 @@ class TeacherBlock(TransformBlock):
         vocab: Names of the teacher's classes, in the order of a row; they are mapped to the
             labels' by name.
     """
+
+    holds_teacher = True
 
     def __init__(self, given: str = 'logits', n_out: int | None = None, vocab=None):
         if given not in GIVEN:

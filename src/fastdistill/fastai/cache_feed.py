@@ -1,7 +1,6 @@
 "Train from a cache: add its rows to the batches."
 
 from dataclasses import dataclass, field, replace
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -14,14 +13,16 @@ from ..cache.manifest import refuse, sample_differences, transform_differences
 from ..cache.reader import TeacherCache
 from ..recipes.batch import all_classes
 from .cache_data import inspect_views, writer_dl
+from .head import HeadData
 from .language_model import inner_dl, is_stream, of_length, share_n_inp
+from .learner_notes import passed_epochs
 from .replay_dl import Plan, attach, detach, refuse_unindexed, set_aside
 from .sample_keys import item_keys, matching_root, sample_files
 from .targets import Feed
 from .transforms import augmented, describe_transforms, moves
 from .vocab import stored_order, vocab_of
 
-__all__ = ['CacheFeed', 'Epochs', 'passed_epochs']
+__all__ = ['StoredOutputs', 'CacheRows']
 
 
 class Epochs(Callback):
@@ -53,28 +54,25 @@ ONE_VIEW = (
     'is possible too: augmentation stays random.'
 )
 
-# learner -> cache -> number of epochs trained from it; the next fit continues with the next view
-PASSED = WeakKeyDictionary()
-
-
-def passed_epochs(learn) -> dict:
-    return PASSED.setdefault(learn, {})
-
 
 @dataclass
-class CacheFeed(Feed):
-    """Adds the rows of a cache to the batches.
+class StoredOutputs(Feed):
+    """The outputs that a cache stores, for the batches that hold its rows.
 
     Attributes:
         cache: Or its path.
         keys: The `keys=` of `cache_teacher`
-        fed: DataLoaders with rows in them.
+        head: Of several heads of a student the one that these outputs teach.
+        rows: What puts the rows into the batches.
+        columns: The bytes of a row that are of this cache; None: all.
     """
 
     cache: TeacherCache
     keys: object = None
+    head: object = None
     learn: object = field(default=None, repr=False)
-    fed: list = field(default_factory=list, repr=False)
+    rows: object = field(default=None, repr=False)
+    columns: slice | None = None
     missing = (
         "This batch has no stored teacher's output: the cache holds the training set only "
         '(cache_teacher(..., valid=True) adds the validation set).'
@@ -85,22 +83,24 @@ class CacheFeed(Feed):
             self.cache = TeacherCache(self.cache)
         if self.keys is None:
             self.keys = self.cache.sample_names
-        self.added = self.epochs = None
+        self.added = None
         self.stream = False
 
     def attach(self, learn, kind='softmax', axis=1):
-        super().attach(learn, kind, axis)
-        try:
-            share_n_inp(learn.dls)
-            with RandomGuard():
-                self._attach(learn.dls)
-        except BaseException:
-            self.detach()
-            raise
-        many = learn.n_epoch > 1 and not hasattr(learn, 'lr_finder')
-        if self.cache.views == 1 and many and augmented(learn.dls.train):
-            self._log(ONE_VIEW)
+        CacheRows({'': self}).attach(learn, {'': (kind, axis)})
         return self
+
+    def join(self, rows, learn, kind, axis, columns=None):
+        """Read a part of the rows that `rows` puts into the batches."""
+        super().attach(learn, kind, axis)
+        self.rows, self.columns = rows, columns
+        self.find_order(learn.dls)
+
+    def detach(self):
+        rows, self.rows = self.rows, None
+        super().detach()
+        if rows is not None:
+            rows.detach()
 
     @property
     def doubt(self):
@@ -125,39 +125,16 @@ class CacheFeed(Feed):
             'instead of the cache.'
         )
 
-    def _log(self, text):
-        """Not inside `learn.no_logging()`, and on the first rank alone."""
-        if self.learn.logger is not noop and rank() == 0:
-            print(text)
-
-    def _attach(self, dls):
-        valid = self.cache.valid
-        self._find_order(dls)
-        plan = self._feed(dls, dls.train, self.cache, self.keys)
-        self._callback().n_inp = dls.train.n_inp
-        if valid is not None and len(dls.loaders) > 1:
-            try:
-                self._feed(dls, dls.valid, valid, self.keys if callable(self.keys) else None)
-            except DistillError as e:
-                self._log(
-                    f'fastdistill: no column for the validation set, since the cache has another one. {e}'
-                )
-        self.epochs = Epochs(plan, passed_epochs(self.learn).get(self.cache.identity, 0), self.fed)
-        self.learn.add_cb(self.epochs)
-
-    def _find_order(self, dls):
+    def find_order(self, dls):
+        """The order of the labels' classes, in which outputs are returned."""
+        own = dls if self.head is None else HeadData(dls, self.head)
         names = self.cache.manifest.vocab
         self.order = (
-            None if names is None or vocab_of(dls) is None else stored_order(names, vocab_of(dls))
+            None if names is None or vocab_of(own) is None else stored_order(names, vocab_of(own))
         )
         self.stream = is_stream(dls.train)
 
-    def _feed(self, dls, dl, cache, keys):
-        plan = self._plan(dls, dl, cache, keys)
-        self.fed.append(attach(dl, plan))
-        return plan
-
-    def _plan(self, dls, dl, cache, keys):
+    def plan(self, dls, dl, cache, keys):
         """Which rows belong to the samples of a DataLoader; an error if the cache is not of these
         data.
         """
@@ -183,25 +160,8 @@ class CacheFeed(Feed):
         refuse(cache.folder, misfits(dl, plan, cache), cache.force)
         return plan
 
-    def detach(self):
-        for dl in self.fed:
-            detach(dl)
-        self.fed = []
-        if self.learn is not None:
-            # subtle: some tools replace the DataLoaders by a copy temporarily
-            for dl in map(inner_dl, self.learn.dls.loaders):
-                detach(dl)
-            if self.epochs is not None:
-                if not hasattr(self.learn, 'lr_finder'):
-                    passed_epochs(self.learn)[self.cache.identity] = (
-                        self.epochs.before + self.epochs.passed
-                    )
-                self.learn.remove_cbs([c for c in self.learn.cbs if c is self.epochs])
-            self.epochs = None
-        super().detach()
-
     def set_aside(self):
-        return set_aside(*self.fed)
+        return super().set_aside() if self.rows is None else self.rows.set_aside()
 
     def example(self, x):
         """Outputs of as many samples as there are inputs, for their shapes and stored layers."""
@@ -212,10 +172,11 @@ class CacheFeed(Feed):
         return of_length(out, t.shape[1]) if self.stream else out
 
     def decode(self, t, learn):
-        out = self.decoded(t)
+        out = self.decoded(t if self.columns is None else t[:, self.columns])
         if self.stream:
             out = of_length(out, learn.x.shape[1])
-        return all_classes(out, Outputs(as_plain(learn.pred)))
+        pred = learn.pred if self.head is None else self.head(learn.pred)
+        return all_classes(out, Outputs(as_plain(pred)))
 
     def decoded(self, t):
         """Rows as outputs, with the classes in the order of the labels."""
@@ -229,6 +190,134 @@ class CacheFeed(Feed):
             else lg.index_select(self.axis, order.to(lg.device))
         )
         return replace(out, logits=lg)
+
+
+class CacheRows:
+    """Puts the rows of one or several caches into the batches. A row has those of all caches for a
+    sample, side by side.
+
+    Args:
+        feeds: Name -> `StoredOutputs`
+    """
+
+    def __init__(self, feeds: dict):
+        self.feeds, self.fed, self.learn, self.passed, self.epochs = feeds, [], None, {}, None
+        caches = [f.cache for f in feeds.values()]
+        self.identity = tuple(c.identity for c in caches) if len(caches) > 1 else caches[0].identity
+
+    def attach(self, learn, tasks: dict):
+        """To the batches of a Learner.
+
+        Args:
+            tasks: Name -> (kind of logits, class axis).
+        """
+        self.detach()
+        self.learn, self.passed = learn, passed_epochs(learn)
+        sizes = np.cumsum([0, *(f.cache.manifest.layout.bytes for f in self.feeds.values())])
+        try:
+            with RandomGuard():
+                for (k, f), a, b in zip(self.feeds.items(), sizes, sizes[1:]):
+                    f.join(self, learn, *tasks[k], slice(a, b) if len(self.feeds) > 1 else None)
+                share_n_inp(learn.dls)
+                self._attach(learn.dls)
+        except BaseException:
+            self.detach()
+            raise
+
+    def _attach(self, dls):
+        feeds = self.feeds.values()
+        plan = self.feed(dls, dls.train, [(f.cache, f.keys) for f in feeds])
+        next(iter(feeds)).targets.n_inp = dls.train.n_inp
+        valid = [(f.cache.valid, f.keys if callable(f.keys) else None) for f in feeds]
+        if all(c is not None for c, _ in valid) and len(dls.loaders) > 1:
+            try:
+                self.feed(dls, dls.valid, valid)
+            except DistillError as e:
+                self._log(
+                    f'fastdistill: no column for the validation set, since the cache has another one. {e}'
+                )
+        self.learn.add_cb(self.epochs)
+        many = self.learn.n_epoch > 1 and not hasattr(self.learn, 'lr_finder')
+        if plan.views == 1 and many and augmented(dls.train):
+            self._log(ONE_VIEW)
+
+    def feed(self, dls, dl, caches):
+        """Put the rows into the batches of one DataLoader, the first of which tells the epochs.
+
+        Args:
+            dls: The Learner's.
+            caches: (cache, keys) of each feed.
+        """
+        plan = self._joined(
+            [f.plan(dls, dl, c, k) for f, (c, k) in zip(self.feeds.values(), caches)]
+        )
+        self.fed.append(attach(dl, plan))
+        if self.epochs is None:
+            self.epochs = Epochs(plan, self.passed.get(self.identity, 0), self.fed)
+        return plan
+
+    def _joined(self, plans):
+        """One plan of those of all caches."""
+        if len(plans) == 1:
+            return plans[0]
+        first = max(plans, key=lambda p: p.views)
+        if any(p.views and not same_views(p, first) for p in plans):
+            have = '; '.join(
+                f'{k}: {p.views} view(s), seed {p.seed}' for k, p in zip(self.feeds, plans)
+            )
+            raise DistillError(
+                f'The caches of these heads hold other views of the samples ({have}), but a batch has '
+                "one view of each. Write them in one call: cache_teacher({'color': teacher1, 'shape': "
+                'teacher2}, dls, folder, views=...).'
+            )
+        return replace(first, at=np.arange(len(first.at)), cache=SideBySide(plans))
+
+    def _log(self, text):
+        """Not inside `learn.no_logging()`, and on the first rank alone."""
+        if self.learn.logger is not noop and rank() == 0:
+            print(text)
+
+    def detach(self):
+        """Undo `attach`; safe to call twice."""
+        fed, self.fed = self.fed, []
+        for dl in fed:
+            detach(dl)
+        if self.learn is not None:
+            # subtle: some tools replace the DataLoaders by a copy temporarily
+            for dl in map(inner_dl, self.learn.dls.loaders):
+                detach(dl)
+            self.learn.remove_cbs([c for c in self.learn.cbs if c is self.epochs])
+        if self.epochs is not None and not hasattr(self.learn, 'lr_finder'):
+            self.passed[self.identity] = self.epochs.before + self.epochs.passed
+        self.learn = self.epochs = None
+        for f in self.feeds.values():
+            if f.rows is self:
+                f.detach()
+
+    def set_aside(self):
+        return set_aside(*self.fed)
+
+
+class SideBySide:
+    """Rows of several caches as those of one.
+
+    Args:
+        plans: Of each.
+    """
+
+    def __init__(self, plans):
+        self.plans = plans
+
+    def rows(self, at, views):
+        """(B, bytes) uint8 for positions in the dataset."""
+        # subtle: a cache of the clean view has no other
+        return np.concatenate(
+            [p.cache.rows(p.at[at], views if p.views else 0) for p in self.plans], 1
+        )
+
+
+def same_views(a, b):
+    return (a.views, a.seed) == (b.views, b.seed) and np.array_equal(a.keys, b.keys)
 
 
 def misfits(dl, plan, cache):

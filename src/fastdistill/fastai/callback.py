@@ -1,8 +1,7 @@
 "The callback: distillation inside a fit, and nothing of it outside."
 
 import copy
-from functools import wraps
-from weakref import WeakKeyDictionary
+from dataclasses import replace
 
 from fastai.basics import Callback, L, noop, one_param
 from fastai.callback.mixup import MixHandler
@@ -11,16 +10,21 @@ from ..base.distributed import broadcast, of_first, on_first, rank
 from ..base.outputs import DistillError, as_plain, check_axis, check_output
 from ..base.task import pseudo_labels
 from ..distiller.distiller import Distiller
+from ..distiller.heads import Heads, has_outputs
 from ..distiller.integration import OLD_STATE
 from ..features.layer_names import unwrap
 from ..features.taps import Taps
 from ..recipes.gradient_norms import shares_in_words
-from ..recipes.term import one_temperature
-from .arguments import check_options, feed_of, make_recipe
+from ..recipes.term import Recipe, one_temperature
+from .arguments import check_options, feed_of, make_recipe, refuse_options, stored_head
+from .cache_feed import CacheRows
 from .check import check_optimizer, find_mistakes, weight_shapes
 from .default_recipe import choose_recipe, example_of
 from .finite import FiniteCheck
+from .head import WholeModel, beside_labels, heads_of, option_of_heads, task_of_head
+from .learner_notes import notes_of
 from .metrics import PartMetric, TaskMetric
+from .patches import DistillationCallback
 from .projector_opt import ProjectorOptimizer
 from .raw_items import ItemFeed
 from .task import task_of
@@ -28,17 +32,10 @@ from .teachers import is_heads, teacher_of
 from .trend import TrendCheck
 from .unlabeled import UnlabeledInputs
 
-__all__ = ['FIRST_CALLBACK', 'LAST_STATES', 'LOADED_STATES', 'KnowledgeDistillation']
-
-# functions to call before there is a callback; `patches` wraps methods of fastai then
-FIRST_CALLBACK = []
-# Learner -> `KnowledgeDistillation.state_dict` after its last fit or load, for `Learner.save`
-LAST_STATES = WeakKeyDictionary()
-# Learner -> the same as `Learner.load` found it beside the student's file, for the next fit
-LOADED_STATES = WeakKeyDictionary()
+__all__ = ['KnowledgeDistillation']
 
 
-class KnowledgeDistillation(Callback):
+class KnowledgeDistillation(DistillationCallback):
     """Train the learner on what `teacher` predicts: `learn.fit_one_cycle(3, 1e-3,
     cbs=KnowledgeDistillation(teacher))`.
 
@@ -73,7 +70,6 @@ class KnowledgeDistillation(Callback):
 
     # after the student's loss and its regularizers; before GradientAccumulation (6) and MixedPrecision (10) scale it
     order, remove_on_fetch, _only_train_loop = 5, False, True
-    of_heads = None  # the class for several heads, which `heads` sets
 
     def __init__(
         self,
@@ -94,42 +90,51 @@ class KnowledgeDistillation(Callback):
         check: bool = True,
     ):
         super().__init__()
-        while FIRST_CALLBACK:
-            FIRST_CALLBACK.pop()()
-        check_options(teacher, kind=kind, span=span)
+        self.several = is_heads(teacher)
+        refuse_options(self.several, loss=loss, output=output, unlabeled_targets=unlabeled_targets)
+        self.heads = heads_of(teacher) if self.several else {'': WholeModel(teacher, output)}
+        of_each = lambda o, name: option_of_heads(o, name, self.heads) if self.several else {'': o}
+        self.kinds = of_each(kind, 'kind')
+        for k, h in self.heads.items():
+            check_options(h.source, kind=self.kinds[k], span=span)
         check_output(output)
         check_axis(axis)
-        self.source, self.asked_kind, self.asked_axis, self.span, self.check = (
+        self.source, self.output, self.asked_axis, self.span, self.check = (
             teacher,
-            kind,
+            output,
             axis,
             span,
             check,
         )
-        self.recipe, self.output = (
-            make_recipe(recipe, one_temperature(T, temperature), alpha, loss),
-            output,
-        )
-        self.chooses = self.recipe is None
-        self.feed, self.items, self.in_fit, self.part_metrics, self.parts = (
-            feed_of(teacher),
-            ItemFeed(),
-            False,
-            L(),
-            {},
-        )
+        T = one_temperature(T, temperature)
+        self.recipes = {
+            k: make_recipe(r, T, alpha, loss) for k, r in of_each(recipe, 'recipe').items()
+        }
+        self.recipe = None if self.several else self.recipes['']
+        self.chooses = None in self.recipes.values()
+        found = {k: feed_of(h.source) for k, h in self.heads.items()}
+        self.stored = {k: o for k, o in found.items() if o is not None}
+        if self.several:
+            self.stored = {k: stored_head(self.heads[k], o) for k, o in self.stored.items()}
+        self.feed = None
+        if self.stored:
+            self.feed = CacheRows(self.stored) if self.several else self.stored['']
+        self.items = ItemFeed()
+        self.in_fit, self.part_metrics, self.parts = False, L(), {}
+        self.distillers, self.chosen = {}, {}
         self.distiller = self.known_dls = self.projector_opt = self.taps = self.built = (
             self.trend
         ) = None
         self.teacher_outputs = self.epochs_span = None
         self.state_to_load = self.state_before_finder = self.reported_shares = None
-        self.runs = self.feed is None  # does a teacher run?
+        self.runs = len(self.stored) < len(self.heads)  # does a teacher run?
         self.finite_check = FiniteCheck(stored=not self.runs)
-        self.unlabeled = UnlabeledInputs(unlabeled, perturbed, unlabeled_targets, runs=self.runs)
-
-    @wraps(__init__)
-    def __new__(cls, teacher=None, *args, **kwargs):
-        return super().__new__(cls.of_heads if is_heads(teacher) else cls)
+        self.unlabeled = UnlabeledInputs(
+            unlabeled,
+            perturbed,
+            unlabeled_targets,
+            runs=not self.stored if self.several else self.runs,
+        )
 
     # around a fit
 
@@ -146,11 +151,13 @@ class KnowledgeDistillation(Callback):
         check_optimizer(self.learn)
         self.in_fit, self.trend, finder = True, TrendCheck(), hasattr(self.learn, 'lr_finder')
         self._build()
-        self.distiller.teacher.say_with(self._log)
+        for t in self._teachers():
+            t.say_with(self._log)
         if self.feed is not None:
-            self.feed.attach(self.learn, self.task.kind, self.task.axis)
+            tasks = {k: (t.kind, t.axis) for k, t in self.tasks.items()}
+            self.feed.attach(self.learn, *([tasks] if self.several else tasks['']))
         else:
-            self.items.attach(self.learn, self.distiller.teacher, self.task)
+            self.items.attach(self.learn, self._teachers())
         found = (
             self._check() if self.check and not self.checked and not finder and self.runs else None
         )
@@ -160,8 +167,10 @@ class KnowledgeDistillation(Callback):
             self._take_state()
         if finder:
             self._copy_projectors()
-        self.distiller.measures = not finder
-        if not self.distiller.ready and (example := example_of(self.learn, self.output)):
+        for d in self.distillers.values():
+            d.measures = not finder
+        output = next(iter(self.heads.values())).output
+        if not self.distiller.ready and (example := example_of(self.learn, output)):
             self._setup(*example.x)
         self.epochs_span = None if finder or self.span == 'fit' else self._epochs_span()
         self.part_metrics = L(
@@ -170,27 +179,59 @@ class KnowledgeDistillation(Callback):
         self.learn.metrics = self.learn.metrics + self.part_metrics
         if self.unlabeled and not finder:
             self._start_unlabeled()
-        self.distiller.teacher.start()
-        if self.runs and not finder:
-            self.distiller.teacher.expect(self.n_epoch * sum(len(dl) for dl in self.dls))
+        for t in self._teachers():
+            t.start()
+            if self.runs and not finder:
+                t.expect(self.n_epoch * sum(len(dl) for dl in self.dls))
+
+    def _teachers(self):
+        """The source of each head, each once."""
+        return list({id(d.teacher): d.teacher for d in self.distillers.values()}.values())
 
     def _check(self):
         """Look for mistakes, on the first rank alone, so that all ranks continue or all stop."""
-        find = lambda: find_mistakes(
-            self.learn, self.distiller.teacher, self.task, self.recipe, output=self.output
-        )
-        found, self.checked = on_first(find).enforce(facts=self.logs), True
+        found = {k: self._check_head(k) for k in self.heads if k not in self.stored}
+        self.checked = True
         return found
 
+    def _check_head(self, k):
+        d, h = self.distillers[k], self.heads[k]
+        find = lambda: find_mistakes(
+            self.learn,
+            d.teacher,
+            self.tasks[k],
+            d.recipe if d.recipe.terms else None,
+            output=h.output,
+            head=h,
+        )
+        found = on_first(find)
+        if not self.several:
+            return found.enforce(facts=self.logs)
+        found[:] = [replace(f, what=f'{k}: {f.what}') for f in found]
+        if self.logs and found.facts is not None:
+            print(f'fastdistill: {k}:', '; '.join(found.facts.lines()))
+        return found.enforce(facts=False)
+
     def _choose(self, found):
-        """Take the recipe that `auto` chooses."""
-        example = example_of(self.learn, self.output)
-        chosen = of_first(choose_recipe(example, self.task, self.distiller.teacher, found))
-        if self.recipe is not None and str(chosen) == str(self.recipe):
-            return
-        self.recipe = chosen
-        self.distiller.take(chosen)
-        self._log(f'fastdistill: recipe {chosen}')
+        """Take the recipe that `auto` chooses, for each head without one."""
+        for k, d in self.distillers.items():
+            if self.recipes[k] is not None:
+                continue
+            example = example_of(self.learn, self.heads[k].output)
+            looked = None if found is None else found.get(k)
+            chosen = of_first(choose_recipe(example, self.tasks[k], d.teacher, looked))
+            if k in self.chosen and str(chosen) == str(self.chosen[k]):
+                continue
+            self.chosen[k] = chosen
+            d.take(beside_labels(chosen) if self.several else chosen)
+            self._log(
+                f'fastdistill: {k}: recipe {chosen}'
+                if self.several
+                else f'fastdistill: recipe {chosen}'
+            )
+        if self.several:
+            self.distiller.share_task_loss()
+        self.recipe = self.distiller.recipe if self.several else self.chosen['']
 
     def _start_unlabeled(self):
         if not any(not t.n_targets for t in self.recipe.terms):
@@ -199,41 +240,77 @@ class KnowledgeDistillation(Callback):
                 f'unlabeled= and perturbed=: all terms read labels ({names}). Add one that reads none, '
                 'as kd() or soft_labels().'
             )
-        self.unlabeled.start(self.learn, self.distiller.teacher, self.distiller.teacher_layers())
+        d = next(iter(self.distillers.values()))
+        self.unlabeled.start(self.learn, d.teacher, d.teacher_layers())
 
     def _build(self):
         """The distiller for this model and task, and the teacher for the normalization and classes
         of these data.
         """
-        task, model = (
-            task_of(self.learn.loss_func, self.asked_kind, self.asked_axis),
-            unwrap(self.learn.model),
-        )
-        if self.built != (built := (task, model, weight_shapes(model))):
-            self.task, self.built, self.projector_opt, self.known_dls, self.reported_shares = (
-                task,
+        model = unwrap(self.learn.model)
+        tasks = self._tasks(model)
+        if self.built != (built := (tasks, model, weight_shapes(model))):
+            self.tasks, self.built, self.projector_opt, self.known_dls, self.reported_shares = (
+                tasks,
                 built,
                 None,
                 None,
                 None,
             )
-            if self.chooses:
-                self.recipe = None
-            self.distiller = Distiller(
-                model,
-                None,
-                self.recipe,
-                kind=task.kind,
-                axis=task.axis,
-                ignore_index=task.ignore_index,
-                output=self.output,
-                check=self.check and self.feed is not None,
-            )
+            self.distillers = {k: self._distiller_of(k, model) for k in self.heads}
+            self.distiller = self._whole_distiller()
             self.distiller.links.to(one_param(model).device)
+            self.chosen, self.recipe = {}, None if self.chooses else self.distiller.recipe
         if self.known_dls is self.learn.dls:
             return
-        d, self.known_dls, self.checked = self.distiller, self.learn.dls, False
-        d.teacher = teacher_of(self.source, self.learn, task) if self.feed is None else self.feed
+        self.known_dls, self.checked = self.learn.dls, False
+        for k, d in self.distillers.items():
+            d.teacher = self._source_of(k)
+            if self.several and k not in self.stored:
+                d.check_names()
+
+    def _tasks(self, model):
+        """What each head predicts."""
+        if not self.several:
+            return {'': task_of(self.learn.loss_func, self.kinds[''], self.asked_axis)}
+        if self.distiller is not None and self.distiller.student is model:
+            return self.tasks
+        return {
+            k: task_of_head(self.learn, h, self.kinds[k], self.asked_axis)
+            for k, h in self.heads.items()
+        }
+
+    def _distiller_of(self, k, model):
+        recipe, task = self.recipes[k], self.tasks[k]
+        return Distiller(
+            model,
+            None,
+            Recipe() if recipe is None and self.several else recipe,
+            kind=task.kind,
+            axis=task.axis,
+            ignore_index=task.ignore_index,
+            output=self.heads[k].output,
+            check=self.check and k in self.stored,
+        )
+
+    def _whole_distiller(self):
+        if not self.several:
+            return self.distillers['']
+        heads = Heads(labels={k: h.labels for k, h in self.heads.items()}, **self.distillers)
+        heads.share_task_loss()
+        return heads
+
+    def _source_of(self, k):
+        task, head = self.tasks[k], self.heads[k]
+        if k in self.stored:
+            return self.stored[k]
+        teacher = teacher_of(head.source, head.of(self.learn), task)
+        if teacher.reads_items and self.stored:
+            raise DistillError(
+                f'The teacher of the head {k!r} has items=, and other heads have stored outputs: store '
+                "this one's too with cache_teacher({...}, dls, folder), or give it inputs=."
+            )
+        return teacher
 
     def _setup(self, *x):
         """Pair layers and build projectors, once for a student."""
@@ -246,13 +323,11 @@ class KnowledgeDistillation(Callback):
 
     def _copy_projectors(self):
         """lr_find trains until it diverges: it gets copies of the projectors."""
-        d = self.distiller
-        self.state_before_finder = d.links, d.ratios, self.projector_opt
-        d.links, d.ratios, self.projector_opt = (
-            copy.deepcopy(d.links),
-            copy.deepcopy(d.ratios),
-            None,
-        )
+        ds = self.distillers.values()
+        self.state_before_finder = [(d, d.links, d.ratios) for d in ds], self.projector_opt
+        for d in ds:
+            d.links, d.ratios = copy.deepcopy((d.links, d.ratios))
+        self.projector_opt = None
 
     def _epochs_span(self):
         """(epochs before this fit, epochs in all) of the `fine_tune` that this fit is a phase of."""
@@ -265,6 +340,9 @@ class KnowledgeDistillation(Callback):
     def after_fit(self):
         self.teardown()
 
+    def set_aside(self):
+        return (self.feed or self.items).set_aside()
+
     def teardown(self):
         """Put everything back; safe to call at any time, and twice."""
         self._untap()
@@ -273,17 +351,18 @@ class KnowledgeDistillation(Callback):
         if not self.in_fit:
             return
         self.in_fit, self.n_steps = False, self.learn.train_iter  # which `validate` sets to 0
-        if self.distiller is not None and self.distiller.teacher is not None:
-            self.distiller.teacher.stop()
-            self.distiller.teacher.say_with(None)
+        for t in self._teachers():
+            if t is not None:
+                t.stop()
+                t.say_with(None)
         self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self.part_metrics)
         if self.state_before_finder is not None:
-            self.distiller.links, self.distiller.ratios, self.projector_opt = (
-                self.state_before_finder
-            )
+            were, self.projector_opt = self.state_before_finder
+            for d, links, ratios in were:
+                d.links, d.ratios = links, ratios
             self.state_before_finder = None
         elif self.distiller is not None:
-            LAST_STATES[self.learn] = self.state_dict()
+            notes_of(self.learn).last_state = self.state_dict()
 
     def __setattr__(self, k, v):
         # subtle: no event follows an error or an interrupt. But `Learner.fit` removes the callbacks that it got, which
@@ -339,7 +418,8 @@ class KnowledgeDistillation(Callback):
         if not self.active:
             return
         self.distiller.links.train(training)
-        self.distiller.teacher.reset()
+        for t in self._teachers():
+            t.reset()
         self.finite_check.start_phase()
         if training:
             self.part_metrics[0].start_training()
@@ -388,6 +468,10 @@ class KnowledgeDistillation(Callback):
     def after_pred(self):
         if not self.active or len(self.yb) or not self.training:
             return
+        if self.several:
+            raise DistillError(
+                'These batches have no labels, but heads are told apart by their labels.'
+            )
         if self.recipe.task_at(self.training_progress):
             raise DistillError(
                 'These batches have no labels, but the recipe gives their loss a weight: use alpha=1, '
@@ -399,7 +483,9 @@ class KnowledgeDistillation(Callback):
         if self.teacher_outputs is not None:
             self.learn.yb = (
                 pseudo_labels(
-                    self.teacher_outputs.logits, self._student_outputs({}).logits, self.task
+                    self.teacher_outputs.logits,
+                    self._student_outputs({}).logits,
+                    self.tasks[''],
                 ),
             )
 
@@ -426,14 +512,16 @@ class KnowledgeDistillation(Callback):
     def _teach_unlabeled(self):
         """The student learns from the teacher on inputs without labels, beside those of this batch."""
         # subtle: where nothing counts, nothing may be drawn, and no batch-norm may see these inputs
-        if all(t.n_targets for t in self.distiller.active_terms(self.training_progress)):
+        progress = self.training_progress
+        active = [t for d in self.distillers.values() for t in d.active_terms(progress)]
+        if all(t.n_targets for t in active):
             return
-        ask = lambda x: self.distiller.teacher_outputs(x, self.training_progress)
+        ask = lambda x: self.distiller.teacher_outputs(x, progress)
         for x, t in self.unlabeled.batches(self.learn, ask):
-            self.finite_check.add(t, self.learn, self.task)
+            self._each_head(t, self._check_finite)
             raw = self.learn.model(*x)
             s = self.distiller.student_outputs(raw, self.taps.pop() if self.taps else {}, x)
-            v = self.distiller.without_labels(s, t, progress=self.training_progress)
+            v = self.distiller.without_labels(s, t, progress=progress)
             self.learn.loss_grad, self.learn.loss = self.learn.loss_grad + v, self.learn.loss + v
 
     def _student_outputs(self, feats):
@@ -442,9 +530,22 @@ class KnowledgeDistillation(Callback):
     def _ask_teacher(self):
         """The teacher's outputs for this batch; None where no term needs them."""
         t = self.distiller.teacher_outputs(self.items.beside(self.xb), self.training_progress)
-        if t is not None:
-            self.finite_check.add(t, self.learn, self.task)
-        return self.items.mixed(t)
+        self._each_head(t, self._check_finite)
+        return self._each_head(t, self._mix_outputs)
+
+    def _each_head(self, outputs, fn):
+        """fn(name of the head, its outputs), of those that there are."""
+        if outputs is None:
+            return None
+        if not self.several:
+            return fn('', outputs)
+        return {k: None if o is None else fn(k, o) for k, o in outputs.items()}
+
+    def _check_finite(self, k, t):
+        self.finite_check.add(t, self.learn, self.tasks[k])
+
+    def _mix_outputs(self, k, t):
+        return self.items.mixed(t, self.distillers[k].teacher, self.tasks[k])
 
     def _report_shares(self):
         """Print what was measured at the first training batch, and where a part counts for the
@@ -479,7 +580,7 @@ class KnowledgeDistillation(Callback):
 
     def _has_outputs(self):
         """Stored outputs may be there for the training set alone."""
-        return self.training or self.runs or self.feed.ready()
+        return self.training or any(has_outputs(t) for t in self._teachers())
 
     def _mixed(self):
         """The second labels of a mixed batch, and the share of the first ones, where MixUp or
@@ -540,10 +641,10 @@ class KnowledgeDistillation(Callback):
         """Load the state that was given, or that stood beside the student's file."""
         state, d = self.state_to_load, self.distiller
         if state is None and self.projector_opt is None:
-            state = LOADED_STATES.get(self.learn)
+            state = notes_of(self.learn).loaded_state
         if not hasattr(self.learn, 'lr_finder'):
             self.state_to_load = None
-            LOADED_STATES.pop(self.learn, None)
+            notes_of(self.learn).loaded_state = None
         if not state:
             return
         shapes = lambda tensors: {k: tuple(v.shape) for k, v in tensors.items()}
@@ -565,7 +666,7 @@ class KnowledgeDistillation(Callback):
         elif state.get('ratios'):
             self._log(OLD_STATE)
         if d.chosen != chosen:
-            self.recipe = d.recipe
+            self.recipe = self.chosen[''] = d.recipe
             self._log(f'fastdistill: recipe {d.chosen[0]}, as before')
         self.projector_opt = None
         if state['opt'] is not None:

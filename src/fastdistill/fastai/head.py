@@ -6,8 +6,21 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 from ..base.outputs import DistillError
+from ..base.seeds import RandomGuard
+from ..base.task import Task
+from ..distiller.heads import renamed
+from ..recipes.term import Recipe
+from .batches import PreparationError, prepared_batches
 
-__all__ = ['Head', 'HeadData', 'heads_of', 'option_of_heads']
+__all__ = [
+    'Head',
+    'HeadData',
+    'WholeModel',
+    'beside_labels',
+    'heads_of',
+    'option_of_heads',
+    'task_of_head',
+]
 
 
 @dataclass
@@ -24,6 +37,11 @@ class Head:
     at: int
     n: int
     source: object
+
+    @property
+    def output(self):
+        """What gets its output, as `Distiller(output=)` takes it."""
+        return self
 
     def __call__(self, raw):
         """Its output, of what the student returned."""
@@ -62,6 +80,28 @@ class Head:
         return SimpleNamespace(
             dls=HeadData(learn.dls, self), model=learn.model, loss_func=learn.loss_func
         )
+
+
+@dataclass
+class WholeModel:
+    """A student with one output, as its only head.
+
+    Attributes:
+        source: What `KnowledgeDistillation` takes as a teacher.
+        output: As in `Distiller`
+    """
+
+    source: object
+    output: object = None
+
+    def labels(self, y):
+        return y
+
+    def batches(self, batches):
+        return batches
+
+    def of(self, learn):
+        return learn
 
 
 class HeadData:
@@ -108,3 +148,29 @@ def option_of_heads(o, option, heads):
             f'{", ".join(heads)}.'
         )
     return {k: o.get(k) for k in heads}
+
+
+def task_of_head(learn, head, kind, axis=None):
+    """What a head predicts, by its option or by its labels."""
+    if kind is None and labels_are_floats(learn, head):
+        raise DistillError(
+            f"The labels of the head {head.name!r} are not class numbers: pass kind={{'{head.name}': "
+            "'regression'} for numbers, or 'sigmoid' for several labels."
+        )
+    return Task(kind or 'softmax', 1 if axis is None else axis)
+
+
+def labels_are_floats(learn, head):
+    try:
+        with RandomGuard(), closing(prepared_batches(learn, 1, 1)[1]) as train:
+            return any(o.is_floating_point() for _, y in train for o in head.labels(y))
+    except PreparationError:
+        return False
+
+
+def beside_labels(recipe):
+    """The same recipe where the labels have the weight 1."""
+    w = recipe.task_at(0.0)
+    if w in (0.0, 1.0):
+        return recipe
+    return Recipe(*(renamed(t, t.name, weight=t.weight / w) for t in recipe.terms), task=1.0)

@@ -39,6 +39,7 @@ from pathlib import Path
 import fastai.callback.schedule  # noqa: F401 (it gives Learner fine_tune)
 import torch
 from fastai.basics import (
+    Callback,
     DataBlock,
     Datasets,
     L,
@@ -51,11 +52,36 @@ from fastai.basics import (
 )
 
 from ..base.distributed import rank
-from .block import FIRST_TARGET, TeacherBlock, TeacherTarget, ToTeacherTarget
-from .callback import FIRST_CALLBACK, LAST_STATES, LOADED_STATES, KnowledgeDistillation
-from .targets import TeacherTargets
+from .learner_notes import notes_of
+from .teacher_targets import TeacherTarget, TeacherTargets, makes_target
 
-__all__ = []
+__all__ = ['DistillationCallback', 'patch_for_targets']
+
+
+class DistillationCallback(Callback):
+    """A callback that the wrapped methods of `Learner` know. Making the first one wraps those that
+    need it.
+    """
+
+    def __init__(self):
+        _patch_for_callback()
+        super().__init__()
+
+    def teardown(self):
+        """Put everything back; safe to call at any time, and twice."""
+        raise NotImplementedError
+
+    def set_aside(self):
+        """A context inside which the data are as they were before the fit."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict:
+        """What a checkpoint needs beside the student."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state):
+        """Continue from what `state_dict` returned."""
+        raise NotImplementedError
 
 
 def _n_inp_without_teacher(init):
@@ -83,14 +109,11 @@ def _n_inp_without_teacher(init):
 
 def _is_teacher(block):
     """A `TeacherBlock`, as an instance, as the class, or as a `functools.partial` of the class."""
-    cls = getattr(block, 'func', block)
-    return (
-        isinstance(block, TeacherBlock) or isinstance(cls, type) and issubclass(cls, TeacherBlock)
-    )
+    return getattr(getattr(block, 'func', block), 'holds_teacher', False)
 
 
 def _without_targets(tls):
-    return [tl for tl in tls if not any(isinstance(f, ToTeacherTarget) for f in tl.tfms.fs)]
+    return [tl for tl in tls if not any(map(makes_target, tl.tfms.fs))]
 
 
 def _decode_without_teacher(decode):
@@ -149,7 +172,7 @@ def _show_without_teacher(pre_show_batch):
 
 
 def _callback_on(learn):
-    return next((c for c in learn.cbs if isinstance(c, KnowledgeDistillation)), None)
+    return next((c for c in learn.cbs if isinstance(c, DistillationCallback)), None)
 
 
 def _put_back_after(fit):
@@ -200,8 +223,8 @@ def _with_projectors(save):
         beside, cb = _file_beside(saved), _callback_on(self)
         if beside is None or rank() or hasattr(self, 'lr_finder'):
             return saved
-        state = {} if not with_opt else LAST_STATES.get(self, {}) if cb is None else cb.state_dict()
-        if state.get('links') or state.get('distiller') is not None:
+        state = {} if not with_opt else notes_of(self).last_state if cb is None else cb.state_dict()
+        if state and (state.get('links') or state.get('distiller') is not None):
             torch.save(state, beside)
         else:
             beside.unlink(missing_ok=True)  # it belonged to the student that this one replaces
@@ -224,17 +247,16 @@ def _with_its_projectors(load):
         )
         if beside is None or not with_opt or hasattr(self, 'lr_finder'):
             return out
-        for states in (LAST_STATES, LOADED_STATES):
-            states.pop(self, None)
+        notes_of(self).last_state = notes_of(self).loaded_state = None
         if not beside.is_file():
             return out
         state = torch.load(beside, map_location='cpu', weights_only=True)
         # subtle: also with a callback, which may leave the Learner before the next `save`, as after a fit
-        LAST_STATES[self] = state
+        notes_of(self).last_state = state
         if cb is not None:
             cb.load_state_dict(state)
         else:
-            LOADED_STATES[self] = {**state, 'file': beside.name}
+            notes_of(self).loaded_state = {**state, 'file': beside.name}
         return out
 
     return _load
@@ -248,7 +270,7 @@ def _export_student_alone(export):
     @functools.wraps(export)
     def _export(self, *args, **kwargs):
         cb = _callback_on(self)
-        with nullcontext() if cb is None else (cb.feed or cb.items).set_aside():
+        with nullcontext() if cb is None else cb.set_aside():
             return export(self, *args, **kwargs)
 
     return _export
@@ -293,7 +315,8 @@ def _once(cls, name, wrap):
     getattr(cls, name)._knows_teacher = True
 
 
-def _at_first_target():
+def patch_for_targets():
+    """Wrap what must know of teacher's targets, once."""
     _once(Datasets, 'decode', _decode_without_teacher)
     _once(Datasets, 'new_empty', _empty_without_teacher)
     _once(TfmdDL, '_one_pass', _types_without_teacher)
@@ -302,7 +325,7 @@ def _at_first_target():
         defaults.callbacks = [*defaults.callbacks, TeacherTargets]
 
 
-def _at_first_callback():
+def _patch_for_callback():
     _once(Learner, 'fit', _put_back_after)
     _once(Learner, 'save', _with_projectors)
     _once(Learner, 'export', _export_student_alone)
@@ -312,5 +335,3 @@ def _at_first_callback():
 _once(DataBlock, '__init__', _n_inp_without_teacher)
 _once(Learner, 'fine_tune', _as_one_training)
 _once(Learner, 'load', _with_its_projectors)
-FIRST_TARGET.append(_at_first_target)
-FIRST_CALLBACK.append(_at_first_callback)

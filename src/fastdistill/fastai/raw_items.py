@@ -10,11 +10,11 @@ from fastai.tabular.core import Tabular
 from ..base.outputs import DistillError, as_plain, tensors_in
 from ..checks.outputs import single_teachers
 from ..teachers.items import items_at, with_items
-from .block import TeacherRow
-from .language_model import inner_dl, is_stream
+from .language_model import inner_dl, is_stream, share_n_inp
 from .replay_dl import Plan, attach, detach, refuse_unindexed, set_aside
 from .sample_keys import items_of
-from .targets import Feed
+from .targets import Feed, mixed
+from .teacher_targets import TeacherRow
 from .transforms import moves
 
 __all__ = ['ItemFeed', 'RawItems', 'items_shown', 'renewed', 'without_places']
@@ -123,21 +123,22 @@ class ItemFeed(Feed):
     """Shows a teacher that reads the raw items those of each batch of a fit."""
 
     def __init__(self):
-        self.learn, self.added, self.fed, self.reader = None, None, [], None
+        self.learn, self.added, self.fed, self.attached = None, None, [], False
 
-    def attach(self, learn, teacher, task):
-        """For a teacher that reads no items, nothing is done."""
+    def attach(self, learn, teachers):
+        """For teachers that read no items, nothing is done."""
         self.detach()
-        if not teacher.reads_items:
+        if not any(t.reads_items for t in teachers):
             return
-        super().attach(learn, task.kind, task.axis)
-        self.reader, self.training_moves = teacher, moves(learn.dls.train)
+        super().attach(learn)
+        share_n_inp(learn.dls)
+        self.attached, self.training_moves = True, moves(learn.dls.train)
         try:
             for dl in learn.dls.loaders:
                 if known_items(show_items(dl)) is None:
                     continue
                 self.fed.append(dl)
-                self._callback().n_inp = dl.n_inp
+                self.targets.n_inp = dl.n_inp
         except BaseException:
             self.detach()
             raise
@@ -146,7 +147,7 @@ class ItemFeed(Feed):
         # subtle: some tools replace the DataLoaders by a copy temporarily
         for dl in [*self.fed, *(map(inner_dl, self.learn.dls.loaders) if self.fed else ())]:
             detach(dl)
-        self.fed, self.reader = [], None
+        self.fed, self.attached = [], False
         super().detach()
 
     def set_aside(self):
@@ -154,24 +155,24 @@ class ItemFeed(Feed):
 
     def beside(self, x):
         """The inputs of the current batch, with its raw items."""
-        if self.reader is None or not self.ready():
+        if not self.attached or not self.ready():
             return x
-        positions = positions_in(self._callback().target)
+        positions = positions_in(self.targets.target)
         return with_items(tuple(x), known_items(inner_dl(self.learn.dl)).at(positions))
 
-    def mixed(self, out):
-        """Outputs for the items, mixed as MixUp or CutMix mixed the batch."""
-        if self.reader is None or out is None or not self.ready():
+    def mixed(self, out, teacher, task):
+        """Outputs of a teacher for the items, mixed as MixUp or CutMix mixed the batch."""
+        if not self.attached or not teacher.reads_items or not self.ready():
             return out
         self._check_positions(out)
-        if (mix := self._callback().mix()) is None:
+        if (mix := self.targets.mix()) is None:
             return out
-        if not all(m.reads_items for m in single_teachers(self.reader)):
+        if not all(m.reads_items for m in single_teachers(teacher)):
             raise DistillError(
                 'MixUp and CutMix mix the batch, which some members of the ensemble read, while others '
                 'read the raw items: give all members items=, or train without mixing.'
             )
-        return self._mixed(out, *mix)
+        return mixed(out, *mix, task.kind, task.axis)
 
     def _check_positions(self, out):
         """Refuse outputs with positions where augmentation moves the student's input."""

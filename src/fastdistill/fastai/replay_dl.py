@@ -14,8 +14,8 @@ from fastai.text.data import LMDataLoader, SortedDL
 from ..base.generators import Generators
 from ..base.outputs import DistillError
 from ..base.seeds import restored_once, seeded, seeds_of, view_of
-from .block import TeacherRow
 from .language_model import in_a_row
+from .teacher_targets import TeacherRow
 from .transforms import Replay, Shown
 
 __all__ = ['Plan', 'attach', 'detach', 'refuse_unindexed', 'set_aside']

@@ -8,8 +8,9 @@ from ..base.seeds import RandomGuard
 from ..cache.manifest import refuse
 from ..cache.source import identity_of, is_whole
 from .batches import loader_of, split_batch
-from .cache_feed import CacheFeed, Epochs, passed_epochs
-from .targets import TargetFeed
+from .cache_feed import CacheRows, StoredOutputs
+from .learner_notes import passed_epochs
+from .targets import GivenOutputs
 
 __all__ = ['UnlabeledInputs', 'perturbed_rows']
 
@@ -50,7 +51,8 @@ class UnlabeledInputs:
                 "unlabeled_targets='more'."
             )
         self.items, self.perturbed, self.iterator, self.loader = items, perturbed, None, None
-        self.feed = None if targets is None else UnlabeledFeed(targets)
+        self.stored = None if targets is None else StoredOutputs(targets)
+        self.rows = None
 
     def __bool__(self):
         return self.items is not None or self.perturbed > 0
@@ -68,8 +70,13 @@ class UnlabeledInputs:
             )
         with RandomGuard():  # a DataLoader of fastai draws its seed
             self.loader = None if self.items is None else loader_of(self.items, learn.dls)
-        if self.feed is not None:
-            self.feed.attach_to(self.loader, learn, teacher, layers)
+        if self.stored is not None:
+            refuse_other(self.stored.cache, teacher, layers)
+            self.rows = CacheRows({'': self.stored})
+            self.rows.passed = passed_epochs(learn)
+            with RandomGuard():
+                self.stored.find_order(learn.dls)
+                self.rows.feed(learn.dls, self.loader, [(self.stored.cache, self.stored.keys)])
 
     def batches(self, learn, ask):
         """(inputs, the teacher's outputs): the inputs are a tuple.
@@ -80,15 +87,15 @@ class UnlabeledInputs:
         """
         if self.loader is not None:
             x, y = split_batch(learn, self._next())
-            yield x, ask(x) if self.feed is None else self.feed.decoded(y[-1])
+            yield x, ask(x) if self.stored is None else self.stored.decoded(y[-1])
         if self.perturbed:
             yield (x := perturbed_rows(learn.xb, self.perturbed)), ask(x)
 
     def _next(self):
         b = None if self.iterator is None else next(self.iterator, None)
         if b is None:
-            if self.feed is not None:
-                self.feed.next_pass()
+            if self.rows is not None:
+                self.rows.epochs.begin(self.rows.epochs.passed)
             self.iterator = iter(self.loader)
             b = next(self.iterator)
         return b
@@ -97,52 +104,32 @@ class UnlabeledInputs:
         """Forget the DataLoader's iterator, and its workers."""
         if self.iterator is not None and hasattr(self.iterator, 'close'):
             self.iterator.close()
-        if self.feed is not None:
-            self.feed.detach()
+        if self.rows is not None:
+            self.rows.detach()
         self.iterator = self.loader = None
 
 
-class UnlabeledFeed(CacheFeed):
-    """Adds the rows of a cache to the batches of a DataLoader beside the Learner's own."""
-
-    def attach_to(self, loader, learn, teacher, layers):
-        self.passed = passed_epochs(learn)
-        self._refuse_other(teacher, layers)
-        with RandomGuard():
-            self._find_order(learn.dls)
-            plan = self._feed(learn.dls, loader, self.cache, self.keys)
-        self.epochs = Epochs(plan, self.passed.get(self.cache.identity, 0), self.fed)
-
-    def _refuse_other(self, teacher, layers):
-        """Refuse outputs of another teacher than that of the labeled batches, or without layers
-        that are compared.
-        """
-        m, found = self.cache.manifest, []
-        if isinstance(teacher, CacheFeed):
-            known = teacher.cache.manifest.teacher
-        else:
-            known = {} if isinstance(teacher, TargetFeed) else identity_of(teacher)
-        weights = [o.get('weights') for o in (m.teacher, known)]
-        if all(weights) and weights[0] != weights[1]:
-            found.append(
-                f'teacher: {m.teacher.get("name")} in the cache has other weights than {known["name"]}, '
-                'which teaches the labeled batches'
-            )
-        refuse(self.cache.folder, found, self.cache.force)
-        if lost := [n for n in layers if n not in self.cache.decode(self.cache.rows([0])).feats]:
-            raise DistillError(
-                f"{self.cache.folder} has no outputs of the teacher's layers {', '.join(lost)}, which "
-                f'the recipe compares: cache_teacher(..., unlabeled=items, layers={lost}).'
-            )
-
-    def next_pass(self):
-        self.epochs.begin(self.epochs.passed)
-
-    def detach(self):
-        if self.epochs is not None:
-            self.passed[self.cache.identity] = self.epochs.before + self.epochs.passed
-        self.epochs = None
-        super().detach()
+def refuse_other(cache, teacher, layers):
+    """Refuse outputs of another teacher than that of the labeled batches, or without layers that
+    are compared.
+    """
+    m, found = cache.manifest, []
+    if isinstance(teacher, StoredOutputs):
+        known = teacher.cache.manifest.teacher
+    else:
+        known = {} if isinstance(teacher, GivenOutputs) else identity_of(teacher)
+    weights = [o.get('weights') for o in (m.teacher, known)]
+    if all(weights) and weights[0] != weights[1]:
+        found.append(
+            f'teacher: {m.teacher.get("name")} in the cache has other weights than {known["name"]}, '
+            'which teaches the labeled batches'
+        )
+    refuse(cache.folder, found, cache.force)
+    if lost := [n for n in layers if n not in cache.decode(cache.rows([0])).feats]:
+        raise DistillError(
+            f"{cache.folder} has no outputs of the teacher's layers {', '.join(lost)}, which "
+            f'the recipe compares: cache_teacher(..., unlabeled=items, layers={lost}).'
+        )
 
 
 def perturbed_rows(x, n: int) -> tuple:

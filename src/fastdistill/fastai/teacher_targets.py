@@ -1,0 +1,196 @@
+"The teacher's target in a batch: removed before labels are used, and mixed like the batch."
+
+import copy
+import inspect
+
+import torch
+from fastai.basics import BaseLoss, Callback, Datasets, TensorBase
+from fastai.callback.mixup import MixHandler
+from torch import Tensor
+
+from ..base.outputs import DistillError, as_plain
+
+__all__ = [
+    'TeacherRow',
+    'TeacherTarget',
+    'TeacherTargets',
+    'makes_target',
+    'mix_logits',
+    'target_tfms',
+]
+
+
+class TeacherTarget(TensorBase):
+    """A teacher's output for an item. It has its own type, so that transforms of images, masks and
+    categories skip it.
+    """
+
+    def show(self, ctx=None, **kwargs):
+        return ctx
+
+
+class TeacherRow(TeacherTarget):
+    """The bytes of a teacher's output, as a cache stores it."""
+
+
+class TeacherTargets(Callback):
+    """Removes the teacher's target from `yb`, since MixUp and metrics don't expect it. A loss of
+    three arguments gets it.
+    """
+
+    order, remove_on_fetch = -20, False
+
+    def __init__(self):
+        super().__init__()
+        self.target = self.permutations = self.n_inp = None
+
+    def after_create(self):
+        """Remove the callback from a Learner whose data hold no teacher's target."""
+        dls = self.learn.dls
+        # subtle: a DataLoader with its own `do_item` holds stored outputs, for a fit of another Learner
+        fed = any('do_item' in vars(dl) for dl in getattr(dls, 'loaders', []))
+        if not (fed or target_tfms(dls)):
+            self.learn.remove_cb(self)
+
+    def before_batch(self):
+        self.target = self.permutations = None
+        if any(isinstance(o, TeacherTarget) for o in self.xb):
+            raise DistillError(
+                "The teacher's target is among the model's inputs: give Datasets or DataBlock n_inp=1 "
+                '(or the number of inputs).'
+            )
+        if not (len(self.yb) and isinstance(self.yb[-1], TeacherTarget)):
+            return
+        if self.n_inp is not None:
+            # subtle: fastai's distributed DataLoader of a plain dataset takes all but the last part as inputs
+            b = *self.xb, *self.yb
+            self.learn.xb, self.learn.yb = b[: self.n_inp], b[self.n_inp :]
+        self.learn.yb, self.target = self.yb[:-1], self.yb[-1]
+        if (
+            self.training
+            and len(self.yb)
+            and any(isinstance(c, MixHandler) for c in self.learn.cbs)
+        ):
+            self.permutations = []
+            self.learn.yb = (recording(self.yb[0], self.permutations), *self.yb[1:])
+
+    def mix(self):
+        """The permutation, and the share of the unpermuted samples, of MixUp or CutMix; None if
+        this batch is not mixed.
+        """
+        if not self.permutations:
+            return None
+        if len(self.permutations) > 1:
+            raise DistillError(
+                'The batch was mixed twice (MixUp and CutMix together?). Stored outputs can be mixed '
+                'only once. Use a live teacher.'
+            )
+        lam = next(c.lam for c in self.learn.cbs if isinstance(c, MixHandler))
+        return self.permutations[0], lam
+
+    def after_pred(self):
+        if (
+            self.target is None
+            or isinstance(self.target, TeacherRow)
+            or not takes_teacher(self.learn.loss_func)
+        ):
+            return
+        t, mix = as_plain(self.target), self.mix()
+        self.learn.yb = (*self.yb, TeacherTarget(t if mix is None else lerp(t, *mix)))
+
+    def after_loss(self):
+        if self.target is not None and len(self.yb) and isinstance(self.yb[-1], TeacherTarget):
+            self.learn.yb = self.yb[:-1]
+
+    def __deepcopy__(
+        self, memo
+    ):  # `__reduce__` is for export alone: a copied Learner needs a callback that works
+        new = type(self)()
+        new.learn = copy.deepcopy(self.learn, memo)
+        return new
+
+    # an exported Learner gets a callback that does nothing, and needs no fastdistill
+    def __reduce__(self):
+        return Callback, ()
+
+
+def recording(y, permutations):
+    """`y` as a tensor that appends each permutation that indexes it to `permutations`."""
+    cls = type(y)
+
+    class Recording(cls):
+        def __getitem__(self, i):
+            if (
+                isinstance(i, Tensor)
+                and not i.is_floating_point()
+                and i.dim() == 1
+                and len(i) == len(self)
+            ):
+                permutations.append(as_plain(i))
+            return self.as_subclass(cls)[i]
+
+    return y.as_subclass(Recording)
+
+
+def takes_teacher(loss_func):
+    "Does this loss take (out, y, y_teacher)?"
+    if isinstance(loss_func, BaseLoss):
+        return False
+    if isinstance(getattr(loss_func, '__self__', None), MixHandler):
+        return takes_teacher(loss_func.__self__.old_lf)
+    try:
+        fn = loss_func.forward if isinstance(loss_func, torch.nn.Module) else loss_func
+        ps = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    needed = [
+        p
+        for p in ps
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+    ]
+    return len(needed) > 2 or any(p.kind is p.VAR_POSITIONAL for p in ps)
+
+
+def lerp(t, perm, lam):
+    """The mixture as in fastai: `lam` of each sample, and 1-`lam` of the permuted one."""
+    lam = as_plain(torch.as_tensor(lam, device=t.device)).to(t.dtype).reshape(-1)
+    return torch.lerp(t[perm], t, lam.reshape(-1, *[1] * (t.dim() - 1)))
+
+
+def mix_logits(t: Tensor, perm: Tensor, lam: Tensor, kind: str, axis: int):
+    """Logits of the teacher's probabilities, mixed as the batch was (MixUp, arXiv:1710.09412;
+    CutMix, arXiv:1905.04899).
+
+    Args:
+        t: (B, C, ...) teacher logits of the samples before they were mixed.
+        perm, lam: Of `TeacherTargets.mix`
+        kind: 'softmax', 'sigmoid' or 'regression': what the logits are.
+        axis: Class axis.
+    """
+    if kind == 'regression':
+        return lerp(t, perm, lam)
+    t = t.float()
+    lam = as_plain(torch.as_tensor(lam, device=t.device)).float().reshape(-1, *[1] * (t.dim() - 1))
+    # log(lam*exp(a) + (1-lam)*exp(b)) without overflow
+    both = lambda a: torch.logaddexp(a + lam.log(), a[perm] + (1 - lam).log())
+    if kind == 'softmax':
+        return both(t.log_softmax(axis))
+    return both(torch.nn.functional.logsigmoid(t)) - both(torch.nn.functional.logsigmoid(-t))
+
+
+def makes_target(tfm) -> bool:
+    """Does this transform make teacher's targets of rows?"""
+    return getattr(tfm, 'makes_teacher_target', False)
+
+
+def target_tfms(dls):
+    """The transforms in these DataLoaders that make teacher's targets of rows."""
+    datasets = [getattr(dl, 'dataset', None) for dl in getattr(dls, 'loaders', [])]
+    return [
+        f
+        for ds in datasets
+        if isinstance(ds, Datasets)
+        for tl in ds.tls
+        for f in tl.tfms.fs
+        if makes_target(f)
+    ]
