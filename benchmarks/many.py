@@ -85,7 +85,10 @@ def main(
         device='cpu',
     )
     teach = torchvision.models.get_model(teacher, weights=None, num_classes=10).eval()
-    taught_by, x = Teacher(teach, **(AS_IT_IS if as_it_is else {})), torch.randn(bs, 3, size, size)
+    taught_by, x = (
+        Teacher(teach, run=AS_IT_IS if as_it_is else None),
+        torch.randn(bs, 3, size, size),
+    )
     run = lambda learners, recipes: distill_many(
         learners, taught_by, 1, 1e-3, recipes, seed=1, progress=False, check=False
     )

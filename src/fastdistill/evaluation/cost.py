@@ -163,14 +163,7 @@ def latencies(teachers: dict, x, sizes, seconds: float = SECONDS, tick=lambda: N
 def bare_call(teacher, x):
     """The model's own forward pass on prepared inputs, without the checks of a `Teacher`."""
     fresh_run(teacher, x)  # the model is where it runs, and in its mode
-    if teacher.members:
-        return lambda: teacher(*x)
-    device = next((t.device for t in tensors_in(x)), torch.device('cpu'))
-    args, kwargs = teacher._prepare(x, {}, device)
-    if teacher._speed is not None:
-        return lambda: teacher._speed.run(args, kwargs, (), None)
-    run = getattr(teacher.model, 'anew', teacher.model)
-    return lambda: run(*args, **kwargs)
+    return teacher.runner.bare_call(x)
 
 
 def wait_for(x):

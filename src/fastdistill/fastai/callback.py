@@ -171,8 +171,6 @@ class KnowledgeDistillation(Callback):
         if self.unlabeled and not finder:
             self._start_unlabeled()
         self.distiller.teacher.start()
-        if self.runs and not finder:
-            self.distiller.teacher.expect(self.n_epoch * sum(len(dl) for dl in self.dls))
 
     def _check(self):
         """Look for mistakes, on the first rank alone, so that all ranks continue or all stop."""

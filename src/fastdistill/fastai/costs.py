@@ -11,9 +11,9 @@ from statistics import fmean
 import torch
 from fastai.callback.fp16 import MixedPrecision
 
+from ..base.random_state import guarded_random_state
 from ..cache.layout import Layout, Wish
 from ..cache.writer import Forecast
-from ..checks.forward import guarded_random_state
 from ..distiller.distiller import Distiller
 from ..evaluation.cost import wait_for, weights_of_teacher
 from ..evaluation.format import amount, three_digits

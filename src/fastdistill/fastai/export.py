@@ -19,9 +19,9 @@ from fastai.layers import ToTensorBase
 from torch import nn
 
 from ..base.outputs import DistillError, Outputs, as_plain
+from ..base.random_state import guarded_random_state
 from ..base.task import fit_labels
 from ..checks.batch_scores import FEW, Tally
-from ..checks.forward import guarded_random_state
 from ..evaluation import Report
 from ..teachers import Teacher
 from ..teachers.fast_copy import AS_IT_IS
@@ -161,7 +161,7 @@ def weak_score(learn: Learner, n: int = 8) -> str | None:
     with (
         closing(valid),
         guarded_random_state(),
-        Teacher(learn.model, **AS_IT_IS) as model,
+        Teacher(learn.model, run=AS_IT_IS) as model,
         torch.no_grad(),
     ):
         for x, y in valid:
@@ -205,7 +205,7 @@ def on_cpu(model):
     typed = [m for m in model.modules() if isinstance(m, ToTensorBase)]  # the last layer of U-Nets
     classes = [m.tensor_cls for m in typed]
     try:
-        with guarded_random_state(), Teacher(model, **AS_IT_IS):
+        with guarded_random_state(), Teacher(model, run=AS_IT_IS):
             for m in typed:
                 m.tensor_cls = torch.Tensor
             yield model.cpu()
@@ -369,7 +369,7 @@ def compared(learn, path, batches, close):
     """
     batches = [*batches, tuple(o[:1] for o in batches[-1])]
     most = largest = 0.0
-    with Teacher(str(path)) as there, Teacher(learn.model, **AS_IT_IS) as here, torch.no_grad():
+    with Teacher(str(path)) as there, Teacher(learn.model, run=AS_IT_IS) as here, torch.no_grad():
         for x in batches:
             here.reset()
             a, b = here(*x).logits.float(), there(*x).logits.float()

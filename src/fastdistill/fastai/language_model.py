@@ -11,7 +11,7 @@ from fastai.basics import Chunks, L, TfmdDL
 from fastai.text.data import LMDataLoader
 
 from ..base.outputs import Outputs, TopK, as_plain
-from ..base.seeds import RandomGuard
+from ..base.random_state import RandomGuard
 
 __all__ = [
     'in_a_row',

@@ -56,9 +56,6 @@ class TeacherGroup:
     def reset(self):
         self.each('reset')
 
-    def expect(self, batches):
-        self.each('expect', batches)
-
     def say_with(self, fn):
         self.each('say_with', fn)
 

@@ -232,7 +232,7 @@ class SharedTeacher(Teacher):
         device = next((t.device for t in tensors_in(inputs)), None)
         # subtle: what it draws depends on the batch alone, and not on which students asked before
         with seeded(self.seed, device):
-            self._draws = OwnDraws()
+            self.random = OwnDraws()
             return super().outputs(*inputs, layers)
 
 
