@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from fastdistill.base.model_state import ModelState, TensorValues
+from fastdistill.base.model_state import ModelState, TensorValues, restored
 
 
 class Net(nn.Module):
@@ -88,3 +88,27 @@ def test_values_and_shapes_of_tensors_are_restored(dtype):
     values.restore()
     for t, w in zip(tensors, want):
         assert torch.equal(t, w)
+
+
+class Thing:
+    def __init__(self):
+        self.rate, self.names = 1, ['a']
+
+
+def test_attributes_of_any_object_are_restored_after_an_error():
+    thing = Thing()
+    names = thing.names
+    with pytest.raises(KeyError), restored(thing, 3):
+        thing.rate, thing.new = 2, 0
+        thing.names.append('b')
+        raise KeyError
+    assert vars(thing) == dict(rate=1, names=['a'])
+    assert thing.names is names
+
+
+def test_only_the_named_attributes_are_restored():
+    thing = Thing()
+    with restored(thing, only=['rate', 'new']):
+        thing.rate, thing.new, thing.other = 2, 0, 3
+        thing.names.append('b')
+    assert vars(thing) == dict(rate=1, names=['a', 'b'], other=3)

@@ -466,6 +466,31 @@ def test_members_of_an_ensemble_get_the_options():
     assert [m.half for m in t.members] == ['', 'bfloat16']
 
 
+def test_a_variation_keeps_what_it_does_not_change():
+    t = Teacher(Teacher(conv_net(), run=dict(batch=3, precision='bf16')), run=dict(fold_bn=True))
+    assert t.run == dict(batch=3, precision='bf16', fold_bn=True)
+    assert Teacher(t, select=[0, 1]).run == t.run
+    assert Teacher(t, run=dict(precision='fp32')).run == t.run | dict(precision='fp32')
+
+
+def test_defaults_change_only_what_was_not_given():
+    t = Teacher(conv_net(), kind='sigmoid', run=dict(precision='bf16'))
+    other = t.with_defaults(kind='softmax', axis=-1, run=dict(precision='fp32', batch=2))
+    assert (other.kind, other.axis) == ('sigmoid', -1)
+    assert other.run == dict(precision='bf16', batch=2)
+    assert t.with_defaults(kind='softmax', run=dict(precision='fp32')) is t
+
+
+def test_a_teacher_that_is_given_as_it_is_gets_no_copy(eager):
+    eager.setattr(speed, 'native_bf16', lambda device: True)
+    t, x = Teacher([conv_net(), conv_net()], run=dict(batch=4)), images()
+    plain = t.as_it_is()
+    t(x), plain(x)
+    assert [m.half for m in t.members] == ['bfloat16'] * 2
+    assert [m.half for m in plain.members] == [''] * 2
+    assert all(m.runner.module is m.module for m in plain.members)
+
+
 # slices
 
 

@@ -1,12 +1,12 @@
-"The state of a model: modes, attributes, buffers, hooks and weights, saved and restored."
+"The state of models and other objects: modes, attributes, buffers, hooks and weights, saved and restored."
 
 import copy
 from collections import OrderedDict
+from contextlib import contextmanager
 
 import torch
-from torch import nn
 
-__all__ = ['Attributes', 'ModelState', 'TensorValues']
+__all__ = ['Attributes', 'ModelState', 'TensorValues', 'restored']
 
 
 class ModelState:
@@ -45,16 +45,16 @@ class ModelState:
 
 
 class Attributes:
-    """The attributes of a module and the contents of its lists, dicts and sets: hidden states,
-    buffers, hooks, modes.
+    """The attributes of an object and the contents of its lists, dicts and sets. Those of a module
+    are its hidden states, buffers, hooks and mode.
 
     Args:
-        module: Whose attributes.
+        of: An object with a `__dict__`
         only: fn(name): which attributes; None: all.
     """
 
-    def __init__(self, module: nn.Module, only=None):
-        self.vars, self.only = vars(module), only or (lambda name: True)
+    def __init__(self, of, only=None):
+        self.vars, self.only = vars(of), only or (lambda name: True)
         self.was = self.now()
         self.containers = [
             (v, copy.copy(v))
@@ -72,6 +72,24 @@ class Attributes:
         for now, was in self.containers:
             now.clear()
             now.extend(was) if isinstance(now, list) else now.update(was)
+
+
+@contextmanager
+def restored(*objects, only=None):
+    """Restore the attributes of these objects at the end, and the contents of lists, dicts and sets
+    among them.
+
+    Args:
+        *objects: Those without a `__dict__` are left out.
+        only: Names of the attributes; None: all.
+    """
+    names = None if only is None else set(only).__contains__
+    states = [Attributes(o, names) for o in objects if hasattr(o, '__dict__')]
+    try:
+        yield
+    finally:
+        for s in states:
+            s.restore()
 
 
 class TensorValues:

@@ -14,6 +14,7 @@ from fastai.data.transforms import Normalize
 from fastai.tabular.core import TabDataLoader
 from fastai.text.data import SortedDL
 
+from ..base.model_state import restored
 from ..base.outputs import DistillError, DistillWarning, Outputs, TopK, as_plain
 from ..base.random_state import RandomGuard
 from ..cache.digests import fingerprint, flat_values
@@ -406,14 +407,10 @@ def validation_transforms(dl, on):
     )
     if on and isinstance(ds, TfmdLists):
         pipes.append(ds)  # it has a `split_idx` of its own
-    old = [o.split_idx for o in pipes]
-    for o in pipes:
-        o.split_idx = 1
-    try:
+    with restored(*pipes, only=['split_idx']):
+        for o in pipes:
+            o.split_idx = 1
         yield
-    finally:
-        for o, i in zip(pipes, old):
-            o.split_idx = i
 
 
 def check_views_repeat(make, n):

@@ -18,6 +18,7 @@ from fastai.basics import Learner
 from fastai.layers import ToTensorBase
 from torch import nn
 
+from ..base.model_state import restored
 from ..base.outputs import DistillError, Outputs, as_plain
 from ..base.random_state import guarded_random_state
 from ..base.task import fit_labels
@@ -203,15 +204,16 @@ def on_cpu(model):
     """The model in evaluation mode on the CPU, afterwards as before."""
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
     typed = [m for m in model.modules() if isinstance(m, ToTensorBase)]  # the last layer of U-Nets
-    classes = [m.tensor_cls for m in typed]
     try:
-        with guarded_random_state(), Teacher(model, run=AS_IT_IS):
+        with (
+            guarded_random_state(),
+            Teacher(model, run=AS_IT_IS),
+            restored(*typed, only=['tensor_cls']),
+        ):
             for m in typed:
                 m.tensor_cls = torch.Tensor
             yield model.cpu()
     finally:
-        for m, c in zip(typed, classes):
-            m.tensor_cls = c
         model.to(device)
 
 

@@ -6,11 +6,12 @@ import torch
 from fastai.basics import Interpretation, L, Learner, TensorImageBase, display_df, noop, tuplify
 from fastai.vision.data import get_grid
 
+from ..base.model_state import restored
 from ..base.outputs import DistillError
 from ..base.random_state import guarded_random_state
 from ..losses import binary_kl, kl
 from ..teachers.fast_copy import AS_IT_IS
-from .batches import restored, split_batch
+from .batches import split_batch
 from .language_model import is_stream
 from .task import task_of
 from .teachers import refuse_heads, teacher_of

@@ -168,19 +168,19 @@ def dry_run(model, *x):
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module):
-    """Evaluation mode, no gradient. Afterwards modes, buffers, hidden states, attributes and random
-    states are as before.
+def untouched(model: nn.Module, training: bool = False):
+    """Evaluation mode without gradients, or training mode with them. Afterwards modes, buffers,
+    hidden states, attributes and random states are as before.
     """
     modules = distinct_modules(unwrap(model))
     state = ModelState(modules)
     cuda = sorted({t.device.index for t in weights_and_buffers(modules) if t.is_cuda})
     # subtle: the flag, not .eval(), since some layers override .eval() to do more, such as merging adapters
-    for m, training in state.modes:
-        if training:
-            m.training = False
+    for m, was in state.modes:
+        if was != training:
+            m.training = training
     try:
-        with RandomGuard(cuda), torch.no_grad(), run_eagerly(model):
+        with RandomGuard(cuda), torch.set_grad_enabled(training), run_eagerly(model):
             yield
     finally:
         state.restore()

@@ -136,29 +136,10 @@ class Teacher:
         name: str | None = None,
         run=None,
     ):
-        options = dict(
-            layers=layers,
-            mode=mode,
-            stats=stats,
-            input_stats=input_stats,
-            size=size,
-            combine=combine,
-            weights=weights,
-            kind=kind,
-            axis=axis,
-            select=select,
-            classes=classes,
-            output=output,
-            outputs=outputs,
-            inputs=inputs,
-            items=items,
-            frame=frame,
-            name=name,
-            run={} if run is None else run,
-        )
-        self.model = self.path = self.learner = (
-            None  # fastdistill.fastai keeps the teacher's Learner as `learner`
-        )
+        options = {k: v for k, v in locals().items() if k not in ('self', 'model')}
+        options['run'] = {} if run is None else run
+        # fastdistill.fastai keeps the teacher's Learner as `learner`
+        self.model = self.path = self.learner = None
         self.sources, self.members = [], []
         self.random, self._runner, self._was_started = RandomStream(), None, []
         # facts about the model that were found while it ran; variations share them
@@ -192,10 +173,11 @@ class Teacher:
 
     def with_defaults(self, **options) -> 'Teacher':
         """The teacher with these options, except those that it was given itself. The same teacher
-        if none is left.
+        if none is left. The same holds for each key of `run`.
         """
+        run = {**(options.pop('run', None) or {}), **self.run}
         new = {k: v for k, v in options.items() if k not in self.given}
-        if 'run' in options and (run := {**options['run'], **self.run}) != self.run:
+        if run != self.run:
             new['run'] = run
         return Teacher(self, **new) if new else self
 
