@@ -222,9 +222,9 @@ def torchdistill(pair, student, teacher):
 class Forward:
     "The teacher's forward pass alone"
 
-    def __init__(self, pair, batches, options):
+    def __init__(self, pair, batches, run):
         self.teacher, self.dl = (
-            Teacher(pair.models()[1], axis=pair.axis, **options),
+            Teacher(pair.models()[1], axis=pair.axis, run=run),
             pair.data(batches).train,
         )
 
@@ -240,12 +240,10 @@ class Forward:
 # name -> fn(pair, batches) -> an object with `run`
 WAYS: dict[str, Callable] = {
     FLOOR: partial(Fit, callbacks=lambda *_: []),
-    'fastdistill': partial(Fit, callbacks=partial(live, compile=False)),
-    'fastdistill, the default recipe': partial(
-        Fit, callbacks=partial(live, recipe=None, compile=False)
-    ),
-    'fastdistill, compiled': partial(Fit, callbacks=partial(live, compile=True)),
-    'fastdistill, model as it is': partial(Fit, callbacks=partial(live, **AS_IT_IS)),
+    'fastdistill': partial(Fit, callbacks=live),
+    'fastdistill, the default recipe': partial(Fit, callbacks=partial(live, recipe=None)),
+    'fastdistill, compiled': partial(Fit, callbacks=partial(live, run=dict(compile=True))),
+    'fastdistill, model as it is': partial(Fit, callbacks=partial(live, run=AS_IT_IS)),
     'fastdistill, cached': partial(Fit, callbacks=stored),
     'fastdistill, free teacher': partial(Fit, callbacks=free),
     "the forum's callback": partial(Fit, callbacks=forum),
@@ -253,6 +251,6 @@ WAYS: dict[str, Callable] = {
     'no teacher, plain loop': partial(Loop, loss=alone),
     'careful plain loop': partial(Loop, loss=careful),
     "torchdistill's loss, plain loop": partial(Loop, loss=torchdistill),
-    "the teacher's forward pass": partial(Forward, options=dict(compile=False)),
-    "the teacher's, model as it is": partial(Forward, options=AS_IT_IS),
+    "the teacher's forward pass": partial(Forward, run=None),
+    "the teacher's, model as it is": partial(Forward, run=AS_IT_IS),
 }

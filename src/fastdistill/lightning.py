@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 
 from .base.distributed import average_gradients
 from .base.outputs import DistillError, Outputs
-from .base.seeds import RandomGuard
+from .base.random_state import RandomGuard
 from .distiller.distiller import Distiller
 from .distiller.integration import (
     add_parameters,

@@ -9,7 +9,8 @@ from fastdistill.cache import TeacherCache, cache_dataset
 from fastdistill.base.outputs import DistillError, Outputs
 from fastdistill.cache import Replayed
 from fastdistill.cache.per_sample import PerSample, per_sample
-from fastdistill.base.seeds import restored_once, scramble, seeded, seeds_of, RandomGuard, view_of
+from fastdistill.base.random_state import restored_once, seeded, RandomGuard
+from fastdistill.base.seeds import scramble, seeds_of, view_of
 from fastdistill.teachers import Teacher
 
 

@@ -123,7 +123,7 @@ def test_the_forecast_of_a_cache_is_the_size_of_the_cache(tmp_path):
 
 def test_a_copy_of_the_teacher_is_counted():
     student, teacher = pair('image')
-    costs = student.check_teacher(Teacher(teacher.model, precision='bf16')).costs
+    costs = student.check_teacher(Teacher(teacher.model, run=dict(precision='bf16'))).costs
     floats = sum(
         o.numel()
         for o in [*teacher.model.parameters(), *teacher.model.buffers()]

@@ -1926,4 +1926,4 @@ def test_a_teacher_of_a_fixed_image_size_says_so():
 @pytest.mark.parametrize('device', ['cuda:99', 'meta', 'gpu'])
 def test_a_teacher_on_a_device_that_is_not_there_is_an_error(device):
     with pytest.raises(DistillError, match=f"device='{device}': this device can't be used here"):
-        Teacher(mlp(6), device=device)
+        Teacher(mlp(6), run=dict(device=device))

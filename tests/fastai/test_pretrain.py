@@ -95,7 +95,7 @@ def test_the_embeddings_are_compared_as_directions(student, teacher):
     s, t = s().eval(), t().eval()
     d = Distiller(
         s,
-        Teacher(t, precision='fp32', memory_format=None, fold_bn=False),
+        Teacher(t, run=dict(precision='fp32', memory_format=None, fold_bn=False)),
         recipes.pretrain(),
         example=x,
     )
@@ -159,9 +159,9 @@ def test_a_cache_of_embeddings_teaches_as_the_teacher_does(tmp_path):
     teacher(images())  # its batch-norm statistics
     start, ends = small().state_dict(), []
     for source in (
-        lambda dls: Teacher(teacher, precision='fp32'),
+        lambda dls: Teacher(teacher, run=dict(precision='fp32')),
         lambda dls: cache_teacher(
-            Teacher(teacher, precision='fp32'),
+            Teacher(teacher, run=dict(precision='fp32')),
             dls,
             tmp_path / 'c',
             kind='regression',
@@ -259,7 +259,9 @@ def test_similarities_of_tokens_are_those_of_the_picture_alone():
     "The class token is no position, and a CNN's map stays as it is"
     torch.manual_seed(0)
     x, s, t = images(2), vit(3, 12), vit(0)
-    d = Distiller(s, Teacher(t, precision='fp32'), alone(recipes.gram(weight=1.0)), example=x)
+    d = Distiller(
+        s, Teacher(t, run=dict(precision='fp32')), alone(recipes.gram(weight=1.0)), example=x
+    )
     d.eval()
     got = d(x).total.item()
     with torch.no_grad():

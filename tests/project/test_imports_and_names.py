@@ -52,10 +52,10 @@ LAW = dict(
 )
 # the same inside a package: a file may import those of its package that stand before it
 ORDER = dict(
-    base='errors atomic_files outputs distributed progress_bar task class_mapping generators seeds',
+    base='errors atomic_files outputs distributed progress_bar task class_mapping generators random_state model_state seeds',
     losses='_base chunks correlations response divergence decoupled feature relation dense',
     features='layer_names calls probe shapes taps projectors model_stages layer_pairs',
-    teachers='images probabilities estimator forms rng_stream hidden_state frozen input_aliasing slices folding compiled fast_copy items running ensemble teacher',
+    teachers='images probabilities estimator forms rng_stream hidden_state frozen input_aliasing slices folding compiled_module copy_plan fast_copy items inputs runner ensemble teacher',
     cache='per_sample keys digests folder files entries layout manifest reader source writer progress dataset importers server verify pack',
     recipes='schedule batch gradient_norms gradient_balance link recipe_loss term zoo text default catalog',
     checks='findings shared_parameters batch_scores class_order shapes forward normalization recipe scores passed_checks outputs explain',

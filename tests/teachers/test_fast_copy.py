@@ -1,12 +1,12 @@
 "Faster copies of a teacher: precision, memory format, folded batch-norms, compilation. The model itself is never changed."
 
-import copy, pickle, re, shutil, warnings
+import copy, pickle, shutil, warnings
 import pytest
 import torch
 from torch import nn
 import torch.nn.functional as F
 from fastdistill import DistillError, Distiller, Outputs, Teacher, hint, kd
-from fastdistill.teachers import compiled, fast_copy as speed
+from fastdistill.teachers import compiled_module, fast_copy as speed
 from fastdistill.teachers.folding import foldable
 
 
@@ -73,7 +73,7 @@ def test_a_small_teacher_runs_as_it_is():
     with torch.no_grad():
         assert torch.equal(t(x).logits, net(x))
     assert (
-        t.runs is net
+        t.runner.module is net
         and repr(t) == 'Teacher(Sequential: as it is)'
         and repr(Teacher(net)) == 'Teacher(Sequential)'
     )
@@ -82,10 +82,10 @@ def test_a_small_teacher_runs_as_it_is():
 @pytest.mark.parametrize(
     'options,tol,says',
     [
-        (dict(precision='bf16'), 0.03, 'bfloat16, not'),
+        (dict(precision='bf16'), 0.03, 'bfloat16, a copy'),
         (dict(precision='fp16', fold_bn=True), 0.01, 'float16, 2 batch-norms'),
         (dict(fold_bn=True), 1e-5, 'float32, 2 batch-norms folded'),
-        (dict(memory_format='channels_last'), 1e-5, 'float32, channels_last, not'),
+        (dict(memory_format='channels_last'), 1e-5, 'float32, channels_last, a copy'),
         (dict(device='cpu'), 1e-6, 'float32, on cpu'),
     ],
 )
@@ -93,11 +93,11 @@ def test_a_choice_by_hand_is_a_private_copy_with_the_same_outputs(options, tol, 
     net, x = conv_net(), images()
     net[3].weight.grad = torch.ones_like(net[3].weight)
     was, plain = facts(net), copy.deepcopy(net).eval()(x)
-    t = Teacher(net, **options)
+    t = Teacher(net, run=options)
     with t:
         a, b = t(x).logits, t(x).logits
-        assert t.runs is not net and not {
-            p.data_ptr() for p in t.runs.parameters() if p.dtype != torch.float32
+        assert t.runner.module is not net and not {
+            p.data_ptr() for p in t.runner.module.parameters() if p.dtype != torch.float32
         } & {p.data_ptr() for p in net.parameters()}
     assert (
         a.dtype == torch.float32
@@ -117,12 +117,12 @@ def test_auto_chooses_what_the_processor_does_itself(eager):
         t = Teacher(net)
         t(x)
         assert (
-            next(t.runs.parameters()).dtype == dtype
+            next(t.runner.module.parameters()).dtype == dtype
             and t.half == ('bfloat16' if native else '')
             and 'channels_last, 2 batch-norms folded' in repr(t)
         )
-    t = Teacher(net, precision='fp32', memory_format=None, fold_bn=False)
-    assert torch.equal(t(x).logits, net.eval()(x)) and t.runs is net
+    t = Teacher(net, run=dict(precision='fp32', memory_format=None, fold_bn=False))
+    assert torch.equal(t(x).logits, net.eval()(x)) and t.runner.module is net
 
 
 def test_a_processor_without_bfloat16_is_not_asked_for_it():
@@ -131,31 +131,53 @@ def test_a_processor_without_bfloat16_is_not_asked_for_it():
     )
 
 
-def test_a_large_model_is_found_by_its_operations():
-    net = nn.Sequential(
-        nn.Conv2d(3, 256, 3, padding=1, stride=2),
-        nn.ReLU(),
-        nn.Conv2d(256, 256, 3, padding=1),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(256, 3),
-    )
-    assert (
-        speed.at_most(net, (torch.randn(2, 3, 8, 8),), {})
-        < speed.WORK
-        < speed.at_most(net, (torch.randn(64, 3, 16, 16),), {})
-    )
-    with speed.counted_cells(nn.LSTM(4, 8)) as cells:
-        pass
-    lstm = nn.LSTM(4, 8, bias=False)
-    with speed.counted_cells(lstm) as cells:
-        lstm(torch.randn(5, 3, 4))
-    assert cells == [2 * 15 * (4 * 8 * (4 + 8))]
+@pytest.mark.parametrize(
+    'net,x,want',
+    [
+        (nn.Linear(20, 30, bias=False), torch.randn(8, 20), 2 * 8 * 600),
+        (nn.LSTM(4, 8, bias=False), torch.randn(5, 3, 4), 2 * 15 * 4 * 8 * (4 + 8)),
+        (
+            nn.Sequential(nn.Embedding(100, 20), nn.Linear(20, 30, bias=False)),
+            torch.zeros(8, 5, dtype=torch.long),
+            2 * 40 * 600,
+        ),
+        (nn.Conv2d(3, 6, 16, 16, bias=False), torch.randn(2, 3, 64, 32), 2 * 2 * 8 * 3 * 6 * 256),
+    ],
+    ids=['table', 'recurrent', 'tokens', 'patches'],
+)
+def test_operations_are_those_that_a_layer_does(net, x, want):
+    assert speed.operations(net, (x,), {}) == want
+
+
+def test_a_copy_that_is_not_faster_is_not_used(eager, capsys):
+    eager.setattr(speed, 'native_bf16', lambda device: True)
+    eager.setattr(speed, 'is_faster', lambda *_: False)
+    net, x = conv_net(), images()
+    t = Teacher(net)
+    assert torch.equal(t(x).logits, net.eval()(x))
+    assert repr(t) == 'Teacher(Sequential: as it is (a copy is not faster))'
+    assert 'runs as it is: a copy is not faster' in capsys.readouterr().out
+
+
+def test_the_better_of_two_runs_shows_which_module_is_faster(monkeypatch):
+    seconds = iter([0, 9, 0, 3, 0, 2, 0, 4])  # a: 9 and 2; b: 3 and 4
+    monkeypatch.setattr(speed.time, 'perf_counter', lambda: next(seconds))
+    assert speed.is_faster('a', 'b', lambda m: torch.zeros(1))
 
 
 def test_one_sample_decides_nothing_for_larger_batches(eager):
-    eager.setattr(speed, 'WORK', 2**17)
     eager.setattr(speed, 'native_bf16', lambda device: True)
+    eager.setattr(speed, 'WORK', 2 * 32 * 64 * 64)
+    t = Teacher(nn.Linear(64, 64))
+    t(torch.randn(1, 64))
+    assert not t.half
+    t(torch.randn(32, 64))
+    assert t.half == 'bfloat16'
+
+
+def test_a_copy_that_is_not_faster_for_one_sample_is_tried_with_larger_batches(eager):
+    eager.setattr(speed, 'native_bf16', lambda device: True)
+    eager.setattr(speed, 'is_faster', lambda a, b, run: len(run(b)) > 1)
     t = Teacher(nn.Linear(64, 64))
     t(torch.randn(1, 64))
     assert not t.half
@@ -178,7 +200,7 @@ def test_outputs_that_are_too_far_are_refused(eager, capsys):
     eager.setattr(speed, 'native_bf16', lambda device: True)
     net, x = Cancels(), torch.randn(8, 4)
     t = Teacher(net)
-    assert torch.equal(t(x).logits, net(x)) and t.runs is net
+    assert torch.equal(t(x).logits, net(x)) and t.runner.module is net
     assert (
         'runs as it is: in bfloat16 its outputs differ by' in capsys.readouterr().out
         and 'in bfloat16 its outputs differ by' in repr(t)
@@ -194,12 +216,12 @@ class NoHalf(nn.Linear):
 
 def test_a_model_that_does_not_run_as_a_copy_runs_as_it_is(capsys):
     net, x = NoHalf(4, 3), torch.randn(2, 4)
-    t = Teacher(net, precision='bf16')
+    t = Teacher(net, run=dict(precision='bf16'))
     assert (
         torch.equal(t(x).logits, net(x))
         and 'TypeError: no half precision here' in capsys.readouterr().out
     )
-    t = Teacher(torch.compile(nn.Linear(4, 3), backend='eager'), precision='bf16')
+    t = Teacher(torch.compile(nn.Linear(4, 3), backend='eager'), run=dict(precision='bf16'))
     t(x)
     assert (
         'it is compiled already' in repr(t) and 'it is compiled already' in capsys.readouterr().out
@@ -219,7 +241,7 @@ def test_a_hook_of_yours_still_sees_the_model():
 
     net, sees = conv_net(), Sees()
     net[0].register_forward_hook(sees.hook)
-    t = Teacher(net, precision='bf16')
+    t = Teacher(net, run=dict(precision='bf16'))
     t(images())
     assert len(sees.seen) == 1 and 'it has hooks of yours' in repr(t)
 
@@ -234,13 +256,13 @@ def test_a_hook_that_is_an_object_still_sees_the_model():
 
     net, sees = conv_net(), Sees()
     net[0].register_forward_hook(sees)
-    Teacher(net, precision='bf16')(images())
+    Teacher(net, run=dict(precision='bf16'))(images())
     assert len(sees.seen) == 1
 
 
 def test_a_hook_that_comes_after_a_copy_was_made_sees_its_layers():
     net, seen = conv_net(), []
-    t = Teacher(net, precision='bf16')
+    t = Teacher(net, run=dict(precision='bf16'))
     t(images())
     handle = net[0].register_forward_hook(lambda m, args, out: seen.append(out))
     t(images())
@@ -253,7 +275,7 @@ def test_a_hook_that_comes_after_a_copy_was_made_sees_its_layers():
 
 
 def test_the_representation_counts_the_batch_norms_that_are_folded_now():
-    t, x = Teacher(conv_net(), fold_bn=True), images()
+    t, x = Teacher(conv_net(), run=dict(fold_bn=True)), images()
     with t:
         t(x)
         assert '2 batch-norms folded' in repr(t)
@@ -265,7 +287,7 @@ def test_the_representation_counts_the_batch_norms_that_are_folded_now():
 def test_layers_are_found_where_a_batch_runs_in_slices(rows):
     x, net = images(8), conv_net()
     whole, parts = [
-        Distiller(conv_net(4), Teacher(net, batch=n), hint(layers='auto'), example=x)
+        Distiller(conv_net(4), Teacher(net, run=dict(batch=n)), hint(layers='auto'), example=x)
         for n in (None, rows)
     ]
     assert [(p.student, p.teacher) for p in whole.pairs] == [
@@ -280,7 +302,7 @@ def test_a_teacher_with_batch_is_never_run_on_more_rows():
             return super().forward(x)
 
     seen = []
-    t = Teacher(Counts(*conv_net()), batch=3, precision='bf16', fold_bn=True)
+    t = Teacher(Counts(*conv_net()), run=dict(batch=3, precision='bf16', fold_bn=True))
     t(images(8))
     assert t.half == 'bfloat16'
     assert max(seen) == 3
@@ -317,7 +339,7 @@ def test_only_what_nothing_else_reads_is_folded():
 
 def test_a_layer_that_is_read_stays_what_it_is():
     net, x = conv_net().eval(), images()
-    t = Teacher(net, fold_bn=True, memory_format=None)
+    t = Teacher(net, run=dict(fold_bn=True, memory_format=None))
     with t, torch.no_grad():
         assert '2 batch-norms' in repr(t(x) and t)
         o = t.outputs((x,), layers=['0', '1@pre', '4@in', '5'])
@@ -326,7 +348,7 @@ def test_a_layer_that_is_read_stays_what_it_is():
         torch.testing.assert_close(o.feats['1@pre'], net[1](conv))
         torch.testing.assert_close(o.feats['4@in'], net[:4](x), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(o.feats['5'], net[:6](x), rtol=1e-4, atol=1e-5)
-    t = Teacher(net, fold_bn=True, layers=['3'])
+    t = Teacher(net, run=dict(fold_bn=True), layers=['3'])
     torch.testing.assert_close(t(x).feats['3'], net[:4](x).detach(), rtol=1e-4, atol=1e-5)
     assert '1 batch-norms folded' in repr(t)
 
@@ -339,7 +361,7 @@ def test_a_feature_recipe_learns_the_same_from_a_copy():
         student = conv_net(4)
         d = Distiller(
             student,
-            Teacher(net, **options),
+            Teacher(net, run=options),
             kd() + hint(layers={'5': '5', '3': '3'}, weight=1.0),
             example=x,
         )
@@ -357,14 +379,14 @@ def test_a_feature_recipe_learns_the_same_from_a_copy():
 )
 def test_a_teacher_whose_weights_change_is_not_an_old_copy(change):
     net, x = nn.Linear(4, 3), torch.randn(8, 4)
-    t = Teacher(net, precision='bf16')
+    t = Teacher(net, run=dict(precision='bf16'))
     with t:
         t(x)
         for p in net.parameters():
             with torch.no_grad():
                 change(p)
         assert torch.equal(t(x).logits, net(x)) and 'its weights change' in repr(t)
-    t = Teacher(net, precision='bf16')
+    t = Teacher(net, run=dict(precision='bf16'))
     t(x)
     for p in net.parameters():
         with torch.no_grad():
@@ -375,7 +397,7 @@ def test_a_teacher_whose_weights_change_is_not_an_old_copy(change):
 
 def test_with_and_without_the_block_the_numbers_are_the_same():
     net, x = conv_net(), images()
-    t = Teacher(net, precision='bf16')
+    t = Teacher(net, run=dict(precision='bf16'))
     a = t(x).logits
     with t:
         assert torch.equal(t(x).logits, a)
@@ -385,7 +407,7 @@ def test_with_and_without_the_block_the_numbers_are_the_same():
 
 
 def test_training_under_autocast_does_not_change_a_copy():
-    t, x = Teacher(conv_net(), precision='bf16'), images()
+    t, x = Teacher(conv_net(), run=dict(precision='bf16')), images()
     a = t(x).logits
     with torch.autocast('cpu', torch.bfloat16):
         assert torch.equal(t(x).logits, a)
@@ -409,7 +431,7 @@ class Memory(nn.Module):
 
 def test_a_hidden_state_lives_in_the_copy():
     net, xs = Memory(), torch.randn(3, 2, 5, 4)
-    t = Teacher(net, precision='bf16', axis=-1)
+    t = Teacher(net, run=dict(precision='bf16'), axis=-1)
     with t:
         first = [t(x).logits for x in xs]
         probed = t.probe(xs[0]).logits
@@ -424,24 +446,49 @@ def test_a_hidden_state_lives_in_the_copy():
 
 
 def test_a_copied_or_pickled_teacher_starts_without_the_copy():
-    t, x = Teacher(conv_net(), precision='bf16'), images()
+    t, x = Teacher(conv_net(), run=dict(precision='bf16')), images()
     a = t(x).logits
     for o in (copy.deepcopy(t), pickle.loads(pickle.dumps(t))):
-        assert o.runs is o.model and torch.equal(o(x).logits, a)
+        assert o.runner.module is o.model and torch.equal(o(x).logits, a)
 
 
 def test_members_of_an_ensemble_get_the_options():
     nets, x = [conv_net(), conv_net()], images()
-    t = Teacher(nets, precision='bf16', combine='logits')
+    t = Teacher(nets, run=dict(precision='bf16'), combine='logits')
     with t:
         a = t(x).logits
     assert (
         all(m.half == 'bfloat16' for m in t.members)
         and far(a, sum(n.eval()(x) for n in nets).detach() / 2) < 0.03
     )
-    t = Teacher([Teacher(nets[0], precision='fp32'), nets[1]], precision='bf16')
+    t = Teacher([Teacher(nets[0], run=dict(precision='fp32')), nets[1]], run=dict(precision='bf16'))
     t(x)
     assert [m.half for m in t.members] == ['', 'bfloat16']
+
+
+def test_a_variation_keeps_what_it_does_not_change():
+    t = Teacher(Teacher(conv_net(), run=dict(batch=3, precision='bf16')), run=dict(fold_bn=True))
+    assert t.run == dict(batch=3, precision='bf16', fold_bn=True)
+    assert Teacher(t, select=[0, 1]).run == t.run
+    assert Teacher(t, run=dict(precision='fp32')).run == t.run | dict(precision='fp32')
+
+
+def test_defaults_change_only_what_was_not_given():
+    t = Teacher(conv_net(), kind='sigmoid', run=dict(precision='bf16'))
+    other = t.with_defaults(kind='softmax', axis=-1, run=dict(precision='fp32', batch=2))
+    assert (other.kind, other.axis) == ('sigmoid', -1)
+    assert other.run == dict(precision='bf16', batch=2)
+    assert t.with_defaults(kind='softmax', run=dict(precision='fp32')) is t
+
+
+def test_a_teacher_that_is_given_as_it_is_gets_no_copy(eager):
+    eager.setattr(speed, 'native_bf16', lambda device: True)
+    t, x = Teacher([conv_net(), conv_net()], run=dict(batch=4)), images()
+    plain = t.as_it_is()
+    t(x), plain(x)
+    assert [m.half for m in t.members] == ['bfloat16'] * 2
+    assert [m.half for m in plain.members] == [''] * 2
+    assert all(m.runner.module is m.module for m in plain.members)
 
 
 # slices
@@ -449,7 +496,7 @@ def test_members_of_an_ensemble_get_the_options():
 
 def test_slices_of_rows_give_the_same_outputs():
     net, x = conv_net(), images(7)
-    whole, parts = [Teacher(net, layers=['5'], batch=n)(x) for n in (None, 3)]
+    whole, parts = [Teacher(net, layers=['5'], run=dict(batch=n))(x) for n in (None, 3)]
     for a, b in ((whole.logits, parts.logits), (whole.feats['5'], parts.feats['5'])):
         torch.testing.assert_close(a, b)
     seen = []
@@ -458,7 +505,7 @@ def test_slices_of_rows_give_the_same_outputs():
         seen.append(len(ids))
         return Outputs(ids.float() * scale, {'a': ids}, attention_mask)
 
-    o = Teacher(f, batch=2)(
+    o = Teacher(f, run=dict(batch=2))(
         torch.arange(5)[:, None], attention_mask=torch.ones(5, 1), scale=torch.tensor(2.0)
     )
     assert (
@@ -475,9 +522,15 @@ def test_slices_of_rows_give_the_same_outputs():
     'options,says',
     [
         (dict(precision='half'), "precision='half': must be one of 'auto', 'fp32', 'bf16', 'fp16'"),
-        (dict(compile='yes'), "compile='yes': must be one of 'auto', True, False"),
+        (dict(compile='yes'), "compile='yes': must be one of False, True"),
         (dict(memory_format='nhwc'), "must be one of 'auto', 'channels_last', None"),
         (dict(fold_bn=2), 'must be one of'),
+        (dict(compile='auto'), "compile='auto': must be one of False, True"),
+        (
+            dict(half=True),
+            "run={'half': True}: must be a dict with any of 'precision', 'memory_format', 'fold_bn', "
+            "'compile', 'device', 'batch'",
+        ),
         (dict(batch=0), 'give a whole number of rows from 1'),
         (dict(batch=True), 'give a whole number'),
         (
@@ -492,7 +545,7 @@ def test_slices_of_rows_give_the_same_outputs():
 )
 def test_a_wrong_option_is_refused(options, says):
     with pytest.raises(DistillError, match=says):
-        Teacher(options.pop('model', nn.Linear(2, 2)), **options)
+        Teacher(options.pop('model', nn.Linear(2, 2)), run=options)
 
 
 # compilation
@@ -503,97 +556,39 @@ def compiles(monkeypatch):
     "torch.compile that compiles nothing, and counts"
     calls = []
     monkeypatch.setattr(torch, 'compile', lambda m, **kw: calls.append(kw) or m)
-    monkeypatch.setattr(compiled, 'missing_compiler', lambda device: None)
-    monkeypatch.setattr(compiled, 'COMPILED', [])
+    monkeypatch.setattr(compiled_module, 'missing_compiler', lambda device: None)
     return calls
 
 
-def runs(n, batches, **options):
+def runs(n, **options):
     net, x = nn.Linear(4, 3), torch.randn(8, 4)
-    t = Teacher(net, precision='bf16', **options)
+    t = Teacher(net, run=dict(precision='bf16', **options))
     with t:
-        if batches is not None:
-            t.expect(batches)
         for _ in range(n):
             out = t(x)
         assert far(out.logits, net(x).detach()) < 0.03
         return repr(t)
 
 
-def test_a_short_run_is_not_compiled(compiles, capsys):
-    assert (
-        re.search(
-            r'not compiled \(in 6 batches of \S+ ms that would save about 0 s and take about \d+ s\)',
-            runs(8, 10),
-        )
-        and not compiles
-    )
-    assert 'is not compiled (in 6 batches' in capsys.readouterr().out
-    assert 'not yet compiled' in runs(8, None) and not compiles
+def test_nothing_is_compiled_unless_asked(compiles, eager):
+    assert 'compiled' not in runs(8)
+    t, x = Teacher(conv_net()), images()
+    with t:
+        for _ in range(8):
+            t(x)
+    assert not compiles
 
 
-def test_a_long_run_is_compiled_once_and_kept_if_it_is_faster(compiles, capsys):
-    for faster in (True, False):
-        fast = iter([9, 1, 1, 1, 9, 0.1, 0.1, 0.1] if faster else [9, 1, 1, 1, 9, 2, 2, 2])
-        with pytest.MonkeyPatch.context() as m:
-            m.setattr(
-                compiled.Compilation,
-                '_timed',
-                lambda self, f, x, kw, fast=fast: (f(*x, **kw), next(fast)),
-            )
-            says = runs(10, 10_000)
-        assert (
-            '100 ms a batch instead of 1e+03'
-            if faster
-            else 'not compiled (tried for 0 s: 2e+03 ms a batch instead of 1e+03)'
-        ) in says
-    assert len(compiles) == 2 and compiles[0]['options'] == {'freezing': True}
-    assert (
-        'is compiled in 0 s: 100 ms a batch instead of 1e+03, for 9993 more batches'
-        in capsys.readouterr().out
-    )
-
-
-def test_the_decision_follows_from_the_measured_times():
-    cost, enough = (
-        compiled.compile_seconds(100),
-        lambda left, eager, known=(): not compiled.worth_compiling(left, eager, 100, known),
-    )
-    least = 2 * cost / compiled.GAIN  # seconds of batches to come
-    assert (
-        enough(1000, least / 1000 + 1e-6)
-        and not enough(1000, 0.99 * least / 1000)
-        and enough(10, least / 10 + 1e-4)
-        and not enough(0, 100.0)
-    )
-    assert compiled.compile_seconds(200) > cost > compiled.compile_seconds(1) > 0
-    slow = [
-        (100, 3 * cost),
-        (200, 3 * compiled.compile_seconds(200)),
-        (1, 9 * compiled.compile_seconds(1)),
-    ]  # another machine: three times as long
-    assert (
-        compiled.compile_seconds(100, slow) == pytest.approx(3 * cost)
-        and not enough(1000, 2 * least / 1000, slow)
-        and enough(1000, 3.01 * least / 1000, slow)
-    )
-    assert compiled.compile_seconds(100, [(100, 0.01)]) == cost / 2  # it came from a cache
-    assert (
-        compiled.worth_compiling(30, 0.2, 100, [(100, 40.0)])
-        == 'in 30 batches of 200 ms that would save about 1 s and take about 40 s'
-    )
-
-
-def test_a_compilation_is_remembered_with_its_time(compiles):
-    runs(2, None, compile=True)
-    ((layers, seconds),) = compiled.COMPILED
-    assert layers == 1 and 0 <= seconds < 5
+def test_a_teacher_is_compiled_once_if_asked(compiles, capsys):
+    assert 'compiled in 0 s' in runs(8, compile=True)
+    assert compiles == [dict(dynamic=False, options={'freezing': True})]
+    assert capsys.readouterr().out.count('is compiled in 0 s') == 1
 
 
 def test_without_a_compiler_nothing_is_compiled(monkeypatch, capsys):
     monkeypatch.delenv('CXX', raising=False)
     monkeypatch.setattr(shutil, 'which', lambda name: None)
-    assert 'not compiled (there is no C++ compiler on this machine)' in runs(2, None, compile=True)
+    assert 'not compiled (there is no C++ compiler on this machine)' in runs(2, compile=True)
     assert 'is not compiled (there is no C++ compiler on this machine)' in capsys.readouterr().out
 
 
@@ -603,7 +598,7 @@ def test_an_error_of_the_compiler_is_one_line(compiles, monkeypatch, capsys):
 
     monkeypatch.setattr(torch, 'compile', fails)
     assert (
-        'not compiled (RuntimeError: no such luck)' in runs(2, None, compile=True)
+        'not compiled (RuntimeError: no such luck)' in runs(2, compile=True)
         and 'many lines' not in capsys.readouterr().out
     )
 
@@ -614,14 +609,14 @@ def test_compiled_outputs_that_differ_are_not_used(compiles, monkeypatch):
             return torch.zeros(len(x), 3, dtype=x.dtype)
 
     monkeypatch.setattr(torch, 'compile', lambda m, **kw: Wrong())
-    assert 'its outputs differ too much' in runs(2, None, compile=True)
+    assert 'its outputs differ too much' in runs(2, compile=True)
 
 
 def test_a_compiled_teacher_predicts_the_same():
-    if compiled.missing_compiler(torch.device('cpu')):
+    if compiled_module.missing_compiler(torch.device('cpu')):
         pytest.skip('no C++ compiler')
     net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(8, 4)
-    t = Teacher(net, compile=True)
+    t = Teacher(net, run=dict(compile=True))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of PyTorch about itself, while it compiles
         with t:
@@ -638,7 +633,7 @@ def test_a_student_learns_from_a_half_precision_teacher_in_place_of_the_full_one
     for precision in ('fp32', 'bf16'):
         torch.manual_seed(0)
         student = conv_net(4)
-        Distiller(student, Teacher(net, precision=precision), kd(T=4, alpha=0.9))(
+        Distiller(student, Teacher(net, run=dict(precision=precision)), kd(T=4, alpha=0.9))(
             x, y
         ).total.backward()
         grads.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
@@ -660,9 +655,11 @@ def test_the_precision_of_a_cache_is_part_of_its_teacher(tmp_path, eager):
         and verify_cache(cache, net, data(), n=8).worst < 0.02
     )
     with pytest.raises(DistillError, match='teacher, precision: bfloat16 in the cache, None now'):
-        cache_teacher(Teacher(net, precision='fp32'), dls, tmp_path / 'a', views=1)
+        cache_teacher(Teacher(net, run=dict(precision='fp32')), dls, tmp_path / 'a', views=1)
     for options, dtype in ((dict(), 'float32'), (dict(precision='fp32'), 'float16')):
-        exact = cache_teacher(Teacher(net, **options), dls, tmp_path / dtype, views=1, dtype=dtype)
+        exact = cache_teacher(
+            Teacher(net, run=options), dls, tmp_path / dtype, views=1, dtype=dtype
+        )
         assert (
             'precision' not in exact.manifest.teacher
             and verify_cache(exact, net, data(), n=8).worst < 1e-2
@@ -678,9 +675,7 @@ def test_a_fit_reports_the_copy_where_the_learner_prints(eager, capsys):
     was = facts(teacher.model)
     kd = KnowledgeDistillation(teacher, check=False)
     student.fit(1, 1e-3, cbs=kd)
-    assert (
-        'not compiled (in' in repr(kd.distiller.teacher) and kd.distiller.teacher.half == 'bfloat16'
-    )
+    assert 'bfloat16' in repr(kd.distiller.teacher) and kd.distiller.teacher.half == 'bfloat16'
     assert (
         'runs as a copy' not in capsys.readouterr().out
     )  # this learner's logger is fastai's `noop`

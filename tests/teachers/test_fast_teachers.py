@@ -78,7 +78,7 @@ def trained(width=8):
 
 
 def fast(model=None):
-    return Teacher(trained() if model is None else model, **FAST)
+    return Teacher(trained() if model is None else model, run=FAST)
 
 
 def far(a, b):
@@ -86,7 +86,11 @@ def far(a, b):
 
 
 def is_copy(t):
-    return t.runs is not t.module and 'bfloat16, channels_last' in repr(t) and 'folded' in repr(t)
+    return (
+        t.runner.module is not t.module
+        and 'bfloat16, channels_last' in repr(t)
+        and 'folded' in repr(t)
+    )
 
 
 # pairs of layers
@@ -114,7 +118,7 @@ def test_layers_are_found_and_named_as_in_the_model_itself(names, used):
     exact = Distiller(copy.deepcopy(s), model, recipes.hint(layers=names), example=x)
     assert d.pairs == exact.pairs
     d(x, y).total.backward()
-    assert t.runs is not model and t.half == 'bfloat16'
+    assert t.runner.module is not model and t.half == 'bfloat16'
 
 
 LAYERED = {
@@ -234,7 +238,10 @@ def test_a_fit_with_layers_learns_as_from_the_model_itself(recipe, before):
     b = student()
     set_seed(0)
     b.distill(
-        Teacher(model, precision='fp32', memory_format=None, fold_bn=False), 2, 1e-2, recipe()
+        Teacher(model, run=dict(precision='fp32', memory_format=None, fold_bn=False)),
+        2,
+        1e-2,
+        recipe(),
     )
     assert same(was, snapshot(model))
     start = torch.cat([p.flatten() for p in student().model.parameters()])
@@ -267,12 +274,12 @@ class Stops(Callback):
 def test_after_an_interrupt_nothing_is_left_on_the_teacher_or_on_its_copy():
     model = trained()
     was, t, learn = snapshot(model), used(fast(model)), student()
-    copied = snapshot(t.runs)
+    copied = snapshot(t.runner.module)
     before = apps.modes(learn.model)
     with pytest.raises(KeyboardInterrupt):
         learn.distill(t, 1, 1e-2, kd() + recipes.at(), cbs=Stops())
     assert same(was, snapshot(model))
-    assert same(copied, snapshot(t.runs))
+    assert same(copied, snapshot(t.runner.module))
     assert {k: v[1:] for k, v in apps.modes(learn.model).items()} == {
         k: v[1:] for k, v in before.items()
     }
@@ -283,14 +290,14 @@ def test_a_teacher_speaks_after_a_fit_too(capsys):
     t = fast()
     taught(t, kd())
     capsys.readouterr()
-    Teacher(t, precision='fp32', fold_bn=True)(images()[0])
+    Teacher(t, run=dict(precision='fp32', fold_bn=True))(images()[0])
     assert 'fastdistill: the teacher Net runs as a copy: float32' in capsys.readouterr().out
 
 
 def test_an_ensemble_of_copies_is_compared_by_layer():
     nets, (x, y) = [trained(8), trained(6)], images()
     values = []
-    for t in (Teacher(nets), used(Teacher(nets, **FAST)), Teacher([used(fast(n)) for n in nets])):
+    for t in (Teacher(nets), used(Teacher(nets, run=FAST)), Teacher([used(fast(n)) for n in nets])):
         torch.manual_seed(0)
         d = Distiller(net(4), t, recipes.at({'1': '0.1', '2': '1.2'}), example=x)
         values.append(d(x, y).parts['at'].item())
@@ -348,7 +355,9 @@ def test_a_student_of_a_fast_teacher_is_explained_compared_and_shown():
 def test_stored_layers_of_a_fast_teacher_teach_as_the_model_itself(names, tmp_path):
     model, ends = trained(), []
     was = snapshot(model)
-    for i, t in enumerate((Teacher(model, precision='fp32'), used(fast(model)), fast(model))):
+    for i, t in enumerate(
+        (Teacher(model, run=dict(precision='fp32')), used(fast(model)), fast(model))
+    ):
         learn = student()
         cache = cache_teacher(t, learn.dls, tmp_path / str(i), layers=names, kind='softmax')
         set_seed(0)
@@ -493,7 +502,7 @@ def test_in_every_trainer_weight_0_trains_bit_for_bit_as_without_a_teacher(face,
     ends = []
     for teacher, recipe in (
         (used(fast()), kd(alpha=0) + recipes.at(weight=0.0)),
-        (used(Teacher(trained(), precision='fp32')), kd(alpha=0)),
+        (used(Teacher(trained(), run=dict(precision='fp32'))), kd(alpha=0)),
     ):
         torch.manual_seed(0)
         s = net(4)
@@ -530,7 +539,7 @@ def unet(arch, n=8, size=32):
 
 
 @pytest.mark.parametrize(
-    'given', [lambda t: t, lambda t: Teacher(t.model, **FAST)], ids=['Learner', 'Teacher']
+    'given', [lambda t: t, lambda t: Teacher(t.model, run=FAST)], ids=['Learner', 'Teacher']
 )
 def test_a_unet_teaches_the_layers_of_a_unet(given):
     torch.manual_seed(0)

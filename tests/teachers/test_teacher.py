@@ -410,7 +410,7 @@ WRITES = dict(
 def test_a_module_gets_the_batch_itself_only_if_it_leaves_it_as_it_is(how, batch):
     model, x = Counts(WRITES.get(how)), images(4, 2)
     was = x.clone()
-    with Teacher(model, batch=batch) as t:
+    with Teacher(model, run=dict(batch=batch)) as t:
         for _ in range(3):
             t(x)
     same(x, was)

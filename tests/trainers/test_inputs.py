@@ -78,7 +78,7 @@ def test_a_teacher_reads_its_own_tokens():
     t = bert(100)
     assert torch.allclose(Teacher(t, inputs=of_ids)(ROWS).logits, wanted(t), atol=1e-6)
     assert torch.allclose(
-        Teacher(Teacher(t, inputs=of_ids), batch=3)(ROWS).logits, wanted(t), atol=1e-6
+        Teacher(Teacher(t, inputs=of_ids), run=dict(batch=3))(ROWS).logits, wanted(t), atol=1e-6
     )
     both = Teacher(
         [Teacher(t, inputs=of_ids), Bag().eval()], combine='logits'

@@ -12,7 +12,8 @@ from torch.utils.data.dataloader import default_collate
 
 from ..base.generators import Generators
 from ..base.outputs import DistillError, Outputs, check_axis
-from ..base.seeds import RandomGuard, restored_once, seeded, seeds_of, view_of
+from ..base.random_state import RandomGuard, restored_once, seeded
+from ..base.seeds import seeds_of, view_of
 from .digests import code_of, fingerprint, first_part, flat_values, input_digest
 from .files import dataset_files
 from .keys import dataset_keys, folder_of, root_of

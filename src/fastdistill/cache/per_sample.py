@@ -7,7 +7,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..base.generators import Generators
 from ..base.outputs import DistillError
-from ..base.seeds import MIX, restored_generators, scramble, seeds_of
+from ..base.random_state import restored_generators
+from ..base.seeds import MIX, scramble, seeds_of
 
 __all__ = ['PerSample', 'per_sample']
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..base.class_mapping import taught_part
 from ..base.outputs import DistillError
+from ..base.random_state import guarded_random_state
 from ..base.task import fit_labels
 from .batch_scores import FEW, METRICS, Tally
 from .findings import Finding, Findings, numbers_in_words
-from .forward import guarded_random_state, student_logits, teacher_logits
+from .forward import student_logits, teacher_logits
 from .scores import CERTAIN
 from .shapes import mismatches
 

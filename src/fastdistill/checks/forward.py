@@ -1,24 +1,12 @@
 "Run student and teacher on one batch without changing them."
 
-from contextlib import contextmanager
-
-import torch
-
 from ..base.outputs import Outputs
-from ..base.seeds import RandomGuard
+from ..base.random_state import guarded_random_state
 from ..features.calls import arguments
 from ..features.layer_names import unwrap
 from ..features.probe import dry_run
 
 __all__ = ['guarded_random_state', 'run_student', 'student_logits', 'teacher_logits']
-
-
-@contextmanager
-def guarded_random_state():
-    """Restore the global generators of Python, NumPy and PyTorch, also those of GPUs, at the end."""
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with RandomGuard(), torch.random.fork_rng(gpus):
-        yield
 
 
 def run_student(student, x):

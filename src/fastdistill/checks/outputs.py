@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..base.class_mapping import taught_part
 from ..base.outputs import map_tensors, tensors_in
+from ..base.random_state import guarded_random_state
 from ..base.task import fit_labels
 from .batch_scores import Tally
 from .findings import Finding, Findings
-from .forward import guarded_random_state, student_logits, teacher_logits
+from .forward import student_logits, teacher_logits
 from .passed_checks import (
     norms_in_words,
     norms_of,

@@ -19,6 +19,7 @@ from ..base.outputs import (
     map_tensors,
     warn_of_several,
 )
+from ..base.random_state import RandomGuard
 from ..base.task import labels_loss, task_for
 from ..checks.findings import Findings
 from ..checks.forward import student_logits
@@ -272,7 +273,7 @@ class Distiller(RecipeLoss):
         """
         student = self.student
         cuda = sorted({p.device.index for p in student.parameters() if p.is_cuda})
-        with torch.random.fork_rng(cuda):
+        with RandomGuard(cuda):
             tables = {
                 t.name: pair(
                     student, self.teacher, x, layers=t.layers, match=t.match, projector=t.projector

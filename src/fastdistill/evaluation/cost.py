@@ -171,14 +171,7 @@ def latencies(teachers: dict, x, sizes, seconds: float = SECONDS, tick=lambda: N
 def bare_call(teacher, x):
     """Return the model's forward pass on prepared inputs, without the checks of a `Teacher`."""
     fresh_run(teacher, x)  # moves the model to its device and mode
-    if teacher.members:
-        return lambda: teacher(*x)
-    device = next((t.device for t in tensors_in(x)), torch.device('cpu'))
-    args, kwargs = teacher._prepare(x, {}, device)
-    if teacher._speed is not None:
-        return lambda: teacher._speed.run(args, kwargs, (), None)
-    run = getattr(teacher.model, 'anew', teacher.model)
-    return lambda: run(*args, **kwargs)
+    return teacher.runner.bare_call(x)
 
 
 def wait_for(x):

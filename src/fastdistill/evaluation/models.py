@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from ..base.outputs import DistillError, tensors_in
+from ..base.random_state import guarded_random_state
 from ..base.task import fit_labels, unusable
-from ..checks.forward import guarded_random_state
 from .agreement import Agreement
 from .cost import batch_of, cost_of, latencies
 from .data import Comparison, ModelResult

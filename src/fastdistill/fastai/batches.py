@@ -2,9 +2,7 @@
 of more items.
 """
 
-import copy
 import inspect
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import PurePath
 
@@ -21,6 +19,7 @@ from fastai.callback.mixup import MixHandler
 from torch.utils.data import IterableDataset
 
 from ..base.generators import Generators
+from ..base.model_state import restored
 from ..base.outputs import DistillError, as_plain, map_tensors
 from ..teachers.items import with_items
 from .raw_items import renewed, without_places
@@ -71,24 +70,6 @@ def some_batches(dl, n=None):
     """The first `n` batches. Afterwards the DataLoader and its generators are restored."""
     with restored(dl), Generators(*(getattr(dl, k, None) for k in PARTS)).seeded(0):
         yield from islice(dl, n)
-
-
-@contextmanager
-def restored(*objects):
-    """Restore the attributes of these objects at the end, and the content of lists, dicts and sets
-    among them.
-    """
-    were = [(o.__dict__, dict(o.__dict__)) for o in objects if hasattr(o, '__dict__')]
-    boxes = [(v, copy.copy(v)) for _, d in were for v in d.values() if type(v) in (list, dict, set)]
-    try:
-        yield
-    finally:
-        for now, was in were:
-            now.clear()
-            now.update(was)
-        for box, was in boxes:
-            box.clear()
-            box.extend(was) if isinstance(box, list) else box.update(was)
 
 
 def split_batch(learn, b):

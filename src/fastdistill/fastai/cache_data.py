@@ -14,8 +14,9 @@ from fastai.data.transforms import Normalize
 from fastai.tabular.core import TabDataLoader
 from fastai.text.data import SortedDL
 
+from ..base.model_state import restored
 from ..base.outputs import DistillError, DistillWarning, Outputs, TopK, as_plain
-from ..base.seeds import RandomGuard
+from ..base.random_state import RandomGuard
 from ..cache.digests import fingerprint, flat_values
 from ..cache.folder import open_folder
 from ..cache.layout import Wish
@@ -155,8 +156,8 @@ def cache_teacher(
     train = dls.train if unlabeled is None else loader_of(unlabeled, dls)
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **asked)
     # numbers in float32 shall be those of the model itself
-    if dtype == 'float32' and 'precision' not in teacher.given:
-        teacher = Teacher(teacher, precision='fp32')
+    if dtype == 'float32' and 'precision' not in teacher.run:
+        teacher = Teacher(teacher, run=dict(precision='fp32'))
     found = check_teacher(dls, teacher, task, n_epoch=None).enforce() if check else None
     wish = Wish(dtype, topk, tail, task.axis, size)
     given = dict(seed=seed, force=force, forecast=forecast)
@@ -234,8 +235,8 @@ def verify_cache(
     task = task_of_data(dls, teacher, kwargs.pop('kind', None), kwargs.pop('axis', None))
     keys = kwargs.pop('keys', cache.sample_names)
     teacher = teacher_of(teacher, dls, kind=task.kind, axis=task.axis, **kwargs)
-    if 'precision' not in teacher.given:
-        teacher = Teacher(teacher, precision=precision_of(m.teacher))
+    if 'precision' not in teacher.run:
+        teacher = Teacher(teacher, run=dict(precision=precision_of(m.teacher)))
     with RandomGuard():  # DataLoaders draw a seed for their workers
         train = dls.train if unlabeled is None else loader_of(unlabeled, dls)
         source = source_of(teacher, dls, train, m.views, m.seed, keys, check=False)
@@ -324,8 +325,6 @@ def source_of(
             validation_transforms(dl, not views),
             teacher if hasattr(teacher, '__enter__') else nullcontext(),
         ):
-            if isinstance(teacher, Teacher):
-                teacher.expect(-(-len(tasks) // bs))
             workers = (
                 num_workers if len(tasks) > bs else 0
             )  # starting workers takes longer than one batch
@@ -408,14 +407,10 @@ def validation_transforms(dl, on):
     )
     if on and isinstance(ds, TfmdLists):
         pipes.append(ds)  # it has a `split_idx` of its own
-    old = [o.split_idx for o in pipes]
-    for o in pipes:
-        o.split_idx = 1
-    try:
+    with restored(*pipes, only=['split_idx']):
+        for o in pipes:
+            o.split_idx = 1
         yield
-    finally:
-        for o, i in zip(pipes, old):
-            o.split_idx = i
 
 
 def check_views_repeat(make, n):

@@ -181,8 +181,6 @@ class KnowledgeDistillation(DistillationCallback):
             self._start_unlabeled()
         for t in self._teachers():
             t.start()
-            if self.runs and not finder:
-                t.expect(self.n_epoch * sum(len(dl) for dl in self.dls))
 
     def _teachers(self):
         """The source of each head, each once."""

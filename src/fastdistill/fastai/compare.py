@@ -86,7 +86,7 @@ def compare(
     large = large or getattr(data, 'bs', None) or 64
     steps = number_of_batches(data)
     steps = None if steps is None else steps + 2 * len(models) * bool(seconds)
-    teachers = {k: teacher_of(o, learn, task, **AS_IT_IS) for k, o in models.items()}
+    teachers = {k: teacher_of(o, learn, task, run=AS_IT_IS) for k, o in models.items()}
     batches = prepared(learn, some_batches(data), 1, False, data)
     with (
         shown_bar(progress, steps) as tick,

@@ -11,14 +11,13 @@ from statistics import fmean
 import torch
 from fastai.callback.fp16 import MixedPrecision
 
+from ..base.random_state import guarded_random_state
 from ..cache.layout import Layout, Wish
 from ..cache.writer import Forecast
-from ..checks.forward import guarded_random_state
 from ..distiller.distiller import Distiller
 from ..evaluation.cost import wait_for, weights_of_teacher
 from ..evaluation.format import amount, three_digits
-from ..features.layer_names import unwrap
-from ..features.probe import distinct_modules, dry_run, untouched
+from ..features.probe import dry_run, untouched
 from ..recipes.term import Recipe
 from .batches import number_of_batches, prepared_batches
 
@@ -141,9 +140,7 @@ def training_costs(learn, teacher, task, recipe, output=None) -> TrainingCosts |
 @contextmanager
 def in_training(model, x):
     """The model in training mode, with gradients. Afterwards it is as before."""
-    with untouched(model), torch.enable_grad():
-        for m in distinct_modules(unwrap(model)):
-            m.training = True  # subtle: the flag, as in `untouched`
+    with untouched(model, training=True):
         yield
     # subtle: hooks, as those of a dynamic U-Net, hold the last activations. Those with a gradient can't be copied
     dry_run(model, *x)

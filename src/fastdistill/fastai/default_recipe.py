@@ -7,7 +7,7 @@ from itertools import chain
 from torch import Tensor
 
 from ..base.outputs import DistillError, Outputs
-from ..base.seeds import RandomGuard
+from ..base.random_state import RandomGuard
 from ..checks.findings import Findings
 from ..features.probe import dry_run
 from ..recipes.batch import all_classes

@@ -18,10 +18,11 @@ from fastai.basics import Learner
 from fastai.layers import ToTensorBase
 from torch import nn
 
+from ..base.model_state import restored
 from ..base.outputs import DistillError, Outputs, as_plain
+from ..base.random_state import guarded_random_state
 from ..base.task import fit_labels
 from ..checks.batch_scores import FEW, Tally
-from ..checks.forward import guarded_random_state
 from ..evaluation import Report
 from ..teachers import Teacher
 from ..teachers.fast_copy import AS_IT_IS
@@ -161,7 +162,7 @@ def weak_score(learn: Learner, n: int = 8) -> str | None:
     with (
         closing(valid),
         guarded_random_state(),
-        Teacher(learn.model, **AS_IT_IS) as model,
+        Teacher(learn.model, run=AS_IT_IS) as model,
         torch.no_grad(),
     ):
         for x, y in valid:
@@ -203,15 +204,16 @@ def on_cpu(model):
     """The model in evaluation mode on the CPU, afterwards as before."""
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
     typed = [m for m in model.modules() if isinstance(m, ToTensorBase)]  # the last layer of U-Nets
-    classes = [m.tensor_cls for m in typed]
     try:
-        with guarded_random_state(), Teacher(model, **AS_IT_IS):
+        with (
+            guarded_random_state(),
+            Teacher(model, run=AS_IT_IS),
+            restored(*typed, only=['tensor_cls']),
+        ):
             for m in typed:
                 m.tensor_cls = torch.Tensor
             yield model.cpu()
     finally:
-        for m, c in zip(typed, classes):
-            m.tensor_cls = c
         model.to(device)
 
 
@@ -369,7 +371,7 @@ def compared(learn, path, batches, close):
     """
     batches = [*batches, tuple(o[:1] for o in batches[-1])]
     most = largest = 0.0
-    with Teacher(str(path)) as there, Teacher(learn.model, **AS_IT_IS) as here, torch.no_grad():
+    with Teacher(str(path)) as there, Teacher(learn.model, run=AS_IT_IS) as here, torch.no_grad():
         for x in batches:
             here.reset()
             a, b = here(*x).logits.float(), there(*x).logits.float()

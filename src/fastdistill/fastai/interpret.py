@@ -6,11 +6,12 @@ import torch
 from fastai.basics import Interpretation, L, Learner, TensorImageBase, display_df, noop, tuplify
 from fastai.vision.data import get_grid
 
+from ..base.model_state import restored
 from ..base.outputs import DistillError
-from ..checks.forward import guarded_random_state
+from ..base.random_state import guarded_random_state
 from ..losses import binary_kl, kl
 from ..teachers.fast_copy import AS_IT_IS
-from .batches import restored, split_batch
+from .batches import split_batch
 from .language_model import is_stream
 from .task import task_of
 from .teachers import refuse_heads, teacher_of
@@ -46,7 +47,7 @@ class DistillInterpretation(Interpretation):
                 'shown. compare(...) measures its agreement with the teacher.'
             )
         task = task_of(learn.loss_func)
-        student, teacher = (teacher_of(o, learn, task, **AS_IT_IS) for o in (learn, teacher))
+        student, teacher = (teacher_of(o, learn, task, run=AS_IT_IS) for o in (learn, teacher))
         out = cls(learn, dl, disagreements(learn, dl, student, teacher, task), act)
         out.teacher = teacher
         return out

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from fastai.basics import Chunks, L, TfmdDL
 from fastai.text.data import LMDataLoader
 
+from ..base.model_state import restored
 from ..base.outputs import Outputs, TopK, as_plain
-from ..base.seeds import RandomGuard
+from ..base.random_state import RandomGuard
 
 __all__ = [
     'in_a_row',
@@ -69,14 +70,11 @@ def in_first_order(dl):
     if not is_stream(dl):
         yield
         return
-    were = dl.items.idxs, dl.lens.idxs, dl.chunks
-    # subtle: they are shuffled in place, and the items and their lengths share one list
-    dl.items.idxs = dl.lens.idxs = L(sorted(were[0]))
-    dl.make_chunks()
-    try:
+    with restored(dl.items, dl.lens, only=['idxs']), restored(dl, only=['chunks']):
+        # subtle: they are shuffled in place, and the items and their lengths share one list
+        dl.items.idxs = dl.lens.idxs = L(sorted(dl.items.idxs))
+        dl.make_chunks()
         yield
-    finally:
-        dl.items.idxs, dl.lens.idxs, dl.chunks = were
 
 
 def share_n_inp(dls):

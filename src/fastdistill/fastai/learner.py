@@ -7,7 +7,7 @@ from fastai.basics import L, Learner, delegates, patch
 
 from .. import evaluation as plots
 from ..base.outputs import DistillError
-from ..base.seeds import RandomGuard
+from ..base.random_state import RandomGuard
 from ..checks.explain import explain_training
 from ..recipes.term import Recipe, Term
 from . import check

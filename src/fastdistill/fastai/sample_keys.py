@@ -11,7 +11,8 @@ from fastai.data.transforms import ColReader
 from fastai.text.data import SortedDL
 
 from ..base.outputs import DistillError
-from ..base.seeds import RandomGuard, seeds_of
+from ..base.random_state import RandomGuard
+from ..base.seeds import seeds_of
 from ..cache.files import files_of
 from ..cache.keys import hash_of, key_of, keys_of, name_of, root_of
 from .language_model import is_stream

@@ -92,9 +92,6 @@ class Feed:
     def reset(self):
         pass
 
-    def expect(self, batches):
-        pass
-
     def say_with(self, fn):
         pass
 

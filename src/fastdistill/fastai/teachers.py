@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..base.class_mapping import class_groups
 from ..base.generators import Generators
 from ..base.outputs import DistillError, DistillWarning, as_plain
-from ..base.seeds import RandomGuard
+from ..base.random_state import RandomGuard
 from ..cache.reader import TeacherCache, is_cache
 from ..checks.class_order import map_classes
 from ..teachers.estimator import Estimator, is_estimator, load_estimator
@@ -141,8 +141,7 @@ def adapted(teacher, kwargs):
     """The Teacher with these options, except those that it was given itself. The same Teacher if
     none is left.
     """
-    new = {k: v for k, v in kwargs.items() if k not in teacher.given}
-    return Teacher(teacher, **new) if new else teacher
+    return teacher.with_defaults(**kwargs)
 
 
 def of_learner(learn, kwargs):

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..base.generators import access_of, hands_out_generators, reachable
 from ..base.outputs import DistillError
-from ..base.seeds import RandomGuard, seeds_of
+from ..base.random_state import RandomGuard
+from ..base.seeds import seeds_of
 from ..cache.digests import code_of, fingerprint
 from ..cache.keys import hash_of
 from ..cache.per_sample import PerSample, per_sample

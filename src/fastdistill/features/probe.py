@@ -3,20 +3,18 @@ outputs.
 """
 
 import contextlib
-import copy
-import random
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
+from ..base.model_state import ModelState
 from ..base.outputs import DistillError, as_plain, map_tensors
+from ..base.random_state import RandomGuard
 from .calls import arguments
 from .layer_names import LayerTree, layer_tree, model_name, named, unwrap
 
@@ -26,7 +24,6 @@ __all__ = [
     'layers',
     'main_tensor',
     'probe',
-    'restore_tensor',
     'series_layers',
     'untouched',
 ]
@@ -171,71 +168,28 @@ def dry_run(model, *x):
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module):
-    """Evaluation mode, no gradient. Afterwards modes, buffers, hidden states, attributes and random
-    states are as before.
+def untouched(model: nn.Module, training: bool = False):
+    """Evaluation mode without gradients, or training mode with them. Afterwards modes, buffers,
+    hidden states, attributes and random states are as before.
     """
-    mods = distinct_modules(unwrap(model))
-    modes = [(m, m.training) for m in mods if getattr(m, 'training', False)]
-    state = [_Attrs(m) for m in mods if not isinstance(m, torch.jit.ScriptModule)]
-    strided = [b for m in mods for b in m.buffers(recurse=False) if b.layout == torch.strided]
-    buffers = [(b, b.clone()) for b in strided]  # sparse ones can't be compared
-    cuda = sorted({t.device.index for t in weights_and_buffers(mods) if t.is_cuda})
-    python, numpy = random.getstate(), np.random.get_state()
+    modules = distinct_modules(unwrap(model))
+    state = ModelState(modules)
+    cuda = sorted({t.device.index for t in weights_and_buffers(modules) if t.is_cuda})
     # subtle: the flag, not .eval(), since some layers override .eval() to do more, such as merging adapters
-    for m, _ in modes:
-        m.training = False
+    for m, was in state.modes:
+        if was != training:
+            m.training = training
     try:
-        with torch.random.fork_rng(cuda), torch.no_grad(), run_eagerly(model):
+        with RandomGuard(cuda), torch.set_grad_enabled(training), run_eagerly(model):
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        for a in state:
-            a.restore()
-        for m, mode in modes:
-            m.training = mode
-        with torch.no_grad():
-            for b, was in buffers:
-                restore_tensor(b, was)
-
-
-def restore_tensor(b, was):
-    """Give `b` the shape and values of `was`. Observers of quantization-aware training change both
-    in the first batch.
-    """
-    if b.shape != was.shape:
-        b.resize_(was.shape)
-    if not torch.equal(b, was):
-        b.copy_(was)
+        state.restore()
 
 
 def weights_and_buffers(mods):
     return [
         t for m in mods for t in [*m._parameters.values(), *m._buffers.values()] if t is not None
     ]
-
-
-class _Attrs:
-    """The attributes of a module and the content of its lists, dicts and sets: hidden states,
-    buffers, hooks, modes.
-    """
-
-    def __init__(self, m):
-        self.vars, self.was = vars(m), dict(vars(m))
-        self.boxes = [
-            (v, copy.copy(v))
-            for v in self.was.values()
-            if type(v) in (list, dict, OrderedDict, set)
-        ]
-
-    def restore(self):
-        for k in set(self.vars) - set(self.was):
-            del self.vars[k]
-        self.vars.update(self.was)
-        for box, was in self.boxes:
-            box.clear()
-            box.extend(was) if isinstance(box, list) else box.update(was)
 
 
 def distinct_modules(model):

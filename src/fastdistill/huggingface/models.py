@@ -79,7 +79,7 @@ def teacher_for(teacher: Teacher, student, kind: str, axis: int, output) -> Teac
     new = dict(kind=kind, axis=axis, output=output)
     if kind != 'regression' and output is not question_logits:
         new |= in_order_of(student, teacher)
-    return Teacher(teacher, **{k: v for k, v in new.items() if k not in teacher.given})
+    return teacher.with_defaults(**new)
 
 
 def in_order_of(student, teacher):

@@ -8,7 +8,7 @@ from transformers import Trainer
 
 from ..base.distributed import average_gradients, mean_over_ranks
 from ..base.outputs import DistillError
-from ..base.seeds import RandomGuard
+from ..base.random_state import RandomGuard
 from ..distiller.distiller import Distiller
 from ..distiller.integration import (
     add_parameters,

@@ -5,10 +5,92 @@ from math import log
 import torch
 import torch.nn.functional as F
 
-from ..base.outputs import DistillError
+from ..base.outputs import DistillError, Outputs
 from .images import full_precision
+from .runner import Runner
 
-__all__ = ['mix', 'member_weights']
+__all__ = ['EnsembleRunner', 'member_weights']
+
+
+class EnsembleRunner(Runner):
+    """Runs the members of an ensemble. Names of layers begin with the member's number.
+
+    Args:
+        teacher: The `Teacher`, with its members.
+    """
+
+    fast_copy = module = None
+
+    def __init__(self, teacher):
+        super().__init__()
+        self.teacher = teacher
+
+    @property
+    def members(self):
+        return self.teacher.members
+
+    def enter(self, stack):
+        for m in self.members:
+            stack.enter_context(m)
+
+    @property
+    def cuda(self):
+        return {d for m in self.members for d in m.runner.cuda}
+
+    @property
+    def draws_anywhere(self) -> bool:
+        return any(m.runner.draws_anywhere for m in self.members)
+
+    @property
+    def remembers(self) -> bool:
+        return any(m.remembers for m in self.members)
+
+    def reset(self, random):
+        for m in self.members:
+            m.reset()
+
+    def outputs(self, x, kw, layers) -> Outputs:
+        """The combined outputs for a batch, with these layers."""
+        self.check_layers(layers)
+        t = self.teacher
+        if t.combine == 'sample':
+            return self._outputs_of_one(x, kw, layers)
+        names = lambda i: [n.partition('.')[2] for n in layers if n.partition('.')[0] == str(i)]
+        outs = [
+            m.forward(x, kw, list(dict.fromkeys(m.layers + names(i))))
+            for i, m in enumerate(self.members)
+        ]
+        feats = {f'{i}.{k}': v for i, o in enumerate(outs) for k, v in o.feats.items()}
+        logits = mix([o.logits for o in outs], t.weights, t.combine, t.kind, t.axis)
+        if any(o.classes != outs[0].classes for o in outs):
+            raise DistillError(
+                'The members of the ensemble are about different classes: classes= must be equal.'
+            )
+        mask = next((o.mask for o in outs if o.mask is not None), None)
+        return Outputs(logits, feats, mask, outs[0].classes)
+
+    def _outputs_of_one(self, x, kw, layers):
+        """The outputs of a member that is drawn."""
+        if layers:
+            raise DistillError(
+                "combine='sample' runs one member, so layers of all can't be compared: use terms "
+                "on the outputs, or combine='probs'."
+            )
+        drawn = torch.multinomial(torch.tensor(self.teacher.weights), 1).item()
+        return self.members[drawn].forward(x, kw, [])
+
+    def bare_call(self, x: tuple):
+        """A function that runs the ensemble on these inputs."""
+        return lambda: self.teacher(*x)
+
+    def check_layers(self, layers):
+        """Refuse names of layers that do not begin with a member's number."""
+        numbers = [*map(str, range(len(self.members)))]
+        if wrong := [n for n in layers if n.partition('.')[0] not in numbers]:
+            raise DistillError(
+                f'No layer {wrong[0]!r} in an ensemble of {len(self.members)}: '
+                "a layer of its first member is called '0.NAME', of its second '1.NAME', and so on."
+            )
 
 
 def member_weights(weights, n):

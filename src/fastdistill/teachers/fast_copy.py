@@ -1,48 +1,59 @@
-"""How fast a teacher runs: its precision, memory format, folded batch-norms, compilation. Decided
-at the first batch.
-"""
+"A faster copy of a teacher's model, which runs instead of it if its outputs are close. Decided at the first batch."
 
-import copy
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from types import FunctionType
 
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..base.outputs import DistillError, as_plain, tensors_in
-from ..features.layer_names import named
 from ..features.probe import is_compiled
-from .compiled import Compilation, synchronize
+from .compiled_module import CompiledModule
+from .copy_plan import CopyPlan, short_name, weights_of, without_layers
 from .folding import foldable
 from .forms import is_graph
 
-__all__ = ['AS_IT_IS', 'OPTIONS', 'Speed', 'check_speed', 'native_bf16']
+__all__ = ['AS_IT_IS', 'OPTIONS', 'FastCopy', 'check_run', 'native_bf16', 'run_options']
 
-# name -> possible values; the first one is the default
+# name -> allowed values; the first one is the default
 OPTIONS = dict(
     precision=('auto', 'fp32', 'bf16', 'fp16'),
-    compile=('auto', True, False),
     memory_format=('auto', 'channels_last', None),
     fold_bn=('auto', True, False),
+    compile=(False, True),
 )
+# what `run=` takes, with its defaults
+DEFAULTS = {k: v[0] for k, v in OPTIONS.items()} | dict(device=None, batch=None)
 # the options of a teacher that runs as the model itself
-AS_IT_IS = dict(precision='fp32', compile=False, memory_format=None, fold_bn=False)
+AS_IT_IS = dict(precision='fp32', memory_format=None, fold_bn=False, compile=False)
 PRECISIONS = dict(bf16=torch.bfloat16, fp16=torch.float16)
 # largest difference from the model as it is, as a share of the spread of its outputs
 FARTHEST = {torch.float32: 1e-3, torch.bfloat16: 0.03, torch.float16: 0.01}
+NOT_FASTER = 'a copy is not faster'
 # below this number of operations a batch, a model is too small to gain, and 'auto' leaves it as it is
 WORK = 5e9
 
 
-def check_speed(options, model):
-    """Refuse values that do not exist, and options of a module for a teacher that is none.
+def run_options(given) -> dict:
+    """Every option of `run=`: those given, and defaults."""
+    return DEFAULTS | given
+
+
+def check_run(given, model):
+    """Refuse options and values that do not exist, and options of a module for a teacher that is not
+    one.
 
     Args:
-        options: Name -> value.
+        given: The teacher's `run`
         model: None for an ensemble.
     """
+    if not isinstance(given, Mapping) or set(given) - set(DEFAULTS):
+        raise DistillError(
+            f'run={given!r}: must be a dict with any of {", ".join(map(repr, DEFAULTS))}'
+        )
+    options = run_options(given)
     for k, have in OPTIONS.items():
         if options[k] not in have:
             raise DistillError(f'{k}={options[k]!r}: must be one of {", ".join(map(repr, have))}')
@@ -51,17 +62,30 @@ def check_speed(options, model):
         raise DistillError(
             f'batch={batch!r}: give a whole number of rows from 1, or None for all rows at once'
         )
+    check_device(options['device'])
     if model is None or isinstance(model, nn.Module) and not is_graph(model):
         return
-    asked = [k for k, v in OPTIONS.items() if options[k] not in (v[0], 'fp32', None, False)]
-    if options['device'] is not None:
-        asked.append('device')
-    if asked:
+    if asked := given_by_hand(options):
         raise DistillError(
             f'{", ".join(f"{k}={options[k]!r}" for k in asked)} is for an nn.Module, but this teacher '
             f'is a {type(model).__name__}, which runs as it is. Give the nn.Module that it was made '
             'from.'
         )
+
+
+def check_device(device):
+    """Refuse a device that is not there, on which the teacher would not run."""
+    if device is None:
+        return
+    try:
+        if torch.empty(0, device=device).device.type == 'meta':
+            raise RuntimeError('it holds no values')
+    # subtle: PyTorch has no common error for an unknown device and one that is not there
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError, ValueError) as e:
+        raise DistillError(
+            f"device={device!r}: this device can't be used here ({str(e).splitlines()[0]}). Omit "
+            'device=, and the teacher follows the batches to theirs.'
+        ) from e
 
 
 def native_bf16(device) -> bool:
@@ -116,11 +140,14 @@ def owner_of(hook):
     return None if isinstance(hook, FunctionType) else getattr(hook, '__self__', hook)
 
 
-class Speed:
-    """How one model runs: as it is, or as a faster copy. The model itself is never changed.
+class FastCopy:
+    """Decides at the first batch whether one model runs as it is or as a faster copy, and runs it.
+    The model itself is never changed.
 
     Args:
-        options: Of `OPTIONS`, and 'device'.
+        model: Of the teacher.
+        mode: As in `Teacher`
+        options: A value for each of `OPTIONS`, and 'device'.
         say: fn(text): what was decided, after 'fastdistill: the teacher NAME '.
     """
 
@@ -128,378 +155,216 @@ class Speed:
         self.model, self.mode, self.options, self.say = model, mode, options, say
         floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
         self.own = next(iter(floats)) if len(floats) == 1 else None  # dtype of the model's weights
+        # options for which a small model is copied too
+        self.by_hand = given_by_hand(options)
         self.restart()
 
     def restart(self):
         """Decide anew at the next batch."""
-        self.module, self.pairs, self.bytes, self.decided_for = self.model, [], 0, None
-        self.dtype = self.marks = self.compilation = None
+        self.module, self.plan, self.bytes, self.decided_for = self.model, None, 0, None
+        self.marks = self.compiled = None
         self.why = ''
 
-    # what is decided, and when
+    # before a batch
 
-    @property
-    def by_hand(self):
-        """Options for which a small model is copied too."""
-        given = {k: v for k, v in self.options.items() if v not in ('auto', None, False)}
-        return [k for k, v in given.items() if not (k == 'precision' and v == 'fp32')]
-
-    @property
-    def copied(self):
-        return self.module is not self.model
-
-    def undecided_for(self, x, kw):
-        """A batch of one sample decides nothing for larger ones."""
-        return self.decided_for is None or (
-            not self.copied and not self.why and size_of(x, kw) > 2 * self.decided_for
-        )
-
-    def decide(self, x, kw, device, layers, run):
-        """Choose by a trial on this batch.
+    def choose(self, x, kw, device, layers, run):
+        """Choose the module for a batch.
 
         Args:
-            x, kw: The first batch.
+            x, kw: The inputs.
             device: Where the model runs.
             layers: That are read in this batch.
             run: fn(module) -> its logits for this batch. Nothing is changed by it.
         """
-        self.restart()
-        self.decided_for = size_of(x, kw)
-        device = torch.device(self.options['device'] or device)
-        self.why = why_no_copy(self.model) or (
-            '' if self.by_hand or self.mode == 'eval' else 'it runs in train mode'
-        )
+        if self.is_stale(thorough=False):
+            self.restart()
+            self.decided_for, self.why = float('inf'), 'its weights change while it teaches'
+            self.say(f'runs as it is from now on: {self.why}')
+        # subtle: a batch of one sample decides nothing for larger ones
+        if self.decided_for is None or (
+            self.plan is None
+            and self.why in ('', NOT_FASTER)
+            and size_of(x, kw) > 2 * self.decided_for
+        ):
+            self.restart()
+            self.decided_for = size_of(x, kw)
+            large = operations(self.model, x, kw) >= WORK
+            self._decide(large, torch.device(self.options['device'] or device), layers, run)
+        if layers and self.plan is not None:
+            self._keep_apart(layers)
+
+    def _decide(self, large, device, layers, run):
+        self.why = why_no_copy(self.model)
+        if not self.by_hand and not self.why and self.mode != 'eval':
+            self.why = 'it runs in train mode'
         if self.why and self.by_hand:
             self.say(f'runs as it is: {self.why}')
-        if self.why or self.options == {**AS_IT_IS, 'device': None}:
+        if not self.why and (large or self.by_hand):
+            self._try_copies(large, device, layers, run)
+            if self.why:
+                self.say(f'runs as it is: {self.why}')
+
+    def _try_copies(self, large, device, layers, run):
+        """Take the first copy whose outputs are as good as those of the model itself."""
+        dtypes = self._dtypes(large, device)
+        if not dtypes:
             return
-        if self.by_hand or at_most(self.model, x, kw) >= WORK:
-            work, pairs, plain = self._watch(run, layers)
-            if self.by_hand or work >= WORK:
-                self._try(plain, pairs, work >= WORK, device, run)
-        self.marks = marks_of(self.model)
-
-    def _watch(self, run, layers):
-        """(operations, foldable pairs, logits) of the model as it is."""
         out = []
-        with FlopCounterMode(display=False) as counter, counted_cells(self.model) as cells:
-            pairs = foldable(self.model, lambda: out.append(run(self.model)))
-        return (
-            counter.get_total_flops() + sum(cells),
-            without_layers(self.model, pairs, layers),
-            out[0],
-        )
-
-    def _try(self, plain, pairs, large, device, run):
-        """The first of these copies that is as good as the model itself."""
-        for wish in self._wishes(pairs, large, device):
+        pairs = foldable(self.model, lambda: out.append(run(self.model)))
+        for plan in self._plans(dtypes, large, without_layers(self.model, pairs, layers), device):
             try:
-                module = faster_copy(self.model, **wish, device=device)
-                far = difference(run(module), plain)
+                module = plan.build(self.model)
+                far = difference(run(module), out[0])
             except Exception as e:  # layers without this precision, models that can't be copied
                 self.why = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:80]}'
                 continue
-            dtype = wish['dtype']
-            if not far <= (
-                1.0 if dtype != self.own and 'precision' in self.by_hand else FARTHEST[dtype]
-            ):
-                self.why = f'in {short_name(dtype)} its outputs differ by {far:.2g} of their spread'
-                continue
-            if not self.by_hand and not is_faster(module, self.model, run):
-                self.why = 'a copy is not faster'
-                continue
-            return self._take(module, wish, far)
-        if self.why:
-            self.say(f'runs as it is: {self.why}')
+            by_hand = plan.dtype != self.own and 'precision' in self.by_hand
+            if not far <= (1.0 if by_hand else FARTHEST[plan.dtype]):
+                name = short_name(plan.dtype)
+                self.why = f'in {name} its outputs differ by {far:.2g} of their spread'
+            elif not self.by_hand and not is_faster(module, self.model, run):
+                self.why = NOT_FASTER
+            else:
+                return self._take(module, plan, far)
 
-    def _wishes(self, pairs, large, device):
-        """What copies to try, the fastest first. 'auto' changes large models alone."""
-        own, asked = self.own, self.options
-        dtypes = [own] if own in FARTHEST else []
-        if asked['precision'] in PRECISIONS:
-            dtypes = [PRECISIONS[asked['precision']], *dtypes]
-        elif (
-            asked['precision'] == 'auto' and large and own == torch.float32 and native_bf16(device)
-        ):
-            dtypes = [torch.bfloat16, own]
+    def _dtypes(self, large, device):
+        """The dtypes to try, the fastest first."""
+        dtypes, asked = [self.own] if self.own in FARTHEST else [], self.options['precision']
+        auto = large and self.own == torch.float32 and asked == 'auto' and native_bf16(device)
+        if auto or asked in PRECISIONS:
+            dtypes.insert(0, PRECISIONS.get(asked, torch.bfloat16))
+        return list(dict.fromkeys(dtypes))
+
+    def _plans(self, dtypes, large, pairs, device):
+        """The copies to try. 'auto' changes only large models."""
         auto = large and is_convolutional(self.model)
-        layout = (
-            torch.channels_last
-            if (auto if asked['memory_format'] == 'auto' else asked['memory_format'])
-            else None
+        layout = auto if self.options['memory_format'] == 'auto' else self.options['memory_format']
+        fold = large if self.options['fold_bn'] == 'auto' else self.options['fold_bn']
+        plan = CopyPlan(
+            self.own,
+            device,
+            torch.channels_last if layout else None,
+            pairs if fold and self.mode == 'eval' else (),
         )
-        if self.mode != 'eval' or not (large if asked['fold_bn'] == 'auto' else asked['fold_bn']):
-            pairs = []
-        for dtype in dict.fromkeys(dtypes):
-            changes = pairs or layout is not None or asked['device'] or asked['compile'] is True
-            if dtype == own and not changes:
-                continue
-            for all_floats in (False, True) if dtype != own else (False,):
-                yield dict(dtype=dtype, layout=layout, pairs=pairs, all_floats=all_floats)
+        for dtype in dtypes:
+            if dtype != self.own:
+                yield replace(plan, dtype=dtype)
+                yield replace(plan, dtype=dtype, all_floats=True)
+            elif plan.pairs or layout or self.options['device'] or self.options['compile']:
+                yield plan
 
-    def _take(self, module, wish, far):
-        self.module, self.pairs, self.dtype, self.why = module, wish['pairs'], wish['dtype'], ''
+    def _take(self, module, plan, far):
+        self.module, self.plan, self.why = module, plan, ''
+        self.marks = ModelMarks(self.model)
         own = {t.data_ptr() for t in weights_of(self.model)}
         self.bytes = sum(
             t.numel() * t.itemsize for t in weights_of(module) if t.data_ptr() not in own
         )
-        self.wish = wish
-        away = (
-            ''
-            if self.dtype == torch.float32
-            else (
-                f". Its outputs differ by {far:.2g} of their spread; precision='fp32' avoids that"
-            )
-        )
-        if self.bytes:
-            self.say(f'runs as a copy: {self.choice} (+{self.bytes / 2**20:.3g} MiB){away}')
-
-    @property
-    def choice(self):
-        """How the copy differs from the model, as text."""
-        return ', '.join(
-            filter(
-                None,
-                [
-                    short_name(self.dtype),
-                    'channels_last' if self.wish['layout'] else '',
-                    f'{len(self.pairs)} batch-norms folded' if self.pairs else '',
-                    f'on {self.options["device"]}' if self.options['device'] else '',
-                ],
-            )
-        )
-
-    # later batches
-
-    def for_layers(self, layers):
-        """Before a batch in which these layers are read: batch-norms stay apart where a layer shows
-        that they are folded.
-        """
-        if not layers or not self.pairs:
+        if not self.bytes:
             return
-        left = without_layers(self.model, self.pairs, layers)
-        if len(left) == len(self.pairs):
-            return
-        device = next(self.module.parameters()).device
-        self.module, self.pairs = (
-            faster_copy(self.model, **{**self.wish, 'pairs': left}, device=device),
-            left,
-        )
-        self.compilation = None
+        text = f'runs as a copy: {self.choice} (+{self.bytes / 2**20:.3g} MiB)'
+        if plan.dtype != torch.float32:
+            text += (
+                f". Its outputs differ by {far:.2g} of their spread; run=dict(precision='fp32') "
+                'avoids that'
+            )
+        self.say(text)
 
-    def is_stale(self, thorough):
+    def _keep_apart(self, layers):
+        """Where these layers show that batch norms are folded, keep them apart from now on."""
+        left = without_layers(self.model, self.plan.pairs, layers)
+        if len(left) == len(self.plan.pairs):
+            return
+        self.plan = replace(self.plan, pairs=left, device=next(self.module.parameters()).device)
+        self.module, self.compiled = self.plan.build(self.model), None
+
+    def is_stale(self, thorough: bool) -> bool:
         "Did the model change since it was copied: its weights, or if `thorough` its hooks?"
-        return self.copied and not same_marks(self.marks, self.model, thorough)
+        return self.marks is not None and not self.marks.match(self.model, thorough)
 
-    def run_as_it_is(self, why):
-        self.restart()
-        self.decided_for, self.why = float('inf'), why
-        self.say(f'runs as it is from now on: {why}')
+    # a batch
 
-    def run(self, x, kw, layers, left):
-        """The outputs of the module that runs.
+    def run(self, x, kw, layers=()):
+        """Return the outputs of the module that runs.
 
         Args:
-            layers: That are read.
-            left: Batches to come in this run; None: unknown.
+            x, kw: The inputs.
+            layers: That are read; such a batch runs uncompiled.
         """
-        if not isinstance(self.model, nn.Module) or self.why:
-            return self.module(*x, **kw)
-        if layers or not self.copied and self.options['compile'] is not True:
-            return self._as_copied(x, kw)
-        if self.compilation is None:
-            self.compilation = Compilation(
-                self.module, self.options['compile'], self.say, self._close
-            )
-        with no_autocast(x, kw):
-            return self.compilation(x, kw, left)
-
-    def _as_copied(self, x, kw):
-        if not self.copied:
+        if self.plan is None:
             return self.module(*x, **kw)
         with no_autocast(x, kw):
-            return self.module(*x, **kw)
+            if layers or not self.options['compile']:
+                return self.module(*x, **kw)
+            if self.compiled is None:
+                self.compiled = CompiledModule(self.module, self._are_close, self.say)
+            return self.compiled(x, kw)
 
-    def _close(self, a, b):
+    def _are_close(self, a, b):
         """Outputs of compiled code, and of the same module without it."""
         pairs = zip(tensors_in(as_dict(a)), tensors_in(as_dict(b)))
         return all(
-            difference(x, y) <= FARTHEST.get(self.dtype, 1e-3)
-            for x, y in pairs
-            if x.is_floating_point()
+            difference(x, y) <= FARTHEST[self.plan.dtype] for x, y in pairs if x.is_floating_point()
         )
 
     @property
     def cast_back(self):
-        """The dtype of what is returned: the model's own, also where a copy computes in another."""
-        return self.own if self.copied and self.dtype != self.own else None
+        """The model's own dtype, if the copy computes in a different one; else None."""
+        return self.own if self.plan is not None and self.plan.dtype != self.own else None
 
     @property
-    def half(self):
-        return '' if self.cast_back is None else short_name(self.dtype)
+    def half(self) -> str:
+        """Name of the dtype in which the copy computes, if it is not the model's own; else empty."""
+        return '' if self.cast_back is None else short_name(self.plan.dtype)
+
+    @property
+    def choice(self) -> str:
+        """How the copy differs from the model."""
+        device = self.options['device']
+        return f'{self.plan}{f", on {device}" if device else ""}'
 
     def __str__(self):
         if self.decided_for is None:
             return ', '.join(f'{k}={self.options[k]!r}' for k in self.by_hand)
-        if not self.copied:
+        if self.plan is None:
             return f'as it is{f" ({self.why})" if self.why else ""}'
-        compiled = (
-            'not compiled'
-            if self.compilation is None
-            else self.compilation.state or 'not yet compiled'
-        )
-        return f'{self.choice}, {compiled}, a copy of {self.bytes / 2**20:.3g} MiB'
+        compiled = '' if self.compiled is None else f', {self.compiled.state}'
+        return f'{self.choice}{compiled}, a copy of {self.bytes / 2**20:.3g} MiB'
 
 
-def size_of(x, kw):
-    return max((t.numel() for t in tensors_in((x, kw))), default=0)
-
-
-def short_name(dtype):
-    return str(dtype).removeprefix('torch.')
-
-
-def weights_of(model):
-    return [*model.parameters(), *model.buffers()]
-
-
-def as_dict(o):
-    return dict(o) if isinstance(o, dict) else o
-
-
-def no_autocast(x, kw):
-    """A copy has its own precision, also where the student trains under autocast."""
-    return torch.autocast(next((t.device.type for t in tensors_in((x, kw))), 'cpu'), enabled=False)
-
-
-def is_convolutional(model):
-    kinds = [type(m) for m in model.modules()]
-    return kinds.count(nn.Conv2d) > kinds.count(nn.Linear)
-
-
-def at_most(model, x, kw):
-    """Operations of a batch, if each weight were used at each position of the largest input."""
-    positions = max(
-        (t.numel() / (t.shape[1] if t.dim() == 4 else 1) for t in tensors_in((x, kw)) if t.dim()),
-        default=0,
-    )
-    return 2 * positions * sum(p.numel() for p in model.parameters())
-
-
-class counted_cells:
-    """Inside, operations of recurrent layers are counted, which PyTorch's counter leaves out."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def __enter__(self):
-        self.found = []
-
-        def count(m, args):
-            steps, weights = (
-                args[0].numel() // args[0].shape[-1],
-                sum(p.numel() for p in m.parameters()),
-            )
-            self.found.append(2 * steps * weights)
-
-        self.handles = [
-            m.register_forward_pre_hook(count)
-            for m in self.model.modules()
-            if isinstance(m, nn.RNNBase)
-        ]
-        return self.found
-
-    def __exit__(self, *_):
-        for h in self.handles:
-            h.remove()
-
-
-def without_layers(model, pairs, layers):
-    """The pairs that can be folded while these layers are read."""
-    have = named(model)
-    read = {have.get(n.split('@')[0]) for n in layers}
-    return [(c, n) for c, n in pairs if not {c, n} & read]
-
-
-def faster_copy(model, pairs, dtype, layout, all_floats, device):
-    """A frozen copy of a module. Weights that need no change are shared, and no weight is copied
-    unchanged first.
-
-    Args:
-        pairs: (convolution, batch-norm) to make one.
-        dtype: Of the copy's weights.
-        layout: Memory format of its convolutions; None: as it is.
-        all_floats: Buffers that are not saved with the model get the dtype too.
-    """
-
-    def convert(t, to_dtype=True):
-        t = t.detach()
-        dt = dtype if to_dtype and t.is_floating_point() else t.dtype
-        if layout is not None and t.dim() == 4:
-            return t.to(device=device, dtype=dt, memory_format=layout)
-        return t.to(device=device, dtype=dt)
-
-    frozen = lambda p: nn.Parameter(convert(p), requires_grad=False)
-    memo = {}
-    for conv, norm in pairs:
-        memo |= {id(conv): folded(conv, norm, frozen), id(norm): nn.Identity().eval()}
-    for m in model.modules():
-        if id(m) in memo:
-            continue
-        for p in m._parameters.values():
-            if p is not None and id(p) not in memo:
-                memo[id(p)] = frozen(p)
-        for k, b in m._buffers.items():
-            if b is None or id(b) in memo:
-                continue
-            new = convert(b, all_floats or k not in m._non_persistent_buffers_set)
-            memo[id(b)] = new.clone() if new.data_ptr() == b.data_ptr() else new
-    with torch.no_grad():
-        out = copy.deepcopy(model, memo)
-    for m in out.modules():
-        if isinstance(m, nn.RNNBase):
-            m.flatten_parameters()
-    return out
-
-
-@torch.no_grad()
-def folded(conv, norm, frozen):
-    """A convolution that does what both do."""
-    bias = torch.zeros_like(norm.running_mean) if conv.bias is None else conv.bias
-    weight, bias = fuse_conv_bn_weights(
-        conv.weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-    )
-    new = copy.deepcopy(conv, {id(conv.weight): frozen(weight), id(conv.bias): None})
-    new.bias = frozen(bias)
-    return new.train(False)
-
-
-def difference(a, b):
-    """How far outputs are apart, as a share of their spread: root mean square."""
-    a, b = [as_plain(o).detach().double().cpu() for o in (a, b)]
-    if a.shape != b.shape:
-        return float('inf')
-    spread = (b - b.mean()).square().mean().sqrt().clamp_min(1e-12)
-    return ((a - b).square().mean().sqrt() / spread).item()
-
-
-def is_faster(a, b, run):
-    """Is module `a` faster than `b`? The better of two runs each, which take turns."""
-    times = {a: [], b: []}
-    for _ in range(2):
-        for m, seconds in times.items():
-            start = time.perf_counter()
-            synchronize(run(m))
-            seconds.append(time.perf_counter() - start)
-    return min(times[a]) < min(times[b])
-
-
-def marks_of(model):
+class ModelMarks:
     """What shows that weights or hooks changed: the tensors, their versions, some of their values,
     and the hooks.
     """
-    tensors = weights_of(model)
-    return tensors, places_of(tensors), first_values(tensors), hooks_of(model)
+
+    def __init__(self, model):
+        self.tensors, self.hooks = weights_of(model), hooks_of(model)
+        self.places, self.values = places_of(self.tensors), first_values(self.tensors)
+
+    def match(self, model, thorough: bool) -> bool:
+        """Are the weights still the same? If not `thorough`, values are compared only of a few
+        tensors, and hooks not at all.
+        """
+        if places_of(self.tensors) != self.places:
+            return False
+        # subtle: a change through .data counts no version. On a GPU, each batch would wait for this comparison
+        if not thorough and self.tensors[0].is_cuda:
+            return True
+        if thorough and (
+            [*map(id, weights_of(model))] != [*map(id, self.tensors)]
+            or hooks_of(model) != self.hooks
+        ):
+            return False
+        n = len(self.tensors)
+        some = range(n) if thorough else sorted({0, n // 2, n - 1})
+        now = first_values([self.tensors[i] for i in some])
+        return all(torch.equal(v, self.values[i]) for v, i in zip(now, some))
+
+
+def given_by_hand(options) -> list:
+    """Names of the options that ask for a copy."""
+    asked = [k for k in OPTIONS if options[k] not in ('auto', 'fp32', None, False)]
+    return asked + ['device'] * (options['device'] is not None)
 
 
 def places_of(tensors):
@@ -512,20 +377,71 @@ def first_values(tensors):
     return [t.detach().reshape(-1)[:4].clone() for t in tensors]
 
 
-def same_marks(marks, model, thorough):
-    """Are the weights those of the marks? If not `thorough`, of a few tensors alone the values are
-    compared.
+def operations(model, x, kw) -> float:
+    """About how many operations a batch takes: two for each weight at each position of the largest
+    input. A position is a token, a row of a table, or 16 pixels along each axis of an image, since
+    most weights see it at that resolution or a lower one. Embeddings are only looked up.
     """
-    tensors, state, values, hooks = marks
-    if places_of(tensors) != state:
-        return False
-    # subtle: a change through .data counts no version. On a GPU, each batch would wait for this comparison
-    if not thorough and tensors[0].is_cuda:
-        return True
-    same = lambda a, b: [*map(id, a)] == [*map(id, b)]
-    if thorough and not (same(weights_of(model), tensors) and hooks_of(model) == hooks):
-        return False
-    some = range(len(tensors)) if thorough else sorted({0, len(tensors) // 2, len(tensors) - 1})
-    return all(
-        torch.equal(a, b) for i in some for a, b in zip(first_values([tensors[i]]), [values[i]])
-    )
+    weights = {
+        p
+        for m in model.modules()
+        if not isinstance(m, (nn.Embedding, nn.EmbeddingBag))
+        for p in m._parameters.values()
+        if p is not None
+    }
+    positions = max((map(positions_of, tensors_in((x, kw)))), default=0)
+    return 2 * positions * sum(p.numel() for p in weights)
+
+
+def positions_of(t) -> float:
+    if t.dim() >= 4:
+        return t.numel() / t.shape[1] / 16 ** (t.dim() - 2)
+    return t.numel() / t.shape[-1] if t.is_floating_point() and t.dim() > 1 else t.numel()
+
+
+def is_convolutional(model):
+    kinds = [type(m) for m in model.modules()]
+    return kinds.count(nn.Conv2d) > kinds.count(nn.Linear)
+
+
+def is_faster(a, b, run) -> bool:
+    """Is module `a` faster than `b`? The better of two runs each, which take turns.
+
+    Not every module gains: in bfloat16, a Linear on a CPU is several times slower if its input is
+    not contiguous, as the outputs of an LSTM with `batch_first=True` are.
+    """
+    times = {a: [], b: []}
+    for _ in range(2):
+        for m, seconds in times.items():
+            start = time.perf_counter()
+            synchronize(run(m))
+            seconds.append(time.perf_counter() - start)
+    return min(times[a]) < min(times[b])
+
+
+def synchronize(t):
+    """Wait for the GPU, if one computes this tensor."""
+    if t.is_cuda:
+        torch.cuda.synchronize(t.device)
+
+
+def no_autocast(x, kw):
+    """A copy has its own precision, also where the student trains under autocast."""
+    return torch.autocast(next((t.device.type for t in tensors_in((x, kw))), 'cpu'), enabled=False)
+
+
+def size_of(x, kw):
+    return max((t.numel() for t in tensors_in((x, kw))), default=0)
+
+
+def as_dict(o):
+    return dict(o) if isinstance(o, dict) else o
+
+
+def difference(a, b):
+    """How far outputs are apart, as a share of their spread: root mean square."""
+    a, b = [as_plain(o).detach().double().cpu() for o in (a, b)]
+    if a.shape != b.shape:
+        return float('inf')
+    spread = (b - b.mean()).square().mean().sqrt().clamp_min(1e-12)
+    return ((a - b).square().mean().sqrt() / spread).item()

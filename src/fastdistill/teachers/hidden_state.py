@@ -4,7 +4,8 @@ else.
 
 import torch
 
-from ..features.probe import untouched
+from ..base.model_state import ModelState
+from ..features.probe import distinct_modules, untouched
 
 __all__ = ['NO_RESET', 'has_reset', 'why_no_reset']
 
@@ -22,21 +23,18 @@ def why_no_reset(model):
     """Why `model.reset()` may not be called; None if it changes only hidden states. A trial shows
     this, and is undone.
     """
-    was = {n: (t, t.data, t.detach().clone()) for n, t in saved_tensors(model).items()}
+    state = ModelState(distinct_modules(model), weights=True)
+    was = {n: (t.data_ptr(), t.detach().clone()) for n, t in saved_tensors(model).items()}
     try:
         with untouched(model):
             model.reset()
             now = saved_tensors(model)
-            both = was.keys() & now.keys()
-            changed = [
-                n
-                for n in dict.fromkeys([*was, *now])
-                if n not in both or is_changed(now[n], *was[n][1:])
-            ]
+            names = dict.fromkeys([*was, *now])
+            changed = [n for n in names if is_changed(was.get(n), now.get(n))]
     except Exception as e:  # a user's method may raise anything
         return f'fails without arguments ({type(e).__name__}: {e})'
     finally:
-        restore_tensors(was.values())
+        state.restore()
     if changed:
         return f'changes weights ({", ".join(changed[:3])}{" ..." if len(changed) > 3 else ""})'
 
@@ -53,15 +51,15 @@ def saved_tensors(model):
     return {n: t for n, t in {**dict(model.named_parameters()), **buffers}.items() if comparable(t)}
 
 
-def is_changed(t, data, values):
+def is_changed(was, now) -> bool:
+    """Is a tensor new, gone, moved or different?
+
+    Args:
+        was: (address, values) before; None if there was no such tensor.
+        now: The tensor; None if there is none.
+    """
+    if was is None or now is None or now.data_ptr() != was[0]:
+        return True
     # subtle: bit by bit, so that nan equals nan
-    a, b = [o.detach().contiguous().reshape(-1).view(torch.uint8) for o in (t, values)]
-    return t.data_ptr() != data.data_ptr() or not torch.equal(a, b)
-
-
-@torch.no_grad()
-def restore_tensors(saved):
-    for t, data, values in saved:
-        t.data = data
-        if is_changed(t, data, values):
-            t.copy_(values)
+    a, b = [o.detach().contiguous().reshape(-1).view(torch.uint8) for o in (now, was[1])]
+    return not torch.equal(a, b)

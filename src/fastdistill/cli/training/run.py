@@ -240,7 +240,7 @@ class TrainRun:
         """
         on_cpu = torch.device(self.dls.device or 'cpu').type == 'cpu'
         return (
-            teacher_of(teacher, student, task_of(student.loss_func), **AS_IT_IS)
+            teacher_of(teacher, student, task_of(student.loss_func), run=AS_IT_IS)
             if on_cpu
             else teacher
         )
@@ -255,7 +255,7 @@ class TrainRun:
             return
         d = Distiller(
             student.model,
-            teacher_of(teacher, student, task, **AS_IT_IS),
+            teacher_of(teacher, student, task, run=AS_IT_IS),
             self.recipe,
             kind=task.kind,
             axis=task.axis,

@@ -1,0 +1,130 @@
+"The state of models and other objects: modes, attributes, buffers, hooks and weights, saved and restored."
+
+import copy
+from collections import OrderedDict
+from contextlib import contextmanager
+
+import torch
+
+__all__ = ['Attributes', 'ModelState', 'TensorValues', 'restored']
+
+
+class ModelState:
+    """The modes, attributes, hooks, hidden states and buffers of modules when it was made, and if
+    asked their weights and gradients.
+
+    Args:
+        modules: A list.
+        weights: Save the parameters too: values, gradients, `requires_grad`.
+    """
+
+    def __init__(self, modules, weights: bool = False):
+        modules = list(modules)
+        # TorchScript modules have a mode, but no attributes that could be saved
+        self.modes = [(m, m.training) for m in modules if hasattr(m, 'training')]
+        self.attributes = [
+            Attributes(m) for m in modules if not isinstance(m, torch.jit.ScriptModule)
+        ]
+        tensors = [b for m in modules for b in m.buffers(recurse=False)]
+        self.parameters = []
+        if weights:
+            ps = list(dict.fromkeys(p for m in modules for p in m.parameters(recurse=False)))
+            self.parameters = [(p, p.data, p.grad, p.requires_grad) for p in ps]
+            tensors += ps
+        self.values = TensorValues(tensors)
+
+    def restore(self):
+        for a in self.attributes:
+            a.restore()
+        for m, training in self.modes:
+            if m.training != training:
+                m.training = training
+        for p, data, grad, requires_grad in self.parameters:
+            p.data, p.grad, p.requires_grad = data, grad, requires_grad
+        self.values.restore()
+
+
+class Attributes:
+    """The attributes of an object and the contents of its lists, dicts and sets. Those of a module
+    are its hidden states, buffers, hooks and mode.
+
+    Args:
+        of: An object with a `__dict__`
+        only: fn(name): which attributes; None: all.
+    """
+
+    def __init__(self, of, only=None):
+        self.vars, self.only = vars(of), only or (lambda name: True)
+        self.was = self.now()
+        self.containers = [
+            (v, copy.copy(v))
+            for v in self.was.values()
+            if type(v) in (list, dict, OrderedDict, set)
+        ]
+
+    def now(self) -> dict:
+        return {k: v for k, v in self.vars.items() if self.only(k)}
+
+    def restore(self):
+        for k in self.now().keys() - self.was.keys():
+            del self.vars[k]
+        self.vars.update(self.was)
+        for now, was in self.containers:
+            now.clear()
+            now.extend(was) if isinstance(now, list) else now.update(was)
+
+
+@contextmanager
+def restored(*objects, only=None):
+    """Restore the attributes of these objects at the end, and the contents of lists, dicts and sets
+    among them.
+
+    Args:
+        *objects: Those without a `__dict__` are left out.
+        only: Names of the attributes; None: all.
+    """
+    names = None if only is None else set(only).__contains__
+    states = [Attributes(o, names) for o in objects if hasattr(o, '__dict__')]
+    try:
+        yield
+    finally:
+        for s in states:
+            s.restore()
+
+
+class TensorValues:
+    """The values of tensors when it was made. Those of one dtype and device are copied, and
+    compared, in one piece: a model has hundreds of small buffers.
+
+    Args:
+        tensors: Sparse, quantized and meta tensors are left out, since they can't be compared.
+    """
+
+    def __init__(self, tensors):
+        groups = {}
+        for t in tensors:
+            if t.layout == torch.strided and not t.is_meta and not t.is_quantized:
+                groups.setdefault((t.dtype, t.device), []).append(t)
+        self.groups = [(ts, [t.shape for t in ts], one_vector(ts)) for ts in groups.values()]
+
+    @torch.no_grad()
+    def restore(self):
+        for ts, shapes, values in self.groups:
+            # subtle: observers of quantization-aware training change the shape of their buffers in the first batch
+            if [t.shape for t in ts] == shapes and torch.equal(one_vector(ts), values):
+                continue
+            for t, shape, was in zip(ts, shapes, values.split([s.numel() for s in shapes])):
+                restore_tensor(t, was.reshape(shape))
+
+
+@torch.no_grad()
+def one_vector(ts):
+    return torch.cat([t if t.dim() == 1 else t.reshape(-1) for t in ts])
+
+
+def restore_tensor(t, was):
+    """Give `t` the shape and the values of `was`, if they differ."""
+    if t.shape != was.shape:
+        t.resize_(was.shape)
+    if not torch.equal(t, was):
+        t.copy_(was)

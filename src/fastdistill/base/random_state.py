@@ -1,0 +1,187 @@
+"The global random generators of Python, NumPy and PyTorch: saved, restored, seeded, and separate streams of numbers."
+
+import copy
+import random
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import torch
+
+__all__ = [
+    'RandomGuard',
+    'RandomState',
+    'RandomStream',
+    'global_generators',
+    'guarded_random_state',
+    'restored_generators',
+    'restored_once',
+    'seeded',
+]
+
+
+class RandomState:
+    """The state of the global generators when it was made.
+
+    Args:
+        devices: CUDA devices whose generators are saved too.
+    """
+
+    def __init__(self, devices=()):
+        self.python, self.numpy = random.getstate(), np.random.get_state()
+        self.cpu = torch.get_rng_state()
+        self.cuda = {d: torch.cuda.get_rng_state(d) for d in devices}
+
+    def restore(self):
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        for d, s in self.cuda.items():
+            torch.cuda.set_rng_state(s, d)
+
+    def same_on_cpu(self, other) -> bool:
+        """Is the state of the CPU's generators the same?"""
+        (_, keys, at, *_), (_, other_keys, other_at, *_) = self.numpy, other.numpy
+        return (
+            self.python == other.python
+            and at == other_at
+            and np.array_equal(keys, other_keys)
+            and torch.equal(self.cpu, other.cpu)
+        )
+
+
+class RandomGuard:
+    """Restores the global generators of Python, NumPy and PyTorch. Then `moved` is True if anything
+    drew from those of the CPU.
+
+    Args:
+        devices: CUDA devices whose generators are restored too.
+    """
+
+    def __init__(self, devices=()):
+        self.devices, self.moved = devices, False
+
+    def __enter__(self):
+        self.state, self.moved = RandomState(self.devices), False
+        return self
+
+    def __exit__(self, *_):
+        self.moved = not self.state.same_on_cpu(RandomState())
+        self.state.restore()
+
+
+def guarded_random_state() -> RandomGuard:
+    """A `RandomGuard` that also restores the generators of all GPUs that are in use."""
+    return RandomGuard(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ())
+
+
+@contextmanager
+def seeded(seed: int, device=None):
+    """Inside, the global generators of Python, NumPy and PyTorch start from `seed`. At the end they
+    are restored.
+
+    Args:
+        seed: Any 64-bit number.
+        device: Of the tensors that are drawn on, if not the CPU.
+    """
+    with restored_generators(device) as start:
+        start(seed)
+        yield
+
+
+@contextmanager
+def restored_generators(device=None):
+    """Yields a function that seeds the global generators. At the end they are restored."""
+    cuda = [torch.device(device).index or 0] if is_cuda(device) else []
+
+    def start(seed):
+        seed = int(seed)
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        for g in (torch.default_generator, *(torch.cuda.default_generators[i] for i in cuda)):
+            g.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+
+    if RESTORED_OUTSIDE and RESTORED_OUTSIDE[-1] and not cuda:
+        with restoring_outside(False):
+            yield start  # a `seeded` inside this one must restore
+        return
+    state = RandomState(cuda)
+    try:
+        yield start
+    finally:
+        state.restore()
+
+
+RESTORED_OUTSIDE = []
+
+
+@contextmanager
+def restoring_outside(on):
+    RESTORED_OUTSIDE.append(on)
+    try:
+        yield
+    finally:
+        RESTORED_OUTSIDE.pop()
+
+
+@contextmanager
+def restored_once():
+    """Inside, the CPU's generators are restored only at the end, not after each `seeded`, since
+    NumPy's are slow.
+    """
+    with restored_generators(), restoring_outside(True):
+        yield
+
+
+def is_cuda(device):
+    return device is not None and torch.device(device).type == 'cuda'
+
+
+def global_generators(devices=(), python: bool = True):
+    """Name -> (function that reads, function that sets) the state of each global generator.
+
+    Args:
+        devices: CUDA devices whose generators are included.
+        python: Include Python's and NumPy's; reading Python's state is slow.
+    """
+    out = {'cpu': (torch.get_rng_state, torch.set_rng_state)}
+    for d in devices:
+        out[str(d)] = (
+            partial(torch.cuda.get_rng_state, d),
+            partial(torch.cuda.set_rng_state, device=d),
+        )
+    if python:
+        out['random'] = random.getstate, random.setstate
+        # NumPy's generator is exchanged as a whole, which is faster than to copy its state
+        out['numpy'] = np.random.get_bit_generator, np.random.set_bit_generator
+    return out
+
+
+class RandomStream:
+    """A separate stream of random numbers. Inside `with stream.own(...)`, the global generators
+    continue from the state at the end of the last such block. The first block starts from the state
+    outside. At the end of each, the state outside is restored.
+    """
+
+    # subtle: if states were only restored, a teacher with dropout would draw the same numbers in each batch
+    def __init__(self):
+        self.states = {}
+
+    @contextmanager
+    def own(self, generators):
+        """Draw from this stream.
+
+        Args:
+            generators: What `global_generators` returns.
+        """
+        outside = {k: read() for k, (read, _) in generators.items()}
+        for k, (_, put) in generators.items():
+            if k not in self.states:
+                self.states[k] = copy.deepcopy(outside[k])
+            put(self.states[k])
+        try:
+            yield
+        finally:
+            for k, (read, put) in generators.items():
+                self.states[k] = read()
+                put(outside[k])

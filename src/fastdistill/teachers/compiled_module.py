@@ -1,0 +1,67 @@
+"A module with `torch.compile`, for inputs of the shapes of its first batch."
+
+import os
+import shutil
+import time
+
+import torch
+
+from ..base.outputs import tensors_in
+
+__all__ = ['CompiledModule']
+
+
+class CompiledModule:
+    """Runs a module compiled. Inputs whose shapes differ from those of the first batch run
+    uncompiled: to compile for each shape would take longer than the run.
+
+    Args:
+        module: A frozen module in evaluation mode.
+        close: fn(compiled outputs, outputs) -> are they close enough?
+        say: fn(text): what became of it.
+    """
+
+    def __init__(self, module, close, say):
+        self.module, self.close, self.say = module, close, say
+        self.fast = self.shapes = None
+        self.state = ''
+
+    def __call__(self, x, kw):
+        if not self.state:
+            self.state = self._compile(x, kw)
+            self.say(f'is {self.state}')
+        run = self.module if self.fast is None or shapes_of(x, kw) != self.shapes else self.fast
+        return run(*x, **kw)
+
+    def _compile(self, x, kw) -> str:
+        """Compile for this batch; return what became of it."""
+        device = next(tensors_in((x, kw))).device
+        if why := missing_compiler(device):
+            return f'not compiled ({why})'
+        # frozen weights are constants of the compiled code, for which convolutions and activations become one
+        options = dict(options=dict(freezing=True)) if device.type == 'cpu' else {}
+        start = time.perf_counter()
+        try:
+            fast = torch.compile(self.module, dynamic=False, **options)
+            close = self.close(fast(*x, **kw), self.module(*x, **kw))
+        except Exception as e:  # a compiler may raise anything
+            text = (str(e).splitlines() or [''])[0][:100]
+            return f'not compiled ({type(e).__name__}: {text})'
+        if not close:
+            return 'not compiled (compiled, its outputs differ too much)'
+        self.fast, self.shapes = fast, shapes_of(x, kw)
+        return f'compiled in {time.perf_counter() - start:.0f} s'
+
+
+def missing_compiler(device) -> str | None:
+    """Why torch.compile can't work on this machine; None if it can."""
+    if device.type == 'cuda':
+        return None
+    names = os.environ.get('CXX'), 'g++', 'clang++', 'c++', 'cl'
+    if any(n and shutil.which(n) for n in names):
+        return None
+    return 'there is no C++ compiler on this machine'
+
+
+def shapes_of(x, kw):
+    return tuple((t.shape, t.dtype) for t in tensors_in((x, kw))), tuple(kw)

@@ -1,0 +1,103 @@
+"How a faster copy of a teacher's model is built: its dtype, memory format, folded batch norms and device."
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from ..features.layer_names import named
+
+__all__ = ['CopyPlan', 'short_name', 'weights_of', 'without_layers']
+
+
+@dataclass(frozen=True)
+class CopyPlan:
+    """How a copy differs from the model.
+
+    Attributes:
+        dtype: Of the copy's weights.
+        device: Where the copy runs.
+        layout: Memory format of its convolutions; None: as it is.
+        pairs: (convolution, batch norm) to make one.
+        all_floats: Buffers that are not saved with the model get the dtype too.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    layout: torch.memory_format | None = None
+    pairs: tuple = ()
+    all_floats: bool = False
+
+    def __str__(self):
+        folded = f'{len(self.pairs)} batch-norms folded' if self.pairs else ''
+        layout = 'channels_last' if self.layout is not None else ''
+        return ', '.join(filter(None, [short_name(self.dtype), layout, folded]))
+
+    def build(self, model: nn.Module) -> nn.Module:
+        """Return a frozen copy of the model. Weights that need no change are shared, and no weight
+        is copied unchanged first.
+        """
+        memo = {}
+        for conv, norm in self.pairs:
+            memo |= {id(conv): folded(conv, norm, self._frozen), id(norm): nn.Identity().eval()}
+        for m in model.modules():
+            if id(m) in memo:
+                continue
+            for p in m._parameters.values():
+                if p is not None and id(p) not in memo:
+                    memo[id(p)] = self._frozen(p)
+            for k, b in m._buffers.items():
+                if b is None or id(b) in memo:
+                    continue
+                saved = k not in m._non_persistent_buffers_set
+                new = self._convert(b, self.all_floats or saved)
+                memo[id(b)] = new.clone() if new.data_ptr() == b.data_ptr() else new
+        with torch.no_grad():
+            out = copy.deepcopy(model, memo)
+        for m in out.modules():
+            if isinstance(m, nn.RNNBase):
+                m.flatten_parameters()
+        return out
+
+    def _frozen(self, p):
+        return nn.Parameter(self._convert(p), requires_grad=False)
+
+    def _convert(self, t, to_dtype=True):
+        t = t.detach()
+        dtype = self.dtype if to_dtype and t.is_floating_point() else t.dtype
+        if self.layout is not None and t.dim() == 4:
+            return t.to(device=self.device, dtype=dtype, memory_format=self.layout)
+        return t.to(device=self.device, dtype=dtype)
+
+
+@torch.no_grad()
+def folded(conv, norm, frozen):
+    """Return a convolution that does what both do.
+
+    Args:
+        frozen: fn(tensor) -> the parameter of the copy.
+    """
+    bias = torch.zeros_like(norm.running_mean) if conv.bias is None else conv.bias
+    weight, bias = fuse_conv_bn_weights(
+        conv.weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    new = copy.deepcopy(conv, {id(conv.weight): frozen(weight), id(conv.bias): None})
+    new.bias = frozen(bias)
+    return new.train(False)
+
+
+def without_layers(model, pairs, layers):
+    """The pairs that can be folded while these layers are read."""
+    have = named(model)
+    read = {have.get(n.split('@')[0]) for n in layers}
+    return tuple((c, n) for c, n in pairs if not {c, n} & read)
+
+
+def weights_of(model):
+    return [*model.parameters(), *model.buffers()]
+
+
+def short_name(dtype):
+    return str(dtype).removeprefix('torch.')

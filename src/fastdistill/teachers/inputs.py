@@ -1,0 +1,87 @@
+"What a teacher's model reads: the batch's inputs, or what `inputs=` or `items=` makes of them."
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ..base.outputs import DistillError, as_plain, map_tensors, tensors_in
+from ..features.calls import arguments, is_hf
+from .forms import check_second_argument
+from .images import check_images, fit_images, is_image
+from .items import items_beside
+
+__all__ = ['check_own_inputs', 'own_inputs', 'prepared_inputs']
+
+
+def check_own_inputs(inputs, items):
+    """Refuse `inputs=` and `items=` that are not functions, and both together."""
+    given = {k: fn for k, fn in dict(inputs=inputs, items=items).items() if fn is not None}
+    if len(given) > 1:
+        raise DistillError(
+            "inputs= makes the teacher's inputs from the batch, items= from the raw items: give one "
+            'of them.'
+        )
+    for k, fn in given.items():
+        if not callable(fn):
+            raise DistillError(f"{k}={fn!r}: give a function that returns the teacher's inputs.")
+
+
+def own_inputs(teacher, x: tuple, kw) -> tuple:
+    """(inputs, inputs by name) of the model: the batch's, or what `inputs=` or `items=` made.
+
+    Args:
+        teacher: A `Teacher` of one model.
+        x: The batch's inputs.
+        kw: And those by name.
+    """
+    if teacher.inputs is None and teacher.items is None:
+        return x, kw
+    own = (
+        teacher.inputs(*x, **kw)
+        if teacher.items is None
+        else teacher.items(items_beside((x, kw), teacher.name))
+    )
+    lists = isinstance(own, Mapping) and any(isinstance(v, list) for v in own.values())
+    if isinstance(own, Mapping) and not lists:
+        return (dict(own),), {}
+    if isinstance(own, (Tensor, tuple)):
+        return own if isinstance(own, tuple) else (own,), {}
+    option = 'inputs' if teacher.items is None else 'items'
+    raise DistillError(
+        f'{option}= of the teacher {teacher.name} returned a {type(own).__name__}'
+        f'{" of lists" if lists else ""}: must be a tensor, a tuple of several, or a dict of '
+        "tensors by name (of a tokenizer of Hugging Face: return_tensors='pt', padding=True)."
+    )
+
+
+def prepared_inputs(teacher, x, kw, *, device, frozen, scaling, lend):
+    """The inputs by name or position, on the model's device and in its precision. Images get its
+    normalization and size.
+
+    Args:
+        teacher: A `Teacher` of one model.
+        x, kw: Of `own_inputs`
+        device: Of the batch.
+        frozen: The `FrozenModel`; None for other forms of teachers.
+        scaling: Of `images.affine`
+        lend: fn(tensor): may the model get this very tensor? Otherwise it gets a copy.
+    """
+    x, kw = arguments(teacher.model, x, kw)
+    if len(x) > 1 and is_hf(teacher.model) and not frozen.has_run:
+        check_second_argument(teacher.model, *x[:2])
+    images = [t for t in tensors_in((x, kw)) if is_image(t)]
+    check_images(images, teacher.stats, teacher.input_stats, scaling)
+    dtype = None
+    if frozen is not None:
+        device, dtype, frozen.has_run = frozen.place(device), frozen.dtype, True
+
+    def prepare(original):
+        t = (plain := as_plain(original)).to(device)
+        if is_image(t):
+            t = fit_images(t, scaling, teacher.size)
+        if dtype is not None and t.is_floating_point():
+            t = t.to(dtype)
+        # subtle: a copy, since a model that changes its input in place would change the student's batch
+        return t.clone() if t is plain and not lend(t) else t
+
+    return map_tensors((x, kw), prepare)

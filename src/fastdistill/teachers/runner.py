@@ -1,0 +1,251 @@
+"Runs the model of a teacher: as it is or as a faster copy, frozen from start to stop."
+
+import warnings
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ..base.outputs import (
+    DistillError,
+    DistillWarning,
+    Outputs,
+    as_plain,
+    map_tensors,
+    tensors_in,
+    warn_of_several,
+)
+from ..base.random_state import global_generators
+from ..features.probe import untouched
+from ..features.taps import Taps
+from .fast_copy import FastCopy, run_options
+from .forms import Onnx, explained, is_graph
+from .frozen import FrozenModel, cuda_devices
+from .hidden_state import NO_RESET, has_reset, why_no_reset
+from .images import affine, is_image, maps_of_size
+from .input_aliasing import InputAliasing
+from .inputs import own_inputs, prepared_inputs
+from .probabilities import check_probabilities, logits_of
+from .slices import in_slices, joined, plain_output
+
+__all__ = ['ModelRunner', 'Runner']
+
+
+class Runner:
+    """What runs between `start` and `stop`."""
+
+    def __init__(self):
+        self.stack = None
+
+    @property
+    def started(self) -> bool:
+        return self.stack is not None
+
+    def start(self):
+        """Prepare for many batches; a second call changes nothing."""
+        if self.started:
+            return
+        with ExitStack() as stack:
+            self.enter(stack)
+            self.stack = stack.pop_all()
+
+    def stop(self):
+        """Restore what runs; may be called at any time, and twice."""
+        stack, self.stack = self.stack, None
+        if stack is not None:
+            stack.close()
+
+    def generators(self, x=()):
+        """The global random generators from which it may draw for these inputs."""
+        on_gpu = {t.device for t in tensors_in(x) if t.is_cuda}
+        return global_generators(on_gpu | self.cuda, self.draws_anywhere)
+
+
+class ModelRunner(Runner):
+    """Runs one model.
+
+    Args:
+        teacher: The `Teacher`, whose options it reads.
+        facts: What was found about the model while it ran; variations of a teacher share them.
+        say: fn(text): what was decided.
+    """
+
+    def __init__(self, teacher, facts, say):
+        super().__init__()
+        self.teacher, self.facts, self.run = teacher, facts, run_options(teacher.run)
+        self.frozen = self.scaling = self.fast_copy = None
+        self.may_change = not isinstance(teacher.model, nn.Module) or is_graph(teacher.model)
+        if not self.may_change:
+            # variations with the same options share the copy
+            options = {k: v for k, v in self.run.items() if k != 'batch'}
+            key = (teacher.mode, *map(str, options.values()))
+            copies = facts.setdefault('copies', {})
+            if key not in copies:
+                copies[key] = FastCopy(teacher.model, teacher.mode, options, say)
+            self.fast_copy = copies[key]
+        keeps = facts.setdefault('keeps inputs', {})
+        self.aliasing = InputAliasing(teacher.name, keeps)
+
+    @property
+    def module(self):
+        """The nn.Module that runs: the teacher's, or a faster copy of it; None for a function."""
+        return self.teacher.module if self.fast_copy is None else self.fast_copy.module
+
+    # from start to stop
+
+    def enter(self, stack):
+        if self.fast_copy is not None and self.fast_copy.is_stale(thorough=True):
+            self.fast_copy.restart()
+        if self.module is not None:
+            self.frozen = stack.enter_context(self._new_frozen())
+        if None not in (self.teacher.stats, self.teacher.input_stats):
+            self.scaling = affine(self.teacher.input_stats, self.teacher.stats)
+
+    def stop(self):
+        self.frozen = self.scaling = None
+        super().stop()
+
+    def _new_frozen(self):
+        private = self.module is not self.teacher.module
+        return FrozenModel(self.module, self.teacher.mode, private=private)
+
+    @property
+    def cuda(self):
+        """The CUDA devices on which the model is."""
+        if self.teacher.module is None:
+            return set()
+        return self.frozen.cuda if self.started else cuda_devices(self.teacher.module)
+
+    @property
+    def draws_anywhere(self) -> bool:
+        """May it draw from Python and NumPy too? Functions and models in train mode may."""
+        if self.teacher.module is None:
+            return self.teacher.path is None
+        return self.teacher.mode == 'train'
+
+    @property
+    def remembers(self) -> bool:
+        """Has it hidden states that its own method `reset` may reset? One trial shows it."""
+        if not has_reset(self.teacher.module):
+            return False
+        if 'reset' not in self.facts:
+            why = why_no_reset(self.teacher.module)
+            self.facts['reset'] = why is None
+            if why:
+                text = NO_RESET.format(name=self.teacher.name, why=why)
+                warnings.warn(text, DistillWarning, stacklevel=4)
+        return self.facts['reset']
+
+    def reset(self, random):
+        """Reset hidden states.
+
+        Args:
+            random: The teacher's `RandomStream`
+        """
+        if self.remembers:
+            with torch.no_grad(), random.own(self.generators()):
+                self.module.reset()
+
+    # a batch
+
+    def outputs(self, x, kw, layers) -> Outputs:
+        """The outputs for a batch, with these layers."""
+        self.check_layers(layers)
+        device = device_of_inputs(x, kw)
+        batch_size = next((tuple(t.shape[2:]) for t in tensors_in((x, kw)) if is_image(t)), None)
+        x, kw = own_inputs(self.teacher, x, kw)
+        slices = in_slices(x, kw, self.run['batch'])
+        if self.fast_copy is not None:
+            self._choose_copy(*slices[0], layers, device)
+        if self.frozen is not None:
+            self.frozen.settle()
+        o = joined([self._slice(*o, layers, device) for o in slices])
+        if self.teacher.size is None:
+            return o
+        return replace(o, logits=maps_of_size(o.logits, self.teacher.size, batch_size))
+
+    def _choose_copy(self, x, kw, layers, device):
+        self.fast_copy.choose(x, kw, device, layers, lambda m: self._trial(m, x, kw, device))
+        if self.module is not self.frozen.model:
+            self.frozen = self.stack.enter_context(self._new_frozen())
+
+    def _trial(self, module, x, kw, device):
+        """The logits of a module for a batch. Nothing is changed by it."""
+        with untouched(module), FrozenModel(module, self.teacher.mode) as frozen:
+            x, kw = self._prepared(x, kw, device, frozen)
+            raw = module(*x, **kw)
+            return as_plain(Outputs.of(raw, output=self.teacher.output).logits)
+
+    def _prepared(self, x, kw, device, frozen, lend=lambda t: False):
+        return prepared_inputs(
+            self.teacher, x, kw, device=device, frozen=frozen, scaling=self.scaling, lend=lend
+        )
+
+    def _slice(self, x, kw, layers, device):
+        """The outputs of rows that run at once."""
+        batch = x, kw
+        lend = (lambda t: False) if self.may_change else self.aliasing.lends(layers)
+        x, kw = self._prepared(x, kw, device, self.frozen, lend)
+        marks = [] if self.may_change else self.aliasing.marks(batch, (x, kw), layers)
+        reads = bool(layers) and self.module is not None
+        with Taps(self.module, layers) if reads else nullcontext() as taps:
+            with explained(self.teacher.name, (x, kw), self.teacher.module):
+                raw = self.call(x, kw, layers)
+            if self.teacher.output is None:
+                name = f'The teacher {self.teacher.name}'
+                warn_of_several(raw, self.teacher.module, name, self.facts)
+            o = Outputs.of(raw, output=self.teacher.output)
+            feats = {**o.feats, **taps.pop()} if reads else o.feats
+            logits = self._logits(o.logits)
+        if not self.may_change:
+            self.aliasing.judge(marks, layers, (logits, feats, o.mask))
+        # a function has no layers, but it may return features of that name
+        if not reads and not set(layers) <= set(feats):
+            raise self._unreadable(layers, feats)
+        dtype = None if self.fast_copy is None else self.fast_copy.cast_back
+        plain = lambda t: plain_output(t, device, dtype)
+        return Outputs(*(map_tensors(v, plain) for v in (logits, feats, o.mask)), o.classes)
+
+    def call(self, x, kw, layers=()):
+        """What the model returns for prepared inputs."""
+        if self.fast_copy is None:
+            return self.teacher.model(*x, **kw)
+        return self.fast_copy.run(x, kw, layers)
+
+    def bare_call(self, x: tuple):
+        """A function that runs the model on these inputs, prepared once and without checks.
+
+        Args:
+            x: The inputs of a batch that ran already.
+        """
+        args, kwargs = self._prepared(x, {}, device_of_inputs(x, {}), self.frozen)
+        if anew := getattr(self.teacher.model, 'anew', None):
+            return lambda: anew(*args, **kwargs)
+        return lambda: self.call(args, kwargs)
+
+    def _logits(self, v):
+        """The logits of what the model returned."""
+        t = self.teacher
+        if t.returns == 'logits':
+            return v
+        if (checked := ('probs', t.kind, t.axis)) not in self.facts:
+            check_probabilities(v, t.kind, t.axis, t.name)
+            self.facts[checked] = True
+        return logits_of(v, t.kind)
+
+    def check_layers(self, layers):
+        """Refuse to read layers of a program or an ONNX file."""
+        if layers and (isinstance(self.teacher.model, Onnx) or is_graph(self.teacher.module)):
+            raise self._unreadable(layers)
+
+    def _unreadable(self, layers, feats=()):
+        return DistillError(
+            f"Layers {', '.join(layers)} of {self.teacher.name} can't be read, only the layers that it "
+            f'returns ({", ".join(feats) or "none"}). Give the nn.Module that it was made from, or a '
+            'function that returns Outputs(logits, feats).'
+        )
+
+
+def device_of_inputs(x, kw):
+    return next((t.device for t in tensors_in((x, kw))), torch.device('cpu'))
