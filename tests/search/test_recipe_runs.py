@@ -23,7 +23,7 @@ from fastdistill.fastai.recipe_runs import comparable_text
 from fastdistill.search.significance import adjusted, difference_by_seed
 from fastdistill.evaluation.data import Difference
 from fastdistill.search.recipe_report import RecipeRun
-from fastdistill.base.seeds import seeded
+from fastdistill.base.random_state import seeded
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
 RECIPES = dict(

@@ -4,17 +4,7 @@ from math import gcd
 
 import numpy as np
 
-from .random_state import RandomGuard, restored_generators, restored_once, seeded
-
-__all__ = [
-    'RandomGuard',
-    'restored_generators',
-    'restored_once',
-    'scramble',
-    'seeded',
-    'seeds_of',
-    'view_of',
-]
+__all__ = ['scramble', 'seeds_of', 'view_of']
 
 MASK = 2**64 - 1
 MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB

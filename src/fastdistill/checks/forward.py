@@ -1,12 +1,11 @@
 "Run student and teacher on one batch without changing them."
 
 from ..base.outputs import Outputs
-from ..base.random_state import guarded_random_state
 from ..features.calls import arguments
 from ..features.layer_names import unwrap
 from ..features.probe import dry_run
 
-__all__ = ['guarded_random_state', 'run_student', 'student_logits', 'teacher_logits']
+__all__ = ['run_student', 'student_logits', 'teacher_logits']
 
 
 def run_student(student, x):

@@ -8,7 +8,7 @@ from fastai.basics import Callback, noop
 
 from ..base.distributed import rank
 from ..base.outputs import DistillError, Outputs, TopK, as_plain, tensors_in
-from ..base.seeds import RandomGuard
+from ..base.random_state import RandomGuard
 from ..cache.manifest import refuse, sample_differences, transform_differences
 from ..cache.reader import TeacherCache
 from ..recipes.batch import all_classes

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 from ..base.outputs import DistillError
-from ..base.seeds import RandomGuard
+from ..base.random_state import RandomGuard
 from ..base.task import Task
 from ..distiller.heads import renamed
 from ..recipes.term import Recipe

@@ -9,7 +9,7 @@ from fastai.basics import Callback, Learner
 
 from ..base.outputs import DistillError, DistillWarning
 from ..base.progress_bar import progress_bar
-from ..base.seeds import seeded
+from ..base.random_state import seeded
 from ..cache.digests import fingerprint
 from ..cache.reader import TeacherCache
 from ..cache.source import identity_of

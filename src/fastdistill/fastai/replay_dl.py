@@ -13,7 +13,8 @@ from fastai.text.data import LMDataLoader, SortedDL
 
 from ..base.generators import Generators
 from ..base.outputs import DistillError
-from ..base.seeds import restored_once, seeded, seeds_of, view_of
+from ..base.random_state import restored_once, seeded
+from ..base.seeds import seeds_of, view_of
 from .language_model import in_a_row
 from .teacher_targets import TeacherRow
 from .transforms import Replay, Shown

@@ -7,7 +7,7 @@ from dataclasses import replace
 from fastai.basics import TfmdDL
 
 from ..base.outputs import DistillError, DistillWarning, Outputs, as_plain
-from ..base.seeds import RandomGuard
+from ..base.random_state import RandomGuard
 from .patches import patch_for_targets
 from .teacher_targets import TeacherTarget, TeacherTargets, mix_logits, target_tfms
 from .vocab import stored_order

@@ -4,7 +4,7 @@ import torch
 from fastai.text.data import LMDataLoader
 
 from ..base.outputs import DistillError
-from ..base.seeds import RandomGuard
+from ..base.random_state import RandomGuard
 from ..cache.manifest import refuse
 from ..cache.source import identity_of, is_whole
 from .batches import loader_of, split_batch
