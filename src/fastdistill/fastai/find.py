@@ -15,9 +15,9 @@ from fastai.basics import Learner, OptimWrapper, noop, patch
 from ..base.distributed import rank
 from ..base.outputs import DistillError, DistillWarning
 from ..base.progress_bar import progress_bar
+from ..base.random_state import guarded_random_state
 from ..cache.source import is_whole
 from ..checks.batch_scores import METRICS
-from ..checks.forward import guarded_random_state
 from ..search.candidates import candidates_for, given_candidates
 from ..search.proposals import import_optuna
 from ..search.search import Search

@@ -11,7 +11,7 @@ from fastai.basics import L, Learner, Recorder, noop
 
 from ..base.generators import Generators
 from ..base.outputs import DistillError, DistillWarning
-from ..checks.forward import guarded_random_state
+from ..base.random_state import guarded_random_state
 from ..features.layer_names import unwrap
 from ..features.probe import untouched
 from .batches import PARTS, restored
