@@ -550,7 +550,7 @@ def test_dropout_in_a_function_that_teaches_is_noticed():
     warns(
         student,
         lambda x: shaky(x),
-        r'differ from call to call for the same batch \(is dropout on\?\).*Call eval\(\)',
+        r'differ from call to call for the same batch \(is dropout on\?\).*call eval\(\)',
     )
     assert shaky.training
     student, teacher = toy()
@@ -563,7 +563,7 @@ def test_batchnorm_in_training_mode_in_a_function_is_noticed():
     warns(
         student,
         lambda x: model(x),
-        r'for a sample depend on the other samples of its batch \(is batch-norm in training mode\?\)',
+        r'for a sample depend on the other samples in its batch \(is batch norm in training mode\?\)',
     )
 
 
@@ -582,7 +582,7 @@ def test_batchnorm_in_training_mode_is_noticed_in_batches_that_are_dicts():
     warns(
         student,
         lambda batch: teacher(norm(batch['x'])),
-        'for a sample depend on the other samples of its batch',
+        'for a sample depend on the other samples in its batch',
     )
 
 

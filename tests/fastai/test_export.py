@@ -243,7 +243,7 @@ def test_a_student_that_can_not_be_exported_is_saved_as_weights(tmp_path):
         torch.equal(a, b)
         for a, b in zip(student.model.state_dict().values(), other.model.state_dict().values())
     )
-    with pytest.raises(DistillError, match='of another network'):
+    with pytest.raises(DistillError, match='belong to a different network'):
         load_student(folder, torch.nn.Linear(2, 2))
     with pytest.raises(DistillError, match='no student in'):
         load_student(tmp_path)
