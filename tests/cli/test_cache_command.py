@@ -112,7 +112,7 @@ def test_write_look_at_it_and_ask_again(script, cache, tmp_path):
         'a, b',
         'FlipItem',
         'is there too',
-        'Every file is as its checksum says',
+        'Every file matches its checksum',
     ):
         assert say in out, say
     out = cache('verify', path, f'{script}:teacher', f'{script}:dls')
@@ -215,7 +215,7 @@ def test_names_that_lead_nowhere(script, cache, tmp_path):
     def no(match, teacher=f'{script}:teacher', data=f'{script}:dls'):
         fails(cache('write', teacher, data, tmp_path / 'c', code=None), match)
 
-    no("give a file and a name in it, as in 'train.py:dls'", data='dls')
+    no("must be a file and a name in it, such as 'train.py:dls'", data='dls')
     no("There is no file 'nowhere.py'", data='nowhere.py:dls')
     no("has no 'loaders'. It has: .*image, label, dls, Flat, teacher", data=f'{script}:loaders')
     no(

@@ -65,7 +65,10 @@ def test_compare_prints_and_writes_a_report(command, there):  # noqa: F811
 @pytest.mark.parametrize(
     'args,why',
     [
-        (['mine.py:teacher'], "'mine.py:teacher': give a name and a model, as in big=teacher.pkl"),
+        (
+            ['mine.py:teacher'],
+            "'mine.py:teacher': must be a name and a model, such as big=teacher.pkl",
+        ),
         (['a=none.pkl', 'b=mine.py:student'], "no file 'none.pkl'"),
         (['a=missing.pkl'], "There is no file 'missing.pkl'"),
         (['a=gone.py:net'], "There is no file 'gone.py'"),

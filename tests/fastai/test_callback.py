@@ -1222,7 +1222,7 @@ def test_a_model_that_ends_in_a_sigmoid_is_explained():
         (dict(recipe=kd(), loss=F.mse_loss), r'A recipe and loss=: give these to the recipe'),
         (dict(loss=F.mse_loss, T=2), 'T= with loss=: your loss gets the logits unchanged'),
         (dict(recipe=dict(T=2)), 'A recipe is made of terms and recipes'),
-        (dict(alpha=2), 'from 0 .labels alone. to 1 .teacher alone.'),
+        (dict(alpha=2), 'between 0 .labels only. and 1 .teacher only.'),
         (dict(T='cosin'), "T='cosin': must be a number, a function"),
         (
             dict(axis=1.0),

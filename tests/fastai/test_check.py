@@ -141,7 +141,7 @@ def test_another_order_of_labels_is_mapped_by_name_with_a_note(check, capsys):
     assert loss == pytest.approx(kl(s, right.model.eval()(x)), rel=1e-4)
     said = capsys.readouterr().out
     assert (
-        "the student's classes in another order. Its outputs are mapped by name" in said
+        "the student's classes in a different order. Its outputs are mapped by name" in said
     ) is check
 
 
@@ -158,7 +158,7 @@ def test_classes_of_texts_are_mapped_too():
     state = right.model.state_dict()
     is_last = lambda k, v: k.startswith('1.') and v.shape[:1] == (2,)
     teacher.model.load_state_dict({k: v.flip(0) if is_last(k, v) else v for k, v in state.items()})
-    assert ('note', "The teacher has the student's classes in another order") in found(
+    assert ('note', "The teacher has the student's classes in a different order") in found(
         student, teacher
     )
 
@@ -168,7 +168,7 @@ def test_classes_that_only_the_teacher_knows_are_not_used(capsys):
     teacher, right = other_order(('blue', 'red', 'pink', 'green'))
     loss, x, _, s = first_loss(student, KD(teacher, T=1.0, alpha=1.0))
     assert loss == pytest.approx(kl(s, right.model.eval()(x)), rel=1e-4)
-    assert 'in another order, and 1 more, which are not used' in capsys.readouterr().out
+    assert 'in a different order, and 1 more, which are not used' in capsys.readouterr().out
 
 
 def test_a_users_own_selection_of_classes_is_kept():
@@ -242,7 +242,7 @@ def test_another_normalization_of_images_is_mended_with_a_note(capsys):
     )
     said = capsys.readouterr().out
     assert (
-        'trained with another normalization (mean 0, std 1 -> mean 0.4 0.5 0.6, std 0.2 0.3 0.25). '
+        'trained with a different normalization (mean 0, std 1 -> mean 0.4 0.5 0.6, std 0.2 0.3 0.25). '
         'Its images are normalized accordingly'
     ) in said
 
@@ -550,7 +550,7 @@ def test_dropout_in_a_function_that_teaches_is_noticed():
     warns(
         student,
         lambda x: shaky(x),
-        r'differ from call to call for the same batch \(is dropout on\?\).*Call eval\(\)',
+        r'differ from call to call for the same batch \(is dropout on\?\).*call eval\(\)',
     )
     assert shaky.training
     student, teacher = toy()
@@ -563,7 +563,7 @@ def test_batchnorm_in_training_mode_in_a_function_is_noticed():
     warns(
         student,
         lambda x: model(x),
-        r'for a sample depend on the other samples of its batch \(is batch-norm in training mode\?\)',
+        r'for a sample depend on the other samples in its batch \(is batch norm in training mode\?\)',
     )
 
 
@@ -582,7 +582,7 @@ def test_batchnorm_in_training_mode_is_noticed_in_batches_that_are_dicts():
     warns(
         student,
         lambda batch: teacher(norm(batch['x'])),
-        'for a sample depend on the other samples of its batch',
+        'for a sample depend on the other samples in its batch',
     )
 
 
@@ -952,9 +952,9 @@ def test_the_check_is_made_once_for_each_student(capsys):
     cb, student = KD(teacher), pair('image')[0]
     for _ in range(2):
         student.fit(1, 0.01, cbs=cb)
-    assert capsys.readouterr().out.count('another order') == 1
+    assert capsys.readouterr().out.count('different order') == 1
     pair('image')[0].fit(1, 0.01, cbs=cb)
-    assert capsys.readouterr().out.count('another order') == 1
+    assert capsys.readouterr().out.count('different order') == 1
 
 
 def test_all_mistakes_are_reported_at_once():

@@ -121,7 +121,7 @@ def test_an_optimizer_of_the_weights_before_the_pruning_is_refused(recipe):
         a._parameters, a._buffers = b._parameters, b._buffers  # in place
     with pytest.raises(
         DistillError,
-        match=r'before the model got other weights \(0.0.0.weight.*learn.create_opt\(\)',
+        match=r'before the model got new weights \(0.0.0.weight.*learn.create_opt\(\)',
     ):
         student.distill(teacher, 1, 1e-2, recipe)
     student.create_opt()

@@ -173,7 +173,7 @@ def test_a_file_that_predicts_something_else_is_refused(normalized, tmp_path, mo
         '.pt2',
         lambda m, x, p, f: write(type(m)(torch.nn.Sequential(m.model, torch.nn.ReLU())), x, p, f),
     )
-    with pytest.raises(DistillError, match='predicts other than the Learner'):
+    with pytest.raises(DistillError, match='predictions differ from the Learner'):
         export_student(normalized, tmp_path / 's.pt2')
 
 
@@ -243,7 +243,7 @@ def test_a_student_that_can_not_be_exported_is_saved_as_weights(tmp_path):
         torch.equal(a, b)
         for a, b in zip(student.model.state_dict().values(), other.model.state_dict().values())
     )
-    with pytest.raises(DistillError, match='of another network'):
+    with pytest.raises(DistillError, match='belong to a different network'):
         load_student(folder, torch.nn.Linear(2, 2))
     with pytest.raises(DistillError, match='no student in'):
         load_student(tmp_path)
@@ -266,6 +266,6 @@ def test_a_model_in_place_of_its_learner_is_refused(tmp_path):
     model = torch.nn.Linear(2, 2)
     with pytest.raises(
         DistillError,
-        match='export_student got a Linear: give the Learner, learn and not learn.model',
+        match='export_student got a Linear: pass the Learner, learn instead of learn.model',
     ):
         export_student(model, tmp_path / 's.onnx')

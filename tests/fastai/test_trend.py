@@ -17,7 +17,7 @@ from fastdistill.fastai import (
 from fastdistill.fastai.trend import TrendCheck
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
-SAYS = r'The task loss on the validation set rose from \S+ in epoch 0 to \S+, while kd fell from \S+ to \S+: .*A smaller share=, alpha or T'
+SAYS = r'The task loss on the validation set rose from \S+ in epoch 0 to \S+, while kd fell from \S+ to \S+: .*Use a smaller grad_ratio, alpha or T'
 
 
 def fit(recipe, n_epoch=9, wrong=True):

@@ -27,7 +27,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help='Knowledge distillation for fastai and PyTorch: train a small model on what a big one knows.',
+    help='Knowledge distillation for fastai and PyTorch: train a small model on the knowledge of '
+    'a large one.',
 )
 app.add_typer(cache_app, name='cache')
 app.command('train')(train_command)
@@ -95,19 +96,19 @@ def number_of_process():
 
 
 def wait_for_launcher(seconds):
-    """Several processes end one after the other, and the error of the first to end is the cause.
-    The launcher, such as torchrun, ends the others while they wait here.
+    """Wait so that the launcher, such as torchrun, can end this process. If several processes fail,
+    the error of the first one is the cause.
     """
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         time.sleep(seconds)
 
 
 def in_flags(text: str):
-    """The same message with the command line's flags: `views=8` is `--views 8`, `force=True` is
-    `--force`.
+    """Convert a message to the flags of the command line: `views=8` becomes `--views 8`,
+    `force=True` becomes `--force`.
 
     Args:
-        text: A message of the library, which names Python's arguments.
+        text: A message of the library, which names arguments in Python.
     """
     have = {
         o.lstrip('-').replace('-', '_')
@@ -131,7 +132,7 @@ def in_flags(text: str):
 
 
 def commands(command):
-    """A command and all commands below it."""
+    """Yield a command and all its subcommands."""
     yield command
     for c in getattr(command, 'commands', {}).values():
         yield from commands(c)

@@ -1,4 +1,4 @@
-"""What commands have in common: the models, data and recipes that the user names. Nothing here
+"""Arguments that commands share: the models, data and recipes that the user names. Nothing here
 imports PyTorch.
 """
 
@@ -33,24 +33,24 @@ def in_python(name):
 
 
 def in_file(name):
-    """(file, name) of 'file.py:name', if there is such a file."""
+    """Split 'file.py:name' into (file, name), if there is such a file."""
     file, _, attr = name.rpartition(':')
     if not file.endswith('.py') or not attr:
-        raise DistillError(f"{name!r}: give a file and a name in it, as in 'train.py:dls'.")
+        raise DistillError(f"{name!r}: must be a file and a name in it, such as 'train.py:dls'.")
     if not Path(file).is_file():
         raise DistillError(f'There is no file {file!r}.')
     return file, attr
 
 
 def python_name(name):
-    """An argument 'file.py:name'."""
+    """Check an argument 'file.py:name'."""
     if name is not None:
         in_file(name)
     return name
 
 
 def named_model(name):
-    """An argument that names a model; a run's folder becomes the student in it."""
+    """Check an argument that names a model. The folder of a run becomes the student in it."""
     if in_python(name):
         return python_name(name)
     file = exported_student(name)
@@ -65,15 +65,15 @@ def named_models(texts):
 
 
 def split_name(text):
-    """('teacher', 'teacher.pkl') of 'teacher=teacher.pkl'."""
+    """Split 'teacher=teacher.pkl' into ('teacher', 'teacher.pkl')."""
     name, _, what = text.partition('=')
     if not name or not what:
-        raise DistillError(f'{text!r}: give a name and a model, as in big=teacher.pkl')
+        raise DistillError(f'{text!r}: must be a name and a model, such as big=teacher.pkl')
     return name, what
 
 
 def recipe_names(texts):
-    """Recipes as text, or 'file.py:name'."""
+    """Check recipes given as text, or as 'file.py:name'."""
     for o in [texts] if isinstance(texts, str) else texts or []:
         if in_python(o):
             in_file(o)

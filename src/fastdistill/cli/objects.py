@@ -1,4 +1,4 @@
-"Objects that the user names on the command line: 'file.py:name'."
+"Load objects that the user names on the command line, as 'file.py:name'."
 
 import ast
 import importlib.util
@@ -24,7 +24,7 @@ __all__ = [
 
 
 def load_teacher(name: str):
-    """The object of 'file.py:name'. Any other name is returned, for `Teacher` to load.
+    """Load the object of 'file.py:name'. Any other name is returned for `Teacher` to load.
 
     Args:
         name: 'file.py:name', or a file that `Teacher` takes.
@@ -33,11 +33,11 @@ def load_teacher(name: str):
 
 
 def load_named_learner(name: str, data: str | None = None):
-    """A Learner with data.
+    """Load a Learner with data.
 
     Args:
         name: 'file.py:name', or the file of an exported Learner.
-        data: 'file.py:name' of its DataLoaders; None: its own, or those of its run.
+        data: 'file.py:name' of its DataLoaders. None for its own, or those of its run.
     """
     from .training.exported import learner_in_file
 
@@ -55,7 +55,9 @@ def of_run(name):
 
 
 def load_model_with_data(name):
-    """What `load_teacher` returns; of the folder of a run, a Learner with the data of the run."""
+    """Load a model as `load_teacher` does. For the folder of a run, load a Learner with the data of
+    the run.
+    """
     return load_named_learner(name) if of_run(name) else load_teacher(name)
 
 
@@ -85,7 +87,7 @@ def load_object(name: str, use):
 
 
 def names_in_file(file):
-    """Public names that a file defines itself, whatever kind of object they are."""
+    """Return the public names that a file itself defines."""
     names = []
     for node in ast.parse(Path(file).read_text()).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -101,8 +103,10 @@ def names_in_file(file):
 
 @cache
 def module_of(file):
-    """The file as a module, run once, since data and teacher may come from the same file."""
-    # subtle: the module gets the file's name, if no other module has it, so that pickles of its classes can be loaded
+    """Load a file as a module. It runs only once, since data and teacher may come from the same
+    file.
+    """
+    # subtle: the module gets the file's name, unless it is taken, so that pickles of its classes can be loaded
     name = file.stem if file.stem not in sys.modules else f'{file.stem}_'
     spec = importlib.util.spec_from_file_location(name, file)
     sys.path.insert(0, str(file.parent))
@@ -118,7 +122,7 @@ def module_of(file):
 
 @contextmanager
 def own_mistakes(file):
-    """An error in the user's file is one line, which names the failing line of the file."""
+    """Context that turns an error in the user's file into one line that names the failing line."""
     try:
         yield
     except DistillError:
@@ -130,7 +134,9 @@ def own_mistakes(file):
 
 
 def called(o):
-    """The result of a function without required arguments; any other object unchanged."""
+    """Call a function without required arguments and return its result. Return any other object
+    unchanged.
+    """
     needs = lambda p: p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     return (
         o()
@@ -140,7 +146,9 @@ def called(o):
 
 
 def dataloaders(o):
-    """fastai DataLoaders: the object itself, the result of a function, or a Learner's."""
+    """Return fastai DataLoaders: the object itself, the result of a function, or those of a
+    Learner.
+    """
     o = called(o)
     o = getattr(o, 'dls', o)
     if not hasattr(o, 'loaders'):
@@ -152,7 +160,7 @@ def dataloaders(o):
 
 
 def learner(o):
-    """A fastai Learner: the object itself, or the result of a function."""
+    """Return a fastai Learner: the object itself, or the result of a function."""
     o = called(o)
     if not hasattr(o, 'distill_find'):
         raise DistillError(

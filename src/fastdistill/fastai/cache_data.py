@@ -109,7 +109,7 @@ def cache_teacher(
     forecast=None,
 ) -> TeacherCache:
     """Run the teacher on each view of each sample, store its outputs, and open the cache. An
-    interrupted run resumes.
+    interrupted run is resumed.
 
     Args:
         teacher: Learner, exported .pkl, module, `Teacher`, or a list of these. A dict: a
@@ -117,27 +117,25 @@ def cache_teacher(
             their names, and returned as a dict.
         dls: DataLoaders whose training set (with its augmentation) is cached.
         path: Folder or URL.
-        views: Augmented views of each sample; 0: the clean view, while the student's
-            augmentation stays random, as for a teacher with `items=`, which sees no
-            augmentation.
-        topk: Store only the likeliest classes.
+        views: Number of augmented views of each sample. 0 for the clean view, while the student's
+            augmentation stays random, e.g. for a teacher with `items=`, which sees no augmentation.
+        topk: Number of most likely classes to store. None for all.
         dtype: 'float32', 'float16' or 'int8' (scaled row by row).
-        layers: Names of the teacher's layers whose outputs are stored too.
+        layers: Names of teacher layers whose outputs are also stored.
         tail: Assumption about classes that are not stored: 'mean', 'uniform', 'zero' or
             'bucket', see `TopK`
         size: Height and width to which maps of logits are reduced.
-        valid: Cache the validation set too, so that each term has a column there.
-        unlabeled: Cache these instead of the training set: items like its own without labels,
-            or a DataLoader.
-        keys: The name of each training sample: a list, or a function of its item; None: the
-            item itself.
-        bs, num_workers: None: as in the DataLoaders.
-        seed: Of the random numbers.
-        kind, axis: Kind of logits, and class axis; None: read from the loss function.
-        check: Look for mistakes first, as `Learner.check_teacher` does.
-        force: Overwrite a cache that doesn't fit.
-        progress: A bar in terminals and notebooks; False: none; or fn(rows done, rows in all,
-            bytes done).
+        valid: Whether to cache the validation set too, so that each term has a column for it.
+        unlabeled: Items without labels, or a DataLoader, to cache instead of the training set.
+        keys: Names of the training samples, a list or a function of the item. None to use the item
+            itself.
+        bs, num_workers: Options of the DataLoader. None for those of `dls`.
+        seed: Seed of the random numbers.
+        kind, axis: Kind of logits and class axis. None to read them from the loss function.
+        check: Whether to look for mistakes first, as `Learner.check_teacher` does.
+        force: Whether to overwrite a cache that does not fit.
+        progress: True for a bar in terminals and notebooks, False for none, or fn(rows done, total
+            rows, bytes done).
         forecast: fn(Forecast), called before the teacher runs.
     """
     share_n_inp(dls)
@@ -186,7 +184,9 @@ def cache_teacher(
 
 
 def only_items(teacher, views):
-    "Does it read the raw items alone, whose outputs are the same in each view?"
+    """Return True if the teacher reads only the raw items, so that its outputs are the same in each
+    view.
+    """
     if not all(m.reads_items for m in single_teachers(teacher)):
         return False
     if views > 1:
@@ -198,7 +198,7 @@ def only_items(teacher, views):
 
 
 def views_of(dl, views, seed):
-    """The number of views to store: 1 if no transform is random."""
+    """Return the number of views to store, which is 1 if no transform is random."""
     check_views(views)
     if views < 2 or is_stream(dl):
         return views  # views of a language model are orders of its texts
@@ -218,12 +218,12 @@ def verify_cache(
     """Run the teacher again on some views and compare its outputs with the stored ones.
 
     Args:
-        cache: `TeacherCache`, or its path.
-        teacher, dls: With which it was written.
-        n: Rows to compare.
-        seed: Which rows.
-        unlabeled: What `cache_teacher` got.
-        **kwargs: Of `cache_teacher`: keys, kind, axis, layers.
+        cache: A `TeacherCache`, or its path.
+        teacher, dls: Teacher and DataLoaders with which it was written.
+        n: Number of rows to compare.
+        seed: Seed for choosing the rows.
+        unlabeled: As in `cache_teacher`.
+        **kwargs: Options of `cache_teacher`: keys, kind, axis, layers.
     """
     if isinstance(cache, Mapping):
         raise DistillError(
@@ -270,7 +270,7 @@ def verify_cache(
 
 
 def precision_of(teacher: dict) -> str:
-    """The precision in which a cache was written.
+    """Return the precision in which a cache was written.
 
     Args:
         teacher: The manifest's entry.
@@ -298,7 +298,7 @@ def task_of_data(dls, teacher, kind, axis):
 def source_of(
     teacher, dls, dl, views, seed, keys=None, vocab=None, bs=None, num_workers=None, check=True
 ):
-    """The `Source` of a teacher and one of the DataLoaders, for `write_cache`."""
+    """Build the `Source` of a teacher and one of the DataLoaders, for `write_cache`."""
     refuse_unindexed(dl)
     stream = is_stream(dl)
     if stream and bs not in (None, dl.bs):
@@ -362,8 +362,8 @@ def source_of(
 
 
 def as_it_is(teacher):
-    """The teacher without a faster copy, whose rounding would depend on the other samples in a
-    batch.
+    """Return the teacher without its faster copy, whose rounding would depend on the other samples
+    in a batch.
     """
     if not isinstance(teacher, Teacher):
         return teacher
@@ -381,7 +381,7 @@ class FixedOrder:
 
 
 def writer_dl(dl, plan, tasks, bs, workers=None):
-    """A DataLoader that goes through tasks in their order."""
+    """Build a DataLoader that goes through tasks in order."""
     cls = TabDataLoader if isinstance(dl, TabDataLoader) else TfmdDL
     more = {} if workers is None else dict(num_workers=workers)
     d = TfmdDL.new(
@@ -398,7 +398,7 @@ def writer_dl(dl, plan, tasks, bs, workers=None):
 
 @contextmanager
 def validation_transforms(dl, on):
-    """Inside, a DataLoader uses the transforms of validation."""
+    """Context in which a DataLoader uses the validation transforms."""
     ds = dl.dataset
     pipes = (
         [o.tfms for o in getattr(ds, 'tls', [ds]) if isinstance(getattr(o, 'tfms', None), Pipeline)]
@@ -414,8 +414,8 @@ def validation_transforms(dl, on):
 
 
 def check_views_repeat(make, n):
-    """Make a few views twice, to find random transforms that can't be repeated before anything is
-    written.
+    """Compute a few views twice, to detect random transforms that can't be repeated before anything
+    is written.
     """
     tasks = spread_positions(n, 8)
     d = make(tasks, 1, 0)
@@ -457,15 +457,15 @@ def check_padding(run, n):
 
 
 def plain_item(o):
-    """An item without fastai's types, and without its index."""
+    """Return an item without fastai's types and without its index."""
     if isinstance(o, IndexedItem):
         o = o[0]
     return tuple(map(plain_item, o)) if isinstance(o, (tuple, list)) else as_plain(o)
 
 
 def sample_digests(make, plan, views):
-    """Digests of a few samples' inputs, before and after the batch transforms. A replay must give
-    the same.
+    """Return digests of the inputs of a few samples, before and after the batch transforms. A
+    replay must give the same.
     """
     n = len(plan.keys)
     tasks = [i % max(views, 1) * n + int(r) for i, r in enumerate(spread_positions(n, 8))]
@@ -476,8 +476,8 @@ def sample_digests(make, plan, views):
 
 
 def inspect_views(d, tasks):
-    """For each task, the digest of its input, and three numbers for each of its tensors after the
-    batch transforms.
+    """Return for each task the digest of its input, and three numbers for each of its tensors after
+    the batch transforms.
     """
     # subtle: without Normalize, since each model may have its own
     d.after_batch.fs = [f for f in d.after_batch.fs if not isinstance(f, Normalize)]
@@ -490,8 +490,8 @@ def inspect_views(d, tasks):
 
 
 def summary(x):
-    """Mean, spread, and a sum with a different weight for each position: close for close inputs, on
-    any device.
+    """Compute mean, spread, and a sum with a different weight for each position. They are close for
+    close inputs, on any device.
     """
     x = x.detach().double().cpu().flatten()
     weights = torch.arange(len(x)).mul(0.7).cos()
@@ -508,8 +508,8 @@ def item_digest(pair, n_inp):
 
 
 def classes_of(teacher, dls):
-    """Names of the classes in the order of the teacher's logits. If the labels have another order,
-    it is mapped when a student trains.
+    """Return the class names in the order of the teacher's logits. If the labels have a different
+    order, it is mapped when a student trains.
     """
     mine = vocab_of(dls)
     theirs = [n for t in (teacher, *teacher.members) if (n := class_names(t, dls)) is not None]

@@ -1,4 +1,4 @@
-"Check a teacher and a Learner before training, for mistakes that training would not show."
+"Check a teacher and a Learner before training for mistakes that training would not show."
 
 from contextlib import closing
 from types import SimpleNamespace
@@ -35,15 +35,15 @@ KIND_IN_WORDS = dict(
 
 
 class TeacherCheck(Findings):
-    """What was found about a teacher: a list of findings, empty if nothing is wrong, that shows
-    itself as a table in a terminal and in a notebook. `in_order` are the checks that found nothing,
-    `facts` and `costs` what was measured.
+    """Result of checking a teacher: a list of findings, empty if nothing is wrong, that prints as a
+    table in a terminal or notebook. `in_order` are the checks that found nothing, `facts` and
+    `costs` the measurements.
     """
 
     costs, cost_lines, title = None, (), ''
 
     def rows(self) -> list:
-        """The table: a `Finding` for each line, mistakes first, then what is in order, then the
+        """Return the lines of the table as `Finding`s: mistakes first, then passed checks, then
         costs.
         """
         levels = ('error', 'warning', 'note')
@@ -54,7 +54,7 @@ class TeacherCheck(Findings):
 
     @property
     def measured(self):
-        """The facts as text, in order or not."""
+        """Return the facts as text."""
         f = self.facts
         return (
             {}
@@ -64,7 +64,7 @@ class TeacherCheck(Findings):
 
     @property
     def verdict(self):
-        """The last line of the table."""
+        """Return the last line of the table."""
         if not self:
             return self.none
         n = {k: sum(f.level == k for f in self) for k in ('error', 'warning', 'note')}
@@ -75,10 +75,10 @@ class TeacherCheck(Findings):
         )
 
     def show(self, console=None):
-        """The table: in a notebook as HTML, else in the terminal.
+        """Show the table, as HTML in a notebook or else in the terminal.
 
         Args:
-            console: Rich's; None: standard output.
+            console: Console of Rich. None for standard output.
         """
         show(self, print_checks, console)
 
@@ -93,22 +93,22 @@ def check_teacher(
     learn, teacher, task=None, recipe=None, n: int = BATCHES, output=None, n_epoch: int | None = 10
 ) -> TeacherCheck:
     """Compare the inputs that the teacher expects with those that it will get, score it on a few
-    batches, and measure what it costs.
+    batches, and measure its cost.
 
     Args:
-        learn: The student's Learner, or its DataLoaders alone.
+        learn: The student's Learner, or only its DataLoaders.
         teacher: What `KnowledgeDistillation` takes.
-        task: What the student predicts; None: read from its loss function.
-        recipe: Recipe or term of the training; None: unknown.
-        n: Number of validation batches to read, and a quarter as many training batches.
-        output: Which of the student's outputs is distilled, as in `Distiller`
-        n_epoch: Of the training whose costs are estimated; None: they are not.
+        task: What the student predicts. None to read it from its loss function.
+        recipe: Recipe or term of the training. None if unknown.
+        n: Number of validation batches to read. A quarter as many training batches are read.
+        output: Which of the student's outputs is distilled, as in `Distiller`.
+        n_epoch: Number of epochs for which costs are estimated. None to skip this.
     """
     if not hasattr(learn, 'dls'):
         learn = SimpleNamespace(dls=learn, model=None, loss_func=getattr(learn, 'loss_func', None))
     task, recipe = task or task_of(learn.loss_func), as_recipe(recipe)
     teacher = teacher_of(teacher, learn, task)
-    # one process may check alone, while the others train or wait
+    # one process may run the check while the others train or wait
     with items_shown(learn.dls.loaders, teacher), counted_as_one():
         head = learn.dls.head if isinstance(learn.dls, HeadData) else None
         out = TeacherCheck().join(find_mistakes(learn, teacher, task, recipe, n, output, head))
@@ -124,8 +124,8 @@ def check_teacher(
 
 
 def costs_of_check(learn, teacher, task, recipe, output, n_epoch):
-    """(costs, their lines); a line with the reason where they could not be measured."""
-    # subtle: any error at all, since the student, its loss and its recipe may be the user's own. A fit shows it in full
+    """Return (costs, their lines). If they could not be measured, a line has the reason."""
+    # subtle: any error at all, since student, loss and recipe may be the user's. A fit shows the error in full
     try:
         costs = training_costs(learn, teacher, task, recipe, output)
     except Exception as e:
@@ -134,13 +134,15 @@ def costs_of_check(learn, teacher, task, recipe, output, n_epoch):
 
 
 def weight_shapes(model):
-    """What projectors are built for. Masks do not change it, the removal of channels does."""
+    """Return the shapes for which projectors are built. Pruning masks do not change them, removing
+    channels does.
+    """
     return sorted(p.shape for p in model.parameters() if not is_lazy(p))
 
 
 def check_optimizer(learn):
-    """Refuse an optimizer that was made before the layers got other weights, as from pruning: it
-    would not train them.
+    """Raise a DistillError for an optimizer created before layers got new weights, e.g. by pruning,
+    which it would not train.
     """
     if learn.opt is None:
         return  # no training, as in `summary` and `tta`
@@ -150,25 +152,25 @@ def check_optimizer(learn):
     gone = stepped - {*learn.model.parameters(), *getattr(learn.loss_func, 'parameters', list)()}
     if gone and (new := [n for p, n in weights.items() if p not in stepped]):
         raise DistillError(
-            "The Learner's optimizer was made before the model got other weights "
-            f'({few_names(new, 3)}), as from pruning its layers, and would not train them. Call '
-            'learn.create_opt() first, or make a new Learner with this model.'
+            "The Learner's optimizer was created before the model got new weights "
+            f'({few_names(new, 3)}), e.g. by pruning, and would not train them. Call '
+            'learn.create_opt() first, or create a new Learner with this model.'
         )
 
 
 def find_mistakes(
     learn, teacher, task, recipe=None, n: int = BATCHES, output=None, head=None
 ) -> Findings:
-    """The findings about a teacher that is built already.
+    """Return the findings about an existing `Teacher`.
 
     Args:
         learn: As in `check_teacher`
-        teacher: A `Teacher` that `teacher_of` made for this Learner and task.
+        teacher: A `Teacher` made by `teacher_of` for this Learner and task.
         task: What the student predicts.
         recipe: As in `check_teacher`
         n: As in `check_teacher`
         output: As in `check_teacher`
-        head: One of several heads of the student, with its own labels; None: there is one.
+        head: One of several heads of the student, with its own labels. None for a single head.
     """
     found = Findings()
     found.add(
@@ -200,7 +202,7 @@ def find_mistakes(
         note = Finding(
             'note',
             f'The teacher was not run, since this callback does not run outside of a fit: {e}',
-            "The teacher's score is unknown; teacher.validate() shows it",
+            "The teacher's score is unknown; check it with teacher.validate()",
         )
         found.add('score', [note])
     else:
@@ -213,13 +215,13 @@ def with_learners(teacher):
 
 
 def resets(learn, teacher, task):
-    """fastai calls the student's method `reset`, even if it changes weights."""
+    """Find a student whose method `reset`, which fastai calls, changes weights."""
     if has_reset(learn.model) and (why := why_no_reset(learn.model)):
         yield Finding(
             'error',
             f"The student's method reset() {why}, and fastai calls it whenever it fits, validates "
             'or predicts',
-            'Give the method another name',
+            'Rename the method',
         )
 
 
@@ -228,7 +230,7 @@ def resets_in_words(learn, teacher, task):
 
 
 def kinds(learn, teacher, task):
-    """Student and teacher predict the same kind of thing."""
+    """Check that student and teacher predict the same kind of output."""
     own = known_kind(learn.loss_func)
     # subtle: without a student, for a cache, kind='regression' stores a teacher's embeddings as they are
     if own not in (None, task.kind) and not (learn.model is None and task.kind == 'regression'):
@@ -259,7 +261,7 @@ def known_kind(loss_func):
 
 
 def labels(learn, teacher, task):
-    """The student's classes, among the teacher's."""
+    """Check the student's classes against the teacher's."""
     for o in single_teachers(teacher):
         names = class_names(o, learn.dls)
         found = None if task.kind == 'regression' else map_classes(vocab_of(learn.dls), names)
@@ -279,7 +281,7 @@ def labels(learn, teacher, task):
             extra = f', and {len(found.extra)} more, which are not used' if found.extra else ''
             yield Finding(
                 'note',
-                f"The teacher has the student's classes in another order{extra}",
+                f"The teacher has the student's classes in a different order{extra}",
                 'Its outputs are mapped by name',
             )
 
@@ -292,7 +294,7 @@ def labels_in_words(learn, teacher, task):
 
 
 def of_shared(found, student, teacher):
-    """How to distill the classes that both models have."""
+    """Describe how to distill the classes that both models have."""
     if len(found.shared) < 2:
         return ''
     at = lambda names: few_names([names.index(c) for c in found.shared], 20)
@@ -303,7 +305,7 @@ def of_shared(found, student, teacher):
 
 
 def codings(learn, teacher, task):
-    """Both models must code tokens and categories by the same numbers."""
+    """Check that both models encode tokens and categories by the same numbers."""
     for o in with_learners(teacher):
         if o.inputs is not None:
             continue  # it translates them
@@ -314,14 +316,15 @@ def codings(learn, teacher, task):
                 continue
             yield Finding(
                 'error',
-                f'Student and teacher code their {name} differently ({describe_difference(s, t)}), '
-                'so the same numbers have another meaning for the teacher',
+                f'Student and teacher encode their {name} differently '
+                f'({describe_difference(s, t)}), so the same numbers mean something else to the '
+                'teacher',
                 f"Make the student's DataLoaders with the teacher's coding: {CODING_FIXES[name]}",
             )
 
 
 def codings_in_words(learn, teacher, task):
-    """What both models code, with the number of codes."""
+    """Describe what both models encode, with the number of codes."""
     found = {k: read(learn.dls) for k, read in CODES.items()} if with_learners(teacher) else {}
     same = [f'{len(v)} {k}' for k, v in found.items() if v is not None]
     return f'{", ".join(same)}, the same for both' if same else ''
@@ -339,13 +342,13 @@ def normalization(learn, teacher, task):
     if teacher.adapts:
         yield Finding(
             'note',
-            f'The teacher was trained with another normalization ({teacher.adapts})',
+            f'The teacher was trained with a different normalization ({teacher.adapts})',
             'Its images are normalized accordingly',
         )
 
 
 def normalization_in_words(learn, teacher, task):
-    """The images' mean and standard deviation, where both models have the same."""
+    """Describe the images' mean and standard deviation, if they are the same for both models."""
     tfms = getattr(getattr(learn.dls, 'after_batch', None), 'fs', ())
     if not any(isinstance(t, Normalize) for t in tfms):
         return ''
@@ -356,7 +359,7 @@ def normalization_in_words(learn, teacher, task):
 
 
 def image_sizes(learn, teacher, task):
-    """A Learner's images are resized to the size on which it was trained."""
+    """Report that images are resized to the size on which the teacher's Learner was trained."""
     for o in with_learners(teacher):
         if o.size is None or o.size == (mine := size_of_images(learn.dls)):
             continue
@@ -364,7 +367,7 @@ def image_sizes(learn, teacher, task):
         yield Finding(
             'note',
             f"The teacher was trained on images of {in_pixels(o.size)} pixels, the student's {own}",
-            'Its images are resized accordingly. Teacher(learner.model) gives them to it as they are',
+            'Its images are resized accordingly. Use Teacher(learner.model) to skip resizing',
         )
 
 
@@ -384,7 +387,7 @@ def in_pixels(size):
     return f'{size[0]} x {size[1]}'
 
 
-# what is checked -> (its findings, what is in order where it found nothing)
+# what is checked -> (function for findings, function for the text if nothing was found)
 CHECKS = {
     'reset()': (resets, resets_in_words),
     'task': (kinds, kinds_in_words),

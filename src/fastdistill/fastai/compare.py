@@ -1,4 +1,4 @@
-"Models side by side on the same validation data: a report with intervals and tests."
+"Compare models on the same validation data, and report intervals and tests."
 
 import copy
 from contextlib import closing, contextmanager
@@ -23,7 +23,7 @@ from .vocab import vocab_of
 
 __all__ = ['compare', 'history_of']
 
-# each model itself, not a faster copy, unless the user's own `Teacher` asks for one
+# the model itself, not a faster copy, unless the user's `Teacher` requests one
 
 
 def compare(
@@ -45,33 +45,33 @@ def compare(
     title: str = '',
     progress: bool = True,
 ) -> Report:
-    """Measure all models on the same validation data, in one pass: the task's scores and loss, the
-    Learners' metrics, agreement with the teacher, calibration, classes, cost and time.
+    """Measure all models on the same validation data in one pass: scores, task loss, metrics of the
+    Learners, agreement with the teacher, calibration, classes, cost and time.
 
     Differences are paired by sample, with 95% bootstrap intervals and exact tests. They cover the
-    choice of validation samples, not the luck of a training: other seeds need other trainings.
+    choice of validation samples, but not the variation between trainings with different seeds.
 
     Args:
-        models: Name -> Learner, exported Learner (.pkl), module, file or anything else that
-            `Teacher` takes.
-        dls: DataLoaders, whose validation set is used; None: those of the last Learner among
-            the models.
-        dl: Another DataLoader with labels, such as dls.test_dl(items, with_labels=True).
-        teacher: Name of the teacher; None: 'teacher', if a model is called so.
-        baseline: Name of the model without a teacher; None: 'alone', else the first student of
-            several.
-        metrics: Fastai metrics; None: those of the Learners.
-        loss_func: The task's own loss; None: that of the Learner, or of the DataLoaders.
-        kind: 'softmax', 'sigmoid' or 'regression'; None: read from the loss function.
-        axis: Class axis; None: read from the loss function.
-        headline: The measure that counts first, such as 'nll'; None: the usual one of the task.
-        large: Size of the large batch whose time and memory are measured; None: the
-            DataLoader's own.
-        seconds: For each measurement of time; 0: no times.
-        repeats: Bootstrap draws.
-        seed: Of the bootstrap.
-        title: Of the report.
-        progress: A bar in a terminal or notebook.
+        models: {name: model}: Learners, exported Learners (.pkl), modules, files or anything else
+            that `Teacher` takes.
+        dls: DataLoaders whose validation set is used. None for those of the last Learner among the
+            models.
+        dl: A different DataLoader with labels, such as dls.test_dl(items, with_labels=True).
+        teacher: Name of the teacher. None for the model named 'teacher', if there is one.
+        baseline: Name of the model without a teacher. None for 'alone', else the first of several
+            students.
+        metrics: Metrics of fastai. None for those of the Learners.
+        loss_func: Task loss. None for that of the Learner or the DataLoaders.
+        kind: 'softmax', 'sigmoid' or 'regression'. None to read it from the loss function.
+        axis: Class axis. None to read it from the loss function.
+        headline: Main measure, such as 'nll'. None for the usual one of the task.
+        large: Size of the large batch whose time and memory are measured. None for the batch size
+            of the DataLoader.
+        seconds: Duration of each time measurement. 0 for none.
+        repeats: Number of bootstrap draws.
+        seed: Seed of the bootstrap.
+        title: Title of the report.
+        progress: Whether to show a bar in a terminal or notebook.
     """
     if not isinstance(models, dict) or not models:
         raise DistillError(
@@ -120,13 +120,13 @@ def compare(
 
 
 def names_of_classes(dls, n):
-    """`n` names, which are numbers where the data have no others."""
+    """Return `n` class names. They are numbers if the data have no names."""
     names = vocab_of(dls)
     return names if names is not None and len(names) == n else list(map(str, range(n)))
 
 
 def reference(models, dls, loss_func):
-    """The Learner, or what stands for one, whose data, callbacks and loss are used."""
+    """Return the Learner, or a substitute, whose data, callbacks and loss are used."""
     learners = [o for o in models.values() if isinstance(o, Learner)]
     if dls is None and not learners:
         raise DistillError(
@@ -136,7 +136,7 @@ def reference(models, dls, loss_func):
     loss = loss_func or getattr(own or next(iter(learners[::-1]), dls), 'loss_func', None)
     if loss is None:
         raise DistillError(
-            "Neither a Learner nor the DataLoaders show the task's loss: pass loss_func=."
+            'Neither a Learner nor the DataLoaders have a loss function: pass loss_func=.'
         )
     if own is not None and loss_func is None:
         return own
@@ -170,7 +170,7 @@ class MetricValues:
 
 
 class Step:
-    """A Learner, as a metric sees it, after the prediction of a batch; the Learner itself is not
+    """A Learner as seen by a metric after the prediction of a batch. The Learner itself is not
     changed.
     """
 
@@ -183,7 +183,7 @@ class Step:
 
 
 def metrics_of(models, learn, metrics):
-    """fn() -> fresh metrics for a model."""
+    """Return fn() -> new metrics for a model."""
     if metrics is None:
         found = [m for o in models.values() if isinstance(o, Learner) for m in o.metrics]
     else:
@@ -200,7 +200,7 @@ def plain_number(v):
 
 
 def unit_of(dl):
-    """What the samples are."""
+    """Return what the samples are, e.g. images."""
     if is_stream(dl):
         return 'pieces of text'
     if isinstance(dl, TabDataLoader):
@@ -213,7 +213,7 @@ def unit_of(dl):
 
 
 def types_in(types):
-    """The types of a batch's tensors, which fastai stores nested, in their order."""
+    """Yield the types of a batch's tensors, which fastai stores nested, in order."""
     for o in (v for vs in types.values() for v in vs) if isinstance(types, dict) else [types]:
         if isinstance(o, type):
             yield o
@@ -222,7 +222,7 @@ def types_in(types):
 
 
 def history_of(learn):
-    """Column of the training's table -> its value in each epoch of the last fit."""
+    """Return {column of the training table: value in each epoch of the last fit}."""
     recorder = getattr(learn, 'recorder', None)
     if recorder is None:
         return {}
@@ -231,7 +231,9 @@ def history_of(learn):
 
 @contextmanager
 def shown_bar(progress, total, what='compare'):
-    """Yields the function to call after each step; it moves a bar in a terminal or a notebook."""
+    """Context that yields a function to call after each step, which moves a bar in a terminal or
+    notebook.
+    """
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,

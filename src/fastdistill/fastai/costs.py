@@ -1,6 +1,4 @@
-"""What a training with this teacher would cost: time of a step, memory, and what stored outputs
-would save.
-"""
+"""The cost of training with a teacher: time per step, memory, and the savings of stored outputs."""
 
 import math
 import time
@@ -23,24 +21,24 @@ from .batches import number_of_batches, prepared_batches
 
 __all__ = ['TrainingCosts', 'training_costs']
 
-FEW_BATCHES, ROUNDS = 3, 5  # batches that are run, and how often each
-MEASURED_SECONDS = 3  # after this time, no other batch is begun
+FEW_BATCHES, ROUNDS = 3, 5  # number of batches, and of runs of each
+MEASURED_SECONDS = 3  # no new batch is started after this time
 
 
 @dataclass
 class TrainingCosts:
-    """Measured on a few training batches, without loading them and without the optimizer.
+    """Costs measured on a few training batches, without loading them and without the optimizer.
 
     Attributes:
-        batch: Samples in a batch.
-        steps: Batches of an epoch; None: unknown.
+        batch: Batch size.
+        steps: Batches per epoch. None if unknown.
         alone: Seconds of a step without a teacher.
         live: Seconds of a step with the teacher.
         teacher: Seconds of the teacher alone.
-        weights: Bytes of the teacher.
-        copy: Bytes of the copy that runs faster in its place; 0: there is none.
-        view: Of one stored view of the training set; None: its size is unknown.
-        mixed: Does the fit use mixed precision, which was not measured?
+        weights: Bytes of the teacher's weights.
+        copy: Bytes of the faster copy of the teacher. 0 if there is none.
+        view: `Forecast` of one stored view of the training set. None if unknown.
+        mixed: True if the fit uses mixed precision, which was not measured.
     """
 
     batch: int
@@ -54,10 +52,10 @@ class TrainingCosts:
     mixed: bool = False
 
     def lines(self, n_epoch: int):
-        """(subject, text) of each cost.
+        """Yield (subject, text) for each cost.
 
         Args:
-            n_epoch: Of the training.
+            n_epoch: Number of epochs of the training.
         """
         apart = ', and without its mixed precision' if self.mixed else ''
         yield (
@@ -92,15 +90,15 @@ def duration(seconds):
 
 
 def training_costs(learn, teacher, task, recipe, output=None) -> TrainingCosts | None:
-    """Run a few training batches. Learner, models and random numbers do not change. None: there are
-    none with labels.
+    """Measure costs on a few training batches. Learner, models and random state do not change. None
+    if there are no batches with labels.
 
     Args:
         learn: The student's Learner.
-        teacher: A `Teacher`
+        teacher: A `Teacher`.
         task: What the student predicts.
-        recipe: Of the training.
-        output: Which of the student's outputs is distilled, as in `Distiller`
+        recipe: Recipe of the training.
+        output: Which of the student's outputs is distilled, as in `Distiller`.
     """
     with guarded_random_state(), closing(prepared_batches(learn, 1, FEW_BATCHES)[1]) as train:
         batches = [b for b in train if len(b[1])]
@@ -139,15 +137,15 @@ def training_costs(learn, teacher, task, recipe, output=None) -> TrainingCosts |
 
 @contextmanager
 def in_training(model, x):
-    """The model in training mode, with gradients. Afterwards it is as before."""
+    """Context in which the model is in training mode with gradients. Its state is restored."""
     with untouched(model, training=True):
         yield
-    # subtle: hooks, as those of a dynamic U-Net, hold the last activations. Those with a gradient can't be copied
+    # subtle: hooks, e.g. of a dynamic U-Net, hold the last activations. Those with a gradient can't be copied
     dry_run(model, *x)
 
 
 def gradients(distiller, x, y):
-    """The gradients of a batch, which are not kept."""
+    """Compute the gradients of a batch without keeping them."""
     total = distiller(x, *y).total
     torch.autograd.grad(
         total, [p for p in distiller.parameters() if p.requires_grad], allow_unused=True
@@ -155,7 +153,9 @@ def gradients(distiller, x, y):
 
 
 def seconds_of_batches(runs, batches):
-    """Name -> seconds of a batch: of each batch the best of several runs, in which all take turns."""
+    """Return {name: seconds per batch}, using the best of several runs for each batch. The runs
+    take turns.
+    """
     wait, best = wait_for(batches[0][0]), {k: {} for k in runs}
     for i in range(-1, ROUNDS * len(batches)):
         at = max(i, 0) % len(batches)

@@ -1,5 +1,5 @@
-"""A trained student as a file that needs neither fastai nor fastdistill, checked against the
-Learner.
+"""Export a trained student as a file that needs neither fastai nor fastdistill, and check it
+against the Learner.
 """
 
 import copy
@@ -42,18 +42,18 @@ __all__ = [
 ]
 
 KEY = 'fastdistill'  # name of the metadata inside a file
-CLOSE = 0.01  # largest difference that rounding explains, as a share of the largest output
+CLOSE = 0.01  # largest difference explained by rounding, as a fraction of the largest output
 
 
 @dataclass
 class Exported:
-    """A student that was exported, and how it was checked.
+    """An exported student, and the result of its check.
 
     Attributes:
         difference: Largest difference of an output from the Learner's.
-        samples: On which that was measured.
-        facts: The metadata inside the file.
-        report: Of int8: the Learner and the file side by side on the validation set.
+        samples: Number of samples on which that was measured.
+        facts: Metadata inside the file.
+        report: For int8, a comparison of the Learner and the file on the validation set.
     """
 
     path: Path
@@ -77,7 +77,7 @@ class Exported:
 
 
 class LogitsOnly(nn.Module):
-    """A model that returns its logits alone, such as a text model without its hidden states."""
+    """A model that returns only its logits, e.g. a text model without its hidden states."""
 
     def __init__(self, model):
         super().__init__()
@@ -85,7 +85,7 @@ class LogitsOnly(nn.Module):
 
     def forward(self, *x):
         raw = self.model(*x)
-        # subtle: a tensor is returned as it is, since the tensors of a trace have a class of their own
+        # subtle: a tensor is returned unchanged, since tensors of a trace have their own class
         return (
             raw
             if isinstance(raw, torch.Tensor)
@@ -96,28 +96,30 @@ class LogitsOnly(nn.Module):
 
 
 def check_learner(learn, name):
-    """Refuse a model, whose inputs, normalization and classes only its Learner knows."""
+    """Raise a DistillError for a bare model, since only its Learner knows the inputs, normalization
+    and classes.
+    """
     if not isinstance(learn, Learner):
         raise DistillError(
-            f'{name} got a {type(learn).__name__}: give the Learner, learn and not learn.model. Its '
-            'validation set has the inputs on which the result is checked.'
+            f'{name} got a {type(learn).__name__}: pass the Learner, learn instead of '
+            'learn.model. The result is checked on inputs of its validation set.'
         )
 
 
 def export_student(
     learn: Learner, path, *, int8: bool = False, calibration: int = 8, n: int = 8
 ) -> Exported:
-    """Write the student's network as a file with a free batch size, and compare its outputs with
-    the Learner's on real inputs. Input shape, normalization and class names are inside the file, as
-    metadata.
+    """Write the student's network as a file with a variable batch size, and compare its outputs
+    with the Learner's on real inputs. Input shape, normalization and class names are stored in the
+    file as metadata.
 
     Args:
         learn: The trained student.
         path: 'student.onnx' (needs the extra 'onnx') or 'student.pt2' (torch.export).
-        int8: Of an .onnx file: static quantization, calibrated on validation batches. After
-            quantization-aware training: at the scales that were learned.
-        calibration: Batches to calibrate on.
-        n: Validation batches on which the file is compared with the Learner.
+        int8: For an .onnx file, static quantization, calibrated on validation batches, or, after
+            quantization-aware training, with the learned scales.
+        calibration: Number of batches for calibration.
+        n: Number of validation batches on which the file is compared with the Learner.
     """
     check_learner(learn, 'export_student')
     path = Path(path)
@@ -131,8 +133,8 @@ def export_student(
     if quantized and path.suffix == '.onnx' and not int8:
         raise DistillError(
             'This model is in quantization-aware training, and ONNX has no fake quantization: '
-            f'export_student(learn, {path.name!r}, int8=True) writes it in int8, at the scales that it '
-            'learned.'
+            f'export_student(learn, {path.name!r}, int8=True) writes it in int8, with the learned '
+            'scales.'
         )
     batches = validation_inputs(learn, max(n, calibration if int8 else 0))
     facts = facts_of(learn, batches[0]) | dict(int8=int8)
@@ -151,11 +153,9 @@ def export_student(
 
 
 def weak_score(learn: Learner, n: int = 8) -> str | None:
-    """The score of a model that is not better than a constant prediction, in words; None if it is,
-    or can't be told.
-
-    Args:
-        n: Validation batches.
+    """Describe the score of a model that is not better than a constant prediction. None if it is
+    better, or if that is unknown. Args:
+        n: Number of validation batches.
     """
     task = task_of(learn.loss_func)
     tally, (valid, _) = Tally(task), prepared_batches(learn, n, 1)
@@ -184,7 +184,7 @@ def weak_score(learn: Learner, n: int = 8) -> str | None:
 
 
 def validation_inputs(learn, n):
-    """Inputs of validation batches, on the CPU."""
+    """Return inputs of validation batches, on the CPU."""
     with closing(prepared(learn, some_batches(learn.dls.valid), 1, False)) as batches:
         out = [tuple(o.cpu() for o in x) for x, _ in islice(batches, n)]
     if not out:
@@ -195,13 +195,13 @@ def validation_inputs(learn, n):
 
 
 def example(x):
-    """Inputs to trace with. A batch of 1 would be taken for a fixed size."""
+    """Return inputs for tracing. A batch size of 1 would be treated as fixed."""
     return tuple(torch.cat([o, o])[:2] if len(o) < 2 else o[:2] for o in x)
 
 
 @contextmanager
 def on_cpu(model):
-    """The model in evaluation mode on the CPU, afterwards as before."""
+    """Context in which the model is in evaluation mode on the CPU. Its previous state is restored."""
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
     typed = [m for m in model.modules() if isinstance(m, ToTensorBase)]  # the last layer of U-Nets
     try:
@@ -218,14 +218,12 @@ def on_cpu(model):
 
 
 def is_fake_quantized(model):
-    "Is it in quantization-aware training, by PyTorch or torchao?"
+    "Return True if the model is in quantization-aware training, by PyTorch or torchao."
     return any(c.__name__ == 'FakeQuantizeBase' for m in model.modules() for c in type(m).__mro__)
 
 
 def in_int8(model):
-    """A copy of a model in quantization-aware training that computes in int8, at the scales that it
-    learned.
-    """
+    """Convert a copy of a model in quantization-aware training to int8, with the learned scales."""
     if not isinstance(model, torch.fx.GraphModule):
         raise DistillError(
             f'{type(model).__name__} is not the result of prepare_qat_fx (PyTorch) or prepare_qat_pt2e '
@@ -245,7 +243,7 @@ def in_int8(model):
 
 
 def facts_of(learn, x) -> dict:
-    """What a user of the file must know: plain data."""
+    """Return what a user of the file must know, as plain data."""
     task, names = task_of(learn.loss_func), vocab_of(learn.dls)
     stats = [as_plain(torch.as_tensor(o)).flatten().tolist() for o in image_stats(learn.dls)]
     inputs = [
@@ -268,7 +266,7 @@ def facts_of(learn, x) -> dict:
 
 
 def program_of(model, x):
-    """The torch.export program, with a free batch size."""
+    """Return the torch.export program with a variable batch size."""
     batch = torch.export.Dim('batch')
     # subtle: one entry for `*x` of `LogitsOnly`
     shapes = (tuple({0: batch} for _ in x),)
@@ -314,7 +312,7 @@ def write_onnx(model, x, path, facts):
 
 
 def with_named_batch(model):
-    """An ONNX model whose free batch size is called 'batch': the exporter calls it s53 or so."""
+    """Rename the variable batch size of an ONNX model to 'batch' (the exporter calls it s53 or so)."""
     g = model.graph
     free = g.input[0].type.tensor_type.shape.dim[0].dim_param
     for d in (
@@ -337,8 +335,8 @@ WRITERS = {'.onnx': write_onnx, '.pt2': write_program}
 
 
 def quantize(path, batches, facts, learned=False):
-    """Replace an ONNX file by its int8 form. One with learned scales quantizes its weights at each
-    run until then.
+    """Replace an ONNX file by its int8 form. Before that, a file with learned scales quantizes its
+    weights in each run.
     """
     import onnx
     from onnxruntime import quantization as ort
@@ -366,8 +364,8 @@ def quantize(path, batches, facts, learned=False):
 
 
 def compared(learn, path, batches, close):
-    """(largest difference of the file's outputs from the Learner's, samples). The last batch is one
-    sample alone.
+    """Return (largest difference of the file's outputs from the Learner's, number of samples). The
+    last batch has only one sample.
     """
     batches = [*batches, tuple(o[:1] for o in batches[-1])]
     most = largest = 0.0
@@ -381,7 +379,7 @@ def compared(learn, path, batches, close):
             )
     if close is not None and not most <= close * max(largest, 1e-6):
         raise DistillError(
-            f'{path} was written, but it predicts other than the Learner: outputs up to {largest:.3g} '
-            f'differ by {most:.3g}. Please do not use it.'
+            f"{path} was written, but its predictions differ from the Learner's: outputs up to "
+            f'{largest:.3g} differ by {most:.3g}. Please do not use it.'
         )
     return most, sum(len(x[0]) for x in batches[:-1])

@@ -1,4 +1,4 @@
-"A teacher that predicts nan stops the fit."
+"Stop a fit if the teacher predicts nan."
 
 import math
 from dataclasses import replace
@@ -12,13 +12,13 @@ __all__ = ['FiniteCheck']
 
 
 class FiniteCheck:
-    """Stops a fit when the teacher's outputs are nan or infinite.
+    """Stops a fit if the teacher's outputs are nan or infinite.
 
     On the CPU it checks each batch. On a GPU each step would wait for the result, so it checks the
     first batch and the end of each phase.
 
     Args:
-        stored: The outputs come from a cache, or from a `TeacherBlock`
+        stored: True if the outputs come from a cache or a `TeacherBlock`.
     """
 
     def __init__(self, stored: bool):
@@ -30,7 +30,7 @@ class FiniteCheck:
     def add(self, outputs, learn, task):
         found, first = not_finite(outputs, task), self.found is None
         self.found = found if first else self.found | found
-        # this needs no wait: the Recorder has the loss on the CPU already
+        # this does not wait: the Recorder already has the loss on the CPU
         diverged = not math.isfinite(getattr(learn, 'smooth_loss', 0.0))
         if first or diverged or found.device.type == 'cpu':
             self.enforce(learn)
@@ -51,13 +51,13 @@ class FiniteCheck:
 
 
 def not_finite(t, task):
-    """Do outputs hold values that a student can't learn from? A tensor on their device."""
+    """Return a bool tensor: True if outputs hold values that a student can't learn from."""
     if isinstance(t.logits, TopK):
         logits, task = t.logits.values, replace(task, axis=-1)
     else:
         logits = t.logits
     found = [] if logits is None else [unusable(logits, task)]
-    features = replace(task, kind='regression')  # they have no classes
+    features = replace(task, kind='regression')  # features have no classes
     return torch.stack(
         [*found, *(unusable(v, features) for v in t.feats.values() if v.is_floating_point())]
     ).any()

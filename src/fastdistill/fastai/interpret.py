@@ -1,4 +1,4 @@
-"The inputs on which a student departs from its teacher."
+"Find the inputs on which a student disagrees with its teacher."
 
 from contextlib import ExitStack
 
@@ -20,24 +20,24 @@ __all__ = ['DistillInterpretation']
 
 
 class DistillInterpretation(Interpretation):
-    """fastai's `Interpretation` by disagreement: `losses` are the distances of the student's
-    predictions from the teacher's, one per item. `plot_top_losses` and `top_losses` work as usual,
-    and `show_disagreements` shows both models' predictions.
+    """fastai's `Interpretation` by disagreement: `losses` are the distances between the predictions
+    of student and teacher, one per item. `plot_top_losses` and `top_losses` work as usual, and
+    `show_disagreements` shows both models' predictions.
     """
 
     teacher = None  # a `Teacher`, set by `from_learner`
 
     @classmethod
     def from_learner(cls, learn: Learner, teacher, ds_idx: int = 1, dl=None, act=None):
-        """Run both models on all items: KL(teacher || student) at T=1, the mean of a mask's pixels;
-        of numbers the MSE.
+        """Run both models on all items. The distance is KL(teacher || student) at T=1, averaged
+        over the pixels of a mask, or the MSE for regression.
 
         Args:
             learn: The student.
-            teacher: What `KnowledgeDistillation` takes, but no stored outputs.
-            ds_idx: Which of the student's DataLoaders, if there is no `dl`
+            teacher: What `KnowledgeDistillation` takes, except stored outputs.
+            ds_idx: Index of the student's DataLoader, if `dl` is None.
             dl: A DataLoader of the student's data.
-            act: For the student's predictions; None: that of its loss function.
+            act: Activation for the student's predictions. None for that of its loss function.
         """
         refuse_heads(teacher)
         dl = learn.dls[ds_idx].new(shuffle=False, drop_last=False) if dl is None else dl
@@ -53,13 +53,14 @@ class DistillInterpretation(Interpretation):
         return out
 
     def show_disagreements(self, k: int = 9, largest: bool = True, **kwargs):
-        """Show the items through fastai's `show_results`, with the teacher's prediction in the
-        place of the label.
+        """Show items with fastai's `show_results`, with the teacher's prediction instead of the
+        label.
 
         Args:
-            k: Items, those with the largest distances first.
-            largest: False: those on which both models agree most.
-            **kwargs: Of fastai's `show_results`
+            k: Number of items.
+            largest: True for the largest distances first, False for the items on which both models
+                agree most.
+            **kwargs: Options of fastai's `show_results`.
         """
         _, idxs = self.top_losses(min(k, len(self.losses)), largest)
         inps, _, _, decoded, _ = self[idxs]
@@ -74,7 +75,7 @@ class DistillInterpretation(Interpretation):
         name_both()
 
     def _decoded(self, inps):
-        """The teacher's predictions for inputs, as the student's are decoded."""
+        """Return the teacher's predictions for inputs, decoded like the student's."""
         loss = self.learn.loss_func
         with guarded_random_state(), self.teacher as teacher:
             teacher.reset()
@@ -86,7 +87,9 @@ class DistillInterpretation(Interpretation):
 
 
 def disagreements(learn, dl, student, teacher, task):
-    """(n,) distance of the models' predictions for each item, in the order of the items."""
+    """Compute the distance between the models' predictions for each item, (n,), in the order of the
+    items.
+    """
     idxs = dl.get_idxs() if hasattr(dl, 'get_idxs') else None
     if idxs is not None:
         dl = dl.new(get_idxs=lambda: idxs)
@@ -118,7 +121,9 @@ def distance(s, t, task):
 
 
 def show_plainly(dl, t, s, n):
-    """Items with the predictions of teacher and student: images in a grid, others in a table."""
+    """Show items with the predictions of teacher and student, images in a grid and others in a
+    table.
+    """
     import matplotlib.pyplot as plt
     import pandas as pd
 
@@ -141,7 +146,7 @@ def in_short(v):
 
 
 def name_both():
-    """Say in the title of the last figure that the first line is the teacher's."""
+    """Explain in the title of the last figure that the first line is the teacher's."""
     import matplotlib.pyplot as plt
 
     if not plt.get_fignums():

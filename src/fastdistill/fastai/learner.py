@@ -46,32 +46,33 @@ def distill(
     cbs=None,
     **kwargs,
 ):
-    """Fit with the 1cycle policy, or `fine_tune`, and `KnowledgeDistillation(teacher, ...)`, which
-    is returned.
+    """Train with the 1cycle policy, or `fine_tune`, and `KnowledgeDistillation(teacher, ...)`.
+    Return that callback.
 
     Args:
         teacher: What `KnowledgeDistillation` takes.
         n_epoch: Number of epochs.
-        lr_max: Maximum learning rate; with fine_tune: its base_lr.
-        recipe: `kd()`, `kd() + recipes.at()`, a `Term`; None or 'auto': `auto` chooses, or
-            kd(T, alpha).
+        lr_max: Maximum learning rate, or base_lr of `fine_tune`.
+        recipe: A recipe such as `kd() + recipes.at()`, or a `Term`. None or 'auto' to let `auto`
+            choose, or for kd(T, alpha) if these are given.
         T: Temperature.
-        alpha: Weight of the teacher; the labels have 1-alpha.
-        temperature: The same as T.
-        loss: Your own: fn(student_logits, teacher_logits, *targets).
-        kind: 'softmax', 'sigmoid' or 'regression'; None: read from the learner's loss function.
-        axis: Class axis; None: read from the learner's loss function.
-        span: Schedules run once through a whole `fine_tune`; 'fit': once through each of its
-            two fits.
+        alpha: Weight of the teacher. The task loss has weight 1-alpha.
+        temperature: Alias of T.
+        loss: Your own loss, fn(student_logits, teacher_logits, *targets).
+        kind: 'softmax', 'sigmoid' or 'regression'; None to read it from the Learner's loss
+            function.
+        axis: Class axis; None to read it from the Learner's loss function.
+        span: 'fine_tune' to run schedules once over a whole `fine_tune`, 'fit' to run them once in
+            each of its two fits.
         output: Which of the student's outputs is distilled: a name, an index or a function.
         unlabeled: More inputs, without labels: items as in the training set, or a DataLoader.
-        unlabeled_targets: A cache of the teacher's outputs for them, or its folder; None: the
-            teacher runs.
-        perturbed: For tables: so many perturbed copies of each row, without labels.
-        check: Look for mistakes first.
-        fine_tune: Use `Learner.fine_tune`, which also gets the other options, instead of
-            `fit_one_cycle`
-        cbs: More callbacks.
+        unlabeled_targets: A cache of the teacher's outputs for `unlabeled`, or its folder. None to
+            run the teacher.
+        perturbed: For tables, the number of perturbed copies of each row, without labels.
+        check: Whether to look for mistakes first.
+        fine_tune: Whether to use `Learner.fine_tune`, which also gets the other options, instead of
+            `fit_one_cycle`.
+        cbs: Additional callbacks.
     """
     if isinstance(lr_max, (Recipe, Term)):
         raise DistillError(
@@ -114,8 +115,8 @@ def check_teacher(
     n: int = check.BATCHES,
     n_epoch: int | None = 10,
 ):
-    """Mistakes that training with `teacher` would not show, and what it would cost: a list of
-    findings, empty if nothing is wrong, shown as a table.
+    """Find mistakes that training with `teacher` would not show, and estimate its cost. Return a
+    list of findings, empty if nothing is wrong, that prints as a table.
 
     Its `.facts` and `.costs` are the measurements, `.in_order` the checks that found nothing. For a
     dict of teachers of several heads it is a dict of such lists, without costs.
@@ -123,11 +124,11 @@ def check_teacher(
     Args:
         : The student.
         teacher: What `KnowledgeDistillation` takes.
-        kind: 'softmax', 'sigmoid' or 'regression'; None: read from the loss function.
-        axis: Class axis; None: read from the loss function.
+        kind: 'softmax', 'sigmoid' or 'regression'; None to read it from the loss function.
+        axis: Class axis; None to read it from the loss function.
         recipe: Recipe or term of the training, which is checked too.
-        n: Number of validation batches to read, and a quarter as many training batches.
-        n_epoch: Of the training whose costs are estimated; None: they are not.
+        n: Number of validation batches to read. A quarter as many training batches are read.
+        n_epoch: Number of epochs for which costs are estimated. None to skip this.
     """
     if is_heads(teacher):
         return check_heads(self, teacher, kind, axis, recipe, n)
@@ -145,17 +146,17 @@ def explain(
     axis=None,
     n: int = 32,
 ):
-    """Why did the teacher not help more? A list of reasons, each with the number behind it and what
-    to try; `.facts` are what was measured. For a dict of teachers of several heads it is a dict of
-    such lists. Teachers that are stored in a cache cannot be asked: pass the model itself.
+    """Find reasons why the teacher did not help more. Return a list of reasons, each with its
+    number and what to try. `.facts` are the measurements. For a dict of teachers of several heads,
+    return a dict of such lists. A cache can't replace the teacher here: pass the model itself.
 
     Args:
         : The student, trained.
         teacher: What `KnowledgeDistillation` takes.
-        callback: What `distill` returned, for the gradient shares of that training.
-        kind: 'softmax', 'sigmoid' or 'regression'; None: read off the loss function.
-        axis: Class axis; None: read off the loss function.
-        n: Batches of the validation set to look at, and as many of the training set.
+        callback: Result of `distill`, for the fractions of the gradient in that training.
+        kind: 'softmax', 'sigmoid' or 'regression'; None to read it from the loss function.
+        axis: Class axis; None to read it from the loss function.
+        n: Number of validation batches, and of training batches, to read.
     """
     steps = getattr(callback, 'n_steps', None) or getattr(self, 'train_iter', None) or None
     if is_heads(teacher):
@@ -187,15 +188,14 @@ def explain(
 
 @patch
 def show_features(self: Learner, teacher, layers='auto', n: int = 4, p: float = 2):
-    """Attention maps of student and teacher, side by side, for `n` pictures of the validation set.
-
-    Returns the figure, which notebooks show.
+    """Show attention maps of student and teacher side by side for `n` images of the validation set.
+    Return the figure, which notebooks show.
 
     Args:
         : The student.
         teacher: What `KnowledgeDistillation` takes.
-        layers: Layers with maps or tokens, named as in `Term`
-        n: Pictures of the validation set.
+        layers: Layers with maps or tokens, named as in `Term`.
+        n: Number of images.
         p: Exponent of the activations.
     """
     valid, _ = prepared_batches(self, 1, 1)

@@ -1,5 +1,5 @@
-"""Columns of the progress table: each term's loss on the validation set, and the task loss
-on the training set.
+"""Columns of the progress table: the loss of each term on the validation set, and the task loss on
+the training set.
 """
 
 import torch
@@ -11,12 +11,12 @@ __all__ = ['PartMetric', 'TaskMetric', 'columns_of', 'row_by_column']
 
 
 def row_by_column(recorder, row) -> dict:
-    """Column of the progress table -> its number in this epoch, None where it has none. A row has
-    no numbers of a phase that did not run or was cancelled.
+    """Return {column of the progress table: number in this epoch}. It is None for a phase that did
+    not run or was cancelled.
 
     Args:
-        recorder: Fastai's.
-        row: The numbers of an epoch, as in `recorder.values`
+        recorder: Recorder of fastai.
+        row: Numbers of an epoch, as in `recorder.values`.
     """
     names = [n for n in recorder.metric_names if n not in ('epoch', 'time')]
     n_train = 1 if recorder.valid_metrics else len(names)
@@ -29,8 +29,8 @@ def row_by_column(recorder, row) -> dict:
 
 
 def columns_of(recorder) -> dict:
-    """Column of the progress table -> its number in each epoch; empty without a training, as after
-    `validate`.
+    """Return {column of the progress table: number in each epoch}. Empty without a training, e.g.
+    after `validate`.
     """
     rows = [row_by_column(recorder, row) for row in getattr(recorder, 'values', [])]
     trained = any(v is not None for row in rows for k, v in row.items() if k.startswith('train_'))
@@ -38,12 +38,12 @@ def columns_of(recorder) -> dict:
 
 
 class PartMetric(Metric):
-    """The mean of one part of the loss over the validation set (with the Recorder's
-    `train_metrics`: over both sets).
+    """Mean of one loss over the validation set, or over both sets with the Recorder's
+    `train_metrics`.
 
     Args:
         kd: The callback.
-        key: Of the part in `kd.parts`
+        key: Key of the loss in `kd.parts`.
     """
 
     def __init__(self, kd, key):
@@ -74,9 +74,9 @@ class PartMetric(Metric):
 
 
 class TaskMetric(PartMetric):
-    """The mean of the task loss over the training set, to be compared with `valid_loss`."""
+    """Mean of the task loss over the training set, for comparison with `valid_loss`."""
 
-    # subtle: the Recorder measures metrics in validation, where this part is `valid_loss`. So the callback measures it
+    # subtle: the Recorder measures metrics in validation, where this loss is `valid_loss`, so the callback measures it
     def __init__(self, kd):
         super().__init__(kd, 'task')
         self.start_training()

@@ -1,4 +1,4 @@
-"""A trained student as a folder: weights, facts, a model card, and the network where it can be
+"""Save a trained student as a folder: weights, facts, a model card, and the network if it can be
 exported.
 """
 
@@ -49,10 +49,10 @@ def save_student(
 
     Args:
         learn: The trained student.
-        folder: Is made.
-        report: From `compare`: its numbers go into the model card.
-        onnx: Write the network too; None: if it can be exported.
-        title: Of the card.
+        folder: Folder, which is created.
+        report: Report from `compare`, whose numbers go into the model card.
+        onnx: Whether to write the network too. None to write it if it can be exported.
+        title: Title of the card.
     """
     check_learner(learn, 'save_student')
     folder = Path(folder)
@@ -79,7 +79,7 @@ def save_student(
 
 
 def card(title, facts, checked, report):
-    """The model card as Markdown."""
+    """Format the model card as Markdown."""
     n, use = facts['normalization'], USE_WEIGHTS
     if checked is not None:
         normal = (
@@ -119,13 +119,12 @@ def card(title, facts, checked, report):
 
 
 def load_student(folder, model: nn.Module | None = None):
-    """The student of a folder, in evaluation mode: a function of tensors. `.facts` are those of
-    config.json. Nothing is unpickled.
+    """Load the student of a folder in evaluation mode, as a function of tensors. `.facts` are those
+    of config.json. Nothing is unpickled.
 
     Args:
-        folder: From `save_student`
-        model: The same network, for the weights; None: the exported network, run by
-            onnxruntime.
+        folder: Folder written by `save_student`.
+        model: The same network, for the weights. None to run the exported network with onnxruntime.
     """
     folder = Path(folder)
     if not (folder / 'config.json').is_file():
@@ -144,7 +143,9 @@ def load_student(folder, model: nn.Module | None = None):
         try:
             load_model(model, str(folder / 'model.safetensors'))
         except RuntimeError as e:
-            raise DistillError(f'The weights in {str(folder)!r} are of another network: {e}') from e
+            raise DistillError(
+                f'The weights in {str(folder)!r} belong to a different network: {e}'
+            ) from e
         model.eval()
     model.facts = facts
     return model

@@ -41,7 +41,7 @@ __all__ = [
     'teacher_of',
 ]
 
-# suffix -> what writes such a file
+# suffix -> how to write such a file
 PICKLES = {
     '.pkl': 'teacher_learner.export({!r}) writes an exported Learner.',
     '.joblib': 'joblib.dump(estimator, {!r}) writes an estimator.',
@@ -49,21 +49,21 @@ PICKLES = {
 
 
 def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
-    """`obj` as a `Teacher` for the batches of `learn`. Images are re-normalized from the student's
-    statistics to the teacher's, and resized to the size on which the teacher's Learner was trained.
+    """Convert `obj` to a `Teacher` for the batches of `learn`. Images are converted from the
+    student's normalization to the teacher's, and resized to the size on which the teacher's Learner
+    was trained.
 
     A Learner's statistics and image size are those of its DataLoaders at the time of this call. A
-    pretrained `vision_learner` adds `Normalize` to its DataLoaders. So a student that is built on
-    the teacher's own DataLoaders changes the teacher's statistics: give each its own. `.learner` is
-    the teacher's Learner.
+    pretrained `vision_learner` adds `Normalize` to its DataLoaders, so a student built on the
+    teacher's DataLoaders changes the teacher's statistics. Give each model its own DataLoaders.
+    `.learner` is the teacher's Learner.
 
     Args:
         obj: Learner, exported Learner (a .pkl) or estimator (a .joblib), whose code runs;
             anything that `Teacher` takes; or a list of these.
         learn: The student's Learner, or its DataLoaders: their `Normalize` and class names.
-        task: What the student predicts: sets kind and axis, and the order of a Learner's
-            classes.
-        **kwargs: Of `Teacher`
+        task: What the student predicts. It sets kind, axis, and the order of a Learner's classes.
+        **kwargs: Options of `Teacher`.
     """
     dls = getattr(learn, 'dls', learn)
     if task is not None:
@@ -103,7 +103,7 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
 
 
 def refuse_stored(teacher):
-    """Refuse a cache, where the teacher has to run."""
+    """Raise a DistillError for a cache where the teacher has to run."""
     if isinstance(teacher, TeacherCache) or is_cache(teacher):
         folder = teacher.folder if isinstance(teacher, TeacherCache) else teacher
         raise DistillError(
@@ -113,7 +113,9 @@ def refuse_stored(teacher):
 
 
 def is_heads(teacher):
-    """Is it a dict of teachers, one for each head? A dict of weights is refused."""
+    """Return True for a dict of teachers, one for each head. Raise a DistillError for a dict of
+    weights.
+    """
     if not isinstance(teacher, Mapping):
         return False
     if holds_weights(teacher):
@@ -129,7 +131,7 @@ def holds_weights(o):
 
 
 def refuse_heads(teacher, where='here'):
-    """Refuse a dict of teachers, where one is needed."""
+    """Raise a DistillError for a dict of teachers where one teacher is needed."""
     if is_heads(teacher):
         raise DistillError(
             'A dict has a teacher for each head of a student, which KnowledgeDistillation, distill, '
@@ -138,14 +140,14 @@ def refuse_heads(teacher, where='here'):
 
 
 def adapted(teacher, kwargs):
-    """The Teacher with these options, except those that it was given itself. The same Teacher if
-    none is left.
+    """Return the Teacher with these options, except those it already has. If none is left, return
+    it unchanged.
     """
     return teacher.with_defaults(**kwargs)
 
 
 def of_learner(learn, kwargs):
-    """The Learner's model, without its callbacks."""
+    """Build a Teacher of the Learner's model, without its callbacks."""
     teacher = Teacher(learn.model, **kwargs)
     teacher.learner = learn
     return teacher
@@ -156,7 +158,7 @@ def has_estimators(teachers):
 
 
 def on_table(teacher, dls):
-    """A Teacher whose estimator gets the rows of a table as they were before the transforms."""
+    """Return a Teacher whose estimator gets the rows of a table before the transforms."""
     e = teacher.model
     if not isinstance(e, Estimator) or table_of(dls) is None or getattr(e, 'dls', None) is dls:
         return teacher

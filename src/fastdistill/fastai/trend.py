@@ -1,4 +1,4 @@
-"A warning during a fit: the student follows its teacher away from the labels."
+"Warn during a fit if the student follows its teacher away from the labels."
 
 import warnings
 
@@ -8,7 +8,7 @@ from .metrics import columns_of
 
 __all__ = ['TrendCheck']
 
-BEGIN = 1 / 3  # of the training; before, losses may do anything
+BEGIN = 1 / 3  # progress of the training; earlier, losses may fluctuate
 RISE = 1.1  # of the validation loss, above its best
 
 
@@ -39,15 +39,16 @@ class TrendCheck:
                 continue
             self.warned = True
             warnings.warn(
-                f'The task loss on the validation set rose from {valid[best]:.4g} in epoch {best} to '
-                f'{valid[-1]:.4g}, while {n} fell from {term[best]:.4g} to {term[-1]:.4g}: the student '
-                'follows the teacher away from the labels. A smaller share=, alpha or T gives the labels '
-                'more weight; explain(teacher) looks for the reason.',
+                f'The task loss on the validation set rose from {valid[best]:.4g} in epoch {best} '
+                f'to {valid[-1]:.4g}, while {n} fell from {term[best]:.4g} to {term[-1]:.4g}: the '
+                'student follows the teacher away from the labels. Use a smaller grad_ratio, '
+                'alpha or T to give the labels more weight; explain(teacher) looks for the '
+                'reason.',
                 DistillWarning,
                 stacklevel=2,
             )
             return
 
     def _column(self, recorder, name):
-        """The values of this fit, an epoch each; empty if there is no such column."""
+        """Return the values of this fit, one per epoch. Empty if there is no such column."""
         return columns_of(recorder).get(name, [])

@@ -1,4 +1,4 @@
-"`fastdistill cache`: write a teacher's outputs, inspect them, verify them, give them away."
+"`fastdistill cache`: write, inspect, verify and share a teacher's outputs."
 
 from pathlib import Path
 from typing import Annotated
@@ -28,12 +28,14 @@ def write(
     data: DataArg,
     path: Annotated[str, typer.Argument(help='Folder of the cache, or its URL.')],
     views: Annotated[
-        int, typer.Option(help='Augmented views of each sample; 0: the clean one.')
+        int, typer.Option(help='Augmented views of each sample; 0 for the clean view.')
     ] = 1,
-    topk: Annotated[int | None, typer.Option(help='Store only the likeliest classes.')] = None,
+    topk: Annotated[
+        int | None, typer.Option(help='Store only this many of the most likely classes.')
+    ] = None,
     dtype: Annotated[str, typer.Option(help='float32, float16 or int8.')] = 'float16',
     layers: Annotated[
-        list[str] | None, typer.Option(help='A layer to store too; may be given several times.')
+        list[str] | None, typer.Option(help='A layer to store too; may be repeated.')
     ] = None,
     tail: Annotated[
         str, typer.Option(help='Assumption about other classes: mean, uniform, zero or bucket.')
@@ -43,10 +45,10 @@ def write(
     ] = None,
     valid: Annotated[bool, typer.Option('--valid', help='Store the validation set too.')] = False,
     bs: Annotated[
-        int | None, typer.Option(help="Batch size; default: the DataLoaders' own.")
+        int | None, typer.Option(help='Batch size; default: that of the DataLoaders.')
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Workers; default: the DataLoaders' own.")
+        int | None, typer.Option(help='Workers; default: that of the DataLoaders.')
     ] = None,
     seed: Annotated[int, typer.Option(help='Seed of all random numbers.')] = 0,
     check: NoCheck = True,
@@ -55,9 +57,10 @@ def write(
     ] = False,
     yes: Annotated[bool, typer.Option('--yes', '-y', help='Ask no questions.')] = False,
 ):
-    """Run the teacher over the data and store its outputs. An interrupted run resumes.
+    """Run the teacher over the data and store its outputs. An interrupted run is resumed.
 
-    Under torchrun or accelerate launch, each process writes its share."""
+    Under torchrun or accelerate launch, each process writes its part.
+    """
     from ...base.distributed import joined_processes
     from ...fastai.cache_data import cache_teacher
 
@@ -141,7 +144,7 @@ def info(
     if check:
         TeacherCache(path).check()
     if check:
-        typer.echo('Every file is as its checksum says.')
+        typer.echo('Every file matches its checksum.')
 
 
 @cache_app.command('pack')
@@ -151,20 +154,20 @@ def pack_command(
         Path, typer.Argument(help="'targets.zip' (one file, not compressed), or a new folder.")
     ],
     title: Annotated[
-        str | None, typer.Option(help="Of the card; default: by the teacher's name.")
+        str | None, typer.Option(help="Title of the card; default: by the teacher's name.")
     ] = None,
     data: Annotated[
         str | None, typer.Option(help='What the samples are, and where to get them.')
     ] = None,
     note: Annotated[str, typer.Option(help='More text for the card.')] = '',
     license: Annotated[
-        str | None, typer.Option(help="Of the stored outputs, such as 'cc-by-4.0'.")
+        str | None, typer.Option(help="License of the stored outputs, such as 'cc-by-4.0'.")
     ] = None,
-    teacher_license: Annotated[str | None, typer.Option(help='Of the teacher.')] = None,
-    data_license: Annotated[str | None, typer.Option(help='Of the data.')] = None,
+    teacher_license: Annotated[str | None, typer.Option(help='License of the teacher.')] = None,
+    data_license: Annotated[str | None, typer.Option(help='License of the data.')] = None,
     force: Annotated[bool, typer.Option('--force', help='Overwrite a file of this name.')] = False,
 ):
-    """Copy a cache with a card (README.md) for those who get it. All files are compared with their
+    """Copy a cache with a card (README.md) for its recipients. All files are compared with their
     checksums first.
 
     Example: fastdistill cache pack targets targets.zip --license cc-by-4.0.
@@ -187,17 +190,17 @@ def pack_command(
 
 @cache_app.command('unpack')
 def unpack_command(
-    packed: Annotated[Path, typer.Argument(help='File that `fastdistill cache pack` wrote.')],
+    packed: Annotated[Path, typer.Argument(help='File written by `fastdistill cache pack`.')],
     path: Annotated[Path, typer.Argument(help='Folder of the cache, new or empty.')],
 ):
-    "Write the files of a packed cache into a folder, and compare them with their checksums."
+    "Unpack a cache into a folder, and compare its files with their checksums."
     from ...cache.pack import unpack_cache
 
     typer.echo(str(unpack_cache(packed, path)))
 
 
 class WriterBar:
-    """The forecast of each pass, and its progress."""
+    """Shows the forecast of each pass and its progress."""
 
     def __init__(self, console, ask):
         from ...cache.progress import ProgressBar
@@ -211,7 +214,9 @@ class WriterBar:
         self.bar.stop()
 
     def forecast(self, plan):
-        """Before the teacher runs: print the size of the cache, and ask before a large one."""
+        """Print the size of the cache before the teacher runs, and ask for confirmation if it is
+        large.
+        """
         self.bar.stop()
         self.console.print(str(plan) if plan.bytes else 'Nothing is missing.', highlight=False)
         # the writer refuses a plan that needs more than the free disk

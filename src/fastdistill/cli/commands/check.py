@@ -1,4 +1,4 @@
-"""`fastdistill check`: mistakes that training with a teacher would not show, and what it would
+"""`fastdistill check`: find mistakes that training with a teacher would not show, and estimate its
 cost.
 """
 
@@ -21,18 +21,20 @@ def check_command(
         typer.Option(callback=recipe_names, help=f'{RecipeText}; default: chosen by the outputs.'),
     ] = None,
     n_epoch: Annotated[
-        int, typer.Option(help='Epochs of the training whose costs are estimated.', min=1)
+        int, typer.Option(help='Epochs of the training for which costs are estimated.', min=1)
     ] = 10,
     n: Annotated[
         int,
-        typer.Option(help='Validation batches to read, and a quarter as many for training.', min=1),
+        typer.Option(
+            help='Validation batches to read; a quarter as many training batches are read.', min=1
+        ),
     ] = 8,
     cost: Annotated[bool, typer.Option(help='Measure times and memory.')] = True,
 ):
     """Check a teacher for a student before training: a table of mistakes, measurements and costs.
 
-    The exit code is 1 if a mistake was found that stops a training, and 2 if the check could not
-    run. Example: fastdistill check train.py:student teacher.pkl.
+    The exit code is 1 if a mistake was found that would stop a training, and 2 if the check could
+    not run. Example: fastdistill check train.py:student teacher.pkl.
     """
     from ... import fastai  # noqa: F401 (it gives Learner check_teacher)
 

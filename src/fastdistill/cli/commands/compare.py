@@ -1,4 +1,6 @@
-"`fastdistill compare`, `report` and `export`: what was gained, and the student as a file."
+"""`fastdistill compare`, `report` and `export`: measure what was gained, and export the student as a
+file.
+"""
 
 import warnings
 from pathlib import Path
@@ -31,14 +33,13 @@ def compare_command(
     baseline: Annotated[
         str | None, typer.Option(help="Name of the model without a teacher; default: 'alone'.")
     ] = None,
-    headline: Annotated[
-        str | None, typer.Option(help="The measure that counts first, such as 'nll'.")
-    ] = None,
-    seconds: Annotated[float, typer.Option(help='For each measurement of time; 0: none.')] = 0.5,
-    title: Annotated[str, typer.Option(help='Of the report.')] = '',
+    headline: Annotated[str | None, typer.Option(help="The main measure, such as 'nll'.")] = None,
+    seconds: Annotated[
+        float, typer.Option(help='Duration of each time measurement; 0 for none.')
+    ] = 0.5,
+    title: Annotated[str, typer.Option(help='Title of the report.')] = '',
 ):
-    """Measure models side by side on the same validation data, and say which differences are more
-    than chance.
+    """Compare models on the same validation data, and show which differences are more than chance.
 
     Example: fastdistill compare teacher=t.pkl alone=a.pkl distilled=s.pkl --data train.py:dls --out
     runs/a.
@@ -82,7 +83,7 @@ def report_command(
     html: Annotated[Path | None, typer.Option(help='Write the page of a single report.')] = None,
     plot: Annotated[Path | None, typer.Option(help='Write a picture of all runs.')] = None,
 ):
-    """Show reports again: one in full, several as a table of all students, the best first.
+    """Show reports again: one in full, several as a table of all students, best first.
 
     Example: fastdistill report runs/* --plot runs.png.
     """
@@ -115,10 +116,13 @@ def export_command(
     ],
     data: DataOption = None,
     int8: Annotated[
-        bool, typer.Option('--int8', help='Of an .onnx file: quantize, and measure what it costs.')
+        bool,
+        typer.Option(
+            '--int8', help='For an .onnx file: quantize, and measure the loss of quality.'
+        ),
     ] = False,
 ):
-    """Write a trained student as a file that needs neither fastai nor fastdistill, and check it
+    """Export a trained student to a file that needs neither fastai nor fastdistill, and check it
     against the Learner.
 
     Example: fastdistill export runs/photos-resnet18 student.onnx --int8.

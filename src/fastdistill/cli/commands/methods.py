@@ -1,4 +1,4 @@
-"`fastdistill methods`: the losses and recipes, and what is known of each."
+"`fastdistill methods`: list the losses and recipes, and show what is known about each."
 
 from typing import Annotated
 
@@ -39,7 +39,7 @@ def methods_command(
     elif found := find_methods(' '.join(words), needs or []):
         list_methods(found, console)
     elif not needs:
-        method(' '.join(words))  # its error says what there is
+        method(' '.join(words))  # its error lists the closest names
     else:
         raise DistillError(
             f'No method needs {" and ".join(needs)} and has the words {" ".join(words)!r}.'
@@ -67,7 +67,7 @@ def list_methods(found, console):
 
 
 def show_method(m, console):
-    """All about one method."""
+    """Show everything about one method."""
     from ...recipes.catalog import card_section
 
     console.print(f'[bold]{m.name}[/]  {escape(m.line)}\n', highlight=False)

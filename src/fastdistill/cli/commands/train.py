@@ -44,49 +44,55 @@ def train_command(
         Text, option('Column of the input; columns of a table, with commas.', '--x')
     ] = None,
     y: Annotated[Text, option('Column of the label.', '--y')] = None,
-    delimiter: Annotated[Text, option('Between the labels of a sample, if it has several.')] = None,
+    delimiter: Annotated[
+        Text, option('Delimiter between the labels of a sample, if it has several.')
+    ] = None,
     header: Annotated[
-        Flag, option('Does the CSV begin with the names of its columns? (default: yes)')
+        Flag, option('Whether the CSV begins with the names of its columns. (default: yes)')
     ] = None,
     valid: Annotated[
-        Text, option('Validation set: a share, a column that marks it, or a CSV. (default: 0.2)')
+        Text, option('Validation set: a fraction, a column that marks it, or a CSV. (default: 0.2)')
     ] = None,
     ignore: Annotated[
-        Text, option('Class of masks that does not count. (default: one called void)')
+        Text, option('Class of masks that does not count. (default: the one named void)')
     ] = None,
     size: Annotated[
-        Text, option('Of images: 224, or 72x96 (height, width). (default: auto)')
+        Text, option('Size of images: 224, or 72x96 (height, width). (default: auto)')
     ] = None,
     augment: Annotated[
-        Text, option('Of images: flip, full (also turn, zoom, light) or none. (default: flip)')
+        Text,
+        option(
+            'Augmentation of images: flip, full (also rotation, zoom, lighting) or '
+            'none. (default: flip)'
+        ),
     ] = None,
     batch_size: Annotated[
-        Number, option('Samples of a step. (default: images and texts 64, masks 8, table 256)')
+        Number, option('Batch size. (default: images and texts 64, masks 8, table 256)')
     ] = None,
     pretrained: Annotated[
-        Flag, option('Begin with published weights, which are downloaded. (default: no)')
+        Flag, option('Start with published weights, which are downloaded. (default: no)')
     ] = None,
     baseline: Annotated[
-        Flag, option('Train the student without the teacher too. (default: yes)')
+        Flag, option('Also train the student without the teacher. (default: yes)')
     ] = None,
-    check: Annotated[Flag, option('Look for mistakes of the teacher first. (default: yes)')] = None,
+    check: Annotated[Flag, option('Check the teacher for mistakes first. (default: yes)')] = None,
     onnx: Annotated[
-        Flag, option('Write the student as ONNX too, if it can be exported. (default: yes)')
+        Flag, option('Also write the student as ONNX, if it can be exported. (default: yes)')
     ] = None,
-    seed: Annotated[Number, option('Of all random numbers. (default: 0)')] = None,
+    seed: Annotated[Number, option('Seed of all random numbers. (default: 0)')] = None,
     device: Annotated[Text, option('cpu, cuda, cuda:1, mps ... (default: auto)')] = None,
     workers: Annotated[Number, option('Processes that load data. (default: 0)')] = None,
     log: Annotated[Text, option('tensorboard; history.csv is always written.')] = None,
     out: Annotated[Text, option('Folder of the run. (default: a new one in runs/)')] = None,
-    config: Annotated[Text, option('Settings of another run: runs/NAME/config.toml.')] = None,
+    config: Annotated[Text, option('Settings of a previous run: runs/NAME/config.toml.')] = None,
     resume: Annotated[
-        bool, option('Continue the run in the folder, to the same result.', '--resume')
+        bool, option('Continue the run in the folder, with the same result.', '--resume')
     ] = False,
 ):
-    """Train a student with a teacher, from files on disk, and say what was gained.
+    """Train a student with a teacher, from files on disk, and show what was gained.
 
-    What is missing is trained: the teacher, the student alone, the student with the teacher. Then
-    they are compared.
+    Trains the teacher (unless given), the student without the teacher, and the student with the
+    teacher. Then they are compared.
 
     
     Images, a folder for each class (or train/CLASS and valid/CLASS):

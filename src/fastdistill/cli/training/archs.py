@@ -1,4 +1,4 @@
-"Architectures by name, as Learners for given data."
+"Build Learners for given data from names of architectures."
 
 import re
 from functools import partial
@@ -37,8 +37,8 @@ ARCHS_IN_WORDS = dict(
 
 
 def check_arch(arch: str, task: str):
-    """(family, sizes) of an architecture with sizes; its name and None for others. An error if
-    there is no such one.
+    """Return (family, sizes) of an architecture with sizes, or (name, None) for others. Raise a
+    DistillError for an unknown one.
 
     Args:
         arch: Its name.
@@ -88,10 +88,10 @@ def vision_names(task):
 
 
 def learner_of(arch: str, dls, s, config, pretrained: bool = False) -> Learner:
-    """A Learner with a new model. Its numbers are drawn from PyTorch's generator.
+    """Build a Learner with a new model, initialized with PyTorch's random generator.
 
     Args:
-        s: The Samples behind `dls`
+        s: The Samples behind `dls`.
         config: A TrainConfig.
     """
     family, sizes = check_arch(arch, s.task)
@@ -103,13 +103,14 @@ def learner_of(arch: str, dls, s, config, pretrained: bool = False) -> Learner:
         return make(family, sizes, dls, s, config, pretrained, **options)
     except DistillError:
         raise
-    # subtle: an architecture may fail in any way for this size of images, and a download too
+    # subtle: an architecture may fail in any way for this image size, and so may a download
     except Exception as e:
         reason = ' '.join(f'{type(e).__name__}: {e}'.split())[:300]
         hint = (
-            'Its published weights may be out of reach: without pretrained=True, it is trained from scratch.'
+            'Its published weights may be unreachable. Without pretrained=True, it is trained '
+            'from scratch.'
             if pretrained
-            else 'Choose another architecture, or another size=.'
+            else 'Choose a different architecture, or a different size=.'
         )
         raise DistillError(f"{arch} can't be built for these {s.task} ({reason}). {hint}") from e
 
@@ -124,7 +125,7 @@ def metrics_of_task(s, config):
 
 
 def ignored_class(s, config):
-    """Number of the class of masks that does not count; None if there is none."""
+    """Return the number of the class of masks that does not count. None if there is none."""
     if config.ignore:
         if config.ignore not in s.classes:
             raise DistillError(
@@ -146,7 +147,7 @@ def image_learner(family, sizes, dls, s, config, pretrained, **options):
 
 
 def runs(learn, s):
-    """The Learner, if its model takes images of this size; all layers are trained."""
+    """Return the Learner if its model takes images of this size. All layers are trained."""
     learn.unfreeze()
     with torch.no_grad():
         learn.model.eval()(torch.zeros(1, 3, *s.size))
@@ -155,7 +156,7 @@ def runs(learn, s):
 
 
 def vision_arch(name):
-    """A function of torchvision, or a name of timm."""
+    """Return a function of torchvision, or a name of timm."""
     return getattr(models, name) if name in models.list_models(module=models) else name
 
 

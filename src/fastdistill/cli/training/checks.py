@@ -1,4 +1,4 @@
-"Checks of the samples before anything is trained: labels, the validation set, every file."
+"Check the samples before anything is trained: labels, the validation set, every file."
 
 import io
 import os
@@ -14,12 +14,12 @@ from .fingerprint import NAMED
 
 __all__ = ['checked_samples']
 
-MANY_NUMBERS = 50  # more whole numbers than these are quantities, not classes
+MANY_NUMBERS = 50  # more different whole numbers than this are quantities, not classes
 
 
 def checked_samples(s, config):
-    """The samples with their classes and their validation set; or an error that names what is wrong
-    with them.
+    """Return the samples with their classes and validation set. Raise a DistillError if something
+    is wrong with them.
 
     Args:
         s: As `read_samples` returns them.
@@ -45,7 +45,7 @@ def checked_samples(s, config):
 
 
 def with_target(s, config):
-    """What is predicted: one class, several labels, or a number."""
+    """Determine what is predicted: one class, several labels, or a number."""
     y = s.frame[s.y]
     if s.delimiter:
         y = y.fillna('')
@@ -63,7 +63,8 @@ def with_target(s, config):
             return replace(s, frame=s.frame.assign(**{s.y: y.astype(np.float32)}), target='numbers')
         if parts:
             raise DistillError(
-                f'Column {s.y!r} holds numbers with fractions. Numbers are predicted of tables alone.'
+                f'Column {s.y!r} has fractional numbers, but numbers can be predicted only for '
+                'tables.'
             )
         y = y.astype(int)
     y = y.astype(str).str.strip()
@@ -78,7 +79,7 @@ def with_target(s, config):
 
 
 def validation_rows(s, config):
-    """Which rows are the validation set: as the data say, or a share of each class."""
+    """Return which rows are the validation set: as given by the data, or a fraction of each class."""
     if s.valid is not None:
         return s.valid
     try:
@@ -104,7 +105,7 @@ def validation_rows(s, config):
 
 
 def check_both_sets(s):
-    """Each class is in both sets."""
+    """Check that each class is in both sets."""
     split = (lambda v: v.split(s.delimiter)) if s.delimiter else (lambda v: [v])
     train, valid = (
         {o for v in s.frame[s.y][rows] for o in split(v) if o} for rows in (~s.valid, s.valid)
@@ -118,13 +119,13 @@ def check_both_sets(s):
         )
     if not s.delimiter and (missing := train - valid):
         raise DistillError(
-            f'{len(missing)} class(es) are missing from the validation set: {few(missing)}. Each class '
-            'needs at least 2 samples, one of them there.'
+            f'{len(missing)} class(es) are missing from the validation set: {few(missing)}. Each '
+            'class needs at least 2 samples, one of them there.'
         )
 
 
 def with_paths(s):
-    """File names in a CSV are relative to its folder."""
+    """Make file names in a CSV relative to its folder."""
     if s.task == 'masks' or isinstance(s.frame[s.x[0]].iloc[0], bytes):
         return s
     return replace(
@@ -163,7 +164,7 @@ def checked_files(s, config):
 
 
 def size_of_file(x):
-    """(height, width) of an image whose file is complete, and whose checksums are right."""
+    """Return (height, width) of an image, after checking that its file is complete and undamaged."""
     from PIL import Image
 
     opened = lambda: Image.open(io.BytesIO(x) if isinstance(x, bytes) else x)
@@ -177,7 +178,7 @@ def size_of_file(x):
 
 
 def mask_values(path, size, image):
-    """The class numbers in a mask."""
+    """Return the class numbers in a mask."""
     from PIL import Image
 
     with Image.open(path) as im:
@@ -214,8 +215,8 @@ def mask_classes(s, values):
 
 
 def natural_size(sizes, task):
-    """The images' own size if all have the same and it is small; else 224, and for masks 256 on the
-    longer side.
+    """Return the images' size if it is the same for all and small. Otherwise return 224, or, for
+    masks, 256 for the longer side.
     """
     h, w = next(iter(sizes)) if len(sizes) == 1 else (256, 256)
     if len(sizes) == 1 and max(h, w) <= 256:
@@ -226,7 +227,7 @@ def natural_size(sizes, task):
 
 
 def checked_columns(s):
-    """A table's columns: none is empty, and those that are empty in some rows are so in the
+    """Check a table's columns: none may be empty, and columns with gaps must have gaps in the
     training set.
     """
     frame = s.frame[[*s.x, s.y]].copy()
@@ -238,7 +239,7 @@ def checked_columns(s):
         if not pd.api.types.is_numeric_dtype(frame[c]):
             continue
         gaps = frame[c].isna()
-        # subtle: fastai's FillMissing stops at a column with gaps in the validation set alone
+        # subtle: fastai's FillMissing fails for a column with gaps only in the validation set
         if gaps.any() and not gaps[~s.valid].any():
             frame[c] = frame[c].fillna(frame[c][~s.valid].median())
         if np.isinf(frame[c]).any():

@@ -1,4 +1,4 @@
-"The settings of a run: what the flags say, as a TOML file that repeats the run."
+"The settings of a run, from flags or from a TOML file, which repeats the run."
 
 import json
 import math
@@ -27,33 +27,34 @@ LOGGERS = 'csv', 'tensorboard'  # history.csv is always written
 
 @dataclass
 class TrainConfig:
-    """What is trained, on what, and how. The command has a flag for each.
+    """Settings of a training: what is trained, on what, and how. The command has a flag for each.
 
     Attributes:
         data: A folder or a CSV file.
-        teacher: An architecture that is trained first, or a file that `Teacher` takes, such as
-            an exported Learner; or the folder of a finished run, whose student teaches.
+        teacher: An architecture that is trained first, a file that `Teacher` takes, such as an
+            exported Learner, or the folder of a finished run, whose student is the teacher.
         student: An architecture.
-        teacher_weights: Safetensors of the teacher's architecture; empty: it is trained.
+        teacher_weights: Safetensors file for the teacher's architecture. Empty to train the
+            teacher.
         task: One of TRAIN_TASKS.
-        recipe: As `recipe_from_text` reads it.
-        teacher_epochs: 0: as many as `epochs`
-        lr: Of the students; 'auto': found by `lr_find`
-        x: Column of the input; of a table: columns, with commas.
+        recipe: Recipe as in `recipe_from_text`.
+        teacher_epochs: Epochs of the teacher. 0 for `epochs`.
+        lr: Learning rate of the students, or 'auto' for `lr_find`.
+        x: Column of the input, or columns of a table separated by commas.
         y: Column of the label.
-        delimiter: Between the labels of an item; empty: each item has one label.
-        header: Does the first line of the CSV have the columns' names?
-        valid: Share of the validation set, a column that marks its rows, or a path.
-        ignore: Class of masks that does not count; empty: one called void, ignore or unlabeled.
-        size: Of images: '224', or '72x96' (height and width).
+        delimiter: Delimiter between the labels of an item. Empty if each item has one label.
+        header: True if the first line of the CSV has the names of the columns.
+        valid: Fraction of the validation set, a column that marks its rows, or a path.
+        ignore: Class of masks that does not count. Empty for one named void, ignore or unlabeled.
+        size: Size of images, '224' or '72x96' (height and width).
         augment: One of AUGMENTATIONS.
-        batch_size: 0: by the task.
-        pretrained: Begin with published weights.
-        baseline: Train the student without the teacher too.
-        check: Look for mistakes of the teacher first.
-        onnx: Write the student as ONNX too, if it can be exported.
-        workers: Processes that load data.
-        log: LOGGERS, with commas.
+        batch_size: Batch size. 0 to choose it by the task.
+        pretrained: Whether to start with published weights.
+        baseline: Whether to train the student without the teacher too.
+        check: Whether to check the teacher for mistakes first.
+        onnx: Whether to write the student as ONNX too, if it can be exported.
+        workers: Number of processes that load data.
+        log: LOGGERS, separated by commas.
     """
 
     data: str
@@ -97,7 +98,7 @@ class TrainConfig:
                 )
         for k, v in dict(epochs=1, teacher_epochs=0, batch_size=0, workers=0, seed=0).items():
             if not v <= getattr(self, k) < 2**31:
-                raise DistillError(f'{k}={getattr(self, k)}: {v} or more is needed')
+                raise DistillError(f'{k}={getattr(self, k)}: must be at least {v}')
         for k in ('lr', 'teacher_lr'):
             self.check_rate(k)
         if wrong := [o for o in self.loggers if o not in LOGGERS]:
@@ -114,7 +115,7 @@ class TrainConfig:
             v = math.nan
         if not 0 < v < 1e6:
             raise DistillError(
-                f"{k}={getattr(self, k)!r}: a learning rate is a number above 0, or 'auto'"
+                f"{k}={getattr(self, k)!r}: a learning rate must be a number above 0, or 'auto'"
             )
         setattr(self, k, v)
 
@@ -124,16 +125,16 @@ class TrainConfig:
 
     @property
     def teacher_file(self):
-        "Is the teacher a file, and not an architecture?"
+        "True if the teacher is a file, not an architecture."
         return Path(self.teacher).suffix in FILES or os.sep in self.teacher
 
     def check_files(self):
-        """What the settings name exists."""
+        """Check that the files named in the settings exist."""
         check_data_path(self.data)
         if Path(self.student).suffix in FILES or '.py:' in self.student:
             raise DistillError(
-                f'student={self.student!r}: the student of a run is trained from the start, so this is '
-                "an architecture, such as 'resnet18'."
+                f'student={self.student!r}: the student of a run is trained from scratch, so this '
+                "must be an architecture, such as 'resnet18'."
             )
         if '.py:' in self.teacher:
             raise DistillError(
@@ -155,7 +156,7 @@ class TrainConfig:
             )
 
     def absolute(self):
-        """The same settings, which mean the same in every folder."""
+        """Return the settings with absolute paths, so that they can be used in any folder."""
         c = replace(self, teacher=exported_student(self.teacher))
         given = dict(
             data=True,
@@ -168,7 +169,7 @@ class TrainConfig:
         )
 
     def parts_of_size(self):
-        """(height, width); None: read off the images."""
+        """(height, width). None to read it from the images."""
         if self.size == 'auto':
             return None
         h, _, w = self.size.partition('x')
@@ -190,10 +191,10 @@ def check_data_path(path):
 
 
 def exported_student(path: str) -> str:
-    """The exported student of a run, if this is the folder of one; any other path as it is.
+    """Return the exported student if this is the folder of a run. Return any other path unchanged.
 
     Args:
-        path: Of a model.
+        path: Path of a model.
     """
     file = Path(path) / 'student.pkl'
     if file.is_file():
