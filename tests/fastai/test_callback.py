@@ -1635,10 +1635,10 @@ def test_gradient_shares_are_printed_once_a_training(capsys):
     lines = [l for l in capsys.readouterr().out.splitlines() if 'gradient shares' in l]
     shares = r'task \d+%, kd \d+%, hint \d+%'
     assert len(lines) == 2 and re.fullmatch(
-        f'fastdistill: gradient shares at the first batch: {shares}', lines[0]
+        f'fastdistill: gradient norms at the first batch: {shares}', lines[0]
     )
     assert re.fullmatch(
-        rf'fastdistill: gradient shares at the first batch with mse: {shares}, mse \d+%', lines[1]
+        rf'fastdistill: gradient norms at the first batch with mse: {shares}, mse \d+%', lines[1]
     )
 
 
@@ -1650,7 +1650,7 @@ def test_in_a_terminal_the_gradient_shares_have_a_line_of_their_own(capsys):
     )
     screen = Screen(capsys.readouterr().out)
     (shares,) = [l for l in screen.lines if 'gradient shares' in l]
-    assert shares.startswith('fastdistill: gradient shares at the first batch: task')
+    assert shares.startswith('fastdistill: gradient norms at the first batch: task')
     assert shares.endswith('%')
 
 
@@ -1677,7 +1677,7 @@ def test_lr_find_measures_no_gradient_shares(tmp_path, capsys):
     assert 'gradient shares' not in capsys.readouterr().out
     with pytest.warns(DistillWarning, match='hint has 99.*Lower the weight of hint, now 500'):
         student.fit(1, 0.01)
-    assert 'gradient shares at the first batch: task' in capsys.readouterr().out
+    assert 'gradient norms at the first batch: task' in capsys.readouterr().out
 
 
 def test_layers_that_fine_tune_unfreezes_are_measured_in_their_first_batch():

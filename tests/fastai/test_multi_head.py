@@ -179,7 +179,7 @@ def test_without_a_recipe_each_head_gets_its_own(capsys):
         and 'color: accuracy on 32 validation items' in out
     )
     assert (
-        'color_dist' in out and 'shape_dist' in out and 'gradient shares at the first batch' in out
+        'color_dist' in out and 'shape_dist' in out and 'gradient norms at the first batch' in out
     )
     assert [t.name for t in learn.cbs] == [t.name for t in learn.cbs if not isinstance(t, KD)]
 

@@ -560,7 +560,7 @@ class KnowledgeDistillation(DistillationCallback):
             if t.has_grad_ratio
         }
         self._log(
-            f'fastdistill: gradient shares at the first batch{new}: {shares_in_words(shares, at_layers)}'
+            f'fastdistill: gradient norms at the first batch{new}: {shares_in_words(shares, at_layers)}'
         )
 
     def _add(self, r):
