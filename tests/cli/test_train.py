@@ -1030,9 +1030,7 @@ def test_two_processes_do_not_continue_one_run(stopped, digits, tmp_path):
             resumed(out)
         second = processes.start(tmp_path / 'log', child_of, out)
         assert processes.ended(second) == [1]
-        assert f'DistillError: Another process is writing to {out}' in processes.said(
-            tmp_path / 'log'
-        )
+        assert f'BusyError: Another process is writing to {out}' in processes.said(tmp_path / 'log')
 
     opened_run({}, out=out, resume=True, say=say)()
     assert (out / 'report.json').is_file()

@@ -808,7 +808,7 @@ def test_data_and_transforms_that_do_not_fit_are_refused_in_words(tmp_path, monk
 
 def test_other_samples_are_refused(tmp_path):
     cache = cache_teacher(Convs(3).eval(), data(), tmp_path, views=1)
-    refused(cache, data(valid=[0]), '8 of 29 samples have no row .* other data')
+    refused(cache, data(valid=[0]), '8 of 29 samples have no row .* This is a different dataset')
 
 
 def test_maps_of_clean_images_are_not_given_to_augmented_ones(tmp_path):

@@ -589,7 +589,7 @@ def test_other_data_and_other_transforms_are_refused_before_the_first_batch(tmp_
 
     refused(data(item_tfms=CROPS()), 'transform after_item: noise: .* in the cache, none now')
     refused(data(augment='colours'), 'after_batch: RandomErasing: none in the cache')
-    refused(data(valid=[0]), '8 of 29 samples have no row .* other data')
+    refused(data(valid=[0]), '8 of 29 samples have no row .* This is a different dataset')
     refused(data(get_y=lambda i: 'abcd'[i % 4]), r'does not have the class\(es\) d')
     with pytest.raises(DistillError, match='There is no cache at .*nowhere'):
         KnowledgeDistillation(TeacherCache(tmp_path / 'nowhere'))

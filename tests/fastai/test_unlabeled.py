@@ -392,7 +392,7 @@ def test_stored_outputs_of_a_table_and_of_other_inputs(tmp_path):
         p.data *= 1.01
     with pytest.raises(
         DistillError,
-        match='(?s)other weights than .*, which teaches the labeled batches.*another cache',
+        match='(?s)other weights than .*, which teaches the labeled batches.*write a new cache',
     ):
         learn.fit(1, 1e-3, cbs=KD(other, kd(), unlabeled=rows, unlabeled_targets=tmp_path / 'more'))
     with pytest.raises(DistillError, match='valid=True caches the labeled validation set'):

@@ -28,7 +28,7 @@ class GradientRatio:
 
     # first batches, all measured; final interval; minimum weight of a new measurement in the mean
     FIRST, EVERY, NEW = 16, 32, 0.2
-    FLOOR = 1.0  # minimum norm relative to `apart`
+    FLOOR = 0.3  # minimum norm relative to `apart`
     JUMP = 4.0  # larger growth replaces the mean
 
     def __init__(self):

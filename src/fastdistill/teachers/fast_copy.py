@@ -395,8 +395,8 @@ def operations(model, x, kw) -> float:
 
 def positions_of(t) -> float:
     if t.dim() >= 4:
-        return t.numel() / t.shape[1] / 16 ** (t.dim() - 2)
-    return t.numel() / t.shape[-1] if t.is_floating_point() and t.dim() > 1 else t.numel()
+        return t.numel() / max(t.shape[1], 1) / 16 ** (t.dim() - 2)
+    return t.numel() / max(t.shape[-1], 1) if t.is_floating_point() and t.dim() > 1 else t.numel()
 
 
 def is_convolutional(model):
