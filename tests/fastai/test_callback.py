@@ -1632,7 +1632,7 @@ def test_gradient_shares_are_printed_once_a_training(capsys):
     cb = KD(teacher, kd(2.0, 0.5) + hint(0.1) + Term(losses.mse, lambda p: float(p > 0.5)))
     student.fit(2, 0.1, cbs=cb)
     student.fit(1, 0.1, cbs=cb)
-    lines = [l for l in capsys.readouterr().out.splitlines() if 'gradient shares' in l]
+    lines = [l for l in capsys.readouterr().out.splitlines() if 'gradient norms' in l]
     shares = r'task \d+%, kd \d+%, hint \d+%'
     assert len(lines) == 2 and re.fullmatch(
         f'fastdistill: gradient norms at the first batch: {shares}', lines[0]
@@ -1649,7 +1649,7 @@ def test_in_a_terminal_the_gradient_shares_have_a_line_of_their_own(capsys):
         2, 0.1, cbs=[*([] if hasattr(student, 'progress') else [ProgressCallback()]), KD(teacher)]
     )
     screen = Screen(capsys.readouterr().out)
-    (shares,) = [l for l in screen.lines if 'gradient shares' in l]
+    (shares,) = [l for l in screen.lines if 'gradient norms' in l]
     assert shares.startswith('fastdistill: gradient norms at the first batch: task')
     assert shares.endswith('%')
 
@@ -1674,7 +1674,7 @@ def test_lr_find_measures_no_gradient_shares(tmp_path, capsys):
     with warnings.catch_warnings():
         warnings.filterwarnings('error', category=DistillWarning)
         student.lr_find(num_it=4, show_plot=False, suggest_funcs=None)
-    assert 'gradient shares' not in capsys.readouterr().out
+    assert 'gradient norms' not in capsys.readouterr().out
     with pytest.warns(DistillWarning, match='hint has 99.*Lower the weight of hint, now 500'):
         student.fit(1, 0.01)
     assert 'gradient norms at the first batch: task' in capsys.readouterr().out
