@@ -664,3 +664,22 @@ def test_timm_s_default_is_the_task_loss_and_kl(quality, logits):
         torch.zeros(8, 3, 4, 4), y
     )['loss']
     torch.testing.assert_close(quality.candidates.CANDIDATES['timm'].recipe()(s, t, y), theirs)
+
+
+def test_the_page_of_the_demo_says_what_its_run_measured():
+    run = json.loads((HERE.parent / 'results' / 'demo' / 'digits.json').read_text())
+    page = (HERE.parents[1] / 'docs' / 'demo.md').read_text()
+    rows = {
+        'student alone': 'student alone',
+        'distilled': 'distilled with the default',
+        'soft labels only': "only the teacher's soft labels",
+    }
+    alone = run['scores']['student alone']
+    for way, begins in rows.items():
+        scores = 100 * np.array(run['scores'][way])
+        (row,) = [l for l in page.splitlines() if l.startswith(f'| {begins}')]
+        assert f'| {scores.mean():.1f} ± {scores.std(ddof=1):.1f} |' in row
+        if way != 'student alone':
+            better = sum(a > b for a, b in zip(run['scores'][way], alone))
+            assert f'| {better} of 5 seeds |' in row
+    assert f'| teacher | {100 * run["teacher"]:.1f} |' in page
