@@ -228,8 +228,15 @@ app = typer.Typer(add_completion=False)
 
 
 @app.command()
-def run(n: int = 200, out: Path = RESULTS, first: int = 0, ways: str = ','.join(WAYS)):
+def run(
+    n: int = 200,
+    out: Path = RESULTS,
+    first: int = 0,
+    ways: str = ','.join(WAYS),
+    floor: float = GradientRatio.FLOOR,
+):
     torch.set_num_threads(1)
+    GradientRatio.FLOOR = floor
     known, rows = teachers(), []
     for seed in range(first, first + n):
         o = drawn(seed)
