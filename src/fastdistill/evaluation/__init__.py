@@ -1,5 +1,6 @@
 "Compare models: scores, agreement, calibration, cost, paired tests, and reports."
 
+from .calibration import Calibration, fit_temperature
 from .feature_plots import attention_map, picture_in, show_features
 from .models import measure_models, roles_of
 from .paired_tests import PairedScores, mcnemar
@@ -15,9 +16,11 @@ from .report_plots import (
 from .run_table import print_runs
 
 __all__ = [
+    'Calibration',
     'PairedScores',
     'Report',
     'attention_map',
+    'fit_temperature',
     'mcnemar',
     'measure_models',
     'picture_in',

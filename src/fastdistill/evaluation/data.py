@@ -17,6 +17,7 @@ __all__ = [
     'MeasureInfo',
     'ModelResult',
     'ReportData',
+    'calibration_error',
     'write_text',
 ]
 
@@ -166,9 +167,20 @@ class ModelResult:
     def calibration_error(self):
         """Mean distance between confidence and accuracy over the bins (ECE). None for regression."""
         b = self.reliability
-        if not b or not sum(b['count']):
-            return None
-        return sum(abs(c - r) for c, r in zip(b['confidence'], b['right'])) / sum(b['count'])
+        return calibration_error(b['count'], b['confidence'], b['right']) if b else None
+
+
+def calibration_error(count, confidence, right) -> float | None:
+    """Compute the expected calibration error (ECE). None without predictions.
+
+    Args:
+        count: Number of predictions in each bin of confidence.
+        confidence: Their sum of confidence.
+        right: How many of them are right.
+    """
+    if not sum(count):
+        return None
+    return sum(abs(c - r) for c, r in zip(confidence, right)) / sum(count)
 
 
 class JsonReport:

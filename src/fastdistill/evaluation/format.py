@@ -112,7 +112,24 @@ def sentences(c, report):
         first = f'The difference between {c.model} and {c.against} is not significant: {numbers} {tested}.'
     else:
         first = f'{c.model} is {verdict} than {c.against}: {numbers} {tested}.'
-    return first + lead(c, report)
+    return first + lead(c, report) + overconfidence(c, report)
+
+
+def overconfidence(c, report):
+    """Say if the probabilities became worse although the predictions did not."""
+    d = c.differences.get('nll')
+    if report.headline == 'nll' or d is None or not d.significant or d.value <= 0:
+        return ''
+    if verdict_of(c, report) == 'worse':
+        return ''
+    a, b = (
+        report.info['nll'].text(report.models[n].measures['nll'].value)
+        for n in (c.model, c.against)
+    )
+    return (
+        f' Its probabilities are worse: NLL {a} and {b}. If you use them, call calibrate() on its '
+        'Learner.'
+    )
 
 
 def lead(c, report):

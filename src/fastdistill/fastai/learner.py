@@ -1,4 +1,4 @@
-"`Learner.distill`, `check_teacher`, `explain` and `show_features`."
+"`Learner.distill`, `check_teacher`, `explain`, `calibrate` and `show_features`."
 
 from contextlib import closing
 
@@ -9,9 +9,10 @@ from .. import evaluation as plots
 from ..base.outputs import DistillError
 from ..base.random_state import RandomGuard
 from ..checks.explain import explain_training
+from ..evaluation.calibration import Calibration, calibrate_model
 from ..recipes.term import Recipe, Term
 from . import check
-from .batches import prepared_batches
+from .batches import prepared, prepared_batches, valid_batches
 from .callback import KnowledgeDistillation
 from .multi_head import check_heads, explain_heads
 from .raw_items import items_shown
@@ -184,6 +185,31 @@ def explain(
             shares=shares,
             output=None if callback is None else callback.output,
         )
+
+
+@patch
+def calibrate(self: Learner, dl=None, *, fold: bool = True, kind=None, axis=None) -> Calibration:
+    """Fit a temperature to the model's probabilities on validation data (one for each label, if it
+    predicts several labels), and divide the weights of its last linear layer by it. The predicted
+    classes stay the same, and their probabilities become less, or more, confident.
+
+    Args:
+        : A trained Learner.
+        dl: Labeled data that the model was not trained on. None for the validation set.
+        fold: Whether to change the model. False to only measure. Models without a suitable last
+            layer stay as they are: divide their logits by `.temperature`, or
+            `export_student(learn, path, temperature=...)`.
+        kind: 'softmax' or 'sigmoid'; None to read it from the loss function.
+        axis: Class axis; None to read it from the loss function.
+
+    Returns:
+        A `Calibration`, which prints as the temperature, and the calibration error, NLL and Brier
+        score before and after on the same data.
+    """
+    task = task_of(self.loss_func, kind, axis)
+    dl = self.dls.valid if dl is None else dl
+    with closing(prepared(self, valid_batches(dl), 1, False)) as batches:
+        return calibrate_model(self.model, batches, task, fold=fold)
 
 
 @patch

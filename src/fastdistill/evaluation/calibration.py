@@ -1,0 +1,263 @@
+"""Fit a temperature to a trained model's logits, and fold it into the model's last layer
+(Guo et al., "On Calibration of Modern Neural Networks", arXiv:1706.04599).
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from math import exp, log
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..base.errors import DistillError
+from ..base.outputs import as_plain
+from ..base.task import Task, fit_labels, task_for
+from ..features.taps import Taps
+from ..teachers import Teacher
+from ..teachers.fast_copy import AS_IT_IS
+from .data import calibration_error
+from .metrics import rows_of, scores_of
+
+__all__ = ['Calibration', 'calibrate_model', 'fit_temperature']
+
+LOWEST_T, HIGHEST_T = 0.05, 20.0
+MOST_LOGITS = 2**23  # at most about this many logits are kept
+LARGEST_CHANGE = 1e-3  # largest change of the folded model's outputs, relative to the largest logit
+
+
+@dataclass
+class Calibration:
+    """A fitted temperature and what it changed, which prints as one line.
+
+    Attributes:
+        temperature: By which the logits are divided: a number, or one for each label.
+        n: Number of predictions it was fitted on.
+        before: `nll`, `ece` and `brier` of these predictions.
+        after: The same with the temperature.
+        layer: Name of the layer that now contains the temperature, or None.
+        reason: Why no layer contains it.
+    """
+
+    temperature: float | list[float]
+    n: int
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+    layer: str | None = None
+    reason: str = ''
+
+    def __str__(self):
+        T = self.temperature
+        value = f'{T:.3g}' if isinstance(T, float) else f'{min(T):.3g} to {max(T):.3g}'
+        a, b = self.before, self.after
+        where = (
+            f'folded into layer {self.layer!r}'
+            if self.layer is not None
+            else f'not folded into the model: {self.reason}'
+        )
+        return (
+            f'temperature {value}, fitted on {self.n:,} predictions: '
+            f'ECE {100 * a["ece"]:.1f}% -> {100 * b["ece"]:.1f}%, '
+            f'NLL {a["nll"]:.4g} -> {b["nll"]:.4g}, Brier score {a["brier"]:.4g} -> {b["brier"]:.4g}; {where}'
+        )
+
+
+def fit_temperature(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    kind: str = 'softmax',
+    axis: int = 1,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Find the temperature T for which the logits divided by T have the lowest NLL.
+
+    Args:
+        logits: Logits of samples that the model was not trained on, with classes or labels along
+            `axis`.
+        labels: Class numbers, shaped like the logits without `axis`; or 0 and 1, shaped like the
+            logits.
+        kind: 'softmax' for one temperature, 'sigmoid' for one for each label.
+        axis: Axis of classes or labels.
+        ignore_index: Label that does not count.
+
+    Returns:
+        A scalar, or (L,) for a sigmoid with L labels. It is 1 where the labels do not determine it:
+        all predictions are correct, or a label is always or never there.
+
+    Raises:
+        DistillError: If the labels do not fit the logits, or the kind is 'regression'.
+    """
+    task = task_for(None, kind, axis, ignore_index)
+    if task.kind == 'regression':
+        raise DistillError(
+            "kind='regression': numbers have no temperature. It must be 'softmax' or 'sigmoid'."
+        )
+    z, y = labeled_positions(logits, labels, task)
+    if not len(z):
+        raise DistillError('There are no labeled predictions to fit a temperature on.')
+    if task.kind == 'softmax':
+        from scipy.special import logsumexp
+
+        own = z[np.arange(len(z)), y]
+        return torch.tensor(lowest(lambda b: (logsumexp(b * z, 1) - b * own).mean()))
+    return torch.tensor([of_label(z[:, i], y[:, i]) for i in range(z.shape[1])])
+
+
+def calibrate_model(
+    model: nn.Module, batches: Iterable, task: Task, *, fold: bool = True, tick: Callable = None
+) -> Calibration:
+    """Fit a temperature on labeled batches, and fold it into the model's last linear layer. The
+    predicted classes do not change.
+
+    Args:
+        model: A trained model, whose last layer is changed if `fold` is True.
+        batches: (inputs, targets), both tuples, of samples that the model was not trained on.
+        task: What the model predicts.
+        fold: Whether to change the model. False to only measure.
+        tick: Called after each batch.
+    """
+    if task.kind == 'regression':
+        raise DistillError('This model predicts numbers, which have no temperature.')
+    kept, first = [], None
+    with Teacher(model, run=AS_IT_IS) as teacher, torch.no_grad():
+        teacher.reset()
+        for x, y in batches:
+            logits = as_plain(teacher(*x).logits)
+            kept.append(thinned(*labeled_positions(logits, y[0] if y else None, task), logits))
+            first = x if first is None else first
+            if tick is not None:
+                tick()
+    if first is None:
+        raise DistillError('There is no batch to calibrate on: is the validation set empty?')
+    z, y = (torch.from_numpy(np.concatenate(o)) for o in zip(*kept))
+    T = fit_temperature(z, y, kind=task.kind)
+    out = Calibration(
+        T.item() if T.numel() == 1 else T.tolist(),
+        len(z),
+        measures(z, y, task.kind),
+        measures(z / T, y, task.kind),
+        reason='fold=False',
+    )
+    if fold:
+        out.layer, out.reason = fold_temperature(model, T, first, task)
+    return out
+
+
+def labeled_positions(logits, labels, task):
+    """Return logits (P, C) and labels, (P,) or (P, C), of the positions that count, as NumPy arrays."""
+    logits = as_plain(logits).detach().cpu().double()
+    y = None
+    if isinstance(labels, Tensor):
+        y = fit_labels(as_plain(labels).detach().cpu(), logits.shape, task)
+    if y is None:
+        given = f'shape {tuple(labels.shape)}' if isinstance(labels, Tensor) else 'missing'
+        raise DistillError(
+            f'The labels ({given}) do not fit the logits (shape {tuple(logits.shape)}).'
+        )
+    if task.kind == 'sigmoid':
+        rows = lambda o: (o[:, None] if o.dim() == 1 else o.movedim(task.axis, -1)).flatten(0, -2)
+        return rows(logits).numpy(), (rows(y) > 0.5).numpy()
+    z, y = logits.movedim(task.axis, -1).flatten(0, -2), y.flatten()
+    counts = y != task.ignore_index
+    return z[counts].numpy(), y[counts].numpy()
+
+
+def thinned(z, y, logits):
+    """Drop positions of samples with many, such as pixels, so that all batches fit into memory."""
+    most = max(MOST_LOGITS // 64 // z.shape[1], len(logits))
+    step = max(len(z) // most, 1)
+    return z[::step], y[::step]
+
+
+def lowest(nll):
+    """Return the T in the allowed range at which nll(1/T) is lowest; 1 if that is a limit."""
+    from scipy.optimize import minimize_scalar
+
+    found = minimize_scalar(
+        lambda u: nll(exp(-u)),
+        bounds=(log(LOWEST_T), log(HIGHEST_T)),
+        method='bounded',
+        options=dict(xatol=1e-5),
+    )
+    T = exp(found.x)
+    return T if LOWEST_T * 1.01 < T < HIGHEST_T / 1.01 else 1.0
+
+
+def of_label(z, y):
+    """Fit the temperature of one label."""
+    if y.all() or not y.any():
+        return 1.0
+    signed = np.where(y, z, -z)
+    return lowest(lambda b: np.logaddexp(0, -b * signed).mean())
+
+
+def measures(z, y, kind) -> dict[str, float]:
+    """Return NLL, calibration error and Brier score."""
+    sums = scores_of(rows_of(z, y, Task(kind)), kind)
+    n = float(sums['n'].sum())
+    return dict(
+        nll=float(sums['nll'].sum()) / n,
+        ece=calibration_error(*sums['bins'].tolist()),
+        brier=float(sums['brier'].sum()) / n,
+    )
+
+
+# the layer
+
+
+def fold_temperature(model, T, x, task):
+    """Divide weight and bias of the model's last layer by T. Return (name of the layer, '') or
+    (None, why that is not possible).
+    """
+    layers = {k: m for k, m in model.named_modules() if is_linear(m)}
+    if not layers:
+        return None, 'it has no linear layer or 1x1 convolution.'
+    with Teacher(model, run=AS_IT_IS) as teacher, torch.no_grad():
+        teacher.reset()
+        with Taps(model, list(layers)) as taps:
+            logits = as_plain(teacher(*x).logits)
+            # subtle: some layers do not run, or are overwritten later, which `pop` refuses
+            seen = {k: o[0] for k, o in taps.seen.items() if isinstance(o, tuple)}
+        same = lambda k: torch.equal(as_plain(seen[k]).flatten(), logits.flatten())
+        name = next((k for k in reversed(layers) if k in seen and same(k)), None)
+        if name is None:
+            return None, 'its logits are not the output of a linear layer or 1x1 convolution.'
+        if (shared := shared_with(model, layers[name])) is not None:
+            return None, f'its last layer {name!r} shares its weight with {shared!r}.'
+        T = T.to(logits)
+        if T.numel() > 1 and len(layers[name].weight) != len(T):
+            return None, f'its last layer {name!r} does not have one row for each label.'
+        before = {k: p.clone() for k, p in layers[name].named_parameters()}
+        for p in layers[name].parameters():
+            p /= T.view(-1, *[1] * (p.dim() - 1)).to(p)
+        teacher.reset()
+        shape = [-1 if i == task.axis % logits.dim() else 1 for i in range(logits.dim())]
+        wanted = logits / (T.view(shape) if T.numel() > 1 else T)
+        far = (as_plain(teacher(*x).logits) - wanted).abs().max()
+        if far <= LARGEST_CHANGE * wanted.abs().max():
+            return name, ''
+        for k, p in layers[name].named_parameters():
+            p.copy_(before[k])
+    return None, f'its last layer {name!r} also changes its other outputs.'
+
+
+def is_linear(m):
+    """Return True for a linear layer or 1x1 convolution with its own, plain parameters."""
+    one = isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and set(m.kernel_size) == {1}
+    return (isinstance(m, nn.Linear) or one) and isinstance(
+        m._parameters.get('weight'), nn.Parameter
+    )
+
+
+def shared_with(model, layer):
+    """Return the name of a parameter outside `layer` that is the layer's weight or bias. None if
+    there is none.
+    """
+    own = {id(p) for p in layer.parameters()}
+    for prefix, m in model.named_modules():
+        if m is not layer:
+            for k, p in m.named_parameters(recurse=False):
+                if id(p) in own:
+                    return f'{prefix}.{k}'.lstrip('.')
+    return None
