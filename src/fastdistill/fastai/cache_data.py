@@ -38,7 +38,7 @@ from ..teachers.items import with_items
 from ..teachers.teacher import Teacher
 from .batches import loader_of
 from .check import check_teacher
-from .head import HeadData, heads_of, option_of_heads
+from .head import HeadData, heads_of, options_of_heads
 from .language_model import inputs_of, is_stream, share_n_inp, stream_outputs
 from .raw_items import RawItems
 from .replay_dl import IndexedItem, Plan, attach, refuse_unindexed
@@ -66,7 +66,7 @@ def for_each_head(write):
             )
         share_n_inp(dls)
         heads = heads_of(teacher)
-        kinds = option_of_heads(kind, 'kind', heads)
+        kinds = options_of_heads(kind, 'kind', heads)
 
         def of_head(k, h):
             folder = open_folder(path).sub(k)

@@ -8,9 +8,8 @@ from ..checks.explain import explain_training
 from .arguments import feed_of
 from .batches import prepared_batches
 from .check import TeacherCheck, find_mistakes
-from .head import heads_of, option_of_heads, task_of_head
+from .head import heads_of, options_of_heads
 from .raw_items import items_shown
-from .teachers import teacher_of
 
 __all__ = ['check_heads', 'explain_heads']
 
@@ -18,20 +17,20 @@ __all__ = ['check_heads', 'explain_heads']
 def running_heads(learn, teachers, kind, axis):
     """(head, its task, its `Teacher`), of each head."""
     heads = heads_of(teachers)
-    kinds = option_of_heads(kind, 'kind', heads)
+    kinds = options_of_heads(kind, 'kind', heads)
     for k, h in heads.items():
         if feed_of(h.source) is not None:
             raise DistillError(
                 f"The head {k!r} has stored outputs, which can't be asked for other inputs: pass the "
                 'teacher itself.'
             )
-        task = task_of_head(learn, h, kinds[k], axis)
-        yield h, task, teacher_of(h.source, h.of(learn), task)
+        task = h.task_of(learn, kinds[k], axis)
+        yield h, task, h.teacher_of(learn, task)
 
 
 def check_heads(learn, teachers, kind, axis, recipe, n) -> dict:
     """Name of a head -> what `check_teacher` finds about its teacher, without costs."""
-    recipes, out = option_of_heads(recipe, 'recipe', heads_of(teachers)), {}
+    recipes, out = options_of_heads(recipe, 'recipe', heads_of(teachers)), {}
     for h, task, t in running_heads(learn, teachers, kind, axis):
         with items_shown(learn.dls.loaders, t), counted_as_one():
             out[h.name] = TeacherCheck().join(

@@ -69,6 +69,7 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
     if task is not None:
         kwargs = dict(kind=task.kind, axis=task.axis) | kwargs
     if dls is not None:
+        kwargs = getattr(dls, 'options_of_teacher', {}) | kwargs
         kwargs.setdefault('input_stats', image_stats(dls))
     if isinstance(obj, (str, Path)) and Path(obj).suffix in PICKLES:
         obj = exported(Path(obj))
@@ -87,7 +88,7 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
         own = (
             {'stats': image_stats(obj.dls)}
             | other_size(dls, obj.dls)
-            | in_order(dls, vocab_of(obj.dls), task)
+            | in_order(dls, vocab_of(same_column(dls, obj.dls)), task)
         )
         return of_learner(obj, own | kwargs)
     if isinstance(obj, Teacher):
@@ -177,7 +178,7 @@ def class_names(teacher, dls):
         dls: The student's DataLoaders.
     """
     if teacher.learner is not None:
-        return vocab_of(teacher.learner.dls)
+        return vocab_of(same_column(dls, teacher.learner.dls))
     own = (
         teacher.model.classes
         if isinstance(teacher.model, Estimator) and teacher.kind == 'softmax'
@@ -188,6 +189,11 @@ def class_names(teacher, dls):
     own, mine = list(map(str, own)), vocab_of(dls)
     are_numbers = own == [str(i) for i in range(len(own))] and not set(own) & set(mine or own)
     return None if are_numbers else own
+
+
+def same_column(dls, theirs):
+    """A teacher's DataLoaders, with the labels of the same head if `dls` are those of a head."""
+    return dls.column_of(theirs) if hasattr(dls, 'column_of') else theirs
 
 
 def with_numbers(teacher, dls):
