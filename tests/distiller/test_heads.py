@@ -306,6 +306,8 @@ def test_what_is_no_set_of_heads():
         Distiller(student, {})
     with pytest.raises(DistillError, match='A dict .a state_dict.. holds weights, but no network'):
         Distiller(student, color.state_dict())
+    with pytest.raises(DistillError, match='A dict of teachers is for the heads of a student'):
+        Teacher(dict(color=color))
     with pytest.raises(DistillError, match='labels= and weights= are for several heads'):
         Distiller(student, color, weights=dict(color=1))
     heads = two_heads(student, color, shape, kd())
@@ -317,7 +319,7 @@ def test_what_is_no_set_of_heads():
     with pytest.raises(
         DistillError, match=r"ask for those of one, as in distiller.heads\['color'\]"
     ):
-        heads.teacher
+        heads.teacher  # noqa: B018
     with pytest.raises(
         DistillError, match="'hue' among them, but the student returns color, shape, size"
     ):

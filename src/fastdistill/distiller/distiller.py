@@ -18,6 +18,7 @@ from ..features.taps import Taps
 from ..recipes.batch import inputs_and_labels
 from ..recipes.recipe_loss import Distilled
 from ..recipes.term import Recipe
+from ..teachers.forms import holds_weights
 from ..teachers.teacher import Teacher, same_run
 from .head import Head, HeadOutput, SharedOutput, has_outputs, options_by_head, renamed
 from .loader import is_loader, own_generators
@@ -230,6 +231,11 @@ class Distiller(nn.Module):
         for h in self.heads.values():
             h.shares_task, h.recipe = True, Recipe(*h.recipe.terms, task=task)
 
+    def _share_again(self):
+        """As `share_task_loss`, if it was called before and a recipe is a new one."""
+        if self.several and any(h.shares_task for h in self.heads.values()):
+            self.share_task_loss()
+
     @property
     def pairs(self) -> PairTable | None:
         """What is compared with what, once it is known."""
@@ -298,14 +304,14 @@ class Distiller(nn.Module):
         already is kept.
         """
         state = json.loads(bytes(state.tolist()))
-        if ('recipe' in state) == self.several or self.several and set(state) != set(self.heads):
-            have = 'one output' if 'recipe' in state else f'the heads {", ".join(state)}'
+        of_one = set(self.heads[next(iter(self.heads))].state())
+        if set(state) != (set(self.heads) if self.several else of_one):
+            have = 'one output' if set(state) == of_one else f'the heads {", ".join(state)}'
             mine = f'the heads {", ".join(self.heads)}' if self.several else 'one output'
             raise DistillError(f'This state is of a Distiller with {have}; this one has {mine}.')
         for k, h in self.heads.items():
             h.load_state(state[k] if self.several else state)
-        if self.several and any(h.shares_task for h in self.heads.values()):
-            self.share_task_loss()
+        self._share_again()
 
     def _load_from_state_dict(self, state, prefix, meta, strict, missing, unexpected, errors):
         if (key := f'{prefix}_extra_state') not in state:
@@ -403,6 +409,7 @@ class Distiller(nn.Module):
         for h in self.heads.values():
             if h.chooses:
                 h.choose(student_logits(self.student, x, h.output), x, labels)
+        self._share_again()
 
     # a batch
 
@@ -535,9 +542,18 @@ class Distiller(nn.Module):
         """The task loss, and the targets each where it is predicted."""
         return self.head.task_and_targets(x, logits, targets)
 
-    def targets_at(self, x, logits, targets):
-        """The targets, each where it is predicted: a language model predicts the next token."""
-        return self.head.targets_at(x, logits, targets)
+    def targets_at(self, x, student: Outputs | dict, targets):
+        """The targets, each where it is predicted: a language model predicts the next token. Those
+        of several heads stay as they are.
+
+        Args:
+            x: The batch's inputs.
+            student: Outputs as `student_outputs` returns them.
+            targets: A tuple.
+        """
+        if self.several:
+            return targets
+        return self.head.targets_at(x, student.logits, targets)
 
     def compute(
         self,
@@ -627,11 +643,6 @@ def whole_loss(each: dict, weights: dict) -> Distilled:
         parts,
         counted,
     )
-
-
-def holds_weights(o):
-    """Is it a state_dict or a checkpoint?"""
-    return isinstance(o, Tensor) or isinstance(o, Mapping) and any(map(holds_weights, o.values()))
 
 
 def same_model(a, b):

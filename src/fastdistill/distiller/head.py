@@ -304,6 +304,8 @@ class HeadOutput:
             return raw[self.name]
         if isinstance(raw, (tuple, list)) and len(raw) == self.n:
             return raw[self.at]
+        if isinstance(raw, Tensor) and self.n == 1:
+            return raw
         return self.otherwise(raw)
 
     def otherwise(self, raw):

@@ -60,10 +60,6 @@ def for_each_head(write):
     def _write(teacher, dls, path, *args, kind=None, **kwargs):
         if not is_heads(teacher):
             return write(teacher, dls, path, *args, kind=kind, **kwargs)
-        if kwargs.get('unlabeled') is not None:
-            raise DistillError(
-                'unlabeled= with several heads: they are told apart by their labels.'
-            )
         share_n_inp(dls)
         heads = heads_of(teacher)
         kinds = options_of_heads(kind, 'kind', heads)

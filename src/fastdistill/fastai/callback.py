@@ -51,8 +51,8 @@ class KnowledgeDistillation(DistillationCallback):
         unlabeled: More inputs, without labels, on which the teacher alone teaches: items like
             those of the training set, or a DataLoader. Each training batch gets one of theirs
             beside it.
-        unlabeled_targets: A cache of the teacher's outputs for them, or its folder; None: the
-            teacher runs.
+        unlabeled_targets: A cache of the teacher's outputs for them, or its folder, of several
+            heads a dict; None: the teacher runs.
         perturbed: For tables: so many perturbed copies of each row, on which the teacher alone
             teaches.
         check: Look for mistakes before the first fit (see `check_teacher`).
@@ -81,7 +81,7 @@ class KnowledgeDistillation(DistillationCallback):
     ):
         super().__init__()
         self.several = is_heads(teacher)
-        refuse_options(self.several, loss=loss, output=output, unlabeled_targets=unlabeled_targets)
+        refuse_options(self.several, loss=loss, output=output)
         check_output(output)
         check_axis(axis)
         T = one_temperature(T, temperature)
@@ -108,7 +108,8 @@ class KnowledgeDistillation(DistillationCallback):
             unlabeled,
             perturbed,
             unlabeled_targets,
-            runs=not self.made.stored if self.several else self.made.runs,
+            runs=not self.made.stored,
+            heads=self.made.heads,
         )
 
     @property
@@ -182,8 +183,7 @@ class KnowledgeDistillation(DistillationCallback):
                 f'unlabeled= and perturbed=: all terms read labels ({names}). Add one that reads none, '
                 'as kd() or soft_labels().'
             )
-        h = next(iter(self.distiller.heads.values()))
-        self.unlabeled.start(self.learn, h.teacher, h.layers(1))
+        self.unlabeled.start(self.learn, self.distiller.heads)
 
     def _setup(self, *x):
         """Pair layers and build projectors, once for a student."""

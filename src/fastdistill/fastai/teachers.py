@@ -24,7 +24,7 @@ from ..base.random_state import RandomGuard
 from ..cache.reader import TeacherCache, is_cache
 from ..checks.class_order import map_classes
 from ..teachers.estimator import Estimator, is_estimator, load_estimator
-from ..teachers.forms import warn_of_code
+from ..teachers.forms import holds_weights, warn_of_code
 from ..teachers.images import affine, stats_of, timm_cfg
 from ..teachers.teacher import Teacher
 from .tables import TableEstimator, table_of
@@ -36,7 +36,6 @@ __all__ = [
     'exported',
     'image_stats',
     'is_heads',
-    'refuse_heads',
     'size_of_images',
     'teacher_of',
 ]
@@ -127,16 +126,12 @@ def is_heads(teacher):
     return True
 
 
-def holds_weights(o):
-    return isinstance(o, Tensor) or isinstance(o, Mapping) and any(map(holds_weights, o.values()))
-
-
-def refuse_heads(teacher, where='here'):
+def refuse_heads(teacher):
     """Raise a DistillError for a dict of teachers where one teacher is needed."""
     if is_heads(teacher):
         raise DistillError(
-            'A dict has a teacher for each head of a student, which KnowledgeDistillation, distill, '
-            f'check_teacher, explain and cache_teacher take. Give one teacher {where}.'
+            'A dict has a teacher for each head of a student, which can be a list (an ensemble). Give '
+            'one teacher here.'
         )
 
 
