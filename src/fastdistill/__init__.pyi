@@ -5,7 +5,6 @@ from .base.errors import DistillWarning as DistillWarning
 from .base.outputs import Outputs as Outputs
 from .distiller import Distilled as Distilled
 from .distiller import Distiller as Distiller
-from .distiller import Heads as Heads
 from .features import layers as layers
 from .recipes import (
     ab as ab,

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from .base.distributed import average_gradients
-from .base.outputs import DistillError, Outputs
+from .base.outputs import DistillError, Outputs, tensors_in
 from .base.random_state import RandomGuard
 from .distiller.distiller import Distiller
 from .distiller.integration import (
@@ -44,7 +44,8 @@ class DistillCallback(Callback):
     is added.
 
     Args:
-        teacher: A model, a `Teacher`, or what `Teacher` takes.
+        teacher: A model, a `Teacher`, or what `Teacher` takes. A dict: a teacher for each head of
+            the student, as in `Distiller`; the labels of a batch are one for each head.
         recipe: A recipe such as `kd() + at()`, or a `Term`. None to let `auto` choose, by what the
             student predicts.
         student: Attribute of the module that is trained, e.g. 'model'. None for the module itself.
@@ -84,7 +85,7 @@ class DistillCallback(Callback):
         if self.state is not None:
             load_state(d, self.state)
         self.state = None
-        d.teacher.start()
+        d.start()
         self._replace_step(trainer, pl_module)
 
     def build(self, pl_module):
@@ -99,6 +100,8 @@ class DistillCallback(Callback):
             ) from e
         if self.distiller is None or self.distiller.student is not student:
             self.distiller = Distiller(student, self.teacher, self.recipe, **self.options)
+            if self.distiller.several:
+                self.distiller.share_task_loss()
 
     def _complete(self, trainer):
         """Choose the recipe and build projectors, from a training batch."""
@@ -132,7 +135,7 @@ class DistillCallback(Callback):
         vars(pl_module).pop('training_step')
         vars(pl_module).update(self.replaced)
         self.replaced = None
-        self.distiller.teacher.stop()
+        self.distiller.stop()
 
     # a batch
 
@@ -166,11 +169,11 @@ class DistillCallback(Callback):
         s = d.student_outputs(self._last(seen), feats, x)
         task, y = (
             out['loss'] if isinstance(out, Mapping) else out,
-            d.targets_at(x, s.logits, tuple(y)),
+            d.targets_at(x, s, tuple(y)),
         )
         r = d.compute(s, d.teacher_outputs(x, progress), task, y, progress=progress)
         parts = {f'{k}_loss': v for k, v in dict(task=task.detach(), **r.parts).items()}
-        pl_module.log_dict(parts, batch_size=len(s.logits))
+        pl_module.log_dict(parts, batch_size=len(next(tensors_in(x))))
         return {**out, 'loss': r.total} if isinstance(out, Mapping) else r.total
 
     def _last(self, seen):
@@ -227,6 +230,11 @@ class DistillModule(LightningModule):
         self.student, self.lr, self.optimizer = student, lr, optimizer
         self.callback = DistillCallback(teacher, recipe, student='student', split=split, **options)
         self.callback.build(self)
+        if self.callback.distiller.several:
+            raise DistillError(
+                'DistillModule has one task loss. For several heads, use DistillCallback with a module '
+                'of your own, whose training_step returns the loss of all heads.'
+            )
 
     def forward(self, x):
         """Run the student on a batch of inputs."""

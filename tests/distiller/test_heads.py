@@ -3,7 +3,7 @@
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from fastdistill import DistillError, Distiller, Heads, Teacher, Term, kd, losses, soft_labels
+from fastdistill import DistillError, Distiller, Teacher, Term, kd, losses, soft_labels, with_items
 
 g = torch.Generator().manual_seed(0)
 X, COLOR, SHAPE, SIZE = (
@@ -41,19 +41,20 @@ def nets():
     )
 
 
+def two_heads(student, color, shape, recipe=None, **options):
+    return Distiller(student, dict(color=color, shape=shape), recipe, **options)
+
+
 def test_the_loss_is_the_sum_of_the_heads_and_the_student_runs_once():
     student, color, shape, size = nets()
-    heads = Heads(
-        weights=dict(shape=0.5),
-        color=Distiller(student, Teacher(color), kd(2.0, 0.7), output='color'),
-        shape=Distiller(student, Teacher(shape), kd(1.0, 0.4), output='shape'),
-        size=Distiller(
-            student,
-            Teacher(size, output='size', kind='regression'),
-            kd(alpha=0.3),
-            output='size',
-            kind='regression',
+    heads = Distiller(
+        student,
+        dict(
+            color=color, shape=Teacher(shape), size=Teacher(size, output='size', kind='regression')
         ),
+        dict(color=kd(2.0, 0.7), shape=kd(1.0, 0.4), size=kd(alpha=0.3)),
+        kind=dict(size='regression'),
+        weights=dict(shape=0.5),
     )
     out = heads(X, COLOR, SHAPE, SIZE)
     assert student.calls == 1
@@ -76,31 +77,129 @@ def test_the_loss_is_the_sum_of_the_heads_and_the_student_runs_once():
         'size.kd',
     ]
     torch.testing.assert_close(out.parts['shape.task'], F.cross_entropy(s['shape'], SHAPE).detach())
+    assert out.weights['shape.kd'] == 0.2
+    assert out.weights['size.task'] == 0.7
+
+
+def test_a_student_that_returns_a_tuple_has_its_heads_in_the_order_of_the_teachers():
+    student, color, shape, _ = nets()
+
+    class AsTuple(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = student
+
+        def forward(self, x):
+            out = self.net(x)
+            return out['color'], out['shape']
+
+    teachers = Teacher(color), Teacher(shape)
+    of_dict = two_heads(student, *teachers, kd(), output=dict(color='color', shape='shape'))
+    of_tuple = two_heads(AsTuple(), color, shape, kd())
+    torch.testing.assert_close(of_tuple(X, COLOR, SHAPE).total, of_dict(X, COLOR, SHAPE).total)
+
+
+def test_a_head_without_a_teacher_has_its_task_loss():
+    student, color, _, _ = nets()
+    out = two_heads(student, color, None, dict(color=kd(2.0, 0.7)))(X, COLOR, SHAPE)
+    s = student(X)
+    torch.testing.assert_close(
+        out.total,
+        0.3 * F.cross_entropy(s['color'], COLOR)
+        + 0.7 * losses.kl(s['color'], color(X), T=2.0)
+        + F.cross_entropy(s['shape'], SHAPE),
+    )
+
+
+def test_labels_of_a_head_may_be_computed_from_those_of_the_batch():
+    student, color, shape, _ = nets()
+    labels = dict(color=lambda y: (y[0][:, 0],), shape=lambda y: (y[0][:, 1],))
+    both = torch.stack([COLOR, SHAPE], 1)
+    apart = two_heads(student, color, shape, kd())
+    together = two_heads(student, color, shape, kd(), labels=labels)
+    torch.testing.assert_close(together(X, both).total, apart(X, COLOR, SHAPE).total)
+
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda net: (net, net),
+        lambda net: (Teacher(net, output='color'), Teacher(net, output='shape')),
+        lambda net: (t := Teacher(net), t),
+    ],
+    ids=['a module', 'two teachers', 'one teacher'],
+)
+def test_a_teacher_of_several_heads_runs_once_per_batch(make):
+    student, _, _, teacher = nets()
+    heads = two_heads(student, *make(teacher), kd(2.0, 0.7))
+    out = heads(X, COLOR, SHAPE)
+    assert teacher.calls == 1
+    s, t = student(X), teacher(X)
+    torch.testing.assert_close(
+        out.parts['color.kd'], losses.kl(s['color'], t['color'], T=2.0).detach()
+    )
+    torch.testing.assert_close(
+        out.parts['shape.kd'], losses.kl(s['shape'], t['shape'], T=2.0).detach()
+    )
+
+
+def test_a_teacher_of_several_heads_reads_the_layers_of_all_in_one_run():
+    student, _, _, teacher = nets()
+    between = lambda k: Term(losses.mse, layers={'body': k}, match='shape', weight=1.0)
+    recipes = dict(color=kd() + between('body'), shape=kd() + between('shape'))
+    heads = two_heads(student, teacher, teacher, recipes, example=X)
+    calls = teacher.calls
+    out = heads(X, COLOR, SHAPE)
+    assert teacher.calls == calls + 1
+    link = heads.links['shape']['mse'][0]
+    h = teacher.body(X).relu()
+    torch.testing.assert_close(
+        out.parts['shape.mse'],
+        losses.mse(link.projector(student.body(X), None), teacher.shape(h)).detach(),
+    )
+
+
+def test_teachers_that_get_different_inputs_run_apart():
+    student, _, _, teacher = nets()
+    other = Teacher(teacher, output='shape', inputs=lambda x: 2 * x)
+    heads = two_heads(student, Teacher(teacher, output='color'), other, kd(2.0))
+    out = heads(X, COLOR, SHAPE)
+    assert teacher.calls == 2
+    torch.testing.assert_close(
+        out.parts['shape.kd'],
+        losses.kl(student(X)['shape'], teacher(2 * X)['shape'], T=2.0).detach(),
+    )
+
+
+def test_a_teacher_of_several_heads_is_prepared_once_and_restored():
+    student, _, _, teacher = nets()
+    heads = two_heads(student, teacher, teacher, kd())
+    assert len(heads.teachers) == 1
+    heads.start()
+    heads(X, COLOR, SHAPE)
+    assert not teacher.training
+    heads.stop()
+    assert teacher.training
 
 
 def test_heads_without_recipes_choose_their_own_and_check_their_labels(capsys):
     student, color, shape, _ = nets()
-    heads = Heads(
-        color=Distiller(student, Teacher(color), output='color'),
-        shape=Distiller(student, Teacher(shape), output='shape'),
-    )
+    heads = two_heads(student, color, shape)
     heads(X, COLOR, SHAPE).total.backward()
-    assert [*heads.heads['color'].links] == ['dist'] and [*heads.heads['shape'].links] == ['kd']
-    assert (
-        capsys.readouterr().out.count('fastdistill: recipe') == 2
-        and student.body.weight.grad is not None
-    )
-    wrong = Heads(color=Distiller(student, Teacher(color), kd(), output='color'))
+    assert [*heads.links['color']] == ['dist']
+    assert [*heads.links['shape']] == ['kd']
+    out = capsys.readouterr().out
+    assert 'fastdistill: color: recipe labels + dist' in out
+    assert 'fastdistill: shape: recipe kd(T=1, alpha=.5)' in out
+    assert student.body.weight.grad is not None
+    wrong = Distiller(student, dict(color=color), kd())
     with pytest.raises(DistillError, match='There is a label 3, but the outputs have 3 classes'):
         wrong(X, torch.full((8,), 3))
 
 
 def test_a_head_without_labels_learns_from_its_teacher_alone():
     student, color, shape, _ = nets()
-    heads = Heads(
-        color=Distiller(student, Teacher(color), kd(2.0, 0.7), output='color'),
-        shape=Distiller(student, Teacher(shape), soft_labels(T=1), output='shape'),
-    )
+    heads = two_heads(student, color, shape, dict(color=kd(2.0, 0.7), shape=soft_labels(T=1)))
     out = heads(X, COLOR, None)
     s = student(X)
     torch.testing.assert_close(
@@ -113,23 +212,22 @@ def test_a_head_without_labels_learns_from_its_teacher_alone():
 
 def test_layers_are_compared_in_one_run_and_projectors_are_trained():
     student, color, shape, _ = nets()
-    heads = Heads(
-        color=Distiller(student, Teacher(color), kd(), output='color'),
-        shape=Distiller(
-            student, Teacher(shape), kd() + losses_between(), output='shape', example=X
-        ),
-    )
+    recipes = dict(color=kd(), shape=kd() + losses_between())
+    with pytest.raises(DistillError, match='The projectors are not built yet'):
+        two_heads(student, color, shape, recipes).parameters()
+    heads = two_heads(student, color, shape, recipes, example=X)
     n = len(list(student.parameters()))
-    assert len(list(heads.parameters())) > n and len({id(p) for p in heads.parameters()}) == len(
-        list(heads.parameters())
-    )
+    assert len(list(heads.parameters())) == n + 2
+    assert len({id(p) for p in heads.parameters()}) == n + 2
     calls = student.calls
     heads(X, COLOR, SHAPE).total.backward()
-    assert student.calls == calls + 1 and all(
+    assert student.calls == calls + 1
+    assert all(
         p.grad is not None
         for k in ('body', 'color', 'shape')
         for p in getattr(student, k).parameters()
     )
+    assert all(p.grad is not None for p in heads.own_parameters())
     assert all(p.grad is None for p in [*color.parameters(), *shape.parameters()])
 
 
@@ -137,17 +235,92 @@ def losses_between():
     return Term(losses.mse, layers={'body': '0'}, match='shape', weight=1.0)
 
 
-def test_what_is_no_set_of_heads():
-    student, color, shape, other = nets()
-    of = lambda net, teacher, output: Distiller(net, teacher, kd(), output=output)
-    with pytest.raises(DistillError, match='Distillers of one student'):
-        Heads(color=of(student, Teacher(color), 'color'), shape=of(other, Teacher(shape), 'shape'))
-    with pytest.raises(DistillError, match='Distillers of one student'):
-        Heads()
-    heads = Heads(
-        color=of(student, Teacher(color), 'color'), shape=of(student, Teacher(shape), 'shape')
+def test_a_loader_is_checked_for_each_head():
+    student, color, shape, _ = nets()
+    batches = [(X, COLOR, SHAPE)] * 8
+    found = two_heads(student, color, shape).check(batches)
+    assert found.keys() == {'color', 'shape'}
+    right = lambda o, y: (o.argmax(1) == y).float().mean().item()
+    for k, y, t in (('color', COLOR, color), ('shape', SHAPE, shape)):
+        assert found[k].facts.teacher_score == pytest.approx(right(t(X), y))
+        assert found[k].facts.student_score == pytest.approx(right(student(X)[k], y))
+    same = two_heads(student, color, color)
+    wrong = same.check([(X, COLOR, SHAPE)])
+    assert "The student's output has shape (8, 2), the teacher's (8, 3)" in wrong['shape'][0].what
+    assert not same.check(X, COLOR, SHAPE)['color']
+    other = same.check(X, COLOR + 3, SHAPE)['color']
+    assert 'There is a label 5, but the outputs have 3 classes' in other[0].what
+
+
+def trained(n, state=None):
+    "The Distiller after `n` steps, its weights and its state; it continues from `state`"
+    student, color, shape, _ = nets()
+    heads = two_heads(student, color, shape, dict(shape=kd() + losses_between()), example=X)
+    opt = torch.optim.SGD(heads.parameters(), 0.1)
+    if state is not None:
+        heads.load_state_dict(state)
+    for _ in range(n):
+        loss = heads(X, COLOR, SHAPE).total
+        opt.zero_grad(), loss.backward(), opt.step()
+    return heads, torch.cat([p.detach().flatten() for p in heads.parameters()])
+
+
+def test_a_training_of_heads_continues_with_the_recipes_and_norms_that_it_had(capsys):
+    _, whole = trained(5)
+    half, _ = trained(3)
+    state = {k: v.clone() for k, v in half.state_dict().items()}
+    capsys.readouterr()
+    again, resumed = trained(2, state)
+    assert torch.equal(resumed, whole)
+    assert 'recipe' not in capsys.readouterr().out
+    assert again.heads['color'].recipe.terms[0].name == 'dist'
+    assert list(again.ratios) == ['color.dist']
+
+
+def test_a_state_of_other_heads_is_refused():
+    student, color, shape, _ = nets()
+    both = two_heads(student, color, shape, kd())
+    other = Distiller(student, dict(color=color), kd())
+    with pytest.raises(DistillError, match='the heads color, shape; this one has the heads color'):
+        other.set_extra_state(both.get_extra_state())
+    with pytest.raises(DistillError, match='the heads color, shape; this one has one output'):
+        Distiller(student, color, kd(), output='color').set_extra_state(both.get_extra_state())
+    with pytest.raises(DistillError, match='with one output; this one has the heads color'):
+        other.set_extra_state(Distiller(student, color, kd()).get_extra_state())
+
+
+def test_a_teacher_of_a_head_may_read_the_raw_items():
+    student, color, shape, _ = nets()
+    reads = Teacher(color, items=lambda rows: torch.stack(rows))
+    heads = two_heads(student, reads, shape, kd(2.0))
+    items = [x + 1 for x in X]
+    out = heads(with_items((X,), items), COLOR, SHAPE)
+    torch.testing.assert_close(
+        out.parts['color.kd'], losses.kl(student(X)['color'], color(X + 1), T=2.0).detach()
     )
+
+
+def test_what_is_no_set_of_heads():
+    student, color, shape, _ = nets()
+    with pytest.raises(DistillError, match='A dict of teachers without a head'):
+        Distiller(student, {})
+    with pytest.raises(DistillError, match='A dict .a state_dict.. holds weights, but no network'):
+        Distiller(student, color.state_dict())
+    with pytest.raises(DistillError, match='A dict of teachers is for the heads of a student'):
+        Teacher(dict(color=color))
+    with pytest.raises(DistillError, match='labels= and weights= are for several heads'):
+        Distiller(student, color, weights=dict(color=1))
+    heads = two_heads(student, color, shape, kd())
     with pytest.raises(DistillError, match=r'1 labels for 2 heads \(color, shape\)'):
         heads(X, COLOR)
-    with pytest.raises(DistillError, match='weights= has colour, the heads are color'):
-        Heads(weights=dict(colour=1), color=of(student, Teacher(color), 'color'))
+    for option in ('weights', 'recipe', 'kind', 'output'):
+        with pytest.raises(DistillError, match=f'{option}= has colour, the heads are color, shape'):
+            two_heads(student, color, shape, **{option: dict(colour=1)})
+    with pytest.raises(
+        DistillError, match=r"ask for those of one, as in distiller.heads\['color'\]"
+    ):
+        heads.teacher  # noqa: B018
+    with pytest.raises(
+        DistillError, match="'hue' among them, but the student returns color, shape, size"
+    ):
+        Distiller(student, dict(hue=color, shape=shape), kd())(X, COLOR, SHAPE)

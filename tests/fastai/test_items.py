@@ -26,7 +26,7 @@ from fastai.basics import (
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.text.all import TextBlock
 from fastai.vision.all import Flip, ImageBlock, Resize
-from fastdistill import Distiller, Heads, Teacher, hint, kd, with_items
+from fastdistill import Distiller, Teacher, hint, kd, with_items
 from fastdistill.fastai import (
     DistillError,
     KnowledgeDistillation,
@@ -386,7 +386,7 @@ def test_a_plain_loop_hands_the_items_beside_the_batch(folder):
     )
     torch.testing.assert_close(teacher(with_items(x, paths)).logits, t(own_pixels(paths)))
     assert not hasattr(x, 'raw_items')
-    heads = Heads(a=Distiller(net, teacher, kd(T=2, alpha=0.7)))
+    heads = Distiller(net, dict(a=teacher), kd(T=2, alpha=0.7))
     torch.testing.assert_close(heads(with_items(x, paths), y).total, want)
     Distiller(net, teacher, kd()).check(with_items(x, paths), y)
     Distiller(net, teacher)(with_items(x, paths), y)  # the recipe is chosen

@@ -1,6 +1,7 @@
 "Several heads in one Learner, each with its own teacher."
 
 import copy
+import pandas as pd
 import pytest, torch
 import torch.nn.functional as F
 import apps
@@ -390,7 +391,7 @@ def test_mistakes_are_named():
         of=numbers,
     )
     refused(
-        'unlabeled_targets= with several heads: the teachers run on unlabeled inputs',
+        r'unlabeled_targets= with several heads: give a dict with the cache of each \(color, shape\)',
         t,
         1,
         0.01,
@@ -410,18 +411,11 @@ def test_mistakes_are_named():
 
 def test_where_one_teacher_is_needed_a_dict_of_heads_is_refused():
     learn, t = learner(), teachers()
-    for where, call in {
-        'to compare': lambda: compare(dict(teacher=t, student=learn)),
-        'to distill_find': lambda: learn.distill_find(t, 1),
-        'here': lambda: learn.show_features(t),
-        'to compare_recipes': lambda: compare_recipes(learner, t, n_epoch=1),
-        'here.': lambda: DistillInterpretation.from_learner(learn, t),
-    }.items():
-        with pytest.raises(
-            DistillError,
-            match=f'A dict has a teacher for each head of a student, .* Give one teacher {where}',
-        ):
-            call()
+    with pytest.raises(
+        DistillError,
+        match='A dict has a teacher for each head of a student, .* Give one teacher here',
+    ):
+        learn.distill([t, t], 1, 0.01, kd(), kind='softmax')
     with pytest.raises(DistillError, match='A dict has a cache for each head'):
         verify_cache(t, t, learn.dls)
 
@@ -697,8 +691,6 @@ def test_mistakes_with_stored_heads_are_named(tmp_path):
         )
     with pytest.raises(DistillError, match=r'2 column\(s\) of labels for 3 heads'):
         cache_teacher(t | dict(size=nn.Linear(6, 1)), dls, tmp_path / 'bad3')
-    with pytest.raises(DistillError, match='unlabeled= with several heads'):
-        cache_teacher(t, dls, tmp_path / 'more', unlabeled=[1, 2])
 
 
 def test_lr_find_save_and_export_with_stored_heads(tmp_path):
@@ -714,3 +706,279 @@ def test_lr_find_save_and_export_with_stored_heads(tmp_path):
         learn.validate()
     learn.export('e.pkl')
     assert isinstance(load_learner(tmp_path / 'e.pkl').model, Net)
+
+
+# a teacher of several heads
+
+
+class CountedNet(Net):
+    "A teacher with both heads"
+
+    def __init__(self, as_tuple=False):
+        super().__init__(as_tuple)
+        torch.manual_seed(1)
+        opt = torch.optim.Adam(self.parameters(), 0.05)
+        for _ in range(60):
+            both(self(X), COLOR, SHAPE).backward()
+            opt.step(), opt.zero_grad()
+        self.calls = 0
+
+
+def apart(net):
+    "The same teacher as two teachers of one output"
+
+    class Part(nn.Module):
+        def __init__(self, k):
+            super().__init__()
+            self.net, self.k = net, k
+
+        def forward(self, x):
+            out = self.net(x)
+            return tuple(out)['color shape'.split().index(self.k)] if net.as_tuple else out[self.k]
+
+    return {k: Part(k) for k in ('color', 'shape')}
+
+
+@pytest.mark.parametrize('as_tuple', [False, True])
+def test_a_teacher_of_both_heads_runs_once_a_batch(as_tuple):
+    net = CountedNet(as_tuple)
+    learn = learner()
+    learn.distill(dict(color=net, shape=net), 1, 0.01, kd(), check=False)
+    batches = len(learn.dls.train) + len(learn.dls.valid)
+    assert net.calls == batches
+    other = learner()
+    other.distill(apart(net), 1, 0.01, kd(), check=False)
+    for a, b in zip(learn.model.parameters(), other.model.parameters()):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_learner_of_both_heads_teaches_each_by_the_names_of_its_classes():
+    hues, forms = colors[::-1], ['star', 'disc', 'ring', 'cross']
+    block = DataBlock(
+        (
+            TransformBlock,
+            CategoryBlock(vocab=hues, sort=False),
+            CategoryBlock(vocab=forms, sort=False),
+        ),
+        n_inp=1,
+        getters=[row, color_of, shape_of],
+    )
+    net = CountedNet()
+    theirs = Learner(block.dataloaders(list(range(96)), bs=16), net, loss_func=both)
+    learn, first = learner(), First()
+    learn.dls = named_dls()
+    learn.distill(
+        dict(color=theirs, shape=theirs), 1, 0.01, kd(T=1.0, alpha=1.0), cbs=first, check=False
+    )
+    loss, x, _, student = first.seen
+    s, t = student(x), net(x)
+    order = lambda mine, theirs: [theirs.index(c) for c in mine]
+    want = losses.kl(s['color'], t['color'][:, order(colors, hues)], T=1.0) + losses.kl(
+        s['shape'], t['shape'][:, order(shapes, forms)], T=1.0
+    )
+    assert loss == pytest.approx(want.item(), rel=1e-4)
+
+
+# what works for one head works for several
+
+
+def test_heads_are_compared_one_by_one():
+    learn, t = learner(), teachers()
+    net = CountedNet()
+    models = dict(teacher=dict(color=net, shape=net), other=t, distilled=learn)
+    reports = compare(models, seconds=0, repeats=50, progress=False)
+    assert list(reports) == ['color', 'shape']
+    x, c, h = [torch.stack(o) for o in zip(*learn.dls.valid_ds)]
+    with torch.no_grad():
+        own = dict(
+            teacher=net.eval()(x), other={k: t[k](x) for k in t}, distilled=learn.model.eval()(x)
+        )
+    for k, y in dict(color=c, shape=h).items():
+        models = reports[k].models
+        for name, out in own.items():
+            right = (out[k].argmax(1) == y).float().mean().item()
+            assert models[name].measures['accuracy'].value == pytest.approx(right)
+            loss = F.cross_entropy(out[k], y).item()
+            assert models[name].loss == pytest.approx(loss, rel=1e-4)
+        same = (own['distilled'][k].argmax(1) == own['teacher'][k].argmax(1)).float().mean().item()
+        assert models['distilled'].agreement['same'] == pytest.approx(same)
+    assert reports['color'].teacher == 'teacher'
+
+
+def test_only_models_with_the_same_heads_are_compared():
+    learn, t = learner(), teachers()
+    with pytest.raises(DistillError, match='different heads .color, shape and shape, color.'):
+        compare(dict(a=t, b=dict(shape=t['shape'], color=t['color']), student=learn))
+    half = dict(color=t['color'], shape=None)
+    reports = compare(dict(teacher=half, student=learn), seconds=0, repeats=50, progress=False)
+    assert list(reports) == ['color']
+
+
+def test_a_recipe_is_found_for_all_heads():
+    learn, t, calls = learner(), teachers(), []
+    count = {k: Teacher(lambda x, k=k: (calls.append(k), t[k](x))[1]) for k in t}
+    were = copy.deepcopy(learn.model.state_dict())
+    found = learn.distill_find(count, 2, 5, rates=[0.01], trials=4, seeds=0, show=False)
+    assert all(torch.equal(v, were[k]) for k, v in learn.model.state_dict().items())
+    assert found.metric == 'accuracy, mean of the heads'
+    assert {r.name for r in found.runs} >= {'labels alone', 'auto'}
+    # each teacher answered once for the training set, and for the check
+    assert calls.count('color') < 25
+    learn.distill(t, 1, found.lr, found.recipe, check=False)
+
+
+def test_the_score_of_a_search_is_the_mean_of_the_heads():
+    learn, t = learner(), teachers()
+    seen = []
+
+    def score(logits, targets):
+        right = [logits[k].argmax(1) == y for k, y in zip(('color', 'shape'), targets)]
+        seen.append(torch.stack([r.float() for r in right]).mean(0))
+        return seen[-1]
+
+    search = lambda **kw: learn.distill_find(
+        t, 1, 5, rates=[0.01], recipes=dict(mine=kd(T=2.0)), trials=2, seeds=0, show=False, **kw
+    )
+    usual, own = search(), search(score=score)
+    assert seen
+    assert [r.scores for r in usual.runs] == [pytest.approx(r.scores) for r in own.runs]
+
+
+def test_heads_of_different_kinds_need_a_score_of_their_own():
+    learn, t = learner(False, COLOR, SIZE), teachers()
+    with pytest.raises(DistillError, match='so their scores have no mean: pass score='):
+        learn.distill_find(
+            dict(color=t['color'], shape=nn.Linear(6, 1)), 1, kind=dict(shape='regression')
+        )
+
+
+def test_recipes_of_heads_are_compared_over_seeds(tmp_path):
+    def make():
+        return learner()
+
+    recipes = {'alone': None, 'both': kd(T=2.0), 'apart': dict(color=kd(T=2.0), shape=kd(T=1.0))}
+    run = lambda t: compare_recipes(
+        make, t, recipes, n_epoch=1, lr_max=0.01, seeds=2, folder=tmp_path, progress=False
+    )
+    report = run(teachers())
+    assert report.baseline == 'alone'
+    assert report.metric == 'valid_loss'
+    assert len({report.values(k)[0] for k in recipes}) == 3
+    assert [r.history for r in run(teachers()).runs] == [r.history for r in report.runs]
+    with pytest.raises(DistillError, match='teacher'):
+        run(teachers() | dict(shape=nn.Linear(6, 4)))
+
+
+def test_stored_outputs_for_inputs_without_labels_teach_each_head(tmp_path):
+    t, items = teachers(), list(range(32))
+    stored = cache_teacher(
+        t, named_dls(), tmp_path, views=0, dtype='float32', unlabeled=items, progress=False
+    )
+    live, old = quiet_learner(seeded_dls()), quiet_learner(seeded_dls())
+    for learn, options in ((live, {}), (old, dict(unlabeled_targets=stored))):
+        set_seed(5)
+        with learn.no_bar():
+            learn.distill(t, 2, 0.01, kd(T=2.0), unlabeled=items, check=False, **options)
+    for a, b in zip(live.model.parameters(), old.model.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_inputs_without_labels_are_taught_by_stored_outputs_alone(tmp_path):
+    t, items = teachers(), list(range(32))
+    store = lambda name, **kw: cache_teacher(
+        t, named_dls(), tmp_path / name, views=0, dtype='float32', progress=False, **kw
+    )
+    source, more = store('labeled'), store('more', unlabeled=items)
+    live, old = quiet_learner(seeded_dls()), quiet_learner(seeded_dls())
+    for learn, teacher, options in ((live, t, {}), (old, source, dict(unlabeled_targets=more))):
+        set_seed(5)
+        with learn.no_bar():
+            learn.distill(teacher, 2, 0.01, kd(T=2.0), unlabeled=items, check=False, **options)
+    for a, b in zip(live.model.parameters(), old.model.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_disagreements_are_those_of_each_head(capsys):
+    learn, t = learner(), teachers()
+    learn.dls = named_dls()
+    found = DistillInterpretation.from_learner(learn, t)
+    assert list(found) == ['color', 'shape']
+    x, *_ = [torch.stack(o) for o in zip(*[(row(i),) for i in range(64, 96)])]
+    with torch.no_grad():
+        s = learn.model.eval()(x)
+    for k in t:
+        want = losses.kl(s[k], t[k](x), T=1.0, reduction='none').detach()
+        torch.testing.assert_close(found[k].losses, want, rtol=1e-4, atol=1e-5)
+        values, idx = found[k].top_losses(2)
+        with pd.option_context('display.max_columns', None, 'display.width', 1000):
+            found[k].show_disagreements(2)
+        shown = capsys.readouterr().out
+        names = dict(color=colors, shape=shapes)[k]
+        for i in idx.tolist():
+            assert names[t[k](x)[i].argmax()] in shown
+            assert names[s[k][i].argmax()] in shown
+
+
+class Pictures(nn.Module):
+    "A convolutional net with two heads"
+
+    def __init__(self, width):
+        super().__init__()
+        conv = lambda a, b: nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.ReLU())
+        self.body = nn.Sequential(conv(3, width), conv(width, width))
+        self.color, self.shape = nn.Linear(width, 3), nn.Linear(width, 4)
+
+    def forward(self, x):
+        h = self.body(x).mean((2, 3))
+        return dict(color=self.color(h), shape=self.shape(h))
+
+
+def test_maps_of_each_teacher_are_shown():
+    images = [(torch.rand(3, 16, 16), c, s) for c, s in zip(COLOR[:16], SHAPE[:16])]
+    dls = DataLoaders.from_dsets(images, images, bs=8, num_workers=0)
+    dls.n_inp = 1
+    learn = Learner(dls, Pictures(4), loss_func=both)
+    big = Pictures(8)
+    figures = learn.show_features(dict(color=big, shape=big), layers={'body.0': 'body.0'}, n=2)
+    assert list(figures) == ['color', 'shape']
+    assert len(figures['color'].axes) == len(figures['shape'].axes) == 6
+
+
+def test_a_training_of_heads_continues_from_its_file(tmp_path, capsys):
+    def run(file=None):
+        learn, cb = quiet_learner(named_dls()), KD(teachers())
+        learn.path = tmp_path
+        if file is not None:
+            learn.load(file)
+        learn.logger = print
+        with learn.no_bar():
+            learn.fit(1, 0.01, cbs=cb)
+        return learn, {k: r.batches for k, r in cb.distiller.ratios.items()}
+
+    learn, batches = run()
+    assert batches == {'color.dist': 4, 'shape.dist': 4}
+    learn.save('half')
+    capsys.readouterr()
+    _, batches = run('half')
+    assert batches == {'color.dist': 8, 'shape.dist': 8}
+    assert 'continue from half.distill.pth' in capsys.readouterr().out
+
+
+def test_a_chosen_recipe_of_a_head_is_that_of_the_file(tmp_path, capsys):
+    learn, cb, t = quiet_learner(named_dls()), KD(teachers()), teachers()
+    learn.path = tmp_path
+    with learn.no_bar():
+        learn.fit(1, 0.01, cbs=cb)
+    learn.save('half')
+    chosen = cb.distiller.chosen
+    assert chosen['color'].startswith('labels + dist(T=')
+    # a teacher that is softened otherwise
+    with torch.no_grad():
+        t['color'].weight.mul_(3), t['color'].bias.mul_(3)
+    other, again = quiet_learner(named_dls()), KD(t)
+    other.path, other.logger = tmp_path, print
+    other.load('half')
+    with other.no_bar():
+        other.fit(1, 0.01, cbs=again)
+    assert again.distiller.chosen == chosen
+    assert f'fastdistill: color: recipe {chosen["color"]}, as before' in capsys.readouterr().out

@@ -59,10 +59,10 @@ ORDER = dict(
     cache='per_sample keys digests folder files entries layout manifest reader source writer progress dataset importers server verify pack',
     recipes='schedule batch gradient_norms gradient_balance link recipe_loss term zoo text default catalog',
     checks='findings shared_parameters batch_scores class_order shapes forward normalization recipe scores passed_checks outputs explain',
-    distiller='distiller heads integration',
+    distiller='loader head distiller integration',
     evaluation='data format tables text plot_style feature_plots report_plots page checks_page report run_table metrics calibration agreement paired_tests cost models',
     search='candidates text_table significance runs proposals result search recipe_report',
-    fastai='task language_model learner_notes teacher_targets patches block vocab targets transforms replay_dl sample_keys raw_items tables teachers batches head metrics compare interpret export save default_recipe costs check cache_data cache_feed finite trend unlabeled projector_opt arguments multi_head callback learner trial_callback trials find recipe_runs',
+    fastai='task language_model learner_notes teacher_targets patches block vocab targets transforms replay_dl sample_keys raw_items tables teachers batches head metrics compare interpret export save default_recipe costs check cache_data cache_feed finite trend unlabeled projector_opt arguments multi_head fit_distiller fit_log fit_state training_step callback learner trial_callback trials find recipe_runs',
     huggingface='students models trainer',
     cli='training arguments objects demo commands app',
 )

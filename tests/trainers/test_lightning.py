@@ -359,3 +359,53 @@ def test_a_teacher_with_its_classes_in_a_different_order_is_refused_before_train
     with refuses('class 0 and class 1 are swapped'):
         fit()
     assert fit(check=False) == 2
+
+
+class TwoHeads(pl.LightningModule):
+    "Somebody's module with two outputs, and the loss of both"
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        h = self.body(x).relu()
+        return dict(a=self.a(h), b=self.b(h))
+
+    def training_step(self, batch, batch_idx):
+        x, *ys = batch
+        return sum(F.cross_entropy(o, y) for o, y in zip(self(x).values(), ys))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_each_head_learns_from_its_teacher(tmp_path):
+    x, a, b = torch.randn(8, 6), torch.randint(3, (8,)), torch.randint(4, (8,))
+    ta, tb = nn.Linear(6, 3), nn.Linear(6, 4)
+    module = TwoHeads()
+    start = TwoHeads()
+    callback = DistillCallback(dict(a=ta, b=tb), kd(T, ALPHA), check=False)
+    pl.Trainer(
+        max_steps=1,
+        callbacks=callback,
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator='cpu',
+    ).fit(module, DataLoader(TensorDataset(x, a, b), 8))
+    s = start(x)
+    loss = (1 - ALPHA) * (F.cross_entropy(s['a'], a) + F.cross_entropy(s['b'], b)) + ALPHA * (
+        losses.kl(s['a'], ta(x), T=T) + losses.kl(s['b'], tb(x), T=T)
+    )
+    loss.backward()
+    for p, q in zip(module.parameters(), start.parameters()):
+        torch.testing.assert_close(p, q - 0.1 * q.grad)
+
+
+def test_a_ready_module_has_one_task_loss():
+    with refuses('DistillModule has one task loss. For several heads, use DistillCallback'):
+        DistillModule(TwoHeads(), dict(a=nn.Linear(6, 3), b=nn.Linear(6, 4)), kd())

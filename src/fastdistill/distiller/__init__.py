@@ -2,6 +2,5 @@
 
 from ..recipes.recipe_loss import Distilled
 from .distiller import Distiller
-from .heads import Heads
 
-__all__ = ['Distilled', 'Distiller', 'Heads']
+__all__ = ['Distilled', 'Distiller']

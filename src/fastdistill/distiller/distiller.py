@@ -2,48 +2,26 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from ..base.class_mapping import taught_part
-from ..base.distributed import of_first, rank
-from ..base.generators import Generators
-from ..base.outputs import (
-    DistillError,
-    Outputs,
-    as_plain,
-    check_output,
-    map_tensors,
-    warn_of_several,
-)
-from ..base.random_state import RandomGuard
-from ..base.task import labels_loss, task_for
+from ..base.outputs import DistillError, Outputs, map_tensors
 from ..checks.findings import Findings
 from ..checks.forward import student_logits
-from ..checks.outputs import BATCHES, check_batch, check_outputs
-from ..checks.shared_parameters import none_shared, shared_parameters
-from ..features.calls import arguments, predicts_next
-from ..features.layer_pairs import PairTable, check_names, inputs, pair
-from ..features.probe import dry_run
-from ..features.projectors import projector
-from ..features.taps import Taps, is_output, layer_output
-from ..recipes.batch import (
-    all_classes,
-    both,
-    inputs_and_labels,
-    labels_to_shift,
-    next_tokens,
-    padding_mask,
-)
-from ..recipes.default import chosen_before, chosen_for
-from ..recipes.link import Link, own_copy
-from ..recipes.recipe_loss import Distilled, RecipeLoss
+from ..checks.outputs import BATCHES
+from ..features.calls import arguments
+from ..features.layer_pairs import PairTable, inputs
+from ..features.taps import Taps
+from ..recipes.batch import inputs_and_labels
+from ..recipes.recipe_loss import Distilled
 from ..recipes.term import Recipe
-from ..recipes.text import as_recipe
-from ..teachers.teacher import Teacher
+from ..teachers.forms import holds_weights
+from ..teachers.teacher import Teacher, same_run
+from .head import Head, HeadOutput, SharedOutput, has_outputs, options_by_head, renamed
+from .loader import is_loader, own_generators
 
 __all__ = ['Distiller']
 
@@ -54,15 +32,35 @@ LACKS = (
 )
 
 
-class Distiller(RecipeLoss):
+def of_the_only_head(name, doc):
+    """A property of a Distiller that is one of its head, if there is one head."""
+
+    def get(self):
+        return getattr(self.head, name)
+
+    def set_(self, v):
+        setattr(self.head, name, v)
+
+    return property(get, set_, doc=doc)
+
+
+class Distiller(nn.Module):
     """A student, its teacher, and a recipe: `distiller(x, y)` is one batch. Its parameters are the
     student's and the projectors', never the teacher's. `with distiller.teacher:` around a loop gets
     the teacher ready once, and not for each batch. `state_dict()` holds all that a training needs
     to continue, but for the optimizer's state.
 
+    A student with several outputs may learn each from its own teacher: `Distiller(student,
+    {'color': teacher1, 'shape': teacher2})`, where `distiller(x, y_color, y_shape)` is one batch.
+    Each option is then one for all heads, or a dict by the name of the head. The student runs once
+    per batch, and so does a teacher of several heads. `distiller.heads['color']` has the attributes
+    of one head, such as `recipe` and `teacher`.
+
     Args:
         student: What is trained; None if only `compute` is used, without layers.
-        teacher: A `Teacher`, or what it takes: a module, a callable, a file, a list of these.
+        teacher: A `Teacher`, or what it takes: a module, a callable, a file, a list of these. A
+            dict: name of a head -> its teacher, or None for labels alone. A teacher of several
+            heads gives each the output of its name, or of its place in a tuple.
         recipe: `kd()`, `kd() + at()`, a `Term`, or a text such as 'kd(T=2) + at()'; None or
             'auto': `auto` chooses at the first batch, by the outputs.
         task_loss: fn(student logits, *targets): the task loss; None: cross-entropy,
@@ -76,7 +74,11 @@ class Distiller(RecipeLoss):
             loss that None chooses. None: seen in the first batch, or asked for.
         output: Which of several outputs is distilled, of the student and of a teacher that is
             not yet a `Teacher`: a name, an index, or a function of what the model returned;
-            None: the one called 'logits' or 'out', or the first of a tuple.
+            None: the one called 'logits' or 'out', or the first of a tuple. Of a head: the one
+            with its name, or with its place in a tuple.
+        labels: Of several heads: name -> fn(labels of the batch) -> those of this head, as a
+            tuple; None: each head has one label, in the order of the heads.
+        weights: Of several heads: name -> weight of its loss; 1 if not given.
         check: Look for mistakes: parameters that both models share, and in the first batch what
             `Distiller.check` finds.
         example: A batch of inputs, to build projectors before an optimizer asks for their
@@ -90,55 +92,202 @@ class Distiller(RecipeLoss):
         recipe=None,
         *,
         task_loss=None,
-        kind: str | None = None,
-        axis: int | None = None,
-        ignore_index: int | None = None,
-        shift_labels: bool | None = None,
+        kind: str | dict | None = None,
+        axis: int | dict | None = None,
+        ignore_index: int | dict | None = None,
+        shift_labels: bool | dict | None = None,
         output=None,
-        check: bool = True,
+        labels: dict | None = None,
+        weights: dict | None = None,
+        check: bool | dict = True,
         example=None,
     ):
-        recipe = as_recipe(recipe)
-        super().__init__(
-            Recipe() if recipe is None else recipe, task_for(task_loss, kind, axis, ignore_index)
+        super().__init__()
+        # subtle: the first child, so that the student's parameters are the first ones of a Distiller
+        self.student = student
+        self.several = isinstance(teacher, Mapping) and not holds_weights(teacher)
+        if not self.several and (labels is not None or weights is not None):
+            raise DistillError(
+                'labels= and weights= are for several heads: give a dict of teachers, as in '
+                "Distiller(student, {'color': teacher1, 'shape': teacher2})."
+            )
+        teachers = {str(k): t for k, t in teacher.items()} if self.several else {'': teacher}
+        if not teachers:
+            raise DistillError('A dict of teachers without a head.')
+        options = dict(
+            recipe=recipe,
+            task_loss=task_loss,
+            kind=kind,
+            axis=axis,
+            ignore_index=ignore_index,
+            shift_labels=shift_labels,
+            output=output,
+            labels=labels,
+            weights=weights,
+            check=check,
         )
-        self.student, self.task_loss, self.shift_labels = student, task_loss, shift_labels
-        self.automatic = self.chooses = recipe is None  # is the recipe chosen? is it still to be?
-        check_output(output)
-        self.output, self.found, self.doubt = (
-            output,
-            {},
-            '',
-        )  # what a check found against the teacher
-        if teacher is not None and not isinstance(teacher, Teacher):
-            teacher = Teacher(teacher, kind=self.task.kind, axis=self.task.axis, output=output)
-        self.teacher = teacher
-        self.pairs: PairTable | None = None  # what is compared with what, once it is known
-        self.unchecked = {'labels', 'outputs'} if check else set()
-        if student is not None and teacher is not None:
-            self.check_names()
-            if check:
-                Findings(shared_parameters(student, teacher)).enforce()
+        of_each = {k: options_by_head(o, k, teachers) for k, o in options.items()}
+        self.heads = {
+            k: self._head(k, t, {n: o[k] for n, o in of_each.items()}, teachers)
+            for k, t in teachers.items()
+        }
+        self._register_links()
         if example is not None:
             self.setup(*inputs(example))
 
-    def take(self, recipe):
-        super().take(Recipe(recipe))
-        self.chooses = False
-        self.chosen = (
-            [recipe.text, recipe.why, recipe.kind] if hasattr(recipe, 'text') else None
-        )  # if `auto` chose it
+    def _head(self, name, teacher, o, teachers):
+        labels, weight, output = o.pop('labels'), o.pop('weights'), o['output']
+        if not self.several:
+            return Head(name, self.student, teacher, labels=tuple, teacher_output=output, **o)
+        at, n = [*teachers].index(name), len(teachers)
+        if output is None:
+            o['output'] = HeadOutput(name, at, n)
+            if sum(same_model(teacher, t) for t in teachers.values()) > 1:
+                output = SharedOutput(name, at, n)
+                if isinstance(teacher, Teacher):
+                    teacher = teacher.with_defaults(output=output)
+        return Head(
+            name,
+            self.student,
+            teacher,
+            labels=labels or partial(labels_in_order, [*teachers], at),
+            weight=1.0 if weight is None else weight,
+            teacher_output=output,
+            **o,
+        )
 
-    def choose(self, logits, x: tuple, labels: bool):
-        """Take the recipe that `auto` chooses for such outputs and such a teacher, and batches with
-        or without labels.
+    # heads
+
+    @property
+    def head(self) -> Head:
+        """The head of a student with one output."""
+        if self.several:
+            names = ', '.join(self.heads)
+            raise DistillError(
+                f'This Distiller has the heads {names}: ask for those of one, as in '
+                f'distiller.heads[{next(iter(self.heads))!r}].'
+            )
+        return self.heads['']
+
+    teacher = of_the_only_head('teacher', 'The teacher; of several heads, see `heads`.')
+    task = of_the_only_head('task', 'What the logits are.')
+    task_loss = of_the_only_head('task_loss', 'The task loss that was given.')
+    output = of_the_only_head('output', 'Which output is distilled.')
+    shift_labels = of_the_only_head('shift_labels', 'Are labels moved to where they are predicted?')
+    doubt = of_the_only_head('doubt', 'What a check found against the teacher.')
+
+    @property
+    def teachers(self) -> list:
+        """What runs: the teacher of each head, but one for those that share a run."""
+        return [next(iter(group.values())).teacher for group in self._runs(self.heads)]
+
+    def start(self):
+        """Prepare the teachers for many batches."""
+        for t in self.teachers:
+            t.start()
+
+    def stop(self):
+        """Restore the teachers; may be called at any time, and twice."""
+        for t in self.teachers:
+            t.stop()
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe; of several heads, that of all, with names such as 'color.kd'. It has no task
+        weight if the heads give the task loss different weights.
         """
-        ask = lambda: all_classes(self.teacher.probe(*x), Outputs(logits)).logits
-        doubt = 'the teacher is in doubt, see above' if self.doubt else None
-        chosen = of_first(chosen_for(logits.shape, self.task, ask, labels, doubt))
-        self.take(chosen)
-        if rank() == 0:
-            print(f'fastdistill: recipe {chosen}')
+        if not self.several:
+            return self.head.recipe
+        whole = lambda k, h: [renamed(t, f'{k}.{t.name}') for t in h.recipe.terms]
+        task, *others = (h.recipe.task for h in self.heads.values())
+        if any(o != task for o in others):
+            task = None
+        return Recipe(*(t for k, h in self.heads.items() for t in whole(k, h)), task=task)
+
+    def _register_links(self):
+        """What the heads train beside the student."""
+        links = {k: h.links for k, h in self.heads.items()}
+        self.links = nn.ModuleDict(links) if self.several else links['']
+
+    def measured(self) -> dict:
+        """Name of a head -> (projectors and losses with parameters, measured gradients)."""
+        return {k: (h.links, h.ratios) for k, h in self.heads.items()}
+
+    def use(self, measured: dict):
+        """Continue with these.
+
+        Args:
+            measured: As from `measured`
+        """
+        for k, h in self.heads.items():
+            h.links, h.ratios = measured[k]
+        self._register_links()
+
+    def share_task_loss(self):
+        """For trainers that compute one task loss for all heads: its weight must be the same in all
+        recipes.
+        """
+        task = Recipe(*(h.recipe for h in self.heads.values())).task
+        for h in self.heads.values():
+            h.shares_task, h.recipe = True, Recipe(*h.recipe.terms, task=task)
+
+    def _share_again(self):
+        """As `share_task_loss`, if it was called before and a recipe is a new one."""
+        if self.several and any(h.shares_task for h in self.heads.values()):
+            self.share_task_loss()
+
+    @property
+    def pairs(self) -> PairTable | None:
+        """What is compared with what, once it is known."""
+        if not self.several:
+            return self.head.pairs
+        return PairTable([p for h in self.heads.values() for p in h.pairs or []])
+
+    @property
+    def ratios(self) -> dict:
+        """The measured gradients of terms with a gradient ratio."""
+        if not self.several:
+            return self.head.ratios
+        return {f'{k}.{n}': r for k, h in self.heads.items() for n, r in h.ratios.items()}
+
+    @property
+    def gradient_shares(self) -> dict | None:
+        """Part -> share of the gradient, the labels' is 'task'; None until the first training
+        batch.
+        """
+        each = {k: h.gradient_shares for k, h in self.heads.items()}
+        return None if all(s is None for s in each.values()) else self._named(each)
+
+    def _named(self, each: dict) -> dict:
+        """Of all heads, with names such as 'color.kd'."""
+        if not self.several:
+            return each['']
+        return {f'{k}.{n}': v for k, o in each.items() for n, v in (o or {}).items()}
+
+    @property
+    def measures(self) -> bool:
+        """Are shares of the gradient measured?"""
+        return all(h.measures for h in self.heads.values())
+
+    @measures.setter
+    def measures(self, on):
+        for h in self.heads.values():
+            h.measures = on
+
+    @property
+    def chooses(self) -> bool:
+        """Is a recipe still to be chosen?"""
+        return any(h.chooses for h in self.heads.values())
+
+    @property
+    def chosen(self) -> dict:
+        """Name of a head -> the recipe that `auto` chose for it, as text; None: it chose none."""
+        return {k: h.chosen and h.chosen[0] for k, h in self.heads.items()}
+
+    @property
+    def ready(self) -> bool:
+        """Are all projectors built?"""
+        return all(h.ready for h in self.heads.values())
 
     # checkpoints
 
@@ -146,9 +295,8 @@ class Distiller(RecipeLoss):
         """What a checkpoint holds beside weights: as a tensor, so that it can be stored wherever
         weights can.
         """
-        state = dict(
-            recipe=self.chosen, ratios=self.ratios.state_dict(), shift_labels=self.shift_labels
-        )
+        state = {k: h.state() for k, h in self.heads.items()}
+        state = state if self.several else state['']
         return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor):
@@ -156,45 +304,40 @@ class Distiller(RecipeLoss):
         already is kept.
         """
         state = json.loads(bytes(state.tolist()))
-        if self.automatic and state['recipe'] is not None:
-            recipe = chosen_before(*state['recipe'])
-            if self.chooses or [t.name for t in recipe.terms] == [
-                t.name for t in self.recipe.terms
-            ]:
-                self.take(recipe)
-        self.ratios.load_state_dict(state['ratios'])
-        if self.shift_labels is None:
-            self.shift_labels = state['shift_labels']
+        of_one = set(self.heads[next(iter(self.heads))].state())
+        if set(state) != (set(self.heads) if self.several else of_one):
+            have = 'one output' if set(state) == of_one else f'the heads {", ".join(state)}'
+            mine = f'the heads {", ".join(self.heads)}' if self.several else 'one output'
+            raise DistillError(f'This state is of a Distiller with {have}; this one has {mine}.')
+        for k, h in self.heads.items():
+            h.load_state(state[k] if self.several else state)
+        self._share_again()
 
     def _load_from_state_dict(self, state, prefix, meta, strict, missing, unexpected, errors):
         if (key := f'{prefix}_extra_state') not in state:
             # subtle: `strict` is True whatever was asked for, and only `missing` depends on it
-            if self.ratios or self.automatic:
+            if self.ratios or any(h.automatic for h in self.heads.values()):
                 missing.append(f'{key}: {LACKS}')
             state = {**state, key: self.get_extra_state()}
         super()._load_from_state_dict(state, prefix, meta, strict, missing, unexpected, errors)
 
-    @property
-    def ready(self):
-        return len(self.links) == len(self.recipe.terms)
+    # before the first batch
 
     def parameters(self, recurse=True):
-        if not self.ready and any(
-            t.match == 'shape' or t.projector != 'auto' for t in self.layered
-        ):
-            raise DistillError(
-                'The projectors are not built yet, and an optimizer made now would not train them: '
-                'give the Distiller a batch of inputs, Distiller(..., example=x)'
-            )
+        for h in self.heads.values():
+            if not h.ready and any(t.match == 'shape' or t.projector != 'auto' for t in h.layered):
+                raise DistillError(
+                    'The projectors are not built yet, and an optimizer made now would not train them: '
+                    'give the Distiller a batch of inputs, Distiller(..., example=x)'
+                )
         return super().parameters(recurse)
 
-    def check_names(self):
-        """Refuse layers that the models don't have, before any batch."""
-        for t in self.layered:
-            check_names(self.student, self.teacher, t.layers)
+    def own_parameters(self):
+        return [p for p in self.links.parameters() if p.requires_grad]
 
-    def check(self, x, *targets, n: int = BATCHES) -> Findings:
-        """What would go wrong in silence: a list of findings, empty if nothing is wrong.
+    def check(self, x, *targets, n: int = BATCHES) -> Findings | dict[str, Findings]:
+        """What would go wrong in silence: a list of findings, empty if nothing is wrong; of several
+        heads, a dict with a list for each.
 
         Of a DataLoader, a few batches show the scores of both models and of a constant prediction
         (`.facts`), a teacher that seems untrained, or whose classes are in another order, and all
@@ -212,10 +355,15 @@ class Distiller(RecipeLoss):
             with own_generators(x):
                 return self.check_batches(map(inputs_and_labels, x), n)
         x = inputs(x)
-        s, t = student_logits(self.student, x, self.output), self.teacher.probe(*x)
-        return self._findings(Outputs(s), t, targets)
+        return self._each_head(
+            lambda h: h.check(
+                Outputs(student_logits(self.student, x, h.output)),
+                h.teacher.probe(*x),
+                h.labels(targets),
+            )
+        )
 
-    def check_batches(self, batches, n: int = BATCHES, *, placed: bool = False) -> Findings:
+    def check_batches(self, batches, n: int = BATCHES, *, placed: bool = False):
         """As `check`, for batches that are split already.
 
         Args:
@@ -223,73 +371,60 @@ class Distiller(RecipeLoss):
             n: How many are read.
             placed: Is each label where it is predicted already?
         """
-        found, device = Findings(), next((p.device for p in self.student.parameters()), None)
-        found.add(
-            'parameters',
-            shared_parameters(self.student, self.teacher),
-            none_shared(self.student, self.teacher),
-        )
+        device = next((p.device for p in self.student.parameters()), None)
         here = ((inputs(x), y) for x, y in islice(batches, n))
         here = (map_tensors(b, lambda t: t if t.device == device else t.to(device)) for b in here)
-        recipe = None if self.chooses else self.recipe
-        found.join(
-            check_outputs(
-                self.teacher,
-                self.task,
-                here,
-                self.student,
-                recipe=recipe,
-                output=self.output,
-                place=None if placed else self.targets_at,
-            )
-        )
-        self.doubt = found.doubt
-        return found
+        if self.several:
+            here = list(here)
+        of = lambda h: ((x, h.labels(y)) for x, y in here)
+        return self._each_head(lambda h: h.check_batches(of(h), placed))
 
-    def _findings(self, student, teacher, targets):
-        t = None if teacher is None else all_classes(teacher, student).logits
-        y = as_plain(targets[0]) if len(targets) and isinstance(targets[0], Tensor) else None
-        s, y = taught_part(
-            student.logits, y, None if teacher is None else teacher.classes, self.task
-        )
-        return check_batch(s, t, y, self.task)
+    def _each_head(self, fn):
+        """fn(head) of each that has a teacher."""
+        if not self.several:
+            return fn(self.head)
+        return {k: fn(h) for k, h in self.heads.items() if h.teacher is not None}
 
-    def check_first(self, student, teacher, targets):
-        """Refuse the mistakes of the first batch, and of the first batch for which the teacher
-        runs.
-        """
-        parts = {'labels'} if teacher is None else {'labels', 'outputs'}
-        if not parts & self.unchecked:
-            return
-        self.unchecked -= parts
-        self._findings(student, teacher, targets).enforce()
-
-    def own_parameters(self):
-        return [p for p in self.links.parameters() if p.requires_grad]
+    def check_names(self):
+        """Refuse layers that the models don't have, before any batch."""
+        for h in self.heads.values():
+            h.check_names()
 
     def setup(self, *x):
         """Pair layers and build projectors, from one evaluation-mode probe that changes nothing,
         the random state included.
         """
-        student = self.student
-        cuda = sorted({p.device.index for p in student.parameters() if p.is_cuda})
-        with RandomGuard(cuda):
-            tables = {
-                t.name: pair(
-                    student, self.teacher, x, layers=t.layers, match=t.match, projector=t.projector
-                )
-                for t in self.layered
-            }
-            pairs = self.pairs = PairTable(p for ps in tables.values() for p in ps)
-            with Taps(student, dict.fromkeys(p.student for p in pairs)) as taps:
-                dry_run(student, *x)
-                s = taps.pop()
-            t = self.teacher.probe(
-                *x, layers=list(dict.fromkeys(p.teacher for p in pairs if not is_output(p.teacher)))
-            )
-            for term in self.layered:
-                self.links[term.name] = nn.ModuleList(self._links(term, tables[term.name], s, t))
+        for h in self.heads.values():
+            if not (self.several and h.ready):
+                h.setup(x)
         return self
+
+    def choose(self, x: tuple, labels: bool):
+        """Take the recipe that `auto` chooses, for each head without one.
+
+        Args:
+            x: Inputs of a batch.
+            labels: Do the batches have labels?
+        """
+        for h in self.heads.values():
+            if h.chooses:
+                h.choose(student_logits(self.student, x, h.output), x, labels)
+        self._share_again()
+
+    # a batch
+
+    def active_terms(self, progress: float | None = None) -> list:
+        """The terms that a batch needs: those with a weight; without gradient, as in validation,
+        all of them.
+
+        Args:
+            progress: Share of the training that is done, for schedules.
+        """
+        return [t for h in self.heads.values() for t in h.active_terms(progress)]
+
+    def needs_teacher(self, progress: float | None = None) -> bool:
+        """Whether any term needs the teacher's outputs for this batch."""
+        return bool(self.active_terms(progress))
 
     def student_layers(self, terms=None) -> list:
         """The student's layers that the terms compare.
@@ -304,43 +439,76 @@ class Distiller(RecipeLoss):
         return self._layers(1, terms)
 
     def _layers(self, i, terms):
-        links = (
-            self.links[t.name]
-            for t in (self.recipe.terms if terms is None else terms)
-            if t.name in self.links
-        )
-        return list(
-            dict.fromkeys(
-                k.layers[i] for ks in links for k in ks if k.layers and not is_output(k.layers[i])
-            )
-        )
+        return list(dict.fromkeys(n for h in self.heads.values() for n in h.layers(i, terms)))
 
-    def teacher_outputs(self, x, progress: float | None = None) -> Outputs | None:
+    def teacher_outputs(self, x, progress: float | None = None) -> Outputs | dict | None:
         """The teacher's outputs for a batch, with the layers that its terms compare; None where no
-        term needs them.
+        term needs them. Of several heads, a dict of those that have outputs.
 
         Args:
             x: The batch's inputs, as `forward` takes them.
             progress: Share of the training that is done, for schedules.
         """
-        terms = self.active_terms(progress)
-        return self.teacher.outputs(inputs(x), layers=self.teacher_layers(terms)) if terms else None
+        x, out = inputs(x), {}
+        terms = {k: h.active_terms(progress) for k, h in self.heads.items()}
+        ask = {k: h for k, h in self.heads.items() if terms[k]}
+        if self.several:
+            ask = {k: h for k, h in ask.items() if has_outputs(h.teacher)}
+        for group in self._runs(ask):
+            first = next(iter(group.values())).teacher
+            layers = list(dict.fromkeys(n for k, h in group.items() for n in h.layers(1, terms[k])))
+            if len(group) == 1:
+                outs = [first.outputs(x, layers=layers)]
+            else:
+                outs = first.outputs_for([h.teacher for h in group.values()], x, layers=layers)
+            out |= dict(zip(group, outs))
+        return self._only(out) if out else None
 
-    def student_outputs(self, raw, feats: dict, x) -> Outputs:
+    def _runs(self, heads) -> list[dict]:
+        """The heads in groups whose teachers need one run."""
+        groups = []
+        for k, h in heads.items():
+            if h.teacher is None:
+                continue
+            same = (g for g in groups if same_run(next(iter(g.values())).teacher, h.teacher))
+            if (group := next(same, None)) is None:
+                groups.append(group := {})
+            group[k] = h
+        return groups
+
+    def student_outputs(self, raw, feats: dict, x) -> Outputs | dict[str, Outputs]:
         """The student's outputs, of several the one that `output` names, with the padding of the
-        batch masked.
+        batch masked. Of several heads, a dict.
 
         Args:
             raw: What the student returned.
             feats: What taps read.
             x: The batch's inputs, whose padded positions do not count.
         """
-        if self.output is None:
-            warn_of_several(raw, self.student, 'The student', self.found)
-        s = Outputs.of(raw, feats, output=self.output)
-        return replace(
-            s, mask=both(s.mask, padding_mask(inputs(x), s.logits.shape, self.task.axis))
-        )
+        return self._only({k: h.student_outputs(raw, feats, x) for k, h in self.heads.items()})
+
+    def has_outputs(self) -> bool:
+        """Does any teacher have outputs for this batch?"""
+        return any(has_outputs(h.teacher) for h in self.heads.values())
+
+    def map_heads(self, outputs, fn):
+        """fn(name of the head, its outputs), as outputs of the same form; None stays None.
+
+        Args:
+            outputs: As from `teacher_outputs` or `student_outputs`
+        """
+        if outputs is None:
+            return None
+        return self._only({k: fn(k, o) for k, o in self._by_head(outputs).items()})
+
+    def _only(self, each: dict):
+        return each if self.several else each['']
+
+    def _by_head(self, o) -> dict:
+        """Outputs by head, as `_only` returned them."""
+        if self.several:
+            return o or {}
+        return {'': o}
 
     def forward(self, x, *targets, progress: float | None = None) -> Distilled:
         """Run student and teacher on a batch and compare them.
@@ -348,9 +516,11 @@ class Distiller(RecipeLoss):
         Args:
             x: The inputs: a tensor, a tuple of several, or a dict (passed by name where the
                 model has arguments of these names).
-            *targets: Labels; none where the recipe gives them no weight.
+            *targets: Labels; none where the recipe gives them no weight. Those of several heads
+                are in the order of the heads; None: this head has none.
             progress: Share of the training that is done, for schedules.
         """
+        own = {k: h.labels(targets) for k, h in self.heads.items()}
         x = inputs(x)
         if not self.ready:
             self.setup(*x)
@@ -358,73 +528,123 @@ class Distiller(RecipeLoss):
         with Taps(self.student, self.student_layers(terms)) as taps:
             raw = self.student(*args, **kwargs)
             feats = taps.pop()
-        return self.after_student(raw, feats, x, targets, progress)
-
-    def after_student(self, raw, feats, x, targets, progress):
-        """Ask the teacher and compare, for a batch on which the student ran: `raw` is what it
-        returned.
-        """
-        s = self.student_outputs(raw, feats, x)
-        if self.chooses:
-            self.choose(s.logits, inputs(x), bool(targets))
-        t = self.teacher_outputs(x, progress)
-        self.check_first(
-            s, t, targets
-        )  # before the task loss, whose error would not say what to do
-        task, targets = self.labels(x, s.logits, targets)
-        return self.compute(s, t, task, targets, progress=progress)
+        s = self._by_head(self.student_outputs(raw, feats, x))
+        for k, h in self.heads.items():
+            if h.chooses:
+                h.choose(s[k].logits, x, bool(own[k]))
+        t = self._by_head(self.teacher_outputs(x, progress))
+        each = {k: h.compare(s[k], t.get(k), x, own[k], progress) for k, h in self.heads.items()}
+        if not self.several:
+            return each['']
+        return whole_loss(each, {k: h.weight for k, h in self.heads.items()})
 
     def labels(self, x, logits, targets):
         """The task loss, and the targets each where it is predicted."""
-        if not targets:
-            return None, targets
-        at = self.targets_at(x, logits, targets)
-        if self.task_loss is not None:
-            return self.task_loss(logits, *targets), at
-        return labels_loss(logits, *at, task=self.task), at
+        return self.head.task_and_targets(x, logits, targets)
 
-    def targets_at(self, x, logits, targets):
-        """The targets, each where it is predicted: a language model predicts the next token."""
-        if self.shift_labels is None and targets:
-            self.shift_labels = labels_to_shift(
-                x, targets[0], logits.shape, self.task, predicts_next(self.student)
-            )
-            if self.shift_labels and rank() == 0:
-                print(
-                    'fastdistill: the labels are the inputs themselves, so each is moved to where it is predicted, '
-                    'one position earlier. shift_labels=True says so, shift_labels=False leaves them'
-                )
-        if not self.shift_labels:
+    def targets_at(self, x, student: Outputs | dict, targets):
+        """The targets, each where it is predicted: a language model predicts the next token. Those
+        of several heads stay as they are.
+
+        Args:
+            x: The batch's inputs.
+            student: Outputs as `student_outputs` returns them.
+            targets: A tuple.
+        """
+        if self.several:
             return targets
-        return next_tokens(targets[0], self.task.ignore_index), *targets[1:]
+        return self.head.targets_at(x, student.logits, targets)
 
-    def _links(self, term, pairs, s, t):
-        """Of one term: a link for each pair, on the student's device."""
-        modules = self.teacher.named_modules()
-        for p in pairs:
-            a, b = s[p.student], layer_output(t, p.teacher)
-            proj = projector(
-                a.shape, b.shape, kind=term.projector, match=term.match, picture=p.picture
-            ).to(a.device)
-            loss = own_copy(term.loss)
-            if hasattr(loss, 'prepare'):
-                loss.prepare(
-                    proj.eval()(a, b),
-                    b,
-                    layer=modules.get(p.teacher.split('@')[0]),
-                    **term.channels(b),
-                )
-            yield Link(loss, (p.student, p.teacher), proj.train()).to(a.device)
+    def compute(
+        self,
+        student: Outputs | dict[str, Outputs],
+        teacher: Outputs | dict[str, Outputs] | None,
+        task: Tensor | None = None,
+        targets=(),
+        *,
+        progress: float | None = None,
+        mixed=None,
+    ) -> Distilled:
+        """The loss of a batch whose student (and teacher) ran already: what trainers call. Of
+        several heads, outputs are dicts.
+
+        Args:
+            student: Of this batch.
+            teacher: Of the same batch; None where no term needs it (see `needs_teacher`).
+            task: The task loss, already computed; None without labels. Of several heads, that of
+                all, see `share_task_loss`.
+            targets: Labels, for the losses that read them.
+            progress: Share of the training that is done, for schedules.
+            mixed: (other targets, share of the first ones): MixUp's batches have two labels a
+                sample.
+        """
+        students, teachers, each = self._by_head(student), self._by_head(teacher), {}
+        for k, h in self.heads.items():
+            if self.several and h.teacher is not None and not has_outputs(h.teacher):
+                continue
+            each[k] = h.compute(
+                students[k],
+                teachers.get(k),
+                task,
+                h.labels(targets),
+                progress=progress,
+                mixed=None if mixed is None else (h.labels(mixed[0]), mixed[1]),
+            )
+        if not self.several:
+            return each['']
+        taught = [e.taught for e in each.values() if e.taught is not None]
+        weights = {k: {n: w for n, w in e.weights.items() if n != 'task'} for k, e in each.items()}
+        return Distilled(
+            task,
+            sum(taught[1:], taught[0]) if taught else None,
+            self._named({k: e.parts for k, e in each.items()}),
+            {'task': next(iter(each.values())).weights['task'], **self._named(weights)},
+        )
+
+    def without_labels(self, student, teacher, *, progress: float | None = None) -> Tensor:
+        """The weighted sum of the terms that read no labels, for inputs without labels beside the
+        batches with labels. Shares of the gradient are those that were measured there.
+
+        Args:
+            student: For inputs without labels.
+            teacher: For the same.
+            progress: Share of the training that is done, for schedules.
+        """
+        s, t = self._by_head(student), self._by_head(teacher)
+        values = [
+            h.without_labels(s[k], t.get(k), progress=progress) for k, h in self.heads.items()
+        ]
+        return sum(values[1:], values[0])
 
 
-def is_loader(x):
-    "Is it many batches, and not the inputs of one?"
-    if isinstance(x, (Tensor, Mapping, tuple)) or not hasattr(x, '__iter__'):
-        return False
-    return not isinstance(x, list) or bool(x) and not isinstance(x[0], Tensor)
+def labels_in_order(names, i, targets):
+    """The label of a head, if each head has one."""
+    if targets and len(targets) != len(names):
+        raise DistillError(
+            f'{len(targets)} labels for {len(names)} heads ({", ".join(names)}): give one '
+            'for each, or None.'
+        )
+    return tuple(y for y in targets[i : i + 1] if y is not None)
 
 
-def own_generators(loader):
-    """Random generators of a DataLoader, which are as before at the end."""
-    parts = ('dataset', 'sampler', 'batch_sampler', 'generator')
-    return Generators(*(getattr(loader, k, None) for k in parts)).seeded(0)
+def whole_loss(each: dict, weights: dict) -> Distilled:
+    """The weighted sum of the losses of several heads, of which each has its own task loss."""
+    each = {k: e for k, e in each.items() if weights[k]}
+    task = [weights[k] * e.weights['task'] * e.task for k, e in each.items() if e.weights['task']]
+    taught = [weights[k] * e.taught for k, e in each.items() if e.taught is not None]
+    parts, counted = {}, {'task': 1.0 if task else 0.0}
+    for k, e in each.items():
+        own = {} if e.task is None else {'task': e.task.detach()}
+        parts |= {f'{k}.{n}': v for n, v in {**own, **e.parts}.items()}
+        counted |= {f'{k}.{n}': weights[k] * w for n, w in e.weights.items()}
+    return Distilled(
+        sum(task[1:], task[0]) if task else None,
+        sum(taught[1:], taught[0]) if taught else None,
+        parts,
+        counted,
+    )
+
+
+def same_model(a, b):
+    model = lambda o: o.model if isinstance(o, Teacher) and not o.members else o
+    return a is not None and model(a) is model(b)

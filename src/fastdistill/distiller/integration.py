@@ -3,7 +3,6 @@ projectors, checkpoints.
 """
 
 from ..base.distributed import broadcast, on_first, rank
-from ..checks.forward import student_logits
 from ..features.layer_pairs import inputs
 from .distiller import Distiller
 
@@ -37,8 +36,9 @@ def check_first(d: Distiller, batches, **options):
         **options: Of `Distiller.check_batches`
     """
     found = on_first(lambda: d.check_batches(batches, **options))
-    d.doubt = found.doubt
-    found.enforce()
+    for k, f in (found if d.several else {'': found}).items():
+        d.heads[k].doubt = f.doubt
+        f.enforce()
 
 
 def complete(d: Distiller, x, labels: bool = True):
@@ -51,7 +51,7 @@ def complete(d: Distiller, x, labels: bool = True):
     """
     x = inputs(x)
     if d.chooses:
-        d.choose(student_logits(d.student, x, d.output), x, labels)
+        d.choose(x, labels)
     if d.ready:
         return
     d.setup(*x)

@@ -14,7 +14,6 @@ INSTEAD = dict(
     loss="give each head a recipe instead of it, as in recipe={'color': kd(), 'shape': Term(my_loss, "
     'weight=1.)}',
     output="each head's output is the one of its name or place",
-    unlabeled_targets='the teachers run on unlabeled inputs. Omit it',
 )
 
 

@@ -38,7 +38,7 @@ from ..teachers.items import with_items
 from ..teachers.teacher import Teacher
 from .batches import loader_of
 from .check import check_teacher
-from .head import HeadData, heads_of, option_of_heads
+from .head import HeadData, heads_of, options_of_heads
 from .language_model import inputs_of, is_stream, share_n_inp, stream_outputs
 from .raw_items import RawItems
 from .replay_dl import IndexedItem, Plan, attach, refuse_unindexed
@@ -60,13 +60,9 @@ def for_each_head(write):
     def _write(teacher, dls, path, *args, kind=None, **kwargs):
         if not is_heads(teacher):
             return write(teacher, dls, path, *args, kind=kind, **kwargs)
-        if kwargs.get('unlabeled') is not None:
-            raise DistillError(
-                'unlabeled= with several heads: they are told apart by their labels.'
-            )
         share_n_inp(dls)
         heads = heads_of(teacher)
-        kinds = option_of_heads(kind, 'kind', heads)
+        kinds = options_of_heads(kind, 'kind', heads)
 
         def of_head(k, h):
             folder = open_folder(path).sub(k)

@@ -90,10 +90,10 @@ class StoredOutputs(Feed):
         CacheRows({'': self}).attach(learn, {'': (kind, axis)})
         return self
 
-    def join(self, rows, learn, kind, axis, columns=None):
+    def join(self, rows, learn, kind, axis):
         """Read a part of the rows that `rows` puts into the batches."""
         super().attach(learn, kind, axis)
-        self.rows, self.columns = rows, columns
+        self.rows = rows
         self.find_order(learn.dls)
 
     def detach(self):
@@ -172,11 +172,15 @@ class StoredOutputs(Feed):
         return of_length(out, t.shape[1]) if self.stream else out
 
     def decode(self, t, learn):
-        out = self.decoded(t if self.columns is None else t[:, self.columns])
+        out = self.decoded(self.part_of(t))
         if self.stream:
             out = of_length(out, learn.x.shape[1])
         pred = learn.pred if self.head is None else self.head(learn.pred)
         return all_classes(out, Outputs(as_plain(pred)))
+
+    def part_of(self, rows):
+        """The bytes of rows that are of this cache."""
+        return rows if self.columns is None else rows[:, self.columns]
 
     def decoded(self, t):
         """Rows as outputs, with the classes in the order of the labels."""
@@ -203,6 +207,9 @@ class CacheRows:
     def __init__(self, feeds: dict):
         self.feeds, self.fed, self.learn, self.passed, self.epochs = feeds, [], None, {}, None
         caches = [f.cache for f in feeds.values()]
+        sizes = np.cumsum([0, *(c.manifest.layout.bytes for c in caches)])
+        for f, a, b in zip(feeds.values(), sizes, sizes[1:]):
+            f.columns = slice(a, b) if len(caches) > 1 else None
         self.identity = tuple(c.identity for c in caches) if len(caches) > 1 else caches[0].identity
 
     def attach(self, learn, tasks: dict):
@@ -213,11 +220,10 @@ class CacheRows:
         """
         self.detach()
         self.learn, self.passed = learn, passed_epochs(learn)
-        sizes = np.cumsum([0, *(f.cache.manifest.layout.bytes for f in self.feeds.values())])
         try:
             with RandomGuard():
-                for (k, f), a, b in zip(self.feeds.items(), sizes, sizes[1:]):
-                    f.join(self, learn, *tasks[k], slice(a, b) if len(self.feeds) > 1 else None)
+                for k, f in self.feeds.items():
+                    f.join(self, learn, *tasks[k])
                 share_n_inp(learn.dls)
                 self._attach(learn.dls)
         except BaseException:

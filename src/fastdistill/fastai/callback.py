@@ -1,34 +1,24 @@
 "The callback: distillation inside a fit, and nothing of it outside."
 
-import copy
-from dataclasses import replace
+from fastai.basics import Callback, L
 
-from fastai.basics import Callback, L, noop, one_param
-from fastai.callback.mixup import MixHandler
-
-from ..base.distributed import broadcast, of_first, on_first, rank
-from ..base.outputs import DistillError, as_plain, check_axis, check_output
+from ..base.outputs import DistillError, check_axis, check_output
 from ..base.task import pseudo_labels
-from ..distiller.distiller import Distiller
-from ..distiller.heads import Heads, has_outputs
-from ..distiller.integration import OLD_STATE
-from ..features.layer_names import unwrap
 from ..features.taps import Taps
-from ..recipes.gradient_norms import shares_in_words
-from ..recipes.term import Recipe, one_temperature
-from .arguments import check_options, feed_of, make_recipe, refuse_options, stored_head
-from .cache_feed import CacheRows
-from .check import check_optimizer, find_mistakes, weight_shapes
-from .default_recipe import choose_recipe, example_of
+from ..recipes.term import one_temperature
+from .arguments import check_options, make_recipe, refuse_options
+from .check import check_optimizer
+from .default_recipe import example_of
 from .finite import FiniteCheck
-from .head import WholeModel, beside_labels, heads_of, option_of_heads, task_of_head
+from .fit_distiller import FitDistiller
+from .fit_log import FitLog
+from .fit_state import FitState
 from .learner_notes import notes_of
 from .metrics import PartMetric, TaskMetric
 from .patches import DistillationCallback
-from .projector_opt import ProjectorOptimizer
 from .raw_items import ItemFeed
-from .task import task_of
-from .teachers import is_heads, teacher_of
+from .teachers import is_heads
+from .training_step import add_distilled, add_loss, mixed_labels
 from .trend import TrendCheck
 from .unlabeled import UnlabeledInputs
 
@@ -61,8 +51,8 @@ class KnowledgeDistillation(DistillationCallback):
         unlabeled: More inputs, without labels, on which the teacher alone teaches: items like
             those of the training set, or a DataLoader. Each training batch gets one of theirs
             beside it.
-        unlabeled_targets: A cache of the teacher's outputs for them, or its folder; None: the
-            teacher runs.
+        unlabeled_targets: A cache of the teacher's outputs for them, or its folder, of several
+            heads a dict; None: the teacher runs.
         perturbed: For tables: so many perturbed copies of each row, on which the teacher alone
             teaches.
         check: Look for mistakes before the first fit (see `check_teacher`).
@@ -91,55 +81,56 @@ class KnowledgeDistillation(DistillationCallback):
     ):
         super().__init__()
         self.several = is_heads(teacher)
-        refuse_options(self.several, loss=loss, output=output, unlabeled_targets=unlabeled_targets)
-        self.heads = heads_of(teacher) if self.several else {'': WholeModel(teacher, output)}
-        of_each = lambda o, name: option_of_heads(o, name, self.heads) if self.several else {'': o}
-        self.kinds = of_each(kind, 'kind')
-        for k, h in self.heads.items():
-            check_options(h.source, kind=self.kinds[k], span=span)
+        refuse_options(self.several, loss=loss, output=output)
         check_output(output)
         check_axis(axis)
-        self.source, self.output, self.asked_axis, self.span, self.check = (
-            teacher,
-            output,
-            axis,
-            span,
-            check,
-        )
         T = one_temperature(T, temperature)
-        self.recipes = {
-            k: make_recipe(r, T, alpha, loss) for k, r in of_each(recipe, 'recipe').items()
-        }
-        self.recipe = None if self.several else self.recipes['']
-        self.chooses = None in self.recipes.values()
-        found = {k: feed_of(h.source) for k, h in self.heads.items()}
-        self.stored = {k: o for k, o in found.items() if o is not None}
-        if self.several:
-            self.stored = {k: stored_head(self.heads[k], o) for k, o in self.stored.items()}
-        self.feed = None
-        if self.stored:
-            self.feed = CacheRows(self.stored) if self.several else self.stored['']
-        self.items = ItemFeed()
+        self.log = FitLog(self)
+        self.made = FitDistiller(
+            teacher,
+            recipe,
+            lambda r: make_recipe(r, T, alpha, loss),
+            kind=kind,
+            axis=axis,
+            output=output,
+            check=check,
+            log=self.log,
+        )
+        for k, h in self.made.heads.items():
+            check_options(h.source, kind=self.made.kinds[k], span=span)
+        self.source, self.output, self.span = teacher, output, span
+        self.feed, self.items = self.made.feed, ItemFeed()
+        self.state = FitState(self.log)
         self.in_fit, self.part_metrics, self.parts = False, L(), {}
-        self.distillers, self.chosen = {}, {}
-        self.distiller = self.known_dls = self.projector_opt = self.taps = self.built = (
-            self.trend
-        ) = None
-        self.teacher_outputs = self.epochs_span = None
-        self.state_to_load = self.state_before_finder = self.reported_shares = None
-        self.runs = len(self.stored) < len(self.heads)  # does a teacher run?
-        self.finite_check = FiniteCheck(stored=not self.runs)
+        self.taps = self.trend = self.teacher_outputs = self.epochs_span = None
+        self.finite_check = FiniteCheck(stored=not self.made.runs)
         self.unlabeled = UnlabeledInputs(
             unlabeled,
             perturbed,
             unlabeled_targets,
-            runs=not self.stored if self.several else self.runs,
+            runs=not self.made.stored,
+            heads=self.made.heads,
         )
+
+    @property
+    def distiller(self):
+        """The `Distiller` of the last fit."""
+        return self.made.distiller
+
+    @property
+    def recipe(self):
+        """The recipe; None: it is not chosen yet."""
+        return self.made.recipe
+
+    @property
+    def projector_opt(self):
+        """The projectors' optimizer; None: there was no step yet."""
+        return self.state.optimizer
 
     # around a fit
 
     def before_fit(self):
-        self.teardown()
+        self.teardown(self.learn)
         # validate, get_preds, show_results ...
         if self.learn.lock.locked() or hasattr(self.learn, 'gather_preds'):
             return
@@ -150,27 +141,20 @@ class KnowledgeDistillation(DistillationCallback):
             )
         check_optimizer(self.learn)
         self.in_fit, self.trend, finder = True, TrendCheck(), hasattr(self.learn, 'lr_finder')
-        self._build()
-        for t in self._teachers():
-            t.say_with(self._log)
-        if self.feed is not None:
-            tasks = {k: (t.kind, t.axis) for k, t in self.tasks.items()}
-            self.feed.attach(self.learn, *([tasks] if self.several else tasks['']))
-        else:
-            self.items.attach(self.learn, self._teachers())
-        found = (
-            self._check() if self.check and not self.checked and not finder and self.runs else None
-        )
-        if self.chooses and (self.recipe is None or found is not None):
-            self._choose(found)
-        if self.distiller.ready:
-            self._take_state()
+        notes_of(self.learn).fitting = self
+        if self.made.build(self.learn):
+            self.state.optimizer = None
+            self.log.forget()
+        self._attach()
+        found = None if finder else self.made.look(self.learn, self.log.is_on)
+        self.made.choose(self.learn, found)
+        d = self.distiller
+        if d.ready:
+            self.state.take(self.learn, d)
         if finder:
-            self._copy_projectors()
-        for d in self.distillers.values():
-            d.measures = not finder
-        output = next(iter(self.heads.values())).output
-        if not self.distiller.ready and (example := example_of(self.learn, output)):
+            self.state.begin_finder(d)
+        d.measures = not finder
+        if not d.ready and (example := example_of(self.learn, self.made.output)):
             self._setup(*example.x)
         self.epochs_span = None if finder or self.span == 'fit' else self._epochs_span()
         self.part_metrics = L(
@@ -179,57 +163,18 @@ class KnowledgeDistillation(DistillationCallback):
         self.learn.metrics = self.learn.metrics + self.part_metrics
         if self.unlabeled and not finder:
             self._start_unlabeled()
-        for t in self._teachers():
-            t.start()
+        d.start()
 
-    def _teachers(self):
-        """The source of each head, each once."""
-        return list({id(d.teacher): d.teacher for d in self.distillers.values()}.values())
-
-    def _check(self):
-        """Look for mistakes, on the first rank alone, so that all ranks continue or all stop."""
-        found = {k: self._check_head(k) for k in self.heads if k not in self.stored}
-        self.checked = True
-        return found
-
-    def _check_head(self, k):
-        d, h = self.distillers[k], self.heads[k]
-        find = lambda: find_mistakes(
-            self.learn,
-            d.teacher,
-            self.tasks[k],
-            d.recipe if d.recipe.terms else None,
-            output=h.output,
-            head=h,
-        )
-        found = on_first(find)
-        if not self.several:
-            return found.enforce(facts=self.logs)
-        found[:] = [replace(f, what=f'{k}: {f.what}') for f in found]
-        if self.logs and found.facts is not None:
-            print(f'fastdistill: {k}:', '; '.join(found.facts.lines()))
-        return found.enforce(facts=False)
-
-    def _choose(self, found):
-        """Take the recipe that `auto` chooses, for each head without one."""
-        for k, d in self.distillers.items():
-            if self.recipes[k] is not None:
-                continue
-            example = example_of(self.learn, self.heads[k].output)
-            looked = None if found is None else found.get(k)
-            chosen = of_first(choose_recipe(example, self.tasks[k], d.teacher, looked))
-            if k in self.chosen and str(chosen) == str(self.chosen[k]):
-                continue
-            self.chosen[k] = chosen
-            d.take(beside_labels(chosen) if self.several else chosen)
-            self._log(
-                f'fastdistill: {k}: recipe {chosen}'
-                if self.several
-                else f'fastdistill: recipe {chosen}'
-            )
-        if self.several:
-            self.distiller.share_task_loss()
-        self.recipe = self.distiller.recipe if self.several else self.chosen['']
+    def _attach(self):
+        """Let the batches show what the teachers need."""
+        teachers = self.distiller.teachers
+        for t in teachers:
+            t.say_with(self.log)
+        if self.feed is None:
+            self.items.attach(self.learn, teachers)
+            return
+        tasks = {k: (t.kind, t.axis) for k, t in self.made.tasks.items()}
+        self.feed.attach(self.learn, *([tasks] if self.several else tasks['']))
 
     def _start_unlabeled(self):
         if not any(not t.n_targets for t in self.recipe.terms):
@@ -238,94 +183,14 @@ class KnowledgeDistillation(DistillationCallback):
                 f'unlabeled= and perturbed=: all terms read labels ({names}). Add one that reads none, '
                 'as kd() or soft_labels().'
             )
-        d = next(iter(self.distillers.values()))
-        self.unlabeled.start(self.learn, d.teacher, d.teacher_layers())
-
-    def _build(self):
-        """The distiller for this model and task, and the teacher for the normalization and classes
-        of these data.
-        """
-        model = unwrap(self.learn.model)
-        tasks = self._tasks(model)
-        if self.built != (built := (tasks, model, weight_shapes(model))):
-            self.tasks, self.built, self.projector_opt, self.known_dls, self.reported_shares = (
-                tasks,
-                built,
-                None,
-                None,
-                None,
-            )
-            self.distillers = {k: self._distiller_of(k, model) for k in self.heads}
-            self.distiller = self._whole_distiller()
-            self.distiller.links.to(one_param(model).device)
-            self.chosen, self.recipe = {}, None if self.chooses else self.distiller.recipe
-        if self.known_dls is self.learn.dls:
-            return
-        self.known_dls, self.checked = self.learn.dls, False
-        for k, d in self.distillers.items():
-            d.teacher = self._source_of(k)
-            if self.several and k not in self.stored:
-                d.check_names()
-
-    def _tasks(self, model):
-        """What each head predicts."""
-        if not self.several:
-            return {'': task_of(self.learn.loss_func, self.kinds[''], self.asked_axis)}
-        if self.distiller is not None and self.distiller.student is model:
-            return self.tasks
-        return {
-            k: task_of_head(self.learn, h, self.kinds[k], self.asked_axis)
-            for k, h in self.heads.items()
-        }
-
-    def _distiller_of(self, k, model):
-        recipe, task = self.recipes[k], self.tasks[k]
-        return Distiller(
-            model,
-            None,
-            Recipe() if recipe is None and self.several else recipe,
-            kind=task.kind,
-            axis=task.axis,
-            ignore_index=task.ignore_index,
-            output=self.heads[k].output,
-            check=self.check and k in self.stored,
-        )
-
-    def _whole_distiller(self):
-        if not self.several:
-            return self.distillers['']
-        heads = Heads(labels={k: h.labels for k, h in self.heads.items()}, **self.distillers)
-        heads.share_task_loss()
-        return heads
-
-    def _source_of(self, k):
-        task, head = self.tasks[k], self.heads[k]
-        if k in self.stored:
-            return self.stored[k]
-        teacher = teacher_of(head.source, head.of(self.learn), task)
-        if teacher.reads_items and self.stored:
-            raise DistillError(
-                f'The teacher of the head {k!r} has items=, and other heads have stored outputs: store '
-                "this one's too with cache_teacher({...}, dls, folder), or give it inputs=."
-            )
-        return teacher
+        self.unlabeled.start(self.learn, self.distiller.heads)
 
     def _setup(self, *x):
         """Pair layers and build projectors, once for a student."""
-        self.distiller.setup(*map(as_plain, x))
-        self.distiller.links.train(self.training)
-        broadcast(self.distiller.links.state_dict().values())
-        self._take_state()
+        self.made.setup(x, self.training)
+        self.state.take(self.learn, self.distiller)
         if self.distiller.pairs and not hasattr(self.learn, 'lr_finder'):
-            self._log(self.distiller.pairs)
-
-    def _copy_projectors(self):
-        """lr_find trains until it diverges: it gets copies of the projectors."""
-        ds = self.distillers.values()
-        self.state_before_finder = [(d, d.links, d.ratios) for d in ds], self.projector_opt
-        for d in ds:
-            d.links, d.ratios = copy.deepcopy((d.links, d.ratios))
-        self.projector_opt = None
+            self.log(self.distiller.pairs)
 
     def _epochs_span(self):
         """(epochs before this fit, epochs in all) of the `fine_tune` that this fit is a phase of."""
@@ -336,56 +201,31 @@ class KnowledgeDistillation(DistillationCallback):
         return before, span['epochs']
 
     def after_fit(self):
-        self.teardown()
+        self.teardown(self.learn)
 
     def set_aside(self):
         return (self.feed or self.items).set_aside()
 
-    def teardown(self):
-        """Put everything back; safe to call at any time, and twice."""
+    def teardown(self, learn):
         self._untap()
         (self.items if self.feed is None else self.feed).detach()
         self.unlabeled.stop()
         if not self.in_fit:
             return
-        self.in_fit, self.n_steps = False, self.learn.train_iter  # which `validate` sets to 0
-        for t in self._teachers():
-            if t is not None:
-                t.stop()
-                t.say_with(None)
-        self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self.part_metrics)
-        if self.state_before_finder is not None:
-            were, self.projector_opt = self.state_before_finder
-            for d, links, ratios in were:
-                d.links, d.ratios = links, ratios
-            self.state_before_finder = None
-        elif self.distiller is not None:
-            notes_of(self.learn).last_state = self.state_dict()
-
-    def __setattr__(self, k, v):
-        # subtle: no event follows an error or an interrupt. But `Learner.fit` removes the callbacks that it got, which
-        # ends here. For a callback that stays on the Learner, see `Learner.fit` in `patches`
-        if k == 'learn' and v is None and self.learn is not None:
-            self.teardown()
-        super().__setattr__(k, v)
+        self.in_fit, self.n_steps = False, learn.train_iter  # which `validate` sets to 0
+        notes_of(learn).fitting = None
+        learn.metrics = learn.metrics.filter(lambda m: m not in self.part_metrics)
+        if self.distiller is None:
+            return
+        self.distiller.stop()
+        for t in self.distiller.teachers:
+            t.say_with(None)
+        if not self.state.end_finder(self.distiller):
+            notes_of(learn).last_state = self.state_dict()
 
     # an exported Learner gets a callback that does nothing, and needs no fastdistill
     def __reduce__(self):
         return Callback, ()
-
-    @property
-    def logs(self):
-        """Does this process print? Not inside `learn.no_logging()`, and on the first rank alone."""
-        return self.learn.logger is not noop and rank() == 0
-
-    def _log(self, text):
-        if not self.logs:
-            return
-        # fastai's bar in a terminal stands in the current line: it is wiped, and draws itself again below the text
-        progress = getattr(self.learn, 'progress', None)
-        bar = getattr(progress, 'pbar', None) if hasattr(progress, 'mbar') else None
-        width = getattr(bar, 'max_len', 0)
-        print((f'\r{" " * width}\r' if width else '') + str(text))
 
     # a batch
 
@@ -416,7 +256,7 @@ class KnowledgeDistillation(DistillationCallback):
         if not self.active:
             return
         self.distiller.links.train(training)
-        for t in self._teachers():
+        for t in self.distiller.teachers:
             t.reset()
         self.finite_check.start_phase()
         if training:
@@ -479,122 +319,58 @@ class KnowledgeDistillation(DistillationCallback):
         # labels; their loss has weight 0
         self.teacher_outputs = self._ask_teacher()
         if self.teacher_outputs is not None:
-            self.learn.yb = (
-                pseudo_labels(
-                    self.teacher_outputs.logits,
-                    self._student_outputs({}).logits,
-                    self.tasks[''],
-                ),
-            )
+            own = self.distiller.student_outputs(self.learn.pred, {}, self.xb)
+            y = pseudo_labels(self.teacher_outputs.logits, own.logits, self.distiller.task)
+            self.learn.yb = (y,)
 
     def after_loss(self):
-        if not self.active or not len(self.yb) or not self._has_outputs():
+        if not self.active or not len(self.yb):
             return
+        d, progress = self.distiller, self.training_progress
+        if not (self.training or d.has_outputs()):
+            return  # outputs may be stored for the training set alone
         unlabeled = self.teacher_outputs is not None
         t = self.teacher_outputs if unlabeled else self._ask_teacher()
-        s = self._student_outputs(self.taps.pop() if self.taps else {})
-        y = () if unlabeled else self.yb
-        r = self.distiller.compute(
-            s, t, self.learn.loss, y, progress=self.training_progress, mixed=self._mixed()
-        )
+        s = d.student_outputs(self.learn.pred, self.taps.pop() if self.taps else {}, self.xb)
+        y, mixed = () if unlabeled else self.yb, mixed_labels(self.learn)
+        r = d.compute(s, t, self.learn.loss, y, progress=progress, mixed=mixed)
         self.parts = r.parts if unlabeled else {'task': r.task.detach(), **r.parts}
-        self._report_shares()
+        self.log.report_shares(d, progress)
         if not self.training:
             return
         self.part_metrics[0].add_training_batch(self.learn)
-        if r.added is not None:
-            self._add(r)
+        add_distilled(self.learn, r)
         if self.unlabeled and not hasattr(self.learn, 'lr_finder'):
             self._teach_unlabeled()
 
     def _teach_unlabeled(self):
         """The student learns from the teacher on inputs without labels, beside those of this batch."""
+        d, progress = self.distiller, self.training_progress
         # subtle: where nothing counts, nothing may be drawn, and no batch-norm may see these inputs
-        progress = self.training_progress
-        active = [t for d in self.distillers.values() for t in d.active_terms(progress)]
-        if all(t.n_targets for t in active):
+        if all(t.n_targets for t in d.active_terms(progress)):
             return
-        ask = lambda x: self.distiller.teacher_outputs(x, progress)
-        for x, t in self.unlabeled.batches(self.learn, ask):
-            self._each_head(t, self._check_finite)
+        for x, t in self.unlabeled.batches(self.learn, lambda x: d.teacher_outputs(x, progress)):
+            self._check_finite(t)
             raw = self.learn.model(*x)
-            s = self.distiller.student_outputs(raw, self.taps.pop() if self.taps else {}, x)
-            v = self.distiller.without_labels(s, t, progress=progress)
-            self.learn.loss_grad, self.learn.loss = self.learn.loss_grad + v, self.learn.loss + v
-
-    def _student_outputs(self, feats):
-        return self.distiller.student_outputs(self.learn.pred, feats, self.xb)
+            s = d.student_outputs(raw, self.taps.pop() if self.taps else {}, x)
+            add_loss(self.learn, d.without_labels(s, t, progress=progress))
 
     def _ask_teacher(self):
         """The teacher's outputs for this batch; None where no term needs them."""
-        t = self.distiller.teacher_outputs(self.items.beside(self.xb), self.training_progress)
-        self._each_head(t, self._check_finite)
-        return self._each_head(t, self._mix_outputs)
+        d, tasks = self.distiller, self.made.tasks
+        t = d.teacher_outputs(self.items.beside(self.xb), self.training_progress)
+        self._check_finite(t)
+        return d.map_heads(t, lambda k, o: self.items.mixed(o, d.heads[k].teacher, tasks[k]))
 
-    def _each_head(self, outputs, fn):
-        """fn(name of the head, its outputs), of those that there are."""
-        if outputs is None:
-            return None
-        if not self.several:
-            return fn('', outputs)
-        return {k: None if o is None else fn(k, o) for k, o in outputs.items()}
-
-    def _check_finite(self, k, t):
-        self.finite_check.add(t, self.learn, self.tasks[k])
-
-    def _mix_outputs(self, k, t):
-        return self.items.mixed(t, self.distillers[k].teacher, self.tasks[k])
-
-    def _report_shares(self):
-        """Print what was measured at the first training batch, and where a part counts for the
-        first time.
-        """
-        before, shares = self.reported_shares, self.distiller.gradient_shares
-        self.reported_shares = shares
-        if not shares or shares is before:
-            return
-        new = f' with {" and ".join(k for k in shares if k not in before)}' if before else ''
-        at_layers = {
-            t.name: t.weight_at(self.training_progress)
-            for t in self.distiller.layered
-            if t.has_grad_ratio
-        }
-        self._log(
-            f'fastdistill: gradient norms at the first batch{new}: {shares_in_words(shares, at_layers)}'
-        )
-
-    def _add(self, r):
-        learn = self.learn
-        if r.weights['task']:
-            learn.loss_grad, learn.loss = learn.loss_grad + r.added, learn.loss + r.added
-        else:
-            learn.loss_grad, learn.loss = r.total + self._regularizers(), r.total
-
-    def _regularizers(self):
-        """What callbacks before this one added to the task loss."""
-        a, b = self.learn.loss_grad, self.learn.loss
-        # subtle: where they added nothing, the task loss and its gradient must not be used at all: they may be nan
-        return 0.0 if origin(a) is origin(b) else (a - b).nan_to_num()
-
-    def _has_outputs(self):
-        """Stored outputs may be there for the training set alone."""
-        return self.training or any(has_outputs(t) for t in self._teachers())
-
-    def _mixed(self):
-        """The second labels of a mixed batch, and the share of the first ones, where MixUp or
-        CutMix keep both apart.
-        """
-        mixes = [
-            c for c in self.learn.cbs if isinstance(c, MixHandler) and getattr(c, 'stack_y', False)
-        ]
-        mix = mixes[0] if mixes and self.training else None
-        return None if mix is None else (mix.yb1, mix.lam)
+    def _check_finite(self, outputs):
+        check = self.finite_check.add
+        self.distiller.map_heads(outputs, lambda k, o: check(o, self.learn, self.made.tasks[k]))
 
     # projectors
 
     def after_backward(self):
         if self.active and self.distiller.own_parameters():
-            self._optimizer().average_gradients()
+            self.state.optimizer_for(self.learn, self.distiller).average_gradients()
 
     def before_step(self):
         self.skip_step = False
@@ -604,76 +380,19 @@ class KnowledgeDistillation(DistillationCallback):
 
     def after_step(self):
         if self.active and self.distiller.own_parameters():
-            self._optimizer().step(self.learn, self.skip_step)
-
-    def _optimizer(self):
-        if self.projector_opt is None:
-            self.projector_opt = ProjectorOptimizer(self.learn, self.distiller.own_parameters())
-        return self.projector_opt
+            opt = self.state.optimizer_for(self.learn, self.distiller)
+            opt.step(self.learn, self.skip_step)
 
     def state_dict(self):
         """What a checkpoint needs beside the student: projectors, their optimizer's state, measured
         gradients.
         """
-        if self.state_to_load:
-            return {k: v for k, v in self.state_to_load.items() if k != 'file'}
-        if self.distiller is None:
-            return {}
-        d, opt = (
-            self.distiller,
-            None if self.projector_opt is None else self.projector_opt.state_dict(),
-        )
-        return dict(
-            links=d.links.state_dict(), distiller=d.get_extra_state() if d.ratios else None, opt=opt
-        )
+        return self.state.state_dict(self.distiller)
 
-    def load_state_dict(
-        self,
-        state,  # what `state_dict` returned. Outside of a fit, it is loaded when the next fit begins
-    ):
-        self.state_to_load = state
+    def load_state_dict(self, state):
+        """Continue from what `state_dict` returned. Outside of a fit, it is loaded when the next fit
+        begins.
+        """
+        self.state.to_load = state
         if self.in_fit and self.distiller.ready:
-            self._take_state()
-
-    def _take_state(self):
-        """Load the state that was given, or that stood beside the student's file."""
-        state, d = self.state_to_load, self.distiller
-        if state is None and self.projector_opt is None:
-            state = notes_of(self.learn).loaded_state
-        if not hasattr(self.learn, 'lr_finder'):
-            self.state_to_load = None
-            notes_of(self.learn).loaded_state = None
-        if not state:
-            return
-        shapes = lambda tensors: {k: tuple(v.shape) for k, v in tensors.items()}
-        if shapes(state['links']) != shapes(d.links.state_dict()):
-            names = lambda links: ', '.join(links) or 'none'
-            what = f'projectors of other terms or layers ({names(state["links"])}, now {names(d.links.state_dict())})'
-            if 'file' not in state:
-                raise DistillError(
-                    f'This state holds {what}: load it into a callback with the recipe that it was '
-                    'saved from.'
-                )
-            return self._log(f'fastdistill: {state["file"]} holds {what}, and is not used.')
-        if 'file' in state:
-            self._log(f'fastdistill: projectors and their optimizer continue from {state["file"]}.')
-        d.links.load_state_dict(state['links'])
-        chosen = d.chosen
-        if state.get('distiller') is not None:
-            d.set_extra_state(state['distiller'])
-        elif state.get('ratios'):
-            self._log(OLD_STATE)
-        if d.chosen != chosen:
-            self.recipe = self.chosen[''] = d.recipe
-            self._log(f'fastdistill: recipe {d.chosen[0]}, as before')
-        self.projector_opt = None
-        if state['opt'] is not None:
-            self._optimizer().load_state_dict(state['opt'])
-
-
-def origin(loss):
-    """The operation that computed a loss, without the copies that fastai makes of it."""
-    fn = loss.grad_fn
-    while fn is not None and fn.name() in ('AliasBackward0', 'CloneBackward0'):
-        fn = fn.next_functions[0][0]
-    return fn
+            self.state.take(self.learn, self.distiller)

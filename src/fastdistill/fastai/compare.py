@@ -2,6 +2,8 @@
 
 import copy
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 from fastai.basics import L, Learner, TensorImageBase, TfmdDL, detuplify, mk_metric, to_detach
@@ -11,19 +13,20 @@ from fastai.text.data import TensorText
 from ..base.distributed import rank
 from ..base.outputs import DistillError
 from ..base.progress_bar import console_for_bars
+from ..base.task import labels_loss
 from ..evaluation import Report, measure_models, roles_of
 from ..teachers.fast_copy import AS_IT_IS
+from ..teachers.teacher import Teacher
 from .batches import number_of_batches, prepared, some_batches
+from .head import LearnerHead, WholeModel, heads_of, options_of_heads
 from .language_model import is_stream
 from .metrics import columns_of
 from .raw_items import items_shown
 from .task import task_of
-from .teachers import refuse_heads, teacher_of
+from .teachers import is_heads, teacher_of
 from .vocab import vocab_of
 
 __all__ = ['compare', 'history_of']
-
-# the model itself, not a faster copy, unless the user's `Teacher` requests one
 
 
 def compare(
@@ -44,9 +47,14 @@ def compare(
     seed: int = 0,
     title: str = '',
     progress: bool = True,
-) -> Report:
+) -> Report | dict[str, Report]:
     """Measure all models on the same validation data in one pass: scores, task loss, metrics of the
     Learners, agreement with the teacher, calibration, classes, cost and time.
+
+    If a model is a dict with a model for each head, the result is a dict with a report for each. The
+    other models have all heads: `compare({'teacher': {'color': teacher1, 'shape': teacher2},
+    'distilled': student})`. kind, metrics, loss_func and headline are then one for all heads, or a
+    dict by head; without loss_func, a head's task loss is the usual one of its kind.
 
     Differences are paired by sample, with 95% bootstrap intervals and exact tests. They cover the
     choice of validation samples, but not the variation between trainings with different seeds.
@@ -77,46 +85,136 @@ def compare(
         raise DistillError(
             "compare needs names: compare({'teacher': teacher, 'alone': alone, 'distilled': student})."
         )
-    for o in models.values():
-        refuse_heads(o, 'to compare, which measures models of one output')
-    teacher, baseline = roles_of(models, teacher, baseline)
-    learn = reference(models, dls, loss_func)
-    task = task_of(learn.loss_func, kind, axis)
+    names = heads_in(models)
+    roles_of(models, teacher, baseline)
+    learn = reference(models, dls, None if names else loss_func, needs_loss=not names)
     data = learn.dls.valid if dl is None else dl
-    large = large or getattr(data, 'bs', None) or 64
-    steps = number_of_batches(data)
-    steps = None if steps is None else steps + 2 * len(models) * bool(seconds)
-    teachers = {k: teacher_of(o, learn, task, run=AS_IT_IS) for k, o in models.items()}
-    batches = prepared(learn, some_batches(data), 1, False, data)
-    with (
-        shown_bar(progress, steps) as tick,
-        items_shown([data], *teachers.values()),
-        closing(batches),
-    ):
-        report = measure_models(
-            teachers,
-            batches,
-            task,
-            teacher=teacher,
-            baseline=baseline,
-            loss=learn.loss_func,
-            metrics=metrics_of(models, learn, metrics),
-            language=is_stream(data),
-            headline=headline,
-            repeats=repeats,
-            seed=seed,
-            large=large,
-            seconds=seconds,
-            tick=tick,
+    measure = dict(
+        repeats=repeats,
+        seed=seed,
+        large=large or getattr(data, 'bs', None) or 64,
+        seconds=seconds,
+    )
+    asked = dict(teacher=teacher, baseline=baseline, headline=headline)
+    if not names:
+        task = task_of(learn.loss_func, kind, axis)
+        teachers = {k: teacher_of(o, learn, task, run=AS_IT_IS) for k, o in models.items()}
+        found = Compared(learn, WholeModel(None), task, learn.loss_func, models, teachers)
+        return found.report(data, metrics, title, progress, **asked, **measure)
+    options = dict(kind=kind, loss_func=loss_func, metrics=metrics, headline=headline)
+    of_each = {k: options_of_heads(o, k, names) for k, o in options.items()}
+    reports = {}
+    for head in names.values():
+        k = head.name
+        task = head.task_of(learn, of_each['kind'][k], axis)
+        own = {n: o[k] if is_heads(o) else o for n, o in models.items()}
+        own = {n: o for n, o in own.items() if o is not None}
+        teachers = {n: of_head(o, models[n], head, learn, task) for n, o in own.items()}
+        loss = of_each['loss_func'][k] or partial(labels_loss, task=task)
+        found = Compared(learn, head, task, loss, own, teachers)
+        asked = dict(
+            teacher=teacher if teacher in own else None,
+            baseline=baseline if baseline in own else None,
+            headline=of_each['headline'][k],
         )
-    report.title, report.unit = title, unit_of(data)
-    report.classes = names_of_classes(learn.dls, len(report.counts))
-    for k, o in models.items():
-        if not isinstance(o, Learner):
-            continue
-        report.models[k].kind = getattr(getattr(o, 'arch', None), '__name__', report.models[k].kind)
-        report.models[k].history = history_of(o)
-    return report
+        named = f'{title}: {k}' if title else k
+        reports[k] = found.report(
+            data, of_each['metrics'][k] or [], named, progress, **asked, **measure
+        )
+    return reports
+
+
+def heads_in(models) -> dict:
+    """Name -> head, if a model is a dict with a model for each; else empty."""
+    dicts = [{str(k): o for k, o in m.items()} for m in models.values() if is_heads(m)]
+    if not dicts:
+        return {}
+    first, *others = dicts
+    if any([*o] != [*first] for o in others):
+        have = ' and '.join(', '.join(o) for o in dicts)
+        raise DistillError(
+            f'The models have different heads ({have}): give all the same, in order.'
+        )
+    heads = [LearnerHead(k, i, len(first)) for i, k in enumerate(first)]
+    return {h.name: h for h in heads if any(o[h.name] is not None for o in dicts)}
+
+
+def of_head(model, whole, head, learn, task):
+    """The `Teacher` for one head of a model.
+
+    Args:
+        model: That of the head.
+        whole: The model of all heads, or the dict that `model` is in.
+    """
+    if is_heads(whole):
+        own = heads_of(whole)[head.name]
+        return own.teacher_of(learn, task, run=AS_IT_IS)
+    output = {} if isinstance(model, Teacher) and 'output' in model.given else dict(output=head)
+    return teacher_of(model, head.of(learn), task, run=AS_IT_IS, **output)
+
+
+@dataclass
+class Compared:
+    """Models that predict the same, to be compared.
+
+    Attributes:
+        learn: The Learner, or a substitute, whose data and callbacks are used.
+        head: Which output and labels.
+        task: What the models predict.
+        loss: Task loss.
+        models: As the user gave them, by name.
+        teachers: The same as `Teacher`s.
+    """
+
+    learn: object
+    head: object
+    task: object
+    loss: object
+    models: dict
+    teachers: dict
+
+    def report(
+        self, data, metrics, title, progress, *, teacher, baseline, seconds, **options
+    ) -> Report:
+        """Measure them in one pass.
+
+        Args:
+            data: DataLoader.
+            metrics: As in `compare`
+            teacher, baseline, seconds, **options: Of `measure_models`.
+        """
+        learn, dls = self.learn, self.head.of(self.learn).dls
+        teacher, baseline = roles_of(self.models, teacher, baseline)
+        steps = number_of_batches(data)
+        steps = None if steps is None else steps + 2 * len(self.models) * bool(seconds)
+        batches = self.head.batches(prepared(learn, some_batches(data), 1, False, data))
+        with (
+            shown_bar(progress, steps) as tick,
+            items_shown([data], *self.teachers.values()),
+            closing(batches),
+        ):
+            report = measure_models(
+                self.teachers,
+                batches,
+                self.task,
+                teacher=teacher,
+                baseline=baseline,
+                loss=self.loss,
+                metrics=metrics_of(self.models, learn, metrics),
+                language=is_stream(data),
+                seconds=seconds,
+                tick=tick,
+                **options,
+            )
+        report.title, report.unit = title, unit_of(data)
+        report.classes = names_of_classes(dls, len(report.counts))
+        for k, o in self.models.items():
+            if not isinstance(o, Learner):
+                continue
+            arch = getattr(getattr(o, 'arch', None), '__name__', report.models[k].kind)
+            report.models[k].kind = arch
+            report.models[k].history = history_of(o)
+        return report
 
 
 def names_of_classes(dls, n):
@@ -125,7 +223,7 @@ def names_of_classes(dls, n):
     return names if names is not None and len(names) == n else list(map(str, range(n)))
 
 
-def reference(models, dls, loss_func):
+def reference(models, dls, loss_func, needs_loss: bool = True):
     """Return the Learner, or a substitute, whose data, callbacks and loss are used."""
     learners = [o for o in models.values() if isinstance(o, Learner)]
     if dls is None and not learners:
@@ -134,7 +232,7 @@ def reference(models, dls, loss_func):
         )
     own = next((o for o in learners[::-1] if dls is None or o.dls is dls), None)
     loss = loss_func or getattr(own or next(iter(learners[::-1]), dls), 'loss_func', None)
-    if loss is None:
+    if loss is None and needs_loss:
         raise DistillError(
             'Neither a Learner nor the DataLoaders have a loss function: pass loss_func=.'
         )

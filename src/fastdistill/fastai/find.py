@@ -18,18 +18,20 @@ from ..base.progress_bar import progress_bar
 from ..base.random_state import guarded_random_state
 from ..cache.source import is_whole
 from ..checks.batch_scores import METRICS
-from ..search.candidates import candidates_for, given_candidates
+from ..checks.outputs import BATCHES
+from ..search.candidates import candidates_for, candidates_for_heads, given_candidates
 from ..search.proposals import import_optuna
 from ..search.search import Search
-from .arguments import feed_of
+from .arguments import feed_of, refuse_options
 from .batches import restored
 from .cache_data import cache_teacher
 from .check import check_teacher
 from .default_recipe import example_of, facts_for_choice
-from .task import task_of
-from .teachers import refuse_heads, teacher_of
+from .head import comparisons_of, options_of_heads
+from .multi_head import check_heads
+from .teachers import is_heads
 from .transforms import moves
-from .trial_callback import scorer
+from .trial_callback import scorer, scorer_of_heads
 from .trials import Trials
 
 __all__ = []
@@ -69,7 +71,8 @@ def distill_find(
     Args:
         : The student. Each run begins with its present weights; nothing of it is changed.
         teacher: What `distill` takes. A teacher that runs is asked once, and its answers are
-            used by all runs.
+            used by all runs. A dict has a teacher for each head, all of which are tried with the
+            same recipe, or each with the one that is chosen for it.
         n_epoch: Of the training for which a recipe is needed.
         minutes: The search ends after this time, with the best that it knows.
         rates: Learning rates to try; None: the learner's own, and two below and two above it,
@@ -77,7 +80,7 @@ def distill_find(
         recipes: Name -> recipe, or its text: these instead of the usual ones for the task.
         live: Let the teacher run in each trial, so that recipes between layers are tried too.
         score: fn(logits, targets) -> (B,) score of each item, greater is better; None: as in
-            `check_teacher`
+            `check_teacher`, and of several heads their mean. Their logits are a dict by head.
         trials: End the search after so many runs, those of labels alone included; None: by the
             time.
         seeds: The best runs and labels alone are repeated with so many seeds, if there is time.
@@ -97,36 +100,50 @@ def distill_find(
         dict(n_epoch=(n_epoch, 1), seeds=(seeds, 0), trials=(1 if trials is None else trials, 1)),
     )
     rates = own_rates(self) if rates is None else as_rates(rates)
-    refuse_heads(teacher, 'to distill_find')
-    task, show = (
-        task_of(self.loss_func, kind, axis),
-        show and self.logger is not noop and rank() == 0,
-    )
-    as_it_is = live or feed_of(teacher) is not None
-    with guarded_random_state(), restored(*self.dls.loaders):
-        facts = facts_of_task(self, teacher, task, output, live, check, show)
-        candidates = (
-            candidates_for(**facts, layers=live) if recipes is None else given_candidates(recipes)
+    refuse_options(is_heads(teacher), output=output)
+    heads = comparisons_of(teacher, output)
+    kinds = options_of_heads(kind, 'kind', heads)
+    tasks = {k: h.task_of(self, kinds[k], axis) for k, h in heads.items()}
+    metric, score = how_to_score(heads, tasks, score)
+    several = is_heads(teacher)
+    show = show and self.logger is not noop and rank() == 0
+    stored = [k for k, h in heads.items() if feed_of(h.source) is not None]
+    if stored and live:
+        raise DistillError(
+            'live=True needs a teacher that runs, not stored outputs: pass the teacher itself.'
         )
-        positions = facts.get('dense') or task.kind == 'regression'
+    as_it_is = live or bool(stored)
+    with guarded_random_state(), restored(*self.dls.loaders):
+        facts = facts_of_heads(self, teacher, heads, tasks, stored, check, show)
+        if recipes is not None:
+            candidates = given_candidates(recipes)
+        elif several:
+            candidates = candidates_for_heads(facts, layers=live)
+        else:
+            candidates = candidates_for(**facts[''], layers=live)
+        positions = any(facts[k].get('dense') or tasks[k].kind == 'regression' for k in heads)
         with (
-            answers(self, teacher, task, as_it_is, positions, n_epoch, show) as source,
+            answers(self, teacher, tasks, as_it_is, positions, n_epoch, show) as source,
             progress_bar(show, 'of the time') as progress,
         ):
             train = Trials(
                 self,
                 source,
                 n_epoch,
-                score or scorer(task),
-                output,
+                score,
+                {k: h.output for k, h in heads.items()} if several else output,
                 kind=kind,
                 axis=axis,
                 fine_tune=fine_tune,
                 **kwargs,
             )
             epochs = n_epoch + (kwargs.get('freeze_epochs', 1) if fine_tune else 0)
-            stored = dict(
-                kind=task.kind, classes=facts.get('classes'), fine_tune=fine_tune, **sizes(self)
+            of_each = lambda fn: {k: fn(k) for k in heads} if several else fn('')
+            known = dict(
+                kind=of_each(lambda k: tasks[k].kind),
+                classes=of_each(lambda k: facts[k].get('classes')),
+                fine_tune=fine_tune,
+                **sizes(self),
             )
             found = Search(
                 candidates,
@@ -138,8 +155,8 @@ def distill_find(
                 trials=trials,
                 seeds=seeds,
                 folder=folder,
-                facts=stored,
-                metric=metric_of(task, score),
+                facts=known,
+                metric=metric,
                 show=progress,
             ).run()
     if show:
@@ -215,31 +232,55 @@ def own_rates(learn):
     return [lr * f for f in FACTORS]
 
 
-def metric_of(task, score):
+def how_to_score(heads, tasks, score):
+    """(name of the score, fn(logits, targets) -> (B,) scores)."""
     if score is not None:
-        return 'score'
-    return '-squared error' if task.kind == 'regression' else METRICS[task.kind]
+        return 'score', score
+    kinds = {t.kind for t in tasks.values()}
+    if len(kinds) > 1:
+        raise DistillError(
+            'The heads predict different things, so their scores have no mean: pass score=, a function '
+            'of the logits (a dict by head) and the targets, with a score for each item.'
+        )
+    kind = kinds.pop()
+    metric = '-squared error' if kind == 'regression' else METRICS[kind]
+    if '' in tasks:
+        return metric, scorer(tasks[''])
+    return f'{metric}, mean of the heads', scorer_of_heads(heads, tasks)
 
 
-def facts_of_task(learn, teacher, task, output, live, check, show):
-    """The arguments of `candidates_for`."""
-    feed = feed_of(teacher)
-    stored = feed is not None
-    if stored and live:
-        raise DistillError(
-            'live=True needs a teacher that runs, not stored outputs: pass the teacher itself.'
-        )
-    look = lambda: check_teacher(learn, teacher, task, output=output, n_epoch=None).enforce(show)
-    mistakes = look() if check and not stored else None
-    example = example_of(learn, output)
-    facts = facts_for_choice(
-        example, task, feed if stored else teacher_of(teacher, learn, task), mistakes
-    )
-    if not facts.pop('labels', True):
-        raise DistillError(
-            'These batches have no labels, so no score can be computed: there is nothing to search by.'
-        )
-    return facts | dict(maps=example is not None and example.logits.dim() == 4)
+def facts_of_heads(learn, teacher, heads, tasks, stored, check, show) -> dict:
+    """Name of a head -> the arguments of `candidates_for`.
+
+    Args:
+        stored: Names of the heads with stored outputs.
+    """
+    found = {}
+    if check and len(stored) < len(heads):
+        found = look(learn, teacher, heads, tasks, stored)
+    for f in found.values():
+        f.enforce(show)
+    facts = {}
+    for k, h in heads.items():
+        example = example_of(learn, h.output)
+        source = feed_of(h.source) if k in stored else h.teacher_of(learn, tasks[k])
+        facts[k] = facts_for_choice(example, tasks[k], source, found.get(k))
+        if not facts[k].pop('labels', True):
+            raise DistillError(
+                'These batches have no labels, so no score can be computed: there is nothing to search by.'
+            )
+        facts[k]['maps'] = example is not None and example.logits.dim() == 4
+    return facts
+
+
+def look(learn, teacher, heads, tasks, stored) -> dict:
+    """Name of a head -> what a check finds about its teacher."""
+    if '' in heads:
+        output = heads[''].output
+        return {'': check_teacher(learn, teacher, tasks[''], output=output, n_epoch=None)}
+    running = {k: None if str(k) in stored else t for k, t in teacher.items()}
+    kinds = {k: t.kind for k, t in tasks.items() if k not in stored}
+    return check_heads(learn, running, kinds, None, None, BATCHES)
 
 
 def sizes(learn):
@@ -260,13 +301,15 @@ def sizes(learn):
 
 
 @contextmanager
-def answers(learn, teacher, task, as_it_is, positions, n_epoch, show):
+def answers(learn, teacher, tasks, as_it_is, positions, n_epoch, show):
     """What the runs take as teacher: a cache of its answers, which is deleted at the end, unless
     they take it as it is.
     """
     if as_it_is:
         yield teacher
         return
+    kinds = {k: t.kind for k, t in tasks.items()}
+    axis = next(iter(tasks.values())).axis
     with TemporaryDirectory(prefix='fastdistill') as folder:
         views = min(n_epoch, MOST_VIEWS) if positions and moves(learn.dls.train) else 0
         try:
@@ -278,8 +321,8 @@ def answers(learn, teacher, task, as_it_is, positions, n_epoch, show):
                     learn.dls,
                     Path(folder) / 'cache',
                     views,
-                    kind=task.kind,
-                    axis=task.axis,
+                    kind=kinds.get('', kinds),
+                    axis=axis,
                     check=False,
                     progress=show,
                 )

@@ -1,6 +1,5 @@
 "One of several heads of a student: its output, its labels and their classes."
 
-from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -8,59 +7,38 @@ from types import SimpleNamespace
 from ..base.outputs import DistillError
 from ..base.random_state import RandomGuard
 from ..base.task import Task
-from ..distiller.heads import renamed
-from ..recipes.term import Recipe
+from ..distiller.distiller import same_model
+from ..distiller.head import HeadOutput, SharedOutput, options_by_head
 from .batches import PreparationError, prepared_batches
+from .task import task_of
+from .teachers import is_heads, teacher_of
 
 __all__ = [
-    'Head',
     'HeadData',
+    'LearnerHead',
     'WholeModel',
-    'beside_labels',
+    'comparisons_of',
     'heads_of',
-    'option_of_heads',
-    'task_of_head',
+    'options_of_heads',
 ]
 
 
 @dataclass
-class Head:
-    """One output of the student, its labels and its teacher.
+class LearnerHead(HeadOutput):
+    """One output of a Learner's model, its labels and its teacher.
 
     Attributes:
-        at: Its place among the labels, and among the outputs of a tuple.
-        n: Heads.
         source: What `KnowledgeDistillation` takes as a teacher.
+        shared: Does it teach other heads too?
     """
 
-    name: str
-    at: int
-    n: int
-    source: object
+    source: object = None
+    shared: bool = False
 
     @property
     def output(self):
         """What gets its output, as `Distiller(output=)` takes it."""
         return self
-
-    def __call__(self, raw):
-        """Its output, of what the student returned."""
-        if isinstance(raw, Mapping) and self.name in raw:
-            return raw[self.name]
-        if isinstance(raw, (tuple, list)) and len(raw) == self.n:
-            return raw[self.at]
-        have = (
-            ', '.join(map(str, raw))
-            if isinstance(raw, Mapping)
-            else f'{len(raw)} outputs'
-            if isinstance(raw, (tuple, list))
-            else 'one tensor'
-        )
-        raise DistillError(
-            f'There are {self.n} heads, {self.name!r} among them, but the student returns {have}: name '
-            'the outputs of a dict, or give one teacher for each output of a tuple, in their order. '
-            'None is a head without a teacher.'
-        )
 
     def labels(self, y):
         """Its labels, as a tuple."""
@@ -81,6 +59,19 @@ class Head:
             dls=HeadData(learn.dls, self), model=learn.model, loss_func=learn.loss_func
         )
 
+    def teacher_of(self, learn, task, **options):
+        """Its `Teacher` for the batches of a Learner."""
+        return teacher_of(self.source, self.of(learn), task, **options)
+
+    def task_of(self, learn, kind, axis=None):
+        """What it predicts, by the option `kind` or by its labels."""
+        if kind is None and labels_are_floats(learn, self):
+            raise DistillError(
+                f"The labels of the head {self.name!r} are not class numbers: pass kind={{'{self.name}': "
+                "'regression'} for numbers, or 'sigmoid' for several labels."
+            )
+        return Task(kind or 'softmax', 1 if axis is None else axis)
+
 
 @dataclass
 class WholeModel:
@@ -93,6 +84,7 @@ class WholeModel:
 
     source: object
     output: object = None
+    name: str = ''
 
     def labels(self, y):
         return y
@@ -102,6 +94,12 @@ class WholeModel:
 
     def of(self, learn):
         return learn
+
+    def teacher_of(self, learn, task, **options):
+        return teacher_of(self.source, learn, task, **options)
+
+    def task_of(self, learn, kind, axis=None):
+        return task_of(learn.loss_func, kind, axis)
 
 
 class HeadData:
@@ -118,6 +116,18 @@ class HeadData:
             getattr(tls[i], 'vocab', None) if i < len(tls) else None,
         )
 
+    @property
+    def options_of_teacher(self):
+        """Which output of a teacher of several heads is this head's."""
+        h = self.head
+        return dict(output=SharedOutput(h.name, h.at, h.n)) if h.shared else {}
+
+    def column_of(self, dls):
+        """Other DataLoaders, with the labels of the same head if they have those of all."""
+        tls = getattr(dls.train_ds, 'tls', ())
+        columns = len(tls) - getattr(dls, 'n_inp', 1)
+        return HeadData(dls, self.head) if columns == self.head.n else dls
+
     def __getattr__(self, k):
         return getattr(self.__dict__['whole'], k)
 
@@ -126,38 +136,31 @@ class HeadData:
 
 
 def heads_of(teachers) -> dict:
-    """Name -> `Head`, of those that have a teacher.
+    """Name -> `LearnerHead`, of those that have a teacher.
 
     Args:
         teachers: Name -> what `KnowledgeDistillation` takes, or None.
     """
-    found = [Head(str(k), i, len(teachers), t) for i, (k, t) in enumerate(teachers.items())]
+    shared = lambda t: sum(same_model(t, o) for o in teachers.values()) > 1
+    found = [
+        LearnerHead(str(k), i, len(teachers), t, shared(t))
+        for i, (k, t) in enumerate(teachers.items())
+    ]
     if not any(h.source is not None for h in found):
         raise DistillError('No head has a teacher.')
     return {h.name: h for h in found if h.source is not None}
 
 
-def option_of_heads(o, option, heads):
-    """Name of a head -> its own value of an option that is one for all, or a dict."""
-    if not isinstance(o, Mapping):
-        return dict.fromkeys(heads, o)
-    o = {str(k): v for k, v in o.items()}
-    if unknown := set(o) - set(heads):
-        raise DistillError(
-            f'{option}= has {", ".join(sorted(unknown))}, the heads with a teacher are '
-            f'{", ".join(heads)}.'
-        )
-    return {k: o.get(k) for k in heads}
+def comparisons_of(teacher, output=None) -> dict:
+    """Name -> head. A student with one output has one, whose name is ''."""
+    return heads_of(teacher) if is_heads(teacher) else {'': WholeModel(teacher, output)}
 
 
-def task_of_head(learn, head, kind, axis=None):
-    """What a head predicts, by its option or by its labels."""
-    if kind is None and labels_are_floats(learn, head):
-        raise DistillError(
-            f"The labels of the head {head.name!r} are not class numbers: pass kind={{'{head.name}': "
-            "'regression'} for numbers, or 'sigmoid' for several labels."
-        )
-    return Task(kind or 'softmax', 1 if axis is None else axis)
+def options_of_heads(o, option: str, heads) -> dict:
+    """Name of a head -> its own value of an option, which is one for all or a dict."""
+    if '' in heads:
+        return {'': o}
+    return options_by_head(o, option, heads, 'the heads with a teacher are')
 
 
 def labels_are_floats(learn, head):
@@ -166,11 +169,3 @@ def labels_are_floats(learn, head):
             return any(o.is_floating_point() for _, y in train for o in head.labels(y))
     except PreparationError:
         return False
-
-
-def beside_labels(recipe):
-    """The same recipe where the labels have the weight 1."""
-    w = recipe.task_at(0.0)
-    if w in (0.0, 1.0):
-        return recipe
-    return Recipe(*(renamed(t, t.name, weight=t.weight / w) for t in recipe.terms), task=1.0)

@@ -12,9 +12,10 @@ from ..base.random_state import guarded_random_state
 from ..losses import binary_kl, kl
 from ..teachers.fast_copy import AS_IT_IS
 from .batches import split_batch
+from .head import comparisons_of, options_of_heads
 from .language_model import is_stream
-from .task import task_of
-from .teachers import refuse_heads, teacher_of
+from .teachers import is_heads, teacher_of
+from .vocab import vocab_of
 
 __all__ = ['DistillInterpretation']
 
@@ -25,12 +26,14 @@ class DistillInterpretation(Interpretation):
     `show_disagreements` shows both models' predictions.
     """
 
-    teacher = None  # a `Teacher`, set by `from_learner`
+    # set by `from_learner`: `Teacher`s that give the outputs of each model, and the head that is shown
+    student = teacher = head = None
 
     @classmethod
-    def from_learner(cls, learn: Learner, teacher, ds_idx: int = 1, dl=None, act=None):
+    def from_learner(cls, learn: Learner, teacher, ds_idx: int = 1, dl=None, act=None, kind=None):
         """Run both models on all items. The distance is KL(teacher || student) at T=1, averaged
-        over the pixels of a mask, or the MSE for regression.
+        over the pixels of a mask, or the MSE for regression. For a dict of teachers of several
+        heads, return a dict with an interpretation for each.
 
         Args:
             learn: The student.
@@ -38,23 +41,35 @@ class DistillInterpretation(Interpretation):
             ds_idx: Index of the student's DataLoader, if `dl` is None.
             dl: A DataLoader of the student's data.
             act: Activation for the student's predictions. None for that of its loss function.
+            kind: 'softmax', 'sigmoid' or 'regression'; None to read it from the loss function. Of
+                several heads, one for all or a dict.
         """
-        refuse_heads(teacher)
         dl = learn.dls[ds_idx].new(shuffle=False, drop_last=False) if dl is None else dl
         if is_stream(dl):
             raise DistillError(
                 'The samples of a language model are pieces of one long text, not items that can be '
                 'shown. compare(...) measures its agreement with the teacher.'
             )
-        task = task_of(learn.loss_func)
-        student, teacher = (teacher_of(o, learn, task, run=AS_IT_IS) for o in (learn, teacher))
+        heads = comparisons_of(teacher)
+        kinds = options_of_heads(kind, 'kind', heads)
+        found = {k: cls._of_head(learn, dl, act, h, kinds[k]) for k, h in heads.items()}
+        return found if is_heads(teacher) else found['']
+
+    @classmethod
+    def _of_head(cls, learn, dl, act, head, kind):
+        task = head.task_of(learn, kind)
+        teacher = head.teacher_of(learn, task, run=AS_IT_IS)
+        own = {} if head.output is None else dict(output=head.output)
+        view = learn if head.output is None else head.of(learn)
+        student = teacher_of(learn, view, task, run=AS_IT_IS, **own)
         out = cls(learn, dl, disagreements(learn, dl, student, teacher, task), act)
-        out.teacher = teacher
+        out.student, out.teacher = student, teacher
+        out.head = head if head.name else None
         return out
 
     def show_disagreements(self, k: int = 9, largest: bool = True, **kwargs):
         """Show items with fastai's `show_results`, with the teacher's prediction instead of the
-        label.
+        label. Those of one of several heads are shown with the predictions of both models.
 
         Args:
             k: Number of items.
@@ -63,6 +78,10 @@ class DistillInterpretation(Interpretation):
             **kwargs: Options of fastai's `show_results`.
         """
         _, idxs = self.top_losses(min(k, len(self.losses)), largest)
+        if self.head is not None:
+            show_rows(list(self._rows_of_head(idxs.tolist())))
+            name_both()
+            return
         inps, _, _, decoded, _ = self[idxs]
         inps = tuplify(inps)
         taught = self._decoded(inps)
@@ -73,6 +92,16 @@ class DistillInterpretation(Interpretation):
         except (TypeError, AttributeError):
             show_plainly(self.dl, t, s, len(idxs))
         name_both()
+
+    def _rows_of_head(self, idxs):
+        """(item, the teacher's prediction, the student's) of these items."""
+        dl, names = self.dl.new(get_idxs=lambda: idxs), vocab_of(self.head.of(self.learn).dls)
+        with restored(dl), guarded_random_state(), self.student, self.teacher:
+            for b in dl:
+                x, _ = split_batch(self.learn, b)
+                *_, items = self.dl._pre_show_batch(b, max_n=len(x[0]))
+                both = [predictions(m, x, names) for m in (self.teacher, self.student)]
+                yield from ((item[0], t, s) for item, t, s in zip(items, *both))
 
     def _decoded(self, inps):
         """Return the teacher's predictions for inputs, decoded like the student's."""
@@ -125,11 +154,20 @@ def show_plainly(dl, t, s, n):
     table.
     """
     import matplotlib.pyplot as plt
-    import pandas as pd
 
     plt.close('all')  # the empty grid that the failed function left
     (_, _, taught), (_, _, own) = (dl._pre_show_batch(b, max_n=n) for b in (t, s))
-    rows = [(x, a, b) for (x, a), (_, b) in zip(taught, own)]
+    show_rows([(x, a, b) for (x, a), (_, b) in zip(taught, own)])
+
+
+def show_rows(rows):
+    """Show items with both predictions.
+
+    Args:
+        rows: (item, the teacher's prediction, the student's) of each.
+    """
+    import pandas as pd
+
     if not isinstance(rows[0][0], TensorImageBase):
         display_df(
             pd.DataFrame(
@@ -137,8 +175,19 @@ def show_plainly(dl, t, s, n):
             )
         )
         return
-    for ax, (x, a, b) in zip(get_grid(n), rows):
+    for ax, (x, a, b) in zip(get_grid(len(rows)), rows):
         x.show(ctx=ax, title='\n'.join(map(in_short, (a, b))))
+
+
+def predictions(model, x, names):
+    """What a model predicts for each sample, as text: the class, or its outputs."""
+    model.reset()
+    found = model(*x).logits.cpu()
+    if model.kind == 'softmax':
+        found = found.movedim(model.axis, -1).argmax(-1)
+        if names is not None and found.dim() == 1:
+            return [names[i] for i in found.tolist()]
+    return list(map(in_short, found))
 
 
 def in_short(v):

@@ -14,7 +14,8 @@ from ..recipes.term import Recipe, Term
 from . import check
 from .batches import prepared, prepared_batches, valid_batches
 from .callback import KnowledgeDistillation
-from .multi_head import check_heads, explain_heads
+from .head import heads_of
+from .multi_head import check_heads, running_heads
 from .raw_items import items_shown
 from .task import task_of
 from .teachers import image_stats, is_heads, teacher_of
@@ -67,8 +68,8 @@ def distill(
             each of its two fits.
         output: Which of the student's outputs is distilled: a name, an index or a function.
         unlabeled: More inputs, without labels: items as in the training set, or a DataLoader.
-        unlabeled_targets: A cache of the teacher's outputs for `unlabeled`, or its folder. None to
-            run the teacher.
+        unlabeled_targets: A cache of the teacher's outputs for `unlabeled`, or its folder, of
+            several heads a dict. None to run the teacher.
         perturbed: For tables, the number of perturbed copies of each row, without labels.
         check: Whether to look for mistakes first.
         fine_tune: Whether to use `Learner.fine_tune`, which also gets the other options, instead of
@@ -159,32 +160,29 @@ def explain(
         axis: Class axis; None to read it from the loss function.
         n: Number of validation batches, and of training batches, to read.
     """
-    steps = getattr(callback, 'n_steps', None) or getattr(self, 'train_iter', None) or None
-    if is_heads(teacher):
-        return explain_heads(self, teacher, callback, kind, axis, n, steps)
     if not isinstance(callback, KnowledgeDistillation | None):
         raise DistillError(
             f'callback is a {type(callback).__name__}: give what distill() returned, or nothing.'
         )
-    task = task_of(self.loss_func, kind, axis)
-    teacher = teacher_of(teacher, self, task)
-    valid, train = prepared_batches(self, n, n)
-    shares = (
-        None
-        if callback is None or callback.distiller is None
-        else callback.distiller.gradient_shares
-    )
-    with items_shown(self.dls.loaders, teacher), closing(valid), closing(train):
-        return explain_training(
-            teacher,
-            task,
-            self.model,
-            valid,
-            train,
-            steps=steps,
-            shares=shares,
-            output=None if callback is None else callback.output,
-        )
+    steps = getattr(callback, 'n_steps', None) or getattr(self, 'train_iter', None) or None
+    trained = None if callback is None else callback.distiller
+    output = None if callback is None else callback.output
+    found = {}
+    for h, task, t in running_heads(self, teacher, kind, axis, output):
+        known = None if trained is None else trained.heads.get(h.name)
+        valid, train = map(h.batches, prepared_batches(self, n, n))
+        with items_shown(self.dls.loaders, t), closing(valid), closing(train):
+            found[h.name] = explain_training(
+                t,
+                task,
+                self.model,
+                valid,
+                train,
+                steps=steps,
+                shares=None if known is None else known.gradient_shares,
+                output=h.output,
+            )
+    return found if is_heads(teacher) else found['']
 
 
 @patch
@@ -215,7 +213,8 @@ def calibrate(self: Learner, dl=None, *, fold: bool = True, kind=None, axis=None
 @patch
 def show_features(self: Learner, teacher, layers='auto', n: int = 4, p: float = 2):
     """Show attention maps of student and teacher side by side for `n` images of the validation set.
-    Return the figure, which notebooks show.
+    Return the figure, which notebooks show. For a dict of teachers of several heads, return a dict
+    of figures.
 
     Args:
         : The student.
@@ -231,12 +230,8 @@ def show_features(self: Learner, teacher, layers='auto', n: int = 4, p: float = 
         raise DistillError('These DataLoaders have no validation set, whose pictures are shown.')
     images = plots.picture_in(x)[:n]
     mean, std = [o.to(images) if hasattr(o, 'to') else o for o in image_stats(self.dls)]
-    return plots.show_features(
-        self.model,
-        teacher_of(teacher, self),
-        x,
-        layers,
-        images=(images * std + mean).clamp(0, 1),
-        n=n,
-        p=p,
-    )
+    images = (images * std + mean).clamp(0, 1)
+    show = lambda t: plots.show_features(self.model, t, x, layers, images=images, n=n, p=p)
+    if not is_heads(teacher):
+        return show(teacher_of(teacher, self))
+    return {k: show(h.teacher_of(self, None)) for k, h in heads_of(teacher).items()}

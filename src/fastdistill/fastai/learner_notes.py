@@ -11,6 +11,7 @@ class LearnerNotes:
     """What is remembered of a Learner.
 
     Attributes:
+        fitting: The `KnowledgeDistillation` of the present fit.
         last_state: `KnowledgeDistillation.state_dict` after its last fit or load, for
             `Learner.save`; None: there is none.
         loaded_state: The same as `Learner.load` found it beside the student's file, for the next
@@ -19,6 +20,7 @@ class LearnerNotes:
             next view.
     """
 
+    fitting: object = None
     last_state: dict | None = None
     loaded_state: dict | None = None
     passed_epochs: dict = field(default_factory=dict)

@@ -7,7 +7,7 @@ from fastai.basics import Metric, ValueMetric, find_bs, noop
 
 from ..base.distributed import mean_over_ranks
 
-__all__ = ['PartMetric', 'TaskMetric', 'columns_of', 'row_by_column']
+__all__ = ['PartMetric', 'TaskMetric', 'column_of', 'columns_of', 'row_by_column']
 
 
 def row_by_column(recorder, row) -> dict:
@@ -35,6 +35,11 @@ def columns_of(recorder) -> dict:
     rows = [row_by_column(recorder, row) for row in getattr(recorder, 'values', [])]
     trained = any(v is not None for row in rows for k, v in row.items() if k.startswith('train_'))
     return {k: [row[k] for row in rows] for k in rows[0]} if trained else {}
+
+
+def column_of(part: str) -> str:
+    """Return the name of the column for a part of the loss. That of 'color.kd' is 'color_kd_loss'."""
+    return f'{part.replace(".", "_")}_loss'
 
 
 class PartMetric(Metric):
@@ -66,7 +71,7 @@ class PartMetric(Metric):
 
     @property
     def name(self):
-        return f'{self.key}_loss'
+        return column_of(self.key)
 
     # a Learner that is exported during a fit must load without fastdistill
     def __reduce__(self):

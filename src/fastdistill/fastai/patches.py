@@ -8,7 +8,7 @@
 | `TfmdDL._one_pass` | `export` would keep the type of the teacher's targets | first target |
 | `TfmdDL._pre_show_batch` | fastai cannot show a tuple of label and teacher's target | first target |
 | `defaults.callbacks` | labels, MixUp and metrics must not see the target: see `TeacherTargets` | first target |
-| `Learner.fit` | no event follows an interrupt: callbacks that stay on the Learner clean up here | first callback |
+| `Learner.fit` | no event follows an error or an interrupt: the callback of the fit cleans up here | first callback |
 | `Learner.fine_tune` | schedules span both of its phases: see `KnowledgeDistillation(span=)` | import |
 | `Learner.save` | with the optimizer, projectors are saved too, in a file beside the student's | first callback |
 | `Learner.load` | it loads that file | import |
@@ -67,8 +67,12 @@ class DistillationCallback(Callback):
         _patch_for_callback()
         super().__init__()
 
-    def teardown(self):
-        """Put everything back; safe to call at any time, and twice."""
+    def teardown(self, learn):
+        """Put everything back; safe to call at any time, and twice.
+
+        Args:
+            learn: The Learner of the fit.
+        """
         raise NotImplementedError
 
     def set_aside(self):
@@ -183,8 +187,9 @@ def _put_back_after(fit):
         try:
             return fit(self, *args, **kwargs)
         finally:
-            if (cb := _callback_on(self)) is not None:
-                cb.teardown()
+            # subtle: after an error, `Learner.fit` has removed the callbacks that it got
+            if (cb := notes_of(self).fitting) is not None:
+                cb.teardown(self)
 
     return _fit
 

@@ -20,7 +20,7 @@ from ..search.significance import adjusted, difference_by_seed
 from .arguments import feed_of
 from .compare import history_of
 from .metrics import row_by_column
-from .teachers import refuse_heads, teacher_of
+from .teachers import is_heads, teacher_of
 from .trials import repeatable
 
 __all__ = ['compare_recipes']
@@ -53,7 +53,7 @@ def compare_recipes(
     Args:
         make_student: fn() -> a new Learner. Each recipe gets one that is made with the same
             random numbers.
-        teacher: What `KnowledgeDistillation` takes.
+        teacher: What `KnowledgeDistillation` takes. A dict: a teacher for each head.
         recipes: Name -> recipe, 'auto' for `distill`'s default, None for labels alone; None:
             these two.
         lr_max: Maximum learning rate; or a list, one for each recipe.
@@ -72,7 +72,6 @@ def compare_recipes(
             'with each recipe and seed. Give a function without arguments that makes one: '
             'compare_recipes(lambda: vision_learner(dls, resnet18), teacher).'
         )
-    refuse_heads(teacher, 'to compare_recipes')
     if recipes is None:
         recipes = dict(alone=None, default='auto')
     if not isinstance(recipes, Mapping):
@@ -146,7 +145,10 @@ def comparable_text(o):
 
 
 def teacher_text(teacher):
-    """A fingerprint of the teacher's weights, or of the cache."""
+    """A fingerprint of the teacher's weights, or of the cache; of several heads, of each teacher."""
+    if is_heads(teacher):
+        each = {k: '' if t is None else teacher_text(t) for k, t in teacher.items()}
+        return ', '.join(f'{k}: {text}' for k, text in each.items())
     feed = feed_of(teacher)
     if feed is not None:
         return feed.cache.identity if isinstance(getattr(feed, 'cache', None), TeacherCache) else ''

@@ -24,7 +24,7 @@ from ..base.random_state import RandomGuard
 from ..cache.reader import TeacherCache, is_cache
 from ..checks.class_order import map_classes
 from ..teachers.estimator import Estimator, is_estimator, load_estimator
-from ..teachers.forms import warn_of_code
+from ..teachers.forms import holds_weights, warn_of_code
 from ..teachers.images import affine, stats_of, timm_cfg
 from ..teachers.teacher import Teacher
 from .tables import TableEstimator, table_of
@@ -36,7 +36,6 @@ __all__ = [
     'exported',
     'image_stats',
     'is_heads',
-    'refuse_heads',
     'size_of_images',
     'teacher_of',
 ]
@@ -69,6 +68,7 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
     if task is not None:
         kwargs = dict(kind=task.kind, axis=task.axis) | kwargs
     if dls is not None:
+        kwargs = getattr(dls, 'options_of_teacher', {}) | kwargs
         kwargs.setdefault('input_stats', image_stats(dls))
     if isinstance(obj, (str, Path)) and Path(obj).suffix in PICKLES:
         obj = exported(Path(obj))
@@ -87,7 +87,7 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
         own = (
             {'stats': image_stats(obj.dls)}
             | other_size(dls, obj.dls)
-            | in_order(dls, vocab_of(obj.dls), task)
+            | in_order(dls, vocab_of(same_column(dls, obj.dls)), task)
         )
         return of_learner(obj, own | kwargs)
     if isinstance(obj, Teacher):
@@ -126,16 +126,12 @@ def is_heads(teacher):
     return True
 
 
-def holds_weights(o):
-    return isinstance(o, Tensor) or isinstance(o, Mapping) and any(map(holds_weights, o.values()))
-
-
-def refuse_heads(teacher, where='here'):
+def refuse_heads(teacher):
     """Raise a DistillError for a dict of teachers where one teacher is needed."""
     if is_heads(teacher):
         raise DistillError(
-            'A dict has a teacher for each head of a student, which KnowledgeDistillation, distill, '
-            f'check_teacher, explain and cache_teacher take. Give one teacher {where}.'
+            'A dict has a teacher for each head of a student, which can be a list (an ensemble). Give '
+            'one teacher here.'
         )
 
 
@@ -177,7 +173,7 @@ def class_names(teacher, dls):
         dls: The student's DataLoaders.
     """
     if teacher.learner is not None:
-        return vocab_of(teacher.learner.dls)
+        return vocab_of(same_column(dls, teacher.learner.dls))
     own = (
         teacher.model.classes
         if isinstance(teacher.model, Estimator) and teacher.kind == 'softmax'
@@ -188,6 +184,11 @@ def class_names(teacher, dls):
     own, mine = list(map(str, own)), vocab_of(dls)
     are_numbers = own == [str(i) for i in range(len(own))] and not set(own) & set(mine or own)
     return None if are_numbers else own
+
+
+def same_column(dls, theirs):
+    """A teacher's DataLoaders, with the labels of the same head if `dls` are those of a head."""
+    return dls.column_of(theirs) if hasattr(dls, 'column_of') else theirs
 
 
 def with_numbers(teacher, dls):

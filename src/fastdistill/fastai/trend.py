@@ -4,7 +4,7 @@ import warnings
 
 from ..base.distributed import rank
 from ..base.outputs import DistillWarning
-from .metrics import columns_of
+from .metrics import column_of, columns_of
 
 __all__ = ['TrendCheck']
 
@@ -34,7 +34,7 @@ class TrendCheck:
         best = valid.index(min(valid))
         # subtle: without labels, terms between layers do not train the student's head, whose loss then says nothing
         for n in [t.name for t in recipe.terms if t.layers is None or recipe.task != 0]:
-            term = self._column(learn.recorder, f'{n}_loss')
+            term = self._column(learn.recorder, column_of(n))
             if not term or None in term or term[-1] >= term[best]:
                 continue
             self.warned = True

@@ -1,5 +1,7 @@
 "A callback that reports a score after each epoch, and ends the training when it is told to."
 
+from collections.abc import Mapping
+
 import torch
 from fastai.basics import Callback, CancelFitException
 
@@ -7,7 +9,7 @@ from ..base.outputs import DistillError, Outputs, as_plain
 from ..base.task import fit_labels
 from ..checks.batch_scores import Tally
 
-__all__ = ['Clock', 'chosen_half', 'scorer']
+__all__ = ['Clock', 'chosen_half', 'scorer', 'scorer_of_heads']
 
 
 class Clock(Callback):
@@ -16,7 +18,8 @@ class Clock(Callback):
 
     Args:
         score: fn(logits, targets) -> (B,) scores; see `scorer`
-        output: Which of the student's outputs is scored, as in `Distiller`
+        output: Which of the student's outputs is scored, as in `Distiller`; of several heads, a
+            dict, and so are the logits.
         after_epoch: fn(mean score of the half that chooses) -> is the training over?
         late: fn() -> is the time over?
     """
@@ -38,8 +41,14 @@ class Clock(Callback):
     def after_pred(self):
         if self.training or not len(self.yb):
             return
-        logits = as_plain(Outputs.of(self.learn.pred, output=self.output).logits).detach().float()
+        if isinstance(self.output, Mapping):
+            logits = {k: self._logits(o) for k, o in self.output.items()}
+        else:
+            logits = self._logits(self.output)
         self.batches.append(self.score(logits, tuple(map(as_plain, self.yb))).float().cpu())
+
+    def _logits(self, output):
+        return as_plain(Outputs.of(self.learn.pred, output=output).logits).detach().float()
 
     def after_batch(self):
         if self.training and self.late():
@@ -83,5 +92,21 @@ def scorer(task):
                 f'{tuple(logits.shape)}: pass score=, a function of both.'
             )
         return tally.item_scores(logits, y)
+
+    return score
+
+
+def scorer_of_heads(heads, tasks):
+    """The mean of the scores of all heads, for each item.
+
+    Args:
+        heads: Name -> head, which knows its labels.
+        tasks: Name -> what the head predicts.
+    """
+    of_each = {k: scorer(t) for k, t in tasks.items()}
+
+    def score(logits, targets):
+        scores = [fn(logits[k], heads[k].labels(targets)) for k, fn in of_each.items()]
+        return torch.stack([o.float() for o in scores]).nanmean(0)
 
     return score

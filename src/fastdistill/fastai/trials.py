@@ -3,6 +3,7 @@
 import copy
 import random
 import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -49,7 +50,7 @@ class Trials:
                 self.n_epoch,
                 lr,
                 recipe,
-                output=self.output,
+                output=None if isinstance(self.output, Mapping) else self.output,
                 check=False,
                 cbs=clock,
                 **self.options,

@@ -1,5 +1,7 @@
 "Inputs without labels beside the labeled batches: there the teacher alone teaches."
 
+from collections.abc import Mapping
+
 import torch
 from fastai.text.data import LMDataLoader
 
@@ -24,12 +26,13 @@ class UnlabeledInputs:
         items: Items like those of the training set, or a DataLoader (labels in its batches are
             not used); None: there are none.
         perturbed: For tables: rows to make of each row of a batch, by `perturbed_rows`
-        targets: `TeacherCache` with the outputs for these items, or its folder; None: the
-            teacher runs.
+        targets: Name of a head -> `TeacherCache` with the outputs for these items, or its folder;
+            None: the teachers run.
         runs: Is there a teacher that runs?
+        heads: Name -> head; '' for a student with one output.
     """
 
-    def __init__(self, items=None, perturbed: int = 0, targets=None, runs: bool = True):
+    def __init__(self, items, perturbed: int, targets, runs: bool, heads):
         if not is_whole(perturbed) or perturbed < 0:
             raise DistillError(
                 f'perturbed={perturbed!r}: it is how many rows are made of each row, a whole number '
@@ -51,18 +54,17 @@ class UnlabeledInputs:
                 "unlabeled_targets='more'."
             )
         self.items, self.perturbed, self.iterator, self.loader = items, perturbed, None, None
-        self.stored = None if targets is None else StoredOutputs(targets)
+        self.stored = None if targets is None else stored_outputs(targets, heads)
         self.rows = None
 
     def __bool__(self):
         return self.items is not None or self.perturbed > 0
 
-    def start(self, learn, teacher, layers=()):
+    def start(self, learn, heads):
         """Refuse what cannot be used, before the first batch.
 
         Args:
-            teacher: Of the labeled batches.
-            layers: Names of the teacher's layers that are compared.
+            heads: Those of the `Distiller`, by name.
         """
         if isinstance(learn.dls.train, LMDataLoader):
             raise DistillError(
@@ -71,12 +73,15 @@ class UnlabeledInputs:
         with RandomGuard():  # a DataLoader of fastai draws its seed
             self.loader = None if self.items is None else loader_of(self.items, learn.dls)
         if self.stored is not None:
-            refuse_other(self.stored.cache, teacher, layers)
-            self.rows = CacheRows({'': self.stored})
+            for k, stored in self.stored.items():
+                refuse_other(stored.cache, heads[k].teacher, heads[k].layers(1))
+            self.rows = CacheRows(self.stored)
             self.rows.passed = passed_epochs(learn)
             with RandomGuard():
-                self.stored.find_order(learn.dls)
-                self.rows.feed(learn.dls, self.loader, [(self.stored.cache, self.stored.keys)])
+                for stored in self.stored.values():
+                    stored.find_order(learn.dls)
+                caches = [(o.cache, o.keys) for o in self.stored.values()]
+                self.rows.feed(learn.dls, self.loader, caches)
 
     def batches(self, learn, ask):
         """(inputs, the teacher's outputs): the inputs are a tuple.
@@ -87,9 +92,14 @@ class UnlabeledInputs:
         """
         if self.loader is not None:
             x, y = split_batch(learn, self._next())
-            yield x, ask(x) if self.stored is None else self.stored.decoded(y[-1])
+            yield x, ask(x) if self.stored is None else self._decoded(y[-1])
         if self.perturbed:
             yield (x := perturbed_rows(learn.xb, self.perturbed)), ask(x)
+
+    def _decoded(self, rows):
+        """The stored outputs in the rows of a batch; of several heads, by name."""
+        each = {k: o.decoded(o.part_of(rows)) for k, o in self.stored.items()}
+        return each.get('', each)
 
     def _next(self):
         b = None if self.iterator is None else next(self.iterator, None)
@@ -107,6 +117,18 @@ class UnlabeledInputs:
         if self.rows is not None:
             self.rows.detach()
         self.iterator = self.loader = None
+
+
+def stored_outputs(targets, heads) -> dict:
+    """Name of a head -> its stored outputs for inputs without labels."""
+    if '' in heads:
+        return {'': StoredOutputs(targets)}
+    if not isinstance(targets, Mapping) or {*map(str, targets)} != {*heads}:
+        raise DistillError(
+            'unlabeled_targets= with several heads: give a dict with the cache of each '
+            f'({", ".join(heads)}), as cache_teacher({{...}}, dls, folder, unlabeled=items) returns it.'
+        )
+    return {str(k): StoredOutputs(o, head=heads[str(k)]) for k, o in targets.items()}
 
 
 def refuse_other(cache, teacher, layers):

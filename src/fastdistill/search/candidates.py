@@ -1,6 +1,6 @@
 "Which recipes are worth a try for a kind of task, and which values of their options."
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from ..recipes.term import Recipe, Term
 from ..recipes.text import as_recipe
 from ..recipes.zoo import at, cwd, dist, dkd, hint, kd, pkt, rkd, ttm
 
-__all__ = ['LABELS', 'Candidate', 'candidates_for', 'given_candidates']
+__all__ = ['LABELS', 'Candidate', 'candidates_for', 'candidates_for_heads', 'given_candidates']
 
 GRAD_RATIOS = 1, 0.3, 3, 10  # of the gradient, beside the labels'
 SMALL_GRAD_RATIOS = 0.1, 0.03, 0.3, 1  # the same between layers
@@ -23,7 +23,7 @@ class Candidate:
     """A recipe whose options are to be found.
 
     Attributes:
-        make: fn(**options) -> Recipe.
+        make: fn(**options) -> Recipe, or a dict of them by head.
         options: Option -> the values to try, the usual one first.
         text: How to write the recipe, with '{}' where the options stand.
     """
@@ -34,7 +34,8 @@ class Candidate:
     text: str = '{}'
 
     def recipe(self, options):
-        return Recipe(self.make(**options))
+        made = self.make(**options)
+        return made if isinstance(made, Mapping) else Recipe(made)
 
     def written(self, options):
         """The recipe as code."""
@@ -85,6 +86,27 @@ def candidates_for(
             Candidate('cwd', cwd, dict(T=(4, 1), grad_ratio=GRAD_RATIOS), 'recipes.cwd({})')
         )
     return found + (between_layers() if layers else [])
+
+
+def candidates_for_heads(facts: dict, layers: bool = False) -> list[Candidate]:
+    """The recipes that fit all heads of a student, each the same for all heads. The first is what
+    `auto` chooses for each head, if these recipes give the task loss the same weight.
+
+    Args:
+        facts: Name of a head -> arguments of `candidates_for`
+        layers: As in `candidates_for`
+    """
+    own = {k: candidates_for(**f)[0] for k, f in facts.items()}
+    each = {k: c.recipe({}) for k, c in own.items()}
+    chosen = Candidate('auto', lambda: each, {}, repr({k: c.text for k, c in own.items()}))
+    first = [chosen] if len({r.task_at(0.0) for r in each.values()}) == 1 else []
+    known = [n for f in facts.values() if (n := f.get('classes')) is not None]
+    kinds = {f['kind'] for f in facts.values()}
+    dense = any(f.get('dense') for f in facts.values())
+    found = [between_outputs(k, min(known, default=None), dense) for k in sorted(kinds)]
+    # of heads of different kinds, kd takes the loss that fits each
+    same = found[0] if len(kinds) == 1 else [c for c in found[-1] if c.name == 'kd']
+    return first + same + (between_layers() if layers else [])
 
 
 def between_outputs(kind, classes, dense):
@@ -146,8 +168,8 @@ def given_candidates(recipes: dict) -> list[Candidate]:
     """The user's own recipes, of which the rate alone is to be found.
 
     Args:
-        recipes: Name -> recipe, term, text of a recipe, or a function without arguments that
-            makes one.
+        recipes: Name -> recipe, term, text of a recipe, a dict of these by head, or a function
+            without arguments that makes one.
     """
     if not isinstance(recipes, dict) or not recipes:
         raise DistillError(
@@ -156,6 +178,9 @@ def given_candidates(recipes: dict) -> list[Candidate]:
         )
 
     def candidate(name, o):
+        if isinstance(o, Mapping):
+            each = {k: as_recipe(v) for k, v in o.items()}
+            return Candidate(str(name), lambda: each, {}, str(name))
         r = as_recipe(o) if isinstance(o, str | Recipe | Term) else o
         if r is None:
             raise DistillError(

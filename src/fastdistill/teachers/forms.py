@@ -14,7 +14,7 @@ from torch import nn
 from ..base.outputs import DistillError, DistillWarning, tensors_in
 from .estimator import Estimator, is_estimator
 
-__all__ = ['Onnx', 'explained', 'load_model', 'warn_of_code']
+__all__ = ['Onnx', 'explained', 'holds_weights', 'load_model', 'warn_of_code']
 
 FORMS = (
     'It must be an nn.Module (torchvision, timm, Hugging Face, TorchScript), a torch.export program, a file of '
@@ -39,6 +39,15 @@ def load_model(o):
     return o, None
 
 
+def holds_weights(o) -> bool:
+    """Is it a state_dict or a checkpoint?"""
+    return (
+        isinstance(o, torch.Tensor)
+        or isinstance(o, Mapping)
+        and any(map(holds_weights, o.values()))
+    )
+
+
 def why_no_teacher(o):
     """Why `o` can't be a teacher; None if it can."""
     kind = type(o).__name__
@@ -46,6 +55,11 @@ def why_no_teacher(o):
         return 'None is no teacher.'
     if isinstance(o, type):
         return f'{o.__name__} is a class, not a model.'
+    if isinstance(o, Mapping) and o and not holds_weights(o):
+        return (
+            'A dict of teachers is for the heads of a student: Distiller, fastdistill.fastai and '
+            'DistillCallback take it. Here, give one teacher.'
+        )
     if isinstance(o, Mapping):
         return 'A dict (a state_dict?) holds weights, but no network: build the model and load them into it.'
     if hasattr(o, 'dls') and hasattr(o, 'model'):

@@ -151,6 +151,15 @@ class ModelRunner(Runner):
 
     def outputs(self, x, kw, layers) -> Outputs:
         """The outputs for a batch, with these layers."""
+        return self.outputs_for([self.teacher], x, kw, layers)[0]
+
+    def outputs_for(self, teachers, x, kw, layers) -> list[Outputs]:
+        """The outputs for a batch, with these layers, as each teacher reads them from one run of
+        the model.
+
+        Args:
+            teachers: Variations with different outputs, see `same_run`.
+        """
         self.check_layers(layers)
         device = device_of_inputs(x, kw)
         batch_size = next((tuple(t.shape[2:]) for t in tensors_in((x, kw)) if is_image(t)), None)
@@ -160,10 +169,11 @@ class ModelRunner(Runner):
             self._choose_copy(*slices[0], layers, device)
         if self.frozen is not None:
             self.frozen.settle()
-        o = joined([self._slice(*o, layers, device) for o in slices])
+        outs = map(joined, zip(*[self._slice(teachers, *o, layers, device) for o in slices]))
         if self.teacher.size is None:
-            return o
-        return replace(o, logits=maps_of_size(o.logits, self.teacher.size, batch_size))
+            return list(outs)
+        resized = lambda o: maps_of_size(o.logits, self.teacher.size, batch_size)
+        return [replace(o, logits=resized(o)) for o in outs]
 
     def _choose_copy(self, x, kw, layers, device):
         self.fast_copy.choose(x, kw, device, layers, lambda m: self._trial(m, x, kw, device))
@@ -182,8 +192,8 @@ class ModelRunner(Runner):
             self.teacher, x, kw, device=device, frozen=frozen, scaling=self.scaling, lend=lend
         )
 
-    def _slice(self, x, kw, layers, device):
-        """The outputs of rows that run at once."""
+    def _slice(self, teachers, x, kw, layers, device):
+        """The outputs of rows that run at once, for each teacher."""
         batch = x, kw
         lend = (lambda t: False) if self.may_change else self.aliasing.lends(layers)
         x, kw = self._prepared(x, kw, device, self.frozen, lend)
@@ -192,20 +202,27 @@ class ModelRunner(Runner):
         with Taps(self.module, layers) if reads else nullcontext() as taps:
             with explained(self.teacher.name, (x, kw), self.teacher.module):
                 raw = self.call(x, kw, layers)
-            if self.teacher.output is None:
-                name = f'The teacher {self.teacher.name}'
-                warn_of_several(raw, self.teacher.module, name, self.facts)
-            o = Outputs.of(raw, output=self.teacher.output)
-            feats = {**o.feats, **taps.pop()} if reads else o.feats
-            logits = self._logits(o.logits)
+            read = taps.pop() if reads else {}
+            outs = [self._read(t, raw, read) for t in teachers]
         if not self.may_change:
-            self.aliasing.judge(marks, layers, (logits, feats, o.mask))
+            self.aliasing.judge(marks, layers, [(o.logits, o.feats, o.mask) for o in outs])
         # a function has no layers, but it may return features of that name
-        if not reads and not set(layers) <= set(feats):
-            raise self._unreadable(layers, feats)
+        for o in outs:
+            if not reads and not set(layers) <= set(o.feats):
+                raise self._unreadable(layers, o.feats)
         dtype = None if self.fast_copy is None else self.fast_copy.cast_back
         plain = lambda t: plain_output(t, device, dtype)
-        return Outputs(*(map_tensors(v, plain) for v in (logits, feats, o.mask)), o.classes)
+        return [
+            Outputs(*(map_tensors(v, plain) for v in (o.logits, o.feats, o.mask)), o.classes)
+            for o in outs
+        ]
+
+    def _read(self, t, raw, feats):
+        """What a teacher reads from what the model returned."""
+        if t.output is None:
+            warn_of_several(raw, t.module, f'The teacher {t.name}', self.facts)
+        o = Outputs.of(raw, output=t.output)
+        return replace(o, logits=self._logits(t, o.logits), feats={**o.feats, **feats})
 
     def call(self, x, kw, layers=()):
         """What the model returns for prepared inputs."""
@@ -224,9 +241,8 @@ class ModelRunner(Runner):
             return lambda: anew(*args, **kwargs)
         return lambda: self.call(args, kwargs)
 
-    def _logits(self, v):
-        """The logits of what the model returned."""
-        t = self.teacher
+    def _logits(self, t, v):
+        """The logits of a teacher's output."""
         if t.returns == 'logits':
             return v
         if (checked := ('probs', t.kind, t.axis)) not in self.facts:

@@ -19,7 +19,7 @@ from .images import affine, stats_of
 from .inputs import check_own_inputs
 from .runner import ModelRunner
 
-__all__ = ['Teacher']
+__all__ = ['Teacher', 'same_run']
 
 POSSIBLE = dict(
     mode=('eval', 'train'),
@@ -431,21 +431,36 @@ class Teacher:
             kwargs: Inputs by name.
             layers: Names of layers that this call reads, in addition to the teacher's own.
         """
+        return self.outputs_for([self], args, kwargs, layers)[0]
+
+    def outputs_for(self, teachers, args=(), kwargs=None, layers=()) -> list[Outputs]:
+        """The outputs for a batch as each of these teachers reads them. The model runs once.
+
+        Args:
+            teachers: This one, and others of which `same_run` is true.
+            args, kwargs, layers: As in `outputs`
+        """
         kwargs = kwargs or {}
         if not self.started:
             try:
                 self.runner.start()
-                return self.outputs(args, kwargs, layers)
+                return self.outputs_for(teachers, args, kwargs, layers)
             finally:
                 self.stop()
+        layers = list(dict.fromkeys([*self.layers, *layers]))
         with torch.no_grad(), self.random.own(self.runner.generators((args, kwargs))):
-            return self.forward(args, kwargs, list(dict.fromkeys([*self.layers, *layers])))
+            if len(teachers) == 1:
+                return [self.forward(args, kwargs, layers)]
+            outs = self.runner.outputs_for(teachers, args, kwargs, layers)
+            return [t._of_classes(o) for t, o in zip(teachers, outs)]
 
     def forward(self, args, kwargs, layers) -> Outputs:
         """The outputs of a started teacher with exactly these layers. It draws from the global
         random generators.
         """
-        o = self.runner.outputs(args, kwargs, layers)
+        return self._of_classes(self.runner.outputs(args, kwargs, layers))
+
+    def _of_classes(self, o):
         return of_classes(o, self.select, self.classes, self.axis, self.kind)
 
     def probe(self, *x, layers=None, **kw) -> Outputs:
@@ -466,3 +481,21 @@ class Teacher:
         """
         names = names_of_tokens(self, x, self.layers) if self.layers else []
         return self if names == self.layers else Teacher(self, layers=names)
+
+
+# options that change how a model runs, and not only which of its outputs is read
+OF_A_RUN = 'mode', 'size', 'inputs', 'items', 'layers', 'run'
+
+
+def same_run(a, b) -> bool:
+    """Whether one run of a model gives the outputs of both teachers: they differ at most in the
+    output, its kind and its classes.
+    """
+    if a is b:
+        return True
+    if not (isinstance(a, Teacher) and isinstance(b, Teacher)) or a.model is not b.model:
+        return False
+    if a.model is None or isinstance(a.model, (Estimator, Onnx)):
+        return False
+    same = all(getattr(a, k) == getattr(b, k) for k in OF_A_RUN)
+    return same and all(str(getattr(a, k)) == str(getattr(b, k)) for k in ('stats', 'input_stats'))

@@ -1,0 +1,361 @@
+"One comparison of a `Distiller`: an output of the student, its labels, a teacher and a recipe."
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..base.class_mapping import taught_part
+from ..base.distributed import of_first, rank
+from ..base.outputs import DistillError, Outputs, as_plain, check_output, warn_of_several
+from ..base.random_state import RandomGuard
+from ..base.task import labels_loss, task_for
+from ..checks.findings import Findings
+from ..checks.outputs import check_batch, check_outputs
+from ..checks.shared_parameters import none_shared, shared_parameters
+from ..features.calls import predicts_next
+from ..features.layer_pairs import PairTable, check_names, inputs, pair
+from ..features.probe import dry_run
+from ..features.projectors import projector
+from ..features.taps import Taps, is_output, layer_output
+from ..recipes.batch import all_classes, both, labels_to_shift, next_tokens, padding_mask
+from ..recipes.default import chosen_before, chosen_for
+from ..recipes.link import Link, own_copy
+from ..recipes.recipe_loss import Distilled, RecipeLoss
+from ..recipes.term import Recipe
+from ..recipes.text import as_recipe
+from ..teachers.teacher import Teacher
+
+__all__ = ['Head', 'HeadOutput', 'SharedOutput', 'has_outputs', 'options_by_head', 'renamed']
+
+
+class Head(RecipeLoss):
+    """One comparison of a `Distiller`. Its options are those of the `Distiller`.
+
+    Args:
+        name: In messages; '' if the student has one output.
+        labels: fn(labels of the batch) -> those of this head, as a tuple.
+        weight: Of its loss.
+        teacher_output: Which of its outputs is distilled, if it is not yet a `Teacher`.
+    """
+
+    shares_task = False  # does one task loss count for all heads?
+
+    def __init__(
+        self,
+        name: str,
+        student: nn.Module | None,
+        teacher,
+        recipe=None,
+        *,
+        labels,
+        weight: float = 1.0,
+        task_loss=None,
+        kind: str | None = None,
+        axis: int | None = None,
+        ignore_index: int | None = None,
+        shift_labels: bool | None = None,
+        output=None,
+        teacher_output=None,
+        check: bool = True,
+    ):
+        recipe = as_recipe(recipe)
+        super().__init__(
+            Recipe() if recipe is None else recipe, task_for(task_loss, kind, axis, ignore_index)
+        )
+        self.name, self.labels, self.weight = name, labels, weight
+        self.student, self.task_loss, self.shift_labels = student, task_loss, shift_labels
+        self.automatic = recipe is None  # is the recipe chosen?
+        check_output(output)
+        self.output = output
+        self.found, self.doubt = {}, ''  # what a check found against the teacher
+        if teacher is not None and not isinstance(teacher, Teacher):
+            teacher = Teacher(
+                teacher, kind=self.task.kind, axis=self.task.axis, output=teacher_output
+            )
+        self.teacher = teacher
+        self.pairs: PairTable | None = None  # what is compared with what, once it is known
+        self.unchecked = {'labels', 'outputs'} if check else set()
+        if student is not None and teacher is not None:
+            self.check_names()
+            if check:
+                Findings(shared_parameters(student, teacher)).enforce()
+
+    def take(self, recipe):
+        """Use this recipe from now on."""
+        # if `auto` chose it
+        self.chosen = [recipe.text, recipe.why, recipe.kind] if hasattr(recipe, 'text') else None
+        if self.shares_task and self.chosen is not None:
+            recipe = with_full_task(recipe)
+        super().take(recipe)
+
+    def choose(self, logits, x: tuple, labels: bool):
+        """Take the recipe that `auto` chooses for such outputs and such a teacher, and batches with
+        or without labels.
+        """
+        ask = lambda: all_classes(self.teacher.probe(*x), Outputs(logits)).logits
+        doubt = 'the teacher is in doubt, see above' if self.doubt else None
+        chosen = of_first(chosen_for(logits.shape, self.task, ask, labels, doubt))
+        self.take(chosen)
+        if rank() == 0:
+            print(f'fastdistill: {self.prefix}recipe {chosen}')
+
+    @property
+    def chooses(self) -> bool:
+        """Is the recipe still to be chosen, by the teacher's outputs?"""
+        return self.automatic and self.chosen is None and self.teacher is not None
+
+    @property
+    def prefix(self):
+        """How messages about this head begin."""
+        return f'{self.name}: ' if self.name else ''
+
+    # checkpoints
+
+    def state(self) -> dict:
+        """What a checkpoint holds beside weights."""
+        return dict(
+            recipe=self.chosen, ratios=self.ratios.state_dict(), shift_labels=self.shift_labels
+        )
+
+    def load_state(self, state: dict):
+        """Continue with what was chosen and measured. A recipe with different terms that was chosen
+        already is kept.
+        """
+        if self.automatic and state['recipe'] is not None:
+            recipe = chosen_before(*state['recipe'])
+            if self.chooses or [t.name for t in recipe.terms] == [
+                t.name for t in self.recipe.terms
+            ]:
+                self.take(recipe)
+        self.ratios.load_state_dict(state['ratios'])
+        if self.shift_labels is None:
+            self.shift_labels = state['shift_labels']
+
+    # before the first batch
+
+    @property
+    def ready(self):
+        return len(self.links) == len(self.recipe.terms)
+
+    def check_names(self):
+        """Refuse layers that the models don't have, before any batch."""
+        for t in self.layered:
+            check_names(self.student, self.teacher, t.layers)
+
+    def check(self, student: Outputs, teacher: Outputs | None, targets) -> Findings:
+        """What does not fit in one batch."""
+        t = None if teacher is None else all_classes(teacher, student).logits
+        y = as_plain(targets[0]) if len(targets) and isinstance(targets[0], Tensor) else None
+        classes = None if teacher is None else teacher.classes
+        s, y = taught_part(student.logits, y, classes, self.task)
+        return check_batch(s, t, y, self.task)
+
+    def check_batches(self, batches, placed: bool = False) -> Findings:
+        """What would go wrong in silence, as these batches of this head show it; see
+        `Distiller.check_batches`.
+        """
+        found = Findings()
+        found.add(
+            'parameters',
+            shared_parameters(self.student, self.teacher),
+            none_shared(self.student, self.teacher),
+        )
+        found.join(
+            check_outputs(
+                self.teacher,
+                self.task,
+                batches,
+                self.student,
+                recipe=None if self.chooses else self.recipe,
+                output=self.output,
+                place=None if placed else self.targets_at,
+            )
+        )
+        self.doubt = found.doubt
+        return found
+
+    def check_first(self, student, teacher, targets):
+        """Refuse the mistakes of the first batch, and of the first batch for which the teacher
+        runs.
+        """
+        parts = {'labels'} if teacher is None else {'labels', 'outputs'}
+        if not parts & self.unchecked:
+            return
+        self.unchecked -= parts
+        self.check(student, teacher, targets).enforce()
+
+    def setup(self, x: tuple):
+        """Pair layers and build projectors, from one evaluation-mode probe that changes nothing,
+        the random state included.
+        """
+        student = self.student
+        cuda = sorted({p.device.index for p in student.parameters() if p.is_cuda})
+        with RandomGuard(cuda):
+            tables = {
+                t.name: pair(
+                    student, self.teacher, x, layers=t.layers, match=t.match, projector=t.projector
+                )
+                for t in self.layered
+            }
+            pairs = self.pairs = PairTable(p for ps in tables.values() for p in ps)
+            with Taps(student, dict.fromkeys(p.student for p in pairs)) as taps:
+                dry_run(student, *x)
+                s = taps.pop()
+            t = self.teacher.probe(
+                *x, layers=list(dict.fromkeys(p.teacher for p in pairs if not is_output(p.teacher)))
+            )
+            for term in self.layered:
+                self.links[term.name] = nn.ModuleList(self._links(term, tables[term.name], s, t))
+
+    def _links(self, term, pairs, s, t):
+        """Of one term: a link for each pair, on the student's device."""
+        modules = self.teacher.named_modules()
+        for p in pairs:
+            a, b = s[p.student], layer_output(t, p.teacher)
+            proj = projector(
+                a.shape, b.shape, kind=term.projector, match=term.match, picture=p.picture
+            ).to(a.device)
+            loss = own_copy(term.loss)
+            if hasattr(loss, 'prepare'):
+                loss.prepare(
+                    proj.eval()(a, b),
+                    b,
+                    layer=modules.get(p.teacher.split('@')[0]),
+                    **term.channels(b),
+                )
+            yield Link(loss, (p.student, p.teacher), proj.train()).to(a.device)
+
+    # a batch
+
+    def layers(self, i: int, terms=None) -> list:
+        """The layers that the terms compare.
+
+        Args:
+            i: 0: the student's, 1: the teacher's.
+            terms: Of these terms; None: of all.
+        """
+        own = self.recipe.terms
+        if terms is not None:
+            ids = {id(t) for t in terms}
+            own = [t for t in own if id(t) in ids]
+        links = (k for t in own if t.name in self.links for k in self.links[t.name] if k.layers)
+        return list(dict.fromkeys(k.layers[i] for k in links if not is_output(k.layers[i])))
+
+    def student_outputs(self, raw, feats: dict, x) -> Outputs:
+        """The student's outputs that this head compares; see `Distiller.student_outputs`."""
+        if self.output is None:
+            warn_of_several(raw, self.student, 'The student', self.found)
+        s = Outputs.of(raw, feats, output=self.output)
+        return replace(
+            s, mask=both(s.mask, padding_mask(inputs(x), s.logits.shape, self.task.axis))
+        )
+
+    def compare(self, student, teacher, x, targets, progress) -> Distilled:
+        """The loss of a batch, with the task loss of this head."""
+        # before the task loss, whose error would not say what to do
+        self.check_first(student, teacher, targets)
+        task, targets = self.task_and_targets(x, student.logits, targets)
+        return self.compute(student, teacher, task, targets, progress=progress)
+
+    def task_and_targets(self, x, logits, targets):
+        """The task loss, and the targets each where it is predicted."""
+        if not targets:
+            return None, targets
+        at = self.targets_at(x, logits, targets)
+        if self.task_loss is not None:
+            return self.task_loss(logits, *targets), at
+        return labels_loss(logits, *at, task=self.task), at
+
+    def targets_at(self, x, logits, targets):
+        """The targets, each where it is predicted: a language model predicts the next token."""
+        if self.shift_labels is None and targets:
+            self.shift_labels = labels_to_shift(
+                x, targets[0], logits.shape, self.task, predicts_next(self.student)
+            )
+            if self.shift_labels and rank() == 0:
+                print(
+                    'fastdistill: the labels are the inputs themselves, so each is moved to where it is predicted, '
+                    'one position earlier. shift_labels=True says so, shift_labels=False leaves them'
+                )
+        if not self.shift_labels:
+            return targets
+        return next_tokens(targets[0], self.task.ignore_index), *targets[1:]
+
+
+@dataclass
+class HeadOutput:
+    """Picks the output of a head from what the student returned: that of its name, or that of its
+    place in a tuple.
+
+    Attributes:
+        at: Its place among the heads.
+        n: Heads.
+    """
+
+    name: str
+    at: int
+    n: int
+
+    def __call__(self, raw):
+        if isinstance(raw, Mapping) and self.name in raw:
+            return raw[self.name]
+        if isinstance(raw, (tuple, list)) and len(raw) == self.n:
+            return raw[self.at]
+        if isinstance(raw, Tensor) and self.n == 1:
+            return raw
+        return self.otherwise(raw)
+
+    def otherwise(self, raw):
+        """What to return if there is no such output."""
+        if isinstance(raw, Mapping):
+            have = ', '.join(map(str, raw))
+        else:
+            have = f'{len(raw)} outputs' if isinstance(raw, (tuple, list)) else 'one tensor'
+        raise DistillError(
+            f'There are {self.n} heads, {self.name!r} among them, but the student returns {have}: name '
+            'the outputs of a dict, or give one teacher for each output of a tuple, in their order. '
+            'None is a head without a teacher.'
+        )
+
+
+class SharedOutput(HeadOutput):
+    """The same for a teacher of several heads, which may also have one output for all of them."""
+
+    def otherwise(self, raw):
+        return raw
+
+
+def has_outputs(teacher) -> bool:
+    """Does a teacher have outputs for this batch? Stored ones may be there only for the training
+    set.
+    """
+    ready = getattr(teacher, 'ready', None)
+    return ready is None or torch.is_grad_enabled() or ready()
+
+
+def options_by_head(o, option: str, heads, who: str = 'the heads are') -> dict:
+    """Name of a head -> its own value of an option, which is one for all heads or a dict."""
+    if not isinstance(o, Mapping):
+        return dict.fromkeys(heads, o)
+    o = {str(k): v for k, v in o.items()}
+    if unknown := set(o) - set(heads):
+        raise DistillError(f'{option}= has {", ".join(sorted(unknown))}, {who} {", ".join(heads)}.')
+    return {k: o.get(k) for k in heads}
+
+
+def with_full_task(recipe):
+    """The same recipe where the task loss has the weight 1."""
+    w = recipe.task_at(0.0)
+    if w in (0.0, 1.0):
+        return recipe
+    return Recipe(*(renamed(t, t.name, weight=t.weight / w) for t in recipe.terms), task=1.0)
+
+
+def renamed(term, name, **changes):
+    """A copy of a term with another name, and with these attributes."""
+    term = copy.copy(term)
+    vars(term).update(name=name, **changes)
+    return term

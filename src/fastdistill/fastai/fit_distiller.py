@@ -1,0 +1,181 @@
+"The Distiller of a Learner: built for its model and data, checked, and with its recipes chosen."
+
+from dataclasses import replace
+
+from fastai.basics import one_param
+
+from ..base.distributed import broadcast, of_first, on_first
+from ..base.outputs import DistillError, as_plain
+from ..distiller.distiller import Distiller
+from ..features.layer_names import unwrap
+from .arguments import feed_of, stored_head
+from .cache_feed import CacheRows
+from .check import find_mistakes, weight_shapes
+from .default_recipe import choose_recipe, example_of
+from .head import comparisons_of, options_of_heads
+from .teachers import is_heads
+
+__all__ = ['FitDistiller']
+
+
+class FitDistiller:
+    """Makes the Distiller of a fit.
+
+    Args:
+        teacher: What `KnowledgeDistillation` takes.
+        recipes: fn(recipe of a head) -> the same as a Recipe; None: `auto` chooses.
+        log: fn(text).
+
+    Attributes:
+        heads: Name -> `LearnerHead`; '' for a student with one output.
+        stored: Name -> what feeds stored outputs, of the heads that have them.
+        feed: What puts all stored outputs into the batches; None: all teachers run.
+        tasks: Name -> what the head predicts.
+        distiller: None before the first fit.
+    """
+
+    def __init__(self, teacher, recipe, make_recipe, *, kind, axis, output, check, log):
+        self.several = is_heads(teacher)
+        self.heads = comparisons_of(teacher, output)
+        self.kinds = options_of_heads(kind, 'kind', self.heads)
+        self.axis, self.check, self.log = axis, check, log
+        recipes = options_of_heads(recipe, 'recipe', self.heads)
+        self.recipes = {k: make_recipe(r) for k, r in recipes.items()}
+        found = {k: feed_of(h.source) for k, h in self.heads.items()}
+        self.stored = {k: o for k, o in found.items() if o is not None}
+        if self.several:
+            self.stored = {k: stored_head(self.heads[k], o) for k, o in self.stored.items()}
+        self.feed = None
+        if self.stored:
+            self.feed = CacheRows(self.stored) if self.several else self.stored['']
+        self.tasks, self.distiller, self.built, self.known_dls = {}, None, None, None
+        self.checked = False
+
+    @property
+    def runs(self) -> bool:
+        """Does a teacher run?"""
+        return len(self.stored) < len(self.heads)
+
+    @property
+    def recipe(self):
+        """The recipe; None: it is not chosen yet."""
+        d = self.distiller
+        return None if d is None or d.chooses else d.recipe
+
+    @property
+    def output(self):
+        """The output of the first head, by which a batch is tried."""
+        return next(iter(self.heads.values())).output
+
+    def build(self, learn) -> bool:
+        """Make the Distiller for this model and task, and the teachers for the normalization and
+        classes of these data. Return True for a new Distiller.
+        """
+        model = unwrap(learn.model)
+        tasks = self._tasks(learn, model)
+        built = tasks, model, weight_shapes(model)
+        is_new = self.built != built
+        if is_new:
+            self.tasks, self.built, self.known_dls = tasks, built, None
+            self.distiller = self._distiller(model)
+            self.distiller.links.to(one_param(model).device)
+        if self.known_dls is not learn.dls:
+            self.known_dls, self.checked = learn.dls, False
+            self._take_teachers(learn)
+        return is_new
+
+    def _tasks(self, learn, model):
+        """What each head predicts."""
+        if self.several and self.distiller is not None and self.distiller.student is model:
+            return self.tasks
+        return {k: h.task_of(learn, self.kinds[k], self.axis) for k, h in self.heads.items()}
+
+    def _distiller(self, model):
+        of_each = lambda fn: {k: fn(k) for k in self.heads} if self.several else fn('')
+        options = dict(
+            kind=of_each(lambda k: self.tasks[k].kind),
+            axis=of_each(lambda k: self.tasks[k].axis),
+            ignore_index=of_each(lambda k: self.tasks[k].ignore_index),
+            output=of_each(lambda k: self.heads[k].output),
+            check=of_each(lambda k: self.check and k in self.stored),
+        )
+        if not self.several:
+            return Distiller(model, None, self.recipes[''], **options)
+        options['labels'] = of_each(lambda k: self.heads[k].labels)
+        d = Distiller(model, dict.fromkeys(self.heads), self.recipes, **options)
+        d.share_task_loss()
+        return d
+
+    def _take_teachers(self, learn):
+        for k, h in self.distiller.heads.items():
+            h.teacher = self._source_of(k, learn)
+            if self.several and k not in self.stored:
+                h.check_names()
+
+    def _source_of(self, k, learn):
+        if k in self.stored:
+            return self.stored[k]
+        teacher = self.heads[k].teacher_of(learn, self.tasks[k])
+        if teacher.reads_items and self.stored:
+            raise DistillError(
+                f'The teacher of the head {k!r} has items=, and other heads have stored outputs: store '
+                "this one's too with cache_teacher({...}, dls, folder), or give it inputs=."
+            )
+        return teacher
+
+    def look(self, learn, logs: bool) -> dict | None:
+        """Look for mistakes, once for these data; None if that is not wanted. The first rank looks
+        alone, so that all ranks continue or all stop.
+
+        Args:
+            logs: Print the scores.
+        """
+        if not self.check or self.checked or not self.runs:
+            return None
+        found = {k: self._look(learn, k, logs) for k in self.heads if k not in self.stored}
+        self.checked = True
+        return found
+
+    def _look(self, learn, k, logs):
+        d, h = self.distiller.heads[k], self.heads[k]
+        recipe = d.recipe if d.recipe.terms else None
+        found = on_first(
+            lambda: find_mistakes(learn, d.teacher, self.tasks[k], recipe, output=h.output, head=h)
+        )
+        if not self.several:
+            return found.enforce(facts=logs)
+        found[:] = [replace(f, what=f'{k}: {f.what}') for f in found]
+        if logs and found.facts is not None:
+            print(f'fastdistill: {k}:', '; '.join(found.facts.lines()))
+        return found.enforce(facts=False)
+
+    def choose(self, learn, found: dict | None):
+        """Take the recipe that `auto` chooses, for each head without one.
+
+        Args:
+            found: What `look` returned.
+        """
+        heads = [h for h in self.distiller.heads.values() if h.automatic]
+        if not heads or not (self.distiller.chooses or found is not None):
+            return
+        for h in heads:
+            example = example_of(learn, h.output)
+            looked = None if found is None else found.get(h.name)
+            chosen = of_first(choose_recipe(example, self.tasks[h.name], h.teacher, looked))
+            if h.chosen == [chosen.text, chosen.why, chosen.kind]:
+                continue
+            h.take(chosen)
+            self.log(f'fastdistill: {h.prefix}recipe {chosen}')
+        if self.several:
+            self.distiller.share_task_loss()
+
+    def setup(self, x, training: bool):
+        """Pair layers and build projectors, once for a student.
+
+        Args:
+            x: Inputs of a batch.
+            training: Does the batch belong to training?
+        """
+        self.distiller.setup(*map(as_plain, x))
+        self.distiller.links.train(training)
+        broadcast(self.distiller.links.state_dict().values())

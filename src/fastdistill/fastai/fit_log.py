@@ -1,0 +1,65 @@
+"What a fit prints."
+
+from fastai.basics import noop
+
+from ..base.distributed import rank
+from ..recipes.gradient_norms import shares_in_words
+
+__all__ = ['FitLog']
+
+
+class FitLog:
+    """Prints during the fits of a callback: not inside `learn.no_logging()`, and on the first rank
+    alone.
+    """
+
+    def __init__(self, callback):
+        self.callback = callback
+        self.reported = None  # shares of the gradient that were printed
+
+    @property
+    def is_on(self) -> bool:
+        return self.callback.learn.logger is not noop and rank() == 0
+
+    def __call__(self, text):
+        if not self.is_on:
+            return
+        # fastai's bar in a terminal stands in the current line: it is wiped, and draws itself again below the text
+        progress = getattr(self.callback.learn, 'progress', None)
+        bar = getattr(progress, 'pbar', None) if hasattr(progress, 'mbar') else None
+        width = getattr(bar, 'max_len', 0)
+        print((f'\r{" " * width}\r' if width else '') + str(text))
+
+    def forget(self):
+        """Begin anew, with a new Distiller."""
+        self.reported = None
+
+    def report_shares(self, distiller, progress):
+        """Print what was measured at the first training batch, and where a part counts for the
+        first time.
+
+        Args:
+            progress: Of the training.
+        """
+        before, shares = self.reported, distiller.gradient_shares
+        self.reported = shares
+        if not shares or shares == before:
+            return
+        new = [in_words(k) for k in shares if k not in before] if before else []
+        terms = distiller.recipe.terms
+        at_layers = {
+            in_words(t.name): t.weight_at(progress)
+            for t in terms
+            if t.layers is not None and t.has_grad_ratio
+        }
+        text = shares_in_words({in_words(k): v for k, v in shares.items()}, at_layers)
+        which = f' with {" and ".join(new)}' if before else ''
+        self(f'fastdistill: gradient norms at the first batch{which}: {text}')
+
+
+def in_words(part: str) -> str:
+    """'color labels' and 'color_kd' for the parts 'color.task' and 'color.kd' of a head."""
+    head, dot, name = part.rpartition('.')
+    if not dot:
+        return part
+    return f'{head} labels' if name == 'task' else f'{head}_{name}'

@@ -1,0 +1,102 @@
+"What a fit continues from: projectors, their optimizer, chosen recipes and measured gradients."
+
+import copy
+
+from ..base.outputs import DistillError
+from ..distiller.integration import OLD_STATE
+from .learner_notes import notes_of
+from .projector_opt import ProjectorOptimizer
+
+__all__ = ['FitState']
+
+
+class FitState:
+    """Saves and loads what a checkpoint needs beside the student.
+
+    Args:
+        log: fn(text).
+
+    Attributes:
+        to_load: The state to continue from, until the next fit takes it.
+        optimizer: The projectors'; None: there was no step yet.
+    """
+
+    def __init__(self, log):
+        self.log, self.to_load, self.optimizer, self.before_finder = log, None, None, None
+
+    def optimizer_for(self, learn, d):
+        if self.optimizer is None:
+            self.optimizer = ProjectorOptimizer(learn, d.own_parameters())
+        return self.optimizer
+
+    def begin_finder(self, d):
+        """lr_find trains until it diverges: it gets copies of the projectors."""
+        self.before_finder = d.measured(), self.optimizer
+        d.use(copy.deepcopy(d.measured()))
+        self.optimizer = None
+
+    def end_finder(self, d) -> bool:
+        """Undo `begin_finder`. Return False if there was none."""
+        if self.before_finder is None:
+            return False
+        measured, self.optimizer = self.before_finder
+        d.use(measured)
+        self.before_finder = None
+        return True
+
+    def state_dict(self, d) -> dict:
+        """What a checkpoint needs beside the student.
+
+        Args:
+            d: Distiller, or None before the first fit.
+        """
+        if self.to_load:
+            return {k: v for k, v in self.to_load.items() if k != 'file'}
+        if d is None:
+            return {}
+        return dict(
+            links=d.links.state_dict(),
+            distiller=d.get_extra_state() if d.ratios else None,
+            opt=None if self.optimizer is None else self.optimizer.state_dict(),
+        )
+
+    def take(self, learn, d):
+        """Load the state that was given, or that stood beside the student's file."""
+        state = self.to_load
+        if state is None and self.optimizer is None:
+            state = notes_of(learn).loaded_state
+        if not hasattr(learn, 'lr_finder'):
+            self.to_load = None
+            notes_of(learn).loaded_state = None
+        if not state:
+            return
+        if differs := what_differs(state['links'], d.links.state_dict()):
+            if 'file' not in state:
+                raise DistillError(
+                    f'This state holds {differs}: load it into a callback with the recipe that it was '
+                    'saved from.'
+                )
+            return self.log(f'fastdistill: {state["file"]} holds {differs}, and is not used.')
+        if 'file' in state:
+            self.log(f'fastdistill: projectors and their optimizer continue from {state["file"]}.')
+        d.links.load_state_dict(state['links'])
+        before = d.chosen
+        if state.get('distiller') is not None:
+            d.set_extra_state(state['distiller'])
+        elif state.get('ratios'):
+            self.log(OLD_STATE)
+        for k, text in d.chosen.items():
+            if text != before[k]:
+                self.log(f'fastdistill: {d.heads[k].prefix}recipe {text}, as before')
+        self.optimizer = None
+        if state['opt'] is not None:
+            self.optimizer_for(learn, d).load_state_dict(state['opt'])
+
+
+def what_differs(links, own) -> str:
+    """What these projectors are, if they are not the present ones; else empty."""
+    shapes = lambda tensors: {k: tuple(v.shape) for k, v in tensors.items()}
+    if shapes(links) == shapes(own):
+        return ''
+    names = lambda links: ', '.join(links) or 'none'
+    return f'projectors of other terms or layers ({names(links)}, now {names(own)})'

@@ -1,0 +1,49 @@
+"The loss of a training step of a Learner, and the labels of a mixed batch."
+
+from fastai.callback.mixup import MixHandler
+
+__all__ = ['add_distilled', 'add_loss', 'mixed_labels']
+
+
+def add_distilled(learn, r):
+    """Add the teacher's part to the loss of this batch.
+
+    Args:
+        r: `Distilled`, whose task loss is the Learner's loss.
+    """
+    if r.added is None:
+        return
+    if r.weights['task']:
+        add_loss(learn, r.added)
+    else:
+        learn.loss_grad, learn.loss = r.total + regularizers(learn), r.total
+
+
+def add_loss(learn, v):
+    """Add something to the loss of this batch."""
+    learn.loss_grad, learn.loss = learn.loss_grad + v, learn.loss + v
+
+
+def regularizers(learn):
+    """What earlier callbacks added to the task loss."""
+    a, b = learn.loss_grad, learn.loss
+    # subtle: where they added nothing, the task loss and its gradient must not be used at all: they may be nan
+    return 0.0 if origin(a) is origin(b) else (a - b).nan_to_num()
+
+
+def origin(loss):
+    """The operation that computed a loss, without the copies that fastai makes of it."""
+    fn = loss.grad_fn
+    while fn is not None and fn.name() in ('AliasBackward0', 'CloneBackward0'):
+        fn = fn.next_functions[0][0]
+    return fn
+
+
+def mixed_labels(learn):
+    """The second labels of a mixed batch, and the share of the first ones, where MixUp or CutMix
+    keep both apart; else None.
+    """
+    mixes = [c for c in learn.cbs if isinstance(c, MixHandler) and getattr(c, 'stack_y', False)]
+    if not mixes or not learn.training:
+        return None
+    return mixes[0].yb1, mixes[0].lam
