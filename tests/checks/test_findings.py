@@ -729,8 +729,8 @@ TWO_CLASSES = {
     'dist': dist(),
     'dist_4': kd() + dist(T=4.0),
     'std': logit_std(kd(T=2.0)),
-    'module': Term(losses.DIST()),
-    'std_module': Term(losses.standardized(losses.KL(T=2.0))),
+    'module': Term(losses.Loss(losses.dist)),
+    'std_module': Term(losses.standardized(losses.Loss(losses.kl, T=2.0))),
 }
 
 

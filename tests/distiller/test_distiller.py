@@ -69,7 +69,7 @@ def test_a_recipe_gives_the_numbers_of_the_scripts_that_people_paste(name, expec
 
 @pytest.mark.parametrize(
     'given',
-    [losses.KL(T=2.0, axis=-1), partial(losses.kl, T=2.0, axis=-1)],
+    [losses.Loss(losses.kl, T=2.0, axis=-1), partial(losses.kl, T=2.0, axis=-1)],
     ids=['a module', 'a partial'],
 )
 def test_options_that_a_loss_brings_along_are_not_replaced_by_the_tasks(given):
@@ -337,7 +337,7 @@ def test_what_a_term_says_counts_before_what_its_loss_says():
     t = [
         Term(losses.at, layers='auto'),
         Term(losses.at, layers='auto', match='grid'),
-        Term(losses.AT(), layers='auto'),
+        Term(losses.Loss(losses.at), layers='auto'),
         Term(distance),
     ]
     assert [o.match for o in t] == ['none', 'grid', 'none', 'shape']

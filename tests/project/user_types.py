@@ -14,7 +14,7 @@ recipe = kd(temperature=('linear', 8, 1), alpha=Schedule('cosine', 0.9, 0.1))
 recipe = Recipe(kd(lambda progress: 4 - progress), Term(losses.kl, weight='cosine', T=2), task=0.1)
 value: Tensor = losses.kl(s, t, T=2, reduction='none')
 value = losses.dkd(s, t, y, mask=torch.ones(2))
-value = losses.KL(T=2)(s, t)
+value = losses.Loss(losses.kl, T=2)(s, t)
 value = recipe(s, t, y)
 
 kd(temprature=4)  # type: ignore[call-overload]

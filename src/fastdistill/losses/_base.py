@@ -189,27 +189,28 @@ def unit(x: Tensor, axis: int = 1, least: Tensor | float = 0.0) -> Tensor:
 
 
 class Loss(nn.Module):
-    """Module form of the loss function `fn`. It only holds options."""
+    """Module form of a loss function. It only holds the function and its options.
 
-    fn: Any = None
+    Args:
+        fn: A function of `fastdistill.losses`, or your own with keyword-only options.
+        **options: Options of the function.
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.fn = staticmethod(cls.fn)
-        cls.__doc__ = cls.__doc__ or inspect.getdoc(cls.fn)
+    Example:
+        >>> criterion = losses.Loss(losses.kl, T=2.0)
+        >>> criterion(s, t)
+    """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, fn: Callable, **options: Any) -> None:
         super().__init__()
         have = [
-            p.name
-            for p in inspect.signature(self.fn).parameters.values()
-            if p.kind is p.KEYWORD_ONLY
+            p.name for p in inspect.signature(fn).parameters.values() if p.kind is p.KEYWORD_ONLY
         ]
         if wrong := set(options) - set(have):
             raise TypeError(
-                f'{type(self).__name__} has no option {", ".join(sorted(wrong))}. It has: '
+                f'{getattr(fn, "__name__", fn)} has no option {", ".join(sorted(wrong))}. It has: '
                 f'{", ".join(have)}'
             )
+        self.fn = fn
         self.options = options
 
     @property
@@ -234,5 +235,9 @@ class Loss(nn.Module):
         """
 
     def extra_repr(self) -> str:
-        own = [] if self.fn is type(self).fn else [repr(self.fn)]
-        return ', '.join(own + [f'{k}={v!r}' for k, v in self.options.items()])
+        options = [f'{k}={v!r}' for k, v in self.options.items()]
+        if not inspect.isfunction(self.fn):
+            options = [repr(self.fn), *options]
+        elif type(self) is Loss:
+            options = [self.fn.__name__, *options]
+        return ', '.join(options)

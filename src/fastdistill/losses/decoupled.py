@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from ..base.outputs import DistillError, as_plain
-from ._base import Loss, class_axis, expect, fit_mask, log_probs, loss, reduce
+from ._base import class_axis, expect, fit_mask, log_probs, loss, reduce
 from .response import checked_classes, kl_from_logs, positions, select_class
 
-__all__ = ['dkd', 'DKD', 'nkd', 'NKD', 'rld', 'RLD']
+__all__ = ['dkd', 'nkd', 'rld']
 
 
 def checked_labels(
@@ -97,10 +97,6 @@ def dkd(
     )
 
 
-class DKD(Loss):
-    fn = dkd
-
-
 def _target_or_not(lp: Tensor, y: Tensor, axis: int) -> Tensor:
     """Compute log p_y and log(1-p_y), without the cancellation in 1-p_y."""
     return torch.stack([select_class(lp, y, axis), without_class(lp, y, axis).logsumexp(axis)])
@@ -140,10 +136,6 @@ def nkd(
     ls, lt = [select_class(log_probs(x, 1.0, axis), y, axis) for x in (s, t)]
     os, ot = [log_probs(without_class(x, y, axis), T, axis) for x in (s, t)]
     return reduce(expect(lt, -ls) + gamma * T**2 * expect(ot, -os).sum(axis), reduction, mask)
-
-
-class NKD(Loss):
-    fn = nkd
 
 
 @loss(kind='softmax', match='shape')
@@ -198,7 +190,3 @@ def rld(
     return reduce(
         alpha * A**2 * kl_from_logs(best, label, 0) + beta * T**2 * below, reduction, mask
     )
-
-
-class RLD(Loss):
-    fn = rld

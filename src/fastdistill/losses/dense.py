@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base.outputs import DistillError, as_plain
-from ._base import Loss, cells, channels_first, expect, fit_mask, log_probs, loss, reduce, unit
+from ._base import cells, channels_first, expect, fit_mask, log_probs, loss, reduce, unit
 
-__all__ = ['cwd', 'CWD', 'pairwise', 'Pairwise', 'ifvd', 'IFVD']
+__all__ = ['cwd', 'pairwise', 'ifvd']
 
 MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
@@ -56,10 +56,6 @@ def cwd(
         mask = mask.any(2)
     ls, lt = log_probs(s, T, 2), log_probs(t, T, 2)
     return reduce(expect(lt, lt - ls).sum(2) * T**2, reduction, mask)
-
-
-class CWD(Loss):
-    fn = cwd
 
 
 def affinity(x: Tensor, pool: float, axis: int) -> Tensor:
@@ -111,10 +107,6 @@ def pairwise(
             f'{len(t)} teacher maps: choose layers with the same grid, or resize one'
         )
     return reduce((s - t).pow(2).mean((1, 2)), reduction, mask)
-
-
-class Pairwise(Loss):
-    fn = pairwise
 
 
 def to_prototypes(x: Tensor, y: Tensor, n: int) -> Tensor:
@@ -192,7 +184,3 @@ def ifvd(
         reduction,
         on if mask is None else on * fit_mask(mask, on.shape),
     )
-
-
-class IFVD(Loss):
-    fn = ifvd

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..base.outputs import DistillError
-from ._base import Loss, expect, log_probs, loss
+from ._base import expect, log_probs, loss
 from .response import kl, kl_from_logs, kl_values, reduce_positions, reverse_kl, within
 
-__all__ = ['ttm', 'TTM', 'wttm', 'WTTM', 'skewed_kl', 'SkewedKL', 'taid', 'TAID', 'abkd', 'ABKD']
+__all__ = ['ttm', 'wttm', 'skewed_kl', 'taid', 'abkd']
 
 
 @loss(kind='softmax', match='shape')
@@ -45,10 +45,6 @@ def ttm_values(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
     return kl_from_logs(log_probs(within(t, s), T, axis), log_probs(s, 1.0, axis), axis)
 
 
-class TTM(Loss):
-    fn = ttm
-
-
 @loss(kind='softmax', match='shape')
 def wttm(
     s: Tensor,
@@ -78,10 +74,6 @@ def wttm(
 def wttm_values(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
     u = (log_probs(within(t, s), 1.0, axis) / T).logsumexp(axis).exp()
     return u * ttm_values(s, t, T, axis)
-
-
-class WTTM(Loss):
-    fn = wttm
 
 
 @loss(kind='softmax', match='shape')
@@ -133,10 +125,6 @@ def skewed_values(s: Tensor, t: Tensor, lam: float, reverse: bool, T: float, axi
     return kl_from_logs(a, mixture(a, b, lam), axis)
 
 
-class SkewedKL(Loss):
-    fn = skewed_kl
-
-
 def mixture(a: Tensor, b: Tensor, lam: float) -> Tensor:
     """Compute log(lam exp(a) + (1-lam) exp(b))."""
     low = torch.finfo(a.dtype).min / 4  # the gradient of logaddexp is nan where both are -inf
@@ -183,10 +171,6 @@ def taid_values(s: Tensor, t: Tensor, lam: float, T: float, axis: int) -> Tensor
     return kl_values(s, target, T, axis)
 
 
-class TAID(Loss):
-    fn = taid
-
-
 @loss(kind='softmax', match='shape')
 def abkd(
     s: Tensor,
@@ -228,10 +212,6 @@ def abkd_values(s: Tensor, t: Tensor, alpha: float, beta: float, T: float, axis:
     # subtle: as in `kl` and `reverse_kl`, where a class that one model rules out would make the limit infinite
     a, b = within(t, s) if beta == 0 else t, within(s, t) if alpha == 0 else s
     return ab_divergence(log_probs(a, T, axis), log_probs(b, T, axis), alpha, beta).sum(axis)
-
-
-class ABKD(Loss):
-    fn = abkd
 
 
 def ab_divergence(lp: Tensor, lq: Tensor, a: float, b: float) -> Tensor:

@@ -16,27 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..base.outputs import DistillError
 from ._base import Loss, _full, cells, channels_first, fit_mask, loss, reduce, unit
 
-__all__ = [
-    'hint',
-    'Hint',
-    'at',
-    'AT',
-    'nst',
-    'NST',
-    'fsp',
-    'FSP',
-    'ab',
-    'AB',
-    'ofd',
-    'OFD',
-    'ofd_margin',
-    'vid',
-    'VID',
-    'pkd',
-    'PKD',
-    'cosine',
-    'Cosine',
-]
+__all__ = ['hint', 'at', 'nst', 'fsp', 'ab', 'ofd', 'OFD', 'vid', 'VID', 'pkd', 'cosine']
 
 GRID_POOL: dict[int, Callable] = {
     1: F.adaptive_avg_pool1d,
@@ -105,10 +85,6 @@ def hint(
     return reduce((s - t).pow(2).mean(axis), reduction, mask)
 
 
-class Hint(Loss):
-    fn = hint
-
-
 @loss(kind=None, match='none', samples=True)
 def at(
     s: Tensor,
@@ -142,10 +118,6 @@ def at(
     return reduce((s - t).pow(2).mean(1), reduction, mask)
 
 
-class AT(Loss):
-    fn = at
-
-
 @loss(kind=None, match='none', samples=True)
 def nst(
     s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
@@ -171,10 +143,6 @@ def nst(
         ss, st, tt = [(a @ b.mT).pow(2).mean((1, 2)) for a, b in ((s, s), (s, t), (t, t))]
         v = ss + tt - 2 * st
     return reduce(v, reduction, mask)
-
-
-class NST(Loss):
-    fn = nst
 
 
 def flows(xs: Sequence[Tensor], axis: int) -> list[Tensor]:
@@ -219,10 +187,6 @@ def fsp(
     return reduce(v, reduction, mask)
 
 
-class FSP(Loss):
-    fn = fsp
-
-
 @loss(kind=None, match='shape')
 def ab(
     s: Tensor,
@@ -250,10 +214,6 @@ def ab(
     return reduce(
         torch.where(t > 0, margin - s, margin + s).relu().pow(2).mean(axis), reduction, mask
     )
-
-
-class AB(Loss):
-    fn = ab
 
 
 def negative_mean(t: Tensor, axis: int) -> Tensor:
@@ -351,8 +311,8 @@ class Owner(Loss):
 
     own: str  # name of the option, and of the attribute
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, fn: Callable, **options: Any) -> None:
+        super().__init__(fn, **options)
         v = self.options.pop(self.own, None)
         self.register_buffer(self.own, None)
         if v is not None:
@@ -370,8 +330,17 @@ class Owner(Loss):
 
 
 class OFD(Owner):
-    fn, own = ofd, 'margin'
+    """Module form of `ofd`, which owns the margin.
+
+    Args:
+        **options: Options of `ofd`.
+    """
+
+    own = 'margin'
     margin: Tensor | None  # None before `prepare`
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(ofd, **options)
 
     def prepare(
         self, s: Tensor, t: Tensor, layer: nn.Module | None = None, axis: int | None = None
@@ -391,8 +360,17 @@ class OFD(Owner):
 
 
 class VID(Owner):
-    fn, own = vid, 'log_scale'
+    """Module form of `vid`, which owns the trained variances.
+
+    Args:
+        **options: Options of `vid`.
+    """
+
+    own = 'log_scale'
     log_scale: Tensor | None  # None before `prepare`
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(vid, **options)
 
     def keep(self, v: Tensor) -> None:
         del self.log_scale
@@ -460,10 +438,6 @@ def pkd(s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None) -> T
     return (s - t).pow(2).sum(1).mean() / 2
 
 
-class PKD(Loss):
-    fn = pkd
-
-
 @loss(kind=None, match='shape')
 def cosine(
     s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
@@ -481,7 +455,3 @@ def cosine(
     """
     same_features(s, t)
     return reduce(1 - (unit(s, axis) * unit(t, axis)).sum(axis), reduction, mask)
-
-
-class Cosine(Loss):
-    fn = cosine

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base.outputs import DistillError
-from ._base import Loss, _full, cells, expect, log_probs, loss, reduce, unit
+from ._base import _full, cells, expect, log_probs, loss, reduce, unit
 from .feature import Owner, same_features, tensor_like
 
-__all__ = ['rkd', 'RKD', 'sp', 'SP', 'cc', 'CC', 'pkt', 'PKT', 'seed', 'SEED', 'ickd', 'ICKD']
+__all__ = ['rkd', 'sp', 'cc', 'pkt', 'seed', 'SEED', 'ickd']
 
 
 def samples(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,10 +87,6 @@ def rkd(
     return reduce(v, reduction, mask)
 
 
-class RKD(Loss):
-    fn = rkd
-
-
 @loss(kind=None, match='none', samples=True, relates=True)
 def sp(s: Tensor, t: Tensor, *, mask: Tensor | None = None, reduction: str = 'mean') -> Tensor:
     """Compute the squared difference of the matrices x x^T with rows scaled to length 1, averaged
@@ -103,10 +99,6 @@ def sp(s: Tensor, t: Tensor, *, mask: Tensor | None = None, reduction: str = 'me
     """
     s, t = [unit(x @ x.T) for x in samples(s, t)]
     return reduce((s - t).pow(2).mean(1), reduction, mask)
-
-
-class SP(Loss):
-    fn = sp
 
 
 def gaussian(x: Tensor, gamma: float, degree: int) -> Tensor:
@@ -151,10 +143,6 @@ def cc(
     return reduce((s - t).pow(2).mean(1), reduction, mask)
 
 
-class CC(Loss):
-    fn = cc
-
-
 def neighbors(x: Tensor) -> Tensor:
     """Compute the (B, B) log-probabilities of the other samples: (1 + cosine)/2, divided by their
     sum.
@@ -183,10 +171,6 @@ def pkt(s: Tensor, t: Tensor, *, mask: Tensor | None = None, reduction: str = 'm
     """
     ls, lt = map(neighbors, samples(s, t))
     return reduce(expect(lt, lt - ls).sum(1), reduction, mask)
-
-
-class PKT(Loss):
-    fn = pkt
 
 
 @loss(kind=None, match='shape', samples=True, relates=True)
@@ -228,19 +212,21 @@ def seed(
 
 
 class SEED(Owner):
-    fn, own = seed, 'queue'
+    """Module form of `seed`, which owns the queue of teacher embeddings.
+
+    Args:
+        size: Embeddings in the queue. The authors use 65,536 for ImageNet.
+        **options: Options of `seed`.
+    """
+
+    own = 'queue'
     queue: Any  # tensor; None before `prepare`
 
-    def __init__(
-        self,
-        *,
-        size: int = 4096,  # embeddings in the queue; the authors use 65,536 for ImageNet
-        **options: Any,  # of `seed`
-    ) -> None:
+    def __init__(self, *, size: int = 4096, **options: Any) -> None:
         if size < 1:
             raise DistillError(f'size={size}: the queue must hold at least 1 embedding')
         self.size = size
-        super().__init__(**options)
+        super().__init__(seed, **options)
 
     def prepare(
         self, s: Tensor, t: Tensor, layer: nn.Module | None = None, axis: int | None = None
@@ -294,7 +280,3 @@ def ickd(
             'builds one from the shapes'
         )
     return reduce((s - t).pow(2).sum(2).mean(1), reduction, mask)
-
-
-class ICKD(Loss):
-    fn = ickd

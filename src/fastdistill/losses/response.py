@@ -32,29 +32,17 @@ from .correlations import both_correlations
 
 __all__ = [
     'kl',
-    'KL',
     'reverse_kl',
-    'ReverseKL',
     'jsd',
-    'JSD',
     'tvd',
-    'TVD',
     'soft_ce',
-    'SoftCE',
     'mse',
-    'MSE',
     'hard',
-    'Hard',
     'binary_kl',
-    'BinaryKL',
     'regression',
-    'Regression',
     'soft_targets',
-    'SoftTargets',
     'uld',
-    'ULD',
     'dist',
-    'DIST',
     'standardize',
     'standardized',
 ]
@@ -176,10 +164,6 @@ def kl_slope(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
     return (s / T).softmax(axis).sub_((t / T).softmax(axis)).div_(T)
 
 
-class KL(Loss):
-    fn = kl
-
-
 @loss(kind='softmax', match='shape')
 def reverse_kl(
     s: Tensor,
@@ -206,10 +190,6 @@ def reverse_kl(
 
 def reverse_values(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
     return kl_from_logs(log_probs(within(s, t), T, axis), log_probs(t, T, axis), axis)
-
-
-class ReverseKL(Loss):
-    fn = reverse_kl
 
 
 @loss(kind='softmax', match='shape')
@@ -255,10 +235,6 @@ def jsd_values(s: Tensor, t: Tensor, beta: float, T: float, axis: int) -> Tensor
     return beta * kl_from_logs(lt, lm, axis) + (1 - beta) * kl_from_logs(ls, lm, axis)
 
 
-class JSD(Loss):
-    fn = jsd
-
-
 @loss(kind='softmax', match='shape')
 def tvd(
     s: Tensor,
@@ -284,10 +260,6 @@ def tvd(
 
 def tvd_values(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
     return (log_probs(s, T, axis).exp() - log_probs(t, T, axis).exp()).abs().sum(axis) / 2
-
-
-class TVD(Loss):
-    fn = tvd
 
 
 @loss(kind='softmax', match='grid')
@@ -337,10 +309,6 @@ def uld_values(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
     return (p - q).abs().sum(-1)
 
 
-class ULD(Loss):
-    fn = uld
-
-
 @loss(kind='softmax', match='shape')
 def soft_ce(
     s: Tensor,
@@ -371,10 +339,6 @@ def ce_values(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
     return expect(log_probs(within(t, s), T, axis), -log_probs(s, T, axis)).sum(axis)
 
 
-class SoftCE(Loss):
-    fn = soft_ce
-
-
 @loss(kind=None, match='shape')
 def mse(
     s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
@@ -392,10 +356,6 @@ def mse(
     """
     s, t = checked_pair(s, t, axis, mask)
     return reduce((s - t).pow(2).sum(axis), reduction, mask)
-
-
-class MSE(Loss):
-    fn = mse
 
 
 @loss(kind='softmax', match='shape')
@@ -416,10 +376,6 @@ def hard(
     return reduce(
         -select_class(log_probs(s, 1.0, axis), within(t, s).argmax(axis), axis), reduction, mask
     )
-
-
-class Hard(Loss):
-    fn = hard
 
 
 @loss(kind='sigmoid', match='shape')
@@ -443,10 +399,6 @@ def binary_kl(
         expect(F.logsigmoid(b), F.logsigmoid(b) - F.logsigmoid(a)) for a, b in ((s, t), (-s, -t))
     ]
     return reduce((yes + no) * T**2, reduction, mask)
-
-
-class BinaryKL(Loss):
-    fn = binary_kl
 
 
 DISTANCES: dict[str, Callable] = dict(mse=F.mse_loss, l1=F.l1_loss, huber=F.huber_loss)
@@ -487,10 +439,6 @@ def regression(
     return reduce(DISTANCES[distance](s, t, reduction='none').mean(1), reduction, mask)
 
 
-class Regression(Loss):
-    fn = regression
-
-
 @loss(kind=None, match='shape')
 def soft_targets(
     s: Tensor,
@@ -519,10 +467,6 @@ def soft_targets(
     if kind == 'regression':
         return regression(s, t, mask=mask, reduction=reduction)
     raise DistillError(f"kind={kind!r}: must be 'softmax', 'sigmoid' or 'regression'")
-
-
-class SoftTargets(Loss):
-    fn = soft_targets
 
 
 @loss(kind='softmax', match='shape', relates=True)
@@ -563,10 +507,6 @@ def dist(
         mask = fit_mask(mask, positions(s, axis))
     own, shared = both_correlations(s, t, T, axis, mask, eps)
     return reduce((beta * (1 - own) + gamma * (1 - shared)) * T**2, reduction, mask)
-
-
-class DIST(Loss):
-    fn = dist
 
 
 def standardize(x: Tensor, *, axis: int = 1, eps: float = 1e-7, correction: int = 1) -> Tensor:

@@ -123,10 +123,9 @@ def find_methods(text: str = '', needs: Iterable[str] = ()) -> list[Method]:
 
 def methods() -> list[Method]:
     """Return all methods, sorted by family and name."""
-    fns = {n: getattr(losses, n) for n in losses.__all__}
-    fns = {n: f for n, f in fns.items() if hasattr(f, 'relates') and not inspect.isclass(f)}
     made = {n: getattr(recipes, n) for n in recipes.__all__}
-    found = [_method(n, made.get(n), fns.get(n)) for n in dict.fromkeys([*made, *fns])]
+    names = dict.fromkeys([*made, *losses.LOSSES])
+    found = [_method(n, made.get(n), losses.LOSSES.get(n)) for n in names]
     order = list(dict.fromkeys(FAMILIES.values()))
     return sorted(found, key=lambda m: (order.index(m.family), m.name))
 

@@ -147,11 +147,10 @@ class Reader:
             and isinstance(node.value, ast.Name)
             and node.value.id == 'losses'
         )
-        have = [n for n in losses.__all__ if inspect.isfunction(getattr(losses, n)) and n != 'loss']
-        if not known or node.attr not in have:
+        if not known or node.attr not in losses.LOSSES:
             raise self.error(
                 'the first argument of a term must be a loss, e.g. Term(losses.kl). The losses '
-                f'are {", ".join(have)}',
+                f'are {", ".join(losses.LOSSES)}',
                 node,
             )
         return lambda *args, **kwargs: Term(getattr(losses, node.attr), *args, **kwargs)
