@@ -15,7 +15,7 @@ bench: $(VENV)/.ready-bench ## what a step costs, side by side with other ways t
 test: $(VENV)/.ready-dev  ## the tests
 	$(PYTEST)
 
-check: lint test          ## what a change must pass: lint, format, tests, the pages' code, the import law, the public names
+check: lint test          ## what a change must pass: lint, format, types, tests, the pages' code, the import law, the public names
 
 format: $(VENV)/.ready-dev ## format all Python files
 	$(VENV)/bin/ruff format -q
@@ -26,6 +26,7 @@ check-oldest: $(OLDEST)/.ready ## the tests on the oldest releases that pyprojec
 lint: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check -q
+	$(VENV)/bin/mypy
 
 api: $(VENV)/.ready-dev   ## write the public names anew, after a decision to change them
 	$(VENV)/bin/python tests/project/test_imports_and_names.py > tests/api.txt

@@ -292,8 +292,7 @@ def test_one_member_is_drawn_for_each_batch_by_its_weight():
     nets, calls = [nn.Linear(6, 5) for _ in range(3)], []
     t = Teacher(
         [lambda x, i=i: (calls.append(i), nets[i](x))[1] for i in range(3)],
-        combine='sample',
-        weights=[1, 2, 1],
+        ensemble=dict(combine='sample', weights=[1, 2, 1]),
     )
     torch.manual_seed(3)
     with t:
@@ -307,7 +306,8 @@ def test_the_same_seed_draws_the_same_members():
     def drawn(seed):
         calls = []
         t = Teacher(
-            [lambda x, i=i: (calls.append(i), x[:, :5])[1] for i in range(3)], combine='sample'
+            [lambda x, i=i: (calls.append(i), x[:, :5])[1] for i in range(3)],
+            ensemble=dict(combine='sample'),
         )
         torch.manual_seed(seed)
         with t:
@@ -326,7 +326,7 @@ def test_the_mean_gradient_is_that_of_the_mean_probabilities():
 
 
 def test_the_draw_is_the_teachers_own():
-    t = Teacher([nn.Linear(6, 5), nn.Linear(6, 5)], combine='sample')
+    t = Teacher([nn.Linear(6, 5), nn.Linear(6, 5)], ensemble=dict(combine='sample'))
     torch.manual_seed(0)
     before = torch.get_rng_state()
     t(X)
@@ -337,18 +337,18 @@ def test_a_drawn_member_has_no_layers_and_no_cache(tmp_path):
     with pytest.raises(
         DistillError, match="combine='sample' runs one member, so layers of all can't be compared"
     ):
-        Teacher([TWO, TWO], combine='sample', layers=['0.weight'])(X)
+        Teacher([TWO, TWO], ensemble=dict(combine='sample'), layers=['0.weight'])(X)
     student, teacher = apps.toy()
     with pytest.raises(
         DistillError,
         match="combine='sample' draws a teacher for each batch, but a cache has one output",
     ):
         cache_teacher(
-            Teacher([teacher, teacher], combine='sample'),
+            Teacher([teacher, teacher], ensemble=dict(combine='sample')),
             student.dls,
             tmp_path / 'c',
             kind='softmax',
             check=False,
             keys=list(range(64)),
         )
-    student.distill(Teacher([teacher, teacher], combine='sample'), 1, 1e-3)
+    student.distill(Teacher([teacher, teacher], ensemble=dict(combine='sample')), 1, 1e-3)

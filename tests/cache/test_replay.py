@@ -457,7 +457,9 @@ def test_what_cannot_be_repeated_is_refused(tmp_path):
             batch_tfm=lambda x: x,
             inputs=lambda b: dict(x=b[0]),
         )
-    drops = Teacher(torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Dropout(0.5)), mode='train')
+    drops = Teacher(
+        torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Dropout(0.5)), run=dict(mode='train')
+    )
     with pytest.raises(DistillError, match='with other samples in its batch'):
         cache_dataset(drops, Noisy(), tmp_path, keys=range(23))
     with pytest.raises(DistillError, match='Stream can only be iterated'):

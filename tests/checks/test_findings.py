@@ -335,7 +335,9 @@ def photos(n=128, wrong=0.0, channels=3):
 @pytest.mark.parametrize('wanted', STATS)
 def test_a_usual_normalization_that_fits_better_is_named(given, wanted):
     (x, y), (m, s) = photos(), [torch.tensor(o).view(-1, 1, 1) for o in STATS[given]]
-    found = check(Teacher(Brightness(*STATS[wanted]), input_stats=STATS[given]), (x - m) / s, y)
+    found = check(
+        Teacher(Brightness(*STATS[wanted]), images=dict(input_stats=STATS[given])), (x - m) / s, y
+    )
     if given == wanted:
         assert found == []
     else:
@@ -343,21 +345,21 @@ def test_a_usual_normalization_that_fits_better_is_named(given, wanted):
             found,
             'warning',
             'different normalization: accuracy 0.',
-            f'(on 128 validation items). Pass the normalization of its training: Teacher(model, stats={wanted})',
+            f'(on 128 validation items). Pass the normalization of its training: Teacher(model, images=dict(stats={wanted}))',
         )
 
 
 def test_stats_that_are_wrong_are_noticed_too():
     x, y = photos()
-    teacher = Teacher(Brightness([0.0], [1.0]), stats='imagenet', input_stats=(0, 1))
+    teacher = Teacher(Brightness([0.0], [1.0]), images=dict(stats='imagenet', input_stats=(0, 1)))
     one(check(teacher, x, y), 'warning', 'numbers from 0 to 1', 'stats=(0, 1)')
 
 
 def test_a_weak_teacher_with_the_right_normalization_is_not_suspected():
     x, y = photos(512, wrong=0.5)
-    assert check(Teacher(Brightness([0.0], [1.0]), input_stats=(0, 1)), x, y) == []
+    assert check(Teacher(Brightness([0.0], [1.0]), images=dict(input_stats=(0, 1))), x, y) == []
     x, y = photos(512, wrong=0.5, channels=1)
-    assert check(Teacher(Brightness([0.0], [1.0]), input_stats=(0, 1)), x, y) == []
+    assert check(Teacher(Brightness([0.0], [1.0]), images=dict(input_stats=(0, 1))), x, y) == []
 
 
 def test_the_normalization_of_a_regression_is_found():
@@ -368,9 +370,9 @@ def test_the_normalization_of_a_regression_is_found():
             return (x * self.std + self.mean).mean((1, 2, 3))[:, None]
 
     target, task = CENTERS[y][:, None], Task('regression')
-    teacher = Teacher(Mean(*IMAGENET), input_stats=(0, 1), kind='regression')
+    teacher = Teacher(Mean(*IMAGENET), images=dict(input_stats=(0, 1)), kind='regression')
     one(check(teacher, x, target, task), 'warning', 'squared error 0.', "stats='imagenet'")
-    assert check(Teacher(teacher, stats='imagenet'), x, target, task) == []
+    assert check(Teacher(teacher, images=dict(stats='imagenet')), x, target, task) == []
 
 
 # tokens
@@ -729,8 +731,8 @@ TWO_CLASSES = {
     'dist': dist(),
     'dist_4': kd() + dist(T=4.0),
     'std': logit_std(kd(T=2.0)),
-    'module': Term(losses.DIST()),
-    'std_module': Term(losses.standardized(losses.KL(T=2.0))),
+    'module': Term(losses.Loss(losses.dist)),
+    'std_module': Term(losses.standardized(losses.Loss(losses.kl, T=2.0))),
 }
 
 

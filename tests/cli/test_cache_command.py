@@ -320,4 +320,7 @@ def test_messages_name_flags_and_not_pythons_arguments():
         in_flags('or force=True to override (views=8, topk=None, check=False).')
         == 'or --force to override (--views 8, --topk None, --no-check).'
     )
-    assert in_flags('Teacher(model, stats=...) with a=1') == 'Teacher(model, stats=...) with a=1'
+    assert (
+        in_flags('Teacher(model, images=dict(stats=...)) with a=1')
+        == 'Teacher(model, images=dict(stats=...)) with a=1'
+    )

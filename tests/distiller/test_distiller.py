@@ -69,7 +69,7 @@ def test_a_recipe_gives_the_numbers_of_the_scripts_that_people_paste(name, expec
 
 @pytest.mark.parametrize(
     'given',
-    [losses.KL(T=2.0, axis=-1), partial(losses.kl, T=2.0, axis=-1)],
+    [losses.Loss(losses.kl, T=2.0, axis=-1), partial(losses.kl, T=2.0, axis=-1)],
     ids=['a module', 'a partial'],
 )
 def test_options_that_a_loss_brings_along_are_not_replaced_by_the_tasks(given):
@@ -337,7 +337,7 @@ def test_what_a_term_says_counts_before_what_its_loss_says():
     t = [
         Term(losses.at, layers='auto'),
         Term(losses.at, layers='auto', match='grid'),
-        Term(losses.AT(), layers='auto'),
+        Term(losses.Loss(losses.at), layers='auto'),
         Term(distance),
     ]
     assert [o.match for o in t] == ['none', 'grid', 'none', 'shape']
@@ -656,7 +656,10 @@ def test_labels_that_give_nan_do_not_count_where_their_weight_is_0(task_loss, y)
 
 @pytest.mark.parametrize(
     'teacher',
-    [lambda net: Teacher(net, mode='train'), lambda net: lambda x: torch.randn(len(x), 4)],
+    [
+        lambda net: Teacher(net, run=dict(mode='train')),
+        lambda net: lambda x: torch.randn(len(x), 4),
+    ],
     ids=['dropout', 'random'],
 )
 @pytest.mark.parametrize('started', [True, False])
@@ -1920,7 +1923,7 @@ def test_a_teacher_of_a_fixed_image_size_says_so():
         match=r'does not run on inputs of shape \(2, 3, 8, 8\).*Teacher\(model, size=...\)',
     ):
         Distiller(fixed(8), fixed(16), kd())(x, y)
-    Distiller(fixed(8), Teacher(fixed(16), size=16), kd())(x, y)
+    Distiller(fixed(8), Teacher(fixed(16), images=dict(size=16)), kd())(x, y)
 
 
 @pytest.mark.parametrize('device', ['cuda:99', 'meta', 'gpu'])

@@ -117,7 +117,7 @@ def test_looking_changes_nothing():
 def test_a_teacher_sees_its_own_normalisation():
     s, t, x = net(4), net(6), torch.randn(2, 3, 16, 16)
     given, own = ([0.5] * 3, [0.5] * 3), ([0.4, 0.5, 0.6], [0.2, 0.25, 0.3])
-    fig = show_features(s, Teacher(t, stats=own, input_stats=given), x, ['1'])
+    fig = show_features(s, Teacher(t, images=dict(stats=own, input_stats=given)), x, ['1'])
     mean, std = [torch.tensor(o)[:, None, None] for o in own]
     with torch.no_grad():
         want = by_hand(t[:2]((x * 0.5 + 0.5 - mean) / std), 2, (16, 16))

@@ -89,7 +89,7 @@ def test_a_cache_records_the_image_size_of_its_teacher(tmp_path):
     x, _ = dls.train.new(shuffle=False, drop_last=False).one_batch()
     with pytest.raises(DistillError, match=r'teacher, size: \(24, 24\) in the cache, None now'):
         cache_teacher(
-            Teacher(teacher.model, stats=imagenet_stats, kind='softmax'),
+            Teacher(teacher.model, images=dict(stats=imagenet_stats), kind='softmax'),
             dls,
             tmp_path / 'c',
             dtype='float32',
@@ -982,7 +982,7 @@ def test_an_ensemble_is_known_by_how_its_members_are_asked(tmp_path):
     cache_teacher(nets, data(), tmp_path)
     for other in (
         [nets[0], Teacher(nets[1], select=[2, 1, 0])],
-        [nets[0], Teacher(nets[1], stats='imagenet', input_stats=(0, 1))],
+        [nets[0], Teacher(nets[1], images=dict(stats='imagenet', input_stats=(0, 1)))],
     ):
         with pytest.raises(DistillError, match='teacher, members'):
             cache_teacher(other, data(), tmp_path)

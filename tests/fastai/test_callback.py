@@ -1503,7 +1503,7 @@ def test_alpha_0_is_bit_identical_whatever_the_teacher_does():
             None
             if recipe is None
             else KD(
-                Teacher(drawing, mode='train'),
+                Teacher(drawing, run=dict(mode='train')),
                 recipe
                 if len(recipe.terms) == 1
                 else kd(alpha=0.0) + Term(losses.hint, 0.0, projector='linear', **layers),

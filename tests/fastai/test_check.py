@@ -338,7 +338,10 @@ def test_the_image_size_of_items_that_no_transform_resizes_is_their_own():
 def test_the_users_own_size_of_the_teachers_images_is_kept():
     student, _ = pair('image')
     teacher = of_size(32)
-    for t, size in ((Teacher(teacher.model), 16), (Teacher(teacher.model, size=24), 24)):
+    for t, size in (
+        (Teacher(teacher.model), 16),
+        (Teacher(teacher.model, images=dict(size=24)), 24),
+    ):
         loss, x, _, s = first_loss(student, KD(t, T=1.0, alpha=1.0, check=False))
         given = x if size == 16 else upsampled(x, (size, size))
         assert loss == pytest.approx(kl(s, teacher.model.eval()(given)), rel=1e-4)
@@ -877,10 +880,10 @@ def test_a_normalization_that_fits_better_is_named():
     warns(
         student,
         model,
-        r'different normalization: accuracy 0.*numbers from 0 to 255.*Teacher\(model, stats=\(0, 1/255\)\)',
+        r'different normalization: accuracy 0.*numbers from 0 to 255.*Teacher\(model, images=dict\(stats=\(0, 1/255\)\)\)',
     )
     student, _ = pair('image')
-    assert problems(student, Teacher(model, stats=(0, 1 / 255))) == []
+    assert problems(student, Teacher(model, images=dict(stats=(0, 1 / 255)))) == []
 
 
 class Scaled(nn.Module):

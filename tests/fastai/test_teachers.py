@@ -133,7 +133,7 @@ def test_the_statistics_are_those_at_the_time():
 def test_without_a_student_images_are_refused_until_one_is_known():
     learn = learner(A)
     t = teacher_of(learn)
-    with pytest.raises(DistillError, match=r'give input_stats='):
+    with pytest.raises(DistillError, match=r'give images=dict\(input_stats='):
         taught(t, learn)
     close(taught(teacher_of(t, learner(B)), learner(B)), says(learn))
     close(taught(teacher_of(t, learn), learn), says(learn))
@@ -146,14 +146,14 @@ def test_what_is_said_wins():
     learn, student = learner(A), learner(B, 1)
     assert teacher_of(learn, student, stats=None).adapts == ''
     assert teacher_of(Teacher(learn.model), student).adapts == ''
-    t = teacher_of(Teacher(learn.model, stats=A, input_stats=A), student)
+    t = teacher_of(Teacher(learn.model, images=dict(stats=A, input_stats=A)), student)
     assert t.adapts == ''
     t = teacher_of(
         Teacher(learn.model, kind='sigmoid'), student, kind='softmax', axis=-1, size=16, name='mine'
     )
     assert (t.kind, t.axis, t.size, t.name) == ('sigmoid', -1, (16, 16), 'mine')
     u = teacher_of(
-        Teacher(learn.model, kind='softmax', size=None, name='first'),
+        Teacher(learn.model, kind='softmax', images=dict(size=None), name='first'),
         student,
         kind='sigmoid',
         size=16,
@@ -247,7 +247,7 @@ def test_timm_modules_tell_and_torchvisions_make_one_ask():
     resnet = torchvision.models.resnet18(num_classes=3)
     with pytest.warns(
         DistillWarning,
-        match=r"torchvision's ResNet does not show .*Teacher\(model, stats='imagenet'\)",
+        match=r"torchvision's ResNet does not show .*Teacher\(model, images=dict\(stats='imagenet'\)\)",
     ):
         assert teacher_of(resnet, student).adapts == ''
     # none of these warns
@@ -310,7 +310,7 @@ def test_a_teacher_whose_reset_reinitializes_is_unharmed_by_check_fit_and_cache(
 
 @pytest.mark.parametrize(
     'teacher',
-    [lambda: Teacher(net(), mode='train'), lambda: lambda x: torch.randn(len(x), 3)],
+    [lambda: Teacher(net(), run=dict(mode='train')), lambda: lambda x: torch.randn(len(x), 3)],
     ids=['dropout', 'random'],
 )
 def test_alpha_0_is_no_distillation_whatever_the_teacher_draws(teacher):

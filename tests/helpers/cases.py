@@ -45,7 +45,6 @@ class Golden:
 @dataclass
 class Case:
     fn: Callable  # the loss function
-    module: type  # and its module form
     opts: dict  # options of this row
     make: Callable  # dtype -> (s, t, *rest), seeded; `s` may be a list of tensors
     ref: Callable | None = (
@@ -57,6 +56,7 @@ class Case:
     least: bool = True  # is that the smallest value there is?
     order_free: bool = True  # the order of the samples does not matter
     mask: bool = True  # takes mask= and reduction='none'
+    module: Callable | None = None  # its module form, fn(**options); None: `Loss`
     golden: list = field(default_factory=list)
     half: float = 1.5  # tolerance in half precision is this many of the dtype's own epsilon, relative to the value's scale
     shared: bool = False  # all positions share a part of their values: a mask is then checked against the chosen positions alone

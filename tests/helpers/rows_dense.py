@@ -3,7 +3,7 @@
 from math import exp, log, sqrt
 import torch
 from cases import Case, Golden, maps
-from fastdistill.losses import CWD, IFVD, Pairwise, cwd, ifvd, pairwise
+from fastdistill.losses import cwd, ifvd, pairwise
 
 
 def mean(xs):
@@ -119,7 +119,6 @@ ROWS = [
     # its mask is inside the softmax: a test of its own
     Case(
         cwd,
-        CWD,
         dict(T=4.0),
         maps((3, 4, 2, 3), scale=3.0),
         cwd_loop,
@@ -129,10 +128,9 @@ ROWS = [
             Golden('cwd_mmrazor', lambda o: dict(T=o['tau'])),
         ],
     ),
-    Case(cwd, CWD, dict(T=1.0, axis=-1), maps((2, 5, 3)), cwd_loop, mask=False),
+    Case(cwd, dict(T=1.0, axis=-1), maps((2, 5, 3)), cwd_loop, mask=False),
     Case(
         pairwise,
-        Pairwise,
         {},
         maps((2, 4, 4, 5), (2, 3, 4, 5)),
         pairwise_loop,
@@ -143,7 +141,6 @@ ROWS = [
     ),
     Case(
         pairwise,
-        Pairwise,
         dict(pool=0.5),
         maps((2, 4, 4, 6), (2, 3, 2, 4)),
         pairwise_loop,
@@ -154,13 +151,10 @@ ROWS = [
             )
         ],
     ),
-    Case(
-        pairwise, Pairwise, dict(pool=2, axis=-1), maps((2, 5, 3), (2, 5, 4)), pairwise_tokens_loop
-    ),
-    Case(pairwise, Pairwise, dict(pool=1), maps((2, 4, 3, 2), (2, 6, 3, 2)), pairwise_loop),
+    Case(pairwise, dict(pool=2, axis=-1), maps((2, 5, 3), (2, 5, 4)), pairwise_tokens_loop),
+    Case(pairwise, dict(pool=1), maps((2, 4, 3, 2), (2, 6, 3, 2)), pairwise_loop),
     Case(
         ifvd,
-        IFVD,
         dict(classes=3),
         labeled((2, 4, 3, 3), (2, 5, 3, 3), (2, 6, 9)),
         ifvd_loop,
@@ -176,7 +170,6 @@ ROWS = [
     # ignored positions are no part of the mean, so 'none' holds more numbers than count: its mask has a test of its own
     Case(
         ifvd,
-        IFVD,
         dict(classes=3, ignore_index=255),
         labeled((2, 4, 3, 3), (2, 4, 3, 3), (2, 3, 3), ignore=255),
         ifvd_loop,

@@ -4,15 +4,8 @@ from math import exp, log, log1p, sqrt
 import torch
 from cases import Case, Golden, maps
 from fastdistill.losses import (
-    AB,
-    AT,
-    FSP,
-    NST,
     OFD,
-    PKD,
     VID,
-    Cosine,
-    Hint,
     ab,
     at,
     cosine,
@@ -206,7 +199,6 @@ SCALE = torch.tensor([-1.0, 0.5, 3.0], dtype=torch.float64)
 ROWS = [
     Case(
         hint,
-        Hint,
         {},
         maps((3, 4, 2, 3)),
         hint_loop,
@@ -220,11 +212,10 @@ ROWS = [
             ),
         ],
     ),
-    Case(hint, Hint, dict(axis=-1), maps((2, 5, 3), seed=1), hint_loop),
-    Case(hint, Hint, {}, maps((4, 6)), hint_loop, name='hint-vectors'),
+    Case(hint, dict(axis=-1), maps((2, 5, 3), seed=1), hint_loop),
+    Case(hint, {}, maps((4, 6)), hint_loop, name='hint-vectors'),
     Case(
         at,
-        AT,
         {},
         maps((3, 4, 2, 3), (3, 5, 2, 3)),
         at_loop,
@@ -233,29 +224,26 @@ ROWS = [
             Golden('at_repdistiller', lambda o: dict(p=o['p']), args=last, rest=at_rest),
         ],
     ),
-    Case(at, AT, dict(p=1.0), maps((3, 4, 3, 3)), at_loop),
+    Case(at, dict(p=1.0), maps((3, 4, 3, 3)), at_loop),
     Case(
         at,
-        AT,
         dict(p=4.0),
         maps((2, 3, 4, 6), (2, 5, 2, 3)),
         at_pooled_loop,
         name='at-pools-the-student',
     ),
-    Case(at, AT, dict(axis=-1), maps((2, 5, 3), (2, 5, 4)), at_loop),
+    Case(at, dict(axis=-1), maps((2, 5, 3), (2, 5, 4)), at_loop),
     Case(
         nst,
-        NST,
         {},
         maps((3, 4, 2, 3), (3, 5, 2, 3)),
         nst_loop,
         golden=[Golden('nst', lambda o: {}, args=last)],
     ),
-    Case(nst, NST, {}, maps((2, 6, 2, 2)), nst_loop, name='nst-few-positions'),
-    Case(nst, NST, dict(axis=-1), maps((2, 5, 3), (2, 5, 2)), nst_loop),
+    Case(nst, {}, maps((2, 6, 2, 2)), nst_loop, name='nst-few-positions'),
+    Case(nst, dict(axis=-1), maps((2, 5, 3), (2, 5, 2)), nst_loop),
     Case(
         fsp,
-        FSP,
         {},
         lists([(2, 2, 4, 4), (2, 3, 4, 4), (2, 4, 2, 2)]),
         fsp_loop,
@@ -273,7 +261,6 @@ ROWS = [
     # not 0 at the teacher, whose numbers near 0 are within the margin: 0 where the signs agree by it (a test of its own)
     Case(
         ab,
-        AB,
         dict(margin=1.0),
         maps((3, 4, 2, 3)),
         ab_loop,
@@ -291,7 +278,6 @@ ROWS = [
     ),
     Case(
         ofd,
-        OFD,
         {},
         maps((3, 4, 2, 3)),
         ofd_loop,
@@ -303,19 +289,19 @@ ROWS = [
                 scale=lambda g, o: o['divide'] / g['student'].numel(),
             )
         ],
+        module=OFD,
     ),
-    Case(ofd, OFD, dict(margin=-0.25), maps((3, 4, 2, 3)), ofd_loop),
+    Case(ofd, dict(margin=-0.25), maps((3, 4, 2, 3)), ofd_loop, module=OFD),
     Case(
         ofd,
-        OFD,
         dict(margin=torch.tensor([-0.3, 0.0, -1.0]), axis=-1),
         maps((2, 4, 3)),
         ofd_loop,
         name='ofd-tokens',
+        module=OFD,
     ),
     Case(
         vid,
-        VID,
         dict(log_scale=SCALE),
         maps((3, 3, 2, 4)),
         vid_loop,
@@ -331,21 +317,21 @@ ROWS = [
                 scale=lambda g, o: 1 / per_sample(g),
             ),
         ],
+        module=VID,
     ),
     Case(
         vid,
-        VID,
         dict(log_scale=SCALE, axis=-1, eps=0.1),
         maps((2, 4, 3)),
         vid_loop,
         name='vid-tokens',
         at_teacher=lambda t, **o: vid_loop(t, t, **o),
+        module=VID,
     ),
     # one correlation for the whole batch: no value for each sample; its mask has a test of its own
-    Case(cosine, Cosine, {}, maps((3, 4, 2, 3)), cosine_loop),
+    Case(cosine, {}, maps((3, 4, 2, 3)), cosine_loop),
     Case(
         cosine,
-        Cosine,
         dict(axis=-1),
         maps((2, 4, 3), seed=2),
         cosine_loop,
@@ -359,7 +345,6 @@ ROWS = [
     ),
     Case(
         pkd,
-        PKD,
         {},
         maps((3, 4, 2, 3)),
         pkd_loop,
@@ -375,5 +360,5 @@ ROWS = [
             ),
         ],
     ),
-    Case(pkd, PKD, dict(axis=-1), maps((2, 4, 3), seed=2), pkd_loop, mask=False),
+    Case(pkd, dict(axis=-1), maps((2, 4, 3), seed=2), pkd_loop, mask=False),
 ]

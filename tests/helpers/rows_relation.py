@@ -3,7 +3,7 @@
 from math import exp, log, sqrt
 import torch
 from cases import Case, Golden, maps
-from fastdistill.losses import CC, ICKD, PKT, RKD, SEED, SP, cc, ickd, pkt, rkd, seed, sp
+from fastdistill.losses import SEED, cc, ickd, pkt, rkd, seed, sp
 
 
 def mean(xs):
@@ -117,7 +117,6 @@ QUEUE = torch.cat([maps((5, 4), seed=7)()[0], torch.zeros(3, 4, dtype=torch.floa
 ROWS = [
     Case(
         rkd,
-        RKD,
         {},
         maps((5, 6), (5, 4)),
         rkd_loop,
@@ -125,7 +124,6 @@ ROWS = [
     ),
     Case(
         rkd,
-        RKD,
         dict(w_d=1.0, w_a=0.0),
         maps((4, 3, 2, 2), (4, 5, 3, 1)),
         rkd_loop,
@@ -133,30 +131,25 @@ ROWS = [
     ),
     Case(
         rkd,
-        RKD,
         dict(w_d=0.0, w_a=1.0),
         maps((4, 3, 2)),
         rkd_loop,
         golden=[Golden('rkd_angle', lambda o: dict(w_d=0.0, w_a=1.0))],
     ),
-    Case(
-        sp, SP, {}, maps((4, 3, 2, 2), (4, 5, 3, 1)), sp_loop, golden=[Golden('sp', lambda o: {})]
-    ),
+    Case(sp, {}, maps((4, 3, 2, 2), (4, 5, 3, 1)), sp_loop, golden=[Golden('sp', lambda o: {})]),
     Case(
         cc,
-        CC,
         {},
         maps((4, 3), (4, 5)),
         cc_loop,
         golden=[Golden('cc_kernel', kernel, value='expected_paper')],
     ),
-    Case(cc, CC, dict(degree=5, gamma=1.0), maps((3, 3)), cc_loop),
-    Case(cc, CC, dict(kernel='bilinear'), maps((4, 3, 2), (4, 5)), cc_loop),
-    Case(cc, CC, dict(kernel='bilinear', normalize=False), maps((4, 3), (4, 5)), cc_loop),
+    Case(cc, dict(degree=5, gamma=1.0), maps((3, 3)), cc_loop),
+    Case(cc, dict(kernel='bilinear'), maps((4, 3, 2), (4, 5)), cc_loop),
+    Case(cc, dict(kernel='bilinear', normalize=False), maps((4, 3), (4, 5)), cc_loop),
     # the paper's: a sum over samples, where ours is the mean
     Case(
         pkt,
-        PKT,
         {},
         maps((4, 6), (4, 3)),
         pkt_loop,
@@ -169,19 +162,18 @@ ROWS = [
             )
         ],
     ),
-    Case(seed, SEED, {}, maps((4, 6)), seed_loop, at_teacher=None),
+    Case(seed, {}, maps((4, 6)), seed_loop, at_teacher=None, module=SEED),
     Case(
         seed,
-        SEED,
         dict(queue=QUEUE, T_s=0.1, T_t=0.1),
         maps((3, 4)),
         seed_loop,
         at_teacher=lambda t, **o: seed_loop(t, t, **o),
         name='seed-queue',
+        module=SEED,
     ),
     Case(
         ickd,
-        ICKD,
         {},
         maps((3, 4, 2, 3), (3, 4, 3, 3)),
         ickd_loop,
@@ -190,5 +182,5 @@ ROWS = [
             Golden('ickd_imagenet', lambda o: {}, scale=lambda g, o: len(g['student'])),
         ],
     ),
-    Case(ickd, ICKD, dict(axis=-1), maps((2, 5, 3), (2, 4, 3)), ickd_loop),
+    Case(ickd, dict(axis=-1), maps((2, 5, 3), (2, 4, 3)), ickd_loop),
 ]

@@ -5,26 +5,6 @@ import torch
 import torch.nn.functional as F
 from cases import Case, Golden, logits, maps
 from fastdistill.losses import (
-    ABKD,
-    DIST,
-    DKD,
-    JSD,
-    KL,
-    MSE,
-    NKD,
-    RLD,
-    TAID,
-    TTM,
-    TVD,
-    ULD,
-    WTTM,
-    BinaryKL,
-    Hard,
-    Regression,
-    ReverseKL,
-    SkewedKL,
-    SoftCE,
-    SoftTargets,
     abkd,
     binary_kl,
     dist,
@@ -47,7 +27,6 @@ from fastdistill.losses import (
     uld,
     wttm,
 )
-from fastdistill.losses._base import Loss
 
 
 # plain loops: one position and one class at a time
@@ -396,34 +375,9 @@ def answers(g, T):
 paper = dict(eps=0.0, correction=0)
 
 
-class StdKL(Loss):
-    fn = standardized(kl)
-
-
-class PaperStdKL(Loss):
-    fn = standardized(kl, **paper)
-
-
-class StdDKD(Loss):
-    fn = standardized(dkd)
-
-
-class PaperStdDKD(Loss):
-    fn = standardized(dkd, **paper)
-
-
-class StdDIST(Loss):
-    fn = standardized(dist)
-
-
-class StdRLD(Loss):
-    fn = standardized(rld)
-
-
 ROWS = [
     Case(
         kl,
-        KL,
         dict(T=4.0),
         logits(5, 7),
         kl_loop,
@@ -460,7 +414,6 @@ ROWS = [
     ),
     Case(
         kl,
-        KL,
         dict(T=1.0),
         logits(3, 4, 2, 3),
         kl_loop,
@@ -475,7 +428,6 @@ ROWS = [
     ),
     Case(
         kl,
-        KL,
         dict(T=2.0, axis=-1),
         logits(2, 3, 6, axis=-1),
         kl_loop,
@@ -484,10 +436,9 @@ ROWS = [
             Golden('torchtune_forward_kl', T1, value='expected_paper', more=tokens),
         ],
     ),
-    Case(reverse_kl, ReverseKL, dict(T=2.0), logits(5, 7), reverse_kl_loop),
+    Case(reverse_kl, dict(T=2.0), logits(5, 7), reverse_kl_loop),
     Case(
         reverse_kl,
-        ReverseKL,
         dict(axis=-1),
         logits(2, 3, 6, axis=-1),
         reverse_kl_loop,
@@ -509,13 +460,12 @@ ROWS = [
             ],
         ],
     ),
-    Case(jsd, JSD, dict(beta=0.5), logits(5, 7), jsd_loop),
-    Case(jsd, JSD, dict(beta=0.1, T=2.0), logits(3, 4, 2, 3), jsd_loop),
-    Case(jsd, JSD, dict(beta=0, T=2.0), logits(5, 7), jsd_loop),
-    Case(jsd, JSD, dict(beta=1.0), logits(5, 7), jsd_loop),
+    Case(jsd, dict(beta=0.5), logits(5, 7), jsd_loop),
+    Case(jsd, dict(beta=0.1, T=2.0), logits(3, 4, 2, 3), jsd_loop),
+    Case(jsd, dict(beta=0, T=2.0), logits(5, 7), jsd_loop),
+    Case(jsd, dict(beta=1.0), logits(5, 7), jsd_loop),
     Case(
         jsd,
-        JSD,
         dict(beta=0.7, axis=-1),
         logits(2, 3, 6, axis=-1),
         jsd_loop,
@@ -524,21 +474,19 @@ ROWS = [
             Golden('distillm_js_distance', lambda o: dict(beta=1 - o['lam']), more=tokens),
         ],
     ),
-    Case(tvd, TVD, dict(T=2.0), logits(5, 7), tvd_loop),
+    Case(tvd, dict(T=2.0), logits(5, 7), tvd_loop),
     Case(
         tvd,
-        TVD,
         dict(axis=-1),
         logits(2, 3, 6, axis=-1),
         tvd_loop,
         golden=[Golden('distillm_tv_distance', T1, more=tokens)],
     ),
-    Case(uld, ULD, dict(), maps((5, 7), (5, 11), scale=3.0), uld_loop),
-    Case(uld, ULD, dict(T=2.0), maps((3, 6, 2, 3), (3, 4, 2, 3), scale=3.0), uld_loop),
+    Case(uld, dict(), maps((5, 7), (5, 11), scale=3.0), uld_loop),
+    Case(uld, dict(T=2.0), maps((3, 6, 2, 3), (3, 4, 2, 3), scale=3.0), uld_loop),
     # the stored one softens the student alone
     Case(
         uld,
-        ULD,
         dict(axis=-1),
         maps((2, 3, 6), (2, 3, 9), scale=3.0),
         uld_loop,
@@ -557,7 +505,6 @@ ROWS = [
     # the stored cross-entropies have no T^2
     Case(
         soft_ce,
-        SoftCE,
         dict(T=4.0),
         logits(5, 7),
         soft_ce_loop,
@@ -574,7 +521,6 @@ ROWS = [
     ),
     Case(
         soft_ce,
-        SoftCE,
         dict(T=1.0),
         logits(3, 4, 2, 3),
         soft_ce_loop,
@@ -583,7 +529,6 @@ ROWS = [
     ),  # summed over the batch
     Case(
         soft_ce,
-        SoftCE,
         dict(T=1.0, axis=-1),
         logits(2, 3, 6, axis=-1),
         soft_ce_loop,
@@ -596,7 +541,6 @@ ROWS = [
     # the stored ones are means over classes; a temperature without T^2 shrinks the second
     Case(
         mse,
-        MSE,
         dict(),
         logits(5, 7),
         mse_loop,
@@ -607,10 +551,9 @@ ROWS = [
             ),
         ],
     ),
-    Case(mse, MSE, dict(axis=-1), logits(2, 3, 6, axis=-1), mse_loop),
+    Case(mse, dict(axis=-1), logits(2, 3, 6, axis=-1), mse_loop),
     Case(
         hard,
-        Hard,
         dict(),
         logits(5, 7),
         hard_loop,
@@ -626,29 +569,25 @@ ROWS = [
             )
         ],
     ),
-    Case(hard, Hard, dict(axis=1), logits(3, 4, 2, 3), hard_loop, hard_least, least=False),
-    Case(binary_kl, BinaryKL, dict(T=4.0), logits(5, 7), binary_kl_loop),
-    Case(binary_kl, BinaryKL, dict(T=1.0), logits(3, 2, 2, 3), binary_kl_loop),
-    Case(regression, Regression, dict(), maps((6, 3, 2), (6, 6)), regression_loop),
-    Case(regression, Regression, dict(distance='l1'), maps((6,), (6, 1)), regression_loop),
+    Case(hard, dict(axis=1), logits(3, 4, 2, 3), hard_loop, hard_least, least=False),
+    Case(binary_kl, dict(T=4.0), logits(5, 7), binary_kl_loop),
+    Case(binary_kl, dict(T=1.0), logits(3, 2, 2, 3), binary_kl_loop),
+    Case(regression, dict(), maps((6, 3, 2), (6, 6)), regression_loop),
+    Case(regression, dict(distance='l1'), maps((6,), (6, 1)), regression_loop),
     Case(
         regression,
-        Regression,
         dict(distance='huber'),
         maps((4, 2, 3), (4, 2, 3), scale=2.0),
         regression_loop,
     ),
-    Case(soft_targets, SoftTargets, dict(T=2.0), logits(5, 7), soft_targets_loop),
-    Case(soft_targets, SoftTargets, dict(kind='sigmoid', T=2.0), logits(5, 7), soft_targets_loop),
-    Case(soft_targets, SoftTargets, dict(kind='regression'), maps((6, 1), (6,)), soft_targets_loop),
-    Case(
-        dkd, DKD, dict(), logits(5, 7, y=True), dkd_loop, golden=[Golden('dkd', args=with_labels)]
-    ),
-    Case(dkd, DKD, dict(alpha=0.5, beta=2.0, T=1.0), logits(3, 4, 2, 3, y=True), dkd_loop),
-    Case(dkd, DKD, dict(beta=1.0, T=2.0, axis=-1), logits(2, 3, 6, y=True, axis=-1), dkd_loop),
+    Case(soft_targets, dict(T=2.0), logits(5, 7), soft_targets_loop),
+    Case(soft_targets, dict(kind='sigmoid', T=2.0), logits(5, 7), soft_targets_loop),
+    Case(soft_targets, dict(kind='regression'), maps((6, 1), (6,)), soft_targets_loop),
+    Case(dkd, dict(), logits(5, 7, y=True), dkd_loop, golden=[Golden('dkd', args=with_labels)]),
+    Case(dkd, dict(alpha=0.5, beta=2.0, T=1.0), logits(3, 4, 2, 3, y=True), dkd_loop),
+    Case(dkd, dict(beta=1.0, T=2.0, axis=-1), logits(2, 3, 6, y=True, axis=-1), dkd_loop),
     Case(
         nkd,
-        NKD,
         dict(),
         logits(5, 7, y=True),
         nkd_loop,
@@ -658,7 +597,6 @@ ROWS = [
     ),
     Case(
         nkd,
-        NKD,
         dict(gamma=1.0, T=2.0),
         logits(3, 4, 2, 3, y=True),
         nkd_loop,
@@ -668,7 +606,6 @@ ROWS = [
     # the student's softmax has no temperature: not 0 at the teacher's own logits
     Case(
         ttm,
-        TTM,
         dict(),
         logits(5, 7),
         ttm_loop,
@@ -678,7 +615,6 @@ ROWS = [
     ),
     Case(
         ttm,
-        TTM,
         dict(T=2.0, axis=-1),
         logits(2, 3, 6, axis=-1),
         ttm_loop,
@@ -687,7 +623,6 @@ ROWS = [
     ),
     Case(
         wttm,
-        WTTM,
         dict(),
         logits(5, 7),
         wttm_loop,
@@ -695,16 +630,13 @@ ROWS = [
         least=False,
         golden=[Golden('wttm', one_over_l)],
     ),
-    Case(wttm, WTTM, dict(T=2.0), logits(3, 4, 2, 3), wttm_loop, wttm_at_teacher, least=False),
-    Case(skewed_kl, SkewedKL, dict(), logits(5, 7), skewed_kl_loop),
-    Case(
-        skewed_kl, SkewedKL, dict(lam=0.5, reverse=True, T=2.0), logits(3, 4, 2, 3), skewed_kl_loop
-    ),
-    Case(skewed_kl, SkewedKL, dict(lam=0, T=2.0), logits(5, 7), skewed_kl_loop),
-    Case(skewed_kl, SkewedKL, dict(lam=0, reverse=True), logits(5, 7), skewed_kl_loop),
+    Case(wttm, dict(T=2.0), logits(3, 4, 2, 3), wttm_loop, wttm_at_teacher, least=False),
+    Case(skewed_kl, dict(), logits(5, 7), skewed_kl_loop),
+    Case(skewed_kl, dict(lam=0.5, reverse=True, T=2.0), logits(3, 4, 2, 3), skewed_kl_loop),
+    Case(skewed_kl, dict(lam=0, T=2.0), logits(5, 7), skewed_kl_loop),
+    Case(skewed_kl, dict(lam=0, reverse=True), logits(5, 7), skewed_kl_loop),
     Case(
         skewed_kl,
-        SkewedKL,
         dict(lam=0.3, axis=-1),
         logits(2, 3, 6, axis=-1),
         skewed_kl_loop,
@@ -722,20 +654,17 @@ ROWS = [
             ),
         ],
     ),
-    Case(taid, TAID, dict(T=2.0), logits(5, 7), taid_loop),
-    Case(taid, TAID, dict(lam=0.4), logits(5, 7), taid_loop, gradcheck=False),
-    Case(taid, TAID, dict(lam=0.7, axis=-1), logits(2, 3, 6, axis=-1), taid_loop, gradcheck=False),
-    Case(taid, TAID, dict(lam=0.0), logits(5, 7), taid_loop, gradcheck=False),
-    Case(abkd, ABKD, dict(), logits(5, 7), abkd_loop),
-    Case(
-        abkd, ABKD, dict(alpha=0.5, beta=0.5, T=1.0, axis=-1), logits(2, 3, 6, axis=-1), abkd_loop
-    ),
-    Case(abkd, ABKD, dict(alpha=1.0, beta=0.0, T=2.0), logits(3, 4, 2, 3), abkd_loop),
-    Case(abkd, ABKD, dict(alpha=0.0, beta=1.0, T=2.0), logits(5, 7), abkd_loop),
-    Case(abkd, ABKD, dict(alpha=0.7, beta=0.0, T=1.0), logits(5, 7), abkd_loop),
+    Case(taid, dict(T=2.0), logits(5, 7), taid_loop),
+    Case(taid, dict(lam=0.4), logits(5, 7), taid_loop, gradcheck=False),
+    Case(taid, dict(lam=0.7, axis=-1), logits(2, 3, 6, axis=-1), taid_loop, gradcheck=False),
+    Case(taid, dict(lam=0.0), logits(5, 7), taid_loop, gradcheck=False),
+    Case(abkd, dict(), logits(5, 7), abkd_loop),
+    Case(abkd, dict(alpha=0.5, beta=0.5, T=1.0, axis=-1), logits(2, 3, 6, axis=-1), abkd_loop),
+    Case(abkd, dict(alpha=1.0, beta=0.0, T=2.0), logits(3, 4, 2, 3), abkd_loop),
+    Case(abkd, dict(alpha=0.0, beta=1.0, T=2.0), logits(5, 7), abkd_loop),
+    Case(abkd, dict(alpha=0.7, beta=0.0, T=1.0), logits(5, 7), abkd_loop),
     Case(
         rld,
-        RLD,
         dict(),
         logits(5, 7, y=True),
         rld_loop,
@@ -745,7 +674,6 @@ ROWS = [
     ),
     Case(
         rld,
-        RLD,
         dict(alpha=0.5, beta=2.0, T=1.0, alpha_T=3.0),
         logits(3, 4, 2, 3, y=True),
         rld_loop,
@@ -754,7 +682,6 @@ ROWS = [
     ),
     Case(
         rld,
-        RLD,
         dict(beta=1.0, T=2.0, axis=-1),
         logits(2, 3, 6, y=True, axis=-1),
         rld_loop,
@@ -762,8 +689,7 @@ ROWS = [
         least=False,
     ),
     Case(
-        StdRLD.fn,
-        StdRLD,
+        standardized(rld),
         dict(T=2.0),
         logits(5, 7, y=True),
         standardized_loop(rld_loop),
@@ -774,7 +700,6 @@ ROWS = [
     ),
     Case(
         dist,
-        DIST,
         dict(),
         logits(5, 7),
         dist_loop,
@@ -787,17 +712,15 @@ ROWS = [
     ),
     Case(
         dist,
-        DIST,
         dict(beta=2.0, gamma=0.5, T=4.0),
         logits(2, 4, 2, 3),
         dist_loop,
         dist_least,
         shared=True,
     ),
-    Case(dist, DIST, dict(axis=-1), logits(2, 3, 6, axis=-1), dist_loop, dist_least, shared=True),
+    Case(dist, dict(axis=-1), logits(2, 3, 6, axis=-1), dist_loop, dist_least, shared=True),
     Case(
-        StdKL.fn,
-        StdKL,
+        standardized(kl),
         dict(T=2.0),
         logits(5, 7),
         standardized_loop(kl_loop),
@@ -805,8 +728,7 @@ ROWS = [
         golden=[Golden('logit_std_kd', T_of)],
     ),
     Case(
-        PaperStdKL.fn,
-        PaperStdKL,
+        standardized(kl, **paper),
         dict(T=2.0),
         logits(5, 7),
         standardized_loop(kl_loop, **paper),
@@ -814,8 +736,7 @@ ROWS = [
         golden=[Golden('logit_std_kd', T_of, value='expected_paper')],
     ),
     Case(
-        StdDKD.fn,
-        StdDKD,
+        standardized(dkd),
         dict(T=2.0),
         logits(5, 7, y=True),
         standardized_loop(dkd_loop),
@@ -823,8 +744,7 @@ ROWS = [
         golden=[Golden('logit_std_dkd', args=with_labels)],
     ),
     Case(
-        PaperStdDKD.fn,
-        PaperStdDKD,
+        standardized(dkd, **paper),
         dict(T=2.0),
         logits(5, 7, y=True),
         standardized_loop(dkd_loop, **paper),
@@ -832,8 +752,7 @@ ROWS = [
         golden=[Golden('logit_std_dkd', args=with_labels, value='expected_paper')],
     ),
     Case(
-        StdDIST.fn,
-        StdDIST,
+        standardized(dist),
         dict(),
         logits(5, 7),
         standardized_loop(dist_loop),

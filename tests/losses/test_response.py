@@ -10,10 +10,7 @@ from cases import logits
 from fastdistill import Distiller, Recipe, kd, losses, recipes
 from fastdistill.fastai import cache_teacher
 from fastdistill.losses import (
-    DKD,
-    KL,
-    MSE,
-    SoftTargets,
+    Loss,
     abkd,
     binary_kl,
     dist,
@@ -596,7 +593,7 @@ def test_every_loss_says_which_logits_it_is_for():
     names = [
         n
         for n in (*losses.response.__all__, *losses.decoupled.__all__, *losses.divergence.__all__)
-        if n[0].islower() and n not in losses.NOT_LOSSES
+        if n in losses.LOSSES
     ]
     kinds = {n: getattr(getattr(losses, n), 'kind', None) for n in names}
     assert {n for n, k in kinds.items() if k == 'softmax'} == {
@@ -619,9 +616,12 @@ def test_every_loss_says_which_logits_it_is_for():
     }
     others = dict(binary_kl='sigmoid', regression='regression', mse=None, soft_targets=None)
     assert {n: k for n, k in kinds.items() if k != 'softmax'} == others
-    assert KL(T=2.0).kind == standardized(kl).kind == standardized(KL()).kind == 'softmax'
+    assert Loss(kl, T=2.0).kind == 'softmax'
+    assert standardized(kl).kind == standardized(Loss(kl)).kind == 'softmax'
     assert (
-        MSE().kind is None and standardized(mse).kind is None and standardized(mse).match == 'shape'
+        Loss(mse).kind is None
+        and standardized(mse).kind is None
+        and standardized(mse).match == 'shape'
     )
 
 
@@ -680,17 +680,17 @@ def test_standardized_keeps_the_face_of_the_loss():
 
 def test_standardized_takes_a_module_and_leaves_it_alone():
     s, t, y = pair(5, 7, y=True)
-    m = DKD(beta=2.0, T=2.0)
+    m = Loss(dkd, beta=2.0, T=2.0)
     z = standardized(m)
     assert (
-        isinstance(z, DKD)
-        and repr(z) == 'DKD(standardized(dkd), beta=2.0, T=2.0)'
-        and repr(m) == 'DKD(beta=2.0, T=2.0)'
+        isinstance(z, Loss)
+        and repr(z) == 'Loss(standardized(dkd), beta=2.0, T=2.0)'
+        and repr(m) == 'Loss(dkd, beta=2.0, T=2.0)'
     )
     want = standardized(dkd)(s, t, y, beta=2.0, T=2.0).item()
     assert z(s, t, y).item() == pickle.loads(pickle.dumps(z))(s, t, y).item() == want
     assert m(s, t, y).item() == dkd(s, t, y, beta=2.0, T=2.0).item() != want
-    tokens = KL(axis=-1, T=2.0)
+    tokens = Loss(kl, axis=-1, T=2.0)
     s, t = pair(2, 3, 6, axis=-1)
     assert standardized(tokens)(s, t).item() == pytest.approx(
         kl(standardize(s, axis=-1), standardize(t, axis=-1), axis=-1, T=2.0).item()
@@ -719,5 +719,5 @@ def test_standardizing_labels_or_numbers_is_refused():
         with pytest.raises(DistillError, match=f'standardized soft_targets for {kind}: '):
             standardized(soft_targets)(s, t, kind=kind)
         with pytest.raises(DistillError, match='needs a loss of softmax logits'):
-            standardized(SoftTargets(kind=kind))(s, t)
+            standardized(Loss(losses.soft_targets, kind=kind))(s, t)
     assert standardized(soft_targets)(s, t, kind='softmax').item() == standardized(kl)(s, t).item()

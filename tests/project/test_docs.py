@@ -25,7 +25,7 @@ BLOCK = re.compile(
 NOT_RUN = {'docs/cache.md': 1, 'docs/classes.md': 1, 'docs/compression.md': 1, 'docs/fastai.md': 1}
 HEADINGS = [
     'What it compares',
-    'How to use (function, class, fastai)',
+    'How to use (function, fastai)',
     'Suggested values, and from where',
     'When it helps, hurts, or clashes',
     'Paper, and where we differ',

@@ -39,7 +39,7 @@ def test_help_of_distill_names_what_a_user_sets():
 def test_classes_explain_what_they_are_made_with():
     assert {'layers', 'weight', 'loss'} <= set(parameter_texts(fastdistill.fastai.Term))
     assert {'student', 'teacher', 'recipe'} <= set(parameter_texts(fastdistill.Distiller))
-    assert 'beta' in parameter_texts(fastdistill.losses.DKD)
+    assert 'beta' in parameter_texts(fastdistill.losses.dkd)
 
 
 def test_a_text_may_continue_on_further_lines_and_belong_to_two_parameters():

@@ -258,7 +258,6 @@ def test_a_name_has_one_meaning():
 def test_the_names_of_the_package_are_those_of_its_rooms():
     import fastdistill
 
-    assert set(fastdistill.recipes.__all__) <= set(fastdistill.__all__)
     for n in fastdistill.__all__:
         assert n in dir(fastdistill) and getattr(fastdistill, n) is not None
 
@@ -356,9 +355,27 @@ def test_a_file_catches_nothing_unnamed(file):
     ]
 
 
+def taught():
+    "module -> names that the pages import from other modules than FACES"
+    found = {}
+    for page in (ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md'))):
+        for code in re.findall(r'^```python\n(.*?)^```', page.read_text(), re.M | re.S):
+            for n in ast.walk(ast.parse(code)):
+                module = getattr(n, 'module', None) or ''
+                if module.startswith('fastdistill.') and module not in FACES:
+                    found.setdefault(module, set()).update(a.name for a in n.names)
+    return found
+
+
 def public():
-    "module.name of all that users may rely on"
-    return [f'{m}.{n}' for m in FACES for n in sorted(importlib.import_module(m).__all__)]
+    "module.name of all that users may rely on: of FACES everything, of other modules what the pages teach"
+    names = {m: importlib.import_module(m).__all__ for m in FACES} | dict(sorted(taught().items()))
+    return [f'{m}.{n}' for m in names for n in sorted(names[m])]
+
+
+@pytest.mark.parametrize('module', sorted(taught()))
+def test_the_pages_teach_only_names_that_their_module_lists(module):
+    assert taught()[module] <= set(importlib.import_module(module).__all__)
 
 
 def test_public_names_are_decided():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / 'src' / 'fastdistill'
+CODE = '.py', '.pyi', '.typed'
 
 
 def test_the_wheel_built_from_the_sdist_holds_the_package_and_its_cards(tmp_path):
@@ -35,6 +36,8 @@ def test_the_wheel_built_from_the_sdist_holds_the_package_and_its_cards(tmp_path
     }
     files = {
         f'fastdistill/{f.relative_to(PACKAGE).as_posix()}': f.read_bytes()
-        for f in PACKAGE.rglob('*.py')
+        for f in PACKAGE.rglob('*')
+        if f.suffix in CODE
     }
-    assert files == {n: wheel.read(n) for n in wheel.namelist() if n.endswith('.py')}
+    assert 'fastdistill/py.typed' in files
+    assert files == {n: wheel.read(n) for n in wheel.namelist() if n.endswith(CODE)}

@@ -1,9 +1,10 @@
 "The list of methods is what the code and the cards say."
 
-import re, sys
+import inspect, re, sys
 from pathlib import Path
 import pytest, torch
-from fastdistill import DistillError, Distiller, Term, losses, recipes
+from fastdistill import DistillError, Distiller, Recipe, Term, losses, recipes
+from fastdistill.recipes import zoo
 from fastdistill.recipes.catalog import card_section, find_methods, method, methods
 from fastdistill.cli import main
 
@@ -14,10 +15,16 @@ ids = lambda m: m.name
 
 def test_every_loss_and_every_recipe_is_there_once():
     names = [m.name for m in METHODS]
-    made = [n for n in losses.__all__ if n.islower() and n not in losses.NOT_LOSSES]
+    made = list(losses.LOSSES)
     assert sorted(names) == sorted({*made, *recipes.__all__})
     assert {m.name for m in METHODS if m.loss is not None} == set(made)
     assert {m.name for m in METHODS if m.recipe is not None} == set(recipes.__all__)
+
+
+def test_every_function_that_returns_a_recipe_is_public():
+    fns = {n: inspect.unwrap(f) for n, f in vars(zoo).items() if inspect.isfunction(f)}
+    made = {n for n, f in fns.items() if inspect.get_annotations(f).get('return') is Recipe}
+    assert made == set(recipes.__all__)
 
 
 @pytest.mark.parametrize('m', METHODS, ids=ids)

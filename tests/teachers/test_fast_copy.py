@@ -454,7 +454,7 @@ def test_a_copied_or_pickled_teacher_starts_without_the_copy():
 
 def test_members_of_an_ensemble_get_the_options():
     nets, x = [conv_net(), conv_net()], images()
-    t = Teacher(nets, run=dict(precision='bf16'), combine='logits')
+    t = Teacher(nets, run=dict(precision='bf16'), ensemble=dict(combine='logits'))
     with t:
         a = t(x).logits
     assert (

@@ -199,7 +199,7 @@ def test_the_model_is_afterwards_as_it_was_before(case):
 def test_train_mode_is_put_back_too(case):
     model, x = case
     was = state(model)
-    t = Teacher(model, mode='train')
+    t = Teacher(model, run=dict(mode='train'))
     with t:
         assert all(m.training for m in model.modules())
         t(*x)
@@ -210,7 +210,7 @@ def test_train_mode_is_put_back_too(case):
 def test_train_mode_is_train_mode():
     model, x = trained(seeded(small), images(4, 3, 8, 8)), images(4, 3, 8, 8)
     want = seeded(lambda: copy.deepcopy(model).train()(x))
-    with Teacher(model, mode='train') as t:
+    with Teacher(model, run=dict(mode='train')) as t:
         same(seeded(lambda: t(x)).logits, want.detach())
         assert model[1].num_batches_tracked > 1 and not torch.equal(t(x).logits, t(x).logits)
     assert model[1].num_batches_tracked == 1
@@ -296,7 +296,7 @@ def test_start_and_stop_may_come_twice_and_nested():
 def test_a_model_that_teaches_twice_in_one_ensemble_is_put_back():
     model = seeded(small).train()
     was = state(model)
-    with Teacher([model, Teacher(model, mode='train')]) as t:
+    with Teacher([model, Teacher(model, run=dict(mode='train'))]) as t:
         t(images(4, 3, 8, 8))
     assert state(model) == was
 
@@ -586,10 +586,12 @@ def random_state():
 @pytest.mark.parametrize(
     'make',
     [
-        lambda: Teacher(nn.Sequential(nn.Dropout(0.5)), mode='train'),
-        lambda: Teacher(Draws(), mode='train'),
+        lambda: Teacher(nn.Sequential(nn.Dropout(0.5)), run=dict(mode='train')),
+        lambda: Teacher(Draws(), run=dict(mode='train')),
         lambda: Teacher(lambda x: Draws()(x)),
-        lambda: Teacher([nn.Identity(), Draws().forward], mode='train', kind='regression'),
+        lambda: Teacher(
+            [nn.Identity(), Draws().forward], run=dict(mode='train'), kind='regression'
+        ),
         lambda: Teacher(lambda x: F.dropout(x, 0.5)),
         lambda: Teacher(nn.Sequential(nn.Identity(), AlwaysDrops())),
     ],
@@ -616,7 +618,7 @@ class AlwaysDrops(nn.Module):
 
 def test_a_teachers_random_numbers_follow_the_seed_at_its_start():
     x = torch.ones(4, 50)
-    t = Teacher(Draws(), mode='train')
+    t = Teacher(Draws(), run=dict(mode='train'))
 
     def run():
         random.seed(0)
@@ -641,7 +643,7 @@ def test_a_teachers_random_numbers_follow_the_seed_at_its_start():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_what_a_teacher_draws_on_the_gpu_moves_no_random_state():
     for t in (
-        Teacher(nn.Sequential(nn.Dropout(0.5)), mode='train'),
+        Teacher(nn.Sequential(nn.Dropout(0.5)), run=dict(mode='train')),
         Teacher(lambda x: F.dropout(x, 0.5)),
     ):
         was, x = torch.cuda.get_rng_state(), torch.ones(4, 50, device='cuda')
@@ -652,7 +654,10 @@ def test_what_a_teacher_draws_on_the_gpu_moves_no_random_state():
 
 def test_a_probe_leaves_no_trace():
     model, x = trained(seeded(small), images(4, 3, 8, 8)), images(4, 3, 8, 8)
-    for t in (Teacher(model, mode='train'), Teacher(model, mode='train').start()):
+    for t in (
+        Teacher(model, run=dict(mode='train')),
+        Teacher(model, run=dict(mode='train')).start(),
+    ):
         was, rng = state(model), torch.get_rng_state()
         o = t.probe(x, layers=['0', '2'])
         assert list(o.feats) == ['0', '2'] and t.layers == []
@@ -764,10 +769,12 @@ def test_images_are_renormalised_exactly(ours, theirs):
         (o * 3 if len(o) == 1 else o) if isinstance(o, (tuple, list)) else [o] * 3 for o in st
     ]
     model = seeded(small)
-    t = Teacher(model, stats=theirs, input_stats=ours)
+    t = Teacher(model, images=dict(stats=theirs, input_stats=ours))
     same(t(norm(raw, three(ours))).logits, eval_of(model, norm(raw, three(theirs))), 1e-6)
     assert 'mean ' in t.adapts and '->' in t.adapts
-    seen = Teacher(nn.Identity(), stats=theirs, input_stats=ours)(norm(raw, three(ours))).logits
+    seen = Teacher(nn.Identity(), images=dict(stats=theirs, input_stats=ours))(
+        norm(raw, three(ours))
+    ).logits
     same(seen, norm(raw, three(theirs)), 2e-6)  # of values up to 4
 
 
@@ -775,8 +782,10 @@ def test_equal_statistics_change_no_bit():
     model, x = seeded(small), images(4, 3, 8, 8)
     t = Teacher(
         model,
-        stats='imagenet',
-        input_stats=(torch.tensor(THEIRS[0]).view(1, 3, 1, 1), np.array(THEIRS[1])),
+        images=dict(
+            stats='imagenet',
+            input_stats=(torch.tensor(THEIRS[0]).view(1, 3, 1, 1), np.array(THEIRS[1])),
+        ),
     )
     same(t(x).logits, eval_of(model, x))
     assert t.adapts == '' == Teacher(model).adapts
@@ -787,7 +796,7 @@ def test_statistics_of_published_weights():
     model = seeded(small)
     want = eval_of(model, norm(raw, THEIRS))
     for stats in ('imagenet', torchvision.models.ResNet18_Weights.IMAGENET1K_V1, THEIRS):
-        same(Teacher(model, stats=stats, input_stats=(0, 1))(raw).logits, want, 1e-6)
+        same(Teacher(model, images=dict(stats=stats, input_stats=(0, 1)))(raw).logits, want, 1e-6)
 
 
 def test_timm_models_tell_their_statistics():
@@ -800,18 +809,18 @@ def test_timm_models_tell_their_statistics():
     cfg = model.pretrained_cfg['mean'], model.pretrained_cfg['std']
     assert cfg == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     same(
-        Teacher(model, stats='auto', input_stats=OURS)(norm(raw, OURS)).logits,
+        Teacher(model, images=dict(stats='auto', input_stats=OURS))(norm(raw, OURS)).logits,
         eval_of(model, norm(raw, cfg)),
         1e-5,
     )
-    with refuses("ResNet does not hold .* torchvision's don't. Give stats="):
-        Teacher(torchvision.models.resnet18(), stats='auto')
+    with refuses("ResNet does not hold .* torchvision's don't. Give images="):
+        Teacher(torchvision.models.resnet18(), images=dict(stats='auto'))
 
 
 def test_half_precision_images_are_renormalised_in_full_precision():
     model, raw = nn.Identity(), torch.rand(2, 3, 8, 8)
     x = norm(raw, OURS).half()
-    seen = Teacher(model, stats=THEIRS, input_stats=OURS)(x).logits
+    seen = Teacher(model, images=dict(stats=THEIRS, input_stats=OURS))(x).logits
     same(
         seen,
         norm(
@@ -823,18 +832,21 @@ def test_half_precision_images_are_renormalised_in_full_precision():
 
 
 def test_other_inputs_are_not_renormalised():
-    t = Teacher(lambda x, n: x.mean((1, 2, 3)) + n.sum(1), stats=(0.0, 0.5), input_stats=(0.0, 1.0))
+    t = Teacher(
+        lambda x, n: x.mean((1, 2, 3)) + n.sum(1),
+        images=dict(stats=(0.0, 0.5), input_stats=(0.0, 1.0)),
+    )
     x, n = images(2, 3, 4, 4), images(2, 5)
     same(t(x, n).logits, 2 * x.mean((1, 2, 3)) + n.sum(1), 1e-6)
     same(
-        Teacher(nn.Linear(5, 2), stats=(0.0, 1.0))(n).logits.shape, torch.Size([2, 2])
+        Teacher(nn.Linear(5, 2), images=dict(stats=(0.0, 1.0)))(n).logits.shape, torch.Size([2, 2])
     )  # not an image, and nothing to do
 
 
 @pytest.mark.parametrize(
     'kw,x,match',
     [
-        (dict(stats='imagenet'), (1, 3, 4, 4), r'give input_stats=\(mean, std\), or \(0, 1\)'),
+        (dict(stats='imagenet'), (1, 3, 4, 4), r'give images=dict\(input_stats=\(mean, std\)\)'),
         (
             dict(stats='imagenet', input_stats=(0, 1)),
             (1, 1, 4, 4),
@@ -855,29 +867,29 @@ def test_other_inputs_are_not_renormalised():
 )
 def test_statistics_that_cannot_be_meant(kw, x, match):
     with refuses(match):
-        Teacher(nn.Identity(), **kw)(torch.zeros(x))
+        Teacher(nn.Identity(), images=kw)(torch.zeros(x))
 
 
 def test_images_are_resized_for_the_teacher():
     x, n = images(2, 3, 8, 8), images(2, 5)
     for size, want in ((4, (4, 4)), ((6, 12), (6, 12))):
-        o = Teacher(nn.Flatten(), size=size)(x)
+        o = Teacher(nn.Flatten(), images=dict(size=size))(x)
         same(
             o.logits,
             F.interpolate(x, want, mode='bilinear', antialias=True, align_corners=False).flatten(1),
         )
-    same(Teacher(nn.Identity(), size=8)(x).logits, x)
-    same(Teacher(nn.Identity(), size=4)(n).logits, n)
-    assert Teacher(seeded(small).half(), size=4)(x).logits.dtype == torch.float16
+    same(Teacher(nn.Identity(), images=dict(size=8))(x).logits, x)
+    same(Teacher(nn.Identity(), images=dict(size=4))(n).logits, n)
+    assert Teacher(seeded(small).half(), images=dict(size=4))(x).logits.dtype == torch.float16
 
 
 def test_logits_of_the_pixels_of_a_resized_image_are_resized_to_the_batchs_pixels():
     x = images(2, 3, 8, 8)
     small = F.interpolate(x, (4, 4), mode='bilinear', antialias=True)
-    logits = Teacher(nn.Identity(), size=4)(x).logits
+    logits = Teacher(nn.Identity(), images=dict(size=4))(x).logits
     assert logits.shape == x.shape
     same(logits, F.interpolate(small, (8, 8), mode='bilinear', antialias=True))
-    same(Teacher(nn.AvgPool2d(2), size=4)(x).logits, F.avg_pool2d(small, 2))
+    same(Teacher(nn.AvgPool2d(2), images=dict(size=4))(x).logits, F.avg_pool2d(small, 2))
 
 
 # the forms
@@ -904,7 +916,7 @@ def test_torchscript_object_and_file(tmp_path):
     was = state(s)
     assert s.training
     same(Teacher(s)(x).logits, want, 1e-6)
-    with Teacher(s, mode='train') as t:
+    with Teacher(s, run=dict(mode='train')) as t:
         t(x)
     script(lambda: s.save(tmp_path / 's.pt'))
     script(lambda: traced(copy.deepcopy(model).eval(), x).save(tmp_path / 'traced.ts'))
@@ -1058,7 +1070,9 @@ def test_onnx_images_are_renormalised_and_resized(tmp_path):
         (2, 3), keepdim=True
     )
     same(
-        Teacher(tmp_path / 'm.onnx', stats='imagenet', input_stats=(0, 1), size=4)(x).logits,
+        Teacher(tmp_path / 'm.onnx', images=dict(stats='imagenet', input_stats=(0, 1), size=4))(
+            x
+        ).logits,
         want,
         1e-5,
     )
@@ -1090,7 +1104,12 @@ def test_files_pickle_and_copy_by_their_path(tmp_path, monkeypatch):
 
 def test_modules_pickle_and_copy_with_the_teacher():
     model, x = seeded(small), images(4, 3, 8, 8)
-    t = Teacher(model, layers=['0'], stats='imagenet', input_stats=(0, 1), weights=None)
+    t = Teacher(
+        model,
+        layers=['0'],
+        images=dict(stats='imagenet', input_stats=(0, 1)),
+        ensemble=dict(weights=None),
+    )
     for c in (copy.deepcopy(t), pickle.loads(pickle.dumps(t))):
         same(c(x).logits, t(x).logits)
         assert c.model is not model and c.layers == ['0']
@@ -1282,14 +1301,14 @@ def test_ensemble_closed_forms(weights):
     probs = [[w[0] * a + w[1] * b for a, b in zip(softmax(r), softmax(q))] for r, q in zip(A, B)]
     odds = [[w[0] * sigmoid(a) + w[1] * sigmoid(b) for a, b in r] for r in pairs]
     logit = [[math.log(p / (1 - p)) for p in r] for r in odds]
-    for kw, want in (
-        (dict(), [[math.log(p) for p in r] for r in probs]),
-        (dict(kind='sigmoid'), logit),
-        (dict(kind='regression'), mean),
-        *[(dict(combine='logits', kind=k), mean) for k in ('softmax', 'sigmoid', 'regression')],
+    for combine, kind, want in (
+        ('probs', 'softmax', [[math.log(p) for p in r] for r in probs]),
+        ('probs', 'sigmoid', logit),
+        ('probs', 'regression', mean),
+        *[('logits', k, mean) for k in ('softmax', 'sigmoid', 'regression')],
     ):
         same(
-            Teacher(both, weights=weights, **kw)(x).logits,
+            Teacher(both, ensemble=dict(combine=combine, weights=weights), kind=kind)(x).logits,
             torch.tensor(want, dtype=torch.float64),
             1e-12,
         )
@@ -1330,12 +1349,16 @@ def test_ensemble_of_every_form(tmp_path):
 
 def test_members_keep_what_they_say_and_take_over_the_rest():
     x = images(2, 3, 8, 8)
-    mine = Teacher(nn.Identity(), stats=(0.0, 0.5))
-    t = Teacher([mine, nn.Identity()], stats=(0.0, 0.25), input_stats=(0.0, 1.0), kind='regression')
+    mine = Teacher(nn.Identity(), images=dict(stats=(0.0, 0.5)))
+    t = Teacher(
+        [mine, nn.Identity()],
+        images=dict(stats=(0.0, 0.25), input_stats=(0.0, 1.0)),
+        kind='regression',
+    )
     same(t(x).logits, (x * 2 + x * 4) / 2, 1e-6)
     assert t.adapts == 'mean 0, std 1 -> mean 0, std 0.5; mean 0, std 1 -> mean 0, std 0.25'
     assert mine.input_stats is None
-    again = Teacher(t, input_stats=(0.0, 0.5))
+    again = Teacher(t, images=dict(input_stats=(0.0, 0.5)))
     same(again(x).logits, (x + x * 2) / 2, 1e-6)
 
 
@@ -1359,13 +1382,13 @@ def test_layers_of_an_ensemble_have_their_members_number():
 @pytest.mark.parametrize(
     'kw,match',
     [
-        (dict(weights=[1]), r'weights=\[1\] of 2 teachers'),
-        (dict(weights=[1, -1]), 'none below 0'),
-        (dict(weights=[0, 0]), 'not all 0'),
-        (dict(weights=[1, math.nan]), 'give each one number'),
-        (dict(combine='mean'), "combine='mean': must be one of 'probs', 'logits'"),
+        (dict(ensemble=dict(weights=[1])), r'weights=\[1\] of 2 teachers'),
+        (dict(ensemble=dict(weights=[1, -1])), 'none below 0'),
+        (dict(ensemble=dict(weights=[0, 0])), 'not all 0'),
+        (dict(ensemble=dict(weights=[1, math.nan])), 'give each one number'),
+        (dict(ensemble=dict(combine='mean')), "combine='mean': must be one of 'probs', 'logits'"),
         (dict(kind='softmin'), "kind='softmin': must be one of 'softmax', 'sigmoid', 'regression'"),
-        (dict(mode='test'), "mode='test': must be one of 'eval', 'train'"),
+        (dict(run=dict(mode='test')), "mode='test': must be one of 'eval', 'train'"),
     ],
 )
 def test_wrong_options(kw, match):
@@ -1375,7 +1398,7 @@ def test_wrong_options(kw, match):
 
 def test_weights_of_one_teacher_are_refused():
     with refuses('weights= is for the members of an ensemble, but this is one teacher'):
-        Teacher(torch.sin, weights=[1.0])
+        Teacher(torch.sin, ensemble=dict(weights=[1.0]))
 
 
 def test_members_of_other_shapes_are_refused():
@@ -1391,9 +1414,9 @@ def test_members_of_other_shapes_are_refused():
 
 def test_a_teacher_of_a_teacher_is_a_variation_on_it():
     model, x = seeded(small), images(4, 3, 8, 8)
-    t = Teacher(model, layers=['0'], stats='imagenet', input_stats=(0, 1), name='mine')
+    t = Teacher(model, layers=['0'], images=dict(stats='imagenet', input_stats=(0, 1)), name='mine')
     t.learner = 'kept'
-    u = Teacher(t, layers=['1'], size=4)
+    u = Teacher(t, layers=['1'], images=dict(size=4))
     assert (u.model, u.name, u.layers, u.size, u.learner, u.stats) == (
         model,
         'mine',
@@ -1411,35 +1434,38 @@ def test_a_teacher_of_a_teacher_is_a_variation_on_it():
 
 def test_an_option_counts_where_it_was_given_even_if_it_equals_the_default():
     model = seeded(small)
-    t = Teacher([Teacher(model, mode='eval', size=None), model], mode='train', size=4)
+    t = Teacher(
+        [Teacher(model, run=dict(mode='eval'), images=dict(size=None)), model],
+        run=dict(mode='train'),
+        images=dict(size=4),
+    )
     assert [(m.mode, m.size) for m in t.members] == [('eval', None), ('train', (4, 4))]
-    nested = Teacher([Teacher([Teacher(model, mode='eval'), model]), model], mode='train')
+    nested = Teacher(
+        [Teacher([Teacher(model, run=dict(mode='eval')), model]), model], run=dict(mode='train')
+    )
     assert [m.mode for m in (*nested.members[0].members, nested.members[1])] == [
         'eval',
         'train',
         'train',
     ]
-    assert [m.mode for m in Teacher(t, mode='eval').members] == ['eval', 'eval'] and t.members[
-        1
-    ].mode == 'train'
+    assert [m.mode for m in Teacher(t, run=dict(mode='eval')).members] == [
+        'eval',
+        'eval',
+    ] and t.members[1].mode == 'train'
     first = Teacher(
         model,
         select=[1],
         layers=['0'],
-        size=4,
-        stats='imagenet',
-        input_stats=(0, 1),
-        mode='train',
+        images=dict(size=4, stats='imagenet', input_stats=(0, 1)),
+        run=dict(mode='train'),
         name='mine',
     )
     plain = Teacher(
         first,
         select=None,
         layers=(),
-        size=None,
-        stats=None,
-        input_stats=None,
-        mode='eval',
+        images=dict(size=None, stats=None, input_stats=None),
+        run=dict(mode='eval'),
         name=None,
     )
     assert (plain.select, plain.layers, plain.size, plain.stats, plain.mode, plain.name) == (
@@ -1453,9 +1479,11 @@ def test_an_option_counts_where_it_was_given_even_if_it_equals_the_default():
     assert (
         first.select == [1]
         and Teacher(first).layers == ['0']
-        and Teacher(Teacher(first, select=None), size=2).select is None
+        and Teacher(Teacher(first, select=None), images=dict(size=2)).select is None
     )
-    assert Teacher(Teacher([model, model], weights=[1, 3]), weights=None).weights == [0.5, 0.5]
+    assert Teacher(
+        Teacher([model, model], ensemble=dict(weights=[1, 3])), ensemble=dict(weights=None)
+    ).weights == [0.5, 0.5]
 
 
 def test_the_options_can_be_read_where_they_are_recorded():
@@ -1714,3 +1742,28 @@ def test_values_that_are_no_probabilities_are_refused():
         ask([[0.75, 0.75]], kind='regression')
     with pytest.raises(DistillError, match="outputs='odds': must be one of 'logits', 'probs'"):
         Teacher(nn.Linear(3, 2), outputs='odds')
+
+
+def test_options_in_a_group_are_kept_by_a_variation_unless_given():
+    t = Teacher(nn.Identity(), images=dict(size=4, input_stats=(0.0, 1.0)), run=dict(batch=2))
+    again = Teacher(t, images=dict(size=8), run=dict(mode='train'))
+    assert again.size == (8, 8)
+    assert again.input_stats is not None
+    assert again.run == dict(batch=2)
+    assert again.mode == 'train'
+    assert t.mode == 'eval'
+
+
+@pytest.mark.parametrize(
+    'group,given,allowed',
+    [
+        ('images', dict(sizes=4), "'stats', 'input_stats', 'size'"),
+        ('ensemble', dict(weight=[1]), "'combine', 'weights'"),
+        ('images', 224, "'stats', 'input_stats', 'size'"),
+        ('run', dict(modus='train'), "'mode', 'precision'"),
+    ],
+)
+def test_a_group_refuses_other_keys_and_says_which_it_has(group, given, allowed):
+    with pytest.raises(DistillError) as e:
+        Teacher(nn.Identity(), **{group: given})
+    assert str(e.value).startswith(f'{group}={given!r}: must be a dict with any of {allowed}')

@@ -81,7 +81,7 @@ def test_a_teacher_reads_its_own_tokens():
         Teacher(Teacher(t, inputs=of_ids), run=dict(batch=3))(ROWS).logits, wanted(t), atol=1e-6
     )
     both = Teacher(
-        [Teacher(t, inputs=of_ids), Bag().eval()], combine='logits'
+        [Teacher(t, inputs=of_ids), Bag().eval()], ensemble=dict(combine='logits')
     )  # each member has its own
     assert torch.allclose(
         both(ROWS).logits, (wanted(t) + both.members[1](ROWS).logits) / 2, atol=1e-6

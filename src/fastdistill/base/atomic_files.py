@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from .errors import DistillError
 
@@ -28,7 +30,7 @@ class BusyError(DistillError):
 
 
 @contextmanager
-def enough_space(path):
+def enough_space(path: str | Path) -> Iterator[None]:
     """Context that turns the error of a full disk into one line that names the file.
 
     Args:
@@ -47,7 +49,7 @@ def enough_space(path):
 
 
 @contextmanager
-def new_file(path):
+def new_file(path: str | Path) -> Iterator[Path]:
     """Context that yields the path of a temporary file in the same folder and renames it at the
     end. Readers find the whole new file or the old one, even if the process is killed. The file's
     mode follows the umask.
@@ -72,7 +74,7 @@ def new_file(path):
                 tmp.unlink(missing_ok=True)
 
 
-def disk_full(error):
+def disk_full(error: BaseException | None) -> str | None:
     """Return the system's message if there was no space, else None."""
     while error is not None:
         # subtle: PyTorch raises its own error on top of the system's, and Rust has the error number in the text
@@ -85,7 +87,7 @@ def disk_full(error):
     return None
 
 
-def write_atomically(path, content):
+def write_atomically(path: str | Path, content: bytes | str | Callable) -> None:
     """Write a file completely or not at all.
 
     Args:
@@ -99,15 +101,15 @@ def write_atomically(path, content):
             f.write(content.encode() if isinstance(content, str) else content)
 
 
-def write_json(path, data):
+def write_json(path: str | Path, data: Any) -> None:
     write_atomically(path, json.dumps(data, indent=1) + '\n')
 
 
-LOCKED = set()  # for this process; the system's locks work only between processes
+LOCKED: set[str] = set()  # for this process; the system's locks work only between processes
 
 
 @contextmanager
-def locked_folder(path: Path, name=None, file: str = '.lock'):
+def locked_folder(path: Path, name: object = None, file: str = '.lock') -> Iterator[None]:
     """Context that allows one writer at a time. The system releases the lock when a writer dies.
 
     Args:
@@ -127,13 +129,13 @@ def locked_folder(path: Path, name=None, file: str = '.lock'):
         raise busy
     # subtle: without O_NOFOLLOW, a link would create or lock a file somewhere else
     try:
-        f = os.open(path / file, os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o666)
+        opened = os.open(path / file, os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o666)
     except OSError as e:
         if e.errno not in (errno.EACCES, errno.EROFS):
             raise DistillError(f"Can't write to {name}: {e.strerror}.") from e
         yield  # a read-only folder: an error is raised if there is something to write
         return
-    with os.fdopen(f, 'r+') as f:
+    with os.fdopen(opened, 'r+') as f:
         try:
             acquire(f)
         except OSError as e:
@@ -145,19 +147,21 @@ def locked_folder(path: Path, name=None, file: str = '.lock'):
             LOCKED.discard(me)
 
 
-def acquire(f):
+def acquire(f: Any) -> Any:
     # subtle: lockf, because locks of flock survive in forked DataLoader workers after the writer is killed
     try:
         import fcntl
     except ImportError:  # Windows
         import msvcrt
 
-        return msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+        return msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
     fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextmanager
-def file_errors(what, errors=(OSError, ValueError)):
+def file_errors(
+    what: str, errors: tuple[type[BaseException], ...] = (OSError, ValueError)
+) -> Iterator[None]:
     """Context that turns an error of the file system into one clear line."""
     try:
         yield

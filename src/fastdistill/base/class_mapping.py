@@ -1,18 +1,22 @@
 "Models with different sets of classes: some classes of the other model, or groups of them."
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .outputs import DistillError, Outputs, as_plain
-from .task import fit_labels
+from .task import Task, fit_labels
 
 __all__ = ['class_groups', 'grouped', 'grouped_labels', 'of_classes', 'taught_part']
 
 
-def class_groups(groups, option: str, vocab=None, disjoint: bool = False) -> list | None:
+def class_groups(
+    groups: Any, option: str, vocab: Sequence | None = None, disjoint: bool = False
+) -> list | None:
     """Convert groups to class numbers. Without `vocab`, names are kept.
 
     Args:
@@ -40,7 +44,7 @@ def class_groups(groups, option: str, vocab=None, disjoint: bool = False) -> lis
     return out
 
 
-def as_number(c, option, vocab):
+def as_number(c: Any, option: str, vocab: Sequence | None) -> int | str:
     if isinstance(c, str):
         if vocab is None or c in vocab:
             return c if vocab is None else vocab.index(c)
@@ -51,13 +55,13 @@ def as_number(c, option, vocab):
     return int(c)
 
 
-def members(groups):
+def members(groups: Any) -> list[list]:
     return [g if isinstance(g, list) else [g] for g in groups]
 
 
 def grouped(
     logits: Tensor,
-    groups,
+    groups: Any,
     axis: int = 1,
     kind: str = 'softmax',
     option: str = 'classes',
@@ -98,18 +102,22 @@ def grouped(
     )
 
 
-def of_classes(out: Outputs, select, classes, axis, kind) -> Outputs:
+def of_classes(
+    out: Outputs, select: list | None, classes: list | None, axis: int, kind: str
+) -> Outputs:
     """Select classes of a teacher, and map them to the student's classes.
 
     Args:
         out: Outputs of a teacher.
         select, classes, axis, kind: Options of `Teacher`.
     """
+    logits: Any = out.logits
     if select is not None:
-        out = replace(out, logits=grouped(out.logits, select, axis, kind, 'select', 'teacher'))
+        logits = grouped(logits, select, axis, kind, 'select', 'teacher')
+        out = replace(out, logits=logits)
     if classes is None:
         return out
-    if len(classes) != (n := out.logits.shape[axis]):
+    if len(classes) != (n := logits.shape[axis]):
         raise DistillError(
             f'classes={classes} is for {len(classes)} outputs, but the teacher returns {n} along '
             f"axis {axis}: pass the student's class(es) for each, or select= some."
@@ -117,7 +125,7 @@ def of_classes(out: Outputs, select, classes, axis, kind) -> Outputs:
     return replace(out, classes=classes)
 
 
-def grouped_labels(y: Tensor, groups, n: int, ignore_index: int) -> Tensor:
+def grouped_labels(y: Tensor, groups: Any, n: int, ignore_index: int) -> Tensor:
     """Return the group number of each label.
 
     Args:
@@ -133,7 +141,7 @@ def grouped_labels(y: Tensor, groups, n: int, ignore_index: int) -> Tensor:
     return torch.where(inside, table.to(y.device)[y.clamp(0, n - 1)], ignore_index)
 
 
-def taught_part(logits, y, groups, task):
+def taught_part(logits: Any, y: Any, groups: Any, task: Task) -> tuple:
     """Restrict the student's logits and labels to the classes that the teacher knows.
 
     Args:

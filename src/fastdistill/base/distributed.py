@@ -1,7 +1,9 @@
 "Processes that train or write together. The only file that uses `torch.distributed`."
 
 import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as distributed
@@ -27,7 +29,7 @@ __all__ = [
 APART = [False]  # True while this process acts as if it were the only one
 
 
-def is_running():
+def is_running() -> bool:
     return not APART[0] and distributed.is_available() and distributed.is_initialized()
 
 
@@ -39,7 +41,7 @@ def world_size() -> int:
     return distributed.get_world_size() if is_running() else 1
 
 
-def broadcast(tensors):
+def broadcast(tensors: Iterable[Tensor]) -> None:
     """Copy the tensors of the first rank to all ranks.
 
     Args:
@@ -51,7 +53,7 @@ def broadcast(tensors):
         distributed.broadcast(t, 0)
 
 
-def mean_over_ranks(tensors):
+def mean_over_ranks(tensors: Iterable[Any]) -> None:
     """Replace tensors by their mean over all ranks.
 
     Args:
@@ -63,7 +65,7 @@ def mean_over_ranks(tensors):
         distributed.all_reduce(t.div_(world_size()))
 
 
-def average_gradients(params):
+def average_gradients(params: Iterable[Tensor]) -> None:
     """Average the gradients of parameters over all ranks. A missing gradient counts as 0.
 
     Args:
@@ -98,7 +100,7 @@ class Gathered(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         sizes = [torch.zeros((), dtype=torch.long, device=x.device) for _ in range(world_size())]
         distributed.all_gather(sizes, torch.tensor(len(x), device=x.device))
         ctx.sizes = torch.stack(sizes).tolist()
@@ -109,7 +111,7 @@ class Gathered(torch.autograd.Function):
         return torch.cat([p[:n] for p, n in zip(parts, ctx.sizes)])
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.contiguous().clone()
         distributed.all_reduce(grad)
         return grad.split(ctx.sizes)[rank()]
@@ -126,7 +128,7 @@ def gather_rows(x: Tensor) -> Tensor:
     return x if world_size() == 1 else Gathered.apply(x.contiguous())
 
 
-def of_first(o):
+def of_first(o: Any) -> Any:
     """Return the first rank's object on every rank. All ranks must call this."""
     if world_size() == 1:
         return o
@@ -135,14 +137,14 @@ def of_first(o):
     return got[0]
 
 
-def on_first(fn):
+def on_first(fn: Callable) -> Any:
     """Run `fn` on the first rank once all ranks have arrived. Every rank gets its result or its
     error.
     """
     if world_size() == 1:
         return fn()
     distributed.barrier()
-    got = None
+    got: tuple | None = None
     if rank() == 0:
         try:
             with counted_as_one():
@@ -156,7 +158,7 @@ def on_first(fn):
     return out
 
 
-def first_then_others(fn):
+def first_then_others(fn: Callable) -> Any:
     """Run `fn` on the first rank, then on the others, which find what it downloaded. An error is
     raised on every rank.
     """
@@ -166,7 +168,7 @@ def first_then_others(fn):
 
 
 @contextmanager
-def counted_as_one():
+def counted_as_one() -> Iterator[None]:
     """Context in which this process does not wait for others."""
     was, n = APART[0], os.environ.get('WORLD_SIZE')
     APART[0], os.environ['WORLD_SIZE'] = (
@@ -183,7 +185,7 @@ def counted_as_one():
             os.environ['WORLD_SIZE'] = n
 
 
-def leave_processes():
+def leave_processes() -> None:
     """Leave the process group, so that each process continues alone."""
     if not is_running():
         return
@@ -193,7 +195,7 @@ def leave_processes():
 
 
 @contextmanager
-def joined_processes():
+def joined_processes() -> Iterator[bool]:
     """Context that joins the other processes started by torchrun or accelerate launch, if any. It
     yields True in the first process.
     """

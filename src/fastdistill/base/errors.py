@@ -1,6 +1,7 @@
 "The error for a mistake, and the warning for a probable one."
 
 import warnings
+from collections.abc import Iterable
 from difflib import get_close_matches
 
 __all__ = ['DistillError', 'DistillWarning', 'close_name']
@@ -16,7 +17,7 @@ class DistillWarning(UserWarning):
     """Something that is probably, but not certainly, a mistake."""
 
 
-def close_name(name, have):
+def close_name(name: str, have: Iterable[str]) -> str:
     """Ask whether the most similar name was meant. Empty if none is similar."""
     close = get_close_matches(name, have, 1)
     return f' (did you mean {close[0]!r}?)' if close else ''

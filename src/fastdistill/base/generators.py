@@ -4,12 +4,14 @@ import hashlib
 import inspect
 import random
 from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from numbers import Number
 from operator import getitem
 from pathlib import PurePath
-from types import FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,7 +78,7 @@ class Generators:
     albumentations, gets new generators.
     """
 
-    def __init__(self, *roots):
+    def __init__(self, *roots: Any) -> None:
         found = [
             (place, owned)
             for place, o, owned in reachable(roots)
@@ -90,7 +92,7 @@ class Generators:
         self.names = [f'{n} {names[:i].count(n)}' for i, n in enumerate(names)]
 
     @contextmanager
-    def seeded(self, seed: int):
+    def seeded(self, seed: int) -> Iterator[None]:
         """Inside, each generator has its own seed, which depends on `seed`. At the end their states
         are restored.
 
@@ -114,21 +116,22 @@ class Generators:
                 put_back(o, was)
 
 
-def start_from(o, n):
+def start_from(o: Any, n: int) -> None:
     if hands_out_generators(o):
         o.set_random_state(np.random.default_rng(n), random.Random(n))
     else:
         access_of(o)[2](o, n)
 
 
-def put_back(o, was):
+def put_back(o: Any, was: Any) -> None:
     if not hands_out_generators(o):
-        return access_of(o)[1](o, was)
+        access_of(o)[1](o, was)
+        return
     vars(o).clear()
     vars(o).update(was)
 
 
-def access_of(o):
+def access_of(o: Any) -> Any:
     """How to read, set and seed a generator; None for any other object."""
     return next(
         (
@@ -141,24 +144,25 @@ def access_of(o):
 
 
 @lru_cache
-def takes_generators(cls):
+def takes_generators(cls: Any) -> bool:
     fn = getattr(cls, 'set_random_state', None)
     return callable(fn) and {'random_generator', 'py_random'} <= set(
         inspect.signature(fn).parameters
     )
 
 
-def hands_out_generators(o):
-    return takes_generators(type(o)) and hasattr(o, '__dict__')
+def hands_out_generators(o: Any) -> bool:
+    return takes_generators(type(o)) and hasattr(o, '__dict__')  # type: ignore[arg-type]
 
 
-def reachable(roots):
+def reachable(roots: Any) -> Iterator[tuple]:
     """(place, object, owned) of all objects that can be reached.
 
     A place is (get, holder, key), since the object there may be replaced later. An object is
     `owned` if it is inside an object that gives generators to all its parts.
     """
-    todo, seen = deque(((getitem, roots, i), o, False) for i, o in enumerate(roots)), {}
+    todo = deque(((getitem, roots, i), o, False) for i, o in enumerate(roots))
+    seen: dict[int, Any] = {}
     while todo and len(seen) < MAX_OBJECTS:
         place, o, owned = todo.popleft()
         if id(o) in seen or id(o) in GLOBAL_GENERATORS or isinstance(o, PLAIN_TYPES):
@@ -168,7 +172,7 @@ def reachable(roots):
         todo.extend((p, v, owned or hands_out_generators(o)) for p, v in contents(o))
 
 
-def contents(o):
+def contents(o: Any) -> Iterator[tuple]:
     """(place, object) of each object that an object holds or names."""
     if access_of(o):
         return
@@ -206,23 +210,23 @@ FUNCTION_PARTS = {
 }
 
 
-def is_of_library(o):
+def is_of_library(o: Any) -> bool:
     return (getattr(o, '__module__', None) or '').partition('.')[0] in LIBRARIES
 
 
-def in_closure(fn, i):
+def in_closure(fn: Any, i: int) -> Any:
     return fn.__closure__[i].cell_contents
 
 
-def in_globals(fn, k):
+def in_globals(fn: Callable, k: str) -> Any:
     return fn.__globals__[k]
 
 
-def in_dict(o, k):
+def in_dict(o: Any, k: str) -> Any:
     return vars(o)[k]
 
 
-def names_in_code(code):
+def names_in_code(code: CodeType) -> set[str]:
     """Names that a function's code, or a function inside it, reads."""
     return set(code.co_names).union(
         *(names_in_code(c) for c in code.co_consts if hasattr(c, 'co_names'))

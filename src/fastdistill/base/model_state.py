@@ -2,9 +2,12 @@
 
 import copy
 from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 __all__ = ['Attributes', 'ModelState', 'TensorValues', 'restored']
 
@@ -18,7 +21,7 @@ class ModelState:
         weights: Save the parameters too: values, gradients, `requires_grad`.
     """
 
-    def __init__(self, modules, weights: bool = False):
+    def __init__(self, modules: Iterable[nn.Module], weights: bool = False) -> None:
         modules = list(modules)
         # TorchScript modules have a mode, but no attributes that could be saved
         self.modes = [(m, m.training) for m in modules if hasattr(m, 'training')]
@@ -33,7 +36,7 @@ class ModelState:
             tensors += ps
         self.values = TensorValues(tensors)
 
-    def restore(self):
+    def restore(self) -> None:
         for a in self.attributes:
             a.restore()
         for m, training in self.modes:
@@ -53,7 +56,7 @@ class Attributes:
         only: fn(name): which attributes; None: all.
     """
 
-    def __init__(self, of, only=None):
+    def __init__(self, of: object, only: Callable[[str], bool] | None = None) -> None:
         self.vars, self.only = vars(of), only or (lambda name: True)
         self.was = self.now()
         self.containers = [
@@ -65,7 +68,7 @@ class Attributes:
     def now(self) -> dict:
         return {k: v for k, v in self.vars.items() if self.only(k)}
 
-    def restore(self):
+    def restore(self) -> None:
         for k in self.now().keys() - self.was.keys():
             del self.vars[k]
         self.vars.update(self.was)
@@ -75,7 +78,7 @@ class Attributes:
 
 
 @contextmanager
-def restored(*objects, only=None):
+def restored(*objects: Any, only: Iterable[str] | None = None) -> Iterator[None]:
     """Restore the attributes of these objects at the end, and the contents of lists, dicts and sets
     among them.
 
@@ -100,15 +103,15 @@ class TensorValues:
         tensors: Sparse, quantized and meta tensors are left out, since they can't be compared.
     """
 
-    def __init__(self, tensors):
-        groups = {}
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        groups: dict[tuple, list[Tensor]] = {}
         for t in tensors:
             if t.layout == torch.strided and not t.is_meta and not t.is_quantized:
                 groups.setdefault((t.dtype, t.device), []).append(t)
         self.groups = [(ts, [t.shape for t in ts], one_vector(ts)) for ts in groups.values()]
 
     @torch.no_grad()
-    def restore(self):
+    def restore(self) -> None:
         for ts, shapes, values in self.groups:
             # subtle: observers of quantization-aware training change the shape of their buffers in the first batch
             if [t.shape for t in ts] == shapes and torch.equal(one_vector(ts), values):
@@ -118,11 +121,11 @@ class TensorValues:
 
 
 @torch.no_grad()
-def one_vector(ts):
+def one_vector(ts: Sequence[Tensor]) -> Tensor:
     return torch.cat([t if t.dim() == 1 else t.reshape(-1) for t in ts])
 
 
-def restore_tensor(t, was):
+def restore_tensor(t: Tensor, was: Tensor) -> None:
     """Give `t` the shape and the values of `was`, if they differ."""
     if t.shape != was.shape:
         t.resize_(was.shape)

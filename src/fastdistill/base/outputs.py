@@ -1,10 +1,11 @@
 "The outputs of a model for a batch: logits, features, and which positions count."
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import log
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 
-def as_plain(x):
+def as_plain(x: Any) -> Any:
     """Return a tensor without its subclass, since fastai's `TensorImage` and others do not support
     many losses.
     """
@@ -59,7 +60,7 @@ class TopK:
     axis: int = -1
     rest: Tensor | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.tail not in TAILS:
             raise DistillError(f'tail={self.tail!r}: must be one of {", ".join(map(repr, TAILS))}')
         if self.tail == 'mean' and self.rest is None and self.ids.shape[-1] < self.n:
@@ -82,14 +83,14 @@ class TopK:
         if k == self.n or self.tail == 'zero':
             v, rest = v - kept, v.new_full((), -torch.inf)
         elif self.tail == 'mean':
-            rest = self.rest.float()
+            rest = as_plain(self.rest).float()
         # subtle: due to rounding, the k classes may sum to more than 1, but the others must have more than 0
         else:
             rest = torch.log(-torch.expm1(kept.clamp(max=-1e-7)))
         out = self._rest(rest, student, v).scatter(-1, self.ids, v)
         return out.movedim(-1, self.axis)
 
-    def _rest(self, rest, student, v):
+    def _rest(self, rest: Tensor, student: Tensor | None, v: Tensor) -> Tensor:
         """Compute the log-probabilities of the other classes, for all `n` classes."""
         shape = *v.shape[:-1], self.n
         if self.tail == 'mean':
@@ -126,13 +127,15 @@ TAILS = 'mean', 'uniform', 'zero', 'bucket'
 @dataclass
 class Outputs:
     """Outputs of a model for one batch: logits, features of named layers, and which positions
-    count. Attributes:
+    count.
+
+    Attributes:
         logits: Logits (B, C), (B, C, H, W) or (B, L, V), or any shape for regression.
         feats: {dotted layer name: output of the layer}.
         mask: True, or a weight, where a position counts. Shape of the logits without the class
-        axis.
+            axis.
         classes: For a teacher, the student's class, or list of classes, of each logit. None if the
-        classes are the same.
+            classes are the same.
     """
 
     logits: Tensor | TopK | None = None
@@ -142,7 +145,7 @@ class Outputs:
 
     @classmethod
     def of(
-        cls, raw, feats: dict | None = None, mask: Tensor | None = None, output=None
+        cls, raw: Any, feats: dict | None = None, mask: Tensor | None = None, output: Any = None
     ) -> 'Outputs':
         """Convert what a model returned to `Outputs`.
 
@@ -159,7 +162,7 @@ class Outputs:
         return cls(as_plain(_logits(raw)), feats or {}, mask)
 
 
-def _logits(raw):
+def _logits(raw: Any) -> Any:
     if isinstance(raw, Tensor):
         return raw
     if isinstance(raw, dict) and 'logits' in raw:
@@ -178,7 +181,7 @@ def _logits(raw):
     )
 
 
-def parts_of(raw):
+def parts_of(raw: Any) -> dict:
     """Return {name and index: output} for each output of a model."""
     if isinstance(raw, Tensor):
         return dict.fromkeys((0, 'logits', 'out'), raw)
@@ -189,7 +192,7 @@ def parts_of(raw):
     return {**dict(enumerate(raw if isinstance(raw, (tuple, list)) else named.values())), **named}
 
 
-def check_output(output):
+def check_output(output: Any) -> None:
     if output is None or isinstance(output, (str, int)) or callable(output):
         return
     raise DistillError(
@@ -201,7 +204,7 @@ def check_output(output):
 MAX_AXIS = 8
 
 
-def check_axis(axis):
+def check_axis(axis: Any) -> None:
     """Raise a DistillError for a class axis that no outputs can have. The first batch shows whether
     these outputs have it.
     """
@@ -215,7 +218,7 @@ def check_axis(axis):
     )
 
 
-def named_output(raw, output):
+def named_output(raw: Any, output: Any) -> Any:
     """Return the output selected by a name, an index or a function."""
     if callable(output):
         return output(raw)
@@ -238,12 +241,12 @@ def named_output(raw, output):
     )
 
 
-def described(parts):
+def described(parts: dict) -> str:
     shape = lambda v: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
     return ', '.join(f'{k!r} {shape(v)}' for k, v in parts.items()) or 'nothing in it'
 
 
-def warn_of_several(raw, model, who: str, found: dict):
+def warn_of_several(raw: Any, model: Any, who: str, found: dict) -> None:
     """Warn once if the model returned several tensors that could be its logits. The first is
     distilled.
 
@@ -263,7 +266,7 @@ def warn_of_several(raw, model, who: str, found: dict):
         warn_of_first(who, described(alike))
 
 
-def warn_of_first(who, several):
+def warn_of_first(who: str, several: str) -> None:
     warnings.warn(
         f'{who} returns several tensors that could be distilled: {several}. The first is used. Name one with '
         'output=, an index or a function of what the model returns: output=0 confirms the first.',
@@ -272,7 +275,7 @@ def warn_of_first(who, several):
     )
 
 
-def is_fastai_text(model):
+def is_fastai_text(model: Any) -> bool:
     """Return True for a recurrent model of fastai, which returns (logits, raw outputs, outputs
     after dropout).
     """
@@ -281,7 +284,7 @@ def is_fastai_text(model):
     )
 
 
-def tensors_in(o):
+def tensors_in(o: Any) -> Iterator[Tensor]:
     """Yield all tensors in nested tuples, lists and dicts."""
     if isinstance(o, Tensor):
         yield o
@@ -290,7 +293,7 @@ def tensors_in(o):
             yield from tensors_in(v)
 
 
-def map_tensors(o, fn):
+def map_tensors(o: Any, fn: Callable) -> Any:
     """Apply `fn` to each tensor in nested tuples, lists and dicts. Other values are unchanged."""
     if isinstance(o, Tensor):
         return fn(o)

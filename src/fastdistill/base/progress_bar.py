@@ -1,14 +1,16 @@
 "Progress in a terminal or a notebook: a bar that moves there, and nothing in a file or a pipe."
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import Any
 
 from .distributed import rank
 
 __all__ = ['console_for_bars', 'progress_bar']
 
 
-def console_for_bars(**options):
+def console_for_bars(**options: Any) -> Any:
     """rich's console where it can show a bar that moves: in a terminal, or in a notebook with
     ipywidgets; else None.
 
@@ -24,7 +26,7 @@ def console_for_bars(**options):
 
 
 @contextmanager
-def progress_bar(shown: bool, unit: str = ''):
+def progress_bar(shown: bool, unit: str = '') -> Iterator[Callable]:
     """Yield fn(text, done), which moves the bar (`done` goes from 0 to 1) and shows the text beside
     it. With `done=None` the text is a note that stays, also where no bar can be shown.
 
@@ -47,7 +49,7 @@ def progress_bar(shown: bool, unit: str = ''):
     ) as bar:
         task = bar.add_task('', total=1.0)
 
-        def update(text, done):
+        def update(text: str, done: float | None) -> None:
             if done is None:
                 console.print(f'fastdistill: {text}', markup=False)
             else:

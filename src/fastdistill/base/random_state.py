@@ -2,8 +2,10 @@
 
 import copy
 import random
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,19 +29,19 @@ class RandomState:
         devices: CUDA devices whose generators are saved too.
     """
 
-    def __init__(self, devices=()):
+    def __init__(self, devices: Sequence = ()) -> None:
         self.python, self.numpy = random.getstate(), np.random.get_state()
         self.cpu = torch.get_rng_state()
         self.cuda = {d: torch.cuda.get_rng_state(d) for d in devices}
 
-    def restore(self):
+    def restore(self) -> None:
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
         for d, s in self.cuda.items():
             torch.cuda.set_rng_state(s, d)
 
-    def same_on_cpu(self, other) -> bool:
+    def same_on_cpu(self, other: 'RandomState') -> bool:
         """Is the state of the CPU's generators the same?"""
         (_, keys, at, *_), (_, other_keys, other_at, *_) = self.numpy, other.numpy
         return (
@@ -58,14 +60,14 @@ class RandomGuard:
         devices: CUDA devices whose generators are restored too.
     """
 
-    def __init__(self, devices=()):
+    def __init__(self, devices: Sequence = ()) -> None:
         self.devices, self.moved = devices, False
 
-    def __enter__(self):
+    def __enter__(self) -> 'RandomGuard':
         self.state, self.moved = RandomState(self.devices), False
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         self.moved = not self.state.same_on_cpu(RandomState())
         self.state.restore()
 
@@ -76,7 +78,7 @@ def guarded_random_state() -> RandomGuard:
 
 
 @contextmanager
-def seeded(seed: int, device=None):
+def seeded(seed: int, device: Any = None) -> Iterator[None]:
     """Inside, the global generators of Python, NumPy and PyTorch start from `seed`. At the end they
     are restored.
 
@@ -90,11 +92,11 @@ def seeded(seed: int, device=None):
 
 
 @contextmanager
-def restored_generators(device=None):
+def restored_generators(device: Any = None) -> Iterator[Callable]:
     """Yields a function that seeds the global generators. At the end they are restored."""
     cuda = [torch.device(device).index or 0] if is_cuda(device) else []
 
-    def start(seed):
+    def start(seed: int) -> None:
         seed = int(seed)
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
@@ -112,11 +114,11 @@ def restored_generators(device=None):
         state.restore()
 
 
-RESTORED_OUTSIDE = []
+RESTORED_OUTSIDE: list[bool] = []
 
 
 @contextmanager
-def restoring_outside(on):
+def restoring_outside(on: bool) -> Iterator[None]:
     RESTORED_OUTSIDE.append(on)
     try:
         yield
@@ -125,7 +127,7 @@ def restoring_outside(on):
 
 
 @contextmanager
-def restored_once():
+def restored_once() -> Iterator[None]:
     """Inside, the CPU's generators are restored only at the end, not after each `seeded`, since
     NumPy's are slow.
     """
@@ -133,18 +135,20 @@ def restored_once():
         yield
 
 
-def is_cuda(device):
+def is_cuda(device: Any) -> bool:
     return device is not None and torch.device(device).type == 'cuda'
 
 
-def global_generators(devices=(), python: bool = True):
+def global_generators(
+    devices: Sequence = (), python: bool = True
+) -> dict[str, tuple[Callable, Callable]]:
     """Name -> (function that reads, function that sets) the state of each global generator.
 
     Args:
         devices: CUDA devices whose generators are included.
         python: Include Python's and NumPy's; reading Python's state is slow.
     """
-    out = {'cpu': (torch.get_rng_state, torch.set_rng_state)}
+    out: dict[str, tuple[Callable, Callable]] = {'cpu': (torch.get_rng_state, torch.set_rng_state)}
     for d in devices:
         out[str(d)] = (
             partial(torch.cuda.get_rng_state, d),
@@ -153,7 +157,7 @@ def global_generators(devices=(), python: bool = True):
     if python:
         out['random'] = random.getstate, random.setstate
         # NumPy's generator is exchanged as a whole, which is faster than to copy its state
-        out['numpy'] = np.random.get_bit_generator, np.random.set_bit_generator
+        out['numpy'] = np.random.get_bit_generator, np.random.set_bit_generator  # type: ignore[attr-defined]
     return out
 
 
@@ -164,11 +168,11 @@ class RandomStream:
     """
 
     # subtle: if states were only restored, a teacher with dropout would draw the same numbers in each batch
-    def __init__(self):
-        self.states = {}
+    def __init__(self) -> None:
+        self.states: dict[str, Any] = {}
 
     @contextmanager
-    def own(self, generators):
+    def own(self, generators: dict) -> Iterator[None]:
         """Draw from this stream.
 
         Args:

@@ -1,6 +1,7 @@
 "Seeds that depend on a sample and a view."
 
 from math import gcd
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +11,7 @@ MASK = 2**64 - 1
 MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
-def scramble(x):
+def scramble(x: Any) -> Any:
     """splitmix64: a 64-bit number, or an array of them, in which every bit depends on every bit of
     `x`.
     """
@@ -27,7 +28,7 @@ def scramble(x):
         return x ^ (x >> u(31))
 
 
-def seeds_of(seed: int, keys, *stages):
+def seeds_of(seed: int, keys: Any, *stages: Any) -> Any:
     """(B,) uint64, or one number: a seed for each sample.
 
     Args:
@@ -44,7 +45,7 @@ def seeds_of(seed: int, keys, *stages):
     return out
 
 
-def view_of(keys, epoch: int, views: int, seed: int = 0):
+def view_of(keys: Any, epoch: int, views: int, seed: int = 0) -> Any:
     """The view of each sample in an epoch. In `views` epochs a sample shows each view once, in its
     own order. The order changes with each round.
 

@@ -1,8 +1,10 @@
 "What a model predicts, judging by its loss function, which labels fit, and the default task loss."
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +30,7 @@ __all__ = [
 ]
 
 # kind of outputs -> loss classes; frameworks register their own
-CLASSES = dict(
+CLASSES: dict[str, list[type]] = dict(
     softmax=[nn.CrossEntropyLoss],
     sigmoid=[nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss],
     regression=[nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss],
@@ -43,10 +45,10 @@ FUNCTIONS = {
 }
 
 
-WRAPPED = [lambda lf: (lf.func, None) if isinstance(lf, partial) else None]
+WRAPPED: list[Callable] = [lambda lf: (lf.func, None) if isinstance(lf, partial) else None]
 
 
-def register_losses(kind: str, *classes):
+def register_losses(kind: str, *classes: type) -> None:
     """Teach `task_of` the loss classes of a framework.
 
     Args:
@@ -56,7 +58,7 @@ def register_losses(kind: str, *classes):
     CLASSES[kind] += [c for c in classes if c not in CLASSES[kind]]
 
 
-def register_wrapper(look):
+def register_wrapper(look: Callable) -> None:
     """Teach `task_of` to look inside a framework's wrappers of losses.
 
     Args:
@@ -79,7 +81,7 @@ class Task:
     ignore_index: int = -100
 
 
-def task_of(loss_func, kind: str | None = None, axis: int | None = None) -> Task:
+def task_of(loss_func: Any, kind: str | None = None, axis: int | None = None) -> Task:
     """Return the task of a loss function. If the loss is unknown, `kind` is required.
 
     Args:
@@ -99,11 +101,11 @@ def task_of(loss_func, kind: str | None = None, axis: int | None = None) -> Task
     return Task(kind, axis, -100 if ignore is None else ignore)
 
 
-def innermost(loss):
+def innermost(loss: Any) -> tuple[Any, int | None]:
     """Return the loss inside its wrappers, and the class axis of the outermost wrapper that has
     one.
     """
-    axes = []
+    axes: list[int] = []
     while (
         inner := next((found for look in WRAPPED if (found := look(loss)) is not None), None)
     ) is not None:
@@ -113,7 +115,7 @@ def innermost(loss):
     return loss, (axes[0] if axes else None)
 
 
-def kind_of(loss):
+def kind_of(loss: Any) -> str | None:
     """Return the kind of outputs that an unwrapped loss takes. None if unknown."""
     known = FUNCTIONS.get(loss) if callable(loss) and getattr(loss, '__hash__', None) else None
     return known or next(
@@ -122,7 +124,7 @@ def kind_of(loss):
 
 
 def task_for(
-    loss, kind: str | None = None, axis: int | None = None, ignore_index: int | None = None
+    loss: Any, kind: str | None = None, axis: int | None = None, ignore_index: int | None = None
 ) -> Task:
     """Build the task from options. Those that are None are read from the task loss; the default is
     a softmax over axis 1.
@@ -148,11 +150,11 @@ def task_for(
     )
 
 
-def takes_probabilities(lf):
+def takes_probabilities(lf: Any) -> bool:
     return isinstance(lf, (nn.BCELoss, nn.NLLLoss)) or lf in (F.binary_cross_entropy, F.nll_loss)
 
 
-def shape_of_labels(shape, axis: int) -> tuple:
+def shape_of_labels(shape: Sequence[int], axis: int) -> tuple:
     """Return the shape of labels, which is that of the logits without the class axis.
 
     Args:
@@ -163,7 +165,7 @@ def shape_of_labels(shape, axis: int) -> tuple:
     return (*shape[:axis], *shape[axis + 1 :])
 
 
-def facts_of_outputs(shape, task: Task) -> dict:
+def facts_of_outputs(shape: Sequence[int], task: Task) -> dict:
     """Return `kind`, the number of `classes` (of a softmax, or 1 for a single label, or None if
     unknown), and `dense`: whether each sample has many predictions.
 
@@ -177,7 +179,7 @@ def facts_of_outputs(shape, task: Task) -> dict:
     return dict(kind=task.kind, classes=classes, dense=positions > 1)
 
 
-def fit_labels(y: Tensor, shape, task: Task) -> Tensor | None:
+def fit_labels(y: Tensor, shape: Sequence[int], task: Task) -> Tensor | None:
     """Convert labels to the shape of the predictions, as class numbers if there are classes. None
     if they do not fit.
 
@@ -198,7 +200,7 @@ def fit_labels(y: Tensor, shape, task: Task) -> Tensor | None:
     return y.long().reshape(wanted) if fits else None
 
 
-def fitting_axes(y: Tensor, shape, kind: str = 'softmax') -> list:
+def fitting_axes(y: Tensor, shape: Sequence[int], kind: str = 'softmax') -> list:
     """Return the class axes along which these labels fit these logits.
 
     Args:
@@ -208,7 +210,7 @@ def fitting_axes(y: Tensor, shape, kind: str = 'softmax') -> list:
     return [i for i in range(1, len(shape)) if fit_labels(y, shape, Task(kind, i)) is not None]
 
 
-def labels_loss(s: Tensor, y: Tensor, *more, task: Task):
+def labels_loss(s: Tensor, y: Tensor, *more: Any, task: Task) -> Tensor:
     """Compute the default task loss: cross-entropy, binary cross-entropy or squared error.
 
     Args:
@@ -232,7 +234,7 @@ def labels_loss(s: Tensor, y: Tensor, *more, task: Task):
     return F.cross_entropy(s.movedim(task.axis, 1), fitted, ignore_index=task.ignore_index)
 
 
-def unfit_labels(y, shape, task):
+def unfit_labels(y: Any, shape: Sequence[int], task: Task) -> str:
     """Describe why labels do not fit, and what would fit."""
     if task.kind != 'softmax':
         return (
@@ -259,12 +261,12 @@ CLASS_NUMBERS = (
 )
 
 
-def float_labels(y):
+def float_labels(y: Any) -> str:
     dtype = str(y.dtype).removeprefix('torch.')
     return f'The labels, of shape {tuple(y.shape)}, are fractional numbers ({dtype}), but the model predicts classes.'
 
 
-def unknown_loss(lf):
+def unknown_loss(lf: Any) -> str:
     name = getattr(lf, '__name__', type(lf).__name__)
     if isinstance(lf, nn.BCELoss) or lf is F.binary_cross_entropy:
         return (
@@ -283,7 +285,7 @@ def unknown_loss(lf):
     )
 
 
-def unusable(logits: Tensor, task) -> Tensor:
+def unusable(logits: Tensor, task: Task) -> Tensor:
     """Return a bool tensor: True if logits hold nan or infinite values, except -inf for excluded
     classes.
 
@@ -299,7 +301,7 @@ def unusable(logits: Tensor, task) -> Tensor:
     return ~total.isfinite() if softmax else total.isnan() | (total == torch.inf)
 
 
-def pseudo_labels(t: Tensor, s: Tensor, task) -> Tensor:
+def pseudo_labels(t: Tensor, s: Tensor, task: Task) -> Tensor:
     """Convert the teacher's prediction to a target of the task loss.
 
     Args:

@@ -56,7 +56,7 @@ def renormalized_images(tally, teacher, task, batches):
             'The teacher seems to have been trained on images with a different normalization: '
             f'{METRICS[task.kind]} {a:.3f} with the images that it gets, {b:.3f} with {best} (on '
             f'{len(now)} validation items)',
-            f'Pass the normalization of its training: Teacher(model, stats={USUAL[best][1]})',
+            f'Pass the normalization of its training: Teacher(model, images=dict(stats={USUAL[best][1]}))',
             about='normalization',
         ),
     )
@@ -83,7 +83,7 @@ def with_stats(teacher, stats, batches):
     (image,) = images_in(batches[0][0])
     if len(stats_of(stats)[0]) not in (1, image.shape[1]) or affine(now, stats_of(stats)) is None:
         return None
-    return Teacher(teacher, stats=stats)
+    return Teacher(teacher, images=dict(stats=stats))
 
 
 def scores_with(teacher, tally, task, batches):

@@ -26,7 +26,7 @@ from ..checks.class_order import map_classes
 from ..teachers.estimator import Estimator, is_estimator, load_estimator
 from ..teachers.forms import holds_weights, warn_of_code
 from ..teachers.images import affine, stats_of, timm_cfg
-from ..teachers.teacher import Teacher
+from ..teachers.teacher import Teacher, grouped_options
 from .tables import TableEstimator, table_of
 from .vocab import vocab_of
 
@@ -76,7 +76,8 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
     refuse_stored(obj)
     if isinstance(obj, (list, tuple, L)):
         of_members = {k: v for k, v in kwargs.items() if k == 'stats'}
-        return Teacher([teacher_of(o, learn, task, **of_members) for o in obj], **kwargs)
+        members = [teacher_of(o, learn, task, **of_members) for o in obj]
+        return Teacher(members).with_defaults(**kwargs)
     if is_estimator(obj):
         obj = Teacher(obj)
     if isinstance(obj, Teacher) and has_estimators(obj.sources):
@@ -99,7 +100,7 @@ def teacher_of(obj, learn=None, task=None, **kwargs) -> Teacher:
         return on_table(adapted(with_numbers(obj, dls), own | kwargs), dls)
     if isinstance(obj, nn.Module) and 'stats' not in kwargs and dls is not None:
         kwargs['stats'] = of_module(obj, kwargs['input_stats'])
-    return Teacher(obj, **kwargs)
+    return Teacher(obj, **grouped_options(kwargs))
 
 
 def refuse_stored(teacher):
@@ -144,7 +145,7 @@ def adapted(teacher, kwargs):
 
 def of_learner(learn, kwargs):
     """Build a Teacher of the Learner's model, without its callbacks."""
-    teacher = Teacher(learn.model, **kwargs)
+    teacher = Teacher(learn.model, **grouped_options(kwargs))
     teacher.learner = learn
     return teacher
 
@@ -228,8 +229,8 @@ def of_module(model, given):
         return None
     warnings.warn(
         f"torchvision's {type(model).__name__} does not show how its images were normalized: it gets the "
-        "student's images unchanged. If it has published weights, use Teacher(model, stats='imagenet'). If "
-        'it was trained on batches like these, use Teacher(model).',
+        "student's images unchanged. If it has published weights, use "
+        "Teacher(model, images=dict(stats='imagenet')). If it was trained on batches like these, use Teacher(model).",
         DistillWarning,
         stacklevel=3,
     )

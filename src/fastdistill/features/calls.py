@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -10,17 +11,17 @@ from .layer_names import unwrap
 __all__ = ['arguments', 'is_hf', 'predicts_next']
 
 
-def is_hf(model):
+def is_hf(model: Any) -> bool:
     return hasattr(model, 'config') and hasattr(model, 'main_input_name')
 
 
-def predicts_next(model):
+def predicts_next(model: Any) -> bool:
     "Return True if it is a causal language model of Hugging Face."
     model = unwrap(model)
     return is_hf(model) and type(model).__name__.endswith(('ForCausalLM', 'LMHeadModel'))
 
 
-def arguments(model, x, by_name=None):
+def arguments(model: Any, x: Any, by_name: Mapping | None = None) -> tuple:
     """Return (args, kwargs) of the call. A batch that is one dict is passed by name if the model
     has arguments with these names.
 
@@ -35,7 +36,7 @@ def arguments(model, x, by_name=None):
     return (), {**x[0], **kwargs}
 
 
-def takes_names(model, batch):
+def takes_names(model: Any, batch: Any) -> bool:
     """Return True if the keys of a dict are names of the model's arguments."""
     model = unwrap(model)
     if is_hf(model):

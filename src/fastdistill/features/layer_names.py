@@ -2,7 +2,9 @@
 
 import difflib
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -32,18 +34,19 @@ SUFFIXES = {
 }
 
 
-def unwrap(model: nn.Module):
+def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside DDP, DataParallel and torch.compile."""
+    inner: Any = model
     while True:
-        if isinstance(model, WRAPPERS):
-            model = model.module
-        elif isinstance(model, nn.Module) and '_orig_mod' in model._modules:
-            model = model._orig_mod
+        if isinstance(inner, WRAPPERS):
+            inner = inner.module
+        elif isinstance(inner, nn.Module) and '_orig_mod' in inner._modules:
+            inner = inner._orig_mod
         else:
-            return model
+            return inner
 
 
-def named(model):
+def named(model: Any) -> dict[str, nn.Module]:
     """Return {dotted name: layer} for the model inside its wrappers. A shared layer has an entry
     for each of its names.
     """
@@ -59,7 +62,7 @@ def named(model):
     return have
 
 
-def model_name(model):
+def model_name(model: Any) -> str:
     """Return the name of a model for messages: its class, or the name of a `Teacher`."""
     inner = unwrap(model)
     return (
@@ -69,7 +72,7 @@ def model_name(model):
     )
 
 
-def how_to_name_layers(model):
+def how_to_name_layers(model: Any) -> str:
     """Return advice for messages if the layers of a teacher can't be found. A source of stored
     outputs has its own advice.
     """
@@ -80,7 +83,7 @@ def how_to_name_layers(model):
     )
 
 
-def _regex(glob):
+def _regex(glob: str) -> str:
     """Convert a glob over dotted names to a regular expression: `*` and `?` match within one level,
     `**` across levels.
     """
@@ -102,7 +105,7 @@ def resolve(model: nn.Module, pattern: str) -> list:
     return resolve_among(model, named(model), pattern)
 
 
-def split_suffixes(pattern):
+def split_suffixes(pattern: str) -> list[str]:
     """Split a pattern into [name or glob, *suffixes]. Raise a DistillError for an unknown suffix."""
     name, *how = pattern.split('@')
     if wrong := [h for h in how if h not in SUFFIXES]:
@@ -113,7 +116,7 @@ def split_suffixes(pattern):
     return [name, *how]
 
 
-def resolve_among(model, have, pattern):
+def resolve_among(model: Any, have: Iterable[str], pattern: str) -> list[str]:
     glob, *how = split_suffixes(pattern)
     found = [glob] if glob in have else [n for n in have if n and re.fullmatch(_regex(glob), n)]
     if not found:
@@ -121,7 +124,7 @@ def resolve_among(model, have, pattern):
     return ['@'.join([n, *how]) for n in found]
 
 
-def no_such_layer(model, name, have):
+def no_such_layer(model: Any, name: str, have: Iterable[str]) -> str:
     near = [n for n in have if n.endswith('.' + name)]
     near = list(dict.fromkeys(near + difflib.get_close_matches(name, have, 5)))[:5]
     hint = f' Nearest: {", ".join(map(repr, near))}.' if near else ''
@@ -145,11 +148,11 @@ class LayerInfo:
     params: int
 
     @property
-    def depth(self):
+    def depth(self) -> int:
         return self.name.count('.') + 1
 
 
-def text_table(head, rows):
+def text_table(head: Sequence[str], rows: Iterable[Sequence]) -> str:
     """Format rows as lines of text with aligned columns."""
     rows = [[str(o) for o in r] for r in [head, *rows]]
     wide = [max(map(len, c)) for c in zip(*rows)]
@@ -160,14 +163,14 @@ def text_table(head, rows):
 class LayerTree(list):
     """The layers of a model, as a list of `LayerInfo` that prints as a table."""
 
-    def __str__(self):
+    def __str__(self) -> str:
         shape = lambda l: '' if l.shape is None else l.shape
         rows = [('  ' * (l.depth - 1) + l.name, l.kind, shape(l), f'{l.params:,}') for l in self]
         return text_table(('layer', 'kind', 'output', 'parameters'), rows)
 
     __repr__ = __str__
 
-    def brief(self, n=40):
+    def brief(self, n: int = 40) -> str:
         """Format the table with as many levels as fit into `n` lines."""
         fits = [d for d in range(1, 10) if sum(l.depth <= d for l in self) <= n]
         shown = [l for l in self if l.depth <= max(fits, default=1)]
@@ -177,7 +180,7 @@ class LayerTree(list):
         )
 
 
-def layer_tree(model: nn.Module, shapes=None) -> LayerTree:
+def layer_tree(model: nn.Module, shapes: Any = None) -> LayerTree:
     """List every layer of the model with its class, output shape and number of parameters.
 
     Args:

@@ -1,20 +1,22 @@
 """Pair layers of the student with layers of the teacher, by name or automatically."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..base.outputs import DistillError, Outputs
 from .layer_names import how_to_name_layers, model_name, named, resolve, split_suffixes, text_table
 from .model_stages import check_visible, embedding, has_head, image_size, is_picture, stages
-from .probe import dry_run, probe, series_layers
-from .projectors import describe_projector
+from .probe import Fired, dry_run, probe, series_layers
+from .projectors import ProjectorLike, describe_projector
 from .shapes import grid
 from .taps import Taps, is_output, layer_output
 
 __all__ = [
+    'LayersLike',
     'Pair',
     'PairTable',
     'check_names',
@@ -24,6 +26,8 @@ __all__ = [
     'pair',
 ]
 
+# 'auto', 'last', 'embedding', a name that both models have, or pairs of names in any of the forms of `pair`
+LayersLike = str | Mapping[str, Any] | Sequence[Any]
 MAX_BLOCKS = 6  # up to this many stages of one resolution are all paired; of more, only those at the quarters
 
 
@@ -48,7 +52,7 @@ class Pair:
 class PairTable(list):
     """A list of `Pair` that prints as a table."""
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = [
             (p.student, p.s_shape, p.teacher or "'' (its output)", p.t_shape, p.projector)
             for p in self
@@ -60,13 +64,13 @@ class PairTable(list):
 
 def pair(
     student: nn.Module,
-    teacher,
-    x_student,
-    layers='auto',
+    teacher: Any,
+    x_student: Any,
+    layers: LayersLike = 'auto',
     *,
-    x_teacher=None,
+    x_teacher: Any = None,
     match: str = 'shape',
-    projector='auto',
+    projector: ProjectorLike = 'auto',
 ) -> PairTable:
     """Find pairs of layers and their shapes, in the given order. Both models run on the batch in
     evaluation mode and are not changed.
@@ -113,10 +117,10 @@ def pair(
     )
 
 
-def checked_layers(layers):
+def checked_layers(layers: LayersLike) -> LayersLike:
     """Return `layers`. Raise a DistillError if it is wrong for any model."""
     word, *_ = _parse_word(layers)
-    names = [layers] if word else [n for names in _name_pairs(layers) for n in names]
+    names: list = [layers] if word else [n for names in _name_pairs(layers) for n in names]
     if not names:
         raise DistillError(
             f'layers={layers!r} does not name any layers: use '
@@ -127,41 +131,42 @@ def checked_layers(layers):
     return layers
 
 
-def check_names(student, teacher, layers):
+def check_names(student: nn.Module, teacher: Any, layers: LayersLike) -> None:
     """Raise a DistillError for layers that these models don't have. Needs no batch."""
     if not _parse_word(layers)[0]:
-        return _names_asked(student, teacher, layers)
+        _names_asked(student, teacher, layers)
+        return
     of = ('student', student), ('teacher', teacher)
     for who, model in of[:1] if _parse_word(layers)[0] == 'embedding' else of:
         with _InModel(who):
             check_visible(model)
 
 
-def _parse_word(layers):
+def _parse_word(layers: LayersLike) -> list:
     """Return ['auto', 'last' or 'embedding', *suffixes], or [None] if `layers` holds names."""
     word, *how = split_suffixes(layers) if isinstance(layers, str) else [None]
     return [word, *how] if word in ('auto', 'last', 'embedding') else [None]
 
 
-def inputs(x):
+def inputs(x: Any) -> tuple:
     return tuple(x) if isinstance(x, (tuple, list)) else (x,)
 
 
 class _InModel:
     """Context in which errors name the model that they are about."""
 
-    def __init__(self, who):
+    def __init__(self, who: str) -> None:
         self.who = who
 
-    def __enter__(self):
+    def __enter__(self) -> '_InModel':
         return self
 
-    def __exit__(self, kind, e, _):
+    def __exit__(self, kind: Any, e: BaseException | None, _: Any) -> None:
         if isinstance(e, DistillError):
             raise DistillError(f'In the {self.who}: {e}') from e.__cause__
 
 
-def _pairs_asked(student, teacher, x_s, x_t, layers):
+def _pairs_asked(student: nn.Module, teacher: Any, x_s: Any, x_t: Any, layers: LayersLike) -> list:
     names = _names_asked(student, teacher, layers)
     with _InModel('student'):
         a = _layer_shapes(student, x_s, [s for s, _ in names])
@@ -172,7 +177,7 @@ def _pairs_asked(student, teacher, x_s, x_t, layers):
     return [(*a[s], *b[t]) for s, t in names]
 
 
-def _refuse_unknown_layout(pairs):
+def _refuse_unknown_layout(pairs: list) -> None:
     """Raise a DistillError for features with three axes that come without a layer, so that the
     channel axis is unknown.
     """
@@ -185,11 +190,11 @@ def _refuse_unknown_layout(pairs):
             )
 
 
-def _names_asked(student, teacher, layers):
+def _names_asked(student: nn.Module, teacher: Any, layers: LayersLike) -> list:
     return [n for s, t in _name_pairs(layers) for n in _matching_names(student, teacher, s, t)]
 
 
-def _name_pairs(layers):
+def _name_pairs(layers: LayersLike) -> list:
     """Return (student pattern, teacher pattern) for each pair, in the given order."""
     if isinstance(layers, Tensor):
         raise DistillError('layers= got a tensor. Pass inputs for only the teacher as x_teacher=.')
@@ -216,7 +221,7 @@ def _name_pairs(layers):
     return items
 
 
-def _matching_names(student, teacher, s, t):
+def _matching_names(student: nn.Module, teacher: Any, s: str, t: str) -> list:
     """Pair the names that match the student's glob with those that match the teacher's, in the
     order of the models.
     """
@@ -230,14 +235,14 @@ def _matching_names(student, teacher, s, t):
             f'{len(b)} of the teacher ({", ".join(b)}). They are paired in order, so the numbers '
             'must be equal. Name the layers one by one.'
         )
-    return zip(a, b)
+    return [*zip(a, b)]
 
 
-def _has_layers(model):
+def _has_layers(model: Any) -> bool:
     return isinstance(model, nn.Module) or bool(named(model))
 
 
-def _layer_shapes(model, x, names):
+def _layer_shapes(model: Any, x: Any, names: Iterable[str]) -> dict:
     """Return {given name: (name, shape)}. The name gets the suffix @tokens if the layer's output is
     (B, C, L).
     """
@@ -253,7 +258,7 @@ def _layer_shapes(model, x, names):
     return {n: again[f] for n, f in final.items()}
 
 
-def names_of_tokens(model, x, names) -> list:
+def names_of_tokens(model: Any, x: Any, names: Iterable[str]) -> list:
     """Return the names with which `Taps` reads series as tokens (B, L, D), e.g. '0@tokens' if '0'
     is a 1d convolution.
 
@@ -269,7 +274,7 @@ def names_of_tokens(model, x, names) -> list:
     )
 
 
-def _with_tokens(modules, ran, names):
+def _with_tokens(modules: dict, ran: Sequence[Fired], names: Iterable[str]) -> Iterator[str]:
     """Add @tokens to the names of layers with output (B, C, L), and remove it if the output is
     already (B, L, D).
     """
@@ -288,7 +293,7 @@ def _with_tokens(modules, ran, names):
         yield '@'.join([base, *how])
 
 
-def _shapes_of_outputs(model, out, names):
+def _shapes_of_outputs(model: Any, out: Any, names: Iterable[str]) -> dict:
     """Like `_layer_shapes`, for a teacher without layers (such as a function) whose outputs hold
     features.
     """
@@ -296,7 +301,7 @@ def _shapes_of_outputs(model, out, names):
     # a cache holds '0' as '0@tokens' if it is a 1d convolution, see `names_of_tokens`
     plain = lambda name: [o for o in name.split('@') if o != 'tokens']
     alike = lambda n: next((k for k in feats if plain(k) == plain(n)), None)
-    found = {n: n if n in feats or is_output(n) else alike(n) for n in names}
+    found: dict[str, Any] = {n: n if n in feats or is_output(n) else alike(n) for n in names}
     if wrong := [n for n, k in found.items() if k is None]:
         raise DistillError(
             f'Its outputs have no layer {wrong[0]!r}. They have: '
@@ -305,12 +310,16 @@ def _shapes_of_outputs(model, out, names):
     return {n: (k, tuple(layer_output(Outputs.of(out), k).shape)) for n, k in found.items()}
 
 
-def _embeddings(student, teacher, x_s, x_t, how):
+def _output_shape(model: Any, x: Any) -> tuple:
+    return Outputs.of(dry_run(model, *x)).logits.shape  # type: ignore[union-attr]
+
+
+def _embeddings(student: nn.Module, teacher: Any, x_s: Any, x_t: Any, how: Sequence[str]) -> list:
     """Return the names of both models' embeddings, as one pair."""
     with _InModel('student'):
-        own, s = embedding(student, x_s), Outputs.of(dry_run(student, *x_s)).logits.shape
+        own, s = embedding(student, x_s), _output_shape(student, x_s)
     with _InModel('teacher'):
-        t, seen = Outputs.of(dry_run(teacher, *x_t)).logits.shape, '' in named(teacher)
+        t, seen = _output_shape(teacher, x_t), '' in named(teacher)
         if seen and (t == s or has_head(teacher, x_t)):
             other = embedding(teacher, x_t)
         elif t == s:
@@ -324,7 +333,7 @@ def _embeddings(student, teacher, x_s, x_t, how):
     return [('@'.join([own, *how]), '@'.join([other, *how]))]
 
 
-def _pairs_proposed(student, teacher, x_s, x_t):
+def _pairs_proposed(student: nn.Module, teacher: Any, x_s: Any, x_t: Any) -> list:
     with _InModel('student'):
         a = stages(student, x_s)
     with _InModel('teacher'):
@@ -340,7 +349,7 @@ def _pairs_proposed(student, teacher, x_s, x_t):
     return [(*_name_and_shape(s, t, x_s), *_name_and_shape(t, s, x_t)) for s, t in pairs]
 
 
-def _name_and_shape(u, other, x):
+def _name_and_shape(u: Any, other: nn.Module, x: Any) -> tuple:
     """Return name and shape of a stage. Tokens of a square image become a map if the other model's
     stage is a map.
     """
@@ -353,11 +362,11 @@ def _name_and_shape(u, other, x):
     return u.name + u.turn, u.shape
 
 
-def _with_suffixes(name, shape, how):
+def _with_suffixes(name: str, shape: Sequence[int], how: Sequence[str]) -> str:
     return '@'.join([name, *(h for h in how if h != 'map' or len(shape) == 3)])
 
 
-def _pair_by_depth(a, b):
+def _pair_by_depth(a: list, b: list) -> list:
     """Pair stages at equal relative depth. The last stages are paired."""
     n = min(len(a), len(b))
     if n > MAX_BLOCKS and any(len({u.place for u in us}) == 1 for us in (a, b)):
@@ -366,7 +375,7 @@ def _pair_by_depth(a, b):
     return [(at(a, k), at(b, k)) for k in range(n)]
 
 
-def _pair_by_resolution(a, b, size_a, size_b):
+def _pair_by_resolution(a: list, b: list, size_a: tuple, size_b: tuple) -> list | None:
     """Pair stages of equal resolution, both on the way down or both on the way up. None if there
     are no such pairs.
     """
@@ -378,7 +387,7 @@ def _pair_by_resolution(a, b, size_a, size_b):
     ]
     equal = lambda i, j: all(0.8 < r < 1.25 for r in shrinks(i, j))
 
-    def ends(row):
+    def ends(row: list) -> Any:
         return row and row[-1] == (a[-1], b[-1]) and 2 * len(row) >= min(len(a), len(b))
 
     row = _longest_row(a, b, lambda i, j: equal(i, j) and down_a[i] == down_b[j])
@@ -390,11 +399,11 @@ def _pair_by_resolution(a, b, size_a, size_b):
     return anywhere if ends(anywhere) else row or anywhere or None
 
 
-def _longest_row(a, b, equal):
+def _longest_row(a: list, b: list, equal: Callable) -> list:
     """Find the longest sequence of pairs in the order of both models. Of several, take the one that
     ends last.
     """
-    best = {}
+    best: dict[tuple[int, int], list] = {}
     for i in range(len(a)):
         for j in range(len(b)):
             if equal(i, j):
@@ -408,7 +417,7 @@ def _longest_row(a, b, equal):
     return [(a[i], b[j]) for i, j in best[len(a) - 1, len(b) - 1]]
 
 
-def _going_down(us):
+def _going_down(us: list) -> list:
     """Return for each stage whether it is on the way down. A stage of the same size as the previous
     one has its direction.
     """

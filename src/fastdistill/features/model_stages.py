@@ -1,14 +1,15 @@
 "Find the layers at which the stages of a network end."
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..base.outputs import DistillError
 from .layer_names import how_to_name_layers, layer_tree, model_name, named
-from .probe import probe, series_layers
+from .probe import Fired, probe, series_layers
 from .shapes import grid
 
 __all__ = ['Stage', 'check_visible', 'embedding', 'has_head', 'stages']
@@ -17,7 +18,7 @@ CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d,
 PASSIVE = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity, nn.Flatten
 
 
-def image_size(x):
+def image_size(x: Any) -> tuple:
     """Return height and width of input images, or the length of an input series. Empty if the input
     is neither.
     """
@@ -32,11 +33,11 @@ def image_size(x):
     )
 
 
-def is_picture(x):
+def is_picture(x: Any) -> bool:
     return len(image_size(x)) > 1
 
 
-def batch_size(x):
+def batch_size(x: Any) -> int | None:
     xs = x[0].values() if isinstance(x[0], Mapping) else x
     return next((len(o) for o in xs if isinstance(o, Tensor) and o.dim()), None)
 
@@ -62,21 +63,21 @@ class Stage:
     turn: str = ''
 
     @property
-    def place(self):
+    def place(self) -> tuple:
         return self.shape[2:] if self.kind == 'map' else self.shape[1:-1]
 
     @property
-    def deep(self):
+    def deep(self) -> bool:
         return self.weights > 1
 
     @property
-    def dilation(self):
+    def dilation(self) -> int:
         return max(
             (max(m.dilation) for m in self.module.modules() if isinstance(m, CONVS)), default=1
         )
 
 
-def stages(model, x):
+def stages(model: Any, x: Any) -> list[Stage]:
     """Return the last layers of a model's stages, in the order in which they run."""
     path = MainPath(model, x)
     found = path.stages(path.walk())
@@ -91,7 +92,7 @@ def stages(model, x):
     return found
 
 
-def embedding(model, x):
+def embedding(model: Any, x: Any) -> Any:
     """Return the name of the layer whose output is the model's embedding: the first vector after
     the last map or tokens, or otherwise their mean. For a network of vectors, it is the last layer
     before the head.
@@ -107,13 +108,13 @@ def embedding(model, x):
     return f'{units[after].name}{units[after].turn}@mean'
 
 
-def has_head(model, x):
+def has_head(model: Any, x: Any) -> bool:
     """Return True if the model ends in a linear layer that is not part of a block, like a classifier."""
     path = MainPath(model, x)
     return path.head != '' and isinstance(path.ran[path.head].module, nn.Linear)
 
 
-def check_visible(model):
+def check_visible(model: Any) -> None:
     """Raise a DistillError for a teacher whose layers can't be read: a function, a file, several
     models.
     """
@@ -129,7 +130,7 @@ class MainPath:
     several stages end in it.
     """
 
-    def __init__(self, model, x):
+    def __init__(self, model: Any, x: Any) -> None:
         check_visible(model)
         ran = probe(model, *x)
         self.ran, self.when = {f.name: f for f in ran}, {f.name: i for i, f in enumerate(ran)}
@@ -138,7 +139,7 @@ class MainPath:
         # a teacher may process the batch in slices
         ran_on = self.ran[''].shape_in if '' in self.ran else None
         self.batch = ran_on[0] if ran_on else batch_size(x)
-        self.below = {}
+        self.below: dict[str, list[str]] = {}
         for n in self.ran:
             while n:
                 n, child = n.rpartition('.')[0], n
@@ -147,7 +148,7 @@ class MainPath:
                 self.below[n].append(child)
         self.head = self._head(ran)
 
-    def _head(self, ran):
+    def _head(self, ran: Sequence[Fired]) -> str:
         """Return the last layer with weights, which produces the output. This layer and later ones
         are not features. '' if there is none.
         """
@@ -160,14 +161,14 @@ class MainPath:
 
     # the output of a layer
 
-    def look(self, name):
+    def look(self, name: str) -> Stage | None:
         """Return a layer as a stage. None if its output is not a feature whose first axis is the
         batch.
         """
         f = self.ran.get(name)
         if f is None or not f.floats or not 2 <= len(f.shape) <= 5 or f.shape[0] != self.batch:
             return None
-        dims, shape, last = len(f.shape), f.shape, self._channels_last(f)
+        dims, shape, last = len(f.shape), f.shape, self._channels_last(f, f.shape)
         kind = (
             'vector'
             if dims == 2 or shape[1:-1] == (1,)
@@ -181,29 +182,29 @@ class MainPath:
         weights = sum(map(has_weights, f.module.modules()))
         return Stage(name, f.module, kind, shape, weights, name not in self.below, turn)
 
-    def _channels_last(self, f):
+    def _channels_last(self, f: Fired, shape: tuple) -> bool:
         """Return True if the last axis holds the channels, judging by the image's height/width, or
         else by the layers inside.
         """
-        if len(f.shape) == 3:
+        if len(shape) == 3:
             return f.module not in self.first
-        if len(f.shape) != 4:
+        if len(shape) != 4:
             return False
         have = {type(m) for m in f.module.modules()}
         of = lambda *kinds: any(issubclass(h, kinds) for h in have)
         if self.picture:
             like = lambda h, w: abs(h - w * self.size[0] / self.size[1]) <= 1
-            first, behind = like(*f.shape[2:]), like(*f.shape[1:3])
+            first, behind = like(*shape[2:]), like(*shape[1:3])
             if first != behind:
                 return behind
         return of(nn.Linear) and not of(*CONVS)
 
     # which layers are stages
 
-    def walk(self, split_maps=False):
+    def walk(self, split_maps: bool = False) -> list[Stage]:
         """Return the candidates for stages, and the layers between them."""
         found, place = [], ()
-        for n in sorted(self._open('', split_maps), key=self.when.get):
+        for n in sorted(self._open('', split_maps), key=self.when.__getitem__):
             u = self.look(n)
             if u is None:
                 continue
@@ -215,7 +216,7 @@ class MainPath:
             found.append(u)
         return found
 
-    def _open(self, name, split_maps, block=False):
+    def _open(self, name: str, split_maps: bool, block: bool = False) -> list[str]:
         """Return the names of layers on the path at or below `name`. A `block` is one of a row of
         blocks and is not split.
         """
@@ -230,13 +231,13 @@ class MainPath:
             return [o for n in below for o in self._open(n, split_maps, block)]
         return [] if u is None or name == self.head else [name]
 
-    def _row(self, u, split_maps):
+    def _row(self, u: Stage, split_maps: bool) -> bool:
         "Return True if the layer contains a row of blocks that are stages."
         if u.kind == 'map' and not split_maps:
             return False
         return any(self._blocks(n, split_maps) for n in [u.name, *self._inside(u.name)])
 
-    def _several(self, u):
+    def _several(self, u: Stage) -> bool:
         "Return True if more than one stage ends in the layer."
         inside = [
             o for n in self._inside(u.name) if (o := self.look(n)) and o.weights and o.kind == 'map'
@@ -247,7 +248,7 @@ class MainPath:
         # subtle: one resolution out of range is a shortcut, such as attention to a pooled map; several are a U-Net
         return bool(between) or len(others) > 1
 
-    def _ends(self, u):
+    def _ends(self, u: Stage) -> set:
         """Return the resolutions of the input and the output of a layer that returns a map."""
         if u.kind != 'map':
             return set()
@@ -256,20 +257,20 @@ class MainPath:
             return {u.place}
         return {u.place, entry[1:3] if u.turn == '@map' else entry[2:]}
 
-    def _blocks(self, name, maps):
+    def _blocks(self, name: str, maps: bool) -> bool:
         "Return True if the layer is a row of blocks of one class."
         below = [o for n in self.below.get(name, []) if (o := self.look(n)) and o.deep]
         found = {(type(o.module), o.kind, o.place if o.kind == 'tokens' else None) for o in below}
         return len(below) > 1 and len(found) == 1 and (maps or below[0].kind != 'map')
 
-    def _inside(self, name):
+    def _inside(self, name: str) -> Iterator[str]:
         for n in self.below.get(name, []):
             yield n
             yield from self._inside(n)
 
     # where stages end
 
-    def stages(self, units):
+    def stages(self, units: Sequence[Stage]) -> list[Stage]:
         """Return the last layer of each stage."""
         groups = self._groups([u for u in units if u.kind != 'vector'])
         # in a network with blocks, single layers are stems and necks, not stages
@@ -283,9 +284,11 @@ class MainPath:
             groups = groups[1:]
         return [self._end(g) for g in groups]
 
-    def _groups(self, units):
+    def _groups(self, units: Sequence[Stage]) -> list[list[Stage]]:
         """Group consecutive layers of one resolution and dilation, if any of them has weights."""
-        groups, place, dilation = [], None, None
+        groups: list[list[Stage]] = []
+        place: tuple | None = None
+        dilation: int | None = None
         for u in units:
             here = u.kind, self._place(u)
             if here != place or (u.weights and dilation not in (None, u.dilation)):
@@ -296,15 +299,15 @@ class MainPath:
             groups[-1].append(u)
         return [g for g in groups if any(u.weights for u in g)]
 
-    def _place(self, u):
+    def _place(self, u: Stage) -> tuple:
         if u.kind == 'map':
             return u.place
         # class tokens are not part of the resolution
         return (grid(u.shape[1]) or u.shape)[1:] if self.picture else ()
 
-    def _layers(self, units):
+    def _layers(self, units: Sequence[Stage]) -> list[list[Stage]]:
         """Group each layer with weights with the activations after it."""
-        groups = []
+        groups: list[list[Stage]] = []
         for u in units:
             if u.weights:
                 groups.append([u])
@@ -312,7 +315,7 @@ class MainPath:
                 groups[-1].append(u)
         return groups
 
-    def _stem(self, group, units):
+    def _stem(self, group: Sequence[Stage], units: Sequence[Stage]) -> bool:
         "Return True if this group is just the first layer, which shrinks the image."
         entry, *more = [u for u in group if u.weights]
         first = next(u for u in units if u.weights)
@@ -323,7 +326,7 @@ class MainPath:
             and max(entry.place) < max(self.size, default=0)
         )
 
-    def _end(self, group):
+    def _end(self, group: Sequence[Stage]) -> Stage:
         """Return the last block, or, without blocks, the last activation after the single layers."""
         blocks = any(u.deep for u in group)
         i = max(i for i, u in enumerate(group) if u.weights and (u.deep or not blocks))
@@ -339,11 +342,11 @@ class MainPath:
         return tail[-1] if tail else group[i]
 
 
-def is_inside(name, above):
+def is_inside(name: str, above: str) -> bool:
     return f'{name}.'.startswith(f'{above}.')
 
 
-def has_weights(m):
+def has_weights(m: nn.Module) -> int:
     """Return 1 if a layer itself has weight matrices or kernels, 2 if it is an RNN. Embeddings and
     single tokens don't count.
     """

@@ -3,8 +3,9 @@ outputs.
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 
-def layers(model: nn.Module, *x) -> LayerTree:
+def layers(model: nn.Module, *x: Any) -> LayerTree:
     """Every layer of the model with its class, output shape and number of parameters; the model is
     not changed.
 
@@ -55,7 +56,7 @@ class Fired:
     floats: bool
 
 
-def probe(model: nn.Module, *x) -> list:
+def probe(model: nn.Module, *x: Any) -> list:
     """The layers that run, in the order in which they finish. One run in evaluation mode shows
     them; it changes nothing.
 
@@ -63,11 +64,13 @@ def probe(model: nn.Module, *x) -> list:
         *x: A batch of inputs; a dict is passed by name if the model has arguments of these
             names.
     """
-    inner, names, ran = unwrap(model), {}, {}
+    inner = unwrap(model)
+    names: dict[nn.Module, str] = {}
+    ran: dict[nn.Module, Fired] = {}
     for n, m in named(model).items():
         names.setdefault(m, n)
 
-    def note(m, args, kwargs, out):
+    def note(m: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         i, y = main_tensor((args, kwargs)), main_tensor(out)
         ran.pop(m, None)  # subtle: a layer that runs twice has the place of its last run
         ran[m] = Fired(names[m], m, _shape(i), _shape(y), y is not None and y.is_floating_point())
@@ -105,7 +108,7 @@ CHANNELS_LAST = (
 )
 
 
-def series_layers(ran) -> set:
+def series_layers(ran: Iterable[Fired]) -> set:
     """The layers whose output is (B, C, L), like that of a 1d convolution, and not (B, L, D), like
     tokens.
 
@@ -139,11 +142,11 @@ def series_layers(ran) -> set:
     return found
 
 
-def _shape(y):
+def _shape(y: Any) -> Any:
     return None if y is None else tuple(y.shape)
 
 
-def dry_run(model, *x):
+def dry_run(model: Any, *x: Any) -> Any:
     """One forward pass of the inner model that changes nothing."""
     inner = unwrap(model)
     args, kwargs = arguments(inner, map_tensors(x, as_plain))
@@ -168,7 +171,7 @@ def dry_run(model, *x):
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module, training: bool = False):
+def untouched(model: nn.Module, training: bool = False) -> Iterator[None]:
     """Evaluation mode without gradients, or training mode with them. Afterwards modes, buffers,
     hidden states, attributes and random states are as before.
     """
@@ -186,33 +189,33 @@ def untouched(model: nn.Module, training: bool = False):
         state.restore()
 
 
-def weights_and_buffers(mods):
+def weights_and_buffers(mods: Iterable[nn.Module]) -> list:
     return [
         t for m in mods for t in [*m._parameters.values(), *m._buffers.values()] if t is not None
     ]
 
 
-def distinct_modules(model):
+def distinct_modules(model: Any) -> list:
     return list(
         dict.fromkeys(model.modules() if isinstance(model, nn.Module) else named(model).values())
     )
 
 
-def is_compiled(model):
+def is_compiled(model: Any) -> bool:
     return any(
         '_orig_mod' in m._modules or m._compiled_call_impl is not None
         for m in distinct_modules(model)
     )
 
 
-def run_eagerly(model):
+def run_eagerly(model: Any) -> contextlib.AbstractContextManager:
     """Inside this context, compiled parts run without their compiled code."""
     if not hasattr(torch.compiler, 'set_stance') or not is_compiled(model):
         return contextlib.nullcontext()
     return torch.compiler.set_stance('force_eager')
 
 
-def main_tensor(out):
+def main_tensor(out: Any) -> Any:
     """The tensor in a layer's output: itself, `last_hidden_state` or `logits` of a dict, else the
     first tensor in it.
     """

@@ -1,13 +1,17 @@
 "Project the student's features to the teacher's shape: first the grid, then the channels."
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..base.outputs import DistillError
 from .shapes import to_grid
 
-__all__ = ['Projector', 'checked_projector', 'describe_projector', 'projector']
+__all__ = ['Projector', 'ProjectorLike', 'checked_projector', 'describe_projector', 'projector']
 
+ProjectorLike = str | Callable[..., Tensor]  # a name in PROJECTORS, a module or a function
 PROJECTORS = 'auto', 'linear', 'conv', 'conv_bn', 'mlp'
 MATCHES = 'shape', 'grid', 'none'
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -17,11 +21,11 @@ NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 class _BatchNorm(nn.BatchNorm1d):
     """Batch norm of vectors and tokens, whose channels are on the last axis."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
-def _mapper(kind, a, b, dims):
+def _mapper(kind: ProjectorLike, a: int, b: int, dims: int) -> nn.Module:
     """Build a layer that maps each position from `a` to `b` channels."""
     n = dims - 2 if dims > 3 else 0
     one = lambda i, o, **kw: CONV[n](i, o, 1, **kw) if n else nn.Linear(i, o, **kw)
@@ -34,7 +38,7 @@ def _mapper(kind, a, b, dims):
     return one(a, b)
 
 
-def _default_kind(dims):
+def _default_kind(dims: int) -> str:
     return 'conv_bn' if dims > 3 else 'linear'
 
 
@@ -43,7 +47,14 @@ class Projector(nn.Module):
     `t` is used.
     """
 
-    def __init__(self, s_shape, t_shape, kind, match, picture=True):
+    def __init__(
+        self,
+        s_shape: Sequence[int],
+        t_shape: Sequence[int],
+        kind: ProjectorLike,
+        match: str,
+        picture: bool = True,
+    ) -> None:
         super().__init__()
         self.s_shape = tuple(s_shape)
         self.t_shape = tuple(t_shape)
@@ -51,7 +62,7 @@ class Projector(nn.Module):
         self.picture = picture
         self.own = not isinstance(kind, str)  # the user's module or function
         self.text = describe_projector(s_shape, t_shape, kind, match)
-        self.map = kind if self.own else None
+        self.map: Any = kind if self.own else None
         if not self.own and _needs_mapping(s_shape, t_shape, kind, match):
             dims = len(s_shape if match == 'none' else t_shape)
             self.map = _mapper(kind, _channels(s_shape), _channels(t_shape), dims)
@@ -78,8 +89,8 @@ class Projector(nn.Module):
             self._check(s, y, like)
         return y
 
-    def _check(self, s, y, like):
-        got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+    def _check(self, s: Tensor, y: Any, like: Sequence[int]) -> None:
+        got: Any = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         same_grid = (
             isinstance(y, Tensor) and len(got) == len(like) and _places(got) == _places(like)
         )
@@ -93,28 +104,34 @@ class Projector(nn.Module):
                 "or use projector='auto'."
             )
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return self.text
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.text
 
 
-def _channels(shape):
+def _channels(shape: Sequence[int]) -> int:
     return shape[-1] if len(shape) == 3 else shape[1]
 
 
-def _places(shape):
+def _places(shape: Sequence[int]) -> tuple[int, ...]:
     return (shape[1],) if len(shape) == 3 else tuple(shape[2:])
 
 
-def _needs_mapping(s_shape, t_shape, kind, match):
+def _needs_mapping(
+    s_shape: Sequence[int], t_shape: Sequence[int], kind: ProjectorLike, match: str
+) -> bool:
     """Return True if the projector needs weights. One with a named kind always does."""
     return kind != 'auto' or (match == 'shape' and _channels(s_shape) != _channels(t_shape))
 
 
 def projector(
-    s_shape, t_shape, kind='auto', match: str = 'shape', picture: bool = True
+    s_shape: Sequence[int],
+    t_shape: Sequence[int],
+    kind: ProjectorLike = 'auto',
+    match: str = 'shape',
+    picture: bool = True,
 ) -> Projector:
     """Build a module that maps the student's shape to the teacher's. It has parameters only if the
     channels differ or a kind is named.
@@ -141,7 +158,7 @@ def projector(
     return Projector(s_shape, t_shape, kind, match, picture)
 
 
-def checked_projector(kind):
+def checked_projector(kind: ProjectorLike) -> ProjectorLike:
     """Return `kind`. Raise a DistillError if it is not valid for any shape."""
     if isinstance(kind, type) or not (callable(kind) or kind in PROJECTORS):
         raise DistillError(
@@ -151,7 +168,9 @@ def checked_projector(kind):
     return kind
 
 
-def check_projector(s_shape, t_shape, kind, match):
+def check_projector(
+    s_shape: Sequence[int], t_shape: Sequence[int], kind: ProjectorLike, match: str
+) -> None:
     """Raise a DistillError for options that are wrong for these shapes."""
     checked_projector(kind)
     if match not in MATCHES:
@@ -175,7 +194,12 @@ def check_projector(s_shape, t_shape, kind, match):
         )
 
 
-def describe_projector(s_shape, t_shape, kind='auto', match='shape') -> str:
+def describe_projector(
+    s_shape: Sequence[int],
+    t_shape: Sequence[int],
+    kind: ProjectorLike = 'auto',
+    match: str = 'shape',
+) -> str:
     """Describe the module that `projector` builds for these shapes."""
     if not isinstance(kind, str):
         return getattr(kind, '__name__', type(kind).__name__)
@@ -190,7 +214,7 @@ def describe_projector(s_shape, t_shape, kind='auto', match='shape') -> str:
     return ', '.join(parts) or 'none'
 
 
-def _size_in_words(shape):
+def _size_in_words(shape: Sequence[int]) -> str:
     n = _places(shape)
     return (
         'vector'

@@ -1,6 +1,7 @@
 "Convert between maps, tokens and vectors."
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ __all__ = ['as_map', 'as_tokens', 'as_vector', 'grid', 'resize', 'to_grid']
 LEAD = 0, 1, 2, 4, 5
 
 
-def grid(n: int, aspect: float = 1.0):
+def grid(n: int, aspect: float = 1.0) -> tuple[int, int, int] | None:
     """Return (tokens to skip, height, width) of the map that `n` tokens fill after class and
     register tokens. None if none fits.
 
@@ -27,6 +28,7 @@ def grid(n: int, aspect: float = 1.0):
         w = (n - skip) // h
         if h * w == n - skip and abs(h - w * aspect) < 1:
             return skip, h, w
+    return None
 
 
 def as_map(y: Tensor, aspect: float = 1.0) -> Tensor:
@@ -74,11 +76,15 @@ def as_vector(y: Tensor) -> Tensor:
     return y if y.dim() < 3 else y.mean(1) if y.dim() == 3 else y.flatten(2).mean(2)
 
 
-AVERAGE_POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+AVERAGE_POOL: dict[int, Callable] = {
+    1: F.adaptive_avg_pool1d,
+    2: F.adaptive_avg_pool2d,
+    3: F.adaptive_avg_pool3d,
+}
 SMOOTH = {1: 'linear', 2: 'bilinear', 3: 'trilinear'}
 
 
-def resize(x: Tensor, size) -> Tensor:
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """Resize a grid. Axes that shrink are average-pooled, axes that grow are interpolated.
 
     Args:
@@ -92,7 +98,7 @@ def resize(x: Tensor, size) -> Tensor:
     return x if less == size else F.interpolate(x, size, mode=SMOOTH[len(size)])
 
 
-def to_grid(s: Tensor, like, picture: bool = True) -> Tensor:
+def to_grid(s: Tensor, like: Sequence[int], picture: bool = True) -> Tensor:
     """Convert the student's features to the teacher's grid, with the student's channels. Maps
     become tokens, or tokens a map, if needed.
 
@@ -116,7 +122,7 @@ def to_grid(s: Tensor, like, picture: bool = True) -> Tensor:
     return resize(s, like[2:])
 
 
-def _resize_tokens(s, n, picture):
+def _resize_tokens(s: Tensor, n: int, picture: bool) -> Tensor:
     """Resize (B, L, D) to (B, n, D): in two dimensions if both are images, else along the sequence."""
     a, b = grid(s.shape[1]), grid(n)
     if not picture or a is None or b is None:
@@ -124,7 +130,7 @@ def _resize_tokens(s, n, picture):
     return _with_class_tokens(s[:, : a[0]], as_tokens(resize(as_map(s), b[1:])), b[0])
 
 
-def _map_as_tokens(s, n):
+def _map_as_tokens(s: Tensor, n: int) -> Tensor:
     g = grid(n, s.shape[2] / s.shape[3])
     if g is None:
         raise DistillError(
@@ -136,7 +142,7 @@ def _map_as_tokens(s, n):
     return _with_class_tokens(s[:, :0, :0, 0], as_tokens(resize(s, g[1:])), g[0])
 
 
-def _with_class_tokens(lead, x, n):
+def _with_class_tokens(lead: Tensor, x: Tensor, n: int) -> Tensor:
     """Prepend `n` class and register tokens to `x`: the student's own, then the mean over its image
     for missing ones.
     """

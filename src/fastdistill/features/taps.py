@@ -2,9 +2,11 @@
 
 import contextlib
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..base.outputs import DistillError, Outputs
 from .layer_names import model_name, named, no_such_layer, resolve_among, unwrap
@@ -14,19 +16,19 @@ from .shapes import as_map, as_tokens, as_vector
 __all__ = ['Taps', 'is_output', 'layer_output']
 
 
-def as_is(y):
+def as_is(y: Any) -> Any:
     return y
 
 
 TURNS = dict(map=as_map, tokens=as_tokens, mean=as_vector)
 
 
-def is_output(name):
+def is_output(name: str) -> bool:
     "Return True if `name` stands for the model's output."
     return name.split('@')[0] == ''
 
 
-def layer_output(o: Outputs, name):
+def layer_output(o: Outputs, name: str) -> Any:
     """Return the output of a layer, or None if `o` does not contain it.
 
     Args:
@@ -46,13 +48,13 @@ class _Tap:
     nothing.
     """
 
-    def __init__(self, name, module, seen):
+    def __init__(self, name: str, module: nn.Module, seen: dict) -> None:
         self.name, self.module, self.seen = name, module, seen
         self.how = name.split('@')[1:]
 
     def __call__(
-        self, module, *what
-    ):  # `what` is (args, kwargs) before the layer runs, (args, output) after it
+        self, module: nn.Module, *what: Any
+    ) -> None:  # `what` is (args, kwargs) before the layer runs, (args, output) after it
         if module is not self.module:
             return
         y = main_tensor(what if 'in' in self.how else what[-1])
@@ -61,7 +63,7 @@ class _Tap:
         else:
             self.seen[self.name] = self.read(y)
 
-    def read(self, y):
+    def read(self, y: Any) -> tuple:
         # subtle: compiled code does not track the versions of tensors, so only a copy is safe there
         compiling = torch.compiler.is_compiling()
         if 'in' in self.how or 'pre' in self.how or compiling:
@@ -72,7 +74,7 @@ class _Tap:
 
     # subtle: a model may be copied (EMA) or pickled (export) while it has hooks. A copied hook is a function that does
     # nothing, takes any arguments, and can be loaded where fastdistill is not installed
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return getattr, (contextlib.nullcontext(), '__exit__')
 
 
@@ -89,14 +91,16 @@ class Taps:
         names: One name or glob, or a list of them, as in `resolve`.
     """
 
-    def __init__(self, model: nn.Module, names):
+    def __init__(self, model: nn.Module, names: str | Iterable[str]) -> None:
         names = [names] if isinstance(names, str) else names
-        self.model, self.seen, self.handles = model, {}, []
+        self.model = model
+        self.seen: dict[str, Any] = {}
+        self.handles: list = []
         self.compiled = is_compiled(model)  # True if parts of it were compiled by torch.compile
         have = named(model)
         self.names = list(dict.fromkeys(n for p in names for n in resolve_among(model, have, p)))
 
-    def attach(self):
+    def attach(self) -> 'Taps':
         """Add the hooks; a second call changes nothing."""
         self.detach()
         if self.names:
@@ -113,7 +117,7 @@ class Taps:
             self.handles.append(handle)
         return self
 
-    def _layer(self, name):
+    def _layer(self, name: str) -> Any:
         name = name.split('@')[0]
         try:
             m = unwrap(self.model).get_submodule(name)
@@ -130,26 +134,26 @@ class Taps:
             )
         return m
 
-    def detach(self):
+    def detach(self) -> None:
         """Remove the hooks and the tensors that they read."""
         self._unhook()
         self.seen.clear()
 
-    def _unhook(self):
+    def _unhook(self) -> None:
         for h in self.handles:
             h.remove()
         self.handles = []
 
-    def __enter__(self):
+    def __enter__(self) -> 'Taps':
         return self.attach()
 
     def __exit__(
-        self, error, *_
-    ):  # after a `with` block without an error, the tensors can still be popped
+        self, error: Any, *_: Any
+    ) -> None:  # after a `with` block without an error, the tensors can still be popped
         self._unhook() if error is None else self.detach()
 
     @property
-    def feats(self):
+    def feats(self) -> dict[str, Tensor]:
         """{layer name: tensor} of the layers that ran so far, in the given order."""
         return {n: self.seen[n][0] for n in self.names if isinstance(self.seen.get(n), tuple)}
 
@@ -161,7 +165,7 @@ class Taps:
         self.seen.clear()
         return {n: self._checked(n, seen.get(n)) for n in self.names}
 
-    def _checked(self, name, seen):
+    def _checked(self, name: str, seen: Any) -> Any:
         model, (base, *how) = model_name(self.model), name.split('@')
         if seen is None:
             raise DistillError(
@@ -186,7 +190,7 @@ class Taps:
         return y
 
 
-def _heed_hooks(model):
+def _heed_hooks(model: nn.Module) -> None:
     """Make torch.compile check for hooks. Code compiled before never runs hooks, so it is
     discarded.
     """

@@ -1,7 +1,9 @@
-"""Losses: pure functions of two tensors, student first, and their module forms."""
+"""Losses: pure functions of two tensors, student first. `Loss` is the module form of any of them;
+`OFD`, `VID` and `SEED` own a tensor.
+"""
 
 from . import decoupled, dense, divergence, feature, relation, response
-from ._base import loss
+from ._base import Loss, loss
 from .decoupled import *
 from .dense import *
 from .divergence import *
@@ -9,13 +11,8 @@ from .feature import *
 from .relation import *
 from .response import *
 
-NOT_LOSSES = {
-    'loss',
-    'ofd_margin',
-    'standardize',
-    'standardized',
-}  # public names that are helpers of losses
 __all__ = [
+    'Loss',
     'loss',
     *decoupled.__all__,
     *dense.__all__,
@@ -24,3 +21,5 @@ __all__ = [
     *relation.__all__,
     *response.__all__,
 ]
+# the loss functions among these names: what is decorated with `@loss`
+LOSSES = {n: f for n in __all__ if hasattr(f := globals()[n], 'relates')}

@@ -4,6 +4,8 @@ a function.
 
 import functools
 import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ __all__ = [
 ]
 
 
-def _full(x, detach=False):
+def _full(x: Any, detach: bool = False) -> Any:
     """Convert `x` (a tensor, or a list of them) to float32, or float64 if it is that already."""
     if isinstance(x, (list, tuple)):
         return [_full(o, detach) for o in x]
@@ -39,6 +41,7 @@ def _full(x, detach=False):
     return x.detach() if detach else x
 
 
+LossFn = TypeVar('LossFn', bound=Callable)  # the function that `@loss` decorates
 KINDS = 'softmax', 'sigmoid', 'regression'
 
 
@@ -48,7 +51,7 @@ def loss(
     lists: bool = False,
     samples: bool = False,
     relates: bool = False,
-):
+) -> Callable[[LossFn], LossFn]:
     """Decorate `fn(s, t, ...)` as a loss, e.g. `@loss(match='grid')`.
 
     The loss runs in float32 or float64, even under autocast. No gradient reaches the teacher. The
@@ -72,24 +75,20 @@ def loss(
         if v not in have:
             raise DistillError(f'{o}={v!r}: must be one of {", ".join(map(repr, have))}')
 
-    def decorate(fn):
+    def decorate(fn: LossFn) -> LossFn:
         @functools.wraps(fn)
-        def call(s, t, *args, **kwargs):
+        def call(s: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
             first = s[0] if isinstance(s, (list, tuple)) else s
             with torch.autocast(first.device.type, enabled=False):
                 return fn(_full(s), _full(t, detach=True), *args, **kwargs)
 
-        call.kind = kind
-        call.match = match
-        call.lists = lists
-        call.samples = samples
-        call.relates = relates
-        return call
+        vars(call).update(kind=kind, match=match, lists=lists, samples=samples, relates=relates)
+        return cast(LossFn, call)
 
     return decorate
 
 
-def fit_mask(mask: Tensor, shape):
+def fit_mask(mask: Tensor, shape: Sequence[int]) -> Tensor:
     """Expand `mask` to this shape, as a plain tensor. Raise a DistillError if it does not fit."""
     if mask.dim() > len(shape) or any(
         m not in (1, n) for m, n in zip(mask.shape[::-1], shape[::-1])
@@ -101,7 +100,7 @@ def fit_mask(mask: Tensor, shape):
     return as_plain(mask).expand(shape)
 
 
-def reduce(v: Tensor, reduction: str = 'mean', mask: Tensor | None = None):
+def reduce(v: Tensor, reduction: str = 'mean', mask: Tensor | None = None) -> Tensor:
     """Reduce `v` over the positions that count. An empty mask gives 0 with a gradient, never nan.
 
     Args:
@@ -122,7 +121,7 @@ def reduce(v: Tensor, reduction: str = 'mean', mask: Tensor | None = None):
     return v.mean() if mask is None else v.sum() / mask.sum().clamp_min(torch.finfo(v.dtype).eps)
 
 
-def same_shape(s: Tensor, t: Tensor):
+def same_shape(s: Tensor, t: Tensor) -> None:
     """Raise a DistillError for shapes that would broadcast silently."""
     if s.shape != t.shape:
         raise DistillError(
@@ -134,7 +133,7 @@ def same_shape(s: Tensor, t: Tensor):
         )
 
 
-def temperature(T):
+def temperature(T: float) -> float:
     """Return `T` if it is a valid temperature."""
     if not T > 0:
         raise DistillError(
@@ -144,25 +143,25 @@ def temperature(T):
     return T
 
 
-def class_axis(x: Tensor, axis: int):
+def class_axis(x: Tensor, axis: int) -> int:
     """Return `axis` as a non-negative index. Raise a DistillError if `x` has no such axis."""
     if not -x.dim() <= axis < x.dim():
         raise DistillError(f'axis={axis}: outputs of shape {tuple(x.shape)} have no such axis')
     return axis % x.dim()
 
 
-def log_probs(x: Tensor, T: float = 1.0, axis: int = 1):
+def log_probs(x: Tensor, T: float = 1.0, axis: int = 1) -> Tensor:
     """Compute the log-softmax of `x/T` over the class axis."""
     return F.log_softmax(x / temperature(T), class_axis(x, axis))
 
 
-def expect(lp: Tensor, v: Tensor):
+def expect(lp: Tensor, v: Tensor) -> Tensor:
     """Compute `exp(lp)*v`, with 0 where the probability is 0 (`v` may be infinite there)."""
     zero = lp == -torch.inf
     return lp.exp() * v.masked_fill(zero, 0.0)
 
 
-def channels_first(x: Tensor, axis: int = 1):
+def channels_first(x: Tensor, axis: int = 1) -> Tensor:
     """Move the channel axis of `x` to 1."""
     if x.dim() < 2 or not -x.dim() <= axis < x.dim() or axis % x.dim() == 0:
         raise DistillError(
@@ -172,13 +171,13 @@ def channels_first(x: Tensor, axis: int = 1):
     return x.movedim(axis, 1)
 
 
-def cells(x: Tensor, axis: int = 1):
+def cells(x: Tensor, axis: int = 1) -> Tensor:
     """Reshape `x` to (B, C, P): channels, then all positions. A vector has one position."""
     x = channels_first(x, axis)
     return x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
 
 
-def unit(x: Tensor, axis: int = 1, least: Tensor | float = 0.0):
+def unit(x: Tensor, axis: int = 1, least: Tensor | float = 0.0) -> Tensor:
     """Scale `x` to length 1 along `axis`. Zero vectors stay zero and get no gradient (`F.normalize`
     would multiply their gradient by 1e12).
 
@@ -190,48 +189,55 @@ def unit(x: Tensor, axis: int = 1, least: Tensor | float = 0.0):
 
 
 class Loss(nn.Module):
-    """Module form of the loss function `fn`. It only holds options."""
+    """Module form of a loss function. It only holds the function and its options.
 
-    fn = None
+    Args:
+        fn: A function of `fastdistill.losses`, or your own with keyword-only options.
+        **options: Options of the function.
 
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        cls.fn = staticmethod(cls.fn)
-        cls.__doc__ = cls.__doc__ or inspect.getdoc(cls.fn)
+    Example:
+        >>> criterion = losses.Loss(losses.kl, T=2.0)
+        >>> criterion(s, t)
+    """
 
-    def __init__(self, **options):
+    def __init__(self, fn: Callable, **options: Any) -> None:
         super().__init__()
         have = [
-            p.name
-            for p in inspect.signature(self.fn).parameters.values()
-            if p.kind is p.KEYWORD_ONLY
+            p.name for p in inspect.signature(fn).parameters.values() if p.kind is p.KEYWORD_ONLY
         ]
         if wrong := set(options) - set(have):
             raise TypeError(
-                f'{type(self).__name__} has no option {", ".join(sorted(wrong))}. It has: '
+                f'{getattr(fn, "__name__", fn)} has no option {", ".join(sorted(wrong))}. It has: '
                 f'{", ".join(have)}'
             )
+        self.fn = fn
         self.options = options
 
     @property
-    def kind(self):
+    def kind(self) -> str | None:
         """Outputs that the loss is for: 'softmax' over classes, 'sigmoid' per label or
         'regression'. None for any.
         """
         return getattr(self.fn, 'kind', None)
 
-    def forward(self, s, t, *args, **kwargs):
+    def forward(self, s: Any, t: Any, *args: Any, **kwargs: Any) -> Tensor:
         return self.fn(s, t, *args, **{**self.options, **kwargs})
 
-    def option(self, name):
+    def option(self, name: str) -> Any:
         """Return the value of an option: the given one, or the function's default."""
         return self.options.get(name, inspect.signature(self.fn).parameters[name].default)
 
-    def prepare(self, s, t, layer=None, axis=None):
+    def prepare(
+        self, s: Tensor, t: Tensor, layer: nn.Module | None = None, axis: int | None = None
+    ) -> None:
         """Create the tensors that the loss owns. Called once, with the projected student features,
         the teacher features and the teacher's layer.
         """
 
-    def extra_repr(self):
-        own = [] if self.fn is type(self).fn else [repr(self.fn)]
-        return ', '.join(own + [f'{k}={v!r}' for k, v in self.options.items()])
+    def extra_repr(self) -> str:
+        options = [f'{k}={v!r}' for k, v in self.options.items()]
+        if not inspect.isfunction(self.fn):
+            options = [repr(self.fn), *options]
+        elif type(self) is Loss:
+            options = [self.fn.__name__, *options]
+        return ', '.join(options)

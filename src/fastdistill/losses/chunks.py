@@ -2,8 +2,10 @@
 gradient.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import isfinite
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,12 @@ ON_CPU, ON_GPU = 2**16, 2**24
 
 
 def per_position(
-    values, s: Tensor, t: Tensor, axis: int = 1, mask: Tensor | None = None, slope=None
+    values: Callable,
+    s: Tensor,
+    t: Tensor,
+    axis: int = 1,
+    mask: Tensor | None = None,
+    slope: Callable | None = None,
 ) -> Tensor:
     """Compute `values` for all logits. The result has no class axis.
 
@@ -41,7 +48,7 @@ def per_position(
     return Chunked.apply(*three, *fns, size).reshape(s.shape[:axis] + s.shape[axis + 1 :])
 
 
-def chunk_size(x):
+def chunk_size(x: Tensor) -> int | None:
     """Return the number of elements per chunk of these logits, or None if they need no chunks."""
     size = ON_CPU if x.is_cpu else ON_GPU
     return (
@@ -51,12 +58,12 @@ def chunk_size(x):
     )
 
 
-def in_transform():
+def in_transform() -> bool:
     """Return True inside a torch.func transform, which needs to see every operation of the loss."""
     return getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)() is not None
 
 
-def seen_finite(*xs):
+def seen_finite(*xs: Tensor) -> bool:
     """Return True if all numbers are known to be finite. Checked only where that is fast: on a CPU,
     without a graph.
     """
@@ -65,13 +72,15 @@ def seen_finite(*xs):
     return all(x.is_cpu and isfinite(x.sum()) for x in xs)
 
 
-def in_three(x, axis):
+def in_three(x: Tensor, axis: int) -> Tensor:
     """Reshape `x` to (positions before the class axis, classes, positions after it)."""
     before, after = x.shape[:axis].numel(), x.shape[axis + 1 :].numel()
     return x.reshape(before, x.shape[axis], after)
 
 
-def blanked(fn, s, t, mask, axis=1, **options):
+def blanked(
+    fn: Callable, s: Tensor, t: Tensor, mask: Tensor | None, axis: int = 1, **options: Any
+) -> Any:
     """Call `fn` with 0 at masked positions, so that a nan there reaches neither the loss nor the
     gradient.
     """
@@ -80,7 +89,7 @@ def blanked(fn, s, t, mask, axis=1, **options):
     return fn(s, t, axis=axis, **options)
 
 
-def chunks(shape, size):
+def chunks(shape: Sequence[int], size: int) -> Iterator[tuple[slice, slice, slice]]:
     """Yield slices of (before, classes, after) with about `size` elements each."""
     a, c, p = shape
     rows, cols = max(size // (c * p), 1), max(min(p, size // c), 1)
@@ -93,7 +102,15 @@ class Chunked(torch.autograd.Function):
     """Values of logits (before, classes, after). The backward pass recomputes each chunk."""
 
     @staticmethod
-    def forward(ctx, s, t, mask, values, slope, size):
+    def forward(
+        ctx: Any,
+        s: Tensor,
+        t: Tensor,
+        mask: Tensor | None,
+        values: Callable,
+        slope: Callable | None,
+        size: int,
+    ) -> Tensor:
         ctx.save_for_backward(s, t, mask)
         ctx.fns = values, slope, size
         out = s.new_empty(len(s), 1, s.shape[2])
@@ -102,7 +119,7 @@ class Chunked(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple:
         (s, t, mask), (values, slope, size) = ctx.saved_tensors, ctx.fns
         if torch.is_grad_enabled():
             return second_order(values, s, t, mask, g), *[None] * 5
@@ -114,20 +131,20 @@ class Chunked(torch.autograd.Function):
         return out, *[None] * 5
 
 
-def rows_at(tensors, i):
+def rows_at(tensors: Sequence[Tensor | None], i: tuple[slice, slice, slice]) -> list:
     """Return chunk `i` of each tensor, without a last axis of size 1: PyTorch's softmax is faster
     over the last axis.
     """
-    rows = [None if x is None else x[i] for x in tensors]
+    rows: list = [None if x is None else x[i] for x in tensors]
     return rows if rows[0].shape[2] > 1 else [None if x is None else x.squeeze(2) for x in rows]
 
 
 @torch.enable_grad()
-def by_autograd(values, s, t, mask):
+def by_autograd(values: Callable, s: Tensor, t: Tensor, mask: Tensor | None) -> Tensor:
     s = s.detach().requires_grad_()
     return torch.autograd.grad(values(s, t, mask).sum(), s)[0]
 
 
-def second_order(values, s, t, mask, g):
+def second_order(values: Callable, s: Tensor, t: Tensor, mask: Tensor | None, g: Tensor) -> Tensor:
     """Compute the gradient with its own graph and without chunks."""
     return torch.autograd.grad(values(s, t, mask).unsqueeze(1), s, g, create_graph=True)[0]

@@ -2,6 +2,8 @@
 processed in chunks.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,16 +37,18 @@ def both_correlations(
     return own.reshape(s.shape[:axis] + s.shape[axis + 1 :]), shared
 
 
-def at_once(s, t, axis, w, T, eps):
+def at_once(
+    s: Tensor, t: Tensor, axis: int, w: Tensor | None, T: float, eps: float
+) -> tuple[Tensor, Tensor]:
     p, q = log_probs(s, T, axis).exp(), log_probs(t, T, axis).exp()
     return pearson(p, q, axis, None, eps), pearson(p, q, others(p, axis), w, eps).mean()
 
 
-def others(x, axis=1):
+def others(x: Tensor, axis: int = 1) -> list[int]:
     return [d for d in range(x.dim()) if d != axis]
 
 
-def pearson(a: Tensor, b: Tensor, dim, w: Tensor | None, eps: float):
+def pearson(a: Tensor, b: Tensor, dim: int | list[int], w: Tensor | None, eps: float) -> Tensor:
     """Correlation, and 0 where one of the two does not vary.
 
     Args:
@@ -53,7 +57,7 @@ def pearson(a: Tensor, b: Tensor, dim, w: Tensor | None, eps: float):
         w: Weights that broadcast to `a`
     """
 
-    def center(x):
+    def center(x: Tensor) -> Tensor:
         if w is None:
             return x - x.mean(dim, keepdim=True)
         return (
@@ -72,13 +76,17 @@ class Correlations(torch.autograd.Function):
     """`both_correlations` of (before, classes, after). Each pass reads the logits once."""
 
     @staticmethod
-    def forward(ctx, s, t, mask, T, eps, size):
-        own, first, sums = s.new_empty(len(s), 1, s.shape[2]), None, 0.0
+    def forward(
+        ctx: Any, s: Tensor, t: Tensor, mask: Tensor | None, T: float, eps: float, size: int
+    ) -> tuple[Tensor, Tensor]:
+        own = s.new_empty(len(s), 1, s.shape[2])
+        first: list[Tensor] = []
+        sums = s.new_zeros(())
         for i in chunks(s.shape, size):
             p, q, w = probs_at(s, t, mask, i, T)
             own[i] = pearson(p, q, 1, None, eps).reshape(own[i].shape)
             # subtle: sums of squares keep their precision if a number close to the mean is subtracted first
-            if first is None:
+            if not first:
                 first = [x.mean(others(x), keepdim=True) for x in (p, q)]
             sums = sums + moments(p - first[0], q - first[1], w)
         n = own.numel() if mask is None else mask.sum().clamp_min(torch.finfo(s.dtype).eps)
@@ -92,7 +100,7 @@ class Correlations(torch.autograd.Function):
         return own, (cov / both).mean()
 
     @staticmethod
-    def backward(ctx, g_own, g_shared):
+    def backward(ctx: Any, g_own: Tensor, g_shared: Tensor) -> tuple:
         (s, t, mask, mean_s, mean_t, of_t, of_s), (T, eps, size) = ctx.saved_tensors, ctx.options
         if torch.is_grad_enabled():
             return with_graph(s, t, mask, T, eps, g_own, g_shared), *[None] * 5
@@ -107,7 +115,9 @@ class Correlations(torch.autograd.Function):
         return out, *[None] * 5
 
 
-def probs_at(s, t, mask, i, T):
+def probs_at(
+    s: Tensor, t: Tensor, mask: Tensor | None, i: tuple[slice, slice, slice], T: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return both models' probabilities in a chunk, and its mask."""
     s, t, w = rows_at((s, t, mask), i)
     if w is not None:
@@ -115,7 +125,7 @@ def probs_at(s, t, mask, i, T):
     return (s / T).softmax(1), (t / T).softmax(1), w
 
 
-def moments(a, b, w):
+def moments(a: Tensor, b: Tensor, w: Tensor | None) -> Tensor:
     """Compute weighted sums over the positions of a, b, their squares and their product. Their
     shape is kept.
     """
@@ -123,7 +133,7 @@ def moments(a, b, w):
     return torch.stack([x.sum(others(a), keepdim=True) for x in (wa, wb, wa * a, wb * b, wa * b)])
 
 
-def own_slope(p, q, eps):
+def own_slope(p: Tensor, q: Tensor, eps: float) -> Tensor:
     """Compute the gradient of the correlation over the classes with respect to the student's
     probabilities.
     """
@@ -133,11 +143,13 @@ def own_slope(p, q, eps):
     return b / both - safe_ratio((a * b).sum(1, keepdim=True) * norm_b, both**2 * norm_a) * a
 
 
-def safe_ratio(a, b):
+def safe_ratio(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(b > 0, a / b, 0.0)
 
 
-def with_graph(s, t, mask, T, eps, g_own, g_shared):
+def with_graph(
+    s: Tensor, t: Tensor, mask: Tensor | None, T: float, eps: float, g_own: Tensor, g_shared: Tensor
+) -> Tensor:
     """Compute the gradient with its own graph and without chunks."""
     own, shared = blanked(at_once, s, t, mask, axis=1, w=mask, T=T, eps=eps)
     return torch.autograd.grad([own.unsqueeze(1), shared], s, [g_own, g_shared], create_graph=True)[

@@ -4,13 +4,15 @@ import torch
 from torch import Tensor
 
 from ..base.outputs import DistillError, as_plain
-from ._base import Loss, class_axis, expect, fit_mask, log_probs, loss, reduce
+from ._base import class_axis, expect, fit_mask, log_probs, loss, reduce
 from .response import checked_classes, kl_from_logs, positions, select_class
 
-__all__ = ['dkd', 'DKD', 'nkd', 'NKD', 'rld', 'RLD']
+__all__ = ['dkd', 'nkd', 'rld']
 
 
-def checked_labels(y, s, axis, ignore_index, mask):
+def checked_labels(
+    y: Tensor, s: Tensor, axis: int, ignore_index: int, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Return one class per position, and the mask without positions whose label is `ignore_index`."""
     y, axis = as_plain(y), class_axis(s, axis)
     shape, n = positions(s, axis), s.shape[axis]
@@ -46,7 +48,7 @@ def checked_labels(y, s, axis, ignore_index, mask):
     return y, keep
 
 
-def without_class(x, y, axis):
+def without_class(x: Tensor, y: Tensor, axis: int) -> Tensor:
     """Set `x` to -inf at class `y`, so that a softmax or logsumexp covers exactly the other
     classes.
     """
@@ -69,7 +71,7 @@ def dkd(
     ignore_index: int = -100,
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute T^2 (alpha KL of (p_y, 1-p_y) + beta KL of the softmax without y) (decoupled
     distillation, CVPR 2022, arXiv:2203.08679).
 
@@ -95,11 +97,7 @@ def dkd(
     )
 
 
-class DKD(Loss):
-    fn = dkd
-
-
-def _target_or_not(lp, y, axis):
+def _target_or_not(lp: Tensor, y: Tensor, axis: int) -> Tensor:
     """Compute log p_y and log(1-p_y), without the cancellation in 1-p_y."""
     return torch.stack([select_class(lp, y, axis), without_class(lp, y, axis).logsumexp(axis)])
 
@@ -116,7 +114,7 @@ def nkd(
     ignore_index: int = -100,
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute -p_t^y log p_s^y + gamma T^2 cross-entropy of the softmax without y (normalized
     distillation, ICCV 2023, arXiv:2303.13005).
 
@@ -140,10 +138,6 @@ def nkd(
     return reduce(expect(lt, -ls) + gamma * T**2 * expect(ot, -os).sum(axis), reduction, mask)
 
 
-class NKD(Loss):
-    fn = nkd
-
-
 @loss(kind='softmax', match='shape')
 def rld(
     s: Tensor,
@@ -158,7 +152,7 @@ def rld(
     ignore_index: int = -100,
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute the two-part loss of refined logit distillation (ICCV 2025, arXiv:2408.07703).
 
     The first part is alpha_T^2 alpha KL between the teacher's (max p_t, 1 - max p_t) and the
@@ -196,7 +190,3 @@ def rld(
     return reduce(
         alpha * A**2 * kl_from_logs(best, label, 0) + beta * T**2 * below, reduction, mask
     )
-
-
-class RLD(Loss):
-    fn = rld

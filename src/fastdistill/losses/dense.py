@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base.outputs import DistillError, as_plain
-from ._base import Loss, cells, channels_first, expect, fit_mask, log_probs, loss, reduce, unit
+from ._base import cells, channels_first, expect, fit_mask, log_probs, loss, reduce, unit
 
-__all__ = ['cwd', 'CWD', 'pairwise', 'Pairwise', 'ifvd', 'IFVD']
+__all__ = ['cwd', 'pairwise', 'ifvd']
 
 MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
@@ -25,7 +25,7 @@ def cwd(
     axis: int = 1,
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute T^2 KL between each channel's softmax over all positions, averaged over channels and
     samples (channel-wise KD, arXiv:2011.13256).
 
@@ -58,11 +58,7 @@ def cwd(
     return reduce(expect(lt, lt - ls).sum(2) * T**2, reduction, mask)
 
 
-class CWD(Loss):
-    fn = cwd
-
-
-def affinity(x, pool, axis):
+def affinity(x: Tensor, pool: float, axis: int) -> Tensor:
     """Max-pool to cells and compute the cosines over channels between them, (B, P, P)."""
     x = channels_first(x, axis)
     grid = x.shape[2:]
@@ -84,7 +80,7 @@ def pairwise(
     axis: int = 1,
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute the squared difference of the cosines between all pairs of cells, averaged over pairs
     (structured KD, arXiv:1903.04197).
 
@@ -113,11 +109,7 @@ def pairwise(
     return reduce((s - t).pow(2).mean((1, 2)), reduction, mask)
 
 
-class Pairwise(Loss):
-    fn = pairwise
-
-
-def to_prototypes(x: Tensor, y: Tensor, n: int):
+def to_prototypes(x: Tensor, y: Tensor, n: int) -> Tensor:
     """Compute the cosine of each position with the mean of its class in the same image, (B, P).
 
     Args:
@@ -131,7 +123,7 @@ def to_prototypes(x: Tensor, y: Tensor, n: int):
     return (unit(x) * unit(proto).gather(2, i)).sum(1)
 
 
-def numbered(y: Tensor):
+def numbered(y: Tensor) -> Tensor:
     """Renumber the classes of each image as 0, 1, 2 ... in ascending order.
 
     Unlike counting the classes, this does not make the GPU wait.
@@ -156,7 +148,7 @@ def ifvd(
     axis: int = 1,
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute the squared difference of each position's cosine with the mean feature of its class
     in the image (intra-class feature variation, Wang et al., ECCV 2020).
 
@@ -192,7 +184,3 @@ def ifvd(
         reduction,
         on if mask is None else on * fit_mask(mask, on.shape),
     )
-
-
-class IFVD(Loss):
-    fn = ifvd

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..base.outputs import DistillError
-from ._base import Loss, expect, log_probs, loss
+from ._base import expect, log_probs, loss
 from .response import kl, kl_from_logs, kl_values, reduce_positions, reverse_kl, within
 
-__all__ = ['ttm', 'TTM', 'wttm', 'WTTM', 'skewed_kl', 'SkewedKL', 'taid', 'TAID', 'abkd', 'ABKD']
+__all__ = ['ttm', 'wttm', 'skewed_kl', 'taid', 'abkd']
 
 
 @loss(kind='softmax', match='shape')
@@ -24,7 +24,7 @@ def ttm(
     axis: int = 1,
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute KL(softmax(t/T) || softmax(s)): transformed teacher matching (ICLR 2024,
     arXiv:2402.11148).
 
@@ -41,12 +41,8 @@ def ttm(
     return reduce_positions(partial(ttm_values, T=T), s, t, axis, mask, reduction)
 
 
-def ttm_values(s, t, T, axis):
+def ttm_values(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
     return kl_from_logs(log_probs(within(t, s), T, axis), log_probs(s, 1.0, axis), axis)
-
-
-class TTM(Loss):
-    fn = ttm
 
 
 @loss(kind='softmax', match='shape')
@@ -58,7 +54,7 @@ def wttm(
     axis: int = 1,
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute `ttm` with each position weighted by the sum of its softmax(t)^(1/T) (ICLR 2024,
     arXiv:2402.11148).
 
@@ -75,13 +71,9 @@ def wttm(
     return reduce_positions(partial(wttm_values, T=T), s, t, axis, mask, reduction)
 
 
-def wttm_values(s, t, T, axis):
+def wttm_values(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
     u = (log_probs(within(t, s), 1.0, axis) / T).logsumexp(axis).exp()
     return u * ttm_values(s, t, T, axis)
-
-
-class WTTM(Loss):
-    fn = wttm
 
 
 @loss(kind='softmax', match='shape')
@@ -95,7 +87,7 @@ def skewed_kl(
     axis: int = 1,
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute the skewed KL, T^2 KL(p_t || lam p_t + (1-lam) p_s), whose gradient is bounded
     (DistiLLM, ICML 2024, arXiv:2402.03898).
 
@@ -127,17 +119,13 @@ def skewed_kl(
     )
 
 
-def skewed_values(s, t, lam, reverse, T, axis):
+def skewed_values(s: Tensor, t: Tensor, lam: float, reverse: bool, T: float, axis: int) -> Tensor:
     ls, lt = log_probs(s, T, axis), log_probs(t, T, axis)
     a, b = (ls, lt) if reverse else (lt, ls)
     return kl_from_logs(a, mixture(a, b, lam), axis)
 
 
-class SkewedKL(Loss):
-    fn = skewed_kl
-
-
-def mixture(a, b, lam):
+def mixture(a: Tensor, b: Tensor, lam: float) -> Tensor:
     """Compute log(lam exp(a) + (1-lam) exp(b))."""
     low = torch.finfo(a.dtype).min / 4  # the gradient of logaddexp is nan where both are -inf
     return torch.logaddexp(a.clamp_min(low) + math.log(lam), b.clamp_min(low) + math.log(1 - lam))
@@ -153,7 +141,7 @@ def taid(
     axis: int = 1,
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute T^2 KL(softmax(m/T) || softmax(s/T)), where m = (1-lam) s + lam t without a gradient
     (TAID, ICLR 2025, arXiv:2501.16937).
 
@@ -177,14 +165,10 @@ def taid(
     )
 
 
-def taid_values(s, t, lam, T, axis):
+def taid_values(s: Tensor, t: Tensor, lam: float, T: float, axis: int) -> Tensor:
     # subtle: at 0 and 1 one of the two is used unchanged, since 0*inf is nan
     target = t if lam == 1 else s.detach() if lam == 0 else (1 - lam) * s.detach() + lam * t
     return kl_values(s, target, T, axis)
-
-
-class TAID(Loss):
-    fn = taid
 
 
 @loss(kind='softmax', match='shape')
@@ -198,7 +182,7 @@ def abkd(
     axis: int = 1,
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute T^2 times the alpha-beta divergence of the probabilities (ABKD, ICML 2025,
     arXiv:2505.04560).
 
@@ -224,17 +208,13 @@ def abkd(
     )
 
 
-def abkd_values(s, t, alpha, beta, T, axis):
+def abkd_values(s: Tensor, t: Tensor, alpha: float, beta: float, T: float, axis: int) -> Tensor:
     # subtle: as in `kl` and `reverse_kl`, where a class that one model rules out would make the limit infinite
     a, b = within(t, s) if beta == 0 else t, within(s, t) if alpha == 0 else s
     return ab_divergence(log_probs(a, T, axis), log_probs(b, T, axis), alpha, beta).sum(axis)
 
 
-class ABKD(Loss):
-    fn = abkd
-
-
-def ab_divergence(lp, lq, a, b):
+def ab_divergence(lp: Tensor, lq: Tensor, a: float, b: float) -> Tensor:
     """Compute the summands of the alpha-beta divergence of two distributions, given as logarithms."""
     if a == 0:
         return ab_divergence(lq, lp, b, 0)

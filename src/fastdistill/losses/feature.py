@@ -5,6 +5,8 @@ with axis=-1.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,32 +16,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..base.outputs import DistillError
 from ._base import Loss, _full, cells, channels_first, fit_mask, loss, reduce, unit
 
-__all__ = [
-    'hint',
-    'Hint',
-    'at',
-    'AT',
-    'nst',
-    'NST',
-    'fsp',
-    'FSP',
-    'ab',
-    'AB',
-    'ofd',
-    'OFD',
-    'ofd_margin',
-    'vid',
-    'VID',
-    'pkd',
-    'PKD',
-    'cosine',
-    'Cosine',
-]
+__all__ = ['hint', 'at', 'nst', 'fsp', 'ab', 'ofd', 'OFD', 'vid', 'VID', 'pkd', 'cosine']
 
-GRID_POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+GRID_POOL: dict[int, Callable] = {
+    1: F.adaptive_avg_pool1d,
+    2: F.adaptive_avg_pool2d,
+    3: F.adaptive_avg_pool3d,
+}
 
 
-def same_features(s, t):
+def same_features(s: Tensor, t: Tensor) -> None:
     """Raise a DistillError for shapes that would broadcast silently."""
     if s.shape != t.shape:
         raise DistillError(
@@ -49,7 +35,7 @@ def same_features(s, t):
         )
 
 
-def pooled(xs, axis: int = 1):
+def pooled(xs: Sequence[Tensor], axis: int = 1) -> list[Tensor]:
     """Move channels to axis 1 and average-pool all features to the smallest grid among them."""
     xs = [channels_first(o, axis) for o in xs]
     grids = [tuple(o.shape[2:]) for o in xs]
@@ -63,14 +49,14 @@ def pooled(xs, axis: int = 1):
     return [o if g == grid else GRID_POOL[len(grid)](o, grid) for o, g in zip(xs, grids)]
 
 
-def tensor_like(v, x: Tensor):
+def tensor_like(v: Tensor | float, x: Tensor) -> Tensor:
     """Return `v` as a tensor on the device of `x`. A number is created there, since a copy would
     make the GPU wait.
     """
     return v.to(x) if isinstance(v, Tensor) else x.new_full((1,), v)
 
 
-def per_channel(v, x: Tensor, axis: int):
+def per_channel(v: Tensor | float, x: Tensor, axis: int) -> Tensor:
     """Reshape one number, or one per channel, so that it broadcasts to `x`."""
     v = tensor_like(v, x).flatten()
     if len(v) not in (1, x.shape[axis]):
@@ -84,7 +70,7 @@ def per_channel(v, x: Tensor, axis: int):
 @loss(kind=None, match='shape')
 def hint(
     s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
-):
+) -> Tensor:
     """Compute the mean squared difference (FitNets, arXiv:1412.6550).
 
     The paper's loss, 1/2 ||t-s||^2, equals this one times channels x positions / 2.
@@ -99,10 +85,6 @@ def hint(
     return reduce((s - t).pow(2).mean(axis), reduction, mask)
 
 
-class Hint(Loss):
-    fn = hint
-
-
 @loss(kind=None, match='none', samples=True)
 def at(
     s: Tensor,
@@ -112,7 +94,7 @@ def at(
     axis: int = 1,
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute the squared difference of the attention maps q = mean_c |x|^p, scaled to length 1
     (arXiv:1612.03928).
 
@@ -136,14 +118,10 @@ def at(
     return reduce((s - t).pow(2).mean(1), reduction, mask)
 
 
-class AT(Loss):
-    fn = at
-
-
 @loss(kind=None, match='none', samples=True)
 def nst(
     s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
-):
+) -> Tensor:
     """Compute the maximum mean discrepancy between the channels, with the kernel (a.b)^2 (neuron
     selectivity transfer, arXiv:1707.01219).
 
@@ -167,20 +145,18 @@ def nst(
     return reduce(v, reduction, mask)
 
 
-class NST(Loss):
-    fn = nst
-
-
-def flows(xs, axis):
+def flows(xs: Sequence[Tensor], axis: int) -> list[Tensor]:
     """Compute the products of the channels of consecutive layers, averaged over positions: (B, C1,
     C2) each.
     """
-    xs = [[o.flatten(2) for o in pooled(pair, axis)] for pair in zip(xs, xs[1:])]
-    return [a @ b.mT / a.shape[2] for a, b in xs]
+    pairs = [[o.flatten(2) for o in pooled(pair, axis)] for pair in zip(xs, xs[1:])]
+    return [a @ b.mT / a.shape[2] for a, b in pairs]
 
 
 @loss(kind=None, match='shape', lists=True, samples=True)
-def fsp(s: list, t: list, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'):
+def fsp(
+    s: list, t: list, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
+) -> Tensor:
     """Compute the squared difference of the flows between consecutive layers (Yim et al., CVPR
     2017).
 
@@ -204,15 +180,11 @@ def fsp(s: list, t: list, *, axis: int = 1, mask: Tensor | None = None, reductio
             'fsp takes two lists of equal length, with two or more maps each, but got '
             f'{got[0]} and {got[1]}'
         )
-    v = 0.0
+    v = s[0].new_zeros(())
     for a, b in zip(flows(s, axis), flows(t, axis)):
         same_features(a, b)
         v = v + (a - b).pow(2).mean((1, 2))
     return reduce(v, reduction, mask)
-
-
-class FSP(Loss):
-    fn = fsp
 
 
 @loss(kind=None, match='shape')
@@ -224,7 +196,7 @@ def ab(
     axis: int = 1,
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute a squared hinge loss that makes each neuron active where the teacher's is (activation
     boundaries, arXiv:1811.03233).
 
@@ -244,17 +216,13 @@ def ab(
     )
 
 
-class AB(Loss):
-    fn = ab
-
-
-def negative_mean(t, axis):
+def negative_mean(t: Tensor, axis: int) -> Tensor:
     """Compute the mean of each channel's negative values, or 0 if it has none."""
     t = cells(t, axis)
     return t.clamp_max(0).sum((0, 2)) / (t < 0).sum((0, 2)).clamp_min(1)
 
 
-def ofd_margin(bn: nn.Module):
+def ofd_margin(bn: _BatchNorm) -> Tensor:
     """Compute the expected negative value of each channel, E[x | x < 0] for x ~ N(bias, weight^2),
     as (C,).
 
@@ -280,7 +248,7 @@ def ofd(
     axis: int = 1,
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute the squared distance to max(t, margin), but 0 where that is not positive and the
     student is already below it (overhaul of feature distillation, arXiv:1904.01866).
 
@@ -310,7 +278,7 @@ def vid(
     axis: int = 1,
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute the Gaussian negative log-likelihood of `t`, 1/2 ((s-t)^2/var + log var) (variational
     information distillation, arXiv:1904.05835).
 
@@ -328,12 +296,12 @@ def vid(
         mask: Which positions count. Shape of `s` without the channel axis.
     """
     same_features(s, t)
-    var = (
+    variance = (
         tensor_like(var, s)
         if log_scale is None
         else F.softplus(per_channel(log_scale, s, axis)) + eps
     )
-    return reduce(((s - t).pow(2) / var + var.log()).mean(axis) / 2, reduction, mask)
+    return reduce(((s - t).pow(2) / variance + variance.log()).mean(axis) / 2, reduction, mask)
 
 
 class Owner(Loss):
@@ -341,19 +309,19 @@ class Owner(Loss):
     by `prepare`.
     """
 
-    own = None  # name of the option, and of the attribute
+    own: str  # name of the option, and of the attribute
 
-    def __init__(self, **options):
-        super().__init__(**options)
+    def __init__(self, fn: Callable, **options: Any) -> None:
+        super().__init__(fn, **options)
         v = self.options.pop(self.own, None)
         self.register_buffer(self.own, None)
         if v is not None:
             self.keep(torch.as_tensor(v, dtype=None if isinstance(v, Tensor) else torch.float32))
 
-    def keep(self, v):
+    def keep(self, v: Tensor) -> None:
         setattr(self, self.own, v.detach().clone())
 
-    def _load_from_state_dict(self, state, prefix, *args):
+    def _load_from_state_dict(self, state: dict, prefix: str, *args: Any) -> None:
         """Take the tensor from the state if the loss is not prepared yet."""
         v = state.get(prefix + self.own)
         if v is not None and getattr(self, self.own) is None:
@@ -362,9 +330,21 @@ class Owner(Loss):
 
 
 class OFD(Owner):
-    fn, own = ofd, 'margin'
+    """Module form of `ofd`, which owns the margin.
 
-    def prepare(self, s, t, layer=None, axis=None):
+    Args:
+        **options: Options of `ofd`.
+    """
+
+    own = 'margin'
+    margin: Tensor | None  # None before `prepare`
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(ofd, **options)
+
+    def prepare(
+        self, s: Tensor, t: Tensor, layer: nn.Module | None = None, axis: int | None = None
+    ) -> None:
         """Set the margin: from the teacher's layer if it is a batch norm, otherwise from the
         negative values in this batch.
         """
@@ -375,18 +355,30 @@ class OFD(Owner):
         else:
             self.keep(negative_mean(_full(t), self.option('axis') if axis is None else axis))
 
-    def forward(self, s, t, *args, **kwargs):
+    def forward(self, s: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return super().forward(s, t, *args, **{'margin': self.margin, **kwargs})
 
 
 class VID(Owner):
-    fn, own = vid, 'log_scale'
+    """Module form of `vid`, which owns the trained variances.
 
-    def keep(self, v):
+    Args:
+        **options: Options of `vid`.
+    """
+
+    own = 'log_scale'
+    log_scale: Tensor | None  # None before `prepare`
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(vid, **options)
+
+    def keep(self, v: Tensor) -> None:
         del self.log_scale
         self.log_scale = nn.Parameter(v.detach().clone())
 
-    def prepare(self, s, t, layer=None, axis=None):
+    def prepare(
+        self, s: Tensor, t: Tensor, layer: nn.Module | None = None, axis: int | None = None
+    ) -> None:
         """Create the trained variance of each teacher channel."""
         if self.log_scale is not None:
             return
@@ -395,7 +387,7 @@ class VID(Owner):
             _full(t).new_full((t.shape[self.option('axis') if axis is None else axis],), start)
         )
 
-    def forward(self, s, t, *args, **kwargs):
+    def forward(self, s: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.log_scale is None:
             raise DistillError(
                 'VID trains a variance, which does not exist yet: call prepare(s, t) with the features '
@@ -405,7 +397,7 @@ class VID(Owner):
         return super().forward(s, t, *args, **{'log_scale': self.log_scale, **kwargs})
 
 
-def standardized_rows(x: Tensor, w: Tensor):
+def standardized_rows(x: Tensor, w: Tensor) -> Tensor:
     """Subtract each row's mean and scale the row to length 1. A row that is constant up to rounding
     becomes 0.
 
@@ -423,7 +415,7 @@ def standardized_rows(x: Tensor, w: Tensor):
 
 
 @loss(kind=None, match='shape', relates=True)
-def pkd(s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None):
+def pkd(s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None) -> Tensor:
     """Compute 1 - Pearson correlation of each channel over batch and positions, averaged over
     channels (PKD, arXiv:2207.02039).
 
@@ -446,14 +438,10 @@ def pkd(s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None):
     return (s - t).pow(2).sum(1).mean() / 2
 
 
-class PKD(Loss):
-    fn = pkd
-
-
 @loss(kind=None, match='shape')
 def cosine(
     s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
-):
+) -> Tensor:
     """Compute 1 - cosine similarity of the features at each position, from 0 to 2 (DistilBERT,
     arXiv:1910.01108).
 
@@ -467,7 +455,3 @@ def cosine(
     """
     same_features(s, t)
     return reduce(1 - (unit(s, axis) * unit(t, axis)).sum(axis), reduction, mask)
-
-
-class Cosine(Loss):
-    fn = cosine

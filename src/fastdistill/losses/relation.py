@@ -6,19 +6,20 @@ maps or tokens first.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..base.outputs import DistillError
-from ._base import Loss, _full, cells, expect, log_probs, loss, reduce, unit
+from ._base import _full, cells, expect, log_probs, loss, reduce, unit
 from .feature import Owner, same_features, tensor_like
 
-__all__ = ['rkd', 'RKD', 'sp', 'SP', 'cc', 'CC', 'pkt', 'PKT', 'seed', 'SEED', 'ickd', 'ICKD']
+__all__ = ['rkd', 'sp', 'cc', 'pkt', 'seed', 'SEED', 'ickd']
 
 
-def samples(s: Tensor, t: Tensor):
+def samples(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Flatten both to (B, D)."""
     if len(s) != len(t) or s.dim() < 2 or t.dim() < 2:
         raise DistillError(
@@ -28,7 +29,7 @@ def samples(s: Tensor, t: Tensor):
     return s.flatten(1), t.flatten(1)
 
 
-def distances(x: Tensor):
+def distances(x: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the (B, B) distances divided by their mean, and which of them are 0 up to rounding
     (such pairs have no direction).
 
@@ -41,7 +42,7 @@ def distances(x: Tensor):
     return d, d <= torch.finfo(d.dtype).eps ** 0.5
 
 
-def cosines(d: Tensor, none: Tensor):
+def cosines(d: Tensor, none: Tensor) -> Tensor:
     """Compute the cosine of the angle at i between j and k by the law of cosines, (B, B, B). It is
     0 where there is no angle.
 
@@ -63,7 +64,7 @@ def rkd(
     w_a: float = 50.0,
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute Huber losses of the distances, divided by their mean, and of the cosines of all
     triples (relational KD, arXiv:1904.05068).
 
@@ -86,12 +87,8 @@ def rkd(
     return reduce(v, reduction, mask)
 
 
-class RKD(Loss):
-    fn = rkd
-
-
 @loss(kind=None, match='none', samples=True, relates=True)
-def sp(s: Tensor, t: Tensor, *, mask: Tensor | None = None, reduction: str = 'mean'):
+def sp(s: Tensor, t: Tensor, *, mask: Tensor | None = None, reduction: str = 'mean') -> Tensor:
     """Compute the squared difference of the matrices x x^T with rows scaled to length 1, averaged
     over B^2 (similarity-preserving KD, arXiv:1907.09682).
 
@@ -104,16 +101,11 @@ def sp(s: Tensor, t: Tensor, *, mask: Tensor | None = None, reduction: str = 'me
     return reduce((s - t).pow(2).mean(1), reduction, mask)
 
 
-class SP(Loss):
-    fn = sp
-
-
-def gaussian(x, gamma, degree):
+def gaussian(x: Tensor, gamma: float, degree: int) -> Tensor:
     """Compute exp(-gamma |a-b|^2) for rows of length 1, as a Taylor sum up to `degree`."""
     x = x @ x.T
-    return math.exp(-2 * gamma) * sum(
-        (2 * gamma) ** p / math.factorial(p) * x**p for p in range(degree + 1)
-    )
+    terms = ((2 * gamma) ** p / math.factorial(p) * x**p for p in range(degree + 1))
+    return math.exp(-2 * gamma) * sum(terms, x.new_zeros(()))
 
 
 @loss(kind=None, match='none', samples=True, relates=True)
@@ -127,7 +119,7 @@ def cc(
     normalize: bool = True,
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute the squared difference of the kernel matrices of the samples, averaged over B^2
     (correlation congruence, arXiv:1904.01802).
 
@@ -151,11 +143,7 @@ def cc(
     return reduce((s - t).pow(2).mean(1), reduction, mask)
 
 
-class CC(Loss):
-    fn = cc
-
-
-def neighbors(x: Tensor):
+def neighbors(x: Tensor) -> Tensor:
     """Compute the (B, B) log-probabilities of the other samples: (1 + cosine)/2, divided by their
     sum.
 
@@ -169,7 +157,7 @@ def neighbors(x: Tensor):
 
 
 @loss(kind=None, match='none', samples=True, relates=True)
-def pkt(s: Tensor, t: Tensor, *, mask: Tensor | None = None, reduction: str = 'mean'):
+def pkt(s: Tensor, t: Tensor, *, mask: Tensor | None = None, reduction: str = 'mean') -> Tensor:
     """Compute the KL of each sample's distribution over the others, p(j|i) ~ (1 + cos(i, j))/2,
     averaged over samples (probabilistic knowledge transfer, arXiv:1803.10837).
 
@@ -185,10 +173,6 @@ def pkt(s: Tensor, t: Tensor, *, mask: Tensor | None = None, reduction: str = 'm
     return reduce(expect(lt, lt - ls).sum(1), reduction, mask)
 
 
-class PKT(Loss):
-    fn = pkt
-
-
 @loss(kind=None, match='shape', samples=True, relates=True)
 def seed(
     s: Tensor,
@@ -199,7 +183,7 @@ def seed(
     T_t: float = 0.01,
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute the cross-entropy of each sample's similarities to many teacher embeddings, softmax
     of cosine/T (self-supervised distillation SEED, arXiv:2101.04731).
 
@@ -228,25 +212,30 @@ def seed(
 
 
 class SEED(Owner):
-    fn, own = seed, 'queue'
+    """Module form of `seed`, which owns the queue of teacher embeddings.
 
-    def __init__(
-        self,
-        *,
-        size: int = 4096,  # embeddings in the queue; the authors use 65,536 for ImageNet
-        **options,  # of `seed`
-    ):
+    Args:
+        size: Embeddings in the queue. The authors use 65,536 for ImageNet.
+        **options: Options of `seed`.
+    """
+
+    own = 'queue'
+    queue: Any  # tensor; None before `prepare`
+
+    def __init__(self, *, size: int = 4096, **options: Any) -> None:
         if size < 1:
             raise DistillError(f'size={size}: the queue must hold at least 1 embedding')
         self.size = size
-        super().__init__(**options)
+        super().__init__(seed, **options)
 
-    def prepare(self, s, t, layer=None, axis=None):
+    def prepare(
+        self, s: Tensor, t: Tensor, layer: nn.Module | None = None, axis: int | None = None
+    ) -> None:
         """Create an empty queue."""
         if self.queue is None:
             self.keep(_full(t).new_zeros(self.size, t[0].numel()))
 
-    def forward(self, s, t, *args, **kwargs):
+    def forward(self, s: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the loss. In training, the teacher embeddings then enter the queue and the oldest
         ones leave it.
         """
@@ -257,11 +246,11 @@ class SEED(Owner):
             self.queue.copy_(torch.cat([new, self.queue])[: len(self.queue)])
         return v
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return ', '.join(filter(None, [f'size={self.size}', super().extra_repr()]))
 
 
-def correlations(x, axis):
+def correlations(x: Tensor, axis: int) -> Tensor:
     """Compute the products of channels over positions with rows scaled to length 1, (B, C, C)."""
     x = cells(x, axis)
     return unit(x @ x.mT, 2)
@@ -270,7 +259,7 @@ def correlations(x, axis):
 @loss(kind=None, match='shape', samples=True)
 def ickd(
     s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
-):
+) -> Tensor:
     """Compute the squared difference of the products of channels, with rows scaled to length 1
     (inter-channel correlation, Liu et al., ICCV 2021).
 
@@ -291,7 +280,3 @@ def ickd(
             'builds one from the shapes'
         )
     return reduce((s - t).pow(2).sum(2).mean(1), reduction, mask)
-
-
-class ICKD(Loss):
-    fn = ickd

@@ -6,7 +6,9 @@ import copy
 import functools
 import inspect
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,46 +32,34 @@ from .correlations import both_correlations
 
 __all__ = [
     'kl',
-    'KL',
     'reverse_kl',
-    'ReverseKL',
     'jsd',
-    'JSD',
     'tvd',
-    'TVD',
     'soft_ce',
-    'SoftCE',
     'mse',
-    'MSE',
     'hard',
-    'Hard',
     'binary_kl',
-    'BinaryKL',
     'regression',
-    'Regression',
     'soft_targets',
-    'SoftTargets',
     'uld',
-    'ULD',
     'dist',
-    'DIST',
     'standardize',
     'standardized',
 ]
 
 
-def positions(x, axis):
+def positions(x: Tensor, axis: int) -> torch.Size:
     return x.shape[:axis] + x.shape[axis + 1 :]
 
 
-def blank(mask, *xs):
+def blank(mask: Tensor, *xs: Tensor) -> list[Tensor]:
     """Replace masked values of `xs` by 0, so that a nan there reaches neither the loss nor the
     gradient.
     """
     return [x.where(mask > 0, 0.0) for x in xs]
 
 
-def checked_pair(s, t, axis, mask):
+def checked_pair(s: Tensor, t: Tensor, axis: int, mask: Tensor | None) -> Sequence[Tensor]:
     """Check the logits of both models and replace masked positions by 0."""
     same_shape(s, t)
     axis = class_axis(s, axis)
@@ -78,7 +68,7 @@ def checked_pair(s, t, axis, mask):
     )
 
 
-def check_classes(s, axis):
+def check_classes(s: Tensor, axis: int) -> None:
     """Raise a DistillError if there are fewer than two classes."""
     if s.shape[class_axis(s, axis)] < 2:
         raise DistillError(
@@ -88,13 +78,22 @@ def check_classes(s, axis):
         )
 
 
-def checked_classes(s, t, axis, mask):
+def checked_classes(s: Tensor, t: Tensor, axis: int, mask: Tensor | None) -> Sequence[Tensor]:
     """Do the same as `checked_pair`, for a softmax."""
     check_classes(s, axis)
     return checked_pair(s, t, axis, mask)
 
 
-def reduce_positions(values, s, t, axis, mask, reduction, slope=None, scale=1.0):
+def reduce_positions(
+    values: Callable,
+    s: Tensor,
+    t: Tensor,
+    axis: int,
+    mask: Tensor | None,
+    reduction: str,
+    slope: Callable | None = None,
+    scale: float = 1.0,
+) -> Tensor:
     """Compute and reduce a loss whose value at a position depends only on the logits at that
     position.
     """
@@ -105,18 +104,18 @@ def reduce_positions(values, s, t, axis, mask, reduction, slope=None, scale=1.0)
     return reduce(per_position(values, s, t, axis, mask, slope) * scale, reduction, mask)
 
 
-def within(x, other):
+def within(x: Tensor, other: Tensor) -> Tensor:
     """Set `x` to -inf for classes that are -inf in `other` (outside its vocabulary), so that the
     others sum to 1.
     """
     return x.masked_fill(other == -torch.inf, -torch.inf)
 
 
-def kl_from_logs(a, b, axis):
+def kl_from_logs(a: Tensor, b: Tensor, axis: int) -> Tensor:
     return expect(a, a - b).sum(axis)
 
 
-def select_class(x, y, axis):
+def select_class(x: Tensor, y: Tensor, axis: int) -> Tensor:
     """Select `x` at class `y`. The result has no class axis."""
     axis = class_axis(x, axis)
     return x.gather(axis, y.unsqueeze(axis)).squeeze(axis)
@@ -131,7 +130,7 @@ def kl(
     axis: int = 1,
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute T^2 KL(softmax(t/T) || softmax(s/T)): soft targets (Hinton, Vinyals and Dean 2015,
     arXiv:1503.02531).
 
@@ -147,7 +146,7 @@ def kl(
     )
 
 
-def kl_values(s, t, T, axis):
+def kl_values(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
     if not seen_finite(s, t):
         return kl_from_logs(log_probs(within(t, s), T, axis), log_probs(s, T, axis), axis)
     # this needs half as many exponentials. The largest logit becomes 0, so the log of its probability is -logsumexp
@@ -158,15 +157,11 @@ def kl_values(s, t, T, axis):
     )
 
 
-def kl_slope(s, t, T, axis):
+def kl_slope(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
     """Compute the gradient of `kl_values` with respect to `s`."""
     if not seen_finite(s):
         t = within(t, s)
     return (s / T).softmax(axis).sub_((t / T).softmax(axis)).div_(T)
-
-
-class KL(Loss):
-    fn = kl
 
 
 @loss(kind='softmax', match='shape')
@@ -178,7 +173,7 @@ def reverse_kl(
     axis: int = 1,
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute T^2 KL(softmax(s/T) || softmax(t/T)) (MiniLLM, arXiv:2306.08543).
 
     The student learns to predict only classes that the teacher considers likely.
@@ -193,12 +188,8 @@ def reverse_kl(
     return reduce_positions(partial(reverse_values, T=T), s, t, axis, mask, reduction, scale=T**2)
 
 
-def reverse_values(s, t, T, axis):
+def reverse_values(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
     return kl_from_logs(log_probs(within(s, t), T, axis), log_probs(t, T, axis), axis)
-
-
-class ReverseKL(Loss):
-    fn = reverse_kl
 
 
 @loss(kind='softmax', match='shape')
@@ -211,7 +202,7 @@ def jsd(
     axis: int = 1,
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute the generalized Jensen-Shannon divergence, T^2 (beta KL(p_t || m) + (1-beta) KL(p_s
     || m)), where m = beta p_t + (1-beta) p_s (GKD, arXiv:2306.13649).
 
@@ -235,17 +226,13 @@ def jsd(
     )
 
 
-def jsd_values(s, t, beta, T, axis):
+def jsd_values(s: Tensor, t: Tensor, beta: float, T: float, axis: int) -> Tensor:
     ls, lt = log_probs(s, T, axis), log_probs(t, T, axis)
     # subtle: without the clamp, the gradient of logaddexp is nan where both are -inf
     lm = torch.logaddexp(
         lt + math.log(beta), ls.clamp_min(torch.finfo(ls.dtype).min / 4) + math.log(1 - beta)
     )
     return beta * kl_from_logs(lt, lm, axis) + (1 - beta) * kl_from_logs(ls, lm, axis)
-
-
-class JSD(Loss):
-    fn = jsd
 
 
 @loss(kind='softmax', match='shape')
@@ -257,7 +244,7 @@ def tvd(
     axis: int = 1,
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute the total variation distance T^2/2 |softmax(t/T) - softmax(s/T)|, at most T^2
     (f-distill, arXiv:2307.15190).
 
@@ -271,12 +258,8 @@ def tvd(
     return reduce_positions(partial(tvd_values, T=T), s, t, axis, mask, reduction, scale=T**2)
 
 
-def tvd_values(s, t, T, axis):
+def tvd_values(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
     return (log_probs(s, T, axis).exp() - log_probs(t, T, axis).exp()).abs().sum(axis) / 2
-
-
-class TVD(Loss):
-    fn = tvd
 
 
 @loss(kind='softmax', match='grid')
@@ -288,7 +271,7 @@ def uld(
     axis: int = 1,
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute T^2 |sort(softmax(t/T)) - sort(softmax(s/T))|, with zeros for classes missing in the
     smaller vocabulary (universal logit distillation, TMLR 2025, arXiv:2402.12030).
 
@@ -315,7 +298,7 @@ def uld(
     return reduce(per_position(partial(uld_values, T=T), s, t, axis, mask) * T**2, reduction, mask)
 
 
-def uld_values(s, t, T, axis):
+def uld_values(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
     axis = class_axis(s, axis)
     p, q = [
         log_probs(x, T, axis).exp().sort(axis, descending=True).values.movedim(axis, -1)
@@ -324,10 +307,6 @@ def uld_values(s, t, T, axis):
     n = max(p.shape[-1], q.shape[-1])
     p, q = [F.pad(x, (0, n - x.shape[-1])) for x in (p, q)]
     return (p - q).abs().sum(-1)
-
-
-class ULD(Loss):
-    fn = uld
 
 
 @loss(kind='softmax', match='shape')
@@ -339,7 +318,7 @@ def soft_ce(
     axis: int = 1,
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute T^2 times the cross-entropy with the soft targets (arXiv:1503.02531).
 
     It equals `kl` plus the teacher's entropy and has the same gradient.
@@ -356,18 +335,14 @@ def soft_ce(
     )
 
 
-def ce_values(s, t, T, axis):
+def ce_values(s: Tensor, t: Tensor, T: float, axis: int) -> Tensor:
     return expect(log_probs(within(t, s), T, axis), -log_probs(s, T, axis)).sum(axis)
-
-
-class SoftCE(Loss):
-    fn = soft_ce
 
 
 @loss(kind=None, match='shape')
 def mse(
     s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
-):
+) -> Tensor:
     """Compute the squared distance of the logits, summed over classes (Ba and Caruana 2014,
     arXiv:1312.6184).
 
@@ -383,14 +358,10 @@ def mse(
     return reduce((s - t).pow(2).sum(axis), reduction, mask)
 
 
-class MSE(Loss):
-    fn = mse
-
-
 @loss(kind='softmax', match='shape')
 def hard(
     s: Tensor, t: Tensor, *, axis: int = 1, mask: Tensor | None = None, reduction: str = 'mean'
-):
+) -> Tensor:
     """Compute the cross-entropy with the class that the teacher predicts (DeiT, arXiv:2012.12877).
 
     It is 0 if the student predicts that class with probability 1.
@@ -407,14 +378,10 @@ def hard(
     )
 
 
-class Hard(Loss):
-    fn = hard
-
-
 @loss(kind='sigmoid', match='shape')
 def binary_kl(
     s: Tensor, t: Tensor, *, T: float = 4.0, mask: Tensor | None = None, reduction: str = 'mean'
-):
+) -> Tensor:
     """Compute T^2 KL from sigmoid(t/T) to sigmoid(s/T) per label: soft targets of multi-label
     models.
 
@@ -434,11 +401,7 @@ def binary_kl(
     return reduce((yes + no) * T**2, reduction, mask)
 
 
-class BinaryKL(Loss):
-    fn = binary_kl
-
-
-DISTANCES = dict(mse=F.mse_loss, l1=F.l1_loss, huber=F.huber_loss)
+DISTANCES: dict[str, Callable] = dict(mse=F.mse_loss, l1=F.l1_loss, huber=F.huber_loss)
 
 
 @loss(kind='regression', match='shape', samples=True)
@@ -449,7 +412,7 @@ def regression(
     distance: str = 'mse',
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute the mean distance of the predicted numbers, one value per sample.
 
     Shapes may differ as long as each sample has the same number of values: (B,) compares with (B,
@@ -476,10 +439,6 @@ def regression(
     return reduce(DISTANCES[distance](s, t, reduction='none').mean(1), reduction, mask)
 
 
-class Regression(Loss):
-    fn = regression
-
-
 @loss(kind=None, match='shape')
 def soft_targets(
     s: Tensor,
@@ -490,7 +449,7 @@ def soft_targets(
     axis: int = 1,
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute the soft-target loss for a kind of output: `kl`, `binary_kl` or `regression` (mse).
 
     Args:
@@ -510,10 +469,6 @@ def soft_targets(
     raise DistillError(f"kind={kind!r}: must be 'softmax', 'sigmoid' or 'regression'")
 
 
-class SoftTargets(Loss):
-    fn = soft_targets
-
-
 @loss(kind='softmax', match='shape', relates=True)
 def dist(
     s: Tensor,
@@ -526,7 +481,7 @@ def dist(
     eps: float = 1e-8,
     mask: Tensor | None = None,
     reduction: str = 'mean',
-):
+) -> Tensor:
     """Compute T^2 (beta (1 - r_p) + gamma (1 - r_c)) with Pearson correlations r_p over the classes
     of a position and r_c over the positions of a class (DIST, NeurIPS 2022, arXiv:2205.10536).
 
@@ -554,11 +509,7 @@ def dist(
     return reduce((beta * (1 - own) + gamma * (1 - shared)) * T**2, reduction, mask)
 
 
-class DIST(Loss):
-    fn = dist
-
-
-def standardize(x: Tensor, *, axis: int = 1, eps: float = 1e-7, correction: int = 1):
+def standardize(x: Tensor, *, axis: int = 1, eps: float = 1e-7, correction: int = 1) -> Tensor:
     """Subtract the mean of the logits and divide by their standard deviation (CVPR 2024,
     arXiv:2403.01427).
 
@@ -585,8 +536,9 @@ class Standardized:
     be pickled.
     """
 
-    def __init__(self, fn, **options):
+    def __init__(self, fn: Callable, **options: Any) -> None:
         functools.update_wrapper(self, fn, updated=())
+        self.__wrapped__ = fn
         self.options_of_standardize = options
         self.__name__ = getattr(fn, '__name__', type(fn).__name__)
         for k in ('kind', 'match', 'lists', 'samples', 'relates'):
@@ -596,25 +548,25 @@ class Standardized:
         self.axis = 1 if axis is None or axis.default is axis.empty else axis.default
         self._check(getattr(fn, 'kind', None))
 
-    def _check(self, kind):
+    def _check(self, kind: str | None) -> None:
         if kind in ('sigmoid', 'regression'):
             raise DistillError(
                 f'standardized {self.__name__} for {kind}: standardizing compares the classes of a '
                 'position, so it needs a loss of softmax logits, such as kl, dkd or dist'
             )
 
-    def __call__(self, s, t, *args, **kwargs):
+    def __call__(self, s: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._check(kwargs.get('kind'))
         axis = kwargs.get('axis', self.axis)
         s, t = checked_pair(_full(s), _full(t, detach=True), axis, kwargs.get('mask'))
         s, t = [standardize(x, axis=axis, **self.options_of_standardize) for x in (s, t)]
         return self.__wrapped__(s, t, *args, **kwargs)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f'standardized({self.__name__})'
 
 
-def standardized(loss, *, eps: float = 1e-7, correction: int = 1):
+def standardized(loss: Callable, *, eps: float = 1e-7, correction: int = 1) -> Callable:
     """Return a loss that standardizes both logits first, e.g. standardized(kl) or
     standardized(DKD(beta=2.)) (CVPR 2024, arXiv:2403.01427).
 

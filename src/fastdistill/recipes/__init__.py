@@ -6,5 +6,5 @@ from .zoo import *
 __all__ = zoo.__all__
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__  # tab completion of `recipes.` lists only the recipes

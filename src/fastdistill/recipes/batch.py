@@ -3,9 +3,10 @@
 A mask has the logits' shape without the class axis."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +49,8 @@ class Batch:
     task: Task
     progress: float | None
 
-    def __post_init__(self):
-        self.pairs = {}  # term -> (student's tensor, teacher's tensor) of each of its pairs of layers
+    def __post_init__(self) -> None:
+        self.pairs: dict = {}  # term -> (student's tensor, teacher's tensor) of each of its pairs of layers
         if self.teacher is None or (known := self.teacher.classes) is None:
             return
         part = lambda y: taught_part(self.student.logits, y, known, self.task)
@@ -59,7 +60,7 @@ class Batch:
         self.student = replace(self.student, logits=part(None)[0])
 
     @cached_property
-    def masks(self):
+    def masks(self) -> list[Tensor | None]:
         """One mask each for the first and the second labels: where both models and the label count.
         None for everywhere.
         """
@@ -70,18 +71,18 @@ class Batch:
         ]
 
     @cached_property
-    def mask(self):
+    def mask(self) -> Tensor | None:
         """Where a term without labels counts. In a mixed batch, weighted by the labels that count."""
         first, other = self.masks
         if self.lam is None:
             return first
         if first is None and other is None:
             return None
-        pairs = (first, other), (other, first)
+        pairs: Any = (first, other), (other, first)
         first, other = [(torch.ones_like(n) if m is None else m).to(self.lam) for m, n in pairs]
         return blend(first, other, self.lam)
 
-    def pairs_of(self, name, make):
+    def pairs_of(self, name: str, make: Callable) -> Any:
         """Return what a term compares. It is computed only once, since each run of a projector with
         a batch norm changes its statistics.
         """
@@ -89,7 +90,7 @@ class Batch:
             self.pairs[name] = make()
         return self.pairs[name]
 
-    def shifted(self, name):
+    def shifted(self, name: str) -> 'Batch':
         """Return this batch with the teacher's outputs shifted for one term: each sample is
         compared with the teacher's output for the next sample. A single sample is compared with the
         output for the next class or position.
@@ -98,7 +99,7 @@ class Batch:
         other.pairs = {name: [(s, t.roll(1, 0 if len(t) > 1 else -1)) for s, t in self.pairs[name]]}
         return other
 
-    def options(self, term, mask):
+    def options(self, term: Any, mask: Tensor | None) -> dict:
         """Return a term's options, including those that come from this batch. Only terms on logits
         get an axis and a mask.
         """
@@ -111,7 +112,7 @@ class Batch:
         return term.options_at(self.progress, context)
 
 
-def inputs_and_labels(batch):
+def inputs_and_labels(batch: Any) -> tuple[Any, tuple]:
     """Split a batch into inputs and labels: the first item of a tuple and the others, or a dict and
     its labels. Other batches have no labels.
     """
@@ -123,7 +124,9 @@ def inputs_and_labels(batch):
     return {k: v for k, v in batch.items() if k not in names}, tuple(batch[k] for k in names)
 
 
-def of_all_processes(term, pairs, targets, options, task):
+def of_all_processes(
+    term: Any, pairs: Sequence, targets: tuple, options: dict, task: Task
+) -> tuple:
     """Gather pairs, targets and options over all processes of a distributed run.
 
     Args:
@@ -143,7 +146,7 @@ def of_all_processes(term, pairs, targets, options, task):
     return *map_tensors((pairs, targets), gather_rows), options
 
 
-def blend(first, other, lam):
+def blend(first: Tensor, other: Tensor, lam: Tensor) -> Tensor:
     """Compute lam*first + (1-lam)*other, with one lam for all samples or one for each."""
     lam = (
         lam.to(first).reshape(-1, *[1] * (first.dim() - 1))
@@ -153,13 +156,13 @@ def blend(first, other, lam):
     return torch.lerp(other, first, lam)
 
 
-def both(*masks):
+def both(*masks: Tensor | None) -> Tensor | None:
     """Combine masks: True where all of them count. None counts everywhere."""
-    masks = [m for m in masks if m is not None]
-    return reduce(torch.mul, masks) if masks else None
+    given = [m for m in masks if m is not None]
+    return reduce(torch.mul, given) if given else None
 
 
-def label_mask(y, logits, task):
+def label_mask(y: Any, logits: Any, task: Task) -> Tensor | None:
     """Return where a label counts, or None for everywhere.
 
     Args:
@@ -181,7 +184,7 @@ def label_mask(y, logits, task):
     return None if on.is_cpu and not torch.compiler.is_compiling() and on.all() else on
 
 
-def padding_mask(x, shape, axis: int):
+def padding_mask(x: Any, shape: Sequence[int], axis: int) -> Tensor | None:
     """Find the `attention_mask` in a batch's inputs, if there are logits for each token. Hidden
     positions do not count.
 
@@ -200,7 +203,7 @@ def padding_mask(x, shape, axis: int):
     )
 
 
-def next_tokens(y: Tensor, ignore_index: int):
+def next_tokens(y: Tensor, ignore_index: int) -> Tensor:
     """Shift the labels of a causal language model by one position, to where each is predicted. The
     last position has no label.
 
@@ -210,7 +213,9 @@ def next_tokens(y: Tensor, ignore_index: int):
     return F.pad(as_plain(y)[:, 1:], (0, 1), value=ignore_index)
 
 
-def labels_to_shift(x, y, shape, task, causal: bool = False) -> bool | None:
+def labels_to_shift(
+    x: Any, y: Any, shape: Sequence[int], task: Task, causal: bool = False
+) -> bool | None:
     """Return True if the labels of a language model must be shifted, because each is at the
     position of its own token instead of one position earlier. Return None if this batch has no
     labels.
@@ -247,7 +252,7 @@ def labels_to_shift(x, y, shape, task, causal: bool = False) -> bool | None:
     )
 
 
-def nothing(logits):
+def nothing(logits: Tensor) -> Tensor:
     """Return 0 with a gradient of 0 for every parameter behind the logits. DistributedDataParallel
     expects a gradient for each parameter, even if the task loss has weight 0 and the terms compare
     only inner layers.
@@ -255,11 +260,11 @@ def nothing(logits):
     return logits.where(logits.new_zeros((), dtype=torch.bool), 0.0).sum()
 
 
-def all_classes(teacher, student):
+def all_classes(teacher: Outputs | None, student: Outputs) -> Outputs | None:
     """Expand stored outputs that hold only the most likely classes, since losses need all classes."""
     if teacher is None or not isinstance(teacher.logits, TopK):
         return teacher
-    s = student.logits
+    s: Any = student.logits
     if teacher.classes is not None:
         s = grouped(s, teacher.classes, teacher.logits.axis)
     return replace(teacher, logits=teacher.logits.dense(s))

@@ -4,11 +4,14 @@ and from their cards.
 
 import inspect
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .. import losses, recipes
 from ..base.errors import DistillError
+from .term import Term
 
 __all__ = ['Method', 'Parameter', 'card_section', 'find_methods', 'method', 'methods']
 
@@ -69,11 +72,11 @@ class Method:
     loss: list[Parameter] | None = None
 
     @property
-    def form(self):
+    def form(self) -> str:
         return ' and '.join(k for k in ('recipe', 'loss') if getattr(self, k) is not None)
 
     @property
-    def use(self):
+    def use(self) -> str:
         """Code for it in a recipe."""
         if self.recipe is None:
             return f'Term(losses.{self.name}, weight=1.)'
@@ -81,7 +84,7 @@ class Method:
         return f'recipes.{self.name}({first})'
 
     @property
-    def page(self):
+    def page(self) -> str:
         return f'docs/methods/{self.card}.md'
 
 
@@ -101,7 +104,7 @@ def method(name: str) -> Method:
     )
 
 
-def find_methods(text: str = '', needs=()) -> list[Method]:
+def find_methods(text: str = '', needs: Iterable[str] = ()) -> list[Method]:
     """Return the methods that match, sorted by family.
 
     Args:
@@ -120,16 +123,15 @@ def find_methods(text: str = '', needs=()) -> list[Method]:
 
 def methods() -> list[Method]:
     """Return all methods, sorted by family and name."""
-    fns = {n: getattr(losses, n) for n in losses.__all__}
-    fns = {n: f for n, f in fns.items() if hasattr(f, 'relates') and not inspect.isclass(f)}
     made = {n: getattr(recipes, n) for n in recipes.__all__}
-    found = [_method(n, made.get(n), fns.get(n)) for n in dict.fromkeys([*made, *fns])]
+    names = dict.fromkeys([*made, *losses.LOSSES])
+    found = [_method(n, made.get(n), losses.LOSSES.get(n)) for n in names]
     order = list(dict.fromkeys(FAMILIES.values()))
     return sorted(found, key=lambda m: (order.index(m.family), m.name))
 
 
-def _method(name, recipe, loss):
-    fn = loss or _terms(recipe)[0].loss
+def _method(name: str, recipe: Callable | None, loss: Callable | None) -> Method:
+    fn: Any = loss or _terms(recipe)[0].loss
     docs = [o.__doc__ for o in (recipe, loss) if o is not None]
     papers = [p for d in docs if (p := _paper(d))]
     where = FAMILIES[inspect.unwrap(fn).__module__.rpartition('.')[2]]
@@ -156,7 +158,7 @@ def _method(name, recipe, loss):
     )
 
 
-def _terms(recipe):
+def _terms(recipe: Any) -> list[Term]:
     """Return the terms that a recipe makes with its defaults."""
     first = next(iter(inspect.signature(recipe).parameters.values()), None)
     return (
@@ -166,7 +168,7 @@ def _terms(recipe):
     )
 
 
-def _parameters(fn):
+def _parameters(fn: Callable) -> list[Parameter]:
     says, params = parameter_texts(fn), inspect.signature(fn).parameters.values()
     return [
         Parameter(p.name, '' if p.default is p.empty else repr(p.default), says.get(p.name, ''))
@@ -174,7 +176,7 @@ def _parameters(fn):
     ]
 
 
-def parameter_texts(fn) -> dict:
+def parameter_texts(fn: Callable) -> dict:
     """Read the `Args:` section of a Google-style docstring, as {parameter: text}."""
     _, _, section = (inspect.getdoc(fn) or '').partition('\nArgs:\n')
     entries = re.findall(
@@ -185,18 +187,18 @@ def parameter_texts(fn) -> dict:
     }
 
 
-def _text(doc):
+def _text(doc: str | None) -> str:
     return ' '.join(inspect.cleandoc(doc or '').partition('\n\nArgs:')[0].split())
 
 
 PAPER = re.compile(r' \(([^()]*(?:arXiv:\d+\.\d+|(?:19|20)\d\d)[^()]*)\)')
 
 
-def _paper(doc):
+def _paper(doc: str | None) -> str:
     return m[1] if (m := PAPER.search(_text(doc))) else ''
 
 
-def _line(doc):
+def _line(doc: str | None) -> str:
     """Return the first sentence of a docstring, without the paper."""
     return re.split(r'(?<=\w)\. (?=[A-Z])', PAPER.sub('', _text(doc)))[0].split('\n')[0].rstrip('.')
 

@@ -2,15 +2,17 @@
 (benchmarks/quality).
 """
 
+from collections.abc import Callable, Sequence
 from math import log, sqrt
+from typing import Any
 
 from torch import Tensor, special
 
 from .. import losses
 from ..base.outputs import DistillError
-from ..base.task import facts_of_outputs
+from ..base.task import Task, facts_of_outputs
 from .term import Recipe, Term
-from .text import recipe_from_text
+from .text import Reader
 from .zoo import dist, kd, soft_labels
 
 __all__ = [
@@ -35,11 +37,11 @@ ENOUGH_NUMBERS, ENOUGH_ROWS = (
 class Automatic(Recipe):
     """A recipe chosen by `auto`. `text` is the code for it, `why` the reason it was chosen."""
 
-    def __init__(self, recipe, text, why, kind='softmax'):
+    def __init__(self, recipe: Term | Recipe, text: str, why: str, kind: str = 'softmax') -> None:
         super().__init__(recipe)
         self.text, self.why, self.kind = text, why, kind
 
-    def __str__(self):
+    def __str__(self) -> str:
         if self.kind == 'regression':
             return f'{self.text} ({self.why})'  # T has no meaning in regression
         classic = CLASSIC if self.task != 0 else CLASSIC_ALONE
@@ -110,7 +112,7 @@ def auto(
     )
 
 
-def takes_dist(classes):
+def takes_dist(classes: int | None) -> bool:
     "Return True if there are enough classes to correlate."
     return classes is not None and classes > 2
 
@@ -134,7 +136,7 @@ def softening_temperature(logits: Tensor) -> float:
     return T
 
 
-def facts_for_auto(shape, task, ask) -> dict:
+def facts_for_auto(shape: Sequence[int], task: Task, ask: Callable) -> dict:
     """Build the arguments of `auto`. The teacher is queried only if its outputs matter for the
     choice.
 
@@ -150,7 +152,7 @@ def facts_for_auto(shape, task, ask) -> dict:
     return facts | dict(teacher=t.movedim(task.axis, -1))
 
 
-def with_grad_ratio(loss, name, why, kind, **options):
+def with_grad_ratio(loss: Callable, name: str, why: str, kind: str, **options: Any) -> Automatic:
     """Combine the task loss with a term whose gradient norm is 3 times as large."""
     text = ', '.join(['grad_ratio=3', *(f'{k}={v:g}' for k, v in options.items())])
     return Automatic(
@@ -158,9 +160,11 @@ def with_grad_ratio(loss, name, why, kind, **options):
     )
 
 
-def chosen_for(logits_shape, task, ask, labels, doubt=None):
+def chosen_for(
+    logits_shape: Sequence[int], task: Task, ask: Callable, labels: bool, doubt: str | None = None
+) -> Automatic:
     return auto(**facts_for_auto(logits_shape, task, ask), labels=labels, doubt=doubt)
 
 
-def chosen_before(text, why, kind):
-    return Automatic(recipe_from_text(text), text, why, kind)
+def chosen_before(text: str, why: str, kind: str) -> Automatic:
+    return Automatic(Reader(text).recipe(), text, why, kind)

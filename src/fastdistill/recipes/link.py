@@ -1,6 +1,8 @@
 "One pair of layers that a term compares, or the logits."
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -15,12 +17,17 @@ class Link(nn.Module):
     its own copy of the loss.
     """
 
-    def __init__(self, loss, layers=None, projector=None):
+    def __init__(
+        self,
+        loss: Callable,
+        layers: tuple[str, str] | None = None,
+        projector: Callable | None = None,
+    ) -> None:
         super().__init__()
         self.layers, self.projector = layers, projector
         self.loss = loss
 
-    def tensors(self, s: Outputs, t: Outputs):
+    def tensors(self, s: Outputs, t: Outputs) -> tuple[Any, Any]:
         if self.layers is None:
             return s.logits, t.logits
         found = [layer_output(o, n) for o, n in zip((s, t), self.layers)]
@@ -35,7 +42,7 @@ class Link(nn.Module):
         return (a if self.projector is None else self.projector(a, b)), b
 
 
-def own_copy(loss):
+def own_copy(loss: Callable) -> Callable:
     """Return a copy of a loss that may have parameters, so that a recipe can be used more than
     once.
     """

@@ -1,15 +1,19 @@
 "A number that may change during training, such as a weight or a temperature."
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import cos, pi
 from numbers import Real
+from typing import Any
 
 from ..base.outputs import DistillError
 
-__all__ = ['Schedule', 'one_minus', 'schedule', 'value_at']
+__all__ = ['Schedule', 'ScheduleLike', 'Scheduled', 'one_minus', 'schedule', 'value_at']
 
-NAMES = dict(
+Scheduled = float | Callable[[float], float]  # a number, or a function of progress
+ScheduleLike = Scheduled | str | Sequence[Any]  # what `schedule` converts to it
+
+NAMES: dict[str, Callable[[float], float]] = dict(
     linear=lambda p: 1 - p,  # linearly from `start` to `end`
     cosine=lambda p: (1 + cos(pi * p)) / 2,  # from `start` to `end` along half a cosine
     warmup=lambda p: 1 - min(p / 0.1, 1),  # from `start` to `end` in the first tenth, then flat
@@ -28,11 +32,11 @@ class Schedule:
     start: float
     end: float
 
-    def __call__(self, progress):
+    def __call__(self, progress: float) -> float:
         return self.end + (self.start - self.end) * NAMES[self.name](progress)
 
 
-def schedule(v, what: str = 'value'):
+def schedule(v: ScheduleLike, what: str = 'value') -> Scheduled:
     """Convert `v` to a number or a function of progress. It may be:
 
     - a number;
@@ -54,9 +58,10 @@ def schedule(v, what: str = 'value'):
         return v
     if callable(v):
         return v
-    name, *ends = (
+    parts: Sequence[Any] = (
         (v,) if isinstance(v, str) else v if isinstance(v, (tuple, list)) and v else (None,)
     )
+    name, *ends = parts
     if (
         not isinstance(name, str)
         or name not in NAMES
@@ -70,7 +75,8 @@ def schedule(v, what: str = 'value'):
         )
     if name == 'warmup':
         ends = [0.0, *ends] if len(ends) < 2 else ends
-    start, end = (*ends, *((0.0, 1.0) if name == 'warmup' else (1.0, 0.0))[len(ends) :])
+    usual = (0.0, 1.0) if name == 'warmup' else (1.0, 0.0)
+    start, end = list(ends) + list(usual[len(ends) :])
     return Schedule(name, start, end)
 
 
@@ -80,18 +86,18 @@ class Rest:
 
     alpha: Callable
 
-    def __call__(self, progress):
+    def __call__(self, progress: float) -> float:
         return 1 - self.alpha(progress)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f'1-{self.alpha!r}'
 
 
-def one_minus(alpha):
+def one_minus(alpha: Scheduled) -> Scheduled:
     return Rest(alpha) if callable(alpha) else 1 - alpha
 
 
-def value_at(v, progress: float | None, what: str = 'value') -> float:
+def value_at(v: Scheduled, progress: float | None, what: str = 'value') -> float:
     """Evaluate `v` at `progress`.
 
     Args:

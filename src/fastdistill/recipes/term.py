@@ -4,16 +4,18 @@ import copy
 import functools
 import inspect
 import math
+from collections.abc import Callable, Collection
 from functools import partial
+from typing import Any, ParamSpec, Protocol, TypeVar, cast, overload
 
 from torch import Tensor, nn
 
 from ..base.outputs import DistillError, Outputs
 from ..base.task import labels_loss, task_for
-from ..features.layer_pairs import checked_layers
-from ..features.projectors import checked_projector
+from ..features.layer_pairs import LayersLike, checked_layers
+from ..features.projectors import ProjectorLike, checked_projector
 from .recipe_loss import RecipeLoss
-from .schedule import schedule, value_at
+from .schedule import Scheduled, ScheduleLike, schedule, value_at
 
 __all__ = ['Recipe', 'Term', 'long_name_too', 'one_temperature']
 
@@ -47,17 +49,17 @@ class Term:
 
     def __init__(
         self,
-        loss,
-        weight=None,
+        loss: Callable,
+        weight: ScheduleLike | None = None,
         *,
-        grad_ratio=None,
-        layers=None,
+        grad_ratio: ScheduleLike | None = None,
+        layers: LayersLike | None = None,
         match: str | None = None,
-        projector='auto',
+        projector: ProjectorLike = 'auto',
         stop_at: float | None = None,
         name: str | None = None,
-        **options,
-    ):
+        **options: Any,
+    ) -> None:
         if not callable(loss):
             raise DistillError(
                 f'A term needs a loss function, got {loss!r}. See fastdistill.losses for the '
@@ -68,7 +70,7 @@ class Term:
         self.stop_at = stop_at
         self.projector = checked_projector(projector)
         fn, ps = signature(loss)
-        self.name = checked_name(name or getattr(fn, '__name__', type(fn).__name__))
+        self.name: str = checked_name(name or str(getattr(fn, '__name__', type(fn).__name__)))
         if weight is not None and grad_ratio is not None:
             raise DistillError(
                 f'weight={weight!r} and grad_ratio={grad_ratio!r} of {self.name}: give only one '
@@ -76,11 +78,9 @@ class Term:
                 'gradient norm is relative to that of the task loss.'
             )
         self.has_grad_ratio = grad_ratio is not None
-        self.weight = schedule(
-            grad_ratio if self.has_grad_ratio else 1.0 if weight is None else weight,
-            f'weight of {self.name}',
-        )
-        if self.has_grad_ratio and not callable(self.weight) and not 0 <= grad_ratio < math.inf:
+        how_much = weight if grad_ratio is None else grad_ratio
+        self.weight = schedule(1.0 if how_much is None else how_much, f'weight of {self.name}')
+        if self.has_grad_ratio and not callable(self.weight) and not 0 <= self.weight < math.inf:
             raise DistillError(
                 f'grad_ratio={grad_ratio!r} of {self.name}: must be a number of at least 0. 0.1 '
                 'is a small gradient compared with the task loss, 1 is equal to it, 3 is large.'
@@ -112,10 +112,10 @@ class Term:
         self.relates = getattr(fn, 'relates', False)
         self.match = match or getattr(fn, 'match', 'shape')
 
-    def __add__(self, other):
+    def __add__(self, other: 'Term | Recipe') -> 'Recipe':
         return Recipe(self) + other
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         of = f', layers={self.layers!r}' if self.layers is not None else ''
         how = 'grad_ratio' if self.has_grad_ratio else 'weight'
         return f'Term({self.name}, {how}={self.weight!r}{of}{"".join(f", {k}={v!r}" for k, v in self.options.items())})'
@@ -132,11 +132,11 @@ class Term:
         return value_at(self.weight, progress, f'The weight of {self.name}')
 
     @property
-    def held(self):
+    def held(self) -> dict:
         """Options that the loss already has, as a module or a partial."""
         return getattr(self.loss, 'options', getattr(self.loss, 'keywords', {}))
 
-    def channels(self, t):
+    def channels(self, t: Tensor) -> dict[str, int]:
         """Return {'axis': -1} for tokens (B, L, D), whose channels come last; otherwise no option."""
         own = {**self.options, **self.held}
         return (
@@ -145,7 +145,7 @@ class Term:
             else {}
         )
 
-    def options_at(self, progress, context):
+    def options_at(self, progress: float | None, context: dict) -> dict:
         """Return the options of the loss: its own, and those it accepts from the context (class
         axis, mask, ...).
         """
@@ -158,7 +158,7 @@ class Term:
         }
 
 
-def signature(loss):
+def signature(loss: Callable) -> tuple[Callable, Collection[inspect.Parameter]]:
     """Return the function behind a loss, and its parameters."""
     fn = loss
     while isinstance(fn, partial):
@@ -179,9 +179,9 @@ def signature(loss):
 
 
 def one_temperature(
-    T,  # None if it was not given
-    temperature,  # the long name of the same option; None if it was not given
-):
+    T: ScheduleLike | None,  # None if it was not given
+    temperature: ScheduleLike | None,  # the long name of the same option; None if it was not given
+) -> ScheduleLike | None:
     if T is not None and temperature is not None:
         raise DistillError(
             f'T={T} and temperature={temperature}: these are two names for the same option; give '
@@ -190,21 +190,35 @@ def one_temperature(
     return T if temperature is None else temperature
 
 
-def long_name_too(recipe):
+P = ParamSpec('P')
+R = TypeVar('R', covariant=True)
+
+
+class WithTemperature(Protocol[P, R]):
+    """A function of these parameters that accepts `temperature` as a different name of `T`."""
+
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+    @overload
+    def __call__(self, *args: Any, temperature: ScheduleLike | None, **kwargs: Any) -> R: ...
+
+
+def long_name_too(recipe: Callable[P, R]) -> WithTemperature[P, R]:
     """Let a recipe with an option `T` also accept `temperature`, the name in many other libraries."""
     sig = inspect.signature(recipe)
+    make = cast(Callable[..., R], recipe)
 
     @functools.wraps(recipe)
-    def call(*args, temperature=None, **kwargs):
+    def call(*args: Any, temperature: ScheduleLike | None = None, **kwargs: Any) -> R:
         if temperature is None:
-            return recipe(*args, **kwargs)
+            return make(*args, **kwargs)
         T = one_temperature(sig.bind_partial(*args, **kwargs).arguments.get('T'), temperature)
-        return recipe(*args, **kwargs, T=T)
+        return make(*args, **kwargs, T=T)
 
-    return call
+    return cast(WithTemperature[P, R], call)
 
 
-def with_short_name(options, named):
+def with_short_name(options: dict, named: Collection[str]) -> dict:
     """Rename the option `temperature` to `T`, unless the loss itself has an option `temperature`.
 
     Args:
@@ -217,14 +231,14 @@ def with_short_name(options, named):
     return {**rest, 'T': one_temperature(options.get('T'), options['temperature'])}
 
 
-def option_schedule(name, v):
+def option_schedule(name: str, v: Any) -> Any:
     """Convert an option that may follow a schedule. Other options stay as they are."""
     if name == 'T':
         return temperature_schedule(v)
     return schedule(v, name) if name in SCHEDULED else v
 
 
-def temperature_schedule(T):
+def temperature_schedule(T: ScheduleLike) -> Scheduled:
     """Convert a temperature to a number or schedule. It must stay above 0 until the end, when the
     last validation runs.
     """
@@ -240,7 +254,7 @@ def temperature_schedule(T):
     return T
 
 
-def checked_name(name):
+def checked_name(name: str) -> str:
     """Return the name of a term, which also names its column and its saved state."""
     if name == 'task' or '.' in name or hasattr(nn.ModuleDict, name):
         raise DistillError(
@@ -250,7 +264,7 @@ def checked_name(name):
     return name
 
 
-def weight_text(v):
+def weight_text(v: Scheduled) -> str:
     """Format a weight or schedule for messages: 0.1 instead of 0.09999999999999998."""
     return repr(float(f'{v:.12g}')) if isinstance(v, float) else repr(v)
 
@@ -263,8 +277,9 @@ class Recipe:
         task: Weight of the task loss, number or schedule. None for 1.
     """
 
-    def __init__(self, *terms, task=None):
-        self.terms, said = [], [] if task is None else [schedule(task, 'task')]
+    def __init__(self, *terms: 'Term | Recipe', task: ScheduleLike | None = None) -> None:
+        self.terms: list[Term] = []
+        said = [] if task is None else [schedule(task, 'task')]
         for o in terms:
             if not isinstance(o, (Term, Recipe)):
                 raise DistillError(
@@ -281,26 +296,26 @@ class Recipe:
                 f'({" and ".join(map(weight_text, said))}): give them the same alpha, or set the '
                 'weight once, as in Recipe(kd(), hard_labels(), task=.1).'
             )
-        self.task = said[0] if said else None
+        self.task: Scheduled | None = said[0] if said else None
 
-    def _add(self, t):
+    def _add(self, t: Term) -> None:
         names = {u.name for u in self.terms}
         if t.name in names:
             t = copy.copy(t)
             t.name = next(n for i in range(2, 99) if (n := f'{t.name}_{i}') not in names)
         self.terms.append(t)
 
-    def __add__(self, other):
+    def __add__(self, other: 'Term | Recipe') -> 'Recipe':
         return Recipe(self, other)
 
     def __call__(
         self,
         s: Tensor,
         t: Tensor,
-        *targets,
-        task_loss=None,
+        *targets: Tensor,
+        task_loss: Callable | None = None,
         progress: float | None = None,
-        mask=None,
+        mask: Tensor | None = None,
         kind: str | None = None,
         axis: int | None = None,
         ignore_index: int | None = None,
@@ -313,7 +328,7 @@ class Recipe:
             t: Teacher logits.
             *targets: Labels, if the recipe uses them.
             task_loss: fn(s, *targets). None to choose it by `kind`.
-            progress: Share of the training that is done, for schedules.
+            progress: Progress of the training, from 0 to 1, for schedules.
             mask: Which positions count.
             kind, axis, ignore_index: As in `Distiller`.
         """
@@ -321,19 +336,19 @@ class Recipe:
         loss = RecipeLoss(self, task)
         loss.measures = False
         own = partial(labels_loss, task=task) if task_loss is None else task_loss
-        own = own(s, *targets) if targets else None
+        value = own(s, *targets) if targets else None
         return loss.compute(
-            Outputs(s, mask=mask), Outputs(t), own, targets, progress=progress
+            Outputs(s, mask=mask), Outputs(t), value, targets, progress=progress
         ).total
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         task = weight_text(1.0 if self.task is None else self.task)
         return f'Recipe({", ".join(map(repr, self.terms))}, task={task})'
 
-    def task_at(self, progress):
+    def task_at(self, progress: float | None) -> float:
         return 1.0 if self.task is None else value_at(self.task, progress, "The task's weight")
 
-    def weights_at(self, progress):
+    def weights_at(self, progress: float | None) -> dict[str, float]:
         """Return the weight, or gradient ratio, of each loss at this point of the training, by
         name. The task loss is 'task'.
         """

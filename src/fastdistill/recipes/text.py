@@ -6,6 +6,8 @@ import ast
 import inspect
 import math
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from .. import losses, recipes
 from ..base.errors import close_name
@@ -19,7 +21,7 @@ LARGEST = 2**53  # of a whole number
 EXAMPLE = "'kd(T=4, alpha=.9) + at()'"
 
 
-def as_recipe(recipe) -> Recipe | None:
+def as_recipe(recipe: Term | Recipe | str | None) -> Recipe | None:
     """Convert a recipe in any form to a `Recipe`, or to None if `auto` should choose one.
 
     Args:
@@ -49,21 +51,21 @@ def recipe_from_text(text: str) -> Recipe | str:
 class Reader:
     """Reader of one text. Its errors quote the text."""
 
-    def __init__(self, text):
+    def __init__(self, text: str) -> None:
         self.text = text
 
-    def error(self, what, node=None):
+    def error(self, what: str, node: ast.AST | None = None) -> DistillError:
         part = None if node is None else ast.get_source_segment(self.text, node)
         at = f', at {part!r}' if part and part != self.text else ''
         text = self.text if len(self.text) <= 200 else f'{self.text[:200]} ...'
         return DistillError(f'recipe={text!r}{at}: {what}')
 
-    def recipe(self):
+    def recipe(self) -> Recipe:
         if len(self.text) > LONGEST:
             raise self.error(f'a recipe can have at most {LONGEST} characters')
         return self.sum(self.parsed())
 
-    def sum(self, node):
+    def sum(self, node: Any) -> Recipe:
         nodes = self.summands(node)
         if len(nodes) > MOST:
             raise self.error(f'a recipe can have at most {MOST} parts')
@@ -74,7 +76,7 @@ class Reader:
         except DistillError as e:
             raise self.error(str(e)) from e
 
-    def parsed(self):
+    def parsed(self) -> ast.expr:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of Python, about escapes in strings
             try:
@@ -86,14 +88,14 @@ class Reader:
                     f'An example is {EXAMPLE}'
                 ) from e
 
-    def summands(self, node):
+    def summands(self, node: Any) -> list[ast.expr]:
         """Return the parts of a sum, in order."""
-        parts = []
+        parts: list[ast.expr] = []
         while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             parts, node = [node.right, *parts], node.left
         return [node, *parts]
 
-    def part(self, node):
+    def part(self, node: Any) -> Any:
         """Build a recipe or a term; return None for `labels`."""
         if isinstance(node, ast.Name) and node.id == 'labels':
             return
@@ -104,7 +106,8 @@ class Reader:
         if not isinstance(node, ast.Call):
             raise self.error(f"a recipe must be a sum of calls, such as {EXAMPLE}, or 'auto'", node)
         name, fn = self.function(node.func)
-        first, others = node.args[:1], node.args[1:]
+        first: list[Any] = node.args[:1]
+        others = node.args[1:]
         if fn is Term:
             if not first:
                 raise self.error('a term needs a loss, e.g. Term(losses.kl, weight=.5)', node)
@@ -115,7 +118,7 @@ class Reader:
             first = [*map(self.literal, first)]
         return self.call(node, name, fn, [*first, *map(self.literal, others)], self.keywords(node))
 
-    def function(self, node):
+    def function(self, node: Any) -> tuple[str, Callable]:
         """Return the name and the function of a recipe."""
         if isinstance(node, ast.Name):
             name = node.id
@@ -137,23 +140,22 @@ class Reader:
             )
         return name, getattr(recipes, name)
 
-    def term(self, node):
+    def term(self, node: Any) -> Callable:
         """Build a term whose loss is written as `losses.NAME`."""
         known = (
             isinstance(node, ast.Attribute)
             and isinstance(node.value, ast.Name)
             and node.value.id == 'losses'
         )
-        have = [n for n in losses.__all__ if inspect.isfunction(getattr(losses, n)) and n != 'loss']
-        if not known or node.attr not in have:
+        if not known or node.attr not in losses.LOSSES:
             raise self.error(
                 'the first argument of a term must be a loss, e.g. Term(losses.kl). The losses '
-                f'are {", ".join(have)}',
+                f'are {", ".join(losses.LOSSES)}',
                 node,
             )
         return lambda *args, **kwargs: Term(getattr(losses, node.attr), *args, **kwargs)
 
-    def keywords(self, node):
+    def keywords(self, node: Any) -> dict[str, Any]:
         out = {}
         for k in node.keywords:
             if k.arg is None:
@@ -163,7 +165,7 @@ class Reader:
             out[k.arg] = self.literal(k.value)
         return out
 
-    def call(self, node, name, fn, args, kwargs):
+    def call(self, node: Any, name: str, fn: Callable, args: Sequence, kwargs: dict) -> Any:
         if name != 'Term':
             have = [*inspect.signature(fn).parameters]
             have += ['temperature'] if 'T' in have else []
@@ -180,7 +182,7 @@ class Reader:
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
             raise self.error(f'{name} does not take these arguments ({e})', node) from e
 
-    def literal(self, node):
+    def literal(self, node: Any) -> Any:
         """Evaluate a number, a string, True, False, None, or a list, tuple or dict of these."""
         if isinstance(node, ast.Constant) and isinstance(node.value, int | float | str | None):
             v = node.value

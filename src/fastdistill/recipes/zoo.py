@@ -1,11 +1,16 @@
 "Recipes: functions that return terms with the defaults of their papers. `+` combines them."
 
 import copy
+from typing import Any
+
+from torch import Tensor
 
 from .. import losses
 from ..base.outputs import DistillError
+from ..features.layer_pairs import LayersLike
+from ..features.projectors import ProjectorLike
 from ..losses._base import loss
-from .schedule import one_minus, schedule
+from .schedule import ScheduleLike, one_minus, schedule
 from .term import Recipe, Term, long_name_too
 
 __all__ = [
@@ -45,7 +50,15 @@ __all__ = [
 
 
 @loss(kind='softmax', match='shape')
-def kl_per_class(s, t, *, T=4.0, axis=1, mask=None, reduction='mean'):
+def kl_per_class(
+    s: Tensor,
+    t: Tensor,
+    *,
+    T: float = 4.0,
+    axis: int = 1,
+    mask: Tensor | None = None,
+    reduction: str = 'mean',
+) -> Tensor:
     """Compute `kl` divided by the number of classes, as in `nn.KLDivLoss()` and `F.kl_div(...,
     reduction='mean')`.
     """
@@ -53,7 +66,7 @@ def kl_per_class(s, t, *, T=4.0, axis=1, mask=None, reduction='mean'):
 
 
 @long_name_too
-def kd(T=4.0, alpha=0.9, class_mean: bool = False):
+def kd(T: ScheduleLike = 4.0, alpha: ScheduleLike = 0.9, class_mean: bool = False) -> Recipe:
     """Combine soft targets and labels: alpha T^2 KL(teacher || student) + (1-alpha) task loss
     (Hinton 2015, arXiv:1503.02531).
 
@@ -79,12 +92,12 @@ def kd(T=4.0, alpha=0.9, class_mean: bool = False):
 
 
 @long_name_too
-def soft_labels(T=1.0):
+def soft_labels(T: ScheduleLike = 1.0) -> Recipe:
     """Learn only from the teacher: kd with alpha 1. Batches need no labels."""
     return kd(T, alpha=1.0)
 
 
-def hard_labels(alpha=1.0):
+def hard_labels(alpha: ScheduleLike = 1.0) -> Recipe:
     """Use the teacher's predicted class as label (DeiT, arXiv:2012.12877).
 
     Args:
@@ -95,7 +108,13 @@ def hard_labels(alpha=1.0):
 
 
 @long_name_too
-def dkd(alpha: float = 1.0, beta: float = 8.0, T=4.0, weight=None, grad_ratio=None):
+def dkd(
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    T: ScheduleLike = 4.0,
+    weight: ScheduleLike | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Add decoupled distillation to the task loss (CVPR 2022, arXiv:2203.08679).
 
     Args:
@@ -122,7 +141,12 @@ def dkd(alpha: float = 1.0, beta: float = 8.0, T=4.0, weight=None, grad_ratio=No
 
 
 @long_name_too
-def nkd(gamma: float = 1.5, T=1.0, weight=None, grad_ratio=None):
+def nkd(
+    gamma: float = 1.5,
+    T: ScheduleLike = 1.0,
+    weight: ScheduleLike | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Add normalized distillation to the task loss (ICCV 2023, arXiv:2303.13005).
 
     Args:
@@ -139,7 +163,13 @@ def nkd(gamma: float = 1.5, T=1.0, weight=None, grad_ratio=None):
 
 
 @long_name_too
-def dist(beta: float = 1.0, gamma: float = 1.0, T=1.0, weight=None, grad_ratio=None):
+def dist(
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    T: ScheduleLike = 1.0,
+    weight: ScheduleLike | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Add the correlation between and within classes to the task loss (NeurIPS 2022,
     arXiv:2205.10536).
 
@@ -165,7 +195,11 @@ def dist(beta: float = 1.0, gamma: float = 1.0, T=1.0, weight=None, grad_ratio=N
 
 
 @long_name_too
-def ttm(T=4.0, weight=None, grad_ratio=None):
+def ttm(
+    T: ScheduleLike = 4.0,
+    weight: ScheduleLike | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Add transformed teacher matching to the task loss: the student, without a temperature,
     predicts the teacher's softened probabilities (ICLR 2024, arXiv:2402.11148).
 
@@ -180,7 +214,11 @@ def ttm(T=4.0, weight=None, grad_ratio=None):
 
 
 @long_name_too
-def uld(T=1.0, weight=None, grad_ratio=None):
+def uld(
+    T: ScheduleLike = 1.0,
+    weight: ScheduleLike | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Add the distance of sorted probabilities to the task loss, for a teacher with a different
     vocabulary (TMLR 2025, arXiv:2402.12030).
 
@@ -193,7 +231,11 @@ def uld(T=1.0, weight=None, grad_ratio=None):
 
 
 @long_name_too
-def wttm(T=4.0, weight=None, grad_ratio=None):
+def wttm(
+    T: ScheduleLike = 4.0,
+    weight: ScheduleLike | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Add `ttm`, with more weight where the teacher is unsure, to the task loss (ICLR 2024,
     arXiv:2402.11148).
 
@@ -208,7 +250,13 @@ def wttm(T=4.0, weight=None, grad_ratio=None):
 
 
 @long_name_too
-def abkd(alpha: float = 0.8, beta: float = 0.3, T=4.0, weight=None, grad_ratio=None):
+def abkd(
+    alpha: float = 0.8,
+    beta: float = 0.3,
+    T: ScheduleLike = 4.0,
+    weight: ScheduleLike | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Add a divergence between forward and reverse KL to the task loss (ICML 2025,
     arXiv:2505.04560).
 
@@ -235,7 +283,13 @@ def abkd(alpha: float = 0.8, beta: float = 0.3, T=4.0, weight=None, grad_ratio=N
 
 
 @long_name_too
-def rld(alpha: float = 1.0, beta: float = 8.0, T=4.0, weight=None, grad_ratio=None):
+def rld(
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    T: ScheduleLike = 4.0,
+    weight: ScheduleLike | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Add distillation without the classes that the teacher considers more likely than the label to
     the task loss (ICCV 2025, arXiv:2408.07703).
 
@@ -261,7 +315,12 @@ def rld(alpha: float = 1.0, beta: float = 8.0, T=4.0, weight=None, grad_ratio=No
 
 
 @long_name_too
-def taid(start: float = 0.4, T=1.0, weight=None, grad_ratio=None):
+def taid(
+    start: float = 0.4,
+    T: ScheduleLike = 1.0,
+    weight: ScheduleLike | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Add a target that moves from the student to the teacher during training (TAID, ICLR 2025,
     arXiv:2501.16937).
 
@@ -285,7 +344,7 @@ def taid(start: float = 0.4, T=1.0, weight=None, grad_ratio=None):
     )
 
 
-def logit_std(recipe):
+def logit_std(recipe: Term | Recipe) -> Recipe:
     """Standardize the logits of any recipe (CVPR 2024, arXiv:2403.01427).
 
     The authors use a weight of 9, and 0.1 for the labels:
@@ -296,7 +355,7 @@ def logit_std(recipe):
             both models.
     """
 
-    def std(t):
+    def std(t: Term) -> Term:
         if t.layers is not None:
             return t
         t = copy.copy(t)
@@ -312,7 +371,9 @@ def logit_std(recipe):
 GRAD_RATIO = 0.1
 
 
-def scaled(weight, grad_ratio, paper):
+def scaled(
+    weight: ScheduleLike | None, grad_ratio: ScheduleLike | None, paper: float
+) -> dict[str, Any]:
     """Build the options of a `Term` between layers.
 
     Args:
@@ -328,7 +389,13 @@ def scaled(weight, grad_ratio, paper):
     )
 
 
-def hint(layers='auto', weight=None, projector='auto', stop_at=None, grad_ratio=None):
+def hint(
+    layers: LayersLike = 'auto',
+    weight: ScheduleLike | None = None,
+    projector: ProjectorLike = 'auto',
+    stop_at: float | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Match the teacher's features directly (FitNets, arXiv:1412.6550).
 
     Args:
@@ -350,7 +417,13 @@ def hint(layers='auto', weight=None, projector='auto', stop_at=None, grad_ratio=
     )
 
 
-def at(layers='auto', weight=None, p: float = 2.0, stop_at=None, grad_ratio=None):
+def at(
+    layers: LayersLike = 'auto',
+    weight: ScheduleLike | None = None,
+    p: float = 2.0,
+    stop_at: float | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Match where the activations are (attention transfer, arXiv:1612.03928).
 
     Args:
@@ -365,7 +438,12 @@ def at(layers='auto', weight=None, p: float = 2.0, stop_at=None, grad_ratio=None
     )
 
 
-def nst(layers='last', weight=None, stop_at=None, grad_ratio=None):
+def nst(
+    layers: LayersLike = 'last',
+    weight: ScheduleLike | None = None,
+    stop_at: float | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Match which patterns the channels select (neuron selectivity transfer, arXiv:1707.01219).
 
     Args:
@@ -379,7 +457,13 @@ def nst(layers='last', weight=None, stop_at=None, grad_ratio=None):
     )
 
 
-def fsp(layers='auto', weight=None, projector='auto', stop_at=None, grad_ratio=None):
+def fsp(
+    layers: LayersLike = 'auto',
+    weight: ScheduleLike | None = None,
+    projector: ProjectorLike = 'auto',
+    stop_at: float | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Match how the features of one layer turn into those of the next (Yim et al., CVPR 2017).
 
     Args:
@@ -402,8 +486,13 @@ def fsp(layers='auto', weight=None, projector='auto', stop_at=None, grad_ratio=N
 
 
 def ab(
-    layers='auto', weight=None, margin: float = 1.0, projector='auto', stop_at=None, grad_ratio=None
-):
+    layers: LayersLike = 'auto',
+    weight: ScheduleLike | None = None,
+    margin: float = 1.0,
+    projector: ProjectorLike = 'auto',
+    stop_at: float | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Match which neurons are active (activation boundaries, arXiv:1811.03233).
 
     Args:
@@ -421,7 +510,13 @@ def ab(
     )
 
 
-def ofd(layers='auto', weight=None, projector='conv_bn', stop_at=None, grad_ratio=None):
+def ofd(
+    layers: LayersLike = 'auto',
+    weight: ScheduleLike | None = None,
+    projector: ProjectorLike = 'conv_bn',
+    stop_at: float | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Match the teacher's features before the ReLU, as far as they matter after it (overhaul of
     feature distillation, arXiv:1904.01866).
 
@@ -445,7 +540,13 @@ def ofd(layers='auto', weight=None, projector='conv_bn', stop_at=None, grad_rati
     )
 
 
-def vid(layers='auto', weight=None, projector='mlp', stop_at=None, grad_ratio=None):
+def vid(
+    layers: LayersLike = 'auto',
+    weight: ScheduleLike | None = None,
+    projector: ProjectorLike = 'mlp',
+    stop_at: float | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Match the teacher's features, each channel as accurately as it can be predicted (variational
     information distillation, arXiv:1904.05835).
 
@@ -466,7 +567,13 @@ def vid(layers='auto', weight=None, projector='mlp', stop_at=None, grad_ratio=No
     )
 
 
-def pkd(layers='auto', weight=None, projector='auto', stop_at=None, grad_ratio=None):
+def pkd(
+    layers: LayersLike = 'auto',
+    weight: ScheduleLike | None = None,
+    projector: ProjectorLike = 'auto',
+    stop_at: float | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Match the teacher's features up to their scale, as the correlation of each channel (PKD,
     arXiv:2207.02039).
 
@@ -488,13 +595,13 @@ def pkd(layers='auto', weight=None, projector='auto', stop_at=None, grad_ratio=N
 
 
 def rkd(
-    layers='last@mean',
-    weight=None,
+    layers: LayersLike = 'last@mean',
+    weight: ScheduleLike | None = None,
     w_d: float = 25.0,
     w_a: float = 50.0,
-    stop_at=None,
-    grad_ratio=None,
-):
+    stop_at: float | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Match the distances and angles between samples (relational KD, arXiv:1904.05068).
 
     Args:
@@ -517,7 +624,12 @@ def rkd(
     )
 
 
-def sp(layers='last', weight=None, stop_at=None, grad_ratio=None):
+def sp(
+    layers: LayersLike = 'last',
+    weight: ScheduleLike | None = None,
+    stop_at: float | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Match which samples of a batch are similar (similarity-preserving KD, arXiv:1907.09682).
 
     Args:
@@ -532,13 +644,13 @@ def sp(layers='last', weight=None, stop_at=None, grad_ratio=None):
 
 
 def cc(
-    layers='last@mean',
-    weight=None,
+    layers: LayersLike = 'last@mean',
+    weight: ScheduleLike | None = None,
     kernel: str = 'gaussian',
     gamma: float = 0.4,
-    stop_at=None,
-    grad_ratio=None,
-):
+    stop_at: float | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Match which samples of a batch are similar, measured by a kernel (correlation congruence,
     arXiv:1904.01802).
 
@@ -555,7 +667,12 @@ def cc(
     )
 
 
-def pkt(layers='last@mean', weight=None, stop_at=None, grad_ratio=None):
+def pkt(
+    layers: LayersLike = 'last@mean',
+    weight: ScheduleLike | None = None,
+    stop_at: float | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Match each sample's neighbors in the batch, as probabilities (probabilistic knowledge
     transfer, arXiv:1803.10837).
 
@@ -572,15 +689,15 @@ def pkt(layers='last@mean', weight=None, stop_at=None, grad_ratio=None):
 
 
 def seed(
-    layers='embedding',
-    weight=None,
+    layers: LayersLike = 'embedding',
+    weight: ScheduleLike | None = None,
     size: int = 4096,
     T_s: float = 0.2,
     T_t: float = 0.01,
-    projector='auto',
-    stop_at=None,
-    grad_ratio=None,
-):
+    projector: ProjectorLike = 'auto',
+    stop_at: float | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Match the similarities to many samples, using a queue of teacher embeddings (self-supervised
     SEED, arXiv:2101.04731).
 
@@ -599,7 +716,13 @@ def seed(
     return Recipe(Term(loss, **how, layers=layers, projector=projector, stop_at=stop_at))
 
 
-def ickd(layers='last', weight=None, projector='conv_bn', stop_at=None, grad_ratio=None):
+def ickd(
+    layers: LayersLike = 'last',
+    weight: ScheduleLike | None = None,
+    projector: ProjectorLike = 'conv_bn',
+    stop_at: float | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Match which channels are correlated (inter-channel correlation, Liu et al., ICCV 2021).
 
     Args:
@@ -620,7 +743,14 @@ def ickd(layers='last', weight=None, projector='conv_bn', stop_at=None, grad_rat
 
 
 @long_name_too
-def cwd(layers=None, weight=None, T=4.0, projector='auto', stop_at=None, grad_ratio=None):
+def cwd(
+    layers: LayersLike | None = None,
+    weight: ScheduleLike | None = None,
+    T: ScheduleLike = 4.0,
+    projector: ProjectorLike = 'auto',
+    stop_at: float | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Match where in the image each channel is active, for dense prediction (channel-wise KD,
     arXiv:2011.13256).
 
@@ -636,7 +766,13 @@ def cwd(layers=None, weight=None, T=4.0, projector='auto', stop_at=None, grad_ra
     return Recipe(Term(losses.cwd, **how, layers=layers, projector=projector, stop_at=stop_at, T=T))
 
 
-def pairwise(layers='last', weight=None, pool=0.5, stop_at=None, grad_ratio=None):
+def pairwise(
+    layers: LayersLike = 'last',
+    weight: ScheduleLike | None = None,
+    pool: float = 0.5,
+    stop_at: float | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Match which positions of an image are similar, for dense prediction (structured KD,
     arXiv:1903.04197).
 
@@ -657,7 +793,12 @@ def pairwise(layers='last', weight=None, pool=0.5, stop_at=None, grad_ratio=None
     )
 
 
-def gram(layers='last@map', weight=None, stop_at=None, grad_ratio=None):
+def gram(
+    layers: LayersLike = 'last@map',
+    weight: ScheduleLike | None = None,
+    stop_at: float | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Match which positions of an image are similar, with `pairwise` of single positions (DINOv3's
     Gram loss, arXiv:2508.10104).
 
@@ -672,7 +813,12 @@ def gram(layers='last@map', weight=None, stop_at=None, grad_ratio=None):
     return Recipe(Term(losses.pairwise, **how, layers=layers, stop_at=stop_at, pool=1, name='gram'))
 
 
-def ifvd(layers='last', weight=None, stop_at=None, grad_ratio=None):
+def ifvd(
+    layers: LayersLike = 'last',
+    weight: ScheduleLike | None = None,
+    stop_at: float | None = None,
+    grad_ratio: ScheduleLike | None = None,
+) -> Recipe:
     """Match how pixels of a class vary around their mean, for dense prediction (Wang et al., ECCV
     2020).
 
@@ -686,7 +832,7 @@ def ifvd(layers='last', weight=None, stop_at=None, grad_ratio=None):
     )
 
 
-def pretrain(layers='embedding', projector='auto'):
+def pretrain(layers: LayersLike = 'embedding', projector: ProjectorLike = 'auto') -> Recipe:
     """Match only the direction of the teacher's embeddings, without labels, for a backbone that is
     fine-tuned afterwards.
 

@@ -58,8 +58,8 @@ def named_stats(name, model):
         return cfg['mean'], cfg['std']
     raise DistillError(
         f"stats='auto': {type(model).__name__} does not hold the normalization of its images, as "
-        "timm's models do and torchvision's don't. Give stats=(mean, std), its torchvision weights, or "
-        "'imagenet'."
+        "timm's models do and torchvision's don't. Give images=dict(stats=(mean, std)), its torchvision "
+        "weights, or 'imagenet'."
     )
 
 
@@ -93,8 +93,8 @@ def check_images(images, stats, input_stats, scaling):
     """
     if stats is not None and input_stats is None and images:
         raise DistillError(
-            "stats= is the normalization of the teacher's images. That of the batch's images is "
-            'missing: give input_stats=(mean, std), or (0, 1) if they are not normalized.'
+            "stats is the normalization of the teacher's images. That of the batch's images is "
+            'missing: give images=dict(input_stats=(mean, std)), or (0, 1) if they are not normalized.'
         )
     if scaling is None:
         return

@@ -1,6 +1,8 @@
 "A teacher in any common form: frozen while it predicts, unchanged afterwards."
 
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,19 +15,28 @@ from ..features.layer_names import named
 from ..features.layer_pairs import names_of_tokens
 from .ensemble import EnsembleRunner, member_weights
 from .estimator import Estimator
-from .fast_copy import AS_IT_IS, check_run
+from .fast_copy import AS_IT_IS, DEFAULTS, check_run
 from .forms import FORMS, Onnx, load_model
 from .images import affine, stats_of
 from .inputs import check_own_inputs
 from .runner import ModelRunner
 
-__all__ = ['Teacher', 'same_run']
+__all__ = ['Teacher', 'grouped_options', 'same_run']
 
 POSSIBLE = dict(
     mode=('eval', 'train'),
     combine=('probs', 'logits', 'sample'),
     kind=('softmax', 'sigmoid', 'regression'),
     outputs=('logits', 'probs'),
+)
+
+# group of options -> the options in it, each of which has an attribute of its own. `run` holds more
+GROUPS = dict(
+    images=('stats', 'input_stats', 'size'), ensemble=('combine', 'weights'), run=('mode',)
+)
+# the options in groups, if they are not given
+USUAL = dict(
+    stats=None, input_stats=None, size=None, combine='probs', weights=None, mode='eval', run={}
 )
 
 # a member of an ensemble takes these options from the ensemble, unless it was given its own
@@ -44,6 +55,36 @@ INHERITED = (
 )
 
 
+def flat(options: dict) -> dict:
+    """Take the options out of their groups."""
+    out = {k: v for k, v in options.items() if k not in GROUPS}
+    for group, names in GROUPS.items():
+        given = options.get(group)
+        if given is None:
+            continue
+        have = (*names, *DEFAULTS) if group == 'run' else names
+        if not isinstance(given, Mapping) or set(given) - set(have):
+            raise DistillError(
+                f'{group}={given!r}: must be a dict with any of {", ".join(map(repr, have))}'
+            )
+        out |= {k: v for k, v in given.items() if k in names}
+        if group == 'run':
+            out['run'] = {k: v for k, v in given.items() if k not in names}
+    return out
+
+
+def grouped_options(options: dict) -> dict:
+    """Put options into their groups: the arguments of `Teacher`."""
+    out = {k: v for k, v in options.items() if k not in USUAL}
+    for group, names in GROUPS.items():
+        own = {k: options[k] for k in names if k in options}
+        if group == 'run':
+            own |= options.get('run') or {}
+        if own or group in options:
+            out[group] = own
+    return out
+
+
 def records_given(init):
     """Store the names of the options that were given as `given`, even if a value equals the
     default.
@@ -51,7 +92,7 @@ def records_given(init):
 
     @wraps(init)
     def call(self, *args, **options):
-        self.given = frozenset(options)
+        self.given = frozenset(flat(options))
         init(self, *args, **options)
 
     return call
@@ -73,43 +114,51 @@ class Teacher:
         model: nn.Module, torch.export program, .pt, .pt2 or .onnx file, callable, estimator
             with `predict_proba` or `predict` (scikit-learn, LightGBM, XGBoost, CatBoost), or a
             list of these (an ensemble).
-        layers: Dotted names of the layers to read; in an ensemble '0.NAME' is a layer of its
-            first member.
-        mode: 'train' for papers that need it; torch.export programs and callables keep their
-            mode.
-        stats: The teacher's image normalization: (mean, std), torchvision's weights,
-            'imagenet', 'auto' (timm).
-        input_stats: (mean, std) with which the batch's images are normalized; (0, 1) if they
-            are not.
-        size: Height and width to which images are resized; one number: a square. Logits that
-            are maps of this size are resized to that of the batch's images.
-        combine: An ensemble's outputs: the mean of its members' 'probs', as logits, or of their
-            'logits'; 'sample': those of one member, drawn for each batch.
-        weights: Of an ensemble's members, or their probabilities to be drawn; None: equal.
         kind: What the logits are: 'softmax' over classes, 'sigmoid' per label, or 'regression'.
         axis: Class axis.
-        select: The teacher's classes to return, in the student's order: numbers, or lists of
+        select: Classes of the teacher to return, in the student's order: numbers, or lists of
             numbers, whose probabilities are summed (see docs/classes.md).
-        classes: Of a teacher with other classes: the student's class, or list of classes, that
-            each output is about (see docs/classes.md); None: the same as the student's.
-        output: The output with the logits: a name, index or function; None: 'logits', 'out', or
-            a tuple's first.
+        classes: For a teacher with different classes: the student's class, or list of classes,
+            of each output (see docs/classes.md). None if the classes are the same.
+        layers: Dotted names of the layers to read. In an ensemble, '0.NAME' is a layer of its
+            first member.
+        output: Output with the logits: a name, an index or a function. None for 'logits', 'out',
+            or the first of a tuple.
         outputs: What the model returns: 'logits', or 'probs', the probabilities of classes or
             labels, as estimators do.
-        inputs: fn(*inputs of a batch) -> the teacher's own: a tensor, a tuple or a dict, as of
-            another tokenizer.
-        items: In fastai, the same from the raw items: fn(a list, or rows of a DataFrame) -> the
-            teacher's own.
-        frame: Of an estimator, in fastai: the table that the DataLoaders were made from (see
+        inputs: fn(*inputs of a batch) -> the teacher's inputs: a tensor, a tuple or a dict, for
+            example from a different tokenizer.
+        items: In fastai, the same from the raw items: fn(list, or rows of a DataFrame) -> the
+            teacher's inputs.
+        frame: For an estimator in fastai: the table that the DataLoaders were made from (see
             docs/trees.md).
-        name: In messages; None: the name of the file or of the class.
-        run: How the model runs, as a dict (see docs/speed.md). 'precision': 'bf16', 'fp16';
-            'fp32': the model's own; 'auto': bf16 if the processor computes in it, the model is
-            large and its outputs stay close. 'memory_format': 'channels_last'; None: as it is.
-            'fold_bn': True: batch norms become part of the convolution before them; False.
-            'auto' for these two: in large models. 'compile': True: with `torch.compile`; False.
-            'device': where the teacher runs; None: see above. 'batch': rows that run at once,
-            where memory is short; None: all rows of a batch.
+        images: How images are prepared for the teacher, as a dict.
+
+            - 'stats': normalization of the teacher's training images: (mean, std), torchvision's
+              weights, 'imagenet' or 'auto' (timm).
+            - 'input_stats': (mean, std) with which the images of the batch are normalized; (0, 1)
+              if they are not.
+            - 'size': height and width to which images are resized, or one number for a square.
+              Logits that are maps of this size are resized to the size of the batch's images.
+        ensemble: How the outputs of a list of teachers are combined, as a dict.
+
+            - 'combine': 'probs' (default) for the mean of the probabilities, as logits; 'logits'
+              for the mean of the logits; 'sample' for one member, drawn for each batch.
+            - 'weights': weights of the members, or their probabilities to be drawn. None for
+              equal ones.
+        name: Name in messages. None for the name of the file or of the class.
+        run: How the model runs, as a dict (see docs/speed.md).
+
+            - 'precision': 'bf16', 'fp16', 'fp32' (the model's own), or 'auto' (default): bf16 if
+              the processor supports it, the model is large and its outputs stay close.
+            - 'memory_format': 'channels_last', None (unchanged), or 'auto' (default).
+            - 'fold_bn': True to merge each batch norm into the convolution before it, False, or
+              'auto' (default). 'auto' changes only large models.
+            - 'compile': True to use `torch.compile`.
+            - 'device': device of the teacher. None as described above.
+            - 'batch': rows that run at once, if memory is short. None for all rows of a batch.
+            - 'mode': 'train' for papers that need it. torch.export programs and callables keep
+              their mode.
     """
 
     @records_given
@@ -117,27 +166,23 @@ class Teacher:
         self,
         model,
         *,
-        layers=(),
-        mode: str = 'eval',
-        stats=None,
-        input_stats=None,
-        size: int | tuple | None = None,
-        combine: str = 'probs',
-        weights=None,
         kind: str = 'softmax',
         axis: int = 1,
-        select=None,
-        classes=None,
-        output=None,
+        select: Sequence | None = None,
+        classes: Sequence | Mapping | None = None,
+        layers: Sequence[str] = (),
+        output: str | int | Callable | None = None,
         outputs: str = 'logits',
-        inputs=None,
-        items=None,
-        frame=None,
+        inputs: Callable | None = None,
+        items: Callable | None = None,
+        frame: Any = None,
+        images: Mapping | None = None,
+        ensemble: Mapping | None = None,
         name: str | None = None,
-        run=None,
-    ):
-        options = {k: v for k, v in locals().items() if k not in ('self', 'model')}
-        options['run'] = {} if run is None else run
+        run: Mapping | None = None,
+    ) -> None:
+        given = {k: v for k, v in locals().items() if k not in ('self', 'model')}
+        options = USUAL | flat(given)
         # fastdistill.fastai keeps the teacher's Learner as `learner`
         self.model = self.path = self.learner = None
         self.sources, self.members = [], []
@@ -172,14 +217,17 @@ class Teacher:
         return self.returns if name == 'outputs' else getattr(self, name)
 
     def with_defaults(self, **options) -> 'Teacher':
-        """The teacher with these options, except those that it was given itself. The same teacher
-        if none is left. The same holds for each key of `run`.
+        """Return the teacher with these options, except those that it was given itself. The same
+        teacher if none is left. The same holds for each key of `run`.
+
+        Args:
+            **options: As in `Teacher`, but without groups: `stats=`, not `images=dict(stats=...)`.
         """
         run = {**(options.pop('run', None) or {}), **self.run}
         new = {k: v for k, v in options.items() if k not in self.given}
         if run != self.run:
             new['run'] = run
-        return Teacher(self, **new) if new else self
+        return Teacher(self, **grouped_options(new)) if new else self
 
     def _check(self):
         for o, have in POSSIBLE.items():
