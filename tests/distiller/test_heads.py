@@ -182,6 +182,15 @@ def test_a_teacher_of_several_heads_is_prepared_once_and_restored():
     assert teacher.training
 
 
+def test_teachers_of_one_model_share_its_faster_copy():
+    student, _, _, teacher = nets()
+    each = Teacher(teacher, output='color'), Teacher(teacher, output='shape')
+    heads = two_heads(student, *each, kd()).heads
+    copies = [h.teacher.runner.fast_copy for h in heads.values()]
+    assert copies[0] is copies[1]
+    assert [h.teacher.output for h in heads.values()] == ['color', 'shape']
+
+
 def test_heads_without_recipes_choose_their_own_and_check_their_labels(capsys):
     student, color, shape, _ = nets()
     heads = two_heads(student, color, shape)
@@ -324,3 +333,29 @@ def test_what_is_no_set_of_heads():
         DistillError, match="'hue' among them, but the student returns color, shape, size"
     ):
         Distiller(student, dict(hue=color, shape=shape), kd())(X, COLOR, SHAPE)
+
+
+def test_a_trainer_gives_the_task_loss_of_all_heads():
+    student, color, shape, _ = nets()
+    heads = two_heads(student, color, shape, kd(2.0, 0.7), weights=dict(shape=0.5))
+    heads.share_task_loss()
+    raw = student(X)
+    task = F.cross_entropy(raw['color'], COLOR) + F.cross_entropy(raw['shape'], SHAPE)
+    out = heads.compute(
+        heads.student_outputs(raw, {}, X), heads.teacher_outputs(X), task, (COLOR, SHAPE)
+    )
+    terms = losses.kl(raw['color'], color(X), T=2.0) + 0.5 * losses.kl(
+        raw['shape'], shape(X), T=2.0
+    )
+    torch.testing.assert_close(out.total, 0.3 * task + 0.7 * terms)
+    torch.testing.assert_close(
+        heads.without_labels(heads.student_outputs(raw, {}, X), heads.teacher_outputs(X)),
+        0.7 * terms,
+    )
+
+
+def test_one_task_loss_needs_one_weight():
+    student, color, shape, _ = nets()
+    heads = two_heads(student, color, shape, dict(color=kd(alpha=0.9), shape=kd(alpha=0.5)))
+    with pytest.raises(DistillError, match='give the task loss different weights'):
+        heads.share_task_loss()

@@ -132,6 +132,7 @@ class Distiller(nn.Module):
             for k, t in teachers.items()
         }
         self._register_links()
+        self.share_models()
         if example is not None:
             self.setup(*inputs(example))
 
@@ -171,15 +172,20 @@ class Distiller(nn.Module):
 
     teacher = of_the_only_head('teacher', 'The teacher; of several heads, see `heads`.')
     task = of_the_only_head('task', 'What the logits are.')
-    task_loss = of_the_only_head('task_loss', 'The task loss that was given.')
     output = of_the_only_head('output', 'Which output is distilled.')
     shift_labels = of_the_only_head('shift_labels', 'Are labels moved to where they are predicted?')
-    doubt = of_the_only_head('doubt', 'What a check found against the teacher.')
 
     @property
     def teachers(self) -> list:
         """What runs: the teacher of each head, but one for those that share a run."""
         return [next(iter(group.values())).teacher for group in self._runs(self.heads)]
+
+    def share_models(self):
+        """Let teachers that share a run share the faster copy of their model too."""
+        for group in self._runs(self.heads):
+            first, *others = group.values()
+            for h in others:
+                h.teacher = h.teacher.sharing(first.teacher)
 
     def start(self):
         """Prepare the teachers for many batches."""
@@ -519,6 +525,9 @@ class Distiller(nn.Module):
             *targets: Labels; none where the recipe gives them no weight. Those of several heads
                 are in the order of the heads; None: this head has none.
             progress: Share of the training that is done, for schedules.
+
+        Returns:
+            Of several heads, `task` is the weighted sum of their task losses.
         """
         own = {k: h.labels(targets) for k, h in self.heads.items()}
         x = inputs(x)
@@ -592,8 +601,12 @@ class Distiller(nn.Module):
             )
         if not self.several:
             return each['']
-        taught = [e.taught for e in each.values() if e.taught is not None]
-        weights = {k: {n: w for n, w in e.weights.items() if n != 'task'} for k, e in each.items()}
+        scale = {k: h.weight for k, h in self.heads.items()}
+        taught = [scale[k] * e.taught for k, e in each.items() if e.taught is not None and scale[k]]
+        weights = {
+            k: {n: scale[k] * w for n, w in e.weights.items() if n != 'task'}
+            for k, e in each.items()
+        }
         return Distilled(
             task,
             sum(taught[1:], taught[0]) if taught else None,
@@ -612,7 +625,9 @@ class Distiller(nn.Module):
         """
         s, t = self._by_head(student), self._by_head(teacher)
         values = [
-            h.without_labels(s[k], t.get(k), progress=progress) for k, h in self.heads.items()
+            h.weight * h.without_labels(s[k], t.get(k), progress=progress)
+            for k, h in self.heads.items()
+            if h.weight
         ]
         return sum(values[1:], values[0])
 

@@ -82,11 +82,12 @@ class KnowledgeDistillation(DistillationCallback):
         super().__init__()
         self.several = is_heads(teacher)
         refuse_options(self.several, loss=loss, output=output)
+        check_options(None, span=span)
         check_output(output)
         check_axis(axis)
         T = one_temperature(T, temperature)
         self.log = FitLog(self)
-        self.made = FitDistiller(
+        self.fit_distiller = FitDistiller(
             teacher,
             recipe,
             lambda r: make_recipe(r, T, alpha, loss),
@@ -96,31 +97,29 @@ class KnowledgeDistillation(DistillationCallback):
             check=check,
             log=self.log,
         )
-        for k, h in self.made.heads.items():
-            check_options(h.source, kind=self.made.kinds[k], span=span)
         self.source, self.output, self.span = teacher, output, span
-        self.feed, self.items = self.made.feed, ItemFeed()
+        self.feed, self.items = self.fit_distiller.feed, ItemFeed()
         self.state = FitState(self.log)
         self.in_fit, self.part_metrics, self.parts = False, L(), {}
         self.taps = self.trend = self.teacher_outputs = self.epochs_span = None
-        self.finite_check = FiniteCheck(stored=not self.made.runs)
+        self.finite_check = FiniteCheck(stored=not self.fit_distiller.runs)
         self.unlabeled = UnlabeledInputs(
             unlabeled,
             perturbed,
             unlabeled_targets,
-            runs=not self.made.stored,
-            heads=self.made.heads,
+            runs=not self.fit_distiller.stored,
+            heads=self.fit_distiller.heads,
         )
 
     @property
     def distiller(self):
         """The `Distiller` of the last fit."""
-        return self.made.distiller
+        return self.fit_distiller.distiller
 
     @property
     def recipe(self):
         """The recipe; None: it is not chosen yet."""
-        return self.made.recipe
+        return self.fit_distiller.recipe
 
     @property
     def projector_opt(self):
@@ -142,19 +141,19 @@ class KnowledgeDistillation(DistillationCallback):
         check_optimizer(self.learn)
         self.in_fit, self.trend, finder = True, TrendCheck(), hasattr(self.learn, 'lr_finder')
         notes_of(self.learn).fitting = self
-        if self.made.build(self.learn):
+        if self.fit_distiller.build(self.learn):
             self.state.optimizer = None
             self.log.forget()
         self._attach()
-        found = None if finder else self.made.look(self.learn, self.log.is_on)
-        self.made.choose(self.learn, found)
+        found = None if finder else self.fit_distiller.look(self.learn, self.log.is_on)
+        self.fit_distiller.choose(self.learn, found)
         d = self.distiller
         if d.ready:
             self.state.take(self.learn, d)
         if finder:
             self.state.begin_finder(d)
         d.measures = not finder
-        if not d.ready and (example := example_of(self.learn, self.made.output)):
+        if not d.ready and (example := example_of(self.learn, self.fit_distiller.output)):
             self._setup(*example.x)
         self.epochs_span = None if finder or self.span == 'fit' else self._epochs_span()
         self.part_metrics = L(
@@ -173,7 +172,7 @@ class KnowledgeDistillation(DistillationCallback):
         if self.feed is None:
             self.items.attach(self.learn, teachers)
             return
-        tasks = {k: (t.kind, t.axis) for k, t in self.made.tasks.items()}
+        tasks = {k: (t.kind, t.axis) for k, t in self.fit_distiller.tasks.items()}
         self.feed.attach(self.learn, *([tasks] if self.several else tasks['']))
 
     def _start_unlabeled(self):
@@ -187,7 +186,7 @@ class KnowledgeDistillation(DistillationCallback):
 
     def _setup(self, *x):
         """Pair layers and build projectors, once for a student."""
-        self.made.setup(x, self.training)
+        self.fit_distiller.setup(x, self.training)
         self.state.take(self.learn, self.distiller)
         if self.distiller.pairs and not hasattr(self.learn, 'lr_finder'):
             self.log(self.distiller.pairs)
@@ -357,14 +356,16 @@ class KnowledgeDistillation(DistillationCallback):
 
     def _ask_teacher(self):
         """The teacher's outputs for this batch; None where no term needs them."""
-        d, tasks = self.distiller, self.made.tasks
+        d, tasks = self.distiller, self.fit_distiller.tasks
         t = d.teacher_outputs(self.items.beside(self.xb), self.training_progress)
         self._check_finite(t)
         return d.map_heads(t, lambda k, o: self.items.mixed(o, d.heads[k].teacher, tasks[k]))
 
     def _check_finite(self, outputs):
         check = self.finite_check.add
-        self.distiller.map_heads(outputs, lambda k, o: check(o, self.learn, self.made.tasks[k]))
+        self.distiller.map_heads(
+            outputs, lambda k, o: check(o, self.learn, self.fit_distiller.tasks[k])
+        )
 
     # projectors
 

@@ -8,7 +8,7 @@ from ..base.distributed import broadcast, of_first, on_first
 from ..base.outputs import DistillError, as_plain
 from ..distiller.distiller import Distiller
 from ..features.layer_names import unwrap
-from .arguments import feed_of, stored_head
+from .arguments import check_options, feed_of, stored_head
 from .cache_feed import CacheRows
 from .check import find_mistakes, weight_shapes
 from .default_recipe import choose_recipe, example_of
@@ -22,8 +22,8 @@ class FitDistiller:
     """Makes the Distiller of a fit.
 
     Args:
-        teacher: What `KnowledgeDistillation` takes.
-        recipes: fn(recipe of a head) -> the same as a Recipe; None: `auto` chooses.
+        teacher, recipe, kind, axis, output, check: As in `KnowledgeDistillation`
+        make_recipe: fn(recipe of a head) -> the same as a Recipe; None: `auto` chooses.
         log: fn(text).
 
     Attributes:
@@ -38,9 +38,11 @@ class FitDistiller:
         self.several = is_heads(teacher)
         self.heads = comparisons_of(teacher, output)
         self.kinds = options_of_heads(kind, 'kind', self.heads)
+        for k, h in self.heads.items():
+            check_options(h.source, kind=self.kinds[k])
         self.axis, self.check, self.log = axis, check, log
-        recipes = options_of_heads(recipe, 'recipe', self.heads)
-        self.recipes = {k: make_recipe(r) for k, r in recipes.items()}
+        self.recipes = options_of_heads(recipe, 'recipe', self.heads)
+        self.recipes = {k: make_recipe(r) for k, r in self.recipes.items()}
         found = {k: feed_of(h.source) for k, h in self.heads.items()}
         self.stored = {k: o for k, o in found.items() if o is not None}
         if self.several:
@@ -111,6 +113,7 @@ class FitDistiller:
             h.teacher = self._source_of(k, learn)
             if self.several and k not in self.stored:
                 h.check_names()
+        self.distiller.share_models()
 
     def _source_of(self, k, learn):
         if k in self.stored:

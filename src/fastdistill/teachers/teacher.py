@@ -1,5 +1,6 @@
 "A teacher in any common form: frozen while it predicts, unchanged afterwards."
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any
@@ -397,6 +398,16 @@ class Teacher:
         """Bytes of the weights that faster copies have for themselves."""
         copy = self.runner.fast_copy
         return (0 if copy is None else copy.bytes) + sum(m.copy_bytes for m in self.members)
+
+    def sharing(self, other: 'Teacher') -> 'Teacher':
+        """The same teacher, which shares what is known of the model, and its faster copy, with
+        another one of this model.
+        """
+        if self._facts is other._facts:
+            return self
+        new = copy.copy(self)
+        new.model, new._facts = other.model, other._facts
+        return new
 
     def as_it_is(self) -> 'Teacher':
         """The same teacher, but what runs is the model itself and never a faster copy of it.
