@@ -24,6 +24,7 @@ __all__ = [
     'layers',
     'main_tensor',
     'probe',
+    'run_eagerly',
     'series_layers',
     'untouched',
 ]
