@@ -431,9 +431,7 @@ def test_nothing_is_left_behind(tmp_path, error):
     learn, teacher = student(data()), Convs(3).eval()
     ds = learn.dls.test_dl(list(range(8))).dataset
     loader = learn.dls.train.new(ds, bs=4, shuffle=True, n=None)
-    before = {
-        k: vars(loader)[k] for k in ('after_batch', 'do_batch', 'do_item') if k in vars(loader)
-    }
+    before = {k: vars(loader)[k] for k in ('after_batch', 'create_batches') if k in vars(loader)}
     cache_teacher(teacher, learn.dls, tmp_path / 'more', unlabeled=loader, check=False)
 
     class Stop(Callback):
@@ -444,12 +442,12 @@ def test_nothing_is_left_behind(tmp_path, error):
     with pytest.raises(error, match='now'):
         learn.fit(1, 1e-3, cbs=[cb, Stop()])
     assert {
-        k: vars(loader)[k] for k in ('after_batch', 'do_batch', 'do_item') if k in vars(loader)
+        k: vars(loader)[k] for k in ('after_batch', 'create_batches') if k in vars(loader)
     } == before
     assert (
         cb.unlabeled.iterator is None
         and cb.unlabeled.loader is None
-        and cb.unlabeled.rows.fed == []
+        and cb.unlabeled.feed.fed == []
     )
     learn.fit(1, 1e-3, cbs=cb)
 

@@ -315,16 +315,19 @@ class Distiller(RecipeLoss):
             )
         )
 
-    def teacher_outputs(self, x, progress: float | None = None) -> Outputs | None:
+    def teacher_outputs(self, x, progress: float | None = None, samples=None) -> Outputs | None:
         """The teacher's outputs for a batch, with the layers that its terms compare; None where no
         term needs them.
 
         Args:
             x: The batch's inputs, as `forward` takes them.
             progress: Share of the training that is done, for schedules.
+            samples: The `Samples` of the batch; None: unknown.
         """
         terms = self.active_terms(progress)
-        return self.teacher.outputs(inputs(x), layers=self.teacher_layers(terms)) if terms else None
+        return (
+            self.teacher.outputs(inputs(x), samples, self.teacher_layers(terms)) if terms else None
+        )
 
     def student_outputs(self, raw, feats: dict, x) -> Outputs:
         """The student's outputs, of several the one that `output` names, with the padding of the

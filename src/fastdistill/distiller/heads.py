@@ -16,7 +16,7 @@ from ..recipes.recipe_loss import Distilled
 from ..recipes.term import Recipe
 from .distiller import Distiller
 
-__all__ = ['Heads', 'HeadsDistilled', 'has_outputs', 'renamed']
+__all__ = ['Heads', 'HeadsDistilled', 'renamed']
 
 
 @dataclass
@@ -171,12 +171,12 @@ class Heads(nn.Module):
     def student_outputs(self, raw, feats, x) -> dict:
         return {k: d.student_outputs(raw, feats, x) for k, d in self.heads.items()}
 
-    def teacher_outputs(self, x, progress: float | None = None) -> dict | None:
+    def teacher_outputs(self, x, progress: float | None = None, samples=None) -> dict | None:
         """Of each head whose teacher has outputs for this batch; None where no term needs any."""
         out = {
-            k: d.teacher_outputs(x, progress)
+            k: d.teacher_outputs(x, progress, samples)
             for k, d in self.heads.items()
-            if has_outputs(d.teacher)
+            if torch.is_grad_enabled() or d.teacher.has_outputs(samples)
         }
         return out if any(o is not None for o in out.values()) else None
 
@@ -186,7 +186,7 @@ class Heads(nn.Module):
         """The loss of a batch, with the task loss of all heads as `task`."""
         each = {}
         for k, d in self.heads.items():
-            if not has_outputs(d.teacher):
+            if teacher is not None and k not in teacher:
                 continue
             labels = self.labels[k]
             each[k] = d.compute(
@@ -227,14 +227,6 @@ class Heads(nn.Module):
         found = {name(k, n): v for k, s in zip(self.heads, new) for n, v in (s or {}).items()}
         if found:
             self.gradient_shares = found
-
-
-def has_outputs(teacher) -> bool:
-    """Does a teacher have outputs for this batch? Stored ones may be there only for the training
-    set.
-    """
-    ready = getattr(teacher, 'ready', None)
-    return ready is None or torch.is_grad_enabled() or ready()
 
 
 def renamed(term, name, **changes):

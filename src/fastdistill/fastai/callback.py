@@ -10,14 +10,16 @@ from ..base.distributed import broadcast, of_first, on_first, rank
 from ..base.outputs import DistillError, as_plain, check_axis, check_output
 from ..base.task import pseudo_labels
 from ..distiller.distiller import Distiller
-from ..distiller.heads import Heads, has_outputs
+from ..distiller.heads import Heads
 from ..distiller.integration import OLD_STATE
 from ..features.layer_names import unwrap
 from ..features.taps import Taps
+from ..recipes.batch import all_classes
 from ..recipes.gradient_norms import shares_in_words
 from ..recipes.term import Recipe, one_temperature
+from ..teachers.items import with_items
 from .arguments import check_options, feed_of, make_recipe, refuse_options, stored_head
-from .cache_feed import CacheRows
+from .cache_feed import SampleFeed
 from .check import check_optimizer, find_mistakes, weight_shapes
 from .default_recipe import choose_recipe, example_of
 from .finite import FiniteCheck
@@ -26,8 +28,8 @@ from .learner_notes import notes_of
 from .metrics import PartMetric, TaskMetric
 from .patches import DistillationCallback
 from .projector_opt import ProjectorOptimizer
-from .raw_items import ItemFeed
 from .task import task_of
+from .teacher_targets import samples_of
 from .teachers import is_heads, teacher_of
 from .trend import TrendCheck
 from .unlabeled import UnlabeledInputs
@@ -116,10 +118,7 @@ class KnowledgeDistillation(DistillationCallback):
         self.stored = {k: o for k, o in found.items() if o is not None}
         if self.several:
             self.stored = {k: stored_head(self.heads[k], o) for k, o in self.stored.items()}
-        self.feed = None
-        if self.stored:
-            self.feed = CacheRows(self.stored) if self.several else self.stored['']
-        self.items = ItemFeed()
+        self.feed = SampleFeed()
         self.in_fit, self.part_metrics, self.parts = False, L(), {}
         self.distillers, self.chosen = {}, {}
         self.distiller = self.known_dls = self.projector_opt = self.taps = self.built = (
@@ -153,11 +152,8 @@ class KnowledgeDistillation(DistillationCallback):
         self._build()
         for t in self._teachers():
             t.say_with(self._log)
-        if self.feed is not None:
-            tasks = {k: (t.kind, t.axis) for k, t in self.tasks.items()}
-            self.feed.attach(self.learn, *([tasks] if self.several else tasks['']))
-        else:
-            self.items.attach(self.learn, self._teachers())
+        sources = {k: d.teacher for k, d in self.distillers.items()}
+        self.feed.attach(self.learn, sources, self.tasks)
         found = (
             self._check() if self.check and not self.checked and not finder and self.runs else None
         )
@@ -338,13 +334,10 @@ class KnowledgeDistillation(DistillationCallback):
     def after_fit(self):
         self.teardown()
 
-    def set_aside(self):
-        return (self.feed or self.items).set_aside()
-
     def teardown(self):
         """Put everything back; safe to call at any time, and twice."""
         self._untap()
-        (self.items if self.feed is None else self.feed).detach()
+        self.feed.detach()
         self.unlabeled.stop()
         if not self.in_fit:
             return
@@ -427,7 +420,8 @@ class KnowledgeDistillation(DistillationCallback):
             return
         self.parts, self.teacher_outputs = {}, None
         if not self.distiller.ready:
-            self._setup(*self.items.beside(self.xb))  # it did not run on an example
+            # it did not run on an example
+            self._setup(*with_items(self.xb, getattr(samples_of(self.learn), 'items', None)))
         self._tap()
 
     def _tap(self):
@@ -479,13 +473,9 @@ class KnowledgeDistillation(DistillationCallback):
         # labels; their loss has weight 0
         self.teacher_outputs = self._ask_teacher()
         if self.teacher_outputs is not None:
-            self.learn.yb = (
-                pseudo_labels(
-                    self.teacher_outputs.logits,
-                    self._student_outputs({}).logits,
-                    self.tasks[''],
-                ),
-            )
+            s = self._student_outputs({})
+            t = all_classes(self.teacher_outputs, s).logits
+            self.learn.yb = (pseudo_labels(t, s.logits, self.tasks['']),)
 
     def after_loss(self):
         if not self.active or not len(self.yb) or not self._has_outputs():
@@ -527,23 +517,19 @@ class KnowledgeDistillation(DistillationCallback):
 
     def _ask_teacher(self):
         """The teacher's outputs for this batch; None where no term needs them."""
-        t = self.distiller.teacher_outputs(self.items.beside(self.xb), self.training_progress)
+        samples = samples_of(self.learn)
+        t = self.distiller.teacher_outputs(self.xb, self.training_progress, samples)
         self._each_head(t, self._check_finite)
-        return self._each_head(t, self._mix_outputs)
+        return t
 
     def _each_head(self, outputs, fn):
         """fn(name of the head, its outputs), of those that there are."""
-        if outputs is None:
-            return None
-        if not self.several:
-            return fn('', outputs)
-        return {k: None if o is None else fn(k, o) for k, o in outputs.items()}
+        for k, o in outputs.items() if isinstance(outputs, dict) else [('', outputs)]:
+            if o is not None:
+                fn(k, o)
 
     def _check_finite(self, k, t):
         self.finite_check.add(t, self.learn, self.tasks[k])
-
-    def _mix_outputs(self, k, t):
-        return self.items.mixed(t, self.distillers[k].teacher, self.tasks[k])
 
     def _report_shares(self):
         """Print what was measured at the first training batch, and where a part counts for the
@@ -578,7 +564,8 @@ class KnowledgeDistillation(DistillationCallback):
 
     def _has_outputs(self):
         """Stored outputs may be there for the training set alone."""
-        return self.training or any(has_outputs(t) for t in self._teachers())
+        samples = samples_of(self.learn)
+        return self.training or any(t.has_outputs(samples) for t in self._teachers())
 
     def _mixed(self):
         """The second labels of a mixed batch, and the share of the first ones, where MixUp or

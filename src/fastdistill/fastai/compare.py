@@ -87,7 +87,7 @@ def compare(
     steps = number_of_batches(data)
     steps = None if steps is None else steps + 2 * len(models) * bool(seconds)
     teachers = {k: teacher_of(o, learn, task, run=AS_IT_IS) for k, o in models.items()}
-    batches = prepared(learn, some_batches(data), 1, False, data)
+    batches = prepared(learn, some_batches(data), 1, False)
     with (
         shown_bar(progress, steps) as tick,
         items_shown([data], *teachers.values()),

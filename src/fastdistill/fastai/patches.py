@@ -12,7 +12,6 @@
 | `Learner.fine_tune` | schedules span both of its phases: see `KnowledgeDistillation(span=)` | import |
 | `Learner.save` | with the optimizer, projectors are saved too, in a file beside the student's | first callback |
 | `Learner.load` | it loads that file | import |
-| `Learner.export` | in a fit from a cache, it would export the training data and fastdistill too | first callback |
 | `Recorder.plot_loss` | with a teacher, `train_loss` has another scale than the task losses | first callback |
 | `Learner.distill` | a new method, in `learner.py` | import |
 | `Learner.check_teacher` | a new method, in `learner.py` | import |
@@ -33,7 +32,6 @@ at import do what they did before as long as there is neither. They can't wait:
 
 import functools
 import inspect
-from contextlib import nullcontext
 from pathlib import Path
 
 import fastai.callback.schedule  # noqa: F401 (it gives Learner fine_tune)
@@ -52,6 +50,7 @@ from fastai.basics import (
 )
 
 from ..base.distributed import rank
+from ..base.samples import Samples
 from .learner_notes import notes_of
 from .teacher_targets import TeacherTarget, TeacherTargets, makes_target
 
@@ -69,10 +68,6 @@ class DistillationCallback(Callback):
 
     def teardown(self):
         """Put everything back; safe to call at any time, and twice."""
-        raise NotImplementedError
-
-    def set_aside(self):
-        """A context inside which the data are as they were before the fit."""
         raise NotImplementedError
 
     def state_dict(self) -> dict:
@@ -165,7 +160,7 @@ def _show_without_teacher(pre_show_batch):
     @functools.wraps(pre_show_batch)
     def _pre_show_batch(self, b, max_n=9):
         if isinstance(b, (tuple, list)):
-            b = type(b)(o for o in b if not isinstance(o, TeacherTarget))
+            b = type(b)(o for o in b if not isinstance(o, (TeacherTarget, Samples)))
         return pre_show_batch(self, b, max_n=max_n)
 
     return _pre_show_batch
@@ -262,20 +257,6 @@ def _with_its_projectors(load):
     return _load
 
 
-def _export_student_alone(export):
-    """A DataLoader that is fed from a cache holds the cache and the data, and its copies are
-    exported.
-    """
-
-    @functools.wraps(export)
-    def _export(self, *args, **kwargs):
-        cb = _callback_on(self)
-        with nullcontext() if cb is None else cb.set_aside():
-            return export(self, *args, **kwargs)
-
-    return _export
-
-
 def _plot_labels_apart(plot_loss):
     """The labels' losses, in training and validation, get an axis of their own on the right."""
 
@@ -328,7 +309,6 @@ def patch_for_targets():
 def _patch_for_callback():
     _once(Learner, 'fit', _put_back_after)
     _once(Learner, 'save', _with_projectors)
-    _once(Learner, 'export', _export_student_alone)
     _once(Recorder, 'plot_loss', _plot_labels_apart)
 
 

@@ -17,6 +17,7 @@ from .fast_copy import AS_IT_IS, check_run
 from .forms import FORMS, Onnx, load_model
 from .images import affine, stats_of
 from .inputs import check_own_inputs
+from .items import as_in_batch, with_items
 from .runner import ModelRunner
 
 __all__ = ['Teacher']
@@ -312,6 +313,20 @@ class Teacher:
             return any(m.reads_items for m in self.members)
         return self.items is not None
 
+    @property
+    def reads_only_items(self) -> bool:
+        """Do all of its members?"""
+        return all(m.reads_only_items for m in self.members) if self.members else self.reads_items
+
+    @property
+    def needs(self) -> str:
+        """What the samples of a batch must bring, as in `Source`."""
+        return 'items' if self.reads_items else ''
+
+    def has_outputs(self, samples) -> bool:
+        """True: a model has outputs for any samples."""
+        return True
+
     # how it runs
 
     @property
@@ -421,25 +436,30 @@ class Teacher:
                 names.
             **kw: Inputs by name.
         """
-        return self.outputs(x, kw)
+        return self.outputs(x, kwargs=kw)
 
-    def outputs(self, args=(), kwargs=None, layers=()) -> Outputs:
-        """The teacher's outputs for a batch, including the layers that this call names.
+    def outputs(self, inputs=(), samples=None, layers=(), kwargs=None) -> Outputs:
+        """Return the outputs for a batch, including the layers that this call names.
 
         Args:
-            args: The batch's inputs.
-            kwargs: Inputs by name.
+            inputs: Inputs of the batch.
+            samples: Its `Samples`, with the raw items that a teacher with items= reads. None if
+                they are unknown.
             layers: Names of layers that this call reads, in addition to the teacher's own.
+            kwargs: Inputs by name.
         """
+        if samples is not None and self.reads_items:
+            out = self.outputs(with_items(tuple(inputs), samples.items), None, layers, kwargs)
+            return as_in_batch(out, samples, self)
         kwargs = kwargs or {}
         if not self.started:
             try:
                 self.runner.start()
-                return self.outputs(args, kwargs, layers)
+                return self.outputs(inputs, None, layers, kwargs)
             finally:
                 self.stop()
-        with torch.no_grad(), self.random.own(self.runner.generators((args, kwargs))):
-            return self.forward(args, kwargs, list(dict.fromkeys([*self.layers, *layers])))
+        with torch.no_grad(), self.random.own(self.runner.generators((inputs, kwargs))):
+            return self.forward(inputs, kwargs, list(dict.fromkeys([*self.layers, *layers])))
 
     def forward(self, args, kwargs, layers) -> Outputs:
         """The outputs of a started teacher with exactly these layers. It draws from the global
