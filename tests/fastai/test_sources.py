@@ -10,7 +10,7 @@ from fastai.callback.mixup import CutMix, MixUp
 from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, TransformBlock
 from torch import nn
 from fastdistill import Teacher
-from fastdistill.base.samples import Samples, Source
+from fastdistill.base.samples import BatchSamples, OutputSource
 from fastdistill.fastai import KnowledgeDistillation, TeacherBlock, cache_teacher, kd
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in apps.FASTAI_WARNINGS]
@@ -91,20 +91,26 @@ def fitted(folder, name, *cbs, epochs=1):
     return learn, ask
 
 
-METHODS = [n for n, v in vars(Source).items() if inspect.isfunction(v) and not n.startswith('_')]
+METHODS = [
+    n for n, v in vars(OutputSource).items() if inspect.isfunction(v) and not n.startswith('_')
+]
 
 
 def test_the_protocol_has_the_four_verbs():
     assert {'start', 'outputs', 'reset', 'stop'} <= set(METHODS)
-    assert list(inspect.signature(Source.outputs).parameters)[1:] == ['inputs', 'samples', 'layers']
+    assert list(inspect.signature(OutputSource.outputs).parameters)[1:] == [
+        'inputs',
+        'samples',
+        'layers',
+    ]
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_each_source_meets_the_protocol(tmp_path, name):
     source = fitted(tmp_path, name)[1].source
-    assert isinstance(source, Source)
+    assert isinstance(source, OutputSource)
     for method in METHODS:
-        want = [*inspect.signature(getattr(Source, method)).parameters.values()][1:]
+        want = [*inspect.signature(getattr(OutputSource, method)).parameters.values()][1:]
         have = [*inspect.signature(getattr(source, method)).parameters.values()]
         named = lambda ps: [p.name for p in ps if p.kind is not p.VAR_KEYWORD]
         assert named(have)[: len(want)] == named(want), method
@@ -195,11 +201,11 @@ def test_samples_record_how_the_batch_was_mixed(tmp_path, mix):
 
 
 def test_samples_are_pickled_and_pinned_with_their_rows():
-    s = Samples(np.arange(3), np.zeros(3, int), torch.arange(6, dtype=torch.uint8).view(3, 2))
+    s = BatchSamples(np.arange(3), np.zeros(3, int), torch.arange(6, dtype=torch.uint8).view(3, 2))
     again = pickle.loads(pickle.dumps(s))
     assert np.array_equal(again.index, s.index)
     assert torch.equal(again.rows, s.rows)
-    assert Samples(np.arange(3)).pin_memory().rows is None
+    assert BatchSamples(np.arange(3)).pin_memory().rows is None
 
 
 def test_a_cached_step_enters_the_files_that_the_script_explains():

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from .outputs import DistillError, Outputs, TopK, as_plain
 
-__all__ = ['Samples', 'Source', 'lerp', 'mixed']
+__all__ = ['BatchSamples', 'OutputSource', 'lerp', 'mixed']
 
 
 @dataclass
-class Samples:
+class BatchSamples:
     """The samples of a batch. It travels with the batch, and stays on the CPU.
 
     Attributes:
@@ -40,9 +40,6 @@ class Samples:
     permutations: list = field(default_factory=list)
     lam: Tensor | None = None
 
-    def __len__(self):
-        return len(self.target if self.index is None else self.index)
-
     def pin_memory(self, device=None):
         """Called by PyTorch's DataLoader."""
         return self if self.rows is None else replace(self, rows=self.rows.pin_memory())
@@ -61,7 +58,7 @@ class Samples:
 
 
 @runtime_checkable
-class Source(Protocol):
+class OutputSource(Protocol):
     """Teacher outputs for batches, from a model, a cache or the batch itself.
 
     Attributes:
@@ -76,7 +73,7 @@ class Source(Protocol):
     def start(self):
         """Prepare for many batches. A second call changes nothing."""
 
-    def outputs(self, inputs=(), samples: Samples | None = None, layers=()) -> Outputs:
+    def outputs(self, inputs=(), samples: BatchSamples | None = None, layers=()) -> Outputs:
         """Return the teacher's outputs for a batch.
 
         Args:
@@ -85,7 +82,7 @@ class Source(Protocol):
             layers: Names of layers that are read too.
         """
 
-    def has_outputs(self, samples: Samples | None) -> bool:
+    def has_outputs(self, samples: BatchSamples | None) -> bool:
         """Return True if there are outputs for these samples. Stored ones may cover only the
         training set.
         """
@@ -115,7 +112,7 @@ class Source(Protocol):
         """Restore everything. May be called at any time, and twice."""
 
 
-def mixed(out: Outputs, samples: Samples, kind: str, axis: int) -> Outputs:
+def mixed(out: Outputs, samples: BatchSamples, kind: str, axis: int) -> Outputs:
     """Mix outputs for unmixed samples as MixUp (arXiv:1710.09412) or CutMix (arXiv:1905.04899)
     mixed the batch.
 

@@ -322,7 +322,7 @@ class Distiller(RecipeLoss):
         Args:
             x: The batch's inputs, as `forward` takes them.
             progress: Share of the training that is done, for schedules.
-            samples: The `Samples` of the batch; None: unknown.
+            samples: The `BatchSamples` of the batch; None: unknown.
         """
         terms = self.active_terms(progress)
         return (

@@ -171,7 +171,7 @@ class SampleFeed:
         """Prepare the DataLoaders of a Learner that is about to fit.
 
         Args:
-            sources: Name of a head -> `Source`.
+            sources: Name of a head -> `OutputSource`.
             tasks: Name of a head -> what it predicts.
         """
         self.detach()

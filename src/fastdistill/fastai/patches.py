@@ -50,7 +50,7 @@ from fastai.basics import (
 )
 
 from ..base.distributed import rank
-from ..base.samples import Samples
+from ..base.samples import BatchSamples
 from .learner_notes import notes_of
 from .teacher_targets import TeacherTarget, TeacherTargets, makes_target
 
@@ -160,7 +160,7 @@ def _show_without_teacher(pre_show_batch):
     @functools.wraps(pre_show_batch)
     def _pre_show_batch(self, b, max_n=9):
         if isinstance(b, (tuple, list)):
-            b = type(b)(o for o in b if not isinstance(o, (TeacherTarget, Samples)))
+            b = type(b)(o for o in b if not isinstance(o, (TeacherTarget, BatchSamples)))
         return pre_show_batch(self, b, max_n=max_n)
 
     return _pre_show_batch

@@ -8,7 +8,7 @@ import numpy as np
 from fastai.tabular.core import Tabular
 
 from ..base.outputs import DistillError
-from ..base.samples import Samples
+from ..base.samples import BatchSamples
 from .language_model import is_stream
 from .replay_dl import Plan, attach, detach, refuse_unindexed, sampled
 from .sample_keys import items_of
@@ -56,7 +56,7 @@ def plan_of_items(dl, moved=()) -> Plan:
     """Let batches bring the raw items.
 
     Args:
-        moved: See `Samples`
+        moved: See `BatchSamples`
     """
     items = raw_items(dl)
     return Plan(np.zeros(len(items), np.uint64), items=items, moved=list(moved), random=False)
@@ -91,4 +91,4 @@ def renewed(dl, **options):
 
 def without_samples(b):
     """(batch as the model and its loss take it, its raw items or None)."""
-    return (b[:-1], b[-1].items) if isinstance(b[-1], Samples) else (b, None)
+    return (b[:-1], b[-1].items) if isinstance(b[-1], BatchSamples) else (b, None)

@@ -15,7 +15,7 @@ from fastai.text.data import LMDataLoader, SortedDL
 from ..base.generators import Generators
 from ..base.outputs import DistillError
 from ..base.random_state import restored_once, seeded
-from ..base.samples import Samples
+from ..base.samples import BatchSamples
 from ..base.seeds import seeds_of, view_of
 from .language_model import in_a_row
 from .transforms import Replay
@@ -33,7 +33,7 @@ class Plan:
         cache: Its rows are brought. None: no rows.
         at: Row of each sample, (N,).
         items: Raw items of all samples, which are brought. None: no items.
-        moved: See `Samples`.
+        moved: See `BatchSamples`.
         epoch: Number of the epoch, on which views depend.
         random: Random transforms are seeded.
         stream: Samples follow one another in a text, so all have the same view.
@@ -59,7 +59,7 @@ class Plan:
 
 
 class SampledBatches:
-    """Makes the batches of a DataLoader: (batch, its `Samples`). If the plan says so, the random
+    """Makes the batches of a DataLoader: (batch, its `BatchSamples`). If the plan says so, the random
     numbers of an item depend on the sample and the view.
 
     Args:
@@ -103,7 +103,7 @@ class SampledBatches:
     def _samples(self, at, views):
         p = self.plan
         rows = None if p.cache is None else torch.from_numpy(p.cache.rows(p.at[at], views))
-        return Samples(at, views, rows, n_inp=self.n_inp)
+        return BatchSamples(at, views, rows, n_inp=self.n_inp)
 
     def item(self, at, view):
         """The item at a position of the dataset, in one view. None if its transforms skip it."""

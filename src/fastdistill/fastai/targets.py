@@ -14,8 +14,8 @@ __all__ = ['GivenOutputs', 'HeldOutputs']
 
 
 class HeldOutputs:
-    """A `Source` whose outputs are among the `Samples` of a batch. It has no modules, and always
-    returns all stored layers.
+    """An `OutputSource` whose outputs are among the `BatchSamples` of a batch. It has no modules,
+    and always returns all stored layers.
     """
 
     kind, axis = 'softmax', 1

@@ -11,7 +11,7 @@ from fastai.callback.mixup import MixHandler
 from torch import Tensor
 
 from ..base.outputs import DistillError, as_plain
-from ..base.samples import Samples, lerp
+from ..base.samples import BatchSamples, lerp
 
 __all__ = [
     'TeacherTarget',
@@ -58,12 +58,13 @@ class TeacherTargets(Callback):
                 '(or the number of inputs).'
             )
         *b, last = *self.xb, *self.yb
-        if isinstance(last, Samples):
+        if isinstance(last, BatchSamples):
             # subtle: fastai's distributed DataLoader of a plain dataset takes all but the last part as inputs
             self.samples, n = last, last.n_inp
             self.learn.xb, self.learn.yb = tuple(b[:n]), tuple(b[n:])
         if len(self.yb) and isinstance(self.yb[-1], TeacherTarget):
-            self.samples = self.samples or Samples()
+            if self.samples is None:
+                self.samples = BatchSamples()
             self.learn.yb, self.samples.target = self.yb[:-1], self.yb[-1]
         if self.samples is not None and len(self.yb) and self._mix_handlers():
             y, permutations = self.yb[0], self.samples.permutations
@@ -98,7 +99,7 @@ class TeacherTargets(Callback):
         return Callback, ()
 
 
-def samples_of(learn) -> Samples | None:
+def samples_of(learn) -> BatchSamples | None:
     """Return the samples of a Learner's current batch. None if it brought nothing."""
     return next((c.samples for c in learn.cbs if isinstance(c, TeacherTargets)), None)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..base.generators import access_of, hands_out_generators, reachable
 from ..base.outputs import DistillError
 from ..base.random_state import RandomGuard
-from ..base.samples import Samples
+from ..base.samples import BatchSamples
 from ..base.seeds import seeds_of
 from ..cache.digests import code_of, fingerprint
 from ..cache.keys import hash_of
@@ -44,7 +44,7 @@ class Replay(Pipeline):
         self.own, self.plan, self.found = pipe, plan, {}
 
     def __call__(self, o):
-        if not (isinstance(o, (tuple, list)) and len(o) and isinstance(o[-1], Samples)):
+        if not (isinstance(o, (tuple, list)) and len(o) and isinstance(o[-1], BatchSamples)):
             return super().__call__(o)
         (b, samples), p = o, self.plan
         if isinstance(b, list):

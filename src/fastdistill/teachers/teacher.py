@@ -320,7 +320,7 @@ class Teacher:
 
     @property
     def needs(self) -> str:
-        """What the samples of a batch must bring, as in `Source`."""
+        """What the samples of a batch must bring, as in `OutputSource`."""
         return 'items' if self.reads_items else ''
 
     def has_outputs(self, samples) -> bool:
@@ -443,7 +443,7 @@ class Teacher:
 
         Args:
             inputs: Inputs of the batch.
-            samples: Its `Samples`, with the raw items that a teacher with items= reads. None if
+            samples: Its `BatchSamples`, with the raw items that a teacher with items= reads. None if
                 they are unknown.
             layers: Names of layers that this call reads, in addition to the teacher's own.
             kwargs: Inputs by name.
