@@ -1,6 +1,7 @@
 "Every source of teacher outputs meets one protocol, and a batch brings only what its source needs."
 
-import inspect, pickle, runpy
+import inspect, multiprocessing, pickle, random, runpy
+from functools import partial
 from pathlib import Path
 import numpy as np
 import pytest, torch
@@ -9,9 +10,11 @@ from fastai.basics import Callback, Learner
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, TransformBlock
 from torch import nn
+import cached
 from fastdistill import Teacher
 from fastdistill.base.samples import BatchSamples, OutputSource
 from fastdistill.fastai import KnowledgeDistillation, TeacherBlock, cache_teacher, kd
+from fastdistill.fastai.cache_feed import StoredOutputs
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in apps.FASTAI_WARNINGS]
 
@@ -131,6 +134,44 @@ def test_each_source_gives_what_the_model_says_of_these_samples(tmp_path, name):
         torch.testing.assert_close(got.softmax(1), live.softmax(1), rtol=1e-4, atol=1e-5)
 
 
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(4, C), nn.Linear(4, C)
+
+    def forward(self, x):
+        return dict(a=self.a(x), b=self.b(x))
+
+
+def both_losses(out, a, b):
+    return nn.functional.cross_entropy(out['a'], a) + nn.functional.cross_entropy(out['b'], b)
+
+
+def test_one_head_reads_a_cache_and_one_reads_raw_items(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        random.seed(0)
+        return DataBlock(
+            (TransformBlock, CategoryBlock, CategoryBlock),
+            n_inp=1,
+            get_x=vector,
+            get_y=[label, label],
+            splitter=IndexSplitter(range(16, N)),
+        ).dataloaders(list(range(N)), bs=4, num_workers=0)
+
+    net = dict(a=NET, b=nn.Linear(4, C))
+    write = partial(cache_teacher, views=0, dtype='float32', check=False)
+    cache = write(net, make(), tmp_path)['a']
+    weights = []
+    for a, b in ((cache, Teacher(net['b'], items=lambda i: of_items(i))), (net['a'], net['b'])):
+        learn = Learner(make(), TwoHeads(), loss_func=both_losses)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(2, 1e-2, cbs=KnowledgeDistillation(dict(a=a, b=b), kd(), check=False))
+        weights.append(torch.cat([p.detach().flatten() for p in learn.model.parameters()]))
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+
+
 class Plain(Callback):
     "The DataLoader and the callbacks of a fit"
 
@@ -213,3 +254,35 @@ def test_a_cached_step_enters_the_files_that_the_script_explains():
     main, worker = script['entered_files']()
     assert set(main) == set(script['MAIN'])
     assert set(worker) == set(script['WORKER'])
+
+
+def by_sample(cache, workers):
+    "position -> (input after all transforms, view, stored row), of all training samples"
+    dls = cached.data(augment='colours', bs=11, num_workers=workers)
+    fed = cached.feed(StoredOutputs(cache), cached.student(dls))
+    found = {
+        i: (torch.Tensor(x), v, bytes(r))
+        for b, _, s in dls.train
+        for i, x, v, r in zip(s.index.tolist(), b, s.view.tolist(), s.rows.numpy())
+    }
+    fed.detach()
+    return found
+
+
+@pytest.mark.parametrize('method', ['fork', 'spawn'])
+def test_workers_bring_the_same_views_and_rows(tmp_path, monkeypatch, method):
+    context = multiprocessing.get_context(method)
+    dls = cached.data(augment='colours')
+    cache = cached.cache_teacher(cached.Convs(3).eval(), dls, tmp_path, views=3)
+    monkeypatch.setattr(
+        type(dls.train.fake_l),
+        'multiprocessing_context',
+        property(lambda self: context if self.num_workers else None),
+    )
+    alone, worker = by_sample(cache, 0), by_sample(cache, 1)
+    assert set(alone) == set(worker) == set(range(cached.TRAIN))
+    for i, (x, view, row) in alone.items():
+        assert torch.equal(x, worker[i][0])
+        assert (view, row) == worker[i][1:]
+        assert row == bytes(cache.row(i, view))
+    assert len({view for _, view, _ in alone.values()}) == 3

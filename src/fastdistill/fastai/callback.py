@@ -298,13 +298,7 @@ class KnowledgeDistillation(DistillationCallback):
         task, head = self.tasks[k], self.heads[k]
         if k in self.stored:
             return self.stored[k]
-        teacher = teacher_of(head.source, head.of(self.learn), task)
-        if teacher.reads_items and self.stored:
-            raise DistillError(
-                f'The teacher of the head {k!r} has items=, and other heads have stored outputs: store '
-                "this one's too with cache_teacher({...}, dls, folder), or give it inputs=."
-            )
-        return teacher
+        return teacher_of(head.source, head.of(self.learn), task)
 
     def _setup(self, *x):
         """Pair layers and build projectors, once for a student."""

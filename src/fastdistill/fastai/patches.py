@@ -19,15 +19,30 @@
 | `Learner.explain` | a new method, in `learner.py` | import |
 | `Learner.show_features` | a new method, in `learner.py` | import |
 
-"First target" is when the first `TeacherBlock` is made or unpickled, or the first cache is trained
-from. "First callback" is when the first `KnowledgeDistillation` is made. Methods that are wrapped
-at import do what they did before as long as there is neither. They can't wait:
+Why there is no other way:
+
+- `DataBlock`, `Datasets`, `TfmdDL`: a block can't say that it is not an input. Decoding, exporting and showing call no
+  transform that could drop a column, and what shows a batch is chosen by the types of input and label.
+- `defaults.callbacks` is fastai's own list of callbacks for new Learners.
+- `fit`, `fine_tune`, `save`, `load`: an interrupt, a phase, saving and loading send no event to a callback.
+- `plot_loss` draws all losses on one axis, and has no option for a second one.
+
+Tested with fastai 2.8.10 and 2.8.12. `tests/fastai/test_patches.py` has a test for each patch: that what it is for
+works, and that it would not work without it.
+
+"First target" is when the first `TeacherBlock` is made or unpickled, or the first fit begins whose
+batches bring their samples. "First callback" is when the first `KnowledgeDistillation` is made.
+Methods that are wrapped at import do what they did before as long as there is neither. They can't wait:
 
 - `DataBlock.__init__`: a `TeacherBlock` may be given as a class. fastai makes an instance of it when it is about to
   count the inputs.
 - `Learner.fine_tune`: in `learn.fine_tune(1, cbs=KnowledgeDistillation(teacher))`, Python looks up the method before it
   makes the callback.
 - `Learner.load`: a student may be loaded before its callback is made.
+
+In a fit whose source needs the samples of a batch, `replay_dl.attach` sets `create_batches` and `after_batch` of the
+Learner's DataLoaders, which fastai takes as arguments of a DataLoader. They are set on the DataLoaders that the Learner
+has, since callbacks and users hold the same ones.
 """
 
 import functools
