@@ -25,7 +25,6 @@ ROOT = Path(fastdistill.__file__).parent
 # file -> why the step needs it
 MAIN = {
     'fastai/transforms.py': 'runs the batch transforms with the numbers of each sample and view',
-    'cache/keys.py': "hashes the name of a transform, for its samples' seeds",
     'base/seeds.py': 'the seed of each sample, view and transform',
     'base/random_state.py': 'the global random state is the same after the replay',
     'cache/per_sample.py': 'draws the numbers of all samples at once, each from its own seed',

@@ -123,6 +123,7 @@ def test_each_source_meets_the_protocol(tmp_path, name):
     for _ in range(2):
         source.stop()
     assert source.needs in ('', 'items', 'rows', 'target')
+    assert all(isinstance(m, OutputSource) for m in getattr(source, 'members', ()))
     assert source.has_outputs(None) == (source.needs in ('', 'items'))
 
 

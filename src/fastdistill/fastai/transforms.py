@@ -60,10 +60,10 @@ class Replay(Pipeline):
             # subtle: a seed depends on the transform's name, not its position, since a model may add a Normalize
             n = seen[type(f)] = seen.get(type(f), 0) + 1
             if id(f) not in self.found:
-                self.found[id(f)] = draws_alone(f)
-            name = hash_of(type(f).__name__.encode())
+                self.found[id(f)] = hash_of(type(f).__name__.encode()), draws_alone(f)
+            name, alone = self.found[id(f)]
             seeds = seeds_of(self.plan.seed, keys, samples.view, name, n)
-            b = replay_one(f, b, seeds, self.split_idx, self.found[id(f)])
+            b = replay_one(f, b, seeds, self.split_idx, alone)
         return b
 
 
