@@ -514,7 +514,8 @@ def views():
         aug_transforms,
     )
     from fastdistill.fastai.cache_data import cache_teacher
-    from fastdistill.fastai.cache_feed import StoredOutputs
+    from fastdistill.base.task import Task
+    from fastdistill.fastai.cache_feed import SampleFeed, StoredOutputs
 
     photos, names = load_sample_images().images, ImageNetInfo()
     data = DataBlock(
@@ -532,17 +533,15 @@ def views():
     fig = Figure(figsize=(9.5, 6.2), layout='constrained')
     with tempfile.TemporaryDirectory() as tmp:
         learn = Learner(make(), torch.nn.Linear(1, 2), loss_func=CrossEntropyLossFlat())
-        feed = StoredOutputs(
-            cache_teacher(teacher, make(), tmp, views=4, topk=3, check=False)
-        ).attach(learn)
+        cache = cache_teacher(teacher, make(), tmp, views=4, topk=3, check=False)
+        feed = SampleFeed().attach(learn, {'': StoredOutputs(cache)}, {'': Task('softmax')})
         for epoch, axs in enumerate(fig.subplots(2, 4).T):
-            plan = feed.rows.epochs.plan
-            plan.epoch = epoch
-            images, _, rows = learn.dls.train.one_batch()
-            t = feed.cache.decode(torch.Tensor(rows).to(torch.uint8)).logits
+            feed.begin(epoch)
+            images, _, samples = learn.dls.train.one_batch()
+            t = cache.decode(samples.rows).logits
             for i, ax in enumerate(axs):
                 put(ax, torch.Tensor(images[i]) / 2 + 0.5)
-                ax.set_title(f'epoch {epoch}: view {plan.of(i)[2]}', fontsize=10)
+                ax.set_title(f'epoch {epoch}: view {samples.view[i]}', fontsize=10)
                 says = [
                     f'{names.index_to_description(k).split(",")[0]} {p:.2f}'
                     for k, p in zip(t.ids[i].tolist(), t.values[i].exp().tolist())

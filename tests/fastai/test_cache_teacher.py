@@ -39,9 +39,11 @@ from fastdistill.cache import TeacherCache, cache_dataset, write_cache
 from fastdistill.fastai.cache_data import cache_teacher as checked_first, verify_cache
 from fastdistill.fastai import KnowledgeDistillation
 from fastdistill.fastai.cache_feed import StoredOutputs, passed_epochs
-from fastdistill.fastai.replay_dl import Items
+from fastdistill.fastai.replay_dl import sampled
+from fastdistill.fastai.teacher_targets import samples_of
 from fastdistill.fastai.transforms import Replay
-from fastdistill.base.outputs import DistillError, DistillWarning
+from fastdistill.base.outputs import DistillError, DistillWarning, Outputs
+from fastdistill.recipes.batch import all_classes
 from fastdistill.features import Taps
 from fastdistill.teachers import Teacher
 import cached
@@ -101,25 +103,29 @@ class Compare(Callback):
 
     order = 6
 
-    def __init__(self, feed, teacher, kind='softmax', axis=1):
+    def __init__(self, source, teacher, kind='softmax', axis=1):
         super().__init__()
-        self.feed, self.asked, self.kind_axis, self.seen = feed, teacher, (kind, axis), []
+        self.source, self.asked, self.kind_axis, self.seen = source, teacher, (kind, axis), []
 
     def before_fit(self):
-        self.feed.attach(self.learn, *self.kind_axis)
+        self.feed = cached.feed(self.source, self.learn, *self.kind_axis)
 
     def after_fit(self):
         self.feed.detach()
 
+    def stored(self):
+        out = self.source.outputs(self.learn.xb, samples_of(self.learn))
+        return all_classes(out, Outputs(torch.Tensor(self.learn.pred)))
+
     def after_loss(self):
-        if not self.feed.ready():
+        if not self.source.has_outputs(samples_of(self.learn)):
             return
         live = self.asked(*(o.as_subclass(torch.Tensor) for o in self.learn.xb))
         self.seen.append(
             (
                 self.learn.training,
                 self.learn.epoch,
-                self.feed.outputs().logits,
+                self.stored().logits,
                 live.logits,
                 self.learn.x,
             )
@@ -328,17 +334,17 @@ def test_batch_transforms_are_compared_by_what_they_give(tmp_path):
     normalize = Normalize.from_stats(*imagenet_stats)
     cache = cache_teacher(Convs(3).eval(), make([Strength(0.1)]), tmp_path / 'a')
     with pytest.raises(DistillError, match='sample 0: the transforms give a different result'):
-        StoredOutputs(cache).attach(student(make([Strength(0.9)])))
+        cached.feed(StoredOutputs(cache), student(make([Strength(0.9)])))
     with pytest.raises(DistillError, match='some samples: the transforms give'):
         cache_teacher(Convs(3).eval(), make([Strength(0.9)]), tmp_path / 'a')
-    feed = StoredOutputs(cache).attach(
-        student(make([Strength(0.1), normalize]))
+    feed = cached.feed(
+        StoredOutputs(cache), student(make([Strength(0.1), normalize]))
     )  # each model may have its own
     feed.detach()
     # but not where something that comes after it draws in normalised numbers
     cache = cache_teacher(Convs(3).eval(), make([RandomErasing(p=1.0)]), tmp_path / 'b')
     with pytest.raises(DistillError, match='after_batch: Normalize: none in the cache'):
-        StoredOutputs(cache).attach(student(make([normalize, RandomErasing(p=1.0)])))
+        cached.feed(StoredOutputs(cache), student(make([normalize, RandomErasing(p=1.0)])))
     # a bare module sees what the DataLoaders give it
     with pytest.raises(DistillError, match='teacher, input: mean'):
         cache_teacher(Convs(3).eval(), make([Strength(0.1), normalize]), tmp_path / 'a')
@@ -578,7 +584,7 @@ def test_a_stream_that_is_cut_otherwise_is_refused(tmp_path):
             DistillError,
             match=r'transform stream: 8 rows of 71 tokens, 8 at a time in the cache, \d rows of',
         ):
-            StoredOutputs(cache).attach(learn)
+            cached.feed(StoredOutputs(cache), learn)
         learn, _ = apps.pair('language_model')
     # without shuffling: the texts as they lie there
     cache = cache_teacher(teacher, learn.dls, tmp_path / 'c', views=0, dtype='float32')
@@ -597,10 +603,10 @@ def test_each_view_comes_once_in_as_many_epochs_as_there_are_views_and_each_samp
     stored = torch.stack(
         [cache.outputs(np.arange(TRAIN), v).logits for v in range(3)]
     )  # (view, sample, class)
-    feed, learn = StoredOutputs(cache), student(data(bs=TRAIN))
+    source, learn = StoredOutputs(cache), student(data(bs=TRAIN))
     shown = []
     for n in (2, 4):  # views go on from one fit to the next, as in fine_tune
-        c = Compare(feed, teacher)
+        c = Compare(source, teacher)
         quiet(learn, n, cbs=c)
         shown += [o for *_, o, _, _ in c.seen]
     which = [
@@ -619,12 +625,12 @@ def test_lr_find_takes_no_view_away(tmp_path):
     from fastai.callback.schedule import LRFinder
 
     teacher = Teacher(Convs(3))
-    feed = StoredOutputs(cache_teacher(teacher, data(), tmp_path, views=2))
+    source = StoredOutputs(cache_teacher(teacher, data(), tmp_path, views=2))
     learn = student(data(), model_dir=tmp_path)
-    quiet(learn, 2, cbs=[Compare(feed, teacher), LRFinder(num_it=4)])
+    quiet(learn, 2, cbs=[Compare(source, teacher), LRFinder(num_it=4)])
     assert not passed_epochs(learn)
-    quiet(learn, 2, cbs=Compare(feed, teacher))
-    assert passed_epochs(learn)[feed.cache.identity] == 2
+    quiet(learn, 2, cbs=Compare(source, teacher))
+    assert passed_epochs(learn)[source.cache.identity] == 2
 
 
 def test_clean_views_are_those_of_validation_while_the_student_sees_augmented_ones(tmp_path):
@@ -678,7 +684,7 @@ def test_mixup_mixes_the_stored_probabilities(tmp_path):
                 (
                     True,
                     0,
-                    self.feed.outputs().logits.softmax(1),
+                    self.stored().logits.softmax(1),
                     share @ self.asked(x0).logits.softmax(1),
                     share,
                 )
@@ -700,7 +706,7 @@ def test_layers_are_stored_too(tmp_path):
     class Look(Compare):
         def after_loss(self):
             if self.training:
-                seen.append((self.feed.outputs().feats, self.learn.x))
+                seen.append((self.stored().feats, self.learn.x))
 
     quiet(student(data()), 1, cbs=Look(StoredOutputs(cache), None))
     for feats, x in seen:
@@ -722,7 +728,7 @@ def test_few_classes_of_many(tmp_path, tail):
     class Look(Compare):
         def after_loss(self):
             t, live = (
-                self.feed.outputs().logits if self.training else None,
+                self.stored().logits if self.training else None,
                 self.asked(torch.Tensor(self.learn.x)).logits,
             )
             if self.training:
@@ -769,7 +775,7 @@ def test_classes_in_another_order_are_mapped_by_name(tmp_path):
                 live = torch.where(live >= live.topk(2, 1).values[:, -1:], live, -torch.inf)
             torch.testing.assert_close(got.softmax(1), live.softmax(1), rtol=1e-4, atol=1e-5)
     with pytest.raises(DistillError, match=r'does not have the class\(es\) d'):
-        StoredOutputs(cache).attach(student(data(get_y=lambda i: 'abcd'[i % 4])))
+        cached.feed(StoredOutputs(cache), student(data(get_y=lambda i: 'abcd'[i % 4])))
 
 
 def test_a_part_of_the_data_in_another_order_finds_its_rows(tmp_path):
@@ -787,7 +793,7 @@ def refused(cache, dls, match, **kwargs):
     learn = student(dls, **kwargs)
     was = state_of(learn)
     with pytest.raises(DistillError, match=match):
-        StoredOutputs(cache).attach(learn)
+        cached.feed(StoredOutputs(cache), learn)
     assert state_of(learn) == was
 
 
@@ -801,9 +807,9 @@ def test_data_and_transforms_that_do_not_fit_are_refused_in_words(tmp_path, monk
     refused(cache, data(augment='colours'), 'after_batch: RandomErasing: none in the cache')
     monkeypatch.setattr(cached, 'IMAGES', IMAGES[::-1].copy())
     refused(cache, data(), 'the input of sample 0: the transforms give a different result')
-    feed = StoredOutputs(TeacherCache(tmp_path, force=True))
+    source = StoredOutputs(TeacherCache(tmp_path, force=True))
     with pytest.warns(DistillWarning, match='used anyway'):
-        feed.attach(student(data())).detach()
+        cached.feed(source, student(data())).detach()
 
 
 def test_other_samples_are_refused(tmp_path):
@@ -821,7 +827,7 @@ def test_maps_of_clean_images_are_not_given_to_augmented_ones(tmp_path):
         DistillError,
         match="a value for each pixel or token of the clean input, but Resize, Flip would move the student's input: cache views=1",
     ):
-        StoredOutputs(cache).attach(learn)
+        cached.feed(StoredOutputs(cache), learn)
 
 
 RNG_OF_ITS_OWN = np.random.default_rng()
@@ -1040,16 +1046,14 @@ def test_a_fit_from_a_cache_leaves_nothing_behind(tmp_path):
         order = 7
 
         def after_loss(self):
-            assert isinstance(self.dls.train.do_item, Items) and isinstance(
-                self.dls.train.after_batch, Replay
-            )
+            assert sampled(self.dls.train) and isinstance(self.dls.train.after_batch, Replay)
             raise KeyboardInterrupt('stop')
 
-    feed = StoredOutputs(cache)
+    compare = Compare(StoredOutputs(cache), teacher)
     with pytest.raises(KeyboardInterrupt):
-        quiet(learn, cbs=[Compare(feed, teacher), Fails()])
-    feed.detach()
-    feed.detach()
+        quiet(learn, cbs=[compare, Fails()])
+    compare.feed.detach()
+    compare.feed.detach()
     now = state_of(learn)
     strip = lambda s: (
         [{k: v for k, v in d.items() if k not in ('rng', '_DataLoader__idxs', 'it')} for d in s[0]],
@@ -1064,7 +1068,7 @@ def test_others_on_the_same_data_see_nothing_of_it(tmp_path):
     teacher = Teacher(Convs(3))
     cache = cache_teacher(teacher, data(), tmp_path, views=2, valid=True)
     learn = student(data(), metrics=apps.accuracy)
-    feed = StoredOutputs(cache).attach(learn)
+    feed = cached.feed(StoredOutputs(cache), learn)
     with learn.no_bar():
         assert len(learn.validate()) == 2
         assert len(learn.get_preds(ds_idx=0)[0]) == TRAIN
@@ -1081,9 +1085,10 @@ def test_others_on_the_same_data_see_nothing_of_it(tmp_path):
 def test_replaying_moves_no_global_random_state(tmp_path):
     dls = data(augment='colours')
     learn = student(dls)
-    feed = StoredOutputs(
+    source = StoredOutputs(
         cache_teacher(Convs(3).eval(), data(augment='colours'), tmp_path, views=2)
-    ).attach(learn)
+    )
+    feed = cached.feed(source, learn)
 
     def state():
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
@@ -1119,16 +1124,16 @@ def test_ranks_of_a_distributed_fit_get_their_own_rows(tmp_path, monkeypatch):
     learn = student(data(bs=4))
     own = list(learn.dls.loaders)
     feed, order = (
-        StoredOutputs(cache).attach(learn),
+        cached.feed(StoredOutputs(cache), learn),
         np.random.default_rng(0).permutation(TRAIN).tolist(),
     )
     for rank in range(2):  # fastai wraps the DataLoaders when the fit has begun
         learn.dls.loaders = [DistributedDL(dl, rank=rank, world_size=2) for dl in own]
-        for x, _, rows in learn.dls.train:
-            kept = cache.decode(torch.Tensor(rows).to(torch.uint8)).logits
+        for x, _, samples in learn.dls.train:
+            kept = cache.decode(samples.rows).logits
             torch.testing.assert_close(kept, teacher(torch.Tensor(x)).logits, rtol=1e-4, atol=1e-5)
     feed.detach()
-    assert not any(isinstance(dl.__dict__.get('do_item'), Items) for dl in own)
+    assert not any(map(sampled, own))
 
 
 def one_of_two(folder):
@@ -1177,7 +1182,7 @@ def test_a_copy_of_the_dataloaders_is_found_and_freed(tmp_path):
     cache = cache_teacher(Convs(3).eval(), data(), tmp_path, views=2)
     learn = student(data())
     own = learn.dls
-    feed = StoredOutputs(cache).attach(learn)
+    feed = cached.feed(StoredOutputs(cache), learn)
     learn.dls = copy.deepcopy(own)
     assert len(learn.dls.one_batch()) == 3
     feed.detach()
@@ -1279,7 +1284,7 @@ def test_rows_that_nobody_reads_change_nothing(tmp_path):
 
     class Attached(Compare):
         def after_loss(self):
-            assert self.feed.ready()
+            assert self.source.has_outputs(samples_of(self.learn))
 
     a, b = run(), run(Attached(StoredOutputs(cache), None))
     assert all(torch.equal(a[k], b[k]) for k in a)

@@ -15,6 +15,7 @@ from cached import (
     Convs,
     cache_teacher,
     data,
+    feed,
     image,
     label,
     mask,
@@ -26,7 +27,7 @@ from fastdistill import Distiller, Term, at, kd, losses, soft_labels
 from fastdistill.cache import TeacherCache, cache_dataset
 from fastdistill.fastai import KnowledgeDistillation, TeacherBlock
 from fastdistill.fastai.cache_feed import StoredOutputs, passed_epochs
-from fastdistill.fastai.replay_dl import Items
+from fastdistill.fastai.replay_dl import sampled
 from fastdistill.fastai.transforms import Replay
 from fastdistill.base.outputs import DistillError, Outputs, TopK
 from fastdistill.cache import Replayed
@@ -186,7 +187,8 @@ def test_a_fit_from_a_cache_runs_no_teacher(tmp_path, monkeypatch):
         monkeypatch.setattr(Teacher, name, never)
     callback = KnowledgeDistillation(cache, kd() + at(layers={'bn': 'a'}))
     quiet(student(data()), 1, cbs=callback)
-    assert callback.distiller.teacher is callback.feed and len(callback.distiller.pairs) == 1
+    assert isinstance(callback.distiller.teacher, StoredOutputs)
+    assert len(callback.distiller.pairs) == 1
 
 
 def test_mixed_batches_learn_the_mixture_of_stored_probabilities(tmp_path):
@@ -336,7 +338,7 @@ def test_views_walk_on_over_epochs_and_over_two_fits(tmp_path, how):
 
         def after_loss(self):
             if self.training:
-                epochs[-1] += [bytes(o) for o in self.learn.teacher_targets.target.numpy()]
+                epochs[-1] += [bytes(o) for o in self.learn.teacher_targets.samples.rows.numpy()]
 
     for _ in range(2):
         if how == 'callback':
@@ -433,9 +435,7 @@ class Stops(Callback):
         self.error = error
 
     def after_loss(self):
-        assert isinstance(self.dls.train.do_item, Items) and isinstance(
-            self.dls.train.after_batch, Replay
-        )
+        assert sampled(self.dls.train) and isinstance(self.dls.train.after_batch, Replay)
         raise self.error
 
 
@@ -474,12 +474,8 @@ def test_alpha_0_trains_as_if_there_were_no_teacher(tmp_path, views):
     cache = cache_teacher(Convs(3).eval(), data(), tmp_path, views=views)
 
     class Attached(Callback):  # the same views, and no teacher
-        def __init__(self, feed):
-            super().__init__()
-            self.feed = feed
-
         def before_fit(self):
-            self.feed.attach(self.learn)
+            self.feed = feed(StoredOutputs(cache), self.learn)
 
         def after_fit(self):
             self.feed.detach()
@@ -497,7 +493,7 @@ def test_alpha_0_trains_as_if_there_were_no_teacher(tmp_path, views):
         ]
 
     a, b = (
-        run(*([Attached(StoredOutputs(cache))] if views else [])),
+        run(*([Attached()] if views else [])),
         run(KnowledgeDistillation(cache, alpha=0.0)),
     )
     assert all(torch.equal(x, y) for x, y in zip(a, b))
@@ -585,7 +581,7 @@ def test_other_data_and_other_transforms_are_refused_before_the_first_batch(tmp_
             quiet(learn, cbs=KnowledgeDistillation(cache))
         assert all(torch.equal(v, weights[k]) for k, v in learn.model.state_dict().items())
         assert {type(c) for c in learn.cbs} == {type(c) for c in was[1]} and not learn.metrics
-        assert not any(isinstance(dl.__dict__.get('do_item'), Items) for dl in learn.dls.loaders)
+        assert not any(map(sampled, learn.dls.loaders))
 
     refused(data(item_tfms=CROPS()), 'transform after_item: noise: .* in the cache, none now')
     refused(data(augment='colours'), 'after_batch: RandomErasing: none in the cache')
@@ -637,7 +633,7 @@ def test_targets_of_a_block_teach_as_the_teacher_itself():
         order = 4
 
         def after_loss(self):
-            told.append(torch.Tensor(self.learn.teacher_targets.target))
+            told.append(torch.Tensor(self.learn.teacher_targets.samples.target))
 
     kl = lambda s, t: kl_div((s / 4).log_softmax(1), (t / 4).softmax(1), reduction='batchmean') * 16
     watch = Watch(lambda learn, s: 0.1 * app.task(s, learn.y) + 0.9 * kl(s, told[-1]))

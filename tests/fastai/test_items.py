@@ -350,7 +350,7 @@ def test_compare_shows_it_its_own_items(folder):
         seconds=0,
         progress=False,
     )
-    assert both.models['other'].measures['accuracy'].value < 0.2 and 'do_item' not in vars(
+    assert both.models['other'].measures['accuracy'].value < 0.2 and 'create_batches' not in vars(
         learn.dls.valid
     )
     rows = text_student()

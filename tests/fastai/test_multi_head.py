@@ -36,6 +36,7 @@ from fastdistill.fastai import (
     verify_cache,
 )
 from fastdistill.fastai.targets import GivenOutputs
+from fastdistill.fastai.teacher_targets import samples_of
 
 pytestmark = pytest.mark.filterwarnings(*apps.FASTAI_WARNINGS)
 KD = KnowledgeDistillation
@@ -576,7 +577,10 @@ def test_stored_heads_replay_the_views_that_their_teachers_saw(tmp_path):
                 return
             heads = self.learn.knowledge_distillation.distiller.heads
             for k, m in t.items():
-                torch.testing.assert_close(heads[k].teacher.outputs().logits, m(self.x).detach())
+                torch.testing.assert_close(
+                    heads[k].teacher.outputs(self.xb, samples_of(self.learn)).logits,
+                    m(self.x).detach(),
+                )
             seen.append(self.x.clone())
 
     both_stored = trained(stored, noisy_dls(), cbs=Follow())
@@ -591,7 +595,7 @@ def test_stored_heads_replay_the_views_that_their_teachers_saw(tmp_path):
     torch.testing.assert_close(
         both_stored[1], trained({k: tmp_path / k for k in t}, noisy_dls())[1]
     )  # folders
-    assert 'do_item' not in vars(both_stored[0].dls.train) and not [
+    assert 'create_batches' not in vars(both_stored[0].dls.train) and not [
         c for c in both_stored[0].cbs if type(c).__name__ in ('Epochs', 'TeacherTargets')
     ]
 

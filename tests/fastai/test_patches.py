@@ -1,13 +1,14 @@
 "What importing fastdistill.fastai changes: in fastai what the table in `fastai/patches.py` names, in the user's scope nothing that is in use."
 
-import builtins, copy, pickle, re, subprocess, sys
+import builtins, copy, functools, pickle, re, subprocess, sys
 from functools import partial
 import numpy as np
 import pytest, torch
 import apps  # before the rest of fastai: it keeps its warnings quiet
-from fastai.basics import L, defaults
+from fastai.basics import Callback, Datasets, L, Recorder, TfmdDL, defaults
 from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, TransformBlock
 from fastai.learner import Learner
+from matplotlib.figure import Figure
 from torch import nn
 import fastdistill.fastai
 from fastdistill import recipes
@@ -60,7 +61,7 @@ def test_importing_changes_what_the_table_names_and_nothing_else():
     out = subprocess.run([sys.executable, '-c', SNAPSHOT], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     steps, same, same_callbacks = eval(out.stdout.splitlines()[-1])
-    assert [*map(len, steps)] == [8, 5, 4]
+    assert [*map(len, steps)] == [8, 5, 3]
     for names, step in zip(steps, ('import', 'first target', 'first callback')):
         assert names == sorted(n for n, when in TABLE.items() if when == step)
     assert same and same_callbacks, (
@@ -203,3 +204,159 @@ def test_a_data_block_without_a_teacher_is_as_before():
                 make(**wrong)
             errors.append(str(e.value))
         assert errors[0] == errors[1]
+
+
+# each patch: what it is for works, and would not without it. So a test fails if fastai calls its methods in another way,
+# and if a patch is no longer needed
+
+
+def trained(dls=None, *cbs, n_epoch=1, **kwargs):
+    learn = Learner(dls or data(), nn.Linear(4, 3), **kwargs)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(n_epoch, 1e-3, cbs=cbs)
+    return learn
+
+
+def the_teacher_is_no_input(tmp_path):
+    assert DataBlock((TransformBlock, CategoryBlock, TeacherBlock)).n_inp == 1
+
+
+def a_prediction_is_decoded(tmp_path):
+    assert trained(data(TeacherBlock)).predict(3)[0] in 'abc'
+
+
+def empty_data_have_no_teacher(tmp_path):
+    assert len(data(TeacherBlock).train_ds.new_empty().tls) == 2
+
+
+def the_types_of_a_batch_are_fastais(tmp_path):
+    dls = data(TeacherBlock)
+    assert dls.train.n_inp == 1
+    dls.train._one_pass()
+    assert {t.__module__.split('.')[0] for t in dls.train._types[tuple]} <= {'fastai', 'torch'}
+
+
+def a_batch_is_shown_without_the_teacher(tmp_path):
+    x, y, its = data(TeacherBlock).train.show_batch(show=False)
+    assert not isinstance(y, tuple) and len(its[0]) == 2
+
+
+def metrics_do_not_see_the_teacher(tmp_path):
+    assert trained(data(TeacherBlock), metrics=lambda pred, y: 0.5).recorder.values[0][-1] == 0.5
+
+
+class Interrupt(Callback):
+    def after_backward(self):
+        raise KeyboardInterrupt
+
+
+def an_interrupt_leaves_nothing_of_a_callback_that_stays(tmp_path):
+    learn = Learner(data(), nn.Linear(4, 3), cbs=KnowledgeDistillation(nn.Linear(4, 3)))
+    learn.knowledge_distillation.check = False
+    with learn.no_bar(), learn.no_logging(), pytest.raises(KeyboardInterrupt):
+        learn.fit(1, cbs=Interrupt())
+    assert not len(learn.metrics)
+
+
+def schedules_span_a_whole_fine_tune(tmp_path):
+    seen = []
+
+    class Note(Callback):
+        def after_loss(self):
+            if self.training:
+                seen.append(self.learn.knowledge_distillation.training_progress)
+
+    learn = Learner(data(), nn.Linear(4, 3))
+    kd = KnowledgeDistillation(nn.Linear(4, 3), check=False)
+    with learn.no_bar(), learn.no_logging():
+        learn.fine_tune(1, cbs=[kd, Note()])
+    assert len(seen) == 6 and seen == sorted(set(seen))
+
+
+def with_projectors(tmp_path):
+    torch.manual_seed(0)
+    learn = Learner(
+        data(), nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), path=tmp_path, model_dir='.'
+    )
+    recipe = recipes.hint({'0': '0'})
+    teacher = nn.Sequential(nn.Linear(4, 7), nn.Linear(7, 3))
+    kd = KnowledgeDistillation(teacher, recipe, check=False)
+    return learn, kd
+
+
+def projectors_are_saved_beside_the_student(tmp_path):
+    learn, kd = with_projectors(tmp_path)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, cbs=kd)
+    learn.save('student')
+    assert (tmp_path / 'student.distill.pth').is_file()
+
+
+def saved_projectors_are_loaded(tmp_path):
+    learn, kd = with_projectors(tmp_path)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, cbs=kd)
+        learn.save('student')
+        other, new = with_projectors(tmp_path)
+        other.load('student')
+        other.fit(1, 0.0, cbs=new)
+    of = lambda kd: [*kd.distiller.links.parameters()]
+    assert len(of(kd)) and all(map(torch.equal, of(kd), of(new)))
+
+
+def losses_of_different_scales_get_two_axes(tmp_path):
+    kd = KnowledgeDistillation(nn.Linear(4, 3), check=False)
+    learn = trained(None, kd, cbs=Recorder(train_metrics=True), n_epoch=2)
+    figure = Figure()
+    learn.recorder.plot_loss(skip_start=0, ax=figure.subplots())
+    assert len(figure.axes) == 2
+
+
+PATCHES = {
+    (DataBlock, '__init__'): the_teacher_is_no_input,
+    (Datasets, 'decode'): a_prediction_is_decoded,
+    (Datasets, 'new_empty'): empty_data_have_no_teacher,
+    (TfmdDL, '_one_pass'): the_types_of_a_batch_are_fastais,
+    (TfmdDL, '_pre_show_batch'): a_batch_is_shown_without_the_teacher,
+    (Learner, 'fit'): an_interrupt_leaves_nothing_of_a_callback_that_stays,
+    (Learner, 'fine_tune'): schedules_span_a_whole_fine_tune,
+    (Learner, 'save'): projectors_are_saved_beside_the_student,
+    (Learner, 'load'): saved_projectors_are_loaded,
+    (Recorder, 'plot_loss'): losses_of_different_scales_get_two_axes,
+}
+IDS = [f'{cls.__name__}.{name}' for cls, name in PATCHES]
+NEW = {'distill', 'check_teacher', 'distill_find', 'explain', 'show_features'}
+
+
+def test_each_patch_has_a_test():
+    assert {*IDS, 'defaults.callbacks'} == {n for n in TABLE if n.split('.')[1] not in NEW}
+
+
+@pytest.mark.parametrize('patch', PATCHES, ids=IDS)
+def test_what_a_patch_is_for_works(tmp_path, patch):
+    PATCHES[patch](tmp_path)
+
+
+@pytest.mark.parametrize('patch', PATCHES, ids=IDS)
+def test_it_would_not_work_without_the_patch(tmp_path, monkeypatch, patch):
+    cls, name = patch
+    own = getattr(cls, name).__wrapped__
+    plain = functools.wraps(own)(lambda *args, **kwargs: own(*args, **kwargs))
+    plain._knows_teacher = True  # or it would be wrapped again
+    monkeypatch.setattr(cls, name, plain)
+    with pytest.raises(
+        (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
+    ):
+        PATCHES[patch](tmp_path)
+
+
+def test_default_callbacks_are_needed_for_metrics(tmp_path, monkeypatch):
+    metrics_do_not_see_the_teacher(tmp_path)
+    dls = data(TeacherBlock)
+    monkeypatch.setattr(
+        defaults, 'callbacks', [c for c in defaults.callbacks if c is not TeacherTargets]
+    )
+    with pytest.raises(
+        (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
+    ):
+        trained(dls, metrics=lambda pred, y: 0.5)

@@ -33,8 +33,9 @@ from torch import nn
 import torch.nn.functional as F
 from fastdistill.fastai import KnowledgeDistillation, hint
 from fastdistill.fastai.block import TeacherBlock
-from fastdistill.fastai.targets import Feed, GivenOutputs
-from fastdistill.fastai.teacher_targets import TeacherTarget, TeacherTargets
+from cached import feed
+from fastdistill.fastai.targets import GivenOutputs
+from fastdistill.fastai.teacher_targets import TeacherTarget, TeacherTargets, samples_of
 from fastdistill.base.outputs import DistillError, DistillWarning
 
 pytestmark = pytest.mark.filterwarnings(
@@ -98,12 +99,12 @@ class Spy(TeacherTargets):
 
     order = 50
 
-    def __init__(self, feed, kind='softmax'):
+    def __init__(self, source, kind='softmax'):
         super().__init__()
-        self.feed, self.kind, self.got = feed, kind, []
+        self.source, self.kind, self.got = source, kind, []
 
     def before_fit(self):
-        self.feed.attach(self.learn, self.kind)
+        self.feed = feed(self.source, self.learn, self.kind)
 
     def before_batch(self):
         pass
@@ -112,9 +113,8 @@ class Spy(TeacherTargets):
         pass
 
     def after_loss(self):
-        self.got.append(
-            (self.learn.x, self.learn.yb, self.feed.outputs().logits, self.learn.training)
-        )
+        t = self.source.outputs(self.learn.xb, samples_of(self.learn)).logits
+        self.got.append((self.learn.x, self.learn.yb, t, self.learn.training))
 
     def after_fit(self):
         self.feed.detach()
@@ -286,7 +286,7 @@ def test_class_names_are_mapped():
             data(target=TeacherBlock(vocab=names), row=lambda i: np.zeros(len(names), 'f4')), Flat()
         )  # noqa: B023
         with pytest.raises(DistillError, match=say):
-            GivenOutputs().attach(learn)
+            feed(GivenOutputs(), learn)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_data_without_targets_are_refused_before_the_first_batch():
     with pytest.raises(
         DistillError, match='no teacher.s target. Give KnowledgeDistillation a teacher'
     ):
-        GivenOutputs().attach(learn)
+        feed(GivenOutputs(), learn)
     assert not learn.cbs
 
     class Never(Callback):
@@ -361,15 +361,16 @@ def test_data_without_targets_are_refused_before_the_first_batch():
 
 def test_a_feed_leaves_nothing_behind():
     learn = Learner(data(), Flat(), default_cbs=False)
-    feed = GivenOutputs().attach(learn)
-    assert sum(isinstance(c, TeacherTargets) for c in learn.cbs) == 1 and not feed.ready()
-    feed.detach()
-    feed.detach()
+    fed = feed(GivenOutputs(), learn)
+    assert sum(isinstance(c, TeacherTargets) for c in learn.cbs) == 1
+    assert not GivenOutputs().has_outputs(samples_of(learn))
+    fed.detach()
+    fed.detach()
     assert not learn.cbs
     learn = Learner(data(), Flat())
     have = list(learn.cbs)
-    GivenOutputs().attach(learn).detach()
-    assert list(learn.cbs) == have and issubclass(GivenOutputs, Feed)
+    feed(GivenOutputs(), learn).detach()
+    assert list(learn.cbs) == have
 
 
 def test_a_dataset_of_your_own_may_bring_targets():

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 import apps
 from apps import APPS, pair, toy
-from fastai.basics import Callback, CancelFitException, DataLoader, L
+from fastai.basics import Callback, CancelFitException, DataLoader, L, Learner
+from fastai.data.all import CategoryBlock
 from fastdistill import Distiller, Outputs, Recipe
 from fastdistill.fastai import (
     DistillError,
@@ -426,14 +427,33 @@ def test_layers_that_are_not_stored_are_refused_before_the_first_batch(tmp_path)
     )
 
 
+def test_stored_outputs_come_in_the_order_of_the_labels_classes(tmp_path):
+    theirs = data(block=CategoryBlock(vocab=['b', 'c', 'a'], sort=False))
+    learn, teacher, more = student(data()), Learner(theirs, Convs(3)), list(range(TRAIN, N))
+    cache_teacher(teacher, learn.dls, tmp_path, views=1, unlabeled=more, check=False)
+    cb = KD(teacher, kd(), unlabeled=more, unlabeled_targets=tmp_path)
+    seen = []
+
+    class Look(Callback):
+        order = 6
+
+        def after_loss(self):
+            if self.training:
+                x, t = next(cb.unlabeled.batches(self.learn, None))
+                seen.append((t.logits, teacher.model.eval()(x[0]).detach()))
+
+    learn.fit(1, 1e-3, cbs=[cb, Look()])
+    for stored, live in seen:
+        torch.testing.assert_close(stored, live[:, [2, 0, 1]], rtol=1e-2, atol=1e-2)
+    assert seen
+
+
 @pytest.mark.parametrize('error', [KeyboardInterrupt, ValueError])
 def test_nothing_is_left_behind(tmp_path, error):
     learn, teacher = student(data()), Convs(3).eval()
     ds = learn.dls.test_dl(list(range(8))).dataset
     loader = learn.dls.train.new(ds, bs=4, shuffle=True, n=None)
-    before = {
-        k: vars(loader)[k] for k in ('after_batch', 'do_batch', 'do_item') if k in vars(loader)
-    }
+    before = {k: vars(loader)[k] for k in ('after_batch', 'create_batches') if k in vars(loader)}
     cache_teacher(teacher, learn.dls, tmp_path / 'more', unlabeled=loader, check=False)
 
     class Stop(Callback):
@@ -444,12 +464,12 @@ def test_nothing_is_left_behind(tmp_path, error):
     with pytest.raises(error, match='now'):
         learn.fit(1, 1e-3, cbs=[cb, Stop()])
     assert {
-        k: vars(loader)[k] for k in ('after_batch', 'do_batch', 'do_item') if k in vars(loader)
+        k: vars(loader)[k] for k in ('after_batch', 'create_batches') if k in vars(loader)
     } == before
     assert (
         cb.unlabeled.iterator is None
         and cb.unlabeled.loader is None
-        and cb.unlabeled.rows.fed == []
+        and cb.unlabeled.feed.fed == []
     )
     learn.fit(1, 1e-3, cbs=cb)
 

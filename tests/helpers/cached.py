@@ -21,7 +21,9 @@ from fastai.vision.all import (
     imagenet_stats,
 )
 from torch import nn
+from fastdistill.base.task import Task
 from fastdistill.fastai.cache_data import cache_teacher as checked_first
+from fastdistill.fastai.cache_feed import SampleFeed
 
 
 cache_teacher = partial(checked_first, check=False)  # teachers that know nothing will do here
@@ -151,3 +153,8 @@ def state_of(learn):
     return [dict(dl.__dict__) for dl in learn.dls.loaders if isinstance(dl, TfmdDL)], list(
         learn.cbs
     )
+
+
+def feed(source, learn, kind='softmax', axis=1):
+    "The batches of a Learner as in a fit from this source"
+    return SampleFeed().attach(learn, {'': source}, {'': Task(kind, axis)})

@@ -52,7 +52,7 @@ LAW = dict(
 )
 # the same inside a package: a file may import those of its package that stand before it
 ORDER = dict(
-    base='errors atomic_files outputs distributed progress_bar task class_mapping generators random_state model_state seeds',
+    base='errors atomic_files outputs samples distributed progress_bar task class_mapping generators random_state model_state seeds',
     losses='_base chunks correlations response divergence decoupled feature relation dense',
     features='layer_names calls probe shapes taps projectors model_stages layer_pairs',
     teachers='images probabilities estimator forms hidden_state frozen input_aliasing slices folding compiled_module copy_plan fast_copy items inputs runner ensemble teacher',

@@ -125,6 +125,8 @@ def identity_of(teacher) -> dict:
     """Build the manifest's entry for a teacher: its name, the fingerprint of its weights, and its
     options.
     """
+    if (known := getattr(teacher, 'written_identity', None)) is not None:
+        return known
     options = options_of(teacher)
     name = getattr(teacher, 'name', None) or getattr(teacher, '__name__', type(teacher).__name__)
     shares = str(getattr(teacher, 'weights', None))  # of an ensemble's members

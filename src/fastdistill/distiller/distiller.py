@@ -20,7 +20,7 @@ from ..recipes.recipe_loss import Distilled
 from ..recipes.term import Recipe
 from ..teachers.forms import holds_weights
 from ..teachers.teacher import Teacher, same_run
-from .head import Head, HeadOutput, SharedOutput, has_outputs, options_by_head, renamed
+from .head import Head, HeadOutput, SharedOutput, options_by_head, renamed
 from .loader import is_loader, own_generators
 
 __all__ = ['Distiller']
@@ -447,28 +447,33 @@ class Distiller(nn.Module):
     def _layers(self, i, terms):
         return list(dict.fromkeys(n for h in self.heads.values() for n in h.layers(i, terms)))
 
-    def teacher_outputs(self, x, progress: float | None = None) -> Outputs | dict | None:
+    def teacher_outputs(
+        self, x, progress: float | None = None, samples=None
+    ) -> Outputs | dict | None:
         """The teacher's outputs for a batch, with the layers that its terms compare; None where no
         term needs them. Of several heads, a dict of those that have outputs.
 
         Args:
             x: The batch's inputs, as `forward` takes them.
             progress: Share of the training that is done, for schedules.
+            samples: The `BatchSamples` of the batch; None: unknown.
         """
-        x, out = inputs(x), {}
-        terms = {k: h.active_terms(progress) for k, h in self.heads.items()}
-        ask = {k: h for k, h in self.heads.items() if terms[k]}
-        if self.several:
-            ask = {k: h for k, h in ask.items() if has_outputs(h.teacher)}
+        x, terms = inputs(x), {k: h.active_terms(progress) for k, h in self.heads.items()}
+        ask = {k: h for k, h in self.heads.items() if terms[k] and h.teacher is not None}
+        out = {k: None for k in self.heads if k not in ask}
+        if self.several and not torch.is_grad_enabled():
+            ask = {k: h for k, h in ask.items() if h.teacher.has_outputs(samples)}
         for group in self._runs(ask):
             first = next(iter(group.values())).teacher
             layers = list(dict.fromkeys(n for k, h in group.items() for n in h.layers(1, terms[k])))
             if len(group) == 1:
-                outs = [first.outputs(x, layers=layers)]
+                outs = [first.outputs(x, samples, layers)]
             else:
-                outs = first.outputs_for([h.teacher for h in group.values()], x, layers=layers)
+                same = [h.teacher for h in group.values()]
+                outs = first.outputs_for(same, x, samples, layers)
             out |= dict(zip(group, outs))
-        return self._only(out) if out else None
+        none = len(out) == len(self.heads) and all(o is None for o in out.values())
+        return None if none else self._only(out)
 
     def _runs(self, heads) -> list[dict]:
         """The heads in groups whose teachers need one run."""
@@ -493,19 +498,22 @@ class Distiller(nn.Module):
         """
         return self._only({k: h.student_outputs(raw, feats, x) for k, h in self.heads.items()})
 
-    def has_outputs(self) -> bool:
-        """Does any teacher have outputs for this batch?"""
-        return any(has_outputs(h.teacher) for h in self.heads.values())
-
-    def map_heads(self, outputs, fn):
-        """fn(name of the head, its outputs), as outputs of the same form; None stays None.
+    def has_outputs(self, samples) -> bool:
+        """Return True if any teacher has outputs for these samples.
 
         Args:
-            outputs: As from `teacher_outputs` or `student_outputs`
+            samples: The `BatchSamples` of a batch. None if they are unknown.
         """
-        if outputs is None:
-            return None
-        return self._only({k: fn(k, o) for k, o in self._by_head(outputs).items()})
+        teachers = (h.teacher for h in self.heads.values())
+        return any(t.has_outputs(samples) for t in teachers if t is not None)
+
+    def outputs_by_head(self, outputs: Outputs | dict | None) -> dict[str, Outputs]:
+        """Return {name of the head: outputs}, without heads that have none.
+
+        Args:
+            outputs: What `teacher_outputs` or `student_outputs` returned.
+        """
+        return {k: o for k, o in self._by_head(outputs).items() if o is not None}
 
     def _only(self, each: dict):
         return each if self.several else each['']
@@ -589,8 +597,8 @@ class Distiller(nn.Module):
         """
         students, teachers, each = self._by_head(student), self._by_head(teacher), {}
         for k, h in self.heads.items():
-            if self.several and h.teacher is not None and not has_outputs(h.teacher):
-                continue
+            if self.several and teacher is not None and k not in teacher:
+                continue  # its outputs may be stored only for the training set
             each[k] = h.compute(
                 students[k],
                 teachers.get(k),

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from ..base.class_mapping import taught_part
@@ -28,7 +27,7 @@ from ..recipes.term import Recipe
 from ..recipes.text import as_recipe
 from ..teachers.teacher import Teacher
 
-__all__ = ['Head', 'HeadOutput', 'SharedOutput', 'has_outputs', 'options_by_head', 'renamed']
+__all__ = ['Head', 'HeadOutput', 'SharedOutput', 'options_by_head', 'renamed']
 
 
 class Head(RecipeLoss):
@@ -326,14 +325,6 @@ class SharedOutput(HeadOutput):
 
     def otherwise(self, raw):
         return raw
-
-
-def has_outputs(teacher) -> bool:
-    """Does a teacher have outputs for this batch? Stored ones may be there only for the training
-    set.
-    """
-    ready = getattr(teacher, 'ready', None)
-    return ready is None or torch.is_grad_enabled() or ready()
 
 
 def options_by_head(o, option: str, heads, who: str = 'the heads are') -> dict:

@@ -6,7 +6,7 @@ from ..recipes.term import Recipe, Term
 from ..recipes.text import as_recipe
 from ..recipes.zoo import kd
 from .cache_feed import StoredOutputs
-from .targets import Feed, GivenOutputs
+from .targets import GivenOutputs, HeldOutputs
 
 __all__ = ['check_options', 'feed_of', 'make_recipe', 'refuse_options', 'stored_head']
 
@@ -38,7 +38,7 @@ def refuse_options(several, **options):
 
 
 def feed_of(source):
-    """The feed that adds stored outputs to the batches; None for a teacher that runs."""
+    """The source of outputs that are stored; None for a teacher that runs."""
     if source is None:
         return GivenOutputs()
     # an URL is a cache's: models are files on this machine
@@ -46,7 +46,7 @@ def feed_of(source):
         source = TeacherCache(source)
     if isinstance(source, TeacherCache):
         return StoredOutputs(source)
-    return source if isinstance(source, Feed) else None
+    return source if isinstance(source, HeldOutputs) else None
 
 
 def stored_head(head, feed):

@@ -22,7 +22,7 @@ from ..base.generators import Generators
 from ..base.model_state import restored
 from ..base.outputs import DistillError, as_plain, map_tensors
 from ..teachers.items import with_items
-from .raw_items import renewed, without_places
+from .raw_items import renewed, without_samples
 
 __all__ = ['PreparationError', 'loader_of', 'prepared_batches', 'split_batch', 'valid_batches']
 
@@ -94,14 +94,10 @@ def prepared_batches(learn, n_valid, n_train):
     )
 
 
-def prepared(learn, batches, ds_idx, training, dl=None):
-    """(inputs, targets) of batches after the learner's callbacks have changed them.
-
-    Args:
-        dl: Where the batches come from; None: the learner's DataLoader.
-    """
+def prepared(learn, batches, ds_idx, training):
+    """(inputs, targets) of batches after the learner's callbacks have changed them."""
     for i, b in enumerate(batches):
-        b, items = without_places(b, learn.dls[ds_idx] if dl is None else dl)
+        b, items = without_samples(b)
         try:
             x, y = (
                 split_batch(learn, b)

@@ -33,15 +33,14 @@ from ..cache.source import (
 )
 from ..cache.verify import Verified
 from ..cache.writer import check_views, write_cache
-from ..checks.outputs import single_teachers
 from ..teachers.items import with_items
 from ..teachers.teacher import Teacher
 from .batches import loader_of
 from .check import check_teacher
 from .head import HeadData, heads_of, options_of_heads
 from .language_model import inputs_of, is_stream, share_n_inp, stream_outputs
-from .raw_items import RawItems
-from .replay_dl import IndexedItem, Plan, attach, refuse_unindexed
+from .raw_items import raw_items
+from .replay_dl import Plan, attach, refuse_unindexed, sampled
 from .sample_keys import item_keys, key_root, sample_files, storage_order
 from .task import task_of
 from .teachers import class_names, image_stats, is_heads, teacher_of
@@ -183,7 +182,7 @@ def only_items(teacher, views):
     """Return True if the teacher reads only the raw items, so that its outputs are the same in each
     view.
     """
-    if not all(m.reads_items for m in single_teachers(teacher)):
+    if not teacher.reads_only_items:
         return False
     if views > 1:
         raise DistillError(
@@ -200,11 +199,8 @@ def views_of(dl, views, seed):
         return views  # views of a language model are orders of its texts
     refuse_unindexed(dl)
     n = len(dl.dataset)
-    plan = Plan(np.arange(n, dtype=np.uint64), views, seed, np.arange(n))
-
-    def look(i, view):
-        return inspect_views(writer_dl(dl, plan, [view * n + i], 1, 0), [view * n + i])
-
+    plan = Plan(np.arange(n, dtype=np.uint64), views, seed)
+    look = lambda i, view: inspect_views(writer_dl(dl, plan, [(i, view)], 1, 0))
     return distinct_views(views, n, look)
 
 
@@ -305,16 +301,17 @@ def source_of(
     check_batch_size(rows := dl.bs if bs is None else bs)
     root = key_root(dls)
     names, order = item_keys(dl, keys, root), storage_order(dl)
-    plan = Plan(names[order], views, seed, order, stream=stream)
-    make = lambda tasks, bs, workers=None: writer_dl(dl, plan, tasks, bs, workers)
-    raw = RawItems(dl) if teacher.reads_items else None
+    items = raw_items(dl) if teacher.reads_items else None
+    plan = Plan(names, views, seed, items=items, stream=stream)
 
-    def inputs(b, tasks):
-        x = inputs_of(b, dl.n_inp)
-        return x if raw is None else with_items(x, raw.at(plan.of(np.asarray(tasks))[0]))
+    def make(tasks, bs, workers=None):
+        view, row = np.divmod(tasks, len(order))
+        pairs = list(zip(order[row].tolist(), view.tolist()))
+        return writer_dl(dl, plan, pairs, bs, workers)
 
+    inputs = lambda b: with_items(inputs_of(b, dl.n_inp), b[-1].items)
     if teacher.layers:
-        teacher = teacher.reading_tokens(*inputs(next(iter(make([0], 1, 0))), [0]))
+        teacher = teacher.reading_tokens(*inputs(next(iter(make([0], 1, 0)))))
 
     def run(tasks, bs, teacher=teacher):
         with (
@@ -327,10 +324,7 @@ def source_of(
             if stream:
                 yield from stream_outputs(teacher, dl, lambda t: make(t, bs, workers), tasks, bs)
             else:
-                yield from (
-                    Outputs.of(teacher(*inputs(b, tasks[i * bs : i * bs + bs])))
-                    for i, b in enumerate(make(tasks, bs, workers))
-                )
+                yield from (Outputs.of(teacher(*inputs(b))) for b in make(tasks, bs, workers))
 
     if check:
         with validation_transforms(dl, not views):
@@ -344,7 +338,7 @@ def source_of(
         with closing(run(np.arange(len(names))[:rows], rows)) as first:
             next(first)
     with validation_transforms(dl, not views):
-        samples = sample_digests(make, plan, views)
+        samples = sample_digests(make, len(names), views)
     who = identity_of(teacher)
     # without `stats`, the student's normalization is part of the teacher's identity
     if any(t.stats is None and not t.reads_items for t in teacher.members or [teacher]):
@@ -353,7 +347,7 @@ def source_of(
         )
     transforms = describe_transforms(dl) if views or stream else {}
     return Source(
-        plan.keys, run, rows, who, transforms, root, vocab, samples, sample_files(dl, order)
+        names[order], run, rows, who, transforms, root, vocab, samples, sample_files(dl, order)
     )
 
 
@@ -376,8 +370,8 @@ class FixedOrder:
         return self.idxs
 
 
-def writer_dl(dl, plan, tasks, bs, workers=None):
-    """Build a DataLoader that goes through tasks in order."""
+def writer_dl(dl, plan, pairs: list, bs, workers=None):
+    """Build a DataLoader that goes through (position, view) pairs in order."""
     cls = TabDataLoader if isinstance(dl, TabDataLoader) else TfmdDL
     more = {} if workers is None else dict(num_workers=workers)
     d = TfmdDL.new(
@@ -386,7 +380,7 @@ def writer_dl(dl, plan, tasks, bs, workers=None):
         bs=bs,
         shuffle=False,
         drop_last=False,
-        get_idxs=FixedOrder(np.asarray(tasks).tolist()),
+        get_idxs=FixedOrder(pairs),
         **more,
     )
     return attach(d, copy.copy(plan), dl if is_stream(dl) else None)
@@ -416,12 +410,13 @@ def check_views_repeat(make, n):
     tasks = spread_positions(n, 8)
     d = make(tasks, 1, 0)
     d.before_iter()
-    for t in tasks:
-        check_equal(d.do_item(t), d.do_item(t), 'The item transforms', t)
+    again = lambda: [sampled(d).item(*pair) for pair in d.get_idxs()]
+    for t, a, b in zip(tasks, again(), again()):
+        check_equal(a, b, 'The item transforms', t)
     for t, a, b in zip(tasks, make(tasks, 1, 0), make(tasks, 1, 0)):
-        check_equal(a, b, 'The batch transforms', t)
+        check_equal(a[:-1], b[:-1], 'The batch transforms', t)
     with RandomGuard() as guard:
-        d.before_batch([d.do_item(t)[0] for t in tasks])
+        d.before_batch(again())
     if guard.moved:
         raise DistillError(
             'A transform of before_batch draws random numbers for a whole batch, but batches are not '
@@ -453,27 +448,23 @@ def check_padding(run, n):
 
 
 def plain_item(o):
-    """Return an item without fastai's types and without its index."""
-    if isinstance(o, IndexedItem):
-        o = o[0]
+    """Return an item without fastai's types."""
     return tuple(map(plain_item, o)) if isinstance(o, (tuple, list)) else as_plain(o)
 
 
-def sample_digests(make, plan, views):
+def sample_digests(make, n, views):
     """Return digests of the inputs of a few samples, before and after the batch transforms. A
     replay must give the same.
     """
-    n = len(plan.keys)
     tasks = [i % max(views, 1) * n + int(r) for i, r in enumerate(spread_positions(n, 8))]
     return [
-        dict(row=t % n, view=t // n, **o)
-        for t, o in zip(tasks, inspect_views(make(tasks, 1, 0), tasks))
+        dict(row=t % n, view=t // n, **o) for t, o in zip(tasks, inspect_views(make(tasks, 1, 0)))
     ]
 
 
-def inspect_views(d, tasks):
-    """Return for each task the digest of its input, and three numbers for each of its tensors after
-    the batch transforms.
+def inspect_views(d):
+    """Return for each batch of one sample the digest of its input, and three numbers for each of
+    its tensors after the batch transforms.
     """
     # subtle: without Normalize, since each model may have its own
     d.after_batch.fs = [f for f in d.after_batch.fs if not isinstance(f, Normalize)]
@@ -482,7 +473,8 @@ def inspect_views(d, tasks):
         [summary(o) for o in flat_values(plain_item(b[: d.n_inp])) if has_floats(o)] for b in d
     ]
     d.before_iter()
-    return [dict(digest=item_digest(d.do_item(t), d.n_inp), after=a) for t, a in zip(tasks, after)]
+    items = (sampled(d).item(*pair) for pair in d.get_idxs())
+    return [dict(digest=item_digest(o, d.n_inp), after=a) for o, a in zip(items, after)]
 
 
 def summary(x):
@@ -498,8 +490,8 @@ def summary(x):
     ]
 
 
-def item_digest(pair, n_inp):
-    item = plain_item(pair)
+def item_digest(item, n_inp):
+    item = plain_item(item)
     return fingerprint(*flat_values(item[:n_inp])) if isinstance(item, tuple) else 'row of a table'
 
 

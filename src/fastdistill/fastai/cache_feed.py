@@ -1,52 +1,30 @@
-"Train from a cache: add its rows to the batches."
+"Train from a cache: its rows come with the batches."
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from fastai.basics import Callback, noop
 
 from ..base.distributed import rank
-from ..base.outputs import DistillError, Outputs, TopK, as_plain, tensors_in
+from ..base.outputs import DistillError, Outputs, TopK, tensors_in
 from ..base.random_state import RandomGuard
 from ..cache.manifest import refuse, sample_differences, transform_differences
 from ..cache.reader import TeacherCache
-from ..recipes.batch import all_classes
 from .cache_data import inspect_views, writer_dl
 from .head import HeadData
 from .language_model import inner_dl, is_stream, of_length, share_n_inp
 from .learner_notes import passed_epochs
-from .replay_dl import Plan, attach, detach, refuse_unindexed, set_aside
+from .patches import patch_for_targets
+from .raw_items import plan_of_items
+from .replay_dl import Plan, attach, detach, refuse_unindexed, sampled
 from .sample_keys import item_keys, matching_root, sample_files
-from .targets import Feed
+from .targets import HeldOutputs
+from .teacher_targets import TeacherTargets
 from .transforms import augmented, describe_transforms, moves
 from .vocab import stored_order, vocab_of
 
-__all__ = ['StoredOutputs', 'CacheRows']
-
-
-class Epochs(Callback):
-    """Gives the DataLoader the number of the epoch, on which views depend."""
-
-    order = -20
-
-    def __init__(self, plan, before, fed):
-        super().__init__()
-        self.plan, self.before, self.fed, self.passed = plan, before, fed, 0
-
-    def before_train(self):
-        self.begin(self.learn.epoch)
-
-    def begin(self, epoch):
-        for dl in self.fed:
-            dl.do_item.look()
-        self.plan.epoch = self.before + epoch
-        self.passed = epoch + 1
-
-    # an exported Learner gets a callback that does nothing, and needs no fastdistill
-    def __reduce__(self):
-        return Callback, ()
-
+__all__ = ['SampleFeed', 'StoredOutputs']
 
 ONE_VIEW = (
     'fastdistill: the cache has one view. Each sample has the same augmentation in every epoch, and students '
@@ -56,23 +34,19 @@ ONE_VIEW = (
 
 
 @dataclass
-class StoredOutputs(Feed):
-    """The outputs that a cache stores, for the batches that hold its rows.
+class StoredOutputs(HeldOutputs):
+    """The outputs that a cache stores.
 
     Attributes:
-        cache: Or its path.
-        keys: The `keys=` of `cache_teacher`
-        head: Of several heads of a student the one that these outputs teach.
-        rows: What puts the rows into the batches.
-        columns: The bytes of a row that are of this cache; None: all.
+        cache: A `TeacherCache`, or its path.
+        keys: The `keys=` of `cache_teacher`.
+        head: The head of the student that these outputs teach. None if there is only one.
     """
 
     cache: TeacherCache
     keys: object = None
     head: object = None
-    learn: object = field(default=None, repr=False)
-    rows: object = field(default=None, repr=False)
-    columns: slice | None = None
+    needs = 'rows'
     missing = (
         "This batch has no stored teacher's output: the cache holds the training set only "
         '(cache_teacher(..., valid=True) adds the validation set).'
@@ -83,24 +57,7 @@ class StoredOutputs(Feed):
             self.cache = TeacherCache(self.cache)
         if self.keys is None:
             self.keys = self.cache.sample_names
-        self.added = None
-        self.stream = False
-
-    def attach(self, learn, kind='softmax', axis=1):
-        CacheRows({'': self}).attach(learn, {'': (kind, axis)})
-        return self
-
-    def join(self, rows, learn, kind, axis):
-        """Read a part of the rows that `rows` puts into the batches."""
-        super().attach(learn, kind, axis)
-        self.rows = rows
-        self.find_order(learn.dls)
-
-    def detach(self):
-        rows, self.rows = self.rows, None
-        super().detach()
-        if rows is not None:
-            rows.detach()
+        self.order, self.stream, self.columns = None, False, slice(None)  # the bytes of a row
 
     @property
     def doubt(self):
@@ -108,6 +65,10 @@ class StoredOutputs(Feed):
         empty: nothing was found.
         """
         return self.cache.manifest.doubt
+
+    @property
+    def written_identity(self):
+        return self.cache.manifest.teacher
 
     @property
     def name(self):
@@ -125,18 +86,19 @@ class StoredOutputs(Feed):
             'instead of the cache.'
         )
 
-    def find_order(self, dls):
-        """The order of the labels' classes, in which outputs are returned."""
-        own = dls if self.head is None else HeadData(dls, self.head)
-        names = self.cache.manifest.vocab
-        self.order = (
-            None if names is None or vocab_of(own) is None else stored_order(names, vocab_of(own))
-        )
-        self.stream = is_stream(dls.train)
+    def bind(self, learn, kind, axis):
+        super().bind(learn, kind, axis)
+        own = learn.dls if self.head is None else HeadData(learn.dls, self.head)
+        names, vocab = self.cache.manifest.vocab, vocab_of(own)
+        self.order = None if names is None or vocab is None else stored_order(names, vocab)
+        self.stream = is_stream(learn.dls.train)
 
-    def plan(self, dls, dl, cache, keys):
-        """Which rows belong to the samples of a DataLoader; an error if the cache is not of these
-        data.
+    def plan(self, dls, dl, cache, keys) -> Plan:
+        """Find the rows of the samples of a DataLoader. Raise a DistillError if the cache is not of
+        these data.
+
+        Args:
+            cache: The own cache, or that of the validation set.
         """
         refuse_unindexed(dl)
         if cache.views or is_stream(dl):
@@ -150,8 +112,8 @@ class StoredOutputs(Feed):
             names,
             cache.views,
             cache.seed,
-            cache.find(names),
             cache,
+            cache.find(names),
             random=bool(cache.views),
             stream=is_stream(dl),
         )
@@ -160,123 +122,147 @@ class StoredOutputs(Feed):
         refuse(cache.folder, misfits(dl, plan, cache), cache.force)
         return plan
 
-    def set_aside(self):
-        return super().set_aside() if self.rows is None else self.rows.set_aside()
-
     def example(self, x):
         """Outputs of as many samples as there are inputs, for their shapes and stored layers."""
         t = next(tensors_in(x))
-        out = self.cache.decode(
-            torch.from_numpy(self.cache.rows(np.arange(len(t)) % len(self.cache))).to(t.device)
-        )
+        rows = self.cache.rows(np.arange(len(t)) % len(self.cache))
+        out = self.cache.decode(torch.from_numpy(rows).to(t.device))
         return of_length(out, t.shape[1]) if self.stream else out
 
-    def decode(self, t, learn):
-        out = self.decoded(self.part_of(t))
-        if self.stream:
-            out = of_length(out, learn.x.shape[1])
-        pred = learn.pred if self.head is None else self.head(learn.pred)
-        return all_classes(out, Outputs(as_plain(pred)))
-
-    def part_of(self, rows):
-        """The bytes of rows that are of this cache."""
-        return rows if self.columns is None else rows[:, self.columns]
-
-    def decoded(self, t):
+    def decode(self, t, x) -> Outputs:
         """Rows as outputs, with the classes in the order of the labels."""
-        out, order = self.cache.decode(t), self.order
+        out, order = self.cache.decode(t[:, self.columns]), self.order
+        if self.stream:
+            out = of_length(out, x.shape[1])
         if order is None:
             return out
-        lg = out.logits
-        lg = (
-            lg.reorder(order)
-            if isinstance(lg, TopK)
-            else lg.index_select(self.axis, order.to(lg.device))
-        )
-        return replace(out, logits=lg)
+        if isinstance(lg := out.logits, TopK):
+            return replace(out, logits=lg.reorder(order))
+        return replace(out, logits=lg.index_select(self.axis, order.to(lg.device)))
 
 
-class CacheRows:
-    """Puts the rows of one or several caches into the batches. A row has those of all caches for a
-    sample, side by side.
+class Epochs(Callback):
+    """Tells a `SampleFeed` the number of the epoch."""
 
-    Args:
-        feeds: Name -> `StoredOutputs`
+    order = -20
+
+    def __init__(self, feed):
+        super().__init__()
+        self.feed = feed
+
+    def before_train(self):
+        self.feed.begin(self.learn.epoch)
+
+    # an exported Learner gets a callback that does nothing, and needs no fastdistill
+    def __reduce__(self):
+        return Callback, ()
+
+
+class SampleFeed:
+    """Lets the batches of a fit bring what their sources need: their samples, with rows of caches
+    or raw items. If no source needs anything, nothing is changed.
     """
 
-    def __init__(self, feeds: dict):
-        self.feeds, self.fed, self.learn, self.passed, self.epochs = feeds, [], None, {}, None
-        caches = [f.cache for f in feeds.values()]
-        sizes = np.cumsum([0, *(c.manifest.layout.bytes for c in caches)])
-        for f, a, b in zip(feeds.values(), sizes, sizes[1:]):
-            f.columns = slice(a, b) if len(caches) > 1 else None
-        self.identity = tuple(c.identity for c in caches) if len(caches) > 1 else caches[0].identity
+    def __init__(self):
+        self.learn = self.plan = None
+        self.fed, self.added, self.before, self.passed = [], [], 0, 0
 
-    def attach(self, learn, tasks: dict):
-        """To the batches of a Learner.
+    def attach(self, learn, sources: dict, tasks: dict):
+        """Prepare the DataLoaders of a Learner that is about to fit.
 
         Args:
-            tasks: Name -> (kind of logits, class axis).
+            sources: Name of a head -> `OutputSource`.
+            tasks: Name of a head -> what it predicts.
         """
         self.detach()
-        self.learn, self.passed = learn, passed_epochs(learn)
+        needing = {k: s for k, s in sources.items() if s.needs}
+        if not needing:
+            return self
+        self.learn = learn
+        patch_for_targets()
         try:
+            if not any(isinstance(c, TeacherTargets) for c in learn.cbs):
+                self._add(TeacherTargets())
             with RandomGuard():
-                for k, f in self.feeds.items():
-                    f.join(self, learn, *tasks[k])
                 share_n_inp(learn.dls)
-                self._attach(learn.dls)
+                self._attach(needing, tasks)
         except BaseException:
             self.detach()
             raise
+        return self
 
-    def _attach(self, dls):
-        feeds = self.feeds.values()
-        plan = self.feed(dls, dls.train, [(f.cache, f.keys) for f in feeds])
-        next(iter(feeds)).targets.n_inp = dls.train.n_inp
-        valid = [(f.cache.valid, f.keys if callable(f.keys) else None) for f in feeds]
-        if all(c is not None for c, _ in valid) and len(dls.loaders) > 1:
-            try:
-                self.feed(dls, dls.valid, valid)
-            except DistillError as e:
-                self._log(
-                    f'fastdistill: no column for the validation set, since the cache has another one. {e}'
-                )
-        self.learn.add_cb(self.epochs)
-        many = self.learn.n_epoch > 1 and not hasattr(self.learn, 'lr_finder')
-        if plan.views == 1 and many and augmented(dls.train):
-            self._log(ONE_VIEW)
+    def _attach(self, sources, tasks):
+        learn, dls = self.learn, self.learn.dls
+        held = {k: s for k, s in sources.items() if s.needs != 'items'}
+        for k, s in held.items():
+            s.bind(learn, tasks[k].kind, tasks[k].axis)
+        stored = {k: s for k, s in held.items() if s.needs == 'rows'}
+        if stored:
+            self.feed_rows(learn, dls.train, stored)
+            self._feed_valid(dls, stored)
+            self._add(Epochs(self))
+            many = learn.n_epoch > 1 and not hasattr(learn, 'lr_finder')
+            if self.plan.views == 1 and many and augmented(dls.train):
+                self._log(ONE_VIEW)
+        if len(held) < len(sources):
+            self._feed_items(dls)
 
-    def feed(self, dls, dl, caches):
-        """Put the rows into the batches of one DataLoader, the first of which tells the epochs.
+    def _add(self, callback):
+        self.learn.add_cb(callback)
+        self.added.append(callback)
+
+    def _feed_items(self, dls):
+        for dl in dls.loaders:
+            plan = plan_of_items(dl, moves(dls.train))
+            if (own := sampled(dl)) is not None:
+                own.plan.items, own.plan.moved = plan.items, plan.moved
+            elif len(dl.dataset):
+                self._feed(dl, plan)
+
+    def feed_rows(self, learn, dl, stored: dict):
+        """Let the batches of a DataLoader bring the rows of caches, side by side. The views depend
+        on the epochs that were trained from these caches before.
 
         Args:
-            dls: The Learner's.
-            caches: (cache, keys) of each feed.
+            stored: Name -> `StoredOutputs`.
         """
-        plan = self._joined(
-            [f.plan(dls, dl, c, k) for f, (c, k) in zip(self.feeds.values(), caches)]
-        )
-        self.fed.append(attach(dl, plan))
-        if self.epochs is None:
-            self.epochs = Epochs(plan, self.passed.get(self.identity, 0), self.fed)
-        return plan
+        end = 0
+        for s in stored.values():
+            start, end = end, end + s.cache.manifest.layout.bytes
+            s.columns = slice(start, end)
+        caches = {k: (s, s.cache, s.keys) for k, s in stored.items()}
+        self.plan, self.passed = plan_of_rows(learn.dls, dl, caches), 0
+        identity = tuple(s.cache.identity for s in stored.values())
+        self.identity = identity if len(identity) > 1 else identity[0]
+        self.trained = passed_epochs(learn)
+        self.before = self.trained.get(self.identity, 0)
+        self._feed(dl, self.plan)
 
-    def _joined(self, plans):
-        """One plan of those of all caches."""
-        if len(plans) == 1:
-            return plans[0]
-        first = max(plans, key=lambda p: p.views)
-        if any(p.views and not same_views(p, first) for p in plans):
-            have = '; '.join(
-                f'{k}: {p.views} view(s), seed {p.seed}' for k, p in zip(self.feeds, plans)
+    def _feed_valid(self, dls, stored):
+        caches = {
+            k: (s, s.cache.valid, s.keys if callable(s.keys) else None) for k, s in stored.items()
+        }
+        if len(dls.loaders) < 2 or any(c is None for _, c, _ in caches.values()):
+            return
+        try:
+            self._feed(dls.valid, plan_of_rows(dls, dls.valid, caches))
+        except DistillError as e:
+            self._log(
+                f'fastdistill: no column for the validation set, since the cache has another one. {e}'
             )
-            raise DistillError(
-                f'The caches of these heads hold other views of the samples ({have}), but a batch has '
-                "one view of each. Write them in one call: cache_teacher({'color': teacher1, 'shape': "
-                'teacher2}, dls, folder, views=...).'
-            )
-        return replace(first, at=np.arange(len(first.at)), cache=SideBySide(plans))
+
+    def _feed(self, dl, plan):
+        self.fed.append(attach(dl, plan))
+
+    def begin(self, epoch):
+        """Begin an epoch of the present fit.
+
+        Args:
+            epoch: Its number.
+        """
+        for dl in self.fed:
+            sampled(dl).look()
+        self.plan.epoch, self.passed = self.before + epoch, epoch + 1
 
     def _log(self, text):
         """Not inside `learn.no_logging()`, and on the first rank alone."""
@@ -285,23 +271,37 @@ class CacheRows:
 
     def detach(self):
         """Undo `attach`; safe to call twice."""
-        fed, self.fed = self.fed, []
-        for dl in fed:
+        learn, self.learn = self.learn, None
+        for dl in self.fed:
             detach(dl)
-        if self.learn is not None:
+        if learn is not None:
             # subtle: some tools replace the DataLoaders by a copy temporarily
-            for dl in map(inner_dl, self.learn.dls.loaders):
+            for dl in map(inner_dl, learn.dls.loaders):
                 detach(dl)
-            self.learn.remove_cbs([c for c in self.learn.cbs if c is self.epochs])
-        if self.epochs is not None and not hasattr(self.learn, 'lr_finder'):
-            self.passed[self.identity] = self.epochs.before + self.epochs.passed
-        self.learn = self.epochs = None
-        for f in self.feeds.values():
-            if f.rows is self:
-                f.detach()
+            learn.remove_cbs([c for c in self.added if c in learn.cbs])
+        if self.plan is not None and not hasattr(learn, 'lr_finder'):
+            self.trained[self.identity] = self.before + self.passed
+        self.fed, self.added, self.plan = [], [], None
 
-    def set_aside(self):
-        return set_aside(*self.fed)
+
+def plan_of_rows(dls, dl, caches: dict) -> Plan:
+    """Make one plan of those of all caches.
+
+    Args:
+        caches: Name -> (`StoredOutputs`, cache, keys).
+    """
+    plans = [s.plan(dls, dl, cache, keys) for s, cache, keys in caches.values()]
+    if len(plans) == 1:
+        return plans[0]
+    first = max(plans, key=lambda p: p.views)
+    if any(p.views and not same_views(p, first) for p in plans):
+        have = '; '.join(f'{k}: {p.views} view(s), seed {p.seed}' for k, p in zip(caches, plans))
+        raise DistillError(
+            f'The caches of these heads hold other views of the samples ({have}), but a batch has '
+            "one view of each. Write them in one call: cache_teacher({'color': teacher1, 'shape': "
+            'teacher2}, dls, folder, views=...).'
+        )
+    return replace(first, at=np.arange(len(first.at)), cache=SideBySide(plans))
 
 
 class SideBySide:
@@ -330,11 +330,10 @@ def misfits(dl, plan, cache):
     """Texts: how these data differ from the data when the cache was written."""
     m = cache.manifest
     if m.views:
-        n = len(plan.keys)
-        again = Plan(plan.keys, m.views, m.seed, np.arange(n), stream=plan.stream)
+        again = Plan(plan.keys, m.views, m.seed, stream=plan.stream)
 
         def look(i, view):
-            return inspect_views(writer_dl(dl, again, [view * n + i], 1, 0), [view * n + i])[0]
+            return inspect_views(writer_dl(dl, again, [(i, view)], 1, 0))[0]
 
         return sample_differences(m, plan.at, look)
     if m.layout.dense and not plan.stream and (moving := moves(dl)):

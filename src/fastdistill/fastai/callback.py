@@ -5,8 +5,11 @@ from fastai.basics import Callback, L
 from ..base.outputs import DistillError, check_axis, check_output
 from ..base.task import pseudo_labels
 from ..features.taps import Taps
+from ..recipes.batch import all_classes
 from ..recipes.term import one_temperature
+from ..teachers.items import with_items
 from .arguments import check_options, make_recipe, refuse_options
+from .cache_feed import SampleFeed
 from .check import check_optimizer
 from .default_recipe import example_of
 from .finite import FiniteCheck
@@ -16,7 +19,7 @@ from .fit_state import FitState
 from .learner_notes import notes_of
 from .metrics import PartMetric, TaskMetric
 from .patches import DistillationCallback
-from .raw_items import ItemFeed
+from .teacher_targets import samples_of
 from .teachers import is_heads
 from .training_step import add_distilled, add_loss, mixed_labels
 from .trend import TrendCheck
@@ -98,7 +101,7 @@ class KnowledgeDistillation(DistillationCallback):
             log=self.log,
         )
         self.source, self.output, self.span = teacher, output, span
-        self.feed, self.items = self.fit_distiller.feed, ItemFeed()
+        self.feed = SampleFeed()
         self.state = FitState(self.log)
         self.in_fit, self.part_metrics, self.parts = False, L(), {}
         self.taps = self.trend = self.teacher_outputs = self.epochs_span = None
@@ -165,15 +168,11 @@ class KnowledgeDistillation(DistillationCallback):
         d.start()
 
     def _attach(self):
-        """Let the batches show what the teachers need."""
-        teachers = self.distiller.teachers
-        for t in teachers:
+        """Let the batches bring what the teachers need."""
+        for t in self.distiller.teachers:
             t.say_with(self.log)
-        if self.feed is None:
-            self.items.attach(self.learn, teachers)
-            return
-        tasks = {k: (t.kind, t.axis) for k, t in self.fit_distiller.tasks.items()}
-        self.feed.attach(self.learn, *([tasks] if self.several else tasks['']))
+        sources = {k: h.teacher for k, h in self.distiller.heads.items() if h.teacher is not None}
+        self.feed.attach(self.learn, sources, self.fit_distiller.tasks)
 
     def _start_unlabeled(self):
         if not any(not t.n_targets for t in self.recipe.terms):
@@ -202,12 +201,9 @@ class KnowledgeDistillation(DistillationCallback):
     def after_fit(self):
         self.teardown(self.learn)
 
-    def set_aside(self):
-        return (self.feed or self.items).set_aside()
-
     def teardown(self, learn):
         self._untap()
-        (self.items if self.feed is None else self.feed).detach()
+        self.feed.detach()
         self.unlabeled.stop()
         if not self.in_fit:
             return
@@ -266,7 +262,8 @@ class KnowledgeDistillation(DistillationCallback):
             return
         self.parts, self.teacher_outputs = {}, None
         if not self.distiller.ready:
-            self._setup(*self.items.beside(self.xb))  # it did not run on an example
+            # it did not run on an example
+            self._setup(*with_items(self.xb, getattr(samples_of(self.learn), 'items', None)))
         self._tap()
 
     def _tap(self):
@@ -319,14 +316,15 @@ class KnowledgeDistillation(DistillationCallback):
         self.teacher_outputs = self._ask_teacher()
         if self.teacher_outputs is not None:
             own = self.distiller.student_outputs(self.learn.pred, {}, self.xb)
-            y = pseudo_labels(self.teacher_outputs.logits, own.logits, self.distiller.task)
+            t = all_classes(self.teacher_outputs, own).logits
+            y = pseudo_labels(t, own.logits, self.distiller.task)
             self.learn.yb = (y,)
 
     def after_loss(self):
         if not self.active or not len(self.yb):
             return
         d, progress = self.distiller, self.training_progress
-        if not (self.training or d.has_outputs()):
+        if not (self.training or d.has_outputs(samples_of(self.learn))):
             return  # outputs may be stored for the training set alone
         unlabeled = self.teacher_outputs is not None
         t = self.teacher_outputs if unlabeled else self._ask_teacher()
@@ -355,17 +353,15 @@ class KnowledgeDistillation(DistillationCallback):
             add_loss(self.learn, d.without_labels(s, t, progress=progress))
 
     def _ask_teacher(self):
-        """The teacher's outputs for this batch; None where no term needs them."""
-        d, tasks = self.distiller, self.fit_distiller.tasks
-        t = d.teacher_outputs(self.items.beside(self.xb), self.training_progress)
+        """Return the teacher's outputs for this batch. None if no term needs them."""
+        samples = samples_of(self.learn)
+        t = self.distiller.teacher_outputs(self.xb, self.training_progress, samples)
         self._check_finite(t)
-        return d.map_heads(t, lambda k, o: self.items.mixed(o, d.heads[k].teacher, tasks[k]))
+        return t
 
     def _check_finite(self, outputs):
-        check = self.finite_check.add
-        self.distiller.map_heads(
-            outputs, lambda k, o: check(o, self.learn, self.fit_distiller.tasks[k])
-        )
+        for k, o in self.distiller.outputs_by_head(outputs).items():
+            self.finite_check.add(o, self.learn, self.fit_distiller.tasks[k])
 
     # projectors
 

@@ -187,7 +187,7 @@ class Compared:
         teacher, baseline = roles_of(self.models, teacher, baseline)
         steps = number_of_batches(data)
         steps = None if steps is None else steps + 2 * len(self.models) * bool(seconds)
-        batches = self.head.batches(prepared(learn, some_batches(data), 1, False, data))
+        batches = self.head.batches(prepared(learn, some_batches(data), 1, False))
         with (
             shown_bar(progress, steps) as tick,
             items_shown([data], *self.teachers.values()),

@@ -5,11 +5,10 @@ from dataclasses import replace
 from fastai.basics import one_param
 
 from ..base.distributed import broadcast, of_first, on_first
-from ..base.outputs import DistillError, as_plain
+from ..base.outputs import as_plain
 from ..distiller.distiller import Distiller
 from ..features.layer_names import unwrap
 from .arguments import check_options, feed_of, stored_head
-from .cache_feed import CacheRows
 from .check import find_mistakes, weight_shapes
 from .default_recipe import choose_recipe, example_of
 from .head import comparisons_of, options_of_heads
@@ -28,8 +27,7 @@ class FitDistiller:
 
     Attributes:
         heads: Name -> `LearnerHead`; '' for a student with one output.
-        stored: Name -> what feeds stored outputs, of the heads that have them.
-        feed: What puts all stored outputs into the batches; None: all teachers run.
+        stored: {name of a head: its stored outputs}, of the heads that have them.
         tasks: Name -> what the head predicts.
         distiller: None before the first fit.
     """
@@ -47,9 +45,6 @@ class FitDistiller:
         self.stored = {k: o for k, o in found.items() if o is not None}
         if self.several:
             self.stored = {k: stored_head(self.heads[k], o) for k, o in self.stored.items()}
-        self.feed = None
-        if self.stored:
-            self.feed = CacheRows(self.stored) if self.several else self.stored['']
         self.tasks, self.distiller, self.built, self.known_dls = {}, None, None, None
         self.checked = False
 
@@ -118,13 +113,7 @@ class FitDistiller:
     def _source_of(self, k, learn):
         if k in self.stored:
             return self.stored[k]
-        teacher = self.heads[k].teacher_of(learn, self.tasks[k])
-        if teacher.reads_items and self.stored:
-            raise DistillError(
-                f'The teacher of the head {k!r} has items=, and other heads have stored outputs: store '
-                "this one's too with cache_teacher({...}, dls, folder), or give it inputs=."
-            )
-        return teacher
+        return self.heads[k].teacher_of(learn, self.tasks[k])
 
     def look(self, learn, logs: bool) -> dict | None:
         """Look for mistakes, once for these data; None if that is not wanted. The first rank looks

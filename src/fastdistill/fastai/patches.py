@@ -12,7 +12,6 @@
 | `Learner.fine_tune` | schedules span both of its phases: see `KnowledgeDistillation(span=)` | import |
 | `Learner.save` | with the optimizer, projectors are saved too, in a file beside the student's | first callback |
 | `Learner.load` | it loads that file | import |
-| `Learner.export` | in a fit from a cache, it would export the training data and fastdistill too | first callback |
 | `Recorder.plot_loss` | with a teacher, `train_loss` has another scale than the task losses | first callback |
 | `Learner.distill` | a new method, in `learner.py` | import |
 | `Learner.check_teacher` | a new method, in `learner.py` | import |
@@ -20,20 +19,34 @@
 | `Learner.explain` | a new method, in `learner.py` | import |
 | `Learner.show_features` | a new method, in `learner.py` | import |
 
-"First target" is when the first `TeacherBlock` is made or unpickled, or the first cache is trained
-from. "First callback" is when the first `KnowledgeDistillation` is made. Methods that are wrapped
-at import do what they did before as long as there is neither. They can't wait:
+Why there is no other way:
+
+- `DataBlock`, `Datasets`, `TfmdDL`: a block can't say that it is not an input. Decoding, exporting and showing call no
+  transform that could drop a column, and what shows a batch is chosen by the types of input and label.
+- `defaults.callbacks` is fastai's own list of callbacks for new Learners.
+- `fit`, `fine_tune`, `save`, `load`: an interrupt, a phase, saving and loading send no event to a callback.
+- `plot_loss` draws all losses on one axis, and has no option for a second one.
+
+Tested with fastai 2.8.10 and 2.8.12. `tests/fastai/test_patches.py` has a test for each patch: that what it is for
+works, and that it would not work without it.
+
+"First target" is when the first `TeacherBlock` is made or unpickled, or the first fit begins whose
+batches bring their samples. "First callback" is when the first `KnowledgeDistillation` is made.
+Methods that are wrapped at import do what they did before as long as there is neither. They can't wait:
 
 - `DataBlock.__init__`: a `TeacherBlock` may be given as a class. fastai makes an instance of it when it is about to
   count the inputs.
 - `Learner.fine_tune`: in `learn.fine_tune(1, cbs=KnowledgeDistillation(teacher))`, Python looks up the method before it
   makes the callback.
 - `Learner.load`: a student may be loaded before its callback is made.
+
+In a fit whose source needs the samples of a batch, `replay_dl.attach` sets `create_batches` and `after_batch` of the
+Learner's DataLoaders, which fastai takes as arguments of a DataLoader. They are set on the DataLoaders that the Learner
+has, since callbacks and users hold the same ones.
 """
 
 import functools
 import inspect
-from contextlib import nullcontext
 from pathlib import Path
 
 import fastai.callback.schedule  # noqa: F401 (it gives Learner fine_tune)
@@ -52,6 +65,7 @@ from fastai.basics import (
 )
 
 from ..base.distributed import rank
+from ..base.samples import BatchSamples
 from .learner_notes import notes_of
 from .teacher_targets import TeacherTarget, TeacherTargets, makes_target
 
@@ -73,10 +87,6 @@ class DistillationCallback(Callback):
         Args:
             learn: The Learner of the fit.
         """
-        raise NotImplementedError
-
-    def set_aside(self):
-        """A context inside which the data are as they were before the fit."""
         raise NotImplementedError
 
     def state_dict(self) -> dict:
@@ -169,7 +179,7 @@ def _show_without_teacher(pre_show_batch):
     @functools.wraps(pre_show_batch)
     def _pre_show_batch(self, b, max_n=9):
         if isinstance(b, (tuple, list)):
-            b = type(b)(o for o in b if not isinstance(o, TeacherTarget))
+            b = type(b)(o for o in b if not isinstance(o, (TeacherTarget, BatchSamples)))
         return pre_show_batch(self, b, max_n=max_n)
 
     return _pre_show_batch
@@ -267,20 +277,6 @@ def _with_its_projectors(load):
     return _load
 
 
-def _export_student_alone(export):
-    """A DataLoader that is fed from a cache holds the cache and the data, and its copies are
-    exported.
-    """
-
-    @functools.wraps(export)
-    def _export(self, *args, **kwargs):
-        cb = _callback_on(self)
-        with nullcontext() if cb is None else cb.set_aside():
-            return export(self, *args, **kwargs)
-
-    return _export
-
-
 def _plot_labels_apart(plot_loss):
     """The labels' losses, in training and validation, get an axis of their own on the right."""
 
@@ -333,7 +329,6 @@ def patch_for_targets():
 def _patch_for_callback():
     _once(Learner, 'fit', _put_back_after)
     _once(Learner, 'save', _with_projectors)
-    _once(Learner, 'export', _export_student_alone)
     _once(Recorder, 'plot_loss', _plot_labels_apart)
 
 

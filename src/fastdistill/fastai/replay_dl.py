@@ -1,9 +1,10 @@
-"A DataLoader whose random transforms repeat the views of a cache."
+"""A DataLoader whose batches know their samples, and whose random transforms may repeat the views of
+a cache.
+"""
 
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
-from types import MethodType
 
 import numpy as np
 import torch
@@ -14,188 +15,167 @@ from fastai.text.data import LMDataLoader, SortedDL
 from ..base.generators import Generators
 from ..base.outputs import DistillError
 from ..base.random_state import restored_once, seeded
+from ..base.samples import BatchSamples
 from ..base.seeds import seeds_of, view_of
 from .language_model import in_a_row
-from .teacher_targets import TeacherRow
-from .transforms import Replay, Shown
+from .transforms import Replay
 
-__all__ = ['Plan', 'attach', 'detach', 'refuse_unindexed', 'set_aside']
+__all__ = ['Plan', 'SampledBatches', 'attach', 'detach', 'refuse_unindexed', 'sampled']
 
 
 @dataclass
 class Plan:
-    """The sample and the view of each index of a DataLoader.
+    """What the batches of a DataLoader bring for their samples.
 
     Attributes:
-        keys: (N,) uint64 by position in the dataset; while writing: by row.
-        views: 0: nothing is replayed.
-        at: (N,) row of each position (training); position of each row (writing).
-        cache: Whose rows are fed; None while writing.
+        keys: Key of each sample by its position in the dataset, (N,) uint64.
+        views: Number of views that are repeated. 0: nothing is replayed.
+        cache: Its rows are brought. None: no rows.
+        at: Row of each sample, (N,).
+        items: Raw items of all samples, which are brought. None: no items.
+        moved: See `BatchSamples`.
+        epoch: Number of the epoch, on which views depend.
         random: Random transforms are seeded.
         stream: Samples follow one another in a text, so all have the same view.
     """
 
     keys: np.ndarray
-    views: int
-    seed: int
-    at: np.ndarray | None = None
+    views: int = 0
+    seed: int = 0
     cache: object = None
+    at: np.ndarray | None = None
+    items: object = None
+    moved: list = field(default_factory=list)
     epoch: int = 0
     random: bool = True
     stream: bool = False
 
-    def of(self, i):
-        """(positions, keys, views, rows) of indices, an array of them or one number."""
-        if self.cache is None:
-            view, row = divmod(i, len(self.keys))
-            at, keys = self.at[row], self.keys[row]
-            return at, keys if isinstance(i, np.ndarray) else int(keys), view, None
-        keys = self.keys[i] if isinstance(i, np.ndarray) else int(self.keys[i])
-        return (
-            i,
-            keys,
-            view_of(keys * 0 if self.stream else keys, self.epoch, self.views, self.seed),
-            self.at[i],
-        )
+    def sample(self, i) -> tuple:
+        """(position, view) of a sampler's index. A writer's index is such a pair itself."""
+        if isinstance(i, tuple):
+            return i
+        key = 0 if self.stream else int(self.keys[i])
+        return int(i), view_of(key, self.epoch, self.views, self.seed)
 
 
-class IndexedItem(tuple):
-    """An item and its index."""
+class SampledBatches:
+    """Makes the batches of a DataLoader: (batch, its `BatchSamples`). If the plan says so, the random
+    numbers of an item depend on the sample and the view.
 
+    Args:
+        dl: The DataLoader.
+        maker: The DataLoader that makes the items, if not `dl` itself.
+    """
 
-class Items:
-    """A DataLoader's `do_item` whose random numbers depend on the sample and the view."""
-
-    def __init__(self, dl, plan):
-        self.dl, self.plan = dl, plan
+    def __init__(self, dl, plan, maker=None):
+        self.dl, self.plan, self.maker = dl, plan, maker or dl
+        # subtle: fastai counts the parts of a first batch, which transforms may change
+        self.n_inp = dl.n_inp
         self.look()
 
     def look(self):
         """Find the generators inside transforms. They may be other objects in another epoch."""
-        self.own = Generators(self.dl.after_item, self.dl.dataset)
+        self.own = Generators(self.maker.after_item, self.maker.dataset)
 
-    def __call__(self, s):
-        s = 0 if s is None else int(s)
-        at, key, view, _ = self.plan.of(s)
-        item = self.make(int(at), key, int(view))
-        if item is None and self.plan.cache is None:
-            raise DistillError(
-                f'Sample {at} is skipped by its own transforms (SkipItemException): '
-                'remove it from the data before caching.'
-            )
-        return None if item is None else IndexedItem((item, s))
+    def create_batches(self, indices):
+        """What a DataLoader calls, in a worker if there are any."""
+        chunks = self.dl.chunkify(self._items(indices))
+        while True:
+            # the global generators are restored once for each batch
+            with restored_once() if self.plan.random else nullcontext():
+                chunk = next(chunks, None)
+                b = chunk and self.dl.do_batch([item for *_, item in chunk])
+            if chunk is None:
+                return
+            yield b, self._samples(*np.array([o[:2] for o in chunk]).T)
 
-    def make(self, at, key, view):
+    def _items(self, indices):
+        for i in indices:
+            at, view = self.plan.sample(i)
+            if (item := self.item(at, view)) is not None:
+                yield at, view, item
+            elif isinstance(i, tuple):
+                raise DistillError(
+                    f'Sample {at} is skipped by its own transforms (SkipItemException): '
+                    'remove it from the data before caching.'
+                )
+
+    def _samples(self, at, views):
+        p = self.plan
+        rows = None if p.cache is None else torch.from_numpy(p.cache.rows(p.at[at], views))
+        return BatchSamples(at, views, rows, n_inp=self.n_inp)
+
+    def item(self, at, view):
+        """The item at a position of the dataset, in one view. None if its transforms skip it."""
         if not self.plan.random:
-            return type(self.dl).do_item(self.dl, at)
-        seed = seeds_of(self.plan.seed, key, view)
+            return self.maker.do_item(at)
+        seed = seeds_of(self.plan.seed, int(self.plan.keys[at]), view)
         with seeded(seed), self.own.seeded(seed):
-            return type(self.dl).do_item(self.dl, at)
+            return self.maker.do_item(at)
 
 
-class Cuts(Items):
+class SampledPieces(SampledBatches):
     """The same for a language model, whose samples are cut from the joined texts: each view is an
     order of the texts.
     """
 
     view = None
 
-    def make(self, at, key, view):
+    def item(self, at, view):
         if view != self.view:
             self.view, self.chunks = view, self.joined_texts(view)
-        was, self.dl.chunks = self.dl.chunks, self.chunks
+        was, self.maker.chunks = self.maker.chunks, self.chunks
         try:
-            return super().make(at, key, view)
+            return super().item(at, view)
         finally:
-            self.dl.chunks = was
+            self.maker.chunks = was
 
     def joined_texts(self, view):
-        seed, n = seeds_of(self.plan.seed, view), len(self.dl.items)
+        dl, seed = self.maker, seeds_of(self.plan.seed, view)
+        n = len(dl.items)
         order = np.random.default_rng(seed).permutation(n) if self.plan.views else np.arange(n)
-        return in_a_row(self.dl, order.tolist(), partial(self.text, seed))
+        return in_a_row(dl, order.tolist(), partial(self.text, seed))
 
     def text(self, seed, i):
         """Text `i`. Its random numbers differ from those of the samples that are cut from it."""
-        get = lambda: self.dl.items.tfm(self.dl.items.coll[i])
+        get = lambda: self.maker.items.tfm(self.maker.items.coll[i])
         if not self.plan.random:
             return get()
         with seeded(s := seeds_of(seed, i)), self.own.seeded(s):
             return get()
 
 
-class Batches:
-    """A DataLoader's `do_batch` that adds stored rows and indices to the batch."""
-
-    def __init__(self, dl, plan, own):
-        self.dl, self.plan, self.own = dl, plan, own
-
-    def __call__(self, b):
-        make = self.own or partial(type(self.dl).do_batch, self.dl)
-        if not isinstance(b[0], IndexedItem):
-            return make(b)  # `dl.new()` copies `do_batch`, but not `do_item`
-        cache, (_, keys, views, at) = self.plan.cache, self.plan.of(np.array([s for _, s in b]))
-        rows = np.zeros((len(b), 0), np.uint8) if cache is None else cache.rows(at, views)
-        return make([o for o, _ in b]), TeacherRow(torch.from_numpy(rows)), Shown(keys, views)
+def sampled(dl) -> SampledBatches | None:
+    """What makes the batches of `dl`, if they know their samples."""
+    own = getattr(vars(dl).get('create_batches'), '__self__', None)
+    return own if isinstance(own, SampledBatches) else None
 
 
-def create_batches(self, samps):
-    """The DataLoader's own method, with the global generators restored once for each batch."""
-    batches = type(self).create_batches(self, samps)
-    while True:
-        with restored_once():
-            b = next(batches, None)
-        if b is None:
-            return
-        yield b
-
-
-def attach(dl, plan, source=None):
-    """Make `dl` replay `plan`. It stays the same object, so a Learner that holds it uses the plan.
+def attach(dl, plan, maker=None):
+    """Let the batches of `dl` end with their samples. It stays the same object, so a Learner that
+    holds it gets them.
 
     Args:
-        source: The DataLoader that makes the items, if not `dl` itself.
+        maker: See `SampledBatches`
     """
     detach(dl)
     refuse_unindexed(dl)
-    assert dl.n_inp  # subtle: fastai computes it from a first batch, which must not have rows yet
-    own = dl.__dict__.get('do_batch')
-    dl.do_batch, dl.do_item = (
-        Batches(dl, plan, own),
-        (Cuts if plan.stream else Items)(source or dl, plan),
-    )
-    # subtle: as a bound method, since `dl.new()` does not copy these
-    if plan.random:
-        dl.create_batches = MethodType(create_batches, dl)
+    # subtle: bound methods are not copied by `dl.new()`, so its batches are the plain ones
+    dl.create_batches = (SampledPieces if plan.stream else SampledBatches)(
+        dl, plan, maker
+    ).create_batches
     dl.after_batch = Replay(dl.after_batch, plan)
     return dl
 
 
 def detach(dl):
     """Undo `attach`; safe to call twice, and on a copy of the DataLoader."""
-    if not isinstance(dl.__dict__.get('do_item'), Items):
+    if sampled(dl) is None:
         return
-    del dl.__dict__['do_item']
-    dl.__dict__.pop('create_batches', None)
-    own = dl.__dict__.pop('do_batch').own
-    if own is not None:
-        dl.do_batch = own
+    del dl.create_batches
     pipe = dl.after_batch
     if isinstance(pipe, Replay):
         pipe.own.fs, dl.after_batch = pipe.fs, pipe.own
-
-
-@contextmanager
-def set_aside(*dls):
-    """Inside, these DataLoaders are as they were before `attach`."""
-    parts = 'do_item', 'do_batch', 'create_batches', 'after_batch'
-    attached = [{k: dl.__dict__[k] for k in parts if k in dl.__dict__} for dl in dls]
-    for dl in dls:
-        detach(dl)
-    try:
-        yield
-    finally:
-        for dl, own in zip(dls, attached):
-            dl.__dict__.update(own)
 
 
 def refuse_unindexed(dl):

@@ -1,78 +1,51 @@
-"Stored teacher outputs in the batches of a fit."
+"Teacher outputs that the batches of a fit bring with them."
 
 import warnings
-from contextlib import nullcontext
-from dataclasses import replace
 
 from fastai.basics import TfmdDL
 
-from ..base.outputs import DistillError, DistillWarning, Outputs, as_plain
+from ..base.outputs import DistillError, DistillWarning, Outputs, as_plain, tensors_in
 from ..base.random_state import RandomGuard
-from .patches import patch_for_targets
-from .teacher_targets import TeacherTarget, TeacherTargets, mix_logits, target_tfms
+from ..base.samples import mixed
+from .teacher_targets import TeacherTarget, target_tfms
 from .vocab import stored_order
 
-__all__ = ['Feed', 'GivenOutputs', 'mixed']
+__all__ = ['GivenOutputs', 'HeldOutputs']
 
 
-class Feed:
-    """Stored teacher outputs for the batches of a fit: `attach` before it, `outputs` in each batch,
-    `detach` after it.
-
-    A Distiller takes it instead of a Teacher. It has no modules. Its outputs are those of the
-    current batch, for any inputs, with all stored layers.
+class HeldOutputs:
+    """An `OutputSource` whose outputs are among the `BatchSamples` of a batch. It has no modules,
+    and always returns all stored layers.
     """
 
-    def attach(
-        self,
-        learn,  # the Learner that is about to fit
-        kind: str = 'softmax',  # what the logits are: needed to mix them
-        axis: int = 1,  # their class axis
-    ):
-        self.detach()
-        patch_for_targets()
-        self.learn, self.kind, self.axis = learn, kind, axis
-        self.added = None
-        if self.targets is None:
-            self.added = TeacherTargets()
-            learn.add_cb(self.added)
-        return self
+    kind, axis = 'softmax', 1
+    written_identity: dict = {}  # of the teacher whose outputs were stored, as far as it is known
 
-    def detach(self):
-        """Undo what `attach` did; safe to call twice."""
-        learn = getattr(self, 'learn', None)
-        if learn is not None and self.added is not None:
-            learn.remove_cbs([c for c in learn.cbs if c is self.added])
-        elif learn is not None and (cb := self.targets) is not None:
-            cb.n_inp = None
-        self.learn = self.added = None
+    def bind(self, learn, kind: str, axis: int):
+        """Prepare for the data of a Learner that is about to fit. Refuse data without outputs.
 
-    def set_aside(self):
-        """A context inside which the data are as they were before `attach`."""
-        return nullcontext()
+        Args:
+            kind: Kind of the logits, needed to mix them.
+            axis: Their class axis.
+        """
+        self.kind, self.axis = kind, axis
 
-    @property
-    def targets(self):
-        """The callback that removes the targets from the batches of the Learner."""
-        return next((c for c in self.learn.cbs if isinstance(c, TeacherTargets)), None)
+    def has_outputs(self, samples) -> bool:
+        return samples is not None and getattr(samples, self.needs) is not None
 
-    def ready(self):
-        "Does the current batch have a teacher's target?"
-        cb = self.targets
-        return cb is not None and cb.target is not None
+    def outputs(self, inputs=(), samples=None, layers=()) -> Outputs:
+        """Return the teacher's outputs for a batch, mixed as MixUp or CutMix mixed it.
 
-    def outputs(self, args=(), kwargs=None, layers=()) -> Outputs:
-        """The teacher's outputs for the current batch, mixed as MixUp or CutMix mixed it."""
-        if not self.ready():
+        Args:
+            inputs: Inputs of the batch.
+            samples: Its samples.
+            layers: Ignored.
+        """
+        if not self.has_outputs(samples):
             raise DistillError(self.missing)
-        cb = self.targets
-        out, mix = self.decode(as_plain(cb.target), self.learn), cb.mix()
-        return out if mix is None else mixed(out, *mix, self.kind, self.axis)
-
-    # what else of a teacher Distiller and `pair` use
-
-    name = 'stored outputs'
-    layers_advice = 'Outputs stored in the data have no layers: give the teacher itself, or a cache of its layers.'
+        t = as_plain(getattr(samples, self.needs))
+        x = next(tensors_in(inputs), t)
+        return mixed(self.decode(t.to(x.device), x), samples, self.kind, self.axis)
 
     def __call__(self, *x, **kw):
         return self.example(x)
@@ -84,7 +57,7 @@ class Feed:
         return {}
 
     def start(self):
-        pass
+        return self
 
     def stop(self):
         pass
@@ -96,36 +69,26 @@ class Feed:
         pass
 
 
-def mixed(out: Outputs, perm, lam, kind: str, axis: int) -> Outputs:
-    """Outputs for unmixed samples, mixed as `mix_logits` does."""
-    if out.feats:
-        raise DistillError(
-            'MixUp and CutMix mix images, but the stored layers are of unmixed images. '
-            'Remove the terms with layers, or use a live teacher.'
-        )
-    return replace(out, logits=mix_logits(out.logits, perm, lam, kind, axis))
-
-
-class GivenOutputs(Feed):
+class GivenOutputs(HeldOutputs):
     """Targets that a `TeacherBlock` added to the labels."""
 
+    needs, name = 'target', 'stored outputs'
+    layers_advice = 'Outputs stored in the data have no layers: give the teacher itself, or a cache of its layers.'
     missing = (
         "These batches hold no teacher's target. Give KnowledgeDistillation a teacher, or build the data with a "
         'third block: DataBlock((ImageBlock, CategoryBlock, TeacherBlock), get_y=[label, teacher_row]).'
     )
 
-    def attach(self, learn, kind='softmax', axis=1):
-        super().attach(learn, kind, axis)
+    def bind(self, learn, kind, axis):
+        super().bind(learn, kind, axis)
         if not target_tfms(learn.dls) and not in_first_batch(learn.dls.train):
-            self.detach()
             raise DistillError(self.missing)
         self.order, self.is_checked = class_order(learn.dls), False
-        return self
 
     def example(self, x):
         return Outputs()  # no layers are stored
 
-    def decode(self, t, learn):
+    def decode(self, t, x):
         if not self.is_checked:
             self._check(t)
         return Outputs(t if self.order is None else t[:, self.order.to(t.device)])

@@ -1,4 +1,6 @@
-"The teacher's target in a batch: removed before labels are used, and mixed like the batch."
+"""What a batch brings beside inputs and labels: its samples, or a teacher's target. It is removed
+before labels are used.
+"""
 
 import copy
 import inspect
@@ -9,13 +11,13 @@ from fastai.callback.mixup import MixHandler
 from torch import Tensor
 
 from ..base.outputs import DistillError, as_plain
+from ..base.samples import BatchSamples, lerp
 
 __all__ = [
-    'TeacherRow',
     'TeacherTarget',
     'TeacherTargets',
     'makes_target',
-    'mix_logits',
+    'samples_of',
     'target_tfms',
 ]
 
@@ -29,82 +31,65 @@ class TeacherTarget(TensorBase):
         return ctx
 
 
-class TeacherRow(TeacherTarget):
-    """The bytes of a teacher's output, as a cache stores it."""
-
-
 class TeacherTargets(Callback):
-    """Removes the teacher's target from `yb`, since MixUp and metrics don't expect it. A loss of
-    three arguments gets it.
+    """Takes samples and teacher's targets out of the batch, since MixUp and metrics don't expect
+    them, and notes how MixUp or CutMix mixes the batch. A loss of three arguments gets the target.
     """
 
     order, remove_on_fetch = -20, False
 
     def __init__(self):
         super().__init__()
-        self.target = self.permutations = self.n_inp = None
+        self.samples = None
 
     def after_create(self):
-        """Remove the callback from a Learner whose data hold no teacher's target."""
+        """Remove the callback from a Learner whose batches bring nothing."""
         dls = self.learn.dls
-        # subtle: a DataLoader with its own `do_item` holds stored outputs, for a fit of another Learner
-        fed = any('do_item' in vars(dl) for dl in getattr(dls, 'loaders', []))
-        if not (fed or target_tfms(dls)):
+        # subtle: a DataLoader with its own `create_batches` may be prepared for a fit of another Learner
+        own = any('create_batches' in vars(dl) for dl in getattr(dls, 'loaders', []))
+        if not (own or target_tfms(dls)):
             self.learn.remove_cb(self)
 
     def before_batch(self):
-        self.target = self.permutations = None
+        self.samples = None
         if any(isinstance(o, TeacherTarget) for o in self.xb):
             raise DistillError(
                 "The teacher's target is among the model's inputs: give Datasets or DataBlock n_inp=1 "
                 '(or the number of inputs).'
             )
-        if not (len(self.yb) and isinstance(self.yb[-1], TeacherTarget)):
-            return
-        if self.n_inp is not None:
+        *b, last = *self.xb, *self.yb
+        if isinstance(last, BatchSamples):
             # subtle: fastai's distributed DataLoader of a plain dataset takes all but the last part as inputs
-            b = *self.xb, *self.yb
-            self.learn.xb, self.learn.yb = b[: self.n_inp], b[self.n_inp :]
-        self.learn.yb, self.target = self.yb[:-1], self.yb[-1]
-        if (
-            self.training
-            and len(self.yb)
-            and any(isinstance(c, MixHandler) for c in self.learn.cbs)
-        ):
-            self.permutations = []
-            self.learn.yb = (recording(self.yb[0], self.permutations), *self.yb[1:])
+            self.samples, n = last, last.n_inp
+            self.learn.xb, self.learn.yb = tuple(b[:n]), tuple(b[n:])
+        if len(self.yb) and isinstance(self.yb[-1], TeacherTarget):
+            if self.samples is None:
+                self.samples = BatchSamples()
+            self.learn.yb, self.samples.target = self.yb[:-1], self.yb[-1]
+        if self.samples is not None and len(self.yb) and self._mix_handlers():
+            y, permutations = self.yb[0], self.samples.permutations
+            self.learn.yb = (recording(y, permutations), *self.yb[1:])
 
-    def mix(self):
-        """The permutation, and the share of the unpermuted samples, of MixUp or CutMix; None if
-        this batch is not mixed.
-        """
-        if not self.permutations:
-            return None
-        if len(self.permutations) > 1:
-            raise DistillError(
-                'The batch was mixed twice (MixUp and CutMix together?). Stored outputs can be mixed '
-                'only once. Use a live teacher.'
-            )
-        lam = next(c.lam for c in self.learn.cbs if isinstance(c, MixHandler))
-        return self.permutations[0], lam
+    def _mix_handlers(self):
+        return [c for c in self.learn.cbs if isinstance(c, MixHandler)] if self.training else []
 
     def after_pred(self):
-        if (
-            self.target is None
-            or isinstance(self.target, TeacherRow)
-            or not takes_teacher(self.learn.loss_func)
-        ):
+        s = self.samples
+        if s is None:
             return
-        t, mix = as_plain(self.target), self.mix()
-        self.learn.yb = (*self.yb, TeacherTarget(t if mix is None else lerp(t, *mix)))
+        if s.permutations:
+            s.lam = self._mix_handlers()[0].lam
+        if s.target is None or not takes_teacher(self.learn.loss_func):
+            return
+        t = as_plain(s.target)
+        self.learn.yb = (*self.yb, TeacherTarget(t if s.mix is None else lerp(t, *s.mix)))
 
     def after_loss(self):
-        if self.target is not None and len(self.yb) and isinstance(self.yb[-1], TeacherTarget):
+        if len(self.yb) and isinstance(self.yb[-1], TeacherTarget):
             self.learn.yb = self.yb[:-1]
 
-    def __deepcopy__(
-        self, memo
-    ):  # `__reduce__` is for export alone: a copied Learner needs a callback that works
+    # `__reduce__` is only for export: a copied Learner needs a callback that works
+    def __deepcopy__(self, memo):
         new = type(self)()
         new.learn = copy.deepcopy(self.learn, memo)
         return new
@@ -112,6 +97,11 @@ class TeacherTargets(Callback):
     # an exported Learner gets a callback that does nothing, and needs no fastdistill
     def __reduce__(self):
         return Callback, ()
+
+
+def samples_of(learn) -> BatchSamples | None:
+    """Return the samples of a Learner's current batch. None if it brought nothing."""
+    return next((c.samples for c in learn.cbs if isinstance(c, TeacherTargets)), None)
 
 
 def recording(y, permutations):
@@ -149,33 +139,6 @@ def takes_teacher(loss_func):
         if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
     ]
     return len(needed) > 2 or any(p.kind is p.VAR_POSITIONAL for p in ps)
-
-
-def lerp(t, perm, lam):
-    """The mixture as in fastai: `lam` of each sample, and 1-`lam` of the permuted one."""
-    lam = as_plain(torch.as_tensor(lam, device=t.device)).to(t.dtype).reshape(-1)
-    return torch.lerp(t[perm], t, lam.reshape(-1, *[1] * (t.dim() - 1)))
-
-
-def mix_logits(t: Tensor, perm: Tensor, lam: Tensor, kind: str, axis: int):
-    """Logits of the teacher's probabilities, mixed as the batch was (MixUp, arXiv:1710.09412;
-    CutMix, arXiv:1905.04899).
-
-    Args:
-        t: (B, C, ...) teacher logits of the samples before they were mixed.
-        perm, lam: Of `TeacherTargets.mix`
-        kind: 'softmax', 'sigmoid' or 'regression': what the logits are.
-        axis: Class axis.
-    """
-    if kind == 'regression':
-        return lerp(t, perm, lam)
-    t = t.float()
-    lam = as_plain(torch.as_tensor(lam, device=t.device)).float().reshape(-1, *[1] * (t.dim() - 1))
-    # log(lam*exp(a) + (1-lam)*exp(b)) without overflow
-    both = lambda a: torch.logaddexp(a + lam.log(), a[perm] + (1 - lam).log())
-    if kind == 'softmax':
-        return both(t.log_softmax(axis))
-    return both(torch.nn.functional.logsigmoid(t)) - both(torch.nn.functional.logsigmoid(-t))
 
 
 def makes_target(tfm) -> bool:

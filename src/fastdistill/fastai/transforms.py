@@ -20,10 +20,12 @@ from torch import Tensor
 from ..base.generators import access_of, hands_out_generators, reachable
 from ..base.outputs import DistillError
 from ..base.random_state import RandomGuard
+from ..base.samples import BatchSamples
 from ..base.seeds import seeds_of
 from ..cache.digests import code_of, fingerprint
 from ..cache.keys import hash_of
 from ..cache.per_sample import PerSample, per_sample
+from ..teachers.items import items_at
 from .language_model import is_stream
 
 __all__ = ['Replay', 'augmented', 'describe_transforms', 'moves']
@@ -32,18 +34,9 @@ __all__ = ['Replay', 'augmented', 'describe_transforms', 'moves']
 FIXED = Normalize, IntToFloatTensor, ToTensor, ReadTabBatch
 
 
-class Shown:
-    """The samples and views in a batch; not a tensor, since reading one from a GPU would wait for
-    it.
-    """
-
-    def __init__(self, keys, views):
-        self.keys, self.views = keys, views
-
-
 class Replay(Pipeline):
-    """A DataLoader's `after_batch` that repeats each sample's view, and appends its row to the
-    batch.
+    """A DataLoader's `after_batch`, whose batches end with their samples. If the plan says so, it
+    repeats each sample's view.
     """
 
     def __init__(self, pipe, plan):
@@ -51,24 +44,26 @@ class Replay(Pipeline):
         self.own, self.plan, self.found = pipe, plan, {}
 
     def __call__(self, o):
-        if not (isinstance(o, (tuple, list)) and len(o) == 3 and isinstance(o[2], Shown)):
+        if not (isinstance(o, (tuple, list)) and len(o) and isinstance(o[-1], BatchSamples)):
             return super().__call__(o)
-        b, rows, shown = o
+        (b, samples), p = o, self.plan
         if isinstance(b, list):
             b = tuple(b)  # pinning memory makes lists of tuples
-        b = self.replay(b, shown.keys, shown.views) if self.plan.random else super().__call__(b)
-        b = b if isinstance(b, tuple) else (b,)
-        return (*b, rows) if self.plan.cache is not None else b
+        b = self.replay(b, samples) if p.random else super().__call__(b)
+        if p.items is not None:
+            samples.items, samples.moved = items_at(p.items, samples.index.tolist()), p.moved
+        return (*(b if isinstance(b, tuple) else (b,)), samples)
 
-    def replay(self, b, keys, views):
-        seen = {}
+    def replay(self, b, samples):
+        seen, keys = {}, self.plan.keys[samples.index]
         for f in self.fs:
             # subtle: a seed depends on the transform's name, not its position, since a model may add a Normalize
             n = seen[type(f)] = seen.get(type(f), 0) + 1
             if id(f) not in self.found:
-                self.found[id(f)] = draws_alone(f)
-            seeds = seeds_of(self.plan.seed, keys, views, hash_of(type(f).__name__.encode()), n)
-            b = replay_one(f, b, seeds, self.split_idx, self.found[id(f)])
+                self.found[id(f)] = hash_of(type(f).__name__.encode()), draws_alone(f)
+            name, alone = self.found[id(f)]
+            seeds = seeds_of(self.plan.seed, keys, samples.view, name, n)
+            b = replay_one(f, b, seeds, self.split_idx, alone)
         return b
 
 

@@ -11,11 +11,12 @@ import torch
 from fastai.basics import L, Learner, Recorder, noop
 
 from ..base.generators import Generators
+from ..base.model_state import ModelState, restored
 from ..base.outputs import DistillError, DistillWarning
 from ..base.random_state import guarded_random_state
 from ..features.layer_names import unwrap
-from ..features.probe import untouched
-from .batches import PARTS, restored
+from ..features.probe import run_eagerly
+from .batches import PARTS
 from .callback import KnowledgeDistillation
 from .language_model import in_first_order
 from .trial_callback import Clock, chosen_half
@@ -130,16 +131,13 @@ def unchanged(learn, seed: int):
 
 @contextmanager
 def same_weights(model):
-    ps = list(unwrap(model).parameters())
-    were = [(p.detach().clone(), p.grad, p.requires_grad) for p in ps]
-    for p in ps:
+    """Train without gradients from before. Afterwards the model is as it was, including its weights."""
+    inner = unwrap(model)
+    state = ModelState(inner.modules(), weights=True)
+    for p in inner.parameters():
         p.grad = None
     try:
-        with untouched(model), torch.enable_grad():
+        with run_eagerly(model):
             yield
     finally:
-        with torch.no_grad():
-            for p, (v, grad, needs) in zip(ps, were):
-                p.requires_grad_(needs)
-                p.copy_(v)
-                p.grad = grad
+        state.restore()

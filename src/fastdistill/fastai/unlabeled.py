@@ -10,9 +10,7 @@ from ..base.random_state import RandomGuard
 from ..cache.manifest import refuse
 from ..cache.source import identity_of, is_whole
 from .batches import loader_of, split_batch
-from .cache_feed import CacheRows, StoredOutputs
-from .learner_notes import passed_epochs
-from .targets import GivenOutputs
+from .cache_feed import SampleFeed, StoredOutputs
 
 __all__ = ['UnlabeledInputs', 'perturbed_rows']
 
@@ -55,7 +53,7 @@ class UnlabeledInputs:
             )
         self.items, self.perturbed, self.iterator, self.loader = items, perturbed, None, None
         self.stored = None if targets is None else stored_outputs(targets, heads)
-        self.rows = None
+        self.feed = SampleFeed()
 
     def __bool__(self):
         return self.items is not None or self.perturbed > 0
@@ -75,13 +73,10 @@ class UnlabeledInputs:
         if self.stored is not None:
             for k, stored in self.stored.items():
                 refuse_other(stored.cache, heads[k].teacher, heads[k].layers(1))
-            self.rows = CacheRows(self.stored)
-            self.rows.passed = passed_epochs(learn)
             with RandomGuard():
-                for stored in self.stored.values():
-                    stored.find_order(learn.dls)
-                caches = [(o.cache, o.keys) for o in self.stored.values()]
-                self.rows.feed(learn.dls, self.loader, caches)
+                for k, stored in self.stored.items():
+                    stored.bind(learn, heads[k].task.kind, heads[k].task.axis)
+                self.feed.feed_rows(learn, self.loader, self.stored)
 
     def batches(self, learn, ask):
         """(inputs, the teacher's outputs): the inputs are a tuple.
@@ -91,31 +86,31 @@ class UnlabeledInputs:
             ask: fn(inputs) -> outputs of a teacher that runs.
         """
         if self.loader is not None:
-            x, y = split_batch(learn, self._next())
-            yield x, ask(x) if self.stored is None else self._decoded(y[-1])
+            b, samples = self._next()
+            x, _ = split_batch(learn, b)
+            yield x, ask(x) if self.stored is None else self._stored_outputs(x, samples)
         if self.perturbed:
             yield (x := perturbed_rows(learn.xb, self.perturbed)), ask(x)
 
-    def _decoded(self, rows):
-        """The stored outputs in the rows of a batch; of several heads, by name."""
-        each = {k: o.decoded(o.part_of(rows)) for k, o in self.stored.items()}
+    def _stored_outputs(self, x, samples):
+        """Return the stored outputs for a batch. A dict by name if there are several heads."""
+        each = {k: o.outputs(x, samples) for k, o in self.stored.items()}
         return each.get('', each)
 
     def _next(self):
         b = None if self.iterator is None else next(self.iterator, None)
         if b is None:
-            if self.rows is not None:
-                self.rows.epochs.begin(self.rows.epochs.passed)
+            if self.stored is not None:
+                self.feed.begin(self.feed.passed)
             self.iterator = iter(self.loader)
             b = next(self.iterator)
-        return b
+        return (b, None) if self.stored is None else (b[:-1], b[-1])
 
     def stop(self):
         """Forget the DataLoader's iterator, and its workers."""
         if self.iterator is not None and hasattr(self.iterator, 'close'):
             self.iterator.close()
-        if self.rows is not None:
-            self.rows.detach()
+        self.feed.detach()
         self.iterator = self.loader = None
 
 
@@ -136,10 +131,7 @@ def refuse_other(cache, teacher, layers):
     are compared.
     """
     m, found = cache.manifest, []
-    if isinstance(teacher, StoredOutputs):
-        known = teacher.cache.manifest.teacher
-    else:
-        known = {} if isinstance(teacher, GivenOutputs) else identity_of(teacher)
+    known = identity_of(teacher)
     weights = [o.get('weights') for o in (m.teacher, known)]
     if all(weights) and weights[0] != weights[1]:
         found.append(

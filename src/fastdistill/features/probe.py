@@ -25,6 +25,7 @@ __all__ = [
     'layers',
     'main_tensor',
     'probe',
+    'run_eagerly',
     'series_layers',
     'untouched',
 ]

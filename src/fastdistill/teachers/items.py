@@ -5,8 +5,9 @@ the batch's inputs.
 from torch import Tensor
 
 from ..base.outputs import DistillError, map_tensors, tensors_in
+from ..base.samples import mixed
 
-__all__ = ['items_at', 'items_beside', 'items_in', 'with_items']
+__all__ = ['as_in_batch', 'items_at', 'items_beside', 'items_in', 'with_items']
 
 
 def with_items(x, items):
@@ -67,3 +68,24 @@ def items_at(items, positions: list):
         items: A list, or a table.
     """
     return items.iloc[positions] if hasattr(items, 'iloc') else [items[i] for i in positions]
+
+
+def as_in_batch(out, samples, teacher):
+    """Outputs for raw items, mixed as MixUp or CutMix mixed the batch.
+
+    Args:
+        out: Outputs of `teacher`, which has items=.
+        samples: The samples of the batch.
+    """
+    if samples.moved and any(t.dim() > 2 for t in tensors_in((out.logits, out.feats))):
+        raise DistillError(
+            'The teacher reads the raw items, and its outputs have a value for each pixel or token, '
+            f"but {', '.join(samples.moved)} would move the student's input. Remove these "
+            'transforms, or use a teacher of the batch: Teacher(model, inputs=fn).'
+        )
+    if samples.mix is not None and not teacher.reads_only_items:
+        raise DistillError(
+            'MixUp and CutMix mix the batch, which some members of the ensemble read, while others '
+            'read the raw items: give all members items=, or train without mixing.'
+        )
+    return mixed(out, samples, teacher.kind, teacher.axis)

@@ -20,6 +20,7 @@ from .fast_copy import AS_IT_IS, DEFAULTS, check_run
 from .forms import FORMS, Onnx, load_model
 from .images import affine, stats_of
 from .inputs import check_own_inputs
+from .items import as_in_batch, with_items
 from .runner import ModelRunner
 
 __all__ = ['Teacher', 'grouped_options', 'same_run']
@@ -361,6 +362,20 @@ class Teacher:
             return any(m.reads_items for m in self.members)
         return self.items is not None
 
+    @property
+    def reads_only_items(self) -> bool:
+        """Do all of its members?"""
+        return all(m.reads_only_items for m in self.members) if self.members else self.reads_items
+
+    @property
+    def needs(self) -> str:
+        """What the samples of a batch must bring, as in `OutputSource`."""
+        return 'items' if self.reads_items else ''
+
+    def has_outputs(self, samples) -> bool:
+        """True: a model has outputs for any samples."""
+        return True
+
     # how it runs
 
     @property
@@ -480,37 +495,45 @@ class Teacher:
                 names.
             **kw: Inputs by name.
         """
-        return self.outputs(x, kw)
+        return self.outputs(x, kwargs=kw)
 
-    def outputs(self, args=(), kwargs=None, layers=()) -> Outputs:
-        """The teacher's outputs for a batch, including the layers that this call names.
+    def outputs(self, inputs=(), samples=None, layers=(), kwargs=None) -> Outputs:
+        """Return the outputs for a batch, including the layers that this call names.
 
         Args:
-            args: The batch's inputs.
-            kwargs: Inputs by name.
+            inputs: Inputs of the batch.
+            samples: Its `BatchSamples`, with the raw items that a teacher with items= reads. None if
+                they are unknown.
             layers: Names of layers that this call reads, in addition to the teacher's own.
+            kwargs: Inputs by name.
         """
-        return self.outputs_for([self], args, kwargs, layers)[0]
+        return self.outputs_for([self], inputs, samples, layers, kwargs)[0]
 
-    def outputs_for(self, teachers, args=(), kwargs=None, layers=()) -> list[Outputs]:
-        """The outputs for a batch as each of these teachers reads them. The model runs once.
+    def outputs_for(
+        self, teachers, inputs=(), samples=None, layers=(), kwargs=None
+    ) -> list[Outputs]:
+        """Return the outputs for a batch as each of these teachers reads them. The model runs once.
 
         Args:
-            teachers: This one, and others of which `same_run` is true.
-            args, kwargs, layers: As in `outputs`
+            teachers: This one, and others for which `same_run` is true.
+            inputs, samples, layers, kwargs: As in `outputs`.
         """
+        if samples is not None and self.reads_items:
+            inputs = with_items(tuple(inputs), samples.items)
+            outs = self.outputs_for(teachers, inputs, None, layers, kwargs)
+            return [as_in_batch(o, samples, t) for t, o in zip(teachers, outs)]
         kwargs = kwargs or {}
         if not self.started:
             try:
                 self.runner.start()
-                return self.outputs_for(teachers, args, kwargs, layers)
+                return self.outputs_for(teachers, inputs, None, layers, kwargs)
             finally:
                 self.stop()
         layers = list(dict.fromkeys([*self.layers, *layers]))
-        with torch.no_grad(), self.random.own(self.runner.generators((args, kwargs))):
+        with torch.no_grad(), self.random.own(self.runner.generators((inputs, kwargs))):
             if len(teachers) == 1:
-                return [self.forward(args, kwargs, layers)]
-            outs = self.runner.outputs_for(teachers, args, kwargs, layers)
+                return [self.forward(inputs, kwargs, layers)]
+            outs = self.runner.outputs_for(teachers, inputs, kwargs, layers)
             return [t._of_classes(o) for t, o in zip(teachers, outs)]
 
     def forward(self, args, kwargs, layers) -> Outputs:
