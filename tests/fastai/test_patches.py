@@ -61,7 +61,7 @@ def test_importing_changes_what_the_table_names_and_nothing_else():
     out = subprocess.run([sys.executable, '-c', SNAPSHOT], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     steps, same, same_callbacks = eval(out.stdout.splitlines()[-1])
-    assert [*map(len, steps)] == [8, 5, 3]
+    assert [*map(len, steps)] == [9, 5, 3]
     for names, step in zip(steps, ('import', 'first target', 'first callback')):
         assert names == sorted(n for n, when in TABLE.items() if when == step)
     assert same and same_callbacks, (
@@ -251,8 +251,8 @@ class Interrupt(Callback):
 
 
 def an_interrupt_leaves_nothing_of_a_callback_that_stays(tmp_path):
-    learn = Learner(data(), nn.Linear(4, 3), cbs=KnowledgeDistillation(nn.Linear(4, 3)))
-    learn.knowledge_distillation.check = False
+    kd_ = KnowledgeDistillation(nn.Linear(4, 3), check=False)
+    learn = Learner(data(), nn.Linear(4, 3), cbs=kd_)
     with learn.no_bar(), learn.no_logging(), pytest.raises(KeyboardInterrupt):
         learn.fit(1, cbs=Interrupt())
     assert not len(learn.metrics)
@@ -325,7 +325,7 @@ PATCHES = {
     (Recorder, 'plot_loss'): losses_of_different_scales_get_two_axes,
 }
 IDS = [f'{cls.__name__}.{name}' for cls, name in PATCHES]
-NEW = {'distill', 'check_teacher', 'distill_find', 'explain', 'show_features'}
+NEW = {'distill', 'check_teacher', 'distill_find', 'explain', 'calibrate', 'show_features'}
 
 
 def test_each_patch_has_a_test():

@@ -17,6 +17,7 @@
 | `Learner.check_teacher` | a new method, in `learner.py` | import |
 | `Learner.distill_find` | a new method, in `find.py` | import |
 | `Learner.explain` | a new method, in `learner.py` | import |
+| `Learner.calibrate` | a new method, in `learner.py` | import |
 | `Learner.show_features` | a new method, in `learner.py` | import |
 
 Why there is no other way:
