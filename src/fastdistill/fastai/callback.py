@@ -166,7 +166,7 @@ class KnowledgeDistillation(DistillationCallback):
 
     def _attach(self):
         """Let the batches show what the teachers need."""
-        teachers = self.distiller.teachers
+        teachers = self.distiller.sources
         for t in teachers:
             t.say_with(self.log)
         if self.feed is None:
@@ -217,7 +217,7 @@ class KnowledgeDistillation(DistillationCallback):
         if self.distiller is None:
             return
         self.distiller.stop()
-        for t in self.distiller.teachers:
+        for t in self.distiller.sources:
             t.say_with(None)
         if not self.state.end_finder(self.distiller):
             notes_of(learn).last_state = self.state_dict()
@@ -255,7 +255,7 @@ class KnowledgeDistillation(DistillationCallback):
         if not self.active:
             return
         self.distiller.links.train(training)
-        for t in self.distiller.teachers:
+        for t in self.distiller.sources:
             t.reset()
         self.finite_check.start_phase()
         if training:
