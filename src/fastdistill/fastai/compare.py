@@ -190,11 +190,11 @@ class Compared:
         batches = self.head.batches(prepared(learn, some_batches(data), 1, False, data))
         with (
             shown_bar(progress, steps) as tick,
-            items_shown([data], *self.sources.values()),
+            items_shown([data], *self.teachers.values()),
             closing(batches),
         ):
             report = measure_models(
-                self.sources,
+                self.teachers,
                 batches,
                 self.task,
                 teacher=teacher,
