@@ -171,10 +171,18 @@ def test_teachers_that_get_different_inputs_run_apart():
     )
 
 
+def test_teachers_with_different_normalization_run_apart():
+    student, _, _, teacher = nets()
+    of = lambda k, mean: Teacher(teacher, output=k, stats=(mean, 1.0), input_stats=(0.0, 1.0))
+    heads = two_heads(student, of('color', 0.0), of('shape', 1e-6), kd())
+    assert len(heads.sources) == 2
+    assert len(two_heads(student, of('color', 0.5), of('shape', 0.5), kd()).sources) == 1
+
+
 def test_a_teacher_of_several_heads_is_prepared_once_and_restored():
     student, _, _, teacher = nets()
     heads = two_heads(student, teacher, teacher, kd())
-    assert len(heads.teachers) == 1
+    assert len(heads.sources) == 1
     heads.start()
     heads(X, COLOR, SHAPE)
     assert not teacher.training

@@ -85,6 +85,8 @@ class Distiller(nn.Module):
             parameters.
     """
 
+    head_class = Head  # of each comparison
+
     def __init__(
         self,
         student: nn.Module | None,
@@ -139,7 +141,8 @@ class Distiller(nn.Module):
     def _head(self, name, teacher, o, teachers):
         labels, weight, output = o.pop('labels'), o.pop('weights'), o['output']
         if not self.several:
-            return Head(name, self.student, teacher, labels=tuple, teacher_output=output, **o)
+            options = dict(labels=tuple, teacher_output=output, **o)
+            return self.head_class(name, self.student, teacher, **options)
         at, n = [*teachers].index(name), len(teachers)
         if output is None:
             o['output'] = HeadOutput(name, at, n)
@@ -147,7 +150,7 @@ class Distiller(nn.Module):
                 output = SharedOutput(name, at, n)
                 if isinstance(teacher, Teacher):
                     teacher = teacher.with_defaults(output=output)
-        return Head(
+        return self.head_class(
             name,
             self.student,
             teacher,
@@ -176,7 +179,7 @@ class Distiller(nn.Module):
     shift_labels = of_the_only_head('shift_labels', 'Are labels moved to where they are predicted?')
 
     @property
-    def teachers(self) -> list:
+    def sources(self) -> list:
         """What runs: the teacher of each head, but one for those that share a run."""
         return [next(iter(group.values())).teacher for group in self._runs(self.heads)]
 
@@ -189,12 +192,12 @@ class Distiller(nn.Module):
 
     def start(self):
         """Prepare the teachers for many batches."""
-        for t in self.teachers:
+        for t in self.sources:
             t.start()
 
     def stop(self):
         """Restore the teachers; may be called at any time, and twice."""
-        for t in self.teachers:
+        for t in self.sources:
             t.stop()
 
     @property
@@ -209,6 +212,10 @@ class Distiller(nn.Module):
         if any(o != task for o in others):
             task = None
         return Recipe(*(t for k, h in self.heads.items() for t in whole(k, h)), task=task)
+
+    def take(self, recipe):
+        """Use this recipe from now on, for a student with one output."""
+        self.head.take(recipe)
 
     def _register_links(self):
         """What the heads train beside the student."""

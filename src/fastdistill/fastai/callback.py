@@ -169,7 +169,7 @@ class KnowledgeDistillation(DistillationCallback):
 
     def _attach(self):
         """Let the batches bring what the teachers need."""
-        for t in self.distiller.teachers:
+        for t in self.distiller.sources:
             t.say_with(self.log)
         sources = {k: h.teacher for k, h in self.distiller.heads.items() if h.teacher is not None}
         self.feed.attach(self.learn, sources, self.fit_distiller.tasks)
@@ -213,7 +213,7 @@ class KnowledgeDistillation(DistillationCallback):
         if self.distiller is None:
             return
         self.distiller.stop()
-        for t in self.distiller.teachers:
+        for t in self.distiller.sources:
             t.say_with(None)
         if not self.state.end_finder(self.distiller):
             notes_of(learn).last_state = self.state_dict()
@@ -251,7 +251,7 @@ class KnowledgeDistillation(DistillationCallback):
         if not self.active:
             return
         self.distiller.links.train(training)
-        for t in self.distiller.teachers:
+        for t in self.distiller.sources:
             t.reset()
         self.finite_check.start_phase()
         if training:

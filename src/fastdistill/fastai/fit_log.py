@@ -45,19 +45,19 @@ class FitLog:
         self.reported = shares
         if not shares or shares == before:
             return
-        new = [part_in_words(k) for k in shares if k not in before] if before else []
+        new = [printed_name(k) for k in shares if k not in before] if before else []
         terms = distiller.recipe.terms
         at_layers = {
-            part_in_words(t.name): t.weight_at(progress)
+            printed_name(t.name): t.weight_at(progress)
             for t in terms
             if t.layers is not None and t.has_grad_ratio
         }
-        text = shares_in_words({part_in_words(k): v for k, v in shares.items()}, at_layers)
+        text = shares_in_words({printed_name(k): v for k, v in shares.items()}, at_layers)
         which = f' with {" and ".join(new)}' if before else ''
         self(f'fastdistill: gradient norms at the first batch{which}: {text}')
 
 
-def part_in_words(part: str) -> str:
+def printed_name(part: str) -> str:
     """'color labels' and 'color_kd' for the parts 'color.task' and 'color.kd' of a head."""
     head, dot, name = part.rpartition('.')
     if not dot:

@@ -580,4 +580,8 @@ def same_run(a, b) -> bool:
     if a.model is None or isinstance(a.model, (Estimator, Onnx)):
         return False
     same = all(getattr(a, k) == getattr(b, k) for k in OF_A_RUN)
-    return same and all(str(getattr(a, k)) == str(getattr(b, k)) for k in ('stats', 'input_stats'))
+    return same and same_stats(a.stats, b.stats) and same_stats(a.input_stats, b.input_stats)
+
+
+def same_stats(a, b) -> bool:
+    return a is b or None not in (a, b) and all(map(torch.equal, a, b))
