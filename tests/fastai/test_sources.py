@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest, torch
 import apps  # before the rest of fastai: it keeps its warnings quiet
-from fastai.basics import Callback, Learner
+from fastai.basics import Callback, CancelFitException, Learner
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, TransformBlock
 from torch import nn
@@ -287,3 +287,24 @@ def test_workers_bring_the_same_views_and_rows(tmp_path, monkeypatch, method):
         assert (view, row) == worker[i][1:]
         assert row == bytes(cache.row(i, view))
     assert len({view for _, view, _ in alone.values()}) == 3
+
+
+def test_rows_are_where_the_inputs_are_before_the_student_runs(tmp_path):
+    "On the meta device, since a copy after the student's forward would wait for a GPU"
+    seen = []
+
+    class ToMeta(Callback):
+        order = -30
+
+        def before_batch(self):
+            self.learn.xb = tuple(o.to('meta') for o in self.xb)
+
+    class Look(Callback):
+        order = -10
+
+        def before_batch(self):
+            seen.append(self.learn.teacher_targets.samples.rows.device.type)
+            raise CancelFitException
+
+    fitted(tmp_path, 'cache', ToMeta(), Look())
+    assert seen == ['meta']

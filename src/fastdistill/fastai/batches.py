@@ -14,6 +14,8 @@ from fastai.basics import (
     CancelValidException,
     TfmdLists,
     is_listy,
+    one_param,
+    to_device,
 )
 from fastai.callback.mixup import MixHandler
 from torch.utils.data import IterableDataset
@@ -73,12 +75,17 @@ def some_batches(dl, n=None):
 
 
 def split_batch(learn, b):
-    """(inputs, targets) of a batch, each a tuple."""
+    """(inputs, targets) of a batch, each a tuple of plain tensors."""
+    return as_plain_batch(*parts_of_batch(learn, b))
+
+
+def parts_of_batch(learn, b):
+    """(inputs, targets) of a batch on the model's device, each a tuple."""
     if learn.model is not None:
-        b = learn._set_device(b)
+        b = to_device(b, one_param(learn.model).device)
     b = tuple(b) if is_listy(b) else (b,)
     n = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b) - 1)
-    return as_plain_batch(b[:n], b[n:])
+    return b[:n], b[n:]
 
 
 def as_plain_batch(*parts):
@@ -146,7 +153,7 @@ def with_callbacks(learn, b, i, ds_idx, training):
         now.update(training=training, iter=i, dl=dl, n_iter=number_of_batches(dl))
         for k, v in dict(epoch=0, n_epoch=1, pct_train=0.0, train_iter=0).items():
             now.setdefault(k, v)
-        learn._split(learn._set_device(b))
+        learn.xb, learn.yb = parts_of_batch(learn, b)
         for cb in changing_callbacks(learn, training):
             if isinstance(cb, MixHandler):
                 vars(cb)['stack_y'] = True  # it does not change the labels then

@@ -10,7 +10,7 @@ from fastai.basics import BaseLoss, Callback, Datasets, TensorBase
 from fastai.callback.mixup import MixHandler
 from torch import Tensor
 
-from ..base.outputs import DistillError, as_plain
+from ..base.outputs import DistillError, as_plain, tensors_in
 from ..base.samples import BatchSamples, lerp
 
 __all__ = [
@@ -62,6 +62,9 @@ class TeacherTargets(Callback):
             # subtle: fastai's distributed DataLoader of a plain dataset takes all but the last part as inputs
             self.samples, n = last, last.n_inp
             self.learn.xb, self.learn.yb = tuple(b[:n]), tuple(b[n:])
+            if last.rows is not None:
+                # subtle: after the student ran, a copy to a GPU would wait for it
+                last.rows = last.rows.to(next(tensors_in(self.xb), last.rows).device)
         if len(self.yb) and isinstance(self.yb[-1], TeacherTarget):
             if self.samples is None:
                 self.samples = BatchSamples()
