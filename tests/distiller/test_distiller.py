@@ -320,9 +320,9 @@ def gram(s, t):
 @pytest.mark.parametrize(
     'term',
     [
-        Term(gram, layers={'0': '0'}, match='none'),
-        Term(losses.loss(match='none')(gram), layers={'0': '0'}),
-        Term(losses.loss()(gram), layers={'0': '0'}, match='none'),
+        Term(gram, 0.001, layers={'0': '0'}, match='none'),
+        Term(losses.loss(match='none')(gram), 0.001, layers={'0': '0'}),
+        Term(losses.loss()(gram), 0.001, layers={'0': '0'}, match='none'),
     ],
     ids=['plain', 'decorated', 'overridden'],
 )
