@@ -237,8 +237,9 @@ def run(
 ):
     torch.set_num_threads(1)
     GradientRatio.FLOOR = floor
-    known, rows = teachers(), []
-    for seed in range(first, first + n):
+    known, rows = teachers(), json.loads(out.read_text()) if out.exists() else []
+    done = {r['seed'] for r in rows}  # a restart goes on; delete the file to run everything again
+    for seed in sorted({*range(first, first + n)} - done):
         o = drawn(seed)
         kind, data, test, teacher = known[o['task']]
         row = dict(o, kind=kind, teacher=score(teacher, *test, kind), n_test=len(test[0]))
@@ -260,7 +261,7 @@ def run(
                 test,
                 teacher,
             )
-        rows.append(row)
+        rows = sorted([*rows, row], key=lambda r: r['seed'])
         out.parent.mkdir(exist_ok=True)
         out.write_text('[\n' + ',\n'.join(map(json.dumps, rows)) + '\n]\n')
     table(out)
