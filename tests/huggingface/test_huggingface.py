@@ -968,6 +968,6 @@ def test_an_untrained_teacher_is_a_warning_and_gets_no_full_share(tmp_path, caps
             return dict(logits=0 * super().forward(input_ids)['logits'])
 
     trainer = DistillationTrainer(bert(), args, train_dataset=rows, teacher=Flat([0, 1, 2]))
-    with pytest.warns(UserWarning, match='The teacher is no better than chance'):
+    with pytest.warns(UserWarning, match='no better than chance: .*64 training labels'):
         trainer.train()
     assert not any(t.has_grad_ratio for t in trainer.distiller.recipe.terms)

@@ -215,13 +215,16 @@ class Distiller(RecipeLoss):
         s, t = student_logits(self.student, x, self.output), self.teacher.probe(*x)
         return self._findings(Outputs(s), t, targets)
 
-    def check_batches(self, batches, n: int = BATCHES, *, placed: bool = False) -> Findings:
+    def check_batches(
+        self, batches, n: int = BATCHES, *, placed: bool = False, part: str = ''
+    ) -> Findings:
         """As `check`, for batches that are split already.
 
         Args:
             batches: (inputs, labels) of each, the labels as a tuple.
             n: How many are read.
             placed: Is each label where it is predicted already?
+            part: What they are, for messages: 'validation' or 'training'; '' if unknown.
         """
         found, device = Findings(), next((p.device for p in self.student.parameters()), None)
         found.add(
@@ -241,6 +244,7 @@ class Distiller(RecipeLoss):
                 recipe=recipe,
                 output=self.output,
                 place=None if placed else self.targets_at,
+                part=part,
             )
         )
         self.doubt = found.doubt
