@@ -189,8 +189,8 @@ def labels_known(tally):
     if known:
         return
     return with_it - without, (
-        f'on {count_in_words(tally.n_labels, tally.part)}, the mean probability that it predicts is {with_it:.3f} for labels that '
-        f'an item has, and {without:.3f} for labels that it does not have'
+        f'on {count_in_words(tally.n_labels, tally.part)}, the mean probability that it predicts is '
+        f'{with_it:.3f} for labels that an item has, and {without:.3f} for labels that it does not have'
     )
 
 
@@ -200,6 +200,6 @@ def numbers_known(tally):
     if not var or few or tally.above_constant(SLIGHT, KNOWS):
         return
     return 1 - error / var, (
-        f'its squared error on {count_in_words(tally.n_labels, tally.part)} is {error:.4g}, the best constant prediction has '
-        f'{var:.4g}'
+        f'its squared error on {count_in_words(tally.n_labels, tally.part)} is {error:.4g}, '
+        f'the best constant prediction has {var:.4g}'
     )
