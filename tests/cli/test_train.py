@@ -916,6 +916,39 @@ def test_class_folders_may_be_links(digits, tmp_path):
     assert len(s) == 60
 
 
+def images_listed_twice(digits, tmp_path, **columns):
+    "A CSV that names each image twice, in two ways"
+    names = [os.path.relpath(f, tmp_path) for f in sorted(digits.rglob('*.png'))]
+    pd.DataFrame(
+        dict(
+            file=[*names, *(f'./{n}' for n in names)],
+            label=2 * [n.split(os.sep)[-2] for n in names],
+            **columns,
+        )
+    ).to_csv(tmp_path / 'twice.csv', index=False)
+    return tmp_path / 'twice.csv'
+
+
+def test_rows_of_one_image_are_in_one_set(digits, tmp_path):
+    s, _ = loaders(data=images_listed_twice(digits, tmp_path))
+    train, valid = [
+        {os.path.realpath(f) for f in s.frame['file'][rows]} for rows in (~s.valid, s.valid)
+    ]
+    assert not train & valid
+    assert len(train | valid) == 60
+    assert (~s.valid).sum() == 2 * len(train)
+    assert len(valid) == 12
+
+
+def test_a_column_that_puts_one_image_in_both_sets_is_refused(digits, tmp_path):
+    data = images_listed_twice(digits, tmp_path, held=[i == 3 or i >= 65 for i in range(120)])
+    with pytest.raises(
+        DistillError,
+        match='56 image.s. are in the training set and in the validation set, e.g. .*png',
+    ):
+        loaders(data=data, valid='held')
+
+
 @pytest.mark.parametrize('linked', ['folder', 'file'])
 def test_an_image_that_links_show_twice_is_refused(linked, tmp_path):
     "One of the two could be in the validation set"
