@@ -1,6 +1,6 @@
 "`fastdistill train`: data in every form, mistakes in one line, and runs that are killed and continue to the same result."
 
-import csv, json, os, random, re, shutil, signal, sys, time, tomllib
+import csv, json, os, random, re, shlex, shutil, signal, sys, time, tomllib
 import numpy as np
 import pandas as pd
 import joblib, pytest, torch
@@ -107,6 +107,29 @@ def numbers(out):
 def assert_same(a, b):
     (wa, ha), (wb, hb) = numbers(a), numbers(b)
     assert ha == hb and wa.keys() == wb.keys() and all(torch.equal(wa[k], wb[k]) for k in wa)
+
+
+def test_the_command_that_find_prints_trains_with_what_was_found(command, finished, tmp_path):
+    from fastdistill.cli.commands.find import training_command
+    from fastdistill.cli.objects import load_named_learner
+
+    student, teacher = [shutil.copytree(finished, tmp_path / n) / 'student.pkl' for n in 'ab']
+    found = load_named_learner(str(student)).distill_find(
+        str(teacher), 1, rates=[0.01], trials=2, seeds=1, check=False, live=False
+    )
+    found.winner = next(r for r in found.runs if r.name != found.labels)  # whatever was better
+    program, name, *args = shlex.split(
+        training_command(str(student), str(teacher), None, 1, False, found)
+    )
+    assert [program, name] == ['fastdistill', 'train']
+    code, out, err = command(*args, '--out', tmp_path / 'run')
+    assert not code, err
+    config = tomllib.loads((tmp_path / 'run' / 'config.toml').read_text())
+    assert config['recipe'] == found.text
+    assert config['lr'] == 0.01
+    assert config['epochs'] == 1
+    assert config['teacher'] == str(teacher)
+    assert (tmp_path / 'run' / 'report.json').is_file()
 
 
 def test_what_a_run_leaves(finished, digits):
