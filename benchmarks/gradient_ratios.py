@@ -12,7 +12,7 @@ batch where it was largest; 3 is what the recipe asks for. So the default makes 
 alone end with 4 times the learning rate.
 """
 
-import contextlib, copy, io, json, math, time
+import contextlib, copy, io, itertools, json, math, sys, time
 from collections import deque
 from pathlib import Path
 from statistics import median
@@ -237,8 +237,9 @@ def run(
 ):
     torch.set_num_threads(1)
     GradientRatio.FLOOR = floor
-    known, rows = teachers(), []
-    for seed in range(first, first + n):
+    known, rows = teachers(), json.loads(out.read_text()) if out.exists() else []
+    done = {r['seed'] for r in rows}  # a restart goes on; delete the file to run everything again
+    for seed in sorted({*range(first, first + n)} - done):
         o = drawn(seed)
         kind, data, test, teacher = known[o['task']]
         row = dict(o, kind=kind, teacher=score(teacher, *test, kind), n_test=len(test[0]))
@@ -260,7 +261,7 @@ def run(
                 test,
                 teacher,
             )
-        rows.append(row)
+        rows = sorted([*rows, row], key=lambda r: r['seed'])
         out.parent.mkdir(exist_ok=True)
         out.write_text('[\n' + ',\n'.join(map(json.dumps, rows)) + '\n]\n')
     table(out)
@@ -302,6 +303,48 @@ def table(out: Path = RESULTS):
                 if 'longer steps' in r
                 else '',
             )
+
+
+CELLS = 'occupation_short', 'person_short', 'age5000', 'diabetes', 'digits100_short', 'points_short'
+
+
+@app.command()
+def quality(
+    floors: str = f'.3,{GradientRatio.FLOOR:g}',
+    cells: str = ','.join(CELLS),
+    seeds: int = 4,
+    out: Path = RESULTS.parent / 'gradient_ratios' / 'quality.jsonl',
+):
+    """The default in cells of the quality benchmark, with different floors, at the rate that was the best one
+    for it there, and the same seeds. A restart goes on."""
+    sys.path.insert(0, str(Path(__file__).parent / 'quality'))
+    import run as bench
+    from stats import best_rate
+
+    torch.set_num_threads(1)
+    known, have = bench.read(out), bench.cells()
+    done = {(r['cell'], r['floor'], r['seed']) for r in known}
+    for name, seed in itertools.product(cells.split(','), range(seeds)):
+        cell, runs = have[name], bench.read(bench.OUT / f'{name}.jsonl')
+        default = dict(classes='dist(auto)x3', labels='binary(1)x3', numbers='regressionx3')[
+            cell.output
+        ]
+        lr = best_rate([r for r in runs if r['recipe'] == default], cell.output)
+        for floor in map(float, floors.split(',')):
+            if (name, floor, seed) in done:
+                continue
+            GradientRatio.FLOOR = floor
+            run = bench.one_run(cell, cell.data(), bench.CANDIDATES[default], lr, seed)
+            bench.append(out, dict(run, floor=floor))
+    for name in cells.split(','):
+        cell, runs = have[name], [r for r in bench.read(out) if r['cell'] == name]
+        scores = {
+            f: [bench.score(cell.output, r['test']) for r in runs if r['floor'] == f]
+            for f in sorted({r['floor'] for r in runs})
+        }
+        print(
+            name, {f: f'{np.mean(v):.2f} ({len(v)} seeds)' for f, v in scores.items()}, flush=True
+        )
 
 
 if __name__ == '__main__':

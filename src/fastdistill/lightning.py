@@ -78,7 +78,7 @@ class DistillCallback(Callback):
         if self.state is not None and 'distiller' in self.state:
             d.set_extra_state(self.state['distiller'])
         if self.options.get('check', True):
-            check_first(d, self._batches(trainer))
+            check_first(d, self._batches(trainer), part='training')
         if needs_example(d):
             self._complete(trainer)
         add_parameters(trainer.optimizers[0], d)

@@ -805,6 +805,20 @@ def test_batches_that_are_dicts_reach_both_models():
             assert f.teacher_score == f.student_score == pytest.approx(right)
 
 
+@pytest.mark.parametrize(
+    'part, items', [('validation', '64 validation'), ('training', '64 training'), ('', '64')]
+)
+def test_messages_say_which_items_were_scored(part, items):
+    x, y = rows(64)
+    found = check(lambda x: torch.zeros(len(x), 10), x, y, part=part)
+    assert found.facts.scores.startswith(f'accuracy on {items} items: teacher ')
+    assert f'({items} labels, 10 classes)' in found[0].what
+    # a regression
+    task, target = Task('regression'), torch.randn(64, 1)
+    found = check_outputs(Teacher(lambda x: x), task, batches(5 * target, target), part=part)
+    assert f'its squared error on {items} items is' in found[0].what
+
+
 def test_errors_stop_a_fit_and_notes_are_printed(capsys):
     x, y = rows(64)
     found = check(knowing(), x, y, train=batches(40 * x, y))

@@ -1,6 +1,6 @@
 "`fastdistill train`: data in every form, mistakes in one line, and runs that are killed and continue to the same result."
 
-import csv, json, os, random, re, shutil, signal, sys, time, tomllib
+import csv, json, os, random, re, shlex, shutil, signal, sys, time, tomllib
 import numpy as np
 import pandas as pd
 import joblib, pytest, torch
@@ -107,6 +107,29 @@ def numbers(out):
 def assert_same(a, b):
     (wa, ha), (wb, hb) = numbers(a), numbers(b)
     assert ha == hb and wa.keys() == wb.keys() and all(torch.equal(wa[k], wb[k]) for k in wa)
+
+
+def test_the_command_that_find_prints_trains_with_what_was_found(command, finished, tmp_path):
+    from fastdistill.cli.commands.find import training_command
+    from fastdistill.cli.objects import load_named_learner
+
+    student, teacher = [shutil.copytree(finished, tmp_path / n) / 'student.pkl' for n in 'ab']
+    found = load_named_learner(str(student)).distill_find(
+        str(teacher), 1, rates=[0.01], trials=2, seeds=1, check=False, live=False
+    )
+    found.winner = next(r for r in found.runs if r.name != found.labels)  # whatever was better
+    program, name, *args = shlex.split(
+        training_command(str(student), str(teacher), None, 1, False, found)
+    )
+    assert [program, name] == ['fastdistill', 'train']
+    code, out, err = command(*args, '--out', tmp_path / 'run')
+    assert not code, err
+    config = tomllib.loads((tmp_path / 'run' / 'config.toml').read_text())
+    assert config['recipe'] == found.text
+    assert config['lr'] == 0.01
+    assert config['epochs'] == 1
+    assert config['teacher'] == str(teacher)
+    assert (tmp_path / 'run' / 'report.json').is_file()
 
 
 def test_what_a_run_leaves(finished, digits):
@@ -914,6 +937,39 @@ def test_class_folders_may_be_links(digits, tmp_path):
         (tmp_path / 'mine' / folder.name).symlink_to(folder)
     s, _ = loaders(data=tmp_path / 'mine')
     assert len(s) == 60
+
+
+def images_listed_twice(digits, tmp_path, **columns):
+    "A CSV that names each image twice, in two ways"
+    names = [os.path.relpath(f, tmp_path) for f in sorted(digits.rglob('*.png'))]
+    pd.DataFrame(
+        dict(
+            file=[*names, *(f'./{n}' for n in names)],
+            label=2 * [n.split(os.sep)[-2] for n in names],
+            **columns,
+        )
+    ).to_csv(tmp_path / 'twice.csv', index=False)
+    return tmp_path / 'twice.csv'
+
+
+def test_rows_of_one_image_are_in_one_set(digits, tmp_path):
+    s, _ = loaders(data=images_listed_twice(digits, tmp_path))
+    train, valid = [
+        {os.path.realpath(f) for f in s.frame['file'][rows]} for rows in (~s.valid, s.valid)
+    ]
+    assert not train & valid
+    assert len(train | valid) == 60
+    assert (~s.valid).sum() == 2 * len(train)
+    assert len(valid) == 12
+
+
+def test_a_column_that_puts_one_image_in_both_sets_is_refused(digits, tmp_path):
+    data = images_listed_twice(digits, tmp_path, held=[i == 3 or i >= 65 for i in range(120)])
+    with pytest.raises(
+        DistillError,
+        match='56 image.s. are in the training set and in the validation set, e.g. .*png',
+    ):
+        loaders(data=data, valid='held')
 
 
 @pytest.mark.parametrize('linked', ['folder', 'file'])

@@ -320,9 +320,9 @@ def gram(s, t):
 @pytest.mark.parametrize(
     'term',
     [
-        Term(gram, layers={'0': '0'}, match='none'),
-        Term(losses.loss(match='none')(gram), layers={'0': '0'}),
-        Term(losses.loss()(gram), layers={'0': '0'}, match='none'),
+        Term(gram, 0.001, layers={'0': '0'}, match='none'),
+        Term(losses.loss(match='none')(gram), 0.001, layers={'0': '0'}),
+        Term(losses.loss()(gram), 0.001, layers={'0': '0'}, match='none'),
     ],
     ids=['plain', 'decorated', 'overridden'],
 )
@@ -943,6 +943,69 @@ def test_a_student_that_leaves_its_teacher_between_two_measurements_is_not_throw
 )
 def test_that_holds_for_other_losses_too(loss):
     assert a_copy_that_drifts(recipe=Term(loss, grad_ratio=3.0)) < 3 * 20
+
+
+def close_student(seed, shape=(1, 1)):
+    "Outputs of a student that nearly equals its teacher, those of the teacher, and labels"
+    torch.manual_seed(seed)
+    t = torch.randn(shape)
+    return (t + 1e-4).requires_grad_(), t, torch.randn(shape)
+
+
+def weights_on(d, items):
+    "The weight of the term after each batch"
+    return [
+        d.compute(Outputs(s), Outputs(t), F.mse_loss(s, y), (y,)).weights['mse'].item()
+        for s, t, y in items
+    ]
+
+
+def of_numbers():
+    "A Distiller of a regression"
+    return Distiller(
+        None,
+        None,
+        Term(losses.mse, grad_ratio=3.0),
+        kind='regression',
+        task_loss=F.mse_loss,
+        check=False,
+    )
+
+
+def test_single_numbers_are_compared_with_those_of_the_sample_before():
+    "A batch of one sample and one column holds nothing else to compare with"
+    items = [close_student(i) for i in range(20)]
+    weight = weights_on(of_numbers(), items)[-1]
+    before = [items[0], *items]
+    apart = [2 * (s - b[1]).abs().item() for (s, _, _), b in zip(items, before)]
+    base = [2 * (s - y).abs().item() for s, _, y in items]
+    assert weight == pytest.approx(3 * sum(base) / (0.7 * sum(apart)), rel=1e-3)
+
+
+def test_single_numbers_continue_from_a_checkpoint_with_the_sample_before():
+    items = [close_student(i) for i in range(12)]
+    whole, again = of_numbers(), of_numbers()
+    weights_on(whole, items[:5])
+    again.load_state_dict(whole.state_dict())
+    assert weights_on(again, items[5:]) == weights_on(whole, items[5:])
+
+
+@pytest.mark.parametrize('shape', [(1, 2, 4, 4), (1, 6, 3), (4, 1), (1, 5)], ids=str)
+def test_a_student_that_equals_its_teacher_gets_no_large_weight_whatever_the_shape(shape):
+    items = [close_student(i, shape) for i in range(3)]
+    weight = weights_on(of_numbers(), items)[-1]
+    s, t, y = items[-1]
+    assert weight * length(losses.mse(s, t), s) < 0.01 * length(F.mse_loss(s, y), s)
+
+
+def test_a_class_that_is_excluded_for_one_sample_does_not_spoil_the_measurement():
+    s, t, y = torch.randn(2, 4), torch.randn(2, 4), torch.tensor([1, 2])
+    s[0, 3] = t[0, 3] = -torch.inf
+    s.requires_grad_()
+    d = Distiller(None, None, Term(losses.kl, T=1.0, grad_ratio=3.0), check=False)
+    weight = d.compute(Outputs(s), Outputs(t), F.cross_entropy(s, y), (y,)).weights['kl'].item()
+    base = length(F.cross_entropy(s, y), s)
+    assert weight * length(losses.kl(s, t, T=1.0), s) == pytest.approx(3 * base, rel=1e-3)
 
 
 def test_a_gradient_of_rounding_errors_decides_nothing():
@@ -1781,6 +1844,7 @@ def test_a_loader_shows_the_scores_of_both_models_on_as_many_batches_as_asked():
     student, (x, y) = mlp(6), batch(64)
     facts = Distiller(student, knowing(), kd()).check(loader(), n=3).facts
     assert facts.n == 48
+    assert facts.scores.startswith('accuracy on 48 items: ')  # the loader may be any
     assert facts.teacher_score == 1
     facts = Distiller(student, knowing(), kd()).check(loader()).facts
     assert facts.student_score == pytest.approx((student(x).argmax(1) == y).float().mean().item())

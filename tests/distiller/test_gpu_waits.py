@@ -78,6 +78,7 @@ RECIPES = {n: getattr(recipes, n) for n in recipes.__all__ if n != 'logit_std'}
 DENSE = {'cwd', 'pairwise', 'ifvd'}
 
 
+@pytest.mark.filterwarnings('ignore:dist has .* of the gradient of the first batch')
 @pytest.mark.parametrize('name', RECIPES)
 def test_a_step_of_every_recipe_waits_for_nothing(name, no_numbers):
     recipe = RECIPES[name]()

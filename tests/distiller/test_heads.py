@@ -249,7 +249,7 @@ def test_layers_are_compared_in_one_run_and_projectors_are_trained():
 
 
 def losses_between():
-    return Term(losses.mse, layers={'body': '0'}, match='shape', weight=1.0)
+    return Term(losses.mse, layers={'body': '0'}, match='shape', weight=0.005)
 
 
 def test_a_loader_is_checked_for_each_head():

@@ -307,7 +307,9 @@ def test_series_of_1d_convolutions_are_stored_as_tokens(tmp_path, write):
     torch.testing.assert_close(feats['2@tokens@mean'], later.mean(2))
     student, callback = (
         conv1d(6),
-        KnowledgeDistillation(cache, Term(losses.mse, layers=[('0', '0'), ('2@mean', '2@mean')])),
+        KnowledgeDistillation(
+            cache, Term(losses.mse, 0.1, layers=[('0', '0'), ('2@mean', '2@mean')])
+        ),
     )
     learn = Learner(dls, student, loss_func=dls.loss_func)
     quiet(learn, 1, cbs=callback)
@@ -317,7 +319,7 @@ def test_series_of_1d_convolutions_are_stored_as_tokens(tmp_path, write):
         ('2@tokens@mean', (5,), '2@tokens@mean', (5,)),
     ]
     live = KnowledgeDistillation(
-        teacher, Term(losses.mse, layers=[('0', '0'), ('2@mean', '2@mean')]), check=False
+        teacher, Term(losses.mse, 0.1, layers=[('0', '0'), ('2@mean', '2@mean')]), check=False
     )
     quiet(Learner(dls, conv1d(6), loss_func=dls.loss_func), 1, cbs=live)
     assert [(p.student, p.t_shape[1:]) for p in live.distiller.pairs] == [

@@ -1,6 +1,7 @@
 "A student as a file: the same outputs in a process without fastai, any batch size, and everything a user must know inside."
 
-import json, subprocess, sys, zipfile
+import importlib, json, subprocess, sys, zipfile
+from pathlib import Path
 import numpy as np
 import pytest, torch
 from apps import (
@@ -60,6 +61,31 @@ def onnx_file(normalized, tmp_path_factory):
 
 def batch(learn):
     return [o.numpy() for o in plain(learn.dls.valid.one_batch())[:-1]]
+
+
+@pytest.mark.parametrize(
+    'name, module, function',
+    [('s.onnx', 'onnx', 'save'), ('s.pt2', 'torch.export', 'save')],
+    ids=['onnx', 'pt2'],
+)
+def test_an_interrupted_export_keeps_the_file_that_was_there(
+    normalized, tmp_path, monkeypatch, name, module, function
+):
+    "And leaves no part of the new one behind"
+    (tmp_path / name).write_bytes(b'before')
+
+    def half(program, file, *args, **kwargs):
+        if hasattr(file, 'write'):
+            file.write(b'half')
+        else:
+            Path(file).write_bytes(b'half')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module(module), function, half)
+    with pytest.raises(KeyboardInterrupt):
+        export_student(normalized, tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == b'before'
 
 
 def test_an_onnx_file_runs_in_a_process_that_knows_only_onnxruntime(normalized, onnx_file):

@@ -83,6 +83,61 @@ def test_measured_shares_of_the_gradient_continue_too(tmp_path):
     assert same(projectors(cb), projectors(cb2))
 
 
+def automatic(teacher):
+    return KD(teacher, None)
+
+
+def test_a_chosen_recipe_continues_with_its_measured_gradients(tmp_path):
+    straight, teacher = toy(opt_func=SGD, path=tmp_path)
+    cb = automatic(teacher)
+    for _ in range(2):
+        straight.fit(1, 0.1, cbs=cb)
+    first, teacher = toy(opt_func=SGD, path=tmp_path)
+    first.fit(1, 0.1, cbs=[automatic(teacher), SaveModelCallback(every_epoch=True, with_opt=True)])
+    second, teacher = toy(opt_func=SGD, path=tmp_path)
+    second.create_opt()
+    second.load('model_0', weights_only=False)
+    cb2 = automatic(teacher)
+    second.fit(1, 0.1, cbs=cb2)
+    assert cb2.distiller.ratios  # a recipe with measured gradients was chosen
+    assert cb2.distiller.chosen == cb.distiller.chosen
+    assert cb2.distiller.ratios.state_dict() == cb.distiller.ratios.state_dict()
+    assert same(weights(straight), weights(second))
+
+
+def test_a_recipe_is_not_chosen_anew_after_a_load(tmp_path, capsys):
+    "Not even if the teacher has become so sure that a higher temperature would be chosen"
+    first, teacher = toy(path=tmp_path)
+    cb = automatic(teacher)
+    first.fit(1, 0.01, cbs=[cb, SaveModelCallback(with_opt=True)])
+    sure, other = toy(path=tmp_path)
+    with torch.no_grad():
+        for p in [*other.parameters()][-2:]:
+            p *= 5
+    alone = automatic(other)
+    sure.fit(1, 0.01, cbs=alone)
+    second, _ = toy(path=tmp_path)
+    second.create_opt()
+    second.load('model', weights_only=False)
+    second.logger = print
+    again = automatic(other)
+    second.fit(1, 0.01, cbs=again)
+    assert alone.distiller.chosen != cb.distiller.chosen
+    assert again.distiller.chosen == cb.distiller.chosen
+    assert again.recipe.terms[0].options == cb.recipe.terms[0].options
+    assert f'recipe {cb.distiller.chosen[0]}, as before' in capsys.readouterr().out
+
+
+def test_lr_find_neither_measures_gradients_for_the_fit_nor_keeps_its_own(tmp_path):
+    student, teacher = toy(opt_func=SGD, path=tmp_path)
+    cb = automatic(teacher)
+    student.fit(1, 0.1, cbs=cb)
+    before = cb.distiller.ratios.state_dict()
+    with student.added_cbs(cb):
+        student.lr_find(num_it=6, show_plot=False, suggest_funcs=None)
+    assert cb.distiller.ratios.state_dict() == before
+
+
 @pytest.mark.parametrize('opt_func', OPTS[:4], ids=['Adam', 'Lamb', 'ranger', 'AdamW'])
 def test_state_dict_is_read_without_running_code(opt_func):
     student, teacher = toy(opt_func=opt_func)

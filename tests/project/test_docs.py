@@ -51,6 +51,8 @@ def blocks(text):
             yield '\n' * text.count('\n', 0, m.start('code')) + m['code']
 
 
+# the pages' tiny networks at the papers' weights
+@pytest.mark.filterwarnings('ignore:.* of the gradient of the first batch')
 @pytest.mark.parametrize('page', DOCS, ids=name)
 def test_blocks_run(page, tmp_path, monkeypatch):
     text = page.read_text()

@@ -7,7 +7,14 @@ from scipy import stats
 import apps, processes
 from apps import toy
 from torch import nn
-from fastai.basics import Callback, CrossEntropyLossFlat, Learner, accuracy, noop
+from fastai.basics import (
+    Callback,
+    CrossEntropyLossFlat,
+    DataLoaders,
+    Learner,
+    accuracy,
+    noop,
+)
 from fastai.vision.augment import Brightness, Flip
 from fastdistill.fastai import (
     DistillError,
@@ -446,6 +453,17 @@ def test_a_folder_of_another_experiment_is_refused(tmp_path):
         return learn
 
     refused('another student: make_student.. now begins with other weights for seed 0', make=larger)
+
+    def fewer():
+        learn = make_student()
+        learn.dls = DataLoaders(learn.dls.train, learn.dls.valid.new(learn.dls.valid.dataset[:-1]))
+        return learn
+
+    refused(
+        r'different samples: (\d+) training samples .(\w+). and \d+ validation samples .\w+. there, '
+        r'\1 training samples .\2. and \d+ validation samples .\w+. now',
+        make=fewer,
+    )
     next(tmp_path.glob('run_*.json')).write_text('{"runs')
     refused(r'run_\w+.json is damaged .* Delete it: its run is trained again')
     assert comparable_text([noop, object()]) == comparable_text([noop, object()])

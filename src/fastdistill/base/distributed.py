@@ -21,6 +21,7 @@ __all__ = [
     'mean_over_ranks',
     'of_first',
     'on_first',
+    'previous_rows',
     'rank',
     'world_size',
 ]
@@ -126,6 +127,26 @@ def gather_rows(x: Tensor) -> Tensor:
         x: Rows, (B, ...), where B may differ between ranks.
     """
     return x if world_size() == 1 else Gathered.apply(x.contiguous())
+
+
+def previous_rows(x: Tensor) -> Tensor:
+    """Return for each row the one before it, where the rows of all ranks follow each other in the
+    order of the ranks. The first row gets the last one. Ranks whose rows have different shapes, such
+    as tokens padded to different lengths, each use only their own rows.
+
+    Args:
+        x: Rows, (B, ...), at least one.
+    """
+    rolled = x.roll(1, 0)
+    if world_size() == 1:
+        return rolled
+    shapes = [None] * world_size()
+    distributed.all_gather_object(shapes, tuple(x.shape[1:]))
+    if any(shape != shapes[0] for shape in shapes):
+        return rolled
+    last = [torch.empty_like(x[-1]) for _ in shapes]
+    distributed.all_gather(last, x[-1].contiguous())
+    return torch.cat([last[rank() - 1][None], x[:-1]])
 
 
 def of_first(o: Any) -> Any:

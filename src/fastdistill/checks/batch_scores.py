@@ -23,9 +23,14 @@ METRICS = dict(softmax='accuracy', sigmoid='accuracy per label', regression='squ
 class Tally:
     """Counts over a few batches. They are added batch by batch, since all outputs together may be
     too large to keep.
+
+    Args:
+        task: What the model predicts.
+        part: Where the scored items come from, as in `Facts`.
     """
 
-    def __init__(self, task):
+    def __init__(self, task, part='validation'):
+        self.part = part
         self.task, self.n_labels, self.sums, self.confusion = task, 0, 0.0, None
         self.scores, self.tops = (
             dict(teacher=[], student=[]),
@@ -38,10 +43,10 @@ class Tally:
         self.finite = True
 
     def add(self, t: Tensor, y: Tensor | None = None, s: Tensor | None = None):
-        """Count a validation batch.
+        """Count a batch, usually of the validation set.
 
         Args:
-            t: The teacher's outputs for a validation batch.
+            t: The teacher's outputs.
             y: Labels, from `fit_labels`.
             s: The student's outputs.
         """
@@ -231,6 +236,7 @@ class Tally:
             score(self.constant) if n else None,
             train,
             valid,
+            self.part,
         )
 
 

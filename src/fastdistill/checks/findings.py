@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from ..base.distributed import rank
 from ..base.outputs import DistillError, DistillWarning
 
-__all__ = ['Facts', 'Finding', 'Findings', 'few_names', 'numbers_in_words']
+__all__ = ['Facts', 'Finding', 'Findings', 'count_in_words', 'few_names', 'numbers_in_words']
 
 
 def few_names(names, n):
@@ -43,11 +43,12 @@ class Facts:
     Attributes:
         metric: Metric of the three scores: 'accuracy', 'accuracy per label' or 'squared error'
             (lower is better).
-        n: Number of scored validation items.
+        n: Number of scored items.
         student_score: Score of the student before training.
         constant_score: Score of the best constant prediction.
         top_prob_train: The teacher's mean top probability on training batches, augmented.
-        top_prob_valid: The same on validation batches.
+        top_prob_valid: The same on the scored batches.
+        part: Where the scored items come from: 'validation', 'training', or '' if unknown.
     """
 
     metric: str
@@ -57,6 +58,12 @@ class Facts:
     constant_score: float | None = None
     top_prob_train: float | None = None
     top_prob_valid: float | None = None
+    part: str = 'validation'
+
+    @property
+    def items(self):
+        """Format what was scored: '64 validation items'."""
+        return count_in_words(self.n, self.part)
 
     @property
     def scores(self):
@@ -64,16 +71,12 @@ class Facts:
         scores = dict(
             teacher=self.teacher_score, student=self.student_score, constant=self.constant_score
         )
-        return (
-            f'{self.metric} on {self.n} validation items: {numbers_in_words(scores)}'
-            if self.n
-            else ''
-        )
+        return f'{self.metric} on {self.items}: {numbers_in_words(scores)}' if self.n else ''
 
     @property
     def probabilities(self):
         """Format the mean top probabilities. Empty if there are none."""
-        words = numbers_in_words(dict(training=self.top_prob_train, validation=self.top_prob_valid))
+        words = numbers_in_words({'training': self.top_prob_train, self.part: self.top_prob_valid})
         return f"teacher's mean top probability: {words}" if words else ''
 
     def lines(self):
@@ -81,9 +84,13 @@ class Facts:
         yield from filter(None, (self.scores, self.probabilities))
 
 
+def count_in_words(n, part, of='items'):
+    return ' '.join(filter(None, (str(n), part, of)))
+
+
 def numbers_in_words(values):
     number = lambda v: f'{v:.3f}' if v < 10 else f'{v:.4g}'
-    return ', '.join(f'{k} {number(v)}' for k, v in values.items() if v is not None)
+    return ', '.join(f'{k} {number(v)}'.strip() for k, v in values.items() if v is not None)
 
 
 class Findings(list):

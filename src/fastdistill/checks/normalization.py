@@ -9,7 +9,7 @@ from ..base.task import fit_labels
 from ..teachers.images import affine, is_image, stats_of
 from ..teachers.teacher import Teacher
 from .batch_scores import METRICS
-from .findings import Finding
+from .findings import Finding, count_in_words
 from .forward import teacher_logits
 
 __all__ = ['renormalized_images']
@@ -55,7 +55,7 @@ def renormalized_images(tally, teacher, task, batches):
             'warning',
             'The teacher seems to have been trained on images with a different normalization: '
             f'{METRICS[task.kind]} {a:.3f} with the images that it gets, {b:.3f} with {best} (on '
-            f'{len(now)} validation items)',
+            f'{count_in_words(len(now), tally.part)})',
             f'Pass the normalization of its training: Teacher(model, images=dict(stats={USUAL[best][1]}))',
             about='normalization',
         ),

@@ -54,6 +54,7 @@ def check_outputs(
     names=None,
     output=None,
     place=None,
+    part='validation',
 ) -> Findings:
     """Check the teacher's outputs for a few batches. `.facts` of the result are the scores of both
     models and of a constant.
@@ -61,7 +62,7 @@ def check_outputs(
     Args:
         teacher: A `Teacher`.
         task: What the student predicts.
-        batches: Validation batches, (inputs, targets), both tuples.
+        batches: Batches to score, usually of the validation set: (inputs, targets), both tuples.
         student: The student's module. None if unknown.
         train: Training batches, augmented. Only probabilities are measured on them.
         recipe: Recipe or term of the training. None if unknown.
@@ -69,8 +70,9 @@ def check_outputs(
         output: Which of the student's outputs is distilled, as in `Outputs.of`.
         place: fn(inputs, logits, targets) -> the targets, each at the position where it is
             predicted. None if they already are.
+        part: Where `batches` come from, as in `Facts`.
     """
-    found, tally, kept, t = Findings(), Tally(task), [], None
+    found, tally, kept, t = Findings(), Tally(task, part), [], None
     with guarded_random_state(), teacher:
         for training, xb, yb in chain(((False, *b) for b in batches), ((True, *b) for b in train)):
             first = t is None

@@ -5,7 +5,7 @@ from torch import nn
 from ..base.outputs import tensors_in
 from .batch_scores import FEW, KNOWS, LEADS, SLIGHT
 from .class_order import reordered_classes
-from .findings import Finding
+from .findings import Finding, count_in_words
 from .normalization import renormalized_images
 
 __all__ = ['hesitant', 'low_score', 'saturated']
@@ -91,7 +91,7 @@ def no_better_than_student(tally):
     teacher, student, f = tally.items('teacher'), tally.items('student'), tally.facts()
     if not len(student) or f.n < FEW:
         return
-    scores = f'{f.metric} {f.teacher_score:.3f} and {f.student_score:.3f} on {f.n} validation items'
+    scores = f'{f.metric} {f.teacher_score:.3f} and {f.student_score:.3f} on {f.items}'
     if student_is_better(tally):
         yield Finding(
             'warning',
@@ -103,8 +103,7 @@ def no_better_than_student(tally):
         yield Finding(
             'note',
             f'The teacher is not significantly better than the student is now: {scores}',
-            'Such a teacher has little to teach. With more validation items, it may turn out '
-            'better',
+            'Such a teacher has little to teach. On more items, it may turn out better',
         )
 
 
@@ -127,13 +126,13 @@ def hesitant(tally):
         return
     if kind == 'softmax' and f.teacher_score - f.top_prob_valid > HESITANT:
         why = (
-            f'is right for {f.teacher_score:.1%} of {f.n} validation items, but its mean top '
+            f'is right for {f.teacher_score:.1%} of {f.items}, but its mean top '
             f'probability is {f.top_prob_valid:.3f}. It seems to be undertrained'
         )
         do = 'Train it longer, or without label smoothing'
     elif kind == 'sigmoid' and (p := label_probs(tally))[0] - p[1] < NOT_APART:
         why = (
-            f'barely separates the labels: on {f.n} validation items its mean probability is '
+            f'barely separates the labels: on {f.items} its mean probability is '
             f'{p[0]:.3f} for labels that an item has, and {p[1]:.3f} for the others. It is '
             'undertrained, or these labels are hard to predict'
         )
@@ -180,8 +179,8 @@ def classes_known(tally):
         return
     recall, _, k = tally.recall()
     return (recall - 1 / k) / (1 - 1 / k), (
-        f'on average it recognizes {recall:.1%} of the samples of a class ({tally.n_labels} '
-        f'validation labels, {k} classes), a constant prediction {1 / k:.1%}'
+        f'on average it recognizes {recall:.1%} of the samples of a class '
+        f'({count_in_words(tally.n_labels, tally.part, "labels")}, {k} classes), a constant prediction {1 / k:.1%}'
     )
 
 
@@ -190,8 +189,8 @@ def labels_known(tally):
     if known:
         return
     return with_it - without, (
-        f'on {tally.n_labels} validation items, the mean probability that it predicts is {with_it:.3f} for labels that '
-        f'an item has, and {without:.3f} for labels that it does not have'
+        f'on {count_in_words(tally.n_labels, tally.part)}, the mean probability that it predicts is '
+        f'{with_it:.3f} for labels that an item has, and {without:.3f} for labels that it does not have'
     )
 
 
@@ -201,6 +200,6 @@ def numbers_known(tally):
     if not var or few or tally.above_constant(SLIGHT, KNOWS):
         return
     return 1 - error / var, (
-        f'its squared error on {tally.n_labels} validation items is {error:.4g}, the best constant prediction has '
-        f'{var:.4g}'
+        f'its squared error on {count_in_words(tally.n_labels, tally.part)} is {error:.4g}, '
+        f'the best constant prediction has {var:.4g}'
     )

@@ -376,13 +376,14 @@ class Distiller(nn.Module):
             )
         )
 
-    def check_batches(self, batches, n: int = BATCHES, *, placed: bool = False):
+    def check_batches(self, batches, n: int = BATCHES, *, placed: bool = False, part: str = ''):
         """As `check`, for batches that are split already.
 
         Args:
             batches: (inputs, labels) of each, the labels as a tuple.
             n: How many are read.
             placed: Is each label where it is predicted already?
+            part: What they are, for messages: 'validation' or 'training'; '' if unknown.
         """
         device = next((p.device for p in self.student.parameters()), None)
         here = ((inputs(x), y) for x, y in islice(batches, n))
@@ -390,7 +391,7 @@ class Distiller(nn.Module):
         if self.several:
             here = list(here)
         of = lambda h: ((x, h.labels(y)) for x, y in here)
-        return self._each_head(lambda h: h.check_batches(of(h), placed))
+        return self._each_head(lambda h: h.check_batches(of(h), placed, part))
 
     def _each_head(self, fn):
         """fn(head) of each that has a teacher."""

@@ -152,7 +152,7 @@ class Head(RecipeLoss):
         s, y = taught_part(student.logits, y, classes, self.task)
         return check_batch(s, t, y, self.task)
 
-    def check_batches(self, batches, placed: bool = False) -> Findings:
+    def check_batches(self, batches, placed: bool = False, part: str = '') -> Findings:
         """What would go wrong in silence, as these batches of this head show it; see
         `Distiller.check_batches`.
         """
@@ -171,6 +171,7 @@ class Head(RecipeLoss):
                 recipe=None if self.chooses else self.recipe,
                 output=self.output,
                 place=None if placed else self.targets_at,
+                part=part,
             )
         )
         self.doubt = found.doubt

@@ -18,6 +18,7 @@ from fastai.basics import Learner
 from fastai.layers import ToTensorBase
 from torch import nn
 
+from ..base.atomic_files import new_file
 from ..base.model_state import restored
 from ..base.outputs import DistillError, Outputs, as_plain
 from ..base.random_state import guarded_random_state
@@ -139,12 +140,13 @@ def export_student(
     batches = validation_inputs(learn, max(n, calibration if int8 else 0))
     facts = facts_of(learn, batches[0]) | dict(int8=int8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with on_cpu(learn.model) as model:
-        if quantized and int8:
-            model = in_int8(model)
-        WRITERS[path.suffix](LogitsOnly(model), example(batches[0]), path, facts)
-    if int8:
-        quantize(path, batches[:calibration], facts, learned=quantized)
+    with new_file(path) as tmp:
+        with on_cpu(learn.model) as model:
+            if quantized and int8:
+                model = in_int8(model)
+            WRITERS[path.suffix](LogitsOnly(model), example(batches[0]), tmp, facts)
+        if int8:
+            quantize(tmp, batches[:calibration], facts, learned=quantized)
     difference, count = compared(learn, path, batches[:n], None if int8 else CLOSE)
     report = (
         compare({'float32': learn, 'int8': str(path)}, seconds=0, progress=False) if int8 else None
@@ -283,7 +285,9 @@ def program_of(model, x):
 
 
 def write_program(model, x, path, facts):
-    torch.export.save(program_of(model, x), path, extra_files={f'{KEY}.json': json.dumps(facts)})
+    program = program_of(model, x)
+    with open(path, 'wb') as f:  # subtle: a path would have to end in .pt2
+        torch.export.save(program, f, extra_files={f'{KEY}.json': json.dumps(facts)})
 
 
 def write_onnx(model, x, path, facts):

@@ -20,6 +20,7 @@ from ..search.significance import adjusted, difference_by_seed
 from .arguments import feed_of
 from .compare import history_of
 from .metrics import row_by_column
+from .sample_keys import item_keys, key_root
 from .teachers import is_heads, teacher_of
 from .trials import repeatable
 
@@ -62,7 +63,8 @@ def compare_recipes(
             'valid_loss'.
         higher: Is more of it better? None: read off its name.
         folder: Where each finished training is written: the same call continues from there, and
-            several processes may share it. None: nothing is written.
+            several processes may share it. Different samples are an error. None: nothing is
+            written.
         progress: Show a bar.
         **kwargs: More options of the training, as in `distill`
     """
@@ -174,6 +176,7 @@ class Students:
         self.make_student, self.teacher, self.recipes = make_student, teacher, recipes
         self.n_epoch, self.lrs, self.metric, self.options = n_epoch, lrs, metric, options
         self.starts = {}  # seed -> fingerprint of the weights with which its students begin
+        self.samples = None  # those of the first student, as text
 
     def train(self, run, after_epoch, late):
         """The numbers of a training, as plain data."""
@@ -185,6 +188,7 @@ class Students:
                 'state of Python, NumPy and PyTorch. Make a new model in each call, from these generators.'
             )
         own = [m.name for m in learn.metrics]
+        self.samples = self.samples or samples_text(learn.dls)
         # subtle: labels alone go through `distill` too, so that a cache gives them the same views of the samples
         recipe = self.recipes[run.name]
         options = dict(self.options)
@@ -196,17 +200,37 @@ class Students:
             learn.distill(
                 self.teacher, self.n_epoch, self.lrs[run.name], recipe, cbs=watch, **options
             )
-        return dict(start=start, metrics=own, history=history_of(learn))
+        return dict(start=start, samples=self.samples, metrics=own, history=history_of(learn))
 
     def check_start(self, runs):
-        """Refuse a folder with students that began with other weights."""
-        self.starts = {r.seed: r.result['start'] for r in runs.finished()}
-        for seed, start in [*self.starts.items()][:1]:
-            if fingerprint(student_of(self.make_student, seed).model.state_dict()) != start:
+        """Refuse a folder with students that began with other weights, or saw different samples."""
+        finished = runs.finished()
+        self.starts = {r.seed: r.result['start'] for r in finished}
+        for run in finished[:1]:
+            learn = student_of(self.make_student, run.seed)
+            if fingerprint(learn.model.state_dict()) != self.starts[run.seed]:
                 raise DistillError(
                     f'{runs.folder} holds an experiment with another student: make_student() now '
-                    f'begins with other weights for seed {seed}. Give this one another folder.'
+                    f'begins with other weights for seed {run.seed}. Give this one another folder.'
                 )
+            now, before = samples_text(learn.dls), run.result.get('samples')
+            if before != now:
+                raise DistillError(
+                    f'{runs.folder} holds an experiment with different samples: {before} there, '
+                    f'{now} now. Give this one another folder.'
+                )
+
+
+def samples_text(dls):
+    """Describe the samples: how many there are, and a fingerprint of which ones."""
+    root, parts = key_root(dls), []
+    for dl, name in zip(dls.loaders, ('training', 'validation')):
+        try:
+            keys = item_keys(dl, None, root)
+        except DistillError:  # a stream, or a dataset that does not show its samples
+            continue
+        parts.append(f'{len(keys):,} {name} samples ({fingerprint(keys)[:8]})')
+    return ' and '.join(parts)
 
 
 class WatchEpochs(Callback):

@@ -119,7 +119,8 @@ class DistillationMixin:
         self.distiller.links.to(self.args.device)
         # subtle: models whose weights are sharded over processes can't run in only one of them
         if asked['check'] and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            check_first(self.distiller, self._batches(), placed=True)
+            part = 'training' if self.eval_dataset is None else 'validation'
+            check_first(self.distiller, self._batches(), placed=True, part=part)
         if needs_example(self.distiller):
             self._complete(self._example() if batch is None else batch)
 

@@ -90,13 +90,15 @@ class Batch:
             self.pairs[name] = make()
         return self.pairs[name]
 
-    def shifted(self, name: str) -> 'Batch':
-        """Return this batch with the teacher's outputs shifted for one term: each sample is
-        compared with the teacher's output for the next sample. A single sample is compared with the
-        output for the next class or position.
+    def with_teacher(self, name: str, outputs: Callable) -> 'Batch':
+        """Return this batch with different outputs of the teacher for one term.
+
+        Args:
+            outputs: fn(the teacher's tensors that the term compares) -> those to use instead.
         """
         other = copy.copy(self)
-        other.pairs = {name: [(s, t.roll(1, 0 if len(t) > 1 else -1)) for s, t in self.pairs[name]]}
+        s, t = zip(*self.pairs[name])
+        other.pairs = {name: [*zip(s, outputs(t))]}
         return other
 
     def options(self, term: Any, mask: Tensor | None) -> dict:

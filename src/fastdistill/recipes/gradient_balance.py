@@ -5,7 +5,7 @@ that of the other losses.
 import torch
 from torch import Tensor
 
-from ..base.distributed import length_over_ranks
+from ..base.distributed import length_over_ranks, previous_rows, world_size
 from ..base.outputs import DistillError
 from .gradient_norms import gradient_norm
 
@@ -28,7 +28,10 @@ class GradientRatio:
 
     # first batches, all measured; final interval; minimum weight of a new measurement in the mean
     FIRST, EVERY, NEW = 16, 32, 0.2
-    FLOOR = 0.3  # minimum norm relative to `apart`
+    ENOUGH = 16  # samples; a measurement of fewer has a lower minimum weight
+    # minimum norm relative to `apart`. Two samples are sqrt(2) times as far from each other as from
+    # their mean, so this is about the norm for a student that always predicts the mean
+    FLOOR = 0.7
     JUMP = 4.0  # larger growth replaces the mean
 
     def __init__(self):
@@ -36,6 +39,7 @@ class GradientRatio:
         self.measured = 0
         self.parts = ()
         self.means = None
+        self.previous = None  # the teacher's outputs for the last measured batch of one sample
 
     def due(self, parts):
         """Count this batch and return True if it should be measured.
@@ -51,15 +55,43 @@ class GradientRatio:
         )  # 1 up to 31, 2 up to 63, 4 up to 127 ...
         return self.batches % min(every, self.EVERY) == 0
 
-    def add(
-        self,
-        new: Tensor,  # (4,): norms of the weighted losses, of the term and of the term `apart`; value of the term
-    ):
+    def add(self, new: Tensor, samples: Tensor):
+        """Add a measurement to the running means.
+
+        Args:
+            new: (4,): norms of the weighted losses, of the term, and of the term `apart`; value of
+                the term.
+            samples: Number of samples that were measured, 0-dim.
+        """
         self.measured += 1
-        before = torch.zeros_like(new) if self.means is None else self.means.to(new)
-        new = new.where(new.isfinite().all(), before)  # ignore an overflow in half precision
-        rate = new.new_full((), max(1 / self.measured, self.NEW))
-        self.means = before.lerp(new, rate.where(new[1] <= self.JUMP * before[1], 1.0))
+        # the fifth number counts the measurements since the mean was replaced
+        before = new.new_zeros(5) if self.means is None else self.means.to(new)
+        jumped = (new[1] > self.JUMP * before[1]) | (self.measured == 1)
+        n = torch.where(jumped, 1.0, before[4] + 1)
+        rate = (1 / n).maximum(self.NEW * (samples / self.ENOUGH).clamp(max=1.0))
+        means = torch.cat([before[:4].lerp(new, rate), n[None]])
+        self.means = means.where(
+            new.isfinite().all(), before
+        )  # ignore an overflow in half precision
+
+    def of_different_samples(self, outputs):
+        """Return outputs of the teacher for different samples, in the same shapes: for each sample
+        those for the one before it, in this batch or, if batches have one sample, in the batch
+        measured before. A single map or sequence is moved by half of its length instead.
+
+        Args:
+            outputs: The teacher's tensors that the term compares, (B, ...).
+        """
+        before, self.previous = self.previous, None
+        if world_size() > 1 or any(len(t) > 1 for t in outputs):
+            return [previous_rows(t) for t in outputs]
+        # subtle: only outputs without positions are kept, since others may be large
+        if any(t.dim() > 2 for t in outputs):
+            return [t.flatten().roll(t.numel() // 2).reshape(t.shape) for t in outputs]
+        self.previous = [t.detach() for t in outputs]
+        if before is None or [t.shape for t in before] != [t.shape for t in outputs]:
+            return [t.roll(1, -1) for t in outputs]
+        return [b.to(t) for b, t in zip(before, outputs)]
 
     @property
     def factor(self):
@@ -75,7 +107,7 @@ class GradientRatio:
         """
         if value is not None:
             self.means = self.means.to(value.device)
-        base, norm, apart, mean = self.means
+        base, norm, apart, mean, _ = self.means
         norm = norm.maximum(self.FLOOR * apart)
         if value is not None:
             # subtle: for a loss whose minimum is 0, the norm does not grow faster than the value
@@ -85,8 +117,13 @@ class GradientRatio:
 
     def state_dict(self):
         means = None if self.means is None else self.means.tolist()
+        previous = None if self.previous is None else [t.tolist() for t in self.previous]
         return dict(
-            batches=self.batches, measured=self.measured, parts=list(self.parts), means=means
+            batches=self.batches,
+            measured=self.measured,
+            parts=list(self.parts),
+            means=means,
+            previous=previous,
         )
 
     def load_state_dict(self, state):
@@ -94,6 +131,8 @@ class GradientRatio:
         self.measured = state['measured']
         self.parts = tuple(state['parts'])
         self.means = None if state['means'] is None else torch.tensor(state['means'])
+        previous = state['previous']
+        self.previous = None if previous is None else [torch.tensor(t) for t in previous]
 
 
 class GradientRatios(dict):
@@ -153,8 +192,14 @@ class GradientRatios(dict):
                 'output (output=) or layer.'
             )
         far = gradient_norm(apart(name), tensors)
-        norms += [norms[1] if far is None else far, value.detach().float()]
-        self[name].add(length_over_ranks(torch.stack(norms)))
+        # a class that is excluded for one sample may not be for the next
+        far = norms[1] if far is None else far.where(far.isfinite(), norms[1])
+        # a map or a sequence has many positions, so one is enough
+        few = all(x.dim() < 3 for x in tensors)
+        samples = len(tensors[0]) if few else GradientRatio.ENOUGH
+        norms += [far, value.detach().float(), far.new_tensor(float(samples))]
+        *new, samples = length_over_ranks(torch.stack(norms))
+        self[name].add(torch.stack(new), samples * world_size())
 
     def state_dict(self):
         return {k: r.state_dict() for k, r in self.items()}

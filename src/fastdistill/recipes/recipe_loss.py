@@ -256,8 +256,9 @@ class RecipeLoss(nn.Module):
         return [student.feats[n] for n in dict.fromkeys(layers)] if layers else [student.logits]
 
     def _apart(self, name, b):
-        """A term's value if each of the teacher's outputs belonged to the next sample."""
-        return self._value(next(t for t in self.recipe.terms if t.name == name), b.shifted(name))
+        """A term's value if each of the teacher's outputs belonged to a different sample."""
+        term = next(t for t in self.recipe.terms if t.name == name)
+        return self._value(term, b.with_teacher(name, self.ratios[name].of_different_samples))
 
     def shares(self, values, weights, logits=None) -> dict:
         """Each part's share of the gradient, by name: at the logits if all parts reach them, else

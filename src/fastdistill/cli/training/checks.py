@@ -79,8 +79,18 @@ def with_target(s, config):
 
 
 def validation_rows(s, config):
-    """Return which rows are the validation set: as given by the data, or a fraction of each class."""
+    """Return which rows are the validation set: as given by the data, or a fraction of each class.
+    Rows of the same image are in the same set.
+    """
+    files = image_identities(s)
     if s.valid is not None:
+        if both := set(files[s.valid]) & set(files[~s.valid]):
+            name = next(x for x, f in zip(s.frame[s.x[0]], files) if f in both)
+            raise DistillError(
+                f'{len(both)} image(s) are in the training set and in the validation set, e.g. '
+                f'{f"{len(name)} bytes" if isinstance(name, bytes) else name}. Remove them from one of '
+                'the two.'
+            )
         return s.valid
     try:
         share = float(config.valid)
@@ -93,6 +103,7 @@ def validation_rows(s, config):
             f'file, or a column that marks the rows. It has {columns}'
         )
     order, rows = np.random.default_rng(config.seed).permutation(len(s)), np.zeros(len(s), bool)
+    order = order[~files.duplicated()[order]]  # one row for each file
     groups = (
         s.frame[s.y].to_numpy()[order]
         if s.task != 'masks' and s.target == 'classes'
@@ -101,7 +112,17 @@ def validation_rows(s, config):
     for _, at in pd.Series(order).groupby(groups):
         if len(at) > 1:
             rows[at.iloc[: min(max(1, round(share * len(at))), len(at) - 1)]] = True
-    return rows
+    return files.isin(files[rows]).to_numpy()
+
+
+def image_identities(s):
+    """Return what must not be in both sets: the file of each image; otherwise, the number of each
+    row.
+    """
+    if s.task != 'images':
+        return pd.Series(range(len(s)))
+    real = lambda x: x if isinstance(x, bytes) else os.path.realpath(os.path.join(s.folder, str(x)))
+    return pd.Series([real(x) for x in s.frame[s.x[0]]])
 
 
 def check_both_sets(s):
