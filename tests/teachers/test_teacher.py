@@ -1760,7 +1760,7 @@ def test_options_in_a_group_are_kept_by_a_variation_unless_given():
         ('images', dict(sizes=4), "'stats', 'input_stats', 'size'"),
         ('ensemble', dict(weight=[1]), "'combine', 'weights'"),
         ('images', 224, "'stats', 'input_stats', 'size'"),
-        ('run', dict(modus='train'), "'mode', 'precision'"),
+        ('run', dict(modus='train'), "'precision', 'memory_format'"),
     ],
 )
 def test_a_group_refuses_other_keys_and_says_which_it_has(group, given, allowed):

@@ -1,7 +1,6 @@
 "A faster copy of a teacher's model, which runs instead of it if its outputs are close. Decided at the first batch."
 
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from types import FunctionType
 
@@ -15,7 +14,7 @@ from .copy_plan import CopyPlan, short_name, weights_of, without_layers
 from .folding import foldable
 from .forms import is_graph
 
-__all__ = ['AS_IT_IS', 'OPTIONS', 'FastCopy', 'check_run', 'native_bf16', 'run_options']
+__all__ = ['AS_IT_IS', 'DEFAULTS', 'OPTIONS', 'FastCopy', 'check_run', 'native_bf16', 'run_options']
 
 # name -> allowed values; the first one is the default
 OPTIONS = dict(
@@ -42,17 +41,13 @@ def run_options(given) -> dict:
 
 
 def check_run(given, model):
-    """Raise a DistillError for options and values that do not exist, and for options of an nn.Module
-    if the teacher is not one.
+    """Raise a DistillError for values that do not exist, and for options of an nn.Module if the
+    teacher is not one.
 
     Args:
         given: Options of `run=`.
         model: Model of the teacher. None for an ensemble.
     """
-    if not isinstance(given, Mapping) or set(given) - set(DEFAULTS):
-        raise DistillError(
-            f'run={given!r}: must be a dict with any of {", ".join(map(repr, DEFAULTS))}'
-        )
     options = run_options(given)
     for k, have in OPTIONS.items():
         if options[k] not in have:

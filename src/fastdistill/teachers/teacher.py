@@ -62,7 +62,7 @@ def flat(options: dict) -> dict:
         given = options.get(group)
         if given is None:
             continue
-        have = (*names, *DEFAULTS) if group == 'run' else names
+        have = (*DEFAULTS, *names) if group == 'run' else names
         if not isinstance(given, Mapping) or set(given) - set(have):
             raise DistillError(
                 f'{group}={given!r}: must be a dict with any of {", ".join(map(repr, have))}'
