@@ -35,7 +35,7 @@ GROUPS = dict(
     images=('stats', 'input_stats', 'size'), ensemble=('combine', 'weights'), run=('mode',)
 )
 # the options in groups, if they are not given
-USUAL = dict(
+UNLESS_GIVEN = dict(
     stats=None, input_stats=None, size=None, combine='probs', weights=None, mode='eval', run={}
 )
 
@@ -55,7 +55,7 @@ INHERITED = (
 )
 
 
-def flat(options: dict) -> dict:
+def ungrouped_options(options: dict) -> dict:
     """Take the options out of their groups."""
     out = {k: v for k, v in options.items() if k not in GROUPS}
     for group, names in GROUPS.items():
@@ -75,7 +75,7 @@ def flat(options: dict) -> dict:
 
 def grouped_options(options: dict) -> dict:
     """Put options into their groups: the arguments of `Teacher`."""
-    out = {k: v for k, v in options.items() if k not in USUAL}
+    out = {k: v for k, v in options.items() if k not in UNLESS_GIVEN}
     for group, names in GROUPS.items():
         own = {k: options[k] for k in names if k in options}
         if group == 'run':
@@ -92,7 +92,7 @@ def records_given(init):
 
     @wraps(init)
     def call(self, *args, **options):
-        self.given = frozenset(flat(options))
+        self.given = frozenset(ungrouped_options(options))
         init(self, *args, **options)
 
     return call
@@ -182,7 +182,7 @@ class Teacher:
         run: Mapping | None = None,
     ) -> None:
         given = {k: v for k, v in locals().items() if k not in ('self', 'model')}
-        options = USUAL | flat(given)
+        options = UNLESS_GIVEN | ungrouped_options(given)
         # fastdistill.fastai keeps the teacher's Learner as `learner`
         self.model = self.path = self.learner = None
         self.sources, self.members = [], []
